@@ -1,0 +1,30 @@
+# Targets are described by the comment after the colon; `make` alone shows them.
+PYVMM := .venv/bin/pyvmm
+PYTEST := .venv/bin/python -m pytest
+
+.PHONY: help setup demo image check lint bench clean
+
+help: ## show this
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
+
+setup: ## install what is missing: system packages (as root), .venv, C extension, testbed
+	@tools/setup.sh
+
+image: setup ## build the guest image
+	@$(PYVMM) image build
+
+demo: image ## boot a Linux guest with a virtio-net card, show what it does, leave nothing behind
+	@$(PYVMM) demo
+
+check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed)
+	@$(PYTEST) tests/lint tests/unit tests/fuzz tests/host tests/boot $(ARGS)
+
+lint: setup ## style, types, C warnings, sanitizer build, import rule
+	@$(PYTEST) -q tests/lint $(ARGS)
+
+bench: image ## measure against QEMU, in the testbed where KVM does not run Linux
+	@.venv/bin/python -m tests.perf $(ARGS)
+
+clean: ## remove what was built here (not the caches in ~/.cache/pyvmm)
+	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis pyvmm/_ext.c pyvmm/_ext*.so *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,305 @@
+/* SPDX-License-Identifier: MIT */
+#include "bus.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+#include <linux/kvm.h>
+
+struct pv_bus {
+	pthread_rwlock_t lock;
+	uint32_t count[PV_SPACES];
+	struct pv_bus_region region[PV_SPACES][PV_BUS_REGIONS]; /* sorted by base, disjoint */
+};
+
+struct pv_bus *pv_bus_new(void)
+{
+	struct pv_bus *bus = calloc(1, sizeof(*bus));
+
+	if (bus)
+		pthread_rwlock_init(&bus->lock, NULL);
+	return bus;
+}
+
+void pv_bus_free(struct pv_bus *bus)
+{
+	if (!bus)
+		return;
+	pthread_rwlock_destroy(&bus->lock);
+	free(bus);
+}
+
+int pv_bus_add(struct pv_bus *bus, enum pv_space space, uint64_t base, uint64_t len, uint32_t id,
+	       enum pv_region_kind kind, void *opaque)
+{
+	struct pv_bus_region *r = bus->region[space];
+	uint32_t i, n;
+	int ret = 0;
+
+	if (!len || base + len - 1 < base)
+		return -EINVAL;
+	pthread_rwlock_wrlock(&bus->lock);
+	n = bus->count[space];
+	for (i = 0; i < n && r[i].base < base; i++)
+		;
+	if ((i > 0 && r[i - 1].base + (r[i - 1].len - 1) >= base) ||
+	    (i < n && base + (len - 1) >= r[i].base)) {
+		ret = -EEXIST;
+	} else if (n == PV_BUS_REGIONS) {
+		ret = -ENOSPC;
+	} else {
+		memmove(&r[i + 1], &r[i], (n - i) * sizeof(*r));
+		r[i] = (struct pv_bus_region){base, len, id, kind, opaque};
+		bus->count[space]++;
+	}
+	pthread_rwlock_unlock(&bus->lock);
+	return ret;
+}
+
+int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32_t id)
+{
+	struct pv_bus_region *r = bus->region[space];
+	int ret = -ENOENT;
+
+	pthread_rwlock_wrlock(&bus->lock);
+	for (uint32_t i = 0; i < bus->count[space]; i++) {
+		if (r[i].base != base || r[i].id != id)
+			continue;
+		bus->count[space]--;
+		memmove(&r[i], &r[i + 1], (bus->count[space] - i) * sizeof(*r));
+		ret = 0;
+		break;
+	}
+	pthread_rwlock_unlock(&bus->lock);
+	return ret;
+}
+
+bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_t size,
+		 struct pv_bus_region *out)
+{
+	const struct pv_bus_region *r = bus->region[space];
+	uint32_t lo = 0, hi;
+	bool found = false;
+
+	pthread_rwlock_rdlock(&bus->lock);
+	hi = bus->count[space];
+	while (lo < hi) { /* the last region that starts at or below addr */
+		uint32_t mid = (lo + hi) / 2;
+
+		if (r[mid].base <= addr)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	if (lo) {
+		r += lo - 1;
+		if (addr - r->base < r->len && size <= r->len - (addr - r->base)) {
+			*out = *r;
+			found = true;
+		}
+	}
+	pthread_rwlock_unlock(&bus->lock);
+	return found;
+}
+
+/* --- INTx --------------------------------------------------------------------------------------------- */
+
+struct pv_intx {
+	pthread_mutex_t lock;
+	const int *vm_fd;
+	uint32_t gsi;
+	uint8_t isr;
+	bool disabled, level;
+};
+
+struct pv_intx *pv_intx_new(const int *vm_fd)
+{
+	struct pv_intx *x = calloc(1, sizeof(*x));
+
+	if (!x)
+		return NULL;
+	pthread_mutex_init(&x->lock, NULL);
+	x->vm_fd = vm_fd;
+	return x;
+}
+
+void pv_intx_wire(struct pv_intx *x, uint32_t gsi)
+{
+	x->gsi = gsi;
+}
+
+void pv_intx_free(struct pv_intx *x)
+{
+	if (!x)
+		return;
+	pthread_mutex_destroy(&x->lock);
+	free(x);
+}
+
+static void intx_update(struct pv_intx *x)
+{
+	bool level = x->isr && !x->disabled;
+	struct kvm_irq_level line = {.irq = x->gsi, .level = level};
+
+	if (level == x->level)
+		return;
+	x->level = level;
+	if (*x->vm_fd >= 0)
+		ioctl(*x->vm_fd, KVM_IRQ_LINE, &line);
+}
+
+void pv_intx_raise(struct pv_intx *x, uint8_t bits)
+{
+	pthread_mutex_lock(&x->lock);
+	x->isr |= bits;
+	intx_update(x);
+	pthread_mutex_unlock(&x->lock);
+}
+
+void pv_intx_disable(struct pv_intx *x, bool disabled)
+{
+	pthread_mutex_lock(&x->lock);
+	x->disabled = disabled;
+	intx_update(x);
+	pthread_mutex_unlock(&x->lock);
+}
+
+void pv_intx_reset(struct pv_intx *x)
+{
+	pthread_mutex_lock(&x->lock);
+	x->isr = 0;
+	intx_update(x);
+	pthread_mutex_unlock(&x->lock);
+}
+
+bool pv_intx_pending(struct pv_intx *x)
+{
+	bool pending;
+
+	pthread_mutex_lock(&x->lock);
+	pending = x->isr;
+	pthread_mutex_unlock(&x->lock);
+	return pending;
+}
+
+uint8_t pv_intx_read(struct pv_intx *x)
+{
+	uint8_t isr;
+
+	pthread_mutex_lock(&x->lock);
+	isr = x->isr;
+	x->isr = 0;
+	intx_update(x);
+	pthread_mutex_unlock(&x->lock);
+	return isr;
+}
+
+int pv_intx_run(struct pv_intx *x, const int32_t *fds, const uint8_t *bits, uint32_t count, int stop_fd)
+{
+	struct pollfd p[65];
+
+	if (count > 64)
+		return -EINVAL;
+	for (uint32_t i = 0; i < count; i++)
+		p[i] = (struct pollfd){.fd = fds[i], .events = POLLIN};
+	p[count] = (struct pollfd){.fd = stop_fd, .events = POLLIN};
+	for (;;) {
+		if (poll(p, count + 1, -1) < 0 && errno != EINTR)
+			return -errno;
+		if (p[count].revents)
+			return 0;
+		for (uint32_t i = 0; i < count; i++) {
+			uint64_t value;
+
+			if (p[i].revents && read(p[i].fd, &value, sizeof(value)) == sizeof(value))
+				pv_intx_raise(x, bits[i]);
+		}
+	}
+}
+
+/* --- accesses ----------------------------------------------------------------------------------------- */
+
+static bool serial_access(struct pv_serial *s, uint64_t offset, bool write, uint8_t *data, uint32_t size)
+{
+	/* A wide access is the same as byte accesses to consecutive ports. */
+	for (uint32_t i = 0; i < size; i++) {
+		if (write)
+			pv_serial_out(s, (uint32_t)offset + i, data[i]);
+		else
+			data[i] = pv_serial_in(s, (uint32_t)offset + i);
+	}
+	return true;
+}
+
+static bool notify_access(const struct pv_notify *n, uint64_t offset, bool write, uint8_t *data,
+			  uint32_t size)
+{
+	uint64_t queue = offset / n->stride;
+
+	if (!write) {
+		memset(data, 0, size);
+		return true;
+	}
+	if (offset % n->stride == 0 && queue < n->count && n->fd[queue] >= 0)
+		eventfd_write(n->fd[queue], 1); /* EAGAIN: the counter is full of kicks already */
+	return true;
+}
+
+static bool pci_access(struct pv_pci_latch *l, uint64_t offset, bool write, uint8_t *data, uint32_t size)
+{
+	uint32_t address = __atomic_load_n(&l->address, __ATOMIC_RELAXED);
+	uint32_t device = (address >> 11) & 31;
+
+	if (offset < 4) {
+		if (offset || size != 4)
+			return false; /* 0xCF9, the reset control register, lies inside */
+		if (write) {
+			memcpy(&address, data, 4);
+			__atomic_store_n(&l->address, address & 0x80fffffc, __ATOMIC_RELAXED);
+		} else {
+			memcpy(data, &address, 4);
+		}
+		return true;
+	}
+	/* Enabled, bus 0, function 0, a device that is there: Python's. */
+	if ((address & 0x80ff0700) == 0x80000000 && (l->present >> device) & 1)
+		return false;
+	if (!write)
+		memset(data, 0xff, size);
+	return true;
+}
+
+bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data, uint32_t size)
+{
+	uint64_t offset = addr - r->base;
+
+	switch (r->kind) {
+	case PV_REGION_PYTHON:
+		return false;
+	case PV_REGION_SERIAL:
+		return serial_access(r->opaque, offset, write, data, size);
+	case PV_REGION_NOTIFY:
+		return notify_access(r->opaque, offset, write, data, size);
+	case PV_REGION_ISR:
+		memset(data, 0, write ? 0 : size);
+		if (!write && offset == 0)
+			data[0] = pv_intx_read(r->opaque);
+		return true;
+	case PV_REGION_STREAM:
+		if (write)
+			pv_pipe_write(r->opaque, data, size, 1000);
+		else
+			memset(data, 0, size);
+		return true;
+	case PV_REGION_PCI:
+		return pci_access(r->opaque, offset, write, data, size);
+	case PV_REGION_IGNORE:
+		memset(data, 0, write ? 0 : size);
+		return true;
+	}
+	return false;
+}

@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Who answers at a port or address: regions of the two I/O spaces, and the devices simple or hot enough to
+ * live in C.
+ *
+ * Python adds and removes regions while vCPUs run (a guest may move a BAR), so look-ups take a read lock. A
+ * region of kind PV_REGION_PYTHON is handed to Python by the vCPU loop; every other kind is answered here. An
+ * access that no region contains whole reads as all ones and writes nothing, like a bus without a device.
+ */
+#ifndef PV_BUS_H
+#define PV_BUS_H
+
+#include <pthread.h>
+#include "serial.h"
+#include "types.h"
+
+/* cffi: begin */
+#define PV_BUS_REGIONS 256 /* 31 PCI functions of 6 regions, and the board */
+
+enum pv_space { PV_PIO, PV_MMIO, PV_SPACES };
+
+enum pv_region_kind {
+	PV_REGION_PYTHON,
+	PV_REGION_SERIAL, /* opaque: struct pv_serial */
+	PV_REGION_NOTIFY, /* opaque: struct pv_notify */
+	PV_REGION_ISR,	  /* opaque: struct pv_intx */
+	PV_REGION_STREAM, /* opaque: struct pv_pipe; bytes written go there */
+	PV_REGION_PCI,	  /* opaque: struct pv_pci_latch; 0xCF8..0xCFF */
+	PV_REGION_IGNORE  /* reads as zero, swallows writes */
+};
+
+struct pv_bus;
+struct pv_bus *pv_bus_new(void);
+void pv_bus_free(struct pv_bus *bus);
+/* id: chosen by the caller, not 0; what the ledger calls the region. Returns 0, -EEXIST on overlap, -ENOSPC.
+ */
+int pv_bus_add(struct pv_bus *bus, enum pv_space space, uint64_t base, uint64_t len, uint32_t id,
+	       enum pv_region_kind kind, void *opaque);
+int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32_t id);
+
+/* Virtqueue notification without ioeventfd: queue q is at offset q * stride and is kicked by adding 1 to
+ * fd[q]. */
+struct pv_notify {
+	uint32_t count;
+	uint32_t stride;
+	int32_t fd[64]; /* -1: no such queue */
+};
+
+/*
+ * PCI configuration address latch (PCI 3.0, 3.2.2.3.2). Accesses to functions that are not present are
+ * answered here; the guest looks for them by the hundred.
+ */
+struct pv_pci_latch {
+	uint32_t address;
+	uint32_t present; /* bit n: bus 0 device n exists */
+};
+
+/*
+ * A level-triggered interrupt line with virtio's ISR status register behind it (virtio 1.2, 4.1.4.5): reading
+ * the register clears it and lowers the line.
+ */
+struct pv_intx;
+/* vm_fd: the address of the VM's descriptor, which a machine reset replaces. */
+struct pv_intx *pv_intx_new(const int *vm_fd);
+/* Say which line it is, before the first raise; nobody else raises it. */
+void pv_intx_wire(struct pv_intx *x, uint32_t gsi);
+void pv_intx_free(struct pv_intx *x);
+/* Set ISR bits (1 queue, 2 configuration) and raise the line unless disabled. */
+void pv_intx_raise(struct pv_intx *x, uint8_t bits);
+/* PCI command register bit 10, or MSI-X in use; a pending interrupt is shown or hidden at once. */
+void pv_intx_disable(struct pv_intx *x, bool disabled);
+void pv_intx_reset(struct pv_intx *x);
+/* Whether a bit is set, shown on the line or not (PCI status register bit 3). */
+bool pv_intx_pending(struct pv_intx *x);
+/* What the guest's read of the register does: returns the bits, clears them, lowers the line. */
+uint8_t pv_intx_read(struct pv_intx *x);
+/*
+ * Turn eventfds into the line: blocks until stop_fd is readable. fds: count eventfds, bits[i] the ISR bits of
+ * fds[i]. Returns 0 or -errno.
+ */
+int pv_intx_run(struct pv_intx *x, const int32_t *fds, const uint8_t *bits, uint32_t count, int stop_fd);
+/* cffi: end */
+
+struct pv_bus_region {
+	uint64_t base, len;
+	uint32_t id;
+	enum pv_region_kind kind;
+	void *opaque;
+};
+
+/* The region that holds [addr, addr + size) whole, copied to *out; false where there is none. */
+bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_t size,
+		 struct pv_bus_region *out);
+/*
+ * Answer one access in C. size is 1, 2, 4 or 8 and data little-endian. Returns false where Python must.
+ */
+bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data, uint32_t size);
+
+#endif

@@ -1,0 +1,739 @@
+/* SPDX-License-Identifier: MIT */
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "net_worker.h"
+
+/* As vhost: what one direction may do before the other has its turn (VHOST_NET_PKT_WEIGHT, VHOST_NET_WEIGHT).
+ */
+#define TURN_PACKETS 256
+#define TURN_BYTES   (512u << 10)
+/* Publish at the latest after this much, so that the guest works while we do. */
+#define BATCH_PACKETS 64
+#define BATCH_BYTES   (64u << 10)
+#define SCRATCH_SIZE  (68u << 10) /* more than a tap ever returns: 64 KiB and headers */
+#define WINDOW_IOV    (4 * PV_CHAIN_MAX)
+#define READV_MAX     (PV_CHAIN_MAX - 1) /* IOV_MAX less the scratch buffer */
+#define READV_SMALL   7	  /* with the scratch buffer, what readv takes without allocating (UIO_FASTIOV) */
+#define LARGE_CREDIT  64  /* reads with the whole window after a frame that needed it */
+#define HOLD_MS	      200 /* how long a frame waits for the guest to add buffers */
+
+enum { RX, TX };
+enum { EV_RX_KICK, EV_TX_KICK, EV_FD, EV_WAKE };
+
+/* A chain of the receive window. */
+struct slot {
+	uint64_t len;
+	uint32_t niov;
+	uint16_t head;
+};
+
+struct pv_net_worker {
+	struct pv_vring ring[2];
+	struct pv_net_config cfg;
+	struct pv_net_event event; /* to be returned by run; PV_NET_STOPPED: none */
+	int epoll_fd;
+	int wake_fd;
+	int stop;	 /* atomic; set by any thread, then wake_fd */
+	int attach;	 /* likewise: descriptor to use from now on, -1 for none */
+	bool rx_ready;	 /* fd may have frames: edge seen, EAGAIN not yet */
+	bool rx_waiting; /* the guest must add buffers first */
+	bool fd_muted;	 /* no wake-ups by fd for reading */
+	bool tx_blocked; /* fd took no more */
+	bool link_down;
+	uint32_t interest; /* of fd, as epoll has it */
+	/* The receive window: chains taken, not used. */
+	uint32_t slot_at, slot_end;
+	uint32_t iov_at, iov_end;
+	uint64_t window; /* bytes */
+	uint32_t large;	 /* reads left with the whole window */
+	/* A frame read but not placed: the first direct bytes in the window, the rest in scratch. 0: none. */
+	size_t held;
+	size_t direct;
+	uint64_t held_since;
+	struct pv_net_counters count;
+	struct slot slot[WINDOW_IOV];
+	struct iovec iov[WINDOW_IOV + 1];
+	struct iovec tx_iov[PV_CHAIN_MAX];
+	uint8_t scratch[SCRATCH_SIZE];
+};
+
+/* Counters have one writer; readers must only not see halves. */
+static void add(uint64_t *counter, uint64_t n)
+{
+	__atomic_store_n(counter, *counter + n, __ATOMIC_RELAXED);
+}
+
+static uint64_t now_us(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
+}
+
+static bool stopping(const struct pv_net_worker *w)
+{
+	return __atomic_load_n(&w->stop, __ATOMIC_ACQUIRE);
+}
+
+/* Publish a batch and interrupt the guest where it wants it. */
+static void flush(struct pv_net_worker *w, int q)
+{
+	struct pv_vring *vr = &w->ring[q];
+	uint32_t n = (uint16_t)(vr->used_next - vr->used_idx);
+	uint64_t *bins = q == RX ? w->count.rx_batch_size : w->count.tx_batch_size;
+	uint32_t bin;
+
+	if (!n)
+		return;
+	bin = 31u - (uint32_t)__builtin_clz(n);
+	add(&bins[bin < PV_NET_BATCH_BINS ? bin : PV_NET_BATCH_BINS - 1], 1);
+	add(q == RX ? &w->count.rx_batches : &w->count.tx_batches, 1);
+	if (pv_vring_flush(vr)) {
+		/* Fails only where the counter is full, and then the guest has been called. */
+		(void)!write(w->cfg.ring[q].call, &(uint64_t){1}, sizeof(uint64_t));
+		add(q == RX ? &w->count.rx_calls : &w->count.tx_calls, 1);
+	} else {
+		add(q == RX ? &w->count.rx_calls_suppressed : &w->count.tx_calls_suppressed, 1);
+	}
+}
+
+/* Give the window back to the ring; a frame that is held has nowhere to go. */
+static void rx_abandon(struct pv_net_worker *w)
+{
+	if (w->held)
+		add(&w->count.rx_drop_held, 1);
+	w->held = w->held_since = 0;
+	pv_vring_unpop(&w->ring[RX], (uint16_t)(w->slot_end - w->slot_at));
+	w->slot_at = w->slot_end = w->iov_at = w->iov_end = 0;
+	w->window = 0;
+}
+
+/* The guest got ring q wrong: that direction is over. */
+static void ring_fault(struct pv_net_worker *w, int q, enum pv_fault fault)
+{
+	if (q == RX)
+		rx_abandon(w);
+	flush(w, q);
+	w->ring[q].fault = fault;
+	w->event = (struct pv_net_event){.kind = PV_NET_RING_FAULT, .queue = q, .fault = fault};
+}
+
+static void fd_gone(struct pv_net_worker *w, int error)
+{
+	if (w->link_down)
+		return;
+	w->link_down = true;
+	w->tx_blocked = false;
+	epoll_ctl(w->epoll_fd, EPOLL_CTL_DEL, w->cfg.fd, NULL);
+	w->event = (struct pv_net_event){.kind = PV_NET_LINK_DOWN, .error = error};
+}
+
+static int watch(struct pv_net_worker *w, int fd, uint32_t what, uint32_t events)
+{
+	struct epoll_event ev = {.events = events, .data.u32 = what};
+
+	return epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, fd, &ev);
+}
+
+/* Someone wrote to wake_fd: there may be a new tap. */
+static int woken(struct pv_net_worker *w)
+{
+	uint64_t count;
+	int fd;
+
+	if (stopping(w))
+		return 0;
+	(void)!read(w->wake_fd, &count, sizeof(count));
+	fd = __atomic_exchange_n(&w->attach, -1, __ATOMIC_ACQUIRE);
+	if (fd < 0 || !w->link_down)
+		return 0;
+	w->interest = EPOLLIN | EPOLLET | EPOLLPRI;
+	if (watch(w, fd, EV_FD, w->interest))
+		return -1;
+	w->cfg.fd = fd;
+	w->link_down = w->fd_muted = false;
+	w->rx_ready = true;
+	w->event = (struct pv_net_event){.kind = PV_NET_LINK_UP};
+	return 0;
+}
+
+static bool rx_possible(const struct pv_net_worker *w)
+{
+	return !w->ring[RX].fault && !w->link_down;
+}
+
+static bool tx_possible(const struct pv_net_worker *w)
+{
+	return !w->ring[TX].fault && !w->tx_blocked;
+}
+
+/* Take chains until the window holds want bytes (one without MRG_RXBUF). PV_DONE: the guest has no more. */
+static enum pv_step rx_fill(struct pv_net_worker *w, size_t want)
+{
+	struct pv_vring *vr = &w->ring[RX];
+	struct pv_chain c;
+	enum pv_step step;
+
+	while (w->window < want && w->iov_end - w->iov_at < READV_MAX) {
+		if (!w->cfg.mrg_rxbuf && w->slot_end != w->slot_at)
+			break;
+		if (w->iov_end + PV_CHAIN_MAX > WINDOW_IOV || w->slot_end == WINDOW_IOV) {
+			memmove(w->slot, &w->slot[w->slot_at],
+				(w->slot_end - w->slot_at) * sizeof(w->slot[0]));
+			memmove(w->iov, &w->iov[w->iov_at], (w->iov_end - w->iov_at) * sizeof(w->iov[0]));
+			w->slot_end -= w->slot_at;
+			w->iov_end -= w->iov_at;
+			w->slot_at = w->iov_at = 0;
+		}
+		step = pv_vring_pop(vr, &w->iov[w->iov_end], PV_CHAIN_MAX, &c);
+		if (step == PV_DONE)
+			return PV_DONE;
+		if (step == PV_MORE && (c.out_num || c.in_len < w->cfg.hdr_len)) {
+			pv_vring_unpop(vr, 1);
+			vr->fault = c.out_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
+			step = PV_BAD;
+		}
+		if (step == PV_BAD) {
+			ring_fault(w, RX, vr->fault);
+			return PV_BAD;
+		}
+		w->slot[w->slot_end++] = (struct slot){.len = c.in_len, .niov = c.in_num, .head = c.head};
+		w->iov_end += c.in_num;
+		w->window += c.in_len;
+	}
+	return PV_MORE;
+}
+
+/* Read one frame into the window and, what does not fit, the scratch buffer. Sets w->direct. */
+static ssize_t rx_read(struct pv_net_worker *w)
+{
+	struct iovec *iov = &w->iov[w->iov_at], saved;
+	uint32_t max = w->iov_end - w->iov_at, n = 0;
+	size_t size = 0;
+	ssize_t got;
+
+	if (w->large)
+		w->large--;
+	else if (max > READV_SMALL)
+		max = READV_SMALL;
+	if (max > READV_MAX)
+		max = READV_MAX;
+	while (n < max && size < w->cfg.max_frame)
+		size += iov[n++].iov_len;
+	saved = iov[n];
+	iov[n] = (struct iovec){.iov_base = w->scratch, .iov_len = SCRATCH_SIZE};
+	got = readv(w->cfg.fd, iov, (int)n + 1);
+	iov[n] = saved;
+	add(&w->count.fd_reads, 1);
+	w->direct = got > 0 && (size_t)got > size ? size : got > 0 ? (size_t)got : 0;
+	return got;
+}
+
+/* Store bytes at an offset of the window, which is long enough. */
+static void window_store(struct pv_net_worker *w, size_t at, const uint8_t *from, size_t len)
+{
+	for (const struct iovec *iov = &w->iov[w->iov_at]; len; iov++) {
+		size_t n = iov->iov_len;
+
+		if (at >= n) {
+			at -= n;
+			continue;
+		}
+		n = n - at < len ? n - at : len;
+		memcpy((uint8_t *)iov->iov_base + at, from, n);
+		from += n;
+		len -= n;
+		at = 0;
+	}
+}
+
+/*
+ * Hand the frame of w->held bytes to the guest. False where it lacks the buffers: the frame stays held, or
+ * was dropped because waiting would be in vain. On a ring fault w->event is set.
+ */
+static bool rx_place(struct pv_net_worker *w)
+{
+	struct pv_vring *vr = &w->ring[RX];
+	size_t len = w->held, left = len;
+	uint16_t buffers = 0;
+
+	if (w->window < len) {
+		enum pv_step step = rx_fill(w, len);
+
+		if (step == PV_BAD)
+			return false;
+		if (w->window < len) {
+			if (step == PV_DONE && w->cfg.mrg_rxbuf && w->slot_end - w->slot_at < vr->size) {
+				if (!w->held_since)
+					w->held_since = now_us();
+				w->rx_waiting = true;
+			} else {
+				add(&w->count.rx_drop_long, 1);
+				w->held = w->held_since = 0;
+			}
+			return false;
+		}
+	}
+	if (w->direct < len) {
+		window_store(w, w->direct, w->scratch, len - w->direct);
+		w->large = LARGE_CREDIT;
+		add(&w->count.rx_overflows, 1);
+	}
+	for (uint32_t i = w->slot_at; left; i++, buffers++)
+		left -= w->slot[i].len < left ? w->slot[i].len : left;
+	/* 5.1.6.4: always 1 without MRG_RXBUF. The field follows the 10 bytes of the legacy header. */
+	if (w->cfg.hdr_len >= 12)
+		window_store(w, 10, (uint8_t[]){(uint8_t)buffers, (uint8_t)(buffers >> 8)}, 2);
+	for (left = len; left; w->slot_at++) {
+		const struct slot *s = &w->slot[w->slot_at];
+		size_t n = s->len < left ? s->len : left;
+
+		pv_vring_push(vr, s->head, (uint32_t)n);
+		left -= n;
+		w->iov_at += s->niov;
+		w->window -= s->len;
+	}
+	if (w->slot_at == w->slot_end)
+		w->slot_at = w->slot_end = w->iov_at = w->iov_end = 0;
+	add(&w->count.rx_packets, 1);
+	add(&w->count.rx_bytes, len - w->cfg.hdr_len);
+	w->held = w->held_since = 0;
+	return true;
+}
+
+/* Receive: from fd to the guest. Returns whether more may be waiting. */
+static bool rx_turn(struct pv_net_worker *w)
+{
+	uint32_t packets = 0, bytes = 0, batch_packets = 0, batch_bytes = 0;
+	bool more = true;
+
+	while (packets < TURN_PACKETS && bytes < TURN_BYTES) {
+		size_t len;
+
+		if (!w->held) {
+			ssize_t n;
+
+			if (rx_fill(w, w->cfg.max_frame) == PV_BAD)
+				return false;
+			if (w->slot_at == w->slot_end) {
+				w->rx_waiting = true;
+				add(&w->count.rx_waits, 1);
+				more = false;
+				break;
+			}
+			n = rx_read(w);
+			if (n <= 0) {
+				if (n < 0 && errno == EINTR)
+					continue;
+				if (n < 0 && errno == EFAULT) {
+					/* The host has no page for the guest's buffer; the frame is lost. */
+					packets++;
+					add(&w->count.rx_drop_error, 1);
+					continue;
+				}
+				if (n < 0 && errno == EAGAIN)
+					w->rx_ready = false;
+				else
+					fd_gone(w, n ? errno : EPIPE);
+				more = false;
+				break;
+			}
+			packets++;
+			if ((size_t)n < w->cfg.hdr_len) {
+				add(&w->count.rx_drop_short, 1);
+				continue;
+			}
+			w->held = (size_t)n;
+		}
+		len = w->held;
+		if (!rx_place(w)) {
+			if (w->event.kind)
+				return false;
+			if (w->held) {
+				more = false;
+				break;
+			}
+			continue;
+		}
+		bytes += (uint32_t)len;
+		batch_bytes += (uint32_t)len;
+		if (++batch_packets >= BATCH_PACKETS || batch_bytes >= BATCH_BYTES) {
+			flush(w, RX);
+			batch_packets = batch_bytes = 0;
+		}
+	}
+	flush(w, RX);
+	return more;
+}
+
+/* Transmit: from the guest to fd. Returns whether more may be waiting. */
+static bool tx_turn(struct pv_net_worker *w)
+{
+	struct pv_vring *vr = &w->ring[TX];
+	uint32_t packets = 0, bytes = 0, batch_packets = 0, batch_bytes = 0;
+	bool more = true;
+
+	while (packets < TURN_PACKETS && bytes < TURN_BYTES) {
+		struct pv_chain c;
+		enum pv_step step = pv_vring_pop(vr, w->tx_iov, PV_CHAIN_MAX, &c);
+		ssize_t n;
+
+		if (step == PV_DONE) {
+			more = false;
+			break;
+		}
+		if (step == PV_MORE && (c.in_num || c.out_len < w->cfg.hdr_len)) {
+			pv_vring_unpop(vr, 1);
+			vr->fault = c.in_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
+			step = PV_BAD;
+		}
+		if (step == PV_BAD) {
+			ring_fault(w, TX, vr->fault);
+			return false;
+		}
+		pv_vring_disable_notify(vr);
+		if (w->link_down) {
+			add(&w->count.tx_drop_link, 1);
+		} else {
+			do {
+				n = writev(w->cfg.fd, w->tx_iov, c.out_num);
+				add(&w->count.fd_writes, 1);
+			} while (n < 0 && errno == EINTR);
+			if (n >= 0) {
+				add(&w->count.tx_packets, 1);
+				add(&w->count.tx_bytes, c.out_len - w->cfg.hdr_len);
+			} else if (errno == EAGAIN) {
+				pv_vring_unpop(vr, 1);
+				w->tx_blocked = true;
+				add(&w->count.tx_blocks, 1);
+				more = false;
+				break;
+			} else if (errno == EBADFD || errno == EPIPE || errno == ECONNRESET ||
+				   errno == ENOTCONN || errno == ECONNREFUSED) {
+				fd_gone(w, errno);
+				add(&w->count.tx_drop_link, 1);
+			} else {
+				add(&w->count.tx_drop_error, 1);
+			}
+		}
+		pv_vring_push(vr, c.head, 0);
+		packets++;
+		/* A frame longer than 64 KiB was refused, but counts as work. */
+		n = c.out_len < TURN_BYTES ? (ssize_t)c.out_len : (ssize_t)TURN_BYTES;
+		bytes += (uint32_t)n;
+		batch_bytes += (uint32_t)n;
+		if (++batch_packets >= BATCH_PACKETS || batch_bytes >= BATCH_BYTES) {
+			flush(w, TX);
+			batch_packets = batch_bytes = 0;
+		}
+	}
+	flush(w, TX);
+	return more;
+}
+
+/* Give each direction a turn. Returns whether there is more to do now. */
+static bool net_round(struct pv_net_worker *w)
+{
+	bool more = false;
+
+	if (tx_possible(w))
+		more = tx_turn(w);
+	if (w->event.kind)
+		return false;
+	/* While we are busy nobody polls fd for us. */
+	if (more)
+		w->rx_ready = true;
+	if (rx_possible(w) && !w->rx_waiting && (w->rx_ready || w->held))
+		more |= rx_turn(w);
+	return more;
+}
+
+/* Tell epoll what we want of fd, where that changed. */
+static int set_interest(struct pv_net_worker *w)
+{
+	/*
+	 * EPOLLPRI never comes true for a tap. But a tap that is deleted wakes its pollers with a key of EPOLLIN and EPOLLPRI
+	 * (sock_def_readable), and epoll asks it for EPOLLERR only if we want one of them: also when muted.
+	 */
+	struct epoll_event ev = {.events = EPOLLET | EPOLLPRI, .data.u32 = EV_FD};
+
+	if (w->link_down)
+		return 0;
+	if (!w->fd_muted && !w->ring[RX].fault)
+		ev.events |= EPOLLIN;
+	if (w->tx_blocked)
+		ev.events |= EPOLLOUT;
+	if (ev.events == w->interest)
+		return 0;
+	w->interest = ev.events;
+	/* Reports at once what is ready already, so no edge is lost between the EAGAIN and here. */
+	return epoll_ctl(w->epoll_fd, EPOLL_CTL_MOD, w->cfg.fd, &ev);
+}
+
+/* Wait for events for up to timeout milliseconds (-1: for ever) and note them. */
+static int net_poll(struct pv_net_worker *w, int timeout)
+{
+	struct epoll_event evs[4];
+	int n = epoll_wait(w->epoll_fd, evs, 4, timeout);
+
+	if (n < 0)
+		return errno == EINTR ? 0 : -1;
+	for (int i = 0; i < n; i++) {
+		uint32_t e = evs[i].events;
+
+		switch (evs[i].data.u32) {
+		case EV_RX_KICK:
+			add(&w->count.rx_kicks, 1);
+			break;
+		case EV_TX_KICK:
+			add(&w->count.tx_kicks, 1);
+			break;
+		case EV_FD:
+			if (e & (EPOLLERR | EPOLLHUP))
+				fd_gone(w, EPIPE);
+			if (e & EPOLLOUT)
+				w->tx_blocked = false;
+			if (e & EPOLLIN) {
+				w->rx_ready = true;
+				/* Frames that we cannot take: no wake-up for each of them. */
+				w->fd_muted = w->rx_waiting;
+			}
+			break;
+		case EV_WAKE:
+			if (woken(w))
+				return -1;
+			break;
+		}
+	}
+	return 0;
+}
+
+/* The guest has added buffers, or it makes no sense to wait for them any more. */
+static void rx_resume(struct pv_net_worker *w)
+{
+	pv_vring_disable_notify(&w->ring[RX]);
+	w->rx_waiting = w->fd_muted = false;
+}
+
+/* Look for work until poll_us have passed. Returns whether there is some; -1: epoll failed. */
+static int spin(struct pv_net_worker *w)
+{
+	uint64_t end = now_us() + w->cfg.poll_us;
+
+	if (set_interest(w))
+		return -1;
+	do {
+		if (net_poll(w, 0))
+			return -1;
+		if (stopping(w) || w->event.kind || (tx_possible(w) && pv_vring_pending(&w->ring[TX])))
+			return 1;
+		if (!rx_possible(w))
+			continue;
+		if (w->rx_waiting && pv_vring_pending(&w->ring[RX]))
+			rx_resume(w);
+		if (!w->rx_waiting && (w->rx_ready || w->held))
+			return 1;
+	} while (now_us() < end);
+	return 0;
+}
+
+/* Sleep until there is something to do. */
+static int net_sleep(struct pv_net_worker *w)
+{
+	int timeout = -1;
+
+	if (w->cfg.poll_us) {
+		int found = spin(w);
+
+		if (found)
+			return found < 0 ? -1 : 0;
+	}
+	if (tx_possible(w) && pv_vring_enable_notify(&w->ring[TX]))
+		return 0;
+	if (w->rx_waiting && rx_possible(w)) {
+		if (pv_vring_enable_notify(&w->ring[RX])) {
+			rx_resume(w);
+			return 0;
+		}
+		if (w->held) {
+			uint64_t waited = now_us() - w->held_since;
+
+			if (waited >= HOLD_MS * 1000) {
+				add(&w->count.rx_drop_held, 1);
+				w->held = w->held_since = 0;
+				rx_resume(w);
+				return 0;
+			}
+			timeout = HOLD_MS - (int)(waited / 1000);
+		}
+	}
+	if (set_interest(w) || net_poll(w, timeout))
+		return -1;
+	add(&w->count.wakeups, 1);
+	if (w->rx_waiting && rx_possible(w) && pv_vring_pending(&w->ring[RX]))
+		rx_resume(w);
+	return 0;
+}
+
+/**
+ * pv_net_worker_new() - Prepare a worker
+ * @cfg:	Copied; all descriptors in it are lent until pv_net_worker_free()
+ * @mem:	Guest memory; must outlive the worker
+ * @why:	Filled in on failure: PV_NET_RING_FAULT or PV_NET_ERROR
+ *
+ * Guest memory is read, not written, so that on failure the rings are as they were.
+ *
+ * Return: the worker, to be freed; NULL on failure
+ */
+struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg, const struct pv_memory *mem,
+					struct pv_net_event *why)
+{
+	struct pv_net_worker *w = calloc(1, sizeof(*w));
+	enum pv_fault fault;
+
+	if (!w) {
+		*why = (struct pv_net_event){.kind = PV_NET_ERROR, .error = ENOMEM};
+		return NULL;
+	}
+	w->cfg = *cfg;
+	w->cfg.name[sizeof(w->cfg.name) - 1] = 0;
+	w->epoll_fd = w->wake_fd = -1;
+	for (int q = RX; q <= TX; q++) {
+		const struct pv_net_ring *r = &cfg->ring[q];
+
+		if (!r->size) {
+			w->ring[q].fault = PV_FAULT_SIZE;
+			continue;
+		}
+		fault = pv_vring_init(&w->ring[q], mem, r->size, r->desc, r->avail, r->used, r->base,
+				      cfg->indirect, cfg->event_idx);
+
+		if (fault) {
+			*why = (struct pv_net_event){.kind = PV_NET_RING_FAULT, .queue = q, .fault = fault};
+			free(w);
+			return NULL;
+		}
+	}
+	w->attach = -1;
+	w->rx_ready = true;
+	w->interest = EPOLLIN | EPOLLET | EPOLLPRI;
+	w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	w->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (w->epoll_fd < 0 || w->wake_fd < 0 || watch(w, w->wake_fd, EV_WAKE, EPOLLIN) ||
+	    (cfg->ring[RX].size && watch(w, cfg->ring[RX].kick, EV_RX_KICK, EPOLLIN | EPOLLET)) ||
+	    (cfg->ring[TX].size && watch(w, cfg->ring[TX].kick, EV_TX_KICK, EPOLLIN | EPOLLET)) ||
+	    watch(w, cfg->fd, EV_FD, w->interest)) {
+		*why = (struct pv_net_event){.kind = PV_NET_ERROR, .error = errno};
+		pv_net_worker_free(w);
+		return NULL;
+	}
+	return w;
+}
+
+/**
+ * pv_net_worker_free() - Release a worker
+ * @w:		Not running; may be NULL
+ */
+void pv_net_worker_free(struct pv_net_worker *w)
+{
+	if (!w)
+		return;
+	if (w->epoll_fd >= 0)
+		close(w->epoll_fd);
+	if (w->wake_fd >= 0)
+		close(w->wake_fd);
+	free(w);
+}
+
+/**
+ * pv_net_worker_run() - Move packets until there is something to report
+ * @w:		The worker; one thread at a time
+ * @ev:		Filled in
+ *
+ * Starts with what is pending, kicked or not. After PV_NET_RING_FAULT and PV_NET_LINK_DOWN it is to be called
+ * again: what still works goes on. After PV_NET_STOPPED every chain taken is finished or given back and guest
+ * memory is not touched any more. All signals are blocked meanwhile: they belong to the main thread.
+ */
+void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev)
+{
+	sigset_t all, old;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	if (w->cfg.name[0])
+		prctl(PR_SET_NAME, w->cfg.name);
+	w->event = (struct pv_net_event){.kind = PV_NET_STOPPED};
+	for (int q = RX; q <= TX; q++)
+		if (!w->ring[q].fault)
+			pv_vring_disable_notify(&w->ring[q]);
+	while (!w->event.kind && !stopping(w)) {
+		if (!net_round(w) && !w->event.kind && net_sleep(w))
+			w->event = (struct pv_net_event){.kind = PV_NET_ERROR, .error = errno};
+	}
+	if (!w->event.kind || w->event.kind == PV_NET_ERROR) {
+		rx_abandon(w);
+		/* Parked: kicks gather in the eventfds until someone takes over. */
+		for (int q = RX; q <= TX; q++)
+			if (!w->ring[q].fault)
+				(void)pv_vring_enable_notify(&w->ring[q]);
+	}
+	*ev = w->event;
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+/**
+ * pv_net_worker_stop() - Make pv_net_worker_run() return, now and whenever it is called again
+ * @w:		The worker; from any thread
+ */
+void pv_net_worker_stop(struct pv_net_worker *w)
+{
+	__atomic_store_n(&w->stop, 1, __ATOMIC_RELEASE);
+	(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
+}
+
+/**
+ * pv_net_worker_attach() - Give a worker that has reported PV_NET_LINK_DOWN a new tap
+ * @w:		The worker; from any thread
+ * @fd:		Non-blocking tap, lent; PV_NET_LINK_UP tells when it is in use
+ */
+void pv_net_worker_attach(struct pv_net_worker *w, int fd)
+{
+	__atomic_store_n(&w->attach, fd, __ATOMIC_RELEASE);
+	(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
+}
+
+/**
+ * pv_net_worker_base() - Next available index of a ring
+ * @w:		Stopped
+ * @queue:	0 receive, 1 transmit
+ *
+ * Return: where the next data path has to start
+ */
+uint16_t pv_net_worker_base(const struct pv_net_worker *w, int queue)
+{
+	return w->ring[queue].last_avail;
+}
+
+/**
+ * pv_net_worker_counters() - Read the counters
+ * @w:		Running or not
+ * @out:	Filled in; each value is whole, the set is not a snapshot
+ */
+void pv_net_worker_counters(const struct pv_net_worker *w, struct pv_net_counters *out)
+{
+	const uint64_t *from = (const uint64_t *)&w->count;
+	uint64_t *to = (uint64_t *)out;
+
+	for (size_t i = 0; i < sizeof(*out) / sizeof(*to); i++)
+		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+}

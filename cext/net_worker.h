@@ -1,0 +1,115 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The emulated data path of one queue pair: moves packets between a tap and two split rings.
+ *
+ * Theory of operation
+ *
+ * One thread owns a worker and spends its life in pv_net_worker_run(). A round gives each direction one turn
+ * of bounded work (CVE-2019-3900); when neither has more to do the worker asks for kicks, looks again, and
+ * sleeps in epoll.
+ *
+ * Every descriptor of the epoll set but wake_fd is edge-triggered, so a kick costs no read to drain it: a
+ * wake-up was measured at a third of what ppoll and read cost. The eventfds keep their count, which is
+ * harmless for who takes them over: vhost does not drain them either.
+ *
+ * Transmit: writev straight from guest memory, header included, wherever the guest split it.
+ *
+ * Receive: chains are taken ahead into a window big enough for the largest frame, and readv goes straight
+ * into them. A tap does not tell how long the next frame is, so the last segment of each readv is a scratch
+ * buffer: it catches what the window cannot hold, and keeps the usual readv short (the whole window is used
+ * only while frames are long). What the scratch caught is copied to the rest of the window; where the guest
+ * has too few buffers the frame is held for a while until it adds some. Chains taken but not used are given
+ * back when the worker stops, so that last_avail == used index.
+ *
+ * A malformed ring stops that direction only.
+ */
+#ifndef PV_NET_WORKER_H
+#define PV_NET_WORKER_H
+
+#include "vring.h"
+
+/* cffi: begin */
+/* What pv_net_worker_run returns. */
+enum pv_net_event_kind {
+	PV_NET_STOPPED,
+	PV_NET_RING_FAULT, /* queue, fault; that direction is off from now on */
+	PV_NET_LINK_DOWN, /* error; the tap is gone: transmits are dropped from now on, nothing is received */
+	PV_NET_LINK_UP,	  /* the tap given to pv_net_worker_attach is in use */
+	PV_NET_ERROR	  /* error; epoll failed, which should not happen; the worker must not be run again */
+};
+
+struct pv_net_event {
+	enum pv_net_event_kind kind;
+	int queue; /* 0 receive, 1 transmit */
+	enum pv_fault fault;
+	int error; /* errno */
+};
+
+struct pv_net_ring {
+	uint32_t size; /* 0: the driver left the queue out */
+	uint16_t base;
+	uint64_t desc;
+	uint64_t avail;
+	uint64_t used;
+	int kick; /* lent, as are all descriptors */
+	int call;
+};
+
+struct pv_net_config {
+	struct pv_net_ring ring[2]; /* 0 receive, 1 transmit */
+	int fd;			    /* non-blocking tap, or a socket that keeps packet boundaries */
+	uint32_t hdr_len;	    /* virtio_net_hdr: 12, or 10 without VERSION_1 and MRG_RXBUF */
+	uint32_t max_frame;	    /* longest frame expected from fd, header included */
+	uint32_t poll_us;	    /* look for work this long before sleeping */
+	bool mrg_rxbuf;
+	bool indirect;
+	bool event_idx;
+	char name[16]; /* of the thread */
+};
+
+#define PV_NET_BATCH_BINS 8
+
+/* Written by the worker only; read them with pv_net_worker_counters. */
+struct pv_net_counters {
+	uint64_t rx_packets;
+	uint64_t rx_bytes; /* without the virtio_net_hdr */
+	uint64_t rx_kicks; /* wake-ups by a kick: kicks that came while awake count once or not at all */
+	uint64_t rx_calls;
+	uint64_t rx_calls_suppressed; /* batches for which the guest wanted no interrupt */
+	uint64_t rx_batches;	      /* publications of the used index */
+	uint64_t rx_waits;	      /* times without a buffer from the guest */
+	uint64_t rx_overflows;	      /* frames that needed a copy from the scratch buffer */
+	uint64_t rx_drop_long;	      /* frames longer than the buffers of the guest */
+	uint64_t rx_drop_short;	      /* frames without a full header */
+	uint64_t rx_drop_error;	      /* frames lost in reading */
+	uint64_t rx_drop_held;	      /* frames for which no buffers came in time, or held at stop */
+	uint64_t tx_packets;
+	uint64_t tx_bytes;
+	uint64_t tx_kicks;
+	uint64_t tx_calls;
+	uint64_t tx_calls_suppressed;
+	uint64_t tx_batches;
+	uint64_t tx_blocks;	/* times that fd took no more */
+	uint64_t tx_drop_error; /* frames that fd refused: bad header, interface down */
+	uint64_t tx_drop_link;	/* frames sent after fd was gone */
+	uint64_t wakeups;
+	uint64_t fd_reads; /* system calls on fd, vain ones included */
+	uint64_t fd_writes;
+	/* Batches by size: 1, 2-3, 4-7, ... 64-127, 128 and more. */
+	uint64_t rx_batch_size[PV_NET_BATCH_BINS];
+	uint64_t tx_batch_size[PV_NET_BATCH_BINS];
+};
+
+struct pv_net_worker;
+
+struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg, const struct pv_memory *mem,
+					struct pv_net_event *why);
+void pv_net_worker_free(struct pv_net_worker *w);
+void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev);
+void pv_net_worker_stop(struct pv_net_worker *w);
+void pv_net_worker_attach(struct pv_net_worker *w, int fd);
+uint16_t pv_net_worker_base(const struct pv_net_worker *w, int queue);
+void pv_net_worker_counters(const struct pv_net_worker *w, struct pv_net_counters *out);
+/* cffi: end */
+
+#endif

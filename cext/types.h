@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: MIT */
+/* Types that all of cext shares. */
+#ifndef PV_TYPES_H
+#define PV_TYPES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* cffi: begin */
+#define PV_MEM_REGIONS 64
+
+/* One run of guest RAM: guest-physical [gpa, gpa + size) is mapped at host. */
+struct pv_mem_region {
+	uint64_t gpa;
+	uint64_t size;
+	uint8_t *host;
+	uint64_t offset; /* in the memfd */
+};
+
+/*
+ * Guest memory as C sees it. Filled in by Python (pyvmm.memory) before any thread reads it and constant from
+ * then on; owned by GuestMemory, which outlives every user.
+ */
+struct pv_memory {
+	uint32_t count;
+	struct pv_mem_region region[PV_MEM_REGIONS];
+};
+
+/* cffi: end */
+
+/*
+ * Host address of guest range [gpa, gpa + len), which must lie inside one region, or NULL. The range is
+ * checked at both ends and against overflow (CVE-2018-1059). len may be 0.
+ */
+static inline uint8_t *pv_mem_host(const struct pv_memory *mem, uint64_t gpa, uint64_t len)
+{
+	for (uint32_t i = 0; i < mem->count; i++) {
+		const struct pv_mem_region *r = &mem->region[i];
+
+		if (gpa >= r->gpa && gpa - r->gpa < r->size)
+			return len <= r->size - (gpa - r->gpa) ? r->host + (gpa - r->gpa) : NULL;
+	}
+	return NULL;
+}
+
+#endif

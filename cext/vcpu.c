@@ -1,0 +1,335 @@
+/* SPDX-License-Identifier: MIT */
+#include "vcpu.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <linux/kvm.h>
+
+struct pv_vcpu_private {
+	struct kvm_run *run;
+	size_t run_size;
+	struct pv_bus *bus;
+	bool stop;	  /* atomic: somebody wants Python to have the thread */
+	bool in_run;	  /* atomic: thread may be signalled */
+	bool unaccounted; /* the latest exit's time is still running */
+	struct pv_exit_slot *current;
+	pthread_t thread;
+	pthread_mutex_t lock; /* run, stop, in_run and thread against pv_vcpu_kick */
+};
+
+static int kick_signal(void)
+{
+	return SIGRTMIN + 4;
+}
+
+static void on_kick(int sig)
+{
+	(void)sig;
+}
+
+int pv_vcpu_init(void)
+{
+	struct sigaction sa = {.sa_handler = on_kick};
+
+	/* No SA_RESTART: the point is to get KVM_RUN to return. */
+	return sigaction(kick_signal(), &sa, NULL) ? -errno : 0;
+}
+
+int pv_ioctl(int fd, unsigned long request, void *arg)
+{
+	int ret = ioctl(fd, request, arg);
+
+	return ret < 0 ? -errno : ret;
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+struct pv_vcpu *pv_vcpu_new(int fd, size_t run_size, struct pv_bus *bus)
+{
+	struct pv_vcpu *v = calloc(1, sizeof(*v));
+
+	if (!v)
+		return NULL;
+	v->priv = calloc(1, sizeof(*v->priv));
+	if (!v->priv) {
+		free(v);
+		return NULL;
+	}
+	v->priv->bus = bus;
+	pthread_mutex_init(&v->priv->lock, NULL);
+	if (pv_vcpu_attach(v, fd, run_size)) {
+		pv_vcpu_free(v);
+		return NULL;
+	}
+	return v;
+}
+
+int pv_vcpu_attach(struct pv_vcpu *v, int fd, size_t run_size)
+{
+	struct pv_vcpu_private *p = v->priv;
+	void *run = NULL;
+
+	if (fd >= 0) {
+		run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		if (run == MAP_FAILED)
+			return -errno;
+	}
+	pthread_mutex_lock(&p->lock);
+	if (p->run)
+		munmap(p->run, p->run_size);
+	p->run = run;
+	p->run_size = run_size;
+	v->fd = fd;
+	p->stop = false;
+	pthread_mutex_unlock(&p->lock);
+	return 0;
+}
+
+void pv_vcpu_free(struct pv_vcpu *v)
+{
+	if (!v)
+		return;
+	if (v->priv->run)
+		munmap(v->priv->run, v->priv->run_size);
+	pthread_mutex_destroy(&v->priv->lock);
+	free(v->priv);
+	free(v);
+}
+
+/* --- ledger ------------------------------------------------------------------------------------------- */
+
+static struct pv_exit_slot *find_slot(struct pv_vcpu *v, const struct pv_exit_slot *key)
+{
+	uint64_t h = (key->addr * 31 + key->reason * 7 + key->size * 3 + key->write) * 0x9e3779b97f4a7c15u;
+
+	for (uint32_t i = 0; i < PV_LEDGER_SLOTS; i++) {
+		struct pv_exit_slot *s = &v->slot[((h >> 40) + i) % PV_LEDGER_SLOTS];
+
+		if (!s->count) {
+			/* A concurrent reader takes a slot as used by its count, which is still 0. */
+			*s = *key;
+			return s;
+		}
+		if (s->addr == key->addr && s->reason == key->reason && s->size == key->size &&
+		    s->write == key->write && s->region == key->region)
+			return s;
+		/* A guest that exits at ever new addresses gets no more than a bounded search each time. */
+		if (i == 32)
+			break;
+	}
+	return NULL;
+}
+
+static void account(struct pv_vcpu *v, const struct pv_exit_slot *key, uint32_t units)
+{
+	struct pv_exit_slot *s = find_slot(v, key);
+
+	v->priv->current = s;
+	v->priv->unaccounted = true;
+	if (!s) {
+		__atomic_store_n(&v->overflow, v->overflow + 1, __ATOMIC_RELAXED);
+		return;
+	}
+	s->units += units;
+	__atomic_store_n(&s->count, s->count + 1, __ATOMIC_RELEASE);
+}
+
+/* The guest is about to run again: the latest exit is over. */
+static void account_time(struct pv_vcpu *v, uint64_t now)
+{
+	struct pv_vcpu_private *p = v->priv;
+
+	if (!p->unaccounted)
+		return;
+	p->unaccounted = false;
+	if (p->current)
+		__atomic_store_n(&p->current->time, p->current->time + now - v->last_exit, __ATOMIC_RELAXED);
+	else
+		__atomic_store_n(&v->overflow_time, v->overflow_time + now - v->last_exit, __ATOMIC_RELAXED);
+}
+
+/* --- exits -------------------------------------------------------------------------------------------- */
+
+bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space)
+{
+	struct pv_bus_region r = {0};
+	bool found = pv_bus_find(v->priv->bus, space, v->addr, v->size, &r);
+	struct pv_exit_slot key = {
+		.addr = v->addr,
+		.reason = space == PV_PIO ? KVM_EXIT_IO : KVM_EXIT_MMIO,
+		.region = r.id,
+		.size = (uint16_t)v->size,
+		.write = v->write,
+	};
+
+	v->region = r.id;
+	account(v, &key, v->count);
+	if (!found) {
+		if (!v->write)
+			memset(v->data, 0xff, (size_t)v->size * v->count);
+		return true;
+	}
+	if (r.kind == PV_REGION_STREAM && v->write) { /* a whole string at once */
+		pv_pipe_write(r.opaque, v->data, v->size * v->count, 1000);
+		return true;
+	}
+	for (uint32_t i = 0; i < v->count; i++)
+		if (!pv_bus_access(&r, v->addr, v->write, v->data + i * v->size, v->size))
+			return false;
+	return true;
+}
+
+static enum pv_stop other_exit(struct pv_vcpu *v, const struct kvm_run *run)
+{
+	struct pv_exit_slot key = {.reason = run->exit_reason};
+
+	v->detail = 0;
+	v->info_count = 0;
+	switch (run->exit_reason) {
+	case KVM_EXIT_INTERNAL_ERROR:
+		v->detail = run->internal.suberror;
+		v->info_count = run->internal.ndata < 8 ? run->internal.ndata : 8;
+		memcpy(v->info, run->internal.data, v->info_count * sizeof(v->info[0]));
+		break;
+	case KVM_EXIT_FAIL_ENTRY:
+		v->info[0] = run->fail_entry.hardware_entry_failure_reason;
+		v->info_count = 1;
+		break;
+	case KVM_EXIT_UNKNOWN:
+		v->info[0] = run->hw.hardware_exit_reason;
+		v->info_count = 1;
+		break;
+	case KVM_EXIT_SYSTEM_EVENT:
+		v->detail = run->system_event.type;
+		break;
+	}
+	key.addr = v->detail;
+	account(v, &key, 1);
+	return PV_STOP_OTHER;
+}
+
+/* One return of KVM_RUN. Returns true to go on. */
+static bool handle_exit(struct pv_vcpu *v, enum pv_stop *stop)
+{
+	struct kvm_run *run = v->priv->run;
+
+	v->reason = run->exit_reason;
+	switch (run->exit_reason) {
+	case KVM_EXIT_IO:
+		v->addr = run->io.port;
+		v->size = run->io.size;
+		v->count = run->io.count;
+		v->write = run->io.direction == KVM_EXIT_IO_OUT;
+		v->data = (uint8_t *)run + run->io.data_offset;
+		*stop = PV_STOP_PIO;
+		return pv_vcpu_access(v, PV_PIO);
+	case KVM_EXIT_MMIO:
+		v->addr = run->mmio.phys_addr;
+		v->size = run->mmio.len;
+		v->count = 1;
+		v->write = run->mmio.is_write;
+		v->data = run->mmio.data;
+		*stop = PV_STOP_MMIO;
+		return pv_vcpu_access(v, PV_MMIO);
+	default:
+		*stop = other_exit(v, run);
+		return false;
+	}
+}
+
+/* KVM_RUN returned an error. Returns true to go on. */
+static bool handle_error(struct pv_vcpu *v, int error, enum pv_stop *stop)
+{
+	struct pv_exit_slot key = {.reason = PV_EXIT_ERROR, .addr = (uint64_t)error};
+
+	if (error == EINTR || error == EAGAIN) {
+		key = (struct pv_exit_slot){.reason = KVM_EXIT_INTR};
+		account(v, &key, 1);
+		return true;
+	}
+	account(v, &key, 1);
+	v->error = error;
+	*stop = PV_STOP_ERROR;
+	return false;
+}
+
+/*
+ * Whether somebody asked for the thread; answers it. Under the lock: a kick sets stop and immediate_exit, and
+ * one of them left behind alone would make KVM_RUN return for ever without anybody knowing why.
+ */
+static bool take_stop(struct pv_vcpu_private *p)
+{
+	bool stop;
+
+	pthread_mutex_lock(&p->lock);
+	stop = p->stop;
+	p->stop = false;
+	if (stop)
+		p->run->immediate_exit = 0;
+	pthread_mutex_unlock(&p->lock);
+	return stop;
+}
+
+enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
+{
+	struct pv_vcpu_private *p = v->priv;
+	enum pv_stop stop = PV_STOP_ASKED;
+	bool again = true;
+
+	pthread_mutex_lock(&p->lock);
+	p->thread = pthread_self();
+	p->in_run = true;
+	pthread_mutex_unlock(&p->lock);
+	while (again) {
+		uint64_t now = now_ns();
+		int ret;
+
+		account_time(v, now);
+		/* immediate_exit makes KVM finish the access of the latest exit without entering the guest,
+		 * so that registers are whole when we stop. */
+		if (__atomic_load_n(&p->stop, __ATOMIC_ACQUIRE))
+			p->run->immediate_exit = 1;
+		if (!v->first_run)
+			v->first_run = now;
+		ret = ioctl(v->fd, KVM_RUN, 0);
+		v->last_exit = now_ns();
+		if (!v->first_exit)
+			v->first_exit = v->last_exit;
+		__atomic_store_n(&v->runs, v->runs + 1, __ATOMIC_RELAXED);
+		again = ret ? handle_error(v, errno, &stop) : handle_exit(v, &stop);
+		if (ret && again && take_stop(p)) {
+			stop = PV_STOP_ASKED;
+			again = false;
+		}
+	}
+	pthread_mutex_lock(&p->lock);
+	p->in_run = false;
+	pthread_mutex_unlock(&p->lock);
+	return stop;
+}
+
+void pv_vcpu_kick(struct pv_vcpu *v)
+{
+	struct pv_vcpu_private *p = v->priv;
+
+	pthread_mutex_lock(&p->lock);
+	__atomic_store_n(&p->stop, true, __ATOMIC_RELEASE);
+	/* Written by another thread on purpose: closes the gap between the check of stop and the entry
+	 * (Documentation/virt/kvm). */
+	if (p->run)
+		p->run->immediate_exit = 1;
+	if (p->in_run)
+		pthread_kill(p->thread, kick_signal());
+	pthread_mutex_unlock(&p->lock);
+}

@@ -1,0 +1,356 @@
+/* SPDX-License-Identifier: MIT */
+#include <linux/virtio_ring.h>
+#include <string.h>
+
+#include "vring.h"
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "virtio 1.x is little-endian and so are we");
+_Static_assert(sizeof(struct vring_desc) == 16, "2.7.5");
+
+/* Index into the available and used areas, in 16-bit units. */
+enum { FLAGS = 0, IDX = 1, RING = 2 };
+
+static const char *const fault_text[] = {
+	[PV_FAULT_NONE] = "no fault",
+	[PV_FAULT_SIZE] = "queue size is not a power of two from 1 to 32768",
+	[PV_FAULT_ALIGN] = "ring area is misaligned",
+	[PV_FAULT_AREA] = "ring area is not in guest memory",
+	[PV_FAULT_AVAIL_IDX] = "available index is ahead by more than the queue size",
+	[PV_FAULT_HEAD] = "head is outside the descriptor table",
+	[PV_FAULT_NEXT] = "next is outside the descriptor table",
+	[PV_FAULT_LOOP] = "descriptor chain loops",
+	[PV_FAULT_INDIRECT] = "indirect descriptor without INDIRECT_DESC",
+	[PV_FAULT_INDIRECT_NESTED] = "indirect descriptor inside an indirect table",
+	[PV_FAULT_INDIRECT_NEXT] = "indirect descriptor with a next one",
+	[PV_FAULT_INDIRECT_LEN] = "indirect table of a bad length",
+	[PV_FAULT_INDIRECT_ADDR] = "indirect table is not in guest memory",
+	[PV_FAULT_ZERO_LEN] = "descriptor of length 0",
+	[PV_FAULT_RANGE] = "descriptor is not in guest memory",
+	[PV_FAULT_ORDER] = "readable descriptor after a writable one",
+	[PV_FAULT_SEGMENTS] = "descriptor chain of too many segments",
+	[PV_FAULT_DIRECTION] = "descriptor of the wrong direction",
+	[PV_FAULT_SHORT] = "descriptor chain is shorter than the packet header",
+	[PV_FAULT_TOO_LONG] = "descriptor chain of too many bytes",
+};
+_Static_assert(sizeof(fault_text) / sizeof(fault_text[0]) == PV_FAULT_COUNT, "every fault has its text");
+
+/**
+ * pv_fault_text() - Words for a fault
+ * @fault:	Any value
+ *
+ * Return: a static string
+ */
+const char *pv_fault_text(enum pv_fault fault)
+{
+	return (unsigned int)fault < PV_FAULT_COUNT ? fault_text[fault] : "unknown fault";
+}
+
+/**
+ * pv_vring_init() - Take over a ring
+ * @vr:		Filled in
+ * @mem:	Guest memory; must outlive the ring
+ * @size:	Entries, a power of two up to 32768
+ * @desc:	Guest-physical address of the descriptor table, 16-byte aligned
+ * @avail:	Of the available ring, 2-byte aligned
+ * @used:	Of the used ring, 4-byte aligned
+ * @base:	Next available index
+ * @indirect:	INDIRECT_DESC was negotiated
+ * @event_idx:	EVENT_IDX was negotiated
+ *
+ * Each area, the event fields included, must lie within one memory region. Reads used->idx and writes
+ * nothing, so that a ring that is refused is left as it was.
+ *
+ * Return: PV_FAULT_NONE, _SIZE, _ALIGN or _AREA
+ */
+enum pv_fault pv_vring_init(struct pv_vring *vr, const struct pv_memory *mem, uint32_t size, uint64_t desc,
+			    uint64_t avail, uint64_t used, uint16_t base, bool indirect, bool event_idx)
+{
+	memset(vr, 0, sizeof(*vr));
+	if (!size || size > PV_VRING_SIZE_MAX || (size & (size - 1)))
+		return vr->fault = PV_FAULT_SIZE;
+	if (desc % VRING_DESC_ALIGN_SIZE || avail % VRING_AVAIL_ALIGN_SIZE || used % VRING_USED_ALIGN_SIZE)
+		return vr->fault = PV_FAULT_ALIGN;
+	vr->mem = mem;
+	vr->size = size;
+	vr->mask = (uint16_t)(size - 1);
+	vr->desc = pv_mem_host(mem, desc, 16ull * size);
+	vr->avail = (uint16_t *)(void *)pv_mem_host(mem, avail, 6 + 2ull * size);
+	vr->used = (uint16_t *)(void *)pv_mem_host(mem, used, 6 + 8ull * size);
+	if (!vr->desc || !vr->avail || !vr->used)
+		return vr->fault = PV_FAULT_AREA;
+	vr->used_event = vr->avail + RING + size;
+	vr->avail_event = vr->used + RING + 4 * size;
+	vr->indirect = indirect;
+	vr->event_idx = event_idx;
+	vr->last_avail = vr->avail_idx = base;
+	vr->used_idx = vr->used_next = __atomic_load_n(&vr->used[IDX], __ATOMIC_RELAXED);
+	vr->notify_on = true;
+	return PV_FAULT_NONE;
+}
+
+/* One copy of descriptor i of table; the guest may change the original while we look. */
+static struct vring_desc desc_copy(const uint8_t *table, uint32_t i)
+{
+	struct vring_desc d;
+
+	memcpy(&d, table + 16ull * i, sizeof(d));
+	/* Without this the compiler may fetch a field again from guest memory after it was checked. */
+	__asm__ volatile("" : "+m"(d));
+	return d;
+}
+
+static enum pv_step walk_bad(struct pv_walk *w, enum pv_fault fault)
+{
+	w->fault = fault;
+	w->ended = true;
+	return PV_BAD;
+}
+
+/**
+ * pv_walk_begin() - Start walking a chain
+ * @w:		Filled in
+ * @vr:		The ring
+ * @head:	Index of the first descriptor; any value
+ */
+void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head)
+{
+	*w = (struct pv_walk){
+		.vr = vr,
+		.table = vr->desc,
+		.count = vr->size,
+		.ttl = vr->size,
+		.next = head,
+	};
+}
+
+/**
+ * pv_walk_next() - The next segment of a chain
+ * @w:		From pv_walk_begin()
+ * @seg:	Filled in on PV_MORE
+ *
+ * Bounded: a table of n entries yields at most n descriptors, and at most one indirect table is entered.
+ *
+ * Return: PV_MORE; PV_DONE after the last segment; PV_BAD with @w->fault set. The last two stay.
+ */
+enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
+{
+	struct vring_desc d;
+
+	if (w->ended)
+		return w->fault ? PV_BAD : PV_DONE;
+	for (;;) {
+		if (w->next >= w->count) {
+			bool head = !w->indirect && w->ttl == w->count;
+
+			return walk_bad(w, head ? PV_FAULT_HEAD : PV_FAULT_NEXT);
+		}
+		if (!w->ttl)
+			return walk_bad(w, PV_FAULT_LOOP);
+		w->ttl--;
+		d = desc_copy(w->table, w->next);
+		if (!(d.flags & VRING_DESC_F_INDIRECT))
+			break;
+		/* 2.7.5.3: the last descriptor of a chain may refer to a table with the rest; WRITE is to be
+		 * ignored. */
+		if (w->indirect)
+			return walk_bad(w, PV_FAULT_INDIRECT_NESTED);
+		if (!w->vr->indirect)
+			return walk_bad(w, PV_FAULT_INDIRECT);
+		if (d.flags & VRING_DESC_F_NEXT)
+			return walk_bad(w, PV_FAULT_INDIRECT_NEXT);
+		if (!d.len || d.len % sizeof(d))
+			return walk_bad(w, PV_FAULT_INDIRECT_LEN);
+		w->table = pv_mem_host(w->vr->mem, d.addr, d.len);
+		if (!w->table)
+			return walk_bad(w, PV_FAULT_INDIRECT_ADDR);
+		w->count = w->ttl = d.len / (uint32_t)sizeof(d);
+		w->next = 0;
+		w->indirect = true;
+	}
+	if (!d.len)
+		return walk_bad(w, PV_FAULT_ZERO_LEN);
+	seg->write = d.flags & VRING_DESC_F_WRITE;
+	if (w->written && !seg->write)
+		return walk_bad(w, PV_FAULT_ORDER);
+	w->written = seg->write;
+	seg->len = d.len;
+	seg->host = pv_mem_host(w->vr->mem, d.addr, d.len);
+	if (!seg->host)
+		return walk_bad(w, PV_FAULT_RANGE);
+	if (d.flags & VRING_DESC_F_NEXT)
+		w->next = d.next;
+	else
+		w->ended = true;
+	return PV_MORE;
+}
+
+/* Read the available index; false where it is impossible. */
+static bool avail_refresh(struct pv_vring *vr)
+{
+	/*
+	 * Acquire: pairs with the driver's barrier between filling in descriptors and ring entry and storing
+	 * the index (2.7.13.3): what we read through the ring after this is at least as new as the index.
+	 */
+	vr->avail_idx = __atomic_load_n(&vr->avail[IDX], __ATOMIC_ACQUIRE);
+	return (uint16_t)(vr->avail_idx - vr->last_avail) <= vr->size;
+}
+
+/**
+ * pv_vring_pop() - Take the next available chain
+ * @vr:		The ring
+ * @iov:	Gets the segments, those that the device reads first
+ * @max:	Entries of @iov; a longer chain is bad
+ * @chain:	Filled in on PV_MORE
+ *
+ * A bad chain is not taken: last_avail stays on it.
+ *
+ * Return: PV_MORE; PV_DONE where the ring is empty; PV_BAD with @vr->fault set
+ */
+enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max, struct pv_chain *chain)
+{
+	struct pv_segment seg;
+	struct pv_walk w;
+	enum pv_step step;
+	uint32_t n = 0;
+
+	if (vr->fault)
+		return PV_BAD;
+	if (vr->avail_idx == vr->last_avail) {
+		if (!avail_refresh(vr)) {
+			vr->fault = PV_FAULT_AVAIL_IDX;
+			return PV_BAD;
+		}
+		if (vr->avail_idx == vr->last_avail)
+			return PV_DONE;
+	}
+	*chain = (struct pv_chain){
+		.head = __atomic_load_n(&vr->avail[RING + (vr->last_avail & vr->mask)], __ATOMIC_RELAXED),
+	};
+	pv_walk_begin(&w, vr, chain->head);
+	while ((step = pv_walk_next(&w, &seg)) == PV_MORE) {
+		if (n == max) {
+			vr->fault = PV_FAULT_SEGMENTS;
+			return PV_BAD;
+		}
+		iov[n].iov_base = seg.host;
+		iov[n].iov_len = seg.len;
+		n++;
+		if (seg.write) {
+			chain->in_num++;
+			chain->in_len += seg.len;
+		} else {
+			chain->out_num++;
+			chain->out_len += seg.len;
+		}
+	}
+	if (step == PV_BAD) {
+		vr->fault = w.fault;
+		return PV_BAD;
+	}
+	vr->last_avail++;
+	return PV_MORE;
+}
+
+/**
+ * pv_vring_unpop() - Give back the chains taken last
+ * @vr:		The ring
+ * @n:		How many; they must not have been pushed
+ */
+void pv_vring_unpop(struct pv_vring *vr, uint16_t n)
+{
+	vr->last_avail = (uint16_t)(vr->last_avail - n);
+}
+
+/**
+ * pv_vring_push() - Put a chain on the used ring, unpublished
+ * @vr:		The ring
+ * @head:	From the chain
+ * @len:	Bytes that the device wrote
+ *
+ * At most as many as were popped; the guest sees them after pv_vring_flush().
+ */
+void pv_vring_push(struct pv_vring *vr, uint16_t head, uint32_t len)
+{
+	uint32_t *elem = (uint32_t *)(void *)(vr->used + RING) + 2 * (vr->used_next & vr->mask);
+
+	__atomic_store_n(&elem[0], head, __ATOMIC_RELAXED);
+	__atomic_store_n(&elem[1], len, __ATOMIC_RELAXED);
+	vr->used_next++;
+}
+
+/**
+ * pv_vring_flush() - Publish what was pushed
+ * @vr:		The ring
+ *
+ * Return: whether the guest wants an interrupt for it
+ */
+bool pv_vring_flush(struct pv_vring *vr)
+{
+	uint16_t old = vr->signalled_used;
+	bool valid = vr->signalled_valid;
+
+	if (vr->used_next == vr->used_idx)
+		return false;
+	vr->used_idx = vr->used_next;
+	/* Release: buffers and used elements are visible before the index that hands them over (2.7.8.2). */
+	__atomic_store_n(&vr->used[IDX], vr->used_idx, __ATOMIC_RELEASE);
+	/*
+	 * Full barrier between publishing and reading whether the guest wants to know. The driver does the
+	 * reverse: asks for interrupts, then looks at the index. One of us must see the other, or the last
+	 * entry waits for ever.
+	 */
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	if (!vr->event_idx)
+		return !(__atomic_load_n(&vr->avail[FLAGS], __ATOMIC_RELAXED) & VRING_AVAIL_F_NO_INTERRUPT);
+	vr->signalled_used = vr->used_idx;
+	vr->signalled_valid = true;
+	return !valid || pv_need_event(__atomic_load_n(vr->used_event, __ATOMIC_RELAXED), vr->used_idx, old);
+}
+
+/**
+ * pv_vring_enable_notify() - Ask the guest for kicks
+ * @vr:		The ring
+ *
+ * Return: true where entries are available already, so that the caller must not sleep (a bad index counts as
+ * such: pop will report it)
+ */
+bool pv_vring_enable_notify(struct pv_vring *vr)
+{
+	vr->notify_on = true;
+	if (vr->event_idx)
+		__atomic_store_n(vr->avail_event, vr->last_avail, __ATOMIC_RELAXED);
+	else
+		__atomic_store_n(&vr->used[FLAGS], 0, __ATOMIC_RELAXED);
+	/*
+	 * Full barrier between asking and looking. The driver stores the index, then reads whether to kick:
+	 * if it did not see our request, we see its index now.
+	 */
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	return pv_vring_pending(vr);
+}
+
+/**
+ * pv_vring_disable_notify() - Tell the guest that no kicks are needed
+ * @vr:		The ring
+ *
+ * A hint (2.7.10): with EVENT_IDX an avail_event left behind does it.
+ */
+void pv_vring_disable_notify(struct pv_vring *vr)
+{
+	if (!vr->notify_on)
+		return;
+	vr->notify_on = false;
+	if (!vr->event_idx)
+		__atomic_store_n(&vr->used[FLAGS], VRING_USED_F_NO_NOTIFY, __ATOMIC_RELAXED);
+}
+
+/**
+ * pv_vring_pending() - Whether chains are available
+ * @vr:		The ring
+ *
+ * Return: true where the available index is not the one to take next
+ */
+bool pv_vring_pending(const struct pv_vring *vr)
+{
+	return __atomic_load_n(&vr->avail[IDX], __ATOMIC_ACQUIRE) != vr->last_avail;
+}

@@ -1,0 +1,210 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The runtime of the bare-metal guests: everything that a test kernel of a page or two needs, and nothing
+ * that exits behind its back: each access to a port or device that these functions make is stated, so that a
+ * guest can promise its exact exit counts.
+ *
+ * Ring 0 is emulated on some hosts (kvm_pvm): no SSE, x87, cmpxchg16b, popcnt or int3.
+ */
+#ifndef PYVMM_GUEST_H
+#define PYVMM_GUEST_H
+
+#define GUEST_CS32    0x08
+#define GUEST_CS      0x10 /* as the 64-bit boot protocol has it */
+#define GUEST_DS      0x18
+#define AP_TRAMPOLINE 0x8000
+
+/* The machine's ports and addresses: pyvmm/spec/platform.py; tests/unit/test_guest.py holds the two together.
+ */
+#define PORT_ACPI_SLEEP_CONTROL 0x600
+#define PORT_ACPI_RESET		0x602
+#define ACPI_RESET_VALUE	0x01
+#define ACPI_S5_TYPE		5
+#define PORT_PIC_MASTER		0x20
+#define PORT_PIC_SLAVE		0xa0
+#define PORT_I8042		0x60
+#define PORT_COM1		0x3f8
+#define PORT_PVPANIC		0x505
+#define PORT_PCI_ADDRESS	0xcf8
+#define PORT_PCI_RESET		0xcf9
+#define PORT_PCI_DATA		0xcfc
+#define PCI_MMIO_BASE		0xc0000000
+#define IOAPIC_BASE		0xfec00000
+#define LAPIC_BASE		0xfee00000
+#define IOAPIC_PIN_TIMER	2
+
+#ifndef __ASSEMBLER__
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include "pyvmm_port.h"
+
+/* --- what a guest provides ------------------------------------------------------------------------------ */
+
+/* Its return value becomes the exit status (0: all well). */
+int main(void);
+
+/* --- ports and memory ----------------------------------------------------------------------------------- */
+
+#define PORT_ACCESS(suffix, type)                                                                            \
+	static inline void out##suffix(uint16_t port, type value)                                            \
+	{                                                                                                    \
+		__asm__ volatile("out" #suffix " %0, %1" : : "a"(value), "Nd"(port) : "memory");             \
+	}                                                                                                    \
+	static inline type in##suffix(uint16_t port)                                                         \
+	{                                                                                                    \
+		type value;                                                                                  \
+                                                                                                             \
+		__asm__ volatile("in" #suffix " %1, %0" : "=a"(value) : "Nd"(port) : "memory");              \
+		return value;                                                                                \
+	}
+
+PORT_ACCESS(b, uint8_t)
+PORT_ACCESS(w, uint16_t)
+PORT_ACCESS(l, uint32_t)
+
+/* A plain mov each, of exactly that width. */
+#define MMIO_ACCESS(bits, suffix, reg)                                                                       \
+	static inline void mmio_write##bits(uint64_t address, uint##bits##_t value)                          \
+	{                                                                                                    \
+		__asm__ volatile("mov" suffix " %" reg "0, (%1)" : : "r"(value), "r"(address) : "memory");   \
+	}                                                                                                    \
+	static inline uint##bits##_t mmio_read##bits(uint64_t address)                                       \
+	{                                                                                                    \
+		uint##bits##_t value;                                                                        \
+                                                                                                             \
+		__asm__ volatile("mov" suffix " (%1), %" reg "0" : "=r"(value) : "r"(address) : "memory");   \
+		return value;                                                                                \
+	}
+
+MMIO_ACCESS(8, "b", "b")
+MMIO_ACCESS(16, "w", "w")
+MMIO_ACCESS(32, "l", "k")
+MMIO_ACCESS(64, "q", "q")
+
+static inline uint64_t rdmsr(uint32_t msr)
+{
+	uint32_t low, high;
+
+	__asm__ volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(msr));
+	return (uint64_t)high << 32 | low;
+}
+
+static inline void wrmsr(uint32_t msr, uint64_t value)
+{
+	__asm__ volatile("wrmsr" : : "c"(msr), "a"((uint32_t)value), "d"((uint32_t)(value >> 32)) : "memory");
+}
+
+static inline uint64_t rdtsc(void)
+{
+	uint32_t low, high;
+
+	__asm__ volatile("rdtsc" : "=a"(low), "=d"(high));
+	return (uint64_t)high << 32 | low;
+}
+
+static inline void pause(void)
+{
+	__asm__ volatile("pause" : : : "memory");
+}
+
+static inline void barrier(void)
+{
+	__asm__ volatile("" : : : "memory");
+}
+
+void *memcpy(void *to, const void *from, size_t size);
+void *memset(void *to, int byte, size_t size);
+int memcmp(const void *a, const void *b, size_t size);
+size_t strlen(const char *text);
+
+/* --- saying things -------------------------------------------------------------------------------------- */
+
+/* One rep outsb to PORT_GUEST_STDOUT; %s %c %d %u %x and %lx. At most 256 bytes. */
+void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+/* Bytes to COM1, one outb each, no polling (two bytes more for a line end). */
+void serial(const char *text);
+/* Tell the VMM the exit status and power off: one outl to PORT_GUEST_CONTROL, one outb to
+ * PORT_ACPI_SLEEP_CONTROL. */
+void finish(int status) __attribute__((noreturn));
+/* say() what went wrong, then finish(1). */
+void fail(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
+
+/* --- what the loader handed over ------------------------------------------------------------------------ */
+
+const char *command_line(void);
+/* The value of key=value on the command line, copied to out (NUL-terminated), or NULL. */
+const char *option(const char *key, char *out, size_t size);
+/* The same as a number, or otherwise. */
+unsigned long option_number(const char *key, unsigned long otherwise);
+/* An ACPI table by its signature, with its checksum verified, or NULL. */
+const uint8_t *acpi_table(const char *signature);
+uint64_t acpi_rsdp(void);
+
+/* --- interrupts ----------------------------------------------------------------------------------------- */
+
+typedef void (*irq_handler)(unsigned int vector);
+
+/* Load the interrupt table and mask the 8259s (two outb that KVM answers). Until then, any exception is a
+ * triple fault; from then on, it is reported and ends the guest. */
+void irq_init(void);
+/* Handle a vector from 32 up; the handler acknowledges with lapic_eoi() itself. */
+void irq_set(unsigned int vector, irq_handler handler);
+/* Interrupts on, wait for one, off again. */
+static inline void irq_wait(void)
+{
+	__asm__ volatile("sti; hlt; cli" : : : "memory");
+}
+
+/* Take what is pending. */
+static inline void irq_take(void)
+{
+	__asm__ volatile("sti; nop; cli" : : : "memory");
+}
+
+/* --- local and I/O APIC: each access is one that KVM answers in the kernel, none comes to userspace ------
+ */
+
+#define LAPIC_ID	    0x20
+#define LAPIC_EOI	    0xb0
+#define LAPIC_SVR	    0xf0
+#define LAPIC_IRR	    0x200
+#define LAPIC_ICR	    0x300
+#define LAPIC_ICR_HI	    0x310
+#define LAPIC_TIMER	    0x320
+#define LAPIC_TIMER_INITIAL 0x380
+#define LAPIC_TIMER_DIVIDE  0x3e0
+
+static inline uint32_t lapic_read(uint32_t reg)
+{
+	return mmio_read32(LAPIC_BASE + reg);
+}
+
+static inline void lapic_write(uint32_t reg, uint32_t value)
+{
+	mmio_write32(LAPIC_BASE + reg, value);
+}
+
+static inline void lapic_eoi(void)
+{
+	lapic_write(LAPIC_EOI, 0);
+}
+
+/* Software-enable this CPU's local APIC, spurious vector 255. */
+void lapic_enable(void);
+/* Send an interrupt command and wait until it is accepted. */
+void lapic_send(uint32_t apic_id, uint32_t command);
+/* Route an IO-APIC pin to the boot CPU, edge-triggered, active high. */
+void ioapic_route(unsigned int pin, uint8_t vector);
+void ioapic_route_level_low(unsigned int pin, uint8_t vector);
+
+/* --- application processors ----------------------------------------------------------------------------- */
+
+extern uint32_t ap_stack;     /* the next one's stack pointer */
+extern void (*ap_main)(void); /* what it runs */
+/* Start the CPU with this APIC id in ap_main on the given stack; INIT, SIPI, SIPI. Returns once ap_main has
+ * been entered. */
+void ap_start(uint32_t apic_id, void *stack_top, void (*entry)(void));
+
+#endif
+#endif

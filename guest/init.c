@@ -1,0 +1,895 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The guest's init: mounts, loads modules, configures the network, runs one command, reports its exit status
+ * to the VMM, powers off. One static program, since every fork and exec is slow in an emulated guest.
+ *
+ * Theory of operation
+ * -------------------
+ * All that it is to do stands on the kernel command line (docs/images.md has the list):
+ *
+ *   pyvmm.net=NIC,ADDR/PREFIX[,ADDR/PREFIX]...[,gw=ADDR][,mtu=N][,peer=ADDR]   NIC is a MAC, eth0.. or an
+ * ifindex pyvmm.cmd=BASE64URL         argv, each argument ended by a NUL; without: file /etc/pyvmm.cmd, else
+ * a shell pyvmm.stdin=console         the command reads the console, raw; DLE EOT ends its input, DLE DLE is
+ * one DLE pyvmm.hostname=NAME  pyvmm.term=TERM  pyvmm.tty=COLSxROWS  pyvmm.port=0|1  pyvmm.verbose
+ * pyvmm.panic=init
+ *
+ * Nothing here is fatal: what fails is told in one line on the console, and init goes on to the command.
+ *
+ * With a command and the guest port (pyvmm_port.h), the command's stdout and stderr are pipes which init
+ * relays to the port, so that they are binary-safe and apart from kernel messages. Without the port (another
+ * VMM), they are the console, and the status is the line "pyvmm-init: status N".
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/if_addr.h>
+#include <linux/netlink.h>
+#include <linux/rtnetlink.h>
+#include <net/if.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/io.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/uio.h>
+#include <sys/utsname.h>
+#include <sys/wait.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "pyvmm_port.h"
+
+#define MAX_NICS     32
+#define MAX_ARGS     256
+#define NET_WAIT_MS  5000
+#define DRAIN_MS     1000
+#define CMDLINE_SIZE 4096
+#define COMMAND_FILE "/etc/pyvmm.cmd"
+#define PAGE_SIZE    4096
+#define DLE	     0x10
+#define EOT	     0x04
+
+static bool have_port;
+static char *page; /* what GUEST_WRITE sends from; NULL: by bytes */
+static bool verbose;
+static char cmdline[CMDLINE_SIZE];
+static char command[65536]; /* argv, NUL after each */
+static size_t command_size;
+static char *argv_out[MAX_ARGS + 1];
+static bool stdin_console;
+static const char *hostname = "guest";
+static const char *term = "vt100";
+static const char *panic_how = "";
+static const char *window = "";
+static char *nic_specs[MAX_NICS];
+static unsigned int nic_count;
+static const char *peer;
+
+static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* One line on the console. */
+static void say(const char *format, ...)
+{
+	char line[512];
+	va_list args;
+	int n = snprintf(line, sizeof(line), "pyvmm-init: ");
+
+	va_start(args, format);
+	vsnprintf(line + n, sizeof(line) - (size_t)n - 1, format, args);
+	va_end(args);
+	strcat(line, "\n");
+	if (write(STDERR_FILENO, line, strlen(line)) < 0)
+		return; /* no console: nobody to tell */
+}
+
+static void tell(unsigned int opcode, unsigned int value)
+{
+	if (have_port)
+		pyvmm_control(opcode, value);
+}
+
+static long now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* Read at most @size - 1 bytes of @path, add a NUL; returns the length, or -1. */
+static ssize_t read_file(const char *path, char *data, size_t size)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	size_t have = 0;
+
+	if (fd < 0)
+		return -1;
+	while (have < size - 1) {
+		ssize_t n = read(fd, data + have, size - 1 - have);
+
+		if (n <= 0)
+			break;
+		have += (size_t)n;
+	}
+	close(fd);
+	data[have] = 0;
+	return (ssize_t)have;
+}
+
+/* --- set-up --- */
+
+static void mount_all(void)
+{
+	static const struct {
+		const char *type, *path, *data;
+	} mounts[] = {
+		{"proc", "/proc", NULL},	  {"sysfs", "/sys", NULL},
+		{"devtmpfs", "/dev", "mode=755"}, {"devpts", "/dev/pts", "mode=620,ptmxmode=666"},
+		{"tmpfs", "/tmp", "mode=1777"},	  {"tmpfs", "/run", "mode=755"},
+	};
+	static const char *const links[][2] = {
+		{"/proc/self/fd", "/dev/fd"},
+		{"fd/0", "/dev/stdin"},
+		{"fd/1", "/dev/stdout"},
+		{"fd/2", "/dev/stderr"},
+	};
+
+	for (size_t i = 0; i < sizeof(mounts) / sizeof(*mounts); i++) {
+		mkdir(mounts[i].path, 0755);
+		if (mount(mounts[i].type, mounts[i].path, mounts[i].type, MS_NOSUID, mounts[i].data) &&
+		    errno != EBUSY)
+			say("cannot mount %s: %s", mounts[i].path, strerror(errno));
+	}
+	for (size_t i = 0; i < sizeof(links) / sizeof(*links); i++)
+		if (symlink(links[i][0], links[i][1]) && errno != EEXIST)
+			say("cannot make %s: %s", links[i][1], strerror(errno));
+}
+
+/* The guest port, if this machine has one: @choice is the value of pyvmm.port or NULL. */
+static void open_port(const char *choice)
+{
+	if (choice && *choice == '0')
+		return;
+	if (ioperm(PORT_GUEST_CONTROL, PORT_GUEST_COUNT, 1)) {
+		say("no guest port: ioperm: %s", strerror(errno));
+		return;
+	}
+	have_port = choice || pyvmm_present();
+	if (!have_port)
+		ioperm(PORT_GUEST_CONTROL, PORT_GUEST_COUNT, 0);
+}
+
+/*
+ * Name a page of ours to the VMM. It must stay where it is: shared, so that fork() does not copy it, and with
+ * a reference from a pipe that nobody reads, so that the kernel does not move it.
+ */
+static void share_page(void)
+{
+	char *p = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1,
+		       0);
+	struct iovec piece = {.iov_base = p, .iov_len = PAGE_SIZE};
+	uint64_t entry = 0;
+	int ends[2], map;
+
+	if (p == MAP_FAILED || pipe2(ends, O_CLOEXEC))
+		return;
+	*p = 0;
+	if (vmsplice(ends[1], &piece, 1, 0) != PAGE_SIZE)
+		return;
+	/* Documentation/admin-guide/mm/pagemap.rst: bit 63 present, bits 0..54 frame number. */
+	map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (map < 0)
+		return;
+	if (pread(map, &entry, sizeof(entry), (off_t)((uintptr_t)p / PAGE_SIZE * sizeof(entry))) ==
+		    sizeof(entry) &&
+	    entry >> 63 && (entry &= (1ULL << 55) - 1) && entry < 1 << 24) {
+		page = p;
+		tell(GUEST_PAGE, (unsigned int)entry);
+	}
+	close(map);
+}
+
+/* Load the modules that /etc/modules lists: paths below /lib/modules/RELEASE, dependencies first. */
+static void load_modules(void)
+{
+	static char list[4096];
+	struct utsname uts;
+	char path[512], *save;
+
+	if (read_file("/etc/modules", list, sizeof(list)) < 0)
+		return;
+	uname(&uts);
+	for (char *name = strtok_r(list, "\n", &save); name; name = strtok_r(NULL, "\n", &save)) {
+		int fd;
+
+		snprintf(path, sizeof(path), "/lib/modules/%s/%s", uts.release, name);
+		fd = open(path, O_RDONLY | O_CLOEXEC);
+		if (fd < 0) {
+			say("module %s: %s", path, strerror(errno));
+			continue;
+		}
+		if (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST)
+			say("module %s: %s", path, strerror(errno));
+		close(fd);
+	}
+}
+
+static int base64_value(char c)
+{
+	if (c >= 'A' && c <= 'Z')
+		return c - 'A';
+	if (c >= 'a' && c <= 'z')
+		return c - 'a' + 26;
+	if (c >= '0' && c <= '9')
+		return c - '0' + 52;
+	return c == '-' ? 62 : c == '_' ? 63 : -1;
+}
+
+/* Decode base64url (RFC 4648, section 5; padding ignored) into @out; returns the length. */
+static size_t base64_decode(const char *in, char *out, size_t size)
+{
+	unsigned int bits = 0, have = 0;
+	size_t n = 0;
+
+	for (; *in && *in != '='; in++) {
+		int v = base64_value(*in);
+
+		if (v < 0) {
+			say("pyvmm.cmd is not base64url at '%.8s'", in);
+			return 0;
+		}
+		bits = (bits << 6 | (unsigned int)v) & 0xffffff;
+		have += 6;
+		if (have >= 8 && n < size) {
+			have -= 8;
+			out[n++] = (char)(bits >> have & 0xff);
+		} else if (have >= 8) {
+			say("pyvmm.cmd is too long; the rest is cut");
+			return n;
+		}
+	}
+	return n;
+}
+
+/* Split @command at its NULs into argv_out; returns argc. */
+static int split_command(void)
+{
+	int argc = 0;
+
+	if (command_size && command[command_size - 1])
+		command[command_size++] = 0;
+	for (size_t at = 0; at < command_size; at += strlen(command + at) + 1) {
+		if (argc == MAX_ARGS) {
+			say("command has more than %d arguments; the rest is cut", MAX_ARGS);
+			break;
+		}
+		argv_out[argc++] = command + at;
+	}
+	argv_out[argc] = NULL;
+	return argc;
+}
+
+/* What follows @key= in @word; "" where @word is just @key; else NULL. */
+static char *value_of(char *word, const char *key)
+{
+	size_t n = strlen(key);
+
+	if (strncmp(word, key, n))
+		return NULL;
+	return word[n] == '=' ? word + n + 1 : word[n] ? NULL : word + n;
+}
+
+/* Take the pyvmm.* words from /proc/cmdline; double quotes group, as for the kernel. Returns pyvmm.port or
+ * NULL. */
+static const char *parse_cmdline(void)
+{
+	const char *port = NULL;
+	char *p = cmdline, *v;
+	bool cmd_given = false;
+
+	read_file("/proc/cmdline", cmdline, sizeof(cmdline));
+	while (*p) {
+		char *word, *to;
+		bool quoted = false, more;
+
+		p += strspn(p, " \n");
+		for (word = to = p; *p && (quoted || (*p != ' ' && *p != '\n')); p++) {
+			if (*p == '"')
+				quoted = !quoted;
+			else
+				*to++ = *p;
+		}
+		more = *p;
+		*to = 0;
+		if (more)
+			p++;
+		if ((v = value_of(word, "pyvmm.cmd"))) {
+			command_size = base64_decode(v, command, sizeof(command) - 1);
+			cmd_given = true;
+		} else if ((v = value_of(word, "pyvmm.net"))) {
+			if (nic_count < MAX_NICS)
+				nic_specs[nic_count++] = v;
+			else
+				say("more than %d times pyvmm.net; '%s' is left out", MAX_NICS, v);
+		} else if ((v = value_of(word, "pyvmm.hostname"))) {
+			hostname = v;
+		} else if ((v = value_of(word, "pyvmm.term"))) {
+			term = v;
+		} else if ((v = value_of(word, "pyvmm.tty"))) {
+			window = v;
+		} else if ((v = value_of(word, "pyvmm.stdin"))) {
+			stdin_console = !strcmp(v, "console");
+		} else if ((v = value_of(word, "pyvmm.port"))) {
+			port = v;
+		} else if ((v = value_of(word, "pyvmm.panic"))) {
+			panic_how = v;
+		} else if (value_of(word, "pyvmm.verbose")) {
+			verbose = true;
+		}
+	}
+	if (!cmd_given) {
+		ssize_t n = read_file(COMMAND_FILE, command, sizeof(command) - 1);
+
+		command_size = n > 0 ? (size_t)n : 0;
+	}
+	return port;
+}
+
+/* --- network: rtnetlink, since forking `ip` is slow --- */
+
+static int nl_fd = -1;
+static unsigned int nl_seq;
+
+struct request {
+	struct nlmsghdr h;
+	union {
+		struct ifinfomsg link;
+		struct ifaddrmsg addr;
+		struct rtmsg route;
+	} u;
+	char attrs[128];
+};
+
+static void request_init(struct request *r, int type, int flags, size_t body)
+{
+	memset(r, 0, sizeof(*r));
+	r->h.nlmsg_type = (unsigned short)type;
+	r->h.nlmsg_flags = (unsigned short)(NLM_F_REQUEST | NLM_F_ACK | flags);
+	r->h.nlmsg_len = (unsigned int)NLMSG_LENGTH(body);
+}
+
+static void request_attr(struct request *r, int type, const void *data, size_t size)
+{
+	struct rtattr *a = (struct rtattr *)((char *)r + NLMSG_ALIGN(r->h.nlmsg_len));
+
+	a->rta_type = (unsigned short)type;
+	a->rta_len = (unsigned short)RTA_LENGTH(size);
+	memcpy(RTA_DATA(a), data, size);
+	r->h.nlmsg_len = (unsigned int)(NLMSG_ALIGN(r->h.nlmsg_len) + RTA_ALIGN(a->rta_len));
+}
+
+/* Send @r and wait for its acknowledgement; 0 or an errno. */
+static int request_do(struct request *r)
+{
+	char answer[4096];
+
+	r->h.nlmsg_seq = ++nl_seq;
+	if (send(nl_fd, r, r->h.nlmsg_len, 0) < 0)
+		return errno;
+	for (;;) {
+		ssize_t n = recv(nl_fd, answer, sizeof(answer), 0);
+		struct nlmsghdr *h = (struct nlmsghdr *)answer;
+
+		if (n < 0)
+			return errno;
+		if (n >= (ssize_t)NLMSG_LENGTH(sizeof(struct nlmsgerr)) && h->nlmsg_type == NLMSG_ERROR &&
+		    h->nlmsg_seq == nl_seq)
+			return -((struct nlmsgerr *)NLMSG_DATA(h))->error;
+	}
+}
+
+/* Set @index up, and its MTU if @mtu is not 0. */
+static int link_up(int index, unsigned int mtu)
+{
+	struct request r;
+
+	request_init(&r, RTM_NEWLINK, 0, sizeof(r.u.link));
+	r.u.link.ifi_index = index;
+	r.u.link.ifi_flags = IFF_UP;
+	r.u.link.ifi_change = IFF_UP;
+	if (mtu)
+		request_attr(&r, IFLA_MTU, &mtu, sizeof(mtu));
+	return request_do(&r);
+}
+
+/* The length of the binary address @text, 4 or 16, which goes to @address; 0 where it is none. */
+static size_t parse_address(const char *text, void *address)
+{
+	if (inet_pton(AF_INET, text, address) == 1)
+		return 4;
+	return inet_pton(AF_INET6, text, address) == 1 ? 16 : 0;
+}
+
+static int address_add(int index, const void *address, size_t size, unsigned int prefix)
+{
+	struct request r;
+
+	request_init(&r, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, sizeof(r.u.addr));
+	r.u.addr.ifa_family = size == 4 ? AF_INET : AF_INET6;
+	r.u.addr.ifa_prefixlen = (unsigned char)prefix;
+	r.u.addr.ifa_index = (unsigned int)index;
+	/* Without duplicate address detection the address can be used at once. */
+	r.u.addr.ifa_flags = size == 4 ? 0 : IFA_F_NODAD;
+	request_attr(&r, IFA_LOCAL, address, size);
+	request_attr(&r, IFA_ADDRESS, address, size);
+	if (size == 4 && prefix < 31) {
+		unsigned int broadcast;
+
+		memcpy(&broadcast, address, 4);
+		broadcast |= htonl(0xffffffff >> prefix);
+		request_attr(&r, IFA_BROADCAST, &broadcast, 4);
+	}
+	return request_do(&r);
+}
+
+static int route_default(int index, const void *gateway, size_t size)
+{
+	struct request r;
+
+	request_init(&r, RTM_NEWROUTE, NLM_F_CREATE, sizeof(r.u.route));
+	r.u.route.rtm_family = size == 4 ? AF_INET : AF_INET6;
+	r.u.route.rtm_table = RT_TABLE_MAIN;
+	r.u.route.rtm_protocol = RTPROT_BOOT;
+	r.u.route.rtm_scope = RT_SCOPE_UNIVERSE;
+	r.u.route.rtm_type = RTN_UNICAST;
+	request_attr(&r, RTA_GATEWAY, gateway, size);
+	request_attr(&r, RTA_OIF, &index, sizeof(index));
+	return request_do(&r);
+}
+
+static bool parse_mac(const char *text, unsigned char mac[6])
+{
+	int used = 0;
+
+	return sscanf(text, "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx%n", mac, mac + 1, mac + 2, mac + 3, mac + 4,
+		      mac + 5, &used) == 6 &&
+	       !text[used];
+}
+
+/* The index of the interface that @name means: a MAC, an interface name or an index. 0 where there is none
+ * (yet). */
+static int find_link(const char *name)
+{
+	struct if_nameindex *all;
+	unsigned char mac[6];
+	int found = 0;
+
+	if (!parse_mac(name, mac)) {
+		char *end, buffer[IF_NAMESIZE];
+		unsigned long index = strtoul(name, &end, 10);
+
+		if (*name && !*end)
+			return if_indextoname((unsigned int)index, buffer) ? (int)index : 0;
+		return (int)if_nametoindex(name);
+	}
+	all = if_nameindex();
+	for (struct if_nameindex *i = all; i && i->if_index && !found; i++) {
+		struct ifreq request = {0};
+
+		snprintf(request.ifr_name, sizeof(request.ifr_name), "%s", i->if_name);
+		if (!ioctl(nl_fd, SIOCGIFHWADDR, &request) && !memcmp(request.ifr_hwaddr.sa_data, mac, 6))
+			found = (int)i->if_index;
+	}
+	if_freenameindex(all);
+	return found;
+}
+
+/* Configure one interface as @spec says (see the top); whether it is up. */
+static bool configure_nic(char *spec, long deadline)
+{
+	char *save, *name = strtok_r(spec, ",", &save), *gateway = NULL;
+	char *addresses[16];
+	unsigned int count = 0, mtu = 0;
+	unsigned char binary[16];
+	int index, error;
+	size_t size;
+
+	if (!name) {
+		say("pyvmm.net is empty");
+		return false;
+	}
+	for (char *word; (word = strtok_r(NULL, ",", &save));) {
+		if (!strncmp(word, "gw=", 3))
+			gateway = word + 3;
+		else if (!strncmp(word, "mtu=", 4))
+			mtu = (unsigned int)strtoul(word + 4, NULL, 10);
+		else if (!strncmp(word, "peer=", 5))
+			peer = peer ? peer : word + 5;
+		else if (count < sizeof(addresses) / sizeof(*addresses))
+			addresses[count++] = word;
+	}
+	while (!(index = find_link(name)) && now_ms() < deadline)
+		usleep(2000);
+	if (!index) {
+		say("no network interface %s after %d ms", name, NET_WAIT_MS);
+		return false;
+	}
+	error = link_up(index, mtu);
+	if (error) {
+		say("cannot set up %s with MTU %u: %s", name, mtu, strerror(error));
+		if (mtu)
+			link_up(index, 0);
+	}
+	for (unsigned int i = 0; i < count; i++) {
+		char *slash = strchr(addresses[i], '/');
+		unsigned long prefix = 0;
+
+		if (slash) {
+			*slash = 0;
+			prefix = strtoul(slash + 1, NULL, 10);
+		}
+		size = parse_address(addresses[i], binary);
+		if (!size || (slash && prefix > size * 8)) {
+			say("'%s' is not an address", addresses[i]);
+			continue;
+		}
+		error = address_add(index, binary, size, (unsigned int)(slash ? prefix : size * 8));
+		if (error)
+			say("cannot add %s to %s: %s", addresses[i], name, strerror(error));
+	}
+	if (gateway) {
+		peer = peer ? peer : gateway;
+		size = parse_address(gateway, binary);
+		error = size ? route_default(index, binary, size) : EINVAL;
+		if (error && error != EEXIST) /* the first interface has it */
+			say("cannot route by %s: %s", gateway, strerror(error));
+	}
+	return true;
+}
+
+static void configure_network(void)
+{
+	long deadline = now_ms() + NET_WAIT_MS;
+	unsigned int up = 0;
+
+	nl_fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+	if (nl_fd < 0) {
+		say("no rtnetlink: %s", strerror(errno));
+		return;
+	}
+	link_up(1, 0); /* lo is always the first */
+	for (unsigned int i = 0; i < nic_count; i++)
+		up += configure_nic(nic_specs[i], deadline);
+	close(nl_fd);
+	if (nic_count)
+		tell(GUEST_NET_UP, up);
+}
+
+/* --- the command --- */
+
+/* The terminal behind /dev/console, the last that the kernel lists: job control needs the real one. */
+static int open_tty(void)
+{
+	char path[64] = "/dev/", name[128] = "";
+	char *last;
+
+	read_file("/sys/class/tty/console/active", name, sizeof(name));
+	name[strcspn(name, "\n")] = 0;
+	last = strrchr(name, ' ');
+	strncat(path, last ? last + 1 : name, sizeof(path) - 6);
+	return open(path, O_RDWR | O_NOCTTY | O_CLOEXEC);
+}
+
+static void set_window(int tty)
+{
+	struct winsize size = {0};
+
+	if (sscanf(window, "%hux%hu", &size.ws_col, &size.ws_row) == 2)
+		ioctl(tty, TIOCSWINSZ, &size);
+}
+
+static void set_environment(void)
+{
+	clearenv();
+	setenv("PATH", "/bin:/sbin:/usr/bin:/usr/sbin", 1);
+	setenv("HOME", "/root", 1);
+	setenv("TERM", term, 1);
+	if (peer)
+		setenv("PYVMM_PEER", peer, 1);
+}
+
+/* In the child: become the command. */
+static void __attribute__((noreturn)) become(int in, int out, int err, int tty)
+{
+	sigset_t none;
+	int error;
+
+	if (have_port)
+		ioperm(PORT_GUEST_CONTROL, PORT_GUEST_COUNT, 0);
+	setsid();
+	if (tty >= 0)
+		ioctl(tty, TIOCSCTTY, 1);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	signal(SIGPIPE, SIG_DFL);
+	/* All of them are above 2, see main(). */
+	dup2(in, STDIN_FILENO);
+	dup2(out, STDOUT_FILENO);
+	dup2(err, STDERR_FILENO);
+	if (chdir("/root"))
+		say("cannot enter /root: %s", strerror(errno));
+	execvp(argv_out[0], argv_out);
+	error = errno;
+	say("cannot run '%.200s': %s", argv_out[0], strerror(error));
+	_exit(error == ENOENT || error == ENOTDIR ? 127 : 126);
+}
+
+/* All of @data to @fd, which may be a pipe; gives up on errors. */
+static bool write_all(int fd, const char *data, size_t size)
+{
+	while (size) {
+		ssize_t n = write(fd, data, size);
+
+		if (n < 0) {
+			struct pollfd p = {.fd = fd, .events = POLLOUT};
+
+			if (errno == EAGAIN && poll(&p, 1, -1) > 0)
+				continue;
+			if (errno == EINTR)
+				continue;
+			return false;
+		}
+		data += n;
+		size -= (size_t)n;
+	}
+	return true;
+}
+
+/*
+ * The console's input for the command: raw bytes, in which DLE EOT is the end and DLE DLE one DLE. A process
+ * of its own, so that a command that does not read its input cannot stop the relay of its output.
+ */
+static void __attribute__((noreturn)) feed_stdin(int tty, int out)
+{
+	char in[1024], text[1024];
+	bool escaped = false;
+
+	for (;;) {
+		ssize_t n = read(tty, in, sizeof(in));
+		size_t have = 0;
+
+		if (n <= 0)
+			_exit(0);
+		for (ssize_t i = 0; i < n; i++) {
+			if (!escaped && in[i] == DLE) {
+				escaped = true;
+				continue;
+			}
+			if (escaped && in[i] == EOT) {
+				write_all(out, text, have);
+				_exit(0);
+			}
+			escaped = false;
+			text[have++] = in[i];
+		}
+		if (!write_all(out, text, have))
+			_exit(0);
+	}
+}
+
+static pid_t start_feeder(int tty, int *command_in)
+{
+	struct termios mode;
+	int ends[2];
+	pid_t pid;
+
+	if (pipe2(ends, O_CLOEXEC)) {
+		say("pipe: %s", strerror(errno));
+		return -1;
+	}
+	if (!tcgetattr(tty, &mode)) {
+		cfmakeraw(&mode);
+		tcsetattr(tty, TCSANOW, &mode);
+	}
+	pid = fork();
+	if (!pid) {
+		signal(SIGPIPE, SIG_DFL);
+		close(ends[0]);
+		feed_stdin(tty, ends[1]);
+	}
+	close(ends[1]);
+	*command_in = ends[0];
+	return pid;
+}
+
+/* One piece of output from @fd to the port; false at its end. */
+static bool relay(int fd, unsigned short port)
+{
+	static char bytes[PAGE_SIZE];
+	char *piece = page ? page : bytes;
+	ssize_t n = read(fd, piece, PAGE_SIZE);
+
+	if (n < 0)
+		return errno == EAGAIN || errno == EINTR;
+	if (n > 0 && page)
+		pyvmm_control(GUEST_WRITE, (unsigned int)n | (port == PORT_GUEST_STDERR ? 1U << 16 : 0));
+	else if (n > 0)
+		pyvmm_write(port, piece, (size_t)n);
+	return n > 0;
+}
+
+static void __attribute__((noreturn)) leave(int how)
+{
+	if (how == RB_POWER_OFF)
+		tell(GUEST_POWEROFF, 0);
+	sync();
+	/* Without ACPI the kernel can only halt; the register is there all the same. */
+	if (how == RB_POWER_OFF && have_port && access("/sys/firmware/acpi", F_OK) &&
+	    !ioperm(PORT_ACPI_SLEEP_CONTROL, 1, 1))
+		outb(ACPI_POWER_OFF, PORT_ACPI_SLEEP_CONTROL);
+	reboot(how);
+	say("reboot: %s", strerror(errno));
+	for (;;)
+		pause();
+}
+
+/* Reap what has died; whether @child has, with its shell-style status in @status. */
+static bool reap(pid_t child, int *status)
+{
+	bool ended = false;
+	int raw;
+	pid_t pid;
+
+	while ((pid = waitpid(-1, &raw, WNOHANG)) > 0) {
+		if (pid != child)
+			continue;
+		ended = true;
+		*status = WIFSIGNALED(raw) ? 128 + WTERMSIG(raw) : WEXITSTATUS(raw);
+	}
+	return ended;
+}
+
+/* Relay output and reap until @child has ended and its output has drained; its status. */
+static int supervise(pid_t child, int signals, int out, int err)
+{
+	struct pollfd fds[] = {{.fd = signals, .events = POLLIN},
+			       {.fd = out, .events = POLLIN},
+			       {.fd = err, .events = POLLIN}};
+	long deadline = 0;
+	int status = 0;
+
+	for (;;) {
+		long wait = deadline ? deadline - now_ms() : -1;
+
+		/* Its orphans may hold the pipes open for ever: wait for them no longer than this. */
+		if (deadline && (wait <= 0 || (fds[1].fd < 0 && fds[2].fd < 0)))
+			return status;
+		if (poll(fds, 3, (int)wait) < 0)
+			continue;
+		if (fds[0].revents) {
+			struct signalfd_siginfo info;
+
+			if (read(signals, &info, sizeof(info)) == sizeof(info)) {
+				/* What busybox's poweroff, halt and reboot send without -f. */
+				if (info.ssi_signo == SIGUSR2 || info.ssi_signo == SIGUSR1)
+					leave(RB_POWER_OFF);
+				if (info.ssi_signo == SIGTERM)
+					leave(RB_AUTOBOOT);
+			}
+			if (reap(child, &status))
+				deadline = now_ms() + DRAIN_MS;
+		}
+		if (fds[1].revents && !relay(out, PORT_GUEST_STDOUT))
+			fds[1].fd = -1;
+		if (fds[2].revents && !relay(err, PORT_GUEST_STDERR))
+			fds[2].fd = -1;
+	}
+}
+
+/* Run the command, or a shell on the console; returns its status. */
+static int run(int signals)
+{
+	static char shell[] = "sh";
+	int out[2] = {-1, -1}, err[2] = {-1, -1};
+	int in = open("/dev/null", O_RDONLY | O_CLOEXEC);
+	int tty = open_tty();
+	bool interactive = !split_command();
+	pid_t child;
+	int status;
+
+	if (interactive) {
+		argv_out[0] = shell;
+		if (tty < 0)
+			say("no terminal behind the console: %s", strerror(errno));
+		else
+			set_window(tty);
+	} else if (stdin_console && tty >= 0) {
+		start_feeder(tty, &in);
+	}
+	if (!interactive && have_port && (pipe2(out, O_CLOEXEC) || pipe2(err, O_CLOEXEC)))
+		say("pipe: %s", strerror(errno));
+	if (out[0] >= 0)
+		share_page();
+	tell(GUEST_COMMAND, 0);
+	if (verbose)
+		say("command %s", argv_out[0]);
+	child = fork();
+	if (child < 0) {
+		say("fork: %s", strerror(errno));
+		return 126;
+	}
+	if (!child) {
+		if (interactive && tty >= 0)
+			become(tty, tty, tty, tty);
+		become(in, out[1] >= 0 ? out[1] : STDERR_FILENO, err[1] >= 0 ? err[1] : STDERR_FILENO, -1);
+	}
+	close(in);
+	close(out[1]);
+	close(err[1]);
+	status = supervise(child, signals, out[0], err[0]);
+	if (!have_port)
+		say("status %d", status);
+	return status;
+}
+
+int main(void)
+{
+	struct timespec boot;
+	const char *port;
+	sigset_t set;
+	int fd, signals;
+
+	clock_gettime(CLOCK_BOOTTIME, &boot);
+	mkdir("/dev", 0755);
+	/* The kernel opens 0 to 2 on /dev/console, if there is one. */
+	do {
+		fd = open("/dev/null", O_RDWR);
+		if (fd < 0) {
+			mknod("/dev/null", S_IFCHR | 0666, makedev(1, 3));
+			fd = open("/dev/null", O_RDWR);
+		}
+	} while (fd >= 0 && fd <= STDERR_FILENO);
+	if (fd >= 0)
+		close(fd);
+
+	mount_all();
+	port = parse_cmdline();
+	open_port(port);
+	tell(GUEST_INIT, 0);
+	if (verbose)
+		say("start at %ld.%06ld s", (long)boot.tv_sec, boot.tv_nsec / 1000);
+	if (!strcmp(panic_how, "init"))
+		return 1;
+
+	signal(SIGPIPE, SIG_IGN);
+	sigemptyset(&set);
+	sigaddset(&set, SIGCHLD);
+	sigaddset(&set, SIGUSR1);
+	sigaddset(&set, SIGUSR2);
+	sigaddset(&set, SIGTERM);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	signals = signalfd(-1, &set, SFD_CLOEXEC);
+
+	if (sethostname(hostname, strlen(hostname)))
+		say("cannot set host name '%s': %s", hostname, strerror(errno));
+	load_modules();
+	configure_network();
+	set_environment();
+	tell(GUEST_STATUS, (unsigned int)run(signals));
+	leave(RB_POWER_OFF);
+}

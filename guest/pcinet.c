@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Asks by ARP over virtio-net who has target=A.B.C.D (default 192.168.100.1), count=N times (1), each time
+ * waiting for the answer. irq=msix (default), intx or poll says how it learns of received frames.
+ */
+#include "virtnet.h"
+
+int main(void)
+{
+	char text[24];
+	uint8_t target[4], own[4];
+	unsigned long count = option_number("count", 1);
+	enum net_irq irq = IRQ_MSIX;
+
+	if (option("irq", text, sizeof(text)))
+		irq = text[0] == 'p' ? IRQ_POLL : text[0] == 'i' ? IRQ_INTX : IRQ_MSIX;
+	parse_ip(option("target", text, sizeof(text)) ? text : "192.168.100.1", target);
+	memcpy(own, target, 4);
+	own[3]++;
+	irq_init();
+	lapic_enable();
+	net_probe(irq);
+	net_negotiate(F_VERSION_1 | F_NET_MAC);
+	net_queues();
+	net_go();
+	for (unsigned long n = 0; n < count; n++)
+		arp_ask(own, target);
+	/* Every answer may have been there before we looked, and the interrupt may be on its way yet. */
+	for (int i = 0; i < 1000000 && irq != IRQ_POLL && !net.queue_interrupts; i++)
+		irq_take();
+	say("pcinet: slot %u, %lu asked and answered, %s, %u kicks\n", net.slot, count,
+	    irq == IRQ_POLL	   ? "polling"
+	    : net.queue_interrupts ? "by interrupts"
+				   : "without interrupts",
+	    net.kicks);
+	net_reset();
+	return irq == IRQ_POLL || net.queue_interrupts ? 0 : 1;
+}

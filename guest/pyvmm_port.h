@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The guest port: how a program in the guest talks to pyvmm without a driver.
+ *
+ * I/O ports of the machine (pyvmm/spec/platform.py has the same numbers; a test holds the two together):
+ *
+ *   PORT_GUEST_CONTROL  32-bit write: opcode << 24 | value, the opcodes are GUEST_* below; value is 24 bits.
+ *                       A 32-bit read gives GUEST_MAGIC; another VMM may have something else at these ports.
+ *   PORT_GUEST_STDOUT   8-bit writes, also by rep outsb: bytes of the command's standard output.
+ *   PORT_GUEST_STDERR   likewise, of its standard error.
+ *
+ * KVM leaves the guest once for each byte, also with rep outsb (em_out in arch/x86/kvm/emulate.c), which is
+ * well for a test program's few words. For more there is GUEST_PAGE, which names a page of guest memory once,
+ * and then GUEST_WRITE, which sends up to 4096 bytes from that page for one exit. Both streams keep their
+ * order.
+ *
+ * A program needs ioperm(PORT_GUEST_CONTROL, PORT_GUEST_COUNT, 1), for which it must have CAP_SYS_RAWIO.
+ *
+ * The order in which our init sends: GUEST_INIT, GUEST_NET_UP (only where interfaces were asked for),
+ * GUEST_COMMAND, output, GUEST_STATUS, GUEST_POWEROFF.
+ */
+#ifndef PYVMM_PORT_H
+#define PYVMM_PORT_H
+
+#define PORT_GUEST_CONTROL 0x620
+#define PORT_GUEST_STDOUT  0x624
+#define PORT_GUEST_STDERR  0x625
+#define PORT_GUEST_COUNT   6
+
+/* For kernels without ACPI: SLP_EN and the S5 type in the sleep control register. */
+#define PORT_ACPI_SLEEP_CONTROL 0x600
+#define ACPI_POWER_OFF		0x34
+
+#define GUEST_MAGIC 0x4d4d5650 /* "PVMM" */
+
+#define GUEST_INIT     1 /* init runs */
+#define GUEST_COMMAND  2 /* the command is about to start */
+#define GUEST_STATUS   3 /* the command has ended; value is its exit status, 0..255 */
+#define GUEST_POWEROFF 4 /* init is about to power off */
+#define GUEST_NET_UP   5 /* the network interfaces are configured; value is how many */
+#define GUEST_PAGE     6 /* value is the page frame number of the page that GUEST_WRITE sends from */
+#define GUEST_WRITE    7 /* output: bits 0..15 of value are the length, at most 4096; bit 16: standard error */
+
+static inline int pyvmm_present(void)
+{
+	unsigned int value;
+
+	__asm__ volatile("inl %w1, %0" : "=a"(value) : "Nd"(PORT_GUEST_CONTROL));
+	return value == GUEST_MAGIC;
+}
+
+static inline void pyvmm_control(unsigned int opcode, unsigned int value)
+{
+	__asm__ volatile("outl %0, %w1"
+			 :
+			 : "a"(opcode << 24 | (value & 0xffffff)), "Nd"(PORT_GUEST_CONTROL)
+			 : "memory");
+}
+
+static inline void pyvmm_write(unsigned short port, const void *data, unsigned long size)
+{
+	__asm__ volatile("rep outsb" : "+S"(data), "+c"(size) : "d"(port) : "memory");
+}
+
+#endif

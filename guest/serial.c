@@ -1,0 +1,106 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The 16550 by interrupts, as a real driver uses it. flood=N on the command line: send N bytes, 16 for each
+ * transmitter interrupt (lines "0000000 abc...xyz" of 64 bytes with the offset in decimal). echo=1: then send
+ * back what comes in, until a 'q'.
+ */
+#include "guest.h"
+
+#define VECTOR 0x44
+#define IRQ    4
+
+#define RBR 0 /* read: received byte; write: byte to send */
+#define IER 1
+#define IIR 2 /* read; write: FIFO control */
+#define MCR 4
+#define LSR 5
+
+#define IER_RX	 0x01
+#define IER_THRE 0x02
+#define MCR_OUT2 0x08 /* gates the interrupt on a PC */
+#define LSR_DATA 0x01
+#define LSR_THRE 0x20
+
+#define LINE 64
+
+static unsigned long total, sent;
+static volatile unsigned int interrupts;
+static volatile bool quit;
+static char input[4096]; /* one handler may find as much as the host has typed */
+static volatile unsigned int head, tail;
+
+static char flood_byte(unsigned long offset)
+{
+	unsigned long line = offset / LINE * LINE, column = offset % LINE;
+
+	if (column < 7) {
+		while (column++ < 6)
+			line /= 10;
+		return (char)('0' + line % 10);
+	}
+	return column == 7 ? ' ' : column == LINE - 1 ? '\n' : (char)('a' + (column - 8) % 26);
+}
+
+static void on_serial(unsigned int vector)
+{
+	(void)vector;
+	interrupts++;
+	for (;;) {
+		uint8_t cause = inb(PORT_COM1 + IIR);
+
+		if (cause & 1)
+			break;
+		if ((cause & 0xe) == 2) {
+			for (int i = 0; i < 16 && sent < total; i++)
+				outb(PORT_COM1 + RBR, (uint8_t)flood_byte(sent++));
+			if (sent == total)
+				outb(PORT_COM1 + IER, IER_RX);
+		} else {
+			while (inb(PORT_COM1 + LSR) & LSR_DATA)
+				input[head++ % sizeof(input)] = (char)inb(PORT_COM1 + RBR);
+		}
+	}
+	lapic_eoi();
+}
+
+static void echo(void)
+{
+	while (!quit) {
+		__asm__ volatile("cli");
+		if (head == tail) {
+			irq_wait();
+			continue;
+		}
+		while (head != tail) {
+			char c = input[tail++ % sizeof(input)];
+
+			while (!(inb(PORT_COM1 + LSR) & LSR_THRE))
+				pause();
+			outb(PORT_COM1 + RBR, (uint8_t)c);
+			quit = quit || c == 'q';
+		}
+	}
+}
+
+int main(void)
+{
+	total = option_number("flood", 0);
+	irq_init();
+	irq_set(VECTOR, on_serial);
+	lapic_enable();
+	ioapic_route(IRQ, VECTOR);
+	outb(PORT_COM1 + IIR, 0x07); /* FIFOs on and empty */
+	outb(PORT_COM1 + MCR, MCR_OUT2 | 3);
+	outb(PORT_COM1 + IER, total ? IER_RX | IER_THRE : IER_RX);
+	say("serial: ready\n"); /* what came before was cleared with the FIFOs */
+	while (sent < total)
+		irq_wait();
+	if (option_number("echo", 0))
+		echo();
+	/* Not before the last byte has left. */
+	while (!(inb(PORT_COM1 + LSR) & LSR_THRE))
+		pause();
+	say("serial: %lu sent, %u received, %s\n", sent, head,
+	    interrupts ? "by interrupts" : "no interrupts");
+	return 0;
+}

@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Start-up of the bare-metal guests: from either entry into main() in long mode, with all of the first 4 GiB mapped, a stack and
+ * an interrupt table. The trampoline that application processors start in is here, too.
+ */
+#include "guest.h"
+
+	/* Xen's note that makes an ELF a PVH kernel: name "Xen", type 18, the 32-bit entry. */
+	.section .note.Xen, "a", @note
+	.align	4
+	.long	4, 4, 18
+	.asciz	"Xen"
+	.long	start32
+
+/* --- the boot CPU -------------------------------------------------------------------------------- */
+
+	/* PVH: flat 32-bit, no paging, ebx = struct hvm_start_info. */
+	.text
+	.code32
+	.globl	start32
+start32:
+	cld
+	movl	$0, boot_by_zero_page
+	movl	%ebx, boot_pointer
+	movl	$1f, %edi
+	/* edi = where to go in long mode; used by the application processors as well. */
+enter_long:
+	lgdt	gdt_pointer
+	movl	%cr4, %eax
+	orl	$0x20, %eax /* PAE */
+	movl	%eax, %cr4
+	movl	$pml4, %eax
+	movl	%eax, %cr3
+	movl	$0xc0000080, %ecx /* EFER */
+	rdmsr
+	orl	$0x100, %eax /* LME */
+	wrmsr
+	movl	%cr0, %eax
+	orl	$0x80000001, %eax /* PG, PE */
+	movl	%eax, %cr0
+	ljmp	$GUEST_CS, $2f
+	.code64
+2:	movl	$GUEST_DS, %eax
+	movl	%eax, %ds
+	movl	%eax, %es
+	movl	%eax, %ss
+	movl	%edi, %edi
+	jmp	*%rdi
+
+	/* The 64-bit boot protocol: long mode on the loader's tables, rsi = struct boot_params. */
+	.globl	start64
+start64:
+	cld
+	movl	$1, boot_by_zero_page(%rip)
+	movl	%esi, boot_pointer(%rip)
+	lgdt	gdt_pointer(%rip)
+	movl	$pml4, %eax
+	movq	%rax, %cr3
+	movl	$GUEST_DS, %eax
+	movl	%eax, %ds
+	movl	%eax, %es
+	movl	%eax, %ss
+1:	movl	$boot_stack_top, %esp
+	xorl	%ebp, %ebp
+	call	guest_main
+3:	hlt
+	jmp	3b
+
+/* --- application processors ------------------------------------------------------------------------ */
+
+	/* Copied to AP_TRAMPOLINE; real mode, cs = AP_TRAMPOLINE >> 4. */
+	.section .rodata
+	.code16
+	.globl	ap_trampoline, ap_trampoline_end
+ap_trampoline:
+	cli
+	cld
+	xorw	%ax, %ax
+	movw	%ax, %ds
+	lgdtl	AP_TRAMPOLINE + (ap_gdt_pointer - ap_trampoline)
+	movl	%cr0, %eax
+	orb	$1, %al
+	movl	%eax, %cr0
+	ljmpl	$GUEST_CS32, $ap_start32
+	.align	4
+ap_gdt_pointer:
+	.word	gdt_end - gdt - 1
+	.long	gdt
+ap_trampoline_end:
+
+	.text
+	.code32
+ap_start32:
+	movl	$GUEST_DS, %eax
+	movl	%eax, %ds
+	movl	%eax, %es
+	movl	%eax, %ss
+	movl	$ap_start64, %edi
+	jmp	enter_long
+	.code64
+ap_start64:
+	movl	ap_stack(%rip), %esp
+	xorl	%ebp, %ebp
+	call	ap_entry
+4:	hlt
+	jmp	4b
+
+/* --- interrupts -------------------------------------------------------------------------------------- */
+
+	/* One stub a vector, 16 bytes each: push an error code where the CPU does not, push the vector. */
+	.align	16
+	.globl	trap_stubs
+trap_stubs:
+	.set	vector, 0
+	.rept	256
+	.align	16
+	.if	!(vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21)
+	pushq	$0
+	.endif
+	pushq	$vector
+	jmp	trap_common
+	.set	vector, vector + 1
+	.endr
+
+trap_common:
+	pushq	%rax
+	pushq	%rcx
+	pushq	%rdx
+	pushq	%rsi
+	pushq	%rdi
+	pushq	%r8
+	pushq	%r9
+	pushq	%r10
+	pushq	%r11
+	movq	%rsp, %rdi
+	cld
+	call	trap
+	popq	%r11
+	popq	%r10
+	popq	%r9
+	popq	%r8
+	popq	%rdi
+	popq	%rsi
+	popq	%rdx
+	popq	%rcx
+	popq	%rax
+	addq	$16, %rsp
+	iretq
+
+/* --- tables ------------------------------------------------------------------------------------------ */
+
+	.data
+	.align	16
+gdt:
+	.quad	0
+	.quad	0x00cf9b000000ffff /* GUEST_CS32 */
+	.quad	0x00af9b000000ffff /* GUEST_CS */
+	.quad	0x00cf93000000ffff /* GUEST_DS */
+gdt_end:
+gdt_pointer:
+	.word	gdt_end - gdt - 1
+	.quad	gdt
+
+	.globl	boot_by_zero_page, boot_pointer
+boot_by_zero_page:
+	.long	0
+boot_pointer:
+	.long	0
+
+	/* Static, since filling them in would take long where ring 0 is emulated. Uncached from 3 GiB up. */
+	.align	4096
+pml4:
+	.quad	pdpt + 3
+	.fill	511, 8, 0
+pdpt:
+	.quad	directories + 3, directories + 0x1003, directories + 0x2003, directories + 0x3003
+	.fill	508, 8, 0
+directories:
+	.set	page, 0
+	.rept	2048
+	.quad	page * 0x200000 + 0x83 + (page >= 1536) * -0x18
+	.set	page, page + 1
+	.endr
+
+	.bss
+	.align	16
+boot_stack:
+	.skip	16384
+boot_stack_top:
+
+	.section .note.GNU-stack, "", @progbits

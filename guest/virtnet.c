@@ -1,0 +1,342 @@
+/* SPDX-License-Identifier: MIT */
+#include "virtnet.h"
+
+#define PCI_COMMAND	    0x04
+#define PCI_BAR0	    0x10
+#define PCI_CAPABILITIES    0x34
+#define PCI_COMMAND_MEMORY  2
+#define PCI_COMMAND_MASTER  4
+#define PCI_STATUS_CAP_LIST 0x10
+#define PCI_CAP_ID_VNDR	    0x09
+#define PCI_CAP_ID_MSIX	    0x11
+#define PCI_ID_VIRTIO_NET   0x10411af4
+#define GSI_PCI_BASE	    16
+#define GSI_PCI_COUNT	    8
+
+struct virtnet net;
+struct queue receive, transmit;
+
+/* --- PCI -------------------------------------------------------------------------------------------------
+ */
+
+static uint32_t pci_read(unsigned int reg)
+{
+	outl(PORT_PCI_ADDRESS, 1u << 31 | net.slot << 11 | (reg & 0xfc));
+	return inl(PORT_PCI_DATA);
+}
+
+static void pci_write(unsigned int reg, uint32_t value)
+{
+	outl(PORT_PCI_ADDRESS, 1u << 31 | net.slot << 11 | (reg & 0xfc));
+	outl(PORT_PCI_DATA, value);
+}
+
+static uint8_t pci_read8(unsigned int reg)
+{
+	return (uint8_t)(pci_read(reg) >> 8 * (reg & 3));
+}
+
+/* Size each memory BAR and place it, naturally aligned, from PCI_MMIO_BASE up. */
+static void place_bars(void)
+{
+	uint32_t next = PCI_MMIO_BASE;
+
+	for (unsigned int i = 0; i < 6; i++) {
+		unsigned int reg = PCI_BAR0 + 4 * i;
+		uint32_t mask, size;
+
+		pci_write(reg, ~0u);
+		mask = pci_read(reg);
+		size = ~(mask & ~0xfu) + 1;
+		if (mask & 1 || !size)
+			continue;
+		next = (next + size - 1) & ~(size - 1);
+		net.bars[i] = next;
+		pci_write(reg, next);
+		next += size;
+		if ((mask & 6) == 4) /* 64-bit: the next register is the upper half */
+			pci_write(PCI_BAR0 + 4 * ++i, 0);
+	}
+	pci_write(PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER);
+}
+
+/* Virtio 1.2, 4.1.4 */
+static void read_capabilities(void)
+{
+	if (!(pci_read(PCI_COMMAND) >> 16 & PCI_STATUS_CAP_LIST))
+		fail("net: no capability list");
+	for (unsigned int at = pci_read8(PCI_CAPABILITIES), left = 48; at && left;
+	     at = pci_read8(at + 1), left--) {
+		uint8_t id = pci_read8(at), type = pci_read8(at + 3), bar = pci_read8(at + 4);
+
+		if (id == PCI_CAP_ID_MSIX) {
+			uint32_t table = pci_read(at + 4);
+
+			net.msix = at;
+			net.msix_table = net.bars[table & 7] + (table & ~7u);
+		}
+		if (id != PCI_CAP_ID_VNDR || !type || type >= CAP_COUNT || net.caps[type] || bar > 5)
+			continue;
+		net.caps[type] = net.bars[bar] + pci_read(at + 8);
+		if (type == CAP_NOTIFY)
+			net.notify_multiplier = pci_read(at + 16);
+	}
+	for (int type = CAP_COMMON; type < CAP_COUNT; type++)
+		if (!net.caps[type])
+			fail("net: no capability of type %d", type);
+}
+
+/* --- interrupts ------------------------------------------------------------------------------------------
+ */
+
+static void on_msix(unsigned int vector)
+{
+	if (vector == VECTOR_CONFIG)
+		net.config_interrupts++;
+	else
+		net.queue_interrupts++;
+	lapic_eoi();
+}
+
+static void on_intx(unsigned int vector)
+{
+	uint8_t isr = mmio_read8(net.caps[CAP_ISR]); /* reading lowers the line */
+
+	(void)vector;
+	net.queue_interrupts += isr & 1;
+	net.config_interrupts += isr >> 1 & 1;
+	lapic_eoi();
+}
+
+static void msix_entry(unsigned int entry, uint8_t vector)
+{
+	uint64_t at = net.msix_table + 16 * entry;
+
+	mmio_write32(at, LAPIC_BASE);
+	mmio_write32(at + 4, 0);
+	mmio_write32(at + 8, vector);
+	mmio_write32(at + 12, 0);
+}
+
+void net_probe(enum net_irq irq)
+{
+	net.irq = irq;
+	while (pci_read(0) != PCI_ID_VIRTIO_NET)
+		if (++net.slot == 32)
+			fail("net: no virtio-net card");
+	place_bars();
+	read_capabilities();
+	irq_set(VECTOR_QUEUE, irq == IRQ_INTX ? on_intx : on_msix);
+	irq_set(VECTOR_CONFIG, on_msix);
+	if (irq == IRQ_INTX)
+		ioapic_route_level_low(GSI_PCI_BASE + net.slot % GSI_PCI_COUNT, VECTOR_QUEUE);
+	if (irq != IRQ_MSIX)
+		return;
+	if (!net.msix)
+		fail("net: no MSI-X");
+	msix_entry(0, VECTOR_QUEUE);
+	msix_entry(1, VECTOR_CONFIG);
+	pci_write(net.msix, pci_read(net.msix) | 1u << 31);
+}
+
+/* --- the device (4.1.4.3, 3.1.1) -------------------------------------------------------------------------
+ */
+
+static uint64_t common(unsigned int reg)
+{
+	return net.caps[CAP_COMMON] + reg;
+}
+
+uint8_t net_status(void)
+{
+	return mmio_read8(common(COMMON_STATUS));
+}
+
+void net_reset(void)
+{
+	mmio_write8(common(COMMON_STATUS), 0);
+	while (net_status())
+		pause();
+}
+
+void net_negotiate(uint64_t features)
+{
+	uint64_t offered = 0;
+
+	net_reset();
+	mmio_write8(common(COMMON_STATUS), STATUS_ACKNOWLEDGE);
+	mmio_write8(common(COMMON_STATUS), STATUS_ACKNOWLEDGE | STATUS_DRIVER);
+	for (uint32_t i = 0; i < 2; i++) {
+		mmio_write32(common(COMMON_DEVICE_FEATURE_SELECT), i);
+		offered |= (uint64_t)mmio_read32(common(COMMON_DEVICE_FEATURE)) << 32 * i;
+		mmio_write32(common(COMMON_DRIVER_FEATURE_SELECT), i);
+		mmio_write32(common(COMMON_DRIVER_FEATURE), (uint32_t)(features >> 32 * i));
+	}
+	if (features & ~offered)
+		fail("net: offered %lx, want %lx", offered, features);
+	mmio_write8(common(COMMON_STATUS), STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK);
+	if (!(net_status() & STATUS_FEATURES_OK))
+		fail("net: features %lx refused", features);
+	for (unsigned int i = 0; i < 6; i++)
+		net.mac[i] = mmio_read8(net.caps[CAP_DEVICE] + i);
+	mmio_write16(common(COMMON_MSIX_CONFIG), net.irq == IRQ_MSIX ? 1 : NO_VECTOR);
+}
+
+static void write_address(unsigned int reg, uint64_t address)
+{
+	/* In halves, as 4.1.3.1 has it. */
+	mmio_write32(common(reg), (uint32_t)address);
+	mmio_write32(common(reg + 4), (uint32_t)(address >> 32));
+}
+
+void net_queue_at(struct queue *q, uint16_t number, uint64_t desc, uint64_t driver, uint64_t device)
+{
+	/* Only receiving is worth an interrupt. */
+	bool interrupts = net.irq != IRQ_POLL && number == 0;
+	uint16_t vector = net.irq == IRQ_MSIX && interrupts ? 0 : NO_VECTOR;
+
+	memset(q, 0, offsetof(struct queue, buffer));
+	q->number = number;
+	q->avail.flags = interrupts ? 0 : AVAIL_NO_IRQ;
+	mmio_write16(common(COMMON_QUEUE_SELECT), number);
+	if (mmio_read16(common(COMMON_QUEUE_SIZE)) < QUEUE_SIZE)
+		fail("net: queue %u is too small", number);
+	mmio_write16(common(COMMON_QUEUE_SIZE), QUEUE_SIZE);
+	write_address(COMMON_QUEUE_DESC, desc);
+	write_address(COMMON_QUEUE_DRIVER, driver);
+	write_address(COMMON_QUEUE_DEVICE, device);
+	mmio_write16(common(COMMON_QUEUE_MSIX_VECTOR), vector);
+	if (mmio_read16(common(COMMON_QUEUE_MSIX_VECTOR)) != vector)
+		fail("net: queue %u gets no vector %u", number, vector);
+	q->notify = net.caps[CAP_NOTIFY] +
+		    (uint64_t)mmio_read16(common(COMMON_QUEUE_NOTIFY_OFF)) * net.notify_multiplier;
+	mmio_write16(common(COMMON_QUEUE_ENABLE), 1);
+}
+
+void net_queues(void)
+{
+	struct queue *queues[2] = {&receive, &transmit};
+
+	for (uint16_t i = 0; i < 2; i++) {
+		struct queue *q = queues[i];
+
+		net_queue_at(q, i, (uint64_t)q->desc, (uint64_t)&q->avail, (uint64_t)&q->used);
+	}
+}
+
+void net_go(void)
+{
+	mmio_write8(common(COMMON_STATUS),
+		    STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK);
+	for (uint16_t i = 0; i < QUEUE_SIZE; i++)
+		queue_offer(&receive, i, BUFFER, DESC_WRITE);
+	queue_kick(&receive);
+}
+
+/* --- split virtqueues (2.7) ------------------------------------------------------------------------------
+ */
+
+void queue_publish(struct queue *q, uint16_t head)
+{
+	q->avail.ring[q->avail.index % QUEUE_SIZE] = head;
+	__atomic_store_n(&q->avail.index, (uint16_t)(q->avail.index + 1), __ATOMIC_RELEASE);
+}
+
+void queue_offer(struct queue *q, uint16_t i, uint32_t length, uint16_t flags)
+{
+	q->desc[i] = (struct descriptor){(uint64_t)q->buffer[i], length, flags, 0};
+	queue_publish(q, i);
+}
+
+void queue_kick(struct queue *q)
+{
+	__atomic_thread_fence(__ATOMIC_SEQ_CST); /* the index before the look at the flags */
+	if (__atomic_load_n(&q->used.flags, __ATOMIC_ACQUIRE) & USED_NO_KICK)
+		return;
+	net.kicks++;
+	mmio_write16(q->notify, q->number);
+}
+
+bool queue_used(struct queue *q, uint16_t *i, uint32_t *length)
+{
+	if (__atomic_load_n(&q->used.index, __ATOMIC_ACQUIRE) == q->seen)
+		return false;
+	*i = (uint16_t)q->used.ring[q->seen % QUEUE_SIZE].id;
+	*length = q->used.ring[q->seen % QUEUE_SIZE].length;
+	if (*i >= QUEUE_SIZE)
+		fail("net: used id %u", *i);
+	q->seen++;
+	return true;
+}
+
+/* --- ARP -------------------------------------------------------------------------------------------------
+ */
+
+struct arp {
+	uint8_t to[6], from[6], type[2];
+	uint8_t hardware[2], protocol[2], sizes[2], operation[2];
+	uint8_t sender[6], sender_ip[4], target[6], target_ip[4];
+};
+
+void parse_ip(const char *text, uint8_t *ip)
+{
+	for (int i = 0; i < 4; i++) {
+		unsigned int part = 0;
+
+		for (; *text >= '0' && *text <= '9'; text++)
+			part = part * 10 + (unsigned int)(*text - '0');
+		ip[i] = (uint8_t)part;
+		if (*text == '.')
+			text++;
+	}
+}
+
+static uint32_t make_request(uint8_t *buffer, const uint8_t *own, const uint8_t *target)
+{
+	struct arp *a = (struct arp *)(buffer + NET_HEADER);
+
+	memset(buffer, 0, NET_HEADER + 60);
+	*a = (struct arp){
+		.type = {8, 6}, .hardware = {0, 1}, .protocol = {8, 0}, .sizes = {6, 4}, .operation = {0, 1}};
+	memset(a->to, 0xff, 6);
+	memcpy(a->from, net.mac, 6);
+	memcpy(a->sender, net.mac, 6);
+	memcpy(a->sender_ip, own, 4);
+	memcpy(a->target_ip, target, 4);
+	return NET_HEADER + 60;
+}
+
+static bool is_answer(const uint8_t *buffer, uint32_t length, const uint8_t *target)
+{
+	static const uint8_t reply[10] = {8, 6, 0, 1, 8, 0, 6, 4, 0, 2};
+	const struct arp *a = (const struct arp *)(buffer + NET_HEADER);
+
+	return length >= NET_HEADER + sizeof(*a) && !memcmp(a->type, reply, sizeof(reply)) &&
+	       !memcmp(a->to, net.mac, 6) && !memcmp(a->sender_ip, target, 4);
+}
+
+void arp_ask(const uint8_t *own, const uint8_t *target)
+{
+	static uint16_t sent;
+	uint16_t i = sent++ % QUEUE_SIZE;
+	uint32_t length;
+	bool answered = false;
+
+	queue_offer(&transmit, i, make_request(transmit.buffer[i], own, target), 0);
+	queue_kick(&transmit);
+	while (!answered) {
+		/* Interrupts are off here, and irq_wait() turns them on and halts in one, so none is missed.
+		 */
+		if (queue_used(&receive, &i, &length)) {
+			answered = is_answer(receive.buffer[i], length, target);
+			queue_offer(&receive, i, BUFFER, DESC_WRITE);
+			queue_kick(&receive);
+		} else if (net.irq != IRQ_POLL) {
+			irq_wait();
+		} else {
+			pause();
+		}
+	}
+	while (!queue_used(&transmit, &i, &length))
+		pause();
+}

@@ -1,0 +1,39 @@
+"""pyvmm: a small KVM hypervisor built around one device, virtio-net.
+
+The public names are ``Machine``, ``Net``, ``Outcome`` and the errors in ``pyvmm.errors``::
+
+    import pyvmm
+
+    with pyvmm.Machine(kernel="vmlinux", memory="128M", nets=[pyvmm.Net("emulated")]) as vm:
+        vm.start()
+        vm.console.expect("login:")
+        outcome = vm.wait(timeout=60)
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+__all__ = ["Machine", "Net", "Outcome", "PyvmmError", "__version__"]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.errors import PyvmmError
+    from pyvmm.machine import Machine, Outcome
+    from pyvmm.net import Net
+
+_HOMES = {
+    "Machine": "pyvmm.machine",
+    "Outcome": "pyvmm.machine",
+    "Net": "pyvmm.net",
+    "PyvmmError": "pyvmm.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import the public names on first use: `pyvmm --help` needs none of them."""
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pyvmm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

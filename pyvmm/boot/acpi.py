@@ -1,0 +1,193 @@
+"""ACPI tables: hardware-reduced ACPI 6.4, as small as Linux needs to find every CPU, the IO-APIC, PCI and the serial ports.
+
+Hardware-reduced (4.1) because it needs no PM timer, no SCI and no PM1 block: power-off and reset are one I/O port each, and Linux
+skips the PIT, the 8259 and the timer-wiring check, which would cost boot time under nested virtualisation.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm.boot import aml
+from pyvmm.spec import acpi
+from pyvmm.spec import platform as pf
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pyvmm.memory import GuestMemory
+
+ALL_SLOTS = range(1, 32)
+
+
+def build(
+    memory: GuestMemory,
+    *,
+    cpus: int = 1,
+    pci_slots: Iterable[int] = ALL_SLOTS,
+    com2: bool = True,
+    ecam: bool = False,
+) -> int:
+    """Write RSDP, XSDT, FADT, MADT, DSDT (and MCFG) from FIRMWARE_BASE up; returns the RSDP's guest-physical address.
+
+    :param cpus: 1..MAX_CPUS, with local APIC ids 0..cpus-1.
+    :param pci_slots: the slots of bus 0 whose INTA is routed.
+    :param com2: whether the second serial port is there.
+    :param ecam: whether config space is also at PCI_ECAM_BASE. Linux takes 0xCF8 for the first 256 bytes all the same.
+    """
+    blob = bytearray(acpi.RSDP_SIZE)
+    addresses = []
+
+    def place(table: bytes) -> int:
+        blob.extend(bytes(-len(blob) % 16))
+        address = pf.FIRMWARE_BASE + len(blob)
+        blob.extend(table)
+        return address
+
+    dsdt_at = place(dsdt(pci_slots, com2=com2, ecam=ecam))
+    addresses.append(place(_fadt(dsdt_at)))
+    addresses.append(place(_madt(cpus)))
+    if ecam:
+        addresses.append(place(_mcfg()))
+    xsdt = place(_sdt(b"XSDT", 1, struct.pack(f"<{len(addresses)}Q", *addresses)))
+    rsdp = bytearray(struct.pack(acpi.RSDP, b"RSD PTR ", 0, acpi.OEM_ID, 2, 0, acpi.RSDP_SIZE, xsdt, 0))
+    rsdp[acpi.RSDP_CHECKSUM] = -sum(rsdp[: acpi.RSDP_V1_SIZE]) & 0xFF
+    rsdp[acpi.RSDP_EXT_CHECKSUM] = -sum(rsdp) & 0xFF
+    blob[: acpi.RSDP_SIZE] = rsdp
+    memory.write(pf.FIRMWARE_BASE, blob)
+    return pf.FIRMWARE_BASE
+
+
+def _sdt(signature: bytes, revision: int, body: bytes) -> bytes:
+    """A table with its header, length and checksum."""
+    table = bytearray(
+        struct.pack(
+            acpi.SDT_HEADER,
+            signature,
+            acpi.SDT_HEADER_SIZE + len(body),
+            revision,
+            0,
+            acpi.OEM_ID,
+            acpi.OEM_TABLE_ID,
+            1,
+            acpi.CREATOR_ID,
+            1,
+        )
+    )
+    table += body
+    table[acpi.SDT_CHECKSUM] = -sum(table) & 0xFF
+    return bytes(table)
+
+
+def _fadt(dsdt_at: int) -> bytes:
+    body = bytearray(acpi.FADT_SIZE - acpi.SDT_HEADER_SIZE)
+
+    def put(fmt: str, offset: int, *values: int | bytes) -> None:
+        struct.pack_into(fmt, body, offset - acpi.SDT_HEADER_SIZE, *values)
+
+    def register(offset: int, port: int) -> None:
+        put(acpi.GAS, offset, acpi.GAS_SYSTEM_IO, 8, 0, acpi.GAS_BYTE, port)
+
+    put("<I", acpi.FADT_DSDT, dsdt_at)
+    put("<Q", acpi.FADT_X_DSDT, dsdt_at)
+    put("<H", acpi.FADT_IAPC_BOOT_ARCH, acpi.IAPC_LEGACY_DEVICES | acpi.IAPC_NO_VGA)
+    put(
+        "<I",
+        acpi.FADT_FLAGS,
+        acpi.FADT_F_WBINVD
+        | acpi.FADT_F_PROC_C1
+        | acpi.FADT_F_PWR_BUTTON
+        | acpi.FADT_F_SLP_BUTTON
+        | acpi.FADT_F_RESET_REG_SUP
+        | acpi.FADT_F_HW_REDUCED,
+    )
+    register(acpi.FADT_RESET_REG, pf.PORT_ACPI_RESET)
+    put("<B", acpi.FADT_RESET_VALUE, pf.ACPI_RESET_VALUE)
+    put("<B", acpi.FADT_MINOR_VERSION, acpi.FADT_MINOR)
+    register(acpi.FADT_SLEEP_CONTROL_REG, pf.PORT_ACPI_SLEEP_CONTROL)
+    register(acpi.FADT_SLEEP_STATUS_REG, pf.PORT_ACPI_SLEEP_STATUS)
+    put("<8s", acpi.FADT_HYPERVISOR_ID, acpi.OEM_TABLE_ID)
+    return _sdt(b"FACP", acpi.FADT_REVISION, bytes(body))
+
+
+def _madt(cpus: int) -> bytes:
+    entries = [struct.pack("<II", pf.LAPIC_BASE, 0)]
+    entries += [struct.pack(acpi.MADT_LAPIC, 0, 8, n, n, acpi.MADT_ENABLED) for n in range(cpus)]
+    entries.append(struct.pack(acpi.MADT_IOAPIC, 1, 12, 0, 0, pf.IOAPIC_BASE, 0))
+    entries.append(struct.pack(acpi.MADT_OVERRIDE, 2, 10, 0, 0, pf.IOAPIC_PIN_TIMER, 0))
+    entries.append(struct.pack(acpi.MADT_NMI, 4, 6, acpi.MADT_ALL_CPUS, 0, 1))
+    return _sdt(b"APIC", acpi.MADT_REVISION, b"".join(entries))
+
+
+def _mcfg() -> bytes:
+    return _sdt(b"MCFG", 1, struct.pack(acpi.MCFG_ENTRY, pf.PCI_ECAM_BASE, 0, 0, 0))
+
+
+def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool = False) -> bytes:
+    """The DSDT: everything that cannot be enumerated otherwise, and the route of PCI's INTA."""
+    routes = [
+        aml.package(
+            [
+                aml.integer(slot << 16 | 0xFFFF),
+                aml.integer(0),  # INTA
+                aml.integer(0),  # no link device: the next item is the GSI, level and active low
+                aml.integer(pf.GSI_PCI_BASE + slot % pf.GSI_PCI_COUNT),
+            ]
+        )
+        for slot in pci_slots
+    ]
+    pci = aml.device(
+        "PCI0",
+        # PNP0A03, not 0A08 (Express): there is no _OSC to negotiate.
+        aml.name("_HID", aml.eisaid("PNP0A03")),
+        aml.name("_UID", aml.integer(0)),
+        aml.resources(
+            aml.word_space(acpi.RES_TYPE_BUS, 0, 0, 0),
+            aml.io(pf.PORT_PCI_ADDRESS, 8),
+            # From 0x1000 up, so that BARs stay clear of the fixed ports.
+            aml.word_space(acpi.RES_TYPE_IO, acpi.RES_IO_ENTIRE_RANGE, 0x1000, 0xFFFF),
+            aml.dword_memory(pf.PCI_MMIO_BASE, pf.PCI_MMIO_BASE + pf.PCI_MMIO_SIZE - 1),
+        ),
+        aml.name("_PRT", aml.package(routes)),
+    )
+    devices = [pci, _serial("COM1", 1, pf.PORT_COM1, pf.IRQ_COM1)]
+    if com2:
+        devices.append(_serial("COM2", 2, pf.PORT_COM2, pf.IRQ_COM2))
+    devices += [
+        aml.device(
+            "RTC",
+            aml.name("_HID", aml.eisaid("PNP0B00")),
+            aml.resources(aml.io(pf.PORT_RTC, 2), aml.irq(pf.IRQ_RTC)),
+        ),
+        aml.device(
+            "PEVT", aml.name("_HID", aml.string("QEMU0001")), aml.resources(aml.io(pf.PORT_PVPANIC, 1))
+        ),
+        aml.device("PWRB", aml.name("_HID", aml.eisaid("PNP0C0C"))),
+        aml.device(
+            "GED",
+            aml.name("_HID", aml.string("ACPI0013")),
+            aml.resources(aml.interrupt(pf.IRQ_GED)),
+            aml.method("_EVT", 1, aml.notify("\\_SB.PWRB", acpi.NOTIFY_BUTTON_PRESSED)),
+        ),
+    ]
+    if ecam:
+        devices.append(
+            aml.device(
+                "MRES",
+                aml.name("_HID", aml.eisaid("PNP0C02")),
+                aml.resources(aml.memory32_fixed(pf.PCI_ECAM_BASE, pf.PCI_ECAM_SIZE)),
+            )
+        )
+    s5 = aml.name("_S5", aml.package([aml.integer(pf.ACPI_S5_TYPE)] + 3 * [aml.integer(0)]))
+    return _sdt(b"DSDT", 2, s5 + aml.scope("\\_SB", *devices))
+
+
+def _serial(text: str, uid: int, port: int, irq: int) -> bytes:
+    """A 16550: PNP0501."""
+    return aml.device(
+        text,
+        aml.name("_HID", aml.eisaid("PNP0501")),
+        aml.name("_UID", aml.integer(uid)),
+        aml.resources(aml.io(port, 8), aml.irq(irq)),
+    )

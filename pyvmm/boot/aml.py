@@ -1,0 +1,145 @@
+"""A small AML encoder (ACPI 6.4, chapter 20): each function returns the bytes of one term.
+
+Only what our DSDT needs. Names are four characters (padded with ``_``); paths are written as in ASL: ``\\_SB.PCI0``.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm.spec import acpi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def path(text: str) -> bytes:
+    """A NameString of one or two segments, absolute if it starts with a backslash."""
+    root = b"\\" if text.startswith("\\") else b""
+    segments = [part.ljust(4, "_").encode("ascii") for part in text.lstrip("\\").split(".")]
+    if len(segments) == 1:
+        return root + segments[0]
+    if len(segments) != 2:
+        raise ValueError(f"path {text!r} has more than two segments")
+    return root + bytes([acpi.AML_DUAL_NAME]) + segments[0] + segments[1]
+
+
+def _package(op: bytes, body: bytes) -> bytes:
+    """``op``, PkgLength, ``body``; the length counts its own bytes (20.2.4)."""
+    size = len(body) + 1
+    if size < 0x40:
+        return op + bytes([size]) + body
+    size += 1
+    extra = 1
+    if size >= 1 << 12:
+        size += 1
+        extra = 2
+    return op + bytes([extra << 6 | size & 0xF]) + (size >> 4).to_bytes(extra, "little") + body
+
+
+def integer(value: int) -> bytes:
+    """The shortest constant for a value of up to 32 bits."""
+    if value in (0, 1):
+        return bytes([value])
+    if value < 1 << 8:
+        return struct.pack("<BB", acpi.AML_BYTE, value)
+    if value < 1 << 16:
+        return struct.pack("<BH", acpi.AML_WORD, value)
+    return struct.pack("<BI", acpi.AML_DWORD, value)
+
+
+def string(text: str) -> bytes:
+    """A NUL-terminated ASCII string."""
+    return bytes([acpi.AML_STRING]) + text.encode("ascii") + b"\0"
+
+
+def eisaid(text: str) -> bytes:
+    """EisaId("PNP0A03"): three letters of five bits and four hexadecimal digits, big-endian (19.3.4)."""
+    letters = [ord(c) - 0x40 for c in text[:3]]
+    value = letters[0] << 26 | letters[1] << 21 | letters[2] << 16 | int(text[3:], 16)
+    return bytes([acpi.AML_DWORD]) + value.to_bytes(4, "big")
+
+
+def buffer(data: bytes) -> bytes:
+    """Buffer () {...}."""
+    return _package(bytes([acpi.AML_BUFFER]), integer(len(data)) + data)
+
+
+def package(items: Iterable[bytes]) -> bytes:
+    """Package () {...} of up to 255 items."""
+    terms = list(items)
+    return _package(bytes([acpi.AML_PACKAGE]), bytes([len(terms)]) + b"".join(terms))
+
+
+def name(text: str, value: bytes) -> bytes:
+    """Name (text, value)."""
+    return bytes([acpi.AML_NAME]) + path(text) + value
+
+
+def scope(text: str, *terms: bytes) -> bytes:
+    """Scope (text) {...}."""
+    return _package(bytes([acpi.AML_SCOPE]), path(text) + b"".join(terms))
+
+
+def device(text: str, *terms: bytes) -> bytes:
+    """Device (text) {...}."""
+    return _package(bytes([acpi.AML_EXT, acpi.AML_EXT_DEVICE]), path(text) + b"".join(terms))
+
+
+def method(text: str, arguments: int, *terms: bytes) -> bytes:
+    """Method (text, arguments, Serialized) {...}."""
+    flags = bytes([arguments | acpi.METHOD_SERIALIZED])
+    return _package(bytes([acpi.AML_METHOD]), path(text) + flags + b"".join(terms))
+
+
+def notify(text: str, value: int) -> bytes:
+    """Notify (text, value)."""
+    return bytes([acpi.AML_NOTIFY]) + path(text) + integer(value)
+
+
+def resources(*descriptors: bytes) -> bytes:
+    """Name (_CRS, ResourceTemplate () {...}); the end tag's checksum 0 means that there is none."""
+    return name("_CRS", buffer(b"".join(descriptors) + bytes([acpi.RES_END, 0])))
+
+
+def io(port: int, count: int) -> bytes:
+    """IO (Decode16, port, port, 1, count)."""
+    return struct.pack("<BBHHBB", acpi.RES_IO, 1, port, port, 1, count)
+
+
+def irq(line: int) -> bytes:
+    """IRQNoFlags () {line}: edge-triggered, active high, of the 16 ISA lines."""
+    return struct.pack("<BH", acpi.RES_IRQ_NO_FLAGS, 1 << line)
+
+
+def interrupt(gsi: int) -> bytes:
+    """Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {gsi}."""
+    return struct.pack("<BHBBI", acpi.RES_INTERRUPT, 6, acpi.RES_IRQ_CONSUMER | acpi.RES_IRQ_EDGE, 1, gsi)
+
+
+def memory32_fixed(base: int, size: int) -> bytes:
+    """Memory32Fixed (ReadWrite, base, size)."""
+    return struct.pack("<BHBII", acpi.RES_MEMORY32_FIXED, 9, 1, base, size)
+
+
+def word_space(kind: int, flags: int, first: int, last: int) -> bytes:
+    """WordBusNumber or WordIO: the window [first, last] that a bridge passes on."""
+    body = struct.pack("<BBBHHHHH", kind, acpi.RES_MIN_MAX_FIXED, flags, 0, first, last, 0, last - first + 1)
+    return struct.pack("<BH", acpi.RES_WORD, len(body)) + body
+
+
+def dword_memory(first: int, last: int) -> bytes:
+    """DWordMemory (..., ReadWrite): likewise for memory, not cacheable."""
+    body = struct.pack(
+        "<BBBIIIII",
+        acpi.RES_TYPE_MEMORY,
+        acpi.RES_MIN_MAX_FIXED,
+        acpi.RES_MEM_READ_WRITE,
+        0,
+        first,
+        last,
+        0,
+        last - first + 1,
+    )
+    return struct.pack("<BH", acpi.RES_DWORD, len(body)) + body

@@ -1,0 +1,98 @@
+"""One kernel or initrd file: opened once, read by position, every short read or odd file refused by name."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from pyvmm.errors import ImageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from pyvmm.memory import GuestMemory
+
+HINTS = {
+    "kernel": "give --kernel a bzImage or an x86-64 ELF, or leave it out for the built image",
+    "initrd": "give --initrd a cpio archive, or leave it out",
+}
+
+
+class ImageFile:
+    """An open regular file; a context manager that owns the descriptor.
+
+    :param what: ``kernel`` or ``initrd``, for messages.
+    :ivar size: bytes, at least 1.
+    :raises ImageError: missing, unreadable, empty or not a regular file.
+    """
+
+    __slots__ = ("fd", "path", "size", "what")
+
+    def __init__(self, path: str, what: str) -> None:
+        self.path, self.what = path, what
+        self.fd = -1
+        try:
+            # O_NONBLOCK: opening a FIFO would otherwise wait for a writer.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as e:
+            cause = (e.strerror or str(e)) if isinstance(e, OSError) else str(e)
+            raise self.bad(f"cannot be opened: {cause}") from e
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                is_dir = stat.S_ISDIR(status.st_mode)
+                raise self.bad("is a directory" if is_dir else "is not a regular file")
+            if not status.st_size:
+                raise self.bad("is empty")
+        except BaseException:
+            os.close(fd)
+            raise
+        self.fd, self.size = fd, status.st_size
+
+    def bad(self, cause: str, hint: str = "") -> ImageError:
+        """The error to raise: ``cause`` follows the file's name; the default hint says what would be good."""
+        return ImageError(f"{self.what} {self.path!r} {cause}", hint or HINTS[self.what])
+
+    def read(self, offset: int, length: int, field: str) -> bytes:
+        """Exactly ``length`` bytes at ``offset``; ImageError names ``field`` where the file ends before."""
+        if offset + length > self.size:
+            raise self.truncated(field, offset + length)
+        try:
+            data = os.pread(self.fd, length, offset)
+        except OSError as e:
+            raise self.bad(f"cannot be read: {e.strerror}", "check the disk it is on") from e
+        if len(data) != length:
+            raise self.truncated(field, offset + length)
+        return data
+
+    def load(self, memory: GuestMemory, gpa: int, offset: int, length: int, field: str) -> None:
+        """Read [offset, offset + length) of the file straight into guest memory."""
+        try:
+            done = memory.read_file(gpa, self.fd, offset, length)
+        except OSError as e:
+            raise self.bad(f"cannot be read: {e.strerror}", "check the disk it is on") from e
+        if done != length:
+            raise self.truncated(field, offset + length)
+
+    def truncated(self, field: str, end: int) -> ImageError:
+        """The error for a file that ends inside ``field``, which reaches to byte ``end``."""
+        return self.bad(
+            f"is truncated: {field} ends at byte {end:#x}, the file at {self.size:#x}",
+            "copy or build it again",
+        )
+
+    def close(self) -> None:
+        """Release the descriptor; a second call does nothing."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

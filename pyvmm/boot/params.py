@@ -1,0 +1,171 @@
+"""What a loader hands to a kernel: the memory map, the zero page, the PVH start info, descriptor and page tables."""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm.errors import ImageError
+from pyvmm.spec import linux_boot as lb
+from pyvmm.spec import platform as pf
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.boot.image import ImageFile
+    from pyvmm.memory import GuestMemory
+
+PAGE = 4096
+
+# Segment descriptors by selector: 0x10 is 64-bit code, 0x18 data, as the 64-bit boot protocol asks; both flat and accessed.
+GDT = struct.pack("<4Q", 0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)
+PTE_TABLE = 0x03  # present, writable
+PTE_LARGE = 0x83  # and PS: a 2 MiB page
+
+# What runs at F000:FFF0. Linux on hardware-reduced ACPI thinks of EFI first (efi_reboot_required) and, where that is missing, jumps
+# to the BIOS: mov dx, PORT_ACPI_RESET; mov al, ACPI_RESET_VALUE; out dx, al; hlt; jmp back to the hlt.
+RESET_CODE = struct.pack(
+    "<BHBBBBBb", 0xBA, pf.PORT_ACPI_RESET, 0xB0, pf.ACPI_RESET_VALUE, 0xEE, 0xF4, 0xEB, -3
+)
+
+# Offsets in the page PVH_START_INFO.
+PVH_MODLIST = 0x40
+PVH_MEMMAP = 0x80
+
+
+def memory_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
+    """The e820 table: (address, bytes, E820_* type), ascending and not overlapping.
+
+    The types of E820 and of PVH's memory map are the same numbers.
+    """
+    high = memory.regions[1:]
+    return [
+        (0, pf.EBDA_BASE, lb.E820_RAM),
+        (pf.EBDA_BASE, 0xA_0000 - pf.EBDA_BASE, lb.E820_RESERVED),
+        (pf.FIRMWARE_BASE, pf.FIRMWARE_END - pf.FIRMWARE_BASE, lb.E820_RESERVED),
+        *(
+            [(pf.KERNEL_BASE, memory.low_size - pf.KERNEL_BASE, lb.E820_RAM)]
+            if memory.low_size > pf.KERNEL_BASE
+            else []
+        ),
+        (pf.PCI_ECAM_BASE, pf.PCI_ECAM_SIZE, lb.E820_RESERVED),
+        (pf.KVM_IDENTITY_MAP, 4 * PAGE, lb.E820_RESERVED),  # and the TSS behind it
+        *((r.gpa, r.size, lb.E820_RAM) for r in high),
+    ]
+
+
+def check_cmdline(cmdline: str, limit: int) -> bytes:
+    """The command line as bytes, without the NUL.
+
+    :param limit: what the kernel takes, in characters.
+    :raises ImageError: too long, or not printable ASCII.
+    """
+    for i, c in enumerate(cmdline):
+        if not (" " <= c <= "~" or c == "\t"):
+            raise ImageError(
+                f"command line has {c!r} at position {i}", "use printable ASCII only, on one line"
+            )
+    limit = min(limit, pf.BOOT_CMDLINE_MAX - 1)
+    if len(cmdline) > limit:
+        raise ImageError(
+            f"command line of {len(cmdline)} characters, this kernel takes {limit}", "shorten --append"
+        )
+    return cmdline.encode("ascii")
+
+
+def place_initrd(initrd: ImageFile, memory: GuestMemory, bottom: int, highest: int) -> int:
+    """Where the initrd goes: as high as may be, page-aligned, at or above ``bottom``, the kernel's end.
+
+    :param highest: the last address that the kernel can take it at.
+    :raises ImageError: it does not fit.
+    """
+    top = min(memory.low_size, highest + 1)
+    address = (top - initrd.size) & ~(PAGE - 1)
+    if address < bottom:
+        room = max(top - bottom, 0)
+        raise initrd.bad(
+            f"of {initrd.size} bytes does not fit: {room} bytes are free between the kernel's end {bottom:#x} and {top:#x}",
+            "raise --memory or use a smaller initrd",
+        )
+    return address
+
+
+def write_common(memory: GuestMemory, cmdline: bytes) -> None:
+    """The command line, the BIOS data area by which tables in the EBDA are found, and the real-mode reset vector."""
+    memory.write(pf.BOOT_CMDLINE, cmdline + b"\0")
+    memory.write(lb.BDA_EBDA_SEGMENT, struct.pack("<H", pf.EBDA_BASE >> 4))
+    memory.write(lb.BDA_BASE_MEMORY_KIB, struct.pack("<H", pf.EBDA_BASE >> 10))
+    memory.write(lb.RESET_VECTOR, RESET_CODE)
+
+
+def write_zero_page(memory: GuestMemory, header: bytes, rsdp: int, initrd: tuple[int, int]) -> None:
+    """struct boot_params at BOOT_PARAMS.
+
+    :param header: the setup header from 0x1f1 on; its loader fields are filled in here.
+    :param initrd: address and bytes; (0, 0) for none.
+    """
+    page = bytearray(lb.BP_SIZE)
+    page[lb.HDR_SETUP_SECTS : lb.HDR_SETUP_SECTS + len(header)] = header
+    page[lb.HDR_TYPE_OF_LOADER] = lb.LOADER_UNDEFINED
+    struct.pack_into("<I", page, lb.HDR_CMD_LINE_PTR, pf.BOOT_CMDLINE)
+    # Below 4 GiB always, so the ext_* halves stay zero.
+    struct.pack_into("<II", page, lb.HDR_RAMDISK_IMAGE, *initrd)
+    struct.pack_into("<Q", page, lb.BP_ACPI_RSDP_ADDR, rsdp)
+    entries = memory_map(memory)
+    page[lb.BP_E820_ENTRIES] = len(entries)
+    page_map = b"".join(struct.pack(lb.E820_ENTRY, *e) for e in entries)
+    page[lb.BP_E820_TABLE : lb.BP_E820_TABLE + len(page_map)] = page_map
+    memory.write(pf.BOOT_PARAMS, page)
+
+
+def synthetic_header() -> bytes:
+    """A setup header for a vmlinux, which carries none: what the kernel reads of it is only what a loader writes."""
+    header = bytearray(lb.HDR_END_2_12 - lb.HDR_SETUP_SECTS)
+
+    def put(fmt: str, offset: int, *values: int | bytes) -> None:
+        struct.pack_into(fmt, header, offset - lb.HDR_SETUP_SECTS, *values)
+
+    put("<H", lb.HDR_BOOT_FLAG, lb.BOOT_FLAG)
+    put("<4sH", lb.HDR_MAGIC, lb.SETUP_MAGIC, lb.VERSION_2_12)
+    put("<B", lb.HDR_LOADFLAGS, lb.LOADED_HIGH)
+    put("<I", lb.HDR_CMDLINE_SIZE, lb.COMMAND_LINE_SIZE - 1)
+    return bytes(header)
+
+
+def write_start_info(memory: GuestMemory, rsdp: int, initrd: tuple[int, int]) -> None:
+    """struct hvm_start_info, version 1, with its module list and memory map, at PVH_START_INFO."""
+    base = pf.PVH_START_INFO
+    entries = memory_map(memory)
+    address, size = initrd
+    modules = 1 if size else 0
+    page = bytearray(PAGE)
+    struct.pack_into(
+        lb.HVM_START_INFO,
+        page,
+        0,
+        lb.XEN_HVM_START_MAGIC_VALUE,
+        1,
+        0,
+        modules,
+        base + PVH_MODLIST if modules else 0,
+        pf.BOOT_CMDLINE,
+        rsdp,
+        base + PVH_MEMMAP,
+        len(entries),
+        0,
+    )
+    struct.pack_into(lb.HVM_MODLIST_ENTRY, page, PVH_MODLIST, address, size, 0, 0)
+    table = b"".join(struct.pack(lb.HVM_MEMMAP_ENTRY, *e, 0) for e in entries)
+    page[PVH_MEMMAP : PVH_MEMMAP + len(table)] = table
+    memory.write(base, page)
+
+
+def write_gdt(memory: GuestMemory) -> None:
+    """The boot GDT at BOOT_GDT."""
+    memory.write(pf.BOOT_GDT, GDT)
+
+
+def write_page_tables(memory: GuestMemory) -> None:
+    """An identity map of the first 4 GiB in 2 MiB pages at BOOT_PAGE_TABLES: PML4, PDPT, four directories."""
+    base = pf.BOOT_PAGE_TABLES
+    memory.write(base, struct.pack("<Q", base + PAGE | PTE_TABLE))
+    memory.write(base + PAGE, struct.pack("<4Q", *(base + (2 + i) * PAGE | PTE_TABLE for i in range(4))))
+    memory.write(base + 2 * PAGE, struct.pack("<2048Q", *range(PTE_LARGE, (4 << 30) + PTE_LARGE, 2 << 20)))

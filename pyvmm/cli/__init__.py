@@ -1,0 +1,98 @@
+"""The command line: ``pyvmm COMMAND ...``.
+
+One module a command with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> exit status``; only the module of the command asked
+for is imported, so that start-up stays short. Nothing outside this package prints or exits.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+#: command -> one line for ``pyvmm --help``; the module is pyvmm.cli.<command>.
+COMMANDS = {
+    "run": "boot a guest and run a command or a console in it",
+    "demo": "show a guest's virtio-net card at work, from discovery to the count of exits",
+    "doctor": "say what this machine can do, and how to get what is missing",
+    "image": "build and list guest images",
+    "testbed": "run a command in a virtual machine that has real KVM and vhost-net",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the ``pyvmm`` command; returns the exit status."""
+    return guard(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(args: list[str]) -> int:
+    import argparse
+    import importlib
+
+    from pyvmm.errors import UsageError
+
+    class Parser(argparse.ArgumentParser):
+        """Bad usage is one line, as every other error."""
+
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message, f"see {self.prog} --help")
+
+    parser = Parser(
+        prog="pyvmm",
+        description="A small KVM hypervisor built around one device: virtio-net.",
+        epilog="Examples:\n  pyvmm doctor\n  pyvmm run -- ip addr\n  pyvmm run --net emulated,mtu=9000\n\n"
+        "Exit codes are listed in docs/exit-codes.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    completing = "_ARGCOMPLETE" in os.environ
+    chosen = next((a for a in args if not a.startswith("-")), None)
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, text in COMMANDS.items():
+        if name == chosen or completing:
+            module = importlib.import_module(f"pyvmm.cli.{name}")
+            one = sub.add_parser(
+                name,
+                help=text,
+                description=module.__doc__,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+            module.add_arguments(one)
+            one.set_defaults(run=module.run)
+        else:
+            sub.add_parser(name, help=text, add_help=False)
+    if completing:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    ns = parser.parse_args(args)
+    ns.argv = args
+    if ns.version:
+        from pyvmm import __version__
+
+        print(f"pyvmm {__version__}")
+        return 0
+    if ns.command is None:
+        parser.print_help()
+        return 2
+    return int(ns.run(ns))
+
+
+def guard(body: Callable[[], int]) -> int:
+    """Run ``body``; turn what it raises into one line on stderr and an exit status."""
+    from pyvmm.errors import PyvmmError
+
+    try:
+        return body()
+    except PyvmmError as e:
+        print(f"pyvmm: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141

@@ -1,0 +1,179 @@
+"""Boot a Linux guest with a virtio-net card and show what happens: discovery, negotiation, packets both ways, exits.
+
+Example:
+  pyvmm demo --cpus 2
+"""
+
+from __future__ import annotations
+
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from pyvmm.machine import Machine, Nic
+
+#: What the guest does; each `@` line is a stage that the host's side waits for.
+GUEST = r"""
+echo "@device"
+cd /sys/bus/pci/devices/0000:00:01.0
+echo "PCI 00:01.0 vendor $(cat vendor) device $(cat device) class $(cat class), driver $(basename $(readlink driver))"
+dmesg | grep -E 'pci 0000:00:01.0:' | sed 's/^\[ *\([0-9.]*\)\] /\1 s  /'
+echo "interrupts:"; grep virtio /proc/interrupts | tr -s ' '
+ip addr show eth0 | grep -E 'mtu|ether|inet '
+echo "@ping"
+ping -q -c 5 -i 0.2 HOST
+echo "@serve"
+iperf3 -s -1 >/dev/null; iperf3 -s -1 >/dev/null
+echo "@end"
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--cpus", metavar="N", type=int, default=1, help="virtual CPUs (1)")
+    parser.add_argument("--net", metavar="MODE", default="emulated", help="as in `pyvmm run` (emulated)")
+    parser.add_argument("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Choose the host, then show it there."""
+    from pyvmm.cli.where import elsewhere
+
+    argv = ["demo", "--host", "local", "--cpus", str(args.cpus), "--net", args.net]
+    status = elsewhere(args.host, None, argv)
+    return _demo(args) if status is None else status
+
+
+class Story:
+    """Prints the steps with the time at which they came."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def head(self, text: str) -> None:
+        """A step."""
+        print(f"\n[{time.monotonic() - self._start:5.1f} s] {text}", flush=True)
+
+    def lines(self, text: str) -> None:
+        """What it showed."""
+        for line in text.strip().splitlines():
+            print(f"          {line.rstrip()}", flush=True)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from pyvmm.errors import UsageError
+    from pyvmm.images import CMDLINE, find
+    from pyvmm.machine import Machine
+    from pyvmm.net import Net
+
+    story = Story()
+    net = Net.parse(args.net)
+    if net.mode == "none" or net.tap is not None:
+        raise UsageError(f"pyvmm demo --net {args.net}", "the demo wants a card with a tap of its own")
+    image = find("default")
+    story.head(
+        f"booting Linux {image.version} on {args.cpus} vCPU(s), one virtio-net card, data path: {args.net}"
+    )
+    script = GUEST.replace("HOST", "192.168.100.1")
+    with Machine(
+        image.kernel,
+        initrd=image.initrd,
+        append=CMDLINE,
+        cpus=args.cpus,
+        nets=[net],
+        command=["sh", "-c", script],
+    ) as vm:
+        nic = vm.nets[0]
+        vm.start()
+        _stage(vm, "device", story)
+        device = _stage(vm, "ping", story)
+        up = (vm.phases["init"] - vm.phases["vmm"]) / 1e9
+        story.head(f"the guest's init ran after {up:.1f} s; the device as the guest found it")
+        story.lines(device)
+        _negotiation(story, nic)
+        story.head("ping: guest to host")
+        story.lines(_stage(vm, "serve", story))
+        _from_host(story, nic)
+        outcome = vm.wait(60)
+        story.head(f"the guest has ended: {outcome.kind}, exit status {outcome.status}")
+        _summary(story, vm)
+        error = outcome.error()
+        if error is not None:
+            raise error
+        status = outcome.status or 0
+    story.head("closed: tap, network namespace, threads and descriptors are gone")
+    return status
+
+
+def _stage(vm: Machine, name: str, story: Story, limit: float = 180) -> str:
+    """What the guest said before it reached stage ``name``, from the stage before on."""
+    from pyvmm.errors import GuestEnded, GuestTimeout
+
+    until = time.monotonic() + limit
+    while True:
+        try:
+            match = vm.stdout.expect(rf"(?:@[a-z]+\n|\A)([^@]*)@{name}\n", 5)
+            return match.group(1).decode(errors="replace")
+        except TimeoutError:
+            outcome = vm.outcome
+            if outcome is not None:
+                raise outcome.error() or GuestEnded("the guest ended before the demo did") from None
+            if time.monotonic() > until:
+                raise GuestTimeout(f"the guest did not get to {name!r} within {limit:g} s") from None
+            story.head(f"waiting for the guest ({', '.join(p for p in vm.phases if p != 'vmm') or 'kernel'})")
+
+
+def _negotiation(story: Story, nic: Nic) -> None:
+    from pyvmm.virtio.features import names
+
+    device = nic.device
+    declined = device.offered() & ~device.negotiated
+    story.head("feature negotiation")
+    story.lines(f"negotiated: {' '.join(names(device.negotiated))}")
+    story.lines(f"declined:   {' '.join(names(declined)) or 'none'}")
+    for q in device.queues:
+        way = ("receive", "transmit")[q.index % 2]
+        story.lines(
+            f"queue {q.index} ({way}): {q.size} entries, descriptors at {q.desc:#x}, vector {q.vector}"
+        )
+
+
+def _from_host(story: Story, nic: Nic) -> None:
+    assert nic.guest is not None
+    guest = nic.guest.partition("/")[0]
+    story.head("ping: host to guest")
+    story.lines(_inside(nic, ["ping", "-q", "-c", "5", "-i", "0.2", guest]))
+    for title, extra in (("TCP: host to guest", []), ("TCP: guest to host", ["-R"])):
+        story.head(title)
+        text = _inside(nic, ["iperf3", "-c", guest, "-t", "2", "-f", "m", *extra])
+        story.lines("\n".join(line for line in text.splitlines() if "sender" in line or "receiver" in line))
+
+
+def _inside(nic: Nic, argv: list[str]) -> str:
+    from pyvmm.errors import HostError
+
+    try:
+        done = nic.namespace.run(argv, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError as e:
+        raise HostError(f"{argv[0]} cannot be run", "install iputils-ping, iperf3 and util-linux") from e
+    if done.returncode:
+        raise HostError(f"{' '.join(argv)} failed: {(done.stdout + done.stderr).strip()[-200:]}")
+    text: str = done.stdout
+    return text
+
+
+def _summary(story: Story, vm: Machine) -> None:
+    from pyvmm.cli.tables import exits_table
+
+    counters = vm.nets[0].device.datapath.counters()
+    for way in ("rx", "tx"):
+        packets, kicks, calls = (counters[f"{way}_{k}"] for k in ("packets", "kicks", "calls"))
+        name = {"rx": "to guest", "tx": "from guest"}[way]
+        story.lines(f"packets {name}: {packets}, with {kicks} kicks and {calls} interrupts")
+    stats = vm.kvm_stats()
+    if stats is not None:
+        total = sum(v["exits"] for v in stats["vcpus"])
+        story.lines(f"exits in KVM: {total}, of which {vm.ledger().total} reached the VMM")
+    story.lines(exits_table(vm))

@@ -1,0 +1,86 @@
+"""Build and list guest images: a kernel and an initramfs that `pyvmm run` boots.
+
+  pyvmm image build                         Debian's prebuilt cloud kernel, 6.1
+  pyvmm image build --kernel-version 6.12   the one from backports
+  pyvmm image build --from-host             this machine's own kernel and programs
+  pyvmm image build --tiny                  a small kernel built from Debian's source
+  pyvmm image list                          what is built
+
+No root is needed. See docs/images.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare what ``pyvmm image`` takes."""
+    sub = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    build = sub.add_parser("build", help="build an image unless it is up to date", allow_abbrev=False)
+    build.add_argument("--kernel-version", choices=("6.1", "6.12"), help="series of Debian's kernel (6.1)")
+    build.add_argument(
+        "--from-host", action="store_true", help="use this machine's kernel, modules and programs"
+    )
+    build.add_argument(
+        "--tiny", action="store_true", help="build a small kernel from Debian's source (minutes)"
+    )
+    build.add_argument("--output", type=Path, metavar="DIR", help="also copy the image's files to DIR")
+    build.add_argument("--force", action="store_true", help="build again, of the newest packages")
+    build.add_argument("--quiet", action="store_true", help="show no progress")
+    listing = sub.add_parser("list", help="list the images that are built", allow_abbrev=False)
+    listing.add_argument("--json", action="store_true", help="as JSON, with what each was made of")
+
+
+def run(args: Namespace) -> int:
+    """Carry out ``pyvmm image``; the exit status."""
+    return _build(args) if args.action == "build" else _list(args)
+
+
+def _build(args: Namespace) -> int:
+    from pyvmm.errors import UsageError
+    from pyvmm.images.build import build
+
+    if (args.kernel_version is not None) + args.from_host + args.tiny > 1:
+        raise UsageError("--kernel-version, --from-host and --tiny exclude each other", "give one of them")
+    start = time.monotonic()
+
+    def progress(line: str) -> None:
+        if not args.quiet:
+            print(f"[{time.monotonic() - start:5.1f} s] {line}", file=sys.stderr, flush=True)
+
+    image, fresh = build(
+        args.kernel_version or "6.1",
+        from_host=args.from_host,
+        tiny=args.tiny,
+        output=args.output,
+        force=args.force,
+        progress=progress,
+    )
+    print(
+        f"image {image.name}: kernel {image.version}, {'built' if fresh else 'up to date'} in {image.directory}"
+    )
+    return 0
+
+
+def _list(args: Namespace) -> int:
+    from pyvmm import images
+
+    found = images.built()
+    if args.json:
+        print(json.dumps([{**image.info, "directory": image.directory} for image in found], indent=1))
+        return 0
+    if not found:
+        print(f"no images; {images.remedy('default')}")
+    for image in found:
+        sizes = [Path(image.directory, file).stat().st_size / 1e6 for file in images.FILES[:3]]
+        text = ", ".join(f"{file} {size:.1f} MB" for file, size in zip(images.FILES, sizes, strict=False))
+        print(f"{image.name:8} {image.version:28} {text}")
+    return 0

@@ -1,0 +1,94 @@
+"""The user's terminal as the guest's console: raw while a guest runs, put back on every way out."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.machine import Machine
+
+CTRL_A = 0x01
+PENDING_MAX = 1 << 16  # bytes typed that the guest has not taken
+
+
+class Terminal:
+    """stdin goes to the machine's console; Ctrl-A x stops the machine.
+
+    ``close`` undoes what ``open`` has done, also half of it: call it in a ``finally`` that is entered before
+    ``open``, so that no signal can leave a raw terminal behind.
+    """
+
+    def __init__(self, vm: Machine) -> None:
+        self._vm = vm
+        self._saved: Any = None
+        self._escaped = False
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._pump, name="stdin", daemon=True)
+
+    def open(self) -> None:
+        """Make a terminal raw and start reading."""
+        if os.isatty(0):
+            import termios
+            import tty
+
+            self._saved = termios.tcgetattr(0)
+            tty.setraw(0)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop reading and put the terminal back. A second call does nothing."""
+        if self._stop < 0:
+            return
+        try:
+            if self._thread.ident is not None:
+                os.eventfd_write(self._stop, 1)
+                self._thread.join()
+        finally:
+            if self._saved is not None:
+                import termios
+
+                try:
+                    termios.tcsetattr(0, termios.TCSANOW, self._saved)
+                except termios.error:
+                    pass  # it has been hung up
+            stop, self._stop = self._stop, -1
+            os.close(stop)
+
+    def _pump(self) -> None:
+        import select
+
+        pending = bytearray()
+        while True:
+            # A terminal is read always, for Ctrl-A x; a file or pipe waits until the guest has taken what was read.
+            sources = [0, self._stop] if self._saved is not None or not pending else [self._stop]
+            ready, _, _ = select.select(sources, [], [], 0.01 if pending else None)
+            if self._stop in ready:
+                return
+            if 0 in ready:
+                try:
+                    data = os.read(0, 1024)
+                except OSError:
+                    return
+                if not data or not self._typed(data, pending):
+                    return
+            del pending[: self._vm.console.feed(bytes(pending))]
+
+    def _typed(self, data: bytes, pending: bytearray) -> bool:
+        """Add what is for the guest to ``pending``; False once the user wants to leave."""
+        for byte in data:
+            if self._escaped and byte in b"xX":
+                self._vm.stop()
+                return False
+            if byte == CTRL_A and not self._escaped and self._saved is not None:
+                self._escaped = True
+                continue
+            self._escaped = False
+            if (
+                len(pending) < PENDING_MAX
+            ):  # a guest that reads nothing loses what is typed, as on a real line
+                pending.append(byte)
+        return True

@@ -1,0 +1,169 @@
+"""Run a command in the testbed: a virtual machine, under emulation, that has real KVM and real vhost-net.
+
+  pyvmm testbed [OPTIONS] [-- COMMAND...]   run COMMAND (a shell without) in the running testbed,
+                                            or in one that is started for it and stopped afterwards
+  pyvmm testbed up [OPTIONS]                start one and keep it running
+  pyvmm testbed down                        stop it, with all that runs in it
+  pyvmm testbed status [--json]             say whether it runs, and how; exit status 1 where it is down
+  pyvmm testbed setup [--kernel-version V]  fetch and build what it needs (no root; quick when done)
+
+The command sees this machine's files. The checkout (else the working directory), the directories given by -w, pyvmm's
+cache and the temporary directory are the real ones; whatever is written elsewhere goes to an overlay that is thrown away.
+Input, output, terminal, signals, environment and exit status are carried through.
+
+Exit status: the command's; 124 when --timeout ended it, 110 when the testbed failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.host.testbed import Testbed
+
+ACTIONS = ("up", "down", "status", "setup")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options, and the words that follow them."""
+    _options(parser)
+    parser.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="up|down|status|setup|-- COMMAND", help=argparse.SUPPRESS
+    )
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-w", "--writable", metavar="DIR", action="append", default=[], help="may be written as well"
+    )
+    parser.add_argument(
+        "--cpus", type=int, default=0, help="vCPUs (default: 2; 1 where QEMU is older than 8.1)"
+    )
+    parser.add_argument("--memory", metavar="SIZE", default="", help="memory (default: 4G)")
+    parser.add_argument("--timeout", metavar="S", type=float, help="kill COMMAND after S seconds")
+    parser.add_argument("--kernel-version", metavar="V", help="of Debian's cloud kernel: 6.1 (default), 6.12")
+    parser.add_argument("--name", help="one of several testbeds (default: $PYVMM_TESTBED, else default)")
+    parser.add_argument(
+        "--watchdog", metavar="S", type=float, default=30.0, help="silence that counts as a hang (30)"
+    )
+    parser.add_argument("--json", action="store_true", help="status as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the words say; the exit status."""
+    from pyvmm.errors import UsageError
+    from pyvmm.host import testbed
+
+    words = args.words
+    action, command = "", []
+    if words and words[0] == "--":
+        command = words[1:]
+    elif words:
+        action = words[0]
+        if action not in ACTIONS:
+            raise UsageError(
+                f"testbed: unknown word {action!r}", f"for a command: pyvmm testbed -- {' '.join(words)}"
+            )
+        more = argparse.ArgumentParser(prog=f"pyvmm testbed {action}", allow_abbrev=False)
+        _options(more)
+        args = more.parse_args(words[1:], args)
+    if args.cpus < 0 or args.cpus > 8:
+        raise UsageError(f"--cpus {args.cpus}", "use 1 to 8")
+    bed = testbed.Testbed(
+        args.name,
+        cpus=args.cpus,
+        memory=_size(args.memory),
+        kernel=args.kernel_version,
+        writable=args.writable,
+        watchdog=args.watchdog,
+        progress=_progress(args.quiet),
+    )
+    if action == "up":
+        return _up(bed)
+    if action == "down":
+        if not bed.down():
+            print("the testbed is down")
+        return 0
+    if action == "status":
+        return _status(bed, args.json)
+    if action == "setup":
+        bed.setup(_progress(args.quiet), args.kernel_version)
+        return 0
+    return _command(bed, command, args.timeout)
+
+
+def _up(bed: Testbed) -> int:
+    import os
+
+    if not bed.up():
+        print("the testbed is up already", file=sys.stderr)
+        warning = bed.check(os.getcwd())
+        if warning:
+            print(f"testbed: {warning}", file=sys.stderr)
+    return 0
+
+
+def _status(bed: Testbed, as_json: bool) -> int:
+    import json
+
+    status = bed.status()
+    if as_json:
+        print(json.dumps({"up": status is not None, "missing": bed.missing(), **(status or {})}, indent=2))
+    elif status is None:
+        lacks = bed.missing()
+        print(f"down, and not set up: {lacks}" if lacks else "down")
+    else:
+        print("up" if status["ready"] else "starting")
+        print(
+            f"  Linux {status['kernel']} on {status['cpus']} vCPU(s), {status['memory'] >> 20} MiB, {status['qemu']}"
+        )
+        if status["cpus"] < 2 and status["max_cpus"] < 2:
+            print("  one vCPU: this QEMU hangs with more (pyvmm testbed setup fetches a newer one)")
+        print(
+            f"  process {status['pid']}, for {status['up_s']:.0f} s, ready after {status['ready_after_s']:.1f} s"
+        )
+        print(f"  {status['running']} command(s) running, {status['commands']} so far")
+        for path in status["writable"]:
+            print(f"  writable: {path}")
+        for note in status["notes"]:
+            print(f"  {note}")
+    return 0 if status else 1
+
+
+def _command(bed: Testbed, command: list[str], timeout: float | None) -> int:
+    import os
+
+    from pyvmm.host.testbed import inside
+
+    argv = command or [os.environ.get("SHELL") or "/bin/sh"]
+    if inside():  # we are there already
+        os.execvp(argv[0], argv)
+    return bed.run_attached(argv, timeout=timeout)
+
+
+def _progress(quiet: bool) -> Callable[[str], None]:
+    """Prints lines to stderr, as they come; nothing where quiet."""
+
+    def show(text: str) -> None:
+        if not quiet:
+            print(f"testbed: {text}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _size(text: str) -> int:
+    """Bytes in "512M" or "4G"; 0 for an empty string."""
+    from pyvmm.errors import UsageError
+
+    if not text:
+        return 0
+    unit = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)
+    digits = text[:-1] if unit else text
+    if not digits.isdigit() or not 512 << 20 <= int(digits) << unit <= 64 << 30:
+        raise UsageError(f"--memory {text}", "use 512M to 64G")
+    return int(digits) << unit

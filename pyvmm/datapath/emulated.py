@@ -1,0 +1,257 @@
+"""The emulated data path: a C worker thread a queue pair between a tap and the rings."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from pyvmm._ext import ffi, lib
+from pyvmm.errors import HostError, PyvmmError, RingFault
+from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
+from pyvmm.spec.virtio_net import (
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_HDR_V1_SIZE,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, Protocol
+
+    from pyvmm.datapath.base import FaultHandler, Vring
+    from pyvmm.fd import Fd
+    from pyvmm.memory import GuestMemory
+
+    class Port(Protocol):
+        """Where packets enter and leave: a Tap, or in tests a socket in its place."""
+
+        name: str
+        fds: list[Fd]
+        mtu: int
+
+        def features(self) -> int: ...
+        def set_offloads(self, acked: int) -> None: ...
+        def reopen(self) -> bool: ...
+        def close(self) -> None: ...
+
+
+RING_FEATURES = (VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_NET_F_MRG_RXBUF)
+GSO = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6 | 1 << VIRTIO_NET_F_GUEST_UFO
+#: Ethernet header and a VLAN tag, on top of the MTU or of the 64 KiB of a GSO packet.
+FRAME_EXTRA = 14 + 4
+GSO_MAX = 65535
+#: How often to look whether a tap that was deleted is back.
+REOPEN_SECONDS = 0.5
+
+
+class _Pair:
+    """One queue pair: its worker and the thread that runs it."""
+
+    def __init__(self, worker: Any, number: int) -> None:
+        self.worker = worker
+        self.number = number
+        self.thread: threading.Thread | None = None
+        self.link_up = True
+
+
+class EmulatedNet:
+    """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one thread at a time.
+
+    :param port: the tap; closed by ``close``. One descriptor a queue pair.
+    :param poll_us: a worker looks for work this long, in microseconds, before it sleeps.
+    :ivar on_link: called from a worker's thread with False when the tap has vanished, True when it is back.
+    """
+
+    name = "emulated"
+
+    def __init__(self, port: Port, *, poll_us: int = 0) -> None:
+        self.on_fault: FaultHandler | None = None
+        self.on_link: Callable[[bool], None] | None = None
+        self._port = port
+        self._poll_us = poll_us
+        self._pairs: list[_Pair] = []
+        self._queues: list[int] = []
+        self._acked = 0
+        self._watcher: threading.Thread | None = None
+        self._quit = threading.Event()
+        # Guards workers against being freed while their counters are read.
+        self._lock = threading.Lock()
+        self._fields = [(n, f.type.kind) for n, f in ffi.typeof("struct pv_net_counters").fields]
+        self._totals: dict[str, int] = {"link_losses": 0, "ring_faults": 0}
+
+    def features(self) -> int:
+        """What the rings and the tap can honour."""
+        return self._port.features() | sum(1 << bit for bit in RING_FEATURES)
+
+    def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
+        """Take over the rings.
+
+        :raises RingFault: a ring's size or addresses are wrong. :raises HostError: no descriptors, memory or threads.
+        """
+        assert not self._pairs
+        pairs: dict[int, list[Vring]] = {}
+        for ring in rings:
+            pairs.setdefault(ring.index // 2, []).append(ring)
+        if max(pairs, default=0) >= len(self._port.fds):
+            raise HostError(f"queue pair {max(pairs)} has no queue of {self._port.name}")
+        self._port.set_offloads(acked)
+        self._acked = acked
+        self._quit.clear()
+        started: list[_Pair] = []
+        try:
+            for number, own in pairs.items():
+                started.append(_Pair(self._new_worker(acked, memory, number, own), number))
+            with self._lock:
+                self._pairs = started
+            for pair in started:
+                pair.thread = threading.Thread(
+                    target=self._run, args=(pair,), name=f"{self._port.name}-{pair.number}", daemon=True
+                )
+                pair.thread.start()
+        except BaseException as e:
+            self._pairs = started
+            self.stop()
+            if isinstance(e, RuntimeError):
+                raise HostError(f"cannot start a network thread: {e}", "raise the limit of processes") from e
+            raise
+        self._queues = [ring.index for ring in rings]
+
+    def _new_worker(self, acked: int, memory: GuestMemory, number: int, rings: list[Vring]) -> Any:
+        config = ffi.new("struct pv_net_config *")
+        for ring in rings:
+            c = config.ring[ring.index % 2]
+            c.size, c.base, c.desc, c.avail, c.used = ring.size, ring.base, ring.desc, ring.avail, ring.used
+            c.kick, c.call = ring.kick.fileno(), ring.call.fileno()
+        config.fd = self._port.fds[number].fileno()
+        config.hdr_len = VIRTIO_NET_HDR_V1_SIZE
+        payload = GSO_MAX if acked & GSO else self._port.mtu
+        config.max_frame = VIRTIO_NET_HDR_V1_SIZE + payload + FRAME_EXTRA
+        config.poll_us = self._poll_us
+        config.mrg_rxbuf = bool(acked >> VIRTIO_NET_F_MRG_RXBUF & 1)
+        config.indirect = bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1)
+        config.event_idx = bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1)
+        config.name = f"{self._port.name[:11]}-{number}".encode()[:15]
+        why = ffi.new("struct pv_net_event *")
+        worker = lib.pv_net_worker_new(config, memory.c, why)
+        if not worker:
+            if why.kind == lib.PV_NET_RING_FAULT:
+                text = ffi.string(lib.pv_fault_text(why.fault)).decode()
+                raise RingFault(f"queue {2 * number + why.queue}: {text}")
+            raise HostError(f"cannot start the emulated data path: {os.strerror(why.error)}")
+        return worker
+
+    def _run(self, pair: _Pair) -> None:
+        event = ffi.new("struct pv_net_event *")
+        while True:
+            lib.pv_net_worker_run(pair.worker, event)
+            if event.kind == lib.PV_NET_STOPPED:
+                return
+            if event.kind == lib.PV_NET_RING_FAULT:
+                with self._lock:
+                    self._totals["ring_faults"] += 1
+                queue = 2 * pair.number + event.queue
+                self._report(queue, f"queue {queue}: {ffi.string(lib.pv_fault_text(event.fault)).decode()}")
+            elif event.kind == lib.PV_NET_LINK_DOWN:
+                self._link_lost(pair)
+            elif event.kind == lib.PV_NET_LINK_UP:
+                if self.on_link is not None:
+                    self.on_link(True)
+            else:
+                self._report(-1, f"emulated data path: {os.strerror(event.error)}")
+                return
+
+    def _link_lost(self, pair: _Pair) -> None:
+        if self.on_link is not None:
+            self.on_link(False)
+        with self._lock:
+            self._totals["link_losses"] += 1
+            pair.link_up = False
+            if self._watcher is None and not any(p.link_up for p in self._pairs):
+                self._watcher = threading.Thread(
+                    target=self._watch, name=f"{self._port.name}-watch", daemon=True
+                )
+                self._watcher.start()
+
+    def _watch(self) -> None:
+        """Wait for the tap to come back, and give it to the workers."""
+        while not self._quit.wait(REOPEN_SECONDS):
+            try:
+                if not self._port.reopen():
+                    continue
+                self._port.set_offloads(self._acked)
+            except PyvmmError:
+                continue  # there but not to be had: not yet, or not for us
+            with self._lock:
+                self._watcher = None
+                for pair in self._pairs:
+                    pair.link_up = True
+                    lib.pv_net_worker_attach(pair.worker, self._port.fds[pair.number].fileno())
+            return
+
+    def _report(self, queue: int, problem: str) -> None:
+        if self.on_fault is not None:
+            self.on_fault(queue, problem)
+
+    @staticmethod
+    def _halt(pairs: list[_Pair]) -> None:
+        for pair in pairs:
+            lib.pv_net_worker_stop(pair.worker)
+        for pair in pairs:
+            if pair.thread is not None and pair.thread.ident is not None:
+                pair.thread.join()
+
+    def stop(self) -> list[int]:
+        """Stop the workers; returns each ring's next available index, in the order of ``start``."""
+        self._quit.set()
+        self._halt(self._pairs)
+        with self._lock:
+            watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.join()
+        bases = {
+            2 * pair.number + queue: int(lib.pv_net_worker_base(pair.worker, queue))
+            for pair in self._pairs
+            for queue in (0, 1)
+        }
+        with self._lock:
+            for pair in self._pairs:
+                self._count(pair, self._totals)
+                lib.pv_net_worker_free(pair.worker)
+            self._pairs = []
+        queues, self._queues = self._queues, []
+        return [bases[q] for q in queues]
+
+    def set_offloads(self, acked: int) -> None:
+        """Reprogram the tap while running."""
+        self._port.set_offloads(acked)
+
+    def _count(self, pair: _Pair, into: dict[str, int]) -> None:
+        c = ffi.new("struct pv_net_counters *")
+        lib.pv_net_worker_counters(pair.worker, c)
+        for name, kind in self._fields:
+            value = getattr(c, name)
+            if kind == "array":
+                for i, n in enumerate(value):
+                    key = f"{name}_{1 << i}"
+                    into[key] = into.get(key, 0) + n
+            else:
+                into[name] = into.get(name, 0) + value
+
+    def counters(self) -> dict[str, int]:
+        """All counters of ``struct pv_net_counters`` (cext/net_worker.h), summed over queue pairs and starts.
+
+        ``rx_batch_size_8`` counts batches of 8 to 15 packets. Any thread.
+        """
+        with self._lock:
+            out = dict(self._totals)
+            for pair in self._pairs:
+                self._count(pair, out)
+        return out
+
+    def close(self) -> None:
+        """Stop, and release the tap."""
+        self.stop()
+        self._port.close()

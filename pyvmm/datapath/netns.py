@@ -1,0 +1,215 @@
+"""A network namespace of pyvmm's own, with a tap in it: for a network card without ``tap=``.
+
+Nothing of it has a name or outlives its descriptors, so that even SIGKILL leaves nothing behind. The calling thread's
+namespaces never change: as root a short-lived thread enters the new ones, else a short-lived child does (a process with
+threads cannot enter a user namespace).
+"""
+
+from __future__ import annotations
+
+# The C half of `socket`, see tap.py.
+import _socket
+import array
+import os
+import threading
+
+from pyvmm import errors
+from pyvmm._ext import ffi, lib
+from pyvmm.datapath.tap import Interface, Tap
+from pyvmm.errors import HostError, NetForbidden, PyvmmError
+from pyvmm.fd import Fd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    import subprocess
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+    from typing import Any, Self
+
+    #: What runs inside: returns a few words and descriptors, which the caller owns.
+    Inside = Callable[[], tuple[list[str], list[int]]]
+
+MAX_FDS = 250  # SCM_MAX_FD is 253
+RIGHTS = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS)
+
+
+def _check(result: int, what: str) -> None:
+    if result:
+        number = ffi.errno
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def _in_thread(body: Inside) -> tuple[list[str], list[int]]:
+    """Run ``body`` in a thread of its own, which may change its namespaces."""
+    result: list[tuple[list[str], list[int]] | BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(body())
+        except BaseException as e:
+            result.append(e)
+
+    thread = threading.Thread(target=run, name="netns")
+    thread.start()
+    thread.join()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+def _in_child(body: Inside) -> tuple[list[str], list[int]]:
+    """Run ``body`` in a child; its descriptors come back by SCM_RIGHTS."""
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    pid = os.fork()
+    if not pid:
+        try:
+            _answer(theirs, body)
+        finally:
+            os._exit(0)
+    theirs.close()
+    try:
+        data, control, _flags, _address = ours.recvmsg(1 << 16, _socket.CMSG_LEN(4 * MAX_FDS))
+    finally:
+        ours.close()
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:
+            pass  # who embeds us ignores SIGCHLD
+    fds = array.array("i")
+    for level, kind, payload in control:
+        if (level, kind) == RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % 4])
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    status, *words = data.decode().split("\0")
+    if status == "ok":
+        return words, list(fds)
+    if status == "os":
+        raise OSError(int(words[0]), words[1])
+    if status:
+        raise getattr(errors, status)(*words)
+    raise HostError("the child that makes the network namespace died")
+
+
+def _answer(channel: _socket.socket, body: Inside) -> None:
+    fds: list[int] = []
+    try:
+        words, fds = body()
+        words = ["ok", *words]
+    except PyvmmError as e:
+        words = [type(e).__name__, e.cause, e.hint]
+    except OSError as e:
+        words = ["os", str(e.errno or 0), e.strerror or str(e)]
+    control = [(*RIGHTS, array.array("i", fds).tobytes())] if fds else []
+    channel.sendmsg(["\0".join(words).encode()], control)
+
+
+def _map_root() -> None:
+    """In a new user namespace: be root there, as the user outside."""
+    uid, gid = os.getuid(), os.getgid()
+    _check(lib.unshare(lib.CLONE_NEWUSER), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as f:
+            f.write(text)
+
+
+class Namespace:
+    """A network namespace with one tap, both ours alone.
+
+    Works as root, and as an ordinary user where the kernel allows user namespaces.
+
+    :param address, address6: of the host's end of the tap, with prefix length. :param mtu: of the tap.
+    :param queues: of the tap. :param name: of the tap inside.
+    :ivar tap: the tap; belongs to the namespace until someone else closes it (twice does no harm).
+    :raises NetForbidden: neither root nor user namespaces.
+    """
+
+    def __init__(
+        self,
+        *,
+        address: str | None = None,
+        address6: str | None = None,
+        mtu: int | None = None,
+        queues: int = 1,
+        name: str = "tap0",
+    ) -> None:
+        def make() -> tuple[list[str], list[int]]:
+            if not root:
+                _map_root()
+            _check(lib.unshare(lib.CLONE_NEWNET), "unshare")
+            Interface("lo").up()
+            tap = Tap(name, queues=queues, address=address, address6=address6, mtu=mtu)
+            fds = [os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)]
+            if not root:
+                fds.append(os.open("/proc/thread-self/ns/user", os.O_RDONLY | os.O_CLOEXEC))
+            return [str(tap.mtu)], fds + [fd.fileno() for fd in tap.fds]
+
+        self._fds: list[Fd] = []
+        words: list[str] = []
+        raw: list[int] = []
+        for root in (True, False) if os.geteuid() == 0 else (False,):
+            try:
+                words, raw = (_in_thread if root else _in_child)(make)
+                break
+            except OSError as e:
+                if root:
+                    continue  # root without CAP_SYS_ADMIN, as in a container: as any user
+                raise NetForbidden(
+                    f"may not make a network namespace ({e.strerror})",
+                    "run as root, allow user namespaces (sysctl kernel.unprivileged_userns_clone=1 "
+                    "user.max_user_namespaces=1000), or give tap=NAME",
+                ) from e
+        fds = [Fd(fd) for fd in raw]
+        self.net = fds.pop(0)
+        self.user = None if root else fds.pop(0)
+        self.tap = Tap.adopt(name, fds, int(words[0]))
+
+    def command(self, argv: Sequence[str] = ()) -> list[str]:
+        """``argv`` as a command that runs inside, from any process of this user, while this one lives."""
+        me = f"/proc/{os.getpid()}/fd"
+        user = [f"--user={me}/{self.user.fileno()}", "--preserve-credentials"] if self.user else []
+        return ["nsenter", *user, f"--net={me}/{self.net.fileno()}", *argv]
+
+    def popen(self, argv: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
+        """``subprocess.Popen`` of a command inside."""
+        import subprocess
+
+        return subprocess.Popen(self.command(argv), **kwargs)
+
+    def run(self, argv: Sequence[str], **kwargs: Any) -> subprocess.CompletedProcess[Any]:
+        """``subprocess.run`` of a command inside."""
+        import subprocess
+
+        return subprocess.run(self.command(argv), **kwargs)
+
+    def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        """A socket that lives inside; usable from here.
+
+        :raises OSError: from socket(2).
+        """
+        import socket
+
+        def make() -> tuple[list[str], list[int]]:
+            if self.user:
+                _check(lib.setns(self.user.fileno(), lib.CLONE_NEWUSER), "setns")
+            _check(lib.setns(self.net.fileno(), lib.CLONE_NEWNET), "setns")
+            return [], [_socket.socket(family, kind | _socket.SOCK_CLOEXEC, protocol).detach()]
+
+        _words, fds = (_in_child if self.user else _in_thread)(make)
+        return socket.socket(family, kind, protocol, fileno=fds[0])
+
+    def close(self) -> None:
+        """Release the namespace; it vanishes when nobody else is in it. A second call does nothing."""
+        self.tap.close()
+        self.net.close()
+        if self.user:
+            self.user.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

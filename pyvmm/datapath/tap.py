@@ -1,0 +1,341 @@
+"""Tap interfaces through plain ioctls: opening, offloads, addresses.
+
+No netlink library and no subprocess: this is on the start-up path of every run.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+# The C half of `socket`: the Python half takes longer to import than a tap takes to open.
+from _socket import AF_INET, AF_INET6, SOCK_CLOEXEC, SOCK_DGRAM, inet_pton, socket
+from fcntl import ioctl
+
+from pyvmm._ext import lib
+from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
+from pyvmm.fd import Fd
+from pyvmm.spec.virtio_net import (
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_HDR_V1_SIZE,
+)
+
+TUN = "/dev/net/tun"
+IFNAMSIZ = 16
+INT_MAX = 0x7FFFFFFF
+#: Frames that wait for the guest; the kernel's default for a tap (500) drops some of a TCP burst.
+TXQUEUELEN = 1000
+
+#: GUEST_* feature bit -> what the tap may then send us (TUNSETOFFLOAD).
+OFFLOADS = {
+    VIRTIO_NET_F_GUEST_CSUM: lib.TUN_F_CSUM,
+    VIRTIO_NET_F_GUEST_TSO4: lib.TUN_F_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6: lib.TUN_F_TSO6,
+    VIRTIO_NET_F_GUEST_ECN: lib.TUN_F_TSO_ECN,
+    VIRTIO_NET_F_GUEST_UFO: lib.TUN_F_UFO,
+}
+#: What any tap with IFF_VNET_HDR takes from us.
+HOST_FEATURES = (
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_UFO,
+)
+
+
+def parse_address(text: str) -> tuple[int, bytes, int]:
+    """(family, packed address, prefix length) of ``192.168.1.1/24`` or ``fd00::1/64``; raises UsageError."""
+    host, _, length = text.partition("/")
+    family, bits = (AF_INET6, 128) if ":" in host else (AF_INET, 32)
+    try:
+        packed = inet_pton(family, host)
+        prefix = int(length or bits)
+    except (OSError, ValueError):
+        prefix = -1
+    if not 0 <= prefix <= bits:
+        raise UsageError(f"{text!r} is no address", "write 192.168.1.1/24 or fd00::1/64")
+    return family, packed, prefix
+
+
+class Interface:
+    """A network interface by name, in the calling thread's network namespace.
+
+    Changes are remembered; ``restore`` undoes them. Requests that change nothing need no permission.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._undo: list[tuple[int, bytes]] = []
+
+    def _ioctl(self, request: int, data: bytes = b"", family: int = AF_INET) -> bytes:
+        """``struct ifreq`` with ``data`` as its union; returns the union."""
+        s = socket(family, SOCK_DGRAM | SOCK_CLOEXEC, 0)
+        try:
+            out = ioctl(s.fileno(), request, struct.pack("16s24s", self.name.encode(), data))
+        finally:
+            s.close()
+        return out[IFNAMSIZ:]
+
+    def _change(self, put: int, old: bytes, new: bytes, what: str, command: str) -> None:
+        if old[: len(new)] == new:
+            return
+        try:
+            self._ioctl(put, new)
+        except PermissionError as e:
+            raise NetForbidden(f"may not set the {what} of {self.name}", f"as root: {command}") from e
+        except OSError as e:
+            raise NetError(f"cannot set the {what} of {self.name}: {e.strerror}") from e
+        self._undo.append((put, old))
+
+    def exists(self) -> bool:
+        """Whether there is an interface of that name."""
+        try:
+            self._ioctl(lib.SIOCGIFINDEX)
+        except OSError:
+            return False
+        return True
+
+    def up(self) -> None:
+        """Bring it up."""
+        old = self._ioctl(lib.SIOCGIFFLAGS)
+        new = struct.pack("=H", struct.unpack_from("=H", old)[0] | lib.IFF_UP)
+        self._change(lib.SIOCSIFFLAGS, old, new, "state", f"ip link set {self.name} up")
+
+    @property
+    def mtu(self) -> int:
+        """Bytes of payload of a frame."""
+        return int(struct.unpack_from("=i", self._ioctl(lib.SIOCGIFMTU))[0])
+
+    def set_mtu(self, mtu: int) -> None:
+        """Change the MTU, 68 to 65521 bytes."""
+        old, command = self._ioctl(lib.SIOCGIFMTU), f"ip link set {self.name} mtu {mtu}"
+        self._change(lib.SIOCSIFMTU, old, struct.pack("=i", mtu), f"MTU ({mtu})", command)
+
+    def set_txqueuelen(self, frames: int) -> None:
+        """Change how many frames may wait to be read."""
+        old, command = self._ioctl(lib.SIOCGIFTXQLEN), f"ip link set {self.name} txqueuelen {frames}"
+        self._change(lib.SIOCSIFTXQLEN, old, struct.pack("=i", frames), "queue length", command)
+
+    def set_address(self, text: str) -> None:
+        """Give it an address with prefix length. IPv6: usable at once, without duplicate address detection."""
+        family, packed, prefix = parse_address(text)
+        command = f"ip addr add {text} dev {self.name}"
+        if family == AF_INET:
+            mask = (0xFFFFFFFF << 32 - prefix & 0xFFFFFFFF).to_bytes(4, "big")
+            head = struct.pack("=HH", AF_INET, 0)
+            try:
+                old = [self._ioctl(get) for get in (lib.SIOCGIFADDR, lib.SIOCGIFNETMASK)]
+            except OSError:  # EADDRNOTAVAIL: it has none, and 0.0.0.0 takes ours away again
+                old = [head.ljust(24, b"\0")] * 2
+            if old[0][4:8] == packed and old[1][4:8] == mask:
+                return
+            self._change(lib.SIOCSIFADDR, b"", head + packed, f"address ({text})", command)
+            self._change(lib.SIOCSIFNETMASK, b"", head + mask, f"netmask ({text})", command)
+            self._undo[-2:] = [(lib.SIOCSIFADDR, old[0]), (lib.SIOCSIFNETMASK, old[1])]
+            return
+        try:
+            with open(f"/proc/sys/net/ipv6/conf/{self.name}/accept_dad", "w") as f:
+                f.write("0")
+        except OSError:
+            pass  # then the address becomes usable after a second
+        s = socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0)
+        try:
+            index = struct.unpack_from("=i", self._ioctl(lib.SIOCGIFINDEX))[0]
+            ioctl(s.fileno(), lib.SIOCSIFADDR, struct.pack("=16sIi", packed, prefix, index))
+        except FileExistsError:
+            pass
+        except PermissionError as e:
+            raise NetForbidden(f"may not set an address of {self.name}", f"as root: {command}") from e
+        except OSError as e:
+            raise NetError(f"cannot give {self.name} the address {text}: {e.strerror}") from e
+        finally:
+            s.close()
+
+    def restore(self) -> None:
+        """Undo the changes, as far as the interface still exists. IPv6 addresses stay."""
+        undo, self._undo = self._undo, []
+        for put, old in undo:
+            try:
+                self._ioctl(put, old)
+            except OSError:
+                pass
+
+
+class Tap:
+    """A tap interface with 12-byte virtio-net headers; owns its descriptors.
+
+    One that did not exist is made, and gone with the last descriptor, even after SIGKILL. One that the user made stays, and
+    ``close`` undoes what was changed of it.
+
+    :param name: of the interface; :param queues: descriptors, one a queue pair (IFF_MULTI_QUEUE if more than one).
+    :param address, address6: of the host's end, with prefix length. :param mtu: bytes; the default leaves it.
+    :ivar created: whether it was made here.
+    :raises NetError: busy, no such thing as tun, no tap. :raises NetForbidden: not the user's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        queues: int = 1,
+        address: str | None = None,
+        address6: str | None = None,
+        mtu: int | None = None,
+        txqueuelen: int = TXQUEUELEN,
+    ) -> None:
+        if not 0 < len(name) < IFNAMSIZ or name in (".", "..") or any(c in "/:%" or c <= " " for c in name):
+            raise UsageError(f"{name!r} is no name for a tap", "use 1 to 15 letters and digits")
+        if mtu is not None and not 68 <= mtu <= 65521:
+            raise UsageError(f"an MTU of {mtu}", "use 68 to 65521")
+        self.name = name
+        self.fds: list[Fd] = []
+        self._adopted = False
+        self._features: int | None = None
+        self._interface = Interface(name)
+        self.created = not self._interface.exists()
+        try:
+            for _i in range(queues):
+                self.fds.append(self._open(queues > 1))
+            if mtu is not None:
+                self._interface.set_mtu(mtu)
+            if self.created:
+                self._interface.set_txqueuelen(txqueuelen)
+            for one in (address, address6):
+                if one is not None:
+                    self._interface.set_address(one)
+            self._interface.up()
+            self.mtu = self._interface.mtu
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def adopt(cls, name: str, fds: list[Fd], mtu: int) -> Tap:
+        """A tap opened elsewhere (another namespace), by its descriptors, which are owned from here on."""
+        tap = cls.__new__(cls)
+        tap.name, tap.fds, tap.mtu, tap.created = name, fds, mtu, True
+        tap._features = None
+        tap._adopted = True
+        tap._interface = Interface(name)
+        return tap
+
+    def _open(self, multi: bool) -> Fd:
+        try:
+            fd = Fd(os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+        except FileNotFoundError:
+            raise NetError(
+                f"there is no {TUN}", "load the tun module, or give the container that device"
+            ) from None
+        except PermissionError:
+            raise NetForbidden(f"may not open {TUN}", f"as root: chmod 666 {TUN}") from None
+        except OSError as e:
+            raise NetError(f"cannot open {TUN}: {e.strerror}", "load the tun module") from e
+        try:
+            flags = lib.IFF_TAP | lib.IFF_NO_PI | lib.IFF_VNET_HDR | (lib.IFF_MULTI_QUEUE if multi else 0)
+            ioctl(fd.fileno(), lib.TUNSETIFF, struct.pack("16sH22x", self.name.encode(), flags))
+            ioctl(fd.fileno(), lib.TUNSETVNETHDRSZ, struct.pack("=i", VIRTIO_NET_HDR_V1_SIZE))
+            ioctl(fd.fileno(), lib.TUNSETSNDBUF, struct.pack("=i", INT_MAX))
+            ioctl(fd.fileno(), lib.TUNSETOFFLOAD, 0)
+        except OSError as e:
+            fd.close()
+            raise self._explain(e) from e
+        return fd
+
+    def _explain(self, e: OSError) -> NetError:
+        name = self.name
+        if e.errno == errno.EBUSY:
+            return NetError(f"tap {name} is in use", "stop the program that has it open, or name another tap")
+        if e.errno in (errno.EPERM, errno.EACCES):
+            made = f"ip tuntap add dev {name} mode tap user $USER && ip link set {name} up"
+            if self.created:
+                return NetForbidden(f"there is no tap {name} and you may not make it", f"as root: {made}")
+            return NetForbidden(f"tap {name} is not yours", f"as root: ip link del {name} && {made}")
+        if e.errno == errno.EINVAL and not self.created:
+            return NetError(f"{name} exists but is no tap of this kind", "name a single-queue tap")
+        return NetError(f"cannot open tap {name}: {e.strerror}")
+
+    def fileno(self) -> int:
+        """The first queue's descriptor."""
+        return self.fds[0].fileno()
+
+    def features(self) -> int:
+        """The virtio-net offload features that the tap can honour, as a mask."""
+        if self._features is None:
+            mask = sum(1 << bit for bit in HOST_FEATURES)
+            flags = 0
+            # One more each time: a kernel refuses a set with one unknown member.
+            for bit, flag in OFFLOADS.items():
+                try:
+                    ioctl(self.fileno(), lib.TUNSETOFFLOAD, flags | flag)
+                except OSError:
+                    continue
+                flags |= flag
+                mask |= 1 << bit
+            ioctl(self.fileno(), lib.TUNSETOFFLOAD, 0)
+            self._features = mask
+        return self._features
+
+    def set_offloads(self, acked: int) -> None:
+        """Let the host send what the GUEST_* bits of ``acked`` allow; at any time, from any thread.
+
+        :raises HostError: the tap refuses.
+        """
+        flags = sum(flag for bit, flag in OFFLOADS.items() if acked >> bit & 1)
+        # What a feature requires (virtio 1.2, 5.1.3.1), so that no driver can make the tap refuse.
+        if not flags & lib.TUN_F_CSUM:
+            flags = 0
+        if not flags & (lib.TUN_F_TSO4 | lib.TUN_F_TSO6):
+            flags &= ~lib.TUN_F_TSO_ECN
+        try:
+            ioctl(self.fileno(), lib.TUNSETOFFLOAD, flags)
+        except OSError as e:
+            if e.errno == errno.EBADFD:
+                return  # the interface was deleted: no frames, so no offloads
+            raise HostError(f"tap {self.name} refuses offloads {flags:#x}: {e.strerror}") from e
+
+    def reopen(self) -> bool:
+        """After the interface was deleted: open it again if the user has made it again. Nothing is changed of the new one.
+
+        :raises NetError: it is there but cannot be had.
+        """
+        if self._adopted or not self._interface.exists():
+            return False
+        self.created = False
+        fds: list[Fd] = []
+        try:
+            for _old in self.fds:
+                fds.append(self._open(len(self.fds) > 1))
+        except NetError:
+            for fd in fds:
+                fd.close()
+            raise
+        # The old one may have been on its way out when we looked; then TUNSETIFF made one that is nobody's.
+        flags = struct.unpack_from("=H", ioctl(fds[0].fileno(), lib.TUNGETIFF, bytes(40)), 16)[0]
+        if not flags & lib.IFF_PERSIST:
+            for fd in fds:
+                fd.close()
+            return False
+        old, self.fds = self.fds, fds
+        for fd in old:
+            fd.close()
+        self._interface = Interface(self.name)
+        return True
+
+    def close(self) -> None:
+        """Undo what was changed of a tap that stays, and release the descriptors. A second call does nothing."""
+        if not self.created:
+            self._interface.restore()
+        fds, self.fds = self.fds, []
+        for fd in fds:
+            fd.close()

@@ -1,0 +1,138 @@
+"""Every error that pyvmm raises on purpose: one line of cause, one of remedy, one exit code a class.
+
+Exit codes stay clear of the range that shells and test programs use for their own ends (0 to 63), so that
+``pyvmm run -- COMMAND`` can hand through the guest command's status; the table is in docs/exit-codes.md.
+"""
+
+from __future__ import annotations
+
+
+class PyvmmError(Exception):
+    """Base class. ``str(e)`` is the one line that the user sees.
+
+    :param cause: what is wrong, with the value that is wrong.
+    :param hint: what the user can do about it; may be empty.
+    """
+
+    exit_code = 101
+
+    def __init__(self, cause: str, hint: str = "") -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.cause}; {self.hint}" if self.hint else self.cause
+
+
+class UsageError(PyvmmError):
+    """An option, size, mode or key that makes no sense."""
+
+    exit_code = 2
+
+
+class HostError(PyvmmError):
+    """The host refused something that should work (a system call failed)."""
+
+    exit_code = 101
+
+
+class KvmMissing(PyvmmError):
+    """There is no /dev/kvm."""
+
+    exit_code = 102
+
+
+class KvmForbidden(PyvmmError):
+    """/dev/kvm exists but may not be opened."""
+
+    exit_code = 103
+
+
+class KvmUnsuitable(PyvmmError):
+    """Wrong KVM API version, a capability is missing, or this KVM cannot run the guest asked for."""
+
+    exit_code = 104
+
+
+class ImageError(PyvmmError):
+    """The kernel, initrd, command line or firmware table cannot be loaded as given."""
+
+    exit_code = 105
+
+
+class NetError(PyvmmError):
+    """A tap or network namespace cannot be had."""
+
+    exit_code = 106
+
+
+class NetForbidden(NetError):
+    """The user may not create or open a tap or namespace."""
+
+    exit_code = 107
+
+
+class RingFault(PyvmmError):
+    """The guest's virtqueue is malformed. The device answers with NEEDS_RESET; users do not see it."""
+
+
+class VhostMissing(PyvmmError):
+    """/dev/vhost-net is missing or forbidden."""
+
+    exit_code = 108
+
+
+class MemoryShort(PyvmmError):
+    """Guest memory cannot be had from the host."""
+
+    exit_code = 109
+
+
+class TestbedError(PyvmmError):
+    """The testbed is not set up, did not start, or died."""
+
+    __test__ = False  # not a pytest class
+    exit_code = 110
+
+
+class BuildError(PyvmmError):
+    """A guest image cannot be built."""
+
+    exit_code = 111
+
+
+class GuestEnded(PyvmmError):
+    """The guest powered off before its command had ended."""
+
+    exit_code = 119
+
+
+class GuestPanic(PyvmmError):
+    """The guest kernel panicked."""
+
+    exit_code = 120
+
+
+class GuestReboot(PyvmmError):
+    """The guest asked for a reboot and was told not to (``--on-reboot exit``)."""
+
+    exit_code = 121
+
+
+class TripleFault(PyvmmError):
+    """The guest triple-faulted (KVM_EXIT_SHUTDOWN)."""
+
+    exit_code = 122
+
+
+class KvmRunError(PyvmmError):
+    """KVM_RUN failed: FAIL_ENTRY, INTERNAL_ERROR, EFAULT."""
+
+    exit_code = 123
+
+
+class GuestTimeout(PyvmmError):
+    """The run did not end within --timeout."""
+
+    exit_code = 124

@@ -1,0 +1,220 @@
+"""Debian packages without root: resolved and verified by apt, kept in the user's cache, unpacked anywhere.
+
+The system's package lists are used where it has any. Otherwise, and for releases that it has no sources for (backports), the lists
+are fetched into the cache, from the mirror that the system is configured for. The system itself is never changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from pyvmm.errors import HostError
+from pyvmm.host.paths import cache_root
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+LISTS_AGE = 86400.0  # seconds after which lists of our own are fetched again
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """One version of one package that apt would install."""
+
+    name: str
+    version: str
+    size: int  # bytes of the .deb
+    sha256: str
+    filename: str
+
+
+class Apt:
+    """Look up and download packages of one release.
+
+    :param release: ``""`` for what the system itself would install; ``"backports"`` for the backports of its release.
+    :param progress: called with one line before each step that may take seconds.
+    :raises HostError: from every method, when apt is missing or fails.
+    """
+
+    def __init__(self, release: str = "", progress: Callable[[str], None] = lambda _: None) -> None:
+        self._release = release
+        self._progress = progress
+        self._state = Path(cache_root()) / "apt" / (release or "base")
+        self._private = bool(release) or not any(Path("/var/lib/apt/lists").glob("*_Packages*"))
+        self._updated = False
+
+    def resolve(self, names: Iterable[str]) -> list[Package]:
+        """The versions that apt would install of ``names``, in that order."""
+        names = list(names)
+        found = {p.name: p for p in self._attempt(lambda: self._print_uris(names))}
+        return [found[name] for name in names]
+
+    def depends(self, name: str) -> list[str]:
+        """Names of the packages that any version of ``name`` directly depends on, those of the newest version first."""
+        text = self._attempt(lambda: self._apt("apt-cache", "show", name))
+        lines = re.findall(r"^Depends: (.*)$", text, re.MULTILINE)
+        return [x for line in lines for x in re.findall(r"(?:^|[,|]) *([a-z0-9][a-z0-9.+-]+)", line)]
+
+    def download(self, packages: Iterable[Package]) -> list[Path]:
+        """The .deb files of ``packages``, from the cache or the mirror; apt has verified them, and we their hash."""
+        directory = Path(cache_root()) / "debs"
+        directory.mkdir(parents=True, exist_ok=True)
+        packages = list(packages)
+        paths = [directory / p.filename for p in packages]
+        lacking = [
+            p for p, q in zip(packages, paths, strict=True) if not (q.exists() and _sha256(q) == p.sha256)
+        ]
+        if lacking:
+            size = sum(p.size for p in lacking) / 1e6
+            self._progress(f"downloading {', '.join(p.name for p in lacking)} ({size:.1f} MB)")
+            specs = [f"{p.name}={p.version}" for p in lacking]
+            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+                self._attempt(lambda: self._apt("apt-get", "-q", "download", *specs, cwd=scratch))
+                for package in lacking:
+                    got = Path(scratch, package.filename)
+                    if not got.exists() or _sha256(got) != package.sha256:
+                        raise HostError(f"{package.name}: the download has the wrong hash", "try again")
+                    got.replace(directory / package.filename)
+        return paths
+
+    def install(self, names: Iterable[str], target: Path) -> None:
+        """Download packages and unpack them into the directory ``target``, which is replaced as a whole."""
+        debs = self.download(self.resolve(names))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            fresh = Path(scratch, "root")
+            for deb in debs:
+                unpack(deb, fresh)
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.rename(target)
+
+    def _print_uris(self, names: list[str]) -> list[Package]:
+        # In an empty directory: apt leaves out what is already there.
+        with tempfile.TemporaryDirectory() as scratch:
+            text = self._apt("apt-get", "-q", "download", "--print-uris", *names, cwd=scratch)
+        packages = []
+        for line in text.splitlines():
+            if m := re.match(r"'[^']*' (\S+) (\d+) SHA256:([0-9a-f]{64})", line):
+                name, version, _ = m.group(1).split("_")
+                packages.append(Package(name, unquote(version), int(m.group(2)), m.group(3), m.group(1)))
+        missing = set(names) - {p.name for p in packages}
+        if missing:
+            raise HostError(f"apt knows no package {', '.join(sorted(missing))}", "check the apt sources")
+        return packages
+
+    def _attempt(self, action: Callable[[], T]) -> T:
+        """``action()``; where it fails, once more with fresh lists of our own: the system's may be old."""
+        if self._private:
+            self._update()
+        try:
+            return action()
+        except HostError as first:
+            if self._updated:
+                raise
+            self._private = True
+            try:
+                self._update(force=True)
+                return action()
+            except HostError:
+                raise first from None
+
+    def _update(self, force: bool = False) -> None:
+        lists, stamp = self._state / "lists", self._state / "updated"
+        (lists / "partial").mkdir(parents=True, exist_ok=True)
+        (self._state / "cache" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
+        with (self._state / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            recent = stamp.exists() and time.time() - stamp.stat().st_mtime < LISTS_AGE
+            if self._updated or (recent and not force):
+                return
+            self._progress(f"fetching the package lists{' of ' + self._release if self._release else ''}")
+            self._updated = True
+            try:
+                self._apt("apt-get", "-q", "update")
+            except HostError:
+                # One bad source of several is no harm, nor is no network while there are lists.
+                if not any(lists.glob("*_Packages*")):
+                    raise
+            stamp.touch()
+
+    def _apt(self, *command: str, cwd: str | None = None) -> str:
+        """Output of one apt command."""
+        # Running as root, apt would drop to a user who may not write to our cache.
+        options = ["APT::Sandbox::User=root", "Acquire::Retries=2", "Acquire::http::Timeout=30"]
+        if self._private:
+            options += [f"Dir::State::Lists={self._state}/lists", f"Dir::Cache={self._state}/cache"]
+            if self._release:
+                options += [f"Dir::Etc::SourceList={self._sources()}", "Dir::Etc::SourceParts=/dev/null"]
+        return _run([command[0], *(x for o in options for x in ("-o", o)), *command[1:]], cwd)
+
+    def _sources(self) -> Path:
+        """A sources file for our release, from the mirror that the system has its base release from."""
+        path = self._state / "release.sources"
+        if not path.exists():
+            base = codename()
+            targets = _run(["apt-get", "indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)"])
+            mirrors = re.findall(rf"^{base} main (\S+)$", targets, re.MULTILINE) if base else []
+            if not mirrors:
+                raise HostError(
+                    f"no Debian mirror in the apt sources to take {self._release} from",
+                    "add the base release's main component to /etc/apt/sources.list",
+                )
+            signed = f"Signed-By: {KEYRING}\n" if Path(KEYRING).exists() else ""
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(
+                f"Types: deb\nURIs: {mirrors[0]}\nSuites: {base}-{self._release}\nComponents: main\n{signed}"
+            )
+        return path
+
+
+def codename() -> str:
+    """The Debian release of this machine ("bookworm"), or an empty string where it is not Debian."""
+    try:
+        text = Path("/etc/os-release").read_text()
+    except OSError:
+        return ""
+    values = dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', text, re.MULTILINE))
+    return values.get("VERSION_CODENAME", "") if values.get("ID") == "debian" else ""
+
+
+def unpack(deb: Path, into: Path) -> None:
+    """Unpack the files of ``deb`` below ``into``, which is created; no root needed, no maintainer script runs."""
+    into.mkdir(parents=True, exist_ok=True)
+    _run(["dpkg-deb", "-x", str(deb), str(into)])
+
+
+def _run(command: list[str], cwd: str | None = None) -> str:
+    env = dict(os.environ, LC_ALL="C.UTF-8", DEBIAN_FRONTEND="noninteractive")
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise HostError(f"{command[0]} is missing", "this needs Debian 12 or later") from None
+    if done.returncode:
+        said = done.stderr.splitlines() or [str(done.returncode)]
+        if any("No space left" in line for line in said):
+            raise HostError(f"{command[0]}: no space left on the device", "make room, or set XDG_CACHE_HOME")
+        cause = next((line for line in reversed(said) if line.startswith("E:")), said[-1]).removeprefix("E: ")
+        raise HostError(f"{command[0]} failed: {cause}", "check the network and the apt sources")
+    return done.stdout
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

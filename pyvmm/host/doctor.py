@@ -1,0 +1,225 @@
+"""What this machine can do for pyvmm, and how to get what is missing."""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: KVM's vendor modules: name -> (what it is, whether stock Linux guests run on it).
+FLAVOURS = {
+    "kvm_intel": ("Intel VMX", True),
+    "kvm_amd": ("AMD SVM", True),
+    "kvm_pvm": ("software KVM, runs only test kernels and no stock Linux", False),
+}
+#: Used where they are there; pyvmm does without. REQUIRED in pyvmm.kvm is the rest.
+OPTIONAL = {
+    "KVM_CAP_IOEVENTFD_ANY_LENGTH": "doorbells of any width in one descriptor",
+    "KVM_CAP_TSC_DEADLINE_TIMER": "the guest's cheapest timer",
+    "KVM_CAP_BINARY_STATS_FD": "KVM's own statistics in reports",
+    "KVM_CAP_SIGNAL_MSI": "interrupts without a route",
+}
+OK, MISSING, NOTE = "ok", "missing", "note"
+
+
+class Finding:
+    """One line of the doctor's report.
+
+    :ivar state: "ok", "missing", or "note" where something is absent that only some uses need.
+    :ivar remedy: what to do; empty where nothing needs doing.
+    """
+
+    __slots__ = ("detail", "name", "remedy", "state")
+
+    def __init__(self, name: str, state: str, detail: str, remedy: str = "") -> None:
+        self.name, self.state, self.detail, self.remedy = name, state, detail, remedy
+
+
+def flavour() -> str:
+    """The vendor module behind /dev/kvm ("kvm_amd"), or an empty string where none of those we know is loaded."""
+    # kvm_pvm first: where it is loaded, hardware virtualisation is not to be had.
+    return next(
+        (name for name in ("kvm_pvm", "kvm_intel", "kvm_amd") if os.path.isdir(f"/sys/module/{name}")), ""
+    )
+
+
+def can_run_linux_locally() -> tuple[bool, str]:
+    """Whether this machine's own KVM runs stock Linux, else why not. Cheap: asked at every ``pyvmm run``."""
+    if not os.path.exists("/dev/kvm"):
+        return False, "there is no /dev/kvm"
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return False, "no permission to open /dev/kvm"
+    name = flavour()
+    what, good = FLAVOURS.get(name, ("", True))
+    return (True, "") if good else (False, f"this KVM is {name} ({what})")
+
+
+def examine() -> list[Finding]:
+    """Look at everything; takes well under a second."""
+    return [
+        *_kvm(),
+        _device("vhost-net", "/dev/vhost-net", "--net vhost runs only in the testbed", "modprobe vhost_net"),
+        _device("tun", "/dev/net/tun", "no tap devices, so no network cards", "modprobe tun"),
+        *_namespaces(),
+        _huge_pages(),
+        *_tools(),
+        *_testbed(),
+    ]
+
+
+def verdict() -> tuple[int, str]:
+    """Whether and where ``pyvmm run`` runs Linux guests: (exit status of ``pyvmm doctor``, one line)."""
+    from pyvmm.host.testbed import Testbed
+
+    good, why = can_run_linux_locally()
+    if good:
+        return 0, "Linux guests run on this machine's own KVM"
+    lacks = Testbed.missing()
+    if not lacks:
+        return 3, f"Linux guests run in the testbed: {why}"
+    return 1, f"Linux guests cannot run: {why}, and the testbed is not set up (run: pyvmm testbed setup)"
+
+
+def _kvm() -> Iterator[Finding]:
+    name = flavour()
+    what, good = FLAVOURS.get(name, ("no vendor module that pyvmm knows", True))
+    try:
+        from pyvmm import kvm as api
+        from pyvmm.errors import PyvmmError
+    except ImportError as e:
+        yield Finding("extension", MISSING, f"pyvmm's C extension does not load: {e}", "make setup")
+        return
+    yield Finding("extension", OK, "pyvmm's C extension loads")
+    try:
+        kvm = api.Kvm()
+    except PyvmmError as e:
+        yield Finding("kvm", MISSING, e.cause, e.hint)
+        return
+    with kvm:
+        nested = _read(f"/sys/module/{name}/parameters/nested") in ("1", "Y")
+        yield Finding("kvm", OK, f"/dev/kvm, API version {api.ioctl(kvm.fileno(), 'KVM_GET_API_VERSION')}")
+        yield Finding(
+            "kvm flavour",
+            OK if good else NOTE,
+            f"{name or 'unknown'}: {what}{', nested' if nested else ''}",
+            "" if good else "Linux guests run in the testbed",
+        )
+        lacks = [cap for cap in api.REQUIRED if not kvm.extension(cap)]
+        yield Finding(
+            "kvm extensions",
+            MISSING if lacks else OK,
+            f"lacks {', '.join(lacks)}" if lacks else f"all {len(api.REQUIRED)} that pyvmm needs",
+            "use a newer kernel, or the testbed" if lacks else "",
+        )
+        for cap, use in OPTIONAL.items():
+            if not kvm.extension(cap):
+                yield Finding("kvm extensions", NOTE, f"no {cap} ({use})")
+        recommended, most = kvm.extension("KVM_CAP_NR_VCPUS"), kvm.extension("KVM_CAP_MAX_VCPUS")
+        slots = kvm.extension("KVM_CAP_NR_MEMSLOTS")
+        yield Finding("kvm limits", OK, f"{most} vCPUs ({recommended} recommended), {slots} memory slots")
+
+
+def _device(name: str, path: str, without: str, load: str) -> Finding:
+    if not os.path.exists(path):
+        return Finding(name, NOTE, f"no {path}: {without}", f"run as root: {load}, or use the testbed")
+    if not os.access(path, os.R_OK | os.W_OK):
+        return Finding(
+            name, NOTE, f"no permission for {path}: {without}", "join its group, or use the testbed"
+        )
+    return Finding(name, OK, path)
+
+
+def _namespaces() -> Iterator[Finding]:
+    """Try for real, in a child: limits, sysctls, seccomp filters and security modules all have a say."""
+    import ctypes
+
+    from pyvmm.host.l1_isolate import CLONE_NEWNET, CLONE_NEWUSER
+
+    def attempt(flags: int) -> int:
+        pid = os.fork()
+        if pid == 0:
+            libc = ctypes.CDLL(None, use_errno=True)
+            os._exit(ctypes.get_errno() if libc.unshare(flags) else 0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    error = attempt(CLONE_NEWUSER)
+    yield Finding(
+        "user namespaces",
+        NOTE if error else OK,
+        f"not allowed: {os.strerror(error)}" if error else "allowed",
+        "run as root: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
+        if error
+        else "",
+    )
+    error = attempt(CLONE_NEWNET if os.geteuid() == 0 else CLONE_NEWUSER | CLONE_NEWNET)
+    yield Finding(
+        "network namespaces",
+        MISSING if error else OK,
+        f"not allowed: {os.strerror(error)}" if error else "allowed: pyvmm can make taps of its own",
+        "run as root, or give --net tap=NAME" if error else "",
+    )
+
+
+def _huge_pages() -> Finding:
+    base = "/sys/kernel/mm/hugepages/hugepages-2048kB"
+    total, free = _read(f"{base}/nr_hugepages"), _read(f"{base}/free_hugepages")
+    if total in ("", "0"):
+        return Finding("huge pages", NOTE, "none reserved", "run as root: sysctl vm.nr_hugepages=512")
+    return Finding("huge pages", OK, f"{free} of {total} free, 2 MiB each")
+
+
+#: tool -> (package, what for, whether ``make demo`` needs it).
+TOOLS = {
+    "qemu-system-x86_64": ("qemu-system-x86", "the testbed and benchmarks", True),
+    "gcc": ("gcc", "the C extension and test kernels", True),
+    "ip": ("iproute2", "taps", True),
+    "dpkg-deb": ("dpkg", "unpacking Debian's kernel for images", True),
+    "depmod": ("kmod", "modules of a downloaded kernel", True),
+    "iperf3": ("iperf3", "throughput tests", False),
+    "clang-format": ("clang-format", "make lint", False),
+}
+
+
+def _tools() -> Iterator[Finding]:
+    import shutil
+
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    for tool, (package, use, needed) in TOOLS.items():
+        where = shutil.which(tool, path=path)
+        yield Finding(
+            tool,
+            OK if where else MISSING if needed else NOTE,
+            where or f"missing: for {use}",
+            "" if where else f"run as root: apt-get install {package}",
+        )
+
+
+def _testbed() -> Iterator[Finding]:
+    from pyvmm.host import l1_assets
+    from pyvmm.host.testbed import Testbed
+
+    lacks = l1_assets.missing()
+    for what, remedy in lacks:
+        yield Finding("testbed", MISSING, f"{what} is missing", remedy)
+    if lacks:
+        return
+    qemu, kernel = l1_assets.qemus()[0], l1_assets.find_kernel(None)
+    up = "up" if Testbed().is_up() else "down"
+    yield Finding("testbed", OK, f"set up: Linux {kernel.version}, {qemu}; {up}")
+    if qemu.max_cpus < 2:
+        yield Finding(
+            "testbed",
+            NOTE,
+            f"{qemu} hangs with two vCPUs, so the testbed has one",
+            "run: pyvmm testbed setup",
+        )
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as f:
+            return f.read().strip()
+    except OSError:
+        return ""

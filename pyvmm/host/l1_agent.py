@@ -1,0 +1,490 @@
+"""The agent: process 1 of L1. Starts commands for testbed clients and carries their input, output and status.
+
+It stays resident because a Python start costs about a second under emulation, while a fork and exec costs tens of
+milliseconds; it imports only what is built in or tiny. Speaks ``l1_protocol`` on the virtio-serial port ``agent``.
+It is part of the initramfs: nothing of pyvmm is imported, and editing pyvmm cannot break a running testbed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import marshal
+import os
+import resource
+import select
+import signal
+import sys
+import termios
+import time
+
+sys.path.insert(0, "/run/pyvmm")
+import l1_protocol as p  # type: ignore[import-not-found, unused-ignore]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+BUSYBOX = "/run/pyvmm/busybox"
+CGROUPS = "/sys/fs/cgroup"
+KVM_CREATE_VM = 0xAE01  # linux/kvm.h: _IO(KVMIO, 0x01); cffi is not to be had here
+#: How long output from a terminal may lag behind the exit of its command while background processes hold it open.
+TTY_LINGER = 0.3
+FILES = 1 << 20
+
+
+class Command:
+    """One running command and its streams."""
+
+    def __init__(self, channel: int) -> None:
+        self.channel = channel
+        self.pid = 0
+        self.cgroup = ""
+        self.status: int | None = None
+        self.ended = 0.0
+        self.credit = p.OUT_WINDOW
+        #: stream -> descriptor that we read.
+        self.outputs: dict[int, int] = {}
+        #: What waits to be written to ``stdin`` (a pipe, or the terminal's master).
+        self.input = bytearray()
+        self.stdin = -1
+        self.input_ends = False
+        self.tty = -1
+
+
+class Agent:
+    """The event loop: the port, the commands' descriptors and SIGCHLD."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.framer = p.Framer()
+        self.queue: list[bytes] = []
+        self.commands: dict[int, Command] = {}
+        self.by_pid: dict[int, Command] = {}
+        #: descriptor -> (command, stream); STDIN for a descriptor that we write.
+        self.watched: dict[int, tuple[Command, int]] = {}
+        self.lingering: list[Command] = []
+        self.epoll = select.epoll()
+        self.epoll.register(port, select.EPOLLIN)
+        self.port_events = select.EPOLLIN
+        r, w = os.pipe()
+        for fd in (r, w):
+            os.set_blocking(fd, False)
+        self.wakeup = r
+        self.epoll.register(r, select.EPOLLIN)
+        signal.set_wakeup_fd(w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda number, at: None)
+        self.keep: list[int] = []
+        self.started = 0
+
+    def send(self, kind: int, channel: int = 0, payload: bytes = b"", stream: int = 0) -> None:
+        self.queue.append(p.frame(kind, channel, payload, stream))
+
+    def flush(self) -> None:
+        """Write what the port takes; small frames are joined, since each write is an exit to the emulator."""
+        while self.queue:
+            data = self.queue[0]
+            n = 1
+            while n < len(self.queue) and len(data) + len(self.queue[n]) <= 32768:
+                data += self.queue[n]
+                n += 1
+            try:
+                done = os.write(self.port, data)
+            except BlockingIOError:
+                done = 0
+            self.queue[:n] = [data[done:]] if done < len(data) else []
+            if not done:
+                break
+        want = select.EPOLLIN | (select.EPOLLOUT if self.queue else 0)
+        if want != self.port_events:
+            self.epoll.modify(self.port, want)
+            self.port_events = want
+
+    def loop(self) -> None:
+        while True:
+            self.flush()
+            for fd, _events in self.epoll.poll(TTY_LINGER if self.lingering else None):
+                if fd == self.port:
+                    try:
+                        data = os.read(self.port, 65536)
+                    except BlockingIOError:
+                        continue
+                    for kind, channel, stream, payload in self.framer.feed(data):
+                        self.handle(kind, channel, stream, payload)
+                elif fd == self.wakeup:
+                    os.read(self.wakeup, 4096)
+                    self.reap()
+                elif fd in self.watched:
+                    command, stream = self.watched[fd]
+                    if stream == p.STDIN:
+                        self.pump_in(command)
+                    else:
+                        self.pump_out(command, stream)
+            for command in self.lingering[:]:
+                if time.monotonic() - command.ended > TTY_LINGER:
+                    self.drop_output(command, p.TTY)
+
+    def handle(self, kind: int, channel: int, stream: int, payload: bytes) -> None:
+        if kind == p.PING:
+            self.send(p.PONG)
+            return
+        if kind == p.CONFIG:
+            self.configure(marshal.loads(payload))
+            return
+        if kind == p.STOP:
+            self.power_off()
+            return
+        if kind == p.OPEN:
+            try:
+                self.start(channel, marshal.loads(payload))
+            except OSError as e:
+                self.send(p.DATA, channel, f"pyvmm testbed: {e}\n".encode(), p.STDERR)
+                self.send(p.EXIT, channel, b"%d" % (126 << 8))
+            return
+        command = self.commands.get(channel)
+        if command is None:  # it ended while this was on its way
+            return
+        if kind == p.DATA:
+            command.input += payload
+            self.pump_in(command)
+        elif kind == p.EOF:
+            if stream == p.STDIN:
+                command.input_ends = True
+                self.pump_in(command)
+            else:
+                self.drop_output(command, stream)
+        elif kind == p.CREDIT:
+            command.credit += int(payload)
+            for one in list(command.outputs):
+                self.pump_out(command, one)
+        elif kind == p.SIGNAL:
+            self.signal(command, int(payload))
+        elif kind == p.WINDOW and command.tty >= 0:
+            rows, columns = payload.split()
+            termios.tcsetwinsize(command.tty, (int(rows), int(columns)))
+        elif kind == p.CLOSE:
+            command.credit = 1 << 40  # nobody listens, so nothing may block
+            self.signal(command, signal.SIGKILL)
+            for one in list(command.outputs):
+                self.drop_output(command, one)
+
+    def signal(self, command: Command, number: int) -> None:
+        """To the terminal's foreground group, else to the command's; SIGKILL to all that it ever started."""
+        if command.status is not None and number != signal.SIGKILL:
+            return
+        if number == signal.SIGKILL:
+            if command.cgroup:
+                try:
+                    write_file(f"{command.cgroup}/cgroup.kill", "1")
+                except OSError:
+                    pass
+            if command.status is None:  # just forked, it may not have entered its cgroup yet
+                os.kill(command.pid, number)
+            return
+        group = command.pid
+        if command.tty >= 0:
+            try:
+                group = os.tcgetpgrp(command.tty) or group
+            except OSError:
+                pass
+        try:
+            os.killpg(group, number)
+        except ProcessLookupError:
+            pass
+
+    def start(self, channel: int, spec: dict[str, Any]) -> None:
+        """Fork and exec one command.
+
+        ``spec``: argv, env (lists and dict of bytes), cwd, umask, tty (which of 0, 1, 2 are the terminal; empty: none),
+        stdin (False: /dev/null), window (rows, columns).
+        """
+        command = Command(channel)
+        tty = spec["tty"]
+        child = [-1, -1, -1]
+        opened: list[int] = []
+
+        def pipe() -> tuple[int, int]:
+            ends = os.pipe()
+            opened.extend(ends)
+            return ends
+
+        slave = -1
+        try:
+            if tty:
+                master, slave = os.openpty()
+                opened += (master, slave)
+                termios.tcsetwinsize(slave, tuple(spec["window"]))
+                command.tty = command.outputs[p.TTY] = master
+            for n in (0, 1, 2):
+                if n in tty:
+                    child[n] = slave
+                elif n:
+                    command.outputs[n], child[n] = pipe()
+                elif spec["stdin"]:
+                    child[0], command.stdin = pipe()
+                else:
+                    child[0] = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+                    opened.append(child[0])
+            if 0 in tty:
+                # Apart from the output, so that each can be polled for itself.
+                command.stdin = os.dup(command.tty)
+                opened.append(command.stdin)
+            self.started += 1
+            command.cgroup = f"{CGROUPS}/c{self.started}"
+            try:
+                os.mkdir(command.cgroup)
+            except OSError:
+                command.cgroup = ""
+            command.pid = os.fork()
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            raise
+        if command.pid == 0:
+            self.child(spec, child, command.cgroup, slave)
+        for fd in {*child, slave} - {-1}:
+            os.close(fd)
+        for stream, fd in command.outputs.items():
+            os.set_blocking(fd, False)
+            self.watch(command, stream, fd)
+        if command.stdin >= 0:
+            os.set_blocking(command.stdin, False)
+        self.commands[channel] = self.by_pid[command.pid] = command
+
+    def child(self, spec: dict[str, Any], fds: list[int], cgroup: str, tty: int) -> None:
+        """In the child: never returns."""
+        try:
+            signal.set_wakeup_fd(-1)
+            os.setsid()
+            if tty >= 0:
+                fcntl.ioctl(tty, termios.TIOCSCTTY, 0)
+            if cgroup:
+                write_file(f"{cgroup}/cgroup.procs", "0")
+            # dup2 onto a descriptor that is still to be copied would lose it: ours are all above 2.
+            for n, fd in enumerate(fds):
+                os.dup2(fd, n)
+            for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1024, FILES))
+            os.umask(spec["umask"])
+            status = 126
+            try:
+                os.chdir(spec["cwd"])
+            except OSError as e:
+                os.write(
+                    2,
+                    b"pyvmm testbed: cannot enter %s in the testbed: %s\n"
+                    % (spec["cwd"], os.strerror(e.errno or 0).encode()),
+                )
+                os._exit(126)
+            try:
+                os.execvpe(spec["argv"][0], spec["argv"], spec["env"])
+            except OSError as e:
+                status = 127 if e.errno == errno.ENOENT else 126
+                os.write(
+                    2, b"pyvmm testbed: %s: %s\n" % (spec["argv"][0], os.strerror(e.errno or 0).encode())
+                )
+            os._exit(status)
+        finally:
+            os._exit(126)
+
+    def watch(self, command: Command, stream: int, fd: int) -> None:
+        if fd not in self.watched:
+            self.watched[fd] = (command, stream)
+            self.epoll.register(fd, select.EPOLLOUT if stream == p.STDIN else select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        if self.watched.pop(fd, None):
+            self.epoll.unregister(fd)
+
+    def pump_out(self, command: Command, stream: int) -> None:
+        """Move what the command wrote, as far as its credit goes."""
+        fd = command.outputs.get(stream)
+        if fd is None:
+            return
+        for _ in range(8 if command.status is None else 1 << 30):  # then let others have their turn
+            if command.credit <= 0:
+                self.unwatch(fd)
+                return
+            try:
+                data = os.read(fd, min(p.CHUNK, command.credit))
+            except BlockingIOError:
+                if command.status is None:
+                    self.watch(command, stream, fd)
+                elif stream != p.TTY:
+                    self.drop_output(
+                        command, stream
+                    )  # all that it wrote has been read; background writers are on their own
+                return
+            except OSError as e:
+                if e.errno != errno.EIO:  # EIO: the last holder of the terminal has closed it
+                    raise
+                data = b""
+            if not data:
+                self.drop_output(command, stream)
+                return
+            command.credit -= len(data)
+            self.send(p.DATA, command.channel, data, stream)
+        self.watch(command, stream, fd)
+
+    def drop_output(self, command: Command, stream: int) -> None:
+        fd = command.outputs.pop(stream, -1)
+        if fd >= 0:
+            self.unwatch(fd)
+            if fd == command.tty:
+                command.tty = -1
+            os.close(fd)
+        self.finish(command)
+
+    def pump_in(self, command: Command) -> None:
+        """Move input on to the command; give credit for what it took."""
+        done = 0
+        while command.input:
+            n = len(command.input)
+            if command.stdin >= 0:
+                try:
+                    n = os.write(command.stdin, command.input)
+                except BlockingIOError:
+                    break
+                except OSError:  # it has closed its stdin: swallow the rest
+                    self.close_input(command)
+            del command.input[:n]
+            done += n
+        if done:
+            self.send(p.CREDIT, command.channel, b"%d" % done)
+        if command.input:
+            self.watch(command, p.STDIN, command.stdin)
+        elif command.stdin >= 0:
+            self.unwatch(command.stdin)
+            if command.input_ends:
+                self.close_input(command)
+
+    def close_input(self, command: Command) -> None:
+        fd, command.stdin = command.stdin, -1
+        if fd >= 0:
+            self.unwatch(fd)
+            os.close(fd)
+
+    def reap(self) -> None:
+        """Collect ended children, our own and the orphans that process 1 inherits."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            command = self.by_pid.pop(pid, None)
+            if command:
+                command.status = status
+                command.ended = time.monotonic()
+                self.close_input(command)
+                for stream in list(command.outputs):
+                    self.pump_out(command, stream)
+                self.finish(command)
+
+    def finish(self, command: Command) -> None:
+        """Report the status once the command has ended and its output is through."""
+        if command.status is None:
+            return
+        if p.TTY in command.outputs and command not in self.lingering:
+            self.lingering.append(command)
+        if command.outputs or self.commands.get(command.channel) is not command:
+            return
+        if command in self.lingering:
+            self.lingering.remove(command)
+        del self.commands[command.channel]
+        self.send(p.EXIT, command.channel, b"%d" % command.status)
+        if command.cgroup:
+            try:
+                os.rmdir(command.cgroup)
+            except OSError:
+                pass  # it left processes running, as daemons do
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Finish the system as the supervisor wants it, then say READY with what did not work."""
+        notes = []
+        for source, target in config["binds"]:
+            if not os.path.isdir(target):
+                try:
+                    os.makedirs(target)
+                except OSError:
+                    pass
+            if busybox("mount", "--bind", source, target):
+                notes.append(f"cannot make {target} writable")
+        for path, value in config["files"]:
+            try:
+                write_file(path, value)
+            except OSError as e:
+                notes.append(f"{path}: {e.strerror}")
+        for _ in range(1000):  # the modules are still being loaded
+            if os.path.exists("/run/pyvmm/loaded"):
+                break
+            time.sleep(0.02)
+        # One VM held open for good: the first and the last VM patch a static key inside __schedule().
+        try:
+            kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+            self.keep = [kvm, create_vm(kvm)]
+        except OSError as e:
+            notes.append(f"/dev/kvm: {e.strerror}")
+        for path in ("/dev/net/tun", "/dev/vhost-net"):
+            if not os.path.exists(path):
+                notes.append(f"{path} is missing")
+        self.send(p.READY, 0, "\n".join(notes).encode())
+
+    def power_off(self) -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        try:
+            os.kill(-1, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        busybox("sync")
+        busybox("poweroff", "-f")
+
+
+def create_vm(kvm: int) -> int:
+    """A VM's descriptor. A SIGCHLD interrupts its creation, and Python does not start an ioctl again."""
+    while True:
+        try:
+            vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
+        except InterruptedError:
+            continue
+        os.set_inheritable(vm, False)
+        return vm
+
+
+def busybox(*argv: str) -> int:
+    """Run one of busybox's applets; its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        os.execv(BUSYBOX, ["busybox", *argv])
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def write_file(path: str, value: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def main() -> None:
+    """Find the port by its name and serve it for ever."""
+    for name in os.listdir("/sys/class/virtio-ports"):
+        with open(f"/sys/class/virtio-ports/{name}/name") as f:
+            if f.read().strip() == "agent":
+                port = os.open(f"/dev/{name}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+                break
+    else:
+        sys.exit("L1: no virtio-serial port named agent")
+    # vhost-vdpa accounts pinned guest memory against RLIMIT_MEMLOCK and answers EFAULT.
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
+    agent = Agent(port)
+    agent.send(p.HELLO, 0, b"%d" % p.VERSION)
+    agent.loop()
+
+
+if __name__ == "__main__":
+    main()

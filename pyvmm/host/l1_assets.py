@@ -1,0 +1,346 @@
+"""What the testbed boots: QEMU, virtiofsd, Debian's cloud kernel as vmlinux, and an initramfs with the agent.
+
+Built once a kernel version and kept in the cache under a name that holds the hash of all inputs; written atomically, so
+that several processes may build at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+
+from pyvmm.errors import TestbedError
+from pyvmm.host.paths import cache_dir
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
+QEMU = "usr/bin/qemu-system-x86_64"
+#: Loaded from the initramfs, each after what it depends on: first what reaches the root, the rest while the agent starts.
+#: All later ones come by modprobe from the shared root.
+EARLY = ["virtio_pci", "virtiofs", "overlay", "virtio_console"]
+LATE = ["kvm_amd", "tun", "vhost_net", "vhost_vsock"]
+DEFAULT_KERNEL = "6.1"
+#: Boot files that nobody used for so long are removed (seconds).
+UNUSED = 14 * 86400.0
+SETUP_HINT = "run: pyvmm testbed setup"
+
+# busybox starts it; the agent goes on.
+INIT = """\
+#!/busybox sh
+b=/busybox r=/run/pyvmm
+$b mount -t proc proc /proc; $b mount -t sysfs sys /sys; $b mount -t devtmpfs dev /dev
+for m in $($b cat /early); do $b insmod /m/$m || $b echo "L1: cannot load $m"; done
+$b mkdir -p /lo /work /ov /new
+$b mount -t virtiofs root /lo || $b echo "L1: cannot mount the root"
+$b mount -t virtiofs work /work || $b echo "L1: cannot mount the working directories"
+$b mount -t tmpfs ov /ov; $b mkdir /ov/u /ov/w
+$b mount -t overlay -o lowerdir=/lo,upperdir=/ov/u,workdir=/ov/w root /new || $b echo "L1: cannot mount the overlay"
+$b mount -t tmpfs run /new/run; $b mkdir /new$r /new/run/lock
+$b cp /busybox /m/* /late.sh /l1_agent.pyc /l1_protocol.pyc /new$r/
+$b chroot /new $r/busybox sh $r/late.sh &
+for d in proc sys dev; do $b mount --move /$d /new/$d; done
+$b mkdir -p /new/.work; $b mount --move /work /new/.work
+$b ln -s /proc/self/fd /new/dev/fd; for n in 0:stdin 1:stdout 2:stderr; do $b ln -s fd/${n%:*} /new/dev/${n#*:}; done
+$b mkdir -p /new/dev/pts /new/dev/shm
+$b mount -t devpts -o ptmxmode=666 devpts /new/dev/pts; $b mount -t tmpfs shm /new/dev/shm
+$b mount -t debugfs debugfs /new/sys/kernel/debug; $b mount -t tracefs tracefs /new/sys/kernel/tracing
+$b mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
+$b ip link set lo up; $b hostname l1
+for k in $($b cat /new/proc/cmdline); do case $k in l1python=*) p=${k#l1python=};; esac; done
+exec $b switch_root /new $p -I -S -B $r/l1_agent.pyc
+"""
+
+
+class Qemu:
+    """A qemu-system-x86_64: its path, version and the options that it needs to find its firmware."""
+
+    def __init__(self, path: str, version: tuple[int, ...], options: list[str]) -> None:
+        self.path, self.version, self.options = path, version, options
+
+    @property
+    def max_cpus(self) -> int:
+        """How many vCPUs of L1 it survives: before 8.1, MTTCG runs stale code after the guest kernel patches itself."""
+        return 8 if self.version >= (8, 1) else 1
+
+    def __str__(self) -> str:
+        return "QEMU " + ".".join(map(str, self.version))
+
+
+def qemus() -> list[Qemu]:
+    """Those found, newest first: what setup unpacked into the cache, and the system's."""
+    found = []
+    for number, root in _unpacked():
+        options = ["-L", f"{root}/usr/share/qemu", "-L", f"{root}/usr/share/seabios"]
+        found.append(Qemu(f"{root}/{QEMU}", tuple(map(int, number.split("."))), options))
+    system = shutil.which("qemu-system-x86_64")
+    if system:
+        import subprocess
+
+        out = subprocess.run([system, "--version"], capture_output=True, text=True).stdout
+        match = re.search(r"version (\d+(?:\.\d+)+)", out)
+        if match:
+            found.append(Qemu(system, tuple(map(int, match[1].split("."))), []))
+    return sorted(found, key=lambda q: q.version, reverse=True)
+
+
+def _unpacked() -> list[tuple[str, str]]:
+    """Versions of QEMU in the cache, and where."""
+    base = cache_dir("qemu")
+    return [(n, f"{base}/{n}") for n in os.listdir(base) if os.access(f"{base}/{n}/{QEMU}", os.X_OK)]
+
+
+class Kernel:
+    """A cloud kernel: version string, image, and the directory that has lib/modules/VERSION."""
+
+    def __init__(self, version: str, image: str, root: str) -> None:
+        self.version, self.image, self.root = version, image, root
+
+
+def kernels() -> list[Kernel]:
+    """Those installed in the system or unpacked in the cache, newest first."""
+    found = {}
+    base = cache_dir("kernel")
+    for root in [*(f"{base}/{name}" for name in sorted(os.listdir(base))), ""]:
+        boot = f"{root}/boot"
+        for name in os.listdir(boot) if os.path.isdir(boot) else ():
+            version = name.removeprefix("vmlinuz-")
+            if (
+                version != name
+                and version.endswith("-cloud-amd64")
+                and os.path.exists(f"{root}/lib/modules/{version}/modules.dep")
+                and os.access(f"{boot}/{name}", os.R_OK)
+            ):
+                found[version] = Kernel(version, f"{boot}/{name}", root)
+    return sorted(found.values(), key=lambda k: [int(n) for n in re.findall(r"\d+", k.version)], reverse=True)
+
+
+def find_kernel(version: str | None) -> Kernel:
+    """The newest kernel whose version starts with ``version``; without one, 6.1 before others.
+
+    :raises TestbedError: none is there.
+    """
+    have = kernels()
+    for wanted in [version] if version else [DEFAULT_KERNEL, ""]:
+        for k in have:
+            if k.version == wanted or k.version.startswith(f"{wanted}.") or not wanted:
+                return k
+    hint = f"run: pyvmm testbed setup{f' --kernel-version {version}' if version else ''}"
+    raise TestbedError(f"there is no Debian cloud kernel{f' {version}' if version else ''}", hint)
+
+
+def missing() -> list[tuple[str, str]]:
+    """What keeps the testbed from running: (what, remedy); empty where it is set up."""
+    lacks = []
+    install = "run as root: apt-get install --no-install-recommends "
+    if not _unpacked() and not shutil.which("qemu-system-x86_64"):
+        lacks.append(("qemu-system-x86_64", install + "qemu-system-x86"))
+    if not os.access(VIRTIOFSD, os.X_OK):
+        lacks.append(("virtiofsd", install + "qemu-system-common"))
+    if not _busybox():
+        lacks.append(("a static busybox", install + "busybox-static"))
+    if not kernels():
+        lacks.append(("Debian's cloud kernel", SETUP_HINT))
+    return lacks
+
+
+def setup(progress: Callable[[str], None], version: str | None = None) -> None:
+    """Fetch what can be had without root (QEMU from backports, the kernel) and build the boot files.
+
+    :param version: kernel version prefix ("6.1", "6.12").
+    :raises PyvmmError: a system package is missing, or the network.
+    """
+    from pyvmm.errors import HostError
+
+    try:
+        _fetch(progress, version)
+    except HostError as e:
+        raise TestbedError(e.cause, e.hint) from None
+    lacks = missing()
+    if lacks:
+        raise TestbedError(f"{lacks[0][0]} is missing", lacks[0][1])
+    boot_files(find_kernel(version), progress)
+
+
+def _fetch(progress: Callable[[str], None], version: str | None) -> None:
+    """QEMU and the kernel, where they are missing."""
+    best = qemus()
+    if best and best[0].max_cpus < 2:
+        _fetch_qemu(progress)
+    try:
+        find_kernel(version)
+    except TestbedError:
+        _fetch_kernel(version or DEFAULT_KERNEL, progress)
+
+
+def _fetch_qemu(progress: Callable[[str], None]) -> None:
+    """Unpack the backports' QEMU into the cache. The libraries that it needs are those of the installed one."""
+    import subprocess
+    from pathlib import Path
+
+    from pyvmm.host.apt import Apt
+
+    apt = Apt("backports", progress)
+    packages = ["qemu-system-x86", "qemu-system-data", "seabios"]
+    version = apt.resolve(packages)[0].version
+    number = re.match(r"(?:\d+:)?(\d+(?:\.\d+)+)", version)
+    if not number:
+        raise TestbedError(f"backports have a QEMU of version {version}", "install QEMU 8.1 or newer")
+    target = f"{cache_dir('qemu')}/{number[1]}"
+    apt.install(packages, Path(target))
+    try:
+        subprocess.run([f"{target}/{QEMU}", "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        shutil.rmtree(target)
+        progress(f"QEMU {number[1]} does not start here ({e}): the testbed has one vCPU")
+
+
+def _fetch_kernel(version: str, progress: Callable[[str], None]) -> None:
+    """Unpack the newest cloud kernel of ``version`` into the cache, from the release or its backports."""
+    import subprocess
+    from pathlib import Path
+
+    from pyvmm.errors import HostError
+    from pyvmm.host.apt import Apt
+
+    for release in ("", "backports"):
+        apt = Apt(release, progress)
+        try:
+            depends = apt.depends("linux-image-cloud-amd64")
+        except HostError:
+            continue
+        for name in depends:
+            number = name.removeprefix("linux-image-")
+            if number == version or number.startswith(f"{version}."):
+                target = f"{cache_dir('kernel')}/{number}"
+                apt.install([name], Path(target))
+                depmod = shutil.which("depmod") or "/sbin/depmod"
+                if subprocess.run([depmod, "-b", target, number], capture_output=True).returncode:
+                    shutil.rmtree(target)
+                    raise TestbedError("depmod failed", "install kmod")
+                return
+    raise TestbedError(f"Debian has no cloud kernel {version}", "choose another --kernel-version")
+
+
+def boot_files(kernel: Kernel, progress: Callable[[str], None]) -> tuple[str, str]:
+    """Paths of vmlinux and initramfs for ``kernel``, built if need be.
+
+    :raises TestbedError: a tool is missing or the kernel image has another form than expected.
+    """
+    import hashlib
+    import time
+
+    h = hashlib.sha256(repr((INIT, EARLY, LATE, sys.version)).encode())
+    for source in _sources():
+        h.update(_bytes(source))
+    info = os.stat(kernel.image)
+    h.update(f"{kernel.image} {info.st_size} {info.st_mtime_ns}".encode())
+    name = f"{kernel.version}-{h.hexdigest()[:12]}"
+    base = cache_dir("boot")
+    target = f"{base}/{name}"
+    if not os.path.isdir(target):
+        progress(f"preparing {kernel.version}")
+        work = f"{target}.{os.getpid()}"
+        os.mkdir(work)
+        try:
+            from pyvmm.images.kernel import extract_vmlinux
+
+            # Unpacked here, so that it need not be under emulation.
+            with open(f"{work}/vmlinux", "wb") as f:
+                f.write(extract_vmlinux(_bytes(kernel.image)))
+            with open(f"{work}/initrd", "wb") as f:
+                f.write(initramfs(kernel))
+            try:
+                os.rename(work, target)
+            except OSError:  # another process was faster
+                if not os.path.isdir(target):
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        for old in os.listdir(base):
+            if time.time() - os.stat(f"{base}/{old}").st_mtime > UNUSED:
+                shutil.rmtree(f"{base}/{old}", ignore_errors=True)
+    os.utime(target)
+    return f"{target}/vmlinux", f"{target}/initrd"
+
+
+def shim() -> str:
+    """Path of the library that lets an ordinary user run virtiofsd (l1_shim.c), compiled at first use.
+
+    :raises TestbedError: it does not compile.
+    """
+    import hashlib
+    import subprocess
+
+    source = f"{os.path.dirname(os.path.abspath(__file__))}/l1_shim.c"
+    target = f"{cache_dir()}/shim-{hashlib.sha256(_bytes(source)).hexdigest()[:12]}.so"
+    if not os.path.exists(target):
+        work = f"{target}.{os.getpid()}"
+        done = subprocess.run(
+            ["gcc", "-D_GNU_SOURCE", "-O2", "-shared", "-fPIC", "-o", work, source],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise TestbedError(f"gcc cannot compile {source}", "install gcc and libc6-dev")
+        os.rename(work, target)
+    return target
+
+
+def initramfs(kernel: Kernel) -> bytes:
+    """A cpio archive: busybox, the boot modules in load order, the agent, and an init that starts it."""
+    import py_compile
+    import tempfile
+    from pathlib import Path
+
+    from pyvmm.images.cpio import Archive
+    from pyvmm.images.kernel import Modules
+
+    archive = Archive()
+    for path in ("/proc", "/sys", "/dev"):
+        archive.directory(path)
+    archive.file("/busybox", _bytes(_busybox()), 0o755)
+    archive.file("/init", INIT.encode(), 0o755)
+    modules = Modules(Path(f"{kernel.root}/lib/modules/{kernel.version}"))
+    early = modules.closure(EARLY)
+    late = {name: found for name, found in modules.closure(LATE).items() if name not in early}
+    for name, (_, _, data) in {**early, **late}.items():
+        archive.file(f"/m/{name}.ko", data)
+    archive.file("/early", "".join(f"{name}.ko\n" for name in early).encode())
+    load = "".join(f"$r/busybox insmod $r/{name}.ko\n" for name in late)
+    archive.file("/late.sh", f"r=/run/pyvmm\n{load}$r/busybox touch $r/loaded\n".encode())
+    with tempfile.TemporaryDirectory() as work:
+        for source in _sources():
+            name = os.path.basename(source)
+            py_compile.compile(source, f"{work}/{name}c", dfile=name, doraise=True)
+            archive.file(f"/{name}c", _bytes(f"{work}/{name}c"))
+    return archive.pack()
+
+
+def _sources() -> list[str]:
+    here = os.path.dirname(os.path.abspath(__file__))
+    return [f"{here}/l1_agent.py", f"{here}/l1_protocol.py"]
+
+
+def _busybox() -> str:
+    """Path of a statically linked busybox, or an empty string."""
+    for path in (shutil.which("busybox"), "/bin/busybox"):
+        if path and os.access(path, os.R_OK):
+            with open(path, "rb") as f:
+                head = f.read(4096)
+            # Asked at every `pyvmm run`, so by hand: no program header of type PT_INTERP (3), no loader.
+            at = int.from_bytes(head[32:40], "little")
+            size, count = head[54], head[56]
+            kinds = [head[at + i * size] for i in range(count)]
+            if head[:4] == b"\x7fELF" and 3 not in kinds:
+                return path
+    return ""
+
+
+def _bytes(path: str) -> bytes:
+    with open(path, "rb") as f:
+        return f.read()

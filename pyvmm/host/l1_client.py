@@ -1,0 +1,307 @@
+"""The client's side of one command in L1: streams, terminal, signals, status."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import stat
+import time
+
+from pyvmm.errors import TestbedError
+from pyvmm.host import l1_protocol as p
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+#: What a signal of ours does to the command.
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class TestbedTimeout(TestbedError):
+    """A command did not end in time; it was killed."""
+
+    exit_code = 124
+
+
+class Output:
+    """A descriptor of ours that gets a stream, written only as far as it does not block."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.data = bytearray()
+        # A regular file never blocks and cannot be polled; in a pipe, PIPE_BUF bytes fit once poll says so.
+        self.step = 1 << 20 if stat.S_ISREG(os.fstat(fd).st_mode) else select.PIPE_BUF
+
+    def write(self) -> int:
+        """Write one step; how much went. Raises OSError where the reader has gone."""
+        try:
+            n = os.write(self.fd, self.data[: self.step])
+        except BlockingIOError:
+            return 0
+        del self.data[:n]
+        return n
+
+
+class Session:
+    """One command: run it to its end with ``wait``.
+
+    :param stdin: a descriptor, bytes, or None for /dev/null.
+    :param stdout, stderr: descriptors, or None to collect what comes (``output``).
+    :param terminal: a descriptor of ours that is a terminal: the command gets one of its own. Its keys go to the
+        command uninterpreted; the caller makes it raw and restores it.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        argv: Sequence[str],
+        *,
+        cwd: str,
+        env: Mapping[str, str],
+        stdin: int | bytes | None,
+        stdout: int | None,
+        stderr: int | None,
+        terminal: int | None = None,
+    ) -> None:
+        self.sock = sock
+        self.terminal = terminal
+        self.framer = p.Framer()
+        self.out = bytearray()
+        self.credit = p.IN_WINDOW
+        self.owed = 0
+        self.status: int | None = None
+        self.output = {p.STDOUT: bytearray(), p.STDERR: bytearray()}
+        self.sinks: dict[int, Output | None] = {p.STDOUT: None, p.STDERR: None}
+        tty = []
+        for stream, fd in ((p.STDOUT, stdout), (p.STDERR, stderr)):
+            if fd is not None:
+                self.sinks[stream] = Output(fd)
+                if terminal is not None and os.isatty(fd):
+                    tty.append(stream)
+        if terminal is not None:
+            tty.append(p.STDIN)
+            shown = [
+                fd
+                for stream, fd in ((p.STDOUT, stdout), (p.STDERR, stderr))
+                if stream in tty and fd is not None
+            ]
+            self.sinks[p.TTY] = Output(shown[0] if shown else terminal)
+        self.stdin = stdin if isinstance(stdin, int) else None
+        self.given = bytearray(stdin) if isinstance(stdin, bytes) else bytearray()
+        self.stdin_open = stdin is not None
+        size = os.get_terminal_size(terminal) if terminal is not None else os.terminal_size((80, 24))
+        mask = os.umask(0o022)
+        os.umask(mask)
+        spec = {
+            "argv": [os.fsencode(a) for a in argv],
+            "env": {os.fsencode(k): os.fsencode(v) for k, v in env.items()},
+            "cwd": os.fsencode(cwd),
+            "umask": mask,
+            "tty": tty,
+            "stdin": stdin is not None,
+            "window": (size.lines, size.columns),
+        }
+        import marshal
+
+        self.send(p.OPEN, marshal.dumps(spec, 2))
+
+    def send(self, kind: int, payload: bytes = b"", stream: int = 0) -> None:
+        """Queue a frame."""
+        self.out += p.frame(kind, 0, payload, stream)
+
+    def signal(self, number: int) -> None:
+        """Send the command a signal."""
+        self.send(p.SIGNAL, b"%d" % number)
+
+    def resized(self) -> None:
+        """Tell the command's terminal the size of ours."""
+        if self.terminal is not None:
+            size = os.get_terminal_size(self.terminal)
+            self.send(p.WINDOW, b"%d %d" % (size.lines, size.columns))
+
+    def wait(
+        self,
+        timeout: float | None = None,
+        *,
+        wakeup: int = -1,
+        woken: Callable[[], None] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> int:
+        """Carry the streams until the command ends; its status as a shell gives it: 128 + n for signal n.
+
+        :param timeout: seconds, counted from the command's start; then it is killed and TestbedTimeout raised.
+        :param wakeup: a descriptor; ``woken`` is called when it is readable.
+        :raises TestbedError: the testbed ended.
+        """
+        deadline = time.monotonic() + timeout if timeout is not None else None
+        failed = ""
+        while True:
+            if self.status is not None and not any(s and s.data for s in self.sinks.values()):
+                return (
+                    os.waitstatus_to_exitcode(self.status)
+                    if self.status & 0x7F == 0
+                    else 128 + (self.status & 0x7F)
+                )
+            if failed:
+                raise TestbedError(failed)
+            self._fill()
+            poll = select.poll()
+            if self.status is None:
+                poll.register(self.sock, select.POLLIN | (select.POLLOUT if self.out else 0))
+            if self.stdin is not None and self.credit > 0:
+                poll.register(self.stdin, select.POLLIN)
+            if wakeup >= 0:
+                poll.register(wakeup, select.POLLIN)
+            by_fd: dict[int, list[int]] = {}
+            for stream, sink in self.sinks.items():
+                if sink and sink.data:
+                    by_fd.setdefault(sink.fd, []).append(stream)
+            for fd in by_fd:
+                if fd != self.stdin:
+                    poll.register(fd, select.POLLOUT)
+                else:
+                    poll.register(fd, select.POLLOUT | select.POLLIN)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            events = poll.poll(left)
+            if not events and deadline is not None and time.monotonic() >= deadline:
+                raise TestbedTimeout(
+                    f"the command did not end within {timeout:g} s", "give it more --timeout"
+                )
+            for fd, event in events:
+                if fd == wakeup and woken:
+                    woken()
+                elif fd == self.sock.fileno():
+                    failed = self._socket(event, progress)
+                else:
+                    for stream in by_fd.get(fd, ()):
+                        if event & ~select.POLLIN:
+                            self._drain(stream)
+                    if fd == self.stdin and event & ~select.POLLOUT:
+                        self._input()
+
+    def _fill(self) -> None:
+        """Move given input into frames as far as the window allows; give credit back."""
+        while self.given and self.credit > 0:
+            n = min(len(self.given), self.credit, p.CHUNK)
+            self.send(p.DATA, bytes(self.given[:n]), p.STDIN)
+            del self.given[:n]
+            self.credit -= n
+        if self.stdin_open and self.stdin is None and not self.given:
+            self.stdin_open = False
+            self.send(p.EOF, b"", p.STDIN)
+        if self.owed >= p.OUT_WINDOW // 8:
+            self.send(p.CREDIT, b"%d" % self.owed)
+            self.owed = 0
+
+    def _input(self) -> None:
+        assert self.stdin is not None
+        try:
+            data = os.read(self.stdin, min(self.credit, p.CHUNK))
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self.credit -= len(data)
+            self.send(p.DATA, data, p.STDIN)
+        else:
+            self.stdin = None  # _fill sends EOF
+
+    def _drain(self, stream: int) -> None:
+        sink = self.sinks[stream]
+        assert sink
+        try:
+            self.owed += sink.write()
+        except OSError:
+            # Nobody reads it any more: let the command find out as it would at home.
+            self.owed += len(sink.data)
+            sink.data.clear()
+            self.sinks[stream] = None
+            self.output.pop(stream, None)
+            self.send(p.EOF, b"", stream)
+
+    def _socket(self, event: int, progress: Callable[[str], None] | None) -> str:
+        """Send and receive; why the testbed ended, or an empty string."""
+        lost = "the testbed ended"
+        if event & select.POLLOUT:
+            try:
+                n = self.sock.send(memoryview(self.out)[: 1 << 16], socket.MSG_DONTWAIT)
+                del self.out[:n]
+            except BlockingIOError:
+                pass
+            except OSError:
+                pass  # what it said before it closed is still to be read
+        if not event & ~select.POLLOUT:
+            return ""
+        try:
+            data = self.sock.recv(1 << 18)
+        except OSError:
+            return lost
+        if not data:
+            return lost
+        for kind, _channel, stream, payload in self.framer.feed(data):
+            if kind == p.DATA:
+                sink = self.sinks.get(stream)
+                if sink:
+                    sink.data += payload
+                else:
+                    self.owed += len(payload)
+                    if stream in self.output:
+                        self.output[stream] += payload
+            elif kind == p.CREDIT:
+                self.credit += int(payload)
+            elif kind == p.EXIT:
+                self.status = int(payload)
+            elif kind == p.NOTE and progress:
+                progress(payload.decode(errors="replace"))
+            elif kind == p.ERROR:
+                return payload.decode(errors="replace")
+        return ""
+
+
+def interactive(session: Session, timeout: float | None, progress: Callable[[str], None] | None) -> int:
+    """``session.wait`` for a command line: signals are forwarded, the terminal is raw meanwhile and restored after.
+
+    A second SIGINT or SIGTERM kills the command, and so does SIGKILL of ourselves.
+    """
+    import termios
+    import tty
+
+    r, w = os.pipe()
+    os.set_blocking(r, False)
+    os.set_blocking(w, False)
+    before: dict[int, Any] = {}
+    old_wakeup = signal.set_wakeup_fd(w, warn_on_full_buffer=False)
+    asked = 0
+
+    def woken() -> None:
+        nonlocal asked
+        for number in os.read(r, 4096):
+            if number == signal.SIGWINCH:
+                session.resized()
+            elif number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                asked += 1
+                session.signal(number if asked < 2 else signal.SIGKILL)
+            elif number in FORWARDED:
+                session.signal(number)
+
+    modes = None
+    try:
+        for which in (*FORWARDED, signal.SIGWINCH):
+            before[which] = signal.signal(which, lambda number, at: None)
+        if session.terminal is not None:
+            modes = termios.tcgetattr(session.terminal)
+            tty.setraw(session.terminal, termios.TCSADRAIN)
+        return session.wait(timeout, wakeup=r, woken=woken, progress=progress)
+    finally:
+        if modes is not None and session.terminal is not None:
+            termios.tcsetattr(session.terminal, termios.TCSADRAIN, modes)
+        signal.set_wakeup_fd(old_wakeup)
+        for old, handler in before.items():
+            signal.signal(old, handler)
+        os.close(r)
+        os.close(w)

@@ -1,0 +1,560 @@
+"""The supervisor: the process on the host that owns one L1, and stands between its clients and the agent inside.
+
+``python -m pyvmm.host.l1_supervisor`` with a JSON object on stdin (see ``Options``). It starts virtiofsd and QEMU, listens on a
+socket, renumbers channels, asks the agent for a sign of life every second, and ends, with a reason for every client,
+when L1 hangs or dies. All its children die with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import marshal
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from pyvmm.errors import PyvmmError, TestbedError
+from pyvmm.host import l1_assets, l1_isolate
+from pyvmm.host import l1_protocol as p
+from pyvmm.host.paths import cache_root
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+# As EPYC, less what TCG does not emulate or gets wrong under nested SVM.
+CPU = "EPYC,+svm,+npt,-x2apic,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec"
+# tsc=reliable: else the clock falls back to hpet. loglevel: each character on the console is an exit.
+CMDLINE = "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable cryptomgr.notests"
+#: How long L1 may believe a name or an attribute in a writable directory (seconds). A command starts that much after it was
+#: asked for: then nothing is believed any more that was looked up before, so it sees every change made before.
+FRESH = 0.1
+BOOT_TIMEOUT = 120.0
+PING_EVERY = 1.0
+CONSOLE_KEPT = 64 << 10
+
+
+class Client:
+    """One connection: at most one command."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.framer = p.Framer()
+        self.out = bytearray()
+        self.channel = 0
+        #: OPEN and what follows it, while that waits for L1 to be ready and for ``due``: (type, stream, payload).
+        self.early: list[tuple[int, int, bytes]] = []
+        self.due = 0.0
+        self.closing = False
+
+
+class Supervisor:
+    """Runs until told to stop, or until L1 fails.
+
+    ``options``: socket, lock, log_later (paths; where the log is found afterwards), cpus (0: as many as is safe), memory
+    (bytes), kernel (version prefix or None), writable (directories), watchdog (seconds), tether (a descriptor: stop when its
+    other end is closed; or None).
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.started = time.monotonic()
+        self.selector = selectors.DefaultSelector()
+        self.clients: dict[int, Client] = {}
+        self.channels: dict[int, Client | None] = {}  # None: the client has gone, EXIT is still to come
+        self.next_channel = 1
+        self.waiting: list[Client] = []
+        self.console = bytearray()
+        self.port_out = bytearray()
+        self.framer = p.Framer()
+        self.ready = False
+        self.notes: list[str] = []
+        self.stopping = 0.0
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.last_pong = 0.0
+        self.last_ping = 0.0
+        self.commands = 0
+        self.qemu: l1_assets.Qemu
+        self.kernel: l1_assets.Kernel
+        self.cpus = 0
+        self.ready_after = 0.0
+
+    # --- start ---------------------------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        path = self.options["socket"]
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.listen(64)
+        listener.setblocking(False)
+        self.listener = listener
+        self.selector.register(listener, selectors.EVENT_READ, self.accept)
+        r, w = os.pipe()
+        os.set_blocking(r, False)
+        os.set_blocking(w, False)
+        signal.set_wakeup_fd(w)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda number, at: None)
+        self.selector.register(r, selectors.EVENT_READ, lambda: self.signalled(r))
+        tether = self.options.get("tether")
+        if tether is not None:
+            self.selector.register(tether, selectors.EVENT_READ, self.untethered)
+
+    def boot(self) -> None:
+        """Start virtiofsd and QEMU. Raises TestbedError where that is impossible."""
+        lacks = l1_assets.missing()
+        if lacks:
+            raise TestbedError(f"{lacks[0][0]} is missing", lacks[0][1])
+        self.kernel = l1_assets.find_kernel(self.options["kernel"])
+        self.qemu = l1_assets.qemus()[0]
+        wanted = self.options["cpus"] or min(2, os.cpu_count() or 1)
+        self.cpus = wanted if self.options["cpus"] else min(wanted, self.qemu.max_cpus)
+        if self.cpus > self.qemu.max_cpus:
+            raise TestbedError(
+                f"{self.qemu} hangs with more than one vCPU", "run: pyvmm testbed setup, or use --cpus 1"
+            )
+        vmlinux, initrd = l1_assets.boot_files(self.kernel, self.say)
+        self.say(f"starting Linux {self.kernel.version} on {self.cpus} vCPU(s) under {self.qemu}")
+        root = self.share("root", ["-ocache=always"], [])
+        work = self.share("work", ["-ocache=always", f"-otimeout={FRESH}"], self.options["writable"])
+        port, port_qemu = socket.socketpair()
+        console, console_qemu = socket.socketpair()
+        qmp, qmp_qemu = socket.socketpair()
+        python = os.path.realpath(sys.executable)
+        if any(c.isspace() for c in python):
+            python = "/usr/bin/python3"
+        memory = self.options["memory"] >> 20
+        argv = [
+            self.qemu.path, *self.qemu.options, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            "-name", "pyvmm-testbed", "-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi", "-cpu", CPU,
+            "-smp", str(self.cpus), "-m", f"{memory}M",
+            "-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on",
+            "-chardev", f"socket,id=root,fd={root.fileno()}",
+            "-device", "vhost-user-fs-pci,chardev=root,tag=root,queue-size=1024",
+            "-chardev", f"socket,id=work,fd={work.fileno()}",
+            "-device", "vhost-user-fs-pci,chardev=work,tag=work,queue-size=1024",
+            "-device", "virtio-serial-pci",
+            "-chardev", f"socket,id=agent,fd={port_qemu.fileno()}",
+            "-device", "virtserialport,chardev=agent,name=agent",
+            "-chardev", f"socket,id=console,fd={console_qemu.fileno()}", "-serial", "chardev:console",
+            "-chardev", f"socket,id=qmp,fd={qmp_qemu.fileno()}", "-mon", "chardev=qmp,mode=control",
+            "-kernel", vmlinux, "-initrd", initrd, "-append", f"{CMDLINE} l1python={python}",
+        ]  # fmt: skip
+        fds = [s.fileno() for s in (root, work, port_qemu, console_qemu, qmp_qemu)]
+        self.vm = self.spawn(argv, fds, None)
+        for s in (root, work, port_qemu, console_qemu, qmp_qemu):
+            s.close()
+        self.port, self.qmp = port, qmp
+        for s, handler in ((port, self.from_port), (console, self.from_console)):
+            s.setblocking(False)
+            self.selector.register(s, selectors.EVENT_READ, handler)
+        self.console_socket = console
+
+    def share(self, tag: str, options: list[str], writable: list[str]) -> socket.socket:
+        """Start one virtiofsd that exports the root; returns the connection for QEMU."""
+        path = f"{self.options['socket']}.{tag}"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen(1)
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(path)
+        os.unlink(path)
+        argv = [
+            l1_assets.VIRTIOFSD, f"--fd={listener.fileno()}", "-osource=/", "-osandbox=chroot", "-oxattr",
+            "-olog_level=warn", *options,
+        ]  # fmt: skip
+        self.spawn(argv, [listener.fileno()], writable)
+        listener.close()
+        return client
+
+    def spawn(self, argv: list[str], fds: list[int], writable: list[str] | None) -> subprocess.Popen[bytes]:
+        env = dict(os.environ)
+        if writable is not None and os.geteuid():
+            env["LD_PRELOAD"] = l1_assets.shim()
+
+        told, tell = os.pipe()
+
+        def prepare() -> None:
+            if writable is not None:
+                try:
+                    l1_isolate.protect(writable)
+                except OSError as e:
+                    os.write(tell, str(e).encode())
+            l1_isolate.die_with_parent()
+
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=env, pass_fds=fds, preexec_fn=prepare)
+        os.close(tell)
+        with os.fdopen(told) as f:
+            failure = f.read()
+        if failure:
+            self.notes.append(f"the host's files are not write-protected: {failure}")
+        self.children.append(child)
+        return child
+
+    # --- the loop ------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Until stopped; the exit status."""
+        self.listen()
+        try:
+            self.boot()
+            return self.loop()
+        except PyvmmError as e:
+            self.fail(str(e))
+            return 1
+        except Exception as e:
+            self.fail(f"the testbed's supervisor failed: {e!r}; {self.hint()}")
+            raise
+        finally:
+            for child in self.children:
+                if child.poll() is None:
+                    child.kill()
+                child.wait()
+            for client in list(self.clients.values()):
+                client.sock.setblocking(True)
+                client.sock.settimeout(1)
+                try:
+                    client.sock.sendall(client.out)
+                except OSError:
+                    pass
+
+    def loop(self) -> int:
+        last = time.monotonic()
+        while True:
+            for key, _mask in self.selector.select(FRESH / 4 if self.waiting else 0.25):
+                key.data()
+            now = time.monotonic()
+            if self.ready and self.waiting:
+                self.open_due(now)
+            if now - last > 5:  # we were suspended, not L1
+                self.last_pong = now
+            last = now
+            if not self.stopping and any(child.poll() is not None for child in self.children):
+                time.sleep(0.3)  # one ends because another has: find out which was first
+                what, child = ("virtiofsd", self.children[0]) if self.vm.poll() is None else ("QEMU", self.vm)
+                raise TestbedError(
+                    f"L1 died: {what} ended with {child.poll()}{self.last_words()}", self.hint()
+                )
+            if self.stopping:
+                if self.vm.poll() is not None or now - self.stopping > 5:
+                    self.tell("the testbed was stopped")
+                    return 0
+            elif self.ready:
+                if now - self.last_ping >= PING_EVERY:
+                    self.last_ping = now
+                    self.to_port(p.frame(p.PING))
+                if now - self.last_pong > self.options["watchdog"]:
+                    raise TestbedError(
+                        f"L1 hung: no sign of life for {self.options['watchdog']:g} s{self.registers()}",
+                        self.hint(),
+                    )
+            elif now - self.started > BOOT_TIMEOUT:
+                raise TestbedError(
+                    f"L1 did not start within {BOOT_TIMEOUT:g} s{self.last_words()}", self.hint()
+                )
+
+    def hint(self) -> str:
+        return f"see {self.options['log_later']}"
+
+    def fail(self, why: str) -> None:
+        print(why, file=sys.stderr)
+        if self.console:
+            print(
+                "--- L1's console:", self.console.decode(errors="replace"), "---", sep="\n", file=sys.stderr
+            )
+        self.tell(why)
+
+    def tell(self, why: str) -> None:
+        """The end: nobody can connect any more, and those who have are told why."""
+        while self.accept():
+            pass
+        self.selector.unregister(self.listener)
+        self.listener.close()
+        os.unlink(self.options["socket"])
+        for client in list(self.clients.values()):
+            self.to(client, p.frame(p.ERROR, 0, why.encode()))
+
+    def last_words(self) -> str:
+        """What L1 said that tells most, else what QEMU or virtiofsd said."""
+        said = self.console.decode(errors="replace")
+        if not said:
+            with open("/proc/self/fd/2", encoding="utf-8", errors="replace") as log:
+                said = log.read()
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        telling = [
+            line for line in lines if any(word in line for word in ("panic", "BUG:", "L1:", "switch_root:"))
+        ]
+        return f" ({(telling or lines)[-1 if not telling else 0]})" if lines else ""
+
+    def registers(self) -> str:
+        """Write the vCPUs' registers to the log; names the instruction pointers."""
+        import re
+
+        self.qmp.settimeout(2)
+        said = b""
+        try:
+            self.qmp.sendall(
+                b'{"execute":"qmp_capabilities"}{"execute":"human-monitor-command",'
+                b'"arguments":{"command-line":"info registers -a"},"id":1}'
+            )
+            while b'"id": 1' not in said:
+                data = self.qmp.recv(65536)
+                if not data:
+                    break
+                said += data
+        except OSError:
+            pass
+        text = said.decode(errors="replace").replace("\\r\\n", "\n")
+        print(text, file=sys.stderr)
+        rips = re.findall(r"RIP=([0-9a-f]+)", text)
+        return f" (RIP {', '.join(rips)})" if rips else ""
+
+    def say(self, text: str) -> None:
+        """Progress, to the log and to those who wait for L1."""
+        print(text, file=sys.stderr, flush=True)
+        for client in list(self.clients.values()):
+            self.to(client, p.frame(p.NOTE, 0, text.encode()))
+
+    def stop(self) -> None:
+        if not self.stopping:
+            self.stopping = time.monotonic()
+            if self.ready:
+                self.to_port(p.frame(p.STOP))
+            else:
+                self.vm.kill()
+
+    def signalled(self, fd: int) -> None:
+        numbers = os.read(fd, 4096)
+        if any(n != signal.SIGCHLD for n in numbers):
+            self.stop()
+
+    def untethered(self) -> None:
+        self.selector.unregister(self.options["tether"])
+        self.stop()
+
+    # --- clients -------------------------------------------------------------------------------------------
+
+    def accept(self) -> bool:
+        """Take one new connection; whether there was one."""
+        try:
+            sock, _ = self.listener.accept()
+        except OSError:
+            return False
+        sock.setblocking(False)
+        client = Client(sock)
+        self.clients[sock.fileno()] = client
+        self.selector.register(sock, selectors.EVENT_READ, lambda: self.from_client(client))
+        if self.ready:
+            self.to(client, p.frame(p.READY))
+        return True
+
+    def drop(self, client: Client) -> None:
+        """The connection has ended."""
+        if self.clients.pop(client.sock.fileno(), None) is None:
+            return
+        self.selector.unregister(client.sock)
+        client.sock.close()
+        if client.channel and self.channels.get(client.channel) is client:
+            self.channels[client.channel] = None
+            self.to_port(p.frame(p.CLOSE, client.channel))
+
+    def to(self, client: Client, data: bytes) -> None:
+        client.out += data
+        self.push(client)
+
+    def push(self, client: Client) -> None:
+        try:
+            while client.out:
+                n = client.sock.send(client.out)
+                del client.out[:n]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.drop(client)
+            return
+        if client.closing and not client.out:
+            self.drop(client)
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.out else 0)
+        self.selector.modify(client.sock, events, lambda: self.turn(client))
+
+    def turn(self, client: Client) -> None:
+        if client.out:
+            self.push(client)
+        if client.sock.fileno() >= 0:
+            self.from_client(client)
+
+    def from_client(self, client: Client) -> None:
+        try:
+            data = client.sock.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.drop(client)
+            return
+        try:
+            frames = client.framer.feed(data)
+        except ValueError:
+            self.drop(client)
+            return
+        for kind, _channel, stream, payload in frames:
+            if kind == p.OPEN:
+                if client.channel or client.early:
+                    self.drop(client)
+                    return
+                client.early.append((kind, stream, payload))
+                client.due = time.monotonic() + FRESH
+                self.waiting.append(client)
+            elif kind == p.STOP:
+                self.stop()
+            elif kind == p.STATUS:
+                self.to(client, p.frame(p.NOTE, 0, json.dumps(self.status()).encode()))
+            elif client.early:
+                client.early.append((kind, stream, payload))
+            elif client.channel:
+                self.to_port(p.frame(kind, client.channel, payload, stream))
+
+    def open_due(self, now: float) -> None:
+        for client in self.waiting[:]:
+            if client.sock.fileno() < 0:
+                self.waiting.remove(client)
+            elif now >= client.due:
+                self.waiting.remove(client)
+                self.open(client)
+
+    def open(self, client: Client) -> None:
+        while self.next_channel in self.channels:
+            self.next_channel = self.next_channel % 65535 + 1
+        client.channel = self.next_channel
+        self.next_channel = self.next_channel % 65535 + 1
+        self.channels[client.channel] = client
+        self.commands += 1
+        early, client.early = client.early, []
+        for kind, stream, payload in early:
+            self.to_port(p.frame(kind, client.channel, payload, stream))
+
+    def status(self) -> dict[str, Any]:
+        """What ``pyvmm testbed status`` shows."""
+        return {
+            "protocol": p.VERSION,
+            "pid": os.getpid(),
+            "ready": self.ready,
+            "ready_after_s": round(self.ready_after, 2),
+            "up_s": round(time.monotonic() - self.started, 1),
+            "kernel": self.kernel.version,
+            "qemu": str(self.qemu),
+            "max_cpus": self.qemu.max_cpus,
+            "cpus": self.cpus,
+            "memory": self.options["memory"],
+            "writable": self.options["writable"],
+            "running": len(self.channels),
+            "commands": self.commands,
+            "notes": self.notes,
+        }
+
+    # --- L1 ------------------------------------------------------------------------------------------------
+
+    def to_port(self, data: bytes) -> None:
+        self.port_out += data
+        self.push_port()
+
+    def push_port(self) -> None:
+        try:
+            while self.port_out:
+                n = self.port.send(memoryview(self.port_out)[: 1 << 16])
+                del self.port_out[:n]
+        except BlockingIOError:
+            pass
+        except OSError:
+            return  # QEMU has gone; the loop says so
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.port_out else 0)
+        self.selector.modify(self.port, events, self.from_port)
+
+    def from_console(self) -> None:
+        try:
+            data = self.console_socket.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.selector.unregister(self.console_socket)
+            return
+        self.console += data
+        del self.console[:-CONSOLE_KEPT]
+
+    def from_port(self) -> None:
+        if self.port_out:
+            self.push_port()
+        try:
+            data = self.port.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.selector.unregister(self.port)
+            return
+        for kind, channel, stream, payload in self.framer.feed(data):
+            if kind == p.PONG:
+                self.last_pong = time.monotonic()
+            elif kind == p.HELLO:
+                self.say(f"the agent runs ({time.monotonic() - self.started:.1f} s)")
+                self.to_port(p.frame(p.CONFIG, 0, marshal.dumps(self.config(), 2)))
+            elif kind == p.READY:
+                self.became_ready(payload.decode(errors="replace"))
+            elif channel in self.channels:
+                client = self.channels[channel]
+                if kind == p.EXIT:
+                    del self.channels[channel]
+                if client is not None:
+                    client.closing = kind == p.EXIT
+                    self.to(client, p.frame(kind, 0, payload, stream))
+
+    def config(self) -> dict[str, Any]:
+        binds = [(f"/.work{d}", d) for d in self.options["writable"]]
+        if self.kernel.root:
+            binds.append((f"{self.kernel.root}/lib/modules", "/lib/modules"))
+        return {"binds": binds, "files": [("/proc/sys/kernel/perf_event_paranoid", "-1")]}
+
+    def became_ready(self, notes: str) -> None:
+        self.ready = True
+        self.last_pong = time.monotonic()
+        self.ready_after = self.last_pong - self.started
+        self.notes += notes.splitlines()
+        for note in self.notes:
+            self.say(f"L1: {note}")
+        self.say(f"ready ({self.ready_after:.1f} s)")
+        for client in list(self.clients.values()):
+            if not client.early:
+                self.to(client, p.frame(p.READY))
+
+
+def main() -> int:
+    """Read the options, take the lock, serve."""
+    options = json.load(sys.stdin)
+    lock = os.open(options["lock"], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return 3  # somebody else was faster: their testbed does as well
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+    os.makedirs(cache_root(), exist_ok=True)
+    return Supervisor(options).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,444 @@
+"""The testbed: a virtual machine (L1) with real KVM and real vhost-net on any machine, in which commands run.
+
+``Testbed().run(["pyvmm", "run", ...])`` runs a command in the testbed that is up, or in one that is started for it and
+stopped afterwards. L1 sees the machine's files: the writable directories as they are, all else under a throw-away overlay.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+
+from pyvmm.errors import TestbedError
+from pyvmm.host import l1_protocol as p
+from pyvmm.host.l1_client import Session, TestbedTimeout, interactive
+from pyvmm.host.paths import cache_dir, cache_root, runtime_dir
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+    from typing import Any, Self
+
+__all__ = ["Result", "Testbed", "TestbedTimeout"]
+
+#: Set in the environment of every command in L1.
+INSIDE = "PYVMM_IN_TESTBED"
+DEFAULT_MEMORY = 4 << 30
+_numbers = itertools.count()
+
+
+class Result:
+    """What a command did: ``status`` as a shell has it (128 + n for signal n), and its output."""
+
+    def __init__(self, status: int, stdout: bytes, stderr: bytes) -> None:
+        self.status, self.stdout, self.stderr = status, stdout, stderr
+
+    @property
+    def out(self) -> str:
+        """stdout as text."""
+        return self.stdout.decode(errors="replace")
+
+    @property
+    def err(self) -> str:
+        """stderr as text."""
+        return self.stderr.decode(errors="replace")
+
+    def __repr__(self) -> str:
+        return f"Result({self.status}, {self.stdout!r}, {self.stderr!r})"
+
+
+def inside() -> bool:
+    """Whether this process itself runs in a testbed."""
+    return INSIDE in os.environ
+
+
+def default_writable(cwd: str) -> list[str]:
+    """What a testbed started from ``cwd`` can write: the checkout (else ``cwd``), pyvmm's cache, temporary files."""
+    import tempfile
+
+    top = os.path.realpath(cwd)
+    at = top
+    while at != "/":
+        if os.path.exists(f"{at}/.git"):
+            top = at
+            break
+        at = os.path.dirname(at)
+    return [top, cache_root(), os.path.realpath(tempfile.gettempdir())]
+
+
+class Testbed:
+    """One testbed, by its name. As a context manager it is up inside: the running one, or one of its own for the while.
+
+    :param name: several can be up at once under different names; $PYVMM_TESTBED or "default".
+    :param cpus: of L1, 0 for two where QEMU can, else one.
+    :param memory: of L1 in bytes, 0 for 4 GiB.
+    :param kernel: version prefix of Debian's cloud kernel ("6.1", "6.12").
+    :param writable: directories beyond ``default_writable``. Not the root.
+    :param watchdog: seconds without a sign of life after which L1 counts as hung.
+    :param progress: is told what goes on, a line at a time.
+    """
+
+    __test__ = False  # not a pytest class
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        cpus: int = 0,
+        memory: int = 0,
+        kernel: str | None = None,
+        writable: Sequence[str] = (),
+        watchdog: float = 30.0,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.name = name or os.environ.get("PYVMM_TESTBED") or "default"
+        if not self.name.replace("-", "").replace("_", "").isalnum() or len(self.name) > 32:
+            raise TestbedError(f"testbed name {self.name!r}", "use up to 32 letters, digits, - and _")
+        self.cpus, self.memory, self.kernel, self.watchdog = cpus, memory, kernel, watchdog
+        self.writable = list(writable)
+        self.progress = progress or (lambda text: None)
+        self._tether = -1
+        self._child: subprocess.Popen[bytes] | None = None
+        self._entered = 0
+        self._shared = ""  # its name without the suffix that a temporary one has
+
+    @property
+    def dir(self) -> str:
+        """Its run-time files: socket, lock, log; made when it starts."""
+        return f"{runtime_dir()}/testbed-{self.name}"
+
+    @staticmethod
+    def is_set_up() -> bool:
+        """Whether it can be started."""
+        return not Testbed.missing()
+
+    @staticmethod
+    def missing() -> str:
+        """What is missing before it can be started and how to get it; an empty string where nothing is."""
+        from pyvmm.host import l1_assets
+
+        return "; ".join(f"{what} is missing ({remedy})" for what, remedy in l1_assets.missing())
+
+    @staticmethod
+    def setup(progress: Callable[[str], None], kernel: str | None = None) -> None:
+        """Fetch and build what the testbed needs and root is not needed for; quick where all is there."""
+        from pyvmm.host import l1_assets
+
+        l1_assets.setup(progress, kernel)
+
+    def _connect(self) -> socket.socket | None:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(f"{self.dir}/socket")
+        except (FileNotFoundError, ConnectionRefusedError):
+            sock.close()
+            return None
+        return sock
+
+    def is_up(self) -> bool:
+        """Whether it runs (or is starting)."""
+        sock = self._connect()
+        if sock:
+            sock.close()
+        return sock is not None
+
+    def status(self) -> dict[str, Any] | None:
+        """What the supervisor says of itself, or None where the testbed is down."""
+        import json
+
+        sock = self._connect()
+        if sock is None:
+            return None
+        with sock:
+            sock.settimeout(10)
+            framer = p.Framer()
+            try:
+                sock.sendall(p.frame(p.STATUS))
+                while data := sock.recv(65536):
+                    for kind, _, _, payload in framer.feed(data):
+                        if kind == p.NOTE and payload.startswith(b"{"):
+                            answer: dict[str, Any] = json.loads(payload)
+                            return answer
+            except TimeoutError as e:
+                raise TestbedError("the testbed's supervisor does not answer", f"see {self.dir}/log") from e
+            except ConnectionError:
+                pass  # it is ending
+        return None
+
+    def up(self, *, tethered: bool = False) -> bool:
+        """Start it, wait until it is ready; False if it was up already.
+
+        :param tethered: it stops when this process ends, however that comes about.
+        :raises TestbedError: it is not set up or did not start.
+        """
+        sock = self._connect()
+        if sock is not None:
+            with sock:
+                self._await_ready(sock)
+            return False
+        self._spawn(tethered)
+        return True
+
+    def _spawn(self, tethered: bool) -> None:
+        import json
+        import subprocess
+        import sys
+        import time
+
+        lacks = self.missing()
+        if lacks:
+            raise TestbedError(f"the testbed is not set up: {lacks}")
+        directory = self.dir
+        try:
+            os.mkdir(directory, 0o700)
+        except FileExistsError:
+            pass
+        os.makedirs(cache_root(), exist_ok=True)
+        writable = []
+        for path in [*default_writable(os.getcwd()), *self.writable]:
+            real = os.path.realpath(path)
+            if not os.path.isdir(real):
+                raise TestbedError(f"{path} is not a directory", "make it first")
+            # What is below another comes for free; the root as a whole stays protected.
+            if real != "/":
+                writable.append(real)
+        writable = [
+            d for d in dict.fromkeys(writable) if not any(is_below(d, o) and d != o for o in writable)
+        ]
+        options: dict[str, Any] = {
+            "socket": f"{directory}/socket",
+            "lock": f"{directory}/lock",
+            "log_later": f"{cache_dir()}/last.log" if self._shared else f"{directory}/log",
+            "cpus": self.cpus,
+            "memory": self.memory or DEFAULT_MEMORY,
+            "kernel": self.kernel,
+            "writable": writable,
+            "watchdog": self.watchdog,
+            "tether": None,
+        }
+        fds: tuple[int, ...] = ()
+        if tethered:
+            r, self._tether = os.pipe()
+            options["tether"] = r
+            fds = (r,)
+        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        env = {**os.environ, "PYTHONPATH": package}
+        with open(f"{directory}/log", "wb") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "pyvmm.host.l1_supervisor"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=env,
+                cwd="/",
+                pass_fds=fds,
+                start_new_session=True,
+            )
+        for fd in fds:
+            os.close(fd)
+        assert child.stdin
+        child.stdin.write(json.dumps(options).encode())
+        child.stdin.close()
+        self._child = child
+        for _ in range(3000):
+            sock = self._connect()
+            if sock is not None:
+                break
+            # 3: another one was faster, and will listen.
+            if child.poll() not in (None, 3):
+                raise TestbedError(f"the testbed's supervisor ended: {_last_line(f'{directory}/log')}")
+            time.sleep(0.01)
+        else:
+            raise TestbedError("the testbed's supervisor does not listen", f"see {directory}/log")
+        with sock:
+            self._await_ready(sock)
+
+    def _await_ready(self, sock: socket.socket) -> None:
+        framer = p.Framer()
+        while True:
+            try:
+                data = sock.recv(65536)
+            except ConnectionError:
+                data = b""
+            if not data:
+                raise TestbedError(f"the testbed ended while it started: {_last_line(f'{self.dir}/log')}")
+            for kind, _, _, payload in framer.feed(data):
+                if kind == p.NOTE:
+                    self.progress(payload.decode(errors="replace"))
+                elif kind == p.ERROR:
+                    raise TestbedError(payload.decode(errors="replace"))
+                elif kind == p.READY:
+                    return
+
+    def down(self) -> bool:
+        """Stop it, with all that runs in it; False if it was down already."""
+        sock = self._connect()
+        if sock is None:
+            return False
+        with sock:
+            sock.settimeout(15)
+            sock.sendall(p.frame(p.STOP))
+            try:
+                while sock.recv(65536):
+                    pass
+            except OSError as e:
+                raise TestbedError(f"the testbed does not stop: {e}", f"see {self.dir}/log") from e
+        if self._tether >= 0:
+            os.close(self._tether)
+            self._tether = -1
+        if self._child:
+            self._child.wait()
+            self._child = None
+        return True
+
+    def __enter__(self) -> Self:
+        self._entered += 1
+        if self._entered == 1 and not self.is_up():
+            # Under a name of its own, so that nobody else comes to depend on what ends with us.
+            self._shared, self.name = self.name, f"{self.name[:20]}-{os.getpid()}-{next(_numbers)}"
+            try:
+                self.up(tethered=True)
+            except BaseException:
+                self._entered = 0
+                self._forget()
+                raise
+        return self
+
+    def _forget(self) -> None:
+        """Remove a temporary testbed's files; its log stays readable in the cache as last.log."""
+        import shutil
+
+        try:
+            os.replace(f"{self.dir}/log", f"{cache_dir()}/last.log")
+        except OSError:
+            pass  # on another file system, or never written
+        shutil.rmtree(self.dir, ignore_errors=True)
+        self.name, self._shared = self._shared, ""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered -= 1
+        if self._shared and not self._entered:
+            try:
+                self.down()
+            finally:
+                self._forget()
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether it was started by ``with`` and ends with that."""
+        return bool(self._shared)
+
+    def check(self, cwd: str) -> str:
+        """Whether the running testbed is what was asked for; a warning where it only nearly is, else an empty string.
+
+        :raises TestbedError: it lacks what was asked for explicitly.
+        """
+        status = self.status()
+        if status is None or not status["ready"]:
+            return ""
+        hint = "stop it (pyvmm testbed down) or use another --name"
+        for what, wanted, has in (
+            ("vCPUs", self.cpus, status["cpus"]),
+            ("bytes of memory", self.memory, status["memory"]),
+        ):
+            if wanted and wanted != has:
+                raise TestbedError(f"the running testbed has {has} {what}", hint)
+        if self.kernel and not f"{status['kernel']}.".startswith(f"{self.kernel}."):
+            raise TestbedError(f"the running testbed has Linux {status['kernel']}", hint)
+        shared = status["writable"]
+        for path in self.writable:
+            if not any(is_below(os.path.realpath(path), d) for d in shared):
+                raise TestbedError(f"the running testbed cannot write {path}", hint)
+        if not any(is_below(os.path.realpath(cwd), d) for d in shared):
+            return f"{cwd} is not writable for the running testbed: what is written there is lost"
+        return ""
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        input: bytes | None = None,
+        timeout: float | None = None,
+    ) -> Result:
+        """Run a command, collect its output.
+
+        :param cwd: its working directory (default: ours).
+        :param env: its whole environment (default: ours).
+        :param input: its stdin; /dev/null without.
+        :param timeout: seconds; then the command is killed and TestbedTimeout raised.
+        :raises TestbedError: the testbed is not up and does not start, or ended under the command.
+        """
+        with self._session() as sock:
+            session = Session(
+                sock, argv, cwd=cwd or os.getcwd(), env=self._env(env), stdin=input, stdout=None, stderr=None
+            )
+            status = session.wait(timeout, progress=self.progress)
+            return Result(status, bytes(session.output[p.STDOUT]), bytes(session.output[p.STDERR]))
+
+    def run_attached(self, argv: Sequence[str], *, timeout: float | None = None) -> int:
+        """Run a command on this process's own stdin, stdout, stderr, terminal and signals; its exit status.
+
+        For a command line's main thread. Uses the testbed that is up, else one for this command only.
+
+        :param timeout: seconds; then the command is killed and TestbedTimeout raised.
+        """
+        with self:
+            if not self.is_temporary:
+                warning = self.check(os.getcwd())
+                if warning:
+                    self.progress(warning)
+            with self._session() as sock:
+                session = Session(
+                    sock,
+                    argv,
+                    cwd=os.getcwd(),
+                    env=self._env(None),
+                    stdin=0 if _is_open(0) else None,
+                    stdout=1 if _is_open(1) else None,
+                    stderr=2 if _is_open(2) else None,
+                    terminal=0 if _is_open(0) and os.isatty(0) else None,
+                )
+                return interactive(session, timeout, self.progress)
+
+    def _session(self) -> socket.socket:
+        sock = self._connect()
+        if sock is None:
+            raise TestbedError("the testbed is down", "run: pyvmm testbed up")
+        return sock
+
+    @staticmethod
+    def _env(env: Mapping[str, str] | None) -> dict[str, str]:
+        env = {**(os.environ if env is None else env), INSIDE: "1"}
+        path = env.get("PATH", os.defpath)
+        # An ordinary user is root in there, and has use for root's programs.
+        env["PATH"] = ":".join([path, *(d for d in ("/usr/sbin", "/sbin") if d not in path.split(":"))])
+        return env
+
+
+def is_below(path: str, directory: str) -> bool:
+    """Whether ``path`` is ``directory`` or in it; both real and absolute."""
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _last_line(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            lines = [line for line in f if line.strip()]
+    except OSError:
+        lines = []
+    return lines[-1].strip() if lines else "it said nothing"

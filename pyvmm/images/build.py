@@ -1,0 +1,419 @@
+"""Build guest images: ``images/`` and ``guest/`` into a kernel and an initramfs, the same bytes from the same inputs.
+
+An image goes to ``.store/HASH`` beside the images, then the link with its name is moved to it: a reader sees the old image or the new
+one, never half of either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pyvmm import images
+from pyvmm.errors import BuildError, HostError, ImageError
+from pyvmm.host.apt import Apt, unpack
+from pyvmm.images import FILES, Image
+from pyvmm.images.cpio import Archive
+from pyvmm.images.elf import libraries, needed
+from pyvmm.images.kernel import Modules, extract_vmlinux, trim_zeros
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    Progress = Callable[[str], None]
+
+FORMAT = 1  # of image.json
+PROJECT = Path(__file__).resolve().parents[2]
+RECIPE = PROJECT / "images" / "default.toml"
+INIT = PROJECT / "guest" / "init.c"
+CFLAGS = ("-std=gnu11", "-Os", "-static", "-s", "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none")
+
+
+@dataclass(slots=True)
+class Kernel:
+    """A kernel to put in an image."""
+
+    release: str
+    bzimage: bytes
+    vmlinux: bytes
+    modules: Modules | None  # None: it needs none
+
+
+@dataclass(slots=True)
+class Userland:
+    """Programs to put in an image, and where their shared libraries are looked for."""
+
+    programs: dict[str, Path] = field(default_factory=dict)
+    roots: list[Path] = field(default_factory=list)
+
+
+def image_name(series: str = "6.1", *, from_host: bool = False, tiny: bool = False) -> str:
+    """The name of the image that these options make."""
+    return "tiny" if tiny else "host" if from_host else "default" if series == "6.1" else series
+
+
+def build(
+    series: str = "6.1",
+    *,
+    from_host: bool = False,
+    tiny: bool = False,
+    output: Path | None = None,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> tuple[Image, bool]:
+    """Build an image, unless the one there is made of the same.
+
+    Packages are looked up anew only with ``force``: an image does not change because the mirror did.
+
+    :param series: of Debian's kernel, "6.1" or "6.12".
+    :param from_host: take kernel, modules and programs from this machine instead of from packages.
+    :param tiny: build the kernel from Debian's source with ``images/tiny/config``.
+    :param output: also copy the image's files to this directory.
+    :param force: build again, of the newest packages.
+    :param progress: called with one line before each step that may take seconds.
+    :return: the image, and whether it had to be built.
+    :raises BuildError: with what is wrong and what helps.
+    """
+    if (tiny and from_host) or ((tiny or from_host) and series != "6.1"):
+        raise BuildError(
+            "only one of --tiny, --from-host and --kernel-version can be chosen", "give one of them"
+        )
+    for path in (RECIPE, INIT):
+        if not path.exists():
+            raise BuildError(f"{path} is missing", "images are built in a checkout of pyvmm")
+    recipe = tomllib.loads(RECIPE.read_text())
+    if series not in recipe["kernel"]:
+        raise BuildError(f"no recipe for kernel {series}", f"choose one of {', '.join(recipe['kernel'])}")
+    name = image_name(series, from_host=from_host, tiny=tiny)
+    store = Path(images.directory())
+    compiler = _compiler()
+    with _lock(store):
+        key = _key(series, from_host, tiny, compiler)
+        image = None if force else _current(name, key)
+        fresh = image is None
+        if image is None:
+            for stale in store.glob(".build-*"):  # of a build that was killed
+                shutil.rmtree(stale, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=store, prefix=".build-") as scratch:
+                inputs: list[dict[str, str]] = []
+                kernel, userland = _gather(
+                    recipe, series, from_host, tiny, compiler, Path(scratch), inputs, progress
+                )
+                progress("packing the initramfs")
+                initrd, loaded = _initramfs(recipe, kernel, userland, _compile_init(compiler, Path(scratch)))
+                files = {"vmlinux": kernel.vmlinux, "bzImage": kernel.bzimage, "initrd": initrd}
+                info = {
+                    "format": FORMAT,
+                    "name": name,
+                    "version": kernel.release,
+                    "key": key,
+                    "inputs": inputs,
+                    "modules": loaded,
+                    "files": {
+                        n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()
+                    },
+                }
+                files["image.json"] = (json.dumps(info, indent=1) + "\n").encode()
+                image = _publish(name, files, store, Path(scratch))
+    if output is not None:
+        _copy(image, output)
+    return image, fresh
+
+
+def _gather(
+    recipe: dict[str, Any],
+    series: str,
+    from_host: bool,
+    tiny: bool,
+    compiler: str,
+    scratch: Path,
+    inputs: list[dict[str, str]],
+    progress: Progress,
+) -> tuple[Kernel, Userland]:
+    """Kernel and programs; what they are made of is added to ``inputs``."""
+    if from_host:
+        return _host_kernel(inputs), _host_userland(recipe, inputs, progress)
+    try:
+        apt = Apt(progress=progress)
+        userland = _package_userland(recipe, apt, scratch / "user", inputs)
+        if tiny:
+            from pyvmm.images.tiny import tiny_kernel
+
+            return tiny_kernel(apt, compiler, inputs, progress), userland
+        return _package_kernel(recipe, series, scratch / "kernel", inputs, progress), userland
+    except HostError as e:
+        raise BuildError(e.cause, f"{e.hint}, or build with --from-host") from None
+
+
+# --- what makes an image ---------------------------------------------------------------------------------
+
+
+def _key(series: str, from_host: bool, tiny: bool, compiler: str) -> str:
+    """A hash of all that decides what an image will be, but for the packages' versions."""
+    kernel = _host_release() if from_host else "tiny" if tiny else series
+    digest = hashlib.sha256(f"{FORMAT} {kernel} {from_host} {compiler}\n".encode())
+    sources = [
+        *(p for p in sorted(RECIPE.parent.iterdir()) if p.is_file()),
+        INIT,
+        INIT.with_name("pyvmm_port.h"),
+    ]
+    sources += sorted(Path(__file__).parent.glob("*.py"))
+    if tiny:
+        sources += sorted((PROJECT / "images" / "tiny").iterdir())
+    for path in sources:
+        data = path.read_bytes()
+        digest.update(f"{path.name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()[:32]
+
+
+def _current(name: str, key: str) -> Image | None:
+    """Image ``name``, if it is there in full and made of the same as a new one would be."""
+    try:
+        image = images.find(name)
+        info: dict[str, Any] = image.info
+        sizes = {n: Path(image.directory, n).stat().st_size for n in FILES[:3]}
+        same = info["key"] == key and all(info["files"][n]["size"] == size for n, size in sizes.items())
+        files = [(i["name"], i["sha256"]) for i in info["inputs"] if i["name"].startswith("/")]
+        return image if same and all(_sha256(Path(path)) == sha256 for path, sha256 in files) else None
+    except (ImageError, OSError, KeyError, TypeError):
+        return None
+
+
+def _package_kernel(
+    recipe: dict[str, Any], series: str, root: Path, inputs: list[dict[str, str]], progress: Progress
+) -> Kernel:
+    """Debian's kernel of ``series``, unpacked below ``root``."""
+    entry = recipe["kernel"][series]
+    apt = Apt(entry["release"], progress)
+    names = [n for n in apt.depends(entry["package"]) if n.startswith(f"linux-image-{series}.")]
+    if not names:
+        raise BuildError(
+            f"{entry['package']} brings no kernel {series}", "choose another --kernel-version, or --from-host"
+        )
+    _unpack(apt, names[:1], root, inputs)
+    bzimage = next((root / "boot").glob("vmlinuz-*"))
+    release = bzimage.name.removeprefix("vmlinuz-")
+    progress(f"extracting vmlinux {release}")
+    data = bzimage.read_bytes()
+    modules = next(p for p in (root / "usr/lib/modules", root / "lib/modules") if p.exists()) / release
+    return Kernel(release, data, trim_zeros(extract_vmlinux(data)), Modules(modules))
+
+
+def _package_userland(recipe: dict[str, Any], apt: Apt, root: Path, inputs: list[dict[str, str]]) -> Userland:
+    """The programs and libraries of the recipe's packages, unpacked below ``root``."""
+    _unpack(apt, [*recipe["programs"].values(), *recipe["libraries"]["packages"]], root, inputs)
+    programs = {}
+    for name, package in recipe["programs"].items():
+        places = [root / d / name for d in ("usr/bin", "bin", "usr/sbin", "sbin")]
+        found = next((p for p in places if p.is_file()), None)
+        if found is None:
+            raise BuildError(f"package {package} has no program {name}", f"correct {RECIPE}")
+        programs[name] = found
+    return Userland(programs, [root])
+
+
+def _unpack(apt: Apt, names: list[str], root: Path, inputs: list[dict[str, str]]) -> None:
+    packages = apt.resolve(names)
+    for package, deb in zip(packages, apt.download(packages), strict=True):
+        inputs.append({"name": package.name, "version": package.version, "sha256": package.sha256})
+        unpack(deb, root)
+
+
+def _host_release() -> str:
+    """The running kernel, or else the newest of this machine that has its modules."""
+    releases = [p.name for p in Path("/lib/modules").glob("*") if Path(f"/boot/vmlinuz-{p.name}").exists()]
+    releases.sort(key=lambda r: [int(n) for n in re.findall(r"\d+", r)])
+    if not releases:
+        raise BuildError("no kernel with its modules in /boot and /lib/modules", "build without --from-host")
+    return platform.release() if platform.release() in releases else releases[-1]
+
+
+def _host_kernel(inputs: list[dict[str, str]]) -> Kernel:
+    release = _host_release()
+    path = Path(f"/boot/vmlinuz-{release}")
+    try:
+        data = path.read_bytes()
+    except PermissionError:
+        raise BuildError(
+            f"{path} may not be read", f"run: sudo chmod a+r {path}; or build without --from-host"
+        ) from None
+    inputs.append(_file_input(path))
+    return Kernel(release, data, trim_zeros(extract_vmlinux(data)), Modules(Path("/lib/modules", release)))
+
+
+def _host_userland(recipe: dict[str, Any], inputs: list[dict[str, str]], progress: Progress) -> Userland:
+    """The recipe's programs as this machine has them; busybox must be there and static, others may be missing."""
+    programs = {}
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin"
+    for name, package in recipe["programs"].items():
+        found = shutil.which(name, path=path)
+        if found:
+            programs[name] = Path(found).resolve()
+        elif name == "busybox":
+            raise BuildError("busybox is not installed", f"run: sudo apt-get install {package}")
+        else:
+            progress(f"{name} is not installed: left out (apt-get install {package})")
+    if any(needed(programs["busybox"])):
+        raise BuildError("busybox is not static", "run: sudo apt-get install busybox-static")
+    roots = [Path("/")]
+    needs = {path for program in programs.values() for path in libraries(program, roots).values()}
+    inputs += [_file_input(path) for path in sorted({*programs.values(), *needs})]
+    return Userland(programs, roots)
+
+
+def _file_input(path: Path) -> dict[str, str]:
+    return {"name": str(path), "version": "", "sha256": _sha256(path)}
+
+
+# --- the initramfs -----------------------------------------------------------------------------------------
+
+
+def _initramfs(
+    recipe: dict[str, Any], kernel: Kernel, userland: Userland, init: bytes
+) -> tuple[bytes, list[str]]:
+    """The archive, and the modules that init loads, in order."""
+    archive = Archive()
+    for path in ("/dev", "/proc", "/sys", "/tmp", "/run", "/root", "/sbin"):
+        archive.directory(path)
+    archive.device("/dev/console", 5, 1)
+    archive.device("/dev/null", 1, 3, 0o666)
+    archive.file("/init", init, 0o755)
+    for path, text in recipe["files"].items():
+        archive.file(path, text.encode())
+    for path, name in recipe["scripts"].items():
+        archive.file(path, RECIPE.with_name(name).read_bytes(), 0o755)
+    for name, program in userland.programs.items():
+        archive.file(f"/bin/{name}", program.read_bytes(), 0o755)
+        for path, library in libraries(program, userland.roots).items():
+            archive.file(path, library.read_bytes(), 0o755)
+    taken = set(archive.paths())
+    for applet in _applets(userland.programs["busybox"]):
+        if f"/bin/{applet}" not in taken:
+            archive.symlink(f"/bin/{applet}", "busybox")
+    loaded: list[str] = []
+    if kernel.modules is not None:
+        loaded = _add_modules(archive, kernel, kernel.modules, recipe["modules"])
+    archive.file("/etc/modules", "".join(f"{path}\n" for path in loaded).encode())
+    return archive.pack(), loaded
+
+
+def _add_modules(
+    archive: Archive, kernel: Kernel, modules: Modules, wanted: dict[str, list[str]]
+) -> list[str]:
+    """Add the modules and what modprobe needs to find them; paths of those to load at boot, in order."""
+    found = modules.closure(wanted["load"] + wanted["extra"])
+    root = f"/lib/modules/{kernel.release}"
+    depends = []
+    for name, (path, _, data) in found.items():
+        archive.file(f"{root}/{path}", data)
+        # modprobe loads the last one first.
+        needs = list(modules.closure([name]))[:-1]
+        depends.append(f"{path}:{''.join(' ' + found[n][0] for n in reversed(needs))}\n")
+    archive.file(f"{root}/modules.dep", "".join(sorted(depends)).encode())
+    return [found[name][0] for name in modules.closure(wanted["load"])]
+
+
+def _applets(busybox: Path) -> list[str]:
+    try:
+        done = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        raise BuildError(f"busybox does not run: {e}", "build on an x86-64 machine") from None
+    return done.stdout.split()
+
+
+# --- init ----------------------------------------------------------------------------------------------------
+
+
+def _compiler() -> str:
+    """One line that identifies compiler and C library."""
+    try:
+        version = subprocess.run(["gcc", "--version"], capture_output=True, text=True, check=True).stdout
+        libc = subprocess.run(
+            ["gcc", "-print-file-name=libc.a"], capture_output=True, text=True, check=True
+        ).stdout
+        return f"{version.splitlines()[0]}, libc.a {_sha256(Path(libc.strip()))[:16]}"
+    except (OSError, subprocess.CalledProcessError):
+        raise BuildError(
+            "gcc or its static C library is missing", "run: sudo apt-get install gcc libc6-dev"
+        ) from None
+
+
+def _compile_init(compiler: str, scratch: Path) -> bytes:
+    out = scratch / "init"
+    command = ["gcc", *CFLAGS, f"-ffile-prefix-map={INIT.parent}=.", "-o", str(out), str(INIT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        line = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr.strip()[-200:])
+        raise BuildError(f"guest/init.c does not compile with {compiler.split(',')[0]}: {line}", "correct it")
+    return out.read_bytes()
+
+
+# --- the store -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _lock(store: Path) -> Iterator[None]:
+    """One build at a time in ``store``, which is created."""
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        with (store / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except PermissionError as e:
+        raise BuildError(
+            f"{e.filename} may not be written", "set XDG_CACHE_HOME to a directory of your own"
+        ) from None
+    except OSError as e:
+        raise BuildError(f"cannot build the image: {e}", "make room, or set XDG_CACHE_HOME") from None
+
+
+def _publish(name: str, files: dict[str, bytes], store: Path, scratch: Path) -> Image:
+    """Put ``files`` into the store and move the link ``name`` to them; drop what no link points to any more."""
+    fresh = scratch / "image"
+    fresh.mkdir()
+    for file, data in files.items():
+        (fresh / file).write_bytes(data)
+    digest = hashlib.sha256(files["image.json"]).hexdigest()[:32]
+    home = store / ".store" / digest
+    home.parent.mkdir(exist_ok=True)
+    if home.exists():
+        shutil.rmtree(home)  # damaged, or the same again
+    fresh.rename(home)
+    link = scratch / "link"
+    link.symlink_to(Path(".store", digest))
+    link.rename(store / name)
+    used = {(store / n).resolve().name for n in images.NAMES}
+    for old in home.parent.iterdir():
+        if old.name not in used:
+            shutil.rmtree(old, ignore_errors=True)
+    return images.find(name)
+
+
+def _copy(image: Image, output: Path) -> None:
+    """Copy the files of ``image`` to ``output``, image.json last."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for file in FILES:
+            part = output / f".{file}.part"
+            shutil.copyfile(Path(image.directory, file), part)
+            part.rename(output / file)
+    except OSError as e:
+        raise BuildError(f"cannot write to {output}: {e.strerror}", "choose another --output") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,61 @@
+"""Which shared libraries a program needs, by pyelftools: PT_INTERP and DT_NEEDED, recursively."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pyvmm.errors import BuildError
+
+LIBRARY_DIRS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "lib", "usr/lib")
+
+
+def needed(path: Path) -> tuple[str, list[str]]:
+    """The interpreter ("" for none) and the DT_NEEDED names of the ELF file ``path``."""
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
+    try:
+        with path.open("rb") as f:
+            elf = ELFFile(f)
+            interpreter = next((s.get_interp_name() for s in elf.iter_segments("PT_INTERP")), "")
+            dynamic = next(iter(elf.iter_segments("PT_DYNAMIC")), None)
+            names = [tag.needed for tag in dynamic.iter_tags("DT_NEEDED")] if dynamic else []
+    except ELFError as e:
+        raise BuildError(f"{path} is not a sound ELF file: {e}", "build again with --force") from None
+    return interpreter, names
+
+
+def libraries(program: Path, roots: list[Path]) -> dict[str, Path]:
+    """All that ``program`` needs to run: path in the guest -> file below one of ``roots``.
+
+    :raises BuildError: where a library is in none of ``roots``.
+    """
+    found: dict[str, Path] = {}
+
+    def add(path: Path) -> None:
+        interpreter, names = needed(path)
+        if interpreter and interpreter not in found:
+            found[interpreter] = _lookup(Path(interpreter).name, path, roots)
+        for name in names:
+            where = f"/lib/x86_64-linux-gnu/{name}"
+            if any(Path(p).name == name for p in found):
+                continue
+            found[where] = _lookup(name, path, roots)
+            add(found[where])
+
+    add(program)
+    return found
+
+
+def _lookup(name: str, wanted_by: Path, roots: list[Path]) -> Path:
+    for root in roots:
+        for directory in LIBRARY_DIRS:
+            path = root / directory / name
+            # A link that is absolute points into the machine, not into the unpacked package.
+            if path.is_symlink() and path.readlink().is_absolute() and root != Path("/"):
+                path = root / path.readlink().relative_to("/")
+            if path.is_file():
+                return path
+    raise BuildError(
+        f"{name}, which {wanted_by.name} needs, is in no package", "add its package to images/default.toml"
+    )

@@ -1,0 +1,99 @@
+"""KVM from Python: the system, a VM, its vCPUs, interrupt routes and statistics.
+
+Every request number and struct comes from the kernel's headers through cffi; see Documentation/virt/kvm/api.rst.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm._ext import ffi, lib
+from pyvmm.errors import HostError, KvmForbidden, KvmMissing, KvmUnsuitable
+from pyvmm.fd import Fd
+
+#: What pyvmm cannot do without.
+REQUIRED = (
+    "KVM_CAP_IRQCHIP",
+    "KVM_CAP_USER_MEMORY",
+    "KVM_CAP_EXT_CPUID",
+    "KVM_CAP_IRQFD",
+    "KVM_CAP_IRQ_ROUTING",
+    "KVM_CAP_IOEVENTFD",
+    "KVM_CAP_PIT2",
+    "KVM_CAP_IMMEDIATE_EXIT",
+)
+
+
+def ioctl(fd: int, name: str, arg: object = 0) -> int:
+    """One KVM ioctl by its header name.
+
+    :param arg: an integer, or a cffi pointer.
+    :raises HostError: with the request's name and the errno.
+    """
+    pointer = ffi.cast("void *", arg) if isinstance(arg, int) else arg
+    ret: int = lib.pv_ioctl(fd, getattr(lib, name), pointer)
+    if ret < 0:
+        raise HostError(f"{name} failed: {os.strerror(-ret)}")
+    return ret
+
+
+class Kvm(Fd):
+    """/dev/kvm, opened and checked.
+
+    :raises KvmMissing: no such device.
+    :raises KvmForbidden: no permission.
+    :raises KvmUnsuitable: another API version, or a capability of ``REQUIRED`` is missing.
+    """
+
+    def __init__(self, path: str = "/dev/kvm") -> None:
+        try:
+            super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        except FileNotFoundError as e:
+            raise KvmMissing(f"there is no {path}", "use --host testbed, or a machine with KVM") from e
+        except PermissionError as e:
+            raise KvmForbidden(
+                f"no permission to open {path}",
+                "join its group (usually: adduser $USER kvm) and log in again",
+            ) from e
+        except OSError as e:
+            raise KvmMissing(
+                f"cannot open {path}: {e.strerror}", "load kvm_intel or kvm_amd, or use --host testbed"
+            ) from e
+        try:
+            self._check(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self, path: str) -> None:
+        try:
+            version = ioctl(self.fileno(), "KVM_GET_API_VERSION")
+        except HostError as e:
+            raise KvmUnsuitable(f"{path} does not answer as KVM does ({e})", "is it the right device?") from e
+        if version != lib.KVM_API_VERSION:
+            raise KvmUnsuitable(
+                f"KVM API version {version}, not {lib.KVM_API_VERSION}",
+                "use a kernel from this millennium's second decade",
+            )
+        missing = [name for name in REQUIRED if not self.extension(name)]
+        if missing:
+            raise KvmUnsuitable(
+                f"this KVM lacks {', '.join(missing)}", "use a newer kernel or --host testbed"
+            )
+
+    def extension(self, name: str) -> int:
+        """KVM_CHECK_EXTENSION for a KVM_CAP_* name; 0 where it is missing."""
+        return ioctl(self.fileno(), "KVM_CHECK_EXTENSION", getattr(lib, name))
+
+    def mmap_size(self) -> int:
+        """Bytes of ``struct kvm_run`` and what follows it."""
+        return ioctl(self.fileno(), "KVM_GET_VCPU_MMAP_SIZE")
+
+    def supported_cpuid(self) -> list[list[int]]:
+        """KVM_GET_SUPPORTED_CPUID as rows of function, index, flags, eax, ebx, ecx, edx."""
+        table = ffi.new("struct kvm_cpuid2 *", {"entries": 256})
+        table.nent = 256
+        ioctl(self.fileno(), "KVM_GET_SUPPORTED_CPUID", table)
+        return [
+            [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx] for e in table.entries[0 : table.nent]
+        ]

@@ -1,0 +1,238 @@
+"""One virtual CPU: its start state, its run loop and its exit ledger."""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm._ext import ffi, lib
+from pyvmm.errors import HostError
+from pyvmm.fd import Fd
+from pyvmm.kvm import ioctl
+from pyvmm.kvm.cpuid import for_vcpu
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.boot import BootState
+    from pyvmm.bus import Bus
+    from pyvmm.kvm.vm import Vm
+
+MSR_MTRR_DEF_TYPE = 0x2FF
+MTRR_ENABLE_WB = 1 << 11 | 6
+MSR_MISC_ENABLE = 0x1A0
+FAST_STRINGS = 1
+
+#: What ``Vcpu.run`` returns (enum pv_stop, cext/vcpu.h).
+STOP_ASKED, STOP_PIO, STOP_MMIO = lib.PV_STOP_ASKED, lib.PV_STOP_PIO, lib.PV_STOP_MMIO
+STOP_OTHER, STOP_ERROR = lib.PV_STOP_OTHER, lib.PV_STOP_ERROR
+EXIT_SHUTDOWN = lib.KVM_EXIT_SHUTDOWN
+
+CR0_PE, CR0_ET, CR0_NE, CR0_PG = 1, 1 << 4, 1 << 5, 1 << 31
+CR4_PAE = 1 << 5
+EFER_LME, EFER_LMA = 1 << 8, 1 << 10
+
+REASONS = {
+    getattr(lib, name): name.removeprefix("KVM_EXIT_").lower()
+    for name in dir(lib)
+    if name.startswith("KVM_EXIT_")
+} | {lib.PV_EXIT_ERROR: "error"}
+
+
+class ExitRecord:
+    """One line of the exit ledger.
+
+    :ivar reason: KVM_EXIT_* in lower case without its prefix; ``intr`` covers EINTR, ``error`` any other errno.
+    :ivar addr: port or guest-physical address; suberror or errno for other reasons.
+    :ivar count: returns of KVM_RUN. :ivar time: ns spent outside the guest.
+    :ivar units: accesses, more than ``count`` for string instructions.
+    """
+
+    __slots__ = ("addr", "count", "reason", "region", "size", "time", "units", "write")
+
+    def __init__(
+        self, reason: str, addr: int, size: int, write: bool, region: int, count: int, time: int, units: int
+    ) -> None:
+        self.reason, self.addr, self.size, self.write = reason, addr, size, write
+        self.region, self.count, self.time, self.units = region, count, time, units
+
+
+class Vcpu:
+    """vCPU ``index`` of ``vm``; owns its descriptor and C state. ``run`` is called by one thread at a time.
+
+    :param bus: lent; decides which exits Python sees.
+    """
+
+    def __init__(self, vm: Vm, index: int, cpus: int, bus: Bus) -> None:
+        self.index = index
+        self._vm = vm
+        self._cpus = cpus
+        if lib.pv_vcpu_init():  # once would do, and harms no more often
+            raise HostError("cannot install the vCPU signal handler")
+        self._fd = self._create()
+        self.c = lib.pv_vcpu_new(self._fd.fileno(), vm.kvm.mmap_size(), bus.c)
+        if self.c == ffi.NULL:
+            self._fd.close()
+            raise HostError("cannot map the vCPU's run area")
+
+    def _create(self) -> Fd:
+        fd = Fd(ioctl(self._vm.fileno(), "KVM_CREATE_VCPU", self.index))
+        try:
+            kvm = self._vm.kvm
+            rows = for_vcpu(
+                supported_cpuid(kvm),
+                self.index,
+                self._cpus,
+                bool(kvm.extension("KVM_CAP_TSC_DEADLINE_TIMER")),
+            )
+            table = ffi.new("struct kvm_cpuid2 *", {"entries": len(rows)})
+            table.nent = len(rows)
+            for entry, row in zip(table.entries[0 : len(rows)], rows, strict=True):
+                entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx = row
+            ioctl(fd.fileno(), "KVM_SET_CPUID2", table)
+            for msr, value in ((MSR_MTRR_DEF_TYPE, MTRR_ENABLE_WB), (MSR_MISC_ENABLE, FAST_STRINGS)):
+                msrs = ffi.new("struct kvm_msrs *", {"entries": 1})
+                msrs.nmsrs = 1
+                msrs.entries[0].index, msrs.entries[0].data = msr, value
+                # KVM_SET_MSRS says how many it set; a KVM without one of these is still good enough.
+                lib.pv_ioctl(fd.fileno(), lib.KVM_SET_MSRS, msrs)
+        except BaseException:
+            fd.close()
+            raise
+        return fd
+
+    def fileno(self) -> int:
+        """The vCPU's descriptor."""
+        return self._fd.fileno()
+
+    def detach(self) -> None:
+        """Close the KVM vCPU but keep the ledger (before ``Vm.recreate``)."""
+        lib.pv_vcpu_attach(self.c, -1, 0)
+        self._fd.close()
+
+    def reattach(self) -> None:
+        """A fresh KVM vCPU in the recreated VM, at its reset state."""
+        self._fd = self._create()
+        error = lib.pv_vcpu_attach(self.c, self._fd.fileno(), self._vm.kvm.mmap_size())
+        if error:
+            raise HostError(f"cannot map the vCPU's run area: {os.strerror(-error)}")
+
+    def close(self) -> None:
+        """Release; the owning thread has left ``run``. A second call does nothing."""
+        if self.c != ffi.NULL:
+            lib.pv_vcpu_free(self.c)
+            self.c = ffi.NULL
+            self._fd.close()
+
+    # --- start state --------------------------------------------------------------------------------
+
+    def set_boot_state(self, boot: BootState) -> None:
+        """Put the vCPU where the boot loader says it starts (only the boot CPU; the others wait for SIPI)."""
+        sregs = ffi.new("struct kvm_sregs *")
+        ioctl(self.fileno(), "KVM_GET_SREGS", sregs)
+        if boot.mode != "real16":
+            self._protected(sregs, long_mode=boot.mode == "long64")
+            sregs.gdt.base, sregs.gdt.limit = boot.gdt_base, 0x1F
+            sregs.cr0 = CR0_PE | CR0_ET | CR0_NE
+            if boot.mode == "long64":
+                sregs.cr3, sregs.cr4 = boot.cr3, CR4_PAE
+                sregs.cr0 |= CR0_PG
+                sregs.efer = EFER_LME | EFER_LMA
+        ioctl(self.fileno(), "KVM_SET_SREGS", sregs)
+        regs = ffi.new("struct kvm_regs *")
+        regs.rflags = 2
+        for name, value in boot.regs.items():
+            setattr(regs, name, value)
+        ioctl(self.fileno(), "KVM_SET_REGS", regs)
+
+    @staticmethod
+    def _protected(sregs: object, *, long_mode: bool) -> None:
+        """Flat segments: CS 0x10, the others 0x18 (x86 boot protocol, "64-bit boot protocol"; PVH start state)."""
+        for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+            seg = getattr(sregs, name)
+            code = name == "cs"
+            seg.base, seg.limit, seg.g, seg.s, seg.present, seg.dpl = 0, 0xFFFFFFFF, 1, 1, 1, 0
+            seg.selector = 0x10 if code else 0x18
+            seg.type = 0xB if code else 0x3
+            seg.l = int(code and long_mode)
+            seg.db = int(not (code and long_mode))
+            seg.unusable = 0
+        tr = sregs.tr  # type: ignore[attr-defined]
+        tr.base, tr.limit, tr.type, tr.present, tr.s, tr.g = 0, 0x67, 0xB, 1, 0, 0
+
+    # --- running ------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Run the guest until Python is needed; returns STOP_*."""
+        stop: int = lib.pv_vcpu_run(self.c)
+        return stop
+
+    def kick(self) -> None:
+        """From any thread: make ``run`` return STOP_ASKED soon."""
+        if self.c != ffi.NULL:
+            lib.pv_vcpu_kick(self.c)
+
+    def registers(self) -> dict[str, int]:
+        """The general registers and the main control registers; for messages."""
+        regs = ffi.new("struct kvm_regs *")
+        sregs = ffi.new("struct kvm_sregs *")
+        ioctl(self.fileno(), "KVM_GET_REGS", regs)
+        ioctl(self.fileno(), "KVM_GET_SREGS", sregs)
+        names = [
+            "rip",
+            "rsp",
+            "rflags",
+            "rax",
+            "rbx",
+            "rcx",
+            "rdx",
+            "rsi",
+            "rdi",
+            "rbp",
+            "r8",
+            "r9",
+            "r10",
+            "r11",
+            "r12",
+            "r13",
+            "r14",
+            "r15",
+        ]
+        out: dict[str, int] = {name: getattr(regs, name) for name in names}
+        out.update({name: getattr(sregs, name) for name in ("cr0", "cr2", "cr3", "cr4", "efer")})
+        return out
+
+    # --- ledger -------------------------------------------------------------------------------------
+
+    @property
+    def runs(self) -> int:
+        """Returns of KVM_RUN so far."""
+        n: int = self.c.runs
+        return n
+
+    def ledger(self) -> list[ExitRecord]:
+        """A snapshot of the exit ledger; exact once ``run`` has returned, else each line within one exit.
+
+        What found no free line is in one record with reason ``overflow``.
+        """
+        out = []
+        for i in range(lib.PV_LEDGER_SLOTS):
+            s = self.c.slot[i]
+            if s.count:
+                reason = REASONS.get(s.reason, f"reason-{s.reason}")
+                out.append(
+                    ExitRecord(reason, s.addr, s.size, bool(s.write), s.region, s.count, s.time, s.units)
+                )
+        if self.c.overflow:
+            n = self.c.overflow
+            out.append(ExitRecord("overflow", 0, 0, False, 0, n, self.c.overflow_time, n))
+        return out
+
+
+_cpuid_cache: list[list[int]] | None = None
+
+
+def supported_cpuid(kvm: object) -> list[list[int]]:
+    """KVM's supported CPUID, asked once a process."""
+    global _cpuid_cache
+    if _cpuid_cache is None:
+        _cpuid_cache = kvm.supported_cpuid()  # type: ignore[attr-defined]
+    return _cpuid_cache

@@ -1,0 +1,166 @@
+"""One virtual machine in KVM: memory slots, interrupt chips and routes, ioeventfds and irqfds."""
+
+from __future__ import annotations
+
+from pyvmm._ext import ffi, lib
+from pyvmm.errors import HostError
+from pyvmm.fd import EventFd, Fd
+from pyvmm.kvm import Kvm, ioctl
+from pyvmm.spec.platform import GSI_MSI_BASE, KVM_IDENTITY_MAP, KVM_TSS_BASE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.memory import GuestMemory
+
+IOAPIC_PINS = 24
+
+
+class Vm:
+    """A KVM VM with in-kernel interrupt chips and PIT; owns its descriptor.
+
+    ``c_fd`` is an ``int *`` to the descriptor that C devices raise interrupts through: a machine reset replaces the VM
+    (``recreate``), and everything that borrowed the pointer goes on.
+
+    :param kvm: lent. :param memory: lent; its regions become memory slots 0, 1, ...
+    """
+
+    def __init__(self, kvm: Kvm, memory: GuestMemory) -> None:
+        self.kvm = kvm
+        self.memory = memory
+        self.c_fd = ffi.new("int *", -1)
+        self.any_length = bool(kvm.extension("KVM_CAP_IOEVENTFD_ANY_LENGTH"))
+        self._free_gsis: list[int] = []
+        self._next_gsi = GSI_MSI_BASE
+        self._msi: dict[int, tuple[int, int]] = {}
+        self._create()
+
+    def _create(self) -> None:
+        fd = Fd(ioctl(self.kvm.fileno(), "KVM_CREATE_VM"))
+        try:
+            for slot, r in enumerate(self.memory.regions):
+                region = ffi.new("struct kvm_userspace_memory_region *")
+                region.slot, region.guest_phys_addr = slot, r.gpa
+                region.memory_size, region.userspace_addr = r.size, r.host
+                ioctl(fd.fileno(), "KVM_SET_USER_MEMORY_REGION", region)
+            ioctl(fd.fileno(), "KVM_SET_TSS_ADDR", KVM_TSS_BASE)
+            identity = ffi.new("uint64_t *", KVM_IDENTITY_MAP)
+            ioctl(fd.fileno(), "KVM_SET_IDENTITY_MAP_ADDR", identity)
+            ioctl(fd.fileno(), "KVM_CREATE_IRQCHIP")
+            pit = ffi.new("struct kvm_pit_config *")
+            pit.flags = lib.KVM_PIT_SPEAKER_DUMMY  # port 0x61 in the kernel, too: Linux calibrates through it
+            ioctl(fd.fileno(), "KVM_CREATE_PIT2", pit)
+        except BaseException:
+            fd.close()
+            raise
+        self._fd = fd
+        self.c_fd[0] = fd.fileno()
+        self._commit_routes()
+
+    def fileno(self) -> int:
+        """The VM's descriptor."""
+        return self._fd.fileno()
+
+    def recreate(self) -> None:
+        """Replace the VM by a fresh one with the same memory: what a machine reset needs.
+
+        The caller has stopped and detached all vCPUs, and taken back every irqfd, ioeventfd and MSI route.
+        """
+        self.close()
+        self._msi.clear()
+        self._create()
+
+    def close(self) -> None:
+        """Destroy the VM once its vCPUs are closed, too. A second call does nothing."""
+        self.c_fd[0] = -1
+        self._fd.close()
+
+    # --- interrupts ---------------------------------------------------------------------------------
+
+    def _commit_routes(self) -> None:
+        routes: list[tuple[int, int, int, int, int]] = []
+        for pin in range(8):
+            routes.append((pin, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_PIC_MASTER, pin, 0))
+            routes.append((pin + 8, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_PIC_SLAVE, pin, 0))
+        for pin in range(IOAPIC_PINS):
+            # The timer is wired to pin 2, as on every PC since the IO-APIC; pin 2's own line is the PIC cascade.
+            if pin != 2:
+                target = 2 if pin == 0 else pin
+                routes.append((pin, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_IOAPIC, target, 0))
+        for gsi, (address, data) in self._msi.items():
+            routes.append((gsi, lib.KVM_IRQ_ROUTING_MSI, address & 0xFFFFFFFF, address >> 32, data))
+        table = ffi.new("struct kvm_irq_routing *", {"entries": len(routes)})
+        table.nr = len(routes)
+        for entry, (gsi, kind, a, b, c) in zip(table.entries[0 : len(routes)], routes, strict=True):
+            entry.gsi, entry.type = gsi, kind
+            if kind == lib.KVM_IRQ_ROUTING_MSI:
+                entry.u.msi.address_lo, entry.u.msi.address_hi, entry.u.msi.data = a, b, c
+            else:
+                entry.u.irqchip.irqchip, entry.u.irqchip.pin = a, b
+        ioctl(self.fileno(), "KVM_SET_GSI_ROUTING", table)
+
+    def alloc_gsi(self) -> int:
+        """A GSI for an MSI route; give it back by ``free_gsi``."""
+        if self._free_gsis:
+            return self._free_gsis.pop()
+        self._next_gsi += 1
+        return self._next_gsi - 1
+
+    def free_gsi(self, gsi: int) -> None:
+        """Return a GSI whose irqfds are gone; its route goes with it."""
+        if self._msi.pop(gsi, None) is not None:
+            self._commit_routes()
+        self._free_gsis.append(gsi)
+
+    def set_msi_route(self, gsi: int, address: int, data: int) -> None:
+        """Route ``gsi`` to an MSI message (address and data as in the MSI-X table).
+
+        :raises HostError: KVM does not take it; the routes are as they were.
+        """
+        old = self._msi.get(gsi)
+        if old == (address, data):
+            return
+        self._msi[gsi] = (address, data)
+        try:
+            self._commit_routes()
+        except HostError:
+            # Or every later change would fail for it, other devices' too.
+            if old is None:
+                del self._msi[gsi]
+            else:
+                self._msi[gsi] = old
+            raise
+
+    def irqfd(self, event: EventFd, gsi: int, *, assign: bool = True) -> None:
+        """Make ``event`` raise ``gsi`` without userspace, or stop it. A counter that is not 0 fires at once."""
+        arg = ffi.new("struct kvm_irqfd *")
+        arg.fd, arg.gsi = event.fileno(), gsi
+        arg.flags = 0 if assign else lib.KVM_IRQFD_FLAG_DEASSIGN
+        ioctl(self.fileno(), "KVM_IRQFD", arg)
+
+    def irq_line(self, gsi: int, level: int) -> None:
+        """Set interrupt line ``gsi`` to 0 or 1."""
+        arg = ffi.new("struct kvm_irq_level *")
+        arg.irq, arg.level = gsi, level
+        ioctl(self.fileno(), "KVM_IRQ_LINE", arg)
+
+    # --- kicks --------------------------------------------------------------------------------------
+
+    def ioeventfd(
+        self, event: EventFd, addr: int, *, pio: bool, assign: bool = True, length: int = 2
+    ) -> None:
+        """Let writes to ``addr`` add 1 to ``event`` without an exit to userspace, or stop it.
+
+        Matches any access length where the kernel can (KVM_CAP_IOEVENTFD_ANY_LENGTH), else ``length`` bytes.
+        """
+        arg = ffi.new("struct kvm_ioeventfd *")
+        arg.addr, arg.fd = addr, event.fileno()
+        arg.len = 0 if self.any_length else length
+        arg.flags = (lib.KVM_IOEVENTFD_FLAG_PIO if pio else 0) | (
+            0 if assign else lib.KVM_IOEVENTFD_FLAG_DEASSIGN
+        )
+        try:
+            ioctl(self.fileno(), "KVM_IOEVENTFD", arg)
+        except HostError:
+            if assign:
+                raise
+            # Taking one back can only fail because it is gone, with its VM.

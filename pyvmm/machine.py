@@ -1,0 +1,581 @@
+"""A virtual machine, wired: the one module that knows all the parts and picks the data path.
+
+Threads: one a vCPU; a supervisor that restarts or ends the machine when they have stopped; a reader a stream; a worker a
+queue pair (in its data path). Python device code runs in vCPU threads under the I/O lock.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import ExitStack
+
+from pyvmm.boot import load
+from pyvmm.boot.acpi import build as build_acpi
+from pyvmm.boot.mptable import build as build_mptable
+from pyvmm.bus import PIO, Bus
+from pyvmm.devices.board import Power, PvPanic, Rtc
+from pyvmm.devices.console import Console, Stream
+from pyvmm.errors import (
+    GuestPanic,
+    GuestReboot,
+    GuestTimeout,
+    HostError,
+    KvmRunError,
+    PyvmmError,
+    TripleFault,
+    UsageError,
+)
+from pyvmm.kvm import Kvm
+from pyvmm.kvm.vcpu import (
+    EXIT_SHUTDOWN,
+    REASONS,
+    STOP_ASKED,
+    STOP_ERROR,
+    STOP_MMIO,
+    STOP_OTHER,
+    STOP_PIO,
+    Vcpu,
+)
+from pyvmm.kvm.vm import Vm
+from pyvmm.memory import GuestMemory
+from pyvmm.net import Net, mac_text
+from pyvmm.pci import PciBus
+from pyvmm.spec.platform import (
+    GUEST_COMMAND,
+    GUEST_INIT,
+    GUEST_NET_UP,
+    GUEST_PAGE,
+    GUEST_POWEROFF,
+    GUEST_STATUS,
+    GUEST_WRITE,
+    IRQ_COM1,
+    MAX_CPUS,
+    PORT_COM1,
+    PORT_GUEST_CONTROL,
+    PORT_GUEST_STDERR,
+    PORT_GUEST_STDOUT,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Any, Self
+
+    from pyvmm.datapath.base import DataPath
+    from pyvmm.exits.ledger import Ledger
+    from pyvmm.virtio.net import NetDevice
+    from pyvmm.virtio.pci import VirtioPci
+
+#: What every guest gets; ``append`` follows and so wins.
+BASE_CMDLINE = "console=ttyS0 panic=-1"
+#: Bytes of a command that leave room for the rest of the 2047 that Linux takes (COMMAND_LINE_SIZE), in base64.
+COMMAND_MAX = 1200
+OLD_STATS = 16  # VMs before the present one whose statistics are kept
+PANIC_TEXT = b"Kernel panic - not syncing"
+
+PHASES = {
+    GUEST_INIT: "init",
+    GUEST_NET_UP: "net_up",
+    GUEST_COMMAND: "command",
+    GUEST_STATUS: "command_end",
+    GUEST_POWEROFF: "poweroff",
+}
+
+
+class Outcome:
+    """How a machine ended.
+
+    :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout`` or ``stopped``.
+    :ivar status: exit status of the guest's command, 0..255, or None if it never ended.
+    :ivar detail: one line of more; may be empty. :ivar registers: of the vCPU, where that helps.
+    """
+
+    ERRORS: dict[str, tuple[type[PyvmmError], str]] = {
+        "panic": (GuestPanic, "the guest kernel panicked"),
+        "reboot": (GuestReboot, "the guest rebooted"),
+        "triple-fault": (TripleFault, "the guest triple-faulted"),
+        "kvm-error": (KvmRunError, "KVM_RUN failed"),
+        "timeout": (GuestTimeout, "the guest did not end in time"),
+    }
+
+    def __init__(self, kind: str, detail: str = "", registers: dict[str, int] | None = None) -> None:
+        self.kind = kind
+        self.detail = detail
+        self.registers = registers
+        self.status: int | None = None
+
+    def error(self) -> PyvmmError | None:
+        """What to raise for an end that is none of the orderly ones, else None."""
+        known = self.ERRORS.get(self.kind)
+        if known is None:
+            return None
+        kind, text = known
+        return kind(f"{text}: {self.detail}" if self.detail else text)
+
+    def __repr__(self) -> str:
+        return f"Outcome({self.kind!r}, status={self.status}, detail={self.detail!r})"
+
+
+class Nic:
+    """A network card of the machine: its device, its transport and what the host side is called.
+
+    :ivar namespace: pyvmm's own network namespace with the tap in it; None where the user gave a tap.
+    :ivar host, guest: IPv4 addresses with prefix length; None where pyvmm did not choose any.
+    """
+
+    def __init__(self, index: int, net: Net, device: NetDevice, transport: VirtioPci) -> None:
+        self.index, self.net, self.device, self.transport = index, net, device, transport
+        self.namespace: Any = None
+        self.tap = ""
+        self.host: str | None = None
+        self.guest: str | None = None
+
+    @property
+    def name(self) -> str:
+        """``net0``, ``net1``, ..."""
+        return self.device.name
+
+    def report(self) -> dict[str, object]:
+        """For JSON."""
+        from pyvmm.virtio.features import names
+
+        return {
+            "name": self.name,
+            "mode": self.net.mode,
+            "notify": self.net.notify,
+            "mac": mac_text(self.device.mac),
+            "tap": self.tap,
+            "host": self.host,
+            "guest": self.guest,
+            "offered": names(self.device.offered()),
+            "negotiated": names(self.device.negotiated),
+            "resets": self.device.resets,
+            "refused_writes": self.device.refused,
+            "kvm_refusals": self.transport.errors,
+            "faults": list(self.device.faults),
+            "counters": self.device.datapath.counters(),
+        }
+
+
+def parse_size(text: str | int, what: str = "--memory") -> int:
+    """Bytes from ``128M``, ``4G``, ``65536K`` or a plain number of MiB."""
+    if isinstance(text, int):
+        return text
+    raw = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = {"K": 10, "M": 20, "G": 30}.get(raw[-1:], 0)
+    digits = raw[:-1] if unit else raw
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 30):
+        raise UsageError(f"{what} {text!r} is no size", "write 256M or 4G")
+    return int(digits) << (unit or 20)
+
+
+class Machine:
+    """A virtual machine, from its description to its end; a context manager that leaves nothing behind.
+
+    :param kernel: bzImage, vmlinux or PVH ELF file. :param initrd: initial RAM disk, optional.
+    :param append: more kernel command line. :param cpus: 1 to 64. :param memory: ``"256M"`` or bytes.
+    :param nets: network cards, in PCI order. :param command: an argv for our init (images built by pyvmm).
+    :param on_reboot: ``"exit"`` or ``"restart"``.
+    :param huge: back guest memory with huge pages.
+    :raises PyvmmError: nothing has been left behind.
+
+    ::
+
+        with pyvmm.Machine(kernel=k, initrd=i, memory="128M", nets=[pyvmm.Net("emulated")]) as vm:
+            vm.start()
+            vm.console.expect("login:")
+            outcome = vm.wait(timeout=60)
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        *,
+        initrd: str | None = None,
+        append: str = "",
+        cpus: int = 1,
+        memory: str | int = "256M",
+        nets: Sequence[Net] = (),
+        command: Sequence[str] | None = None,
+        on_reboot: str = "exit",
+        huge: bool = False,
+    ) -> None:
+        if not 1 <= cpus <= MAX_CPUS:
+            raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
+        if on_reboot not in ("exit", "restart"):
+            raise UsageError(f"--on-reboot {on_reboot}", "use exit or restart")
+        size = parse_size(memory)
+        self.phases: dict[str, int] = {"vmm": time.monotonic_ns()}
+        self.cpus = cpus
+        self.on_reboot = on_reboot
+        self.reboots = 0
+        self.command_status: int | None = None
+        self._guest_page = 0
+        self._kernel, self._initrd, self._append, self._command = kernel, initrd, append, command
+        self._lock = threading.RLock()
+        self._done = threading.Event()
+        self._request: Outcome | None = None
+        self._outcome: Outcome | None = None
+        self._failure: BaseException | None = None
+        self._panic: str | None = None
+        self._supervisor: threading.Thread | None = None
+        self.old_stats: list[dict[str, Any]] = []
+        self.nets: list[Nic] = []
+        self._stack = ExitStack()
+        try:
+            self._build(size, huge, [n for n in nets if n.mode != "none"])
+        except BaseException:
+            self._stack.close()
+            raise
+
+    # --- building -----------------------------------------------------------------------------------
+
+    def _build(self, size: int, huge: bool, nets: list[Net]) -> None:
+        enter = self._stack.callback
+        self.memory = GuestMemory(size, huge=huge)
+        enter(self.memory.close)
+        self.kvm = Kvm()
+        enter(self.kvm.close)
+        self.vm = Vm(self.kvm, self.memory)
+        enter(self.vm.close)
+        self.bus = Bus()
+        enter(self.bus.close)
+        self.console = Console("console", self.vm, IRQ_COM1)
+        self.stdout, self.stderr = Stream("stdout"), Stream("stderr")
+        for stream in (self.console, self.stdout, self.stderr):
+            enter(stream.close)
+        self._add_board()
+        for index, net in enumerate(nets):
+            self._add_net(index, net)
+        self._load()
+        self.vcpus: list[Vcpu] = []
+        for index in range(self.cpus):
+            vcpu = Vcpu(self.vm, index, self.cpus, self.bus)
+            enter(vcpu.close)
+            self.vcpus.append(vcpu)
+        self.vcpus[0].set_boot_state(self.boot)
+
+    def _add_board(self) -> None:
+        bus = self.bus
+        self.console.plug(bus, PORT_COM1, "serial0")
+        self.stdout.plug(bus, PORT_GUEST_STDOUT, "guest-stdout")
+        self.stderr.plug(bus, PORT_GUEST_STDERR, "guest-stderr")
+        bus.add(PIO, PORT_GUEST_CONTROL, 4, "guest-control", GuestPort(self))
+        Rtc(bus)
+        Power(bus, lambda: self._finish(Outcome("poweroff")), self._guest_reset)
+        PvPanic(bus, self._pvpanic)
+        self.pci = PciBus(bus, self._guest_reset)
+
+    def _add_net(self, index: int, net: Net) -> None:
+        from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
+        from pyvmm.virtio.pci import VirtioPci
+
+        host, guest = net.host, net.guest
+        if net.tap is None:
+            host = host or f"192.168.{100 + index}.1/24"
+            guest = guest or f"192.168.{100 + index}.2/24"
+        datapath, tap, namespace = self._open_datapath(net, host)
+        with ExitStack() as undo:
+            undo.callback(datapath.close)
+            mac = net.mac or bytes((0x52, 0x54, 0, 0x12, 0x34, 0x56 + index))
+            device = NetDevice(
+                f"net{index}",
+                self.memory,
+                datapath,
+                mac,
+                mtu=net.mtu,
+                queue_size=net.queue_size,
+                without=net.excluded(),
+            )
+            undo.callback(device.close)
+            transport = VirtioPci(self.vm, self.bus, device, PCI_CLASS_NETWORK_ETHERNET, notify=net.notify)
+            undo.callback(transport.close)
+            self.pci.add(transport)
+            self._stack.callback(transport.close)
+            undo.pop_all()
+        nic = Nic(index, net, device, transport)
+        nic.tap, nic.namespace, nic.host, nic.guest = tap, namespace, host, guest
+        self.nets.append(nic)
+
+    def _open_datapath(self, net: Net, host: str | None) -> tuple[DataPath, str, Any]:
+        """The only place where a mode becomes an object. Returns data path, tap name and namespace."""
+        from pyvmm.datapath.emulated import EmulatedNet
+        from pyvmm.datapath.tap import Tap
+
+        namespace = None
+        if net.tap is None:
+            from pyvmm.datapath.netns import Namespace
+
+            namespace = Namespace(address=host, mtu=net.mtu)
+            self._stack.callback(namespace.close)
+            tap = namespace.tap
+        else:
+            tap = Tap(net.tap, address=host, mtu=net.mtu)
+        return EmulatedNet(tap, poll_us=net.poll), tap.name, namespace
+
+    def cmdline(self) -> str:
+        """The kernel command line."""
+        parts = [BASE_CMDLINE]
+        for nic in self.nets:
+            if nic.guest:
+                gateway = f",gw={nic.host.partition('/')[0]}" if nic.host else ""
+                mtu = f",mtu={nic.net.mtu}" if nic.net.mtu else ""
+                parts.append(f"pyvmm.net={mac_text(nic.device.mac)},{nic.guest}{gateway}{mtu}")
+        if self._command is not None:
+            import base64
+
+            raw = b"".join(os.fsencode(arg) + b"\0" for arg in self._command)
+            if len(raw) > COMMAND_MAX:
+                raise UsageError(
+                    f"COMMAND has {len(raw)} bytes, more than {COMMAND_MAX}",
+                    "shorten it, or put it into the initrd",
+                )
+            parts.append("pyvmm.cmd=" + base64.urlsafe_b64encode(raw).decode().rstrip("="))
+        if self._append:
+            parts.append(self._append)
+        return " ".join(parts)
+
+    def _load(self) -> None:
+        # ECAM is not advertised: Linux would look at it and then use 0xCF8 for the registers that exist.
+        slots = range(1, 1 + len(self.nets))
+        rsdp = build_acpi(self.memory, cpus=self.cpus, pci_slots=slots, com2=False)
+        build_mptable(self.memory, cpus=self.cpus, pci_slots=slots)
+        self.boot = load(self.memory, self._kernel, initrd=self._initrd, cmdline=self.cmdline(), rsdp=rsdp)
+
+    # --- running ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Let the guest run; returns at once."""
+        if self._supervisor is not None:
+            raise HostError("the machine has been started already")
+        for stream in (self.console, self.stdout, self.stderr):
+            stream.start()
+        self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self._supervisor.start()
+
+    def wait(self, timeout: float | None = None) -> Outcome:
+        """Wait for the end.
+
+        :param timeout: seconds; then the machine is stopped and the outcome is ``timeout``.
+        :raises BaseException: whatever went wrong inside the VMM itself.
+        """
+        if not self._done.wait(timeout):
+            self.stop(Outcome("timeout", f"{timeout:g} s are over"))
+        if self._failure is not None:
+            raise self._failure
+        assert self._outcome is not None
+        return self._outcome
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the machine ended; None while it has not."""
+        return self._outcome
+
+    def stop(self, outcome: Outcome | None = None) -> None:
+        """End the machine now, from any thread but a vCPU's; returns when no vCPU runs any more."""
+        for stream in (self.console, self.stdout, self.stderr):
+            stream.hurry()  # first: a vCPU that waits for room may hold the lock
+        self._finish(outcome or Outcome("stopped"), final=True)
+        if self._supervisor is None:
+            self._outcome = self._outcome or self._request
+            self._done.set()
+        self._done.wait()
+
+    def close(self) -> None:
+        """Stop, and release everything. A second call does nothing."""
+        if not self._done.is_set():
+            self.stop()
+        if self._supervisor is not None:
+            self._supervisor.join()
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _finish(self, outcome: Outcome, *, final: bool = False) -> None:
+        """Any thread: make all vCPUs stop, for ``outcome``. The first reason stands, unless the new one is final."""
+        with self._lock:
+            if self._request is None or (final and self._request.kind == "reboot"):
+                outcome.status = self.command_status
+                self._request = outcome
+            self._on_stop()
+
+    def _on_stop(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.kick()
+
+    def _supervise(self) -> None:
+        try:
+            while True:
+                self._run_vcpus()
+                request = self._request or Outcome("stopped")
+                if request.kind == "reboot":
+                    self._was_panic(request)
+                if request.kind != "reboot" or self.on_reboot != "restart":
+                    break
+                with self._lock:
+                    if self._request is not request:
+                        continue  # stopped for good meanwhile
+                    self._restart()
+                    self._request = None
+        except BaseException as e:
+            self._failure = self._failure or e
+            request = Outcome("stopped", str(e))
+        if request.kind == "timeout":
+            request.registers = self.vcpus[0].registers()
+        self.phases["end"] = time.monotonic_ns()
+        for nic in self.nets:
+            nic.device.datapath.stop()
+        for stream in (self.console, self.stdout, self.stderr):
+            stream.finish()
+        self._was_panic(request)
+        self._outcome = request
+        self._done.set()
+
+    def _was_panic(self, request: Outcome) -> None:
+        """A panic that ends in a reboot (panic=-1) is a panic. The console may know more than pvpanic."""
+        if request.kind not in ("reboot", "poweroff", "triple-fault") or request.status is not None:
+            return
+        if self._panic is None and PANIC_TEXT not in self.console.text:
+            self.console.finish(0.2) if request.kind == "reboot" and self.on_reboot == "exit" else None
+        at = self.console.text.rfind(PANIC_TEXT)
+        if at >= 0:
+            end = self.console.text.find(b"\n", at)
+            line = bytes(self.console.text[at : end if end >= 0 else None])
+            self._panic = line.decode(errors="replace").strip()
+        if self._panic is not None:
+            request.kind, request.detail = "panic", self._panic
+
+    def _run_vcpus(self) -> None:
+        threads = [
+            threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
+            for vcpu in self.vcpus
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _run_vcpu(self, vcpu: Vcpu) -> None:
+        run, c, dispatch, lock = vcpu.run, vcpu.c, self.bus.dispatch, self._lock
+        try:
+            while self._request is None:
+                stop = run()
+                if stop in (STOP_PIO, STOP_MMIO):
+                    with lock:
+                        dispatch(c)
+                elif stop != STOP_ASKED:
+                    self._abnormal(vcpu, stop)
+        except BaseException as e:
+            self._failure = e
+            self._finish(Outcome("stopped", str(e)))
+
+    def _abnormal(self, vcpu: Vcpu, stop: int) -> None:
+        c = vcpu.c
+        name = REASONS.get(c.reason, str(c.reason))
+        if stop == STOP_OTHER and c.reason == EXIT_SHUTDOWN:
+            self._finish(Outcome("triple-fault", f"vCPU {vcpu.index}", vcpu.registers()))
+            return
+        if stop == STOP_ERROR:
+            detail = f"vCPU {vcpu.index}: {os.strerror(c.error)}"
+        else:
+            info = " ".join(f"{c.info[i]:#x}" for i in range(c.info_count))
+            detail = f"vCPU {vcpu.index}: exit {name}, detail {c.detail} {info}".rstrip()
+        registers = vcpu.registers()
+        self._finish(Outcome("kvm-error", f"{detail}, rip {registers['rip']:#x}", registers))
+
+    # --- what the guest asks for ------------------------------------------------------------------------
+
+    def _guest_reset(self) -> None:
+        self._finish(Outcome("reboot"))
+
+    def _pvpanic(self, events: int) -> None:
+        if events & 1:
+            self._panic = "reported by pvpanic"
+
+    def guest_event(self, opcode: int, value: int) -> None:
+        """The guest's init says how far it is (see guest/pyvmm_port.h)."""
+        phase = PHASES.get(opcode)
+        if phase is not None:
+            self.phases.setdefault(phase, time.monotonic_ns())
+        if opcode == GUEST_STATUS:
+            self.command_status = value & 0xFF
+        elif opcode == GUEST_PAGE:
+            self._guest_page = value << 12
+        elif opcode == GUEST_WRITE:
+            length = min(value & 0xFFFF, 0x1000)
+            try:
+                data = self.memory.read(self._guest_page, length)
+            except IndexError:  # not RAM: the guest's mistake
+                return
+            (self.stderr if value >> 16 & 1 else self.stdout).put(data)
+
+    def _restart(self) -> None:
+        """A machine reset: devices, memory and the VM itself start over; consoles and ledger go on."""
+        self.reboots += 1
+        stats = self.kvm_stats()
+        if stats is not None:  # bounded: a guest may reboot for ever
+            self.old_stats = [*self.old_stats[1 - OLD_STATS :], stats]
+        self.pci.reset()
+        self.console.reset()
+        for vcpu in self.vcpus:
+            vcpu.detach()
+        self.memory.zero()
+        self.vm.recreate()
+        self._load()
+        for vcpu in self.vcpus:
+            vcpu.reattach()
+        self.vcpus[0].set_boot_state(self.boot)
+
+    # --- reports ------------------------------------------------------------------------------------
+
+    def ledger(self) -> Ledger:
+        """The exits so far."""
+        from pyvmm.exits.ledger import Ledger
+
+        return Ledger(self.vcpus, self.bus)
+
+    def _read_stats(self) -> dict[str, Any]:
+        from pyvmm.kvm.stats import Stats
+
+        def read(fd: int) -> dict[str, Any]:
+            with Stats(fd) as stats:
+                return stats.read()
+
+        return {"vm": read(self.vm.fileno()), "vcpus": [read(v.fileno()) for v in self.vcpus]}
+
+    def report(self) -> dict[str, object]:
+        """Everything countable about the run, for JSON; before ``close``. Schema: docs/report.md."""
+        from pyvmm.exits.report import build
+
+        return build(self)
+
+    def kvm_stats(self) -> dict[str, Any] | None:
+        """KVM's binary statistics of the VM and its vCPUs; None where the kernel has none."""
+        if not self.kvm.extension("KVM_CAP_BINARY_STATS_FD"):
+            return None
+        return self._read_stats()
+
+
+class GuestPort:
+    """The control register of the guest port: 32-bit writes of opcode << 24 | value."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def read(self, offset: int, size: int) -> int:
+        """``PVMM``: lets init see that the port is there."""
+        return 0x4D4D5650 >> 8 * offset
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """An event; other widths are ignored."""
+        if offset == 0 and size == 4:
+            self._machine.guest_event(value >> 24, value & 0xFFFFFF)

@@ -1,0 +1,147 @@
+"""What the user says of a network card: ``--net MODE[,key=value...]``, in Python ``pyvmm.Net("emulated", mtu=9000)``."""
+
+from __future__ import annotations
+
+from pyvmm.errors import UsageError
+
+#: mode -> its own keys, beside those of COMMON_KEYS
+MODES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "emulated": ("notify", "poll"),
+}
+COMMON_KEYS = ("tap", "mac", "mtu", "host", "guest", "queue-size", "without")
+#: Names for ``without=``: feature groups not to offer, joined by "+".
+GROUPS = {
+    "offloads": "CSUM GUEST_CSUM GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 HOST_ECN HOST_UFO",
+    "tso": "GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 HOST_ECN HOST_UFO",
+    "mrg-rxbuf": "MRG_RXBUF",
+    "indirect": "INDIRECT_DESC",
+    "event-idx": "EVENT_IDX",
+}
+HEX = frozenset("0123456789abcdefABCDEF")
+
+
+class Net:
+    """One network card.
+
+    :param mode: data path: ``emulated``; ``none`` for no card at all.
+    :param tap: an existing tap, or one to make where the user may; without it pyvmm makes a tap in a network
+        namespace of its own, addresses both ends and removes it.
+    :param mac: ``52:54:00:xx:xx:xx`` style; chosen from the card's number by default.
+    :param mtu: 68 to 65521 bytes (a tap's limit), offered to the guest and set on the tap.
+    :param host, guest: addresses with prefix length of the tap and of the guest's interface (IPv4);
+        default 192.168.(100 + n).1/24 and .2/24 unless ``tap`` is given.
+    :param queue_size: entries a queue, a power of two, 2 to 32768. :param without: feature groups not to offer.
+    :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
+    :param poll: microseconds for which the worker looks for more before it sleeps, 0 to 1000.
+    :raises UsageError: for anything else.
+    """
+
+    __slots__ = ("guest", "host", "mac", "mode", "mtu", "notify", "poll", "queue_size", "tap", "without")
+
+    def __init__(
+        self,
+        mode: str = "emulated",
+        *,
+        tap: str | None = None,
+        mac: str | bytes | None = None,
+        mtu: int | str | None = None,
+        host: str | None = None,
+        guest: str | None = None,
+        queue_size: int | str = 256,
+        without: str = "",
+        notify: str = "ioeventfd",
+        poll: int | str = 0,
+    ) -> None:
+        if mode not in MODES:
+            raise UsageError(f"--net: unknown mode {mode!r}", f"modes: {', '.join(MODES)}")
+        if notify not in ("ioeventfd", "exit"):
+            raise UsageError(f"--net: notify={notify}", "use notify=ioeventfd or notify=exit")
+        if tap is not None and (
+            not 0 < len(tap) < 16 or not tap.isascii() or not tap.isprintable() or set(tap) & set(" /:%")
+        ):
+            raise UsageError(f"--net: tap={tap!r} is no interface name", "use 1 to 15 letters and digits")
+        self.mode, self.tap, self.notify = mode, tap, notify
+        self.mac = parse_mac(mac) if mac is not None else None
+        self.mtu = number("mtu", mtu, 68, 65521) if mtu is not None else None
+        self.queue_size = number("queue-size", queue_size, 2, 32768)
+        if self.queue_size & (self.queue_size - 1):
+            raise UsageError(f"--net: queue-size={queue_size}", "use a power of two")
+        self.poll = number("poll", poll, 0, 1000)
+        self.host = parse_address("host", host) if host else None
+        self.guest = parse_address("guest", guest) if guest else None
+        for name in filter(None, without.split("+")):
+            if name not in GROUPS:
+                raise UsageError(f"--net: without={name}", f"groups, joined by +: {', '.join(GROUPS)}")
+        self.without = [g for g in without.split("+") if g]
+
+    @classmethod
+    def parse(cls, text: str) -> Net:
+        """From the command line's ``MODE[,key=value...]``."""
+        mode, _, rest = text.partition(",")
+        if mode not in MODES:
+            raise UsageError(f"--net: unknown mode {mode!r}", f"modes: {', '.join(MODES)}")
+        keys = (*COMMON_KEYS, *MODES[mode]) if mode != "none" else ()
+        given: dict[str, str] = {}
+        for item in filter(None, rest.split(",")):
+            key, equals, value = item.partition("=")
+            if key not in keys or not equals:
+                raise UsageError(f"--net {mode}: unknown key {key!r}", f"keys: {', '.join(keys) or 'none'}")
+            name = key.replace("-", "_")
+            if name in given:
+                raise UsageError(f"--net {mode}: {key} is given twice", "give it once")
+            given[name] = value
+        return cls(mode, **given)
+
+    def excluded(self) -> int:
+        """The feature bits of ``without`` as a mask."""
+        from pyvmm.spec import virtio, virtio_net
+
+        mask = 0
+        for group in self.without:
+            for name in GROUPS[group].split():
+                bit = getattr(virtio_net, f"VIRTIO_NET_F_{name}", None)
+                mask |= 1 << (bit if bit is not None else getattr(virtio, f"VIRTIO_RING_F_{name}"))
+        return mask
+
+
+def number(key: str, value: int | str, low: int, high: int) -> int:
+    """``value`` as an integer in [low, high], or UsageError."""
+    text = str(value)
+    # int() alone would take "1_0", " 7" and other scripts' digits.
+    good = text.isascii() and text.isdecimal() and len(text) < 10
+    if not good or not low <= int(text) <= high:
+        raise UsageError(f"--net: {key}={value}", f"use {low} to {high}")
+    return int(text)
+
+
+def parse_mac(text: str | bytes) -> bytes:
+    """Six bytes of a unicast MAC address from ``52:54:00:12:34:56``."""
+    if isinstance(text, bytes):
+        raw = text
+    else:
+        parts = text.split(":")
+        good = all(len(p) in (1, 2) and set(p) <= HEX for p in parts)
+        raw = bytes(int(p, 16) for p in parts) if good else b""
+    if len(raw) != 6 or raw[0] & 1 or not any(raw):
+        raise UsageError(f"--net: mac={text!r} is no unicast MAC address", "write it as 52:54:00:12:34:56")
+    return raw
+
+
+def parse_address(key: str, text: str) -> str:
+    """An IPv4 address with its prefix length, checked."""
+    address, _, prefix = text.partition("/")
+    parts = address.split(".")
+    good = (
+        text.isascii()
+        and len(parts) == 4
+        and all(p.isdecimal() and len(p) < 4 and int(p) < 256 for p in parts)
+    )
+    if not good or not prefix.isdecimal() or len(prefix) > 2 or not 1 <= int(prefix) <= 32:
+        raise UsageError(f"--net: {key}={text}", "write it as 192.168.100.1/24")
+    return text
+
+
+def mac_text(mac: bytes) -> str:
+    """``52:54:00:12:34:56``."""
+    return mac.hex(":")

@@ -1,0 +1,303 @@
+"""PCI: configuration space, BARs that the guest may move, and the bus that finds functions.
+
+PCI Local Bus specification 3.0, chapter 6. One bus (0), functions 0 only.
+"""
+
+from __future__ import annotations
+
+from pyvmm._ext import ffi, lib
+from pyvmm.bus import MMIO, PIO, Bus, Region
+from pyvmm.errors import UsageError
+from pyvmm.spec.pci import (
+    PCI_BASE_ADDRESS_0,
+    PCI_BASE_ADDRESS_SPACE_IO,
+    PCI_CAPABILITY_LIST,
+    PCI_CLASS_PROG,
+    PCI_COMMAND,
+    PCI_COMMAND_INTX_DISABLE,
+    PCI_COMMAND_IO,
+    PCI_COMMAND_MASTER,
+    PCI_COMMAND_MEMORY,
+    PCI_INTERRUPT_LINE,
+    PCI_INTERRUPT_PIN,
+    PCI_STATUS,
+    PCI_STATUS_CAP_LIST,
+    PCI_SUBSYSTEM_VENDOR_ID,
+)
+from pyvmm.spec.platform import (
+    GSI_PCI_BASE,
+    GSI_PCI_COUNT,
+    PCI_ECAM_BASE,
+    PCI_ECAM_SIZE,
+    PCI_MMIO_BASE,
+    PCI_MMIO_SIZE,
+    PORT_PCI_ADDRESS,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+CONFIG_SIZE = 256
+#: The host bridge, which has no interrupt, and as many as can have a line each: a shared one would need counting.
+SLOTS = 1 + GSI_PCI_COUNT
+RST_CPU = 4  # bit 2 of port 0xCF9: reset now
+PCI_IO_BASE = 0xC000  # BARs in I/O space start here
+BAR_IO_MIN = 0x1000  # and may go down to here: below are the board's own ports
+
+
+class Bar:
+    """One base address register and the bus regions behind it.
+
+    :param size: bytes, a power of two. :param io: in I/O space.
+    :ivar parts: (offset, region) pairs; all are mapped and unmapped together.
+    :ivar on_move: called with the new base, or None, after the regions have moved.
+    """
+
+    __slots__ = ("base", "io", "on_move", "parts", "size", "start")
+
+    def __init__(self, size: int, *, io: bool = False) -> None:
+        self.size = size
+        self.io = io
+        self.parts: list[tuple[int, Region]] = []
+        self.on_move: Callable[[int | None], None] | None = None
+        self.base: int | None = None
+        self.start = 0  # the address after reset
+
+    def move(self, base: int | None) -> None:
+        """Decode at ``base``, or not at all."""
+        if base == self.base:
+            return
+        for _, region in self.parts:
+            region.unmap()
+        self.base = base
+        if base is not None and not all(region.map(base + offset) for offset, region in self.parts):
+            # The guest put it on top of another device: neither memory nor devices may be hidden by it.
+            for _, region in self.parts:
+                region.unmap()
+            self.base = None
+        if self.on_move:
+            self.on_move(self.base)
+
+
+class PciFunction:
+    """Function 0 of a device: type 00h header, capabilities, BARs.
+
+    Subclasses override ``config_written`` for registers with side effects.
+    """
+
+    def __init__(
+        self, name: str, vendor: int, device: int, class_code: int, *, subsystem: int = 0, pin: int = 0
+    ) -> None:
+        self.name = name
+        self.config = bytearray(CONFIG_SIZE)
+        self._writable = bytearray(CONFIG_SIZE)
+        self.bars: dict[int, Bar] = {}
+        self.slot = -1
+        self._cap_end = 0x40
+        self._cap_link = PCI_CAPABILITY_LIST
+        self.put(0, vendor | device << 16, 4)
+        self.put(PCI_CLASS_PROG - 1, class_code << 8 | 1, 4)  # revision 1
+        self.put(PCI_SUBSYSTEM_VENDOR_ID, vendor | subsystem << 16, 4)
+        self.put(PCI_INTERRUPT_PIN, pin, 1)
+        self.allow(PCI_COMMAND, COMMAND_BITS, 2)
+        self.allow(PCI_INTERRUPT_LINE, 0xFF, 1)
+        self._initial = b""
+
+    def put(self, at: int, value: int, size: int) -> None:
+        """Set a register from the device's side."""
+        self.config[at : at + size] = value.to_bytes(size, "little")
+
+    def get(self, at: int, size: int) -> int:
+        """A register's present value."""
+        return int.from_bytes(self.config[at : at + size], "little")
+
+    def allow(self, at: int, mask: int, size: int) -> None:
+        """Let the guest write the bits of ``mask``."""
+        self._writable[at : at + size] = mask.to_bytes(size, "little")
+
+    def add_bar(self, index: int, bar: Bar) -> None:
+        """Give the function a 32-bit BAR."""
+        at = PCI_BASE_ADDRESS_0 + 4 * index
+        self.bars[index] = bar
+        self.put(at, PCI_BASE_ADDRESS_SPACE_IO if bar.io else 0, 4)
+        self.allow(at, (0xFFFF if bar.io else 0xFFFFFFFF) & ~(bar.size - 1), 4)
+
+    def add_capability(self, cap_id: int, body: bytes) -> int:
+        """Append a capability (``body`` without id and next pointer); returns its offset."""
+        at = self._cap_end
+        self.config[at : at + 2 + len(body)] = bytes((cap_id, 0)) + body
+        self.config[self._cap_link] = at
+        self._cap_link = at + 1
+        self._cap_end = (at + 2 + len(body) + 3) & ~3
+        self.put(PCI_STATUS, PCI_STATUS_CAP_LIST, 2)
+        return at
+
+    def config_read(self, at: int, size: int) -> int:
+        """A configuration read of 1 to 4 bytes that lie in one aligned doubleword."""
+        return self.get(at, size)
+
+    def config_write(self, at: int, size: int, value: int) -> None:
+        """A configuration write, likewise: only the writable bits change, then the side effects happen."""
+        for i in range(at, at + size):
+            mask = self._writable[i]
+            self.config[i] = (self.config[i] & ~mask) | (value & 0xFF & mask)
+            value >>= 8
+        if at < PCI_COMMAND + 2 and at + size > PCI_COMMAND:
+            self.decode()
+            self.command_written(self.get(PCI_COMMAND, 2))
+        elif PCI_BASE_ADDRESS_0 <= at < PCI_BASE_ADDRESS_0 + 24:
+            self.decode()
+        else:
+            self.config_written(at, size)
+
+    def decode(self) -> None:
+        """Let each BAR answer where its registers say, unless something else is there already."""
+        command = self.get(PCI_COMMAND, 2)
+        for index, bar in self.bars.items():
+            base = self.get(PCI_BASE_ADDRESS_0 + 4 * index, 4) & ~(bar.size - 1)
+            enabled = command & (PCI_COMMAND_IO if bar.io else PCI_COMMAND_MEMORY)
+            bar.move(base if enabled and _may_decode(base, bar) else None)
+
+    def plugged(self) -> None:
+        """The function has its slot."""
+
+    def command_written(self, command: int) -> None:
+        """The command register has been written."""
+
+    def config_written(self, at: int, size: int) -> None:
+        """Any other register has been written."""
+
+    def power_on(self) -> None:
+        """Remember the present registers as those after reset."""
+        self._initial = bytes(self.config)
+
+    def reset(self) -> None:
+        """Back to the registers of ``power_on``; stops decoding."""
+        self.config[:] = self._initial
+        self.decode()
+        self.command_written(self.get(PCI_COMMAND, 2))
+
+
+COMMAND_BITS = PCI_COMMAND_IO | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | PCI_COMMAND_INTX_DISABLE
+
+
+def _may_decode(base: int, bar: Bar) -> bool:
+    """A BAR in the middle of RAM or of the interrupt controllers (or being sized) decodes nothing."""
+    if bar.io:
+        return base >= BAR_IO_MIN and base + bar.size <= 0x10000
+    return base >= PCI_MMIO_BASE and base + bar.size <= PCI_MMIO_BASE + PCI_MMIO_SIZE
+
+
+class PciBus:
+    """Bus 0 with its host bridge; answers at 0xCF8/0xCFC and in the ECAM window.
+
+    Owns the functions' places: slots are given in the order of ``add``, BARs a first address in the 32-bit window.
+    :param on_reset: called when the guest resets through port 0xCF9.
+    """
+
+    def __init__(self, bus: Bus, on_reset: Callable[[], None]) -> None:
+        self._on_reset = on_reset
+        self._functions: dict[int, PciFunction] = {}
+        self._next = {True: PCI_IO_BASE, False: PCI_MMIO_BASE}
+        self._latch = ffi.new("struct pv_pci_latch *")
+        bus.add(PIO, PORT_PCI_ADDRESS, 8, "pci-config", self, kind=lib.PV_REGION_PCI, opaque=self._latch)
+        bus.add(MMIO, PCI_ECAM_BASE, PCI_ECAM_SIZE, "pci-ecam", Ecam(self))
+        self.add(PciFunction("host-bridge", 0x1B36, 0x0008, 0x060000))
+
+    def add(self, function: PciFunction) -> int:
+        """Plug ``function`` into the next free slot; returns the slot."""
+        slot = len(self._functions)
+        if slot >= SLOTS:
+            raise UsageError(f"no PCI slot is left for {function.name}", f"use at most {SLOTS - 1} devices")
+        function.slot = slot
+        self._functions[slot] = function
+        self._latch.present |= 1 << slot
+        for index, bar in function.bars.items():
+            start = (self._next[bar.io] + bar.size - 1) & ~(bar.size - 1)
+            self._next[bar.io] = start + bar.size
+            bar.start = start
+            at = PCI_BASE_ADDRESS_0 + 4 * index
+            function.put(at, function.get(at, 4) | start, 4)
+        if function.config[PCI_INTERRUPT_PIN]:
+            function.put(PCI_INTERRUPT_LINE, gsi_of(slot), 1)
+        function.power_on()
+        function.plugged()
+        return slot
+
+    def reset(self) -> None:
+        """Reset every function and the address latch."""
+        self._latch.address = 0
+        for function in self._functions.values():
+            function.reset()
+
+    def config_read(self, slot: int, at: int, size: int) -> int:
+        """Read from a function; all ones where there is none. An access across doublewords is taken apart."""
+        function = self._functions.get(slot)
+        if function is None:
+            return (1 << 8 * size) - 1
+        value = 0
+        for start, n in dwords(at, size):
+            value |= function.config_read(start, n) << 8 * (start - at)
+        return value
+
+    def config_write(self, slot: int, at: int, size: int, value: int) -> None:
+        """Write to a function, if there is one; likewise."""
+        function = self._functions.get(slot)
+        if function is None:
+            return
+        for start, n in dwords(at, size):
+            function.config_write(start, n, value >> 8 * (start - at) & (1 << 8 * n) - 1)
+            if start < PCI_BASE_ADDRESS_0 + 24:
+                # What one BAR left may be what another was refused.
+                for other in self._functions.values():
+                    other.decode()
+
+    # Ports 0xCF8..0xCFF as far as C leaves them to us: the data window of a function that is there, and 0xCF9.
+    def read(self, offset: int, size: int) -> int:
+        """A port read at 0xCF8 + offset."""
+        if offset < 4:
+            return 0 if offset == 1 else (1 << 8 * size) - 1
+        address = self._latch.address
+        return self.config_read(address >> 11 & 31, (address & 0xFC) + (offset & 3), size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A port write at 0xCF8 + offset."""
+        if offset == 1 and size == 1:
+            if value & RST_CPU:
+                self._on_reset()
+        elif offset >= 4:
+            address = self._latch.address
+            self.config_write(address >> 11 & 31, (address & 0xFC) + (offset & 3), size, value)
+
+
+class Ecam:
+    """The memory-mapped configuration window (PCI Express 7.2.2): bus 0, 4 KiB a function."""
+
+    def __init__(self, pci: PciBus) -> None:
+        self._pci = pci
+
+    def read(self, offset: int, size: int) -> int:
+        """A read in the window; functions other than 0 do not exist."""
+        if offset >> 12 & 7:
+            return (1 << 8 * size) - 1
+        return self._pci.config_read(offset >> 15 & 31, offset & 0xFFF, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A write in the window."""
+        if not offset >> 12 & 7:
+            self._pci.config_write(offset >> 15 & 31, offset & 0xFFF, size, value)
+
+
+def dwords(at: int, size: int) -> Iterator[tuple[int, int]]:
+    """The parts (offset, bytes) of an access that lie in one doubleword each; none beyond the space."""
+    end = min(at + size, CONFIG_SIZE)
+    while at < end:
+        n = min(end, (at | 3) + 1) - at
+        yield at, n
+        at += n
+
+
+def gsi_of(slot: int) -> int:
+    """The interrupt line (GSI) of INTA of ``slot``; the firmware tables say the same."""
+    return GSI_PCI_BASE + slot % GSI_PCI_COUNT

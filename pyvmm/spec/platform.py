@@ -1,0 +1,72 @@
+"""The machine's own address map: guest-physical addresses, I/O ports and interrupt lines.
+
+One place, read by the devices, by the firmware tables that describe them to the guest and by ``guest/``
+(``guest/pyvmm_port.h`` states the guest port; a test holds the two together).
+"""
+
+# --- guest-physical memory -----------------------------------------------------------------------------
+# RAM is [0, min(size, RAM_LOW_MAX)) and, beyond it, from RAM_HIGH_BASE up.
+RAM_LOW_MAX = 0xC000_0000
+RAM_HIGH_BASE = 0x1_0000_0000
+PCI_MMIO_BASE = 0xC000_0000  # 32-bit window for BARs
+PCI_MMIO_SIZE = 0x2000_0000
+PCI_ECAM_BASE = 0xE000_0000  # bus 0 only
+PCI_ECAM_SIZE = 0x0010_0000
+IOAPIC_BASE = 0xFEC0_0000
+LAPIC_BASE = 0xFEE0_0000
+KVM_IDENTITY_MAP = 0xFFFB_C000  # one page, Intel hosts without unrestricted guest
+KVM_TSS_BASE = 0xFFFB_D000  # three pages, likewise
+
+# Low memory that the loader fills; all below EBDA_BASE is usable RAM for the guest once it has booted.
+BOOT_GDT = 0x500
+BOOT_PARAMS = 0x7000
+PVH_START_INFO = 0x6000
+BOOT_PAGE_TABLES = 0x9000  # PML4, PDPT and four page directories: 0x9000..0xEFFF
+BOOT_CMDLINE = 0x2_0000  # at most BOOT_CMDLINE_MAX bytes with the terminating NUL
+BOOT_CMDLINE_MAX = 0x1000
+EBDA_BASE = 0x9_FC00  # MP floating pointer and table
+FIRMWARE_BASE = 0xE_0000  # ACPI tables, RSDP first; reserved in e820
+FIRMWARE_END = 0x10_0000
+KERNEL_BASE = 0x10_0000
+
+# --- I/O ports -----------------------------------------------------------------------------------------
+PORT_RTC = 0x70  # index, data
+PORT_I8042 = 0x60  # 0x60 and 0x64; only the reset command is understood
+PORT_POST = 0x80
+PORT_DEBUG_EXIT = 0xF4
+PORT_COM1 = 0x3F8
+PORT_COM2 = 0x2F8
+PORT_PVPANIC = 0x505
+PORT_FW_CFG = 0x510
+PORT_ACPI_SLEEP_CONTROL = 0x600  # ACPI 6.4, 4.8.3.7: bits 2..4 SLP_TYP, bit 5 SLP_EN
+PORT_ACPI_SLEEP_STATUS = 0x601
+PORT_ACPI_RESET = 0x602  # write ACPI_RESET_VALUE
+ACPI_RESET_VALUE = 0x01
+ACPI_S5_TYPE = 5
+PORT_PCI_ADDRESS = 0xCF8
+PORT_PCI_RESET = 0xCF9
+PORT_PCI_DATA = 0xCFC
+# The guest port: how our init talks to the VMM without any driver (see guest/pyvmm_port.h).
+PORT_GUEST_CONTROL = 0x620  # 32-bit write: GUEST_* << 24 | value
+PORT_GUEST_STDOUT = 0x624  # 8-bit writes, also rep outsb
+PORT_GUEST_STDERR = 0x625
+
+GUEST_INIT = 1  # init runs
+GUEST_COMMAND = 2  # the command is about to start
+GUEST_STATUS = 3  # the command has ended; value is its exit status, 0..255
+GUEST_POWEROFF = 4  # init is about to power off
+GUEST_NET_UP = 5  # the network interfaces are configured; value is how many
+GUEST_PAGE = 6  # value is the page frame number of the page that GUEST_WRITE sends from
+GUEST_WRITE = 7  # output: bits 0..15 of value are the length, at most 4096; bit 16: standard error
+
+# --- interrupt lines (GSIs of the one IO-APIC) -----------------------------------------------------------
+IRQ_COM2 = 3
+IRQ_COM1 = 4
+IRQ_RTC = 8
+IRQ_GED = 9  # ACPI generic event device: an edge means that the power button was pressed
+IOAPIC_PIN_TIMER = 2  # where a PC wires the PIT (ISA IRQ 0); the GSI routes must do the same
+GSI_PCI_BASE = 16  # INTA of slot n is GSI_PCI_BASE + n % GSI_PCI_COUNT, level, active low
+GSI_PCI_COUNT = 8
+GSI_MSI_BASE = 24  # MSI routes start here
+
+MAX_CPUS = 64

@@ -1,0 +1,485 @@
+"""The modern virtio-pci transport (virtio 1.2, 4.1).
+
+BAR 0, memory: common configuration, ISR, device configuration, notifications, MSI-X table and pending bits.
+Kicks reach the data path as eventfds: by ioeventfd, inside the kernel, or with ``notify="exit"`` through an exit of the vCPU.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from pyvmm._ext import ffi, lib
+from pyvmm.bus import MMIO, Bus
+from pyvmm.errors import HostError
+from pyvmm.fd import EventFd, eventfds
+from pyvmm.pci import Bar, PciFunction, gsi_of
+from pyvmm.pci.msix import Msix
+from pyvmm.spec.pci import (
+    PCI_CAP_ID_MSIX,
+    PCI_CAP_ID_VNDR,
+    PCI_COMMAND,
+    PCI_COMMAND_INTX_DISABLE,
+    PCI_MSIX_FLAGS,
+    PCI_MSIX_FLAGS_ENABLE,
+    PCI_MSIX_FLAGS_MASKALL,
+    PCI_STATUS,
+    PCI_STATUS_INTERRUPT,
+)
+from pyvmm.spec.virtio_pci import (
+    PCI_VENDOR_ID_REDHAT_QUMRANET,
+    VIRTIO_MSI_NO_VECTOR,
+    VIRTIO_PCI_CAP_COMMON_CFG,
+    VIRTIO_PCI_CAP_DEVICE_CFG,
+    VIRTIO_PCI_CAP_ISR_CFG,
+    VIRTIO_PCI_CAP_NOTIFY_CFG,
+    VIRTIO_PCI_CAP_PCI_CFG,
+    VIRTIO_PCI_COMMON_CFGGENERATION,
+    VIRTIO_PCI_COMMON_DF,
+    VIRTIO_PCI_COMMON_DFSELECT,
+    VIRTIO_PCI_COMMON_GF,
+    VIRTIO_PCI_COMMON_GFSELECT,
+    VIRTIO_PCI_COMMON_MSIX,
+    VIRTIO_PCI_COMMON_NUMQ,
+    VIRTIO_PCI_COMMON_Q_AVAILHI,
+    VIRTIO_PCI_COMMON_Q_AVAILLO,
+    VIRTIO_PCI_COMMON_Q_DESCHI,
+    VIRTIO_PCI_COMMON_Q_DESCLO,
+    VIRTIO_PCI_COMMON_Q_ENABLE,
+    VIRTIO_PCI_COMMON_Q_MSIX,
+    VIRTIO_PCI_COMMON_Q_NOFF,
+    VIRTIO_PCI_COMMON_Q_SELECT,
+    VIRTIO_PCI_COMMON_Q_SIZE,
+    VIRTIO_PCI_COMMON_Q_USEDHI,
+    VIRTIO_PCI_COMMON_Q_USEDLO,
+    VIRTIO_PCI_COMMON_STATUS,
+    VIRTIO_PCI_DEVICE_ID_BASE,
+    VIRTIO_PCI_ISR_CONFIG,
+    VIRTIO_PCI_ISR_QUEUE,
+)
+from pyvmm.virtio.device import Queue, VirtioDevice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.kvm.vm import Vm
+
+# BAR 0: one page a structure, so that a data path could map the notification page alone.
+COMMON, ISR, DEVICE, NOTIFY, TABLE, PBA = 0x0000, 0x1000, 0x2000, 0x3000, 0x4000, 0x5000
+BAR_SIZE = 0x8000
+COMMON_SIZE = 56
+NOTIFY_STRIDE = 4  # notify_off_multiplier: a queue has its own address, hence its own ioeventfd
+
+
+class CommonConfig:
+    """struct virtio_pci_common_cfg: (offset, width) to a getter and a setter."""
+
+    def __init__(self, transport: VirtioPci) -> None:
+        self._t = transport
+        self._device_select = self._driver_select = self._queue_select = 0
+        table: dict[int, tuple[int, Callable[[], int], Callable[[int], None] | None]] = {
+            VIRTIO_PCI_COMMON_DFSELECT: (4, lambda: self._device_select, self._set_device_select),
+            VIRTIO_PCI_COMMON_DF: (4, self._device_features, None),
+            VIRTIO_PCI_COMMON_GFSELECT: (4, lambda: self._driver_select, self._set_driver_select),
+            VIRTIO_PCI_COMMON_GF: (4, self._driver_features, self._set_driver_features),
+            VIRTIO_PCI_COMMON_MSIX: (2, lambda: self._t.config_vector, self._t.set_config_vector),
+            VIRTIO_PCI_COMMON_NUMQ: (2, lambda: len(self._t.device.queues), None),
+            VIRTIO_PCI_COMMON_STATUS: (1, lambda: self._t.device.status, self._set_status),
+            VIRTIO_PCI_COMMON_CFGGENERATION: (1, lambda: self._t.device.generation, None),
+            VIRTIO_PCI_COMMON_Q_SELECT: (2, lambda: self._queue_select, self._set_queue_select),
+            VIRTIO_PCI_COMMON_Q_SIZE: (2, lambda: self._queue("size"), lambda v: self._set_queue("size", v)),
+            VIRTIO_PCI_COMMON_Q_MSIX: (2, self._queue_vector, self._set_queue_vector),
+            VIRTIO_PCI_COMMON_Q_ENABLE: (
+                2,
+                lambda: self._queue("enabled"),
+                lambda v: self._set_queue("enabled", v),
+            ),
+            VIRTIO_PCI_COMMON_Q_NOFF: (2, lambda: self._queue("index"), None),
+        }
+        for field, low, high in (
+            ("desc", VIRTIO_PCI_COMMON_Q_DESCLO, VIRTIO_PCI_COMMON_Q_DESCHI),
+            ("avail", VIRTIO_PCI_COMMON_Q_AVAILLO, VIRTIO_PCI_COMMON_Q_AVAILHI),
+            ("used", VIRTIO_PCI_COMMON_Q_USEDLO, VIRTIO_PCI_COMMON_Q_USEDHI),
+        ):
+            for at, shift in ((low, 0), (high, 32)):
+                table[at] = (
+                    4,
+                    lambda f=field, s=shift: self._queue(f) >> s & 0xFFFFFFFF,  # type: ignore[misc]
+                    lambda v, f=field, s=shift: self._set_address(f, s, v),  # type: ignore[misc]
+                )
+        self._table = table
+
+    def read(self, offset: int, size: int) -> int:
+        """A field, or for a driver that reads a 64-bit field at once, two; anything else is zero."""
+        entry = self._table.get(offset)
+        if entry is None:
+            return 0
+        if size == 8 and entry[0] == 4:
+            return self.read(offset, 4) | self.read(offset + 4, 4) << 32
+        return entry[1]() if size == entry[0] else 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """As ``read``; read-only fields and odd widths are ignored and counted."""
+        entry = self._table.get(offset)
+        if entry is not None and size == 8 and entry[0] == 4:
+            self.write(offset, 4, value & 0xFFFFFFFF)
+            self.write(offset + 4, 4, value >> 32)
+        elif entry is None or entry[2] is None or size != entry[0]:
+            self._t.device.refused += 1
+        else:
+            entry[2](value)
+
+    def reset(self) -> None:
+        """The selectors after reset."""
+        self._device_select = self._driver_select = self._queue_select = 0
+
+    def _set_device_select(self, value: int) -> None:
+        self._device_select = value
+
+    def _set_driver_select(self, value: int) -> None:
+        self._driver_select = value
+
+    def _set_queue_select(self, value: int) -> None:
+        self._queue_select = value
+
+    def _device_features(self) -> int:
+        select = self._device_select
+        return self._t.device.offered() >> 32 * select & 0xFFFFFFFF if select < 2 else 0
+
+    def _driver_features(self) -> int:
+        select = self._driver_select
+        return self._t.device.driver_features >> 32 * select & 0xFFFFFFFF if select < 2 else 0
+
+    def _set_driver_features(self, value: int) -> None:
+        if self._driver_select < 2:
+            self._t.device.set_features(32 * self._driver_select, value)
+
+    def _set_status(self, value: int) -> None:
+        self._t.device.set_status(value)
+        if value == 0:
+            self._t.device_reset()
+
+    def _selected(self) -> Queue | None:
+        queues = self._t.device.queues
+        return queues[self._queue_select] if self._queue_select < len(queues) else None
+
+    def _queue(self, field: str) -> int:
+        q = self._selected()
+        return int(getattr(q, field)) if q else 0
+
+    def _set_queue(self, field: str, value: int) -> None:
+        self._t.device.set_queue(self._queue_select, field, value)
+
+    def _set_address(self, field: str, shift: int, value: int) -> None:
+        q = self._selected()
+        old = getattr(q, field) if q else 0
+        self._set_queue(field, (old & ~(0xFFFFFFFF << shift)) | value << shift)
+
+    def _queue_vector(self) -> int:
+        q = self._selected()
+        return q.vector if q else VIRTIO_MSI_NO_VECTOR
+
+    def _set_queue_vector(self, value: int) -> None:
+        q = self._selected()
+        if q:
+            self._t.set_queue_vector(q, value)
+
+
+class DeviceConfig:
+    """The device-specific configuration; the guest writes none of it."""
+
+    def __init__(self, device: VirtioDevice) -> None:
+        self._device = device
+
+    def read(self, offset: int, size: int) -> int:
+        """Any width, any alignment; zero beyond the end."""
+        return int.from_bytes(self._device.config_space()[offset : offset + size], "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Ignored and counted."""
+        self._device.refused += 1
+
+
+class VirtioPci(PciFunction):
+    """A virtio device as a PCI function; owns its interrupt plumbing and lends the queues' eventfds.
+
+    :param vm, bus: lent. :param notify: "ioeventfd" or "exit".
+    """
+
+    def __init__(
+        self,
+        vm: Vm,
+        bus: Bus,
+        device: VirtioDevice,
+        class_code: int,
+        *,
+        notify: str = "ioeventfd",
+    ) -> None:
+        super().__init__(
+            device.name,
+            PCI_VENDOR_ID_REDHAT_QUMRANET,
+            VIRTIO_PCI_DEVICE_ID_BASE + device.device_id,
+            class_code,
+            subsystem=0x1100,
+            pin=1,
+        )
+        self.device = device
+        self._vm = vm
+        self._use_ioeventfd = notify == "ioeventfd"
+        self.config_vector = VIRTIO_MSI_NO_VECTOR
+        self._intx_thread: threading.Thread | None = None
+        self._intx_stop, self._config_event = eventfds(2)
+        self._intx = lib.pv_intx_new(vm.c_fd)
+        if self._intx == ffi.NULL:
+            raise MemoryError
+        self._kicks_at: int | None = None
+        self._running = False
+        self._errors = 0
+        vectors = len(device.queues) + 1
+        self.msix = Msix(vm, vectors)
+        device.interrupt_config = self._interrupt_config
+        device.on_active = self._active
+        self._add_bars(bus, vectors)
+
+    def _add_bars(self, bus: Bus, vectors: int) -> None:
+        name, device = self.name, self.device
+        self.common = CommonConfig(self)
+        self._device_config = DeviceConfig(device)
+        self._notify = ffi.new("struct pv_notify *")
+        self._notify.count, self._notify.stride = len(device.queues), NOTIFY_STRIDE
+        for q in device.queues:
+            self._notify.fd[q.index] = q.kick.fileno()
+        bar = Bar(BAR_SIZE)
+        self._isr_region = bus.region(MMIO, 4, f"{name} isr", kind=lib.PV_REGION_ISR, opaque=self._intx)
+        self._notify_region = bus.region(
+            MMIO,
+            NOTIFY_STRIDE * len(device.queues),
+            f"{name} notify",
+            kind=lib.PV_REGION_NOTIFY,
+            opaque=self._notify,
+        )
+        bar.parts = [
+            (COMMON, bus.region(MMIO, COMMON_SIZE, f"{name} common", self.common)),
+            (ISR, self._isr_region),
+            (DEVICE, bus.region(MMIO, 0x1000, f"{name} config", self._device_config)),
+            (NOTIFY, self._notify_region),
+            (TABLE, bus.region(MMIO, 16 * vectors, f"{name} msix-table", self.msix.table)),
+            (PBA, bus.region(MMIO, (vectors + 63) // 64 * 8, f"{name} msix-pba", self.msix.pba)),
+        ]
+        bar.on_move = self._bar_moved
+        self.add_bar(0, bar)
+        for kind, at, length, extra in (
+            (VIRTIO_PCI_CAP_COMMON_CFG, COMMON, COMMON_SIZE, b""),
+            (VIRTIO_PCI_CAP_ISR_CFG, ISR, 1, b""),
+            (VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE, len(device.config_space()), b""),
+            (
+                VIRTIO_PCI_CAP_NOTIFY_CFG,
+                NOTIFY,
+                NOTIFY_STRIDE * len(device.queues),
+                NOTIFY_STRIDE.to_bytes(4, "little"),
+            ),
+        ):
+            self.add_capability(PCI_CAP_ID_VNDR, virtio_cap(kind, 0, at, length, extra))
+        # 4.1.4.9: a window on the BAR through configuration space; bar, offset, length and data are the driver's.
+        self._window = self.add_capability(
+            PCI_CAP_ID_VNDR, virtio_cap(VIRTIO_PCI_CAP_PCI_CFG, 0, 0, 0, bytes(4))
+        )
+        self.allow(self._window + 4, 0xFF, 1)
+        self.allow(self._window + 8, (1 << 96) - 1, 12)
+        self._msix_cap = self.add_capability(PCI_CAP_ID_MSIX, Msix.capability(vectors, 0, TABLE, PBA))
+        self.allow(self._msix_cap + PCI_MSIX_FLAGS, PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL, 2)
+
+    def plugged(self) -> None:
+        """The function has its slot, hence its interrupt line."""
+        lib.pv_intx_wire(self._intx, gsi_of(self.slot))
+
+    # --- kicks --------------------------------------------------------------------------------------
+
+    def _bar_moved(self, base: int | None) -> None:
+        self._set_kicks(base if self._running else None)
+
+    def _set_kicks(self, base: int | None) -> None:
+        """Let the kernel answer kicks at BAR ``base``, or nowhere: then they are exits, which the bus answers."""
+        if not self._use_ioeventfd or base == self._kicks_at:
+            return
+        old, self._kicks_at = self._kicks_at, None
+        if old is not None:
+            self._assign_kicks(old, False)
+        if base is None:
+            return
+        try:
+            self._assign_kicks(base, True)
+            self._kicks_at = base
+        except HostError:
+            self._errors += 1  # the guest chose the place: no reason to end the machine
+            self._assign_kicks(base, False)
+
+    def _assign_kicks(self, base: int, assign: bool) -> None:
+        for q in self.device.queues:
+            at = base + NOTIFY + NOTIFY_STRIDE * q.index
+            self._vm.ioeventfd(q.kick, at, pio=False, assign=assign)
+
+    @property
+    def errors(self) -> int:
+        """Times that KVM or the host refused what the guest had asked of the transport."""
+        return self._errors + self.msix.errors
+
+    # --- interrupts ---------------------------------------------------------------------------------
+
+    def _active(self, active: bool) -> None:
+        """The device starts or has stopped."""
+        self._running = active
+        self._set_kicks(self.bars[0].base if active else None)
+        self._use_intx(active and not self.msix.enabled)
+
+    def _use_intx(self, want: bool) -> None:
+        """Without MSI-X, a thread turns the eventfds into the interrupt line."""
+        if want == (self._intx_thread is not None):
+            return
+        if want:
+            self._intx_stop.drain()
+            thread = threading.Thread(target=self._run_intx, name=f"{self.name} intx", daemon=True)
+            try:
+                thread.start()
+                self._intx_thread = thread
+            except RuntimeError:  # no more threads
+                self._errors += 1
+        elif self._intx_thread is not None:
+            self._intx_stop.signal()
+            self._intx_thread.join()
+            self._intx_thread = None
+
+    def _show_intx(self) -> None:
+        """The line is hidden by command bit 10 and while MSI-X is in use (PCI 3.0, 6.8.3.3)."""
+        hidden = bool(self.get(PCI_COMMAND, 2) & PCI_COMMAND_INTX_DISABLE) or self.msix.enabled
+        lib.pv_intx_disable(self._intx, hidden)
+
+    def _run_intx(self) -> None:
+        events = [(q.call, VIRTIO_PCI_ISR_QUEUE) for q in self.device.queues]
+        events.append((self._config_event, VIRTIO_PCI_ISR_CONFIG))
+        fds = ffi.new("int32_t[]", [e.fileno() for e, _ in events])
+        bits = ffi.new("uint8_t[]", [b for _, b in events])
+        lib.pv_intx_run(self._intx, fds, bits, len(events), self._intx_stop.fileno())
+
+    def _interrupt_config(self) -> None:
+        """Any thread: the configuration changed. The ISR bit is set even with MSI-X (4.1.4.5.1)."""
+        if self.msix.enabled:
+            lib.pv_intx_raise(self._intx, VIRTIO_PCI_ISR_CONFIG)
+        self._config_event.signal()
+
+    def set_config_vector(self, value: int) -> None:
+        """config_msix_vector: a vector that does not exist reads back as none (4.1.5.1.2)."""
+        self._detach(self.config_vector, self._config_event)
+        self.config_vector = self._attach(value, self._config_event)
+
+    def set_queue_vector(self, q: Queue, value: int) -> None:
+        """queue_msix_vector; drivers change it while the queue runs, too."""
+        self._detach(q.vector, q.call)
+        q.vector = self._attach(value, q.call)
+
+    def _attach(self, vector: int, event: EventFd) -> int:
+        if vector >= len(self.msix.vectors):
+            return VIRTIO_MSI_NO_VECTOR
+        self.msix.attach(vector, event)
+        return vector
+
+    def _detach(self, vector: int, event: EventFd) -> None:
+        if vector != VIRTIO_MSI_NO_VECTOR:
+            self.msix.detach(vector, event)
+
+    # --- configuration space ------------------------------------------------------------------------
+
+    def command_written(self, command: int) -> None:
+        """Bit 10 hides the interrupt line."""
+        self._show_intx()
+
+    def config_written(self, at: int, size: int) -> None:
+        """MSI-X message control, or the data window."""
+        flags = self._msix_cap + PCI_MSIX_FLAGS
+        if at < flags + 2 and at + size > flags:
+            self._msix_written(self.get(flags, 2))
+        elif self._window + 16 <= at < self._window + 20:
+            self._window_access(write=True)
+
+    def _msix_written(self, flags: int) -> None:
+        # The thread and the vectors take from the same eventfds: never both.
+        if flags & PCI_MSIX_FLAGS_ENABLE:
+            self._use_intx(False)
+        self.msix.set_flags(flags)
+        self._use_intx(self._running and not self.msix.enabled)
+        self._show_intx()
+
+    def config_read(self, at: int, size: int) -> int:
+        """As the base class, but the data window reads from the BAR, and the status register shows the ISR (4.1.4.5.1)."""
+        if self._window + 16 <= at < self._window + 20:
+            self._window_access(write=False)
+        value = super().config_read(at, size)
+        if at <= PCI_STATUS < at + size and not self.msix.enabled and lib.pv_intx_pending(self._intx):
+            value |= PCI_STATUS_INTERRUPT << 8 * (PCI_STATUS - at)
+        return value
+
+    def _window_access(self, *, write: bool) -> None:
+        w = self._window
+        bar, offset, length = self.config[w + 4], self.get(w + 8, 4), self.get(w + 12, 4)
+        if bar != 0 or length not in (1, 2, 4) or offset % length or offset + length > BAR_SIZE:
+            return
+        value = self.get(w + 16, length)
+        for start, region in self.bars[0].parts:
+            at = offset - start
+            if not 0 <= at <= region.length - length:
+                continue
+            if region is self._notify_region:
+                if write and at % NOTIFY_STRIDE == 0:
+                    self.device.queues[at // NOTIFY_STRIDE].kick.signal()
+            elif region is self._isr_region:
+                if not write:
+                    self.put(w + 16, 0 if at else lib.pv_intx_read(self._intx), 4)
+            elif region.handler is not None and write:
+                region.handler.write(at, length, value)
+            elif region.handler is not None:
+                self.put(w + 16, region.handler.read(at, length) & ((1 << 8 * length) - 1), 4)
+
+    # --- life ---------------------------------------------------------------------------------------
+
+    def device_reset(self) -> None:
+        """The driver reset the device: vectors, selectors and ISR go back (4.1.4.3.1); MSI-X itself belongs to PCI."""
+        for q in self.device.queues:
+            self._drop_sources(q.call)
+        self._drop_sources(self._config_event)
+        self.config_vector = VIRTIO_MSI_NO_VECTOR
+        self._config_event.drain()
+        self.common.reset()
+        lib.pv_intx_reset(self._intx)
+
+    def _drop_sources(self, event: EventFd) -> None:
+        for v in self.msix.vectors:
+            if event in v.sources:
+                v.sources.remove(event)
+                self.msix.update(v)
+
+    def reset(self) -> None:
+        """PCI reset: the device, its interrupts and its BARs."""
+        self.device.reset()
+        self.device_reset()
+        self.msix.reset()
+        super().reset()
+
+    def close(self) -> None:
+        """Stop the device and release the plumbing; no vCPU runs any more. A second call does nothing."""
+        if self._intx_stop.closed:
+            return
+        self.device.reset()
+        self.device_reset()
+        self.msix.reset()
+        self._set_kicks(None)
+        self.device.close()
+        self._config_event.close()
+        self._intx_stop.close()
+        lib.pv_intx_free(self._intx)
+        self._intx = ffi.NULL
+
+
+def virtio_cap(kind: int, bar: int, offset: int, length: int, extra: bytes) -> bytes:
+    """struct virtio_pci_cap without its first two bytes (4.1.4)."""
+    body = bytes((16 + len(extra), kind, bar, 0, 0, 0))
+    return body + offset.to_bytes(4, "little") + length.to_bytes(4, "little") + extra

@@ -1,0 +1,111 @@
+"""A split virtqueue served from Python: for queues of a few commands (the control queue), and for looking at rings.
+
+Packet queues never come here: their workers use the same C code (cext/vring.c) without Python.
+"""
+
+from __future__ import annotations
+
+from pyvmm._ext import ffi, lib
+from pyvmm.errors import RingFault
+from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.datapath.base import Vring
+    from pyvmm.memory import GuestMemory
+
+
+class Chain:
+    """One descriptor chain taken from the queue.
+
+    :ivar head: its identity for ``SplitQueue.push``.
+    :ivar request: a copy of the device-readable bytes.
+    :ivar room: how many bytes the device may write.
+    """
+
+    __slots__ = ("_writable", "head", "request", "room")
+
+    def __init__(self, head: int, request: bytes, writable: list[tuple[Any, int]]) -> None:
+        self.head, self.request, self._writable = head, request, writable
+        self.room = sum(size for _, size in writable)
+
+    def reply(self, data: bytes) -> int:
+        """Store ``data`` in the device-writable part, cut to what fits; returns the bytes written."""
+        at = 0
+        for host, size in self._writable:
+            part = data[at : at + size]
+            ffi.memmove(host, part, len(part))
+            at += len(part)
+        return at
+
+
+class SplitQueue:
+    """Device side of a split virtqueue (virtio 1.2, 2.7); one thread at a time.
+
+    :param limit: longest request taken, in bytes; more is a fault.
+    :raises RingFault: size, alignment or addresses are wrong; the ring is untouched.
+    """
+
+    def __init__(self, memory: GuestMemory, vring: Vring, acked: int, *, limit: int = 1 << 16) -> None:
+        self._memory = memory  # keeps what C points into
+        self._limit = limit
+        self._iov = ffi.new("struct iovec[]", lib.PV_CHAIN_MAX)
+        self._chain = ffi.new("struct pv_chain *")
+        self.c = ffi.new("struct pv_vring *")
+        fault = lib.pv_vring_init(
+            self.c,
+            memory.c,
+            vring.size,
+            vring.desc,
+            vring.avail,
+            vring.used,
+            vring.base,
+            bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1),
+            bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1),
+        )
+        self._check(fault)
+
+    def _check(self, fault: int) -> None:
+        if fault:
+            raise RingFault(ffi.string(lib.pv_fault_text(fault)).decode())
+
+    @property
+    def base(self) -> int:
+        """The next available index."""
+        return int(self.c.last_avail)
+
+    def pop(self) -> Chain | None:
+        """The next chain, or None where the queue is empty.
+
+        :raises RingFault: malformed, now and at every later call.
+        """
+        step = lib.pv_vring_pop(self.c, self._iov, lib.PV_CHAIN_MAX, self._chain)
+        if step == lib.PV_DONE:
+            return None
+        c = self._chain
+        if step == lib.PV_MORE and c.out_len > self._limit:
+            lib.pv_vring_unpop(self.c, 1)
+            self.c.fault = lib.PV_FAULT_TOO_LONG
+        self._check(self.c.fault)
+        iov = self._iov
+        request = b"".join(bytes(ffi.buffer(iov[i].iov_base, iov[i].iov_len)) for i in range(c.out_num))
+        writable = [(iov[i].iov_base, iov[i].iov_len) for i in range(c.out_num, c.out_num + c.in_num)]
+        return Chain(c.head, request, writable)
+
+    def push(self, chain: Chain, written: int) -> None:
+        """Return a chain of which the device has written the first ``written`` bytes; ``flush`` publishes it."""
+        lib.pv_vring_push(self.c, chain.head, written)
+
+    def flush(self) -> bool:
+        """Publish what was pushed; returns whether the guest wants an interrupt for it."""
+        return bool(lib.pv_vring_flush(self.c))
+
+    def enable_notify(self) -> bool:
+        """Ask for kicks; returns whether chains are available already."""
+        return bool(lib.pv_vring_enable_notify(self.c))
+
+    def disable_notify(self) -> None:
+        """Tell the guest that kicks are not needed (a hint)."""
+        lib.pv_vring_disable_notify(self.c)

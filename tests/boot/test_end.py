@@ -1,0 +1,173 @@
+"""How guests end, orderly and not: exit statuses, output, and what is said."""
+
+from __future__ import annotations
+
+import re
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pyvmm.images import find
+from tests.boot.guest import Guest, check_traffic, run_all
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.boot.guest import Host
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+#: All 256 bytes, without a fork.
+ALL_BYTES = 'i=0; while [ $i -lt 256 ]; do printf "\\\\$((i/64))$((i/8%8))$((i%8))"; i=$((i+1)); done'
+CODE = 0x10_0000
+
+
+def bare_metal(path: Path, code: str) -> str:
+    """An ELF kernel whose 64-bit entry is the machine code ``code`` (hexadecimal), at ``CODE``."""
+    text = bytes.fromhex(code)
+    offset = 64 + 56
+    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, 62, 1, CODE, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    segment = struct.pack("<IIQQQQQQ", 1, 5, offset, CODE, CODE, len(text), len(text), 1)
+    path.write_bytes(header + segment + text)
+    return str(path)
+
+
+def test_status_and_output_of_commands(host: Host) -> None:
+    """The command's status is ours; its stdout and stderr come apart and unchanged."""
+    runs = run_all(
+        host,
+        {
+            "output": ["--", "sh", "-c", f"{ALL_BYTES}; ({ALL_BYTES}; echo error) >&2; seq 20000; exit 5"],
+            "missing": ["--", "/no/such/command"],
+            "killed": ["--", "sh", "-c", "kill -9 $$"],
+            "poweroff": ["--", "sh", "-c", "poweroff -f; sleep 100"],
+        },
+        "--net",
+        "none",
+    )
+    output = runs["output"]
+    assert output.status == 5
+    numbers = "".join(f"{i}\n" for i in range(1, 20001)).encode()
+    assert bytes(output.stdout) == bytes(range(256)) + numbers
+    assert bytes(output.stderr) == bytes(range(256)) + b"error\n"
+    assert output.report["outcome"] == {"kind": "poweroff", "status": 5, "detail": ""}
+    assert runs["missing"].status == 127
+    assert "cannot run '/no/such/command': No such file" in runs["missing"].err
+    assert runs["killed"].status == 128 + 9
+    assert runs["killed"].err == ""
+    assert runs["poweroff"].status == 119
+    assert "the guest powered off before the command ended" in runs["poweroff"].err
+
+
+def test_reboot_panic_and_triple_fault(host: Host) -> None:
+    """Each has its status and is named; a panic's message is shown."""
+    image = find("default")
+    runs = run_all(
+        host,
+        {
+            "reboot": ["--", "reboot", "-f"],
+            "no root": ["--kernel", image.kernel, "--append", "quiet"],
+            "init": ["--append", "pyvmm.panic=init"],
+            "sysrq": ["--", "sh", "-c", "echo c >/proc/sysrq-trigger"],
+            "triple": ["--append", "reboot=t", "--", "reboot", "-f"],
+        },
+        "--net",
+        "none",
+    )
+    last = {name: run.err.splitlines()[-1] for name, run in runs.items()}
+    assert runs["reboot"].status == 121
+    assert "the guest rebooted" in last["reboot"]
+    for name, text in (
+        ("no root", "VFS: Unable to mount root fs"),
+        ("init", "Attempted to kill init!"),
+        ("sysrq", "sysrq triggered crash"),
+    ):
+        assert runs[name].status == 120, runs[name]
+        assert "the guest kernel panicked" in last[name]
+        assert text in last[name]
+        assert runs[name].report["outcome"]["kind"] == "panic"
+    assert runs["triple"].status == 122
+    assert "triple-faulted" in last["triple"]
+    assert re.search(r"rip [0-9a-f]{16}", runs["triple"].err)
+
+
+def test_ends_without_linux(host: Host, tmp_path: Path) -> None:
+    """A hang with interrupts off, a halt for good, a triple fault, an instruction that KVM cannot run: all end, with registers."""
+    kernels = {
+        # cli; jmp .
+        "spin": "fa ebfe",
+        # cli; hlt; jmp .
+        "halt": "fa f4 ebfe",
+        # lidt [empty]; ud2
+        "triple": "0f011d02000000 0f0b 00000000000000000000",
+        # mov eax, 0xd0000000; jmp rax: into the PCI window, where nothing is
+        "nowhere": "b8000000d0 ffe0",
+    }
+    runs = run_all(
+        host,
+        {
+            name: ["--kernel", bare_metal(tmp_path / name, code), "--timeout", "2"]
+            for name, code in kernels.items()
+        },
+        "--net",
+        "none",
+    )
+    assert {name: run.status for name, run in runs.items()} == {
+        "spin": 124,
+        "halt": 124,
+        "triple": 122,
+        "nowhere": 123,
+    }
+    for run in runs.values():
+        assert re.search(r"rip [0-9a-f]{16}", run.err), run
+        assert len(run.err.splitlines()[-1]) < 200
+    assert f"rip {CODE + 1:016x}" in runs["spin"].err
+    assert "the guest did not end in time: 2 s are over" in runs["spin"].err
+    assert f"rip {0xD0000000:016x}" in runs["nowhere"].err
+    assert "internal_error" in runs["nowhere"].err
+
+
+def test_timeout_while_linux_boots_and_hangs(host: Host) -> None:
+    """--timeout ends the kernel's boot, and a command that takes too long."""
+    runs = run_all(
+        host,
+        {
+            "boot": ["--timeout", "1", "--", "true"],
+            "command": ["--timeout", "40", "--", "sh", "-c", "echo started; sleep 1000"],
+        },
+    )
+    for run in runs.values():
+        assert run.status == 124
+        assert "did not end in time" in run.err
+        assert run.report["outcome"]["kind"] == "timeout"
+    assert runs["boot"].out == ""
+    assert runs["command"].out == "started\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--append", "pci=nomsi"]], ids=["msix", "intx"])
+def test_restart(host: Host, options: list[str]) -> None:
+    """With --on-reboot restart the guest comes up again, with a working network, several times."""
+    with Guest(host, "--on-reboot", "restart", "--cpus", "2", *options) as guest:
+        for _ in range(2):
+            check_traffic(guest)
+            start = len(guest.stdout)
+            guest.type("reboot -f\n")
+            guest.log_in(start)
+        assert guest.do("nproc").strip() == "2"
+        check_traffic(guest)
+        guest.leave(7)
+        report = guest.report
+    assert report["reboots"] == len(report["kvm_before_reboots"]) == 2
+    assert report["outcome"]["status"] == 7
+
+
+def test_restart_then_panic(host: Host) -> None:
+    """A panic is no reboot: it ends the run, also after a restart."""
+    with Guest(host, "--on-reboot", "restart") as guest:
+        start = len(guest.stdout)
+        guest.type("reboot -f\n")
+        guest.log_in(start)
+        guest.type("echo c >/proc/sysrq-trigger\n")
+        assert guest.wait() == 120
+        assert "sysrq triggered crash" in guest.err

@@ -1,0 +1,209 @@
+"""virtio-net under real Linux: traffic both ways with every set of features and every way of interrupting."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.boot.guest import (
+    Guest,
+    check_iperf,
+    check_ping,
+    check_tcp,
+    check_traffic,
+    exits_by_device,
+    nic_address,
+)
+
+if TYPE_CHECKING:
+    from tests.boot.guest import Host
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+OFFLOADS = {"CSUM", "GUEST_CSUM"} | {
+    f"{side}_{kind}" for side in ("HOST", "GUEST") for kind in ("TSO4", "TSO6", "ECN", "UFO")
+}
+TSO = {name for name in OFFLOADS if not name.endswith("CSUM")}
+RINGS = {"MRG_RXBUF", "INDIRECT_DESC", "EVENT_IDX"}
+
+#: One card each in one guest, which has room for eight: --net keys, and the features that then must not be negotiated.
+CARDS: dict[str, set[str]] = {
+    "without=offloads": OFFLOADS,
+    "without=tso": TSO,
+    "without=mrg-rxbuf": {"MRG_RXBUF"},
+    "without=event-idx": {"EVENT_IDX"},
+    "without=indirect": {"INDIRECT_DESC"},
+    "without=offloads+mrg-rxbuf+indirect+event-idx,queue-size=32": OFFLOADS | RINGS,
+    "mtu=9000": set(),
+    "notify=exit": set(),
+}
+
+
+def reload_driver(guest: Guest, *options: str) -> None:
+    """Unload virtio_net, load it again and give eth0 its address back."""
+    guest.do("rmmod virtio_net && ! [ -e /sys/class/net/eth0 ]")
+    guest.do(f"modprobe virtio_net {' '.join(options)} && ip link set eth0 up")
+    guest.do(f"ip addr add {nic_address(0, 'guest')}/24 dev eth0")
+
+
+def ethtool(guest: Guest, flag: str) -> None:
+    """Set all offloads of eth0 that can be set."""
+    for feature in ("tso", "gso", "gro", "tx", "sg"):
+        guest.sh(f"ethtool -K eth0 {feature} {flag}")
+
+
+def interrupts(guest: Guest, pattern: str) -> list[int]:
+    """Interrupts a CPU of the /proc/interrupts lines that match."""
+    cpus = int(guest.do("nproc"))
+    sums = [0] * cpus
+    for line in guest.do(f"grep '{pattern}' /proc/interrupts").splitlines():
+        for cpu, count in enumerate(line.split()[1 : 1 + cpus]):
+            sums[cpu] += int(count)
+    return sums
+
+
+def test_default_card(host: Host) -> None:
+    """All features: traffic with and without offloads, the interface down and up, the driver reloaded."""
+    with Guest(host) as guest:
+        check_ping(guest)
+        check_ping(guest, size=1400)
+        check_tcp(guest, megabytes=4)
+        check_iperf(guest)
+        assert "tcp-segmentation-offload: on" in guest.do("ethtool -k eth0")
+
+        ethtool(guest, "off")
+        assert "tcp-segmentation-offload: off" in guest.do("ethtool -k eth0")
+        check_tcp(guest)
+        check_iperf(guest, megabytes=2)
+        ethtool(guest, "on")
+        check_tcp(guest)
+
+        for _ in range(3):
+            guest.do("ip link set eth0 down")
+            assert guest.sh(f"ping -c 1 -W 1 {nic_address(0, 'host')}").status != 0
+            guest.do("ip link set eth0 up")
+            check_ping(guest)
+
+        for _ in range(3):
+            reload_driver(guest)
+            check_traffic(guest)
+        guest.leave()
+        nic = guest.report["nets"][0]
+        assert set(nic["negotiated"]) >= OFFLOADS | RINGS
+        assert nic["resets"] >= 3  # each unload, at least
+        assert nic["refused_writes"] == 0
+        assert exits_by_device(guest.report, "net0 notify") == 0
+
+
+@pytest.fixture(scope="module")
+def cards(host: Host) -> dict[str, Any]:
+    """One guest with all CARDS: what the traffic of each gave, and the report."""
+    nets = [arg for card in CARDS for arg in ("--net", f"emulated,{card}")]
+    results: dict[str, Any] = {}
+    with Guest(host, *nets) as guest:
+        for nic, card in enumerate(CARDS):
+            try:
+                check_traffic(guest, nic)
+                results[card] = guest.do(f"cat /sys/class/net/eth{nic}/mtu")
+            except AssertionError as e:
+                results[card] = e
+        guest.leave()
+        results["report"] = guest.report
+    return results
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_card(cards: dict[str, Any], card: str) -> None:
+    """Traffic with one card's features."""
+    if isinstance(cards[card], Exception):
+        raise cards[card]
+    report = cards["report"]
+    index = list(CARDS).index(card)
+    nic = report["nets"][index]
+    negotiated = set(nic["negotiated"])
+    assert not negotiated & CARDS[card]
+    assert (OFFLOADS | RINGS) - CARDS[card] <= negotiated
+    assert cards[card].strip() == ("9000" if card == "mtu=9000" else "1500")
+    assert ("MTU" in negotiated) == card.startswith("mtu=")
+    counters = nic["counters"]
+    assert counters["tx_packets"] > 0 and counters["rx_packets"] > 0
+    notifies = exits_by_device(report, f"net{index} notify")
+    if card == "notify=exit":
+        # Every kick is an exit; the worker counts those that woke it up.
+        assert notifies >= counters["tx_kicks"] + counters["rx_kicks"] > 0
+    else:
+        assert notifies == 0
+        assert counters["tx_kicks"] > 0
+
+
+def test_jumbo_frames(host: Host) -> None:
+    """With mtu=9000 a packet of that size goes through whole, both ways, also without mergeable buffers."""
+    nets = ("--net", "emulated,mtu=9000,without=tso", "--net", "emulated,mtu=9000,without=tso+mrg-rxbuf")
+    with Guest(host, *nets) as guest:
+        for nic in (0, 1):
+            result = guest.host_run(
+                nic, *f"ping -M do -s 8972 -c 3 -i 0.3 {nic_address(nic, 'guest')}".split()
+            )
+            assert " 3 received" in result.out, result
+            assert guest.host_run(nic, *f"ping -M do -s 8973 -c 1 {nic_address(nic, 'guest')}".split()).status
+            check_traffic(guest, nic)
+        guest.leave()
+
+
+def test_two_cpus(host: Host) -> None:
+    """Both are online, and a queue's interrupt comes to the CPU that it is sent to."""
+    with Guest(host, "--cpus", "2") as guest:
+        assert guest.do("cat /sys/devices/system/cpu/online").strip() == "0-1"
+        numbers = guest.do("grep virtio0- /proc/interrupts | cut -d: -f1").split()
+        assert len(numbers) == 3  # configuration, receive, transmit
+        for cpu in (0, 1, 0):
+            for number in numbers:
+                guest.do(f"echo {cpu} >/proc/irq/{number}/smp_affinity_list")
+            before = interrupts(guest, "virtio0-input")
+            check_traffic(guest)
+            after = interrupts(guest, "virtio0-input")
+            assert after[cpu] > before[cpu]
+            assert after[1 - cpu] - before[1 - cpu] <= 2  # on their way while it changed
+        check_iperf(guest)
+        guest.leave()
+
+
+def test_eight_cpus(host: Host) -> None:
+    """As many as the testbed has to share out; all come up and do work."""
+    with Guest(host, "--cpus", "8", "--memory", "512M") as guest:
+        assert guest.do("nproc").strip() == "8"
+        assert guest.do("cat /sys/devices/system/cpu/online").strip() == "0-7"
+        for cpu in range(8):
+            assert guest.do(f"taskset {1 << cpu:x} sh -c 'echo works'").strip() == "works"
+        check_traffic(guest)
+        guest.leave()
+
+
+def test_intx(host: Host) -> None:
+    """Without MSI, two cards interrupt by their lines."""
+    nets = ("--net", "emulated", "--net", "emulated,notify=exit")
+    with Guest(host, "--append", "pci=nomsi", "--cpus", "2", *nets) as guest:
+        assert not guest.sh("grep MSI /proc/interrupts").text
+        for nic in (0, 1):
+            check_traffic(guest, nic)
+            assert sum(interrupts(guest, f"IO-APIC.*virtio{nic}")) > 0
+        reload_driver(guest)
+        check_traffic(guest, 0)
+        guest.leave()
+        assert exits_by_device(guest.report, "net0 isr") > 0
+        assert (
+            exits_by_device(guest.report, "net0 notify") == 0 < exits_by_device(guest.report, "net1 notify")
+        )
+
+
+def test_memory_above_the_pci_hole(host: Host) -> None:
+    """With 5 GiB, RAM goes on above 4 GiB, and the card reaches it."""
+    with Guest(host, "--memory", "5G") as guest:
+        total = int(guest.do("awk '/MemTotal/ {print $2}' /proc/meminfo"))
+        assert total > 4.5 * (1 << 20)
+        assert "100000000-" in guest.do("grep 'System RAM' /proc/iomem")
+        check_traffic(guest)
+        check_iperf(guest)
+        guest.leave()
+        assert guest.report["memory_bytes"] == 5 << 30

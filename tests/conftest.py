@@ -1,0 +1,46 @@
+"""For all tests: a summary that says what ran where, so that nothing is left out without a word."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+#: First part of a test's path below tests/ -> the words for where it runs; other conftest files fill in theirs.
+PLACES: dict[str, str] = {"lint": "tools", "unit": "this machine, no KVM", "fuzz": "this machine, no KVM"}
+_outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Find out where host tests run."""
+    from pyvmm.host.doctor import can_run_linux_locally, flavour
+
+    if Path("/dev/kvm").exists():
+        PLACES["host"] = f"this machine's /dev/kvm ({flavour() or 'unknown'})"
+    else:
+        PLACES["host"] = can_run_linux_locally()[1]
+    PLACES.setdefault("boot", "testbed")
+
+
+@pytest.fixture(scope="session")
+def places() -> dict[str, str]:
+    """Where tests run, for fixtures that know better once they have started something."""
+    return PLACES
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count each test once: by its call, or by the phase that kept it from being called."""
+    if report.when == "call" or report.outcome != "passed":
+        kind = report.nodeid.split("/")[1] if "/" in report.nodeid else ""
+        _outcomes[kind][report.outcome] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table."""
+    if len(_outcomes) < 2:
+        return
+    terminalreporter.section("what ran where")
+    for kind, counts in _outcomes.items():
+        done = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
+        terminalreporter.write_line(f"{kind:6} {done:28} {PLACES.get(kind, '')}")

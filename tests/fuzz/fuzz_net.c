@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Fuzzes the worker (cext/net_worker.c): both rings of a queue pair are the input's, packets come and go
+ * through a socket pair.
+ *
+ * Input: base (2 bytes), features (1), packet lengths (13), then the image of the low region.
+ */
+#include "net_worker.c"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/socket.h>
+
+#include "fuzz.h"
+
+#define CHECK(cond)                                                                                          \
+	do {                                                                                                 \
+		if (!(cond)) {                                                                               \
+			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                           \
+			abort();                                                                             \
+		}                                                                                            \
+	} while (0)
+
+static uint8_t *low, *high;
+static int pair[2] = {-1, -1}, event[4];
+
+static void set_up(void)
+{
+	low = aligned_alloc(4096, FUZZ_REGION);
+	high = aligned_alloc(4096, FUZZ_REGION);
+	CHECK(low && high);
+	memset(low, 0, FUZZ_REGION);
+	memset(high, 0, FUZZ_REGION);
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair));
+	for (int i = 0; i < 4; i++)
+		event[i] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	static uint8_t packet[65536];
+	struct pv_memory mem = {.count = 2};
+	struct pv_net_config cfg = {0};
+	struct pv_net_event ev = {0};
+	struct pv_net_worker *w;
+	bool off[2] = {false, false};
+	uint16_t base, ahead[2];
+
+	if (size < FUZZ_HEADER)
+		return 0;
+	if (!low)
+		set_up();
+	memcpy(low, data + FUZZ_HEADER, size - FUZZ_HEADER < FUZZ_IMAGE ? size - FUZZ_HEADER : FUZZ_IMAGE);
+	mem.region[0] = (struct pv_mem_region){.gpa = 0, .size = FUZZ_REGION, .host = low};
+	mem.region[1] = (struct pv_mem_region){.gpa = FUZZ_HIGH, .size = FUZZ_REGION, .host = high};
+	memcpy(&base, data, sizeof(base));
+	for (uint32_t q = 0; q < 2; q++)
+		cfg.ring[q] = (struct pv_net_ring){
+			.size = FUZZ_SIZE,
+			.base = base,
+			.desc = FUZZ_DESC(q),
+			.avail = FUZZ_AVAIL(q),
+			.used = FUZZ_USED(q),
+			.kick = event[q],
+			.call = event[2 + q],
+		};
+	cfg.fd = pair[0];
+	cfg.hdr_len = data[2] & 8 ? 10 : 12;
+	cfg.max_frame = data[2] & 16 ? 65565 : 1530;
+	cfg.poll_us = data[2] & 32 ? 1 : 0;
+	cfg.indirect = data[2] & 1;
+	cfg.event_idx = data[2] & 2;
+	cfg.mrg_rxbuf = data[2] & 4;
+	w = pv_net_worker_new(&cfg, &mem, &ev);
+	CHECK(w);
+	for (int q = RX; q <= TX; q++)
+		ahead[q] = (uint16_t)(w->ring[q].last_avail - w->ring[q].used_next);
+	for (uint32_t i = 3; i < FUZZ_HEADER; i++) {
+		uint32_t len = 1 + (uint32_t)data[i] * (data[i] & 1 ? 8 : 97);
+
+		(void)!write(pair[1], packet, len);
+		if (i % 4 == 3) {
+			/* As pv_net_worker_run does, but without sleeping. */
+			w->event.kind = PV_NET_STOPPED;
+			for (int round = 0; net_round(w) && !w->event.kind; round++)
+				CHECK(round < 10000);
+			if (w->event.kind) {
+				CHECK(w->event.kind == PV_NET_RING_FAULT);
+				CHECK(!off[w->event.queue]);
+				off[w->event.queue] = true;
+			}
+			while (read(pair[1], packet, sizeof(packet)) > 0)
+				;
+			/* The guest goes on: more of what there is; sometimes it kicks. */
+			low[FUZZ_AVAIL(i / 4 & 1) + 2] =
+				(uint8_t)(low[FUZZ_AVAIL(i / 4 & 1) + 2] + (data[i] & 7));
+			if (data[i] & 64)
+				(void)!write(event[i / 4 & 1], &(uint64_t){1}, sizeof(uint64_t));
+			/* Awake, so that net_sleep never sleeps; a spin would take that from it. */
+			(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
+			if (!w->event.kind)
+				CHECK((cfg.poll_us ? spin(w) : net_sleep(w)) >= 0);
+			CHECK(w->event.kind != PV_NET_LINK_DOWN);
+		}
+	}
+	w->stop = 1;
+	pv_net_worker_run(w, &ev);
+	CHECK(ev.kind == PV_NET_STOPPED);
+	for (int q = RX; q <= TX; q++) {
+		/* Nothing taken is left: what was popped was pushed and published. */
+		CHECK((uint16_t)(w->ring[q].last_avail - w->ring[q].used_next) == ahead[q]);
+		CHECK(w->ring[q].used_idx == w->ring[q].used_next);
+	}
+	pv_net_worker_free(w);
+	while (read(pair[0], packet, sizeof(packet)) > 0)
+		;
+	while (read(pair[1], packet, sizeof(packet)) > 0)
+		;
+	return 0;
+}

@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Fuzzes the device side of a split ring (cext/vring.c): memory of two regions is filled from the input, then
+ * chains are popped and pushed in an order that the input gives. Checks what must hold whatever the guest
+ * writes.
+ *
+ * Input: base (2 bytes), features (1), operations (13), then the image of the low region.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fuzz.h"
+#include "vring.h"
+
+#define CHECK(cond)                                                                                          \
+	do {                                                                                                 \
+		if (!(cond)) {                                                                               \
+			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                           \
+			abort();                                                                             \
+		}                                                                                            \
+	} while (0)
+
+static uint8_t *low, *high;
+
+static bool in_ram(const void *p, size_t len)
+{
+	const uint8_t *at = p;
+
+	return (at >= low && at + len <= low + FUZZ_REGION) || (at >= high && at + len <= high + FUZZ_REGION);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	static struct iovec iov[PV_CHAIN_MAX];
+	uint16_t base, ahead, taken = 0, heads[65];
+	struct pv_memory mem = {.count = 2};
+	struct pv_vring vr;
+	enum pv_fault fault;
+
+	if (size < FUZZ_HEADER)
+		return 0;
+	/* Each region is an allocation of its own: ASan sees a byte too far. */
+	if (!low) {
+		low = aligned_alloc(4096, FUZZ_REGION);
+		high = aligned_alloc(4096, FUZZ_REGION);
+		CHECK(low && high);
+	}
+	memcpy(low, data + FUZZ_HEADER, size - FUZZ_HEADER < FUZZ_IMAGE ? size - FUZZ_HEADER : FUZZ_IMAGE);
+	mem.region[0] = (struct pv_mem_region){.gpa = 0, .size = FUZZ_REGION, .host = low};
+	mem.region[1] = (struct pv_mem_region){.gpa = FUZZ_HIGH, .size = FUZZ_REGION, .host = high};
+	memcpy(&base, data, sizeof(base));
+	fault = pv_vring_init(&vr, &mem, FUZZ_SIZE, FUZZ_DESC(0), FUZZ_AVAIL(0), FUZZ_USED(0), base,
+			      data[2] & 1, data[2] & 2);
+	CHECK(fault == PV_FAULT_NONE);
+	/* A guest may have scribbled over the used index; then the difference stays. */
+	ahead = (uint16_t)(vr.last_avail - vr.used_next);
+	for (uint32_t i = 3; i < FUZZ_HEADER; i++) {
+		struct pv_chain c;
+		enum pv_step step;
+
+		switch (data[i] & 7) {
+		default:
+			step = pv_vring_pop(&vr, iov, data[i] & 0x80 ? 4 : PV_CHAIN_MAX, &c);
+			CHECK((step == PV_BAD) == (vr.fault != PV_FAULT_NONE));
+			if (step != PV_MORE)
+				break;
+			CHECK(c.head < FUZZ_SIZE);
+			CHECK(c.out_num + c.in_num >= 1);
+			for (uint32_t k = 0; k < (uint32_t)c.out_num + c.in_num; k++) {
+				CHECK(iov[k].iov_len);
+				CHECK(in_ram(iov[k].iov_base, iov[k].iov_len));
+			}
+			heads[taken++] = c.head;
+			break;
+		case 1:
+		case 2:
+			while (taken && taken > (data[i] >> 5))
+				pv_vring_push(&vr, heads[--taken], data[i]);
+			break;
+		case 3:
+			if (taken) {
+				pv_vring_unpop(&vr, 1);
+				taken--;
+			}
+			break;
+		case 4:
+			(void)pv_vring_flush(&vr);
+			break;
+		case 5:
+			(void)pv_vring_enable_notify(&vr);
+			break;
+		case 6:
+			pv_vring_disable_notify(&vr);
+			/* The guest goes on meanwhile. */
+			memcpy(low + FUZZ_AVAIL(0) + 2, &data[i], 1);
+			break;
+		}
+		CHECK((uint16_t)(vr.last_avail - vr.used_next) == (uint16_t)(ahead + taken));
+	}
+	CHECK(pv_vring_init(&vr, &mem, data[3] * 257u, (uint64_t)data[4] << (data[5] & 63),
+			    (uint64_t)data[6] << (data[7] & 63), (uint64_t)data[8] << (data[9] & 63), base,
+			    true, true) < PV_FAULT_COUNT);
+	return 0;
+}

@@ -1,0 +1,41 @@
+"""Host tests run small bare-metal guests on this machine's own /dev/kvm."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kvm() -> None:
+    """Skip, saying why, where KVM cannot be had."""
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as e:
+        pytest.skip(f"/dev/kvm: {e.strerror}")
+
+
+@pytest.fixture(scope="session")
+def guest() -> Callable[[str], str]:
+    """The path of a bare-metal guest by its name, built once."""
+    subprocess.run(["make", "-s", "-C", str(ROOT / "guest")], check=True)
+    return lambda name: str(ROOT / "guest" / "build" / f"{name}.elf")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No descriptor, child process or tap may outlive a test."""
+
+    def state() -> tuple[int, str, list[str]]:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+        return len(os.listdir("/proc/self/fd")), children, sorted(os.listdir("/sys/class/net"))  # noqa: PTH208
+
+    before = state()
+    yield
+    assert state() == before

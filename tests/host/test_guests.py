@@ -1,0 +1,236 @@
+"""The machine, proved by bare-metal guests (guest/README.md says what each does)."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pyvmm import Machine, Net
+from pyvmm.errors import GuestPanic, GuestReboot, GuestTimeout, KvmRunError, TripleFault
+from pyvmm.machine import Outcome
+from pyvmm.spec import linux_boot as lb
+from pyvmm.spec.platform import PORT_ACPI_SLEEP_CONTROL, PORT_GUEST_CONTROL
+
+Guest = Callable[[str], str]
+TIMEOUT = 20.0  # seconds; the guests need a tenth of one
+
+
+def run(vm: Machine) -> Outcome:
+    """To the end; shows what the guest said where that is not an orderly power-off."""
+    vm.start()
+    outcome = vm.wait(TIMEOUT)
+    print(vm.stdout.text.decode(), outcome)
+    return outcome
+
+
+# --- start and end ------------------------------------------------------------------------------------------
+
+
+def test_hello(guest: Guest) -> None:
+    with Machine(guest("hello"), memory="2M", append="status=42") as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", 42)
+        assert vm.boot.kind == "ELF by PVH note"
+        assert vm.stdout.text == b"hello, stdout\n"
+        assert vm.console.text == b"hello, console\r\n"
+
+
+def test_entry_in_long_mode(guest: Guest, tmp_path: Path) -> None:
+    """Without its PVH note the same ELF is entered in 64-bit mode, with the zero page."""
+    image = bytearray(Path(guest("smp")).read_bytes())
+    count = struct.unpack_from("<H", image, 56)[0]
+    for at in range(lb.EHDR_SIZE, lb.EHDR_SIZE + count * lb.PHDR_SIZE, lb.PHDR_SIZE):
+        if struct.unpack_from("<I", image, at)[0] == lb.PT_NOTE:
+            struct.pack_into("<I", image, at, 0)
+    (tmp_path / "smp.elf").write_bytes(image)
+    with Machine(str(tmp_path / "smp.elf"), memory="4M", cpus=2, append="cpus=2") as vm:
+        outcome = run(vm)
+        assert vm.boot.mode == "long64"
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "error"),
+    [
+        ("poweroff", "poweroff", None),
+        ("acpi", "reboot", GuestReboot),
+        ("cf9", "reboot", GuestReboot),
+        ("i8042", "reboot", GuestReboot),
+        ("vector", "reboot", GuestReboot),
+        ("triple", "triple-fault", TripleFault),
+        ("panic", "panic", GuestPanic),
+        ("nowhere", "kvm-error", KvmRunError),
+    ],
+)
+def test_every_end_is_told_apart(guest: Guest, how: str, kind: str, error: type[Exception] | None) -> None:
+    with Machine(guest("reset"), memory="4M", cpus=2, append=f"how={how}") as vm:
+        outcome = run(vm)
+        assert outcome.kind == kind
+        raised = outcome.error()
+        assert type(raised) is (error or type(None))
+        if kind in ("triple-fault", "kvm-error"):
+            assert outcome.registers
+            assert "rip" in outcome.registers
+
+
+@pytest.mark.parametrize("how", ["hang", "halt"])
+def test_time_out(guest: Guest, how: str) -> None:
+    with Machine(guest("reset"), memory="4M", append=f"how={how}") as vm:
+        vm.start()
+        vm.stdout.expect("reset: by", TIMEOUT)
+        begin = time.monotonic()
+        outcome = vm.wait(0.2)
+        assert time.monotonic() - begin < 1
+        assert isinstance(outcome.error(), GuestTimeout)
+
+
+def test_restart(guest: Guest) -> None:
+    """Memory, devices and vCPUs start over, time and again; streams and ledger go on."""
+    with Machine(guest("reset"), memory="4M", cpus=2, append="how=acpi", on_reboot="restart") as vm:
+        vm.start()
+        vm.stdout.expect(r"(reset: by acpi\n){4}", TIMEOUT)
+        vm.stop()
+        assert vm.reboots >= 3
+        ledger = vm.ledger()
+        assert ledger.total == sum(line.count for line in ledger.lines)
+
+
+def test_threads_end(guest: Guest) -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        with Machine(guest("hello"), memory="2M", cpus=4) as vm:
+            run(vm)
+    assert threading.active_count() == before
+
+
+# --- exits --------------------------------------------------------------------------------------------------
+
+NOBODY = 0x1230
+STRINGS = 0x1234
+ADDRESS = 0xD000_0000
+#: (reason, address, size, write) -> (exits, accesses)
+EXITS = {
+    ("io", NOBODY, 1, True): (10, 10),
+    ("io", NOBODY, 2, True): (20, 20),
+    ("io", NOBODY, 4, True): (30, 30),
+    ("io", NOBODY, 1, False): (11, 11),
+    ("io", NOBODY, 2, False): (21, 21),
+    ("io", NOBODY, 4, False): (31, 31),
+    ("io", STRINGS, 1, True): (64, 64),
+    ("io", STRINGS, 1, False): (1, 64),
+    ("mmio", ADDRESS, 1, True): (5, 5),
+    ("mmio", ADDRESS, 2, True): (6, 6),
+    ("mmio", ADDRESS, 4, True): (7, 7),
+    ("mmio", ADDRESS, 8, True): (8, 8),
+    ("mmio", ADDRESS, 1, False): (9, 9),
+    ("mmio", ADDRESS, 2, False): (10, 10),
+    ("mmio", ADDRESS, 4, False): (11, 11),
+    ("mmio", ADDRESS, 8, False): (12, 12),
+    ("io", PORT_GUEST_CONTROL, 4, True): (1, 1),
+    ("io", PORT_ACPI_SLEEP_CONTROL, 1, True): (1, 1),
+}
+
+
+def test_every_exit_is_accounted_for(guest: Guest) -> None:
+    with Machine(guest("exits"), memory="4M") as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        ledger = vm.ledger()
+    found = {
+        (line.reason, line.addr, line.size, line.write): (line.count, line.units)
+        for line in ledger.lines
+        if line.reason != "intr"  # being stopped may cost one
+    }
+    assert found == EXITS
+    assert ledger.total == sum(line.count for line in ledger.lines)
+    assert {line.device for line in ledger.lines if line.addr in (NOBODY, STRINGS, ADDRESS)} == {""}
+
+
+def test_kernel_devices_do_not_exit(guest: Guest) -> None:
+    """PIT, APICs and hlt are KVM's: of the timer guest only its words are seen."""
+    with Machine(guest("timer"), memory="4M") as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        assert vm.stdout.text == b"timer: 10 lapic, 10 pit\n"
+        assert set(vm.ledger().by_device()) <= {"guest-stdout", "guest-control", "acpi-power", "intr"}
+
+
+# --- processors and the serial port ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 8])
+def test_processors(guest: Guest, cpus: int) -> None:
+    with Machine(guest("smp"), memory="4M", cpus=cpus, append=f"cpus={cpus}") as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        assert vm.stdout.text.decode() == f"smp: {cpus} cpus, {cpus - 1} started, sum {100 * cpus}\n"
+
+
+def flood(size: int) -> str:
+    """What the serial guest sends, as it goes over the wire."""
+    letters = "".join(chr(ord("a") + i % 26) for i in range(64 - 9))
+    return "".join(f"{line:07} {letters}\n" for line in range(0, size, 64))[:size]
+
+
+def test_serial_flood_loses_nothing(guest: Guest) -> None:
+    size = 64 << 10
+    with Machine(guest("serial"), memory="4M", append=f"flood={size}") as vm:
+        assert run(vm).status == 0
+        assert vm.console.text.decode() == flood(size)
+        assert vm.console.dropped == 0
+        assert vm.stdout.text.endswith(b"by interrupts\n")
+
+
+def test_serial_echo(guest: Guest) -> None:
+    text = "the lazy dog jumps over " * 50
+    with Machine(guest("serial"), memory="4M", append="echo=1") as vm:
+        vm.start()
+        vm.stdout.expect("ready", TIMEOUT)
+        for part in (text[:1], text[1:30], text[30:]):
+            vm.console.send(part)
+            vm.console.expect(part[-10:], TIMEOUT)
+        vm.console.send("q")
+        assert vm.wait(TIMEOUT).kind == "poweroff"
+        assert vm.console.text.decode() == text + "q"
+
+
+# --- virtio-net -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("irq", ["msix", "intx", "poll"])
+@pytest.mark.parametrize("notify", ["ioeventfd", "exit"])
+def test_network(guest: Guest, irq: str, notify: str) -> None:
+    count = 100
+    net = Net("emulated", notify=notify)
+    with Machine(guest("pcinet"), memory="4M", append=f"count={count} irq={irq}", nets=[net]) as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        text = vm.stdout.text.decode()
+        assert f"{count} asked and answered" in text
+        kicks = int(text.rsplit(",", 1)[1].split()[0])
+        devices = vm.ledger().by_device()
+        if notify == "exit":
+            assert devices["net0 notify"] == kicks
+        else:
+            assert "net0 notify" not in devices
+        if irq == "intx":
+            assert devices["net0 isr"] > 0
+        else:
+            assert "net0 isr" not in devices
+        counters = vm.nets[0].device.datapath.counters()
+        assert counters["tx_packets"] == count
+        assert counters["rx_packets"] >= count
+
+
+@pytest.mark.parametrize("notify", ["ioeventfd", "exit"])
+def test_bad_rings(guest: Guest, notify: str) -> None:
+    with Machine(guest("badring"), memory="4M", nets=[Net("emulated", notify=notify)]) as vm:
+        outcome = run(vm)
+        assert "23 tried, 0 bad" in vm.stdout.text.decode()
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        assert vm.nets[0].device.refused > 0

@@ -1,0 +1,92 @@
+"""The import rule of ARCHITECTURE.md: imports go downward, and few touch the C extension."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = (
+    {"errors", "fd", "spec", "__version__"},
+    {"memory", "kvm"},
+    {"bus", "pci"},
+    {"boot", "datapath", "devices", "virtio"},
+    {"control", "exits", "host", "images", "net", "testing"},
+    {"machine"},
+    {"", "cli", "__main__"},  # "" is pyvmm/__init__.py, the public API
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+EXTENSION = ("bus", "datapath", "devices", "kvm", "memory", "pci", "virtio.pci", "virtio.queue")
+
+
+def runtime_imports(node: ast.AST) -> Iterator[str]:
+    """Modules of pyvmm imported below ``node``, without those that only type checkers see."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for other in child.orelse:
+                yield from runtime_imports(other)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "relative imports hide the layer"
+            if child.module == "pyvmm":
+                yield from (f"pyvmm.{alias.name}" for alias in child.names)
+            elif child.module and child.module.startswith("pyvmm."):
+                yield child.module
+        elif isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names if alias.name.startswith("pyvmm."))
+        else:
+            yield from runtime_imports(child)
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted((ROOT / "pyvmm").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / "pyvmm").with_suffix("").parts)
+        yield name.removesuffix("__init__").removesuffix("."), path
+
+
+def check(name: str, source: str) -> list[str]:
+    """What is wrong with the imports of module ``name`` (without "pyvmm.")."""
+    own = name.split(".")[0]
+    wrong = []
+    for target in runtime_imports(ast.parse(source)):
+        inner = target.removeprefix("pyvmm.")
+        other = inner.split(".")[0]
+        if other == "_ext":
+            if not any(name == e or name.startswith(f"{e}.") for e in EXTENSION):
+                wrong.append(f"pyvmm.{name} touches the C extension")
+        elif own == "virtio" and other == "datapath" and inner != "datapath.base":
+            wrong.append(f"pyvmm.{name} picks a backend: {target}")
+        elif other not in RANK:
+            wrong.append(f"pyvmm.{other} has no layer: add it to LAYERS and to ARCHITECTURE.md")
+        elif RANK[other] > RANK[own]:
+            wrong.append(f"pyvmm.{name} imports {target}, which is above it")
+    return wrong
+
+
+def test_imports_go_downward() -> None:
+    wrong = [problem for name, path in modules() for problem in check(name, path.read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_check_notices() -> None:
+    assert check("kvm.vm", "from pyvmm.machine import Machine")
+    assert check("kvm.vm", "def f():\n    import pyvmm.cli.run")
+    assert check("virtio.net", "from pyvmm.datapath.tap import Tap")
+    assert check("boot.elf", "from pyvmm._ext import lib")
+    assert check("machine", "from pyvmm._ext import lib")
+    assert check("virtio.net", "from pyvmm._ext import lib")
+    assert not check("kvm.vm", "if TYPE_CHECKING:\n    from pyvmm.machine import Machine")
+    assert not check("virtio.net", "from pyvmm.datapath.base import Vring")
+
+
+def test_only_cli_prints_or_exits() -> None:
+    """Libraries raise; processes of their own (the supervisor, the agent in L1) may talk to their log."""
+    own_process = {"host.l1_agent", "host.l1_supervisor"}
+    wrong = []
+    for name, path in modules():
+        if name.split(".")[0] in ("cli", "__main__") or name in own_process:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "exit", "quit", "sys.exit"):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node.func)}")
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,72 @@
+"""What the linters, the type checker and the C compiler say; ``make lint`` runs this alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+C_FLAGS = [
+    "-std=gnu11",
+    "-D_GNU_SOURCE",
+    "-O2",
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
+    "-Wvla",
+    "-Wconversion",
+    "-Werror",
+    "-Icext",
+]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+C_FILES = sorted(
+    str(p.relative_to(ROOT)) for d in ("cext", "pyvmm") for p in (ROOT / d).rglob("*.c") if p.name != "_ext.c"
+)
+FORMATTED = sorted(
+    str(p.relative_to(ROOT))
+    for d in ("cext", "guest", "pyvmm", "tests")
+    for p in (ROOT / d).rglob("*.[ch]")
+    if p.name != "_ext.c"
+)
+
+
+def clean(*argv: str | Path, **env: str) -> None:
+    """Fail with the tool's own words unless it is content."""
+    done = subprocess.run(argv, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"{Path(argv[0]).name}:\n{done.stdout}{done.stderr}", pytrace=False)
+
+
+def test_ruff() -> None:
+    clean(BIN / "ruff", "check", "--quiet", ".")
+
+
+def test_ruff_format() -> None:
+    clean(BIN / "ruff", "format", "--check", "--quiet", ".")
+
+
+def test_mypy() -> None:
+    clean(BIN / "mypy")
+
+
+def test_clang_format() -> None:
+    tool = shutil.which("clang-format")
+    assert tool, "clang-format is missing: make setup"
+    clean(tool, "--dry-run", "-Werror", *FORMATTED)
+
+
+@pytest.mark.parametrize("path", C_FILES)
+@pytest.mark.parametrize("flags", [[], SANITIZE], ids=["warnings", "sanitized"])
+def test_c(path: str, flags: list[str]) -> None:
+    clean("gcc", *C_FLAGS, *flags, "-c", "-o", os.devnull, path)
+
+
+def test_shell_scripts_parse() -> None:
+    for script in ("tools/setup.sh", ".ci/run"):
+        clean("sh", "-n", script)

@@ -1,0 +1,264 @@
+"""pyvmm beside QEMU in one run: boot, throughput, round trip, exits, memory. Runs where KVM is: `make bench` uses the testbed.
+
+Every round runs every contestant once, in turn, with the same kernel, initramfs, command line and tap, so that whatever
+disturbs the machine disturbs all. Figures are medians with (lowest..highest) of the rounds; bare times mean nothing on an emulated
+processor, ratios do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import select
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyvmm.images import find
+
+TAP, HOST, GUEST, MAC = "pvbench0", "192.168.150.1", "192.168.150.2", "52:54:00:00:00:50"
+MARK = b"pyvmm-init: start"
+KVM = Path("/sys/kernel/debug/kvm")
+BOOT_LIMIT = 40.0  # seconds
+COUNTS = ("exits", "irq_injections")
+QEMU_DIRS = sorted(Path.home().glob(".cache/pyvmm/testbed/qemu/*/usr/bin"), reverse=True)
+
+
+def sh(*argv: str, check: bool = True) -> str:
+    return subprocess.run(argv, check=check, capture_output=True, text=True).stdout
+
+
+def qemu() -> list[str]:
+    """The newest QEMU here: the testbed's own, else the system's."""
+    for directory in QEMU_DIRS:
+        binary = directory / "qemu-system-x86_64"
+        if binary.exists():
+            root = directory.parent.parent
+            os.environ["LD_LIBRARY_PATH"] = ":".join(
+                str(p)
+                for p in (root / "usr/lib/x86_64-linux-gnu", root / "lib/x86_64-linux-gnu")
+                if p.exists()
+            )
+            return [
+                str(binary),
+                "-L",
+                str(root / "usr/share/qemu"),
+                "-L",
+                str(root / "usr/share/seabios"),
+                "-L",
+                "/usr/share/qemu",
+            ]
+    found = shutil.which("qemu-system-x86_64")
+    return [found] if found else []
+
+
+class Contestant:
+    """One way to run the guest."""
+
+    def __init__(self, name: str, argv: list[str], *, net: bool = True) -> None:
+        self.name = name
+        self.argv = argv
+        self.net = net
+
+
+def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
+    command = base64.urlsafe_b64encode(b"iperf3\0-s\0").decode().rstrip("=")
+    line = f"quiet pyvmm.verbose pyvmm.net={MAC},{GUEST}/24 pyvmm.cmd={command}"
+    base = f"console=ttyS0 panic=-1 pyvmm.port=0 {line}"
+    cpus, memory = str(args.cpus), "256M"
+    mine = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "-v", "--cpus", cpus, "--memory", memory]
+    mine += ["--kernel", image.kernel, "--initrd", image.initrd]
+    card = f"emulated,tap={TAP},mac={MAC}"
+    out = [
+        Contestant("pyvmm", [*mine, "--net", card, "--append", line]),
+        Contestant("pyvmm notify=exit", [*mine, "--net", f"{card},notify=exit", "--append", line]),
+    ]
+    q = qemu()
+    if q:
+        common = [
+            *q,
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-cpu",
+            "host",
+            "-enable-kvm",
+        ]
+        common += [
+            "-smp",
+            cpus,
+            "-m",
+            memory,
+            "-object",
+            f"memory-backend-memfd,id=ram,size={memory},share=on",
+        ]
+        common += ["-kernel", image.kernel, "-initrd", image.initrd, "-append", base, "-serial", "stdio"]
+        # microvm has virtio-mmio only, for which Debian's cloud kernel has no driver: it stands for boot alone.
+        out.append(
+            Contestant("qemu microvm", [*common, "-M", "microvm,memory-backend=ram,rtc=on"], net=False)
+        )
+        q35 = ["-M", "q35,memory-backend=ram", "-device", f"virtio-net-pci,netdev=n,mac={MAC},romfile="]
+        q35 += ["-netdev", f"tap,id=n,ifname={TAP},script=no,downscript=no,vhost=off"]
+        out.append(Contestant("qemu q35", [*common, *q35]))
+    return [c for c in out if not args.only or c.name in args.only.split(",")]
+
+
+@contextmanager
+def running(contestant: Contestant, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+    """The guest with its iperf3 server up; yields the process and the seconds from exec to init."""
+    with log.open("wb") as sink:
+        start = time.monotonic()
+        child = subprocess.Popen(
+            contestant.argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert child.stdout
+        fd = child.stdout.fileno()
+        seen, booted = b"", 0.0
+        try:
+            while not booted:
+                left = BOOT_LIMIT - (time.monotonic() - start)
+                ready = left > 0 and select.select([fd], [], [], left)[0]
+                piece = os.read(fd, 4096) if ready else b""
+                if not piece:
+                    raise RuntimeError(f"{contestant.name} did not boot, see {log}")
+                sink.write(piece)
+                seen = (seen + piece)[-8192:]
+                if MARK in seen:
+                    booted = time.monotonic() - start
+            deadline = time.monotonic() + 30
+            while contestant.net:
+                try:
+                    socket.create_connection((GUEST, 5201), 1).close()
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.1)
+            time.sleep(0.5)
+            yield child, booted
+        finally:
+            child.terminate()
+            try:
+                child.wait(5)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def counts() -> dict[str, int]:
+    return {name: int((KVM / name).read_text()) for name in COUNTS if (KVM / name).exists()}
+
+
+def rss_mb(pid: int) -> float:
+    """Resident memory beyond the guest's, which is shared memory (memfd)."""
+    fields = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
+    )
+    return sum(int(fields[k].split()[0]) for k in ("RssAnon", "RssFile")) / 1024
+
+
+def offloads(on: bool) -> None:
+    """Offloads of the tap; the guest's side follows its negotiated features and what the tap accepts."""
+    state = "on" if on else "off"
+    sh("ethtool", "-K", TAP, "tx", state, "tso", state, "gso", state, "sg", state, "gro", state, check=False)
+
+
+def iperf(seconds: float, *extra: str) -> tuple[float, int]:
+    """Mbit/s at the receiver and packets' worth of bytes."""
+    text = sh("iperf3", "-c", GUEST, "-J", "-t", str(seconds), *extra)
+    end = json.loads(text)["end"]
+    return end["sum_received"]["bits_per_second"] / 1e6, end["sum_received"]["bytes"]
+
+
+def measure(contestant: Contestant, args: argparse.Namespace, log: Path) -> dict[str, float]:
+    out: dict[str, float] = {}
+    with running(contestant, log) as (child, booted):
+        out["boot s"] = booted
+        out["rss MB"] = rss_mb(child.pid)
+        if args.boot_only or not contestant.net:
+            return out
+        ping = sh("ping", "-q", "-c", "20", "-i", "0.05", GUEST)
+        out["rtt ms"] = float(ping.rsplit("=", 1)[1].split("/")[1])
+        for label, on in (("on", True), ("off", False)):
+            offloads(on)
+            for way, extra in (("to guest", ()), ("from guest", ("-R",))):
+                before = counts()
+                mbit, size = iperf(args.seconds, *extra)
+                after = counts()
+                key = f"{way}, tap offloads {label}"
+                out[f"{key} Mbit/s"] = mbit
+                for name in ("exits", "irq_injections"):
+                    if name in before:
+                        out[f"{key} {name}/MB"] = (after[name] - before[name]) / (size / 1e6)
+        offloads(True)
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3, help="of each transfer")
+    parser.add_argument("--cpus", type=int, default=1)
+    parser.add_argument("--boot-only", action="store_true")
+    parser.add_argument("--only", help="contestants by name, joined by commas")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--log-dir", default="/tmp", help="consoles of the guests")
+    args = parser.parse_args()
+    image = find("default")
+    runners = contestants(args, image)
+    sh("ip", "link", "del", TAP, check=False)
+    sh("ip", "tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr")
+    results: dict[str, list[dict[str, float]]] = {c.name: [] for c in runners}
+    try:
+        sh("ip", "addr", "add", f"{HOST}/24", "dev", TAP)
+        sh("ip", "link", "set", TAP, "up")
+        for number in range(args.rounds):
+            for c in runners:
+                log = Path(args.log_dir) / f"bench-{c.name.replace(' ', '-')}-{number}.log"
+                print(f"round {number + 1}/{args.rounds}: {c.name}", file=sys.stderr, flush=True)
+                try:
+                    results[c.name].append(measure(c, args, log))
+                except (RuntimeError, OSError, subprocess.CalledProcessError) as e:
+                    print(f"  failed: {e}", file=sys.stderr, flush=True)
+    finally:
+        sh("ip", "link", "del", TAP, check=False)
+    show(results)
+    if args.json:
+        Path(args.json).write_text(
+            json.dumps({"argv": {c.name: c.argv for c in runners}, "rounds": results}, indent=1)
+        )
+    return 0 if all(results.values()) else 1
+
+
+def show(results: dict[str, list[dict[str, float]]]) -> None:
+    names = [n for n, rows in results.items() if rows]
+    keys = list(dict.fromkeys(k for rows in results.values() for row in rows for k in row))
+    first = results[names[0]] if names else []
+    print(f"{'median (lowest..highest)':40}" + "".join(f"{n:>28}" for n in names))
+    for key in keys:
+        cells = []
+        mine = statistics.median([r[key] for r in first if key in r])
+        for name in names:
+            values = [r[key] for r in results[name] if key in r]
+            if not values:
+                cells.append(f"{'-':>28}")
+                continue
+            middle = statistics.median(values)
+            ratio = f" x{middle / mine:.2f}" if name != names[0] and mine else ""
+            cells.append(f"{middle:.4g} ({min(values):.4g}..{max(values):.4g}){ratio}".rjust(28))
+        print(f"{key:40}" + "".join(cells))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

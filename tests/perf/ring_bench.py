@@ -1,0 +1,114 @@
+"""How fast one worker moves packets between its rings and a real tap, without a guest: for profiling.
+
+    python tests/perf/ring_bench.py [--frames N] [--size BYTES] [--repeat N] [--profile]
+
+The mock driver prepares a full ring, then the worker alone is timed: transmit into a tap whose host end drops the frames,
+receive from a tap queue filled beforehand. Prints packets a second, nanoseconds and system calls a packet, with the spread.
+With --profile it waits for `perf record -p PID` before each direction. Numbers depend on the machine: compare, do not gate.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from pyvmm.datapath.emulated import EmulatedNet
+from pyvmm.datapath.netns import Namespace
+from pyvmm.datapath.tap import Interface
+from pyvmm.memory import GuestMemory
+from pyvmm.spec import virtio, virtio_net
+from tests.driver import NetDriver
+
+RING = 16384
+
+
+def acked(gso: bool) -> int:
+    """Negotiated features; with GSO the worker must be ready for frames of 64 KiB."""
+    bits = [virtio.VIRTIO_F_VERSION_1, virtio.VIRTIO_RING_F_EVENT_IDX, virtio_net.VIRTIO_NET_F_MRG_RXBUF]
+    if gso:
+        bits += [virtio_net.VIRTIO_NET_F_GUEST_CSUM, virtio_net.VIRTIO_NET_F_GUEST_TSO4]
+    return sum(1 << b for b in bits)
+
+
+def one(direction: str, frames: int, size: int, gso: bool, pause) -> tuple[float, dict[str, int]]:
+    """Seconds for ``frames`` packets of ``size`` bytes, and the worker's counters."""
+    with Namespace(address="192.168.92.1/24", mtu=max(1500, size)) as ns:
+        memory = GuestMemory(64 << 20)
+        for gpa in range(0, memory.size, 4096):
+            memory.write(gpa, b"\1")  # a guest that runs has touched its memory
+        driver = NetDriver(
+            memory, size=RING, rx_size=1536, rx_buffers=min(RING, frames * (1 + size // 1536) + 64)
+        )
+        path = EmulatedNet(ns.tap)
+        # An unknown protocol: the host's stack drops it first thing.
+        frame = b"\x02" * 6 + b"\x52" * 6 + b"\x88\xb5" + bytes(size - 14)
+        if direction == "rx":
+            driver.fill()
+            with ns.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+                s.bind(("tap0", 0))
+                for _ in range(frames):
+                    s.send(frame)
+        else:
+            for _ in range(frames):
+                driver.queue(frame)
+            driver.tx.publish(kick=False)
+        ring = driver.rx if direction == "rx" else driver.tx
+        pause(direction)
+        start = time.perf_counter()
+        path.start(acked(gso), memory, [r.vring() for r in driver.rings])
+        while ring.used_idx < frames and time.perf_counter() - start < 5:
+            time.sleep(0.0002)
+        seconds = time.perf_counter() - start
+        path.stop()
+        counters = path.counters()
+        path.close()
+        driver.close()
+        memory.close()
+    return seconds, counters
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--frames", type=int, default=10000, help=f"at most {RING}")
+    parser.add_argument("--size", type=int, nargs="*", default=[64, 1514])
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+
+    def pause(direction: str) -> None:
+        if args.profile:
+            input(f"{direction}: perf record -p {os.getpid()}, then Enter ")
+
+    # Let all frames of a receive run wait in the tap.
+    original = Interface.set_txqueuelen
+    Interface.set_txqueuelen = lambda self, frames: original(self, args.frames + 100)  # type: ignore[method-assign]
+    for size in args.size:
+        for direction, gso in (("tx", False), ("rx", False), ("rx", True)):
+            times = []
+            for _ in range(args.repeat):
+                seconds, c = one(direction, args.frames, size, gso, pause)
+                if c[f"{direction}_packets"] < args.frames:
+                    raise SystemExit(
+                        f"{direction}: only {c[f'{direction}_packets']} of {args.frames} frames passed"
+                    )
+                times.append(seconds)
+            median = statistics.median(times)
+            calls = c["fd_reads"] + c["fd_writes"] + c["rx_calls"] + c["tx_calls"] + c["wakeups"]
+            label = f"{direction}{' big window' if gso else ''}"
+            print(
+                f"{label:14} {size:5} bytes: {args.frames / median / 1e3:7.0f} kpps, {median / args.frames * 1e9:5.0f} ns "
+                f"({min(times) / args.frames * 1e9:.0f} to {max(times) / args.frames * 1e9:.0f}), "
+                f"{calls / args.frames:.3f} system calls a packet"
+            )
+
+
+if __name__ == "__main__":
+    main()

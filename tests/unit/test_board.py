@@ -1,0 +1,97 @@
+"""Clock, power, reset and panic: the board's devices, and any accesses to them."""
+
+import random
+import time
+
+import pytest
+
+from pyvmm.bus import PIO
+from pyvmm.devices.board import Power, PvPanic, Rtc
+from pyvmm.spec.platform import ACPI_RESET_VALUE, ACPI_S5_TYPE, PORT_ACPI_SLEEP_CONTROL, PORT_PVPANIC
+from tests.pci_guest import Board
+
+SLEEP, STATUS, RESET = PORT_ACPI_SLEEP_CONTROL, PORT_ACPI_SLEEP_CONTROL + 1, PORT_ACPI_SLEEP_CONTROL + 2
+SLP_EN = 1 << 5
+
+
+@pytest.fixture
+def board():
+    with Board() as b:
+        b.events = []
+        Rtc(b.bus)
+        Power(b.bus, lambda: b.events.append("off"), lambda: b.events.append("reset"))
+        PvPanic(b.bus, lambda bits: b.events.append(("panic", bits)))
+        yield b
+
+
+def cmos(board, index):
+    board.write(PIO, 0x70, 1, index)
+    return board.read(PIO, 0x71, 1)
+
+
+def bcd(value):
+    return (value >> 4) * 10 + (value & 15)
+
+
+def test_the_clock_tells_utc_in_bcd_and_is_never_busy(board):
+    """As Linux' mc146818_get_time reads it: seconds again until they have not changed."""
+    for _ in range(10):
+        second = cmos(board, 0)
+        assert not cmos(board, 0x0A) & 0x80
+        rest = [bcd(cmos(board, i)) for i in (2, 4, 7, 8, 9, 0x32)]
+        if cmos(board, 0) == second:
+            break
+    minute, hour, day, month, year, century = rest
+    told = time.strptime(
+        f"{century}{year:02}-{month}-{day} {hour}:{minute}:{bcd(second)}", "%Y-%m-%d %H:%M:%S"
+    )
+    now = time.gmtime()
+    assert abs(time.mktime(told) - time.mktime(now)) < 5
+    assert cmos(board, 6) == (now.tm_wday + 1) % 7 + 1  # Sunday is 1
+    assert cmos(board, 0x0B) & 0x06 == 0x02  # BCD, 24 hours
+    assert cmos(board, 0x0C) == 0 and cmos(board, 0x0D) == 0x80
+
+
+def test_cmos_ram_keeps_and_the_nmi_bit_is_no_index(board):
+    board.write(PIO, 0x70, 1, 0x0F)
+    board.write(PIO, 0x71, 1, 0xA5)
+    assert cmos(board, 0x0F) == 0xA5 and cmos(board, 0x8F) == 0xA5
+    assert cmos(board, 0x7F) == 0
+    second = cmos(board, 0)
+    board.write(PIO, 0x71, 1, 0x99)  # the clock is not set
+    assert cmos(board, 0) in (second, second + 1, 0)
+    assert board.read(PIO, 0x70, 1) == 0xFF
+
+
+def test_power_off_by_acpi(board):
+    for value in (0, SLP_EN, SLP_EN | 3 << 2, ACPI_S5_TYPE << 2):
+        board.write(PIO, SLEEP, 1, value)
+    assert board.events == []
+    board.write(PIO, SLEEP, 1, SLP_EN | ACPI_S5_TYPE << 2)
+    assert board.events == ["off"]
+    assert board.read(PIO, STATUS, 1) == 0
+
+
+def test_resets(board):
+    board.write(PIO, RESET, 1, ACPI_RESET_VALUE + 1)
+    board.write(PIO, 0x64, 1, 0xAE)
+    assert board.events == []
+    board.write(PIO, RESET, 1, ACPI_RESET_VALUE)
+    board.write(PIO, 0x64, 1, 0xFE)
+    assert board.events == ["reset", "reset"]
+    assert board.read(PIO, 0x64, 1) == 0xFF and board.read(PIO, 0x60, 1) == 0xFF
+
+
+def test_pvpanic(board):
+    assert board.read(PIO, PORT_PVPANIC, 1) == 3
+    board.write(PIO, PORT_PVPANIC, 1, 0xFD)
+    assert board.events == [("panic", 1)]
+
+
+def test_any_access_to_any_port_is_answered(board):
+    rng = random.Random(5)
+    ports = [*range(0x60, 0x72), 0x80, *range(0x500, 0x510), *range(0x5F8, 0x630), *range(0xCF0, 0xD00)]
+    for _ in range(5000):
+        port, size, count = rng.choice(ports), rng.choice([1, 2, 4]), rng.choice([1, 1, 1, 7])
+        data = rng.randbytes(size * count) if rng.randrange(2) else None
+        assert len(board.access(PIO, port, size, data, count=count)) == size * count

@@ -1,0 +1,166 @@
+"""The command line without a VM: bad input is one line and a documented exit status; start-up stays light."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyvmm import cli, errors
+from pyvmm.cli import guard
+from pyvmm.errors import PyvmmError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(capsys, *argv):
+    """(exit status, stdout, stderr) of ``pyvmm ARGV``, in this process."""
+    try:
+        status = cli.main(list(argv))
+    except SystemExit as e:
+        status = e.code or 0
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+BAD = {
+    ("frobnicate",): "invalid choice: 'frobnicate'",
+    ("run", "--frobnicate"): "unrecognized arguments: --frobnicate",
+    ("run", "--cpu", "2"): "unrecognized arguments: --cpu",  # no abbreviations
+    ("run", "--cpus", "two"): "invalid int value: 'two'",
+    ("run", "--cpus"): "expected one argument",
+    ("run", "--host", "moon"): "choose from 'auto', 'local', 'testbed'",
+    ("run", "--on-reboot", "dance"): "choose from 'exit', 'restart'",
+    ("run", "--timeout", "0"): "positive number of seconds",
+    ("run", "--timeout", "-3"): "positive number of seconds",
+    ("run", "--timeout", "nan"): "positive number of seconds",
+    ("run", "--timeout", "inf"): "positive number of seconds",
+    ("run", "--timeout", "1e300"): "positive number of seconds",
+    ("run", "--timeout", "soon"): "invalid float value",
+    ("run", "--net", "bridge"): "modes: none, emulated",
+    ("run", "--net", "emulated,speed=1"): "unknown key 'speed'",
+    ("run", "--net", "emulated,mtu=1,mtu=2"): "mtu is given twice",
+    ("run", "--net", "emulated,mac=nonsense"): "52:54:00:12:34:56",
+    ("run", "--net", "emulated,mtu=10"): "use 68 to 65521",
+    ("run", "--net", "emulated,tap=\udcff"): "no interface name",
+    ("run", "--net", "none", "--cpus", "0"): "use 1 to 64",
+    ("run", "--net", "none", "--cpus", "65"): "use 1 to 64",
+    ("run", "--net", "none", "--memory", "lots"): "write 256M or 4G",
+    ("run", "--net", "none", "--memory", ""): "write 256M or 4G",
+    ("run", "--net", "none", "--memory", "-1"): "write 256M or 4G",
+    ("run", "--net", "none", "--memory", "\u00b2M"): "write 256M or 4G",
+    ("run", "--net", "none", "--memory", "512K"): "use 1M to 16T",
+    ("run", "--net", "none", "--memory", "99999999999999999999G"): "use 1M to 16T",
+    ("run", "--net", "none", "--memory", "9" * 5000): "write 256M or 4G",
+    ("run", "--net", "none", "--report", "/nonexistent/report"): "--report /nonexistent/report",
+}
+
+
+@pytest.mark.parametrize("argv", BAD, ids=lambda argv: ascii(" ".join(argv))[:50])
+def test_bad_usage_is_one_line_and_status_2(capsys, argv):
+    extra = ("--host", "local", "--kernel", "/dev/null") if "--net" in argv else ()
+    status, out, err = run(capsys, *argv, *extra)
+    assert BAD[argv] in err
+    assert (status, out) == (2, "")
+    assert err.startswith("pyvmm: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_nine_cards_are_one_too_many(capsys):
+    nets = [word for _ in range(9) for word in ("--net", "emulated")]
+    status, _, err = run(capsys, "run", "--host", "local", "--kernel", "/dev/null", *nets)
+    assert (status, err.count("\n")) == (2, 1) and "at most 8" in err
+
+
+def test_help_of_all_commands(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0 and all(name in out for name in cli.COMMANDS) and "Examples:" in out
+    for name in cli.COMMANDS:
+        status, out, err = run(capsys, name, "--help")
+        assert status == 0 and out.startswith(f"usage: pyvmm {name}") and not err
+
+
+def test_help_of_run_has_examples_and_every_key_and_code(capsys):
+    from pyvmm.net import COMMON_KEYS, GROUPS, MODES
+
+    _, out, _ = run(capsys, "run", "--help")
+    assert "Examples:" in out and "pyvmm run -- ip addr" in out
+    for word in (*MODES, *COMMON_KEYS, *GROUPS, *(key for keys in MODES.values() for key in keys)):
+        assert word in out, word
+
+
+def test_no_command_shows_help(capsys):
+    status, out, _ = run(capsys)
+    assert status == 2 and "usage: pyvmm" in out
+    status, out, _ = run(capsys, "--version")
+    assert status == 0 and out.startswith("pyvmm 0.")
+
+
+def test_every_error_class_has_a_documented_exit_code():
+    table = (ROOT / "docs" / "exit-codes.md").read_text()
+    codes = {c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, PyvmmError)}
+    for code in codes:
+        assert f"| {code} |" in table, code
+    assert not codes & set(range(3, 101))  # those are the guest's
+
+
+def test_guard(capsys):
+    def fail(error):
+        def body():
+            raise error
+
+        return body
+
+    assert guard(lambda: 7) == 7
+    assert guard(fail(errors.NetError("no tap", "make one"))) == 106
+    assert capsys.readouterr().err == "pyvmm: no tap; make one\n"
+    assert guard(fail(KeyboardInterrupt())) == 130
+    assert guard(fail(BrokenPipeError())) == 141
+
+
+# --- start-up ---------------------------------------------------------------------------------------------------
+
+HEAVY = {
+    "asyncio",
+    "dataclasses",
+    "elftools",
+    "inspect",
+    "json",
+    "logging",
+    "pathlib",
+    "psutil",
+    "socket",
+    "ssl",
+    "subprocess",
+    "tempfile",
+    "typing",
+    "unittest",
+}
+
+
+def loaded(code: str) -> set[str]:
+    """The modules loaded once a fresh interpreter has run ``code``."""
+    code = f"import sys\n{code}\nprint(*sys.modules, file=sys.stderr)"
+    argv = [sys.executable, "-S", "-c", f"sys_path={sys.path!r}\nimport sys; sys.path[:] = sys_path\n{code}"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
+
+
+CALL = "from pyvmm.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass"
+
+
+def test_help_loads_neither_the_extension_nor_anything_heavy():
+    modules = loaded(CALL.format(argv=["run", "--help"]))
+    ours = {m for m in modules if m.startswith("pyvmm")}
+    assert ours == {"pyvmm", "pyvmm.cli", "pyvmm.cli.run", "pyvmm.errors"}
+    assert not modules & (HEAVY | {"_cffi_backend", "threading", "signal"})
+
+
+def test_a_run_loads_nothing_heavy():
+    """All that the start of `pyvmm run --host local` needs, short of the guest."""
+    modules = loaded(
+        "import pyvmm.machine, pyvmm.net, pyvmm.cli.run, pyvmm.cli.terminal, pyvmm.devices.console\n"
+        "import pyvmm.virtio.net, pyvmm.virtio.pci, pyvmm.datapath.emulated, pyvmm.datapath.netns, pyvmm.datapath.tap"
+    )
+    assert "pyvmm._ext" in modules
+    assert not modules & HEAVY

@@ -1,0 +1,138 @@
+"""The doctor's findings and verdict, on machines made up for the purpose and on this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyvmm.host import doctor, l1_assets
+from pyvmm.host.testbed import Testbed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Machine:
+    """What of the machine the doctor looks at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kvm = True
+        self.allowed = True
+        self.modules: tuple[str, ...] = ()
+        self.lacks = ""
+        exists, access, isdir = os.path.exists, os.access, os.path.isdir
+        monkeypatch.setattr(os.path, "exists", lambda p: self.kvm if p == "/dev/kvm" else exists(p))
+        monkeypatch.setattr(os, "access", lambda p, m: self.allowed if p == "/dev/kvm" else access(p, m))
+
+        def has(path: str) -> bool:
+            return path.split("/")[-1] in self.modules if path.startswith("/sys/module/kvm") else isdir(path)
+
+        monkeypatch.setattr(os.path, "isdir", has)
+        monkeypatch.setattr(Testbed, "missing", staticmethod(lambda: self.lacks))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+@pytest.mark.parametrize("module", ["kvm_intel", "kvm_amd"])
+def test_hardware_kvm_runs_linux(machine: Machine, module: str) -> None:
+    machine.modules = ("kvm", module)
+    assert doctor.can_run_linux_locally() == (True, "")
+    assert doctor.verdict()[0] == 0
+
+
+def test_unknown_kvm_is_trusted(machine: Machine) -> None:
+    assert doctor.can_run_linux_locally() == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("kvm", "allowed", "modules", "words"),
+    [
+        (False, False, (), "no /dev/kvm"),
+        (True, False, ("kvm", "kvm_amd"), "permission"),
+        (True, True, ("kvm", "kvm_pvm"), "kvm_pvm"),
+    ],
+)
+def test_without_it_the_testbed_decides(
+    machine: Machine, kvm: bool, allowed: bool, modules: tuple[str, ...], words: str
+) -> None:
+    machine.kvm, machine.allowed, machine.modules = kvm, allowed, modules
+    good, why = doctor.can_run_linux_locally()
+    assert not good
+    assert words in why
+    assert doctor.verdict()[0] == 3
+    machine.lacks = "virtiofsd is missing"
+    status, text = doctor.verdict()
+    assert status == 1
+    assert "testbed setup" in text
+
+
+def test_every_lack_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(l1_assets, "missing", lambda: [("virtiofsd", "install it")])
+    findings = doctor.examine()
+    assert {f.state for f in findings} <= {"ok", "missing", "note"}
+    for f in findings:
+        assert f.detail
+        assert f.state != "missing" or f.remedy, f.name
+
+
+def test_lacking_extensions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyvmm import kvm
+
+    class Old:
+        def __enter__(self) -> Old:
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            pass
+
+        def fileno(self) -> int:
+            return -1
+
+        def extension(self, name: str) -> int:
+            return 0 if name in ("KVM_CAP_IRQFD", "KVM_CAP_BINARY_STATS_FD") else 9
+
+    monkeypatch.setattr(kvm, "Kvm", Old)
+    monkeypatch.setattr(kvm, "ioctl", lambda fd, name, arg=0: 12)
+    text = "\n".join(f"{f.name} {f.state} {f.detail}" for f in doctor._kvm())
+    assert "kvm extensions missing lacks KVM_CAP_IRQFD" in text
+    assert "kvm extensions note no KVM_CAP_BINARY_STATS_FD" in text
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pyvmm", "doctor", *argv],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def test_command_on_this_machine() -> None:
+    plain, as_json = run(), run("--json")
+    assert plain.returncode == as_json.returncode == doctor.verdict()[0]
+    assert plain.stderr == as_json.stderr == ""
+    report = json.loads(as_json.stdout)
+    assert report["where"] == {0: "local", 3: "testbed", 1: None}[plain.returncode]
+    assert plain.stdout.endswith(report["verdict"] + "\n")
+    assert len(plain.stdout.splitlines()) == len(report["findings"]) + 1
+
+
+def test_asking_where_to_run_is_light() -> None:
+    """It is asked at every ``pyvmm run``: nothing that takes long to import."""
+    code = "from pyvmm.host.doctor import can_run_linux_locally as f; f(); import sys; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout
+    assert "pyvmm.host.doctor" in out
+    heavy = {"subprocess", "pathlib", "json", "re", "ctypes", "socket", "pyvmm._ext"}
+    before = subprocess.run(
+        [sys.executable, "-c", "import sys; print(*sys.modules)"], capture_output=True, text=True
+    )
+    assert not (set(out.split()) - set(before.stdout.split())) & heavy

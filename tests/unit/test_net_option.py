@@ -1,0 +1,125 @@
+"""``--net MODE[,key=value...]``: what is taken, and what is refused in one line."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pyvmm.errors import UsageError
+from pyvmm.net import GROUPS, Net, mac_text, parse_mac
+from tests.driver import bits
+
+
+def test_defaults():
+    net = Net.parse("emulated")
+    assert (net.mode, net.tap, net.mac, net.mtu, net.host, net.guest) == (
+        "emulated",
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+    assert (net.queue_size, net.notify, net.poll, net.without, net.excluded()) == (256, "ioeventfd", 0, [], 0)
+    assert Net.parse("none").mode == "none" and Net().mode == "emulated"
+
+
+def test_every_key():
+    net = Net.parse(
+        "emulated,tap=tap7,mac=52:54:0:12:34:5F,mtu=9000,host=10.0.0.1/8,guest=10.0.0.2/8,queue-size=1024,"
+        "without=tso+mrg-rxbuf,notify=exit,poll=50"
+    )
+    assert (net.tap, net.mtu, net.host, net.guest) == ("tap7", 9000, "10.0.0.1/8", "10.0.0.2/8")
+    assert mac_text(net.mac) == "52:54:00:12:34:5f"
+    assert (net.queue_size, net.notify, net.poll, net.without) == (1024, "exit", 50, ["tso", "mrg-rxbuf"])
+    assert net.excluded() & bits("VIRTIO_NET_F_MRG_RXBUF") and net.excluded() & bits("VIRTIO_NET_F_HOST_TSO4")
+    assert not net.excluded() & bits("VIRTIO_NET_F_CSUM")
+    same = Net(tap="tap7", mac=net.mac, mtu=9000, queue_size=1024)
+    assert (same.mac, same.mtu, same.queue_size) == (net.mac, 9000, 1024)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_names_bits_that_exist(group):
+    assert Net(without=group).excluded()
+
+
+BAD = {
+    "": "unknown mode ''",
+    "bridge": "unknown mode 'bridge'",
+    "Emulated": "modes: none, emulated",
+    "emulated,speed=1": "unknown key 'speed'",
+    "emulated,mtu": "unknown key 'mtu'",
+    "none,tap=x": "keys: none",
+    "emulated,mtu=1500,mtu=1500": "mtu is given twice",
+    "emulated,queue-size=8,queue-size=8": "queue-size is given twice",
+    "emulated,queue_size=8": "unknown key 'queue_size'",
+    "emulated,mtu=": "use 68 to 65521",
+    "emulated,mtu=67": "use 68 to 65521",
+    "emulated,mtu=65522": "use 68 to 65521",
+    "emulated,mtu=-1": "use 68 to 65521",
+    "emulated,mtu= 1500": "use 68 to 65521",
+    "emulated,mtu=1_500": "use 68 to 65521",
+    "emulated,mtu=0x600": "use 68 to 65521",
+    "emulated,mtu=\u0661\u0665\u0660\u0660": "use 68 to 65521",
+    "emulated,mtu=" + "9" * 5000: "use 68 to 65521",
+    "emulated,queue-size=0": "use 2 to 32768",
+    "emulated,queue-size=3": "power of two",
+    "emulated,queue-size=65536": "use 2 to 32768",
+    "emulated,poll=1001": "use 0 to 1000",
+    "emulated,notify=never": "notify=ioeventfd or notify=exit",
+    "emulated,mac=": "no unicast MAC",
+    "emulated,mac=52:54:00:12:34": "no unicast MAC",
+    "emulated,mac=52:54:00:12:34:56:78": "no unicast MAC",
+    "emulated,mac=53:54:00:12:34:56": "no unicast MAC",
+    "emulated,mac=00:00:00:00:00:00": "no unicast MAC",
+    "emulated,mac=52:54:00:12:34:156": "no unicast MAC",
+    "emulated,mac=52:54:00:12:34:+5": "no unicast MAC",
+    "emulated,mac=52:54:00:12:34:-5": "no unicast MAC",
+    "emulated,mac=52-54-00-12-34-56": "no unicast MAC",
+    "emulated,host=192.168.1.1": "192.168.100.1/24",
+    "emulated,host=192.168.1/24": "192.168.100.1/24",
+    "emulated,host=192.168.1.256/24": "192.168.100.1/24",
+    "emulated,host=192.168.1.\u00b2/24": "192.168.100.1/24",
+    "emulated,guest=192.168.1.1/0": "192.168.100.1/24",
+    "emulated,guest=192.168.1.1/33": "192.168.100.1/24",
+    "emulated,guest=192.168.1.1/\u00b2": "192.168.100.1/24",
+    "emulated,guest=fd00::1/64": "192.168.100.1/24",
+    "emulated,tap=": "no interface name",
+    "emulated,tap=a b": "no interface name",
+    "emulated,tap=a/b": "no interface name",
+    "emulated,tap=sixteen-letters-": "no interface name",
+    "emulated,tap=t\u00e4p": "no interface name",
+    "emulated,tap=\udcff": "no interface name",
+    "emulated,tap=a\nb": "no interface name",
+    "emulated,without=all": "groups, joined by +",
+}
+
+
+@pytest.mark.parametrize("text", BAD, ids=lambda text: ascii(text)[:40])
+def test_bad_input_is_refused_with_the_remedy(text):
+    with pytest.raises(UsageError) as e:
+        Net.parse(text)
+    assert BAD[text] in str(e.value)
+    assert "\n" not in str(e.value) and e.value.exit_code == 2
+
+
+@given(st.text())
+@example("emulated,mtu=\u00b2")
+def test_any_text_is_taken_or_refused(text):
+    for candidate in (
+        text,
+        f"emulated,{text}",
+        f"emulated,mac={text}",
+        f"emulated,host={text}",
+        f"emulated,mtu={text}",
+    ):
+        try:
+            Net.parse(candidate)
+        except UsageError:
+            pass
+
+
+def test_a_mac_may_be_bytes():
+    assert parse_mac(b"\x52\0\0\0\0\1") == b"\x52\0\0\0\0\1"
+    for bad in (b"", b"12345", b"1234567", b"\x01\0\0\0\0\1"):
+        with pytest.raises(UsageError):
+            parse_mac(bad)

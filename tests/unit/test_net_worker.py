@@ -1,0 +1,783 @@
+"""The emulated data path with a mock driver as the guest, over a packet socket and over a real tap."""
+
+import os
+import socket
+import struct
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pyvmm.datapath.emulated import EmulatedNet
+from pyvmm.datapath.netns import Namespace
+from pyvmm.errors import RingFault
+from pyvmm.memory import GuestMemory
+from pyvmm.spec.virtio import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
+from tests.driver import Cable, NetDriver, bits, fence, wait_for
+
+NEXT, WRITE, INDIRECT = VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_DESC_F_INDIRECT
+
+
+VERSION_1 = bits("VIRTIO_F_VERSION_1")
+EVENT_IDX = bits("VIRTIO_RING_F_EVENT_IDX")
+INDIRECT_DESC = bits("VIRTIO_RING_F_INDIRECT_DESC")
+MRG = bits("VIRTIO_NET_F_MRG_RXBUF")
+GSO = bits("VIRTIO_NET_F_GUEST_CSUM", "VIRTIO_NET_F_GUEST_TSO4")
+ALL = VERSION_1 | EVENT_IDX | INDIRECT_DESC | MRG
+
+
+class Rig:
+    """Memory, mock driver, cable and data path, put together."""
+
+    def __init__(
+        self, acked: int = ALL, *, mtu: int = 1500, poll_us: int = 0, fill: bool = True, **driver
+    ) -> None:
+        self.acked = acked
+        self.memory = GuestMemory(16 << 20)
+        self.cable = Cable(mtu)
+        self.path = EmulatedNet(self.cable, poll_us=poll_us)
+        self.faults: list[tuple[int, str]] = []
+        self.links: list[bool] = []
+        self.path.on_fault = lambda queue, what: self.faults.append((queue, what))
+        self.path.on_link = self.links.append
+        self.driver = NetDriver(
+            self.memory,
+            event_idx=bool(acked & EVENT_IDX),
+            indirect=bool(acked & INDIRECT_DESC),
+            mrg_rxbuf=bool(acked & MRG),
+            **driver,
+        )
+        if fill:
+            self.driver.fill()
+
+    def start(self, bases=(None, None)) -> "Rig":
+        rings = [r.vring(b) for r, b in zip(self.driver.rings, bases, strict=True)]
+        self.path.start(self.acked, self.memory, rings)
+        return self
+
+    def counter(self, name: str) -> int:
+        return self.path.counters().get(name, 0)
+
+    def __enter__(self) -> "Rig":
+        return self
+
+    def __exit__(self, *args) -> None:
+        self.path.close()
+        self.cable.close()
+        self.driver.close()
+        self.memory.close()
+
+
+def frame(n: int, length: int = 60) -> bytes:
+    return struct.pack("<I", n) + bytes((n + i) & 0xFF for i in range(length - 4))
+
+
+FEATURE_SETS = [
+    VERSION_1 | event | indirect | mrg
+    for event in (0, EVENT_IDX)
+    for indirect in (0, INDIRECT_DESC)
+    for mrg in (0, MRG)
+]
+
+
+@pytest.mark.parametrize("acked", FEATURE_SETS)
+@pytest.mark.parametrize("start", [0, 65500])
+def test_packets_pass_both_ways_in_order(acked, start):
+    with Rig(acked, start=start) as rig:
+        rig.start([start, start])
+        sent = [frame(i, 60 + i % 1400) for i in range(600)]
+        got = []
+        for at in range(0, 600, 50):
+            rig.driver.send(*sent[at : at + 50])
+            for f in sent[at : at + 50]:
+                rig.cable.far.send(bytes(12) + f)
+            got += [rig.cable.receive() for _ in range(50)]
+            assert len(rig.driver.wait_packets(at + 50)) == at + 50
+        assert got == [bytes(12) + f for f in sent]
+        assert [p[12:] for p in rig.driver.received] == sent
+        assert all(p[10:12] == b"\1\0" for p in rig.driver.received)
+        assert wait_for(lambda: rig.driver.tx.outstanding == 0)
+        bases = rig.path.stop()
+        assert bases == [rig.driver.rx.used_idx, rig.driver.tx.used_idx] == [(start + 600) & 0xFFFF] * 2
+        c = rig.path.counters()
+        assert (c["rx_packets"], c["tx_packets"]) == (600, 600)
+        assert c["rx_bytes"] == c["tx_bytes"] == sum(map(len, sent))
+        assert not rig.faults
+
+
+# --- what a well-behaved guest may do ----------------------------------------------------------------------
+
+
+def cpu_seconds(rig: Rig) -> float:
+    """CPU time that the worker threads have used."""
+    total = 0.0
+    for pair in rig.path._pairs:
+        with open(f"/proc/self/task/{pair.thread.native_id}/stat") as f:
+            fields = f.read().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def test_pending_before_start_is_served_without_a_kick():
+    with Rig() as rig:
+        rig.driver.send(frame(1), frame(2), kick=False)
+        rig.cable.far.send(bytes(12) + frame(3))
+        rig.driver.rx.kick_fd.drain()
+        rig.start()
+        assert [rig.cable.receive()[12:] for _ in range(2)] == [frame(1), frame(2)]
+        assert rig.driver.wait_packets(1)[0][12:] == frame(3)
+
+
+def test_a_restart_goes_on_where_the_last_one_stopped():
+    with Rig(start=65530) as rig:
+        sent, got, bases = 0, [], (65530, 65530)
+        for _ in range(40):
+            rig.start(bases)
+            for _ in range(20):
+                rig.driver.send(frame(sent))
+                rig.cable.far.send(bytes(12) + frame(sent))
+                sent += 1
+            rig.driver.poll()
+            assert wait_for(lambda: rig.driver.tx.outstanding < 200)
+            bases = tuple(rig.path.stop())
+            assert bases == (rig.driver.rx.used_idx, rig.driver.tx.used_idx)
+            with pytest.raises(BlockingIOError):
+                while True:
+                    got.append(rig.cable.far.recv(2048))
+        rig.start(bases)
+        rig.driver.wait_packets(sent)
+        assert [p[12:] for p in rig.driver.received] == [frame(i) for i in range(sent)]
+        while len(got) < sent:
+            got.append(rig.cable.receive())
+        assert [p[12:] for p in got] == [frame(i) for i in range(sent)]
+
+
+@pytest.mark.parametrize("acked", [ALL, VERSION_1 | MRG])
+def test_a_parked_ring_asks_for_kicks(acked):
+    """So that they gather in the eventfd, for whoever takes over."""
+    with Rig(acked) as rig:
+        for n in range(1, 4):
+            rig.start((rig.driver.rx.used_idx, rig.driver.tx.used_idx))
+            rig.driver.send(frame(n), frame(n))
+            rig.cable.far.send(bytes(12) + frame(n))
+            assert wait_for(lambda: rig.driver.tx.outstanding == 0)
+            rig.path.stop()
+            for ring in rig.driver.rings:
+                assert ring._used[0] == 0
+            rig.driver.tx.kick_fd.drain()
+            rig.driver.send(frame(n))
+            assert rig.driver.tx.kick_fd.drain() == 1
+
+
+@pytest.mark.parametrize("acked", [ALL, VERSION_1])
+def test_transmit_batches_need_few_kicks_and_calls(acked):
+    with Rig(acked) as rig:
+        rig.start()
+        assert wait_for(lambda: rig.driver.tx._used[0] == 0)
+        for at in range(0, 4000, 100):
+            rig.driver.send(*(frame(i) for i in range(at, at + 100)))
+            for _ in range(100):
+                rig.cable.receive()
+        assert wait_for(lambda: rig.driver.tx.outstanding == 0)
+        rig.path.stop()
+        c = rig.path.counters()
+        assert c["tx_packets"] == 4000 and c["fd_writes"] == 4000
+        assert c["tx_batches"] < 400
+        assert rig.driver.tx.kicks <= 60
+        assert sum(c[f"tx_batch_size_{1 << i}"] for i in range(8)) == c["tx_batches"]
+        assert c["tx_calls"] + c["tx_calls_suppressed"] == c["tx_batches"]
+        assert c["wakeups"] < 400
+
+
+@pytest.mark.parametrize("event_idx", [0, EVENT_IDX])
+def test_no_calls_where_the_guest_wants_none(event_idx):
+    with Rig(VERSION_1 | MRG | event_idx) as rig:
+        rig.start()
+        rig.driver.send(frame(0))  # with EVENT_IDX the first batch is always signalled
+        rig.cable.receive()
+        assert wait_for(lambda: rig.driver.tx.outstanding == 0)
+        time.sleep(0.01)
+        rig.driver.tx.disable_interrupts()
+        rig.driver.tx.call_fd.drain()
+        for i in range(20):
+            rig.driver.send(frame(i))
+            rig.cable.receive()
+        assert wait_for(lambda: rig.driver.tx.outstanding == 0)
+        time.sleep(0.01)
+        assert rig.driver.tx.call_fd.drain() == 0
+        assert not rig.driver.tx.enable_interrupts() or rig.driver.tx.take_used()
+        rig.driver.tx.take_used()
+        rig.driver.tx.enable_interrupts()
+        rig.driver.send(frame(21))
+        assert wait_for(lambda: rig.driver.tx.call_fd.drain() > 0)
+
+
+@pytest.mark.parametrize("acked", [ALL, VERSION_1 | MRG])
+@pytest.mark.parametrize("poll_us", [0, 50])
+def test_no_wakeup_is_lost(acked, poll_us):
+    """Ping-pong with kicks and calls only where asked for: one lost notification and it hangs."""
+    with Rig(acked, poll_us=poll_us) as rig:
+        rig.start()
+        rx = rig.driver.rx
+        for i in range(3000):
+            rig.driver.send(frame(i))
+            data = rig.cable.receive()
+            rig.cable.far.send(data)
+            while rx.enable_interrupts() is False:
+                os_poll([rx.call_fd], 5000)
+                rx.call_fd.drain()
+            assert [p[12:] for p in rig.driver.poll()] == [frame(i)]
+
+
+def os_poll(fds, timeout_ms):
+    import select
+
+    p = select.poll()
+    for fd in fds:
+        p.register(fd.fileno(), select.POLLIN)
+    assert p.poll(timeout_ms), "a notification was lost"
+
+
+@pytest.mark.parametrize("acked", [ALL, VERSION_1])
+def test_no_kick_is_lost_to_a_guest_that_answers_at_once(acked):
+    """Each packet is made available the moment the last one is done, right when the worker decides to sleep."""
+    with Rig(acked, fill=False) as rig:
+        tx = rig.driver.tx
+        gpa = 0x200000
+        tx.set_desc(0, gpa, 12, 0, 0)  # a header and nothing else: cheap
+        for i in range(tx.size):
+            tx.set_avail(i, 0)
+        rig.start()
+        used, avail, kick = tx._used, tx._avail, tx.kick
+        event = 2 + 4 * tx.size
+        for i in range(20000):
+            avail[1] = i + 1
+            fence()
+            if used[event] == i if acked & EVENT_IDX else not used[0]:
+                kick()
+            spins = 0
+            while used[1] != i + 1:
+                spins += 1
+                if spins == 2000:
+                    assert wait_for(lambda n=i + 1: used[1] == n, 3), f"packet {i} is stuck"
+            if i % 64 == 63:
+                for _ in range(64):
+                    rig.cable.far.recv(16)
+
+
+def test_transmit_waits_while_the_tap_is_full():
+    with Rig() as rig:
+        rig.start()
+        sent = [frame(i, 1400) for i in range(3000)]
+        got, at = [], 0
+        while at < len(sent) and rig.counter("tx_blocks") == 0:
+            rig.driver.send(*sent[at : at + 50])
+            at += 50
+            assert wait_for(lambda: rig.driver.tx.outstanding == 0 or rig.counter("tx_blocks"))
+        assert rig.counter("tx_blocks"), "the socket never filled"
+        used = cpu_seconds(rig)
+        time.sleep(0.2)
+        assert cpu_seconds(rig) - used < 0.1
+        while len(got) < at:
+            got.append(rig.cable.receive())
+        assert got == [bytes(12) + f for f in sent[:at]]
+        rig.driver.send(frame(9))
+        assert rig.cable.receive()[12:] == frame(9)
+        assert rig.counter("tx_drop_error") == 0
+
+
+def test_stopping_while_the_tap_is_full_gives_the_chains_back():
+    with Rig() as rig:
+        rig.start()
+        while rig.counter("tx_blocks") == 0:
+            rig.driver.send(*(frame(0, 1400) for _ in range(50)))
+            assert wait_for(lambda: rig.driver.tx.outstanding == 0 or rig.counter("tx_blocks"))
+        base = rig.path.stop()[1]
+        assert base == rig.driver.tx.used_idx != rig.driver.tx.published
+
+
+def test_receive_without_buffers_waits_quietly_and_resumes():
+    """CVE-2020-16843: ring and tap both full, then receive must come back."""
+    with Rig(fill=False, rx_buffers=64) as rig:
+        rig.start()
+        sent = 0
+        with pytest.raises(BlockingIOError):
+            while True:
+                rig.cable.far.send(bytes(12) + frame(sent))
+                sent += 1
+                time.sleep(0.0005)
+        used = cpu_seconds(rig)
+        time.sleep(0.2)
+        assert cpu_seconds(rig) - used < 0.1
+        rig.driver.send(frame(1))
+        assert rig.cable.receive()[12:] == frame(1)
+        assert rig.counter("wakeups") <= 5  # not one a frame
+        for n in range(5):
+            rig.driver.fill(8)
+            assert len(rig.driver.wait_packets(8 * n, 5)) >= 8 * n
+            rig.driver.poll(refill=False)
+        rig.driver.fill()
+        assert len(rig.driver.wait_packets(sent)) == sent
+        assert [p[12:] for p in rig.driver.received] == [frame(i) for i in range(sent)]
+
+
+@pytest.mark.parametrize("rx_size", [700, 2048, 4096])
+def test_long_frames_are_merged(rx_size):
+    with Rig(ALL | GSO, rx_size=rx_size) as rig:
+        rig.start()
+        lengths = [60, 1514, 9000, 65549, 65549, 64, 30000, 1514, 65549] + [60] * 100 + [65549, 60]
+        for i, n in enumerate(lengths):
+            rig.cable.far.send(bytes(12) + frame(i, n))
+            assert len(rig.driver.wait_packets(i + 1)) == i + 1
+        assert [p[12:] for p in rig.driver.received] == [frame(i, n) for i, n in enumerate(lengths)]
+        for p in rig.driver.received:
+            assert struct.unpack_from("<H", p, 10)[0] == -(-len(p) // rx_size)
+        assert rig.counter("rx_overflows") > 0
+        # Once long frames have been seen, they are read in place.
+        assert rig.counter("rx_overflows") < 5
+        assert rig.path.stop()[0] == rig.driver.rx.used_idx
+
+
+def test_a_frame_that_lacks_buffers_is_held_until_they_come():
+    with Rig(ALL | GSO, fill=False) as rig:
+        rig.driver.fill(10)
+        rig.start()
+        rig.cable.far.send(bytes(12) + frame(1, 65000))
+        rig.cable.far.send(bytes(12) + frame(2))
+        time.sleep(0.05)
+        assert rig.driver.rx.used_idx == 0
+        rig.driver.fill(10)
+        time.sleep(0.02)
+        assert rig.driver.rx.used_idx == 0
+        rig.driver.fill()
+        assert [p[12:] for p in rig.driver.wait_packets(2)] == [frame(1, 65000), frame(2)]
+        assert rig.counter("rx_drop_held") == 0
+
+
+def test_each_held_frame_has_its_own_time():
+    with Rig(ALL | GSO, fill=False) as rig:
+        rig.start()
+        for i in range(4):
+            rig.driver.fill(5)
+            rig.cable.far.send(bytes(12) + frame(i, 30000))
+            time.sleep(0.12)
+            rig.driver.fill(10)
+            assert wait_for(lambda n=i: rig.counter("rx_packets") == n + 1, 1)
+            assert rig.driver.poll(refill=False)
+        assert rig.counter("rx_drop_held") == 0
+
+
+def test_a_held_frame_does_not_freeze_receive():
+    with Rig(ALL | GSO, fill=False) as rig:
+        rig.driver.fill(10)
+        rig.start()
+        rig.cable.far.send(bytes(12) + frame(1, 65000))
+        rig.cable.far.send(bytes(12) + frame(2))
+        assert [p[12:] for p in rig.driver.wait_packets(1)] == [frame(2)]
+        assert rig.counter("rx_drop_held") == 1
+
+
+def test_a_frame_longer_than_the_whole_ring_is_dropped():
+    with Rig(ALL | GSO, size=16) as rig:
+        rig.start()
+        rig.cable.far.send(bytes(12) + frame(1, 65000))
+        rig.cable.far.send(bytes(12) + frame(2))
+        assert [p[12:] for p in rig.driver.wait_packets(1)] == [frame(2)]
+        assert rig.counter("rx_drop_long") == 1
+
+
+def test_a_frame_longer_than_its_chain_is_dropped_without_mrg_rxbuf():
+    with Rig(ALL & ~MRG) as rig:
+        rig.start()
+        for f in (frame(1, 3000), frame(2), frame(3, 2036), frame(4, 2037), frame(5)):
+            rig.cable.far.send(bytes(12) + f)
+        assert [p[12:] for p in rig.driver.wait_packets(3)] == [frame(2), frame(3, 2036), frame(5)]
+        assert all(p[10:12] == b"\1\0" for p in rig.driver.received)
+        assert rig.counter("rx_drop_long") == 2
+
+
+def test_a_packet_without_a_full_header_is_dropped():
+    with Rig() as rig:
+        rig.start()
+        rig.cable.far.send(bytes(11))
+        rig.cable.far.send(bytes(12) + frame(2))
+        assert [p[12:] for p in rig.driver.wait_packets(1)] == [frame(2)]
+        assert rig.counter("rx_drop_short") == 1
+
+
+@pytest.mark.parametrize("split", [[12], [1] * 12, [10, 2], [11, 1, 13], [5, 5, 20], [12, 14, 20, 1]])
+@pytest.mark.parametrize("indirect", [0, INDIRECT_DESC])
+def test_the_header_may_be_split_anywhere(split, indirect):
+    """CVE-2022-2132."""
+    header = bytes(range(1, 13))
+    with Rig(VERSION_1 | EVENT_IDX | indirect, fill=False) as rig:
+        d, gpa = rig.driver, 0x200000
+        segments, at = [], gpa
+        for n in [*split, 2000]:
+            segments.append((at, n, True))
+            at += n + 3  # leave gaps, so that a wrong segment shows
+        d.rx.add(segments, indirect=0x300000 if indirect else None)
+        d.rx.publish()
+        rig.start()
+        d.queue(frame(7, 500), header=header, split=split)
+        d.tx.publish()
+        assert rig.cable.receive() == header + frame(7, 500)
+        rig.cable.far.send(header[:10] + b"\xff\xff" + frame(8, 500))
+        assert wait_for(lambda: d.rx.used_idx == 1)
+        data = b"".join(rig.memory.read(a, n) for a, n, _ in segments)[:512]
+        assert data == header[:10] + b"\1\0" + frame(8, 500)
+        assert [n for _, n in d.rx.take_used()] == [512]
+
+
+def test_many_frames_in_chains_of_several_buffers():
+    """More chains ahead than frames all the time, so that the receive window wraps in its arrays."""
+    with Rig(fill=False) as rig:
+        rig.start()
+        rx, where = rig.driver.rx, {}
+
+        def post(number):
+            gpa = 0x200000 + 4096 * (number % 100)
+            where[rx.add([(gpa + 700 * k, 20 + k, True) for k in range(4)] + [(gpa + 3500, 500, True)])] = gpa
+
+        for i in range(20):
+            post(i)
+        for at in range(0, 2000, 20):
+            for i in range(at, at + 20):
+                post(i + 20)
+            rx.publish()
+            for i in range(at, at + 20):
+                rig.cable.far.send(bytes(12) + frame(i, 100 + i % 50))
+            assert wait_for(lambda n=at + 20: rx.used_idx == n)
+            for i, (head, length) in enumerate(rx.take_used(), at):
+                gpa = where.pop(head)
+                data = b"".join(rig.memory.read(gpa + 700 * k, 20 + k) for k in range(4))
+                assert (data + rig.memory.read(gpa + 3500, 500))[12:length] == frame(i, 100 + i % 50)
+
+
+def test_only_one_queue_enabled():
+    with Rig() as rig:
+        rig.path.start(ALL, rig.memory, [rig.driver.tx.vring()])
+        rig.driver.send(frame(1))
+        assert rig.cable.receive()[12:] == frame(1)
+        rig.cable.far.send(bytes(12) + frame(2))
+        used = cpu_seconds(rig)
+        time.sleep(0.1)
+        assert cpu_seconds(rig) - used < 0.05
+        assert rig.path.stop() == [1]
+        assert not rig.faults
+
+
+def test_two_queue_pairs():
+    with Rig() as rig:
+        other = Cable()
+        rig.cable.fds.append(other.fds[0])
+        second = NetDriver(rig.memory, base=8 << 20, pair=1)
+        second.fill()
+        rig.path.start(ALL, rig.memory, [r.vring() for r in [*rig.driver.rings, *second.rings]])
+        rig.driver.send(frame(1))
+        second.send(frame(2))
+        assert rig.cable.receive()[12:] == frame(1)
+        assert other.receive()[12:] == frame(2)
+        other.far.send(bytes(12) + frame(3))
+        assert second.wait_packets(1)[0][12:] == frame(3)
+        assert rig.path.stop() == [0, 1, 1, 1]
+        second.close()
+        other.far.close()
+
+
+def test_stop_is_quick_under_load_and_idempotent():
+    with Rig(size=1024) as rig:
+        for _ in range(8):
+            for _i in range(300):
+                rig.driver.queue(frame(0))
+            rig.start((rig.driver.rx.used_idx, rig.driver.tx.used_idx))
+            rig.driver.tx.publish()
+            t = time.monotonic()
+            rig.path.stop()
+            assert time.monotonic() - t < 0.2
+            while len(rig.driver.tx.free) < 300:
+                rig.start((rig.driver.rx.used_idx, rig.driver.tx.used_idx))
+                rig.cable.receive()
+                rig.driver.tx.take_used()
+                rig.path.stop()
+        assert rig.path.stop() == []
+
+
+# --- what a hostile guest tries -----------------------------------------------------------------------------
+
+
+def raw(*descs, head=0, ahead=1):
+    """Descriptors (gpa, length, flags, next) from index 0, made available from ``head``."""
+
+    def apply(ring, memory, write):
+        for i, (gpa, length, flags, following) in enumerate(descs):
+            ring.set_desc(i, gpa, length, flags | (WRITE if write else 0), following)
+        ring.set_avail(ring.avail_idx, head)
+        ring.set_avail_idx(ring.avail_idx + ahead)
+
+    return apply
+
+
+def indirect(*descs, length=None, flags=0, table=0x400000):
+    def apply(ring, memory, write):
+        data = b"".join(
+            struct.pack("<QIHH", gpa, n, f | (WRITE if write else 0), following)
+            for gpa, n, f, following in descs
+        )
+        memory.write(table, data)
+        ring.set_desc(0, table, len(data) if length is None else length, INDIRECT | flags, 1)
+        ring.set_avail(ring.avail_idx, 0)
+        ring.set_avail_idx(ring.avail_idx + 1)
+
+    return apply
+
+
+GOOD = (0x200000, 100, 0, 0)
+TOP = 16 << 20
+#: name -> (what the guest does, words of the fault)
+HOSTILE = {
+    "index ahead by size + 1": (raw(GOOD, ahead=257), "available index"),
+    "index backwards": (raw(GOOD, ahead=-1), "available index"),
+    "index half way round": (raw(GOOD, ahead=32768), "available index"),
+    "head outside": (raw(GOOD, head=256), "head is outside"),
+    "head 65535": (raw(GOOD, head=65535), "head is outside"),
+    "next outside": (raw((0x200000, 20, NEXT, 256)), "next is outside"),
+    "self loop": (raw((0x200000, 20, NEXT, 0)), "loops"),
+    "loop of two": (raw((0x200000, 20, NEXT, 1), (0x200000, 20, NEXT, 0)), "loops"),
+    "length 0": (raw((0x200000, 0, 0, 0)), "length 0"),
+    "length 0 in the middle": (raw((0x200000, 20, NEXT, 1), (0x200000, 0, 0, 0)), "length 0"),
+    "length 2^32-1": (raw((0x200000, 0xFFFFFFFF, 0, 0)), "not in guest memory"),
+    "address wraps": (raw((2**64 - 50, 100, 0, 0)), "not in guest memory"),
+    "starts outside": (raw((TOP, 100, 0, 0)), "not in guest memory"),
+    "ends outside": (raw((TOP - 99, 100, 0, 0)), "not in guest memory"),
+    "in the MMIO hole": (raw((0xFEC00000, 100, 0, 0)), "not in guest memory"),
+    "shorter than the header": (raw((0x200000, 11, 0, 0)), "shorter than"),
+    "nested indirect": (indirect((0x400000, 32, INDIRECT, 0)), "inside an indirect"),
+    "indirect of length 0": (indirect(GOOD, length=0), "bad length"),
+    "indirect of length 17": (indirect(GOOD, length=17), "bad length"),
+    "indirect of length 2^32-16": (indirect(GOOD, length=2**32 - 16), "not in guest memory"),
+    "indirect and next": (indirect(GOOD, flags=NEXT), "with a next one"),
+    "indirect outside": (raw((TOP, 16, INDIRECT, 0)), "not in guest memory"),
+    "indirect, next outside the table": (indirect((0x200000, 20, NEXT, 1)), "next is outside"),
+    "indirect loop": (indirect((0x200000, 20, NEXT, 1), (0x200000, 20, NEXT, 0)), "loops"),
+    "indirect loop that never writes": (indirect((0x200000, 20, NEXT, 0)), "loops"),
+    "indirect of 1025": (
+        indirect(*((0x200000, 16, NEXT if i < 1024 else 0, i + 1) for i in range(1025))),
+        "too many segments",
+    ),
+}
+
+
+@pytest.mark.parametrize("queue", [0, 1])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_ring_is_stopped_and_the_other_goes_on(name, queue):
+    act, words = HOSTILE[name]
+    with Rig(fill=False) as rig:
+        rig.start()
+        d = rig.driver
+        victim = d.rings[queue]
+        if queue == 1:
+            d.fill()
+            d.send(frame(1))
+            assert rig.cable.receive()[12:] == frame(1)
+            assert wait_for(lambda: victim.outstanding == 0)
+        before = victim.used_idx
+        t = time.monotonic()
+        act(victim, rig.memory, queue == 0)
+        victim.kick()
+        if queue == 0:
+            rig.cable.far.send(bytes(12) + frame(2))
+        assert wait_for(lambda: rig.faults, 5)
+        assert time.monotonic() - t < 1
+        assert rig.faults[0][0] == queue and words in rig.faults[0][1], rig.faults
+        # The other direction is unharmed.
+        if queue == 1:
+            rig.cable.far.send(bytes(12) + frame(3))
+            assert d.wait_packets(1)[0][12:] == frame(3)
+        else:
+            d.send(frame(3))
+            assert rig.cable.receive()[12:] == frame(3)
+        # And it is quiet: no loop, no second report.
+        used = cpu_seconds(rig)
+        victim.kick()
+        time.sleep(0.03)
+        assert cpu_seconds(rig) - used < 0.03
+        assert len(rig.faults) == 1
+        assert rig.path.stop()[queue] == before == victim.used_idx
+
+
+@pytest.mark.parametrize("queue", [0, 1])
+def test_the_wrong_direction_is_a_fault(queue):
+    with Rig(fill=False) as rig:
+        rig.start()
+        ring = rig.driver.rings[queue]
+        ring.add([(0x200000, 100, queue == 1)])
+        ring.publish()
+        rig.cable.far.send(bytes(12) + frame(2))
+        assert wait_for(lambda: rig.faults, 5)
+        assert rig.faults == [(queue, f"queue {queue}: descriptor of the wrong direction")]
+
+
+@pytest.mark.parametrize("queue", [0, 1])
+def test_writable_before_readable_is_a_fault(queue):
+    with Rig(fill=False) as rig:
+        rig.start()
+        ring = rig.driver.rings[queue]
+        ring.add([(0x200000, 100, True), (0x201000, 100, False)])
+        ring.publish()
+        rig.cable.far.send(bytes(12) + frame(2))
+        assert wait_for(lambda: rig.faults, 5)
+        assert rig.faults[0][0] == queue and "readable descriptor after" in rig.faults[0][1]
+
+
+def test_indirect_without_the_feature_is_a_fault():
+    with Rig(VERSION_1 | MRG) as rig:
+        rig.start()
+        rig.driver.tx.add([(0x200000, 100, False)], indirect=0x300000)
+        rig.driver.tx.publish()
+        assert wait_for(lambda: rig.faults, 5)
+        assert "without INDIRECT_DESC" in rig.faults[0][1]
+
+
+def test_chains_before_the_bad_one_are_finished():
+    with Rig() as rig:
+        rig.driver.send(*(frame(i) for i in range(10)), kick=False)
+        tx = rig.driver.tx
+        tx.set_desc(200, 0x200000, 0, 0, 0)
+        tx.set_avail(10, 200)
+        tx.set_avail_idx(11)
+        rig.start()
+        assert wait_for(lambda: rig.faults, 5)
+        assert [rig.cable.receive()[12:] for _ in range(10)] == [frame(i) for i in range(10)]
+        assert wait_for(lambda: rig.driver.tx.used_idx == 10)
+        assert rig.path.stop()[1] == 10
+
+
+BAD_PLACES = [
+    ({"size": 3}, "power of two"),
+    ({"size": 65536}, "power of two"),
+    ({"desc": 0x1008}, "misaligned"),
+    ({"avail": 0x1001}, "misaligned"),
+    ({"used": 0x1002}, "misaligned"),
+    ({"desc": TOP - 16}, "not in guest memory"),
+    ({"avail": TOP - 512}, "not in guest memory"),
+    ({"used": TOP - 2048}, "not in guest memory"),
+    ({"desc": 2**64 - 4096}, "not in guest memory"),
+    ({"used": 2**64 - 4}, "not in guest memory"),
+    ({"avail": 0xD0000000}, "not in guest memory"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD_PLACES)
+@pytest.mark.parametrize("queue", [0, 1])
+def test_a_bad_ring_is_refused_and_nothing_touched(change, words, queue):
+    with Rig() as rig:
+        rings = [r.vring() for r in rig.driver.rings]
+        for key, value in change.items():
+            setattr(rings[queue], key, value)
+        before = rig.memory.read(0, 1 << 20)
+        fds = len(list(Path("/proc/self/fd").iterdir()))
+        threads = threading.active_count()
+        with pytest.raises(RingFault, match=words):
+            rig.path.start(ALL, rig.memory, rings)
+        assert rig.memory.read(0, 1 << 20) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) == fds
+        assert threading.active_count() == threads
+        assert rig.path.stop() == []
+
+
+def test_ring_areas_that_end_with_the_memory_are_fine():
+    with Rig() as rig:
+        v = rig.driver.tx.vring()
+        v.used = (TOP - 6 - 8 * 256) & ~3
+        rig.path.start(ALL, rig.memory, [v])
+        rig.path.stop()
+
+
+# --- the outside goes wrong ---------------------------------------------------------------------------------
+
+
+def test_a_vanished_peer_is_link_down_without_a_busy_loop():
+    with Rig() as rig:
+        rig.start()
+        rig.cable.far.close()
+        assert wait_for(lambda: rig.links == [False], 5)
+        rig.driver.send(frame(1), frame(2))
+        assert wait_for(lambda: rig.driver.tx.outstanding == 0, 5)
+        used = cpu_seconds(rig)
+        time.sleep(0.1)
+        assert cpu_seconds(rig) - used < 0.05
+        assert rig.counter("tx_drop_link") == 2
+        assert rig.links == [False] and not rig.faults
+
+
+# --- over a real tap ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def namespace():
+    with Namespace(address="192.168.90.1/24", mtu=1500) as ns:
+        yield ns
+
+
+MAC = bytes.fromhex("525400123456")
+GUEST_IP, HOST_IP = bytes([192, 168, 90, 2]), bytes([192, 168, 90, 1])
+
+
+def arp_request() -> bytes:
+    head = b"\xff" * 6 + MAC + b"\x08\x06" + struct.pack(">HHBBH", 1, 0x800, 6, 4, 1)
+    return head + MAC + GUEST_IP + bytes(6) + HOST_IP
+
+
+class TapRig(Rig):
+    def __init__(self, namespace, acked=ALL, **driver):
+        super().__init__(acked, **driver)
+        self.tap = namespace.tap
+        self.path = EmulatedNet(self.tap)
+        self.path.on_fault = lambda queue, what: self.faults.append((queue, what))
+        self.path.on_link = self.links.append
+
+
+def test_arp_over_a_tap(namespace):
+    with TapRig(namespace) as rig:
+        rig.start()
+        rig.driver.send(arp_request())
+        assert wait_for(
+            lambda: any(p[24:26] == b"\x08\x06" for p in rig.driver.poll() or rig.driver.received)
+        )
+        reply = next(p for p in rig.driver.received if p[24:26] == b"\x08\x06")
+        assert reply[12:18] == MAC and reply[10:12] == b"\1\0"
+        assert reply[40:44] == HOST_IP
+
+
+def test_both_directions_get_their_turn(namespace):
+    """A guest that transmits without end starves neither receive nor stop (CVE-2019-3900)."""
+    with TapRig(namespace, size=32768, rx_buffers=64) as rig:
+        tx, enough = rig.driver.tx, threading.Event()
+        rig.memory.write(0x800000, bytes(12) + b"\2" * 12 + b"\x88\xb5" + bytes(46))
+        tx.set_desc(0, 0x800000, 72, 0, 0)
+        for i in range(tx.size):
+            tx.set_avail(i, 0)
+
+        def hog():
+            while not enough.is_set():
+                tx.set_avail_idx(tx.used_idx + tx.size)
+
+        rig.start()
+        thread = threading.Thread(target=hog)
+        thread.start()
+        try:
+            tx.kick()
+            assert wait_for(lambda: rig.counter("tx_packets") > 1000)
+            with namespace.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+                s.bind(("tap0", 0))
+                for n in range(1, 6):
+                    s.send(MAC * 2 + b"\x88\xb5" + frame(n))
+                    assert wait_for(lambda n=n: rig.counter("rx_packets") >= n, 2)
+            t = time.monotonic()
+            rig.path.stop()
+            assert time.monotonic() - t < 0.5
+        finally:
+            enough.set()
+            thread.join()

@@ -1,0 +1,364 @@
+"""The byte pipe from guest to reader, the streams on top, and what becomes of slow and broken sinks."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from pyvmm._ext import ffi, lib
+from pyvmm.devices.console import KEEP, Console, FdSink, Stream
+from tests.driver import wait_for
+from tests.pci_guest import FakeVm
+
+
+class Pipe:
+    def __init__(self, size=64):
+        self.c = lib.pv_pipe_new(size)
+        self.buf = ffi.new("uint8_t[]", 1 << 16)
+
+    def write(self, data, wait_ms=0):
+        return lib.pv_pipe_write(self.c, data, len(data), wait_ms)
+
+    def read(self, n=1 << 16, timeout_ms=0):
+        got = lib.pv_pipe_read(self.c, self.buf, n, timeout_ms)
+        return None if got < 0 else bytes(ffi.buffer(self.buf, got))
+
+    def in_thread(self, data, wait_ms):
+        result = []
+        t = threading.Thread(target=lambda: result.append((self.write(data, wait_ms), time.monotonic())))
+        t.start()
+        return t, result
+
+
+@pytest.fixture
+def pipe():
+    p = Pipe()
+    yield p
+    lib.pv_pipe_free(p.c)
+
+
+@pytest.mark.parametrize("size", [0, 3, 100])
+def test_the_size_is_a_power_of_two(size):
+    assert lib.pv_pipe_new(size) == ffi.NULL
+
+
+def test_bytes_come_out_in_order_and_the_indices_wrap(pipe):
+    sent = got = b""
+    for i in range(50):
+        data = bytes((i * 7 + k) & 0xFF for k in range(i % 60 + 1))
+        assert pipe.write(data) == len(data)
+        sent += data
+        got += pipe.read()
+    assert got == sent
+    assert (lib.pv_pipe_total(pipe.c), lib.pv_pipe_dropped(pipe.c)) == (len(sent), 0)
+    assert pipe.read() == b""
+
+
+def test_a_full_pipe_drops_and_counts(pipe):
+    assert pipe.write(b"x" * 100) == 64
+    assert pipe.write(b"y") == 0
+    assert lib.pv_pipe_dropped(pipe.c) == 37
+    assert pipe.read(10) == b"x" * 10
+    assert pipe.write(b"y" * 20) == 10
+
+
+def test_a_writer_waits_for_room(pipe):
+    """More than fits, also when the reader sleeps since before: it must be woken first."""
+    t, result = pipe.in_thread(b"a" * 200, 5000)
+    got = b""
+    while len(got) < 200:
+        got += pipe.read(timeout_ms=5000)
+    t.join()
+    assert got == b"a" * 200 and result[0][0] == 200 and lib.pv_pipe_dropped(pipe.c) == 0
+
+
+def test_a_sleeping_reader_is_woken_by_a_writer_that_fills_the_pipe(pipe):
+    got = []
+
+    def reader():
+        while (data := pipe.read(timeout_ms=-1)) is not None:
+            got.append(data)
+
+    r = threading.Thread(target=reader)
+    r.start()
+    time.sleep(0.05)  # asleep
+    start = time.monotonic()
+    assert pipe.write(b"b" * 500, 5000) == 500
+    assert time.monotonic() - start < 4
+    lib.pv_pipe_close(pipe.c)
+    r.join()
+    assert b"".join(got) == b"b" * 500
+
+
+def test_one_wait_in_vain_is_enough(pipe):
+    """A stuck reader costs the guest one wait, not one a byte; once it takes something, there is patience again."""
+    pipe.write(b"x" * 64)
+    start = time.monotonic()
+    assert pipe.write(b"y", 100) == 0
+    first = time.monotonic() - start
+    assert first > 0.09
+    start = time.monotonic()
+    for _ in range(1000):
+        assert pipe.write(b"y", 1000) == 0
+    assert time.monotonic() - start < 0.9
+    assert pipe.read(4) == b"xxxx"
+    t, result = pipe.in_thread(b"0123456789", 5000)
+    time.sleep(0.05)
+    assert not result  # waits again
+    assert len(pipe.read()) == 64
+    t.join()
+    assert result[0][0] == 10
+
+
+def test_hurry_frees_who_waits_and_stores_what_fits(pipe):
+    pipe.write(b"x" * 60)
+    t, result = pipe.in_thread(b"0123456789", 60000)
+    assert wait_for(lambda: lib.pv_pipe_total(pipe.c) == 70)
+    time.sleep(0.02)
+    lib.pv_pipe_hurry(pipe.c)
+    t.join(5)
+    assert result[0][0] == 4
+    assert pipe.write(b"z", 60000) == 0
+    assert pipe.read() == b"x" * 60 + b"0123"
+    assert pipe.write(b"z", 60000) == 1
+
+
+def test_a_closed_pipe_gives_what_it_has_then_ends(pipe):
+    pipe.write(b"last")
+    lib.pv_pipe_close(pipe.c)
+    assert pipe.write(b"late", 60000) == 0
+    assert pipe.read() == b"last"
+    assert pipe.read(timeout_ms=-1) is None
+
+
+def test_a_closed_pipe_frees_who_waits(pipe):
+    pipe.write(b"x" * 64)
+    t, result = pipe.in_thread(b"y", 60000)
+    time.sleep(0.02)
+    lib.pv_pipe_close(pipe.c)
+    t.join(5)
+    assert result[0][0] == 0
+
+
+def test_many_writers_one_reader():
+    p = Pipe(256)
+    writers = [p.in_thread(bytes([n]) * 5000, 10000) for n in range(4)]
+    got = b""
+    while len(got) < 20000:
+        got += p.read(timeout_ms=5000)
+    for t, result in writers:
+        t.join()
+        assert result[0][0] == 5000
+    assert [got.count(n) for n in range(4)] == [5000] * 4
+    lib.pv_pipe_free(p.c)
+
+
+# --- streams ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stream():
+    s = Stream("test")
+    s.start()
+    yield s
+    s.close()
+
+
+def put(stream, data):
+    assert lib.pv_pipe_write(stream.pipe, data, len(data), 5000) == len(data)
+
+
+def test_a_stream_reaches_all_sinks_and_expect(stream):
+    a, b = [], []
+    stream.add_sink(a.append)
+    stream.add_sink(b.append)
+    put(stream, b"hello ")
+    put(stream, b"world\nlogin: ")
+    assert stream.expect(r"^log(in): ").group(1) == b"in"
+    assert b"".join(a) == b"".join(b) == b"hello world\nlogin: "
+    with pytest.raises(TimeoutError, match="login"):
+        stream.expect("never", timeout=0.05)
+
+
+def test_expect_ends_with_the_stream(stream):
+    t = threading.Timer(0.05, lambda: stream.finish())
+    t.start()
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        stream.expect("never", timeout=30)
+    assert time.monotonic() - start < 5
+    t.join()
+
+
+@pytest.mark.parametrize("error", [OSError(5, "gone"), ValueError("I/O operation on closed file")])
+def test_a_sink_that_fails_is_dropped_and_the_others_go_on(stream, error):
+    good = []
+
+    def bad(data):
+        raise error
+
+    stream.add_sink(bad)
+    stream.add_sink(good.append)
+    put(stream, b"one")
+    assert wait_for(lambda: good == [b"one"])
+    put(stream, b"two")
+    assert wait_for(lambda: b"".join(good) == b"onetwo")
+    assert stream.lost_sinks == [error]
+
+
+def test_the_text_kept_is_bounded(stream):
+    for _ in range(3):
+        put(stream, b"x" * KEEP)
+    put(stream, b"end")
+    stream.expect("end")
+    assert len(stream.text) <= KEEP * 5 // 4 + (1 << 14)
+    assert stream.dropped_text + len(stream.text) == 3 * KEEP + 3
+
+
+def test_close_with_a_reader_stuck_in_a_sink_neither_hangs_nor_crashes():
+    s = Console("stuck", FakeVm(), 4)
+    free, inside = threading.Event(), threading.Event()
+
+    def stuck(data):
+        inside.set()
+        free.wait(30)
+
+    s.add_sink(stuck)
+    s.start()
+    put(s, b"x")
+    assert inside.wait(5)
+    start = time.monotonic()
+    s.finish(0.05)
+    s.close()
+    s.close()
+    s.finish()
+    assert time.monotonic() - start < 2
+    assert s.dropped == 0 and s.feed(b"x") in (0, 1)
+    free.set()
+    s._thread.join(5)
+    assert not s._thread.is_alive()
+
+
+def test_a_stream_that_was_never_started_closes():
+    s = Stream("idle")
+    s.close()
+    s.close()
+    assert s.dropped == 0
+
+
+def test_dropped_outlives_close(stream):
+    lib.pv_pipe_close(stream.pipe)
+    lib.pv_pipe_write(stream.pipe, b"late", 4, 0)
+    stream.close()
+    assert stream.dropped == 4
+
+
+# --- sinks --------------------------------------------------------------------------------------------------
+
+
+def os_pipe():
+    r, w = os.pipe()
+    os.set_blocking(r, False)
+    return r, w
+
+
+def drain(fd):
+    out = b""
+    while True:
+        try:
+            part = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return out
+        if not part:
+            return out
+        out += part
+
+
+def test_a_slow_reader_loses_nothing():
+    r, w = os_pipe()
+    sink, got = FdSink(w, patience=10), []
+    data = bytes(i & 0xFF for i in range(1 << 18))
+    t = threading.Thread(target=sink, args=(data,))
+    t.start()
+    while sum(map(len, got)) < len(data):
+        got.append(drain(r))
+        time.sleep(0.001)
+    t.join()
+    assert b"".join(got) == data and sink.dropped == 0
+    os.close(r)
+    os.close(w)
+
+
+def test_a_stuck_reader_costs_patience_once_then_bytes_are_dropped_and_counted():
+    r, w = os_pipe()
+    sink = FdSink(w, patience=0.15)
+    start = time.monotonic()
+    sink(b"x" * (1 << 20))
+    assert 0.1 < time.monotonic() - start < 5
+    first = sink.dropped
+    assert 0 < first < 1 << 20
+    start = time.monotonic()
+    for _ in range(100):
+        sink(b"y" * 100)
+    assert time.monotonic() - start < 0.1
+    assert sink.dropped == first + 10000
+    assert len(drain(r)) == (1 << 20) - first
+    sink(b"again")
+    assert drain(r) == b"again" and sink.dropped == first + 10000
+    os.close(r)
+    os.close(w)
+
+
+def test_patience_can_be_taken_away():
+    r, w = os_pipe()
+    s = Stream("hurried")
+    sink = FdSink(w, patience=60)
+    s.add_sink(sink)
+    s.start()
+    for _ in range(2):
+        put(s, b"x" * (1 << 16))
+    time.sleep(0.1)  # stuck: the descriptor takes 64 KiB
+    s.hurry()
+    start = time.monotonic()
+    s.finish(30)
+    assert time.monotonic() - start < 5 and not s._thread.is_alive()
+    assert sink.dropped + len(drain(r)) == 2 << 16
+    s.close()
+    os.close(r)
+    os.close(w)
+
+
+def test_a_reader_that_is_gone_ends_the_sink():
+    r, w = os_pipe()
+    s = Stream("gone")
+    sink = FdSink(w)
+    s.add_sink(sink)
+    s.start()
+    os.close(r)
+    put(s, b"lost")
+    assert wait_for(lambda: s.lost_sinks)
+    assert isinstance(s.lost_sinks[0], BrokenPipeError) and sink.dropped == 4
+    put(s, b"more")
+    s.expect("lostmore")
+    s.close()
+    os.close(w)
+
+
+def test_a_full_disk_is_an_error_of_the_sink_only():
+    fd = os.open("/dev/full", os.O_WRONLY)
+    sink = FdSink(fd)
+    with pytest.raises(OSError, match="No space"):
+        sink(b"data")
+    assert sink.dropped == 4
+    os.close(fd)
+
+
+def test_a_non_blocking_descriptor_will_do():
+    r, w = os_pipe()
+    os.set_blocking(w, False)
+    sink = FdSink(w, patience=0.05)
+    sink(b"x" * (1 << 20))
+    assert len(drain(r)) + sink.dropped == 1 << 20
+    os.close(r)
+    os.close(w)

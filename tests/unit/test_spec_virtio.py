@@ -1,0 +1,45 @@
+"""pyvmm.spec's virtio and PCI constants against the installed kernel headers."""
+
+import subprocess
+
+from pyvmm.spec import pci, virtio, virtio_net, virtio_pci
+
+HEADERS = ["virtio_ids", "virtio_config", "virtio_ring", "virtio_net", "virtio_pci", "pci_regs"]
+# Not in the headers of every kernel we build on (6.1 lacks them), or ours.
+NOT_IN_HEADERS = {
+    "VRING_SIZE_MAX",
+    "VIRTIO_F_NOTIFICATION_DATA",
+    "VIRTIO_F_NOTIF_CONFIG_DATA",
+    "VIRTIO_NET_HDR_V1_SIZE",
+    "VIRTIO_NET_F_GUEST_USO4",
+    "VIRTIO_NET_F_GUEST_USO6",
+    "VIRTIO_NET_F_HOST_USO",
+    "VIRTIO_NET_F_GUEST_HDRLEN",
+    "VIRTIO_NET_HDR_GSO_UDP_L4",
+    # Of the kernel's own headers, not those for programs (linux/pci_ids.h, virtio_pci_modern.c).
+    "PCI_VENDOR_ID_REDHAT_QUMRANET",
+    "VIRTIO_PCI_DEVICE_ID_BASE",
+    "VIRTIO_PCI_ISR_QUEUE",
+}
+
+
+def test_constants_match_the_kernel_headers(tmp_path):
+    ours = {
+        name: value
+        for module in (virtio, virtio_net, virtio_pci, pci)
+        for name, value in vars(module).items()
+        if name.startswith(("VIRTIO_", "VRING_", "PCI_"))
+    }
+    assert len(ours) > 160
+    lines = [f"#include <linux/{h}.h>" for h in HEADERS]
+    lines += ["#include <stdio.h>", "int main(void) {"]
+    for name in ours:
+        lines += [f"#ifdef {name}", f'printf("{name} %lld\\n", (long long)({name}));', "#endif"]
+    lines += ['printf("VIRTIO_NET_HDR_V1_SIZE %zu\\n", sizeof(struct virtio_net_hdr_v1));', "return 0; }"]
+    source = tmp_path / "spec.c"
+    source.write_text("\n".join(lines))
+    subprocess.run(["gcc", "-o", tmp_path / "spec", source], check=True)
+    out = subprocess.run([tmp_path / "spec"], check=True, capture_output=True, text=True).stdout
+    kernel = {name: int(value) for name, value in (line.split() for line in out.splitlines())}
+    assert {n: (v, kernel[n]) for n, v in ours.items() if n in kernel and kernel[n] != v} == {}
+    assert set(ours) - set(kernel) <= NOT_IN_HEADERS

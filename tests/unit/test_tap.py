@@ -1,0 +1,493 @@
+"""Taps and network namespaces, with the real kernel. All of it happens in namespaces of its own."""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pyvmm.datapath.emulated import EmulatedNet
+from pyvmm.datapath.netns import Namespace
+from pyvmm.datapath.tap import Interface, Tap, parse_address
+from pyvmm.errors import NetError, NetForbidden, UsageError
+from pyvmm.memory import GuestMemory
+from pyvmm.spec import virtio, virtio_net
+from tests.driver import NetDriver, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+GSO = [
+    virtio_net.VIRTIO_NET_F_GUEST_CSUM,
+    virtio_net.VIRTIO_NET_F_GUEST_TSO4,
+    virtio_net.VIRTIO_NET_F_GUEST_TSO6,
+    virtio_net.VIRTIO_NET_F_GUEST_ECN,
+]
+
+
+def mask(*bits):
+    return sum(1 << b for b in bits)
+
+
+@pytest.fixture
+def namespace():
+    with Namespace(address="192.168.91.1/24", address6="fd00:91::1/64", mtu=1400) as ns:
+        yield ns
+
+
+def inside(ns, source, **kw):
+    """Run Python source as root inside the namespace."""
+    code = "import sys, os, time\nfrom pyvmm.datapath.tap import Tap, Interface\nfrom pyvmm.errors import *\n"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    argv = [sys.executable, "-c", code + textwrap.dedent(source)]
+    return ns.popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=env, **kw)
+
+
+def run_inside(ns, source):
+    p = inside(ns, source)
+    out, _ = p.communicate(timeout=20)
+    assert p.returncode == 0
+    return out.strip()
+
+
+def links(ns):
+    out = ns.run(["cat", "/proc/net/dev"], capture_output=True, text=True, check=True).stdout
+    return {line.split(":")[0].strip() for line in out.splitlines() if ":" in line}
+
+
+@pytest.mark.parametrize("name", ["", "x" * 16, "a/b", ".", "..", "a b", "tap%d", "a:b", "a\n"])
+def test_names_that_no_interface_can_have(name):
+    with pytest.raises(UsageError):
+        Tap(name)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "192.168.1", "192.168.1.1/33", "fd00::/129", "1.2.3.4/x", "::g", "1.2.3.4/-1"]
+)
+def test_addresses_that_are_none(text):
+    with pytest.raises(UsageError):
+        parse_address(text)
+
+
+def test_addresses():
+    assert parse_address("10.0.0.1/8") == (socket.AF_INET, b"\n\0\0\1", 8)
+    assert parse_address("10.0.0.1")[2] == 32
+    assert parse_address("fd00::1/64") == (socket.AF_INET6, b"\xfd" + bytes(14) + b"\1", 64)
+
+
+@pytest.mark.parametrize("mtu", [67, 65522])
+def test_an_mtu_that_no_tap_can_have(mtu):
+    with pytest.raises(UsageError):
+        Tap("x", mtu=mtu)
+
+
+def test_a_namespace_has_its_tap_up_and_addressed(namespace):
+    assert namespace.tap.mtu == 1400
+    show = namespace.run(["ip", "addr", "show"], capture_output=True, text=True, check=True).stdout
+    assert "inet 192.168.91.1/24" in show and "inet6 fd00:91::1/64" in show and "mtu 1400" in show
+    assert "tentative" not in next(line for line in show.splitlines() if "fd00:91" in line)
+    assert show.count("UP") >= 2  # lo, too
+    with namespace.socket(socket.AF_INET6, socket.SOCK_DGRAM) as s:
+        s.bind(("fd00:91::1", 0))
+
+
+def test_making_a_namespace_changes_neither_ours_nor_that_of_other_threads():
+    def mine(kind):
+        return Path(f"/proc/thread-self/ns/{kind}").readlink()
+
+    before = mine("net"), mine("user")
+    seen = []
+    go, done = threading.Event(), threading.Event()
+
+    def other():
+        go.wait()
+        seen.append(mine("net"))
+        done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with Namespace() as ns:
+        go.set()
+        done.wait()
+        thread.join()
+        assert (mine("net"), mine("user")) == before
+        assert seen == [before[0]]
+        assert os.fstat(ns.net.fileno()).st_ino != Path("/proc/self/ns/net").stat().st_ino
+        assert not Interface("tap0").exists()
+
+
+def test_a_namespace_leaves_no_descriptor_thread_or_child():
+    def state():
+        return (
+            len(list(Path("/proc/self/fd").iterdir())),
+            threading.active_count(),
+            Path("/proc/thread-self/children").read_text(),
+        )
+
+    before = state()
+    for _ in range(3):
+        with Namespace(address="10.0.0.1/24", queues=2) as ns:
+            ns.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
+        ns.close()
+    assert state() == before
+
+
+def test_an_ordinary_user_gets_a_namespace():
+    """In a child that gives up root, from a process with threads."""
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: lost with the change of user
+            with Namespace(address="10.9.0.1/24", mtu=9000, queues=2) as ns:
+                assert ns.user is not None and len(ns.tap.fds) == 2 and ns.tap.mtu == 9000
+                with ns.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+                    s.bind(("10.9.0.1", 0))
+                show = ns.run(["ip", "addr"], capture_output=True, text=True).stdout
+                assert "10.9.0.1/24" in show, show
+                ns.tap.set_offloads(mask(*GSO))
+            status = 0
+        except BaseException as e:
+            print(repr(e), file=sys.stderr)
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    stop.set()
+    thread.join()
+
+
+def test_a_busy_tap_is_named(namespace):
+    out = run_inside(
+        namespace,
+        """
+        try:
+            Tap("tap0")
+        except NetError as e:
+            print(type(e).__name__, e)
+        """,
+    )
+    assert out.startswith("NetError tap tap0 is in use; stop")
+
+
+def test_what_is_no_tap_is_named(namespace):
+    out = run_inside(
+        namespace,
+        """
+        try:
+            Tap("lo")
+        except NetError as e:
+            print(type(e).__name__, e)
+        """,
+    )
+    assert out.startswith("NetError lo exists but is no tap")
+
+
+def test_a_tap_that_was_made_is_gone_even_after_sigkill(namespace):
+    p = inside(
+        namespace, "tap = Tap('own0', address='10.1.1.1/24')\nprint(tap.created, flush=True)\ntime.sleep(60)"
+    )
+    assert p.stdout.readline().strip() == "True"
+    assert "own0" in links(namespace)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    p.stdout.close()
+    p.stdin.close()
+    assert wait_for(lambda: "own0" not in links(namespace), 5)
+
+
+def test_a_tap_of_the_users_is_left_as_it_was(namespace):
+    def show():
+        out = namespace.run(
+            ["ip", "-4", "addr", "show", "mine0"], capture_output=True, text=True, check=True
+        ).stdout
+        return [re.sub(r"(qdisc|brd) \S+ ", "", line) for line in out.splitlines() if "valid_lft" not in line]
+
+    for address in ([], ["10.2.2.1/29"]):
+        namespace.run(["ip", "tuntap", "add", "dev", "mine0", "mode", "tap"], check=True)
+        for one in address:
+            namespace.run(["ip", "addr", "add", one, "dev", "mine0"], check=True)
+        before = show()
+        out = run_inside(
+            namespace,
+            """
+            tap = Tap("mine0", mtu=9000, address="10.3.3.1/25")
+            print(tap.created, tap.mtu, "UP" in os.popen("ip -4 addr show mine0").read(),
+                  "10.3.3.1/25" in os.popen("ip -4 addr show mine0").read())
+            tap.close()
+            """,
+        )
+        assert out == "False 9000 True True"
+        assert show() == before
+        namespace.run(["ip", "link", "del", "mine0"], check=True)
+
+
+def test_a_multi_queue_tap_opened_as_single_is_explained(namespace):
+    namespace.run(["ip", "tuntap", "add", "dev", "many0", "mode", "tap", "multi_queue"], check=True)
+    out = run_inside(
+        namespace,
+        """
+        try:
+            Tap("many0")
+        except NetError as e:
+            print(e)
+        """,
+    )
+    assert "single-queue" in out
+
+
+class Guest:
+    """A mock guest on a tap, with the addresses and checksums to talk UDP."""
+
+    MAC = bytes.fromhex("525400123456")
+    IP, HOST = bytes([192, 168, 91, 2]), bytes([192, 168, 91, 1])
+
+    def __init__(self, ns, acked):
+        self.memory = GuestMemory(8 << 20)
+        self.acked = acked | mask(
+            virtio.VIRTIO_F_VERSION_1, virtio.VIRTIO_RING_F_EVENT_IDX, virtio_net.VIRTIO_NET_F_MRG_RXBUF
+        )
+        self.driver = NetDriver(self.memory)
+        self.path = EmulatedNet(ns.tap)
+        self.links = []
+        self.path.on_link = self.links.append
+        self.driver.fill()
+        self.path.start(self.acked, self.memory, [r.vring() for r in self.driver.rings])
+        ns.run(
+            ["ip", "neigh", "replace", "192.168.91.2", "lladdr", "52:54:00:12:34:56", "dev", "tap0"],
+            check=True,
+        )
+
+    def udp_received(self, port, count=1):
+        def find():
+            self.driver.poll()
+            hits = [p for p in self.driver.received if p[24:26] == b"\x08\0" and p[35] == 17]
+            return [p for p in hits if struct.unpack_from(">H", p, 48)[0] == port]
+
+        assert wait_for(lambda: len(find()) >= count, 5)
+        return find()
+
+    def close(self):
+        self.path.stop()
+        self.driver.close()
+        self.memory.close()
+
+
+@pytest.fixture
+def guest(namespace, request):
+    g = Guest(namespace, getattr(request, "param", 0))
+    yield g
+    g.close()
+
+
+def checksum(data):
+    data += b"\0" * (len(data) % 2)
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+@pytest.mark.parametrize("guest", [0, mask(*GSO)], indirect=True)
+def test_offloads_follow_the_negotiated_features(namespace, guest):
+    """With GUEST_CSUM the host leaves the checksum to us; without it, it does it all."""
+    with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.sendto(b"hello", ("192.168.91.2", 4000))
+        packet = guest.udp_received(4000)[0]
+        offloaded = bool(guest.acked >> virtio_net.VIRTIO_NET_F_GUEST_CSUM & 1)
+        assert bool(packet[0] & virtio_net.VIRTIO_NET_HDR_F_NEEDS_CSUM) == offloaded
+        udp = packet[46:]
+        pseudo = packet[38:46] + struct.pack(">BBH", 0, 17, len(udp))
+        assert (checksum(pseudo + udp) == 0) != offloaded
+        # And while running, as for VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET.
+        guest.path.set_offloads(0)
+        s.sendto(b"again", ("192.168.91.2", 4001))
+        packet = guest.udp_received(4001)[0]
+        assert not packet[0] & virtio_net.VIRTIO_NET_HDR_F_NEEDS_CSUM
+
+
+def test_offloads_that_lack_what_they_require_are_not_asked_for(namespace):
+    for bits in ([virtio_net.VIRTIO_NET_F_GUEST_ECN], GSO[1:], [GSO[0], GSO[3]], GSO, []):
+        namespace.tap.set_offloads(mask(*bits))
+
+
+def test_the_tap_has_all_offloads(namespace):
+    features = namespace.tap.features()
+    assert features >> virtio_net.VIRTIO_NET_F_CSUM & 1 and not features & ~mask(*range(15))
+    assert not mask(*GSO) & ~features
+
+
+def test_udp_to_the_host_and_what_the_tap_refuses(namespace, guest):
+    with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.bind(("192.168.91.1", 5000))
+        s.settimeout(5)
+        mac = mac_of(namespace)
+        udp = struct.pack(">HHHH", 4000, 5000, 8 + 5, 0) + b"hello"
+        ip = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0) + Guest.IP + Guest.HOST
+        ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
+        good = mac + Guest.MAC + b"\x08\0" + ip + udp
+        guest.driver.send(good)
+        assert s.recvfrom(100) == (b"hello", ("192.168.91.2", 4000))
+        # Too short for Ethernet, a checksum beyond the packet, an unknown gso_type: dropped, counted, completed.
+        bad_csum = struct.pack("<BBHHHHH", 1, 0, 0, 0, 60000, 0, 0)
+        bad_gso = struct.pack("<BBHHHHH", 0, 0x77, 0, 100, 0, 0, 0)
+        guest.driver.queue(b"short")
+        guest.driver.queue(good, header=bad_csum)
+        guest.driver.queue(good, header=bad_gso)
+        guest.driver.queue(good)
+        guest.driver.tx.publish()
+        assert s.recvfrom(100)[0] == b"hello"
+        assert wait_for(lambda: guest.driver.tx.outstanding == 0)
+        assert guest.path.counters()["tx_drop_error"] == 3
+        # An interface that is down: dropped, counted; it comes back.
+        namespace.run(["ip", "link", "set", "tap0", "down"], check=True)
+        guest.driver.send(good)
+        assert wait_for(lambda: guest.driver.tx.outstanding == 0)
+        assert guest.path.counters()["tx_drop_error"] == 4
+        namespace.run(["ip", "link", "set", "tap0", "up"], check=True)
+        guest.driver.send(good)
+        assert s.recvfrom(100)[0] == b"hello"
+        assert guest.links == []
+
+
+def mac_of(ns):
+    out = ns.run(["ip", "link", "show", "tap0"], capture_output=True, text=True, check=True).stdout
+    return bytes.fromhex(out.split("link/ether ")[1].split()[0].replace(":", ""))
+
+
+def test_a_deleted_tap_is_link_down_without_a_busy_loop(namespace, guest):
+    namespace.run(["ip", "link", "del", "tap0"], check=True)
+    assert wait_for(lambda: guest.links == [False], 5)
+    guest.driver.send(bytes(60))
+    assert wait_for(lambda: guest.driver.tx.outstanding == 0)
+    before = guest.path.counters()["wakeups"]
+    time.sleep(0.1)
+    assert guest.path.counters()["wakeups"] - before <= 1
+    assert guest.path.counters()["tx_drop_link"] == 1
+
+
+def test_a_tap_that_is_made_again_is_used_again(namespace):
+    """FAULTS 5, in a process inside, for a tap by name; also when the device is restarted meanwhile."""
+    out = run_inside(
+        namespace,
+        """
+        import subprocess
+        from pyvmm.datapath.emulated import EmulatedNet
+        from pyvmm.memory import GuestMemory
+        from tests.driver import NetDriver, wait_for
+
+        def ip(*args):
+            subprocess.run(["ip", *args], check=True)
+
+        def make():
+            ip("tuntap", "add", "dev", "back0", "mode", "tap")
+            ip("link", "set", "back0", "up")
+
+        make()
+        memory = GuestMemory(8 << 20)
+        driver = NetDriver(memory)
+        path = EmulatedNet(Tap("back0"))
+        links = []
+        path.on_link = links.append
+        acked = 1 << 32 | 1 << 29 | 1 << 15
+        path.start(acked, memory, [r.vring() for r in driver.rings])
+        frame = b"\\xff" * 6 + b"\\x02" * 6 + b"\\x88\\xb5" + bytes(46)
+        for round in range(2):
+            driver.send(frame)
+            assert wait_for(lambda: path.counters().get("tx_packets", 0) == round + 1)
+            ip("link", "del", "back0")
+            assert wait_for(lambda: links == [False, True] * round + [False]), links
+            if round:
+                bases = path.stop()
+                path.start(acked, memory, [r.vring(b) for r, b in zip(driver.rings, bases)])
+                assert wait_for(lambda: links[-2:] == [False, False])
+            make()
+            assert wait_for(lambda: links[-1])
+        driver.send(frame)
+        assert wait_for(lambda: path.counters()["tx_packets"] == 3)
+        path.close()
+        print(links, "back0" in open("/proc/net/dev").read())
+        """,
+    )
+    assert out == "[False, True, False, False, True] True"
+
+
+def test_a_queue_of_frames_before_start_is_delivered(namespace):
+    """The tap keeps frames while no data path runs: nothing is lost in a switch."""
+    g = Guest(namespace, 0)
+    g.path.stop()
+    with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for i in range(200):
+            s.sendto(bytes([i]), ("192.168.91.2", 6000))
+    bases = [g.driver.rx.used_idx, g.driver.tx.used_idx]
+    rings = [r.vring(b) for r, b in zip(g.driver.rings, bases, strict=True)]
+    g.path.start(g.acked, g.memory, rings)
+    assert [p[54:55] for p in g.udp_received(6000, 200)] == [bytes([i]) for i in range(200)]
+    g.close()
+
+
+def test_two_queues_of_one_tap():
+    with Namespace(queues=2, address="192.168.91.1/24") as ns:
+        assert len({fd.fileno() for fd in ns.tap.fds}) == 2
+        for fd in ns.tap.fds:
+            with pytest.raises(BlockingIOError):
+                while True:
+                    os.read(fd.fileno(), 2048)
+
+
+def test_forbidden_taps_name_the_remedy():
+    """As a user without rights in the namespace: neither making one nor opening another's works."""
+    if os.getuid():
+        with pytest.raises(NetForbidden, match="ip tuntap add"):
+            Tap("nope0")
+        return
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            try:
+                Tap("nope0")
+            except NetForbidden as e:
+                status = 0 if "ip tuntap add" in str(e) and e.exit_code == 107 else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_no_tun_device(monkeypatch):
+    monkeypatch.setattr("pyvmm.datapath.tap.TUN", "/dev/net/none")
+    with pytest.raises(NetError, match="there is no /dev/net/none; load the tun module"):
+        Tap("x0")
+
+
+def test_no_namespaces_at_all(monkeypatch):
+    """unshare refused: one line with the remedy."""
+    from pyvmm.datapath import netns
+
+    class Refusing:
+        CLONE_NEWNET = CLONE_NEWUSER = 0
+
+        @staticmethod
+        def unshare(flags):
+            netns.ffi.errno = 1
+            return -1
+
+    monkeypatch.setattr(netns, "lib", Refusing)
+    with pytest.raises(NetForbidden, match="run as root, allow user namespaces"):
+        Namespace()

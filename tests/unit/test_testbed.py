@@ -1,0 +1,526 @@
+"""The testbed's parts that need no virtual machine: frames, sessions, the supervisor's tables, boot files, options."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import marshal
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyvmm.errors import HostError, TestbedError, UsageError
+from pyvmm.host import l1_assets, l1_isolate, paths, testbed
+from pyvmm.host import l1_protocol as p
+from pyvmm.host.l1_client import Session, TestbedTimeout
+from pyvmm.host.l1_supervisor import Client, Supervisor
+from pyvmm.host.testbed import Testbed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Caches and run-time state of the test's own, under a name short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="pyvmm-", dir="/tmp") as work:
+        path = Path(work)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(path / "cache"))
+        (path / "run").mkdir(mode=0o700)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(path / "run"))
+        monkeypatch.delenv("PYVMM_TESTBED", raising=False)
+        yield path
+
+
+# --- frames ------------------------------------------------------------------------------------------------
+
+frames = st.lists(
+    st.tuples(st.integers(1, 255), st.integers(0, 65535), st.integers(0, 3), st.binary(max_size=200)),
+    max_size=20,
+)
+
+
+@given(frames, st.lists(st.integers(1, 64), min_size=1))
+def test_framer_does_not_care_how_the_stream_is_cut(
+    sent: list[tuple[int, int, int, bytes]], cuts: list[int]
+) -> None:
+    stream = b"".join(p.frame(kind, channel, payload, which) for kind, channel, which, payload in sent)
+    framer, got, at, turn = p.Framer(), [], 0, 0
+    while at < len(stream):
+        n = cuts[turn % len(cuts)]
+        got += framer.feed(stream[at : at + n])
+        at, turn = at + n, turn + 1
+    assert got == sent
+
+
+def test_framer_refuses_silly_lengths() -> None:
+    with pytest.raises(ValueError, match="4294967295"):
+        p.Framer().feed(b"\xff\xff\xff\xff" + bytes(4))
+
+
+def test_a_data_frame_fits_one_write_to_the_port() -> None:
+    assert len(p.frame(p.DATA, 1, bytes(p.CHUNK))) == 32768
+
+
+# --- the client's side, against an agent played here ---------------------------------------------------------
+
+
+class Agent:
+    """The far end of a session."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.framer = p.Framer()
+        self.ready: list[tuple[int, int, int, bytes]] = []
+        self.spec: dict[str, object] = marshal.loads(self.next(p.OPEN)[1])
+
+    def next(self, kind: int) -> tuple[int, bytes]:
+        """The next frame, which must be of ``kind``: (stream, payload)."""
+        self.sock.settimeout(10)
+        while not self.ready:
+            self.ready += self.framer.feed(self.sock.recv(65536))
+        got, _channel, stream, payload = self.ready.pop(0)
+        assert got == kind
+        return stream, payload
+
+    def send(self, kind: int, payload: bytes = b"", stream: int = 0) -> None:
+        self.sock.sendall(p.frame(kind, 0, payload, stream))
+
+
+class Running:
+    """A session in a thread, and its agent."""
+
+    def __init__(self, timeout: float | None = None, **kwargs: object) -> None:
+        ours, theirs = socket.socketpair()
+        options: dict[str, object] = {
+            "cwd": "/",
+            "env": {},
+            "stdin": None,
+            "stdout": None,
+            "stderr": None,
+            **kwargs,
+        }
+        self.session = Session(ours, ["cmd", "\udcff"], **options)  # type: ignore[arg-type]
+        self.result: int | BaseException = -1
+        self.notes: list[str] = []
+
+        def run() -> None:
+            try:
+                self.result = self.session.wait(timeout, progress=self.notes.append)
+            except BaseException as e:
+                self.result = e
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+        self.agent = Agent(theirs)
+
+    def end(self) -> int | BaseException:
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+        return self.result
+
+
+def test_session_carries_arguments_output_and_status() -> None:
+    r = Running(env={"A": "b", "C": "\udce9"}, cwd="/some where")
+    assert r.agent.spec["argv"] == [b"cmd", b"\xff"]
+    assert r.agent.spec["env"] == {b"A": b"b", b"C": b"\xe9"}
+    assert (r.agent.spec["cwd"], r.agent.spec["stdin"], r.agent.spec["tty"]) == (b"/some where", False, [])
+    r.agent.send(p.NOTE, b"starting")
+    r.agent.send(p.DATA, b"out", p.STDOUT)
+    r.agent.send(p.DATA, b"err", p.STDERR)
+    r.agent.send(p.EXIT, b"%d" % (3 << 8))
+    assert r.end() == 3
+    assert (r.session.output[p.STDOUT], r.session.output[p.STDERR], r.notes) == (b"out", b"err", ["starting"])
+
+
+def test_session_status_of_a_signal() -> None:
+    r = Running()
+    r.agent.send(p.EXIT, b"9")
+    assert r.end() == 137
+
+
+def test_session_input_respects_the_window() -> None:
+    data = os.urandom(3 * p.IN_WINDOW)
+    r = Running(stdin=data)
+    got = b""
+    while len(got) < p.IN_WINDOW:
+        got += r.agent.next(p.DATA)[1]
+    assert len(got) == p.IN_WINDOW
+    r.agent.sock.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        r.agent.sock.recv(1)  # not a byte beyond the window
+    while len(got) < len(data):
+        r.agent.send(p.CREDIT, b"%d" % (len(got) % p.IN_WINDOW or p.IN_WINDOW))
+        want = min(len(data), len(got) + (len(got) % p.IN_WINDOW or p.IN_WINDOW))
+        while len(got) < want:
+            got += r.agent.next(p.DATA)[1]
+    assert got == data
+    assert r.agent.next(p.EOF) == (p.STDIN, b"")
+    r.agent.send(p.EXIT, b"0")
+    assert r.end() == 0
+
+
+def test_session_returns_credit_only_for_what_was_written() -> None:
+    """A reader that stops costs the window and no more."""
+    out, inn = os.pipe()
+    fcntl.fcntl(inn, fcntl.F_SETPIPE_SZ, 4096)
+    r = Running(stdout=inn)
+    for _ in range(p.OUT_WINDOW // 32768):
+        r.agent.send(p.DATA, bytes(32768), p.STDOUT)
+    r.agent.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        r.agent.sock.recv(1)  # one page is written, too little to be worth a frame
+    total = 0
+    while total < p.OUT_WINDOW:
+        total += len(os.read(out, 1 << 20))
+    credit = 0
+    while credit < p.OUT_WINDOW - p.OUT_WINDOW // 8:
+        credit += int(r.agent.next(p.CREDIT)[1])
+    assert credit <= total
+    r.agent.send(p.EXIT, b"0")
+    assert r.end() == 0
+    os.close(out)
+    os.close(inn)
+
+
+def test_session_tells_that_the_reader_has_gone() -> None:
+    out, inn = os.pipe()
+    os.close(out)
+    r = Running(stdout=inn)
+    r.agent.send(p.DATA, b"x", p.STDOUT)
+    assert r.agent.next(p.EOF) == (p.STDOUT, b"")
+    r.agent.send(p.EXIT, b"13")
+    assert r.end() == 128 + 13
+    os.close(inn)
+
+
+def test_session_timeout() -> None:
+    r = Running(timeout=0.2)
+    assert isinstance(r.end(), TestbedTimeout)
+
+
+@pytest.mark.parametrize("how", ["error", "close"])
+def test_session_when_the_testbed_ends(how: str) -> None:
+    r = Running()
+    if how == "error":
+        r.agent.send(p.ERROR, b"L1 hung")
+    r.agent.sock.close()
+    error = r.end()
+    assert isinstance(error, TestbedError)
+    assert str(error) == ("L1 hung" if how == "error" else "the testbed ended")
+
+
+# --- the supervisor's tables -----------------------------------------------------------------------------------
+
+
+class Clients(Supervisor):
+    """A supervisor with an L1 that only remembers what it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__({"tether": None})
+        self.sent: list[tuple[int, int, int, bytes]] = []
+        self.ready = True
+
+    def to_port(self, data: bytes) -> None:
+        self.sent += p.Framer().feed(data)
+
+    def join(self) -> tuple[Client, socket.socket]:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        client = Client(ours)
+        self.clients[ours.fileno()] = client
+        self.selector.register(ours, 1, lambda: self.from_client(client))
+        return client, theirs
+
+
+@pytest.fixture
+def clients() -> Iterator[Clients]:
+    s = Clients()
+    yield s
+    s.selector.close()
+
+
+def test_what_follows_open_waits_with_it(clients: Clients) -> None:
+    client, far = clients.join()
+    far.sendall(p.frame(p.OPEN, 7, b"spec") + p.frame(p.DATA, 7, b"in") + p.frame(p.EOF, 7))
+    clients.from_client(client)
+    assert clients.sent == []
+    clients.open_due(client.due - 0.01)
+    assert clients.sent == []
+    clients.open_due(client.due)
+    channel = client.channel
+    assert clients.sent == [
+        (p.OPEN, channel, 0, b"spec"),
+        (p.DATA, channel, 0, b"in"),
+        (p.EOF, channel, 0, b""),
+    ]
+
+
+def test_a_second_open_ends_the_connection(clients: Clients) -> None:
+    client, far = clients.join()
+    far.sendall(p.frame(p.OPEN) + p.frame(p.OPEN))
+    clients.from_client(client)
+    assert far.recv(1) == b""
+
+
+def test_a_vanished_client_has_its_command_killed_and_its_channel_kept_until_then(clients: Clients) -> None:
+    client, far = clients.join()
+    far.sendall(p.frame(p.OPEN))
+    clients.from_client(client)
+    clients.open_due(client.due)
+    channel = client.channel
+    far.close()
+    clients.from_client(client)
+    assert clients.sent[-1] == (p.CLOSE, channel, 0, b"")
+    clients.next_channel = channel
+    other, far = clients.join()
+    far.sendall(p.frame(p.OPEN))
+    clients.from_client(other)
+    clients.open_due(other.due)
+    assert other.channel != channel
+
+
+def test_a_client_gone_before_its_turn_is_forgotten(clients: Clients) -> None:
+    client, far = clients.join()
+    far.sendall(p.frame(p.OPEN))
+    clients.from_client(client)
+    far.close()
+    clients.from_client(client)
+    clients.open_due(client.due + 1)
+    assert clients.sent == []
+    assert clients.waiting == []
+
+
+def test_garbage_ends_the_connection(clients: Clients) -> None:
+    client, far = clients.join()
+    far.sendall(b"\xff" * 64)
+    clients.from_client(client)
+    assert far.recv(1) == b""
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel() -> l1_assets.Kernel:
+    """The kernel that the testbed would boot; asked for before ``home``, it is found in the user's own cache."""
+    return l1_assets.find_kernel(None)
+
+
+def test_boot_files_are_built_once_and_for_their_inputs(kernel: l1_assets.Kernel, home: Path) -> None:
+    base = Path(paths.cache_dir("boot"))
+    for name, age in (("unused", 0), ("used", None)):
+        (base / name).mkdir()
+        os.utime(base / name, None if age is None else (age, age))
+    said: list[str] = []
+    first = l1_assets.boot_files(kernel, said.append)
+    assert len(said) == 1
+    assert Path(first[0]).read_bytes()[:4] == b"\x7fELF"
+    initrd = Path(first[1]).read_bytes()
+    for name in (b"init", b"busybox", b"l1_agent.pyc", b"m/virtiofs.ko", b"m/kvm_amd.ko"):
+        assert b"00000000" + name + b"\0" in initrd, name  # the header's last field, then the name
+    assert l1_assets.boot_files(kernel, said.append) == first
+    assert len(said) == 1, "the second time it is there"
+    assert not (base / "unused").exists()
+    assert (base / "used").exists()
+
+
+def test_kernel_by_version(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    have = [
+        l1_assets.Kernel(v, "", "")
+        for v in ("6.12.9-cloud-amd64", "6.1.0-50-cloud-amd64", "6.1.0-9-cloud-amd64")
+    ]
+    monkeypatch.setattr(l1_assets, "kernels", lambda: have)
+    assert l1_assets.find_kernel(None).version == "6.1.0-50-cloud-amd64"
+    assert l1_assets.find_kernel("6.12").version == "6.12.9-cloud-amd64"
+    assert l1_assets.find_kernel("6.1.0-9-cloud-amd64").version == "6.1.0-9-cloud-amd64"
+    for version in ("6", "5.10", "6.1.0-9"):
+        if version == "6":
+            assert l1_assets.find_kernel(version).version == "6.12.9-cloud-amd64"
+            continue
+        with pytest.raises(TestbedError, match="setup --kernel-version"):
+            l1_assets.find_kernel(version)
+
+
+def test_qemu_limits_its_vcpus() -> None:
+    assert l1_assets.Qemu("", (7, 2, 22), []).max_cpus == 1
+    assert l1_assets.Qemu("", (8, 0, 5), []).max_cpus == 1
+    assert l1_assets.Qemu("", (8, 1), []).max_cpus > 1
+    assert l1_assets.Qemu("", (10, 0, 2), []).max_cpus > 1
+
+
+def test_what_is_missing_is_named_with_its_remedy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(l1_assets, "VIRTIOFSD", "/no/such/file")
+    monkeypatch.setattr(l1_assets, "kernels", list)
+    monkeypatch.setenv("PATH", "/nowhere")
+    lacks = dict(l1_assets.missing())
+    assert "qemu-system-common" in lacks["virtiofsd"]
+    assert "qemu-system-x86" in lacks["qemu-system-x86_64"]
+    assert not Testbed.is_set_up()
+    with pytest.raises(TestbedError, match="not set up"):
+        Testbed().up()
+
+
+def test_agent_needs_nothing_of_pyvmm() -> None:
+    """It runs in L1 with -I -S, before anything of pyvmm can be reached, and nothing that it imports is slow."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import l1_agent; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(ROOT / "pyvmm/host")], capture_output=True, text=True
+    )
+    loaded = set(done.stdout.split())
+    assert "l1_protocol" in loaded, done.stderr
+    assert not {m for m in loaded if m.startswith("pyvmm")}
+    assert not loaded & {"re", "json", "typing", "subprocess", "ctypes", "socket"}
+
+
+def test_runtime_directory_must_be_private(home: Path) -> None:
+    path = Path(paths.runtime_dir())
+    assert path.stat().st_mode & 0o777 == 0o700
+    path.chmod(0o755)
+    with pytest.raises(HostError, match="private"):
+        paths.runtime_dir()
+    path.rmdir()
+    path.symlink_to(home)
+    with pytest.raises(HostError, match="private"):
+        paths.runtime_dir()
+
+
+def test_runtime_directory_leaves_room_for_a_socket(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = home / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    path = f"{paths.runtime_dir()}/testbed-{'x' * 32}/socket.root"
+    assert not path.startswith(str(deep))
+    assert len(path) < 108
+
+
+def test_nested_use_ends_with_the_outer_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(Testbed, "is_up", lambda self: "up" in calls)
+    monkeypatch.setattr(Testbed, "up", lambda self, tethered: calls.append("up"))
+    monkeypatch.setattr(Testbed, "down", lambda self: calls.append("down"))
+    bed = Testbed("nest")
+    with bed:
+        assert bed.name.startswith("nest-")
+        with bed:
+            pass
+        assert calls == ["up"]
+    assert calls == ["up", "down"]
+    assert bed.name == "nest"
+
+
+def test_protect_leaves_only_the_given_directories_writable(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "shut").mkdir()
+    code = (
+        "import sys\nfrom pyvmm.host import l1_isolate\n"
+        "l1_isolate.protect([sys.argv[1]])\nopen(sys.argv[1] + '/x', 'w').close()\n"
+        "try: open(sys.argv[2] + '/x', 'w')\nexcept OSError as e: print(e.strerror)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "open", tmp_path / "shut"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    if "OSError" in done.stderr:
+        pytest.skip(f"not allowed here: {done.stderr.splitlines()[-1]}")
+    assert done.stdout == "Read-only file system\n", done.stderr
+    assert (tmp_path / "open/x").exists()
+    assert l1_isolate.NR_MOUNT_SETATTR == 442
+
+
+# --- names, directories, options ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "x" * 33, "a b"])
+def test_names(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not name:
+        assert Testbed().name == "default"
+        monkeypatch.setenv("PYVMM_TESTBED", "mine")
+        assert Testbed().name == "mine"
+        return
+    with pytest.raises(TestbedError, match="testbed name"):
+        Testbed(name)
+
+
+def test_default_writable_is_the_checkout(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "a/b").mkdir(parents=True)
+    assert testbed.default_writable(str(tmp_path / "a/b"))[0] == str(tmp_path)
+    assert testbed.default_writable("/")[0] == "/"
+
+
+def test_is_below() -> None:
+    assert testbed.is_below("/a/b", "/a")
+    assert testbed.is_below("/a", "/a")
+    assert not testbed.is_below("/ab", "/a")
+    assert testbed.is_below("/a", "/")
+
+
+def test_check_compares_with_what_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = {
+        "ready": True,
+        "cpus": 2,
+        "memory": 4 << 30,
+        "kernel": "6.1.0-9-cloud-amd64",
+        "writable": ["/srv/x"],
+    }
+    monkeypatch.setattr(Testbed, "status", lambda self: status)
+    assert Testbed(cpus=2, kernel="6.1", writable=["/srv/x/y"]).check("/srv/x") == ""
+    assert "lost" in Testbed().check("/srv")
+    for wanted in ({"cpus": 1}, {"memory": 1 << 30}, {"kernel": "6.12"}, {"writable": ["/srv"]}):
+        with pytest.raises(TestbedError, match="running testbed"):
+            Testbed(**wanted).check("/srv/x")  # type: ignore[arg-type]
+
+
+def command_line(*argv: str) -> int:
+    from pyvmm.cli import testbed as cli
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    cli.add_arguments(parser)
+    return cli.run(parser.parse_args(argv))
+
+
+def test_status_when_down(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line("status") == 1
+    assert capsys.readouterr().out.startswith("down")
+    assert command_line("status", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["up"] is False
+    assert command_line("down") == 0
+    assert not list((home / "run").rglob("testbed-*")), "asking leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("sideways",),
+        ("ls", "-l"),
+        ("--cpus", "9", "--", "true"),
+        ("--memory", "1", "--", "true"),
+        ("--memory", "4X", "up"),
+    ],
+)
+def test_bad_usage(argv: tuple[str, ...], home: Path) -> None:
+    with pytest.raises(UsageError):
+        command_line(*argv)
+
+
+def test_a_command_inside_the_testbed_runs_right_there(home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "testbed", "--", "sh", "-c", "echo here; exit 4"],
+        env={**os.environ, testbed.INSIDE: "1"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stdout) == (4, "here\n")

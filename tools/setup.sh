@@ -1,0 +1,111 @@
+#!/bin/sh
+# Set up everything that pyvmm needs on this machine: system packages, .venv, the C extension, the testbed.
+# Quick where all is there; needs root (or sudo without a password) only for missing system packages.
+#
+#   tools/setup.sh [--no-testbed]
+#
+# PYVMM_PYTHON chooses the interpreter of .venv (default: Debian's /usr/bin/python3).
+set -eu
+cd "$(dirname "$0")/.."
+
+PACKAGES="python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev make
+qemu-system-x86 qemu-system-common busybox-static kmod iproute2 iputils-ping iperf3 liblz4-1 libzstd1
+clang-format acpica-tools cpio util-linux procps ca-certificates"
+STAMP=.venv/.pyvmm-setup
+LOG=build/setup.log
+
+say() { printf '== %s\n' "$*" >&2; }
+die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+# step TITLE COMMAND...: run quietly, show the time that passes; on failure the end of what it said.
+step() {
+	title=$1; shift
+	mkdir -p build
+	say "$title"
+	"$@" >"$LOG" 2>&1 &
+	pid=$! seconds=0
+	while kill -0 "$pid" 2>/dev/null; do
+		sleep 1
+		seconds=$((seconds + 1))
+		if [ $((seconds % 5)) = 0 ]; then
+			printf '   %s s: %s\n' "$seconds" "$(tail -n 1 "$LOG" | tr -d '\r' | cut -c 1-90)" >&2
+		fi
+	done
+	if ! wait "$pid"; then
+		tail -n 20 "$LOG" >&2
+		die "$title: failed; all that it said is in $LOG"
+	fi
+}
+
+# --- system packages -----------------------------------------------------------------------------------------
+if command -v dpkg-query >/dev/null; then
+	missing=
+	for p in $PACKAGES; do
+		missing="$missing $p"
+	done
+	# One query for all; what it prints is there.
+	for p in $(dpkg-query -W -f '${db:Status-Status} ${Package}\n' $PACKAGES 2>/dev/null | sed -n 's/^installed //p'); do
+		missing=$(printf '%s ' $missing | sed "s/\(^\| \)$p / /")
+	done
+	missing=$(printf '%s ' $missing)
+	if [ -n "${missing# }" ]; then
+		install="apt-get install -y --no-install-recommends $missing"
+		if [ "$(id -u)" = 0 ]; then root=
+		elif sudo -n true 2>/dev/null; then root=sudo
+		else die "system packages are missing; run as root: $install"; fi
+		step "fetching package lists" $root apt-get update
+		step "installing $missing" $root env DEBIAN_FRONTEND=noninteractive $install
+	fi
+else
+	say "this is not Debian: make sure of the equivalents of: $(echo $PACKAGES)"
+fi
+
+# --- .venv ---------------------------------------------------------------------------------------------------
+python=${PYVMM_PYTHON:-}
+if [ -z "$python" ]; then
+	python=/usr/bin/python3
+	"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || python=python3
+fi
+want=$(cat pyproject.toml tools/setup.sh | cksum)
+if [ "$(cat "$STAMP" 2>/dev/null)" != "$want" ] || ! .venv/bin/python -c '' 2>/dev/null; then
+	"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "Python 3.11 or newer is needed, not $python"
+	.venv/bin/python -c '' 2>/dev/null || step "making .venv" "$python" -m venv --clear .venv
+	# The extension is built below, in place; pip gets what pyproject.toml names.
+	step "installing Python packages" .venv/bin/python -m pip install --disable-pip-version-check \
+		$(.venv/bin/python - <<-'P'
+			import tomllib
+			with open("pyproject.toml", "rb") as f:
+			    project = tomllib.load(f)["project"]
+			print("\n".join(r.replace(" ", "") for r in [*project["dependencies"], *project["optional-dependencies"]["dev"]]))
+		P
+		)
+	# An editable install's import hook, distutils' and the script that pip generates each cost more at
+	# start-up than pyvmm itself; a path and three lines do the same.
+	site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	pwd >"$site/pyvmm.pth"
+	rm -f "$site/distutils-precedence.pth"
+	interpreter="$PWD/.venv/bin/python"
+	case $interpreter in
+	*[[:space:]]*) printf "#!/bin/sh\n'''exec' '%s' \"\$0\" \"\$@\"\n' '''\n" "$interpreter" ;;
+	*) printf '#!%s\n' "$interpreter" ;;
+	esac >.venv/bin/pyvmm
+	cat >>.venv/bin/pyvmm <<-P
+		import sys
+		from pyvmm.cli import main
+		sys.exit(main())
+	P
+	chmod +x .venv/bin/pyvmm
+	printf '%s\n' "$want" >"$STAMP"
+fi
+
+# --- the C extension -------------------------------------------------------------------------------------------
+ext=$(echo pyvmm/_ext*.so)
+if [ ! -e "$ext" ] || [ -n "$(find cext setup.py pyproject.toml -newer "$ext" -type f -print -quit)" ]; then
+	step "building the C extension" .venv/bin/python setup.py -q build_ext --inplace
+	touch pyvmm/_ext*.so
+fi
+
+# --- the testbed -----------------------------------------------------------------------------------------------
+if [ "${1:-}" != --no-testbed ]; then
+	.venv/bin/pyvmm testbed setup
+fi
