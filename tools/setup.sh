@@ -9,7 +9,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 PACKAGES="python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev make
-qemu-system-x86 qemu-system-common busybox-static kmod iproute2 iputils-ping iperf3 liblz4-1 libzstd1
+qemu-system-x86 qemu-system-common busybox-static kmod iproute2 iputils-ping iperf3 ethtool liblz4-1 libzstd1
 clang-format acpica-tools cpio util-linux procps ca-certificates"
 STAMP=.venv/.pyvmm-setup
 LOG=build/setup.log
@@ -104,6 +104,9 @@ if [ ! -e "$ext" ] || [ -n "$(find cext setup.py pyproject.toml -newer "$ext" -t
 	step "building the C extension" .venv/bin/python setup.py -q build_ext --inplace
 	touch pyvmm/_ext*.so
 fi
+
+# Bytecode at once: where PYTHONDONTWRITEBYTECODE is set, or for a user who may not write here, every run would compile.
+.venv/bin/python -m compileall -q pyvmm
 
 # --- the testbed -----------------------------------------------------------------------------------------------
 if [ "${1:-}" != --no-testbed ]; then

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from pyvmm.machine import Machine, Nic
 
+#: One iperf3 server for each way: one that serves twice does not listen for a moment in between.
+PORTS = ("5201", "5202")
 #: What the guest does; each `@` line is a stage that the host's side waits for.
 GUEST = r"""
 echo "@device"
@@ -24,8 +26,10 @@ echo "interrupts:"; grep virtio /proc/interrupts | tr -s ' '
 ip addr show eth0 | grep -E 'mtu|ether|inet '
 echo "@ping"
 ping -q -c 5 -i 0.2 HOST
+for port in PORTS; do iperf3 -s -1 -p $port >/dev/null & done
+until [ $(cat /proc/net/tcp* | grep -c ' 0A ') = 2 ]; do sleep 0.1; done
 echo "@serve"
-iperf3 -s -1 >/dev/null; iperf3 -s -1 >/dev/null
+wait
 echo "@end"
 """
 
@@ -76,7 +80,7 @@ def _demo(args: argparse.Namespace) -> int:
     story.head(
         f"booting Linux {image.version} on {args.cpus} vCPU(s), one virtio-net card, data path: {args.net}"
     )
-    script = GUEST.replace("HOST", "192.168.100.1")
+    script = GUEST.replace("HOST", "192.168.100.1").replace("PORTS", " ".join(PORTS))
     with Machine(
         image.kernel,
         initrd=image.initrd,
@@ -145,9 +149,10 @@ def _from_host(story: Story, nic: Nic) -> None:
     guest = nic.guest.partition("/")[0]
     story.head("ping: host to guest")
     story.lines(_inside(nic, ["ping", "-q", "-c", "5", "-i", "0.2", guest]))
-    for title, extra in (("TCP: host to guest", []), ("TCP: guest to host", ["-R"])):
+    ways: list[tuple[str, list[str]]] = [("TCP: host to guest", []), ("TCP: guest to host", ["-R"])]
+    for port, (title, extra) in zip(PORTS, ways, strict=True):
         story.head(title)
-        text = _inside(nic, ["iperf3", "-c", guest, "-t", "2", "-f", "m", *extra])
+        text = _inside(nic, ["iperf3", "-c", guest, "-p", port, "-t", "2", "-f", "m", *extra])
         story.lines("\n".join(line for line in text.splitlines() if "sender" in line or "receiver" in line))
 
 

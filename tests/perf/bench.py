@@ -1,7 +1,8 @@
 """pyvmm beside QEMU in one run: boot, throughput, round trip, exits, memory. Runs where KVM is: `make bench` uses the testbed.
 
 Every round runs every contestant once, in turn, with the same kernel, initramfs, command line and tap, so that whatever
-disturbs the machine disturbs all. Figures are medians with (lowest..highest) of the rounds; bare times mean nothing on an emulated
+disturbs the machine disturbs all. Programs and images are copied to memory first: the speed of the testbed's shared file
+system is nobody's merit. Figures are medians with (lowest..highest) of the rounds; bare times mean nothing on an emulated
 processor, ratios do.
 """
 
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import base64
+import importlib.util
 import json
 import os
+import re
 import select
 import shutil
 import socket
@@ -23,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyvmm
 from pyvmm.images import find
 
 TAP, HOST, GUEST, MAC = "pvbench0", "192.168.150.1", "192.168.150.2", "52:54:00:00:00:50"
@@ -30,35 +34,48 @@ MARK = b"pyvmm-init: start"
 KVM = Path("/sys/kernel/debug/kvm")
 BOOT_LIMIT = 40.0  # seconds
 COUNTS = ("exits", "irq_injections")
-QEMU_DIRS = sorted(Path.home().glob(".cache/pyvmm/testbed/qemu/*/usr/bin"), reverse=True)
+QEMU_DIRS = sorted(Path.home().glob(".cache/pyvmm/testbed/qemu/*"), reverse=True)
+STAGE = Path("/dev/shm/pyvmm-bench")
 
 
 def sh(*argv: str, check: bool = True) -> str:
     return subprocess.run(argv, check=check, capture_output=True, text=True).stdout
 
 
-def qemu() -> list[str]:
-    """The newest QEMU here: the testbed's own, else the system's."""
-    for directory in QEMU_DIRS:
-        binary = directory / "qemu-system-x86_64"
-        if binary.exists():
-            root = directory.parent.parent
-            os.environ["LD_LIBRARY_PATH"] = ":".join(
-                str(p)
-                for p in (root / "usr/lib/x86_64-linux-gnu", root / "lib/x86_64-linux-gnu")
-                if p.exists()
-            )
-            return [
-                str(binary),
-                "-L",
-                str(root / "usr/share/qemu"),
-                "-L",
-                str(root / "usr/share/seabios"),
-                "-L",
-                "/usr/share/qemu",
-            ]
+def stage_files(image: Any) -> tuple[str, str, list[str], list[str]]:
+    """Copy what runs to memory; kernel, initrd, and the commands for pyvmm and for QEMU (empty where there is none)."""
+    shutil.rmtree(STAGE, ignore_errors=True)
+    STAGE.mkdir()
+    kernel, initrd = (shutil.copy(path, STAGE) for path in (image.kernel, image.initrd))
+    package = Path(pyvmm.__file__).parent
+    shutil.copytree(package, STAGE / "pyvmm")
+    backend = importlib.util.find_spec("_cffi_backend")
+    assert backend and backend.origin
+    shutil.copy(backend.origin, STAGE)
+    script = STAGE / "run.py"
+    script.write_text("import sys\nfrom pyvmm.cli import main\nsys.exit(main())\n")
+    mine = [sys.executable, str(script)]  # Python finds what lies beside the script first
+    if QEMU_DIRS:
+        root = STAGE / "qemu"
+        for part in ("usr/bin/qemu-system-x86_64", "usr/share/qemu", "usr/share/seabios"):
+            source = QEMU_DIRS[0] / part
+            (root / part).parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, root / part)
+            else:
+                shutil.copy(source, root / part)
+        share = root / "usr/share"
+        return (
+            kernel,
+            initrd,
+            mine,
+            [
+                str(root / "usr/bin/qemu-system-x86_64"),
+                *("-L", str(share / "qemu"), "-L", str(share / "seabios"), "-L", "/usr/share/qemu"),
+            ],
+        )
     found = shutil.which("qemu-system-x86_64")
-    return [found] if found else []
+    return kernel, initrd, mine, [found] if found else []
 
 
 class Contestant:
@@ -75,14 +92,14 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
     line = f"quiet pyvmm.verbose pyvmm.net={MAC},{GUEST}/24 pyvmm.cmd={command}"
     base = f"console=ttyS0 panic=-1 pyvmm.port=0 {line}"
     cpus, memory = str(args.cpus), "256M"
-    mine = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "-v", "--cpus", cpus, "--memory", memory]
-    mine += ["--kernel", image.kernel, "--initrd", image.initrd]
+    kernel, initrd, mine, q = stage_files(image)
+    mine += ["run", "--host", "local", "-v", "--cpus", cpus, "--memory", memory]
+    mine += ["--kernel", kernel, "--initrd", initrd]
     card = f"emulated,tap={TAP},mac={MAC}"
     out = [
         Contestant("pyvmm", [*mine, "--net", card, "--append", line]),
         Contestant("pyvmm notify=exit", [*mine, "--net", f"{card},notify=exit", "--append", line]),
     ]
-    q = qemu()
     if q:
         common = [
             *q,
@@ -103,7 +120,7 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
             "-object",
             f"memory-backend-memfd,id=ram,size={memory},share=on",
         ]
-        common += ["-kernel", image.kernel, "-initrd", image.initrd, "-append", base, "-serial", "stdio"]
+        common += ["-kernel", kernel, "-initrd", initrd, "-append", base, "-serial", "stdio"]
         # microvm has virtio-mmio only, for which Debian's cloud kernel has no driver: it stands for boot alone.
         out.append(
             Contestant("qemu microvm", [*common, "-M", "microvm,memory-backend=ram,rtc=on"], net=False)
@@ -161,11 +178,14 @@ def counts() -> dict[str, int]:
 
 
 def rss_mb(pid: int) -> float:
-    """Resident memory beyond the guest's, which is shared memory (memfd)."""
-    fields = dict(
-        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
-    )
-    return sum(int(fields[k].split()[0]) for k in ("RssAnon", "RssFile")) / 1024
+    """Resident memory beyond the guest's, which is a memfd."""
+    total, guest = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-", line):
+            guest = "memfd:" in line
+        elif line.startswith("Rss:") and not guest:
+            total += int(line.split()[1])
+    return total / 1024
 
 
 def offloads(on: bool) -> None:
@@ -233,6 +253,7 @@ def main() -> int:
                     print(f"  failed: {e}", file=sys.stderr, flush=True)
     finally:
         sh("ip", "link", "del", TAP, check=False)
+        shutil.rmtree(STAGE, ignore_errors=True)
     show(results)
     if args.json:
         Path(args.json).write_text(
