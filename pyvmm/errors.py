@@ -102,6 +102,12 @@ class BuildError(PyvmmError):
     exit_code = 111
 
 
+class VhostUserError(PyvmmError):
+    """The other side of a vhost-user socket cannot be reached, does not fit, or broke the protocol."""
+
+    exit_code = 112
+
+
 class GuestEnded(PyvmmError):
     """The guest powered off before its command had ended."""
 

@@ -1,0 +1,427 @@
+"""vhost-user messages on their socket: framing, bounds, descriptors and time-outs, for front-end, back-end and probe alike.
+
+The peer is not trusted. A message is taken whole within a deadline, however slowly it comes, or the connection is over; it has
+at most ``PAYLOAD_MAX`` bytes and ``FDS_MAX`` descriptors; whoever takes a message owns its descriptors, and no error leaves one open.
+"""
+
+from __future__ import annotations
+
+# The C half of `socket`: the Python half takes longer to import than a connection takes to make.
+import _socket
+import array
+import os
+import select
+import struct
+import time
+
+from pyvmm.errors import HostError, VhostUserError
+from pyvmm.spec import vhost_user as spec
+from pyvmm.spec.vhost_user import (
+    HEADER,
+    HEADER_SIZE,
+    MEM_HEADER,
+    MEM_REGION,
+    VHOST_USER_NEED_REPLY,
+    VHOST_USER_REPLY,
+    VHOST_USER_VERSION,
+    VHOST_USER_VERSION_MASK,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+#: More than any message of ours has: a memory table of 64 regions.
+PAYLOAD_MAX = 4096
+#: As many as a memory table may bring (VHOST_MEMORY_BASELINE_NREGIONS).
+FDS_MAX = 8
+RIGHTS = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS)
+FLAGS_KNOWN = VHOST_USER_VERSION_MASK | VHOST_USER_REPLY | VHOST_USER_NEED_REPLY
+
+
+class Closed(VhostUserError):
+    """The peer has closed the connection, between two messages."""
+
+
+class ProtocolError(VhostUserError):
+    """The peer has broken the protocol: the connection is over."""
+
+
+class TimedOut(VhostUserError):
+    """The peer has not answered, or not taken a message, in time: the connection is over."""
+
+
+class Stopped(VhostUserError):
+    """Who waits for the peer has been told to stop."""
+
+
+def request_name(request: int, *, backend: bool = False) -> str:
+    """``GET_FEATURES``, or the number of an unknown one. :param backend: of the back-end's own requests."""
+    for name, value in vars(spec).items():
+        if value != request or not name.startswith("VHOST_USER_") or name.startswith(NOT_REQUESTS):
+            continue
+        if name.startswith("VHOST_USER_BACKEND_") == backend:
+            return name.removeprefix("VHOST_USER_").removeprefix("BACKEND_")
+    return f"request {request}"
+
+
+NOT_REQUESTS = (
+    "VHOST_USER_PROTOCOL_F_",
+    "VHOST_USER_F_",
+    "VHOST_USER_VERSION",
+    "VHOST_USER_REPLY",
+    "VHOST_USER_NEED_REPLY",
+    "VHOST_USER_VRING_IDX",
+    "VHOST_USER_VRING_NOFD",
+)
+
+
+def protocol_names(bits: int) -> list[str]:
+    """Protocol features by name, lowest bit first."""
+    prefix = "VHOST_USER_PROTOCOL_F_"
+    table = {
+        value: name.removeprefix(prefix) for name, value in vars(spec).items() if name.startswith(prefix)
+    }
+    return [table.get(i, f"bit-{i}") for i in range(bits.bit_length()) if bits >> i & 1]
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that nobody wants."""
+    for fd in fds:
+        os.close(fd)
+
+
+class Message:
+    """One message; owns its descriptors until ``take_fds``.
+
+    :ivar flags: version, REPLY and NEED_REPLY. :ivar payload: its bytes.
+    """
+
+    __slots__ = ("fds", "flags", "payload", "request")
+
+    def __init__(self, request: int, flags: int, payload: bytes, fds: list[int] | None = None) -> None:
+        self.request, self.flags, self.payload = request, flags, payload
+        self.fds = fds or []
+
+    @property
+    def name(self) -> str:
+        """Of its request."""
+        return request_name(self.request)
+
+    @property
+    def need_reply(self) -> bool:
+        """Whether the sender waits for an answer."""
+        return bool(self.flags & VHOST_USER_NEED_REPLY)
+
+    def take_fds(self, low: int, high: int) -> list[int]:
+        """Its descriptors, which become the caller's. :raises ProtocolError: fewer than ``low`` or more than ``high``."""
+        if not low <= len(self.fds) <= high:
+            raise ProtocolError(f"{self.name} with {len(self.fds)} descriptors")
+        fds, self.fds = self.fds, []
+        return fds
+
+    def unpack(self, layout: str) -> tuple[int, ...]:
+        """The payload as integers. :raises ProtocolError: it has another length."""
+        if len(self.payload) != struct.calcsize(layout):
+            raise ProtocolError(f"{self.name} with {len(self.payload)} bytes, not {struct.calcsize(layout)}")
+        return struct.unpack(layout, self.payload)
+
+    @property
+    def u64(self) -> int:
+        """The payload as one number. :raises ProtocolError: it is none."""
+        return self.unpack("<Q")[0]
+
+    def close(self) -> None:
+        """Close the descriptors that nobody took."""
+        fds, self.fds = self.fds, []
+        close_all(fds)
+
+    def __repr__(self) -> str:
+        return f"{self.name}(flags={self.flags:#x}, {self.payload.hex()}, fds={self.fds})"
+
+
+class Region:
+    """One run of memory in a memory table: guest-physical and front-end addresses, and where it lies in its file."""
+
+    __slots__ = ("gpa", "offset", "size", "user")
+
+    def __init__(self, gpa: int, size: int, user: int, offset: int) -> None:
+        self.gpa, self.size, self.user, self.offset = gpa, size, user, offset
+
+    def pack(self) -> bytes:
+        """As in messages."""
+        return struct.pack(MEM_REGION, self.gpa, self.size, self.user, self.offset)
+
+
+def pack_regions(regions: Sequence[Region]) -> bytes:
+    """The payload of SET_MEM_TABLE."""
+    return struct.pack(MEM_HEADER, len(regions), 0) + b"".join(r.pack() for r in regions)
+
+
+def unpack_regions(payload: bytes) -> list[Region]:
+    """From SET_MEM_TABLE; front-ends may pad the table to 8 regions. :raises ProtocolError: lengths that do not fit."""
+    head, each = struct.calcsize(MEM_HEADER), struct.calcsize(MEM_REGION)
+    count = struct.unpack_from(MEM_HEADER, payload)[0] if len(payload) >= head else 0
+    if (
+        not 0 < count <= spec.VHOST_MEMORY_BASELINE_NREGIONS
+        or len(payload) < head + count * each
+        or (len(payload) - head) % each
+    ):
+        raise ProtocolError(f"SET_MEM_TABLE with {len(payload)} bytes for {count} regions")
+    return [Region(*struct.unpack_from(MEM_REGION, payload, head + i * each)) for i in range(count)]
+
+
+class Channel:
+    """A connected stream socket that carries messages. One user at a time, but ``stop`` may come from any thread.
+
+    :param sock: owned from here on.
+    """
+
+    def __init__(self, sock: _socket.socket) -> None:
+        self._sock = sock
+        self._open = True
+        self._stopped = False
+        sock.setblocking(False)
+
+    def fileno(self) -> int:
+        """For poll()."""
+        return self._sock.fileno()
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` has been called."""
+        return not self._open
+
+    def _wait(self, event: int, deadline: float | None, what: str) -> None:
+        poll = select.poll()
+        poll.register(self._sock.fileno(), event)
+        while True:
+            if self._stopped:
+                raise Stopped(f"{what}: stopped")
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimedOut(f"{what}: no answer in time", "look whether the other side hangs")
+            if poll.poll(None if left is None else left * 1000 + 1):
+                return
+
+    def send(
+        self,
+        request: int,
+        payload: bytes = b"",
+        fds: Sequence[int] = (),
+        *,
+        flags: int = 0,
+        timeout: float | None = None,
+    ) -> None:
+        """Send one message; the descriptors stay the caller's.
+
+        :param timeout: seconds for all of it. :raises VhostUserError: gone, or too slow.
+        """
+        data = struct.pack(HEADER, request, flags | VHOST_USER_VERSION, len(payload)) + payload
+        control = [(*RIGHTS, array.array("i", fds).tobytes())] if fds else []
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while data:
+            try:
+                sent = self._sock.sendmsg([data], control, _socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._wait(select.POLLOUT, deadline, "vhost-user socket is full")
+                continue
+            except (BrokenPipeError, ConnectionError) as e:
+                raise Closed(f"vhost-user peer is gone: {e.strerror}") from e
+            except OSError as e:
+                raise HostError(f"cannot send on the vhost-user socket: {e.strerror}") from e
+            data, control = data[sent:], []
+
+    def _receive(self, want: int, fds: list[int], deadline: float | None) -> bytes:
+        """Up to ``want`` bytes; empty at the end of the stream. Descriptors are added to ``fds``."""
+        while True:
+            try:
+                data, control, flags, _ = self._sock.recvmsg(
+                    want, _socket.CMSG_SPACE(4 * FDS_MAX), _socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                self._wait(select.POLLIN, deadline, "vhost-user message")
+                continue
+            except ConnectionError as e:
+                raise Closed(f"vhost-user peer is gone: {e.strerror}") from e
+            for level, kind, payload in control:
+                if (level, kind) == RIGHTS:
+                    got = array.array("i")
+                    got.frombytes(payload[: len(payload) - len(payload) % 4])
+                    fds += got
+            if flags & _socket.MSG_CTRUNC or len(fds) > FDS_MAX:
+                raise ProtocolError(f"vhost-user message with more than {FDS_MAX} descriptors")
+            return data
+
+    def receive(self, timeout: float | None = None) -> Message:
+        """The next message, whole.
+
+        :param timeout: seconds for all of it. :raises Closed: the stream ended where a message could begin.
+        :raises ProtocolError: it ended elsewhere, or what came is no message. :raises TimedOut: too slow.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        fds: list[int] = []
+        try:
+            head = b""
+            while len(head) < HEADER_SIZE:
+                part = self._receive(HEADER_SIZE - len(head), fds, deadline)
+                if not part:
+                    if head or fds:
+                        raise ProtocolError("vhost-user message is cut off in its header")
+                    raise Closed("vhost-user peer has closed the connection")
+                head += part
+            request, flags, size = struct.unpack(HEADER, head)
+            if flags & VHOST_USER_VERSION_MASK != VHOST_USER_VERSION or flags & ~FLAGS_KNOWN:
+                raise ProtocolError(f"vhost-user message with flags {flags:#x}")
+            if size > PAYLOAD_MAX:
+                raise ProtocolError(f"vhost-user message of {size} bytes")
+            before = len(fds)
+            payload = b""
+            while len(payload) < size:
+                part = self._receive(size - len(payload), fds, deadline)
+                if not part:
+                    raise ProtocolError(f"{request_name(request)} is cut off after {len(payload)} bytes")
+                payload += part
+            if len(fds) != before:
+                raise ProtocolError(f"{request_name(request)} with descriptors in its payload")
+            return Message(request, flags, payload, fds)
+        except BaseException:
+            close_all(fds)
+            raise
+
+    def reply(self, message: Message, payload: bytes, fds: Sequence[int] = (), timeout: float = 5.0) -> None:
+        """Answer a request."""
+        self.send(message.request, payload, fds, flags=VHOST_USER_REPLY, timeout=timeout)
+
+    def request(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, timeout: float) -> None:
+        """Send a request that has no answer."""
+        self.send(request, payload, fds, timeout=timeout)
+
+    def ask(
+        self,
+        request: int,
+        payload: bytes = b"",
+        fds: Sequence[int] = (),
+        *,
+        need_reply: bool = False,
+        timeout: float,
+    ) -> Message:
+        """Send a request and take its answer.
+
+        :raises ProtocolError: an answer to something else, or no answer at all by its flags.
+        """
+        flags = VHOST_USER_NEED_REPLY if need_reply else 0
+        deadline = time.monotonic() + timeout
+        self.send(request, payload, fds, flags=flags, timeout=timeout)
+        try:
+            answer = self.receive(max(0.0, deadline - time.monotonic()))
+        except VhostUserError as e:
+            raise type(e)(f"{request_name(request)}: {e.cause}", e.hint) from e
+        if answer.request != request or not answer.flags & VHOST_USER_REPLY:
+            answer.close()
+            raise ProtocolError(f"{request_name(request)} was answered by {answer.name}")
+        return answer
+
+    def stop(self) -> None:
+        """Make whoever waits for the peer, and whoever will, give up. Any thread."""
+        self._stopped = True
+        try:
+            self._sock.shutdown(_socket.SHUT_RDWR)
+        except OSError:
+            pass  # not connected any more, or closed
+
+    def close(self) -> None:
+        """Close the connection; a second call does nothing."""
+        self._open = False
+        self._sock.close()
+
+
+def _address(path: str) -> str:
+    if not path or "\0" in path or len(os.fsencode(path)) > 107:
+        raise VhostUserError(
+            f"{path!r} is no path for a socket", "name a path of at most 107 bytes (sun_path)"
+        )
+    return path
+
+
+def connect(path: str) -> Channel:
+    """Connect to a listening socket. :raises VhostUserError: nobody listens there."""
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(_address(path))
+    except VhostUserError:
+        sock.close()
+        raise
+    except OSError as e:
+        sock.close()
+        hint = "start the other side first" if e.errno else ""
+        if isinstance(e, PermissionError):
+            hint = "its owner or directory keeps this user out"
+        raise VhostUserError(f"cannot connect to {path}: {e.strerror}", hint) from e
+    return Channel(sock)
+
+
+class Listener:
+    """A listening socket in the file system; ``close`` removes it."""
+
+    def __init__(self, path: str) -> None:
+        """:raises VhostUserError: the path is taken or cannot be had. A socket that nobody listens on is replaced."""
+        self.path = _address(path)
+        self._sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        try:
+            try:
+                self._sock.bind(path)
+            except OSError:
+                if not self._is_stale(path):
+                    raise
+                os.unlink(path)  # noqa: PTH108 - pathlib is slow to import
+                self._sock.bind(path)
+            self._inode = os.stat(path).st_ino  # noqa: PTH116
+            self._sock.listen(1)
+            self._sock.setblocking(False)
+        except OSError as e:
+            self._sock.close()
+            hint = "stop the program that listens there, or name another path"
+            raise VhostUserError(f"cannot listen on {path}: {e.strerror}", hint) from e
+
+    @staticmethod
+    def _is_stale(path: str) -> bool:
+        import stat
+
+        try:
+            if not stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116
+                return False
+        except OSError:
+            return False
+        probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        try:
+            probe.setblocking(False)
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        finally:
+            probe.close()
+        return False
+
+    def fileno(self) -> int:
+        """For poll()."""
+        return self._sock.fileno()
+
+    def accept(self) -> Channel | None:
+        """The next connection, None where there is none yet."""
+        try:
+            fd, _ = self._sock._accept()  # type: ignore[attr-defined]
+        except OSError:
+            return None  # none, or gone again
+        return Channel(_socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd))
+
+    def close(self) -> None:
+        """Stop listening; the path goes if it is still ours."""
+        self._sock.close()
+        try:
+            if os.stat(self.path).st_ino == self._inode:  # noqa: PTH116
+                os.unlink(self.path)  # noqa: PTH108
+        except OSError:
+            pass
