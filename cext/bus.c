@@ -244,8 +244,11 @@ static bool notify_access(const struct pv_notify *n, uint64_t offset, bool write
 		memset(data, 0, size);
 		return true;
 	}
-	if (offset % n->stride == 0 && queue < n->count && n->fd[queue] >= 0)
-		eventfd_write(n->fd[queue], 1); /* EAGAIN: the counter is full of kicks already */
+	if (offset % n->stride || queue >= n->count)
+		return true;
+	if (n->fd[queue] < 0)
+		return false;
+	eventfd_write(n->fd[queue], 1); /* EAGAIN: the counter is full of kicks already */
 	return true;
 }
 

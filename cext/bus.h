@@ -43,7 +43,7 @@ int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32
 struct pv_notify {
 	uint32_t count;
 	uint32_t stride;
-	int32_t fd[64]; /* -1: no such queue */
+	int32_t fd[64]; /* -1: Python's */
 };
 
 /*

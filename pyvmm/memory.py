@@ -88,6 +88,10 @@ class GuestMemory:
                 return r.offset + gpa - r.gpa
         raise IndexError(f"guest range {gpa:#x}+{length:#x} is not in RAM")
 
+    def host_address(self, gpa: int, length: int) -> int:
+        """Where [gpa, gpa + length) is mapped in this process. Raises IndexError outside RAM."""
+        return self.regions[0].host + self._offset(gpa, length)
+
     def view(self, gpa: int, length: int) -> memoryview:
         """The live bytes of [gpa, gpa + length); release it before close(). Raises IndexError outside RAM."""
         start = self._offset(gpa, length)

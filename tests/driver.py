@@ -68,8 +68,17 @@ class Cable:
     def features(self) -> int:
         return 0
 
+    def set_queues(self, count: int) -> None:
+        pass
+
     def set_offloads(self, acked: int) -> None:
         pass
+
+    def set_rx_filter(self, rx) -> None:
+        self.rx = rx
+
+    def set_carrier(self, up: bool) -> None:
+        self.carrier = up
 
     def reopen(self) -> bool:
         return False

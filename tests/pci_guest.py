@@ -350,14 +350,24 @@ class VirtioPciDriver:
 class NetGuest:
     """A guest with a virtio-net driver, up and running: ``pci`` drives registers, ``net`` the rings.
 
-    :param features: accepted, of what is offered. :param msix: vector 0 for the configuration, 1 receive, 2 transmit.
+    :param features: accepted, of what is offered. :param msix: vector 0 for the configuration, 1 + n for queue n.
+    :param pairs: queue pairs set up; ``net`` is the first, ``nets`` are all. :param control: set up the control queue, too.
     """
 
     def __init__(
-        self, board: Board, slot: int, features: int, *, msix: bool = True, fill: bool = True, **rings
+        self,
+        board: Board,
+        slot: int,
+        features: int,
+        *,
+        msix: bool = True,
+        fill: bool = True,
+        pairs: int = 1,
+        control: bool = False,
+        **rings,
     ) -> None:
         from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
-        from pyvmm.spec.virtio_net import VIRTIO_NET_F_MRG_RXBUF
+        from pyvmm.spec.virtio_net import VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF
 
         self.board = board
         self.pci = VirtioPciDriver(board, slot)
@@ -367,27 +377,57 @@ class NetGuest:
         if msix:
             self.pci.use_msix()
         assert self.pci.negotiate(self.features)
-        self.net = NetDriver(
-            board.memory,
-            event_idx=bool(self.features >> VIRTIO_RING_F_EVENT_IDX & 1),
-            indirect=bool(self.features >> VIRTIO_RING_F_INDIRECT_DESC & 1),
-            mrg_rxbuf=bool(self.features >> VIRTIO_NET_F_MRG_RXBUF & 1),
-            **rings,
-        )
+        event_idx = bool(self.features >> VIRTIO_RING_F_EVENT_IDX & 1)
+        self.nets = [
+            NetDriver(
+                board.memory,
+                event_idx=event_idx,
+                indirect=bool(self.features >> VIRTIO_RING_F_INDIRECT_DESC & 1),
+                mrg_rxbuf=bool(self.features >> VIRTIO_NET_F_MRG_RXBUF & 1),
+                base=0x10000 + 0x200000 * pair,
+                pair=pair,
+                **rings,
+            )
+            for pair in range(pairs)
+        ]
+        self.net = self.nets[0]
+        all_rings = [ring for net in self.nets for ring in net.rings]
+        self.control = None
+        if control:
+            index = self.pci.get("num_queues") - 1 if self.features >> VIRTIO_NET_F_MQ & 1 else 2
+            self.control = Ring(board.memory, 64, 0x4000, index=index, event_idx=event_idx)
+            all_rings.append(self.control)
         if msix:
             self.pci.set("config_msix_vector", 0)
-        for ring in self.net.rings:
+        for ring in all_rings:
             ring.kick = lambda q=ring.index: self.pci.notify(q)
             self.pci.set_ring(ring, vector=1 + ring.index if msix else VIRTIO_MSI_NO_VECTOR)
         if fill:
-            self.net.fill(kick=False)
+            for net in self.nets:
+                net.fill(kick=False)
         self.pci.driver_ok()
+
+    def command(self, kind: int, command: int, data: bytes = b"", *, room: int = 1) -> int | None:
+        """A control command; the acknowledgement, or None where there was no answer."""
+        request = bytes([kind, command]) + data
+        at, answer = 0x6000, 0x5FF0
+        self.board.memory.write(at, request)
+        self.board.memory.write(answer, b"\xaa")
+        segments = [(at, len(request), False)] + ([(answer, room, True)] if room else [])
+        self.control.add(segments)
+        self.control.publish()
+        used = self.control.take_used()
+        assert used in ([], [(used[0][0], 1)] if used else [])
+        return self.board.memory.read(answer, 1)[0] if used else None
 
     def link(self) -> bool:
         return bool(self.pci.config(6, 2) & 1)
 
     def close(self) -> None:
-        self.net.close()
+        for net in self.nets:
+            net.close()
+        if self.control:
+            self.control.close()
 
 
 def frame(n: int, length: int = 60) -> bytes:

@@ -39,6 +39,58 @@ class Vring:
         self.desc, self.avail, self.used = desc, avail, used
         self.kick, self.call = kick, call
 
+    def at(self, base: int) -> Vring:
+        """The same ring at another position."""
+        return Vring(self.index, self.size, self.desc, self.avail, self.used, base, self.kick, self.call)
+
+
+def by_pair(rings: Sequence[Vring]) -> dict[int, list[Vring]]:
+    """The rings of each queue pair, in order."""
+    pairs: dict[int, list[Vring]] = {}
+    for ring in rings:
+        pairs.setdefault(ring.index // 2, []).append(ring)
+    return pairs
+
+
+def cpu_ns(tid: int | None) -> int:
+    """CPU time that a thread of the system has used, in nanoseconds; 0 for one that has ended."""
+    try:
+        with open(f"/proc/{tid}/schedstat", encoding="ascii") as f:
+            return int(f.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+class RxFilter:
+    """What the driver wants to receive (virtio 1.2, 5.1.6.5.1 and 5.1.6.5.2); after reset, everything.
+
+    :ivar unicast, multicast: addresses beside the card's own, 6 bytes each. :ivar vlans: ids 0 to 4095.
+    """
+
+    __slots__ = ("flags", "mac", "multicast", "unicast", "vlans")
+
+    #: VIRTIO_NET_CTRL_RX_* by command number. ``flags`` may also hold ``unicast-overflow`` and ``multicast-overflow``.
+    FLAGS = ("promisc", "allmulti", "alluni", "nomulti", "nouni", "nobcast")
+
+    def __init__(self, mac: bytes) -> None:
+        self.mac = mac
+        self.flags = {"promisc"}
+        self.unicast: list[bytes] = []
+        self.multicast: list[bytes] = []
+        self.vlans: set[int] = set()
+
+    @property
+    def all_multicast(self) -> bool:
+        """Whether every multicast frame is wanted, in the table or not."""
+        return bool(self.flags & {"allmulti", "multicast-overflow"})
+
+    def addresses(self) -> list[bytes] | None:
+        """Destinations to let through, those of multicast last; None for all. VLANs and *no* flags are not applied:
+        filtering is best effort (5.1.6.5.1.2)."""
+        if self.flags & {"promisc", "alluni", "unicast-overflow"}:
+            return None
+        return [self.mac, *self.unicast, b"\xff" * 6, *self.multicast]
+
 
 class DataPath(Protocol):
     """A way to move packets between the rings and the outside."""
@@ -53,9 +105,9 @@ class DataPath(Protocol):
         """The virtio feature bits that this data path can honour."""
 
     def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
-        """Take over the rings, all or nothing.
+        """Take over the rings of the queue pairs in use, pair 0 first, all or nothing.
 
-        :param acked: the negotiated feature bits.
+        :param acked: the negotiated feature bits, of GUEST_* only those in force.
         :raises PyvmmError: nothing was started and the rings are untouched.
         """
 
@@ -68,8 +120,17 @@ class DataPath(Protocol):
     def set_offloads(self, acked: int) -> None:
         """Reprogram offloads from GUEST_* bits while running (VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET)."""
 
+    def set_rx_filter(self, rx: RxFilter) -> None:
+        """Receive what ``rx`` asks for, or more; at any time between ``start`` and ``stop``, and before."""
+
+    def set_carrier(self, up: bool) -> None:
+        """Plug or pull the cable on the host's side, where that can be shown."""
+
     def counters(self) -> dict[str, int]:
         """Packets, bytes, kicks, calls and drops since creation; keys end in the unit where it is not a count."""
+
+    def workers(self) -> list[dict[str, object]]:
+        """The threads that move packets now: ``name``, ``tid``, and ``cpu_s``, seconds of CPU that it has used."""
 
     def close(self) -> None:
         """Release everything; stops first. A second call does nothing."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 from pyvmm._ext import ffi, lib
-from pyvmm.errors import HostError, PyvmmError, RingFault
+from pyvmm.datapath.base import by_pair, cpu_ns
+from pyvmm.datapath.link import Reopener
+from pyvmm.errors import HostError, RingFault
 from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_GUEST_TSO4,
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, Protocol
 
-    from pyvmm.datapath.base import FaultHandler, Vring
+    from pyvmm.datapath.base import FaultHandler, RxFilter, Vring
     from pyvmm.fd import Fd
     from pyvmm.memory import GuestMemory
 
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
         mtu: int
 
         def features(self) -> int: ...
+        def set_queues(self, count: int) -> None: ...
         def set_offloads(self, acked: int) -> None: ...
+        def set_rx_filter(self, rx: RxFilter) -> None: ...
+        def set_carrier(self, up: bool) -> None: ...
         def reopen(self) -> bool: ...
         def close(self) -> None: ...
 
@@ -43,8 +49,6 @@ GSO = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6 | 1 << VIRTIO_
 #: Ethernet header and a VLAN tag, on top of the MTU or of the 64 KiB of a GSO packet.
 FRAME_EXTRA = 14 + 4
 GSO_MAX = 65535
-#: How often to look whether a tap that was deleted is back.
-REOPEN_SECONDS = 0.5
 
 
 class _Pair:
@@ -62,25 +66,25 @@ class EmulatedNet:
 
     :param port: the tap; closed by ``close``. One descriptor a queue pair.
     :param poll_us: a worker looks for work this long, in microseconds, before it sleeps.
+    :param worker_cpu: pin worker k to CPU worker_cpu + k.
     :ivar on_link: called from a worker's thread with False when the tap has vanished, True when it is back.
     """
 
     name = "emulated"
 
-    def __init__(self, port: Port, *, poll_us: int = 0) -> None:
+    def __init__(self, port: Port, *, poll_us: int = 0, worker_cpu: int | None = None) -> None:
         self.on_fault: FaultHandler | None = None
         self.on_link: Callable[[bool], None] | None = None
         self._port = port
         self._poll_us = poll_us
+        self._worker_cpu = worker_cpu
         self._pairs: list[_Pair] = []
         self._queues: list[int] = []
-        self._acked = 0
-        self._watcher: threading.Thread | None = None
-        self._quit = threading.Event()
+        self._reopener = Reopener(port, self._link_back)
         # Guards workers against being freed while their counters are read.
         self._lock = threading.Lock()
         self._fields = [(n, f.type.kind) for n, f in ffi.typeof("struct pv_net_counters").fields]
-        self._totals: dict[str, int] = {"link_losses": 0, "ring_faults": 0}
+        self._totals: dict[str, int] = {"link_losses": 0, "ring_faults": 0, "worker_cpu_ns": 0}
 
     def features(self) -> int:
         """What the rings and the tap can honour."""
@@ -92,14 +96,12 @@ class EmulatedNet:
         :raises RingFault: a ring's size or addresses are wrong. :raises HostError: no descriptors, memory or threads.
         """
         assert not self._pairs
-        pairs: dict[int, list[Vring]] = {}
-        for ring in rings:
-            pairs.setdefault(ring.index // 2, []).append(ring)
+        pairs = by_pair(rings)
         if max(pairs, default=0) >= len(self._port.fds):
             raise HostError(f"queue pair {max(pairs)} has no queue of {self._port.name}")
+        self._port.set_queues(max(1, len(pairs)))
         self._port.set_offloads(acked)
-        self._acked = acked
-        self._quit.clear()
+        self._reopener.rearm()
         started: list[_Pair] = []
         try:
             for number, own in pairs.items():
@@ -144,6 +146,18 @@ class EmulatedNet:
         return worker
 
     def _run(self, pair: _Pair) -> None:
+        if self._worker_cpu is not None:
+            try:
+                os.sched_setaffinity(0, {self._worker_cpu + pair.number})
+            except OSError as e:
+                self._report(-1, f"worker-cpu={self._worker_cpu + pair.number}: {e.strerror}")
+        try:
+            self._serve(pair)
+        finally:
+            with self._lock:
+                self._totals["worker_cpu_ns"] += time.thread_time_ns()
+
+    def _serve(self, pair: _Pair) -> None:
         event = ffi.new("struct pv_net_event *")
         while True:
             lib.pv_net_worker_run(pair.worker, event)
@@ -169,27 +183,16 @@ class EmulatedNet:
         with self._lock:
             self._totals["link_losses"] += 1
             pair.link_up = False
-            if self._watcher is None and not any(p.link_up for p in self._pairs):
-                self._watcher = threading.Thread(
-                    target=self._watch, name=f"{self._port.name}-watch", daemon=True
-                )
-                self._watcher.start()
+            if any(p.link_up for p in self._pairs):
+                return
+        self._reopener.start()
 
-    def _watch(self) -> None:
-        """Wait for the tap to come back, and give it to the workers."""
-        while not self._quit.wait(REOPEN_SECONDS):
-            try:
-                if not self._port.reopen():
-                    continue
-                self._port.set_offloads(self._acked)
-            except PyvmmError:
-                continue  # there but not to be had: not yet, or not for us
-            with self._lock:
-                self._watcher = None
-                for pair in self._pairs:
-                    pair.link_up = True
-                    lib.pv_net_worker_attach(pair.worker, self._port.fds[pair.number].fileno())
-            return
+    def _link_back(self) -> None:
+        """The tap has been opened again: give it to the workers."""
+        with self._lock:
+            for pair in self._pairs:
+                pair.link_up = True
+                lib.pv_net_worker_attach(pair.worker, self._port.fds[pair.number].fileno())
 
     def _report(self, queue: int, problem: str) -> None:
         if self.on_fault is not None:
@@ -205,12 +208,8 @@ class EmulatedNet:
 
     def stop(self) -> list[int]:
         """Stop the workers; returns each ring's next available index, in the order of ``start``."""
-        self._quit.set()
+        self._reopener.stop()
         self._halt(self._pairs)
-        with self._lock:
-            watcher, self._watcher = self._watcher, None
-        if watcher is not None:
-            watcher.join()
         bases = {
             2 * pair.number + queue: int(lib.pv_net_worker_base(pair.worker, queue))
             for pair in self._pairs
@@ -227,6 +226,14 @@ class EmulatedNet:
     def set_offloads(self, acked: int) -> None:
         """Reprogram the tap while running."""
         self._port.set_offloads(acked)
+
+    def set_rx_filter(self, rx: RxFilter) -> None:
+        """Filter in the tap."""
+        self._port.set_rx_filter(rx)
+
+    def set_carrier(self, up: bool) -> None:
+        """Show it on the tap."""
+        self._port.set_carrier(up)
 
     def _count(self, pair: _Pair, into: dict[str, int]) -> None:
         c = ffi.new("struct pv_net_counters *")
@@ -249,7 +256,18 @@ class EmulatedNet:
             out = dict(self._totals)
             for pair in self._pairs:
                 self._count(pair, out)
+                if pair.thread is not None:
+                    out["worker_cpu_ns"] += cpu_ns(pair.thread.native_id)
         return out
+
+    def workers(self) -> list[dict[str, object]]:
+        """The threads of the queue pairs in use."""
+        with self._lock:
+            return [
+                {"name": p.thread.name, "tid": p.thread.native_id, "cpu_s": cpu_ns(p.thread.native_id) / 1e9}
+                for p in self._pairs
+                if p.thread is not None
+            ]
 
     def close(self) -> None:
         """Stop, and release the tap."""

@@ -15,6 +15,7 @@ import threading
 
 from pyvmm import errors
 from pyvmm._ext import ffi, lib
+from pyvmm.datapath.link import Link, route_socket
 from pyvmm.datapath.tap import Interface, Tap
 from pyvmm.errors import HostError, NetForbidden, PyvmmError
 from pyvmm.fd import Fd
@@ -143,7 +144,9 @@ class Namespace:
             fds = [os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)]
             if not root:
                 fds.append(os.open("/proc/thread-self/ns/user", os.O_RDONLY | os.O_CLOEXEC))
-            return [str(tap.mtu)], fds + [fd.fileno() for fd in tap.fds]
+            sockets = [route_socket(), route_socket(lib.RTMGRP_LINK)]
+            words = [str(tap.mtu), str(Interface(name).index)]
+            return words, fds + [fd.fileno() for fd in (*sockets, *tap.fds)]
 
         self._fds: list[Fd] = []
         words: list[str] = []
@@ -163,7 +166,8 @@ class Namespace:
         fds = [Fd(fd) for fd in raw]
         self.net = fds.pop(0)
         self.user = None if root else fds.pop(0)
-        self.tap = Tap.adopt(name, fds, int(words[0]))
+        link = Link(int(words[1]), fds.pop(0), fds.pop(0))
+        self.tap = Tap.adopt(name, fds, int(words[0]), link)
 
     def command(self, argv: Sequence[str] = ()) -> list[str]:
         """``argv`` as a command that runs inside, from any process of this user, while this one lives."""

@@ -14,6 +14,7 @@ from _socket import AF_INET, AF_INET6, SOCK_CLOEXEC, SOCK_DGRAM, inet_pton, sock
 from fcntl import ioctl
 
 from pyvmm._ext import lib
+from pyvmm.datapath.link import Link
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
 from pyvmm.fd import Fd
 from pyvmm.spec.virtio_net import (
@@ -29,6 +30,10 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_HOST_UFO,
     VIRTIO_NET_HDR_V1_SIZE,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.datapath.base import RxFilter
 
 TUN = "/dev/net/tun"
 IFNAMSIZ = 16
@@ -113,6 +118,11 @@ class Interface:
         self._change(lib.SIOCSIFFLAGS, old, new, "state", f"ip link set {self.name} up")
 
     @property
+    def index(self) -> int:
+        """Its number in the network namespace."""
+        return int(struct.unpack_from("=i", self._ioctl(lib.SIOCGIFINDEX))[0])
+
+    @property
     def mtu(self) -> int:
         """Bytes of payload of a frame."""
         return int(struct.unpack_from("=i", self._ioctl(lib.SIOCGIFMTU))[0])
@@ -151,8 +161,7 @@ class Interface:
             pass  # then the address becomes usable after a second
         s = socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0)
         try:
-            index = struct.unpack_from("=i", self._ioctl(lib.SIOCGIFINDEX))[0]
-            ioctl(s.fileno(), lib.SIOCSIFADDR, struct.pack("=16sIi", packed, prefix, index))
+            ioctl(s.fileno(), lib.SIOCSIFADDR, struct.pack("=16sIi", packed, prefix, self.index))
         except FileExistsError:
             pass
         except PermissionError as e:
@@ -170,6 +179,22 @@ class Interface:
                 self._ioctl(put, old)
             except OSError:
                 pass
+
+
+#: struct tun_filter with no addresses: everything passes.
+NO_FILTER = bytes(4)
+
+
+class _Wanted:
+    """What was asked of a tap, for one that replaces it."""
+
+    __slots__ = ("carrier", "filter", "offloads", "queues")
+
+    def __init__(self, queues: int) -> None:
+        self.queues = queues
+        self.offloads = 0
+        self.filter = NO_FILTER
+        self.carrier = True
 
 
 class Tap:
@@ -200,6 +225,8 @@ class Tap:
             raise UsageError(f"an MTU of {mtu}", "use 68 to 65521")
         self.name = name
         self.fds: list[Fd] = []
+        self._wanted = _Wanted(queues)
+        self._link: Link | None = None
         self._adopted = False
         self._features: int | None = None
         self._interface = Interface(name)
@@ -221,11 +248,13 @@ class Tap:
             raise
 
     @classmethod
-    def adopt(cls, name: str, fds: list[Fd], mtu: int) -> Tap:
-        """A tap opened elsewhere (another namespace), by its descriptors, which are owned from here on."""
+    def adopt(cls, name: str, fds: list[Fd], mtu: int, link: Link) -> Tap:
+        """A tap opened elsewhere (another namespace): its descriptors and its link are owned from here on."""
         tap = cls.__new__(cls)
         tap.name, tap.fds, tap.mtu, tap.created = name, fds, mtu, True
         tap._features = None
+        tap._wanted = _Wanted(len(fds))
+        tap._link = link
         tap._adopted = True
         tap._interface = Interface(name)
         return tap
@@ -286,6 +315,14 @@ class Tap:
             self._features = mask
         return self._features
 
+    def _set(self, request: int, arg: int | bytes, what: str, fd: Fd | None = None) -> None:
+        try:
+            ioctl((fd or self.fds[0]).fileno(), request, arg)
+        except OSError as e:
+            if e.errno == errno.EBADFD:
+                return  # the interface was deleted: when it returns it gets all this anew
+            raise HostError(f"tap {self.name} refuses {what}: {e.strerror}") from e
+
     def set_offloads(self, acked: int) -> None:
         """Let the host send what the GUEST_* bits of ``acked`` allow; at any time, from any thread.
 
@@ -297,12 +334,54 @@ class Tap:
             flags = 0
         if not flags & (lib.TUN_F_TSO4 | lib.TUN_F_TSO6):
             flags &= ~lib.TUN_F_TSO_ECN
-        try:
-            ioctl(self.fileno(), lib.TUNSETOFFLOAD, flags)
-        except OSError as e:
-            if e.errno == errno.EBADFD:
-                return  # the interface was deleted: no frames, so no offloads
-            raise HostError(f"tap {self.name} refuses offloads {flags:#x}: {e.strerror}") from e
+        self._wanted.offloads = flags
+        self._set(lib.TUNSETOFFLOAD, flags, f"offloads {flags:#x}")
+
+    def set_queues(self, count: int) -> None:
+        """Have the host spread its frames over the first ``count`` queues only.
+
+        :raises HostError: the tap refuses.
+        """
+        for i, fd in enumerate(self.fds):
+            if (i < count) != (i < self._wanted.queues):
+                flag = lib.IFF_ATTACH_QUEUE if i < count else lib.IFF_DETACH_QUEUE
+                self._set(lib.TUNSETQUEUE, struct.pack("16xH22x", flag), f"{count} queues", fd)
+        self._wanted.queues = count
+
+    def set_rx_filter(self, rx: RxFilter) -> None:
+        """Have the host drop what the guest does not want, by destination (TUNSETTXFILTER).
+
+        :raises HostError: the tap refuses.
+        """
+        addresses = rx.addresses() or []
+        flags = lib.TUN_FLT_ALLMULTI if rx.all_multicast and addresses else 0
+        self._wanted.filter = struct.pack("=HH", flags, len(addresses)) + b"".join(addresses)
+        self._set(lib.TUNSETTXFILTER, self._wanted.filter, "a filter")
+
+    def set_carrier(self, up: bool) -> None:
+        """Show the host a cable that is plugged in or not.
+
+        :raises HostError: the tap refuses (TUNSETCARRIER came with Linux 5.0).
+        """
+        self._wanted.carrier = up
+        self._set(lib.TUNSETCARRIER, struct.pack("=i", up), "a carrier")
+
+    def _restore(self) -> None:
+        """Give a tap that was opened again what the old one had."""
+        wanted, self._wanted = self._wanted, _Wanted(len(self.fds))
+        self._set(lib.TUNSETOFFLOAD, wanted.offloads, "offloads")
+        if wanted.filter != NO_FILTER:
+            self._set(lib.TUNSETTXFILTER, wanted.filter, "a filter")
+        if not wanted.carrier:
+            self.set_carrier(False)
+        self.set_queues(wanted.queues)
+        self._wanted = wanted
+
+    def link(self) -> Link:
+        """The interface's counters and events; another one after ``reopen``. Owned by the tap."""
+        if self._link is None:
+            self._link = Link(self._interface.index)
+        return self._link
 
     def reopen(self) -> bool:
         """After the interface was deleted: open it again if the user has made it again. Nothing is changed of the new one.
@@ -330,12 +409,28 @@ class Tap:
         for fd in old:
             fd.close()
         self._interface = Interface(self.name)
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+        self._restore()
         return True
+
+    def _unfilter(self) -> None:
+        try:
+            if self._wanted.filter != NO_FILTER:
+                self._set(lib.TUNSETTXFILTER, NO_FILTER, "no filter")
+            if not self._wanted.carrier:
+                self.set_carrier(True)
+        except HostError:
+            pass
 
     def close(self) -> None:
         """Undo what was changed of a tap that stays, and release the descriptors. A second call does nothing."""
-        if not self.created:
+        if not self.created and self.fds:
+            self._unfilter()
             self._interface.restore()
+        if self._link is not None:
+            self._link.close()
         fds, self.fds = self.fds, []
         for fd in fds:
             fd.close()

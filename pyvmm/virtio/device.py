@@ -130,6 +130,13 @@ class VirtioDevice:
         """The device-specific configuration as it reads now."""
         return b""
 
+    def own_queues(self) -> frozenset[int]:
+        """Queues that the device serves itself, by ``notified``; asked at DRIVER_OK."""
+        return frozenset()
+
+    def notified(self, index: int) -> None:
+        """One of ``own_queues`` has been kicked."""
+
     # --- status -------------------------------------------------------------------------------------
 
     @property

@@ -1,15 +1,32 @@
-"""The virtio network device (virtio 1.2, 5.1): configuration space and features.
+"""The virtio network device (virtio 1.2, 5.1): configuration space, features, queue pairs, link.
 
 It does not know which data path moves its packets.
 """
 
 from __future__ import annotations
 
+from pyvmm.datapath.base import RxFilter
+from pyvmm.errors import PyvmmError, RingFault
 from pyvmm.spec.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_NET
 from pyvmm.spec.virtio_net import (
+    VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MIN,
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VLAN,
+    VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_UFO,
     VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MTU,
     VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_S_ANNOUNCE,
     VIRTIO_NET_S_LINK_UP,
 )
 from pyvmm.virtio.device import VirtioDevice
@@ -18,19 +35,46 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.datapath.base import DataPath, Vring
     from pyvmm.memory import GuestMemory
+    from pyvmm.virtio.control import Control
 
 PCI_CLASS_NETWORK_ETHERNET = 0x020000
-#: Entries a queue, as QEMU's default.
+#: Entries a queue, as QEMU's default, and of the control queue.
 QUEUE_SIZE = 256
+CONTROL_SIZE = 64
+MAX_PAIRS = 16
+
+#: Features that need nothing of the data path, and those among them that live on the control queue.
+OWN = (VIRTIO_F_VERSION_1, VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_CTRL_VQ)
+CONTROLLED = (
+    VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VLAN,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
+)
+#: What VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET may switch (5.1.6.5.6).
+GUEST_OFFLOADS = sum(
+    1 << bit
+    for bit in (
+        VIRTIO_NET_F_GUEST_CSUM,
+        VIRTIO_NET_F_GUEST_TSO4,
+        VIRTIO_NET_F_GUEST_TSO6,
+        VIRTIO_NET_F_GUEST_ECN,
+        VIRTIO_NET_F_GUEST_UFO,
+    )
+)
 
 
 class NetDevice(VirtioDevice):
-    """A network card with one queue pair.
+    """A network card: ``pairs`` queue pairs (2k receives, 2k + 1 transmits) and the control queue behind them.
 
     :param datapath: moves the packets; owned from here on.
     :param mac: 6 bytes. :param mtu: bytes, offered to the guest, or None.
+    :param pairs: 1 to ``MAX_PAIRS``; more than one is offered as VIRTIO_NET_F_MQ.
     :param without: feature bits (a mask) not to offer although the data path could.
-    :ivar link_up: what the guest is told of the link.
+    :param link: whether the cable is plugged in at the start.
+    :ivar pairs: those in use; the driver chooses.
+    :ivar rx: what the driver wants to receive. :ivar commands: taken from the control queue.
     """
 
     device_id = VIRTIO_ID_NET
@@ -43,47 +87,198 @@ class NetDevice(VirtioDevice):
         mac: bytes,
         *,
         mtu: int | None = None,
+        pairs: int = 1,
         queue_size: int = QUEUE_SIZE,
         without: int = 0,
+        link: bool = True,
     ) -> None:
-        super().__init__(name, memory, [queue_size, queue_size])
+        super().__init__(name, memory, [queue_size] * (2 * pairs) + [CONTROL_SIZE])
         self.datapath = datapath
-        self.mac = mac
+        self._own_mac = self.mac = mac
         self.mtu = mtu
-        self.link_up = True
-        own = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS
-        if mtu is not None:
-            own |= 1 << VIRTIO_NET_F_MTU
-        self._offered = own | datapath.features() & ~without
+        self.max_pairs = pairs
+        self.pairs = 1
+        self.rx = RxFilter(mac)
+        self.commands = 0
+        self._plugged = link
+        self._path_up = True
+        self._announce = False
+        self._control: Control | None = None
+        self._rings: dict[int, Vring] = {}
+        self._started: list[int] = []
+        self._offloads = 0
+        self._offered = self._offer(datapath.features()) & ~without
         #: What was negotiated last, kept over a reset for the report.
         self.negotiated = 0
         datapath.on_fault = self.fault
-        datapath.on_link = self.set_link
+        datapath.on_link = self._path_link
+        if not link:
+            datapath.set_carrier(False)
+
+    def _offer(self, path: int) -> int:
+        """The device's own features and what the data path can honour."""
+        own = sum(1 << bit for bit in (*OWN, *CONTROLLED))
+        if self.mtu is not None:
+            own |= 1 << VIRTIO_NET_F_MTU
+        if self.max_pairs > 1:
+            own |= 1 << VIRTIO_NET_F_MQ
+        if path & GUEST_OFFLOADS:
+            own |= 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
+        return own | path
 
     def offered(self) -> int:
-        """The device's own features and what the data path can honour."""
+        """Fixed at creation."""
         return self._offered
 
     def config_space(self) -> bytes:
         """struct virtio_net_config as far as its features go (5.1.4)."""
         status = VIRTIO_NET_S_LINK_UP if self.link_up else 0
-        mtu = self.mtu or 0
-        return self.mac + status.to_bytes(2, "little") + (1).to_bytes(2, "little") + mtu.to_bytes(2, "little")
+        status |= VIRTIO_NET_S_ANNOUNCE if self._announce else 0
+        return b"".join(
+            (
+                self.mac,
+                status.to_bytes(2, "little"),
+                self.max_pairs.to_bytes(2, "little"),
+                (self.mtu or 0).to_bytes(2, "little"),
+            )
+        )
 
-    def set_link(self, up: bool) -> None:
-        """Tell the guest that the cable was plugged or pulled. Any thread."""
-        if up != self.link_up:
-            self.link_up = up
+    # --- link ---------------------------------------------------------------------------------------
+
+    @property
+    def link_up(self) -> bool:
+        """What the guest is told of the link."""
+        return self._plugged and self._path_up
+
+    def _path_link(self, up: bool) -> None:
+        """The data path has lost or found the outside. Any thread."""
+        if up != self._path_up:
+            self._path_up = up
             self.config_changed()
 
+    def set_link(self, up: bool) -> None:
+        """Plug or pull the cable: while it is pulled the rings are parked, and nothing moves.
+
+        :raises PyvmmError: the data path does not start again; the driver has to reset the device.
+        """
+        if up == self._plugged:
+            return
+        self._plugged = up
+        if not up:
+            self._park()
+        self.datapath.set_carrier(up)
+        try:
+            if up and self.active:
+                self._resume()
+        except PyvmmError as e:
+            self.fault(-1, str(e))
+            raise
+        self.config_changed()
+
+    def announce(self) -> bool:
+        """Ask the guest to tell the network where it is (5.1.6.5.4.1); whether its driver can."""
+        if not (self.active and self._control and self.driver_features >> VIRTIO_NET_F_GUEST_ANNOUNCE & 1):
+            return False
+        self._announce = True
+        self.config_changed()
+        return True
+
+    def announced(self) -> bool:
+        """The driver acknowledges; whether it had been asked."""
+        asked, self._announce = self._announce, False
+        return asked
+
+    # --- queues -------------------------------------------------------------------------------------
+
+    def _control_index(self) -> int:
+        """5.1.2: behind the queue pairs that the driver knows of."""
+        return 2 * self.max_pairs if self.driver_features >> VIRTIO_NET_F_MQ & 1 else 2
+
+    def own_queues(self) -> frozenset[int]:
+        """The control queue."""
+        has = self.driver_features >> VIRTIO_NET_F_CTRL_VQ & 1
+        return frozenset([self._control_index()] if has else [])
+
+    def notified(self, index: int) -> None:
+        """The control queue has been kicked."""
+        if self._control is None:
+            return
+        try:
+            self._control.serve()
+        except RingFault as e:
+            self._control = None
+            self.fault(index, f"control queue: {e}")
+
     def activate(self, rings: list[Vring]) -> None:
-        """Hand the rings to the data path."""
-        self.negotiated = self.driver_features
-        self.datapath.start(self.driver_features, self.memory, rings)
+        """Hand the rings of the first pair to the data path; the driver asks for more by command (5.1.6.5.5)."""
+        acked = self.negotiated = self.driver_features
+        control = self._control_index()
+        self._rings = {ring.index: ring for ring in rings if ring.index < control}
+        self._offloads = acked & GUEST_OFFLOADS
+        self.pairs = 1
+        self.rx = RxFilter(self.mac)
+        self.datapath.set_rx_filter(self.rx)
+        if acked >> VIRTIO_NET_F_CTRL_VQ & 1:
+            for ring in rings:
+                if ring.index == control:
+                    from pyvmm.virtio.control import Control
+
+                    self._control = Control(self, ring, acked)
+        self._resume()
 
     def deactivate(self) -> None:
-        """Take them back."""
-        self.datapath.stop()
+        """Take them back, and forget what the driver had set."""
+        self._park()
+        self._control = None
+        self._rings = {}
+        self._announce = False
+        self.mac = self._own_mac
+
+    def _resume(self) -> None:
+        """Start the data path on the rings of the pairs in use, from where they are."""
+        if not self._plugged:
+            return
+        rings = [ring for index, ring in sorted(self._rings.items()) if index < 2 * self.pairs]
+        self.datapath.start(self.driver_features & ~GUEST_OFFLOADS | self._offloads, self.memory, rings)
+        self._started = [ring.index for ring in rings]
+
+    def _park(self) -> None:
+        """Stop the data path; the rings remember their positions."""
+        started, self._started = self._started, []
+        for index, base in zip(started, self.datapath.stop(), strict=False):
+            self._rings[index] = self._rings[index].at(base)
+
+    # --- what the driver commands -------------------------------------------------------------------
+
+    def set_pairs(self, pairs: int) -> bool:
+        """Use the first ``pairs`` queue pairs; False where there are not as many.
+
+        :raises PyvmmError: the data path does not start again.
+        """
+        if not VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MIN <= pairs <= self.max_pairs:
+            return False
+        if any(2 * k + way not in self._rings for k in range(pairs) for way in (0, 1)):
+            return False  # 5.1.6.5.5.1: the driver has not set them up
+        if pairs != self.pairs:
+            self._park()
+            self.pairs = pairs
+            self._resume()
+        return True
+
+    def set_offloads(self, offloads: int) -> bool:
+        """Have the data path send what ``offloads`` (GUEST_* bits) allows; False where it was not negotiated."""
+        if offloads & ~(self.driver_features & GUEST_OFFLOADS):
+            return False
+        self._offloads = offloads
+        self.datapath.set_offloads(offloads)
+        return True
+
+    def rx_changed(self) -> None:
+        """``rx`` has been changed by the driver."""
+        try:
+            self.datapath.set_rx_filter(self.rx)
+        except PyvmmError:
+            pass  # best effort: without a filter the guest sees more than it asked for
 
     def close(self) -> None:
         """Stop and release the data path, too."""

@@ -200,6 +200,23 @@ class DeviceConfig:
         self._device.refused += 1
 
 
+class Notify:
+    """Kicks of the queues that the device serves itself; the others become eventfds in C."""
+
+    def __init__(self, device: VirtioDevice) -> None:
+        self._device = device
+
+    def read(self, offset: int, size: int) -> int:
+        """Nothing to read."""
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A kick, by the address alone."""
+        index, rest = divmod(offset, NOTIFY_STRIDE)
+        if not rest and index in self._device.own_queues():
+            self._device.notified(index)
+
+
 class VirtioPci(PciFunction):
     """A virtio device as a PCI function; owns its interrupt plumbing and lends the queues' eventfds.
 
@@ -233,6 +250,7 @@ class VirtioPci(PciFunction):
         if self._intx == ffi.NULL:
             raise MemoryError
         self._kicks_at: int | None = None
+        self._kicked: list[Queue] = []  # those with an eventfd, while the device runs
         self._running = False
         self._errors = 0
         vectors = len(device.queues) + 1
@@ -255,6 +273,7 @@ class VirtioPci(PciFunction):
             MMIO,
             NOTIFY_STRIDE * len(device.queues),
             f"{name} notify",
+            Notify(device),
             kind=lib.PV_REGION_NOTIFY,
             opaque=self._notify,
         )
@@ -315,7 +334,7 @@ class VirtioPci(PciFunction):
             self._assign_kicks(base, False)
 
     def _assign_kicks(self, base: int, assign: bool) -> None:
-        for q in self.device.queues:
+        for q in self._kicked:
             at = base + NOTIFY + NOTIFY_STRIDE * q.index
             self._vm.ioeventfd(q.kick, at, pio=False, assign=assign)
 
@@ -329,6 +348,11 @@ class VirtioPci(PciFunction):
     def _active(self, active: bool) -> None:
         """The device starts or has stopped."""
         self._running = active
+        if active:
+            own = self.device.own_queues()
+            self._kicked = [q for q in self.device.queues if q.index not in own]
+            for q in self.device.queues:
+                self._notify.fd[q.index] = -1 if q.index in own else q.kick.fileno()
         self._set_kicks(self.bars[0].base if active else None)
         self._use_intx(active and not self.msix.enabled)
 
@@ -429,8 +453,11 @@ class VirtioPci(PciFunction):
             if not 0 <= at <= region.length - length:
                 continue
             if region is self._notify_region:
-                if write and at % NOTIFY_STRIDE == 0:
-                    self.device.queues[at // NOTIFY_STRIDE].kick.signal()
+                index, rest = divmod(at, NOTIFY_STRIDE)
+                if write and not rest and index in self.device.own_queues():
+                    self.device.notified(index)
+                elif write and not rest:
+                    self.device.queues[index].kick.signal()
             elif region is self._isr_region:
                 if not write:
                     self.put(w + 16, 0 if at else lib.pv_intx_read(self._intx), 4)

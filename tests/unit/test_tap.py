@@ -5,9 +5,11 @@ import os
 import re
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.datapath import tap
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.datapath.netns import Namespace
 from pyvmm.datapath.tap import Interface, Tap, parse_address
@@ -34,6 +37,22 @@ GSO = [
 
 def mask(*bits):
     return sum(1 << b for b in bits)
+
+
+@pytest.fixture
+def tun_for_all(monkeypatch):
+    """A /dev/net/tun that ordinary users may open, also where this machine's is root's alone."""
+    info = Path(tap.TUN).stat()
+    if info.st_mode & 0o006 == 0o006 or os.getuid():
+        yield
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        node = f"{directory}/tun"
+        os.mknod(node, 0o666 | stat.S_IFCHR, info.st_rdev)
+        Path(node).chmod(0o666)
+        monkeypatch.setattr(tap, "TUN", node)
+        yield
 
 
 @pytest.fixture
@@ -139,7 +158,7 @@ def test_a_namespace_leaves_no_descriptor_thread_or_child():
     assert state() == before
 
 
-def test_an_ordinary_user_gets_a_namespace():
+def test_an_ordinary_user_gets_a_namespace(tun_for_all):
     """In a child that gives up root, from a process with threads."""
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
@@ -448,7 +467,7 @@ def test_two_queues_of_one_tap():
                     os.read(fd.fileno(), 2048)
 
 
-def test_forbidden_taps_name_the_remedy():
+def test_forbidden_taps_name_the_remedy(tun_for_all):
     """As a user without rights in the namespace: neither making one nor opening another's works."""
     if os.getuid():
         with pytest.raises(NetForbidden, match="ip tuntap add"):

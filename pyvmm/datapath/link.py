@@ -1,0 +1,166 @@
+"""What the kernel says of an interface, by rtnetlink: its counters, and that it has gone. And waiting for its return."""
+
+from __future__ import annotations
+
+import struct
+import threading
+
+# The C half of `socket`, see tap.py.
+from _socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
+
+from pyvmm._ext import lib
+from pyvmm.errors import PyvmmError
+from pyvmm.fd import Fd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Protocol
+
+    class Reopening(Protocol):
+        """A tap, as far as waiting for it goes."""
+
+        name: str
+
+        def reopen(self) -> bool: ...
+
+
+#: struct nlmsghdr, struct ifinfomsg, struct rtattr.
+HEADER, IFINFO, ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BxHiII"), struct.Struct("=HH")
+#: struct rtnl_link_stats64 begins with these; rx and tx are the interface's own.
+STATS = (
+    "rx_packets",
+    "tx_packets",
+    "rx_bytes",
+    "tx_bytes",
+    "rx_errors",
+    "tx_errors",
+    "rx_dropped",
+    "tx_dropped",
+)
+#: How often to look whether a tap that was deleted is back.
+REOPEN_SECONDS = 0.5
+
+
+def route_socket(groups: int = 0) -> Fd:
+    """An rtnetlink socket of the calling thread's network namespace; ``groups``: RTMGRP_* to hear of."""
+    s = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, 0)
+    try:
+        s.bind((0, groups))
+        return Fd(s.detach())
+    finally:
+        s.close()
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(type, payload) of each netlink message."""
+    while len(data) >= HEADER.size:
+        length, kind, _flags, _seq, _pid = HEADER.unpack_from(data)
+        if not HEADER.size <= length <= len(data):
+            return
+        yield kind, data[HEADER.size : length]
+        data = data[length + 3 & ~3 :]
+
+
+class Link:
+    """One interface, by its index; owns its two sockets, which belong to the interface's network namespace."""
+
+    def __init__(self, index: int, query: Fd | None = None, events: Fd | None = None) -> None:
+        self.index = index
+        self._query = query or route_socket()
+        self._events = events or route_socket(lib.RTMGRP_LINK)
+        self._lock = threading.Lock()
+
+    def fileno(self) -> int:
+        """Readable when something has happened to a link: ask ``gone``."""
+        return self._events.fileno()
+
+    def stats(self) -> dict[str, int]:
+        """The counters of ``STATS``; empty where the interface is gone. Any thread."""
+        import os
+
+        ask = IFINFO.pack(0, 0, self.index, 0, 0)
+        ask = HEADER.pack(HEADER.size + len(ask), lib.RTM_GETLINK, lib.NLM_F_REQUEST, 1, 0) + ask
+        with self._lock:
+            if self._query.closed:
+                return {}
+            os.write(self._query.fileno(), ask)
+            answer = os.read(self._query.fileno(), 1 << 16)
+        for kind, payload in _messages(answer):
+            if kind != lib.RTM_NEWLINK:
+                continue
+            at = IFINFO.size
+            while at + ATTRIBUTE.size <= len(payload):
+                length, what = ATTRIBUTE.unpack_from(payload, at)
+                if length < ATTRIBUTE.size:
+                    break
+                if what == lib.IFLA_STATS64:
+                    values = struct.unpack_from(f"={len(STATS)}Q", payload, at + ATTRIBUTE.size)
+                    return dict(zip(STATS, values, strict=True))
+                at += length + 3 & ~3
+        return {}
+
+    def gone(self) -> bool:
+        """Take one notice from the events' socket; whether the interface has been deleted."""
+        import os
+
+        try:
+            data = os.read(self._events.fileno(), 1 << 16)
+        except OSError:  # ENOBUFS: some were lost
+            return not self.stats()
+        return any(
+            kind == lib.RTM_DELLINK and IFINFO.unpack_from(payload)[2] == self.index
+            for kind, payload in _messages(data)
+        )
+
+    def close(self) -> None:
+        """Release the sockets."""
+        with self._lock:
+            self._query.close()
+            self._events.close()
+
+
+class Reopener:
+    """Waits, in a thread of its own, for a deleted tap to come back.
+
+    :param back: called in that thread once the tap has been opened again.
+    """
+
+    def __init__(self, port: Reopening, back: Callable[[], None]) -> None:
+        self._port, self._back = port, back
+        self._lock = threading.Lock()
+        self._quit = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Look for it from now on; does nothing where that is so already. Any thread."""
+        with self._lock:
+            if self._thread is None and not self._quit.is_set():
+                self._thread = threading.Thread(
+                    target=self._run, name=f"{self._port.name}-watch", daemon=True
+                )
+                self._thread.start()
+
+    def _run(self) -> None:
+        while not self._quit.wait(REOPEN_SECONDS):
+            try:
+                if not self._port.reopen():
+                    continue
+            except PyvmmError:
+                continue  # there but not to be had: not yet, or not for us
+            with self._lock:
+                self._thread = None
+            self._back()
+            return
+
+    def stop(self) -> None:
+        """Look no more; ``start`` does nothing until ``rearm``."""
+        self._quit.set()
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+
+    def rearm(self) -> None:
+        """Allow ``start`` again."""
+        self._quit.clear()

@@ -1,0 +1,174 @@
+"""The control virtqueue of a network card (virtio 1.2, 5.1.6.5).
+
+Served in the vCPU thread that kicks it, under the machine's I/O lock: the driver waits for the answer anyway.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm.datapath.base import RxFilter
+from pyvmm.errors import PyvmmError, RingFault
+from pyvmm.spec.virtio_net import (
+    VIRTIO_NET_CTRL_ANNOUNCE,
+    VIRTIO_NET_CTRL_ANNOUNCE_ACK,
+    VIRTIO_NET_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET,
+    VIRTIO_NET_CTRL_MAC,
+    VIRTIO_NET_CTRL_MAC_ADDR_SET,
+    VIRTIO_NET_CTRL_MAC_TABLE_SET,
+    VIRTIO_NET_CTRL_MQ,
+    VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+    VIRTIO_NET_CTRL_RX,
+    VIRTIO_NET_CTRL_RX_ALLUNI,
+    VIRTIO_NET_CTRL_VLAN,
+    VIRTIO_NET_CTRL_VLAN_ADD,
+    VIRTIO_NET_CTRL_VLAN_DEL,
+    VIRTIO_NET_ERR,
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VLAN,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_MQ,
+    VIRTIO_NET_OK,
+)
+from pyvmm.virtio.queue import SplitQueue
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.datapath.base import Vring
+    from pyvmm.virtio.net import NetDevice
+
+#: Entries of each table kept; with more, everything of that kind is received.
+MAC_TABLE = 64
+#: Longest command: class, command and two full address tables as a driver may send them.
+COMMAND_MAX = 2 + 2 * (4 + 6 * 4096)
+
+
+class Control:
+    """Serves the control queue of ``device``.
+
+    :param acked: the negotiated features.
+    :raises RingFault: the ring is malformed.
+    """
+
+    def __init__(self, device: NetDevice, vring: Vring, acked: int) -> None:
+        self._device = device
+        self._call = vring.call
+        self._acked = acked
+        self._queue = SplitQueue(device.memory, vring, acked, limit=COMMAND_MAX)
+        self._limit = vring.size
+        self._queue.enable_notify()
+
+    def serve(self) -> None:
+        """Answer what is in the queue, at most as many commands as it has entries.
+
+        :raises RingFault: the driver got the ring or a chain wrong.
+        """
+        queue = self._queue
+        for _ in range(self._limit):
+            chain = queue.pop()
+            if chain is None:
+                break
+            if not chain.room:
+                raise RingFault("a control command without room for the answer")
+            good = self._execute(chain.request)
+            queue.push(chain, chain.reply(bytes([VIRTIO_NET_OK if good else VIRTIO_NET_ERR])))
+        if queue.flush():
+            self._call.signal()
+        queue.enable_notify()
+
+    def _execute(self, request: bytes) -> bool:
+        """One command; whether it was understood and done."""
+        device = self._device
+        device.commands += 1
+        if len(request) < 2:
+            return False
+        known = self._COMMANDS.get((request[0], request[1]))
+        if known is None and request[0] == VIRTIO_NET_CTRL_RX and request[1] < len(RxFilter.FLAGS):
+            extra = request[1] >= VIRTIO_NET_CTRL_RX_ALLUNI
+            known = (VIRTIO_NET_F_CTRL_RX_EXTRA if extra else VIRTIO_NET_F_CTRL_RX, Control._rx_mode)
+        if known is None or not self._acked >> known[0] & 1:
+            return False
+        try:
+            return known[1](self, request[1], request[2:])
+        except (struct.error, IndexError):
+            return False
+        except PyvmmError as e:
+            device.fault(-1, str(e))
+            return False
+
+    def _rx_mode(self, command: int, data: bytes) -> bool:
+        flag = RxFilter.FLAGS[command]
+        if len(data) != 1 or data[0] > 1:
+            return False
+        rx = self._device.rx
+        rx.flags = rx.flags | {flag} if data[0] else rx.flags - {flag}
+        self._device.rx_changed()
+        return True
+
+    def _mac_table(self, command: int, data: bytes) -> bool:
+        tables = []
+        for _ in ("unicast", "multicast"):
+            (count,) = struct.unpack_from("<I", data)
+            end = 4 + 6 * count
+            if end > len(data):
+                return False
+            tables.append([data[i : i + 6] for i in range(4, end, 6)])
+            data = data[end:]
+        unicast, multicast = tables
+        if data or any(a[0] & 1 for a in unicast) or not all(a[0] & 1 for a in multicast):
+            return False
+        rx = self._device.rx
+        rx.flags -= {"unicast-overflow", "multicast-overflow"}
+        if len(unicast) > MAC_TABLE:
+            unicast, rx.flags = [], rx.flags | {"unicast-overflow"}
+        if len(multicast) > MAC_TABLE:
+            multicast, rx.flags = [], rx.flags | {"multicast-overflow"}
+        rx.unicast, rx.multicast = unicast, multicast
+        self._device.rx_changed()
+        return True
+
+    def _mac_address(self, command: int, data: bytes) -> bool:
+        if len(data) != 6 or data[0] & 1 or not any(data):
+            return False
+        self._device.mac = self._device.rx.mac = data
+        self._device.rx_changed()
+        return True
+
+    def _vlan(self, command: int, data: bytes) -> bool:
+        (vlan,) = struct.unpack("<H", data)
+        if vlan >= 4096:
+            return False
+        vlans = self._device.rx.vlans
+        vlans.add(vlan) if command == VIRTIO_NET_CTRL_VLAN_ADD else vlans.discard(vlan)
+        return True
+
+    def _announced(self, command: int, data: bytes) -> bool:
+        return self._device.announced()
+
+    def _pairs(self, command: int, data: bytes) -> bool:
+        (pairs,) = struct.unpack("<H", data)
+        return self._device.set_pairs(pairs)
+
+    def _offloads(self, command: int, data: bytes) -> bool:
+        (offloads,) = struct.unpack("<Q", data)
+        return self._device.set_offloads(offloads)
+
+    #: (class, command) -> (feature that it needs, what does it); VIRTIO_NET_CTRL_RX is in ``_execute``.
+    _COMMANDS: dict[tuple[int, int], tuple[int, Callable[[Control, int, bytes], bool]]] = {
+        (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET): (VIRTIO_NET_F_CTRL_RX, _mac_table),
+        (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET): (VIRTIO_NET_F_CTRL_MAC_ADDR, _mac_address),
+        (VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD): (VIRTIO_NET_F_CTRL_VLAN, _vlan),
+        (VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_DEL): (VIRTIO_NET_F_CTRL_VLAN, _vlan),
+        (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK): (VIRTIO_NET_F_GUEST_ANNOUNCE, _announced),
+        (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET): (VIRTIO_NET_F_MQ, _pairs),
+        (VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET): (
+            VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+            _offloads,
+        ),
+    }

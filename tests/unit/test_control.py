@@ -1,0 +1,294 @@
+"""The control queue and several queue pairs, through the whole transport (virtio 1.2, 5.1.2, 5.1.6.5)."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyvmm.datapath.emulated import EmulatedNet
+from pyvmm.errors import HostError
+from pyvmm.spec.virtio import VIRTIO_CONFIG_S_NEEDS_RESET
+from pyvmm.spec.virtio_net import (
+    VIRTIO_NET_CTRL_ANNOUNCE,
+    VIRTIO_NET_CTRL_ANNOUNCE_ACK,
+    VIRTIO_NET_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET,
+    VIRTIO_NET_CTRL_MAC,
+    VIRTIO_NET_CTRL_MAC_ADDR_SET,
+    VIRTIO_NET_CTRL_MAC_TABLE_SET,
+    VIRTIO_NET_CTRL_MQ,
+    VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+    VIRTIO_NET_CTRL_RX,
+    VIRTIO_NET_CTRL_RX_ALLMULTI,
+    VIRTIO_NET_CTRL_RX_NOBCAST,
+    VIRTIO_NET_CTRL_RX_PROMISC,
+    VIRTIO_NET_CTRL_VLAN,
+    VIRTIO_NET_CTRL_VLAN_ADD,
+    VIRTIO_NET_CTRL_VLAN_DEL,
+    VIRTIO_NET_ERR,
+    VIRTIO_NET_OK,
+)
+from pyvmm.virtio.control import MAC_TABLE
+from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
+from pyvmm.virtio.pci import VirtioPci
+from tests.driver import Cable, bits, wait_for
+from tests.pci_guest import Board, NetGuest, frame
+
+MAC = bytes.fromhex("525400123456")
+ALL = (1 << 64) - 1
+MQ = bits("VIRTIO_NET_F_MQ")
+OFFLOADS = bits("VIRTIO_NET_F_GUEST_CSUM", "VIRTIO_NET_F_GUEST_TSO4")
+
+
+class Bundle(Cable):
+    """Several cables in place of a multi-queue tap."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.cables = [self, *(Cable() for _ in range(count - 1))]
+        self.fds = [c.fds[0] for c in self.cables]
+        self.queues: list[int] = []
+        self.offloads: list[int] = []
+        self.refuse = False
+
+    def features(self) -> int:
+        return OFFLOADS
+
+    def set_queues(self, count: int) -> None:
+        if self.refuse:
+            raise HostError("no")
+        self.queues.append(count)
+
+    def set_offloads(self, acked: int) -> None:
+        self.offloads.append(acked & OFFLOADS)
+
+    def close(self) -> None:
+        super().close()
+        for cable in self.cables[1:]:
+            cable.close()
+
+
+class Rig:
+    """A card with ``pairs`` queue pairs, and a guest that drives it."""
+
+    def __init__(self, pairs: int = 1, features: int = ALL, **guest) -> None:
+        self.board = Board(memory=32 << 20)
+        self.cable = Bundle(pairs)
+        self.path = EmulatedNet(self.cable)
+        self.device = NetDevice("net0", self.board.memory, self.path, MAC, pairs=pairs)
+        self.board.add(
+            VirtioPci(
+                self.board.vm, self.board.bus, self.device, PCI_CLASS_NETWORK_ETHERNET, notify="ioeventfd"
+            )
+        )
+        self.guest = NetGuest(
+            self.board, 1, features, pairs=pairs if features & MQ else 1, control=True, **guest
+        )
+        self.command = self.guest.command
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *args) -> None:
+        self.guest.close()
+        self.board.close()
+        self.cable.close()
+
+
+@pytest.fixture
+def rig():
+    with Rig() as r:
+        yield r
+
+
+def set_pairs(rig: Rig, n: int) -> int | None:
+    return rig.command(VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, struct.pack("<H", n))
+
+
+def exchange(rig: Rig, pair: int, tag: int) -> None:
+    """Frames both ways through one pair."""
+    net, cable = rig.guest.nets[pair], rig.cable.cables[pair]
+    out = [frame(tag + i) for i in range(20)]
+    net.received.clear()
+    net.send(*out)
+    assert [cable.receive()[12:] for _ in out] == out
+    for f in out:
+        cable.far.send(bytes(12) + f)
+    assert [p[12:] for p in net.wait_packets(len(out))] == out
+
+
+@pytest.mark.parametrize("features", [ALL, ALL & ~MQ, ALL & ~bits("VIRTIO_RING_F_EVENT_IDX")])
+def test_receive_modes(features):
+    with Rig(features=features) as rig:
+        rx = rig.device.rx
+        assert rx.addresses() is None  # as after reset
+        assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0") == VIRTIO_NET_OK
+        assert rx.addresses() == [MAC, b"\xff" * 6]
+        assert rig.cable.rx is rx
+        assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI, b"\1") == VIRTIO_NET_OK
+        assert rx.all_multicast
+        assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_NOBCAST, b"\1") == VIRTIO_NET_OK
+        assert rx.flags == {"allmulti", "nobcast"}
+        assert rig.command(VIRTIO_NET_CTRL_RX, 6, b"\1") == VIRTIO_NET_ERR
+        assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\2") == VIRTIO_NET_ERR
+        assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\1\0") == VIRTIO_NET_ERR
+        exchange(rig, 0, 1)
+        assert rig.device.commands == 6
+
+
+def table(*lists: list[bytes]) -> bytes:
+    return b"".join(struct.pack("<I", len(macs)) + b"".join(macs) for macs in lists)
+
+
+def test_mac_tables(rig):
+    def set_tables(*lists: list[bytes]) -> int | None:
+        return rig.command(VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET, table(*lists))
+
+    rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0")
+    one, many = bytes.fromhex("525400000001"), bytes.fromhex("01005e000001")
+    assert set_tables([one], [many]) == VIRTIO_NET_OK
+    assert rig.device.rx.addresses() == [MAC, one, b"\xff" * 6, many]
+    assert set_tables([many], []) == set_tables([], [one]) == set_tables([one]) == VIRTIO_NET_ERR
+    assert rig.command(VIRTIO_NET_CTRL_MAC, 0, struct.pack("<I", 1 << 31)) == VIRTIO_NET_ERR
+    assert rig.command(VIRTIO_NET_CTRL_MAC, 0, table([one], [many]) + b"x") == VIRTIO_NET_ERR
+    assert rig.device.rx.addresses() == [MAC, one, b"\xff" * 6, many]
+    assert set_tables([], [many] * (MAC_TABLE + 1)) == VIRTIO_NET_OK
+    assert rig.device.rx.all_multicast and rig.device.rx.multicast == []
+    assert set_tables([one] * (MAC_TABLE + 1), []) == VIRTIO_NET_OK
+    assert rig.device.rx.addresses() is None and not rig.device.rx.all_multicast
+
+
+def test_mac_address_until_reset(rig):
+    new = bytes.fromhex("02aabbccddee")
+    assert rig.command(VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET, new) == VIRTIO_NET_OK
+    assert rig.guest.pci.config(0, 4).to_bytes(4, "little") == new[:4]
+    for bad in (bytes.fromhex("01005e000001"), bytes(6), b"12345"):
+        assert rig.command(VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET, bad) == VIRTIO_NET_ERR
+    assert rig.device.mac == new
+    rig.guest.pci.set("device_status", 0)
+    assert rig.device.mac == MAC and rig.device.rx.mac
+
+
+def test_vlans(rig):
+    for command, vlan, answer in (
+        (VIRTIO_NET_CTRL_VLAN_ADD, 7, VIRTIO_NET_OK),
+        (VIRTIO_NET_CTRL_VLAN_ADD, 4095, VIRTIO_NET_OK),
+        (VIRTIO_NET_CTRL_VLAN_ADD, 4096, VIRTIO_NET_ERR),
+        (VIRTIO_NET_CTRL_VLAN_DEL, 7, VIRTIO_NET_OK),
+    ):
+        assert rig.command(VIRTIO_NET_CTRL_VLAN, command, struct.pack("<H", vlan)) == answer
+    assert rig.device.rx.vlans == {4095}
+
+
+def test_offloads_reach_the_port(rig):
+    def set_offloads(mask: int) -> int | None:
+        data = struct.pack("<Q", mask)
+        return rig.command(VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, data)
+
+    csum = bits("VIRTIO_NET_F_GUEST_CSUM")
+    assert rig.cable.offloads == [OFFLOADS]
+    assert set_offloads(csum) == VIRTIO_NET_OK
+    assert set_offloads(bits("VIRTIO_NET_F_GUEST_TSO6")) == VIRTIO_NET_ERR  # never negotiated
+    assert set_offloads(bits("VIRTIO_NET_F_CSUM")) == VIRTIO_NET_ERR
+    assert rig.cable.offloads == [OFFLOADS, csum]
+    rig.device.set_link(False)
+    rig.device.set_link(True)
+    assert rig.cable.offloads == [OFFLOADS, csum, csum]  # what is in force, not what was negotiated
+
+
+def test_announcing(rig):
+    acknowledge = (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK)
+    assert rig.command(*acknowledge) == VIRTIO_NET_ERR  # nobody had asked
+    assert rig.device.announce()
+    assert rig.guest.pci.config(6, 2) == 3
+    assert rig.board.vm.delivered(1)
+    assert rig.command(*acknowledge) == VIRTIO_NET_OK
+    assert rig.guest.pci.config(6, 2) == 1
+
+
+def test_link_by_hand(rig):
+    exchange(rig, 0, 1)
+    rig.device.set_link(False)
+    assert not rig.guest.link() and rig.cable.carrier is False
+    rig.guest.net.send(frame(99))
+    assert rig.path.workers() == []
+    rig.device.set_link(True)
+    assert rig.guest.link() and rig.cable.carrier is True
+    assert rig.cable.receive()[12:] == frame(99)  # waited in the ring
+    exchange(rig, 0, 200)
+
+
+def test_pairs_come_and_go():
+    with Rig(3) as rig:
+        assert rig.guest.pci.config(8, 2) == 3
+        assert rig.cable.queues == [1]
+        exchange(rig, 0, 1)
+        for n in (3, 2, 3, 1, 3):
+            assert set_pairs(rig, n) == VIRTIO_NET_OK
+            assert rig.cable.queues[-1] == rig.device.pairs == n == len(rig.path.workers())
+            for pair in range(n):
+                exchange(rig, pair, 1000 * n + 100 * pair)
+        assert set_pairs(rig, 0) == set_pairs(rig, 4) == VIRTIO_NET_ERR
+        assert rig.device.pairs == 3
+        rig.guest.pci.set("device_status", 0)
+        assert rig.path.workers() == []
+
+
+def test_a_pair_that_was_not_set_up():
+    with Rig(2) as rig:
+        rig.device._rings.pop(3)  # as if the driver had left it out
+        assert set_pairs(rig, 2) == VIRTIO_NET_ERR
+        exchange(rig, 0, 1)
+
+
+def test_pairs_that_the_host_refuses():
+    with Rig(2) as rig:
+        rig.cable.refuse = True
+        assert set_pairs(rig, 2) == VIRTIO_NET_ERR
+        assert rig.guest.pci.status & VIRTIO_CONFIG_S_NEEDS_RESET
+
+
+def test_without_mq_the_control_queue_is_the_third():
+    with Rig(2, ALL & ~MQ) as rig:
+        assert rig.guest.control.index == 2
+        assert set_pairs(rig, 2) == VIRTIO_NET_ERR
+        assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0") == VIRTIO_NET_OK
+
+
+def test_commands_without_their_feature():
+    with Rig(features=ALL & ~bits("VIRTIO_NET_F_CTRL_RX", "VIRTIO_NET_F_CTRL_VLAN")) as rig:
+        assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0") == VIRTIO_NET_ERR
+        assert rig.command(VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, b"\1\0") == VIRTIO_NET_ERR
+
+
+def test_no_room_for_the_answer_is_a_fault(rig):
+    assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0", room=0) is None
+    assert rig.guest.pci.status & VIRTIO_CONFIG_S_NEEDS_RESET
+    assert wait_for(lambda: rig.device.faults)
+    rig.guest.pci.notify(2)  # nothing happens
+
+
+def test_many_commands_in_one_kick(rig):
+    control, memory = rig.guest.control, rig.board.memory
+    memory.write(0x6000, bytes([VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, 5, 0]))
+    for i in range(32):
+        control.add([(0x6000, 4, False), (0x7000 + i, 1, True)])
+    control.publish()
+    assert len(control.take_used()) == 32
+    assert memory.read(0x7000, 32) == bytes(32)
+    assert rig.command(VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_DEL, b"\5\0") == VIRTIO_NET_OK
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    commands=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 7), st.binary(max_size=40)), max_size=12)
+)
+def test_any_command_gets_an_answer(commands):
+    """Whatever it says, the card answers, lives and goes on."""
+    with Rig(2) as rig:
+        for kind, command, data in commands:
+            assert rig.command(kind, command, data) in (VIRTIO_NET_OK, VIRTIO_NET_ERR)
+        assert not rig.device.faults
