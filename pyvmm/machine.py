@@ -126,8 +126,11 @@ class Nic:
     :ivar host, guest: IPv4 addresses with prefix length; None where pyvmm did not choose any.
     """
 
-    def __init__(self, index: int, net: Net, device: NetDevice, transport: VirtioPci) -> None:
+    def __init__(
+        self, index: int, net: Net, device: NetDevice, transport: VirtioPci, lock: threading.RLock
+    ) -> None:
         self.index, self.net, self.device, self.transport = index, net, device, transport
+        self._lock = lock  # the machine's: device code runs under it
         self.namespace: Any = None
         self.tap = ""
         self.host: str | None = None
@@ -138,9 +141,24 @@ class Nic:
         """``net0``, ``net1``, ..."""
         return self.device.name
 
+    def set_link(self, up: bool) -> None:
+        """Plug or pull the cable. Any thread but a vCPU's.
+
+        :raises PyvmmError: the data path does not start again.
+        """
+        with self._lock:
+            self.device.set_link(up)
+
+    def announce(self) -> bool:
+        """Have the guest announce itself to the network (VIRTIO_NET_F_GUEST_ANNOUNCE); whether its driver can."""
+        with self._lock:
+            return self.device.announce()
+
     def report(self) -> dict[str, object]:
         """For JSON."""
         from pyvmm.virtio.features import names
+
+        rx = self.device.rx
 
         return {
             "name": self.name,
@@ -152,11 +170,21 @@ class Nic:
             "guest": self.guest,
             "offered": names(self.device.offered()),
             "negotiated": names(self.device.negotiated),
+            "queue_pairs": {"max": self.device.max_pairs, "used": self.device.pairs},
+            "rx_filter": {
+                "mac": mac_text(self.device.mac),
+                "flags": sorted(rx.flags),
+                "unicast": [mac_text(a) for a in rx.unicast],
+                "multicast": [mac_text(a) for a in rx.multicast],
+                "vlans": sorted(rx.vlans),
+            },
+            "control_commands": self.device.commands,
             "resets": self.device.resets,
             "refused_writes": self.device.refused,
             "kvm_refusals": self.transport.errors,
             "faults": list(self.device.faults),
             "counters": self.device.datapath.counters(),
+            "workers": self.device.datapath.workers(),
         }
 
 
@@ -287,8 +315,10 @@ class Machine:
                 datapath,
                 mac,
                 mtu=net.mtu,
+                pairs=net.queues,
                 queue_size=net.queue_size,
                 without=net.excluded(),
+                link=net.link,
             )
             undo.callback(device.close)
             transport = VirtioPci(self.vm, self.bus, device, PCI_CLASS_NETWORK_ETHERNET, notify=net.notify)
@@ -296,25 +326,45 @@ class Machine:
             self.pci.add(transport)
             self._stack.callback(transport.close)
             undo.pop_all()
-        nic = Nic(index, net, device, transport)
+        nic = Nic(index, net, device, transport, self._lock)
         nic.tap, nic.namespace, nic.host, nic.guest = tap, namespace, host, guest
         self.nets.append(nic)
 
     def _open_datapath(self, net: Net, host: str | None) -> tuple[DataPath, str, Any]:
         """The only place where a mode becomes an object. Returns data path, tap name and namespace."""
-        from pyvmm.datapath.emulated import EmulatedNet
         from pyvmm.datapath.tap import Tap
 
-        namespace = None
-        if net.tap is None:
-            from pyvmm.datapath.netns import Namespace
+        with ExitStack() as undo:
+            devices = []
+            if net.mode == "vhost-net":
+                from pyvmm.datapath.vhost import Vhost
 
-            namespace = Namespace(address=host, mtu=net.mtu)
+                for _ in range(net.queues):
+                    devices.append(Vhost())
+                    undo.callback(devices[-1].close)
+            namespace = None
+            if net.tap is None:
+                from pyvmm.datapath.netns import Namespace
+
+                namespace = Namespace(address=host, mtu=net.mtu, queues=net.queues)
+                undo.callback(namespace.close)
+                tap = namespace.tap
+            else:
+                tap = Tap(net.tap, address=host, mtu=net.mtu, queues=net.queues)
+                undo.callback(tap.close)
+            datapath: DataPath
+            if devices:
+                from pyvmm.datapath.vhost_net import VhostNet
+
+                datapath = VhostNet(tap, devices, worker_cpu=net.worker_cpu)
+            else:
+                from pyvmm.datapath.emulated import EmulatedNet
+
+                datapath = EmulatedNet(tap, poll_us=net.poll, worker_cpu=net.worker_cpu)
+            undo.pop_all()
+        if namespace is not None:
             self._stack.callback(namespace.close)
-            tap = namespace.tap
-        else:
-            tap = Tap(net.tap, address=host, mtu=net.mtu)
-        return EmulatedNet(tap, poll_us=net.poll), tap.name, namespace
+        return datapath, tap.name, namespace
 
     def cmdline(self) -> str:
         """The kernel command line."""

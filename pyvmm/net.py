@@ -7,9 +7,10 @@ from pyvmm.errors import UsageError
 #: mode -> its own keys, beside those of COMMON_KEYS
 MODES: dict[str, tuple[str, ...]] = {
     "none": (),
-    "emulated": ("notify", "poll"),
+    "emulated": ("notify", "poll", "worker-cpu"),
+    "vhost-net": ("notify", "worker-cpu"),
 }
-COMMON_KEYS = ("tap", "mac", "mtu", "host", "guest", "queue-size", "without")
+COMMON_KEYS = ("tap", "mac", "mtu", "host", "guest", "queues", "queue-size", "link", "without")
 #: Names for ``without=``: feature groups not to offer, joined by "+".
 GROUPS = {
     "offloads": "CSUM GUEST_CSUM GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 HOST_ECN HOST_UFO",
@@ -17,14 +18,17 @@ GROUPS = {
     "mrg-rxbuf": "MRG_RXBUF",
     "indirect": "INDIRECT_DESC",
     "event-idx": "EVENT_IDX",
+    "ctrl-vq": "CTRL_VQ CTRL_RX CTRL_RX_EXTRA CTRL_VLAN CTRL_MAC_ADDR CTRL_GUEST_OFFLOADS GUEST_ANNOUNCE MQ",
 }
+#: Queue pairs at most, as many as virtio.net.MAX_PAIRS.
+MAX_QUEUES = 16
 HEX = frozenset("0123456789abcdefABCDEF")
 
 
 class Net:
     """One network card.
 
-    :param mode: data path: ``emulated``; ``none`` for no card at all.
+    :param mode: data path: ``emulated`` or ``vhost-net``; ``none`` for no card at all.
     :param tap: an existing tap, or one to make where the user may; without it pyvmm makes a tap in a network
         namespace of its own, addresses both ends and removes it.
     :param mac: ``52:54:00:xx:xx:xx`` style; chosen from the card's number by default.
@@ -32,12 +36,28 @@ class Net:
     :param host, guest: addresses with prefix length of the tap and of the guest's interface (IPv4);
         default 192.168.(100 + n).1/24 and .2/24 unless ``tap`` is given.
     :param queue_size: entries a queue, a power of two, 2 to 32768. :param without: feature groups not to offer.
+    :param queues: queue pairs, 1 to 16. :param link: ``on`` or ``off``, whether the cable is plugged in at the start.
     :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
     :param poll: microseconds for which the worker looks for more before it sleeps, 0 to 1000.
+    :param worker_cpu: CPU for the worker of the first queue pair; the next one's gets the next CPU, and so on.
     :raises UsageError: for anything else.
     """
 
-    __slots__ = ("guest", "host", "mac", "mode", "mtu", "notify", "poll", "queue_size", "tap", "without")
+    __slots__ = (
+        "guest",
+        "host",
+        "link",
+        "mac",
+        "mode",
+        "mtu",
+        "notify",
+        "poll",
+        "queue_size",
+        "queues",
+        "tap",
+        "without",
+        "worker_cpu",
+    )
 
     def __init__(
         self,
@@ -48,15 +68,20 @@ class Net:
         mtu: int | str | None = None,
         host: str | None = None,
         guest: str | None = None,
+        queues: int | str = 1,
         queue_size: int | str = 256,
+        link: str = "on",
         without: str = "",
         notify: str = "ioeventfd",
         poll: int | str = 0,
+        worker_cpu: int | str | None = None,
     ) -> None:
         if mode not in MODES:
             raise UsageError(f"--net: unknown mode {mode!r}", f"modes: {', '.join(MODES)}")
         if notify not in ("ioeventfd", "exit"):
             raise UsageError(f"--net: notify={notify}", "use notify=ioeventfd or notify=exit")
+        if link not in ("on", "off"):
+            raise UsageError(f"--net: link={link}", "use link=on or link=off")
         if tap is not None and (
             not 0 < len(tap) < 16 or not tap.isascii() or not tap.isprintable() or set(tap) & set(" /:%")
         ):
@@ -64,6 +89,9 @@ class Net:
         self.mode, self.tap, self.notify = mode, tap, notify
         self.mac = parse_mac(mac) if mac is not None else None
         self.mtu = number("mtu", mtu, 68, 65521) if mtu is not None else None
+        self.queues = number("queues", queues, 1, MAX_QUEUES)
+        self.link = link == "on"
+        self.worker_cpu = number("worker-cpu", worker_cpu, 0, 8191) if worker_cpu is not None else None
         self.queue_size = number("queue-size", queue_size, 2, 32768)
         if self.queue_size & (self.queue_size - 1):
             raise UsageError(f"--net: queue-size={queue_size}", "use a power of two")
@@ -100,7 +128,7 @@ class Net:
         mask = 0
         for group in self.without:
             for name in GROUPS[group].split():
-                bit = getattr(virtio_net, f"VIRTIO_NET_F_{name}", None)
+                bit: int | None = getattr(virtio_net, f"VIRTIO_NET_F_{name}", None)
                 mask |= 1 << (bit if bit is not None else getattr(virtio, f"VIRTIO_RING_F_{name}"))
         return mask
 

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from pyvmm.cli.where import elsewhere
 
     argv = ["demo", "--host", "local", "--cpus", str(args.cpus), "--net", args.net]
-    status = elsewhere(args.host, None, argv)
+    vhost = args.net.partition(",")[0] == "vhost-net"
+    status = elsewhere(args.host, None, argv, vhost=vhost)
     return _demo(args) if status is None else status
 
 
@@ -174,9 +175,11 @@ def _summary(story: Story, vm: Machine) -> None:
 
     counters = vm.nets[0].device.datapath.counters()
     for way in ("rx", "tx"):
-        packets, kicks, calls = (counters[f"{way}_{k}"] for k in ("packets", "kicks", "calls"))
         name = {"rx": "to guest", "tx": "from guest"}[way]
-        story.lines(f"packets {name}: {packets}, with {kicks} kicks and {calls} interrupts")
+        text = f"packets {name}: {counters[f'{way}_packets']}"
+        if f"{way}_kicks" in counters:  # the kernel's worker does not count them
+            text += f", with {counters[f'{way}_kicks']} kicks and {counters[f'{way}_calls']} interrupts"
+        story.lines(text)
     stats = vm.kvm_stats()
     if stats is not None:
         total = sum(v["exits"] for v in stats["vcpus"])

@@ -7,20 +7,28 @@ Examples:
   pyvmm run -- ip addr
   pyvmm run --cpus 2 --memory 512M --net emulated,mtu=9000 --report report.json -- ping -c 3 192.168.100.1
   pyvmm run --kernel bzImage --initrd initrd.img --append 'loglevel=7' --timeout 60
+  pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- iperf3 -c 192.168.100.1
   pyvmm run --net emulated,notify=exit --exits -- iperf3 -c 192.168.100.1
 
 Network cards: --net MODE[,key=value...], once a card
-  emulated  the data path in this process
+  emulated   the data path in this process
+  vhost-net  the data path in the kernel: no packet wakes this process up; needs /dev/vhost-net
+  none       no card
+  Keys of both:
       tap=NAME        an existing tap (default: one of pyvmm's own, in a network namespace of its own)
       mac=, mtu=      the guest's MAC address; the MTU offered to it, 68..65521
       host=, guest=   addresses with prefix length (default 192.168.100.1/24 and .2/24, then .101., ...)
+      queues=N        queue pairs, 1 to 16 (1); a user's tap must be a multi-queue one for more
       queue-size=N    entries a queue (256)
-      without=A+B     do not offer: offloads, tso, mrg-rxbuf, indirect, event-idx
+      link=off        start with the cable pulled (on)
+      worker-cpu=N    the worker of pair k runs on CPU N + k only
+      without=A+B     do not offer: offloads, tso, mrg-rxbuf, indirect, event-idx, ctrl-vq
       notify=exit     each kick is an exit of the vCPU, as in the classic device (default: ioeventfd)
+  Of emulated alone:
       poll=USEC       look for more that long before sleeping (0)
-  none      no card
 
-Exit status: the guest command's; or 2 bad usage, 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 119 the guest
+Exit status: the guest command's; or 2 bad usage, 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no
+vhost-net, 119 the guest
 ended before the command did, 120 panic, 121 reboot, 122 triple fault, 123 KVM error, 124 time-out, 130 Ctrl-C, 143 SIGTERM.
 """
 
@@ -67,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     if args.timeout is not None and not 0 < args.timeout <= 1e7:
         raise UsageError(f"--timeout {args.timeout:g}", "use a positive number of seconds")
     at = args.argv.index("run") + 1
-    status = elsewhere(args.host, args.kernel, ["run", "--host", "local", *args.argv[at:]])
+    vhost = any(net.partition(",")[0] == "vhost-net" for net in args.net or ())
+    status = elsewhere(args.host, args.kernel, ["run", "--host", "local", *args.argv[at:]], vhost=vhost)
     return _run_here(args) if status is None else status
 
 

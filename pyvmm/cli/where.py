@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
+VHOST_NET = "/dev/vhost-net"
 
-def elsewhere(host: str, kernel: str | None, argv: list[str]) -> int | None:
+
+def elsewhere(host: str, kernel: str | None, argv: list[str], *, vhost: bool = False) -> int | None:
     """Run ``pyvmm ARGV`` in the testbed if ``host`` or this machine asks for it.
 
     :param host: ``auto``, ``local`` or ``testbed``. :param kernel: None for an image of Linux.
+    :param vhost: the machine wants /dev/vhost-net.
     :returns: the exit status from the testbed, or None to go on here.
     """
-    from pyvmm.errors import TestbedError
-
     if host == "local":
         return None
+    from pyvmm.errors import TestbedError
+    from pyvmm.host.testbed import Testbed
+
     if host == "auto":
         from pyvmm.boot import is_linux
         from pyvmm.host.doctor import can_run_linux_locally
 
-        if kernel is not None and not is_linux(kernel):
-            return None
         good, reason = can_run_linux_locally()
+        good = good or (kernel is not None and not is_linux(kernel))
+        if good and vhost and not os.access(VHOST_NET, os.R_OK | os.W_OK):
+            reason = f"{VHOST_NET} is missing or forbidden"
+            good = not Testbed().is_set_up()  # then the machine's own error says what to do
         if good:
             return None
-    from pyvmm.host.testbed import Testbed
-
     testbed = Testbed(progress=lambda text: print(f"testbed: {text}", file=sys.stderr))
     if host == "auto":
         if not testbed.is_set_up():

@@ -60,7 +60,9 @@ def examine() -> list[Finding]:
     """Look at everything; takes well under a second."""
     return [
         *_kvm(),
-        _device("vhost-net", "/dev/vhost-net", "--net vhost runs only in the testbed", "modprobe vhost_net"),
+        _device(
+            "vhost-net", "/dev/vhost-net", "--net vhost-net runs only in the testbed", "modprobe vhost_net"
+        ),
         _device("tun", "/dev/net/tun", "no tap devices, so no network cards", "modprobe tun"),
         *_namespaces(),
         _huge_pages(),

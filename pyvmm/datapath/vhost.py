@@ -1,0 +1,153 @@
+"""One vhost device in the kernel, by its ioctls (linux/vhost.h): owner, features, memory, rings, worker."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+
+from pyvmm._ext import ffi, lib
+from pyvmm.errors import HostError, UsageError, VhostMissing
+from pyvmm.fd import EventFd, Fd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.datapath.base import Vring
+    from pyvmm.memory import GuestMemory
+
+VHOST_NET = "/dev/vhost-net"
+
+
+class Vhost(Fd):
+    """A device of vhost-net: one queue pair, ring 0 receives, ring 1 transmits. Owned by the process that opened it.
+
+    :ivar features: bits that the kernel offers.
+    :ivar worker: thread id of the kernel's worker, None where it is hidden. :ivar worker_name: ``vhost-PID``.
+    :raises VhostMissing: no such device, or forbidden.
+    """
+
+    def __init__(self, path: str = VHOST_NET) -> None:
+        try:
+            super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+        except PermissionError as e:
+            raise VhostMissing(
+                f"no permission to open {path}", "join its group (usually kvm), or use --net emulated"
+            ) from e
+        except OSError as e:
+            raise VhostMissing(
+                f"cannot open {path}: {e.strerror}",
+                "as root: modprobe vhost_net; or use --host testbed or --net emulated",
+            ) from e
+        try:
+            before = _tasks()
+            self._ioctl("VHOST_SET_OWNER")
+            self.worker, self.worker_name = _worker(_tasks() - before)
+            features = ffi.new("uint64_t *")
+            self._ioctl("VHOST_GET_FEATURES", features)
+            self.features = int(features[0])
+        except BaseException:
+            self.close()
+            raise
+
+    def _ioctl(self, name: str, arg: object = ffi.NULL) -> None:
+        ret = lib.pv_ioctl(self.fileno(), getattr(lib, name), arg)
+        if ret < 0:
+            raise HostError(f"{name} failed: {os.strerror(-ret)}")
+
+    def pin(self, cpu: int) -> None:
+        """Let the worker run on ``cpu`` only.
+
+        :raises UsageError: no such CPU. :raises HostError: not allowed, or the worker cannot be seen from here.
+        """
+        if self.worker is None:
+            raise HostError(
+                "the vhost worker cannot be seen from this PID namespace", "leave out worker-cpu="
+            )
+        try:
+            os.sched_setaffinity(self.worker, {cpu})
+        except OSError as e:
+            if e.errno == errno.EINVAL:
+                raise UsageError(
+                    f"--net: worker-cpu={cpu} is not to be had",
+                    f"online: {', '.join(map(str, sorted(os.sched_getaffinity(0))))}",
+                ) from e
+            raise HostError(
+                f"cannot pin the vhost worker: {e.strerror}", "run as root, or leave out worker-cpu="
+            ) from e
+
+    def set_features(self, acked: int) -> None:
+        """VHOST_SET_FEATURES: of the negotiated bits those that are the kernel's."""
+        self._ioctl("VHOST_SET_FEATURES", ffi.new("uint64_t *", acked & self.features))
+
+    def set_memory(self, memory: GuestMemory) -> None:
+        """VHOST_SET_MEM_TABLE: all of the guest's RAM, by our addresses."""
+        table = ffi.new("struct vhost_memory *", {"regions": len(memory.regions)})
+        table.nregions = len(memory.regions)
+        for entry, r in zip(table.regions[0 : table.nregions], memory.regions, strict=True):
+            entry.guest_phys_addr, entry.memory_size, entry.userspace_addr = r.gpa, r.size, r.host
+        self._ioctl("VHOST_SET_MEM_TABLE", table)
+
+    def set_ring(self, ring: int, vring: Vring, memory: GuestMemory, err: EventFd) -> None:
+        """Everything of a ring but its backend. NUM and BASE first: ADDR is checked against them.
+
+        :param err: signalled when the worker finds the ring malformed; lent.
+        """
+        size = vring.size
+        self._state("VHOST_SET_VRING_NUM", ring, size)
+        self._state("VHOST_SET_VRING_BASE", ring, vring.base)
+        addr = ffi.new("struct vhost_vring_addr *")
+        addr.index = ring
+        addr.desc_user_addr = memory.host_address(vring.desc, 16 * size)
+        addr.avail_user_addr = memory.host_address(vring.avail, 6 + 2 * size)
+        addr.used_user_addr = memory.host_address(vring.used, 6 + 8 * size)
+        self._ioctl("VHOST_SET_VRING_ADDR", addr)
+        self._file("VHOST_SET_VRING_ERR", ring, err.fileno())
+        self._file("VHOST_SET_VRING_CALL", ring, vring.call.fileno())
+        self._file("VHOST_SET_VRING_KICK", ring, vring.kick.fileno())
+
+    def clear_ring(self, ring: int) -> None:
+        """Let go of a stopped ring's eventfds: its kicks would wake the worker for nothing."""
+        for name in ("VHOST_SET_VRING_KICK", "VHOST_SET_VRING_CALL", "VHOST_SET_VRING_ERR"):
+            self._file(name, ring, lib.VHOST_FILE_UNBIND)
+
+    def set_backend(self, ring: int, fd: int) -> None:
+        """VHOST_NET_SET_BACKEND: start the ring on a tap; -1 stops it and waits for what the worker is doing."""
+        self._file("VHOST_NET_SET_BACKEND", ring, fd)
+
+    def base(self, ring: int) -> int:
+        """VHOST_GET_VRING_BASE of a stopped ring: the next available index."""
+        return int(self._state("VHOST_GET_VRING_BASE", ring, 0).num)
+
+    def _state(self, name: str, ring: int, value: int) -> Any:
+        state = ffi.new("struct vhost_vring_state *", {"index": ring, "num": value})
+        self._ioctl(name, state)
+        return state
+
+    def _file(self, name: str, ring: int, fd: int) -> None:
+        self._ioctl(name, ffi.new("struct vhost_vring_file *", {"index": ring, "fd": fd}))
+
+
+def _tasks() -> set[str]:
+    """Processes, kernel threads among them, and our own threads."""
+    found = set()
+    for directory in ("/proc", "/proc/self/task"):
+        with os.scandir(directory) as entries:
+            found |= {entry.name for entry in entries if entry.name.isdecimal()}
+    return found
+
+
+def _worker(new: set[str]) -> tuple[int | None, str]:
+    """Which of the new tasks is the worker, and its name: a kernel thread named after the thread that became owner, since
+    Linux 6.4 a thread of ours named after the process."""
+    names = {f"vhost-{threading.get_native_id()}", f"vhost-{os.getpid()}"}
+    for task in sorted(new, key=int):
+        try:
+            with open(f"/proc/{task}/comm", encoding="ascii") as f:
+                name = f.read().strip()
+        except OSError:
+            continue
+        if name in names:
+            return int(task), name
+    return None, ""

@@ -1,0 +1,233 @@
+"""The data path in the kernel: vhost-net moves packets between a tap and the rings, and this process sleeps.
+
+One vhost device a queue pair. A thread of ours waits for what should not happen: a ring that the worker calls malformed, a tap
+that is deleted. It does not wake up for packets.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+
+from pyvmm.datapath.base import by_pair, cpu_ns
+from pyvmm.datapath.link import Reopener
+from pyvmm.errors import HostError
+from pyvmm.fd import EventFd
+from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
+from pyvmm.spec.virtio_net import VIRTIO_NET_F_MRG_RXBUF
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pyvmm.datapath.base import FaultHandler, RxFilter, Vring
+    from pyvmm.datapath.tap import Tap
+    from pyvmm.datapath.vhost import Vhost
+    from pyvmm.memory import GuestMemory
+
+#: What the kernel does on the rings, where it offers it. Offloads belong to the tap, the rest to the device.
+RING_FEATURES = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_NET_F_MRG_RXBUF
+#: The tap's counters that are packets of the guest: what the host transmits the guest receives.
+COUNTERS = {
+    "rx_packets": "tx_packets",
+    "rx_bytes": "tx_bytes",
+    "rx_drop_tap": "tx_dropped",
+    "tx_packets": "rx_packets",
+    "tx_bytes": "rx_bytes",
+    "tx_drop_tap": "rx_dropped",
+}
+
+
+class VhostNet:
+    """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one thread at a time.
+
+    :param port: the tap, one descriptor a queue pair. :param devices: one a queue pair. Both closed by ``close``.
+    :param worker_cpu: pin worker k to CPU worker_cpu + k.
+    """
+
+    name = "vhost-net"
+
+    def __init__(self, port: Tap, devices: list[Vhost], *, worker_cpu: int | None = None) -> None:
+        self.on_fault: FaultHandler | None = None
+        self.on_link: Callable[[bool], None] | None = None
+        self._port = port
+        self._devices = devices
+        self._rings: list[Vring] = []
+        self._errors = [EventFd() for _ in range(2 * len(devices))]
+        self._stop, self._relinked = EventFd(), EventFd()
+        self._watcher: threading.Thread | None = None
+        self._reopener = Reopener(port, self._link_back)
+        self._lock = threading.Lock()  # the counters, and backends against a tap that returns
+        self._totals = dict.fromkeys((*COUNTERS, "link_losses", "ring_faults"), 0)
+        self._seen: dict[str, int] = {}
+        self._start_of_count = port.link().stats()
+        if worker_cpu is not None:
+            for number, device in enumerate(devices):
+                device.pin(worker_cpu + number)
+
+    def features(self) -> int:
+        """What kernel and tap can honour."""
+        return self._port.features() | self._devices[0].features & RING_FEATURES
+
+    # --- start and stop -----------------------------------------------------------------------------
+
+    def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
+        """Hand the rings to the kernel.
+
+        :raises HostError: it refuses.
+        """
+        assert not self._rings
+        pairs = by_pair(rings)
+        if max(pairs, default=0) >= len(self._devices):
+            raise HostError(f"queue pair {max(pairs)} has no vhost device")
+        self._port.set_queues(max(1, len(pairs)))
+        self._port.set_offloads(acked)
+        self._reopener.rearm()
+        try:
+            for number, own in pairs.items():
+                device = self._devices[number]
+                device.set_features(acked)
+                device.set_memory(memory)
+                for ring in own:
+                    self._errors[ring.index].drain()
+                    self._rings.append(ring)
+                    device.set_ring(ring.index % 2, ring, memory, self._errors[ring.index])
+            with self._lock:
+                self._set_backends()
+            self._stop.drain()
+            self._watcher = threading.Thread(target=self._watch, name=f"{self._port.name}-vhost", daemon=True)
+            self._watcher.start()
+        except BaseException as e:
+            if self._watcher is not None and self._watcher.ident is None:
+                self._watcher = None
+            try:
+                self.stop()
+            except HostError:
+                pass  # rings that were never whole; what led here counts
+            if isinstance(e, RuntimeError):
+                raise HostError(f"cannot start a network thread: {e}", "raise the limit of processes") from e
+            raise
+
+    def _set_backends(self) -> None:
+        """Start all rings on the tap: from here on the worker serves what is pending, kicked or not."""
+        for ring in self._rings:
+            number, way = divmod(ring.index, 2)
+            self._devices[number].set_backend(way, self._port.fds[number].fileno())
+
+    def stop(self) -> list[int]:
+        """Take the rings back: no backend first, which flushes the worker, then their positions, in the order of ``start``."""
+        self._reopener.stop()
+        if self._watcher is not None:
+            self._stop.signal()
+            self._watcher.join()
+            self._watcher = None
+        rings, self._rings = self._rings, []
+        for ring in rings:
+            self._devices[ring.index // 2].set_backend(ring.index % 2, -1)
+        bases = []
+        for ring in rings:
+            number, way = divmod(ring.index, 2)
+            bases.append(self._devices[number].base(way))
+            self._devices[number].clear_ring(way)
+        return bases
+
+    # --- what goes wrong ----------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Sleep until the worker reports an error, or the tap is deleted."""
+        link = self._port.link()
+        poll = select.poll()
+        errors = {self._errors[ring.index].fileno(): ring.index for ring in self._rings}
+        for fd in (self._stop.fileno(), self._relinked.fileno(), link.fileno(), *errors):
+            poll.register(fd, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == self._stop.fileno():
+                    return
+                if fd in errors:
+                    poll.unregister(fd)  # once: only a reset cures it
+                    self._ring_fault(errors[fd])
+                elif fd == self._relinked.fileno():
+                    self._relinked.drain()
+                    link = self._port.link()
+                    poll.register(link, select.POLLIN)
+                elif link.gone():
+                    poll.unregister(fd)
+                    self._link_lost()
+
+    def _ring_fault(self, queue: int) -> None:
+        with self._lock:
+            self._totals["ring_faults"] += 1
+        if self.on_fault is not None:
+            self.on_fault(queue, f"queue {queue}: vhost-net calls the ring malformed")
+
+    def _link_lost(self) -> None:
+        """The worker drops what the guest sends from now on: the tap's descriptors are dead."""
+        with self._lock:
+            self._totals["link_losses"] += 1
+        if self.on_link is not None:
+            self.on_link(False)
+        self._reopener.start()
+
+    def _link_back(self) -> None:
+        """The tap has been opened again: start the rings on it."""
+        with self._lock:
+            for name in COUNTERS:
+                self._totals[name] += self._seen.get(name, 0)
+            self._seen, self._start_of_count = {}, self._port.link().stats()
+            try:
+                self._set_backends()
+            except HostError as e:
+                if self.on_fault is not None:
+                    self.on_fault(-1, str(e))
+                return
+        self._relinked.signal()
+        if self.on_link is not None:
+            self.on_link(True)
+
+    # --- the rest -----------------------------------------------------------------------------------
+
+    def set_offloads(self, acked: int) -> None:
+        """Reprogram the tap while running."""
+        self._port.set_offloads(acked)
+
+    def set_rx_filter(self, rx: RxFilter) -> None:
+        """Filter in the tap."""
+        self._port.set_rx_filter(rx)
+
+    def set_carrier(self, up: bool) -> None:
+        """Show it on the tap."""
+        self._port.set_carrier(up)
+
+    def counters(self) -> dict[str, int]:
+        """The tap's packets, bytes and drops since creation (vhost counts nothing), and ``worker_cpu_ns``."""
+        with self._lock:
+            now = self._port.link().stats() if not self._closed else {}
+            if now:
+                start = self._start_of_count
+                self._seen = {name: now[key] - start.get(key, 0) for name, key in COUNTERS.items()}
+            out = {name: value + self._seen.get(name, 0) for name, value in self._totals.items()}
+        out["worker_cpu_ns"] = sum(cpu_ns(d.worker) for d in self._devices if d.worker)
+        return out
+
+    def workers(self) -> list[dict[str, object]]:
+        """The kernel's threads, as far as they can be seen from here."""
+        out: list[dict[str, object]] = []
+        for device in self._devices:
+            if device.worker is not None:
+                cpu_s = cpu_ns(device.worker) / 1e9
+                out.append({"name": device.worker_name, "tid": device.worker, "cpu_s": cpu_s})
+        return out
+
+    @property
+    def _closed(self) -> bool:
+        return self._stop.closed
+
+    def close(self) -> None:
+        """Stop, and release devices and tap. A second call does nothing."""
+        if self._closed:
+            return
+        self.stop()
+        for fd in (*self._devices, *self._errors, self._stop, self._relinked):
+            fd.close()
+        self._port.close()
