@@ -139,7 +139,7 @@ def _negotiation(story: Story, nic: Nic) -> None:
     story.lines(f"negotiated: {' '.join(names(device.negotiated))}")
     story.lines(f"declined:   {' '.join(names(declined)) or 'none'}")
     for q in device.queues:
-        way = ("receive", "transmit")[q.index % 2]
+        way = "control" if q.index in device.own_queues() else ("receive", "transmit")[q.index % 2]
         story.lines(
             f"queue {q.index} ({way}): {q.size} entries, descriptors at {q.desc:#x}, vector {q.vector}"
         )
