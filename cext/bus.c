@@ -293,10 +293,11 @@ bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uin
 			data[0] = pv_intx_read(r->opaque);
 		return true;
 	case PV_REGION_STREAM:
+	case PV_REGION_DEBUGCON:
 		if (write)
 			pv_pipe_write(r->opaque, data, size, 1000);
 		else
-			memset(data, 0, size);
+			memset(data, r->kind == PV_REGION_STREAM ? 0 : (int)(r->base & 0xff), size);
 		return true;
 	case PV_REGION_PCI:
 		return pci_access(r->opaque, offset, write, data, size);

@@ -21,12 +21,13 @@ enum pv_space { PV_PIO, PV_MMIO, PV_SPACES };
 
 enum pv_region_kind {
 	PV_REGION_PYTHON,
-	PV_REGION_SERIAL, /* opaque: struct pv_serial */
-	PV_REGION_NOTIFY, /* opaque: struct pv_notify */
-	PV_REGION_ISR,	  /* opaque: struct pv_intx */
-	PV_REGION_STREAM, /* opaque: struct pv_pipe; bytes written go there */
-	PV_REGION_PCI,	  /* opaque: struct pv_pci_latch; 0xCF8..0xCFF */
-	PV_REGION_IGNORE  /* reads as zero, swallows writes */
+	PV_REGION_SERIAL,   /* opaque: struct pv_serial */
+	PV_REGION_NOTIFY,   /* opaque: struct pv_notify */
+	PV_REGION_ISR,	    /* opaque: struct pv_intx */
+	PV_REGION_STREAM,   /* opaque: struct pv_pipe; bytes written go there */
+	PV_REGION_DEBUGCON, /* the same, but reads as its port number, by which it is found */
+	PV_REGION_PCI,	    /* opaque: struct pv_pci_latch; 0xCF8..0xCFF */
+	PV_REGION_IGNORE    /* reads as zero, swallows writes */
 };
 
 struct pv_bus;

@@ -180,7 +180,8 @@ bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space)
 			memset(v->data, 0xff, (size_t)v->size * v->count);
 		return true;
 	}
-	if (r.kind == PV_REGION_STREAM && v->write) { /* a whole string at once */
+	if ((r.kind == PV_REGION_STREAM || r.kind == PV_REGION_DEBUGCON) &&
+	    v->write) { /* a whole string at once */
 		pv_pipe_write(r.opaque, v->data, v->size * v->count, 1000);
 		return true;
 	}

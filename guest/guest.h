@@ -32,6 +32,23 @@
 #define IOAPIC_BASE		0xfec00000
 #define LAPIC_BASE		0xfee00000
 #define IOAPIC_PIN_TIMER	2
+/* Only on a machine with test devices. */
+#define PORT_TESTDEV_ECHO  0xe0
+#define PORT_TESTDEV_FLUSH 0xe4
+#define PORT_DEBUGCON	   0xe9
+#define PORT_DEBUG_EXIT	   0xf4
+#define PORT_FW_CFG	   0x510
+#define PORT_FW_CFG_DMA	   0x514
+#define PORT_TESTDEV_IRQ   0x2000
+#define TESTDEV_MMIO	   0xff000000
+
+/* How we were started, in boot_way; boot_pointer is what came along. */
+#define BOOT_PVH       0 /* struct hvm_start_info */
+#define BOOT_ZERO_PAGE 1 /* struct boot_params */
+#define BOOT_MULTIBOOT 2 /* multiboot_info */
+
+#define MULTIBOOT_MAGIC		   0x1badb002
+#define MULTIBOOT_BOOTLOADER_MAGIC 0x2badb002
 
 #ifndef __ASSEMBLER__
 #include <stdbool.h>
@@ -129,9 +146,12 @@ void serial(const char *text);
 void finish(int status) __attribute__((noreturn));
 /* say() what went wrong, then finish(1). */
 void fail(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
+/* End by the debug-exit port, where there is one: the status is (value << 1) | 1. One outl. */
+void debug_exit(uint32_t value) __attribute__((noreturn));
 
 /* --- what the loader handed over ------------------------------------------------------------------------ */
 
+extern uint32_t boot_way, boot_pointer;
 const char *command_line(void);
 /* The value of key=value on the command line, copied to out (NUL-terminated), or NULL. */
 const char *option(const char *key, char *out, size_t size);

@@ -4,7 +4,6 @@
 
 #include <stdarg.h>
 
-extern uint32_t boot_by_zero_page, boot_pointer;
 extern const char trap_stubs[], ap_trampoline[], ap_trampoline_end[];
 
 /* --- memory: the compiler calls these as well ------------------------------------------------------------
@@ -143,6 +142,13 @@ void finish(int status)
 		__asm__ volatile("cli; hlt");
 }
 
+void debug_exit(uint32_t value)
+{
+	outl(PORT_DEBUG_EXIT, value);
+	for (;;)
+		__asm__ volatile("cli; hlt");
+}
+
 void fail(const char *format, ...)
 {
 	va_list args;
@@ -180,15 +186,23 @@ static uint32_t load32(const uint8_t *at)
 
 const char *command_line(void)
 {
-	/* struct boot_params: hdr.cmd_line_ptr; struct hvm_start_info: cmdline_paddr. */
-	uint64_t address = boot_by_zero_page ? load32(boot_data() + 0x228) : load64(boot_data() + 24);
+	/* struct boot_params: hdr.cmd_line_ptr; multiboot_info: cmdline; struct hvm_start_info: cmdline_paddr. */
+	uint64_t address = boot_way == BOOT_ZERO_PAGE	? load32(boot_data() + 0x228)
+			   : boot_way == BOOT_MULTIBOOT ? load32(boot_data() + 16)
+							: load64(boot_data() + 24);
 
 	return address ? (const char *)(uintptr_t)address : "";
 }
 
 uint64_t acpi_rsdp(void)
 {
-	return load64(boot_data() + (boot_by_zero_page ? 0x70 : 32));
+	if (boot_way != BOOT_MULTIBOOT)
+		return load64(boot_data() + (boot_way == BOOT_ZERO_PAGE ? 0x70 : 32));
+	/* Nobody tells: ACPI 6.4, 5.2.5.1. */
+	for (uintptr_t at = 0xe0000; at < 0x100000; at += 16)
+		if (!memcmp((const void *)at, "RSD PTR ", 8))
+			return at;
+	return 0;
 }
 
 const char *option(const char *key, char *out, size_t size)

@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Start-up of the bare-metal guests: from either entry into main() in long mode, with all of the first 4 GiB mapped, a stack and
+ * Start-up of the bare-metal guests: from any entry into main() in long mode, with all of the first 4 GiB mapped, a stack and
  * an interrupt table. The trampoline that application processors start in is here, too.
+ *
+ * With MULTIBOOT there is a multiboot 1 header, with flags MULTIBOOT, and the image starts with a jump to its 32-bit entry, so that
+ * it is good as a flat binary, too.
  */
 #include "guest.h"
 
@@ -14,14 +17,28 @@
 
 /* --- the boot CPU -------------------------------------------------------------------------------- */
 
-	/* PVH: flat 32-bit, no paging, ebx = struct hvm_start_info. */
+#ifdef MULTIBOOT
+	.section .first, "ax"
+	.code32
+	jmp	start32
+	.align	4
+multiboot_header:
+	.long	MULTIBOOT_MAGIC, MULTIBOOT, -(MULTIBOOT_MAGIC + MULTIBOOT)
+	/* What counts with flag 16 only: header, start, end of the file's part, end of .bss, entry. */
+	.long	multiboot_header, image_start, image_data_end, image_end, start32
+#endif
+
+	/* PVH: flat 32-bit, no paging, ebx = struct hvm_start_info. Multiboot: the same, but eax and what ebx points to. */
 	.text
 	.code32
 	.globl	start32
 start32:
 	cld
-	movl	$0, boot_by_zero_page
-	movl	%ebx, boot_pointer
+	movl	$BOOT_PVH, boot_way
+	cmpl	$MULTIBOOT_BOOTLOADER_MAGIC, %eax
+	jne	1f
+	movl	$BOOT_MULTIBOOT, boot_way
+1:	movl	%ebx, boot_pointer
 	movl	$1f, %edi
 	/* edi = where to go in long mode; used by the application processors as well. */
 enter_long:
@@ -51,7 +68,7 @@ enter_long:
 	.globl	start64
 start64:
 	cld
-	movl	$1, boot_by_zero_page(%rip)
+	movl	$BOOT_ZERO_PAGE, boot_way(%rip)
 	movl	%esi, boot_pointer(%rip)
 	lgdt	gdt_pointer(%rip)
 	movl	$pml4, %eax
@@ -161,8 +178,8 @@ gdt_pointer:
 	.word	gdt_end - gdt - 1
 	.quad	gdt
 
-	.globl	boot_by_zero_page, boot_pointer
-boot_by_zero_page:
+	.globl	boot_way, boot_pointer
+boot_way:
 	.long	0
 boot_pointer:
 	.long	0

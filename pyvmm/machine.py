@@ -88,8 +88,8 @@ PHASES = {
 class Outcome:
     """How a machine ended.
 
-    :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout`` or ``stopped``.
-    :ivar status: exit status of the guest's command, 0..255, or None if it never ended.
+    :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout``, ``stopped`` or ``debug-exit``.
+    :ivar status: exit status of the guest's command, or of a test kernel at the debug-exit port, 0..255; None if there was none.
     :ivar detail: one line of more; may be empty. :ivar registers: of the vCPU, where that helps.
     """
 
@@ -203,11 +203,15 @@ def parse_size(text: str | int, what: str = "--memory") -> int:
 class Machine:
     """A virtual machine, from its description to its end; a context manager that leaves nothing behind.
 
-    :param kernel: bzImage, vmlinux or PVH ELF file. :param initrd: initial RAM disk, optional.
+    :param kernel: bzImage, vmlinux, PVH ELF or multiboot file. :param initrd: initial RAM disk, optional; for multiboot
+        the modules: ``FILE [ARGUMENTS][,FILE ...]``.
     :param append: more kernel command line. :param cpus: 1 to 64. :param memory: ``"256M"`` or bytes.
     :param nets: network cards, in PCI order. :param command: an argv for our init (images built by pyvmm).
     :param on_reboot: ``"exit"`` or ``"restart"``.
     :param huge: back guest memory with huge pages.
+    :param load_address: the kernel is a flat binary for this guest-physical address, entered in ``load_mode``
+        (``boot.FLAT_MODES``).
+    :param test_devices: the ports that test kernels expect of QEMU (docs/test-kernels.md), and a command line of ``append`` alone.
     :raises PyvmmError: nothing has been left behind.
 
     ::
@@ -230,6 +234,9 @@ class Machine:
         command: Sequence[str] | None = None,
         on_reboot: str = "exit",
         huge: bool = False,
+        load_address: int | None = None,
+        load_mode: str = "protected32",
+        test_devices: bool = False,
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
@@ -243,6 +250,8 @@ class Machine:
         self.command_status: int | None = None
         self._guest_page = 0
         self._kernel, self._initrd, self._append, self._command = kernel, initrd, append, command
+        self._flat = load_address, load_mode
+        self._test_devices = test_devices
         self._lock = threading.RLock()
         self._done = threading.Event()
         self._request: Outcome | None = None
@@ -296,6 +305,10 @@ class Machine:
         Power(bus, lambda: self._finish(Outcome("poweroff")), self._guest_reset)
         PvPanic(bus, self._pvpanic)
         self.pci = PciBus(bus, self._guest_reset)
+        if self._test_devices:
+            from pyvmm.devices.testdev import add_test_devices
+
+            add_test_devices(bus, self.vm, self.memory, self.cpus, self.console, self._debug_exit)
 
     def _add_net(self, index: int, net: Net) -> None:
         from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
@@ -368,7 +381,7 @@ class Machine:
 
     def cmdline(self) -> str:
         """The kernel command line."""
-        parts = [BASE_CMDLINE]
+        parts = [] if self._test_devices else [BASE_CMDLINE]
         for nic in self.nets:
             if nic.guest:
                 gateway = f",gw={nic.host.partition('/')[0]}" if nic.host else ""
@@ -393,7 +406,16 @@ class Machine:
         slots = range(1, 1 + len(self.nets))
         rsdp = build_acpi(self.memory, cpus=self.cpus, pci_slots=slots, com2=False)
         build_mptable(self.memory, cpus=self.cpus, pci_slots=slots)
-        self.boot = load(self.memory, self._kernel, initrd=self._initrd, cmdline=self.cmdline(), rsdp=rsdp)
+        address, mode = self._flat
+        self.boot = load(
+            self.memory,
+            self._kernel,
+            initrd=self._initrd,
+            cmdline=self.cmdline(),
+            rsdp=rsdp,
+            load_address=address,
+            load_mode=mode,
+        )
 
     # --- running ------------------------------------------------------------------------------------
 
@@ -550,6 +572,10 @@ class Machine:
     def _pvpanic(self, events: int) -> None:
         if events & 1:
             self._panic = "reported by pvpanic"
+
+    def _debug_exit(self, status: int) -> None:
+        self.command_status = status
+        self._finish(Outcome("debug-exit"))
 
     def guest_event(self, opcode: int, value: int) -> None:
         """The guest's init says how far it is (see guest/pyvmm_port.h)."""

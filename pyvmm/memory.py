@@ -133,6 +133,12 @@ class GuestMemory:
             done += n
         return done
 
+    def unmap_page(self, gpa: int) -> None:
+        """Take the page of ``gpa`` out of page tables, ours and KVM's; its content stays. Raises IndexError outside RAM."""
+        unit = HUGE_PAGE if self.huge else PAGE
+        start = self._offset(gpa & ~(unit - 1), unit)
+        self._map.madvise(mmap.MADV_DONTNEED, start, unit)
+
     def zero(self) -> None:
         """Drop all pages: RAM reads as zero again (a machine reset)."""
         self._map.madvise(mmap.MADV_REMOVE)

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from pyvmm.boot.elf import ElfKernel
     from pyvmm.memory import GuestMemory
 
-__all__ = ["PROTOCOLS", "BootState", "is_linux", "load"]
+__all__ = ["FLAT_MODES", "PROTOCOLS", "BootState", "is_linux", "load"]
 
-#: ``auto`` takes bzImage by the 64-bit protocol and ELF by its PVH note, or at e_entry where it has none; ``linux64`` takes both by
-#: their 64-bit entry; the others take one format only.
-PROTOCOLS = ("auto", "linux64", "pvh", "elf64", "bzimage")
+#: ``auto`` takes bzImage by the 64-bit protocol and ELF by its PVH note, else its multiboot header (which comes first in a 32-bit
+#: ELF), else at e_entry; ``linux64`` takes the first two by their 64-bit entry; the others take one format only.
+PROTOCOLS = ("auto", "linux64", "pvh", "elf64", "bzimage", "multiboot")
+#: How a flat binary starts at its first byte: with the registers of PVH, with those of Linux' 64-bit entry, or with CS 0.
+FLAT_MODES = ("protected32", "long64", "real16")
 
 RFLAGS_FIXED = 0x2
 
@@ -26,8 +28,8 @@ RFLAGS_FIXED = 0x2
 class BootState:
     """How vCPU 0 starts.
 
-    :ivar mode: ``long64`` (paging on with ``cr3``, 64-bit, CS 0x10, DS, ES and SS 0x18) or ``protected32`` (flat 32-bit segments,
-        paging off: the PVH entry state). Interrupts are off in both.
+    :ivar mode: ``long64`` (paging on with ``cr3``, 64-bit, CS 0x10, DS, ES and SS 0x18), ``protected32`` (flat 32-bit segments,
+        paging off: the entry state of PVH and multiboot) or ``real16`` (all segments 0). Interrupts are off in all.
     :ivar regs: general registers by their names in struct kvm_regs; those not named are 0.
     :ivar cr3: guest-physical; 0 in protected32. :ivar gdt_base: guest-physical, four descriptors.
     :ivar kind: what was found, for people: ``bzImage``, ``Linux ELF``, ``ELF``, with how it is entered.
@@ -53,6 +55,8 @@ def load(
     cmdline: str = "",
     rsdp: int = 0,
     protocol: str = "auto",
+    load_address: int | None = None,
+    load_mode: str = "protected32",
 ) -> BootState:
     """Put kernel, initrd, command line and boot parameters into ``memory``, which reads as zero (new, or after ``zero``).
 
@@ -60,17 +64,25 @@ def load(
 
     :param rsdp: guest-physical address of the ACPI root pointer (``acpi.build``); 0 for none.
     :param protocol: one of PROTOCOLS.
-    :raises ImageError: naming file, field and remedy. :raises UsageError: unknown protocol.
+    :param load_address: take the file, whatever it is, as a flat binary and put it there (guest-physical).
+    :param load_mode: one of FLAT_MODES; how a flat binary starts.
+    :raises ImageError: naming file, field and remedy. :raises UsageError: unknown protocol or mode.
     """
     if protocol not in PROTOCOLS:
         raise UsageError(f"unknown boot protocol {protocol!r}", f"use one of {', '.join(PROTOCOLS)}")
     with ImageFile(kernel, "kernel") as image:
-        if _is_elf(image):
+        if load_address is not None:
+            return _load_flat(memory, image, initrd, cmdline, rsdp, load_address, load_mode)
+        found = _format(image)
+        if found == "multiboot" and protocol in ("auto", "multiboot"):
+            return _load_multiboot(memory, image, None, initrd, cmdline)
+        if found == "elf":
             if protocol == "bzimage":
                 raise image.bad("is an ELF, not a bzImage", "use protocol auto")
             return _load_elf(memory, image, initrd, cmdline, rsdp, protocol)
-        if protocol in ("pvh", "elf64"):
-            raise image.bad(f"is a bzImage, which protocol {protocol} cannot enter", "use protocol auto")
+        if found == "multiboot" or protocol not in ("auto", "linux64", "bzimage"):
+            name = "bzImage" if found == "bzimage" else "multiboot kernel"
+            raise image.bad(f"is a {name}, which protocol {protocol} cannot enter", "use protocol auto")
         return _load_bzimage(memory, image, initrd, cmdline, rsdp)
 
 
@@ -80,24 +92,38 @@ def is_linux(kernel: str) -> bool:
     :raises ImageError: it is neither, or damaged: ``load`` would refuse it whatever the machine.
     """
     with ImageFile(kernel, "kernel") as image:
-        if _is_elf(image):
+        found = _format(image)
+        if found == "elf":
             from pyvmm.boot import elf
 
             return elf.parse(image).linux
-        from pyvmm.boot.bzimage import BzImage
+        if found == "bzimage":
+            from pyvmm.boot.bzimage import BzImage
 
-        BzImage(image)
-        return True
+            BzImage(image)
+        return found == "bzimage"
 
 
-def _is_elf(image: ImageFile) -> bool:
-    """True for an ELF, False for a bzImage; ImageError for anything else."""
+def _format(image: ImageFile) -> str:
+    """``elf``, ``bzimage``, or ``multiboot`` where the header alone says what to load; ImageError for anything else."""
     if image.size >= 4 and image.read(0, 4, "the ELF magic") == lb.ELF_MAGIC:
-        return True
+        return "elf"
     magic_end = lb.HDR_MAGIC + len(lb.SETUP_MAGIC)
-    if image.size < magic_end or image.read(lb.HDR_MAGIC, 4, "the setup header") != lb.SETUP_MAGIC:
-        raise image.bad("is neither a bzImage nor an ELF: no 'HdrS' at 0x202, no ELF magic at 0")
-    return False
+    if image.size >= magic_end and image.read(lb.HDR_MAGIC, 4, "the setup header") == lb.SETUP_MAGIC:
+        return "bzimage"
+    from pyvmm.boot import multiboot
+    from pyvmm.spec.multiboot import AOUT_KLUDGE
+
+    header = multiboot.find(image)
+    if header is None:
+        raise image.bad(
+            "is neither a bzImage nor an ELF: no 'HdrS' at 0x202, no ELF magic at 0, no multiboot header"
+        )
+    if not header.flags & AOUT_KLUDGE:
+        raise image.bad(
+            f"has a multiboot header without addresses (flags {header.flags:#x}, bit 16 clear) and is no ELF"
+        )
+    return "multiboot"
 
 
 def _load_bzimage(
@@ -123,6 +149,21 @@ def _load_elf(
     from pyvmm.boot import elf
 
     kernel: ElfKernel = elf.parse(image)
+    # A 64-bit ELF says with its PVH note that it knows better than multiboot 1, which has no 64-bit entry.
+    asked = protocol == "multiboot"
+    if asked or (protocol == "auto" and not kernel.linux and (kernel.bits == 32 or kernel.pvh_entry is None)):
+        from pyvmm.boot import multiboot
+
+        if multiboot.find(image) is not None:
+            return _load_multiboot(memory, image, kernel, initrd, cmdline)
+        if asked:
+            raise image.bad("has no multiboot header in its first 8 KiB", "use protocol auto")
+    if kernel.bits == 32 and (kernel.pvh_entry is None or protocol not in ("auto", "pvh")):
+        raise image.bad(
+            "is a 32-bit ELF (EI_CLASS 1) with neither a multiboot header in its first 8 KiB nor a PVH note"
+            if kernel.pvh_entry is None
+            else f"is a 32-bit ELF (EI_CLASS 1), which protocol {protocol} cannot enter"
+        )
     if protocol == "pvh" and kernel.pvh_entry is None:
         raise image.bad(
             "has no PVH note (XEN_ELFNOTE_PHYS32_ENTRY)", "use protocol auto, or build with CONFIG_PVH"
@@ -144,9 +185,102 @@ def _load_elf(
     name = "Linux ELF" if kernel.linux else "ELF"
     if by_note is None:
         return _enter_linux64(memory, name, params.synthetic_header(), entry, rsdp, disk)
+    return _enter_pvh(memory, f"{name} by PVH note", entry, rsdp, disk)
+
+
+def _load_multiboot(
+    memory: GuestMemory, image: ImageFile, kernel: ElfKernel | None, initrd: str | None, cmdline: str
+) -> BootState:
+    """A kernel with a multiboot header; ``kernel`` is its ELF, None where the header has to do.
+
+    The modules of ``initrd`` (``multiboot.split_modules``) go behind the kernel, each on a page of its own.
+    """
+    from contextlib import ExitStack
+
+    from pyvmm.boot import multiboot
+    from pyvmm.spec import multiboot as mb
+
+    header = multiboot.find(image)
+    assert header is not None
+    kind = "multiboot ELF"
+    if kernel is None or header.flags & mb.AOUT_KLUDGE:
+        kernel, kind = multiboot.by_addresses(image, header), "multiboot by addresses"
+    for s in kernel.segments:
+        _check_range(memory, image, f"segment {s.index} (p_paddr, p_memsz)", s.paddr, s.end)
+    if kernel.segments[-1].end > memory.low_size:
+        raise image.bad(f"segment {kernel.segments[-1].index} ends above 4 GiB, multiboot 1 knows 32 bits")
+    name = multiboot.name_of(image.path)
+    line = params.check_cmdline(f"{name} {cmdline}".rstrip(), pf.BOOT_CMDLINE_MAX - 1)
+    with ExitStack() as stack:
+        modules: list[tuple[int, int, bytes]] = []
+        files: list[ImageFile] = []
+        end = kernel.segments[-1].end
+        for path, text in multiboot.split_modules(initrd) if initrd is not None else []:
+            module = stack.enter_context(ImageFile(path, "initrd"))
+            start = -(-end // params.PAGE) * params.PAGE
+            end = start + module.size
+            if end > memory.low_size:
+                raise module.bad(
+                    f"of {module.size} bytes does not fit: {max(memory.low_size - start, 0)} bytes are free behind the kernel",
+                    "raise --memory or use a smaller module",
+                )
+            modules.append((start, end, params.check_cmdline(text, params.PAGE)))
+            files.append(module)
+        at, information = multiboot.information(memory, pf.BOOT_CMDLINE, modules)
+        for s in kernel.segments:
+            image.load(memory, s.paddr, s.offset, s.filesz, f"segment {s.index}")
+        for (start, _, _), module in zip(modules, files, strict=True):
+            module.load(memory, start, 0, module.size, "the module")
+    params.write_common(memory, line)
+    params.write_gdt(memory)
+    memory.write(at, information)
+    return BootState("protected32", kind, kernel.entry, {"rax": mb.BOOTLOADER_MAGIC, "rbx": at}, 0)
+
+
+def _load_flat(
+    memory: GuestMemory,
+    image: ImageFile,
+    initrd: str | None,
+    cmdline: str,
+    rsdp: int,
+    address: int,
+    mode: str,
+) -> BootState:
+    """The whole file at ``address``, entered at its first byte."""
+    if mode not in FLAT_MODES:
+        raise UsageError(f"unknown load mode {mode!r}", f"use one of {', '.join(FLAT_MODES)}")
+    end = address + image.size
+    if mode == "real16":
+        rooms = [(pf.FLAT_REAL_BASE, pf.BOOT_CMDLINE)]
+        fits = address < 0x10000  # CS is 0
+    else:
+        rooms = [(pf.FLAT_BASE, pf.EBDA_BASE), (pf.KERNEL_BASE, memory.low_size)]
+        fits = True
+    if not fits or not any(a <= address and end <= b for a, b in rooms):
+        where = " or ".join(f"{a:#x}..{b:#x}" for a, b in rooms)
+        raise image.bad(
+            f"at load address {address:#x} takes {address:#x}..{end:#x}, a flat binary in mode {mode} may use {where}",
+            "use an address below 0x10000"
+            if mode == "real16"
+            else "use another --load-address, or raise --memory",
+        )
+    if mode == "real16" and initrd is not None:
+        raise UsageError("a flat binary in mode real16 has no use for an initrd", "leave --initrd out")
+    line = params.check_cmdline(cmdline, pf.BOOT_CMDLINE_MAX - 1)
+    disk = _load_initrd(memory, initrd, max(end, pf.KERNEL_BASE), memory.low_size - 1)
+    image.load(memory, address, 0, image.size, "the binary")
+    params.write_common(memory, line)
+    if mode == "long64":
+        return _enter_linux64(memory, "flat binary", params.synthetic_header(), address, rsdp, disk)
+    if mode == "protected32":
+        return _enter_pvh(memory, "flat binary in 32-bit mode", address, rsdp, disk)
+    return BootState("real16", "flat binary in real mode", address, {"rsp": address & ~15}, 0)
+
+
+def _enter_pvh(memory: GuestMemory, kind: str, entry: int, rsdp: int, disk: tuple[int, int]) -> BootState:
     params.write_start_info(memory, rsdp, disk)
     params.write_gdt(memory)
-    return BootState("protected32", f"{name} by PVH note", entry, {"rbx": pf.PVH_START_INFO}, 0)
+    return BootState("protected32", kind, entry, {"rbx": pf.PVH_START_INFO}, 0)
 
 
 def _enter_linux64(

@@ -1,4 +1,4 @@
-"""The ELF64 kernel reader: what to load where, and where to enter.
+"""The ELF kernel reader, 64 and 32 bits: what to load where, and where to enter.
 
 Read with ``struct`` rather than pyelftools because this is on the path of every start: importing pyelftools takes 40 to
 75 ms natively and a second under emulation, this module under a millisecond.
@@ -35,18 +35,21 @@ class Segment:
 
 
 class ElfKernel:
-    """A validated ELF64 executable.
+    """A validated ELF executable.
 
     :ivar segments: in ascending physical order, not empty, not overlapping.
     :ivar entry: physical address of e_entry, inside a segment.
     :ivar pvh_entry: physical 32-bit entry from the note XEN_ELFNOTE_PHYS32_ENTRY, or None.
-    :ivar linux: whether its notes say that it is Linux.
+    :ivar linux: whether its notes say that it is Linux. :ivar bits: 64 or 32, its class.
     """
 
-    __slots__ = ("entry", "linux", "pvh_entry", "segments")
+    __slots__ = ("bits", "entry", "linux", "pvh_entry", "segments")
 
-    def __init__(self, segments: list[Segment], entry: int, pvh_entry: int | None, linux: bool) -> None:
+    def __init__(
+        self, segments: list[Segment], entry: int, pvh_entry: int | None, linux: bool, bits: int
+    ) -> None:
         self.segments, self.entry, self.pvh_entry, self.linux = segments, entry, pvh_entry, linux
+        self.bits = bits
 
 
 def parse(image: ImageFile) -> ElfKernel:
@@ -54,29 +57,34 @@ def parse(image: ImageFile) -> ElfKernel:
 
     :raises ImageError: naming the header field at fault.
     """
-    head = image.read(0, lb.EHDR_SIZE, "the ELF header")
-    ident, e_type, machine, _, entry, phoff, _, _, ehsize, phentsize, phnum, _, _, _ = struct.unpack(
-        lb.EHDR, head
-    )
-    if ident[lb.EI_CLASS] != lb.ELFCLASS64:
-        raise image.bad(f"is not a 64-bit ELF (EI_CLASS {ident[lb.EI_CLASS]})")
+    ident = image.read(0, lb.EI_NIDENT, "the ELF header")
+    if ident[lb.EI_CLASS] not in (lb.ELFCLASS32, lb.ELFCLASS64):
+        raise image.bad(f"is neither a 64-bit nor a 32-bit ELF (EI_CLASS {ident[lb.EI_CLASS]})")
     if ident[lb.EI_DATA] != lb.ELFDATA2LSB:
         raise image.bad(f"is not a little-endian ELF (EI_DATA {ident[lb.EI_DATA]})")
-    if machine != lb.EM_X86_64:
-        raise image.bad(f"is an ELF of another machine (e_machine {machine}, x86-64 is {lb.EM_X86_64})")
+    wide = ident[lb.EI_CLASS] == lb.ELFCLASS64
+    ehdr, ehdr_size = (lb.EHDR, lb.EHDR_SIZE) if wide else (lb.EHDR32, lb.EHDR32_SIZE)
+    phdr_size = lb.PHDR_SIZE if wide else lb.PHDR32_SIZE
+    head = image.read(0, ehdr_size, "the ELF header")
+    _, e_type, machine, _, entry, phoff, _, _, ehsize, phentsize, phnum, _, _, _ = struct.unpack(ehdr, head)
+    if machine != (lb.EM_X86_64 if wide else lb.EM_386):
+        good = f"x86-64 is {lb.EM_X86_64}" if wide else f"a 32-bit x86 is {lb.EM_386}"
+        raise image.bad(f"is an ELF of another machine (e_machine {machine}, {good})")
     if e_type not in (lb.ET_EXEC, lb.ET_DYN):
         raise image.bad(f"is not an executable ELF (e_type {e_type})")
-    if ehsize < lb.EHDR_SIZE or phentsize != lb.PHDR_SIZE:
+    if ehsize < ehdr_size or phentsize != phdr_size:
         raise image.bad(f"has odd ELF header sizes (e_ehsize {ehsize}, e_phentsize {phentsize})")
     if not 0 < phnum <= PHNUM_MAX:
         raise image.bad(f"has {phnum} program headers (e_phnum), a kernel has 1 to {PHNUM_MAX}")
-    table = image.read(phoff, phnum * lb.PHDR_SIZE, "the program header table (e_phoff, e_phnum)")
+    table = image.read(phoff, phnum * phdr_size, "the program header table (e_phoff, e_phnum)")
     segments: list[Segment] = []
     pvh_entry: int | None = None
     linux = False
-    for i, (p_type, _, offset, vaddr, paddr, filesz, memsz, align) in enumerate(
-        struct.iter_unpack(lb.PHDR, table)
-    ):
+    for i, row in enumerate(struct.iter_unpack(lb.PHDR if wide else lb.PHDR32, table)):
+        # p_flags is the one field in another place.
+        p_type, offset, vaddr, paddr, filesz, memsz, align = row[:1] + (
+            row[2:] if wide else (*row[1:6], row[7])
+        )
         if p_type == lb.PT_INTERP:
             raise image.bad("is a user-space program, not a kernel (it has PT_INTERP)")
         if p_type == lb.PT_LOAD and memsz:
@@ -102,7 +110,7 @@ def parse(image: ImageFile) -> ElfKernel:
             )
     if pvh_entry is not None and not any(s.paddr <= pvh_entry < s.end for s in segments):
         raise image.bad(f"PVH entry {pvh_entry:#x} is outside every segment")
-    return ElfKernel(segments, _physical(image, segments, entry), pvh_entry, linux)
+    return ElfKernel(segments, _physical(image, segments, entry), pvh_entry, linux, 64 if wide else 32)
 
 
 def _physical(image: ImageFile, segments: list[Segment], entry: int) -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyvmm.memory import GuestMemory
 
 HINTS = {
-    "kernel": "give --kernel a bzImage or an x86-64 ELF, or leave it out for the built image",
+    "kernel": "give --kernel a bzImage, an x86-64 ELF or a multiboot kernel, or leave it out for the built image",
     "initrd": "give --initrd a cpio archive, or leave it out",
 }
 

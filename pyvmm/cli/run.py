@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--kernel",
         metavar="K",
-        help="bzImage, vmlinux or PVH ELF (default: the image built by `pyvmm image build`)",
+        help="bzImage, vmlinux, PVH ELF or multiboot kernel (default: the image built by `pyvmm image build`)",
     )
     add("--initrd", metavar="I", help="initial RAM disk")
     add("--image", metavar="NAME", help="a built image by name, see `pyvmm image list`")

@@ -136,6 +136,8 @@ class Vcpu:
                 sregs.cr3, sregs.cr4 = boot.cr3, CR4_PAE
                 sregs.cr0 |= CR0_PG
                 sregs.efer = EFER_LME | EFER_LMA
+        else:  # segments are 0 at reset, but for CS, which makes the reset vector
+            sregs.cs.base = sregs.cs.selector = 0
         ioctl(self.fileno(), "KVM_SET_SREGS", sregs)
         regs = ffi.new("struct kvm_regs *")
         regs.rflags = 2

@@ -1,23 +1,30 @@
-"""Kernel image formats and boot protocols: ELF64, the Linux/x86 boot protocol and PVH. Constants only.
+"""Kernel image formats and boot protocols: ELF, the Linux/x86 boot protocol and PVH. Constants only.
 
 Sources: Documentation/arch/x86/boot.rst and arch/x86/include/uapi/asm/bootparam.h (Linux), include/uapi/linux/elf.h,
 xen/include/public/arch-x86/hvm/start_info.h and public/elfnote.h (Xen).
 """
 
-# --- ELF64 (elf.h) ---------------------------------------------------------------------------------------
+# --- ELF (elf.h) -----------------------------------------------------------------------------------------
 ELF_MAGIC = b"\x7fELF"
 EHDR = "<16sHHIQQQIHHHHHH"  # e_ident .. e_shstrndx
 EHDR_SIZE = 64
 PHDR = "<IIQQQQQQ"  # p_type, p_flags, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_align
 PHDR_SIZE = 56
+EHDR32 = "<16sHHIIIIIHHHHHH"
+EHDR32_SIZE = 52
+PHDR32 = "<IIIIIIII"  # p_type, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_flags, p_align
+PHDR32_SIZE = 32
 NHDR = "<III"  # n_namesz, n_descsz, n_type
 NHDR_SIZE = 12
+EI_NIDENT = 16
 EI_CLASS = 4
 EI_DATA = 5
+ELFCLASS32 = 1
 ELFCLASS64 = 2
 ELFDATA2LSB = 1
 ET_EXEC = 2
 ET_DYN = 3
+EM_386 = 3
 EM_X86_64 = 62
 PT_LOAD = 1
 PT_INTERP = 3

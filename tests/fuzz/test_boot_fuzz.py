@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.spec import linux_boot as lb
 from pyvmm.spec import platform as pf
 from tests.unit.test_boot import good_elf, make_bzimage
+from tests.unit.test_multiboot import good_elf32, good_flat
 
 MIB = 1 << 20
 INTERESTING = [
@@ -94,7 +96,11 @@ def check(memory: GuestMemory, image: bytes, initrd_size: int, cmdline: str, pro
             assert not recorder.written, "something was written before the refusal"
             return
     assert pf.KERNEL_BASE <= state.entry < memory.low_size
-    assert cmdline.encode() + b"\0" == memory.read(pf.BOOT_CMDLINE, len(cmdline) + 1)
+    line = memory.read(pf.BOOT_CMDLINE, pf.BOOT_CMDLINE_MAX).split(b"\0")[0].decode()
+    if state.kind.startswith("multiboot"):
+        assert line == f"{Path(kernel.name).name} {cmdline}".rstrip()
+    else:
+        assert line == cmdline
     ranges = sorted(recorder.written)
     for (_, end), (start, _) in pairwise(ranges):
         assert end <= start, "two loads overlap"
@@ -153,6 +159,20 @@ def test_mutated_bzimage(
     protocol: str,
 ) -> None:
     check(memory, mutate(make_bzimage(), changes, length), initrd, line, protocol)
+
+
+@fuzz
+@given(patches, lengths, initrds, lines, protocols, st.sampled_from([good_elf32, good_flat]))
+def test_mutated_multiboot(
+    memory: GuestMemory,
+    changes: list[tuple[int, int, int]],
+    length: int,
+    initrd: int,
+    line: str,
+    protocol: str,
+    make: Callable[[], bytearray],
+) -> None:
+    check(memory, mutate(make(), changes, length), initrd, line, protocol)
 
 
 @fuzz

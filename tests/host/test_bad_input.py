@@ -61,7 +61,7 @@ KERNELS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated": (lambda d: d[:5000], "is truncated: segment 0 ends at byte"),
     "truncated header": (lambda d: d[:30], "is truncated: the ELF header"),
     "another machine": (lambda d: patched(d, 18, b"\xb7\0"), "another machine (e_machine 183"),
-    "another class": (lambda d: patched(d, 4, b"\x01"), "not a 64-bit ELF"),
+    "another class": (lambda d: patched(d, 4, b"\x01"), "an ELF of another machine"),
     "overlapping": (lambda d: patched(d, PH1 + PADDR, q(0x10_0800)), "segments 0 and 1 overlap"),
     "oversized": (lambda d: patched(d, PH1 + MEMSZ, q(1 << 50)), "outside guest memory of 16 MiB"),
     "beyond memory": (lambda d: patched(d, PH1 + PADDR, q(0x100_0000)), "raise --memory to at least 17M"),

@@ -272,7 +272,10 @@ BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     "program headers cut": (lambda: cut(good_elf(), 80), "truncated: the program header table"),
     "segment cut": (lambda: cut(make_elf([(0x100_0000, CODE, 4096)]), 2000), "truncated: segment 0"),
     "notes cut": (lambda: cut(good_elf(), len(good_elf()) - 8), "truncated: note segment 2"),
-    "elf32": (lambda: make_elf([(0x100_0000, CODE, 4096)], **{"class": 1}), "not a 64-bit ELF"),
+    "elf32": (
+        lambda: make_elf([(0x100_0000, CODE, 4096)], **{"class": 1}),
+        "another machine (e_machine 62, a 32-bit x86 is 3)",
+    ),
     "big endian": (lambda: make_elf([(0x100_0000, CODE, 4096)], data=2), "not a little-endian"),
     "arm": (lambda: make_elf([(0x100_0000, CODE, 4096)], machine=183), "another machine"),
     "object file": (lambda: make_elf([(0x100_0000, CODE, 4096)], type=1), "e_type 1"),
