@@ -36,8 +36,29 @@ struct slot {
 	uint16_t head;
 };
 
+/* In-flight tracking: the layout is the vhost-user specification's, "given" uses padding of it. */
+struct inflight_desc {
+	uint8_t inflight;
+	uint8_t given; /* to writev: whether it was sent is not known */
+	uint8_t padding[4];
+	uint16_t next;
+	uint64_t counter;
+};
+
+struct inflight {
+	uint64_t features;
+	uint16_t version; /* 0: new */
+	uint16_t desc_num;
+	uint16_t last_batch_head;
+	uint16_t used_idx;
+	struct inflight_desc desc[];
+};
+_Static_assert(sizeof(struct inflight_desc) == 16 && sizeof(struct inflight) == 16, "QueueRegionSplit");
+
 struct pv_net_worker {
 	struct pv_vring ring[2];
+	struct inflight *inflight[2];
+	uint64_t inflight_count; /* orders what is in flight */
 	struct pv_net_config cfg;
 	struct pv_net_event event; /* to be returned by run; PV_NET_STOPPED: none */
 	int epoll_fd;
@@ -49,6 +70,7 @@ struct pv_net_worker {
 	bool fd_muted;	 /* no wake-ups by fd for reading */
 	bool tx_blocked; /* fd took no more */
 	bool link_down;
+	bool recovered;	   /* in-flight regions are taken over */
 	uint32_t interest; /* of fd, as epoll has it */
 	/* The receive window: chains taken, not used. */
 	uint32_t slot_at, slot_end;
@@ -105,6 +127,69 @@ static void flush(struct pv_net_worker *w, int q)
 	} else {
 		add(q == RX ? &w->count.rx_calls_suppressed : &w->count.tx_calls_suppressed, 1);
 	}
+	if (w->inflight[q])
+		__atomic_store_n(&w->inflight[q]->used_idx, vr->used_idx, __ATOMIC_RELEASE);
+}
+
+/*
+ * Take over in-flight regions that another process may have left behind. All in them is the peer's to change:
+ * nothing read is used as an index unchecked.
+ */
+static void inflight_recover(struct pv_net_worker *w, int q)
+{
+	struct pv_vring *vr = &w->ring[q];
+	struct inflight *in = w->inflight[q];
+	uint16_t head, used, done;
+
+	used = vr->used_idx;
+	if (__atomic_load_n(&in->version, __ATOMIC_ACQUIRE) != 1 || in->desc_num != vr->size) {
+		memset(in, 0, PV_NET_INFLIGHT_SIZE(vr->size));
+		in->desc_num = (uint16_t)vr->size;
+		in->used_idx = used;
+		__atomic_store_n(&in->version, 1, __ATOMIC_RELEASE);
+		return;
+	}
+	/* A batch that was published, but not yet noted as done. */
+	head = __atomic_load_n(&in->last_batch_head, __ATOMIC_RELAXED);
+	done = (uint16_t)(used - __atomic_load_n(&in->used_idx, __ATOMIC_RELAXED));
+	for (uint32_t i = 0; i < done && i < vr->size && head < vr->size; i++) {
+		__atomic_store_n(&in->desc[head].inflight, 0, __ATOMIC_RELAXED);
+		head = __atomic_load_n(&in->desc[head].next, __ATOMIC_RELAXED);
+	}
+	__atomic_store_n(&in->used_idx, used, __ATOMIC_RELAXED);
+	vr->last_avail = vr->avail_idx = used;
+}
+
+/* Note that a chain is about to be sent. Returns whether the process before us was about to do the same. */
+static bool inflight_begin(struct pv_net_worker *w, uint16_t head)
+{
+	struct inflight_desc *d = &w->inflight[TX]->desc[head];
+	bool again;
+
+	again = __atomic_load_n(&d->inflight, __ATOMIC_RELAXED) &&
+		__atomic_load_n(&d->given, __ATOMIC_RELAXED);
+	__atomic_store_n(&d->counter, w->inflight_count++, __ATOMIC_RELAXED);
+	__atomic_store_n(&d->given, 1, __ATOMIC_RELAXED);
+	__atomic_store_n(&d->inflight, 1, __ATOMIC_RELEASE);
+	return again;
+}
+
+/* fd did not take it. */
+static void inflight_cancel(struct pv_net_worker *w, uint16_t head)
+{
+	__atomic_store_n(&w->inflight[TX]->desc[head].inflight, 0, __ATOMIC_RELEASE);
+}
+
+/* A chain has been pushed: publish it at once. A batch of one, in the order that the specification gives. */
+static void inflight_end(struct pv_net_worker *w, uint16_t head)
+{
+	struct inflight *in = w->inflight[TX];
+
+	__atomic_store_n(&in->desc[head].next, in->last_batch_head, __ATOMIC_RELAXED);
+	__atomic_store_n(&in->last_batch_head, head, __ATOMIC_RELEASE);
+	pv_vring_publish(&w->ring[TX]);
+	__atomic_store_n(&in->desc[head].inflight, 0, __ATOMIC_RELEASE);
+	__atomic_store_n(&in->used_idx, w->ring[TX].used_next, __ATOMIC_RELEASE);
 }
 
 /* Give the window back to the ring; a frame that is held has nowhere to go. */
@@ -404,6 +489,8 @@ static bool tx_turn(struct pv_net_worker *w)
 		pv_vring_disable_notify(vr);
 		if (w->link_down) {
 			add(&w->count.tx_drop_link, 1);
+		} else if (w->inflight[TX] && inflight_begin(w, c.head)) {
+			add(&w->count.tx_in_doubt, 1);
 		} else {
 			do {
 				n = writev(w->cfg.fd, w->tx_iov, c.out_num);
@@ -414,6 +501,8 @@ static bool tx_turn(struct pv_net_worker *w)
 				add(&w->count.tx_bytes, c.out_len - w->cfg.hdr_len);
 			} else if (errno == EAGAIN) {
 				pv_vring_unpop(vr, 1);
+				if (w->inflight[TX])
+					inflight_cancel(w, c.head);
 				w->tx_blocked = true;
 				add(&w->count.tx_blocks, 1);
 				more = false;
@@ -427,6 +516,8 @@ static bool tx_turn(struct pv_net_worker *w)
 			}
 		}
 		pv_vring_push(vr, c.head, 0);
+		if (w->inflight[TX])
+			inflight_end(w, c.head);
 		packets++;
 		/* A frame longer than 64 KiB was refused, but counts as work. */
 		n = c.out_len < TURN_BYTES ? (ssize_t)c.out_len : (ssize_t)TURN_BYTES;
@@ -624,6 +715,9 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg, const s
 			return NULL;
 		}
 	}
+	for (int q = RX; q <= TX; q++)
+		if (cfg->ring[q].size)
+			w->inflight[q] = (struct inflight *)(void *)cfg->ring[q].inflight;
 	w->attach = -1;
 	w->rx_ready = true;
 	w->interest = EPOLLIN | EPOLLET | EPOLLPRI;
@@ -676,6 +770,10 @@ void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev)
 	for (int q = RX; q <= TX; q++)
 		if (!w->ring[q].fault)
 			pv_vring_disable_notify(&w->ring[q]);
+	for (int q = RX; q <= TX && !w->recovered; q++)
+		if (w->inflight[q])
+			inflight_recover(w, q);
+	w->recovered = true;
 	while (!w->event.kind && !stopping(w)) {
 		if (!net_round(w) && !w->event.kind && net_sleep(w))
 			w->event = (struct pv_net_event){.kind = PV_NET_ERROR, .error = errno};

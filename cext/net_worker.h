@@ -22,6 +22,12 @@
  * back when the worker stops, so that last_avail == used index.
  *
  * A malformed ring stops that direction only.
+ *
+ * In-flight regions (vhost-user, INFLIGHT_SHMFD) outlive this process when it is killed, so that the next one
+ * repeats and loses nothing. Rings are served in order, so used->idx says all about what is done, if it is
+ * published for each packet: only of the one packet in writev is it unknown whether it was sent. Its
+ * descriptor is marked before; the next process takes a marked one as sent. Receive chains are never marked:
+ * taken ahead they hold nothing yet.
  */
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H
@@ -53,6 +59,9 @@ struct pv_net_ring {
 	uint64_t used;
 	int kick; /* lent, as are all descriptors */
 	int call;
+	/* In-flight region of PV_NET_INFLIGHT_SIZE(size) bytes, shared with an untrusted peer; NULL: none. The
+	 * ring then starts at the used index: base is not looked at where the region has been in use. */
+	uint8_t *inflight;
 };
 
 struct pv_net_config {
@@ -92,6 +101,7 @@ struct pv_net_counters {
 	uint64_t tx_blocks;	/* times that fd took no more */
 	uint64_t tx_drop_error; /* frames that fd refused: bad header, interface down */
 	uint64_t tx_drop_link;	/* frames sent after fd was gone */
+	uint64_t tx_in_doubt;	/* frames that a killed process was sending: taken as sent */
 	uint64_t wakeups;
 	uint64_t fd_reads; /* system calls on fd, vain ones included */
 	uint64_t fd_writes;
@@ -111,5 +121,8 @@ void pv_net_worker_attach(struct pv_net_worker *w, int fd);
 uint16_t pv_net_worker_base(const struct pv_net_worker *w, int queue);
 void pv_net_worker_counters(const struct pv_net_worker *w, struct pv_net_counters *out);
 /* cffi: end */
+
+/* Of the queue region of a split ring, as in the vhost-user specification (QueueRegionSplit). */
+#define PV_NET_INFLIGHT_SIZE(size) (16 + 16 * (size_t)(size))
 
 #endif

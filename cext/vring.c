@@ -279,6 +279,18 @@ void pv_vring_push(struct pv_vring *vr, uint16_t head, uint32_t len)
 }
 
 /**
+ * pv_vring_publish() - Let the guest see what was pushed, without deciding on an interrupt yet
+ * @vr:		The ring
+ *
+ * For who must not lose count when killed. pv_vring_flush() is still to follow.
+ */
+void pv_vring_publish(struct pv_vring *vr)
+{
+	/* Release: see pv_vring_flush(). */
+	__atomic_store_n(&vr->used[IDX], vr->used_next, __ATOMIC_RELEASE);
+}
+
+/**
  * pv_vring_flush() - Publish what was pushed
  * @vr:		The ring
  *

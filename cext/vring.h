@@ -118,6 +118,7 @@ enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg);
 enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max, struct pv_chain *chain);
 void pv_vring_unpop(struct pv_vring *vr, uint16_t n);
 void pv_vring_push(struct pv_vring *vr, uint16_t head, uint32_t len);
+void pv_vring_publish(struct pv_vring *vr);
 bool pv_vring_flush(struct pv_vring *vr);
 bool pv_vring_enable_notify(struct pv_vring *vr);
 void pv_vring_disable_notify(struct pv_vring *vr);

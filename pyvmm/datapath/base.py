@@ -9,7 +9,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Protocol
+    from typing import Any, Protocol
 
     from pyvmm.fd import EventFd
     from pyvmm.memory import GuestMemory
@@ -28,9 +28,10 @@ class Vring:
     :ivar desc, avail, used: guest-physical addresses.
     :ivar base: next available index, 0..65535 (split ring).
     :ivar kick: guest to device, lent. :ivar call: device to guest, lent.
+    :ivar inflight: cdata ``uint8_t *`` of a vhost-user in-flight region for the emulated path, or None.
     """
 
-    __slots__ = ("avail", "base", "call", "desc", "index", "kick", "size", "used")
+    __slots__ = ("avail", "base", "call", "desc", "index", "inflight", "kick", "size", "used")
 
     def __init__(
         self, index: int, size: int, desc: int, avail: int, used: int, base: int, kick: EventFd, call: EventFd
@@ -38,6 +39,7 @@ class Vring:
         self.index, self.size, self.base = index, size, base
         self.desc, self.avail, self.used = desc, avail, used
         self.kick, self.call = kick, call
+        self.inflight: Any = None
 
     def at(self, base: int) -> Vring:
         """The same ring at another position."""

@@ -127,6 +127,7 @@ class EmulatedNet:
             c = config.ring[ring.index % 2]
             c.size, c.base, c.desc, c.avail, c.used = ring.size, ring.base, ring.desc, ring.avail, ring.used
             c.kick, c.call = ring.kick.fileno(), ring.call.fileno()
+            c.inflight = ring.inflight or ffi.NULL
         config.fd = self._port.fds[number].fileno()
         config.hdr_len = VIRTIO_NET_HDR_V1_SIZE
         payload = GSO_MAX if acked & GSO else self._port.mtu
