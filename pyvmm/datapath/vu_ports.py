@@ -1,0 +1,208 @@
+"""Where the packets of our vhost-user back-end go, other than to a tap: a loop, another back-end, Python.
+
+Each is a ``Port`` as the emulated data path wants it: descriptors of sockets that keep packet boundaries, with 12-byte virtio-net
+headers. None does offloads, so that the headers are empty.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import select
+import threading
+
+from pyvmm.errors import HostError
+from pyvmm.fd import EventFd, Fd
+from pyvmm.spec.virtio_net import VIRTIO_NET_HDR_V1_SIZE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, BinaryIO
+
+#: Bytes that may wait in a socket.
+BUFFER = 1 << 20
+HEADER = bytes(VIRTIO_NET_HDR_V1_SIZE)
+FRAME_MAX = 1 << 17
+
+
+def rarp(mac: bytes) -> bytes:
+    """The frame by which switches learn where ``mac`` is now: a reverse ARP request for itself."""
+    return (
+        b"\xff" * 6
+        + mac
+        + b"\x80\x35\x00\x01\x08\x00\x06\x04\x00\x03"
+        + mac
+        + bytes(4)
+        + mac
+        + bytes(4)
+        + bytes(18)
+    )
+
+
+class SocketPort:
+    """A port of sockets. :param fds: one a queue pair, owned from here on."""
+
+    def __init__(self, name: str, fds: list[Fd]) -> None:
+        self.name = name
+        self.fds = fds
+        self.mtu = 1500
+
+    def features(self) -> int:
+        """No offloads."""
+        return 0
+
+    def accept_mtu(self, mtu: int) -> bool:
+        """Frames of any size pass; what is usual decides how many buffers are looked at ahead."""
+        self.mtu = mtu
+        return True
+
+    def set_queues(self, count: int) -> None:
+        """Nothing to do."""
+
+    def set_offloads(self, acked: int) -> None:
+        """Nothing to do."""
+
+    def set_rx_filter(self, rx: Any) -> None:
+        """Nothing to do."""
+
+    def set_carrier(self, up: bool) -> None:
+        """Nothing to do."""
+
+    def reopen(self) -> bool:
+        """Never gone, never back."""
+        return False
+
+    def close(self) -> None:
+        """Close the sockets; a second call does nothing."""
+        for fd in self.fds:
+            fd.close()
+
+
+def _make(kind: int, count: int) -> list[_socket.socket]:
+    """``count`` sockets connected in pairs (or each to itself, with SOCK_DGRAM), non-blocking, with large buffers."""
+    made: list[_socket.socket] = []
+    try:
+        while len(made) < count:
+            if kind == _socket.SOCK_DGRAM:
+                one = _socket.socket(_socket.AF_UNIX, kind | _socket.SOCK_CLOEXEC)
+                made.append(one)
+                one.bind("")  # an abstract name of the kernel's choice
+                one.connect(one.getsockname())
+            else:
+                made += _socket.socketpair(_socket.AF_UNIX, kind | _socket.SOCK_CLOEXEC)
+        for one in made:
+            one.setblocking(False)
+            one.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, BUFFER)
+    except OSError as e:
+        for one in made:
+            one.close()
+        raise HostError(f"cannot make a socket: {e.strerror}", "raise the limit: ulimit -n") from e
+    return made
+
+
+def loop_port(queues: int) -> SocketPort:
+    """Every frame comes back, on the queue pair that sent it: a datagram socket connected to itself."""
+    return SocketPort("loop", [Fd(s.detach()) for s in _make(_socket.SOCK_DGRAM, queues)])
+
+
+def joined_ports(queues: int) -> tuple[SocketPort, SocketPort]:
+    """What goes into one comes out of the other, queue pair by queue pair."""
+    fds = [Fd(s.detach()) for s in _make(_socket.SOCK_SEQPACKET, 2 * queues)]
+    return SocketPort("left", fds[::2]), SocketPort("right", fds[1::2])
+
+
+class PythonPort(SocketPort):
+    """Frames go to a Python function, and come from ``send``.
+
+    :param receive: called with (frame without its header, queue pair) from the port's own thread; an exception ends that thread
+        and comes out of ``close``.
+    :ivar dropped: frames given to ``send`` for which there was no room.
+    """
+
+    def __init__(self, receive: Callable[[bytes, int], None], queues: int = 1, name: str = "python") -> None:
+        sockets = _make(_socket.SOCK_SEQPACKET, 2 * queues)
+        super().__init__(name, [Fd(s.detach()) for s in sockets[::2]])
+        self._far = sockets[1::2]
+        self._receive = receive
+        self._stop = EventFd()
+        self._error: BaseException | None = None
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._run, name=f"{name}-port", daemon=True)
+        self._thread.start()
+
+    def send(self, frame: bytes, pair: int = 0) -> bool:
+        """Hand a frame to the guest; False where the socket is full and the frame is dropped. Any thread."""
+        try:
+            self._far[pair].send(HEADER + frame)
+        except OSError:
+            self.dropped += 1
+            return False
+        return True
+
+    def _run(self) -> None:
+        try:
+            poll = select.poll()
+            poll.register(self._stop.fileno(), select.POLLIN)
+            pairs = {s.fileno(): pair for pair, s in enumerate(self._far)}
+            for fd in pairs:
+                poll.register(fd, select.POLLIN)
+            while True:
+                for fd, _events in poll.poll():
+                    if fd not in pairs:
+                        return
+                    for _ in range(64):  # then the others have their turn
+                        try:
+                            data = os.read(fd, FRAME_MAX)
+                        except BlockingIOError:
+                            break
+                        if not data:
+                            return
+                        self._receive(data[len(HEADER) :], pairs[fd])
+        except BaseException as e:
+            self._error = e
+
+    def close(self) -> None:
+        """End the thread and close the sockets; a second call does nothing. :raises BaseException: what ``receive`` raised."""
+        if self._stop.closed:
+            return
+        self._stop.signal()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        self._stop.close()
+        super().close()
+        for s in self._far:
+            s.close()
+        if self._error is not None:
+            raise self._error
+
+
+class PcapWriter:
+    """Writes frames to a file in pcap format (Ethernet, microseconds). Not thread-safe: one port's thread.
+
+    :ivar lost: frames that could not be written (disk full); the file ends at the last whole one.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        import struct
+
+        self._file = file
+        self.lost = 0
+        file.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, FRAME_MAX, 1))
+        file.flush()
+
+    def write(self, frame: bytes, pair: int = 0) -> None:
+        """Add one frame, with the time of now."""
+        import struct
+        import time
+
+        if self.lost:  # a gap would be no harm, half a record would
+            self.lost += 1
+            return
+        now = time.time_ns() // 1000
+        record = struct.pack("<IIII", now // 1000000, now % 1000000, len(frame), len(frame)) + frame
+        try:
+            self._file.write(record)
+            self._file.flush()
+        except OSError:
+            self.lost += 1
