@@ -91,6 +91,7 @@ class Outcome:
     :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout``, ``stopped`` or ``debug-exit``.
     :ivar status: exit status of the guest's command, or of a test kernel at the debug-exit port, 0..255; None if there was none.
     :ivar detail: one line of more; may be empty. :ivar registers: of the vCPU, where that helps.
+    :ivar rips: where each vCPU was at a time-out, else empty.
     """
 
     ERRORS: dict[str, tuple[type[PyvmmError], str]] = {
@@ -105,6 +106,7 @@ class Outcome:
         self.kind = kind
         self.detail = detail
         self.registers = registers
+        self.rips: list[int] = []
         self.status: int | None = None
 
     def error(self) -> PyvmmError | None:
@@ -503,6 +505,7 @@ class Machine:
             request = Outcome("stopped", str(e))
         if request.kind == "timeout":
             request.registers = self.vcpus[0].registers()
+            request.rips = [v.registers()["rip"] for v in self.vcpus]
         self.phases["end"] = time.monotonic_ns()
         for nic in self.nets:
             nic.device.datapath.stop()

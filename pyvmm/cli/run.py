@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose the host, then run the guest there."""
+    from pyvmm.cli.signals import orderly
     from pyvmm.cli.where import elsewhere
     from pyvmm.errors import UsageError
 
@@ -77,33 +78,7 @@ def run(args: argparse.Namespace) -> int:
     at = args.argv.index("run") + 1
     vhost = any(net.partition(",")[0] == "vhost-net" for net in args.net or ())
     status = elsewhere(args.host, args.kernel, ["run", "--host", "local", *args.argv[at:]], vhost=vhost)
-    return _run_here(args) if status is None else status
-
-
-class Terminated(BaseException):
-    """SIGINT, SIGTERM or SIGHUP; carries the signal's number."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-def _run_here(args: argparse.Namespace) -> int:
-    import signal
-
-    def on_signal(number: int, frame: object) -> None:
-        for other in signals:  # once: a second one must not break off the cleaning up
-            signal.signal(other, signal.SIG_IGN)
-        raise Terminated(number)
-
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, on_signal) for number in signals}
-    try:
-        return _boot(args)
-    except Terminated as e:
-        return 128 + e.number
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return orderly(lambda: _boot(args)) if status is None else status
 
 
 def _boot(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ LAYERS = (
     {"bus", "pci"},
     {"boot", "datapath", "devices", "virtio"},
     {"control", "exits", "host", "images", "net", "testing"},
-    {"machine"},
+    {"machine", "suite"},
     {"", "cli", "__main__"},  # "" is pyvmm/__init__.py, the public API
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

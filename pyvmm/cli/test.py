@@ -1,0 +1,382 @@
+"""Boot test kernels and say how each went.
+
+A test kernel is a multiboot, PVH or 64-bit ELF or a flat binary that tests something and ends by debug-exit (port 0xf4) or by
+powering off; docs/test-kernels.md says what it finds. Each gets its time-out, so that nothing hangs.
+
+Examples:
+  pyvmm test build/*.elf
+  pyvmm test --append 'verbose' --cpus 2 --timeout 10 kernel.elf
+  pyvmm test --config x86/unittests.cfg --jobs 2 --junit results.xml
+  pyvmm test --config x86/unittests.cfg --group vmexit smptest
+  pyvmm test --load-address 0x7c00 --load-mode real16 boot.bin
+
+With --config, KERNEL is the name of a test in the file, and options that the file does not speak of hold for all.
+
+Exit status: 0 all passed or were skipped, 1 some did not, 2 bad usage or no test selected, 102..104 no usable KVM, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import TextIO
+
+    from pyvmm.suite import Case, Result
+
+LAST_LINES = 20
+WORDS = {"passed": "PASS", "skipped": "SKIP"}
+COLOURS = {"PASS": "32", "SKIP": "33", "FAIL": "31"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    add("kernels", metavar="KERNEL", nargs="*", help="kernels, or with --config names of tests")
+    add("--append", metavar="S", default="", help="command line")
+    add("--initrd", metavar="I", help="multiboot modules, FILE [ARGS][,FILE ...], or an initial RAM disk")
+    add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 64 (1)")
+    add("--memory", metavar="SIZE", default="128M", help="guest memory, as 256M or 4G (128M)")
+    add("--timeout", metavar="S", type=float, default=90.0, help="seconds for each (90)")
+    add("--jobs", "-j", metavar="N", type=int, default=1, help="kernels at a time (1)")
+    add("--config", metavar="FILE", help="tests in the format of kvm-unit-tests' unittests.cfg")
+    add(
+        "--group",
+        "-g",
+        metavar="G",
+        action="append",
+        default=[],
+        help="with --config: only tests of this group",
+    )
+    add("--all", action="store_true", help="with --config: also tests of the group nodefault")
+    add("--load-address", metavar="A", help="kernels are flat binaries for this address, e.g. 0x100000")
+    add(
+        "--load-mode",
+        choices=("protected32", "long64", "real16"),
+        default="protected32",
+        help="how they start",
+    )
+    add("--tap", action="store_true", help="TAP on stdout")
+    add("--junit", metavar="FILE", help="write JUnit XML")
+    add("--json", metavar="FILE", help="write everything as JSON ('-': stdout)")
+    add("--verbose", "-v", action="store_true", help="show what each kernel said, not only where it failed")
+    add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Choose the host, then run the tests there."""
+    from pyvmm.cli.signals import orderly
+    from pyvmm.cli.where import elsewhere
+    from pyvmm.errors import UsageError
+
+    if not 0 < args.timeout <= 1e7:
+        raise UsageError(f"--timeout {args.timeout:g}", "use a positive number of seconds")
+    if not 1 <= args.jobs <= 256:
+        raise UsageError(f"--jobs {args.jobs}", "use 1 to 256")
+    if args.json == "-" and args.tap:
+        raise UsageError("--json - and --tap both write to stdout", "give --json a file")
+    if not args.kernels and not args.config:
+        raise UsageError("no kernel", "name one, or a --config file")
+    cases = _cases(args)
+    at = args.argv.index("test") + 1
+    linux = _linux(cases) if args.host == "auto" else None
+    host = "local" if args.host == "auto" and linux is None else args.host
+    status = elsewhere(host, linux, ["test", "--host", "local", *args.argv[at:]])
+    return orderly(lambda: _run(args, cases)) if status is None else status
+
+
+def _linux(cases: list[Case]) -> str | None:
+    """The first kernel that is Linux, which not every host can run; None where there is none."""
+    from pyvmm.boot import is_linux
+    from pyvmm.errors import ImageError
+
+    for case in cases:
+        try:
+            if not case.skip and case.load_address is None and is_linux(case.kernel):
+                return case.kernel
+        except ImageError:
+            pass  # it is told with its verdict
+    return None
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    from pyvmm.errors import UsageError
+    from pyvmm.suite import Case
+
+    address: int | None = None
+    if args.load_address is not None:
+        try:
+            address = int(args.load_address, 0)
+        except ValueError:
+            raise UsageError(f"--load-address {args.load_address!r}", "write 0x100000") from None
+        if not 0 <= address < 1 << 64:
+            raise UsageError(f"--load-address {args.load_address}", "use an address of 64 bits")
+    if args.config is not None:
+        return _configured(args)
+    if args.group or args.all:
+        raise UsageError("--group and --all are about a --config file", "name one")
+    return [
+        Case(
+            _name(kernel, args.kernels),
+            kernel,
+            append=args.append,
+            initrd=args.initrd,
+            cpus=args.cpus,
+            memory=args.memory,
+            timeout=args.timeout,
+            load_address=address,
+            load_mode=args.load_mode,
+        )
+        for kernel in args.kernels
+    ]
+
+
+def _name(kernel: str, kernels: list[str]) -> str:
+    """The file's name without its suffix, or the path where that would name two."""
+
+    def stem(path: str) -> str:
+        return path.rpartition("/")[2].rpartition(".")[0] or path.rpartition("/")[2]
+
+    return stem(kernel) if sum(stem(k) == stem(kernel) for k in kernels) == 1 else kernel
+
+
+def _configured(args: argparse.Namespace) -> list[Case]:
+    from pyvmm.errors import UsageError
+    from pyvmm.suite import Case
+    from pyvmm.testing import unittests
+
+    tests = unittests.read(args.config, len(os.sched_getaffinity(0)))
+    known = {t.name for t in tests}
+    for name in args.kernels:
+        if name not in known:
+            raise UsageError(f"no test {name!r} in {args.config}", "see its [sections]")
+    cases = []
+    for t in tests:
+        if args.kernels and t.name not in args.kernels:
+            continue
+        if args.group and not set(args.group) & set(t.groups):
+            continue
+        skip = t.skip
+        if not skip and t.manual and not (args.all or args.kernels or args.group):
+            skip = "not run unless asked for (group nodefault)"
+        cases.append(
+            Case(
+                t.name,
+                t.kernel,
+                append=f"{t.append} {args.append}".strip(),
+                initrd=t.initrd or args.initrd,
+                cpus=t.cpus,
+                memory=t.memory or args.memory,
+                timeout=t.timeout or args.timeout,
+                skip=skip,
+                notes=t.notes,
+            )
+        )
+    if not cases:
+        raise UsageError(f"no test in {args.config} is selected", "see its groups")
+    return cases
+
+
+def _run(args: argparse.Namespace, cases: list[Case]) -> int:
+    from pyvmm.cli.signals import Terminated
+    from pyvmm.suite import Result, Suite
+    from pyvmm.testing.verdict import Verdict
+
+    files = {
+        path: _open(option, path) for option, path in (("--junit", args.junit), ("--json", args.json)) if path
+    }
+    show = _Tap(len(cases), args) if args.tap else _Plain(len(cases), args)
+    begin = time.monotonic()
+    results: list[Result] = []
+    ended = 0
+    suite = Suite(cases, args.jobs)
+    try:
+        for result in suite.run():
+            results.append(result)
+            show.result(result)
+    except Terminated as e:
+        suite.stop()
+        ended = 128 + e.number
+        done = {id(r.case) for r in results}
+        for case in cases:
+            if id(case) not in done:
+                results.append(Result(case, Verdict("interrupted", "not run to its end")))
+    seconds = time.monotonic() - begin
+    show.end(results, seconds)
+    if args.junit:
+        _write("--junit", files[args.junit], _junit(results, seconds))
+    if args.json:
+        _write("--json", files[args.json], _json(results, seconds))
+    return ended or int(not all(r.verdict.good for r in results))
+
+
+def _open(option: str, path: str) -> TextIO:
+    """Open before anything runs: a bad path must not cost a whole run."""
+    from pyvmm.errors import UsageError
+
+    if path == "-":
+        return sys.stdout
+    try:
+        return open(path, "w")
+    except OSError as e:
+        raise UsageError(f"{option} {path}: {e.strerror}", "name a file that can be written") from e
+
+
+def _write(option: str, file: TextIO, text: str) -> None:
+    try:
+        file.write(text)
+        file.close() if file is not sys.stdout else file.flush()
+    except OSError as e:
+        print(f"pyvmm: {option}: {e.strerror}", file=sys.stderr)
+
+
+def _summary(results: list[Result]) -> dict[str, int]:
+    kinds = [r.verdict.kind for r in results]
+    passed, skipped = kinds.count("passed"), kinds.count("skipped")
+    return {
+        "total": len(kinds),
+        "passed": passed,
+        "failed": len(kinds) - passed - skipped,
+        "skipped": skipped,
+    }
+
+
+def _json(results: list[Result], seconds: float) -> str:
+    import json
+
+    from pyvmm import __version__
+
+    data = {
+        "schema": "pyvmm-test/1",
+        "pyvmm": __version__,
+        "seconds": round(seconds, 3),
+        "summary": _summary(results),
+        "tests": [r.as_dict() for r in results],
+    }
+    return json.dumps(data, indent=2) + "\n"
+
+
+def _junit(results: list[Result], seconds: float) -> str:
+    from pyvmm.testing.junit import TestCase, document
+
+    cases = []
+    for r in results:
+        kind = r.verdict.kind
+        outcome = kind if kind in ("passed", "skipped", "failed") else "error"
+        if kind == "interrupted":
+            outcome = "skipped"
+        properties = {"kernel": r.case.kernel, "cpus": str(r.case.cpus), "memory": r.case.memory}
+        properties |= {"append": r.case.append} if r.case.append else {}
+        properties |= {f"note {i}": note for i, note in enumerate(r.case.notes, 1)}
+        cases.append(
+            TestCase(
+                "pyvmm",
+                r.case.name,
+                r.seconds,
+                outcome,
+                kind=kind,
+                message=r.verdict.message,
+                text="\n".join([r.verdict.message, *r.verdict.details]),
+                output=r.console,
+                properties=properties,
+            )
+        )
+        for p in r.points:
+            cases.append(TestCase(r.case.name, p.name, 0.0, p.result, kind="failed", message=p.message))
+    return document("pyvmm test", cases, seconds)
+
+
+def _points(result: Result) -> str:
+    """``3 of 4 points passed`` where the kernel told them."""
+    if not result.points:
+        return ""
+    failed = [p for p in result.points if p.result == "failed"]
+    text = f"{len(result.points)} points, {len(failed)} failed"
+    return text + (f": {failed[0].name}" if failed else "")
+
+
+class _Plain:
+    """For people: a line a test, with the end of its console where it failed."""
+
+    def __init__(self, total: int, args: argparse.Namespace) -> None:
+        self.total, self.done, self.verbose = total, 0, args.verbose
+        self.to = sys.stderr if args.json == "-" else sys.stdout
+        self.colour = self.to.isatty() and not os.environ.get("NO_COLOR")
+
+    def result(self, r: Result) -> None:
+        """One test has ended."""
+        from pyvmm.testing.verdict import last_lines
+
+        self.done += 1
+        word = WORDS.get(r.verdict.kind, "FAIL")
+        shown = f"\x1b[{COLOURS[word]}m{word}\x1b[0m" if self.colour else word
+        parts = [p for p in (r.verdict.message, _points(r)) if p]
+        line = f"{shown} {r.case.name}" + (f": {'; '.join(parts)}" if parts else "")
+        took = "" if r.verdict.kind == "skipped" and not r.console else f" ({r.seconds:.1f} s)"
+        lines = [f"[{self.done}/{self.total}] {line}{took}"]
+        if self.verbose:
+            lines += [f"    note: {note}" for note in r.case.notes]
+        if self.verbose or not r.verdict.good:
+            lines += [f"    {text}" for text in r.verdict.details]
+            lines += [
+                f"    | {text}" for text in last_lines(r.console, 10000 if self.verbose else LAST_LINES)
+            ]
+        print("\n".join(lines), file=self.to, flush=True)
+
+    def end(self, results: list[Result], seconds: float) -> None:
+        """All have."""
+        s = _summary(results)
+        print(
+            f"{s['total']} test{'s' * (s['total'] != 1)} in {seconds:.1f} s: "
+            f"{s['passed']} passed, {s['failed']} failed, {s['skipped']} skipped",
+            file=self.to,
+            flush=True,
+        )
+
+
+class _Tap:
+    """TAP 13, numbered in the order of the ends."""
+
+    def __init__(self, total: int, args: argparse.Namespace) -> None:
+        self.done, self.verbose = 0, args.verbose
+        print(f"TAP version 13\n1..{total}", flush=True)
+
+    def result(self, r: Result) -> None:
+        """One test has ended."""
+        import json
+
+        from pyvmm.testing.verdict import last_lines
+
+        self.done += 1
+        # In TAP a # begins a directive.
+        name = r.case.name.replace("#", "\\#")
+        line = f"{'' if r.verdict.good else 'not '}ok {self.done} - {name}"
+        if r.verdict.kind == "skipped":
+            line += f" # SKIP {r.verdict.message}"
+        lines = [line]
+        if not r.verdict.good or self.verbose:
+            texts = {
+                "verdict": r.verdict.kind,
+                "message": r.verdict.message,
+                "status": r.verdict.status,
+                "seconds": round(r.seconds, 3),
+                "points": _points(r),
+                "details": r.verdict.details,
+                "notes": r.case.notes,
+                "console": last_lines(r.console, 10000 if self.verbose else LAST_LINES),
+            }
+            # What JSON writes is YAML, too.
+            lines += ["  ---", *(f"  {k}: {json.dumps(v)}" for k, v in texts.items()), "  ..."]
+        print("\n".join(lines), flush=True)
+
+    def end(self, results: list[Result], seconds: float) -> None:
+        """All have; those that were interrupted are what the plan misses."""
+        s = _summary(results)
+        print(
+            f"# {s['passed']} passed, {s['failed']} failed, {s['skipped']} skipped in {seconds:.1f} s",
+            flush=True,
+        )

@@ -1,0 +1,227 @@
+"""Boot test kernels, several at a time, each to a verdict.
+
+Theory of operation: worker threads take cases from a queue, boot each as a ``Machine`` with test devices, and hand its ``Result`` to
+the caller's thread, which reports. Each run is bounded by its time-out; ``stop`` ends those that run and starts no more.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+from pyvmm.errors import ImageError, KvmForbidden, KvmMissing, KvmUnsuitable, PyvmmError, UsageError
+from pyvmm.machine import Machine, Outcome
+from pyvmm.testing import points
+from pyvmm.testing.verdict import Verdict, judge_test, register_lines
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Any
+
+TIMEOUT = 90.0  # seconds, as kvm-unit-tests has it
+MEMORY = "128M"
+RESET_RIP = 0xFFF0  # of a processor that waits for its start-up interrupt
+
+
+class Case:
+    """A kernel to boot.
+
+    :param timeout: seconds. :param skip: why it is not run; empty where it is. :param notes: for the report.
+    Other parameters: as of ``Machine``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kernel: str,
+        *,
+        append: str = "",
+        initrd: str | None = None,
+        cpus: int = 1,
+        memory: str = MEMORY,
+        timeout: float = TIMEOUT,
+        load_address: int | None = None,
+        load_mode: str = "protected32",
+        skip: str = "",
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.name, self.kernel, self.append, self.initrd = name, kernel, append, initrd
+        self.cpus, self.memory, self.timeout = cpus, memory, timeout
+        self.load_address, self.load_mode = load_address, load_mode
+        self.skip, self.notes = skip, list(notes)
+
+
+class Result:
+    """What became of a case.
+
+    :ivar seconds: from the machine's making to its end. :ivar console: the last of what the kernel said, all streams.
+    :ivar report: ``Machine.report()``, None where there was no machine. :ivar points: the single results in the console.
+    """
+
+    def __init__(self, case: Case, verdict: Verdict) -> None:
+        self.case, self.verdict = case, verdict
+        self.seconds = 0.0
+        self.console = b""
+        self.report: dict[str, object] | None = None
+        self.points: list[points.Point] = []
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON (docs/test-kernels.md)."""
+        case, verdict = self.case, self.verdict
+        return {
+            "name": case.name,
+            "kernel": case.kernel,
+            "append": case.append,
+            "cpus": case.cpus,
+            "memory": case.memory,
+            "verdict": verdict.kind,
+            "status": verdict.status,
+            "message": verdict.message,
+            "details": verdict.details,
+            "seconds": round(self.seconds, 3),
+            "notes": case.notes,
+            "points": [{"name": p.name, "result": p.result, "message": p.message} for p in self.points],
+            "report": self.report,
+        }
+
+
+class Suite:
+    """Cases, and the machines that run of them.
+
+    :param jobs: machines at a time.
+    """
+
+    def __init__(self, cases: Sequence[Case], jobs: int = 1) -> None:
+        self._todo: queue.SimpleQueue[Case] = queue.SimpleQueue()
+        for case in cases:
+            self._todo.put(case)
+        self._count = len(cases)
+        self._results: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._live: set[Machine] = set()
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"suite{i}", daemon=True)
+            for i in range(min(jobs, self._count))
+        ]
+
+    def run(self) -> Iterator[Result]:
+        """Run; gives each result as soon as it is there, in the order of the ends.
+
+        :raises PyvmmError: no machine can be had on this host at all; the others have been stopped.
+        """
+        for thread in self._threads:
+            thread.start()
+        try:
+            for _ in range(self._count):
+                result = self._results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End what runs and start no more; returns when no machine is left. From any thread but a worker."""
+        with self._lock:
+            self._stopped = True
+            live = list(self._live)
+        for machine in live:
+            machine.stop(Outcome("stopped"))
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def _work(self) -> None:
+        while not self._stopped:
+            try:
+                case = self._todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self._results.put(self._boot(case))
+            except BaseException as e:
+                self._results.put(e)
+                return
+
+    def _boot(self, case: Case) -> Result:
+        if case.skip:
+            return Result(case, Verdict("skipped", case.skip))
+        begin = time.monotonic()
+        try:
+            with Machine(
+                case.kernel,
+                initrd=case.initrd,
+                append=case.append,
+                cpus=case.cpus,
+                memory=case.memory,
+                load_address=case.load_address,
+                load_mode=case.load_mode,
+                test_devices=True,
+            ) as vm:
+                result = self._attend(case, vm)
+        except (KvmMissing, KvmForbidden, KvmUnsuitable):
+            raise
+        except (ImageError, UsageError) as e:  # this kernel's, not the host's
+            result = Result(case, Verdict("error", str(e)))
+        result.seconds = time.monotonic() - begin
+        return result
+
+    def _attend(self, case: Case, vm: Machine) -> Result:
+        said = bytearray()
+        lock = threading.Lock()
+
+        def sink(data: bytes) -> None:
+            with lock:
+                said.extend(data)
+                del said[: max(len(said) - (1 << 20), 0)]
+
+        for stream in (vm.console, vm.stdout, vm.stderr):
+            stream.add_sink(sink)
+        with self._lock:
+            if self._stopped:
+                return Result(case, Verdict("interrupted", "stopped before it began"))
+            self._live.add(vm)
+        try:
+            vm.start()
+            outcome = vm.wait(case.timeout)
+        finally:
+            with self._lock:
+                self._live.discard(vm)
+        verdict = judge_test(outcome)
+        if verdict.kind == "timeout":
+            silent = "" if said else ", without a word"
+            verdict.message = f"the kernel did not end in {case.timeout:g} s{silent}"
+        if not verdict.good:
+            verdict.details += state_lines(outcome, case.kernel)
+        result = Result(case, verdict)
+        with lock:
+            result.console = bytes(said)
+        result.points = points.parse(result.console)
+        result.report = vm.report()
+        return result
+
+
+def state_lines(outcome: Any, symbols: str | None) -> list[str]:
+    """Where the vCPUs were: the registers that the outcome has, each RIP with its symbol.
+
+    :param symbols: path of an ELF with symbols; a file that is none is no error.
+    """
+    lines = []
+    if outcome.registers:
+        lines += register_lines(outcome.registers)
+    rips = outcome.rips or ([outcome.registers["rip"]] if outcome.registers else [])
+    if rips:
+        from pyvmm.testing.symbols import Symbols
+
+        table = Symbols(symbols) if symbols else None
+        for index, rip in enumerate(rips):
+            where = table.name(rip) if table else ""
+            where = "not started" if rip == RESET_RIP else where
+            lines.append(f"vCPU {index} at {rip:#x}" + (f", {where}" if where else ""))
+    return lines
+
+
+__all__ = ["MEMORY", "TIMEOUT", "Case", "PyvmmError", "Result", "Suite", "state_lines"]

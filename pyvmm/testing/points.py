@@ -1,0 +1,102 @@
+"""Single results inside a console: KTAP as KUnit and kselftest write it, and the ``PASS: name`` lines of test kernels."""
+
+from __future__ import annotations
+
+import re
+
+from pyvmm.testing.verdict import clean
+
+POINTS_MAX = 20000  # of one console
+#: Linux' time stamp, with the caller that CONFIG_PRINTK_CALLER adds.
+STAMP = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d{6}\](?:\[ *[TC]\d+\])? ?")
+VERSION = re.compile(r"^[# ]*(?:K?TAP version \d+)\s*$")
+PLAN = re.compile(r"^([# ]*)1\.\.(\d{1,9})\b")
+RESULT = re.compile(r"^([# ]*)(not )?ok (\d{1,9})\b(?: - | )?([^#]*)(?:# *(.*))?$")
+LINE = re.compile(r"^(PASS|FAIL|SKIP|XFAIL|XPASS|KFAIL): (.*)$")
+LINES = {
+    "PASS": "passed",
+    "FAIL": "failed",
+    "SKIP": "skipped",
+    "XFAIL": "passed",
+    "KFAIL": "passed",
+    "XPASS": "failed",
+}
+
+
+class Point:
+    """One result. :ivar result: ``passed``, ``failed`` or ``skipped``. :ivar message: what was said with it."""
+
+    __slots__ = ("message", "name", "result")
+
+    def __init__(self, name: str, result: str, message: str = "") -> None:
+        self.name, self.result, self.message = name, result, message
+
+    def __repr__(self) -> str:
+        return f"Point({self.name!r}, {self.result!r}, {self.message!r})"
+
+
+class _Level:
+    """The results at one depth of nesting since the line above them in the tree began."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self.plan: int | None = None
+        self.seen = 0
+
+    def finished(self) -> list[Point]:
+        """Its results; those that the plan promised and that never came are one failure."""
+        if self.plan is not None and self.seen < self.plan:
+            text = f"{self.seen} of {self.plan} results came"
+            self.points.append(Point("(plan)", "failed", text))
+        return self.points
+
+
+def parse(console: bytes | bytearray) -> list[Point]:
+    """Every result in the console, in order; nested ones are named ``outer/inner``, and their sum is left out.
+
+    KTAP counts from its version line on, so that a program's chance "ok 1" is no result.
+    """
+    levels: dict[int, _Level] = {}
+    lines: list[Point] = []
+    tap = False
+    for raw in bytes(console).decode(errors="replace").splitlines():
+        text = STAMP.sub("", clean(raw))
+        if VERSION.match(text):
+            tap = True
+        elif match := LINE.match(text):
+            lines.append(Point(match[2].strip(), LINES[match[1]]))
+        elif tap and (match := PLAN.match(text)):
+            _level(levels, len(match[1])).plan = int(match[2])
+        elif tap and (match := RESULT.match(text)):
+            _result(levels, match)
+        if len(lines) > POINTS_MAX or sum(len(v.points) for v in levels.values()) > POINTS_MAX:
+            break
+    out: list[Point] = []
+    for depth in sorted(levels, reverse=True):  # what is deeper came first, and its sum never came
+        out += levels[depth].finished()
+    return out + lines
+
+
+def _level(levels: dict[int, _Level], depth: int) -> _Level:
+    return levels.setdefault(depth, _Level())
+
+
+def _result(levels: dict[int, _Level], match: re.Match[str]) -> None:
+    depth = len(match[1])
+    name = match[4].strip() or f"test {match[3]}"
+    directive = (match[5] or "").strip()
+    word = directive.partition(" ")[0].upper()
+    result = "failed" if match[2] else "passed"
+    if word == "SKIP" or (word in ("TODO", "XFAIL") and match[2]):
+        result = "skipped"
+    inner: list[Point] = []
+    for deeper in sorted((d for d in levels if d > depth), reverse=True):
+        inner += levels.pop(deeper).finished()
+    level = _level(levels, depth)
+    level.seen += 1
+    for point in inner:
+        point.name = f"{name}/{point.name}"
+    # The sum says something of its own only where it is worse than its parts.
+    if not inner or (result == "failed" and not any(p.result == "failed" for p in inner)):
+        inner.append(Point(name, result, directive))
+    level.points += inner

@@ -1,0 +1,221 @@
+"""The format of kvm-unit-tests' unittests.cfg: what to boot and how, in QEMU's words, mapped to a machine of ours.
+
+A test that asks for something that cannot be had here (a device, a CPU model without some feature, a check that does not hold)
+is skipped with the reason; what makes no difference to its meaning is left out with a note.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from pathlib import Path
+
+from pyvmm.errors import UsageError
+
+ARCH = "x86_64"
+KEYS = {
+    "file", "smp", "extra_params", "qemu_params", "test_args", "groups", "arch", "check", "accel", "timeout",
+}  # fmt: skip
+#: Options of QEMU without a value, and with one, that a machine of ours meets anyway.
+MET = {"-enable-kvm", "-no-reboot", "-nodefaults", "-nographic", "-no-user-config"}
+MET_VALUE = {"-display", "-vnc", "-serial", "-monitor", "-overcommit", "-global", "-name"}
+MET_DEVICES = {"pc-testdev", "testdev", "isa-debug-exit", "isa-debugcon", "pvpanic"}
+MET_MACHINE = {"accel=kvm", "pc", "kernel_irqchip=on", "kernel-irqchip=on", "acpi=on", "vmport=off"}
+
+
+class Test:
+    """One section of the file, as a machine of ours can run it.
+
+    :ivar kernel: path. :ivar append: command line. :ivar memory: as ``--memory`` takes it, or None.
+    :ivar timeout: seconds, or None for the default. :ivar skip: why it is not run; empty where it is.
+    :ivar manual: only run when asked for (group ``nodefault``). :ivar notes: what was left out.
+    """
+
+    __test__ = False  # not a pytest class
+
+    def __init__(self, name: str, kernel: str) -> None:
+        self.name, self.kernel = name, kernel
+        self.append = ""
+        self.initrd: str | None = None
+        self.cpus = 1
+        self.memory: str | None = None
+        self.timeout: float | None = None
+        self.groups: list[str] = []
+        self.skip = ""
+        self.notes: list[str] = []
+
+    @property
+    def manual(self) -> bool:
+        """Not run unless it, its group or everything is asked for."""
+        return "nodefault" in self.groups
+
+
+class _NotHere(Exception):
+    """The test asks for what a machine of ours has not."""
+
+
+def sections(text: str, path: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The file's sections: name, and its keys with their values in order.
+
+    :raises UsageError: naming file and line.
+    """
+    out: list[tuple[str, list[tuple[str, str]]]] = []
+    lines = iter(enumerate(text.splitlines(), 1))
+    for number, line in lines:
+        stripped = line.strip()
+        if not stripped or stripped.startswith("#"):
+            continue
+        if stripped.startswith("[") and stripped.endswith("]") and stripped[1:-1].strip():
+            out.append((stripped[1:-1].strip(), []))
+            continue
+        key, equals, value = stripped.partition("=")
+        key, value = key.strip(), value.strip()
+        if not equals or not key or not out:
+            raise UsageError(f"{path}, line {number}: {stripped!r}", "write [name] or key = value")
+        if value.startswith('"""'):
+            value = value[3:]
+            while '"""' not in value:
+                try:
+                    value += "\n" + next(lines)[1]
+                except StopIteration:
+                    raise UsageError(
+                        f"{path}, line {number}: the quotes are not closed", 'end it with """'
+                    ) from None
+            value = value.partition('"""')[0]
+        out[-1][1].append((key, value.strip()))
+    return out
+
+
+def read(path: str, max_cpus: int) -> list[Test]:
+    """The tests of a file, whose kernels lie beside it.
+
+    :param max_cpus: what $MAX_SMP means. :raises UsageError: the file is missing or malformed.
+    """
+    try:
+        text = Path(path).read_text(errors="surrogateescape")
+    except OSError as e:
+        raise UsageError(f"--config {path}: {e.strerror}", "name a unittests.cfg") from e
+    tests = []
+    for name, items in sections(text, path):
+        files = [v for k, v in items if k == "file"]
+        if not files:
+            raise UsageError(f"{path}: test {name!r} names no file", "write file = NAME")
+        test = Test(name, str(Path(path).parent / files[-1]))
+        for key, _ in items:
+            if key not in KEYS:
+                test.notes.append(f"key {key!r} is not known and was left out")
+        try:
+            _apply(test, items, max_cpus)
+        except _NotHere as e:
+            test.skip = str(e)
+        tests.append(test)
+    return tests
+
+
+def _apply(test: Test, items: list[tuple[str, str]], max_cpus: int) -> None:
+    last = dict(items)
+    test.groups = last.get("groups", "").split()
+    if last.get("timeout"):
+        test.timeout = seconds(last["timeout"], test.name)
+    if last.get("arch", ARCH) not in (ARCH, ""):
+        raise _NotHere(f"{last['arch']} only")
+    if last.get("accel", "kvm") not in ("kvm", ""):
+        raise _NotHere(f"accelerator {last['accel']} only")
+    for condition in " ".join(v for k, v in items if k == "check").split():
+        _check(condition)
+    test.cpus = _number("smp", last.get("smp") or "1", max_cpus)
+    for key in ("extra_params", "qemu_params"):
+        _parameters(test, last.get(key, ""), max_cpus)
+    if last.get("test_args"):
+        test.append = " ".join([*test.append.split(), *_words(last["test_args"])])
+    if test.cpus > max_cpus:
+        test.notes.append(f"{test.cpus} CPUs on a host of {max_cpus}")
+
+
+def _check(condition: str) -> None:
+    path, equals, value = condition.partition("=")
+    try:
+        found = Path(path).read_text().strip() if equals else None
+    except OSError as e:
+        raise _NotHere(f"{path} cannot be read: {e.strerror}") from e
+    if found != value:
+        raise _NotHere(f"{path} is {found!r}, not {value!r}")
+
+
+def _number(what: str, text: str, max_cpus: int) -> int:
+    if text in ("$MAX_SMP", "${MAX_SMP}"):
+        return max_cpus
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text) < 1000:
+        raise _NotHere(f"{what} {text!r} is no number")
+    return int(text)
+
+
+def _words(text: str) -> list[str]:
+    # The one substitution of a shell that the project's own file has; others would mean to run what the file says.
+    text = re.sub(r"`date \+%s`|\$\(date \+%s\)", str(int(time.time())), text)
+    if "`" in text or "$(" in text:
+        raise _NotHere(f"{text!r} needs a shell")
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise _NotHere(f"{text!r}: {e}") from e
+
+
+def _parameters(test: Test, text: str, max_cpus: int) -> None:
+    """QEMU's options. Each goes into the machine, is met anyway, or is a reason to skip."""
+    words = iter(_words(text))
+    for word in words:
+        option = "-" + word.lstrip("-") if word.startswith("-") else word
+        if option in MET:
+            continue
+        value = next(words, None)
+        if value is None:
+            raise _NotHere(f"needs QEMU's {word}")
+        if option == "-append":
+            test.append = f"{test.append} {value}".strip()
+        elif option == "-initrd":
+            test.initrd = value
+        elif option == "-m":
+            size = value.partition(",")[0].removeprefix("size=").upper()
+            test.memory = size if size[-1:] in "KMG" else f"{size}M"
+        elif option == "-smp":
+            test.cpus = _number("-smp", value.partition(",")[0].removeprefix("cpus="), max_cpus)
+        elif option == "-cpu":
+            _cpu(test, value)
+        elif option in ("-machine", "-M"):
+            wrong = [p for p in value.split(",") if p.removeprefix("type=") not in MET_MACHINE]
+            if wrong:
+                raise _NotHere(f"needs a machine with {','.join(wrong)}")
+        elif option == "-device":
+            if value.partition(",")[0] not in MET_DEVICES:
+                raise _NotHere(f"needs the device {value.partition(',')[0]}")
+        elif option in MET_VALUE:
+            test.notes.append(f"{word} {value} was left out")
+        else:
+            raise _NotHere(f"needs QEMU's {word} {value}")
+
+
+def _cpu(test: Test, value: str) -> None:
+    """The CPU is always the host's: more features than asked for are no matter, fewer or other ones are."""
+    _, *features = value.split(",")
+    for feature in features:
+        if feature.startswith("-") or feature.endswith("=off"):
+            raise _NotHere(f"needs a CPU without {feature.strip('-').removesuffix('=off')}")
+        if "=" in feature and not feature.endswith(("=on", "migratable=no")):
+            raise _NotHere(f"needs a CPU with {feature}")
+        if feature.startswith("hv"):
+            raise _NotHere(f"needs Hyper-V's {feature}")
+    test.notes.append(f"-cpu {value}: the CPU is the host's")
+
+
+def seconds(text: str, name: str) -> float | None:
+    """A time-out as timeout(1) takes it: 90, 90s, 3m, 1h; None for 0, which is the default here: nothing runs for ever.
+
+    :raises UsageError: it is none.
+    """
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([smhd]?)", text)
+    if match is None:
+        raise UsageError(f"test {name!r}: timeout {text!r}", "write seconds, or 3m")
+    unit = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return float(match[1]) * unit or None

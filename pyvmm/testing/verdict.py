@@ -1,0 +1,97 @@
+"""Verdicts: what a run means, in one word, one exit status and one line.
+
+A verdict is made from how the machine ended and, for Linux, from what the console says (``testing.console``).
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+#: verdict -> exit status; None: the test's own. docs/exit-codes.md has the table, a test holds the two together.
+CODES: dict[str, int | None] = {
+    "passed": 0,
+    "skipped": 77,
+    "failed": None,
+    "error": 105,
+    "ended": 119,
+    "panic": 120,
+    "reboot": 121,
+    "triple-fault": 122,
+    "kvm-error": 123,
+    "timeout": 124,
+    "interrupted": 130,
+}
+SKIP_STATUS = 77  # as autotools have it; a test kernel gets there by debug-exit with 77 >> 1
+
+
+class Verdict:
+    """What a run means.
+
+    :ivar kind: one of CODES. :ivar message: one line; empty where it passed without a word.
+    :ivar status: the test's own exit status where it had one. :ivar details: lines of more: registers, call trace.
+    """
+
+    __slots__ = ("details", "kind", "message", "status")
+
+    def __init__(
+        self, kind: str, message: str = "", *, status: int | None = None, details: list[str] | None = None
+    ) -> None:
+        assert kind in CODES
+        self.kind, self.message, self.status = kind, message, status
+        self.details = details or []
+
+    @property
+    def code(self) -> int:
+        """The exit status of pyvmm for it."""
+        code = CODES[self.kind]
+        return code if code is not None else self.status or 1
+
+    @property
+    def good(self) -> bool:
+        """Passed, or skipped."""
+        return self.kind in ("passed", "skipped")
+
+    def __repr__(self) -> str:
+        return f"Verdict({self.kind!r}, {self.message!r}, status={self.status})"
+
+
+def judge_test(outcome: Any) -> Verdict:
+    """The verdict of a test kernel, from the ``machine.Outcome``.
+
+    Debug-exit with value 0, or status 0 by the guest port, is passed; 77 (value 38) is skipped; any other is failed.
+    """
+    kind, status = outcome.kind, outcome.status
+    if kind in ("debug-exit", "poweroff") and status is not None:
+        by_port = kind == "debug-exit"
+        if status == (1 if by_port else 0):
+            return Verdict("passed", status=status)
+        if status == SKIP_STATUS:
+            return Verdict("skipped", "the kernel says that it cannot test this here", status=status)
+        how = f"debug-exit with {status >> 1}, status {status}" if by_port else f"status {status}"
+        return Verdict("failed", f"the kernel ended by {how}", status=status)
+    if kind == "poweroff":
+        return Verdict("ended", "the kernel powered off without a status")
+    if kind == "stopped":
+        return Verdict("interrupted", "stopped before it ended")
+    error = outcome.error()
+    return Verdict(kind, error.cause if error is not None else outcome.detail)
+
+
+def register_lines(registers: dict[str, int]) -> list[str]:
+    """Registers, four a line."""
+    items = [f"{name:>6} {value:016x}" for name, value in registers.items()]
+    return ["  ".join(items[i : i + 4]) for i in range(0, len(items), 4)]
+
+
+def last_lines(text: bytes | bytearray, count: int = 20) -> list[str]:
+    """The end of a console, without control characters."""
+    return [
+        clean(line) for line in bytes(text[-200 * count :]).decode(errors="replace").splitlines()[-count:]
+    ]
+
+
+def clean(line: str) -> str:
+    """A line without what would move a terminal's cursor or break XML."""
+    return "".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in line.rstrip())

@@ -1,0 +1,327 @@
+"""Verdicts, JUnit, single results in a console, symbols, and the format of unittests.cfg."""
+
+from __future__ import annotations
+
+import re
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from pyvmm import errors
+from pyvmm.errors import UsageError
+from pyvmm.machine import Outcome
+from pyvmm.testing import points, unittests
+from pyvmm.testing.junit import TestCase, document
+from pyvmm.testing.symbols import Symbols
+from pyvmm.testing.verdict import CODES, Verdict, clean, judge_test, last_lines
+
+ROOT = Path(__file__).parents[2]
+
+
+# --- verdicts -------------------------------------------------------------------------------------------
+
+
+def outcome(kind: str, status: int | None = None, detail: str = "") -> Outcome:
+    made = Outcome(kind, detail)
+    made.status = status
+    return made
+
+
+@pytest.mark.parametrize(
+    ("end", "kind", "text"),
+    [
+        (outcome("debug-exit", 1), "passed", ""),
+        (outcome("poweroff", 0), "passed", ""),
+        (outcome("debug-exit", 77), "skipped", "cannot test"),
+        (outcome("poweroff", 77), "skipped", "cannot test"),
+        (outcome("debug-exit", 3), "failed", "debug-exit with 1, status 3"),
+        (outcome("poweroff", 1), "failed", "status 1"),
+        (outcome("poweroff"), "ended", "without a status"),
+        (outcome("stopped"), "interrupted", "stopped"),
+        (outcome("panic", None, "Attempted to kill init"), "panic", "Attempted to kill init"),
+        (outcome("reboot"), "reboot", "rebooted"),
+        (outcome("triple-fault", None, "vCPU 1"), "triple-fault", "vCPU 1"),
+        (outcome("kvm-error", None, "x"), "kvm-error", "KVM_RUN failed: x"),
+        (outcome("timeout", None, "2 s are over"), "timeout", "2 s are over"),
+    ],
+)
+def test_verdict_of_a_test_kernel(end: Outcome, kind: str, text: str) -> None:
+    verdict = judge_test(end)
+    assert verdict.kind == kind
+    assert text in verdict.message and "\n" not in verdict.message
+    assert verdict.good == (kind in ("passed", "skipped"))
+
+
+def test_codes_are_the_errors_own_and_documented() -> None:
+    table = (ROOT / "docs" / "exit-codes.md").read_text()
+    for kind, (cls, _) in Outcome.ERRORS.items():
+        assert CODES[kind] == cls.exit_code
+    assert CODES["ended"] == errors.GuestEnded.exit_code
+    assert CODES["error"] == errors.ImageError.exit_code
+    for kind, code in CODES.items():
+        if kind not in ("failed", "skipped"):
+            assert re.search(rf"^\| [^|]*\b{code}\b", table, re.M), kind
+    assert Verdict("failed", status=5).code == 5
+    assert Verdict("failed").code == 1
+
+
+def test_last_lines() -> None:
+    assert last_lines(b"") == []
+    assert last_lines(b"a\r\nb\x1b[2J\xff\n", 5) == [
+        "a",
+        "b\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}",
+    ]
+    assert last_lines(b"".join(b"%d\n" % i for i in range(100)), 2) == ["98", "99"]
+    assert clean("tab\tkept \r") == "tab\tkept"
+
+
+# --- JUnit ----------------------------------------------------------------------------------------------
+
+
+def test_junit_is_xml_whatever_the_console_says() -> None:
+    nasty = bytes(range(256)) + b"]]> <&\"' \xf0\x9f\x98\x80 \xed\xa0\x80" + b"\x00" * 10
+    cases = [
+        TestCase(
+            "pyvmm", 'a & <b> "q" \x1b\udcff', 1.5, "passed", output=nasty, properties={"k\x00": "<v>\n\t"}
+        ),
+        TestCase(
+            "pyvmm",
+            "b",
+            0.1,
+            "failed",
+            kind="panic",
+            message="not <syncing>\nx",
+            text="trace\x07\n&",
+            output=b"x" * (1 << 17),
+        ),
+        TestCase("pyvmm", "c", 0, "error", kind="error", message="m"),
+        TestCase("pyvmm", "d", 0, "skipped", message="why"),
+    ]
+    suite = ET.fromstring(document("s", cases, 2.0).encode()).find("testsuite")
+    assert suite is not None
+    assert [suite.get(k) for k in ("tests", "failures", "errors", "skipped")] == ["4", "1", "1", "1"]
+    found = suite.findall("testcase")
+    assert found[0].get("name", "").startswith('a & <b> "q" ')
+    assert [c.tag for c in found[1]] == ["failure", "system-out"]
+    assert found[1][0].get("type") == "panic"
+    assert len(found[1][1].text or "") <= 1 << 16
+    assert [c.tag for c in found[2]] == ["error"] and [c.tag for c in found[3]] == ["skipped"]
+
+
+# --- single results ---------------------------------------------------------------------------------------
+
+
+def told(text: str) -> list[tuple[str, str]]:
+    return [(p.name, p.result) for p in points.parse(text.encode())]
+
+
+def test_lines_of_test_kernels() -> None:
+    text = "enabling apic\r\nPASS: one\r\nFAIL: two: x\r\nSKIP: three\nXFAIL: four\nnot PASS: five\nSUMMARY: 4 tests\n"
+    assert told(text) == [("one", "passed"), ("two: x", "failed"), ("three", "skipped"), ("four", "passed")]
+
+
+def test_kunit() -> None:
+    text = """[    0.060000] KTAP version 1
+[    0.060000] 1..2
+[    0.060000]     KTAP version 1
+[    0.060000]     # Subtest: suite
+[    0.060000]     # module: a_test
+[    0.060000]     1..3
+[    0.061000]     ok 1 adds
+[    0.061000]     # takes: EXPECTATION FAILED at lib/a_test.c:12
+[    0.061000][    T1]     not ok 2 takes
+[    0.062000]         KTAP version 1
+[    0.062000]         # Subtest: params
+[    0.062000]         ok 1 zero
+[    0.062000]         ok 2 one # SKIP no hardware
+[    0.062000]     ok 3 params
+[    0.062000] # suite: pass:2 fail:1 skip:0 total:3
+[    0.062000] not ok 1 suite
+[    0.070000] ok 2 other
+"""
+    assert told(text) == [
+        ("suite/adds", "passed"),
+        ("suite/takes", "failed"),
+        ("suite/params/zero", "passed"),
+        ("suite/params/one", "skipped"),
+        ("other", "passed"),
+    ]
+
+
+def test_kselftest() -> None:
+    text = """TAP version 13
+1..3
+# selftests: net: a.sh
+# TAP version 13
+# 1..2
+# ok 1 - first
+# not ok 2 - second # TODO later
+ok 1 selftests: net: a.sh
+# selftests: net: b.sh
+# something
+not ok 2 selftests: net: b.sh # exit=1
+# selftests: net: c.sh
+not ok 3 selftests: net: c.sh # TIMEOUT 45 seconds
+"""
+    found = points.parse(text.encode())
+    assert [(p.name, p.result) for p in found] == [
+        ("selftests: net: a.sh/first", "passed"),
+        ("selftests: net: a.sh/second", "skipped"),
+        ("selftests: net: b.sh", "failed"),
+        ("selftests: net: c.sh", "failed"),
+    ]
+    assert [p.message for p in found[2:]] == ["exit=1", "TIMEOUT 45 seconds"]
+
+
+def test_results_that_never_came() -> None:
+    text = "KTAP version 1\n1..3\nok 1 a\n    KTAP version 1\n    1..2\n    ok 1 b\nKernel panic - not syncing: x\n"
+    assert told(text) == [
+        ("b", "passed"),
+        ("(plan)", "failed"),
+        ("a", "passed"),
+        ("(plan)", "failed"),
+    ]
+
+
+def test_a_sum_worse_than_its_parts() -> None:
+    text = "TAP version 14\n    ok 1 a\nnot ok 1 s # crashed\n"
+    assert told(text) == [("s/a", "passed"), ("s", "failed")]
+
+
+def test_no_results_without_a_version_line() -> None:
+    assert told("ok 1 looks like it\n1..4\nnot ok 2\n") == []
+    assert told("") == []
+
+
+def test_a_flood_of_results_is_bounded() -> None:
+    assert len(points.parse(b"PASS: x\n" * 100_000)) <= points.POINTS_MAX + 1
+
+
+# --- symbols ----------------------------------------------------------------------------------------------
+
+
+def test_symbols_of_this_extension(tmp_path: Path) -> None:
+    table = Symbols(str(tmp_path / "missing"))
+    assert table.name(0x1000) == "" and "No such file" in table.problem
+    for data, text in ((b"text", "no ELF"), (b"\x7fELF\x02\x01\x01" + bytes(9), "no symbols")):
+        (tmp_path / "bad").write_bytes(data)
+        table = Symbols(str(tmp_path / "bad"))
+        assert table.name(0x1000) == "" and text in table.problem
+
+
+# --- unittests.cfg ------------------------------------------------------------------------------------------
+
+CONFIG = '''# a comment
+[smptest]
+file = smptest.flat
+smp = 2
+groups = smp quick
+
+[max]
+file = smptest.flat
+smp = $MAX_SMP
+
+[args]
+file = vmexit.flat
+extra_params = -cpu qemu64,+x2apic -m 2048 -append 'cpuid "a b"' -smp 3
+timeout = 3m
+
+[new-style]
+file = vmexit.flat
+test_args = "one two"
+qemu_params = """-cpu max -m 4g
+  -device pc-testdev"""
+novelty = 1
+
+[clock]
+file = kvmclock.flat
+extra_params = --append "10000000 `date +%s`"
+
+[manual]
+file=vmexit.flat
+groups = nodefault vmexit
+'''
+SKIPPED = {
+    "arch = i386": "i386 only",
+    "accel = tcg": "tcg only",
+    "check = /proc/sys/kernel/ostype=Hurd": "is 'Linux', not 'Hurd'",
+    "check = /nonexistent=1": "/nonexistent cannot be read",
+    "smp = $((MAX_SMP/2))": "is no number",
+    "smp = 0": "is no number",
+    "extra_params = -machine kernel_irqchip=split": "kernel_irqchip=split",
+    "extra_params = -M q35,kernel-irqchip=on": "machine with q35",
+    "extra_params = -device intel-iommu,intremap=on": "device intel-iommu",
+    "extra_params = -cpu qemu64,-pcid": "without pcid",
+    "extra_params = -cpu IvyBridge,phys-bits=36,host-phys-bits=off": "phys-bits=36",
+    "extra_params = -cpu kvm64,hv_vpindex": "hv_vpindex",
+    "extra_params = -append `cat /etc/passwd`": "needs a shell",
+    "extra_params = -append 'open": "No closing quotation",
+    "extra_params = -kernel": "needs QEMU's -kernel",
+    "extra_params = -icount 3": "needs QEMU's -icount 3",
+}
+
+
+def config(tmp_path: Path, text: str) -> dict[str, unittests.Test]:
+    path = tmp_path / "unittests.cfg"
+    path.write_text(text)
+    return {t.name: t for t in unittests.read(str(path), 8)}
+
+
+def test_configuration(tmp_path: Path) -> None:
+    tests = config(tmp_path, CONFIG)
+    assert list(tests) == ["smptest", "max", "args", "new-style", "clock", "manual"]
+    assert not any(t.skip for t in tests.values())
+    one = tests["smptest"]
+    assert (one.kernel, one.cpus, one.groups) == (str(tmp_path / "smptest.flat"), 2, ["smp", "quick"])
+    assert tests["max"].cpus == 8
+    args = tests["args"]
+    assert (args.append, args.memory, args.cpus, args.timeout) == ('cpuid "a b"', "2048M", 3, 180.0)
+    assert args.notes == ["-cpu qemu64,+x2apic: the CPU is the host's"]
+    new = tests["new-style"]
+    assert (new.append, new.memory) == ("one two", "4G")
+    assert "key 'novelty' is not known and was left out" in new.notes
+    first, second = tests["clock"].append.split()
+    assert first == "10000000" and abs(int(second) - time.time()) < 600
+    assert [t.name for t in tests.values() if t.manual] == ["manual"]
+
+
+@pytest.mark.parametrize("line", SKIPPED)
+def test_what_cannot_be_had_is_skipped_with_the_reason(tmp_path: Path, line: str) -> None:
+    test = config(tmp_path, f"[t]\nfile = t.flat\n{line}\n")["t"]
+    assert SKIPPED[line] in test.skip
+
+
+def test_checks_add_up(tmp_path: Path) -> None:
+    good = "check = /proc/sys/kernel/ostype=Linux"
+    assert not config(tmp_path, f"[t]\nfile = t\n{good} /proc/sys/kernel/ostype=Linux\n")["t"].skip
+    assert config(tmp_path, f"[t]\nfile = t\ncheck = /nonexistent=1\n{good}\n")["t"].skip
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("file = x\n", "line 1"),
+        ("[a]\nfile = x\nnonsense\n", "line 3"),
+        ("[a]\nsmp = 1\n", "test 'a' names no file"),
+        ("[a]\nfile = x\ntimeout = soon\n", "timeout 'soon'"),
+        ('[a]\nfile = x\nextra_params = """-m 1\n', "line 3: the quotes"),
+        ("[]\n", "line 1"),
+    ],
+)
+def test_malformed_configuration(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        config(tmp_path, text)
+
+
+def test_missing_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        unittests.read(str(tmp_path / "none.cfg"), 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("90", 90.0), ("90s", 90.0), ("0.5m", 30.0), ("1h", 3600.0), ("0", None)]
+)
+def test_times(text: str, value: float | None) -> None:
+    assert unittests.seconds(text, "t") == value
