@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
 
-#: command -> one line for ``pyvmm --help``; the module is pyvmm.cli.<command>.
+#: command -> one line for ``pyvmm --help``; the module is pyvmm.cli.<command>, "-" as "_".
 COMMANDS = {
     "run": "boot a guest and run a command or a console in it",
     "test": "boot test kernels, with a verdict for each, TAP and JUnit",
     "demo": "show a guest's virtio-net card at work, from discovery to the count of exits",
     "doctor": "say what this machine can do, and how to get what is missing",
     "image": "build and list guest images",
+    "backend": "serve vhost-user-net: move another machine's packets",
+    "vhost-user": "try out a vhost-user back-end without a guest",
     "testbed": "run a command in a virtual machine that has real KVM and vhost-net",
 }
 
@@ -55,7 +57,7 @@ def _main(args: list[str]) -> int:
     sub = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, text in COMMANDS.items():
         if name == chosen or completing:
-            module = importlib.import_module(f"pyvmm.cli.{name}")
+            module = importlib.import_module(f"pyvmm.cli.{name.replace('-', '_')}")
             one = sub.add_parser(
                 name,
                 help=text,

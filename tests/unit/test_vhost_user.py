@@ -1,5 +1,6 @@
 """Our vhost-user front-end and back-end, joined by a real socket; a mock driver is the guest."""
 
+import json
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from pyvmm.datapath.netns import Namespace
 from pyvmm.datapath.vhost_user import VhostUserNet
 from pyvmm.datapath.vu_backend import Backend
 from pyvmm.datapath.vu_ports import PcapWriter, PythonPort, joined_ports, loop_port, rarp
+from pyvmm.datapath.vu_probe import Probe
 from pyvmm.datapath.vu_wire import Channel, Listener
 from pyvmm.errors import VhostUserError
 from pyvmm.memory import GuestMemory
@@ -877,3 +879,90 @@ def test_an_inflight_region_of_garbage(path):
 def test_rarp_is_a_frame():
     assert len(rarp(MAC)) == 60 and rarp(MAC)[:14] == b"\xff" * 6 + MAC + b"\x80\x35"
     assert re.match(rb"\x00\x01\x08\x00\x06\x04\x00\x03", rarp(MAC)[14:], re.DOTALL)
+
+
+# --- the commands -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def command(*argv):
+    """`pyvmm backend ARGV`; asked to end at the end, which it must do properly."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyvmm", "backend", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+        process.terminate()
+        out, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, err
+        process.out, process.err = out, err
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_backend_and_probe_commands(path):
+    probe = [sys.executable, "-m", "pyvmm", "vhost-user", "probe"]
+    with command("--socket", path, "--loopback", "--queues", "2", "--counters") as backend:
+        assert wait_for(lambda: Path(path).exists(), PATIENCE)
+        with Guest(path, queues=2) as guest:
+            guest.start()
+            echo(guest, range(64))
+        done = subprocess.run([*probe, path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "queue pairs:       2" in done.stdout and "EVENT_IDX" in done.stdout
+        assert re.search(r"us  SET_VRING_ENABLE\(1, 1\) +ok$", done.stdout, re.MULTILINE)
+        done = subprocess.run([*probe, "--json", path], capture_output=True, text=True)
+        report = json.loads(done.stdout)
+        assert "INFLIGHT_SHMFD" in report["protocol_features"] and report["error"] is None
+        assert {s["outcome"] for s in report["steps"]} <= {"ok", "sent"}
+    counters = json.loads(backend.out)
+    assert counters["tx_packets"] == 64 and counters["connections"] == 3 and counters["refused"] == 0
+    assert backend.err.count("front-end connected") == 3
+    assert not Path(path).exists()
+    done = subprocess.run([*probe, path], capture_output=True, text=True)
+    assert done.returncode == 112 and "start the other side first" in done.stderr
+
+
+def test_two_machines_joined_by_the_backend_command(tmp_path):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    with command("--socket", a, "--connect", b), Guest(a) as one, Guest(b) as two:
+        one.start()
+        two.start()
+        one.driver.send(frame(7))
+        assert two.driver.wait_packets(1, PATIENCE)[0][12:] == frame(7)
+
+
+def test_probe_of_backends_that_misbehave(path, listener):
+    no = raw(spec.VHOST_USER_SET_MEM_TABLE, struct.pack("<Q", 1))
+    with Fake(listener, answers={spec.VHOST_USER_SET_MEM_TABLE: no}) as fake:
+        with Probe(path, timeout=PATIENCE) as probe:
+            probe.run()
+        refused = [s.message for s in probe.steps if s.outcome == "refused"]
+        assert refused == ["SET_MEM_TABLE"] and probe.queues is None
+        fake.answers[spec.VHOST_USER_SET_OWNER] = lambda sock, m: sock.shutdown(socket.SHUT_RDWR)
+        with Probe(path, timeout=PATIENCE) as probe, pytest.raises(VhostUserError):
+            probe.run()
+        assert probe.steps[-1].message == "SET_OWNER" and probe.steps[-1].outcome == "closed the connection"
+        fake.answers[spec.VHOST_USER_SET_OWNER] = lambda sock, m: None
+        with Probe(path, timeout=0.05) as probe, pytest.raises(VhostUserError):
+            probe.run()
+        assert "no answer" in probe.steps[-1].outcome
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--queues", "0", "--loopback"],
+        ["--loopback", "--address", "10.0.0.1/8"],
+        ["--pcap", "/no/such/dir/x"],
+    ],
+)
+def test_backend_usage(path, argv):
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "backend", "--socket", path, *argv], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -1,0 +1,149 @@
+"""Serve vhost-user-net: move the packets of another process's virtual machine.
+
+The front-end is `pyvmm run --net vhost-user,socket=S`, QEMU with a vhost-user netdev and share=on memory, or DPDK's virtio-user.
+It may go and come back as often as it likes, and so may this.
+
+Examples:
+  pyvmm backend --socket /tmp/s --tap tap0
+  pyvmm backend --socket /tmp/s --tap tap0 --queues 2 --poll --worker-cpu 2
+  pyvmm backend --socket /tmp/a --connect /tmp/b      two machines back to back
+  pyvmm backend --socket /tmp/s --pcap dump.pcap      writes down what the guest sends
+
+Ends at SIGINT or SIGTERM, with exit status 0.
+"""
+
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+#: Practically for ever; the worker looks for the end in each round.
+POLL_US = 0xFFFFFFFF
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    add = parser.add_argument
+    add("--socket", metavar="S", required=True, help="the front-end's socket")
+    add("--client", action="store_true", help="connect to S, again and again (default: listen there)")
+    port = parser.add_mutually_exclusive_group(required=True)
+    port.add_argument("--tap", metavar="T", help="a tap: an existing one, or one to make")
+    port.add_argument("--loopback", action="store_true", help="send every packet back")
+    port.add_argument("--pcap", metavar="F", help="write the packets to a file, and send none")
+    port.add_argument("--connect", metavar="S2", help="join S with the front-end at another socket")
+    add("--address", metavar="A", help="address with prefix length for the tap")
+    add("--queues", metavar="N", type=int, default=1, help="queue pairs, 1 to 32 (1)")
+    add("--poll", action="store_true", help="busy-poll: never sleep, take no kicks")
+    add(
+        "--worker-cpu",
+        metavar="C",
+        type=int,
+        help="pin the first pair's worker to CPU C, the next to C+1, ...",
+    )
+    add("--quiet", "-q", action="store_true", help="say nothing about connections")
+    add("--counters", action="store_true", help="print the counters at the end, as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to stop."""
+    import signal
+    import threading
+
+    from pyvmm.errors import UsageError
+
+    if not 1 <= args.queues <= 32:
+        raise UsageError(f"--queues {args.queues}", "use 1 to 32")
+    if args.address and not args.tap:
+        raise UsageError("--address without --tap", "only a tap has an address")
+    done = threading.Event()
+    before = {n: signal.signal(n, lambda *_: done.set()) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _serve(args, done)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _serve(args: argparse.Namespace, done: Any) -> int:
+    import threading
+    from contextlib import ExitStack
+
+    from pyvmm.datapath.vu_backend import Backend
+
+    errors: list[BaseException] = []
+
+    def log(line: str) -> None:
+        if not args.quiet:
+            print(f"pyvmm backend: {line}", file=sys.stderr, flush=True)
+
+    def one(backend: Backend, path: str) -> None:
+        try:
+            backend.run(path, client=args.client)
+        except BaseException as e:
+            errors.append(e)
+        done.set()
+
+    with ExitStack() as stack:
+        backends = [
+            stack.enter_context(
+                Backend(
+                    port,
+                    poll_us=POLL_US if args.poll else 0,
+                    worker_cpu=args.worker_cpu,
+                    log=_named(log, path),
+                )
+            )
+            for path, port in _ports(args, stack)
+        ]
+        threads = [
+            threading.Thread(target=one, args=(backend, path), name=path)
+            for backend, path in zip(backends, filter(None, (args.socket, args.connect)), strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            done.wait()
+        finally:
+            for backend in backends:
+                backend.stop()
+            for thread in threads:
+                thread.join()
+        if args.counters:
+            import json
+
+            for backend in backends:
+                print(json.dumps(backend.counters(), indent=2))
+        for error in errors:
+            raise error
+    return 0
+
+
+def _named(log: Any, path: str) -> Any:
+    return lambda line: log(f"{path}: {line}")
+
+
+def _ports(args: argparse.Namespace, stack: Any) -> list[tuple[str, Any]]:
+    """(socket, port) of each back-end."""
+    from pathlib import Path
+
+    from pyvmm.datapath import vu_ports
+    from pyvmm.errors import UsageError
+
+    if args.tap:
+        from pyvmm.datapath.tap import Tap
+
+        return [(args.socket, Tap(args.tap, queues=args.queues, address=args.address))]
+    if args.loopback:
+        return [(args.socket, vu_ports.loop_port(args.queues))]
+    if args.connect:
+        return list(zip((args.socket, args.connect), vu_ports.joined_ports(args.queues), strict=True))
+    try:
+        file = stack.enter_context(Path(args.pcap).open("wb"))  # noqa: SIM115 - it is one
+        writer = vu_ports.PcapWriter(file)
+    except OSError as e:
+        raise UsageError(f"--pcap {args.pcap}: {e.strerror}", "name a file that can be written") from e
+    return [(args.socket, vu_ports.PythonPort(writer.write, args.queues, name="pcap"))]
