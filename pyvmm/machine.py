@@ -187,6 +187,8 @@ class Nic:
             "faults": list(self.device.faults),
             "counters": self.device.datapath.counters(),
             "workers": self.device.datapath.workers(),
+            # Of another process that moves the packets, what is known of it.
+            **({"vhost_user": peer()} if (peer := getattr(self.device.datapath, "report", None)) else {}),
         }
 
 
@@ -320,10 +322,10 @@ class Machine:
         if net.tap is None:
             host = host or f"192.168.{100 + index}.1/24"
             guest = guest or f"192.168.{100 + index}.2/24"
-        datapath, tap, namespace = self._open_datapath(net, host)
+        mac = net.mac or bytes((0x52, 0x54, 0, 0x12, 0x34, 0x56 + index))
+        datapath, tap, namespace = self._open_datapath(net, host, mac)
         with ExitStack() as undo:
             undo.callback(datapath.close)
-            mac = net.mac or bytes((0x52, 0x54, 0, 0x12, 0x34, 0x56 + index))
             device = NetDevice(
                 f"net{index}",
                 self.memory,
@@ -345,8 +347,13 @@ class Machine:
         nic.tap, nic.namespace, nic.host, nic.guest = tap, namespace, host, guest
         self.nets.append(nic)
 
-    def _open_datapath(self, net: Net, host: str | None) -> tuple[DataPath, str, Any]:
+    def _open_datapath(self, net: Net, host: str | None, mac: bytes) -> tuple[DataPath, str, Any]:
         """The only place where a mode becomes an object. Returns data path, tap name and namespace."""
+        if net.mode == "vhost-user":
+            from pyvmm.datapath.vhost_user import VhostUserNet
+
+            path = VhostUserNet(net.socket, server=net.server, queues=net.queues, mtu=net.mtu, mac=mac)
+            return path, "", None
         from pyvmm.datapath.tap import Tap
 
         with ExitStack() as undo:

@@ -9,6 +9,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "none": (),
     "emulated": ("notify", "poll", "worker-cpu"),
     "vhost-net": ("notify", "worker-cpu"),
+    "vhost-user": ("notify", "socket", "server"),
 }
 COMMON_KEYS = ("tap", "mac", "mtu", "host", "guest", "queues", "queue-size", "link", "without")
 #: Names for ``without=``: feature groups not to offer, joined by "+".
@@ -28,7 +29,7 @@ HEX = frozenset("0123456789abcdefABCDEF")
 class Net:
     """One network card.
 
-    :param mode: data path: ``emulated`` or ``vhost-net``; ``none`` for no card at all.
+    :param mode: data path: ``emulated``, ``vhost-net`` or ``vhost-user``; ``none`` for no card at all.
     :param tap: an existing tap, or one to make where the user may; without it pyvmm makes a tap in a network
         namespace of its own, addresses both ends and removes it.
     :param mac: ``52:54:00:xx:xx:xx`` style; chosen from the card's number by default.
@@ -40,6 +41,7 @@ class Net:
     :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
     :param poll: microseconds for which the worker looks for more before it sleeps, 0 to 1000.
     :param worker_cpu: CPU for the worker of the first queue pair; the next one's gets the next CPU, and so on.
+    :param socket: of the vhost-user back-end. :param server: ``on`` where that connects and we listen, else ``off``.
     :raises UsageError: for anything else.
     """
 
@@ -54,6 +56,8 @@ class Net:
         "poll",
         "queue_size",
         "queues",
+        "server",
+        "socket",
         "tap",
         "without",
         "worker_cpu",
@@ -75,6 +79,8 @@ class Net:
         notify: str = "ioeventfd",
         poll: int | str = 0,
         worker_cpu: int | str | None = None,
+        socket: str | None = None,
+        server: str = "off",
     ) -> None:
         if mode not in MODES:
             raise UsageError(f"--net: unknown mode {mode!r}", f"modes: {', '.join(MODES)}")
@@ -82,6 +88,14 @@ class Net:
             raise UsageError(f"--net: notify={notify}", "use notify=ioeventfd or notify=exit")
         if link not in ("on", "off"):
             raise UsageError(f"--net: link={link}", "use link=on or link=off")
+        if server not in ("on", "off"):
+            raise UsageError(f"--net: server={server}", "use server=on or server=off")
+        if (mode == "vhost-user") != bool(socket):
+            raise UsageError(
+                f"--net {mode}: socket={socket or ''}", "vhost-user needs a path there, others none"
+            )
+        if mode == "vhost-user" and tap is not None:
+            raise UsageError(f"--net vhost-user: tap={tap}", "the tap is the back-end's: pyvmm backend --tap")
         if tap is not None and (
             not 0 < len(tap) < 16 or not tap.isascii() or not tap.isprintable() or set(tap) & set(" /:%")
         ):
@@ -91,6 +105,7 @@ class Net:
         self.mtu = number("mtu", mtu, 68, 65521) if mtu is not None else None
         self.queues = number("queues", queues, 1, MAX_QUEUES)
         self.link = link == "on"
+        self.socket, self.server = socket or "", server == "on"
         self.worker_cpu = number("worker-cpu", worker_cpu, 0, 8191) if worker_cpu is not None else None
         self.queue_size = number("queue-size", queue_size, 2, 32768)
         if self.queue_size & (self.queue_size - 1):

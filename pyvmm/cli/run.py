@@ -11,10 +11,11 @@ Examples:
   pyvmm run --net emulated,notify=exit --exits -- iperf3 -c 192.168.100.1
 
 Network cards: --net MODE[,key=value...], once a card
-  emulated   the data path in this process
-  vhost-net  the data path in the kernel: no packet wakes this process up; needs /dev/vhost-net
-  none       no card
-  Keys of both:
+  emulated    the data path in this process
+  vhost-net   the data path in the kernel: no packet wakes this process up; needs /dev/vhost-net
+  vhost-user  the data path in another process, such as `pyvmm backend` or DPDK's (docs/vhost-user.md)
+  none        no card
+  Keys of all:
       tap=NAME        an existing tap (default: one of pyvmm's own, in a network namespace of its own)
       mac=, mtu=      the guest's MAC address; the MTU offered to it, 68..65521
       host=, guest=   addresses with prefix length (default 192.168.100.1/24 and .2/24, then .101., ...)
@@ -26,9 +27,12 @@ Network cards: --net MODE[,key=value...], once a card
       notify=exit     each kick is an exit of the vCPU, as in the classic device (default: ioeventfd)
   Of emulated alone:
       poll=USEC       look for more that long before sleeping (0)
+  Of vhost-user alone, which has no tap= and no worker-cpu=:
+      socket=PATH     where the back-end listens
+      server=on       listen there, and the back-end connects (off)
 
 Exit status: the guest command's; or 2 bad usage, 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no
-vhost-net, 119 the guest
+vhost-net, 112 no fitting vhost-user back-end, 119 the guest
 ended before the command did, 120 panic, 121 reboot, 122 triple fault, 123 KVM error, 124 time-out, 130 Ctrl-C, 143 SIGTERM.
 """
 

@@ -88,6 +88,16 @@ DATA_FEATURES = (
     virtio_net.VIRTIO_NET_F_MRG_RXBUF,
 )
 DATA_MASK = sum(1 << bit for bit in DATA_FEATURES)
+GUEST_OFFLOADS = sum(
+    1 << bit
+    for bit in (
+        virtio_net.VIRTIO_NET_F_GUEST_CSUM,
+        virtio_net.VIRTIO_NET_F_GUEST_TSO4,
+        virtio_net.VIRTIO_NET_F_GUEST_TSO6,
+        virtio_net.VIRTIO_NET_F_GUEST_ECN,
+        virtio_net.VIRTIO_NET_F_GUEST_UFO,
+    )
+)
 RUNNING = (
     virtio.VIRTIO_CONFIG_S_ACKNOWLEDGE
     | virtio.VIRTIO_CONFIG_S_DRIVER
@@ -511,7 +521,11 @@ class VhostUserNet:
         return base
 
     def set_offloads(self, acked: int) -> None:
-        """The back-end is not told: it may send less than it could, and never more than was negotiated."""
+        """Features may not change while the rings run: they stop for it."""
+        rings, memory = self._rings, self._memory
+        new = self._acked & ~GUEST_OFFLOADS | acked & GUEST_OFFLOADS
+        if rings and new != self._acked:
+            self.start(new, memory, [r.at(base) for r, base in zip(rings, self.stop(), strict=True)])
 
     def set_rx_filter(self, rx: Any) -> None:
         """Filtering is the back-end's own business."""

@@ -123,3 +123,19 @@ def test_a_mac_may_be_bytes():
     for bad in (b"", b"12345", b"1234567", b"\x01\0\0\0\0\1"):
         with pytest.raises(UsageError):
             parse_mac(bad)
+
+
+def test_vhost_user():
+    net = Net.parse("vhost-user,socket=/tmp/s,server=on,queues=2")
+    assert (net.mode, net.socket, net.server, net.queues) == ("vhost-user", "/tmp/s", True, 2)
+    assert not Net.parse("vhost-user,socket=/tmp/s").server
+    for text in (
+        "vhost-user",
+        "vhost-user,socket=",
+        "vhost-user,socket=/tmp/s,server=yes",
+        "vhost-user,socket=/tmp/s,tap=tap0",
+        "vhost-user,socket=/tmp/s,poll=1",
+        "emulated,socket=/tmp/s",
+    ):
+        with pytest.raises(UsageError):
+            Net.parse(text)

@@ -206,6 +206,24 @@ def test_feature_sets(path, acked):
         assert running.backend.acked & ALL == acked
 
 
+def test_offloads_change_while_it_runs(path):
+    """CTRL_GUEST_OFFLOADS: the back-end has to be told by its features."""
+    with (
+        Namespace(address="192.168.93.1/24") as namespace,
+        Running(path, namespace.tap) as running,
+        Guest(path, acked=-1) as guest,
+    ):
+        csum, tso = bits("VIRTIO_NET_F_GUEST_CSUM"), bits("VIRTIO_NET_F_GUEST_TSO4")
+        guest.start()
+        assert running.backend.acked & (csum | tso) == csum | tso
+        guest.path.set_offloads(csum)
+        assert running.backend.acked & (csum | tso) == csum
+        assert running.backend.acked & bits("VIRTIO_NET_F_CSUM")
+        guest.path.set_offloads(csum | tso)
+        assert running.backend.acked & (csum | tso) == csum | tso
+        assert not guest.path.problems
+
+
 def test_queue_pairs(path):
     with Running(path, loop_port(3)), Guest(path, queues=3) as guest:
         guest.start()
