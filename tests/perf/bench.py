@@ -99,6 +99,9 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
     out = [
         Contestant("pyvmm", [*mine, "--net", card, "--append", line]),
         Contestant("pyvmm notify=exit", [*mine, "--net", f"{card},notify=exit", "--append", line]),
+        Contestant(
+            "pyvmm vhost-net", [*mine, "--net", card.replace("emulated", "vhost-net"), "--append", line]
+        ),
     ]
     if q:
         common = [
@@ -126,8 +129,9 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
             Contestant("qemu microvm", [*common, "-M", "microvm,memory-backend=ram,rtc=on"], net=False)
         )
         q35 = ["-M", "q35,memory-backend=ram", "-device", f"virtio-net-pci,netdev=n,mac={MAC},romfile="]
-        q35 += ["-netdev", f"tap,id=n,ifname={TAP},script=no,downscript=no,vhost=off"]
-        out.append(Contestant("qemu q35", [*common, *q35]))
+        tap = f"tap,id=n,ifname={TAP},script=no,downscript=no"
+        out.append(Contestant("qemu q35", [*common, *q35, "-netdev", f"{tap},vhost=off"]))
+        out.append(Contestant("qemu q35 vhost", [*common, *q35, "-netdev", f"{tap},vhost=on"]))
     return [c for c in out if not args.only or c.name in args.only.split(",")]
 
 
@@ -265,6 +269,7 @@ def main() -> int:
 def show(results: dict[str, list[dict[str, float]]]) -> None:
     names = [n for n, rows in results.items() if rows]
     keys = list(dict.fromkeys(k for rows in results.values() for row in rows for k in row))
+    # Ratios are to the first pyvmm: each data path is best compared in a run of its own, with --only.
     first = results[names[0]] if names else []
     print(f"{'median (lowest..highest)':40}" + "".join(f"{n:>28}" for n in names))
     for key in keys:

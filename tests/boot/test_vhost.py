@@ -1,0 +1,248 @@
+"""vhost-net under real Linux: the same traffic as emulation, several queue pairs, and no wake-up for a packet."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.boot.guest import (
+    Guest,
+    Run,
+    check_iperf,
+    check_ping,
+    check_tcp,
+    check_traffic,
+    exits_by_device,
+    nic_address,
+)
+from tests.boot.test_net import OFFLOADS, RINGS, ethtool, interrupts, reload_driver
+
+if TYPE_CHECKING:
+    from tests.boot.guest import Host
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+#: One card each in one guest: --net keys, and the features that then must not be negotiated.
+CARDS: dict[str, set[str]] = {
+    "without=offloads": OFFLOADS,
+    "without=event-idx": {"EVENT_IDX"},
+    "without=indirect": {"INDIRECT_DESC"},
+    "without=offloads+mrg-rxbuf+indirect+event-idx,queue-size=32": OFFLOADS | RINGS,
+    "mtu=9000": set(),
+    "notify=exit": set(),
+    "without=ctrl-vq": {"CTRL_VQ", "MQ"},
+}
+
+
+def udp_lost(guest: Guest, nic: int, *extra: str) -> dict[str, Any]:
+    """iperf3 -u at a low rate, datagrams numbered; its summary."""
+    guest.start("iperf3 -s -1")
+    command = f"iperf3 -u -c {nic_address(nic, 'guest')} -b 2M -l 400 -t 4 --json {' '.join(extra)}"
+    script = (
+        f'until text=$({command}) && echo "$text" | grep -q lost_packets; do sleep 0.5; done; echo "$text"'
+    )
+    summary: dict[str, Any] = json.loads(guest.host_run(nic, "sh", "-c", script).out)["end"]["sum"]
+    return summary
+
+
+def test_default_card(host: Host) -> None:
+    """All features, offloads off, the interface down and up, UDP without loss."""
+    with Guest(host, "--net", "vhost-net") as guest:
+        check_ping(guest)
+        check_ping(guest, size=1400)
+        check_tcp(guest, megabytes=8)
+        check_iperf(guest)
+        ethtool(guest, "off")
+        check_tcp(guest)
+        ethtool(guest, "on")
+        for _ in range(3):
+            guest.do("ip link set eth0 down && ip link set eth0 up")
+            check_ping(guest)
+        for extra in ((), ("-R",)):
+            summary = udp_lost(guest, 0, *extra)
+            assert summary["packets"] > 2000 and summary["lost_packets"] == 0, summary
+        guest.leave()
+        nic = guest.report["nets"][0]
+        assert set(nic["negotiated"]) >= OFFLOADS | RINGS
+        assert nic["refused_writes"] == 0 and nic["kvm_refusals"] == 0
+        assert nic["counters"]["rx_packets"] > 100 < nic["counters"]["tx_packets"]
+        (worker,) = nic["workers"]
+        assert worker["name"].startswith("vhost-") and worker["cpu_s"] > 0
+
+
+def test_every_feature_off(host: Host) -> None:
+    """One guest, a card for each feature that can be left out; and a jumbo frame."""
+    nets = [arg for card in CARDS for arg in ("--net", f"vhost-net,{card}")]
+    with Guest(host, *nets) as guest:
+        for nic in range(len(CARDS)):
+            check_traffic(guest, nic)
+        jumbo = list(CARDS).index("mtu=9000")
+        result = guest.host_run(
+            jumbo, *f"ping -M do -s 8972 -c 3 -i 0.3 {nic_address(jumbo, 'guest')}".split()
+        )
+        assert " 3 received" in result.out, result
+        guest.leave()
+        for nic, (card, missing) in zip(guest.report["nets"], CARDS.items(), strict=True):
+            negotiated = set(nic["negotiated"])
+            assert not negotiated & missing, card
+            assert (OFFLOADS | RINGS) - missing <= negotiated, card
+
+
+@pytest.mark.parametrize("mode", ["vhost-net", "emulated"])
+def test_queue_pairs(host: Host, mode: str) -> None:
+    """Four pairs and two CPUs: the driver takes two, ethtool -L changes it under traffic."""
+    with Guest(host, "--cpus", "2", "--net", f"{mode},queues=4") as guest:
+        text = guest.do("ethtool -l eth0")
+        assert [int(line.split()[1]) for line in text.splitlines() if "Combined" in line] == [4, 2]
+        check_traffic(guest)
+        guest.start("iperf3 -s")
+        flood = host.start(
+            *guest.inside(0), *f"iperf3 -c {nic_address(0, 'guest')} -t 12 -P 4 --json".split()
+        )
+        for pairs in (1, 4, 2, 3, 1, 2):
+            guest.do(f"ethtool -L eth0 combined {pairs}")
+            check_ping(guest)
+        result = flood.result()
+        assert json.loads(result.out)["end"]["sum_received"]["bytes"] > 1 << 20, result
+        guest.do("killall iperf3; ethtool -L eth0 combined 4")
+        check_traffic(guest)
+        guest.leave()
+        nic = guest.report["nets"][0]
+        assert nic["queue_pairs"] == {"max": 4, "used": 4}
+        assert nic["faults"] == []
+
+
+def test_no_exit_for_a_packet(host: Host) -> None:
+    """Once the link is up, 100,000 packets do not make KVM_RUN return for a kick or an interrupt."""
+    with Guest(host, "--net", "vhost-net") as guest:
+        check_ping(guest)
+        # Without offloads a packet is a frame, both here and there.
+        ethtool(guest, "off")
+        guest.host_run(0, "ethtool", "-K", "tap0", "tx", "off", "tso", "off", "gso", "off", "gro", "off")
+        check_iperf(guest, megabytes=80)
+        guest.leave()
+        report = guest.report
+        (nic,) = report["nets"]
+        packets = nic["counters"]["rx_packets"] + nic["counters"]["tx_packets"]
+        exits = report["exits"]
+        assert packets > 100_000
+        # What is left of the card's exits is set-up and control commands; the rest is boot and console.
+        assert exits_by_device(report, "net0 notify") <= nic["control_commands"]
+        assert exits_by_device(report, "net0 isr") == 0
+        set_up = sum(n for name, n in exits["by_device"].items() if name.startswith("net0"))
+        assert set_up < 500
+        console = exits_by_device(report, "serial0")
+        assert exits["kvm_run_returns"] - console < 3000, exits["by_device"]
+
+
+def test_reload_a_hundred_times(host: Host) -> None:
+    """virtio_net unloaded and loaded under traffic; each time the rings start anew and the card works."""
+    with Guest(host, "--net", "vhost-net") as guest:
+        flood = host.start(*guest.inside(0), *f"ping -q -i 0.02 -w 600 {nic_address(0, 'guest')}".split())
+        try:
+            guest.do(
+                # busybox' ping has a small socket buffer: a burst of the host's requests can push the answer out.
+                f"""for i in $(seq 100); do
+                    rmmod virtio_net && modprobe virtio_net && ip link set eth0 up &&
+                        ip addr add {nic_address(0, "guest")}/24 dev eth0 || break
+                    for try in 1 2 3 4 5; do
+                        ping -q -c 1 -W 2 {nic_address(0, "host")} >/tmp/out && continue 2
+                    done
+                    cat /tmp/out; ip addr; break
+                done
+                echo reloads: $i
+                [ $i = 100 ]""",
+                600,
+            )
+        finally:
+            host.sh("killall ping || true")
+            flood.result()
+        check_traffic(guest)
+        guest.leave()
+        nic = guest.report["nets"][0]
+        assert nic["resets"] >= 100
+        assert nic["faults"] == [] and nic["refused_writes"] == 0
+
+
+def test_intx_and_two_cpus(host: Host) -> None:
+    """Interrupt lines without MSI; with MSI-X a queue's interrupt moves between CPUs under traffic."""
+    with Guest(host, "--append", "pci=nomsi", "--net", "vhost-net") as guest:
+        check_traffic(guest)
+        assert sum(interrupts(guest, "IO-APIC.*virtio0")) > 0
+        reload_driver(guest)
+        check_ping(guest)
+        guest.leave()
+    with Guest(host, "--cpus", "2", "--net", "vhost-net") as guest:
+        numbers = guest.do("grep virtio0- /proc/interrupts | cut -d: -f1").split()
+        flood = host.start(*guest.inside(0), *f"ping -q -f -w 8 {nic_address(0, 'guest')}".split())
+        for _ in range(10):
+            for cpu in (1, 0):
+                for number in numbers:
+                    guest.do(f"echo {cpu} >/proc/irq/{number}/smp_affinity_list")
+        result = flood.result()
+        sent, received = (
+            int(result.out.split(word)[0].split()[-1]) for word in (" packets transmitted", " received")
+        )
+        assert received >= sent - 1, result  # the last may be on its way when ping ends
+        check_traffic(guest)
+        guest.leave()
+
+
+def test_memory_above_the_pci_hole(host: Host) -> None:
+    """With 5 GiB the kernel translates addresses of two regions."""
+    with Guest(host, "--memory", "5G", "--net", "vhost-net") as guest:
+        check_traffic(guest)
+        check_tcp(guest, megabytes=16)
+        guest.leave()
+
+
+def test_link(host: Host) -> None:
+    """A card that starts without a cable; and a tap that vanishes under traffic and comes back."""
+    host.sh("ip tuntap add dev vh0 mode tap vnet_hdr && ip addr add 192.168.160.1/24 dev vh0")
+    try:
+        nets = ("--net", "vhost-net,link=off", "--net", "vhost-net,tap=vh0,guest=192.168.160.2/24")
+        with Guest(host, *nets) as guest:
+            assert guest.do("cat /sys/class/net/eth0/carrier").strip() == "0"
+            assert "NO-CARRIER" in guest.host_run(0, "ip", "link", "show", "tap0").out
+            assert " 3 packets received" in guest.do("ping -c 3 192.168.160.1")
+            host.sh("ip link del vh0")
+            guest.do("until [ $(cat /sys/class/net/eth1/carrier) = 0 ]; do sleep 0.1; done")
+            host.sh(
+                "ip tuntap add dev vh0 mode tap vnet_hdr && ip addr add 192.168.160.1/24 dev vh0 && ip link set vh0 up"
+            )
+            guest.do("until [ $(cat /sys/class/net/eth1/carrier) = 1 ]; do sleep 0.1; done")
+            guest.do("until ping -q -c 1 -W 1 192.168.160.1 >/dev/null; do sleep 0.2; done")
+            assert " 3 packets received" in guest.do("ping -c 3 192.168.160.1")
+            guest.leave()
+            report = guest.report["nets"]
+            assert report[1]["counters"]["link_losses"] == 1
+            assert report[1]["counters"]["rx_packets"] > 3
+    finally:
+        host.sh("ip link del vh0")
+
+
+def test_pinned_workers(host: Host) -> None:
+    """worker-cpu= confines the kernel's threads."""
+    with Guest(host, "--cpus", "2", "--net", "vhost-net,queues=2,worker-cpu=0") as guest:
+        text = host.sh(f"for p in $(pgrep '^vhost-{guest.pid}$'); do taskset -p $p; done")
+        assert sorted(line.split(": ")[1] for line in text.splitlines()) == ["1", "2"], text
+        check_ping(guest)
+        guest.leave()
+
+
+def test_missing_or_wrong(host: Host) -> None:
+    """No /dev/vhost-net, no permission, no such CPU: one line, its own exit code, nothing left."""
+    cases = {
+        "mv /dev/vhost-net /dev/vhost-off": ("vhost-net", 108, "modprobe vhost_net"),
+        "true": ("vhost-net,worker-cpu=99", 2, "worker-cpu=99"),
+    }
+    for prepare, (net, status, text) in cases.items():
+        host.sh(prepare)
+        try:
+            with Run(host, "--net", net, "--", "true", report=False) as run:
+                assert run.wait() == status, run
+                assert text in run.err and run.err.count("\n") == 1, run
+        finally:
+            host.sh("[ -e /dev/vhost-net ] || mv /dev/vhost-off /dev/vhost-net")
