@@ -469,8 +469,22 @@ def write_file(path: str, value: str) -> None:
         os.close(fd)
 
 
+def keep_off_cpu_0() -> None:
+    """Confine this process, and so every command, to the other CPUs where L1 has several.
+
+    QEMU's TCG clears a bit of CPU 0's ``hflags2`` from whatever CPU loads x87 state (``cpu_clear_ignne``, called for FXRSTOR
+    and XRSTOR), not atomically. Where that meets a #VMEXIT on CPU 0, nested paging stays on in the hypervisor, whose state
+    then goes into the guest's VMCB: the guest hangs or triple-faults. CPU 0 never executes VMRUN as long as no command
+    runs there; interrupts and kernel threads still do.
+    """
+    cpus = os.sched_getaffinity(0)
+    if len(cpus) > 1:
+        os.sched_setaffinity(0, cpus - {0})
+
+
 def main() -> None:
     """Find the port by its name and serve it for ever."""
+    keep_off_cpu_0()
     for name in os.listdir("/sys/class/virtio-ports"):
         with open(f"/sys/class/virtio-ports/{name}/name") as f:
             if f.read().strip() == "agent":

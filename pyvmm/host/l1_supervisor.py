@@ -39,6 +39,11 @@ PING_EVERY = 1.0
 CONSOLE_KEPT = 64 << 10
 
 
+def l1_cpus(cpus: int) -> int:
+    """How many vCPUs L1 gets so that ``cpus`` of them run commands (see ``l1_agent.keep_off_cpu_0``)."""
+    return cpus + 1 if cpus > 1 else 1
+
+
 class Client:
     """One connection: at most one command."""
 
@@ -137,7 +142,7 @@ class Supervisor:
         argv = [
             self.qemu.path, *self.qemu.options, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-name", "pyvmm-testbed", "-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi", "-cpu", CPU,
-            "-smp", str(self.cpus), "-m", f"{memory}M",
+            "-smp", str(l1_cpus(self.cpus)), "-m", f"{memory}M",
             "-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on",
             "-chardev", f"socket,id=root,fd={root.fileno()}",
             "-device", "vhost-user-fs-pci,chardev=root,tag=root,queue-size=1024",
