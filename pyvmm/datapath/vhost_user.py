@@ -104,6 +104,23 @@ RUNNING = (
     | virtio.VIRTIO_CONFIG_S_FEATURES_OK
     | virtio.VIRTIO_CONFIG_S_DRIVER_OK
 )
+#: feature -> one of these is required for it (virtio 1.2, 5.1.3.1). Some back-ends offer it without.
+REQUIRES = (
+    (virtio_net.VIRTIO_NET_F_HOST_TSO4, (virtio_net.VIRTIO_NET_F_CSUM,)),
+    (virtio_net.VIRTIO_NET_F_HOST_TSO6, (virtio_net.VIRTIO_NET_F_CSUM,)),
+    (virtio_net.VIRTIO_NET_F_HOST_UFO, (virtio_net.VIRTIO_NET_F_CSUM,)),
+    (
+        virtio_net.VIRTIO_NET_F_HOST_ECN,
+        (virtio_net.VIRTIO_NET_F_HOST_TSO4, virtio_net.VIRTIO_NET_F_HOST_TSO6),
+    ),
+    (virtio_net.VIRTIO_NET_F_GUEST_TSO4, (virtio_net.VIRTIO_NET_F_GUEST_CSUM,)),
+    (virtio_net.VIRTIO_NET_F_GUEST_TSO6, (virtio_net.VIRTIO_NET_F_GUEST_CSUM,)),
+    (virtio_net.VIRTIO_NET_F_GUEST_UFO, (virtio_net.VIRTIO_NET_F_GUEST_CSUM,)),
+    (
+        virtio_net.VIRTIO_NET_F_GUEST_ECN,
+        (virtio_net.VIRTIO_NET_F_GUEST_TSO4, virtio_net.VIRTIO_NET_F_GUEST_TSO6),
+    ),
+)
 #: Seconds between attempts to connect again: doubled each time, up to the second.
 RETRY, RETRY_MAX = 0.01, 1.0
 PROBLEMS_MAX = 32
@@ -197,7 +214,7 @@ class VhostUserNet:
         except BaseException:
             self.close()
             raise
-        self._features = self._session.features & DATA_MASK
+        self._features = _consistent(self._session.features & DATA_MASK)
         self._thread = threading.Thread(target=self._watch, name="vhost-user", daemon=True)
         self._thread.start()
 
@@ -710,6 +727,14 @@ class VhostUserNet:
                 "inflight": self._inflight is not None,
                 "problems": list(self.problems),
             }
+
+
+def _consistent(features: int) -> int:
+    """Without what lacks something that it requires."""
+    for bit, needs in REQUIRES:
+        if not any(features >> need & 1 for need in needs):
+            features &= ~(1 << bit)
+    return features
 
 
 def _signal(event: EventFd) -> None:

@@ -206,6 +206,15 @@ def test_feature_sets(path, acked):
         assert running.backend.acked & ALL == acked
 
 
+def test_features_that_lack_what_they_require_are_not_offered(path, listener):
+    with Fake(listener) as fake:
+        fake.FEATURES |= bits("VIRTIO_NET_F_CSUM", "VIRTIO_NET_F_HOST_ECN", "VIRTIO_NET_F_HOST_TSO6")
+        fake.FEATURES |= bits("VIRTIO_NET_F_GUEST_ECN", "VIRTIO_NET_F_GUEST_TSO4")
+        with Guest(path) as guest:
+            offered = bits("VIRTIO_NET_F_CSUM", "VIRTIO_NET_F_HOST_ECN", "VIRTIO_NET_F_HOST_TSO6")
+            assert guest.path.features() == ALL | offered
+
+
 def test_offloads_change_while_it_runs(path):
     """CTRL_GUEST_OFFLOADS: the back-end has to be told by its features."""
     with (
