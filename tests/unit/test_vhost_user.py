@@ -13,13 +13,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pyvmm.datapath.netns import Namespace
 from pyvmm.datapath.vhost_user import VhostUserNet
 from pyvmm.datapath.vu_backend import Backend
 from pyvmm.datapath.vu_ports import PcapWriter, PythonPort, joined_ports, loop_port, rarp
 from pyvmm.datapath.vu_probe import Probe
-from pyvmm.datapath.vu_wire import Channel, Listener
+from pyvmm.datapath.vu_wire import Channel, Listener, TimedOut
 from pyvmm.errors import VhostUserError
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
@@ -850,6 +852,57 @@ def test_hostile_requests_are_refused(path):
             for one in (event, *pipe):
                 os.close(one)
         assert wait_for(lambda: "front-end disconnected" in running.log, PATIENCE)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.lists(
+        st.tuples(
+            # Not SET_PROTOCOL_FEATURES: without REPLY_ACK we would wait for answers in vain.
+            st.integers(0, 45).filter(lambda n: n != spec.VHOST_USER_SET_PROTOCOL_FEATURES),
+            st.one_of(
+                st.binary(max_size=64),
+                st.tuples(st.integers(0, 3), st.integers(0, 300)).map(lambda t: state(*t)),
+                st.integers(0, 300).map(lambda n: struct.pack("<Q", n)),
+                st.just(table((0, 1 << 20, 0, 0))),
+                st.integers(0, 3).map(
+                    lambda i: struct.pack(spec.VRING_ADDR, i, 0, 0x1000, 0x2000, 0x3000, 0)
+                ),
+                st.just(struct.pack(spec.INFLIGHT, 1 << 14, 0, 2, 256)),
+            ),
+            st.lists(st.sampled_from(["memory", "event"]), max_size=3),
+        ),
+        max_size=30,
+    )
+)
+def test_any_sequence_of_requests_leaves_a_working_backend(busy, messages):
+    """Requests in any order with any payload: each is answered or ends the session, and the next one is served."""
+    path, event = busy
+    with FrontEnd(path).negotiate() as f:
+        fds = {"memory": f.memory.fd.fileno(), "event": event}
+        try:
+            for request, payload, names in messages:
+                f.ask(request, payload, [fds[n] for n in names])
+        except VhostUserError as e:
+            # It has ended the session, or its answer is no number.
+            assert not isinstance(e, TimedOut), e
+    with FrontEnd(path) as f:
+        assert f.ask(spec.VHOST_USER_GET_FEATURES).u64 & ALL == ALL
+
+
+@pytest.fixture
+def busy(path):
+    """A back-end, and an eventfd for its rings."""
+    event = os.eventfd(0)
+    with Running(path) as running:
+        yield path, event
+        assert running.thread.is_alive()
+    os.close(event)
 
 
 def test_without_acks_a_refusal_ends_the_session_only(path):
