@@ -108,6 +108,12 @@ class VhostUserError(PyvmmError):
     exit_code = 112
 
 
+class GuestTrouble(PyvmmError):
+    """The guest kernel reported what ``--fail-on`` names: an oops, a warning, a stall."""
+
+    exit_code = 118
+
+
 class GuestEnded(PyvmmError):
     """The guest powered off before its command had ended."""
 

@@ -75,6 +75,8 @@ BASE_CMDLINE = "console=ttyS0 panic=-1"
 COMMAND_MAX = 1200
 OLD_STATS = 16  # VMs before the present one whose statistics are kept
 PANIC_TEXT = b"Kernel panic - not syncing"
+PANIC_END = b"---[ end Kernel panic"  # what a kernel says last that is not to reboot (panic=0)
+INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word
 
 PHASES = {
     GUEST_INIT: "init",
@@ -261,6 +263,9 @@ class Machine:
         self._request: Outcome | None = None
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
+        #: Set once init runs (our own says so, else the kernel's last words), and at the end.
+        self.booted = threading.Event()
+        self._last_said = b""
         self._panic: str | None = None
         self._supervisor: threading.Thread | None = None
         self.old_stats: list[dict[str, Any]] = []
@@ -288,6 +293,7 @@ class Machine:
         self.stdout, self.stderr = Stream("stdout"), Stream("stderr")
         for stream in (self.console, self.stdout, self.stderr):
             enter(stream.close)
+        self.console.add_sink(self._watch)
         self._add_board()
         for index, net in enumerate(nets):
             self._add_net(index, net)
@@ -437,14 +443,22 @@ class Machine:
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self._supervisor.start()
 
-    def wait(self, timeout: float | None = None) -> Outcome:
+    def wait(self, timeout: float | None = None, *, boot_timeout: float | None = None) -> Outcome:
         """Wait for the end.
 
         :param timeout: seconds; then the machine is stopped and the outcome is ``timeout``.
+        :param boot_timeout: seconds until init runs, else likewise; counts from the same moment.
         :raises BaseException: whatever went wrong inside the VMM itself.
         """
+        total = timeout
+        if boot_timeout is not None and (timeout is None or boot_timeout < timeout):
+            begin = time.monotonic()
+            if not self.booted.wait(boot_timeout):
+                self.stop(Outcome("timeout", f"init did not run within {boot_timeout:g} s"))
+            elif timeout is not None:
+                timeout = max(timeout - (time.monotonic() - begin), 0)
         if not self._done.wait(timeout):
-            self.stop(Outcome("timeout", f"{timeout:g} s are over"))
+            self.stop(Outcome("timeout", f"{total:g} s are over"))
         if self._failure is not None:
             raise self._failure
         assert self._outcome is not None
@@ -463,6 +477,7 @@ class Machine:
         if self._supervisor is None:
             self._outcome = self._outcome or self._request
             self._done.set()
+            self.booted.set()
         self._done.wait()
 
     def close(self) -> None:
@@ -521,10 +536,13 @@ class Machine:
         self._was_panic(request)
         self._outcome = request
         self._done.set()
+        self.booted.set()
 
     def _was_panic(self, request: Outcome) -> None:
         """A panic that ends in a reboot (panic=-1) is a panic. The console may know more than pvpanic."""
-        if request.kind not in ("reboot", "poweroff", "triple-fault") or request.status is not None:
+        if request.kind not in ("reboot", "poweroff", "triple-fault", "timeout", "panic"):
+            return
+        if request.status is not None:
             return
         if self._panic is None and PANIC_TEXT not in self.console.text:
             self.console.finish(0.2) if request.kind == "reboot" and self.on_reboot == "exit" else None
@@ -574,6 +592,15 @@ class Machine:
         registers = vcpu.registers()
         self._finish(Outcome("kvm-error", f"{detail}, rip {registers['rip']:#x}", registers))
 
+    def _watch(self, data: bytes) -> None:
+        """The console's reader: a panic that nothing follows ends the machine, rather than its time-out."""
+        text = self._last_said + data
+        if PANIC_END in text:
+            self._finish(Outcome("panic"))
+        if INIT_TEXT in text:
+            self.booted.set()
+        self._last_said = text[-32:]
+
     # --- what the guest asks for ------------------------------------------------------------------------
 
     def _guest_reset(self) -> None:
@@ -592,7 +619,9 @@ class Machine:
         phase = PHASES.get(opcode)
         if phase is not None:
             self.phases.setdefault(phase, time.monotonic_ns())
-        if opcode == GUEST_STATUS:
+        if opcode == GUEST_INIT:
+            self.booted.set()
+        elif opcode == GUEST_STATUS:
             self.command_status = value & 0xFF
         elif opcode == GUEST_PAGE:
             self._guest_page = value << 12

@@ -204,10 +204,10 @@ class Suite:
         return result
 
 
-def state_lines(outcome: Any, symbols: str | None) -> list[str]:
+def state_lines(outcome: Any, symbols: str | None, moved: int = 0) -> list[str]:
     """Where the vCPUs were: the registers that the outcome has, each RIP with its symbol.
 
-    :param symbols: path of an ELF with symbols; a file that is none is no error.
+    :param symbols: path of an ELF with symbols; a file that is none is no error. :param moved: how far KASLR has moved it.
     """
     lines = []
     if outcome.registers:
@@ -218,7 +218,7 @@ def state_lines(outcome: Any, symbols: str | None) -> list[str]:
 
         table = Symbols(symbols) if symbols else None
         for index, rip in enumerate(rips):
-            where = table.name(rip) if table else ""
+            where = table.name(rip - moved) if table else ""
             where = "not started" if rip == RESET_RIP else where
             lines.append(f"vCPU {index} at {rip:#x}" + (f", {where}" if where else ""))
     return lines

@@ -9,6 +9,7 @@ Examples:
   pyvmm run --kernel bzImage --initrd initrd.img --append 'loglevel=7' --timeout 60
   pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- iperf3 -c 192.168.100.1
   pyvmm run --net emulated,notify=exit --exits -- iperf3 -c 192.168.100.1
+  pyvmm run --kernel vmlinux --boot-timeout 30 --fail-on oops,warning --junit result.xml --log console.log -- run-tests
 
 Network cards: --net MODE[,key=value...], once a card
   emulated    the data path in this process
@@ -32,8 +33,8 @@ Network cards: --net MODE[,key=value...], once a card
       server=on       listen there, and the back-end connects (off)
 
 Exit status: the guest command's; or 2 bad usage, 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no
-vhost-net, 112 no fitting vhost-user back-end, 119 the guest
-ended before the command did, 120 panic, 121 reboot, 122 triple fault, 123 KVM error, 124 time-out, 130 Ctrl-C, 143 SIGTERM.
+vhost-net, 112 no fitting vhost-user back-end, 118 the kernel reported what --fail-on names, 119 the guest ended before the command
+did, 120 panic, 121 reboot, 122 triple fault, 123 KVM error, 124 time-out, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
+    from pyvmm.cli.judge import Extras
     from pyvmm.machine import Machine, Outcome
 
 
@@ -63,6 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory", metavar="SIZE", default="256M", help="guest memory, as 256M or 4G (256M)")
     add("--net", metavar="MODE[,K=V]", action="append", help="a network card, see below (emulated)")
     add("--timeout", metavar="S", type=float, help="seconds until the guest is stopped, exit status 124")
+    add("--boot-timeout", metavar="S", type=float, help="seconds until init runs, likewise")
+    add(
+        "--fail-on",
+        metavar="LIST",
+        help="exit with 118 on these in the console: oops,warning,bug,rcu-stall,lockdep or all",
+    )
+    add("--junit", metavar="FILE", help="write the verdict, and KTAP results in the output, as JUnit XML")
+    add("--log", metavar="FILE", help="write the console with time stamps")
+    add(
+        "--vmlinux", metavar="FILE", help="kernel with symbols, to say where a guest hung (default: --kernel)"
+    )
     add("--report", metavar="FILE", help="write exits, phases, features and counters as JSON ('-': stdout)")
     add("--exits", action="store_true", help="print at the end how often the guest exited, and why")
     add("--on-reboot", choices=("exit", "restart"), default="exit", help="what a guest's reboot does (exit)")
@@ -77,8 +91,16 @@ def run(args: argparse.Namespace) -> int:
     from pyvmm.cli.where import elsewhere
     from pyvmm.errors import UsageError
 
-    if args.timeout is not None and not 0 < args.timeout <= 1e7:
-        raise UsageError(f"--timeout {args.timeout:g}", "use a positive number of seconds")
+    for option, value in (("--timeout", args.timeout), ("--boot-timeout", args.boot_timeout)):
+        if value is not None and not 0 < value <= 1e7:
+            raise UsageError(f"{option} {value:g}", "use a positive number of seconds")
+    if args.fail_on is not None:
+        from pyvmm.testing.console import TROUBLES, parse_kinds
+
+        try:
+            args.fail_on = parse_kinds(args.fail_on)
+        except ValueError as e:
+            raise UsageError(f"--fail-on {e}", f"use {', '.join(TROUBLES)} or all") from e
     at = args.argv.index("run") + 1
     vhost = any(net.partition(",")[0] == "vhost-net" for net in args.net or ())
     status = elsewhere(args.host, args.kernel, ["run", "--host", "local", *args.argv[at:]], vhost=vhost)
@@ -86,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _boot(args: argparse.Namespace) -> int:
+    from pyvmm.cli.signals import Terminated
+    from pyvmm.errors import PyvmmError
     from pyvmm.machine import Machine
     from pyvmm.net import Net
 
@@ -97,9 +121,16 @@ def _boot(args: argparse.Namespace) -> int:
         image = find(args.image or "default")
         kernel, initrd = image.kernel, initrd or image.initrd
         append = f"{CMDLINE} {append}".rstrip()
-    report = _open_report(args.report)
     command = args.guest_command or None
+    extras: Extras | None = None
+    if args.fail_on or args.log or args.junit:
+        from pyvmm.cli.judge import Extras
+
+        extras = Extras(args)
+    report = None
+    vm: Machine | None = None
     try:
+        report = _open_report(args.report)
         with Machine(
             kernel,
             initrd=initrd,
@@ -110,63 +141,68 @@ def _boot(args: argparse.Namespace) -> int:
             command=command,
             on_reboot=args.on_reboot,
         ) as vm:
-            status = _attend(vm, args, interactive=command is None)
+            if extras is not None:
+                extras.attach(vm)
+            outcome = _attend(vm, args, interactive=command is None)
+            verdict = _verdict(vm, outcome, args, kernel, extras)
             if report is not None:
-                _write_report(vm, report)
+                _write_report(vm, report, verdict)
             if args.exits:
                 from pyvmm.cli.tables import exits_table
 
                 print(exits_table(vm), file=sys.stderr)
-            return status
+            return int(verdict["code"])
+    except (PyvmmError, Terminated) as e:
+        if extras is not None:
+            extras.broken_off(e, vm)
+        raise
     finally:
         if report is not None and report > 2:
             os.close(report)
+        if extras is not None:
+            extras.close()
 
 
-def _attend(vm: Machine, args: argparse.Namespace, *, interactive: bool) -> int:
+def _attend(vm: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:
     from pyvmm.devices.console import FdSink
 
-    if interactive:
-        from pyvmm.cli.terminal import Terminal
-
-        vm.console.add_sink(FdSink(1))
-        vm.stdout.add_sink(FdSink(1))
-        vm.stderr.add_sink(FdSink(2))
-        terminal = Terminal(vm)
-        try:
-            terminal.open()
-            vm.start()
-            outcome = vm.wait(args.timeout)
-        finally:
-            terminal.close()
-    else:
+    if not interactive:
         vm.stdout.add_sink(FdSink(1))
         vm.stderr.add_sink(FdSink(2))
         if args.verbose:
             vm.console.add_sink(FdSink(2))
         vm.start()
-        outcome = vm.wait(args.timeout)
-    return _verdict(vm, outcome, commanded=not interactive, shown=interactive or args.verbose)
+        return vm.wait(args.timeout, boot_timeout=args.boot_timeout)
+    from pyvmm.cli.terminal import Terminal
+
+    vm.console.add_sink(FdSink(1))
+    vm.stdout.add_sink(FdSink(1))
+    vm.stderr.add_sink(FdSink(2))
+    terminal = Terminal(vm)
+    try:
+        terminal.open()
+        vm.start()
+        return vm.wait(args.timeout, boot_timeout=args.boot_timeout)
+    finally:
+        terminal.close()
 
 
-def _verdict(vm: Machine, outcome: Outcome, *, commanded: bool, shown: bool) -> int:
-    """The exit status; what is not orderly is told on stderr with what helps to find out why."""
-    from pyvmm.errors import GuestEnded
+def _verdict(
+    vm: Machine, outcome: Outcome, args: argparse.Namespace, kernel: str, extras: Extras | None
+) -> dict[str, Any]:
+    """The verdict, as the report has it; what is not orderly is told on stderr with what helps to find out why."""
+    commanded = bool(args.guest_command)
+    if extras is None and outcome.error() is None and (outcome.status == 0 or not commanded):
+        return {"kind": "passed", "code": outcome.status or 0, "message": ""}
+    from pyvmm.cli.judge import judge, tell
 
-    error = outcome.error()
-    if error is None and commanded and outcome.status is None and outcome.kind != "stopped":
-        error = GuestEnded("the guest powered off before the command ended", "see its console: --verbose")
-    if error is None:
-        return outcome.status or 0
-    if not shown and vm.console.text:
-        tail = bytes(vm.console.text[-2000:]).decode(errors="replace").splitlines()[-20:]
-        print("pyvmm: the last of the guest's console:", *tail, sep="\n  ", file=sys.stderr)
-    if outcome.registers:
-        items = [f"{name} {value:016x}" for name, value in outcome.registers.items()]
-        for i in range(0, len(items), 4):
-            print("  " + "  ".join(items[i : i + 4]), file=sys.stderr)
-    print(f"pyvmm: {error}", file=sys.stderr)
-    return error.exit_code
+    watch = extras.watch if extras is not None else None
+    verdict = judge(vm, outcome, commanded=commanded, watch=watch, symbols=args.vmlinux or kernel)
+    tell(vm, verdict, shown=not commanded or args.verbose)
+    if extras is not None:
+        extras.junit(verdict, vm)
+        extras.lost(vm)
+    return {"kind": verdict.kind, "code": verdict.code, "message": verdict.message}
 
 
 def _open_report(path: str | None) -> int | None:
@@ -183,10 +219,10 @@ def _open_report(path: str | None) -> int | None:
         raise UsageError(f"--report {path}: {e.strerror}", "name a file that can be written") from e
 
 
-def _write_report(vm: Machine, fd: int) -> None:
+def _write_report(vm: Machine, fd: int, verdict: dict[str, Any]) -> None:
     import json
 
-    text = json.dumps(vm.report(), indent=2) + "\n"
+    text = json.dumps({**vm.report(), "verdict": verdict}, indent=2) + "\n"
     try:
         os.write(fd, text.encode()) if fd > 2 else sys.stdout.write(text)
     except OSError as e:

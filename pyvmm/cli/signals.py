@@ -26,11 +26,14 @@ def orderly(body: Callable[[], int]) -> int:
             signal.signal(other, signal.SIG_IGN)
         raise Terminated(number)
 
-    before = {number: signal.signal(number, on_signal) for number in ENDING}
-    try:
-        return body()
+    before = {}
+    try:  # two of them: a signal may also come while the handlers are put in or taken away
+        try:
+            for number in ENDING:
+                before[number] = signal.signal(number, on_signal)
+            return body()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     except Terminated as e:
         return 128 + e.number
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -15,6 +15,7 @@ CODES: dict[str, int | None] = {
     "skipped": 77,
     "failed": None,
     "error": 105,
+    "trouble": 118,
     "ended": 119,
     "panic": 120,
     "reboot": 121,

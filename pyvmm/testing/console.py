@@ -1,0 +1,172 @@
+"""What a Linux console says about how it goes: panic, oops, warnings, stalls, and how far the boot has come.
+
+The patterns are the kernel's own words (kernel/panic.c, lib/bug.c, arch/x86/mm/fault.c, kernel/rcu/tree_stall.h, kernel/locking/
+lockdep.c), Linux 5.10 to 6.15.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+
+from pyvmm.testing.points import STAMP
+from pyvmm.testing.verdict import clean
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: kind -> how its first line begins, after the time stamp. Tried in this order: lockdep's are warnings of another kind.
+TROUBLES = {
+    "lockdep": r"WARNING: (?:possible (?:circular|recursive|irq lock inversion)|inconsistent lock state|bad unlock balance|"
+    r"suspicious RCU usage|held lock freed|Nested lock|lock held when returning|\S*-safe -> )|DEBUG_LOCKS_WARN_ON|"
+    r"INFO: trying to register non-static key",
+    "rcu-stall": r"rcu: INFO: \S+ (?:self-)?detected (?:expedited )?stall|INFO: rcu_\S+ (?:self-)?detected (?:expedited )?stall|"
+    r"rcu: INFO: \S+ detected stalls",
+    "oops": r"Oops: |BUG: unable to handle|BUG: kernel NULL pointer|general protection fault|Internal error: ",
+    "bug": r"kernel BUG at |BUG: |UBSAN: ",
+    "warning": r"WARNING: (?:CPU: \d+ PID: \d+ at |\S+:\d+ at )",
+}
+PANIC = "Kernel panic - not syncing"
+QUOTE_MAX = 60  # lines of a call trace
+END = re.compile(r"---\[ end (?:trace|Kernel panic)")
+#: What begins a report that a panic follows: its trace is the one that matters.
+CAUSE = re.compile("|".join((TROUBLES["oops"], TROUBLES["bug"])))
+OFFSET = re.compile(r"Kernel Offset: (0x[0-9a-f]+) from 0x")
+
+
+class Trouble:
+    """One report of the kernel's. :ivar kind: key of TROUBLES. :ivar lines: its beginning, without time stamps."""
+
+    __slots__ = ("kind", "lines")
+
+    def __init__(self, kind: str, lines: list[str]) -> None:
+        self.kind, self.lines = kind, lines
+
+    @property
+    def message(self) -> str:
+        """Its first line."""
+        return self.lines[0]
+
+
+def parse_kinds(text: str) -> list[str]:
+    """The kinds of ``--fail-on``; ``all`` is each of them. Raises ValueError with the one that is unknown."""
+    kinds = [k.strip() for k in text.split(",") if k.strip()]
+    for kind in kinds:
+        if kind not in TROUBLES and kind != "all":
+            raise ValueError(kind)
+    return list(TROUBLES) if "all" in kinds else kinds
+
+
+class Watch:
+    """A console's sink that keeps the reports of some kinds, line by line, however much else there is.
+
+    :param kinds: of TROUBLES. :ivar troubles: the first ``MAX``, in order. :ivar count: how many there were.
+    """
+
+    MAX = 20
+
+    def __init__(self, kinds: list[str]) -> None:
+        self._rules = [(kind, re.compile(TROUBLES[kind])) for kind in TROUBLES]
+        self._kinds = set(kinds)
+        self._rest = b""
+        self._open: Trouble | None = None
+        self.troubles: list[Trouble] = []
+        self.count = 0
+
+    def __call__(self, data: bytes) -> None:
+        """The next piece of the console."""
+        *lines, rest = (self._rest + data).split(b"\n")
+        self._rest = rest[-4096:]  # a line without end is not kept for ever
+        for line in lines:
+            self._line(line)
+
+    def finish(self) -> None:
+        """The console has ended, perhaps within a line."""
+        if self._rest:
+            self._line(self._rest)
+            self._rest = b""
+
+    def _line(self, raw: bytes) -> None:
+        text = STAMP.sub("", clean(raw.decode(errors="replace")))
+        trouble = self._open
+        if trouble is not None:
+            trouble.lines.append(text)
+            if END.search(text) or len(trouble.lines) >= QUOTE_MAX:
+                self._open = None
+        kind = next((kind for kind, rule in self._rules if rule.match(text)), None)
+        if (
+            kind is None
+            or kind not in self._kinds
+            or (trouble is not None and self._open is not None and kind == "oops")
+        ):
+            return  # an oops has its kind in the line before, too
+        self.count += 1
+        if len(self.troubles) < self.MAX:
+            self._open = Trouble(kind, [text])
+            self.troubles.append(self._open)
+
+
+def panic_quote(console: bytes | bytearray) -> list[str]:
+    """The panic in a console, with the call trace that belongs to it; empty where there is none.
+
+    What led to it, an oops or a BUG, comes before the panic's own line and has the trace; else the trace follows.
+    """
+    text = bytes(console[-(1 << 16) :]).decode(errors="replace")
+    lines = [STAMP.sub("", clean(line)) for line in text.splitlines()]
+    at = next(
+        (i for i in range(len(lines) - 1, -1, -1) if PANIC in lines[i] and "end Kernel" not in lines[i]), None
+    )
+    if at is None:
+        return []
+    first = at
+    for i in range(at - 1, max(at - QUOTE_MAX, -1), -1):
+        if CAUSE.match(lines[i]):
+            first = i
+    last = at
+    while last + 1 < len(lines) and last - at < QUOTE_MAX and "end Kernel panic" not in lines[last]:
+        last += 1
+    return lines[first : last + 1]
+
+
+def offset(console: bytes | bytearray) -> int:
+    """How far KASLR has moved the kernel, where a panic tells it; else 0."""
+    match = OFFSET.search(bytes(console[-(1 << 16) :]).decode(errors="replace"))
+    return int(match[1], 16) if match else 0
+
+
+def phase(phases: dict[str, int], said: bool) -> str:
+    """How far a guest has come, for a time-out: what ``Machine.phases`` and the console tell.
+
+    :param said: whether there was anything on the console.
+    """
+    if "command_end" in phases:
+        return "after the command's end"
+    if "command" in phases:
+        return "while the command ran"
+    if "init" in phases:
+        return "in init, before the command"
+    return "while the kernel booted" if said else "before there was any output"
+
+
+class Log:
+    """A console's sink that writes each line with the seconds since the start, as ``[   12.345678] text``.
+
+    :param write: takes the bytes. :raises OSError: from it, when the disk is full.
+    """
+
+    def __init__(self, write: Callable[[bytes], object]) -> None:
+        self._write = write
+        self._begin = time.monotonic()
+        self._at_start = True
+
+    def __call__(self, data: bytes) -> None:
+        """The next piece; a line is stamped when its first byte comes."""
+        stamp = b"[%12.6f] " % (time.monotonic() - self._begin)
+        out = bytearray()
+        for line in data.replace(b"\r\n", b"\n").splitlines(keepends=True):
+            if self._at_start:
+                out += stamp
+            out += line
+            self._at_start = line.endswith(b"\n")
+        self._write(bytes(out))
