@@ -3,7 +3,8 @@
  * Fuzzes the worker (cext/net_worker.c): both rings of a queue pair are the input's, packets come and go
  * through a socket pair.
  *
- * Input: base (2 bytes), features (1), packet lengths (13), then the image of the low region.
+ * Input: base (2 bytes), features (1), packet lengths (13), then the image of the low region. In-flight regions are
+ * made of the image, too.
  */
 #include "net_worker.c"
 
@@ -21,14 +22,16 @@
 		}                                                                                            \
 	} while (0)
 
-static uint8_t *low, *high;
+static uint8_t *low, *high, *inflight[2];
 static int pair[2] = {-1, -1}, event[4];
 
 static void set_up(void)
 {
 	low = aligned_alloc(4096, FUZZ_REGION);
 	high = aligned_alloc(4096, FUZZ_REGION);
-	CHECK(low && high);
+	for (int q = 0; q < 2; q++)
+		inflight[q] = malloc(PV_NET_INFLIGHT_SIZE(FUZZ_SIZE));
+	CHECK(low && high && inflight[0] && inflight[1]);
 	memset(low, 0, FUZZ_REGION);
 	memset(high, 0, FUZZ_REGION);
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair));
@@ -64,6 +67,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			.kick = event[q],
 			.call = event[2 + q],
 		};
+	for (uint32_t q = 0; q < 2 && data[2] & 64; q++) {
+		/* As a hostile peer may hand it over; half of them with a good head. */
+		memcpy(inflight[q], low + FUZZ_TABLE + 256 * q, PV_NET_INFLIGHT_SIZE(FUZZ_SIZE));
+		if (data[2] & 128)
+			memcpy(inflight[q] + 8, &(uint16_t[]){1, FUZZ_SIZE}, 4);
+		cfg.ring[q].inflight = inflight[q];
+	}
 	cfg.fd = pair[0];
 	cfg.hdr_len = data[2] & 8 ? 10 : 12;
 	cfg.max_frame = data[2] & 16 ? 65565 : 1530;
@@ -73,6 +83,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	cfg.mrg_rxbuf = data[2] & 4;
 	w = pv_net_worker_new(&cfg, &mem, &ev);
 	CHECK(w);
+	for (int q = RX; q <= TX; q++)
+		if (w->inflight[q])
+			inflight_recover(w, q);
+	w->recovered = true;
 	for (int q = RX; q <= TX; q++)
 		ahead[q] = (uint16_t)(w->ring[q].last_avail - w->ring[q].used_next);
 	for (uint32_t i = 3; i < FUZZ_HEADER; i++) {

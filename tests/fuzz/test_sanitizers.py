@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = os.environ.get("PYVMM_FUZZ_SECONDS", "20")
-SUITES = ["tests/unit/test_vring.py", "tests/unit/test_net_worker.py"]
+SUITES = ["tests/unit/test_vring.py", "tests/unit/test_net_worker.py", "tests/unit/test_vhost_user.py"]
 
 
 def test_fuzzed_rings_and_worker():
