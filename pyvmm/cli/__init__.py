@@ -54,8 +54,11 @@ def _main(args: list[str]) -> int:
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     completing = "_ARGCOMPLETE" in os.environ
     chosen = next((a for a in args if not a.startswith("-")), None)
-    sub = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    # Without prog= argparse formats a usage line to find it, and imports shutil and all the compressors for that.
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="pyvmm")
     for name, text in COMMANDS.items():
+        if chosen in COMMANDS and name != chosen and not completing:
+            continue  # a parser costs a millisecond, under emulation ten
         if name == chosen or completing:
             module = importlib.import_module(f"pyvmm.cli.{name.replace('-', '_')}")
             one = sub.add_parser(
