@@ -38,6 +38,14 @@ def _main(args: list[str]) -> int:
 
     from pyvmm.errors import UsageError
 
+    width = _columns()
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        """One is made for every option added; left to itself each imports shutil and asks for the width."""
+
+        def __init__(self, prog: str) -> None:
+            super().__init__(prog, width=width)
+
     class Parser(argparse.ArgumentParser):
         """Bad usage is one line, as every other error."""
 
@@ -49,13 +57,12 @@ def _main(args: list[str]) -> int:
         description="A small KVM hypervisor built around one device: virtio-net.",
         epilog="Examples:\n  pyvmm doctor\n  pyvmm run -- ip addr\n  pyvmm run --net emulated,mtu=9000\n\n"
         "Exit codes are listed in docs/exit-codes.md.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     completing = "_ARGCOMPLETE" in os.environ
     chosen = next((a for a in args if not a.startswith("-")), None)
-    # Without prog= argparse formats a usage line to find it, and imports shutil and all the compressors for that.
-    sub = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="pyvmm")
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, text in COMMANDS.items():
         if chosen in COMMANDS and name != chosen and not completing:
             continue  # a parser costs a millisecond, under emulation ten
@@ -65,7 +72,7 @@ def _main(args: list[str]) -> int:
                 name,
                 help=text,
                 description=module.__doc__,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
+                formatter_class=Formatter,
                 allow_abbrev=False,
             )
             module.add_arguments(one)
@@ -87,6 +94,18 @@ def _main(args: list[str]) -> int:
         parser.print_help()
         return 2
     return int(ns.run(ns))
+
+
+def _columns() -> int:
+    """Width of a help text: the terminal's, as argparse would have it."""
+    try:
+        return int(os.environ.get("COLUMNS", "")) - 2
+    except ValueError:
+        pass
+    try:
+        return (os.get_terminal_size(1).columns or 80) - 2
+    except (OSError, ValueError):
+        return 78
 
 
 def guard(body: Callable[[], int]) -> int:
