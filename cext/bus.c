@@ -268,9 +268,16 @@ static bool pci_access(struct pv_pci_latch *l, uint64_t offset, bool write, uint
 		}
 		return true;
 	}
-	/* Enabled, bus 0, function 0, a device that is there: Python's. */
-	if ((address & 0x80ff0700) == 0x80000000 && (l->present >> device) & 1)
-		return false;
+	/* Enabled, bus 0, function 0, a device that is there: reads of plain bytes are answered here, the rest is Python's. */
+	if ((address & 0x80ff0700) == 0x80000000 && (l->present >> device) & 1) {
+		uint32_t at = (address & 0xfc) + (uint32_t)(offset & 3);
+
+		if (write || !l->config[device] || (offset & 3) + size > 4 ||
+		    (l->live[device] >> (at / 4)) & 1)
+			return false;
+		memcpy(data, l->config[device] + at, size);
+		return true;
+	}
 	if (!write)
 		memset(data, 0xff, size);
 	return true;

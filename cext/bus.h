@@ -54,6 +54,12 @@ struct pv_notify {
 struct pv_pci_latch {
 	uint32_t address;
 	uint32_t present; /* bit n: bus 0 device n exists */
+	/*
+	 * The 256 bytes of each function's configuration space, lent by Python, for reads; NULL: Python answers. live: bit n, the
+	 * doubleword at 4 * n is more than the bytes there.
+	 */
+	const uint8_t *config[32];
+	uint64_t live[32];
 };
 
 /*

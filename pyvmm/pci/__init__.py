@@ -37,6 +37,7 @@ from pyvmm.spec.platform import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
 CONFIG_SIZE = 256
 #: The host bridge, which has no interrupt, and as many as can have a line each: a shared one would need counting.
@@ -83,7 +84,9 @@ class Bar:
 class PciFunction:
     """Function 0 of a device: type 00h header, capabilities, BARs.
 
-    Subclasses override ``config_written`` for registers with side effects.
+    Subclasses override ``config_written`` for registers with side effects, and ``config_read`` for those listed in ``live``.
+
+    :ivar live: offsets of doublewords whose value is not just the bytes in ``config``: C answers reads of all others.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class PciFunction:
         self._writable = bytearray(CONFIG_SIZE)
         self.bars: dict[int, Bar] = {}
         self.slot = -1
+        self.live: set[int] = set()
         self._cap_end = 0x40
         self._cap_link = PCI_CAPABILITY_LIST
         self.put(0, vendor | device << 16, 4)
@@ -201,6 +205,7 @@ class PciBus:
         self._functions: dict[int, PciFunction] = {}
         self._next = {True: PCI_IO_BASE, False: PCI_MMIO_BASE}
         self._latch = ffi.new("struct pv_pci_latch *")
+        self._shadows: list[Any] = []  # keep what C reads
         bus.add(PIO, PORT_PCI_ADDRESS, 8, "pci-config", self, kind=lib.PV_REGION_PCI, opaque=self._latch)
         bus.add(MMIO, PCI_ECAM_BASE, PCI_ECAM_SIZE, "pci-ecam", Ecam(self))
         self.add(PciFunction("host-bridge", 0x1B36, 0x0008, 0x060000))
@@ -212,6 +217,9 @@ class PciBus:
             raise UsageError(f"no PCI slot is left for {function.name}", f"use at most {SLOTS - 1} devices")
         function.slot = slot
         self._functions[slot] = function
+        self._shadows.append(ffi.from_buffer(function.config))
+        self._latch.config[slot] = self._shadows[-1]
+        self._latch.live[slot] = sum(1 << at // 4 for at in function.live)
         self._latch.present |= 1 << slot
         for index, bar in function.bars.items():
             start = (self._next[bar.io] + bar.size - 1) & ~(bar.size - 1)

@@ -303,6 +303,7 @@ class VirtioPci(PciFunction):
         self._window = self.add_capability(
             PCI_CAP_ID_VNDR, virtio_cap(VIRTIO_PCI_CAP_PCI_CFG, 0, 0, 0, bytes(4))
         )
+        self.live = {PCI_COMMAND, self._window + 16}
         self.allow(self._window + 4, 0xFF, 1)
         self.allow(self._window + 8, (1 << 96) - 1, 12)
         self._msix_cap = self.add_capability(PCI_CAP_ID_MSIX, Msix.capability(vectors, 0, TABLE, PBA))

@@ -143,6 +143,11 @@ def test_absent_functions_are_answered_without_python(board):
         assert board.config_read(slot, 0) == 0xFFFFFFFF
     assert board.exits == 0
     assert board.config_read(0, 0) == 0x00081B36
+    assert board.config_read(0, 2, 2) == 0x0008
+    assert board.exits == 0  # plain bytes: likewise
+    board.config_write(0, 4, 2, 0x0404)
+    assert board.exits == 1
+    assert board.config_read(0, 4, 2) == 0x0404
     assert board.exits == 1
     board.write(PIO, 0xCF8, 4, 0x80010000)  # bus 1
     assert board.read(PIO, 0xCFC, 4) == 0xFFFFFFFF
