@@ -55,22 +55,22 @@ def test_all_pass(guest: Guest) -> None:
         ("panic", "panic", "reported by pvpanic"),
         ("nowhere", "kvm-error", "KVM_RUN failed"),
         ("moonwalk", "failed", "status 1"),
-        ("hang", "timeout", "did not end in 2 s"),
-        ("halt", "timeout", "did not end in 2 s"),
+        ("hang", "timeout", "did not end in 6 s"),
+        ("halt", "timeout", "did not end in 6 s"),
     ],
 )
 def test_every_verdict(guest: Guest, tmp_path: Path, how: str, kind: str, text: str) -> None:
     """Whatever happens: one line, the details, JUnit and JSON say the same, and it is over in time."""
     junit, report = tmp_path / "junit.xml", tmp_path / "report.json"
     files = ("--junit", str(junit), "--json", str(report))
-    status, out, err = run("--timeout", "2", "--append", f"how={how}", *files, guest("reset"))
+    status, out, err = run("--timeout", "6", "--append", f"how={how}", *files, guest("reset"))
     assert (status, err) == (1, ""), out
     assert "FAIL reset: " in out and text in out
     assert "| reset: by " in out or how == "moonwalk"
     (test,) = json.loads(report.read_text())["tests"]
     assert (test["verdict"], test["name"]) == (kind, "reset")
     assert text in test["message"]
-    assert test["seconds"] < 12 or kind != "timeout"
+    assert test["seconds"] < 30 or kind != "timeout"
     assert test["report"]["exits"]["kvm_run_returns"] > 0
     case = ET.parse(junit).getroot().find("testsuite/testcase")
     assert case is not None
