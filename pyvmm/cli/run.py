@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--append", metavar="S", default="", help="more kernel command line")
     add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 64 (1)")
     add("--memory", metavar="SIZE", default="256M", help="guest memory, as 256M or 4G (256M)")
+    add(
+        "--memory-backing",
+        choices=("memfd", "huge"),
+        default="memfd",
+        help="what it is made of: memfd, or memfd of reserved huge pages (memfd)",
+    )
     add("--net", metavar="MODE[,K=V]", action="append", help="a network card, see below (emulated)")
     add("--timeout", metavar="S", type=float, help="seconds until the guest is stopped, exit status 124")
     add("--boot-timeout", metavar="S", type=float, help="seconds until init runs, likewise")
@@ -137,6 +143,7 @@ def _boot(args: argparse.Namespace) -> int:
             append=append,
             cpus=args.cpus,
             memory=args.memory,
+            huge=args.memory_backing == "huge",
             nets=nets,
             command=command,
             on_reboot=args.on_reboot,
