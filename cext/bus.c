@@ -302,7 +302,7 @@ bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uin
 	case PV_REGION_STREAM:
 	case PV_REGION_DEBUGCON:
 		if (write)
-			pv_pipe_write(r->opaque, data, size, 1000);
+			pv_pipe_write(r->opaque, data, size, -1);
 		else
 			memset(data, r->kind == PV_REGION_STREAM ? 0 : (int)(r->base & 0xff), size);
 		return true;

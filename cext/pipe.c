@@ -16,8 +16,9 @@ struct pv_pipe {
 	uint32_t size; /* power of two */
 	uint32_t head, tail;
 	uint64_t dropped, total;
-	bool closed, hurry, reader_waits, was_full;
-	bool stuck; /* a wait was in vain, and the reader has taken nothing since */
+	bool closed, hurry, reader_waits;
+	uint32_t writers; /* waiting for room */
+	uint32_t wanted;  /* what on_room is to wait for; 0: nothing */
 	void (*on_room)(void *);
 	void *on_room_arg;
 	uint8_t buf[];
@@ -64,9 +65,9 @@ static struct timespec deadline(int ms)
 	return t;
 }
 
-static bool has_room(const struct pv_pipe *p)
+static bool has_room(const struct pv_pipe *p, uint32_t len)
 {
-	return p->hurry || p->closed || p->head - p->tail < p->size;
+	return p->hurry || p->closed || p->size - (p->head - p->tail) >= len;
 }
 
 static void wake_reader(struct pv_pipe *p)
@@ -79,8 +80,9 @@ static void wake_reader(struct pv_pipe *p)
 
 uint32_t pv_pipe_write(struct pv_pipe *p, const uint8_t *buf, uint32_t len, int wait_ms)
 {
-	struct timespec until = {0};
+	struct timespec until = deadline(wait_ms < 0 ? 0 : wait_ms);
 	uint32_t done = 0;
+	int error = 0;
 
 	pthread_mutex_lock(&p->lock);
 	p->total += len;
@@ -89,14 +91,15 @@ uint32_t pv_pipe_write(struct pv_pipe *p, const uint8_t *buf, uint32_t len, int 
 			p->buf[p->head++ & (p->size - 1)] = buf[done++];
 			continue;
 		}
-		p->was_full = true;
-		if (wait_ms <= 0 || p->stuck || p->hurry)
+		if (!wait_ms || p->hurry || error)
 			break;
 		wake_reader(p); /* it may have slept since before we filled the pipe */
-		if (!until.tv_sec)
-			until = deadline(wait_ms);
-		if (pthread_cond_timedwait(&p->room, &p->lock, &until) == ETIMEDOUT && !has_room(p))
-			p->stuck = true;
+		p->writers++;
+		if (wait_ms < 0)
+			pthread_cond_wait(&p->room, &p->lock);
+		else
+			error = pthread_cond_timedwait(&p->room, &p->lock, &until);
+		p->writers--;
 	}
 	p->dropped += len - done;
 	if (done)
@@ -105,29 +108,29 @@ uint32_t pv_pipe_write(struct pv_pipe *p, const uint8_t *buf, uint32_t len, int 
 	return done;
 }
 
-bool pv_pipe_writable(struct pv_pipe *p)
+bool pv_pipe_writable(struct pv_pipe *p, uint32_t len)
 {
 	bool ok;
 
 	pthread_mutex_lock(&p->lock);
-	ok = has_room(p);
+	ok = has_room(p, len);
 	if (!ok)
-		p->was_full = true;
+		p->wanted = len;
 	pthread_mutex_unlock(&p->lock);
 	return ok;
 }
 
-/* Unlocks, and tells the writer's side if it had run into a full pipe. */
+/* Unlocks, and tells the writers' side if it had run into a full pipe. */
 static void unlock_with_room(struct pv_pipe *p)
 {
-	bool tell = p->was_full && has_room(p);
+	bool tell = p->wanted && has_room(p, p->wanted);
 	void (*fn)(void *) = p->on_room;
 	void *arg = p->on_room_arg;
 
-	if (tell) {
-		p->was_full = false;
+	if (tell)
+		p->wanted = 0;
+	if (p->writers && has_room(p, 1))
 		pthread_cond_broadcast(&p->room);
-	}
 	pthread_mutex_unlock(&p->lock);
 	if (tell && fn)
 		fn(arg);
@@ -156,8 +159,6 @@ int pv_pipe_read(struct pv_pipe *p, uint8_t *buf, uint32_t len, int timeout_ms)
 	}
 	while (n < len && p->tail != p->head)
 		buf[n++] = p->buf[p->tail++ & (p->size - 1)];
-	if (n)
-		p->stuck = false;
 	if (!n && p->closed) {
 		pthread_mutex_unlock(&p->lock);
 		return -1;
@@ -174,10 +175,10 @@ void pv_pipe_close(struct pv_pipe *p)
 	unlock_with_room(p);
 }
 
-void pv_pipe_hurry(struct pv_pipe *p)
+void pv_pipe_hurry(struct pv_pipe *p, bool hurry)
 {
 	pthread_mutex_lock(&p->lock);
-	p->hurry = true;
+	p->hurry = hurry;
 	unlock_with_room(p);
 }
 

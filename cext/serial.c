@@ -8,7 +8,14 @@
 #include <linux/serial_reg.h>
 
 #define RX_SIZE	  1024
-#define FIFO_SIZE 16 /* what UART_LSR_OE and loop-back see; the queue behind it is larger */
+#define FIFO_SIZE 16 /* what drivers reckon with; the queues behind it are larger */
+/*
+ * The line is an edge for the interrupt controller. Linux' handler gives up after 512 rounds ("too much work for
+ * irq4"), and a transmitter that is never busy can keep it that long while another CPU writes. Then the line stays
+ * high, and nothing would ever be heard of the port again; so within that many rounds there is a new edge, which the
+ * controller keeps for when the handler is done.
+ */
+#define EDGE_ROUNDS 128
 
 struct pv_serial {
 	pthread_mutex_t lock;
@@ -18,13 +25,15 @@ struct pv_serial {
 	uint8_t dll, dlm, ier, fcr, lcr, mcr, lsr_sticky, scr;
 	bool thre_pending; /* the THRE interrupt condition, cleared by reading IIR (data sheet 8.6.3) */
 	bool irq_level;
+	uint64_t edges;
+	uint32_t rounds; /* reads of IIR since the last edge */
 	uint32_t head, tail;
 	uint8_t rx[RX_SIZE];
 };
 
 static bool tx_ready(struct pv_serial *s)
 {
-	return (s->mcr & UART_MCR_LOOP) || pv_pipe_writable(s->tx);
+	return (s->mcr & UART_MCR_LOOP) || pv_pipe_writable(s->tx, FIFO_SIZE);
 }
 
 /* The highest pending and enabled interrupt, as IIR reports it. */
@@ -39,16 +48,22 @@ static uint8_t pending(struct pv_serial *s)
 	return UART_IIR_NO_INT;
 }
 
-static void update_irq(struct pv_serial *s)
+static void set_line(struct pv_serial *s, bool level)
 {
-	bool level = pending(s) != UART_IIR_NO_INT;
 	struct kvm_irq_level line = {.irq = s->gsi, .level = level};
 
 	if (level == s->irq_level)
 		return;
 	s->irq_level = level;
+	s->rounds = 0;
+	s->edges += level;
 	if (*s->vm_fd >= 0)
 		ioctl(*s->vm_fd, KVM_IRQ_LINE, &line);
+}
+
+static void update_irq(struct pv_serial *s)
+{
+	set_line(s, pending(s) != UART_IIR_NO_INT);
 }
 
 /* The pipe has room again: the transmitter is empty. */
@@ -107,6 +122,16 @@ static uint32_t push_rx(struct pv_serial *s, const uint8_t *buf, uint32_t len, u
 	return n;
 }
 
+uint64_t pv_serial_edges(struct pv_serial *s)
+{
+	uint64_t n;
+
+	pthread_mutex_lock(&s->lock);
+	n = s->edges;
+	pthread_mutex_unlock(&s->lock);
+	return n;
+}
+
 uint32_t pv_serial_input(struct pv_serial *s, const uint8_t *buf, uint32_t len)
 {
 	uint32_t n;
@@ -126,6 +151,8 @@ static uint8_t read_iir(struct pv_serial *s)
 
 	if (iir == UART_IIR_THRI)
 		s->thre_pending = false;
+	if (++s->rounds >= EDGE_ROUNDS && s->irq_level)
+		set_line(s, false); /* update_irq raises it again if anything is left */
 	if (s->fcr & UART_FCR_ENABLE_FIFO)
 		iir |= 0xc0;
 	return iir;
@@ -248,9 +275,7 @@ void pv_serial_out(struct pv_serial *s, uint32_t offset, uint8_t value)
 	pthread_mutex_unlock(&s->lock);
 	if (!send)
 		return;
-	/* Polite drivers look at THRE first; for the others a short wait, then the byte is dropped and
-	 * counted. */
-	pv_pipe_write(s->tx, &value, 1, 1000);
+	pv_pipe_write(s->tx, &value, 1, -1);
 	pthread_mutex_lock(&s->lock);
 	/* A full pipe keeps the interrupt back until on_room. */
 	s->thre_pending = tx_ready(s);

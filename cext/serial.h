@@ -2,9 +2,10 @@
 /*
  * A 16550A UART as Linux' 8250 driver expects it: FIFOs, loop-back, interrupts by priority.
  *
- * In C because a console byte is a VM exit of its own. Transmit goes to a pv_pipe; while that is full the
- * transmitter reads as busy, so a flood slows the guest down and loses nothing. Register names: National
- * PC16550D data sheet, section 8.
+ * In C because a console byte is a VM exit of its own. Transmit goes to a pv_pipe; while that has no room for a
+ * whole FIFO the transmitter reads as busy, so a flood slows the guest down and loses nothing (a driver that has
+ * seen THRE writes 16 bytes without looking again). Who writes to a busy transmitter waits in that access until
+ * there is room (pipe.h). Register names: National PC16550D data sheet, section 8.
  */
 #ifndef PV_SERIAL_H
 #define PV_SERIAL_H
@@ -21,6 +22,8 @@ struct pv_serial;
 struct pv_serial *pv_serial_new(const int *vm_fd, uint32_t gsi, struct pv_pipe *tx);
 void pv_serial_free(struct pv_serial *s);
 void pv_serial_reset(struct pv_serial *s);
+/* How often the interrupt line has risen. */
+uint64_t pv_serial_edges(struct pv_serial *s);
 /* Type len bytes at the guest; returns how many fitted in the receive queue (1024 bytes), never blocks. */
 uint32_t pv_serial_input(struct pv_serial *s, const uint8_t *buf, uint32_t len);
 /* cffi: end */

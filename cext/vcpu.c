@@ -182,7 +182,7 @@ bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space)
 	}
 	if ((r.kind == PV_REGION_STREAM || r.kind == PV_REGION_DEBUGCON) &&
 	    v->write) { /* a whole string at once */
-		pv_pipe_write(r.opaque, v->data, v->size * v->count, 1000);
+		pv_pipe_write(r.opaque, v->data, v->size * v->count, -1);
 		return true;
 	}
 	for (uint32_t i = 0; i < v->count; i++)

@@ -255,6 +255,9 @@ class Machine:
         self.reboots = 0
         self.command_status: int | None = None
         self._guest_page = 0
+        self._writes: dict[
+            int, tuple[Stream, bytes]
+        ] = {}  # by thread: what it writes once it has left the lock
         self._kernel, self._initrd, self._append, self._command = kernel, initrd, append, command
         self._flat = load_address, load_mode
         self._test_devices = test_devices
@@ -472,7 +475,7 @@ class Machine:
     def stop(self, outcome: Outcome | None = None) -> None:
         """End the machine now, from any thread but a vCPU's; returns when no vCPU runs any more."""
         for stream in (self.console, self.stdout, self.stderr):
-            stream.hurry()  # first: a vCPU that waits for room may hold the lock
+            stream.hurry()
         self._finish(outcome or Outcome("stopped"), final=True)
         if self._supervisor is None:
             self._outcome = self._outcome or self._request
@@ -505,6 +508,8 @@ class Machine:
             self._on_stop()
 
     def _on_stop(self) -> None:
+        for stream in (self.console, self.stdout, self.stderr):
+            stream.release()
         for vcpu in self.vcpus:
             vcpu.kick()
 
@@ -572,6 +577,8 @@ class Machine:
                 if stop in (STOP_PIO, STOP_MMIO):
                     with lock:
                         dispatch(c)
+                    if self._writes:
+                        self._write_out()
                 elif stop != STOP_ASKED:
                     self._abnormal(vcpu, stop)
         except BaseException as e:
@@ -631,7 +638,13 @@ class Machine:
                 data = self.memory.read(self._guest_page, length)
             except IndexError:  # not RAM: the guest's mistake
                 return
-            (self.stderr if value >> 16 & 1 else self.stdout).put(data)
+            self._writes[threading.get_ident()] = self.stderr if value >> 16 & 1 else self.stdout, data
+
+    def _write_out(self) -> None:
+        """Pass on what this vCPU has just written, without the lock: it waits if nobody reads."""
+        write = self._writes.pop(threading.get_ident(), None)
+        if write is not None:
+            write[0].put(write[1])
 
     def _restart(self) -> None:
         """A machine reset: devices, memory and the VM itself start over; consoles and ledger go on."""
@@ -641,6 +654,8 @@ class Machine:
             self.old_stats = [*self.old_stats[1 - OLD_STATS :], stats]
         self.pci.reset()
         self.console.reset()
+        for stream in (self.console, self.stdout, self.stderr):
+            stream.release(False)
         for vcpu in self.vcpus:
             vcpu.detach()
         self.memory.zero()

@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -171,6 +172,16 @@ def _boot(args: argparse.Namespace) -> int:
 
 
 def _attend(vm: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:
+    """Let the guest run to its end; who reads its output slowly gets the rest after that."""
+    start = time.monotonic()
+    outcome = _run_guest(vm, args, interactive=interactive)
+    left = None if args.timeout is None else max(0.0, start + args.timeout - time.monotonic())
+    for stream in (vm.console, vm.stdout, vm.stderr):
+        stream.drain(left)
+    return outcome
+
+
+def _run_guest(vm: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:
     from pyvmm.devices.console import FdSink
 
     if not interactive:

@@ -1,7 +1,8 @@
 """Streams between guest and user: the serial console, and the byte streams of the guest port.
 
-A reader thread takes what the guest wrote from its pipe, keeps the last of it, and hands it to sinks. A sink that cannot take it
-(closed terminal, full disk) is dropped and counted, never the guest stopped.
+A reader thread takes what the guest wrote from its pipe, keeps the last of it, and hands it to sinks. A sink that fails (closed
+terminal, full disk) is dropped and the guest goes on. A sink that is slow slows down the vCPU that writes, as a full pipe does any
+process, and loses nothing; only one that takes nothing at all for minutes is given up. The end of the machine waits for none of it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 PIPE_SIZE = 1 << 16
 READ_SIZE = 1 << 14
+PATIENCE = 300.0  # seconds that a sink waits for somebody who reads nothing at all
 KEEP = 1 << 20  # bytes of output kept for expect() and for messages
 
 
@@ -86,8 +88,11 @@ class Stream:
             self._changed.notify_all()
 
     def put(self, data: bytes) -> None:
-        """Bytes that the guest wrote and that did not come through the pipe's own port."""
-        lib.pv_pipe_write(self.pipe, data, len(data), 1000)
+        """Bytes that the guest wrote and that did not come through the pipe's own port.
+
+        Waits for room as long as the reader takes; hold no lock that others need.
+        """
+        lib.pv_pipe_write(self.pipe, data, len(data), -1)
 
     def expect(self, pattern: str | bytes | re.Pattern[bytes], timeout: float = 30.0) -> re.Match[bytes]:
         """Wait until the output kept so far matches ``pattern`` (a regular expression); returns the match.
@@ -112,10 +117,15 @@ class Stream:
                     )
                 self._changed.wait(left)
 
-    def hurry(self) -> None:
-        """The machine is to end now: neither guest nor reader waits any longer for who does not take the output."""
+    def release(self, hurry: bool = True) -> None:
+        """The machine is to end or to start over: no vCPU waits for room any longer, what does not fit is dropped and counted.
+        ``False`` undoes it."""
         if self.pipe != ffi.NULL:
-            lib.pv_pipe_hurry(self.pipe)
+            lib.pv_pipe_hurry(self.pipe, hurry)
+
+    def hurry(self) -> None:
+        """All is to end now: neither guest nor reader waits any longer for who does not take the output."""
+        self.release()
         for sink in list(self._sinks):
             if isinstance(sink, FdSink):
                 sink.patience = min(sink.patience, 0.2)
@@ -127,6 +137,13 @@ class Stream:
         lib.pv_pipe_close(self.pipe)
         if self._thread.is_alive():
             self._thread.join(timeout)
+
+    def drain(self, timeout: float | None = None) -> None:
+        """After the end: wait until the sinks have taken all, as long as they have patience, at most ``timeout`` seconds; then
+        hurry."""
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+            self.hurry()
 
     @property
     def dropped(self) -> int:
@@ -197,8 +214,8 @@ class Console(Stream):
 
 
 class FdSink:
-    """Writes to a descriptor (lent) that may be slow: waits up to ``patience`` seconds for room, then drops and counts
-    until there is room again.
+    """Writes to a descriptor (lent) that may be slow: waits up to ``patience`` seconds for any room (the guest waits, too, once
+    the pipe is full), then drops and counts until there is room again.
 
     :ivar patience: may be lowered by any thread while a write waits.
     :raises OSError: from the call, when the other end is gone for good.
@@ -206,7 +223,7 @@ class FdSink:
 
     SLICE = 0.05  # seconds between looks at ``patience``
 
-    def __init__(self, fd: int, patience: float = 5.0) -> None:
+    def __init__(self, fd: int, patience: float = PATIENCE) -> None:
         self._fd = fd
         self.patience = patience
         self._stuck = False
