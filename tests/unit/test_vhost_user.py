@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -459,8 +460,9 @@ def test_kills_under_traffic(path, protocol):
             guest.start()
             for kill in range(kills):
                 assert guest.connected(kill + 1), guest.path.problems
-                goal = len(got) + 200
+                goal, end = len(got) + 200, time.monotonic() + PATIENCE
                 while len(got) < goal:
+                    assert time.monotonic() < end, (len(got), guest.path.counters())
                     guest.driver.tx.take_used()
                     if len(guest.driver.tx.free) > 32:
                         guest.driver.send(*[frame(sent + i) for i in range(8)])
@@ -639,16 +641,28 @@ def test_a_hostile_backend_later_costs_its_connection_only(path, listener, how):
         assert guest.path.stop() == [0, 0] and not guest.faults
 
 
+@contextmanager
+def impatient(guest):
+    """A short time-out, for a conversation that is to fail."""
+    guest.path._timeout = 0.2
+    yield
+    guest.path._timeout = PATIENCE
+
+
 def test_a_silent_backend_times_out(path, listener):
-    with Fake(listener) as fake, Guest(path, timeout=0.2) as guest:
+    with Fake(listener) as fake, Guest(path) as guest:
         fake.mute = True
-        guest.start()  # returns: the rings are parked
-        assert guest.counter("timeouts") == 1 and guest.counter("connected") == 0
+        with impatient(guest):
+            guest.start()  # returns: the rings are parked
+            assert guest.counter("timeouts") == 1 and guest.counter("connected") == 0
         fake.mute = False
+        fake.drop()  # where the watcher waits for it
         assert guest.connected(2)
         fake.mute = True
-        assert guest.path.stop() == [0, 0]
+        with impatient(guest):
+            assert guest.path.stop() == [0, 0]
         assert guest.counter("timeouts") == 2
+        fake.mute = False
 
 
 def test_a_byte_now_and_then_times_out(path, listener):
@@ -658,10 +672,11 @@ def test_a_byte_now_and_then_times_out(path, listener):
                 return
             sock.send(bytes([byte]))
 
-    with Fake(listener) as fake, Guest(path, timeout=0.3) as guest:
+    with Fake(listener) as fake, Guest(path) as guest:
         guest.start()
         fake.answers[spec.VHOST_USER_GET_VRING_BASE] = drip
-        assert guest.path.stop() == [0, 0]
+        with impatient(guest):
+            assert guest.path.stop() == [0, 0]
         assert guest.counter("timeouts") == 1
 
 
@@ -985,7 +1000,7 @@ def command(*argv):
 
 
 def test_backend_and_probe_commands(path):
-    probe = [sys.executable, "-m", "pyvmm", "vhost-user", "probe"]
+    probe = [sys.executable, "-m", "pyvmm", "vhost-user", "probe", "--timeout", "60"]
     with command("--socket", path, "--loopback", "--queues", "2", "--counters") as backend:
         assert wait_for(lambda: Path(path).exists(), PATIENCE)
         with Guest(path, queues=2) as guest:
