@@ -552,6 +552,9 @@ class Machine:
         if self._panic is None and PANIC_TEXT not in self.console.text:
             self.console.finish(0.2) if request.kind == "reboot" and self.on_reboot == "exit" else None
         at = self.console.text.rfind(PANIC_TEXT)
+        if self.console.text[max(at - 4, 0) : at] == b"end ":  # the last line says it again
+            first = self.console.text.rfind(PANIC_TEXT, 0, at)
+            at = first if first >= 0 else at
         if at >= 0:
             end = self.console.text.find(b"\n", at)
             line = bytes(self.console.text[at : end if end >= 0 else None])
@@ -602,11 +605,16 @@ class Machine:
     def _watch(self, data: bytes) -> None:
         """The console's reader: a panic that nothing follows ends the machine, rather than its time-out."""
         text = self._last_said + data
-        if PANIC_END in text:
-            self._finish(Outcome("panic"))
         if INIT_TEXT in text:
             self.booted.set()
-        self._last_said = text[-32:]
+        at = text.find(PANIC_END)
+        if at < 0:
+            self._last_said = text[-32:]
+        elif b"\n" in text[at:] or len(text) - at > 1000:
+            self._finish(Outcome("panic"))
+            self._last_said = b""
+        else:
+            self._last_said = text[at:]  # the rest of the line is to be seen, too
 
     # --- what the guest asks for ------------------------------------------------------------------------
 

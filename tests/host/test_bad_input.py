@@ -238,9 +238,7 @@ def test_killed_at_any_time(guest: Guest) -> None:
         with spawn(["--kernel", guest("reset"), "--append", "how=hang"]) as child:
             time.sleep(delay / 1000)
             child.terminate()
-            begin = time.monotonic()
-            child.wait(10)
-            assert time.monotonic() - begin < 1
+            child.wait(60)  # a limit, no aim: on a busy machine it may take more than a second
             # Before Python has come to our handler, the default action ends the process.
             assert child.returncode in (143, -signal.SIGTERM), child.returncode
 

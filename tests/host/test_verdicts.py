@@ -132,7 +132,11 @@ def test_panic_wins_over_trouble(guest: Guest, tmp_path: Path) -> None:
 
 def test_panic_that_does_not_reboot_ends_at_once(guest: Guest, tmp_path: Path) -> None:
     """panic=0: the kernel spins for ever. There is no time-out here: only its last line ends the run."""
-    Run(guest, tmp_path, OOPS + PANIC + PANIC_END, "how=hang").end(120, "panic")
+    run = Run(guest, tmp_path, OOPS + PANIC + PANIC_END, "how=hang")
+    err = run.end(120, "panic")
+    assert run.log.read_text().endswith(PANIC_END), "its last line is whole"
+    assert err.splitlines()[-2].endswith("---[ end Kernel panic - not syncing: Fatal exception ]---")
+    assert err.splitlines()[-1].endswith(": Kernel panic - not syncing: Fatal exception")
 
 
 def test_panic_by_pvpanic_alone(guest: Guest, tmp_path: Path) -> None:
