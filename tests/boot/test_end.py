@@ -107,7 +107,7 @@ def test_ends_without_linux(host: Host, tmp_path: Path) -> None:
     runs = run_all(
         host,
         {
-            name: ["--kernel", bare_metal(tmp_path / name, code), "--timeout", "2"]
+            name: ["--kernel", bare_metal(tmp_path / name, code), "--timeout", "4"]
             for name, code in kernels.items()
         },
         "--net",
@@ -123,7 +123,7 @@ def test_ends_without_linux(host: Host, tmp_path: Path) -> None:
         assert re.search(r"rip [0-9a-f]{16}", run.err), run
         assert len(run.err.splitlines()[-1]) < 200
     assert f"rip {CODE + 1:016x}" in runs["spin"].err
-    assert "the guest did not end in time: 2 s are over" in runs["spin"].err
+    assert "the guest did not end in time: 4 s are over" in runs["spin"].err
     assert f"rip {0xD0000000:016x}" in runs["nowhere"].err
     assert "internal_error" in runs["nowhere"].err
 
@@ -134,7 +134,7 @@ def test_timeout_while_linux_boots_and_hangs(host: Host) -> None:
         host,
         {
             "boot": ["--timeout", "1", "--", "true"],
-            "command": ["--timeout", "40", "--", "sh", "-c", "echo started; sleep 1000"],
+            "command": ["--timeout", "60", "--", "sh", "-c", "echo started; sleep 1000"],
         },
     )
     for run in runs.values():

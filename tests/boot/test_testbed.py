@@ -141,27 +141,25 @@ def test_input_that_nobody_reads(testbed: Testbed) -> None:
 
 
 def test_background_process_does_not_hold_the_command(testbed: Testbed) -> None:
-    start = time.monotonic()
-    r = testbed.run(["sh", "-c", "sleep 60 & echo started"])
+    r = testbed.run(["sh", "-c", "sleep 3600 & echo started"], timeout=180)
     assert r.out == "started\n"
-    assert time.monotonic() - start < 30
     testbed.run(["pkill", "-x", "sleep"])
 
 
-def test_many_at_once(testbed: Testbed) -> None:
+def test_many_at_once(testbed: Testbed, shared: Path) -> None:
+    """Each waits for all the others."""
     results: dict[int, str] = {}
 
     def one(n: int) -> None:
-        results[n] = testbed.run(["sh", "-c", f"sleep 1; echo {n}"]).out
+        script = f"touch {shared}/{n}; until [ $(ls {shared} | wc -l) = 12 ]; do sleep 0.2; done; echo {n}"
+        results[n] = testbed.run(["sh", "-c", script], timeout=180).out
 
     threads = [threading.Thread(target=one, args=(n,)) for n in range(12)]
-    start = time.monotonic()
     for t in threads:
         t.start()
     for t in threads:
         t.join()
     assert results == {n: f"{n}\n" for n in range(12)}
-    assert time.monotonic() - start < 10
 
 
 def test_a_reader_that_stops_does_not_stop_others(testbed: Testbed) -> None:
@@ -170,9 +168,9 @@ def test_a_reader_that_stops_does_not_stop_others(testbed: Testbed) -> None:
         assert slow.stdout
         assert slow.stdout.read(2) == b"y\n"
         time.sleep(1)
-        assert testbed.run(["echo", "hi"], timeout=20).out == "hi\n"
+        assert testbed.run(["echo", "hi"], timeout=180).out == "hi\n"
         slow.stdout.close()
-        assert slow.wait(20) == 128 + signal.SIGPIPE
+        assert slow.wait(180) == 128 + signal.SIGPIPE
     finally:
         slow.kill()
         slow.wait()
@@ -185,8 +183,9 @@ def test_timeout_kills(testbed: Testbed) -> None:
 
 
 def gone(testbed: Testbed, command: str) -> None:
-    """Wait up to a second for ``command`` to have no process in the testbed."""
-    for _ in range(4):
+    """Wait for ``command``, which would run for an hour, to have no process in the testbed."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
         if testbed.run(["pgrep", "-x", "-f", command]).status == 1:
             return
         time.sleep(0.25)
@@ -215,10 +214,8 @@ def test_client_that_vanishes_takes_its_command_along(testbed: Testbed) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_are_forwarded(testbed: Testbed, number: signal.Signals) -> None:
     child = attached(testbed, "exec sleep 4324")
-    start = time.monotonic()
     child.send_signal(number)
-    assert child.wait(10) == 128 + number
-    assert time.monotonic() - start < 1
+    assert child.wait(60) == 128 + number
     gone(testbed, "sleep 4324")
 
 
@@ -228,7 +225,7 @@ def test_second_signal_kills_what_ignores_the_first(testbed: Testbed) -> None:
     time.sleep(0.5)
     assert child.poll() is None
     child.send_signal(signal.SIGINT)
-    assert child.wait(10) == 128 + signal.SIGKILL
+    assert child.wait(60) == 128 + signal.SIGKILL
 
 
 class Terminal:
@@ -260,7 +257,7 @@ class Terminal:
         """Read until ``text`` has appeared."""
         import select
 
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while text not in self.seen:
             assert time.monotonic() < end, self.seen
             if select.select([self.master], [], [], 0.2)[0]:
@@ -273,7 +270,7 @@ class Terminal:
         """Wait for the end; the terminal's modes must be what they were."""
         import termios
 
-        status = self.child.wait(20)
+        status = self.child.wait(120)
         assert termios.tcgetattr(self.slave) == self.before
         os.close(self.slave)
         os.close(self.master)
@@ -301,10 +298,8 @@ def test_terminal(testbed: Testbed) -> None:
 def test_control_c_in_a_terminal(testbed: Testbed) -> None:
     t = Terminal(testbed, "sh", "-c", "echo up; sleep 4325")
     t.until(b"up")
-    start = time.monotonic()
     t.type(b"\x03")
     assert t.close() == 128 + signal.SIGINT
-    assert time.monotonic() - start < 1
     gone(testbed, "sleep 4325")
 
 
@@ -336,7 +331,7 @@ def test_terminal_in_output_redirected_elsewhere(testbed: Testbed, shared: Path)
 
 def test_two_testbeds_side_by_side_and_an_emulator_that_hangs(testbed: Testbed, tmp_path: Path) -> None:
     """Stop QEMU as a hang would: the watchdog tells every client, and nothing of that testbed is left."""
-    with Testbed("hang", watchdog=3, cpus=1, memory=1 << 30) as other:
+    with Testbed("hang", watchdog=10, cpus=1, memory=1 << 30) as other:
         status = other.status()
         assert status
         assert other.run(["uname", "-n"]).out == "l1\n"
@@ -346,7 +341,7 @@ def test_two_testbeds_side_by_side_and_an_emulator_that_hangs(testbed: Testbed, 
             [*PYVMM, "testbed", "--name", other.name, "--", "true"],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
         )
         assert client.returncode == 110
         assert "no sign of life" in client.stderr
