@@ -159,6 +159,13 @@ def judge(
     return Verdict("passed", status=outcome.status)
 
 
+def annotate(title: str, message: str) -> None:
+    """An error that GitHub Actions shows at the run, where this is one."""
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        text = message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        print(f"::error title={title}::{text}", file=sys.stderr)
+
+
 def tell(vm: Machine, verdict: Verdict, *, shown: bool) -> None:
     """On stderr: what helps to find out why, and last the one line. A command's own status needs none.
 
@@ -172,7 +179,5 @@ def tell(vm: Machine, verdict: Verdict, *, shown: bool) -> None:
         print("pyvmm: the last of the guest's console:", *tail, sep="\n  ", file=sys.stderr)
     for line in verdict.details:
         print(f"  {line}", file=sys.stderr)
-    if os.environ.get("GITHUB_ACTIONS") == "true":
-        text = verdict.message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-        print(f"::error title=pyvmm {verdict.kind}::{text}", file=sys.stderr)
+    annotate(f"pyvmm {verdict.kind}", verdict.message)
     print(f"pyvmm: {verdict.message}", file=sys.stderr)

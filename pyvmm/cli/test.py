@@ -182,6 +182,7 @@ def _configured(args: argparse.Namespace) -> list[Case]:
 
 
 def _run(args: argparse.Namespace, cases: list[Case]) -> int:
+    from pyvmm.cli.judge import annotate
     from pyvmm.cli.signals import Terminated
     from pyvmm.suite import Result, Suite
     from pyvmm.testing.verdict import Verdict
@@ -198,6 +199,8 @@ def _run(args: argparse.Namespace, cases: list[Case]) -> int:
         for result in suite.run():
             results.append(result)
             show.result(result)
+            if not result.verdict.good:
+                annotate(f"pyvmm {result.verdict.kind}", f"{result.case.name}: {result.verdict.message}")
     except Terminated as e:
         suite.stop()
         ended = 128 + e.number

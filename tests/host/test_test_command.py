@@ -11,7 +11,6 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,8 @@ Guest = Callable[[str], str]
 PATIENCE = 180.0  # seconds; nothing here needs more than five
 
 
-def spawn(*args: str, **options: Any) -> subprocess.Popen[str]:
+def spawn(*args: str, **more: str) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if k != "GITHUB_ACTIONS"} | more
     return subprocess.Popen(
         [sys.executable, "-m", "pyvmm", "test", *args],
         cwd=ROOT,
@@ -28,13 +28,12 @@ def spawn(*args: str, **options: Any) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "NO_COLOR": "1"},
-        **options,
+        env={**env, "NO_COLOR": "1"},
     )
 
 
-def run(*args: str) -> tuple[int, str, str]:
-    with spawn(*args) as child:
+def run(*args: str, **more: str) -> tuple[int, str, str]:
+    with spawn(*args, **more) as child:
         out, err = child.communicate(timeout=PATIENCE)
         return child.returncode, out, err
 
@@ -111,6 +110,11 @@ def test_tap(guest: Guest) -> None:
     assert lines[4] == "not ok 3 - nonexistent"
     assert '  verdict: "error"' in lines
     assert lines[-1].startswith("# 2 passed, 1 failed, 0 skipped")
+
+
+def test_annotation(guest: Guest) -> None:
+    status, _, err = run("--append", "how=acpi", guest("hello"), guest("reset"), GITHUB_ACTIONS="true")
+    assert (status, err) == (1, "::error title=pyvmm reboot::reset: the guest rebooted\n")
 
 
 def test_flat(tmp_path: Path) -> None:
