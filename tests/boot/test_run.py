@@ -1,0 +1,87 @@
+"""Ways to start a guest, what the ledger says against KVM's own count, and a tap of the user's."""
+
+from __future__ import annotations
+
+import signal
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pyvmm.images import find
+from tests.boot.guest import Guest, exits_by_device, run_all
+
+if TYPE_CHECKING:
+    from tests.boot.guest import Host
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+#: A note's header: size of the name, size of the description, type XEN_ELFNOTE_PHYS32_ENTRY (include/xen/interface/elfnote.h).
+PVH_NOTE = [struct.pack("<III4s", 4, size, 18, b"Xen") for size in (4, 8)]
+
+
+def test_kernel_formats(host: Host, tmp_path: Path) -> None:
+    """The same kernel as bzImage, by its PVH note, and by its 64-bit entry; every exit that came to us is one that KVM counted."""
+    image = find("default")
+    vmlinux = Path(image.kernel).read_bytes()
+    note = next(n for n in PVH_NOTE if n in vmlinux)
+    assert vmlinux.count(note) == 1
+    plain = tmp_path / "vmlinux"
+    plain.write_bytes(vmlinux.replace(note, note[:8] + struct.pack("<I", 0x7F) + note[12:]))
+    kernels = {
+        "bzImage": image.bzimage,
+        "Linux ELF by PVH note": image.kernel,
+        "Linux ELF by 64-bit entry": str(plain),
+    }
+    runs = run_all(
+        host,
+        {
+            kind: [
+                "--kernel",
+                kernel,
+                "--initrd",
+                image.initrd,
+                "--append",
+                "quiet",
+                "--",
+                "sh",
+                "-c",
+                "echo up",
+            ]
+            for kind, kernel in kernels.items()
+        },
+    )
+    for kind, run in runs.items():
+        assert (run.status, run.out) == (0, "up\n"), run
+        report = run.report
+        assert report["boot"]["kind"].startswith(kind.split(" by ")[0]), report["boot"]
+        assert ("PVH" in report["boot"]["kind"]) == ("PVH" in kind)
+        kvm = report["kvm"]["vcpus"][0]
+        reasons = report["exits"]["by_reason"]
+        assert 0 < reasons["io"] <= kvm["io_exits"]
+        assert 0 < reasons["mmio"] <= kvm["mmio_exits"]
+        assert report["exits"]["kvm_run_returns"] < kvm["exits"]
+        assert exits_by_device(report, "serial0") > 0
+
+
+def test_a_tap_of_the_users_and_sigkill(host: Host) -> None:
+    """It can be used again at once after pyvmm was killed, and is at the end what it was before."""
+    look = "ip -o -d link show dev boot0 | grep -oE 'mtu [0-9]+|ether [0-9a-f:]+|tun type.*vnet_hdr'; ip -o -4 addr show dev boot0"
+    args = ("--net", "emulated,tap=boot0,guest=192.168.170.2/24")
+    host.sh(
+        "ip tuntap add dev boot0 mode tap vnet_hdr; ip addr add 192.168.170.1/24 dev boot0; ip link set boot0 up"
+    )
+    try:
+        before = host.sh(look)
+        with Guest(host, *args) as guest:
+            assert " 3 packets received" in guest.do("ping -c 3 192.168.170.1")
+            host.sh(f"kill -{int(signal.SIGKILL)} {guest.pid}")
+            assert guest.wait() == 128 + signal.SIGKILL
+        with Guest(host, *args) as guest:
+            assert " 3 packets received" in guest.do("ping -c 3 192.168.170.1")
+            guest.leave()
+            assert guest.report["nets"][0]["tap"] == "boot0"
+        assert host.sh(look) == before
+    finally:
+        host.sh("ip link del boot0")
