@@ -166,6 +166,24 @@ def test_reload_a_hundred_times(host: Host) -> None:
         assert nic["faults"] == [] and nic["refused_writes"] == 0
 
 
+def test_reboot_under_traffic(host: Host) -> None:
+    """The machine is reset while frames come and go; the kernel lets go of the old memory, and the card works again."""
+    with Guest(host, "--on-reboot", "restart", "--net", "vhost-net") as guest:
+        flood = host.start(*guest.inside(0), *f"ping -q -i 0.01 -w 600 {nic_address(0, 'guest')}".split())
+        try:
+            guest.start(f"ping -q {nic_address(0, 'host')}")
+            start = len(guest.stdout)
+            guest.type("reboot -f\n")
+            guest.log_in(start)
+        finally:
+            host.sh("killall ping || true")
+            flood.result()
+        check_traffic(guest)
+        guest.leave()
+        assert guest.report["reboots"] == 1
+        assert guest.report["nets"][0]["faults"] == []
+
+
 def test_intx_and_two_cpus(host: Host) -> None:
     """Interrupt lines without MSI; with MSI-X a queue's interrupt moves between CPUs under traffic."""
     with Guest(host, "--append", "pci=nomsi", "--net", "vhost-net") as guest:
