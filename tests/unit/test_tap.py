@@ -130,7 +130,7 @@ def test_making_a_namespace_changes_neither_ours_nor_that_of_other_threads():
         seen.append(mine("net"))
         done.set()
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=other, daemon=True)
     thread.start()
     with Namespace() as ns:
         go.set()
@@ -161,7 +161,7 @@ def test_a_namespace_leaves_no_descriptor_thread_or_child():
 def test_an_ordinary_user_gets_a_namespace(tun_for_all):
     """In a child that gives up root, from a process with threads."""
     stop = threading.Event()
-    thread = threading.Thread(target=stop.wait)
+    thread = threading.Thread(target=stop.wait, daemon=True)
     thread.start()
     pid = os.fork()
     if not pid:
