@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import TestbedError
+from pyvmm.host import l1_assets
 from pyvmm.host.testbed import Testbed, TestbedTimeout
 
 PYVMM = [sys.executable, "-m", "pyvmm"]
@@ -407,12 +408,17 @@ def test_supervisor_killed(testbed: Testbed) -> None:
 
 
 def test_as_an_ordinary_user(testbed: Testbed) -> None:
-    """Without a capability of root's, and with an empty cache: so with the system's QEMU and what vCPUs that bears."""
+    """Without a capability of root's, and with nothing but a kernel in the cache: so with the system's QEMU and what
+    vCPUs that bears."""
     if os.geteuid():
         return  # then all the other tests show it
     home = Path(tempfile.mkdtemp(prefix="pyvmm-user-"))
     try:
         os.chown(home, NOBODY, NOBODY)
+        root = l1_assets.find_kernel(None).root
+        if root:  # else the system's own, which everybody may read
+            shutil.copytree(root, home / "cache/pyvmm/testbed/kernel" / Path(root).name, symlinks=True)
+            subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", home / "cache"], check=True)
         drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
         env = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": f"{home}/cache", "PYTHONPATH": str(ROOT)}
         env.pop("XDG_RUNTIME_DIR", None)
