@@ -93,7 +93,8 @@ def test_default_card(host: Host) -> None:
         assert set(nic["negotiated"]) >= OFFLOADS | RINGS
         assert nic["resets"] >= 3  # each unload, at least
         assert nic["refused_writes"] == 0
-        assert exits_by_device(guest.report, "net0 notify") == 0
+        # Commands are kicked by exits, packets are not.
+        assert exits_by_device(guest.report, "net0 notify") <= nic["control_commands"]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_card(cards: dict[str, Any], card: str) -> None:
         # Every kick is an exit; the worker counts those that woke it up.
         assert notifies >= counters["tx_kicks"] + counters["rx_kicks"] > 0
     else:
-        assert notifies == 0
+        assert notifies <= nic["control_commands"]
         assert counters["tx_kicks"] > 0
 
 
@@ -192,9 +193,10 @@ def test_intx(host: Host) -> None:
         check_traffic(guest, 0)
         guest.leave()
         assert exits_by_device(guest.report, "net0 isr") > 0
-        assert (
-            exits_by_device(guest.report, "net0 notify") == 0 < exits_by_device(guest.report, "net1 notify")
-        )
+        by_line, by_exit = guest.report["nets"]
+        assert exits_by_device(guest.report, "net0 notify") <= by_line["control_commands"]
+        kicks = by_exit["counters"]["tx_kicks"] + by_exit["counters"]["rx_kicks"]
+        assert exits_by_device(guest.report, "net1 notify") >= kicks > 0
 
 
 def test_memory_above_the_pci_hole(host: Host) -> None:
