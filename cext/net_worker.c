@@ -25,6 +25,8 @@
 #define READV_SMALL   7	  /* with the scratch buffer, what readv takes without allocating (UIO_FASTIOV) */
 #define LARGE_CREDIT  64  /* reads with the whole window after a frame that needed it */
 #define HOLD_MS	      200 /* how long a frame waits for the guest to add buffers */
+#define LINGER_MIN_US 10  /* see linger() */
+#define LINGER_MAX_US 200
 
 enum { RX, TX };
 enum { EV_RX_KICK, EV_TX_KICK, EV_FD, EV_WAKE };
@@ -70,8 +72,10 @@ struct pv_net_worker {
 	bool fd_muted;	 /* no wake-ups by fd for reading */
 	bool tx_blocked; /* fd took no more */
 	bool link_down;
-	bool recovered;	   /* in-flight regions are taken over */
-	uint32_t interest; /* of fd, as epoll has it */
+	bool recovered;	    /* in-flight regions are taken over */
+	uint32_t interest;  /* of fd, as epoll has it */
+	uint32_t linger_us; /* how long to wait for more transmits before asking for kicks */
+	uint32_t tx_burst;  /* transmits since kicks were last asked for */
 	/* The receive window: chains taken, not used. */
 	uint32_t slot_at, slot_end;
 	uint32_t iov_at, iov_end;
@@ -529,7 +533,15 @@ static bool tx_turn(struct pv_net_worker *w)
 		}
 	}
 	flush(w, TX);
+	w->tx_burst += packets;
 	return more;
+}
+
+/* The guest has added buffers, or it makes no sense to wait for them any more. */
+static void rx_resume(struct pv_net_worker *w)
+{
+	pv_vring_disable_notify(&w->ring[RX]);
+	w->rx_waiting = w->fd_muted = false;
 }
 
 /* Give each direction a turn. Returns whether there is more to do now. */
@@ -544,6 +556,8 @@ static bool net_round(struct pv_net_worker *w)
 	/* While we are busy nobody polls fd for us. */
 	if (more)
 		w->rx_ready = true;
+	if (w->rx_waiting && rx_possible(w) && pv_vring_pending(&w->ring[RX]))
+		rx_resume(w);
 	if (rx_possible(w) && !w->rx_waiting && (w->rx_ready || w->held))
 		more |= rx_turn(w);
 	return more;
@@ -571,11 +585,12 @@ static int set_interest(struct pv_net_worker *w)
 	return epoll_ctl(w->epoll_fd, EPOLL_CTL_MOD, w->cfg.fd, &ev);
 }
 
-/* Wait for events for up to timeout milliseconds (-1: for ever) and note them. */
-static int net_poll(struct pv_net_worker *w, int timeout)
+/* Wait for events for up to timeout microseconds (negative: for ever) and note them. */
+static int net_poll(struct pv_net_worker *w, int64_t timeout)
 {
+	struct timespec ts = {.tv_sec = timeout / 1000000, .tv_nsec = timeout % 1000000 * 1000};
 	struct epoll_event evs[4];
-	int n = epoll_wait(w->epoll_fd, evs, 4, timeout);
+	int n = epoll_pwait2(w->epoll_fd, evs, 4, timeout < 0 ? NULL : &ts, NULL);
 
 	if (n < 0)
 		return errno == EINTR ? 0 : -1;
@@ -609,13 +624,6 @@ static int net_poll(struct pv_net_worker *w, int timeout)
 	return 0;
 }
 
-/* The guest has added buffers, or it makes no sense to wait for them any more. */
-static void rx_resume(struct pv_net_worker *w)
-{
-	pv_vring_disable_notify(&w->ring[RX]);
-	w->rx_waiting = w->fd_muted = false;
-}
-
 /* Look for work until poll_us have passed. Returns whether there is some; -1: epoll failed. */
 static int spin(struct pv_net_worker *w)
 {
@@ -638,17 +646,47 @@ static int spin(struct pv_net_worker *w)
 	return 0;
 }
 
+/*
+ * After a burst of transmits, sleep a little before asking for kicks: a guest that is still sending gets by
+ * without them, and its next packets come as one batch. Asking at once makes a quick worker and a slow guest
+ * take turns: an exit and an interrupt for every packet or two. The time doubles while it brings something
+ * and halves while not, so that who sends one packet and waits for the answer sees none of it. A frame that
+ * arrives ends it. Returns whether there is something to do; -1: epoll failed.
+ */
+static int linger(struct pv_net_worker *w)
+{
+	uint32_t burst = w->tx_burst;
+	bool found;
+
+	w->tx_burst = 0;
+	if (!w->linger_us && burst > 1)
+		w->linger_us = LINGER_MIN_US;
+	if (!w->linger_us || !burst)
+		return 0;
+	if (set_interest(w) || net_poll(w, w->linger_us))
+		return -1;
+	found = pv_vring_pending(&w->ring[TX]);
+	if (found) {
+		add(&w->count.tx_lingers, 1);
+		w->linger_us = w->linger_us > LINGER_MAX_US / 2 ? LINGER_MAX_US : 2 * w->linger_us;
+	} else if (!w->rx_ready) {
+		w->linger_us = w->linger_us < 2 * LINGER_MIN_US ? 0 : w->linger_us / 2;
+	}
+	return found || w->rx_ready || w->event.kind || stopping(w);
+}
+
 /* Sleep until there is something to do. */
 static int net_sleep(struct pv_net_worker *w)
 {
-	int timeout = -1;
+	int64_t timeout = -1;
+	int found = 0;
 
-	if (w->cfg.poll_us) {
-		int found = spin(w);
-
-		if (found)
-			return found < 0 ? -1 : 0;
-	}
+	if (w->cfg.poll_us)
+		found = spin(w);
+	else if (tx_possible(w))
+		found = linger(w);
+	if (found)
+		return found < 0 ? -1 : 0;
 	if (tx_possible(w) && pv_vring_enable_notify(&w->ring[TX]))
 		return 0;
 	if (w->rx_waiting && rx_possible(w)) {
@@ -665,14 +703,12 @@ static int net_sleep(struct pv_net_worker *w)
 				rx_resume(w);
 				return 0;
 			}
-			timeout = HOLD_MS - (int)(waited / 1000);
+			timeout = (int64_t)(HOLD_MS * 1000 - waited);
 		}
 	}
 	if (set_interest(w) || net_poll(w, timeout))
 		return -1;
 	add(&w->count.wakeups, 1);
-	if (w->rx_waiting && rx_possible(w) && pv_vring_pending(&w->ring[RX]))
-		rx_resume(w);
 	return 0;
 }
 
@@ -766,6 +802,7 @@ void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev)
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	if (w->cfg.name[0])
 		prctl(PR_SET_NAME, w->cfg.name);
+	prctl(PR_SET_TIMERSLACK, 1000UL); /* nanoseconds; by default 50 us, more than linger() means */
 	w->event = (struct pv_net_event){.kind = PV_NET_STOPPED};
 	for (int q = RX; q <= TX; q++)
 		if (!w->ring[q].fault)

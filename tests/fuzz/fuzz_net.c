@@ -110,10 +110,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 				(uint8_t)(low[FUZZ_AVAIL(i / 4 & 1) + 2] + (data[i] & 7));
 			if (data[i] & 64)
 				(void)!write(event[i / 4 & 1], &(uint64_t){1}, sizeof(uint64_t));
-			/* Awake, so that net_sleep never sleeps; a spin would take that from it. */
+			/* Awake, so that net_sleep never sleeps; spinning and lingering take that from it. */
 			(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
 			if (!w->event.kind)
-				CHECK((cfg.poll_us ? spin(w) : net_sleep(w)) >= 0);
+				CHECK((cfg.poll_us ? spin(w) : linger(w)) >= 0);
+			(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
+			if (!w->event.kind && !cfg.poll_us)
+				CHECK(net_sleep(w) >= 0);
 			CHECK(w->event.kind != PV_NET_LINK_DOWN);
 		}
 	}

@@ -190,6 +190,33 @@ def test_transmit_batches_need_few_kicks_and_calls(acked):
         assert c["wakeups"] < 400
 
 
+@pytest.mark.parametrize("acked", [ALL, VERSION_1])
+def test_a_guest_that_goes_on_sending_gets_by_without_kicks(acked):
+    """Two packets as soon as the last two are done; each pair would need a kick if the worker asked at once."""
+    pairs = 400
+    with Rig(acked) as rig:
+        rig.start()
+        tx = rig.driver.tx
+        for i in range(pairs):
+            rig.driver.send(frame(2 * i), frame(2 * i + 1))
+            deadline = time.monotonic() + 5
+            while tx.outstanding:
+                assert time.monotonic() < deadline, f"packet {2 * i} is stuck"
+            assert [rig.cable.receive()[12:] for _ in range(2)] == [frame(2 * i), frame(2 * i + 1)]
+        assert rig.counter("tx_lingers") > 0
+        assert tx.kicks < pairs
+        # Who sends one packet and waits is asked to kick for each.
+        assert wait_for(
+            lambda: tx._used[2 + 4 * tx.size] == 2 * pairs if acked & EVENT_IDX else not tx._used[0]
+        )
+        lingers, kicks = rig.counter("tx_lingers"), tx.kicks
+        for i in range(3):
+            rig.driver.send(frame(i))
+            assert wait_for(lambda: tx.outstanding == 0)
+            time.sleep(0.01)
+        assert (rig.counter("tx_lingers"), tx.kicks) == (lingers, kicks + 3)
+
+
 @pytest.mark.parametrize("event_idx", [0, EVENT_IDX])
 def test_no_calls_where_the_guest_wants_none(event_idx):
     with Rig(VERSION_1 | MRG | event_idx) as rig:
