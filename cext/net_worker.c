@@ -25,8 +25,11 @@
 #define READV_SMALL   7	  /* with the scratch buffer, what readv takes without allocating (UIO_FASTIOV) */
 #define LARGE_CREDIT  64  /* reads with the whole window after a frame that needed it */
 #define HOLD_MS	      200 /* how long a frame waits for the guest to add buffers */
-#define LINGER_MIN_US 10  /* see linger() */
-#define LINGER_MAX_US 200
+/* See linger(). */
+#define LINGER_MIN_US  10
+#define LINGER_MAX_US  200
+#define LINGER_BULK_US 1000 /* the most after a burst of LINGER_BULK bytes */
+#define LINGER_BULK    (32u << 10)
 
 enum { RX, TX };
 enum { EV_RX_KICK, EV_TX_KICK, EV_FD, EV_WAKE };
@@ -72,10 +75,15 @@ struct pv_net_worker {
 	bool fd_muted;	 /* no wake-ups by fd for reading */
 	bool tx_blocked; /* fd took no more */
 	bool link_down;
-	bool recovered;	    /* in-flight regions are taken over */
-	uint32_t interest;  /* of fd, as epoll has it */
-	uint32_t linger_us; /* how long to wait for more transmits before asking for kicks */
-	uint32_t tx_burst;  /* transmits since kicks were last asked for */
+	bool recovered;	   /* in-flight regions are taken over */
+	uint32_t interest; /* of fd, as epoll has it */
+	/* A burst is what is sent between two times that the transmit ring was empty. See linger(). */
+	uint32_t burst_packets;
+	uint32_t burst_bytes;
+	uint64_t idle_since; /* when the ring was empty, in microseconds */
+	uint64_t gap_us;     /* from then until this burst began */
+	uint64_t linger_us;
+	bool lingered; /* this burst came while lingering: how soon is not known */
 	/* The receive window: chains taken, not used. */
 	uint32_t slot_at, slot_end;
 	uint32_t iov_at, iov_end;
@@ -470,6 +478,7 @@ static bool tx_turn(struct pv_net_worker *w)
 {
 	struct pv_vring *vr = &w->ring[TX];
 	uint32_t packets = 0, bytes = 0, batch_packets = 0, batch_bytes = 0;
+	uint64_t begun = w->burst_packets ? 0 : now_us();
 	bool more = true;
 
 	while (packets < TURN_PACKETS && bytes < TURN_BYTES) {
@@ -533,7 +542,10 @@ static bool tx_turn(struct pv_net_worker *w)
 		}
 	}
 	flush(w, TX);
-	w->tx_burst += packets;
+	if (packets && !w->burst_packets)
+		w->gap_us = begun - w->idle_since;
+	w->burst_packets += packets;
+	w->burst_bytes += bytes;
 	return more;
 }
 
@@ -649,30 +661,37 @@ static int spin(struct pv_net_worker *w)
 /*
  * After a burst of transmits, sleep a little before asking for kicks: a guest that is still sending gets by
  * without them, and its next packets come as one batch. Asking at once makes a quick worker and a slow guest
- * take turns: an exit and an interrupt for every packet or two. The time doubles while it brings something
- * and halves while not, so that who sends one packet and waits for the answer sees none of it. A frame that
- * arrives ends it. Returns whether there is something to do; -1: epoll failed.
+ * take turns: an exit and an interrupt for every packet or two.
+ *
+ * How long follows from how soon the latest burst came after the one before: twice that, or not at all if it
+ * would be too long. Less while a sleep brings many, so that the guest does not wait for us with a full window.
+ * A frame that arrives ends the sleep: who sends and then waits for the answer loses nothing. Returns whether
+ * there is something to do; -1: epoll failed.
  */
 static int linger(struct pv_net_worker *w)
 {
-	uint32_t burst = w->tx_burst;
-	bool found;
+	uint32_t packets = w->burst_packets, bytes = w->burst_bytes;
+	uint64_t max = bytes >= LINGER_BULK ? LINGER_BULK_US : LINGER_MAX_US;
 
-	w->tx_burst = 0;
-	if (!w->linger_us && burst > 1)
-		w->linger_us = LINGER_MIN_US;
-	if (!w->linger_us || !burst)
+	if (!packets)
 		return 0;
-	if (set_interest(w) || net_poll(w, w->linger_us))
+	w->burst_packets = w->burst_bytes = 0;
+	w->idle_since = now_us();
+	if (!w->lingered)
+		w->linger_us = w->gap_us <= max / 2 ? 2 * w->gap_us : 0;
+	else if (packets >= 16 || bytes >= 8 * LINGER_BULK)
+		w->linger_us /= 2;
+	w->lingered = false;
+	if (!w->linger_us)
+		return 0;
+	if (w->linger_us < LINGER_MIN_US)
+		w->linger_us = LINGER_MIN_US;
+	if (set_interest(w) || net_poll(w, (int64_t)w->linger_us))
 		return -1;
-	found = pv_vring_pending(&w->ring[TX]);
-	if (found) {
+	w->lingered = pv_vring_pending(&w->ring[TX]);
+	if (w->lingered)
 		add(&w->count.tx_lingers, 1);
-		w->linger_us = w->linger_us > LINGER_MAX_US / 2 ? LINGER_MAX_US : 2 * w->linger_us;
-	} else if (!w->rx_ready) {
-		w->linger_us = w->linger_us < 2 * LINGER_MIN_US ? 0 : w->linger_us / 2;
-	}
-	return found || w->rx_ready || w->event.kind || stopping(w);
+	return w->lingered || w->rx_ready || w->event.kind || stopping(w);
 }
 
 /* Sleep until there is something to do. */

@@ -13,7 +13,7 @@
  * harmless for who takes them over: vhost does not drain them either.
  *
  * Transmit: writev straight from guest memory, header included, wherever the guest split it. After a burst the
- * worker sleeps up to 200 us before it asks for kicks again, see linger().
+ * worker sleeps up to 200 us, or 1 ms in bulk, before it asks for kicks again: see linger().
  *
  * Receive: chains are taken ahead into a window big enough for the largest frame, and readv goes straight
  * into them. A tap does not tell how long the next frame is, so the last segment of each readv is a scratch
