@@ -108,6 +108,25 @@ class VhostUserError(PyvmmError):
     exit_code = 112
 
 
+class MachineMissing(PyvmmError):
+    """No running machine has that name, or its control socket does not answer."""
+
+    exit_code = 113
+
+
+class ControlError(PyvmmError):
+    """The machine refused a command of the control socket.
+
+    :ivar kind: the protocol's error class, such as ``GenericError`` or ``CommandNotFound``.
+    """
+
+    exit_code = 114
+
+    def __init__(self, cause: str, hint: str = "", kind: str = "GenericError") -> None:
+        super().__init__(cause, hint)
+        self.kind = kind
+
+
 class GuestTrouble(PyvmmError):
     """The guest kernel reported what ``--fail-on`` names: an oops, a warning, a stall."""
 

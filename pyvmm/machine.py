@@ -51,6 +51,7 @@ from pyvmm.spec.platform import (
     GUEST_STATUS,
     GUEST_WRITE,
     IRQ_COM1,
+    IRQ_GED,
     MAX_CPUS,
     PORT_COM1,
     PORT_GUEST_CONTROL,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
+    from pyvmm.control.server import Server
     from pyvmm.datapath.base import DataPath
     from pyvmm.exits.ledger import Ledger
     from pyvmm.virtio.net import NetDevice
@@ -73,6 +75,9 @@ if TYPE_CHECKING:
 BASE_CMDLINE = "console=ttyS0 panic=-1"
 #: Bytes of a command that leave room for the rest of the 2047 that Linux takes (COMMAND_LINE_SIZE), in base64.
 COMMAND_MAX = 1200
+PAUSE_PATIENCE = (
+    2.0  # seconds that pause() waits for vCPUs that are outside of the guest, in a console's full pipe
+)
 OLD_STATS = 16  # VMs before the present one whose statistics are kept
 PANIC_TEXT = b"Kernel panic - not syncing"
 PANIC_END = b"---[ end Kernel panic"  # what a kernel says last that is not to reboot (panic=0)
@@ -84,6 +89,16 @@ PHASES = {
     GUEST_COMMAND: "command",
     GUEST_STATUS: "command_end",
     GUEST_POWEROFF: "poweroff",
+}
+
+
+#: Outcome of the guest's doing -> QEMU's ShutdownCause.
+SHUTDOWN_REASONS = {
+    "poweroff": "guest-shutdown",
+    "reboot": "guest-reset",
+    "triple-fault": "guest-reset",
+    "panic": "guest-panic",
+    "debug-exit": "guest-shutdown",
 }
 
 
@@ -110,6 +125,7 @@ class Outcome:
         self.registers = registers
         self.rips: list[int] = []
         self.status: int | None = None
+        self.asked = False  # by us, not by the guest
 
     def error(self) -> PyvmmError | None:
         """What to raise for an end that is none of the orderly ones, else None."""
@@ -135,6 +151,8 @@ class Nic:
     ) -> None:
         self.index, self.net, self.device, self.transport = index, net, device, transport
         self._lock = lock  # the machine's: device code runs under it
+        #: Whether NIC_RX_FILTER_CHANGED has been sent since the filter was last asked for.
+        self.rx_told = False
         self.namespace: Any = None
         self.tap = ""
         self.host: str | None = None
@@ -214,6 +232,8 @@ class Machine:
     :param append: more kernel command line. :param cpus: 1 to 64. :param memory: ``"256M"`` or bytes.
     :param nets: network cards, in PCI order. :param command: an argv for our init (images built by pyvmm).
     :param on_reboot: ``"exit"`` or ``"restart"``.
+    :param name: of the machine among the running ones (default: ``vm0``, ``vm1``, ...); only with a control socket.
+    :param qmp: path of the control socket (docs/control.md), ``"auto"`` for one in the runtime directory, None for none.
     :param huge: back guest memory with huge pages.
     :param load_address: the kernel is a flat binary for this guest-physical address, entered in ``load_mode``
         (``boot.FLAT_MODES``).
@@ -239,6 +259,8 @@ class Machine:
         nets: Sequence[Net] = (),
         command: Sequence[str] | None = None,
         on_reboot: str = "exit",
+        name: str | None = None,
+        qmp: str | None = None,
         huge: bool = False,
         load_address: int | None = None,
         load_mode: str = "protected32",
@@ -262,6 +284,11 @@ class Machine:
         self._flat = load_address, load_mode
         self._test_devices = test_devices
         self._lock = threading.RLock()
+        self._go = threading.Condition()  # vCPUs of a paused machine wait here; guards the next two
+        self._paused = False
+        self._parked = 0
+        self._pausing = threading.Lock()  # one pause or resume at a time
+        self._control: Server | None = None
         self._done = threading.Event()
         self._request: Outcome | None = None
         self._outcome: Outcome | None = None
@@ -276,6 +303,11 @@ class Machine:
         self._stack = ExitStack()
         try:
             self._build(size, huge, [n for n in nets if n.mode != "none"])
+            if qmp is not None:
+                from pyvmm.control import serve
+
+                self._control = serve(self, name, None if qmp == "auto" else qmp)
+                self._stack.callback(self._control.close)
         except BaseException:
             self._stack.close()
             raise
@@ -354,6 +386,8 @@ class Machine:
             undo.pop_all()
         nic = Nic(index, net, device, transport, self._lock)
         nic.tap, nic.namespace, nic.host, nic.guest = tap, namespace, host, guest
+        device.on_rx_change = lambda: self._rx_changed(nic)
+        device.on_problem = lambda problem: self.emit("X_PYVMM_NIC_FAULT", name=nic.name, problem=problem)
         self.nets.append(nic)
 
     def _open_datapath(self, net: Net, host: str | None, mac: bytes) -> tuple[DataPath, str, Any]:
@@ -474,14 +508,21 @@ class Machine:
 
     def stop(self, outcome: Outcome | None = None) -> None:
         """End the machine now, from any thread but a vCPU's; returns when no vCPU runs any more."""
+        self.quit(outcome or Outcome("stopped"))
+        self._done.wait()
+
+    def quit(self, outcome: Outcome | None = None) -> None:
+        """End the machine soon: ``stop`` without waiting; without an outcome, as the control socket's ``quit``."""
+        if outcome is None:
+            outcome = Outcome("stopped", "by the control socket")
+            outcome.asked = True
         for stream in (self.console, self.stdout, self.stderr):
             stream.hurry()
-        self._finish(outcome or Outcome("stopped"), final=True)
+        self._finish(outcome, final=True)
         if self._supervisor is None:
             self._outcome = self._outcome or self._request
             self._done.set()
             self.booted.set()
-        self._done.wait()
 
     def close(self) -> None:
         """Stop, and release everything. A second call does nothing."""
@@ -490,6 +531,140 @@ class Machine:
         if self._supervisor is not None:
             self._supervisor.join()
         self._stack.close()
+
+    # --- control ------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str | None:
+        """The machine's name; None without a control socket."""
+        return self._control.name if self._control is not None else None
+
+    @property
+    def qmp(self) -> str | None:
+        """Path of the control socket; None without one."""
+        return self._control.path if self._control is not None else None
+
+    @property
+    def io_lock(self) -> threading.RLock:
+        """Held by device code and while the machine restarts: hold it to look at devices, VM and vCPUs from another thread."""
+        return self._lock
+
+    @property
+    def state(self) -> str:
+        """``prelaunch``, ``running``, ``paused``, ``shutdown`` or ``guest-panicked``: QEMU's RunState."""
+        if self._done.is_set():
+            return "guest-panicked" if self._outcome and self._outcome.kind == "panic" else "shutdown"
+        if self._supervisor is None:
+            return "prelaunch"
+        return "paused" if self._paused else "running"
+
+    def pause(self) -> bool:
+        """Stop the vCPUs, then park the data paths: when it returns, nothing changes guest memory or registers any more.
+
+        From any thread but a vCPU's. What comes in from the network waits in the tap or at the back-end. A vCPU whose output nobody
+        takes is outside of the guest and stops before it enters it again. ``wait`` and its time-outs go on.
+
+        :returns: False where the machine was paused already.
+        :raises HostError: the machine has ended.
+        """
+        with self._pausing:
+            if self._done.is_set():
+                raise HostError("the machine has ended")
+            if self._paused:
+                return False
+            with self._go:
+                self._paused = True
+            if self._supervisor is not None:
+                for vcpu in self.vcpus:
+                    vcpu.kick()
+                with self._go:
+                    self._go.wait_for(
+                        lambda: self._parked == self.cpus or self._done.is_set(), PAUSE_PATIENCE
+                    )
+            with self._lock:
+                for nic in self.nets:
+                    nic.device.hold(True)
+            self.emit("STOP")
+            return True
+
+    def resume(self) -> bool:
+        """Go on after ``pause``. From any thread but a vCPU's.
+
+        :returns: False where the machine was not paused.
+        :raises PyvmmError: the machine has ended, or a data path does not start again: that card needs a reset, all else goes on.
+        """
+        with self._pausing:
+            if self._done.is_set():
+                raise HostError("the machine has ended")
+            if not self._paused:
+                return False
+            failed: PyvmmError | None = None
+            with self._lock:
+                for nic in self.nets:
+                    try:
+                        nic.device.hold(False)
+                    except PyvmmError as e:
+                        failed = e
+            with self._go:
+                self._paused = False
+                self._go.notify_all()
+            self.emit("RESUME")
+            if failed is not None:
+                raise failed
+            return True
+
+    def _park(self, vcpu: Vcpu) -> None:
+        """In a vCPU's thread: wait until the machine is to go on, or to end."""
+        with self._go:
+            self._parked += 1
+            self._go.notify_all()
+            while self._paused and self._request is None:
+                self._go.wait()
+            self._parked -= 1
+        vcpu.rested()
+
+    def reset(self) -> None:
+        """Press the reset button: the machine starts over soon, whatever ``on_reboot`` says. A paused one stays paused.
+
+        :raises HostError: the machine has ended, or is about to.
+        """
+        outcome = Outcome("reboot", "reset by the control socket")
+        outcome.asked = True
+        if self._supervisor is None:
+            raise HostError("the machine has not been started", "start it")
+        self._finish(outcome)
+        if self._request is not outcome and (self._done.is_set() or not self._will_restart(self._request)):
+            raise HostError("the machine has ended")
+
+    def powerdown(self) -> None:
+        """Press the power button (ACPI): the guest powers off if it listens, which takes a driver (docs/control.md).
+
+        :raises HostError: the machine has ended.
+        """
+        with self._lock:
+            if self._done.is_set():
+                raise HostError("the machine has ended")
+            for level in (1, 0):
+                self.vm.irq_line(IRQ_GED, level)
+        self.emit("POWERDOWN")
+
+    def emit(self, event: str, **data: object) -> None:
+        """Send an event to the clients of the control socket. Any thread; never waits."""
+        if self._control is not None:
+            self._control.emit(event, {key.replace("_", "-"): value for key, value in data.items()} or None)
+
+    def _rx_changed(self, nic: Nic) -> None:
+        if not nic.rx_told:  # once, until somebody looks: a driver may change it as often as it likes
+            nic.rx_told = True
+            self.emit("NIC_RX_FILTER_CHANGED", name=nic.name, path=f"/machine/{nic.name}")
+
+    def _emit_end(self, outcome: Outcome) -> None:
+        """SHUTDOWN, with QEMU's reasons and our own word."""
+        if outcome.kind == "panic":
+            self.emit("GUEST_PANICKED", action="shutdown")
+        guest = outcome.kind in SHUTDOWN_REASONS
+        reason = SHUTDOWN_REASONS.get(outcome.kind, "host-qmp-quit" if outcome.asked else "host-signal")
+        self.emit("SHUTDOWN", guest=guest, reason=reason, x_pyvmm_outcome=outcome.kind)
 
     def __enter__(self) -> Self:
         return self
@@ -512,21 +687,35 @@ class Machine:
             stream.release()
         for vcpu in self.vcpus:
             vcpu.kick()
+        with self._go:
+            self._go.notify_all()
+
+    def _will_restart(self, request: Outcome | None) -> bool:
+        return (
+            request is not None
+            and request.kind == "reboot"
+            and (request.asked or self.on_reboot == "restart")
+        )
 
     def _supervise(self) -> None:
         try:
             while True:
                 self._run_vcpus()
                 request = self._request or Outcome("stopped")
-                if request.kind == "reboot":
+                if request.kind == "reboot" and not request.asked:
                     self._was_panic(request)
-                if request.kind != "reboot" or self.on_reboot != "restart":
+                if not self._will_restart(request):
                     break
                 with self._lock:
                     if self._request is not request:
                         continue  # stopped for good meanwhile
                     self._restart()
                     self._request = None
+                self.emit(
+                    "RESET",
+                    guest=not request.asked,
+                    reason="host-qmp-system-reset" if request.asked else "guest-reset",
+                )
         except BaseException as e:
             self._failure = self._failure or e
             request = Outcome("stopped", str(e))
@@ -540,6 +729,7 @@ class Machine:
             stream.finish()
         self._was_panic(request)
         self._outcome = request
+        self._emit_end(request)
         self._done.set()
         self.booted.set()
 
@@ -575,7 +765,11 @@ class Machine:
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         run, c, dispatch, lock = vcpu.run, vcpu.c, self.bus.dispatch, self._lock
         try:
+            vcpu.thread_id = threading.get_native_id()
             while self._request is None:
+                if self._paused:
+                    self._park(vcpu)
+                    continue
                 stop = run()
                 if stop in (STOP_PIO, STOP_MMIO):
                     with lock:
@@ -681,14 +875,21 @@ class Machine:
 
         return Ledger(self.vcpus, self.bus)
 
+    def kvm_stats_schemas(self) -> dict[str, list[dict[str, object]]] | None:
+        """What each of them is, for ``vm`` and ``vcpu``, as QEMU's schema has it (``kvm.stats.Stats``)."""
+        if not self.kvm.extension("KVM_CAP_BINARY_STATS_FD"):
+            return None
+        from pyvmm.kvm.stats import Stats
+
+        vcpu = self.vcpus[0].stats
+        with Stats(self.vm.fileno()) as vm:
+            return {"vm": vm.schema, "vcpu": vcpu.schema if vcpu is not None else []}
+
     def _read_stats(self) -> dict[str, Any]:
         from pyvmm.kvm.stats import Stats
 
-        def read(fd: int) -> dict[str, Any]:
-            with Stats(fd) as stats:
-                return stats.read()
-
-        return {"vm": read(self.vm.fileno()), "vcpus": [read(v.fileno()) for v in self.vcpus]}
+        with Stats(self.vm.fileno()) as vm:
+            return {"vm": vm.read(), "vcpus": [v.stats.read() for v in self.vcpus if v.stats is not None]}
 
     def report(self) -> dict[str, object]:
         """Everything countable about the run, for JSON; before ``close``. Schema: docs/report.md."""

@@ -149,6 +149,8 @@ def judge(
             more = f" and {watch.count - 1} more" if watch.count > 1 else ""
             trouble = GuestTrouble(f"the guest kernel reported {first.kind}{more}: {first.message}")
             return Verdict("trouble", str(trouble), status=outcome.status, details=first.lines)
+    if kind == "stopped" and commanded and outcome.asked and outcome.status is None:
+        return Verdict("ended", str(GuestEnded("the machine was told to quit before the command ended")))
     if kind == "stopped":
         return Verdict("passed", status=outcome.status)
     if commanded and outcome.status is None:

@@ -87,6 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", metavar="FILE", help="write exits, phases, features and counters as JSON ('-': stdout)")
     add("--exits", action="store_true", help="print at the end how often the guest exited, and why")
     add("--on-reboot", choices=("exit", "restart"), default="exit", help="what a guest's reboot does (exit)")
+    add(
+        "--name",
+        metavar="NAME",
+        help="name of the machine, for `pyvmm stop NAME` and the like (vm0, vm1, ...)",
+    )
+    add("--qmp", metavar="PATH", help="its control socket, or none (default: in the runtime directory)")
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
     add("--verbose", "-v", action="store_true", help="show the guest's console on stderr while COMMAND runs")
     add("guest_command", metavar="COMMAND", nargs="*", help="after --: what the guest runs")
@@ -148,6 +154,8 @@ def _boot(args: argparse.Namespace) -> int:
             nets=nets,
             command=command,
             on_reboot=args.on_reboot,
+            name=args.name,
+            qmp=_qmp(args),
         ) as vm:
             if extras is not None:
                 extras.attach(vm)
@@ -169,6 +177,24 @@ def _boot(args: argparse.Namespace) -> int:
             os.close(report)
         if extras is not None:
             extras.close()
+
+
+def _qmp(args: argparse.Namespace) -> str | None:
+    """Where the control socket is to be: a machine that nobody named runs without where there is no place for one."""
+    from pyvmm.control.place import directory
+    from pyvmm.errors import HostError, UsageError
+
+    if args.qmp == "none":
+        if args.name is not None:
+            raise UsageError("--name with --qmp none", "a machine without a control socket has no name")
+        return None
+    if args.qmp is None and args.name is None:
+        try:
+            directory()
+        except HostError as e:
+            print(f"pyvmm: no control socket: {e}", file=sys.stderr)
+            return None
+    return args.qmp or "auto"
 
 
 def _attend(vm: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:

@@ -1,1 +1,27 @@
-""""""
+"""The control socket of a running machine: QEMU's Machine Protocol (docs/control.md)."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.control.server import Server
+
+
+def serve(machine: object, name: str | None = None, path: str | None = None) -> Server:
+    """Make the control socket of ``machine`` and serve it.
+
+    :param name: of the machine (default: the first free of ``vm0``, ...). :param path: default: in the runtime directory.
+    :raises UsageError: the name is taken or bad, or there can be no socket at the path.
+    :raises HostError: there is no private directory for it.
+    """
+    from pyvmm import __version__
+    from pyvmm.control.commands import COMMANDS, version
+    from pyvmm.control.place import Claim
+    from pyvmm.control.server import Server
+
+    claim = Claim(name, path)
+    try:
+        return Server(claim, COMMANDS, machine, {"version": version(__version__), "capabilities": []})
+    except BaseException:
+        claim.close()
+        raise

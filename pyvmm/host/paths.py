@@ -40,11 +40,23 @@ def runtime_dir() -> str:
             break
     else:
         path = f"/tmp/pyvmm-{uid}"
+    return private(path)
+
+
+def private(path: str) -> str:
+    """``path``, a directory of this user that nobody else may enter; made if need be, its parent is there.
+
+    :raises HostError: it belongs to somebody else, others may enter, or it cannot be made.
+    """
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
         pass
+    except OSError as e:
+        raise HostError(
+            f"cannot make {path}: {e.strerror}", "set XDG_RUNTIME_DIR to a directory of yours"
+        ) from e
     info = os.lstat(path)
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != uid or info.st_mode & 0o077:
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise HostError(f"{path} is not a private directory of this user", "remove it")
     return path

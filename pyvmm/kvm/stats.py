@@ -13,8 +13,27 @@ if TYPE_CHECKING:
     Value = int | list[int]
 
 
+#: KVM's type and unit -> QEMU's word (qapi/stats.json).
+TYPES = {
+    lib.KVM_STATS_TYPE_CUMULATIVE: "cumulative",
+    lib.KVM_STATS_TYPE_INSTANT: "instant",
+    lib.KVM_STATS_TYPE_PEAK: "peak",
+    lib.KVM_STATS_TYPE_LINEAR_HIST: "linear-histogram",
+    lib.KVM_STATS_TYPE_LOG_HIST: "log2-histogram",
+}
+UNITS = {
+    lib.KVM_STATS_UNIT_BYTES: "bytes",
+    lib.KVM_STATS_UNIT_SECONDS: "seconds",
+    lib.KVM_STATS_UNIT_CYCLES: "cycles",
+    lib.KVM_STATS_UNIT_BOOLEAN: "boolean",
+}
+
+
 class Stats(Fd):
-    """The statistics of one VM or vCPU; owns the descriptor, which stays readable after the VM is gone.
+    """The statistics of one VM or vCPU; owns the descriptor, which stays readable after the VM is gone (and keeps it in the kernel).
+
+    Made before a vCPU runs: KVM_GET_STATS_FD waits for KVM_RUN to return, reading does not. The table of names is read when it
+    is first needed.
 
     :param fd: the VM's or vCPU's descriptor, lent.
     :raises HostError: the kernel has no KVM_CAP_BINARY_STATS_FD.
@@ -25,6 +44,20 @@ class Stats(Fd):
         if got < 0:
             raise HostError(f"KVM_GET_STATS_FD failed: {os.strerror(-got)}")
         super().__init__(got)
+        self._data_offset = self._data_size = 0
+        #: (name, offset in the data block, number of 64-bit values)
+        self._rows: list[tuple[str, int, int]] = []
+        self._schema: list[dict[str, object]] = []
+
+    @property
+    def schema(self) -> list[dict[str, object]]:
+        """What each is, in QEMU's schema (StatsSchemaValue): value = number * base ** exponent, in ``unit``."""
+        if not self._rows:
+            self._read_table()
+        return self._schema
+
+    def _read_table(self) -> None:
+        got = self.fileno()
         header = ffi.new("struct kvm_stats_header *")
         raw = os.pread(got, ffi.sizeof("struct kvm_stats_header"), 0)
         ffi.memmove(header, raw, len(raw))
@@ -33,20 +66,30 @@ class Stats(Fd):
         desc = ffi.new("struct kvm_stats_desc *")
         fixed = ffi.sizeof("struct kvm_stats_desc")
         self._data_offset = header.data_offset
-        #: (name, offset in the data block, number of 64-bit values, cumulative?)
-        self._rows: list[tuple[str, int, int, bool]] = []
         for at in range(0, len(table), size):
             ffi.memmove(desc, table[at : at + fixed], fixed)
             name = table[at + fixed : at + size].split(b"\0", 1)[0].decode()
-            kind = desc.flags & lib.KVM_STATS_TYPE_MASK
-            self._rows.append((name, desc.offset, desc.size, kind == lib.KVM_STATS_TYPE_CUMULATIVE))
-        self._data_size = max((o + 8 * n for _, o, n, _ in self._rows), default=0)
+            kind = TYPES.get(desc.flags & lib.KVM_STATS_TYPE_MASK)
+            self._rows.append((name, desc.offset, desc.size))
+            if kind is None:
+                continue  # newer than QEMU's schema
+            row: dict[str, object] = {"name": name, "type": kind, "exponent": desc.exponent}
+            if unit := UNITS.get(desc.flags & lib.KVM_STATS_UNIT_MASK):
+                row["unit"] = unit
+            if desc.exponent:
+                row["base"] = 2 if desc.flags & lib.KVM_STATS_BASE_MASK == lib.KVM_STATS_BASE_POW2 else 10
+            if kind == "linear-histogram":
+                row["bucket-size"] = desc.bucket_size
+            self._schema.append(row)
+        self._data_size = max((o + 8 * n for _, o, n in self._rows), default=0)
 
     def read(self) -> dict[str, Value]:
         """The present values by KVM's names; histograms are lists."""
+        if not self._rows:
+            self._read_table()
         data = os.pread(self.fileno(), self._data_size, self._data_offset)
         out: dict[str, Value] = {}
-        for name, offset, count, _ in self._rows:
+        for name, offset, count in self._rows:
             values = [int.from_bytes(data[i : i + 8], "little") for i in range(offset, offset + 8 * count, 8)]
             out[name] = values[0] if count == 1 else values
         return out

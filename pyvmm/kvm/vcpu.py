@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError
 from pyvmm.fd import Fd
 from pyvmm.kvm import ioctl
 from pyvmm.kvm.cpuid import for_vcpu
+from pyvmm.kvm.stats import Stats
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,14 +65,17 @@ class Vcpu:
 
     def __init__(self, vm: Vm, index: int, cpus: int, bus: Bus) -> None:
         self.index = index
+        self.thread_id = 0  # of the system's thread that runs it
         self._vm = vm
         self._cpus = cpus
         if lib.pv_vcpu_init():  # once would do, and harms no more often
             raise HostError("cannot install the vCPU signal handler")
+        #: KVM's statistics of it; None where the kernel has none.
+        self.stats: Stats | None = None
         self._fd = self._create()
         self.c = lib.pv_vcpu_new(self._fd.fileno(), vm.kvm.mmap_size(), bus.c)
         if self.c == ffi.NULL:
-            self._fd.close()
+            self._close_fds()
             raise HostError("cannot map the vCPU's run area")
 
     def _create(self) -> Fd:
@@ -94,10 +99,16 @@ class Vcpu:
                 msrs.entries[0].index, msrs.entries[0].data = msr, value
                 # KVM_SET_MSRS says how many it set; a KVM without one of these is still good enough.
                 lib.pv_ioctl(fd.fileno(), lib.KVM_SET_MSRS, msrs)
+            self.stats = Stats(fd.fileno()) if kvm.extension("KVM_CAP_BINARY_STATS_FD") else None
         except BaseException:
             fd.close()
             raise
         return fd
+
+    def _close_fds(self) -> None:
+        self._fd.close()
+        if self.stats is not None:
+            self.stats.close()
 
     def fileno(self) -> int:
         """The vCPU's descriptor."""
@@ -106,7 +117,7 @@ class Vcpu:
     def detach(self) -> None:
         """Close the KVM vCPU but keep the ledger (before ``Vm.recreate``)."""
         lib.pv_vcpu_attach(self.c, -1, 0)
-        self._fd.close()
+        self._close_fds()
 
     def reattach(self) -> None:
         """A fresh KVM vCPU in the recreated VM, at its reset state."""
@@ -120,7 +131,7 @@ class Vcpu:
         if self.c != ffi.NULL:
             lib.pv_vcpu_free(self.c)
             self.c = ffi.NULL
-            self._fd.close()
+            self._close_fds()
 
     # --- start state --------------------------------------------------------------------------------
 
@@ -171,6 +182,10 @@ class Vcpu:
         """From any thread: make ``run`` return STOP_ASKED soon."""
         if self.c != ffi.NULL:
             lib.pv_vcpu_kick(self.c)
+
+    def rested(self) -> None:
+        """The thread that runs us was held up on purpose (a paused machine): not the latest exit's time. By that thread."""
+        self.c.last_exit = time.monotonic_ns()
 
     def registers(self) -> dict[str, int]:
         """The general registers and the main control registers; for messages."""

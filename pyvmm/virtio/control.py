@@ -146,6 +146,7 @@ class Control:
             return False
         vlans = self._device.rx.vlans
         vlans.add(vlan) if command == VIRTIO_NET_CTRL_VLAN_ADD else vlans.discard(vlan)
+        self._device.on_rx_change()
         return True
 
     def _announced(self, command: int, data: bytes) -> bool:

@@ -113,6 +113,8 @@ class VirtioDevice:
         self.faults: list[str] = []
         self.interrupt_config: Callable[[], None] = lambda: None
         self.on_active: Callable[[bool], None] = lambda active: None
+        #: Told of each fault kept in ``faults``. Any thread; must not wait.
+        self.on_problem: Callable[[str], None] = lambda problem: None
 
     # --- for subclasses -----------------------------------------------------------------------------
 
@@ -198,6 +200,7 @@ class VirtioDevice:
         """Something that only a reset cures: tell the guest (2.1.2). Any thread; takes no lock."""
         if len(self.faults) < 16:  # bounded: the guest can repeat this as often as it likes
             self.faults.append(problem)
+            self.on_problem(problem)
         with self._mutex:
             self.status |= NEEDS_RESET
         self.config_changed()

@@ -33,6 +33,8 @@ from pyvmm.virtio.device import VirtioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.datapath.base import DataPath, Vring
     from pyvmm.memory import GuestMemory
     from pyvmm.virtio.control import Control
@@ -102,6 +104,7 @@ class NetDevice(VirtioDevice):
         self.commands = 0
         self._plugged = link
         self._path_up = True
+        self._held = False
         self._announce = False
         self._control: Control | None = None
         self._rings: dict[int, Vring] = {}
@@ -110,6 +113,8 @@ class NetDevice(VirtioDevice):
         self._offered = self._offer(datapath.features()) & ~without
         #: What was negotiated last, kept over a reset for the report.
         self.negotiated = 0
+        #: Called when the driver has changed ``rx`` or the MAC address.
+        self.on_rx_change: Callable[[], None] = lambda: None
         datapath.on_fault = self.fault
         datapath.on_link = self._path_link
         if not link:
@@ -175,6 +180,23 @@ class NetDevice(VirtioDevice):
             raise
         self.config_changed()
 
+    def hold(self, on: bool) -> None:
+        """The machine is paused: park the rings, so that nothing writes to guest memory; or go on from there.
+
+        :raises PyvmmError: as ``set_link``.
+        """
+        if on == self._held:
+            return
+        self._held = on
+        if on:
+            self._park()
+        elif self.active:
+            try:
+                self._resume()
+            except PyvmmError as e:
+                self.fault(-1, str(e))
+                raise
+
     def announce(self) -> bool:
         """Ask the guest to tell the network where it is (5.1.6.5.4.1); whether its driver can."""
         if not (self.active and self._control and self.driver_features >> VIRTIO_NET_F_GUEST_ANNOUNCE & 1):
@@ -193,6 +215,12 @@ class NetDevice(VirtioDevice):
     def _control_index(self) -> int:
         """5.1.2: behind the queue pairs that the driver knows of."""
         return 2 * self.max_pairs if self.driver_features >> VIRTIO_NET_F_MQ & 1 else 2
+
+    def queue_role(self, index: int) -> str:
+        """``receive``, ``transmit`` or ``control``."""
+        if index == self._control_index():
+            return "control"
+        return "transmit" if index & 1 else "receive"
 
     def own_queues(self) -> frozenset[int]:
         """The control queue."""
@@ -236,7 +264,7 @@ class NetDevice(VirtioDevice):
 
     def _resume(self) -> None:
         """Start the data path on the rings of the pairs in use, from where they are."""
-        if not self._plugged:
+        if not self._plugged or self._held:
             return
         rings = [ring for index, ring in sorted(self._rings.items()) if index < 2 * self.pairs]
         self.datapath.start(self.driver_features & ~GUEST_OFFLOADS | self._offloads, self.memory, rings)
@@ -279,6 +307,7 @@ class NetDevice(VirtioDevice):
             self.datapath.set_rx_filter(self.rx)
         except PyvmmError:
             pass  # best effort: without a filter the guest sees more than it asked for
+        self.on_rx_change()
 
     def close(self) -> None:
         """Stop and release the data path, too."""

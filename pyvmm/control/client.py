@@ -1,0 +1,134 @@
+"""A client of the control socket, blocking and small::
+
+    with connect("vm0") as c:
+        c.command("query-status")["status"]
+        c.command("set_link", name="net0", up=False)
+        event = c.wait_event("RESET", timeout=10)
+
+For more (asyncio, several connections at once) the PyPI library qemu.qmp works unchanged: ``QMPClient`` on ``find(name).path``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
+from collections import deque
+
+from pyvmm.control.place import find
+from pyvmm.errors import ControlError, MachineMissing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any, Self
+
+EVENTS_MAX = 1000
+MESSAGE_MAX = 64 << 20
+
+
+def connect(name: str, *, timeout: float = 30.0) -> Client:
+    """A connection to the running machine ``name``, or to the socket ``name`` where that is a path (it has a slash).
+
+    :param timeout: seconds that each answer may take.
+    :raises MachineMissing: there is no such machine, or it does not answer.
+    """
+    return Client(name if "/" in name else find(name).path, timeout=timeout)
+
+
+class Client:
+    """One connection, past negotiation; a context manager. One thread at a time.
+
+    :ivar greeting: the server's. :ivar events: those not yet taken, oldest first, at most ``EVENTS_MAX``.
+    """
+
+    def __init__(self, path: str, *, timeout: float = 30.0) -> None:
+        self._path, self._timeout = path, timeout
+        self._buf = bytearray()
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_MAX)
+        self._sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+        try:
+            self._sock.settimeout(timeout)
+            try:
+                self._sock.connect(path)
+            except OSError as e:
+                raise MachineMissing(f"cannot connect to {path}: {e.strerror or e}", "see: pyvmm ps") from e
+            first = self._receive(time.monotonic() + timeout)
+            if "error" in first:
+                raise ControlError(f"{path}: {first['error'].get('desc')}", "try again later")
+            self.greeting: dict[str, Any] = first
+            self.command("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
+
+    def command(self, name: str, /, **arguments: Any) -> Any:
+        """Run a command and wait for its answer; ``_`` in an argument's name stands for ``-``.
+
+        :raises ControlError: the machine refused. :raises MachineMissing: it has ended, or does not answer.
+        """
+        return self.execute(name, {key.replace("_", "-"): value for key, value in arguments.items()})
+
+    def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        """``command`` with its arguments as they are."""
+        message = {"execute": name, **({"arguments": arguments} if arguments else {})}
+        until = time.monotonic() + self._timeout
+        try:
+            self._sock.sendall(json.dumps(message).encode() + b"\n")
+        except OSError as e:
+            raise MachineMissing(f"{self._path} is gone: {e.strerror or e}", "see: pyvmm ps") from e
+        while True:
+            answer = self._receive(until)
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer:
+                error = answer["error"]
+                raise ControlError(f"{name}: {error.get('desc')}", kind=str(error.get("class")))
+            self.events.append(answer)
+
+    def wait_event(self, name: str, timeout: float | None = None) -> dict[str, Any]:
+        """The next event ``name``; those before it are dropped.
+
+        :raises TimeoutError: it did not come within ``timeout`` seconds. :raises MachineMissing: the connection ended before.
+        """
+        until = time.monotonic() + (self._timeout if timeout is None else timeout)
+        while True:
+            event = self.events.popleft() if self.events else self._receive(until, TimeoutError)
+            if event.get("event") == name:
+                return event
+
+    def _receive(self, until: float, late: type[Exception] = MachineMissing) -> dict[str, Any]:
+        """The next message: one line each."""
+        while (end := self._buf.find(b"\n")) < 0:
+            left = until - time.monotonic()
+            try:
+                self._sock.settimeout(max(left, 0.001))
+                data = self._sock.recv(1 << 16)
+            except (TimeoutError, BlockingIOError):
+                raise late(f"{self._path} does not answer") from None
+            except OSError as e:
+                raise MachineMissing(f"{self._path} is gone: {e.strerror}") from e
+            if not data or len(self._buf) > MESSAGE_MAX:
+                raise MachineMissing(f"{self._path}: the connection has ended")
+            self._buf += data
+        line = bytes(self._buf[:end])
+        del self._buf[: end + 1]
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            raise MachineMissing(f"{self._path} does not speak QMP")
+        return message
+
+    def close(self) -> None:
+        """End the connection. A second call does nothing."""
+        self._sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

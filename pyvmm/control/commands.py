@@ -1,0 +1,334 @@
+"""The commands of the control socket: QEMU's, with QEMU's schemas, and ours (docs/control.md).
+
+Each is a function of the machine and the checked arguments, run by the control thread. What looks at devices, VM or vCPUs holds the
+machine's I/O lock, so that a restart is not met half-way.
+"""
+
+from __future__ import annotations
+
+import time
+
+from pyvmm.control.server import Command, QmpError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.machine import Machine, Nic
+
+    Given = dict[str, Any]
+
+RINGS_MAX = 256  # chains of a queue that x-pyvmm-rings follows
+
+
+def version(own: str) -> dict[str, object]:
+    """VersionInfo: our own version where QEMU's has its."""
+    major, minor, micro = (int(part) for part in own.split(".")[:3])
+    return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": f"pyvmm-{own}"}
+
+
+def _vcpu_path(index: int) -> str:
+    return f"/machine/unattached/device[{index}]"
+
+
+def _nic(machine: Machine, name: str) -> Nic:
+    for nic in machine.nets:
+        if nic.name == name:
+            return nic
+    raise QmpError(f"Device '{name}' not found", "DeviceNotFound")
+
+
+def _numbered(machine: Machine, given: Given) -> Nic:
+    index = given.get("nic", 0)
+    if not 0 <= index < len(machine.nets):
+        raise QmpError(f"there is no card {index}: the machine has {len(machine.nets)}", "DeviceNotFound")
+    return machine.nets[index]
+
+
+# --- about the machine --------------------------------------------------------------------------------------
+
+
+def _version(machine: Machine, given: Given) -> object:
+    from pyvmm import __version__
+
+    return version(__version__)
+
+
+def _commands(machine: Machine, given: Given) -> object:
+    return [{"name": name} for name in sorted([*COMMANDS, "qmp_capabilities"])]
+
+
+def _help(machine: Machine, given: Given) -> object:
+    return [{"name": name, "help": c.help, "arguments": c.arguments} for name, c in sorted(COMMANDS.items())]
+
+
+def _name(machine: Machine, given: Given) -> object:
+    return {"name": machine.name}
+
+
+def _status(machine: Machine, given: Given) -> object:
+    state = machine.state
+    return {"status": state, "running": state == "running", "singlestep": False}
+
+
+def _kvm(machine: Machine, given: Given) -> object:
+    return {"enabled": True, "present": True}
+
+
+def _cpus(machine: Machine, given: Given) -> object:
+    return [
+        {
+            "cpu-index": v.index,
+            "qom-path": _vcpu_path(v.index),
+            "thread-id": v.thread_id,
+            "target": "x86_64",
+            "props": {"socket-id": v.index, "core-id": 0, "thread-id": 0},
+        }
+        for v in machine.vcpus
+    ]
+
+
+# --- KVM's statistics ---------------------------------------------------------------------------------------
+
+
+def _providers(providers: Any) -> list[str] | None:
+    """The names wanted of provider kvm; [] for all; None where kvm is not wanted."""
+    if providers is None:
+        return []
+    for item in providers:
+        if not isinstance(item, dict) or not isinstance(names := item.get("names", []), list):
+            raise QmpError("Invalid parameter type for 'providers', expected: array of objects")
+        if item.get("provider") == "kvm":
+            return [str(n) for n in names]
+        raise QmpError(f"Parameter 'provider' does not accept value '{item.get('provider')}'")
+    return None
+
+
+def _stats(machine: Machine, given: Given) -> object:
+    target = given["target"]
+    if target not in ("vm", "vcpu"):
+        raise QmpError(f"Parameter 'target' does not accept value '{target}'")
+    if "vcpus" in given and target != "vcpu":
+        raise QmpError("Parameter 'vcpus' is unexpected")
+    wanted = _providers(given.get("providers"))
+    if wanted is None:
+        return []
+    with machine.io_lock:
+        all_stats = machine.kvm_stats()
+    if all_stats is None:
+        return []
+
+    def result(values: dict[str, Any], path: str | None = None) -> dict[str, object]:
+        stats = [{"name": n, "value": v} for n, v in values.items() if not wanted or n in wanted]
+        return {"provider": "kvm", **({"qom-path": path} if path else {}), "stats": stats}
+
+    if target == "vm":
+        return [result(all_stats["vm"])]
+    paths = given.get("vcpus")
+    rows = [(_vcpu_path(i), values) for i, values in enumerate(all_stats["vcpus"])]
+    return [result(values, path) for path, values in rows if paths is None or path in paths]
+
+
+def _schemas(machine: Machine, given: Given) -> object:
+    if given.get("provider", "kvm") != "kvm":
+        raise QmpError(f"Parameter 'provider' does not accept value '{given['provider']}'")
+    with machine.io_lock:
+        schemas = machine.kvm_stats_schemas()
+    if schemas is None:
+        return []
+    return [{"provider": "kvm", "target": target, "stats": schemas[target]} for target in ("vm", "vcpu")]
+
+
+# --- run control --------------------------------------------------------------------------------------------
+
+
+def _stop(machine: Machine, given: Given) -> object:
+    machine.pause()
+    return {}
+
+
+def _cont(machine: Machine, given: Given) -> object:
+    machine.resume()
+    return {}
+
+
+def _reset(machine: Machine, given: Given) -> object:
+    machine.reset()
+    return {}
+
+
+def _powerdown(machine: Machine, given: Given) -> object:
+    machine.powerdown()
+    return {}
+
+
+def _quit(machine: Machine, given: Given) -> object:
+    machine.quit()
+    return {}
+
+
+# --- network ------------------------------------------------------------------------------------------------
+
+
+def _set_link(machine: Machine, given: Given) -> object:
+    _nic(machine, given["name"]).set_link(given["up"])
+    return {}
+
+
+def _rx_filter(machine: Machine, given: Given) -> object:
+    nics = machine.nets if "name" not in given else [_nic(machine, given["name"])]
+    with machine.io_lock:
+        return [_rx_info(nic) for nic in nics]
+
+
+def _rx_info(nic: Nic) -> dict[str, object]:
+    """RxFilterInfo (qapi/net.json), as QEMU's virtio-net fills it."""
+    rx = nic.device.rx
+    nic.rx_told = False
+
+    def state(no: str, every: str) -> str:
+        return "none" if no in rx.flags else "all" if every in rx.flags else "normal"
+
+    return {
+        "name": nic.name,
+        "promiscuous": "promisc" in rx.flags,
+        "multicast": state("nomulti", "allmulti"),
+        "unicast": state("nouni", "alluni"),
+        "vlan": "normal" if rx.vlans else "all",
+        "broadcast-allowed": "nobcast" not in rx.flags,
+        "multicast-overflow": "multicast-overflow" in rx.flags,
+        "unicast-overflow": "unicast-overflow" in rx.flags,
+        "main-mac": rx.mac.hex(":"),
+        "vlan-table": sorted(rx.vlans),
+        "unicast-table": [a.hex(":") for a in rx.unicast],
+        "multicast-table": [a.hex(":") for a in rx.multicast],
+    }
+
+
+# --- ours ---------------------------------------------------------------------------------------------------
+
+
+def _switch(machine: Machine, given: Given) -> object:
+    nic = _numbered(machine, given)
+    switch = getattr(nic, "switch", None)
+    if switch is None:
+        raise QmpError("this pyvmm cannot switch a running card's data path")
+    begin = time.monotonic_ns()
+    result = switch(given["mode"]).as_dict()
+    machine.emit(
+        "X_PYVMM_SWITCHED", name=nic.name, mode=given["mode"], duration_ns=time.monotonic_ns() - begin
+    )
+    return result
+
+
+def _ledger(machine: Machine, given: Given) -> object:
+    with machine.io_lock:
+        now = time.monotonic_ns()
+        stats = machine.kvm_stats()
+        return {
+            "time-ns": now,
+            "name": machine.name,
+            "status": machine.state,
+            "reboots": machine.reboots,
+            "exits": machine.ledger().as_dict(),
+            "vcpus": [
+                {
+                    "index": v.index,
+                    "thread-id": v.thread_id,
+                    "kvm-run-returns": v.runs,
+                    "interrupts": stats["vcpus"][v.index].get("irq_injections")
+                    if stats is not None
+                    else None,
+                    "exits-in-kvm": stats["vcpus"][v.index].get("exits") if stats is not None else None,
+                }
+                for v in machine.vcpus
+            ],
+            "nets": [
+                {
+                    "name": nic.name,
+                    "mode": nic.net.mode,
+                    "notify": nic.net.notify,
+                    "queue-pairs": nic.device.pairs,
+                    "link": nic.device.link_up,
+                    "counters": nic.device.datapath.counters(),
+                    "workers": nic.device.datapath.workers(),
+                }
+                for nic in machine.nets
+            ],
+        }
+
+
+def _report(machine: Machine, given: Given) -> object:
+    with machine.io_lock:
+        return machine.report()
+
+
+def _rings(machine: Machine, given: Given) -> object:
+    from pyvmm.virtio.rings import Look
+
+    nic = _numbered(machine, given)
+    chains = given.get("chains", 16)
+    if not 0 <= chains <= RINGS_MAX:
+        raise QmpError(f"Parameter 'chains' expects 0 to {RINGS_MAX}")
+    queues = []
+    with machine.io_lock:
+        device = nic.device
+        chosen = given.get("queue")
+        if chosen is not None and not 0 <= chosen < len(device.queues):
+            raise QmpError(f"there is no queue {chosen}: the card has {len(device.queues)}")
+        for q in device.queues:
+            if chosen is not None and q.index != chosen:
+                continue
+            row: dict[str, object] = {
+                "index": q.index,
+                "role": device.queue_role(q.index),
+                "enabled": q.enabled,
+                "size": q.size,
+                "vector": q.vector,
+                "desc-addr": q.desc,
+                "avail-addr": q.avail,
+                "used-addr": q.used,
+            }
+            if q.enabled and device.active and not q.problem(machine.memory):
+                try:
+                    row |= Look(machine.memory, q, device.driver_features, chains=chains).as_dict()
+                except IndexError as e:
+                    row["problems"] = [str(e)]
+            queues.append(row)
+        return {
+            "name": nic.name,
+            "mode": nic.net.mode,
+            "active": device.active,
+            "machine": machine.state,
+            "queues": queues,
+        }
+
+
+COMMANDS: dict[str, Command] = {
+    "query-version": Command(_version, "version of pyvmm"),
+    "query-commands": Command(_commands, "names of all commands"),
+    "query-name": Command(_name, "name of the machine"),
+    "query-status": Command(_status, "whether it runs"),
+    "query-kvm": Command(_kvm, "that it is KVM"),
+    "query-cpus-fast": Command(_cpus, "vCPUs and their threads"),
+    "query-stats": Command(
+        _stats, "KVM's statistics of the VM or of vCPUs", target="str", vcpus="list?", providers="list?"
+    ),
+    "query-stats-schemas": Command(_schemas, "what each of KVM's statistics is", provider="str?"),
+    "query-rx-filter": Command(_rx_filter, "what a card's driver wants to receive", name="str?"),
+    "stop": Command(_stop, "pause the machine"),
+    "cont": Command(_cont, "let it go on"),
+    "system_reset": Command(_reset, "press the reset button"),
+    "system_powerdown": Command(_powerdown, "press the power button"),
+    "quit": Command(_quit, "end the machine at once"),
+    "set_link": Command(_set_link, "plug or pull a card's cable", name="str", up="bool"),
+    "x-pyvmm-help": Command(_help, "all commands with a line of help and their arguments"),
+    "x-pyvmm-ledger": Command(_ledger, "exits, interrupts and packets so far"),
+    "x-pyvmm-report": Command(_report, "the report of the run so far (docs/report.md)"),
+    "x-pyvmm-rings": Command(
+        _rings, "what is in a card's virtqueues now", nic="int?", queue="int?", chains="int?"
+    ),
+    "x-pyvmm-switch": Command(
+        _switch, "change a card's data path under the running guest", nic="int?", mode="str"
+    ),
+}

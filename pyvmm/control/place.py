@@ -1,0 +1,258 @@
+"""Where running machines are found: one locked file a machine, and its control socket.
+
+Theory of operation: machine NAME holds an exclusive flock(2) on ``DIRECTORY/NAME.machine`` for as long as it lives; the file says
+which process it is and where its socket is. The kernel lets go of the lock however the process ends, so a file that can be locked
+is of a machine that was killed, whatever its process number means by now; who finds one removes it and the socket. Nothing
+has to be connected to or timed out to know.
+
+On the path of ``pyvmm run``: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket
+from fcntl import LOCK_EX, LOCK_NB, flock
+
+from pyvmm.errors import HostError, MachineMissing, UsageError
+from pyvmm.host.paths import private, runtime_dir
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NAME_MAX = 40
+PATH_MAX = 107  # bytes of a socket's path, unix(7)
+BACKLOG = 16
+AUTO = 10_000  # numbers tried for a machine without a name
+SUFFIX = ".machine"
+LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def directory() -> str:
+    """The directory of this user's machines on this kernel, mode 0700; made if need be.
+
+    The testbed shares /tmp with its host but neither sockets nor locks, so machines in there use what is L1's own.
+
+    :raises HostError: there is none that is private.
+    """
+    if "PYVMM_IN_TESTBED" not in os.environ:
+        return private(runtime_dir() + "/machines")
+    base = next((d for d in ("/run", "/dev/shm") if os.access(d, os.W_OK | os.X_OK)), None)
+    if base is None:
+        raise HostError("the testbed has no directory for control sockets", "use --qmp PATH or --qmp none")
+    return private(f"{base}/pyvmm-machines-{os.getuid()}")
+
+
+def check_name(name: str) -> str:
+    """``name`` if it can be a machine's: letters, digits, ``. _ -``, up to ``NAME_MAX``, and no option or hidden file.
+
+    :raises UsageError: it cannot.
+    """
+    if not 0 < len(name) <= NAME_MAX or not set(name) <= LETTERS or name[0] in ".-":
+        raise UsageError(
+            f"{name!r} is no name for a machine", f"use 1 to {NAME_MAX} letters, digits, '.', '_', '-'"
+        )
+    return name
+
+
+class Entry:
+    """A running machine as others see it. :ivar path: of its control socket. :ivar since: seconds since the epoch."""
+
+    __slots__ = ("name", "path", "pid", "since")
+
+    def __init__(self, name: str, pid: int, path: str, since: float) -> None:
+        self.name, self.pid, self.path, self.since = name, pid, path, since
+
+
+class Claim:
+    """A name that is ours and a socket that listens; ``close`` removes both. A second call does nothing.
+
+    :param name: None for the first free of ``vm0``, ``vm1``, ...
+    :param path: of the socket; None for one beside the name.
+    :raises UsageError: the name is taken or bad, or there is something else at the path.
+    :raises HostError: no private directory, or the socket cannot be made.
+    """
+
+    def __init__(self, name: str | None = None, path: str | None = None) -> None:
+        where = directory()
+        self._fd = -1
+        self._made: tuple[int, int] | None = None  # device and inode of the socket
+        self.listener: socket | None = None
+        self.name = self._take(where, name)
+        self._file = f"{where}/{self.name}{SUFFIX}"
+        self.path = os.path.abspath(path) if path is not None else f"{where}/{self.name}.qmp"
+        try:
+            text = f"{os.getpid()}\n{time.time():.3f}\n{self.path}".encode(errors="surrogateescape")
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, text, 0)
+            self._listen(own=path is None)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self, where: str, name: str | None) -> str:
+        """Lock a name."""
+        if name is not None:
+            check_name(name)
+            # Whoever finds the file of a dead machine locks it for a moment, too.
+            until = time.monotonic() + 1
+            while not self._lock(f"{where}/{name}{SUFFIX}"):
+                if time.monotonic() > until:
+                    pid = next((e.pid for e in machines() if e.name == name), 0)
+                    raise UsageError(
+                        f"a machine named {name} is running, process {pid}", "use another --name"
+                    )
+                time.sleep(0.01)
+            return name
+        for n in range(AUTO):
+            if self._lock(f"{where}/vm{n}{SUFFIX}"):
+                return f"vm{n}"
+        raise UsageError(f"{AUTO} machines are running", "use --name")
+
+    def _lock(self, path: str) -> bool:
+        fd = _locked(path, os.O_CREAT)
+        if fd is not None:
+            self._fd = fd
+        return fd is not None
+
+    def _listen(self, *, own: bool) -> None:
+        if len(os.fsencode(self.path)) > PATH_MAX or "\n" in self.path:
+            raise UsageError(
+                f"--qmp {self.path!r}", f"a socket's path has at most {PATH_MAX} bytes, in one line"
+            )
+        if own:
+            _unlink(self.path)  # the name is ours, so its socket has no owner
+        listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK)
+        self.listener = listener
+        os.fchmod(listener.fileno(), 0o600)  # what bind(2) then makes, whatever the umask
+        try:
+            try:
+                listener.bind(self.path)
+            except OSError:
+                if not _abandoned(self.path):
+                    raise
+                _unlink(self.path)
+                listener.bind(self.path)
+            info = os.lstat(self.path)
+            self._made = info.st_dev, info.st_ino
+            listener.listen(BACKLOG)
+        except OSError as e:
+            raise UsageError(
+                f"--qmp {self.path}: {e.strerror}", "name a path where a socket can be made"
+            ) from e
+
+    def close(self) -> None:
+        """Remove the socket, unless somebody has replaced it, and give the name back."""
+        if self.listener is not None:
+            self.listener.close()
+            self.listener = None
+        if self._made is not None:
+            try:
+                info = os.lstat(self.path)
+                if (info.st_dev, info.st_ino) == self._made:
+                    os.unlink(self.path)
+            except OSError:
+                pass
+            self._made = None
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            _unlink(self._file)  # before the lock goes: afterwards it may be another's
+            os.close(fd)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def _locked(path: str, flags: int = 0) -> int | None:
+    """Open and lock ``path``; None where somebody holds it, or it is not there.
+
+    :raises HostError: it cannot be opened.
+    """
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise HostError(f"cannot open {path}: {e.strerror}", "remove it") from e
+        try:
+            flock(fd, LOCK_EX | LOCK_NB)
+            there = os.stat(path)
+            mine = os.fstat(fd)
+            if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # its owner has removed it meanwhile: look again
+
+
+def _abandoned(path: str) -> bool:
+    """Whether a socket is at ``path`` that nobody listens on."""
+    import stat
+
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return False
+    except OSError:
+        return False
+    probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK)
+    try:
+        probe.connect(path)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    finally:
+        probe.close()
+    return False
+
+
+def machines() -> list[Entry]:
+    """This user's running machines, by name; the files and sockets of killed ones are removed.
+
+    :raises HostError: no private directory.
+    """
+    return sorted(_entries(directory()), key=lambda e: (len(e.name), e.name))
+
+
+def _entries(where: str) -> Iterator[Entry]:
+    for file in os.listdir(where):
+        if not file.endswith(SUFFIX):
+            continue
+        path = f"{where}/{file}"
+        name = file.removesuffix(SUFFIX)
+        fd = _locked(path)
+        try:
+            with open(path, "rb") as f:
+                pid, since, socket_path = f.read(4096).split(b"\n", 2)
+            entry = Entry(name, int(pid), os.fsdecode(socket_path), float(since))
+        except (OSError, ValueError):  # gone meanwhile, or not yet written
+            entry = None
+        if fd is None:
+            if entry is not None:
+                yield entry
+            continue
+        if entry is not None and _abandoned(entry.path):
+            _unlink(entry.path)
+        _unlink(path)
+        os.close(fd)
+
+
+def find(name: str) -> Entry:
+    """The running machine ``name``.
+
+    :raises MachineMissing: there is none.
+    """
+    for entry in machines():
+        if entry.name == name:
+            return entry
+    raise MachineMissing(f"no machine named {name} is running here", "see: pyvmm ps")

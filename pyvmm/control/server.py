@@ -1,0 +1,383 @@
+"""The server of the control socket: one thread, any number of clients up to ``CLIENTS``.
+
+Theory of operation: the thread sleeps in poll(2) on the listener, a wake eventfd and the clients. It runs one command after the
+other, so commands need no locks against each other, and takes no more input from a client whose answers pile up. Events may be
+emitted by any thread: they are queued with their time (bounded; the oldest goes) and written by this one, so a vCPU never waits for
+a client. A client that does not read loses its connection when ``OUTPUT_MAX`` bytes wait for it, never another's time.
+
+The module knows the protocol and no command. JSON is imported when the first client comes: ``pyvmm run`` starts without.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from _socket import AF_UNIX, MSG_NOSIGNAL, SOCK_STREAM, socket
+from collections import deque
+
+from pyvmm.control.place import Claim
+from pyvmm.errors import PyvmmError
+from pyvmm.fd import EventFd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from pyvmm.control.framer import Framer
+
+CLIENTS = 32
+OUTPUT_MAX = 8 << 20  # bytes that may wait for a client
+HIGH_WATER = 64 << 10  # with more waiting for it, a client's commands wait, too
+READ_SIZE = 64 << 10
+EVENTS_MAX = 1024
+BURST = 16  # commands of one client before the others have their turn
+LINGER = 0.5  # seconds for clients to take the last events
+NO_DESCRIPTORS = 1.0  # seconds without accepting when there is no descriptor for a client
+
+#: JSON type -> (Python type, word in messages).
+TYPES: dict[str, tuple[type, str]] = {
+    "str": (str, "string"),
+    "int": (int, "integer"),
+    "bool": (bool, "boolean"),
+    "list": (list, "array"),
+    "dict": (dict, "object"),
+}
+
+
+class QmpError(Exception):
+    """What a command answers instead of a result. :ivar kind: QEMU's error class."""
+
+    def __init__(self, text: str, kind: str = "GenericError") -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class Command:
+    """One command: ``run(machine, arguments)`` gives the result.
+
+    :param arguments: name -> type, of ``TYPES``, with ``?`` behind it where it may be left out.
+    :param help: one line for people.
+    """
+
+    __slots__ = ("arguments", "help", "run")
+
+    def __init__(self, run: Callable[[Any, dict[str, Any]], object], help: str, **arguments: str) -> None:
+        self.run, self.help = run, help
+        self.arguments = {name.replace("_", "-"): kind for name, kind in arguments.items()}
+
+    def check(self, given: dict[str, Any]) -> None:
+        """:raises QmpError: an argument is missing, unknown or of another type, in QEMU's words."""
+        for name, kind in self.arguments.items():
+            if name not in given:
+                if not kind.endswith("?"):
+                    raise QmpError(f"Parameter '{name}' is missing")
+                continue
+            want, word = TYPES[kind.rstrip("?")]
+            if type(given[name]) is not want:  # True is no integer
+                raise QmpError(f"Invalid parameter type for '{name}', expected: {word}")
+        for name in given:
+            if name not in self.arguments:
+                raise QmpError(f"Parameter '{name}' is unexpected")
+
+
+class Client:
+    """A connection. :ivar out: bytes to be sent. :ivar pending: commands not yet run; None is what is no JSON."""
+
+    __slots__ = ("ended", "framer", "mask", "negotiated", "out", "pending", "sock")
+
+    def __init__(self, sock: socket, framer: Framer) -> None:
+        self.sock, self.framer = sock, framer
+        self.out = bytearray()
+        self.pending: deque[bytes | None] = deque()
+        self.negotiated = False
+        self.ended = False  # it sends no more, or may not: leave once it has its answers
+        self.mask = 0
+
+
+class Server:
+    """Serves ``claim``'s socket, and closes it.
+
+    :param commands: by name. :param machine: their first argument. :param greeting: the ``QMP`` member of the greeting.
+    """
+
+    def __init__(
+        self, claim: Claim, commands: Mapping[str, Command], machine: object, greeting: dict[str, object]
+    ) -> None:
+        self._claim, self._commands, self._machine, self._greeting = claim, commands, machine, greeting
+        self._clients: dict[int, Client] = {}
+        self._events: deque[tuple[int, str, dict[str, object] | None]] = deque(maxlen=EVENTS_MAX)
+        self._mutex = threading.Lock()
+        self._wake = EventFd()
+        self._open = True
+        self._poll = select.poll()
+        self._accept_at = 0.0  # monotonic time from which connections are accepted
+        assert claim.listener is not None
+        self._listener = claim.listener
+        self._poll.register(self._wake.fileno(), select.POLLIN)
+        self._poll.register(self._listener.fileno(), select.POLLIN)
+        self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
+        self._thread.start()
+
+    @property
+    def name(self) -> str:
+        """The machine's."""
+        return self._claim.name
+
+    @property
+    def path(self) -> str:
+        """The socket's."""
+        return self._claim.path
+
+    def emit(self, event: str, data: dict[str, object] | None = None) -> None:
+        """Send an event to every client that has negotiated. Any thread; never waits."""
+        with self._mutex:
+            if self._open:
+                self._events.append((time.time_ns(), event, data))
+                self._wake.signal()
+
+    def close(self) -> None:
+        """Send what is queued, for at most ``LINGER`` seconds; end the thread, remove the socket. A second call does nothing."""
+        with self._mutex:
+            if not self._open:
+                return
+            self._open = False
+            self._wake.signal()
+        self._thread.join()
+        self._wake.close()
+        self._claim.close()
+
+    # --- the thread ---------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            while self._open:
+                self._round(self._wait())
+            self._send_events()
+            until = time.monotonic() + LINGER
+            while any(c.out for c in self._clients.values()) and time.monotonic() < until:
+                for client in list(self._clients.values()):
+                    self._write(client)
+                    self._watch(client)
+                self._poll.poll(20)
+        finally:
+            for client in list(self._clients.values()):
+                self._drop(client)
+
+    def _wait(self) -> list[tuple[int, int]]:
+        """What poll(2) reports; at once where commands are left over from the last round."""
+        timeout = -1.0
+        if self._accept_at:
+            timeout = max(self._accept_at - time.monotonic(), 0) * 1000 + 1
+            if timeout == 1:
+                self._accept_at = 0.0
+                self._poll.modify(self._listener.fileno(), select.POLLIN)
+        if any(c.pending and len(c.out) < HIGH_WATER for c in self._clients.values()):
+            timeout = 0
+        return self._poll.poll(timeout)
+
+    def _round(self, ready: list[tuple[int, int]]) -> None:
+        for fd, mask in ready:
+            if fd == self._wake.fileno():
+                self._wake.drain()
+            elif fd in self._clients:
+                client = self._clients[fd]
+                if mask & (select.POLLERR | select.POLLNVAL) or (
+                    mask & select.POLLHUP and not mask & select.POLLIN
+                ):
+                    self._drop(client)
+                elif mask & select.POLLIN:
+                    self._read(client)
+        if any(fd == self._listener.fileno() for fd, _ in ready):
+            self._accept()  # last: what it makes may have the number of one that has just been dropped
+        self._send_events()
+        for client in list(self._clients.values()):
+            self._work(client)
+            self._write(client)
+            self._watch(client)
+
+    def _watch(self, client: Client) -> None:
+        """Have poll(2) look for what matters now; end a connection that is through."""
+        if client.sock.fileno() < 0:
+            return
+        if client.ended and not client.out and not client.pending:
+            self._drop(client)
+            return
+        mask = select.POLLOUT if client.out else 0
+        if not client.ended and not client.pending and len(client.out) < HIGH_WATER:
+            mask |= select.POLLIN
+        if mask != client.mask:
+            client.mask = mask
+            self._poll.modify(client.sock.fileno(), mask)
+
+    def _accept(self) -> None:
+        import json  # noqa: F401 - here at the latest: once, not in the middle of the first command
+
+        from pyvmm.control.framer import Framer
+
+        try:
+            fd, _ = self._listener._accept()  # type: ignore[attr-defined]
+        except BlockingIOError:
+            return
+        except OSError:  # no descriptor left, most of all: poll would say the same for ever
+            self._accept_at = time.monotonic() + NO_DESCRIPTORS
+            self._poll.modify(self._listener.fileno(), 0)
+            return
+        client = Client(socket(AF_UNIX, SOCK_STREAM, 0, fd), Framer())
+        client.sock.setblocking(False)
+        self._clients[fd] = client
+        self._poll.register(fd, 0)
+        if len(self._clients) > CLIENTS:
+            client.ended = True
+            self._send(client, _error(QmpError(f"{CLIENTS} clients are connected already")))
+        else:
+            self._send(client, {"QMP": self._greeting})
+
+    def _drop(self, client: Client) -> None:
+        fd = client.sock.fileno()
+        if fd < 0:
+            return
+        self._poll.unregister(fd)
+        del self._clients[fd]
+        client.sock.close()
+        client.pending.clear()
+        client.out.clear()
+
+    # --- bytes --------------------------------------------------------------------------------------
+
+    def _read(self, client: Client) -> None:
+        from pyvmm.control.framer import TooMuch
+
+        try:
+            data = client.sock.recv(READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(client)
+            return
+        if not data:
+            client.ended = True
+            return
+        try:
+            client.pending.extend(client.framer.feed(data))
+        except TooMuch as e:
+            client.ended = True
+            self._send(client, _error(QmpError(f"JSON parse error, {e}; the connection is closed")))
+
+    def _write(self, client: Client) -> None:
+        if not client.out:
+            return
+        try:
+            sent = client.sock.send(client.out[: 1 << 18], MSG_NOSIGNAL)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(client)
+            return
+        del client.out[:sent]
+
+    def _send(self, client: Client, message: dict[str, object]) -> None:
+        import json
+
+        if client.sock.fileno() < 0:
+            return
+        client.out += json.dumps(message).encode() + b"\r\n"
+        if len(client.out) > OUTPUT_MAX:
+            self._drop(client)
+
+    def _send_events(self) -> None:
+        while self._events:
+            try:
+                at, event, data = self._events.popleft()
+            except IndexError:
+                return
+            message: dict[str, object] = {"event": event}
+            if data is not None:
+                message["data"] = data
+            message["timestamp"] = {"seconds": at // 10**9, "microseconds": at // 1000 % 10**6}
+            for client in list(self._clients.values()):
+                if client.negotiated:
+                    self._send(client, message)
+
+    # --- commands -----------------------------------------------------------------------------------
+
+    def _work(self, client: Client) -> None:
+        for _ in range(BURST):
+            if not client.pending or len(client.out) >= HIGH_WATER:
+                return
+            text = client.pending.popleft()
+            ident: dict[str, object] = {}
+            answer: dict[str, object]
+            try:
+                answer = {"return": self._execute(client, _parse(text), ident)}
+            except QmpError as e:
+                answer = _error(e)
+            except PyvmmError as e:
+                answer = _error(QmpError(str(e)))
+            except Exception as e:  # a bug in a command must not cost the machine its control
+                answer = _error(QmpError(f"pyvmm failed: {type(e).__name__}: {e}"))
+            self._send_events()  # those of the command come before its answer, as in QEMU
+            self._send(client, {**answer, **ident})
+
+    def _execute(self, client: Client, request: object, ident: dict[str, object]) -> object:
+        if not isinstance(request, dict):
+            raise QmpError("QMP input must be a JSON object")
+        if "id" in request:
+            ident["id"] = request["id"]
+        for key in request:
+            if key not in ("execute", "arguments", "id"):
+                raise QmpError(f"QMP input member '{key}' is unexpected")
+        if "execute" not in request:
+            raise QmpError("QMP input lacks member 'execute'")
+        name, arguments = request["execute"], request.get("arguments", {})
+        if not isinstance(name, str):
+            raise QmpError("QMP input member 'execute' must be a string")
+        if not isinstance(arguments, dict):
+            raise QmpError("QMP input member 'arguments' must be an object")
+        if not client.negotiated:
+            if name != "qmp_capabilities":
+                raise QmpError(
+                    "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
+                )
+            _CAPABILITIES.check(arguments)
+            for wanted in arguments.get("enable", []):
+                raise QmpError(f"Capability '{wanted}' is not available")
+            client.negotiated = True
+            return {}
+        if name == "qmp_capabilities":
+            raise QmpError("Capabilities negotiation is already complete, command ignored", "CommandNotFound")
+        command = self._commands.get(name)
+        if command is None:
+            raise QmpError(f"The command {name} has not been found", "CommandNotFound")
+        command.check(arguments)
+        return command.run(self._machine, arguments)
+
+
+_CAPABILITIES = Command(lambda machine, given: {}, "leave negotiation mode", enable="list?")
+
+
+def _error(e: QmpError) -> dict[str, object]:
+    return {"error": {"class": e.kind, "desc": str(e)}}
+
+
+def _parse(text: bytes | None) -> object:
+    """The value of ``text``, strict JSON in UTF-8.
+
+    :raises QmpError: it is none.
+    """
+    import json
+
+    def refuse(word: str) -> float:
+        raise ValueError(f"{word} is no number")
+
+    def number(word: str) -> float:
+        value = float(word)
+        return value if abs(value) < float("inf") else refuse(word)
+
+    if text is None:
+        raise QmpError("JSON parse error, expecting value")
+    try:
+        return json.loads(text.decode(), parse_constant=refuse, parse_float=number)
+    except ValueError as e:  # also what is no UTF-8, and integers of thousands of digits
+        raise QmpError(f"JSON parse error, {e}") from e
