@@ -18,11 +18,15 @@
  * With a command and the guest port (pyvmm_port.h), the command's stdout and stderr are pipes which init
  * relays to the port, so that they are binary-safe and apart from kernel messages. Without the port (another
  * VMM), they are the console, and the status is the line "pyvmm-init: status N".
+ *
+ * The power button (ACPI, kernel driver "button") ends the command by SIGTERM, SIGKILL after BUTTON_MS, and
+ * powers off; a shell on the console goes at once.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/genetlink.h>
 #include <linux/if_addr.h>
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
@@ -58,6 +62,7 @@
 #define MAX_ARGS     256
 #define NET_WAIT_MS  5000
 #define DRAIN_MS     1000
+#define BUTTON_MS    3000 /* what a command gets to end once the power button was pressed */
 #define CMDLINE_SIZE 4096
 #define COMMAND_FILE "/etc/pyvmm.cmd"
 #define PAGE_SIZE    4096
@@ -580,6 +585,112 @@ static void configure_network(void)
 		tell(GUEST_NET_UP, up);
 }
 
+/* --- the power button --- */
+
+/* The attribute @type in the @size bytes at @a; NULL where there is none. */
+static struct nlattr *attribute(void *a, size_t size, int type)
+{
+	while (size >= NLA_HDRLEN) {
+		struct nlattr *one = a;
+		size_t length = NLA_ALIGN(one->nla_len);
+
+		if (one->nla_len < NLA_HDRLEN || one->nla_len > size)
+			break;
+		if ((one->nla_type & NLA_TYPE_MASK) == type)
+			return one;
+		if (length >= size)
+			break;
+		a = (char *)a + length;
+		size -= length;
+	}
+	return NULL;
+}
+
+static void *payload(struct nlattr *a, size_t *size)
+{
+	*size = a->nla_len - (size_t)NLA_HDRLEN;
+	return (char *)a + NLA_HDRLEN;
+}
+
+/* The id of multicast group @name in the answer of CTRL_CMD_GETFAMILY of @size bytes; 0 where there is none.
+ */
+static unsigned int find_group(struct nlmsghdr *h, size_t size, const char *name)
+{
+	struct nlattr *groups, *one;
+	size_t left;
+	char *at;
+
+	if (size < NLMSG_LENGTH(GENL_HDRLEN) || h->nlmsg_type != GENL_ID_CTRL)
+		return 0;
+	groups = attribute((char *)NLMSG_DATA(h) + GENL_HDRLEN, size - NLMSG_LENGTH(GENL_HDRLEN),
+			   CTRL_ATTR_MCAST_GROUPS);
+	if (!groups)
+		return 0;
+	at = payload(groups, &left);
+	while (left >= NLA_HDRLEN && (one = (struct nlattr *)at)->nla_len >= NLA_HDRLEN &&
+	       one->nla_len <= left) {
+		size_t inner, step = NLA_ALIGN(one->nla_len);
+		void *attrs = payload(one, &inner);
+		struct nlattr *label = attribute(attrs, inner, CTRL_ATTR_MCAST_GRP_NAME);
+		struct nlattr *id = attribute(attrs, inner, CTRL_ATTR_MCAST_GRP_ID);
+		unsigned int value;
+
+		if (label && id && !strcmp((char *)label + NLA_HDRLEN, name)) {
+			memcpy(&value, (char *)id + NLA_HDRLEN, sizeof(value));
+			return value;
+		}
+		if (step >= left)
+			break;
+		at += step;
+		left -= step;
+	}
+	return 0;
+}
+
+/* A socket on which the kernel tells of ACPI events (drivers/acpi/event.c); -1 where it does not. */
+static int open_buttons(void)
+{
+	struct {
+		struct nlmsghdr h;
+		struct genlmsghdr g;
+		struct nlattr a;
+		char name[12];
+	} ask = {.h = {.nlmsg_len = sizeof(ask), .nlmsg_type = GENL_ID_CTRL, .nlmsg_flags = NLM_F_REQUEST},
+		 .g = {.cmd = CTRL_CMD_GETFAMILY, .version = 1},
+		 .a = {.nla_len = NLA_HDRLEN + 11, .nla_type = CTRL_ATTR_FAMILY_NAME},
+		 .name = "acpi_event"};
+	char answer[4096];
+	unsigned int group;
+	ssize_t n;
+	int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_GENERIC);
+
+	if (fd < 0)
+		return -1;
+	if (send(fd, &ask, sizeof(ask), 0) == (ssize_t)sizeof(ask) &&
+	    (n = recv(fd, answer, sizeof(answer), 0)) > 0 &&
+	    (group = find_group((struct nlmsghdr *)answer, (size_t)n, "acpi_mc_group")) &&
+	    !setsockopt(fd, SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, &group, sizeof(group)) &&
+	    !fcntl(fd, F_SETFL, O_NONBLOCK))
+		return fd;
+	close(fd);
+	return -1;
+}
+
+/* Whether the event that is there is the power button: struct acpi_genl_event begins with the device's class. */
+static bool power_button(int fd)
+{
+	char message[4096];
+	ssize_t n = recv(fd, message, sizeof(message) - 1, 0);
+	struct nlattr *event;
+
+	if (n < (ssize_t)NLMSG_LENGTH(GENL_HDRLEN))
+		return false;
+	message[n] = 0;
+	event = attribute((char *)NLMSG_DATA((struct nlmsghdr *)message) + GENL_HDRLEN,
+			  (size_t)n - NLMSG_LENGTH(GENL_HDRLEN), 1);
+	return event && !strncmp((char *)event + NLA_HDRLEN, "button/power", 12);
+}
+
 /* --- the command --- */
 
 /* The terminal behind /dev/console, the last that the kernel lists: job control needs the real one. */
@@ -765,22 +876,36 @@ static bool reap(pid_t child, int *status)
 }
 
 /* Relay output and reap until @child has ended and its output has drained; its status. */
-static int supervise(pid_t child, int signals, int out, int err)
+static int supervise(pid_t child, int signals, int out, int err, int buttons)
 {
 	struct pollfd fds[] = {{.fd = signals, .events = POLLIN},
 			       {.fd = out, .events = POLLIN},
-			       {.fd = err, .events = POLLIN}};
-	long deadline = 0;
+			       {.fd = err, .events = POLLIN},
+			       {.fd = buttons, .events = POLLIN}};
+	long deadline = 0, patience = 0;
 	int status = 0;
 
 	for (;;) {
-		long wait = deadline ? deadline - now_ms() : -1;
+		long wait = deadline ? deadline - now_ms() : patience ? patience - now_ms() : -1;
+
+		if (!deadline && patience && wait <= 0) {
+			kill(-1, SIGKILL);
+			patience = 0;
+			wait = -1;
+		}
 
 		/* Its orphans may hold the pipes open for ever: wait for them no longer than this. */
 		if (deadline && (wait <= 0 || (fds[1].fd < 0 && fds[2].fd < 0)))
 			return status;
-		if (poll(fds, 3, (int)wait) < 0)
+		if (poll(fds, 4, (int)wait) < 0)
 			continue;
+		if (fds[3].revents && power_button(buttons)) {
+			if (out < 0) /* a shell, which SIGTERM does not end */
+				leave(RB_POWER_OFF);
+			kill(-1, SIGTERM);
+			kill(-1, SIGCONT);
+			patience = patience ? patience : now_ms() + BUTTON_MS;
+		}
 		if (fds[0].revents) {
 			struct signalfd_siginfo info;
 
@@ -841,7 +966,7 @@ static int run(int signals)
 	close(in);
 	close(out[1]);
 	close(err[1]);
-	status = supervise(child, signals, out[0], err[0]);
+	status = supervise(child, signals, out[0], err[0], open_buttons());
 	if (!have_port)
 		say("status %d", status);
 	return status;

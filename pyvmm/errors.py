@@ -117,14 +117,14 @@ class MachineMissing(PyvmmError):
 class ControlError(PyvmmError):
     """The machine refused a command of the control socket.
 
-    :ivar kind: the protocol's error class, such as ``GenericError`` or ``CommandNotFound``.
+    :ivar kind: the protocol's error class, such as ``GenericError`` or ``CommandNotFound``. :ivar desc: its words alone.
     """
 
     exit_code = 114
 
-    def __init__(self, cause: str, hint: str = "", kind: str = "GenericError") -> None:
+    def __init__(self, cause: str, hint: str = "", *, kind: str = "GenericError", desc: str = "") -> None:
         super().__init__(cause, hint)
-        self.kind = kind
+        self.kind, self.desc = kind, desc or cause
 
 
 class GuestTrouble(PyvmmError):

@@ -23,6 +23,16 @@ COMMANDS = {
     "image": "build and list guest images",
     "backend": "serve vhost-user-net: move another machine's packets",
     "vhost-user": "try out a vhost-user back-end without a guest",
+    "ps": "list the running machines",
+    "stats": "show KVM's statistics of a running machine",
+    "rings": "draw the virtqueues of a running machine",
+    "switch": "change the data path of a running machine's card",
+    "stop": "pause a running machine",
+    "cont": "let a paused machine go on",
+    "reset": "press a running machine's reset button",
+    "powerdown": "press its power button",
+    "quit": "end it at once",
+    "qmp": "speak the QEMU Machine Protocol with a running machine",
     "testbed": "run a command in a virtual machine that has real KVM and vhost-net",
 }
 

@@ -83,7 +83,8 @@ class Client:
                 return answer["return"]
             if "error" in answer:
                 error = answer["error"]
-                raise ControlError(f"{name}: {error.get('desc')}", kind=str(error.get("class")))
+                desc = str(error.get("desc"))
+                raise ControlError(f"{name}: {desc}", kind=str(error.get("class")), desc=desc)
             self.events.append(answer)
 
     def wait_event(self, name: str, timeout: float | None = None) -> dict[str, Any]:
@@ -96,6 +97,12 @@ class Client:
             event = self.events.popleft() if self.events else self._receive(until, TimeoutError)
             if event.get("event") == name:
                 return event
+
+    def next_event(self, timeout: float = 1e6) -> dict[str, Any]:
+        """The next event, whatever it is; raises as ``wait_event``."""
+        if self.events:
+            return self.events.popleft()
+        return self._receive(time.monotonic() + timeout, TimeoutError)
 
     def _receive(self, until: float, late: type[Exception] = MachineMissing) -> dict[str, Any]:
         """The next message: one line each."""

@@ -71,6 +71,19 @@ def _status(machine: Machine, given: Given) -> object:
     return {"status": state, "running": state == "running", "singlestep": False}
 
 
+def _machine(machine: Machine, given: Given) -> object:
+    return {
+        "status": machine.state,
+        "cpus": machine.cpus,
+        "memory": machine.memory.size,
+        "reboots": machine.reboots,
+        "kernel": machine.boot.kind,
+        "nets": [
+            {"name": n.name, "mode": n.net.mode, "tap": n.tap, "link": n.device.link_up} for n in machine.nets
+        ],
+    }
+
+
 def _kvm(machine: Machine, given: Given) -> object:
     return {"enabled": True, "present": True}
 
@@ -324,6 +337,7 @@ COMMANDS: dict[str, Command] = {
     "set_link": Command(_set_link, "plug or pull a card's cable", name="str", up="bool"),
     "x-pyvmm-help": Command(_help, "all commands with a line of help and their arguments"),
     "x-pyvmm-ledger": Command(_ledger, "exits, interrupts and packets so far"),
+    "x-pyvmm-machine": Command(_machine, "what the machine is made of"),
     "x-pyvmm-report": Command(_report, "the report of the run so far (docs/report.md)"),
     "x-pyvmm-rings": Command(
         _rings, "what is in a card's virtqueues now", nic="int?", queue="int?", chains="int?"

@@ -1,0 +1,39 @@
+"""Press the power button of a running machine.
+
+Examples:
+  pyvmm powerdown vm0
+  pyvmm powerdown --wait 20 vm0 || pyvmm quit vm0
+
+The guest decides what to do. Those of `pyvmm image build` end their command by SIGTERM, after three seconds by SIGKILL, and power
+off; others need ACPI, the driver `button` and somebody who listens, such as systemd-logind or acpid. A paused guest reacts
+when it goes on.
+
+Exit status: 0, 113 no such machine, 114 it has ended, 124 it is still there after --wait.
+"""
+
+from __future__ import annotations
+
+from pyvmm.cli import running
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    running.add_arguments(parser)
+    parser.add_argument(
+        "--wait", metavar="S", type=float, help="wait up to S seconds until the machine has ended"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Press it; wait if asked to."""
+    from pyvmm.errors import UsageError
+
+    if args.wait is None:
+        return running.tell(args, "system_powerdown")
+    if not 0 < args.wait <= 1e6:
+        raise UsageError(f"--wait {args.wait:g}", "use a positive number of seconds")
+    return running.tell(args, "system_powerdown", "SHUTDOWN", args.wait)

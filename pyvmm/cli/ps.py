@@ -1,0 +1,73 @@
+"""List the running machines, here and in the testbed where it is up.
+
+Examples:
+  pyvmm ps
+  pyvmm ps --json | jq -r '.[] | select(.status == "paused") | .name'
+
+Exit status: 0.
+"""
+
+from __future__ import annotations
+
+from pyvmm.cli import running
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+ANSWER = 5.0  # seconds that a machine may take to say how it is
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    running.add_host(parser)
+    parser.add_argument("--json", action="store_true", help="an array of objects")
+    parser.add_argument("--brief", action="store_true", help="ask no machine how it is")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print them."""
+    import time
+
+    rows = running.listing(args.host)
+    for row in rows:
+        if "status" not in row and not args.brief:
+            row |= _ask(row["qmp"])
+    if args.json:
+        import json
+
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = [["NAME", "HOST", "PID", "STATUS", "UP", "CPUS", "MEMORY", "CARDS"]]
+    for row in rows:
+        up = max(time.time() - row["since"], 0)
+        table.append(
+            [
+                row["name"],
+                row["host"],
+                str(row["pid"]),
+                row.get("status", "-"),
+                f"{up:.0f} s" if up < 600 else f"{up / 60:.0f} min" if up < 36000 else f"{up / 3600:.0f} h",
+                str(row.get("cpus", "-")),
+                f"{row['memory'] >> 20} MiB" if "memory" in row else "-",
+                " ".join(f"{n['name']}:{n['mode']}" for n in row.get("nets", ())) or "-",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    return 0
+
+
+def _ask(path: str) -> dict[str, Any]:
+    """What the machine says of itself."""
+    from pyvmm.control.client import connect
+    from pyvmm.errors import PyvmmError
+
+    try:
+        with connect(path, timeout=ANSWER) as client:
+            about: dict[str, Any] = client.command("x-pyvmm-machine")
+            return about
+    except PyvmmError as e:
+        return {"status": "no answer", "error": str(e)}

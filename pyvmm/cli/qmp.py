@@ -1,0 +1,125 @@
+"""Speak the QEMU Machine Protocol with a running machine.
+
+Examples:
+  pyvmm qmp vm0                                      a shell with completion and history, if stdin is a terminal
+  pyvmm qmp vm0 query-status
+  pyvmm qmp vm0 set_link name=net0 up=false
+  pyvmm qmp vm0 query-stats target=vcpu 'providers=[{"provider": "kvm", "names": ["exits"]}]'
+  echo '{"execute": "stop"}' | pyvmm qmp vm0         a command a line, as JSON or as above; an answer a line
+  pyvmm qmp vm0 --events                             print events as they come
+
+Values that are JSON are taken as such, others as strings. `pyvmm qmp vm0 x-pyvmm-help` lists the commands, docs/control.md describes
+them. Exit status: 0, 113 no such machine, 114 a command was refused.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pyvmm.cli import running
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from pyvmm.control.client import Client
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    running.add_arguments(parser)
+    parser.add_argument("words", metavar="COMMAND [KEY=VALUE...]", nargs="*", help="one command")
+    parser.add_argument(
+        "--events", action="store_true", help="print events, one a line, until the machine ends"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """One command, a shell, or what stdin says."""
+    status = running.there(args)
+    if status is not None:
+        return status
+    if not args.words and not args.events and sys.stdin.isatty() and sys.stdout.isatty():
+        return _shell(args.name)
+    return running.with_client(args, lambda client: _plain(client, args))
+
+
+def _shell(name: str) -> int:
+    """The shell of the library qemu.qmp."""
+    from qemu.qmp.qmp_shell import QMPShell
+
+    from pyvmm.control.place import find
+
+    with QMPShell(name if "/" in name else find(name).path, pretty=True) as shell:
+        shell.connect()
+        for _ in shell.repl():
+            pass
+    return 0
+
+
+def _plain(client: Client, args: argparse.Namespace) -> int:
+    import json
+
+    from pyvmm.errors import ControlError, MachineMissing
+
+    if args.events:
+        try:
+            while True:
+                print(json.dumps(client.next_event()), flush=True)
+        except MachineMissing:
+            return 0
+    if args.words:
+        print(json.dumps(client.execute(*parse(args.words)), indent=2))
+        return 0
+    failed = 0
+    for line in sys.stdin:
+        if not line.strip():
+            continue
+        try:
+            result: dict[str, Any] = {"return": client.execute(*_line(line))}
+        except ControlError as e:
+            failed = e.exit_code
+            result = {"error": {"class": e.kind, "desc": e.desc}}
+        print(json.dumps(result), flush=True)
+    return failed
+
+
+def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
+    """Command and arguments from ``COMMAND KEY=VALUE...``.
+
+    :raises UsageError: a word has no ``=``.
+    """
+    import json
+
+    from pyvmm.errors import UsageError
+
+    arguments: dict[str, Any] = {}
+    for word in words[1:]:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{word!r} is no KEY=VALUE", "see pyvmm qmp --help")
+        try:
+            arguments[key] = json.loads(text)
+        except ValueError:
+            arguments[key] = text
+    return words[0], arguments
+
+
+def _line(line: str) -> tuple[str, dict[str, Any]]:
+    """The same from a line of input, which may also be a JSON object."""
+    import json
+    import shlex
+
+    from pyvmm.errors import UsageError
+
+    if line.lstrip().startswith("{"):
+        try:
+            request = json.loads(line)
+            return str(request["execute"]), dict(request.get("arguments", {}))
+        except (ValueError, KeyError, TypeError) as e:
+            raise UsageError(f"{line.strip()[:60]!r} is no command: {e}", "see pyvmm qmp --help") from e
+    try:
+        return parse(shlex.split(line))
+    except ValueError as e:
+        raise UsageError(f"{line.strip()[:60]!r}: {e}", "see pyvmm qmp --help") from e

@@ -1,0 +1,22 @@
+"""Press the reset button of a running machine: memory and devices start over, whatever its --on-reboot says.
+
+Example:
+  pyvmm reset vm0
+
+The guest is not asked. A paused machine stays paused. Exit status: 0, 113 no such machine, 114 it has ended.
+"""
+
+from __future__ import annotations
+
+from pyvmm.cli import running
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+add_arguments = running.add_arguments
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns once the machine has been reset."""
+    return running.tell(args, "system_reset", "RESET")

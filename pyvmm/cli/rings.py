@@ -1,0 +1,154 @@
+"""Draw the virtqueues of a running machine's network card as they are now.
+
+Examples:
+  pyvmm rings vm0
+  pyvmm rings vm0 --queue 1 --chains 4
+  pyvmm rings vm0 --watch                 again and again, every second
+  pyvmm rings vm0 --json | jq '.queues[0].outstanding'
+
+For each queue: the two indices that move (the driver publishes chains in the available ring, the device returns them in the used
+ring), what each side asks to be told, who owns which descriptor (D the device, . the driver), the chains that the device has next,
+and those that it has returned last. Read while both sides go on: a chain may have gone by the time it is shown. For a
+view that stands still: pyvmm stop.
+
+Exit status: 0, 113 no such machine, 114 no such card or queue.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pyvmm.cli import running
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from pyvmm.control.client import Client
+
+WIDTH = 64  # descriptors a line
+MAP_MAX = 1024  # descriptors drawn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    running.add_arguments(parser)
+    add = parser.add_argument
+    add("--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)")
+    add("--queue", metavar="N", type=int, help="this queue alone: 0 receives, 1 transmits, ... (all)")
+    add("--chains", metavar="N", type=int, default=3, help="chains shown on either side, 0 to 256 (3)")
+    add(
+        "--watch",
+        metavar="S",
+        nargs="?",
+        type=float,
+        const=1.0,
+        help="repeat every S seconds (1), until Ctrl-C",
+    )
+    add(
+        "--json",
+        action="store_true",
+        help="an object (docs/control.md, x-pyvmm-rings); one a line with --watch",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask and draw."""
+    from pyvmm.errors import UsageError
+
+    if args.watch is not None and not 0.05 <= args.watch <= 3600:
+        raise UsageError(f"--watch {args.watch:g}", "use 0.05 to 3600 seconds")
+
+    def body(client: Client) -> int:
+        import json
+        import time
+
+        wanted = {"nic": args.nic, "chains": args.chains}
+        if args.queue is not None:
+            wanted["queue"] = args.queue
+        while True:
+            look = client.execute("x-pyvmm-rings", wanted)
+            if args.json:
+                print(json.dumps(look, indent=2 if args.watch is None else None), flush=True)
+            else:
+                if args.watch is not None and sys.stdout.isatty():
+                    print("\x1b[H\x1b[2J", end="")
+                print("\n".join(draw(look)), flush=True)
+            if args.watch is None:
+                return 0
+            time.sleep(args.watch)
+
+    return running.with_client(args, body)
+
+
+def draw(look: dict[str, Any]) -> list[str]:
+    """The lines of the picture."""
+    state = "" if look["active"] else ", not driven by the guest"
+    lines = [f"{look['name']}: {look['mode']}, machine {look['machine']}{state}"]
+    for queue in look["queues"]:
+        lines += ["", *_queue(queue)]
+    return lines
+
+
+def _queue(q: dict[str, Any]) -> list[str]:
+    vector = "no vector" if q["vector"] == 0xFFFF else f"vector {q['vector']}"
+    head = f"queue {q['index']}  {q['role']}  {q['size']} entries  {vector}"
+    if "avail" not in q:
+        return [
+            head + ("  not enabled" if not q["enabled"] else ""),
+            *(f"  ! {p}" for p in q.get("problems", ())),
+        ]
+    avail, used = q["avail"], q["used"]
+    filled = min(q["outstanding"], q["size"]) * 40 // q["size"]
+    bar = "#" * filled + "." * (40 - filled)
+    lines = [
+        head,
+        f"  descriptors {q['desc-addr']:#x}   available ring {q['avail-addr']:#x}   used ring {q['used-addr']:#x}",
+        f"  driver  available idx {avail['idx']:5}  [{bar}] {q['outstanding']} with the device",
+        f"  device  used idx      {used['idx']:5}   {_asks(q)}",
+    ]
+    owned = set(q["device-owned"])
+    shown = min(q["size"], MAP_MAX)
+    lines.append(f"  descriptors: {len(owned)} the device's (D), {q['size'] - len(owned)} the driver's (.)")
+    for start in range(0, shown, WIDTH):
+        row = "".join("D" if i in owned else "." for i in range(start, min(start + WIDTH, shown)))
+        lines.append(f"    {start:5}  {row}")
+    if shown < q["size"]:
+        lines.append(f"    ...    {q['size'] - shown} more")
+    if q["available"]:
+        lines.append("  the device has, next first:")
+    for chain in q["available"]:
+        lines.append(f"    [{chain['at']:5}] head {chain['head']}: {_chain(chain)}")
+    if q["outstanding"] > len(q["available"]):
+        lines.append(f"    ... {q['outstanding'] - len(q['available'])} more")
+    if q["returned"]:
+        lines.append("  returned last:")
+    for entry in q["returned"]:
+        lines.append(f"    [{entry['at']:5}] head {entry['id']}, {entry['len']} bytes written")
+    return lines + [f"  ! {problem}" for problem in q["problems"]]
+
+
+def _asks(q: dict[str, Any]) -> str:
+    """What each side wants to be told, in words."""
+    if not q["event-idx"]:
+        kick = "no kicks" if q["used"]["flags"] & 1 else "kicks"
+        call = "no interrupts" if q["avail"]["flags"] & 1 else "interrupts"
+        return f"the device asks for {kick}, the driver for {call}"
+    kick, call = q["used"]["avail-event"], q["avail"]["used-event"]
+    kick_in = (kick - q["avail"]["idx"]) % 65536
+    call_in = (call - q["used"]["idx"]) % 65536
+    # An event index that lies behind has been passed: nothing is asked for until the other side moves it.
+    kick_text = f"kick at {kick}" + ("" if kick_in < 32768 else " (passed)")
+    call_text = f"interrupt at {call}" + ("" if call_in < 32768 else " (passed)")
+    return f"device: {kick_text} (avail_event); driver: {call_text} (used_event)"
+
+
+def _chain(chain: dict[str, Any]) -> str:
+    parts = []
+    for d in chain["descriptors"]:
+        way = "indirect table" if "indirect" in d["flags"] else "write" if "write" in d["flags"] else "read"
+        mark = "  " if d.get("indirect") else ""
+        parts.append(f"{mark}{d['index']} {way} {d['addr']:#x}+{d['len']}")
+    text = ", ".join(parts[:6]) + (f", ... {len(parts) - 6} more" if len(parts) > 6 else "")
+    return text + (f"  ! {chain['problem']}" if "problem" in chain else "")

@@ -1,0 +1,153 @@
+"""Commands about a running machine: its name as an argument, and the way to where it runs.
+
+A Unix socket does not reach from one kernel into another, so a command about a machine in the testbed is run there, by itself, as
+`pyvmm run` is. Names are looked up on this machine first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pyvmm.errors import MachineMissing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.control.client import Client
+    from pyvmm.host.testbed import Testbed
+
+COMPLETE_TIMEOUT = 5.0  # seconds that completion waits for the testbed
+TIMEOUT = 30.0  # for one answer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """NAME, completed, and where it is."""
+    name = parser.add_argument(
+        "name", metavar="NAME", help="the machine's name, or the path of its control socket"
+    )
+    name.completer = complete  # type: ignore[attr-defined]
+    add_host(parser)
+
+
+def add_host(parser: argparse.ArgumentParser) -> None:
+    """``--host``."""
+    parser.add_argument(
+        "--host",
+        choices=("auto", "local", "testbed"),
+        default="auto",
+        help="where the machine runs: here, in the testbed, or wherever it is found (auto)",
+    )
+
+
+def complete(prefix: str, **kwargs: Any) -> list[str]:
+    """Names of running machines, here and in the testbed."""
+    try:
+        return [row["name"] for row in listing(timeout=COMPLETE_TIMEOUT) if row["name"].startswith(prefix)]
+    except Exception:  # completion has nobody to tell
+        return []
+
+
+def testbed_up() -> Testbed | None:
+    """The testbed, where it is up and we are outside of it."""
+    if "PYVMM_IN_TESTBED" in os.environ:
+        return None
+    from pyvmm.host.testbed import Testbed
+
+    bed = Testbed()
+    return bed if bed.is_up() else None
+
+
+def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[str, Any]]:
+    """Running machines: ``name``, ``host``, ``pid``, ``qmp``, ``since``; those of the testbed, too, where it is up.
+
+    :param timeout: seconds that the testbed may take.
+    """
+    from pyvmm.control.place import machines
+
+    rows: list[dict[str, Any]] = []
+    if host != "testbed":
+        where = "testbed" if "PYVMM_IN_TESTBED" in os.environ else "local"
+        rows += [
+            {"name": e.name, "host": where, "pid": e.pid, "qmp": e.path, "since": e.since} for e in machines()
+        ]
+    bed = testbed_up() if host != "local" else None
+    if bed is not None:
+        import json
+
+        result = bed.run(
+            [
+                sys.executable,
+                "-m",
+                "pyvmm",
+                "ps",
+                "--host",
+                "local",
+                "--json",
+                *([] if timeout is None else ["--brief"]),
+            ],
+            timeout=timeout,
+        )
+        if result.status == 0:
+            rows += json.loads(result.out)
+        else:
+            print(
+                f"pyvmm: the testbed does not say what runs in it: {result.err.strip()[-200:]}",
+                file=sys.stderr,
+            )
+    return rows
+
+
+def there(args: argparse.Namespace) -> int | None:
+    """Run this very command in the testbed, if the machine is not here and the testbed is up.
+
+    :returns: its exit status, or None to go on here.
+    """
+    if args.host == "local" or "/" in args.name:
+        return None
+    from pyvmm.control.place import find
+
+    if args.host == "auto":
+        try:
+            find(args.name)
+            return None
+        except MachineMissing:
+            pass
+    bed = testbed_up()
+    if bed is None:
+        return None  # where it is said that there is none
+    at = args.argv.index(args.command) + 1
+    return bed.run_attached([sys.executable, "-m", "pyvmm", args.command, "--host", "local", *args.argv[at:]])
+
+
+def with_client(args: argparse.Namespace, body: Callable[[Client], int], timeout: float = TIMEOUT) -> int:
+    """Run ``body`` with a connection to the machine that ``args`` names, wherever it is; the exit status."""
+    status = there(args)
+    if status is not None:
+        return status
+    from pyvmm.control.client import connect
+
+    with connect(args.name, timeout=timeout) as client:
+        return body(client)
+
+
+def tell(args: argparse.Namespace, command: str, event: str = "", timeout: float = TIMEOUT) -> int:
+    """Send one command; then wait for ``event``, if there is one to wait for.
+
+    :returns: 0, or 124 where the event did not come.
+    """
+
+    def body(client: Client) -> int:
+        client.command(command)
+        if event:
+            try:
+                client.wait_event(event, timeout)
+            except TimeoutError:
+                print(f"pyvmm: {args.name}: no {event} within {timeout:g} s", file=sys.stderr)
+                return 124
+        return 0
+
+    return with_client(args, body)

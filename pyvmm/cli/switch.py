@@ -1,0 +1,45 @@
+"""Change the data path of a running machine's network card, under traffic, without the guest noticing.
+
+Examples:
+  pyvmm switch vm0 vhost-net
+  pyvmm switch vm0 --nic 1 vhost-user,socket=/tmp/s
+  pyvmm switch vm0 --json emulated,poll=50
+
+The mode and its keys are those of `pyvmm run --net`. Exit status: 0, 113 no such machine, 114 it was refused or did not work; the
+card goes on as before.
+"""
+
+from __future__ import annotations
+
+from pyvmm.cli import running
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from pyvmm.control.client import Client
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    running.add_arguments(parser)
+    parser.add_argument("mode", metavar="MODE[,K=V...]", help="what is to move its packets from now on")
+    parser.add_argument("--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)")
+    parser.add_argument("--json", action="store_true", help="print what was done as an object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Switch, and say what it took."""
+
+    def body(client: Client) -> int:
+        result = client.command("x-pyvmm-switch", nic=args.nic, mode=args.mode)
+        if args.json:
+            import json
+
+            print(json.dumps(result, indent=2))
+        else:
+            for key, value in result.items():
+                print(f"{key.replace('_', ' ').replace('-', ' ')}: {value}")
+        return 0
+
+    return running.with_client(args, body, timeout=120)

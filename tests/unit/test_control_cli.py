@@ -1,0 +1,267 @@
+"""The commands about running machines, against a server with canned answers."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyvmm.cli import main, qmp, running
+from pyvmm.control.place import Claim
+from pyvmm.control.server import Command, QmpError, Server
+from pyvmm.errors import UsageError
+from tests.unit.test_rings import Guest, ram  # noqa: F401 - a fixture
+
+
+class Fake:
+    def __init__(self):
+        self.calls = []
+        self.server = None
+        self.rings = {}
+
+
+def note(name, event=""):
+    def run(machine, given):
+        machine.calls.append((name, given))
+        if event:
+            machine.server.emit(event)
+        return {}
+
+    return run
+
+
+def refuse(machine, given):
+    raise QmpError("nothing to switch to")
+
+
+STATS = [
+    {"name": "exits", "type": "cumulative", "exponent": 0},
+    {"name": "idle", "type": "cumulative", "exponent": 0},
+]
+STATS += [
+    {"name": "wait", "type": "peak", "exponent": -9, "base": 10, "unit": "seconds"},
+    {"name": "hist", "type": "log2-histogram", "exponent": 0},
+]
+VALUES = {"exits": 7, "idle": 0, "wait": 5, "hist": [1, 2]}
+
+COMMANDS = {
+    "stop": Command(note("stop"), ""),
+    "cont": Command(note("cont"), ""),
+    "system_reset": Command(note("system_reset", "RESET"), ""),
+    "system_powerdown": Command(note("system_powerdown"), ""),
+    "quit": Command(note("quit", "SHUTDOWN"), ""),
+    "echo": Command(lambda machine, given: given, "", a="int?", b="str?"),
+    "x-pyvmm-switch": Command(refuse, "", nic="int", mode="str"),
+    "x-pyvmm-rings": Command(
+        lambda machine, given: machine.rings, "", nic="int?", queue="int?", chains="int?"
+    ),
+    "x-pyvmm-machine": Command(
+        lambda machine, given: {
+            "status": "running",
+            "cpus": 2,
+            "memory": 64 << 20,
+            "nets": [{"name": "net0", "mode": "vhost-net"}],
+        },
+        "",
+    ),
+    "query-stats-schemas": Command(
+        lambda machine, given: [{"provider": "kvm", "target": t, "stats": STATS} for t in ("vm", "vcpu")], ""
+    ),
+    "query-stats": Command(
+        lambda machine, given: (
+            [{"provider": "kvm", "stats": [{"name": n, "value": v} for n, v in VALUES.items()]}]
+            * (1 if given["target"] == "vm" else 2)
+        ),
+        "",
+        target="str",
+    ),
+}
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """A machine called box; no testbed is looked for."""
+    base = Path(f"/tmp/qc{os.getpid()}")
+    base.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    monkeypatch.setenv("PYVMM_TESTBED", f"none-{os.getpid()}")
+    monkeypatch.delenv("PYVMM_IN_TESTBED", raising=False)
+    f = Fake()
+    f.server = Server(Claim("box"), COMMANDS, f, {})
+    yield f
+    f.server.close()
+    subprocess.run(["rm", "-rf", str(base)], check=True)
+
+
+def run(capsys, *argv):
+    status = main(list(argv))
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def test_run_control(fake, capsys):
+    for argv, command in (
+        (["stop", "box"], "stop"),
+        (["cont", "box"], "cont"),
+        (["reset", "box"], "system_reset"),
+        (["powerdown", "box"], "system_powerdown"),
+        (["quit", "--host", "local", "box"], "quit"),
+        (["stop", fake.server.path], "stop"),
+    ):
+        assert run(capsys, *argv) == (0, "", "")
+        assert fake.calls.pop() == (command, {})
+
+
+def test_errors_have_their_status(fake, capsys):
+    status, _, err = run(capsys, "stop", "nobody")
+    assert status == 113 and err == "pyvmm: no machine named nobody is running here; see: pyvmm ps\n"
+    status, _, err = run(capsys, "switch", "box", "vhost-net")
+    assert status == 114 and "nothing to switch to" in err
+    status, _, err = run(capsys, "powerdown", "--wait", "0.1", "box")
+    assert status == 124 and "no SHUTDOWN within 0.1 s" in err
+    for argv in (
+        ["powerdown", "--wait", "-1", "box"],
+        ["rings", "--watch", "0", "box"],
+        ["qmp", "box", "echo", "a"],
+        ["stop"],
+        ["switch", "box"],
+    ):
+        status, _, err = run(capsys, *argv)
+        assert status == 2 and err.count("\n") == 1, argv
+
+
+def test_ps(fake, capsys):
+    status, out, err = run(capsys, "ps")
+    head, line = out.splitlines()
+    assert (status, err, head.split()[:4]) == (0, "", ["NAME", "HOST", "PID", "STATUS"])
+    assert line.split()[:4] == ["box", "local", str(os.getpid()), "running"] and line.endswith(
+        "64 MiB  net0:vhost-net"
+    )
+    status, out, _ = run(capsys, "ps", "--json")
+    (row,) = json.loads(out)
+    assert row["name"] == "box" and row["qmp"] == fake.server.path and row["cpus"] == 2
+    assert json.loads(run(capsys, "ps", "--json", "--brief")[1])[0].keys() == {
+        "name",
+        "host",
+        "pid",
+        "qmp",
+        "since",
+    }
+    fake.server.close()
+    assert run(capsys, "ps")[1].count("\n") == 1
+
+
+def test_stats(fake, capsys):
+    _, out, _ = run(capsys, "stats", "box")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines == [
+        ["vm"],
+        ["exits", "7"],
+        ["wait", "5", "10^-9", "seconds"],
+        ["vcpu", "0", "to", "1"],
+        ["exits", "7", "7"],
+        ["wait", "5", "5", "10^-9", "seconds"],
+    ]
+    _, out, _ = run(capsys, "stats", "--all", "--target", "vm", "box")
+    assert "idle" in out and "[1, 2]" in out and "vcpu" not in out
+    assert json.loads(run(capsys, "stats", "--json", "box")[1]) == {"vm": [VALUES], "vcpu": [VALUES] * 2}
+
+
+def test_qmp(fake, capsys, monkeypatch):
+    status, out, _ = run(capsys, "qmp", "box", "echo", "a=3", "b=x=y")
+    assert status == 0 and json.loads(out) == {"a": 3, "b": "x=y"}
+    monkeypatch.setattr(
+        sys,
+        "stdin",
+        io.StringIO('echo a=1\n\n{"execute": "none"}\n{"execute":"echo","arguments":{"b":"2"}}\n'),
+    )
+    status, out, _ = run(capsys, "qmp", "box")
+    assert status == 114
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"return": {"a": 1}},
+        {"error": {"class": "CommandNotFound", "desc": "The command none has not been found"}},
+        {"return": {"b": "2"}},
+    ]
+
+
+@pytest.mark.parametrize("line", ["{", "{}", '{"execute":"x","arguments":3}', "x 'y", "x y", "x =y"])
+def test_bad_lines(line):
+    with pytest.raises(UsageError):
+        qmp._line(line)
+
+
+def test_rings(fake, capsys, ram):  # noqa: F811
+    g = Guest(ram)
+    g.avail(1, [0])
+    registers = {
+        "index": 0,
+        "role": "receive",
+        "enabled": True,
+        "vector": 0xFFFF,
+        "desc-addr": 0,
+        "avail-addr": 0,
+    }
+    registers["used-addr"] = 0
+    fake.rings = {"name": "net0", "mode": "emulated", "active": True, "machine": "paused"}
+    fake.rings["queues"] = [
+        {**registers, **g.look().as_dict()},
+        {**registers, "index": 1, "enabled": False, "size": 8},
+    ]
+    status, out, _ = run(capsys, "rings", "box")
+    assert status == 0 and "machine paused" in out and "no vector" in out and "not enabled" in out
+    assert json.loads(run(capsys, "rings", "--json", "box")[1]) == fake.rings
+
+
+def test_names_complete(fake):
+    assert running.complete("b") == ["box"] and running.complete("c") == []
+    env = {
+        **os.environ,
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": "pyvmm stop ",
+        "COMP_POINT": "11",
+        "_ARGCOMPLETE_STDOUT_FILENAME": f"/tmp/qc{os.getpid()}/out",
+        "_ARGCOMPLETE_IFS": "\n",
+    }
+    code = "import sys; from pyvmm.cli import main; sys.exit(main([]))"
+    subprocess.run([sys.executable, "-c", code], env=env, check=False, timeout=60)
+    assert "box" in Path(f"/tmp/qc{os.getpid()}/out").read_text().split()
+
+
+def test_what_is_only_in_the_testbed_is_asked_there(fake, capsys, monkeypatch):
+    """The command itself is run there, and ps shows both places."""
+    seen = []
+
+    class Bed:
+        def run_attached(self, argv):
+            seen.append(argv)
+            return 7
+
+        def run(self, argv, timeout=None):
+            class Result:
+                status, err = 0, ""
+                out = json.dumps(
+                    [
+                        {
+                            "name": "far",
+                            "host": "testbed",
+                            "pid": 1,
+                            "qmp": "/x",
+                            "since": 0,
+                            "status": "paused",
+                        }
+                    ]
+                )
+
+            return Result
+
+    monkeypatch.setattr(running, "testbed_up", Bed)
+    assert run(capsys, "stop", "far")[0] == 7
+    assert seen == [[sys.executable, "-m", "pyvmm", "stop", "--host", "local", "far"]]
+    assert run(capsys, "stop", "box")[0] == 0 and len(seen) == 1
+    assert run(capsys, "stop", "--host", "testbed", "box")[0] == 7
+    assert [r["name"] for r in json.loads(run(capsys, "ps", "--json")[1])] == ["box", "far"]
+    assert [r["name"] for r in json.loads(run(capsys, "ps", "--json", "--host", "testbed")[1])] == ["far"]
+    assert running.complete("f") == ["far"]
