@@ -590,11 +590,11 @@ static void configure_network(void)
 /* The attribute @type in the @size bytes at @a; NULL where there is none. */
 static struct nlattr *attribute(void *a, size_t size, int type)
 {
-	while (size >= NLA_HDRLEN) {
+	while (size >= sizeof(struct nlattr)) {
 		struct nlattr *one = a;
-		size_t length = NLA_ALIGN(one->nla_len);
+		size_t length = (one->nla_len + 3U) & ~3U;
 
-		if (one->nla_len < NLA_HDRLEN || one->nla_len > size)
+		if (one->nla_len < sizeof(struct nlattr) || one->nla_len > size)
 			break;
 		if ((one->nla_type & NLA_TYPE_MASK) == type)
 			return one;
@@ -608,8 +608,8 @@ static struct nlattr *attribute(void *a, size_t size, int type)
 
 static void *payload(struct nlattr *a, size_t *size)
 {
-	*size = a->nla_len - (size_t)NLA_HDRLEN;
-	return (char *)a + NLA_HDRLEN;
+	*size = a->nla_len - sizeof(struct nlattr);
+	return (char *)a + sizeof(struct nlattr);
 }
 
 /* The id of multicast group @name in the answer of CTRL_CMD_GETFAMILY of @size bytes; 0 where there is none.
@@ -627,16 +627,16 @@ static unsigned int find_group(struct nlmsghdr *h, size_t size, const char *name
 	if (!groups)
 		return 0;
 	at = payload(groups, &left);
-	while (left >= NLA_HDRLEN && (one = (struct nlattr *)at)->nla_len >= NLA_HDRLEN &&
-	       one->nla_len <= left) {
-		size_t inner, step = NLA_ALIGN(one->nla_len);
+	while (left >= sizeof(struct nlattr) &&
+	       (one = (struct nlattr *)at)->nla_len >= sizeof(struct nlattr) && one->nla_len <= left) {
+		size_t inner, step = (one->nla_len + 3U) & ~3U;
 		void *attrs = payload(one, &inner);
 		struct nlattr *label = attribute(attrs, inner, CTRL_ATTR_MCAST_GRP_NAME);
 		struct nlattr *id = attribute(attrs, inner, CTRL_ATTR_MCAST_GRP_ID);
 		unsigned int value;
 
-		if (label && id && !strcmp((char *)label + NLA_HDRLEN, name)) {
-			memcpy(&value, (char *)id + NLA_HDRLEN, sizeof(value));
+		if (label && id && !strcmp((char *)label + sizeof(struct nlattr), name)) {
+			memcpy(&value, (char *)id + sizeof(struct nlattr), sizeof(value));
 			return value;
 		}
 		if (step >= left)
@@ -657,7 +657,7 @@ static int open_buttons(void)
 		char name[12];
 	} ask = {.h = {.nlmsg_len = sizeof(ask), .nlmsg_type = GENL_ID_CTRL, .nlmsg_flags = NLM_F_REQUEST},
 		 .g = {.cmd = CTRL_CMD_GETFAMILY, .version = 1},
-		 .a = {.nla_len = NLA_HDRLEN + 11, .nla_type = CTRL_ATTR_FAMILY_NAME},
+		 .a = {.nla_len = sizeof(struct nlattr) + 11, .nla_type = CTRL_ATTR_FAMILY_NAME},
 		 .name = "acpi_event"};
 	char answer[4096];
 	unsigned int group;
@@ -688,7 +688,7 @@ static bool power_button(int fd)
 	message[n] = 0;
 	event = attribute((char *)NLMSG_DATA((struct nlmsghdr *)message) + GENL_HDRLEN,
 			  (size_t)n - NLMSG_LENGTH(GENL_HDRLEN), 1);
-	return event && !strncmp((char *)event + NLA_HDRLEN, "button/power", 12);
+	return event && !strncmp((char *)event + sizeof(struct nlattr), "button/power", 12);
 }
 
 /* --- the command --- */

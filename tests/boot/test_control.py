@@ -44,6 +44,11 @@ def listen(host: Host) -> Future[Result]:
     return host.start(*PYVMM, "qmp", NAME, "--host", "local", "--events")
 
 
+def moved(ledger: dict[str, Any]) -> list[dict[str, int]]:
+    """What the cards' counters say of the guest's side; the tap alone may filter and drop meanwhile."""
+    return [{k: v for k, v in n["counters"].items() if not k.endswith("_tap")} for n in ledger["nets"]]
+
+
 def check_paused(host: Host, guest: Guest) -> None:
     """Nothing moves: no exit, no packet, no ring index, no answer on the console or to a ping; then all goes on."""
     pyvmm(host, "stop", NAME)
@@ -56,7 +61,7 @@ def check_paused(host: Host, guest: Guest) -> None:
         assert lost.status == 1 and " 0 received" in lost.out, lost
     after = qmp(host, "x-pyvmm-ledger")
     assert after["exits"] == before["exits"]
-    assert [n["counters"] for n in after["nets"]] == [n["counters"] for n in before["nets"]]
+    assert moved(after) == moved(before)
     assert qmp(host, "x-pyvmm-rings") == rings
     assert len(guest.stdout) == start
     pyvmm(host, "cont", NAME)
