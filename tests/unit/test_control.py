@@ -221,6 +221,36 @@ def test_link_by_hand(rig):
     exchange(rig, 0, 200)
 
 
+def test_a_held_card_leaves_the_rings_alone(rig):
+    """Held, as in a paused machine: frames wait on either side, whatever else happens to the card; then each moves once."""
+    exchange(rig, 0, 1)
+    rig.device.hold(True)
+    rig.device.hold(True)
+    assert rig.path.workers() == []
+    net = rig.guest.net
+    net.received.clear()
+    net.send(frame(50))
+    rig.cable.far.send(bytes(12) + frame(51))
+    rig.device.set_link(False)
+    rig.device.set_link(True)
+    assert rig.path.workers() == [] and not wait_for(net.poll, 0.1)
+    rig.cable.far.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        rig.cable.far.recv(1)
+    rig.device.hold(False)
+    rig.device.hold(False)
+    assert rig.cable.receive()[12:] == frame(50)
+    assert [p[12:] for p in net.wait_packets(1)] == [frame(51)]
+    exchange(rig, 0, 100)
+
+
+def test_a_held_card_that_is_reset_does_not_start(rig):
+    rig.device.hold(True)
+    rig.guest.pci.set("device_status", 0)
+    rig.device.hold(False)
+    assert rig.path.workers() == []
+
+
 def test_pairs_come_and_go():
     with Rig(3) as rig:
         assert rig.guest.pci.config(8, 2) == 3
