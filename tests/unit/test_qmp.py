@@ -17,7 +17,7 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyvmm.control import framer, place, server
@@ -261,6 +261,34 @@ def test_framer_takes_anything_and_recovers(pieces):
         for piece in pieces:
             f.feed(piece)
         assert f.feed(b'\xff{"a": 1}')[-1] == b'{"a": 1}'
+
+
+TOKENS = st.sampled_from(
+    [
+        b'{"execute":',
+        b'"echo"',
+        b"}",
+        b',"id":',
+        b"1",
+        b',"arguments":{',
+        b'"n":',
+        b"[",
+        b"]",
+        b'"',
+        b"\\",
+        b"\n",
+        b"\xff",
+    ]
+)
+
+
+@given(st.lists(st.lists(TOKENS | st.binary(max_size=8), max_size=30), max_size=4))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_clients_send_the_server_goes_on(srv, streams):
+    with contextlib.ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(Raw(srv)).sock.sendall(b"".join(stream))
+        assert alive(srv)
 
 
 def test_too_long_and_too_deep_end_the_connection(srv):
