@@ -37,7 +37,7 @@ def make_ffi() -> FFI:
     builder = FFI()
     headers = sorted(HERE.glob("*.h"))
     # These first: the others use their names.
-    headers.sort(key=lambda p: (p.name != "types.h", p.name != "vring.h"))
+    headers.sort(key=lambda p: (p.name != "types.h", p.name not in ("trace.h", "vring.h")))
     builder.cdef((HERE / "kernel.cdef").read_text())
     for path in headers:
         builder.cdef(declarations(path.read_text()))

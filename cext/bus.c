@@ -283,6 +283,31 @@ static bool pci_access(struct pv_pci_latch *l, uint64_t offset, bool write, uint
 	return true;
 }
 
+static uint32_t pci_register(const struct pv_pci_latch *l, uint32_t offset)
+{
+	uint32_t address = __atomic_load_n(&l->address, __ATOMIC_RELAXED);
+
+	if (offset < 4)
+		return offset;
+	if ((address & 0x80ff0700) != 0x80000000 || !((l->present >> ((address >> 11) & 31)) & 1))
+		return PV_REG_PCI_NOBODY;
+	return PV_REG_PCI | (address & 0xfffc) | (offset & 3);
+}
+
+uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr)
+{
+	uint32_t offset = (uint32_t)(addr - r->base);
+
+	switch (r->kind) {
+	case PV_REGION_PCI:
+		return pci_register(r->opaque, offset);
+	case PV_REGION_SERIAL:
+		return offset < 2 && pv_serial_dlab(r->opaque) ? PV_REG_DLAB | offset : offset;
+	default:
+		return offset;
+	}
+}
+
 bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data, uint32_t size)
 {
 	uint64_t offset = addr - r->base;

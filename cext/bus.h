@@ -30,6 +30,15 @@ enum pv_region_kind {
 	PV_REGION_IGNORE    /* reads as zero, swallows writes */
 };
 
+/*
+ * What pv_bus_register() makes of an access, beside the offset in the region. Of the PCI data window: which
+ * configuration register, PV_REG_PCI | bus, device and function << 8 | offset, or that no function is there. Of a
+ * serial port: PV_REG_DLAB | offset for the divisor latch.
+ */
+#define PV_REG_PCI	  0x1000000
+#define PV_REG_PCI_NOBODY 0x2000000
+#define PV_REG_DLAB	  0x100
+
 struct pv_bus;
 struct pv_bus *pv_bus_new(void);
 void pv_bus_free(struct pv_bus *bus);
@@ -98,6 +107,8 @@ struct pv_bus_region {
 /* The region that holds [addr, addr + size) whole, copied to *out; false where there is none. */
 bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_t size,
 		 struct pv_bus_region *out);
+/* Which register an access to the region is for, as the ledger has it; before the access, which may change it. */
+uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr);
 /*
  * Answer one access in C. size is 1, 2, 4 or 8 and data little-endian. Returns false where Python must.
  */

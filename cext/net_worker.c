@@ -94,6 +94,7 @@ struct pv_net_worker {
 	size_t direct;
 	uint64_t held_since;
 	struct pv_net_counters count;
+	uint64_t traced; /* time of the latest event of the trace */
 	struct slot slot[WINDOW_IOV];
 	struct iovec iov[WINDOW_IOV + 1];
 	struct iovec tx_iov[PV_CHAIN_MAX];
@@ -119,6 +120,22 @@ static bool stopping(const struct pv_net_worker *w)
 	return __atomic_load_n(&w->stop, __ATOMIC_ACQUIRE);
 }
 
+/* For the trace: a batch began at the latest with what was noted here last. */
+static void trace_event(struct pv_net_worker *w, uint16_t kind, int q, uint32_t count, bool call)
+{
+	uint64_t now = pv_now_ns();
+	struct pv_trace_event e = {
+		.kind = kind, .reg = (uint32_t)q, .count = count, .write = call, .ts = now};
+
+	if (kind == PV_TRACE_BATCH) {
+		e.ts = w->traced;
+		e.dur = now - w->traced;
+	}
+	w->traced = now;
+	if (kind)
+		pv_trace_put(w->cfg.trace, &e);
+}
+
 /* Publish a batch and interrupt the guest where it wants it. */
 static void flush(struct pv_net_worker *w, int q)
 {
@@ -126,13 +143,17 @@ static void flush(struct pv_net_worker *w, int q)
 	uint32_t n = (uint16_t)(vr->used_next - vr->used_idx);
 	uint64_t *bins = q == RX ? w->count.rx_batch_size : w->count.tx_batch_size;
 	uint32_t bin;
+	bool call;
 
 	if (!n)
 		return;
 	bin = 31u - (uint32_t)__builtin_clz(n);
 	add(&bins[bin < PV_NET_BATCH_BINS ? bin : PV_NET_BATCH_BINS - 1], 1);
 	add(q == RX ? &w->count.rx_batches : &w->count.tx_batches, 1);
-	if (pv_vring_flush(vr)) {
+	call = pv_vring_flush(vr);
+	if (w->cfg.trace)
+		trace_event(w, PV_TRACE_BATCH, q, n, call);
+	if (call) {
 		/* Fails only where the counter is full, and then the guest has been called. */
 		(void)!write(w->cfg.ring[q].call, &(uint64_t){1}, sizeof(uint64_t));
 		add(q == RX ? &w->count.rx_calls : &w->count.tx_calls, 1);
@@ -606,15 +627,21 @@ static int net_poll(struct pv_net_worker *w, int64_t timeout)
 
 	if (n < 0)
 		return errno == EINTR ? 0 : -1;
+	if (w->cfg.trace && n)
+		trace_event(w, PV_TRACE_NONE, 0, 0, false);
 	for (int i = 0; i < n; i++) {
 		uint32_t e = evs[i].events;
 
 		switch (evs[i].data.u32) {
 		case EV_RX_KICK:
 			add(&w->count.rx_kicks, 1);
+			if (w->cfg.trace)
+				trace_event(w, PV_TRACE_KICK, RX, 1, false);
 			break;
 		case EV_TX_KICK:
 			add(&w->count.tx_kicks, 1);
+			if (w->cfg.trace)
+				trace_event(w, PV_TRACE_KICK, TX, 1, false);
 			break;
 		case EV_FD:
 			if (e & (EPOLLERR | EPOLLHUP))
@@ -823,6 +850,8 @@ void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev)
 		prctl(PR_SET_NAME, w->cfg.name);
 	prctl(PR_SET_TIMERSLACK, 1000UL); /* nanoseconds; by default 50 us, more than linger() means */
 	w->event = (struct pv_net_event){.kind = PV_NET_STOPPED};
+	if (w->cfg.trace)
+		trace_event(w, PV_TRACE_NONE, 0, 0, false);
 	for (int q = RX; q <= TX; q++)
 		if (!w->ring[q].fault)
 			pv_vring_disable_notify(&w->ring[q]);

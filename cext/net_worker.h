@@ -33,6 +33,7 @@
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H
 
+#include "trace.h"
 #include "vring.h"
 
 /* cffi: begin */
@@ -74,7 +75,8 @@ struct pv_net_config {
 	bool mrg_rxbuf;
 	bool indirect;
 	bool event_idx;
-	char name[16]; /* of the thread */
+	char name[16];		/* of the thread */
+	struct pv_trace *trace; /* of wake-ups by kicks and of batches, lent; NULL: none */
 };
 
 #define PV_NET_BATCH_BINS 8

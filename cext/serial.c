@@ -282,3 +282,13 @@ void pv_serial_out(struct pv_serial *s, uint32_t offset, uint8_t value)
 	update_irq(s);
 	pthread_mutex_unlock(&s->lock);
 }
+
+bool pv_serial_dlab(struct pv_serial *s)
+{
+	bool dlab;
+
+	pthread_mutex_lock(&s->lock);
+	dlab = s->lcr & UART_LCR_DLAB;
+	pthread_mutex_unlock(&s->lock);
+	return dlab;
+}

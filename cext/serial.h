@@ -30,5 +30,7 @@ uint32_t pv_serial_input(struct pv_serial *s, const uint8_t *buf, uint32_t len);
 
 uint8_t pv_serial_in(struct pv_serial *s, uint32_t offset);
 void pv_serial_out(struct pv_serial *s, uint32_t offset, uint8_t value);
+/* Whether offsets 0 and 1 are the divisor latch now. */
+bool pv_serial_dlab(struct pv_serial *s);
 
 #endif

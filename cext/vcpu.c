@@ -18,6 +18,7 @@ struct pv_vcpu_private {
 	bool in_run;	  /* atomic: thread may be signalled */
 	bool unaccounted; /* the latest exit's time is still running */
 	struct pv_exit_slot *current;
+	struct pv_exit_slot latest; /* while tracing: the exit that is being answered */
 	pthread_t thread;
 	pthread_mutex_t lock; /* run, stop, in_run and thread against pv_vcpu_kick */
 };
@@ -45,14 +46,6 @@ int pv_ioctl(int fd, unsigned long request, void *arg)
 	int ret = ioctl(fd, request, arg);
 
 	return ret < 0 ? -errno : ret;
-}
-
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
 struct pv_vcpu *pv_vcpu_new(int fd, size_t run_size, struct pv_bus *bus)
@@ -111,18 +104,22 @@ void pv_vcpu_free(struct pv_vcpu *v)
 
 static struct pv_exit_slot *find_slot(struct pv_vcpu *v, const struct pv_exit_slot *key)
 {
-	uint64_t h = (key->addr * 31 + key->reason * 7 + key->size * 3 + key->write) * 0x9e3779b97f4a7c15u;
+	uint64_t h = ((key->addr * 31 + key->reg) * 31 + key->reason * 7 + key->size * 3 + key->write) *
+		     0x9e3779b97f4a7c15u;
 
 	for (uint32_t i = 0; i < PV_LEDGER_SLOTS; i++) {
-		struct pv_exit_slot *s = &v->slot[((h >> 40) + i) % PV_LEDGER_SLOTS];
+		uint32_t at = (uint32_t)((h >> 40) + i) % PV_LEDGER_SLOTS;
+		struct pv_exit_slot *s = &v->slot[at];
 
 		if (!s->count) {
 			/* A concurrent reader takes a slot as used by its count, which is still 0. */
 			*s = *key;
+			v->used_slot[v->used] = (uint16_t)at;
+			__atomic_store_n(&v->used, v->used + 1, __ATOMIC_RELEASE);
 			return s;
 		}
 		if (s->addr == key->addr && s->reason == key->reason && s->size == key->size &&
-		    s->write == key->write && s->region == key->region)
+		    s->write == key->write && s->region == key->region && s->reg == key->reg)
 			return s;
 		/* A guest that exits at ever new addresses gets no more than a bounded search each time. */
 		if (i == 32)
@@ -137,6 +134,8 @@ static void account(struct pv_vcpu *v, const struct pv_exit_slot *key, uint32_t 
 
 	v->priv->current = s;
 	v->priv->unaccounted = true;
+	if (v->trace)
+		v->priv->latest = *key;
 	if (!s) {
 		__atomic_store_n(&v->overflow, v->overflow + 1, __ATOMIC_RELAXED);
 		return;
@@ -145,7 +144,31 @@ static void account(struct pv_vcpu *v, const struct pv_exit_slot *key, uint32_t 
 	__atomic_store_n(&s->count, s->count + 1, __ATOMIC_RELEASE);
 }
 
-/* The guest is about to run again: the latest exit is over. */
+/* The latest exit for the trace: by now what was read is known, too. */
+static void trace_exit(struct pv_vcpu *v, uint64_t now)
+{
+	const struct pv_exit_slot *key = &v->priv->latest;
+	struct pv_trace_event e = {
+		.kind = PV_TRACE_EXIT,
+		.ts = v->last_exit,
+		.dur = now - v->last_exit,
+		.addr = key->addr,
+		.reason = key->reason,
+		.region = key->region,
+		.reg = key->reg,
+		.count = 1,
+		.size = key->size,
+		.write = key->write,
+	};
+
+	if (key->reason == KVM_EXIT_IO || key->reason == KVM_EXIT_MMIO) {
+		e.count = v->count;
+		memcpy(&e.value, v->data, v->size < sizeof(e.value) ? v->size : sizeof(e.value));
+	}
+	pv_trace_put(v->trace, &e);
+}
+
+/* The guest is about to run again, or the machine ends: the latest exit is over. */
 static void account_time(struct pv_vcpu *v, uint64_t now)
 {
 	struct pv_vcpu_private *p = v->priv;
@@ -153,10 +176,28 @@ static void account_time(struct pv_vcpu *v, uint64_t now)
 	if (!p->unaccounted)
 		return;
 	p->unaccounted = false;
+	if (v->trace)
+		trace_exit(v, now);
 	if (p->current)
 		__atomic_store_n(&p->current->time, p->current->time + now - v->last_exit, __ATOMIC_RELAXED);
 	else
 		__atomic_store_n(&v->overflow_time, v->overflow_time + now - v->last_exit, __ATOMIC_RELAXED);
+}
+
+uint32_t pv_vcpu_ledger(const struct pv_vcpu *v, struct pv_exit_slot *out, uint32_t max)
+{
+	uint32_t used = __atomic_load_n(&v->used, __ATOMIC_ACQUIRE), n = 0;
+
+	for (uint32_t i = 0; i < used && n < max; i++) {
+		const struct pv_exit_slot *s = &v->slot[v->used_slot[i]];
+
+		out[n] = *s;
+		out[n].count = __atomic_load_n(&s->count, __ATOMIC_ACQUIRE);
+		out[n].time = __atomic_load_n(&s->time, __ATOMIC_RELAXED);
+		if (out[n].count)
+			n++;
+	}
+	return n;
 }
 
 /* --- exits -------------------------------------------------------------------------------------------- */
@@ -174,6 +215,8 @@ bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space)
 	};
 
 	v->region = r.id;
+	if (found)
+		key.reg = pv_bus_register(&r, v->addr);
 	account(v, &key, v->count);
 	if (!found) {
 		if (!v->write)
@@ -293,7 +336,7 @@ enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
 	p->in_run = true;
 	pthread_mutex_unlock(&p->lock);
 	while (again) {
-		uint64_t now = now_ns();
+		uint64_t now = pv_now_ns();
 		int ret;
 
 		account_time(v, now);
@@ -304,7 +347,7 @@ enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
 		if (!v->first_run)
 			v->first_run = now;
 		ret = ioctl(v->fd, KVM_RUN, 0);
-		v->last_exit = now_ns();
+		v->last_exit = pv_now_ns();
 		if (!v->first_exit)
 			v->first_exit = v->last_exit;
 		__atomic_store_n(&v->runs, v->runs + 1, __ATOMIC_RELAXED);
@@ -318,6 +361,11 @@ enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
 	p->in_run = false;
 	pthread_mutex_unlock(&p->lock);
 	return stop;
+}
+
+void pv_vcpu_settle(struct pv_vcpu *v)
+{
+	account_time(v, pv_now_ns());
 }
 
 void pv_vcpu_kick(struct pv_vcpu *v)

@@ -16,10 +16,11 @@
 
 #include <pthread.h>
 #include "bus.h"
+#include "trace.h"
 #include "types.h"
 
 /* cffi: begin */
-#define PV_LEDGER_SLOTS 1024
+#define PV_LEDGER_SLOTS 4096
 
 /* Beyond KVM's own reasons (linux/kvm.h, KVM_EXIT_*): KVM_RUN returned an error. */
 #define PV_EXIT_ERROR 1000
@@ -32,6 +33,7 @@ struct pv_exit_slot {
 	uint64_t units;	 /* accesses: more than count for string instructions */
 	uint32_t reason; /* KVM_EXIT_* or PV_EXIT_ERROR */
 	uint32_t region; /* id of the bus region, 0: nobody's */
+	uint32_t reg;	 /* which of its registers, see pv_bus_register() */
 	uint16_t size;	 /* bytes of one access */
 	uint8_t write;
 };
@@ -69,7 +71,10 @@ struct pv_vcpu {
 	uint64_t first_exit;
 	uint64_t last_exit; /* time of the latest return; with runs it tells whether the guest makes progress
 			     */
+	uint32_t used;	    /* slots with a key, by used_slot in the order of their first exit */
+	uint16_t used_slot[PV_LEDGER_SLOTS];
 	struct pv_exit_slot slot[PV_LEDGER_SLOTS];
+	struct pv_trace *trace; /* lent, set before the first run; NULL: no trace */
 	/* Private to vcpu.c. */
 	struct pv_vcpu_private *priv;
 };
@@ -82,12 +87,19 @@ int pv_vcpu_attach(struct pv_vcpu *v, int fd, size_t run_size);
 void pv_vcpu_free(struct pv_vcpu *v);
 /* Run the guest until Python is needed. Called by the vCPU's one owning thread. */
 enum pv_stop pv_vcpu_run(struct pv_vcpu *v);
+/* The machine has ended, or is about to start over: the latest exit's time ends here. By the owning thread. */
+void pv_vcpu_settle(struct pv_vcpu *v);
 /*
  * What pv_vcpu_run() does with an access (addr, size, count, write and data of v are set): count it, and
  * answer it if a region in C or nobody is there. Returns false where Python must. In the interface so that
  * devices can be tried without KVM.
  */
 bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space);
+/*
+ * Copy the ledger's lines, at most max (v->used says how many there are now). Any thread, and cheap enough for one
+ * that holds a vCPU up. Returns the count; each line is whole to within one exit.
+ */
+uint32_t pv_vcpu_ledger(const struct pv_vcpu *v, struct pv_exit_slot *out, uint32_t max);
 /* Any thread: make pv_vcpu_run() return PV_STOP_ASKED soon, also if it is called only later. */
 void pv_vcpu_kick(struct pv_vcpu *v);
 int pv_ioctl(int fd, unsigned long request, void *arg);

@@ -13,6 +13,7 @@ from pyvmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from typing import Any, Protocol
 
     class Handler(Protocol):
@@ -24,15 +25,58 @@ if TYPE_CHECKING:
         def write(self, offset: int, size: int, value: int) -> None:
             """Store ``value`` at ``offset``."""
 
+    #: (which register, see pv_bus_register in cext/bus.h; written?) -> its name, empty where it has none.
+    Names = Callable[[int, bool], str]
 
 PIO = lib.PV_PIO
 MMIO = lib.PV_MMIO
+#: In the number of a register of the PCI data port (cext/bus.h).
+PCI_DATA = lib.PV_REG_PCI
+
+
+class Registers:
+    """Names of a region's registers, for the ledger: offset to name, or to the names for reading and for writing.
+
+    An access in the middle of a register has its name with ``+N``.
+    """
+
+    __slots__ = ("_names", "_starts")
+
+    def __init__(self, names: Mapping[int, str | tuple[str, str]]) -> None:
+        self._names = names
+        self._starts = sorted(names)
+
+    def __call__(self, reg: int, write: bool) -> str:
+        """The name of the register at offset ``reg``."""
+        start = max((at for at in self._starts if at <= reg), default=-1)
+        if start < 0:
+            return ""
+        name = self._names[start]
+        text = name if isinstance(name, str) else name[write]
+        return f"{text}+{reg - start}" if reg > start and text else text
 
 
 class Region:
-    """A run of ports or addresses that belongs to one device; on the bus while ``base`` is not None."""
+    """A run of ports or addresses that belongs to one device; on the bus while ``base`` is not None.
 
-    __slots__ = ("base", "bus", "handler", "id", "kind", "length", "name", "opaque", "space")
+    :ivar names: of its registers; set by who makes it. :ivar prefix: what goes before them in a full name.
+    :ivar role: which register -> ``notify`` or ``control``, for registers that are kicks.
+    """
+
+    __slots__ = (
+        "base",
+        "bus",
+        "handler",
+        "id",
+        "kind",
+        "length",
+        "name",
+        "names",
+        "opaque",
+        "prefix",
+        "role",
+        "space",
+    )
 
     def __init__(
         self,
@@ -48,6 +92,13 @@ class Region:
         self.bus, self.id, self.space, self.length, self.name = bus, region_id, space, length, name
         self.handler, self.kind, self.opaque = handler, kind, opaque
         self.base: int | None = None
+        self.names: Names | None = None
+        self.prefix = name
+        self.role: Callable[[int], str] | None = None
+
+    def register(self, reg: int, write: bool) -> str:
+        """The name of a register by its number in the ledger; empty where it has none."""
+        return self.names(reg, write) if self.names is not None else ""
 
     def map(self, base: int) -> bool:
         """Put it at ``base``, away from where it was; False (and unmapped) where something else is in the way."""
@@ -126,6 +177,23 @@ class Bus:
         """What the ledger calls a region; empty for nobody's."""
         r = self._regions.get(region_id)
         return r.name if r else ""
+
+    def describe(self, region_id: int, reg: int, write: bool) -> tuple[str, str, str]:
+        """What the ledger calls an access: device, register (or empty) and both together, ``net0 queue 1 notify``."""
+        r = self._regions.get(region_id)
+        if r is None:
+            return "", "", ""
+        register = r.register(reg, write)
+        return r.name, register, f"{r.prefix} {register}" if register else r.name
+
+    def role(self, region_id: int, reg: int) -> str:
+        """What an access is for: ``notify`` or ``control`` for the kick of a queue, else nothing."""
+        r = self._regions.get(region_id)
+        return r.role(reg) if r is not None and r.role is not None else ""
+
+    def region_names(self) -> set[tuple[str, str]]:
+        """Name and prefix of every region there is."""
+        return {(r.name, r.prefix) for r in self._regions.values()}
 
     def dispatch(self, c: Any) -> None:
         """Answer the access described in ``struct pv_vcpu`` ``c`` (after PV_STOP_PIO or PV_STOP_MMIO)."""

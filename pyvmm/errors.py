@@ -127,6 +127,12 @@ class ControlError(PyvmmError):
         self.kind, self.desc = kind, desc or cause
 
 
+class BudgetBroken(PyvmmError):
+    """The guest exited, kicked or was interrupted more often than ``--budget`` allows."""
+
+    exit_code = 117
+
+
 class GuestTrouble(PyvmmError):
     """The guest kernel reported what ``--fail-on`` names: an oops, a warning, a stall."""
 

@@ -67,7 +67,11 @@ if TYPE_CHECKING:
 
     from pyvmm.control.server import Server
     from pyvmm.datapath.base import DataPath
+    from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
+    from pyvmm.exits.phases import Mark, Phase
+    from pyvmm.kvm.recorder import Recorder, Scope
+    from pyvmm.kvm.stats import Stats
     from pyvmm.virtio.net import NetDevice
     from pyvmm.virtio.pci import VirtioPci
 
@@ -100,6 +104,10 @@ SHUTDOWN_REASONS = {
     "panic": "guest-panic",
     "debug-exit": "guest-shutdown",
 }
+
+
+#: Those that begin a phase of the exit ledger (exits.phases).
+MARKS = (GUEST_INIT, GUEST_COMMAND, GUEST_STATUS)
 
 
 class Outcome:
@@ -238,6 +246,7 @@ class Machine:
     :param load_address: the kernel is a flat binary for this guest-physical address, entered in ``load_mode``
         (``boot.FLAT_MODES``).
     :param test_devices: the ports that test kernels expect of QEMU (docs/test-kernels.md), and a command line of ``append`` alone.
+    :param trace: keep what happened, with times, for ``exits.trace.write``: so many events a track at most; 0: nothing.
     :raises PyvmmError: nothing has been left behind.
 
     ::
@@ -265,6 +274,7 @@ class Machine:
         load_address: int | None = None,
         load_mode: str = "protected32",
         test_devices: bool = False,
+        trace: int = 0,
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
@@ -299,8 +309,18 @@ class Machine:
         self._panic: str | None = None
         self._supervisor: threading.Thread | None = None
         self.old_stats: list[dict[str, Any]] = []
+        #: All counters at the begin of each phase (exits.phases), as it came.
+        self.marks: list[Mark] = []
+        self._vm_stats: Stats | None = None
+        self._past_stats: dict[str, dict[str, int]] = {}  # of VMs before a reboot, summed up
         self.nets: list[Nic] = []
         self._stack = ExitStack()
+        self.recorder: Recorder | None = None
+        if trace:
+            from pyvmm.kvm.recorder import Recorder
+
+            self.recorder = Recorder(trace)
+            self._stack.callback(self.recorder.close)
         try:
             self._build(size, huge, [n for n in nets if n.mode != "none"])
             if qmp is not None:
@@ -322,6 +342,9 @@ class Machine:
         enter(self.kvm.close)
         self.vm = Vm(self.kvm, self.memory)
         enter(self.vm.close)
+        enter(self._close_vm_stats)
+        if self.recorder is not None:
+            self.vm.recorder = self.recorder.scope("kvm")
         self.bus = Bus()
         enter(self.bus.close)
         self.console = Console("console", self.vm, IRQ_COM1)
@@ -338,6 +361,8 @@ class Machine:
             vcpu = Vcpu(self.vm, index, self.cpus, self.bus)
             enter(vcpu.close)
             self.vcpus.append(vcpu)
+            if self.recorder is not None:
+                vcpu.trace(self.recorder.ring("vcpus", f"vcpu{index}"))
         self.vcpus[0].set_boot_state(self.boot)
 
     def _add_board(self) -> None:
@@ -364,7 +389,8 @@ class Machine:
             host = host or f"192.168.{100 + index}.1/24"
             guest = guest or f"192.168.{100 + index}.2/24"
         mac = net.mac or bytes((0x52, 0x54, 0, 0x12, 0x34, 0x56 + index))
-        datapath, tap, namespace = self._open_datapath(net, host, mac)
+        scope = self.recorder.scope(f"net{index}") if self.recorder is not None else None
+        datapath, tap, namespace = self._open_datapath(net, host, mac, scope)
         with ExitStack() as undo:
             undo.callback(datapath.close)
             device = NetDevice(
@@ -379,6 +405,7 @@ class Machine:
                 link=net.link,
             )
             undo.callback(device.close)
+            device.recorder = scope
             transport = VirtioPci(self.vm, self.bus, device, PCI_CLASS_NETWORK_ETHERNET, notify=net.notify)
             undo.callback(transport.close)
             self.pci.add(transport)
@@ -390,12 +417,16 @@ class Machine:
         device.on_problem = lambda problem: self.emit("X_PYVMM_NIC_FAULT", name=nic.name, problem=problem)
         self.nets.append(nic)
 
-    def _open_datapath(self, net: Net, host: str | None, mac: bytes) -> tuple[DataPath, str, Any]:
+    def _open_datapath(
+        self, net: Net, host: str | None, mac: bytes, recorder: Scope | None
+    ) -> tuple[DataPath, str, Any]:
         """The only place where a mode becomes an object. Returns data path, tap name and namespace."""
         if net.mode == "vhost-user":
             from pyvmm.datapath.vhost_user import VhostUserNet
 
-            path = VhostUserNet(net.socket, server=net.server, queues=net.queues, mtu=net.mtu, mac=mac)
+            path = VhostUserNet(
+                net.socket, server=net.server, queues=net.queues, mtu=net.mtu, mac=mac, recorder=recorder
+            )
             return path, "", None
         from pyvmm.datapath.tap import Tap
 
@@ -405,7 +436,7 @@ class Machine:
                 from pyvmm.datapath.vhost import Vhost
 
                 for _ in range(net.queues):
-                    devices.append(Vhost())
+                    devices.append(Vhost(recorder=recorder))
                     undo.callback(devices[-1].close)
             namespace = None
             if net.tap is None:
@@ -426,6 +457,7 @@ class Machine:
                 from pyvmm.datapath.emulated import EmulatedNet
 
                 datapath = EmulatedNet(tap, poll_us=net.poll, worker_cpu=net.worker_cpu)
+                datapath.recorder = recorder
             undo.pop_all()
         if namespace is not None:
             self._stack.callback(namespace.close)
@@ -781,6 +813,7 @@ class Machine:
         except BaseException as e:
             self._failure = e
             self._finish(Outcome("stopped", str(e)))
+        vcpu.settle()
 
     def _abnormal(self, vcpu: Vcpu, stop: int) -> None:
         c = vcpu.c
@@ -826,8 +859,10 @@ class Machine:
     def guest_event(self, opcode: int, value: int) -> None:
         """The guest's init says how far it is (see guest/pyvmm_port.h)."""
         phase = PHASES.get(opcode)
-        if phase is not None:
-            self.phases.setdefault(phase, time.monotonic_ns())
+        if phase is not None and phase not in self.phases:
+            self.phases[phase] = time.monotonic_ns()
+            if opcode in MARKS:
+                self.marks.append(self.mark_now(phase))
         if opcode == GUEST_INIT:
             self.booted.set()
         elif opcode == GUEST_STATUS:
@@ -854,6 +889,8 @@ class Machine:
         stats = self.kvm_stats()
         if stats is not None:  # bounded: a guest may reboot for ever
             self.old_stats = [*self.old_stats[1 - OLD_STATS :], stats]
+        self._past_stats = self.mark_now("reboot").stats or {}
+        self._close_vm_stats()
         self.pci.reset()
         self.console.reset()
         for stream in (self.console, self.stdout, self.stderr):
@@ -884,6 +921,50 @@ class Machine:
         vcpu = self.vcpus[0].stats
         with Stats(self.vm.fileno()) as vm:
             return {"vm": vm.schema, "vcpu": vcpu.schema if vcpu is not None else []}
+
+    def mark_now(self, name: str) -> Mark:
+        """All counters now: what the phases of the ledger are between. Any thread."""
+        from pyvmm.exits.phases import Mark
+
+        with self._lock:
+            return Mark(
+                name,
+                self.phases.get(name) or time.monotonic_ns(),
+                self.vcpus,
+                self._open_vm_stats(),
+                self._past_stats,
+                [nic.device.datapath.counters() for nic in self.nets],
+            )
+
+    def phase_exits(self) -> list[Phase]:
+        """Exits, KVM's statistics and packets of each phase so far: ``boot``, ``init``, ``command``, ``shutdown``."""
+        from pyvmm.exits.phases import phases_of
+
+        return phases_of(self)
+
+    def check_budget(self, text: str) -> Result:
+        """Whether e.g. ``notify_per_kpacket<=20`` holds (docs/budgets.md); while the machine runs: so far.
+
+        :raises UsageError: it is no budget, or about something that this machine does not have.
+        """
+        from pyvmm.exits.budget import Budget
+
+        budget = Budget(text)
+        budget.check_names(self)
+        return budget.check(self)
+
+    def _open_vm_stats(self) -> Stats | None:
+        """The VM's statistics, kept open from the first time on (lock held); None where KVM has none."""
+        if self._vm_stats is None and self.vcpus[0].stats is not None:
+            from pyvmm.kvm.stats import Stats
+
+            self._vm_stats = Stats(self.vm.fileno())
+        return self._vm_stats
+
+    def _close_vm_stats(self) -> None:
+        stats, self._vm_stats = self._vm_stats, None
+        if stats is not None:
+            stats.close()
 
     def _read_stats(self) -> dict[str, Any]:
         from pyvmm.kvm.stats import Stats

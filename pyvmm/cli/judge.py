@@ -17,7 +17,9 @@ from pyvmm.testing.verdict import Verdict, last_lines
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
+    from pyvmm.exits.budget import Result
     from pyvmm.machine import Machine, Outcome
 
 OUTPUT_LINES = 20
@@ -74,7 +76,7 @@ class Extras:
         from pyvmm.testing.points import parse
 
         seconds = time.monotonic() - self._begin
-        result = verdict.kind if verdict.kind in ("passed", "failed") else "error"
+        result = {"passed": "passed", "failed": "failed", "budget": "failed"}.get(verdict.kind, "error")
         output, points, properties = b"", [], {"verdict": verdict.kind}
         if vm is not None:
             output = b"".join(bytes(s.text) for s in (vm.console, vm.stdout, vm.stderr))
@@ -127,9 +129,15 @@ class Extras:
 
 
 def judge(
-    vm: Machine, outcome: Outcome, *, commanded: bool, watch: says.Watch | None, symbols: str | None
+    vm: Machine,
+    outcome: Outcome,
+    *,
+    commanded: bool,
+    watch: says.Watch | None,
+    symbols: str | None,
+    budgets: Sequence[Result] = (),
 ) -> Verdict:
-    """The one verdict of a run: how it ended, else what the kernel reported, else the command's status.
+    """The one verdict of a run: how it ended, else what the kernel reported, else the command's status, else its budgets.
 
     :param symbols: path of a kernel that may have symbols.
     """
@@ -151,13 +159,18 @@ def judge(
             return Verdict("trouble", str(trouble), status=outcome.status, details=first.lines)
     if kind == "stopped" and commanded and outcome.asked and outcome.status is None:
         return Verdict("ended", str(GuestEnded("the machine was told to quit before the command ended")))
-    if kind == "stopped":
+    broken = [result.message for result in budgets if not result.held]
+    if kind == "stopped" and not broken:
         return Verdict("passed", status=outcome.status)
-    if commanded and outcome.status is None:
+    if commanded and kind != "stopped" and outcome.status is None:
         ended = GuestEnded("the guest powered off before the command ended", "see its console: --verbose")
         return Verdict("ended", str(ended))
-    if outcome.status:
+    if outcome.status and kind != "stopped":
         return Verdict("failed", f"the command's exit status is {outcome.status}", status=outcome.status)
+    if broken:
+        more = f"{len(broken)} of {len(budgets)} budgets are broken"
+        message = f"{broken[0]} (broken)" if len(broken) == 1 else more
+        return Verdict("budget", message, status=outcome.status, details=broken if len(broken) > 1 else [])
     return Verdict("passed", status=outcome.status)
 
 
@@ -176,7 +189,7 @@ def tell(vm: Machine, verdict: Verdict, *, shown: bool) -> None:
     if verdict.kind in ("passed", "failed"):
         return
     quoted = verdict.kind in ("panic", "trouble") and len(verdict.details) > 1
-    if not shown and not quoted and vm.console.text:
+    if not shown and not quoted and verdict.kind != "budget" and vm.console.text:
         tail = last_lines(vm.console.text, OUTPUT_LINES)
         print("pyvmm: the last of the guest's console:", *tail, sep="\n  ", file=sys.stderr)
     for line in verdict.details:

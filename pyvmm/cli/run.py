@@ -9,6 +9,7 @@ Examples:
   pyvmm run --kernel bzImage --initrd initrd.img --append 'loglevel=7' --timeout 60
   pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- iperf3 -c 192.168.100.1
   pyvmm run --net emulated,notify=exit --exits -- iperf3 -c 192.168.100.1
+  pyvmm run --budget 'kicks_per_kpacket<=50' --budget 'boot.user_exits<2000' -- ping -c 100 -i 0.01 192.168.100.1
   pyvmm run --kernel vmlinux --boot-timeout 30 --fail-on oops,warning --junit result.xml --log console.log -- run-tests
 
 Network cards: --net MODE[,key=value...], once a card
@@ -33,8 +34,8 @@ Network cards: --net MODE[,key=value...], once a card
       server=on       listen there, and the back-end connects (off)
 
 Exit status: the guest command's; or 2 bad usage, 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no
-vhost-net, 112 no fitting vhost-user back-end, 118 the kernel reported what --fail-on names, 119 the guest ended before the command
-did, 120 panic, 121 reboot, 122 triple fault, 123 KVM error, 124 time-out, 130 Ctrl-C, 143 SIGTERM.
+vhost-net, 112 no fitting vhost-user back-end, 117 a --budget is broken, 118 the kernel reported what --fail-on names, 119 the guest
+ended before the command did, 120 panic, 121 reboot, 122 triple fault, 123 KVM error, 124 time-out, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -85,7 +86,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vmlinux", metavar="FILE", help="kernel with symbols, to say where a guest hung (default: --kernel)"
     )
     add("--report", metavar="FILE", help="write exits, phases, features and counters as JSON ('-': stdout)")
+    add(
+        "--trace",
+        metavar="FILE",
+        help="write a timeline for ui.perfetto.dev: exits, kicks, interrupts, batches, set-up (docs/trace.md)",
+    )
+    add(
+        "--trace-events",
+        metavar="N",
+        type=int,
+        default=32768,
+        help="so many of the latest a vCPU or worker, 64 bytes each (32768)",
+    )
     add("--exits", action="store_true", help="print at the end how often the guest exited, and why")
+    add(
+        "--budget",
+        metavar="B",
+        action="append",
+        help="exit with 117 if it is broken: 'user_exits<=5000', 'notify_per_kpacket<=20', 'exits[serial0]<=100' (docs/budgets.md)",
+    )
     add("--on-reboot", choices=("exit", "restart"), default="exit", help="what a guest's reboot does (exit)")
     add(
         "--name",
@@ -114,6 +133,12 @@ def run(args: argparse.Namespace) -> int:
             args.fail_on = parse_kinds(args.fail_on)
         except ValueError as e:
             raise UsageError(f"--fail-on {e}", f"use {', '.join(TROUBLES)} or all") from e
+    if not 16 <= args.trace_events <= 1 << 24:
+        raise UsageError(f"--trace-events {args.trace_events}", "use 16 to 16777216")
+    if args.budget:
+        from pyvmm.exits.budget import Budget
+
+        args.budget = [Budget(text) for text in args.budget]
     at = args.argv.index("run") + 1
     vhost = any(net.partition(",")[0] == "vhost-net" for net in args.net or ())
     status = elsewhere(args.host, args.kernel, ["run", "--host", "local", *args.argv[at:]], vhost=vhost)
@@ -140,10 +165,11 @@ def _boot(args: argparse.Namespace) -> int:
         from pyvmm.cli.judge import Extras
 
         extras = Extras(args)
-    report = None
+    report = trace = None
     vm: Machine | None = None
     try:
         report = _open_report(args.report)
+        trace = _open_report(args.trace, "--trace")
         with Machine(
             kernel,
             initrd=initrd,
@@ -156,10 +182,17 @@ def _boot(args: argparse.Namespace) -> int:
             on_reboot=args.on_reboot,
             name=args.name,
             qmp=_qmp(args),
+            trace=args.trace_events if args.trace is not None else 0,
         ) as vm:
             if extras is not None:
                 extras.attach(vm)
-            outcome = _attend(vm, args, interactive=command is None)
+            for budget in args.budget or ():
+                budget.check_names(vm)
+            try:
+                outcome = _attend(vm, args, interactive=command is None)
+            finally:
+                if trace is not None:
+                    _write_trace(vm, trace)
             verdict = _verdict(vm, outcome, args, kernel, extras)
             if report is not None:
                 _write_report(vm, report, verdict)
@@ -173,8 +206,9 @@ def _boot(args: argparse.Namespace) -> int:
             extras.broken_off(e, vm)
         raise
     finally:
-        if report is not None and report > 2:
-            os.close(report)
+        for fd in (report, trace):
+            if fd is not None and fd > 2:
+                os.close(fd)
         if extras is not None:
             extras.close()
 
@@ -236,21 +270,27 @@ def _verdict(
 ) -> dict[str, Any]:
     """The verdict, as the report has it; what is not orderly is told on stderr with what helps to find out why."""
     commanded = bool(args.guest_command)
-    if extras is None and outcome.error() is None and (outcome.status == 0 or not commanded):
-        return {"kind": "passed", "code": outcome.status or 0, "message": ""}
+    budgets = [budget.check(vm) for budget in args.budget or ()]
+    held = all(result.held for result in budgets)
+    if extras is None and held and outcome.error() is None and (outcome.status == 0 or not commanded):
+        passed = {"kind": "passed", "code": outcome.status or 0, "message": ""}
+        return passed | ({"budgets": [result.as_dict() for result in budgets]} if budgets else {})
     from pyvmm.cli.judge import judge, tell
 
     watch = extras.watch if extras is not None else None
-    verdict = judge(vm, outcome, commanded=commanded, watch=watch, symbols=args.vmlinux or kernel)
+    verdict = judge(
+        vm, outcome, commanded=commanded, watch=watch, symbols=args.vmlinux or kernel, budgets=budgets
+    )
     tell(vm, verdict, shown=not commanded or args.verbose)
     if extras is not None:
         extras.junit(verdict, vm)
         extras.lost(vm)
-    return {"kind": verdict.kind, "code": verdict.code, "message": verdict.message}
+    told: dict[str, Any] = {"kind": verdict.kind, "code": verdict.code, "message": verdict.message}
+    return told | ({"budgets": [result.as_dict() for result in budgets]} if budgets else {})
 
 
-def _open_report(path: str | None) -> int | None:
-    """Open the report's file before the guest runs: a bad path must not cost a whole run."""
+def _open_report(path: str | None, option: str = "--report") -> int | None:
+    """Open the report's or the trace's file before the guest runs: a bad path must not cost a whole run."""
     from pyvmm.errors import UsageError
 
     if path is None:
@@ -260,7 +300,22 @@ def _open_report(path: str | None) -> int | None:
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     except OSError as e:
-        raise UsageError(f"--report {path}: {e.strerror}", "name a file that can be written") from e
+        raise UsageError(f"{option} {path}: {e.strerror}", "name a file that can be written") from e
+
+
+def _write_trace(vm: Machine, fd: int) -> None:
+    """A trace that cannot be written is no reason to lose the run's verdict."""
+    from pyvmm.exits.trace import write
+
+    def put(data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+
+    try:
+        write(vm, put)
+    except OSError as e:
+        print(f"pyvmm: the trace is lost: {e.strerror}", file=sys.stderr)
 
 
 def _write_report(vm: Machine, fd: int, verdict: dict[str, Any]) -> None:
@@ -268,6 +323,10 @@ def _write_report(vm: Machine, fd: int, verdict: dict[str, Any]) -> None:
 
     text = json.dumps({**vm.report(), "verdict": verdict}, indent=2) + "\n"
     try:
-        os.write(fd, text.encode()) if fd > 2 else sys.stdout.write(text)
+        if fd <= 2:
+            sys.stdout.write(text)
+        data = memoryview(text.encode() if fd > 2 else b"")
+        while data:
+            data = data[os.write(fd, data) :]
     except OSError as e:
         print(f"pyvmm: the report is lost: {e.strerror}", file=sys.stderr)

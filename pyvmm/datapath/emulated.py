@@ -83,8 +83,11 @@ class EmulatedNet:
         self._reopener = Reopener(port, self._link_back)
         # Guards workers against being freed while their counters are read.
         self._lock = threading.Lock()
+        #: Set by the machine where it traces, before ``start``: a ``kvm.recorder.Scope``.
+        self.recorder: Any = None
         self._fields = [(n, f.type.kind) for n, f in ffi.typeof("struct pv_net_counters").fields]
         self._totals: dict[str, int] = {"link_losses": 0, "ring_faults": 0, "worker_cpu_ns": 0}
+        self._totals |= {name: 0 for name, kind in self._fields if kind != "array"}
 
     def features(self) -> int:
         """What the rings and the tap can honour."""
@@ -137,6 +140,8 @@ class EmulatedNet:
         config.indirect = bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1)
         config.event_idx = bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1)
         config.name = f"{self._port.name[:11]}-{number}".encode()[:15]
+        if self.recorder is not None:
+            config.trace = self.recorder.ring(f"worker {number}")
         why = ffi.new("struct pv_net_event *")
         worker = lib.pv_net_worker_new(config, memory.c, why)
         if not worker:

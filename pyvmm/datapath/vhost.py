@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, UsageError, VhostMissing
@@ -23,12 +24,14 @@ VHOST_NET = "/dev/vhost-net"
 class Vhost(Fd):
     """A device of vhost-net: one queue pair, ring 0 receives, ring 1 transmits. Owned by the process that opened it.
 
+    :param recorder: a ``kvm.recorder.Scope`` for every ioctl, or None.
     :ivar features: bits that the kernel offers.
     :ivar worker: thread id of the kernel's worker, None where it is hidden. :ivar worker_name: ``vhost-PID``.
     :raises VhostMissing: no such device, or forbidden.
     """
 
-    def __init__(self, path: str = VHOST_NET) -> None:
+    def __init__(self, path: str = VHOST_NET, recorder: Any = None) -> None:
+        self._recorder = recorder
         try:
             super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
         except PermissionError as e:
@@ -52,7 +55,10 @@ class Vhost(Fd):
             raise
 
     def _ioctl(self, name: str, arg: object = ffi.NULL) -> None:
+        begin = time.monotonic_ns() if self._recorder is not None else 0
         ret = lib.pv_ioctl(self.fileno(), getattr(lib, name), arg)
+        if begin:
+            self._recorder.step(name, begin, {**_fields(arg), "returns": int(ret)})
         if ret < 0:
             raise HostError(f"{name} failed: {os.strerror(-ret)}")
 
@@ -127,6 +133,27 @@ class Vhost(Fd):
 
     def _file(self, name: str, ring: int, fd: int) -> None:
         self._ioctl(name, ffi.new("struct vhost_vring_file *", {"index": ring, "fd": fd}))
+
+
+def _fields(arg: Any) -> dict[str, object]:
+    """An ioctl's argument as it is after the call, for the trace: a struct's fields, or one number."""
+    if arg == ffi.NULL:
+        return {}
+    item = ffi.typeof(arg).item
+    if item.kind != "struct":
+        return {"value": int(arg[0])}
+
+    def of(struct: Any, fields: Any) -> dict[str, object]:
+        out: dict[str, object] = {}
+        for name, field in fields:
+            value = getattr(struct, name)
+            if field.type.kind == "array":
+                out[name] = [of(e, field.type.item.fields) for e in value[0 : struct.nregions]]
+            else:
+                out[name] = int(value)
+        return out
+
+    return of(arg, item.fields)
 
 
 def _tasks() -> set[str]:

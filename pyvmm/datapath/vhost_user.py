@@ -166,7 +166,7 @@ class VhostUserNet:
     :param queues: pairs that the back-end must have. :param mtu: bytes that it must agree to, or None.
     :param mac: of the card, 6 bytes, for announcing it after a reconnect; may be set later.
     :param timeout: seconds for a whole conversation, such as a start or a stop of the rings.
-    :param wait: seconds for the first connection.
+    :param wait: seconds for the first connection. :param recorder: a ``kvm.recorder.Scope`` for every message, or None.
     :ivar problems: the last refusals and losses, in words.
     :raises VhostUserError: there is no back-end, or none that fits.
     """
@@ -183,7 +183,9 @@ class VhostUserNet:
         mac: bytes | None = None,
         timeout: float = 5.0,
         wait: float = 10.0,
+        recorder: Any = None,
     ) -> None:
+        self._recorder = recorder
         self.on_fault: FaultHandler | None = None
         self.on_link: Callable[[bool], None] | None = None
         self.path, self.queues, self.mtu, self.mac = path, queues, mtu, mac
@@ -290,6 +292,7 @@ class VhostUserNet:
     def _negotiate(self, channel: Channel) -> _Session:
         """Make a session of a connection. :raises VhostUserError: this back-end does not fit; the channel is closed."""
         s = _Session(channel)
+        channel.recorder = self._recorder
         try:
             self._begin(channel)
             s.features = self._number(s, spec.VHOST_USER_GET_FEATURES)

@@ -30,6 +30,7 @@ from pyvmm.spec.vhost_user import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import Any
 
 #: More than any message of ours has: a memory table of 64 regions.
 PAYLOAD_MAX = 4096
@@ -181,6 +182,8 @@ class Channel:
         self._sock = sock
         self._open = True
         self._stopped = False
+        #: For traces: a ``kvm.recorder.Scope`` that gets every message, or None.
+        self.recorder: Any = None
         sock.setblocking(False)
 
     def fileno(self) -> int:
@@ -217,6 +220,7 @@ class Channel:
 
         :param timeout: seconds for all of it. :raises VhostUserError: gone, or too slow.
         """
+        begin = time.monotonic_ns() if self.recorder is not None else 0
         data = struct.pack(HEADER, request, flags | VHOST_USER_VERSION, len(payload)) + payload
         control = [(*RIGHTS, array.array("i", fds).tobytes())] if fds else []
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -231,6 +235,12 @@ class Channel:
             except OSError as e:
                 raise HostError(f"cannot send on the vhost-user socket: {e.strerror}") from e
             data, control = data[sent:], []
+        if begin:
+            self._record("send", request, flags, payload, len(fds), begin)
+
+    def _record(self, way: str, request: int, flags: int, payload: bytes, fds: int, begin: int) -> None:
+        args = {"request": request, "flags": flags, "payload": payload, "descriptors": fds}
+        self.recorder.step(f"vhost-user {way}", begin, args)
 
     def _receive(self, want: int, fds: list[int], deadline: float | None) -> bytes:
         """Up to ``want`` bytes; empty at the end of the stream. Descriptors are added to ``fds``."""
@@ -284,6 +294,8 @@ class Channel:
                 payload += part
             if len(fds) != before:
                 raise ProtocolError(f"{request_name(request)} with descriptors in its payload")
+            if self.recorder is not None:
+                self._record("receive", request, flags, payload, len(fds), time.monotonic_ns())
             return Message(request, flags, payload, fds)
         except BaseException:
             close_all(fds)

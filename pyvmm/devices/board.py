@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from pyvmm._ext import lib
-from pyvmm.bus import PIO, Bus
+from pyvmm.bus import PIO, Bus, Registers
 from pyvmm.spec.platform import (
     ACPI_RESET_VALUE,
     ACPI_S5_TYPE,
@@ -34,7 +34,7 @@ class Rtc:
     def __init__(self, bus: Bus) -> None:
         self._index = 0
         self._ram = bytearray(128)
-        bus.add(PIO, PORT_RTC, 2, "rtc", self)
+        bus.add(PIO, PORT_RTC, 2, "rtc", self).names = Registers({0: "index", 1: "data"})
 
     def read(self, offset: int, size: int) -> int:
         """Port 0x70 reads as ones; 0x71 is the register selected."""
@@ -75,8 +75,10 @@ class Power:
 
     def __init__(self, bus: Bus, on_off: Callable[[], None], on_reset: Callable[[], None]) -> None:
         self._on_off, self._on_reset = on_off, on_reset
-        bus.add(PIO, PORT_ACPI_SLEEP_CONTROL, 3, "acpi-power", self)
-        bus.add(PIO, PORT_I8042, 5, "i8042", Keyboard(on_reset))
+        power = bus.add(PIO, PORT_ACPI_SLEEP_CONTROL, 3, "acpi-power", self)
+        power.names = Registers({0: "sleep control", 1: "sleep status", 2: "reset"})
+        keyboard = bus.add(PIO, PORT_I8042, 5, "i8042", Keyboard(on_reset))
+        keyboard.names = Registers({0: "data", 1: "", 4: ("status", "command")})
         bus.add(PIO, PORT_POST, 1, "post", kind=lib.PV_REGION_IGNORE)
 
     def read(self, offset: int, size: int) -> int:

@@ -12,7 +12,7 @@ import select
 import threading
 
 from pyvmm._ext import ffi, lib
-from pyvmm.bus import PIO
+from pyvmm.bus import PIO, Registers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -164,6 +164,23 @@ class Stream:
         lib.pv_pipe_free(pipe)
 
 
+#: PC16550D data sheet, table II.
+UART_REGISTERS = Registers(
+    {
+        0: ("RBR", "THR"),
+        1: "IER",
+        2: ("IIR", "FCR"),
+        3: "LCR",
+        4: "MCR",
+        5: "LSR",
+        6: "MSR",
+        7: "SCR",
+        lib.PV_REG_DLAB: "DLL",
+        lib.PV_REG_DLAB + 1: "DLM",
+    }
+)
+
+
 class Console(Stream):
     """A serial console: a stream from the guest and a keyboard to it."""
 
@@ -176,7 +193,8 @@ class Console(Stream):
 
     def plug(self, bus: Bus, port: int, name: str) -> None:
         """Put the UART's eight registers at ``port``."""
-        bus.add(PIO, port, 8, name, kind=lib.PV_REGION_SERIAL, opaque=self.serial)
+        region = bus.add(PIO, port, 8, name, kind=lib.PV_REGION_SERIAL, opaque=self.serial)
+        region.names = UART_REGISTERS
 
     def feed(self, data: bytes) -> int:
         """Type as much of ``data`` at the guest as its receive queue takes now; returns how many bytes."""

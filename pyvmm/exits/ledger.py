@@ -1,48 +1,70 @@
-"""The exit ledger of a machine: every return of KVM_RUN by reason, place and device."""
+"""The exit ledger of a machine: every return of KVM_RUN by reason, place, device and register."""
 
 from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from pyvmm.bus import Bus
-    from pyvmm.kvm.vcpu import ExitRecord, Vcpu
+    from pyvmm.kvm.vcpu import ExitRecord, Snapshot, Vcpu
 
 
 class Line:
     """One cause of exits, summed over the vCPUs.
 
     :ivar device: bus name of who answered; empty for nobody or no access.
+    :ivar register: which of its registers; empty where it has no names. :ivar name: both, ``net0 queue 1 notify``.
+    :ivar role: ``notify`` for the kick of a queue of packets, ``control`` for another queue's, else empty.
     :ivar time: ns in the VMM. :ivar units: single accesses (string instructions have several an exit).
     """
 
-    __slots__ = ("addr", "count", "device", "reason", "size", "time", "units", "write")
+    __slots__ = (
+        "addr",
+        "count",
+        "device",
+        "name",
+        "reason",
+        "register",
+        "role",
+        "size",
+        "time",
+        "units",
+        "write",
+    )
 
-    def __init__(self, record: ExitRecord, device: str) -> None:
+    def __init__(self, record: ExitRecord, bus: Bus) -> None:
         self.reason, self.addr, self.size, self.write = record.reason, record.addr, record.size, record.write
-        self.device = device
+        self.device, self.register, self.name = bus.describe(record.region, record.reg, record.write)
+        self.role = bus.role(record.region, record.reg)
         self.count = self.time = self.units = 0
 
     @property
+    def is_access(self) -> bool:
+        """Whether it is an access to a port or to memory."""
+        return self.reason in ("io", "mmio")
+
+    @property
     def what(self) -> str:
-        """The cause in words: ``pio write 0x3f8 serial0``."""
-        if self.reason not in ("io", "mmio"):
+        """The cause in words: ``pio write 0x3f8/1 serial0 THR``."""
+        if not self.is_access:
             return self.reason if not self.addr else f"{self.reason} {self.addr}"
         space = "pio" if self.reason == "io" else "mmio"
         way = "write" if self.write else "read"
-        return f"{space} {way} {self.addr:#x}/{self.size} {self.device or 'nobody'}"
+        return f"{space} {way} {self.addr:#x}/{self.size} {self.name or 'nobody'}"
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
         d: dict[str, object] = {"reason": self.reason, "count": self.count, "time_ns": self.time}
-        if self.reason in ("io", "mmio"):
+        if self.is_access:
             d |= {
                 "direction": "write" if self.write else "read",
                 "address": self.addr,
                 "size": self.size,
                 "units": self.units,
                 "device": self.device or None,
+                "register": self.register or None,
+                "name": self.name or None,
             }
         elif self.addr:
             d["detail"] = self.addr
@@ -50,24 +72,38 @@ class Line:
 
 
 class Ledger:
-    """A snapshot. ``total`` counts the returns of KVM_RUN, and the lines' counts add up to it."""
+    """The exits up to a moment, or between two. ``total`` counts the returns of KVM_RUN, and the lines' counts add up to it."""
 
     def __init__(self, vcpus: Iterable[Vcpu], bus: Bus) -> None:
-        self.total = 0
+        vcpus = list(vcpus)
+        self.total = sum(vcpu.runs for vcpu in vcpus)
+        self._fill([vcpu.snapshot() for vcpu in vcpus], [], bus)
+
+    @classmethod
+    def between(cls, before: Sequence[Snapshot], after: Sequence[Snapshot], bus: Bus) -> Ledger:
+        """What came after ``before`` (nothing: since the start) up to ``after``; one snapshot a vCPU each."""
+        ledger = cls.__new__(cls)
+        ledger._fill(after, before, bus)
+        ledger.total = sum(line.count for line in ledger.lines)
+        return ledger
+
+    def _fill(self, plus: Sequence[Snapshot], minus: Sequence[Snapshot], bus: Bus) -> None:
         lines: dict[tuple[object, ...], Line] = {}
-        for vcpu in vcpus:
-            self.total += vcpu.runs
-            for r in vcpu.ledger():
-                device = bus.name(r.region)
-                key = (r.reason, r.addr, r.size, r.write, device)
-                line = lines.get(key)
-                if line is None:
-                    line = lines[key] = Line(r, device)
-                line.count += r.count
-                line.time += r.time
-                line.units += r.units
+        for sign, snapshots in ((1, plus), (-1, minus)):
+            for snapshot in snapshots:
+                for r in snapshot.records():
+                    key = (r.reason, r.addr, r.size, r.write, r.region, r.reg)
+                    line = lines.get(key)
+                    if line is None:
+                        line = lines[key] = Line(r, bus)
+                    line.count += sign * r.count
+                    line.time += sign * r.time
+                    line.units += sign * r.units
         #: most frequent first
-        self.lines = sorted(lines.values(), key=lambda line: -line.count)
+        self.lines = sorted(
+            (line for line in lines.values() if line.count or line.time),
+            key=lambda line: (-line.count, line.what),
+        )
 
     def by_reason(self) -> dict[str, int]:
         """Exits a reason, most frequent first."""
@@ -75,13 +111,17 @@ class Ledger:
 
     def by_device(self) -> dict[str, int]:
         """Port and memory exits a device, most frequent first."""
-        return self._sum(
-            lambda line: (line.device or "nobody") if line.reason in ("io", "mmio") else line.reason
-        )
+        return self._sum(lambda line: (line.device or "nobody") if line.is_access else line.reason)
+
+    def by_name(self) -> dict[str, int]:
+        """The same a register, by full name: ``serial0 LSR``."""
+        return self._sum(lambda line: (line.name or "nobody") if line.is_access else line.reason)
 
     def _sum(self, key: Callable[[Line], str]) -> dict[str, int]:
         out: dict[str, int] = {}
         for line in self.lines:
+            if not line.count:
+                continue  # the time of an exit that was counted in the phase before
             name = key(line)
             out[name] = out.get(name, 0) + line.count
         return dict(sorted(out.items(), key=lambda item: -item[1]))
@@ -92,5 +132,6 @@ class Ledger:
             "kvm_run_returns": self.total,
             "by_reason": self.by_reason(),
             "by_device": self.by_device(),
+            "by_name": self.by_name(),
             "lines": [line.as_dict() for line in self.lines],
         }

@@ -35,6 +35,7 @@ def build(machine: Machine) -> dict[str, object]:
             name: round((t - start) / 1e9, 6) for name, t in sorted(phases.items(), key=lambda p: p[1])
         },
         "exits": machine.ledger().as_dict(),
+        "phases": [phase.as_dict(machine) for phase in machine.phase_exits()],
         "kvm": machine.kvm_stats(),
         "kvm_before_reboots": machine.old_stats,
         "nets": [nic.report() for nic in machine.nets],

@@ -83,11 +83,24 @@ class Stats(Fd):
             self._schema.append(row)
         self._data_size = max((o + 8 * n for _, o, n in self._rows), default=0)
 
-    def read(self) -> dict[str, Value]:
-        """The present values by KVM's names; histograms are lists."""
+    def raw(self) -> bytes:
+        """The present values, for ``decode``: all that has to be quick."""
         if not self._rows:
             self._read_table()
-        data = os.pread(self.fileno(), self._data_size, self._data_offset)
+        return os.pread(self.fileno(), self._data_size, self._data_offset)
+
+    def growing(self, data: bytes) -> dict[str, int]:
+        """Of ``raw``, the numbers that only grow: differences of the others mean nothing."""
+        names = {row["name"] for row in self.schema if row["type"] == "cumulative"}
+        values = self.decode(data)
+        return {name: n for name, n in values.items() if name in names and isinstance(n, int)}
+
+    def read(self) -> dict[str, Value]:
+        """The present values by KVM's names; histograms are lists."""
+        return self.decode(self.raw())
+
+    def decode(self, data: bytes) -> dict[str, Value]:
+        """``raw`` by KVM's names. Also once closed."""
         out: dict[str, Value] = {}
         for name, offset, count in self._rows:
             values = [int.from_bytes(data[i : i + 8], "little") for i in range(offset, offset + 8 * count, 8)]

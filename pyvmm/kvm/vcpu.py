@@ -14,6 +14,8 @@ from pyvmm.kvm.stats import Stats
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyvmm.boot import BootState
     from pyvmm.bus import Bus
     from pyvmm.kvm.vm import Vm
@@ -44,17 +46,52 @@ class ExitRecord:
 
     :ivar reason: KVM_EXIT_* in lower case without its prefix; ``intr`` covers EINTR, ``error`` any other errno.
     :ivar addr: port or guest-physical address; suberror or errno for other reasons.
+    :ivar reg: which register of the region (pv_bus_register, cext/bus.h).
     :ivar count: returns of KVM_RUN. :ivar time: ns spent outside the guest.
     :ivar units: accesses, more than ``count`` for string instructions.
     """
 
-    __slots__ = ("addr", "count", "reason", "region", "size", "time", "units", "write")
+    __slots__ = ("addr", "count", "reason", "reg", "region", "size", "time", "units", "write")
 
     def __init__(
-        self, reason: str, addr: int, size: int, write: bool, region: int, count: int, time: int, units: int
+        self,
+        reason: str,
+        addr: int,
+        size: int,
+        write: bool,
+        region: int,
+        reg: int,
+        count: int,
+        time: int,
+        units: int,
     ) -> None:
         self.reason, self.addr, self.size, self.write = reason, addr, size, write
-        self.region, self.count, self.time, self.units = region, count, time, units
+        self.region, self.reg, self.count, self.time, self.units = region, reg, count, time, units
+
+
+class Snapshot:
+    """The ledger of one vCPU at a moment, not yet looked at: copying it is all that has to be quick."""
+
+    __slots__ = ("_count", "_lines", "_overflow")
+
+    def __init__(self, c: Any) -> None:
+        size = c.used + 16  # room for what comes up meanwhile
+        self._lines = ffi.new("struct pv_exit_slot[]", size)
+        self._count = lib.pv_vcpu_ledger(c, self._lines, size)
+        self._overflow = c.overflow, c.overflow_time
+
+    def records(self) -> list[ExitRecord]:
+        """The lines. What found no free one is in one record with reason ``overflow``."""
+        out = []
+        for s in self._lines[0 : self._count]:
+            reason = REASONS.get(s.reason, f"reason-{s.reason}")
+            out.append(
+                ExitRecord(reason, s.addr, s.size, bool(s.write), s.region, s.reg, s.count, s.time, s.units)
+            )
+        n, time = self._overflow
+        if n:
+            out.append(ExitRecord("overflow", 0, 0, False, 0, 0, n, time, n))
+        return out
 
 
 class Vcpu:
@@ -226,22 +263,20 @@ class Vcpu:
         return n
 
     def ledger(self) -> list[ExitRecord]:
-        """A snapshot of the exit ledger; exact once ``run`` has returned, else each line within one exit.
+        """The exit ledger now; exact once ``run`` has returned, else each line within one exit."""
+        return self.snapshot().records()
 
-        What found no free line is in one record with reason ``overflow``.
-        """
-        out = []
-        for i in range(lib.PV_LEDGER_SLOTS):
-            s = self.c.slot[i]
-            if s.count:
-                reason = REASONS.get(s.reason, f"reason-{s.reason}")
-                out.append(
-                    ExitRecord(reason, s.addr, s.size, bool(s.write), s.region, s.count, s.time, s.units)
-                )
-        if self.c.overflow:
-            n = self.c.overflow
-            out.append(ExitRecord("overflow", 0, 0, False, 0, n, self.c.overflow_time, n))
-        return out
+    def snapshot(self) -> Snapshot:
+        """The same, to be read later. Any thread."""
+        return Snapshot(self.c)
+
+    def settle(self) -> None:
+        """``run`` will not be called again before long: the time of the latest exit ends here. By its thread."""
+        lib.pv_vcpu_settle(self.c)
+
+    def trace(self, ring: Any) -> None:
+        """Have every exit written to ``ring`` (``struct pv_trace *``, lent); before the first ``run``."""
+        self.c.trace = ring
 
 
 _cpuid_cache: list[list[int]] | None = None

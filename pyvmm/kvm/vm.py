@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd, Fd
@@ -10,6 +12,8 @@ from pyvmm.spec.platform import GSI_MSI_BASE, KVM_IDENTITY_MAP, KVM_TSS_BASE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyvmm.memory import GuestMemory
 
 IOAPIC_PINS = 24
@@ -32,6 +36,8 @@ class Vm:
         self._free_gsis: list[int] = []
         self._next_gsi = GSI_MSI_BASE
         self._msi: dict[int, tuple[int, int]] = {}
+        #: For traces: a ``kvm.recorder.Scope`` that gets ioeventfds, irqfds and routes, or None.
+        self.recorder: Any = None
         self._create()
 
     def _create(self) -> None:
@@ -98,6 +104,10 @@ class Vm:
                 entry.u.irqchip.irqchip, entry.u.irqchip.pin = a, b
         ioctl(self.fileno(), "KVM_SET_GSI_ROUTING", table)
 
+    def _record(self, name: str, begin: int, args: dict[str, object]) -> None:
+        if self.recorder is not None:
+            self.recorder.step(name, begin, args)
+
     def alloc_gsi(self) -> int:
         """A GSI for an MSI route; give it back by ``free_gsi``."""
         if self._free_gsis:
@@ -121,7 +131,9 @@ class Vm:
             return
         self._msi[gsi] = (address, data)
         try:
+            begin = time.monotonic_ns()
             self._commit_routes()
+            self._record("KVM_SET_GSI_ROUTING", begin, {"gsi": gsi, "address": address, "data": data})
         except HostError:
             # Or every later change would fail for it, other devices' too.
             if old is None:
@@ -135,7 +147,9 @@ class Vm:
         arg = ffi.new("struct kvm_irqfd *")
         arg.fd, arg.gsi = event.fileno(), gsi
         arg.flags = 0 if assign else lib.KVM_IRQFD_FLAG_DEASSIGN
+        begin = time.monotonic_ns()
         ioctl(self.fileno(), "KVM_IRQFD", arg)
+        self._record("KVM_IRQFD", begin, {"eventfd": event.fileno(), "gsi": gsi, "assign": assign})
 
     def irq_line(self, gsi: int, level: int) -> None:
         """Set interrupt line ``gsi`` to 0 or 1."""
@@ -158,8 +172,12 @@ class Vm:
         arg.flags = (lib.KVM_IOEVENTFD_FLAG_PIO if pio else 0) | (
             0 if assign else lib.KVM_IOEVENTFD_FLAG_DEASSIGN
         )
+        begin = time.monotonic_ns()
         try:
             ioctl(self.fileno(), "KVM_IOEVENTFD", arg)
+            self._record(
+                "KVM_IOEVENTFD", begin, {"eventfd": event.fileno(), "address": addr, "assign": assign}
+            )
         except HostError:
             if assign:
                 raise

@@ -6,9 +6,10 @@ PCI Local Bus specification 3.0, chapter 6. One bus (0), functions 0 only.
 from __future__ import annotations
 
 from pyvmm._ext import ffi, lib
-from pyvmm.bus import MMIO, PIO, Bus, Region
+from pyvmm.bus import MMIO, PIO, Bus, Region, Registers
 from pyvmm.errors import UsageError
 from pyvmm.spec.pci import (
+    HEADER_NAMES,
     PCI_BASE_ADDRESS_0,
     PCI_BASE_ADDRESS_SPACE_IO,
     PCI_CAPABILITY_LIST,
@@ -99,6 +100,7 @@ class PciFunction:
         self.slot = -1
         self.live: set[int] = set()
         self._cap_end = 0x40
+        self._names: dict[int, str | tuple[str, str]] = {**HEADER_NAMES, 0x40: ""}
         self._cap_link = PCI_CAPABILITY_LIST
         self.put(0, vendor | device << 16, 4)
         self.put(PCI_CLASS_PROG - 1, class_code << 8 | 1, 4)  # revision 1
@@ -127,15 +129,28 @@ class PciFunction:
         self.put(at, PCI_BASE_ADDRESS_SPACE_IO if bar.io else 0, 4)
         self.allow(at, (0xFFFF if bar.io else 0xFFFFFFFF) & ~(bar.size - 1), 4)
 
-    def add_capability(self, cap_id: int, body: bytes) -> int:
-        """Append a capability (``body`` without id and next pointer); returns its offset."""
+    def add_capability(
+        self, cap_id: int, body: bytes, name: str = "", fields: dict[int, str] | None = None
+    ) -> int:
+        """Append a capability (``body`` without id and next pointer); returns its offset.
+
+        :param name, fields: what the ledger calls it and, by offset, its registers.
+        """
         at = self._cap_end
+        name = name or f"capability {cap_id:#x}"
+        for offset, field in {0: "id", 1: "next", **(fields or {})}.items():
+            self._names[at + offset] = f"{name} {field}"
+        self._names[at + 2 + len(body)] = ""
         self.config[at : at + 2 + len(body)] = bytes((cap_id, 0)) + body
         self.config[self._cap_link] = at
         self._cap_link = at + 1
         self._cap_end = (at + 2 + len(body) + 3) & ~3
         self.put(PCI_STATUS, PCI_STATUS_CAP_LIST, 2)
         return at
+
+    def register_name(self, at: int, write: bool) -> str:
+        """What the ledger calls the register at ``at``."""
+        return Registers(self._names)(at, write) or f"register {at:#x}"
 
     def config_read(self, at: int, size: int) -> int:
         """A configuration read of 1 to 4 bytes that lie in one aligned doubleword."""
@@ -206,8 +221,11 @@ class PciBus:
         self._next = {True: PCI_IO_BASE, False: PCI_MMIO_BASE}
         self._latch = ffi.new("struct pv_pci_latch *")
         self._shadows: list[Any] = []  # keep what C reads
-        bus.add(PIO, PORT_PCI_ADDRESS, 8, "pci-config", self, kind=lib.PV_REGION_PCI, opaque=self._latch)
-        bus.add(MMIO, PCI_ECAM_BASE, PCI_ECAM_SIZE, "pci-ecam", Ecam(self))
+        ports = bus.add(
+            PIO, PORT_PCI_ADDRESS, 8, "pci-config", self, kind=lib.PV_REGION_PCI, opaque=self._latch
+        )
+        ports.names = self._port_name
+        bus.add(MMIO, PCI_ECAM_BASE, PCI_ECAM_SIZE, "pci-ecam", Ecam(self)).names = self._ecam_name
         self.add(PciFunction("host-bridge", 0x1B36, 0x0008, 0x060000))
 
     def add(self, function: PciFunction) -> int:
@@ -260,6 +278,23 @@ class PciBus:
                 # What one BAR left may be what another was refused.
                 for other in self._functions.values():
                     other.decode()
+
+    def _register_name(self, device: int, function: int, at: int, write: bool) -> str:
+        known = self._functions.get(device) if not function else None
+        if known is None:
+            return "no function"
+        return f"{known.name} {known.register_name(at, write)}"
+
+    def _port_name(self, reg: int, write: bool) -> str:
+        """``reg`` as cext/bus.h has it: PV_REG_PCI."""
+        if reg & lib.PV_REG_PCI:
+            return self._register_name(reg >> 11 & 31, reg >> 8 & 7, reg & 0xFF, write)
+        if reg & lib.PV_REG_PCI_NOBODY:
+            return "no function"
+        return {0: "address", 1: "reset control"}.get(reg, f"address+{reg}")
+
+    def _ecam_name(self, reg: int, write: bool) -> str:
+        return self._register_name(reg >> 15 & 31, reg >> 12 & 7, reg & 0xFFF, write)
 
     # Ports 0xCF8..0xCFF as far as C leaves them to us: the data window of a function that is there, and 0xCF9.
     def read(self, offset: int, size: int) -> int:

@@ -12,6 +12,7 @@ import select
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
 from pyvmm.spec.pci import (
+    MSIX_ENTRY_NAMES,
     PCI_CAP_MSIX_SIZEOF,
     PCI_MSIX_ENTRY_CTRL_MASKBIT,
     PCI_MSIX_ENTRY_SIZE,
@@ -137,6 +138,12 @@ class Msix:
             if v.gsi >= 0:
                 self._vm.free_gsi(v.gsi)
                 v.gsi = -1
+
+
+def entry_name(offset: int, write: bool) -> str:
+    """What the ledger calls a register of the table."""
+    entry, at = divmod(offset, PCI_MSIX_ENTRY_SIZE)
+    return f"entry {entry} {MSIX_ENTRY_NAMES[at // 4]}" + (f"+{at % 4}" if at % 4 else "")
 
 
 class Table:

@@ -33,5 +33,37 @@ PCI_MSIX_FLAGS_ENABLE = 0x8000
 PCI_MSIX_TABLE = 4
 PCI_MSIX_PBA = 8
 PCI_CAP_MSIX_SIZEOF = 12
+MSIX_NAMES = {2: "message control", 4: "table offset", 8: "PBA offset"}
+MSIX_ENTRY_NAMES = ("address", "upper address", "data", "vector control")
 PCI_MSIX_ENTRY_SIZE = 16
 PCI_MSIX_ENTRY_CTRL_MASKBIT = 0x1
+
+# 6.1, type 00h header: what its registers are called
+HEADER_NAMES = {
+    0x00: "vendor id",
+    0x02: "device id",
+    0x04: "command",
+    0x06: "status",
+    0x08: "revision id",
+    0x09: "class code",
+    0x0C: "cache line size",
+    0x0D: "latency timer",
+    0x0E: "header type",
+    0x0F: "BIST",
+    0x10: "BAR 0",
+    0x14: "BAR 1",
+    0x18: "BAR 2",
+    0x1C: "BAR 3",
+    0x20: "BAR 4",
+    0x24: "BAR 5",
+    0x28: "CardBus CIS",
+    0x2C: "subsystem vendor id",
+    0x2E: "subsystem id",
+    0x30: "expansion ROM",
+    0x34: "capabilities pointer",
+    0x35: "reserved",
+    0x3C: "interrupt line",
+    0x3D: "interrupt pin",
+    0x3E: "min grant",
+    0x3F: "max latency",
+}

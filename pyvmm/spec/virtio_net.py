@@ -34,7 +34,9 @@ VIRTIO_NET_F_RSC_EXT = 61
 VIRTIO_NET_F_STANDBY = 62
 VIRTIO_NET_F_SPEED_DUPLEX = 63
 
-# 5.1.4: device configuration, status
+# 5.1.4: struct virtio_net_config, names by offset
+CONFIG_NAMES: dict[int, str | tuple[str, str]] = {0: "mac", 6: "status", 8: "max_virtqueue_pairs", 10: "mtu"}
+# and its status
 VIRTIO_NET_S_LINK_UP = 1
 VIRTIO_NET_S_ANNOUNCE = 2
 

@@ -32,8 +32,34 @@ VIRTIO_PCI_COMMON_Q_AVAILHI = 44
 VIRTIO_PCI_COMMON_Q_USEDLO = 48
 VIRTIO_PCI_COMMON_Q_USEDHI = 52
 
+# The same by the specification's names.
+COMMON_NAMES = {
+    VIRTIO_PCI_COMMON_DFSELECT: "device_feature_select",
+    VIRTIO_PCI_COMMON_DF: "device_feature",
+    VIRTIO_PCI_COMMON_GFSELECT: "driver_feature_select",
+    VIRTIO_PCI_COMMON_GF: "driver_feature",
+    VIRTIO_PCI_COMMON_MSIX: "config_msix_vector",
+    VIRTIO_PCI_COMMON_NUMQ: "num_queues",
+    VIRTIO_PCI_COMMON_STATUS: "device_status",
+    VIRTIO_PCI_COMMON_CFGGENERATION: "config_generation",
+    VIRTIO_PCI_COMMON_Q_SELECT: "queue_select",
+    VIRTIO_PCI_COMMON_Q_SIZE: "queue_size",
+    VIRTIO_PCI_COMMON_Q_MSIX: "queue_msix_vector",
+    VIRTIO_PCI_COMMON_Q_ENABLE: "queue_enable",
+    VIRTIO_PCI_COMMON_Q_NOFF: "queue_notify_off",
+    VIRTIO_PCI_COMMON_Q_DESCLO: "queue_desc low",
+    VIRTIO_PCI_COMMON_Q_DESCHI: "queue_desc high",
+    VIRTIO_PCI_COMMON_Q_AVAILLO: "queue_driver low",
+    VIRTIO_PCI_COMMON_Q_AVAILHI: "queue_driver high",
+    VIRTIO_PCI_COMMON_Q_USEDLO: "queue_device low",
+    VIRTIO_PCI_COMMON_Q_USEDHI: "queue_device high",
+}
+
 VIRTIO_MSI_NO_VECTOR = 0xFFFF
 
 # 4.1.4.5
 VIRTIO_PCI_ISR_QUEUE = 0x1
 VIRTIO_PCI_ISR_CONFIG = 0x2
+
+# struct virtio_pci_cap and what follows it: names by offset
+CAP_NAMES = {2: "cap_len", 3: "cfg_type", 4: "bar", 5: "id", 8: "offset", 12: "length"}

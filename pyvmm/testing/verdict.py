@@ -15,6 +15,7 @@ CODES: dict[str, int | None] = {
     "skipped": 77,
     "failed": None,
     "error": 105,
+    "budget": 117,
     "trouble": 118,
     "ended": 119,
     "panic": 120,

@@ -6,6 +6,7 @@ Served in the vCPU thread that kicks it, under the machine's I/O lock: the drive
 from __future__ import annotations
 
 import struct
+import time
 
 from pyvmm.datapath.base import RxFilter
 from pyvmm.errors import PyvmmError, RingFault
@@ -76,7 +77,11 @@ class Control:
                 break
             if not chain.room:
                 raise RingFault("a control command without room for the answer")
+            begin = time.monotonic_ns()
             good = self._execute(chain.request)
+            if self._device.recorder is not None:
+                args: dict[str, object] = {"request": chain.request, "good": good}
+                self._device.recorder.step("control command", begin, args)
             queue.push(chain, chain.reply(bytes([VIRTIO_NET_OK if good else VIRTIO_NET_ERR])))
         if queue.flush():
             self._call.signal()

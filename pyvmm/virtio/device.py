@@ -27,6 +27,7 @@ from pyvmm.spec.virtio import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from pyvmm.memory import GuestMemory
 
@@ -94,6 +95,8 @@ class VirtioDevice:
     """
 
     device_id = 0
+    #: For the ledger: offset in the device-specific configuration -> field.
+    config_names: dict[int, str | tuple[str, str]] = {}
     no_vector = 0xFFFF
 
     def __init__(self, name: str, memory: GuestMemory, queue_sizes: list[int]) -> None:
@@ -108,6 +111,8 @@ class VirtioDevice:
             Queue(i, size, self.no_vector, events[2 * i], events[2 * i + 1])
             for i, size in enumerate(queue_sizes)
         ]
+        #: For traces: a ``kvm.recorder.Scope``, or None.
+        self.recorder: Any = None
         self.refused = 0
         self.resets = 0
         self.faults: list[str] = []
@@ -135,6 +140,14 @@ class VirtioDevice:
     def own_queues(self) -> frozenset[int]:
         """Queues that the device serves itself, by ``notified``; asked at DRIVER_OK."""
         return frozenset()
+
+    def kick_role(self, index: int) -> str:
+        """``notify`` for a queue that a data path serves, ``control`` for one that the device serves itself; for the ledger."""
+        return "notify"
+
+    def queue_name(self, index: int) -> str:
+        """What the ledger calls a kick of queue ``index``."""
+        return f"queue {index} notify{' (control)' if self.kick_role(index) == 'control' else ''}"
 
     def notified(self, index: int) -> None:
         """One of ``own_queues`` has been kicked."""

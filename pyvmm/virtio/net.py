@@ -5,10 +5,13 @@ It does not know which data path moves its packets.
 
 from __future__ import annotations
 
+import time
+
 from pyvmm.datapath.base import RxFilter
 from pyvmm.errors import PyvmmError, RingFault
 from pyvmm.spec.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_NET
 from pyvmm.spec.virtio_net import (
+    CONFIG_NAMES,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MIN,
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
     VIRTIO_NET_F_CTRL_MAC_ADDR,
@@ -80,6 +83,7 @@ class NetDevice(VirtioDevice):
     """
 
     device_id = VIRTIO_ID_NET
+    config_names = CONFIG_NAMES
 
     def __init__(
         self,
@@ -222,6 +226,12 @@ class NetDevice(VirtioDevice):
             return "control"
         return "transmit" if index & 1 else "receive"
 
+    def kick_role(self, index: int) -> str:
+        """By what was negotiated last. Kicks of the control queue are told apart: they are exits in every mode."""
+        control = 2 * self.max_pairs if self.negotiated >> VIRTIO_NET_F_MQ & 1 else 2
+        has = self.negotiated >> VIRTIO_NET_F_CTRL_VQ & 1
+        return "control" if has and index == control else "notify"
+
     def own_queues(self) -> frozenset[int]:
         """The control queue."""
         has = self.driver_features >> VIRTIO_NET_F_CTRL_VQ & 1
@@ -267,13 +277,20 @@ class NetDevice(VirtioDevice):
         if not self._plugged or self._held:
             return
         rings = [ring for index, ring in sorted(self._rings.items()) if index < 2 * self.pairs]
+        begin = time.monotonic_ns()
         self.datapath.start(self.driver_features & ~GUEST_OFFLOADS | self._offloads, self.memory, rings)
         self._started = [ring.index for ring in rings]
+        if self.recorder is not None:
+            self.recorder.step("start", begin, {"rings": rings})
 
     def _park(self) -> None:
         """Stop the data path; the rings remember their positions."""
         started, self._started = self._started, []
-        for index, base in zip(started, self.datapath.stop(), strict=False):
+        begin = time.monotonic_ns()
+        bases = self.datapath.stop()
+        if self.recorder is not None and started:
+            self.recorder.step("stop", begin, {"bases": bases})
+        for index, base in zip(started, bases, strict=False):
             self._rings[index] = self._rings[index].at(base)
 
     # --- what the driver commands -------------------------------------------------------------------

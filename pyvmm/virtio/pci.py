@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 
 from pyvmm._ext import ffi, lib
-from pyvmm.bus import MMIO, Bus
+from pyvmm.bus import MMIO, Bus, Registers
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd, eventfds
 from pyvmm.pci import Bar, PciFunction, gsi_of
-from pyvmm.pci.msix import Msix
+from pyvmm.pci.msix import Msix, entry_name
 from pyvmm.spec.pci import (
+    MSIX_NAMES,
     PCI_CAP_ID_MSIX,
     PCI_CAP_ID_VNDR,
     PCI_COMMAND,
@@ -26,6 +27,8 @@ from pyvmm.spec.pci import (
     PCI_STATUS_INTERRUPT,
 )
 from pyvmm.spec.virtio_pci import (
+    CAP_NAMES,
+    COMMON_NAMES,
     PCI_VENDOR_ID_REDHAT_QUMRANET,
     VIRTIO_MSI_NO_VECTOR,
     VIRTIO_PCI_CAP_COMMON_CFG,
@@ -277,36 +280,52 @@ class VirtioPci(PciFunction):
             kind=lib.PV_REGION_NOTIFY,
             opaque=self._notify,
         )
+        common = bus.region(MMIO, COMMON_SIZE, f"{name} common", self.common)
+        common.names = Registers(COMMON_NAMES)
+        config = bus.region(MMIO, 0x1000, f"{name} config", self._device_config)
+        config.names = Registers(device.config_names)
+        table = bus.region(MMIO, 16 * vectors, f"{name} msix-table", self.msix.table)
+        table.names = entry_name
+        self._notify_region.names = self._kick_name
+        self._notify_region.prefix = name
+        self._notify_region.role = lambda offset: device.kick_role(offset // NOTIFY_STRIDE)
         bar.parts = [
-            (COMMON, bus.region(MMIO, COMMON_SIZE, f"{name} common", self.common)),
+            (COMMON, common),
             (ISR, self._isr_region),
-            (DEVICE, bus.region(MMIO, 0x1000, f"{name} config", self._device_config)),
+            (DEVICE, config),
             (NOTIFY, self._notify_region),
-            (TABLE, bus.region(MMIO, 16 * vectors, f"{name} msix-table", self.msix.table)),
+            (TABLE, table),
             (PBA, bus.region(MMIO, (vectors + 63) // 64 * 8, f"{name} msix-pba", self.msix.pba)),
         ]
         bar.on_move = self._bar_moved
         self.add_bar(0, bar)
-        for kind, at, length, extra in (
-            (VIRTIO_PCI_CAP_COMMON_CFG, COMMON, COMMON_SIZE, b""),
-            (VIRTIO_PCI_CAP_ISR_CFG, ISR, 1, b""),
-            (VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE, len(device.config_space()), b""),
+        for text, kind, at, length, extra in (
+            ("common-cfg", VIRTIO_PCI_CAP_COMMON_CFG, COMMON, COMMON_SIZE, b""),
+            ("isr-cfg", VIRTIO_PCI_CAP_ISR_CFG, ISR, 1, b""),
+            ("device-cfg", VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE, len(device.config_space()), b""),
             (
+                "notify-cfg",
                 VIRTIO_PCI_CAP_NOTIFY_CFG,
                 NOTIFY,
                 NOTIFY_STRIDE * len(device.queues),
                 NOTIFY_STRIDE.to_bytes(4, "little"),
             ),
         ):
-            self.add_capability(PCI_CAP_ID_VNDR, virtio_cap(kind, 0, at, length, extra))
+            fields = {**CAP_NAMES, **({16: "notify_off_multiplier"} if extra else {})}
+            self.add_capability(PCI_CAP_ID_VNDR, virtio_cap(kind, 0, at, length, extra), text, fields)
         # 4.1.4.9: a window on the BAR through configuration space; bar, offset, length and data are the driver's.
         self._window = self.add_capability(
-            PCI_CAP_ID_VNDR, virtio_cap(VIRTIO_PCI_CAP_PCI_CFG, 0, 0, 0, bytes(4))
+            PCI_CAP_ID_VNDR,
+            virtio_cap(VIRTIO_PCI_CAP_PCI_CFG, 0, 0, 0, bytes(4)),
+            "pci-cfg",
+            {**CAP_NAMES, 16: "pci_cfg_data"},
         )
         self.live = {PCI_COMMAND, self._window + 16}
         self.allow(self._window + 4, 0xFF, 1)
         self.allow(self._window + 8, (1 << 96) - 1, 12)
-        self._msix_cap = self.add_capability(PCI_CAP_ID_MSIX, Msix.capability(vectors, 0, TABLE, PBA))
+        self._msix_cap = self.add_capability(
+            PCI_CAP_ID_MSIX, Msix.capability(vectors, 0, TABLE, PBA), "MSI-X", MSIX_NAMES
+        )
         self.allow(self._msix_cap + PCI_MSIX_FLAGS, PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL, 2)
 
     def plugged(self) -> None:
@@ -314,6 +333,11 @@ class VirtioPci(PciFunction):
         lib.pv_intx_wire(self._intx, gsi_of(self.slot))
 
     # --- kicks --------------------------------------------------------------------------------------
+
+    def _kick_name(self, offset: int, write: bool) -> str:
+        """``queue 1 notify``, for the ledger."""
+        index, rest = divmod(offset, NOTIFY_STRIDE)
+        return self.device.queue_name(index) + (f"+{rest}" if rest else "")
 
     def _bar_moved(self, base: int | None) -> None:
         self._set_kicks(base if self._running else None)
@@ -338,6 +362,14 @@ class VirtioPci(PciFunction):
         for q in self._kicked:
             at = base + NOTIFY + NOTIFY_STRIDE * q.index
             self._vm.ioeventfd(q.kick, at, pio=False, assign=assign)
+
+    def eventfds(self) -> dict[int, str]:
+        """What the function's eventfds are for, by descriptor: ``net0 queue 1 kick``."""
+        names = {self._config_event.fileno(): f"{self.name} configuration change"}
+        for q in self.device.queues:
+            names[q.kick.fileno()] = f"{self.name} queue {q.index} kick"
+            names[q.call.fileno()] = f"{self.name} queue {q.index} call"
+        return names
 
     @property
     def errors(self) -> int:

@@ -296,6 +296,7 @@ def check_report(report: dict[str, Any]) -> None:
     assert sum(exits["by_reason"].values()) == total
     assert sum(exits["by_device"].values()) == total
     assert "overflow" not in exits["by_reason"]
+    assert sum(phase["exits"]["kvm_run_returns"] for phase in report["phases"]) == total
     phases = report["phases_s"]
     assert list(phases.values()) == sorted(phases.values())
     assert all(stream["dropped_bytes"] == 0 for stream in report["streams"].values())

@@ -131,7 +131,16 @@ EXITS = {
     ("mmio", ADDRESS, 2, False): (10, 10),
     ("mmio", ADDRESS, 4, False): (11, 11),
     ("mmio", ADDRESS, 8, False): (12, 12),
-    ("io", PORT_GUEST_CONTROL, 4, True): (1, 1),
+    ("io", STRINGS + 4, 2, True): (32, 32),
+    ("io", STRINGS + 8, 4, True): (16, 16),
+    ("io", STRINGS + 4, 2, False): (1, 32),
+    ("io", STRINGS + 8, 4, False): (1, 16),
+    ("io", STRINGS + 12, 1, True): (3, 3),
+    ("io", STRINGS + 12, 1, False): (4, 4),
+    **{("mmio", ADDRESS + 0x1000 + i, 1, True): (1, 1) for i in range(13)},
+    **{("mmio", ADDRESS + 0x1000 + 4 * i, 4, True): (1, 1) for i in range(14)},
+    **{("mmio", ADDRESS + 0x1000 + 2 * i, 2, False): (1, 1) for i in range(15)},
+    ("io", PORT_GUEST_CONTROL, 4, True): (2, 2),
     ("io", PORT_ACPI_SLEEP_CONTROL, 1, True): (1, 1),
 }
 
@@ -149,6 +158,7 @@ def test_every_exit_is_accounted_for(guest: Guest) -> None:
     assert found == EXITS
     assert ledger.total == sum(line.count for line in ledger.lines)
     assert {line.device for line in ledger.lines if line.addr in (NOBODY, STRINGS, ADDRESS)} == {""}
+    assert all(line.time > 0 for line in ledger.lines), "also the last exit took time"
 
 
 def test_kernel_devices_do_not_exit(guest: Guest) -> None:

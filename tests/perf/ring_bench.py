@@ -1,6 +1,6 @@
 """How fast one worker moves packets between its rings and a real tap, without a guest: for profiling.
 
-    python tests/perf/ring_bench.py [--frames N] [--size BYTES] [--repeat N] [--profile]
+    python tests/perf/ring_bench.py [--frames N] [--size BYTES] [--repeat N] [--profile] [--trace]
 
 The mock driver prepares a full ring, then the worker alone is timed: transmit into a tap whose host end drops the frames,
 receive from a tap queue filled beforehand. Prints packets a second, nanoseconds and system calls a packet, with the spread.
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.datapath.netns import Namespace
 from pyvmm.datapath.tap import Interface
+from pyvmm.kvm.recorder import Recorder
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import virtio, virtio_net
 from tests.driver import NetDriver
@@ -35,7 +36,9 @@ def acked(gso: bool) -> int:
     return sum(1 << b for b in bits)
 
 
-def one(direction: str, frames: int, size: int, gso: bool, pause) -> tuple[float, dict[str, int]]:
+def one(
+    direction: str, frames: int, size: int, gso: bool, pause, recorder=None
+) -> tuple[float, dict[str, int]]:
     """Seconds for ``frames`` packets of ``size`` bytes, and the worker's counters."""
     with Namespace(address="192.168.92.1/24", mtu=max(1500, size)) as ns:
         memory = GuestMemory(64 << 20)
@@ -45,6 +48,7 @@ def one(direction: str, frames: int, size: int, gso: bool, pause) -> tuple[float
             memory, size=RING, rx_size=1536, rx_buffers=min(RING, frames * (1 + size // 1536) + 64)
         )
         path = EmulatedNet(ns.tap)
+        path.recorder = recorder
         # An unknown protocol: the host's stack drops it first thing.
         frame = b"\x02" * 6 + b"\x52" * 6 + b"\x88\xb5" + bytes(size - 14)
         if direction == "rx":
@@ -81,12 +85,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="*", default=[64, 1514])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--trace", action="store_true", help="record kicks and batches")
     args = parser.parse_args()
 
     def pause(direction: str) -> None:
         if args.profile:
             input(f"{direction}: perf record -p {os.getpid()}, then Enter ")
 
+    scope = Recorder().scope("bench") if args.trace else None
     # Let all frames of a receive run wait in the tap.
     original = Interface.set_txqueuelen
     Interface.set_txqueuelen = lambda self, frames: original(self, args.frames + 100)  # type: ignore[method-assign]
@@ -94,7 +100,7 @@ def main() -> None:
         for direction, gso in (("tx", False), ("rx", False), ("rx", True)):
             times = []
             for _ in range(args.repeat):
-                seconds, c = one(direction, args.frames, size, gso, pause)
+                seconds, c = one(direction, args.frames, size, gso, pause, scope)
                 if c[f"{direction}_packets"] < args.frames:
                     raise SystemExit(
                         f"{direction}: only {c[f'{direction}_packets']} of {args.frames} frames passed"

@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: MIT */
+#include "trace.h"
+
+#include <stdlib.h>
+
+struct pv_trace *pv_trace_new(uint32_t size)
+{
+	struct pv_trace *t;
+
+	if (!size || size & (size - 1))
+		return NULL;
+	t = calloc(1, sizeof(*t));
+	if (!t)
+		return NULL;
+	t->event = calloc(size, sizeof(*t->event));
+	t->mask = size - 1;
+	if (!t->event) {
+		free(t);
+		return NULL;
+	}
+	return t;
+}
+
+void pv_trace_free(struct pv_trace *t)
+{
+	if (!t)
+		return;
+	free(t->event);
+	free(t);
+}

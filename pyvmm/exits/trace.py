@@ -1,0 +1,441 @@
+"""A traced run as a file: Trace Event JSON, as ui.perfetto.dev and chrome://tracing read it (docs/trace.md).
+
+All the work is done here, after the fact: names and meaning of registers, features and messages are looked up for what the
+recorder has kept as numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+
+from pyvmm.exits.phases import phases_of
+from pyvmm.kvm.recorder import BATCH, EXIT, KICK
+from pyvmm.kvm.vcpu import REASONS
+from pyvmm.spec import pci, virtio
+from pyvmm.spec import vhost_user as vu
+from pyvmm.spec import virtio_net as vn
+from pyvmm.spec import virtio_pci as vp
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from pyvmm.kvm.recorder import Event, Recorder
+    from pyvmm.machine import Machine, Nic
+
+    Args = dict[str, object]
+
+GUEST, VCPUS, KVM, NETS = 1, 2, 3, 10  # process numbers of the tracks; card n is NETS + n
+SETUP, PATH, WORKERS = 1, 2, 10  # threads of a card; worker k is WORKERS + k
+
+STATUS_BITS = {
+    virtio.VIRTIO_CONFIG_S_ACKNOWLEDGE: "ACKNOWLEDGE",
+    virtio.VIRTIO_CONFIG_S_DRIVER: "DRIVER",
+    virtio.VIRTIO_CONFIG_S_FEATURES_OK: "FEATURES_OK",
+    virtio.VIRTIO_CONFIG_S_DRIVER_OK: "DRIVER_OK",
+    virtio.VIRTIO_CONFIG_S_NEEDS_RESET: "NEEDS_RESET",
+    virtio.VIRTIO_CONFIG_S_FAILED: "FAILED",
+}
+COMMAND_BITS = {
+    pci.PCI_COMMAND_IO: "IO",
+    pci.PCI_COMMAND_MEMORY: "MEMORY",
+    pci.PCI_COMMAND_MASTER: "MASTER",
+    pci.PCI_COMMAND_INTX_DISABLE: "INTX_DISABLE",
+}
+#: vhost-user requests by what their 64 bits are
+VU_FEATURES = (vu.VHOST_USER_GET_FEATURES, vu.VHOST_USER_SET_FEATURES)
+VU_PROTOCOL = (vu.VHOST_USER_GET_PROTOCOL_FEATURES, vu.VHOST_USER_SET_PROTOCOL_FEATURES)
+VU_FILES = (vu.VHOST_USER_SET_VRING_KICK, vu.VHOST_USER_SET_VRING_CALL, vu.VHOST_USER_SET_VRING_ERR)
+#: request -> (layout, field names)
+VU_LAYOUTS: dict[int, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(
+        (
+            vu.VHOST_USER_SET_VRING_NUM,
+            vu.VHOST_USER_SET_VRING_BASE,
+            vu.VHOST_USER_GET_VRING_BASE,
+            vu.VHOST_USER_SET_VRING_ENABLE,
+        ),
+        (vu.VRING_STATE, ("index", "num")),
+    ),
+    vu.VHOST_USER_SET_VRING_ADDR: (vu.VRING_ADDR, ("index", "flags", "desc", "used", "avail", "log")),
+    vu.VHOST_USER_ADD_MEM_REG: (vu.MEM_SINGLE, ("", "guest", "size", "user", "mmap_offset")),
+    **dict.fromkeys(
+        (vu.VHOST_USER_GET_INFLIGHT_FD, vu.VHOST_USER_SET_INFLIGHT_FD),
+        (vu.INFLIGHT, ("mmap_size", "mmap_offset", "queues", "queue_size")),
+    ),
+}
+ADDRESSES = {"desc", "used", "avail", "log", "guest", "user", "mmap_offset", "address", "size", "mmap_size"}
+
+
+def write(machine: Machine, put: Callable[[bytes], object]) -> None:
+    """Write the trace of ``machine``, made with ``trace=``, running or ended, not yet closed.
+
+    :param put: takes the file, piece by piece. What it raises comes out of here.
+    """
+    assert machine.recorder is not None
+    trace = _Trace(machine, machine.recorder)
+    put(b'{"displayTimeUnit": "ns",\n"traceEvents": [\n')
+    separator = ""
+    for events in trace.tracks():
+        for at in range(0, len(events), 512):
+            lines = ",\n".join(json.dumps(event) for event in events[at : at + 512])
+            put(f"{separator}{lines}".encode())
+            separator = ",\n"
+    put(f'\n],\n"otherData": {json.dumps(trace.about())}}}\n'.encode())
+
+
+def bits_of(value: int, names: dict[int, str]) -> str:
+    """``ACKNOWLEDGE DRIVER``; what has no name in hexadecimal."""
+    out = [name for bit, name in names.items() if value & bit]
+    rest = value & ~sum(bit for bit in names if value & bit)
+    return " ".join([*out, *([hex(rest)] if rest else [])]) or "0"
+
+
+def feature_text(bits: int) -> str:
+    """Feature bits by name."""
+    from pyvmm.virtio.features import names
+
+    return " ".join(names(bits)) or "none"
+
+
+def vhost_user_args(request: int, payload: bytes) -> Args:
+    """What a vhost-user message says."""
+    layout = VU_LAYOUTS.get(request)
+    if layout is not None and len(payload) == struct.calcsize(layout[0]):
+        values = zip(layout[1], struct.unpack(layout[0], payload), strict=True)
+        return {name: hex(v) if name in ADDRESSES else v for name, v in values if name}
+    if request == vu.VHOST_USER_SET_MEM_TABLE and payload:
+        from pyvmm.datapath.vu_wire import unpack_regions
+
+        return {
+            "regions": [
+                {"guest": hex(r.gpa), "size": hex(r.size), "user": hex(r.user), "mmap_offset": hex(r.offset)}
+                for r in unpack_regions(payload)
+            ]
+        }
+    if len(payload) != 8:
+        return {"payload": payload.hex()} if payload else {}
+    (value,) = struct.unpack("<Q", payload)
+    if request in VU_FEATURES:
+        own = 1 << vu.VHOST_USER_F_PROTOCOL_FEATURES
+        return {"features": feature_text(value & ~own) + (" PROTOCOL_FEATURES" if value & own else "")}
+    if request in VU_PROTOCOL:
+        from pyvmm.datapath.vu_wire import protocol_names
+
+        return {"protocol_features": " ".join(protocol_names(value))}
+    if request in VU_FILES:
+        return {"index": value & vu.VHOST_USER_VRING_IDX_MASK}
+    if request == vu.VHOST_USER_SET_STATUS:
+        return {"status": bits_of(value, STATUS_BITS)}
+    return {"value": value}
+
+
+def control_name(request: bytes) -> str:
+    """A control command's class and command by the kernel's names."""
+    if len(request) < 2:
+        return "cut off"
+    group = next(
+        (
+            name
+            for name in ("RX", "MAC", "VLAN", "ANNOUNCE", "MQ", "GUEST_OFFLOADS", "NOTF_COAL")
+            if getattr(vn, f"VIRTIO_NET_CTRL_{name}") == request[0]
+        ),
+        None,
+    )
+    if group is None:
+        return f"class {request[0]} command {request[1]}"
+    prefix = f"VIRTIO_NET_CTRL_{group}_"
+    for name, value in vars(vn).items():
+        if name.startswith(prefix) and value == request[1]:
+            return f"{group} {name.removeprefix(prefix)}"
+    return f"{group} command {request[1]}"
+
+
+class _Trace:
+    """Makes events of what was recorded; a list a track, each in the order of its times."""
+
+    def __init__(self, machine: Machine, recorder: Recorder) -> None:
+        self._machine, self._recorder = machine, recorder
+        self._zero = machine.phases["vmm"]
+        self._dropped: dict[str, int] = {}
+        #: bus region -> (card, offset in BAR 0), and PCI slot -> card
+        self._parts: dict[int, tuple[int, int]] = {}
+        self._slots: dict[int, int] = {}
+        self._eventfds: dict[int, str] = {}
+        for index, nic in enumerate(machine.nets):
+            for offset, region in nic.transport.bars[0].parts:
+                self._parts[region.id] = (index, offset)
+            self._slots[nic.transport.slot] = index
+            self._eventfds.update(nic.transport.eventfds())
+        self._selects: dict[tuple[int, int], int] = {}  # (card, select register) -> value
+        self._cards: list[list[Args]] = [[] for _ in machine.nets]
+
+    def about(self) -> Args:
+        """What is to be known of the whole file."""
+        from pyvmm import __version__
+
+        machine = self._machine
+        return {
+            "pyvmm": __version__,
+            "clock": "CLOCK_MONOTONIC, from the start of the VMM",
+            "cmdline": machine.cmdline(),
+            "cards": [f"{nic.name}: {nic.net.mode}, notify={nic.net.notify}" for nic in machine.nets],
+            "dropped": self._dropped,
+        }
+
+    def tracks(self) -> Iterator[list[Args]]:
+        """All events, metadata first."""
+        yield self._metadata()
+        yield self._phases()
+        exits: list[tuple[int, Event]] = []
+        for index, vcpu in enumerate(self._machine.vcpus):
+            recorded = self._ring("vcpus", f"vcpu{vcpu.index}")
+            exits += [(event.ts, event) for event in recorded]
+            yield [self._exit(event, index + 1) for event in recorded]
+        exits.sort(key=lambda item: item[0])
+        for _, event in exits:
+            self._set_up(event)
+        for index, events in enumerate(self._cards):
+            yield events
+            yield from self._workers(index)
+        yield from self._steps()
+
+    def _ring(self, group: str, name: str) -> list[Event]:
+        events, dropped = self._recorder.events(group, name)
+        if dropped:
+            self._dropped[name if group == "vcpus" else f"{group} {name}"] = dropped
+        return events
+
+    # --- making events --------------------------------------------------------------------------------
+
+    def _us(self, ns: int) -> float:
+        return round((ns - self._zero) / 1000, 3)
+
+    def _span(
+        self, name: str, category: str, begin: int, dur: int, pid: int, tid: int, args: Args | None = None
+    ) -> Args:
+        """A complete event; the end is what is rounded, so that neighbours do not overlap."""
+        ts = self._us(begin)
+        dur_us = round(self._us(begin + dur) - ts, 3)
+        event: Args = {
+            "name": name,
+            "cat": category,
+            "ph": "X",
+            "ts": ts,
+            "dur": dur_us,
+            "pid": pid,
+            "tid": tid,
+        }
+        return event | ({"args": args} if args else {})
+
+    def _moment(
+        self, name: str, category: str, at: int, pid: int, tid: int, args: Args | None = None
+    ) -> Args:
+        event: Args = {
+            "name": name,
+            "cat": category,
+            "ph": "i",
+            "s": "t",
+            "ts": self._us(at),
+            "pid": pid,
+            "tid": tid,
+        }
+        return event | ({"args": args} if args else {})
+
+    def _metadata(self) -> list[Args]:
+        machine = self._machine
+        processes = {GUEST: "guest", VCPUS: "vCPUs", KVM: "KVM set-up"}
+        threads = {(GUEST, 1): "phases", (KVM, 1): "ioeventfds, irqfds, routes"}
+        threads |= {(VCPUS, i + 1): f"vcpu{v.index}: time in the VMM" for i, v in enumerate(machine.vcpus)}
+        for index, nic in enumerate(machine.nets):
+            pid = NETS + index
+            processes[pid] = f"{nic.name} ({nic.net.mode}, notify={nic.net.notify})"
+            threads[pid, SETUP] = "driver's set-up"
+            threads[pid, PATH] = "data path control"
+        for group, name in self._recorder.tracks():
+            where = self._worker_track(group, name)
+            if where:
+                threads[where] = f"{name}: batches, kicks, interrupts"
+        out: list[Args] = []
+        for pid, name in processes.items():
+            out.append(
+                {"name": "process_name", "ph": "M", "ts": 0, "pid": pid, "tid": 0, "args": {"name": name}}
+            )
+            out.append(
+                {
+                    "name": "process_sort_index",
+                    "ph": "M",
+                    "ts": 0,
+                    "pid": pid,
+                    "tid": 0,
+                    "args": {"sort_index": pid},
+                }
+            )
+        for (pid, tid), name in threads.items():
+            out.append(
+                {"name": "thread_name", "ph": "M", "ts": 0, "pid": pid, "tid": tid, "args": {"name": name}}
+            )
+        return out
+
+    def _worker_track(self, group: str, name: str) -> tuple[int, int] | None:
+        for index, nic in enumerate(self._machine.nets):
+            if group == nic.name:
+                return NETS + index, WORKERS + int(name.rpartition(" ")[2])
+        return None
+
+    def _phases(self) -> list[Args]:
+        machine = self._machine
+        events = [
+            self._span(p.name, "phase", p.begin, p.end - p.begin, GUEST, 1, dict(p.metrics()))
+            for p in phases_of(machine)
+        ]
+        events += [self._moment(name, "phase", at, GUEST, 1) for name, at in machine.phases.items()]
+        return sorted(events, key=_order)
+
+    def _exit(self, event: Event, tid: int) -> Args:
+        reason = REASONS.get(event.reason, f"reason-{event.reason}")
+        args: Args = {"reason": reason}
+        name = reason
+        if event.kind == EXIT and reason in ("io", "mmio"):
+            _, _, name = self._machine.bus.describe(event.region, event.reg, event.write)
+            name = f"{'write' if event.write else 'read'} {name or 'nobody'}"
+            args |= {"address": hex(event.addr), "size": event.size, "value": hex(event.value)}
+            if event.count > 1:
+                args["elements"] = event.count
+        elif event.addr:
+            args["detail"] = event.addr
+        role = self._machine.bus.role(event.region, event.reg) if event.region else ""
+        return self._span(name, "kick" if role else "exit", event.ts, event.dur, VCPUS, tid, args)
+
+    # --- what the driver does -------------------------------------------------------------------------
+
+    def _set_up(self, event: Event) -> None:
+        """Show an access to a card's registers on its own track, with its meaning."""
+        from pyvmm.bus import PCI_DATA
+
+        machine = self._machine
+        if event.region in self._parts:
+            card, offset = self._parts[event.region]
+            if machine.bus.role(event.region, event.reg) == "notify":
+                return  # a kick: traffic
+            text = self._common(card, event) if offset == 0 else ""
+        elif event.reg & PCI_DATA and event.reg >> 11 & 31 in self._slots:
+            card, text = self._slots[event.reg >> 11 & 31], self._config(event)
+        else:
+            return
+        _, register, name = machine.bus.describe(event.region, event.reg, event.write)
+        name = name.removeprefix("pci-config ").removeprefix(f"{machine.nets[card].name} ")
+        args: Args = {"register": register, "value": hex(event.value)}
+        if text:
+            args["meaning"] = text
+        way = "write" if event.write else "read"
+        value = text or hex(event.value)
+        self._cards[card].append(
+            self._moment(f"{way} {name}: {value}", "set-up", event.ts, NETS + card, SETUP, args)
+        )
+
+    def _common(self, card: int, event: Event) -> str:
+        at, value = event.reg, event.value
+        selects = {
+            vp.VIRTIO_PCI_COMMON_DF: vp.VIRTIO_PCI_COMMON_DFSELECT,
+            vp.VIRTIO_PCI_COMMON_GF: vp.VIRTIO_PCI_COMMON_GFSELECT,
+        }
+        if event.write and at in selects.values():
+            self._selects[card, at] = value
+        if at == vp.VIRTIO_PCI_COMMON_STATUS:
+            return bits_of(value, STATUS_BITS)
+        if at in selects:
+            return feature_text(value << 32 * min(self._selects.get((card, selects[at]), 0), 2))
+        if at in (vp.VIRTIO_PCI_COMMON_Q_MSIX, vp.VIRTIO_PCI_COMMON_MSIX):
+            return "none" if value == vp.VIRTIO_MSI_NO_VECTOR else f"vector {value}"
+        if at in (
+            vp.VIRTIO_PCI_COMMON_Q_SIZE,
+            vp.VIRTIO_PCI_COMMON_NUMQ,
+            vp.VIRTIO_PCI_COMMON_Q_SELECT,
+            vp.VIRTIO_PCI_COMMON_Q_ENABLE,
+        ):
+            return str(value)
+        return ""
+
+    def _config(self, event: Event) -> str:
+        return bits_of(event.value & 0xFFFF, COMMAND_BITS) if event.reg & 0xFF == pci.PCI_COMMAND else ""
+
+    # --- the data paths -------------------------------------------------------------------------------
+
+    def _workers(self, index: int) -> Iterator[list[Args]]:
+        nic: Nic = self._machine.nets[index]
+        for group, name in self._recorder.tracks():
+            where = self._worker_track(group, name) if group == nic.name else None
+            if where is None:
+                continue
+            pair = where[1] - WORKERS
+            out: list[Args] = []
+            for e in self._ring(group, name):
+                queue = 2 * pair + e.reg
+                if e.kind == KICK:
+                    out.append(self._moment(f"kick of queue {queue}", "kick", e.ts, *where))
+                elif e.kind == BATCH:
+                    way = "transmit" if e.reg else "receive"
+                    packets = f"{e.count} chain{'s' if e.count > 1 else ''}"
+                    args: Args = {"queue": queue, "chains": e.count, "interrupt": e.write}
+                    out.append(self._span(f"{way} {packets}", "batch", e.ts, e.dur, *where, args))
+                    if e.write:
+                        out.append(
+                            self._moment(f"interrupt for queue {queue}", "interrupt", e.ts + e.dur, *where)
+                        )
+            yield out
+
+    def _steps(self) -> Iterator[list[Args]]:
+        steps, lost = self._recorder.steps()
+        if lost:
+            self._dropped["control-plane steps"] = lost
+        tracks: dict[tuple[int, int], list[Args]] = {}
+        for group, name, begin, end, args in steps:
+            pid, tid = KVM, 1
+            for index, nic in enumerate(self._machine.nets):
+                if group == nic.name:
+                    pid, tid = NETS + index, PATH
+            shown, details = self._step(name, args)
+            event = self._span(shown, "control", begin, end - begin, pid, tid, details)
+            tracks.setdefault((pid, tid), []).append(event)
+        for events in tracks.values():
+            yield sorted(events, key=_order)
+
+    def _step(self, name: str, args: dict[str, Any]) -> tuple[str, Args]:
+        """A step's name and arguments, decoded."""
+        if name.startswith("vhost-user "):
+            from pyvmm.datapath.vu_wire import request_name
+
+            said = vhost_user_args(args["request"], args["payload"])
+            more = {"descriptors": args["descriptors"]} if args["descriptors"] else {}
+            return f"{name.removeprefix('vhost-user ')} {request_name(args['request'])}", said | more
+        if name == "control command":
+            request = args["request"]
+            data = request[2:34].hex()
+            return control_name(request), {"data": data, "answer": "OK" if args["good"] else "ERR"}
+        if name == "start":
+            rings: Args = {
+                f"queue {r.index}": f"{r.size} entries, desc {r.desc:#x} avail {r.avail:#x} used {r.used:#x}, base {r.base}"
+                for r in args["rings"]
+            }
+            return "start data path", rings
+        if name == "stop":
+            return "stop data path", {"bases": str(args["bases"])}
+        if name.endswith("_FEATURES"):
+            return name, {**args, "value": hex(args["value"]), "features": feature_text(args["value"])}
+        out: Args = {}
+        for key, value in args.items():
+            if key in ("eventfd", "fd") and value in self._eventfds:
+                out[key] = f"{value} ({self._eventfds[value]})"
+            elif isinstance(value, int) and not isinstance(value, bool) and (key == "data" or "addr" in key):
+                out[key] = hex(value)
+            else:
+                out[key] = str(value) if isinstance(value, list) else value
+        return name, out
+
+
+def _order(event: dict[str, Any]) -> tuple[float, float]:
+    """By time; of two that begin together the outer one first."""
+    return event["ts"], -event.get("dur", 0)
