@@ -25,6 +25,7 @@ COMMANDS = {
     "vhost-user": "try out a vhost-user back-end without a guest",
     "ps": "list the running machines",
     "stats": "show KVM's statistics of a running machine",
+    "top": "show a running machine's rates: exits by cause, packets, interrupts",
     "rings": "draw the virtqueues of a running machine",
     "switch": "change the data path of a running machine's card",
     "stop": "pause a running machine",

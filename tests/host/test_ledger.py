@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import subprocess
 import sys
+import tempfile
+import termios
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -207,3 +211,91 @@ def test_nonsense_is_told_before_the_guest_runs(
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1
     assert "hello" not in done.stdout
+
+
+# --- pyvmm top ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def busy(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """A machine with a control socket whose guest kicks a card for ever, in a runtime directory of the test's own."""
+    with tempfile.TemporaryDirectory(prefix="pvtop") as directory:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
+        with Machine(
+            guest("kicks"),
+            memory="4M",
+            append="count=4000000000",
+            nets=[Net("emulated", notify="exit")],
+            name="busy",
+            qmp="auto",
+        ) as vm:
+            vm.start()
+            yield vm
+
+
+def top(*args: str) -> list[str]:
+    return [sys.executable, "-m", "pyvmm", "top", "--host", "local", *args]
+
+
+def test_top_once(busy: Machine) -> None:
+    done = subprocess.run(
+        top("busy", "--once", "--json", "--interval", "0.3"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    now = json.loads(done.stdout)
+    assert (now["name"], now["status"]) == ("busy", "running")
+    assert now["seconds"] >= 0.3
+    assert now["by_name"]["net0 queue 1 notify"] > 100
+    assert now["vcpus"][0]["kvm_exits"] > 100 and now["exits"] > 100
+    (net,) = now["nets"]
+    assert net["tx_kicks"] > 0 and net["tx_packets"] == 0
+    assert net["workers"][0]["cpu_percent"] > 0
+    done = subprocess.run(
+        top("busy", "--once", "--interval", "0.2"), cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert done.returncode == 0 and "net0 queue 1 notify" in done.stdout
+
+
+def test_top_ends_with_the_machine_and_says_who_is_missing(busy: Machine) -> None:
+    with subprocess.Popen(
+        top("busy", "--json", "--interval", "0.1"), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert json.loads(child.stdout.readline())["name"] == "busy"
+        busy.stop()
+        child.stdout.read()
+        assert child.wait(TIMEOUT) == 0
+    for args, status in ((("nobody",), 113), (("busy", "--interval", "0"), 2)):
+        done = subprocess.run(top(*args), cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+        assert done.returncode == status and done.stderr.count("\n") == 1, done
+
+
+def test_top_on_a_terminal(busy: Machine) -> None:
+    """It draws as much as the window holds, and q leaves the terminal as it was."""
+    main, child_side = os.openpty()
+    try:
+        termios.tcsetwinsize(main, (20, 60))
+        modes = termios.tcgetattr(child_side)
+        with subprocess.Popen(
+            top("busy", "--interval", "0.1"), cwd=ROOT, stdin=child_side, stdout=child_side, stderr=child_side
+        ) as child:
+            seen = b""
+            while seen.count(b"\x1b[2J") < 3:
+                seen += os.read(main, 65536)
+            os.write(main, b"q")
+            while child.poll() is None:
+                if select.select([main], [], [], 0.1)[0]:
+                    seen += os.read(main, 65536)
+        assert child.returncode == 0
+        screen = seen.split(b"\x1b[2J")[2].split(b"\x1b[")[0].decode()
+        assert "net0 queue 1 notify" in screen
+        lines = screen.replace("\r", "").split("\n")
+        assert len(lines) <= 20 and max(map(len, lines)) <= 60
+        assert termios.tcgetattr(child_side) == modes
+    finally:
+        os.close(main)
+        os.close(child_side)

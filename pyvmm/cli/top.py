@@ -1,0 +1,176 @@
+"""Live rates of a running machine: exits by cause, packets, interrupts, the CPU time of workers.
+
+Reads the machine's control socket (docs/control.md) twice an interval apart, and shows what happened in between, a second. `q` or
+Ctrl-C leaves.
+
+Examples:
+  pyvmm top vm0
+  pyvmm top vm0 --interval 5
+  pyvmm top vm0 --once --json
+
+Exit status: 0; or 2 bad usage, 113 no such machine, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from pyvmm.cli import running
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from pyvmm.control.client import Client
+
+CLEAR, HIDE, SHOW = "\x1b[H\x1b[2J", "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+ENDED = ("shutdown", "guest-panicked")
+ROWS = 24  # where the height is not known
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    running.add_arguments(parser)
+    parser.add_argument("--interval", metavar="S", type=float, default=1.0, help="seconds, 0.1 to 3600 (1)")
+    parser.add_argument("--once", action="store_true", help="print one interval and leave")
+    parser.add_argument("--json", action="store_true", help="an object a line, see docs/top.md")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show until the machine ends or the user has enough."""
+    from pyvmm.errors import UsageError
+
+    if not 0.1 <= args.interval <= 3600:
+        raise UsageError(f"--interval {args.interval:g}", "use 0.1 to 3600")
+    return running.with_client(args, lambda client: _watch(args, client))
+
+
+def _watch(args: argparse.Namespace, client: Client) -> int:
+    from pyvmm.errors import MachineMissing
+
+    live = sys.stdout.isatty() and not args.once and not args.json
+    with _Screen(live) as screen:
+        before = client.command("x-pyvmm-ledger")
+        while True:
+            if screen.wait(args.interval):
+                return 0
+            try:
+                after = client.command("x-pyvmm-ledger")
+            except MachineMissing:
+                if args.once:
+                    raise
+                return 0  # it has ended, as machines do
+            _show(before, after, args, screen)
+            if args.once or after["status"] in ENDED:
+                return 0
+            before = after
+
+
+def _show(before: dict[str, Any], after: dict[str, Any], args: argparse.Namespace, screen: _Screen) -> None:
+    from pyvmm.exits.rates import rates
+
+    now = rates(before, after)
+    if args.json:
+        import json
+
+        print(json.dumps(now), flush=True)
+    elif screen.live:
+        columns, rows = screen.size()
+        lines = table(now, rows - 1)
+        sys.stdout.write(CLEAR + "\n".join(line[:columns] for line in lines))
+        sys.stdout.flush()
+    else:
+        print("\n".join(table(now, ROWS)), end="\n" if args.once else "\n\n", flush=True)
+
+
+def table(now: dict[str, Any], rows: int) -> list[str]:
+    """The rates as lines of text, at most ``rows``: what does not fit are the rarest causes."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+    out = [f"{now['name']}  {now['status']}  rates a second over {now['seconds']:.1f} s"]
+    out.append("")
+    out.append(f"{'':8}{'exits':>10}{'in KVM':>10}{'interrupts':>12}")
+    for v in now["vcpus"]:
+        text = "".join(
+            f"{number(v[key]):>{w}}" for key, w in (("exits", 10), ("kvm_exits", 10), ("interrupts", 12))
+        )
+        out.append(f"{'vcpu' + str(v['index']):8}{text}")
+    for net in now["nets"]:
+        out.append("")
+        out.append(
+            f"{net['name']:8}{'packets':>10}{'Mbit/s':>10}{'kicks':>10}{'interrupts':>12}   {net['mode']}"
+        )
+        for way, text in (("rx", "to guest"), ("tx", "from it")):
+            mbit = net[f"{way}_bytes"]
+            cells = (net[f"{way}_packets"], None if mbit is None else mbit * 8 / 1e6, net[f"{way}_kicks"])
+            row = "".join(f"{number(cell):>10}" for cell in cells)
+            out.append(f"{text:8}{row}{number(net[f'{way}_calls']):>12}")
+        for worker in net["workers"]:
+            out.append(f"{number(worker['cpu_percent']):>10} % CPU  {worker['name']}")
+    out.append("")
+    out.append(f"{number(now['exits']):>10} exits to the VMM")
+    causes = [f"{number(rate):>10}   {name}" for name, rate in now["by_name"].items()]
+    room = max(rows - len(out), 1)
+    if len(causes) > room:
+        rest = sum(rate or 0 for rate in list(now["by_name"].values())[room - 1 :])
+        causes = [*causes[: room - 1], f"{number(rest):>10}   other causes"]
+    return [*out, *causes]
+
+
+class _Screen:
+    """The terminal, while it is ours: without line editing, on its other page. Without one, just a clock."""
+
+    def __init__(self, live: bool) -> None:
+        self.live = live
+        self._modes: list[Any] | None = None
+
+    def __enter__(self) -> _Screen:
+        if self.live:
+            import termios
+
+            if sys.stdin.isatty():
+                self._modes = termios.tcgetattr(0)
+                modes = termios.tcgetattr(0)
+                modes[3] &= ~(termios.ICANON | termios.ECHO)
+                termios.tcsetattr(0, termios.TCSANOW, modes)
+            sys.stdout.write(HIDE)
+            sys.stdout.flush()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.live:
+            sys.stdout.write(SHOW)
+            sys.stdout.flush()
+        if self._modes is not None:
+            import termios
+
+            termios.tcsetattr(0, termios.TCSANOW, self._modes)
+
+    def wait(self, seconds: float) -> bool:
+        """Let the time pass; True as soon as the user wants to leave."""
+        until = time.monotonic() + seconds
+        if self._modes is None:
+            time.sleep(seconds)
+            return False
+        import select
+
+        while (left := until - time.monotonic()) > 0:
+            if select.select([0], [], [], left)[0]:
+                key = os.read(0, 64)
+                if not key or b"q" in key:
+                    return True
+        return False
+
+    @staticmethod
+    def size() -> tuple[int, int]:
+        """Columns and rows now."""
+        try:
+            size = os.get_terminal_size(1)
+        except OSError:
+            return 80, ROWS
+        return size.columns or 80, size.lines or ROWS
