@@ -69,7 +69,8 @@ if TYPE_CHECKING:
     from pyvmm.datapath.base import DataPath
     from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
-    from pyvmm.exits.phases import Mark, Phase
+    from pyvmm.exits.mark import Mark
+    from pyvmm.exits.phases import Phase
     from pyvmm.kvm.recorder import Recorder, Scope
     from pyvmm.kvm.stats import Stats
     from pyvmm.virtio.net import NetDevice
@@ -924,7 +925,7 @@ class Machine:
 
     def mark_now(self, name: str) -> Mark:
         """All counters now: what the phases of the ledger are between. Any thread."""
-        from pyvmm.exits.phases import Mark
+        from pyvmm.exits.mark import Mark
 
         with self._lock:
             return Mark(

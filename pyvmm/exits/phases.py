@@ -7,16 +7,12 @@ everything else is done when somebody asks. A mark's own exit is the last of the
 from __future__ import annotations
 
 from pyvmm.exits.ledger import Ledger
+from pyvmm.exits.mark import sums
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from pyvmm.kvm.stats import Stats
-    from pyvmm.kvm.vcpu import Vcpu
+    from pyvmm.exits.mark import Mark, Numbers
     from pyvmm.machine import Machine
-
-    Numbers = dict[str, dict[str, int]]
 
 #: mark (machine.PHASES) -> the phase that it begins
 PHASES = {"start": "boot", "init": "init", "command": "command", "command_end": "shutdown"}
@@ -33,37 +29,6 @@ COUNTER_METRICS = {
 }
 
 
-class Mark:
-    """All counters at a moment.
-
-    :ivar time: CLOCK_MONOTONIC, ns. :ivar counters: of each card's data path.
-    :param vm: the VM's statistics, None where KVM has none. :param past: what VMs before a reboot had counted.
-    """
-
-    __slots__ = ("_past", "_raw", "counters", "name", "snapshots", "time")
-
-    def __init__(
-        self,
-        name: str,
-        time: int,
-        vcpus: Sequence[Vcpu],
-        vm: Stats | None,
-        past: Numbers,
-        counters: list[dict[str, int]],
-    ) -> None:
-        self.name, self.time, self.counters = name, time, counters
-        self.snapshots = [vcpu.snapshot() for vcpu in vcpus]
-        self._past = past
-        groups = {"vm": vm} | {f"vcpu{vcpu.index}": vcpu.stats for vcpu in vcpus}
-        self._raw = {group: (stats, stats.raw()) for group, stats in groups.items() if stats is not None}
-
-    @property
-    def stats(self) -> Numbers | None:
-        """KVM's statistics that only grow, by group: ``vm``, ``vcpu0``, ...; None where KVM has none."""
-        now = {group: stats.growing(raw) for group, (stats, raw) in self._raw.items()}
-        return _sums(now, self._past, 1) if now else None
-
-
 class Phase:
     """What happened between two marks.
 
@@ -71,14 +36,14 @@ class Phase:
         that stayed the same. :ivar counters: increases of each card's.
     """
 
-    def __init__(self, name: str, machine: Machine, begin: Mark | None, end: Mark, start: int) -> None:
+    def __init__(self, name: str, machine: Machine, begin: Mark | None, end: Mark) -> None:
         self.name = name
-        self.begin, self.end = begin.time if begin else start, end.time
+        self.begin, self.end = begin.time if begin else machine.phases["vmm"], end.time
         self.ledger = Ledger.between(begin.snapshots if begin else [], end.snapshots, machine.bus)
         self.kvm: Numbers | None = None
         now = end.stats
         if now is not None:
-            increase = _sums(now, (begin.stats if begin else None) or {}, -1)
+            increase = sums(now, (begin.stats if begin else None) or {}, -1)
             self.kvm = {group: {name: n for name, n in v.items() if n} for group, v in increase.items()}
         self.counters = [
             {key: value - (begin.counters[i].get(key, 0) if begin else 0) for key, value in now.items()}
@@ -118,27 +83,21 @@ class Phase:
         }
 
 
-def _sums(numbers: Numbers, others: Numbers, sign: int) -> Numbers:
-    """``numbers`` plus or minus the ``others`` of the same names."""
-    return {
-        group: {name: n + sign * others.get(group, {}).get(name, 0) for name, n in values.items()}
-        for group, values in numbers.items()
-    }
-
-
 def phases_of(machine: Machine) -> list[Phase]:
     """The phases so far, in order; the last one ends now, or with the machine."""
-    start = machine.phases["vmm"]
-    marks: list[Mark | None] = [None, *machine.marks]
-    ends = [*machine.marks, machine.mark_now("end")]
-    return [
-        Phase(PHASES[begin.name if begin else "start"], machine, begin, end, start)
-        for begin, end in zip(marks, ends, strict=True)
-    ]
+    return [Phase(name, machine, begin, end) for name, begin, end in _spans(machine)]
 
 
 def phase(machine: Machine, name: str) -> Phase | None:
     """One phase, or ``all``; None where it was not reached."""
     if name == ALL:
-        return Phase(ALL, machine, None, machine.mark_now("end"), machine.phases["vmm"])
-    return next((p for p in phases_of(machine) if p.name == name), None)
+        return Phase(ALL, machine, None, machine.mark_now("end"))
+    return next((Phase(n, machine, begin, end) for n, begin, end in _spans(machine) if n == name), None)
+
+
+def _spans(machine: Machine) -> list[tuple[str, Mark | None, Mark]]:
+    """Name, begin (None: the start) and end of each phase."""
+    begins: list[Mark | None] = [None, *machine.marks]
+    ends = [*machine.marks, machine.mark_now("end")]
+    names = [PHASES[begin.name if begin else "start"] for begin in begins]
+    return list(zip(names, begins, ends, strict=True))

@@ -29,6 +29,9 @@ UNITS = {
 }
 
 
+DATA_MAX = 1 << 16  # bytes of values; a vCPU has some 2000
+
+
 class Stats(Fd):
     """The statistics of one VM or vCPU; owns the descriptor, which stays readable after the VM is gone (and keeps it in the kernel).
 
@@ -84,10 +87,12 @@ class Stats(Fd):
         self._data_size = max((o + 8 * n for _, o, n in self._rows), default=0)
 
     def raw(self) -> bytes:
-        """The present values, for ``decode``: all that has to be quick."""
-        if not self._rows:
-            self._read_table()
-        return os.pread(self.fileno(), self._data_size, self._data_offset)
+        """The present values, for ``decode``. Quick, also the first time: it does without the table."""
+        if not self._data_offset:
+            header = ffi.new("struct kvm_stats_header *")
+            ffi.buffer(header)[:] = os.pread(self.fileno(), ffi.sizeof("struct kvm_stats_header"), 0)
+            self._data_offset = header.data_offset
+        return os.pread(self.fileno(), DATA_MAX, self._data_offset)
 
     def growing(self, data: bytes) -> dict[str, int]:
         """Of ``raw``, the numbers that only grow: differences of the others mean nothing."""
@@ -100,7 +105,9 @@ class Stats(Fd):
         return self.decode(self.raw())
 
     def decode(self, data: bytes) -> dict[str, Value]:
-        """``raw`` by KVM's names. Also once closed."""
+        """``raw`` by KVM's names; once closed, too, if it has been asked before."""
+        if not self._rows:
+            self._read_table()
         out: dict[str, Value] = {}
         for name, offset, count in self._rows:
             values = [int.from_bytes(data[i : i + 8], "little") for i in range(offset, offset + 8 * count, 8)]
