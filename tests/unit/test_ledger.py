@@ -5,9 +5,15 @@ import random
 import pytest
 
 from pyvmm._ext import lib
-from pyvmm.bus import MMIO, PIO
+from pyvmm.bus import MMIO, PIO, Registers
+from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.exits.ledger import Ledger
 from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.pci import PciFunction
+from pyvmm.spec import virtio_net
+from pyvmm.virtio.net import NetDevice
+from pyvmm.virtio.pci import VirtioPci
+from tests.driver import Cable
 from tests.pci_guest import Board
 
 
@@ -91,3 +97,87 @@ def test_vcpus_are_summed_by_device_also_after_a_move(board):
     book = Ledger([vcpu, vcpu], board.bus)
     assert book.total == 6
     assert book.by_device() == {"mover": 4, "nobody": 2}
+
+
+def names(board: Board) -> dict[str, int]:
+    board.vcpu.runs = 0
+    return Ledger([vcpu_of(board)], board.bus).by_name()
+
+
+def test_registers_of_the_configuration_space_by_name(board):
+    """Of the data port it is the register that the address port selects; where nothing is, one line for all."""
+    card = board.pci.add(PciFunction("card", 0x1234, 0x5678, 0x020000, pin=1))
+    for at, size in ((0, 4), (2, 2), (0x10, 4), (0x12, 2), (0x3C, 1), (0x44, 4)):
+        board.config_read(card, at, size)
+    board.config_write(card, 4, 2, 2)
+    for slot in (7, 8, 9):
+        board.config_read(slot, 0)
+    board.write(PIO, 0xCF8, 4, 0)  # not enabled
+    board.read(PIO, 0xCFC, 4)
+    board.read(MMIO, board.ecam(card, 0x06), 2)
+    board.read(MMIO, board.ecam(20, 0), 4)
+    found = names(board)
+    found.pop("pci-config address")
+    assert found == {
+        "pci-config card vendor id": 1,
+        "pci-config card device id": 1,
+        "pci-config card BAR 0": 1,
+        "pci-config card BAR 0+2": 1,
+        "pci-config card interrupt line": 1,
+        "pci-config card register 0x44": 1,
+        "pci-config card command": 1,
+        "pci-config no function": 4,
+        "pci-ecam card status": 1,
+        "pci-ecam no function": 1,
+    }
+
+
+def test_names_of_registers():
+    table = Registers({0: ("RBR", "THR"), 1: "IER", 4: "", 8: "wide"})
+    assert [table(at, write) for at, write in ((0, False), (0, True), (1, True), (3, False))] == [
+        "RBR",
+        "THR",
+        "IER",
+        "IER+2",
+    ]
+    assert table(5, False) == "" and table(11, False) == "wide+3"
+    assert Registers({4: "x"})(0, False) == ""
+
+
+def test_between_two_snapshots(board):
+    """Only what came in between, and nothing that did not change."""
+    vcpu = vcpu_of(board)
+    board.read(PIO, 0x3000, 1)
+    board.read(PIO, 0x3001, 1)
+    before = [vcpu.snapshot()]
+    board.read(PIO, 0x3000, 1)
+    board.read(PIO, 0x3002, 1)
+    after = [vcpu.snapshot()]
+    between = Ledger.between(before, after, board.bus)
+    assert {line.addr: line.count for line in between.lines} == {0x3000: 1, 0x3002: 1}
+    assert between.total == 2
+    assert Ledger.between([], after, board.bus).total == 4
+    assert Ledger.between(after, after, board.bus).lines == []
+
+
+@pytest.mark.parametrize(("queues", "mq", "control"), [(1, False, 2), (4, False, 2), (4, True, 8)])
+def test_kicks_of_the_control_queue_are_told_apart(queues, mq, control):
+    """5.1.2: its index depends on what was negotiated; what counts is the latest time."""
+    with Board() as board:
+        device = NetDevice("net0", board.memory, EmulatedNet(Cable()), bytes(6), pairs=queues)
+        transport = VirtioPci(board.vm, board.bus, device, 0x020000, notify="exit")
+        slot = board.add(transport).slot
+        bits = 1 << virtio_net.VIRTIO_NET_F_CTRL_VQ | (1 << virtio_net.VIRTIO_NET_F_MQ if mq else 0)
+        board.config_write(slot, 4, 2, 2)
+        base = board.config_read(slot, 0x10) & ~0xF
+        for index in range(2 * queues + 1):
+            board.write(MMIO, base + 0x3000 + 4 * index, 2, index)
+        device.negotiated = bits
+        found = names(board)
+        assert found[f"net0 queue {control} notify (control)"] == 1
+        assert sum("(control)" in name for name in found) == 1
+        assert all(f"net0 queue {i} notify" in found for i in range(2 * queues + 1) if i != control)
+        lines = Ledger([vcpu_of(board)], board.bus).lines
+        assert sum(line.count for line in lines if line.role == "notify") == 2 * queues
+        device.negotiated = 0
+        assert not any("(control)" in name for name in names(board))
