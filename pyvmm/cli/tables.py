@@ -13,7 +13,7 @@ def exits_table(vm: Machine, rows: int = 12) -> str:
     out = [f"{ledger.total} exits to the VMM:"]
     for line in ledger.lines[:rows]:
         mean = line.time / line.count / 1000
-        out.append(f"  {line.count:8}  {line.what:42} {mean:9.1f} us each")
+        out.append(f"  {line.count:8}  {line.what:56} {mean:9.1f} us each")
     rest = sum(line.count for line in ledger.lines[rows:])
     if rest:
         out.append(f"  {rest:8}  {len(ledger.lines) - rows} other causes")
