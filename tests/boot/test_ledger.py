@@ -188,8 +188,8 @@ def test_linux_by_register(host: Host, backend: None, tmp_path: Path) -> None:
         check_timeline(tmp_path / mode, mode, report)
         command, boot = phase(report), phase(report, "boot")
         kvm = command["kvm"]["vcpu0"]
-        assert kvm["mmio_exits"] == command["metrics"]["mmio"], mode
-        assert kvm["io_exits"] >= command["metrics"]["pio"], mode
+        assert kvm.get("mmio_exits", 0) == command["metrics"]["mmio"], mode  # zeroes are left out
+        assert kvm["io_exits"] >= command["metrics"]["pio"] > 0, mode
         assert kvm["exits"] >= command["metrics"]["user_exits"] > 0, mode
         assert boot["metrics"]["notify"] == 0 and boot["metrics"]["pio"] > 100
         whole = report["exits"]["by_name"]
