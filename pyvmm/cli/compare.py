@@ -1,0 +1,320 @@
+"""Run the same guest and workload on several data paths, and say what each costs, and where.
+
+Each mode is booted once a repeat, in turn, so that what disturbs the machine disturbs all. A boot runs all workloads; exits,
+interrupts, packets, CPU time and context switches are counted from the start of each to its end. A figure is the median of the repeats
+with the lowest and the highest; a difference from the first mode is marked ≈ where these ranges overlap, since then it may be noise.
+
+Modes are those of `pyvmm run --net`, their keys joined by colons:
+  emulated:notify=exit   the data path in this process, each kick an exit to it
+  emulated               the same, kicks by ioeventfd
+  vhost-net              the data path in the kernel
+  vhost-user             in a `pyvmm backend` process, which is started for it
+
+Workloads: ping, tcp-tx (from the guest), tcp-rx (to the guest), udp-small (64 bytes, 1000 a second, from the guest), idle
+
+Examples:
+  pyvmm compare
+  pyvmm compare --modes emulated,vhost-net --workload ping,tcp-tx --repeat 5
+  pyvmm compare --modes emulated,emulated:without=offloads --workload tcp-rx --html report.html
+  pyvmm compare --peers qemu --json result.json
+  pyvmm compare --from result.json --html report.html      shows it again, runs nothing
+
+Exit status: 0 all was measured; 1 something asked for could not be (the table says what and why); 2 bad usage; 102..105, 109 no usable
+KVM, image or memory; 110 the testbed failed; 130, 143, 129 ended by SIGINT, SIGTERM, SIGHUP: what there is by then is shown and
+written.
+"""
+
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any, Self
+
+    from rich.table import Table
+
+    from pyvmm.compare.plan import Plan
+
+#: Widest table that goes to a file or a pipe, in columns.
+MAX_WIDTH = 300
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    import argparse
+
+    from pyvmm.compare.plan import DEFAULT_MODES, WORKLOADS
+
+    add = parser.add_argument
+    add("--modes", metavar="LIST", default=DEFAULT_MODES, help=f"data paths ({DEFAULT_MODES})")
+    add("--peers", metavar="LIST", default="", help="other programs beside them: qemu, kvmtool")
+    add(
+        "--workload",
+        metavar="LIST",
+        default=",".join(WORKLOADS),
+        help=f"what the guest does ({','.join(WORKLOADS)})",
+    )
+    add("--repeat", metavar="N", type=int, default=3, help="boots of each mode (3)")
+    add("--seconds", metavar="S", type=float, default=3.0, help="of each workload, 0.2 to 3600 (3)")
+    add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs (1)")
+    add("--memory", metavar="SIZE", default="256M", help="guest memory (256M)")
+    add("--kernel", metavar="K", help="another kernel; its initrd has pyvmm's init and iperf3")
+    add("--initrd", metavar="I", help="another initial RAM disk")
+    add("--image", metavar="NAME", help="a built image by name, see `pyvmm image list`")
+    add("--append", metavar="S", default="", help="more kernel command line")
+    add("--json", metavar="F", help="write everything as JSON ('-': stdout, instead of the table)")
+    add("--html", metavar="F", help="write a page with plots")
+    add("--svg", metavar="F", help="write the main plots alone")
+    add("--from", metavar="F.json", dest="source", help="show results written by --json; run nothing")
+    add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
+    add("--full", action="store_true", help="all measures in the table, not only the telling ones")
+    add("--quiet", "-q", action="store_true", help="no progress on stderr")
+    # Of a forwarded comparison: where its results go, for the process that forwarded it to show.
+    add("--handover", help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run or load a comparison, then show and write it."""
+    from pyvmm.cli.signals import orderly
+
+    if args.source:
+        with _Outputs(args) as outputs:
+            return outputs.show(_load(args.source))
+    plan = _plan(args)
+    with _Outputs(args) as outputs:
+        status, document = _forwarded(args, plan)
+        if status is None:
+            found: list[dict[str, Any]] = []
+            status = orderly(lambda: _measure(args, plan, found))
+            document = found[0] if found else None
+        if document is not None:
+            shown = outputs.show(document)
+            status = status or shown
+        return status
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    from pyvmm.compare.plan import Plan
+    from pyvmm.errors import UsageError
+    from pyvmm.machine import parse_size
+    from pyvmm.spec.platform import MAX_CPUS
+
+    if not 1 <= args.cpus <= MAX_CPUS:
+        raise UsageError(f"--cpus {args.cpus}", f"use 1 to {MAX_CPUS}")
+    parse_size(args.memory)
+    return Plan(
+        modes=args.modes,
+        peers=args.peers,
+        workloads=args.workload,
+        repeat=args.repeat,
+        seconds=args.seconds,
+        cpus=args.cpus,
+        memory=args.memory,
+    )
+
+
+def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[str, Any] | None]:
+    """Let the testbed measure, if it is to; its results come back in a file, and are shown and written here."""
+    import os
+    import tempfile
+
+    from pyvmm.cli.where import elsewhere
+
+    if args.host == "local":
+        return None, None
+    own = ["--modes", args.modes, "--peers", args.peers, "--workload", args.workload, "--memory", args.memory]
+    own += ["--repeat", str(args.repeat), "--seconds", str(args.seconds), "--cpus", str(args.cpus)]
+    own += ["--append", args.append, *(["--quiet"] if args.quiet else [])]
+    for option in ("kernel", "initrd", "image"):
+        if getattr(args, option):
+            own += [f"--{option}", getattr(args, option)]
+    vhost = any(mode.vhost for mode in plan.modes)
+    with tempfile.TemporaryDirectory(prefix="pyvmm-compare-") as directory:
+        path = f"{directory}/result.json"
+        status = elsewhere(
+            args.host, args.kernel, ["compare", "--host", "local", *own, "--handover", path], vhost=vhost
+        )
+        if status is None:
+            return None, None
+        return status, _load(path) if os.path.exists(path) else None  # noqa: PTH110
+
+
+def _measure(args: argparse.Namespace, plan: Plan, found: list[dict[str, Any]]) -> int:
+    """Run the comparison here; what it found is in ``found`` however it ends."""
+    from pyvmm.compare.run import Comparison
+    from pyvmm.images import CMDLINE, find
+
+    plan.kernel, plan.initrd, plan.append = args.kernel, args.initrd, args.append
+    if args.kernel is None:
+        image = find(args.image or "default")
+        plan.kernel, plan.initrd = image.kernel, args.initrd or image.initrd
+        plan.append = f"{CMDLINE} {args.append}".rstrip()
+        plan.image = f"{image.name}: Linux {image.version}"
+    comparison = Comparison(plan, (lambda line: None) if args.quiet else _progress)
+    try:
+        comparison.run()
+    finally:
+        found.append(comparison.document())
+    return 0
+
+
+def _progress(line: str) -> None:
+    print(f"pyvmm compare: {line}", file=sys.stderr, flush=True)
+
+
+def _load(path: str) -> dict[str, Any]:
+    import json
+    from pathlib import Path
+
+    from pyvmm.compare.schema import check
+    from pyvmm.errors import UsageError
+
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{path}: {e}", "name a file that pyvmm compare --json has written") from e
+    problem = check(document)
+    if problem:
+        raise UsageError(f"{path}: {problem}", "name a file that pyvmm compare --json has written")
+    assert isinstance(document, dict)
+    return document
+
+
+def complete(document: dict[str, Any]) -> bool:
+    """Whether all that was asked for has been measured."""
+    return not document["partial"] and not any(
+        [
+            *(mode["problem"] for mode in document["modes"]),
+            *(run["error"] for run in document["runs"]),
+            *(w["error"] for run in document["runs"] for w in run["workloads"]),
+        ]
+    )
+
+
+class _Outputs:
+    """The files asked for, opened at once: a bad path must not cost a whole comparison. What is not written is not left behind.
+
+    :raises UsageError: one cannot be written.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._files: dict[str, tuple[str, bool]] = {}
+
+    def __enter__(self) -> Self:
+        from pathlib import Path
+
+        from pyvmm.errors import UsageError
+
+        for option in ("json", "html", "svg", "handover"):
+            path = getattr(self._args, option)
+            if path is None or (option == "json" and path == "-"):
+                continue
+            new = not Path(path).exists()
+            try:
+                with open(path, "ab"):
+                    self._files[option] = path, new
+            except OSError as e:
+                self.__exit__()
+                raise UsageError(f"--{option} {path}: {e.strerror}", "name a file that can be written") from e
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        from pathlib import Path
+
+        for path, new in self._files.values():
+            if new and not Path(path).stat().st_size:
+                Path(path).unlink()
+
+    def _write(self, option: str, text: str) -> None:
+        from pathlib import Path
+
+        from pyvmm.errors import HostError
+
+        path = self._files[option][0]
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as e:
+            raise HostError(f"--{option} {path}: {e.strerror}") from e
+
+    def show(self, document: dict[str, Any]) -> int:
+        """Write the files and print the table; the exit status."""
+        import json
+
+        status = 0 if complete(document) else 1
+        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        if self._args.handover:
+            self._write("handover", text)
+            return status
+        if "json" in self._files:
+            self._write("json", text)
+        if "html" in self._files:
+            from pyvmm.compare.html import page
+
+            self._write("html", page(document))
+        if "svg" in self._files:
+            from pyvmm.compare.html import figure
+
+            self._write("svg", figure(document))
+        if self._args.json == "-":
+            print(text, end="")
+        else:
+            _print_table(document, full=self._args.full)
+        return status
+
+
+def _print_table(document: dict[str, Any], *, full: bool) -> None:
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.text import Text
+
+    from pyvmm.compare.stats import remarks
+
+    table = _table(document, full=full)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        wide = Console(width=MAX_WIDTH, highlight=False)
+        width = Measurement.get(wide, wide.options, table).maximum
+        console = Console(width=min(max(width, 80), MAX_WIDTH), highlight=False)
+    console.print(table)
+    for line in remarks(document):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _table(document: dict[str, Any], *, full: bool) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from pyvmm.compare.stats import DIFFERS, NOISE, Figures, cell
+
+    figures = Figures(document)
+    names = [mode["name"] for mode in document["modes"]]
+    settings = document["settings"]
+    table = Table(
+        title=f"{document['guest']['image'] or document['guest']['kernel']}, {document['guest']['cpus']} vCPU(s), "
+        f"{settings['repeat']} x {settings['seconds']:g} s: median (lowest..highest)",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        header_style="bold",
+    )
+    table.add_column("")
+    for mode in document["modes"]:
+        table.add_column(Text(mode["name"]), justify="right")
+    for workload in settings["workloads"]:
+        table.add_section()
+        rows, _ = figures.rows(workload["name"], names, full=full)
+        table.add_row(Text(workload["name"], style="bold"), *([""] * len(names)))
+        for measure in rows:
+            cells = []
+            for name in names:
+                entry = figures.get(workload["name"], name, measure.key)
+                verdict = entry["verdict"] if entry else None
+                mark = " ≈" if verdict == NOISE else ""
+                style = {DIFFERS: "bold", NOISE: "dim"}.get(verdict or "", "")
+                cells.append(Text(cell(entry) + mark, style=style))
+            unit = f", {measure.unit}" if measure.unit else ""
+            table.add_row(Text(f"  {measure.title}{unit}"), *cells)
+    return table

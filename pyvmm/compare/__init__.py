@@ -1,0 +1,1 @@
+"""``pyvmm compare``: the same guest and workload on several data paths, what each costs, and what of it is noise."""

@@ -1,0 +1,247 @@
+"""What can be counted about a running guest, from inside its VMM and from outside, as flat sums that only grow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pyvmm.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any, Self
+
+    from pyvmm.exits.ledger import Ledger
+    from pyvmm.kvm.stats import Stats
+
+#: Causes of exits to userspace, in the order of tables and pictures.
+CAUSES = {
+    "notify": "a kick: the guest wrote a queue's notification address",
+    "pio": "another port access",
+    "mmio": "another memory access",
+    "halt": "the guest halted",
+    "irq_window": "KVM reported that the guest takes interrupts again",
+    "signal": "a signal broke KVM_RUN off",
+    "other": "anything else",
+}
+BY_REASON = {"io": "pio", "mmio": "mmio", "hlt": "halt", "irq_window_open": "irq_window", "intr": "signal"}
+#: Who uses CPU time. ``vhost``: the kernel's worker. ``vmm``: other threads of the VMM. ``backend``: the vhost-user process.
+ROLES = ("vcpu", "worker", "vhost", "backend", "vmm")
+KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
+TRACEFS = Path("/sys/kernel/tracing")
+#: KVM's statistics that are levels or peaks, not counts.
+NO_COUNTS = ("max_mmu_rmap_size", "max_mmu_page_hash_collisions", "guest_mode", "blocking", "nx_lpage_splits")
+
+
+def causes(ledger: Ledger) -> dict[str, int]:
+    """The exits of a ledger by cause; their sum is the ledger's."""
+    out = dict.fromkeys(CAUSES, 0)
+    for line in ledger.lines:
+        cause = BY_REASON.get(line.reason, "other")
+        if cause == "mmio" and "notify" in line.device:
+            cause = "notify"
+        out[cause] += line.count
+    return out
+
+
+def lines(ledger: Ledger) -> dict[str, int]:
+    """The exits of a ledger by its lines, in words."""
+    out: dict[str, int] = {}
+    for line in ledger.lines:
+        out[line.what] = out.get(line.what, 0) + line.count
+    return out
+
+
+def kvm_counts(stats: Iterable[Stats]) -> dict[str, int]:
+    """KVM's binary statistics, summed; without histograms and without what is no count."""
+    out: dict[str, int] = {}
+    for one in stats:
+        for name, value in one.read().items():
+            if isinstance(value, int) and name not in NO_COUNTS and not name.startswith("pages_"):
+                out[name] = out.get(name, 0) + value
+    return out
+
+
+def debugfs_dir(pid: int) -> Path:
+    """KVM's debugfs directory of the one VM of process ``pid``.
+
+    :raises HostError: there is none: no debugfs, no permission, or no VM.
+    """
+    found = sorted(KVM_DEBUGFS.glob(f"{pid}-*"))
+    if not found:
+        raise HostError(
+            f"KVM's counters of process {pid} are not in {KVM_DEBUGFS}", "be root, with debugfs mounted"
+        )
+    return found[0]
+
+
+def debugfs_counts(directory: Path) -> dict[str, int]:
+    """The same counts as ``kvm_counts``, of a VM of another process."""
+    out: dict[str, int] = {}
+    for file in directory.iterdir():
+        try:
+            value = int(file.read_text()) if file.is_file() else None
+        except (OSError, ValueError):
+            continue
+        if value is not None and file.name not in NO_COUNTS and not file.name.startswith("pages_"):
+            out[file.name] = value
+    return out
+
+
+class ExitTrace:
+    """Counts returns of KVM_RUN of other processes by thread and reason: a histogram on the tracepoint kvm_userspace_exit, in a
+    tracing instance of its own.
+
+    :raises HostError: no tracefs, no permission, or a kernel without CONFIG_HIST_TRIGGERS.
+    """
+
+    def __init__(self) -> None:
+        self._dir = TRACEFS / "instances" / f"pyvmm-compare-{os.getpid()}"
+        event = self._dir / "events/kvm/kvm_userspace_exit"
+        self._trigger, self._hist = event / "trigger", event / "hist"
+        try:
+            self._dir.mkdir()
+            self._trigger.write_text("hist:keys=common_pid,reason")
+        except OSError as e:
+            self.close()
+            raise HostError(
+                f"exits to userspace of other programs cannot be counted: {e.strerror}",
+                "be root, with tracefs mounted and a kernel with CONFIG_HIST_TRIGGERS",
+            ) from e
+
+    def counts(self, tids: set[int]) -> dict[str, int]:
+        """Exits by cause (without ``notify``: nobody knows QEMU's addresses) of the threads ``tids``."""
+        import re
+
+        from pyvmm.kvm.vcpu import REASONS
+
+        out = dict.fromkeys(CAUSES, 0)
+        for pid, reason, count in re.findall(
+            r"common_pid:\s*(\d+), reason:\s*(\d+) \} hitcount:\s*(\d+)", self._hist.read_text()
+        ):
+            if int(pid) in tids:
+                out[BY_REASON.get(REASONS.get(int(reason), ""), "other")] += int(count)
+        return out
+
+    def close(self) -> None:
+        """Remove the instance. A second call does nothing."""
+        try:
+            self._trigger.write_text("!hist:keys=common_pid,reason")
+        except OSError:
+            pass
+        try:
+            self._dir.rmdir()
+        except OSError:
+            pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+# --- threads -------------------------------------------------------------------------------------------
+
+
+def task(tid: int, pid: int | str = "self") -> tuple[int, int, int] | None:
+    """(nanoseconds of CPU time, voluntary, involuntary context switches) of a thread; None for one that has ended."""
+    try:
+        base = f"/proc/{pid}/task/{tid}"
+        with open(f"{base}/schedstat", encoding="ascii") as f:
+            ran = int(f.read().split()[0])
+        with open(f"{base}/status", encoding="ascii", errors="replace") as f:
+            lines = f.read().rsplit("\n", 3)
+        return ran, int(lines[-3].split()[1]), int(lines[-2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def threads_of(pid: int) -> dict[int, str]:
+    """The threads of a process by number, with their names."""
+    out = {}
+    try:
+        for entry in os.scandir(f"/proc/{pid}/task"):
+            with open(f"{entry.path}/comm", encoding="utf-8", errors="replace") as f:
+                out[int(entry.name)] = f.read().strip()
+    except OSError:
+        pass
+    return out
+
+
+def vhost_threads(pid: int) -> list[int]:
+    """The kernel's vhost workers of process ``pid`` (before Linux 6.4; after that they are its own threads)."""
+    out = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            try:
+                with open(f"{entry.path}/comm", encoding="utf-8", errors="replace") as f:
+                    if f.read().strip() == f"vhost-{pid}":
+                        out.append(int(entry.name))
+            except OSError:
+                continue
+    return out
+
+
+#: One look at threads: (role, pid, tid) -> (CPU nanoseconds, voluntary, involuntary switches).
+if TYPE_CHECKING:
+    Tasks = dict[tuple[str, int, int], tuple[int, int, int]]
+
+
+def look(tasks: Iterable[tuple[str, int, int]]) -> Tasks:
+    """CPU time and switches of the threads (role, pid, tid) now."""
+    return {key: got for key in tasks if (got := task(key[2], key[1])) is not None}
+
+
+def by_role(before: Tasks, after: Tasks) -> dict[str, dict[str, Any]]:
+    """What each role used between two looks; roles without a thread are left out. A thread that has ended meanwhile is lost."""
+    out: dict[str, dict[str, Any]] = {}
+    for key, now in after.items():
+        then = before.get(key, (0, 0, 0))
+        one = out.setdefault(key[0], {"cpu_s": 0.0, "voluntary": 0, "involuntary": 0, "threads": 0})
+        one["cpu_s"] = round(one["cpu_s"] + (now[0] - then[0]) / 1e9, 6)
+        one["voluntary"] += now[1] - then[1]
+        one["involuntary"] += now[2] - then[2]
+        one["threads"] += 1
+    return out
+
+
+# --- the tap -------------------------------------------------------------------------------------------
+
+
+class TapCounters:
+    """Packets and bytes that pass the tap ``name`` of a namespace, in any mode; a segmented packet counts once.
+
+    :param space: pyvmm.datapath.netns.Namespace, lent.
+    """
+
+    def __init__(self, space: Any, name: str) -> None:
+        import fcntl
+        import socket
+        import struct
+
+        from pyvmm.datapath.link import Link
+        from pyvmm.fd import Fd
+
+        SIOCGIFINDEX = 0x8933  # linux/sockios.h  # noqa: N806
+        with space.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            answer = fcntl.ioctl(s, SIOCGIFINDEX, struct.pack("16si12x", name.encode(), 0))
+        index = struct.unpack_from("16si", answer)[1]
+        sockets = [Fd(space.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()) for _ in range(2)]
+        self._link = Link(index, *sockets)
+
+    def read(self) -> dict[str, int]:
+        """``packets_to_guest``, ``packets_from_guest``, ``bytes_to_guest``, ``bytes_from_guest``, ``drops``."""
+        now = self._link.stats()
+        return {
+            "packets_to_guest": now.get("tx_packets", 0),
+            "packets_from_guest": now.get("rx_packets", 0),
+            "bytes_to_guest": now.get("tx_bytes", 0),
+            "bytes_from_guest": now.get("rx_bytes", 0),
+            "drops": now.get("tx_dropped", 0) + now.get("rx_dropped", 0),
+        }
+
+    def close(self) -> None:
+        """Release its sockets."""
+        self._link.close()

@@ -1,0 +1,415 @@
+"""A guest on one data path or program, booted, ready for workloads, and countable; all alike for who runs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from pyvmm.compare import counters, plan
+from pyvmm.errors import GuestEnded, GuestTimeout, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import subprocess
+    from typing import Any, Protocol, Self
+
+    from pyvmm.compare.counters import ExitTrace, Tasks
+    from pyvmm.compare.plan import Mode, Plan
+    from pyvmm.datapath.netns import Namespace
+
+    class Guest(Protocol):
+        """What ``open_guest`` gives: a context manager that leaves nothing behind."""
+
+        space: Namespace
+
+        def __enter__(self) -> Self: ...
+        def __exit__(self, *exc: object) -> None: ...
+        def boot(self) -> float:
+            """Let it run until its servers listen; seconds that took."""
+
+        def counts(self) -> dict[str, dict[str, int]]:
+            """Groups of sums that only grow: ``causes``, ``lines``, ``kvm``, ``packets``, ``queues`` (empty where unknown)."""
+
+        def quick(self) -> tuple[int, int]:
+            """(exits to userspace, exits in KVM) so far; cheap."""
+
+        def tasks(self) -> Tasks:
+            """CPU time and switches of its threads now."""
+
+        def facts(self) -> dict[str, Any]:
+            """What does not change: ``offered``, ``negotiated``, ``version``."""
+
+
+READY, FEATURES = "pyvmm-compare: ready", "pyvmm-compare: features"
+TAP = "tap0"
+#: Seconds from the start to READY, and for a tool or the back-end to do what takes it a moment.
+BOOT_LIMIT, TOOL_LIMIT = 180.0, 60.0
+
+
+def guest_command(p: Plan) -> list[str]:
+    """What the guest runs: an iperf3 server for each workload that needs one."""
+    servers = p.servers()
+    ports = " ".join(p.port(w) for w in servers)
+    script = (
+        f"for p in {ports}; do iperf3 -s -p $p >/dev/null 2>&1 & done\n"
+        f"until [ \"$(cat /proc/net/tcp* | grep -c ' 0A ')\" = {len(servers)} ]; do sleep 0.1; done\n"
+        f'echo "{FEATURES} $(cat /sys/bus/virtio/devices/virtio0/features)"\n'
+        f"echo '{READY}'\nwhile :; do sleep 1000; done"
+    )
+    return ["sh", "-c", script]
+
+
+def open_guest(p: Plan, mode: Mode, trace: ExitTrace | None) -> Guest:
+    """The guest of a mode, not yet made: that is the context manager's."""
+    return OwnGuest(p, mode) if mode.kind == "pyvmm" else PeerGuest(p, mode, trace)
+
+
+def terminate(child: subprocess.Popen[Any]) -> None:
+    """End a child of ours."""
+    import subprocess
+
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(5)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def tethered(argv: list[str]) -> list[str]:
+    """``argv`` as a command that is killed when this process is; setpriv is in util-linux."""
+    return ["setpriv", "--pdeathsig", "KILL", *argv] if shutil.which("setpriv") else argv
+
+
+class OwnGuest:
+    """A guest of pyvmm's, in this process; for vhost-user with a `pyvmm backend` beside it."""
+
+    def __init__(self, p: Plan, mode: Mode) -> None:
+        self._plan, self._mode = p, mode
+        self._stack = ExitStack()
+        self._backend: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._make()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _make(self) -> None:
+        from pyvmm.machine import Machine
+        from pyvmm.net import Net
+
+        p, stack = self._plan, self._stack
+        net = self._mode.net
+        if net.partition(",")[0] == "vhost-user":
+            self.space, socket = self._start_backend()
+            net += f",socket={socket}"
+        self._others = set(threading.enumerate())
+        self._vm = stack.enter_context(
+            Machine(
+                p.kernel,
+                initrd=p.initrd,
+                append=p.append,
+                cpus=p.cpus,
+                memory=p.memory,
+                nets=[Net.parse(f"{net},mac={plan.MAC}")],
+                command=guest_command(p),
+            )
+        )
+        self._nic = self._vm.nets[0]
+        if self._backend is None:
+            self.space = self._nic.namespace
+        self._tap = counters.TapCounters(self.space, TAP)
+        stack.callback(self._tap.close)
+
+    def _start_backend(self) -> tuple[Namespace, str]:
+        """`pyvmm backend` with a tap in a namespace of ours."""
+        from pyvmm.datapath.netns import Namespace
+
+        directory = tempfile.mkdtemp(
+            prefix="pyvmm-compare-", dir="/run" if os.access("/run", os.W_OK) else None
+        )
+        self._stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        space = self._stack.enter_context(Namespace(name="unused"))
+        space.tap.close()
+        path, log = f"{directory}/socket", Path(directory, "log")
+        package = str(Path(__file__).resolve().parents[2])
+        argv = [sys.executable, "-m", "pyvmm", "backend", "--socket", path, "--tap", TAP]
+        argv += ["--address", f"{plan.HOST}/{plan.PREFIX}", "--queues", str(self._mode.queues)]
+        with log.open("wb") as sink:
+            child = space.popen(
+                tethered(argv),
+                stdin=-3,  # subprocess.DEVNULL
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": package},
+            )
+        self._stack.callback(terminate, child)
+        self._backend = child
+        until = time.monotonic() + TOOL_LIMIT
+        while not os.path.exists(path):  # noqa: PTH110
+            if child.poll() is not None or time.monotonic() > until:
+                last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+                raise HostError(f"`pyvmm backend` did not come up: {last[0]}")
+            time.sleep(0.05)
+        return space, path
+
+    def boot(self) -> float:
+        """Let it run until its servers listen."""
+        from pyvmm.kvm.stats import Stats
+
+        start = time.monotonic()
+        self._vm.start()
+        self._stats = []
+        if self._vm.kvm.extension("KVM_CAP_BINARY_STATS_FD"):
+            for vcpu in self._vm.vcpus:
+                self._stats.append(self._stack.enter_context(Stats(vcpu.fileno())))
+        while True:
+            try:
+                self._vm.stdout.expect(READY, 1)
+                break
+            except TimeoutError:
+                outcome = self._vm.outcome
+                if outcome is not None:
+                    raise outcome.error() or GuestEnded("the guest ended before it was ready") from None
+                if time.monotonic() - start > BOOT_LIMIT:
+                    raise GuestTimeout(f"the guest was not ready within {BOOT_LIMIT:g} s") from None
+        return time.monotonic() - start
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """See Guest."""
+        queues = {
+            name: value
+            for name, value in self._nic.device.datapath.counters().items()
+            if name.endswith(("_kicks", "_calls", "_calls_suppressed"))
+        }
+        ledger = self._vm.ledger()
+        return {
+            "causes": counters.causes(ledger),
+            "lines": counters.lines(ledger),
+            "kvm": counters.kvm_counts(self._stats),
+            "packets": self._tap.read(),
+            "queues": queues,
+        }
+
+    def quick(self) -> tuple[int, int]:
+        """See Guest."""
+        exits = 0
+        for stats in self._stats:
+            value = stats.read().get("exits", 0)
+            exits += value if isinstance(value, int) else 0
+        return sum(vcpu.runs for vcpu in self._vm.vcpus), exits
+
+    def tasks(self) -> Tasks:
+        """See Guest; threads of this process that the guest did not bring are nobody's."""
+        me = os.getpid()
+        kind = "vhost" if self._nic.net.mode == "vhost-net" else "worker"
+        keys = []
+        moving = set()
+        for worker in self._nic.device.datapath.workers():
+            tid = int(str(worker["tid"]))
+            moving.add(tid)
+            own = Path(f"/proc/{me}/task/{tid}").exists()
+            keys.append((kind, me if own else tid, tid))
+        for thread in threading.enumerate():
+            tid = thread.native_id or 0
+            if thread in self._others or tid in moving or thread.name.startswith("compare"):
+                continue
+            keys.append(("vcpu" if thread.name.startswith("vcpu") else "vmm", me, tid))
+        if self._backend is not None:
+            pid = self._backend.pid
+            keys += [("backend", pid, tid) for tid in counters.threads_of(pid)]
+        return counters.look(keys)
+
+    def facts(self) -> dict[str, Any]:
+        """See Guest."""
+        from pyvmm import __version__
+        from pyvmm.virtio.features import names
+
+        device = self._nic.device
+        return {
+            "version": f"pyvmm {__version__}",
+            "offered": names(device.offered()),
+            "negotiated": names(device.negotiated),
+        }
+
+
+class PeerGuest:
+    """The same guest on QEMU or kvmtool, counted from outside."""
+
+    def __init__(self, p: Plan, mode: Mode, trace: ExitTrace | None) -> None:
+        self._plan, self._mode, self._trace = p, mode, trace
+        self._stack = ExitStack()
+        self._said = b""
+        self._kvm = Path()
+
+    def __enter__(self) -> Self:
+        try:
+            self._make()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _make(self) -> None:
+        from pyvmm.datapath.netns import Namespace
+
+        self._argv = self._command()
+        self.space = self._stack.enter_context(Namespace(name="unused"))
+        self.space.tap.close()
+        script = (
+            f"ip tuntap add dev {TAP} mode tap vnet_hdr && "
+            f"ip addr add {plan.HOST}/{plan.PREFIX} dev {TAP} && ip link set {TAP} up"
+        )
+        done = self.space.run(["sh", "-c", script], capture_output=True, text=True, timeout=TOOL_LIMIT)
+        if done.returncode:
+            raise HostError(f"cannot make a tap: {(done.stdout + done.stderr).strip()[-200:]}")
+        self._tap = counters.TapCounters(self.space, TAP)
+        self._stack.callback(self._tap.close)
+
+    def _command(self) -> list[str]:
+        import base64
+
+        from pyvmm.host import peers
+        from pyvmm.machine import BASE_CMDLINE, parse_size
+
+        p = self._plan
+        raw = b"".join(arg.encode() + b"\0" for arg in guest_command(p))
+        cmdline = (
+            f"{BASE_CMDLINE} pyvmm.port=0 pyvmm.net={plan.MAC},{plan.GUEST}/{plan.PREFIX} "
+            f"pyvmm.cmd={base64.urlsafe_b64encode(raw).decode().rstrip('=')} {p.append}"
+        ).rstrip()
+        if self._mode.kind == "kvmtool":
+            kernel = p.kernel
+            beside = Path(kernel).with_name("bzImage")
+            if Path(kernel).name == "vmlinux" and beside.exists():
+                kernel = str(beside)  # the same kernel; kvmtool loads no ELF
+            program = peers.kvmtool()
+            return peers.kvmtool_guest(
+                program,
+                kernel=kernel,
+                initrd=p.initrd,
+                cmdline=cmdline,
+                cpus=p.cpus,
+                memory_mib=parse_size(p.memory) >> 20,
+                tap=TAP,
+                mac=plan.MAC,
+            )
+        program = peers.qemu(peers.qemu_root())
+        if self._mode.vhost and not os.access("/dev/vhost-net", os.R_OK | os.W_OK):
+            raise HostError("/dev/vhost-net is missing or forbidden", "modprobe vhost_net; or --host testbed")
+        argv = peers.qemu_guest(
+            program,
+            kernel=p.kernel,
+            initrd=p.initrd,
+            cmdline=cmdline,
+            cpus=p.cpus,
+            memory=f"{parse_size(p.memory) >> 20}M",
+        )
+        name = ["-name", "pyvmm-compare,debug-threads=on"]  # so that threads say what they are
+        return [*argv, *name, *peers.qemu_card(TAP, plan.MAC, vhost=self._mode.vhost)]
+
+    def boot(self) -> float:
+        """See Guest."""
+        import select
+        import subprocess
+
+        start = time.monotonic()
+        child = self.space.popen(
+            tethered(self._argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._child = child
+        assert child.stdout
+        self._stack.callback(child.stdout.close)
+        self._stack.callback(terminate, child)
+        fd = child.stdout.fileno()
+        while READY.encode() not in self._said:
+            left = BOOT_LIMIT - (time.monotonic() - start)
+            if left <= 0:
+                raise GuestTimeout(f"the guest was not ready within {BOOT_LIMIT:g} s")
+            piece = os.read(fd, 65536) if select.select([fd], [], [], left)[0] else b""
+            if not piece and child.poll() is not None:
+                last = self._said.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+                raise GuestEnded(f"{self._mode.kind} ended before the guest was ready: {last[0][:200]}")
+            self._said = (self._said + piece)[-65536:]
+        drain = threading.Thread(target=self._drain, args=(fd,), name="compare-drain", daemon=True)
+        drain.start()
+        self._stack.callback(drain.join, 5)  # after the child has been ended, before its pipe is closed
+        self._stack.callback(terminate, child)
+        self._kvm = counters.debugfs_dir(child.pid)
+        return time.monotonic() - start
+
+    @staticmethod
+    def _drain(fd: int) -> None:
+        """What the guest says later: a full pipe would stop it."""
+        try:
+            while os.read(fd, 65536):
+                pass
+        except OSError:
+            pass
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """See Guest."""
+        causes: dict[str, int] = {}
+        if self._trace is not None:
+            causes = self._trace.counts(set(counters.threads_of(self._child.pid)))
+        kvm = counters.debugfs_counts(self._kvm)
+        return {"causes": causes, "lines": {}, "kvm": kvm, "packets": self._tap.read(), "queues": {}}
+
+    def quick(self) -> tuple[int, int]:
+        """See Guest."""
+        user = 0
+        if self._trace is not None:
+            user = sum(self._trace.counts(set(counters.threads_of(self._child.pid))).values())
+        return user, int((self._kvm / "exits").read_text())
+
+    def tasks(self) -> Tasks:
+        """See Guest."""
+        pid = self._child.pid
+        keys = []
+        for tid, name in counters.threads_of(pid).items():
+            role = "vcpu" if name.startswith(("CPU ", "kvm-vcpu")) else "vmm"
+            keys.append(("vhost" if name.startswith("vhost-") else role, pid, tid))
+        keys += [("vhost", tid, tid) for tid in counters.vhost_threads(pid)]
+        return counters.look(keys)
+
+    def facts(self) -> dict[str, Any]:
+        """See Guest; what was negotiated is what the guest's kernel says, a digit a bit, and what was offered nobody knows."""
+        import re
+        import subprocess
+
+        from pyvmm.virtio.features import names
+
+        version = subprocess.run(
+            [self._argv[0], "version" if self._mode.kind == "kvmtool" else "--version"],
+            capture_output=True,
+            text=True,
+            timeout=TOOL_LIMIT,
+        ).stdout.splitlines()
+        match = re.search(rf"{FEATURES} ([01]+)".encode(), self._said)
+        bits = int(match[1][::-1], 2) if match else 0
+        return {
+            "version": version[0] if version else self._mode.kind,
+            "offered": [],
+            "negotiated": names(bits),
+        }

@@ -1,0 +1,124 @@
+"""What to compare: modes, peers, workloads and how often; and the names that the results use."""
+
+from __future__ import annotations
+
+from pyvmm.errors import UsageError
+from pyvmm.net import MODES, Net
+
+DEFAULT_MODES = "emulated:notify=exit,emulated,vhost-net,vhost-user"
+#: Keys of --net that the comparison itself sets, or that would change the workload.
+FORBIDDEN = ("tap", "mac", "host", "guest", "socket", "server", "link")
+#: The same on every network: the host's end and the guest's.
+HOST, GUEST, PREFIX, MAC = "192.168.100.1", "192.168.100.2", 24, "52:54:00:12:34:56"
+#: Datagrams of ``udp-small``: payload bytes, and bits a second (1000 datagrams).
+UDP_BYTES, UDP_RATE = 64, 512_000
+PING_INTERVAL = 0.05  # seconds
+MAX_REPEAT, MAX_SECONDS = 1000, 3600
+
+#: name -> what it is. All are driven from the host's end, so that no guest console is in the way.
+WORKLOADS = {
+    "ping": "pings from the host, 50 ms apart",
+    "tcp-tx": "one TCP stream from the guest (iperf3 -R)",
+    "tcp-rx": "one TCP stream to the guest (iperf3)",
+    "udp-small": "UDP from the guest, 64 bytes, 1000 a second (iperf3 -u -R -l 64 -b 512k)",
+    "idle": "nothing",
+}
+PEERS = ("qemu", "kvmtool")
+
+
+class Mode:
+    """One column: a data path of pyvmm, or another program.
+
+    :ivar name: as the user wrote it. :ivar kind: ``pyvmm``, ``qemu`` or ``kvmtool``.
+    :ivar net: the card's ``MODE[,key=value...]`` for pyvmm's own.
+    """
+
+    __slots__ = ("kind", "name", "net", "queues", "vhost")
+
+    def __init__(self, name: str, kind: str = "pyvmm", net: str = "", *, vhost: bool = False) -> None:
+        self.name, self.kind, self.net, self.vhost = name, kind, net, vhost
+        self.queues = 1
+
+
+def parse_mode(text: str) -> Mode:
+    """``emulated:notify=exit``: a mode of --net, its keys joined by colons.
+
+    :raises UsageError: an unknown mode or key, or one that is the comparison's own.
+    """
+    mode, *keys = text.split(":")
+    if mode not in MODES or mode == "none":
+        known = ", ".join(m for m in MODES if m != "none")
+        raise UsageError(f"--modes: unknown mode {mode!r}", f"modes: {known}; keys follow after colons")
+    for key in keys:
+        if key.partition("=")[0] in FORBIDDEN:
+            raise UsageError(
+                f"--modes {text}: {key.partition('=')[0]}= is the comparison's own", "leave it out"
+            )
+    net = ",".join((mode, *keys))
+    probe = Net.parse(f"{net},socket=/x" if mode == "vhost-user" else net)
+    one = Mode(text, net=net, vhost=mode == "vhost-net")
+    one.queues = probe.queues
+    return one
+
+
+def parse_list(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    """Names joined by commas, each of ``known``, none twice."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{option}: unknown {name!r}", f"use {', '.join(known)}")
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"{option} {text!r}", "name each once, joined by commas")
+    return names
+
+
+class Plan:
+    """A whole comparison.
+
+    :param repeat: boots of each mode, 1 to 1000. :param seconds: of each workload, up to 3600.
+    :param kernel, initrd: files of the guest. :param image: what they are called in the results.
+    :param append: kernel command line beside what pyvmm adds. :param samples: seconds between two looks at the counters.
+    :raises UsageError: what makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        modes: str = DEFAULT_MODES,
+        peers: str = "",
+        workloads: str = ",".join(WORKLOADS),
+        repeat: int = 3,
+        seconds: float = 3.0,
+        cpus: int = 1,
+        memory: str = "256M",
+        kernel: str = "",
+        initrd: str | None = None,
+        image: str = "",
+        append: str = "",
+        samples: float = 0.1,
+    ) -> None:
+        self.modes = [parse_mode(text.strip()) for text in modes.split(",") if text.strip()]
+        if peers:
+            for peer in parse_list("--peers", peers, PEERS):
+                self.modes.append(Mode(peer, peer))
+                if peer == "qemu":
+                    self.modes.append(Mode("qemu:vhost", peer, vhost=True))
+        names = [mode.name for mode in self.modes]
+        if not names or len(set(names)) < len(names):
+            raise UsageError(f"--modes {modes!r}", "name each once, joined by commas")
+        self.workloads = parse_list("--workload", workloads, tuple(WORKLOADS))
+        if not 1 <= repeat <= MAX_REPEAT:
+            raise UsageError(f"--repeat {repeat}", f"use 1 to {MAX_REPEAT}")
+        if not 0.2 <= seconds <= MAX_SECONDS:
+            raise UsageError(f"--seconds {seconds:g}", f"use 0.2 to {MAX_SECONDS}")
+        self.repeat, self.seconds, self.samples = repeat, seconds, samples
+        self.cpus, self.memory = cpus, memory
+        self.kernel, self.initrd, self.image, self.append = kernel, initrd, image, append
+
+    def servers(self) -> list[str]:
+        """Workloads that need an iperf3 server in the guest, in the order of their ports from 5201 on."""
+        return [w for w in self.workloads if w not in ("ping", "idle")]
+
+    def port(self, workload: str) -> str:
+        """The port of a workload's server: each has its own, since one that has just served is busy for a moment."""
+        return str(5201 + self.servers().index(workload))

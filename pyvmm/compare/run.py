@@ -1,0 +1,352 @@
+"""Runs a comparison: boots each mode in turn, again and again, and counts each workload from its start to its end.
+
+A boot runs all workloads, one after another. Counters are read right before and right after each, so that neither boot nor the
+other workloads are in its figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+from contextlib import ExitStack
+
+from pyvmm.compare import counters, plan
+from pyvmm.compare.guests import TOOL_LIMIT, open_guest, terminate
+from pyvmm.errors import (
+    HostError,
+    ImageError,
+    KvmForbidden,
+    KvmMissing,
+    KvmUnsuitable,
+    MemoryShort,
+    NetError,
+    PyvmmError,
+    UsageError,
+    VhostMissing,
+    VhostUserError,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.compare.guests import Guest
+    from pyvmm.compare.plan import Mode, Plan
+
+SCHEMA = "pyvmm-compare/1"
+#: Errors that no other mode would be spared.
+FOR_ALL = (KvmMissing, KvmForbidden, KvmUnsuitable, ImageError, MemoryShort, UsageError)
+#: Errors that the next repeat of the same mode would not be spared.
+FOR_MODE = (VhostMissing, NetError, VhostUserError)
+SAMPLES_MAX = 600  # looks at the counters that are kept of a workload
+LINES_MAX = 40  # lines of the ledger that are kept of a workload, the most frequent
+SETTLE = 0.5  # seconds between workloads: iperf3's last packets are not the next one's
+
+
+class Comparison:
+    """Runs a plan and holds what it found; ``document`` may be asked at any time, also after ``run`` was broken off.
+
+    :param progress: is told what goes on, a line at a time.
+    """
+
+    def __init__(self, p: Plan, progress: Callable[[str], None]) -> None:
+        self._plan, self._progress = p, progress
+        self._created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._runs: list[dict[str, Any]] = []
+        self._modes: dict[str, dict[str, Any]] = {
+            m.name: {
+                "name": m.name,
+                "kind": m.kind,
+                "problem": None,
+                "notes": [],
+                "version": "",
+                "offered": [],
+                "negotiated": [],
+            }
+            for m in p.modes
+        }
+        self._complete = False
+        self._trace: counters.ExitTrace | None = None
+
+    def run(self) -> None:
+        """Run it all.
+
+        :raises PyvmmError: no mode can run here (no KVM, no image). What only some modes lack is in the document.
+        """
+        p = self._plan
+        with ExitStack() as stack:
+            if any(mode.kind != "pyvmm" for mode in p.modes):
+                self._open_trace(stack)
+            total, number = p.repeat * len(p.modes), 0
+            for repeat in range(p.repeat):
+                for mode in p.modes:
+                    number += 1
+                    if self._modes[mode.name]["problem"] is None:
+                        self._progress(f"{number}/{total} {mode.name}, repeat {repeat + 1}")
+                        self._boot(mode, repeat)
+        self._complete = True
+
+    def _open_trace(self, stack: ExitStack) -> None:
+        try:
+            self._trace = stack.enter_context(counters.ExitTrace())
+        except HostError as e:
+            for mode in self._plan.modes:
+                if mode.kind != "pyvmm":
+                    self._modes[mode.name]["notes"].append(str(e))
+
+    def _boot(self, mode: Mode, repeat: int) -> None:
+        facts = self._modes[mode.name]
+        run: dict[str, Any] = {
+            "mode": mode.name,
+            "repeat": repeat,
+            "error": None,
+            "boot_s": None,
+            "workloads": [],
+        }
+        try:
+            with open_guest(self._plan, mode, self._trace) as guest:
+                self._runs.append(run)
+                run["boot_s"] = round(guest.boot(), 3)
+                facts.update(guest.facts())
+                for workload in self._plan.workloads:
+                    time.sleep(SETTLE)
+                    run["workloads"].append(self._workload(guest, workload))
+        except FOR_ALL:
+            raise
+        except PyvmmError as e:
+            if run in self._runs:
+                run["error"] = str(e)
+            if run not in self._runs or isinstance(e, FOR_MODE):
+                facts["problem"] = str(e)
+            self._progress(f"  {mode.name}: {e}")
+
+    def _workload(self, guest: Guest, name: str) -> dict[str, Any]:
+        """Run one and count."""
+        out: dict[str, Any] = {"name": name, "error": None, "seconds": None}
+        sampler = Sampler(guest, self._plan.samples)
+        before, tasks = guest.counts(), guest.tasks()
+        sampler.start()
+        start = time.monotonic()
+        result: dict[str, float | None] = {}
+        try:
+            try:
+                text = self._drive(guest, name)
+            finally:
+                seconds = time.monotonic() - start
+                samples = sampler.stop()
+                tasks_after, after = guest.tasks(), guest.counts()
+            result = read_result(name, text)
+        except HostError as e:
+            out["error"] = str(e)
+            self._progress(f"  {name}: {e}")
+        out |= figures(before, after, seconds)
+        out["threads"] = counters.by_role(tasks, tasks_after)
+        out |= {"throughput_mbit_s": None, "rtt_ms": None, "loss_percent": None, **result}
+        out["samples"] = samples
+        return out
+
+    def _drive(self, guest: Guest, name: str) -> str:
+        """The workload itself; what its tool printed.
+
+        :raises HostError: it failed.
+        """
+        p = self._plan
+        if name == "idle":
+            time.sleep(p.seconds)
+            return ""
+        if name == "ping":
+            count = max(1, round(p.seconds / plan.PING_INTERVAL))
+            return self._tool(
+                guest, ["ping", "-q", "-c", str(count), "-i", str(plan.PING_INTERVAL), plan.GUEST]
+            )
+        argv = ["iperf3", "-c", plan.GUEST, "-p", p.port(name), "-J", "-t", f"{p.seconds:g}"]
+        if name != "tcp-rx":
+            argv.append("-R")
+        if name == "udp-small":
+            argv += ["-u", "-l", str(plan.UDP_BYTES), "-b", str(plan.UDP_RATE)]
+        return self._tool(guest, argv)
+
+    def _tool(self, guest: Guest, argv: list[str]) -> str:
+        import subprocess
+
+        try:
+            child = guest.space.popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+        except FileNotFoundError as e:
+            raise HostError(f"{argv[0]} cannot be run", "install iputils-ping, iperf3 and util-linux") from e
+        with child:
+            try:
+                text, _ = child.communicate(timeout=self._plan.seconds + TOOL_LIMIT)
+            except subprocess.TimeoutExpired as e:
+                raise HostError(f"{argv[0]} did not end within {self._plan.seconds + TOOL_LIMIT:g} s") from e
+            finally:
+                terminate(child)
+        if child.returncode:
+            raise HostError(f"{argv[0]} failed: {reason(text)}")
+        return str(text)
+
+    def document(self) -> dict[str, Any]:
+        """The results so far, as docs/compare.md describes them."""
+        from pyvmm import __version__
+        from pyvmm.compare.stats import summarise
+        from pyvmm.host.doctor import flavour
+        from pyvmm.host.testbed import inside
+        from pyvmm.machine import parse_size
+
+        p = self._plan
+        document = {
+            "schema": SCHEMA,
+            "pyvmm": __version__,
+            "created": self._created,
+            "partial": not self._complete,
+            "host": {
+                "kernel": _read("/proc/sys/kernel/osrelease"),
+                "kvm": flavour(),
+                "testbed": inside(),
+                "cpus": len(os.sched_getaffinity(0)),
+            },
+            "guest": {
+                "image": p.image,
+                "kernel": p.kernel,
+                "cpus": p.cpus,
+                "memory_bytes": parse_size(p.memory),
+                "append": p.append,
+            },
+            "settings": {
+                "repeat": p.repeat,
+                "seconds": p.seconds,
+                "sample_s": p.samples,
+                "workloads": [{"name": w, "what": plan.WORKLOADS[w]} for w in p.workloads],
+            },
+            "modes": list(self._modes.values()),
+            "runs": self._runs,
+        }
+        document["summary"] = summarise(document)
+        return document
+
+
+class Sampler:
+    """Looks at a guest's exits every so often, in a thread of its own that ends with ``stop``.
+
+    What is kept is bounded: each time it is full, every second look is dropped and the interval doubled.
+    """
+
+    def __init__(self, guest: Guest, interval: float) -> None:
+        self._guest, self._interval = guest, interval
+        self._quit = threading.Event()
+        self._rows: list[tuple[float, int, int]] = []
+        self._thread = threading.Thread(target=self._run, name="compare-sampler", daemon=True)
+        self._begin = 0.0
+
+    def start(self) -> None:
+        """Begin."""
+        self._begin = time.monotonic()
+        self._thread.start()
+
+    def _look(self) -> None:
+        user, exits = self._guest.quick()
+        self._rows.append((round(time.monotonic() - self._begin, 3), user, exits))
+
+    def _run(self) -> None:
+        try:
+            self._look()
+            while not self._quit.wait(self._interval):
+                self._look()
+                if len(self._rows) >= SAMPLES_MAX:
+                    self._rows = self._rows[::2]
+                    self._interval *= 2
+        except (OSError, ValueError, HostError):
+            pass  # the guest is gone; the workload says so
+
+    def stop(self) -> dict[str, list[float]]:
+        """End; the time of each look in seconds, and what had been counted since the first."""
+        self._quit.set()
+        self._thread.join()
+        rows = self._rows
+        return {
+            "t": [row[0] for row in rows],
+            "user_exits": [row[1] - rows[0][1] for row in rows],
+            "kvm_exits": [row[2] - rows[0][2] for row in rows],
+        }
+
+
+def figures(
+    before: dict[str, dict[str, int]], after: dict[str, dict[str, int]], seconds: float
+) -> dict[str, Any]:
+    """What was counted between two looks. None: not known of this mode."""
+
+    def delta(group: str) -> dict[str, int]:
+        return {name: value - before[group].get(name, 0) for name, value in after[group].items()}
+
+    lines = {name: count for name, count in delta("lines").items() if count}
+    causes, kvm, packets = delta("causes"), delta("kvm"), delta("packets")
+    moved = packets["packets_to_guest"] + packets["packets_from_guest"]
+    user = sum(causes.values()) if causes else None
+    exits = kvm.get("exits")
+
+    def per(count: int | None) -> float | None:
+        return round(1000 * count / moved, 3) if moved and count is not None else None
+
+    return {
+        "seconds": round(seconds, 4),
+        "user_exits": user,
+        "causes": causes or None,
+        "lines": dict(sorted(lines.items(), key=lambda item: -item[1])[:LINES_MAX]),
+        "kvm": kvm,
+        "interrupts": kvm.get("irq_injections"),
+        "packets": packets,
+        "queues": delta("queues"),
+        "per_kpacket": {
+            "user_exits": per(user),
+            "kvm_exits": per(exits),
+            "interrupts": per(kvm.get("irq_injections")),
+        },
+    }
+
+
+def read_result(name: str, text: str) -> dict[str, float | None]:
+    """What a workload's tool says.
+
+    :raises HostError: not what we know how to read.
+    """
+    if name == "idle":
+        return {}
+    try:
+        if name == "ping":
+            times = re.search(r"= ([\d.]+)/([\d.]+)/([\d.]+)", text)
+            loss = re.search(r"([\d.]+)% packet loss", text)
+            assert times and loss
+            return {"rtt_ms": float(times[2]), "loss_percent": float(loss[1])}
+        end = json.loads(text)["end"]
+        if name == "udp-small":
+            one = end["sum"]
+            rate = one["bits_per_second"] * (1 - one["lost_percent"] / 100)
+            return {"throughput_mbit_s": round(rate / 1e6, 3), "loss_percent": round(one["lost_percent"], 2)}
+        return {"throughput_mbit_s": round(end["sum_received"]["bits_per_second"] / 1e6, 3)}
+    except (AssertionError, KeyError, ValueError, TypeError) as e:
+        raise HostError(f"{name}: cannot read its result: {reason(text)}") from e
+
+
+def reason(text: str) -> str:
+    """Why a tool failed, in one line."""
+    try:
+        return str(json.loads(text)["error"])[:200]
+    except (ValueError, KeyError, TypeError):
+        lines = text.strip().splitlines()
+        return lines[-1][:200] if lines else "it said nothing"
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="ascii") as f:
+        return f.read().strip()

@@ -1,0 +1,172 @@
+"""Plots as SVG: bars that are stacked or have whiskers, and lines over time. Colours are classes: the page's style sheet has them.
+
+Every plot is WIDTH units wide, at which its text is read at 12 and 11 units, on a phone one to one.
+"""
+
+from __future__ import annotations
+
+from html import escape
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+WIDTH = 360
+ROW, BAR = 40, 14  # a bar's row: a line of text, then the bar
+TOP, AXIS = 6, 26
+CHAR = 6.7  # an average letter at 12 units, rather too wide
+LEFT, PLOT = 46, 150  # of a line plot: room for the labels, height
+
+
+def ticks(top: float, count: int = 4) -> list[float]:
+    """Round numbers from 0 to at least ``top``, about ``count`` steps."""
+    if top <= 0:
+        return [0.0, 1.0]
+    raw = top / count
+    power = 10.0
+    while power > raw:
+        power /= 10
+    while power * 10 <= raw:
+        power *= 10
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
+    out = [0.0]
+    while out[-1] < top * 0.999:
+        out.append(round(out[-1] + step, 10))
+    return out
+
+
+def short(value: float) -> str:
+    """A tick's label: 12k, 3.5M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def clip(text: str, room: float) -> str:
+    """``text`` if it fits into ``room`` units, else its beginning."""
+    most = max(int(room / CHAR), 3)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _frame(height: float, title: str, describe: str, body: list[str]) -> str:
+    return (
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}" role="img" '
+        f'aria-label="{escape(title, quote=True)}"><title>{escape(title)}</title><desc>{escape(describe)}</desc>'
+        + "".join(body)
+        + "</svg>"
+    )
+
+
+class Bar:
+    """One row of a bar plot.
+
+    :param parts: (class, value, words) from left to right. :param text: at the right, above the bar.
+    :param whisker: (lowest, highest) of the whole bar. :param missing: why there is none.
+    """
+
+    __slots__ = ("label", "missing", "parts", "text", "whisker")
+
+    def __init__(
+        self,
+        label: str,
+        parts: Sequence[tuple[str, float, str]],
+        text: str,
+        whisker: tuple[float, float] | None = None,
+        missing: str = "",
+    ) -> None:
+        self.label, self.parts, self.text, self.whisker, self.missing = label, parts, text, whisker, missing
+
+    @property
+    def top(self) -> float:
+        """How far it reaches."""
+        return max(sum(value for _, value, _ in self.parts), self.whisker[1] if self.whisker else 0)
+
+
+def bars(title: str, unit: str, rows: Sequence[Bar]) -> str:
+    """Horizontal bars on one scale."""
+    marks = ticks(max((row.top for row in rows), default=0))
+    left, right = 1.0, WIDTH - 1.0
+    scale = (right - left) / marks[-1]
+    height = TOP + ROW * len(rows) + AXIS
+    bottom = height - AXIS
+    body = []
+    for mark in marks:
+        x = left + mark * scale
+        body.append(
+            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom + 3:g}"/>'
+            if mark
+            else f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom + 3:g}"/>'
+        )
+        anchor = "start" if mark == 0 else "end" if mark == marks[-1] else "middle"
+        body.append(
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 17:g}" text-anchor="{anchor}">{short(mark)}</text>'
+        )
+    said = []
+    for index, row in enumerate(rows):
+        y = TOP + index * ROW
+        room = right - left - 8 - CHAR * len(row.text)
+        body.append(f'<text class="name" x="{left:g}" y="{y + 13:g}">{escape(clip(row.label, room))}</text>')
+        text = row.text
+        kind = "value"
+        if row.missing:
+            text, kind = clip(row.missing, WIDTH - 10 - CHAR * len(row.label)), "value missing"
+        body.append(
+            f'<text class="{kind}" x="{right:g}" y="{y + 13:g}" text-anchor="end">{escape(text)}</text>'
+        )
+        x = left
+        for name, value, words in row.parts:
+            wide = value * scale
+            if wide >= 0.05:
+                body.append(
+                    f'<rect class="{name}" x="{x:.2f}" y="{y + 19:g}" width="{wide:.2f}" height="{BAR}">'
+                    f"<title>{escape(f'{row.label}: {words}')}</title></rect>"
+                )
+            x += wide
+        if row.whisker and row.whisker[0] < row.whisker[1]:
+            low, high = (left + v * scale for v in row.whisker)
+            middle = y + 19 + BAR / 2
+            body.append(
+                f'<path class="whisker" d="M{low:.1f} {middle:g}H{high:.1f}M{low:.1f} {middle - 4:g}v8'
+                f'M{high:.1f} {middle - 4:g}v8"/>'
+            )
+        said.append(f"{row.label}: {row.missing or row.text}")
+    return _frame(height, f"{title}, {unit}", "; ".join(said), body)
+
+
+def lines(title: str, unit: str, series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> str:
+    """Lines over seconds: (name, class, points)."""
+    end = max((x for _, _, points in series for x, _ in points), default=1) or 1
+    top = max((y for _, _, points in series for _, y in points), default=0)
+    marks = ticks(top, 3)
+    right, bottom = WIDTH - 6.0, TOP + PLOT
+    height = bottom + AXIS
+    across, up = (right - LEFT) / end, (PLOT - 6) / marks[-1]
+    body = []
+    for mark in marks:
+        y = bottom - mark * up
+        kind = "grid" if mark else "axis"
+        body.append(f'<line class="{kind}" x1="{LEFT}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        body.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(mark)}</text>'
+        )
+    seconds = [t for t in ticks(end, 4) if t <= end * 1.001]
+    for mark in seconds:
+        x = LEFT + mark * across
+        anchor = "end" if x > right - 8 else "middle"
+        text = f"{short(mark)} s" if mark == seconds[-1] else short(mark)
+        body.append(
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 17:g}" text-anchor="{anchor}">{text}</text>'
+        )
+    said = []
+    for name, kind, points in series:
+        path = "L".join(f"{LEFT + x * across:.1f} {bottom - y * up:.1f}" for x, y in points)
+        if points:
+            body.append(f'<path class="line {kind}" d="M{path}"><title>{escape(name)}</title></path>')
+            said.append(f"{name}: up to {short(round(max(y for _, y in points)))}")
+    return _frame(height, f"{title}, {unit}", "; ".join(said), body)
+
+
+def height_of(svg: str) -> float:
+    """The height of a plot made here."""
+    return float(svg.partition('" height="')[2].partition('"')[0])
