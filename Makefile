@@ -8,7 +8,7 @@ help: ## show this
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 
 setup: ## install what is missing: system packages (as root), .venv, C extension, testbed
-	@tools/setup.sh
+	@tools/setup.sh $(SETUP)
 
 image: setup ## build the guest image
 	@$(PYVMM) image build
@@ -16,6 +16,7 @@ image: setup ## build the guest image
 demo: image ## boot a Linux guest with a virtio-net card, show what it does, leave nothing behind
 	@$(PYVMM) demo
 
+check: SETUP = --tests
 check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed)
 	@$(PYTEST) tests/lint tests/unit tests/fuzz tests/host tests/boot $(ARGS)
 

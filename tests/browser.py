@@ -14,8 +14,20 @@ from pathlib import Path
 from typing import Any
 
 FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--no-default-browser-check"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--no-default-browser-check",
+    ),
+    *(
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+    ),
     *("--disable-extensions", "--disable-default-apps", "--hide-scrollbars", "--remote-debugging-pipe"),
 ]
 PATIENCE = 120.0
@@ -25,7 +37,9 @@ class Browser:
     """One browser with one page; collects what the page says on its console and what it asks the network for."""
 
     def __init__(self) -> None:
-        program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        program = (
+            shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        )
         assert program, "chromium is missing: make setup"
         self._dir = tempfile.mkdtemp(prefix="pyvmm-browser-")
         theirs_in, self._to = os.pipe()
@@ -100,7 +114,11 @@ class Browser:
     def look(self, *, width: int, dark: bool, height: int = 900) -> None:
         """The window's width in CSS pixels, and which colours the user prefers."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
         )
         value = "dark" if dark else "light"
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
@@ -122,7 +140,9 @@ class Browser:
         """The whole page as PNG."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
+        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)[
+            "data"
+        ]
         png = base64.b64decode(data)
         if path is not None:
             path.write_bytes(png)

@@ -2,7 +2,9 @@
 # Set up everything that pyvmm needs on this machine: system packages, .venv, the C extension, the testbed.
 # Quick where all is there; needs root (or sudo without a password) only for missing system packages.
 #
-#   tools/setup.sh [--no-testbed]
+#   tools/setup.sh [--no-testbed] [--tests]
+#
+# --tests: also what only tests need (a browser).
 #
 # PYVMM_PYTHON chooses the interpreter of .venv (default: Debian's /usr/bin/python3).
 set -eu
@@ -11,6 +13,15 @@ cd "$(dirname "$0")/.."
 PACKAGES="python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev make
 qemu-system-x86 qemu-system-common busybox-static kmod iproute2 iputils-ping iperf3 ethtool liblz4-1 libzstd1
 clang-format acpica-tools cpio util-linux procps ca-certificates"
+TEST_PACKAGES="chromium"
+testbed=yes
+for option in "$@"; do
+	case $option in
+	--no-testbed) testbed=no ;;
+	--tests) PACKAGES="$PACKAGES $TEST_PACKAGES" ;;
+	*) printf 'setup: unknown option %s\n' "$option" >&2; exit 2 ;;
+	esac
+done
 STAMP=.venv/.pyvmm-setup
 LOG=build/setup.log
 
@@ -109,6 +120,6 @@ fi
 .venv/bin/python -m compileall -q pyvmm
 
 # --- the testbed -----------------------------------------------------------------------------------------------
-if [ "${1:-}" != --no-testbed ]; then
+if [ $testbed = yes ]; then
 	.venv/bin/pyvmm testbed setup
 fi

@@ -171,8 +171,11 @@ def _load(path: str) -> dict[str, Any]:
     from pyvmm.compare.schema import check
     from pyvmm.errors import UsageError
 
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON's")
+
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=constant)
     except (OSError, ValueError) as e:
         raise UsageError(f"{path}: {e}", "name a file that pyvmm compare --json has written") from e
     problem = check(document)
@@ -312,9 +315,8 @@ def _table(document: dict[str, Any], *, full: bool) -> Table:
             for name in names:
                 entry = figures.get(workload["name"], name, measure.key)
                 verdict = entry["verdict"] if entry else None
-                mark = " ≈" if verdict == NOISE else ""
                 style = {DIFFERS: "bold", NOISE: "dim"}.get(verdict or "", "")
-                cells.append(Text(cell(entry) + mark, style=style))
+                cells.append(Text(cell(entry), style=style))
             unit = f", {measure.unit}" if measure.unit else ""
             table.add_row(Text(f"  {measure.title}{unit}"), *cells)
     return table

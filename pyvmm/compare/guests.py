@@ -136,6 +136,8 @@ class OwnGuest:
 
     def _start_backend(self) -> tuple[Namespace, str]:
         """`pyvmm backend` with a tap in a namespace of ours."""
+        import subprocess
+
         from pyvmm.datapath.netns import Namespace
 
         directory = tempfile.mkdtemp(
@@ -151,7 +153,7 @@ class OwnGuest:
         with log.open("wb") as sink:
             child = space.popen(
                 tethered(argv),
-                stdin=-3,  # subprocess.DEVNULL
+                stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,

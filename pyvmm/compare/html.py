@@ -14,6 +14,7 @@ from pyvmm.compare.stats import (
     ROLE_WORDS,
     Figures,
     cell,
+    mark,
     number,
     remarks,
 )
@@ -85,8 +86,8 @@ def exits_plot(document: dict[str, Any], workload: str) -> str:
         stacks = []
         for run in runs:
             packets = run["packets"]["packets_to_guest"] + run["packets"]["packets_from_guest"]
-            base = run["seconds"] if idle else packets / 1000
-            if base:
+            base = (run["seconds"] or 0) if idle else packets / 1000
+            if base > 0:
                 stacks.append({part: count / base for part, count in split(run).items()})
         if not stacks:
             rows.append(svg.Bar(mode["name"], [], "", missing=_missing(mode)))
@@ -96,12 +97,14 @@ def exits_plot(document: dict[str, Any], workload: str) -> str:
         user = sum(value for part, value, _ in parts if part.startswith("u-"))
         known = any(run["causes"] for run in runs)
         shown = [(part, value, f"{words}: {number(value)}") for part, value, words in parts if value > 0]
-        text = f"{number(_median(sums))}, {number(user) if known else '?'} to userspace"
+        text = f"{number(_median(sums))} ({number(user) if known else 'unknown'} to userspace)"
         rows.append(svg.Bar(mode["name"], shown, text, (min(sums), max(sums))))
     return svg.bars(f"Exits by cause, {workload}", unit, rows)
 
 
-def measure_plot(document: dict[str, Any], workload: str, key: str, kind: str) -> str:
+def measure_plot(
+    document: dict[str, Any], workload: str, key: str, kind: str, width: int = svg.NARROW
+) -> str:
     """One measure of each mode, with its range."""
     figures, measure = Figures(document), BY_KEY[key]
     rows = []
@@ -110,17 +113,17 @@ def measure_plot(document: dict[str, Any], workload: str, key: str, kind: str) -
         if entry is None:
             rows.append(svg.Bar(mode["name"], [], "", missing=_missing(mode)))
             continue
-        text = number(entry["median"]) + (" ≈" if entry["verdict"] == NOISE else "")
+        text = number(entry["median"]) + mark(entry)
         parts = [(kind, entry["median"], f"{cell(entry)} {measure.unit}")]
         rows.append(svg.Bar(mode["name"], parts, text, (entry["min"], entry["max"])))
-    return svg.bars(f"{measure.title}, {workload}", measure.unit, rows)
+    return svg.bars(f"{measure.title}, {workload}", measure.unit, rows, width)
 
 
 def cpu_plot(document: dict[str, Any], workload: str) -> str:
     """CPU time by role of each mode, milliseconds a second."""
     rows = []
     for mode in document["modes"]:
-        runs = _good(document, mode["name"], workload)
+        runs = [run for run in _good(document, mode["name"], workload) if run["seconds"]]
         if not runs:
             rows.append(svg.Bar(mode["name"], [], "", missing=_missing(mode)))
             continue
@@ -211,7 +214,7 @@ def page(document: dict[str, Any]) -> str:
                 entry = figures.get(name, mode_name, measure.key)
                 verdict = entry["verdict"] if entry else None
                 kind = {NOISE: "noise", DIFFERS: "differs"}.get(verdict or "", "")
-                cells.append((cell(entry) + (" ≈" if verdict == NOISE else ""), kind))
+                cells.append((cell(entry), kind))
             lines.append((f"{measure.title}{', ' if measure.unit else ''}{measure.unit}", cells))
         tables.append({"name": name, "what": workload["what"], "rows": lines, "zero": zero})
     known = [m for m in modes if m["negotiated"] or m["offered"]]
@@ -227,7 +230,11 @@ def page(document: dict[str, Any]) -> str:
             for role in ROLES
             if any(role in w["threads"] for run in document["runs"] for w in run["workloads"])
         ],
-        mode_classes=[(f"m{i % LINES}", m["name"]) for i, m in enumerate(modes)],
+        mode_classes=[
+            (f"m{i % LINES}", m["name"])
+            for i, m in enumerate(modes)
+            if any(run["mode"] == m["name"] and run["workloads"] for run in document["runs"])
+        ],
         features=[
             (
                 f,
@@ -254,7 +261,7 @@ def figure(document: dict[str, Any]) -> str:
         fast = speed(document, workload["name"])
         if fast:
             title = f"{workload['name']}: {BY_KEY[fast].title}, {BY_KEY[fast].unit}"
-            plots.append((title, measure_plot(document, workload["name"], fast, "speed")))
+            plots.append((title, measure_plot(document, workload["name"], fast, "speed", svg.WIDTH)))
     columns = min(3, len(plots))
     width = 2 * pad + columns * svg.WIDTH + (columns - 1) * gap
     body = [f'<text class="h1" x="{pad}" y="{pad + 16}">What each data path costs</text>']

@@ -20,7 +20,7 @@ WORKLOADS = {
     "ping": "pings from the host, 50 ms apart",
     "tcp-tx": "one TCP stream from the guest (iperf3 -R)",
     "tcp-rx": "one TCP stream to the guest (iperf3)",
-    "udp-small": "UDP from the guest, 64 bytes, 1000 a second (iperf3 -u -R -l 64 -b 512k)",
+    "udp-small": "64-byte UDP from the guest, 1,000 a second (iperf3 -u)",
     "idle": "nothing",
 }
 PEERS = ("qemu", "kvmtool")

@@ -43,6 +43,7 @@ FOR_ALL = (KvmMissing, KvmForbidden, KvmUnsuitable, ImageError, MemoryShort, Usa
 #: Errors that the next repeat of the same mode would not be spared.
 FOR_MODE = (VhostMissing, NetError, VhostUserError)
 SAMPLES_MAX = 600  # looks at the counters that are kept of a workload
+FEW_PACKETS = 10  # below that nothing is given per 1,000 packets
 LINES_MAX = 40  # lines of the ledger that are kept of a workload, the most frequent
 SETTLE = 0.5  # seconds between workloads: iperf3's last packets are not the next one's
 
@@ -112,9 +113,12 @@ class Comparison:
                 self._runs.append(run)
                 run["boot_s"] = round(guest.boot(), 3)
                 facts.update(guest.facts())
+                self._warm_up(guest)
                 for workload in self._plan.workloads:
                     time.sleep(SETTLE)
-                    run["workloads"].append(self._workload(guest, workload))
+                    done = self._workload(guest, workload)
+                    run["workloads"].append(done)
+                    self._progress(f"  {outcome(done)}")
         except FOR_ALL:
             raise
         except PyvmmError as e:
@@ -123,6 +127,13 @@ class Comparison:
             if run not in self._runs or isinstance(e, FOR_MODE):
                 facts["problem"] = str(e)
             self._progress(f"  {mode.name}: {e}")
+
+    def _warm_up(self, guest: Guest) -> None:
+        """Pings that nobody counts: addresses are learnt, and Linux moves the interrupts of a new card with the first ones."""
+        try:
+            self._tool(guest, ["ping", "-q", "-c", "10", "-i", "0.05", plan.GUEST])
+        except HostError as e:
+            self._progress(f"  warming up: {e}")  # the workloads will say so, too
 
     def _workload(self, guest: Guest, name: str) -> dict[str, Any]:
         """Run one and count."""
@@ -142,7 +153,6 @@ class Comparison:
             result = read_result(name, text)
         except HostError as e:
             out["error"] = str(e)
-            self._progress(f"  {name}: {e}")
         out |= figures(before, after, seconds)
         out["threads"] = counters.by_role(tasks, tasks_after)
         out |= {"throughput_mbit_s": None, "rtt_ms": None, "loss_percent": None, **result}
@@ -296,10 +306,10 @@ def figures(
     exits = kvm.get("exits")
 
     def per(count: int | None) -> float | None:
-        return round(1000 * count / moved, 3) if moved and count is not None else None
+        return round(1000 * count / moved, 3) if moved >= FEW_PACKETS and count is not None else None
 
     return {
-        "seconds": round(seconds, 4),
+        "seconds": max(round(seconds, 4), 1e-4),
         "user_exits": user,
         "causes": causes or None,
         "lines": dict(sorted(lines.items(), key=lambda item: -item[1])[:LINES_MAX]),
@@ -313,6 +323,17 @@ def figures(
             "interrupts": per(kvm.get("irq_injections")),
         },
     }
+
+
+def outcome(done: dict[str, Any]) -> str:
+    """A workload's figures in one line of progress."""
+    if done["error"]:
+        return f"{done['name']} failed: {done['error']}"
+    words = [f"{done['user_exits']} exits to userspace"] if done["user_exits"] is not None else []
+    for key, unit in (("throughput_mbit_s", "Mbit/s"), ("rtt_ms", "ms")):
+        if done[key] is not None:
+            words.insert(0, f"{done[key]:g} {unit}")
+    return f"{done['name']}: {', '.join(words)}"
 
 
 def read_result(name: str, text: str) -> dict[str, float | None]:

@@ -169,13 +169,18 @@ def number(value: float) -> str:
 
 
 def cell(entry: dict[str, Any] | None) -> str:
-    """``median (lowest..highest)``; ``-`` where nothing was measured."""
+    """``median (lowest..highest)``, with a mark where the difference from the first mode may be noise; ``-``: not measured."""
     if entry is None:
         return "-"
-    middle = number(entry["median"])
-    if entry["min"] == entry["max"]:
-        return middle
-    return f"{middle} ({number(entry['min'])}..{number(entry['max'])})"
+    text = number(entry["median"])
+    if entry["min"] != entry["max"]:
+        text += f" ({number(entry['min'])}..{number(entry['max'])})"
+    return text + mark(entry)
+
+
+def mark(entry: dict[str, Any]) -> str:
+    """The mark of a difference that may be noise; none where there is no difference at all."""
+    return " ≈" if entry.get("verdict") == NOISE and entry["ratio"] != 1 and entry["max"] else ""
 
 
 def remarks(document: dict[str, Any]) -> list[str]:

@@ -1,17 +1,18 @@
 """Plots as SVG: bars that are stacked or have whiskers, and lines over time. Colours are classes: the page's style sheet has them.
 
-Every plot is WIDTH units wide, at which its text is read at 12 and 11 units, on a phone one to one.
+A plot is WIDTH or NARROW units wide and meant to be shown at about that many pixels: its text has 12 and 11 units.
 """
 
 from __future__ import annotations
 
+import math
 from html import escape
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-WIDTH = 360
+WIDTH, NARROW = 360, 264
 ROW, BAR = 40, 14  # a bar's row: a line of text, then the bar
 TOP, AXIS = 6, 26
 CHAR = 6.7  # an average letter at 12 units, rather too wide
@@ -20,8 +21,9 @@ LEFT, PLOT = 46, 150  # of a line plot: room for the labels, height
 
 def ticks(top: float, count: int = 4) -> list[float]:
     """Round numbers from 0 to at least ``top``, about ``count`` steps."""
-    if top <= 0:
+    if top < 1e-6:
         return [0.0, 1.0]
+    top = min(top, 1e15)
     raw = top / count
     power = 10.0
     while power > raw:
@@ -29,10 +31,7 @@ def ticks(top: float, count: int = 4) -> list[float]:
     while power * 10 <= raw:
         power *= 10
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
-    out = [0.0]
-    while out[-1] < top * 0.999:
-        out.append(round(out[-1] + step, 10))
-    return out
+    return [round(step * i, 10) for i in range(math.ceil(top / step - 1e-3) + 1)]
 
 
 def short(value: float) -> str:
@@ -49,9 +48,9 @@ def clip(text: str, room: float) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _frame(height: float, title: str, describe: str, body: list[str]) -> str:
+def _frame(width: int, height: float, title: str, describe: str, body: list[str]) -> str:
     return (
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}" role="img" '
+        f'<svg class="plot" viewBox="0 0 {width} {height:g}" width="{width}" height="{height:g}" role="img" '
         f'aria-label="{escape(title, quote=True)}"><title>{escape(title)}</title><desc>{escape(describe)}</desc>'
         + "".join(body)
         + "</svg>"
@@ -83,10 +82,10 @@ class Bar:
         return max(sum(value for _, value, _ in self.parts), self.whisker[1] if self.whisker else 0)
 
 
-def bars(title: str, unit: str, rows: Sequence[Bar]) -> str:
+def bars(title: str, unit: str, rows: Sequence[Bar], width: int = WIDTH) -> str:
     """Horizontal bars on one scale."""
-    marks = ticks(max((row.top for row in rows), default=0))
-    left, right = 1.0, WIDTH - 1.0
+    marks = ticks(max((row.top for row in rows), default=0), width // 90)
+    left, right = 1.0, width - 1.0
     scale = (right - left) / marks[-1]
     height = TOP + ROW * len(rows) + AXIS
     bottom = height - AXIS
@@ -110,7 +109,7 @@ def bars(title: str, unit: str, rows: Sequence[Bar]) -> str:
         text = row.text
         kind = "value"
         if row.missing:
-            text, kind = clip(row.missing, WIDTH - 10 - CHAR * len(row.label)), "value missing"
+            text, kind = clip(row.missing, width - 10 - CHAR * len(row.label)), "value missing"
         body.append(
             f'<text class="{kind}" x="{right:g}" y="{y + 13:g}" text-anchor="end">{escape(text)}</text>'
         )
@@ -131,15 +130,20 @@ def bars(title: str, unit: str, rows: Sequence[Bar]) -> str:
                 f'M{high:.1f} {middle - 4:g}v8"/>'
             )
         said.append(f"{row.label}: {row.missing or row.text}")
-    return _frame(height, f"{title}, {unit}", "; ".join(said), body)
+    return _frame(width, height, f"{title}, {unit}", "; ".join(said), body)
 
 
-def lines(title: str, unit: str, series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> str:
+def lines(
+    title: str,
+    unit: str,
+    series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]],
+    width: int = NARROW,
+) -> str:
     """Lines over seconds: (name, class, points)."""
     end = max((x for _, _, points in series for x, _ in points), default=1) or 1
     top = max((y for _, _, points in series for _, y in points), default=0)
     marks = ticks(top, 3)
-    right, bottom = WIDTH - 6.0, TOP + PLOT
+    right, bottom = width - 6.0, TOP + PLOT
     height = bottom + AXIS
     across, up = (right - LEFT) / end, (PLOT - 6) / marks[-1]
     body = []
@@ -164,7 +168,7 @@ def lines(title: str, unit: str, series: Sequence[tuple[str, str, Sequence[tuple
         if points:
             body.append(f'<path class="line {kind}" d="M{path}"><title>{escape(name)}</title></path>')
             said.append(f"{name}: up to {short(round(max(y for _, y in points)))}")
-    return _frame(height, f"{title}, {unit}", "; ".join(said), body)
+    return _frame(width, height, f"{title}, {unit}", "; ".join(said), body)
 
 
 def height_of(svg: str) -> float:

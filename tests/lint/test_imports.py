@@ -14,6 +14,7 @@ LAYERS = (
     {"boot", "datapath", "devices", "virtio"},
     {"control", "exits", "host", "images", "net", "testing"},
     {"machine", "suite"},
+    {"compare"},
     {"", "cli", "__main__"},  # "" is pyvmm/__init__.py, the public API
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

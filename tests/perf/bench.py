@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import pyvmm
+from pyvmm.errors import HostError
+from pyvmm.host import peers
 from pyvmm.images import find
 
 TAP, HOST, GUEST, MAC = "pvbench0", "192.168.150.1", "192.168.150.2", "52:54:00:00:00:50"
@@ -34,7 +36,6 @@ MARK = b"pyvmm-init: start"
 KVM = Path("/sys/kernel/debug/kvm")
 BOOT_LIMIT = 40.0  # seconds
 COUNTS = ("exits", "irq_injections")
-QEMU_DIRS = sorted(Path.home().glob(".cache/pyvmm/testbed/qemu/*"), reverse=True)
 STAGE = Path("/dev/shm/pyvmm-bench")
 
 
@@ -55,27 +56,21 @@ def stage_files(image: Any) -> tuple[str, str, list[str], list[str]]:
     script = STAGE / "run.py"
     script.write_text("import sys\nfrom pyvmm.cli import main\nsys.exit(main())\n")
     mine = [sys.executable, str(script)]  # Python finds what lies beside the script first
-    if QEMU_DIRS:
-        root = STAGE / "qemu"
-        for part in ("usr/bin/qemu-system-x86_64", "usr/share/qemu", "usr/share/seabios"):
-            source = QEMU_DIRS[0] / part
-            (root / part).parent.mkdir(parents=True, exist_ok=True)
+    root = peers.qemu_root()
+    if root:
+        staged = STAGE / "qemu"
+        for part in peers.QEMU_PARTS:
+            source = Path(root, part)
+            (staged / part).parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
-                shutil.copytree(source, root / part)
+                shutil.copytree(source, staged / part)
             else:
-                shutil.copy(source, root / part)
-        share = root / "usr/share"
-        return (
-            kernel,
-            initrd,
-            mine,
-            [
-                str(root / "usr/bin/qemu-system-x86_64"),
-                *("-L", str(share / "qemu"), "-L", str(share / "seabios"), "-L", "/usr/share/qemu"),
-            ],
-        )
-    found = shutil.which("qemu-system-x86_64")
-    return kernel, initrd, mine, [found] if found else []
+                shutil.copy(source, staged / part)
+        return kernel, initrd, mine, peers.qemu(str(staged))
+    try:
+        return kernel, initrd, mine, peers.qemu(None)
+    except HostError:
+        return kernel, initrd, mine, []
 
 
 class Contestant:
@@ -104,34 +99,15 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
         ),
     ]
     if q:
-        common = [
-            *q,
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-no-reboot",
-            "-cpu",
-            "host",
-            "-enable-kvm",
-        ]
-        common += [
-            "-smp",
-            cpus,
-            "-m",
-            memory,
-            "-object",
-            f"memory-backend-memfd,id=ram,size={memory},share=on",
-        ]
-        common += ["-kernel", kernel, "-initrd", initrd, "-append", base, "-serial", "stdio"]
+        common = peers.qemu_guest(
+            q, kernel=kernel, initrd=initrd, cmdline=base, cpus=args.cpus, memory=memory
+        )
         # microvm has virtio-mmio only, for which Debian's cloud kernel has no driver: it stands for boot alone.
         out.append(
             Contestant("qemu microvm", [*common, "-M", "microvm,memory-backend=ram,rtc=on"], net=False)
         )
-        q35 = ["-M", "q35,memory-backend=ram", "-device", f"virtio-net-pci,netdev=n,mac={MAC},romfile="]
-        tap = f"tap,id=n,ifname={TAP},script=no,downscript=no"
-        out.append(Contestant("qemu q35", [*common, *q35, "-netdev", f"{tap},vhost=off"]))
-        out.append(Contestant("qemu q35 vhost", [*common, *q35, "-netdev", f"{tap},vhost=on"]))
+        for name, vhost in (("qemu q35", False), ("qemu q35 vhost", True)):
+            out.append(Contestant(name, [*common, *peers.qemu_card(TAP, MAC, vhost=vhost)]))
     return [c for c in out if not args.only or c.name in args.only.split(",")]
 
 

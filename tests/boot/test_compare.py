@@ -1,0 +1,126 @@
+"""`pyvmm compare` for real: forwarded to the testbed, results here; the classic result; and Ctrl-C in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+
+from pyvmm.compare.schema import schema
+from tests.boot.guest import PATIENCE, PYVMM
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.boot.guest import Host
+
+LEFTOVERS = """
+grep -alE '[-]m.pyvmm.(compare|backend)' /proc/[0-9]*/cmdline
+ls -d /run/pyvmm-compare-* /sys/kernel/tracing/instances/*
+true
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_ours(host: Host, nothing_left: None) -> Iterator[None]:
+    """Beyond what ``nothing_left`` looks for: our processes, sockets and tracing instances."""
+    yield
+    host.wait_until(
+        lambda: host.run("sh", "-c", LEFTOVERS).out == "", lambda: host.run("sh", "-c", LEFTOVERS).out
+    )
+
+
+def compare(host: Host, directory: Path, *args: str) -> subprocess.Popen[str]:
+    """``pyvmm compare --host testbed ARGS`` from ``directory``, with its results in files there."""
+    return subprocess.Popen(
+        [*PYVMM, "compare", "--host", "testbed", *args, "--json", "r.json", "--html", "r.html"],
+        cwd=directory,
+        env={**os.environ, "PYVMM_TESTBED": host.testbed.name},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def figures(document: dict[str, Any], mode: str, workload: str) -> dict[str, Any]:
+    """A workload's figures in the first run of a mode."""
+    run = next(r for r in document["runs"] if r["mode"] == mode)
+    assert run["error"] is None, run
+    got: dict[str, Any] = next(w for w in run["workloads"] if w["name"] == workload)
+    assert got["error"] is None, got
+    return got
+
+
+def test_the_classic_result(host: Host, tmp_path: Path) -> None:
+    """notify=exit: one exit to userspace a kick. vhost-net: none, and nothing in the VMM wakes up for a packet."""
+    modes = ["emulated:notify=exit", "vhost-net"]
+    child = compare(
+        host,
+        tmp_path,
+        *("--modes", ",".join(modes), "--peers", "kvmtool", "--workload", "ping,tcp-tx"),
+        *("--repeat", "1", "--seconds", "1"),
+    )
+    out, err = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 1, (out, err)  # kvmtool is not there
+    assert "kvmtool cannot run here: kvmtool is not installed" in out, out
+    document = json.loads((tmp_path / "r.json").read_text())
+    jsonschema.validate(document, schema())
+    assert not document["partial"] and [r["mode"] for r in document["runs"]] == modes
+    for workload in ("ping", "tcp-tx"):
+        exit_, vhost = (figures(document, mode, workload) for mode in modes)
+        sent = exit_["packets"]["packets_from_guest"]
+        # An answer to a ping is a kick of its own, unless the worker is still busy; a TCP stream's packets share them.
+        assert (10 if workload == "ping" else 1) <= exit_["causes"]["notify"] <= sent, exit_
+        assert vhost["causes"]["notify"] == 0, vhost
+        for one in (exit_, vhost):
+            assert one["user_exits"] <= one["kvm"]["exits"] and one["interrupts"] > 0, one
+            assert sum(one["causes"].values()) == one["user_exits"] == sum(one["lines"].values()), one
+            # What KVM itself counts as memory accesses to userspace; the two are not read at the same instant.
+            assert abs(one["kvm"]["mmio_exits"] - one["causes"]["notify"] - one["causes"]["mmio"]) <= 3, one
+            assert len(one["samples"]["t"]) > 2, one
+        assert exit_["threads"]["worker"]["voluntary"] > 0 and "vhost" not in exit_["threads"]
+        assert vhost["threads"]["vhost"]["voluntary"] > 0 and "worker" not in vhost["threads"]
+        assert vhost["threads"]["vmm"]["voluntary"] == 0, vhost["threads"]
+    assert figures(document, modes[0], "ping")["rtt_ms"] > 0
+    assert figures(document, modes[1], "tcp-tx")["throughput_mbit_s"] > 0
+    for mode in document["modes"][:2]:
+        assert {"VERSION_1", "MRG_RXBUF", "EVENT_IDX"} <= set(mode["negotiated"]) <= set(mode["offered"])
+    assert "<svg" in (tmp_path / "r.html").read_text()
+
+
+def test_ctrl_c(host: Host, tmp_path: Path) -> None:
+    """In the middle of a workload with a back-end beside the guest: all ends, and what there is by then is shown and written."""
+    child = compare(
+        host,
+        tmp_path,
+        "--modes",
+        "vhost-user",
+        "--workload",
+        "ping,idle",
+        "--seconds",
+        "1",
+        "--repeat",
+        "1000",
+    )
+    assert child.stderr
+    said = ""
+    for line in child.stderr:
+        said += line
+        if "  ping: " in line:
+            break
+    assert " exits to userspace" in said, said
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 130, (out, said, err)
+    assert "PARTIAL: broken off after 1 of 1000 boots" in out and "Traceback" not in err, (out, err)
+    document = json.loads((tmp_path / "r.json").read_text())
+    jsonschema.validate(document, schema())
+    assert document["partial"] and figures(document, "vhost-user", "ping")["user_exits"] == 0
+    assert "Partial results" in (tmp_path / "r.html").read_text()

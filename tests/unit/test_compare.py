@@ -1,0 +1,541 @@
+"""`pyvmm compare` without a guest: what is asked for, figures and noise, schema, rendering, and a run with what can go wrong."""
+
+import copy
+import json
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from types import SimpleNamespace
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyvmm import cli
+from pyvmm.cli.signals import Terminated
+from pyvmm.compare import counters, html, plan, run, schema, stats, svg
+from pyvmm.errors import GuestTimeout, HostError, ImageError, KvmMissing, UsageError, VhostMissing
+
+RECORD = Path(__file__).resolve().parents[1] / "data" / "compare.json"
+
+
+@pytest.fixture
+def record():
+    """Results of a real run in the testbed."""
+    return json.loads(RECORD.read_text())
+
+
+# --- what is asked for ---------------------------------------------------------------------------------
+
+
+def test_defaults():
+    p = plan.Plan()
+    assert [m.name for m in p.modes] == ["emulated:notify=exit", "emulated", "vhost-net", "vhost-user"]
+    assert p.modes[0].net == "emulated,notify=exit"
+    assert [m.vhost for m in p.modes] == [False, False, True, False]
+    assert p.workloads == list(plan.WORKLOADS) and p.repeat == 3
+    assert p.servers() == ["tcp-tx", "tcp-rx", "udp-small"] and p.port("udp-small") == "5203"
+
+
+def test_peers_are_columns():
+    p = plan.Plan(modes="vhost-user:queues=2", peers="kvmtool,qemu")
+    assert [(m.name, m.kind, m.vhost) for m in p.modes] == [
+        ("vhost-user:queues=2", "pyvmm", False),
+        ("kvmtool", "kvmtool", False),
+        ("qemu", "qemu", False),
+        ("qemu:vhost", "qemu", True),
+    ]
+    assert p.modes[0].queues == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modes": "bridge"},
+        {"modes": "none"},
+        {"modes": ""},
+        {"modes": "emulated,emulated"},
+        {"modes": "emulated:tap=tap0"},
+        {"modes": "vhost-user:socket=/tmp/s"},
+        {"modes": "emulated:notify=maybe"},
+        {"modes": "vhost-net:poll=5"},
+        {"peers": "xen"},
+        {"peers": "qemu,qemu"},
+        {"workloads": "ping,sleep"},
+        {"workloads": ""},
+        {"repeat": 0},
+        {"repeat": 1001},
+        {"seconds": 0.1},
+        {"seconds": float("nan")},
+        {"seconds": float("inf")},
+    ],
+    ids=str,
+)
+def test_nonsense_is_refused(options):
+    with pytest.raises(UsageError):
+        plan.Plan(**options)
+
+
+# --- figures and noise ---------------------------------------------------------------------------------
+
+
+def test_spread():
+    assert stats.spread([3, 1, 2]) == {"n": 3, "median": 2, "min": 1, "max": 3}
+
+
+numbers = st.lists(st.integers(0, 1000), min_size=2, max_size=6)
+
+
+@given(numbers, numbers)
+def test_noise_is_when_the_ranges_overlap(a, b):
+    overlap = set(range(min(a), max(a) + 1)) & set(range(min(b), max(b) + 1))
+    for one, other in ((a, b), (b, a)):
+        verdict = stats.verdict(stats.spread(one), stats.spread(other))
+        assert verdict == (stats.NOISE if overlap else stats.DIFFERS)
+
+
+@given(st.integers(0, 9), numbers)
+def test_one_repeat_says_nothing(a, b):
+    assert stats.verdict(stats.spread([a]), stats.spread(b)) == stats.UNKNOWN
+    assert stats.verdict(stats.spread(b), stats.spread([a])) == stats.UNKNOWN
+
+
+def test_summary_takes_what_went_well(record):
+    record = copy.deepcopy(record)
+    first = record["modes"][0]["name"]
+    runs = [r for r in record["runs"] if r["mode"] == first]
+    more = copy.deepcopy(runs[0])
+    more["workloads"][0]["rtt_ms"] = 1000.0
+    record["runs"].append(more)
+    entry = stats.Figures({"summary": stats.summarise(record)}).get("ping", first, "rtt_ms")
+    assert entry["n"] == len(runs) + 1 and entry["max"] == 1000 and entry["verdict"] is None
+    more["workloads"][0]["error"] = "failed"
+    entry = stats.Figures({"summary": stats.summarise(record)}).get("ping", first, "rtt_ms")
+    assert entry["n"] == len(runs) and entry["max"] < 1000
+
+
+def test_ratios_are_to_the_first_mode(record):
+    figures = stats.Figures({"summary": stats.summarise(record)})
+    modes = [m["name"] for m in record["modes"] if not m["problem"]]
+    a, b = (figures.get("ping", name, "kvm.exits") for name in modes[:2])
+    assert a["ratio"] is None and b["ratio"] == pytest.approx(b["median"] / a["median"], rel=1e-3)
+
+
+def test_numbers_for_people():
+    shown = [stats.number(v) for v in (0, 0.0, 7, 1234567, 0.123456, 12.345, 999.6)]
+    assert shown == ["0", "0", "7", "1,234,567", "0.123", "12.3", "1,000"]
+    assert stats.cell(None) == "-" and stats.cell(stats.spread([4])) == "4"
+    assert stats.cell(stats.spread([1, 5, 2])) == "2 (1..5)"
+
+
+def test_causes_add_up():
+    lines = [
+        SimpleNamespace(reason=reason, device=device, count=2**i, what=f"line {i}")
+        for i, (reason, device) in enumerate(
+            [
+                ("mmio", "net0 notify"),
+                ("mmio", "virtio-net0 queue 1 notify"),
+                ("mmio", "net0 msix-table"),
+                ("io", "serial0"),
+                ("hlt", ""),
+                ("irq_window_open", ""),
+                ("intr", ""),
+                ("internal_error", ""),
+            ]
+        )
+    ]
+    got = counters.causes(SimpleNamespace(lines=lines))
+    assert got == {
+        "notify": 3,
+        "mmio": 4,
+        "pio": 8,
+        "halt": 16,
+        "irq_window": 32,
+        "signal": 64,
+        "other": 128,
+    }
+    assert sum(got.values()) == sum(line.count for line in lines)
+
+
+def test_figures_are_differences():
+    def at(causes, kvm, packets):
+        return {
+            "causes": causes,
+            "lines": {"a": sum(causes.values()), "b": 3},
+            "kvm": kvm,
+            "packets": dict(zip(("packets_to_guest", "packets_from_guest"), packets, strict=True)),
+            "queues": {},
+        }
+
+    got = run.figures(
+        at({"notify": 5, "pio": 1}, {"exits": 100, "irq_injections": 7}, (10, 20)),
+        at({"notify": 9, "pio": 1}, {"exits": 150, "irq_injections": 8, "new": 2}, (110, 120)),
+        2.0,
+    )
+    assert (got["user_exits"], got["causes"]) == (4, {"notify": 4, "pio": 0})
+    assert got["kvm"] == {"exits": 50, "irq_injections": 1, "new": 2} and got["interrupts"] == 1
+    assert got["per_kpacket"] == {"user_exits": 20.0, "kvm_exits": 250.0, "interrupts": 5.0}
+    assert got["lines"] == {"a": 4}
+    unknown = run.figures(at({}, {}, (0, 0)), at({}, {}, (0, 0)), 1.0)
+    assert unknown["user_exits"] is None and set(unknown["per_kpacket"].values()) == {None}
+
+
+PING = """PING 192.168.100.2 (192.168.100.2) 56(84) bytes of data.
+
+--- 192.168.100.2 ping statistics ---
+20 packets transmitted, 19 received, 5% packet loss, time 981ms
+rtt min/avg/max/mdev = 2.556/6.157/14.104/4.225 ms
+"""
+
+
+def test_results_of_the_tools():
+    assert run.read_result("ping", PING) == {"rtt_ms": 6.157, "loss_percent": 5.0}
+    tcp = {"end": {"sum_received": {"bits_per_second": 5e8}}}
+    assert run.read_result("tcp-tx", json.dumps(tcp)) == {"throughput_mbit_s": 500.0}
+    udp = {"end": {"sum": {"bits_per_second": 512000, "lost_percent": 50}}}
+    assert run.read_result("udp-small", json.dumps(udp)) == {"throughput_mbit_s": 0.256, "loss_percent": 50}
+    assert run.read_result("idle", "") == {}
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", '{"end": 3}', '{"error": "busy"}', "\ufffd\0"])
+@pytest.mark.parametrize("workload", ["ping", "tcp-rx", "udp-small"])
+def test_nonsense_of_the_tools_is_an_error(workload, text):
+    with pytest.raises(HostError, match=workload):
+        run.read_result(workload, text)
+
+
+# --- the schema ----------------------------------------------------------------------------------------
+
+
+def test_the_record_is_valid(record):
+    jsonschema.Draft202012Validator.check_schema(schema.schema())
+    jsonschema.validate(record, schema.schema())
+    assert schema.check(record) == ""
+    for one in record["runs"]:
+        for workload in one["workloads"]:
+            if workload["causes"] is not None:
+                assert sum(workload["causes"].values()) == workload["user_exits"]
+    assert record["summary"] == stats.summarise(record)
+
+
+def places(value, at=()):
+    """The path of every value in a document, down to a few items a list."""
+    yield at
+    if isinstance(value, dict):
+        for name in value:
+            yield from places(value[name], (*at, name))
+    elif isinstance(value, list):
+        for index in range(min(len(value), 2)):
+            yield from places(value[index], (*at, index))
+
+
+PLACES = list(places(json.loads(RECORD.read_text())))
+
+
+@given(st.sampled_from(PLACES), st.sampled_from([None, "text", -1, 1.5, [], {}, True, "gone"]))
+def test_our_check_agrees_with_jsonschema(place, value):
+    document = json.loads(RECORD.read_text())
+    if not place:
+        document = value
+    else:
+        inner = document
+        for step in place[:-1]:
+            inner = inner[step]
+        if value == "gone":
+            del inner[place[-1]]
+        else:
+            inner[place[-1]] = value
+    valid = jsonschema.Draft202012Validator(schema.schema()).is_valid(document)
+    assert (schema.check(document) == "") == valid
+    if valid:  # then it can be shown, whoever has written it
+        html.page(document)
+        ET.fromstring(html.figure(document))
+
+
+# --- rendering -----------------------------------------------------------------------------------------
+
+
+@given(st.floats(0, 1e9, allow_nan=False))
+def test_ticks_cover(top):
+    marks = svg.ticks(top)
+    assert marks[0] == 0 and marks[-1] >= top * 0.999 and 2 <= len(marks) <= 12
+    assert marks == sorted(set(marks))
+
+
+def test_the_page_needs_nothing_else(record):
+    page = html.page(record)
+    assert "<script" not in page and "@import" not in page and "url(" not in page
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    for mode in record["modes"]:
+        assert page.count(mode["name"]) > 5
+    for workload in record["settings"]["workloads"]:
+        assert f"<h3>{workload['name']}</h3>" in page
+
+
+def test_the_figure_is_xml(record):
+    root = ET.fromstring(html.figure(record))
+    texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert any("exits per 1,000 packets" in t for t in texts) and "cannot run here" in texts
+
+
+def test_names_are_text_not_markup(record):
+    record = copy.deepcopy(record)
+    evil = "<script>alert(1)</script>&\"'"
+    old = record["modes"][0]["name"]
+    text = json.dumps(record).replace(json.dumps(old), json.dumps(evil))
+    document = json.loads(text)
+    document["modes"][0]["problem"] = evil
+    page, figure = html.page(document), html.figure(document)
+    assert "<script" not in page and "<script" not in figure
+    ET.fromstring(figure)
+
+
+def test_parts_add_up_to_kvms_exits(record):
+    for one in record["runs"]:
+        for workload in one["workloads"]:
+            parts = html.split(workload)
+            assert min(parts.values()) >= 0
+            assert sum(parts.values()) == max(workload["kvm"]["exits"], workload["user_exits"] or 0)
+
+
+def test_even_nothing_can_be_shown(record):
+    empty = {**record, "runs": [], "summary": [], "partial": True}
+    assert "Partial results" in html.page(empty)
+    ET.fromstring(html.figure(empty))
+    assert any("PARTIAL" in line for line in stats.remarks(empty))
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
+def command(capsys, *argv):
+    """(status, stdout, stderr) of ``pyvmm compare ARGV``."""
+    status = cli.main(["compare", *argv])
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def test_from_shows_it_again(capsys, tmp_path, record):
+    files = {o: tmp_path / f"out.{o}" for o in ("json", "html", "svg")}
+    options = [word for o, path in files.items() for word in (f"--{o}", str(path))]
+    status, out, err = command(capsys, "--from", str(RECORD), *options)
+    assert status == 1, "a mode could not run"
+    assert err == ""
+    assert "kvmtool cannot run here" in out and "to userspace: notify" in out
+    assert max(map(len, out.splitlines())) < 200
+    assert json.loads(files["json"].read_text()) == record
+    assert files["html"].read_text().startswith("<!doctype html>") and "<svg" in files["svg"].read_text()
+
+
+def test_json_to_stdout(capsys, record):
+    _, out, _ = command(capsys, "--from", str(RECORD), "--json", "-")
+    assert json.loads(out) == record
+
+
+def test_full_shows_more(capsys):
+    short = command(capsys, "--from", str(RECORD))[1]
+    full = command(capsys, "--from", str(RECORD), "--full")[1]
+    assert "KVM: host interrupts" in full and "KVM: host interrupts" not in short
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--from", "/nonexistent"],
+        ["--from", "/etc/passwd"],
+        ["--from", "/"],
+        ["--modes", "bridge"],
+        ["--repeat", "0"],
+        ["--cpus", "0"],
+        ["--memory", "lots"],
+        ["--json", "/nonexistent/x", "--from", str(RECORD)],
+        ["--html", "/", "--from", str(RECORD)],
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_is_one_line(capsys, argv):
+    status, out, err = command(capsys, *argv)
+    assert (status, out) == (2, "") and err.startswith("pyvmm: ") and err.count("\n") == 1
+
+
+def test_no_empty_files_are_left(capsys, tmp_path):
+    old = tmp_path / "old.json"
+    old.write_text("{}")
+    argv = ["--from", "/nonexistent", "--json", str(old), "--html", str(tmp_path / "new.html")]
+    assert command(capsys, *argv)[0] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["old.json"] and old.read_text() == "{}"
+
+
+# --- a run, with what can go wrong -----------------------------------------------------------------------
+
+
+class FakeGuest:
+    """A guest that counts, and does what ``script`` says at each step (mode, what)."""
+
+    space = None
+
+    def __init__(self, script, mode):
+        self._script, self._mode, self._n = script, mode, 0
+        self._do("make")
+
+    def _do(self, what):
+        self._script(self._mode, what)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._do("close")
+
+    def boot(self):
+        self._do("boot")
+        return 1.0
+
+    def counts(self):
+        self._n += 1
+        packets = dict.fromkeys(
+            ("packets_to_guest", "packets_from_guest", "bytes_to_guest", "bytes_from_guest", "drops"), self._n
+        )
+        return {
+            "causes": {"notify": self._n},
+            "lines": {},
+            "kvm": {"exits": 2 * self._n},
+            "packets": packets,
+            "queues": {},
+        }
+
+    def quick(self):
+        return 0, 0
+
+    def tasks(self):
+        return {("vcpu", 1, 1): (self._n * 10**9, self._n, 0)}
+
+    def facts(self):
+        return {"version": "x", "offered": ["A", "B"], "negotiated": ["A"]}
+
+
+def compare_with(monkeypatch, script, **options):
+    """(comparison, log of (mode, step)): a run whose guests are fakes."""
+    log = []
+
+    def step(mode, what):
+        log.append((mode, what))
+        script(mode, what)
+
+    monkeypatch.setattr(run, "open_guest", lambda p, mode, trace: FakeGuest(step, mode.name))
+    monkeypatch.setattr(run, "SETTLE", 0)
+    monkeypatch.setattr(run.Comparison, "_tool", lambda self, guest, argv: PING)
+    options = {
+        "workloads": "ping,idle",
+        "seconds": 0.2,
+        "repeat": 2,
+        "modes": "emulated,vhost-net",
+        **options,
+    }
+    said = []
+    return run.Comparison(plan.Plan(**options), said.append), log, said
+
+
+def test_modes_take_turns(monkeypatch):
+    comparison, log, _ = compare_with(monkeypatch, lambda mode, what: None)
+    comparison.run()
+    document = comparison.document()
+    assert [m for m, what in log if what == "boot"] == ["emulated", "vhost-net"] * 2
+    assert log[-1][1] == "close" and not document["partial"]
+    assert schema.check(document) == "" and cli_complete(document)
+    entry = stats.Figures(document).get("ping", "vhost-net", "user_exits")
+    assert (entry["n"], entry["median"], entry["verdict"]) == (2, 1, stats.NOISE)
+    assert document["modes"][0]["negotiated"] == ["A"]
+
+
+def cli_complete(document):
+    from pyvmm.cli.compare import complete
+
+    return complete(document)
+
+
+def test_what_a_mode_lacks_is_said_once(monkeypatch):
+    def script(mode, what):
+        if mode == "vhost-net" and what == "make":
+            raise VhostMissing("cannot open /dev/vhost-net", "modprobe vhost_net")
+
+    comparison, log, said = compare_with(monkeypatch, script)
+    comparison.run()
+    document = comparison.document()
+    assert log.count(("vhost-net", "make")) == 1 and log.count(("emulated", "boot")) == 2
+    assert document["modes"][1]["problem"] == "cannot open /dev/vhost-net; modprobe vhost_net"
+    assert not document["partial"] and not cli_complete(document) and schema.check(document) == ""
+    assert any("vhost-net cannot run here: cannot open" in line for line in stats.remarks(document))
+    assert any("cannot open" in line for line in said)
+
+
+def test_a_failed_boot_is_no_reason_to_stop(monkeypatch):
+    times = []
+
+    def script(mode, what):
+        if (mode, what) == ("emulated", "boot"):
+            times.append(1)
+            if len(times) == 1:
+                raise GuestTimeout("the guest was not ready within 180 s")
+
+    comparison, log, _ = compare_with(monkeypatch, script)
+    comparison.run()
+    document = comparison.document()
+    assert [r["error"] is None for r in document["runs"]] == [False, True, True, True]
+    assert log.count(("emulated", "close")) == 2 and document["modes"][0]["problem"] is None
+    assert not cli_complete(document) and schema.check(document) == ""
+    assert any("emulated, repeat 1 failed: the guest was not" in line for line in stats.remarks(document))
+
+
+@pytest.mark.parametrize("error", [KvmMissing("no /dev/kvm"), ImageError("no image")], ids=str)
+def test_what_all_lack_ends_it(monkeypatch, error):
+    def script(mode, what):
+        if what == "make":
+            raise error
+
+    comparison, log, _ = compare_with(monkeypatch, script)
+    with pytest.raises(type(error)):
+        comparison.run()
+    assert log == [("emulated", "make")]
+
+
+def test_broken_off_is_partial(monkeypatch):
+    def script(mode, what):
+        if (mode, what) == ("vhost-net", "boot"):
+            raise Terminated(2)
+
+    comparison, log, _ = compare_with(monkeypatch, script)
+    with pytest.raises(Terminated):
+        comparison.run()
+    document = comparison.document()
+    assert document["partial"] and log[-1] == ("vhost-net", "close") and schema.check(document) == ""
+    assert [len(r["workloads"]) for r in document["runs"]] == [2, 0]
+    assert "PARTIAL: broken off" in stats.remarks(document)[0] and "Partial results" in html.page(document)
+
+
+def test_a_failed_workload_counts_for_nothing(monkeypatch):
+    comparison, _, _ = compare_with(monkeypatch, lambda mode, what: None)
+
+    def fail(self, guest, argv):
+        raise HostError("ping failed: no route")
+
+    monkeypatch.setattr(run.Comparison, "_tool", fail)
+    comparison.run()
+    document = comparison.document()
+    assert {w["error"] for r in document["runs"] for w in r["workloads"]} == {"ping failed: no route", None}
+    assert stats.Figures(document).get("ping", "emulated", "user_exits") is None
+    assert not cli_complete(document) and schema.check(document) == ""
+
+
+def test_samples_are_bounded(monkeypatch):
+    monkeypatch.setattr(run, "SAMPLES_MAX", 8)
+    count = iter(range(10**6))
+    guest = SimpleNamespace(quick=lambda: (n := next(count), 2 * n))
+    sampler = run.Sampler(guest, 1e-4)
+    sampler.start()
+    while next(count) < 200:
+        pass
+    got = sampler.stop()
+    assert len(got["t"]) < 8 and got["t"] == sorted(got["t"]) and got["user_exits"][0] == 0
+    assert [2 * n for n in got["user_exits"]] == got["kvm_exits"]
