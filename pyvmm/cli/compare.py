@@ -169,6 +169,7 @@ def _load(path: str) -> dict[str, Any]:
     from pathlib import Path
 
     from pyvmm.compare.schema import check
+    from pyvmm.compare.stats import summarise
     from pyvmm.errors import UsageError
 
     def constant(name: str) -> None:
@@ -182,6 +183,7 @@ def _load(path: str) -> dict[str, Any]:
     if problem:
         raise UsageError(f"{path}: {problem}", "name a file that pyvmm compare --json has written")
     assert isinstance(document, dict)
+    document["summary"] = summarise(document)  # a newer pyvmm may know more measures
     return document
 
 
@@ -245,9 +247,12 @@ class _Outputs:
     def show(self, document: dict[str, Any]) -> int:
         """Write the files and print the table; the exit status."""
         import json
+        import re
 
         status = 0 if complete(document) else 1
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        # A list of numbers on a line of its own, not a line a number.
+        text = re.sub(r"\[\n[-\d.,e\s]+\]", lambda m: " ".join(m[0].split()), text)
         if self._args.handover:
             self._write("handover", text)
             return status
@@ -280,7 +285,7 @@ def _print_table(document: dict[str, Any], *, full: bool) -> None:
     if not console.is_terminal:
         wide = Console(width=MAX_WIDTH, highlight=False)
         width = Measurement.get(wide, wide.options, table).maximum
-        console = Console(width=min(max(width, 80), MAX_WIDTH), highlight=False)
+        console = Console(width=min(max(width, len(str(table.title)) + 2, 80), MAX_WIDTH), highlight=False)
     console.print(table)
     for line in remarks(document):
         console.print(Text(line), soft_wrap=True)

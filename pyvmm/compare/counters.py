@@ -68,11 +68,12 @@ def debugfs_dir(pid: int) -> Path:
 
     :raises HostError: there is none: no debugfs, no permission, or no VM.
     """
-    found = sorted(KVM_DEBUGFS.glob(f"{pid}-*"))
+    try:
+        found = sorted(path for path in KVM_DEBUGFS.iterdir() if path.name.startswith(f"{pid}-"))
+    except OSError:
+        found = []
     if not found:
-        raise HostError(
-            f"KVM's counters of process {pid} are not in {KVM_DEBUGFS}", "be root, with debugfs mounted"
-        )
+        raise HostError(f"its counters are not in {KVM_DEBUGFS}", "be root, with debugfs mounted")
     return found[0]
 
 

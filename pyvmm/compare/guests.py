@@ -43,7 +43,7 @@ if TYPE_CHECKING:
             """CPU time and switches of its threads now."""
 
         def facts(self) -> dict[str, Any]:
-            """What does not change: ``offered``, ``negotiated``, ``version``."""
+            """What does not change: ``offered``, ``negotiated``, ``version``; ``notes`` if something is not known of it."""
 
 
 READY, FEATURES = "pyvmm-compare: ready", "pyvmm-compare: features"
@@ -256,7 +256,8 @@ class PeerGuest:
         self._plan, self._mode, self._trace = p, mode, trace
         self._stack = ExitStack()
         self._said = b""
-        self._kvm = Path()
+        self._kvm: Path | None = None
+        self._notes: list[str] = []
 
     def __enter__(self) -> Self:
         try:
@@ -358,7 +359,10 @@ class PeerGuest:
         drain.start()
         self._stack.callback(drain.join, 5)  # after the child has been ended, before its pipe is closed
         self._stack.callback(terminate, child)
-        self._kvm = counters.debugfs_dir(child.pid)
+        try:
+            self._kvm = counters.debugfs_dir(child.pid)
+        except HostError as e:
+            self._notes.append(str(e))
         return time.monotonic() - start
 
     @staticmethod
@@ -375,7 +379,7 @@ class PeerGuest:
         causes: dict[str, int] = {}
         if self._trace is not None:
             causes = self._trace.counts(set(counters.threads_of(self._child.pid)))
-        kvm = counters.debugfs_counts(self._kvm)
+        kvm = counters.debugfs_counts(self._kvm) if self._kvm else {}
         return {"causes": causes, "lines": {}, "kvm": kvm, "packets": self._tap.read(), "queues": {}}
 
     def quick(self) -> tuple[int, int]:
@@ -383,7 +387,7 @@ class PeerGuest:
         user = 0
         if self._trace is not None:
             user = sum(self._trace.counts(set(counters.threads_of(self._child.pid))).values())
-        return user, int((self._kvm / "exits").read_text())
+        return user, int((self._kvm / "exits").read_text()) if self._kvm else 0
 
     def tasks(self) -> Tasks:
         """See Guest."""
@@ -414,4 +418,5 @@ class PeerGuest:
             "version": version[0] if version else self._mode.kind,
             "offered": [],
             "negotiated": names(bits),
+            "notes": self._notes,
         }

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from contextlib import ExitStack
+from subprocess import SubprocessError
 
 from pyvmm.compare import counters, plan
 from pyvmm.compare.guests import TOOL_LIMIT, open_guest, terminate
@@ -112,7 +113,9 @@ class Comparison:
             with open_guest(self._plan, mode, self._trace) as guest:
                 self._runs.append(run)
                 run["boot_s"] = round(guest.boot(), 3)
-                facts.update(guest.facts())
+                got = guest.facts()
+                notes = [*facts["notes"], *got.pop("notes", [])]
+                facts |= {**got, "notes": list(dict.fromkeys(notes))}
                 self._warm_up(guest)
                 for workload in self._plan.workloads:
                     time.sleep(SETTLE)
@@ -121,7 +124,7 @@ class Comparison:
                     self._progress(f"  {outcome(done)}")
         except FOR_ALL:
             raise
-        except PyvmmError as e:
+        except (PyvmmError, OSError, SubprocessError) as e:
             if run in self._runs:
                 run["error"] = str(e)
             if run not in self._runs or isinstance(e, FOR_MODE):

@@ -48,6 +48,14 @@ class Measure:
 
     def of(self, workload: dict[str, Any]) -> float | None:
         """The value in one run, None where it is not known."""
+        if self.key == "kicks":
+            found = [n for name, n in workload["queues"].items() if name.endswith("_kicks")]
+            return sum(found) if found else None
+        if self.key == "vmm_wakeups":
+            found = [
+                workload["threads"][r]["voluntary"] for r in ("worker", "vmm") if r in workload["threads"]
+            ]
+            return sum(found) if found else None
         value: Any = workload
         for name in self.path:
             value = value.get(name) if isinstance(value, dict) else None
@@ -60,6 +68,7 @@ MEASURES = [
     Measure("loss_percent", "loss", "%", "loss_percent"),
     Measure("packets_to_guest", "packets to the guest", "", "packets", "packets_to_guest"),
     Measure("packets_from_guest", "packets from the guest", "", "packets", "packets_from_guest"),
+    Measure("kicks", "kicks that the worker took", ""),
     Measure("user_exits", "exits to userspace", "", "user_exits"),
     *(Measure(f"user_exits.{c}", f"to userspace: {c.replace('_', ' ')}", "", "causes", c) for c in CAUSES),
     Measure(
@@ -69,6 +78,7 @@ MEASURES = [
     Measure("kvm_exits_per_kpacket", "exits in KVM per 1,000 packets", "", "per_kpacket", "kvm_exits"),
     Measure("interrupts", "interrupts injected", "", "interrupts"),
     Measure("interrupts_per_kpacket", "interrupts per 1,000 packets", "", "per_kpacket", "interrupts"),
+    Measure("vmm_wakeups", "wake-ups of VMM threads but the vCPUs", ""),
     *(Measure(f"cpu_s.{r}", f"CPU time: {w}", "s", "threads", r, "cpu_s") for r, w in ROLE_WORDS.items()),
     *(
         Measure(f"switches.{r}.{k}", f"{k} switches: {w}", "", "threads", r, k)
@@ -80,8 +90,11 @@ MEASURES = [
 DETAILS = (
     *(f"kvm.{name}" for name in KVM if name not in ("exits", "halt_exits", "irq_window_exits")),
     *(f"switches.{role}.involuntary" for role in ROLE_WORDS),
+    "switches.vmm.voluntary",
     "interrupts_per_kpacket",
 )
+#: Shown also where all are zero: that is a result.
+ALWAYS = ("user_exits", "vmm_wakeups")
 BRIEF = {measure.key for measure in MEASURES} - set(DETAILS)
 BY_KEY = {measure.key: measure for measure in MEASURES}
 assert tuple(ROLE_WORDS) == ROLES
@@ -152,7 +165,7 @@ class Figures:
             if not full and measure.key not in BRIEF:
                 continue
             found = [e for m in modes if (e := self.get(workload, m, measure.key)) is not None]
-            if any(e["max"] for e in found):
+            if any(e["max"] for e in found) or (found and measure.key in ALWAYS):
                 shown.append(measure)
             elif found:
                 zero += 1
