@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm import cli
@@ -87,6 +87,7 @@ def test_spread():
 numbers = st.lists(st.integers(0, 1000), min_size=2, max_size=6)
 
 
+@settings(deadline=None)
 @given(numbers, numbers)
 def test_noise_is_when_the_ranges_overlap(a, b):
     overlap = set(range(min(a), max(a) + 1)) & set(range(min(b), max(b) + 1))
@@ -95,6 +96,7 @@ def test_noise_is_when_the_ranges_overlap(a, b):
         assert verdict == (stats.NOISE if overlap else stats.DIFFERS)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 9), numbers)
 def test_one_repeat_says_nothing(a, b):
     assert stats.verdict(stats.spread([a]), stats.spread(b)) == stats.UNKNOWN
@@ -233,6 +235,7 @@ def places(value, at=()):
 PLACES = list(places(json.loads(RECORD.read_text())))
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.sampled_from(PLACES), st.sampled_from([None, "text", -1, 1.5, [], {}, True, "gone"]))
 def test_our_check_agrees_with_jsonschema(place, value):
     document = json.loads(RECORD.read_text())
@@ -256,6 +259,7 @@ def test_our_check_agrees_with_jsonschema(place, value):
 # --- rendering -----------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1e9, allow_nan=False))
 def test_ticks_cover(top):
     marks = svg.ticks(top)
