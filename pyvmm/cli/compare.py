@@ -121,15 +121,16 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
     import tempfile
 
     from pyvmm.cli.where import elsewhere
+    from pyvmm.errors import TestbedError
 
     if args.host == "local":
         return None, None
     own = ["--modes", args.modes, "--peers", args.peers, "--workload", args.workload, "--memory", args.memory]
     own += ["--repeat", str(args.repeat), "--seconds", str(args.seconds), "--cpus", str(args.cpus)]
-    own += ["--append", args.append, *(["--quiet"] if args.quiet else [])]
+    own += [f"--append={args.append}", *(["--quiet"] if args.quiet else [])]
     for option in ("kernel", "initrd", "image"):
         if getattr(args, option):
-            own += [f"--{option}", getattr(args, option)]
+            own.append(f"--{option}={getattr(args, option)}")
     vhost = any(mode.vhost for mode in plan.modes)
     with tempfile.TemporaryDirectory(prefix="pyvmm-compare-") as directory:
         path = f"{directory}/result.json"
@@ -138,7 +139,14 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
         )
         if status is None:
             return None, None
-        return status, _load(path) if os.path.exists(path) else None  # noqa: PTH110
+        if os.path.exists(path) and os.stat(path).st_size:  # noqa: PTH110, PTH116
+            return status, _load(path)
+        if status < 2:
+            raise TestbedError(
+                f"the results did not come back: {directory} is not writable in the testbed",
+                "stop it (pyvmm testbed down), or use its TMPDIR",
+            )
+        return status, None
 
 
 def _measure(args: argparse.Namespace, plan: Plan, found: list[dict[str, Any]]) -> int:
