@@ -9,7 +9,7 @@ from pyvmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
     from typing import Any, Self
 
     from pyvmm.exits.ledger import Ledger
@@ -111,7 +111,7 @@ class ExitTrace:
                 "be root, with tracefs mounted and a kernel with CONFIG_HIST_TRIGGERS",
             ) from e
 
-    def counts(self, tids: set[int]) -> dict[str, int]:
+    def counts(self, tids: Container[int]) -> dict[str, int]:
         """Exits by cause (without ``notify``: nobody knows QEMU's addresses) of the threads ``tids``."""
         import re
 

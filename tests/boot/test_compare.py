@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
@@ -16,10 +18,10 @@ from tests.boot.guest import PATIENCE, PYVMM
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.boot.guest import Host
 
+ROOT = Path(__file__).resolve().parents[2]
 LEFTOVERS = """
 grep -alE '[-]m.pyvmm.(compare|backend)' /proc/[0-9]*/cmdline
 ls -d /run/pyvmm-compare-* /sys/kernel/tracing/instances/*
@@ -93,6 +95,28 @@ def test_the_classic_result(host: Host, tmp_path: Path) -> None:
     for mode in document["modes"][:2]:
         assert {"VERSION_1", "MRG_RXBUF", "EVENT_IDX"} <= set(mode["negotiated"]) <= set(mode["offered"])
     assert "<svg" in (tmp_path / "r.html").read_text()
+
+
+EXITS = """
+import json, sys
+from pyvmm import Machine
+from pyvmm.compare.counters import ExitTrace, causes
+with ExitTrace() as trace:
+    with Machine(sys.argv[1], memory="2M") as vm:
+        vm.start()
+        vm.wait(60)
+        print(json.dumps([trace.counts(range(1 << 22)), causes(vm.ledger()), vm.ledger().total]))
+"""
+
+
+def test_exits_seen_from_outside(host: Host) -> None:
+    """What the tracepoint's histogram counts of a guest is what our own ledger does, to the last exit."""
+    subprocess.run(["make", "-s", "-C", str(ROOT / "guest")], check=True)
+    kernel = str(ROOT / "guest" / "build" / "exits.elf")
+    result = host.run(sys.executable, "-c", EXITS, kernel)
+    assert result.status == 0, result
+    outside, ledger, total = json.loads(result.out)
+    assert outside == ledger and total == sum(ledger.values()) == 258, (outside, ledger)
 
 
 def test_ctrl_c(host: Host, tmp_path: Path) -> None:
