@@ -16,7 +16,7 @@ Examples:
   pyvmm compare
   pyvmm compare --modes emulated,vhost-net --workload ping,tcp-tx --repeat 5
   pyvmm compare --modes emulated,emulated:without=offloads --workload tcp-rx --html report.html
-  pyvmm compare --peers qemu --json result.json
+  pyvmm compare --peers qemu --reasons --json result.json
   pyvmm compare --from result.json --html report.html      shows it again, runs nothing
 
 Exit status: 0 all was measured; 1 something asked for could not be (the table says what and why); 2 bad usage; 102..105, 109 no usable
@@ -64,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--initrd", metavar="I", help="another initial RAM disk")
     add("--image", metavar="NAME", help="a built image by name, see `pyvmm image list`")
     add("--append", metavar="S", default="", help="more kernel command line")
+    add(
+        "--reasons",
+        action="store_true",
+        help="also trace the processor's reasons for exits (root; slows exits)",
+    )
     add("--json", metavar="F", help="write everything as JSON ('-': stdout, instead of the table)")
     add("--html", metavar="F", help="write a page with plots")
     add("--svg", metavar="F", help="write the main plots alone")
@@ -112,6 +117,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         seconds=args.seconds,
         cpus=args.cpus,
         memory=args.memory,
+        reasons=args.reasons,
     )
 
 
@@ -128,6 +134,7 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
     own = ["--modes", args.modes, "--peers", args.peers, "--workload", args.workload, "--memory", args.memory]
     own += ["--repeat", str(args.repeat), "--seconds", str(args.seconds), "--cpus", str(args.cpus)]
     own += [f"--append={args.append}", *(["--quiet"] if args.quiet else [])]
+    own += ["--reasons"] if args.reasons else []
     for option in ("kernel", "initrd", "image"):
         if getattr(args, option):
             own.append(f"--{option}={getattr(args, option)}")

@@ -91,46 +91,66 @@ def debugfs_counts(directory: Path) -> dict[str, int]:
 
 
 class ExitTrace:
-    """Counts returns of KVM_RUN of other processes by thread and reason: a histogram on the tracepoint kvm_userspace_exit, in a
-    tracing instance of its own.
+    """Counts exits of any process's vCPUs by thread and reason: histograms on KVM's tracepoints, in a tracing instance of its own.
 
+    :param reasons: also exits in KVM, by the processor's reason; costs something at each exit.
     :raises HostError: no tracefs, no permission, or a kernel without CONFIG_HIST_TRIGGERS.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, reasons: bool = False) -> None:
         self._dir = TRACEFS / "instances" / f"pyvmm-compare-{os.getpid()}"
-        event = self._dir / "events/kvm/kvm_userspace_exit"
-        self._trigger, self._hist = event / "trigger", event / "hist"
+        self._keys = {"kvm_userspace_exit": "reason", **({"kvm_exit": "exit_reason"} if reasons else {})}
+        self._names: dict[int, str] = {}
         try:
             self._dir.mkdir()
-            self._trigger.write_text("hist:keys=common_pid,reason")
+            for event, key in self._keys.items():
+                self._event(event, "trigger").write_text(f"hist:keys=common_pid,{key}")
+            if reasons:
+                text = self._event("kvm_exit", "format").read_text()
+                self._names = reason_names(text, intel=Path("/sys/module/kvm_intel").is_dir())
         except OSError as e:
             self.close()
             raise HostError(
-                f"exits to userspace of other programs cannot be counted: {e.strerror}",
+                f"exits cannot be counted by tracepoints: {e.strerror}",
                 "be root, with tracefs mounted and a kernel with CONFIG_HIST_TRIGGERS",
             ) from e
 
-    def counts(self, tids: Container[int]) -> dict[str, int]:
-        """Exits by cause (without ``notify``: nobody knows QEMU's addresses) of the threads ``tids``."""
+    def _event(self, event: str, file: str) -> Path:
+        return self._dir / "events/kvm" / event / file
+
+    def _read(self, event: str, tids: Container[int]) -> list[tuple[int, int]]:
+        """(key, count) of the threads ``tids``."""
         import re
 
+        text = self._event(event, "hist").read_text()
+        rows = re.findall(rf"common_pid:\s*(\d+), {self._keys[event]}:\s*(\d+) \}} hitcount:\s*(\d+)", text)
+        return [(int(key), int(count)) for pid, key, count in rows if int(pid) in tids]
+
+    def counts(self, tids: Container[int]) -> dict[str, int]:
+        """Exits to userspace by cause (without ``notify``: nobody knows QEMU's addresses) of the threads ``tids``."""
         from pyvmm.kvm.vcpu import REASONS
 
         out = dict.fromkeys(CAUSES, 0)
-        for pid, reason, count in re.findall(
-            r"common_pid:\s*(\d+), reason:\s*(\d+) \} hitcount:\s*(\d+)", self._hist.read_text()
-        ):
-            if int(pid) in tids:
-                out[BY_REASON.get(REASONS.get(int(reason), ""), "other")] += int(count)
+        for reason, count in self._read("kvm_userspace_exit", tids):
+            out[BY_REASON.get(REASONS.get(reason, ""), "other")] += count
+        return out
+
+    def reasons(self, tids: Container[int]) -> dict[str, int]:
+        """Exits in KVM by the processor's reason, as the kernel's tracepoint calls it; empty where not traced."""
+        out: dict[str, int] = {}
+        if "kvm_exit" in self._keys:
+            for reason, count in self._read("kvm_exit", tids):
+                name = self._names.get(reason, f"reason-{reason:#x}")
+                out[name] = out.get(name, 0) + count
         return out
 
     def close(self) -> None:
         """Remove the instance. A second call does nothing."""
-        try:
-            self._trigger.write_text("!hist:keys=common_pid,reason")
-        except OSError:
-            pass
+        for event, key in self._keys.items():
+            try:
+                self._event(event, "trigger").write_text(f"!hist:keys=common_pid,{key}")
+            except OSError:
+                pass
         try:
             self._dir.rmdir()
         except OSError:
@@ -141,6 +161,19 @@ class ExitTrace:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def reason_names(text: str, *, intel: bool) -> dict[int, str]:
+    """The processor's exit reasons by number, from the format of the tracepoint kvm_exit, which has VMX's before SVM's."""
+    import re
+
+    vmx, _, svm = text.partition(") : __print_symbolic(")
+    out = {}
+    for base, more, name in re.findall(
+        r'\{ (0x[0-9a-f]+|\d+)(?: \+ (\d+))?, "([^"]+)" \}', vmx if intel else svm
+    ):
+        out[int(base, 0) + int(more or 0)] = name.lower()
+    return out
 
 
 # --- threads -------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
             """Let it run until its servers listen; seconds that took."""
 
         def counts(self) -> dict[str, dict[str, int]]:
-            """Groups of sums that only grow: ``causes``, ``lines``, ``kvm``, ``packets``, ``queues`` (empty where unknown)."""
+            """Groups of sums that only grow, empty where unknown: ``causes`` and ``lines`` of the ledger, ``kvm``, ``reasons`` (the
+            processor's), ``packets``, ``queues``."""
 
         def quick(self) -> tuple[int, int]:
             """(exits to userspace, exits in KVM) so far; cheap."""
@@ -67,7 +68,8 @@ def guest_command(p: Plan) -> list[str]:
 
 def open_guest(p: Plan, mode: Mode, trace: ExitTrace | None) -> Guest:
     """The guest of a mode, not yet made: that is the context manager's."""
-    return OwnGuest(p, mode) if mode.kind == "pyvmm" else PeerGuest(p, mode, trace)
+    kind = OwnGuest if mode.kind == "pyvmm" else PeerGuest
+    return kind(p, mode, trace)
 
 
 def terminate(child: subprocess.Popen[Any]) -> None:
@@ -91,8 +93,8 @@ def tethered(argv: list[str]) -> list[str]:
 class OwnGuest:
     """A guest of pyvmm's, in this process; for vhost-user with a `pyvmm backend` beside it."""
 
-    def __init__(self, p: Plan, mode: Mode) -> None:
-        self._plan, self._mode = p, mode
+    def __init__(self, p: Plan, mode: Mode, trace: ExitTrace | None) -> None:
+        self._plan, self._mode, self._trace = p, mode, trace
         self._stack = ExitStack()
         self._backend: subprocess.Popen[bytes] | None = None
 
@@ -199,7 +201,9 @@ class OwnGuest:
             if name.endswith(("_kicks", "_calls", "_calls_suppressed"))
         }
         ledger = self._vm.ledger()
+        vcpus = {t.native_id or 0 for t in threading.enumerate() if t.name.startswith("vcpu")}
         return {
+            "reasons": self._trace.reasons(vcpus) if self._trace else {},
             "causes": counters.causes(ledger),
             "lines": counters.lines(ledger),
             "kvm": counters.kvm_counts(self._stats),
@@ -377,10 +381,19 @@ class PeerGuest:
     def counts(self) -> dict[str, dict[str, int]]:
         """See Guest."""
         causes: dict[str, int] = {}
+        reasons: dict[str, int] = {}
         if self._trace is not None:
-            causes = self._trace.counts(set(counters.threads_of(self._child.pid)))
+            tids = set(counters.threads_of(self._child.pid))
+            causes, reasons = self._trace.counts(tids), self._trace.reasons(tids)
         kvm = counters.debugfs_counts(self._kvm) if self._kvm else {}
-        return {"causes": causes, "lines": {}, "kvm": kvm, "packets": self._tap.read(), "queues": {}}
+        return {
+            "reasons": reasons,
+            "causes": causes,
+            "lines": {},
+            "kvm": kvm,
+            "packets": self._tap.read(),
+            "queues": {},
+        }
 
     def quick(self) -> tuple[int, int]:
         """See Guest."""

@@ -29,9 +29,21 @@ PARTS = {
     "k-halt": "in KVM: halt",
     "k-window": "in KVM: interrupt window",
     "k-host": "in KVM: host interrupt",
-    "k-rest": "in KVM: the rest (MSRs, APIC, kicks by ioeventfd, page faults)",
+    "k-memory": "in KVM: memory (kicks by ioeventfd, APIC, page faults)",
+    "k-msr": "in KVM: MSRs (APIC, timer)",
+    "k-io": "in KVM: ports",
+    "k-rest": "in KVM: the rest",
 }
-SHORT = {"k-rest": "in KVM: the rest"}
+#: The processor's reasons of each part, SVM's and VMX's, and the causes of userspace exits that begin with the same.
+REASONS = {
+    "k-halt": (("hlt",), ("halt",)),
+    "k-window": (("vintr", "interrupt_window"), ("irq_window",)),
+    "k-host": (("interrupt", "external_interrupt"), ()),
+    "k-memory": (("npf", "ept_violation", "ept_misconfig", "apic_access"), ("notify", "mmio")),
+    "k-msr": (("msr", "msr_read", "msr_write", "apic_write"), ()),
+    "k-io": (("io", "io_instruction"), ("pio",)),
+}
+STATS = {"k-halt": "halt_exits", "k-window": "irq_window_exits", "k-host": "irq_exits"}
 #: Colours and dashes of modes, in turn.
 LINES = 8
 SPEEDS = {"ping": "rtt_ms"}
@@ -56,17 +68,16 @@ def _good(document: dict[str, Any], mode: str, workload: str) -> list[dict[str, 
 
 
 def split(workload: dict[str, Any]) -> dict[str, int]:
-    """The exits of one run by PARTS; what goes to userspace is taken from KVM's counts, which include it."""
+    """The exits of one run by PARTS; what goes to userspace is taken from KVM's counts, which include it. Without a trace of the
+    processor's reasons KVM's statistics know three parts, and the rest is one."""
     causes, kvm = workload["causes"] or {}, workload["kvm"]
     out = {f"u-{name}": max(causes.get(name, 0), 0) for name in CAUSES}
     user = sum(out.values())
     inside = max(kvm.get("exits", user) - user, 0)
-    for part, stat, cause in (
-        ("k-halt", "halt_exits", "halt"),
-        ("k-window", "irq_window_exits", "irq_window"),
-        ("k-host", "irq_exits", ""),
-    ):
-        out[part] = min(max(kvm.get(stat, 0) - causes.get(cause, 0), 0), inside)
+    traced = workload.get("reasons")
+    for part, (reasons, begun) in REASONS.items():
+        count = kvm.get(STATS.get(part, ""), 0) if not traced else sum(traced.get(r, 0) for r in reasons)
+        out[part] = min(max(count - sum(causes.get(cause, 0) for cause in begun), 0), inside)
         inside -= out[part]
     out["k-rest"] = inside
     return out
@@ -266,10 +277,11 @@ def figure(document: dict[str, Any]) -> str:
     width = 2 * pad + columns * svg.WIDTH + (columns - 1) * gap
     body = [f'<text class="h1" x="{pad}" y="{pad + 16}">What each data path costs</text>']
     y = pad + 44.0
-    items = [(part, SHORT.get(part, words)) for part, words in legend(document)]
-    across = max(width // 230, 1)
+    items = [(part, words.partition(" (")[0]) for part, words in legend(document)]
+    column = 196
+    across = max((width - pad) // column, 1)
     for index, (part, words) in enumerate(items):
-        x, line = pad + index % across * 230, y + index // across * 20
+        x, line = pad + index % across * column, y + index // across * 20
         body.append(f'<rect class="{part}" x="{x}" y="{line - 10:g}" width="12" height="12"/>')
         body.append(f'<text class="name" x="{x + 18}" y="{line:g}">{escape(words)}</text>')
     y += (len(items) + across - 1) // across * 20 + 14

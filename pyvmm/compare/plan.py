@@ -78,6 +78,7 @@ class Plan:
     :param repeat: boots of each mode, 1 to 1000. :param seconds: of each workload, up to 3600.
     :param kernel, initrd: files of the guest. :param image: what they are called in the results.
     :param append: kernel command line beside what pyvmm adds. :param samples: seconds between two looks at the counters.
+    :param reasons: trace the processor's reasons of exits in KVM, too.
     :raises UsageError: what makes no sense.
     """
 
@@ -96,6 +97,7 @@ class Plan:
         image: str = "",
         append: str = "",
         samples: float = 0.1,
+        reasons: bool = False,
     ) -> None:
         self.modes = [parse_mode(text.strip()) for text in modes.split(",") if text.strip()]
         if peers:
@@ -112,6 +114,7 @@ class Plan:
         if not 0.2 <= seconds <= MAX_SECONDS:
             raise UsageError(f"--seconds {seconds:g}", f"use 0.2 to {MAX_SECONDS}")
         self.repeat, self.seconds, self.samples = repeat, seconds, samples
+        self.reasons = reasons
         self.cpus, self.memory = cpus, memory
         self.kernel, self.initrd, self.image, self.append = kernel, initrd, image, append
 

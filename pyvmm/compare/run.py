@@ -81,7 +81,7 @@ class Comparison:
         """
         p = self._plan
         with ExitStack() as stack:
-            if any(mode.kind != "pyvmm" for mode in p.modes):
+            if p.reasons or any(mode.kind != "pyvmm" for mode in p.modes):
                 self._open_trace(stack)
             total, number = p.repeat * len(p.modes), 0
             for repeat in range(p.repeat):
@@ -94,10 +94,10 @@ class Comparison:
 
     def _open_trace(self, stack: ExitStack) -> None:
         try:
-            self._trace = stack.enter_context(counters.ExitTrace())
+            self._trace = stack.enter_context(counters.ExitTrace(reasons=self._plan.reasons))
         except HostError as e:
             for mode in self._plan.modes:
-                if mode.kind != "pyvmm":
+                if self._plan.reasons or mode.kind != "pyvmm":
                     self._modes[mode.name]["notes"].append(str(e))
 
     def _boot(self, mode: Mode, repeat: int) -> None:
@@ -240,6 +240,7 @@ class Comparison:
                 "repeat": p.repeat,
                 "seconds": p.seconds,
                 "sample_s": p.samples,
+                "reasons": p.reasons,
                 "workloads": [{"name": w, "what": plan.WORKLOADS[w]} for w in p.workloads],
             },
             "modes": list(self._modes.values()),
@@ -315,6 +316,7 @@ def figures(
         "seconds": max(round(seconds, 4), 1e-4),
         "user_exits": user,
         "causes": causes or None,
+        "reasons": delta("reasons") or None,
         "lines": dict(sorted(lines.items(), key=lambda item: -item[1])[:LINES_MAX]),
         "kvm": kvm,
         "interrupts": kvm.get("irq_injections"),

@@ -220,6 +220,8 @@ def remarks(document: dict[str, Any]) -> list[str]:
     out.append(
         "A packet is what passes the tap, up to 64 KiB with segmentation offload. Rows of zeroes are left out."
     )
+    if document["settings"].get("reasons"):
+        out.append("The processor's reasons for exits were traced, which slows each exit down.")
     if document["host"]["testbed"]:
         out.append("Measured in the testbed, on an emulated processor: only counts and ratios mean anything.")
     return out

@@ -101,11 +101,12 @@ EXITS = """
 import json, sys
 from pyvmm import Machine
 from pyvmm.compare.counters import ExitTrace, causes
-with ExitTrace() as trace:
+with ExitTrace(reasons=True) as trace:
     with Machine(sys.argv[1], memory="2M") as vm:
         vm.start()
         vm.wait(60)
-        print(json.dumps([trace.counts(range(1 << 22)), causes(vm.ledger()), vm.ledger().total]))
+        every = range(1 << 22)
+        print(json.dumps([trace.counts(every), causes(vm.ledger()), trace.reasons(every), vm.kvm_stats()["vcpus"][0]["exits"]]))
 """
 
 
@@ -115,8 +116,12 @@ def test_exits_seen_from_outside(host: Host) -> None:
     kernel = str(ROOT / "guest" / "build" / "exits.elf")
     result = host.run(sys.executable, "-c", EXITS, kernel)
     assert result.status == 0, result
-    outside, ledger, total = json.loads(result.out)
-    assert outside == ledger and total == sum(ledger.values()) == 258, (outside, ledger)
+    outside, ledger, reasons, exits = json.loads(result.out)
+    assert outside == ledger and sum(ledger.values()) == 258, (outside, ledger)
+    assert reasons["npf"] >= ledger["mmio"] and reasons["io"] > 100 and sum(reasons.values()) == exits, (
+        reasons,
+        exits,
+    )
 
 
 def test_ctrl_c(host: Host, tmp_path: Path) -> None:

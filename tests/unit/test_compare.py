@@ -164,6 +164,7 @@ def test_figures_are_differences():
     def at(causes, kvm, packets):
         return {
             "causes": causes,
+            "reasons": {},
             "lines": {"a": sum(causes.values()), "b": 3},
             "kvm": kvm,
             "packets": dict(zip(("packets_to_guest", "packets_from_guest"), packets, strict=True)),
@@ -205,6 +206,31 @@ def test_results_of_the_tools():
 def test_nonsense_of_the_tools_is_an_error(workload, text):
     with pytest.raises(HostError, match=workload):
         run.read_result(workload, text)
+
+
+def test_names_of_the_processors_reasons():
+    text = (
+        'print fmt: "x", (REC->isa == 1) ? __print_symbolic(REC->exit_reason & 0xffff, { 0, "EXCEPTION_NMI" }, { 12, "HLT" }) : '
+        '__print_symbolic(REC->exit_reason, { 0x040 + 14, "PF excp" }, { 0x078, "hlt" }, { -1, "invalid_guest_state" }), ""'
+    )
+    assert counters.reason_names(text, intel=True) == {0: "exception_nmi", 12: "hlt"}
+    assert counters.reason_names(text, intel=False) == {0x4E: "pf excp", 0x78: "hlt"}
+
+
+def test_traced_reasons_make_finer_parts(record):
+    workload = copy.deepcopy(record["runs"][0]["workloads"][0])
+    workload["kvm"]["exits"] = 100
+    workload["causes"] = {**dict.fromkeys(counters.CAUSES, 0), "notify": 10}
+    workload["reasons"] = {"npf": 40, "msr": 20, "hlt": 15, "cpuid": 5, "interrupt": 20}
+    parts = {part: count for part, count in html.split(workload).items() if count}
+    assert parts == {
+        "u-notify": 10,
+        "k-memory": 30,
+        "k-msr": 20,
+        "k-halt": 15,
+        "k-host": 20,
+        "k-rest": 5,
+    }
 
 
 # --- the schema ----------------------------------------------------------------------------------------
@@ -403,6 +429,7 @@ class FakeGuest:
         )
         return {
             "causes": {"notify": self._n},
+            "reasons": {},
             "lines": {},
             "kvm": {"exits": 2 * self._n},
             "packets": packets,
