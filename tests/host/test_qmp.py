@@ -57,6 +57,11 @@ def busy_ns(vm: Machine) -> int:
     return cpu_ns(vm.vcpus[0].thread_id)
 
 
+def sleeps(tid: int) -> bool:
+    """Whether a thread has come to rest (it says that it will a few instructions earlier)."""
+    return Path(f"/proc/self/task/{tid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
 def until(good: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not good():
@@ -72,6 +77,7 @@ def test_stop_and_cont(vm: Machine, client: Client) -> None:
         client.command("stop")
         assert [e["event"] for e in client.events] == ["STOP"]
         assert client.command("query-status") == {"status": "paused", "running": False, "singlestep": False}
+        until(lambda: sleeps(vm.vcpus[0].thread_id))
         before, exits, rip = busy_ns(vm), vm.ledger().total, vm.vcpus[0].registers()["rip"]
         time.sleep(0.2)
         assert busy_ns(vm) == before
