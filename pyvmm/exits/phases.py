@@ -46,7 +46,10 @@ class Phase:
             increase = sums(now, (begin.stats if begin else None) or {}, -1)
             self.kvm = {group: {name: n for name, n in v.items() if n} for group, v in increase.items()}
         self.counters = [
-            {key: value - (begin.counters[i].get(key, 0) if begin else 0) for key, value in now.items()}
+            {
+                key: _increase(begin.counters[i].get(key, 0) if begin else 0, value)
+                for key, value in now.items()
+            }
             for i, now in enumerate(end.counters)
         ]
 
@@ -81,6 +84,11 @@ class Phase:
                 for nic, counters in zip(machine.nets, self.counters, strict=True)
             },
         }
+
+
+def _increase(before: int, now: int) -> int:
+    """Of a counter; one that is less than it was belongs to another data path, which has started at 0."""
+    return now - before if now >= before else now
 
 
 def phases_of(machine: Machine) -> list[Phase]:

@@ -1,6 +1,7 @@
 """Every exit is accounted for: what goes into the ledger comes out of it, summed."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,8 @@ from pyvmm._ext import lib
 from pyvmm.bus import MMIO, PIO, Registers
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.exits.ledger import Ledger
+from pyvmm.exits.mark import Mark
+from pyvmm.exits.phases import Phase
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.pci import PciFunction
 from pyvmm.spec import virtio_net
@@ -181,3 +184,16 @@ def test_kicks_of_the_control_queue_are_told_apart(queues, mq, control):
         assert sum(line.count for line in lines if line.role == "notify") == 2 * queues
         device.negotiated = 0
         assert not any("(control)" in name for name in names(board))
+
+
+def test_phases_of_a_card_whose_data_path_was_replaced(board):
+    """Counters that start over count from nothing; what the new one does not count is not there."""
+    vcpu = vcpu_of(board)
+    vcpu.index, vcpu.stats = 0, None
+    machine = SimpleNamespace(bus=board.bus, phases={"vmm": 0})
+    begin = Mark("command", 10, [vcpu], None, {}, [{"rx_packets": 100, "rx_kicks": 9, "parked_ms": 5}])
+    end = Mark("end", 20, [vcpu], None, {}, [{"rx_packets": 30, "tx_packets": 4, "parked_ms": 7}])
+    phase = Phase("command", machine, begin, end)
+    assert phase.counters == [{"rx_packets": 30, "tx_packets": 4, "parked_ms": 2}]
+    metrics = phase.metrics()
+    assert metrics["packets"] == 34 and metrics["kicks"] is None and metrics["kvm_exits"] is None
