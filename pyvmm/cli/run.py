@@ -9,7 +9,8 @@ Examples:
   pyvmm run --kernel bzImage --initrd initrd.img --append 'loglevel=7' --timeout 60
   pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- iperf3 -c 192.168.100.1
   pyvmm run --net emulated,notify=exit --exits -- iperf3 -c 192.168.100.1
-  pyvmm run --budget 'kicks_per_kpacket<=50' --budget 'boot.user_exits<2000' -- ping -c 100 -i 0.01 192.168.100.1
+  pyvmm run --budget 'notify==0' --budget 'user_exits<=100' -- ping -c 100 -i 0.01 192.168.100.1
+  pyvmm run --trace trace.json --net vhost-net -- ping -c 3 192.168.100.1
   pyvmm run --kernel vmlinux --boot-timeout 30 --fail-on oops,warning --junit result.xml --log console.log -- run-tests
 
 Network cards: --net MODE[,key=value...], once a card
