@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=32768,
-        help="so many of the latest a vCPU or worker, 64 bytes each (32768)",
+        help="so many of the latest a vCPU or worker, 56 bytes each (32768)",
     )
     add("--exits", action="store_true", help="print at the end how often the guest exited, and why")
     add(

@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Events a ring (64 bytes each), and steps, by default.
+#: Events a ring (56 bytes each), and steps, by default.
 RING, STEPS = 1 << 15, 1 << 14
 
 EXIT, KICK, BATCH = lib.PV_TRACE_EXIT, lib.PV_TRACE_KICK, lib.PV_TRACE_BATCH
