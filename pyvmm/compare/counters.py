@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: Causes of exits to userspace, in the order of tables and pictures.
 CAUSES = {
-    "notify": "a kick: the guest wrote a queue's notification address",
+    "notify": "a kick of a queue of packets: the guest wrote its notification address",
     "pio": "another port access",
     "mmio": "another memory access",
     "halt": "the guest halted",
@@ -39,7 +39,7 @@ def causes(ledger: Ledger) -> dict[str, int]:
     out = dict.fromkeys(CAUSES, 0)
     for line in ledger.lines:
         cause = BY_REASON.get(line.reason, "other")
-        if cause == "mmio" and "notify" in line.device:
+        if line.role == "notify":
             cause = "notify"
         out[cause] += line.count
     return out

@@ -133,13 +133,13 @@ def test_numbers_for_people():
 
 def test_causes_add_up():
     lines = [
-        SimpleNamespace(reason=reason, device=device, count=2**i, what=f"line {i}")
-        for i, (reason, device) in enumerate(
+        SimpleNamespace(reason=reason, role=role, count=2**i, what=f"line {i}")
+        for i, (reason, role) in enumerate(
             [
-                ("mmio", "net0 notify"),
-                ("mmio", "virtio-net0 queue 1 notify"),
-                ("mmio", "net0 msix-table"),
-                ("io", "serial0"),
+                ("mmio", "notify"),
+                ("mmio", "notify"),
+                ("mmio", "control"),
+                ("io", ""),
                 ("hlt", ""),
                 ("irq_window_open", ""),
                 ("intr", ""),
