@@ -41,7 +41,11 @@ int main(void)
 	else if (is(how, "halt"))
 		for (;;)
 			__asm__ volatile("cli; hlt");
-	else if (is(how, "nowhere")) /* jump to where there is no memory */
+	else if (is(how, "idle")) { /* interrupts on; none comes for a long time */
+		irq_init();
+		for (;;)
+			irq_wait();
+	} else if (is(how, "nowhere")) /* jump to where there is no memory */
 		__asm__ volatile("jmp *%0" : : "r"(PCI_MMIO_BASE + 0x10000000ull));
 	else
 		fail("reset: no such way: %s", how);

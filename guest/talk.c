@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Sends its initrd to COM1 as it is: whatever a test wants a kernel to have said. init=1 on the command line: first tell the VMM
- * that init runs. Ends by status=N (0), or as how=... says: hang, reboot, or panic (pvpanic, then a reboot).
+ * that init runs. Ends by status=N (0), or as how=... says: hang, reboot, panic (pvpanic, then a
+ * reboot) or panic-hang (pvpanic, then it spins).
  */
 #include "guest.h"
 
@@ -37,11 +38,11 @@ int main(void)
 		outl(PORT_GUEST_CONTROL, 1u << 24); /* GUEST_INIT */
 	for (uint64_t i = 0; i < size; i++)
 		outb(PORT_COM1, ((const uint8_t *)at)[i]);
-	if (how_is("hang"))
+	if (how_is("panic") || how_is("panic-hang"))
+		outb(PORT_PVPANIC, 1);
+	if (how_is("hang") || how_is("panic-hang"))
 		for (;;)
 			pause();
-	if (how_is("panic"))
-		outb(PORT_PVPANIC, 1);
 	if (how_is("panic") || how_is("reboot")) {
 		outb(PORT_ACPI_RESET, ACPI_RESET_VALUE);
 		for (;;)

@@ -127,6 +127,18 @@ class ControlError(PyvmmError):
         self.kind, self.desc = kind, desc or cause
 
 
+class CommandFailed(PyvmmError):
+    """A command in the guest (``Machine.run``) failed, did not end in time, or cannot be run there."""
+
+    exit_code = 115
+
+
+class GuestHang(PyvmmError):
+    """The guest makes no progress and never will (``--hang-timeout``)."""
+
+    exit_code = 116
+
+
 class BudgetBroken(PyvmmError):
     """The guest exited, kicked or was interrupted more often than ``--budget`` allows."""
 

@@ -18,6 +18,7 @@ from pyvmm.bus import PIO, Bus
 from pyvmm.devices.board import Power, PvPanic, Rtc
 from pyvmm.devices.console import Console, Stream
 from pyvmm.errors import (
+    GuestHang,
     GuestPanic,
     GuestReboot,
     GuestTimeout,
@@ -31,6 +32,7 @@ from pyvmm.kvm import Kvm
 from pyvmm.kvm.vcpu import (
     EXIT_SHUTDOWN,
     REASONS,
+    RUNS_OFF,
     STOP_ASKED,
     STOP_ERROR,
     STOP_MMIO,
@@ -73,11 +75,13 @@ if TYPE_CHECKING:
     from pyvmm.exits.phases import Phase
     from pyvmm.kvm.recorder import Recorder, Scope
     from pyvmm.kvm.stats import Stats
+    from pyvmm.hang import HangWatch
     from pyvmm.virtio.net import NetDevice
     from pyvmm.virtio.pci import VirtioPci
 
 #: What every guest gets; ``append`` follows and so wins.
-BASE_CMDLINE = "console=ttyS0 panic=-1"
+#: The early console says what the kernel dies of before it has the real one, which takes over from it.
+BASE_CMDLINE = "console=ttyS0 earlyprintk=ttyS0,115200 panic=-1"
 #: Bytes of a command that leave room for the rest of the 2047 that Linux takes (COMMAND_LINE_SIZE), in base64.
 COMMAND_MAX = 1200
 PAUSE_PATIENCE = (
@@ -86,6 +90,9 @@ PAUSE_PATIENCE = (
 OLD_STATS = 16  # VMs before the present one whose statistics are kept
 PANIC_TEXT = b"Kernel panic - not syncing"
 PANIC_END = b"---[ end Kernel panic"  # what a kernel says last that is not to reboot (panic=0)
+PVPANIC_GRACE = (
+    1.0  # seconds from pvpanic's word to the end of a kernel that does not end itself: it still prints
+)
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word
 
 PHASES = {
@@ -114,10 +121,11 @@ MARKS = (GUEST_INIT, GUEST_COMMAND, GUEST_STATUS)
 class Outcome:
     """How a machine ended.
 
-    :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout``, ``stopped`` or ``debug-exit``.
+    :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout``, ``hang``, ``stopped`` or
+        ``debug-exit``.
     :ivar status: exit status of the guest's command, or of a test kernel at the debug-exit port, 0..255; None if there was none.
     :ivar detail: one line of more; may be empty. :ivar registers: of the vCPU, where that helps.
-    :ivar rips: where each vCPU was at a time-out, else empty.
+    :ivar rips: where each vCPU was at a time-out or hang, else empty. :ivar states: how each was (``Vcpu.state``), likewise.
     """
 
     ERRORS: dict[str, tuple[type[PyvmmError], str]] = {
@@ -126,6 +134,7 @@ class Outcome:
         "triple-fault": (TripleFault, "the guest triple-faulted"),
         "kvm-error": (KvmRunError, "KVM_RUN failed"),
         "timeout": (GuestTimeout, "the guest did not end in time"),
+        "hang": (GuestHang, "the guest hangs"),
     }
 
     def __init__(self, kind: str, detail: str = "", registers: dict[str, int] | None = None) -> None:
@@ -133,6 +142,7 @@ class Outcome:
         self.detail = detail
         self.registers = registers
         self.rips: list[int] = []
+        self.states: list[str] = []
         self.status: int | None = None
         self.asked = False  # by us, not by the guest
 
@@ -248,6 +258,7 @@ class Machine:
         (``boot.FLAT_MODES``).
     :param test_devices: the ports that test kernels expect of QEMU (docs/test-kernels.md), and a command line of ``append`` alone.
     :param trace: keep what happened, with times, for ``exits.trace.write``: so many events a track at most; 0: nothing.
+    :param hang_timeout: seconds after which a guest that makes no progress and never will is ended (docs/verdicts.md).
     :raises PyvmmError: nothing has been left behind.
 
     ::
@@ -276,6 +287,7 @@ class Machine:
         load_mode: str = "protected32",
         test_devices: bool = False,
         trace: int = 0,
+        hang_timeout: float | None = None,
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
@@ -294,6 +306,9 @@ class Machine:
         self._kernel, self._initrd, self._append, self._command = kernel, initrd, append, command
         self._flat = load_address, load_mode
         self._test_devices = test_devices
+        self._hang_timeout = hang_timeout
+        self._hang_watch: HangWatch | None = None
+        self._pvpanic_timer: threading.Timer | None = None
         self._lock = threading.RLock()
         self._go = threading.Condition()  # vCPUs of a paused machine wait here; guards the next two
         self._paused = False
@@ -510,6 +525,14 @@ class Machine:
             raise HostError("the machine has been started already")
         for stream in (self.console, self.stdout, self.stderr):
             stream.start()
+        if self._hang_timeout is not None:
+            from pyvmm.hang import HangWatch
+
+            self._hang_watch = HangWatch(
+                self, self._hang_timeout, lambda text: self._finish(Outcome("hang", text))
+            )
+            self._stack.callback(self._hang_watch.stop)
+            self._hang_watch.start()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self._supervisor.start()
 
@@ -752,9 +775,14 @@ class Machine:
         except BaseException as e:
             self._failure = self._failure or e
             request = Outcome("stopped", str(e))
-        if request.kind == "timeout":
-            request.registers = self.vcpus[0].registers()
-            request.rips = [v.registers()["rip"] for v in self.vcpus]
+        if self._pvpanic_timer is not None:
+            self._pvpanic_timer.cancel()
+        if request.kind in ("timeout", "hang"):
+            request.states = [v.state() for v in self.vcpus]
+            registers = [v.registers() for v in self.vcpus]
+            request.rips = [r["rip"] for r in registers]
+            stuck = [i for i, state in enumerate(request.states) if state == RUNS_OFF]
+            request.registers = registers[stuck[0] if stuck else 0]
         self.phases["end"] = time.monotonic_ns()
         for nic in self.nets:
             nic.device.datapath.stop()
@@ -768,7 +796,7 @@ class Machine:
 
     def _was_panic(self, request: Outcome) -> None:
         """A panic that ends in a reboot (panic=-1) is a panic. The console may know more than pvpanic."""
-        if request.kind not in ("reboot", "poweroff", "triple-fault", "timeout", "panic"):
+        if request.kind not in ("reboot", "poweroff", "triple-fault", "timeout", "hang", "panic"):
             return
         if request.status is not None:
             return
@@ -811,6 +839,8 @@ class Machine:
                         self._write_out()
                 elif stop != STOP_ASKED:
                     self._abnormal(vcpu, stop)
+                elif self._hang_watch is not None:
+                    self._hang_watch.looked_at(vcpu)
         except BaseException as e:
             self._failure = e
             self._finish(Outcome("stopped", str(e)))
@@ -852,6 +882,10 @@ class Machine:
     def _pvpanic(self, events: int) -> None:
         if events & 1:
             self._panic = "reported by pvpanic"
+            if self._pvpanic_timer is None:
+                self._pvpanic_timer = threading.Timer(PVPANIC_GRACE, self._finish, [Outcome("panic")])
+                self._pvpanic_timer.daemon = True
+                self._pvpanic_timer.start()
 
     def _debug_exit(self, status: int) -> None:
         self.command_status = status

@@ -11,6 +11,7 @@ import threading
 import time
 
 from pyvmm.errors import ImageError, KvmForbidden, KvmMissing, KvmUnsuitable, PyvmmError, UsageError
+from pyvmm.kvm.vcpu import ALIVE, NOT_STARTED
 from pyvmm.machine import Machine, Outcome
 from pyvmm.testing import points
 from pyvmm.testing.verdict import Verdict, judge_test, register_lines
@@ -46,11 +47,13 @@ class Case:
         load_mode: str = "protected32",
         skip: str = "",
         notes: Sequence[str] = (),
+        hang_timeout: float | None = None,
     ) -> None:
         self.name, self.kernel, self.append, self.initrd = name, kernel, append, initrd
         self.cpus, self.memory, self.timeout = cpus, memory, timeout
         self.load_address, self.load_mode = load_address, load_mode
         self.skip, self.notes = skip, list(notes)
+        self.hang_timeout = hang_timeout
 
 
 class Result:
@@ -160,6 +163,7 @@ class Suite:
                 load_address=case.load_address,
                 load_mode=case.load_mode,
                 test_devices=True,
+                hang_timeout=case.hang_timeout,
             ) as vm:
                 result = self._attend(case, vm)
         except (KvmMissing, KvmForbidden, KvmUnsuitable):
@@ -219,8 +223,9 @@ def state_lines(outcome: Any, symbols: str | None, moved: int = 0) -> list[str]:
         table = Symbols(symbols) if symbols else None
         for index, rip in enumerate(rips):
             where = table.name(rip - moved) if table else ""
-            where = "not started" if rip == RESET_RIP else where
-            lines.append(f"vCPU {index} at {rip:#x}" + (f", {where}" if where else ""))
+            state = outcome.states[index] if outcome.states else ""
+            state = NOT_STARTED if rip == RESET_RIP else "" if state == ALIVE else state
+            lines.append(", ".join(filter(None, (f"vCPU {index} at {rip:#x}", where, state))))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What ``pyvmm run`` says about a run that was not simply good: its verdict, with the reasons, on stderr and as JUnit.
+"""What ``pyvmm run`` says about a run that was not simply good: its verdict, with the reasons, on stderr, as JUnit and as JSON.
 
 Imported only where it is needed: a run that ends as it should and asks for no files starts faster without.
 """
@@ -9,10 +9,10 @@ import os
 import sys
 import time
 
-from pyvmm.errors import GuestEnded, GuestTrouble, PyvmmError, UsageError
+from pyvmm.errors import GuestEnded, GuestTrouble, HostError, PyvmmError, UsageError
 from pyvmm.suite import state_lines
 from pyvmm.testing import console as says
-from pyvmm.testing.verdict import Verdict, last_lines
+from pyvmm.testing.verdict import Verdict, last_lines, of_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine, Outcome
 
 OUTPUT_LINES = 20
+JSON_LINES = 100  # of the console, in the JSON
+SCHEMA = "pyvmm-verdict/1"
 
 
 def open_file(option: str, path: str) -> int:
@@ -34,8 +36,15 @@ def open_file(option: str, path: str) -> int:
         raise UsageError(f"{option} {path}: {why}", "name a file that can be written") from e
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """All of it. :raises OSError: the disk is full, the reader has gone."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
 class Extras:
-    """What --fail-on, --log and --junit need; owns their files.
+    """What --fail-on, --log, --junit and --json need; owns their files.
 
     :raises UsageError: one cannot be opened.
     """
@@ -46,9 +55,12 @@ class Extras:
         self._begin = time.monotonic()
         self.watch = says.Watch(args.fail_on) if args.fail_on else None
         self._log: says.Log | None = None
+        self._kernel = args.kernel
         try:
-            for option, path in (("--log", args.log), ("--junit", args.junit)):
-                if path is not None:
+            for option, path in (("--log", args.log), ("--junit", args.junit), ("--json", args.json)):
+                if option == "--json" and path == "-":
+                    self._files[option] = os.dup(1)
+                elif path is not None:
                     self._files[option] = open_file(option, path)
         except BaseException:
             self.close()
@@ -63,15 +75,79 @@ class Extras:
             vm.console.add_sink(self._log)
 
     def _write_log(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._files["--log"], view) :]
+        write_all(self._files["--log"], data)
 
-    def junit(self, verdict: Verdict, vm: Machine | None) -> None:
-        """Write it, if asked for; also where there was no machine."""
-        fd = self._files.get("--junit")
-        if fd is None:
-            return
+    def finish(self, verdict: Verdict, vm: Machine | None) -> None:
+        """Write what was asked for; also where there was no machine."""
+        for option, make in (("--junit", self._junit), ("--json", self._json), ("--log", self._notes)):
+            if option not in self._files:
+                continue
+            try:
+                text = make(verdict, vm)
+                if option != "--log" and os.isatty(fd := self._files[option]) is False:
+                    try:
+                        os.ftruncate(fd, 0)
+                    except OSError:  # a pipe
+                        pass
+                write_all(self._files[option], text.encode(errors="replace"))
+            except OSError as e:
+                print(f"pyvmm: {option}: {e.strerror}", file=sys.stderr)
+
+    def _phases(self, vm: Machine | None) -> dict[str, float]:
+        """Seconds from the machine's description to each phase."""
+        if vm is None:
+            return {}
+        start = vm.phases["vmm"]
+        return {k: round((t - start) / 1e9, 3) for k, t in sorted(vm.phases.items(), key=lambda p: p[1])}
+
+    def _notes(self, verdict: Verdict, vm: Machine | None) -> str:
+        """The log's last lines: when each phase began, and the verdict."""
+        if self._log is not None:
+            phases = ", ".join(f"{k} {t:.3f} s" for k, t in self._phases(vm).items())
+            self._log.note(f"phases: {phases}")
+            self._log.note(f"verdict: {verdict.kind}{verdict.message and ': '}{verdict.message}")
+        return ""
+
+    def _json(self, verdict: Verdict, vm: Machine | None) -> str:
+        import json
+
+        from pyvmm import __version__
+        from pyvmm.testing.points import parse
+
+        data: dict[str, object] = {
+            "schema": SCHEMA,
+            "pyvmm": __version__,
+            "name": self._name,
+            "verdict": verdict.kind,
+            "code": verdict.code,
+            "message": verdict.message,
+            "details": verdict.details,
+            "seconds": round(time.monotonic() - self._begin, 3),
+            "phases_s": self._phases(vm),
+            "kernel": self._kernel,
+        }
+        if vm is not None:
+            outcome = vm.outcome
+            points = parse(vm.console.text) + parse(vm.stdout.text)
+            data |= {
+                "status": vm.command_status,
+                "phase": says.phase(vm.phases, bool(vm.console.text)),
+                "cmdline": vm.cmdline(),
+                "cpus": vm.cpus,
+                "memory_bytes": vm.memory.size,
+                "vcpus": [
+                    {"rip": rip, "state": state}
+                    for rip, state in zip(outcome.rips, outcome.states, strict=True)
+                ]
+                if outcome is not None
+                else [],
+                "registers": outcome.registers if outcome is not None else None,
+                "points": [{"name": p.name, "result": p.result, "message": p.message} for p in points],
+                "console": last_lines(vm.console.text, JSON_LINES),
+            }
+        return json.dumps(data, indent=2) + "\n"
+
+    def _junit(self, verdict: Verdict, vm: Machine | None) -> str:
         from pyvmm.testing.junit import TestCase, document
         from pyvmm.testing.points import parse
 
@@ -81,8 +157,8 @@ class Extras:
         if vm is not None:
             output = b"".join(bytes(s.text) for s in (vm.console, vm.stdout, vm.stderr))
             points = parse(vm.console.text) + parse(vm.stdout.text)
-            start = vm.phases["vmm"]
-            properties |= {f"{k}_s": f"{(t - start) / 1e9:.3f}" for k, t in vm.phases.items()}
+            properties |= {f"{k}_s": f"{t:.3f}" for k, t in self._phases(vm).items()}
+            properties["phase"] = says.phase(vm.phases, bool(vm.console.text))
             properties |= {"kernel": vm.boot.kind, "cmdline": vm.cmdline(), "cpus": str(vm.cpus)}
         cases = [
             TestCase(
@@ -100,20 +176,7 @@ class Extras:
         cases += [
             TestCase(self._name, p.name, 0.0, p.result, kind="failed", message=p.message) for p in points
         ]
-        try:
-            os.ftruncate(fd, 0)
-            data = memoryview(document("pyvmm run", cases, seconds).encode())
-            while data:
-                data = data[os.write(fd, data) :]
-        except OSError as e:
-            print(f"pyvmm: --junit: {e.strerror}", file=sys.stderr)
-
-    def broken_off(self, why: BaseException, vm: Machine | None) -> None:
-        """There will be no verdict of the guest's: it could not be had, or a signal came first."""
-        if isinstance(why, PyvmmError):
-            self.junit(Verdict("error", str(why)), vm)
-        else:
-            self.junit(Verdict("interrupted", "a signal came before the end"), vm)
+        return document("pyvmm run", cases, seconds)
 
     def lost(self, vm: Machine) -> None:
         """Say so where the log could not be written to its end."""
@@ -145,8 +208,10 @@ def judge(
     details: list[str] = []
     if kind == "panic":
         details = says.panic_quote(vm.console.text)
-    elif error is not None and kind == "timeout":
-        error.cause += f", {says.phase(vm.phases, bool(vm.console.text))}"
+    elif error is not None and kind in ("timeout", "hang"):
+        error.cause += f", {says.PHASES[says.phase(vm.phases, bool(vm.console.text))]}"
+    elif error is not None and kind == "reboot" and not vm.console.text:
+        error.cause += ", before there was any output"
     if error is not None:
         details += state_lines(outcome, symbols, says.offset(vm.console.text))
         return Verdict(kind, str(error), status=outcome.status, details=details)
@@ -174,6 +239,22 @@ def judge(
     return Verdict("passed", status=outcome.status)
 
 
+def broken_off(why: BaseException, vm: Machine | None, extras: Extras | None) -> None:
+    """There will be no verdict of the guest's: it could not be had, or a signal came first."""
+    from pyvmm.cli.signals import Terminated
+
+    if isinstance(why, PyvmmError):
+        verdict = of_error(why)
+    elif isinstance(why, Terminated):
+        verdict = Verdict("interrupted", "a signal came before the end", status=128 + why.number)
+    else:
+        verdict = of_error(HostError(f"internal error: {why!r}"))
+    if extras is not None:
+        extras.finish(verdict, vm)
+    if verdict.kind != "interrupted":
+        annotate(f"pyvmm {verdict.kind}", verdict.message)
+
+
 def annotate(title: str, message: str) -> None:
     """An error that GitHub Actions shows at the run, where this is one."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
@@ -186,6 +267,8 @@ def tell(vm: Machine, verdict: Verdict, *, shown: bool) -> None:
 
     :param shown: the user has seen the console.
     """
+    if verdict.kind == "failed":
+        annotate("pyvmm failed", verdict.message)
     if verdict.kind in ("passed", "failed"):
         return
     quoted = verdict.kind in ("panic", "trouble") and len(verdict.details) > 1

@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 64 (1)")
     add("--memory", metavar="SIZE", default="128M", help="guest memory, as 256M or 4G (128M)")
     add("--timeout", metavar="S", type=float, default=90.0, help="seconds for each (90)")
+    add(
+        "--hang-timeout",
+        metavar="S",
+        type=float,
+        help="seconds without progress after which one is ended (off)",
+    )
     add("--jobs", "-j", metavar="N", type=int, default=1, help="kernels at a time (1)")
     add("--config", metavar="FILE", help="tests in the format of kvm-unit-tests' unittests.cfg")
     add(
@@ -75,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0 < args.timeout <= 1e7:
         raise UsageError(f"--timeout {args.timeout:g}", "use a positive number of seconds")
+    if args.hang_timeout is not None and not 0.1 <= args.hang_timeout <= 1e7:
+        raise UsageError(f"--hang-timeout {args.hang_timeout:g}", "use 0.1 seconds or more")
     if not 1 <= args.jobs <= 256:
         raise UsageError(f"--jobs {args.jobs}", "use 1 to 256")
     if args.json == "-" and args.tap:
@@ -130,6 +138,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
             timeout=args.timeout,
             load_address=address,
             load_mode=args.load_mode,
+            hang_timeout=args.hang_timeout,
         )
         for kernel in args.kernels
     ]
@@ -174,6 +183,7 @@ def _configured(args: argparse.Namespace) -> list[Case]:
                 timeout=t.timeout or args.timeout,
                 skip=skip,
                 notes=t.notes,
+                hang_timeout=args.hang_timeout,
             )
         )
     if not cases:

@@ -30,6 +30,11 @@ STOP_ASKED, STOP_PIO, STOP_MMIO = lib.PV_STOP_ASKED, lib.PV_STOP_PIO, lib.PV_STO
 STOP_OTHER, STOP_ERROR = lib.PV_STOP_OTHER, lib.PV_STOP_ERROR
 EXIT_SHUTDOWN = lib.KVM_EXIT_SHUTDOWN
 
+#: What ``Vcpu.state`` says. Only ALIVE ones can take an interrupt, and only a start-up interrupt wakes the first.
+NOT_STARTED, ALIVE = "not started", "alive"
+HALTED_OFF, RUNS_OFF = "halted with interrupts off", "runs with interrupts off"
+RFLAGS_IF = 1 << 9
+
 CR0_PE, CR0_ET, CR0_NE, CR0_PG = 1, 1 << 4, 1 << 5, 1 << 31
 CR4_PAE = 1 << 5
 EFER_LME, EFER_LMA = 1 << 8, 1 << 10
@@ -253,6 +258,20 @@ class Vcpu:
         out: dict[str, int] = {name: getattr(regs, name) for name in names}
         out.update({name: getattr(sregs, name) for name in ("cr0", "cr2", "cr3", "cr4", "efer")})
         return out
+
+    def state(self) -> str:
+        """NOT_STARTED, ALIVE, HALTED_OFF or RUNS_OFF, as it is now; from its thread, or while it does not run."""
+        mp = ffi.new("struct kvm_mp_state *")
+        ioctl(self.fileno(), "KVM_GET_MP_STATE", mp)
+        if mp.mp_state in (
+            lib.KVM_MP_STATE_UNINITIALIZED,
+            lib.KVM_MP_STATE_INIT_RECEIVED,
+            lib.KVM_MP_STATE_SIPI_RECEIVED,
+        ):
+            return NOT_STARTED
+        if self.registers()["rflags"] & RFLAGS_IF:
+            return ALIVE
+        return HALTED_OFF if mp.mp_state == lib.KVM_MP_STATE_HALTED else RUNS_OFF
 
     # --- ledger -------------------------------------------------------------------------------------
 

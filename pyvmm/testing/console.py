@@ -135,18 +135,25 @@ def offset(console: bytes | bytearray) -> int:
     return int(match[1], 16) if match else 0
 
 
+#: How far a guest has come -> the words for it.
+PHASES = {
+    "no-output": "before there was any output",
+    "kernel": "while the kernel booted",
+    "init": "in init, before the command",
+    "command": "while the command ran",
+    "end": "after the command's end",
+}
+
+
 def phase(phases: dict[str, int], said: bool) -> str:
-    """How far a guest has come, for a time-out: what ``Machine.phases`` and the console tell.
+    """How far a guest has come, a key of PHASES: what ``Machine.phases`` and the console tell.
 
     :param said: whether there was anything on the console.
     """
-    if "command_end" in phases:
-        return "after the command's end"
-    if "command" in phases:
-        return "while the command ran"
-    if "init" in phases:
-        return "in init, before the command"
-    return "while the kernel booted" if said else "before there was any output"
+    for event, name in (("command_end", "end"), ("command", "command"), ("init", "init")):
+        if event in phases:
+            return name
+    return "kernel" if said else "no-output"
 
 
 class Log:
@@ -170,3 +177,9 @@ class Log:
             out += line
             self._at_start = line.endswith(b"\n")
         self._write(bytes(out))
+
+    def note(self, text: str) -> None:
+        """A line of our own, after a whole one of the console's."""
+        stamp = time.monotonic() - self._begin
+        self._write(b"%s[%12.6f] pyvmm: %s\n" % (b"" if self._at_start else b"\n", stamp, text.encode()))
+        self._at_start = True

@@ -5,6 +5,8 @@ A verdict is made from how the machine ended and, for Linux, from what the conso
 
 from __future__ import annotations
 
+from pyvmm.errors import BuildError, ImageError, PyvmmError, UsageError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -16,6 +18,8 @@ CODES: dict[str, int | None] = {
     "failed": None,
     "error": 105,
     "budget": 117,
+    "host-problem": 101,
+    "hang": 116,
     "trouble": 118,
     "ended": 119,
     "panic": 120,
@@ -32,7 +36,8 @@ class Verdict:
     """What a run means.
 
     :ivar kind: one of CODES. :ivar message: one line; empty where it passed without a word.
-    :ivar status: the test's own exit status where it had one. :ivar details: lines of more: registers, call trace.
+    :ivar status: the test's own exit status where it had one; of an error, a host problem or a signal pyvmm's.
+    :ivar details: lines of more: registers, call trace.
     """
 
     __slots__ = ("details", "kind", "message", "status")
@@ -48,7 +53,9 @@ class Verdict:
     def code(self) -> int:
         """The exit status of pyvmm for it."""
         code = CODES[self.kind]
-        return code if code is not None else self.status or 1
+        if code is None or self.kind in ("error", "host-problem", "interrupted"):
+            return self.status or code or 1
+        return code
 
     @property
     def good(self) -> bool:
@@ -57,6 +64,12 @@ class Verdict:
 
     def __repr__(self) -> str:
         return f"Verdict({self.kind!r}, {self.message!r}, status={self.status})"
+
+
+def of_error(error: PyvmmError) -> Verdict:
+    """The verdict where there was no machine, or none that could go on: what was asked for is wrong, or the host has not got it."""
+    ours = isinstance(error, UsageError | ImageError | BuildError)
+    return Verdict("error" if ours else "host-problem", str(error), status=error.exit_code)
 
 
 def judge_test(outcome: Any) -> Verdict:

@@ -145,6 +145,67 @@ def test_timeout_while_linux_boots_and_hangs(host: Host) -> None:
     assert runs["command"].out == "started\n"
 
 
+def test_panics_early_and_without_a_console(host: Host) -> None:
+    """Before the console driver there is the early console; without any console there is pvpanic; without init there is neither
+    a hang nor silence."""
+    image = find("default")
+    runs = run_all(
+        host,
+        {
+            # The memory that the kernel may use does not hold its initrd.
+            "early": ["--append", "mem=20M", "--", "true"],
+            "pvpanic": [
+                "--append",
+                "console=ttyS7 earlyprintk=none",
+                "--",
+                "sh",
+                "-c",
+                "echo c >/proc/sysrq-trigger",
+            ],
+            "no init": ["--append", "rdinit=/no/such/init", "--", "true"],
+            "no initrd": ["--kernel", image.kernel, "--append", "quiet root=/dev/vda", "--", "true"],
+        },
+        *("--net", "none", "--timeout", "120"),
+    )
+    for name, text in (
+        ("early", "panicked: Kernel panic - not syncing: "),
+        ("pvpanic", "panicked: reported by pvpanic"),
+        ("no init", "VFS: Unable to mount root fs"),
+        ("no initrd", "VFS: Unable to mount root fs"),
+    ):
+        assert runs[name].status == 120, runs[name]
+        assert text in runs[name].err.splitlines()[-1], runs[name]
+    assert "init" not in runs["early"].report["phases_s"]
+    assert "command" in runs["pvpanic"].report["phases_s"]
+
+
+def test_linux_hangs_or_only_sleeps(host: Host) -> None:
+    """`halt -f` leaves all processors halted with interrupts off; a sleeping guest, and one that computes, are well."""
+    runs = run_all(
+        host,
+        {
+            "halt": ["--hang-timeout", "3", "--", "halt", "-f"],
+            "sleep": ["--hang-timeout", "2", "--", "sleep", "7"],
+            "compute": [
+                "--hang-timeout",
+                "2",
+                "--",
+                "sh",
+                "-c",
+                "timeout 7 sh -c 'while :; do :; done'; exit 5",
+            ],
+        },
+        *("--cpus", "2", "--net", "none", "--timeout", "120"),
+    )
+    assert runs["halt"].status == 116, runs["halt"]
+    assert (
+        "vCPU 0 halted with interrupts off; vCPU 1 halted with interrupts off, while the command ran"
+        in runs["halt"].err
+    )
+    assert runs["sleep"].status == 0, runs["sleep"]
+    assert runs["compute"].status == 5, runs["compute"]
+
+
 @pytest.mark.parametrize("options", [[], ["--append", "pci=nomsi"]], ids=["msix", "intx"])
 def test_restart(host: Host, options: list[str]) -> None:
     """With --on-reboot restart the guest comes up again, with a working network, several times."""

@@ -42,13 +42,23 @@ KTAP = """[    0.800000] KTAP version 1
 class Run:
     """One run of the guest with ``text`` on its console."""
 
-    def __init__(self, guest: Guest, tmp_path: Path, text: str, append: str, *args: str, **env: str) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        tmp_path: Path,
+        text: str,
+        append: str,
+        *args: str,
+        name: str = "talk",
+        **env: str,
+    ) -> None:
         (tmp_path / "text").write_text(text)
-        self.junit, self.log, self.report = (
-            tmp_path / n for n in ("junit.xml", "console.log", "report.json")
+        self.junit, self.log, self.report, self.json = (
+            tmp_path / n for n in ("junit.xml", "console.log", "report.json", "verdict.json")
         )
         files = ("--junit", str(self.junit), "--log", str(self.log), "--report", str(self.report))
-        kernel = ("--kernel", guest("talk"), "--append", append)
+        files += ("--json", str(self.json))
+        kernel = ("--kernel", guest(name), "--append", append)
         if text:
             kernel += ("--initrd", str(tmp_path / "text"))
         self.begin = time.monotonic()
@@ -75,7 +85,7 @@ class Run:
         )
 
     def end(self, status: int, kind: str) -> str:
-        """Wait; the status, JUnit and the report must say the same. Returns stderr."""
+        """Wait; the status, JUnit, JSON, log and report must say the same. Returns stderr."""
         with self.child:
             _, err = self.child.communicate(timeout=PATIENCE)
         assert self.child.returncode == status, err
@@ -87,6 +97,16 @@ class Run:
         assert [e.get("type") for e in failures] == ([] if kind == "passed" else [kind])
         verdict = json.loads(self.report.read_text())["verdict"]
         assert (verdict["kind"], verdict["code"]) == (kind, status)
+        self.verdict = json.loads(self.json.read_text())
+        assert (self.verdict["verdict"], self.verdict["code"]) == (kind, status)
+        assert self.verdict["message"] == verdict["message"]
+        times = list(self.verdict["phases_s"].values())
+        assert times == sorted(times) and "end" in self.verdict["phases_s"]
+        assert float(found["end_s"]) == self.verdict["phases_s"]["end"]
+        assert found["phase"] == self.verdict["phase"]
+        phases, last = self.log.read_text().splitlines()[-2:]
+        assert re.search(r"\] pyvmm: phases: vmm 0.000 s, .*end \d", phases)
+        assert f"] pyvmm: verdict: {kind}" in last
         return err
 
 
@@ -96,7 +116,7 @@ def test_passed(guest: Guest, tmp_path: Path) -> None:
     )
     assert run.end(0, "passed") == ""
     lines = run.log.read_text().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6, "the console's, phases and the verdict"
     assert re.fullmatch(r"\[ +\d+\.\d{6}\] \[    0\.500000\] Call Trace:", lines[1])
 
 
@@ -134,7 +154,7 @@ def test_panic_that_does_not_reboot_ends_at_once(guest: Guest, tmp_path: Path) -
     """panic=0: the kernel spins for ever. There is no time-out here: only its last line ends the run."""
     run = Run(guest, tmp_path, OOPS + PANIC + PANIC_END, "how=hang")
     err = run.end(120, "panic")
-    assert run.log.read_text().endswith(PANIC_END), "its last line is whole"
+    assert run.log.read_text().splitlines()[-3].endswith(PANIC_END.rstrip()), "its last line is whole"
     assert err.splitlines()[-2].endswith("---[ end Kernel panic - not syncing: Fatal exception ]---")
     assert err.splitlines()[-1].endswith(": Kernel panic - not syncing: Fatal exception")
 
@@ -142,6 +162,12 @@ def test_panic_that_does_not_reboot_ends_at_once(guest: Guest, tmp_path: Path) -
 def test_panic_by_pvpanic_alone(guest: Guest, tmp_path: Path) -> None:
     """Before the console driver: nothing was said."""
     err = Run(guest, tmp_path, "", "how=panic").end(120, "panic")
+    assert "reported by pvpanic" in err
+
+
+def test_pvpanic_ends_a_kernel_that_spins(guest: Guest, tmp_path: Path) -> None:
+    """No console, no reboot, no time-out: pvpanic's word is enough."""
+    err = Run(guest, tmp_path, "", "how=panic-hang").end(120, "panic")
     assert "reported by pvpanic" in err
 
 
@@ -166,6 +192,50 @@ def test_time_out_names_the_phase(
     assert said in err.splitlines()[-1]
     assert re.search(r"vCPU 0 at 0x[0-9a-f]+, main\+0x", err), "the RIP has its symbol"
     assert re.search(r"rip [0-9a-f]{16}", err)
+
+
+@pytest.mark.parametrize("how", ["hang", "halt"])
+def test_hang(guest: Guest, tmp_path: Path, how: str) -> None:
+    """Nothing can wake it any more: it ends long before its time-out, and the vCPU that did not start is not blamed."""
+    run = Run(
+        guest,
+        tmp_path,
+        "",
+        f"how={how}",
+        *("--hang-timeout", "1", "--timeout", str(PATIENCE), "--cpus", "2"),
+        name="reset",
+    )
+    err = run.end(116, "hang")
+    state = {"hang": "runs", "halt": "halted"}[how] + " with interrupts off"
+    assert f"the guest hangs: no progress for 1 s: vCPU 0 {state}, before there was any output" in err
+    assert re.search(rf"vCPU 0 at 0x[0-9a-f]+, main\+0x[0-9a-f]+, {state}\n", err), "the RIP has its symbol"
+    assert "vCPU 1 at 0xfff0, not started\n" in err
+    assert re.search(r"rip [0-9a-f]{16}", err)
+    assert [v["state"] for v in run.verdict["vcpus"]] == [state, "not started"]
+
+
+@pytest.mark.parametrize(
+    ("name", "append"),
+    [
+        ("reset", "how=idle"),  # waits for an interrupt that never comes
+        ("serial", "echo=1"),  # waits for input
+        ("reset", "how=acpi"),  # is busy: it starts over and over
+    ],
+)
+def test_a_quiet_or_busy_guest_does_not_hang(guest: Guest, tmp_path: Path, name: str, append: str) -> None:
+    run = Run(
+        guest,
+        tmp_path,
+        "",
+        append,
+        *("--hang-timeout", "0.5", "--timeout", "4", "--on-reboot", "restart"),
+        name=name,
+    )
+    run.end(124, "timeout")
+
+
+def test_panic_before_a_hang_is_a_panic(guest: Guest, tmp_path: Path) -> None:
+    Run(guest, tmp_path, PANIC, "how=hang", "--hang-timeout", "0.5").end(120, "panic")
 
 
 @pytest.mark.parametrize(
@@ -204,6 +274,22 @@ def test_status_of_the_test(guest: Guest, tmp_path: Path) -> None:
     assert Run(guest, tmp_path, "x\n", "status=7").end(7, "failed") == ""
 
 
+@pytest.mark.parametrize("status", [3, 0])
+def test_annotation_of_a_failed_test(guest: Guest, tmp_path: Path, status: int) -> None:
+    err = Run(guest, tmp_path, "x\n", f"status={status}", GITHUB_ACTIONS="true").end(
+        status, "failed" if status else "passed"
+    )
+    assert err == ("::error title=pyvmm failed::the command's exit status is 3\n" if status else "")
+
+
+def test_annotation_without_a_machine() -> None:
+    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--kernel", "/nonexistent"]
+    env = {**os.environ, "GITHUB_ACTIONS": "true"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 105
+    assert done.stderr.startswith("::error title=pyvmm error::kernel '/nonexistent' ")
+
+
 def test_annotation(guest: Guest, tmp_path: Path) -> None:
     err = Run(guest, tmp_path, PANIC, "how=reboot", GITHUB_ACTIONS="true").end(120, "panic")
     assert "::error title=pyvmm panic::the guest kernel panicked: Kernel panic" in err
@@ -224,9 +310,98 @@ def test_a_bad_kernel_has_its_verdict_too(guest: Guest, tmp_path: Path) -> None:
     assert error is not None and "/nonexistent" in error.get("message", "")
 
 
+def test_a_truncated_kernel(guest: Guest, tmp_path: Path) -> None:
+    data = Path(guest("hello")).read_bytes()
+    (tmp_path / "cut.elf").write_bytes(data[: len(data) // 3])
+    junit, out = tmp_path / "junit.xml", tmp_path / "verdict.json"
+    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none"]
+    command += ["--kernel", str(tmp_path / "cut.elf"), "--junit", str(junit), "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 105
+    assert done.stderr.count("\n") == 1 and "cut.elf" in done.stderr
+    verdict = json.loads(out.read_text())
+    assert (verdict["verdict"], verdict["code"]) == ("error", 105)
+    assert f"pyvmm: {verdict['message']}\n" == done.stderr
+    error = ET.parse(junit).getroot().find("testsuite/testcase/error")
+    assert error is not None and error.get("message") == verdict["message"]
+
+
+def test_host_problem(guest: Guest, tmp_path: Path) -> None:
+    """What the host has not got is told apart from what was asked for wrongly."""
+    out = tmp_path / "verdict.json"
+    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--kernel", guest("hello")]
+    command += ["--net", f"vhost-user,socket={tmp_path}/nobody", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 112, done.stderr
+    verdict = json.loads(out.read_text())
+    assert (verdict["verdict"], verdict["code"]) == ("host-problem", 112)
+
+
+def soon(limit: float, attempt: Callable[[], None]) -> None:
+    """``attempt`` takes at most ``limit`` seconds, in one try of three: other programs' work is no fault of ours."""
+    times = []
+    for _ in range(3):
+        begin = time.monotonic()
+        attempt()
+        times.append(time.monotonic() - begin)
+        if times[-1] <= limit:
+            return
+    pytest.fail(f"not within {limit} s: {times}")
+
+
+@pytest.mark.parametrize(
+    ("name", "append", "args"),
+    [
+        ("reset", "how=hang", []),
+        ("reset", "how=halt", ["--cpus", "4"]),
+        ("reset", "how=idle", ["--boot-timeout", "3"]),
+        ("reset", "how=acpi", ["--on-reboot", "restart"]),
+        ("serial", f"flood={1 << 30}", []),
+        ("serial", f"flood={1 << 30}", ["--verbose", "--exits", "--", "true"]),
+    ],
+)
+def test_nothing_outlives_its_time_out(guest: Guest, name: str, append: str, args: list[str]) -> None:
+    """Two seconds after it at the latest all is over, also where nobody reads what the guest floods us with."""
+    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none", "--timeout", "3"]
+    command += ["--kernel", guest(name), "--append", append, *args]
+
+    def attempt() -> None:
+        with subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as child:
+            assert child.wait(PATIENCE) == 124
+
+    soon(3 + 2, attempt)
+
+
+def test_last_resort(guest: Guest, tmp_path: Path) -> None:
+    """Where pyvmm itself hangs, here in the opening of a FIFO that nobody reads, the time-out holds all the same."""
+    os.mkfifo(tmp_path / "fifo")
+    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none", "--timeout", "1"]
+    command += ["--kernel", guest("hello"), "--junit", str(tmp_path / "fifo")]
+
+    def attempt() -> None:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 124
+        assert "1 s are over, and it could not be ended in order" in done.stderr
+
+    soon(1 + 2, attempt)
+
+
+def test_flooded_console_and_nobody_reads(guest: Guest, tmp_path: Path) -> None:
+    """The log has all of it, whole, up to the end; the verdict stands."""
+    run = Run(guest, tmp_path, "", f"flood={1 << 17}", "--fail-on", "all", name="serial")
+    run.end(0, "passed")
+    text = run.log.read_text().splitlines()
+    assert len(text) == (1 << 17) // 64 + 2
+
+
 @pytest.mark.parametrize(
     ("args", "text"),
     [
+        (["--hang-timeout", "0"], "--hang-timeout 0; use 0.1 seconds or more"),
+        (["--json", "-", "--report", "-"], "both write to stdout"),
+        (["--json", "/nonexistent/x"], "--json /nonexistent/x"),
         (["--fail-on", "ooops"], "--fail-on ooops; use lockdep, rcu-stall, oops, bug, warning or all"),
         (["--boot-timeout", "0"], "--boot-timeout 0"),
         (["--junit", "/nonexistent/x"], "--junit /nonexistent/x"),

@@ -15,7 +15,7 @@ from pyvmm.machine import Outcome
 from pyvmm.testing import points, unittests
 from pyvmm.testing.junit import TestCase, document
 from pyvmm.testing.symbols import Symbols
-from pyvmm.testing.verdict import CODES, Verdict, clean, judge_test, last_lines
+from pyvmm.testing.verdict import CODES, Verdict, clean, judge_test, last_lines, of_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,10 +60,15 @@ def test_codes_are_the_errors_own_and_documented() -> None:
         assert CODES[kind] == cls.exit_code
     assert CODES["ended"] == errors.GuestEnded.exit_code
     assert CODES["error"] == errors.ImageError.exit_code
+    assert CODES["host-problem"] == errors.HostError.exit_code
     for kind, code in CODES.items():
         if kind not in ("failed", "skipped"):
             assert re.search(rf"^\| [^|]*\b{code}\b", table, re.M), kind
     assert Verdict("failed", status=5).code == 5
+    for error in (errors.UsageError("x"), errors.BuildError("x"), errors.ImageError("x")):
+        assert (of_error(error).kind, of_error(error).code) == ("error", error.exit_code)
+    for error in (errors.KvmMissing("x"), errors.NetError("x"), errors.TestbedError("x")):
+        assert (of_error(error).kind, of_error(error).code) == ("host-problem", error.exit_code)
     assert Verdict("failed").code == 1
 
 

@@ -1,0 +1,126 @@
+"""Finding a guest that hangs for good, soon and without mistaking a quiet one for it (docs/verdicts.md says what a hang is).
+
+Theory of operation: a thread looks at the machine every ``period``. As long as the guest leaves KVM, or puts buffers into a
+ring, nothing more happens: a guest that works is not disturbed. Else the vCPUs are called out of the guest for a moment, and each
+one's own thread says whether it can take an interrupt. A vCPU that can is not stuck: an idle guest waits for one. The time of a
+stuck vCPU counts from the first look that found it so.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from pyvmm.kvm.vcpu import ALIVE, HALTED_OFF, NOT_STARTED, RUNS_OFF
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.kvm.vcpu import Vcpu
+    from pyvmm.machine import Machine
+
+LOOKS = 10  # within the time-out, at least
+PERIOD_MAX = 1.0  # seconds
+PATIENCE = 2.0  # seconds that a vCPU may take to say how it is; one that is busy in a device works
+
+
+def stuck_too_long(
+    since: list[float | None], states: list[str], linux: bool, now: float, limit: float
+) -> bool:
+    """Whether this is a hang.
+
+    :param since: for each vCPU, when it was first found stuck, in seconds; None where it is not. :param states: ``Vcpu.state``.
+    :param linux: there one vCPU suffices that runs with interrupts off, since Linux never does for long; another kernel may have
+        processors that wait for work so, hence all must be stuck. A halted one may be parked, in Linux, too.
+    """
+    started = [i for i, state in enumerate(states) if state != NOT_STARTED]
+    long = [i for i in started if (s := since[i]) is not None and now - s >= limit]
+    if linux and any(states[i] == RUNS_OFF for i in long):
+        return True
+    return bool(started) and long == started
+
+
+class HangWatch:
+    """Watches ``machine`` and calls ``found`` once, with one line, when it hangs for ``limit`` seconds."""
+
+    def __init__(self, machine: Machine, limit: float, found: Callable[[str], None]) -> None:
+        self._machine, self._limit, self._found = machine, limit, found
+        self._linux = "Linux" in machine.boot.kind or "bzImage" in machine.boot.kind
+        self._period = min(limit / LOOKS, PERIOD_MAX)
+        self._end = threading.Event()
+        self._changed = threading.Condition()
+        self._asked = False
+        self._states: dict[int, str] = {}
+        self._runs: dict[int, int] = {}
+        self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin; the machine has been started."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, from any thread but a vCPU's. A second call does nothing."""
+        self._end.set()
+        with self._changed:
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def looked_at(self, vcpu: Vcpu) -> None:
+        """A vCPU's own thread, which has been called out of the guest."""
+        if not self._asked:
+            return
+        state, runs = vcpu.state(), vcpu.runs
+        with self._changed:
+            self._states[vcpu.index], self._runs[vcpu.index] = state, runs
+            self._changed.notify_all()
+
+    def _watch(self) -> None:
+        machine = self._machine
+        since: list[float | None] = [None] * machine.cpus
+        rings: list[bytes] = []
+        while not self._end.wait(self._period) and machine.outcome is None:
+            before, rings = rings, self._rings()
+            busy = rings != before or any(v.runs != self._runs.get(v.index) for v in machine.vcpus)
+            states = self._look()
+            now = time.monotonic()
+            for i, state in enumerate(states):
+                stuck = state in (HALTED_OFF, RUNS_OFF) and not busy
+                if not stuck:
+                    since[i] = None
+                elif since[i] is None:
+                    since[i] = now
+            if stuck_too_long(since, states, self._linux, now, self._limit):
+                where = "; ".join(f"vCPU {i} {s}" for i, s in enumerate(states) if s != NOT_STARTED)
+                self._found(f"no progress for {self._limit:g} s: {where}")
+                return
+
+    def _rings(self) -> list[bytes]:
+        """The available index of each ring in use: a driver that polls, and whose kicks are no exits, moves it."""
+        out = []
+        for nic in self._machine.nets:
+            for queue in nic.device.queues:
+                try:
+                    out.append(self._machine.memory.read(queue.avail + 2, 2) if queue.enabled else b"")
+                except IndexError:
+                    out.append(b"")
+        return out
+
+    def _look(self) -> list[str]:
+        """How each vCPU is; one that does not say is busy with a device, and so alive."""
+        machine = self._machine
+        with self._changed:
+            self._states.clear()
+            self._asked = True
+        for vcpu in machine.vcpus:
+            vcpu.kick()
+        until = time.monotonic() + PATIENCE
+        with self._changed:
+            while len(self._states) < machine.cpus and not self._end.is_set():
+                left = until - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            self._asked = False
+            return [self._states.get(i, ALIVE) for i in range(machine.cpus)]
