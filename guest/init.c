@@ -12,6 +12,7 @@
  * a shell pyvmm.stdin=console         the command reads the console, raw; DLE EOT ends its input, DLE DLE is
  * one DLE pyvmm.hostname=NAME  pyvmm.term=TERM  pyvmm.tty=COLSxROWS  pyvmm.port=0|1  pyvmm.verbose
  * pyvmm.panic=init
+ *   pyvmm.agent   no command: do what the VMM asks for, see pyvmm_port.h
  *
  * Nothing here is fatal: what fails is told in one line on the console, and init goes on to the command.
  *
@@ -77,6 +78,8 @@ static char command[65536]; /* argv, NUL after each */
 static size_t command_size;
 static char *argv_out[MAX_ARGS + 1];
 static bool stdin_console;
+static bool agent_wanted;
+static bool pressed; /* the power button */
 static const char *hostname = "guest";
 static const char *term = "vt100";
 static const char *panic_how = "";
@@ -343,6 +346,8 @@ static const char *parse_cmdline(void)
 			port = v;
 		} else if ((v = value_of(word, "pyvmm.panic"))) {
 			panic_how = v;
+		} else if (value_of(word, "pyvmm.agent")) {
+			agent_wanted = true;
 		} else if (value_of(word, "pyvmm.verbose")) {
 			verbose = true;
 		}
@@ -875,13 +880,16 @@ static bool reap(pid_t child, int *status)
 	return ended;
 }
 
-/* Relay output and reap until @child has ended and its output has drained; its status. */
-static int supervise(pid_t child, int signals, int out, int err, int buttons)
+static void agent_interrupted(int bell, pid_t child);
+
+/* Relay output and reap until @child has ended and its output has drained; its status. @bell: of the agent, or -1. */
+static int supervise(pid_t child, int signals, int out, int err, int buttons, int bell)
 {
 	struct pollfd fds[] = {{.fd = signals, .events = POLLIN},
 			       {.fd = out, .events = POLLIN},
 			       {.fd = err, .events = POLLIN},
-			       {.fd = buttons, .events = POLLIN}};
+			       {.fd = buttons, .events = POLLIN},
+			       {.fd = bell, .events = POLLIN}};
 	long deadline = 0, patience = 0;
 	int status = 0;
 
@@ -897,7 +905,7 @@ static int supervise(pid_t child, int signals, int out, int err, int buttons)
 		/* Its orphans may hold the pipes open for ever: wait for them no longer than this. */
 		if (deadline && (wait <= 0 || (fds[1].fd < 0 && fds[2].fd < 0)))
 			return status;
-		if (poll(fds, 4, (int)wait) < 0)
+		if (poll(fds, 5, (int)wait) < 0)
 			continue;
 		if (fds[3].revents && power_button(buttons)) {
 			if (out < 0) /* a shell, which SIGTERM does not end */
@@ -905,7 +913,10 @@ static int supervise(pid_t child, int signals, int out, int err, int buttons)
 			kill(-1, SIGTERM);
 			kill(-1, SIGCONT);
 			patience = patience ? patience : now_ms() + BUTTON_MS;
+			pressed = true;
 		}
+		if (fds[4].revents)
+			agent_interrupted(bell, child);
 		if (fds[0].revents) {
 			struct signalfd_siginfo info;
 
@@ -966,10 +977,173 @@ static int run(int signals)
 	close(in);
 	close(out[1]);
 	close(err[1]);
-	status = supervise(child, signals, out[0], err[0], open_buttons());
+	status = supervise(child, signals, out[0], err[0], open_buttons(), -1);
 	if (!have_port)
 		say("status %d", status);
 	return status;
+}
+
+/* --- the agent --- */
+
+static char agent_in[sizeof(struct pyvmm_request) + REQUEST_ARGV_MAX + REQUEST_INPUT_MAX];
+static size_t agent_have;
+static unsigned int agent_id; /* of what runs */
+
+/* Take what the VMM has for us. */
+static void agent_pull(int bell)
+{
+	char bytes[64];
+	unsigned int n;
+
+	while (read(bell, bytes, sizeof(bytes)) > 0)
+		;
+	do {
+		n = inl(PORT_GUEST_REQUEST);
+		if (n > PAGE_SIZE || n > sizeof(agent_in) - agent_have) {
+			say("a request that makes no sense is dropped");
+			agent_have = 0;
+			return;
+		}
+		memcpy(agent_in + agent_have, page, n);
+		agent_have += n;
+	} while (n == PAGE_SIZE);
+}
+
+/* The next request, if it is there as a whole. */
+static bool agent_next(struct pyvmm_request *r)
+{
+	if (agent_have < sizeof(*r))
+		return false;
+	memcpy(r, agent_in, sizeof(*r));
+	if (r->argv_size > REQUEST_ARGV_MAX || r->input_size > REQUEST_INPUT_MAX) {
+		say("a request of %u and %u bytes is dropped", r->argv_size, r->input_size);
+		agent_have = 0;
+		return false;
+	}
+	return agent_have >= sizeof(*r) + r->argv_size + r->input_size;
+}
+
+static void agent_drop(const struct pyvmm_request *r)
+{
+	size_t size = sizeof(*r) + r->argv_size + r->input_size;
+
+	agent_have -= size;
+	memmove(agent_in, agent_in + size, agent_have);
+}
+
+/* While @child runs only its end is asked for. It leads a session, and what it has started is ended with it. */
+static void agent_interrupted(int bell, pid_t child)
+{
+	struct pyvmm_request r;
+
+	agent_pull(bell);
+	while (agent_next(&r) && r.type != REQUEST_RUN) {
+		if (r.type == REQUEST_KILL && r.id == agent_id) {
+			kill(-child, SIGKILL);
+			kill(child, SIGKILL);
+		} else if (r.type == REQUEST_LEAVE) {
+			leave(RB_POWER_OFF);
+		}
+		agent_drop(&r);
+	}
+}
+
+/* Run what @r asks for, to its end; its status. */
+static int agent_run(const struct pyvmm_request *r, int signals, int buttons, int bell)
+{
+	const char *argv = agent_in + sizeof(*r), *input = argv + r->argv_size;
+	int in = memfd_create("input", MFD_CLOEXEC);
+	int out[2], err[2], status;
+	pid_t child;
+
+	memcpy(command, argv, r->argv_size);
+	command_size = r->argv_size;
+	if (in < 0 || !write_all(in, input, r->input_size) || lseek(in, 0, SEEK_SET)) {
+		say("no input for a command: %s", strerror(errno));
+		return 126;
+	}
+	agent_drop(r);
+	if (!split_command() || pipe2(out, O_CLOEXEC)) {
+		close(in);
+		return 126;
+	}
+	if (pipe2(err, O_CLOEXEC)) {
+		close(in);
+		close(out[0]);
+		close(out[1]);
+		return 126;
+	}
+	child = fork();
+	if (!child)
+		become(in, out[1], err[1], -1);
+	close(in);
+	close(out[1]);
+	close(err[1]);
+	if (child < 0) {
+		say("fork: %s", strerror(errno));
+		status = 126;
+	} else {
+		status = supervise(child, signals, out[0], err[0], buttons, bell);
+	}
+	close(out[0]);
+	close(err[0]);
+	return status;
+}
+
+static void __attribute__((noreturn)) agent(int signals)
+{
+	int bell = open("/dev/ttyS1", O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
+	int buttons = open_buttons();
+	struct pollfd fds[] = {{.fd = bell, .events = POLLIN},
+			       {.fd = signals, .events = POLLIN},
+			       {.fd = buttons, .events = POLLIN}};
+	struct pyvmm_request r;
+	struct termios mode;
+	int status;
+
+	if (bell < 0 || tcgetattr(bell, &mode)) {
+		say("no agent: /dev/ttyS1: %s", strerror(errno));
+		leave(RB_POWER_OFF);
+	}
+	cfmakeraw(&mode);
+	tcsetattr(bell, TCSANOW, &mode);
+	if (have_port)
+		share_page();
+	if (!page) {
+		say("no agent: the VMM has no port, or no page of ours");
+		leave(RB_POWER_OFF);
+	}
+	tell(GUEST_AGENT, 0);
+	for (;;) {
+		struct signalfd_siginfo info;
+
+		agent_pull(bell);
+		while (agent_next(&r)) {
+			if (r.type == REQUEST_LEAVE) {
+				tell(GUEST_STATUS, 0);
+				leave(RB_POWER_OFF);
+			}
+			if (r.type != REQUEST_RUN) { /* what it is about has ended */
+				agent_drop(&r);
+				continue;
+			}
+			agent_id = r.id;
+			status = agent_run(&r, signals, buttons, bell);
+			tell(GUEST_RESULT, (r.id & 0xffff) << 8 | ((unsigned int)status & 0xff));
+		}
+		if (pressed)
+			leave(RB_POWER_OFF);
+		poll(fds, 3, -1);
+		if (fds[2].revents && power_button(buttons))
+			leave(RB_POWER_OFF);
+		if (fds[1].revents && read(signals, &info, sizeof(info)) == sizeof(info)) {
+			if (info.ssi_signo == SIGUSR2 || info.ssi_signo == SIGUSR1)
+				leave(RB_POWER_OFF);
+			if (info.ssi_signo == SIGTERM)
+				leave(RB_AUTOBOOT);
+			reap(0, &status);
+		}
+	}
 }
 
 int main(void)
@@ -1015,6 +1189,8 @@ int main(void)
 	load_modules();
 	configure_network();
 	set_environment();
+	if (agent_wanted)
+		agent(signals);
 	tell(GUEST_STATUS, (unsigned int)run(signals));
 	leave(RB_POWER_OFF);
 }

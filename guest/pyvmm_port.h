@@ -8,6 +8,8 @@
  *                       A 32-bit read gives GUEST_MAGIC; another VMM may have something else at these ports.
  *   PORT_GUEST_STDOUT   8-bit writes, also by rep outsb: bytes of the command's standard output.
  *   PORT_GUEST_STDERR   likewise, of its standard error.
+ *   PORT_GUEST_REQUEST  32-bit read: the VMM puts the next bytes of its requests, 4096 at most, into the page of
+ *                       GUEST_PAGE; the value is how many. Below is what they mean.
  *
  * KVM leaves the guest once for each byte, also with rep outsb (em_out in arch/x86/kvm/emulate.c), which is
  * well for a test program's few words. For more there is GUEST_PAGE, which names a page of guest memory once,
@@ -18,6 +20,12 @@
  *
  * The order in which our init sends: GUEST_INIT, GUEST_NET_UP (only where interfaces were asked for),
  * GUEST_COMMAND, output, GUEST_STATUS, GUEST_POWEROFF.
+ *
+ * With pyvmm.agent on the kernel command line init does what the VMM asks for instead of running one command: it
+ * sends GUEST_PAGE and GUEST_AGENT, and from then on takes requests. A byte on the second serial port (of
+ * whatever value) says that there is one. The requests are a stream of struct pyvmm_request, each followed by
+ * its argv (each argument ended by a NUL) and the command's standard input. One command runs at a time: its output
+ * comes by GUEST_WRITE, and GUEST_RESULT ends it.
  */
 #ifndef PYVMM_PORT_H
 #define PYVMM_PORT_H
@@ -25,7 +33,8 @@
 #define PORT_GUEST_CONTROL 0x620
 #define PORT_GUEST_STDOUT  0x624
 #define PORT_GUEST_STDERR  0x625
-#define PORT_GUEST_COUNT   6
+#define PORT_GUEST_REQUEST 0x628
+#define PORT_GUEST_COUNT   12
 
 /* For kernels without ACPI: SLP_EN and the S5 type in the sleep control register. */
 #define PORT_ACPI_SLEEP_CONTROL 0x600
@@ -40,6 +49,19 @@
 #define GUEST_NET_UP   5 /* the network interfaces are configured; value is how many */
 #define GUEST_PAGE     6 /* value is the page frame number of the page that GUEST_WRITE sends from */
 #define GUEST_WRITE    7 /* output: bits 0..15 of value are the length, at most 4096; bit 16: standard error */
+#define GUEST_AGENT    8 /* requests are taken from now on */
+#define GUEST_RESULT   9 /* a command has ended: bits 0..7 of value are its status, 8..23 the request's id */
+
+#define REQUEST_RUN   1 /* run argv */
+#define REQUEST_KILL  2 /* kill what runs as id */
+#define REQUEST_LEAVE 3 /* power off */
+/* Bytes that a request may have. */
+#define REQUEST_ARGV_MAX  65535
+#define REQUEST_INPUT_MAX 1048576
+
+struct pyvmm_request {
+	unsigned int type, id, argv_size, input_size;
+};
 
 static inline int pyvmm_present(void)
 {

@@ -18,6 +18,7 @@ from pyvmm.bus import PIO, Bus
 from pyvmm.devices.board import Power, PvPanic, Rtc
 from pyvmm.devices.console import Console, Stream
 from pyvmm.errors import (
+    CommandFailed,
     GuestHang,
     GuestPanic,
     GuestReboot,
@@ -45,11 +46,13 @@ from pyvmm.memory import GuestMemory
 from pyvmm.net import Net, mac_text
 from pyvmm.pci import PciBus
 from pyvmm.spec.platform import (
+    GUEST_AGENT,
     GUEST_COMMAND,
     GUEST_INIT,
     GUEST_NET_UP,
     GUEST_PAGE,
     GUEST_POWEROFF,
+    GUEST_RESULT,
     GUEST_STATUS,
     GUEST_WRITE,
     IRQ_COM1,
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
 
     from pyvmm.control.server import Server
     from pyvmm.datapath.base import DataPath
+    from pyvmm.devices.agent import Agent, CommandResult
     from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.mark import Mark
@@ -100,6 +104,7 @@ PHASES = {
     GUEST_NET_UP: "net_up",
     GUEST_COMMAND: "command",
     GUEST_STATUS: "command_end",
+    GUEST_AGENT: "agent",
     GUEST_POWEROFF: "poweroff",
 }
 
@@ -259,6 +264,7 @@ class Machine:
     :param test_devices: the ports that test kernels expect of QEMU (docs/test-kernels.md), and a command line of ``append`` alone.
     :param trace: keep what happened, with times, for ``exits.trace.write``: so many events a track at most; 0: nothing.
     :param hang_timeout: seconds after which a guest that makes no progress and never will is ended (docs/verdicts.md).
+    :param agent: the guest is an image of pyvmm's and is to take commands while it runs: ``run``.
     :raises PyvmmError: nothing has been left behind.
 
     ::
@@ -288,11 +294,14 @@ class Machine:
         test_devices: bool = False,
         trace: int = 0,
         hang_timeout: float | None = None,
+        agent: bool = False,
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
         if on_reboot not in ("exit", "restart"):
             raise UsageError(f"--on-reboot {on_reboot}", "use exit or restart")
+        if agent and command is not None:
+            raise UsageError("agent and command", "run commands by Machine.run")
         size = parse_size(memory)
         self.phases: dict[str, int] = {"vmm": time.monotonic_ns()}
         self.cpus = cpus
@@ -306,6 +315,8 @@ class Machine:
         self._kernel, self._initrd, self._append, self._command = kernel, initrd, append, command
         self._flat = load_address, load_mode
         self._test_devices = test_devices
+        self._wants_agent = agent
+        self.agent: Agent | None = None
         self._hang_timeout = hang_timeout
         self._hang_watch: HangWatch | None = None
         self._pvpanic_timer: threading.Timer | None = None
@@ -365,7 +376,13 @@ class Machine:
         enter(self.bus.close)
         self.console = Console("console", self.vm, IRQ_COM1)
         self.stdout, self.stderr = Stream("stdout"), Stream("stderr")
-        for stream in (self.console, self.stdout, self.stderr):
+        self.streams: list[Stream] = [self.console, self.stdout, self.stderr]
+        if self._wants_agent:
+            from pyvmm.devices.agent import Agent
+
+            self.agent = Agent(self.bus, self.vm, self._store_page)
+            self.streams.append(self.agent.bell)
+        for stream in self.streams:
             enter(stream.close)
         self.console.add_sink(self._watch)
         self._add_board()
@@ -482,6 +499,8 @@ class Machine:
     def cmdline(self) -> str:
         """The kernel command line."""
         parts = [] if self._test_devices else [BASE_CMDLINE]
+        if self.agent is not None:
+            parts.append("pyvmm.agent")
         for nic in self.nets:
             if nic.guest:
                 gateway = f",gw={nic.host.partition('/')[0]}" if nic.host else ""
@@ -504,7 +523,7 @@ class Machine:
     def _load(self) -> None:
         # ECAM is not advertised: Linux would look at it and then use 0xCF8 for the registers that exist.
         slots = range(1, 1 + len(self.nets))
-        rsdp = build_acpi(self.memory, cpus=self.cpus, pci_slots=slots, com2=False)
+        rsdp = build_acpi(self.memory, cpus=self.cpus, pci_slots=slots, com2=self.agent is not None)
         build_mptable(self.memory, cpus=self.cpus, pci_slots=slots)
         address, mode = self._flat
         self.boot = load(
@@ -523,7 +542,7 @@ class Machine:
         """Let the guest run; returns at once."""
         if self._supervisor is not None:
             raise HostError("the machine has been started already")
-        for stream in (self.console, self.stdout, self.stderr):
+        for stream in self.streams:
             stream.start()
         if self._hang_timeout is not None:
             from pyvmm.hang import HangWatch
@@ -557,6 +576,36 @@ class Machine:
         assert self._outcome is not None
         return self._outcome
 
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        input: bytes = b"",
+        timeout: float = 60.0,
+        ready_timeout: float = 120.0,
+    ) -> CommandResult:
+        """Run a command in the running guest, to its end; the machine was made with ``agent=True``.
+
+        :param command: for ``sh -c``, or an argv. :param input: its standard input. :param timeout: seconds; then it is killed.
+        :param ready_timeout: seconds that the guest may take to come up.
+        :raises PyvmmError: the guest ended (as ``Outcome.error`` says), or the command did not within its time-out.
+        """
+        if self.agent is None:
+            raise UsageError("this machine takes no commands", "make it with agent=True")
+        try:
+            return self.agent.run(command, input=input, timeout=timeout, ready_timeout=ready_timeout)
+        except CommandFailed as e:
+            error = self._outcome.error() if self._outcome is not None else None
+            if error is not None:
+                raise error from e
+            raise
+
+    def power_off(self, timeout: float = 60.0) -> Outcome:
+        """Let the guest's init power off (``agent=True``); how it ended."""
+        if self.agent is not None:
+            self.agent.leave()
+        return self.wait(timeout)
+
     @property
     def outcome(self) -> Outcome | None:
         """How the machine ended; None while it has not."""
@@ -572,7 +621,7 @@ class Machine:
         if outcome is None:
             outcome = Outcome("stopped", "by the control socket")
             outcome.asked = True
-        for stream in (self.console, self.stdout, self.stderr):
+        for stream in self.streams:
             stream.hurry()
         self._finish(outcome, final=True)
         if self._supervisor is None:
@@ -739,7 +788,7 @@ class Machine:
             self._on_stop()
 
     def _on_stop(self) -> None:
-        for stream in (self.console, self.stdout, self.stderr):
+        for stream in self.streams:
             stream.release()
         for vcpu in self.vcpus:
             vcpu.kick()
@@ -786,13 +835,15 @@ class Machine:
         self.phases["end"] = time.monotonic_ns()
         for nic in self.nets:
             nic.device.datapath.stop()
-        for stream in (self.console, self.stdout, self.stderr):
+        for stream in self.streams:
             stream.finish()
         self._was_panic(request)
         self._outcome = request
         self._emit_end(request)
         self._done.set()
         self.booted.set()
+        if self.agent is not None:
+            self.agent.gone(f"the guest has ended ({request.kind})")
 
     def _was_panic(self, request: Outcome) -> None:
         """A panic that ends in a reboot (panic=-1) is a panic. The console may know more than pvpanic."""
@@ -913,7 +964,23 @@ class Machine:
                 data = self.memory.read(self._guest_page, length)
             except IndexError:  # not RAM: the guest's mistake
                 return
-            self._writes[threading.get_ident()] = self.stderr if value >> 16 & 1 else self.stdout, data
+            error = bool(value >> 16 & 1)
+            self._writes[threading.get_ident()] = self.stderr if error else self.stdout, data
+            if self.agent is not None:
+                self.agent.output(data, error=error)
+        elif opcode == GUEST_AGENT and self.agent is not None:
+            self.agent.became_ready()
+        elif opcode == GUEST_RESULT and self.agent is not None:
+            self.agent.ended(value)
+
+    def _store_page(self, data: bytes) -> bool:
+        """For the guest, into the page that it has named."""
+        try:
+            if self._guest_page:
+                self.memory.write(self._guest_page, data)
+        except IndexError:  # not RAM: the guest's mistake
+            return False
+        return bool(self._guest_page)
 
     def _write_out(self) -> None:
         """Pass on what this vCPU has just written, without the lock: it waits if nobody reads."""
@@ -931,7 +998,10 @@ class Machine:
         self._close_vm_stats()
         self.pci.reset()
         self.console.reset()
-        for stream in (self.console, self.stdout, self.stderr):
+        self._guest_page = 0
+        if self.agent is not None:
+            self.agent.reset()
+        for stream in self.streams:
             stream.release(False)
         for vcpu in self.vcpus:
             vcpu.detach()

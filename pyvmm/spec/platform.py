@@ -60,6 +60,7 @@ PORT_PCI_DATA = 0xCFC
 PORT_GUEST_CONTROL = 0x620  # 32-bit write: GUEST_* << 24 | value
 PORT_GUEST_STDOUT = 0x624  # 8-bit writes, also rep outsb
 PORT_GUEST_STDERR = 0x625
+PORT_GUEST_REQUEST = 0x628  # 32-bit read: the next bytes of the VMM's requests go to the page of GUEST_PAGE
 
 GUEST_INIT = 1  # init runs
 GUEST_COMMAND = 2  # the command is about to start
@@ -68,6 +69,11 @@ GUEST_POWEROFF = 4  # init is about to power off
 GUEST_NET_UP = 5  # the network interfaces are configured; value is how many
 GUEST_PAGE = 6  # value is the page frame number of the page that GUEST_WRITE sends from
 GUEST_WRITE = 7  # output: bits 0..15 of value are the length, at most 4096; bit 16: standard error
+GUEST_AGENT = 8  # init takes requests
+GUEST_RESULT = 9  # a command has ended: bits 0..7 of value are its status, 8..23 the request's id
+REQUEST_RUN, REQUEST_KILL, REQUEST_LEAVE = 1, 2, 3
+REQUEST_ARGV_MAX = 65535  # bytes
+REQUEST_INPUT_MAX = 1 << 20
 
 # --- interrupt lines (GSIs of the one IO-APIC) -----------------------------------------------------------
 IRQ_COM2 = 3

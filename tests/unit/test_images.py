@@ -47,7 +47,7 @@ def test_port_header_matches_platform() -> None:
     assert f"PORT_ACPI_SLEEP_CONTROL {platform.PORT_ACPI_SLEEP_CONTROL:#x}" in text
     assert int(re.search(r"ACPI_POWER_OFF\s+(\w+)", text)[1], 0) == 1 << 5 | platform.ACPI_S5_TYPE << 2  # type: ignore[index]
     assert magic.to_bytes(4, "little") == b"PVMM"
-    assert platform.PORT_GUEST_CONTROL + count == platform.PORT_GUEST_STDERR + 1
+    assert platform.PORT_GUEST_CONTROL + count == platform.PORT_GUEST_REQUEST + 4
 
 
 def test_init_compiles_without_warnings(tmp_path: Path) -> None:
