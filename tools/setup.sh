@@ -94,6 +94,10 @@ if [ "$(cat "$STAMP" 2>/dev/null)" != "$want" ] || ! .venv/bin/python -c '' 2>/d
 	# start-up than pyvmm itself; a path and three lines do the same.
 	site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	pwd >"$site/pyvmm.pth"
+	# What makes pytest find the plugin, as a real install would.
+	mkdir -p "$site/pyvmm-0.dist-info"
+	printf 'Metadata-Version: 2.1\nName: pyvmm\nVersion: 0\n' >"$site/pyvmm-0.dist-info/METADATA"
+	printf '[pytest11]\npyvmm = pyvmm.testing.plugin\n' >"$site/pyvmm-0.dist-info/entry_points.txt"
 	rm -f "$site/distutils-precedence.pth"
 	interpreter="$PWD/.venv/bin/python"
 	case $interpreter in

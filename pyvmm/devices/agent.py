@@ -144,8 +144,9 @@ class Agent:
     def ended(self, value: int) -> None:
         """GUEST_RESULT."""
         with self._changed:
-            if self._running is not None and value >> 8 & 0xFFFF == self._number & 0xFFFF:
-                self._running.status = value & 0xFF
+            result = self._running
+            if result is not None and result.status is None and value >> 8 & 0xFFFF == self._number & 0xFFFF:
+                result.status = value & 0xFF
                 self._changed.notify_all()
 
     # --- the machine's side ---------------------------------------------------------------------------------

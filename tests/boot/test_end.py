@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING
 
 import pytest
@@ -60,18 +61,33 @@ def test_status_and_output_of_commands(host: Host) -> None:
     assert "the guest powered off before the command ended" in runs["poweroff"].err
 
 
-def test_reboot_panic_and_triple_fault(host: Host) -> None:
+def with_junit(runs: dict[str, list[str]], directory: Path) -> dict[str, list[str]]:
+    """The same, each with a JUnit file of its name."""
+    return {name: ["--junit", str(directory / f"{name}.xml"), *args] for name, args in runs.items()}
+
+
+def check_junit(directory: Path, name: str, kind: str, text: str) -> None:
+    """One error of that kind, whose message and output are those of the run."""
+    root = ET.parse(directory / f"{name}.xml").getroot()
+    error = root.find("testsuite/testcase/error")
+    assert error is not None and error.get("type") == kind
+    assert text in error.get("message", "")
+    assert root.get("errors") == "1"
+
+
+def test_reboot_panic_and_triple_fault(host: Host, tmp_path: Path) -> None:
     """Each has its status and is named; a panic's message is shown."""
     image = find("default")
+    wanted = {
+        "reboot": ["--", "reboot", "-f"],
+        "no root": ["--kernel", image.kernel, "--append", "quiet"],
+        "init": ["--append", "pyvmm.panic=init"],
+        "sysrq": ["--", "sh", "-c", "echo c >/proc/sysrq-trigger"],
+        "triple": ["--append", "reboot=t", "--", "reboot", "-f"],
+    }
     runs = run_all(
         host,
-        {
-            "reboot": ["--", "reboot", "-f"],
-            "no root": ["--kernel", image.kernel, "--append", "quiet"],
-            "init": ["--append", "pyvmm.panic=init"],
-            "sysrq": ["--", "sh", "-c", "echo c >/proc/sysrq-trigger"],
-            "triple": ["--append", "reboot=t", "--", "reboot", "-f"],
-        },
+        with_junit(wanted, tmp_path),
         "--net",
         "none",
     )
@@ -87,6 +103,9 @@ def test_reboot_panic_and_triple_fault(host: Host) -> None:
         assert "the guest kernel panicked" in last[name]
         assert text in last[name]
         assert runs[name].report["outcome"]["kind"] == "panic"
+        check_junit(tmp_path, name, "panic", text)
+    check_junit(tmp_path, "reboot", "reboot", "rebooted")
+    check_junit(tmp_path, "triple", "triple-fault", "triple-faulted")
     assert runs["triple"].status == 122
     assert "triple-faulted" in last["triple"]
     assert re.search(r"rip [0-9a-f]{16}", runs["triple"].err)
@@ -145,20 +164,17 @@ def test_timeout_while_linux_boots_and_hangs(host: Host) -> None:
     assert runs["command"].out == "started\n"
 
 
-def test_panics_early_and_without_a_console(host: Host) -> None:
+def test_panics_early_and_without_a_console(host: Host, tmp_path: Path) -> None:
     """Before the console driver there is the early console; without any console there is pvpanic; without init there is neither
     a hang nor silence."""
     crash = "echo c >/proc/sysrq-trigger"
-    runs = run_all(
-        host,
-        {
-            # The memory that the kernel may use does not hold its initrd.
-            "early": ["--append", "mem=20M", "--", "true"],
-            "pvpanic": ["--", "sh", "-c", f"echo N >/sys/class/tty/ttyS0/console; {crash}"],
-            "no init": ["--append", "rdinit=/no/such/init", "--", "true"],
-        },
-        *("--net", "none", "--timeout", "120"),
-    )
+    wanted = {
+        # The memory that the kernel may use does not hold its initrd.
+        "early": ["--append", "mem=20M", "--", "true"],
+        "pvpanic": ["--", "sh", "-c", f"echo N >/sys/class/tty/ttyS0/console; {crash}"],
+        "no init": ["--append", "rdinit=/no/such/init", "--", "true"],
+    }
+    runs = run_all(host, with_junit(wanted, tmp_path), *("--net", "none", "--timeout", "120"))
     for name, text in (
         ("early", "panicked: Kernel panic - not syncing: "),
         ("pvpanic", "panicked: reported by pvpanic"),
@@ -166,6 +182,7 @@ def test_panics_early_and_without_a_console(host: Host) -> None:
     ):
         assert runs[name].status == 120, runs[name]
         assert text in runs[name].err.splitlines()[-1], runs[name]
+        check_junit(tmp_path, name, "panic", text)
     assert "init" not in runs["early"].report["phases_s"]
     assert "command" in runs["pvpanic"].report["phases_s"]
 

@@ -1,0 +1,304 @@
+"""The pytest plugin that comes with pyvmm: machines as fixtures (docs/pytest.md).
+
+Loaded by pytest in every session of an environment that has pyvmm: it imports nothing of it until a fixture is used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+    from typing import Any, NoReturn
+
+    from pyvmm.testing.console import Watch
+    from pyvmm.testing.vm import Vm
+
+HOSTS = ("local", "testbed", "auto")
+SCOPES = ("function", "class", "module", "package", "session")
+#: What the marker takes: parameters of ``Vm``, and how the test wants it.
+MARKER = (
+    "append", "command", "cpus", "fail_on", "hang_timeout", "huge", "initrd", "kernel", "load_address", "load_mode", "memory",
+    "net", "on_reboot", "start", "test_devices", "timeout",
+)  # fmt: skip
+CONSOLE_LINES = 200
+
+
+class Record:
+    """A machine that a test used, for its report.
+
+    :ivar node: for whose scope it was made.
+    """
+
+    def __init__(self, node: pytest.Item | pytest.Collector, name: str) -> None:
+        self.node, self.name = node, name
+        self.vm: Vm | None = None
+        self.watch: Watch | None = None
+
+    def sections(self) -> list[tuple[str, str]]:
+        """Title and text of what helps to find out why a test failed."""
+        from pyvmm.testing.verdict import last_lines
+
+        vm = self.vm
+        if vm is None:
+            return []
+        outcome = vm.outcome
+        state = "running" if outcome is None else f"{outcome.kind} {outcome.detail}".strip()
+        out = [
+            (
+                f"pyvmm console of {self.name} ({state})",
+                "\n".join(last_lines(vm.console.text, CONSOLE_LINES)),
+            ),
+            (f"pyvmm exits of {self.name}", vm.summary()),
+        ]
+        return [(title, text) for title, text in out if text]
+
+
+RECORDS = pytest.StashKey[list[Record]]()
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The plugin's options."""
+    group = parser.getgroup("pyvmm", "machines to test kernels in (docs/pytest.md)")
+    group.addoption(
+        "--pyvmm-kernel",
+        dest="pyvmm_kernels",
+        metavar="K",
+        action="append",
+        default=[],
+        help="run each test of `vm` with this kernel: a file, or the name of an image of pyvmm's; repeatable",
+    )
+    group.addoption("--pyvmm-initrd", metavar="I", help="initial RAM disk (default: pyvmm's image)")
+    group.addoption("--pyvmm-append", metavar="S", default="", help="more kernel command line, for all")
+    group.addoption(
+        "--pyvmm-scope",
+        choices=SCOPES,
+        help="how long a `vm` lives (function, or pyvmm_scope in the configuration)",
+    )
+    group.addoption(
+        "--pyvmm-host",
+        choices=HOSTS,
+        help="where: local, testbed, or auto, which is the testbed where this KVM runs no Linux (local, or pyvmm_host)",
+    )
+    parser.addini(
+        "pyvmm_scope", "how long a `vm` lives: function, class, module, package, session", default="function"
+    )
+    parser.addini("pyvmm_host", "where the tests run: local, testbed or auto", default="local")
+    parser.addini("pyvmm_boot_timeout", "seconds until a guest takes commands", default="180")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known."""
+    config.addinivalue_line(
+        "markers",
+        "pyvmm(kernel=..., cpus=1, memory='256M', net='none', append='', hang_timeout=..., fail_on=..., ...): the machine "
+        "that `vm` gives this test, see docs/pytest.md",
+    )
+    for name, choices in (("pyvmm_scope", SCOPES), ("pyvmm_host", HOSTS)):
+        if config.getini(name) not in choices:
+            raise pytest.UsageError(f"{name} = {config.getini(name)}: use one of {', '.join(choices)}")
+    try:
+        float(config.getini("pyvmm_boot_timeout"))
+    except ValueError:
+        raise pytest.UsageError("pyvmm_boot_timeout: write seconds") from None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """The whole session in the testbed, where that is asked for."""
+    host = config.getoption("pyvmm_host") or config.getini("pyvmm_host")
+    if host == "local" or hasattr(config, "workerinput") or config.getoption("help"):
+        return None
+    from pyvmm.errors import PyvmmError
+    from pyvmm.host.doctor import can_run_linux_locally
+    from pyvmm.host.testbed import Testbed, inside
+
+    if inside() or (host == "auto" and can_run_linux_locally()[0]):
+        return None
+    sys.stderr.write("pyvmm: the tests run in the testbed\n")  # pytest's own terminal is not there yet
+    try:
+        return Testbed().run_attached([sys.executable, "-m", "pytest", *config.invocation_params.args])
+    except PyvmmError as e:
+        raise pytest.UsageError(f"--pyvmm-host {host}: {e}") from e
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each ``--pyvmm-kernel``, unless its marker names one."""
+    kernels: list[str] = metafunc.config.getoption("pyvmm_kernels")
+    if "pyvmm_kernel" not in metafunc.fixturenames or not kernels:
+        return
+    marker = metafunc.definition.get_closest_marker("pyvmm")
+    if marker is None or "kernel" not in marker.kwargs:
+        scope: Any = _scope("vm", metafunc.config)
+        metafunc.parametrize("pyvmm_kernel", kernels, ids=kernel_ids(kernels), indirect=True, scope=scope)
+
+
+def kernel_ids(kernels: list[str]) -> list[str]:
+    """Short names: the file's, or as much of its path as tells it from the others."""
+    parts = [Path(k).parts for k in kernels]
+    for n in range(1, max(map(len, parts), default=1) + 1):
+        names = ["-".join(p[-n:]).replace("/", "") for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name}-{i}" for i, name in enumerate(kernels)]
+
+
+# --- fixtures -----------------------------------------------------------------------------------------------
+
+
+def _scope(fixture_name: str, config: pytest.Config) -> Any:
+    return config.getoption("pyvmm_scope") or config.getini("pyvmm_scope")
+
+
+@pytest.fixture(scope=_scope)
+def pyvmm_kernel(request: pytest.FixtureRequest) -> str | None:
+    """The kernel of ``--pyvmm-kernel`` that this test is for; None where there is none."""
+    kernel: str | None = getattr(request, "param", None)
+    if kernel is None or not (kernel.startswith((".", "/")) or os.sep in kernel):
+        return kernel
+    return str(request.config.invocation_params.dir / kernel)
+
+
+@pytest.fixture(scope=_scope)
+def machine_factory(request: pytest.FixtureRequest, pyvmm_kernel: str | None) -> Iterator[Callable[..., Vm]]:
+    """Makes machines: ``machine_factory(cpus=2, net="vhost-net")``, with what the marker takes; all end with the test."""
+    records: list[Record] = []
+
+    def make(**wishes: Any) -> Vm:
+        return _make(
+            request, {"kernel": pyvmm_kernel} | _marked(request) | wishes, f"machine {len(records)}", records
+        )
+
+    yield make
+    _close(request, records)
+
+
+@pytest.fixture(scope=_scope)
+def vm(request: pytest.FixtureRequest, pyvmm_kernel: str | None) -> Iterator[Vm]:
+    """A machine as the marker ``pyvmm`` wants it, up and running; a Linux guest takes commands by ``vm.run``."""
+    records: list[Record] = []
+    yield _make(request, {"kernel": pyvmm_kernel} | _marked(request), "vm", records)
+    _close(request, records)
+
+
+def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What the markers say; the nearest one wins, key by key."""
+    wishes: dict[str, Any] = {}
+    for marker in request.node.iter_markers("pyvmm"):
+        if marker.args:
+            _refuse(f"pyvmm{marker.args!r}: the marker takes keywords only")
+        wishes = marker.kwargs | wishes
+    return wishes
+
+
+def _refuse(text: str) -> NoReturn:
+    pytest.fail(text, pytrace=False)
+
+
+def _make(request: pytest.FixtureRequest, wishes: dict[str, Any], name: str, records: list[Record]) -> Vm:
+    from pyvmm.errors import PyvmmError
+    from pyvmm.net import Net
+    from pyvmm.testing.console import Watch, parse_kinds
+    from pyvmm.testing.vm import Vm, resolve
+
+    config = request.config
+    unknown = sorted(set(wishes) - set(MARKER))
+    if unknown:
+        _refuse(f"pyvmm({unknown[0]}=...): it takes {', '.join(MARKER)}")
+    wishes = dict(wishes)
+    kernel = wishes.pop("kernel", None)
+    if kernel is not None:
+        kernel = os.fspath(kernel)
+        kernel = str(config.rootpath / kernel) if os.sep in kernel else kernel
+    start, limit = wishes.pop("start", True), wishes.pop("timeout", None)
+    limit = float(config.getini("pyvmm_boot_timeout")) if limit is None else limit
+    nets = wishes.pop("net", "none")
+    record = Record(request.node, name)
+    try:
+        kinds = wishes.pop("fail_on", None)
+        if kinds:
+            record.watch = Watch(parse_kinds(kinds if isinstance(kinds, str) else ",".join(kinds)))
+        wishes["nets"] = [
+            n if isinstance(n, Net) else Net.parse(n)
+            for n in ([nets] if isinstance(nets, str | Net) else nets)
+        ]
+        wishes.setdefault("initrd", config.getoption("pyvmm_initrd"))
+        wishes["append"] = f"{config.getoption('pyvmm_append')} {wishes.get('append', '')}".strip()
+        if wishes["initrd"] is None:
+            del wishes["initrd"]
+        _check_host(resolve(kernel)[0])
+        made = Vm(kernel, **wishes)
+    except (PyvmmError, ValueError) as e:
+        _refuse(f"pyvmm: {e}")
+    record.vm = made
+    records.append(record)
+    config.stash.setdefault(RECORDS, []).append(record)
+    if isinstance(request.node, pytest.Item):
+        request.node.user_properties.append((f"pyvmm {name}", kernel or "default"))
+    if record.watch is not None:
+        made.console.add_sink(record.watch)
+    if start:
+        try:
+            made.ready(limit)
+        except PyvmmError as e:
+            text = str(e)
+            _close(request, records)
+            _refuse(f"pyvmm: the guest did not come up: {text}")
+    return made
+
+
+def _check_host(kernel: str) -> None:
+    from pyvmm.boot import is_linux
+    from pyvmm.errors import KvmUnsuitable
+    from pyvmm.host.doctor import can_run_linux_locally
+
+    good, reason = can_run_linux_locally()
+    if not good and is_linux(kernel):
+        raise KvmUnsuitable(
+            f"no Linux guest can run here: {reason}",
+            "run the tests in the testbed: pytest --pyvmm-host testbed, or pyvmm_host = auto in the configuration",
+        )
+
+
+def _close(request: pytest.FixtureRequest, records: list[Record]) -> None:
+    """End the machines, the last first; what a kernel reported that was not to be fails the test."""
+    troubles = []
+    for record in reversed(records):
+        if record.vm is None:
+            continue
+        record.vm.close()
+        if record.watch is not None:
+            record.watch.finish()
+            troubles += record.watch.troubles
+    records.clear()
+    if troubles:
+        more = f" and {len(troubles) - 1} more" if len(troubles) > 1 else ""
+        _refuse(
+            f"pyvmm: the guest kernel reported {troubles[0].kind}{more}:\n" + "\n".join(troubles[0].lines)
+        )
+
+
+# --- reports ------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Console and exits of the machines that a failing test used go into its report."""
+    report = yield
+    records = item.config.stash.get(RECORDS, None)
+    if records and report.failed:
+        chain = item.listchain()
+        for record in records:
+            if record.node in chain:
+                report.sections += record.sections()
+    if records and report.when == "teardown":  # those of wider scopes stay
+        records[:] = [r for r in records if r.node is not item]
+    return report

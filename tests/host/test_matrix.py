@@ -1,0 +1,163 @@
+"""``pyvmm matrix`` over bare-metal guests: rows, verdicts, JSON, JUnit, resumption, Ctrl-C. tests/boot has Linux."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+Guest = Callable[[str], str]
+PATIENCE = 180.0  # seconds
+
+
+def spawn(*args: str) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if k != "GITHUB_ACTIONS"}
+    command = [sys.executable, "-m", "pyvmm", "matrix", "--host", "local", *args]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+def run(*args: str) -> tuple[int, str, str]:
+    with spawn(*args) as child:
+        out, err = child.communicate(timeout=PATIENCE)
+        return child.returncode, out, err
+
+
+def cells(path: Path) -> dict[str, dict[str, Any]]:
+    return {c["name"]: c for c in json.loads(path.read_text())["cells"]}
+
+
+def test_rows_verdicts_and_resumption(guest: Guest, tmp_path: Path) -> None:
+    """Each cell once; what has been done is not done again, unless its kernel or the options have changed."""
+    own = tmp_path / "own.elf"
+    own.write_bytes(Path(guest("hello")).read_bytes())
+    out, junit = tmp_path / "m.json", tmp_path / "m.xml"
+    args = ["--kernels", f"{own},{guest('timer')}", "--modes", "emulated,none", "--json", str(out)]
+    args += ["--cpus", "1,2", "--junit", str(junit), "--features", "all,no-mrg-rxbuf+no-tso"]
+    status, text, err = run(*args)
+    assert status == 0, text + err
+    assert text.splitlines()[0].split()[:5] == ["kernel", "mode", "cpus", "features", "verdict"]
+    assert len(text.splitlines()) == 1 + 16 + 1 and "16 passed, 0 failed" in text
+    assert err.splitlines()[-1] == "pyvmm: [16/16] timer.elf/none/2/no-mrg-rxbuf+no-tso"
+    done = cells(out)
+    assert len(done) == 16 and {c["verdict"] for c in done.values()} == {"passed"}
+    assert "MRG_RXBUF" in done["own.elf/emulated/1/all"]["offered"]
+    assert "MRG_RXBUF" not in done["own.elf/emulated/1/no-mrg-rxbuf+no-tso"]["offered"]
+    cases = ET.parse(junit).getroot().findall("testsuite/testcase")
+    assert [c.get("name") for c in cases] == list(done)
+
+    status, text, err = run(*args, "--resume")
+    assert (status, err) == (0, ""), "all was there"
+    assert "16 passed" in text and cells(out) == done
+    own.write_bytes(Path(guest("hello")).read_bytes() + b"\0")
+    status, text, err = run(*args, "--resume")
+    assert status == 0 and err.count("own.elf") == 8 and "timer.elf" not in err, "a kernel has changed"
+    status, text, err = run(*args, "--resume", "--append", "status=3")
+    assert status == 1 and err.count("pyvmm: [") == 16, "the options have"
+    assert "8 passed, 8 failed" in text and "the command's exit status is 3" in text
+
+
+@pytest.mark.parametrize(
+    ("append", "verdict"),
+    [
+        ("how=hang", "hang"),
+        ("how=idle", "timeout"),
+        ("how=panic", "panic"),
+        ("how=acpi", "reboot"),
+        ("how=triple", "triple-fault"),
+    ],
+)
+def test_every_verdict(guest: Guest, tmp_path: Path, append: str, verdict: str) -> None:
+    out, junit = tmp_path / "m.json", tmp_path / "m.xml"
+    args = (
+        "--kernels",
+        guest("reset"),
+        "--modes",
+        "none",
+        "--append",
+        append,
+        "--json",
+        str(out),
+        "--junit",
+        str(junit),
+    )
+    status, text, _ = run(*args, "--timeout", "3", "--hang-timeout", "1", "--seconds", "0")
+    assert status == 1 and f"  {verdict}" in text and "0 passed, 1 failed" in text
+    (cell,) = cells(out).values()
+    assert cell["verdict"] == verdict and cell["message"] in text
+    error = ET.parse(junit).getroot().find("testsuite/testcase/error")
+    assert error is not None and error.get("type") == verdict
+
+
+def test_what_cannot_be_had_is_a_row(guest: Guest, tmp_path: Path) -> None:
+    """A kernel that is none, and a mode that this host has not got, do not end the sweep."""
+    (tmp_path / "cut.elf").write_bytes(Path(guest("hello")).read_bytes()[:1000])
+    out = tmp_path / "m.json"
+    kernels = f"{tmp_path}/cut.elf,{guest('hello')}"
+    status, text, _ = run("--kernels", kernels, "--modes", "none,vhost-user", "--json", str(out))
+    assert status == 1, text
+    done = cells(out)
+    assert (
+        done["cut.elf/none/1/all"]["verdict"] == "error"
+        and done["hello.elf/none/1/all"]["verdict"] == "passed"
+    )
+    assert done["hello.elf/vhost-user/1/all"]["verdict"] == "passed", "with a back-end of its own"
+
+
+def test_interrupted_and_resumed(guest: Guest, tmp_path: Path) -> None:
+    out, junit = tmp_path / "m.json", tmp_path / "m.xml"
+    args = ["--kernels", f"{guest('hello')},{guest('reset')},{guest('timer')}", "--modes", "none"]
+    args += ["--append", "how=idle", "--json", str(out), "--junit", str(junit)]
+    with spawn(*args) as child:
+        assert child.stderr is not None
+        while "[2/3]" not in child.stderr.readline():
+            pass
+        time.sleep(0.2)  # anywhere in the second cell, which never ends
+        child.send_signal(signal.SIGINT)
+        text, err = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 130
+    assert "interrupted, 2 of 3 cells were not run; go on with --resume" in err and "1 passed" in text
+    assert list(cells(out)) == ["hello.elf/none/1/all"]
+    assert len(ET.parse(junit).getroot().findall("testsuite/testcase/skipped")) == 2
+    status, text, err = run(*args, "--resume", "--timeout", "2", "--seconds", "1")
+    assert status == 1 and "[1/3]" in err, "the options have changed"
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--kernels", ""], "--kernels ''"),
+        (["--kernels", "a,a"], "without repetitions"),
+        (["--modes", "bridge"], "unknown mode 'bridge'"),
+        (["--modes", "emulated:tap=tap0"], "makes its own tap"),
+        (["--cpus", "0"], "--cpus 0; use 1 to 64"),
+        (["--features", "mrg-rxbuf"], "write all, or no-mrg-rxbuf"),
+        (["--features", "no-speed"], "without=speed"),
+        (["--resume"], "--resume without --json"),
+        (["--json", "/nonexistent/x"], "--json /nonexistent/x"),
+        (["--fail-on", "ooops"], "--fail-on ooops"),
+        (["--timeout", "0"], "use seconds"),
+    ],
+)
+def test_bad_usage(args: list[str], text: str) -> None:
+    status, out, err = run(*args)
+    assert (status, out) == (2, "")
+    assert err.startswith("pyvmm: ") and err.count("\n") == 1 and text in err
+
+
+def test_a_file_that_is_something_else(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"schema": "other"}')
+    status, _, err = run("--json", str(tmp_path / "x.json"), "--resume")
+    assert status == 2 and "its schema is not pyvmm-matrix/1" in err
+    assert (tmp_path / "x.json").read_text() == '{"schema": "other"}', "it is left alone"
