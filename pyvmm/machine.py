@@ -77,9 +77,9 @@ if TYPE_CHECKING:
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.mark import Mark
     from pyvmm.exits.phases import Phase
+    from pyvmm.hang import HangWatch
     from pyvmm.kvm.recorder import Recorder, Scope
     from pyvmm.kvm.stats import Stats
-    from pyvmm.hang import HangWatch
     from pyvmm.virtio.net import NetDevice
     from pyvmm.virtio.pci import VirtioPci
 

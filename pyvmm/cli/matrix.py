@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "pyvmm-matrix/1"
 HOST_ADDRESS = "192.168.100.1"
+#: Figures of a cell, from when it was ready on (docs/budgets.md).
+COUNTED = ("user_exits", "notify", "kvm_exits", "irq_injections", "packets", "bytes", "kicks", "interrupts")
 GUEST_ADDRESS = "192.168.100.2"
 COLUMNS = (
     "kernel",
@@ -310,7 +312,6 @@ def _measure(args: argparse.Namespace, vm: Vm, namespace: Namespace | None, resu
     if vm.agent is None:  # a test kernel, or another init: its end is all that it says
         vm.wait(args.timeout)
         return ""
-    before = _kvm_exits(vm)
     if namespace is not None:
         vm.run(["ping", "-c", "3", "-i", "0.2", HOST_ADDRESS], timeout=30).check()
         if args.seconds:
@@ -318,9 +319,7 @@ def _measure(args: argparse.Namespace, vm: Vm, namespace: Namespace | None, resu
             for way, extra in (("to_guest_mbit", []), ("from_guest_mbit", ["-R"])):
                 result[way] = _iperf(namespace, args.seconds, extra)
     counts = vm.exits.counts()
-    result["packets"], result["user_exits"] = counts["packets"], counts["user_exits"]
-    after = _kvm_exits(vm)
-    result["kvm_exits"] = after - before if after is not None and before is not None else None
+    result |= {name: counts[name] for name in COUNTED}
     if args.guest_command:
         done = vm.run(args.guest_command, timeout=args.timeout)
         result["command"] = {"status": done.status, "stdout": done.out[-4000:], "stderr": done.err[-4000:]}
@@ -368,11 +367,6 @@ def _iperf(namespace: Namespace, seconds: int, extra: list[str]) -> float:
         error = str(data["error"]).strip()
         time.sleep(0.3)
     raise CommandFailed(f"iperf3: {error}")
-
-
-def _kvm_exits(vm: Vm) -> int | None:
-    stats = vm.kvm_stats()
-    return sum(int(v["exits"]) for v in stats["vcpus"]) if stats is not None else None
 
 
 def _facts(vm: Vm, result: dict[str, Any]) -> None:
@@ -524,7 +518,7 @@ def _write_junit(path: str, cells: list[Cell], results: dict[str, dict[str, Any]
             cases.append(TestCase("pyvmm.matrix", cell.name, 0, "skipped", message="not run"))
             continue
         kind = r["verdict"]
-        names = ("to_guest_mbit", "from_guest_mbit", "packets", "user_exits", "kvm_exits")
+        names = ("to_guest_mbit", "from_guest_mbit", *COUNTED)
         properties = {n: str(r[n]) for n in names if r.get(n) is not None}
         properties |= {"verdict": kind, "negotiated": " ".join(r["negotiated"])}
         properties |= {f"{k}_s": str(t) for k, t in r.get("phases_s", {}).items()}

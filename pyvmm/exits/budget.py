@@ -152,11 +152,15 @@ class Budget:
         if value is None:
             text = f"budget {self.text}: no {PER[self.per][0] if self.per else self.name} in {found.name}"
             return Result(self, found.name, None, held=False, message=text)
-        held = bool(OPERATORS[self.operator](value, self.limit))
+        held = self.holds(value)
         text = f"budget {self.text}: {_number(value)} in {found.name}"
         if not held:
             text += f", {self._difference(value)}"
         return Result(self, found.name, value, held=held, message=text)
+
+    def holds(self, value: float) -> bool:
+        """Whether ``value`` is within it."""
+        return bool(OPERATORS[self.operator](value, self.limit))
 
     def _difference(self, value: float) -> str:
         """By how much: ``15.2 (76 %) over``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvmm.errors import ImageError, UsageError
+from pyvmm.errors import ImageError
 from pyvmm.machine import Machine
 
 TYPE_CHECKING = False
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
-    from pyvmm.exits.ledger import Ledger
+    from pyvmm.exits.mark import Mark
+    from pyvmm.exits.phases import Phase
 
 BOOT_TIMEOUT = 180.0  # seconds until the guest takes commands: emulated ones on a busy machine need many
-MEGA = 1_000_000
 SUMMARY_LINES = 20
 
 
@@ -21,103 +21,65 @@ class ExitsExceeded(AssertionError):
     """More exits than allowed; pytest shows it as a failed assertion."""
 
 
-class Counts:
-    """Counters at a moment, and with ``since`` what was added from then on."""
-
-    def __init__(self, vm: Machine) -> None:
-        ledger: Ledger = vm.ledger()
-        self.total = ledger.total
-        self.lines = {(x.reason, x.addr, x.size, x.write, x.device): x.count for x in ledger.lines}
-        self.nets = [nic.device.datapath.counters() for nic in vm.nets]
-
-    def since(self, before: Counts) -> dict[str, int]:
-        """Figures by name: ``user_exits``, ``pio``, ``mmio``, ``notify``, the devices by their names, the cards' counters summed."""
-        more = {k: n - before.lines.get(k, 0) for k, n in self.lines.items()}
-        out = {"user_exits": self.total - before.total, "pio": 0, "mmio": 0, "notify": 0}
-        for (reason, _, _, _, device), count in more.items():
-            if reason in ("io", "mmio"):
-                out["pio" if reason == "io" else "mmio"] += count
-                out["notify"] += count if device.endswith(" notify") else 0
-                out[device or "nobody"] = out.get(device or "nobody", 0) + count
-            else:
-                out[reason] = out.get(reason, 0) + count
-        for new, old in zip(self.nets, before.nets, strict=True):
-            for name, value in new.items():
-                if isinstance(value, int):
-                    out[name] = out.get(name, 0) + value - old.get(name, 0)
-        for name, parts in (
-            ("packets", "packets"),
-            ("bytes", "bytes"),
-            ("kicks", "kicks"),
-            ("interrupts", "calls"),
-        ):
-            out[name] = sum(out.get(f"{way}_{parts}", 0) for way in ("rx", "tx"))
-        return out
-
-
 class Exits:
-    """Exits of a machine since it was ready, or since the last ``reset``; ``with vm.exits:`` counts a block alone."""
+    """Exits of a machine since it was ready, or since the last ``reset``; ``with vm.exits:`` counts a block alone.
+
+    While the machine is open; the figures are those of budgets (docs/budgets.md).
+    """
 
     def __init__(self, vm: Machine) -> None:
         self._vm = vm
-        self._before = Counts(vm)
-        self._outer: list[Counts] = []
+        self._begin: Mark | None = None
+        self._outer: list[Mark | None] = []
 
     def reset(self) -> None:
         """Count from now on."""
-        self._before = Counts(self._vm)
+        self._begin = self._vm.mark_now("test")
 
-    def counts(self) -> dict[str, int]:
-        """The figures so far, by name; docs/pytest.md lists them."""
-        return Counts(self._vm).since(self._before)
+    def phase(self) -> Phase:
+        """All that is counted, as of now: ``ledger``, ``kvm``, ``counters``, ``metrics()``."""
+        from pyvmm.exits.phases import Phase
 
-    def assert_within(self, **limits: float) -> dict[str, float]:
-        """Fail unless each figure is at most what is given: ``assert_within(user_exits=5000, notify_per_kpacket=20)``.
+        return Phase("test", self._vm, self._begin, self._vm.mark_now("now"))
 
-        :param limits: names of ``counts()``, each also with ``_per_kpacket`` or ``_per_mb``. A device's register has spaces in its
-            name: ``**{"net0 notify": 0}``. What never happened counts 0.
-        :returns: the figures. :raises ExitsExceeded: naming each that is too high, with the most frequent exits.
+    def counts(self) -> dict[str, int | None]:
+        """The figures so far, by name; None where nobody counts one."""
+        return self.phase().metrics()
+
+    def assert_within(self, *budgets: str, **limits: float) -> dict[str, float | None]:
+        """Fail unless all hold: ``assert_within(user_exits=5000, notify_per_kpacket=20)``.
+
+        :param limits: the most that each may be. :param budgets: others, as ``"packets>=100"``, ``"exits[serial0]==0"``.
+        :returns: the figures by budget. :raises ExitsExceeded: naming each that is broken, with the most frequent exits.
+        :raises UsageError: there is no such figure, or this machine does not count it.
         """
-        counts = self.counts()
-        found: dict[str, float] = {}
+        from pyvmm.exits.budget import Budget
+
+        phase = self.phase()
+        found: dict[str, float | None] = {}
         wrong = []
-        for name, limit in limits.items():
-            value = found[name] = self._value(name, counts)
-            if value > limit:
-                wrong.append(f"{name} is {value:g}, {value - limit:g} over {limit:g}")
+        for text in (*budgets, *(f"{name}<={limit}" for name, limit in limits.items())):
+            budget = Budget(text)
+            budget.check_names(self._vm)
+            value = found[text] = budget.value(phase)
+            if value is None:
+                wrong.append(f"{text}: there were no packets")
+            elif not budget.holds(value):
+                wrong.append(f"{text}: it is {value:g}")
         if wrong:
-            most = sorted(self._since().items(), key=lambda item: -item[1])[:8]
-            lines = [f"  {count:8}  {what}" for what, count in most if count]
+            lines = [f"  {line.count:8}  {line.what}" for line in phase.ledger.lines[:8] if line.count]
             raise ExitsExceeded("\n".join([*wrong, "most frequent:", *lines]))
         return found
 
-    def _since(self) -> dict[str, int]:
-        """Exits since the beginning by cause, in words."""
-        out: dict[str, int] = {}
-        for x in self._vm.ledger().lines:
-            before = self._before.lines.get((x.reason, x.addr, x.size, x.write, x.device), 0)
-            out[x.what] = out.get(x.what, 0) + x.count - before
-        return out
-
-    @staticmethod
-    def _value(name: str, counts: dict[str, int]) -> float:
-        for suffix, per, unit in (("_per_kpacket", "packets", 1000), ("_per_mb", "bytes", MEGA)):
-            if name.endswith(suffix):
-                amount = counts[per]
-                if not amount:
-                    raise UsageError(f"{name}: no {per} were counted", "send some, or leave the limit out")
-                return counts.get(name.removesuffix(suffix), 0) * unit / amount
-        return float(counts.get(name, 0))
-
     def __enter__(self) -> Self:
-        self._outer.append(self._before)
+        self._outer.append(self._begin)
         self.reset()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._before = self._outer.pop()
+        self._begin = self._outer.pop()
 
     def __repr__(self) -> str:
         return f"Exits({self.counts()!r})"

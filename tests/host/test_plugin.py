@@ -98,7 +98,7 @@ def test_exits_within(guest: Guest, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("limits", "good"), [
     (dict(user_exits=300, pio=300, mmio=70), True),
     (dict(mmio=68), True), (dict(mmio=67), False), (dict(user_exits=100), False), (dict(notify=0), True),
-    ({{"guest-control": 1}}, True), ({{"guest-control": 0}}, False),
+    ({{"exits[guest-control]": 1}}, True), ({{"exits[guest-control]": 0}}, False),
 ])
 def test_it(vm, limits, good):
     vm.start()
@@ -106,7 +106,7 @@ def test_it(vm, limits, good):
     if good:
         vm.exits.assert_within(**limits)
         return
-    with pytest.raises(AssertionError, match="over .*\\n.*most frequent:\\n +64  pio write 0x1234/1 nobody"):
+    with pytest.raises(AssertionError, match="it is .*\\nmost frequent:\\n +64  pio write 0x1234/1 nobody"):
         vm.exits.assert_within(**limits)
 
 @pytest.mark.pyvmm(kernel={guest("pcinet")!r}, net="emulated,notify=exit", append="count=100 irq=msix", start=False)
@@ -114,12 +114,18 @@ def test_per_packet(vm):
     vm.start()
     assert vm.wait(60).status == 0
     counts = vm.exits.counts()
-    assert counts["packets"] >= 200 and counts["net0 notify"] == counts["notify"] > 100
+    assert counts["packets"] >= 200 and counts["notify"] > 100 and counts["interrupts"] > 0
+    vm.exits.assert_within("packets>=200", f"exits[net0 queue 1 notify]<={{counts['notify']}}")
+    from pyvmm.errors import UsageError
+    with pytest.raises(UsageError, match="nothing is called 'exists'"):
+        vm.exits.assert_within(exists=3)
     vm.exits.assert_within(notify_per_kpacket=1100)
-    with pytest.raises(AssertionError, match="notify_per_kpacket is"):
+    with pytest.raises(AssertionError, match="notify_per_kpacket<=100: it is"):
         vm.exits.assert_within(notify_per_kpacket=100)
     with vm.exits:
         vm.exits.assert_within(user_exits=0)
+        with pytest.raises(AssertionError, match="there were no packets"):
+            vm.exits.assert_within(notify_per_kpacket=0)
 """
     session = Session(tmp_path, text)
     assert session.status == 0, session.out
