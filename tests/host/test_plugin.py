@@ -88,17 +88,17 @@ def test_good(vm):
     assert session.out.count("pyvmm console of vm (poweroff)") == 1, session.out
     assert "hello, console" in session.out
     exits = session.out.partition("pyvmm exits of vm")[2]
-    assert re.search(r"\d+ exits to the VMM\n +\d+  pio write 0x[0-9a-f]+/\d \S+\n", exits), exits
+    assert re.search(r"\d+ exits to the VMM\n +\d+  pio write 0x[0-9a-f]+/\d \S.*\n", exits), exits
 
 
 def test_exits_within(guest: Guest, tmp_path: Path) -> None:
-    """`exits` makes 258 of them, of which 11 + 21 + 31 + 1 reads of ports."""
+    """`exits` makes a known number of each kind (guest/README.md), 68 of them to memory."""
     text = f"""
 @pytest.mark.pyvmm(kernel={guest("exits")!r}, start=False)
 @pytest.mark.parametrize(("limits", "good"), [
-    (dict(user_exits=300, pio=300, mmio=70), True),
+    (dict(user_exits=400, pio=300, mmio=70), True),
     (dict(mmio=68), True), (dict(mmio=67), False), (dict(user_exits=100), False), (dict(notify=0), True),
-    ({{"exits[guest-control]": 1}}, True), ({{"exits[guest-control]": 0}}, False),
+    ({{"exits[guest-control]": 2}}, True), ({{"exits[guest-control]": 1}}, False),
 ])
 def test_it(vm, limits, good):
     vm.start()

@@ -80,6 +80,17 @@ def test_every_verdict(guest: Guest, tmp_path: Path, how: str, kind: str, text: 
         assert "main+0x" in (failure.text or ""), "the RIP has its symbol"
 
 
+def test_hang(guest: Guest, tmp_path: Path) -> None:
+    """Long before its time-out, and with its own verdict."""
+    report = tmp_path / "report.json"
+    args = ("--hang-timeout", "0.5", "--timeout", str(PATIENCE), "--json", str(report))
+    status, out, err = run(*args, "--append", "how=halt", guest("reset"))
+    assert (status, err) == (1, ""), out
+    (test,) = json.loads(report.read_text())["tests"]
+    assert test["verdict"] == "hang" and "vCPU 0 halted with interrupts off" in test["message"]
+    assert "main+0x" in test["details"][-1]
+
+
 def test_skip_and_status(guest: Guest) -> None:
     memory = 128 << 20
     args = ("--append", f"memory={memory} exit=38", guest("testdev-mb"))
@@ -195,6 +206,7 @@ def test_interrupted(guest: Guest, tmp_path: Path, number: signal.Signals, code:
         ([], "no kernel"),
         (["--timeout", "0", "x"], "positive number"),
         (["--jobs", "0", "x"], "use 1 to 256"),
+        (["--hang-timeout", "0", "x"], "use 0.1 seconds or more"),
         (["--group", "g", "x"], "--config file"),
         (["--load-address", "here", "x"], "write 0x100000"),
         (["--json", "-", "--tap", "x"], "both write to stdout"),

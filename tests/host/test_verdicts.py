@@ -228,7 +228,7 @@ def test_a_quiet_or_busy_guest_does_not_hang(guest: Guest, tmp_path: Path, name:
         tmp_path,
         "",
         append,
-        *("--hang-timeout", "0.5", "--timeout", "4", "--on-reboot", "restart"),
+        *("--hang-timeout", "0.4", "--timeout", "2.5", "--on-reboot", "restart"),
         name=name,
     )
     run.end(124, "timeout")
@@ -330,11 +330,11 @@ def test_host_problem(guest: Guest, tmp_path: Path) -> None:
     """What the host has not got is told apart from what was asked for wrongly."""
     out = tmp_path / "verdict.json"
     command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--kernel", guest("hello")]
-    command += ["--net", f"vhost-user,socket={tmp_path}/nobody", "--json", str(out)]
+    command += ["--net", "emulated,tap=lo", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 112, done.stderr
+    assert done.returncode in (106, 107), done.stderr
     verdict = json.loads(out.read_text())
-    assert (verdict["verdict"], verdict["code"]) == ("host-problem", 112)
+    assert (verdict["verdict"], verdict["code"]) == ("host-problem", done.returncode)
 
 
 def soon(limit: float, attempt: Callable[[], None]) -> None:
@@ -354,7 +354,7 @@ def soon(limit: float, attempt: Callable[[], None]) -> None:
     [
         ("reset", "how=hang", []),
         ("reset", "how=halt", ["--cpus", "4"]),
-        ("reset", "how=idle", ["--boot-timeout", "3"]),
+        ("reset", "how=idle", ["--boot-timeout", "2"]),
         ("reset", "how=acpi", ["--on-reboot", "restart"]),
         ("serial", f"flood={1 << 30}", []),
         ("serial", f"flood={1 << 30}", ["--verbose", "--exits", "--", "true"]),
@@ -362,7 +362,7 @@ def soon(limit: float, attempt: Callable[[], None]) -> None:
 )
 def test_nothing_outlives_its_time_out(guest: Guest, name: str, append: str, args: list[str]) -> None:
     """Two seconds after it at the latest all is over, also where nobody reads what the guest floods us with."""
-    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none", "--timeout", "3"]
+    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none", "--timeout", "2"]
     command += ["--kernel", guest(name), "--append", append, *args]
 
     def attempt() -> None:
@@ -371,7 +371,7 @@ def test_nothing_outlives_its_time_out(guest: Guest, name: str, append: str, arg
         ) as child:
             assert child.wait(PATIENCE) == 124
 
-    soon(3 + 2, attempt)
+    soon(2 + 2, attempt)
 
 
 def test_last_resort(guest: Guest, tmp_path: Path) -> None:
@@ -390,10 +390,10 @@ def test_last_resort(guest: Guest, tmp_path: Path) -> None:
 
 def test_flooded_console_and_nobody_reads(guest: Guest, tmp_path: Path) -> None:
     """The log has all of it, whole, up to the end; the verdict stands."""
-    run = Run(guest, tmp_path, "", f"flood={1 << 17}", "--fail-on", "all", name="serial")
+    run = Run(guest, tmp_path, "", f"flood={1 << 15}", "--fail-on", "all", name="serial")
     run.end(0, "passed")
     text = run.log.read_text().splitlines()
-    assert len(text) == (1 << 17) // 64 + 2
+    assert len(text) == (1 << 15) // 64 + 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The command line without a VM: bad input is one line and a documented exit status; start-up stays light."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,16 @@ def test_help_of_run_has_examples_and_every_key_and_code(capsys):
     assert "Examples:" in out and "pyvmm run -- ip addr" in out
     for word in (*MODES, *COMMON_KEYS, *GROUPS, *(key for keys in MODES.values() for key in keys)):
         assert word in out, word
+
+
+def test_the_workflow_of_the_example_uses_options_that_exist(capsys):
+    text = (ROOT / "docs/examples/kernel-ci/.github/workflows/kernel.yml").read_text()
+    start = text.index("pyvmm run ")
+    command = text[start : text.index("uname", start)]
+    _, out, _ = run(capsys, "run", "--help")
+    options = re.findall(r"--[a-z-]+", command)
+    assert len(options) > 8
+    assert [o for o in options if f"{o} " not in out] == []
 
 
 def test_no_command_shows_help(capsys):
