@@ -19,6 +19,7 @@ def build(machine: Machine) -> dict[str, object]:
     exits = [v.c.first_exit for v in machine.vcpus if v.c.first_exit]
     if firsts:
         phases["first_run"] = min(firsts)
+    if exits:  # not yet, where the report is of a machine that has only just begun
         phases["kernel"] = min(exits)
     start = phases["vmm"]
     return {

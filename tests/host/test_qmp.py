@@ -243,8 +243,9 @@ def test_the_end_meets_commands(guest: Guest) -> None:
     for how in ("poweroff", "acpi", "triple"):
         with Machine(guest("reset"), memory="4M", cpus=2, append=f"how={how}", qmp="auto", name="e") as vm:
             threads = []
+            errors: list[BaseException] = []
 
-            def ask() -> None:
+            def ask(errors: list[BaseException] = errors) -> None:
                 try:
                     with connect("e", timeout=PATIENCE) as c:
                         while True:
@@ -261,6 +262,8 @@ def test_the_end_meets_commands(guest: Guest) -> None:
                                     assert "has ended" in str(e)
                 except MachineMissing:
                     pass
+                except BaseException as e:
+                    errors.append(e)
 
             for _ in range(4):
                 threads.append(threading.Thread(target=ask))
@@ -270,6 +273,7 @@ def test_the_end_meets_commands(guest: Guest) -> None:
         for t in threads:
             t.join(PATIENCE)
             assert not t.is_alive()
+        assert not errors
 
 
 def test_before_the_start(guest: Guest) -> None:
