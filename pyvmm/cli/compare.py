@@ -316,9 +316,13 @@ def _table(document: dict[str, Any], *, full: bool) -> Table:
     figures = Figures(document)
     names = [mode["name"] for mode in document["modes"]]
     settings = document["settings"]
+    title = (
+        f"{document['guest']['image'] or document['guest']['kernel']}, {document['guest']['cpus']} vCPU(s), "
+        f"{settings['repeat']} x {settings['seconds']:g} s: median (lowest..highest)"
+    )
     table = Table(
-        title=f"{document['guest']['image'] or document['guest']['kernel']}, {document['guest']['cpus']} vCPU(s), "
-        f"{settings['repeat']} x {settings['seconds']:g} s: median (lowest..highest)",
+        title=title,
+        min_width=min(len(title) + 2, 78),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         header_style="bold",
