@@ -150,8 +150,8 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
             return status, _load(path)
         if status < 2:
             raise TestbedError(
-                f"the results did not come back: {directory} is not writable in the testbed",
-                "stop it (pyvmm testbed down), or use its TMPDIR",
+                "no results came back from the testbed",
+                f"if it was not interrupted while it started: is {directory} writable there? (pyvmm testbed status)",
             )
         return status, None
 
