@@ -3,7 +3,8 @@
 Theory of operation: a thread looks at the machine every ``period``. As long as the guest leaves KVM, or puts buffers into a
 ring, nothing more happens: a guest that works is not disturbed. Else the vCPUs are called out of the guest for a moment, and each
 one's own thread says whether it can take an interrupt. A vCPU that can is not stuck: an idle guest waits for one. The time of a
-stuck vCPU counts from the first look that found it so.
+stuck vCPU counts from the first look that found it so; that of one whose registers still change, which may be long work with
+interrupts off, such as a kernel's first second on a slow host, counts a tenth.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 LOOKS = 10  # within the time-out, at least
 PERIOD_MAX = 1.0  # seconds
+AT_WORK = 10.0  # so many times as long may one take whose registers change
 PATIENCE = 2.0  # seconds that a vCPU may take to say how it is; one that is busy in a device works
 
 
@@ -53,6 +55,8 @@ class HangWatch:
         self._asked = False
         self._states: dict[int, str] = {}
         self._runs: dict[int, int] = {}
+        self._registers: dict[int, list[int]] = {}
+        self._moved: set[int] = set()  # vCPUs whose registers are not those of the look before
         self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
 
     def start(self) -> None:
@@ -72,13 +76,18 @@ class HangWatch:
         if not self._asked:
             return
         state, runs = vcpu.state(), vcpu.runs
+        registers = [value for name, value in vcpu.registers().items() if name not in ("rip", "rflags")]
         with self._changed:
+            if registers != self._registers.get(vcpu.index):
+                self._moved.add(vcpu.index)
+            self._registers[vcpu.index] = registers
             self._states[vcpu.index], self._runs[vcpu.index] = state, runs
             self._changed.notify_all()
 
     def _watch(self) -> None:
         machine = self._machine
         since: list[float | None] = [None] * machine.cpus
+        begun = [0.0] * machine.cpus  # when it was first found stuck, moving or not
         rings: list[bytes] = []
         while not self._end.wait(self._period) and machine.outcome is None:
             before, rings = rings, self._rings()
@@ -90,7 +99,9 @@ class HangWatch:
                 if not stuck:
                     since[i] = None
                 elif since[i] is None:
-                    since[i] = now
+                    since[i] = begun[i] = now
+                elif i in self._moved:  # as if it had been a tenth of the time
+                    since[i] = now - (now - begun[i]) / AT_WORK
             if stuck_too_long(since, states, self._linux, now, self._limit):
                 where = "; ".join(f"vCPU {i} {s}" for i, s in enumerate(states) if s != NOT_STARTED)
                 self._found(f"no progress for {self._limit:g} s: {where}")
@@ -112,6 +123,7 @@ class HangWatch:
         machine = self._machine
         with self._changed:
             self._states.clear()
+            self._moved.clear()
             self._asked = True
         for vcpu in machine.vcpus:
             vcpu.kick()

@@ -193,14 +193,14 @@ def test_linux_hangs_or_only_sleeps(host: Host) -> None:
         host,
         {
             "halt": ["--hang-timeout", "3", "--", "halt", "-f"],
-            "sleep": ["--hang-timeout", "2", "--", "sleep", "7"],
+            "sleep": ["--hang-timeout", "3", "--", "sleep", "8"],
             "compute": [
                 "--hang-timeout",
-                "2",
+                "3",
                 "--",
                 "sh",
                 "-c",
-                "timeout 7 sh -c 'while :; do :; done'; exit 5",
+                "timeout 8 sh -c 'while :; do :; done'; exit 5",
             ],
         },
         *("--cpus", "2", "--net", "none", "--timeout", "120"),
