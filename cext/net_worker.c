@@ -32,6 +32,7 @@
 #define LINGER_BULK    (32u << 10)
 
 enum { RX, TX };
+enum { HOLD_NO, HOLD_ASKED, HOLD_DONE };
 enum { EV_RX_KICK, EV_TX_KICK, EV_FD, EV_WAKE };
 
 /* A chain of the receive window. */
@@ -68,8 +69,10 @@ struct pv_net_worker {
 	struct pv_net_event event; /* to be returned by run; PV_NET_STOPPED: none */
 	int epoll_fd;
 	int wake_fd;
-	int stop;	 /* atomic; set by any thread, then wake_fd */
-	int attach;	 /* likewise: descriptor to use from now on, -1 for none */
+	int stop;   /* atomic; set by any thread, then wake_fd */
+	int hold;   /* atomic; set by any thread to HOLD_ASKED, answered with HOLD_DONE: transmit no more */
+	int finish; /* likewise, before stop: bring a held frame to the guest first */
+	int attach; /* likewise: descriptor to use from now on, -1 for none */
 	bool rx_ready;	 /* fd may have frames: edge seen, EAGAIN not yet */
 	bool rx_waiting; /* the guest must add buffers first */
 	bool fd_muted;	 /* no wake-ups by fd for reading */
@@ -292,7 +295,7 @@ static bool rx_possible(const struct pv_net_worker *w)
 
 static bool tx_possible(const struct pv_net_worker *w)
 {
-	return !w->ring[TX].fault && !w->tx_blocked;
+	return !w->ring[TX].fault && !w->tx_blocked && !__atomic_load_n(&w->hold, __ATOMIC_RELAXED);
 }
 
 /* Take chains until the window holds want bytes (one without MRG_RXBUF). PV_DONE: the guest has no more. */
@@ -582,6 +585,9 @@ static bool net_round(struct pv_net_worker *w)
 {
 	bool more = false;
 
+	/* Only here is it certain that no chain is in our hands. */
+	if (__atomic_load_n(&w->hold, __ATOMIC_RELAXED) == HOLD_ASKED)
+		__atomic_store_n(&w->hold, HOLD_DONE, __ATOMIC_RELEASE);
 	if (tx_possible(w))
 		more = tx_turn(w);
 	if (w->event.kind)
@@ -719,6 +725,26 @@ static int linger(struct pv_net_worker *w)
 	if (w->lingered)
 		add(&w->count.tx_lingers, 1);
 	return w->lingered || w->rx_ready || w->event.kind || stopping(w);
+}
+
+/* Stopped, with a frame that has been read but not placed: wait for the guest's buffers as net_sleep() does. */
+static void rx_finish(struct pv_net_worker *w)
+{
+	uint64_t count, waited;
+
+	(void)!read(w->wake_fd, &count, sizeof(count)); /* or it would end each wait */
+	while (w->held && rx_possible(w) && !rx_place(w)) {
+		if (w->event.kind || !w->held)
+			break;
+		waited = now_us() - w->held_since;
+		if (waited >= HOLD_MS * 1000)
+			break;
+		if (pv_vring_enable_notify(&w->ring[RX]))
+			continue;
+		if (net_poll(w, (int64_t)(HOLD_MS * 1000 - waited)))
+			break;
+	}
+	flush(w, RX);
 }
 
 /* Sleep until there is something to do. */
@@ -863,6 +889,8 @@ void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev)
 		if (!net_round(w) && !w->event.kind && net_sleep(w))
 			w->event = (struct pv_net_event){.kind = PV_NET_ERROR, .error = errno};
 	}
+	if (!w->event.kind && w->held && __atomic_load_n(&w->finish, __ATOMIC_RELAXED))
+		rx_finish(w);
 	if (!w->event.kind || w->event.kind == PV_NET_ERROR) {
 		rx_abandon(w);
 		/* Parked: kicks gather in the eventfds until someone takes over. */
@@ -882,6 +910,35 @@ void pv_net_worker_stop(struct pv_net_worker *w)
 {
 	__atomic_store_n(&w->stop, 1, __ATOMIC_RELEASE);
 	(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
+}
+
+/**
+ * pv_net_worker_finish() - As pv_net_worker_stop(), for who goes on with another worker
+ * @w:		The worker; from any thread
+ *
+ * A frame that was read and waits for buffers is not dropped at once: the guest still has HOLD_MS to add some.
+ */
+void pv_net_worker_finish(struct pv_net_worker *w)
+{
+	__atomic_store_n(&w->finish, 1, __ATOMIC_RELAXED);
+	pv_net_worker_stop(w);
+}
+
+/**
+ * pv_net_worker_hold() - Transmit no more, but go on receiving
+ * @w:		The worker, until it is stopped; from any thread
+ *
+ * Return: whether that is so already; else ask again
+ */
+bool pv_net_worker_hold(struct pv_net_worker *w)
+{
+	int no = HOLD_NO;
+
+	if (__atomic_load_n(&w->hold, __ATOMIC_ACQUIRE) == HOLD_DONE)
+		return true;
+	if (__atomic_compare_exchange_n(&w->hold, &no, HOLD_ASKED, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+		(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
+	return false;
 }
 
 /**

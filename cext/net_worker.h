@@ -20,7 +20,8 @@
  * buffer: it catches what the window cannot hold, and keeps the usual readv short (the whole window is used
  * only while frames are long). What the scratch caught is copied to the rest of the window; where the guest
  * has too few buffers the frame is held for a while until it adds some. Chains taken but not used are given
- * back when the worker stops, so that last_avail == used index.
+ * back when the worker stops, so that last_avail == used index. A frame that is held then is lost, unless the
+ * worker was told to finish: then it first waits for the buffers, as long as it would have while running.
  *
  * A malformed ring stops that direction only.
  *
@@ -121,6 +122,8 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg, const s
 void pv_net_worker_free(struct pv_net_worker *w);
 void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev);
 void pv_net_worker_stop(struct pv_net_worker *w);
+void pv_net_worker_finish(struct pv_net_worker *w);
+bool pv_net_worker_hold(struct pv_net_worker *w);
 void pv_net_worker_attach(struct pv_net_worker *w, int fd);
 uint16_t pv_net_worker_base(const struct pv_net_worker *w, int queue);
 void pv_net_worker_counters(const struct pv_net_worker *w, struct pv_net_counters *out);

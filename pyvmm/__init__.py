@@ -1,6 +1,6 @@
 """pyvmm: a small KVM hypervisor built around one device, virtio-net.
 
-The public names are ``Machine``, ``Net``, ``Outcome`` and the errors in ``pyvmm.errors``::
+The public names are ``Machine``, ``Net``, ``Outcome``, ``SwitchReport`` and the errors in ``pyvmm.errors``::
 
     import pyvmm
 
@@ -14,19 +14,21 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-__all__ = ["Machine", "Net", "Outcome", "PyvmmError", "__version__"]
+__all__ = ["Machine", "Net", "Outcome", "PyvmmError", "SwitchReport", "__version__"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.errors import PyvmmError
     from pyvmm.machine import Machine, Outcome
     from pyvmm.net import Net
+    from pyvmm.virtio.switch import SwitchReport
 
 _HOMES = {
     "Machine": "pyvmm.machine",
     "Outcome": "pyvmm.machine",
     "Net": "pyvmm.net",
     "PyvmmError": "pyvmm.errors",
+    "SwitchReport": "pyvmm.virtio.switch",
 }
 
 

@@ -67,6 +67,13 @@ class EventFd(Fd):
         """Add 1."""
         os.eventfd_write(self.fileno(), 1)
 
+    def nudge(self) -> None:
+        """Add 1, unless the counter is full: then whoever reads it has been told."""
+        try:
+            self.signal()
+        except BlockingIOError:
+            pass
+
     def drain(self) -> int:
         """Read and clear the counter; 0 where nothing was signalled."""
         try:

@@ -66,12 +66,14 @@ from pyvmm.spec.platform import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import Any, Self
 
     from pyvmm.control.server import Server
     from pyvmm.datapath.base import DataPath
+    from pyvmm.datapath.tap import Tap
+    from pyvmm.datapath.vu_process import BackendProcess
     from pyvmm.devices.agent import Agent, CommandResult
     from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm.stats import Stats
     from pyvmm.virtio.net import NetDevice
     from pyvmm.virtio.pci import VirtioPci
+    from pyvmm.virtio.switch import SwitchReport
 
 #: What every guest gets; ``append`` follows and so wins.
 #: The early console says what the kernel dies of before it has the real one, which takes over from it.
@@ -91,6 +94,14 @@ COMMAND_MAX = 1200
 PAUSE_PATIENCE = (
     2.0  # seconds that pause() waits for vCPUs that are outside of the guest, in a console's full pipe
 )
+OWN_BACKEND = "pyvmm's own back-end"  # in place of a socket's path
+KEPT_SWITCHES = 64
+#: Seconds that a vhost-user back-end has to be there when it is switched to.
+SWITCH_WAIT_S = 2.0
+#: Seconds that another process has for its part of a hand-over, under the I/O lock.
+HANDOVER_S = 2.0
+#: Frames that may wait in a tap of ours whose data path may be switched: a gap's worth, and what vhost gives back.
+SWITCH_TXQUEUELEN = 10000
 OLD_STATS = 16  # VMs before the present one whose statistics are kept
 PANIC_TEXT = b"Kernel panic - not syncing"
 PANIC_END = b"---[ end Kernel panic"  # what a kernel says last that is not to reboot (panic=0)
@@ -163,24 +174,164 @@ class Outcome:
         return f"Outcome({self.kind!r}, status={self.status}, detail={self.detail!r})"
 
 
+class Outside:
+    """What of a card belongs to no data path but is lent to whichever runs: the tap, and a vhost-user back-end of our own on it.
+
+    :ivar tap: None where only a vhost-user back-end has one.
+    :ivar namespace: pyvmm's own network namespace with the tap in it; None where the user gave a tap.
+    """
+
+    def __init__(self, net: Net, host: str | None, recorder: Scope | None = None) -> None:
+        self.tap: Tap | None = None
+        self._recorder = recorder
+        self.namespace: Any = None
+        self._backend: BackendProcess | None = None
+        if not net.has_tap:
+            return
+        from pyvmm.datapath.tap import TXQUEUELEN, Tap
+
+        frames = SWITCH_TXQUEUELEN if net.switchable else TXQUEUELEN
+        if net.tap is None:
+            from pyvmm.datapath.netns import Namespace
+
+            self.namespace = Namespace(address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
+            self.tap = self.namespace.tap
+        else:
+            self.tap = Tap(net.tap, address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
+
+    def open(self, net: Net, mac: bytes, wait: float = 10.0) -> DataPath:
+        """A data path for ``net.mode``. The only place where a mode becomes an object.
+
+        :param wait: seconds for a vhost-user back-end to be there.
+        """
+        if net.mode == "vhost-user":
+            from pyvmm.datapath.vhost_user import VhostUserNet
+
+            common: dict[str, Any] = {
+                "queues": net.queues,
+                "mtu": net.mtu,
+                "mac": mac,
+                "recorder": self._recorder,
+            }
+            if net.socket:
+                return VhostUserNet(net.socket, server=net.server, wait=wait, **common)
+            tap = self._need_tap(net)
+            if self._backend is None:
+                from pyvmm.datapath.vu_process import BackendProcess
+
+                self._backend = BackendProcess(tap)
+            dial = self._backend.dial
+            return VhostUserNet(OWN_BACKEND, port=tap, dial=dial, **common)
+        tap = self._need_tap(net)
+        if net.mode == "vhost-net":
+            from pyvmm.datapath.vhost import Vhost
+            from pyvmm.datapath.vhost_net import VhostNet
+
+            with ExitStack() as undo:
+                devices = []
+                for _ in range(net.queues):
+                    devices.append(Vhost(recorder=self._recorder))
+                    undo.callback(devices[-1].close)
+                path = VhostNet(tap, devices, worker_cpu=net.worker_cpu)
+                undo.pop_all()
+                return path
+        from pyvmm.datapath.emulated import EmulatedNet
+
+        emulated = EmulatedNet(tap, poll_us=net.poll, worker_cpu=net.worker_cpu)
+        emulated.recorder = self._recorder
+        return emulated
+
+    def _need_tap(self, net: Net) -> Tap:
+        if self.tap is None:
+            raise UsageError(f"{net.mode} needs a tap, and this card has none", "start it with switchable=")
+        return self.tap
+
+    def close(self) -> None:
+        """Release them. A second call does nothing."""
+        for one in (self._backend, self.tap, self.namespace):
+            if one is not None:
+                one.close()
+
+
+class Stretch:
+    """What one mode has done for a card so far, over all the times that it was in force."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.ns = 0
+        self.exits = 0
+        self.by_device: dict[str, int] = {}
+        self.counters: dict[str, int] = {}
+
+    def add(self, ns: int, before: Ledger | None, after: Ledger) -> None:
+        """One time more, between two looks at the ledger (None: since the start)."""
+        self.times += 1
+        self.ns += ns
+        self.exits += after.total - (before.total if before is not None else 0)
+        old = before.by_device() if before is not None else {}
+        for device, count in after.by_device().items():
+            if count > old.get(device, 0):
+                self.by_device[device] = self.by_device.get(device, 0) + count - old.get(device, 0)
+
+    def count(self, counters: dict[str, int]) -> None:
+        """Add the counters of a data path that is done."""
+        for name, value in counters.items():
+            self.counters[name] = self.counters.get(name, 0) + value
+
+    def copy(self) -> Stretch:
+        """For adding to it what is not over yet."""
+        other = Stretch()
+        other.times, other.ns, other.exits = self.times, self.ns, self.exits
+        other.by_device, other.counters = dict(self.by_device), dict(self.counters)
+        return other
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "times": self.times,
+            "seconds": round(self.ns / 1e9, 6),
+            "exits": {"kvm_run_returns": self.exits, "by_device": self.by_device},
+            "counters": self.counters,
+        }
+
+
 class Nic:
-    """A network card of the machine: its device, its transport and what the host side is called.
+    """A network card of the machine: its device, its transport, its outside and what the host side is called.
 
     :ivar namespace: pyvmm's own network namespace with the tap in it; None where the user gave a tap.
     :ivar host, guest: IPv4 addresses with prefix length; None where pyvmm did not choose any.
+    :ivar net: as it was described; ``mode`` is the data path's now.
+    :ivar switches: reports of the latest switches, ``KEPT_SWITCHES`` at most; ``switch_count`` counts all.
     """
 
     def __init__(
-        self, index: int, net: Net, device: NetDevice, transport: VirtioPci, lock: threading.RLock
+        self,
+        index: int,
+        net: Net,
+        device: NetDevice,
+        transport: VirtioPci,
+        outside: Outside,
+        lock: threading.RLock,
+        ledger: Callable[[], Ledger],
     ) -> None:
         self.index, self.net, self.device, self.transport = index, net, device, transport
+        self._outside = outside
         self._lock = lock  # the machine's: device code runs under it
         #: Whether NIC_RX_FILTER_CHANGED has been sent since the filter was last asked for.
         self.rx_told = False
-        self.namespace: Any = None
-        self.tap = ""
+        self._ledger = ledger
+        self.namespace = outside.namespace
+        self.tap = outside.tap.name if outside.tap is not None else ""
         self.host: str | None = None
         self.guest: str | None = None
+        self.switches: list[SwitchReport] = []
+        self.switch_count = 0
+        self._switching = threading.Lock()
+        self._over = False
+        self._books = threading.Lock()  # what follows; nothing is waited for under it
+        self._modes: dict[str, Stretch] = {}
+        self._serving: DataPath = device.datapath  # whose counters are not in ``_modes`` yet
+        self._since: tuple[int, Ledger | None] = time.monotonic_ns(), None
 
     @property
     def name(self) -> str:
@@ -200,15 +351,132 @@ class Nic:
         with self._lock:
             return self.device.announce()
 
+    @property
+    def mode(self) -> str:
+        """Of the data path in force."""
+        return self.device.datapath.name
+
+    def switch(self, to: str | Net) -> SwitchReport:
+        """Have another data path move the packets, from where the present one stops; the guest sees a pause.
+
+        Waits for another switch of this card. Any thread but a vCPU's.
+
+        :param to: ``MODE[,key=value...]``, keys ``poll``, ``worker-cpu``, ``socket``, ``server`` as with ``--net``; or a ``Net``.
+        :return: what happened; also where the new path failed when it was to take over and the old one or emulation goes on.
+        :raises PyvmmError: nothing has changed: no such mode, it cannot be had, or it lacks features that are in use.
+        """
+        from pyvmm.virtio.switch import SwitchReport
+
+        net = self.net.switched(to)
+        with self._switching:
+            if self._over:
+                raise HostError("the machine is ending")
+            report = SwitchReport(self.name, self.mode, net.mode)
+            try:
+                self._switch(net, report)
+            except PyvmmError as e:
+                report.reason = str(e)
+                raise
+            except OSError as e:  # not even a module can be loaded without a descriptor
+                report.reason = e.strerror or str(e)
+                raise HostError(f"cannot switch {self.name}: {report.reason}") from e
+            finally:
+                self.switch_count += 1
+                self.switches = [*self.switches[1 - KEPT_SWITCHES :], report]
+            return report
+
+    def _switch(self, net: Net, report: SwitchReport) -> None:
+        device, mac = self.device, self.device.mac
+        old, spare = device.datapath, self._spare if self._outside.tap is not None else None
+        if net.mode == "vhost-user" and (net.socket or OWN_BACKEND) == getattr(old, "path", None):
+            raise UsageError(
+                f"{self.name} is on that vhost-user back-end", "switch to another mode, or socket="
+            )
+        with ExitStack() as undo:
+            with report.step("open"):
+                new = self._outside.open(net, mac, SWITCH_WAIT_S)
+            undo.callback(new.close)
+            device.check(new)
+            with report.step("prepare"):
+                rings = device.rings
+                if rings:
+                    new.prepare(device.in_force, device.memory, rings)
+            before = self._ledger()
+            patience = {path: path.timeout for path in (old, new)}
+            for path in patience:
+                path.timeout = min(path.timeout, HANDOVER_S)
+            with report.step("lock"):
+                self._lock.acquire()
+            try:
+                device.switch(new, report, spare)
+            finally:
+                self._lock.release()
+                for path, seconds in patience.items():
+                    path.timeout = seconds
+                if device.datapath is not new:
+                    undo.close()
+                undo.pop_all()
+        after = self._ledger()
+        report.exits = {"before": before.total, "after": after.total}
+        used = device.datapath
+        until = time.monotonic() + HANDOVER_S
+        while not set(report.rings) <= set(used.marks.began) and time.monotonic() < until:
+            time.sleep(0.0005)  # a worker's thread is yet to run
+        report.served(used.marks.began)
+        if used is not old:
+            self._account(after)
+            with report.step("close"):
+                old.close()
+
+    def _spare(self) -> DataPath:
+        return self._outside.open(Net("emulated", queues=self.net.queues), self.device.mac)
+
+    def _account(self, now: Ledger) -> None:
+        """What served is done: what it counted, and the exits meanwhile, belong to its mode."""
+        with self._books:
+            old, self._serving = self._serving, self.device.datapath
+            counters = old.counters()
+            counters.pop("connected", None)  # a state, no count
+            stretch = self._modes.setdefault(old.name, Stretch())
+            start, ledger = self._since
+            stretch.add(time.monotonic_ns() - start, ledger, now)
+            stretch.count(counters)
+            self._since = time.monotonic_ns(), now
+
+    def by_mode(self) -> dict[str, Stretch]:
+        """What each mode has done so far; exits are those of the whole machine meanwhile. Any thread."""
+        with self._books:
+            out = {name: stretch.copy() for name, stretch in self._modes.items()}
+            now = out.setdefault(self._serving.name, Stretch())
+            start, before = self._since
+            now.add(time.monotonic_ns() - start, before, self._ledger())
+            now.count(self._serving.counters())
+            return out
+
+    def counters(self) -> dict[str, int]:
+        """Of all data paths so far, summed. Any thread."""
+        total = Stretch()
+        with self._books:
+            for stretch in self._modes.values():
+                total.count(stretch.counters)
+            total.count(self._serving.counters())
+        return total.counters
+
+    def end_switching(self) -> None:
+        """Wait for a switch that is going on, and refuse all others."""
+        with self._switching:
+            self._over = True
+
     def report(self) -> dict[str, object]:
         """For JSON."""
         from pyvmm.virtio.features import names
 
         rx = self.device.rx
+        modes = self.by_mode()
 
         return {
             "name": self.name,
-            "mode": self.net.mode,
+            "mode": self.mode,
             "notify": self.net.notify,
             "mac": mac_text(self.device.mac),
             "tap": self.tap,
@@ -229,7 +497,10 @@ class Nic:
             "refused_writes": self.device.refused,
             "kvm_refusals": self.transport.errors,
             "faults": list(self.device.faults),
-            "counters": self.device.datapath.counters(),
+            "counters": self.counters(),
+            "modes": {name: stretch.as_dict() for name, stretch in modes.items()},
+            "switch_count": self.switch_count,
+            "switches": [report.as_dict() for report in self.switches],
             "workers": self.device.datapath.workers(),
             # Of another process that moves the packets, what is known of it.
             **({"vhost_user": peer()} if (peer := getattr(self.device.datapath, "report", None)) else {}),
@@ -423,8 +694,17 @@ class Machine:
             guest = guest or f"192.168.{100 + index}.2/24"
         mac = net.mac or bytes((0x52, 0x54, 0, 0x12, 0x34, 0x56 + index))
         scope = self.recorder.scope(f"net{index}") if self.recorder is not None else None
-        datapath, tap, namespace = self._open_datapath(net, host, mac, scope)
         with ExitStack() as undo:
+            outside = Outside(net, host, scope)
+            undo.callback(outside.close)
+            offer = -1
+            for mode in net.switchable:
+                trial = outside.open(net.switched(mode), mac)
+                try:
+                    offer &= trial.features()
+                finally:
+                    trial.close()
+            datapath = outside.open(net, mac)
             undo.callback(datapath.close)
             device = NetDevice(
                 f"net{index}",
@@ -434,6 +714,7 @@ class Machine:
                 mtu=net.mtu,
                 pairs=net.queues,
                 queue_size=net.queue_size,
+                offer=offer,
                 without=net.excluded(),
                 link=net.link,
             )
@@ -442,59 +723,14 @@ class Machine:
             transport = VirtioPci(self.vm, self.bus, device, PCI_CLASS_NETWORK_ETHERNET, notify=net.notify)
             undo.callback(transport.close)
             self.pci.add(transport)
-            self._stack.callback(transport.close)
+            nic = Nic(index, net, device, transport, outside, self._lock, self.ledger)
+            for close in (outside.close, transport.close, nic.end_switching):
+                self._stack.callback(close)
             undo.pop_all()
-        nic = Nic(index, net, device, transport, self._lock)
-        nic.tap, nic.namespace, nic.host, nic.guest = tap, namespace, host, guest
+        nic.host, nic.guest = host, guest
         device.on_rx_change = lambda: self._rx_changed(nic)
         device.on_problem = lambda problem: self.emit("X_PYVMM_NIC_FAULT", name=nic.name, problem=problem)
         self.nets.append(nic)
-
-    def _open_datapath(
-        self, net: Net, host: str | None, mac: bytes, recorder: Scope | None
-    ) -> tuple[DataPath, str, Any]:
-        """The only place where a mode becomes an object. Returns data path, tap name and namespace."""
-        if net.mode == "vhost-user":
-            from pyvmm.datapath.vhost_user import VhostUserNet
-
-            path = VhostUserNet(
-                net.socket, server=net.server, queues=net.queues, mtu=net.mtu, mac=mac, recorder=recorder
-            )
-            return path, "", None
-        from pyvmm.datapath.tap import Tap
-
-        with ExitStack() as undo:
-            devices = []
-            if net.mode == "vhost-net":
-                from pyvmm.datapath.vhost import Vhost
-
-                for _ in range(net.queues):
-                    devices.append(Vhost(recorder=recorder))
-                    undo.callback(devices[-1].close)
-            namespace = None
-            if net.tap is None:
-                from pyvmm.datapath.netns import Namespace
-
-                namespace = Namespace(address=host, mtu=net.mtu, queues=net.queues)
-                undo.callback(namespace.close)
-                tap = namespace.tap
-            else:
-                tap = Tap(net.tap, address=host, mtu=net.mtu, queues=net.queues)
-                undo.callback(tap.close)
-            datapath: DataPath
-            if devices:
-                from pyvmm.datapath.vhost_net import VhostNet
-
-                datapath = VhostNet(tap, devices, worker_cpu=net.worker_cpu)
-            else:
-                from pyvmm.datapath.emulated import EmulatedNet
-
-                datapath = EmulatedNet(tap, poll_us=net.poll, worker_cpu=net.worker_cpu)
-                datapath.recorder = recorder
-            undo.pop_all()
-        if namespace is not None:
-            self._stack.callback(namespace.close)
-        return datapath, tap.name, namespace
 
     def cmdline(self) -> str:
         """The kernel command line."""
@@ -996,7 +1232,8 @@ class Machine:
             self.old_stats = [*self.old_stats[1 - OLD_STATS :], stats]
         self._past_stats = self.mark_now("reboot").stats or {}
         self._close_vm_stats()
-        self.pci.reset()
+        with self._lock:  # against who switches a card or pulls its cable
+            self.pci.reset()
         self.console.reset()
         self._guest_page = 0
         if self.agent is not None:
@@ -1041,7 +1278,7 @@ class Machine:
                 self.vcpus,
                 self._open_vm_stats(),
                 self._past_stats,
-                [nic.device.datapath.counters() for nic in self.nets],
+                [nic.counters() for nic in self.nets],
             )
 
     def phase_exits(self) -> list[Phase]:

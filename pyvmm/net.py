@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pyvmm.errors import UsageError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
 #: mode -> its own keys, beside those of COMMON_KEYS
 MODES: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -11,7 +16,9 @@ MODES: dict[str, tuple[str, ...]] = {
     "vhost-net": ("notify", "worker-cpu"),
     "vhost-user": ("notify", "socket", "server"),
 }
-COMMON_KEYS = ("tap", "mac", "mtu", "host", "guest", "queues", "queue-size", "link", "without")
+COMMON_KEYS = ("tap", "mac", "mtu", "host", "guest", "queues", "queue-size", "link", "without", "switchable")
+#: Keys of a data path, which a switch may give; all others belong to the card.
+PATH_KEYS = ("poll", "worker-cpu", "socket", "server")
 #: Names for ``without=``: feature groups not to offer, joined by "+".
 GROUPS = {
     "offloads": "CSUM GUEST_CSUM GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 HOST_ECN HOST_UFO",
@@ -41,7 +48,10 @@ class Net:
     :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
     :param poll: microseconds for which the worker looks for more before it sleeps, 0 to 1000.
     :param worker_cpu: CPU for the worker of the first queue pair; the next one's gets the next CPU, and so on.
-    :param socket: of the vhost-user back-end. :param server: ``on`` where that connects and we listen, else ``off``.
+    :param socket: of the vhost-user back-end; without it pyvmm starts one of its own, on its tap.
+    :param server: ``on`` where the back-end connects and we listen, else ``off``.
+    :param switchable: modes that the data path may later be switched to, joined by "+" (docs/switch.md): the device offers what
+        all of them can honour.
     :raises UsageError: for anything else.
     """
 
@@ -58,6 +68,7 @@ class Net:
         "queues",
         "server",
         "socket",
+        "switchable",
         "tap",
         "without",
         "worker_cpu",
@@ -81,6 +92,7 @@ class Net:
         worker_cpu: int | str | None = None,
         socket: str | None = None,
         server: str = "off",
+        switchable: str = "",
     ) -> None:
         if mode not in MODES:
             raise UsageError(f"--net: unknown mode {mode!r}", f"modes: {', '.join(MODES)}")
@@ -90,12 +102,22 @@ class Net:
             raise UsageError(f"--net: link={link}", "use link=on or link=off")
         if server not in ("on", "off"):
             raise UsageError(f"--net: server={server}", "use server=on or server=off")
-        if (mode == "vhost-user") != bool(socket):
+        self.switchable = [m for m in switchable.split("+") if m and m != mode]
+        for other in self.switchable:
+            if other not in MODES or "none" in (mode, other):
+                raise UsageError(
+                    f"--net {mode}: switchable={switchable}",
+                    f"modes, joined by +: {', '.join(list(MODES)[1:])}",
+                )
+        modes = {mode, *self.switchable}
+        if socket == "" or (socket and "vhost-user" not in modes):
+            raise UsageError(f"--net {mode}: socket={socket}", "vhost-user needs a path there, others none")
+        if server == "on" and not socket:
+            raise UsageError(f"--net {mode}: server=on without socket=", "name the socket to listen on")
+        if socket and tap is not None and modes == {"vhost-user"}:
             raise UsageError(
-                f"--net {mode}: socket={socket or ''}", "vhost-user needs a path there, others none"
+                f"--net vhost-user: socket= and tap={tap}", "the tap is the back-end's: pyvmm backend --tap"
             )
-        if mode == "vhost-user" and tap is not None:
-            raise UsageError(f"--net vhost-user: tap={tap}", "the tap is the back-end's: pyvmm backend --tap")
         if tap is not None and (
             not 0 < len(tap) < 16 or not tap.isascii() or not tap.isprintable() or set(tap) & set(" /:%")
         ):
@@ -124,7 +146,15 @@ class Net:
         mode, _, rest = text.partition(",")
         if mode not in MODES:
             raise UsageError(f"--net: unknown mode {mode!r}", f"modes: {', '.join(MODES)}")
-        keys = (*COMMON_KEYS, *MODES[mode]) if mode != "none" else ()
+        own = MODES[mode]
+        if "switchable=" in rest:  # the others' keys, too
+            own = tuple({key: 0 for keys in MODES.values() for key in keys})
+        keys = (*COMMON_KEYS, *own) if mode != "none" else ()
+        return cls(mode, **cls._pairs(mode, rest, keys))
+
+    @staticmethod
+    def _pairs(mode: str, rest: str, keys: Sequence[str]) -> dict[str, str]:
+        """The key=value pairs of ``rest`` as arguments."""
         given: dict[str, str] = {}
         for item in filter(None, rest.split(",")):
             key, equals, value = item.partition("=")
@@ -134,7 +164,41 @@ class Net:
             if name in given:
                 raise UsageError(f"--net {mode}: {key} is given twice", "give it once")
             given[name] = value
-        return cls(mode, **given)
+        return given
+
+    @property
+    def has_tap(self) -> bool:
+        """Whether a tap of ours belongs to the card: for all but a vhost-user back-end that has its own."""
+        return any(m != "vhost-user" or not self.socket for m in (self.mode, *self.switchable))
+
+    def switched(self, to: str | Net) -> Net:
+        """This card with another data path.
+
+        :param to: ``MODE[,key=value...]`` with keys of ``PATH_KEYS``, or a ``Net`` of which just those count. Without ``socket`` in
+            text the card's own is meant.
+        :raises UsageError: unknown, or no key of that mode.
+        """
+        if isinstance(to, Net):
+            mode = to.mode
+            given: dict[str, Any] = {"poll": to.poll, "worker_cpu": to.worker_cpu}
+            given |= {"socket": to.socket or None, "server": "on" if to.server else "off"}
+        else:
+            mode, _, rest = to.partition(",")
+            if mode not in MODES or mode == "none":
+                raise UsageError(f"unknown mode {mode!r}", f"modes: {', '.join(list(MODES)[1:])}")
+            given = dict(self._pairs(mode, rest, [k for k in MODES[mode] if k in PATH_KEYS]))
+            if mode == "vhost-user" and "socket" not in given and self.socket:
+                given |= {"socket": self.socket, "server": "on" if self.server else "off"}
+        if mode == "none" or self.mode == "none":
+            raise UsageError("a card cannot be switched to none", "pull the cable: set_link(False)")
+        return Net(
+            mode,
+            mac=self.mac,
+            mtu=self.mtu,
+            queues=self.queues,
+            queue_size=self.queue_size,
+            **given,
+        )
 
     def excluded(self) -> int:
         """The feature bits of ``without`` as a mask."""

@@ -83,6 +83,15 @@ class Cable:
     def reopen(self) -> bool:
         return False
 
+    def announce(self, mac: bytes) -> bool:
+        return False
+
+    def waiting(self) -> bool:
+        return False
+
+    def discard(self) -> int:
+        return 0
+
     def close(self) -> None:
         for fd in self.fds:
             fd.close()

@@ -27,12 +27,14 @@ Network cards: --net MODE[,key=value...], once a card
       queue-size=N    entries a queue (256)
       link=off        start with the cable pulled (on)
       worker-cpu=N    the worker of pair k runs on CPU N + k only
+      switchable=A+B  the data path may later be switched to modes A and B (docs/switch.md): offer what all can
+                      honour; keys of all these modes may be given
       without=A+B     do not offer: offloads, tso, mrg-rxbuf, indirect, event-idx, ctrl-vq
       notify=exit     each kick is an exit of the vCPU, as in the classic device (default: ioeventfd)
   Of emulated alone:
       poll=USEC       look for more that long before sleeping (0)
-  Of vhost-user alone, which has no tap= and no worker-cpu=:
-      socket=PATH     where the back-end listens
+  Of vhost-user alone, which has no worker-cpu=, and with socket= no tap=:
+      socket=PATH     where the back-end listens (default: start one of pyvmm's own, on a tap as above)
       server=on       listen there, and the back-end connects (off)
 
 Exit status: the guest command's; or 2 bad usage, 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.cli.judge import Extras
-    from pyvmm.machine import Machine, Outcome
+    from pyvmm.machine import Machine, Nic, Outcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
 
         args.budget = [Budget(text) for text in args.budget]
     at = args.argv.index("run") + 1
-    vhost = any(net.partition(",")[0] == "vhost-net" for net in args.net or ())
+    vhost = any("vhost-net" in net for net in args.net or ())
     status = elsewhere(args.host, args.kernel, ["run", "--host", "local", *args.argv[at:]], vhost=vhost)
     return orderly(lambda: _boot(args)) if status is None else status
 
@@ -204,6 +206,9 @@ def _boot(args: argparse.Namespace) -> int:
             trace=args.trace_events if args.trace is not None else 0,
             hang_timeout=args.hang_timeout,
         ) as vm:
+            for nic in vm.nets:
+                if nic.net.switchable:
+                    _tell_offer(nic)
             if extras is not None:
                 extras.attach(vm)
             for budget in args.budget or ():
@@ -261,6 +266,15 @@ def _qmp(args: argparse.Namespace) -> str | None:
             print(f"pyvmm: no control socket: {e}", file=sys.stderr)
             return None
     return args.qmp or "auto"
+
+
+def _tell_offer(nic: Nic) -> None:
+    """What the modes of ``switchable=`` have in common."""
+    from pyvmm.virtio.features import names
+
+    modes = ", ".join([nic.net.mode, *nic.net.switchable])
+    offer = " ".join(names(nic.device.offered()))
+    print(f"pyvmm: {nic.name} can be switched between {modes}; offers {offer}", file=sys.stderr)
 
 
 def _attend(vm: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:

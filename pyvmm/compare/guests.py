@@ -197,7 +197,7 @@ class OwnGuest:
         """See Guest."""
         queues = {
             name: value
-            for name, value in self._nic.device.datapath.counters().items()
+            for name, value in self._nic.counters().items()
             if name.endswith(("_kicks", "_calls", "_calls_suppressed"))
         }
         ledger = self._vm.ledger()

@@ -79,7 +79,7 @@ def _machine(machine: Machine, given: Given) -> object:
         "reboots": machine.reboots,
         "kernel": machine.boot.kind,
         "nets": [
-            {"name": n.name, "mode": n.net.mode, "tap": n.tap, "link": n.device.link_up} for n in machine.nets
+            {"name": n.name, "mode": n.mode, "tap": n.tap, "link": n.device.link_up} for n in machine.nets
         ],
     }
 
@@ -259,11 +259,11 @@ def _ledger(machine: Machine, given: Given) -> object:
             "nets": [
                 {
                     "name": nic.name,
-                    "mode": nic.net.mode,
+                    "mode": nic.mode,
                     "notify": nic.net.notify,
                     "queue-pairs": nic.device.pairs,
                     "link": nic.device.link_up,
-                    "counters": nic.device.datapath.counters(),
+                    "counters": nic.counters(),
                     "workers": nic.device.datapath.workers(),
                 }
                 for nic in machine.nets
@@ -310,7 +310,7 @@ def _rings(machine: Machine, given: Given) -> object:
             queues.append(row)
         return {
             "name": nic.name,
-            "mode": nic.net.mode,
+            "mode": nic.mode,
             "active": device.active,
             "machine": machine.state,
             "queues": queues,

@@ -46,6 +46,20 @@ class Vring:
         return Vring(self.index, self.size, self.desc, self.avail, self.used, base, self.kick, self.call)
 
 
+class Marks:
+    """When rings changed hands, in monotonic nanoseconds by queue index; for who measures a switch.
+
+    :ivar asked: just before the data path was asked to let go of the ring.
+    :ivar began: when it served the ring; may come a moment after ``start`` has returned.
+    """
+
+    __slots__ = ("asked", "began")
+
+    def __init__(self) -> None:
+        self.asked: dict[int, int] = {}
+        self.began: dict[int, int] = {}
+
+
 def by_pair(rings: Sequence[Vring]) -> dict[int, list[Vring]]:
     """The rings of each queue pair, in order."""
     pairs: dict[int, list[Vring]] = {}
@@ -94,6 +108,16 @@ class RxFilter:
         return [self.mac, *self.unicast, b"\xff" * 6, *self.multicast]
 
 
+class Place(Protocol):
+    """Where frames enter and leave, as far as a move away from it or to it goes."""
+
+    def waiting(self) -> bool:
+        """Whether a frame is there that nobody has taken."""
+
+    def discard(self) -> int:
+        """Throw away the frames that wait, while no data path runs; how many they were."""
+
+
 class DataPath(Protocol):
     """A way to move packets between the rings and the outside."""
 
@@ -102,9 +126,25 @@ class DataPath(Protocol):
     on_fault: FaultHandler | None
     #: Likewise: the outside is gone (False) or back (True).
     on_link: Callable[[bool], None] | None
+    #: Seconds that another process has for a start or a stop; of no meaning where there is none.
+    timeout: float
+    #: Of the latest start and stop.
+    marks: Marks
+
+    @property
+    def outside(self) -> Place | None:
+        """Where frames enter and leave, lent to the data path: a tap of ours, or None where the other side has its own."""
 
     def features(self) -> int:
         """The virtio feature bits that this data path can honour."""
+
+    def prepare(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
+        """Agree beforehand on what needs an answer, so that ``start`` is short. May take its time.
+
+        :param rings: like those to come; they are not touched yet.
+
+        :raises PyvmmError: it will not do.
+        """
 
     def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
         """Take over the rings of the queue pairs in use, pair 0 first, all or nothing.
@@ -113,11 +153,26 @@ class DataPath(Protocol):
         :raises PyvmmError: nothing was started and the rings are untouched.
         """
 
-    def stop(self) -> list[int]:
+    def problem(self) -> str:
+        """Why the rings that it was given are not being served; empty where they are."""
+
+    def stop(self, *, finish: bool = False) -> list[int]:
         """Quiesce: finish what was taken from the rings; return each ring's base, in the order of ``start``.
+
+        :param finish: another data path goes on: what was read from the outside goes to the guest, too, even if that has to add
+            buffers first, for which it gets a fifth of a second.
 
         No access to guest memory happens after it returns. Idempotent: without a running path it returns [].
         """
+
+    def hold(self) -> None:
+        """Take nothing more from the transmit rings, but go on receiving; ``stop`` comes next.
+
+        :raises PyvmmError: that is not to be had.
+        """
+
+    def announce(self, mac: bytes) -> bool:
+        """Have the network learn that ``mac`` is at this path's outside, rings or no rings; whether that can be done."""
 
     def set_offloads(self, acked: int) -> None:
         """Reprogram offloads from GUEST_* bits while running (VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET)."""
@@ -135,4 +190,4 @@ class DataPath(Protocol):
         """The threads that move packets now: ``name``, ``tid``, and ``cpu_s``, seconds of CPU that it has used."""
 
     def close(self) -> None:
-        """Release everything; stops first. A second call does nothing."""
+        """Release everything but the outside; stops first. A second call does nothing."""

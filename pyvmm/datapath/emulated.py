@@ -7,7 +7,7 @@ import threading
 import time
 
 from pyvmm._ext import ffi, lib
-from pyvmm.datapath.base import by_pair, cpu_ns
+from pyvmm.datapath.base import Marks, by_pair, cpu_ns
 from pyvmm.datapath.link import Reopener
 from pyvmm.errors import HostError, RingFault
 from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
         def set_rx_filter(self, rx: RxFilter) -> None: ...
         def set_carrier(self, up: bool) -> None: ...
         def reopen(self) -> bool: ...
-        def close(self) -> None: ...
+        def announce(self, mac: bytes) -> bool: ...
+        def waiting(self) -> bool: ...
+        def discard(self) -> int: ...
 
 
 RING_FEATURES = (VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_NET_F_MRG_RXBUF)
@@ -49,6 +51,7 @@ GSO = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6 | 1 << VIRTIO_
 #: Ethernet header and a VLAN tag, on top of the MTU or of the 64 KiB of a GSO packet.
 FRAME_EXTRA = 14 + 4
 GSO_MAX = 65535
+HOLD_S = 1.0
 
 
 class _Pair:
@@ -64,7 +67,7 @@ class _Pair:
 class EmulatedNet:
     """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one thread at a time.
 
-    :param port: the tap; closed by ``close``. One descriptor a queue pair.
+    :param port: the tap, lent. One descriptor a queue pair.
     :param poll_us: a worker looks for work this long, in microseconds, before it sleeps.
     :param worker_cpu: pin worker k to CPU worker_cpu + k.
     :ivar on_link: called from a worker's thread with False when the tap has vanished, True when it is back.
@@ -75,6 +78,9 @@ class EmulatedNet:
     def __init__(self, port: Port, *, poll_us: int = 0, worker_cpu: int | None = None) -> None:
         self.on_fault: FaultHandler | None = None
         self.on_link: Callable[[bool], None] | None = None
+        self.marks = Marks()
+        self.timeout = 0.0  # nobody's answer is waited for
+        self.outside = port
         self._port = port
         self._poll_us = poll_us
         self._worker_cpu = worker_cpu
@@ -93,6 +99,13 @@ class EmulatedNet:
         """What the rings and the tap can honour."""
         return self._port.features() | sum(1 << bit for bit in RING_FEATURES)
 
+    def prepare(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
+        """Nothing to agree on."""
+
+    def problem(self) -> str:
+        """None that ``start`` would not have raised."""
+        return ""
+
     def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
         """Take over the rings.
 
@@ -105,6 +118,7 @@ class EmulatedNet:
         self._port.set_queues(max(1, len(pairs)))
         self._port.set_offloads(acked)
         self._reopener.rearm()
+        self.marks.began = {}
         started: list[_Pair] = []
         try:
             for number, own in pairs.items():
@@ -157,6 +171,8 @@ class EmulatedNet:
                 os.sched_setaffinity(0, {self._worker_cpu + pair.number})
             except OSError as e:
                 self._report(-1, f"worker-cpu={self._worker_cpu + pair.number}: {e.strerror}")
+        now = time.monotonic_ns()
+        self.marks.began |= {2 * pair.number: now, 2 * pair.number + 1: now}
         try:
             self._serve(pair)
         finally:
@@ -204,18 +220,23 @@ class EmulatedNet:
         if self.on_fault is not None:
             self.on_fault(queue, problem)
 
-    @staticmethod
-    def _halt(pairs: list[_Pair]) -> None:
+    def _halt(self, finish: bool) -> None:
+        pairs = self._pairs
+        end = lib.pv_net_worker_finish if finish else lib.pv_net_worker_stop
         for pair in pairs:
-            lib.pv_net_worker_stop(pair.worker)
+            now = time.monotonic_ns()
+            self.marks.asked[2 * pair.number] = now
+            if not lib.pv_net_worker_hold(pair.worker):  # else it has been asked before
+                self.marks.asked[2 * pair.number + 1] = now
+            end(pair.worker)
         for pair in pairs:
             if pair.thread is not None and pair.thread.ident is not None:
                 pair.thread.join()
 
-    def stop(self) -> list[int]:
+    def stop(self, *, finish: bool = False) -> list[int]:
         """Stop the workers; returns each ring's next available index, in the order of ``start``."""
         self._reopener.stop()
-        self._halt(self._pairs)
+        self._halt(finish)
         bases = {
             2 * pair.number + queue: int(lib.pv_net_worker_base(pair.worker, queue))
             for pair in self._pairs
@@ -228,6 +249,23 @@ class EmulatedNet:
             self._pairs = []
         queues, self._queues = self._queues, []
         return [bases[q] for q in queues]
+
+    def hold(self) -> None:
+        """Tell the workers, and wait until none has a transmit chain in its hands.
+
+        :raises HostError: one does not answer.
+        """
+        for pair in self._pairs:
+            self.marks.asked[2 * pair.number + 1] = time.monotonic_ns()
+            until = time.monotonic() + HOLD_S
+            while not lib.pv_net_worker_hold(pair.worker):
+                if time.monotonic() > until:
+                    raise HostError(f"the worker of queue pair {pair.number} does not answer")
+                time.sleep(0.0002)
+
+    def announce(self, mac: bytes) -> bool:
+        """From the tap."""
+        return self._port.announce(mac)
 
     def set_offloads(self, acked: int) -> None:
         """Reprogram the tap while running."""
@@ -276,6 +314,5 @@ class EmulatedNet:
             ]
 
     def close(self) -> None:
-        """Stop, and release the tap."""
+        """Stop; all else is lent."""
         self.stop()
-        self._port.close()

@@ -120,6 +120,60 @@ class Link:
             self._events.close()
 
 
+#: A tap's counters that are packets of the guest: what the host transmits the guest receives.
+COUNTERS = {
+    "rx_packets": "tx_packets",
+    "rx_bytes": "tx_bytes",
+    "rx_drop_tap": "tx_dropped",
+    "tx_packets": "rx_packets",
+    "tx_bytes": "rx_bytes",
+    "tx_drop_tap": "rx_dropped",
+}
+
+
+class PacketCount:
+    """The guest's packets by a tap's counters, while a data path runs that does not count itself. Any thread.
+
+    :param link: gives the tap's present link.
+    """
+
+    def __init__(self, link: Callable[[], Link]) -> None:
+        self._link = link
+        self._lock = threading.Lock()
+        self._totals = dict.fromkeys(COUNTERS, 0)
+        self._seen: dict[str, int] = {}
+        self._start: dict[str, int] | None = None
+
+    def start(self) -> None:
+        """Count from now on; also with another link, after the tap was deleted."""
+        with self._lock:
+            self._fold()
+            self._start = self._link().stats()
+
+    def stop(self) -> None:
+        """Count no more."""
+        with self._lock:
+            self._look()
+            self._fold()
+
+    def read(self) -> dict[str, int]:
+        """The guest's packets, bytes and drops over all the times so far."""
+        with self._lock:
+            self._look()
+            return {name: value + self._seen.get(name, 0) for name, value in self._totals.items()}
+
+    def _look(self) -> None:
+        if self._start is not None:
+            now = self._link().stats()
+            if now:
+                self._seen = {name: now[key] - self._start.get(key, 0) for name, key in COUNTERS.items()}
+
+    def _fold(self) -> None:
+        for name, count in self._seen.items():
+            self._totals[name] += count
+        self._seen, self._start = {}, None
+
+
 class Reopener:
     """Waits, in a thread of its own, for a deleted tap to come back.
 

@@ -16,7 +16,7 @@ import threading
 from pyvmm import errors
 from pyvmm._ext import ffi, lib
 from pyvmm.datapath.link import Link, route_socket
-from pyvmm.datapath.tap import Interface, Tap
+from pyvmm.datapath.tap import TXQUEUELEN, Interface, Tap
 from pyvmm.errors import HostError, NetForbidden, PyvmmError
 from pyvmm.fd import Fd
 
@@ -121,7 +121,7 @@ class Namespace:
     Works as root, and as an ordinary user where the kernel allows user namespaces.
 
     :param address, address6: of the host's end of the tap, with prefix length. :param mtu: of the tap.
-    :param queues: of the tap. :param name: of the tap inside.
+    :param queues, txqueuelen: of the tap. :param name: of the tap inside.
     :ivar tap: the tap; belongs to the namespace until someone else closes it (twice does no harm).
     :raises NetForbidden: neither root nor user namespaces.
     """
@@ -134,13 +134,14 @@ class Namespace:
         mtu: int | None = None,
         queues: int = 1,
         name: str = "tap0",
+        txqueuelen: int = TXQUEUELEN,
     ) -> None:
         def make() -> tuple[list[str], list[int]]:
             if not root:
                 _map_root()
             _check(lib.unshare(lib.CLONE_NEWNET), "unshare")
             Interface("lo").up()
-            tap = Tap(name, queues=queues, address=address, address6=address6, mtu=mtu)
+            tap = Tap(name, queues=queues, address=address, address6=address6, mtu=mtu, txqueuelen=txqueuelen)
             fds = [os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)]
             if not root:
                 fds.append(os.open("/proc/thread-self/ns/user", os.O_RDONLY | os.O_CLOEXEC))

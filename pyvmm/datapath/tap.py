@@ -40,6 +40,8 @@ IFNAMSIZ = 16
 INT_MAX = 0x7FFFFFFF
 #: Frames that wait for the guest; the kernel's default for a tap (500) drops some of a TCP burst.
 TXQUEUELEN = 1000
+#: Frames at most that ``discard`` throws away: more than may wait anywhere.
+DISCARD_MAX = 20000
 
 #: GUEST_* feature bit -> what the tap may then send us (TUNSETOFFLOAD).
 OFFLOADS = {
@@ -378,9 +380,15 @@ class Tap:
         self._wanted = wanted
 
     def link(self) -> Link:
-        """The interface's counters and events; another one after ``reopen``. Owned by the tap."""
+        """The interface's counters and events; another one after ``reopen``. Owned by the tap.
+
+        :raises NetError: the interface is gone and nobody had asked before.
+        """
         if self._link is None:
-            self._link = Link(self._interface.index)
+            try:
+                self._link = Link(self._interface.index)
+            except OSError as e:
+                raise NetError(f"tap {self.name} is gone: {e.strerror}", "make it again") from e
         return self._link
 
     def reopen(self) -> bool:
@@ -414,6 +422,37 @@ class Tap:
             link.close()
         self._restore()
         return True
+
+    def announce(self, mac: bytes) -> bool:
+        """Send the frame from which the network learns that ``mac`` is here; whether it went."""
+        from pyvmm.datapath.vu_ports import HEADER, rarp
+
+        try:
+            os.write(self.fileno(), HEADER + rarp(mac))
+        except OSError:
+            return False
+        return True
+
+    def waiting(self) -> bool:
+        """Whether a frame waits in one of the queues."""
+        import select
+
+        poll = select.poll()
+        for fd in self.fds:
+            poll.register(fd.fileno(), select.POLLIN)
+        return any(events & select.POLLIN for _, events in poll.poll(0))
+
+    def discard(self) -> int:
+        """Throw away what waits; bounded, should more come all the time. How many frames that was."""
+        count = 0
+        for fd in self.fds:
+            try:
+                while count < DISCARD_MAX:
+                    os.read(fd.fileno(), 64)  # more than the header; the rest of the frame goes with it
+                    count += 1
+            except OSError:
+                continue  # that was all, or the interface is gone
+        return count
 
     def _unfilter(self) -> None:
         try:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import select
 import threading
+import time
 
-from pyvmm.datapath.base import by_pair, cpu_ns
-from pyvmm.datapath.link import Reopener
+from pyvmm.datapath.base import Marks, by_pair, cpu_ns
+from pyvmm.datapath.link import PacketCount, Reopener
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
 from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
@@ -27,21 +28,12 @@ if TYPE_CHECKING:
 
 #: What the kernel does on the rings, where it offers it. Offloads belong to the tap, the rest to the device.
 RING_FEATURES = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_NET_F_MRG_RXBUF
-#: The tap's counters that are packets of the guest: what the host transmits the guest receives.
-COUNTERS = {
-    "rx_packets": "tx_packets",
-    "rx_bytes": "tx_bytes",
-    "rx_drop_tap": "tx_dropped",
-    "tx_packets": "rx_packets",
-    "tx_bytes": "rx_bytes",
-    "tx_drop_tap": "rx_dropped",
-}
 
 
 class VhostNet:
     """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one thread at a time.
 
-    :param port: the tap, one descriptor a queue pair. :param devices: one a queue pair. Both closed by ``close``.
+    :param port: the tap, lent, one descriptor a queue pair. :param devices: one a queue pair, closed by ``close``.
     :param worker_cpu: pin worker k to CPU worker_cpu + k.
     """
 
@@ -50,17 +42,21 @@ class VhostNet:
     def __init__(self, port: Tap, devices: list[Vhost], *, worker_cpu: int | None = None) -> None:
         self.on_fault: FaultHandler | None = None
         self.on_link: Callable[[bool], None] | None = None
+        self.marks = Marks()
+        self.timeout = 0.0  # nobody's answer is waited for
+        self.outside = port
         self._port = port
         self._devices = devices
         self._rings: list[Vring] = []
+        self._held: set[int] = set()
         self._errors = [EventFd() for _ in range(2 * len(devices))]
         self._stop, self._relinked = EventFd(), EventFd()
         self._watcher: threading.Thread | None = None
         self._reopener = Reopener(port, self._link_back)
-        self._lock = threading.Lock()  # the counters, and backends against a tap that returns
-        self._totals = dict.fromkeys((*COUNTERS, "link_losses", "ring_faults"), 0)
-        self._seen: dict[str, int] = {}
-        self._start_of_count = port.link().stats()
+        self._lock = threading.Lock()  # the totals, and backends against a tap that returns
+        self._totals = {"link_losses": 0, "ring_faults": 0}
+        port.link()  # now, while there is one
+        self._packets = PacketCount(port.link)
         if worker_cpu is not None:
             for number, device in enumerate(devices):
                 device.pin(worker_cpu + number)
@@ -70,6 +66,13 @@ class VhostNet:
         return self._port.features() | self._devices[0].features & RING_FEATURES
 
     # --- start and stop -----------------------------------------------------------------------------
+
+    def prepare(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
+        """Nothing that takes long."""
+
+    def problem(self) -> str:
+        """None that ``start`` would not have raised."""
+        return ""
 
     def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
         """Hand the rings to the kernel.
@@ -83,6 +86,8 @@ class VhostNet:
         self._port.set_queues(max(1, len(pairs)))
         self._port.set_offloads(acked)
         self._reopener.rearm()
+        self.marks.began = {}
+        self._packets.start()
         try:
             for number, own in pairs.items():
                 device = self._devices[number]
@@ -113,29 +118,64 @@ class VhostNet:
         for ring in self._rings:
             number, way = divmod(ring.index, 2)
             self._devices[number].set_backend(way, self._port.fds[number].fileno())
+            self.marks.began[ring.index] = time.monotonic_ns()
 
-    def stop(self) -> list[int]:
-        """Take the rings back: no backend first, which flushes the worker, then their positions, in the order of ``start``."""
+    def stop(self, *, finish: bool = False) -> list[int]:
+        """Take the rings back: no backend first, which flushes the worker, then their positions, in the order of ``start``.
+
+        :raises HostError: the kernel refuses; the rings have been let go of as far as possible.
+        """
         self._reopener.stop()
         if self._watcher is not None:
             self._stop.signal()
             self._watcher.join()
             self._watcher = None
-        rings, self._rings = self._rings, []
-        for ring in rings:
-            self._devices[ring.index // 2].set_backend(ring.index % 2, -1)
-        bases = []
-        for ring in rings:
-            number, way = divmod(ring.index, 2)
-            bases.append(self._devices[number].base(way))
-            self._devices[number].clear_ring(way)
+        rings, self._rings = self._rings, []  # first, so that a tap that comes back finds none to start
+        bases: list[int] = []
+        error: HostError | None = None
+        for step in (self._halt, self._let_go):
+            for ring in rings:
+                try:
+                    step(ring, bases)
+                except HostError as e:
+                    error = error or e
+        self._held.clear()
+        self._packets.stop()
+        if error is not None:
+            raise error
         return bases
+
+    def hold(self) -> None:
+        """Take the tap from the transmit rings.
+
+        :raises HostError: the kernel refuses.
+        """
+        for ring in self._rings[1::2]:
+            self._halt(ring, [])
+            self._held.add(ring.index)
+
+    def announce(self, mac: bytes) -> bool:
+        """From the tap."""
+        return self._port.announce(mac)
+
+    def _halt(self, ring: Vring, bases: list[int]) -> None:
+        if ring.index in self._held:
+            return
+        self.marks.asked[ring.index] = time.monotonic_ns()
+        self._devices[ring.index // 2].set_backend(ring.index % 2, -1)
+
+    def _let_go(self, ring: Vring, bases: list[int]) -> None:
+        number, way = divmod(ring.index, 2)
+        bases.append(self._devices[number].base(way))
+        self._devices[number].clear_ring(way)
 
     # --- what goes wrong ----------------------------------------------------------------------------
 
     def _watch(self) -> None:
         """Sleep until the worker reports an error, or the tap is deleted."""
         link = self._port.link()
+        if not link.stats():  # deleted while another data path had it
+            self._link_lost()
         poll = select.poll()
         errors = {self._errors[ring.index].fileno(): ring.index for ring in self._rings}
         for fd in (self._stop.fileno(), self._relinked.fileno(), link.fileno(), *errors):
@@ -171,10 +211,8 @@ class VhostNet:
 
     def _link_back(self) -> None:
         """The tap has been opened again: start the rings on it."""
+        self._packets.start()
         with self._lock:
-            for name in COUNTERS:
-                self._totals[name] += self._seen.get(name, 0)
-            self._seen, self._start_of_count = {}, self._port.link().stats()
             try:
                 self._set_backends()
             except HostError as e:
@@ -200,13 +238,9 @@ class VhostNet:
         self._port.set_carrier(up)
 
     def counters(self) -> dict[str, int]:
-        """The tap's packets, bytes and drops since creation (vhost counts nothing), and ``worker_cpu_ns``."""
+        """The tap's packets, bytes and drops while it ran (vhost counts nothing), and ``worker_cpu_ns``."""
         with self._lock:
-            now = self._port.link().stats() if not self._closed else {}
-            if now:
-                start = self._start_of_count
-                self._seen = {name: now[key] - start.get(key, 0) for name, key in COUNTERS.items()}
-            out = {name: value + self._seen.get(name, 0) for name, value in self._totals.items()}
+            out = {**self._packets.read(), **self._totals}
         out["worker_cpu_ns"] = sum(cpu_ns(d.worker) for d in self._devices if d.worker)
         return out
 
@@ -224,10 +258,11 @@ class VhostNet:
         return self._stop.closed
 
     def close(self) -> None:
-        """Stop, and release devices and tap. A second call does nothing."""
+        """Stop, and release the devices. A second call does nothing."""
         if self._closed:
             return
-        self.stop()
-        for fd in (*self._devices, *self._errors, self._stop, self._relinked):
-            fd.close()
-        self._port.close()
+        try:
+            self.stop()
+        finally:
+            for fd in (*self._devices, *self._errors, self._stop, self._relinked):
+                fd.close()

@@ -20,6 +20,8 @@ import struct
 import threading
 import time
 
+from pyvmm.datapath.base import Marks
+from pyvmm.datapath.link import PacketCount
 from pyvmm.datapath.vu_wire import (
     Channel,
     Closed,
@@ -56,7 +58,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from pyvmm.datapath.base import FaultHandler, Vring
+    from pyvmm.datapath.base import FaultHandler, RxFilter, Vring
+    from pyvmm.datapath.tap import Tap
     from pyvmm.memory import GuestMemory
 
 PROTOCOL_FEATURES = (
@@ -146,6 +149,8 @@ class _Session:
         self.features = 0
         self.protocol = 0
         self.memory_sent = False
+        #: Features, memory and ring size that it has agreed to.
+        self.prepared: tuple[int, object, int] | None = None
         self.requests: Channel | None = None
 
     def has(self, bit: int) -> bool:
@@ -167,6 +172,8 @@ class VhostUserNet:
     :param mac: of the card, 6 bytes, for announcing it after a reconnect; may be set later.
     :param timeout: seconds for a whole conversation, such as a start or a stop of the rings.
     :param wait: seconds for the first connection. :param recorder: a ``kvm.recorder.Scope`` for every message, or None.
+    :param port: the tap that the back-end has from us, lent; None where its side is its own affair.
+    :param dial: makes a connection in place of the socket at ``path``.
     :ivar problems: the last refusals and losses, in words.
     :raises VhostUserError: there is no back-end, or none that fits.
     """
@@ -184,13 +191,22 @@ class VhostUserNet:
         timeout: float = 5.0,
         wait: float = 10.0,
         recorder: Any = None,
+        port: Tap | None = None,
+        dial: Callable[[], Channel] | None = None,
     ) -> None:
         self._recorder = recorder
+        self.marks = Marks()
+        self.outside = self._port = port
+        self._packets: PacketCount | None = None
+        if port is not None:
+            port.link()  # now, while there is one
+            self._packets = PacketCount(port.link)
+        self._dial = dial or (lambda: connect(path))
         self.on_fault: FaultHandler | None = None
         self.on_link: Callable[[bool], None] | None = None
         self.path, self.queues, self.mtu, self.mac = path, queues, mtu, mac
         self.problems: list[str] = []
-        self._timeout = timeout
+        self.timeout = timeout
         self._lock = threading.Lock()
         self._session: _Session | None = None
         self._talking: Channel | None = None  # of a conversation that a stop may cut short
@@ -201,6 +217,7 @@ class VhostUserNet:
         self._memory: Any = None
         self._rings: list[Vring] = []
         self._inflight: tuple[Fd, bytes] | None = None
+        self._held: dict[int, int] = {}  # transmit rings that have been stopped, and where
         self._faulted: set[int] = set()
         self._lost_at = 0
         self._counts = dict.fromkeys(COUNTERS, 0)
@@ -224,7 +241,7 @@ class VhostUserNet:
 
     def _begin(self, channel: Channel) -> None:
         self._talking = channel
-        self._deadline = time.monotonic() + self._timeout
+        self._deadline = time.monotonic() + self.timeout
         if self._stopping.is_set():
             channel.stop()
 
@@ -278,7 +295,7 @@ class VhostUserNet:
                 )
             else:
                 try:
-                    channel = connect(self.path)
+                    channel = self._dial()
                 except VhostUserError as e:
                     problem = e
             if channel is not None:
@@ -354,6 +371,7 @@ class VhostUserNet:
         if s is None:
             return
         s.close()
+        self._held = {}
         self._counts["disconnections"] += 1
         self._counts["timeouts"] += isinstance(reason, TimedOut)
         self._problem(reason)
@@ -389,33 +407,43 @@ class VhostUserNet:
 
     def _configure(self, s: _Session, bases: list[int]) -> None:
         """Hand memory and rings to the back-end and let it run. :raises VhostUserError: it will not, or cannot."""
-        if self.mtu is not None and self._acked >> VIRTIO_NET_F_MTU & 1:
-            self._order(s, spec.VHOST_USER_NET_SET_MTU, f"an MTU of {self.mtu}", struct.pack("<Q", self.mtu))
-        if s.has(VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
-            self._share_inflight(s)
-        elif self._inflight is not None:
-            self._forget_inflight()  # of another back-end than this one
-        features = self._acked & s.features & DATA_MASK
-        if s.features >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
-            features |= 1 << VHOST_USER_F_PROTOCOL_FEATURES  # without it rings would start enabled
-        self._tell(s, spec.VHOST_USER_SET_FEATURES, struct.pack("<Q", features))
-        self._share_memory(s)
+        size = max(ring.size for ring in self._rings)
+        if s.prepared != (self._acked, self._memory, size):
+            if s.prepared is not None:
+                self._forget_inflight()
+            self._introduce(s, self._acked, self._memory, size)
+        s.prepared = None
         for ring, base in zip(self._rings, bases, strict=True):
             self._share_ring(s, ring, base)
-        if features >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
+        if s.features >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
             for ring in self._rings:
                 state = struct.pack(VRING_STATE, ring.index, 1)
                 self._order(s, spec.VHOST_USER_SET_VRING_ENABLE, f"ring {ring.index}", state)
         if s.has(VHOST_USER_PROTOCOL_F_STATUS):
             self._tell(s, spec.VHOST_USER_SET_STATUS, struct.pack("<Q", RUNNING))
         self._number(s, spec.VHOST_USER_GET_FEATURES)  # all of it was taken
+        now = time.monotonic_ns()
         for ring in self._rings:
             _signal(ring.kick)
+            self.marks.began[ring.index] = now
 
-    def _share_inflight(self, s: _Session) -> None:
+    def _introduce(self, s: _Session, acked: int, memory: GuestMemory, size: int) -> None:
+        """MTU, in-flight region, features and memory: what may be said before there are rings (of at most ``size`` entries)."""
+        if self.mtu is not None and acked >> VIRTIO_NET_F_MTU & 1:
+            self._order(s, spec.VHOST_USER_NET_SET_MTU, f"an MTU of {self.mtu}", struct.pack("<Q", self.mtu))
+        if s.has(VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
+            self._share_inflight(s, size)
+        elif self._inflight is not None:
+            self._forget_inflight()  # of another back-end than this one
+        features = acked & s.features & DATA_MASK
+        if s.features >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
+            features |= 1 << VHOST_USER_F_PROTOCOL_FEATURES  # without it rings would start enabled
+        self._tell(s, spec.VHOST_USER_SET_FEATURES, struct.pack("<Q", features))
+        self._share_memory(s, memory)
+
+    def _share_inflight(self, s: _Session, size: int) -> None:
         """Give the back-end the in-flight region of its predecessor, or have it make one."""
         if self._inflight is None:
-            size = max(ring.size for ring in self._rings)
             request = struct.pack(spec.INFLIGHT, 0, 0, 2 * self.queues, size)
             answer = self._ask(s, spec.VHOST_USER_GET_INFLIGHT_FD, request)
             try:
@@ -437,8 +465,7 @@ class VhostUserNet:
             self._inflight[0].close()
             self._inflight = None
 
-    def _share_memory(self, s: _Session) -> None:
-        memory = self._memory
+    def _share_memory(self, s: _Session, memory: GuestMemory) -> None:
         regions = [Region(r.gpa, r.size, r.host, r.offset) for r in memory.regions]
         fd = memory.fd.fileno()
         if not s.has(VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS):
@@ -473,9 +500,43 @@ class VhostUserNet:
         """What the back-end offers of what is a data path's."""
         return self._features
 
+    def prepare(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
+        """MTU, features, in-flight region and memory table, acknowledged.
+
+        :raises VhostUserError: the back-end refuses, or is gone.
+        """
+        with self._lock:
+            s = self._session
+            if s is None:
+                raise VhostUserError(f"the back-end at {self.path} is gone", "start it again")
+            try:
+                self._begin(s.channel)
+                size = max(ring.size for ring in rings)
+                self._introduce(s, acked, memory, size)
+                self._number(s, spec.VHOST_USER_GET_FEATURES)
+                s.prepared = acked, memory, size
+            except VhostUserError as e:
+                self._lost(e)
+                raise
+            finally:
+                self._talking = None
+
+    def problem(self) -> str:
+        """Why no back-end serves the rings."""
+        with self._lock:
+            if not self._rings or self._session is not None:
+                return ""
+            return self.problems[-1] if self.problems else "no back-end"
+
     def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
         """Have the back-end serve the rings. Where it is gone or fails, the rings are parked until there is one that does."""
+        if self._port is not None:
+            self._port.set_queues(max(1, len(rings) // 2))
+            self._port.set_offloads(acked)
+        if self._packets is not None:
+            self._packets.start()
         with self._lock:
+            self.marks.began, self._held = {}, {}
             self._acked, self._memory, self._rings = acked, memory, list(rings)
             self._required = acked & self._features
             self._faulted = set()
@@ -494,7 +555,7 @@ class VhostUserNet:
                 self._talking = None
         self._wake.signal()
 
-    def stop(self) -> list[int]:
+    def stop(self, *, finish: bool = False) -> list[int]:
         """Take the rings back. A back-end that does not give them is cut off, and the used indices are the positions."""
         self._stopping.set()
         talking = self._talking
@@ -506,11 +567,11 @@ class VhostUserNet:
             if not rings:
                 return []
             bases: list[int] = []
-            s = self._session
+            s, held = self._session, self._held
             if s is not None:
                 try:
                     self._begin(s.channel)
-                    bases = [self._stop_ring(s, ring) for ring in rings]
+                    bases = [held[r.index] if r.index in held else self._stop_ring(s, r) for r in rings]
                     if s.has(VHOST_USER_PROTOCOL_F_STATUS):
                         self._tell(s, spec.VHOST_USER_SET_STATUS, bytes(8))
                     if s.has(VHOST_USER_PROTOCOL_F_RESET_DEVICE):
@@ -524,9 +585,50 @@ class VhostUserNet:
             self._required = 0
             self._forget_inflight()
             self._unparked()
+        if self._packets is not None:
+            self._packets.stop()
         return bases
 
+    def hold(self) -> None:
+        """Take back the transmit rings. (DPDK stops receiving, too.)
+
+        :raises VhostUserError: it does not give them.
+        """
+        with self._lock:
+            s = self._session
+            if s is None:
+                return
+            try:
+                self._begin(s.channel)
+                for ring in self._rings[1::2]:
+                    self._held[ring.index] = self._stop_ring(s, ring)
+            except VhostUserError as e:
+                self._lost(e)
+                raise
+            finally:
+                self._talking = None
+
+    def announce(self, mac: bytes) -> bool:
+        """By our tap, else by the back-end (SEND_RARP), where it can."""
+        if self._port is not None:
+            return self._port.announce(mac)
+        with self._lock:
+            s = self._session
+            if s is None or not s.has(VHOST_USER_PROTOCOL_F_RARP):
+                return False
+            try:
+                self._begin(s.channel)
+                self._order(s, spec.VHOST_USER_SEND_RARP, "an announcement", mac + bytes(2))
+                self._counts["announcements"] += 1
+            except VhostUserError as e:
+                self._problem(e)
+                return False
+            finally:
+                self._talking = None
+        return True
+
     def _stop_ring(self, s: _Session, ring: Vring) -> int:
+        self.marks.asked[ring.index] = time.monotonic_ns()
         answer = self._ask(s, spec.VHOST_USER_GET_VRING_BASE, struct.pack(VRING_STATE, ring.index, 0))
         try:
             index, base = answer.unpack(VRING_STATE)
@@ -547,20 +649,25 @@ class VhostUserNet:
         if rings and new != self._acked:
             self.start(new, memory, [r.at(base) for r, base in zip(rings, self.stop(), strict=True)])
 
-    def set_rx_filter(self, rx: Any) -> None:
-        """Filtering is the back-end's own business."""
+    def set_rx_filter(self, rx: RxFilter) -> None:
+        """Filter in the tap; without one filtering is the back-end's own business."""
+        if self._port is not None:
+            self._port.set_rx_filter(rx)
 
     def set_carrier(self, up: bool) -> None:
-        """There is no cable of ours to show."""
+        """Show it on the tap, where there is one of ours."""
+        if self._port is not None:
+            self._port.set_carrier(up)
 
     def workers(self) -> list[dict[str, object]]:
         """None here: they are in the other process."""
         return []
 
     def counters(self) -> dict[str, int]:
-        """Connections, losses and what they cost; ``connected`` is 0 or 1. Packets are the back-end's to count."""
+        """Connections, losses and what they cost; ``connected`` is 0 or 1. Packets are counted on our tap, else by the back-end."""
+        packets = self._packets.read() if self._packets is not None else {}
         with self._lock:
-            out = {**self._counts, "connected": int(self._session is not None)}
+            out = {**packets, **self._counts, "connected": int(self._session is not None)}
             if self._lost_at:
                 out["parked_ms"] += (time.monotonic_ns() - self._lost_at) // 1000000
         return out
@@ -582,6 +689,7 @@ class VhostUserNet:
             self._session.close()
         if self._listener is not None:
             self._listener.close()
+        self._forget_inflight()
         for event in (self._wake, *self._errs):
             event.close()
 
@@ -685,8 +793,8 @@ class VhostUserNet:
                 if channel is None:
                     return False
             else:
-                channel = connect(self.path)
-        except VhostUserError:
+                channel = self._dial()
+        except PyvmmError:
             return False  # not there yet
         with self._lock:
             s = None

@@ -684,6 +684,7 @@ class Backend:
         self._end_session()
         self._quit.close()
         self.path.close()
+        self.port.close()
 
     def __enter__(self) -> Backend:
         return self

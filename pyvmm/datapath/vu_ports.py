@@ -73,10 +73,42 @@ class SocketPort:
         """Never gone, never back."""
         return False
 
+    def announce(self, mac: bytes) -> bool:
+        """There is no network to learn it."""
+        return False
+
+    def waiting(self) -> bool:
+        """Of no use here."""
+        return False
+
+    def discard(self) -> int:
+        """Of no use here."""
+        return 0
+
     def close(self) -> None:
         """Close the sockets; a second call does nothing."""
         for fd in self.fds:
             fd.close()
+
+
+class LentTap(SocketPort):
+    """A tap that another process has opened and sets up: queues, offloads and filters are its business.
+
+    :param fds: one a queue pair, owned from here on. :param features: what the tap can honour.
+    """
+
+    def __init__(self, name: str, fds: list[Fd], mtu: int, features: int) -> None:
+        super().__init__(name, fds)
+        self.mtu = mtu
+        self._features = features
+
+    def features(self) -> int:
+        """As it was told; trying it out would change the tap under the other one."""
+        return self._features
+
+    def accept_mtu(self, mtu: int) -> bool:
+        """Up to the tap's."""
+        return mtu <= self.mtu
 
 
 def _make(kind: int, count: int) -> list[_socket.socket]:

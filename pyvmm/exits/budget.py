@@ -95,7 +95,7 @@ class Budget:
             silent = [
                 nic.net.mode
                 for nic in machine.nets
-                if not all(name in nic.device.datapath.counters() for name in COUNTER_METRICS[metric])
+                if not all(name in nic.counters() for name in COUNTER_METRICS[metric])
             ]
             if silent or not machine.nets:
                 why = f"not counted with --net {silent[0]}" if silent else "none without a network card"

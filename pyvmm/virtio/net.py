@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 
 from pyvmm.datapath.base import RxFilter
-from pyvmm.errors import PyvmmError, RingFault
-from pyvmm.spec.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_NET
+from pyvmm.errors import HostError, PyvmmError, RingFault, UsageError
+from pyvmm.spec.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_NET, VIRTIO_RING_F_EVENT_IDX
 from pyvmm.spec.virtio_net import (
     CONFIG_NAMES,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MIN,
@@ -32,7 +32,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_S_ANNOUNCE,
     VIRTIO_NET_S_LINK_UP,
 )
-from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.device import DRIVER, FEATURES_OK, VirtioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,12 +41,16 @@ if TYPE_CHECKING:
     from pyvmm.datapath.base import DataPath, Vring
     from pyvmm.memory import GuestMemory
     from pyvmm.virtio.control import Control
+    from pyvmm.virtio.switch import SwitchReport
 
 PCI_CLASS_NETWORK_ETHERNET = 0x020000
 #: Entries a queue, as QEMU's default, and of the control queue.
 QUEUE_SIZE = 256
 CONTROL_SIZE = 64
 MAX_PAIRS = 16
+#: A move to another outside: seconds at most for what is under way to the old one; and without a frame there for it to be over, where
+#: we can see what waits and where not.
+MOVE_S, QUIET_S, UNSEEN_S = 1.0, 0.01, 0.05
 
 #: Features that need nothing of the data path, and those among them that live on the control queue.
 OWN = (VIRTIO_F_VERSION_1, VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_CTRL_VQ)
@@ -76,6 +80,7 @@ class NetDevice(VirtioDevice):
     :param datapath: moves the packets; owned from here on.
     :param mac: 6 bytes. :param mtu: bytes, offered to the guest, or None.
     :param pairs: 1 to ``MAX_PAIRS``; more than one is offered as VIRTIO_NET_F_MQ.
+    :param offer: mask of the feature bits that every data path which it may be switched to can honour.
     :param without: feature bits (a mask) not to offer although the data path could.
     :param link: whether the cable is plugged in at the start.
     :ivar pairs: those in use; the driver chooses.
@@ -95,6 +100,7 @@ class NetDevice(VirtioDevice):
         mtu: int | None = None,
         pairs: int = 1,
         queue_size: int = QUEUE_SIZE,
+        offer: int = -1,
         without: int = 0,
         link: bool = True,
     ) -> None:
@@ -114,7 +120,7 @@ class NetDevice(VirtioDevice):
         self._rings: dict[int, Vring] = {}
         self._started: list[int] = []
         self._offloads = 0
-        self._offered = self._offer(datapath.features()) & ~without
+        self._offered = self._most = self._offer(datapath.features() & offer) & ~without
         #: What was negotiated last, kept over a reset for the report.
         self.negotiated = 0
         #: Called when the driver has changed ``rx`` or the MAC address.
@@ -136,8 +142,18 @@ class NetDevice(VirtioDevice):
         return own | path
 
     def offered(self) -> int:
-        """Fixed at creation."""
+        """Fixed from reset to reset: less than at creation where a data path that can do less has taken over."""
         return self._offered
+
+    @property
+    def rings(self) -> list[Vring]:
+        """Those of the queue pairs in use, pair 0 first."""
+        return [ring for index, ring in sorted(self._rings.items()) if index < 2 * self.pairs]
+
+    @property
+    def in_force(self) -> int:
+        """The negotiated features as a data path gets them: of GUEST_* only those that the driver has left on."""
+        return self.driver_features & ~GUEST_OFFLOADS | self._offloads
 
     def config_space(self) -> bytes:
         """struct virtio_net_config as far as its features go (5.1.4)."""
@@ -276,22 +292,204 @@ class NetDevice(VirtioDevice):
         """Start the data path on the rings of the pairs in use, from where they are."""
         if not self._plugged or self._held:
             return
-        rings = [ring for index, ring in sorted(self._rings.items()) if index < 2 * self.pairs]
+        rings = self.rings
         begin = time.monotonic_ns()
-        self.datapath.start(self.driver_features & ~GUEST_OFFLOADS | self._offloads, self.memory, rings)
+        self.datapath.start(self.in_force, self.memory, rings)
         self._started = [ring.index for ring in rings]
         if self.recorder is not None:
             self.recorder.step("start", begin, {"rings": rings})
 
-    def _park(self) -> None:
+    def _park(self, *, finish: bool = False) -> None:
         """Stop the data path; the rings remember their positions."""
         started, self._started = self._started, []
         begin = time.monotonic_ns()
-        bases = self.datapath.stop()
+        bases = self.datapath.stop(finish=finish)
         if self.recorder is not None and started:
             self.recorder.step("stop", begin, {"bases": bases})
         for index, base in zip(started, bases, strict=False):
             self._rings[index] = self._rings[index].at(base)
+
+    # --- another data path --------------------------------------------------------------------------
+
+    def lacks(self, path: DataPath) -> int:
+        """Feature bits that the driver uses, or may yet choose, and ``path`` cannot honour."""
+        chosen = self.driver_features if self.status & FEATURES_OK else self._offered
+        return chosen & ~self._offer(path.features()) if self.status & DRIVER else 0
+
+    def check(self, path: DataPath) -> None:
+        """:raises UsageError: ``path`` lacks features that are in use; it names them."""
+        missing = self.lacks(path)
+        if missing:
+            from pyvmm.virtio.features import names
+
+            raise UsageError(
+                f"{self.name} cannot switch to {path.name}, which lacks features that the guest uses: "
+                f"{' '.join(names(missing))}",
+                f"name it at the start: --net ...,switchable={path.name}, or leave features out: without=",
+            )
+
+    def switch(
+        self, new: DataPath, report: SwitchReport, spare: Callable[[], DataPath] | None = None
+    ) -> None:
+        """Have ``new`` serve the rings from where the present data path left them. The guest sees a pause.
+
+        ``datapath`` is afterwards the one in force: ``new``, or what served before, or what ``spare`` makes. Those that are not belong
+        to the caller, who closes them. Only if none can start the guest has to reset the device.
+
+        :param new: prepared (``DataPath.prepare``). :param report: gets what happened.
+        :param spare: makes a data path that works wherever one can; may raise PyvmmError.
+        :raises UsageError: ``new`` lacks features; nothing was touched.
+        """
+        self.check(new)
+        old = self.datapath
+        if not self._started:  # not driven yet, or the cable is pulled: the rings are at rest
+            self._use(new)
+            report.outcome, report.mode = "switched", new.name
+            return
+        indices, since = list(self._started), time.monotonic_ns()
+        uneven = ""
+        moves = new.outside is not old.outside or new.outside is None
+        if moves:
+            with report.step("move"):
+                self._move(new, report)
+        with report.step("park"):
+            try:
+                self._park(finish=True)
+            except Exception as e:  # the same: the rings are at rest, however it went
+                uneven = str(e)
+                self._from_used(indices)
+            for index in indices:
+                uneven = uneven or self._even(index)
+                self._normalise(self._rings[index])
+        parked = [self._rings[index] for index in indices]
+        pending = {ring.index: self._index(ring.avail) - ring.base & 0xFFFF for ring in parked}
+        report.parked(parked, since, old.marks.asked, pending)
+        tries: list[tuple[str, Callable[[], DataPath]]] = [("rolled-back", lambda: old)]
+        if uneven:
+            report.reason = uneven
+        else:
+            tries.insert(0, ("switched", lambda: new))
+        if spare is not None:
+            tries.append(("fallback", spare))
+        outcome = ""
+        for kind, make in tries:
+            path: DataPath | None = None
+            try:
+                path = make()
+                with report.step(f"start {path.name}"):
+                    self._take(path)
+                outcome = kind
+                break
+            except Exception as e:  # whatever it is: first of all somebody has to serve the rings
+                report.reason = f"{report.reason}; {e}" if report.reason else str(e)
+                if path is not None and path not in (old, new):
+                    path.close()
+                self._from_used(indices)
+        report.outcome, report.mode = outcome or self._last_resort(old), self.datapath.name
+        for index in indices:
+            for event in (self._rings[index].kick, self._rings[index].call):
+                event.nudge()
+        if moves:  # whoever it is that goes on, also one that cannot say so without rings
+            self.datapath.announce(self.mac)
+            self.announce()
+
+    def _move(self, new: DataPath, report: SwitchReport) -> None:
+        """Frames are to enter and leave at another place. The guest's own frames would have the network go on sending to the old
+        one, so they wait; then the network is told, and what is under way to the old place is received there yet. Best effort: what
+        fails here costs frames that have not been accepted.
+        """
+        try:
+            self.datapath.hold()
+        except PyvmmError:
+            return  # it will not stop in order, either
+        if new.outside is not None:
+            report.stale = new.outside.discard()  # of the time when that was not the card's place
+        if not new.announce(self.mac):
+            return
+        place = self.datapath.outside
+        enough = UNSEEN_S if place is None else QUIET_S
+        start = quiet = time.monotonic()
+        before: list[int] = []
+        while (now := time.monotonic()) < start + MOVE_S and now < quiet + enough:
+            after = [self._index(self._rings[index].used) for index in self._started[::2]]
+            if after != before or (place is not None and place.waiting()):
+                before, quiet = after, now
+            time.sleep(0.001)
+
+    def _use(self, path: DataPath) -> None:
+        """``path`` is the data path from now on; its rings are yet to be started."""
+        old, self.datapath = self.datapath, path
+        old.on_fault = old.on_link = None
+        path.on_fault, path.on_link = self.fault, self._path_link
+        if path.outside is not old.outside:
+            self.rx_changed()
+            try:
+                path.set_carrier(self._plugged)
+            except PyvmmError:
+                pass  # for the host to see; the guest's link is ours
+        if not self.status & DRIVER:
+            self._reoffer()
+        self._path_link(True)  # it says so if that is not the case
+
+    def _take(self, path: DataPath) -> None:
+        """Start ``path`` on the rings. :raises PyvmmError: it does not serve them; it has let go of them."""
+        held: list[tuple[int, str]] = []
+        self._use(path)
+        path.on_fault = lambda queue, problem: held.append((queue, problem))
+        self._resume()
+        problem = path.problem()
+        if problem:
+            self._started = []
+            path.stop()
+            raise HostError(f"{path.name}: {problem}")
+        path.on_fault = self.fault
+        for fault in held:
+            self.fault(*fault)
+
+    def _last_resort(self, old: DataPath) -> str:
+        """Nothing serves the rings. The old path may yet find someone who does; the outcome."""
+        self._use(old)
+        try:
+            self._resume()
+        except PyvmmError as e:
+            self.fault(-1, str(e))
+            return "failed"
+        return "rolled-back"
+
+    def _index(self, area: int) -> int:
+        """The index of an available or used ring (2.7.6, 2.7.8)."""
+        return int.from_bytes(self.memory.read(area + 2, 2), "little")
+
+    def _from_used(self, indices: list[int]) -> None:
+        """Take the used indices as positions: what every path leaves behind, also one that failed."""
+        for index in indices:
+            ring = self._rings[index]
+            self._rings[index] = ring.at(self._index(ring.used))
+
+    def _even(self, index: int) -> str:
+        """What is wrong if the old path still had chains in its hands. Of receive chains nothing is: they are empty."""
+        ring = self._rings[index]
+        used = self._index(ring.used)
+        if ring.base == used:
+            return ""
+        if index % 2 == 0:
+            self._rings[index] = ring.at(used)
+            return ""
+        return f"queue {index} stopped at {ring.base} with {used} returned"
+
+    def _normalise(self, ring: Vring) -> None:
+        """Ask for kicks, however the old path had it (2.7.8, 2.7.10): they gather until the next one looks."""
+        self.memory.write(ring.used, bytes(2))
+        if self.driver_features >> VIRTIO_RING_F_EVENT_IDX & 1:
+            self.memory.write(ring.used + 4 + 8 * ring.size, ring.base.to_bytes(2, "little"))
+
+    def _reoffer(self) -> None:
+        self._offered = self._most & self._offer(self.datapath.features())
+
+    def reset(self) -> None:
+        """Back to the state after power-on, offering what the present data path can."""
+        super().reset()
+        self._reoffer()
 
     # --- what the driver commands -------------------------------------------------------------------
 

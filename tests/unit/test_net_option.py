@@ -130,8 +130,8 @@ def test_vhost_user():
     assert (net.mode, net.socket, net.server, net.queues) == ("vhost-user", "/tmp/s", True, 2)
     assert not Net.parse("vhost-user,socket=/tmp/s").server
     for text in (
-        "vhost-user",
         "vhost-user,socket=",
+        "vhost-user,server=on",
         "vhost-user,socket=/tmp/s,server=yes",
         "vhost-user,socket=/tmp/s,tap=tap0",
         "vhost-user,socket=/tmp/s,poll=1",
@@ -139,3 +139,38 @@ def test_vhost_user():
     ):
         with pytest.raises(UsageError):
             Net.parse(text)
+
+
+def test_switchable():
+    net = Net.parse("emulated,switchable=vhost-net+vhost-user,socket=/tmp/s,poll=5,tap=tap0")
+    assert net.switchable == ["vhost-net", "vhost-user"] and net.has_tap
+    assert Net.parse("vhost-user,tap=tap0").has_tap  # with a back-end of pyvmm's own
+    assert not Net.parse("vhost-user,socket=/tmp/s").has_tap
+    assert Net.parse("vhost-user,socket=/tmp/s,switchable=emulated").has_tap
+    for text in ("emulated,switchable=none", "none,switchable=emulated", "emulated,switchable=vdpa"):
+        with pytest.raises(UsageError):
+            Net.parse(text)
+
+
+def test_switched():
+    net = Net.parse("emulated,mac=52:54:00:00:00:09,mtu=9000,queues=2,queue-size=64")
+    other = net.switched("vhost-user,socket=/tmp/s,server=on")
+    assert (other.mode, other.socket, other.server) == ("vhost-user", "/tmp/s", True)
+    assert (other.mac, other.mtu, other.queues, other.queue_size) == (net.mac, 9000, 2, 64)
+    assert not net.switched("vhost-user").socket
+    assert net.switched("emulated,poll=7,worker-cpu=0").worker_cpu == 0
+    assert net.switched(Net("emulated", poll=7, worker_cpu=0)).poll == 7
+    card = Net.parse("emulated,switchable=vhost-user,socket=/tmp/s")
+    assert card.switched("vhost-user").socket == "/tmp/s"
+    for text in (
+        "",
+        "none",
+        "vdpa",
+        "emulated,mac=52:54:00:00:00:09",
+        "vhost-net,poll=1",
+        "vhost-user,socket=",
+    ):
+        with pytest.raises(UsageError):
+            net.switched(text)
+    with pytest.raises(UsageError):
+        net.switched(Net("none"))

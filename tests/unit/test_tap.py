@@ -458,6 +458,28 @@ def test_a_queue_of_frames_before_start_is_delivered(namespace):
     g.close()
 
 
+def test_what_a_move_needs(namespace):
+    """Frames that wait are seen and thrown away; an announcement reaches the host's side."""
+    tap = namespace.tap
+    tap.discard()
+    assert not tap.waiting()
+    namespace.run(
+        ["ip", "neigh", "replace", "192.168.91.2", "lladdr", "52:54:00:12:34:56", "dev", "tap0"], check=True
+    )
+    with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for _ in range(3):
+            s.sendto(bytes(1000), ("192.168.91.2", 4000))
+    assert tap.waiting()
+    assert tap.discard() >= 3 and not tap.waiting()
+    with namespace.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as s:
+        s.bind(("tap0", 3))
+        s.settimeout(10)
+        assert tap.announce(bytes.fromhex("525400123456"))
+        while (data := s.recv(2000))[12:14] != b"\x80\x35":
+            pass
+        assert data[:12] == b"\xff" * 6 + bytes.fromhex("525400123456")
+
+
 def test_two_queues_of_one_tap():
     with Namespace(queues=2, address="192.168.91.1/24") as ns:
         assert len({fd.fileno() for fd in ns.tap.fds}) == 2

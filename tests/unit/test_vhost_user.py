@@ -644,9 +644,9 @@ def test_a_hostile_backend_later_costs_its_connection_only(path, listener, how):
 @contextmanager
 def impatient(guest):
     """A short time-out, for a conversation that is to fail."""
-    guest.path._timeout = 0.2
+    guest.path.timeout = 0.2
     yield
-    guest.path._timeout = PATIENCE
+    guest.path.timeout = PATIENCE
 
 
 def test_a_silent_backend_times_out(path, listener):

@@ -1,0 +1,708 @@
+"""Switching the data path under a mock driver, through the whole transport: what must survive, and what may go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+
+from pyvmm.datapath.emulated import EmulatedNet
+from pyvmm.datapath.vu_backend import Backend
+from pyvmm.datapath.vu_ports import rarp
+from pyvmm.datapath.vu_process import BackendProcess
+from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.exits.ledger import Ledger
+from pyvmm.machine import KEPT_SWITCHES, Nic, Outside
+from pyvmm.net import Net
+from pyvmm.spec.virtio import VIRTIO_CONFIG_S_NEEDS_RESET
+from pyvmm.spec.virtio_net import (
+    VIRTIO_NET_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET,
+    VIRTIO_NET_CTRL_MQ,
+    VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+    VIRTIO_NET_CTRL_RX,
+    VIRTIO_NET_CTRL_RX_PROMISC,
+    VIRTIO_NET_OK,
+)
+from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
+from pyvmm.virtio.pci import VirtioPci
+from tests.driver import Cable, bits, wait_for
+from tests.pci_guest import Board, NetGuest, frame
+
+MAC = bytes.fromhex("525400123456")
+ALL = (1 << 64) - 1
+MQ, EVENT_IDX = bits("VIRTIO_NET_F_MQ"), bits("VIRTIO_RING_F_EVENT_IDX")
+OFFLOADS = bits("VIRTIO_NET_F_GUEST_CSUM", "VIRTIO_NET_F_GUEST_TSO4")
+
+
+class NoLink:
+    """A link that counts nothing."""
+
+    def stats(self) -> dict[str, int]:
+        return {}
+
+
+class Bundle(Cable):
+    """Several cables in place of a multi-queue tap."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.cables = [self, *(Cable() for _ in range(count - 1))]
+        self.fds = [c.fds[0] for c in self.cables]
+        self.queues: list[int] = []
+        self.offloads: list[int] = []
+
+    def features(self) -> int:
+        return OFFLOADS
+
+    def link(self) -> NoLink:
+        return NoLink()
+
+    def set_queues(self, count: int) -> None:
+        self.queues.append(count)
+
+    def set_offloads(self, acked: int) -> None:
+        self.offloads.append(acked & OFFLOADS)
+
+    def close(self) -> None:
+        super().close()
+        for cable in self.cables[1:]:
+            cable.close()
+
+
+class Wires(Outside):
+    """Cables in place of a tap, and data paths that a test provides.
+
+    :ivar script: mode -> what to make in place of the next data paths of that mode, first come first served.
+    """
+
+    def __init__(self, tap) -> None:
+        self.tap = tap
+        self.namespace = None
+        self._backend = self._recorder = None
+        self.script: dict[str, list] = {}
+
+    def open(self, net: Net, mac: bytes, wait: float = 10.0):
+        waiting = self.script.get(net.mode)
+        return waiting.pop(0)(self.tap) if waiting else super().open(net, mac, wait)
+
+    @property
+    def child(self) -> BackendProcess:
+        return self._backend
+
+
+class Rig:
+    """A card with ``pairs`` queue pairs as the machine makes it, and a guest that drives it."""
+
+    def __init__(
+        self, pairs: int = 1, features: int = ALL, *, drive: bool = True, mode="emulated", tap=None, **guest
+    ) -> None:
+        self.board = Board(memory=32 << 20)
+        self.wires = Wires(tap or Bundle(pairs))
+        self.cable = self.wires.tap
+        self.net = Net(mode, queues=pairs)
+        self.device = NetDevice("net0", self.board.memory, self.wires.open(self.net, MAC), MAC, pairs=pairs)
+        pci = VirtioPci(
+            self.board.vm, self.board.bus, self.device, PCI_CLASS_NETWORK_ETHERNET, notify="ioeventfd"
+        )
+        self.board.add(pci)
+        self.lock = threading.RLock()
+        self.nic = Nic(
+            0, self.net, self.device, pci, self.wires, self.lock, lambda: Ledger([], self.board.bus)
+        )
+        self.guest: NetGuest | None = None
+        if drive:
+            self.drive(features, pairs, **guest)
+        self.sent = 0
+
+    def drive(self, features: int = ALL, pairs: int = 1, **guest) -> None:
+        self.guest = NetGuest(
+            self.board, 1, features, pairs=pairs if features & MQ else 1, control=True, **guest
+        )
+        for pair, net in enumerate(self.guest.nets):  # each its own memory, however much it sends
+            net.end = 0x10000 + 0x200000 * (pair + 1)
+        if pairs > 1:
+            command = self.guest.command(
+                VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, struct.pack("<H", pairs)
+            )
+            assert command == VIRTIO_NET_OK
+
+    def exchange(self, pair: int = 0, count: int = 20) -> None:
+        """Frames both ways, each exactly once and in order."""
+        net, cable = self.guest.nets[pair], self.cable.cables[pair]
+        frames = [frame(self.sent + i) for i in range(count)]
+        self.sent += count
+        net.received.clear()
+        net.send(*frames)
+        assert [cable.receive()[12:] for _ in frames] == frames
+        for f in frames:
+            cable.far.send(bytes(12) + f)
+        assert [p[12:] for p in net.wait_packets(count)] == frames
+
+    @property
+    def healthy(self) -> bool:
+        return not self.device.faults and not self.guest.pci.status & VIRTIO_CONFIG_S_NEEDS_RESET
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *args) -> None:
+        self.nic.end_switching()
+        if self.guest is not None:
+            self.guest.close()
+        self.board.close()
+        self.wires.close()
+
+
+@pytest.fixture
+def rig():
+    with Rig() as r:
+        yield r
+
+
+class Switching:
+    """Switches in a thread of its own while the test plays the guest."""
+
+    def __init__(self, rig: Rig, modes: list[str]) -> None:
+        self.reports = []
+        self.error: BaseException | None = None
+        self._rig, self._modes = rig, modes
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            for mode in self._modes:
+                self.reports.append(self._rig.nic.switch(mode))
+        except BaseException as e:
+            self.error = e
+
+    @property
+    def running(self) -> bool:
+        return self.thread.is_alive()
+
+    def done(self):
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        if self.error is not None:
+            raise self.error
+        return self.reports
+
+
+def stream(rig: Rig, switching: Switching, pairs: int = 1) -> None:
+    """Numbered frames both ways through all pairs for as long as the switches last; none lost, repeated or out of order."""
+    out = [0] * pairs  # sent by the guest, arrived outside, and the other way
+    arrived, back, taken = [0] * pairs, [0] * pairs, [0] * pairs
+    while switching.running or any(arrived[k] < out[k] or taken[k] < back[k] for k in range(pairs)):
+        for k, net in enumerate(rig.guest.nets):
+            far = rig.cable.cables[k].far
+            if switching.running and out[k] - arrived[k] < 100:
+                net.send(*(frame(out[k] + i) for i in range(5)))
+                out[k] += 5
+            if switching.running and back[k] - taken[k] < 100:
+                far.send(bytes(12) + frame(back[k]))
+                back[k] += 1
+            while arrived[k] < out[k]:
+                try:
+                    data = far.recv(4096)
+                except BlockingIOError:
+                    break
+                assert data[12:] == frame(arrived[k])
+                arrived[k] += 1
+            for packet in net.poll():
+                assert packet[12:] == frame(taken[k])
+                taken[k] += 1
+            net.received.clear()
+    assert min(out) > 20 < min(back)
+
+
+# --- what must survive ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pairs", "features"), [(1, ALL), (1, ALL & ~EVENT_IDX), (3, ALL)])
+def test_under_traffic(pairs, features):
+    """Round the modes, with the child process as another one, under traffic both ways."""
+    modes = ["emulated", "vhost-user", "emulated", "emulated", "vhost-user", "emulated", "vhost-user"]
+    with Rig(pairs, features) as rig:
+        switching = Switching(rig, modes)
+        stream(rig, switching, pairs)
+        reports = switching.done()
+        assert [r.outcome for r in reports] == ["switched"] * len(modes)
+        assert [r.mode for r in reports] == modes and rig.nic.mode == "vhost-user"
+        for report in reports:
+            assert set(report.gap_ns) == {"rx", "tx"} and min(report.gap_ns.values()) > 0
+            assert sorted(report.pending) == report.rings == list(range(2 * pairs))
+        assert rig.healthy and rig.device.resets == 0
+        for pair in range(pairs):
+            rig.exchange(pair)
+        told = rig.nic.report()
+        assert told["mode"] == "vhost-user" and told["switch_count"] == len(modes)
+        json.dumps(told)
+        modes_told = told["modes"]
+        assert modes_told["emulated"]["times"] == 5 and modes_told["vhost-user"]["times"] == 3
+        # Counters of paths that are gone are there yet.
+        assert told["counters"]["tx_packets"] == modes_told["emulated"]["counters"]["tx_packets"] > 0
+        assert told["counters"]["connections"] == 3
+
+
+def test_interrupts_masked_during_the_switch(rig):
+    """What comes while its vector is masked is pending afterwards, and is delivered when that opens."""
+    rig.guest.pci.mask(1, True)
+    rig.cable.far.send(bytes(12) + frame(1))
+    assert rig.guest.net.wait_packets(1)
+    rig.nic.switch("vhost-user")
+    assert rig.guest.pci.pending() >> 1 & 1
+    rig.board.vm.delivered()
+    rig.guest.pci.mask(1, False)
+    assert (0xFEE00000, 0x31) in rig.board.vm.delivered(5)
+    rig.exchange()
+
+
+def test_a_guest_that_has_not_driven_it():
+    with Rig(drive=False) as rig:
+        report = rig.nic.switch("vhost-user")
+        assert report.outcome == "switched" and not report.gap_ns and not report.pending
+        rig.drive()
+        rig.exchange()
+        assert rig.nic.switch("emulated").outcome == "switched"
+        rig.exchange()
+
+
+def test_with_the_cable_pulled(rig):
+    rig.nic.set_link(False)
+    rig.guest.net.send(frame(7))
+    assert rig.nic.switch("vhost-user").outcome == "switched"
+    assert not rig.guest.link()
+    rig.nic.set_link(True)
+    assert rig.cable.receive()[12:] == frame(7)
+    assert rig.guest.link()
+    rig.exchange()
+
+
+def test_what_the_driver_has_commanded():
+    """Offloads, receive filter and queue pairs in use go on."""
+    with Rig(3) as rig:
+        command = rig.guest.command
+        assert (
+            command(VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, struct.pack("<H", 2))
+            == VIRTIO_NET_OK
+        )
+        assert command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0") == VIRTIO_NET_OK
+        data = struct.pack("<Q", bits("VIRTIO_NET_F_GUEST_CSUM"))
+        assert (
+            command(VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, data) == VIRTIO_NET_OK
+        )
+        for mode in ("vhost-user", "emulated"):
+            assert rig.nic.switch(mode).rings == [0, 1, 2, 3]
+            assert rig.cable.offloads[-1] == bits("VIRTIO_NET_F_GUEST_CSUM")
+            assert rig.cable.queues[-1] == 2 and "promisc" not in rig.cable.rx.flags
+            rig.exchange(0)
+            rig.exchange(1)
+        assert (
+            command(VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, struct.pack("<H", 3))
+            == VIRTIO_NET_OK
+        )
+        rig.exchange(2)
+
+
+def test_a_frame_that_waits_for_buffers():
+    """It has been read from the tap, so it must not be lost: the guest gets its time to add buffers."""
+    with Rig(fill=False, rx_size=512) as rig:
+        rig.guest.net.fill(1)
+        long = bytes(range(250)) * 6
+        rig.cable.far.send(bytes(12) + long)
+        path = rig.device.datapath
+        assert wait_for(lambda: path.counters()["fd_reads"] > 0)
+        switching = Switching(rig, ["vhost-user"])
+        assert wait_for(lambda: not rig.device._started)  # parking
+        rig.guest.net.fill()
+        switching.done()
+        assert [p[12:] for p in rig.guest.net.wait_packets(1)] == [long]
+        assert rig.nic.report()["counters"]["rx_drop_held"] == 0
+
+
+def test_a_frame_that_waits_in_vain():
+    with Rig(fill=False, rx_size=512) as rig:
+        rig.guest.net.fill(1)
+        rig.cable.far.send(bytes(12) + bytes(1500))
+        path = rig.device.datapath
+        assert wait_for(lambda: path.counters()["fd_reads"] > 0)
+        assert rig.nic.switch("vhost-user").outcome == "switched"
+        assert rig.nic.report()["counters"]["rx_drop_held"] == 1
+        rig.guest.net.fill()
+        rig.exchange()
+
+
+def test_resets_between_switches(rig):
+    """A guest that resets the card all the time while it is switched all the time, each under the I/O lock."""
+    switching = Switching(rig, ["emulated", "vhost-user"] * 6)
+    rounds = 0
+    while switching.running:
+        with rig.lock:
+            rig.guest.close()
+            rig.drive()
+        rounds += 1
+        with rig.lock:
+            rig.nic.set_link(rounds % 3 != 0)
+    switching.done()
+    rig.nic.set_link(True)
+    assert rounds > 3 and rig.healthy
+    rig.exchange()
+
+
+# --- another outside --------------------------------------------------------------------------------------
+
+
+class Switchboard:
+    """A network of two ports that learns where the guest is: where its latest frame came from. Counts what must not be lost."""
+
+    def __init__(self, *cables: Cable) -> None:
+        self.fars = [cable.far for cable in cables]
+        self.place = 0
+        self.sent = 0
+        self.seen: set[int] = set()
+        self.announcements = 0
+
+    def pump(self) -> None:
+        for place, far in enumerate(self.fars):
+            while True:
+                try:
+                    data = far.recv(4096)[12:]
+                except BlockingIOError:
+                    break
+                self.place = place
+                if data[12:14] == b"\x80\x35":
+                    self.announcements += 1
+                    continue
+                (number,) = struct.unpack_from("<I", data)
+                assert data == frame(number) and number not in self.seen
+                self.seen.add(number)
+
+    def send(self) -> None:
+        self.fars[self.place].send(bytes(12) + frame(self.sent))
+        self.sent += 1
+
+
+class Port(Cable):
+    """A cable that announces and is waited for, as a tap."""
+
+    def announce(self, mac: bytes) -> bool:
+        return os.write(self.fds[0].fileno(), bytes(12) + rarp(mac)) > 0
+
+    def waiting(self) -> bool:
+        poll = select.poll()
+        poll.register(self.fds[0].fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
+    def discard(self) -> int:
+        count = 0
+        try:
+            while os.read(self.fds[0].fileno(), 64):
+                count += 1
+        except BlockingIOError:
+            pass
+        return count
+
+
+def test_moving_to_another_outside(monkeypatch, tmp_path):
+    """Our tap and one of the back-end's, to and fro under traffic: each frame once, wherever the network sent it."""
+    monkeypatch.setattr("pyvmm.virtio.net.QUIET_S", 0.7)  # the network here is this thread
+    monkeypatch.setattr("pyvmm.virtio.net.UNSEEN_S", 0.7)
+    monkeypatch.setattr("pyvmm.virtio.net.MOVE_S", 5.0)
+    ours, theirs = Port(), Port()
+    path = str(tmp_path / "s")
+    backend = Backend(theirs)
+    server = threading.Thread(target=backend.run, args=(path,))
+    server.start()
+    try:
+        go_to_and_fro(path, ours, theirs)
+    finally:
+        backend.stop()
+        server.join()
+        backend.close()
+
+
+def go_to_and_fro(path, ours, theirs):
+    with Rig(tap=ours) as rig:
+        board = Switchboard(ours, theirs)
+        target = f"vhost-user,socket={path}"
+        switching = Switching(rig, [target, "emulated", target])
+        net, sent, got = rig.guest.net, 0, []
+        while switching.running or len(board.seen) < sent or len(got) < board.sent:
+            board.pump()
+            if switching.running and sent - len(board.seen) < 50:
+                net.send(frame(sent))
+                sent += 1
+            if switching.running and board.sent - len(got) < 50:
+                board.send()
+            got += [struct.unpack_from("<I", p, 12)[0] for p in net.poll()]
+            net.received.clear()
+        reports = switching.done()
+        assert [r.outcome for r in reports] == ["switched"] * 3
+        assert sorted(got) == list(range(board.sent)) and board.seen == set(range(sent))
+        assert min(sent, board.sent) > 100 and board.announcements >= 3 and board.place == 1
+        # What comes where the card is not is not the card's.
+        board.fars[0].send(bytes(12) + frame(999999))
+        switching = Switching(rig, ["emulated"])
+        while switching.running:
+            board.pump()
+        (report,) = switching.done()
+        assert report.stale == 1 and not net.poll()
+
+
+# --- features ---------------------------------------------------------------------------------------------
+
+
+class Less(EmulatedNet):
+    """A data path without EVENT_IDX."""
+
+    def features(self) -> int:
+        return super().features() & ~EVENT_IDX
+
+
+def test_features_in_use_are_required(rig):
+    rig.wires.script["vhost-net"] = [Less]
+    with pytest.raises(UsageError, match="lacks features that the guest uses: EVENT_IDX"):
+        rig.nic.switch("vhost-net")
+    assert rig.nic.mode == "emulated" and rig.nic.switches[-1].outcome == "refused"
+    assert "EVENT_IDX" in rig.nic.report()["switches"][-1]["reason"]
+    rig.exchange()
+
+
+def test_features_not_in_use_are_not():
+    with Rig(features=ALL & ~EVENT_IDX) as rig:
+        rig.wires.script["vhost-net"] = [Less]
+        assert rig.nic.switch("vhost-net").outcome == "switched"
+        rig.exchange()
+        # After a reset the driver is offered what there is now.
+        rig.guest.pci.set("device_status", 0)
+        assert not rig.guest.pci.offered() & EVENT_IDX
+        rig.nic.switch("emulated")
+        assert rig.guest.pci.offered() & EVENT_IDX
+
+
+def test_offer_of_a_set():
+    board = Board()
+    device = NetDevice("net0", board.memory, EmulatedNet(Cable()), MAC, offer=~EVENT_IDX)
+    assert not device.offered() & EVENT_IDX and device.offered() & bits("VIRTIO_NET_F_MAC")
+    device.close()
+    board.close()
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------
+
+
+class Broken(EmulatedNet):
+    """Does not start."""
+
+    def start(self, acked, memory, rings) -> None:
+        raise HostError("no start today")
+
+
+class Fickle(EmulatedNet):
+    """Starts once."""
+
+    def start(self, acked, memory, rings) -> None:
+        if self.marks.began:
+            raise HostError("not again")
+        super().start(acked, memory, rings)
+
+
+class Greedy(EmulatedNet):
+    """Says of its first stop that it took a chain more from the transmit rings than it has returned."""
+
+    greedy = True
+
+    def stop(self, *, finish: bool = False) -> list[int]:
+        bases = super().stop(finish=finish)
+        if bases and self.greedy:
+            self.greedy = False
+            bases[1] += 1
+        return bases
+
+
+class Stuck(EmulatedNet):
+    """Fails when it is stopped for a switch, after it has."""
+
+    def stop(self, *, finish: bool = False) -> list[int]:
+        bases = super().stop(finish=finish)
+        if bases and finish:
+            raise HostError("cannot stop")
+        return bases
+
+
+def test_the_new_one_does_not_start(rig):
+    rig.wires.script["vhost-net"] = [Broken]
+    switching = Switching(rig, ["vhost-net"])
+    while switching.running:
+        rig.exchange()
+    (report,) = switching.done()
+    assert (report.outcome, report.mode) == ("rolled-back", "emulated")
+    assert "no start today" in report.reason and set(report.gap_ns) == {"rx", "tx"}
+    assert rig.healthy
+    rig.exchange()
+
+
+def test_nor_does_the_old_one(rig):
+    rig.wires.script = {"vhost-net": [Fickle, Broken]}
+    assert rig.nic.switch("vhost-net").outcome == "switched"
+    rig.device.datapath.name = "vhost-net"
+    report = rig.nic.switch("vhost-net")
+    assert (report.outcome, report.mode) == ("fallback", "emulated")
+    assert report.reason == "no start today; not again" and rig.healthy
+    rig.exchange()
+
+
+def test_nothing_starts(rig):
+    rig.wires.script = {"vhost-net": [Fickle, Broken], "emulated": [Broken]}
+    rig.nic.switch("vhost-net")
+    report = rig.nic.switch("vhost-net")
+    assert report.outcome == "failed"
+    assert rig.guest.pci.status & VIRTIO_CONFIG_S_NEEDS_RESET
+    # A reset cures it as far as the path can.
+    assert rig.nic.switch("emulated").outcome == "switched"
+    rig.guest.close()
+    rig.drive()
+    rig.exchange()
+
+
+def test_chains_still_in_the_old_one_s_hands(rig):
+    """Transmits that were taken and not returned belong to nobody else."""
+    rig.wires.script["vhost-net"] = [Greedy]
+    rig.nic.switch("vhost-net")
+    rig.exchange()
+    report = rig.nic.switch("emulated")
+    assert report.outcome == "rolled-back" and "queue 1 stopped at 21 with 20 returned" in report.reason
+
+
+def test_the_old_one_does_not_let_go(rig):
+    """Then the used indices say where the rings are; the old one goes on."""
+    rig.wires.script["vhost-net"] = [Stuck]
+    rig.nic.switch("vhost-net")
+    rig.exchange()
+    report = rig.nic.switch("emulated")
+    assert report.outcome == "rolled-back" and "cannot stop" in report.reason
+    rig.exchange()
+
+
+@pytest.mark.parametrize("area", ["used", "avail"])
+def test_a_guest_that_writes_the_indices(rig, area):
+    """It gets what it deserves, and a reset cures it."""
+    rig.exchange()
+    for ring in rig.guest.net.rings:
+        rig.board.memory.write(getattr(ring, area) + 2, b"\x34\x12")
+    report = rig.nic.switch("vhost-user")
+    assert report.outcome == ("rolled-back" if area == "used" else "switched")
+    rig.nic.switch("emulated")
+    rig.guest.close()
+    rig.drive()
+    rig.exchange()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_back_end_dies_or_falls_silent_in_the_hand_over(rig, monkeypatch, how):
+    rig.nic.switch("vhost-user")
+    rig.nic.switch("emulated")
+    pid = rig.wires.child.pid
+    monkeypatch.setattr("pyvmm.machine.HANDOVER_S", 0.3)
+    begin = NetDevice.switch
+
+    def switch(self, new, *args):
+        os.kill(pid, how)
+        monkeypatch.setattr(new, "_dial", _gone)
+        begin(self, new, *args)
+
+    monkeypatch.setattr(NetDevice, "switch", switch)
+    switching = Switching(rig, ["vhost-user"])
+    while switching.running:
+        rig.guest.net.poll()
+    (report,) = switching.done()
+    assert (report.outcome, report.mode) == ("rolled-back", "emulated"), report
+    assert max(report.gap_ns.values()) < 5e9 and rig.healthy
+    rig.exchange()
+    if how == signal.SIGSTOP:
+        os.kill(pid, signal.SIGKILL)
+    monkeypatch.setattr(NetDevice, "switch", begin)
+    assert rig.nic.switch("vhost-user").outcome == "switched"  # with another child
+    rig.exchange()
+
+
+def _gone():
+    raise PyvmmError("gone")
+
+
+def test_rescue_from_a_dead_back_end(rig, monkeypatch):
+    """Its rings are parked; emulation takes over where the used indices are."""
+    rig.nic.switch("vhost-user")
+    rig.exchange()
+    path = rig.device.datapath
+    monkeypatch.setattr(path, "_dial", _gone)
+    os.kill(rig.wires.child.pid, signal.SIGKILL)
+    assert wait_for(lambda: path.counters()["connected"] == 0)
+    rig.guest.net.send(frame(1), frame(2))
+    report = rig.nic.switch("emulated")
+    assert report.outcome == "switched" and report.pending[1] == 2
+    assert [rig.cable.receive()[12:] for _ in range(2)] == [frame(1), frame(2)]
+    rig.exchange()
+
+
+def descriptors() -> set[int]:
+    """Those in use, without the one that lists them."""
+    return {
+        fd
+        for fd in (int(p.name) for p in Path("/proc/self/fd").iterdir())
+        if Path(f"/proc/self/fd/{fd}").exists()
+    }
+
+
+def test_no_descriptors_left(rig, monkeypatch):
+    """Refused or rolled back, and nothing leaks."""
+    rig.nic.switch("vhost-user")
+    rig.nic.switch("emulated")  # the child lives on, so that it is not short of descriptors itself
+    monkeypatch.setattr("pyvmm.machine.HANDOVER_S", 0.3)
+    before = descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [fd for fd in range(1000) if fd not in before]
+    outcomes = []
+    for spare in range(20):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], hard))
+        try:
+            outcomes.append(rig.nic.switch("vhost-user").outcome)
+        except PyvmmError:
+            outcomes.append("refused")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        rig.exchange()
+        if rig.nic.mode == "vhost-user":
+            rig.nic.switch("emulated")
+    assert outcomes[0] == "refused" and outcomes[-1] == "switched"
+    assert rig.healthy
+    assert wait_for(lambda: descriptors() == before), descriptors() ^ before
+
+
+def test_usage(rig, monkeypatch):
+    monkeypatch.setattr("pyvmm.machine.SWITCH_WAIT_S", 0.1)
+    for text in ("none", "vdpa", "emulated,mtu=9000", "vhost-user,socket=/nobody/there"):
+        with pytest.raises(PyvmmError):
+            rig.nic.switch(text)
+    assert rig.nic.switch("vhost-user").outcome == "switched"
+    with pytest.raises(UsageError, match="is on that"):
+        rig.nic.switch("vhost-user")
+    rig.exchange()
+    rig.nic.end_switching()
+    with pytest.raises(HostError):
+        rig.nic.switch("emulated")
+
+
+def test_reports_are_bounded(rig):
+    for _ in range(KEPT_SWITCHES + 3):
+        assert rig.nic.switch("emulated").outcome == "switched"
+    assert len(rig.nic.switches) == KEPT_SWITCHES and rig.nic.switch_count == KEPT_SWITCHES + 3
+    rig.exchange()
