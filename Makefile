@@ -2,7 +2,7 @@
 PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help setup demo image check lint bench clean
+.PHONY: help setup demo image check lint bench soak clean
 
 help: ## show this
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -25,6 +25,10 @@ lint: setup ## style, types, C warnings, sanitizer build, import rule
 
 bench: image ## measure against QEMU, in the testbed where KVM does not run Linux
 	@.venv/bin/python -m tests.perf $(ARGS)
+
+SWITCHES ?= 1000
+soak: image ## switch a guest's data path SWITCHES times (1000) under traffic, count what is lost
+	@.venv/bin/python -m tests.perf.soak --switches $(SWITCHES) $(ARGS)
 
 clean: ## remove what was built here (not the caches in ~/.cache/pyvmm)
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis pyvmm/_ext.c pyvmm/_ext*.so *.egg-info

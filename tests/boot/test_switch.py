@@ -1,0 +1,87 @@
+"""Switching the data path of a running Linux guest, with real vhost-net and our own back-end: nothing lost, nothing repeated."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.boot.guest import Guest, check_traffic
+from tests.perf.soak import build
+
+if TYPE_CHECKING:
+    from tests.boot.guest import Host
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The program that sends and counts, built out here where that is quick."""
+    return build(str(tmp_path_factory.mktemp("flow")))
+
+
+def soak(host: Host, flow: str, *args: str) -> str:
+    """`make soak` in the testbed; its last line."""
+    result = host.run(sys.executable, "-m", "tests.perf.soak", "--flow", flow, *args, timeout=400)
+    last = result.out.rstrip().rpartition("\n")[2]
+    assert result.status == 0 and last.startswith("PASS: "), f"{result.out}\n{result.err}"
+    return last
+
+
+def test_under_traffic(host: Host, flow: str) -> None:
+    """Round all three modes under numbered datagrams and TCP both ways."""
+    assert "60 switches (60 switched, 0 refused)" in soak(host, flow, "--switches", "60")
+
+
+def test_queue_pairs(host: Host, flow: str) -> None:
+    """The same with two queue pairs and two vCPUs."""
+    soak(host, flow, "--switches", "12", "--queues", "2", "--cpus", "2")
+
+
+def test_faults_in_the_hand_over(host: Host, flow: str) -> None:
+    """Every other switch fails at the worst moment; traffic goes on, and the next one succeeds."""
+    last = soak(host, flow, "--switches", "12", "--faults")
+    assert "rolled-back" in last, last
+
+
+def test_offer_and_report(host: Host) -> None:
+    """`switchable=` is told in one line; the card is an ordinary one, and the report says what was never switched."""
+    keys = "emulated,switchable=vhost-net+vhost-user"
+    with Guest(host, "--net", keys) as guest:
+        check_traffic(guest)
+        guest.leave()
+        line = "pyvmm: net0 can be switched between emulated, vhost-net, vhost-user; offers "
+        assert line in guest.err and "MRG_RXBUF" in guest.err
+        nic = guest.report["nets"][0]
+        assert nic["switch_count"] == 0 and nic["switches"] == [] and set(nic["modes"]) == {"emulated"}
+        exits = nic["modes"]["emulated"]["exits"]
+        assert exits["kvm_run_returns"] == guest.report["exits"]["kvm_run_returns"]
+
+
+def waiting(port: int) -> str | None:
+    """Bytes that a UDP socket has yet to read, in hexadecimal; None where there is no such socket."""
+    for line in Path("/proc/net/udp").read_text().splitlines()[1:]:
+        words = line.split()
+        if words[1].endswith(f":{port:04X}"):
+            return words[4].partition(":")[2]
+    return None
+
+
+def test_what_counts_can_count(host: Host, flow: str) -> None:
+    """Lost, repeated and late datagrams, all are told."""
+    receiver = subprocess.Popen([flow, "udp-receive", "9009"], stdout=subprocess.PIPE, text=True)
+    with receiver, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        host.wait_until(lambda: waiting(9009) is not None, "no receiver")
+        for number in (0, 1, 1, 3, 2, 6):
+            s.sendto(struct.pack("<Q", number) + bytes(8), ("127.0.0.1", 9009))
+        host.wait_until(lambda: waiting(9009) == "00000000", "not read")
+        receiver.terminate()
+        assert receiver.stdout
+        text = receiver.stdout.read()
+    assert "received=6 repeated=1 missing=2 first-missing=4 disordered=1" in text, text
