@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Switch, and say what it took."""
+    from pyvmm.errors import ControlError
 
     def body(client: Client) -> int:
         result = client.command("x-pyvmm-switch", nic=args.nic, mode=args.mode)
@@ -37,9 +38,16 @@ def run(args: argparse.Namespace) -> int:
             import json
 
             print(json.dumps(result, indent=2))
-        else:
-            for key, value in result.items():
-                print(f"{key.replace('_', ' ').replace('-', ' ')}: {value}")
+        elif result["outcome"] == "switched":
+            gap = max(result["gap_ns"].values(), default=0) / 1e6
+            chains = sum(result["pending"].values())
+            print(
+                f"{result['nic']}: {result['from']} -> {result['mode']}, gap {gap:.2f} ms, {chains} chains handed over"
+            )
+        if result["outcome"] != "switched":
+            raise ControlError(
+                f"{result['nic']} is {result['outcome']} to {result['mode']}: {result['reason']}"
+            )
         return 0
 
     return running.with_client(args, body, timeout=120)

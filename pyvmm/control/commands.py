@@ -223,15 +223,15 @@ def _rx_info(nic: Nic) -> dict[str, object]:
 
 def _switch(machine: Machine, given: Given) -> object:
     nic = _numbered(machine, given)
-    switch = getattr(nic, "switch", None)
-    if switch is None:
-        raise QmpError("this pyvmm cannot switch a running card's data path")
-    begin = time.monotonic_ns()
-    result = switch(given["mode"]).as_dict()
-    machine.emit(
-        "X_PYVMM_SWITCHED", name=nic.name, mode=given["mode"], duration_ns=time.monotonic_ns() - begin
-    )
-    return result
+    report = nic.switch(given["mode"])
+    if report.outcome == "switched":
+        machine.emit(
+            "X_PYVMM_SWITCHED",
+            name=nic.name,
+            mode=report.mode,
+            duration_ns=time.monotonic_ns() - report.at_ns,
+        )
+    return report.as_dict()
 
 
 def _ledger(machine: Machine, given: Given) -> object:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.boot.guest import Guest, check_traffic
+from tests.boot.guest import PYVMM, Guest, check_ping
 from tests.perf.soak import build
 
 if TYPE_CHECKING:
@@ -50,18 +50,30 @@ def test_faults_in_the_hand_over(host: Host, flow: str) -> None:
     assert "rolled-back" in last, last
 
 
-def test_offer_and_report(host: Host) -> None:
-    """`switchable=` is told in one line; the card is an ordinary one, and the report says what was never switched."""
+def test_by_name(host: Host) -> None:
+    """`switchable=` is told in one line; `pyvmm switch` reaches the machine; the report splits by mode."""
     keys = "emulated,switchable=vhost-net+vhost-user"
-    with Guest(host, "--net", keys) as guest:
-        check_traffic(guest)
-        guest.leave()
+    with Guest(host, "--name", "switched", "--net", keys) as guest:
         line = "pyvmm: net0 can be switched between emulated, vhost-net, vhost-user; offers "
         assert line in guest.err and "MRG_RXBUF" in guest.err
-        nic = guest.report["nets"][0]
-        assert nic["switch_count"] == 0 and nic["switches"] == [] and set(nic["modes"]) == {"emulated"}
-        exits = nic["modes"]["emulated"]["exits"]
-        assert exits["kvm_run_returns"] == guest.report["exits"]["kvm_run_returns"]
+        for old, new in (("emulated", "vhost-net"), ("vhost-net", "vhost-user")):
+            result = host.run(*PYVMM, "switch", "--host", "local", "switched", new)
+            assert result.status == 0 and f"net0: {old} -> {new}, gap " in result.out, result
+            check_ping(guest)
+        result = host.run(*PYVMM, "switch", "--host", "local", "switched", "vhost-net,mtu=9000")
+        assert result.status == 114 and "unknown key 'mtu'" in result.err, result
+        guest.leave()
+        report = guest.report
+        nic = report["nets"][0]
+        assert nic["mode"] == "vhost-user" and nic["switch_count"] == len(nic["switches"]) == 2
+        assert [s["outcome"] for s in nic["switches"]] == ["switched"] * 2
+        modes = nic["modes"]
+        assert {m: modes[m]["times"] for m in modes} == {"emulated": 1, "vhost-net": 1, "vhost-user": 1}
+        returns = report["exits"]["kvm_run_returns"]
+        assert sum(m["exits"]["kvm_run_returns"] for m in modes.values()) == returns
+        for mode in modes.values():
+            assert mode["counters"]["rx_packets"] > 0 < mode["counters"]["tx_packets"]
+            assert sum(mode["exits"]["by_device"].values()) == mode["exits"]["kvm_run_returns"]
 
 
 def waiting(port: int) -> str | None:

@@ -13,6 +13,7 @@ from pyvmm.cli import main, qmp, running
 from pyvmm.control.place import Claim
 from pyvmm.control.server import Command, QmpError, Server
 from pyvmm.errors import UsageError
+from pyvmm.virtio.switch import SwitchReport
 from tests.unit.test_rings import Guest, ram  # noqa: F401 - a fixture
 
 
@@ -33,8 +34,16 @@ def note(name, event=""):
     return run
 
 
-def refuse(machine, given):
-    raise QmpError("nothing to switch to")
+def switch(machine, given):
+    """Refused, rolled back or done, by the mode."""
+    if given["mode"] == "vhost-net":
+        raise QmpError("nothing to switch to")
+    report = SwitchReport("net0", "emulated", given["mode"])
+    report.outcome, report.reason = (
+        ("switched", "") if given["mode"] == "emulated" else ("rolled-back", "silent")
+    )
+    report.gap_ns, report.pending = {"rx": 1500000, "tx": 9}, {0: 200, 1: 3}
+    return report.as_dict()
 
 
 STATS = [
@@ -54,7 +63,7 @@ COMMANDS = {
     "system_powerdown": Command(note("system_powerdown"), ""),
     "quit": Command(note("quit", "SHUTDOWN"), ""),
     "echo": Command(lambda machine, given: given, "", a="int?", b="str?"),
-    "x-pyvmm-switch": Command(refuse, "", nic="int", mode="str"),
+    "x-pyvmm-switch": Command(switch, "", nic="int", mode="str"),
     "x-pyvmm-rings": Command(
         lambda machine, given: machine.rings, "", nic="int?", queue="int?", chains="int?"
     ),
@@ -120,6 +129,8 @@ def test_errors_have_their_status(fake, capsys):
     assert status == 113 and err == "pyvmm: no machine named nobody is running here; see: pyvmm ps\n"
     status, _, err = run(capsys, "switch", "box", "vhost-net")
     assert status == 114 and "nothing to switch to" in err
+    status, _, err = run(capsys, "switch", "box", "vhost-user")
+    assert status == 114 and "net0 is rolled-back to emulated: silent" in err
     status, _, err = run(capsys, "powerdown", "--wait", "0.1", "box")
     assert status == 124 and "no SHUTDOWN within 0.1 s" in err
     for argv in (
@@ -265,3 +276,11 @@ def test_what_is_only_in_the_testbed_is_asked_there(fake, capsys, monkeypatch):
     assert [r["name"] for r in json.loads(run(capsys, "ps", "--json")[1])] == ["box", "far"]
     assert [r["name"] for r in json.loads(run(capsys, "ps", "--json", "--host", "testbed")[1])] == ["far"]
     assert running.complete("f") == ["far"]
+
+
+def test_switch(fake, capsys):
+    status, out, err = run(capsys, "switch", "box", "emulated")
+    assert (status, err) == (0, "")
+    assert out == "net0: emulated -> emulated, gap 1.50 ms, 203 chains handed over\n"
+    status, out, _ = run(capsys, "switch", "--json", "box", "emulated")
+    assert status == 0 and json.loads(out)["outcome"] == "switched"
