@@ -123,6 +123,11 @@ fi
 # Bytecode at once: where PYTHONDONTWRITEBYTECODE is set, or for a user who may not write here, every run would compile.
 .venv/bin/python -m compileall -q pyvmm
 
+# --- DPDK's testpmd, a foreign vhost-user peer for the tests: unpacked into the cache, 6 MB ------------------------
+if command -v apt-get >/dev/null; then
+	.venv/bin/python -m tests.dpdk
+fi
+
 # --- the testbed -----------------------------------------------------------------------------------------------
 if [ $testbed = yes ]; then
 	.venv/bin/pyvmm testbed setup

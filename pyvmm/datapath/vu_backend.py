@@ -150,6 +150,13 @@ class _Memory:
                 return r.gpa + user - r.user
         raise ProtocolError(f"{what} at {user:#x} is in no memory region")
 
+    def read_u16(self, gpa: int) -> int | None:
+        """What stands there now; None where that is not memory."""
+        for r, mapping in self.regions:
+            if r.gpa <= gpa and gpa + 2 <= r.gpa + r.size and gpa % 2 == 0:
+                return int(ffi.cast("uint16_t *", mapping.host + r.offset + gpa - r.gpa)[0])
+        return None
+
     def clear(self) -> None:
         """Unmap everything."""
         regions, self.regions = self.regions, []
@@ -256,7 +263,14 @@ class Backend:
         self._mutex = threading.Lock()
         self._quit = EventFd()
         self._channel: Channel | None = None
-        self._counts = {"connections": 0, "messages": 0, "refused": 0, "sessions_broken": 0, "faults": 0}
+        self._counts = {
+            "connections": 0,
+            "messages": 0,
+            "refused": 0,
+            "sessions_broken": 0,
+            "faults": 0,
+            "bases_corrected": 0,
+        }
         self._forget_session()
 
     def _forget_session(self) -> None:
@@ -307,6 +321,7 @@ class Backend:
                     ring.addresses, ("descriptor table", "used ring", "available ring"), strict=True
                 )
             )
+            self._correct_base(ring, used)
             call: Any = ring.call or _NoFd()
             kick: Any = ring.kick
             vring = Vring(ring.index, ring.size, desc, avail, used, ring.base, kick, call)
@@ -317,6 +332,17 @@ class Backend:
             memory: Any = self._memory
             self.path.start(self.acked, memory, rings)
             self._running = [ring.index for ring in rings]
+
+    def _correct_base(self, ring: _Ring, used: int) -> None:
+        """Chains are finished in order here, so that the used index alone says where to go on.
+
+        Front-ends say something else after a back-end has died: DPDK's virtio-user always says 0.
+        """
+        idx = self._memory.read_u16(used + 2)
+        if idx is not None and idx != ring.base:
+            self._counts["bases_corrected"] += 1
+            self._log(f"ring {ring.index} starts at its used index {idx}, not at {ring.base}")
+            ring.base = idx
 
     def _stop_all(self) -> None:
         self._pause()

@@ -1,0 +1,166 @@
+"""DPDK's dpdk-testpmd as a foreign vhost-user back-end and front-end: where it is, how it is fetched, how it is started.
+
+Debian's package dpdk-dev, which has it, depends on 226 others, systemd among them. What testpmd loads is 6 MB, which
+``python -m tests.dpdk`` (part of ``make setup``) unpacks into the cache. An installed one is used where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.host.apt import Apt
+from pyvmm.host.paths import cache_root
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: What testpmd is linked with, directly and not, and the drivers that the tests name: librte-NAME23 each.
+LIBRARIES = """
+bitratestats bpf bus-auxiliary bus-dpaa bus-pci bus-vdev cmdline common-dpaax common-iavf common-mlx5- crypto-scheduler cryptodev
+dmadev eal ethdev eventdev gro gso hash ip-frag kvargs latencystats mbuf mempool mempool-dpaa meter metrics net net-bnxt net-bond
+net-dpaa net-i40e net-ice net-ixgbe net-mlx5- pcapng pci pdump rcu reorder ring sched security telemetry timer vhost
+mempool-ring net-tap net-vhost net-virtio
+"""
+ABI = "23"
+#: And what of others' these need, which a machine with QEMU has only in part.
+OTHERS = (
+    *(
+        "dpdk-dev",
+        "ibverbs-providers",
+        "libibverbs1",
+        "libpcap0.8",
+        "libbsd0",
+        "libmd0",
+        "libelf1",
+        "libfdt1",
+    ),
+    *("libjansson4", "libnuma1", "libdbus-1-3", "libnl-3-200", "libnl-route-3-200"),
+)
+DRIVERS = ("mempool_ring", "net_tap", "net_vhost", "net_virtio")
+LIB = "usr/lib/x86_64-linux-gnu"
+REMEDY = "run: make setup (or install the packages dpdk and dpdk-dev)"
+
+
+def root() -> Path:
+    """Where it is unpacked."""
+    return Path(cache_root()) / "dpdk" / ABI
+
+
+def fetch() -> None:
+    """Unpack it into the cache, unless it is there or installed. :raises HostError: apt fails."""
+    if shutil.which("dpdk-testpmd") or (root() / "usr/bin/dpdk-testpmd").exists():
+        return
+    names = [*(f"librte-{name}{ABI}" for name in LIBRARIES.split()), *OTHERS]
+    Apt(progress=lambda line: print(f"dpdk: {line}", file=sys.stderr)).install(names, root())
+    # DPDK refuses drivers in directories that others may write to.
+    for path in root().rglob("*"):
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+def command(*vdevs: str, options: Sequence[str] = (), memory: int = 128) -> list[str]:
+    """argv of testpmd on one core, without huge pages and without a console of its own.
+
+    :param vdevs: virtual devices, in the order of their ports. :param options: testpmd's own, as ``--forward-mode=io``.
+    :param memory: MiB. :raises HostError: it is not there.
+    """
+    installed = shutil.which("dpdk-testpmd")
+    argv = [installed] if installed else []
+    if not installed:
+        program = root() / "usr/bin/dpdk-testpmd"
+        if not program.exists():
+            raise HostError("dpdk-testpmd is missing", REMEDY)
+        argv = ["env", f"LD_LIBRARY_PATH={root() / LIB}", str(program)]
+        for name in DRIVERS:
+            argv += ["-d", str(root() / LIB / f"librte_{name}.so.{ABI}")]
+    argv += [
+        "--no-huge",
+        "-m",
+        str(memory),
+        "--no-shconf",
+        "--no-pci",
+        "--no-telemetry",
+        "--lcores",
+        "0@0,1@0",
+    ]
+    for vdev in vdevs:
+        argv += ["--vdev", vdev]
+    return [*argv, "--", "--total-num-mbufs=4096", "--no-mlockall", *options]
+
+
+class TestPmd:
+    """testpmd as a child process here, told what to do by its interactive console."""
+
+    __test__ = False
+
+    def __init__(self, *vdevs: str, options: Sequence[str] = ()) -> None:
+        self.process = subprocess.Popen(
+            # Its output is to a pipe, so that it would come late.
+            ["stdbuf", "-oL", *command(*vdevs, options=("--interactive", *options))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            bufsize=1,
+        )
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        assert self.process.stdout
+        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
+        self._reader.start()
+
+    def _read(self, stream: IO[str]) -> None:
+        while line := stream.readline():
+            with self._changed:
+                self.lines.append(line.rstrip())
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+    def say(self, line: str) -> None:
+        """One line for its console."""
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def expect(self, text: str, patience: float, start: int = 0) -> None:
+        """Wait until it has printed ``text`` from line ``start`` on."""
+        with self._changed:
+            found = self._changed.wait_for(
+                lambda: any(text in line for line in self.lines[start:]) or not self._reader.is_alive(),
+                patience,
+            )
+            assert found and any(text in line for line in self.lines[start:]), (text, self.lines)
+
+    def __enter__(self) -> TestPmd:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.say("quit")
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it is dead
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join()
+        self.process.stdout.close()
+
+
+if __name__ == "__main__":
+    os.umask(0o022)
+    try:
+        fetch()
+    except PyvmmError as e:
+        sys.exit(f"dpdk: {e}")
