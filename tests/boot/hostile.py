@@ -1,0 +1,64 @@
+"""Misbehaves as a vhost-user back-end to a pyvmm that looks for one; runs in the testbed: `python -m tests.boot.hostile SOCKET`.
+
+One connection for each kind of malice, then it ends. Prints the names of those that were tried.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from pyvmm.datapath.vu_wire import Listener
+from pyvmm.spec import vhost_user as spec
+from tests.vu_fake import HOSTILE, Fake, raw
+
+if TYPE_CHECKING:
+    from pyvmm.datapath.vu_wire import Message
+    from tests.vu_fake import Answer
+
+PATIENCE = 120.0
+
+
+def drip(sock: socket.socket, m: Message) -> None:
+    """One byte a second, until the other side has had enough."""
+    for byte in raw(m.request, struct.pack("<Q", Fake.FEATURES)):
+        time.sleep(1)
+        sock.send(bytes([byte]))
+
+
+#: name -> request and what is answered to it.
+MALICE: dict[str, tuple[int, Answer]] = {
+    **{name: (spec.VHOST_USER_GET_FEATURES, answer) for name, answer in HOSTILE.items()},
+    "refuses memory": (
+        spec.VHOST_USER_SET_MEM_TABLE,
+        raw(spec.VHOST_USER_SET_MEM_TABLE, struct.pack("<Q", 1)),
+    ),
+    "garbage late": (spec.VHOST_USER_SET_VRING_ENABLE, b"\xff" * 64),
+    "silence": (spec.VHOST_USER_GET_FEATURES, lambda sock, m: None),
+    "a byte a second": (spec.VHOST_USER_GET_FEATURES, drip),
+}
+
+
+def main() -> int:
+    listener = Listener(sys.argv[1])
+    with Fake(listener) as fake:
+        for name, (request, answer) in MALICE.items():
+            fake.answers.clear()
+            fake.answers[request] = answer
+            before, until = fake.connections, time.monotonic() + PATIENCE
+            # The one after it is the proof that the one before has ended.
+            while fake.connections < before + 2:
+                time.sleep(0.01)
+                if time.monotonic() > until:
+                    print(f"no connection for {name}", flush=True)
+                    return 1
+            print(name, flush=True)
+    listener.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
