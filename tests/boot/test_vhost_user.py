@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.boot import seqnet
 from tests.boot.guest import PATIENCE, PYVMM, Guest, check_traffic
 from tests.boot.hostile import MALICE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.boot.guest import Host
 
@@ -86,18 +86,12 @@ def tap_backend(host: Host) -> Backend:
 
 
 @pytest.fixture(scope="module")
-def seqnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """seqnet.c as a program that runs in any Linux."""
-    program = tmp_path_factory.mktemp("seqnet") / "seqnet"
-    source = Path(__file__).with_name("seqnet.c")
-    subprocess.run(
-        ["gcc", "-std=gnu11", "-O2", "-static", "-Wall", "-Werror", "-o", program, source], check=True
-    )
-    return program
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return seqnet.build(tmp_path_factory.mktemp("seqnet"))
 
 
 @pytest.fixture(scope="module")
-def guest(host: Host, seqnet: Path) -> Iterator[OutsideGuest]:
+def guest(host: Host, program: Path) -> Iterator[OutsideGuest]:
     """The one guest for all tests, with seqnet in it. No back-end is there before a test, nor after it."""
     host.sh(
         f"""ip netns add {SPACE}
@@ -108,12 +102,7 @@ def guest(host: Host, seqnet: Path) -> Iterator[OutsideGuest]:
     backend = tap_backend(host).start()
     try:
         with OutsideGuest(host, "--net", f"vhost-user,socket={SOCKET},mtu={MTU}") as guest:
-            guest.start("busybox nc -l -p 7009 >/tmp/seqnet")
-            send = f"until busybox nc 192.168.100.2 7009 <{seqnet}; do sleep 0.2; done"
-            assert host.run(*INSIDE, "sh", "-c", send).status == 0
-            guest.do(
-                f"until [ $(wc -c </tmp/seqnet) = {seqnet.stat().st_size} ]; do sleep 0.1; done; chmod +x /tmp/seqnet"
-            )
+            seqnet.install(guest, program)
             backend.stop()
             yield guest
     finally:
@@ -149,49 +138,37 @@ def test_traffic_and_a_kill_under_traffic(host: Host, guest: OutsideGuest) -> No
         undisturbed(guest)
 
 
-def kill_under_traffic(host: Host, guest: Guest, seqnet: Path, kills: int, seed: int = 1) -> dict[str, Any]:
-    """Numbered datagrams from the guest while its back-end is killed again and again; what came at the tap, and how it went.
+def kill_under_traffic(
+    host: Host, guest: Guest, program: Path, kills: int, seed: int = 1, patience: float = PATIENCE
+) -> dict[str, Any]:
+    """Numbered datagrams from the guest while its back-end is killed again and again.
 
-    :returns: seqnet's account, that of the sender as ``sender`` and the reviver's as ``reviver``.
+    :returns: seqnet's account at the tap; the number ``sent``; what the ``reviver`` says.
     """
-    inside = " ".join(INSIDE)
-    program = (
-        sys.executable,
-        "-m",
-        "tests.boot.reviver",
-        SOCKET,
-        TAP,
-        str(kills),
-        str(seed),
-    )
-    backend = Backend(host, program=program).start()
-    out = f"{LOG}.count"
-    host.sh(
-        f"setsid {inside} {seqnet} count {TAP} >{out} & echo $! >{out}.pid; until [ -s {out} ]; do sleep 0.1; done"
-    )
+    argv = (sys.executable, "-m", "tests.boot.reviver", SOCKET, TAP, str(kills), str(seed))
+    backend = Backend(host, program=argv).start()
     try:
-        guest.do("/tmp/seqnet send eth0 0 0 >/tmp/sent & echo $! >/tmp/sender")
-        patience = PATIENCE + kills
-        host.sh(f"until grep -q done {LOG}; do kill -0 $(cat {PIDFILE}); sleep 0.5; done", timeout=patience)
-        guest.do("kill $(cat /tmp/sender); until grep -q sent /tmp/sent; do sleep 0.1; done")
-        sender = json.loads(guest.do("cat /tmp/sent"))
-        # A ping comes after all of them, in the same queue.
-        text = guest.do("ping -c 1 -W 60 192.168.100.1")
-        assert "1 packets received" in text, text
+        counter = seqnet.HostCounter(host, program, TAP, INSIDE)
+        try:
+            sender = seqnet.GuestSender(guest)
+            host.sh(
+                f"until grep -q done {LOG}; do kill -0 $(cat {PIDFILE}); sleep 0.5; done", timeout=patience
+            )
+            sent = sender.stop()
+            # It comes after all of them, in the same queue.
+            assert "1 packets received" in guest.do("ping -c 1 -W 60 192.168.100.1")
+        finally:
+            account = counter.account()
     finally:
-        host.sh(f"kill $(cat {out}.pid); until grep -q received {out}; do sleep 0.1; done")
         backend.stop()
-    account: dict[str, Any] = json.loads(host.sh(f"tail -n 1 {out}; rm {out} {out}.pid"))
-    account["sender"] = sender
-    account["reviver"] = json.loads(backend.log().splitlines()[-1])
-    return account
+    return {**account, "sent": sent, "reviver": json.loads(backend.log().splitlines()[-1])}
 
 
-def test_kills_lose_and_repeat_nothing(host: Host, guest: OutsideGuest, seqnet: Path) -> None:
+def test_kills_lose_and_repeat_nothing(host: Host, guest: OutsideGuest, program: Path) -> None:
     """With INFLIGHT every datagram of the guest comes to the tap once and in order, whenever the back-end is killed."""
-    account = kill_under_traffic(host, guest, seqnet, KILLS)
+    account = kill_under_traffic(host, guest, program, KILLS)
     assert account["reviver"]["kills"] == KILLS and not account["reviver"]["problem"], account
-    assert account["overflow"] == 0 and account["next"] == account["sender"]["sent"] > 20 * KILLS, account
+    assert account["overflow"] == 0 and account["next"] == account["sent"] > 20 * KILLS, account
     assert (account["repeated"], account["late"], account["missing"]) == (0, 0, 0), account
     undisturbed(guest)
 

@@ -37,6 +37,7 @@ KVM = Path("/sys/kernel/debug/kvm")
 BOOT_LIMIT = 40.0  # seconds
 COUNTS = ("exits", "irq_injections")
 STAGE = Path("/dev/shm/pyvmm-bench")
+SOCKET = "/run/pyvmm-bench.sock"
 
 
 def sh(*argv: str, check: bool = True) -> str:
@@ -74,12 +75,18 @@ def stage_files(image: Any) -> tuple[str, str, list[str], list[str]]:
 
 
 class Contestant:
-    """One way to run the guest."""
+    """One way to run the guest.
 
-    def __init__(self, name: str, argv: list[str], *, net: bool = True) -> None:
+    :param backend: a vhost-user back-end that listens at SOCKET and is started first, or nothing.
+    """
+
+    def __init__(
+        self, name: str, argv: list[str], *, net: bool = True, backend: list[str] | None = None
+    ) -> None:
         self.name = name
         self.argv = argv
         self.net = net
+        self.backend = backend
 
 
 def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
@@ -88,6 +95,7 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
     base = f"console=ttyS0 panic=-1 pyvmm.port=0 {line}"
     cpus, memory = str(args.cpus), "256M"
     kernel, initrd, mine, q = stage_files(image)
+    backend = [*mine, "backend", "--quiet", "--socket", SOCKET, "--tap", TAP]
     mine += ["run", "--host", "local", "-v", "--cpus", cpus, "--memory", memory]
     mine += ["--kernel", kernel, "--initrd", initrd]
     card = f"emulated,tap={TAP},mac={MAC}"
@@ -96,6 +104,11 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
         Contestant("pyvmm notify=exit", [*mine, "--net", f"{card},notify=exit", "--append", line]),
         Contestant(
             "pyvmm vhost-net", [*mine, "--net", card.replace("emulated", "vhost-net"), "--append", line]
+        ),
+        Contestant(
+            "pyvmm vhost-user",
+            [*mine, "--net", f"vhost-user,socket={SOCKET},mac={MAC}", "--append", line],
+            backend=backend,
         ),
     ]
     if q:
@@ -108,7 +121,29 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
         )
         for name, vhost in (("qemu q35", False), ("qemu q35 vhost", True)):
             out.append(Contestant(name, [*common, *peers.qemu_card(TAP, MAC, vhost=vhost)]))
+        q35 = ["-M", "q35,memory-backend=ram", "-device", f"virtio-net-pci,netdev=n,mac={MAC},romfile="]
+        user = ["-chardev", f"socket,id=c,path={SOCKET}", "-netdev", "vhost-user,id=n,chardev=c"]
+        out.append(Contestant("qemu q35 vhost-user", [*common, *user, *q35], backend=backend))
     return [c for c in out if not args.only or c.name in args.only.split(",")]
+
+
+@contextmanager
+def serving(argv: list[str] | None) -> Iterator[None]:
+    """The back-end, listening, where there is to be one."""
+    if argv is None:
+        yield
+        return
+    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + BOOT_LIMIT
+        while not Path(SOCKET).exists():
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the back-end does not listen")
+            time.sleep(0.05)
+        yield
+    finally:
+        child.terminate()
+        child.wait()
 
 
 @contextmanager
@@ -183,7 +218,7 @@ def iperf(seconds: float, *extra: str) -> tuple[float, int]:
 
 def measure(contestant: Contestant, args: argparse.Namespace, log: Path) -> dict[str, float]:
     out: dict[str, float] = {}
-    with running(contestant, log) as (child, booted):
+    with serving(contestant.backend), running(contestant, log) as (child, booted):
         out["boot s"] = booted
         out["rss MB"] = rss_mb(child.pid)
         if args.boot_only or not contestant.net:

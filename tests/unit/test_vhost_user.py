@@ -268,8 +268,48 @@ def test_two_guests_joined(tmp_path):
             assert [p[12:] for p in receiver.driver.wait_packets(100, PATIENCE)] == sent
 
 
-def test_a_python_function(path):
-    """The twenty lines of docs/vhost-user.md: swap the addresses and send back."""
+def checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def test_the_example_of_a_python_function(path):
+    """docs/examples/everybody.py, which docs/vhost-user.md quotes: every address answers ARP and pings."""
+    example = Path("docs/examples/everybody.py")
+    assert f"```python\n{example.read_text()}```" in Path("docs/vhost-user.md").read_text()
+    code = [line for line in example.read_text().split("\n") if line.strip() and not line.startswith('"""')]
+    assert len(code) <= 20
+    me, you = bytes([192, 168, 100, 2]), bytes([192, 168, 100, 77])
+    process = subprocess.Popen([sys.executable, example, path], stdout=subprocess.PIPE, text=True)
+    try:
+        with Guest(path) as guest:
+            guest.start()
+            ask = struct.pack(">HHBBH", 1, 0x800, 6, 4, 1) + MAC + me + bytes(6) + you
+            guest.driver.send(b"\xff" * 6 + MAC + b"\x08\x06" + ask)
+            answer = guest.driver.wait_packets(1, PATIENCE)[0][12:]
+            its = answer[6:12]
+            assert answer[:6] == MAC and answer[12:14] == b"\x08\x06"
+            assert answer[14:] == struct.pack(">HHBBH", 1, 0x800, 6, 4, 2) + its + you + MAC + me
+            for n in (1, 0xF7FF, 0xFFFF):  # carries in the checksum, too
+                echo = struct.pack(">BBHHH", 8, 0, 0, n, 1) + bytes(range(56))
+                echo = echo[:2] + struct.pack(">H", checksum(echo)) + echo[4:]
+                ip = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(echo), n, 0, 64, 1, 0) + me + you
+                ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
+                guest.driver.received.clear()
+                guest.driver.send(its + MAC + b"\x08\x00" + ip + echo)
+                packet = guest.driver.wait_packets(1, PATIENCE)[0][12:]
+                assert packet[:14] == MAC + its + b"\x08\x00" and packet[26:34] == you + me
+                assert not checksum(packet[14:34]) and not checksum(packet[34:])
+                assert packet[34:36] == b"\x00\x00" and packet[38:] == echo[4:]
+    finally:
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=PATIENCE)
+    assert out.startswith("front-end connected\n")
+
+
+def test_a_python_function_that_swaps(path):
     port = PythonPort(lambda packet, pair: port.send(packet[6:12] + packet[:6] + packet[12:], pair))
     with Running(path, port), Guest(path) as guest:
         guest.start()
@@ -890,6 +930,23 @@ def command(*argv):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_busy_polling_and_pinning_by_the_command(path):
+    """`--poll --worker-cpu C`: worker k is on CPU C + k, and the guest is not asked for kicks."""
+    first = min(os.sched_getaffinity(0))
+    argv = ("--socket", path, "--loopback", "--poll", "--worker-cpu", str(first), "--counters")
+    with command(*argv) as backend, Guest(path) as guest:
+        guest.start()
+        echo(guest, range(64))
+        kicks = guest.driver.tx.kicks
+        echo(guest, range(64, 256))
+        assert guest.driver.tx.kicks == kicks
+        tasks = [
+            t for t in Path(f"/proc/{backend.pid}/task").iterdir() if (t / "comm").read_text() == "loop-0\n"
+        ]
+        assert [os.sched_getaffinity(int(t.name)) for t in tasks] == [{first}]
+    assert json.loads(backend.out)["wakeups"] == 0
 
 
 def test_backend_and_probe_commands(path):
