@@ -454,6 +454,41 @@ def test_a_backend_with_less_is_refused(path):
             echo(guest, range(10, 20))
 
 
+def test_a_backend_with_fewer_queues_is_refused(path):
+    first = Running(path, loop_port(2))
+    with Guest(path, queues=2) as guest:
+        guest.start()
+        first.__exit__()
+        with Running(path, loop_port(1)):
+            words = "has 1 queue pairs, not 2"
+            assert wait_for(lambda: any(words in p for p in guest.path.problems), PATIENCE)
+            assert guest.counter("connected") == 0
+        with Running(path, loop_port(3)):
+            assert guest.connected(2)
+            for driver in guest.drivers:
+                echo(guest, range(20), driver)
+
+
+def test_a_backend_with_another_mtu_is_refused(path):
+    with ExitStack() as stack:
+        first, other = (
+            stack.enter_context(Namespace(address=f"192.168.{n}.1/24", mtu=1500)) for n in (95, 96)
+        )
+        running = Running(path, first.tap)
+        with Guest(path, mtu=1400, acked=ALL | MTU) as guest:
+            guest.start()
+            assert guest.counter("connected") == 1
+            running.__exit__()
+            other.tap.mtu = 1300
+            with Running(path, other.tap):
+                words = "refuses an MTU of 1400"
+                assert wait_for(lambda: any(words in p for p in guest.path.problems), PATIENCE)
+                assert guest.counter("connected") == 0
+            with Running(path):  # takes any
+                assert guest.connected(2)
+                echo(guest, range(20))
+
+
 CHILD = """
 import os, sys
 from pyvmm.datapath.vu_backend import Backend
@@ -527,6 +562,46 @@ def test_kills_under_traffic(path, protocol):
                 assert got == sorted(got)
             else:
                 assert lost == 0 and repeats <= guest.counter("tx_possible_repeats"), (repeats, lost)
+
+
+def test_a_kill_is_noticed_at_once(path):
+    """By the end of the connection and nothing else, so within 100 ms (FAULTS, 1) unless the machine is busy each time."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    far.setblocking(False)
+    delays = []
+    with near, far, ExitStack() as stack:
+        killer = stack.enter_context(ExitStack())
+        process = killer.enter_context(child(path, far))
+        guest = stack.enter_context(Guest(path))
+        guest.start()
+        for round in range(5):
+            assert guest.connected(round + 1), guest.path.problems
+            died = time.monotonic()
+            process.kill()
+            assert wait_for(lambda n=round + 1: guest.counter("disconnections") == n, PATIENCE)
+            delays.append(time.monotonic() - died)
+            killer.close()
+            process = killer.enter_context(child(path, far))
+    assert min(delays) < 0.1, delays
+
+
+def test_a_stopped_backend_is_given_up_when_its_answer_is_needed(path):
+    """SIGSTOP: the rings just wait; a stop of the rings waits for the time-out and no longer."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near.setblocking(False)
+    far.setblocking(False)
+    with near, far, child(path, far) as process, Guest(path) as guest:
+        guest.start()
+        process.send_signal(signal.SIGSTOP)
+        guest.driver.send(frame(1))
+        assert guest.counter("connected") == 1 and guest.driver.tx.outstanding == 1
+        with impatient(guest):
+            bases = guest.path.stop()
+            assert guest.counter("timeouts") == 1
+            guest.start(bases)  # there is nobody: parked
+        process.send_signal(signal.SIGCONT)
+        assert guest.connected(2), guest.path.problems
+        assert wait_for(lambda: guest.driver.tx.outstanding == 0, PATIENCE)
 
 
 def test_a_stop_does_not_wait_for_a_backend_that_hangs_while_it_comes_back(path, listener):
