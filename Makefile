@@ -2,10 +2,10 @@
 PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help setup demo image check lint bench soak clean
+.PHONY: help setup demo image check lint bench soak soak-kills clean
 
 help: ## show this
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 
 setup: ## install what is missing: system packages (as root), .venv, C extension, testbed
 	@tools/setup.sh $(SETUP)
@@ -29,6 +29,10 @@ bench: image ## measure against QEMU, in the testbed where KVM does not run Linu
 SWITCHES ?= 1000
 soak: image ## switch a guest's data path SWITCHES times (1000) under traffic, count what is lost
 	@.venv/bin/python -m tests.perf.soak --switches $(SWITCHES) $(ARGS)
+
+KILLS ?= 1000
+soak-kills: image ## kill the vhost-user back-end KILLS times (1000) under a guest that sends: nothing lost, nothing twice
+	@.venv/bin/python -m tests.perf.soak_kills --kills $(KILLS) $(ARGS)
 
 clean: ## remove what was built here (not the caches in ~/.cache/pyvmm)
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis pyvmm/_ext.c pyvmm/_ext*.so *.egg-info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -90,9 +91,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return seqnet.build(tmp_path_factory.mktemp("seqnet"))
 
 
-@pytest.fixture(scope="module")
-def guest(host: Host, program: Path) -> Iterator[OutsideGuest]:
-    """The one guest for all tests, with seqnet in it. No back-end is there before a test, nor after it."""
+@contextmanager
+def one_guest(host: Host, program: Path) -> Iterator[OutsideGuest]:
+    """A guest with seqnet in it, whose back-end has just gone; SPACE with TAP is there as long as it is."""
     host.sh(
         f"""ip netns add {SPACE}
         ip -n {SPACE} tuntap add dev {TAP} mode tap
@@ -107,6 +108,13 @@ def guest(host: Host, program: Path) -> Iterator[OutsideGuest]:
             yield guest
     finally:
         host.sh(f"ip netns del {SPACE}")
+
+
+@pytest.fixture(scope="module")
+def guest(host: Host, program: Path) -> Iterator[OutsideGuest]:
+    """The one guest of all tests. No back-end is there before a test, nor after it."""
+    with one_guest(host, program) as guest:
+        yield guest
 
 
 def undisturbed(guest: Guest) -> None:
@@ -139,7 +147,7 @@ def test_traffic_and_a_kill_under_traffic(host: Host, guest: OutsideGuest) -> No
 
 
 def kill_under_traffic(
-    host: Host, guest: Guest, program: Path, kills: int, seed: int = 1, patience: float = PATIENCE
+    host: Host, guest: OutsideGuest, program: Path, kills: int, *, seed: int = 1, patience: float = PATIENCE
 ) -> dict[str, Any]:
     """Numbered datagrams from the guest while its back-end is killed again and again.
 
