@@ -1,10 +1,16 @@
-"""Try out a vhost-user back-end without a guest: its features, and its answer to each message.
+"""Try out a vhost-user back-end without a guest.
+
+probe: its features, and its answer to each message.
+check: does it conform? Fills rings as a driver does, with each set of features, stops, wraps, reconnects, misbehaves; prints pass or
+fail for each item. Best with a back-end that sends every packet back; with another one receiving is left out.
 
 Examples:
   pyvmm vhost-user probe /tmp/s
   pyvmm vhost-user probe --timeout 10 --json /tmp/s
+  pyvmm vhost-user check --junit result.xml /tmp/s
 
-Exit status: 0 all was answered and nothing refused, 1 something was refused, 112 no connection, a broken protocol, or no answer.
+Exit status: 0 all was answered and nothing refused, or all items passed; 1 something was refused, or failed; 112 no connection, a
+broken protocol, or no answer.
 """
 
 from __future__ import annotations
@@ -13,26 +19,90 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
+    from pyvmm.datapath.vu_check import Bench, Item
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    parser.add_argument("action", choices=("probe",), help="what to do")
+    parser.add_argument("action", choices=("probe", "check"), help="what to do")
     parser.add_argument("socket", metavar="SOCKET", help="where the back-end listens")
-    parser.add_argument("--timeout", metavar="S", type=float, default=2.0, help="seconds for each answer (2)")
-    parser.add_argument("--json", action="store_true", help="an object with features and steps")
+    parser.add_argument(
+        "--timeout",
+        metavar="S",
+        type=float,
+        help="seconds for each answer (2; check: 5, also for each burst)",
+    )
+    parser.add_argument("--json", action="store_true", help="an object with features and steps, or items")
+    parser.add_argument("--junit", metavar="FILE", help="check: write JUnit XML")
+    parser.add_argument(
+        "--queues", metavar="N", type=int, help="check: queue pairs to use at once (all that it has, up to 4)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Probe and print."""
+    """Probe or check, and print."""
+    from pyvmm.errors import UsageError
+
+    if args.timeout is not None and not 0 < args.timeout <= 3600:
+        raise UsageError(f"--timeout {args.timeout:g}", "use a positive number of seconds")
+    if args.queues is not None and not 1 <= args.queues <= 32:
+        raise UsageError(f"--queues {args.queues}", "use 1 to 32")
+    if args.action == "check":
+        return _check(args)
+    if args.junit or args.queues:
+        raise UsageError("--junit or --queues with probe", "they are for check")
+    return _probe(args)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from pyvmm.datapath.vu_check import Bench
+    from pyvmm.datapath.vu_wire import connect
+
+    connect(args.socket).close()  # or the one error that says that nobody listens
+    bench = Bench(args.socket, timeout=args.timeout or 5.0, queues=args.queues)
+    bench.run(lambda item: None if args.json else _print_item(item))
+    if args.json:
+        import json
+
+        items = [{k: getattr(i, k) for k in ("name", "result", "detail", "seconds")} for i in bench.items]
+        print(json.dumps({"echoes": bench.echoes, "items": items}, indent=2))
+    else:
+        counts = [(n, sum(i.result == n for i in bench.items)) for n in ("passed", "failed", "skipped")]
+        print(", ".join(f"{count} {name}" for name, count in counts))
+    if args.junit:
+        _write_junit(args.junit, bench)
+    return int(any(i.result == "failed" for i in bench.items))
+
+
+def _print_item(item: Item) -> None:
+    mark = {"passed": "ok", "failed": "FAIL", "skipped": "-"}[item.result]
+    print(f"{mark:4} {item.name:54} {item.seconds * 1000:6.0f} ms  {item.detail}".rstrip(), flush=True)
+
+
+def _write_junit(path: str, bench: Bench) -> None:
+    from pathlib import Path
+
+    from pyvmm.errors import UsageError
+    from pyvmm.testing.junit import TestCase, document
+
+    cases = [
+        TestCase("vhost-user", i.name, i.seconds, i.result, message=i.detail if i.result != "passed" else "")
+        for i in bench.items
+    ]
+    try:
+        Path(path).write_text(document("pyvmm vhost-user check", cases, sum(i.seconds for i in bench.items)))
+    except OSError as e:
+        raise UsageError(f"--junit {path}: {e.strerror}", "name a file that can be written") from e
+
+
+def _probe(args: argparse.Namespace) -> int:
     from pyvmm.datapath.vu_probe import Probe
     from pyvmm.datapath.vu_wire import protocol_names
-    from pyvmm.errors import UsageError, VhostUserError
+    from pyvmm.errors import VhostUserError
     from pyvmm.virtio.features import names
 
-    if not 0 < args.timeout <= 3600:
-        raise UsageError(f"--timeout {args.timeout:g}", "use a positive number of seconds")
     error: VhostUserError | None = None
-    with Probe(args.socket, timeout=args.timeout) as probe:
+    with Probe(args.socket, timeout=args.timeout or 2.0) as probe:
         try:
             probe.run()
         except VhostUserError as e:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 SOCKET, CONSOLE, PIDFILE, LOG = (f"/run/dpdk-test.{end}" for end in ("s", "console", "pid", "log"))
 SPACE, TAP = "dpdk-test", "dtap0"
+TAP_MAC = "02:00:00:00:00:01"
 INSIDE = ("ip", "netns", "exec", SPACE)
 DATAGRAMS = 300
 
@@ -31,7 +32,8 @@ class Pmd:
         self.host, self.client, self.macswap = host, client, macswap
         vdevs = [f"net_vhost0,iface={SOCKET},queues=2{',client=1' if client else ''}"]
         if not macswap:
-            vdevs.append(f"net_tap0,iface={TAP}")
+            # Left to itself net_tap has another address each time, and the guest goes on sending to that in its ARP cache.
+            vdevs.append(f"net_tap0,iface={TAP},mac={TAP_MAC}")
         mode = "--forward-mode=" + ("macswap" if macswap else "io")
         self._argv = [*INSIDE, *command(*vdevs, options=(mode, "--rxq=2", "--txq=2", "--auto-start"))]
 

@@ -1,0 +1,523 @@
+"""Conformance of a vhost-user-net back-end, without a guest: rings are filled as a driver fills them, over our own front-end.
+
+Each item of :data:`ITEMS` is a function of a :class:`Bench` that returns what was seen, or raises :class:`Failed` or :class:`Skipped`.
+Where the back-end sends packets back (a loop, ``dpdk-testpmd --forward-mode=io`` with one port) what comes is compared as well; else
+only that each transmit is finished once, and in an orderly way.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import time
+from contextlib import contextmanager
+
+from pyvmm.datapath.driver import NetDriver, wait_for
+from pyvmm.datapath.vhost_user import VhostUserNet
+from pyvmm.datapath.vu_wire import Channel, TimedOut, connect
+from pyvmm.errors import PyvmmError, VhostUserError
+from pyvmm.memory import GuestMemory
+from pyvmm.spec import vhost_user as spec
+from pyvmm.spec import virtio, virtio_net
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+VERSION_1 = 1 << virtio.VIRTIO_F_VERSION_1
+EVENT_IDX = 1 << virtio.VIRTIO_RING_F_EVENT_IDX
+INDIRECT = 1 << virtio.VIRTIO_RING_F_INDIRECT_DESC
+MRG_RXBUF = 1 << virtio_net.VIRTIO_NET_F_MRG_RXBUF
+NAMES = {EVENT_IDX: "EVENT_IDX", INDIRECT: "INDIRECT_DESC", MRG_RXBUF: "MRG_RXBUF"}
+OPTIONAL = (EVENT_IDX, INDIRECT, MRG_RXBUF)
+MAC = bytes.fromhex("525400ba5e01")
+#: Of what is sent: to nobody, from us, an EtherType for local experiments, a number of this run.
+MAGIC = os.urandom(4)
+HEADER = b"\x02\x00\x00\x00\x00\x77" + MAC + b"\x88\xb5" + MAGIC
+RARP = b"\x80\x35"
+#: Segments of a frame in turn: header and frame in one, header apart, in many.
+SPLITS: tuple[list[int], ...] = ([], [12], [12, 14, 20], [6, 6, 10, 10, 10])
+
+
+class Failed(Exception):
+    """The back-end does not do what it must."""
+
+
+class Skipped(Exception):
+    """It cannot be seen, or the back-end does not offer it."""
+
+
+class Item:
+    """What came of one check.
+
+    :ivar result: ``passed``, ``failed`` or ``skipped``. :ivar detail: what was seen, or what is wrong.
+    """
+
+    __slots__ = ("detail", "name", "result", "seconds")
+
+    def __init__(self, name: str, result: str, detail: str, seconds: float) -> None:
+        self.name, self.result, self.detail, self.seconds = name, result, detail, seconds
+
+
+class Machine:
+    """Memory and drivers of one machine on the back-end."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        acked: int,
+        *,
+        size: int = 256,
+        start: int = 0,
+        pairs: int = 1,
+        rx_size: int = 2048,
+    ) -> None:
+        self.bench = bench
+        self.memory = GuestMemory(8 << 20)
+        self.drivers: list[NetDriver] = []
+        self.path: VhostUserNet | None = None
+        self.number = 0
+        try:
+            at = 0x10000
+            for pair in range(pairs):
+                driver = NetDriver(
+                    self.memory,
+                    base=at,
+                    size=size,
+                    start=start,
+                    event_idx=bool(acked & EVENT_IDX),
+                    indirect=bool(acked & INDIRECT),
+                    mrg_rxbuf=bool(acked & MRG_RXBUF),
+                    rx_buffers=min(size, 256),
+                    rx_size=rx_size,
+                    pair=pair,
+                )
+                at += (7 << 20) // pairs & ~0xFFF
+                driver.end = at
+                driver.fill(kick=False)
+                self.drivers.append(driver)
+            self.path = VhostUserNet(
+                bench.path, queues=pairs, mac=MAC, timeout=bench.timeout, wait=bench.timeout
+            )
+            self.acked = acked & self.path.features()
+            if acked & ~self.acked:
+                raise Failed(f"features {acked & ~self.acked:#x} have gone")
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self) -> None:
+        """Hand over the rings, each from its used index."""
+        assert self.path is not None
+        rings = [r.vring(r.used_idx) for d in self.drivers for r in d.rings]
+        self.path.start(self.acked, self.memory, rings)
+        self.healthy()
+
+    def healthy(self) -> None:
+        """:raises Failed: the connection has ended, or a ring was found malformed."""
+        assert self.path is not None
+        counters = self.path.counters()
+        if counters["ring_errors"]:
+            raise Failed("it has found a ring malformed (ERR eventfd)")
+        if self.path.problems:
+            raise Failed(self.path.problems[-1])
+
+    def stop(self) -> None:
+        """Take the rings back. :raises Failed: at other positions than the rings say."""
+        assert self.path is not None
+        bases = self.path.stop()
+        self.healthy()
+        for ring, base in zip((r for d in self.drivers for r in d.rings), bases, strict=True):
+            if self.path.counters()["bad_bases"] or base != ring.used_idx:
+                raise Failed(
+                    f"ring {ring.index}: GET_VRING_BASE gives {base}, its used index is {ring.used_idx}"
+                )
+
+    def frame(self, length: int) -> bytes:
+        """The next one, of ``length`` bytes or a few more."""
+        self.number += 1
+        head = HEADER + struct.pack("<I", self.number)
+        return head + bytes((self.number + i) & 0xFF for i in range(max(0, length - len(head))))
+
+    def send(self, count: int, *, pair: int = 0, longest: int = 1400) -> None:
+        """Frames of many lengths in chains of many shapes, in bursts; compared, where they come back.
+
+        :raises Failed: one is not finished, or comes back changed, twice, out of order or not at all.
+        """
+        driver = self.drivers[pair]
+        burst = max(1, min(32, driver.tx.size // 8))
+        driver.received.clear()
+        sent: list[bytes] = []
+        while count > 0:
+            now = min(burst, count)
+            count -= now
+            frames = [self.frame(60 + 97 * (self.number + i) % (longest - 59)) for i in range(now)]
+            for i, frame in enumerate(frames):
+                driver.queue(
+                    frame, split=SPLITS[(len(sent) + i) % len(SPLITS)] if driver.tx.size >= 64 else None
+                )
+            driver.tx.publish()
+            sent += frames
+            self.finished(driver)
+            if not self.bench.echoes:
+                continue
+            if not wait_for(lambda: len(self.ours(driver)) >= len(sent), self.bench.timeout):  # noqa: B023
+                self.healthy()
+                raise Failed(f"{len(self.ours(driver))} of {len(sent)} packets have come back")
+        if self.bench.echoes and self.ours(driver) != sent:
+            at = next(i for i, (a, b) in enumerate(zip(self.ours(driver), sent, strict=False)) if a != b)
+            raise Failed(f"packet {at} has come back changed, or in the wrong order")
+
+    def ours(self, driver: NetDriver) -> list[bytes]:
+        """What has come back of what this run has sent."""
+        driver.poll()
+        return [p[12:] for p in driver.received if p[24:30] == HEADER[12:18]]
+
+    def finished(self, driver: NetDriver) -> None:
+        """Wait until every transmit is returned. :raises Failed: one is not, or twice, or with bytes written."""
+
+        def all_done() -> bool:
+            driver.poll()
+            try:
+                for _, length in driver.tx.take_used():
+                    if length:
+                        raise Failed(f"a transmit was returned with {length} bytes written")
+            except KeyError as e:
+                raise Failed(f"it returned head {e}, which is not its own") from e
+            return driver.tx.outstanding == 0
+
+        if not wait_for(all_done, self.bench.timeout):
+            self.healthy()
+            raise Failed(f"{driver.tx.outstanding} transmits are not returned in {self.bench.timeout:g} s")
+
+    def close(self) -> None:
+        """Disconnect; a second call does nothing."""
+        if self.path is not None:
+            self.path.close()
+        for driver in self.drivers:
+            driver.close()
+        self.drivers = []
+        self.memory.close()
+
+
+class Bench:
+    """A back-end under test.
+
+    :param path: of its listening socket. :param timeout: seconds for each answer and each burst.
+    :param queues: pairs to use at once; by default as many as it says it has, up to 4.
+    :ivar echoes: whether what it gets comes back. :ivar features: that it offers, as a mask. :ivar items: results so far.
+    """
+
+    def __init__(self, path: str, *, timeout: float = 5.0, queues: int | None = None) -> None:
+        self.path, self.timeout, self.queues = path, timeout, queues
+        self.features = self.protocol = 0
+        self.pairs = 1
+        self.echoes = False
+        self.items: list[Item] = []
+
+    @contextmanager
+    def machine(self, acked: int = VERSION_1, **options: int) -> Iterator[Machine]:
+        """A machine with these features, running; stopped in an orderly way if nothing failed."""
+        machine = Machine(self, acked, **options)
+        try:
+            yield machine
+            machine.stop()
+        finally:
+            machine.close()
+
+    def all_features(self) -> int:
+        """VERSION_1 and what is optional of rings, as far as offered."""
+        return VERSION_1 | sum(bit for bit in OPTIONAL if self.features & bit)
+
+    def need(self, bit: int) -> None:
+        """:raises Skipped: a feature is not offered."""
+        if not self.features & bit:
+            raise Skipped(f"{NAMES[bit]} is not offered")
+
+    def run(self, report: Callable[[Item], None] = lambda item: None) -> None:
+        """Every item, in order; ``report`` is called after each. Ends early where the first fails: there is no back-end."""
+        for name, check in ITEMS:
+            start = time.monotonic()
+            try:
+                result, detail = "passed", check(self)
+            except Skipped as e:
+                result, detail = "skipped", str(e)
+            except (Failed, PyvmmError) as e:
+                result, detail = "failed", str(e)
+            item = Item(name, result, detail, time.monotonic() - start)
+            self.items.append(item)
+            report(item)
+            if check is negotiation and result == "failed":
+                return
+
+
+# --- the items ------------------------------------------------------------------------------------------------
+
+
+def negotiation(bench: Bench) -> str:
+    """What it offers; and whether it sends packets back, which the others want to know."""
+    channel = connect(bench.path)
+    try:
+        bench.features = _number(bench, channel, spec.VHOST_USER_GET_FEATURES)
+        if bench.features >> spec.VHOST_USER_F_PROTOCOL_FEATURES & 1:
+            bench.protocol = _number(bench, channel, spec.VHOST_USER_GET_PROTOCOL_FEATURES)
+            if bench.protocol >> spec.VHOST_USER_PROTOCOL_F_MQ & 1:
+                bits = struct.pack("<Q", 1 << spec.VHOST_USER_PROTOCOL_F_MQ)
+                channel.send(spec.VHOST_USER_SET_PROTOCOL_FEATURES, bits, timeout=bench.timeout)
+                bench.pairs = _number(bench, channel, spec.VHOST_USER_GET_QUEUE_NUM)
+    finally:
+        channel.close()
+    if not bench.features & VERSION_1:
+        raise Failed("VERSION_1 is not offered")
+    with bench.machine() as machine:
+        machine.drivers[0].tx.take_used()
+        machine.send(1)
+        bench.echoes = wait_for(lambda: machine.ours(machine.drivers[0]), min(1.0, bench.timeout))
+    return f"packets {'come back' if bench.echoes else 'do not come back: receiving is not checked'}"
+
+
+def _number(bench: Bench, channel: Channel, request: int) -> int:
+    answer = channel.ask(request, timeout=bench.timeout)
+    try:
+        return answer.u64
+    finally:
+        answer.close()
+
+
+def _with(bits: int) -> Callable[[Bench], str]:
+    def check(bench: Bench) -> str:
+        for bit in OPTIONAL:
+            if bits & bit:
+                bench.need(bit)
+        with bench.machine(VERSION_1 | bits) as machine:
+            machine.send(600)
+        return "600 packets"
+
+    return check
+
+
+def ring_sizes(bench: Bench) -> str:
+    """From two entries to 1024."""
+    sizes = (2, 64, 1024)
+    for size in sizes:
+        with bench.machine(bench.all_features(), size=size) as machine:
+            machine.send(2 * size, longest=200)
+    return " ".join(str(size) for size in sizes)
+
+
+def wrap(bench: Bench) -> str:
+    """Indices pass 65535."""
+    with bench.machine(bench.all_features(), start=0xFF80) as machine:
+        machine.send(600)
+    return "both indices passed 65535"
+
+
+def merged(bench: Bench) -> str:
+    """A frame that is longer than a buffer."""
+    bench.need(MRG_RXBUF)
+    if not bench.echoes:
+        raise Skipped("packets do not come back")
+    with bench.machine(VERSION_1 | MRG_RXBUF, rx_size=256) as machine:
+        machine.send(100)
+    return "frames over up to six buffers"
+
+
+def num_buffers(bench: Bench) -> str:
+    """1 where one buffer is enough (5.1.6.4), also without MRG_RXBUF."""
+    if not bench.echoes:
+        raise Skipped("packets do not come back")
+    for bits in (0, MRG_RXBUF & bench.features):
+        with bench.machine(VERSION_1 | bits) as machine:
+            machine.send(8)
+            counts = {struct.unpack_from("<H", p, 10)[0] for p in machine.drivers[0].received}
+            if counts != {1}:
+                raise Failed(f"num_buffers is {sorted(counts)}")
+    return ""
+
+
+def stop_and_start(bench: Bench) -> str:
+    """Ten times, with packets in between."""
+    with bench.machine(bench.all_features()) as machine:
+        for _ in range(10):
+            machine.send(40)
+            machine.stop()
+            machine.start()
+    return "10 times"
+
+
+def waiting(bench: Bench) -> str:
+    """What was made available while the rings were stopped is served at the start, without a kick of the driver's."""
+    with bench.machine(bench.all_features()) as machine:
+        driver = machine.drivers[0]
+        machine.send(10)
+        machine.stop()
+        for _ in range(20):
+            driver.queue(machine.frame(100))
+        driver.tx.publish(kick=False)
+        machine.start()
+        machine.finished(driver)
+    return "20 packets"
+
+
+def called(bench: Bench) -> str:
+    """Whoever asks for an interrupt gets one, for each ring."""
+    for bits in (0, EVENT_IDX & bench.features):
+        with bench.machine(VERSION_1 | bits) as machine:
+            driver = machine.drivers[0]
+            rings = [driver.tx] + ([driver.rx] if bench.echoes else [])
+            for _ in range(20):
+                for ring in rings:
+                    ring.call_fd.drain()
+                    ring.enable_interrupts()
+                driver.queue(machine.frame(100))
+                driver.tx.publish()
+                for ring in rings:
+                    if not select.select([ring.call_fd.fileno()], [], [], bench.timeout)[0]:
+                        with_ = "with" if bits else "without"
+                        raise Failed(
+                            f"ring {ring.index}: no interrupt in {bench.timeout:g} s, {with_} EVENT_IDX"
+                        )
+                machine.finished(driver)
+                wait_for(lambda: machine.ours(driver), bench.timeout if bench.echoes else 0)  # noqa: B023
+    return "20 times"
+
+
+def not_called(bench: Bench) -> str:
+    """Who does not ask for interrupts is to get none; the specification allows it, users do not."""
+    for bits in (0, EVENT_IDX & bench.features):
+        with bench.machine(VERSION_1 | bits) as machine:
+            driver = machine.drivers[0]
+            machine.send(40)  # what a start signals is over
+            driver.tx.disable_interrupts()
+            driver.tx.call_fd.drain()
+            machine.send(40)
+            if select.select([driver.tx.call_fd.fileno()], [], [], 0)[0]:
+                raise Failed(f"interrupts nobody asked for, {'with' if bits else 'without'} EVENT_IDX")
+    return ""
+
+
+def queue_pairs(bench: Bench) -> str:
+    """Several at once."""
+    pairs = bench.queues or min(bench.pairs, 4)
+    if pairs < 2:
+        raise Skipped("there is one queue pair")
+    with bench.machine(bench.all_features(), pairs=pairs) as machine:
+        for _ in range(3):
+            for pair in range(pairs):
+                try:
+                    machine.send(40, pair=pair)
+                except Failed as e:
+                    raise Failed(f"pair {pair} of {pairs} (it says that it has {bench.pairs}): {e}") from None
+    return f"{pairs} of {bench.pairs}"
+
+
+def reconnect(bench: Bench) -> str:
+    """The front-end vanishes and comes again: five times, on the same rings and memory."""
+    with bench.machine(bench.all_features()) as machine:
+        path = machine.path
+        assert path is not None
+        for times in range(2, 7):
+            machine.send(40)
+            session = path._session
+            assert session is not None
+            session.channel.stop()
+
+            def back(times: int = times) -> bool:
+                counters = path.counters()
+                return counters["connections"] >= times and bool(counters["connected"])
+
+            if not wait_for(back, bench.timeout):
+                raise Failed(f"it does not serve a front-end that comes again: {path.problems[-1:]}")
+            path.problems.clear()
+            for driver in machine.drivers:
+                driver.tx.publish()
+        machine.send(40)
+    return "5 times"
+
+
+def malformed_ring(bench: Bench) -> str:
+    """A head outside the table costs a ring, not the back-end."""
+    machine = Machine(bench, bench.all_features())
+    try:
+        ring = machine.drivers[0].tx
+        ring.set_avail(ring.published, 0xFFFF)
+        ring.set_avail_idx(ring.published + 1)
+        ring.kick()
+        assert machine.path is not None
+        path = machine.path
+        told = wait_for(lambda: path.counters()["ring_errors"] or path.problems, min(1.0, bench.timeout))
+    finally:
+        machine.close()
+    with bench.machine() as other:
+        other.send(40)
+    return "ERR was signalled" if told else "in silence"
+
+
+def unknown_request(bench: Bench) -> str:
+    """Refused, or the end of the session, and the next one is served."""
+    channel = connect(bench.path)
+    try:
+        if _number(bench, channel, spec.VHOST_USER_GET_FEATURES) >> spec.VHOST_USER_F_PROTOCOL_FEATURES & 1:
+            bits = struct.pack("<Q", bench.protocol & 1 << spec.VHOST_USER_PROTOCOL_F_REPLY_ACK)
+            channel.send(spec.VHOST_USER_SET_PROTOCOL_FEATURES, bits, timeout=bench.timeout)
+        try:
+            answer = channel.ask(199, b"12345678", need_reply=True, timeout=min(1.0, bench.timeout))
+            answer.close()
+            seen = "refused" if answer.u64 else "acknowledged"
+        except TimedOut:
+            seen = "ignored"
+        except VhostUserError:
+            seen = "the session ends"
+    finally:
+        channel.close()
+    if seen == "acknowledged":
+        raise Failed("a request that does not exist is acknowledged as done")
+    with bench.machine() as machine:
+        machine.send(10)
+    return seen
+
+
+def garbage(bench: Bench) -> str:
+    """Bytes that are no message, a message that is cut off: the next session is served."""
+    for data in (
+        b"\xff" * 64,
+        struct.pack(spec.HEADER, 1, 1, 0xFFFFFFFF),
+        struct.pack(spec.HEADER, 5, 1, 40) + bytes(7),
+    ):
+        channel = connect(bench.path)
+        try:
+            channel._sock.send(data)
+        finally:
+            channel.close()
+        with bench.machine() as machine:
+            machine.send(10)
+    return ""
+
+
+def _combinations() -> list[tuple[str, Callable[[Bench], str]]]:
+    out = []
+    for n in range(1 << len(OPTIONAL)):
+        bits = [bit for i, bit in enumerate(OPTIONAL) if n >> i & 1]
+        out.append(("features VERSION_1" + "".join(f"+{NAMES[b]}" for b in bits), _with(sum(bits))))
+    return out
+
+
+ITEMS: list[tuple[str, Callable[[Bench], str]]] = [
+    ("negotiation", negotiation),
+    *_combinations(),
+    ("ring sizes", ring_sizes),
+    ("indices wrap", wrap),
+    ("merged receive buffers", merged),
+    ("num_buffers", num_buffers),
+    ("rings stop and start", stop_and_start),
+    ("packets wait for a start", waiting),
+    ("interrupts when asked for", called),
+    ("no interrupts when not asked for", not_called),
+    ("queue pairs", queue_pairs),
+    ("front-end reconnects", reconnect),
+    ("malformed ring", malformed_ring),
+    ("unknown request", unknown_request),
+    ("garbage", garbage),
+]

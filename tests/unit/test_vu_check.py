@@ -1,0 +1,129 @@
+"""`pyvmm vhost-user check`: passes what is right, and catches what is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pyvmm.datapath.vu_check import ITEMS, Bench
+from pyvmm.datapath.vu_ports import PythonPort, loop_port
+from pyvmm.datapath.vu_wire import Listener, connect
+from pyvmm.errors import VhostUserError
+from tests.driver import wait_for
+from tests.unit.test_vhost_user import EVENT_IDX, MRG, PATIENCE, Running
+from tests.vu_fake import Fake
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHECK = [sys.executable, "-m", "pyvmm", "vhost-user", "check"]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "s")
+
+
+def run(path: str, timeout: float = PATIENCE) -> Bench:
+    """All checks of a back-end that may only be about to listen."""
+
+    def listens() -> bool:
+        try:
+            connect(path).close()
+        except VhostUserError:
+            return False
+        return True
+
+    assert wait_for(listens, PATIENCE)
+    bench = Bench(path, timeout=timeout)
+    bench.run()
+    return bench
+
+
+def results(bench: Bench) -> dict[str, str]:
+    return {item.name: item.result for item in bench.items}
+
+
+def test_our_backend_conforms(path: str, tmp_path: Path) -> None:
+    junit = tmp_path / "x.xml"
+    with Running(path, loop_port(2)):
+        done = subprocess.run(
+            [*CHECK, "--timeout", "60", "--junit", junit, "--json", path], capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["echoes"] and len(report["items"]) == len(ITEMS)
+    assert {i["result"] for i in report["items"]} == {"passed"}
+    suite = ET.parse(junit).getroot().find("testsuite")
+    assert suite is not None and suite.get("tests") == str(len(ITEMS)) and suite.get("failures") == "0"
+
+
+def test_one_that_sends_nothing_back(path: str) -> None:
+    """Receiving is left out, and said to be."""
+    with Running(path, PythonPort(lambda packet, pair: None)):
+        done = subprocess.run([*CHECK, "--timeout", "60", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "receiving is not checked" in done.stdout and "packets do not come back" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("0 failed, 3 skipped")
+
+
+def test_features_that_are_not_offered_are_skipped(path: str) -> None:
+    with Running(path, features=~(EVENT_IDX | MRG)):
+        bench = run(path)
+    found = results(bench)
+    assert found["features VERSION_1+INDIRECT_DESC"] == "passed"
+    assert found["features VERSION_1+EVENT_IDX+INDIRECT_DESC"] == found["merged receive buffers"] == "skipped"
+    assert "failed" not in found.values()
+
+
+def test_one_that_does_nothing_fails(path: str) -> None:
+    """All is acknowledged, no ring is served."""
+    listener = Listener(path)
+    try:
+        with Fake(listener):
+            bench = run(path, 0.2)
+    finally:
+        listener.close()
+    assert [(i.name, i.result) for i in bench.items] == [("negotiation", "failed")]
+    assert "1 transmits are not returned" in bench.items[0].detail
+
+
+def test_one_that_changes_repeats_and_loses(path: str) -> None:
+    """A port that spoils every 50th frame in turn."""
+    count = 0
+
+    def spoil(packet: bytes, pair: int) -> None:
+        nonlocal count
+        count += 1
+        kind = count // 50 % 3 if count % 50 == 0 else -1
+        if kind == 0:
+            return
+        if kind == 1:
+            packet = packet[:-1] + bytes([packet[-1] ^ 1])
+        port.send(packet, pair)
+        if kind == 2:
+            port.send(packet, pair)
+
+    port = PythonPort(spoil)
+    with Running(path, port):
+        bench = run(path, 0.5)
+    failed = [i.detail for i in bench.items if i.result == "failed"]
+    assert any("have come back" in d for d in failed) and any("wrong order" in d for d in failed), failed
+
+
+def test_nobody_listens(path: str) -> None:
+    done = subprocess.run([*CHECK, path], capture_output=True, text=True)
+    assert done.returncode == 112 and "start the other side first" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv", [["check", "--queues", "0"], ["probe", "--junit", "x"], ["probe", "--timeout", "0"]]
+)
+def test_usage(path: str, argv: list[str]) -> None:
+    done = subprocess.run([*CHECK[:-1], *argv, path], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
