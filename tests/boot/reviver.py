@@ -24,6 +24,15 @@ PACKETS = 20
 PATIENCE = 60.0
 
 
+def moved(tap: str) -> int:
+    """Packets that ``tap`` has taken from back-ends, in this process's network namespace."""
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == tap:
+            return int(counts.split()[1])
+    raise OSError(f"there is no {tap}")
+
+
 def revive(socket: str, tap: str, protocol_features: int) -> int:
     """A new back-end; its process."""
     pid = os.fork()
@@ -42,7 +51,6 @@ def revive(socket: str, tap: str, protocol_features: int) -> int:
 def main() -> int:
     socket, tap, kills, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     protocol_features = int(sys.argv[5]) if len(sys.argv) > 5 else -1
-    moved = Path(f"/sys/class/net/{tap}/statistics/rx_packets")
     rng = random.Random(seed)
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
@@ -52,10 +60,10 @@ def main() -> int:
     problem = ""
     died = 0.0
     while done < kills and not ended and not problem:
-        goal = int(moved.read_text()) + PACKETS
+        goal = moved(tap) + PACKETS
         until = time.monotonic() + PATIENCE
         first = goal - PACKETS + 1
-        while (now := int(moved.read_text())) < goal and not ended:
+        while (now := moved(tap)) < goal and not ended:
             if now >= first and died:
                 pauses.append(time.monotonic() - died)
                 died = 0.0

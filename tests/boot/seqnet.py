@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 #: In the guest.
 PROGRAM = "/tmp/seqnet"
+LENGTH = 256  # bytes of a frame
 
 
 def build(directory: Path) -> Path:
@@ -25,16 +27,26 @@ def build(directory: Path) -> Path:
     return program
 
 
+def datagram(number: int) -> bytes:
+    """The frame that it would send under this number."""
+    ip = struct.pack("!BBHHHBBHII", 0x45, 0, LENGTH - 14, 0, 0, 1, 17, 0, 0xC0A86402, 0xFFFFFFFF)
+    total = sum(struct.unpack("!10H", ip))
+    total = (total & 0xFFFF) + (total >> 16)
+    ip = ip[:10] + struct.pack("!H", ~total & 0xFFFF) + ip[12:]
+    head = b"\xff" * 6 + b"\x02\0\0\0\0\x09\x08\0" + ip + struct.pack("!HHHH", 7099, 7099, LENGTH - 34, 0)
+    return (head + struct.pack("<IQ", 0x7365716E, number)).ljust(LENGTH, b"\0")
+
+
 def install(guest: Guest, program: Path, nic: int = 0) -> None:
     """Copy it into the guest, over its network."""
     from tests.boot.guest import nic_address
 
-    guest.start(f"busybox nc -l -p 7009 >{PROGRAM}")
+    guest.start(f"busybox nc -l -p 7009 -e sh -c 'cat >{PROGRAM}'")
     send = f"until busybox nc {nic_address(nic, 'guest')} 7009 <{program}; do sleep 0.2; done"
     result = guest.host_run(nic, "sh", "-c", send)
     assert result.status == 0, result
     size = program.stat().st_size
-    guest.do(f"until [ $(wc -c <{PROGRAM}) = {size} ]; do sleep 0.1; done; chmod +x {PROGRAM}")
+    guest.do(f"until [ $(wc -c <{PROGRAM}) = {size} ]; do sleep 0.1; done; chmod +x {PROGRAM}", timeout=30)
 
 
 class HostCounter:

@@ -119,7 +119,7 @@ def guest(host: Host, program: Path) -> Iterator[OutsideGuest]:
 
 def undisturbed(guest: Guest) -> None:
     """The guest's kernel has said nothing about its card since it booted."""
-    text = guest.do("dmesg | grep -iE 'watchdog|timeout|reset|virtio.*(error|fail|unexpected)' || true")
+    text = guest.do("dmesg | grep -E 'NETDEV WATCHDOG|TX timeout|virtio.*(reset|error|fail|unexpected)' || true")
     assert text == "", text
 
 

@@ -26,6 +26,7 @@ from pyvmm.datapath.vu_wire import Channel, Listener, TimedOut
 from pyvmm.errors import VhostUserError
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
+from tests.boot.seqnet import build, datagram
 from tests.driver import NetDriver, bits, wait_for
 from tests.vu_fake import HOSTILE, Fake, raw
 
@@ -562,6 +563,42 @@ def test_kills_under_traffic(path, protocol):
                 assert got == sorted(got)
             else:
                 assert lost == 0 and repeats <= guest.counter("tx_possible_repeats"), (repeats, lost)
+
+
+def test_kills_under_traffic_to_a_tap(path, tmp_path):
+    """What the back-end does between write and publication is in doubt after a kill: each datagram comes once all the same."""
+    seqnet = build(tmp_path)
+    with Namespace() as namespace, ExitStack() as stack:
+
+        def start(*argv):
+            process = namespace.popen([*map(str, argv)], stdout=subprocess.PIPE, text=True)
+            stack.callback(process.communicate)
+            stack.callback(process.terminate)
+            return process
+
+        script = "ip tuntap add dev vu0 mode tap && ip link set vu0 up"
+        assert namespace.run(["sh", "-c", script]).returncode == 0
+        counter = start(seqnet, "count", "vu0")
+        assert counter.stdout.readline() == "ready\n"
+        kills = 20
+        reviver = start(sys.executable, "-m", "tests.boot.reviver", path, "vu0", kills, 1)
+        ended = []
+        watcher = threading.Thread(target=lambda: ended.append(reviver.stdout.readline()), daemon=True)
+        watcher.start()
+        with Guest(path) as guest:
+            guest.start()
+            sent, end = 0, time.monotonic() + PATIENCE
+            while not ended and time.monotonic() < end:
+                guest.driver.tx.take_used()
+                if len(guest.driver.tx.free) > 64:
+                    guest.driver.send(*[datagram(sent + i) for i in range(16)])
+                    sent += 16
+            assert wait_for(lambda: guest.driver.tx.outstanding == 0, PATIENCE)
+            assert guest.counter("connections") > kills and not guest.faults
+        watcher.join(PATIENCE)
+        counter.terminate()
+        account = json.loads(counter.stdout.read())
+        assert account["received"] == account["next"] == sent and not account["late"], account
 
 
 def test_a_kill_is_noticed_at_once(path):
