@@ -1,7 +1,7 @@
 """DPDK's dpdk-testpmd as a foreign vhost-user back-end and front-end: where it is, how it is fetched, how it is started.
 
 Debian's package dpdk-dev, which has it, depends on 226 others, systemd among them. What testpmd loads is 6 MB, which
-``python -m tests.dpdk`` (part of ``make setup``) unpacks into the cache. An installed one is used where there is one.
+``python -m tests.dpdk`` (part of ``make setup``) unpacks into the cache, unless it is installed.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ def command(*vdevs: str, options: Sequence[str] = (), memory: int = 128) -> list
     :param vdevs: virtual devices, in the order of their ports. :param options: testpmd's own, as ``--forward-mode=io``.
     :param memory: MiB. :raises HostError: it is not there.
     """
-    installed = shutil.which("dpdk-testpmd")
-    argv = [installed] if installed else []
-    if not installed:
-        program = root() / "usr/bin/dpdk-testpmd"
-        if not program.exists():
-            raise HostError("dpdk-testpmd is missing", REMEDY)
+    program, installed = root() / "usr/bin/dpdk-testpmd", shutil.which("dpdk-testpmd")
+    if program.exists():  # first: an installed one loads every driver that there is
         argv = ["env", f"LD_LIBRARY_PATH={root() / LIB}", str(program)]
         for name in DRIVERS:
             argv += ["-d", str(root() / LIB / f"librte_{name}.so.{ABI}")]
+    elif installed:
+        argv = [installed]
+    else:
+        raise HostError("dpdk-testpmd is missing", REMEDY)
     argv += [
         "--no-huge",
         "-m",

@@ -87,6 +87,11 @@ class Fake:
         elif m.need_reply:
             channel.reply(m, bytes(8))
 
+    @property
+    def idle(self) -> bool:
+        """Whether the last connection has ended."""
+        return bool(self._socks) and self._socks[-1].closed
+
     def drop(self) -> None:
         self._socks[-1].stop()
 

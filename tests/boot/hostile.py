@@ -42,20 +42,26 @@ MALICE: dict[str, tuple[int, Answer]] = {
 }
 
 
+def comes(fake: Fake, name: str) -> bool:
+    """Wait for a connection, which meets ``name``, and for its end."""
+    before, until = fake.connections, time.monotonic() + PATIENCE
+    while fake.connections == before or not fake.idle:
+        time.sleep(0.01)
+        if time.monotonic() > until:
+            print(f"no connection for {name}", flush=True)
+            return False
+    if name in MALICE:
+        print(name, flush=True)
+    return True
+
+
 def main() -> int:
     listener = Listener(sys.argv[1])
     with Fake(listener) as fake:
         for name, (request, answer) in MALICE.items():
-            fake.answers.clear()
-            fake.answers[request] = answer
-            before, until = fake.connections, time.monotonic() + PATIENCE
-            # The one after it is the proof that the one before has ended.
-            while fake.connections < before + 2:
-                time.sleep(0.01)
-                if time.monotonic() > until:
-                    print(f"no connection for {name}", flush=True)
-                    return 1
-            print(name, flush=True)
+            fake.answers = {request: answer}
+            if not comes(fake, name):
+                return 1
     listener.close()
     return 0
 
