@@ -45,11 +45,17 @@ struct slot {
 /* In-flight tracking: the layout is the vhost-user specification's, "given" uses padding of it. */
 struct inflight_desc {
 	uint8_t inflight;
-	uint8_t given; /* to writev: whether it was sent is not known */
+	uint8_t given; /* to writev: GIVEN, or GIVEN_COUNTED */
 	uint8_t padding[4];
 	uint16_t next;
 	uint64_t counter;
 };
+
+/*
+ * Whether a frame was sent that was being sent when the process was killed? Where fd counts what it takes, and takes from nobody else,
+ * its count tells: counter has what it was before. Otherwise nobody knows.
+ */
+enum { GIVEN = 1, GIVEN_COUNTED };
 
 struct inflight {
 	uint64_t features;
@@ -65,6 +71,7 @@ struct pv_net_worker {
 	struct pv_vring ring[2];
 	struct inflight *inflight[2];
 	uint64_t inflight_count; /* orders what is in flight */
+	uint64_t taken;		 /* as in the configuration, now */
 	struct pv_net_config cfg;
 	struct pv_net_event event; /* to be returned by run; PV_NET_STOPPED: none */
 	int epoll_fd;
@@ -196,16 +203,22 @@ static void inflight_recover(struct pv_net_worker *w, int q)
 	vr->last_avail = vr->avail_idx = used;
 }
 
-/* Note that a chain is about to be sent. Returns whether the process before us was about to do the same. */
+/*
+ * Note that a chain is about to be sent. Returns whether the process before us was about to do the same, and may have done it.
+ */
 static bool inflight_begin(struct pv_net_worker *w, uint16_t head)
 {
 	struct inflight_desc *d = &w->inflight[TX]->desc[head];
+	bool counted = w->taken != PV_NET_UNKNOWN;
+	uint8_t given;
 	bool again;
 
-	again = __atomic_load_n(&d->inflight, __ATOMIC_RELAXED) &&
-		__atomic_load_n(&d->given, __ATOMIC_RELAXED);
-	__atomic_store_n(&d->counter, w->inflight_count++, __ATOMIC_RELAXED);
-	__atomic_store_n(&d->given, 1, __ATOMIC_RELAXED);
+	given = __atomic_load_n(&d->given, __ATOMIC_RELAXED);
+	again = __atomic_load_n(&d->inflight, __ATOMIC_RELAXED) && given;
+	if (again && counted && given == GIVEN_COUNTED)
+		again = __atomic_load_n(&d->counter, __ATOMIC_RELAXED) != w->taken;
+	__atomic_store_n(&d->counter, counted ? w->taken : w->inflight_count++, __ATOMIC_RELAXED);
+	__atomic_store_n(&d->given, counted ? GIVEN_COUNTED : GIVEN, __ATOMIC_RELAXED);
 	__atomic_store_n(&d->inflight, 1, __ATOMIC_RELEASE);
 	return again;
 }
@@ -282,6 +295,7 @@ static int woken(struct pv_net_worker *w)
 	if (watch(w, fd, EV_FD, w->interest))
 		return -1;
 	w->cfg.fd = fd;
+	w->taken = PV_NET_UNKNOWN;
 	w->link_down = w->fd_muted = false;
 	w->rx_ready = true;
 	w->event = (struct pv_net_event){.kind = PV_NET_LINK_UP};
@@ -536,6 +550,8 @@ static bool tx_turn(struct pv_net_worker *w)
 			if (n >= 0) {
 				add(&w->count.tx_packets, 1);
 				add(&w->count.tx_bytes, c.out_len - w->cfg.hdr_len);
+				if (w->taken != PV_NET_UNKNOWN)
+					w->taken++;
 			} else if (errno == EAGAIN) {
 				pv_vring_unpop(vr, 1);
 				if (w->inflight[TX])
@@ -827,6 +843,7 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg, const s
 		if (cfg->ring[q].size)
 			w->inflight[q] = (struct inflight *)(void *)cfg->ring[q].inflight;
 	w->attach = -1;
+	w->taken = cfg->taken;
 	w->rx_ready = true;
 	w->interest = EPOLLIN | EPOLLET | EPOLLPRI;
 	w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);

@@ -67,12 +67,15 @@ struct pv_net_ring {
 	uint8_t *inflight;
 };
 
+#define PV_NET_UNKNOWN 0xffffffffffffffffull
+
 struct pv_net_config {
 	struct pv_net_ring ring[2]; /* 0 receive, 1 transmit */
 	int fd;			    /* non-blocking tap, or a socket that keeps packet boundaries */
 	uint32_t hdr_len;	    /* virtio_net_hdr: 12, or 10 without VERSION_1 and MRG_RXBUF */
 	uint32_t max_frame;	    /* longest frame expected from fd, header included */
 	uint32_t poll_us;	    /* look for work this long before sleeping */
+	uint64_t taken;		    /* frames that fd has taken so far, of all senders; PV_NET_UNKNOWN */
 	bool mrg_rxbuf;
 	bool indirect;
 	bool event_idx;

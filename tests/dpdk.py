@@ -72,12 +72,12 @@ def command(*vdevs: str, options: Sequence[str] = (), memory: int = 128) -> list
     :param memory: MiB. :raises HostError: it is not there.
     """
     program, installed = root() / "usr/bin/dpdk-testpmd", shutil.which("dpdk-testpmd")
-    if program.exists():  # first: an installed one loads every driver that there is
+    if installed:  # first: each loads all drivers of the system's directory, and two of a kind do not get on
+        argv = [installed]
+    elif program.exists():
         argv = ["env", f"LD_LIBRARY_PATH={root() / LIB}", str(program)]
         for name in DRIVERS:
             argv += ["-d", str(root() / LIB / f"librte_{name}.so.{ABI}")]
-    elif installed:
-        argv = [installed]
     else:
         raise HostError("dpdk-testpmd is missing", REMEDY)
     argv += [

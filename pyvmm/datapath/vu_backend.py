@@ -583,6 +583,7 @@ class Backend:
         mac = m.payload[:6]
         if len(m.payload) != 8:
             raise ProtocolError(f"SEND_RARP with {len(m.payload)} bytes")
+        self._pause()  # a worker counts on being the only one who sends
         try:
             os.write(self.port.fds[0].fileno(), NET_HEADER + rarp(mac))
         except OSError as e:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm._ext import ffi
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.datapath.netns import Namespace
 from pyvmm.errors import RingFault
@@ -809,3 +810,40 @@ def test_both_directions_get_their_turn(namespace):
         finally:
             enough.set()
             thread.join()
+
+
+@pytest.mark.parametrize(
+    ("given", "before", "taken", "sent"),
+    [(2, 7, 7, True), (2, 7, 8, False), (2, 7, 9, False), (1, 7, 7, False), (2, 7, None, False)],
+    ids=["not sent", "sent", "others send", "not counted then", "not counted now"],
+)
+def test_the_tap_s_count_says_what_was_sent_before_a_kill(given, before, taken, sent):
+    """A frame that was in the hands of a process that was killed: its notes, and the tap's count of what it took."""
+
+    class Link:
+        def stats(self):
+            return {"rx_packets": taken}
+
+    memory = GuestMemory(1 << 20)
+    cable = Cable()
+    if taken is not None:
+        cable.link = Link
+    driver = NetDriver(memory, size=8)
+    path = EmulatedNet(cable)
+    region = ffi.new("uint64_t[]", 2 + 2 * 8)  # aligned
+    rings = [r.vring() for r in driver.rings]
+    rings[1].inflight = ffi.cast("uint8_t *", region)
+    driver.send(b"first" + bytes(60), b"second" + bytes(60))
+    first = next(iter(driver.tx.chains))
+    notes = bytearray(16 + 16 * 8)
+    struct.pack_into("<QHHHH", notes, 0, 0, 1, 8, 0, 0)
+    struct.pack_into("<BBxxxxHQ", notes, 16 + 16 * first, 1, given, 0, before)
+    ffi.memmove(region, bytes(notes), len(notes))
+    path.start(bits("VIRTIO_F_VERSION_1", "VIRTIO_RING_F_EVENT_IDX", "VIRTIO_NET_F_MRG_RXBUF"), memory, rings)
+    assert wait_for(lambda: driver.tx.outstanding == 0)
+    got = [cable.receive()[12:18] for _ in range(1 + sent)]
+    assert got == ([b"first\0"] if sent else []) + [b"second"]
+    assert path.counters()["tx_in_doubt"] == (not sent)
+    path.close()
+    driver.close()
+    memory.close()
