@@ -92,12 +92,12 @@ def test_good(vm):
 
 
 def test_exits_within(guest: Guest, tmp_path: Path) -> None:
-    """`exits` makes a known number of each kind (guest/README.md), 68 of them to memory."""
+    """`exits` makes a known number of each kind (guest/README.md), 110 of them to memory."""
     text = f"""
 @pytest.mark.pyvmm(kernel={guest("exits")!r}, start=False)
 @pytest.mark.parametrize(("limits", "good"), [
-    (dict(user_exits=400, pio=300, mmio=70), True),
-    (dict(mmio=68), True), (dict(mmio=67), False), (dict(user_exits=100), False), (dict(notify=0), True),
+    (dict(user_exits=400, pio=300, mmio=110), True),
+    (dict(mmio=110), True), (dict(mmio=109), False), (dict(user_exits=100), False), (dict(notify=0), True),
     ({{"exits[guest-control]": 2}}, True), ({{"exits[guest-control]": 1}}, False),
 ])
 def test_it(vm, limits, good):
