@@ -92,6 +92,11 @@ static int udp_send(const char *address, const char *port, uint64_t rate, size_t
 
 	if (size < sizeof(seq) || size > sizeof(data))
 		return 2;
+	/*
+	 * What is sent is to be in the device's hands, not in a queue before it: after a pause CoDel drops from a long
+	 * queue that drains slowly, and that would count as lost.
+	 */
+	setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &(int){4096}, sizeof(int));
 	while (!stop) {
 		uint64_t until = due(start, rate);
 
