@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.boot.guest import run_all
-from tests.boot.test_vhost_user import SOCKET, TAP, Backend
-from tests.boot.test_vhost_user import space as space
+from tests.boot.test_vhost_user import SOCKET, tap_backend, tap_space
 from tests.trace_format import check_trace, in_order, names
 
 if TYPE_CHECKING:
@@ -31,12 +30,10 @@ MODES = {
 
 
 @pytest.fixture
-def backend(host: Host, space: tuple[str, ...]) -> Iterator[None]:
+def backend(host: Host) -> Iterator[None]:
     """A vhost-user back-end of ours."""
-    backend = Backend(host, "--tap", TAP, wrapper=space)
-    backend.start()
-    yield
-    backend.stop()
+    with tap_space(host), tap_backend(host):
+        yield
 
 
 def guest_kernel(name: str) -> list[str]:

@@ -90,22 +90,29 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def one_guest(host: Host, program: Path) -> Iterator[OutsideGuest]:
-    """A guest with seqnet in it, whose back-end has just gone; SPACE with TAP is there as long as it is."""
+def tap_space(host: Host) -> Iterator[None]:
+    """SPACE with TAP, the host's end of what a back-end moves."""
     host.sh(
         f"""ip netns add {SPACE}
         ip -n {SPACE} tuntap add dev {TAP} mode tap
         ip -n {SPACE} addr add 192.168.100.1/24 dev {TAP}
         ip -n {SPACE} link set {TAP} up"""
     )
-    backend = tap_backend(host).start()
     try:
+        yield
+    finally:
+        host.sh(f"ip netns del {SPACE}")
+
+
+@contextmanager
+def one_guest(host: Host, program: Path) -> Iterator[OutsideGuest]:
+    """A guest with seqnet in it, whose back-end has just gone; SPACE with TAP is there as long as it is."""
+    with tap_space(host):
+        backend = tap_backend(host).start()
         with OutsideGuest(host, "--net", f"vhost-user,socket={SOCKET},mtu={MTU}") as guest:
             seqnet.install(guest, program)
             backend.stop()
             yield guest
-    finally:
-        host.sh(f"ip netns del {SPACE}")
 
 
 @pytest.fixture(scope="module")
