@@ -12,7 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from pyvmm.machine import Machine, Nic
+    from pyvmm.machine import Machine
+    from pyvmm.nic import Nic
 
 #: One iperf3 server for each way: one that serves twice does not listen for a moment in between.
 PORTS = ("5201", "5202")

@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.cli.judge import Extras
-    from pyvmm.machine import Machine, Nic, Outcome
+    from pyvmm.machine import Machine, Outcome
+    from pyvmm.nic import Nic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from pyvmm.machine import Machine, Nic
+    from pyvmm.machine import Machine
+    from pyvmm.nic import Nic
 
     Given = dict[str, Any]
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.kvm.recorder import Event, Recorder
-    from pyvmm.machine import Machine, Nic
+    from pyvmm.machine import Machine
+    from pyvmm.nic import Nic
 
     Args = dict[str, object]
 

@@ -13,6 +13,7 @@ LAYERS = (
     {"bus", "pci"},
     {"boot", "datapath", "devices", "virtio"},
     {"control", "exits", "host", "images", "net", "testing"},
+    {"nic"},
     {"hang", "machine", "suite"},
     {"compare"},
     {"", "cli", "__main__"},  # "" is pyvmm/__init__.py, the public API

@@ -36,7 +36,7 @@ from pyvmm.virtio.net import NetDevice
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.machine import Nic
+    from pyvmm.nic import Nic
     from pyvmm.virtio.switch import SwitchReport
 
 ROOT = Path(__file__).resolve().parents[2]
