@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+NAG_SECONDS = 0.05
 
 
 class Terminated(BaseException):
@@ -18,15 +23,48 @@ class Terminated(BaseException):
         self.number = number
 
 
+class _Nagger:
+    """Sees to it that a signal is taken soon. The interpreter looks for one, then waits for a lock, and one that comes between the two
+    wakes nobody: it would wait as long as the main thread does. The C handler's byte in a pipe tells of it, and SIGURG, whose own
+    handler does nothing, interrupts the wait until it has been taken."""
+
+    def __init__(self) -> None:
+        self.taken = threading.Event()
+        self._read, self._write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._write, False)
+        self._urgent = signal.signal(signal.SIGURG, lambda number, frame: None)
+        self._fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        while (told := os.read(self._read, 1)) and told[0] not in ENDING:
+            pass
+        while told and not self.taken.wait(NAG_SECONDS):
+            signal.pthread_kill(main, signal.SIGURG)
+
+    def close(self) -> None:
+        self.taken.set()
+        signal.set_wakeup_fd(self._fd)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
+        signal.signal(signal.SIGURG, self._urgent)
+
+
 def orderly(body: Callable[[], int]) -> int:
     """Run ``body``, where a signal raises Terminated; returns its status, or 128 + number."""
 
     def on_signal(number: int, frame: object) -> None:
         for other in ENDING:  # once: a second one must not break off the cleaning up
             signal.signal(other, signal.SIG_IGN)
+        nagger.taken.set()
         raise Terminated(number)
 
     before = {}
+    nagger = _Nagger()
     try:  # two of them: a signal may also come while the handlers are put in or taken away
         try:
             for number in ENDING:
@@ -37,3 +75,5 @@ def orderly(body: Callable[[], int]) -> int:
                 signal.signal(number, handler)
     except Terminated as e:
         return 128 + e.number
+    finally:
+        nagger.close()
