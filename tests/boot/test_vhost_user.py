@@ -188,7 +188,7 @@ def test_kills_lose_and_repeat_nothing(host: Host, guest: OutsideGuest, program:
     account = kill_under_traffic(host, guest, program, KILLS)
     assert account["reviver"]["kills"] == KILLS and not account["reviver"]["problem"], account
     assert account["overflow"] == 0 and account["next"] == account["sent"] > 20 * KILLS, account
-    assert (account["repeated"], account["late"], account["missing"]) == (0, 0, 0), account
+    assert (account["repeated"], account["late"], account["missing"]) == (0, 0, 0), json.dumps(account)
     undisturbed(guest)
 
 
