@@ -82,8 +82,10 @@ if TYPE_CHECKING:
     from pyvmm.kvm.stats import Stats
 
 #: What every guest gets; ``append`` follows and so wins.
-#: The early console says what the kernel dies of before it has the real one, which takes over from it.
-BASE_CMDLINE = "console=ttyS0 earlyprintk=ttyS0,115200 panic=-1"
+BASE_CMDLINE = "console=ttyS0 panic=-1"
+#: Says what the kernel dies of before it has the real console, which takes over from it. Last: the kernel reads these in order, and a
+#: ``quiet`` that came later would find the early console busy with all that has been said so far, an exit or two a character.
+EARLY_CONSOLE = "earlyprintk=ttyS0,115200"
 #: Bytes of a command that leave room for the rest of the 2047 that Linux takes (COMMAND_LINE_SIZE), in base64.
 COMMAND_MAX = 1200
 PAUSE_PATIENCE = (
@@ -406,9 +408,13 @@ class Machine:
                     "shorten it, or put it into the initrd",
                 )
             parts.append("pyvmm.cmd=" + base64.urlsafe_b64encode(raw).decode().rstrip("="))
-        if self._append:
-            parts.append(self._append)
-        return " ".join(parts)
+        append, dashes, rest = f" {self._append}".partition(" -- ")  # what follows "--" is for init
+        parts.append(append.strip())
+        if not self._test_devices:
+            parts.append(EARLY_CONSOLE)
+        if dashes:
+            parts += ["--", rest]
+        return " ".join(filter(None, parts))
 
     def _load(self) -> None:
         # ECAM is not advertised: Linux would look at it and then use 0xCF8 for the registers that exist.

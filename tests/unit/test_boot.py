@@ -12,6 +12,7 @@ import pytest
 from pyvmm import boot
 from pyvmm.boot import params
 from pyvmm.errors import ImageError, UsageError
+from pyvmm.machine import Machine
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import linux_boot as lb
 from pyvmm.spec import platform as pf
@@ -487,3 +488,19 @@ def test_no_descriptor_leaks(memory: GuestMemory, tmp_path: Path) -> None:
         with pytest.raises(ImageError):
             boot.load(memory, save(tmp_path, make()))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize(
+    ("append", "cmdline"),
+    [
+        ("", "console=ttyS0 panic=-1 earlyprintk=ttyS0,115200"),
+        ("quiet x=1", "console=ttyS0 panic=-1 quiet x=1 earlyprintk=ttyS0,115200"),
+        ("quiet -- single", "console=ttyS0 panic=-1 quiet earlyprintk=ttyS0,115200 -- single"),
+        ("-- single", "console=ttyS0 panic=-1 earlyprintk=ttyS0,115200 -- single"),
+    ],
+)
+def test_the_early_console_comes_after_quiet_and_before_what_is_for_init(append, cmdline):
+    machine = object.__new__(Machine)
+    machine._append, machine._test_devices, machine._command = append, False, None
+    machine.agent, machine.nets = None, []
+    assert machine.cmdline() == cmdline
