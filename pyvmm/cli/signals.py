@@ -26,10 +26,13 @@ class Terminated(BaseException):
 class _Nagger:
     """Sees to it that a signal is taken soon. The interpreter looks for one, then waits for a lock, and one that comes between the two
     wakes nobody: it would wait as long as the main thread does. The C handler's byte in a pipe tells of it, and SIGURG, whose own
-    handler does nothing, interrupts the wait until it has been taken."""
+    handler does nothing, interrupts the wait until it has been taken.
 
-    def __init__(self) -> None:
-        self.taken = threading.Event()
+    :param taken: set by the signal's handler.
+    """
+
+    def __init__(self, taken: threading.Event) -> None:
+        self.taken = taken
         self._read, self._write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._write, False)
         self._urgent = signal.signal(signal.SIGURG, lambda number, frame: None)
@@ -57,23 +60,26 @@ class _Nagger:
 def orderly(body: Callable[[], int]) -> int:
     """Run ``body``, where a signal raises Terminated; returns its status, or 128 + number."""
 
+    taken = threading.Event()
+    nagger = None
+
     def on_signal(number: int, frame: object) -> None:
         for other in ENDING:  # once: a second one must not break off the cleaning up
             signal.signal(other, signal.SIG_IGN)
-        nagger.taken.set()
+        taken.set()
         raise Terminated(number)
 
     before = {}
-    nagger = _Nagger()
     try:  # two of them: a signal may also come while the handlers are put in or taken away
         try:
             for number in ENDING:
                 before[number] = signal.signal(number, on_signal)
+            nagger = _Nagger(taken)
             return body()
         finally:
+            if nagger is not None:
+                nagger.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
     except Terminated as e:
         return 128 + e.number
-    finally:
-        nagger.close()

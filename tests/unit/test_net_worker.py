@@ -845,5 +845,6 @@ def test_the_tap_s_count_says_what_was_sent_before_a_kill(given, before, taken, 
     assert got == ([b"first\0"] if sent else []) + [b"second"]
     assert path.counters()["tx_in_doubt"] == (not sent)
     path.close()
+    cable.close()
     driver.close()
     memory.close()
