@@ -123,13 +123,14 @@ def _columns() -> int:
 
 def guard(body: Callable[[], int]) -> int:
     """Run ``body``; turn what it raises into one line on stderr and an exit status."""
-    from pyvmm.errors import PyvmmError
-
     try:
-        return body()
-    except PyvmmError as e:
-        print(f"pyvmm: {e}", file=sys.stderr)
-        return e.exit_code
+        from pyvmm.errors import PyvmmError
+
+        try:
+            return body()
+        except PyvmmError as e:
+            print(f"pyvmm: {e}", file=sys.stderr)
+            return e.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
