@@ -56,6 +56,7 @@ def test_by_name(host: Host) -> None:
     with Guest(host, "--name", "switched", "--net", keys) as guest:
         line = "pyvmm: net0 can be switched between emulated, vhost-net, vhost-user; offers "
         assert line in guest.err and "MRG_RXBUF" in guest.err
+        check_ping(guest)
         for old, new in (("emulated", "vhost-net"), ("vhost-net", "vhost-user")):
             result = host.run(*PYVMM, "switch", "--host", "local", "switched", new)
             assert result.status == 0 and f"net0: {old} -> {new}, gap " in result.out, result
