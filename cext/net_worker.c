@@ -775,6 +775,9 @@ static int net_sleep(struct pv_net_worker *w)
 		found = linger(w);
 	if (found)
 		return found < 0 ? -1 : 0;
+	/* Spinning or lingering may have taken the wake-up that came with it. */
+	if (__atomic_load_n(&w->hold, __ATOMIC_RELAXED) == HOLD_ASKED)
+		return 0;
 	if (tx_possible(w) && pv_vring_enable_notify(&w->ring[TX]))
 		return 0;
 	if (w->rx_waiting && rx_possible(w)) {
