@@ -2,6 +2,9 @@
 
 import sys
 
-from pyvmm.cli import main
+try:
+    from pyvmm.cli import main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -98,8 +99,9 @@ def test_signals_on_a_terminal(host: Host) -> None:
     for (number, steps), result in zip(cases, results, strict=True):
         what = f"{number!r} after {steps}: {result}"
         assert result["restored"], what
-        # Before Python runs any of our code it ends in its own words, or without any.
-        assert "/pyvmm/" not in result["output"], what
+        # Until Python has come as far as pyvmm.cli it ends in its own words, or without any.
+        frames = set(re.findall(r'/pyvmm/(\S+)", line', result["output"]))
+        assert frames <= {"__init__.py", "__main__.py"}, what
         if "Traceback" not in result["output"]:
             assert result["status"] in (SIGNALS[number], -number), what
         # Natively within a second; this is a busy machine that emulates another. Without the signal it runs for ever.
