@@ -40,7 +40,7 @@ def play(host: Host, *scenarios: list[list[Any]], argv: list[str] = RUN) -> list
     results = [None] * len(scenarios)
     results[::2], results[1::2] = even, odd
     for result in results:
-        assert not result["late"], result
+        assert not result["late"], f"no {result['late']!r} after:\n{result['output'][-3000:]}"
     return results
 
 
