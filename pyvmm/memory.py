@@ -62,6 +62,11 @@ class GuestMemory:
             elif huge:
                 hint = f"reserve huge pages: sysctl vm.nr_hugepages={size // HUGE_PAGE}"
             raise MemoryShort(f"cannot get {size >> 20} MiB for the guest: {e.strerror}", hint) from e
+        try:
+            # Where the host gives shared memory huge pages on advice (shmem_enabled), a boot faults 512 times less often.
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without them
         self._view = memoryview(self._map)
         # The buffer export keeps the mapping alive for as long as C may use it.
         self._buffer = ffi.from_buffer(self._map, require_writable=True)

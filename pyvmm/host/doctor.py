@@ -66,6 +66,7 @@ def examine() -> list[Finding]:
         _device("tun", "/dev/net/tun", "no tap devices, so no network cards", "modprobe tun"),
         *_namespaces(),
         _huge_pages(),
+        _transparent_huge_pages(),
         *_tools(),
         *_testbed(),
     ]
@@ -170,6 +171,22 @@ def _huge_pages() -> Finding:
     if total in ("", "0"):
         return Finding("huge pages", NOTE, "none reserved", "run as root: sysctl vm.nr_hugepages=512")
     return Finding("huge pages", OK, f"{free} of {total} free, 2 MiB each")
+
+
+def _transparent_huge_pages() -> Finding:
+    """Whether guest memory, which is shared, gets huge pages by madvise(2)."""
+    name, path = "transparent huge pages", "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    choice = _read(path).partition("[")[2].partition("]")[0]
+    if not choice:
+        return Finding(name, NOTE, "this kernel has none for shared memory")
+    if choice in ("never", "deny"):
+        return Finding(
+            name,
+            NOTE,
+            "not for shared memory: guests boot slower",
+            f"run as root: echo advise > {path}",
+        )
+    return Finding(name, OK, f"for guest memory ({choice})")
 
 
 #: tool -> (package, what for, whether ``make demo`` needs it).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import struct
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,3 +86,17 @@ def test_a_tap_of_the_users_and_sigkill(host: Host) -> None:
         assert host.sh(look) == before
     finally:
         host.sh("ip link del boot0")
+
+
+def test_huge_pages_by_advice(host: Host) -> None:
+    """The testbed gives shared memory huge pages where they are asked for, as we do for a guest's."""
+    code = """
+from pyvmm.memory import GuestMemory
+memory = GuestMemory(64 << 20)
+for at in range(0, memory.size, 2 << 20):
+    memory.write(at, b"x")
+print(sum(int(line.split()[1]) for line in open("/proc/self/smaps") if line.startswith("ShmemPmdMapped")))
+"""
+    run = host.run(sys.executable, "-c", code)
+    assert run.status == 0, run
+    assert int(run.stdout) == 64 << 10, run
