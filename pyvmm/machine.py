@@ -774,6 +774,11 @@ class Machine:
         run, c, dispatch, lock = vcpu.run, vcpu.c, self.bus.dispatch, self._lock
         try:
             vcpu.thread_id = threading.get_native_id()
+            try:
+                with open(f"/proc/self/task/{vcpu.thread_id}/comm", "w") as comm:
+                    comm.write(f"vcpu{vcpu.index}")
+            except OSError:
+                pass  # a name for top -H, and for who pins threads
             while self._request is None:
                 if self._paused:
                     self._park(vcpu)

@@ -45,6 +45,7 @@ def qemu_guest(
     """The part of a QEMU command that all machine types share; the serial console is on stdio."""
     return [
         *program,
+        *("-name", "guest,debug-threads=on"),  # "CPU 0/KVM": for who looks for the vCPU's thread
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-cpu", "host", "-enable-kvm"),
         *("-smp", str(cpus), "-m", memory),
         *("-object", f"memory-backend-memfd,id=ram,size={memory},share=on"),

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,10 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
 
 
 @contextmanager
-def serving(argv: list[str] | None) -> Iterator[None]:
-    """The back-end, listening, where there is to be one."""
+def serving(argv: list[str] | None) -> Iterator[int | None]:
+    """The back-end, listening, where there is to be one; yields its process id."""
     if argv is None:
-        yield
+        yield None
         return
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
@@ -140,7 +140,7 @@ def serving(argv: list[str] | None) -> Iterator[None]:
             if child.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the back-end does not listen")
             time.sleep(0.05)
-        yield
+        yield child.pid
     finally:
         child.terminate()
         child.wait()
@@ -188,6 +188,33 @@ def running(contestant: Contestant, log: Path) -> Iterator[tuple[subprocess.Pope
                 child.wait()
 
 
+@contextmanager
+def pinned(vmm: int, backend: int | None, vcpus: int) -> Iterator[None]:
+    """Each vCPU has a CPU to itself; all else that takes part shares the others: the VMM's threads, vhost, the back-end, iperf3.
+
+    Left alone the scheduler often wakes iperf3 where the guest runs, and so is what is measured.
+    """
+    allowed = os.sched_getaffinity(0)
+    own, shared = sorted(allowed)[:vcpus], set(sorted(allowed)[vcpus:])
+    if not shared:
+        raise RuntimeError(f"{len(allowed)} CPUs are too few for {vcpus} vCPUs and the rest: --no-pin")
+    free = iter(own)
+    for pid in [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]:
+        with suppress(OSError):  # it may be gone
+            if pid not in (vmm, backend) and Path(f"/proc/{pid}/comm").read_text() != f"vhost-{vmm}\n":
+                continue
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                is_vcpu = re.match(r"vcpu\d|CPU \d+/KVM", (task / "comm").read_text())
+                os.sched_setaffinity(int(task.name), {next(free)} if is_vcpu else shared)
+    if next(free, None) is not None:
+        raise RuntimeError(f"no thread for each of {vcpus} vCPUs")
+    os.sched_setaffinity(0, shared)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def counts() -> dict[str, int]:
     return {name: int((KVM / name).read_text()) for name in COUNTS if (KVM / name).exists()}
 
@@ -218,26 +245,31 @@ def iperf(seconds: float, *extra: str) -> tuple[float, int]:
 
 def measure(contestant: Contestant, args: argparse.Namespace, log: Path) -> dict[str, float]:
     out: dict[str, float] = {}
-    with serving(contestant.backend), running(contestant, log) as (child, booted):
+    with serving(contestant.backend) as backend, running(contestant, log) as (child, booted):
         out["boot s"] = booted
         out["rss MB"] = rss_mb(child.pid)
-        if args.boot_only or not contestant.net:
-            return out
-        ping = sh("ping", "-q", "-c", "20", "-i", "0.05", GUEST)
-        out["rtt ms"] = float(ping.rsplit("=", 1)[1].split("/")[1])
-        for label, on in (("on", True), ("off", False)):
-            offloads(on)
-            for way, extra in (("to guest", ()), ("from guest", ("-R",))):
-                before = counts()
-                mbit, size = iperf(args.seconds, *extra)
-                after = counts()
-                key = f"{way}, tap offloads {label}"
-                out[f"{key} Mbit/s"] = mbit
-                for name in ("exits", "irq_injections"):
-                    if name in before:
-                        out[f"{key} {name}/MB"] = (after[name] - before[name]) / (size / 1e6)
-        offloads(True)
+        if not args.boot_only and contestant.net:
+            with pinned(child.pid, backend, args.cpus) if args.pin else nullcontext():
+                transfer(args, out)
     return out
+
+
+def transfer(args: argparse.Namespace, out: dict[str, float]) -> None:
+    """Pings and streams, to and from the guest that runs."""
+    ping = sh("ping", "-q", "-c", "20", "-i", "0.05", GUEST)
+    out["rtt ms"] = float(ping.rsplit("=", 1)[1].split("/")[1])
+    for label, on in (("on", True), ("off", False)):
+        offloads(on)
+        for way, extra in (("to guest", ()), ("from guest", ("-R",))):
+            before = counts()
+            mbit, size = iperf(args.seconds, *extra)
+            after = counts()
+            key = f"{way}, tap offloads {label}"
+            out[f"{key} Mbit/s"] = mbit
+            for name in ("exits", "irq_injections"):
+                if name in before:
+                    out[f"{key} {name}/MB"] = (after[name] - before[name]) / (size / 1e6)
+    offloads(True)
 
 
 def main() -> int:
@@ -246,6 +278,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3, help="of each transfer")
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--boot-only", action="store_true")
+    parser.add_argument(
+        "--no-pin",
+        dest="pin",
+        action="store_false",
+        help="leave to the scheduler where threads run during transfers",
+    )
     parser.add_argument("--only", help="contestants by name, joined by commas")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--log-dir", default="/tmp", help="consoles of the guests")
