@@ -13,6 +13,7 @@ import threading
 import time
 
 from pyvmm.kvm.vcpu import ALIVE, HALTED_OFF, NOT_STARTED, RUNS_OFF
+from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class HangWatch:
         self._runs: dict[int, int] = {}
         self._registers: dict[int, list[int]] = {}
         self._moved: set[int] = set()  # vCPUs whose registers are not those of the look before
-        self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+        self._thread = Thread(target=self._watch, name="hang-watch", daemon=True)
 
     def start(self) -> None:
         """Begin; the machine has been started."""

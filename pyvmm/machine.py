@@ -64,6 +64,7 @@ from pyvmm.spec.platform import (
     PORT_GUEST_STDERR,
     PORT_GUEST_STDOUT,
 )
+from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -448,7 +449,7 @@ class Machine:
             )
             self._stack.callback(self._hang_watch.stop)
             self._hang_watch.start()
-        self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self._supervisor = Thread(target=self._supervise, name="supervisor", daemon=True)
         self._supervisor.start()
 
     def wait(self, timeout: float | None = None, *, boot_timeout: float | None = None) -> Outcome:
@@ -762,7 +763,7 @@ class Machine:
 
     def _run_vcpus(self) -> None:
         threads = [
-            threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
+            Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
             for vcpu in self.vcpus
         ]
         for thread in threads:
@@ -774,11 +775,6 @@ class Machine:
         run, c, dispatch, lock = vcpu.run, vcpu.c, self.bus.dispatch, self._lock
         try:
             vcpu.thread_id = threading.get_native_id()
-            try:
-                with open(f"/proc/self/task/{vcpu.thread_id}/comm", "w") as comm:
-                    comm.write(f"vcpu{vcpu.index}")
-            except OSError:
-                pass  # a name for top -H, and for who pins threads
             while self._request is None:
                 if self._paused:
                     self._park(vcpu)

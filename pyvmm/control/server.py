@@ -19,6 +19,7 @@ from collections import deque
 from pyvmm.control.place import Claim
 from pyvmm.errors import PyvmmError
 from pyvmm.fd import EventFd
+from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Server:
         self._listener = claim.listener
         self._poll.register(self._wake.fileno(), select.POLLIN)
         self._poll.register(self._listener.fileno(), select.POLLIN)
-        self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
+        self._thread = Thread(target=self._serve, name="control", daemon=True)
         self._thread.start()
 
     @property

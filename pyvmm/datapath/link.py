@@ -11,6 +11,7 @@ from _socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
 from pyvmm._ext import lib
 from pyvmm.errors import PyvmmError
 from pyvmm.fd import Fd
+from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -190,9 +191,7 @@ class Reopener:
         """Look for it from now on; does nothing where that is so already. Any thread."""
         with self._lock:
             if self._thread is None and not self._quit.is_set():
-                self._thread = threading.Thread(
-                    target=self._run, name=f"{self._port.name}-watch", daemon=True
-                )
+                self._thread = Thread(target=self._run, name=f"{self._port.name}-watch", daemon=True)
                 self._thread.start()
 
     def _run(self) -> None:

@@ -16,6 +16,7 @@ from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
 from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
 from pyvmm.spec.virtio_net import VIRTIO_NET_F_MRG_RXBUF
+from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class VhostNet:
             with self._lock:
                 self._set_backends()
             self._stop.drain()
-            self._watcher = threading.Thread(target=self._watch, name=f"{self._port.name}-vhost", daemon=True)
+            self._watcher = Thread(target=self._watch, name=f"{self._port.name}-vhost", daemon=True)
             self._watcher.start()
         except BaseException as e:
             if self._watcher is not None and self._watcher.ident is None:

@@ -52,6 +52,7 @@ from pyvmm.spec.vhost_user import (
     VRING_STATE,
 )
 from pyvmm.spec.virtio_net import VIRTIO_NET_F_MTU
+from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class VhostUserNet:
             self.close()
             raise
         self._features = _consistent(self._session.features & DATA_MASK)
-        self._thread = threading.Thread(target=self._watch, name="vhost-user", daemon=True)
+        self._thread = Thread(target=self._watch, name="vhost-user", daemon=True)
         self._thread.start()
 
     # --- talking --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import threading
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd, Fd
 from pyvmm.spec.virtio_net import VIRTIO_NET_HDR_V1_SIZE
+from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class PythonPort(SocketPort):
         self._stop = EventFd()
         self._error: BaseException | None = None
         self.dropped = 0
-        self._thread = threading.Thread(target=self._run, name=f"{name}-port", daemon=True)
+        self._thread = Thread(target=self._run, name=f"{name}-port", daemon=True)
         self._thread.start()
 
     def send(self, frame: bytes, pair: int = 0) -> bool:

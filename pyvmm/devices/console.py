@@ -13,6 +13,7 @@ import threading
 
 from pyvmm._ext import ffi, lib
 from pyvmm.bus import PIO, Registers
+from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Stream:
         self._sinks: list[Callable[[bytes], None]] = []
         self._changed = threading.Condition()
         self._ended = False
-        self._thread = threading.Thread(target=self._read, name=name, daemon=True)
+        self._thread = Thread(target=self._read, name=name, daemon=True)
 
     def plug(self, bus: Bus, port: int, name: str) -> None:
         """Let the guest write at ``port``, bytes or strings of them."""

@@ -59,6 +59,7 @@ from pyvmm.spec.virtio_pci import (
     VIRTIO_PCI_ISR_CONFIG,
     VIRTIO_PCI_ISR_QUEUE,
 )
+from pyvmm.threads import Thread
 from pyvmm.virtio.device import Queue, VirtioDevice
 
 TYPE_CHECKING = False
@@ -395,7 +396,7 @@ class VirtioPci(PciFunction):
             return
         if want:
             self._intx_stop.drain()
-            thread = threading.Thread(target=self._run_intx, name=f"{self.name} intx", daemon=True)
+            thread = Thread(target=self._run_intx, name=f"{self.name} intx", daemon=True)
             try:
                 thread.start()
                 self._intx_thread = thread

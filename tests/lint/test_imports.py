@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
-    {"errors", "fd", "spec", "__version__"},
+    {"errors", "fd", "spec", "threads", "__version__"},
     {"memory", "kvm"},
     {"bus", "pci"},
     {"boot", "datapath", "devices", "virtio"},

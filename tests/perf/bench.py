@@ -198,16 +198,17 @@ def pinned(vmm: int, backend: int | None, vcpus: int) -> Iterator[None]:
     own, shared = sorted(allowed)[:vcpus], set(sorted(allowed)[vcpus:])
     if not shared:
         raise RuntimeError(f"{len(allowed)} CPUs are too few for {vcpus} vCPUs and the rest: --no-pin")
-    free = iter(own)
+    found = 0
     for pid in [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]:
         with suppress(OSError):  # it may be gone
             if pid not in (vmm, backend) and Path(f"/proc/{pid}/comm").read_text() != f"vhost-{vmm}\n":
                 continue
             for task in Path(f"/proc/{pid}/task").iterdir():
                 is_vcpu = re.match(r"vcpu\d|CPU \d+/KVM", (task / "comm").read_text())
-                os.sched_setaffinity(int(task.name), {next(free)} if is_vcpu else shared)
-    if next(free, None) is not None:
-        raise RuntimeError(f"no thread for each of {vcpus} vCPUs")
+                os.sched_setaffinity(int(task.name), {own[found % vcpus]} if is_vcpu else shared)
+                found += bool(is_vcpu)
+    if found != vcpus:
+        raise RuntimeError(f"{found} threads look like one of {vcpus} vCPUs")
     os.sched_setaffinity(0, shared)
     try:
         yield
