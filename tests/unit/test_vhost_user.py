@@ -64,6 +64,12 @@ def path(tmp_path):
     return str(tmp_path / "s")
 
 
+def listening(path: str) -> bool:
+    """Whether it is not only there: a socket is bound first."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.split()[3] == "00010000" and line.endswith(f" {path}") for line in lines[1:])
+
+
 class Running:
     """A back-end in a thread."""
 
@@ -1064,7 +1070,7 @@ def test_busy_polling_and_pinning_by_the_command(path):
 def test_backend_and_probe_commands(path):
     probe = [sys.executable, "-m", "pyvmm", "vhost-user", "probe", "--timeout", "60"]
     with command("--socket", path, "--loopback", "--queues", "2", "--counters") as backend:
-        assert wait_for(lambda: Path(path).exists(), PATIENCE)
+        assert wait_for(lambda: listening(path), PATIENCE)
         with Guest(path, queues=2) as guest:
             guest.start()
             echo(guest, range(64))

@@ -15,7 +15,7 @@ from pyvmm.datapath.vu_ports import PythonPort, loop_port
 from pyvmm.datapath.vu_wire import Listener, connect
 from pyvmm.errors import VhostUserError
 from tests.driver import wait_for
-from tests.unit.test_vhost_user import EVENT_IDX, MRG, PATIENCE, Running
+from tests.unit.test_vhost_user import EVENT_IDX, MRG, PATIENCE, Running, listening
 from tests.vu_fake import Fake
 
 CHECK = [sys.executable, "-m", "pyvmm", "vhost-user", "check"]
@@ -106,7 +106,7 @@ def test_one_that_spoils_a_packet(path: str, how: str) -> None:
 
     port = PythonPort(spoil)
     with Running(path, port):
-        assert wait_for(lambda: Path(path).exists(), PATIENCE)
+        assert wait_for(lambda: listening(path), PATIENCE)
         bench = Bench(path, timeout=PATIENCE)
         negotiation(bench)
         bench.timeout = 2.0 if how == "loses" else PATIENCE
