@@ -154,6 +154,11 @@ def control_name(request: bytes) -> str:
     return f"{group} command {request[1]}"
 
 
+def _how(nic: Nic) -> str:
+    """The data paths that a card has had, and how its kicks came."""
+    return f"{', '.join(nic.by_mode())}, notify={nic.net.notify}"
+
+
 class _Trace:
     """Makes events of what was recorded; a list a track, each in the order of its times."""
 
@@ -182,7 +187,7 @@ class _Trace:
             "pyvmm": __version__,
             "clock": "CLOCK_MONOTONIC, from the start of the VMM",
             "cmdline": machine.cmdline(),
-            "cards": [f"{nic.name}: {nic.net.mode}, notify={nic.net.notify}" for nic in machine.nets],
+            "cards": [f"{nic.name}: {_how(nic)}" for nic in machine.nets],
             "dropped": self._dropped,
         }
 
@@ -252,7 +257,7 @@ class _Trace:
         threads |= {(VCPUS, i + 1): f"vcpu{v.index}: time in the VMM" for i, v in enumerate(machine.vcpus)}
         for index, nic in enumerate(machine.nets):
             pid = NETS + index
-            processes[pid] = f"{nic.name} ({nic.net.mode}, notify={nic.net.notify})"
+            processes[pid] = f"{nic.name} ({_how(nic)})"
             threads[pid, SETUP] = "driver's set-up"
             threads[pid, PATH] = "data path control"
         for group, name in self._recorder.tracks():
