@@ -3,6 +3,7 @@
 Each mode is booted once a repeat, in turn, so that what disturbs the machine disturbs all. A boot runs all workloads; exits,
 interrupts, packets, CPU time and context switches are counted from the start of each to its end. A figure is the median of the repeats
 with the lowest and the highest; a difference from the first mode is marked ≈ where these ranges overlap, since then it may be noise.
+Each vCPU has a CPU to itself and all else shares the others, if there are others.
 
 Modes are those of `pyvmm run --net`, their keys joined by colons:
   emulated:notify=exit   the data path in this process, each kick an exit to it
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also trace the processor's reasons for exits (root; slows exits)",
     )
+    add("--no-pin", dest="pin", action="store_false", help="leave it to the scheduler where the vCPUs run")
     add("--json", metavar="F", help="write everything as JSON ('-': stdout, instead of the table)")
     add("--html", metavar="F", help="write a page with plots")
     add("--svg", metavar="F", help="write the main plots alone")
@@ -118,6 +120,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         cpus=args.cpus,
         memory=args.memory,
         reasons=args.reasons,
+        pin=args.pin,
     )
 
 
@@ -135,6 +138,7 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
     own += ["--repeat", str(args.repeat), "--seconds", str(args.seconds), "--cpus", str(args.cpus)]
     own += [f"--append={args.append}", *(["--quiet"] if args.quiet else [])]
     own += ["--reasons"] if args.reasons else []
+    own += [] if args.pin else ["--no-pin"]
     for option in ("kernel", "initrd", "image"):
         if getattr(args, option):
             own.append(f"--{option}={getattr(args, option)}")

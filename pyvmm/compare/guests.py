@@ -329,8 +329,7 @@ class PeerGuest:
             cpus=p.cpus,
             memory=f"{parse_size(p.memory) >> 20}M",
         )
-        name = ["-name", "pyvmm-compare,debug-threads=on"]  # so that threads say what they are
-        return [*argv, *name, *peers.qemu_card(TAP, plan.MAC, vhost=self._mode.vhost)]
+        return [*argv, *peers.qemu_card(TAP, plan.MAC, vhost=self._mode.vhost)]
 
     def boot(self) -> float:
         """See Guest."""

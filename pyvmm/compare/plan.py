@@ -79,6 +79,7 @@ class Plan:
     :param kernel, initrd: files of the guest. :param image: what they are called in the results.
     :param append: kernel command line beside what pyvmm adds. :param samples: seconds between two looks at the counters.
     :param reasons: trace the processor's reasons of exits in KVM, too.
+    :param pin: give each vCPU a CPU to itself, if there is one more for the rest.
     :raises UsageError: what makes no sense.
     """
 
@@ -98,6 +99,7 @@ class Plan:
         append: str = "",
         samples: float = 0.1,
         reasons: bool = False,
+        pin: bool = True,
     ) -> None:
         self.modes = [parse_mode(text.strip()) for text in modes.split(",") if text.strip()]
         if peers:
@@ -114,7 +116,7 @@ class Plan:
         if not 0.2 <= seconds <= MAX_SECONDS:
             raise UsageError(f"--seconds {seconds:g}", f"use 0.2 to {MAX_SECONDS}")
         self.repeat, self.seconds, self.samples = repeat, seconds, samples
-        self.reasons = reasons
+        self.reasons, self.pin = reasons, pin
         self.cpus, self.memory = cpus, memory
         self.kernel, self.initrd, self.image, self.append = kernel, initrd, image, append
 

@@ -11,11 +11,12 @@ import os
 import re
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from subprocess import SubprocessError
 
 from pyvmm.compare import counters, plan
 from pyvmm.compare.guests import TOOL_LIMIT, open_guest, terminate
+from pyvmm.compare.pinning import pinned, possible
 from pyvmm.errors import (
     HostError,
     ImageError,
@@ -72,6 +73,7 @@ class Comparison:
             for m in p.modes
         }
         self._complete = False
+        self._pin = p.pin and possible(p.cpus)
         self._trace: counters.ExitTrace | None = None
 
     def run(self) -> None:
@@ -116,12 +118,13 @@ class Comparison:
                 got = guest.facts()
                 notes = [*facts["notes"], *got.pop("notes", [])]
                 facts |= {**got, "notes": list(dict.fromkeys(notes))}
-                self._warm_up(guest)
-                for workload in self._plan.workloads:
-                    time.sleep(SETTLE)
-                    done = self._workload(guest, workload)
-                    run["workloads"].append(done)
-                    self._progress(f"  {outcome(done)}")
+                with pinned(guest.tasks(), self._plan.cpus) if self._pin else nullcontext():
+                    self._warm_up(guest)
+                    for workload in self._plan.workloads:
+                        time.sleep(SETTLE)
+                        done = self._workload(guest, workload)
+                        run["workloads"].append(done)
+                        self._progress(f"  {outcome(done)}")
         except FOR_ALL:
             raise
         except (PyvmmError, OSError, SubprocessError) as e:
@@ -241,6 +244,7 @@ class Comparison:
                 "seconds": p.seconds,
                 "sample_s": p.samples,
                 "reasons": p.reasons,
+                "pinned": self._pin,
                 "workloads": [{"name": w, "what": plan.WORKLOADS[w]} for w in p.workloads],
             },
             "modes": list(self._modes.values()),

@@ -222,6 +222,8 @@ def remarks(document: dict[str, Any]) -> list[str]:
     )
     if document["settings"].get("reasons"):
         out.append("The processor's reasons for exits were traced, which slows each exit down.")
+    if document["settings"].get("pinned"):
+        out.append("Each vCPU had a CPU to itself.")
     if document["host"]["testbed"]:
         out.append("Measured in the testbed, on an emulated processor: only counts and ratios mean anything.")
     return out

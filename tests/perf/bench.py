@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pyvmm
+from pyvmm.compare.pinning import pinned, possible
 from pyvmm.errors import HostError
 from pyvmm.host import peers
 from pyvmm.images import find
@@ -188,32 +189,16 @@ def running(contestant: Contestant, log: Path) -> Iterator[tuple[subprocess.Pope
                 child.wait()
 
 
-@contextmanager
-def pinned(vmm: int, backend: int | None, vcpus: int) -> Iterator[None]:
-    """Each vCPU has a CPU to itself; all else that takes part shares the others: the VMM's threads, vhost, the back-end, iperf3.
-
-    Left alone the scheduler often wakes iperf3 where the guest runs, and so is what is measured.
-    """
-    allowed = os.sched_getaffinity(0)
-    own, shared = sorted(allowed)[:vcpus], set(sorted(allowed)[vcpus:])
-    if not shared:
-        raise RuntimeError(f"{len(allowed)} CPUs are too few for {vcpus} vCPUs and the rest: --no-pin")
-    found = 0
+def tasks(vmm: int, backend: int | None) -> list[tuple[str, int, int]]:
+    """(role, pid, tid) of the threads that take part; a vCPU's role is "vcpu"."""
+    out = []
     for pid in [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]:
         with suppress(OSError):  # it may be gone
-            if pid not in (vmm, backend) and Path(f"/proc/{pid}/comm").read_text() != f"vhost-{vmm}\n":
-                continue
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                is_vcpu = re.match(r"vcpu\d|CPU \d+/KVM", (task / "comm").read_text())
-                os.sched_setaffinity(int(task.name), {own[found % vcpus]} if is_vcpu else shared)
-                found += bool(is_vcpu)
-    if found != vcpus:
-        raise RuntimeError(f"{found} threads look like one of {vcpus} vCPUs")
-    os.sched_setaffinity(0, shared)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)
+            if pid in (vmm, backend) or Path(f"/proc/{pid}/comm").read_text() == f"vhost-{vmm}\n":
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    is_vcpu = re.match(r"vcpu\d|CPU \d+/KVM", (task / "comm").read_text())
+                    out.append(("vcpu" if is_vcpu else "other", pid, int(task.name)))
+    return out
 
 
 def counts() -> dict[str, int]:
@@ -250,7 +235,7 @@ def measure(contestant: Contestant, args: argparse.Namespace, log: Path) -> dict
         out["boot s"] = booted
         out["rss MB"] = rss_mb(child.pid)
         if not args.boot_only and contestant.net:
-            with pinned(child.pid, backend, args.cpus) if args.pin else nullcontext():
+            with pinned(tasks(child.pid, backend), args.cpus) if args.pin else nullcontext():
                 transfer(args, out)
     return out
 
@@ -289,6 +274,8 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--log-dir", default="/tmp", help="consoles of the guests")
     args = parser.parse_args()
+    if args.pin and not possible(args.cpus):
+        parser.error(f"no CPU is left beside {args.cpus} vCPUs: --no-pin")
     image = find("default")
     runners = contestants(args, image)
     sh("ip", "link", "del", TAP, check=False)

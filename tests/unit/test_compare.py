@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import threading
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from pyvmm import cli
 from pyvmm.cli.signals import Terminated
 from pyvmm.compare import counters, html, plan, run, schema, stats, svg
+from pyvmm.compare.pinning import pinned, possible
 from pyvmm.errors import GuestTimeout, HostError, ImageError, KvmMissing, UsageError, VhostMissing
 
 RECORD = Path(__file__).resolve().parents[1] / "data" / "compare.json"
@@ -574,3 +578,28 @@ def test_samples_are_bounded(monkeypatch):
     got = sampler.stop()
     assert len(got["t"]) < 8 and got["t"] == sorted(got["t"]) and got["user_exits"][0] == 0
     assert [2 * n for n in got["user_exits"]] == got["kvm_exits"]
+
+
+def test_pinning():
+    """A vCPU has a CPU to itself, who has chosen keeps its own, and the caller is put back."""
+    if not possible(1):
+        pytest.skip("one CPU")
+    allowed = os.sched_getaffinity(0)
+    end = threading.Event()
+    threads = [threading.Thread(target=end.wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    vcpu, worker, chosen = (thread.native_id or 0 for thread in threads)
+    first = min(allowed)
+    try:
+        os.sched_setaffinity(chosen, {first})
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        tasks = [("vcpu", 1, vcpu), ("worker", 1, worker), ("vhost", 1, chosen), ("vmm", 1, gone.pid)]
+        with pinned(tasks, 1):
+            assert os.sched_getaffinity(vcpu) == {first}
+            assert os.sched_getaffinity(worker) == os.sched_getaffinity(0) == allowed - {first}
+            assert os.sched_getaffinity(chosen) == {first}
+        assert os.sched_getaffinity(0) == allowed
+    finally:
+        end.set()
