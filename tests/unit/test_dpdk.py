@@ -58,6 +58,8 @@ def test_virtio_user_drives_our_loop(path: str, queues: int) -> None:
             pmd.say("start tx_first 2")
             assert wait_for(lambda: running.backend.counters().get("rx_packets", 0) > 20000, PATIENCE)
             received, sent = forwarded(pmd)
+            # What it sent last our worker may not have taken yet.
+            wait_for(lambda: running.backend.counters()["rx_packets"] >= sent, PATIENCE)
             counters = running.backend.counters()
         assert sent == counters["tx_packets"] == counters["rx_packets"] >= received
         assert sent - received <= 64 * queues  # those on their way when it stopped
