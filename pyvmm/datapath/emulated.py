@@ -18,7 +18,6 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_HDR_V1_SIZE,
 )
-from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ class EmulatedNet:
             with self._lock:
                 self._pairs = started
             for pair in started:
-                pair.thread = Thread(
+                pair.thread = threading.Thread(  # which names itself, in C
                     target=self._run, args=(pair,), name=f"{self._port.name}-{pair.number}", daemon=True
                 )
                 pair.thread.start()

@@ -22,11 +22,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pyvmm
+from pyvmm.compare import counters
 from pyvmm.compare.pinning import pinned, possible
 from pyvmm.errors import HostError
 from pyvmm.host import peers
@@ -190,15 +191,13 @@ def running(contestant: Contestant, log: Path) -> Iterator[tuple[subprocess.Pope
 
 
 def tasks(vmm: int, backend: int | None) -> list[tuple[str, int, int]]:
-    """(role, pid, tid) of the threads that take part; a vCPU's role is "vcpu"."""
-    out = []
-    for pid in [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]:
-        with suppress(OSError):  # it may be gone
-            if pid in (vmm, backend) or Path(f"/proc/{pid}/comm").read_text() == f"vhost-{vmm}\n":
-                for task in Path(f"/proc/{pid}/task").iterdir():
-                    is_vcpu = re.match(r"vcpu\d|CPU \d+/KVM", (task / "comm").read_text())
-                    out.append(("vcpu" if is_vcpu else "other", pid, int(task.name)))
-    return out
+    """(role, pid, tid) of the threads that take part."""
+    out = [
+        ("vcpu" if name.startswith(("vcpu", "CPU ")) else "vmm", vmm, tid)
+        for tid, name in counters.threads_of(vmm).items()
+    ]
+    out += [("vhost", tid, tid) for tid in counters.vhost_threads(vmm)]
+    return out + [("backend", backend, tid) for tid in counters.threads_of(backend)] if backend else out
 
 
 def counts() -> dict[str, int]:
