@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.backend.process import BackendProcess
     from pyvmm.datapath.base import DataPath
-    from pyvmm.datapath.tap import Tap
-    from pyvmm.datapath.vu_process import BackendProcess
     from pyvmm.exits.ledger import Ledger
+    from pyvmm.hostnet.tap import Tap
     from pyvmm.kvm.recorder import Scope
     from pyvmm.virtio.net import NetDevice
     from pyvmm.virtio.pci import VirtioPci
@@ -47,11 +47,11 @@ class Outside:
         self._backend: BackendProcess | None = None
         if not net.has_tap:
             return
-        from pyvmm.datapath.tap import TXQUEUELEN, Tap
+        from pyvmm.hostnet.tap import TXQUEUELEN, Tap
 
         frames = SWITCH_TXQUEUELEN if net.switchable else TXQUEUELEN
         if net.tap is None:
-            from pyvmm.datapath.netns import Namespace
+            from pyvmm.hostnet.netns import Namespace
 
             self.namespace = Namespace(address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
             self.tap = self.namespace.tap
@@ -76,14 +76,14 @@ class Outside:
                 return VhostUserNet(net.socket, server=net.server, wait=wait, **common)
             tap = self._need_tap(net)
             if self._backend is None:
-                from pyvmm.datapath.vu_process import BackendProcess
+                from pyvmm.backend.process import BackendProcess
 
                 self._backend = BackendProcess(tap)
             dial = self._backend.dial
             return VhostUserNet(OWN_BACKEND, port=tap, dial=dial, **common)
         tap = self._need_tap(net)
         if net.mode == "vhost-net":
-            from pyvmm.datapath.vhost import Vhost
+            from pyvmm.datapath.vhost_device import Vhost
             from pyvmm.datapath.vhost_net import VhostNet
 
             with ExitStack() as undo:

@@ -14,7 +14,7 @@ _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Find out where host tests run."""
-    from pyvmm.host.doctor import can_run_linux_locally, flavour
+    from pyvmm.doctor import can_run_linux_locally, flavour
 
     if Path("/dev/kvm").exists():
         PLACES["host"] = f"this machine's /dev/kvm ({flavour() or 'unknown'})"

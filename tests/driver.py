@@ -1,10 +1,10 @@
-"""A mock virtio driver (pyvmm.datapath.driver) and a cable in place of a tap, for tests."""
+"""A mock virtio driver (pyvmm.conformance.driver) and a cable in place of a tap, for tests."""
 
 from __future__ import annotations
 
 import socket
 
-from pyvmm.datapath.driver import NetDriver, Ring, align, fence, wait_for
+from pyvmm.conformance.driver import NetDriver, Ring, align, fence, wait_for
 from pyvmm.fd import Fd
 from pyvmm.spec import virtio, virtio_net
 

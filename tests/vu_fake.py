@@ -8,9 +8,9 @@ import struct
 import threading
 from typing import TYPE_CHECKING
 
-from pyvmm.datapath.vu_wire import Channel, Listener, Message
 from pyvmm.errors import VhostUserError
 from pyvmm.spec import vhost_user as spec
+from pyvmm.vhostuser.wire import Channel, Listener, Message
 from tests.driver import bits
 
 if TYPE_CHECKING:

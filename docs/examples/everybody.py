@@ -2,8 +2,8 @@
 
 import sys
 
-from pyvmm.datapath.vu_backend import Backend
-from pyvmm.datapath.vu_ports import PythonPort
+from pyvmm.backend.ports import PythonPort
+from pyvmm.backend.server import Backend
 
 MAC = bytes.fromhex("020000000001")
 

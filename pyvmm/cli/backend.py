@@ -72,7 +72,7 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
     import threading
     from contextlib import ExitStack
 
-    from pyvmm.datapath.vu_backend import Backend
+    from pyvmm.backend.server import Backend
 
     errors: list[BaseException] = []
 
@@ -130,11 +130,11 @@ def _ports(args: argparse.Namespace, stack: Any) -> list[tuple[str, Any]]:
     """(socket, port) of each back-end."""
     from pathlib import Path
 
-    from pyvmm.datapath import vu_ports
+    from pyvmm.backend import ports as vu_ports
     from pyvmm.errors import UsageError
 
     if args.tap:
-        from pyvmm.datapath.tap import Tap
+        from pyvmm.hostnet.tap import Tap
 
         return [(args.socket, Tap(args.tap, queues=args.queues, address=args.address))]
     if args.loopback:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; the exit status is the verdict."""
-    from pyvmm.host import doctor
+    from pyvmm import doctor
 
     findings = doctor.examine()
     status, text = doctor.verdict()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
     from typing import Any
 
-    from pyvmm.datapath.netns import Namespace
+    from pyvmm.hostnet.netns import Namespace
     from pyvmm.testing.vm import Vm
 
 SCHEMA = "pyvmm-matrix/1"
@@ -289,8 +289,8 @@ def _backend(stack: ExitStack) -> tuple[str, Namespace]:
     import tempfile
     import threading
 
-    from pyvmm.datapath.netns import Namespace
-    from pyvmm.datapath.vu_backend import Backend
+    from pyvmm.backend.server import Backend
+    from pyvmm.hostnet.netns import Namespace
 
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pyvmm-matrix-"))
     namespace = stack.enter_context(Namespace(address=f"{HOST_ADDRESS}/24"))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.control.client import Client
-    from pyvmm.host.testbed import Testbed
+    from pyvmm.testbed.testbed import Testbed
 
 COMPLETE_TIMEOUT = 5.0  # seconds that completion waits for the testbed
 TIMEOUT = 30.0  # for one answer
@@ -55,7 +55,7 @@ def testbed_up() -> Testbed | None:
     """The testbed, where it is up and we are outside of it."""
     if "PYVMM_IN_TESTBED" in os.environ:
         return None
-    from pyvmm.host.testbed import Testbed
+    from pyvmm.testbed.testbed import Testbed
 
     bed = Testbed()
     return bed if bed.is_up() else None

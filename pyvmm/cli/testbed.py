@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.host.testbed import Testbed
+    from pyvmm.testbed.testbed import Testbed
 
 ACTIONS = ("up", "down", "status", "setup")
 
@@ -57,7 +57,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what the words say; the exit status."""
     from pyvmm.errors import UsageError
-    from pyvmm.host import testbed
+    from pyvmm.testbed import testbed
 
     words = args.words
     action, command = "", []
@@ -138,7 +138,7 @@ def _status(bed: Testbed, as_json: bool) -> int:
 def _command(bed: Testbed, command: list[str], timeout: float | None) -> int:
     import os
 
-    from pyvmm.host.testbed import inside
+    from pyvmm.testbed.testbed import inside
 
     argv = command or [os.environ.get("SHELL") or "/bin/sh"]
     if inside():  # we are there already

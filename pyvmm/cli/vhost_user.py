@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from pyvmm.datapath.vu_check import Bench, Item
+    from pyvmm.conformance.check import Bench, Item
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from pyvmm.datapath.vu_check import Bench
-    from pyvmm.datapath.vu_wire import connect
+    from pyvmm.conformance.check import Bench
+    from pyvmm.vhostuser.wire import connect
 
     connect(args.socket).close()  # or the one error that says that nobody listens
     bench = Bench(args.socket, timeout=args.timeout or 5.0, queues=args.queues)
@@ -96,9 +96,9 @@ def _write_junit(path: str, bench: Bench) -> None:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    from pyvmm.datapath.vu_probe import Probe
-    from pyvmm.datapath.vu_wire import protocol_names
+    from pyvmm.conformance.probe import Probe
     from pyvmm.errors import VhostUserError
+    from pyvmm.vhostuser.wire import protocol_names
     from pyvmm.virtio.features import names
 
     error: VhostUserError | None = None

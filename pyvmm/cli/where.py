@@ -18,11 +18,11 @@ def elsewhere(host: str, kernel: str | None, argv: list[str], *, vhost: bool = F
     if host == "local":
         return None
     from pyvmm.errors import TestbedError
-    from pyvmm.host.testbed import Testbed
+    from pyvmm.testbed.testbed import Testbed
 
     if host == "auto":
         from pyvmm.boot import is_linux
-        from pyvmm.host.doctor import can_run_linux_locally
+        from pyvmm.doctor import can_run_linux_locally
 
         good, reason = can_run_linux_locally()
         good = good or (kernel is not None and not is_linux(kernel))

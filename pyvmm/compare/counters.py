@@ -247,7 +247,7 @@ def by_role(before: Tasks, after: Tasks) -> dict[str, dict[str, Any]]:
 class TapCounters:
     """Packets and bytes that pass the tap ``name`` of a namespace, in any mode; a segmented packet counts once.
 
-    :param space: pyvmm.datapath.netns.Namespace, lent.
+    :param space: pyvmm.hostnet.netns.Namespace, lent.
     """
 
     def __init__(self, space: Any, name: str) -> None:
@@ -255,8 +255,8 @@ class TapCounters:
         import socket
         import struct
 
-        from pyvmm.datapath.link import Link
         from pyvmm.fd import Fd
+        from pyvmm.hostnet.rtnetlink import Link
 
         SIOCGIFINDEX = 0x8933  # linux/sockios.h  # noqa: N806
         with space.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:

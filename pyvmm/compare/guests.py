@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pyvmm.compare.counters import ExitTrace, Tasks
     from pyvmm.compare.plan import Mode, Plan
-    from pyvmm.datapath.netns import Namespace
+    from pyvmm.hostnet.netns import Namespace
 
     class Guest(Protocol):
         """What ``open_guest`` gives: a context manager that leaves nothing behind."""
@@ -140,7 +140,7 @@ class OwnGuest:
         """`pyvmm backend` with a tap in a namespace of ours."""
         import subprocess
 
-        from pyvmm.datapath.netns import Namespace
+        from pyvmm.hostnet.netns import Namespace
 
         directory = tempfile.mkdtemp(
             prefix="pyvmm-compare-", dir="/run" if os.access("/run", os.W_OK) else None
@@ -275,7 +275,7 @@ class PeerGuest:
         self._stack.close()
 
     def _make(self) -> None:
-        from pyvmm.datapath.netns import Namespace
+        from pyvmm.hostnet.netns import Namespace
 
         self._argv = self._command()
         self.space = self._stack.enter_context(Namespace(name="unused"))

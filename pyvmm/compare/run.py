@@ -216,9 +216,9 @@ class Comparison:
         """The results so far, as docs/compare.md describes them."""
         from pyvmm import __version__
         from pyvmm.compare.stats import summarise
-        from pyvmm.host.doctor import flavour
-        from pyvmm.host.testbed import inside
+        from pyvmm.doctor import flavour
         from pyvmm.machine import parse_size
+        from pyvmm.testbed.testbed import inside
 
         p = self._plan
         document = {

@@ -8,8 +8,8 @@ import time
 
 from pyvmm._ext import ffi, lib
 from pyvmm.datapath.base import Marks, by_pair, cpu_ns
-from pyvmm.datapath.link import Reopener
 from pyvmm.errors import HostError, RingFault
+from pyvmm.hostnet.rtnetlink import Reopener
 from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_GUEST_TSO4,

@@ -11,9 +11,9 @@ import threading
 import time
 
 from pyvmm.datapath.base import Marks, by_pair, cpu_ns
-from pyvmm.datapath.link import PacketCount, Reopener
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
+from pyvmm.hostnet.rtnetlink import PacketCount, Reopener
 from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
 from pyvmm.spec.virtio_net import VIRTIO_NET_F_MRG_RXBUF
 from pyvmm.threads import Thread
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pyvmm.datapath.base import FaultHandler, RxFilter, Vring
-    from pyvmm.datapath.tap import Tap
-    from pyvmm.datapath.vhost import Vhost
+    from pyvmm.datapath.vhost_device import Vhost
+    from pyvmm.hostnet.tap import Tap
     from pyvmm.memory import GuestMemory
 
 #: What the kernel does on the rings, where it offers it. Offloads belong to the tap, the rest to the device.

@@ -21,21 +21,9 @@ import threading
 import time
 
 from pyvmm.datapath.base import Marks
-from pyvmm.datapath.link import PacketCount
-from pyvmm.datapath.vu_wire import (
-    Channel,
-    Closed,
-    Listener,
-    Message,
-    ProtocolError,
-    Region,
-    TimedOut,
-    connect,
-    pack_regions,
-    protocol_names,
-)
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.fd import EventFd, Fd, eventfds
+from pyvmm.hostnet.rtnetlink import PacketCount
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec import virtio, virtio_net
 from pyvmm.spec.vhost_user import (
@@ -53,6 +41,18 @@ from pyvmm.spec.vhost_user import (
 )
 from pyvmm.spec.virtio_net import VIRTIO_NET_F_MTU
 from pyvmm.threads import Thread
+from pyvmm.vhostuser.wire import (
+    Channel,
+    Closed,
+    Listener,
+    Message,
+    ProtocolError,
+    Region,
+    TimedOut,
+    connect,
+    pack_regions,
+    protocol_names,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.datapath.base import FaultHandler, RxFilter, Vring
-    from pyvmm.datapath.tap import Tap
+    from pyvmm.hostnet.tap import Tap
     from pyvmm.memory import GuestMemory
 
 PROTOCOL_FEATURES = (

@@ -108,7 +108,7 @@ def vhost_user_args(request: int, payload: bytes) -> Args:
         values = zip(layout[1], struct.unpack(layout[0], payload), strict=True)
         return {name: hex(v) if name in ADDRESSES else v for name, v in values if name}
     if request == vu.VHOST_USER_SET_MEM_TABLE and payload:
-        from pyvmm.datapath.vu_wire import unpack_regions
+        from pyvmm.vhostuser.wire import unpack_regions
 
         return {
             "regions": [
@@ -123,7 +123,7 @@ def vhost_user_args(request: int, payload: bytes) -> Args:
         own = 1 << vu.VHOST_USER_F_PROTOCOL_FEATURES
         return {"features": feature_text(value & ~own) + (" PROTOCOL_FEATURES" if value & own else "")}
     if request in VU_PROTOCOL:
-        from pyvmm.datapath.vu_wire import protocol_names
+        from pyvmm.vhostuser.wire import protocol_names
 
         return {"protocol_features": " ".join(protocol_names(value))}
     if request in VU_FILES:
@@ -412,7 +412,7 @@ class _Trace:
     def _step(self, name: str, args: dict[str, Any]) -> tuple[str, Args]:
         """A step's name and arguments, decoded."""
         if name.startswith("vhost-user "):
-            from pyvmm.datapath.vu_wire import request_name
+            from pyvmm.vhostuser.wire import request_name
 
             said = vhost_user_args(args["request"], args["payload"])
             more = {"descriptors": args["descriptors"]} if args["descriptors"] else {}

@@ -117,9 +117,9 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     host = config.getoption("pyvmm_host") or config.getini("pyvmm_host")
     if host == "local" or hasattr(config, "workerinput") or config.getoption("help"):
         return None
+    from pyvmm.doctor import can_run_linux_locally
     from pyvmm.errors import PyvmmError
-    from pyvmm.host.doctor import can_run_linux_locally
-    from pyvmm.host.testbed import Testbed, inside
+    from pyvmm.testbed.testbed import Testbed, inside
 
     if inside() or (host == "auto" and can_run_linux_locally()[0]):
         return None
@@ -257,8 +257,8 @@ def _make(request: pytest.FixtureRequest, wishes: dict[str, Any], name: str, rec
 
 def _check_host(kernel: str) -> None:
     from pyvmm.boot import is_linux
+    from pyvmm.doctor import can_run_linux_locally
     from pyvmm.errors import KvmUnsuitable
-    from pyvmm.host.doctor import can_run_linux_locally
 
     good, reason = can_run_linux_locally()
     if not good and is_linux(kernel):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import ImageError
-from pyvmm.host.testbed import Testbed, inside
 from pyvmm.images import find
+from pyvmm.testbed.testbed import Testbed, inside
 from tests.boot.guest import Host
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
-    from pyvmm.host.testbed import Result, Testbed
+    from pyvmm.testbed.testbed import Result, Testbed
 
 PYVMM = [sys.executable, "-m", "pyvmm"]
 #: Far beyond what anything here takes: the testbed is slow, and its machine may be busy.

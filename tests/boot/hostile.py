@@ -11,12 +11,12 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from pyvmm.datapath.vu_wire import Listener
 from pyvmm.spec import vhost_user as spec
+from pyvmm.vhostuser.wire import Listener
 from tests.vu_fake import HOSTILE, Fake, raw
 
 if TYPE_CHECKING:
-    from pyvmm.datapath.vu_wire import Message
+    from pyvmm.vhostuser.wire import Message
     from tests.vu_fake import Answer
 
 PATIENCE = 120.0

@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from pyvmm.datapath.tap import Tap
-from pyvmm.datapath.vu_backend import Backend
+from pyvmm.backend.server import Backend
+from pyvmm.hostnet.tap import Tap
 
 #: Packets that have to pass between two kills.
 PACKETS = 20

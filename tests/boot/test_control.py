@@ -16,7 +16,7 @@ from tests.boot.guest import PATIENCE, PYVMM, Guest, Run, check_ping, check_tcp,
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from pyvmm.host.testbed import Result
+    from pyvmm.testbed.testbed import Result
     from tests.boot.guest import Host
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import TestbedError
-from pyvmm.host import l1_assets
-from pyvmm.host.testbed import Testbed, TestbedTimeout
+from pyvmm.testbed import assets as l1_assets
+from pyvmm.testbed.testbed import Testbed, TestbedTimeout
 
 PYVMM = [sys.executable, "-m", "pyvmm"]
 NOBODY = 65534
@@ -369,7 +369,7 @@ def test_a_panic_is_named() -> None:
 def test_dies_with_its_owner(testbed: Testbed) -> None:
     """A tethered testbed whose owner is killed goes away, and so does one whose supervisor is killed."""
     code = (
-        "import os, sys, time; from pyvmm.host.testbed import Testbed; "
+        "import os, sys, time; from pyvmm.testbed.testbed import Testbed; "
         "t = Testbed('owner', cpus=1, memory=1 << 30).__enter__(); print(t.status()['pid'], t.name, flush=True); time.sleep(99)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)

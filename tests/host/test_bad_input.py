@@ -171,7 +171,7 @@ def test_forbidden_kvm(guest: Guest) -> None:
 def test_busy_tap(guest: Guest) -> None:
     if os.geteuid():
         pytest.skip("needs root to make a tap")
-    from pyvmm.datapath.tap import Tap
+    from pyvmm.hostnet.tap import Tap
 
     tap = Tap("pvbusy0")
     try:

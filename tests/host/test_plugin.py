@@ -233,7 +233,7 @@ def test_it(vm):
 
 def test_linux_where_there_is_none(tmp_path: Path) -> None:
     """On a host whose KVM runs no Linux the way out is told; nothing hangs, nothing is skipped in silence."""
-    from pyvmm.host.doctor import can_run_linux_locally
+    from pyvmm.doctor import can_run_linux_locally
 
     if can_run_linux_locally()[0]:
         pytest.skip("this host's KVM runs Linux")

@@ -9,10 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     {"errors", "fd", "spec", "threads", "__version__"},
-    {"memory", "kvm"},
+    {"memory", "kvm", "hostnet", "vhostuser"},
     {"bus", "pci"},
     {"boot", "datapath", "devices", "virtio"},
-    {"control", "exits", "host", "images", "net", "testing"},
+    {"backend", "conformance", "control", "exits", "host", "images", "net", "testbed", "testing"},
+    {"doctor"},
     {"nic"},
     {"hang", "machine", "suite"},
     {"compare"},
@@ -21,7 +22,18 @@ LAYERS = (
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 #: What pytest loads is an application, as cli is, although it lies in testing.
 APPLICATIONS = ("testing.plugin", "testing.vm")
-EXTENSION = ("bus", "datapath", "devices", "kvm", "memory", "pci", "virtio.pci", "virtio.queue")
+EXTENSION = (
+    "bus",
+    "datapath",
+    "devices",
+    "hostnet",
+    "kvm",
+    "memory",
+    "pci",
+    "backend.server",
+    "virtio.pci",
+    "virtio.queue",
+)
 
 
 def runtime_imports(node: ast.AST) -> Iterator[str]:
@@ -58,7 +70,11 @@ def check(name: str, source: str) -> list[str]:
         if other == "_ext":
             if not any(name == e or name.startswith(f"{e}.") for e in EXTENSION):
                 wrong.append(f"pyvmm.{name} touches the C extension")
-        elif own == "virtio" and other == "datapath" and inner != "datapath.base":
+        elif (
+            own == "virtio"
+            and other in ("backend", "datapath", "hostnet", "vhostuser")
+            and inner != "datapath.base"
+        ):
             wrong.append(f"pyvmm.{name} picks a backend: {target}")
         elif other not in RANK:
             wrong.append(f"pyvmm.{other} has no layer: add it to LAYERS and to ARCHITECTURE.md")
@@ -77,7 +93,7 @@ def test_imports_go_downward() -> None:
 def test_the_check_notices() -> None:
     assert check("kvm.vm", "from pyvmm.machine import Machine")
     assert check("kvm.vm", "def f():\n    import pyvmm.cli.run")
-    assert check("virtio.net", "from pyvmm.datapath.tap import Tap")
+    assert check("virtio.net", "from pyvmm.hostnet.tap import Tap")
     assert check("boot.elf", "from pyvmm._ext import lib")
     assert check("machine", "from pyvmm._ext import lib")
     assert check("virtio.net", "from pyvmm._ext import lib")
@@ -89,7 +105,7 @@ def test_the_check_notices() -> None:
 
 def test_only_cli_prints_or_exits() -> None:
     """Libraries raise; processes of their own (the supervisor, the agent in L1) may talk to their log."""
-    own_process = {"host.l1_agent", "host.l1_supervisor"}
+    own_process = {"testbed.agent", "testbed.supervisor"}
     wrong = []
     for name, path in modules():
         if name.split(".")[0] in ("cli", "__main__") or name in own_process:

@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from pyvmm.host.doctor import can_run_linux_locally
-from pyvmm.host.testbed import Testbed
+from pyvmm.doctor import can_run_linux_locally
+from pyvmm.testbed.testbed import Testbed
 
 BENCH = Path(__file__).with_name("bench.py")
 

@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pyvmm.datapath.emulated import EmulatedNet
-from pyvmm.datapath.netns import Namespace
-from pyvmm.datapath.tap import Interface
+from pyvmm.hostnet.netns import Namespace
+from pyvmm.hostnet.tap import Interface
 from pyvmm.kvm.recorder import Recorder
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import virtio, virtio_net

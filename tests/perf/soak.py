@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyvmm
 from pyvmm._ext import lib
-from pyvmm.datapath.vhost import Vhost
+from pyvmm.datapath.vhost_device import Vhost
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.images import find
 from pyvmm.images.cpio import Archive
@@ -424,8 +424,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    from pyvmm.host.doctor import can_run_linux_locally
-    from pyvmm.host.testbed import Testbed, inside
+    from pyvmm.doctor import can_run_linux_locally
+    from pyvmm.testbed.testbed import Testbed, inside
 
     args = parse()
     with tempfile.TemporaryDirectory(prefix="pyvmm-soak-") as directory:

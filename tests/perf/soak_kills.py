@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pyvmm.host.testbed import Testbed
+from pyvmm.testbed.testbed import Testbed
 from tests.boot import seqnet
 from tests.boot.guest import Host
 from tests.boot.test_vhost_user import kill_under_traffic, one_guest, tap_backend, undisturbed

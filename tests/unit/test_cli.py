@@ -172,7 +172,7 @@ def test_a_run_loads_nothing_heavy():
     modules = loaded(
         "import pyvmm.machine, pyvmm.net, pyvmm.cli.run, pyvmm.cli.terminal, pyvmm.devices.console\n"
         "import pyvmm.control.server, pyvmm.control.commands, pyvmm.control.place\n"
-        "import pyvmm.virtio.net, pyvmm.virtio.pci, pyvmm.datapath.emulated, pyvmm.datapath.netns, pyvmm.datapath.tap"
+        "import pyvmm.virtio.net, pyvmm.virtio.pci, pyvmm.datapath.emulated, pyvmm.hostnet.netns, pyvmm.hostnet.tap"
     )
     assert "pyvmm._ext" in modules
     assert not modules & HEAVY

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.host import doctor, l1_assets
-from pyvmm.host.testbed import Testbed
+from pyvmm import doctor
+from pyvmm.testbed import assets as l1_assets
+from pyvmm.testbed.testbed import Testbed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,9 +129,9 @@ def test_command_on_this_machine() -> None:
 
 def test_asking_where_to_run_is_light() -> None:
     """It is asked at every ``pyvmm run``: nothing that takes long to import."""
-    code = "from pyvmm.host.doctor import can_run_linux_locally as f; f(); import sys; print(*sys.modules)"
+    code = "from pyvmm.doctor import can_run_linux_locally as f; f(); import sys; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout
-    assert "pyvmm.host.doctor" in out
+    assert "pyvmm.doctor" in out
     heavy = {"subprocess", "pathlib", "json", "re", "ctypes", "socket", "pyvmm._ext"}
     before = subprocess.run(
         [sys.executable, "-c", "import sys; print(*sys.modules)"], capture_output=True, text=True

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pyvmm.datapath.netns import Namespace
-from pyvmm.datapath.vu_check import Bench
-from pyvmm.datapath.vu_ports import loop_port
-from pyvmm.datapath.vu_probe import Probe
+from pyvmm.backend.ports import loop_port
+from pyvmm.conformance.check import Bench
+from pyvmm.conformance.probe import Probe
+from pyvmm.hostnet.netns import Namespace
 from tests.dpdk import TestPmd, command
 from tests.driver import wait_for
 from tests.unit.test_vhost_user import PATIENCE, Guest, Running, frame

@@ -11,8 +11,8 @@ import pytest
 
 from pyvmm._ext import ffi
 from pyvmm.datapath.emulated import EmulatedNet
-from pyvmm.datapath.netns import Namespace
 from pyvmm.errors import RingFault
+from pyvmm.hostnet.netns import Namespace
 from pyvmm.memory import GuestMemory
 from pyvmm.spec.virtio import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 from tests.driver import Cable, NetDriver, bits, fence, wait_for

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.backend.process import BackendProcess
+from pyvmm.backend.server import Backend
 from pyvmm.datapath.emulated import EmulatedNet
-from pyvmm.datapath.vu_backend import Backend
-from pyvmm.datapath.vu_ports import rarp
-from pyvmm.datapath.vu_process import BackendProcess
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.exits.ledger import Ledger
+from pyvmm.hostnet.frames import rarp
 from pyvmm.net import Net
 from pyvmm.nic import KEPT_SWITCHES, Nic, Outside
 from pyvmm.spec.virtio import VIRTIO_CONFIG_S_NEEDS_RESET

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.datapath import tap
 from pyvmm.datapath.emulated import EmulatedNet
-from pyvmm.datapath.netns import Namespace
-from pyvmm.datapath.tap import Interface, Tap, parse_address
 from pyvmm.errors import NetError, NetForbidden, UsageError
+from pyvmm.hostnet import tap
+from pyvmm.hostnet.netns import Namespace
+from pyvmm.hostnet.tap import Interface, Tap, parse_address
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import virtio, virtio_net
 from tests.driver import NetDriver, wait_for
@@ -63,7 +63,7 @@ def namespace():
 
 def inside(ns, source, **kw):
     """Run Python source as root inside the namespace."""
-    code = "import sys, os, time\nfrom pyvmm.datapath.tap import Tap, Interface\nfrom pyvmm.errors import *\n"
+    code = "import sys, os, time\nfrom pyvmm.hostnet.tap import Tap, Interface\nfrom pyvmm.errors import *\n"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     argv = [sys.executable, "-c", code + textwrap.dedent(source)]
     return ns.popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=env, **kw)
@@ -512,14 +512,14 @@ def test_forbidden_taps_name_the_remedy(tun_for_all):
 
 
 def test_no_tun_device(monkeypatch):
-    monkeypatch.setattr("pyvmm.datapath.tap.TUN", "/dev/net/none")
+    monkeypatch.setattr("pyvmm.hostnet.tap.TUN", "/dev/net/none")
     with pytest.raises(NetError, match="there is no /dev/net/none; load the tun module"):
         Tap("x0")
 
 
 def test_no_namespaces_at_all(monkeypatch):
     """unshare refused: one line with the remedy."""
-    from pyvmm.datapath import netns
+    from pyvmm.hostnet import netns
 
     class Refusing:
         CLONE_NEWNET = CLONE_NEWUSER = 0

@@ -20,11 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.errors import HostError, TestbedError, UsageError
-from pyvmm.host import l1_assets, l1_isolate, paths, testbed
-from pyvmm.host import l1_protocol as p
-from pyvmm.host.l1_client import Session, TestbedTimeout
-from pyvmm.host.l1_supervisor import Client, Supervisor
-from pyvmm.host.testbed import Testbed
+from pyvmm.host import paths
+from pyvmm.testbed import assets as l1_assets
+from pyvmm.testbed import isolate as l1_isolate
+from pyvmm.testbed import protocol as p
+from pyvmm.testbed import testbed
+from pyvmm.testbed.session import Session, TestbedTimeout
+from pyvmm.testbed.supervisor import Client, Supervisor
+from pyvmm.testbed.testbed import Testbed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -326,7 +329,7 @@ def test_boot_files_are_built_once_and_for_their_inputs(kernel: l1_assets.Kernel
     assert len(said) == 1
     assert Path(first[0]).read_bytes()[:4] == b"\x7fELF"
     initrd = Path(first[1]).read_bytes()
-    for name in (b"init", b"busybox", b"l1_agent.pyc", b"m/virtiofs.ko", b"m/kvm_amd.ko"):
+    for name in (b"init", b"busybox", b"agent.pyc", b"m/virtiofs.ko", b"m/kvm_amd.ko"):
         assert b"00000000" + name + b"\0" in initrd, name  # the header's last field, then the name
     assert l1_assets.boot_files(kernel, said.append) == first
     assert len(said) == 1, "the second time it is there"
@@ -372,12 +375,12 @@ def test_what_is_missing_is_named_with_its_remedy(home: Path, monkeypatch: pytes
 
 def test_agent_needs_nothing_of_pyvmm() -> None:
     """It runs in L1 with -I -S, before anything of pyvmm can be reached, and nothing that it imports is slow."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import l1_agent; print(*sys.modules)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import agent; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, str(ROOT / "pyvmm/host")], capture_output=True, text=True
+        [sys.executable, "-I", "-S", "-c", code, str(ROOT / "pyvmm/testbed")], capture_output=True, text=True
     )
     loaded = set(done.stdout.split())
-    assert "l1_protocol" in loaded, done.stderr
+    assert "protocol" in loaded, done.stderr
     assert not {m for m in loaded if m.startswith("pyvmm")}
     assert not loaded & {"re", "json", "typing", "subprocess", "ctypes", "socket"}
 
@@ -422,7 +425,7 @@ def test_protect_leaves_only_the_given_directories_writable(tmp_path: Path) -> N
     (tmp_path / "open").mkdir()
     (tmp_path / "shut").mkdir()
     code = (
-        "import sys\nfrom pyvmm.host import l1_isolate\n"
+        "import sys\nfrom pyvmm.testbed import isolate as l1_isolate\n"
         "l1_isolate.protect([sys.argv[1]])\nopen(sys.argv[1] + '/x', 'w').close()\n"
         "try: open(sys.argv[2] + '/x', 'w')\nexcept OSError as e: print(e.strerror)"
     )

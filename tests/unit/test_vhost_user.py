@@ -17,15 +17,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.datapath.netns import Namespace
+from pyvmm.backend.ports import PcapWriter, PythonPort, joined_ports, loop_port
+from pyvmm.backend.server import Backend
+from pyvmm.conformance.probe import Probe
 from pyvmm.datapath.vhost_user import VhostUserNet
-from pyvmm.datapath.vu_backend import Backend
-from pyvmm.datapath.vu_ports import PcapWriter, PythonPort, joined_ports, loop_port, rarp
-from pyvmm.datapath.vu_probe import Probe
-from pyvmm.datapath.vu_wire import Channel, Listener, TimedOut
 from pyvmm.errors import VhostUserError
+from pyvmm.hostnet.frames import rarp
+from pyvmm.hostnet.netns import Namespace
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
+from pyvmm.vhostuser.wire import Channel, Listener, TimedOut
 from tests.boot.seqnet import build, datagram
 from tests.driver import NetDriver, bits, wait_for
 from tests.vu_fake import HOSTILE, Fake, raw
@@ -498,8 +499,8 @@ def test_a_backend_with_another_mtu_is_refused(path):
 
 CHILD = """
 import os, sys
-from pyvmm.datapath.vu_backend import Backend
-from pyvmm.datapath.vu_ports import SocketPort
+from pyvmm.backend.server import Backend
+from pyvmm.backend.ports import SocketPort
 from pyvmm.fd import Fd
 backend = Backend(SocketPort("far", [Fd(int(sys.argv[2]))]), protocol_features=int(sys.argv[3]))
 backend.run(sys.argv[1])

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from pyvmm.bus import MMIO
 from pyvmm.datapath.emulated import EmulatedNet
-from pyvmm.datapath.netns import Namespace
 from pyvmm.errors import HostError
+from pyvmm.hostnet.netns import Namespace
 from pyvmm.spec import pci, virtio_pci
 from pyvmm.spec.platform import PCI_MMIO_BASE
 from pyvmm.spec.virtio import (

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.datapath.vu_check import ITEMS, Bench, Failed, negotiation
-from pyvmm.datapath.vu_ports import PythonPort, loop_port
-from pyvmm.datapath.vu_wire import Listener, connect
+from pyvmm.backend.ports import PythonPort, loop_port
+from pyvmm.conformance.check import ITEMS, Bench, Failed, negotiation
 from pyvmm.errors import VhostUserError
+from pyvmm.vhostuser.wire import Listener, connect
 from tests.driver import wait_for
 from tests.unit.test_vhost_user import EVENT_IDX, MRG, PATIENCE, Running, listening
 from tests.vu_fake import Fake

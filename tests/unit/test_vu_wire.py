@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvmm.datapath import vu_wire
-from pyvmm.datapath.vu_wire import (
+from pyvmm.errors import VhostUserError
+from pyvmm.spec import vhost_user as spec
+from pyvmm.vhostuser import wire as vu_wire
+from pyvmm.vhostuser.wire import (
     FDS_MAX,
     PAYLOAD_MAX,
     Channel,
@@ -32,8 +34,6 @@ from pyvmm.datapath.vu_wire import (
     request_name,
     unpack_regions,
 )
-from pyvmm.errors import VhostUserError
-from pyvmm.spec import vhost_user as spec
 
 PATIENCE = 60.0
 

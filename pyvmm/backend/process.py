@@ -14,15 +14,15 @@ import select
 import sys
 import threading
 
-from pyvmm.datapath.vu_wire import Channel
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.fd import Fd
+from pyvmm.vhostuser.wire import Channel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
 
-    from pyvmm.datapath.tap import Tap
+    from pyvmm.hostnet.tap import Tap
 
 #: Seconds for an interpreter to start, and for a child to take a session.
 START_S, TAKE_S = 30.0, 2.0
@@ -107,7 +107,7 @@ class BackendProcess:
         words = [str(lent[0]), tap.name, str(tap.mtu), str(tap.features()), *map(str, lent[1:])]
         try:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "pyvmm.datapath.vu_process", *words],
+                [sys.executable, "-m", "pyvmm.backend.process", *words],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=lent,
@@ -155,8 +155,8 @@ def _take(control: _socket.socket) -> Channel | None:
 
 def serve(control_fd: int, name: str, mtu: int, features: int, fds: list[int]) -> None:
     """What the child does: serve on the tap of descriptors ``fds`` until the control socket is closed."""
-    from pyvmm.datapath.vu_backend import Backend
-    from pyvmm.datapath.vu_ports import LentTap
+    from pyvmm.backend.ports import LentTap
+    from pyvmm.backend.server import Backend
 
     control = _socket.socket(fileno=control_fd)
     with Backend(LentTap(name, [Fd(fd) for fd in fds], mtu, features)) as backend:

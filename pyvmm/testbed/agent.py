@@ -19,7 +19,7 @@ import termios
 import time
 
 sys.path.insert(0, "/run/pyvmm")
-import l1_protocol as p  # type: ignore[import-not-found, unused-ignore]
+import protocol as p  # type: ignore[import-not-found, unused-ignore]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -16,21 +16,10 @@ import threading
 from pyvmm._ext import ffi, lib
 from pyvmm.datapath.base import Vring
 from pyvmm.datapath.emulated import EmulatedNet
-from pyvmm.datapath.vu_ports import HEADER as NET_HEADER
-from pyvmm.datapath.vu_ports import rarp
-from pyvmm.datapath.vu_wire import (
-    Channel,
-    Closed,
-    Listener,
-    Message,
-    ProtocolError,
-    Region,
-    Stopped,
-    connect,
-    unpack_regions,
-)
 from pyvmm.errors import HostError, PyvmmError, VhostUserError
 from pyvmm.fd import EventFd, Fd, memfd
+from pyvmm.hostnet.frames import HEADER as NET_HEADER
+from pyvmm.hostnet.frames import rarp
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec import virtio_net
 from pyvmm.spec.vhost_user import (
@@ -48,6 +37,17 @@ from pyvmm.spec.vhost_user import (
     VRING_STATE,
 )
 from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
+from pyvmm.vhostuser.wire import (
+    Channel,
+    Closed,
+    Listener,
+    Message,
+    ProtocolError,
+    Region,
+    Stopped,
+    connect,
+    unpack_regions,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

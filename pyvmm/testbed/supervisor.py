@@ -1,6 +1,6 @@
 """The supervisor: the process on the host that owns one L1, and stands between its clients and the agent inside.
 
-``python -m pyvmm.host.l1_supervisor`` with a JSON object on stdin (see ``Options``). It starts virtiofsd and QEMU, listens on a
+``python -m pyvmm.testbed.supervisor`` with a JSON object on stdin (see ``Options``). It starts virtiofsd and QEMU, listens on a
 socket, renumbers channels, asks the agent for a sign of life every second, and ends, with a reason for every client,
 when L1 hangs or dies. All its children die with it.
 """
@@ -19,9 +19,10 @@ import sys
 import time
 
 from pyvmm.errors import PyvmmError, TestbedError
-from pyvmm.host import l1_assets, l1_isolate
-from pyvmm.host import l1_protocol as p
 from pyvmm.host.paths import cache_root
+from pyvmm.testbed import assets as l1_assets
+from pyvmm.testbed import isolate as l1_isolate
+from pyvmm.testbed import protocol as p
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

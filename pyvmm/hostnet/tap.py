@@ -14,9 +14,9 @@ from _socket import AF_INET, AF_INET6, SOCK_CLOEXEC, SOCK_DGRAM, inet_pton, sock
 from fcntl import ioctl
 
 from pyvmm._ext import lib
-from pyvmm.datapath.link import Link
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
 from pyvmm.fd import Fd
+from pyvmm.hostnet.rtnetlink import Link
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CSUM,
     VIRTIO_NET_F_GUEST_CSUM,
@@ -425,7 +425,7 @@ class Tap:
 
     def announce(self, mac: bytes) -> bool:
         """Send the frame from which the network learns that ``mac`` is here; whether it went."""
-        from pyvmm.datapath.vu_ports import HEADER, rarp
+        from pyvmm.hostnet.frames import HEADER, rarp
 
         try:
             os.write(self.fileno(), HEADER + rarp(mac))

@@ -13,7 +13,7 @@ import threading
 
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd, Fd
-from pyvmm.spec.virtio_net import VIRTIO_NET_HDR_V1_SIZE
+from pyvmm.hostnet.frames import HEADER
 from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
@@ -23,22 +23,7 @@ if TYPE_CHECKING:
 
 #: Bytes that may wait in a socket.
 BUFFER = 1 << 20
-HEADER = bytes(VIRTIO_NET_HDR_V1_SIZE)
 FRAME_MAX = 1 << 17
-
-
-def rarp(mac: bytes) -> bytes:
-    """The frame by which switches learn where ``mac`` is now: a reverse ARP request for itself."""
-    return (
-        b"\xff" * 6
-        + mac
-        + b"\x80\x35\x00\x01\x08\x00\x06\x04\x00\x03"
-        + mac
-        + bytes(4)
-        + mac
-        + bytes(4)
-        + bytes(18)
-    )
 
 
 class SocketPort:

@@ -15,10 +15,10 @@ import threading
 
 from pyvmm import errors
 from pyvmm._ext import ffi, lib
-from pyvmm.datapath.link import Link, route_socket
-from pyvmm.datapath.tap import TXQUEUELEN, Interface, Tap
 from pyvmm.errors import HostError, NetForbidden, PyvmmError
 from pyvmm.fd import Fd
+from pyvmm.hostnet.rtnetlink import Link, route_socket
+from pyvmm.hostnet.tap import TXQUEUELEN, Interface, Tap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

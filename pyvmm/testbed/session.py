@@ -10,7 +10,7 @@ import stat
 import time
 
 from pyvmm.errors import TestbedError
-from pyvmm.host import l1_protocol as p
+from pyvmm.testbed import protocol as p
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

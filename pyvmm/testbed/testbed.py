@@ -11,9 +11,9 @@ import os
 import socket
 
 from pyvmm.errors import TestbedError
-from pyvmm.host import l1_protocol as p
-from pyvmm.host.l1_client import Session, TestbedTimeout, interactive
 from pyvmm.host.paths import cache_dir, cache_root, runtime_dir
+from pyvmm.testbed import protocol as p
+from pyvmm.testbed.session import Session, TestbedTimeout, interactive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -118,14 +118,14 @@ class Testbed:
     @staticmethod
     def missing() -> str:
         """What is missing before it can be started and how to get it; an empty string where nothing is."""
-        from pyvmm.host import l1_assets
+        from pyvmm.testbed import assets as l1_assets
 
         return "; ".join(f"{what} is missing ({remedy})" for what, remedy in l1_assets.missing())
 
     @staticmethod
     def setup(progress: Callable[[str], None], kernel: str | None = None) -> None:
         """Fetch and build what the testbed needs and root is not needed for; quick where all is there."""
-        from pyvmm.host import l1_assets
+        from pyvmm.testbed import assets as l1_assets
 
         l1_assets.setup(progress, kernel)
 
@@ -228,7 +228,7 @@ class Testbed:
         env = {**os.environ, "PYTHONPATH": package}
         with open(f"{directory}/log", "wb") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "pyvmm.host.l1_supervisor"],
+                [sys.executable, "-m", "pyvmm.testbed.supervisor"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

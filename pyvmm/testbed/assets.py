@@ -41,7 +41,7 @@ $b mount -t virtiofs work /work || $b echo "L1: cannot mount the working directo
 $b mount -t tmpfs ov /ov; $b mkdir /ov/u /ov/w
 $b mount -t overlay -o lowerdir=/lo,upperdir=/ov/u,workdir=/ov/w root /new || $b echo "L1: cannot mount the overlay"
 $b mount -t tmpfs run /new/run; $b mkdir /new$r /new/run/lock
-$b cp /busybox /m/* /late.sh /l1_agent.pyc /l1_protocol.pyc /new$r/
+$b cp /busybox /m/* /late.sh /agent.pyc /protocol.pyc /new$r/
 $b chroot /new $r/busybox sh $r/late.sh &
 for d in proc sys dev; do $b mount --move /$d /new/$d; done
 $b mkdir -p /new/.work; $b mount --move /work /new/.work
@@ -52,7 +52,7 @@ $b mount -t debugfs debugfs /new/sys/kernel/debug; $b mount -t tracefs tracefs /
 $b mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
 $b ip link set lo up; $b hostname l1
 for k in $($b cat /new/proc/cmdline); do case $k in l1python=*) p=${k#l1python=};; esac; done
-exec $b switch_root /new $p -I -S -B $r/l1_agent.pyc
+exec $b switch_root /new $p -I -S -B $r/agent.pyc
 """
 
 
@@ -269,14 +269,14 @@ def boot_files(kernel: Kernel, progress: Callable[[str], None]) -> tuple[str, st
 
 
 def shim() -> str:
-    """Path of the library that lets an ordinary user run virtiofsd (l1_shim.c), compiled at first use.
+    """Path of the library that lets an ordinary user run virtiofsd (shim.c), compiled at first use.
 
     :raises TestbedError: it does not compile.
     """
     import hashlib
     import subprocess
 
-    source = f"{os.path.dirname(os.path.abspath(__file__))}/l1_shim.c"
+    source = f"{os.path.dirname(os.path.abspath(__file__))}/shim.c"
     target = f"{cache_dir()}/shim-{hashlib.sha256(_bytes(source)).hexdigest()[:12]}.so"
     if not os.path.exists(target):
         work = f"{target}.{os.getpid()}"
@@ -323,7 +323,7 @@ def initramfs(kernel: Kernel) -> bytes:
 
 def _sources() -> list[str]:
     here = os.path.dirname(os.path.abspath(__file__))
-    return [f"{here}/l1_agent.py", f"{here}/l1_protocol.py"]
+    return [f"{here}/agent.py", f"{here}/protocol.py"]
 
 
 def _busybox() -> str:

@@ -9,12 +9,12 @@ import struct
 import time
 
 from pyvmm.datapath.vhost_user import DATA_MASK, PROTOCOL_FEATURES, RUNNING
-from pyvmm.datapath.vu_wire import Closed, Region, connect, pack_regions, protocol_names, request_name
 from pyvmm.errors import VhostUserError
 from pyvmm.fd import eventfds
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec.vhost_user import VRING_STATE
+from pyvmm.vhostuser.wire import Closed, Region, connect, pack_regions, protocol_names, request_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

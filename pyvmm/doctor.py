@@ -74,7 +74,7 @@ def examine() -> list[Finding]:
 
 def verdict() -> tuple[int, str]:
     """Whether and where ``pyvmm run`` runs Linux guests: (exit status of ``pyvmm doctor``, one line)."""
-    from pyvmm.host.testbed import Testbed
+    from pyvmm.testbed.testbed import Testbed
 
     good, why = can_run_linux_locally()
     if good:
@@ -138,7 +138,7 @@ def _namespaces() -> Iterator[Finding]:
     """Try for real, in a child: limits, sysctls, seccomp filters and security modules all have a say."""
     import ctypes
 
-    from pyvmm.host.l1_isolate import CLONE_NEWNET, CLONE_NEWUSER
+    from pyvmm.testbed.isolate import CLONE_NEWNET, CLONE_NEWUSER
 
     def attempt(flags: int) -> int:
         pid = os.fork()
@@ -216,8 +216,8 @@ def _tools() -> Iterator[Finding]:
 
 
 def _testbed() -> Iterator[Finding]:
-    from pyvmm.host import l1_assets
-    from pyvmm.host.testbed import Testbed
+    from pyvmm.testbed import assets as l1_assets
+    from pyvmm.testbed.testbed import Testbed
 
     lacks = l1_assets.missing()
     for what, remedy in lacks:

@@ -13,13 +13,13 @@ import struct
 import time
 from contextlib import contextmanager
 
-from pyvmm.datapath.driver import NetDriver, wait_for
+from pyvmm.conformance.driver import NetDriver, wait_for
 from pyvmm.datapath.vhost_user import VhostUserNet
-from pyvmm.datapath.vu_wire import Channel, TimedOut, connect
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec import virtio, virtio_net
+from pyvmm.vhostuser.wire import Channel, TimedOut, connect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""A driver without a guest, and what it checks of vhost-user back-ends."""

@@ -1,0 +1,22 @@
+"""Frames that we make ourselves."""
+
+from __future__ import annotations
+
+from pyvmm.spec.virtio_net import VIRTIO_NET_HDR_V1_SIZE
+
+#: An empty virtio-net header.
+HEADER = bytes(VIRTIO_NET_HDR_V1_SIZE)
+
+
+def rarp(mac: bytes) -> bytes:
+    """The frame by which switches learn where ``mac`` is now: a reverse ARP request for itself."""
+    return (
+        b"\xff" * 6
+        + mac
+        + b"\x80\x35\x00\x01\x08\x00\x06\x04\x00\x03"
+        + mac
+        + bytes(4)
+        + mac
+        + bytes(4)
+        + bytes(18)
+    )

@@ -1,0 +1,1 @@
+"""vhost-user: messages on their socket."""
