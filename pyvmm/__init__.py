@@ -18,17 +18,17 @@ __all__ = ["Machine", "Net", "Outcome", "PyvmmError", "SwitchReport", "__version
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.card.report import SwitchReport
     from pyvmm.errors import PyvmmError
     from pyvmm.machine import Machine, Outcome
-    from pyvmm.net import Net
-    from pyvmm.virtio.switch import SwitchReport
+    from pyvmm.netopt import Net
 
 _HOMES = {
     "Machine": "pyvmm.machine",
     "Outcome": "pyvmm.machine",
-    "Net": "pyvmm.net",
+    "Net": "pyvmm.netopt",
     "PyvmmError": "pyvmm.errors",
-    "SwitchReport": "pyvmm.virtio.switch",
+    "SwitchReport": "pyvmm.card.report",
 }
 
 

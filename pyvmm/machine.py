@@ -15,8 +15,9 @@ from pyvmm.boot import load
 from pyvmm.boot.acpi import build as build_acpi
 from pyvmm.boot.mptable import build as build_mptable
 from pyvmm.bus import PIO, Bus
-from pyvmm.devices.board import Power, PvPanic, Rtc
+from pyvmm.card.nic import Nic, Outside
 from pyvmm.devices.console import Console, Stream
+from pyvmm.devices.legacy import Power, PvPanic, Rtc
 from pyvmm.errors import (
     CommandFailed,
     GuestHang,
@@ -43,8 +44,7 @@ from pyvmm.kvm.vcpu import (
 )
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory import GuestMemory
-from pyvmm.net import Net, mac_text
-from pyvmm.nic import Nic, Outside
+from pyvmm.netopt import Net, mac_text
 from pyvmm.pci import PciBus
 from pyvmm.spec.platform import (
     GUEST_AGENT,
@@ -73,11 +73,11 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from pyvmm.control.server import Server
-    from pyvmm.devices.agent import Agent, CommandResult
+    from pyvmm.devices.guest_agent import Agent, CommandResult
     from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
-    from pyvmm.exits.mark import Mark
     from pyvmm.exits.phases import Phase
+    from pyvmm.exits.snapshot import Mark
     from pyvmm.hang import HangWatch
     from pyvmm.kvm.recorder import Recorder
     from pyvmm.kvm.stats import Stats
@@ -306,7 +306,7 @@ class Machine:
         self.stdout, self.stderr = Stream("stdout"), Stream("stderr")
         self.streams: list[Stream] = [self.console, self.stdout, self.stderr]
         if self._wants_agent:
-            from pyvmm.devices.agent import Agent
+            from pyvmm.devices.guest_agent import Agent
 
             self.agent = Agent(self.bus, self.vm, self._store_page)
             self.streams.append(self.agent.bell)
@@ -930,7 +930,7 @@ class Machine:
 
     def mark_now(self, name: str) -> Mark:
         """All counters now: what the phases of the ledger are between. Any thread."""
-        from pyvmm.exits.mark import Mark
+        from pyvmm.exits.snapshot import Mark
 
         with self._lock:
             return Mark(

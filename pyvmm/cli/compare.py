@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run or load a comparison, then show and write it."""
-    from pyvmm.cli.signals import orderly
+    from pyvmm.cli.support.signals import orderly
 
     if args.source:
         with _Outputs(args) as outputs:
@@ -129,7 +129,7 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
     import os
     import tempfile
 
-    from pyvmm.cli.where import elsewhere
+    from pyvmm.cli.support.hostchoice import elsewhere
     from pyvmm.errors import TestbedError
 
     if args.host == "local":

@@ -8,15 +8,15 @@ Exit status: 0, 113 no such machine, 114 it has ended, or a data path does not s
 
 from __future__ import annotations
 
-from pyvmm.cli import running
+from pyvmm.cli.support import remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-add_arguments = running.add_arguments
+add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns once it runs."""
-    return running.tell(args, "cont")
+    return remote.tell(args, "cont")

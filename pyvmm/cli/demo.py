@@ -12,8 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
+    from pyvmm.card.nic import Nic
     from pyvmm.machine import Machine
-    from pyvmm.nic import Nic
 
 #: One iperf3 server for each way: one that serves twice does not listen for a moment in between.
 PORTS = ("5201", "5202")
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose the host, then show it there."""
-    from pyvmm.cli.where import elsewhere
+    from pyvmm.cli.support.hostchoice import elsewhere
 
     argv = ["demo", "--host", "local", "--cpus", str(args.cpus), "--net", args.net]
     vhost = args.net.partition(",")[0] == "vhost-net"
@@ -72,7 +72,7 @@ def _demo(args: argparse.Namespace) -> int:
     from pyvmm.errors import UsageError
     from pyvmm.images import CMDLINE, find
     from pyvmm.machine import Machine
-    from pyvmm.net import Net
+    from pyvmm.netopt import Net
 
     story = Story()
     net = Net.parse(args.net)
@@ -172,7 +172,7 @@ def _inside(nic: Nic, argv: list[str]) -> str:
 
 
 def _summary(story: Story, vm: Machine) -> None:
-    from pyvmm.cli.tables import exits_table
+    from pyvmm.cli.support.tables import exits_table
 
     counters = vm.nets[0].device.datapath.counters()
     for way in ("rx", "tx"):

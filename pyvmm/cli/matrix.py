@@ -105,8 +105,8 @@ class Cell:
 
 def run(args: argparse.Namespace) -> int:
     """Choose the host, then run the cells there."""
-    from pyvmm.cli.signals import orderly
-    from pyvmm.cli.where import elsewhere
+    from pyvmm.cli.support.hostchoice import elsewhere
+    from pyvmm.cli.support.signals import orderly
     from pyvmm.errors import UsageError
     from pyvmm.testing.console import TROUBLES, parse_kinds
 
@@ -147,7 +147,7 @@ def _is_linux(kernel: str) -> bool:
 def _cells(args: argparse.Namespace) -> list[Cell]:
     """All combinations, each checked."""
     from pyvmm.errors import UsageError
-    from pyvmm.net import Net
+    from pyvmm.netopt import Net
 
     def words(option: str, text: str) -> list[str]:
         out = [w.strip() for w in text.split(",") if w.strip()]
@@ -176,8 +176,8 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def _run(args: argparse.Namespace, cells: list[Cell]) -> int:
-    from pyvmm.cli.judge import annotate
-    from pyvmm.cli.signals import Terminated
+    from pyvmm.cli.support.judge import annotate
+    from pyvmm.cli.support.signals import Terminated
 
     store = _Store(args, cells)
     table = _Table(cells)
@@ -215,7 +215,7 @@ def _boot(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     """One cell, whatever happens in it."""
     from contextlib import ExitStack
 
-    from pyvmm.cli.judge import judge
+    from pyvmm.cli.support.judge import judge
     from pyvmm.errors import CommandFailed, KvmForbidden, KvmMissing, KvmUnsuitable, PyvmmError
     from pyvmm.testing.console import Watch
     from pyvmm.testing.verdict import Verdict, last_lines, of_error
@@ -258,7 +258,7 @@ def _machine(args: argparse.Namespace, cell: Cell, stack: ExitStack) -> tuple[Vm
     import threading
 
     from pyvmm.machine import Outcome
-    from pyvmm.net import Net
+    from pyvmm.netopt import Net
     from pyvmm.testing.vm import Vm
 
     net = cell.net()

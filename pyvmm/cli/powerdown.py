@@ -13,7 +13,7 @@ Exit status: 0, 113 no such machine, 114 it has ended, 124 it is still there aft
 
 from __future__ import annotations
 
-from pyvmm.cli import running
+from pyvmm.cli.support import remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    running.add_arguments(parser)
+    remote.add_arguments(parser)
     parser.add_argument(
         "--wait", metavar="S", type=float, help="wait up to S seconds until the machine has ended"
     )
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from pyvmm.errors import UsageError
 
     if args.wait is None:
-        return running.tell(args, "system_powerdown")
+        return remote.tell(args, "system_powerdown")
     if not 0 < args.wait <= 1e6:
         raise UsageError(f"--wait {args.wait:g}", "use a positive number of seconds")
-    return running.tell(args, "system_powerdown", "SHUTDOWN", args.wait)
+    return remote.tell(args, "system_powerdown", "SHUTDOWN", args.wait)

@@ -9,7 +9,7 @@ Exit status: 0.
 
 from __future__ import annotations
 
-from pyvmm.cli import running
+from pyvmm.cli.support import remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ ANSWER = 5.0  # seconds that a machine may take to say how it is
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    running.add_host(parser)
+    remote.add_host(parser)
     parser.add_argument("--json", action="store_true", help="an array of objects")
     parser.add_argument("--brief", action="store_true", help="ask no machine how it is")
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Print them."""
     import time
 
-    rows = running.listing(args.host)
+    rows = remote.listing(args.host)
     for row in rows:
         if "status" not in row and not args.brief:
             row |= _ask(row["qmp"])

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 
-from pyvmm.cli import running
+from pyvmm.cli.support import remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    running.add_arguments(parser)
+    remote.add_arguments(parser)
     parser.add_argument("words", metavar="COMMAND [KEY=VALUE...]", nargs="*", help="one command")
     parser.add_argument(
         "--events", action="store_true", help="print events, one a line, until the machine ends"
@@ -37,19 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """One command, a shell, or what stdin says."""
-    status = running.there(args)
+    status = remote.there(args)
     if status is not None:
         return status
     if not args.words and not args.events and sys.stdin.isatty() and sys.stdout.isatty():
         return _shell(args.name)
-    return running.with_client(args, lambda client: _plain(client, args))
+    return remote.with_client(args, lambda client: _plain(client, args))
 
 
 def _shell(name: str) -> int:
     """The shell of the library qemu.qmp."""
     from qemu.qmp.qmp_shell import QMPShell
 
-    from pyvmm.control.place import find
+    from pyvmm.control.registry import find
 
     with QMPShell(name if "/" in name else find(name).path, pretty=True) as shell:
         shell.connect()

@@ -8,15 +8,15 @@ Its `pyvmm run` ends with 0, or with 119 where it was to run a command that had 
 
 from __future__ import annotations
 
-from pyvmm.cli import running
+from pyvmm.cli.support import remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-add_arguments = running.add_arguments
+add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns once it has ended."""
-    return running.tell(args, "quit", "SHUTDOWN")
+    return remote.tell(args, "quit", "SHUTDOWN")

@@ -8,15 +8,15 @@ The guest is not asked. A paused machine stays paused. Exit status: 0, 113 no su
 
 from __future__ import annotations
 
-from pyvmm.cli import running
+from pyvmm.cli.support import remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-add_arguments = running.add_arguments
+add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns once the machine has been reset."""
-    return running.tell(args, "system_reset", "RESET")
+    return remote.tell(args, "system_reset", "RESET")

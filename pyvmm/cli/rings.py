@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 
-from pyvmm.cli import running
+from pyvmm.cli.support import remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ MAP_MAX = 1024  # descriptors drawn
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    running.add_arguments(parser)
+    remote.add_arguments(parser)
     add = parser.add_argument
     add("--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)")
     add("--queue", metavar="N", type=int, help="this queue alone: 0 receives, 1 transmits, ... (all)")
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             time.sleep(args.watch)
 
-    return running.with_client(args, body)
+    return remote.with_client(args, body)
 
 
 def draw(look: dict[str, Any]) -> list[str]:

@@ -54,9 +54,9 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
-    from pyvmm.cli.judge import Extras
+    from pyvmm.card.nic import Nic
+    from pyvmm.cli.support.judge import Extras
     from pyvmm.machine import Machine, Outcome
-    from pyvmm.nic import Nic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,8 +131,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose the host, then run the guest there."""
-    from pyvmm.cli.signals import orderly
-    from pyvmm.cli.where import elsewhere
+    from pyvmm.cli.support.hostchoice import elsewhere
+    from pyvmm.cli.support.signals import orderly
     from pyvmm.errors import UsageError
 
     for option, value in (("--timeout", args.timeout), ("--boot-timeout", args.boot_timeout)):
@@ -164,12 +164,12 @@ def run(args: argparse.Namespace) -> int:
 def _boot(args: argparse.Namespace) -> int:
     from pyvmm.errors import HostError, PyvmmError
     from pyvmm.machine import Machine
-    from pyvmm.net import Net
+    from pyvmm.netopt import Net
 
     command = args.guest_command or None
     guard = None
     if args.timeout is not None:
-        from pyvmm.cli.last_resort import LastResort
+        from pyvmm.cli.support.watchdog import LastResort
 
         guard = LastResort(args.timeout)
     extras: Extras | None = None
@@ -177,7 +177,7 @@ def _boot(args: argparse.Namespace) -> int:
     vm: Machine | None = None
     try:
         if args.fail_on or args.log or args.junit or args.json:
-            from pyvmm.cli.judge import Extras
+            from pyvmm.cli.support.judge import Extras
 
             extras = Extras(args)
             if guard is not None:
@@ -226,13 +226,13 @@ def _boot(args: argparse.Namespace) -> int:
             if report is not None:
                 _write_report(vm, report, verdict)
             if args.exits:
-                from pyvmm.cli.tables import exits_table
+                from pyvmm.cli.support.tables import exits_table
 
                 print(exits_table(vm), file=sys.stderr)
             return int(verdict["code"])
     except BaseException as e:
         if extras is not None or "GITHUB_ACTIONS" in os.environ:
-            from pyvmm.cli.judge import broken_off
+            from pyvmm.cli.support.judge import broken_off
 
             broken_off(e, vm, extras)
         if isinstance(e, PyvmmError) or not isinstance(e, Exception):
@@ -253,7 +253,7 @@ def _boot(args: argparse.Namespace) -> int:
 
 def _qmp(args: argparse.Namespace) -> str | None:
     """Where the control socket is to be: a machine that nobody named runs without where there is no place for one."""
-    from pyvmm.control.place import directory
+    from pyvmm.control.registry import directory
     from pyvmm.errors import HostError, UsageError
 
     if args.qmp == "none":
@@ -298,7 +298,7 @@ def _run_guest(vm: Machine, args: argparse.Namespace, *, interactive: bool) -> O
             vm.console.add_sink(FdSink(2))
         vm.start()
         return vm.wait(args.timeout, boot_timeout=args.boot_timeout)
-    from pyvmm.cli.terminal import Terminal
+    from pyvmm.cli.support.terminal import Terminal
 
     vm.console.add_sink(FdSink(1))
     vm.stdout.add_sink(FdSink(1))
@@ -322,7 +322,7 @@ def _verdict(
     if extras is None and held and outcome.error() is None and (outcome.status == 0 or not commanded):
         passed = {"kind": "passed", "code": outcome.status or 0, "message": ""}
         return passed | ({"budgets": [result.as_dict() for result in budgets]} if budgets else {})
-    from pyvmm.cli.judge import judge, tell
+    from pyvmm.cli.support.judge import judge, tell
 
     watch = extras.watch if extras is not None else None
     verdict = judge(

@@ -10,7 +10,7 @@ One column a vCPU. What is 0 everywhere is left out, histograms are, too, unless
 
 from __future__ import annotations
 
-from pyvmm.cli import running
+from pyvmm.cli.support import remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    running.add_arguments(parser)
+    remote.add_arguments(parser)
     parser.add_argument("--target", choices=("vm", "vcpu", "all"), default="all", help="of what (all)")
     parser.add_argument("--all", action="store_true", help="zeros and histograms, too")
     parser.add_argument("--json", action="store_true", help="an object with vm and vcpu, arrays of objects")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             _print(target, schemas.get(target, []), values[target], everything=args.all)
         return 0
 
-    return running.with_client(args, body)
+    return remote.with_client(args, body)
 
 
 def _print(

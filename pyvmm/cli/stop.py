@@ -10,15 +10,15 @@ stays so. Exit status: 0, 113 no such machine, 114 it has ended.
 
 from __future__ import annotations
 
-from pyvmm.cli import running
+from pyvmm.cli.support import remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-add_arguments = running.add_arguments
+add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns once it is paused."""
-    return running.tell(args, "stop")
+    return remote.tell(args, "stop")

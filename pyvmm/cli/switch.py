@@ -11,7 +11,7 @@ card goes on as before.
 
 from __future__ import annotations
 
-from pyvmm.cli import running
+from pyvmm.cli.support import remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    running.add_arguments(parser)
+    remote.add_arguments(parser)
     parser.add_argument("mode", metavar="MODE[,K=V...]", help="what is to move its packets from now on")
     parser.add_argument("--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)")
     parser.add_argument("--json", action="store_true", help="print what was done as an object")
@@ -50,4 +50,4 @@ def run(args: argparse.Namespace) -> int:
             )
         return 0
 
-    return running.with_client(args, body, timeout=120)
+    return remote.with_client(args, body, timeout=120)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import argparse
     from typing import TextIO
 
-    from pyvmm.suite import Case, Result
+    from pyvmm.testing.suite import Case, Result
 
 LAST_LINES = 20
 WORDS = {"passed": "PASS", "skipped": "SKIP"}
@@ -75,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose the host, then run the tests there."""
-    from pyvmm.cli.signals import orderly
-    from pyvmm.cli.where import elsewhere
+    from pyvmm.cli.support.hostchoice import elsewhere
+    from pyvmm.cli.support.signals import orderly
     from pyvmm.errors import UsageError
 
     if not 0 < args.timeout <= 1e7:
@@ -113,7 +113,7 @@ def _linux(cases: list[Case]) -> str | None:
 
 def _cases(args: argparse.Namespace) -> list[Case]:
     from pyvmm.errors import UsageError
-    from pyvmm.suite import Case
+    from pyvmm.testing.suite import Case
 
     address: int | None = None
     if args.load_address is not None:
@@ -155,8 +155,8 @@ def _name(kernel: str, kernels: list[str]) -> str:
 
 def _configured(args: argparse.Namespace) -> list[Case]:
     from pyvmm.errors import UsageError
-    from pyvmm.suite import Case
     from pyvmm.testing import unittests
+    from pyvmm.testing.suite import Case
 
     tests = unittests.read(args.config, len(os.sched_getaffinity(0)))
     known = {t.name for t in tests}
@@ -192,9 +192,9 @@ def _configured(args: argparse.Namespace) -> list[Case]:
 
 
 def _run(args: argparse.Namespace, cases: list[Case]) -> int:
-    from pyvmm.cli.judge import annotate
-    from pyvmm.cli.signals import Terminated
-    from pyvmm.suite import Result, Suite
+    from pyvmm.cli.support.judge import annotate
+    from pyvmm.cli.support.signals import Terminated
+    from pyvmm.testing.suite import Result, Suite
     from pyvmm.testing.verdict import Verdict
 
     files = {

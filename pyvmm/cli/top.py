@@ -17,7 +17,7 @@ import os
 import sys
 import time
 
-from pyvmm.cli import running
+from pyvmm.cli.support import remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ ROWS = 24  # where the height is not known
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    running.add_arguments(parser)
+    remote.add_arguments(parser)
     parser.add_argument("--interval", metavar="S", type=float, default=1.0, help="seconds, 0.1 to 3600 (1)")
     parser.add_argument("--once", action="store_true", help="print one interval and leave")
     parser.add_argument("--json", action="store_true", help="an object a line, see docs/top.md")
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0.1 <= args.interval <= 3600:
         raise UsageError(f"--interval {args.interval:g}", "use 0.1 to 3600")
-    return running.with_client(args, lambda client: _watch(args, client))
+    return remote.with_client(args, lambda client: _watch(args, client))
 
 
 def _watch(args: argparse.Namespace, client: Client) -> int:

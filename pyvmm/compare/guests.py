@@ -111,7 +111,7 @@ class OwnGuest:
 
     def _make(self) -> None:
         from pyvmm.machine import Machine
-        from pyvmm.net import Net
+        from pyvmm.netopt import Net
 
         p, stack = self._plan, self._stack
         net = self._mode.net

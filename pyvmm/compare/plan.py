@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import UsageError
-from pyvmm.net import MODES, Net
+from pyvmm.netopt import MODES, Net
 
 DEFAULT_MODES = "emulated:notify=exit,emulated,vhost-net,vhost-user"
 #: Keys of --net that the comparison itself sets, or that would change the workload.

@@ -16,7 +16,7 @@ def serve(machine: object, name: str | None = None, path: str | None = None) -> 
     """
     from pyvmm import __version__
     from pyvmm.control.commands import COMMANDS, version
-    from pyvmm.control.place import Claim
+    from pyvmm.control.registry import Claim
     from pyvmm.control.server import Server
 
     claim = Claim(name, path)

@@ -15,7 +15,7 @@ import time
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
 from collections import deque
 
-from pyvmm.control.place import find
+from pyvmm.control.registry import find
 from pyvmm.errors import ControlError, MachineMissing
 
 TYPE_CHECKING = False

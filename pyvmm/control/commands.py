@@ -14,8 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pyvmm.card.nic import Nic
     from pyvmm.machine import Machine
-    from pyvmm.nic import Nic
 
     Given = dict[str, Any]
 

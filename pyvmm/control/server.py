@@ -16,7 +16,7 @@ import time
 from _socket import AF_UNIX, MSG_NOSIGNAL, SOCK_STREAM, socket
 from collections import deque
 
-from pyvmm.control.place import Claim
+from pyvmm.control.registry import Claim
 from pyvmm.errors import PyvmmError
 from pyvmm.fd import EventFd
 from pyvmm.threads import Thread

@@ -7,11 +7,11 @@ everything else is done when somebody asks. A mark's own exit is the last of the
 from __future__ import annotations
 
 from pyvmm.exits.ledger import Ledger
-from pyvmm.exits.mark import sums
+from pyvmm.exits.snapshot import sums
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.exits.mark import Mark, Numbers
+    from pyvmm.exits.snapshot import Mark, Numbers
     from pyvmm.machine import Machine
 
 #: mark (machine.PHASES) -> the phase that it begins

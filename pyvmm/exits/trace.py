@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
+    from pyvmm.card.nic import Nic
     from pyvmm.kvm.recorder import Event, Recorder
     from pyvmm.machine import Machine
-    from pyvmm.nic import Nic
 
     Args = dict[str, object]
 

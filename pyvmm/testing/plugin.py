@@ -205,7 +205,7 @@ def _refuse(text: str) -> NoReturn:
 
 def _make(request: pytest.FixtureRequest, wishes: dict[str, Any], name: str, records: list[Record]) -> Vm:
     from pyvmm.errors import PyvmmError
-    from pyvmm.net import Net
+    from pyvmm.netopt import Net
     from pyvmm.testing.console import Watch, parse_kinds
     from pyvmm.testing.vm import Vm, resolve
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
-    from pyvmm.exits.mark import Mark
     from pyvmm.exits.phases import Phase
+    from pyvmm.exits.snapshot import Mark
 
 BOOT_TIMEOUT = 180.0  # seconds until the guest takes commands: emulated ones on a busy machine need many
 SUMMARY_LINES = 20

@@ -38,10 +38,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyvmm.card.report import SwitchReport
     from pyvmm.datapath.base import DataPath, Vring
     from pyvmm.memory import GuestMemory
     from pyvmm.virtio.control import Control
-    from pyvmm.virtio.switch import SwitchReport
 
 PCI_CLASS_NETWORK_ETHERNET = 0x020000
 #: Entries a queue, as QEMU's default, and of the control queue.

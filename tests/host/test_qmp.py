@@ -15,7 +15,7 @@ import pytest
 
 from pyvmm import Machine, Net
 from pyvmm.control.client import Client, connect
-from pyvmm.control.place import machines
+from pyvmm.control.registry import machines
 from pyvmm.datapath.base import cpu_ns
 from pyvmm.errors import ControlError, HostError, MachineMissing, UsageError
 

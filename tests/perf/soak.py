@@ -36,8 +36,8 @@ from pyvmm.virtio.net import NetDevice
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.nic import Nic
-    from pyvmm.virtio.switch import SwitchReport
+    from pyvmm.card.nic import Nic
+    from pyvmm.card.report import SwitchReport
 
 ROOT = Path(__file__).resolve().parents[2]
 #: UDP and TCP ports: to the guest, from the guest.

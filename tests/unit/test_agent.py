@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pyvmm.bus import PIO
-from pyvmm.devices import agent as agents
-from pyvmm.devices.agent import Agent
+from pyvmm.devices import guest_agent
+from pyvmm.devices.guest_agent import Agent
 from pyvmm.errors import CommandFailed, UsageError
 from pyvmm.spec.platform import PORT_GUEST_REQUEST, REQUEST_KILL, REQUEST_LEAVE, REQUEST_RUN
 from tests.pci_guest import Board
@@ -102,7 +102,7 @@ def test_a_command(init: Init) -> None:
 
 def test_what_nobody_waits_for_is_dropped(init: Init, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and results out of the blue, of another request, and more than is kept."""
-    monkeypatch.setattr(agents, "OUTPUT_MAX", 10)
+    monkeypatch.setattr(guest_agent, "OUTPUT_MAX", 10)
     agent = init.agent
     agent.became_ready()
     agent.output(b"x", error=False)
@@ -141,7 +141,7 @@ def test_time_out_kills(init: Init) -> None:
 
 def test_a_guest_that_does_not_answer(init: Init, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked once; from then on nobody waits for it."""
-    monkeypatch.setattr(agents, "KILL_GRACE", 0.1)
+    monkeypatch.setattr(guest_agent, "KILL_GRACE", 0.1)
     with pytest.raises(CommandFailed, match=r"takes no commands after 0\.1 s"):
         init.agent.run("true", ready_timeout=0.1)
     init.agent.became_ready()

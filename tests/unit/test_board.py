@@ -6,7 +6,7 @@ import time
 import pytest
 
 from pyvmm.bus import PIO
-from pyvmm.devices.board import Power, PvPanic, Rtc
+from pyvmm.devices.legacy import Power, PvPanic, Rtc
 from pyvmm.spec.platform import ACPI_RESET_VALUE, ACPI_S5_TYPE, PORT_ACPI_SLEEP_CONTROL, PORT_PVPANIC
 from tests.pci_guest import Board
 

@@ -81,7 +81,7 @@ def test_help_of_all_commands(capsys):
 
 
 def test_help_of_run_has_examples_and_every_key_and_code(capsys):
-    from pyvmm.net import COMMON_KEYS, GROUPS, MODES
+    from pyvmm.netopt import COMMON_KEYS, GROUPS, MODES
 
     _, out, _ = run(capsys, "run", "--help")
     assert "Examples:" in out and "pyvmm run -- ip addr" in out
@@ -170,8 +170,8 @@ def test_help_loads_neither_the_extension_nor_anything_heavy():
 def test_a_run_loads_nothing_heavy():
     """All that the start of `pyvmm run --host local` needs, short of the guest."""
     modules = loaded(
-        "import pyvmm.machine, pyvmm.net, pyvmm.cli.run, pyvmm.cli.terminal, pyvmm.devices.console\n"
-        "import pyvmm.control.server, pyvmm.control.commands, pyvmm.control.place\n"
+        "import pyvmm.machine, pyvmm.netopt, pyvmm.cli.run, pyvmm.cli.support.terminal, pyvmm.devices.console\n"
+        "import pyvmm.control.server, pyvmm.control.commands, pyvmm.control.registry\n"
         "import pyvmm.virtio.net, pyvmm.virtio.pci, pyvmm.datapath.emulated, pyvmm.hostnet.netns, pyvmm.hostnet.tap"
     )
     assert "pyvmm._ext" in modules

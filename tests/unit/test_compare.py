@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm import cli
-from pyvmm.cli.signals import Terminated
+from pyvmm.cli.support.signals import Terminated
 from pyvmm.compare import counters, html, plan, run, schema, stats, svg
 from pyvmm.compare.pinning import pinned, possible
 from pyvmm.errors import GuestTimeout, HostError, ImageError, KvmMissing, UsageError, VhostMissing

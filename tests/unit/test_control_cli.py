@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli import main, qmp, running
-from pyvmm.control.place import Claim
+from pyvmm.card.report import SwitchReport
+from pyvmm.cli import main, qmp
+from pyvmm.cli.support import remote
+from pyvmm.control.registry import Claim
 from pyvmm.control.server import Command, QmpError, Server
 from pyvmm.errors import UsageError
-from pyvmm.virtio.switch import SwitchReport
 from tests.unit.test_rings import Guest, ram  # noqa: F401 - a fixture
 
 
@@ -227,7 +228,7 @@ def test_rings(fake, capsys, ram):  # noqa: F811
 
 
 def test_names_complete(fake):
-    assert running.complete("b") == ["box"] and running.complete("c") == []
+    assert remote.complete("b") == ["box"] and remote.complete("c") == []
     env = {
         **os.environ,
         "_ARGCOMPLETE": "1",
@@ -268,14 +269,14 @@ def test_what_is_only_in_the_testbed_is_asked_there(fake, capsys, monkeypatch):
 
             return Result
 
-    monkeypatch.setattr(running, "testbed_up", Bed)
+    monkeypatch.setattr(remote, "testbed_up", Bed)
     assert run(capsys, "stop", "far")[0] == 7
     assert seen == [[sys.executable, "-m", "pyvmm", "stop", "--host", "local", "far"]]
     assert run(capsys, "stop", "box")[0] == 0 and len(seen) == 1
     assert run(capsys, "stop", "--host", "testbed", "box")[0] == 7
     assert [r["name"] for r in json.loads(run(capsys, "ps", "--json")[1])] == ["box", "far"]
     assert [r["name"] for r in json.loads(run(capsys, "ps", "--json", "--host", "testbed")[1])] == ["far"]
-    assert running.complete("f") == ["far"]
+    assert remote.complete("f") == ["far"]
 
 
 def test_switch(fake, capsys):

@@ -9,8 +9,8 @@ from pyvmm._ext import lib
 from pyvmm.bus import MMIO, PIO, Registers
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.exits.ledger import Ledger
-from pyvmm.exits.mark import Mark
 from pyvmm.exits.phases import Phase
+from pyvmm.exits.snapshot import Mark
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.pci import PciFunction
 from pyvmm.spec import virtio_net

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pyvmm.errors import UsageError
-from pyvmm.net import GROUPS, Net, mac_text, parse_mac
+from pyvmm.netopt import GROUPS, Net, mac_text, parse_mac
 from tests.driver import bits
 
 

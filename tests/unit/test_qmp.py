@@ -20,10 +20,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.control import framer, place, server
+from pyvmm.control import framer, registry, server
 from pyvmm.control.client import Client, connect
 from pyvmm.control.framer import Framer, TooMuch
-from pyvmm.control.place import Claim
+from pyvmm.control.registry import Claim
 from pyvmm.control.server import Command, QmpError, Server
 from pyvmm.errors import ControlError, HostError, MachineMissing, PyvmmError, UsageError
 
@@ -530,7 +530,7 @@ def test_names_are_unique_and_private(runtime):
     finally:
         os.umask(old)
     assert [c.name for c in claims] == ["vm0", "vm1", "web-1"]
-    assert [(e.name, e.pid) for e in place.machines()] == [(c.name, os.getpid()) for c in claims]
+    assert [(e.name, e.pid) for e in registry.machines()] == [(c.name, os.getpid()) for c in claims]
     assert stat.S_IMODE(runtime.stat().st_mode) == 0o700
     for c in claims:
         assert stat.S_IMODE(os.stat(c.path).st_mode) == 0o600
@@ -542,7 +542,7 @@ def test_names_are_unique_and_private(runtime):
     assert again.name == "vm0"
     for c in (*claims, again):
         c.close()
-    assert not os.listdir(runtime) and place.machines() == []
+    assert not os.listdir(runtime) and registry.machines() == []
 
 
 @pytest.mark.parametrize("name", ["", "-x", ".x", "a/b", "a b", "x" * 41, "\u00e4", "a\n"])
@@ -554,7 +554,7 @@ def test_bad_names(runtime, name):
 
 CHILD = """
 import sys, time
-from pyvmm.control.place import Claim
+from pyvmm.control.registry import Claim
 c = Claim(*sys.argv[1:])
 print(c.path, flush=True)
 time.sleep(600)
@@ -569,16 +569,16 @@ def test_killed_machines_are_recognised(runtime, tmp_path):
         ) as child:
             assert child.stdout
             paths.append(child.stdout.readline().strip())
-            assert [e.name for e in place.machines()] == args[:1]
+            assert [e.name for e in registry.machines()] == args[:1]
             with pytest.raises(UsageError, match=f"running, process {child.pid}"):
                 Claim(args[0])
             child.send_signal(signal.SIGKILL)
         assert os.path.exists(paths[-1])
         if args[0] != "again":
-            assert place.machines() == [] and not os.path.exists(paths[-1]) and not os.listdir(runtime)
+            assert registry.machines() == [] and not os.path.exists(paths[-1]) and not os.listdir(runtime)
     with Closing(Claim("again")) as c:  # takes the place of a dead one
         assert c.path == paths[-1]
-        assert [e.name for e in place.machines()] == ["again"]
+        assert [e.name for e in registry.machines()] == ["again"]
         with socket.socket(socket.AF_UNIX) as s:
             s.connect(c.path)
     assert not os.listdir(runtime)
@@ -601,7 +601,7 @@ def test_a_path_of_the_users(runtime, tmp_path):
         assert c.path == str(path)
         with pytest.raises(UsageError, match="Address already in use"):
             Claim(None, str(path))  # somebody listens there
-        assert place.machines()[0].path == str(path)
+        assert registry.machines()[0].path == str(path)
     assert not path.exists()
     path.write_text("precious")
     with pytest.raises(UsageError, match="Address already in use"):
@@ -628,7 +628,7 @@ def test_claims_race(runtime):
                 with Closing(Claim()) as c:
                     names.append(c.name)
                     assert os.path.exists(c.path)
-                    found = place.find(c.name)
+                    found = registry.find(c.name)
                     assert found.path == c.path
         except BaseException as e:
             errors.append(e)
@@ -636,7 +636,7 @@ def test_claims_race(runtime):
     def look():
         while not stop.is_set():
             try:
-                place.machines()
+                registry.machines()
             except BaseException as e:
                 errors.append(e)
 

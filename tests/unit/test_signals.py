@@ -8,7 +8,7 @@ import pytest
 
 BODY = """
 import os, signal, sys, threading, time
-from pyvmm.cli.signals import orderly
+from pyvmm.cli.support.signals import orderly
 
 def body():
     number = int(sys.argv[1])
@@ -33,7 +33,7 @@ def test_a_signal_that_wakes_nobody_is_taken(number):
 def test_without_a_signal_all_is_as_before():
     text = """
 import os, signal, threading
-from pyvmm.cli.signals import ENDING, orderly
+from pyvmm.cli.support.signals import ENDING, orderly
 def state():
     return [signal.getsignal(n) for n in (*ENDING, signal.SIGURG)], threading.active_count(), os.listdir("/proc/self/fd")
 before = state()

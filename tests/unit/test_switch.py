@@ -15,12 +15,12 @@ import pytest
 
 from pyvmm.backend.process import BackendProcess
 from pyvmm.backend.server import Backend
+from pyvmm.card.nic import KEPT_SWITCHES, Nic, Outside
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.exits.ledger import Ledger
 from pyvmm.hostnet.frames import rarp
-from pyvmm.net import Net
-from pyvmm.nic import KEPT_SWITCHES, Nic, Outside
+from pyvmm.netopt import Net
 from pyvmm.spec.virtio import VIRTIO_CONFIG_S_NEEDS_RESET
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_CTRL_GUEST_OFFLOADS,
@@ -611,7 +611,7 @@ def test_the_back_end_dies_or_falls_silent_in_the_hand_over(rig, monkeypatch, ho
     rig.nic.switch("vhost-user")
     rig.nic.switch("emulated")
     pid = rig.wires.child.pid
-    monkeypatch.setattr("pyvmm.nic.HANDOVER_S", 0.3)
+    monkeypatch.setattr("pyvmm.card.nic.HANDOVER_S", 0.3)
     begin = NetDevice.switch
 
     def switch(self, new, *args):
@@ -666,7 +666,7 @@ def test_no_descriptors_left(rig, monkeypatch):
     """Refused or rolled back, and nothing leaks."""
     rig.nic.switch("vhost-user")
     rig.nic.switch("emulated")  # the child lives on, so that it is not short of descriptors itself
-    monkeypatch.setattr("pyvmm.nic.HANDOVER_S", 0.3)
+    monkeypatch.setattr("pyvmm.card.nic.HANDOVER_S", 0.3)
     before = descriptors()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = [fd for fd in range(1000) if fd not in before]
@@ -688,7 +688,7 @@ def test_no_descriptors_left(rig, monkeypatch):
 
 
 def test_usage(rig, monkeypatch):
-    monkeypatch.setattr("pyvmm.nic.SWITCH_WAIT_S", 0.1)
+    monkeypatch.setattr("pyvmm.card.nic.SWITCH_WAIT_S", 0.1)
     for text in ("none", "vdpa", "emulated,mtu=9000", "vhost-user,socket=/nobody/there"):
         with pytest.raises(PyvmmError):
             rig.nic.switch(text)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from pyvmm.cli.terminal import Terminal
+from pyvmm.cli.support.terminal import Terminal
 
 def say(data):
     os.write(3, data)

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 
 from pyvmm.errors import HostError, PyvmmError, UsageError
-from pyvmm.net import Net, mac_text
+from pyvmm.netopt import Net, mac_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.backend.process import BackendProcess
+    from pyvmm.card.report import SwitchReport
     from pyvmm.datapath.base import DataPath
     from pyvmm.exits.ledger import Ledger
     from pyvmm.hostnet.tap import Tap
     from pyvmm.kvm.recorder import Scope
     from pyvmm.virtio.net import NetDevice
     from pyvmm.virtio.pci import VirtioPci
-    from pyvmm.virtio.switch import SwitchReport
 
 OWN_BACKEND = "pyvmm's own back-end"  # in place of a socket's path
 KEPT_SWITCHES = 64
@@ -224,7 +224,7 @@ class Nic:
         :return: what happened; also where the new path failed when it was to take over and the old one or emulation goes on.
         :raises PyvmmError: nothing has changed: no such mode, it cannot be had, or it lacks features that are in use.
         """
-        from pyvmm.virtio.switch import SwitchReport
+        from pyvmm.card.report import SwitchReport
 
         net = self.net.switched(to)
         with self._switching:

@@ -66,7 +66,7 @@ def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[st
 
     :param timeout: seconds that the testbed may take.
     """
-    from pyvmm.control.place import machines
+    from pyvmm.control.registry import machines
 
     rows: list[dict[str, Any]] = []
     if host != "testbed":
@@ -108,7 +108,7 @@ def there(args: argparse.Namespace) -> int | None:
     """
     if args.host == "local" or "/" in args.name:
         return None
-    from pyvmm.control.place import find
+    from pyvmm.control.registry import find
 
     if args.host == "auto":
         try:

@@ -10,8 +10,8 @@ import sys
 import time
 
 from pyvmm.errors import GuestEnded, GuestTrouble, HostError, PyvmmError, UsageError
-from pyvmm.suite import state_lines
 from pyvmm.testing import console as says
+from pyvmm.testing.suite import state_lines
 from pyvmm.testing.verdict import Verdict, last_lines, of_error
 
 TYPE_CHECKING = False
@@ -241,7 +241,7 @@ def judge(
 
 def broken_off(why: BaseException, vm: Machine | None, extras: Extras | None) -> None:
     """There will be no verdict of the guest's: it could not be had, or a signal came first."""
-    from pyvmm.cli.signals import Terminated
+    from pyvmm.cli.support.signals import Terminated
 
     if isinstance(why, PyvmmError):
         verdict = of_error(why)

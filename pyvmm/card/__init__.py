@@ -1,0 +1,1 @@
+"""A network card of a machine: its host side, its device, and the hand-over between data paths."""

@@ -1,0 +1,1 @@
+"""What several commands share: terminals, signals, tables, the choice of a host, verdicts."""
