@@ -1,8 +1,9 @@
 """Build recipe of the C extension ``pyvmm._ext`` (cffi, API mode, stable ABI).
 
-The declarations that Python sees are the text between the markers ``/* cffi: begin */`` and
-``/* cffi: end */`` of each header, so there is no second copy that could drift. The kernel's constants and
-structs are declared in ``cext/kernel.cdef`` with ``...``: the C compiler fills in the values from the installed headers.
+The declarations that Python sees are the text between the markers ``/* cffi: begin */`` and ``/*
+cffi: end */`` of each header, so there is no second copy that could drift. The kernel's constants
+and structs are declared in ``cext/kernel.cdef`` with ``...``: the C compiler fills in the values
+from the installed headers.
 
 Environment: ``PYVMM_SANITIZE=1`` builds with ASan and UBSan.
 """
@@ -23,7 +24,11 @@ GENERATED = [
     "-Wno-missing-field-initializers",
     "-Wno-shadow",
 ]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+SANITIZE = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+]
 
 
 def declarations(header: str) -> str:
@@ -43,8 +48,8 @@ def make_ffi() -> FFI:
         builder.cdef(declarations(path.read_text()))
     sanitize = SANITIZE if os.environ.get("PYVMM_SANITIZE") == "1" else []
     include = "".join(f'#include "{path.name}"\n' for path in headers)
-    # Our sources are one translation unit each, compiled with all warnings by `make lint` and the unit
-    # build below; the generated file is exempt from the conversion warnings only.
+    # Our sources are one translation unit each, compiled with all warnings by `make lint` and the
+    # unit build below; the generated file is exempt from the conversion warnings only.
     builder.set_source(
         "pyvmm._ext",
         (HERE / "kernel.h.in").read_text() + include,

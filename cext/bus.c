@@ -106,7 +106,7 @@ bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_
 	return found;
 }
 
-/* --- INTx --------------------------------------------------------------------------------------------- */
+/* --- INTx ------------------------------------------------------------------------------------- */
 
 struct pv_intx {
 	pthread_mutex_t lock;
@@ -198,7 +198,8 @@ uint8_t pv_intx_read(struct pv_intx *x)
 	return isr;
 }
 
-int pv_intx_run(struct pv_intx *x, const int32_t *fds, const uint8_t *bits, uint32_t count, int stop_fd)
+int pv_intx_run(struct pv_intx *x, const int32_t *fds, const uint8_t *bits, uint32_t count,
+		int stop_fd)
 {
 	struct pollfd p[65];
 
@@ -221,9 +222,10 @@ int pv_intx_run(struct pv_intx *x, const int32_t *fds, const uint8_t *bits, uint
 	}
 }
 
-/* --- accesses ----------------------------------------------------------------------------------------- */
+/* --- accesses --------------------------------------------------------------------------------- */
 
-static bool serial_access(struct pv_serial *s, uint64_t offset, bool write, uint8_t *data, uint32_t size)
+static bool serial_access(struct pv_serial *s, uint64_t offset, bool write, uint8_t *data,
+			  uint32_t size)
 {
 	/* A wide access is the same as byte accesses to consecutive ports. */
 	for (uint32_t i = 0; i < size; i++) {
@@ -252,7 +254,8 @@ static bool notify_access(const struct pv_notify *n, uint64_t offset, bool write
 	return true;
 }
 
-static bool pci_access(struct pv_pci_latch *l, uint64_t offset, bool write, uint8_t *data, uint32_t size)
+static bool pci_access(struct pv_pci_latch *l, uint64_t offset, bool write, uint8_t *data,
+		       uint32_t size)
 {
 	uint32_t address = __atomic_load_n(&l->address, __ATOMIC_RELAXED);
 	uint32_t device = (address >> 11) & 31;
@@ -268,7 +271,10 @@ static bool pci_access(struct pv_pci_latch *l, uint64_t offset, bool write, uint
 		}
 		return true;
 	}
-	/* Enabled, bus 0, function 0, a device that is there: reads of plain bytes are answered here, the rest is Python's. */
+	/*
+	 * Enabled, bus 0, function 0, a device that is there: reads of plain bytes are answered
+	 * here, the rest is Python's.
+	 */
 	if ((address & 0x80ff0700) == 0x80000000 && (l->present >> device) & 1) {
 		uint32_t at = (address & 0xfc) + (uint32_t)(offset & 3);
 
@@ -308,7 +314,8 @@ uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr)
 	}
 }
 
-bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data, uint32_t size)
+bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data,
+		   uint32_t size)
 {
 	uint64_t offset = addr - r->base;
 

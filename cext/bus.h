@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Who answers at a port or address: regions of the two I/O spaces, and the devices simple or hot enough to
- * live in C.
+ * Who answers at a port or address: regions of the two I/O spaces, and the devices simple or hot
+ * enough to live in C.
  *
- * Python adds and removes regions while vCPUs run (a guest may move a BAR), so look-ups take a read lock. A
- * region of kind PV_REGION_PYTHON is handed to Python by the vCPU loop; every other kind is answered here. An
- * access that no region contains whole reads as all ones and writes nothing, like a bus without a device.
+ * Python adds and removes regions while vCPUs run (a guest may move a BAR), so look-ups take a read
+ * lock. A region of kind PV_REGION_PYTHON is handed to Python by the vCPU loop; every other kind is
+ * answered here. An access that no region contains whole reads as all ones and writes nothing, like
+ * a bus without a device.
  */
 #ifndef PV_BUS_H
 #define PV_BUS_H
@@ -31,9 +32,9 @@ enum pv_region_kind {
 };
 
 /*
- * What pv_bus_register() makes of an access, beside the offset in the region. Of the PCI data window: which
- * configuration register, PV_REG_PCI | bus, device and function << 8 | offset, or that no function is there. Of a
- * serial port: PV_REG_DLAB | offset for the divisor latch.
+ * What pv_bus_register() makes of an access, beside the offset in the region. Of the PCI data
+ * window: which configuration register, PV_REG_PCI | bus, device and function << 8 | offset, or
+ * that no function is there. Of a serial port: PV_REG_DLAB | offset for the divisor latch.
  */
 #define PV_REG_PCI	  0x1000000
 #define PV_REG_PCI_NOBODY 0x2000000
@@ -42,14 +43,18 @@ enum pv_region_kind {
 struct pv_bus;
 struct pv_bus *pv_bus_new(void);
 void pv_bus_free(struct pv_bus *bus);
-/* id: chosen by the caller, not 0; what the ledger calls the region. Returns 0, -EEXIST on overlap, -ENOSPC.
+/*
+ * id: chosen by the caller, not 0; what the ledger calls the region. Returns 0, -EEXIST on overlap,
+ * -ENOSPC.
  */
 int pv_bus_add(struct pv_bus *bus, enum pv_space space, uint64_t base, uint64_t len, uint32_t id,
 	       enum pv_region_kind kind, void *opaque);
 int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32_t id);
 
-/* Virtqueue notification without ioeventfd: queue q is at offset q * stride and is kicked by adding 1 to
- * fd[q]. */
+/*
+ * Virtqueue notification without ioeventfd: queue q is at offset q * stride and is kicked by adding
+ * 1 to fd[q].
+ */
 struct pv_notify {
 	uint32_t count;
 	uint32_t stride;
@@ -57,23 +62,23 @@ struct pv_notify {
 };
 
 /*
- * PCI configuration address latch (PCI 3.0, 3.2.2.3.2). Accesses to functions that are not present are
- * answered here; the guest looks for them by the hundred.
+ * PCI configuration address latch (PCI 3.0, 3.2.2.3.2). Accesses to functions that are not present
+ * are answered here; the guest looks for them by the hundred.
  */
 struct pv_pci_latch {
 	uint32_t address;
 	uint32_t present; /* bit n: bus 0 device n exists */
 	/*
-	 * The 256 bytes of each function's configuration space, lent by Python, for reads; NULL: Python answers. live: bit n, the
-	 * doubleword at 4 * n is more than the bytes there.
+	 * The 256 bytes of each function's configuration space, lent by Python, for reads; NULL:
+	 * Python answers. live: bit n, the doubleword at 4 * n is more than the bytes there.
 	 */
 	const uint8_t *config[32];
 	uint64_t live[32];
 };
 
 /*
- * A level-triggered interrupt line with virtio's ISR status register behind it (virtio 1.2, 4.1.4.5): reading
- * the register clears it and lowers the line.
+ * A level-triggered interrupt line with virtio's ISR status register behind it
+ * (virtio 1.2, 4.1.4.5): reading the register clears it and lowers the line.
  */
 struct pv_intx;
 /* vm_fd: the address of the VM's descriptor, which a machine reset replaces. */
@@ -91,10 +96,11 @@ bool pv_intx_pending(struct pv_intx *x);
 /* What the guest's read of the register does: returns the bits, clears them, lowers the line. */
 uint8_t pv_intx_read(struct pv_intx *x);
 /*
- * Turn eventfds into the line: blocks until stop_fd is readable. fds: count eventfds, bits[i] the ISR bits of
- * fds[i]. Returns 0 or -errno.
+ * Turn eventfds into the line: blocks until stop_fd is readable. fds: count eventfds, bits[i] the
+ * ISR bits of fds[i]. Returns 0 or -errno.
  */
-int pv_intx_run(struct pv_intx *x, const int32_t *fds, const uint8_t *bits, uint32_t count, int stop_fd);
+int pv_intx_run(struct pv_intx *x, const int32_t *fds, const uint8_t *bits, uint32_t count,
+		int stop_fd);
 /* cffi: end */
 
 struct pv_bus_region {
@@ -107,11 +113,16 @@ struct pv_bus_region {
 /* The region that holds [addr, addr + size) whole, copied to *out; false where there is none. */
 bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_t size,
 		 struct pv_bus_region *out);
-/* Which register an access to the region is for, as the ledger has it; before the access, which may change it. */
+/*
+ * Which register an access to the region is for, as the ledger has it; before the access, which may
+ * change it.
+ */
 uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr);
 /*
- * Answer one access in C. size is 1, 2, 4 or 8 and data little-endian. Returns false where Python must.
+ * Answer one access in C. size is 1, 2, 4 or 8 and data little-endian. Returns false where Python
+ * must.
  */
-bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data, uint32_t size);
+bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data,
+		   uint32_t size);
 
 #endif

@@ -12,7 +12,9 @@
 
 #include "net_worker.h"
 
-/* As vhost: what one direction may do before the other has its turn (VHOST_NET_PKT_WEIGHT, VHOST_NET_WEIGHT).
+/*
+ * As vhost: what one direction may do before the other has its turn (VHOST_NET_PKT_WEIGHT,
+ * VHOST_NET_WEIGHT).
  */
 #define TURN_PACKETS 256
 #define TURN_BYTES   (512u << 10)
@@ -22,9 +24,10 @@
 #define SCRATCH_SIZE  (68u << 10) /* more than a tap ever returns: 64 KiB and headers */
 #define WINDOW_IOV    (4 * PV_CHAIN_MAX)
 #define READV_MAX     (PV_CHAIN_MAX - 1) /* IOV_MAX less the scratch buffer */
-#define READV_SMALL   7	  /* with the scratch buffer, what readv takes without allocating (UIO_FASTIOV) */
-#define LARGE_CREDIT  64  /* reads with the whole window after a frame that needed it */
-#define HOLD_MS	      200 /* how long a frame waits for the guest to add buffers */
+#define READV_SMALL                                                                                \
+	7 /* with the scratch buffer, what readv takes without allocating (UIO_FASTIOV) */
+#define LARGE_CREDIT 64	 /* reads with the whole window after a frame that needed it */
+#define HOLD_MS	     200 /* how long a frame waits for the guest to add buffers */
 /* See linger(). */
 #define LINGER_MIN_US  10
 #define LINGER_MAX_US  200
@@ -52,8 +55,9 @@ struct inflight_desc {
 };
 
 /*
- * Whether a frame was sent that was being sent when the process was killed? Where fd counts what it takes, and takes from nobody else,
- * its count tells: counter has what it was before. Otherwise nobody knows.
+ * Whether a frame was sent that was being sent when the process was killed? Where fd counts what it
+ * takes, and takes from nobody else, its count tells: counter has what it was before. Otherwise
+ * nobody knows.
  */
 enum { GIVEN = 1, GIVEN_COUNTED };
 
@@ -65,7 +69,8 @@ struct inflight {
 	uint16_t used_idx;
 	struct inflight_desc desc[];
 };
-_Static_assert(sizeof(struct inflight_desc) == 16 && sizeof(struct inflight) == 16, "QueueRegionSplit");
+_Static_assert(sizeof(struct inflight_desc) == 16 && sizeof(struct inflight) == 16,
+	       "QueueRegionSplit");
 
 struct pv_net_worker {
 	struct pv_vring ring[2];
@@ -77,7 +82,8 @@ struct pv_net_worker {
 	int epoll_fd;
 	int wake_fd;
 	int stop;   /* atomic; set by any thread, then wake_fd */
-	int hold;   /* atomic; set by any thread to HOLD_ASKED, answered with HOLD_DONE: transmit no more */
+	int hold;   /* atomic; set by any thread to HOLD_ASKED, answered with HOLD_DONE: transmit no
+		       more */
 	int finish; /* likewise, before stop: bring a held frame to the guest first */
 	int attach; /* likewise: descriptor to use from now on, -1 for none */
 	bool rx_ready;	 /* fd may have frames: edge seen, EAGAIN not yet */
@@ -87,7 +93,9 @@ struct pv_net_worker {
 	bool link_down;
 	bool recovered;	   /* in-flight regions are taken over */
 	uint32_t interest; /* of fd, as epoll has it */
-	/* A burst is what is sent between two times that the transmit ring was empty. See linger(). */
+	/*
+	 * A burst is what is sent between two times that the transmit ring was empty. See linger().
+	 */
 	uint32_t burst_packets;
 	uint32_t burst_bytes;
 	uint64_t idle_since; /* when the ring was empty, in microseconds */
@@ -99,7 +107,10 @@ struct pv_net_worker {
 	uint32_t iov_at, iov_end;
 	uint64_t window; /* bytes */
 	uint32_t large;	 /* reads left with the whole window */
-	/* A frame read but not placed: the first direct bytes in the window, the rest in scratch. 0: none. */
+	/*
+	 * A frame read but not placed: the first direct bytes in the window, the rest in scratch.
+	 * 0: none.
+	 */
 	size_t held;
 	size_t direct;
 	uint64_t held_since;
@@ -175,8 +186,8 @@ static void flush(struct pv_net_worker *w, int q)
 }
 
 /*
- * Take over in-flight regions that another process may have left behind. All in them is the peer's to change:
- * nothing read is used as an index unchecked.
+ * Take over in-flight regions that another process may have left behind. All in them is the peer's
+ * to change: nothing read is used as an index unchecked.
  */
 static void inflight_recover(struct pv_net_worker *w, int q)
 {
@@ -204,7 +215,8 @@ static void inflight_recover(struct pv_net_worker *w, int q)
 }
 
 /*
- * Note that a chain is about to be sent. Returns whether the process before us was about to do the same, and may have done it.
+ * Note that a chain is about to be sent. Returns whether the process before us was about to do the
+ * same, and may have done it.
  */
 static bool inflight_begin(struct pv_net_worker *w, uint16_t head)
 {
@@ -229,7 +241,10 @@ static void inflight_cancel(struct pv_net_worker *w, uint16_t head)
 	__atomic_store_n(&w->inflight[TX]->desc[head].inflight, 0, __ATOMIC_RELEASE);
 }
 
-/* A chain has been pushed: publish it at once. A batch of one, in the order that the specification gives. */
+/*
+ * A chain has been pushed: publish it at once. A batch of one, in the order that the specification
+ * gives.
+ */
 static void inflight_end(struct pv_net_worker *w, uint16_t head)
 {
 	struct inflight *in = w->inflight[TX];
@@ -312,7 +327,10 @@ static bool tx_possible(const struct pv_net_worker *w)
 	return !w->ring[TX].fault && !w->tx_blocked && !__atomic_load_n(&w->hold, __ATOMIC_RELAXED);
 }
 
-/* Take chains until the window holds want bytes (one without MRG_RXBUF). PV_DONE: the guest has no more. */
+/*
+ * Take chains until the window holds want bytes (one without MRG_RXBUF). PV_DONE: the guest has no
+ * more.
+ */
 static enum pv_step rx_fill(struct pv_net_worker *w, size_t want)
 {
 	struct pv_vring *vr = &w->ring[RX];
@@ -325,7 +343,8 @@ static enum pv_step rx_fill(struct pv_net_worker *w, size_t want)
 		if (w->iov_end + PV_CHAIN_MAX > WINDOW_IOV || w->slot_end == WINDOW_IOV) {
 			memmove(w->slot, &w->slot[w->slot_at],
 				(w->slot_end - w->slot_at) * sizeof(w->slot[0]));
-			memmove(w->iov, &w->iov[w->iov_at], (w->iov_end - w->iov_at) * sizeof(w->iov[0]));
+			memmove(w->iov, &w->iov[w->iov_at],
+				(w->iov_end - w->iov_at) * sizeof(w->iov[0]));
 			w->slot_end -= w->slot_at;
 			w->iov_end -= w->iov_at;
 			w->slot_at = w->iov_at = 0;
@@ -342,7 +361,8 @@ static enum pv_step rx_fill(struct pv_net_worker *w, size_t want)
 			ring_fault(w, RX, vr->fault);
 			return PV_BAD;
 		}
-		w->slot[w->slot_end++] = (struct slot){.len = c.in_len, .niov = c.in_num, .head = c.head};
+		w->slot[w->slot_end++] =
+			(struct slot){.len = c.in_len, .niov = c.in_num, .head = c.head};
 		w->iov_end += c.in_num;
 		w->window += c.in_len;
 	}
@@ -393,8 +413,8 @@ static void window_store(struct pv_net_worker *w, size_t at, const uint8_t *from
 }
 
 /*
- * Hand the frame of w->held bytes to the guest. False where it lacks the buffers: the frame stays held, or
- * was dropped because waiting would be in vain. On a ring fault w->event is set.
+ * Hand the frame of w->held bytes to the guest. False where it lacks the buffers: the frame stays
+ * held, or was dropped because waiting would be in vain. On a ring fault w->event is set.
  */
 static bool rx_place(struct pv_net_worker *w)
 {
@@ -408,7 +428,8 @@ static bool rx_place(struct pv_net_worker *w)
 		if (step == PV_BAD)
 			return false;
 		if (w->window < len) {
-			if (step == PV_DONE && w->cfg.mrg_rxbuf && w->slot_end - w->slot_at < vr->size) {
+			if (step == PV_DONE && w->cfg.mrg_rxbuf &&
+			    w->slot_end - w->slot_at < vr->size) {
 				if (!w->held_since)
 					w->held_since = now_us();
 				w->rx_waiting = true;
@@ -426,7 +447,9 @@ static bool rx_place(struct pv_net_worker *w)
 	}
 	for (uint32_t i = w->slot_at; left; i++, buffers++)
 		left -= w->slot[i].len < left ? w->slot[i].len : left;
-	/* 5.1.6.4: always 1 without MRG_RXBUF. The field follows the 10 bytes of the legacy header. */
+	/*
+	 * 5.1.6.4: always 1 without MRG_RXBUF. The field follows the 10 bytes of the legacy header.
+	 */
 	if (w->cfg.hdr_len >= 12)
 		window_store(w, 10, (uint8_t[]){(uint8_t)buffers, (uint8_t)(buffers >> 8)}, 2);
 	for (left = len; left; w->slot_at++) {
@@ -471,7 +494,10 @@ static bool rx_turn(struct pv_net_worker *w)
 				if (n < 0 && errno == EINTR)
 					continue;
 				if (n < 0 && errno == EFAULT) {
-					/* The host has no page for the guest's buffer; the frame is lost. */
+					/*
+					 * The host has no page for the guest's buffer; the frame is
+					 * lost.
+					 */
 					packets++;
 					add(&w->count.rx_drop_error, 1);
 					continue;
@@ -622,8 +648,9 @@ static bool net_round(struct pv_net_worker *w)
 static int set_interest(struct pv_net_worker *w)
 {
 	/*
-	 * EPOLLPRI never comes true for a tap. But a tap that is deleted wakes its pollers with a key of EPOLLIN and EPOLLPRI
-	 * (sock_def_readable), and epoll asks it for EPOLLERR only if we want one of them: also when muted.
+	 * EPOLLPRI never comes true for a tap. But a tap that is deleted wakes its pollers with a
+	 * key of EPOLLIN and EPOLLPRI (sock_def_readable), and epoll asks it for EPOLLERR only if
+	 * we want one of them: also when muted.
 	 */
 	struct epoll_event ev = {.events = EPOLLET | EPOLLPRI, .data.u32 = EV_FD};
 
@@ -695,7 +722,8 @@ static int spin(struct pv_net_worker *w)
 	do {
 		if (net_poll(w, 0))
 			return -1;
-		if (stopping(w) || w->event.kind || (tx_possible(w) && pv_vring_pending(&w->ring[TX])))
+		if (stopping(w) || w->event.kind ||
+		    (tx_possible(w) && pv_vring_pending(&w->ring[TX])))
 			return 1;
 		if (!rx_possible(w))
 			continue;
@@ -708,14 +736,14 @@ static int spin(struct pv_net_worker *w)
 }
 
 /*
- * After a burst of transmits, sleep a little before asking for kicks: a guest that is still sending gets by
- * without them, and its next packets come as one batch. Asking at once makes a quick worker and a slow guest
- * take turns: an exit and an interrupt for every packet or two.
+ * After a burst of transmits, sleep a little before asking for kicks: a guest that is still sending
+ * gets by without them, and its next packets come as one batch. Asking at once makes a quick worker
+ * and a slow guest take turns: an exit and an interrupt for every packet or two.
  *
- * How long follows from how soon the latest burst came after the one before: twice that, or not at all if it
- * would be too long. Less while a sleep brings many, so that the guest does not wait for us with a full window.
- * A frame that arrives ends the sleep: who sends and then waits for the answer loses nothing. Returns whether
- * there is something to do; -1: epoll failed.
+ * How long follows from how soon the latest burst came after the one before: twice that, or not at
+ * all if it would be too long. Less while a sleep brings many, so that the guest does not wait for
+ * us with a full window. A frame that arrives ends the sleep: who sends and then waits for the
+ * answer loses nothing. Returns whether there is something to do; -1: epoll failed.
  */
 static int linger(struct pv_net_worker *w)
 {
@@ -743,7 +771,10 @@ static int linger(struct pv_net_worker *w)
 	return w->lingered || w->rx_ready || w->event.kind || stopping(w);
 }
 
-/* Stopped, with a frame that has been read but not placed: wait for the guest's buffers as net_sleep() does. */
+/*
+ * Stopped, with a frame that has been read but not placed: wait for the guest's buffers as
+ * net_sleep() does.
+ */
 static void rx_finish(struct pv_net_worker *w)
 {
 	uint64_t count, waited;
@@ -813,8 +844,8 @@ static int net_sleep(struct pv_net_worker *w)
  *
  * Return: the worker, to be freed; NULL on failure
  */
-struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg, const struct pv_memory *mem,
-					struct pv_net_event *why)
+struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
+					const struct pv_memory *mem, struct pv_net_event *why)
 {
 	struct pv_net_worker *w = calloc(1, sizeof(*w));
 	enum pv_fault fault;
@@ -833,11 +864,12 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg, const s
 			w->ring[q].fault = PV_FAULT_SIZE;
 			continue;
 		}
-		fault = pv_vring_init(&w->ring[q], mem, r->size, r->desc, r->avail, r->used, r->base,
-				      cfg->indirect, cfg->event_idx);
+		fault = pv_vring_init(&w->ring[q], mem, r->size, r->desc, r->avail, r->used,
+				      r->base, cfg->indirect, cfg->event_idx);
 
 		if (fault) {
-			*why = (struct pv_net_event){.kind = PV_NET_RING_FAULT, .queue = q, .fault = fault};
+			*why = (struct pv_net_event){
+				.kind = PV_NET_RING_FAULT, .queue = q, .fault = fault};
 			free(w);
 			return NULL;
 		}
@@ -882,9 +914,10 @@ void pv_net_worker_free(struct pv_net_worker *w)
  * @w:		The worker; one thread at a time
  * @ev:		Filled in
  *
- * Starts with what is pending, kicked or not. After PV_NET_RING_FAULT and PV_NET_LINK_DOWN it is to be called
- * again: what still works goes on. After PV_NET_STOPPED every chain taken is finished or given back and guest
- * memory is not touched any more. All signals are blocked meanwhile: they belong to the main thread.
+ * Starts with what is pending, kicked or not. After PV_NET_RING_FAULT and PV_NET_LINK_DOWN it is to
+ * be called again: what still works goes on. After PV_NET_STOPPED every chain taken is finished or
+ * given back and guest memory is not touched any more. All signals are blocked meanwhile: they
+ * belong to the main thread.
  */
 void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev)
 {
@@ -894,7 +927,8 @@ void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev)
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	if (w->cfg.name[0])
 		prctl(PR_SET_NAME, w->cfg.name);
-	prctl(PR_SET_TIMERSLACK, 1000UL); /* nanoseconds; by default 50 us, more than linger() means */
+	prctl(PR_SET_TIMERSLACK,
+	      1000UL); /* nanoseconds; by default 50 us, more than linger() means */
 	w->event = (struct pv_net_event){.kind = PV_NET_STOPPED};
 	if (w->cfg.trace)
 		trace_event(w, PV_TRACE_NONE, 0, 0, false);
@@ -936,7 +970,8 @@ void pv_net_worker_stop(struct pv_net_worker *w)
  * pv_net_worker_finish() - As pv_net_worker_stop(), for who goes on with another worker
  * @w:		The worker; from any thread
  *
- * A frame that was read and waits for buffers is not dropped at once: the guest still has HOLD_MS to add some.
+ * A frame that was read and waits for buffers is not dropped at once: the guest still has HOLD_MS
+ * to add some.
  */
 void pv_net_worker_finish(struct pv_net_worker *w)
 {
@@ -956,7 +991,8 @@ bool pv_net_worker_hold(struct pv_net_worker *w)
 
 	if (__atomic_load_n(&w->hold, __ATOMIC_ACQUIRE) == HOLD_DONE)
 		return true;
-	if (__atomic_compare_exchange_n(&w->hold, &no, HOLD_ASKED, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+	if (__atomic_compare_exchange_n(&w->hold, &no, HOLD_ASKED, false, __ATOMIC_RELAXED,
+					__ATOMIC_RELAXED))
 		(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
 	return false;
 }

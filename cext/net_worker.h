@@ -4,32 +4,34 @@
  *
  * Theory of operation
  *
- * One thread owns a worker and spends its life in pv_net_worker_run(). A round gives each direction one turn
- * of bounded work (CVE-2019-3900); when neither has more to do the worker asks for kicks, looks again, and
- * sleeps in epoll.
+ * One thread owns a worker and spends its life in pv_net_worker_run(). A round gives each direction
+ * one turn of bounded work (CVE-2019-3900); when neither has more to do the worker asks for kicks,
+ * looks again, and sleeps in epoll.
  *
- * Every descriptor of the epoll set but wake_fd is edge-triggered, so a kick costs no read to drain it: a
- * wake-up was measured at a third of what ppoll and read cost. The eventfds keep their count, which is
- * harmless for who takes them over: vhost does not drain them either.
+ * Every descriptor of the epoll set but wake_fd is edge-triggered, so a kick costs no read to drain
+ * it: a wake-up was measured at a third of what ppoll and read cost. The eventfds keep their count,
+ * which is harmless for who takes them over: vhost does not drain them either.
  *
- * Transmit: writev straight from guest memory, header included, wherever the guest split it. After a burst the
- * worker sleeps up to 200 us, or 1 ms in bulk, before it asks for kicks again: see linger().
+ * Transmit: writev straight from guest memory, header included, wherever the guest split it. After
+ * a burst the worker sleeps up to 200 us, or 1 ms in bulk, before it asks for kicks again: see
+ * linger().
  *
- * Receive: chains are taken ahead into a window big enough for the largest frame, and readv goes straight
- * into them. A tap does not tell how long the next frame is, so the last segment of each readv is a scratch
- * buffer: it catches what the window cannot hold, and keeps the usual readv short (the whole window is used
- * only while frames are long). What the scratch caught is copied to the rest of the window; where the guest
- * has too few buffers the frame is held for a while until it adds some. Chains taken but not used are given
- * back when the worker stops, so that last_avail == used index. A frame that is held then is lost, unless the
- * worker was told to finish: then it first waits for the buffers, as long as it would have while running.
+ * Receive: chains are taken ahead into a window big enough for the largest frame, and readv goes
+ * straight into them. A tap does not tell how long the next frame is, so the last segment of each
+ * readv is a scratch buffer: it catches what the window cannot hold, and keeps the usual readv
+ * short (the whole window is used only while frames are long). What the scratch caught is copied to
+ * the rest of the window; where the guest has too few buffers the frame is held for a while until
+ * it adds some. Chains taken but not used are given back when the worker stops, so that last_avail
+ * == used index. A frame that is held then is lost, unless the worker was told to finish: then it
+ * first waits for the buffers, as long as it would have while running.
  *
  * A malformed ring stops that direction only.
  *
- * In-flight regions (vhost-user, INFLIGHT_SHMFD) outlive this process when it is killed, so that the next one
- * repeats and loses nothing. Rings are served in order, so used->idx says all about what is done, if it is
- * published for each packet: only of the one packet in writev is it unknown whether it was sent. Its
- * descriptor is marked before; the next process takes a marked one as sent. Receive chains are never marked:
- * taken ahead they hold nothing yet.
+ * In-flight regions (vhost-user, INFLIGHT_SHMFD) outlive this process when it is killed, so that
+ * the next one repeats and loses nothing. Rings are served in order, so used->idx says all about
+ * what is done, if it is published for each packet: only of the one packet in writev is it unknown
+ * whether it was sent. Its descriptor is marked before; the next process takes a marked one as
+ * sent. Receive chains are never marked: taken ahead they hold nothing yet.
  */
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H
@@ -42,9 +44,11 @@
 enum pv_net_event_kind {
 	PV_NET_STOPPED,
 	PV_NET_RING_FAULT, /* queue, fault; that direction is off from now on */
-	PV_NET_LINK_DOWN, /* error; the tap is gone: transmits are dropped from now on, nothing is received */
-	PV_NET_LINK_UP,	  /* the tap given to pv_net_worker_attach is in use */
-	PV_NET_ERROR	  /* error; epoll failed, which should not happen; the worker must not be run again */
+	PV_NET_LINK_DOWN,  /* error; the tap is gone: transmits are dropped from now on, nothing is
+			      received */
+	PV_NET_LINK_UP,	   /* the tap given to pv_net_worker_attach is in use */
+	PV_NET_ERROR /* error; epoll failed, which should not happen; the worker must not be run
+			again */
 };
 
 struct pv_net_event {
@@ -62,8 +66,11 @@ struct pv_net_ring {
 	uint64_t used;
 	int kick; /* lent, as are all descriptors */
 	int call;
-	/* In-flight region of PV_NET_INFLIGHT_SIZE(size) bytes, shared with an untrusted peer; NULL: none. The
-	 * ring then starts at the used index: base is not looked at where the region has been in use. */
+	/*
+	 * In-flight region of PV_NET_INFLIGHT_SIZE(size) bytes, shared with an untrusted peer;
+	 * NULL: none. The ring then starts at the used index: base is not looked at where the
+	 * region has been in use.
+	 */
 	uint8_t *inflight;
 };
 
@@ -75,7 +82,7 @@ struct pv_net_config {
 	uint32_t hdr_len;	    /* virtio_net_hdr: 12, or 10 without VERSION_1 and MRG_RXBUF */
 	uint32_t max_frame;	    /* longest frame expected from fd, header included */
 	uint32_t poll_us;	    /* look for work this long before sleeping */
-	uint64_t taken;		    /* frames that fd has taken so far, of all senders; PV_NET_UNKNOWN */
+	uint64_t taken; /* frames that fd has taken so far, of all senders; PV_NET_UNKNOWN */
 	bool mrg_rxbuf;
 	bool indirect;
 	bool event_idx;
@@ -89,7 +96,8 @@ struct pv_net_config {
 struct pv_net_counters {
 	uint64_t rx_packets;
 	uint64_t rx_bytes; /* without the virtio_net_hdr */
-	uint64_t rx_kicks; /* wake-ups by a kick: kicks that came while awake count once or not at all */
+	uint64_t rx_kicks; /* wake-ups by a kick: kicks that came while awake count once or not at
+			      all */
 	uint64_t rx_calls;
 	uint64_t rx_calls_suppressed; /* batches for which the guest wanted no interrupt */
 	uint64_t rx_batches;	      /* publications of the used index */
@@ -98,7 +106,7 @@ struct pv_net_counters {
 	uint64_t rx_drop_long;	      /* frames longer than the buffers of the guest */
 	uint64_t rx_drop_short;	      /* frames without a full header */
 	uint64_t rx_drop_error;	      /* frames lost in reading */
-	uint64_t rx_drop_held;	      /* frames for which no buffers came in time, or held at stop */
+	uint64_t rx_drop_held; /* frames for which no buffers came in time, or held at stop */
 	uint64_t tx_packets;
 	uint64_t tx_bytes;
 	uint64_t tx_kicks;
@@ -108,8 +116,8 @@ struct pv_net_counters {
 	uint64_t tx_blocks;	/* times that fd took no more */
 	uint64_t tx_drop_error; /* frames that fd refused: bad header, interface down */
 	uint64_t tx_drop_link;	/* frames sent after fd was gone */
-	uint64_t tx_lingers;	/* short sleeps, before asking for kicks, that brought more to send */
-	uint64_t tx_in_doubt;	/* frames that a killed process was sending: taken as sent */
+	uint64_t tx_lingers;  /* short sleeps, before asking for kicks, that brought more to send */
+	uint64_t tx_in_doubt; /* frames that a killed process was sending: taken as sent */
 	uint64_t wakeups;
 	uint64_t fd_reads; /* system calls on fd, vain ones included */
 	uint64_t fd_writes;
@@ -120,8 +128,8 @@ struct pv_net_counters {
 
 struct pv_net_worker;
 
-struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg, const struct pv_memory *mem,
-					struct pv_net_event *why);
+struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
+					const struct pv_memory *mem, struct pv_net_event *why);
 void pv_net_worker_free(struct pv_net_worker *w);
 void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev);
 void pv_net_worker_stop(struct pv_net_worker *w);

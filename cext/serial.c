@@ -10,10 +10,11 @@
 #define RX_SIZE	  1024
 #define FIFO_SIZE 16 /* what drivers reckon with; the queues behind it are larger */
 /*
- * The line is an edge for the interrupt controller. Linux' handler gives up after 512 rounds ("too much work for
- * irq4"), and a transmitter that is never busy can keep it that long while another CPU writes. Then the line stays
- * high, and nothing would ever be heard of the port again; so within that many rounds there is a new edge, which the
- * controller keeps for when the handler is done.
+ * The line is an edge for the interrupt controller. Linux' handler gives up after 512 rounds ("too
+ * much work for irq4"), and a transmitter that is never busy can keep it that long while another
+ * CPU writes. Then the line stays high, and nothing would ever be heard of the port again; so
+ * within that many rounds there is a new edge, which the controller keeps for when the handler is
+ * done.
  */
 #define EDGE_ROUNDS 128
 
@@ -23,7 +24,8 @@ struct pv_serial {
 	uint32_t gsi;
 	struct pv_pipe *tx;
 	uint8_t dll, dlm, ier, fcr, lcr, mcr, lsr_sticky, scr;
-	bool thre_pending; /* the THRE interrupt condition, cleared by reading IIR (data sheet 8.6.3) */
+	bool thre_pending; /* the THRE interrupt condition, cleared by reading IIR (data
+			      sheet 8.6.3) */
 	bool irq_level;
 	uint64_t edges;
 	uint32_t rounds; /* reads of IIR since the last edge */
@@ -137,8 +139,10 @@ uint32_t pv_serial_input(struct pv_serial *s, const uint8_t *buf, uint32_t len)
 	uint32_t n;
 
 	pthread_mutex_lock(&s->lock);
-	/* In loop-back the receiver is cut off from the line (data sheet 8.7); without a reader the FIFO
-	 * would overflow. */
+	/*
+	 * In loop-back the receiver is cut off from the line (data sheet 8.7); without a reader the
+	 * FIFO would overflow.
+	 */
 	n = s->mcr & UART_MCR_LOOP ? 0 : push_rx(s, buf, len, RX_SIZE);
 	update_irq(s);
 	pthread_mutex_unlock(&s->lock);
@@ -220,8 +224,10 @@ uint8_t pv_serial_in(struct pv_serial *s, uint32_t offset)
 	return v;
 }
 
-/* Returns whether the byte is for the line; the pipe is written without our lock, since its reader calls
- * on_room. */
+/*
+ * Returns whether the byte is for the line; the pipe is written without our lock, since its reader
+ * calls on_room.
+ */
 static bool write_thr(struct pv_serial *s, uint8_t value)
 {
 	if (s->mcr & UART_MCR_LOOP) {
@@ -249,8 +255,10 @@ void pv_serial_out(struct pv_serial *s, uint32_t offset, uint8_t value)
 		if (s->lcr & UART_LCR_DLAB) {
 			s->dlm = value;
 		} else {
-			/* Enabling THRI with an empty transmitter interrupts at once (8250's start_tx relies
-			 * on it). */
+			/*
+			 * Enabling THRI with an empty transmitter interrupts at once (8250's
+			 * start_tx relies on it).
+			 */
 			if ((value & UART_IER_THRI) && !(s->ier & UART_IER_THRI) && tx_ready(s))
 				s->thre_pending = true;
 			s->ier = value & 0x0f;

@@ -2,10 +2,11 @@
 /*
  * Rings of trace events: what a vCPU or a worker did last, with times.
  *
- * One thread writes a ring and nobody waits for it: when it is full the oldest event is overwritten, so memory is
- * bounded and the writer's cost is a few stores. Others may read at any time; an event that is being overwritten
- * meanwhile may come out mixed, so the reader asks again for `next` afterwards and drops what was in reach of the
- * writer (pyvmm.kvm.recorder). Who does not trace has no ring, and pays one branch.
+ * One thread writes a ring and nobody waits for it: when it is full the oldest event is
+ * overwritten, so memory is bounded and the writer's cost is a few stores. Others may read at any
+ * time; an event that is being overwritten meanwhile may come out mixed, so the reader asks again
+ * for `next` afterwards and drops what was in reach of the writer (pyvmm.kvm.recorder). Who does
+ * not trace has no ring, and pays one branch.
  */
 #ifndef PV_TRACE_H
 #define PV_TRACE_H
@@ -24,7 +25,8 @@ enum pv_trace_kind {
 struct pv_trace_event {
 	uint64_t ts;	/* CLOCK_MONOTONIC, nanoseconds */
 	uint64_t dur;	/* nanoseconds; 0 for a moment */
-	uint64_t addr;	/* of EXIT: as in struct pv_exit_slot, as are reason, region, reg, size and write */
+	uint64_t addr;	/* of EXIT: as in struct pv_exit_slot, as are reason, region, reg, size and
+			   write */
 	uint64_t value; /* first element written or read, at most 8 bytes */
 	uint32_t reason;
 	uint32_t region;

@@ -19,8 +19,8 @@ struct pv_mem_region {
 };
 
 /*
- * Guest memory as C sees it. Filled in by Python (pyvmm.memory) before any thread reads it and constant from
- * then on; owned by GuestMemory, which outlives every user.
+ * Guest memory as C sees it. Filled in by Python (pyvmm.memory) before any thread reads it and
+ * constant from then on; owned by GuestMemory, which outlives every user.
  */
 struct pv_memory {
 	uint32_t count;
@@ -30,8 +30,8 @@ struct pv_memory {
 /* cffi: end */
 
 /*
- * Host address of guest range [gpa, gpa + len), which must lie inside one region, or NULL. The range is
- * checked at both ends and against overflow (CVE-2018-1059). len may be 0.
+ * Host address of guest range [gpa, gpa + len), which must lie inside one region, or NULL. The
+ * range is checked at both ends and against overflow (CVE-2018-1059). len may be 0.
  */
 static inline uint8_t *pv_mem_host(const struct pv_memory *mem, uint64_t gpa, uint64_t len)
 {

@@ -100,19 +100,22 @@ void pv_vcpu_free(struct pv_vcpu *v)
 	free(v);
 }
 
-/* --- ledger ------------------------------------------------------------------------------------------- */
+/* --- ledger ----------------------------------------------------------------------------------- */
 
 static struct pv_exit_slot *find_slot(struct pv_vcpu *v, const struct pv_exit_slot *key)
 {
-	uint64_t h = ((key->addr * 31 + key->reg) * 31 + key->reason * 7 + key->size * 3 + key->write) *
-		     0x9e3779b97f4a7c15u;
+	uint64_t h =
+		((key->addr * 31 + key->reg) * 31 + key->reason * 7 + key->size * 3 + key->write) *
+		0x9e3779b97f4a7c15u;
 
 	for (uint32_t i = 0; i < PV_LEDGER_SLOTS; i++) {
 		uint32_t at = (uint32_t)((h >> 40) + i) % PV_LEDGER_SLOTS;
 		struct pv_exit_slot *s = &v->slot[at];
 
 		if (!s->count) {
-			/* A concurrent reader takes a slot as used by its count, which is still 0. */
+			/*
+			 * A concurrent reader takes a slot as used by its count, which is still 0.
+			 */
 			*s = *key;
 			v->used_slot[v->used] = (uint16_t)at;
 			__atomic_store_n(&v->used, v->used + 1, __ATOMIC_RELEASE);
@@ -121,7 +124,10 @@ static struct pv_exit_slot *find_slot(struct pv_vcpu *v, const struct pv_exit_sl
 		if (s->addr == key->addr && s->reason == key->reason && s->size == key->size &&
 		    s->write == key->write && s->region == key->region && s->reg == key->reg)
 			return s;
-		/* A guest that exits at ever new addresses gets no more than a bounded search each time. */
+		/*
+		 * A guest that exits at ever new addresses gets no more than a bounded search each
+		 * time.
+		 */
 		if (i == 32)
 			break;
 	}
@@ -179,9 +185,11 @@ static void account_time(struct pv_vcpu *v, uint64_t now)
 	if (v->trace)
 		trace_exit(v, now);
 	if (p->current)
-		__atomic_store_n(&p->current->time, p->current->time + now - v->last_exit, __ATOMIC_RELAXED);
+		__atomic_store_n(&p->current->time, p->current->time + now - v->last_exit,
+				 __ATOMIC_RELAXED);
 	else
-		__atomic_store_n(&v->overflow_time, v->overflow_time + now - v->last_exit, __ATOMIC_RELAXED);
+		__atomic_store_n(&v->overflow_time, v->overflow_time + now - v->last_exit,
+				 __ATOMIC_RELAXED);
 }
 
 uint32_t pv_vcpu_ledger(const struct pv_vcpu *v, struct pv_exit_slot *out, uint32_t max)
@@ -200,7 +208,7 @@ uint32_t pv_vcpu_ledger(const struct pv_vcpu *v, struct pv_exit_slot *out, uint3
 	return n;
 }
 
-/* --- exits -------------------------------------------------------------------------------------------- */
+/* --- exits ------------------------------------------------------------------------------------ */
 
 bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space)
 {
@@ -309,8 +317,9 @@ static bool handle_error(struct pv_vcpu *v, int error, enum pv_stop *stop)
 }
 
 /*
- * Whether somebody asked for the thread; answers it. Under the lock: a kick sets stop and immediate_exit, and
- * one of them left behind alone would make KVM_RUN return for ever without anybody knowing why.
+ * Whether somebody asked for the thread; answers it. Under the lock: a kick sets stop and
+ * immediate_exit, and one of them left behind alone would make KVM_RUN return for ever without
+ * anybody knowing why.
  */
 static bool take_stop(struct pv_vcpu_private *p)
 {
@@ -340,8 +349,10 @@ enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
 		int ret;
 
 		account_time(v, now);
-		/* immediate_exit makes KVM finish the access of the latest exit without entering the guest,
-		 * so that registers are whole when we stop. */
+		/*
+		 * immediate_exit makes KVM finish the access of the latest exit without entering
+		 * the guest, so that registers are whole when we stop.
+		 */
 		if (__atomic_load_n(&p->stop, __ATOMIC_ACQUIRE))
 			p->run->immediate_exit = 1;
 		if (!v->first_run)
@@ -374,8 +385,10 @@ void pv_vcpu_kick(struct pv_vcpu *v)
 
 	pthread_mutex_lock(&p->lock);
 	__atomic_store_n(&p->stop, true, __ATOMIC_RELEASE);
-	/* Written by another thread on purpose: closes the gap between the check of stop and the entry
-	 * (Documentation/virt/kvm). */
+	/*
+	 * Written by another thread on purpose: closes the gap between the check of stop and the
+	 * entry (Documentation/virt/kvm).
+	 */
 	if (p->run)
 		p->run->immediate_exit = 1;
 	if (p->in_run)

@@ -2,14 +2,14 @@
 /*
  * The KVM_RUN loop of one vCPU and its exit ledger.
  *
- * Theory of operation: a Python thread calls pv_vcpu_run(), which releases the interpreter lock and enters
- * the guest again and again. Each return of KVM_RUN is counted here, by reason and, for port and memory
- * accesses, by address, size, direction and region, with the time until the guest runs again. Accesses that a
- * region in C answers never leave this loop; the others return to Python with the access described in the
- * struct; Python fills in the data and calls again.
+ * Theory of operation: a Python thread calls pv_vcpu_run(), which releases the interpreter lock and
+ * enters the guest again and again. Each return of KVM_RUN is counted here, by reason and, for port
+ * and memory accesses, by address, size, direction and region, with the time until the guest runs
+ * again. Accesses that a region in C answers never leave this loop; the others return to Python
+ * with the access described in the struct; Python fills in the data and calls again.
  *
- * The ledger is written by the owning thread only. Others may read it at any time: counters are single
- * aligned words, so a reader sees each one either before or after an exit.
+ * The ledger is written by the owning thread only. Others may read it at any time: counters are
+ * single aligned words, so a reader sees each one either before or after an exit.
  */
 #ifndef PV_VCPU_H
 #define PV_VCPU_H
@@ -27,7 +27,7 @@
 
 /* One line of the ledger. A slot is used once count is not 0. */
 struct pv_exit_slot {
-	uint64_t addr;	 /* port or guest-physical address; KVM's suberror or type for other reasons */
+	uint64_t addr;	 /* port or guest-physical address; for other reasons KVM's suberror */
 	uint64_t count;	 /* returns of KVM_RUN */
 	uint64_t time;	 /* nanoseconds from the return to the next entry */
 	uint64_t units;	 /* accesses: more than count for string instructions */
@@ -69,7 +69,8 @@ struct pv_vcpu {
 	uint64_t overflow_time; /* nanoseconds */
 	uint64_t first_run;	/* CLOCK_MONOTONIC, nanoseconds; 0 before */
 	uint64_t first_exit;
-	uint64_t last_exit; /* time of the latest return; with runs it tells whether the guest makes progress
+	uint64_t last_exit; /* time of the latest return; with runs it tells whether the guest makes
+			     * progress
 			     */
 	uint32_t used;	    /* slots with a key, by used_slot in the order of their first exit */
 	uint16_t used_slot[PV_LEDGER_SLOTS];
@@ -87,17 +88,20 @@ int pv_vcpu_attach(struct pv_vcpu *v, int fd, size_t run_size);
 void pv_vcpu_free(struct pv_vcpu *v);
 /* Run the guest until Python is needed. Called by the vCPU's one owning thread. */
 enum pv_stop pv_vcpu_run(struct pv_vcpu *v);
-/* The machine has ended, or is about to start over: the latest exit's time ends here. By the owning thread. */
+/*
+ * The machine has ended, or is about to start over: the latest exit's time ends here. By the owning
+ * thread.
+ */
 void pv_vcpu_settle(struct pv_vcpu *v);
 /*
- * What pv_vcpu_run() does with an access (addr, size, count, write and data of v are set): count it, and
- * answer it if a region in C or nobody is there. Returns false where Python must. In the interface so that
- * devices can be tried without KVM.
+ * What pv_vcpu_run() does with an access (addr, size, count, write and data of v are set): count
+ * it, and answer it if a region in C or nobody is there. Returns false where Python must. In the
+ * interface so that devices can be tried without KVM.
  */
 bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space);
 /*
- * Copy the ledger's lines, at most max (v->used says how many there are now). Any thread, and cheap enough for one
- * that holds a vCPU up. Returns the count; each line is whole to within one exit.
+ * Copy the ledger's lines, at most max (v->used says how many there are now). Any thread, and cheap
+ * enough for one that holds a vCPU up. Returns the count; each line is whole to within one exit.
  */
 uint32_t pv_vcpu_ledger(const struct pv_vcpu *v, struct pv_exit_slot *out, uint32_t max);
 /* Any thread: make pv_vcpu_run() return PV_STOP_ASKED soon, also if it is called only later. */

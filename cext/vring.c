@@ -4,7 +4,8 @@
 
 #include "vring.h"
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "virtio 1.x is little-endian and so are we");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+	       "virtio 1.x is little-endian and so are we");
 _Static_assert(sizeof(struct vring_desc) == 16, "2.7.5");
 
 /* Index into the available and used areas, in 16-bit units. */
@@ -32,7 +33,8 @@ static const char *const fault_text[] = {
 	[PV_FAULT_SHORT] = "descriptor chain is shorter than the packet header",
 	[PV_FAULT_TOO_LONG] = "descriptor chain of too many bytes",
 };
-_Static_assert(sizeof(fault_text) / sizeof(fault_text[0]) == PV_FAULT_COUNT, "every fault has its text");
+_Static_assert(sizeof(fault_text) / sizeof(fault_text[0]) == PV_FAULT_COUNT,
+	       "every fault has its text");
 
 /**
  * pv_fault_text() - Words for a fault
@@ -57,18 +59,20 @@ const char *pv_fault_text(enum pv_fault fault)
  * @indirect:	INDIRECT_DESC was negotiated
  * @event_idx:	EVENT_IDX was negotiated
  *
- * Each area, the event fields included, must lie within one memory region. Reads used->idx and writes
- * nothing, so that a ring that is refused is left as it was.
+ * Each area, the event fields included, must lie within one memory region. Reads used->idx and
+ * writes nothing, so that a ring that is refused is left as it was.
  *
  * Return: PV_FAULT_NONE, _SIZE, _ALIGN or _AREA
  */
-enum pv_fault pv_vring_init(struct pv_vring *vr, const struct pv_memory *mem, uint32_t size, uint64_t desc,
-			    uint64_t avail, uint64_t used, uint16_t base, bool indirect, bool event_idx)
+enum pv_fault pv_vring_init(struct pv_vring *vr, const struct pv_memory *mem, uint32_t size,
+			    uint64_t desc, uint64_t avail, uint64_t used, uint16_t base,
+			    bool indirect, bool event_idx)
 {
 	memset(vr, 0, sizeof(*vr));
 	if (!size || size > PV_VRING_SIZE_MAX || (size & (size - 1)))
 		return vr->fault = PV_FAULT_SIZE;
-	if (desc % VRING_DESC_ALIGN_SIZE || avail % VRING_AVAIL_ALIGN_SIZE || used % VRING_USED_ALIGN_SIZE)
+	if (desc % VRING_DESC_ALIGN_SIZE || avail % VRING_AVAIL_ALIGN_SIZE ||
+	    used % VRING_USED_ALIGN_SIZE)
 		return vr->fault = PV_FAULT_ALIGN;
 	vr->mem = mem;
 	vr->size = size;
@@ -94,7 +98,9 @@ static struct vring_desc desc_copy(const uint8_t *table, uint32_t i)
 	struct vring_desc d;
 
 	memcpy(&d, table + 16ull * i, sizeof(d));
-	/* Without this the compiler may fetch a field again from guest memory after it was checked. */
+	/*
+	 * Without this the compiler may fetch a field again from guest memory after it was checked.
+	 */
 	__asm__ volatile("" : "+m"(d));
 	return d;
 }
@@ -128,7 +134,8 @@ void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head)
  * @w:		From pv_walk_begin()
  * @seg:	Filled in on PV_MORE
  *
- * Bounded: a table of n entries yields at most n descriptors, and at most one indirect table is entered.
+ * Bounded: a table of n entries yields at most n descriptors, and at most one indirect table is
+ * entered.
  *
  * Return: PV_MORE; PV_DONE after the last segment; PV_BAD with @w->fault set. The last two stay.
  */
@@ -150,8 +157,10 @@ enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
 		d = desc_copy(w->table, w->next);
 		if (!(d.flags & VRING_DESC_F_INDIRECT))
 			break;
-		/* 2.7.5.3: the last descriptor of a chain may refer to a table with the rest; WRITE is to be
-		 * ignored. */
+		/*
+		 * 2.7.5.3: the last descriptor of a chain may refer to a table with the rest; WRITE
+		 * is to be ignored.
+		 */
 		if (w->indirect)
 			return walk_bad(w, PV_FAULT_INDIRECT_NESTED);
 		if (!w->vr->indirect)
@@ -188,8 +197,9 @@ enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
 static bool avail_refresh(struct pv_vring *vr)
 {
 	/*
-	 * Acquire: pairs with the driver's barrier between filling in descriptors and ring entry and storing
-	 * the index (2.7.13.3): what we read through the ring after this is at least as new as the index.
+	 * Acquire: pairs with the driver's barrier between filling in descriptors and ring entry
+	 * and storing the index (2.7.13.3): what we read through the ring after this is at least as
+	 * new as the index.
 	 */
 	vr->avail_idx = __atomic_load_n(&vr->avail[IDX], __ATOMIC_ACQUIRE);
 	return (uint16_t)(vr->avail_idx - vr->last_avail) <= vr->size;
@@ -206,7 +216,8 @@ static bool avail_refresh(struct pv_vring *vr)
  *
  * Return: PV_MORE; PV_DONE where the ring is empty; PV_BAD with @vr->fault set
  */
-enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max, struct pv_chain *chain)
+enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,
+			  struct pv_chain *chain)
 {
 	struct pv_segment seg;
 	struct pv_walk w;
@@ -224,7 +235,8 @@ enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max, 
 			return PV_DONE;
 	}
 	*chain = (struct pv_chain){
-		.head = __atomic_load_n(&vr->avail[RING + (vr->last_avail & vr->mask)], __ATOMIC_RELAXED),
+		.head = __atomic_load_n(&vr->avail[RING + (vr->last_avail & vr->mask)],
+					__ATOMIC_RELAXED),
 	};
 	pv_walk_begin(&w, vr, chain->head);
 	while ((step = pv_walk_next(&w, &seg)) == PV_MORE) {
@@ -304,27 +316,32 @@ bool pv_vring_flush(struct pv_vring *vr)
 	if (vr->used_next == vr->used_idx)
 		return false;
 	vr->used_idx = vr->used_next;
-	/* Release: buffers and used elements are visible before the index that hands them over (2.7.8.2). */
+	/*
+	 * Release: buffers and used elements are visible before the index that hands them over
+	 * (2.7.8.2).
+	 */
 	__atomic_store_n(&vr->used[IDX], vr->used_idx, __ATOMIC_RELEASE);
 	/*
-	 * Full barrier between publishing and reading whether the guest wants to know. The driver does the
-	 * reverse: asks for interrupts, then looks at the index. One of us must see the other, or the last
-	 * entry waits for ever.
+	 * Full barrier between publishing and reading whether the guest wants to know. The driver
+	 * does the reverse: asks for interrupts, then looks at the index. One of us must see the
+	 * other, or the last entry waits for ever.
 	 */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	if (!vr->event_idx)
-		return !(__atomic_load_n(&vr->avail[FLAGS], __ATOMIC_RELAXED) & VRING_AVAIL_F_NO_INTERRUPT);
+		return !(__atomic_load_n(&vr->avail[FLAGS], __ATOMIC_RELAXED) &
+			 VRING_AVAIL_F_NO_INTERRUPT);
 	vr->signalled_used = vr->used_idx;
 	vr->signalled_valid = true;
-	return !valid || pv_need_event(__atomic_load_n(vr->used_event, __ATOMIC_RELAXED), vr->used_idx, old);
+	return !valid ||
+	       pv_need_event(__atomic_load_n(vr->used_event, __ATOMIC_RELAXED), vr->used_idx, old);
 }
 
 /**
  * pv_vring_enable_notify() - Ask the guest for kicks
  * @vr:		The ring
  *
- * Return: true where entries are available already, so that the caller must not sleep (a bad index counts as
- * such: pop will report it)
+ * Return: true where entries are available already, so that the caller must not sleep (a bad index
+ * counts as such: pop will report it)
  */
 bool pv_vring_enable_notify(struct pv_vring *vr)
 {
@@ -334,8 +351,8 @@ bool pv_vring_enable_notify(struct pv_vring *vr)
 	else
 		__atomic_store_n(&vr->used[FLAGS], 0, __ATOMIC_RELAXED);
 	/*
-	 * Full barrier between asking and looking. The driver stores the index, then reads whether to kick:
-	 * if it did not see our request, we see its index now.
+	 * Full barrier between asking and looking. The driver stores the index, then reads whether
+	 * to kick: if it did not see our request, we see its index now.
 	 */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	return pv_vring_pending(vr);

@@ -4,10 +4,10 @@
  *
  * Theory of operation
  *
- * The guest owns all of the ring's memory and may change it at any time, so nothing in it is trusted and
- * nothing is read twice: each descriptor is copied once and every decision is taken on the copy. What the
- * guest gets wrong is reported as a PV_FAULT_* and never touches memory outside guest RAM; the caller stops
- * the queue.
+ * The guest owns all of the ring's memory and may change it at any time, so nothing in it is
+ * trusted and nothing is read twice: each descriptor is copied once and every decision is taken on
+ * the copy. What the guest gets wrong is reported as a PV_FAULT_* and never touches memory outside
+ * guest RAM; the caller stops the queue.
  *
  * Positions run freely modulo 65536 (2.7.6, 2.7.8):
  *
@@ -16,7 +16,8 @@
  *   last_avail    next available entry to take; pv_vring_unpop gives entries back
  *   avail_idx     available index as last read
  *
- * A ring has one owning thread. It knows nothing of KVM, taps or eventfds: notifying is the caller's.
+ * A ring has one owning thread. It knows nothing of KVM, taps or eventfds: notifying is the
+ * caller's.
  */
 #ifndef PV_VRING_H
 #define PV_VRING_H
@@ -102,7 +103,10 @@ struct pv_walk {
 	enum pv_fault fault;
 };
 
-/* A chain taken from the ring; its segments went to the caller's iovec array, the readable ones first. */
+/*
+ * A chain taken from the ring; its segments went to the caller's iovec array, the readable ones
+ * first.
+ */
 struct pv_chain {
 	uint16_t head;
 	uint16_t out_num; /* segments that the device reads */
@@ -111,11 +115,13 @@ struct pv_chain {
 	uint64_t in_len;
 };
 
-enum pv_fault pv_vring_init(struct pv_vring *vr, const struct pv_memory *mem, uint32_t size, uint64_t desc,
-			    uint64_t avail, uint64_t used, uint16_t base, bool indirect, bool event_idx);
+enum pv_fault pv_vring_init(struct pv_vring *vr, const struct pv_memory *mem, uint32_t size,
+			    uint64_t desc, uint64_t avail, uint64_t used, uint16_t base,
+			    bool indirect, bool event_idx);
 void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head);
 enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg);
-enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max, struct pv_chain *chain);
+enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,
+			  struct pv_chain *chain);
 void pv_vring_unpop(struct pv_vring *vr, uint16_t n);
 void pv_vring_push(struct pv_vring *vr, uint16_t head, uint32_t len);
 void pv_vring_publish(struct pv_vring *vr);

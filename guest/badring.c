@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A hostile virtio-net driver. Each case breaks one rule, on a freshly set up device; what must follow is
- * NEEDS_RESET and a config interrupt in bounded time, or, for writes to locked registers, nothing at all.
- * After each, the card must work again: reset, set-up, one ARP exchange. fault=NAME on the command line runs
- * one case, all of them otherwise.
+ * A hostile virtio-net driver. Each case breaks one rule, on a freshly set up device; what must
+ * follow is NEEDS_RESET and a config interrupt in bounded time, or, for writes to locked registers,
+ * nothing at all. After each, the card must work again: reset, set-up, one ARP exchange. fault=NAME
+ * on the command line runs one case, all of them otherwise.
  */
 #include "virtnet.h"
 
@@ -25,8 +25,7 @@ static struct descriptor *tx(unsigned int i)
 	return &transmit.desc[i];
 }
 
-/* --- addresses that the device must refuse at DRIVER_OK, or earlier ----------------------------------------
- */
+/* --- addresses that the device must refuse at DRIVER_OK, or earlier --------------------------- */
 
 static void desc_overflows(void)
 {
@@ -63,8 +62,7 @@ static void device_nowhere(void)
 	net_queue_at(&transmit, 1, at(transmit.desc), at(&transmit.avail), PCI_MMIO_BASE - 16);
 }
 
-/* --- rings -------------------------------------------------------------------------------------------------
- */
+/* --- rings ------------------------------------------------------------------------------------ */
 
 static void index_jumps(void)
 {
@@ -149,7 +147,8 @@ static void indirect_nested(void)
 static void indirect_odd_size(void)
 {
 	indirect[0] = *tx(0);
-	transmit.desc[0] = (struct descriptor){at(indirect), sizeof(indirect[0]) + 1, DESC_INDIRECT, 0};
+	transmit.desc[0] =
+		(struct descriptor){at(indirect), sizeof(indirect[0]) + 1, DESC_INDIRECT, 0};
 	queue_publish(&transmit, 0);
 }
 
@@ -160,8 +159,7 @@ static void indirect_loops(void)
 	queue_publish(&transmit, 0);
 }
 
-/* --- writes that must be ignored ---------------------------------------------------------------------------
- */
+/* --- writes that must be ignored -------------------------------------------------------------- */
 
 static void registers_after_driver_ok(void)
 {
@@ -180,8 +178,7 @@ static void registers_after_driver_ok(void)
 	mmio_write32(base + COMMON_DRIVER_FEATURE, 0);
 }
 
-/* --- running them
- * ------------------------------------------------------------------------------------------- */
+/* --- running them ----------------------------------------------------------------------------- */
 
 enum when { ADDRESSES, RING, IGNORED };
 
@@ -191,9 +188,9 @@ static const struct fault {
 	enum when when;
 	uint64_t features;
 } faults[] = {
-#define FAULT(name, when, features)                                                                          \
-	{                                                                                                    \
-#name, name, when, features                                                                  \
+#define FAULT(name, when, features)                                                                \
+	{                                                                                          \
+#name, name, when, features                                                        \
 	}
 	FAULT(desc_overflows, ADDRESSES, FEATURES),
 	FAULT(desc_nowhere, ADDRESSES, FEATURES),
@@ -288,7 +285,8 @@ int main(void)
 		const struct fault *f = &faults[i];
 		const char *what;
 
-		if (one && (strlen(wanted) != strlen(f->name) || memcmp(wanted, f->name, strlen(wanted))))
+		if (one &&
+		    (strlen(wanted) != strlen(f->name) || memcmp(wanted, f->name, strlen(wanted))))
 			continue;
 		what = try_fault(f);
 		tried++;

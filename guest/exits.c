@@ -1,29 +1,29 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A known number of exits of each kind, at addresses where nothing is. README.md has the table; tests/host and
- * tests/boot hold the ledger to it. Reads where nothing is must give all ones. All of it is marked as the
- * command phase.
+ * A known number of exits of each kind, at addresses where nothing is. README.md has the table;
+ * tests/host and tests/boot hold the ledger to it. Reads where nothing is must give all ones. All
+ * of it is marked as the command phase.
  */
 #include "guest.h"
 
 #define PORT	0x1230
 #define ADDRESS (PCI_MMIO_BASE + 0x10000000ull)
 
-#define REPEAT(n, statement)                                                                                 \
-	do                                                                                                   \
-		for (int i_ = 0; i_ < (n); i_++)                                                             \
-			statement;                                                                           \
+#define REPEAT(n, statement)                                                                       \
+	do                                                                                         \
+		for (int i_ = 0; i_ < (n); i_++)                                                   \
+			statement;                                                                 \
 	while (0)
 
 /* count elements of a string, to or from a port or memory, by one instruction. */
-#define STRING(instruction, n, ...)                                                                          \
-	do {                                                                                                 \
-		void *from_ = buffer, *to_ = buffer;                                                         \
-		unsigned long count_ = (n), at_ = ADDRESS + 0x1000;                                          \
-		__asm__ volatile(instruction                                                                 \
-				 : "+S"(from_), "+D"(to_), "+c"(count_), "+r"(at_)                           \
-				 : __VA_ARGS__                                                               \
-				 : "memory");                                                                \
+#define STRING(instruction, n, ...)                                                                \
+	do {                                                                                       \
+		void *from_ = buffer, *to_ = buffer;                                               \
+		unsigned long count_ = (n), at_ = ADDRESS + 0x1000;                                \
+		__asm__ volatile(instruction                                                       \
+				 : "+S"(from_), "+D"(to_), "+c"(count_), "+r"(at_)                 \
+				 : __VA_ARGS__                                                     \
+				 : "memory");                                                      \
 	} while (0)
 
 static int wrong;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The runtime of the bare-metal guests: everything that a test kernel of a page or two needs, and nothing
- * that exits behind its back: each access to a port or device that these functions make is stated, so that a
- * guest can promise its exact exit counts.
+ * The runtime of the bare-metal guests: everything that a test kernel of a page or two needs, and
+ * nothing that exits behind its back: each access to a port or device that these functions make is
+ * stated, so that a guest can promise its exact exit counts.
  *
  * Ring 0 is emulated on some hosts (kvm_pvm): no SSE, x87, cmpxchg16b, popcnt or int3.
  */
@@ -14,7 +14,9 @@
 #define GUEST_DS      0x18
 #define AP_TRAMPOLINE 0x8000
 
-/* The machine's ports and addresses: pyvmm/spec/platform.py; tests/unit/test_guest.py holds the two together.
+/*
+ * The machine's ports and addresses: pyvmm/spec/platform.py; tests/unit/test_guest.py holds the two
+ * together.
  */
 #define PORT_ACPI_SLEEP_CONTROL 0x600
 #define PORT_ACPI_RESET		0x602
@@ -56,24 +58,24 @@
 #include <stdint.h>
 #include "pyvmm_port.h"
 
-/* --- what a guest provides ------------------------------------------------------------------------------ */
+/* --- what a guest provides -------------------------------------------------------------------- */
 
 /* Its return value becomes the exit status (0: all well). */
 int main(void);
 
-/* --- ports and memory ----------------------------------------------------------------------------------- */
+/* --- ports and memory ------------------------------------------------------------------------- */
 
-#define PORT_ACCESS(suffix, type)                                                                            \
-	static inline void out##suffix(uint16_t port, type value)                                            \
-	{                                                                                                    \
-		__asm__ volatile("out" #suffix " %0, %1" : : "a"(value), "Nd"(port) : "memory");             \
-	}                                                                                                    \
-	static inline type in##suffix(uint16_t port)                                                         \
-	{                                                                                                    \
-		type value;                                                                                  \
-                                                                                                             \
-		__asm__ volatile("in" #suffix " %1, %0" : "=a"(value) : "Nd"(port) : "memory");              \
-		return value;                                                                                \
+#define PORT_ACCESS(suffix, type)                                                                  \
+	static inline void out##suffix(uint16_t port, type value)                                  \
+	{                                                                                          \
+		__asm__ volatile("out" #suffix " %0, %1" : : "a"(value), "Nd"(port) : "memory");   \
+	}                                                                                          \
+	static inline type in##suffix(uint16_t port)                                               \
+	{                                                                                          \
+		type value;                                                                        \
+                                                                                                   \
+		__asm__ volatile("in" #suffix " %1, %0" : "=a"(value) : "Nd"(port) : "memory");    \
+		return value;                                                                      \
 	}
 
 PORT_ACCESS(b, uint8_t)
@@ -81,17 +83,23 @@ PORT_ACCESS(w, uint16_t)
 PORT_ACCESS(l, uint32_t)
 
 /* A plain mov each, of exactly that width. */
-#define MMIO_ACCESS(bits, suffix, reg)                                                                       \
-	static inline void mmio_write##bits(uint64_t address, uint##bits##_t value)                          \
-	{                                                                                                    \
-		__asm__ volatile("mov" suffix " %" reg "0, (%1)" : : "r"(value), "r"(address) : "memory");   \
-	}                                                                                                    \
-	static inline uint##bits##_t mmio_read##bits(uint64_t address)                                       \
-	{                                                                                                    \
-		uint##bits##_t value;                                                                        \
-                                                                                                             \
-		__asm__ volatile("mov" suffix " (%1), %" reg "0" : "=r"(value) : "r"(address) : "memory");   \
-		return value;                                                                                \
+#define MMIO_ACCESS(bits, suffix, reg)                                                             \
+	static inline void mmio_write##bits(uint64_t address, uint##bits##_t value)                \
+	{                                                                                          \
+		__asm__ volatile("mov" suffix " %" reg "0, (%1)"                                   \
+				 :                                                                 \
+				 : "r"(value), "r"(address)                                        \
+				 : "memory");                                                      \
+	}                                                                                          \
+	static inline uint##bits##_t mmio_read##bits(uint64_t address)                             \
+	{                                                                                          \
+		uint##bits##_t value;                                                              \
+                                                                                                   \
+		__asm__ volatile("mov" suffix " (%1), %" reg "0"                                   \
+				 : "=r"(value)                                                     \
+				 : "r"(address)                                                    \
+				 : "memory");                                                      \
+		return value;                                                                      \
 	}
 
 MMIO_ACCESS(8, "b", "b")
@@ -109,7 +117,10 @@ static inline uint64_t rdmsr(uint32_t msr)
 
 static inline void wrmsr(uint32_t msr, uint64_t value)
 {
-	__asm__ volatile("wrmsr" : : "c"(msr), "a"((uint32_t)value), "d"((uint32_t)(value >> 32)) : "memory");
+	__asm__ volatile("wrmsr"
+			 :
+			 : "c"(msr), "a"((uint32_t)value), "d"((uint32_t)(value >> 32))
+			 : "memory");
 }
 
 static inline uint64_t rdtsc(void)
@@ -135,21 +146,23 @@ void *memset(void *to, int byte, size_t size);
 int memcmp(const void *a, const void *b, size_t size);
 size_t strlen(const char *text);
 
-/* --- saying things -------------------------------------------------------------------------------------- */
+/* --- saying things ---------------------------------------------------------------------------- */
 
 /* One rep outsb to PORT_GUEST_STDOUT; %s %c %d %u %x and %lx. At most 256 bytes. */
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* Bytes to COM1, one outb each, no polling (two bytes more for a line end). */
 void serial(const char *text);
-/* Tell the VMM the exit status and power off: one outl to PORT_GUEST_CONTROL, one outb to
- * PORT_ACPI_SLEEP_CONTROL. */
+/*
+ * Tell the VMM the exit status and power off: one outl to PORT_GUEST_CONTROL, one outb to
+ * PORT_ACPI_SLEEP_CONTROL.
+ */
 void finish(int status) __attribute__((noreturn));
 /* say() what went wrong, then finish(1). */
 void fail(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 /* End by the debug-exit port, where there is one: the status is (value << 1) | 1. One outl. */
 void debug_exit(uint32_t value) __attribute__((noreturn));
 
-/* --- what the loader handed over ------------------------------------------------------------------------ */
+/* --- what the loader handed over -------------------------------------------------------------- */
 
 extern uint32_t boot_way, boot_pointer;
 const char *command_line(void);
@@ -161,12 +174,14 @@ unsigned long option_number(const char *key, unsigned long otherwise);
 const uint8_t *acpi_table(const char *signature);
 uint64_t acpi_rsdp(void);
 
-/* --- interrupts ----------------------------------------------------------------------------------------- */
+/* --- interrupts ------------------------------------------------------------------------------- */
 
 typedef void (*irq_handler)(unsigned int vector);
 
-/* Load the interrupt table and mask the 8259s (two outb that KVM answers). Until then, any exception is a
- * triple fault; from then on, it is reported and ends the guest. */
+/*
+ * Load the interrupt table and mask the 8259s (two outb that KVM answers). Until then, any
+ * exception is a triple fault; from then on, it is reported and ends the guest.
+ */
 void irq_init(void);
 /* Handle a vector from 32 up; the handler acknowledges with lapic_eoi() itself. */
 void irq_set(unsigned int vector, irq_handler handler);
@@ -182,7 +197,9 @@ static inline void irq_take(void)
 	__asm__ volatile("sti; nop; cli" : : : "memory");
 }
 
-/* --- local and I/O APIC: each access is one that KVM answers in the kernel, none comes to userspace ------
+/*
+ * --- local and I/O APIC: each access is one that KVM answers in the kernel, none comes to
+ * userspace ------
  */
 
 #define LAPIC_ID	    0x20
@@ -218,12 +235,14 @@ void lapic_send(uint32_t apic_id, uint32_t command);
 void ioapic_route(unsigned int pin, uint8_t vector);
 void ioapic_route_level_low(unsigned int pin, uint8_t vector);
 
-/* --- application processors ----------------------------------------------------------------------------- */
+/* --- application processors ------------------------------------------------------------------- */
 
 extern uint32_t ap_stack;     /* the next one's stack pointer */
 extern void (*ap_main)(void); /* what it runs */
-/* Start the CPU with this APIC id in ap_main on the given stack; INIT, SIPI, SIPI. Returns once ap_main has
- * been entered. */
+/*
+ * Start the CPU with this APIC id in ap_main on the given stack; INIT, SIPI, SIPI. Returns once
+ * ap_main has been entered.
+ */
 void ap_start(uint32_t apic_id, void *stack_top, void (*entry)(void));
 
 #endif

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* Says hello on the console and on standard output; status=N on the command line is its exit status. */
+/*
+ * Says hello on the console and on standard output; status=N on the command line is its exit
+ * status.
+ */
 #include "guest.h"
 
 int main(void)

@@ -1,27 +1,32 @@
 // SPDX-License-Identifier: MIT
 /*
- * The guest's init: mounts, loads modules, configures the network, runs one command, reports its exit status
- * to the VMM, powers off. One static program, since every fork and exec is slow in an emulated guest.
+ * The guest's init: mounts, loads modules, configures the network, runs one command, reports its
+ * exit status to the VMM, powers off. One static program, since every fork and exec is slow in an
+ * emulated guest.
  *
  * Theory of operation
  * -------------------
  * All that it is to do stands on the kernel command line (docs/images.md has the list):
  *
- *   pyvmm.net=NIC,ADDR/PREFIX[,ADDR/PREFIX]...[,gw=ADDR][,mtu=N][,peer=ADDR]   NIC is a MAC, eth0.. or an
- * ifindex pyvmm.cmd=BASE64URL         argv, each argument ended by a NUL; without: file /etc/pyvmm.cmd, else
- * a shell pyvmm.stdin=console         the command reads the console, raw; DLE EOT ends its input, DLE DLE is
- * one DLE pyvmm.hostname=NAME  pyvmm.term=TERM  pyvmm.tty=COLSxROWS  pyvmm.port=0|1  pyvmm.verbose
- * pyvmm.panic=init
- *   pyvmm.agent   no command: do what the VMM asks for, see pyvmm_port.h
+ *   pyvmm.net=NIC,ADDR/PREFIX[,ADDR/PREFIX]...[,gw=ADDR][,mtu=N][,peer=ADDR]
+ *                               NIC is a MAC address, eth0.. or an interface index
+ *   pyvmm.cmd=BASE64URL         argv, each argument ended by a NUL; without: file /etc/pyvmm.cmd,
+ *                               else a shell
+ *   pyvmm.stdin=console         the command reads the console, raw; DLE EOT ends its input, DLE DLE
+ *                               is one DLE
+ *   pyvmm.hostname=NAME  pyvmm.term=TERM  pyvmm.tty=COLSxROWS  pyvmm.port=0|1  pyvmm.verbose
+ *   pyvmm.panic=init
+ *   pyvmm.agent                 no command: do what the VMM asks for, see pyvmm_port.h
  *
- * Nothing here is fatal: what fails is told in one line on the console, and init goes on to the command.
+ * Nothing here is fatal: what fails is told in one line on the console, and init goes on to the
+ * command.
  *
- * With a command and the guest port (pyvmm_port.h), the command's stdout and stderr are pipes which init
- * relays to the port, so that they are binary-safe and apart from kernel messages. Without the port (another
- * VMM), they are the console, and the status is the line "pyvmm-init: status N".
+ * With a command and the guest port (pyvmm_port.h), the command's stdout and stderr are pipes which
+ * init relays to the port, so that they are binary-safe and apart from kernel messages. Without the
+ * port (another VMM), they are the console, and the status is the line "pyvmm-init: status N".
  *
- * The power button (ACPI, kernel driver "button") ends the command by SIGTERM, SIGKILL after BUTTON_MS, and
- * powers off; a shell on the console goes at once.
+ * The power button (ACPI, kernel driver "button") ends the command by SIGTERM, SIGKILL after
+ * BUTTON_MS, and powers off; a shell on the console goes at once.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -159,7 +164,8 @@ static void mount_all(void)
 
 	for (size_t i = 0; i < sizeof(mounts) / sizeof(*mounts); i++) {
 		mkdir(mounts[i].path, 0755);
-		if (mount(mounts[i].type, mounts[i].path, mounts[i].type, MS_NOSUID, mounts[i].data) &&
+		if (mount(mounts[i].type, mounts[i].path, mounts[i].type, MS_NOSUID,
+			  mounts[i].data) &&
 		    errno != EBUSY)
 			say("cannot mount %s: %s", mounts[i].path, strerror(errno));
 	}
@@ -183,13 +189,13 @@ static void open_port(const char *choice)
 }
 
 /*
- * Name a page of ours to the VMM. It must stay where it is: shared, so that fork() does not copy it, and with
- * a reference from a pipe that nobody reads, so that the kernel does not move it.
+ * Name a page of ours to the VMM. It must stay where it is: shared, so that fork() does not copy
+ * it, and with a reference from a pipe that nobody reads, so that the kernel does not move it.
  */
 static void share_page(void)
 {
-	char *p = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1,
-		       0);
+	char *p = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE,
+		       MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 	struct iovec piece = {.iov_base = p, .iov_len = PAGE_SIZE};
 	uint64_t entry = 0;
 	int ends[2], map;
@@ -212,7 +218,9 @@ static void share_page(void)
 	close(map);
 }
 
-/* Load the modules that /etc/modules lists: paths below /lib/modules/RELEASE, dependencies first. */
+/*
+ * Load the modules that /etc/modules lists: paths below /lib/modules/RELEASE, dependencies first.
+ */
 static void load_modules(void)
 {
 	static char list[4096];
@@ -302,8 +310,10 @@ static char *value_of(char *word, const char *key)
 	return word[n] == '=' ? word + n + 1 : word[n] ? NULL : word + n;
 }
 
-/* Take the pyvmm.* words from /proc/cmdline; double quotes group, as for the kernel. Returns pyvmm.port or
- * NULL. */
+/*
+ * Take the pyvmm.* words from /proc/cmdline; double quotes group, as for the kernel. Returns
+ * pyvmm.port or NULL.
+ */
 static const char *parse_cmdline(void)
 {
 	const char *port = NULL;
@@ -407,8 +417,8 @@ static int request_do(struct request *r)
 
 		if (n < 0)
 			return errno;
-		if (n >= (ssize_t)NLMSG_LENGTH(sizeof(struct nlmsgerr)) && h->nlmsg_type == NLMSG_ERROR &&
-		    h->nlmsg_seq == nl_seq)
+		if (n >= (ssize_t)NLMSG_LENGTH(sizeof(struct nlmsgerr)) &&
+		    h->nlmsg_type == NLMSG_ERROR && h->nlmsg_seq == nl_seq)
 			return -((struct nlmsgerr *)NLMSG_DATA(h))->error;
 	}
 }
@@ -476,13 +486,15 @@ static bool parse_mac(const char *text, unsigned char mac[6])
 {
 	int used = 0;
 
-	return sscanf(text, "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx%n", mac, mac + 1, mac + 2, mac + 3, mac + 4,
-		      mac + 5, &used) == 6 &&
+	return sscanf(text, "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx%n", mac, mac + 1, mac + 2, mac + 3,
+		      mac + 4, mac + 5, &used) == 6 &&
 	       !text[used];
 }
 
-/* The index of the interface that @name means: a MAC, an interface name or an index. 0 where there is none
- * (yet). */
+/*
+ * The index of the interface that @name means: a MAC, an interface name or an index. 0 where there
+ * is none (yet).
+ */
 static int find_link(const char *name)
 {
 	struct if_nameindex *all;
@@ -502,7 +514,8 @@ static int find_link(const char *name)
 		struct ifreq request = {0};
 
 		snprintf(request.ifr_name, sizeof(request.ifr_name), "%s", i->if_name);
-		if (!ioctl(nl_fd, SIOCGIFHWADDR, &request) && !memcmp(request.ifr_hwaddr.sa_data, mac, 6))
+		if (!ioctl(nl_fd, SIOCGIFHWADDR, &request) &&
+		    !memcmp(request.ifr_hwaddr.sa_data, mac, 6))
 			found = (int)i->if_index;
 	}
 	if_freenameindex(all);
@@ -617,7 +630,9 @@ static void *payload(struct nlattr *a, size_t *size)
 	return (char *)a + sizeof(struct nlattr);
 }
 
-/* The id of multicast group @name in the answer of CTRL_CMD_GETFAMILY of @size bytes; 0 where there is none.
+/*
+ * The id of multicast group @name in the answer of CTRL_CMD_GETFAMILY of @size bytes; 0 where there
+ * is none.
  */
 static unsigned int find_group(struct nlmsghdr *h, size_t size, const char *name)
 {
@@ -633,7 +648,8 @@ static unsigned int find_group(struct nlmsghdr *h, size_t size, const char *name
 		return 0;
 	at = payload(groups, &left);
 	while (left >= sizeof(struct nlattr) &&
-	       (one = (struct nlattr *)at)->nla_len >= sizeof(struct nlattr) && one->nla_len <= left) {
+	       (one = (struct nlattr *)at)->nla_len >= sizeof(struct nlattr) &&
+	       one->nla_len <= left) {
 		size_t inner, step = (one->nla_len + 3U) & ~3U;
 		void *attrs = payload(one, &inner);
 		struct nlattr *label = attribute(attrs, inner, CTRL_ATTR_MCAST_GRP_NAME);
@@ -652,7 +668,9 @@ static unsigned int find_group(struct nlmsghdr *h, size_t size, const char *name
 	return 0;
 }
 
-/* A socket on which the kernel tells of ACPI events (drivers/acpi/event.c); -1 where it does not. */
+/*
+ * A socket on which the kernel tells of ACPI events (drivers/acpi/event.c); -1 where it does not.
+ */
 static int open_buttons(void)
 {
 	struct {
@@ -660,7 +678,9 @@ static int open_buttons(void)
 		struct genlmsghdr g;
 		struct nlattr a;
 		char name[12];
-	} ask = {.h = {.nlmsg_len = sizeof(ask), .nlmsg_type = GENL_ID_CTRL, .nlmsg_flags = NLM_F_REQUEST},
+	} ask = {.h = {.nlmsg_len = sizeof(ask),
+		       .nlmsg_type = GENL_ID_CTRL,
+		       .nlmsg_flags = NLM_F_REQUEST},
 		 .g = {.cmd = CTRL_CMD_GETFAMILY, .version = 1},
 		 .a = {.nla_len = sizeof(struct nlattr) + 11, .nla_type = CTRL_ATTR_FAMILY_NAME},
 		 .name = "acpi_event"};
@@ -681,7 +701,10 @@ static int open_buttons(void)
 	return -1;
 }
 
-/* Whether the event that is there is the power button: struct acpi_genl_event begins with the device's class. */
+/*
+ * Whether the event that is there is the power button: struct acpi_genl_event begins with the
+ * device's class.
+ */
 static bool power_button(int fd)
 {
 	char message[4096];
@@ -698,7 +721,9 @@ static bool power_button(int fd)
 
 /* --- the command --- */
 
-/* The terminal behind /dev/console, the last that the kernel lists: job control needs the real one. */
+/*
+ * The terminal behind /dev/console, the last that the kernel lists: job control needs the real one.
+ */
 static int open_tty(void)
 {
 	char path[64] = "/dev/", name[128] = "";
@@ -777,8 +802,9 @@ static bool write_all(int fd, const char *data, size_t size)
 }
 
 /*
- * The console's input for the command: raw bytes, in which DLE EOT is the end and DLE DLE one DLE. A process
- * of its own, so that a command that does not read its input cannot stop the relay of its output.
+ * The console's input for the command: raw bytes, in which DLE EOT is the end and DLE DLE one DLE.
+ * A process of its own, so that a command that does not read its input cannot stop the relay of its
+ * output.
  */
 static void __attribute__((noreturn)) feed_stdin(int tty, int out)
 {
@@ -843,7 +869,8 @@ static bool relay(int fd, unsigned short port)
 	if (n < 0)
 		return errno == EAGAIN || errno == EINTR;
 	if (n > 0 && page)
-		pyvmm_control(GUEST_WRITE, (unsigned int)n | (port == PORT_GUEST_STDERR ? 1U << 16 : 0));
+		pyvmm_control(GUEST_WRITE,
+			      (unsigned int)n | (port == PORT_GUEST_STDERR ? 1U << 16 : 0));
 	else if (n > 0)
 		pyvmm_write(port, piece, (size_t)n);
 	return n > 0;
@@ -882,7 +909,10 @@ static bool reap(pid_t child, int *status)
 
 static void agent_interrupted(int bell, pid_t child);
 
-/* Relay output and reap until @child has ended and its output has drained; its status. @bell: of the agent, or -1. */
+/*
+ * Relay output and reap until @child has ended and its output has drained; its status. @bell: of
+ * the agent, or -1.
+ */
 static int supervise(pid_t child, int signals, int out, int err, int buttons, int bell)
 {
 	struct pollfd fds[] = {{.fd = signals, .events = POLLIN},
@@ -902,7 +932,9 @@ static int supervise(pid_t child, int signals, int out, int err, int buttons, in
 			wait = -1;
 		}
 
-		/* Its orphans may hold the pipes open for ever: wait for them no longer than this. */
+		/*
+		 * Its orphans may hold the pipes open for ever: wait for them no longer than this.
+		 */
 		if (deadline && (wait <= 0 || (fds[1].fd < 0 && fds[2].fd < 0)))
 			return status;
 		if (poll(fds, 5, (int)wait) < 0)
@@ -972,7 +1004,8 @@ static int run(int signals)
 	if (!child) {
 		if (interactive && tty >= 0)
 			become(tty, tty, tty, tty);
-		become(in, out[1] >= 0 ? out[1] : STDERR_FILENO, err[1] >= 0 ? err[1] : STDERR_FILENO, -1);
+		become(in, out[1] >= 0 ? out[1] : STDERR_FILENO,
+		       err[1] >= 0 ? err[1] : STDERR_FILENO, -1);
 	}
 	close(in);
 	close(out[1]);
@@ -1031,7 +1064,10 @@ static void agent_drop(const struct pyvmm_request *r)
 	memmove(agent_in, agent_in + size, agent_have);
 }
 
-/* While @child runs only its end is asked for. It leads a session, and what it has started is ended with it. */
+/*
+ * While @child runs only its end is asked for. It leads a session, and what it has started is ended
+ * with it.
+ */
 static void agent_interrupted(int bell, pid_t child)
 {
 	struct pyvmm_request r;

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Kicks a virtio-net card's transmit queue, which is empty, count=N times (100), its control queue control=N
- * times (10), and halts halts=N times (20) until the local APIC's timer interrupts. That is the command phase; what
- * it costs depends on how kicks are answered, and on nothing else. Probing and set-up come before.
+ * Kicks a virtio-net card's transmit queue, which is empty, count=N times (100), its control queue
+ * control=N times (10), and halts halts=N times (20) until the local APIC's timer interrupts. That
+ * is the command phase; what it costs depends on how kicks are answered, and on nothing else.
+ * Probing and set-up come before.
  */
 #include "virtnet.h"
 
@@ -40,7 +41,10 @@ int main(void)
 		mmio_write16(transmit.notify, transmit.number);
 	for (unsigned long i = 0; i < control; i++)
 		mmio_write16(commands.notify, commands.number);
-	/* One-shot: the next one is not set before the last has come, so each is one halt, however slow we are. */
+	/*
+	 * One-shot: the next one is not set before the last has come, so each is one halt, however
+	 * slow we are.
+	 */
 	for (unsigned long i = 0; i < halts; i++) {
 		lapic_write(LAPIC_TIMER_INITIAL, 100000); /* KVM's APIC bus runs at 1 GHz: 0.1 ms */
 		irq_wait();

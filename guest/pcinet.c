@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Asks by ARP over virtio-net who has target=A.B.C.D (default 192.168.100.1), count=N times (1), each time
- * waiting for the answer. irq=msix (default), intx or poll says how it learns of received frames.
+ * Asks by ARP over virtio-net who has target=A.B.C.D (default 192.168.100.1), count=N times (1),
+ * each time waiting for the answer. irq=msix (default), intx or poll says how it learns of received
+ * frames.
  */
 #include "virtnet.h"
 
@@ -25,7 +26,10 @@ int main(void)
 	net_go();
 	for (unsigned long n = 0; n < count; n++)
 		arp_ask(own, target);
-	/* Every answer may have been there before we looked, and the interrupt may be on its way yet. */
+	/*
+	 * Every answer may have been there before we looked, and the interrupt may be on its way
+	 * yet.
+	 */
 	for (int i = 0; i < 1000000 && irq != IRQ_POLL && !net.queue_interrupts; i++)
 		irq_take();
 	say("pcinet: slot %u, %lu asked and answered, %s, %u kicks\n", net.slot, count,

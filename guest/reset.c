@@ -25,7 +25,8 @@ int main(void)
 		outb(PORT_PCI_RESET, 6);
 	else if (is(how, "i8042"))
 		outb(PORT_I8042 + 4, 0xfe);
-	else if (is(how, "vector")) { /* where Linux ends up that asks the BIOS; needs a second CPU */
+	else if (is(how,
+		    "vector")) { /* where Linux ends up that asks the BIOS; needs a second CPU */
 		memcpy((void *)AP_TRAMPOLINE, jump_to_vector, sizeof(jump_to_vector));
 		lapic_enable();
 		lapic_send(1, 0x4500);

@@ -6,8 +6,7 @@
 
 extern const char trap_stubs[], ap_trampoline[], ap_trampoline_end[];
 
-/* --- memory: the compiler calls these as well ------------------------------------------------------------
- */
+/* --- memory: the compiler calls these as well ------------------------------------------------- */
 
 void *memcpy(void *to, const void *from, size_t size)
 {
@@ -44,8 +43,7 @@ size_t strlen(const char *text)
 	return n;
 }
 
-/* --- saying things ---------------------------------------------------------------------------------------
- */
+/* --- saying things ---------------------------------------------------------------------------- */
 
 struct line {
 	char text[256];
@@ -90,7 +88,8 @@ static void format_into(struct line *l, const char *format, va_list args)
 
 			if (value < 0)
 				put(l, '-');
-			put_number(l, value < 0 ? (uint64_t) - (int64_t)value : (uint64_t)value, 10);
+			put_number(l, value < 0 ? (uint64_t) - (int64_t)value : (uint64_t)value,
+				   10);
 			break;
 		}
 		case 'u':
@@ -160,8 +159,7 @@ void fail(const char *format, ...)
 	finish(1);
 }
 
-/* --- what the loader handed over -------------------------------------------------------------------------
- */
+/* --- what the loader handed over -------------------------------------------------------------- */
 
 static const uint8_t *boot_data(void)
 {
@@ -186,7 +184,10 @@ static uint32_t load32(const uint8_t *at)
 
 const char *command_line(void)
 {
-	/* struct boot_params: hdr.cmd_line_ptr; multiboot_info: cmdline; struct hvm_start_info: cmdline_paddr. */
+	/*
+	 * struct boot_params: hdr.cmd_line_ptr; multiboot_info: cmdline; struct hvm_start_info:
+	 * cmdline_paddr.
+	 */
 	uint64_t address = boot_way == BOOT_ZERO_PAGE	? load32(boot_data() + 0x228)
 			   : boot_way == BOOT_MULTIBOOT ? load32(boot_data() + 16)
 							: load64(boot_data() + 24);
@@ -254,7 +255,8 @@ const uint8_t *acpi_table(const char *signature)
 	const uint8_t *rsdp = (const uint8_t *)(uintptr_t)acpi_rsdp();
 	const uint8_t *xsdt;
 
-	if (!rsdp || memcmp(rsdp, "RSD PTR ", 8) || !sums_to_zero(rsdp, 20) || !sums_to_zero(rsdp, 36))
+	if (!rsdp || memcmp(rsdp, "RSD PTR ", 8) || !sums_to_zero(rsdp, 20) ||
+	    !sums_to_zero(rsdp, 36))
 		return NULL;
 	xsdt = (const uint8_t *)(uintptr_t)load64(rsdp + 24);
 	if (memcmp(xsdt, "XSDT", 4) || !sums_to_zero(xsdt, load32(xsdt + 4)))
@@ -268,8 +270,7 @@ const uint8_t *acpi_table(const char *signature)
 	return NULL;
 }
 
-/* --- interrupts ------------------------------------------------------------------------------------------
- */
+/* --- interrupts ------------------------------------------------------------------------------- */
 
 struct gate {
 	uint16_t offset_low, selector;
@@ -366,8 +367,7 @@ void ioapic_route_level_low(unsigned int pin, uint8_t vector)
 	ioapic_write(0x10 + 2 * pin, vector | 1u << 13 | 1u << 15);
 }
 
-/* --- application processors ------------------------------------------------------------------------------
- */
+/* --- application processors ------------------------------------------------------------------- */
 
 uint32_t ap_stack;
 void (*ap_main)(void);
@@ -386,19 +386,20 @@ void ap_entry(void)
 
 void ap_start(uint32_t apic_id, void *stack_top, void (*entry)(void))
 {
-	memcpy((void *)(uintptr_t)AP_TRAMPOLINE, ap_trampoline, (size_t)(ap_trampoline_end - ap_trampoline));
+	memcpy((void *)(uintptr_t)AP_TRAMPOLINE, ap_trampoline,
+	       (size_t)(ap_trampoline_end - ap_trampoline));
 	ap_stack = (uint32_t)(uintptr_t)stack_top;
 	ap_main = entry;
 	ap_entered = 0;
 	barrier();
-	lapic_send(apic_id, 0x4500);			   /* INIT, assert */
-	lapic_send(apic_id, 0x4600 | AP_TRAMPOLINE >> 12); /* SIPI; KVM needs no delay, nor a second one */
+	lapic_send(apic_id, 0x4500); /* INIT, assert */
+	lapic_send(apic_id,
+		   0x4600 | AP_TRAMPOLINE >> 12); /* SIPI; KVM needs no delay, nor a second one */
 	while (!ap_entered)
 		pause();
 }
 
-/* --- entry ------------------------------------------------------------------------------------------------
- */
+/* --- entry ------------------------------------------------------------------------------------ */
 
 void guest_main(void);
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The 16550 by interrupts, as a real driver uses it. flood=N on the command line: send N bytes, 16 for each
- * transmitter interrupt (lines "0000000 abc...xyz" of 64 bytes with the offset in decimal). echo=1: then send
- * back what comes in, until a 'q'.
+ * The 16550 by interrupts, as a real driver uses it. flood=N on the command line: send N bytes, 16
+ * for each transmitter interrupt (lines "0000000 abc...xyz" of 64 bytes with the offset in
+ * decimal). echo=1: then send back what comes in, until a 'q'.
  */
 #include "guest.h"
 

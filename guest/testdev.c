@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What test kernels expect of a machine with test devices, each point a line "PASS: ..." or "FAIL: ..." on COM1; then an exit by
- * the debug-exit port with exit=N (or 1 where a point failed). cpus=N and memory=BYTES on the command line are what fw_cfg must say;
- * module=TEXT is how each multiboot module must begin.
+ * What test kernels expect of a machine with test devices, each point a line "PASS: ..." or "FAIL:
+ * ..." on COM1; then an exit by the debug-exit port with exit=N (or 1 where a point failed). cpus=N
+ * and memory=BYTES on the command line are what fw_cfg must say; module=TEXT is how each multiboot
+ * module must begin.
  */
 #include "guest.h"
 
@@ -76,7 +77,8 @@ static void check_multiboot(void)
 	}
 	point(count && good, "multiboot: modules");
 	for (uint32_t i = 0; i < count; i++) {
-		serial((const char *)(uintptr_t)load32((const uint8_t *)(uintptr_t)(modules + 16 * i + 8)));
+		serial((const char *)(uintptr_t)load32(
+			(const uint8_t *)(uintptr_t)(modules + 16 * i + 8)));
 		serial("\n");
 	}
 }
@@ -117,7 +119,8 @@ static void check_testdev(void)
 
 	outl(PORT_TESTDEV_ECHO, 0x12345678);
 	outb(PORT_TESTDEV_ECHO + 1, 0xaa);
-	point(inl(PORT_TESTDEV_ECHO) == 0x1234aa78 && inw(PORT_TESTDEV_ECHO + 2) == 0x1234, "testdev: echo");
+	point(inl(PORT_TESTDEV_ECHO) == 0x1234aa78 && inw(PORT_TESTDEV_ECHO + 2) == 0x1234,
+	      "testdev: echo");
 	mmio_write32(TESTDEV_MMIO + 0x1000, 0xcafe);
 	point(mmio_read16(TESTDEV_MMIO + 0x1000) == 0xcafe, "testdev: memory");
 	page[0] = 77;
@@ -128,7 +131,10 @@ static void check_testdev(void)
 	irq_set(IRQ_VECTOR, on_irq);
 	ioapic_route(IRQ_LINE, IRQ_VECTOR);
 	outb(PORT_TESTDEV_IRQ + IRQ_LINE, 1);
-	/* Where ring 0 is emulated, the window between sti and cli may be too short for the first one. */
+	/*
+	 * Where ring 0 is emulated, the window between sti and cli may be too short for the first
+	 * one.
+	 */
 	for (int i = 0; i < 1000000 && !interrupts; i++)
 		irq_take();
 	point(interrupts == 1, "testdev: interrupt");

@@ -16,8 +16,7 @@
 struct virtnet net;
 struct queue receive, transmit;
 
-/* --- PCI -------------------------------------------------------------------------------------------------
- */
+/* --- PCI -------------------------------------------------------------------------------------- */
 
 static uint32_t pci_read(unsigned int reg)
 {
@@ -75,7 +74,8 @@ static void read_capabilities(void)
 			net.msix = at;
 			net.msix_table = net.bars[table & 7] + (table & ~7u);
 		}
-		if (id != PCI_CAP_ID_VNDR || !type || type >= CAP_COUNT || net.caps[type] || bar > 5)
+		if (id != PCI_CAP_ID_VNDR || !type || type >= CAP_COUNT || net.caps[type] ||
+		    bar > 5)
 			continue;
 		net.caps[type] = net.bars[bar] + pci_read(at + 8);
 		if (type == CAP_NOTIFY)
@@ -86,8 +86,7 @@ static void read_capabilities(void)
 			fail("net: no capability of type %d", type);
 }
 
-/* --- interrupts ------------------------------------------------------------------------------------------
- */
+/* --- interrupts ------------------------------------------------------------------------------- */
 
 static void on_msix(unsigned int vector)
 {
@@ -139,8 +138,7 @@ void net_probe(enum net_irq irq)
 	pci_write(net.msix, pci_read(net.msix) | 1u << 31);
 }
 
-/* --- the device (4.1.4.3, 3.1.1) -------------------------------------------------------------------------
- */
+/* --- the device (4.1.4.3, 3.1.1) -------------------------------------------------------------- */
 
 static uint64_t common(unsigned int reg)
 {
@@ -233,8 +231,7 @@ void net_go(void)
 	queue_kick(&receive);
 }
 
-/* --- split virtqueues (2.7) ------------------------------------------------------------------------------
- */
+/* --- split virtqueues (2.7) ------------------------------------------------------------------- */
 
 void queue_publish(struct queue *q, uint16_t head)
 {
@@ -269,8 +266,7 @@ bool queue_used(struct queue *q, uint16_t *i, uint32_t *length)
 	return true;
 }
 
-/* --- ARP -------------------------------------------------------------------------------------------------
- */
+/* --- ARP -------------------------------------------------------------------------------------- */
 
 struct arp {
 	uint8_t to[6], from[6], type[2];
@@ -296,8 +292,11 @@ static uint32_t make_request(uint8_t *buffer, const uint8_t *own, const uint8_t 
 	struct arp *a = (struct arp *)(buffer + NET_HEADER);
 
 	memset(buffer, 0, NET_HEADER + 60);
-	*a = (struct arp){
-		.type = {8, 6}, .hardware = {0, 1}, .protocol = {8, 0}, .sizes = {6, 4}, .operation = {0, 1}};
+	*a = (struct arp){.type = {8, 6},
+			  .hardware = {0, 1},
+			  .protocol = {8, 0},
+			  .sizes = {6, 4},
+			  .operation = {0, 1}};
 	memset(a->to, 0xff, 6);
 	memcpy(a->from, net.mac, 6);
 	memcpy(a->sender, net.mac, 6);
@@ -325,7 +324,9 @@ void arp_ask(const uint8_t *own, const uint8_t *target)
 	queue_offer(&transmit, i, make_request(transmit.buffer[i], own, target), 0);
 	queue_kick(&transmit);
 	while (!answered) {
-		/* Interrupts are off here, and irq_wait() turns them on and halts in one, so none is missed.
+		/*
+		 * Interrupts are off here, and irq_wait() turns them on and halts in one, so none
+		 * is missed.
 		 */
 		if (queue_used(&receive, &i, &length)) {
 			answered = is_answer(receive.buffer[i], length, target);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A minimal virtio-net driver (virtio 1.2: 2.7 split virtqueues, 4.1 over PCI, 5.1 network device) for the
- * bare-metal guests: one card, one queue pair, one descriptor a packet. Its parts are open, so that a guest
- * can misuse them.
+ * A minimal virtio-net driver (virtio 1.2: 2.7 split virtqueues, 4.1 over PCI, 5.1 network device)
+ * for the bare-metal guests: one card, one queue pair, one descriptor a packet. Its parts are open,
+ * so that a guest can misuse them.
  */
 #ifndef PYVMM_VIRTNET_H
 #define PYVMM_VIRTNET_H
@@ -89,15 +89,21 @@ struct virtnet {
 extern struct virtnet net;
 extern struct queue receive, transmit;
 
-/* Find the first card, place its BARs, read its capabilities, set up interrupts. Fails where there is no
- * card. */
+/*
+ * Find the first card, place its BARs, read its capabilities, set up interrupts. Fails where there
+ * is no card.
+ */
 void net_probe(enum net_irq irq);
-/* Reset, negotiate exactly these features, read the MAC. Fails where they are not offered or not accepted. */
+/*
+ * Reset, negotiate exactly these features, read the MAC. Fails where they are not offered or not
+ * accepted.
+ */
 void net_negotiate(uint64_t features);
 /* Empty both queues and tell the device where they are. */
 void net_queues(void);
 /* One queue at any addresses; number is its index. */
-void net_queue_at(struct queue *q, uint16_t number, uint64_t desc, uint64_t driver, uint64_t device);
+void net_queue_at(struct queue *q, uint16_t number, uint64_t desc, uint64_t driver,
+		  uint64_t device);
 /* DRIVER_OK, then offer all of the receive buffers. */
 void net_go(void);
 /* Status 0, and wait until it is. */
@@ -112,7 +118,10 @@ void queue_kick(struct queue *q);
 /* The next used buffer and its length, or false. */
 bool queue_used(struct queue *q, uint16_t *i, uint32_t *length);
 
-/* Ask by ARP (RFC 826) who has target; own is our address. Sends one frame and waits for the answer. */
+/*
+ * Ask by ARP (RFC 826) who has target; own is our address. Sends one frame and waits for the
+ * answer.
+ */
 void arp_ask(const uint8_t *own, const uint8_t *target);
 /* A.B.C.D into four bytes. */
 void parse_ip(const char *text, uint8_t *ip);

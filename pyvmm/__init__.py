@@ -1,6 +1,7 @@
 """pyvmm: a small KVM hypervisor built around one device, virtio-net.
 
-The public names are ``Machine``, ``Net``, ``Outcome``, ``SwitchReport`` and the errors in ``pyvmm.errors``::
+The public names are ``Machine``, ``Net``, ``Outcome``, ``SwitchReport`` and the errors in
+``pyvmm.errors``::
 
     import pyvmm
 

@@ -1,6 +1,7 @@
 """The two I/O spaces of the machine: who answers at which port or address.
 
-The table is in C (cext/bus.c), where the hot devices answer as well; what it hands to Python ends up in ``Bus.dispatch``.
+The table is in C (cext/bus.c), where the hot devices answer as well; what it hands to Python ends
+up in ``Bus.dispatch``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     class Handler(Protocol):
-        """A device's registers as the bus sees them: values are little-endian integers of ``size`` bytes."""
+        """A device's registers as the bus sees them: values are little-endian integers of ``size``
+        bytes.
+        """
 
         def read(self, offset: int, size: int) -> int:
             """The value at ``offset`` from the region's base."""
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
         def write(self, offset: int, size: int, value: int) -> None:
             """Store ``value`` at ``offset``."""
 
-    #: (which register, see pv_bus_register in cext/bus.h; written?) -> its name, empty where it has none.
+    #: (which register, see pv_bus_register in cext/bus.h; written?) -> its name, empty where it has
+    #: none.
     Names = Callable[[int, bool], str]
 
 PIO = lib.PV_PIO
@@ -35,7 +39,8 @@ PCI_DATA = lib.PV_REG_PCI
 
 
 class Registers:
-    """Names of a region's registers, for the ledger: offset to name, or to the names for reading and for writing.
+    """Names of a region's registers, for the ledger: offset to name, or to the names for reading
+    and for writing.
 
     An access in the middle of a register has its name with ``+N``.
     """
@@ -57,9 +62,11 @@ class Registers:
 
 
 class Region:
-    """A run of ports or addresses that belongs to one device; on the bus while ``base`` is not None.
+    """A run of ports or addresses that belongs to one device; on the bus while ``base`` is not
+    None.
 
-    :ivar names: of its registers; set by who makes it. :ivar prefix: what goes before them in a full name.
+    :ivar names: of its registers; set by who makes it. :ivar prefix: what goes before them in a
+        full name.
     :ivar role: which register -> ``notify`` or ``control``, for registers that are kicks.
     """
 
@@ -101,9 +108,13 @@ class Region:
         return self.names(reg, write) if self.names is not None else ""
 
     def map(self, base: int) -> bool:
-        """Put it at ``base``, away from where it was; False (and unmapped) where something else is in the way."""
+        """Put it at ``base``, away from where it was; False (and unmapped) where something else is
+        in the way.
+        """
         self.unmap()
-        error = lib.pv_bus_add(self.bus.c, self.space, base, self.length, self.id, self.kind, self.opaque)
+        error = lib.pv_bus_add(
+            self.bus.c, self.space, base, self.length, self.id, self.kind, self.opaque
+        )
         if not error:
             self.base = base
         elif error != -errno.EEXIST:
@@ -158,16 +169,25 @@ class Bus:
     ) -> Region:
         """Make a region of ``length`` bytes, not yet mapped.
 
-        :param handler: answers in Python; or else ``kind`` and ``opaque`` name what answers in C (lent).
+        :param handler: answers in Python; or else ``kind`` and ``opaque`` name what answers in C
+            (lent).
         """
         r = Region(self, len(self._regions) + 1, space, length, name, handler, kind, opaque)
         self._regions[r.id] = r
         return r
 
     def add(
-        self, space: int, base: int, length: int, name: str, handler: Handler | None = None, **c: Any
+        self,
+        space: int,
+        base: int,
+        length: int,
+        name: str,
+        handler: Handler | None = None,
+        **c: Any,
     ) -> Region:
-        """``region`` and ``map`` at a fixed place. Raises HostError where something is there already."""
+        """``region`` and ``map`` at a fixed place. Raises HostError where something is there
+        already.
+        """
         r = self.region(space, length, name, handler, **c)
         if not r.map(base):
             raise HostError(f"bus: {name} at {base:#x} overlaps another device")
@@ -179,7 +199,9 @@ class Bus:
         return r.name if r else ""
 
     def describe(self, region_id: int, reg: int, write: bool) -> tuple[str, str, str]:
-        """What the ledger calls an access: device, register (or empty) and both together, ``net0 queue 1 notify``."""
+        """What the ledger calls an access: device, register (or empty) and both together, ``net0
+        queue 1 notify``.
+        """
         r = self._regions.get(region_id)
         if r is None:
             return "", "", ""
@@ -187,7 +209,9 @@ class Bus:
         return r.name, register, f"{r.prefix} {register}" if register else r.name
 
     def role(self, region_id: int, reg: int) -> str:
-        """What an access is for: ``notify`` or ``control`` for the kick of a queue, else nothing."""
+        """What an access is for: ``notify`` or ``control`` for the kick of a queue, else
+        nothing.
+        """
         r = self._regions.get(region_id)
         return r.role(reg) if r is not None and r.role is not None else ""
 
@@ -196,7 +220,9 @@ class Bus:
         return {(r.name, r.prefix) for r in self._regions.values()}
 
     def dispatch(self, c: Any) -> None:
-        """Answer the access described in ``struct pv_vcpu`` ``c`` (after PV_STOP_PIO or PV_STOP_MMIO)."""
+        """Answer the access described in ``struct pv_vcpu`` ``c`` (after PV_STOP_PIO or
+        PV_STOP_MMIO).
+        """
         r = self._regions[c.region]
         offset, size, data = c.addr - (r.base or 0), c.size, c.data
         handler = r.handler

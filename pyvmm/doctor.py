@@ -38,15 +38,24 @@ class Finding:
 
 
 def flavour() -> str:
-    """The vendor module behind /dev/kvm ("kvm_amd"), or an empty string where none of those we know is loaded."""
+    """The vendor module behind /dev/kvm ("kvm_amd"), or an empty string where none of those we know
+    is loaded.
+    """
     # kvm_pvm first: where it is loaded, hardware virtualisation is not to be had.
     return next(
-        (name for name in ("kvm_pvm", "kvm_intel", "kvm_amd") if os.path.isdir(f"/sys/module/{name}")), ""
+        (
+            name
+            for name in ("kvm_pvm", "kvm_intel", "kvm_amd")
+            if os.path.isdir(f"/sys/module/{name}")
+        ),
+        "",
     )
 
 
 def can_run_linux_locally() -> tuple[bool, str]:
-    """Whether this machine's own KVM runs stock Linux, else why not. Cheap: asked at every ``pyvmm run``."""
+    """Whether this machine's own KVM runs stock Linux, else why not. Cheap: asked at every ``pyvmm
+    run``.
+    """
     if not os.path.exists("/dev/kvm"):
         return False, "there is no /dev/kvm"
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
@@ -61,7 +70,10 @@ def examine() -> list[Finding]:
     return [
         *_kvm(),
         _device(
-            "vhost-net", "/dev/vhost-net", "--net vhost-net runs only in the testbed", "modprobe vhost_net"
+            "vhost-net",
+            "/dev/vhost-net",
+            "--net vhost-net runs only in the testbed",
+            "modprobe vhost_net",
         ),
         _device("tun", "/dev/net/tun", "no tap devices, so no network cards", "modprobe tun"),
         *_namespaces(),
@@ -73,7 +85,9 @@ def examine() -> list[Finding]:
 
 
 def verdict() -> tuple[int, str]:
-    """Whether and where ``pyvmm run`` runs Linux guests: (exit status of ``pyvmm doctor``, one line)."""
+    """Whether and where ``pyvmm run`` runs Linux guests: (exit status of ``pyvmm doctor``, one
+    line).
+    """
     from pyvmm.testbed.testbed import Testbed
 
     good, why = can_run_linux_locally()
@@ -82,7 +96,10 @@ def verdict() -> tuple[int, str]:
     lacks = Testbed.missing()
     if not lacks:
         return 3, f"Linux guests run in the testbed: {why}"
-    return 1, f"Linux guests cannot run: {why}, and the testbed is not set up (run: pyvmm testbed setup)"
+    return (
+        1,
+        f"Linux guests cannot run: {why}, and the testbed is not set up (run: pyvmm testbed setup)",
+    )
 
 
 def _kvm() -> Iterator[Finding]:
@@ -102,7 +119,9 @@ def _kvm() -> Iterator[Finding]:
         return
     with kvm:
         nested = _read(f"/sys/module/{name}/parameters/nested") in ("1", "Y")
-        yield Finding("kvm", OK, f"/dev/kvm, API version {api.ioctl(kvm.fileno(), 'KVM_GET_API_VERSION')}")
+        yield Finding(
+            "kvm", OK, f"/dev/kvm, API version {api.ioctl(kvm.fileno(), 'KVM_GET_API_VERSION')}"
+        )
         yield Finding(
             "kvm flavour",
             OK if good else NOTE,
@@ -121,12 +140,16 @@ def _kvm() -> Iterator[Finding]:
                 yield Finding("kvm extensions", NOTE, f"no {cap} ({use})")
         recommended, most = kvm.extension("KVM_CAP_NR_VCPUS"), kvm.extension("KVM_CAP_MAX_VCPUS")
         slots = kvm.extension("KVM_CAP_NR_MEMSLOTS")
-        yield Finding("kvm limits", OK, f"{most} vCPUs ({recommended} recommended), {slots} memory slots")
+        yield Finding(
+            "kvm limits", OK, f"{most} vCPUs ({recommended} recommended), {slots} memory slots"
+        )
 
 
 def _device(name: str, path: str, without: str, load: str) -> Finding:
     if not os.path.exists(path):
-        return Finding(name, NOTE, f"no {path}: {without}", f"run as root: {load}, or use the testbed")
+        return Finding(
+            name, NOTE, f"no {path}: {without}", f"run as root: {load}, or use the testbed"
+        )
     if not os.access(path, os.R_OK | os.W_OK):
         return Finding(
             name, NOTE, f"no permission for {path}: {without}", "join its group, or use the testbed"
@@ -135,7 +158,9 @@ def _device(name: str, path: str, without: str, load: str) -> Finding:
 
 
 def _namespaces() -> Iterator[Finding]:
-    """Try for real, in a child: limits, sysctls, seccomp filters and security modules all have a say."""
+    """Try for real, in a child: limits, sysctls, seccomp filters and security modules all have a
+    say.
+    """
     import ctypes
 
     from pyvmm.testbed.isolate import CLONE_NEWNET, CLONE_NEWUSER
@@ -160,7 +185,9 @@ def _namespaces() -> Iterator[Finding]:
     yield Finding(
         "network namespaces",
         MISSING if error else OK,
-        f"not allowed: {os.strerror(error)}" if error else "allowed: pyvmm can make taps of its own",
+        f"not allowed: {os.strerror(error)}"
+        if error
+        else "allowed: pyvmm can make taps of its own",
         "run as root, or give --net tap=NAME" if error else "",
     )
 
@@ -169,7 +196,9 @@ def _huge_pages() -> Finding:
     base = "/sys/kernel/mm/hugepages/hugepages-2048kB"
     total, free = _read(f"{base}/nr_hugepages"), _read(f"{base}/free_hugepages")
     if total in ("", "0"):
-        return Finding("huge pages", NOTE, "none reserved", "run as root: sysctl vm.nr_hugepages=512")
+        return Finding(
+            "huge pages", NOTE, "none reserved", "run as root: sysctl vm.nr_hugepages=512"
+        )
     return Finding("huge pages", OK, f"{free} of {total} free, 2 MiB each")
 
 

@@ -1,7 +1,9 @@
-"""Every error that pyvmm raises on purpose: one line of cause, one of remedy, one exit code a class.
+"""Every error that pyvmm raises on purpose: one line of cause, one of remedy, one exit code a
+class.
 
-Exit codes stay clear of the range that shells and test programs use for their own ends (0 to 63), so that
-``pyvmm run -- COMMAND`` can hand through the guest command's status; the table is in docs/exit-codes.md.
+Exit codes stay clear of the range that shells and test programs use for their own ends (0 to 63),
+so that ``pyvmm run -- COMMAND`` can hand through the guest command's status; the table is in
+docs/exit-codes.md.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class KvmForbidden(PyvmmError):
 
 
 class KvmUnsuitable(PyvmmError):
-    """Wrong KVM API version, a capability is missing, or this KVM cannot run the guest asked for."""
+    """Wrong KVM API version, a capability is missing, or this KVM cannot run the guest
+    asked for.
+    """
 
     exit_code = 104
 
@@ -74,7 +78,9 @@ class NetForbidden(NetError):
 
 
 class RingFault(PyvmmError):
-    """The guest's virtqueue is malformed. The device answers with NEEDS_RESET; users do not see it."""
+    """The guest's virtqueue is malformed. The device answers with NEEDS_RESET; users do not
+    see it.
+    """
 
 
 class VhostMissing(PyvmmError):
@@ -103,7 +109,9 @@ class BuildError(PyvmmError):
 
 
 class VhostUserError(PyvmmError):
-    """The other side of a vhost-user socket cannot be reached, does not fit, or broke the protocol."""
+    """The other side of a vhost-user socket cannot be reached, does not fit, or broke the
+    protocol.
+    """
 
     exit_code = 112
 
@@ -117,18 +125,23 @@ class MachineMissing(PyvmmError):
 class ControlError(PyvmmError):
     """The machine refused a command of the control socket.
 
-    :ivar kind: the protocol's error class, such as ``GenericError`` or ``CommandNotFound``. :ivar desc: its words alone.
+    :ivar kind: the protocol's error class, such as ``GenericError`` or ``CommandNotFound``. :ivar
+        desc: its words alone.
     """
 
     exit_code = 114
 
-    def __init__(self, cause: str, hint: str = "", *, kind: str = "GenericError", desc: str = "") -> None:
+    def __init__(
+        self, cause: str, hint: str = "", *, kind: str = "GenericError", desc: str = ""
+    ) -> None:
         super().__init__(cause, hint)
         self.kind, self.desc = kind, desc or cause
 
 
 class CommandFailed(PyvmmError):
-    """A command in the guest (``Machine.run``) failed, did not end in time, or cannot be run there."""
+    """A command in the guest (``Machine.run``) failed, did not end in time, or cannot be
+    run there.
+    """
 
     exit_code = 115
 

@@ -1,7 +1,7 @@
 """Owned file descriptors: ``Fd``, ``EventFd`` and memfds.
 
-Ownership is single: whoever creates one closes it; passing one to a C object lends it. ``close`` releases even when it
-fails, and closing twice is silent.
+Ownership is single: whoever creates one closes it; passing one to a C object lends it. ``close``
+releases even when it fails, and closing twice is silent.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Fd:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -61,7 +64,9 @@ class EventFd(Fd):
         try:
             super().__init__(os.eventfd(initial, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
         except OSError as e:
-            raise HostError(f"cannot make an eventfd: {e.strerror}", "raise the limit: ulimit -n") from e
+            raise HostError(
+                f"cannot make an eventfd: {e.strerror}", "raise the limit: ulimit -n"
+            ) from e
 
     def signal(self) -> None:
         """Add 1."""

@@ -1,10 +1,13 @@
-"""Finding a guest that hangs for good, soon and without mistaking a quiet one for it (docs/verdicts.md says what a hang is).
+"""Finding a guest that hangs for good, soon and without mistaking a quiet one for it
+(docs/verdicts.md says what a hang is).
 
-Theory of operation: a thread looks at the machine every ``period``. As long as the guest leaves KVM, or puts buffers into a
-ring, nothing more happens: a guest that works is not disturbed. Else the vCPUs are called out of the guest for a moment, and each
-one's own thread says whether it can take an interrupt. A vCPU that can is not stuck: an idle guest waits for one. The time of a
-stuck vCPU counts from the first look that found it so; that of one whose registers still change, which may be long work with
-interrupts off, such as a kernel's first second on a slow host, counts a tenth.
+Theory of operation: a thread looks at the machine every ``period``. As long as the guest leaves
+KVM, or puts buffers into a ring, nothing more happens: a guest that works is not disturbed. Else
+the vCPUs are called out of the guest for a moment, and each one's own thread says whether it can
+take an interrupt. A vCPU that can is not stuck: an idle guest waits for one. The time of a stuck
+vCPU counts from the first look that found it so; that of one whose registers still change, which
+may be long work with interrupts off, such as a kernel's first second on a slow host, counts a
+tenth.
 """
 
 from __future__ import annotations
@@ -33,9 +36,11 @@ def stuck_too_long(
 ) -> bool:
     """Whether this is a hang.
 
-    :param since: for each vCPU, when it was first found stuck, in seconds; None where it is not. :param states: ``Vcpu.state``.
-    :param linux: there one vCPU suffices that runs with interrupts off, since Linux never does for long; another kernel may have
-        processors that wait for work so, hence all must be stuck. A halted one may be parked, in Linux, too.
+    :param since: for each vCPU, when it was first found stuck, in seconds; None where it is not.
+        :param states: ``Vcpu.state``.
+    :param linux: there one vCPU suffices that runs with interrupts off, since Linux never does for
+        long; another kernel may have processors that wait for work so, hence all must be stuck. A
+        halted one may be parked, in Linux, too.
     """
     started = [i for i, state in enumerate(states) if state != NOT_STARTED]
     long = [i for i in started if (s := since[i]) is not None and now - s >= limit]
@@ -45,7 +50,9 @@ def stuck_too_long(
 
 
 class HangWatch:
-    """Watches ``machine`` and calls ``found`` once, with one line, when it hangs for ``limit`` seconds."""
+    """Watches ``machine`` and calls ``found`` once, with one line, when it hangs for ``limit``
+    seconds.
+    """
 
     def __init__(self, machine: Machine, limit: float, found: Callable[[str], None]) -> None:
         self._machine, self._limit, self._found = machine, limit, found
@@ -77,7 +84,9 @@ class HangWatch:
         if not self._asked:
             return
         state, runs = vcpu.state(), vcpu.runs
-        registers = [value for name, value in vcpu.registers().items() if name not in ("rip", "rflags")]
+        registers = [
+            value for name, value in vcpu.registers().items() if name not in ("rip", "rflags")
+        ]
         with self._changed:
             if registers != self._registers.get(vcpu.index):
                 self._moved.add(vcpu.index)
@@ -109,12 +118,16 @@ class HangWatch:
                 return
 
     def _rings(self) -> list[bytes]:
-        """The available index of each ring in use: a driver that polls, and whose kicks are no exits, moves it."""
+        """The available index of each ring in use: a driver that polls, and whose kicks are no
+        exits, moves it.
+        """
         out = []
         for nic in self._machine.nets:
             for queue in nic.device.queues:
                 try:
-                    out.append(self._machine.memory.read(queue.avail + 2, 2) if queue.enabled else b"")
+                    out.append(
+                        self._machine.memory.read(queue.avail + 2, 2) if queue.enabled else b""
+                    )
                 except IndexError:
                     out.append(b"")
         return out

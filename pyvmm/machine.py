@@ -1,7 +1,8 @@
 """A virtual machine, wired: the one module that knows all the parts.
 
-Threads: one a vCPU; a supervisor that restarts or ends the machine when they have stopped; a reader a stream; a worker a
-queue pair (in its data path). Python device code runs in vCPU threads under the I/O lock.
+Threads: one a vCPU; a supervisor that restarts or ends the machine when they have stopped; a reader
+a stream; a worker a queue pair (in its data path). Python device code runs in vCPU threads under
+the I/O lock.
 """
 
 from __future__ import annotations
@@ -84,20 +85,18 @@ if TYPE_CHECKING:
 
 #: What every guest gets; ``append`` follows and so wins.
 BASE_CMDLINE = "console=ttyS0 panic=-1"
-#: Says what the kernel dies of before it has the real console, which takes over from it. Last: the kernel reads these in order, and a
-#: ``quiet`` that came later would find the early console busy with all that has been said so far, an exit or two a character.
+#: Says what the kernel dies of before it has the real console, which takes over from it. Last: the
+#: kernel reads these in order, and a ``quiet`` that came later would find the early console busy
+#: with all that has been said so far, an exit or two a character.
 EARLY_CONSOLE = "earlyprintk=ttyS0,115200"
-#: Bytes of a command that leave room for the rest of the 2047 that Linux takes (COMMAND_LINE_SIZE), in base64.
+#: Bytes of a command that leave room for the rest of the 2047 that Linux takes (COMMAND_LINE_SIZE),
+#: in base64.
 COMMAND_MAX = 1200
-PAUSE_PATIENCE = (
-    2.0  # seconds that pause() waits for vCPUs that are outside of the guest, in a console's full pipe
-)
+PAUSE_PATIENCE = 2.0  # seconds that pause() waits for vCPUs that are outside of the guest, in a console's full pipe
 OLD_STATS = 16  # VMs before the present one whose statistics are kept
 PANIC_TEXT = b"Kernel panic - not syncing"
 PANIC_END = b"---[ end Kernel panic"  # what a kernel says last that is not to reboot (panic=0)
-PVPANIC_GRACE = (
-    1.0  # seconds from pvpanic's word to the end of a kernel that does not end itself: it still prints
-)
+PVPANIC_GRACE = 1.0  # seconds from pvpanic's word to the end of a kernel that does not end itself: it still prints
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word
 
 PHASES = {
@@ -127,11 +126,13 @@ MARKS = (GUEST_INIT, GUEST_COMMAND, GUEST_STATUS)
 class Outcome:
     """How a machine ended.
 
-    :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout``, ``hang``, ``stopped`` or
-        ``debug-exit``.
-    :ivar status: exit status of the guest's command, or of a test kernel at the debug-exit port, 0..255; None if there was none.
+    :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout``,
+        ``hang``, ``stopped`` or ``debug-exit``.
+    :ivar status: exit status of the guest's command, or of a test kernel at the debug-exit port,
+        0..255; None if there was none.
     :ivar detail: one line of more; may be empty. :ivar registers: of the vCPU, where that helps.
-    :ivar rips: where each vCPU was at a time-out or hang, else empty. :ivar states: how each was (``Vcpu.state``), likewise.
+    :ivar rips: where each vCPU was at a time-out or hang, else empty. :ivar states: how each was
+        (``Vcpu.state``), likewise.
     """
 
     ERRORS: dict[str, tuple[type[PyvmmError], str]] = {
@@ -143,7 +144,9 @@ class Outcome:
         "hang": (GuestHang, "the guest hangs"),
     }
 
-    def __init__(self, kind: str, detail: str = "", registers: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, kind: str, detail: str = "", registers: dict[str, int] | None = None
+    ) -> None:
         self.kind = kind
         self.detail = detail
         self.registers = registers
@@ -177,21 +180,29 @@ def parse_size(text: str | int, what: str = "--memory") -> int:
 
 
 class Machine:
-    """A virtual machine, from its description to its end; a context manager that leaves nothing behind.
+    """A virtual machine, from its description to its end; a context manager that leaves nothing
+    behind.
 
-    :param kernel: bzImage, vmlinux, PVH ELF or multiboot file. :param initrd: initial RAM disk, optional; for multiboot
-        the modules: ``FILE [ARGUMENTS][,FILE ...]``.
-    :param append: more kernel command line. :param cpus: 1 to 64. :param memory: ``"256M"`` or bytes.
-    :param nets: network cards, in PCI order. :param command: an argv for our init (images built by pyvmm).
+    :param kernel: bzImage, vmlinux, PVH ELF or multiboot file. :param initrd: initial RAM disk,
+        optional; for multiboot the modules: ``FILE [ARGUMENTS][,FILE ...]``.
+    :param append: more kernel command line. :param cpus: 1 to 64. :param memory: ``"256M"`` or
+        bytes.
+    :param nets: network cards, in PCI order. :param command: an argv for our init (images built by
+        pyvmm).
     :param on_reboot: ``"exit"`` or ``"restart"``.
-    :param name: of the machine among the running ones (default: ``vm0``, ``vm1``, ...); only with a control socket.
-    :param qmp: path of the control socket (docs/control.md), ``"auto"`` for one in the runtime directory, None for none.
+    :param name: of the machine among the running ones (default: ``vm0``, ``vm1``, ...); only with a
+        control socket.
+    :param qmp: path of the control socket (docs/control.md), ``"auto"`` for one in the runtime
+        directory, None for none.
     :param huge: back guest memory with huge pages.
-    :param load_address: the kernel is a flat binary for this guest-physical address, entered in ``load_mode``
-        (``boot.FLAT_MODES``).
-    :param test_devices: the ports that test kernels expect of QEMU (docs/test-kernels.md), and a command line of ``append`` alone.
-    :param trace: keep what happened, with times, for ``exits.trace.write``: so many events a track at most; 0: nothing.
-    :param hang_timeout: seconds after which a guest that makes no progress and never will is ended (docs/verdicts.md).
+    :param load_address: the kernel is a flat binary for this guest-physical address, entered in
+        ``load_mode`` (``boot.FLAT_MODES``).
+    :param test_devices: the ports that test kernels expect of QEMU (docs/test-kernels.md), and a
+        command line of ``append`` alone.
+    :param trace: keep what happened, with times, for ``exits.trace.write``: so many events a track
+        at most; 0: nothing.
+    :param hang_timeout: seconds after which a guest that makes no progress and never will is ended
+        (docs/verdicts.md).
     :param agent: the guest is an image of pyvmm's and is to take commands while it runs: ``run``.
     :raises PyvmmError: nothing has been left behind.
 
@@ -287,7 +298,7 @@ class Machine:
             self._stack.close()
             raise
 
-    # --- building -----------------------------------------------------------------------------------
+    # --- building ---------------------------------------------------------------------------------
 
     def _build(self, size: int, huge: bool, nets: list[Net]) -> None:
         enter = self._stack.callback
@@ -377,7 +388,9 @@ class Machine:
             )
             undo.callback(device.close)
             device.recorder = scope
-            transport = VirtioPci(self.vm, self.bus, device, PCI_CLASS_NETWORK_ETHERNET, notify=net.notify)
+            transport = VirtioPci(
+                self.vm, self.bus, device, PCI_CLASS_NETWORK_ETHERNET, notify=net.notify
+            )
             undo.callback(transport.close)
             self.pci.add(transport)
             nic = Nic(index, net, device, transport, outside, self._lock, self.ledger)
@@ -386,7 +399,9 @@ class Machine:
             undo.pop_all()
         nic.host, nic.guest = host, guest
         device.on_rx_change = lambda: self._rx_changed(nic)
-        device.on_problem = lambda problem: self.emit("X_PYVMM_NIC_FAULT", name=nic.name, problem=problem)
+        device.on_problem = lambda problem: self.emit(
+            "X_PYVMM_NIC_FAULT", name=nic.name, problem=problem
+        )
         self.nets.append(nic)
 
     def cmdline(self) -> str:
@@ -418,7 +433,8 @@ class Machine:
         return " ".join(filter(None, parts))
 
     def _load(self) -> None:
-        # ECAM is not advertised: Linux would look at it and then use 0xCF8 for the registers that exist.
+        # ECAM is not advertised: Linux would look at it and then use 0xCF8 for the registers that
+        # exist.
         slots = range(1, 1 + len(self.nets))
         rsdp = build_acpi(self.memory, cpus=self.cpus, pci_slots=slots, com2=self.agent is not None)
         build_mptable(self.memory, cpus=self.cpus, pci_slots=slots)
@@ -433,7 +449,7 @@ class Machine:
             load_mode=mode,
         )
 
-    # --- running ------------------------------------------------------------------------------------
+    # --- running ----------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Let the guest run; returns at once."""
@@ -483,14 +499,18 @@ class Machine:
     ) -> CommandResult:
         """Run a command in the running guest, to its end; the machine was made with ``agent=True``.
 
-        :param command: for ``sh -c``, or an argv. :param input: its standard input. :param timeout: seconds; then it is killed.
+        :param command: for ``sh -c``, or an argv. :param input: its standard input. :param timeout:
+            seconds; then it is killed.
         :param ready_timeout: seconds that the guest may take to come up.
-        :raises PyvmmError: the guest ended (as ``Outcome.error`` says), or the command did not within its time-out.
+        :raises PyvmmError: the guest ended (as ``Outcome.error`` says), or the command did not
+            within its time-out.
         """
         if self.agent is None:
             raise UsageError("this machine takes no commands", "make it with agent=True")
         try:
-            return self.agent.run(command, input=input, timeout=timeout, ready_timeout=ready_timeout)
+            return self.agent.run(
+                command, input=input, timeout=timeout, ready_timeout=ready_timeout
+            )
         except CommandFailed as e:
             error = self._outcome.error() if self._outcome is not None else None
             if error is not None:
@@ -514,7 +534,9 @@ class Machine:
         self._done.wait()
 
     def quit(self, outcome: Outcome | None = None) -> None:
-        """End the machine soon: ``stop`` without waiting; without an outcome, as the control socket's ``quit``."""
+        """End the machine soon: ``stop`` without waiting; without an outcome, as the control
+        socket's ``quit``.
+        """
         if outcome is None:
             outcome = Outcome("stopped", "by the control socket")
             outcome.asked = True
@@ -534,7 +556,7 @@ class Machine:
             self._supervisor.join()
         self._stack.close()
 
-    # --- control ------------------------------------------------------------------------------------
+    # --- control ----------------------------------------------------------------------------------
 
     @property
     def name(self) -> str | None:
@@ -548,23 +570,31 @@ class Machine:
 
     @property
     def io_lock(self) -> threading.RLock:
-        """Held by device code and while the machine restarts: hold it to look at devices, VM and vCPUs from another thread."""
+        """Held by device code and while the machine restarts: hold it to look at devices, VM and
+        vCPUs from another thread.
+        """
         return self._lock
 
     @property
     def state(self) -> str:
-        """``prelaunch``, ``running``, ``paused``, ``shutdown`` or ``guest-panicked``: QEMU's RunState."""
+        """``prelaunch``, ``running``, ``paused``, ``shutdown`` or ``guest-panicked``: QEMU's
+        RunState.
+        """
         if self._done.is_set():
-            return "guest-panicked" if self._outcome and self._outcome.kind == "panic" else "shutdown"
+            return (
+                "guest-panicked" if self._outcome and self._outcome.kind == "panic" else "shutdown"
+            )
         if self._supervisor is None:
             return "prelaunch"
         return "paused" if self._paused else "running"
 
     def pause(self) -> bool:
-        """Stop the vCPUs, then park the data paths: when it returns, nothing changes guest memory or registers any more.
+        """Stop the vCPUs, then park the data paths: when it returns, nothing changes guest memory
+        or registers any more.
 
-        From any thread but a vCPU's. What comes in from the network waits in the tap or at the back-end. A vCPU whose output nobody
-        takes is outside of the guest and stops before it enters it again. ``wait`` and its time-outs go on.
+        From any thread but a vCPU's. What comes in from the network waits in the tap or at the
+        back-end. A vCPU whose output nobody takes is outside of the guest and stops before it
+        enters it again. ``wait`` and its time-outs go on.
 
         :returns: False where the machine was paused already.
         :raises HostError: the machine has ended.
@@ -593,7 +623,8 @@ class Machine:
         """Go on after ``pause``. From any thread but a vCPU's.
 
         :returns: False where the machine was not paused.
-        :raises PyvmmError: the machine has ended, or a data path does not start again: that card needs a reset, all else goes on.
+        :raises PyvmmError: the machine has ended, or a data path does not start again: that card
+            needs a reset, all else goes on.
         """
         with self._pausing:
             if self._done.is_set():
@@ -626,7 +657,8 @@ class Machine:
         vcpu.rested()
 
     def reset(self) -> None:
-        """Press the reset button: the machine starts over soon, whatever ``on_reboot`` says. A paused one stays paused.
+        """Press the reset button: the machine starts over soon, whatever ``on_reboot`` says. A
+        paused one stays paused.
 
         :raises HostError: the machine has ended, or is about to.
         """
@@ -635,11 +667,14 @@ class Machine:
         if self._supervisor is None:
             raise HostError("the machine has not been started", "start it")
         self._finish(outcome)
-        if self._request is not outcome and (self._done.is_set() or not self._will_restart(self._request)):
+        if self._request is not outcome and (
+            self._done.is_set() or not self._will_restart(self._request)
+        ):
             raise HostError("the machine has ended")
 
     def powerdown(self) -> None:
-        """Press the power button (ACPI): the guest powers off if it listens, which takes a driver (docs/control.md).
+        """Press the power button (ACPI): the guest powers off if it listens, which takes a driver
+        (docs/control.md).
 
         :raises HostError: the machine has ended.
         """
@@ -653,10 +688,14 @@ class Machine:
     def emit(self, event: str, **data: object) -> None:
         """Send an event to the clients of the control socket. Any thread; never waits."""
         if self._control is not None:
-            self._control.emit(event, {key.replace("_", "-"): value for key, value in data.items()} or None)
+            self._control.emit(
+                event, {key.replace("_", "-"): value for key, value in data.items()} or None
+            )
 
     def _rx_changed(self, nic: Nic) -> None:
-        if not nic.rx_told:  # once, until somebody looks: a driver may change it as often as it likes
+        if (
+            not nic.rx_told
+        ):  # once, until somebody looks: a driver may change it as often as it likes
             nic.rx_told = True
             self.emit("NIC_RX_FILTER_CHANGED", name=nic.name, path=f"/machine/{nic.name}")
 
@@ -665,19 +704,26 @@ class Machine:
         if outcome.kind == "panic":
             self.emit("GUEST_PANICKED", action="shutdown")
         guest = outcome.kind in SHUTDOWN_REASONS
-        reason = SHUTDOWN_REASONS.get(outcome.kind, "host-qmp-quit" if outcome.asked else "host-signal")
+        reason = SHUTDOWN_REASONS.get(
+            outcome.kind, "host-qmp-quit" if outcome.asked else "host-signal"
+        )
         self.emit("SHUTDOWN", guest=guest, reason=reason, x_pyvmm_outcome=outcome.kind)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
     def _finish(self, outcome: Outcome, *, final: bool = False) -> None:
-        """Any thread: make all vCPUs stop, for ``outcome``. The first reason stands, unless the new one is final."""
+        """Any thread: make all vCPUs stop, for ``outcome``. The first reason stands, unless the new
+        one is final.
+        """
         with self._lock:
             if self._request is None or (final and self._request.kind == "reboot"):
                 outcome.status = self.command_status
@@ -743,13 +789,17 @@ class Machine:
             self.agent.gone(f"the guest has ended ({request.kind})")
 
     def _was_panic(self, request: Outcome) -> None:
-        """A panic that ends in a reboot (panic=-1) is a panic. The console may know more than pvpanic."""
+        """A panic that ends in a reboot (panic=-1) is a panic. The console may know more than
+        pvpanic.
+        """
         if request.kind not in ("reboot", "poweroff", "triple-fault", "timeout", "hang", "panic"):
             return
         if request.status is not None:
             return
         if self._panic is None and PANIC_TEXT not in self.console.text:
-            self.console.finish(0.2) if request.kind == "reboot" and self.on_reboot == "exit" else None
+            self.console.finish(
+                0.2
+            ) if request.kind == "reboot" and self.on_reboot == "exit" else None
         at = self.console.text.rfind(PANIC_TEXT)
         if self.console.text[max(at - 4, 0) : at] == b"end ":  # the last line says it again
             first = self.console.text.rfind(PANIC_TEXT, 0, at)
@@ -809,7 +859,9 @@ class Machine:
         self._finish(Outcome("kvm-error", f"{detail}, rip {registers['rip']:#x}", registers))
 
     def _watch(self, data: bytes) -> None:
-        """The console's reader: a panic that nothing follows ends the machine, rather than its time-out."""
+        """The console's reader: a panic that nothing follows ends the machine, rather than its
+        time-out.
+        """
         text = self._last_said + data
         if INIT_TEXT in text:
             self.booted.set()
@@ -822,7 +874,7 @@ class Machine:
         else:
             self._last_said = text[at:]  # the rest of the line is to be seen, too
 
-    # --- what the guest asks for ------------------------------------------------------------------------
+    # --- what the guest asks for ------------------------------------------------------------------
 
     def _guest_reset(self) -> None:
         self._finish(Outcome("reboot"))
@@ -831,7 +883,9 @@ class Machine:
         if events & 1:
             self._panic = "reported by pvpanic"
             if self._pvpanic_timer is None:
-                self._pvpanic_timer = threading.Timer(PVPANIC_GRACE, self._finish, [Outcome("panic")])
+                self._pvpanic_timer = threading.Timer(
+                    PVPANIC_GRACE, self._finish, [Outcome("panic")]
+                )
                 self._pvpanic_timer.daemon = True
                 self._pvpanic_timer.start()
 
@@ -886,7 +940,9 @@ class Machine:
             write[0].put(write[1])
 
     def _restart(self) -> None:
-        """A machine reset: devices, memory and the VM itself start over; consoles and ledger go on."""
+        """A machine reset: devices, memory and the VM itself start over; consoles and
+        ledger go on.
+        """
         self.reboots += 1
         stats = self.kvm_stats()
         if stats is not None:  # bounded: a guest may reboot for ever
@@ -910,7 +966,7 @@ class Machine:
             vcpu.reattach()
         self.vcpus[0].set_boot_state(self.boot)
 
-    # --- reports ------------------------------------------------------------------------------------
+    # --- reports ----------------------------------------------------------------------------------
 
     def ledger(self) -> Ledger:
         """The exits so far."""
@@ -919,7 +975,9 @@ class Machine:
         return Ledger(self.vcpus, self.bus)
 
     def kvm_stats_schemas(self) -> dict[str, list[dict[str, object]]] | None:
-        """What each of them is, for ``vm`` and ``vcpu``, as QEMU's schema has it (``kvm.stats.Stats``)."""
+        """What each of them is, for ``vm`` and ``vcpu``, as QEMU's schema has it
+        (``kvm.stats.Stats``).
+        """
         if not self.kvm.extension("KVM_CAP_BINARY_STATS_FD"):
             return None
         from pyvmm.kvm.stats import Stats
@@ -943,13 +1001,16 @@ class Machine:
             )
 
     def phase_exits(self) -> list[Phase]:
-        """Exits, KVM's statistics and packets of each phase so far: ``boot``, ``init``, ``command``, ``shutdown``."""
+        """Exits, KVM's statistics and packets of each phase so far: ``boot``, ``init``,
+        ``command``, ``shutdown``.
+        """
         from pyvmm.exits.phases import phases_of
 
         return phases_of(self)
 
     def check_budget(self, text: str) -> Result:
-        """Whether e.g. ``notify_per_kpacket<=20`` holds (docs/budgets.md); while the machine runs: so far.
+        """Whether e.g. ``notify_per_kpacket<=20`` holds (docs/budgets.md); while the machine runs:
+        so far.
 
         :raises UsageError: it is no budget, or about something that this machine does not have.
         """
@@ -960,7 +1021,9 @@ class Machine:
         return budget.check(self)
 
     def _open_vm_stats(self) -> Stats | None:
-        """The VM's statistics, kept open from the first time on (lock held); None where KVM has none."""
+        """The VM's statistics, kept open from the first time on (lock held); None where KVM has
+        none.
+        """
         if self._vm_stats is None and self.vcpus[0].stats is not None:
             from pyvmm.kvm.stats import Stats
 
@@ -976,10 +1039,15 @@ class Machine:
         from pyvmm.kvm.stats import Stats
 
         with Stats(self.vm.fileno()) as vm:
-            return {"vm": vm.read(), "vcpus": [v.stats.read() for v in self.vcpus if v.stats is not None]}
+            return {
+                "vm": vm.read(),
+                "vcpus": [v.stats.read() for v in self.vcpus if v.stats is not None],
+            }
 
     def report(self) -> dict[str, object]:
-        """Everything countable about the run, for JSON; before ``close``. Schema: docs/report.md."""
+        """Everything countable about the run, for JSON; before ``close``. Schema:
+        docs/report.md.
+        """
         from pyvmm.exits.report import build
 
         return build(self)

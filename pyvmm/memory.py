@@ -21,7 +21,8 @@ SIZE_MAX = 1 << 44  # with the PCI hole still inside the 48 bits that any CPU ha
 class MemoryRegion:
     """One contiguous run of guest RAM.
 
-    :ivar gpa: guest-physical start; :ivar size: bytes; :ivar host: host-virtual address; :ivar offset: in the memfd.
+    :ivar gpa: guest-physical start; :ivar size: bytes; :ivar host: host-virtual address; :ivar
+        offset: in the memfd.
     """
 
     __slots__ = ("gpa", "host", "offset", "size")
@@ -44,7 +45,8 @@ class GuestMemory:
         unit = HUGE_PAGE if huge else PAGE
         if not 1 << 20 <= size <= SIZE_MAX or size % unit:
             raise UsageError(
-                f"guest memory of {size} bytes", f"use 1M to {SIZE_MAX >> 40}T and a multiple of {unit}"
+                f"guest memory of {size} bytes",
+                f"use 1M to {SIZE_MAX >> 40}T and a multiple of {unit}",
             )
         self.size = size
         self.huge = huge
@@ -61,9 +63,12 @@ class GuestMemory:
                 hint = "raise the limit: ulimit -n"
             elif huge:
                 hint = f"reserve huge pages: sysctl vm.nr_hugepages={size // HUGE_PAGE}"
-            raise MemoryShort(f"cannot get {size >> 20} MiB for the guest: {e.strerror}", hint) from e
+            raise MemoryShort(
+                f"cannot get {size >> 20} MiB for the guest: {e.strerror}", hint
+            ) from e
         try:
-            # Where the host gives shared memory huge pages on advice (shmem_enabled), a boot faults 512 times less often.
+            # Where the host gives shared memory huge pages on advice (shmem_enabled), a boot faults
+            # 512 times less often.
             self._map.madvise(mmap.MADV_HUGEPAGE)
         except OSError:
             pass  # a kernel without them
@@ -98,7 +103,9 @@ class GuestMemory:
         return self.regions[0].host + self._offset(gpa, length)
 
     def view(self, gpa: int, length: int) -> memoryview:
-        """The live bytes of [gpa, gpa + length); release it before close(). Raises IndexError outside RAM."""
+        """The live bytes of [gpa, gpa + length); release it before close(). Raises IndexError
+        outside RAM.
+        """
         start = self._offset(gpa, length)
         return self._view[start : start + length]
 
@@ -113,7 +120,8 @@ class GuestMemory:
         self._view[start : start + len(data)] = data
 
     def read_file(self, gpa: int, fd: int, offset: int, length: int) -> int:
-        """Read up to ``length`` bytes of the file at ``offset`` straight into RAM; returns the bytes read.
+        """Read up to ``length`` bytes of the file at ``offset`` straight into RAM; returns the
+        bytes read.
 
         One thread at a time: it moves the memfd's file position.
         """
@@ -139,7 +147,9 @@ class GuestMemory:
         return done
 
     def unmap_page(self, gpa: int) -> None:
-        """Take the page of ``gpa`` out of page tables, ours and KVM's; its content stays. Raises IndexError outside RAM."""
+        """Take the page of ``gpa`` out of page tables, ours and KVM's; its content stays. Raises
+        IndexError outside RAM.
+        """
         unit = HUGE_PAGE if self.huge else PAGE
         start = self._offset(gpa & ~(unit - 1), unit)
         self._map.madvise(mmap.MADV_DONTNEED, start, unit)
@@ -149,7 +159,8 @@ class GuestMemory:
         self._map.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
-        """Unmap and release; the caller has stopped every thread that uses it. A second call does nothing.
+        """Unmap and release; the caller has stopped every thread that uses it. A second call does
+        nothing.
 
         Views that are still out keep the mapping, not the descriptor.
         """

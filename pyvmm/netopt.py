@@ -1,4 +1,6 @@
-"""What the user says of a network card: ``--net MODE[,key=value...]``, in Python ``pyvmm.Net("emulated", mtu=9000)``."""
+"""What the user says of a network card: ``--net MODE[,key=value...]``, in Python
+``pyvmm.Net("emulated", mtu=9000)``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,18 @@ MODES: dict[str, tuple[str, ...]] = {
     "vhost-net": ("notify", "worker-cpu"),
     "vhost-user": ("notify", "socket", "server"),
 }
-COMMON_KEYS = ("tap", "mac", "mtu", "host", "guest", "queues", "queue-size", "link", "without", "switchable")
+COMMON_KEYS = (
+    "tap",
+    "mac",
+    "mtu",
+    "host",
+    "guest",
+    "queues",
+    "queue-size",
+    "link",
+    "without",
+    "switchable",
+)
 #: Keys of a data path, which a switch may give; all others belong to the card.
 PATH_KEYS = ("poll", "worker-cpu", "socket", "server")
 #: Names for ``without=``: feature groups not to offer, joined by "+".
@@ -36,22 +49,26 @@ HEX = frozenset("0123456789abcdefABCDEF")
 class Net:
     """One network card.
 
-    :param mode: data path: ``emulated``, ``vhost-net`` or ``vhost-user``; ``none`` for no card at all.
-    :param tap: an existing tap, or one to make where the user may; without it pyvmm makes a tap in a network
-        namespace of its own, addresses both ends and removes it.
+    :param mode: data path: ``emulated``, ``vhost-net`` or ``vhost-user``; ``none`` for no card at
+        all.
+    :param tap: an existing tap, or one to make where the user may; without it pyvmm makes a tap in
+        a network namespace of its own, addresses both ends and removes it.
     :param mac: ``52:54:00:xx:xx:xx`` style; chosen from the card's number by default.
     :param mtu: 68 to 65521 bytes (a tap's limit), offered to the guest and set on the tap.
     :param host, guest: addresses with prefix length of the tap and of the guest's interface (IPv4);
         default 192.168.(100 + n).1/24 and .2/24 unless ``tap`` is given.
-    :param queue_size: entries a queue, a power of two, 2 to 32768. :param without: feature groups not to offer.
-    :param queues: queue pairs, 1 to 16. :param link: ``on`` or ``off``, whether the cable is plugged in at the start.
+    :param queue_size: entries a queue, a power of two, 2 to 32768. :param without: feature groups
+        not to offer.
+    :param queues: queue pairs, 1 to 16. :param link: ``on`` or ``off``, whether the cable is
+        plugged in at the start.
     :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
     :param poll: microseconds for which the worker looks for more before it sleeps, 0 to 1000.
-    :param worker_cpu: CPU for the worker of the first queue pair; the next one's gets the next CPU, and so on.
+    :param worker_cpu: CPU for the worker of the first queue pair; the next one's gets the next CPU,
+        and so on.
     :param socket: of the vhost-user back-end; without it pyvmm starts one of its own, on its tap.
     :param server: ``on`` where the back-end connects and we listen, else ``off``.
-    :param switchable: modes that the data path may later be switched to, joined by "+" (docs/switch.md): the device offers what
-        all of them can honour.
+    :param switchable: modes that the data path may later be switched to, joined by "+"
+        (docs/switch.md): the device offers what all of them can honour.
     :raises UsageError: for anything else.
     """
 
@@ -111,24 +128,36 @@ class Net:
                 )
         modes = {mode, *self.switchable}
         if socket == "" or (socket and "vhost-user" not in modes):
-            raise UsageError(f"--net {mode}: socket={socket}", "vhost-user needs a path there, others none")
+            raise UsageError(
+                f"--net {mode}: socket={socket}", "vhost-user needs a path there, others none"
+            )
         if server == "on" and not socket:
-            raise UsageError(f"--net {mode}: server=on without socket=", "name the socket to listen on")
+            raise UsageError(
+                f"--net {mode}: server=on without socket=", "name the socket to listen on"
+            )
         if socket and tap is not None and modes == {"vhost-user"}:
             raise UsageError(
-                f"--net vhost-user: socket= and tap={tap}", "the tap is the back-end's: pyvmm backend --tap"
+                f"--net vhost-user: socket= and tap={tap}",
+                "the tap is the back-end's: pyvmm backend --tap",
             )
         if tap is not None and (
-            not 0 < len(tap) < 16 or not tap.isascii() or not tap.isprintable() or set(tap) & set(" /:%")
+            not 0 < len(tap) < 16
+            or not tap.isascii()
+            or not tap.isprintable()
+            or set(tap) & set(" /:%")
         ):
-            raise UsageError(f"--net: tap={tap!r} is no interface name", "use 1 to 15 letters and digits")
+            raise UsageError(
+                f"--net: tap={tap!r} is no interface name", "use 1 to 15 letters and digits"
+            )
         self.mode, self.tap, self.notify = mode, tap, notify
         self.mac = parse_mac(mac) if mac is not None else None
         self.mtu = number("mtu", mtu, 68, 65521) if mtu is not None else None
         self.queues = number("queues", queues, 1, MAX_QUEUES)
         self.link = link == "on"
         self.socket, self.server = socket or "", server == "on"
-        self.worker_cpu = number("worker-cpu", worker_cpu, 0, 8191) if worker_cpu is not None else None
+        self.worker_cpu = (
+            number("worker-cpu", worker_cpu, 0, 8191) if worker_cpu is not None else None
+        )
         self.queue_size = number("queue-size", queue_size, 2, 32768)
         if self.queue_size & (self.queue_size - 1):
             raise UsageError(f"--net: queue-size={queue_size}", "use a power of two")
@@ -137,7 +166,9 @@ class Net:
         self.guest = parse_address("guest", guest) if guest else None
         for name in filter(None, without.split("+")):
             if name not in GROUPS:
-                raise UsageError(f"--net: without={name}", f"groups, joined by +: {', '.join(GROUPS)}")
+                raise UsageError(
+                    f"--net: without={name}", f"groups, joined by +: {', '.join(GROUPS)}"
+                )
         self.without = [g for g in without.split("+") if g]
 
     @classmethod
@@ -159,7 +190,9 @@ class Net:
         for item in filter(None, rest.split(",")):
             key, equals, value = item.partition("=")
             if key not in keys or not equals:
-                raise UsageError(f"--net {mode}: unknown key {key!r}", f"keys: {', '.join(keys) or 'none'}")
+                raise UsageError(
+                    f"--net {mode}: unknown key {key!r}", f"keys: {', '.join(keys) or 'none'}"
+                )
             name = key.replace("-", "_")
             if name in given:
                 raise UsageError(f"--net {mode}: {key} is given twice", "give it once")
@@ -168,14 +201,16 @@ class Net:
 
     @property
     def has_tap(self) -> bool:
-        """Whether a tap of ours belongs to the card: for all but a vhost-user back-end that has its own."""
+        """Whether a tap of ours belongs to the card: for all but a vhost-user back-end that has its
+        own.
+        """
         return any(m != "vhost-user" or not self.socket for m in (self.mode, *self.switchable))
 
     def switched(self, to: str | Net) -> Net:
         """This card with another data path.
 
-        :param to: ``MODE[,key=value...]`` with keys of ``PATH_KEYS``, or a ``Net`` of which just those count. Without ``socket`` in
-            text the card's own is meant.
+        :param to: ``MODE[,key=value...]`` with keys of ``PATH_KEYS``, or a ``Net`` of which just
+            those count. Without ``socket`` in text the card's own is meant.
         :raises UsageError: unknown, or no key of that mode.
         """
         if isinstance(to, Net):
@@ -231,7 +266,9 @@ def parse_mac(text: str | bytes) -> bytes:
         good = all(len(p) in (1, 2) and set(p) <= HEX for p in parts)
         raw = bytes(int(p, 16) for p in parts) if good else b""
     if len(raw) != 6 or raw[0] & 1 or not any(raw):
-        raise UsageError(f"--net: mac={text!r} is no unicast MAC address", "write it as 52:54:00:12:34:56")
+        raise UsageError(
+            f"--net: mac={text!r} is no unicast MAC address", "write it as 52:54:00:12:34:56"
+        )
     return raw
 
 

@@ -8,8 +8,8 @@ NAME_MAX = 15  # TASK_COMM_LEN less the terminating null
 
 
 class Thread(threading.Thread):
-    """Shows under its name in top -H, and is found by who pins threads. Python itself does so from 3.14 on; until then a thread has
-    the name of the one that started it.
+    """Shows under its name in top -H, and is found by who pins threads. Python itself does so from
+    3.14 on; until then a thread has the name of the one that started it.
     """
 
     def run(self) -> None:

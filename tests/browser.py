@@ -1,4 +1,6 @@
-"""A headless Chromium, driven over its DevTools protocol on two pipes: no port, no WebSocket, no library."""
+"""A headless Chromium, driven over its DevTools protocol on two pipes: no port, no WebSocket, no
+library.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,26 @@ FLAGS = [
         "--disable-sync",
         "--disable-dev-shm-usage",
     ),
-    *("--disable-extensions", "--disable-default-apps", "--hide-scrollbars", "--remote-debugging-pipe"),
+    *(
+        "--disable-extensions",
+        "--disable-default-apps",
+        "--hide-scrollbars",
+        "--remote-debugging-pipe",
+    ),
 ]
 PATIENCE = 120.0
 
 
 class Browser:
-    """One browser with one page; collects what the page says on its console and what it asks the network for."""
+    """One browser with one page; collects what the page says on its console and what it asks the
+    network for.
+    """
 
     def __init__(self) -> None:
         program = (
-            shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+            shutil.which("chromium")
+            or shutil.which("chromium-browser")
+            or shutil.which("google-chrome")
         )
         assert program, "chromium is missing: make setup"
         self._dir = tempfile.mkdtemp(prefix="pyvmm-browser-")
@@ -68,7 +79,9 @@ class Browser:
         self.requests: list[str] = []
         self._loaded = False
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -121,7 +134,10 @@ class Browser:
             mobile=False,
         )
         value = "dark" if dark else "light"
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": value}],
+        )
 
     def open(self, path: Path) -> None:
         """Load a file, to the end of its load event."""
@@ -140,9 +156,9 @@ class Browser:
         """The whole page as PNG."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)[
-            "data"
-        ]
+        data = self.call(
+            "Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip
+        )["data"]
         png = base64.b64decode(data)
         if path is not None:
             path.write_bytes(png)

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
-#: First part of a test's path below tests/ -> the words for where it runs; other conftest files fill in theirs.
-PLACES: dict[str, str] = {"lint": "tools", "unit": "this machine, no KVM", "fuzz": "this machine, no KVM"}
+#: First part of a test's path below tests/ -> the words for where it runs; other conftest files
+#: fill in theirs.
+PLACES: dict[str, str] = {
+    "lint": "tools",
+    "unit": "this machine, no KVM",
+    "fuzz": "this machine, no KVM",
+}
 _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 
 

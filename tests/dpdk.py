@@ -1,7 +1,9 @@
-"""DPDK's dpdk-testpmd as a foreign vhost-user back-end and front-end: where it is, how it is fetched, how it is started.
+"""DPDK's dpdk-testpmd as a foreign vhost-user back-end and front-end: where it is, how it is
+fetched, how it is started.
 
-Debian's package dpdk-dev, which has it, depends on 226 others, systemd among them. What testpmd loads is 6 MB, which
-``python -m tests.dpdk`` (part of ``make setup``) unpacks into the cache, unless it is installed.
+Debian's package dpdk-dev, which has it, depends on 226 others, systemd among them. What testpmd
+loads is 6 MB, which ``python -m tests.dpdk`` (part of ``make setup``) unpacks into the cache,
+unless it is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from pyvmm.host.paths import cache_root
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: What testpmd is linked with, directly and not, and the drivers that the tests name: librte-NAME23 each.
+#: What testpmd is linked with, directly and not, and the drivers that the tests name: librte-NAME23
+#: each.
 LIBRARIES = """
 bitratestats bpf bus-auxiliary bus-dpaa bus-pci bus-vdev cmdline common-dpaax common-iavf common-mlx5- crypto-scheduler cryptodev
 dmadev eal ethdev eventdev gro gso hash ip-frag kvargs latencystats mbuf mempool mempool-dpaa meter metrics net net-bnxt net-bond
@@ -68,11 +71,14 @@ def fetch() -> None:
 def command(*vdevs: str, options: Sequence[str] = (), memory: int = 128) -> list[str]:
     """argv of testpmd on one core, without huge pages and without a console of its own.
 
-    :param vdevs: virtual devices, in the order of their ports. :param options: testpmd's own, as ``--forward-mode=io``.
+    :param vdevs: virtual devices, in the order of their ports. :param options: testpmd's own, as
+        ``--forward-mode=io``.
     :param memory: MiB. :raises HostError: it is not there.
     """
     program, installed = root() / "usr/bin/dpdk-testpmd", shutil.which("dpdk-testpmd")
-    if installed:  # first: each loads all drivers of the system's directory, and two of a kind do not get on
+    if (
+        installed
+    ):  # first: each loads all drivers of the system's directory, and two of a kind do not get on
         argv = [installed]
     elif program.exists():
         argv = ["env", f"LD_LIBRARY_PATH={root() / LIB}", str(program)]
@@ -134,7 +140,9 @@ class TestPmd:
         """Wait until it has printed ``text`` from line ``start`` on."""
         with self._changed:
             found = self._changed.wait_for(
-                lambda: any(text in line for line in self.lines[start:]) or not self._reader.is_alive(),
+                lambda: (
+                    any(text in line for line in self.lines[start:]) or not self._reader.is_alive()
+                ),
                 patience,
             )
             assert found and any(text in line for line in self.lines[start:]), (text, self.lines)

@@ -1,7 +1,9 @@
-"""A mock guest on the machine's real buses: the accesses of a vCPU without a vCPU, and a virtio-pci driver on top of them.
+"""A mock guest on the machine's real buses: the accesses of a vCPU without a vCPU, and a virtio-pci
+driver on top of them.
 
-Accesses take the way of a VM exit (``pv_vcpu_access``, then ``Bus.dispatch``), so that bus, ledger, PCI, transport and devices are the
-real ones. ``FakeVm`` stands in for KVM where only its book-keeping matters.
+Accesses take the way of a VM exit (``pv_vcpu_access``, then ``Bus.dispatch``), so that bus, ledger,
+PCI, transport and devices are the real ones. ``FakeVm`` stands in for KVM where only its
+book-keeping matters.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ FEATURES_OK, DRIVER_OK = VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_DRIVER_OK
 
 
 class FakeVm:
-    """What Msix and VirtioPci use of a Vm, with KVM's rules, and ``delivered()`` in place of an interrupt controller.
+    """What Msix and VirtioPci use of a Vm, with KVM's rules, and ``delivered()`` in place of an
+    interrupt controller.
 
     :ivar refuse: names of methods that fail as KVM would, e.g. ``{"irqfd"}``.
     """
@@ -92,7 +95,9 @@ class FakeVm:
                 self._messages.append(self.routes[gsi])
 
     def delivered(self, timeout: float = 0.0) -> list[tuple[int, int]]:
-        """MSI messages (address, data) since the last call; waits up to ``timeout`` seconds for the first."""
+        """MSI messages (address, data) since the last call; waits up to ``timeout`` seconds for the
+        first.
+        """
         if timeout and self.irqfds and not self._messages:
             poll = select.poll()
             for event in self.irqfds:
@@ -128,7 +133,9 @@ class Board:
         self._opened.append(function)
         return function
 
-    def access(self, space: int, addr: int, size: int, data: bytes | None = None, *, count: int = 1) -> bytes:
+    def access(
+        self, space: int, addr: int, size: int, data: bytes | None = None, *, count: int = 1
+    ) -> bytes:
         """One exit: a write of ``data``, or a read; returns the data area as it is afterwards."""
         c, area = self.vcpu, ffi.new("uint8_t[]", size * count)
         if data is not None:
@@ -151,7 +158,7 @@ class Board:
         else:
             self.access(space, addr, size, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
 
-    # --- configuration space --------------------------------------------------------------------------
+    # --- configuration space ----------------------------------------------------------------------
     def config_read(self, slot: int, at: int, size: int = 4) -> int:
         self.write(PIO, PORT_PCI_ADDRESS, 4, 1 << 31 | slot << 11 | at & 0xFC)
         return self.read(PIO, PORT_PCI_DATA + (at & 3), size)
@@ -242,7 +249,7 @@ class VirtioPciDriver:
                 if kind == virtio_pci.VIRTIO_PCI_CAP_NOTIFY_CFG:
                     self.notify_multiplier = board.config_read(slot, at + 16)
 
-    # --- PCI --------------------------------------------------------------------------------------------
+    # --- PCI --------------------------------------------------------------------------------------
     @property
     def bar(self) -> int:
         return self.board.config_read(self.slot, pci.PCI_BASE_ADDRESS_0) & ~0xF
@@ -260,7 +267,7 @@ class VirtioPciDriver:
         assert at < length
         return self.bar + offset + at
 
-    # --- MSI-X ------------------------------------------------------------------------------------------
+    # --- MSI-X ------------------------------------------------------------------------------------
     def msix_flags(self, flags: int) -> None:
         self.board.config_write(self.slot, self.msix_cap + pci.PCI_MSIX_FLAGS, 2, flags)
 
@@ -269,7 +276,12 @@ class VirtioPciDriver:
 
     def set_vector(self, index: int, address: int, data: int, *, masked: bool = False) -> None:
         at = self.msix_area(pci.PCI_MSIX_TABLE) + 16 * index
-        for offset, value in ((0, address & 0xFFFFFFFF), (4, address >> 32), (8, data), (12, int(masked))):
+        for offset, value in (
+            (0, address & 0xFFFFFFFF),
+            (4, address >> 32),
+            (8, data),
+            (12, int(masked)),
+        ):
             self.board.write(MMIO, at + offset, 4, value)
 
     def mask(self, index: int, masked: bool) -> None:
@@ -284,10 +296,12 @@ class VirtioPciDriver:
         for i in range(self.vectors):
             self.set_vector(i, 0xFEE00000, data + i)
 
-    # --- registers ----------------------------------------------------------------------------------------
+    # --- registers --------------------------------------------------------------------------------
     def get(self, name: str) -> int:
         offset, width = COMMON[name]
-        return self.board.read(MMIO, self.place(virtio_pci.VIRTIO_PCI_CAP_COMMON_CFG, offset), width)
+        return self.board.read(
+            MMIO, self.place(virtio_pci.VIRTIO_PCI_CAP_COMMON_CFG, offset), width
+        )
 
     def set(self, name: str, value: int) -> None:
         offset, width = COMMON[name]
@@ -310,7 +324,7 @@ class VirtioPciDriver:
     def config(self, offset: int, size: int) -> int:
         return self.board.read(MMIO, self.place(virtio_pci.VIRTIO_PCI_CAP_DEVICE_CFG, offset), size)
 
-    # --- the way to DRIVER_OK (3.1.1) -----------------------------------------------------------------------
+    # --- the way to DRIVER_OK (3.1.1) -------------------------------------------------------------
     def offered(self) -> int:
         bits = 0
         for select_ in (0, 1):
@@ -333,7 +347,9 @@ class VirtioPciDriver:
         self.set("device_status", ACK | DRIVER | FEATURES_OK)
         return bool(self.status & FEATURES_OK)
 
-    def set_ring(self, ring: Ring, *, vector: int = VIRTIO_MSI_NO_VECTOR, enable: bool = True) -> None:
+    def set_ring(
+        self, ring: Ring, *, vector: int = VIRTIO_MSI_NO_VECTOR, enable: bool = True
+    ) -> None:
         self.set("queue_select", ring.index)
         self.set("queue_size", ring.size)
         self.set("queue_desc", ring.desc)
@@ -348,10 +364,13 @@ class VirtioPciDriver:
 
 
 class NetGuest:
-    """A guest with a virtio-net driver, up and running: ``pci`` drives registers, ``net`` the rings.
+    """A guest with a virtio-net driver, up and running: ``pci`` drives registers, ``net`` the
+    rings.
 
-    :param features: accepted, of what is offered. :param msix: vector 0 for the configuration, 1 + n for queue n.
-    :param pairs: queue pairs set up; ``net`` is the first, ``nets`` are all. :param control: set up the control queue, too.
+    :param features: accepted, of what is offered. :param msix: vector 0 for the configuration, 1 +
+        n for queue n.
+    :param pairs: queue pairs set up; ``net`` is the first, ``nets`` are all. :param control: set up
+        the control queue, too.
     """
 
     def __init__(

@@ -9,7 +9,9 @@ from typing import Any
 
 
 def check_trace(path: Path) -> dict[str, Any]:
-    """Load a trace and check it; returns its content, with ``tracks``: (process, thread) by name -> its events."""
+    """Load a trace and check it; returns its content, with ``tracks``: (process, thread) by name ->
+    its events.
+    """
     trace: dict[str, Any] = json.loads(path.read_text())
     assert trace["displayTimeUnit"] in ("ms", "ns")
     processes: dict[int, str] = {}
@@ -45,7 +47,9 @@ def check_trace(path: Path) -> dict[str, Any]:
             assert not ends or end <= ends[-1] + 0.002, (threads[pid, tid], event)
             if event["ph"] == "X":
                 ends.append(end)
-    trace["tracks"] = {(processes[pid], threads[pid, tid]): track for (pid, tid), track in events.items()}
+    trace["tracks"] = {
+        (processes[pid], threads[pid, tid]): track for (pid, tid), track in events.items()
+    }
     return trace
 
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0
 RINGS = bits(
-    "VIRTIO_F_VERSION_1", "VIRTIO_RING_F_EVENT_IDX", "VIRTIO_RING_F_INDIRECT_DESC", "VIRTIO_NET_F_MRG_RXBUF"
+    "VIRTIO_F_VERSION_1",
+    "VIRTIO_RING_F_EVENT_IDX",
+    "VIRTIO_RING_F_INDIRECT_DESC",
+    "VIRTIO_NET_F_MRG_RXBUF",
 )
 REPLY_ACK = 1 << spec.VHOST_USER_PROTOCOL_F_REPLY_ACK
 
@@ -28,13 +31,17 @@ REPLY_ACK = 1 << spec.VHOST_USER_PROTOCOL_F_REPLY_ACK
 class Fake:
     """A back-end of a few lines that answers properly unless told otherwise.
 
-    :ivar answers: request -> what to do instead: bytes to send raw, or a function of (socket, message).
+    :ivar answers: request -> what to do instead: bytes to send raw, or a function of (socket,
+        message).
     """
 
     FEATURES = RINGS | 1 << spec.VHOST_USER_F_PROTOCOL_FEATURES
 
     def __init__(
-        self, listener: Listener, protocol: int = REPLY_ACK, answers: dict[int, Answer] | None = None
+        self,
+        listener: Listener,
+        protocol: int = REPLY_ACK,
+        answers: dict[int, Answer] | None = None,
     ) -> None:
         self.listener, self.protocol, self.answers = listener, protocol, answers or {}
         self.mute = False
@@ -112,7 +119,9 @@ class Fake:
 
 def raw(request: int, payload: bytes = b"", flags: int = 5, size: int | None = None) -> bytes:
     """A message as bytes, an answer unless ``flags`` say otherwise."""
-    return struct.pack(spec.HEADER, request, flags, len(payload) if size is None else size) + payload
+    return (
+        struct.pack(spec.HEADER, request, flags, len(payload) if size is None else size) + payload
+    )
 
 
 def many_fds(count: int) -> Answer:
@@ -121,7 +130,9 @@ def many_fds(count: int) -> Answer:
     def send(sock: socket.socket, m: Message) -> None:
         fd = os.eventfd(0)
         try:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{count}i", *[fd] * count))]
+            rights = [
+                (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{count}i", *[fd] * count))
+            ]
             sock.sendmsg([raw(m.request, bytes(8))], rights)
         finally:
             os.close(fd)

@@ -48,7 +48,7 @@ step() {
 	fi
 }
 
-# --- system packages -----------------------------------------------------------------------------------------
+# --- system packages ------------------------------------------------------------------------------
 if command -v dpkg-query >/dev/null; then
 	missing=
 	for p in $PACKAGES; do
@@ -71,7 +71,7 @@ else
 	say "this is not Debian: make sure of the equivalents of: $(echo $PACKAGES)"
 fi
 
-# --- .venv ---------------------------------------------------------------------------------------------------
+# --- .venv ----------------------------------------------------------------------------------------
 python=${PYVMM_PYTHON:-}
 if [ -z "$python" ]; then
 	python=/usr/bin/python3
@@ -113,7 +113,7 @@ if [ "$(cat "$STAMP" 2>/dev/null)" != "$want" ] || ! .venv/bin/python -c '' 2>/d
 	printf '%s\n' "$want" >"$STAMP"
 fi
 
-# --- the C extension -------------------------------------------------------------------------------------------
+# --- the C extension ------------------------------------------------------------------------------
 ext=$(echo pyvmm/_ext*.so)
 if [ ! -e "$ext" ] || [ -n "$(find cext setup.py pyproject.toml -newer "$ext" -type f -print -quit)" ]; then
 	step "building the C extension" .venv/bin/python setup.py -q build_ext --inplace
@@ -123,12 +123,12 @@ fi
 # Bytecode at once: where PYTHONDONTWRITEBYTECODE is set, or for a user who may not write here, every run would compile.
 .venv/bin/python -m compileall -q pyvmm
 
-# --- DPDK's testpmd, a foreign vhost-user peer for the tests: unpacked into the cache, 6 MB ------------------------
+# --- DPDK's testpmd, a foreign vhost-user peer for the tests: unpacked into the cache, 6 MB -------
 if command -v apt-get >/dev/null; then
 	.venv/bin/python -m tests.dpdk
 fi
 
-# --- the testbed -----------------------------------------------------------------------------------------------
+# --- the testbed ----------------------------------------------------------------------------------
 if [ $testbed = yes ]; then
 	.venv/bin/pyvmm testbed setup
 fi

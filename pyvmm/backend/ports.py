@@ -1,7 +1,8 @@
-"""Where the packets of our vhost-user back-end go, other than to a tap: a loop, another back-end, Python.
+"""Where the packets of our vhost-user back-end go, other than to a tap: a loop, another back-end,
+Python.
 
-Each is a ``Port`` as the emulated data path wants it: descriptors of sockets that keep packet boundaries, with 12-byte virtio-net
-headers. None does offloads, so that the headers are empty.
+Each is a ``Port`` as the emulated data path wants it: descriptors of sockets that keep packet
+boundaries, with 12-byte virtio-net headers. None does offloads, so that the headers are empty.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class SocketPort:
 
 
 class LentTap(SocketPort):
-    """A tap that another process has opened and sets up: queues, offloads and filters are its business.
+    """A tap that another process has opened and sets up: queues, offloads and filters are its
+    business.
 
     :param fds: one a queue pair, owned from here on. :param features: what the tap can honour.
     """
@@ -98,7 +100,9 @@ class LentTap(SocketPort):
 
 
 def _make(kind: int, count: int) -> list[_socket.socket]:
-    """``count`` sockets connected in pairs (or each to itself, with SOCK_DGRAM), non-blocking, with large buffers."""
+    """``count`` sockets connected in pairs (or each to itself, with SOCK_DGRAM), non-blocking, with
+    large buffers.
+    """
     made: list[_socket.socket] = []
     try:
         while len(made) < count:
@@ -120,7 +124,9 @@ def _make(kind: int, count: int) -> list[_socket.socket]:
 
 
 def loop_port(queues: int) -> SocketPort:
-    """Every frame comes back, on the queue pair that sent it: a datagram socket connected to itself."""
+    """Every frame comes back, on the queue pair that sent it: a datagram socket connected to
+    itself.
+    """
     return SocketPort("loop", [Fd(s.detach()) for s in _make(_socket.SOCK_DGRAM, queues)])
 
 
@@ -133,12 +139,14 @@ def joined_ports(queues: int) -> tuple[SocketPort, SocketPort]:
 class PythonPort(SocketPort):
     """Frames go to a Python function, and come from ``send``.
 
-    :param receive: called with (frame without its header, queue pair) from the port's own thread; an exception ends that thread
-        and comes out of ``close``.
+    :param receive: called with (frame without its header, queue pair) from the port's own thread;
+        an exception ends that thread and comes out of ``close``.
     :ivar dropped: frames given to ``send`` for which there was no room.
     """
 
-    def __init__(self, receive: Callable[[bytes, int], None], queues: int = 1, name: str = "python") -> None:
+    def __init__(
+        self, receive: Callable[[bytes, int], None], queues: int = 1, name: str = "python"
+    ) -> None:
         sockets = _make(_socket.SOCK_SEQPACKET, 2 * queues)
         super().__init__(name, [Fd(s.detach()) for s in sockets[::2]])
         self._far = sockets[1::2]
@@ -150,7 +158,9 @@ class PythonPort(SocketPort):
         self._thread.start()
 
     def send(self, frame: bytes, pair: int = 0) -> bool:
-        """Hand a frame to the guest; False where the socket is full and the frame is dropped. Any thread."""
+        """Hand a frame to the guest; False where the socket is full and the frame is dropped. Any
+        thread.
+        """
         try:
             self._far[pair].send(HEADER + frame)
         except OSError:
@@ -181,7 +191,9 @@ class PythonPort(SocketPort):
             self._error = e
 
     def close(self) -> None:
-        """End the thread and close the sockets; a second call does nothing. :raises BaseException: what ``receive`` raised."""
+        """End the thread and close the sockets; a second call does nothing. :raises BaseException:
+        what ``receive`` raised.
+        """
         if self._stop.closed:
             return
         self._stop.signal()
@@ -196,7 +208,8 @@ class PythonPort(SocketPort):
 
 
 class PcapWriter:
-    """Writes frames to a file in pcap format (Ethernet, microseconds). Not thread-safe: one port's thread.
+    """Writes frames to a file in pcap format (Ethernet, microseconds). Not thread-safe: one port's
+    thread.
 
     :ivar lost: frames that could not be written (disk full); the file ends at the last whole one.
     """

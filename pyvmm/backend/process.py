@@ -1,8 +1,10 @@
-"""Our own vhost-user back-end as a child process on a tap of ours: for ``vhost-user`` without ``socket=``.
+"""Our own vhost-user back-end as a child process on a tap of ours: for ``vhost-user`` without
+``socket=``.
 
-The child has the tap's own descriptors, so that frames enter and leave at the same place whichever data path runs: whatever waits in
-the tap waits for all of them. It lives as long as the card, serves one session after another, and ends when its control socket does,
-also when this process is killed.
+The child has the tap's own descriptors, so that frames enter and leave at the same place whichever
+data path runs: whatever waits in the tap waits for all of them. It lives as long as the card,
+serves one session after another, and ends when its control socket does, also when this process is
+killed.
 """
 
 from __future__ import annotations
@@ -54,12 +56,17 @@ class BackendProcess:
         :raises VhostUserError: it does not start.
         """
         try:
-            ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+            ours, theirs = _socket.socketpair(
+                _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC
+            )
         except OSError as e:
-            raise VhostUserError(f"no session with our own back-end: {e.strerror}", "ulimit -n") from e
+            raise VhostUserError(
+                f"no session with our own back-end: {e.strerror}", "ulimit -n"
+            ) from e
         try:
             with self._lock:
-                # A tap that was deleted and came back has other descriptors. A child may have died, or hang, unnoticed.
+                # A tap that was deleted and came back has other descriptors. A child may have died,
+                # or hang, unnoticed.
                 if self._fds is not self._tap.fds or not self._hand(theirs):
                     self._end()
                     self._start()
@@ -100,7 +107,9 @@ class BackendProcess:
             raise VhostUserError("our own back-end has been closed")
         tap, fds = self._tap, self._tap.fds
         try:
-            ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+            ours, theirs = _socket.socketpair(
+                _socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC
+            )
         except OSError as e:
             raise VhostUserError(f"cannot start our own back-end: {e.strerror}") from e
         lent = [theirs.fileno(), *(fd.fileno() for fd in fds)]
@@ -154,7 +163,9 @@ def _take(control: _socket.socket) -> Channel | None:
 
 
 def serve(control_fd: int, name: str, mtu: int, features: int, fds: list[int]) -> None:
-    """What the child does: serve on the tap of descriptors ``fds`` until the control socket is closed."""
+    """What the child does: serve on the tap of descriptors ``fds`` until the control socket is
+    closed.
+    """
     from pyvmm.backend.ports import LentTap
     from pyvmm.backend.server import Backend
 
@@ -173,4 +184,10 @@ def serve(control_fd: int, name: str, mtu: int, features: int, fds: list[int]) -
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), [int(a) for a in sys.argv[5:]])
+    serve(
+        int(sys.argv[1]),
+        sys.argv[2],
+        int(sys.argv[3]),
+        int(sys.argv[4]),
+        [int(a) for a in sys.argv[5:]],
+    )

@@ -1,8 +1,10 @@
-"""A vhost-user-net back-end of our own: the same C worker as the emulated data path, in another process than the machine.
+"""A vhost-user-net back-end of our own: the same C worker as the emulated data path, in another
+process than the machine.
 
-A :class:`Backend` has a port (a tap, see also vu_ports) and serves one front-end after another. What a front-end sends is checked as a
-guest's doing is: it may end its session, but nothing else. (One thing is beyond checking: a front-end that truncates its
-memory file under us; files that are sealed against that are safe.)
+A :class:`Backend` has a port (a tap, see also vu_ports) and serves one front-end after another.
+What a front-end sends is checked as a guest's doing is: it may end its session, but nothing else.
+(One thing is beyond checking: a front-end that truncates its memory file under us; files that are
+sealed against that are safe.)
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ class _NoFd:
 
 
 class _Mapping:
-    """A shared mapping of the first bytes of a file. :raises VhostUserError: the file is shorter, or cannot be mapped."""
+    """A shared mapping of the first bytes of a file. :raises VhostUserError: the file is shorter,
+    or cannot be mapped.
+    """
 
     def __init__(self, fd: int, size: int) -> None:
         try:
@@ -104,18 +108,24 @@ class _Mapping:
 
 
 class _Memory:
-    """A front-end's memory table, mapped: stands in for ``GuestMemory`` before a data path (``c``)."""
+    """A front-end's memory table, mapped: stands in for ``GuestMemory`` before a data path
+    (``c``).
+    """
 
     def __init__(self) -> None:
         self.regions: list[tuple[Region, _Mapping]] = []
         self.c = ffi.new("struct pv_memory *")
 
     def add(self, region: Region, fd: int) -> None:
-        """Map one more. :raises ProtocolError: empty, too large, overlapping another, or not in its file."""
+        """Map one more. :raises ProtocolError: empty, too large, overlapping another, or not in its
+        file.
+        """
         end = region.offset + region.size
         total = sum(r.size for r, _ in self.regions)
         if not region.size or end > MEMORY_MAX or total + region.size > MEMORY_MAX:
-            raise ProtocolError(f"memory region of {region.size:#x} bytes at {region.offset:#x} of its file")
+            raise ProtocolError(
+                f"memory region of {region.size:#x} bytes at {region.offset:#x} of its file"
+            )
         if region.gpa + region.size > 1 << 64 or region.user + region.size > 1 << 64:
             raise ProtocolError(f"memory region at {region.gpa:#x} wraps round")
         if len(self.regions) >= lib.PV_MEM_REGIONS:
@@ -144,7 +154,9 @@ class _Memory:
             c.host = ffi.cast("uint8_t *", mapping.host + r.offset)
 
     def gpa(self, user: int, what: str) -> int:
-        """The guest-physical address of a front-end address; that all of a ring lies there is for the ring to check."""
+        """The guest-physical address of a front-end address; that all of a ring lies there is for
+        the ring to check.
+        """
         for r, _ in self.regions:
             if r.user <= user < r.user + r.size:
                 return r.gpa + user - r.user
@@ -166,22 +178,33 @@ class _Memory:
 
 
 class _Inflight:
-    """The in-flight regions of all queues: one file, shared with the front-end, which keeps it while we are gone."""
+    """The in-flight regions of all queues: one file, shared with the front-end, which keeps it
+    while we are gone.
+    """
 
     def __init__(self, mapping: _Mapping, offset: int, queues: int, queue_size: int) -> None:
-        self._mapping, self._offset, self.queues, self.queue_size = mapping, offset, queues, queue_size
+        self._mapping, self._offset, self.queues, self.queue_size = (
+            mapping,
+            offset,
+            queues,
+            queue_size,
+        )
 
     @staticmethod
     def stride(queue_size: int) -> int:
         """Bytes from one queue's region to the next."""
-        size = struct.calcsize(spec.INFLIGHT_REGION) + struct.calcsize(spec.INFLIGHT_DESC) * queue_size
+        size = (
+            struct.calcsize(spec.INFLIGHT_REGION) + struct.calcsize(spec.INFLIGHT_DESC) * queue_size
+        )
         return -(-size // INFLIGHT_ALIGN) * INFLIGHT_ALIGN
 
     def region(self, ring: int, size: int) -> Any:
         """``uint8_t *`` of one ring's region; None where it has none."""
         if ring >= self.queues or size > self.queue_size:
             return None
-        return ffi.cast("uint8_t *", self._mapping.host + self._offset + ring * self.stride(self.queue_size))
+        return ffi.cast(
+            "uint8_t *", self._mapping.host + self._offset + ring * self.stride(self.queue_size)
+        )
 
     def close(self) -> None:
         self._mapping.close()
@@ -220,7 +243,9 @@ class _Ring:
 
 
 def _is_eventfd(fd: int) -> bool:
-    """Only these: writing to anything else could block the worker, or reach a file of someone else's."""
+    """Only these: writing to anything else could block the worker, or reach a file of someone
+    else's.
+    """
     try:
         return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"  # noqa: PTH115
     except OSError:
@@ -228,11 +253,13 @@ def _is_eventfd(fd: int) -> bool:
 
 
 class Backend:
-    """A vhost-user-net back-end. ``serve`` and ``run`` are for one thread; ``stop`` and ``counters`` for any.
+    """A vhost-user-net back-end. ``serve`` and ``run`` are for one thread; ``stop`` and
+    ``counters`` for any.
 
     :param port: where packets go, with one descriptor a queue pair; closed by ``close``.
     :param poll_us: a worker looks for work this long, in microseconds, before it sleeps.
-    :param features, protocol_features: masks of what to offer of what there is, for tests of front-ends.
+    :param features, protocol_features: masks of what to offer of what there is, for tests of
+        front-ends.
     :param log: gets one line about each connection and each refusal.
     """
 
@@ -279,7 +306,7 @@ class Backend:
         self.status = 0
         self._backend_req: Fd | None = None
 
-    # --- events of the data path ------------------------------------------------------------------------
+    # --- events of the data path ------------------------------------------------------------------
 
     def _fault(self, queue: int, problem: str) -> None:
         """Any worker's thread: tell the front-end by its error eventfd."""
@@ -296,7 +323,7 @@ class Backend:
     def _link(self, up: bool) -> None:
         self._log(f"{self.port.name} is {'back' if up else 'gone'}")
 
-    # --- rings on and off --------------------------------------------------------------------------------
+    # --- rings on and off -------------------------------------------------------------------------
 
     def _pause(self) -> None:
         """Stop the workers, so that anything may change; ``_resume`` goes on where they were."""
@@ -351,12 +378,13 @@ class Backend:
                 ring.forget()
                 ring.enabled = False
 
-    # --- a session ----------------------------------------------------------------------------------------
+    # --- a session --------------------------------------------------------------------------------
 
     def serve(self, channel: Channel) -> None:
         """Serve one front-end until it leaves; closes the channel.
 
-        :raises VhostUserError: it broke the protocol, or was refused something that it did not want to hear of.
+        :raises VhostUserError: it broke the protocol, or was refused something that it did not want
+            to hear of.
         """
         self._counts["connections"] += 1
         self._channel = channel
@@ -429,7 +457,7 @@ class Backend:
                 self._resume()
             channel.reply(message, bytes(8))
 
-    # --- requests: each returns (payload, descriptors) to answer with, or None ---------------------------------
+    # --- requests: each returns (payload, descriptors) to answer with, or None --------------------
 
     def _get_features(self, m: Message) -> tuple[bytes, list[int]]:
         return struct.pack("<Q", self.offered), []
@@ -437,7 +465,9 @@ class Backend:
     def _set_features(self, m: Message) -> None:
         bits = m.u64
         if bits & ~self.offered:
-            raise ProtocolError(f"SET_FEATURES with {bits & ~self.offered:#x}, which is not offered")
+            raise ProtocolError(
+                f"SET_FEATURES with {bits & ~self.offered:#x}, which is not offered"
+            )
         if not bits >> VIRTIO_F_VERSION_1 & 1 and not bits >> virtio_net.VIRTIO_NET_F_MRG_RXBUF & 1:
             raise ProtocolError(
                 "SET_FEATURES without VERSION_1 and MRG_RXBUF: the short header is not supported"
@@ -454,7 +484,9 @@ class Backend:
     def _set_protocol_features(self, m: Message) -> None:
         bits = m.u64
         if bits & ~self.protocol_offered:
-            raise ProtocolError(f"SET_PROTOCOL_FEATURES with {bits & ~self.protocol_offered:#x}, not offered")
+            raise ProtocolError(
+                f"SET_PROTOCOL_FEATURES with {bits & ~self.protocol_offered:#x}, not offered"
+            )
         self.protocol = bits
 
     def _nothing(self, m: Message) -> None:
@@ -470,7 +502,9 @@ class Backend:
         fds = m.take_fds(0, len(m.fds))
         try:
             if len(fds) != len(regions):
-                raise ProtocolError(f"SET_MEM_TABLE of {len(regions)} regions with {len(fds)} descriptors")
+                raise ProtocolError(
+                    f"SET_MEM_TABLE of {len(regions)} regions with {len(fds)} descriptors"
+                )
             self._pause()
             self._memory.clear()
             try:
@@ -549,7 +583,9 @@ class Backend:
         fds = m.take_fds(0, 0) if none else m.take_fds(1, 1)
         try:
             if none and name == "kick":
-                raise ProtocolError(f"ring {ring.index} without a kick descriptor: polling is not supported")
+                raise ProtocolError(
+                    f"ring {ring.index} without a kick descriptor: polling is not supported"
+                )
             if fds and not _is_eventfd(fds[0]):
                 raise ProtocolError(f"{m.name} with a descriptor that is no eventfd")
             self._pause()
@@ -621,7 +657,9 @@ class Backend:
                 or offset > 1 << 32
                 or offset % 8
             ):
-                raise ProtocolError(f"in-flight region of {size} bytes at {offset} for {queues} queues")
+                raise ProtocolError(
+                    f"in-flight region of {size} bytes at {offset} for {queues} queues"
+                )
             self._pause()
             self._use_inflight(fd, size, offset, queues, queue_size)
 
@@ -648,12 +686,15 @@ class Backend:
         self._stop_all()
         self.status = 0
 
-    # --- life ---------------------------------------------------------------------------------------------
+    # --- life -------------------------------------------------------------------------------------
 
-    def run(self, path: str, *, client: bool = False, retry: float = 0.1, retry_max: float = 5.0) -> None:
+    def run(
+        self, path: str, *, client: bool = False, retry: float = 0.1, retry_max: float = 5.0
+    ) -> None:
         """Serve whoever comes to the socket, one after another, until ``stop``.
 
-        :param client: the front-end listens and we connect, again and again after ``retry`` to ``retry_max`` seconds.
+        :param client: the front-end listens and we connect, again and again after ``retry`` to
+            ``retry_max`` seconds.
         :raises VhostUserError: the path cannot be listened on.
         """
         listener = None if client else Listener(path)

@@ -1,4 +1,6 @@
-"""Boot: load a kernel into guest memory and say how vCPU 0 starts; firmware tables are in ``acpi`` and ``mptable``."""
+"""Boot: load a kernel into guest memory and say how vCPU 0 starts; firmware tables are in ``acpi``
+and ``mptable``.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["FLAT_MODES", "PROTOCOLS", "BootState", "is_linux", "load"]
 
-#: ``auto`` takes bzImage by the 64-bit protocol and ELF by its PVH note, else its multiboot header (which comes first in a 32-bit
-#: ELF), else at e_entry; ``linux64`` takes the first two by their 64-bit entry; the others take one format only.
+#: ``auto`` takes bzImage by the 64-bit protocol and ELF by its PVH note, else its multiboot header
+#: (which comes first in a 32-bit ELF), else at e_entry; ``linux64`` takes the first two by their
+#: 64-bit entry; the others take one format only.
 PROTOCOLS = ("auto", "linux64", "pvh", "elf64", "bzimage", "multiboot")
-#: How a flat binary starts at its first byte: with the registers of PVH, with those of Linux' 64-bit entry, or with CS 0.
+#: How a flat binary starts at its first byte: with the registers of PVH, with those of Linux'
+#: 64-bit entry, or with CS 0.
 FLAT_MODES = ("protected32", "long64", "real16")
 
 RFLAGS_FIXED = 0x2
@@ -28,11 +32,13 @@ RFLAGS_FIXED = 0x2
 class BootState:
     """How vCPU 0 starts.
 
-    :ivar mode: ``long64`` (paging on with ``cr3``, 64-bit, CS 0x10, DS, ES and SS 0x18), ``protected32`` (flat 32-bit segments,
-        paging off: the entry state of PVH and multiboot) or ``real16`` (all segments 0). Interrupts are off in all.
+    :ivar mode: ``long64`` (paging on with ``cr3``, 64-bit, CS 0x10, DS, ES and SS 0x18),
+        ``protected32`` (flat 32-bit segments, paging off: the entry state of PVH and multiboot) or
+        ``real16`` (all segments 0). Interrupts are off in all.
     :ivar regs: general registers by their names in struct kvm_regs; those not named are 0.
     :ivar cr3: guest-physical; 0 in protected32. :ivar gdt_base: guest-physical, four descriptors.
-    :ivar kind: what was found, for people: ``bzImage``, ``Linux ELF``, ``ELF``, with how it is entered.
+    :ivar kind: what was found, for people: ``bzImage``, ``Linux ELF``, ``ELF``, with how it is
+        entered.
     :ivar entry: guest-physical address of the first instruction.
     """
 
@@ -58,18 +64,22 @@ def load(
     load_address: int | None = None,
     load_mode: str = "protected32",
 ) -> BootState:
-    """Put kernel, initrd, command line and boot parameters into ``memory``, which reads as zero (new, or after ``zero``).
+    """Put kernel, initrd, command line and boot parameters into ``memory``, which reads as zero
+    (new, or after ``zero``).
 
     Everything is checked before the first byte is written.
 
     :param rsdp: guest-physical address of the ACPI root pointer (``acpi.build``); 0 for none.
     :param protocol: one of PROTOCOLS.
-    :param load_address: take the file, whatever it is, as a flat binary and put it there (guest-physical).
+    :param load_address: take the file, whatever it is, as a flat binary and put it there
+        (guest-physical).
     :param load_mode: one of FLAT_MODES; how a flat binary starts.
     :raises ImageError: naming file, field and remedy. :raises UsageError: unknown protocol or mode.
     """
     if protocol not in PROTOCOLS:
-        raise UsageError(f"unknown boot protocol {protocol!r}", f"use one of {', '.join(PROTOCOLS)}")
+        raise UsageError(
+            f"unknown boot protocol {protocol!r}", f"use one of {', '.join(PROTOCOLS)}"
+        )
     with ImageFile(kernel, "kernel") as image:
         if load_address is not None:
             return _load_flat(memory, image, initrd, cmdline, rsdp, load_address, load_mode)
@@ -82,12 +92,15 @@ def load(
             return _load_elf(memory, image, initrd, cmdline, rsdp, protocol)
         if found == "multiboot" or protocol not in ("auto", "linux64", "bzimage"):
             name = "bzImage" if found == "bzimage" else "multiboot kernel"
-            raise image.bad(f"is a {name}, which protocol {protocol} cannot enter", "use protocol auto")
+            raise image.bad(
+                f"is a {name}, which protocol {protocol} cannot enter", "use protocol auto"
+            )
         return _load_bzimage(memory, image, initrd, cmdline, rsdp)
 
 
 def is_linux(kernel: str) -> bool:
-    """Whether the file is a Linux kernel (a bzImage, or an ELF whose notes say so) rather than a bare-metal one.
+    """Whether the file is a Linux kernel (a bzImage, or an ELF whose notes say so) rather than a
+    bare-metal one.
 
     :raises ImageError: it is neither, or damaged: ``load`` would refuse it whatever the machine.
     """
@@ -105,11 +118,16 @@ def is_linux(kernel: str) -> bool:
 
 
 def _format(image: ImageFile) -> str:
-    """``elf``, ``bzimage``, or ``multiboot`` where the header alone says what to load; ImageError for anything else."""
+    """``elf``, ``bzimage``, or ``multiboot`` where the header alone says what to load; ImageError
+    for anything else.
+    """
     if image.size >= 4 and image.read(0, 4, "the ELF magic") == lb.ELF_MAGIC:
         return "elf"
     magic_end = lb.HDR_MAGIC + len(lb.SETUP_MAGIC)
-    if image.size >= magic_end and image.read(lb.HDR_MAGIC, 4, "the setup header") == lb.SETUP_MAGIC:
+    if (
+        image.size >= magic_end
+        and image.read(lb.HDR_MAGIC, 4, "the setup header") == lb.SETUP_MAGIC
+    ):
         return "bzimage"
     from pyvmm.boot import multiboot
     from pyvmm.spec.multiboot import AOUT_KLUDGE
@@ -144,14 +162,22 @@ def _load_bzimage(
 
 
 def _load_elf(
-    memory: GuestMemory, image: ImageFile, initrd: str | None, cmdline: str, rsdp: int, protocol: str
+    memory: GuestMemory,
+    image: ImageFile,
+    initrd: str | None,
+    cmdline: str,
+    rsdp: int,
+    protocol: str,
 ) -> BootState:
     from pyvmm.boot import elf
 
     kernel: ElfKernel = elf.parse(image)
-    # A 64-bit ELF says with its PVH note that it knows better than multiboot 1, which has no 64-bit entry.
+    # A 64-bit ELF says with its PVH note that it knows better than multiboot 1, which has no 64-bit
+    # entry.
     asked = protocol == "multiboot"
-    if asked or (protocol == "auto" and not kernel.linux and (kernel.bits == 32 or kernel.pvh_entry is None)):
+    if asked or (
+        protocol == "auto" and not kernel.linux and (kernel.bits == 32 or kernel.pvh_entry is None)
+    ):
         from pyvmm.boot import multiboot
 
         if multiboot.find(image) is not None:
@@ -166,7 +192,8 @@ def _load_elf(
         )
     if protocol == "pvh" and kernel.pvh_entry is None:
         raise image.bad(
-            "has no PVH note (XEN_ELFNOTE_PHYS32_ENTRY)", "use protocol auto, or build with CONFIG_PVH"
+            "has no PVH note (XEN_ELFNOTE_PHYS32_ENTRY)",
+            "use protocol auto, or build with CONFIG_PVH",
         )
     for s in kernel.segments:
         _check_range(memory, image, f"segment {s.index} (p_paddr, p_memsz)", s.paddr, s.end)
@@ -189,11 +216,16 @@ def _load_elf(
 
 
 def _load_multiboot(
-    memory: GuestMemory, image: ImageFile, kernel: ElfKernel | None, initrd: str | None, cmdline: str
+    memory: GuestMemory,
+    image: ImageFile,
+    kernel: ElfKernel | None,
+    initrd: str | None,
+    cmdline: str,
 ) -> BootState:
     """A kernel with a multiboot header; ``kernel`` is its ELF, None where the header has to do.
 
-    The modules of ``initrd`` (``multiboot.split_modules``) go behind the kernel, each on a page of its own.
+    The modules of ``initrd`` (``multiboot.split_modules``) go behind the kernel, each on a page of
+    its own.
     """
     from contextlib import ExitStack
 
@@ -208,7 +240,9 @@ def _load_multiboot(
     for s in kernel.segments:
         _check_range(memory, image, f"segment {s.index} (p_paddr, p_memsz)", s.paddr, s.end)
     if kernel.segments[-1].end > memory.low_size:
-        raise image.bad(f"segment {kernel.segments[-1].index} ends above 4 GiB, multiboot 1 knows 32 bits")
+        raise image.bad(
+            f"segment {kernel.segments[-1].index} ends above 4 GiB, multiboot 1 knows 32 bits"
+        )
     name = multiboot.name_of(image.path)
     line = params.check_cmdline(f"{name} {cmdline}".rstrip(), pf.BOOT_CMDLINE_MAX - 1)
     with ExitStack() as stack:
@@ -265,7 +299,9 @@ def _load_flat(
             else "use another --load-address, or raise --memory",
         )
     if mode == "real16" and initrd is not None:
-        raise UsageError("a flat binary in mode real16 has no use for an initrd", "leave --initrd out")
+        raise UsageError(
+            "a flat binary in mode real16 has no use for an initrd", "leave --initrd out"
+        )
     line = params.check_cmdline(cmdline, pf.BOOT_CMDLINE_MAX - 1)
     disk = _load_initrd(memory, initrd, max(end, pf.KERNEL_BASE), memory.low_size - 1)
     image.load(memory, address, 0, image.size, "the binary")
@@ -277,7 +313,9 @@ def _load_flat(
     return BootState("real16", "flat binary in real mode", address, {"rsp": address & ~15}, 0)
 
 
-def _enter_pvh(memory: GuestMemory, kind: str, entry: int, rsdp: int, disk: tuple[int, int]) -> BootState:
+def _enter_pvh(
+    memory: GuestMemory, kind: str, entry: int, rsdp: int, disk: tuple[int, int]
+) -> BootState:
     params.write_start_info(memory, rsdp, disk)
     params.write_gdt(memory)
     return BootState("protected32", kind, entry, {"rbx": pf.PVH_START_INFO}, 0)
@@ -289,12 +327,17 @@ def _enter_linux64(
     params.write_zero_page(memory, header, rsdp, disk)
     params.write_gdt(memory)
     params.write_page_tables(memory)
-    regs = {"rsi": pf.BOOT_PARAMS, "rsp": pf.BOOT_PAGE_TABLES}  # the stack grows down to the zero page's end
+    regs = {
+        "rsi": pf.BOOT_PARAMS,
+        "rsp": pf.BOOT_PAGE_TABLES,
+    }  # the stack grows down to the zero page's end
     return BootState("long64", f"{name} by 64-bit entry", entry, regs, pf.BOOT_PAGE_TABLES)
 
 
 def _check_range(memory: GuestMemory, image: ImageFile, field: str, start: int, end: int) -> None:
-    """The range must be RAM at or above 1 MiB: what is below belongs to the loader and the firmware tables."""
+    """The range must be RAM at or above 1 MiB: what is below belongs to the loader and the firmware
+    tables.
+    """
     if start < pf.KERNEL_BASE:
         raise image.bad(f"{field} starts at {start:#x}, below {pf.KERNEL_BASE:#x}")
     if any(r.gpa <= start and end <= r.gpa + r.size for r in memory.regions):
@@ -306,8 +349,12 @@ def _check_range(memory: GuestMemory, image: ImageFile, field: str, start: int, 
     )
 
 
-def _load_initrd(memory: GuestMemory, path: str | None, bottom: int, highest: int) -> tuple[int, int]:
-    """Load the initrd; returns its address and bytes, (0, 0) for none. Writes only above ``bottom``."""
+def _load_initrd(
+    memory: GuestMemory, path: str | None, bottom: int, highest: int
+) -> tuple[int, int]:
+    """Load the initrd; returns its address and bytes, (0, 0) for none. Writes only above
+    ``bottom``.
+    """
     if path is None:
         return 0, 0
     with ImageFile(path, "initrd") as image:

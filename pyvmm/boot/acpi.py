@@ -1,7 +1,9 @@
-"""ACPI tables: hardware-reduced ACPI 6.4, as small as Linux needs to find every CPU, the IO-APIC, PCI and the serial ports.
+"""ACPI tables: hardware-reduced ACPI 6.4, as small as Linux needs to find every CPU, the IO-APIC,
+PCI and the serial ports.
 
-Hardware-reduced (4.1) because it needs no PM timer, no SCI and no PM1 block: power-off and reset are one I/O port each, and Linux
-skips the PIT, the 8259 and the timer-wiring check, which would cost boot time under nested virtualisation.
+Hardware-reduced (4.1) because it needs no PM timer, no SCI and no PM1 block: power-off and reset
+are one I/O port each, and Linux skips the PIT, the 8259 and the timer-wiring check, which would
+cost boot time under nested virtualisation.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ def build(
     com2: bool = True,
     ecam: bool = False,
 ) -> int:
-    """Write RSDP, XSDT, FADT, MADT, DSDT (and MCFG) from FIRMWARE_BASE up; returns the RSDP's guest-physical address.
+    """Write RSDP, XSDT, FADT, MADT, DSDT (and MCFG) from FIRMWARE_BASE up; returns the RSDP's
+    guest-physical address.
 
     :param cpus: 1..MAX_CPUS, with local APIC ids 0..cpus-1.
     :param pci_slots: the slots of bus 0 whose INTA is routed.
     :param com2: whether the second serial port is there.
-    :param ecam: whether config space is also at PCI_ECAM_BASE. Linux takes 0xCF8 for the first 256 bytes all the same.
+    :param ecam: whether config space is also at PCI_ECAM_BASE. Linux takes 0xCF8 for the first 256
+        bytes all the same.
     """
     blob = bytearray(acpi.RSDP_SIZE)
     addresses = []
@@ -51,7 +55,9 @@ def build(
     if ecam:
         addresses.append(place(_mcfg()))
     xsdt = place(_sdt(b"XSDT", 1, struct.pack(f"<{len(addresses)}Q", *addresses)))
-    rsdp = bytearray(struct.pack(acpi.RSDP, b"RSD PTR ", 0, acpi.OEM_ID, 2, 0, acpi.RSDP_SIZE, xsdt, 0))
+    rsdp = bytearray(
+        struct.pack(acpi.RSDP, b"RSD PTR ", 0, acpi.OEM_ID, 2, 0, acpi.RSDP_SIZE, xsdt, 0)
+    )
     rsdp[acpi.RSDP_CHECKSUM] = -sum(rsdp[: acpi.RSDP_V1_SIZE]) & 0xFF
     rsdp[acpi.RSDP_EXT_CHECKSUM] = -sum(rsdp) & 0xFF
     blob[: acpi.RSDP_SIZE] = rsdp
@@ -161,7 +167,9 @@ def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool 
             aml.resources(aml.io(pf.PORT_RTC, 2), aml.irq(pf.IRQ_RTC)),
         ),
         aml.device(
-            "PEVT", aml.name("_HID", aml.string("QEMU0001")), aml.resources(aml.io(pf.PORT_PVPANIC, 1))
+            "PEVT",
+            aml.name("_HID", aml.string("QEMU0001")),
+            aml.resources(aml.io(pf.PORT_PVPANIC, 1)),
         ),
         aml.device("PWRB", aml.name("_HID", aml.eisaid("PNP0C0C"))),
         aml.device(

@@ -1,6 +1,7 @@
 """A small AML encoder (ACPI 6.4, chapter 20): each function returns the bytes of one term.
 
-Only what our DSDT needs. Names are four characters (padded with ``_``); paths are written as in ASL: ``\\_SB.PCI0``.
+Only what our DSDT needs. Names are four characters (padded with ``_``); paths are written as in
+ASL: ``\\_SB.PCI0``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def string(text: str) -> bytes:
 
 
 def eisaid(text: str) -> bytes:
-    """EisaId("PNP0A03"): three letters of five bits and four hexadecimal digits, big-endian (19.3.4)."""
+    """EisaId("PNP0A03"): three letters of five bits and four hexadecimal digits, big-endian
+    (19.3.4).
+    """
     letters = [ord(c) - 0x40 for c in text[:3]]
     value = letters[0] << 26 | letters[1] << 21 | letters[2] << 16 | int(text[3:], 16)
     return bytes([acpi.AML_DWORD]) + value.to_bytes(4, "big")
@@ -115,7 +118,9 @@ def irq(line: int) -> bytes:
 
 def interrupt(gsi: int) -> bytes:
     """Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {gsi}."""
-    return struct.pack("<BHBBI", acpi.RES_INTERRUPT, 6, acpi.RES_IRQ_CONSUMER | acpi.RES_IRQ_EDGE, 1, gsi)
+    return struct.pack(
+        "<BHBBI", acpi.RES_INTERRUPT, 6, acpi.RES_IRQ_CONSUMER | acpi.RES_IRQ_EDGE, 1, gsi
+    )
 
 
 def memory32_fixed(base: int, size: int) -> bytes:
@@ -125,7 +130,9 @@ def memory32_fixed(base: int, size: int) -> bytes:
 
 def word_space(kind: int, flags: int, first: int, last: int) -> bytes:
     """WordBusNumber or WordIO: the window [first, last] that a bridge passes on."""
-    body = struct.pack("<BBBHHHHH", kind, acpi.RES_MIN_MAX_FIXED, flags, 0, first, last, 0, last - first + 1)
+    body = struct.pack(
+        "<BBBHHHHH", kind, acpi.RES_MIN_MAX_FIXED, flags, 0, first, last, 0, last - first + 1
+    )
     return struct.pack("<BH", acpi.RES_WORD, len(body)) + body
 
 

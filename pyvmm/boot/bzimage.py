@@ -15,13 +15,16 @@ class BzImage:
     :ivar header: bytes 0x1f1 to the header's end, for the zero page.
     :ivar offset: of the protected-mode code in the file; it goes to ``address`` (guest-physical).
     :ivar init_size: bytes from ``address`` that the kernel needs before it knows the memory map.
-    :ivar cmdline_max: characters without the NUL. :ivar initrd_max: highest address the initrd may use.
+    :ivar cmdline_max: characters without the NUL. :ivar initrd_max: highest address the initrd may
+        use.
     """
 
     __slots__ = ("address", "cmdline_max", "header", "init_size", "initrd_max", "length", "offset")
 
     def __init__(self, image: ImageFile) -> None:
-        """Read and check the header; nothing is loaded. Raises ImageError naming the field at fault."""
+        """Read and check the header; nothing is loaded. Raises ImageError naming the field at
+        fault.
+        """
         # A boot sector shorter than this has no setup header at all.
         head = image.read(0, lb.HDR_END_2_12, "the setup header")
 
@@ -29,7 +32,9 @@ class BzImage:
             return int.from_bytes(head[offset : offset + size], "little")
 
         if field(lb.HDR_BOOT_FLAG, 2) != lb.BOOT_FLAG:
-            raise image.bad(f"has boot_flag {field(lb.HDR_BOOT_FLAG, 2):#x}, a bzImage has {lb.BOOT_FLAG:#x}")
+            raise image.bad(
+                f"has boot_flag {field(lb.HDR_BOOT_FLAG, 2):#x}, a bzImage has {lb.BOOT_FLAG:#x}"
+            )
         version = field(lb.HDR_VERSION, 2)
         if version < lb.VERSION_2_12:
             raise image.bad(
@@ -40,7 +45,8 @@ class BzImage:
             raise image.bad("is a zImage (LOADED_HIGH is not set in loadflags)", "build a bzImage")
         if not field(lb.HDR_XLOADFLAGS, 2) & lb.XLF_KERNEL_64:
             raise image.bad(
-                "has no 64-bit entry (XLF_KERNEL_64 is not set in xloadflags)", "use an x86-64 kernel"
+                "has no 64-bit entry (XLF_KERNEL_64 is not set in xloadflags)",
+                "use an x86-64 kernel",
             )
         end = lb.HDR_MAGIC + head[lb.HDR_JUMP + 1]
         if not lb.HDR_END_2_12 <= end <= lb.HDR_END_MAX:
@@ -50,7 +56,8 @@ class BzImage:
         self.header = image.read(lb.HDR_SETUP_SECTS, end - lb.HDR_SETUP_SECTS, "the setup header")
         self.offset = ((field(lb.HDR_SETUP_SECTS, 1) or 4) + 1) * lb.SECTOR
         self.length = image.size - self.offset
-        # syssize counts 16-byte units, so the last one may be cut; what follows (a signature) is harmless.
+        # syssize counts 16-byte units, so the last one may be cut; what follows (a signature) is
+        # harmless.
         syssize = field(lb.HDR_SYSSIZE, 4) * 16
         if self.length < max(syssize - 15, lb.ENTRY_64 + 1):
             raise image.truncated("the kernel code (setup_sects, syssize)", self.offset + syssize)
@@ -64,7 +71,9 @@ class BzImage:
         if self.init_size < self.length:
             # The signature alone may make it so in a kernel that is not compressed.
             if self.init_size < syssize:
-                raise image.bad(f"init_size {self.init_size:#x} is less than its code, {syssize:#x} bytes")
+                raise image.bad(
+                    f"init_size {self.init_size:#x} is less than its code, {syssize:#x} bytes"
+                )
             self.length = syssize
         self.cmdline_max = field(lb.HDR_CMDLINE_SIZE, 4)
         self.initrd_max = field(lb.HDR_INITRD_ADDR_MAX, 4)

@@ -1,7 +1,7 @@
 """The ELF kernel reader, 64 and 32 bits: what to load where, and where to enter.
 
-Read with ``struct`` rather than pyelftools because this is on the path of every start: importing pyelftools takes 40 to
-75 ms natively and a second under emulation, this module under a millisecond.
+Read with ``struct`` rather than pyelftools because this is on the path of every start: importing
+pyelftools takes 40 to 75 ms natively and a second under emulation, this module under a millisecond.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ NOTES_MAX = 1 << 20
 
 
 class Segment:
-    """One PT_LOAD program header: ``filesz`` bytes at ``offset`` go to ``paddr``, zeroes up to ``memsz``."""
+    """One PT_LOAD program header: ``filesz`` bytes at ``offset`` go to ``paddr``, zeroes up to
+    ``memsz``.
+    """
 
     __slots__ = ("filesz", "index", "memsz", "offset", "paddr", "vaddr")
 
-    def __init__(self, index: int, offset: int, vaddr: int, paddr: int, filesz: int, memsz: int) -> None:
+    def __init__(
+        self, index: int, offset: int, vaddr: int, paddr: int, filesz: int, memsz: int
+    ) -> None:
         self.index, self.offset, self.vaddr, self.paddr = index, offset, vaddr, paddr
         self.filesz, self.memsz = filesz, memsz
 
@@ -66,7 +70,9 @@ def parse(image: ImageFile) -> ElfKernel:
     ehdr, ehdr_size = (lb.EHDR, lb.EHDR_SIZE) if wide else (lb.EHDR32, lb.EHDR32_SIZE)
     phdr_size = lb.PHDR_SIZE if wide else lb.PHDR32_SIZE
     head = image.read(0, ehdr_size, "the ELF header")
-    _, e_type, machine, _, entry, phoff, _, _, ehsize, phentsize, phnum, _, _, _ = struct.unpack(ehdr, head)
+    _, e_type, machine, _, entry, phoff, _, _, ehsize, phentsize, phnum, _, _, _ = struct.unpack(
+        ehdr, head
+    )
     if machine != (lb.EM_X86_64 if wide else lb.EM_386):
         good = f"x86-64 is {lb.EM_X86_64}" if wide else f"a 32-bit x86 is {lb.EM_386}"
         raise image.bad(f"is an ELF of another machine (e_machine {machine}, {good})")
@@ -110,7 +116,9 @@ def parse(image: ImageFile) -> ElfKernel:
             )
     if pvh_entry is not None and not any(s.paddr <= pvh_entry < s.end for s in segments):
         raise image.bad(f"PVH entry {pvh_entry:#x} is outside every segment")
-    return ElfKernel(segments, _physical(image, segments, entry), pvh_entry, linux, 64 if wide else 32)
+    return ElfKernel(
+        segments, _physical(image, segments, entry), pvh_entry, linux, 64 if wide else 32
+    )
 
 
 def _physical(image: ImageFile, segments: list[Segment], entry: int) -> int:
@@ -134,7 +142,9 @@ def _read_notes(image: ImageFile, notes: bytes, align: int) -> tuple[int | None,
         name_at = at + lb.NHDR_SIZE
         desc_at = name_at + -(-namesz // align) * align
         if desc_at + descsz > len(notes):
-            raise image.bad(f"note at {at:#x} overruns its segment (n_namesz {namesz}, n_descsz {descsz})")
+            raise image.bad(
+                f"note at {at:#x} overruns its segment (n_namesz {namesz}, n_descsz {descsz})"
+            )
         name = notes[name_at : name_at + namesz]
         linux = linux or name == lb.LINUX_NOTE_NAME
         if name == lb.XEN_NOTE_NAME:

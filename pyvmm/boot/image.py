@@ -1,4 +1,6 @@
-"""One kernel or initrd file: opened once, read by position, every short read or odd file refused by name."""
+"""One kernel or initrd file: opened once, read by position, every short read or odd file refused by
+name.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +54,15 @@ class ImageFile:
         self.fd, self.size = fd, status.st_size
 
     def bad(self, cause: str, hint: str = "") -> ImageError:
-        """The error to raise: ``cause`` follows the file's name; the default hint says what would be good."""
+        """The error to raise: ``cause`` follows the file's name; the default hint says what would
+        be good.
+        """
         return ImageError(f"{self.what} {self.path!r} {cause}", hint or HINTS[self.what])
 
     def read(self, offset: int, length: int, field: str) -> bytes:
-        """Exactly ``length`` bytes at ``offset``; ImageError names ``field`` where the file ends before."""
+        """Exactly ``length`` bytes at ``offset``; ImageError names ``field`` where the file ends
+        before.
+        """
         if offset + length > self.size:
             raise self.truncated(field, offset + length)
         try:
@@ -93,6 +99,9 @@ class ImageFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()

@@ -1,4 +1,6 @@
-"""MP tables (Intel MultiProcessor Specification 1.4): what ACPI's MADT and _PRT say, for kernels without ACPI."""
+"""MP tables (Intel MultiProcessor Specification 1.4): what ACPI's MADT and _PRT say, for kernels
+without ACPI.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
 
     from pyvmm.memory import GuestMemory
 
-# The floating pointer is in the EBDA, where everyone looks; the table itself outgrows the EBDA with many CPUs.
+# The floating pointer is in the EBDA, where everyone looks; the table itself outgrows the EBDA with
+# many CPUs.
 TABLE_BASE = pf.FIRMWARE_END - 0x1000
 BUS_PCI = 0
 BUS_ISA = 1
@@ -41,7 +44,14 @@ def build(memory: GuestMemory, *, cpus: int = 1, pci_slots: Iterable[int] = rang
     entries.append(struct.pack(acpi.MP_BUS, 1, BUS_PCI, b"PCI   "))
     entries.append(struct.pack(acpi.MP_BUS, 1, BUS_ISA, b"ISA   "))
     entries.append(
-        struct.pack(acpi.MP_IOAPIC, 2, IOAPIC_ID, acpi.IOAPIC_VERSION, acpi.MP_IOAPIC_ENABLED, pf.IOAPIC_BASE)
+        struct.pack(
+            acpi.MP_IOAPIC,
+            2,
+            IOAPIC_ID,
+            acpi.IOAPIC_VERSION,
+            acpi.MP_IOAPIC_ENABLED,
+            pf.IOAPIC_BASE,
+        )
     )
     for line in range(16):
         if line != 2:  # the cascade; its pin takes the timer
@@ -58,7 +68,9 @@ def build(memory: GuestMemory, *, cpus: int = 1, pci_slots: Iterable[int] = rang
             )  # INTA
         )
     entries.append(struct.pack(acpi.MP_LOCAL_INTERRUPT, 4, acpi.MP_EXTINT, 0, BUS_ISA, 0, 0, 0))
-    entries.append(struct.pack(acpi.MP_LOCAL_INTERRUPT, 4, acpi.MP_NMI, 0, BUS_ISA, 0, acpi.MP_ALL_LAPICS, 1))
+    entries.append(
+        struct.pack(acpi.MP_LOCAL_INTERRUPT, 4, acpi.MP_NMI, 0, BUS_ISA, 0, acpi.MP_ALL_LAPICS, 1)
+    )
     body = b"".join(entries)
     size = struct.calcsize(acpi.MP_HEADER) + len(body)
     header = struct.pack(

@@ -1,4 +1,6 @@
-"""Multiboot 1 kernels: the header, what it makes of the file, and the information that the kernel gets."""
+"""Multiboot 1 kernels: the header, what it makes of the file, and the information that the kernel
+gets.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def _checked(image: ImageFile, header: Header) -> Header:
         )
     if unknown:
         raise image.bad(
-            f"asks for what multiboot 1 does not define (header flags {header.flags:#x})", "build it without"
+            f"asks for what multiboot 1 does not define (header flags {header.flags:#x})",
+            "build it without",
         )
     return header
 
@@ -74,7 +77,9 @@ def by_addresses(image: ImageFile, header: Header) -> ElfKernel:
             f"multiboot load_addr {load_addr:#x} and header_addr {header_addr:#x} do not fit a header at byte {header.at:#x}"
         )
     if load_end and load_end <= header_addr:
-        raise image.bad(f"multiboot load_end_addr {load_end:#x} is not above header_addr {header_addr:#x}")
+        raise image.bad(
+            f"multiboot load_end_addr {load_end:#x} is not above header_addr {header_addr:#x}"
+        )
     size = load_end - load_addr if load_end else image.size - offset
     if offset + size > image.size:
         raise image.truncated("what is loaded up to load_end_addr", offset + size)
@@ -90,7 +95,8 @@ def by_addresses(image: ImageFile, header: Header) -> ElfKernel:
 
 
 def split_modules(text: str) -> list[tuple[str, str]]:
-    """``--initrd`` for a multiboot kernel: ``FILE [ARGUMENTS][,FILE ...]``, a comma doubled to mean itself.
+    """``--initrd`` for a multiboot kernel: ``FILE [ARGUMENTS][,FILE ...]``, a comma doubled to mean
+    itself.
 
     :returns: (path, the string that the kernel sees: path and arguments) for each.
     """
@@ -99,7 +105,9 @@ def split_modules(text: str) -> list[tuple[str, str]]:
 
 
 def name_of(path: str) -> str:
-    """The first word of the command line, as other loaders give it: the kernel's file name without spaces."""
+    """The first word of the command line, as other loaders give it: the kernel's file name without
+    spaces.
+    """
     name = path.rpartition("/")[2]
     return "".join(c if "!" <= c <= "~" else "_" for c in name)
 
@@ -127,7 +135,11 @@ def information(
         strings += text + b"\0"
     info = struct.pack(
         mb.INFO,
-        mb.INFO_MEMORY | mb.INFO_CMDLINE | mb.INFO_MODS | mb.INFO_MEM_MAP | mb.INFO_BOOT_LOADER_NAME,
+        mb.INFO_MEMORY
+        | mb.INFO_CMDLINE
+        | mb.INFO_MODS
+        | mb.INFO_MEM_MAP
+        | mb.INFO_BOOT_LOADER_NAME,
         pf.EBDA_BASE >> 10,
         max(memory.low_size - pf.KERNEL_BASE, 0) >> 10,
         0xFFFFFFFF,  # no boot device; its flag is not set either

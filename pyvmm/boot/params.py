@@ -1,4 +1,6 @@
-"""What a loader hands to a kernel: the memory map, the zero page, the PVH start info, descriptor and page tables."""
+"""What a loader hands to a kernel: the memory map, the zero page, the PVH start info, descriptor
+and page tables.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 
-# Segment descriptors by selector: 0x10 is 64-bit code, 0x18 data, as the 64-bit boot protocol asks; both flat and accessed.
+# Segment descriptors by selector: 0x10 is 64-bit code, 0x18 data, as the 64-bit boot protocol asks;
+# both flat and accessed.
 GDT = struct.pack("<4Q", 0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)
 PTE_TABLE = 0x03  # present, writable
 PTE_LARGE = 0x83  # and PS: a 2 MiB page
 
-# What runs at F000:FFF0. Linux on hardware-reduced ACPI thinks of EFI first (efi_reboot_required) and, where that is missing, jumps
-# to the BIOS: mov dx, PORT_ACPI_RESET; mov al, ACPI_RESET_VALUE; out dx, al; hlt; jmp back to the hlt.
+# What runs at F000:FFF0. Linux on hardware-reduced ACPI thinks of EFI first (efi_reboot_required)
+# and, where that is missing, jumps to the BIOS: mov dx, PORT_ACPI_RESET; mov al, ACPI_RESET_VALUE;
+# out dx, al; hlt; jmp back to the hlt.
 RESET_CODE = struct.pack(
     "<BHBBBBBb", 0xBA, pf.PORT_ACPI_RESET, 0xB0, pf.ACPI_RESET_VALUE, 0xEE, 0xF4, 0xEB, -3
 )
@@ -66,13 +70,15 @@ def check_cmdline(cmdline: str, limit: int) -> bytes:
     limit = min(limit, pf.BOOT_CMDLINE_MAX - 1)
     if len(cmdline) > limit:
         raise ImageError(
-            f"command line of {len(cmdline)} characters, this kernel takes {limit}", "shorten --append"
+            f"command line of {len(cmdline)} characters, this kernel takes {limit}",
+            "shorten --append",
         )
     return cmdline.encode("ascii")
 
 
 def place_initrd(initrd: ImageFile, memory: GuestMemory, bottom: int, highest: int) -> int:
-    """Where the initrd goes: as high as may be, page-aligned, at or above ``bottom``, the kernel's end.
+    """Where the initrd goes: as high as may be, page-aligned, at or above ``bottom``, the kernel's
+    end.
 
     :param highest: the last address that the kernel can take it at.
     :raises ImageError: it does not fit.
@@ -89,7 +95,9 @@ def place_initrd(initrd: ImageFile, memory: GuestMemory, bottom: int, highest: i
 
 
 def write_common(memory: GuestMemory, cmdline: bytes) -> None:
-    """The command line, the BIOS data area by which tables in the EBDA are found, and the real-mode reset vector."""
+    """The command line, the BIOS data area by which tables in the EBDA are found, and the real-mode
+    reset vector.
+    """
     memory.write(pf.BOOT_CMDLINE, cmdline + b"\0")
     memory.write(lb.BDA_EBDA_SEGMENT, struct.pack("<H", pf.EBDA_BASE >> 4))
     memory.write(lb.BDA_BASE_MEMORY_KIB, struct.pack("<H", pf.EBDA_BASE >> 10))
@@ -117,7 +125,9 @@ def write_zero_page(memory: GuestMemory, header: bytes, rsdp: int, initrd: tuple
 
 
 def synthetic_header() -> bytes:
-    """A setup header for a vmlinux, which carries none: what the kernel reads of it is only what a loader writes."""
+    """A setup header for a vmlinux, which carries none: what the kernel reads of it is only what a
+    loader writes.
+    """
     header = bytearray(lb.HDR_END_2_12 - lb.HDR_SETUP_SECTS)
 
     def put(fmt: str, offset: int, *values: int | bytes) -> None:
@@ -164,8 +174,14 @@ def write_gdt(memory: GuestMemory) -> None:
 
 
 def write_page_tables(memory: GuestMemory) -> None:
-    """An identity map of the first 4 GiB in 2 MiB pages at BOOT_PAGE_TABLES: PML4, PDPT, four directories."""
+    """An identity map of the first 4 GiB in 2 MiB pages at BOOT_PAGE_TABLES: PML4, PDPT, four
+    directories.
+    """
     base = pf.BOOT_PAGE_TABLES
     memory.write(base, struct.pack("<Q", base + PAGE | PTE_TABLE))
-    memory.write(base + PAGE, struct.pack("<4Q", *(base + (2 + i) * PAGE | PTE_TABLE for i in range(4))))
-    memory.write(base + 2 * PAGE, struct.pack("<2048Q", *range(PTE_LARGE, (4 << 30) + PTE_LARGE, 2 << 20)))
+    memory.write(
+        base + PAGE, struct.pack("<4Q", *(base + (2 + i) * PAGE | PTE_TABLE for i in range(4)))
+    )
+    memory.write(
+        base + 2 * PAGE, struct.pack("<2048Q", *range(PTE_LARGE, (4 << 30) + PTE_LARGE, 2 << 20))
+    )

@@ -1,4 +1,6 @@
-"""A network card of a machine: its device, its transport, what of it belongs to no data path, and the switch between them."""
+"""A network card of a machine: its device, its transport, what of it belongs to no data path, and
+the switch between them.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,18 @@ KEPT_SWITCHES = 64
 SWITCH_WAIT_S = 2.0
 #: Seconds that another process has for its part of a hand-over, under the I/O lock.
 HANDOVER_S = 2.0
-#: Frames that may wait in a tap of ours whose data path may be switched: a gap's worth, and what vhost gives back.
+#: Frames that may wait in a tap of ours whose data path may be switched: a gap's worth, and what
+#: vhost gives back.
 SWITCH_TXQUEUELEN = 10000
 
 
 class Outside:
-    """What of a card belongs to no data path but is lent to whichever runs: the tap, and a vhost-user back-end of our own on it.
+    """What of a card belongs to no data path but is lent to whichever runs: the tap, and a
+    vhost-user back-end of our own on it.
 
     :ivar tap: None where only a vhost-user back-end has one.
-    :ivar namespace: pyvmm's own network namespace with the tap in it; None where the user gave a tap.
+    :ivar namespace: pyvmm's own network namespace with the tap in it; None where the user gave a
+        tap.
     """
 
     def __init__(self, net: Net, host: str | None, recorder: Scope | None = None) -> None:
@@ -53,7 +58,9 @@ class Outside:
         if net.tap is None:
             from pyvmm.hostnet.netns import Namespace
 
-            self.namespace = Namespace(address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
+            self.namespace = Namespace(
+                address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames
+            )
             self.tap = self.namespace.tap
         else:
             self.tap = Tap(net.tap, address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
@@ -102,7 +109,9 @@ class Outside:
 
     def _need_tap(self, net: Net) -> Tap:
         if self.tap is None:
-            raise UsageError(f"{net.mode} needs a tap, and this card has none", "start it with switchable=")
+            raise UsageError(
+                f"{net.mode} needs a tap, and this card has none", "start it with switchable="
+            )
         return self.tap
 
     def close(self) -> None:
@@ -155,12 +164,15 @@ class Stretch:
 
 
 class Nic:
-    """A network card of the machine: its device, its transport, its outside and what the host side is called.
+    """A network card of the machine: its device, its transport, its outside and what the host side
+    is called.
 
-    :ivar namespace: pyvmm's own network namespace with the tap in it; None where the user gave a tap.
+    :ivar namespace: pyvmm's own network namespace with the tap in it; None where the user gave a
+        tap.
     :ivar host, guest: IPv4 addresses with prefix length; None where pyvmm did not choose any.
     :ivar net: as it was described; ``mode`` is the data path's now.
-    :ivar switches: reports of the latest switches, ``KEPT_SWITCHES`` at most; ``switch_count`` counts all.
+    :ivar switches: reports of the latest switches, ``KEPT_SWITCHES`` at most; ``switch_count``
+        counts all.
     """
 
     def __init__(
@@ -206,7 +218,9 @@ class Nic:
             self.device.set_link(up)
 
     def announce(self) -> bool:
-        """Have the guest announce itself to the network (VIRTIO_NET_F_GUEST_ANNOUNCE); whether its driver can."""
+        """Have the guest announce itself to the network (VIRTIO_NET_F_GUEST_ANNOUNCE); whether its
+        driver can.
+        """
         with self._lock:
             return self.device.announce()
 
@@ -216,13 +230,17 @@ class Nic:
         return self.device.datapath.name
 
     def switch(self, to: str | Net) -> SwitchReport:
-        """Have another data path move the packets, from where the present one stops; the guest sees a pause.
+        """Have another data path move the packets, from where the present one stops; the guest sees
+        a pause.
 
         Waits for another switch of this card. Any thread but a vCPU's.
 
-        :param to: ``MODE[,key=value...]``, keys ``poll``, ``worker-cpu``, ``socket``, ``server`` as with ``--net``; or a ``Net``.
-        :return: what happened; also where the new path failed when it was to take over and the old one or emulation goes on.
-        :raises PyvmmError: nothing has changed: no such mode, it cannot be had, or it lacks features that are in use.
+        :param to: ``MODE[,key=value...]``, keys ``poll``, ``worker-cpu``, ``socket``, ``server`` as
+            with ``--net``; or a ``Net``.
+        :return: what happened; also where the new path failed when it was to take over and the old
+            one or emulation goes on.
+        :raises PyvmmError: nothing has changed: no such mode, it cannot be had, or it lacks
+            features that are in use.
         """
         from pyvmm.card.report import SwitchReport
 
@@ -303,7 +321,9 @@ class Nic:
             self._since = time.monotonic_ns(), now
 
     def by_mode(self) -> dict[str, Stretch]:
-        """What each mode has done so far; exits are those of the whole machine meanwhile. Any thread."""
+        """What each mode has done so far; exits are those of the whole machine meanwhile. Any
+        thread.
+        """
         with self._books:
             out = {name: stretch.copy() for name, stretch in self._modes.items()}
             now = out.setdefault(self._serving.name, Stretch())
@@ -362,5 +382,9 @@ class Nic:
             "switches": [report.as_dict() for report in self.switches],
             "workers": self.device.datapath.workers(),
             # Of another process that moves the packets, what is known of it.
-            **({"vhost_user": peer()} if (peer := getattr(self.device.datapath, "report", None)) else {}),
+            **(
+                {"vhost_user": peer()}
+                if (peer := getattr(self.device.datapath, "report", None))
+                else {}
+            ),
         }

@@ -28,7 +28,10 @@ class Step:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.ns = time.monotonic_ns() - self._start
 
@@ -36,15 +39,20 @@ class Step:
 class SwitchReport:
     """One switch of a card, or the attempt.
 
-    :ivar nic: name of the card. :ivar source, target: modes, from and to. :ivar mode: the one in force after it.
-    :ivar outcome: ``switched``; ``rolled-back``, the old path goes on; ``fallback``, neither could and emulation goes on;
-        ``refused``, before anything was touched; ``failed``, nothing could be started and the guest has to reset the device.
+    :ivar nic: name of the card. :ivar source, target: modes, from and to. :ivar mode: the one in
+        force after it.
+    :ivar outcome: ``switched``; ``rolled-back``, the old path goes on; ``fallback``, neither could
+        and emulation goes on; ``refused``, before anything was touched; ``failed``, nothing could
+        be started and the guest has to reset the device.
     :ivar reason: why it is not ``switched``, in words.
-    :ivar gap_ns: ``rx`` and ``tx``: from just before the old path was asked to let go of a ring of that direction to the moment
-        that the next path served it, the longest of the queue pairs. Empty where no ring was running.
-    :ivar pending: queue index -> descriptor chains that were available and not taken when the ring changed hands.
+    :ivar gap_ns: ``rx`` and ``tx``: from just before the old path was asked to let go of a ring of
+        that direction to the moment that the next path served it, the longest of the queue pairs.
+        Empty where no ring was running.
+    :ivar pending: queue index -> descriptor chains that were available and not taken when the ring
+        changed hands.
     :ivar stale: frames found waiting at a tap that had not been the card's place, and thrown away.
-    :ivar steps: in order. :ivar exits: returns of KVM_RUN ``before`` the switch and ``after`` it, all vCPUs.
+    :ivar steps: in order. :ivar exits: returns of KVM_RUN ``before`` the switch and ``after`` it,
+        all vCPUs.
     """
 
     def __init__(self, nic: str, source: str, target: str) -> None:
@@ -65,8 +73,12 @@ class SwitchReport:
         self.steps.append(Step(name))
         return self.steps[-1]
 
-    def parked(self, rings: list[Vring], since: int, asked: dict[int, int], pending: dict[int, int]) -> None:
-        """The old path has let go of ``rings``. :param since: ns, before it was asked. :param asked: the same ring by ring."""
+    def parked(
+        self, rings: list[Vring], since: int, asked: dict[int, int], pending: dict[int, int]
+    ) -> None:
+        """The old path has let go of ``rings``. :param since: ns, before it was asked. :param
+        asked: the same ring by ring.
+        """
         self._asked = {ring.index: max(since, asked.get(ring.index, 0)) for ring in rings}
         self.pending = pending
 

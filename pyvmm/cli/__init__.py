@@ -1,7 +1,8 @@
 """The command line: ``pyvmm COMMAND ...``.
 
-One module a command with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> exit status``; only the module of the command asked
-for is imported, so that start-up stays short. Nothing outside this package prints or exits.
+One module a command with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> exit status``; only
+the module of the command asked for is imported, so that start-up stays short. Nothing outside this
+package prints or exits.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def _main(args: list[str]) -> int:
     width = _columns()
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
-        """One is made for every option added; left to itself each imports shutil and asks for the width."""
+        """One is made for every option added; left to itself each imports shutil and asks for the
+        width.
+        """
 
         def __init__(self, prog: str) -> None:
             super().__init__(prog, width=width)

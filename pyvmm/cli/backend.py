@@ -1,7 +1,7 @@
 """Serve vhost-user-net: move the packets of another process's virtual machine.
 
-The front-end is `pyvmm run --net vhost-user,socket=S`, QEMU with a vhost-user netdev and share=on memory, or DPDK's virtio-user.
-It may go and come back as often as it likes, and so may this.
+The front-end is `pyvmm run --net vhost-user,socket=S`, QEMU with a vhost-user netdev and share=on
+memory, or DPDK's virtio-user. It may go and come back as often as it likes, and so may this.
 
 Examples:
   pyvmm backend --socket /tmp/s --tap tap0
@@ -29,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     add = parser.add_argument
     add("--socket", metavar="S", required=True, help="the front-end's socket")
-    add("--client", action="store_true", help="connect to S, again and again (default: listen there)")
+    add(
+        "--client",
+        action="store_true",
+        help="connect to S, again and again (default: listen there)",
+    )
     port = parser.add_mutually_exclusive_group(required=True)
     port.add_argument("--tap", metavar="T", help="a tap: an existing one, or one to make")
     port.add_argument("--loopback", action="store_true", help="send every packet back")
@@ -101,7 +105,9 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
         ]
         threads = [
             threading.Thread(target=one, args=(backend, path), name=path)
-            for backend, path in zip(backends, filter(None, (args.socket, args.connect)), strict=True)
+            for backend, path in zip(
+                backends, filter(None, (args.socket, args.connect)), strict=True
+            )
         ]
         for thread in threads:
             thread.start()
@@ -140,10 +146,14 @@ def _ports(args: argparse.Namespace, stack: Any) -> list[tuple[str, Any]]:
     if args.loopback:
         return [(args.socket, vu_ports.loop_port(args.queues))]
     if args.connect:
-        return list(zip((args.socket, args.connect), vu_ports.joined_ports(args.queues), strict=True))
+        return list(
+            zip((args.socket, args.connect), vu_ports.joined_ports(args.queues), strict=True)
+        )
     try:
         file = stack.enter_context(Path(args.pcap).open("wb"))  # noqa: SIM115 - it is one
         writer = vu_ports.PcapWriter(file)
     except OSError as e:
-        raise UsageError(f"--pcap {args.pcap}: {e.strerror}", "name a file that can be written") from e
+        raise UsageError(
+            f"--pcap {args.pcap}: {e.strerror}", "name a file that can be written"
+        ) from e
     return [(args.socket, vu_ports.PythonPort(writer.write, args.queues, name="pcap"))]

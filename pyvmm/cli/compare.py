@@ -1,8 +1,9 @@
 """Run the same guest and workload on several data paths, and say what each costs, and where.
 
-Each mode is booted once a repeat, in turn, so that what disturbs the machine disturbs all. A boot runs all workloads; exits,
-interrupts, packets, CPU time and context switches are counted from the start of each to its end. A figure is the median of the repeats
-with the lowest and the highest; a difference from the first mode is marked ≈ where these ranges overlap, since then it may be noise.
+Each mode is booted once a repeat, in turn, so that what disturbs the machine disturbs all. A boot
+runs all workloads; exits, interrupts, packets, CPU time and context switches are counted from the
+start of each to its end. A figure is the median of the repeats with the lowest and the highest; a
+difference from the first mode is marked ≈ where these ranges overlap, since then it may be noise.
 Each vCPU has a CPU to itself and all else shares the others, if there are others.
 
 Modes are those of `pyvmm run --net`, their keys joined by colons:
@@ -11,7 +12,8 @@ Modes are those of `pyvmm run --net`, their keys joined by colons:
   vhost-net              the data path in the kernel
   vhost-user             in a `pyvmm backend` process, which is started for it
 
-Workloads: ping, tcp-tx (from the guest), tcp-rx (to the guest), udp-small (64 bytes, 1000 a second, from the guest), idle
+Workloads: ping, tcp-tx (from the guest), tcp-rx (to the guest), udp-small (64 bytes, 1000 a second,
+from the guest), idle
 
 Examples:
   pyvmm compare
@@ -20,9 +22,9 @@ Examples:
   pyvmm compare --peers qemu --reasons --json result.json
   pyvmm compare --from result.json --html report.html      shows it again, runs nothing
 
-Exit status: 0 all was measured; 1 something asked for could not be (the table says what and why); 2 bad usage; 102..105, 109 no usable
-KVM, image or memory; 110 the testbed failed; 130, 143, 129 ended by SIGINT, SIGTERM, SIGHUP: what there is by then is shown and
-written.
+Exit status: 0 all was measured; 1 something asked for could not be (the table says what and why); 2
+bad usage; 102..105, 109 no usable KVM, image or memory; 110 the testbed failed; 130, 143, 129 ended
+by SIGINT, SIGTERM, SIGHUP: what there is by then is shown and written.
 """
 
 from __future__ import annotations
@@ -70,11 +72,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also trace the processor's reasons for exits (root; slows exits)",
     )
-    add("--no-pin", dest="pin", action="store_false", help="leave it to the scheduler where the vCPUs run")
+    add(
+        "--no-pin",
+        dest="pin",
+        action="store_false",
+        help="leave it to the scheduler where the vCPUs run",
+    )
     add("--json", metavar="F", help="write everything as JSON ('-': stdout, instead of the table)")
     add("--html", metavar="F", help="write a page with plots")
     add("--svg", metavar="F", help="write the main plots alone")
-    add("--from", metavar="F.json", dest="source", help="show results written by --json; run nothing")
+    add(
+        "--from",
+        metavar="F.json",
+        dest="source",
+        help="show results written by --json; run nothing",
+    )
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
     add("--full", action="store_true", help="all measures in the table, not only the telling ones")
     add("--quiet", "-q", action="store_true", help="no progress on stderr")
@@ -125,7 +137,9 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[str, Any] | None]:
-    """Let the testbed measure, if it is to; its results come back in a file, and are shown and written here."""
+    """Let the testbed measure, if it is to; its results come back in a file, and are shown and
+    written here.
+    """
     import os
     import tempfile
 
@@ -134,7 +148,16 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
 
     if args.host == "local":
         return None, None
-    own = ["--modes", args.modes, "--peers", args.peers, "--workload", args.workload, "--memory", args.memory]
+    own = [
+        "--modes",
+        args.modes,
+        "--peers",
+        args.peers,
+        "--workload",
+        args.workload,
+        "--memory",
+        args.memory,
+    ]
     own += ["--repeat", str(args.repeat), "--seconds", str(args.seconds), "--cpus", str(args.cpus)]
     own += [f"--append={args.append}", *(["--quiet"] if args.quiet else [])]
     own += ["--reasons"] if args.reasons else []
@@ -146,7 +169,10 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
     with tempfile.TemporaryDirectory(prefix="pyvmm-compare-") as directory:
         path = f"{directory}/result.json"
         status = elsewhere(
-            args.host, args.kernel, ["compare", "--host", "local", *own, "--handover", path], vhost=vhost
+            args.host,
+            args.kernel,
+            ["compare", "--host", "local", *own, "--handover", path],
+            vhost=vhost,
         )
         if status is None:
             return None, None
@@ -218,7 +244,8 @@ def complete(document: dict[str, Any]) -> bool:
 
 
 class _Outputs:
-    """The files asked for, opened at once: a bad path must not cost a whole comparison. What is not written is not left behind.
+    """The files asked for, opened at once: a bad path must not cost a whole comparison. What is not
+    written is not left behind.
 
     :raises UsageError: one cannot be written.
     """
@@ -242,7 +269,9 @@ class _Outputs:
                     self._files[option] = path, new
             except OSError as e:
                 self.__exit__()
-                raise UsageError(f"--{option} {path}: {e.strerror}", "name a file that can be written") from e
+                raise UsageError(
+                    f"--{option} {path}: {e.strerror}", "name a file that can be written"
+                ) from e
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -304,7 +333,9 @@ def _print_table(document: dict[str, Any], *, full: bool) -> None:
     if not console.is_terminal:
         wide = Console(width=MAX_WIDTH, highlight=False)
         width = Measurement.get(wide, wide.options, table).maximum
-        console = Console(width=min(max(width, len(str(table.title)) + 2, 80), MAX_WIDTH), highlight=False)
+        console = Console(
+            width=min(max(width, len(str(table.title)) + 2, 80), MAX_WIDTH), highlight=False
+        )
     console.print(table)
     for line in remarks(document):
         console.print(Text(line), soft_wrap=True)

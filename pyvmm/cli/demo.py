@@ -1,4 +1,5 @@
-"""Boot a Linux guest with a virtio-net card and show what happens: discovery, negotiation, packets both ways, exits.
+"""Boot a Linux guest with a virtio-net card and show what happens: discovery, negotiation, packets
+both ways, exits.
 
 Example:
   pyvmm demo --cpus 2
@@ -38,8 +39,12 @@ echo "@end"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--cpus", metavar="N", type=int, default=1, help="virtual CPUs (1)")
-    parser.add_argument("--net", metavar="MODE", default="emulated", help="as in `pyvmm run` (emulated)")
-    parser.add_argument("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run")
+    parser.add_argument(
+        "--net", metavar="MODE", default="emulated", help="as in `pyvmm run` (emulated)"
+    )
+    parser.add_argument(
+        "--host", choices=("auto", "local", "testbed"), default="auto", help="where to run"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +82,9 @@ def _demo(args: argparse.Namespace) -> int:
     story = Story()
     net = Net.parse(args.net)
     if net.mode == "none" or net.tap is not None:
-        raise UsageError(f"pyvmm demo --net {args.net}", "the demo wants a card with a tap of its own")
+        raise UsageError(
+            f"pyvmm demo --net {args.net}", "the demo wants a card with a tap of its own"
+        )
     image = find("default")
     story.head(
         f"booting Linux {image.version} on {args.cpus} vCPU(s), one virtio-net card, data path: {args.net}"
@@ -127,8 +134,12 @@ def _stage(vm: Machine, name: str, story: Story, limit: float = 180) -> str:
             if outcome is not None:
                 raise outcome.error() or GuestEnded("the guest ended before the demo did") from None
             if time.monotonic() > until:
-                raise GuestTimeout(f"the guest did not get to {name!r} within {limit:g} s") from None
-            story.head(f"waiting for the guest ({', '.join(p for p in vm.phases if p != 'vmm') or 'kernel'})")
+                raise GuestTimeout(
+                    f"the guest did not get to {name!r} within {limit:g} s"
+                ) from None
+            story.head(
+                f"waiting for the guest ({', '.join(p for p in vm.phases if p != 'vmm') or 'kernel'})"
+            )
 
 
 def _negotiation(story: Story, nic: Nic) -> None:
@@ -155,7 +166,9 @@ def _from_host(story: Story, nic: Nic) -> None:
     for port, (title, extra) in zip(PORTS, ways, strict=True):
         story.head(title)
         text = _inside(nic, ["iperf3", "-c", guest, "-p", port, "-t", "2", "-f", "m", *extra])
-        story.lines("\n".join(line for line in text.splitlines() if "sender" in line or "receiver" in line))
+        story.lines(
+            "\n".join(line for line in text.splitlines() if "sender" in line or "receiver" in line)
+        )
 
 
 def _inside(nic: Nic, argv: list[str]) -> str:
@@ -164,7 +177,9 @@ def _inside(nic: Nic, argv: list[str]) -> str:
     try:
         done = nic.namespace.run(argv, capture_output=True, text=True, timeout=60)
     except FileNotFoundError as e:
-        raise HostError(f"{argv[0]} cannot be run", "install iputils-ping, iperf3 and util-linux") from e
+        raise HostError(
+            f"{argv[0]} cannot be run", "install iputils-ping, iperf3 and util-linux"
+        ) from e
     if done.returncode:
         raise HostError(f"{' '.join(argv)} failed: {(done.stdout + done.stderr).strip()[-200:]}")
     text: str = done.stdout
@@ -179,7 +194,9 @@ def _summary(story: Story, vm: Machine) -> None:
         name = {"rx": "to guest", "tx": "from guest"}[way]
         text = f"packets {name}: {counters[f'{way}_packets']}"
         if f"{way}_kicks" in counters:  # the kernel's worker does not count them
-            text += f", with {counters[f'{way}_kicks']} kicks and {counters[f'{way}_calls']} interrupts"
+            text += (
+                f", with {counters[f'{way}_kicks']} kicks and {counters[f'{way}_calls']} interrupts"
+            )
         story.lines(text)
     stats = vm.kvm_stats()
     if stats is not None:

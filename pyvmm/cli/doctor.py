@@ -1,6 +1,7 @@
 """Say what this machine can do for pyvmm, and how to get what is missing.
 
-Exit status: 0 Linux guests run on this machine's own KVM; 3 they run in the testbed; 1 they cannot run.
+Exit status: 0 Linux guests run on this machine's own KVM; 3 they run in the testbed; 1 they cannot
+run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    parser.add_argument("--json", action="store_true", help="an object with verdict, where and findings")
+    parser.add_argument(
+        "--json", action="store_true", help="an object with verdict, where and findings"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

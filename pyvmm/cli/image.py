@@ -24,15 +24,21 @@ if TYPE_CHECKING:
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare what ``pyvmm image`` takes."""
     sub = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    build = sub.add_parser("build", help="build an image unless it is up to date", allow_abbrev=False)
-    build.add_argument("--kernel-version", choices=("6.1", "6.12"), help="series of Debian's kernel (6.1)")
+    build = sub.add_parser(
+        "build", help="build an image unless it is up to date", allow_abbrev=False
+    )
+    build.add_argument(
+        "--kernel-version", choices=("6.1", "6.12"), help="series of Debian's kernel (6.1)"
+    )
     build.add_argument(
         "--from-host", action="store_true", help="use this machine's kernel, modules and programs"
     )
     build.add_argument(
         "--tiny", action="store_true", help="build a small kernel from Debian's source (minutes)"
     )
-    build.add_argument("--output", type=Path, metavar="DIR", help="also copy the image's files to DIR")
+    build.add_argument(
+        "--output", type=Path, metavar="DIR", help="also copy the image's files to DIR"
+    )
     build.add_argument("--force", action="store_true", help="build again, of the newest packages")
     build.add_argument("--quiet", action="store_true", help="show no progress")
     listing = sub.add_parser("list", help="list the images that are built", allow_abbrev=False)
@@ -49,7 +55,9 @@ def _build(args: Namespace) -> int:
     from pyvmm.images.build import build
 
     if (args.kernel_version is not None) + args.from_host + args.tiny > 1:
-        raise UsageError("--kernel-version, --from-host and --tiny exclude each other", "give one of them")
+        raise UsageError(
+            "--kernel-version, --from-host and --tiny exclude each other", "give one of them"
+        )
     start = time.monotonic()
 
     def progress(line: str) -> None:
@@ -75,12 +83,16 @@ def _list(args: Namespace) -> int:
 
     found = images.built()
     if args.json:
-        print(json.dumps([{**image.info, "directory": image.directory} for image in found], indent=1))
+        print(
+            json.dumps([{**image.info, "directory": image.directory} for image in found], indent=1)
+        )
         return 0
     if not found:
         print(f"no images; {images.remedy('default')}")
     for image in found:
         sizes = [Path(image.directory, file).stat().st_size / 1e6 for file in images.FILES[:3]]
-        text = ", ".join(f"{file} {size:.1f} MB" for file, size in zip(images.FILES, sizes, strict=False))
+        text = ", ".join(
+            f"{file} {size:.1f} MB" for file, size in zip(images.FILES, sizes, strict=False)
+        )
         print(f"{image.name:8} {image.version:28} {text}")
     return 0

@@ -1,22 +1,26 @@
-"""Boot each kernel on each data path, with each number of processors and set of features, and say how each went.
+"""Boot each kernel on each data path, with each number of processors and set of features, and say
+how each went.
 
-A cell is one boot: the guest comes up, pings, receives and sends by TCP (iperf3), runs COMMAND if there is one, and powers off. Its
-row has the verdict, the features that kernel and card agreed on, the throughput both ways and the exits to the VMM for 1000 packets.
+A cell is one boot: the guest comes up, pings, receives and sends by TCP (iperf3), runs COMMAND if
+there is one, and powers off. Its row has the verdict, the features that kernel and card agreed on,
+the throughput both ways and the exits to the VMM for 1000 packets.
 
-Modes are those of `pyvmm run --net`, their keys joined by colons (emulated:notify=exit). Feature sets are `all`, or what is not
-offered, joined by +: no-mrg-rxbuf, no-offloads+no-event-idx. Kernels are files or names of images (default, 6.12, tiny, host).
+Modes are those of `pyvmm run --net`, their keys joined by colons (emulated:notify=exit). Feature
+sets are `all`, or what is not offered, joined by +: no-mrg-rxbuf, no-offloads+no-event-idx. Kernels
+are files or names of images (default, 6.12, tiny, host).
 
-With --json FILE each cell is written as soon as it has ended, and --resume goes on where an interruption, a crash or a lost machine
-left it: cells that are there are taken from it, unless their kernel or the options have changed.
+With --json FILE each cell is written as soon as it has ended, and --resume goes on where an
+interruption, a crash or a lost machine left it: cells that are there are taken from it, unless
+their kernel or the options have changed.
 
 Examples:
-  pyvmm matrix
-  pyvmm matrix --kernels default,6.12 --modes emulated,vhost-net --cpus 1,2 --features all,no-mrg-rxbuf --json matrix.json
-  pyvmm matrix --kernels old/bzImage,new/bzImage --modes emulated --junit matrix.xml -- sh -c 'ethtool -k eth0'
-  pyvmm matrix --kernels default,6.12 --json matrix.json --resume
+  pyvmm matrix pyvmm matrix --kernels default,6.12 --modes emulated,vhost-net --cpus 1,2 --features
+  all,no-mrg-rxbuf --json matrix.json pyvmm matrix --kernels old/bzImage,new/bzImage --modes
+  emulated --junit matrix.xml -- sh -c 'ethtool -k eth0' pyvmm matrix --kernels default,6.12 --json
+  matrix.json --resume
 
-Exit status: 0 all cells passed, 1 some did not, 2 bad usage, 102..104 no usable KVM, 110 the testbed failed, 130, 143, 129 ended by
-SIGINT, SIGTERM, SIGHUP.
+Exit status: 0 all cells passed, 1 some did not, 2 bad usage, 102..104 no usable KVM, 110 the
+testbed failed, 130, 143, 129 ended by SIGINT, SIGTERM, SIGHUP.
 """
 
 from __future__ import annotations
@@ -37,7 +41,16 @@ if TYPE_CHECKING:
 SCHEMA = "pyvmm-matrix/1"
 HOST_ADDRESS = "192.168.100.1"
 #: Figures of a cell, from when it was ready on (docs/budgets.md).
-COUNTED = ("user_exits", "notify", "kvm_exits", "irq_injections", "packets", "bytes", "kicks", "interrupts")
+COUNTED = (
+    "user_exits",
+    "notify",
+    "kvm_exits",
+    "irq_injections",
+    "packets",
+    "bytes",
+    "kicks",
+    "interrupts",
+)
 GUEST_ADDRESS = "192.168.100.2"
 COLUMNS = (
     "kernel",
@@ -57,7 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
     add("--kernels", metavar="LIST", default="default", help="kernels, by commas (default)")
-    add("--modes", metavar="LIST", default="emulated,vhost-net", help="data paths (emulated,vhost-net)")
+    add(
+        "--modes",
+        metavar="LIST",
+        default="emulated,vhost-net",
+        help="data paths (emulated,vhost-net)",
+    )
     add("--cpus", metavar="LIST", default="1", help="numbers of virtual CPUs (1)")
     add("--features", metavar="LIST", default="all", help="feature sets (all)")
     add("--seconds", metavar="S", type=int, default=2, help="of TCP each way, 0 for none (2)")
@@ -71,13 +89,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="seconds without progress that end one (30)",
     )
-    add("--fail-on", metavar="LIST", help="as in `pyvmm run`: oops,warning,bug,rcu-stall,lockdep or all")
+    add(
+        "--fail-on",
+        metavar="LIST",
+        help="as in `pyvmm run`: oops,warning,bug,rcu-stall,lockdep or all",
+    )
     add("--json", metavar="FILE", help="write each cell as JSON as soon as it has ended")
     add("--resume", action="store_true", help="take the cells that --json FILE has, run the others")
     add("--junit", metavar="FILE", help="write JUnit XML, a test case a cell")
     add("--quiet", "-q", action="store_true", help="no progress on stderr")
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
-    add("guest_command", metavar="COMMAND", nargs="*", help="after --: what each guest runs at last")
+    add(
+        "guest_command", metavar="COMMAND", nargs="*", help="after --: what each guest runs at last"
+    )
 
 
 class Cell:
@@ -100,7 +124,12 @@ class Cell:
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        return {"kernel": self.kernel, "mode": self.mode, "cpus": self.cpus, "features": self.features}
+        return {
+            "kernel": self.kernel,
+            "mode": self.mode,
+            "cpus": self.cpus,
+            "features": self.features,
+        }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -115,7 +144,9 @@ def run(args: argparse.Namespace) -> int:
         or not 0 <= args.seconds <= args.timeout
         or not 0.1 <= args.hang_timeout <= 1e7
     ):
-        raise UsageError("--timeout, --seconds, --hang-timeout", "use seconds, --seconds less than --timeout")
+        raise UsageError(
+            "--timeout, --seconds, --hang-timeout", "use seconds, --seconds less than --timeout"
+        )
     if args.resume and not args.json:
         raise UsageError("--resume without --json", "name the file that has the cells")
     try:
@@ -162,17 +193,25 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
                 for features in words("--features", args.features):
                     if not cpus.isascii() or not cpus.isdecimal() or not 1 <= int(cpus) <= 64:
                         raise UsageError(f"--cpus {cpus}", "use 1 to 64")
-                    if features != "all" and not all(p.startswith("no-") for p in features.split("+")):
-                        raise UsageError(f"--features {features}", "write all, or no-mrg-rxbuf+no-event-idx")
+                    if features != "all" and not all(
+                        p.startswith("no-") for p in features.split("+")
+                    ):
+                        raise UsageError(
+                            f"--features {features}", "write all, or no-mrg-rxbuf+no-event-idx"
+                        )
                     cell = Cell(kernel, mode, int(cpus), features)
-                    net = cell.net() + (",socket=x" if mode.partition(":")[0] == "vhost-user" else "")
+                    net = cell.net() + (
+                        ",socket=x" if mode.partition(":")[0] == "vhost-user" else ""
+                    )
                     if Net.parse(net).tap or "socket=" in mode:
-                        raise UsageError(f"--modes {mode}", "each cell makes its own tap and socket")
+                        raise UsageError(
+                            f"--modes {mode}", "each cell makes its own tap and socket"
+                        )
                     cells.append(cell)
     return cells
 
 
-# --- running ------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 def _run(args: argparse.Namespace, cells: list[Cell]) -> int:
@@ -189,7 +228,9 @@ def _run(args: argparse.Namespace, cells: list[Cell]) -> int:
             result = store.find(cell)
             if result is None:
                 if not args.quiet:
-                    print(f"pyvmm: [{number}/{len(cells)}] {cell.name}", file=sys.stderr, flush=True)
+                    print(
+                        f"pyvmm: [{number}/{len(cells)}] {cell.name}", file=sys.stderr, flush=True
+                    )
                 result = _boot(args, cell)
                 if result["verdict"] != "passed":
                     annotate(f"pyvmm {result['verdict']}", f"{cell.name}: {result['message']}")
@@ -200,7 +241,9 @@ def _run(args: argparse.Namespace, cells: list[Cell]) -> int:
         ended = 128 + e.number
         left = len(cells) - len(results)
         hint = "; go on with --resume" if args.json else ""
-        print(f"pyvmm: interrupted, {left} of {len(cells)} cells were not run{hint}", file=sys.stderr)
+        print(
+            f"pyvmm: interrupted, {left} of {len(cells)} cells were not run{hint}", file=sys.stderr
+        )
     finally:
         if args.junit:
             _write_junit(args.junit, cells, results, time.monotonic() - begin)
@@ -238,7 +281,9 @@ def _boot(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         except (KvmMissing, KvmForbidden, KvmUnsuitable):
             raise
         except CommandFailed as e:
-            verdict = Verdict("failed", str(e).partition("\n")[0], status=1, details=str(e).splitlines()[1:])
+            verdict = Verdict(
+                "failed", str(e).partition("\n")[0], status=1, details=str(e).splitlines()[1:]
+            )
         except PyvmmError as e:
             if vm is not None and vm.outcome is not None and vm.outcome.error() is not None:
                 verdict = judge(vm, vm.outcome, commanded=False, watch=watch, symbols=cell.kernel)
@@ -254,7 +299,9 @@ def _boot(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
 
 
 def _machine(args: argparse.Namespace, cell: Cell, stack: ExitStack) -> tuple[Vm, Namespace | None]:
-    """The cell's machine, bounded by its time-out, and the namespace at the other end of its card; closed with ``stack``."""
+    """The cell's machine, bounded by its time-out, and the namespace at the other end of its card;
+    closed with ``stack``.
+    """
     import threading
 
     from pyvmm.machine import Outcome
@@ -276,7 +323,9 @@ def _machine(args: argparse.Namespace, cell: Cell, stack: ExitStack) -> tuple[Vm
             hang_timeout=args.hang_timeout,
         )
     )
-    timer = threading.Timer(args.timeout, lambda: vm.stop(Outcome("timeout", f"{args.timeout:g} s are over")))
+    timer = threading.Timer(
+        args.timeout, lambda: vm.stop(Outcome("timeout", f"{args.timeout:g} s are over"))
+    )
     timer.daemon = True
     timer.start()
     stack.callback(timer.join)
@@ -285,7 +334,9 @@ def _machine(args: argparse.Namespace, cell: Cell, stack: ExitStack) -> tuple[Vm
 
 
 def _backend(stack: ExitStack) -> tuple[str, Namespace]:
-    """The socket of a vhost-user back-end in this process, and the namespace of its tap. It ends with ``stack``."""
+    """The socket of a vhost-user back-end in this process, and the namespace of its tap. It ends
+    with ``stack``.
+    """
     import tempfile
     import threading
 
@@ -306,7 +357,9 @@ def _backend(stack: ExitStack) -> tuple[str, Namespace]:
     return path, namespace
 
 
-def _measure(args: argparse.Namespace, vm: Vm, namespace: Namespace | None, result: dict[str, Any]) -> str:
+def _measure(
+    args: argparse.Namespace, vm: Vm, namespace: Namespace | None, result: dict[str, Any]
+) -> str:
     """Boot, ping, TCP both ways, the command. What went wrong in one line, or nothing."""
     vm.ready(args.timeout + 30)  # the time-out itself comes first
     if vm.agent is None:  # a test kernel, or another init: its end is all that it says
@@ -322,7 +375,11 @@ def _measure(args: argparse.Namespace, vm: Vm, namespace: Namespace | None, resu
     result |= {name: counts[name] for name in COUNTED}
     if args.guest_command:
         done = vm.run(args.guest_command, timeout=args.timeout)
-        result["command"] = {"status": done.status, "stdout": done.out[-4000:], "stderr": done.err[-4000:]}
+        result["command"] = {
+            "status": done.status,
+            "stdout": done.out[-4000:],
+            "stderr": done.err[-4000:],
+        }
         if done.status:
             return f"the command's exit status is {done.status}"
     return ""
@@ -356,7 +413,9 @@ def _iperf(namespace: Namespace, seconds: int, extra: list[str]) -> float:
             raise HostError(
                 "iperf3 cannot be run", "install iperf3 and util-linux, or use --seconds 0"
             ) from e
-        except Exception as e:  # subprocess.TimeoutExpired, whose module is not to be imported for that
+        except (
+            Exception
+        ) as e:  # subprocess.TimeoutExpired, whose module is not to be imported for that
             raise CommandFailed(f"iperf3 did not end: {e}") from e
         try:
             data = json.loads(done.stdout)
@@ -382,7 +441,7 @@ def _facts(vm: Vm, result: dict[str, Any]) -> None:
         result["offered"] = names(vm.nets[0].device.offered())
 
 
-# --- what is written ----------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 
 class _Store:
@@ -428,7 +487,9 @@ class _Store:
         self._write()
 
     def _write(self) -> None:
-        """Old cells stay until this run has come to them. A file that is read meanwhile is whole."""
+        """Old cells stay until this run has come to them. A file that is read meanwhile is
+        whole.
+        """
         import json
 
         from pyvmm import __version__
@@ -444,11 +505,15 @@ class _Store:
                 f.write(json.dumps(data, indent=2) + "\n")
             os.rename(part, self._path)  # noqa: PTH104
         except OSError as e:
-            raise UsageError(f"--json {self._path}: {e.strerror}", "name a file that can be written") from e
+            raise UsageError(
+                f"--json {self._path}: {e.strerror}", "name a file that can be written"
+            ) from e
 
 
 def _key(args: argparse.Namespace, cell: Cell) -> str:
-    """What a result depends on, beside the cell's own words: the kernel as it is now, and the options."""
+    """What a result depends on, beside the cell's own words: the kernel as it is now, and the
+    options.
+    """
     from pyvmm.errors import ImageError
     from pyvmm.testing.vm import resolve
 
@@ -471,8 +536,12 @@ class _Table:
 
     def __init__(self, cells: list[Cell]) -> None:
         texts = [(os.path.basename(c.kernel), c.mode, str(c.cpus), c.features) for c in cells]  # noqa: PTH119
-        self._widths = [max(len(name), *(len(t[i]) for t in texts)) for i, name in enumerate(COLUMNS[:4])]
-        self._widths += [max(len(name), 12) if name == "verdict" else len(name) for name in COLUMNS[4:]]
+        self._widths = [
+            max(len(name), *(len(t[i]) for t in texts)) for i, name in enumerate(COLUMNS[:4])
+        ]
+        self._widths += [
+            max(len(name), 12) if name == "verdict" else len(name) for name in COLUMNS[4:]
+        ]
         self._first: dict[str, set[str]] = {}
         self._print(COLUMNS)
 
@@ -508,7 +577,9 @@ class _Table:
             print(f"    {result['message']}", flush=True)
 
 
-def _write_junit(path: str, cells: list[Cell], results: dict[str, dict[str, Any]], seconds: float) -> None:
+def _write_junit(
+    path: str, cells: list[Cell], results: dict[str, dict[str, Any]], seconds: float
+) -> None:
     from pyvmm.testing.junit import TestCase, document
 
     cases = []

@@ -4,9 +4,9 @@ Examples:
   pyvmm powerdown vm0
   pyvmm powerdown --wait 20 vm0 || pyvmm quit vm0
 
-The guest decides what to do. Those of `pyvmm image build` end their command by SIGTERM, after three seconds by SIGKILL, and power
-off; others need ACPI, the driver `button` and somebody who listens, such as systemd-logind or acpid. A paused guest reacts
-when it goes on.
+The guest decides what to do. Those of `pyvmm image build` end their command by SIGTERM, after three
+seconds by SIGKILL, and power off; others need ACPI, the driver `button` and somebody who listens,
+such as systemd-logind or acpid. A paused guest reacts when it goes on.
 
 Exit status: 0, 113 no such machine, 114 it has ended, 124 it is still there after --wait.
 """

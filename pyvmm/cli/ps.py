@@ -48,7 +48,11 @@ def run(args: argparse.Namespace) -> int:
                 row["host"],
                 str(row["pid"]),
                 row.get("status", "-"),
-                f"{up:.0f} s" if up < 600 else f"{up / 60:.0f} min" if up < 36000 else f"{up / 3600:.0f} h",
+                f"{up:.0f} s"
+                if up < 600
+                else f"{up / 60:.0f} min"
+                if up < 36000
+                else f"{up / 3600:.0f} h",
                 str(row.get("cpus", "-")),
                 f"{row['memory'] >> 20} MiB" if "memory" in row else "-",
                 " ".join(f"{n['name']}:{n['mode']}" for n in row.get("nets", ())) or "-",
@@ -56,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
         )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        print(
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        )
     return 0
 
 

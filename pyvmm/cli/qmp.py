@@ -1,15 +1,15 @@
 """Speak the QEMU Machine Protocol with a running machine.
 
 Examples:
-  pyvmm qmp vm0                                      a shell with completion and history, if stdin is a terminal
-  pyvmm qmp vm0 query-status
-  pyvmm qmp vm0 set_link name=net0 up=false
-  pyvmm qmp vm0 query-stats target=vcpu 'providers=[{"provider": "kvm", "names": ["exits"]}]'
-  echo '{"execute": "stop"}' | pyvmm qmp vm0         a command a line, as JSON or as above; an answer a line
-  pyvmm qmp vm0 --events                             print events as they come
+  pyvmm qmp vm0                                      a shell with completion and history, if stdin
+  is a terminal pyvmm qmp vm0 query-status pyvmm qmp vm0 set_link name=net0 up=false pyvmm qmp vm0
+  query-stats target=vcpu 'providers=[{"provider": "kvm", "names": ["exits"]}]' echo '{"execute":
+  "stop"}' | pyvmm qmp vm0         a command a line, as JSON or as above; an answer a line pyvmm qmp
+  vm0 --events                             print events as they come
 
-Values that are JSON are taken as such, others as strings. `pyvmm qmp vm0 x-pyvmm-help` lists the commands, docs/control.md describes
-them. Exit status: 0, 113 no such machine, 114 a command was refused.
+Values that are JSON are taken as such, others as strings. `pyvmm qmp vm0 x-pyvmm-help` lists the
+commands, docs/control.md describes them. Exit status: 0, 113 no such machine, 114 a command was
+refused.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def _line(line: str) -> tuple[str, dict[str, Any]]:
             request = json.loads(line)
             return str(request["execute"]), dict(request.get("arguments", {}))
         except (ValueError, KeyError, TypeError) as e:
-            raise UsageError(f"{line.strip()[:60]!r} is no command: {e}", "see pyvmm qmp --help") from e
+            raise UsageError(
+                f"{line.strip()[:60]!r} is no command: {e}", "see pyvmm qmp --help"
+            ) from e
     try:
         return parse(shlex.split(line))
     except ValueError as e:

@@ -3,7 +3,8 @@
 Example:
   pyvmm quit vm0
 
-Its `pyvmm run` ends with 0, or with 119 where it was to run a command that had not ended. Exit status: 0, 113 no such machine.
+Its `pyvmm run` ends with 0, or with 119 where it was to run a command that had not ended. Exit
+status: 0, 113 no such machine.
 """
 
 from __future__ import annotations

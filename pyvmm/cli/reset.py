@@ -1,9 +1,11 @@
-"""Press the reset button of a running machine: memory and devices start over, whatever its --on-reboot says.
+"""Press the reset button of a running machine: memory and devices start over, whatever its
+--on-reboot says.
 
 Example:
   pyvmm reset vm0
 
-The guest is not asked. A paused machine stays paused. Exit status: 0, 113 no such machine, 114 it has ended.
+The guest is not asked. A paused machine stays paused. Exit status: 0, 113 no such machine, 114 it
+has ended.
 """
 
 from __future__ import annotations

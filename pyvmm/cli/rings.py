@@ -6,10 +6,11 @@ Examples:
   pyvmm rings vm0 --watch                 again and again, every second
   pyvmm rings vm0 --json | jq '.queues[0].outstanding'
 
-For each queue: the two indices that move (the driver publishes chains in the available ring, the device returns them in the used
-ring), what each side asks to be told, who owns which descriptor (D the device, . the driver), the chains that the device has next,
-and those that it has returned last. Read while both sides go on: a chain may have gone by the time it is shown. For a
-view that stands still: pyvmm stop.
+For each queue: the two indices that move (the driver publishes chains in the available ring, the
+device returns them in the used ring), what each side asks to be told, who owns which descriptor (D
+the device, . the driver), the chains that the device has next, and those that it has returned last.
+Read while both sides go on: a chain may have gone by the time it is shown. For a view that stands
+still: pyvmm stop.
 
 Exit status: 0, 113 no such machine, 114 no such card or queue.
 """
@@ -36,8 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     remote.add_arguments(parser)
     add = parser.add_argument
     add("--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)")
-    add("--queue", metavar="N", type=int, help="this queue alone: 0 receives, 1 transmits, ... (all)")
-    add("--chains", metavar="N", type=int, default=3, help="chains shown on either side, 0 to 256 (3)")
+    add(
+        "--queue",
+        metavar="N",
+        type=int,
+        help="this queue alone: 0 receives, 1 transmits, ... (all)",
+    )
+    add(
+        "--chains",
+        metavar="N",
+        type=int,
+        default=3,
+        help="chains shown on either side, 0 to 256 (3)",
+    )
     add(
         "--watch",
         metavar="S",
@@ -110,7 +122,9 @@ def _queue(q: dict[str, Any]) -> list[str]:
     ]
     owned = set(q["device-owned"])
     shown = min(q["size"], MAP_MAX)
-    lines.append(f"  descriptors: {len(owned)} the device's (D), {q['size'] - len(owned)} the driver's (.)")
+    lines.append(
+        f"  descriptors: {len(owned)} the device's (D), {q['size'] - len(owned)} the driver's (.)"
+    )
     for start in range(0, shown, WIDTH):
         row = "".join("D" if i in owned else "." for i in range(start, min(start + WIDTH, shown)))
         lines.append(f"    {start:5}  {row}")
@@ -138,7 +152,8 @@ def _asks(q: dict[str, Any]) -> str:
     kick, call = q["used"]["avail-event"], q["avail"]["used-event"]
     kick_in = (kick - q["avail"]["idx"]) % 65536
     call_in = (call - q["used"]["idx"]) % 65536
-    # An event index that lies behind has been passed: nothing is asked for until the other side moves it.
+    # An event index that lies behind has been passed: nothing is asked for until the other side
+    # moves it.
     kick_text = f"kick at {kick}" + ("" if kick_in < 32768 else " (passed)")
     call_text = f"interrupt at {call}" + ("" if call_in < 32768 else " (passed)")
     return f"device: {kick_text} (avail_event); driver: {call_text} (used_event)"
@@ -147,7 +162,13 @@ def _asks(q: dict[str, Any]) -> str:
 def _chain(chain: dict[str, Any]) -> str:
     parts = []
     for d in chain["descriptors"]:
-        way = "indirect table" if "indirect" in d["flags"] else "write" if "write" in d["flags"] else "read"
+        way = (
+            "indirect table"
+            if "indirect" in d["flags"]
+            else "write"
+            if "write" in d["flags"]
+            else "read"
+        )
         mark = "  " if d.get("indirect") else ""
         parts.append(f"{mark}{d['index']} {way} {d['addr']:#x}+{d['len']}")
     text = ", ".join(parts[:6]) + (f", ... {len(parts) - 6} more" if len(parts) > 6 else "")

@@ -1,46 +1,44 @@
 """Boot a guest; run a command in it, or give it the terminal.
 
-With COMMAND the guest runs it, its output comes here, and pyvmm exits with its status. Without, this terminal is
-the guest's console: Ctrl-A x leaves, Ctrl-A Ctrl-A types Ctrl-A.
+With COMMAND the guest runs it, its output comes here, and pyvmm exits with its status. Without,
+this terminal is the guest's console: Ctrl-A x leaves, Ctrl-A Ctrl-A types Ctrl-A.
 
 Examples:
-  pyvmm run -- ip addr
-  pyvmm run --cpus 2 --memory 512M --net emulated,mtu=9000 --report report.json -- ping -c 3 192.168.100.1
-  pyvmm run --kernel bzImage --initrd initrd.img --append 'loglevel=7' --timeout 60
-  pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- iperf3 -c 192.168.100.1
-  pyvmm run --net emulated,notify=exit --exits -- iperf3 -c 192.168.100.1
-  pyvmm run --budget 'notify==0' --budget 'user_exits<=100' -- ping -c 100 -i 0.01 192.168.100.1
-  pyvmm run --trace trace.json --net vhost-net -- ping -c 3 192.168.100.1
-  pyvmm run --kernel vmlinux --boot-timeout 30 --fail-on oops,warning --junit result.xml --log console.log -- run-tests
-  pyvmm run --kernel vmlinux --timeout 300 --hang-timeout 10 --json verdict.json -- run-tests
+  pyvmm run -- ip addr pyvmm run --cpus 2 --memory 512M --net emulated,mtu=9000 --report report.json
+  -- ping -c 3 192.168.100.1 pyvmm run --kernel bzImage --initrd initrd.img --append 'loglevel=7'
+  --timeout 60 pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- iperf3 -c 192.168.100.1 pyvmm
+  run --net emulated,notify=exit --exits -- iperf3 -c 192.168.100.1 pyvmm run --budget 'notify==0'
+  --budget 'user_exits<=100' -- ping -c 100 -i 0.01 192.168.100.1 pyvmm run --trace trace.json --net
+  vhost-net -- ping -c 3 192.168.100.1 pyvmm run --kernel vmlinux --boot-timeout 30 --fail-on
+  oops,warning --junit result.xml --log console.log -- run-tests pyvmm run --kernel vmlinux
+  --timeout 300 --hang-timeout 10 --json verdict.json -- run-tests
 
 Network cards: --net MODE[,key=value...], once a card
-  emulated    the data path in this process
-  vhost-net   the data path in the kernel: no packet wakes this process up; needs /dev/vhost-net
-  vhost-user  the data path in another process, such as `pyvmm backend` or DPDK's (docs/vhost-user.md)
-  none        no card
-  Keys of all:
-      tap=NAME        an existing tap (default: one of pyvmm's own, in a network namespace of its own)
-      mac=, mtu=      the guest's MAC address; the MTU offered to it, 68..65521
-      host=, guest=   addresses with prefix length (default 192.168.100.1/24 and .2/24, then .101., ...)
-      queues=N        queue pairs, 1 to 16 (1); a user's tap must be a multi-queue one for more
-      queue-size=N    entries a queue (256)
-      link=off        start with the cable pulled (on)
-      worker-cpu=N    the worker of pair k runs on CPU N + k only
-      switchable=A+B  the data path may later be switched to modes A and B (docs/switch.md): offer what all can
+  emulated    the data path in this process vhost-net   the data path in the kernel: no packet wakes
+  this process up; needs /dev/vhost-net vhost-user  the data path in another process, such as `pyvmm
+  backend` or DPDK's (docs/vhost-user.md) none        no card Keys of all:
+      tap=NAME        an existing tap (default: one of pyvmm's own, in a network namespace of its
+      own) mac=, mtu=      the guest's MAC address; the MTU offered to it, 68..65521 host=, guest=
+      addresses with prefix length (default 192.168.100.1/24 and .2/24, then .101., ...) queues=N
+      queue pairs, 1 to 16 (1); a user's tap must be a multi-queue one for more queue-size=N
+      entries a queue (256) link=off        start with the cable pulled (on) worker-cpu=N    the
+      worker of pair k runs on CPU N + k only switchable=A+B  the data path may later be switched to
+      modes A and B (docs/switch.md): offer what all can
                       honour; keys of all these modes may be given
       without=A+B     do not offer: offloads, tso, mrg-rxbuf, indirect, event-idx, ctrl-vq
-      notify=exit     each kick is an exit of the vCPU, as in the classic device (default: ioeventfd)
+      notify=exit     each kick is an exit of the vCPU, as in the classic device (default:
+      ioeventfd)
   Of emulated alone:
       poll=USEC       look for more that long before sleeping (0)
   Of vhost-user alone, which has no worker-cpu=, and with socket= no tap=:
-      socket=PATH     where the back-end listens (default: start one of pyvmm's own, on a tap as above)
-      server=on       listen there, and the back-end connects (off)
+      socket=PATH     where the back-end listens (default: start one of pyvmm's own, on a tap as
+      above) server=on       listen there, and the back-end connects (off)
 
-Exit status: the guest command's; or 2 bad usage, 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no
-vhost-net, 112 no fitting vhost-user back-end, 116 the guest hangs (--hang-timeout), 117 a --budget is broken, 118 the kernel
-reported what --fail-on names, 119 the guest ended before the command did, 120 panic, 121 reboot, 122 triple fault, 123 KVM error,
-124 time-out, 130 Ctrl-C, 143 SIGTERM.
+Exit status: the guest command's; or 2 bad usage, 102..104 no usable KVM, 105 bad kernel or initrd,
+106..107 network, 108 no vhost-net, 112 no fitting vhost-user back-end, 116 the guest hangs
+(--hang-timeout), 117 a --budget is broken, 118 the kernel reported what --fail-on names, 119 the
+guest ended before the command did, 120 panic, 121 reboot, 122 triple fault, 123 KVM error, 124
+time-out, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -79,15 +77,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what it is made of: memfd, or memfd of reserved huge pages (memfd)",
     )
     add("--net", metavar="MODE[,K=V]", action="append", help="a network card, see below (emulated)")
-    add("--timeout", metavar="S", type=float, help="seconds until the guest is stopped, exit status 124")
+    add(
+        "--timeout",
+        metavar="S",
+        type=float,
+        help="seconds until the guest is stopped, exit status 124",
+    )
     add("--boot-timeout", metavar="S", type=float, help="seconds until init runs, likewise")
-    add("--hang-timeout", metavar="S", type=float, help="seconds without any progress, exit status 116")
+    add(
+        "--hang-timeout",
+        metavar="S",
+        type=float,
+        help="seconds without any progress, exit status 116",
+    )
     add(
         "--fail-on",
         metavar="LIST",
         help="exit with 118 on these in the console: oops,warning,bug,rcu-stall,lockdep or all",
     )
-    add("--junit", metavar="FILE", help="write the verdict, and KTAP results in the output, as JUnit XML")
+    add(
+        "--junit",
+        metavar="FILE",
+        help="write the verdict, and KTAP results in the output, as JUnit XML",
+    )
     add(
         "--json",
         metavar="FILE",
@@ -95,9 +107,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--log", metavar="FILE", help="write the console with time stamps")
     add(
-        "--vmlinux", metavar="FILE", help="kernel with symbols, to say where a guest hung (default: --kernel)"
+        "--vmlinux",
+        metavar="FILE",
+        help="kernel with symbols, to say where a guest hung (default: --kernel)",
     )
-    add("--report", metavar="FILE", help="write exits, phases, features and counters as JSON ('-': stdout)")
+    add(
+        "--report",
+        metavar="FILE",
+        help="write exits, phases, features and counters as JSON ('-': stdout)",
+    )
     add(
         "--trace",
         metavar="FILE",
@@ -117,15 +135,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="exit with 117 if it is broken: 'user_exits<=5000', 'notify_per_kpacket<=20', 'exits[serial0]<=100' (docs/budgets.md)",
     )
-    add("--on-reboot", choices=("exit", "restart"), default="exit", help="what a guest's reboot does (exit)")
+    add(
+        "--on-reboot",
+        choices=("exit", "restart"),
+        default="exit",
+        help="what a guest's reboot does (exit)",
+    )
     add(
         "--name",
         metavar="NAME",
         help="name of the machine, for `pyvmm stop NAME` and the like (vm0, vm1, ...)",
     )
-    add("--qmp", metavar="PATH", help="its control socket, or none (default: in the runtime directory)")
+    add(
+        "--qmp",
+        metavar="PATH",
+        help="its control socket, or none (default: in the runtime directory)",
+    )
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
-    add("--verbose", "-v", action="store_true", help="show the guest's console on stderr while COMMAND runs")
+    add(
+        "--verbose",
+        "-v",
+        action="store_true",
+        help="show the guest's console on stderr while COMMAND runs",
+    )
     add("guest_command", metavar="COMMAND", nargs="*", help="after --: what the guest runs")
 
 
@@ -157,7 +189,9 @@ def run(args: argparse.Namespace) -> int:
         args.budget = [Budget(text) for text in args.budget]
     at = args.argv.index("run") + 1
     vhost = any("vhost-net" in net for net in args.net or ())
-    status = elsewhere(args.host, args.kernel, ["run", "--host", "local", *args.argv[at:]], vhost=vhost)
+    status = elsewhere(
+        args.host, args.kernel, ["run", "--host", "local", *args.argv[at:]], vhost=vhost
+    )
     return orderly(lambda: _boot(args)) if status is None else status
 
 
@@ -252,13 +286,17 @@ def _boot(args: argparse.Namespace) -> int:
 
 
 def _qmp(args: argparse.Namespace) -> str | None:
-    """Where the control socket is to be: a machine that nobody named runs without where there is no place for one."""
+    """Where the control socket is to be: a machine that nobody named runs without where there is no
+    place for one.
+    """
     from pyvmm.control.registry import directory
     from pyvmm.errors import HostError, UsageError
 
     if args.qmp == "none":
         if args.name is not None:
-            raise UsageError("--name with --qmp none", "a machine without a control socket has no name")
+            raise UsageError(
+                "--name with --qmp none", "a machine without a control socket has no name"
+            )
         return None
     if args.qmp is None and args.name is None:
         try:
@@ -315,18 +353,30 @@ def _run_guest(vm: Machine, args: argparse.Namespace, *, interactive: bool) -> O
 def _verdict(
     vm: Machine, outcome: Outcome, args: argparse.Namespace, kernel: str, extras: Extras | None
 ) -> dict[str, Any]:
-    """The verdict, as the report has it; what is not orderly is told on stderr with what helps to find out why."""
+    """The verdict, as the report has it; what is not orderly is told on stderr with what helps to
+    find out why.
+    """
     commanded = bool(args.guest_command)
     budgets = [budget.check(vm) for budget in args.budget or ()]
     held = all(result.held for result in budgets)
-    if extras is None and held and outcome.error() is None and (outcome.status == 0 or not commanded):
+    if (
+        extras is None
+        and held
+        and outcome.error() is None
+        and (outcome.status == 0 or not commanded)
+    ):
         passed = {"kind": "passed", "code": outcome.status or 0, "message": ""}
         return passed | ({"budgets": [result.as_dict() for result in budgets]} if budgets else {})
     from pyvmm.cli.support.judge import judge, tell
 
     watch = extras.watch if extras is not None else None
     verdict = judge(
-        vm, outcome, commanded=commanded, watch=watch, symbols=args.vmlinux or kernel, budgets=budgets
+        vm,
+        outcome,
+        commanded=commanded,
+        watch=watch,
+        symbols=args.vmlinux or kernel,
+        budgets=budgets,
     )
     tell(vm, verdict, shown=not commanded or args.verbose)
     if extras is not None:
@@ -337,7 +387,9 @@ def _verdict(
 
 
 def _open_report(path: str | None, option: str = "--report") -> int | None:
-    """Open the report's or the trace's file before the guest runs: a bad path must not cost a whole run."""
+    """Open the report's or the trace's file before the guest runs: a bad path must not cost a whole
+    run.
+    """
     from pyvmm.errors import UsageError
 
     if path is None:

@@ -1,11 +1,13 @@
-"""Show KVM's own statistics of a running machine: exits, halts, injected interrupts, page faults, ...
+"""Show KVM's own statistics of a running machine: exits, halts, injected interrupts, page faults,
+...
 
 Examples:
   pyvmm stats vm0
   pyvmm stats --target vm --all vm0
   pyvmm stats --json vm0 | jq '.vcpu[0].exits'
 
-One column a vCPU. What is 0 everywhere is left out, histograms are, too, unless --all. Exit status: 0, 113 no such machine.
+One column a vCPU. What is 0 everywhere is left out, histograms are, too, unless --all. Exit status:
+0, 113 no such machine.
 """
 
 from __future__ import annotations
@@ -23,9 +25,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     remote.add_arguments(parser)
-    parser.add_argument("--target", choices=("vm", "vcpu", "all"), default="all", help="of what (all)")
+    parser.add_argument(
+        "--target", choices=("vm", "vcpu", "all"), default="all", help="of what (all)"
+    )
     parser.add_argument("--all", action="store_true", help="zeros and histograms, too")
-    parser.add_argument("--json", action="store_true", help="an object with vm and vcpu, arrays of objects")
+    parser.add_argument(
+        "--json", action="store_true", help="an object with vm and vcpu, arrays of objects"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,12 +1,13 @@
-"""Change the data path of a running machine's network card, under traffic, without the guest noticing.
+"""Change the data path of a running machine's network card, under traffic, without the guest
+noticing.
 
 Examples:
   pyvmm switch vm0 vhost-net
   pyvmm switch vm0 --nic 1 vhost-user,socket=/tmp/s
   pyvmm switch vm0 --json emulated,poll=50
 
-The mode and its keys are those of `pyvmm run --net`. Exit status: 0, 113 no such machine, 114 it was refused or did not work; the
-card goes on as before.
+The mode and its keys are those of `pyvmm run --net`. Exit status: 0, 113 no such machine, 114 it
+was refused or did not work; the card goes on as before.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     remote.add_arguments(parser)
-    parser.add_argument("mode", metavar="MODE[,K=V...]", help="what is to move its packets from now on")
-    parser.add_argument("--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)")
+    parser.add_argument(
+        "mode", metavar="MODE[,K=V...]", help="what is to move its packets from now on"
+    )
+    parser.add_argument(
+        "--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)"
+    )
     parser.add_argument("--json", action="store_true", help="print what was done as an object")
 
 

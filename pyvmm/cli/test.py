@@ -1,7 +1,8 @@
 """Boot test kernels and say how each went.
 
-A test kernel is a multiboot, PVH or 64-bit ELF or a flat binary that tests something and ends by debug-exit (port 0xf4) or by
-powering off; docs/test-kernels.md says what it finds. Each gets its time-out, so that nothing hangs.
+A test kernel is a multiboot, PVH or 64-bit ELF or a flat binary that tests something and ends by
+debug-exit (port 0xf4) or by powering off; docs/test-kernels.md says what it finds. Each gets its
+time-out, so that nothing hangs.
 
 Examples:
   pyvmm test build/*.elf
@@ -10,9 +11,11 @@ Examples:
   pyvmm test --config x86/unittests.cfg --group vmexit smptest
   pyvmm test --load-address 0x7c00 --load-mode real16 boot.bin
 
-With --config, KERNEL is the name of a test in the file, and options that the file does not speak of hold for all.
+With --config, KERNEL is the name of a test in the file, and options that the file does not speak of
+hold for all.
 
-Exit status: 0 all passed or were skipped, 1 some did not, 2 bad usage or no test selected, 102..104 no usable KVM, 130 Ctrl-C.
+Exit status: 0 all passed or were skipped, 1 some did not, 2 bad usage or no test selected, 102..104
+no usable KVM, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -38,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("kernels", metavar="KERNEL", nargs="*", help="kernels, or with --config names of tests")
     add("--append", metavar="S", default="", help="command line")
-    add("--initrd", metavar="I", help="multiboot modules, FILE [ARGS][,FILE ...], or an initial RAM disk")
+    add(
+        "--initrd",
+        metavar="I",
+        help="multiboot modules, FILE [ARGS][,FILE ...], or an initial RAM disk",
+    )
     add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 64 (1)")
     add("--memory", metavar="SIZE", default="128M", help="guest memory, as 256M or 4G (128M)")
     add("--timeout", metavar="S", type=float, default=90.0, help="seconds for each (90)")
@@ -59,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --config: only tests of this group",
     )
     add("--all", action="store_true", help="with --config: also tests of the group nodefault")
-    add("--load-address", metavar="A", help="kernels are flat binaries for this address, e.g. 0x100000")
+    add(
+        "--load-address",
+        metavar="A",
+        help="kernels are flat binaries for this address, e.g. 0x100000",
+    )
     add(
         "--load-mode",
         choices=("protected32", "long64", "real16"),
@@ -69,7 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tap", action="store_true", help="TAP on stdout")
     add("--junit", metavar="FILE", help="write JUnit XML")
     add("--json", metavar="FILE", help="write everything as JSON ('-': stdout)")
-    add("--verbose", "-v", action="store_true", help="show what each kernel said, not only where it failed")
+    add(
+        "--verbose",
+        "-v",
+        action="store_true",
+        help="show what each kernel said, not only where it failed",
+    )
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
 
 
@@ -198,7 +214,9 @@ def _run(args: argparse.Namespace, cases: list[Case]) -> int:
     from pyvmm.testing.verdict import Verdict
 
     files = {
-        path: _open(option, path) for option, path in (("--junit", args.junit), ("--json", args.json)) if path
+        path: _open(option, path)
+        for option, path in (("--junit", args.junit), ("--json", args.json))
+        if path
     }
     show = _Tap(len(cases), args) if args.tap else _Plain(len(cases), args)
     begin = time.monotonic()
@@ -210,7 +228,9 @@ def _run(args: argparse.Namespace, cases: list[Case]) -> int:
             results.append(result)
             show.result(result)
             if not result.verdict.good:
-                annotate(f"pyvmm {result.verdict.kind}", f"{result.case.name}: {result.verdict.message}")
+                annotate(
+                    f"pyvmm {result.verdict.kind}", f"{result.case.name}: {result.verdict.message}"
+                )
     except Terminated as e:
         suite.stop()
         ended = 128 + e.number
@@ -299,7 +319,9 @@ def _junit(results: list[Result], seconds: float) -> str:
             )
         )
         for p in r.points:
-            cases.append(TestCase(r.case.name, p.name, 0.0, p.result, kind="failed", message=p.message))
+            cases.append(
+                TestCase(r.case.name, p.name, 0.0, p.result, kind="failed", message=p.message)
+            )
     return document("pyvmm test", cases, seconds)
 
 
@@ -336,7 +358,8 @@ class _Plain:
         if self.verbose or not r.verdict.good:
             lines += [f"    {text}" for text in r.verdict.details]
             lines += [
-                f"    | {text}" for text in last_lines(r.console, 10000 if self.verbose else LAST_LINES)
+                f"    | {text}"
+                for text in last_lines(r.console, 10000 if self.verbose else LAST_LINES)
             ]
         print("\n".join(lines), file=self.to, flush=True)
 

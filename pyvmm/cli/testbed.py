@@ -1,15 +1,17 @@
-"""Run a command in the testbed: a virtual machine, under emulation, that has real KVM and real vhost-net.
+"""Run a command in the testbed: a virtual machine, under emulation, that has real KVM and real
+vhost-net.
 
   pyvmm testbed [OPTIONS] [-- COMMAND...]   run COMMAND (a shell without) in the running testbed,
                                             or in one that is started for it and stopped afterwards
-  pyvmm testbed up [OPTIONS]                start one and keep it running
-  pyvmm testbed down                        stop it, with all that runs in it
-  pyvmm testbed status [--json]             say whether it runs, and how; exit status 1 where it is down
-  pyvmm testbed setup [--kernel-version V]  fetch and build what it needs (no root; quick when done)
+  pyvmm testbed up [OPTIONS]                start one and keep it running pyvmm testbed down
+  stop it, with all that runs in it pyvmm testbed status [--json]             say whether it runs,
+  and how; exit status 1 where it is down pyvmm testbed setup [--kernel-version V]  fetch and build
+  what it needs (no root; quick when done)
 
-The command sees this machine's files. The checkout (else the working directory), the directories given by -w, pyvmm's
-cache and the temporary directory are the real ones; whatever is written elsewhere goes to an overlay that is thrown away.
-Input, output, terminal, signals, environment and exit status are carried through.
+The command sees this machine's files. The checkout (else the working directory), the directories
+given by -w, pyvmm's cache and the temporary directory are the real ones; whatever is written
+elsewhere goes to an overlay that is thrown away. Input, output, terminal, signals, environment and
+exit status are carried through.
 
 Exit status: the command's; 124 when --timeout ended it, 110 when the testbed failed.
 """
@@ -32,23 +34,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options, and the words that follow them."""
     _options(parser)
     parser.add_argument(
-        "words", nargs=argparse.REMAINDER, metavar="up|down|status|setup|-- COMMAND", help=argparse.SUPPRESS
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="up|down|status|setup|-- COMMAND",
+        help=argparse.SUPPRESS,
     )
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-w", "--writable", metavar="DIR", action="append", default=[], help="may be written as well"
+        "-w",
+        "--writable",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="may be written as well",
     )
     parser.add_argument(
         "--cpus", type=int, default=0, help="vCPUs (default: 2; 1 where QEMU is older than 8.1)"
     )
     parser.add_argument("--memory", metavar="SIZE", default="", help="memory (default: 4G)")
     parser.add_argument("--timeout", metavar="S", type=float, help="kill COMMAND after S seconds")
-    parser.add_argument("--kernel-version", metavar="V", help="of Debian's cloud kernel: 6.1 (default), 6.12")
-    parser.add_argument("--name", help="one of several testbeds (default: $PYVMM_TESTBED, else default)")
     parser.add_argument(
-        "--watchdog", metavar="S", type=float, default=30.0, help="silence that counts as a hang (30)"
+        "--kernel-version", metavar="V", help="of Debian's cloud kernel: 6.1 (default), 6.12"
+    )
+    parser.add_argument(
+        "--name", help="one of several testbeds (default: $PYVMM_TESTBED, else default)"
+    )
+    parser.add_argument(
+        "--watchdog",
+        metavar="S",
+        type=float,
+        default=30.0,
+        help="silence that counts as a hang (30)",
     )
     parser.add_argument("--json", action="store_true", help="status as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -67,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         action = words[0]
         if action not in ACTIONS:
             raise UsageError(
-                f"testbed: unknown word {action!r}", f"for a command: pyvmm testbed -- {' '.join(words)}"
+                f"testbed: unknown word {action!r}",
+                f"for a command: pyvmm testbed -- {' '.join(words)}",
             )
         more = argparse.ArgumentParser(prog=f"pyvmm testbed {action}", allow_abbrev=False)
         _options(more)
@@ -113,7 +132,11 @@ def _status(bed: Testbed, as_json: bool) -> int:
 
     status = bed.status()
     if as_json:
-        print(json.dumps({"up": status is not None, "missing": bed.missing(), **(status or {})}, indent=2))
+        print(
+            json.dumps(
+                {"up": status is not None, "missing": bed.missing(), **(status or {})}, indent=2
+            )
+        )
     elif status is None:
         lacks = bed.missing()
         print(f"down, and not set up: {lacks}" if lacks else "down")

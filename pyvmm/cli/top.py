@@ -1,7 +1,7 @@
 """Live rates of a running machine: exits by cause, packets, interrupts, the CPU time of workers.
 
-Reads the machine's control socket (docs/control.md) twice an interval apart, and shows what happened in between, a second. `q` or
-Ctrl-C leaves.
+Reads the machine's control socket (docs/control.md) twice an interval apart, and shows what
+happened in between, a second. `q` or Ctrl-C leaves.
 
 Examples:
   pyvmm top vm0
@@ -34,7 +34,9 @@ ROWS = 24  # where the height is not known
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     remote.add_arguments(parser)
-    parser.add_argument("--interval", metavar="S", type=float, default=1.0, help="seconds, 0.1 to 3600 (1)")
+    parser.add_argument(
+        "--interval", metavar="S", type=float, default=1.0, help="seconds, 0.1 to 3600 (1)"
+    )
     parser.add_argument("--once", action="store_true", help="print one interval and leave")
     parser.add_argument("--json", action="store_true", help="an object a line, see docs/top.md")
 
@@ -69,7 +71,9 @@ def _watch(args: argparse.Namespace, client: Client) -> int:
             before = after
 
 
-def _show(before: dict[str, Any], after: dict[str, Any], args: argparse.Namespace, screen: _Screen) -> None:
+def _show(
+    before: dict[str, Any], after: dict[str, Any], args: argparse.Namespace, screen: _Screen
+) -> None:
     from pyvmm.exits.rates import rates
 
     now = rates(before, after)
@@ -97,7 +101,8 @@ def table(now: dict[str, Any], rows: int) -> list[str]:
     out.append(f"{'':8}{'exits':>10}{'in KVM':>10}{'interrupts':>12}")
     for v in now["vcpus"]:
         text = "".join(
-            f"{number(v[key]):>{w}}" for key, w in (("exits", 10), ("kvm_exits", 10), ("interrupts", 12))
+            f"{number(v[key]):>{w}}"
+            for key, w in (("exits", 10), ("kvm_exits", 10), ("interrupts", 12))
         )
         out.append(f"{'vcpu' + str(v['index']):8}{text}")
     for net in now["nets"]:
@@ -107,7 +112,11 @@ def table(now: dict[str, Any], rows: int) -> list[str]:
         )
         for way, text in (("rx", "to guest"), ("tx", "from it")):
             mbit = net[f"{way}_bytes"]
-            cells = (net[f"{way}_packets"], None if mbit is None else mbit * 8 / 1e6, net[f"{way}_kicks"])
+            cells = (
+                net[f"{way}_packets"],
+                None if mbit is None else mbit * 8 / 1e6,
+                net[f"{way}_kicks"],
+            )
             row = "".join(f"{number(cell):>10}" for cell in cells)
             out.append(f"{text:8}{row}{number(net[f'{way}_calls']):>12}")
         for worker in net["workers"]:
@@ -123,7 +132,9 @@ def table(now: dict[str, Any], rows: int) -> list[str]:
 
 
 class _Screen:
-    """The terminal, while it is ours: without line editing, on its other page. Without one, just a clock."""
+    """The terminal, while it is ours: without line editing, on its other page. Without one, just a
+    clock.
+    """
 
     def __init__(self, live: bool) -> None:
         self.live = live

@@ -1,16 +1,16 @@
 """Try out a vhost-user back-end without a guest.
 
-probe: its features, and its answer to each message.
-check: does it conform? Fills rings as a driver does, with each set of features, stops, wraps, reconnects, misbehaves; prints pass or
-fail for each item. Best with a back-end that sends every packet back; with another one receiving is left out.
+probe: its features, and its answer to each message. check: does it conform? Fills rings as a driver
+does, with each set of features, stops, wraps, reconnects, misbehaves; prints pass or fail for each
+item. Best with a back-end that sends every packet back; with another one receiving is left out.
 
 Examples:
   pyvmm vhost-user probe /tmp/s
   pyvmm vhost-user probe --timeout 10 --json /tmp/s
   pyvmm vhost-user check --junit result.xml /tmp/s
 
-Exit status: 0 all was answered and nothing refused, or all items passed; 1 something was refused, or failed; 112 no connection, a
-broken protocol, or no answer.
+Exit status: 0 all was answered and nothing refused, or all items passed; 1 something was refused,
+or failed; 112 no connection, a broken protocol, or no answer.
 """
 
 from __future__ import annotations
@@ -32,10 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="seconds for each answer (2; check: 5, also for each burst)",
     )
-    parser.add_argument("--json", action="store_true", help="an object with features and steps, or items")
+    parser.add_argument(
+        "--json", action="store_true", help="an object with features and steps, or items"
+    )
     parser.add_argument("--junit", metavar="FILE", help="check: write JUnit XML")
     parser.add_argument(
-        "--queues", metavar="N", type=int, help="check: queue pairs to use at once (all that it has, up to 4)"
+        "--queues",
+        metavar="N",
+        type=int,
+        help="check: queue pairs to use at once (all that it has, up to 4)",
     )
 
 
@@ -64,10 +69,14 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        items = [{k: getattr(i, k) for k in ("name", "result", "detail", "seconds")} for i in bench.items]
+        items = [
+            {k: getattr(i, k) for k in ("name", "result", "detail", "seconds")} for i in bench.items
+        ]
         print(json.dumps({"echoes": bench.echoes, "items": items}, indent=2))
     else:
-        counts = [(n, sum(i.result == n for i in bench.items)) for n in ("passed", "failed", "skipped")]
+        counts = [
+            (n, sum(i.result == n for i in bench.items)) for n in ("passed", "failed", "skipped")
+        ]
         print(", ".join(f"{count} {name}" for name, count in counts))
     if args.junit:
         _write_junit(args.junit, bench)
@@ -76,7 +85,9 @@ def _check(args: argparse.Namespace) -> int:
 
 def _print_item(item: Item) -> None:
     mark = {"passed": "ok", "failed": "FAIL", "skipped": "-"}[item.result]
-    print(f"{mark:4} {item.name:54} {item.seconds * 1000:6.0f} ms  {item.detail}".rstrip(), flush=True)
+    print(
+        f"{mark:4} {item.name:54} {item.seconds * 1000:6.0f} ms  {item.detail}".rstrip(), flush=True
+    )
 
 
 def _write_junit(path: str, bench: Bench) -> None:
@@ -86,11 +97,19 @@ def _write_junit(path: str, bench: Bench) -> None:
     from pyvmm.testing.junit import TestCase, document
 
     cases = [
-        TestCase("vhost-user", i.name, i.seconds, i.result, message=i.detail if i.result != "passed" else "")
+        TestCase(
+            "vhost-user",
+            i.name,
+            i.seconds,
+            i.result,
+            message=i.detail if i.result != "passed" else "",
+        )
         for i in bench.items
     ]
     try:
-        Path(path).write_text(document("pyvmm vhost-user check", cases, sum(i.seconds for i in bench.items)))
+        Path(path).write_text(
+            document("pyvmm vhost-user check", cases, sum(i.seconds for i in bench.items))
+        )
     except OSError as e:
         raise UsageError(f"--junit {path}: {e.strerror}", "name a file that can be written") from e
 
@@ -112,7 +131,8 @@ def _probe(args: argparse.Namespace) -> int:
         import json
 
         steps = [
-            {k: getattr(s, k) for k in ("message", "outcome", "detail", "microseconds")} for s in probe.steps
+            {k: getattr(s, k) for k in ("message", "outcome", "detail", "microseconds")}
+            for s in probe.steps
         ]
         report = {
             "features": features,
@@ -125,7 +145,9 @@ def _probe(args: argparse.Namespace) -> int:
     else:
         print(f"features:          {' '.join(features)}")
         print(f"protocol features: {' '.join(protocol_names(probe.protocol)) or 'none'}")
-        print(f"queue pairs:       {probe.queues if probe.queues is not None else 'does not say (1)'}")
+        print(
+            f"queue pairs:       {probe.queues if probe.queues is not None else 'does not say (1)'}"
+        )
         for s in probe.steps:
             print(f"{s.microseconds:10.0f} us  {s.message:44} {s.outcome} {s.detail}".rstrip())
     if error is not None:

@@ -1,4 +1,6 @@
-"""What can be counted about a running guest, from inside its VMM and from outside, as flat sums that only grow."""
+"""What can be counted about a running guest, from inside its VMM and from outside, as flat sums
+that only grow.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,26 @@ CAUSES = {
     "signal": "a signal broke KVM_RUN off",
     "other": "anything else",
 }
-BY_REASON = {"io": "pio", "mmio": "mmio", "hlt": "halt", "irq_window_open": "irq_window", "intr": "signal"}
-#: Who uses CPU time. ``vhost``: the kernel's worker. ``vmm``: other threads of the VMM. ``backend``: the vhost-user process.
+BY_REASON = {
+    "io": "pio",
+    "mmio": "mmio",
+    "hlt": "halt",
+    "irq_window_open": "irq_window",
+    "intr": "signal",
+}
+#: Who uses CPU time. ``vhost``: the kernel's worker. ``vmm``: other threads of the VMM.
+#: ``backend``: the vhost-user process.
 ROLES = ("vcpu", "worker", "vhost", "backend", "vmm")
 KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 TRACEFS = Path("/sys/kernel/tracing")
 #: KVM's statistics that are levels or peaks, not counts.
-NO_COUNTS = ("max_mmu_rmap_size", "max_mmu_page_hash_collisions", "guest_mode", "blocking", "nx_lpage_splits")
+NO_COUNTS = (
+    "max_mmu_rmap_size",
+    "max_mmu_page_hash_collisions",
+    "guest_mode",
+    "blocking",
+    "nx_lpage_splits",
+)
 
 
 def causes(ledger: Ledger) -> dict[str, int]:
@@ -91,7 +106,8 @@ def debugfs_counts(directory: Path) -> dict[str, int]:
 
 
 class ExitTrace:
-    """Counts exits of any process's vCPUs by thread and reason: histograms on KVM's tracepoints, in a tracing instance of its own.
+    """Counts exits of any process's vCPUs by thread and reason: histograms on KVM's tracepoints, in
+    a tracing instance of its own.
 
     :param reasons: also exits in KVM, by the processor's reason; costs something at each exit.
     :raises HostError: no tracefs, no permission, or a kernel without CONFIG_HIST_TRIGGERS.
@@ -99,7 +115,10 @@ class ExitTrace:
 
     def __init__(self, *, reasons: bool = False) -> None:
         self._dir = TRACEFS / "instances" / f"pyvmm-compare-{os.getpid()}"
-        self._keys = {"kvm_userspace_exit": "reason", **({"kvm_exit": "exit_reason"} if reasons else {})}
+        self._keys = {
+            "kvm_userspace_exit": "reason",
+            **({"kvm_exit": "exit_reason"} if reasons else {}),
+        }
         self._names: dict[int, str] = {}
         try:
             self._dir.mkdir()
@@ -123,11 +142,15 @@ class ExitTrace:
         import re
 
         text = self._event(event, "hist").read_text()
-        rows = re.findall(rf"common_pid:\s*(\d+), {self._keys[event]}:\s*(\d+) \}} hitcount:\s*(\d+)", text)
+        rows = re.findall(
+            rf"common_pid:\s*(\d+), {self._keys[event]}:\s*(\d+) \}} hitcount:\s*(\d+)", text
+        )
         return [(int(key), int(count)) for pid, key, count in rows if int(pid) in tids]
 
     def counts(self, tids: Container[int]) -> dict[str, int]:
-        """Exits to userspace by cause (without ``notify``: nobody knows QEMU's addresses) of the threads ``tids``."""
+        """Exits to userspace by cause (without ``notify``: nobody knows QEMU's addresses) of the
+        threads ``tids``.
+        """
         from pyvmm.kvm.vcpu import REASONS
 
         out = dict.fromkeys(CAUSES, 0)
@@ -136,7 +159,9 @@ class ExitTrace:
         return out
 
     def reasons(self, tids: Container[int]) -> dict[str, int]:
-        """Exits in KVM by the processor's reason, as the kernel's tracepoint calls it; empty where not traced."""
+        """Exits in KVM by the processor's reason, as the kernel's tracepoint calls it; empty where
+        not traced.
+        """
         out: dict[str, int] = {}
         if "kvm_exit" in self._keys:
             for reason, count in self._read("kvm_exit", tids):
@@ -164,7 +189,9 @@ class ExitTrace:
 
 
 def reason_names(text: str, *, intel: bool) -> dict[int, str]:
-    """The processor's exit reasons by number, from the format of the tracepoint kvm_exit, which has VMX's before SVM's."""
+    """The processor's exit reasons by number, from the format of the tracepoint kvm_exit, which has
+    VMX's before SVM's.
+    """
     import re
 
     vmx, _, svm = text.partition(") : __print_symbolic(")
@@ -176,11 +203,13 @@ def reason_names(text: str, *, intel: bool) -> dict[int, str]:
     return out
 
 
-# --- threads -------------------------------------------------------------------------------------------
+# --- threads --------------------------------------------------------------------------------------
 
 
 def task(tid: int, pid: int | str = "self") -> tuple[int, int, int] | None:
-    """(nanoseconds of CPU time, voluntary, involuntary context switches) of a thread; None for one that has ended."""
+    """(nanoseconds of CPU time, voluntary, involuntary context switches) of a thread; None for one
+    that has ended.
+    """
     try:
         base = f"/proc/{pid}/task/{tid}"
         with open(f"{base}/schedstat", encoding="ascii") as f:
@@ -205,7 +234,9 @@ def threads_of(pid: int) -> dict[int, str]:
 
 
 def vhost_threads(pid: int) -> list[int]:
-    """The kernel's vhost workers of process ``pid`` (before Linux 6.4; after that they are its own threads)."""
+    """The kernel's vhost workers of process ``pid`` (before Linux 6.4; after that they are its own
+    threads).
+    """
     out = []
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal():
@@ -229,7 +260,9 @@ def look(tasks: Iterable[tuple[str, int, int]]) -> Tasks:
 
 
 def by_role(before: Tasks, after: Tasks) -> dict[str, dict[str, Any]]:
-    """What each role used between two looks; roles without a thread are left out. A thread that has ended meanwhile is lost."""
+    """What each role used between two looks; roles without a thread are left out. A thread that has
+    ended meanwhile is lost.
+    """
     out: dict[str, dict[str, Any]] = {}
     for key, now in after.items():
         then = before.get(key, (0, 0, 0))
@@ -241,11 +274,12 @@ def by_role(before: Tasks, after: Tasks) -> dict[str, dict[str, Any]]:
     return out
 
 
-# --- the tap -------------------------------------------------------------------------------------------
+# --- the tap --------------------------------------------------------------------------------------
 
 
 class TapCounters:
-    """Packets and bytes that pass the tap ``name`` of a namespace, in any mode; a segmented packet counts once.
+    """Packets and bytes that pass the tap ``name`` of a namespace, in any mode; a segmented packet
+    counts once.
 
     :param space: pyvmm.hostnet.netns.Namespace, lent.
     """
@@ -262,11 +296,15 @@ class TapCounters:
         with space.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             answer = fcntl.ioctl(s, SIOCGIFINDEX, struct.pack("16si12x", name.encode(), 0))
         index = struct.unpack_from("16si", answer)[1]
-        sockets = [Fd(space.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()) for _ in range(2)]
+        sockets = [
+            Fd(space.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()) for _ in range(2)
+        ]
         self._link = Link(index, *sockets)
 
     def read(self) -> dict[str, int]:
-        """``packets_to_guest``, ``packets_from_guest``, ``bytes_to_guest``, ``bytes_from_guest``, ``drops``."""
+        """``packets_to_guest``, ``packets_from_guest``, ``bytes_to_guest``, ``bytes_from_guest``,
+        ``drops``.
+        """
         now = self._link.stats()
         return {
             "packets_to_guest": now.get("tx_packets", 0),

@@ -1,4 +1,6 @@
-"""A guest on one data path or program, booted, ready for workloads, and countable; all alike for who runs them."""
+"""A guest on one data path or program, booted, ready for workloads, and countable; all alike for
+who runs them.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
             """Let it run until its servers listen; seconds that took."""
 
         def counts(self) -> dict[str, dict[str, int]]:
-            """Groups of sums that only grow, empty where unknown: ``causes`` and ``lines`` of the ledger, ``kvm``, ``reasons`` (the
-            processor's), ``packets``, ``queues``."""
+            """Groups of sums that only grow, empty where unknown: ``causes`` and ``lines`` of the
+            ledger, ``kvm``, ``reasons`` (the processor's), ``packets``, ``queues``."""
 
         def quick(self) -> tuple[int, int]:
             """(exits to userspace, exits in KVM) so far; cheap."""
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
             """CPU time and switches of its threads now."""
 
         def facts(self) -> dict[str, Any]:
-            """What does not change: ``offered``, ``negotiated``, ``version``; ``notes`` if something is not known of it."""
+            """What does not change: ``offered``, ``negotiated``, ``version``; ``notes`` if
+            something is not known of it.
+            """
 
 
 READY, FEATURES = "pyvmm-compare: ready", "pyvmm-compare: features"
@@ -166,7 +170,9 @@ class OwnGuest:
         until = time.monotonic() + TOOL_LIMIT
         while not os.path.exists(path):  # noqa: PTH110
             if child.poll() is not None or time.monotonic() > until:
-                last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+                last = log.read_text(errors="replace").strip().splitlines()[-1:] or [
+                    "it said nothing"
+                ]
                 raise HostError(f"`pyvmm backend` did not come up: {last[0]}")
             time.sleep(0.05)
         return space, path
@@ -188,7 +194,9 @@ class OwnGuest:
             except TimeoutError:
                 outcome = self._vm.outcome
                 if outcome is not None:
-                    raise outcome.error() or GuestEnded("the guest ended before it was ready") from None
+                    raise outcome.error() or GuestEnded(
+                        "the guest ended before it was ready"
+                    ) from None
                 if time.monotonic() - start > BOOT_LIMIT:
                     raise GuestTimeout(f"the guest was not ready within {BOOT_LIMIT:g} s") from None
         return time.monotonic() - start
@@ -284,7 +292,9 @@ class PeerGuest:
             f"ip tuntap add dev {TAP} mode tap vnet_hdr && "
             f"ip addr add {plan.HOST}/{plan.PREFIX} dev {TAP} && ip link set {TAP} up"
         )
-        done = self.space.run(["sh", "-c", script], capture_output=True, text=True, timeout=TOOL_LIMIT)
+        done = self.space.run(
+            ["sh", "-c", script], capture_output=True, text=True, timeout=TOOL_LIMIT
+        )
         if done.returncode:
             raise HostError(f"cannot make a tap: {(done.stdout + done.stderr).strip()[-200:]}")
         self._tap = counters.TapCounters(self.space, TAP)
@@ -320,7 +330,9 @@ class PeerGuest:
             )
         program = peers.qemu(peers.qemu_root())
         if self._mode.vhost and not os.access("/dev/vhost-net", os.R_OK | os.W_OK):
-            raise HostError("/dev/vhost-net is missing or forbidden", "modprobe vhost_net; or --host testbed")
+            raise HostError(
+                "/dev/vhost-net is missing or forbidden", "modprobe vhost_net; or --host testbed"
+            )
         argv = peers.qemu_guest(
             program,
             kernel=p.kernel,
@@ -355,12 +367,18 @@ class PeerGuest:
                 raise GuestTimeout(f"the guest was not ready within {BOOT_LIMIT:g} s")
             piece = os.read(fd, 65536) if select.select([fd], [], [], left)[0] else b""
             if not piece and child.poll() is not None:
-                last = self._said.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-                raise GuestEnded(f"{self._mode.kind} ended before the guest was ready: {last[0][:200]}")
+                last = self._said.decode(errors="replace").strip().splitlines()[-1:] or [
+                    "it said nothing"
+                ]
+                raise GuestEnded(
+                    f"{self._mode.kind} ended before the guest was ready: {last[0][:200]}"
+                )
             self._said = (self._said + piece)[-65536:]
         drain = threading.Thread(target=self._drain, args=(fd,), name="compare-drain", daemon=True)
         drain.start()
-        self._stack.callback(drain.join, 5)  # after the child has been ended, before its pipe is closed
+        self._stack.callback(
+            drain.join, 5
+        )  # after the child has been ended, before its pipe is closed
         self._stack.callback(terminate, child)
         try:
             self._kvm = counters.debugfs_dir(child.pid)
@@ -412,7 +430,9 @@ class PeerGuest:
         return counters.look(keys)
 
     def facts(self) -> dict[str, Any]:
-        """See Guest; what was negotiated is what the guest's kernel says, a digit a bit, and what was offered nobody knows."""
+        """See Guest; what was negotiated is what the guest's kernel says, a digit a bit, and what
+        was offered nobody knows.
+        """
         import re
         import subprocess
 

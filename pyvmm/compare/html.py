@@ -1,4 +1,6 @@
-"""The page of a comparison: one file, no network, light and dark; and its main plots alone as SVG."""
+"""The page of a comparison: one file, no network, light and dark; and its main plots alone
+as SVG.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ PARTS = {
     "k-io": "in KVM: ports",
     "k-rest": "in KVM: the rest",
 }
-#: The processor's reasons of each part, SVM's and VMX's, and the causes of userspace exits that begin with the same.
+#: The processor's reasons of each part, SVM's and VMX's, and the causes of userspace exits that
+#: begin with the same.
 REASONS = {
     "k-halt": (("hlt",), ("halt",)),
     "k-window": (("vintr", "interrupt_window"), ("irq_window",)),
@@ -68,15 +71,20 @@ def _good(document: dict[str, Any], mode: str, workload: str) -> list[dict[str, 
 
 
 def split(workload: dict[str, Any]) -> dict[str, int]:
-    """The exits of one run by PARTS; what goes to userspace is taken from KVM's counts, which include it. Without a trace of the
-    processor's reasons KVM's statistics know three parts, and the rest is one."""
+    """The exits of one run by PARTS; what goes to userspace is taken from KVM's counts, which
+    include it. Without a trace of the processor's reasons KVM's statistics know three parts, and
+    the rest is one."""
     causes, kvm = workload["causes"] or {}, workload["kvm"]
     out = {f"u-{name}": max(causes.get(name, 0), 0) for name in CAUSES}
     user = sum(out.values())
     inside = max(kvm.get("exits", user) - user, 0)
     traced = workload.get("reasons")
     for part, (reasons, begun) in REASONS.items():
-        count = kvm.get(STATS.get(part, ""), 0) if not traced else sum(traced.get(r, 0) for r in reasons)
+        count = (
+            kvm.get(STATS.get(part, ""), 0)
+            if not traced
+            else sum(traced.get(r, 0) for r in reasons)
+        )
         out[part] = min(max(count - sum(causes.get(cause, 0) for cause in begun), 0), inside)
         inside -= out[part]
     out["k-rest"] = inside
@@ -88,7 +96,9 @@ def _missing(mode: dict[str, Any]) -> str:
 
 
 def exits_plot(document: dict[str, Any], workload: str) -> str:
-    """Stacked exits by cause of each mode: per 1,000 packets, or a second where the workload sends none."""
+    """Stacked exits by cause of each mode: per 1,000 packets, or a second where the workload sends
+    none.
+    """
     idle = workload == "idle"
     unit = "exits per second" if idle else "exits per 1,000 packets"
     rows = []
@@ -107,7 +117,9 @@ def exits_plot(document: dict[str, Any], workload: str) -> str:
         sums = [sum(s.values()) for s in stacks]
         user = sum(value for part, value, _ in parts if part.startswith("u-"))
         known = any(run["causes"] for run in runs)
-        shown = [(part, value, f"{words}: {number(value)}") for part, value, words in parts if value > 0]
+        shown = [
+            (part, value, f"{words}: {number(value)}") for part, value, words in parts if value > 0
+        ]
         text = f"{number(_median(sums))} ({number(user) if known else 'unknown'} to userspace)"
         rows.append(svg.Bar(mode["name"], shown, text, (min(sums), max(sums))))
     return svg.bars(f"Exits by cause, {workload}", unit, rows)
@@ -145,12 +157,16 @@ def cpu_plot(document: dict[str, Any], workload: str) -> str:
             )
             if used > 0:
                 parts.append((f"r-{role}", used, f"{ROLE_WORDS[role]}: {number(used)} ms/s"))
-        rows.append(svg.Bar(mode["name"], parts, number(round(sum(value for _, value, _ in parts), 1))))
+        rows.append(
+            svg.Bar(mode["name"], parts, number(round(sum(value for _, value, _ in parts), 1)))
+        )
     return svg.bars(f"CPU time, {workload}", "ms per second", rows)
 
 
 def time_plot(document: dict[str, Any], workload: str, key: str) -> str:
-    """Exits a second over the time of a workload, in the first repeat of each mode that went well."""
+    """Exits a second over the time of a workload, in the first repeat of each mode that
+    went well.
+    """
     series = []
     for index, mode in enumerate(document["modes"]):
         points = []
@@ -158,7 +174,9 @@ def time_plot(document: dict[str, Any], workload: str, key: str) -> str:
             t, n = run["samples"]["t"], run["samples"][key]
             for i in range(1, min(len(t), len(n))):
                 if t[i] > t[i - 1]:
-                    points.append(((t[i] + t[i - 1]) / 2, max(n[i] - n[i - 1], 0) / (t[i] - t[i - 1])))
+                    points.append(
+                        ((t[i] + t[i - 1]) / 2, max(n[i] - n[i - 1], 0) / (t[i] - t[i - 1]))
+                    )
         series.append((mode["name"], f"m{index % LINES}", points))
     title = "Exits in KVM" if key == "kvm_exits" else "Exits to userspace"
     return svg.lines(f"{title}, {workload}", "per second", series)
@@ -249,7 +267,10 @@ def page(document: dict[str, Any]) -> str:
         features=[
             (
                 f,
-                ["yes" if f in m["negotiated"] else "offered" if f in m["offered"] else "no" for m in known],
+                [
+                    "yes" if f in m["negotiated"] else "offered" if f in m["offered"] else "no"
+                    for m in known
+                ],
             )
             for f in features
         ],
@@ -272,7 +293,9 @@ def figure(document: dict[str, Any]) -> str:
         fast = speed(document, workload["name"])
         if fast:
             title = f"{workload['name']}: {BY_KEY[fast].title}, {BY_KEY[fast].unit}"
-            plots.append((title, measure_plot(document, workload["name"], fast, "speed", svg.WIDTH)))
+            plots.append(
+                (title, measure_plot(document, workload["name"], fast, "speed", svg.WIDTH))
+            )
     columns = min(3, len(plots))
     width = 2 * pad + columns * svg.WIDTH + (columns - 1) * gap
     body = [f'<text class="h1" x="{pad}" y="{pad + 16}">What each data path costs</text>']

@@ -17,9 +17,11 @@ def possible(vcpus: int) -> bool:
 
 @contextmanager
 def pinned(tasks: Iterable[tuple[str, int, int]], vcpus: int) -> Iterator[None]:
-    """Each vCPU's thread has a CPU to itself; the others' and the calling one, and what it starts, share the rest.
+    """Each vCPU's thread has a CPU to itself; the others' and the calling one, and what it starts,
+    share the rest.
 
-    A thread that has been given CPUs of its own (``worker-cpu=``) keeps them. In the end only the calling thread is put back.
+    A thread that has been given CPUs of its own (``worker-cpu=``) keeps them. In the end only the
+    calling thread is put back.
 
     :param tasks: (role, pid, tid) of those that take part; the role of a vCPU is "vcpu".
     :param vcpus: how many there are; fewer than the CPUs that this process may use.

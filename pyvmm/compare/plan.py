@@ -35,7 +35,9 @@ class Mode:
 
     __slots__ = ("kind", "name", "net", "queues", "vhost")
 
-    def __init__(self, name: str, kind: str = "pyvmm", net: str = "", *, vhost: bool = False) -> None:
+    def __init__(
+        self, name: str, kind: str = "pyvmm", net: str = "", *, vhost: bool = False
+    ) -> None:
         self.name, self.kind, self.net, self.vhost = name, kind, net, vhost
         self.queues = 1
 
@@ -48,7 +50,9 @@ def parse_mode(text: str) -> Mode:
     mode, *keys = text.split(":")
     if mode not in MODES or mode == "none":
         known = ", ".join(m for m in MODES if m != "none")
-        raise UsageError(f"--modes: unknown mode {mode!r}", f"modes: {known}; keys follow after colons")
+        raise UsageError(
+            f"--modes: unknown mode {mode!r}", f"modes: {known}; keys follow after colons"
+        )
     for key in keys:
         if key.partition("=")[0] in FORBIDDEN:
             raise UsageError(
@@ -77,7 +81,8 @@ class Plan:
 
     :param repeat: boots of each mode, 1 to 1000. :param seconds: of each workload, up to 3600.
     :param kernel, initrd: files of the guest. :param image: what they are called in the results.
-    :param append: kernel command line beside what pyvmm adds. :param samples: seconds between two looks at the counters.
+    :param append: kernel command line beside what pyvmm adds. :param samples: seconds between two
+        looks at the counters.
     :param reasons: trace the processor's reasons of exits in KVM, too.
     :param pin: give each vCPU a CPU to itself, if there is one more for the rest.
     :raises UsageError: what makes no sense.
@@ -121,9 +126,13 @@ class Plan:
         self.kernel, self.initrd, self.image, self.append = kernel, initrd, image, append
 
     def servers(self) -> list[str]:
-        """Workloads that need an iperf3 server in the guest, in the order of their ports from 5201 on."""
+        """Workloads that need an iperf3 server in the guest, in the order of their ports from 5201
+        on.
+        """
         return [w for w in self.workloads if w not in ("ping", "idle")]
 
     def port(self, workload: str) -> str:
-        """The port of a workload's server: each has its own, since one that has just served is busy for a moment."""
+        """The port of a workload's server: each has its own, since one that has just served is busy
+        for a moment.
+        """
         return str(5201 + self.servers().index(workload))

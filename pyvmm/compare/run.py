@@ -1,7 +1,8 @@
-"""Runs a comparison: boots each mode in turn, again and again, and counts each workload from its start to its end.
+"""Runs a comparison: boots each mode in turn, again and again, and counts each workload from its
+start to its end.
 
-A boot runs all workloads, one after another. Counters are read right before and right after each, so that neither boot nor the
-other workloads are in its figures.
+A boot runs all workloads, one after another. Counters are read right before and right after each,
+so that neither boot nor the other workloads are in its figures.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ SETTLE = 0.5  # seconds between workloads: iperf3's last packets are not the nex
 
 
 class Comparison:
-    """Runs a plan and holds what it found; ``document`` may be asked at any time, also after ``run`` was broken off.
+    """Runs a plan and holds what it found; ``document`` may be asked at any time, also after
+    ``run`` was broken off.
 
     :param progress: is told what goes on, a line at a time.
     """
@@ -79,7 +81,8 @@ class Comparison:
     def run(self) -> None:
         """Run it all.
 
-        :raises PyvmmError: no mode can run here (no KVM, no image). What only some modes lack is in the document.
+        :raises PyvmmError: no mode can run here (no KVM, no image). What only some modes lack is in
+            the document.
         """
         p = self._plan
         with ExitStack() as stack:
@@ -135,7 +138,9 @@ class Comparison:
             self._progress(f"  {mode.name}: {e}")
 
     def _warm_up(self, guest: Guest) -> None:
-        """Pings that nobody counts: addresses are learnt, and Linux moves the interrupts of a new card with the first ones."""
+        """Pings that nobody counts: addresses are learnt, and Linux moves the interrupts of a new
+        card with the first ones.
+        """
         try:
             self._tool(guest, ["ping", "-q", "-c", "10", "-i", "0.05", plan.GUEST])
         except HostError as e:
@@ -200,12 +205,16 @@ class Comparison:
                 start_new_session=True,
             )
         except FileNotFoundError as e:
-            raise HostError(f"{argv[0]} cannot be run", "install iputils-ping, iperf3 and util-linux") from e
+            raise HostError(
+                f"{argv[0]} cannot be run", "install iputils-ping, iperf3 and util-linux"
+            ) from e
         with child:
             try:
                 text, _ = child.communicate(timeout=self._plan.seconds + TOOL_LIMIT)
             except subprocess.TimeoutExpired as e:
-                raise HostError(f"{argv[0]} did not end within {self._plan.seconds + TOOL_LIMIT:g} s") from e
+                raise HostError(
+                    f"{argv[0]} did not end within {self._plan.seconds + TOOL_LIMIT:g} s"
+                ) from e
             finally:
                 terminate(child)
         if child.returncode:
@@ -257,7 +266,8 @@ class Comparison:
 class Sampler:
     """Looks at a guest's exits every so often, in a thread of its own that ends with ``stop``.
 
-    What is kept is bounded: each time it is full, every second look is dropped and the interval doubled.
+    What is kept is bounded: each time it is full, every second look is dropped and the interval
+    doubled.
     """
 
     def __init__(self, guest: Guest, interval: float) -> None:
@@ -314,7 +324,9 @@ def figures(
     exits = kvm.get("exits")
 
     def per(count: int | None) -> float | None:
-        return round(1000 * count / moved, 3) if moved >= FEW_PACKETS and count is not None else None
+        return (
+            round(1000 * count / moved, 3) if moved >= FEW_PACKETS and count is not None else None
+        )
 
     return {
         "seconds": max(round(seconds, 4), 1e-4),
@@ -362,7 +374,10 @@ def read_result(name: str, text: str) -> dict[str, float | None]:
         if name == "udp-small":
             one = end["sum"]
             rate = one["bits_per_second"] * (1 - one["lost_percent"] / 100)
-            return {"throughput_mbit_s": round(rate / 1e6, 3), "loss_percent": round(one["lost_percent"], 2)}
+            return {
+                "throughput_mbit_s": round(rate / 1e6, 3),
+                "loss_percent": round(one["lost_percent"], 2),
+            }
         return {"throughput_mbit_s": round(end["sum_received"]["bits_per_second"] / 1e6, 3)}
     except (AssertionError, KeyError, ValueError, TypeError) as e:
         raise HostError(f"{name}: cannot read its result: {reason(text)}") from e

@@ -1,6 +1,8 @@
-"""Checks a document against the shipped JSON Schema, without a library: ``--from`` reads files that anybody may have edited.
+"""Checks a document against the shipped JSON Schema, without a library: ``--from`` reads files that
+anybody may have edited.
 
-Knows the keywords that schema.json uses: type, const, enum, required, properties, additionalProperties, items, minimum, $ref.
+Knows the keywords that schema.json uses: type, const, enum, required, properties,
+additionalProperties, items, minimum, $ref.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of a comparison's results."""
-    loaded: dict[str, Any] = json.loads((Path(__file__).parent / "schema.json").read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = json.loads(
+        (Path(__file__).parent / "schema.json").read_text(encoding="utf-8")
+    )
     return loaded
 
 

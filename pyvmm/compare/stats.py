@@ -1,7 +1,9 @@
-"""From runs to figures: median and range of each measure, and which differences are more than noise.
+"""From runs to figures: median and range of each measure, and which differences are more than
+noise.
 
-The rule: a mode's measure differs from the first mode's if their ranges, lowest to highest over the repeats, do not overlap;
-else the difference lies within the noise. With one repeat there is no range, and nothing is known.
+The rule: a mode's measure differs from the first mode's if their ranges, lowest to highest over the
+repeats, do not overlap; else the difference lies within the noise. With one repeat there is no
+range, and nothing is known.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class Measure:
             return sum(found) if found else None
         if self.key == "vmm_wakeups":
             found = [
-                workload["threads"][r]["voluntary"] for r in ("worker", "vmm") if r in workload["threads"]
+                workload["threads"][r]["voluntary"]
+                for r in ("worker", "vmm")
+                if r in workload["threads"]
             ]
             return sum(found) if found else None
         value: Any = workload
@@ -70,16 +74,30 @@ MEASURES = [
     Measure("packets_from_guest", "packets from the guest", "", "packets", "packets_from_guest"),
     Measure("kicks", "kicks that the worker took", ""),
     Measure("user_exits", "exits to userspace", "", "user_exits"),
-    *(Measure(f"user_exits.{c}", f"to userspace: {c.replace('_', ' ')}", "", "causes", c) for c in CAUSES),
+    *(
+        Measure(f"user_exits.{c}", f"to userspace: {c.replace('_', ' ')}", "", "causes", c)
+        for c in CAUSES
+    ),
     Measure(
-        "user_exits_per_kpacket", "exits to userspace per 1,000 packets", "", "per_kpacket", "user_exits"
+        "user_exits_per_kpacket",
+        "exits to userspace per 1,000 packets",
+        "",
+        "per_kpacket",
+        "user_exits",
     ),
     *(Measure(f"kvm.{name}", words, "", "kvm", name) for name, words in KVM.items()),
-    Measure("kvm_exits_per_kpacket", "exits in KVM per 1,000 packets", "", "per_kpacket", "kvm_exits"),
+    Measure(
+        "kvm_exits_per_kpacket", "exits in KVM per 1,000 packets", "", "per_kpacket", "kvm_exits"
+    ),
     Measure("interrupts", "interrupts injected", "", "interrupts"),
-    Measure("interrupts_per_kpacket", "interrupts per 1,000 packets", "", "per_kpacket", "interrupts"),
+    Measure(
+        "interrupts_per_kpacket", "interrupts per 1,000 packets", "", "per_kpacket", "interrupts"
+    ),
     Measure("vmm_wakeups", "wake-ups of VMM threads but the vCPUs", ""),
-    *(Measure(f"cpu_s.{r}", f"CPU time: {w}", "s", "threads", r, "cpu_s") for r, w in ROLE_WORDS.items()),
+    *(
+        Measure(f"cpu_s.{r}", f"CPU time: {w}", "s", "threads", r, "cpu_s")
+        for r, w in ROLE_WORDS.items()
+    ),
     *(
         Measure(f"switches.{r}.{k}", f"{k} switches: {w}", "", "threads", r, k)
         for r, w in ROLE_WORDS.items()
@@ -118,7 +136,9 @@ def verdict(first: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def summarise(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry a workload, mode and measure that was taken at least once; failed workloads do not count."""
+    """One entry a workload, mode and measure that was taken at least once; failed workloads do not
+    count.
+    """
     out: list[dict[str, Any]] = []
     for workload in document["settings"]["workloads"]:
         name = workload["name"]
@@ -135,7 +155,12 @@ def summarise(document: dict[str, Any]) -> list[dict[str, Any]]:
                 values = [v for v in map(measure.of, runs) if v is not None]
                 if not values:
                     continue
-                entry = {"workload": name, "mode": mode["name"], "measure": measure.key, **spread(values)}
+                entry = {
+                    "workload": name,
+                    "mode": mode["name"],
+                    "measure": measure.key,
+                    **spread(values),
+                }
                 entry["ratio"] = entry["verdict"] = None
                 if index == 0:
                     firsts[measure.key] = entry
@@ -158,8 +183,12 @@ class Figures:
         """The entry, None where there is none."""
         return self._entries.get((workload, mode, measure))
 
-    def rows(self, workload: str, modes: list[str], *, full: bool = True) -> tuple[list[Measure], int]:
-        """The measures that are not zero everywhere, without ``full`` only the telling ones; and how many are zero."""
+    def rows(
+        self, workload: str, modes: list[str], *, full: bool = True
+    ) -> tuple[list[Measure], int]:
+        """The measures that are not zero everywhere, without ``full`` only the telling ones; and
+        how many are zero.
+        """
         shown, zero = [], 0
         for measure in MEASURES:
             if not full and measure.key not in BRIEF:
@@ -182,7 +211,9 @@ def number(value: float) -> str:
 
 
 def cell(entry: dict[str, Any] | None) -> str:
-    """``median (lowest..highest)``, with a mark where the difference from the first mode may be noise; ``-``: not measured."""
+    """``median (lowest..highest)``, with a mark where the difference from the first mode may be
+    noise; ``-``: not measured.
+    """
     if entry is None:
         return "-"
     text = number(entry["median"])
@@ -197,7 +228,9 @@ def mark(entry: dict[str, Any]) -> str:
 
 
 def remarks(document: dict[str, Any]) -> list[str]:
-    """What must be said beside the figures: what could not be measured and why, and what the marks mean."""
+    """What must be said beside the figures: what could not be measured and why, and what the marks
+    mean.
+    """
     out = []
     if document["partial"]:
         done = len(document["runs"])
@@ -225,7 +258,9 @@ def remarks(document: dict[str, Any]) -> list[str]:
     if document["settings"].get("pinned"):
         out.append("Each vCPU had a CPU to itself.")
     if document["host"]["testbed"]:
-        out.append("Measured in the testbed, on an emulated processor: only counts and ratios mean anything.")
+        out.append(
+            "Measured in the testbed, on an emulated processor: only counts and ratios mean anything."
+        )
     return out
 
 

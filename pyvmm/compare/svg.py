@@ -1,6 +1,8 @@
-"""Plots as SVG: bars that are stacked or have whiskers, and lines over time. Colours are classes: the page's style sheet has them.
+"""Plots as SVG: bars that are stacked or have whiskers, and lines over time. Colours are classes:
+the page's style sheet has them.
 
-A plot is WIDTH or NARROW units wide and meant to be shown at about that many pixels: its text has 12 and 11 units.
+A plot is WIDTH or NARROW units wide and meant to be shown at about that many pixels: its text has
+12 and 11 units.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def _frame(width: int, height: float, title: str, describe: str, body: list[str]
 class Bar:
     """One row of a bar plot.
 
-    :param parts: (class, value, words) from left to right. :param text: at the right, above the bar.
+    :param parts: (class, value, words) from left to right. :param text: at the right, above the
+        bar.
     :param whisker: (lowest, highest) of the whole bar. :param missing: why there is none.
     """
 
@@ -74,7 +77,13 @@ class Bar:
         whisker: tuple[float, float] | None = None,
         missing: str = "",
     ) -> None:
-        self.label, self.parts, self.text, self.whisker, self.missing = label, parts, text, whisker, missing
+        self.label, self.parts, self.text, self.whisker, self.missing = (
+            label,
+            parts,
+            text,
+            whisker,
+            missing,
+        )
 
     @property
     def top(self) -> float:
@@ -105,7 +114,9 @@ def bars(title: str, unit: str, rows: Sequence[Bar], width: int = WIDTH) -> str:
     for index, row in enumerate(rows):
         y = TOP + index * ROW
         room = right - left - 8 - CHAR * len(row.text)
-        body.append(f'<text class="name" x="{left:g}" y="{y + 13:g}">{escape(clip(row.label, room))}</text>')
+        body.append(
+            f'<text class="name" x="{left:g}" y="{y + 13:g}">{escape(clip(row.label, room))}</text>'
+        )
         text = row.text
         kind = "value"
         if row.missing:
@@ -166,7 +177,9 @@ def lines(
     for name, kind, points in series:
         path = "L".join(f"{LEFT + x * across:.1f} {bottom - y * up:.1f}" for x, y in points)
         if points:
-            body.append(f'<path class="line {kind}" d="M{path}"><title>{escape(name)}</title></path>')
+            body.append(
+                f'<path class="line {kind}" d="M{path}"><title>{escape(name)}</title></path>'
+            )
             said.append(f"{name}: up to {short(round(max(y for _, y in points)))}")
     return _frame(width, height, f"{title}, {unit}", "; ".join(said), body)
 

@@ -1,8 +1,10 @@
-"""Conformance of a vhost-user-net back-end, without a guest: rings are filled as a driver fills them, over our own front-end.
+"""Conformance of a vhost-user-net back-end, without a guest: rings are filled as a driver fills
+them, over our own front-end.
 
-Each item of :data:`ITEMS` is a function of a :class:`Bench` that returns what was seen, or raises :class:`Failed` or :class:`Skipped`.
-Where the back-end sends packets back (a loop, ``dpdk-testpmd --forward-mode=io`` with one port) what comes is compared as well; else
-only that each transmit is finished once, and in an orderly way.
+Each item of :data:`ITEMS` is a function of a :class:`Bench` that returns what was seen, or raises
+:class:`Failed` or :class:`Skipped`. Where the back-end sends packets back (a loop, ``dpdk-testpmd
+--forward-mode=io`` with one port) what comes is compared as well; else only that each transmit is
+finished once, and in an orderly way.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class Skipped(Exception):
 class Item:
     """What came of one check.
 
-    :ivar result: ``passed``, ``failed`` or ``skipped``. :ivar detail: what was seen, or what is wrong.
+    :ivar result: ``passed``, ``failed`` or ``skipped``. :ivar detail: what was seen, or what is
+        wrong.
     """
 
     __slots__ = ("detail", "name", "result", "seconds")
@@ -142,9 +145,11 @@ class Machine:
         return head + bytes((self.number + i) & 0xFF for i in range(max(0, length - len(head))))
 
     def send(self, count: int, *, pair: int = 0, longest: int = 1400) -> None:
-        """Frames of many lengths in chains of many shapes, in bursts; compared, where they come back.
+        """Frames of many lengths in chains of many shapes, in bursts; compared, where they come
+        back.
 
-        :raises Failed: one is not finished, or comes back changed, twice, out of order or not at all.
+        :raises Failed: one is not finished, or comes back changed, twice, out of order or not at
+            all.
         """
         driver = self.drivers[pair]
         burst = max(1, min(32, driver.tx.size // 8))
@@ -156,7 +161,8 @@ class Machine:
             frames = [self.frame(60 + 97 * (self.number + i) % (longest - 59)) for i in range(now)]
             for i, frame in enumerate(frames):
                 driver.queue(
-                    frame, split=SPLITS[(len(sent) + i) % len(SPLITS)] if driver.tx.size >= 64 else None
+                    frame,
+                    split=SPLITS[(len(sent) + i) % len(SPLITS)] if driver.tx.size >= 64 else None,
                 )
             driver.tx.publish()
             sent += frames
@@ -167,7 +173,9 @@ class Machine:
                 self.healthy()
                 raise Failed(f"{len(self.ours(driver))} of {len(sent)} packets have come back")
         if self.bench.echoes and self.ours(driver) != sent:
-            at = next(i for i, (a, b) in enumerate(zip(self.ours(driver), sent, strict=False)) if a != b)
+            at = next(
+                i for i, (a, b) in enumerate(zip(self.ours(driver), sent, strict=False)) if a != b
+            )
             raise Failed(f"packet {at} has come back changed, or in the wrong order")
 
     def ours(self, driver: NetDriver) -> list[bytes]:
@@ -176,7 +184,9 @@ class Machine:
         return [p[12:] for p in driver.received if p[24:30] == HEADER[12:18]]
 
     def finished(self, driver: NetDriver) -> None:
-        """Wait until every transmit is returned. :raises Failed: one is not, or twice, or with bytes written."""
+        """Wait until every transmit is returned. :raises Failed: one is not, or twice, or with
+        bytes written.
+        """
 
         def all_done() -> bool:
             driver.poll()
@@ -190,7 +200,9 @@ class Machine:
 
         if not wait_for(all_done, self.bench.timeout):
             self.healthy()
-            raise Failed(f"{driver.tx.outstanding} transmits are not returned in {self.bench.timeout:g} s")
+            raise Failed(
+                f"{driver.tx.outstanding} transmits are not returned in {self.bench.timeout:g} s"
+            )
 
     def close(self) -> None:
         """Disconnect; a second call does nothing."""
@@ -207,7 +219,8 @@ class Bench:
 
     :param path: of its listening socket. :param timeout: seconds for each answer and each burst.
     :param queues: pairs to use at once; by default as many as it says it has, up to 4.
-    :ivar echoes: whether what it gets comes back. :ivar features: that it offers, as a mask. :ivar items: results so far.
+    :ivar echoes: whether what it gets comes back. :ivar features: that it offers, as a mask. :ivar
+        items: results so far.
     """
 
     def __init__(self, path: str, *, timeout: float = 5.0, queues: int | None = None) -> None:
@@ -237,7 +250,9 @@ class Bench:
             raise Skipped(f"{NAMES[bit]} is not offered")
 
     def run(self, report: Callable[[Item], None] = lambda item: None) -> None:
-        """Every item, in order; ``report`` is called after each. Ends early where the first fails: there is no back-end."""
+        """Every item, in order; ``report`` is called after each. Ends early where the first fails:
+        there is no back-end.
+        """
         for name, check in ITEMS:
             start = time.monotonic()
             try:
@@ -253,7 +268,7 @@ class Bench:
                 return
 
 
-# --- the items ------------------------------------------------------------------------------------------------
+# --- the items ------------------------------------------------------------------------------------
 
 
 def negotiation(bench: Bench) -> str:
@@ -275,7 +290,9 @@ def negotiation(bench: Bench) -> str:
         machine.drivers[0].tx.take_used()
         machine.send(1)
         bench.echoes = wait_for(lambda: machine.ours(machine.drivers[0]), min(1.0, bench.timeout))
-    return f"packets {'come back' if bench.echoes else 'do not come back: receiving is not checked'}"
+    return (
+        f"packets {'come back' if bench.echoes else 'do not come back: receiving is not checked'}"
+    )
 
 
 def _number(bench: Bench, channel: Channel, request: int) -> int:
@@ -348,7 +365,9 @@ def stop_and_start(bench: Bench) -> str:
 
 
 def waiting(bench: Bench) -> str:
-    """What was made available while the rings were stopped is served at the start, without a kick of the driver's."""
+    """What was made available while the rings were stopped is served at the start, without a kick
+    of the driver's.
+    """
     with bench.machine(bench.all_features()) as machine:
         driver = machine.drivers[0]
         machine.send(10)
@@ -394,7 +413,9 @@ def not_called(bench: Bench) -> str:
             driver.tx.call_fd.drain()
             machine.send(40)
             if select.select([driver.tx.call_fd.fileno()], [], [], 0)[0]:
-                raise Failed(f"interrupts nobody asked for, {'with' if bits else 'without'} EVENT_IDX")
+                raise Failed(
+                    f"interrupts nobody asked for, {'with' if bits else 'without'} EVENT_IDX"
+                )
     return ""
 
 
@@ -409,7 +430,9 @@ def queue_pairs(bench: Bench) -> str:
                 try:
                     machine.send(40, pair=pair)
                 except Failed as e:
-                    raise Failed(f"pair {pair} of {pairs} (it says that it has {bench.pairs}): {e}") from None
+                    raise Failed(
+                        f"pair {pair} of {pairs} (it says that it has {bench.pairs}): {e}"
+                    ) from None
     return f"{pairs} of {bench.pairs}"
 
 
@@ -429,7 +452,9 @@ def reconnect(bench: Bench) -> str:
                 return counters["connections"] >= times and bool(counters["connected"])
 
             if not wait_for(back, bench.timeout):
-                raise Failed(f"it does not serve a front-end that comes again: {path.problems[-1:]}")
+                raise Failed(
+                    f"it does not serve a front-end that comes again: {path.problems[-1:]}"
+                )
             path.problems.clear()
             for driver in machine.drivers:
                 driver.tx.publish()
@@ -447,7 +472,9 @@ def malformed_ring(bench: Bench) -> str:
         ring.kick()
         assert machine.path is not None
         path = machine.path
-        told = wait_for(lambda: path.counters()["ring_errors"] or path.problems, min(1.0, bench.timeout))
+        told = wait_for(
+            lambda: path.counters()["ring_errors"] or path.problems, min(1.0, bench.timeout)
+        )
     finally:
         machine.close()
     with bench.machine() as other:
@@ -459,7 +486,11 @@ def unknown_request(bench: Bench) -> str:
     """Refused, or the end of the session, and the next one is served."""
     channel = connect(bench.path)
     try:
-        if _number(bench, channel, spec.VHOST_USER_GET_FEATURES) >> spec.VHOST_USER_F_PROTOCOL_FEATURES & 1:
+        if (
+            _number(bench, channel, spec.VHOST_USER_GET_FEATURES)
+            >> spec.VHOST_USER_F_PROTOCOL_FEATURES
+            & 1
+        ):
             bits = struct.pack("<Q", bench.protocol & 1 << spec.VHOST_USER_PROTOCOL_F_REPLY_ACK)
             channel.send(spec.VHOST_USER_SET_PROTOCOL_FEATURES, bits, timeout=bench.timeout)
         try:

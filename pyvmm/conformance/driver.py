@@ -1,7 +1,9 @@
-"""A virtio-net driver without a guest: the driver's side of split virtqueues, played in a GuestMemory.
+"""A virtio-net driver without a guest: the driver's side of split virtqueues, played in a
+GuestMemory.
 
-For checking back-ends, ours in the tests and others by ``pyvmm vhost-user check``. It can do all that a driver may (indirect
-tables, EVENT_IDX, suppression both ways) and, through the raw accessors, all that one must not.
+For checking back-ends, ours in the tests and others by ``pyvmm vhost-user check``. It can do all
+that a driver may (indirect tables, EVENT_IDX, suppression both ways) and, through the raw
+accessors, all that one must not.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def align(x: int, to: int) -> int:
 class Ring:
     """One split virtqueue as its driver sees it.
 
-    :param base: guest-physical address from which the three areas are laid out; ``end`` is what follows them.
+    :param base: guest-physical address from which the three areas are laid out; ``end`` is what
+        follows them.
     :param start: value of both indices at the start.
     """
 
@@ -68,7 +71,13 @@ class Ring:
         start: int = 0,
         event_idx: bool = False,
     ) -> None:
-        self.memory, self.size, self.index, self.start, self.event_idx = memory, size, index, start, event_idx
+        self.memory, self.size, self.index, self.start, self.event_idx = (
+            memory,
+            size,
+            index,
+            start,
+            event_idx,
+        )
         self.desc = align(base, 16)
         self.avail = self.desc + 16 * size
         self.used = align(self.avail + 6 + 2 * size, 4)
@@ -100,9 +109,10 @@ class Ring:
             self.call_fd,
         )
 
-    # --- a well-behaved driver -------------------------------------------------------------------------
+    # --- a well-behaved driver --------------------------------------------------------------------
     def add(self, segments: list[tuple[int, int, bool]], *, indirect: int | None = None) -> int:
-        """Queue a chain of (gpa, length, device writes it); returns its head. ``publish`` makes it available.
+        """Queue a chain of (gpa, length, device writes it); returns its head. ``publish`` makes it
+        available.
 
         :param indirect: guest-physical address for an indirect table.
         """
@@ -130,7 +140,9 @@ class Ring:
         return head
 
     def publish(self, *, kick: bool = True) -> bool:
-        """Make all queued chains available and kick where the device wants it; returns whether it was kicked."""
+        """Make all queued chains available and kick where the device wants it; returns whether it
+        was kicked.
+        """
         old, self.published = self.published, self.avail_idx
         self._avail[1] = self.avail_idx
         fence()
@@ -184,7 +196,7 @@ class Ring:
         else:
             self._avail[2 + self.size] = (self.last_used - 1) & 0xFFFF
 
-    # --- raw access ------------------------------------------------------------------------------------
+    # --- raw access -------------------------------------------------------------------------------
     def set_desc(self, i: int, gpa: int, length: int, flags: int, following: int) -> None:
         struct.pack_into("<QIHH", self._desc, 16 * i, gpa, length, flags, following)
 
@@ -202,7 +214,8 @@ class Ring:
 
 
 class NetDriver:
-    """The driver of a receive and a transmit ring: posts buffers, sends and receives packets with their header.
+    """The driver of a receive and a transmit ring: posts buffers, sends and receives packets with
+    their header.
 
     :param base: guest-physical start of all that it uses.
     :param rx_buffers: receive chains posted; :param rx_size: bytes of each.
@@ -222,7 +235,12 @@ class NetDriver:
         rx_size: int = 2048,
         pair: int = 0,
     ) -> None:
-        self.memory, self.indirect, self.mrg_rxbuf, self.rx_size = memory, indirect, mrg_rxbuf, rx_size
+        self.memory, self.indirect, self.mrg_rxbuf, self.rx_size = (
+            memory,
+            indirect,
+            mrg_rxbuf,
+            rx_size,
+        )
         kw: dict[str, Any] = {"start": start, "event_idx": event_idx}
         self.rx = Ring(memory, size, base, index=2 * pair, **kw)
         self.tx = Ring(memory, size, align(self.rx.end, 4096), index=2 * pair + 1, **kw)
@@ -250,14 +268,20 @@ class NetDriver:
         return n
 
     def _alloc(self, length: int) -> int:
-        """Transmit memory, used round and round: sent frames are expected to be done a lap later."""
+        """Transmit memory, used round and round: sent frames are expected to be done a lap
+        later.
+        """
         if self._tx_at + length > self.end:
             self._tx_at = self._tx_start
         gpa, self._tx_at = self._tx_at, self._tx_at + length
         return gpa
 
-    def queue(self, frame: bytes, *, header: bytes = bytes(12), split: list[int] | None = None) -> int:
-        """Queue one frame; ``split`` gives the lengths of all segments but the last. Returns the head."""
+    def queue(
+        self, frame: bytes, *, header: bytes = bytes(12), split: list[int] | None = None
+    ) -> int:
+        """Queue one frame; ``split`` gives the lengths of all segments but the last. Returns the
+        head.
+        """
         data = header + frame
         gpa = self._alloc(len(data))
         self.memory.write(gpa, data)

@@ -1,6 +1,8 @@
-"""Try out a vhost-user back-end without a guest: what it offers, what it answers to each message, and how fast.
+"""Try out a vhost-user back-end without a guest: what it offers, what it answers to each message,
+and how fast.
 
-For people who write back-ends. It is given a memory of its own with empty rings, so that nothing is sent anywhere.
+For people who write back-ends. It is given a memory of its own with empty rings, so that nothing is
+sent anywhere.
 """
 
 from __future__ import annotations
@@ -27,20 +29,27 @@ RING_SIZE, RING_STEP, RING_BASE = 256, 0x4000, 0x10000
 class Step:
     """One message and what came of it.
 
-    :ivar outcome: ``ok``, ``refused``, ``sent`` (nothing was to be heard), or what went wrong. :ivar detail: the reply in words.
+    :ivar outcome: ``ok``, ``refused``, ``sent`` (nothing was to be heard), or what went wrong.
+        :ivar detail: the reply in words.
     :ivar microseconds: from the first byte sent to the last received.
     """
 
     __slots__ = ("detail", "message", "microseconds", "outcome")
 
     def __init__(self, message: str, outcome: str, detail: str, microseconds: float) -> None:
-        self.message, self.outcome, self.detail, self.microseconds = message, outcome, detail, microseconds
+        self.message, self.outcome, self.detail, self.microseconds = (
+            message,
+            outcome,
+            detail,
+            microseconds,
+        )
 
 
 class Probe:
     """A conversation with the back-end at ``path``; ``steps`` grows as it goes.
 
-    :param timeout: seconds for each answer. :ivar features, protocol: what it offers, as masks; :ivar queues: pairs, or None.
+    :param timeout: seconds for each answer. :ivar features, protocol: what it offers, as masks;
+        :ivar queues: pairs, or None.
     """
 
     def __init__(self, path: str, *, timeout: float = 2.0) -> None:
@@ -68,7 +77,9 @@ class Probe:
         outcome, detail = "sent", ""
         try:
             if answers or ack:
-                answer = self._channel.ask(request, payload, fds, need_reply=ack, timeout=self.timeout)
+                answer = self._channel.ask(
+                    request, payload, fds, need_reply=ack, timeout=self.timeout
+                )
                 try:
                     values = answer.unpack(answers or "<Q")
                     if answer.fds:
@@ -88,7 +99,9 @@ class Probe:
         return values
 
     def run(self) -> None:
-        """All that makes sense with what it offers. :raises VhostUserError: the conversation ended early; see ``steps``."""
+        """All that makes sense with what it offers. :raises VhostUserError: the conversation ended
+        early; see ``steps``.
+        """
         self.features = self._do(spec.VHOST_USER_GET_FEATURES, answers="<Q")[0]
         has_protocol = bool(self.features >> spec.VHOST_USER_F_PROTOCOL_FEATURES & 1)
         known = 0
@@ -143,7 +156,9 @@ class Probe:
                 self._do(request, struct.pack("<Q", i), [rings.events[3 * i + k].fileno()], show=i)
         if has_protocol:
             for i in (0, 1):
-                self._do(spec.VHOST_USER_SET_VRING_ENABLE, struct.pack(VRING_STATE, i, 1), show=f"{i}, 1")
+                self._do(
+                    spec.VHOST_USER_SET_VRING_ENABLE, struct.pack(VRING_STATE, i, 1), show=f"{i}, 1"
+                )
         if has(spec.VHOST_USER_PROTOCOL_F_STATUS):
             self._do(spec.VHOST_USER_SET_STATUS, struct.pack("<Q", RUNNING), show=f"{RUNNING:#x}")
             self._do(spec.VHOST_USER_GET_STATUS, answers="<Q")

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 def serve(machine: object, name: str | None = None, path: str | None = None) -> Server:
     """Make the control socket of ``machine`` and serve it.
 
-    :param name: of the machine (default: the first free of ``vm0``, ...). :param path: default: in the runtime directory.
+    :param name: of the machine (default: the first free of ``vm0``, ...). :param path: default: in
+        the runtime directory.
     :raises UsageError: the name is taken or bad, or there can be no socket at the path.
     :raises HostError: there is no private directory for it.
     """
@@ -21,7 +22,9 @@ def serve(machine: object, name: str | None = None, path: str | None = None) -> 
 
     claim = Claim(name, path)
     try:
-        return Server(claim, COMMANDS, machine, {"version": version(__version__), "capabilities": []})
+        return Server(
+            claim, COMMANDS, machine, {"version": version(__version__), "capabilities": []}
+        )
     except BaseException:
         claim.close()
         raise

@@ -5,7 +5,8 @@
         c.command("set_link", name="net0", up=False)
         event = c.wait_event("RESET", timeout=10)
 
-For more (asyncio, several connections at once) the PyPI library qemu.qmp works unchanged: ``QMPClient`` on ``find(name).path``.
+For more (asyncio, several connections at once) the PyPI library qemu.qmp works unchanged:
+``QMPClient`` on ``find(name).path``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ MESSAGE_MAX = 64 << 20
 
 
 def connect(name: str, *, timeout: float = 30.0) -> Client:
-    """A connection to the running machine ``name``, or to the socket ``name`` where that is a path (it has a slash).
+    """A connection to the running machine ``name``, or to the socket ``name`` where that is a path
+    (it has a slash).
 
     :param timeout: seconds that each answer may take.
     :raises MachineMissing: there is no such machine, or it does not answer.
@@ -39,7 +41,8 @@ def connect(name: str, *, timeout: float = 30.0) -> Client:
 class Client:
     """One connection, past negotiation; a context manager. One thread at a time.
 
-    :ivar greeting: the server's. :ivar events: those not yet taken, oldest first, at most ``EVENTS_MAX``.
+    :ivar greeting: the server's. :ivar events: those not yet taken, oldest first, at most
+        ``EVENTS_MAX``.
     """
 
     def __init__(self, path: str, *, timeout: float = 30.0) -> None:
@@ -52,7 +55,9 @@ class Client:
             try:
                 self._sock.connect(path)
             except OSError as e:
-                raise MachineMissing(f"cannot connect to {path}: {e.strerror or e}", "see: pyvmm ps") from e
+                raise MachineMissing(
+                    f"cannot connect to {path}: {e.strerror or e}", "see: pyvmm ps"
+                ) from e
             first = self._receive(time.monotonic() + timeout)
             if "error" in first:
                 raise ControlError(f"{path}: {first['error'].get('desc')}", "try again later")
@@ -65,9 +70,12 @@ class Client:
     def command(self, name: str, /, **arguments: Any) -> Any:
         """Run a command and wait for its answer; ``_`` in an argument's name stands for ``-``.
 
-        :raises ControlError: the machine refused. :raises MachineMissing: it has ended, or does not answer.
+        :raises ControlError: the machine refused. :raises MachineMissing: it has ended, or does not
+            answer.
         """
-        return self.execute(name, {key.replace("_", "-"): value for key, value in arguments.items()})
+        return self.execute(
+            name, {key.replace("_", "-"): value for key, value in arguments.items()}
+        )
 
     def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
         """``command`` with its arguments as they are."""
@@ -90,7 +98,8 @@ class Client:
     def wait_event(self, name: str, timeout: float | None = None) -> dict[str, Any]:
         """The next event ``name``; those before it are dropped.
 
-        :raises TimeoutError: it did not come within ``timeout`` seconds. :raises MachineMissing: the connection ended before.
+        :raises TimeoutError: it did not come within ``timeout`` seconds. :raises MachineMissing:
+            the connection ended before.
         """
         until = time.monotonic() + (self._timeout if timeout is None else timeout)
         while True:
@@ -136,6 +145,9 @@ class Client:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()

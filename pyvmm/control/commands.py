@@ -1,7 +1,7 @@
 """The commands of the control socket: QEMU's, with QEMU's schemas, and ours (docs/control.md).
 
-Each is a function of the machine and the checked arguments, run by the control thread. What looks at devices, VM or vCPUs holds the
-machine's I/O lock, so that a restart is not met half-way.
+Each is a function of the machine and the checked arguments, run by the control thread. What looks
+at devices, VM or vCPUs holds the machine's I/O lock, so that a restart is not met half-way.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ def _nic(machine: Machine, name: str) -> Nic:
 def _numbered(machine: Machine, given: Given) -> Nic:
     index = given.get("nic", 0)
     if not 0 <= index < len(machine.nets):
-        raise QmpError(f"there is no card {index}: the machine has {len(machine.nets)}", "DeviceNotFound")
+        raise QmpError(
+            f"there is no card {index}: the machine has {len(machine.nets)}", "DeviceNotFound"
+        )
     return machine.nets[index]
 
 
-# --- about the machine --------------------------------------------------------------------------------------
+# --- about the machine ----------------------------------------------------------------------------
 
 
 def _version(machine: Machine, given: Given) -> object:
@@ -60,7 +62,10 @@ def _commands(machine: Machine, given: Given) -> object:
 
 
 def _help(machine: Machine, given: Given) -> object:
-    return [{"name": name, "help": c.help, "arguments": c.arguments} for name, c in sorted(COMMANDS.items())]
+    return [
+        {"name": name, "help": c.help, "arguments": c.arguments}
+        for name, c in sorted(COMMANDS.items())
+    ]
 
 
 def _name(machine: Machine, given: Given) -> object:
@@ -80,7 +85,8 @@ def _machine(machine: Machine, given: Given) -> object:
         "reboots": machine.reboots,
         "kernel": machine.boot.kind,
         "nets": [
-            {"name": n.name, "mode": n.mode, "tap": n.tap, "link": n.device.link_up} for n in machine.nets
+            {"name": n.name, "mode": n.mode, "tap": n.tap, "link": n.device.link_up}
+            for n in machine.nets
         ],
     }
 
@@ -102,7 +108,7 @@ def _cpus(machine: Machine, given: Given) -> object:
     ]
 
 
-# --- KVM's statistics ---------------------------------------------------------------------------------------
+# --- KVM's statistics -----------------------------------------------------------------------------
 
 
 def _providers(providers: Any) -> list[str] | None:
@@ -150,10 +156,12 @@ def _schemas(machine: Machine, given: Given) -> object:
         schemas = machine.kvm_stats_schemas()
     if schemas is None:
         return []
-    return [{"provider": "kvm", "target": target, "stats": schemas[target]} for target in ("vm", "vcpu")]
+    return [
+        {"provider": "kvm", "target": target, "stats": schemas[target]} for target in ("vm", "vcpu")
+    ]
 
 
-# --- run control --------------------------------------------------------------------------------------------
+# --- run control ----------------------------------------------------------------------------------
 
 
 def _stop(machine: Machine, given: Given) -> object:
@@ -181,7 +189,7 @@ def _quit(machine: Machine, given: Given) -> object:
     return {}
 
 
-# --- network ------------------------------------------------------------------------------------------------
+# --- network --------------------------------------------------------------------------------------
 
 
 def _set_link(machine: Machine, given: Given) -> object:
@@ -219,7 +227,7 @@ def _rx_info(nic: Nic) -> dict[str, object]:
     }
 
 
-# --- ours ---------------------------------------------------------------------------------------------------
+# --- ours -----------------------------------------------------------------------------------------
 
 
 def _switch(machine: Machine, given: Given) -> object:
@@ -253,7 +261,9 @@ def _ledger(machine: Machine, given: Given) -> object:
                     "interrupts": stats["vcpus"][v.index].get("irq_injections")
                     if stats is not None
                     else None,
-                    "exits-in-kvm": stats["vcpus"][v.index].get("exits") if stats is not None else None,
+                    "exits-in-kvm": stats["vcpus"][v.index].get("exits")
+                    if stats is not None
+                    else None,
                 }
                 for v in machine.vcpus
             ],
@@ -326,7 +336,11 @@ COMMANDS: dict[str, Command] = {
     "query-kvm": Command(_kvm, "that it is KVM"),
     "query-cpus-fast": Command(_cpus, "vCPUs and their threads"),
     "query-stats": Command(
-        _stats, "KVM's statistics of the VM or of vCPUs", target="str", vcpus="list?", providers="list?"
+        _stats,
+        "KVM's statistics of the VM or of vCPUs",
+        target="str",
+        vcpus="list?",
+        providers="list?",
     ),
     "query-stats-schemas": Command(_schemas, "what each of KVM's statistics is", provider="str?"),
     "query-rx-filter": Command(_rx_filter, "what a card's driver wants to receive", name="str?"),

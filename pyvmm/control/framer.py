@@ -1,7 +1,8 @@
 """JSON objects out of a stream of bytes, whatever lies between them and however they arrive.
 
-QMP has no framing but JSON's own: a client may send several objects in a line or one in many. Nothing is parsed here but brackets
-and strings, each byte once, and both size and depth are bounded before any parser sees the text.
+QMP has no framing but JSON's own: a client may send several objects in a line or one in many.
+Nothing is parsed here but brackets and strings, each byte once, and both size and depth are bounded
+before any parser sees the text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ class TooMuch(Exception):
 
 
 class Framer:
-    """Cuts a stream into the texts of JSON values; ``garbage`` counts lines that begin with none."""
+    """Cuts a stream into the texts of JSON values; ``garbage`` counts lines that begin with
+    none.
+    """
 
     def __init__(self) -> None:
         self._buf = bytearray()

@@ -1,9 +1,10 @@
 """Where running machines are found: one locked file a machine, and its control socket.
 
-Theory of operation: machine NAME holds an exclusive flock(2) on ``DIRECTORY/NAME.machine`` for as long as it lives; the file says
-which process it is and where its socket is. The kernel lets go of the lock however the process ends, so a file that can be locked
-is of a machine that was killed, whatever its process number means by now; who finds one removes it and the socket. Nothing
-has to be connected to or timed out to know.
+Theory of operation: machine NAME holds an exclusive flock(2) on ``DIRECTORY/NAME.machine`` for as
+long as it lives; the file says which process it is and where its socket is. The kernel lets go of
+the lock however the process ends, so a file that can be locked is of a machine that was killed,
+whatever its process number means by now; who finds one removes it and the socket. Nothing has to be
+connected to or timed out to know.
 
 On the path of ``pyvmm run``: imports next to nothing.
 """
@@ -33,7 +34,8 @@ LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 def directory() -> str:
     """The directory of this user's machines on this kernel, mode 0700; made if need be.
 
-    The testbed shares /tmp with its host but neither sockets nor locks, so machines in there use what is L1's own.
+    The testbed shares /tmp with its host but neither sockets nor locks, so machines in there use
+    what is L1's own.
 
     :raises HostError: there is none that is private.
     """
@@ -41,24 +43,30 @@ def directory() -> str:
         return private(runtime_dir() + "/machines")
     base = next((d for d in ("/run", "/dev/shm") if os.access(d, os.W_OK | os.X_OK)), None)
     if base is None:
-        raise HostError("the testbed has no directory for control sockets", "use --qmp PATH or --qmp none")
+        raise HostError(
+            "the testbed has no directory for control sockets", "use --qmp PATH or --qmp none"
+        )
     return private(f"{base}/pyvmm-machines-{os.getuid()}")
 
 
 def check_name(name: str) -> str:
-    """``name`` if it can be a machine's: letters, digits, ``. _ -``, up to ``NAME_MAX``, and no option or hidden file.
+    """``name`` if it can be a machine's: letters, digits, ``. _ -``, up to ``NAME_MAX``, and no
+    option or hidden file.
 
     :raises UsageError: it cannot.
     """
     if not 0 < len(name) <= NAME_MAX or not set(name) <= LETTERS or name[0] in ".-":
         raise UsageError(
-            f"{name!r} is no name for a machine", f"use 1 to {NAME_MAX} letters, digits, '.', '_', '-'"
+            f"{name!r} is no name for a machine",
+            f"use 1 to {NAME_MAX} letters, digits, '.', '_', '-'",
         )
     return name
 
 
 class Entry:
-    """A running machine as others see it. :ivar path: of its control socket. :ivar since: seconds since the epoch."""
+    """A running machine as others see it. :ivar path: of its control socket. :ivar since: seconds
+    since the epoch.
+    """
 
     __slots__ = ("name", "path", "pid", "since")
 
@@ -67,7 +75,8 @@ class Entry:
 
 
 class Claim:
-    """A name that is ours and a socket that listens; ``close`` removes both. A second call does nothing.
+    """A name that is ours and a socket that listens; ``close`` removes both. A second call does
+    nothing.
 
     :param name: None for the first free of ``vm0``, ``vm1``, ...
     :param path: of the socket; None for one beside the name.

@@ -1,11 +1,14 @@
 """The server of the control socket: one thread, any number of clients up to ``CLIENTS``.
 
-Theory of operation: the thread sleeps in poll(2) on the listener, a wake eventfd and the clients. It runs one command after the
-other, so commands need no locks against each other, and takes no more input from a client whose answers pile up. Events may be
-emitted by any thread: they are queued with their time (bounded; the oldest goes) and written by this one, so a vCPU never waits for
-a client. A client that does not read loses its connection when ``OUTPUT_MAX`` bytes wait for it, never another's time.
+Theory of operation: the thread sleeps in poll(2) on the listener, a wake eventfd and the clients.
+It runs one command after the other, so commands need no locks against each other, and takes no more
+input from a client whose answers pile up. Events may be emitted by any thread: they are queued with
+their time (bounded; the oldest goes) and written by this one, so a vCPU never waits for a client. A
+client that does not read loses its connection when ``OUTPUT_MAX`` bytes wait for it, never
+another's time.
 
-The module knows the protocol and no command. JSON is imported when the first client comes: ``pyvmm run`` starts without.
+The module knows the protocol and no command. JSON is imported when the first client comes: ``pyvmm
+run`` starts without.
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ class Command:
 
     __slots__ = ("arguments", "help", "run")
 
-    def __init__(self, run: Callable[[Any, dict[str, Any]], object], help: str, **arguments: str) -> None:
+    def __init__(
+        self, run: Callable[[Any, dict[str, Any]], object], help: str, **arguments: str
+    ) -> None:
         self.run, self.help = run, help
         self.arguments = {name.replace("_", "-"): kind for name, kind in arguments.items()}
 
@@ -84,7 +89,9 @@ class Command:
 
 
 class Client:
-    """A connection. :ivar out: bytes to be sent. :ivar pending: commands not yet run; None is what is no JSON."""
+    """A connection. :ivar out: bytes to be sent. :ivar pending: commands not yet run; None is what
+    is no JSON.
+    """
 
     __slots__ = ("ended", "framer", "mask", "negotiated", "out", "pending", "sock")
 
@@ -100,13 +107,23 @@ class Client:
 class Server:
     """Serves ``claim``'s socket, and closes it.
 
-    :param commands: by name. :param machine: their first argument. :param greeting: the ``QMP`` member of the greeting.
+    :param commands: by name. :param machine: their first argument. :param greeting: the ``QMP``
+        member of the greeting.
     """
 
     def __init__(
-        self, claim: Claim, commands: Mapping[str, Command], machine: object, greeting: dict[str, object]
+        self,
+        claim: Claim,
+        commands: Mapping[str, Command],
+        machine: object,
+        greeting: dict[str, object],
     ) -> None:
-        self._claim, self._commands, self._machine, self._greeting = claim, commands, machine, greeting
+        self._claim, self._commands, self._machine, self._greeting = (
+            claim,
+            commands,
+            machine,
+            greeting,
+        )
         self._clients: dict[int, Client] = {}
         self._events: deque[tuple[int, str, dict[str, object] | None]] = deque(maxlen=EVENTS_MAX)
         self._mutex = threading.Lock()
@@ -139,7 +156,9 @@ class Server:
                 self._wake.signal()
 
     def close(self) -> None:
-        """Send what is queued, for at most ``LINGER`` seconds; end the thread, remove the socket. A second call does nothing."""
+        """Send what is queued, for at most ``LINGER`` seconds; end the thread, remove the socket. A
+        second call does nothing.
+        """
         with self._mutex:
             if not self._open:
                 return
@@ -149,7 +168,7 @@ class Server:
         self._wake.close()
         self._claim.close()
 
-    # --- the thread ---------------------------------------------------------------------------------
+    # --- the thread -------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         try:
@@ -245,7 +264,7 @@ class Server:
         client.pending.clear()
         client.out.clear()
 
-    # --- bytes --------------------------------------------------------------------------------------
+    # --- bytes ------------------------------------------------------------------------------------
 
     def _read(self, client: Client) -> None:
         from pyvmm.control.framer import TooMuch
@@ -301,7 +320,7 @@ class Server:
                 if client.negotiated:
                     self._send(client, message)
 
-    # --- commands -----------------------------------------------------------------------------------
+    # --- commands ---------------------------------------------------------------------------------
 
     def _work(self, client: Client) -> None:
         for _ in range(BURST):
@@ -347,7 +366,9 @@ class Server:
             client.negotiated = True
             return {}
         if name == "qmp_capabilities":
-            raise QmpError("Capabilities negotiation is already complete, command ignored", "CommandNotFound")
+            raise QmpError(
+                "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
+            )
         command = self._commands.get(name)
         if command is None:
             raise QmpError(f"The command {name} has not been found", "CommandNotFound")

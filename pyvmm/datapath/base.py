@@ -1,7 +1,9 @@
-"""What a data path is: the one interface behind which emulation, vhost-net and vhost-user are alike.
+"""What a data path is: the one interface behind which emulation, vhost-net and vhost-user are
+alike.
 
-A data path borrows everything: the transport owns the kick and call eventfds, the machine owns guest memory, and ring positions
-come in at ``start`` and go back at ``stop``. That is why it can be replaced under a running guest.
+A data path borrows everything: the transport owns the kick and call eventfds, the machine owns
+guest memory, and ring positions come in at ``start`` and go back at ``stop``. That is why it can be
+replaced under a running guest.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
     from pyvmm.fd import EventFd
     from pyvmm.memory import GuestMemory
 
-    #: Called from a data path's own thread: (queue index or -1 for the whole device, what is wrong).
+    #: Called from a data path's own thread: (queue index or -1 for the whole device, what is
+    #: wrong).
     FaultHandler = Callable[[int, str], None]
 else:
     Protocol = object  # `typing` costs as much as all else that a run imports
@@ -28,13 +31,22 @@ class Vring:
     :ivar desc, avail, used: guest-physical addresses.
     :ivar base: next available index, 0..65535 (split ring).
     :ivar kick: guest to device, lent. :ivar call: device to guest, lent.
-    :ivar inflight: cdata ``uint8_t *`` of a vhost-user in-flight region for the emulated path, or None.
+    :ivar inflight: cdata ``uint8_t *`` of a vhost-user in-flight region for the emulated path, or
+        None.
     """
 
     __slots__ = ("avail", "base", "call", "desc", "index", "inflight", "kick", "size", "used")
 
     def __init__(
-        self, index: int, size: int, desc: int, avail: int, used: int, base: int, kick: EventFd, call: EventFd
+        self,
+        index: int,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        base: int,
+        kick: EventFd,
+        call: EventFd,
     ) -> None:
         self.index, self.size, self.base = index, size, base
         self.desc, self.avail, self.used = desc, avail, used
@@ -43,7 +55,9 @@ class Vring:
 
     def at(self, base: int) -> Vring:
         """The same ring at another position."""
-        return Vring(self.index, self.size, self.desc, self.avail, self.used, base, self.kick, self.call)
+        return Vring(
+            self.index, self.size, self.desc, self.avail, self.used, base, self.kick, self.call
+        )
 
 
 class Marks:
@@ -78,14 +92,17 @@ def cpu_ns(tid: int | None) -> int:
 
 
 class RxFilter:
-    """What the driver wants to receive (virtio 1.2, 5.1.6.5.1 and 5.1.6.5.2); after reset, everything.
+    """What the driver wants to receive (virtio 1.2, 5.1.6.5.1 and 5.1.6.5.2); after reset,
+    everything.
 
-    :ivar unicast, multicast: addresses beside the card's own, 6 bytes each. :ivar vlans: ids 0 to 4095.
+    :ivar unicast, multicast: addresses beside the card's own, 6 bytes each. :ivar vlans: ids 0 to
+        4095.
     """
 
     __slots__ = ("flags", "mac", "multicast", "unicast", "vlans")
 
-    #: VIRTIO_NET_CTRL_RX_* by command number. ``flags`` may also hold ``unicast-overflow`` and ``multicast-overflow``.
+    #: VIRTIO_NET_CTRL_RX_* by command number. ``flags`` may also hold ``unicast-overflow`` and
+    #: ``multicast-overflow``.
     FLAGS = ("promisc", "allmulti", "alluni", "nomulti", "nouni", "nobcast")
 
     def __init__(self, mac: bytes) -> None:
@@ -101,8 +118,8 @@ class RxFilter:
         return bool(self.flags & {"allmulti", "multicast-overflow"})
 
     def addresses(self) -> list[bytes] | None:
-        """Destinations to let through, those of multicast last; None for all. VLANs and *no* flags are not applied:
-        filtering is best effort (5.1.6.5.1.2)."""
+        """Destinations to let through, those of multicast last; None for all. VLANs and *no* flags
+        are not applied: filtering is best effort (5.1.6.5.1.2)."""
         if self.flags & {"promisc", "alluni", "unicast-overflow"}:
             return None
         return [self.mac, *self.unicast, b"\xff" * 6, *self.multicast]
@@ -133,7 +150,9 @@ class DataPath(Protocol):
 
     @property
     def outside(self) -> Place | None:
-        """Where frames enter and leave, lent to the data path: a tap of ours, or None where the other side has its own."""
+        """Where frames enter and leave, lent to the data path: a tap of ours, or None where the
+        other side has its own.
+        """
 
     def features(self) -> int:
         """The virtio feature bits that this data path can honour."""
@@ -157,12 +176,14 @@ class DataPath(Protocol):
         """Why the rings that it was given are not being served; empty where they are."""
 
     def stop(self, *, finish: bool = False) -> list[int]:
-        """Quiesce: finish what was taken from the rings; return each ring's base, in the order of ``start``.
+        """Quiesce: finish what was taken from the rings; return each ring's base, in the order of
+        ``start``.
 
-        :param finish: another data path goes on: what was read from the outside goes to the guest, too, even if that has to add
-            buffers first, for which it gets a fifth of a second.
+        :param finish: another data path goes on: what was read from the outside goes to the guest,
+            too, even if that has to add buffers first, for which it gets a fifth of a second.
 
-        No access to guest memory happens after it returns. Idempotent: without a running path it returns [].
+        No access to guest memory happens after it returns. Idempotent: without a running path it
+        returns [].
         """
 
     def hold(self) -> None:
@@ -172,22 +193,32 @@ class DataPath(Protocol):
         """
 
     def announce(self, mac: bytes) -> bool:
-        """Have the network learn that ``mac`` is at this path's outside, rings or no rings; whether that can be done."""
+        """Have the network learn that ``mac`` is at this path's outside, rings or no rings; whether
+        that can be done.
+        """
 
     def set_offloads(self, acked: int) -> None:
-        """Reprogram offloads from GUEST_* bits while running (VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET)."""
+        """Reprogram offloads from GUEST_* bits while running
+        (VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET).
+        """
 
     def set_rx_filter(self, rx: RxFilter) -> None:
-        """Receive what ``rx`` asks for, or more; at any time between ``start`` and ``stop``, and before."""
+        """Receive what ``rx`` asks for, or more; at any time between ``start`` and ``stop``, and
+        before.
+        """
 
     def set_carrier(self, up: bool) -> None:
         """Plug or pull the cable on the host's side, where that can be shown."""
 
     def counters(self) -> dict[str, int]:
-        """Packets, bytes, kicks, calls and drops since creation; keys end in the unit where it is not a count."""
+        """Packets, bytes, kicks, calls and drops since creation; keys end in the unit where it is
+        not a count.
+        """
 
     def workers(self) -> list[dict[str, object]]:
-        """The threads that move packets now: ``name``, ``tid``, and ``cpu_s``, seconds of CPU that it has used."""
+        """The threads that move packets now: ``name``, ``tid``, and ``cpu_s``, seconds of CPU that
+        it has used.
+        """
 
     def close(self) -> None:
         """Release everything but the outside; stops first. A second call does nothing."""

@@ -65,12 +65,14 @@ class _Pair:
 
 
 class EmulatedNet:
-    """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one thread at a time.
+    """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one
+    thread at a time.
 
     :param port: the tap, lent. One descriptor a queue pair.
     :param poll_us: a worker looks for work this long, in microseconds, before it sleeps.
     :param worker_cpu: pin worker k to CPU worker_cpu + k.
-    :ivar on_link: called from a worker's thread with False when the tap has vanished, True when it is back.
+    :ivar on_link: called from a worker's thread with False when the tap has vanished, True when it
+        is back.
     """
 
     name = "emulated"
@@ -109,7 +111,8 @@ class EmulatedNet:
     def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
         """Take over the rings.
 
-        :raises RingFault: a ring's size or addresses are wrong. :raises HostError: no descriptors, memory or threads.
+        :raises RingFault: a ring's size or addresses are wrong. :raises HostError: no descriptors,
+            memory or threads.
         """
         assert not self._pairs
         pairs = by_pair(rings)
@@ -127,14 +130,19 @@ class EmulatedNet:
                 self._pairs = started
             for pair in started:
                 pair.thread = threading.Thread(  # which names itself, in C
-                    target=self._run, args=(pair,), name=f"{self._port.name}-{pair.number}", daemon=True
+                    target=self._run,
+                    args=(pair,),
+                    name=f"{self._port.name}-{pair.number}",
+                    daemon=True,
                 )
                 pair.thread.start()
         except BaseException as e:
             self._pairs = started
             self.stop()
             if isinstance(e, RuntimeError):
-                raise HostError(f"cannot start a network thread: {e}", "raise the limit of processes") from e
+                raise HostError(
+                    f"cannot start a network thread: {e}", "raise the limit of processes"
+                ) from e
             raise
         self._queues = [ring.index for ring in rings]
 
@@ -142,7 +150,13 @@ class EmulatedNet:
         config = ffi.new("struct pv_net_config *")
         for ring in rings:
             c = config.ring[ring.index % 2]
-            c.size, c.base, c.desc, c.avail, c.used = ring.size, ring.base, ring.desc, ring.avail, ring.used
+            c.size, c.base, c.desc, c.avail, c.used = (
+                ring.size,
+                ring.base,
+                ring.desc,
+                ring.avail,
+                ring.used,
+            )
             c.kick, c.call = ring.kick.fileno(), ring.call.fileno()
             c.inflight = ring.inflight or ffi.NULL
         config.fd = self._port.fds[number].fileno()
@@ -167,7 +181,9 @@ class EmulatedNet:
         return worker
 
     def _taken(self, rings: Sequence[Vring]) -> int:
-        """Frames that the tap has counted as taken, for who has in-flight notes to keep and is its only sender."""
+        """Frames that the tap has counted as taken, for who has in-flight notes to keep and is its
+        only sender.
+        """
         link = getattr(self._port, "link", None)
         if link is None or len(self._port.fds) != 1 or not any(ring.inflight for ring in rings):
             return int(lib.PV_NET_UNKNOWN)
@@ -197,7 +213,9 @@ class EmulatedNet:
                 with self._lock:
                     self._totals["ring_faults"] += 1
                 queue = 2 * pair.number + event.queue
-                self._report(queue, f"queue {queue}: {ffi.string(lib.pv_fault_text(event.fault)).decode()}")
+                self._report(
+                    queue, f"queue {queue}: {ffi.string(lib.pv_fault_text(event.fault)).decode()}"
+                )
             elif event.kind == lib.PV_NET_LINK_DOWN:
                 self._link_lost(pair)
             elif event.kind == lib.PV_NET_LINK_UP:
@@ -300,7 +318,8 @@ class EmulatedNet:
                 into[name] = into.get(name, 0) + value
 
     def counters(self) -> dict[str, int]:
-        """All counters of ``struct pv_net_counters`` (cext/net_worker.h), summed over queue pairs and starts.
+        """All counters of ``struct pv_net_counters`` (cext/net_worker.h), summed over queue pairs
+        and starts.
 
         ``rx_batch_size_8`` counts batches of 8 to 15 packets. Any thread.
         """
@@ -316,7 +335,11 @@ class EmulatedNet:
         """The threads of the queue pairs in use."""
         with self._lock:
             return [
-                {"name": p.thread.name, "tid": p.thread.native_id, "cpu_s": cpu_ns(p.thread.native_id) / 1e9}
+                {
+                    "name": p.thread.name,
+                    "tid": p.thread.native_id,
+                    "cpu_s": cpu_ns(p.thread.native_id) / 1e9,
+                }
                 for p in self._pairs
                 if p.thread is not None
             ]

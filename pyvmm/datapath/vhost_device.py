@@ -1,4 +1,6 @@
-"""One vhost device in the kernel, by its ioctls (linux/vhost.h): owner, features, memory, rings, worker."""
+"""One vhost device in the kernel, by its ioctls (linux/vhost.h): owner, features, memory, rings,
+worker.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,13 @@ VHOST_NET = "/dev/vhost-net"
 
 
 class Vhost(Fd):
-    """A device of vhost-net: one queue pair, ring 0 receives, ring 1 transmits. Owned by the process that opened it.
+    """A device of vhost-net: one queue pair, ring 0 receives, ring 1 transmits. Owned by the
+    process that opened it.
 
     :param recorder: a ``kvm.recorder.Scope`` for every ioctl, or None.
     :ivar features: bits that the kernel offers.
-    :ivar worker: thread id of the kernel's worker, None where it is hidden. :ivar worker_name: ``vhost-PID``.
+    :ivar worker: thread id of the kernel's worker, None where it is hidden. :ivar worker_name:
+        ``vhost-PID``.
     :raises VhostMissing: no such device, or forbidden.
     """
 
@@ -36,7 +40,8 @@ class Vhost(Fd):
             super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
         except PermissionError as e:
             raise VhostMissing(
-                f"no permission to open {path}", "join its group (usually kvm), or use --net emulated"
+                f"no permission to open {path}",
+                "join its group (usually kvm), or use --net emulated",
             ) from e
         except OSError as e:
             raise VhostMissing(
@@ -65,7 +70,8 @@ class Vhost(Fd):
     def pin(self, cpu: int) -> None:
         """Let the worker run on ``cpu`` only.
 
-        :raises UsageError: no such CPU. :raises HostError: not allowed, or the worker cannot be seen from here.
+        :raises UsageError: no such CPU. :raises HostError: not allowed, or the worker cannot be
+            seen from here.
         """
         if self.worker is None:
             raise HostError(
@@ -80,7 +86,8 @@ class Vhost(Fd):
                     f"online: {', '.join(map(str, sorted(os.sched_getaffinity(0))))}",
                 ) from e
             raise HostError(
-                f"cannot pin the vhost worker: {e.strerror}", "run as root, or leave out worker-cpu="
+                f"cannot pin the vhost worker: {e.strerror}",
+                "run as root, or leave out worker-cpu=",
             ) from e
 
     def set_features(self, acked: int) -> None:
@@ -119,7 +126,9 @@ class Vhost(Fd):
             self._file(name, ring, lib.VHOST_FILE_UNBIND)
 
     def set_backend(self, ring: int, fd: int) -> None:
-        """VHOST_NET_SET_BACKEND: start the ring on a tap; -1 stops it and waits for what the worker is doing."""
+        """VHOST_NET_SET_BACKEND: start the ring on a tap; -1 stops it and waits for what the worker
+        is doing.
+        """
         self._file("VHOST_NET_SET_BACKEND", ring, fd)
 
     def base(self, ring: int) -> int:
@@ -136,7 +145,9 @@ class Vhost(Fd):
 
 
 def _fields(arg: Any) -> dict[str, object]:
-    """An ioctl's argument as it is after the call, for the trace: a struct's fields, or one number."""
+    """An ioctl's argument as it is after the call, for the trace: a struct's fields, or one
+    number.
+    """
     if arg == ffi.NULL:
         return {}
     item = ffi.typeof(arg).item
@@ -166,8 +177,8 @@ def _tasks() -> set[str]:
 
 
 def _worker(new: set[str]) -> tuple[int | None, str]:
-    """Which of the new tasks is the worker, and its name: a kernel thread named after the thread that became owner, since
-    Linux 6.4 a thread of ours named after the process."""
+    """Which of the new tasks is the worker, and its name: a kernel thread named after the thread
+    that became owner, since Linux 6.4 a thread of ours named after the process."""
     names = {f"vhost-{threading.get_native_id()}", f"vhost-{os.getpid()}"}
     for task in sorted(new, key=int):
         try:

@@ -1,7 +1,8 @@
-"""The data path in the kernel: vhost-net moves packets between a tap and the rings, and this process sleeps.
+"""The data path in the kernel: vhost-net moves packets between a tap and the rings, and this
+process sleeps.
 
-One vhost device a queue pair. A thread of ours waits for what should not happen: a ring that the worker calls malformed, a tap
-that is deleted. It does not wake up for packets.
+One vhost device a queue pair. A thread of ours waits for what should not happen: a ring that the
+worker calls malformed, a tap that is deleted. It does not wake up for packets.
 """
 
 from __future__ import annotations
@@ -27,14 +28,19 @@ if TYPE_CHECKING:
     from pyvmm.hostnet.tap import Tap
     from pyvmm.memory import GuestMemory
 
-#: What the kernel does on the rings, where it offers it. Offloads belong to the tap, the rest to the device.
-RING_FEATURES = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_NET_F_MRG_RXBUF
+#: What the kernel does on the rings, where it offers it. Offloads belong to the tap, the rest to
+#: the device.
+RING_FEATURES = (
+    1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_NET_F_MRG_RXBUF
+)
 
 
 class VhostNet:
-    """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one thread at a time.
+    """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one
+    thread at a time.
 
-    :param port: the tap, lent, one descriptor a queue pair. :param devices: one a queue pair, closed by ``close``.
+    :param port: the tap, lent, one descriptor a queue pair. :param devices: one a queue pair,
+        closed by ``close``.
     :param worker_cpu: pin worker k to CPU worker_cpu + k.
     """
 
@@ -66,7 +72,7 @@ class VhostNet:
         """What kernel and tap can honour."""
         return self._port.features() | self._devices[0].features & RING_FEATURES
 
-    # --- start and stop -----------------------------------------------------------------------------
+    # --- start and stop ---------------------------------------------------------------------------
 
     def prepare(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
         """Nothing that takes long."""
@@ -111,18 +117,23 @@ class VhostNet:
             except HostError:
                 pass  # rings that were never whole; what led here counts
             if isinstance(e, RuntimeError):
-                raise HostError(f"cannot start a network thread: {e}", "raise the limit of processes") from e
+                raise HostError(
+                    f"cannot start a network thread: {e}", "raise the limit of processes"
+                ) from e
             raise
 
     def _set_backends(self) -> None:
-        """Start all rings on the tap: from here on the worker serves what is pending, kicked or not."""
+        """Start all rings on the tap: from here on the worker serves what is pending, kicked or
+        not.
+        """
         for ring in self._rings:
             number, way = divmod(ring.index, 2)
             self._devices[number].set_backend(way, self._port.fds[number].fileno())
             self.marks.began[ring.index] = time.monotonic_ns()
 
     def stop(self, *, finish: bool = False) -> list[int]:
-        """Take the rings back: no backend first, which flushes the worker, then their positions, in the order of ``start``.
+        """Take the rings back: no backend first, which flushes the worker, then their positions, in
+        the order of ``start``.
 
         :raises HostError: the kernel refuses; the rings have been let go of as far as possible.
         """
@@ -131,7 +142,10 @@ class VhostNet:
             self._stop.signal()
             self._watcher.join()
             self._watcher = None
-        rings, self._rings = self._rings, []  # first, so that a tap that comes back finds none to start
+        rings, self._rings = (
+            self._rings,
+            [],
+        )  # first, so that a tap that comes back finds none to start
         bases: list[int] = []
         error: HostError | None = None
         for step in (self._halt, self._let_go):
@@ -170,7 +184,7 @@ class VhostNet:
         bases.append(self._devices[number].base(way))
         self._devices[number].clear_ring(way)
 
-    # --- what goes wrong ----------------------------------------------------------------------------
+    # --- what goes wrong --------------------------------------------------------------------------
 
     def _watch(self) -> None:
         """Sleep until the worker reports an error, or the tap is deleted."""
@@ -224,7 +238,7 @@ class VhostNet:
         if self.on_link is not None:
             self.on_link(True)
 
-    # --- the rest -----------------------------------------------------------------------------------
+    # --- the rest ---------------------------------------------------------------------------------
 
     def set_offloads(self, acked: int) -> None:
         """Reprogram the tap while running."""
@@ -239,7 +253,9 @@ class VhostNet:
         self._port.set_carrier(up)
 
     def counters(self) -> dict[str, int]:
-        """The tap's packets, bytes and drops while it ran (vhost counts nothing), and ``worker_cpu_ns``."""
+        """The tap's packets, bytes and drops while it ran (vhost counts nothing), and
+        ``worker_cpu_ns``.
+        """
         with self._lock:
             out = {**self._packets.read(), **self._totals}
         out["worker_cpu_ns"] = sum(cpu_ns(d.worker) for d in self._devices if d.worker)

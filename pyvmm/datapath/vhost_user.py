@@ -1,14 +1,17 @@
-"""The vhost-user data path: another process moves the packets; this is the front-end's side of the conversation with it.
+"""The vhost-user data path: another process moves the packets; this is the front-end's side of the
+conversation with it.
 
-Theory of operation. A session is one connection: ``_negotiate`` finds out what the back-end can do, ``_configure`` hands it memory
-and rings when the driver is ready. One lock is held for a conversation, by a vCPU's thread (``start``, ``stop``) or by the
-watcher, each of bounded length. The watcher thread notices the end of a connection, and makes the next one for as long as the data
-path lives. Meanwhile the rings are parked: kicks gather in the eventfds, and the guest sees a pause. A new session starts at
-used->idx of each ring: exact with an in-flight region, which we keep for the back-end; without, transmits that were sent but not yet
-returned are sent again, and receive loses what was in the back-end's hands.
+Theory of operation. A session is one connection: ``_negotiate`` finds out what the back-end can do,
+``_configure`` hands it memory and rings when the driver is ready. One lock is held for a
+conversation, by a vCPU's thread (``start``, ``stop``) or by the watcher, each of bounded length.
+The watcher thread notices the end of a connection, and makes the next one for as long as the data
+path lives. Meanwhile the rings are parked: kicks gather in the eventfds, and the guest sees a
+pause. A new session starts at used->idx of each ring: exact with an in-flight region, which we keep
+for the back-end; without, transmits that were sent but not yet returned are sent again, and receive
+loses what was in the back-end's hands.
 
-The back-end is not trusted with the machine's life: it can corrupt the guest, whose memory it has, but whatever it says or fails to
-say ends at most its connection.
+The back-end is not trusted with the machine's life: it can corrupt the guest, whose memory it has,
+but whatever it says or fails to say ends at most its connection.
 """
 
 from __future__ import annotations
@@ -108,7 +111,8 @@ RUNNING = (
     | virtio.VIRTIO_CONFIG_S_FEATURES_OK
     | virtio.VIRTIO_CONFIG_S_DRIVER_OK
 )
-#: feature -> one of these is required for it (virtio 1.2, 5.1.3.1). Some back-ends offer it without.
+#: feature -> one of these is required for it (virtio 1.2, 5.1.3.1). Some back-ends offer it
+#: without.
 REQUIRES = (
     (virtio_net.VIRTIO_NET_F_HOST_TSO4, (virtio_net.VIRTIO_NET_F_CSUM,)),
     (virtio_net.VIRTIO_NET_F_HOST_TSO6, (virtio_net.VIRTIO_NET_F_CSUM,)),
@@ -168,11 +172,14 @@ class _Session:
 class VhostUserNet:
     """Implements ``DataPath`` (datapath.base).
 
-    :param path: of the socket. :param server: we listen and the back-end connects, else the other way round.
-    :param queues: pairs that the back-end must have. :param mtu: bytes that it must agree to, or None.
+    :param path: of the socket. :param server: we listen and the back-end connects, else the other
+        way round.
+    :param queues: pairs that the back-end must have. :param mtu: bytes that it must agree to, or
+        None.
     :param mac: of the card, 6 bytes, for announcing it after a reconnect; may be set later.
     :param timeout: seconds for a whole conversation, such as a start or a stop of the rings.
-    :param wait: seconds for the first connection. :param recorder: a ``kvm.recorder.Scope`` for every message, or None.
+    :param wait: seconds for the first connection. :param recorder: a ``kvm.recorder.Scope`` for
+        every message, or None.
     :param port: the tap that the back-end has from us, lent; None where its side is its own affair.
     :param dial: makes a connection in place of the socket at ``path``.
     :ivar problems: the last refusals and losses, in words.
@@ -238,7 +245,7 @@ class VhostUserNet:
         self._thread = Thread(target=self._watch, name="vhost-user", daemon=True)
         self._thread.start()
 
-    # --- talking --------------------------------------------------------------------------------------
+    # --- talking ----------------------------------------------------------------------------------
 
     def _begin(self, channel: Channel) -> None:
         self._talking = channel
@@ -249,7 +256,9 @@ class VhostUserNet:
     def _left(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
 
-    def _ask(self, s: _Session, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Message:
+    def _ask(
+        self, s: _Session, request: int, payload: bytes = b"", fds: Sequence[int] = ()
+    ) -> Message:
         return s.channel.ask(request, payload, fds, timeout=self._left())
 
     def _number(self, s: _Session, request: int) -> int:
@@ -259,14 +268,18 @@ class VhostUserNet:
         finally:
             message.close()
 
-    def _tell(self, s: _Session, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+    def _tell(
+        self, s: _Session, request: int, payload: bytes = b"", fds: Sequence[int] = ()
+    ) -> None:
         """A request whose success does not matter yet."""
         s.channel.request(request, payload, fds, timeout=self._left())
 
     def _order(
         self, s: _Session, request: int, what: str, payload: bytes = b"", fds: Sequence[int] = ()
     ) -> None:
-        """A request that must have succeeded before we go on. :raises VhostUserError: it was refused."""
+        """A request that must have succeeded before we go on. :raises VhostUserError: it was
+        refused.
+        """
         if not s.has(VHOST_USER_PROTOCOL_F_REPLY_ACK):
             self._tell(s, request, payload, fds)
             self._number(s, spec.VHOST_USER_GET_FEATURES)  # answered after what came before
@@ -278,7 +291,7 @@ class VhostUserNet:
         finally:
             answer.close()
 
-    # --- sessions -------------------------------------------------------------------------------------
+    # --- sessions ---------------------------------------------------------------------------------
 
     def _first_session(self, wait: float) -> _Session:
         """Connect within ``wait`` seconds. A back-end that does not fit is an error at once."""
@@ -308,7 +321,9 @@ class VhostUserNet:
                 delay = min(2 * delay, 0.2)
 
     def _negotiate(self, channel: Channel) -> _Session:
-        """Make a session of a connection. :raises VhostUserError: this back-end does not fit; the channel is closed."""
+        """Make a session of a connection. :raises VhostUserError: this back-end does not fit; the
+        channel is closed.
+        """
         s = _Session(channel)
         channel.recorder = self._recorder
         try:
@@ -344,7 +359,9 @@ class VhostUserNet:
 
         where = f"the back-end at {self.path}"
         if not s.features >> virtio.VIRTIO_F_VERSION_1 & 1:
-            raise VhostUserError(f"{where} does not offer VERSION_1", "use a back-end of virtio 1.0 or later")
+            raise VhostUserError(
+                f"{where} does not offer VERSION_1", "use a back-end of virtio 1.0 or later"
+            )
         missing = self._required & ~s.features
         if missing:
             raise VhostUserError(
@@ -352,14 +369,18 @@ class VhostUserNet:
                 "start it as it was before",
             )
         if queues < self.queues:
-            raise VhostUserError(f"{where} has {queues} queue pairs, not {self.queues}", "use fewer queues=")
+            raise VhostUserError(
+                f"{where} has {queues} queue pairs, not {self.queues}", "use fewer queues="
+            )
         if slots < 2:
             raise VhostUserError(f"{where} takes {slots} memory regions, and 2 are needed")
         if self.mtu is not None and not s.has(VHOST_USER_PROTOCOL_F_MTU):
             raise VhostUserError(f"{where} does not take an MTU", "leave mtu= away")
 
     def _open_requests(self, s: _Session) -> None:
-        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        ours, theirs = _socket.socketpair(
+            _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC
+        )
         s.requests = Channel(ours)
         try:
             self._order(s, spec.VHOST_USER_SET_BACKEND_REQ_FD, "a channel", fds=[theirs.fileno()])
@@ -388,10 +409,12 @@ class VhostUserNet:
                 self._counts["tx_possible_repeats"] += self._avail(ring) - self._used(ring) & 0xFFFF
 
     def _problem(self, reason: VhostUserError | str) -> None:
-        if self.problems[-1:] != [str(reason)]:  # a back-end that does not fit may come every second
+        if self.problems[-1:] != [
+            str(reason)
+        ]:  # a back-end that does not fit may come every second
             self.problems = [*self.problems[1 - PROBLEMS_MAX :], str(reason)]
 
-    # --- rings ----------------------------------------------------------------------------------------
+    # --- rings ------------------------------------------------------------------------------------
 
     def _avail(self, ring: Vring) -> int:
         return int.from_bytes(self._memory.read(ring.avail + 2, 2), "little")
@@ -407,7 +430,9 @@ class VhostUserNet:
         raise VhostUserError(f"ring at {gpa:#x} is outside RAM")
 
     def _configure(self, s: _Session, bases: list[int]) -> None:
-        """Hand memory and rings to the back-end and let it run. :raises VhostUserError: it will not, or cannot."""
+        """Hand memory and rings to the back-end and let it run. :raises VhostUserError: it will
+        not, or cannot.
+        """
         size = max(ring.size for ring in self._rings)
         if s.prepared != (self._acked, self._memory, size):
             if s.prepared is not None:
@@ -429,9 +454,13 @@ class VhostUserNet:
             self.marks.began[ring.index] = now
 
     def _introduce(self, s: _Session, acked: int, memory: GuestMemory, size: int) -> None:
-        """MTU, in-flight region, features and memory: what may be said before there are rings (of at most ``size`` entries)."""
+        """MTU, in-flight region, features and memory: what may be said before there are rings (of
+        at most ``size`` entries).
+        """
         if self.mtu is not None and acked >> VIRTIO_NET_F_MTU & 1:
-            self._order(s, spec.VHOST_USER_NET_SET_MTU, f"an MTU of {self.mtu}", struct.pack("<Q", self.mtu))
+            self._order(
+                s, spec.VHOST_USER_NET_SET_MTU, f"an MTU of {self.mtu}", struct.pack("<Q", self.mtu)
+            )
         if s.has(VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
             self._share_inflight(s, size)
         elif self._inflight is not None:
@@ -459,7 +488,9 @@ class VhostUserNet:
             finally:
                 answer.close()
         fd, description = self._inflight
-        self._order(s, spec.VHOST_USER_SET_INFLIGHT_FD, "its in-flight region", description, [fd.fileno()])
+        self._order(
+            s, spec.VHOST_USER_SET_INFLIGHT_FD, "its in-flight region", description, [fd.fileno()]
+        )
 
     def _forget_inflight(self) -> None:
         if self._inflight is not None:
@@ -479,12 +510,20 @@ class VhostUserNet:
         s.memory_sent = True
 
     def _share_ring(self, s: _Session, ring: Vring, base: int) -> None:
-        """BASE goes before ADDR: some compare it with the used index there. After a stop all is to be said again."""
+        """BASE goes before ADDR: some compare it with the used index there. After a stop all is to
+        be said again.
+        """
         i = ring.index
         self._tell(s, spec.VHOST_USER_SET_VRING_NUM, struct.pack(VRING_STATE, i, ring.size))
         self._tell(s, spec.VHOST_USER_SET_VRING_BASE, struct.pack(VRING_STATE, i, base))
         address = struct.pack(
-            spec.VRING_ADDR, i, 0, self._host(ring.desc), self._host(ring.used), self._host(ring.avail), 0
+            spec.VRING_ADDR,
+            i,
+            0,
+            self._host(ring.desc),
+            self._host(ring.used),
+            self._host(ring.avail),
+            0,
         )
         self._tell(s, spec.VHOST_USER_SET_VRING_ADDR, address)
         err = self._errs[i].fileno()
@@ -495,7 +534,7 @@ class VhostUserNet:
         ):
             self._tell(s, request, struct.pack("<Q", i), [fd])
 
-    # --- DataPath -------------------------------------------------------------------------------------
+    # --- DataPath ---------------------------------------------------------------------------------
 
     def features(self) -> int:
         """What the back-end offers of what is a data path's."""
@@ -530,7 +569,9 @@ class VhostUserNet:
             return self.problems[-1] if self.problems else "no back-end"
 
     def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
-        """Have the back-end serve the rings. Where it is gone or fails, the rings are parked until there is one that does."""
+        """Have the back-end serve the rings. Where it is gone or fails, the rings are parked until
+        there is one that does.
+        """
         if self._port is not None:
             self._port.set_queues(max(1, len(rings) // 2))
             self._port.set_offloads(acked)
@@ -557,7 +598,9 @@ class VhostUserNet:
         self._wake.signal()
 
     def stop(self, *, finish: bool = False) -> list[int]:
-        """Take the rings back. A back-end that does not give them is cut off, and the used indices are the positions."""
+        """Take the rings back. A back-end that does not give them is cut off, and the used indices
+        are the positions.
+        """
         self._stopping.set()
         talking = self._talking
         if talking is not None:
@@ -572,7 +615,9 @@ class VhostUserNet:
             if s is not None:
                 try:
                     self._begin(s.channel)
-                    bases = [held[r.index] if r.index in held else self._stop_ring(s, r) for r in rings]
+                    bases = [
+                        held[r.index] if r.index in held else self._stop_ring(s, r) for r in rings
+                    ]
                     if s.has(VHOST_USER_PROTOCOL_F_STATUS):
                         self._tell(s, spec.VHOST_USER_SET_STATUS, bytes(8))
                     if s.has(VHOST_USER_PROTOCOL_F_RESET_DEVICE):
@@ -630,13 +675,17 @@ class VhostUserNet:
 
     def _stop_ring(self, s: _Session, ring: Vring) -> int:
         self.marks.asked[ring.index] = time.monotonic_ns()
-        answer = self._ask(s, spec.VHOST_USER_GET_VRING_BASE, struct.pack(VRING_STATE, ring.index, 0))
+        answer = self._ask(
+            s, spec.VHOST_USER_GET_VRING_BASE, struct.pack(VRING_STATE, ring.index, 0)
+        )
         try:
             index, base = answer.unpack(VRING_STATE)
         finally:
             answer.close()
         if index != ring.index:
-            raise ProtocolError(f"GET_VRING_BASE of ring {ring.index} was answered for ring {index}")
+            raise ProtocolError(
+                f"GET_VRING_BASE of ring {ring.index} was answered for ring {index}"
+            )
         used, avail = self._used(ring), self._avail(ring)
         if base > 0xFFFF or avail - base & 0xFFFF > ring.size or base - used & 0xFFFF > ring.size:
             self._counts["bad_bases"] += 1
@@ -648,7 +697,9 @@ class VhostUserNet:
         rings, memory = self._rings, self._memory
         new = self._acked & ~GUEST_OFFLOADS | acked & GUEST_OFFLOADS
         if rings and new != self._acked:
-            self.start(new, memory, [r.at(base) for r, base in zip(rings, self.stop(), strict=True)])
+            self.start(
+                new, memory, [r.at(base) for r, base in zip(rings, self.stop(), strict=True)]
+            )
 
     def set_rx_filter(self, rx: RxFilter) -> None:
         """Filter in the tap; without one filtering is the back-end's own business."""
@@ -665,7 +716,9 @@ class VhostUserNet:
         return []
 
     def counters(self) -> dict[str, int]:
-        """Connections, losses and what they cost; ``connected`` is 0 or 1. Packets are counted on our tap, else by the back-end."""
+        """Connections, losses and what they cost; ``connected`` is 0 or 1. Packets are counted on
+        our tap, else by the back-end.
+        """
         packets = self._packets.read() if self._packets is not None else {}
         with self._lock:
             out = {**packets, **self._counts, "connected": int(self._session is not None)}
@@ -694,7 +747,7 @@ class VhostUserNet:
         for event in (self._wake, *self._errs):
             event.close()
 
-    # --- the watcher ----------------------------------------------------------------------------------
+    # --- the watcher ------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         delay = RETRY
@@ -745,7 +798,9 @@ class VhostUserNet:
                 self._check_silence(s)
 
     def _check_silence(self, s: _Session) -> None:
-        """What made the channel readable may have been an answer that has been taken since (lock held)."""
+        """What made the channel readable may have been an answer that has been taken since (lock
+        held).
+        """
         poll = select.poll()
         poll.register(s.channel.fileno(), select.POLLIN)
         if not poll.poll(0):
@@ -758,7 +813,9 @@ class VhostUserNet:
             self._lost(e)
 
     def _serve_request(self, s: _Session, requests: Channel) -> None:
-        """A request of the back-end's: acknowledged where we know it, else refused. A bad one ends that channel only."""
+        """A request of the back-end's: acknowledged where we know it, else refused. A bad one ends
+        that channel only.
+        """
         known = (spec.VHOST_USER_BACKEND_CONFIG_CHANGE_MSG,)
         try:
             message = requests.receive(0.1)
@@ -778,7 +835,9 @@ class VhostUserNet:
             s.requests = None
 
     def _ring_error(self, ring: int) -> None:
-        """The back-end has found a ring malformed: what the emulated path does, too; once a start."""
+        """The back-end has found a ring malformed: what the emulated path does, too; once a
+        start.
+        """
         with self._lock:
             self._counts["ring_errors"] += 1
             report = self._rings and ring not in self._faulted

@@ -1,8 +1,9 @@
 """Streams between guest and user: the serial console, and the byte streams of the guest port.
 
-A reader thread takes what the guest wrote from its pipe, keeps the last of it, and hands it to sinks. A sink that fails (closed
-terminal, full disk) is dropped and the guest goes on. A sink that is slow slows down the vCPU that writes, as a full pipe does any
-process, and loses nothing; only one that takes nothing at all for minutes is given up. The end of the machine waits for none of it.
+A reader thread takes what the guest wrote from its pipe, keeps the last of it, and hands it to
+sinks. A sink that fails (closed terminal, full disk) is dropped and the guest goes on. A sink that
+is slow slows down the vCPU that writes, as a full pipe does any process, and loses nothing; only
+one that takes nothing at all for minutes is given up. The end of the machine waits for none of it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class Stream:
         self._thread.start()
 
     def add_sink(self, sink: Callable[[bytes], None]) -> None:
-        """Call ``sink`` with every piece from now on, in the reader's thread; one that raises is dropped."""
+        """Call ``sink`` with every piece from now on, in the reader's thread; one that raises is
+        dropped.
+        """
         self._sinks.append(sink)
 
     def _read(self) -> None:
@@ -95,15 +98,20 @@ class Stream:
         """
         lib.pv_pipe_write(self.pipe, data, len(data), -1)
 
-    def expect(self, pattern: str | bytes | re.Pattern[bytes], timeout: float = 30.0) -> re.Match[bytes]:
-        """Wait until the output kept so far matches ``pattern`` (a regular expression); returns the match.
+    def expect(
+        self, pattern: str | bytes | re.Pattern[bytes], timeout: float = 30.0
+    ) -> re.Match[bytes]:
+        """Wait until the output kept so far matches ``pattern`` (a regular expression); returns the
+        match.
 
         :param timeout: seconds. :raises TimeoutError: with the end of the output.
         """
         import re
         import time
 
-        compiled = re.compile(pattern.encode() if isinstance(pattern, str) else pattern, re.MULTILINE)
+        compiled = re.compile(
+            pattern.encode() if isinstance(pattern, str) else pattern, re.MULTILINE
+        )
         until = time.monotonic() + timeout
         with self._changed:
             while True:
@@ -119,13 +127,15 @@ class Stream:
                 self._changed.wait(left)
 
     def release(self, hurry: bool = True) -> None:
-        """The machine is to end or to start over: no vCPU waits for room any longer, what does not fit is dropped and counted.
-        ``False`` undoes it."""
+        """The machine is to end or to start over: no vCPU waits for room any longer, what does not
+        fit is dropped and counted. ``False`` undoes it."""
         if self.pipe != ffi.NULL:
             lib.pv_pipe_hurry(self.pipe, hurry)
 
     def hurry(self) -> None:
-        """All is to end now: neither guest nor reader waits any longer for who does not take the output."""
+        """All is to end now: neither guest nor reader waits any longer for who does not take the
+        output.
+        """
         self.release()
         for sink in list(self._sinks):
             if isinstance(sink, FdSink):
@@ -140,8 +150,8 @@ class Stream:
             self._thread.join(timeout)
 
     def drain(self, timeout: float | None = None) -> None:
-        """After the end: wait until the sinks have taken all, as long as they have patience, at most ``timeout`` seconds; then
-        hurry."""
+        """After the end: wait until the sinks have taken all, as long as they have patience, at
+        most ``timeout`` seconds; then hurry."""
         if self._thread.is_alive():
             self._thread.join(timeout)
             self.hurry()
@@ -198,14 +208,21 @@ class Console(Stream):
         region.names = UART_REGISTERS
 
     def feed(self, data: bytes) -> int:
-        """Type as much of ``data`` at the guest as its receive queue takes now; returns how many bytes."""
+        """Type as much of ``data`` at the guest as its receive queue takes now; returns how many
+        bytes.
+        """
         with self._changed:  # against close()
-            return 0 if self.serial == ffi.NULL else int(lib.pv_serial_input(self.serial, data, len(data)))
+            return (
+                0
+                if self.serial == ffi.NULL
+                else int(lib.pv_serial_input(self.serial, data, len(data)))
+            )
 
     def send(self, data: str | bytes, timeout: float = 10.0) -> None:
         """Type ``data`` at the guest, in pieces as it reads them.
 
-        :param timeout: seconds without progress. :raises TimeoutError: the guest does not read, or has ended.
+        :param timeout: seconds without progress. :raises TimeoutError: the guest does not read, or
+            has ended.
         """
         import time
 
@@ -233,8 +250,8 @@ class Console(Stream):
 
 
 class FdSink:
-    """Writes to a descriptor (lent) that may be slow: waits up to ``patience`` seconds for any room (the guest waits, too, once
-    the pipe is full), then drops and counts until there is room again.
+    """Writes to a descriptor (lent) that may be slow: waits up to ``patience`` seconds for any room
+    (the guest waits, too, once the pipe is full), then drops and counts until there is room again.
 
     :ivar patience: may be lowered by any thread while a write waits.
     :raises OSError: from the call, when the other end is gone for good.
@@ -269,7 +286,8 @@ class FdSink:
                 self.dropped += len(view)
                 return
             try:
-                # PIPE_BUF at most: a blocking pipe that is writable takes that much without blocking.
+                # PIPE_BUF at most: a blocking pipe that is writable takes that much without
+                # blocking.
                 view = view[os.write(self._fd, view[:4096]) :]
             except BlockingIOError:
                 continue

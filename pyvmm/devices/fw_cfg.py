@@ -1,4 +1,6 @@
-"""QEMU's firmware configuration device, read-only: what test kernels ask about the machine they are on."""
+"""QEMU's firmware configuration device, read-only: what test kernels ask about the machine they are
+on.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ class FwCfg:
             self.select(value)
 
     def transfer(self, at: int) -> None:
-        """Do what the access structure at guest-physical ``at`` asks for, and write back 0 or an error."""
+        """Do what the access structure at guest-physical ``at`` asks for, and write back 0 or an
+        error.
+        """
         try:
             control, length, address = struct.unpack(
                 spec.DMA_ACCESS, self._memory.read(at, spec.DMA_ACCESS_SIZE)

@@ -1,10 +1,13 @@
-"""Commands in a running guest: requests to the agent in our init, and what comes back (``guest/pyvmm_port.h`` has the protocol).
+"""Commands in a running guest: requests to the agent in our init, and what comes back
+(``guest/pyvmm_port.h`` has the protocol).
 
-Theory of operation: a request waits here as bytes until the guest fetches them, 4096 at a time, into the page that its init has named:
-one exit each. A byte on the second serial port makes init look. The command's output comes as all output of our init does, by
-GUEST_WRITE, and GUEST_RESULT ends it. One command runs at a time; who comes meanwhile waits.
+Theory of operation: a request waits here as bytes until the guest fetches them, 4096 at a time,
+into the page that its init has named: one exit each. A byte on the second serial port makes init
+look. The command's output comes as all output of our init does, by GUEST_WRITE, and GUEST_RESULT
+ends it. One command runs at a time; who comes meanwhile waits.
 
-The guest is hostile: what it sends is bounded, an answer that nobody waits for is dropped, and no call waits for ever.
+The guest is hostile: what it sends is bounded, an answer that nobody waits for is dropped, and no
+call waits for ever.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ class CommandResult:
     """What a command in the guest did.
 
     :ivar status: its exit status; 128 + N where signal N ended it, 127 where it was not found.
-    :ivar stdout, stderr: its output as bytes, the first ``OUTPUT_MAX`` of it; ``out`` and ``err`` have it as text.
+    :ivar stdout, stderr: its output as bytes, the first ``OUTPUT_MAX`` of it; ``out`` and ``err``
+        have it as text.
     :ivar seconds: from the request to the answer. :ivar lost: bytes of output beyond what is kept.
     """
 
@@ -109,7 +113,7 @@ class Agent:
         self._number = 0
         self._running: CommandResult | None = None
 
-    # --- the guest's side: vCPU threads, under the I/O lock -----------------------------------------------
+    # --- the guest's side: vCPU threads, under the I/O lock ---------------------------------------
 
     def read(self, offset: int, size: int) -> int:
         """The guest fetches; the number of bytes that it finds in its page."""
@@ -145,11 +149,15 @@ class Agent:
         """GUEST_RESULT."""
         with self._changed:
             result = self._running
-            if result is not None and result.status is None and value >> 8 & 0xFFFF == self._number & 0xFFFF:
+            if (
+                result is not None
+                and result.status is None
+                and value >> 8 & 0xFFFF == self._number & 0xFFFF
+            ):
                 result.status = value & 0xFF
                 self._changed.notify_all()
 
-    # --- the machine's side ---------------------------------------------------------------------------------
+    # --- the machine's side -----------------------------------------------------------------------
 
     def gone(self, why: str) -> None:
         """The guest has ended: who waits need not."""
@@ -194,13 +202,15 @@ class Agent:
 
         :param command: for ``sh -c``, or an argv. :param input: its standard input, at most 1 MiB.
         :param timeout: seconds; then it and its process group are killed.
-        :raises CommandFailed: it did not end in time, or the guest ended before it. Its status is the caller's business.
+        :raises CommandFailed: it did not end in time, or the guest ended before it. Its status is
+            the caller's business.
         """
         argv = ["sh", "-c", command] if isinstance(command, str) else list(command)
         raw = b"".join(arg.encode(errors="surrogateescape") + b"\0" for arg in argv)
         if not argv or len(raw) > REQUEST_ARGV_MAX or raw.count(b"\0") != len(argv):
             raise UsageError(
-                f"a command of {len(argv)} words and {len(raw)} bytes", f"at most {REQUEST_ARGV_MAX} bytes"
+                f"a command of {len(argv)} words and {len(raw)} bytes",
+                f"at most {REQUEST_ARGV_MAX} bytes",
             )
         if len(input) > REQUEST_INPUT_MAX:
             raise UsageError(f"an input of {len(input)} bytes", f"at most {REQUEST_INPUT_MAX}")
@@ -217,7 +227,9 @@ class Agent:
                     self._send(REQUEST_KILL)
                     if not self._wait(result, KILL_GRACE):
                         self.gone("it did not answer before")
-                    raise CommandFailed(f"{result.command!r} did not end in {timeout:g} s{result.said()}")
+                    raise CommandFailed(
+                        f"{result.command!r} did not end in {timeout:g} s{result.said()}"
+                    )
             finally:
                 with self._changed:
                     self._running = None
@@ -239,5 +251,9 @@ class Agent:
 
     def _send(self, kind: int, argv: bytes = b"", data: bytes = b"") -> None:
         with self._changed:
-            self._out += struct.pack(REQUEST, kind, self._number & 0xFFFF, len(argv), len(data)) + argv + data
+            self._out += (
+                struct.pack(REQUEST, kind, self._number & 0xFFFF, len(argv), len(data))
+                + argv
+                + data
+            )
         self.bell.feed(b"!")

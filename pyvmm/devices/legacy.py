@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 
 class Rtc:
-    """MC146818 clock and CMOS RAM, as much as Linux reads at boot: UTC in BCD, no alarms, never busy.
+    """MC146818 clock and CMOS RAM, as much as Linux reads at boot: UTC in BCD, no alarms, never
+    busy.
 
-    Answering with all ones instead would stall Linux' rtc_cmos for 10 s waiting for "update in progress" to clear.
+    Answering with all ones instead would stall Linux' rtc_cmos for 10 s waiting for "update in
+    progress" to clear.
     """
 
     REG_A = 0x26  # 32.768 kHz, 1024 Hz rate, UIP 0
@@ -66,7 +68,8 @@ class Rtc:
 
 
 class Power:
-    """ACPI sleep control and reset register (ACPI 6.4, 4.8.3.6 and 4.8.3.7), and the keyboard controller's reset.
+    """ACPI sleep control and reset register (ACPI 6.4, 4.8.3.6 and 4.8.3.7), and the keyboard
+    controller's reset.
 
     :param on_off: the guest powered off. :param on_reset: it asked for a reset.
     """
@@ -94,7 +97,8 @@ class Power:
 
 
 class Keyboard:
-    """Ports 0x60..0x64 of a keyboard controller without keyboard: command 0xFE pulses the reset line.
+    """Ports 0x60..0x64 of a keyboard controller without keyboard: command 0xFE pulses the reset
+    line.
 
     Port 0x61 lies between and belongs to KVM's PIT, which answers it before we are asked.
     """

@@ -1,4 +1,6 @@
-"""Devices that test kernels expect of QEMU: isa-debug-exit, the debug console and pc-testdev. Only where asked for."""
+"""Devices that test kernels expect of QEMU: isa-debug-exit, the debug console and pc-testdev. Only
+where asked for.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +20,35 @@ if TYPE_CHECKING:
 
 
 def add_test_devices(
-    bus: Bus, vm: Vm, memory: GuestMemory, cpus: int, console: Stream, on_exit: Callable[[int], None]
+    bus: Bus,
+    vm: Vm,
+    memory: GuestMemory,
+    cpus: int,
+    console: Stream,
+    on_exit: Callable[[int], None],
 ) -> None:
     """Put all of them on the bus, and fw_cfg (``devices.fw_cfg``).
 
-    :param console: gets what is written to the debug console, between what the serial port gives it.
-    :param on_exit: called with the status that the kernel ends with, 0..255, always odd (``DebugExit``).
+    :param console: gets what is written to the debug console, between what the serial port gives
+        it.
+    :param on_exit: called with the status that the kernel ends with, 0..255, always odd
+        (``DebugExit``).
     """
     bus.add(PIO, pf.PORT_DEBUGCON, 1, "debugcon", kind=lib.PV_REGION_DEBUGCON, opaque=console.pipe)
     bus.add(PIO, pf.PORT_DEBUG_EXIT, 4, "debug-exit", DebugExit(on_exit))
     bus.add(PIO, pf.PORT_TESTDEV_ECHO, 4, "testdev-echo", Scratch(4))
     bus.add(PIO, pf.PORT_TESTDEV_FLUSH, 4, "testdev-flush", Flush(memory))
     bus.add(PIO, pf.PORT_TESTDEV_IRQ, 24, "testdev-irq", IrqLines(vm))
-    bus.add(MMIO, pf.TESTDEV_MMIO, pf.TESTDEV_MMIO_SIZE, "testdev-mmio", Scratch(pf.TESTDEV_MMIO_SIZE))
+    bus.add(
+        MMIO, pf.TESTDEV_MMIO, pf.TESTDEV_MMIO_SIZE, "testdev-mmio", Scratch(pf.TESTDEV_MMIO_SIZE)
+    )
     FwCfg(bus, memory, cpus)
 
 
 class DebugExit:
-    """isa-debug-exit at 0xF4: a write of any width ends the machine with status (value << 1) | 1, as QEMU does."""
+    """isa-debug-exit at 0xF4: a write of any width ends the machine with status (value << 1) | 1,
+    as QEMU does.
+    """
 
     def __init__(self, on_exit: Callable[[int], None]) -> None:
         self._on_exit = on_exit
@@ -50,7 +63,9 @@ class DebugExit:
 
 
 class Scratch:
-    """Bytes that keep what is written, at any width: pc-testdev's echo port, and its memory that exits."""
+    """Bytes that keep what is written, at any width: pc-testdev's echo port, and its memory that
+    exits.
+    """
 
     def __init__(self, length: int) -> None:
         self._bytes = bytearray(length)
@@ -65,7 +80,9 @@ class Scratch:
 
 
 class Flush:
-    """pc-testdev at 0xE4: a guest-physical address whose page the host is to unmap; its content stays."""
+    """pc-testdev at 0xE4: a guest-physical address whose page the host is to unmap; its content
+    stays.
+    """
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory

@@ -1,6 +1,8 @@
-"""Budgets: ``notify_per_kpacket<=20`` says how much of something a run may have; docs/budgets.md is for users.
+"""Budgets: ``notify_per_kpacket<=20`` says how much of something a run may have; docs/budgets.md is
+for users.
 
-``[PHASE.]NAME[_per_kpacket|_per_mb] OPERATOR NUMBER``; NAME is one of ``METRICS`` or ``exits[WHAT]``.
+``[PHASE.]NAME[_per_kpacket|_per_mb] OPERATOR NUMBER``; NAME is one of ``METRICS`` or
+``exits[WHAT]``.
 """
 
 from __future__ import annotations
@@ -17,13 +19,28 @@ if TYPE_CHECKING:
     from pyvmm.exits.phases import Phase
     from pyvmm.machine import Machine
 
-OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
-METRICS = ("user_exits", "pio", "mmio", "notify", "control", *KVM_METRICS.values(), *COUNTER_METRICS)
+OPERATORS = {
+    "<=": operator.le,
+    "<": operator.lt,
+    ">=": operator.ge,
+    ">": operator.gt,
+    "==": operator.eq,
+}
+METRICS = (
+    "user_exits",
+    "pio",
+    "mmio",
+    "notify",
+    "control",
+    *KVM_METRICS.values(),
+    *COUNTER_METRICS,
+)
 #: suffix -> (what it divides by, how much of that)
 PER = {"_per_kpacket": ("packets", 1000), "_per_mb": ("bytes", 1_000_000)}
 PHASE_NAMES = (*PHASES.values(), ALL)
 FORM = re.compile(
-    r"\s*(?:(\w+)\s*\.)?\s*(\w+)(?:\[([^\[\]]+)\](\w*))?\s*(<=|>=|==|<|>)\s*(\d+(?:\.\d+)?)\s*", re.ASCII
+    r"\s*(?:(\w+)\s*\.)?\s*(\w+)(?:\[([^\[\]]+)\](\w*))?\s*(<=|>=|==|<|>)\s*(\d+(?:\.\d+)?)\s*",
+    re.ASCII,
 )
 
 
@@ -36,8 +53,16 @@ class Result:
 
     __slots__ = ("budget", "held", "message", "phase", "value")
 
-    def __init__(self, budget: Budget, phase: str, value: float | None, *, held: bool, message: str) -> None:
-        self.budget, self.phase, self.value, self.held, self.message = budget, phase, value, held, message
+    def __init__(
+        self, budget: Budget, phase: str, value: float | None, *, held: bool, message: str
+    ) -> None:
+        self.budget, self.phase, self.value, self.held, self.message = (
+            budget,
+            phase,
+            value,
+            held,
+            message,
+        )
 
     def error(self) -> BudgetBroken | None:
         """What to raise where it was broken, else None."""
@@ -66,24 +91,31 @@ class Budget:
         match = FORM.fullmatch(text) if len(text) < 200 else None
         if match is None:
             raise UsageError(
-                f"--budget {text[:200]!r} is no budget", "write NAME<=NUMBER, as in 'notify_per_kpacket<=20'"
+                f"--budget {text[:200]!r} is no budget",
+                "write NAME<=NUMBER, as in 'notify_per_kpacket<=20'",
             )
         self.text = text.strip()
         self.phase: str | None = match[1]
         self.name, self.what, suffix = match[2], (match[3] or "").strip(), match[4] or ""
         self.operator, self.limit = match[5], float(match[6])
-        self.per = next((per for per in PER if self.name.endswith(per)), "") if not self.what else suffix
+        self.per = (
+            next((per for per in PER if self.name.endswith(per)), "") if not self.what else suffix
+        )
         if not self.what:
             self.name = self.name.removesuffix(self.per)
         if self.phase is not None and self.phase not in PHASE_NAMES:
-            raise UsageError(f"--budget {text}: no phase {self.phase!r}", f"phases: {', '.join(PHASE_NAMES)}")
+            raise UsageError(
+                f"--budget {text}: no phase {self.phase!r}", f"phases: {', '.join(PHASE_NAMES)}"
+            )
         if self.name not in METRICS and not (self.name == "exits" and self.what):
             raise UsageError(
                 f"--budget {text}: nothing is called {self.name!r}",
                 f"names: {', '.join(METRICS)}, exits[WHAT]; each also with _per_kpacket or _per_mb",
             )
         if (self.what and self.name != "exits") or (self.per and self.per not in PER):
-            raise UsageError(f"--budget {text}: only exits[WHAT] has brackets", "see docs/budgets.md")
+            raise UsageError(
+                f"--budget {text}: only exits[WHAT] has brackets", "see docs/budgets.md"
+            )
 
     def check_names(self, machine: Machine) -> None:
         """Whether ``machine``, started or not, has what it is about.
@@ -98,20 +130,30 @@ class Budget:
                 if not all(name in nic.counters() for name in COUNTER_METRICS[metric])
             ]
             if silent or not machine.nets:
-                why = f"not counted with --net {silent[0]}" if silent else "none without a network card"
+                why = (
+                    f"not counted with --net {silent[0]}"
+                    if silent
+                    else "none without a network card"
+                )
                 raise UsageError(
-                    f"--budget {self.text}: {metric} are {why}", "docs/budgets.md says who counts what"
+                    f"--budget {self.text}: {metric} are {why}",
+                    "docs/budgets.md says who counts what",
                 )
         if self.name in KVM_METRICS.values() and machine.mark_now("now").stats is None:
-            raise UsageError(f"--budget {self.text}: this KVM has no statistics", "use a kernel from 5.14 on")
+            raise UsageError(
+                f"--budget {self.text}: this KVM has no statistics", "use a kernel from 5.14 on"
+            )
         if self.what and not self._known(machine):
             devices = sorted({name for name, _ in machine.bus.region_names()})
             raise UsageError(
-                f"--budget {self.text}: no device or reason {self.what!r}", f"devices: {', '.join(devices)}"
+                f"--budget {self.text}: no device or reason {self.what!r}",
+                f"devices: {', '.join(devices)}",
             )
 
     def _known(self, machine: Machine) -> bool:
-        """Whether WHAT can ever match: a device, the begin of one's name, one of its registers, or a KVM_EXIT_* reason."""
+        """Whether WHAT can ever match: a device, the begin of one's name, one of its registers, or
+        a KVM_EXIT_* reason.
+        """
         from pyvmm.kvm.vcpu import REASONS
 
         if self.what in (*REASONS.values(), "nobody"):
@@ -130,7 +172,9 @@ class Budget:
         """The figure of ``phase``; None where it divides by nothing, or nobody counts it."""
         metrics = phase.metrics()
         if self.what:
-            value: float | None = sum(line.count for line in phase.ledger.lines if self._selects(line))
+            value: float | None = sum(
+                line.count for line in phase.ledger.lines if self._selects(line)
+            )
         else:
             value = metrics[self.name]
         if self.per and value is not None:
@@ -177,4 +221,10 @@ def _begins(name: str, what: str) -> bool:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value == int(value) else f"{value:.4g}" if value < 1000 else f"{value:.1f}"
+    return (
+        f"{value:.0f}"
+        if value == int(value)
+        else f"{value:.4g}"
+        if value < 1000
+        else f"{value:.1f}"
+    )

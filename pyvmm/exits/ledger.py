@@ -14,9 +14,12 @@ class Line:
     """One cause of exits, summed over the vCPUs.
 
     :ivar device: bus name of who answered; empty for nobody or no access.
-    :ivar register: which of its registers; empty where it has no names. :ivar name: both, ``net0 queue 1 notify``.
-    :ivar role: ``notify`` for the kick of a queue of packets, ``control`` for another queue's, else empty.
-    :ivar time: ns in the VMM. :ivar units: single accesses (string instructions have several an exit).
+    :ivar register: which of its registers; empty where it has no names. :ivar name: both, ``net0
+        queue 1 notify``.
+    :ivar role: ``notify`` for the kick of a queue of packets, ``control`` for another queue's, else
+        empty.
+    :ivar time: ns in the VMM. :ivar units: single accesses (string instructions have several an
+        exit).
     """
 
     __slots__ = (
@@ -34,8 +37,15 @@ class Line:
     )
 
     def __init__(self, record: ExitRecord, bus: Bus) -> None:
-        self.reason, self.addr, self.size, self.write = record.reason, record.addr, record.size, record.write
-        self.device, self.register, self.name = bus.describe(record.region, record.reg, record.write)
+        self.reason, self.addr, self.size, self.write = (
+            record.reason,
+            record.addr,
+            record.size,
+            record.write,
+        )
+        self.device, self.register, self.name = bus.describe(
+            record.region, record.reg, record.write
+        )
         self.role = bus.role(record.region, record.reg)
         self.count = self.time = self.units = 0
 
@@ -72,7 +82,9 @@ class Line:
 
 
 class Ledger:
-    """The exits up to a moment, or between two. ``total`` counts the returns of KVM_RUN, and the lines' counts add up to it."""
+    """The exits up to a moment, or between two. ``total`` counts the returns of KVM_RUN, and the
+    lines' counts add up to it.
+    """
 
     def __init__(self, vcpus: Iterable[Vcpu], bus: Bus) -> None:
         vcpus = list(vcpus)
@@ -81,7 +93,9 @@ class Ledger:
 
     @classmethod
     def between(cls, before: Sequence[Snapshot], after: Sequence[Snapshot], bus: Bus) -> Ledger:
-        """What came after ``before`` (nothing: since the start) up to ``after``; one snapshot a vCPU each."""
+        """What came after ``before`` (nothing: since the start) up to ``after``; one snapshot a
+        vCPU each.
+        """
         ledger = cls.__new__(cls)
         ledger._fill(after, before, bus)
         ledger.total = sum(line.count for line in ledger.lines)

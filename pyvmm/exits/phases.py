@@ -1,7 +1,9 @@
-"""Exits, KVM's statistics and packets of each phase of a run, so that boot does not blur the workload.
+"""Exits, KVM's statistics and packets of each phase of a run, so that boot does not blur the
+workload.
 
-The guest's init marks the phases (guest/pyvmm_port.h); at each mark the machine copies its counters, in the vCPU's thread, and
-everything else is done when somebody asks. A mark's own exit is the last of the phase that it ends.
+The guest's init marks the phases (guest/pyvmm_port.h); at each mark the machine copies its
+counters, in the vCPU's thread, and everything else is done when somebody asks. A mark's own exit is
+the last of the phase that it ends.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ COUNTER_METRICS = {
 class Phase:
     """What happened between two marks.
 
-    :ivar begin, end: CLOCK_MONOTONIC, ns. :ivar kvm: increases of KVM's cumulative statistics, a group each, without those
-        that stayed the same. :ivar counters: increases of each card's.
+    :ivar begin, end: CLOCK_MONOTONIC, ns. :ivar kvm: increases of KVM's cumulative statistics, a
+        group each, without those that stayed the same. :ivar counters: increases of each card's.
     """
 
     def __init__(self, name: str, machine: Machine, begin: Mark | None, end: Mark) -> None:
@@ -44,7 +46,9 @@ class Phase:
         now = end.stats
         if now is not None:
             increase = sums(now, (begin.stats if begin else None) or {}, -1)
-            self.kvm = {group: {name: n for name, n in v.items() if n} for group, v in increase.items()}
+            self.kvm = {
+                group: {name: n for name, n in v.items() if n} for group, v in increase.items()
+            }
         self.counters = [
             {
                 key: _increase(begin.counters[i].get(key, 0) if begin else 0, value)
@@ -54,7 +58,9 @@ class Phase:
         ]
 
     def metrics(self) -> dict[str, int | None]:
-        """The figures that budgets are about, by name; None where nobody counts it (docs/budgets.md)."""
+        """The figures that budgets are about, by name; None where nobody counts it
+        (docs/budgets.md).
+        """
         lines = self.ledger.lines
         out: dict[str, int | None] = {"user_exits": self.ledger.total}
         out["pio"] = sum(line.count for line in lines if line.reason == "io")
@@ -87,7 +93,9 @@ class Phase:
 
 
 def _increase(before: int, now: int) -> int:
-    """Of a counter; one that is less than it was belongs to another data path, which has started at 0."""
+    """Of a counter; one that is less than it was belongs to another data path, which has started at
+    0.
+    """
     return now - before if now >= before else now
 
 
@@ -100,7 +108,9 @@ def phase(machine: Machine, name: str) -> Phase | None:
     """One phase, or ``all``; None where it was not reached."""
     if name == ALL:
         return Phase(ALL, machine, None, machine.mark_now("end"))
-    return next((Phase(n, machine, begin, end) for n, begin, end in _spans(machine) if n == name), None)
+    return next(
+        (Phase(n, machine, begin, end) for n, begin, end in _spans(machine) if n == name), None
+    )
 
 
 def _spans(machine: Machine) -> list[tuple[str, Mark | None, Mark]]:

@@ -1,4 +1,6 @@
-"""Rates of a running machine: the difference of two answers to the control socket's ``x-pyvmm-ledger``, a second."""
+"""Rates of a running machine: the difference of two answers to the control socket's
+``x-pyvmm-ledger``, a second.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ COUNTERS = (
 
 
 def rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """What happened between two answers of one machine, for JSON (docs/top.md); null where nobody counts it.
+    """What happened between two answers of one machine, for JSON (docs/top.md); null where nobody
+    counts it.
 
     A machine that was reset in between starts over in KVM's counters: they are null then.
     """
@@ -63,7 +66,10 @@ def rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]
                 "mode": new["mode"],
                 **{key: per_second(now.get(key), then.get(key)) for key in COUNTERS},
                 "workers": [
-                    {"name": w["name"], "cpu_percent": share(w["cpu_s"], used.get(w["tid"], w["cpu_s"]))}
+                    {
+                        "name": w["name"],
+                        "cpu_percent": share(w["cpu_s"], used.get(w["tid"], w["cpu_s"])),
+                    }
                     for w in new["workers"]
                 ],
             }

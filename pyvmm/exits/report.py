@@ -33,7 +33,8 @@ def build(machine: Machine) -> dict[str, object]:
         "boot": {"kind": machine.boot.kind, "cmdline": machine.cmdline()},
         "reboots": machine.reboots,
         "phases_s": {
-            name: round((t - start) / 1e9, 6) for name, t in sorted(phases.items(), key=lambda p: p[1])
+            name: round((t - start) / 1e9, 6)
+            for name, t in sorted(phases.items(), key=lambda p: p[1])
         },
         "exits": machine.ledger().as_dict(),
         "phases": [phase.as_dict(machine) for phase in machine.phase_exits()],
@@ -41,6 +42,7 @@ def build(machine: Machine) -> dict[str, object]:
         "kvm_before_reboots": machine.old_stats,
         "nets": [nic.report() for nic in machine.nets],
         "streams": {
-            s.name: {"dropped_bytes": s.dropped} for s in (machine.console, machine.stdout, machine.stderr)
+            s.name: {"dropped_bytes": s.dropped}
+            for s in (machine.console, machine.stdout, machine.stderr)
         },
     }

@@ -1,4 +1,6 @@
-"""A copy of all counters, made in a vCPU's thread while the guest waits: a module of its own, since its import is part of that."""
+"""A copy of all counters, made in a vCPU's thread while the guest waits: a module of its own, since
+its import is part of that.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ class Mark:
     """All counters at a moment.
 
     :ivar time: CLOCK_MONOTONIC, ns. :ivar counters: of each card's data path.
-    :param vm: the VM's statistics, None where KVM has none. :param past: what VMs before a reboot had counted.
+    :param vm: the VM's statistics, None where KVM has none. :param past: what VMs before a reboot
+        had counted.
     """
 
     __slots__ = ("_past", "_raw", "counters", "name", "snapshots", "time")
@@ -34,11 +37,15 @@ class Mark:
         self.snapshots = [vcpu.snapshot() for vcpu in vcpus]
         self._past = past
         groups = {"vm": vm} | {f"vcpu{vcpu.index}": vcpu.stats for vcpu in vcpus}
-        self._raw = {group: (stats, stats.raw()) for group, stats in groups.items() if stats is not None}
+        self._raw = {
+            group: (stats, stats.raw()) for group, stats in groups.items() if stats is not None
+        }
 
     @property
     def stats(self) -> Numbers | None:
-        """KVM's statistics that only grow, by group: ``vm``, ``vcpu0``, ...; None where KVM has none."""
+        """KVM's statistics that only grow, by group: ``vm``, ``vcpu0``, ...; None where KVM has
+        none.
+        """
         now = {group: stats.growing(raw) for group, (stats, raw) in self._raw.items()}
         return sums(now, self._past, 1) if now else None
 

@@ -1,7 +1,8 @@
-"""A traced run as a file: Trace Event JSON, as ui.perfetto.dev and chrome://tracing read it (docs/trace.md).
+"""A traced run as a file: Trace Event JSON, as ui.perfetto.dev and chrome://tracing read it
+(docs/trace.md).
 
-All the work is done here, after the fact: names and meaning of registers, features and messages are looked up for what the
-recorder has kept as numbers.
+All the work is done here, after the fact: names and meaning of registers, features and messages are
+looked up for what the recorder has kept as numbers.
 """
 
 from __future__ import annotations
@@ -60,14 +61,28 @@ VU_LAYOUTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
         (vu.VRING_STATE, ("index", "num")),
     ),
-    vu.VHOST_USER_SET_VRING_ADDR: (vu.VRING_ADDR, ("index", "flags", "desc", "used", "avail", "log")),
+    vu.VHOST_USER_SET_VRING_ADDR: (
+        vu.VRING_ADDR,
+        ("index", "flags", "desc", "used", "avail", "log"),
+    ),
     vu.VHOST_USER_ADD_MEM_REG: (vu.MEM_SINGLE, ("", "guest", "size", "user", "mmap_offset")),
     **dict.fromkeys(
         (vu.VHOST_USER_GET_INFLIGHT_FD, vu.VHOST_USER_SET_INFLIGHT_FD),
         (vu.INFLIGHT, ("mmap_size", "mmap_offset", "queues", "queue_size")),
     ),
 }
-ADDRESSES = {"desc", "used", "avail", "log", "guest", "user", "mmap_offset", "address", "size", "mmap_size"}
+ADDRESSES = {
+    "desc",
+    "used",
+    "avail",
+    "log",
+    "guest",
+    "user",
+    "mmap_offset",
+    "address",
+    "size",
+    "mmap_size",
+}
 
 
 def write(machine: Machine, put: Callable[[bytes], object]) -> None:
@@ -112,7 +127,12 @@ def vhost_user_args(request: int, payload: bytes) -> Args:
 
         return {
             "regions": [
-                {"guest": hex(r.gpa), "size": hex(r.size), "user": hex(r.user), "mmap_offset": hex(r.offset)}
+                {
+                    "guest": hex(r.gpa),
+                    "size": hex(r.size),
+                    "user": hex(r.user),
+                    "mmap_offset": hex(r.offset),
+                }
                 for r in unpack_regions(payload)
             ]
         }
@@ -121,7 +141,9 @@ def vhost_user_args(request: int, payload: bytes) -> Args:
     (value,) = struct.unpack("<Q", payload)
     if request in VU_FEATURES:
         own = 1 << vu.VHOST_USER_F_PROTOCOL_FEATURES
-        return {"features": feature_text(value & ~own) + (" PROTOCOL_FEATURES" if value & own else "")}
+        return {
+            "features": feature_text(value & ~own) + (" PROTOCOL_FEATURES" if value & own else "")
+        }
     if request in VU_PROTOCOL:
         from pyvmm.vhostuser.wire import protocol_names
 
@@ -214,13 +236,20 @@ class _Trace:
             self._dropped[name if group == "vcpus" else f"{group} {name}"] = dropped
         return events
 
-    # --- making events --------------------------------------------------------------------------------
+    # --- making events ----------------------------------------------------------------------------
 
     def _us(self, ns: int) -> float:
         return round((ns - self._zero) / 1000, 3)
 
     def _span(
-        self, name: str, category: str, begin: int, dur: int, pid: int, tid: int, args: Args | None = None
+        self,
+        name: str,
+        category: str,
+        begin: int,
+        dur: int,
+        pid: int,
+        tid: int,
+        args: Args | None = None,
     ) -> Args:
         """A complete event; the end is what is rounded, so that neighbours do not overlap."""
         ts = self._us(begin)
@@ -254,7 +283,9 @@ class _Trace:
         machine = self._machine
         processes = {GUEST: "guest", VCPUS: "vCPUs", KVM: "KVM set-up"}
         threads = {(GUEST, 1): "phases", (KVM, 1): "ioeventfds, irqfds, routes"}
-        threads |= {(VCPUS, i + 1): f"vcpu{v.index}: time in the VMM" for i, v in enumerate(machine.vcpus)}
+        threads |= {
+            (VCPUS, i + 1): f"vcpu{v.index}: time in the VMM" for i, v in enumerate(machine.vcpus)
+        }
         for index, nic in enumerate(machine.nets):
             pid = NETS + index
             processes[pid] = f"{nic.name} ({_how(nic)})"
@@ -267,7 +298,14 @@ class _Trace:
         out: list[Args] = []
         for pid, name in processes.items():
             out.append(
-                {"name": "process_name", "ph": "M", "ts": 0, "pid": pid, "tid": 0, "args": {"name": name}}
+                {
+                    "name": "process_name",
+                    "ph": "M",
+                    "ts": 0,
+                    "pid": pid,
+                    "tid": 0,
+                    "args": {"name": name},
+                }
             )
             out.append(
                 {
@@ -281,7 +319,14 @@ class _Trace:
             )
         for (pid, tid), name in threads.items():
             out.append(
-                {"name": "thread_name", "ph": "M", "ts": 0, "pid": pid, "tid": tid, "args": {"name": name}}
+                {
+                    "name": "thread_name",
+                    "ph": "M",
+                    "ts": 0,
+                    "pid": pid,
+                    "tid": tid,
+                    "args": {"name": name},
+                }
             )
         return out
 
@@ -315,7 +360,7 @@ class _Trace:
         role = self._machine.bus.role(event.region, event.reg) if event.region else ""
         return self._span(name, "kick" if role else "exit", event.ts, event.dur, VCPUS, tid, args)
 
-    # --- what the driver does -------------------------------------------------------------------------
+    # --- what the driver does ---------------------------------------------------------------------
 
     def _set_up(self, event: Event) -> None:
         """Show an access to a card's registers on its own track, with its meaning."""
@@ -366,9 +411,13 @@ class _Trace:
         return ""
 
     def _config(self, event: Event) -> str:
-        return bits_of(event.value & 0xFFFF, COMMAND_BITS) if event.reg & 0xFF == pci.PCI_COMMAND else ""
+        return (
+            bits_of(event.value & 0xFFFF, COMMAND_BITS)
+            if event.reg & 0xFF == pci.PCI_COMMAND
+            else ""
+        )
 
-    # --- the data paths -------------------------------------------------------------------------------
+    # --- the data paths ---------------------------------------------------------------------------
 
     def _workers(self, index: int) -> Iterator[list[Args]]:
         nic: Nic = self._machine.nets[index]
@@ -389,7 +438,9 @@ class _Trace:
                     out.append(self._span(f"{way} {packets}", "batch", e.ts, e.dur, *where, args))
                     if e.write:
                         out.append(
-                            self._moment(f"interrupt for queue {queue}", "interrupt", e.ts + e.dur, *where)
+                            self._moment(
+                                f"interrupt for queue {queue}", "interrupt", e.ts + e.dur, *where
+                            )
                         )
             yield out
 
@@ -416,7 +467,10 @@ class _Trace:
 
             said = vhost_user_args(args["request"], args["payload"])
             more = {"descriptors": args["descriptors"]} if args["descriptors"] else {}
-            return f"{name.removeprefix('vhost-user ')} {request_name(args['request'])}", said | more
+            return (
+                f"{name.removeprefix('vhost-user ')} {request_name(args['request'])}",
+                said | more,
+            )
         if name == "control command":
             request = args["request"]
             data = request[2:34].hex()
@@ -430,12 +484,20 @@ class _Trace:
         if name == "stop":
             return "stop data path", {"bases": str(args["bases"])}
         if name.endswith("_FEATURES"):
-            return name, {**args, "value": hex(args["value"]), "features": feature_text(args["value"])}
+            return name, {
+                **args,
+                "value": hex(args["value"]),
+                "features": feature_text(args["value"]),
+            }
         out: Args = {}
         for key, value in args.items():
             if key in ("eventfd", "fd") and value in self._eventfds:
                 out[key] = f"{value} ({self._eventfds[value]})"
-            elif isinstance(value, int) and not isinstance(value, bool) and (key == "data" or "addr" in key):
+            elif (
+                isinstance(value, int)
+                and not isinstance(value, bool)
+                and (key == "data" or "addr" in key)
+            ):
                 out[key] = hex(value)
             else:
                 out[key] = str(value) if isinstance(value, list) else value

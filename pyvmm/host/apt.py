@@ -1,7 +1,9 @@
-"""Debian packages without root: resolved and verified by apt, kept in the user's cache, unpacked anywhere.
+"""Debian packages without root: resolved and verified by apt, kept in the user's cache, unpacked
+anywhere.
 
-The system's package lists are used where it has any. Otherwise, and for releases that it has no sources for (backports), the lists
-are fetched into the cache, from the mirror that the system is configured for. The system itself is never changed.
+The system's package lists are used where it has any. Otherwise, and for releases that it has no
+sources for (backports), the lists are fetched into the cache, from the mirror that the system is
+configured for. The system itself is never changed.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Package:
 class Apt:
     """Look up and download packages of one release.
 
-    :param release: ``""`` for what the system itself would install; ``"backports"`` for the backports of its release.
+    :param release: ``""`` for what the system itself would install; ``"backports"`` for the
+        backports of its release.
     :param progress: called with one line before each step that may take seconds.
     :raises HostError: from every method, when apt is missing or fails.
     """
@@ -65,19 +68,27 @@ class Apt:
         return [found[name] for name in names]
 
     def depends(self, name: str) -> list[str]:
-        """Names of the packages that any version of ``name`` directly depends on, those of the newest version first."""
+        """Names of the packages that any version of ``name`` directly depends on, those of the
+        newest version first.
+        """
         text = self._attempt(lambda: self._apt("apt-cache", "show", name))
         lines = re.findall(r"^Depends: (.*)$", text, re.MULTILINE)
-        return [x for line in lines for x in re.findall(r"(?:^|[,|]) *([a-z0-9][a-z0-9.+-]+)", line)]
+        return [
+            x for line in lines for x in re.findall(r"(?:^|[,|]) *([a-z0-9][a-z0-9.+-]+)", line)
+        ]
 
     def download(self, packages: Iterable[Package]) -> list[Path]:
-        """The .deb files of ``packages``, from the cache or the mirror; apt has verified them, and we their hash."""
+        """The .deb files of ``packages``, from the cache or the mirror; apt has verified them, and
+        we their hash.
+        """
         directory = Path(cache_root()) / "debs"
         directory.mkdir(parents=True, exist_ok=True)
         packages = list(packages)
         paths = [directory / p.filename for p in packages]
         lacking = [
-            p for p, q in zip(packages, paths, strict=True) if not (q.exists() and _sha256(q) == p.sha256)
+            p
+            for p, q in zip(packages, paths, strict=True)
+            if not (q.exists() and _sha256(q) == p.sha256)
         ]
         if lacking:
             size = sum(p.size for p in lacking) / 1e6
@@ -88,12 +99,16 @@ class Apt:
                 for package in lacking:
                     got = Path(scratch, package.filename)
                     if not got.exists() or _sha256(got) != package.sha256:
-                        raise HostError(f"{package.name}: the download has the wrong hash", "try again")
+                        raise HostError(
+                            f"{package.name}: the download has the wrong hash", "try again"
+                        )
                     got.replace(directory / package.filename)
         return paths
 
     def install(self, names: Iterable[str], target: Path) -> None:
-        """Download packages and unpack them into the directory ``target``, which is replaced as a whole."""
+        """Download packages and unpack them into the directory ``target``, which is replaced as a
+        whole.
+        """
         debs = self.download(self.resolve(names))
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -111,14 +126,20 @@ class Apt:
         for line in text.splitlines():
             if m := re.match(r"'[^']*' (\S+) (\d+) SHA256:([0-9a-f]{64})", line):
                 name, version, _ = m.group(1).split("_")
-                packages.append(Package(name, unquote(version), int(m.group(2)), m.group(3), m.group(1)))
+                packages.append(
+                    Package(name, unquote(version), int(m.group(2)), m.group(3), m.group(1))
+                )
         missing = set(names) - {p.name for p in packages}
         if missing:
-            raise HostError(f"apt knows no package {', '.join(sorted(missing))}", "check the apt sources")
+            raise HostError(
+                f"apt knows no package {', '.join(sorted(missing))}", "check the apt sources"
+            )
         return packages
 
     def _attempt(self, action: Callable[[], T]) -> T:
-        """``action()``; where it fails, once more with fresh lists of our own: the system's may be old."""
+        """``action()``; where it fails, once more with fresh lists of our own: the system's may be
+        old.
+        """
         if self._private:
             self._update()
         try:
@@ -142,7 +163,9 @@ class Apt:
             recent = stamp.exists() and time.time() - stamp.stat().st_mtime < LISTS_AGE
             if self._updated or (recent and not force):
                 return
-            self._progress(f"fetching the package lists{' of ' + self._release if self._release else ''}")
+            self._progress(
+                f"fetching the package lists{' of ' + self._release if self._release else ''}"
+            )
             self._updated = True
             try:
                 self._apt("apt-get", "-q", "update")
@@ -159,15 +182,22 @@ class Apt:
         if self._private:
             options += [f"Dir::State::Lists={self._state}/lists", f"Dir::Cache={self._state}/cache"]
             if self._release:
-                options += [f"Dir::Etc::SourceList={self._sources()}", "Dir::Etc::SourceParts=/dev/null"]
+                options += [
+                    f"Dir::Etc::SourceList={self._sources()}",
+                    "Dir::Etc::SourceParts=/dev/null",
+                ]
         return _run([command[0], *(x for o in options for x in ("-o", o)), *command[1:]], cwd)
 
     def _sources(self) -> Path:
-        """A sources file for our release, from the mirror that the system has its base release from."""
+        """A sources file for our release, from the mirror that the system has its base release
+        from.
+        """
         path = self._state / "release.sources"
         if not path.exists():
             base = codename()
-            targets = _run(["apt-get", "indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)"])
+            targets = _run(
+                ["apt-get", "indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)"]
+            )
             mirrors = re.findall(rf"^{base} main (\S+)$", targets, re.MULTILINE) if base else []
             if not mirrors:
                 raise HostError(
@@ -183,7 +213,9 @@ class Apt:
 
 
 def codename() -> str:
-    """The Debian release of this machine ("bookworm"), or an empty string where it is not Debian."""
+    """The Debian release of this machine ("bookworm"), or an empty string where it is not
+    Debian.
+    """
     try:
         text = Path("/etc/os-release").read_text()
     except OSError:
@@ -193,7 +225,9 @@ def codename() -> str:
 
 
 def unpack(deb: Path, into: Path) -> None:
-    """Unpack the files of ``deb`` below ``into``, which is created; no root needed, no maintainer script runs."""
+    """Unpack the files of ``deb`` below ``into``, which is created; no root needed, no maintainer
+    script runs.
+    """
     into.mkdir(parents=True, exist_ok=True)
     _run(["dpkg-deb", "-x", str(deb), str(into)])
 
@@ -202,15 +236,25 @@ def _run(command: list[str], cwd: str | None = None) -> str:
     env = dict(os.environ, LC_ALL="C.UTF-8", DEBIAN_FRONTEND="noninteractive")
     try:
         done = subprocess.run(
-            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except FileNotFoundError:
         raise HostError(f"{command[0]} is missing", "this needs Debian 12 or later") from None
     if done.returncode:
         said = done.stderr.splitlines() or [str(done.returncode)]
         if any("No space left" in line for line in said):
-            raise HostError(f"{command[0]}: no space left on the device", "make room, or set XDG_CACHE_HOME")
-        cause = next((line for line in reversed(said) if line.startswith("E:")), said[-1]).removeprefix("E: ")
+            raise HostError(
+                f"{command[0]}: no space left on the device", "make room, or set XDG_CACHE_HOME"
+            )
+        cause = next(
+            (line for line in reversed(said) if line.startswith("E:")), said[-1]
+        ).removeprefix("E: ")
         raise HostError(f"{command[0]} failed: {cause}", "check the network and the apt sources")
     return done.stdout
 

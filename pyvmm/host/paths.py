@@ -9,7 +9,9 @@ from pyvmm.errors import HostError
 
 
 def cache_dir(*parts: str) -> str:
-    """A directory of the testbed's cache, made if need be: ${XDG_CACHE_HOME:-~/.cache}/pyvmm/testbed/PARTS."""
+    """A directory of the testbed's cache, made if need be:
+    ${XDG_CACHE_HOME:-~/.cache}/pyvmm/testbed/PARTS.
+    """
     path = os.path.join(cache_root(), "testbed", *parts)
     os.makedirs(path, exist_ok=True)
     return path
@@ -22,7 +24,8 @@ def cache_root() -> str:
 
 
 def runtime_dir() -> str:
-    """The user's own directory for sockets, mode 0700: under $XDG_RUNTIME_DIR, /run/user/UID or /tmp.
+    """The user's own directory for sockets, mode 0700: under $XDG_RUNTIME_DIR, /run/user/UID or
+    /tmp.
 
     One whose name leaves no room for that of a socket (108 bytes in all, unix(7)) is passed over.
 
@@ -44,7 +47,8 @@ def runtime_dir() -> str:
 
 
 def private(path: str) -> str:
-    """``path``, a directory of this user that nobody else may enter; made if need be, its parent is there.
+    """``path``, a directory of this user that nobody else may enter; made if need be, its parent is
+    there.
 
     :raises HostError: it belongs to somebody else, others may enter, or it cannot be made.
     """

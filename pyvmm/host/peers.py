@@ -13,7 +13,9 @@ QEMU_PARTS = ("usr/bin/qemu-system-x86_64", "usr/share/qemu", "usr/share/seabios
 
 
 def qemu_root() -> str | None:
-    """The newest QEMU that `pyvmm testbed setup` has unpacked (without its libraries, which the installed one brings)."""
+    """The newest QEMU that `pyvmm testbed setup` has unpacked (without its libraries, which the
+    installed one brings).
+    """
     found = sorted(Path(cache_root(), "testbed", "qemu").glob("*"), key=_version, reverse=True)
     return str(found[0]) if found else None
 
@@ -46,7 +48,16 @@ def qemu_guest(
     return [
         *program,
         *("-name", "guest,debug-threads=on"),  # "CPU 0/KVM": for who looks for the vCPU's thread
-        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-cpu", "host", "-enable-kvm"),
+        *(
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-cpu",
+            "host",
+            "-enable-kvm",
+        ),
         *("-smp", str(cpus), "-m", memory),
         *("-object", f"memory-backend-memfd,id=ram,size={memory},share=on"),
         *("-kernel", kernel, *(("-initrd", initrd) if initrd else ()), "-append", cmdline),
@@ -90,10 +101,19 @@ def kvmtool_guest(
     tap: str,
     mac: str,
 ) -> list[str]:
-    """The whole command of a kvmtool guest with its serial console on stdio; ``kernel`` is a bzImage."""
+    """The whole command of a kvmtool guest with its serial console on stdio; ``kernel`` is a
+    bzImage.
+    """
     return [
         *program,
-        *("run", "--kernel", kernel, *(("--initrd", initrd) if initrd else ()), "--params", cmdline),
+        *(
+            "run",
+            "--kernel",
+            kernel,
+            *(("--initrd", initrd) if initrd else ()),
+            "--params",
+            cmdline,
+        ),
         *("--cpus", str(cpus), "--mem", str(memory_mib), "--console", "serial"),
         *("--network", f"mode=tap,tapif={tap},guest_mac={mac}"),
     ]

@@ -1,8 +1,8 @@
 """A network namespace of pyvmm's own, with a tap in it: for a network card without ``tap=``.
 
-Nothing of it has a name or outlives its descriptors, so that even SIGKILL leaves nothing behind. The calling thread's
-namespaces never change: as root a short-lived thread enters the new ones, else a short-lived child does (a process with
-threads cannot enter a user namespace).
+Nothing of it has a name or outlives its descriptors, so that even SIGKILL leaves nothing behind.
+The calling thread's namespaces never change: as root a short-lived thread enters the new ones, else
+a short-lived child does (a process with threads cannot enter a user namespace).
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def _in_thread(body: Inside) -> tuple[list[str], list[int]]:
 
 def _in_child(body: Inside) -> tuple[list[str], list[int]]:
     """Run ``body`` in a child; its descriptors come back by SCM_RIGHTS."""
-    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    ours, theirs = _socket.socketpair(
+        _socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC
+    )
     pid = os.fork()
     if not pid:
         try:
@@ -120,7 +122,8 @@ class Namespace:
 
     Works as root, and as an ordinary user where the kernel allows user namespaces.
 
-    :param address, address6: of the host's end of the tap, with prefix length. :param mtu: of the tap.
+    :param address, address6: of the host's end of the tap, with prefix length. :param mtu: of the
+        tap.
     :param queues, txqueuelen: of the tap. :param name: of the tap inside.
     :ivar tap: the tap; belongs to the namespace until someone else closes it (twice does no harm).
     :raises NetForbidden: neither root nor user namespaces.
@@ -141,7 +144,14 @@ class Namespace:
                 _map_root()
             _check(lib.unshare(lib.CLONE_NEWNET), "unshare")
             Interface("lo").up()
-            tap = Tap(name, queues=queues, address=address, address6=address6, mtu=mtu, txqueuelen=txqueuelen)
+            tap = Tap(
+                name,
+                queues=queues,
+                address=address,
+                address6=address6,
+                mtu=mtu,
+                txqueuelen=txqueuelen,
+            )
             fds = [os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)]
             if not root:
                 fds.append(os.open("/proc/thread-self/ns/user", os.O_RDONLY | os.O_CLOEXEC))
@@ -171,7 +181,9 @@ class Namespace:
         self.tap = Tap.adopt(name, fds, int(words[0]), link)
 
     def command(self, argv: Sequence[str] = ()) -> list[str]:
-        """``argv`` as a command that runs inside, from any process of this user, while this one lives."""
+        """``argv`` as a command that runs inside, from any process of this user, while this one
+        lives.
+        """
         me = f"/proc/{os.getpid()}/fd"
         user = [f"--user={me}/{self.user.fileno()}", "--preserve-credentials"] if self.user else []
         return ["nsenter", *user, f"--net={me}/{self.net.fileno()}", *argv]
@@ -205,7 +217,9 @@ class Namespace:
         return socket.socket(family, kind, protocol, fileno=fds[0])
 
     def close(self) -> None:
-        """Release the namespace; it vanishes when nobody else is in it. A second call does nothing."""
+        """Release the namespace; it vanishes when nobody else is in it. A second call does
+        nothing.
+        """
         self.tap.close()
         self.net.close()
         if self.user:
@@ -215,6 +229,9 @@ class Namespace:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()

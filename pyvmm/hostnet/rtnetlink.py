@@ -1,4 +1,6 @@
-"""What the kernel says of an interface, by rtnetlink: its counters, and that it has gone. And waiting for its return."""
+"""What the kernel says of an interface, by rtnetlink: its counters, and that it has gone. And
+waiting for its return.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ REOPEN_SECONDS = 0.5
 
 
 def route_socket(groups: int = 0) -> Fd:
-    """An rtnetlink socket of the calling thread's network namespace; ``groups``: RTMGRP_* to hear of."""
+    """An rtnetlink socket of the calling thread's network namespace; ``groups``: RTMGRP_* to hear
+    of.
+    """
     s = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, 0)
     try:
         s.bind((0, groups))
@@ -64,7 +68,9 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class Link:
-    """One interface, by its index; owns its two sockets, which belong to the interface's network namespace."""
+    """One interface, by its index; owns its two sockets, which belong to the interface's network
+    namespace.
+    """
 
     def __init__(self, index: int, query: Fd | None = None, events: Fd | None = None) -> None:
         self.index = index
@@ -133,7 +139,8 @@ COUNTERS = {
 
 
 class PacketCount:
-    """The guest's packets by a tap's counters, while a data path runs that does not count itself. Any thread.
+    """The guest's packets by a tap's counters, while a data path runs that does not count itself.
+    Any thread.
 
     :param link: gives the tap's present link.
     """
@@ -167,7 +174,9 @@ class PacketCount:
         if self._start is not None:
             now = self._link().stats()
             if now:
-                self._seen = {name: now[key] - self._start.get(key, 0) for name, key in COUNTERS.items()}
+                self._seen = {
+                    name: now[key] - self._start.get(key, 0) for name, key in COUNTERS.items()
+                }
 
     def _fold(self) -> None:
         for name, count in self._seen.items():
@@ -191,7 +200,9 @@ class Reopener:
         """Look for it from now on; does nothing where that is so already. Any thread."""
         with self._lock:
             if self._thread is None and not self._quit.is_set():
-                self._thread = Thread(target=self._run, name=f"{self._port.name}-watch", daemon=True)
+                self._thread = Thread(
+                    target=self._run, name=f"{self._port.name}-watch", daemon=True
+                )
                 self._thread.start()
 
     def _run(self) -> None:

@@ -62,7 +62,9 @@ HOST_FEATURES = (
 
 
 def parse_address(text: str) -> tuple[int, bytes, int]:
-    """(family, packed address, prefix length) of ``192.168.1.1/24`` or ``fd00::1/64``; raises UsageError."""
+    """(family, packed address, prefix length) of ``192.168.1.1/24`` or ``fd00::1/64``; raises
+    UsageError.
+    """
     host, _, length = text.partition("/")
     family, bits = (AF_INET6, 128) if ":" in host else (AF_INET, 32)
     try:
@@ -78,7 +80,8 @@ def parse_address(text: str) -> tuple[int, bytes, int]:
 class Interface:
     """A network interface by name, in the calling thread's network namespace.
 
-    Changes are remembered; ``restore`` undoes them. Requests that change nothing need no permission.
+    Changes are remembered; ``restore`` undoes them. Requests that change nothing need no
+    permission.
     """
 
     def __init__(self, name: str) -> None:
@@ -100,7 +103,9 @@ class Interface:
         try:
             self._ioctl(put, new)
         except PermissionError as e:
-            raise NetForbidden(f"may not set the {what} of {self.name}", f"as root: {command}") from e
+            raise NetForbidden(
+                f"may not set the {what} of {self.name}", f"as root: {command}"
+            ) from e
         except OSError as e:
             raise NetError(f"cannot set the {what} of {self.name}: {e.strerror}") from e
         self._undo.append((put, old))
@@ -136,11 +141,16 @@ class Interface:
 
     def set_txqueuelen(self, frames: int) -> None:
         """Change how many frames may wait to be read."""
-        old, command = self._ioctl(lib.SIOCGIFTXQLEN), f"ip link set {self.name} txqueuelen {frames}"
+        old, command = (
+            self._ioctl(lib.SIOCGIFTXQLEN),
+            f"ip link set {self.name} txqueuelen {frames}",
+        )
         self._change(lib.SIOCSIFTXQLEN, old, struct.pack("=i", frames), "queue length", command)
 
     def set_address(self, text: str) -> None:
-        """Give it an address with prefix length. IPv6: usable at once, without duplicate address detection."""
+        """Give it an address with prefix length. IPv6: usable at once, without duplicate address
+        detection.
+        """
         family, packed, prefix = parse_address(text)
         command = f"ip addr add {text} dev {self.name}"
         if family == AF_INET:
@@ -167,7 +177,9 @@ class Interface:
         except FileExistsError:
             pass
         except PermissionError as e:
-            raise NetForbidden(f"may not set an address of {self.name}", f"as root: {command}") from e
+            raise NetForbidden(
+                f"may not set an address of {self.name}", f"as root: {command}"
+            ) from e
         except OSError as e:
             raise NetError(f"cannot give {self.name} the address {text}: {e.strerror}") from e
         finally:
@@ -202,11 +214,13 @@ class _Wanted:
 class Tap:
     """A tap interface with 12-byte virtio-net headers; owns its descriptors.
 
-    One that did not exist is made, and gone with the last descriptor, even after SIGKILL. One that the user made stays, and
-    ``close`` undoes what was changed of it.
+    One that did not exist is made, and gone with the last descriptor, even after SIGKILL. One that
+    the user made stays, and ``close`` undoes what was changed of it.
 
-    :param name: of the interface; :param queues: descriptors, one a queue pair (IFF_MULTI_QUEUE if more than one).
-    :param address, address6: of the host's end, with prefix length. :param mtu: bytes; the default leaves it.
+    :param name: of the interface; :param queues: descriptors, one a queue pair (IFF_MULTI_QUEUE if
+        more than one).
+    :param address, address6: of the host's end, with prefix length. :param mtu: bytes; the default
+        leaves it.
     :ivar created: whether it was made here.
     :raises NetError: busy, no such thing as tun, no tap. :raises NetForbidden: not the user's.
     """
@@ -221,7 +235,11 @@ class Tap:
         mtu: int | None = None,
         txqueuelen: int = TXQUEUELEN,
     ) -> None:
-        if not 0 < len(name) < IFNAMSIZ or name in (".", "..") or any(c in "/:%" or c <= " " for c in name):
+        if (
+            not 0 < len(name) < IFNAMSIZ
+            or name in (".", "..")
+            or any(c in "/:%" or c <= " " for c in name)
+        ):
             raise UsageError(f"{name!r} is no name for a tap", "use 1 to 15 letters and digits")
         if mtu is not None and not 68 <= mtu <= 65521:
             raise UsageError(f"an MTU of {mtu}", "use 68 to 65521")
@@ -251,7 +269,9 @@ class Tap:
 
     @classmethod
     def adopt(cls, name: str, fds: list[Fd], mtu: int, link: Link) -> Tap:
-        """A tap opened elsewhere (another namespace): its descriptors and its link are owned from here on."""
+        """A tap opened elsewhere (another namespace): its descriptors and its link are owned from
+        here on.
+        """
         tap = cls.__new__(cls)
         tap.name, tap.fds, tap.mtu, tap.created = name, fds, mtu, True
         tap._features = None
@@ -273,7 +293,12 @@ class Tap:
         except OSError as e:
             raise NetError(f"cannot open {TUN}: {e.strerror}", "load the tun module") from e
         try:
-            flags = lib.IFF_TAP | lib.IFF_NO_PI | lib.IFF_VNET_HDR | (lib.IFF_MULTI_QUEUE if multi else 0)
+            flags = (
+                lib.IFF_TAP
+                | lib.IFF_NO_PI
+                | lib.IFF_VNET_HDR
+                | (lib.IFF_MULTI_QUEUE if multi else 0)
+            )
             ioctl(fd.fileno(), lib.TUNSETIFF, struct.pack("16sH22x", self.name.encode(), flags))
             ioctl(fd.fileno(), lib.TUNSETVNETHDRSZ, struct.pack("=i", VIRTIO_NET_HDR_V1_SIZE))
             ioctl(fd.fileno(), lib.TUNSETSNDBUF, struct.pack("=i", INT_MAX))
@@ -286,12 +311,18 @@ class Tap:
     def _explain(self, e: OSError) -> NetError:
         name = self.name
         if e.errno == errno.EBUSY:
-            return NetError(f"tap {name} is in use", "stop the program that has it open, or name another tap")
+            return NetError(
+                f"tap {name} is in use", "stop the program that has it open, or name another tap"
+            )
         if e.errno in (errno.EPERM, errno.EACCES):
             made = f"ip tuntap add dev {name} mode tap user $USER && ip link set {name} up"
             if self.created:
-                return NetForbidden(f"there is no tap {name} and you may not make it", f"as root: {made}")
-            return NetForbidden(f"tap {name} is not yours", f"as root: ip link del {name} && {made}")
+                return NetForbidden(
+                    f"there is no tap {name} and you may not make it", f"as root: {made}"
+                )
+            return NetForbidden(
+                f"tap {name} is not yours", f"as root: ip link del {name} && {made}"
+            )
         if e.errno == errno.EINVAL and not self.created:
             return NetError(f"{name} exists but is no tap of this kind", "name a single-queue tap")
         return NetError(f"cannot open tap {name}: {e.strerror}")
@@ -392,7 +423,8 @@ class Tap:
         return self._link
 
     def reopen(self) -> bool:
-        """After the interface was deleted: open it again if the user has made it again. Nothing is changed of the new one.
+        """After the interface was deleted: open it again if the user has made it again. Nothing is
+        changed of the new one.
 
         :raises NetError: it is there but cannot be had.
         """
@@ -407,7 +439,8 @@ class Tap:
             for fd in fds:
                 fd.close()
             raise
-        # The old one may have been on its way out when we looked; then TUNSETIFF made one that is nobody's.
+        # The old one may have been on its way out when we looked; then TUNSETIFF made one that is
+        # nobody's.
         flags = struct.unpack_from("=H", ioctl(fds[0].fileno(), lib.TUNGETIFF, bytes(40)), 16)[0]
         if not flags & lib.IFF_PERSIST:
             for fd in fds:
@@ -443,12 +476,16 @@ class Tap:
         return any(events & select.POLLIN for _, events in poll.poll(0))
 
     def discard(self) -> int:
-        """Throw away what waits; bounded, should more come all the time. How many frames that was."""
+        """Throw away what waits; bounded, should more come all the time. How many frames
+        that was.
+        """
         count = 0
         for fd in self.fds:
             try:
                 while count < DISCARD_MAX:
-                    os.read(fd.fileno(), 64)  # more than the header; the rest of the frame goes with it
+                    os.read(
+                        fd.fileno(), 64
+                    )  # more than the header; the rest of the frame goes with it
                     count += 1
             except OSError:
                 continue  # that was all, or the interface is gone
@@ -464,7 +501,9 @@ class Tap:
             pass
 
     def close(self) -> None:
-        """Undo what was changed of a tap that stays, and release the descriptors. A second call does nothing."""
+        """Undo what was changed of a tap that stays, and release the descriptors. A second call
+        does nothing.
+        """
         if not self.created and self.fds:
             self._unfilter()
             self._interface.restore()

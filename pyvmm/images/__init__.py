@@ -1,8 +1,8 @@
 """Guest images: a kernel and an initramfs, built by ``pyvmm image build``, found here.
 
-This module is on the path of every ``pyvmm run`` and imports next to nothing; ``pyvmm.images.build`` makes images.
-An image is a directory of ``vmlinux`` (ELF, boots fastest), ``bzImage``, ``initrd`` (newc cpio) and ``image.json`` (what it is
-made of).
+This module is on the path of every ``pyvmm run`` and imports next to nothing;
+``pyvmm.images.build`` makes images. An image is a directory of ``vmlinux`` (ELF, boots fastest),
+``bzImage``, ``initrd`` (newc cpio) and ``image.json`` (what it is made of).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import os
 from pyvmm.errors import ImageError
 from pyvmm.host.paths import cache_root
 
-#: Kernel parameters for a quick boot: crypto self-tests are a fifth of the time that Debian's kernel takes under emulation.
+#: Kernel parameters for a quick boot: crypto self-tests are a fifth of the time that Debian's
+#: kernel takes under emulation.
 CMDLINE = "quiet cryptomgr.notests"
 FILES = ("vmlinux", "bzImage", "initrd", "image.json")
 #: image name -> the options of ``pyvmm image build`` that make it.
@@ -43,7 +44,9 @@ class Image:
         except (OSError, ValueError) as e:
             raise ImageError(f"image {self.name} is damaged: {e}", remedy(self.name)) from None
         if not isinstance(info, dict):
-            raise ImageError(f"image {self.name} is damaged: image.json is no object", remedy(self.name))
+            raise ImageError(
+                f"image {self.name} is damaged: image.json is no object", remedy(self.name)
+            )
         return info
 
     @property
@@ -56,7 +59,9 @@ class Image:
 
 
 def directory() -> str:
-    """Where images are kept: ``$XDG_CACHE_HOME/pyvmm/images`` or ``~/.cache/pyvmm/images``; not created."""
+    """Where images are kept: ``$XDG_CACHE_HOME/pyvmm/images`` or ``~/.cache/pyvmm/images``; not
+    created.
+    """
     return cache_root() + "/images"
 
 
@@ -72,7 +77,8 @@ def find(name: str = "default") -> Image:
     """
     if name not in NAMES:
         raise ImageError(f"there is no image '{name}'", f"known are: {', '.join(NAMES)}")
-    # Images are replaced by moving a link: resolve it, so that kernel and initrd are of the same build.
+    # Images are replaced by moving a link: resolve it, so that kernel and initrd are of the same
+    # build.
     path = os.path.realpath(f"{directory()}/{name}")
     if not os.access(path + "/image.json", os.R_OK):
         raise ImageError(f"image '{name}' is not built", remedy(name))

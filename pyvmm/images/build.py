@@ -1,7 +1,8 @@
-"""Build guest images: ``images/`` and ``guest/`` into a kernel and an initramfs, the same bytes from the same inputs.
+"""Build guest images: ``images/`` and ``guest/`` into a kernel and an initramfs, the same bytes
+from the same inputs.
 
-An image goes to ``.store/HASH`` beside the images, then the link with its name is moved to it: a reader sees the old image or the new
-one, never half of either.
+An image goes to ``.store/HASH`` beside the images, then the link with its name is moved to it: a
+reader sees the old image or the new one, never half of either.
 """
 
 from __future__ import annotations
@@ -39,7 +40,14 @@ FORMAT = 1  # of image.json
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPE = PROJECT / "images" / "default.toml"
 INIT = PROJECT / "guest" / "init.c"
-CFLAGS = ("-std=gnu11", "-Os", "-static", "-s", "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none")
+CFLAGS = (
+    "-std=gnu11",
+    "-Os",
+    "-static",
+    "-s",
+    "-fno-asynchronous-unwind-tables",
+    "-Wl,--build-id=none",
+)
 
 
 @dataclass(slots=True)
@@ -76,7 +84,8 @@ def build(
 ) -> tuple[Image, bool]:
     """Build an image, unless the one there is made of the same.
 
-    Packages are looked up anew only with ``force``: an image does not change because the mirror did.
+    Packages are looked up anew only with ``force``: an image does not change because the mirror
+    did.
 
     :param series: of Debian's kernel, "6.1" or "6.12".
     :param from_host: take kernel, modules and programs from this machine instead of from packages.
@@ -96,7 +105,9 @@ def build(
             raise BuildError(f"{path} is missing", "images are built in a checkout of pyvmm")
     recipe = tomllib.loads(RECIPE.read_text())
     if series not in recipe["kernel"]:
-        raise BuildError(f"no recipe for kernel {series}", f"choose one of {', '.join(recipe['kernel'])}")
+        raise BuildError(
+            f"no recipe for kernel {series}", f"choose one of {', '.join(recipe['kernel'])}"
+        )
     name = image_name(series, from_host=from_host, tiny=tiny)
     store = Path(images.directory())
     compiler = _compiler()
@@ -113,7 +124,9 @@ def build(
                     recipe, series, from_host, tiny, compiler, Path(scratch), inputs, progress
                 )
                 progress("packing the initramfs")
-                initrd, loaded = _initramfs(recipe, kernel, userland, _compile_init(compiler, Path(scratch)))
+                initrd, loaded = _initramfs(
+                    recipe, kernel, userland, _compile_init(compiler, Path(scratch))
+                )
                 files = {"vmlinux": kernel.vmlinux, "bzImage": kernel.bzimage, "initrd": initrd}
                 info = {
                     "format": FORMAT,
@@ -123,7 +136,8 @@ def build(
                     "inputs": inputs,
                     "modules": loaded,
                     "files": {
-                        n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()
+                        n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()}
+                        for n, d in files.items()
                     },
                 }
                 files["image.json"] = (json.dumps(info, indent=1) + "\n").encode()
@@ -158,7 +172,7 @@ def _gather(
         raise BuildError(e.cause, f"{e.hint}, or build with --from-host") from None
 
 
-# --- what makes an image ---------------------------------------------------------------------------------
+# --- what makes an image --------------------------------------------------------------------------
 
 
 def _key(series: str, from_host: bool, tiny: bool, compiler: str) -> str:
@@ -185,15 +199,23 @@ def _current(name: str, key: str) -> Image | None:
         image = images.find(name)
         info: dict[str, Any] = image.info
         sizes = {n: Path(image.directory, n).stat().st_size for n in FILES[:3]}
-        same = info["key"] == key and all(info["files"][n]["size"] == size for n, size in sizes.items())
+        same = info["key"] == key and all(
+            info["files"][n]["size"] == size for n, size in sizes.items()
+        )
         files = [(i["name"], i["sha256"]) for i in info["inputs"] if i["name"].startswith("/")]
-        return image if same and all(_sha256(Path(path)) == sha256 for path, sha256 in files) else None
+        return (
+            image if same and all(_sha256(Path(path)) == sha256 for path, sha256 in files) else None
+        )
     except (ImageError, OSError, KeyError, TypeError):
         return None
 
 
 def _package_kernel(
-    recipe: dict[str, Any], series: str, root: Path, inputs: list[dict[str, str]], progress: Progress
+    recipe: dict[str, Any],
+    series: str,
+    root: Path,
+    inputs: list[dict[str, str]],
+    progress: Progress,
 ) -> Kernel:
     """Debian's kernel of ``series``, unpacked below ``root``."""
     entry = recipe["kernel"][series]
@@ -201,18 +223,23 @@ def _package_kernel(
     names = [n for n in apt.depends(entry["package"]) if n.startswith(f"linux-image-{series}.")]
     if not names:
         raise BuildError(
-            f"{entry['package']} brings no kernel {series}", "choose another --kernel-version, or --from-host"
+            f"{entry['package']} brings no kernel {series}",
+            "choose another --kernel-version, or --from-host",
         )
     _unpack(apt, names[:1], root, inputs)
     bzimage = next((root / "boot").glob("vmlinuz-*"))
     release = bzimage.name.removeprefix("vmlinuz-")
     progress(f"extracting vmlinux {release}")
     data = bzimage.read_bytes()
-    modules = next(p for p in (root / "usr/lib/modules", root / "lib/modules") if p.exists()) / release
+    modules = (
+        next(p for p in (root / "usr/lib/modules", root / "lib/modules") if p.exists()) / release
+    )
     return Kernel(release, data, trim_zeros(extract_vmlinux(data)), Modules(modules))
 
 
-def _package_userland(recipe: dict[str, Any], apt: Apt, root: Path, inputs: list[dict[str, str]]) -> Userland:
+def _package_userland(
+    recipe: dict[str, Any], apt: Apt, root: Path, inputs: list[dict[str, str]]
+) -> Userland:
     """The programs and libraries of the recipe's packages, unpacked below ``root``."""
     _unpack(apt, [*recipe["programs"].values(), *recipe["libraries"]["packages"]], root, inputs)
     programs = {}
@@ -234,10 +261,14 @@ def _unpack(apt: Apt, names: list[str], root: Path, inputs: list[dict[str, str]]
 
 def _host_release() -> str:
     """The running kernel, or else the newest of this machine that has its modules."""
-    releases = [p.name for p in Path("/lib/modules").glob("*") if Path(f"/boot/vmlinuz-{p.name}").exists()]
+    releases = [
+        p.name for p in Path("/lib/modules").glob("*") if Path(f"/boot/vmlinuz-{p.name}").exists()
+    ]
     releases.sort(key=lambda r: [int(n) for n in re.findall(r"\d+", r)])
     if not releases:
-        raise BuildError("no kernel with its modules in /boot and /lib/modules", "build without --from-host")
+        raise BuildError(
+            "no kernel with its modules in /boot and /lib/modules", "build without --from-host"
+        )
     return platform.release() if platform.release() in releases else releases[-1]
 
 
@@ -251,11 +282,17 @@ def _host_kernel(inputs: list[dict[str, str]]) -> Kernel:
             f"{path} may not be read", f"run: sudo chmod a+r {path}; or build without --from-host"
         ) from None
     inputs.append(_file_input(path))
-    return Kernel(release, data, trim_zeros(extract_vmlinux(data)), Modules(Path("/lib/modules", release)))
+    return Kernel(
+        release, data, trim_zeros(extract_vmlinux(data)), Modules(Path("/lib/modules", release))
+    )
 
 
-def _host_userland(recipe: dict[str, Any], inputs: list[dict[str, str]], progress: Progress) -> Userland:
-    """The recipe's programs as this machine has them; busybox must be there and static, others may be missing."""
+def _host_userland(
+    recipe: dict[str, Any], inputs: list[dict[str, str]], progress: Progress
+) -> Userland:
+    """The recipe's programs as this machine has them; busybox must be there and static, others may
+    be missing.
+    """
     programs = {}
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin"
     for name, package in recipe["programs"].items():
@@ -278,7 +315,7 @@ def _file_input(path: Path) -> dict[str, str]:
     return {"name": str(path), "version": "", "sha256": _sha256(path)}
 
 
-# --- the initramfs -----------------------------------------------------------------------------------------
+# --- the initramfs --------------------------------------------------------------------------------
 
 
 def _initramfs(
@@ -313,7 +350,9 @@ def _initramfs(
 def _add_modules(
     archive: Archive, kernel: Kernel, modules: Modules, wanted: dict[str, list[str]]
 ) -> list[str]:
-    """Add the modules and what modprobe needs to find them; paths of those to load at boot, in order."""
+    """Add the modules and what modprobe needs to find them; paths of those to load at boot, in
+    order.
+    """
     found = modules.closure(wanted["load"] + wanted["extra"])
     root = f"/lib/modules/{kernel.release}"
     depends = []
@@ -334,13 +373,15 @@ def _applets(busybox: Path) -> list[str]:
     return done.stdout.split()
 
 
-# --- init ----------------------------------------------------------------------------------------------------
+# --- init -----------------------------------------------------------------------------------------
 
 
 def _compiler() -> str:
     """One line that identifies compiler and C library."""
     try:
-        version = subprocess.run(["gcc", "--version"], capture_output=True, text=True, check=True).stdout
+        version = subprocess.run(
+            ["gcc", "--version"], capture_output=True, text=True, check=True
+        ).stdout
         libc = subprocess.run(
             ["gcc", "-print-file-name=libc.a"], capture_output=True, text=True, check=True
         ).stdout
@@ -356,12 +397,16 @@ def _compile_init(compiler: str, scratch: Path) -> bytes:
     command = ["gcc", *CFLAGS, f"-ffile-prefix-map={INIT.parent}=.", "-o", str(out), str(INIT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        line = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr.strip()[-200:])
-        raise BuildError(f"guest/init.c does not compile with {compiler.split(',')[0]}: {line}", "correct it")
+        line = next(
+            (x for x in done.stderr.splitlines() if "error" in x), done.stderr.strip()[-200:]
+        )
+        raise BuildError(
+            f"guest/init.c does not compile with {compiler.split(',')[0]}: {line}", "correct it"
+        )
     return out.read_bytes()
 
 
-# --- the store -------------------------------------------------------------------------------------------------
+# --- the store ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -377,11 +422,15 @@ def _lock(store: Path) -> Iterator[None]:
             f"{e.filename} may not be written", "set XDG_CACHE_HOME to a directory of your own"
         ) from None
     except OSError as e:
-        raise BuildError(f"cannot build the image: {e}", "make room, or set XDG_CACHE_HOME") from None
+        raise BuildError(
+            f"cannot build the image: {e}", "make room, or set XDG_CACHE_HOME"
+        ) from None
 
 
 def _publish(name: str, files: dict[str, bytes], store: Path, scratch: Path) -> Image:
-    """Put ``files`` into the store and move the link ``name`` to them; drop what no link points to any more."""
+    """Put ``files`` into the store and move the link ``name`` to them; drop what no link points to
+    any more.
+    """
     fresh = scratch / "image"
     fresh.mkdir()
     for file, data in files.items():
@@ -411,7 +460,9 @@ def _copy(image: Image, output: Path) -> None:
             shutil.copyfile(Path(image.directory, file), part)
             part.rename(output / file)
     except OSError as e:
-        raise BuildError(f"cannot write to {output}: {e.strerror}", "choose another --output") from None
+        raise BuildError(
+            f"cannot write to {output}: {e.strerror}", "choose another --output"
+        ) from None
 
 
 def _sha256(path: Path) -> str:

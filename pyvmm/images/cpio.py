@@ -1,4 +1,5 @@
-"""A newc cpio archive, as the kernel unpacks it into its initramfs (Documentation/driver-api/early-userspace/buffer-format.rst).
+"""A newc cpio archive, as the kernel unpacks it into its initramfs
+(Documentation/driver-api/early-userspace/buffer-format.rst).
 
 The same entries give the same bytes: sorted by path, time 0, owner 0, inode numbers in order.
 """
@@ -17,10 +18,14 @@ S_IFLNK = 0o120000
 
 
 class Archive:
-    """Files of an initramfs. Paths are absolute; parent directories are made as needed; adding a path again replaces it."""
+    """Files of an initramfs. Paths are absolute; parent directories are made as needed; adding a
+    path again replaces it.
+    """
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[int, bytes, int, int]] = {}  # mode, data, device major and minor
+        self._entries: dict[
+            str, tuple[int, bytes, int, int]
+        ] = {}  # mode, data, device major and minor
 
     def file(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """A regular file."""
@@ -59,7 +64,9 @@ class Archive:
         self._entries[path] = (mode, data, major, minor)
 
 
-def _entry(path: str, inode: int, mode: int, data: bytes, major: int, minor: int) -> Iterator[bytes]:
+def _entry(
+    path: str, inode: int, mode: int, data: bytes, major: int, minor: int
+) -> Iterator[bytes]:
     name = path.encode() + b"\0"
     links = 2 if mode & S_IFMT == S_IFDIR else 1
     # ino mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check

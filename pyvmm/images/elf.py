@@ -6,7 +6,14 @@ from pathlib import Path
 
 from pyvmm.errors import BuildError
 
-LIBRARY_DIRS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "lib", "usr/lib")
+LIBRARY_DIRS = (
+    "lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu",
+    "lib64",
+    "usr/lib64",
+    "lib",
+    "usr/lib",
+)
 
 
 def needed(path: Path) -> tuple[str, list[str]]:
@@ -21,7 +28,9 @@ def needed(path: Path) -> tuple[str, list[str]]:
             dynamic = next(iter(elf.iter_segments("PT_DYNAMIC")), None)
             names = [tag.needed for tag in dynamic.iter_tags("DT_NEEDED")] if dynamic else []
     except ELFError as e:
-        raise BuildError(f"{path} is not a sound ELF file: {e}", "build again with --force") from None
+        raise BuildError(
+            f"{path} is not a sound ELF file: {e}", "build again with --force"
+        ) from None
     return interpreter, names
 
 
@@ -57,5 +66,6 @@ def _lookup(name: str, wanted_by: Path, roots: list[Path]) -> Path:
             if path.is_file():
                 return path
     raise BuildError(
-        f"{name}, which {wanted_by.name} needs, is in no package", "add its package to images/default.toml"
+        f"{name}, which {wanted_by.name} needs, is in no package",
+        "add its package to images/default.toml",
     )

@@ -18,8 +18,8 @@ LZ4_LEGACY = b"\x02\x21\x4c\x18"
 def extract_vmlinux(bzimage: bytes) -> bytes:
     """The ELF kernel that ``bzimage`` has compressed in it.
 
-    Uses the payload fields of the boot protocol (Documentation/x86/boot.rst, 2.08) and liblz4 and libzstd, which apt
-    and dpkg need as well.
+    Uses the payload fields of the boot protocol (Documentation/x86/boot.rst, 2.08) and liblz4 and
+    libzstd, which apt and dpkg need as well.
 
     :raises BuildError: where it is no bzImage, or the compression is not known.
     """
@@ -42,7 +42,8 @@ def extract_vmlinux(bzimage: bytes) -> bytes:
 
 
 def trim_zeros(elf: bytes) -> bytes:
-    """``elf`` with each segment's p_filesz cut to its last byte that is not zero: the loader zeroes the rest unread.
+    """``elf`` with each segment's p_filesz cut to its last byte that is not zero: the loader zeroes
+    the rest unread.
 
     Debian's 6.1 has 12 MB of them, a fifth of what a boot would copy.
     """
@@ -50,14 +51,19 @@ def trim_zeros(elf: bytes) -> bytes:
     phoff, phsize, phnum = struct.unpack_from("<Q", elf, 32)[0], *struct.unpack_from("<2H", elf, 54)
     for at in range(phoff, phoff + phsize * phnum, phsize):
         kind = struct.unpack_from("<I", elf, at)[0]
-        offset, size = struct.unpack_from("<Q", elf, at + 8)[0], struct.unpack_from("<Q", elf, at + 32)[0]
+        offset, size = (
+            struct.unpack_from("<Q", elf, at + 8)[0],
+            struct.unpack_from("<Q", elf, at + 32)[0],
+        )
         if kind == 1:  # PT_LOAD
             struct.pack_into("<Q", out, at + 32, len(elf[offset : offset + size].rstrip(b"\0")))
     return bytes(out)
 
 
 def elf_size(elf: bytes) -> int:
-    """The length of the 64-bit ELF file that ``elf`` starts with; the relocations that follow are not part of it."""
+    """The length of the 64-bit ELF file that ``elf`` starts with; the relocations that follow are
+    not part of it.
+    """
     phoff, shoff = struct.unpack_from("<QQ", elf, 32)
     phsize, phnum, shsize, shnum = struct.unpack_from("<4H", elf, 54)
     ends: list[int] = [phoff + phsize * phnum, shoff + shsize * shnum]
@@ -92,7 +98,9 @@ def decompress(data: bytes, size: int = 0) -> bytes:
 
 
 def _lz4(data: bytes, size: int) -> bytes:
-    """The legacy frame that the kernel's build writes: 8 MiB blocks, each after its 32-bit length."""
+    """The legacy frame that the kernel's build writes: 8 MiB blocks, each after its 32-bit
+    length.
+    """
     lib = _library("liblz4.so.1")
     block = ctypes.create_string_buffer(8 << 20)
     out = io.BytesIO()
@@ -142,13 +150,17 @@ class Modules:
             self._files[_name(path.name)] = path
         builtin = root / "modules.builtin"
         self._builtin = (
-            {_name(Path(x).name) for x in builtin.read_text().split()} if builtin.exists() else set()
+            {_name(Path(x).name) for x in builtin.read_text().split()}
+            if builtin.exists()
+            else set()
         )
 
     def closure(self, names: list[str]) -> dict[str, tuple[str, list[str], bytes]]:
-        """``names`` and all that they depend on, dependencies first; without those that are built in.
+        """``names`` and all that they depend on, dependencies first; without those that are built
+        in.
 
-        :return: module name -> path below the root (without the compression's suffix), names that it depends on, its unpacked bytes.
+        :return: module name -> path below the root (without the compression's suffix), names that
+            it depends on, its unpacked bytes.
         :raises BuildError: for a module that this kernel does not have.
         """
         found: dict[str, tuple[str, list[str], bytes]] = {}
@@ -166,13 +178,18 @@ class Modules:
             data = path.read_bytes()
             if path.suffix != ".ko":
                 data = decompress(data)
-            # Without the signature that follows it: checking ten of them takes an emulated guest 60 ms.
+            # Without the signature that follows it: checking ten of them takes an emulated guest 60
+            # ms.
             data = data[: elf_size(data)]
             needs = [_name(n) for n in modinfo(data).get("depends", "").split(",") if n]
             for need in needs:
                 add(need, f", which {name} needs")
             inside = path.relative_to(self._root)
-            found[name] = (str(inside.with_name(inside.name.partition(".ko")[0] + ".ko")), needs, data)
+            found[name] = (
+                str(inside.with_name(inside.name.partition(".ko")[0] + ".ko")),
+                needs,
+                data,
+            )
 
         for name in names:
             add(name, "")

@@ -1,6 +1,8 @@
-"""A small kernel from Debian's linux-source package and ``images/tiny/config``: all of virtio-net built in, no modules.
+"""A small kernel from Debian's linux-source package and ``images/tiny/config``: all of virtio-net
+built in, no modules.
 
-Compiling takes minutes, so that the result is kept by the hash of what it is made of, apart from the images.
+Compiling takes minutes, so that the result is kept by the hash of what it is made of, apart from
+the images.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ TOOLS = {
     "xz": "xz-utils",
     "perl": "perl",
 }
-#: Parts of the source that a build without them does not read; most of its size. Kconfig and Makefiles stay.
+#: Parts of the source that a build without them does not read; most of its size. Kconfig and
+#: Makefiles stay.
 UNUSED = (
     "drivers/gpu",
     "drivers/media",
@@ -81,13 +84,16 @@ def tiny_kernel(
     return Kernel((home / "release").read_text(), bzimage, extract_vmlinux(bzimage), None)
 
 
-def _compile(apt: Apt, package: Package, config: str, home: Path, progress: Callable[[str], None]) -> None:
+def _compile(
+    apt: Apt, package: Package, config: str, home: Path, progress: Callable[[str], None]
+) -> None:
     missing = sorted({deb for tool, deb in TOOLS.items() if shutil.which(tool) is None})
     if not Path("/usr/include/libelf.h").exists():
         missing.append("libelf-dev")
     if missing:
         raise BuildError(
-            "tools to compile a kernel are missing", f"run: sudo apt-get install {' '.join(missing)}"
+            "tools to compile a kernel are missing",
+            f"run: sudo apt-get install {' '.join(missing)}",
         )
     home.parent.mkdir(parents=True, exist_ok=True)
     deb = apt.download([package])[0]
@@ -102,23 +108,41 @@ def _compile(apt: Apt, package: Package, config: str, home: Path, progress: Call
         # "*.[ch]" of what no configuration of ours compiles: half the time and space.
         excluded = [f"--exclude=*/{part}/*.{kind}" for part in UNUSED for kind in "ch"]
         tarball = next(Path(scratch, "deb", "usr", "src").glob("linux-source-*.tar.xz"))
-        _run(["tar", "-xf", str(tarball), "-C", str(tree), "--strip-components=1", "--wildcards", *excluded])
+        _run(
+            [
+                "tar",
+                "-xf",
+                str(tarball),
+                "-C",
+                str(tree),
+                "--strip-components=1",
+                "--wildcards",
+                *excluded,
+            ]
+        )
         progress("configuring the kernel")
         make = ["make", "-C", str(tree), f"O={out}"]
         (out / "fragment").write_text(config)
         _run([*make, f"KCONFIG_ALLCONFIG={out}/fragment", "allnoconfig"])
         check_config(config, (out / ".config").read_text())
-        _make([*make, f"-j{min(JOBS, os.cpu_count() or 1)}", "bzImage"], Path(scratch, "log"), progress)
+        _make(
+            [*make, f"-j{min(JOBS, os.cpu_count() or 1)}", "bzImage"],
+            Path(scratch, "log"),
+            progress,
+        )
         result = Path(scratch, "result")
         result.mkdir()
         shutil.copy(out / "arch" / "x86" / "boot" / "bzImage", result)
         shutil.copy(out / ".config", result / "config")
-        (result / "release").write_text((out / "include" / "config" / "kernel.release").read_text().strip())
+        (result / "release").write_text(
+            (out / "include" / "config" / "kernel.release").read_text().strip()
+        )
         result.rename(home)
 
 
 def check_config(wanted: str, got: str) -> None:
-    """That each option in ``wanted`` came out as wanted: Kconfig drops silently what it does not know or allow.
+    """That each option in ``wanted`` came out as wanted: Kconfig drops silently what it does not
+    know or allow.
 
     :raises BuildError: naming those that did not.
     """
@@ -136,7 +160,8 @@ def check_config(wanted: str, got: str) -> None:
     ]
     if lost:
         raise BuildError(
-            f"{CONFIG.name}: '{lost[0]}' has no effect ({len(lost)} such)", "correct images/tiny/config"
+            f"{CONFIG.name}: '{lost[0]}' has no effect ({len(lost)} such)",
+            "correct images/tiny/config",
         )
 
 
@@ -158,7 +183,8 @@ def _make(command: list[str], log: Path, progress: Callable[[str], None]) -> Non
                 if time.monotonic() - last >= 10:
                     last = time.monotonic()
                     files = sum(
-                        line.startswith("  ") for line in log.read_text(errors="replace").splitlines()
+                        line.startswith("  ")
+                        for line in log.read_text(errors="replace").splitlines()
                     )
                     progress(f"compiling the kernel: {files} steps in {last - start:.0f} s")
         finally:
@@ -168,7 +194,9 @@ def _make(command: list[str], log: Path, progress: Callable[[str], None]) -> Non
         if process.returncode:
             lines = log.read_text(errors="replace").splitlines()
             line = next((x for x in lines if "rror" in x), lines[-1] if lines else "")
-            raise BuildError(f"the kernel does not compile: {line.strip()[:300]}", "see images/tiny/config")
+            raise BuildError(
+                f"the kernel does not compile: {line.strip()[:300]}", "see images/tiny/config"
+            )
 
 
 def _run(command: list[str]) -> None:
@@ -189,4 +217,6 @@ def _run(command: list[str]) -> None:
 
 def _environment() -> dict[str, str]:
     """The environment without what would change a kernel build."""
-    return {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "USER")} | {"LC_ALL": "C"}
+    return {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "USER")} | {
+        "LC_ALL": "C"
+    }

@@ -1,6 +1,7 @@
 """KVM from Python: the system, a VM, its vCPUs, interrupt routes and statistics.
 
-Every request number and struct comes from the kernel's headers through cffi; see Documentation/virt/kvm/api.rst.
+Every request number and struct comes from the kernel's headers through cffi; see
+Documentation/virt/kvm/api.rst.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Kvm(Fd):
         try:
             super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         except FileNotFoundError as e:
-            raise KvmMissing(f"there is no {path}", "use --host testbed, or a machine with KVM") from e
+            raise KvmMissing(
+                f"there is no {path}", "use --host testbed, or a machine with KVM"
+            ) from e
         except PermissionError as e:
             raise KvmForbidden(
                 f"no permission to open {path}",
@@ -57,7 +60,8 @@ class Kvm(Fd):
             ) from e
         except OSError as e:
             raise KvmMissing(
-                f"cannot open {path}: {e.strerror}", "load kvm_intel or kvm_amd, or use --host testbed"
+                f"cannot open {path}: {e.strerror}",
+                "load kvm_intel or kvm_amd, or use --host testbed",
             ) from e
         try:
             self._check(path)
@@ -69,7 +73,9 @@ class Kvm(Fd):
         try:
             version = ioctl(self.fileno(), "KVM_GET_API_VERSION")
         except HostError as e:
-            raise KvmUnsuitable(f"{path} does not answer as KVM does ({e})", "is it the right device?") from e
+            raise KvmUnsuitable(
+                f"{path} does not answer as KVM does ({e})", "is it the right device?"
+            ) from e
         if version != lib.KVM_API_VERSION:
             raise KvmUnsuitable(
                 f"KVM API version {version}, not {lib.KVM_API_VERSION}",
@@ -95,5 +101,6 @@ class Kvm(Fd):
         table.nent = 256
         ioctl(self.fileno(), "KVM_GET_SUPPORTED_CPUID", table)
         return [
-            [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx] for e in table.entries[0 : table.nent]
+            [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx]
+            for e in table.entries[0 : table.nent]
         ]

@@ -1,7 +1,8 @@
 """What the guest's CPUID says, from what KVM supports.
 
-Leaves: Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E; KVM's own: Documentation/virt/kvm/x86/cpuid.rst.
-All vCPUs are cores of one package, one thread each; APIC id = vCPU index.
+Leaves: Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E; KVM's own:
+Documentation/virt/kvm/x86/cpuid.rst. All vCPUs are cores of one package, one thread each; APIC id =
+vCPU index.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ def shift_for(cpus: int) -> int:
     return (cpus - 1).bit_length()
 
 
-def for_vcpu(supported: list[list[int]], index: int, cpus: int, tsc_deadline: bool) -> list[list[int]]:
+def for_vcpu(
+    supported: list[list[int]], index: int, cpus: int, tsc_deadline: bool
+) -> list[list[int]]:
     """CPUID rows of vCPU ``index`` of ``cpus``: function, index, flags, eax, ebx, ecx, edx."""
     rows = []
     for function, sub, flags, eax, ebx, ecx, edx in supported:

@@ -1,8 +1,9 @@
-"""What a traced machine did, with times: rings in C for vCPUs and workers, and a bounded list of control-plane steps.
+"""What a traced machine did, with times: rings in C for vCPUs and workers, and a bounded list of
+control-plane steps.
 
-Nothing here runs for an exit or a packet: C writes the rings (cext/trace.h), and ``exits.trace`` makes a file of it all when
-the machine has ended. Memory is bounded: what is older than the latest ``RING`` events of a track, or ``STEPS`` steps, is
-dropped and counted.
+Nothing here runs for an exit or a packet: C writes the rings (cext/trace.h), and ``exits.trace``
+makes a file of it all when the machine has ended. Memory is bounded: what is older than the latest
+``RING`` events of a track, or ``STEPS`` steps, is dropped and counted.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Recorder:
         self._taken = 0
 
     def ring(self, group: str, name: str) -> Any:
-        """``struct pv_trace *`` of a track, lent; the same one for the same track, whose writers come one after another."""
+        """``struct pv_trace *`` of a track, lent; the same one for the same track, whose writers
+        come one after another.
+        """
         found = self._rings.get((group, name))
         if found is None:
             found = lib.pv_trace_new(self._size)
@@ -77,7 +80,9 @@ class Recorder:
         self._taken += 1
 
     def steps(self) -> tuple[list[tuple[str, str, int, int, dict[str, object]]], int]:
-        """(group, name, begin, end, arguments) in the order of their ends, and how many older ones are lost."""
+        """(group, name, begin, end, arguments) in the order of their ends, and how many older ones
+        are lost.
+        """
         steps = list(self._steps)
         return steps, max(self._taken - len(steps), 0)
 
@@ -86,7 +91,9 @@ class Recorder:
         return list(self._rings)
 
     def events(self, group: str, name: str) -> tuple[list[Event], int]:
-        """The events of a ring, oldest first, and how many older ones are lost. Also while its writer runs."""
+        """The events of a ring, oldest first, and how many older ones are lost. Also while its
+        writer runs.
+        """
         t = self._rings[group, name]
         size = t.mask + 1
         end = int(t.next)

@@ -33,10 +33,11 @@ DATA_MAX = 1 << 16  # bytes of values; a vCPU has some 2000
 
 
 class Stats(Fd):
-    """The statistics of one VM or vCPU; owns the descriptor, which stays readable after the VM is gone (and keeps it in the kernel).
+    """The statistics of one VM or vCPU; owns the descriptor, which stays readable after the VM is
+    gone (and keeps it in the kernel).
 
-    Made before a vCPU runs: KVM_GET_STATS_FD waits for KVM_RUN to return, reading does not. The table of names is read when it
-    is first needed.
+    Made before a vCPU runs: KVM_GET_STATS_FD waits for KVM_RUN to return, reading does not. The
+    table of names is read when it is first needed.
 
     :param fd: the VM's or vCPU's descriptor, lent.
     :raises HostError: the kernel has no KVM_CAP_BINARY_STATS_FD.
@@ -54,7 +55,9 @@ class Stats(Fd):
 
     @property
     def schema(self) -> list[dict[str, object]]:
-        """What each is, in QEMU's schema (StatsSchemaValue): value = number * base ** exponent, in ``unit``."""
+        """What each is, in QEMU's schema (StatsSchemaValue): value = number * base ** exponent, in
+        ``unit``.
+        """
         if not self._rows:
             self._read_table()
         return self._schema
@@ -80,17 +83,23 @@ class Stats(Fd):
             if unit := UNITS.get(desc.flags & lib.KVM_STATS_UNIT_MASK):
                 row["unit"] = unit
             if desc.exponent:
-                row["base"] = 2 if desc.flags & lib.KVM_STATS_BASE_MASK == lib.KVM_STATS_BASE_POW2 else 10
+                row["base"] = (
+                    2 if desc.flags & lib.KVM_STATS_BASE_MASK == lib.KVM_STATS_BASE_POW2 else 10
+                )
             if kind == "linear-histogram":
                 row["bucket-size"] = desc.bucket_size
             self._schema.append(row)
         self._data_size = max((o + 8 * n for _, o, n in self._rows), default=0)
 
     def raw(self) -> bytes:
-        """The present values, for ``decode``. Quick, also the first time: it does without the table."""
+        """The present values, for ``decode``. Quick, also the first time: it does without the
+        table.
+        """
         if not self._data_offset:
             header = ffi.new("struct kvm_stats_header *")
-            ffi.buffer(header)[:] = os.pread(self.fileno(), ffi.sizeof("struct kvm_stats_header"), 0)
+            ffi.buffer(header)[:] = os.pread(
+                self.fileno(), ffi.sizeof("struct kvm_stats_header"), 0
+            )
             self._data_offset = header.data_offset
         return os.pread(self.fileno(), DATA_MAX, self._data_offset)
 
@@ -110,6 +119,9 @@ class Stats(Fd):
             self._read_table()
         out: dict[str, Value] = {}
         for name, offset, count in self._rows:
-            values = [int.from_bytes(data[i : i + 8], "little") for i in range(offset, offset + 8 * count, 8)]
+            values = [
+                int.from_bytes(data[i : i + 8], "little")
+                for i in range(offset, offset + 8 * count, 8)
+            ]
             out[name] = values[0] if count == 1 else values
         return out

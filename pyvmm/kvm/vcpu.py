@@ -30,7 +30,8 @@ STOP_ASKED, STOP_PIO, STOP_MMIO = lib.PV_STOP_ASKED, lib.PV_STOP_PIO, lib.PV_STO
 STOP_OTHER, STOP_ERROR = lib.PV_STOP_OTHER, lib.PV_STOP_ERROR
 EXIT_SHUTDOWN = lib.KVM_EXIT_SHUTDOWN
 
-#: What ``Vcpu.state`` says. Only ALIVE ones can take an interrupt, and only a start-up interrupt wakes the first.
+#: What ``Vcpu.state`` says. Only ALIVE ones can take an interrupt, and only a start-up interrupt
+#: wakes the first.
 NOT_STARTED, ALIVE = "not started", "alive"
 HALTED_OFF, RUNS_OFF = "halted with interrupts off", "runs with interrupts off"
 RFLAGS_IF = 1 << 9
@@ -49,7 +50,8 @@ REASONS = {
 class ExitRecord:
     """One line of the exit ledger.
 
-    :ivar reason: KVM_EXIT_* in lower case without its prefix; ``intr`` covers EINTR, ``error`` any other errno.
+    :ivar reason: KVM_EXIT_* in lower case without its prefix; ``intr`` covers EINTR, ``error`` any
+        other errno.
     :ivar addr: port or guest-physical address; suberror or errno for other reasons.
     :ivar reg: which register of the region (pv_bus_register, cext/bus.h).
     :ivar count: returns of KVM_RUN. :ivar time: ns spent outside the guest.
@@ -75,7 +77,9 @@ class ExitRecord:
 
 
 class Snapshot:
-    """The ledger of one vCPU at a moment, not yet looked at: copying it is all that has to be quick."""
+    """The ledger of one vCPU at a moment, not yet looked at: copying it is all that has to be
+    quick.
+    """
 
     __slots__ = ("_count", "_lines", "_overflow")
 
@@ -91,7 +95,9 @@ class Snapshot:
         for s in self._lines[0 : self._count]:
             reason = REASONS.get(s.reason, f"reason-{s.reason}")
             out.append(
-                ExitRecord(reason, s.addr, s.size, bool(s.write), s.region, s.reg, s.count, s.time, s.units)
+                ExitRecord(
+                    reason, s.addr, s.size, bool(s.write), s.region, s.reg, s.count, s.time, s.units
+                )
             )
         n, time = self._overflow
         if n:
@@ -100,7 +106,8 @@ class Snapshot:
 
 
 class Vcpu:
-    """vCPU ``index`` of ``vm``; owns its descriptor and C state. ``run`` is called by one thread at a time.
+    """vCPU ``index`` of ``vm``; owns its descriptor and C state. ``run`` is called by one thread at
+    a time.
 
     :param bus: lent; decides which exits Python sees.
     """
@@ -133,13 +140,25 @@ class Vcpu:
             table = ffi.new("struct kvm_cpuid2 *", {"entries": len(rows)})
             table.nent = len(rows)
             for entry, row in zip(table.entries[0 : len(rows)], rows, strict=True):
-                entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx = row
+                (
+                    entry.function,
+                    entry.index,
+                    entry.flags,
+                    entry.eax,
+                    entry.ebx,
+                    entry.ecx,
+                    entry.edx,
+                ) = row
             ioctl(fd.fileno(), "KVM_SET_CPUID2", table)
-            for msr, value in ((MSR_MTRR_DEF_TYPE, MTRR_ENABLE_WB), (MSR_MISC_ENABLE, FAST_STRINGS)):
+            for msr, value in (
+                (MSR_MTRR_DEF_TYPE, MTRR_ENABLE_WB),
+                (MSR_MISC_ENABLE, FAST_STRINGS),
+            ):
                 msrs = ffi.new("struct kvm_msrs *", {"entries": 1})
                 msrs.nmsrs = 1
                 msrs.entries[0].index, msrs.entries[0].data = msr, value
-                # KVM_SET_MSRS says how many it set; a KVM without one of these is still good enough.
+                # KVM_SET_MSRS says how many it set; a KVM without one of these is still good
+                # enough.
                 lib.pv_ioctl(fd.fileno(), lib.KVM_SET_MSRS, msrs)
             self.stats = Stats(fd.fileno()) if kvm.extension("KVM_CAP_BINARY_STATS_FD") else None
         except BaseException:
@@ -175,10 +194,12 @@ class Vcpu:
             self.c = ffi.NULL
             self._close_fds()
 
-    # --- start state --------------------------------------------------------------------------------
+    # --- start state ------------------------------------------------------------------------------
 
     def set_boot_state(self, boot: BootState) -> None:
-        """Put the vCPU where the boot loader says it starts (only the boot CPU; the others wait for SIPI)."""
+        """Put the vCPU where the boot loader says it starts (only the boot CPU; the others wait for
+        SIPI).
+        """
         sregs = ffi.new("struct kvm_sregs *")
         ioctl(self.fileno(), "KVM_GET_SREGS", sregs)
         if boot.mode != "real16":
@@ -200,7 +221,9 @@ class Vcpu:
 
     @staticmethod
     def _protected(sregs: object, *, long_mode: bool) -> None:
-        """Flat segments: CS 0x10, the others 0x18 (x86 boot protocol, "64-bit boot protocol"; PVH start state)."""
+        """Flat segments: CS 0x10, the others 0x18 (x86 boot protocol, "64-bit boot protocol"; PVH
+        start state).
+        """
         for name in ("cs", "ds", "es", "fs", "gs", "ss"):
             seg = getattr(sregs, name)
             code = name == "cs"
@@ -213,7 +236,7 @@ class Vcpu:
         tr = sregs.tr  # type: ignore[attr-defined]
         tr.base, tr.limit, tr.type, tr.present, tr.s, tr.g = 0, 0x67, 0xB, 1, 0, 0
 
-    # --- running ------------------------------------------------------------------------------------
+    # --- running ----------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Run the guest until Python is needed; returns STOP_*."""
@@ -226,7 +249,9 @@ class Vcpu:
             lib.pv_vcpu_kick(self.c)
 
     def rested(self) -> None:
-        """The thread that runs us was held up on purpose (a paused machine): not the latest exit's time. By that thread."""
+        """The thread that runs us was held up on purpose (a paused machine): not the latest exit's
+        time. By that thread.
+        """
         self.c.last_exit = time.monotonic_ns()
 
     def registers(self) -> dict[str, int]:
@@ -260,7 +285,9 @@ class Vcpu:
         return out
 
     def state(self) -> str:
-        """NOT_STARTED, ALIVE, HALTED_OFF or RUNS_OFF, as it is now; from its thread, or while it does not run."""
+        """NOT_STARTED, ALIVE, HALTED_OFF or RUNS_OFF, as it is now; from its thread, or while it
+        does not run.
+        """
         mp = ffi.new("struct kvm_mp_state *")
         ioctl(self.fileno(), "KVM_GET_MP_STATE", mp)
         if mp.mp_state in (
@@ -273,7 +300,7 @@ class Vcpu:
             return ALIVE
         return HALTED_OFF if mp.mp_state == lib.KVM_MP_STATE_HALTED else RUNS_OFF
 
-    # --- ledger -------------------------------------------------------------------------------------
+    # --- ledger -----------------------------------------------------------------------------------
 
     @property
     def runs(self) -> int:
@@ -290,11 +317,15 @@ class Vcpu:
         return Snapshot(self.c)
 
     def settle(self) -> None:
-        """``run`` will not be called again before long: the time of the latest exit ends here. By its thread."""
+        """``run`` will not be called again before long: the time of the latest exit ends here. By
+        its thread.
+        """
         lib.pv_vcpu_settle(self.c)
 
     def trace(self, ring: Any) -> None:
-        """Have every exit written to ``ring`` (``struct pv_trace *``, lent); before the first ``run``."""
+        """Have every exit written to ``ring`` (``struct pv_trace *``, lent); before the first
+        ``run``.
+        """
         self.c.trace = ring
 
 

@@ -22,8 +22,8 @@ IOAPIC_PINS = 24
 class Vm:
     """A KVM VM with in-kernel interrupt chips and PIT; owns its descriptor.
 
-    ``c_fd`` is an ``int *`` to the descriptor that C devices raise interrupts through: a machine reset replaces the VM
-    (``recreate``), and everything that borrowed the pointer goes on.
+    ``c_fd`` is an ``int *`` to the descriptor that C devices raise interrupts through: a machine
+    reset replaces the VM (``recreate``), and everything that borrowed the pointer goes on.
 
     :param kvm: lent. :param memory: lent; its regions become memory slots 0, 1, ...
     """
@@ -53,7 +53,9 @@ class Vm:
             ioctl(fd.fileno(), "KVM_SET_IDENTITY_MAP_ADDR", identity)
             ioctl(fd.fileno(), "KVM_CREATE_IRQCHIP")
             pit = ffi.new("struct kvm_pit_config *")
-            pit.flags = lib.KVM_PIT_SPEAKER_DUMMY  # port 0x61 in the kernel, too: Linux calibrates through it
+            pit.flags = (
+                lib.KVM_PIT_SPEAKER_DUMMY
+            )  # port 0x61 in the kernel, too: Linux calibrates through it
             ioctl(fd.fileno(), "KVM_CREATE_PIT2", pit)
         except BaseException:
             fd.close()
@@ -69,7 +71,8 @@ class Vm:
     def recreate(self) -> None:
         """Replace the VM by a fresh one with the same memory: what a machine reset needs.
 
-        The caller has stopped and detached all vCPUs, and taken back every irqfd, ioeventfd and MSI route.
+        The caller has stopped and detached all vCPUs, and taken back every irqfd, ioeventfd and MSI
+        route.
         """
         self.close()
         self._msi.clear()
@@ -80,7 +83,7 @@ class Vm:
         self.c_fd[0] = -1
         self._fd.close()
 
-    # --- interrupts ---------------------------------------------------------------------------------
+    # --- interrupts -------------------------------------------------------------------------------
 
     def _commit_routes(self) -> None:
         routes: list[tuple[int, int, int, int, int]] = []
@@ -88,7 +91,8 @@ class Vm:
             routes.append((pin, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_PIC_MASTER, pin, 0))
             routes.append((pin + 8, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_PIC_SLAVE, pin, 0))
         for pin in range(IOAPIC_PINS):
-            # The timer is wired to pin 2, as on every PC since the IO-APIC; pin 2's own line is the PIC cascade.
+            # The timer is wired to pin 2, as on every PC since the IO-APIC; pin 2's own line is the
+            # PIC cascade.
             if pin != 2:
                 target = 2 if pin == 0 else pin
                 routes.append((pin, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_IOAPIC, target, 0))
@@ -133,7 +137,9 @@ class Vm:
         try:
             begin = time.monotonic_ns()
             self._commit_routes()
-            self._record("KVM_SET_GSI_ROUTING", begin, {"gsi": gsi, "address": address, "data": data})
+            self._record(
+                "KVM_SET_GSI_ROUTING", begin, {"gsi": gsi, "address": address, "data": data}
+            )
         except HostError:
             # Or every later change would fail for it, other devices' too.
             if old is None:
@@ -143,7 +149,9 @@ class Vm:
             raise
 
     def irqfd(self, event: EventFd, gsi: int, *, assign: bool = True) -> None:
-        """Make ``event`` raise ``gsi`` without userspace, or stop it. A counter that is not 0 fires at once."""
+        """Make ``event`` raise ``gsi`` without userspace, or stop it. A counter that is not 0 fires
+        at once.
+        """
         arg = ffi.new("struct kvm_irqfd *")
         arg.fd, arg.gsi = event.fileno(), gsi
         arg.flags = 0 if assign else lib.KVM_IRQFD_FLAG_DEASSIGN
@@ -157,14 +165,15 @@ class Vm:
         arg.irq, arg.level = gsi, level
         ioctl(self.fileno(), "KVM_IRQ_LINE", arg)
 
-    # --- kicks --------------------------------------------------------------------------------------
+    # --- kicks ------------------------------------------------------------------------------------
 
     def ioeventfd(
         self, event: EventFd, addr: int, *, pio: bool, assign: bool = True, length: int = 2
     ) -> None:
         """Let writes to ``addr`` add 1 to ``event`` without an exit to userspace, or stop it.
 
-        Matches any access length where the kernel can (KVM_CAP_IOEVENTFD_ANY_LENGTH), else ``length`` bytes.
+        Matches any access length where the kernel can (KVM_CAP_IOEVENTFD_ANY_LENGTH), else
+        ``length`` bytes.
         """
         arg = ffi.new("struct kvm_ioeventfd *")
         arg.addr, arg.fd = addr, event.fileno()
@@ -176,7 +185,9 @@ class Vm:
         try:
             ioctl(self.fileno(), "KVM_IOEVENTFD", arg)
             self._record(
-                "KVM_IOEVENTFD", begin, {"eventfd": event.fileno(), "address": addr, "assign": assign}
+                "KVM_IOEVENTFD",
+                begin,
+                {"eventfd": event.fileno(), "address": addr, "assign": assign},
             )
         except HostError:
             if assign:

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 CONFIG_SIZE = 256
-#: The host bridge, which has no interrupt, and as many as can have a line each: a shared one would need counting.
+#: The host bridge, which has no interrupt, and as many as can have a line each: a shared one would
+#: need counting.
 SLOTS = 1 + GSI_PCI_COUNT
 RST_CPU = 4  # bit 2 of port 0xCF9: reset now
 PCI_IO_BASE = 0xC000  # BARs in I/O space start here
@@ -74,7 +75,8 @@ class Bar:
             region.unmap()
         self.base = base
         if base is not None and not all(region.map(base + offset) for offset, region in self.parts):
-            # The guest put it on top of another device: neither memory nor devices may be hidden by it.
+            # The guest put it on top of another device: neither memory nor devices may be hidden by
+            # it.
             for _, region in self.parts:
                 region.unmap()
             self.base = None
@@ -85,13 +87,22 @@ class Bar:
 class PciFunction:
     """Function 0 of a device: type 00h header, capabilities, BARs.
 
-    Subclasses override ``config_written`` for registers with side effects, and ``config_read`` for those listed in ``live``.
+    Subclasses override ``config_written`` for registers with side effects, and ``config_read`` for
+    those listed in ``live``.
 
-    :ivar live: offsets of doublewords whose value is not just the bytes in ``config``: C answers reads of all others.
+    :ivar live: offsets of doublewords whose value is not just the bytes in ``config``: C answers
+        reads of all others.
     """
 
     def __init__(
-        self, name: str, vendor: int, device: int, class_code: int, *, subsystem: int = 0, pin: int = 0
+        self,
+        name: str,
+        vendor: int,
+        device: int,
+        class_code: int,
+        *,
+        subsystem: int = 0,
+        pin: int = 0,
     ) -> None:
         self.name = name
         self.config = bytearray(CONFIG_SIZE)
@@ -157,7 +168,9 @@ class PciFunction:
         return self.get(at, size)
 
     def config_write(self, at: int, size: int, value: int) -> None:
-        """A configuration write, likewise: only the writable bits change, then the side effects happen."""
+        """A configuration write, likewise: only the writable bits change, then the side effects
+        happen.
+        """
         for i in range(at, at + size):
             mask = self._writable[i]
             self.config[i] = (self.config[i] & ~mask) | (value & 0xFF & mask)
@@ -202,7 +215,9 @@ COMMAND_BITS = PCI_COMMAND_IO | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | PCI_CO
 
 
 def _may_decode(base: int, bar: Bar) -> bool:
-    """A BAR in the middle of RAM or of the interrupt controllers (or being sized) decodes nothing."""
+    """A BAR in the middle of RAM or of the interrupt controllers (or being sized) decodes
+    nothing.
+    """
     if bar.io:
         return base >= BAR_IO_MIN and base + bar.size <= 0x10000
     return base >= PCI_MMIO_BASE and base + bar.size <= PCI_MMIO_BASE + PCI_MMIO_SIZE
@@ -211,7 +226,8 @@ def _may_decode(base: int, bar: Bar) -> bool:
 class PciBus:
     """Bus 0 with its host bridge; answers at 0xCF8/0xCFC and in the ECAM window.
 
-    Owns the functions' places: slots are given in the order of ``add``, BARs a first address in the 32-bit window.
+    Owns the functions' places: slots are given in the order of ``add``, BARs a first address in the
+    32-bit window.
     :param on_reset: called when the guest resets through port 0xCF9.
     """
 
@@ -232,7 +248,9 @@ class PciBus:
         """Plug ``function`` into the next free slot; returns the slot."""
         slot = len(self._functions)
         if slot >= SLOTS:
-            raise UsageError(f"no PCI slot is left for {function.name}", f"use at most {SLOTS - 1} devices")
+            raise UsageError(
+                f"no PCI slot is left for {function.name}", f"use at most {SLOTS - 1} devices"
+            )
         function.slot = slot
         self._functions[slot] = function
         self._shadows.append(ffi.from_buffer(function.config))
@@ -258,7 +276,9 @@ class PciBus:
             function.reset()
 
     def config_read(self, slot: int, at: int, size: int) -> int:
-        """Read from a function; all ones where there is none. An access across doublewords is taken apart."""
+        """Read from a function; all ones where there is none. An access across doublewords is taken
+        apart.
+        """
         function = self._functions.get(slot)
         if function is None:
             return (1 << 8 * size) - 1
@@ -296,7 +316,8 @@ class PciBus:
     def _ecam_name(self, reg: int, write: bool) -> str:
         return self._register_name(reg >> 15 & 31, reg >> 12 & 7, reg & 0xFFF, write)
 
-    # Ports 0xCF8..0xCFF as far as C leaves them to us: the data window of a function that is there, and 0xCF9.
+    # Ports 0xCF8..0xCFF as far as C leaves them to us: the data window of a function that is there,
+    # and 0xCF9.
     def read(self, offset: int, size: int) -> int:
         """A port read at 0xCF8 + offset."""
         if offset < 4:
@@ -333,7 +354,9 @@ class Ecam:
 
 
 def dwords(at: int, size: int) -> Iterator[tuple[int, int]]:
-    """The parts (offset, bytes) of an access that lie in one doubleword each; none beyond the space."""
+    """The parts (offset, bytes) of an access that lie in one doubleword each; none beyond the
+    space.
+    """
     end = min(at + size, CONFIG_SIZE)
     while at < end:
         n = min(end, (at | 3) + 1) - at

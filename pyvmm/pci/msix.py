@@ -1,8 +1,9 @@
 """MSI-X (PCI Local Bus 3.0, 6.8.2) over irqfds.
 
-A source is an eventfd, lent by the transport. It is wired (irqfd) to its vector's GSI while the vector can deliver. A vector that
-is masked has its irqfds taken away, so that the eventfd itself keeps what is pending: KVM fires it when the irqfd comes back, and
-the pending bit is a poll of the eventfd. This works the same whoever signals the eventfd.
+A source is an eventfd, lent by the transport. It is wired (irqfd) to its vector's GSI while the
+vector can deliver. A vector that is masked has its irqfds taken away, so that the eventfd itself
+keeps what is pending: KVM fires it when the irqfd comes back, and the pending bit is a poll of the
+eventfd. This works the same whoever signals the eventfd.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Msix:
 
     @staticmethod
     def capability(count: int, bar: int, table: int, pba: int) -> bytes:
-        """The capability's body for ``add_capability``: message control, table and PBA offsets in ``bar``."""
+        """The capability's body for ``add_capability``: message control, table and PBA offsets in
+        ``bar``.
+        """
         body = (count - 1).to_bytes(2, "little") + (table | bar).to_bytes(4, "little")
         body += (pba | bar).to_bytes(4, "little")
         assert len(body) == PCI_CAP_MSIX_SIZEOF - 2
@@ -90,9 +93,9 @@ class Msix:
 
     def masked(self, v: Vector) -> bool:
         """Whether ``v`` may not deliver now."""
-        return self.flags & (PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL) != PCI_MSIX_FLAGS_ENABLE or bool(
-            v.control & PCI_MSIX_ENTRY_CTRL_MASKBIT
-        )
+        return self.flags & (
+            PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL
+        ) != PCI_MSIX_FLAGS_ENABLE or bool(v.control & PCI_MSIX_ENTRY_CTRL_MASKBIT)
 
     def update(self, v: Vector) -> None:
         """Make the wiring of ``v`` what its state asks for, as far as KVM agrees."""
@@ -109,7 +112,8 @@ class Msix:
                     self._vm.irqfd(source, v.gsi)
                     v.wired.append(source)
         except HostError:
-            # The guest asked for it, so it may not end the machine; nor may interrupts go where they went before.
+            # The guest asked for it, so it may not end the machine; nor may interrupts go where
+            # they went before.
             self.errors += 1
             self._unwire(v, list(v.wired))
 

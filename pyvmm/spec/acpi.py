@@ -1,16 +1,17 @@
-"""ACPI 6.4 tables and AML opcodes, and the Intel MultiProcessor Specification 1.4. Constants only."""
+"""ACPI 6.4 tables and AML opcodes, and the Intel MultiProcessor Specification 1.4.
+Constants only.
+"""
 
 OEM_ID = b"PYVMM "
 OEM_TABLE_ID = b"PYVMM   "
 CREATOR_ID = b"PYVM"
 
-# --- tables: signature, length, revision, checksum, OEM id, OEM table id, OEM revision, creator id and revision (5.2.6) ---
+# --- tables: signature, length, revision, checksum, OEM id, OEM table id, OEM revision, creator id
+# and revision (5.2.6) ---
 SDT_HEADER = "<4sIBB6s8sI4sI"
 SDT_HEADER_SIZE = 36
 SDT_CHECKSUM = 9
-RSDP = (
-    "<8sB6sBIIQB3x"  # signature, checksum, OEM id, revision, RSDT, length, XSDT, extended checksum (5.2.5.3)
-)
+RSDP = "<8sB6sBIIQB3x"  # signature, checksum, OEM id, revision, RSDT, length, XSDT, extended checksum (5.2.5.3)
 RSDP_SIZE = 36
 RSDP_V1_SIZE = 20
 RSDP_CHECKSUM = 8
@@ -94,9 +95,7 @@ NOTIFY_BUTTON_PRESSED = 0x80
 # --- MultiProcessor Specification 1.4: chapter 4 ---
 MP_FLOATING = "<4sIBBB5B"  # "_MP_", table, length in 16 bytes, spec revision, checksum, features
 MP_FLOATING_CHECKSUM = 10
-MP_HEADER = (
-    "<4sHBB8s12sIHHIHBB"  # "PCMP", length, revision, checksum, OEM, product, 0, 0, entries, LAPIC, 0, 0, 0
-)
+MP_HEADER = "<4sHBB8s12sIHHIHBB"  # "PCMP", length, revision, checksum, OEM, product, 0, 0, entries, LAPIC, 0, 0, 0
 MP_HEADER_CHECKSUM = 7
 MP_REVISION = 4
 MP_PROCESSOR = "<BBBBII8x"  # type 0, LAPIC id, LAPIC version, flags, signature, features

@@ -1,4 +1,6 @@
-"""QEMU's firmware configuration device (docs/specs/fw_cfg in QEMU, include/uapi/linux/qemu_fw_cfg.h). Constants only."""
+"""QEMU's firmware configuration device (docs/specs/fw_cfg in QEMU,
+include/uapi/linux/qemu_fw_cfg.h). Constants only.
+"""
 
 SIGNATURE = 0x00
 ID = 0x01

@@ -1,10 +1,11 @@
-"""Kernel image formats and boot protocols: ELF, the Linux/x86 boot protocol and PVH. Constants only.
+"""Kernel image formats and boot protocols: ELF, the Linux/x86 boot protocol and PVH. Constants
+only.
 
-Sources: Documentation/arch/x86/boot.rst and arch/x86/include/uapi/asm/bootparam.h (Linux), include/uapi/linux/elf.h,
-xen/include/public/arch-x86/hvm/start_info.h and public/elfnote.h (Xen).
+Sources: Documentation/arch/x86/boot.rst and arch/x86/include/uapi/asm/bootparam.h (Linux),
+include/uapi/linux/elf.h, xen/include/public/arch-x86/hvm/start_info.h and public/elfnote.h (Xen).
 """
 
-# --- ELF (elf.h) -----------------------------------------------------------------------------------------
+# --- ELF (elf.h) ----------------------------------------------------------------------------------
 ELF_MAGIC = b"\x7fELF"
 EHDR = "<16sHHIQQQIHHHHHH"  # e_ident .. e_shstrndx
 EHDR_SIZE = 64
@@ -30,13 +31,13 @@ PT_LOAD = 1
 PT_INTERP = 3
 PT_NOTE = 4
 
-# --- ELF notes that say what it is (include/linux/elfnote.h) and how to enter (public/elfnote.h) ---------
+# --- ELF notes that say what it is (include/linux/elfnote.h) and how to enter (public/elfnote.h) --
 LINUX_NOTE_NAME = b"Linux\0"  # build salt and LTO, since 4.19
 XEN_NOTE_NAME = b"Xen\0"
 XEN_ELFNOTE_GUEST_OS = 6
 XEN_ELFNOTE_PHYS32_ENTRY = 18
 
-# --- PVH (public/arch-x86/hvm/start_info.h) ---------------------------------------------------------------
+# --- PVH (public/arch-x86/hvm/start_info.h) -------------------------------------------------------
 XEN_HVM_START_MAGIC_VALUE = 0x336EC578
 HVM_START_INFO = (
     "<IIIIQQQQII"  # magic, version, flags, nr_modules, modlist, cmdline, rsdp, memmap, entries, 0
@@ -44,7 +45,8 @@ HVM_START_INFO = (
 HVM_MODLIST_ENTRY = "<QQQQ"  # paddr, size, cmdline_paddr, reserved
 HVM_MEMMAP_ENTRY = "<QQII"  # addr, size, type, reserved
 
-# --- Linux setup header (boot.rst, "The Real-Mode Kernel Header"): offsets in the file and the zero page ---
+# --- Linux setup header (boot.rst, "The Real-Mode Kernel Header"): offsets in the file and the zero
+# page ---
 HDR_SETUP_SECTS = 0x1F1
 HDR_SYSSIZE = 0x1F4  # of the protected-mode code, in 16-byte units
 HDR_BOOT_FLAG = 0x1FE
@@ -73,9 +75,11 @@ XLF_KERNEL_64 = 1 << 0  # xloadflags
 LOADER_UNDEFINED = 0xFF
 SECTOR = 512
 ENTRY_64 = 0x200  # from the start of the protected-mode code
-COMMAND_LINE_SIZE = 2048  # asm/setup.h: with the NUL; what a vmlinux, which has no setup header, takes
+COMMAND_LINE_SIZE = (
+    2048  # asm/setup.h: with the NUL; what a vmlinux, which has no setup header, takes
+)
 
-# --- the zero page (struct boot_params) --------------------------------------------------------------------
+# --- the zero page (struct boot_params) -----------------------------------------------------------
 BP_SIZE = 0x1000
 BP_ACPI_RSDP_ADDR = 0x070
 BP_E820_ENTRIES = 0x1E8
@@ -85,7 +89,7 @@ E820_ENTRY = "<QQI"
 E820_RAM = 1
 E820_RESERVED = 2
 
-# --- BIOS data area: where old-style searches for firmware tables begin ------------------------------------
+# --- BIOS data area: where old-style searches for firmware tables begin ---------------------------
 BDA_EBDA_SEGMENT = 0x40E
 BDA_BASE_MEMORY_KIB = 0x413
 RESET_VECTOR = 0xF_FFF0  # F000:FFF0, where a jump to the BIOS ends

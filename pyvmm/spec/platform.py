@@ -1,10 +1,10 @@
 """The machine's own address map: guest-physical addresses, I/O ports and interrupt lines.
 
-One place, read by the devices, by the firmware tables that describe them to the guest and by ``guest/``
-(``guest/pyvmm_port.h`` states the guest port; a test holds the two together).
+One place, read by the devices, by the firmware tables that describe them to the guest and by
+``guest/`` (``guest/pyvmm_port.h`` states the guest port; a test holds the two together).
 """
 
-# --- guest-physical memory -----------------------------------------------------------------------------
+# --- guest-physical memory ------------------------------------------------------------------------
 # RAM is [0, min(size, RAM_LOW_MAX)) and, beyond it, from RAM_HIGH_BASE up.
 RAM_LOW_MAX = 0xC000_0000
 RAM_HIGH_BASE = 0x1_0000_0000
@@ -17,7 +17,8 @@ LAPIC_BASE = 0xFEE0_0000
 KVM_IDENTITY_MAP = 0xFFFB_C000  # one page, Intel hosts without unrestricted guest
 KVM_TSS_BASE = 0xFFFB_D000  # three pages, likewise
 
-# Low memory that the loader fills; all below EBDA_BASE is usable RAM for the guest once it has booted.
+# Low memory that the loader fills; all below EBDA_BASE is usable RAM for the guest once it has
+# booted.
 BOOT_GDT = 0x500
 BOOT_PARAMS = 0x7000
 PVH_START_INFO = 0x6000
@@ -29,10 +30,12 @@ EBDA_BASE = 0x9_FC00  # MP floating pointer and table
 FIRMWARE_BASE = 0xE_0000  # ACPI tables, RSDP first; reserved in e820
 FIRMWARE_END = 0x10_0000
 KERNEL_BASE = 0x10_0000
-FLAT_REAL_BASE = 0x500  # where a flat binary may be loaded that starts in real mode: up to BOOT_CMDLINE
+FLAT_REAL_BASE = (
+    0x500  # where a flat binary may be loaded that starts in real mode: up to BOOT_CMDLINE
+)
 FLAT_BASE = 0x3_0000  # and one that starts in protected or long mode: up to EBDA_BASE, or from KERNEL_BASE up
 
-# --- I/O ports -----------------------------------------------------------------------------------------
+# --- I/O ports ------------------------------------------------------------------------------------
 PORT_RTC = 0x70  # index, data
 PORT_I8042 = 0x60  # 0x60 and 0x64; only the reset command is understood
 PORT_POST = 0x80
@@ -44,7 +47,9 @@ PORT_PVPANIC = 0x505
 PORT_FW_CFG = 0x510
 PORT_FW_CFG_DMA = 0x514
 PORT_TESTDEV_ECHO = 0xE0  # four bytes that keep what is written, at any width
-PORT_TESTDEV_FLUSH = 0xE4  # 32-bit write of a guest-physical address: the host drops its mapping of that page
+PORT_TESTDEV_FLUSH = (
+    0xE4  # 32-bit write of a guest-physical address: the host drops its mapping of that page
+)
 PORT_TESTDEV_IRQ = 0x2000  # n: the level of interrupt line n
 TESTDEV_MMIO = 0xFF00_0000  # memory that exits
 TESTDEV_MMIO_SIZE = 0x1_0000
@@ -60,7 +65,9 @@ PORT_PCI_DATA = 0xCFC
 PORT_GUEST_CONTROL = 0x620  # 32-bit write: GUEST_* << 24 | value
 PORT_GUEST_STDOUT = 0x624  # 8-bit writes, also rep outsb
 PORT_GUEST_STDERR = 0x625
-PORT_GUEST_REQUEST = 0x628  # 32-bit read: the next bytes of the VMM's requests go to the page of GUEST_PAGE
+PORT_GUEST_REQUEST = (
+    0x628  # 32-bit read: the next bytes of the VMM's requests go to the page of GUEST_PAGE
+)
 
 GUEST_INIT = 1  # init runs
 GUEST_COMMAND = 2  # the command is about to start
@@ -75,7 +82,7 @@ REQUEST_RUN, REQUEST_KILL, REQUEST_LEAVE = 1, 2, 3
 REQUEST_ARGV_MAX = 65535  # bytes
 REQUEST_INPUT_MAX = 1 << 20
 
-# --- interrupt lines (GSIs of the one IO-APIC) -----------------------------------------------------------
+# --- interrupt lines (GSIs of the one IO-APIC) ----------------------------------------------------
 IRQ_COM2 = 3
 IRQ_COM1 = 4
 IRQ_RTC = 8

@@ -1,6 +1,8 @@
-"""vhost-user constants (the specification in QEMU's docs/interop/vhost-user). Its spellings; PROTOCOL_F constants are bit numbers.
+"""vhost-user constants (the specification in QEMU's docs/interop/vhost-user). Its spellings;
+PROTOCOL_F constants are bit numbers.
 
-Messages are in the machine's byte order (little-endian: pyvmm runs on x86-64): the header, then a payload of ``size`` bytes.
+Messages are in the machine's byte order (little-endian: pyvmm runs on x86-64): the header, then a
+payload of ``size`` bytes.
 """
 
 # Header: request, flags, size (32 bits each)

@@ -1,6 +1,8 @@
-"""Virtio 1.2 constants common to all devices: feature bits, device status, split virtqueue. Kernel spellings.
+"""Virtio 1.2 constants common to all devices: feature bits, device status, split virtqueue. Kernel
+spellings.
 
-Section numbers are those of the OASIS virtio specification, version 1.2. Feature constants are bit numbers.
+Section numbers are those of the OASIS virtio specification, version 1.2. Feature constants are bit
+numbers.
 """
 
 # 5: device types

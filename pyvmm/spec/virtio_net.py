@@ -1,4 +1,6 @@
-"""Virtio 1.2 network device constants (section 5.1). Kernel spellings; feature constants are bit numbers."""
+"""Virtio 1.2 network device constants (section 5.1). Kernel spellings; feature constants are bit
+numbers.
+"""
 
 # 5.1.3: feature bits
 VIRTIO_NET_F_CSUM = 0
@@ -35,7 +37,12 @@ VIRTIO_NET_F_STANDBY = 62
 VIRTIO_NET_F_SPEED_DUPLEX = 63
 
 # 5.1.4: struct virtio_net_config, names by offset
-CONFIG_NAMES: dict[int, str | tuple[str, str]] = {0: "mac", 6: "status", 8: "max_virtqueue_pairs", 10: "mtu"}
+CONFIG_NAMES: dict[int, str | tuple[str, str]] = {
+    0: "mac",
+    6: "status",
+    8: "max_virtqueue_pairs",
+    10: "mtu",
+}
 # and its status
 VIRTIO_NET_S_LINK_UP = 1
 VIRTIO_NET_S_ANNOUNCE = 2

@@ -1,8 +1,10 @@
-"""The agent: process 1 of L1. Starts commands for testbed clients and carries their input, output and status.
+"""The agent: process 1 of L1. Starts commands for testbed clients and carries their input, output
+and status.
 
-It stays resident because a Python start costs about a second under emulation, while a fork and exec costs tens of
-milliseconds; it imports only what is built in or tiny. Speaks ``l1_protocol`` on the virtio-serial port ``agent``.
-It is part of the initramfs: nothing of pyvmm is imported, and editing pyvmm cannot break a running testbed.
+It stays resident because a Python start costs about a second under emulation, while a fork and exec
+costs tens of milliseconds; it imports only what is built in or tiny. Speaks ``l1_protocol`` on the
+virtio-serial port ``agent``. It is part of the initramfs: nothing of pyvmm is imported, and editing
+pyvmm cannot break a running testbed.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 BUSYBOX = "/run/pyvmm/busybox"
 CGROUPS = "/sys/fs/cgroup"
 KVM_CREATE_VM = 0xAE01  # linux/kvm.h: _IO(KVMIO, 0x01); cffi is not to be had here
-#: How long output from a terminal may lag behind the exit of its command while background processes hold it open.
+#: How long output from a terminal may lag behind the exit of its command while background processes
+#: hold it open.
 TTY_LINGER = 0.3
 FILES = 1 << 20
 
@@ -81,7 +84,9 @@ class Agent:
         self.queue.append(p.frame(kind, channel, payload, stream))
 
     def flush(self) -> None:
-        """Write what the port takes; small frames are joined, since each write is an exit to the emulator."""
+        """Write what the port takes; small frames are joined, since each write is an exit to the
+        emulator.
+        """
         while self.queue:
             data = self.queue[0]
             n = 1
@@ -169,7 +174,9 @@ class Agent:
                 self.drop_output(command, one)
 
     def signal(self, command: Command, number: int) -> None:
-        """To the terminal's foreground group, else to the command's; SIGKILL to all that it ever started."""
+        """To the terminal's foreground group, else to the command's; SIGKILL to all that it ever
+        started.
+        """
         if command.status is not None and number != signal.SIGKILL:
             return
         if number == signal.SIGKILL:
@@ -195,8 +202,8 @@ class Agent:
     def start(self, channel: int, spec: dict[str, Any]) -> None:
         """Fork and exec one command.
 
-        ``spec``: argv, env (lists and dict of bytes), cwd, umask, tty (which of 0, 1, 2 are the terminal; empty: none),
-        stdin (False: /dev/null), window (rows, columns).
+        ``spec``: argv, env (lists and dict of bytes), cwd, umask, tty (which of 0, 1, 2 are the
+        terminal; empty: none), stdin (False: /dev/null), window (rows, columns).
         """
         command = Command(channel)
         tty = spec["tty"]
@@ -282,7 +289,9 @@ class Agent:
             except OSError as e:
                 status = 127 if e.errno == errno.ENOENT else 126
                 os.write(
-                    2, b"pyvmm testbed: %s: %s\n" % (spec["argv"][0], os.strerror(e.errno or 0).encode())
+                    2,
+                    b"pyvmm testbed: %s: %s\n"
+                    % (spec["argv"][0], os.strerror(e.errno or 0).encode()),
                 )
             os._exit(status)
         finally:
@@ -421,7 +430,8 @@ class Agent:
             if os.path.exists("/run/pyvmm/loaded"):
                 break
             time.sleep(0.02)
-        # One VM held open for good: the first and the last VM patch a static key inside __schedule().
+        # One VM held open for good: the first and the last VM patch a static key inside
+        # __schedule().
         try:
             kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
             self.keep = [kvm, create_vm(kvm)]
@@ -443,7 +453,9 @@ class Agent:
 
 
 def create_vm(kvm: int) -> int:
-    """A VM's descriptor. A SIGCHLD interrupts its creation, and Python does not start an ioctl again."""
+    """A VM's descriptor. A SIGCHLD interrupts its creation, and Python does not start an ioctl
+    again.
+    """
     while True:
         try:
             vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
@@ -472,10 +484,11 @@ def write_file(path: str, value: str) -> None:
 def keep_off_cpu_0() -> None:
     """Confine this process, and so every command, to the other CPUs where L1 has several.
 
-    QEMU's TCG clears a bit of CPU 0's ``hflags2`` from whatever CPU loads x87 state (``cpu_clear_ignne``, called for FXRSTOR
-    and XRSTOR), not atomically. Where that meets a #VMEXIT on CPU 0, nested paging stays on in the hypervisor, whose state
-    then goes into the guest's VMCB: the guest hangs or triple-faults. CPU 0 never executes VMRUN as long as no command
-    runs there; interrupts and kernel threads still do.
+    QEMU's TCG clears a bit of CPU 0's ``hflags2`` from whatever CPU loads x87 state
+    (``cpu_clear_ignne``, called for FXRSTOR and XRSTOR), not atomically. Where that meets a #VMEXIT
+    on CPU 0, nested paging stays on in the hypervisor, whose state then goes into the guest's VMCB:
+    the guest hangs or triple-faults. CPU 0 never executes VMRUN as long as no command runs there;
+    interrupts and kernel threads still do.
     """
     cpus = os.sched_getaffinity(0)
     if len(cpus) > 1:

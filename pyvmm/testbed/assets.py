@@ -1,7 +1,8 @@
-"""What the testbed boots: QEMU, virtiofsd, Debian's cloud kernel as vmlinux, and an initramfs with the agent.
+"""What the testbed boots: QEMU, virtiofsd, Debian's cloud kernel as vmlinux, and an initramfs with
+the agent.
 
-Built once a kernel version and kept in the cache under a name that holds the hash of all inputs; written atomically, so
-that several processes may build at once.
+Built once a kernel version and kept in the cache under a name that holds the hash of all inputs;
+written atomically, so that several processes may build at once.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 QEMU = "usr/bin/qemu-system-x86_64"
-#: Loaded from the initramfs, each after what it depends on: first what reaches the root, the rest while the agent starts.
-#: All later ones come by modprobe from the shared root.
+#: Loaded from the initramfs, each after what it depends on: first what reaches the root, the rest
+#: while the agent starts. All later ones come by modprobe from the shared root.
 EARLY = ["virtio_pci", "virtiofs", "overlay", "virtio_console"]
 LATE = ["kvm_amd", "tun", "vhost_net", "vhost_vsock"]
 DEFAULT_KERNEL = "6.1"
@@ -57,14 +58,18 @@ exec $b switch_root /new $p -I -S -B $r/agent.pyc
 
 
 class Qemu:
-    """A qemu-system-x86_64: its path, version and the options that it needs to find its firmware."""
+    """A qemu-system-x86_64: its path, version and the options that it needs to find its
+    firmware.
+    """
 
     def __init__(self, path: str, version: tuple[int, ...], options: list[str]) -> None:
         self.path, self.version, self.options = path, version, options
 
     @property
     def max_cpus(self) -> int:
-        """How many vCPUs of L1 it survives: before 8.1, MTTCG runs stale code after the guest kernel patches itself."""
+        """How many vCPUs of L1 it survives: before 8.1, MTTCG runs stale code after the guest
+        kernel patches itself.
+        """
         return 8 if self.version >= (8, 1) else 1
 
     def __str__(self) -> str:
@@ -91,7 +96,9 @@ def qemus() -> list[Qemu]:
 def _unpacked() -> list[tuple[str, str]]:
     """Versions of QEMU in the cache, and where."""
     base = cache_dir("qemu")
-    return [(n, f"{base}/{n}") for n in os.listdir(base) if os.access(f"{base}/{n}/{QEMU}", os.X_OK)]
+    return [
+        (n, f"{base}/{n}") for n in os.listdir(base) if os.access(f"{base}/{n}/{QEMU}", os.X_OK)
+    ]
 
 
 class Kernel:
@@ -116,7 +123,9 @@ def kernels() -> list[Kernel]:
                 and os.access(f"{boot}/{name}", os.R_OK)
             ):
                 found[version] = Kernel(version, f"{boot}/{name}", root)
-    return sorted(found.values(), key=lambda k: [int(n) for n in re.findall(r"\d+", k.version)], reverse=True)
+    return sorted(
+        found.values(), key=lambda k: [int(n) for n in re.findall(r"\d+", k.version)], reverse=True
+    )
 
 
 def find_kernel(version: str | None) -> Kernel:
@@ -149,7 +158,8 @@ def missing() -> list[tuple[str, str]]:
 
 
 def setup(progress: Callable[[str], None], version: str | None = None) -> None:
-    """Fetch what can be had without root (QEMU from backports, the kernel) and build the boot files.
+    """Fetch what can be had without root (QEMU from backports, the kernel) and build the boot
+    files.
 
     :param version: kernel version prefix ("6.1", "6.12").
     :raises PyvmmError: a system package is missing, or the network.
@@ -178,7 +188,9 @@ def _fetch(progress: Callable[[str], None], version: str | None) -> None:
 
 
 def _fetch_qemu(progress: Callable[[str], None]) -> None:
-    """Unpack the backports' QEMU into the cache. The libraries that it needs are those of the installed one."""
+    """Unpack the backports' QEMU into the cache. The libraries that it needs are those of the
+    installed one.
+    """
     import subprocess
     from pathlib import Path
 
@@ -189,7 +201,9 @@ def _fetch_qemu(progress: Callable[[str], None]) -> None:
     version = apt.resolve(packages)[0].version
     number = re.match(r"(?:\d+:)?(\d+(?:\.\d+)+)", version)
     if not number:
-        raise TestbedError(f"backports have a QEMU of version {version}", "install QEMU 8.1 or newer")
+        raise TestbedError(
+            f"backports have a QEMU of version {version}", "install QEMU 8.1 or newer"
+        )
     target = f"{cache_dir('qemu')}/{number[1]}"
     apt.install(packages, Path(target))
     try:
@@ -200,7 +214,9 @@ def _fetch_qemu(progress: Callable[[str], None]) -> None:
 
 
 def _fetch_kernel(version: str, progress: Callable[[str], None]) -> None:
-    """Unpack the newest cloud kernel of ``version`` into the cache, from the release or its backports."""
+    """Unpack the newest cloud kernel of ``version`` into the cache, from the release or its
+    backports.
+    """
     import subprocess
     from pathlib import Path
 
@@ -292,7 +308,9 @@ def shim() -> str:
 
 
 def initramfs(kernel: Kernel) -> bytes:
-    """A cpio archive: busybox, the boot modules in load order, the agent, and an init that starts it."""
+    """A cpio archive: busybox, the boot modules in load order, the agent, and an init that starts
+    it.
+    """
     import py_compile
     import tempfile
     from pathlib import Path
@@ -332,7 +350,8 @@ def _busybox() -> str:
         if path and os.access(path, os.R_OK):
             with open(path, "rb") as f:
                 head = f.read(4096)
-            # Asked at every `pyvmm run`, so by hand: no program header of type PT_INTERP (3), no loader.
+            # Asked at every `pyvmm run`, so by hand: no program header of type PT_INTERP (3), no
+            # loader.
             at = int.from_bytes(head[32:40], "little")
             size, count = head[54], head[56]
             kinds = [head[at + i * size] for i in range(count)]

@@ -1,4 +1,6 @@
-"""Start virtiofsd so that it can write only where the testbed may: in a mount namespace with everything else read-only."""
+"""Start virtiofsd so that it can write only where the testbed may: in a mount namespace with
+everything else read-only.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +54,18 @@ def protect(writable: Sequence[str]) -> None:
     An ordinary user gets it by a user namespace, in which it is root.
 
     :param writable: absolute directories without symbolic links.
-    :raises OSError: the kernel or a sandbox does not allow namespaces; nothing has changed that matters.
+    :raises OSError: the kernel or a sandbox does not allow namespaces; nothing has changed that
+        matters.
     """
     libc = _libc()
     uid, gid = os.geteuid(), os.getegid()
     _check(libc.unshare(CLONE_NEWNS | (CLONE_NEWUSER if uid else 0)), "unshare")
     if uid:
-        for path, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        for path, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"0 {uid} 1"),
+            ("gid_map", f"0 {gid} 1"),
+        ):
             with open(f"/proc/self/{path}", "w") as f:
                 f.write(text)
     _set_attr(libc, "/", _MountAttr(propagation=MS_PRIVATE), AT_RECURSIVE)

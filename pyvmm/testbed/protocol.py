@@ -1,12 +1,14 @@
 """The frames between a testbed client, the supervisor on the host and the agent in L1.
 
-A frame is ``HEADER`` and its payload. A channel is one command; the supervisor renumbers channels and otherwise passes frames on.
-Nothing is ever sent that the receiver has not room for: a sender starts with a window of credit a channel (``OUT_WINDOW``
-towards the client, ``IN_WINDOW`` towards the command) and spends it by ``DATA``; the receiver returns what it has
-disposed of by ``CREDIT``. So no buffer grows without bound and a client that stops reading stops only its own command.
+A frame is ``HEADER`` and its payload. A channel is one command; the supervisor renumbers channels
+and otherwise passes frames on. Nothing is ever sent that the receiver has not room for: a sender
+starts with a window of credit a channel (``OUT_WINDOW`` towards the client, ``IN_WINDOW`` towards
+the command) and spends it by ``DATA``; the receiver returns what it has disposed of by ``CREDIT``.
+So no buffer grows without bound and a client that stops reading stops only its own command.
 
-``OPEN`` and ``CONFIG`` carry a marshalled dict (marshal version 2: understood by every Python 3, and neither needs an import
-that takes long under emulation); they only travel towards L1. What comes back from L1 is plain text and numbers.
+``OPEN`` and ``CONFIG`` carry a marshalled dict (marshal version 2: understood by every Python 3,
+and neither needs an import that takes long under emulation); they only travel towards L1. What
+comes back from L1 is plain text and numbers.
 
 This file also runs in L1, alone: it imports nothing of pyvmm.
 """
@@ -17,7 +19,8 @@ import struct
 
 VERSION = 1
 HEADER = struct.Struct("<IHBB")  # payload bytes, channel, type, stream
-#: Largest DATA payload: a frame then fits one write to a virtio-serial port (the kernel takes 32 KiB a call).
+#: Largest DATA payload: a frame then fits one write to a virtio-serial port (the kernel takes 32
+#: KiB a call).
 CHUNK = 32768 - HEADER.size
 #: Refuse what claims to be larger: environment and arguments together are at most 6 MiB on Linux.
 MAX_PAYLOAD = 8 << 20
@@ -60,7 +63,9 @@ class Framer:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[tuple[int, int, int, bytes]]:
-        """The frames completed by ``data``: (type, channel, stream, payload). Raises ValueError on a silly length."""
+        """The frames completed by ``data``: (type, channel, stream, payload). Raises ValueError on
+        a silly length.
+        """
         buffer = self._buffer
         buffer += data
         out = []

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from typing import Any
 
 #: What a signal of ours does to the command.
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 
 
 class TestbedTimeout(TestbedError):
@@ -33,7 +40,8 @@ class Output:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.data = bytearray()
-        # A regular file never blocks and cannot be polled; in a pipe, PIPE_BUF bytes fit once poll says so.
+        # A regular file never blocks and cannot be polled; in a pipe, PIPE_BUF bytes fit once poll
+        # says so.
         self.step = 1 << 20 if stat.S_ISREG(os.fstat(fd).st_mode) else select.PIPE_BUF
 
     def write(self) -> int:
@@ -51,8 +59,8 @@ class Session:
 
     :param stdin: a descriptor, bytes, or None for /dev/null.
     :param stdout, stderr: descriptors, or None to collect what comes (``output``).
-    :param terminal: a descriptor of ours that is a terminal: the command gets one of its own. Its keys go to the
-        command uninterpreted; the caller makes it raw and restores it.
+    :param terminal: a descriptor of ours that is a terminal: the command gets one of its own. Its
+        keys go to the command uninterpreted; the caller makes it raw and restores it.
     """
 
     def __init__(
@@ -93,7 +101,9 @@ class Session:
         self.stdin = stdin if isinstance(stdin, int) else None
         self.given = bytearray(stdin) if isinstance(stdin, bytes) else bytearray()
         self.stdin_open = stdin is not None
-        size = os.get_terminal_size(terminal) if terminal is not None else os.terminal_size((80, 24))
+        size = (
+            os.get_terminal_size(terminal) if terminal is not None else os.terminal_size((80, 24))
+        )
         mask = os.umask(0o022)
         os.umask(mask)
         spec = {
@@ -131,9 +141,11 @@ class Session:
         woken: Callable[[], None] | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> int:
-        """Carry the streams until the command ends; its status as a shell gives it: 128 + n for signal n.
+        """Carry the streams until the command ends; its status as a shell gives it: 128 + n for
+        signal n.
 
-        :param timeout: seconds, counted from the command's start; then it is killed and TestbedTimeout raised.
+        :param timeout: seconds, counted from the command's start; then it is killed and
+            TestbedTimeout raised.
         :param wakeup: a descriptor; ``woken`` is called when it is readable.
         :raises TestbedError: the testbed ended.
         """
@@ -263,8 +275,11 @@ class Session:
         return ""
 
 
-def interactive(session: Session, timeout: float | None, progress: Callable[[str], None] | None) -> int:
-    """``session.wait`` for a command line: signals are forwarded, the terminal is raw meanwhile and restored after.
+def interactive(
+    session: Session, timeout: float | None, progress: Callable[[str], None] | None
+) -> int:
+    """``session.wait`` for a command line: signals are forwarded, the terminal is raw meanwhile and
+    restored after.
 
     A second SIGINT or SIGTERM kills the command, and so does SIGKILL of ourselves.
     """

@@ -1,8 +1,10 @@
-"""The supervisor: the process on the host that owns one L1, and stands between its clients and the agent inside.
+"""The supervisor: the process on the host that owns one L1, and stands between its clients and the
+agent inside.
 
-``python -m pyvmm.testbed.supervisor`` with a JSON object on stdin (see ``Options``). It starts virtiofsd and QEMU, listens on a
-socket, renumbers channels, asks the agent for a sign of life every second, and ends, with a reason for every client,
-when L1 hangs or dies. All its children die with it.
+``python -m pyvmm.testbed.supervisor`` with a JSON object on stdin (see ``Options``). It starts
+virtiofsd and QEMU, listens on a socket, renumbers channels, asks the agent for a sign of life every
+second, and ends, with a reason for every client, when L1 hangs or dies. All its children die with
+it.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ if TYPE_CHECKING:
 
 # As EPYC, less what TCG does not emulate or gets wrong under nested SVM.
 CPU = "EPYC,+svm,+npt,-x2apic,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec"
-# tsc=reliable: else the clock falls back to hpet. loglevel: each character on the console is an exit.
+# tsc=reliable: else the clock falls back to hpet. loglevel: each character on the console is an
+# exit.
 CMDLINE = "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable cryptomgr.notests"
-#: How long L1 may believe a name or an attribute in a writable directory (seconds). A command starts that much after it was
-#: asked for: then nothing is believed any more that was looked up before, so it sees every change made before.
+#: How long L1 may believe a name or an attribute in a writable directory (seconds). A command
+#: starts that much after it was asked for: then nothing is believed any more that was looked up
+#: before, so it sees every change made before.
 FRESH = 0.1
 BOOT_TIMEOUT = 120.0
 PING_EVERY = 1.0
@@ -41,7 +45,9 @@ CONSOLE_KEPT = 64 << 10
 
 
 def l1_cpus(cpus: int) -> int:
-    """How many vCPUs L1 gets so that ``cpus`` of them run commands (see ``l1_agent.keep_off_cpu_0``)."""
+    """How many vCPUs L1 gets so that ``cpus`` of them run commands (see
+    ``l1_agent.keep_off_cpu_0``).
+    """
     return cpus + 1 if cpus > 1 else 1
 
 
@@ -53,7 +59,8 @@ class Client:
         self.framer = p.Framer()
         self.out = bytearray()
         self.channel = 0
-        #: OPEN and what follows it, while that waits for L1 to be ready and for ``due``: (type, stream, payload).
+        #: OPEN and what follows it, while that waits for L1 to be ready and for ``due``: (type,
+        #: stream, payload).
         self.early: list[tuple[int, int, bytes]] = []
         self.due = 0.0
         self.closing = False
@@ -62,9 +69,9 @@ class Client:
 class Supervisor:
     """Runs until told to stop, or until L1 fails.
 
-    ``options``: socket, lock, log_later (paths; where the log is found afterwards), cpus (0: as many as is safe), memory
-    (bytes), kernel (version prefix or None), writable (directories), watchdog (seconds), tether (a descriptor: stop when its
-    other end is closed; or None).
+    ``options``: socket, lock, log_later (paths; where the log is found afterwards), cpus (0: as
+    many as is safe), memory (bytes), kernel (version prefix or None), writable (directories),
+    watchdog (seconds), tether (a descriptor: stop when its other end is closed; or None).
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -72,7 +79,9 @@ class Supervisor:
         self.started = time.monotonic()
         self.selector = selectors.DefaultSelector()
         self.clients: dict[int, Client] = {}
-        self.channels: dict[int, Client | None] = {}  # None: the client has gone, EXIT is still to come
+        self.channels: dict[
+            int, Client | None
+        ] = {}  # None: the client has gone, EXIT is still to come
         self.next_channel = 1
         self.waiting: list[Client] = []
         self.console = bytearray()
@@ -90,7 +99,7 @@ class Supervisor:
         self.cpus = 0
         self.ready_after = 0.0
 
-    # --- start ---------------------------------------------------------------------------------------------
+    # --- start ------------------------------------------------------------------------------------
 
     def listen(self) -> None:
         path = self.options["socket"]
@@ -127,12 +136,15 @@ class Supervisor:
         self.cpus = wanted if self.options["cpus"] else min(wanted, self.qemu.max_cpus)
         if self.cpus > self.qemu.max_cpus:
             raise TestbedError(
-                f"{self.qemu} hangs with more than one vCPU", "run: pyvmm testbed setup, or use --cpus 1"
+                f"{self.qemu} hangs with more than one vCPU",
+                "run: pyvmm testbed setup, or use --cpus 1",
             )
         vmlinux, initrd = l1_assets.boot_files(self.kernel, self.say)
         self.say(f"starting Linux {self.kernel.version} on {self.cpus} vCPU(s) under {self.qemu}")
         root = self.share("root", ["-ocache=always"], [])
-        work = self.share("work", ["-ocache=always", f"-otimeout={FRESH}"], self.options["writable"])
+        work = self.share(
+            "work", ["-ocache=always", f"-otimeout={FRESH}"], self.options["writable"]
+        )
         port, port_qemu = socket.socketpair()
         console, console_qemu = socket.socketpair()
         qmp, qmp_qemu = socket.socketpair()
@@ -183,7 +195,9 @@ class Supervisor:
         listener.close()
         return client
 
-    def spawn(self, argv: list[str], fds: list[int], writable: list[str] | None) -> subprocess.Popen[bytes]:
+    def spawn(
+        self, argv: list[str], fds: list[int], writable: list[str] | None
+    ) -> subprocess.Popen[bytes]:
         env = dict(os.environ)
         if writable is not None and os.geteuid():
             env["LD_PRELOAD"] = l1_assets.shim()
@@ -198,7 +212,9 @@ class Supervisor:
                     os.write(tell, str(e).encode())
             l1_isolate.die_with_parent()
 
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=env, pass_fds=fds, preexec_fn=prepare)
+        child = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, env=env, pass_fds=fds, preexec_fn=prepare
+        )
         os.close(tell)
         with os.fdopen(told) as f:
             failure = f.read()
@@ -207,7 +223,7 @@ class Supervisor:
         self.children.append(child)
         return child
 
-    # --- the loop ------------------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Until stopped; the exit status."""
@@ -247,7 +263,9 @@ class Supervisor:
             last = now
             if not self.stopping and any(child.poll() is not None for child in self.children):
                 time.sleep(0.3)  # one ends because another has: find out which was first
-                what, child = ("virtiofsd", self.children[0]) if self.vm.poll() is None else ("QEMU", self.vm)
+                what, child = (
+                    ("virtiofsd", self.children[0]) if self.vm.poll() is None else ("QEMU", self.vm)
+                )
                 raise TestbedError(
                     f"L1 died: {what} ended with {child.poll()}{self.last_words()}", self.hint()
                 )
@@ -276,7 +294,11 @@ class Supervisor:
         print(why, file=sys.stderr)
         if self.console:
             print(
-                "--- L1's console:", self.console.decode(errors="replace"), "---", sep="\n", file=sys.stderr
+                "--- L1's console:",
+                self.console.decode(errors="replace"),
+                "---",
+                sep="\n",
+                file=sys.stderr,
             )
         self.tell(why)
 
@@ -298,7 +320,9 @@ class Supervisor:
                 said = log.read()
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         telling = [
-            line for line in lines if any(word in line for word in ("panic", "BUG:", "L1:", "switch_root:"))
+            line
+            for line in lines
+            if any(word in line for word in ("panic", "BUG:", "L1:", "switch_root:"))
         ]
         return f" ({(telling or lines)[-1 if not telling else 0]})" if lines else ""
 
@@ -348,7 +372,7 @@ class Supervisor:
         self.selector.unregister(self.options["tether"])
         self.stop()
 
-    # --- clients -------------------------------------------------------------------------------------------
+    # --- clients ----------------------------------------------------------------------------------
 
     def accept(self) -> bool:
         """Take one new connection; whether there was one."""
@@ -470,7 +494,7 @@ class Supervisor:
             "notes": self.notes,
         }
 
-    # --- L1 ------------------------------------------------------------------------------------------------
+    # --- L1 ---------------------------------------------------------------------------------------
 
     def to_port(self, data: bytes) -> None:
         self.port_out += data
@@ -533,7 +557,9 @@ class Supervisor:
         binds = [(f"/.work{d}", d) for d in self.options["writable"]]
         if self.kernel.root:
             binds.append((f"{self.kernel.root}/lib/modules", "/lib/modules"))
-        advice = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"  # a guest's boot takes a fifth less
+        advice = (
+            "/sys/kernel/mm/transparent_hugepage/shmem_enabled"  # a guest's boot takes a fifth less
+        )
         files = [("/proc/sys/kernel/perf_event_paranoid", "-1"), (advice, "advise")]
         return {"binds": binds, "files": files}
 

@@ -1,7 +1,9 @@
-"""The testbed: a virtual machine (L1) with real KVM and real vhost-net on any machine, in which commands run.
+"""The testbed: a virtual machine (L1) with real KVM and real vhost-net on any machine, in which
+commands run.
 
-``Testbed().run(["pyvmm", "run", ...])`` runs a command in the testbed that is up, or in one that is started for it and
-stopped afterwards. L1 sees the machine's files: the writable directories as they are, all else under a throw-away overlay.
+``Testbed().run(["pyvmm", "run", ...])`` runs a command in the testbed that is up, or in one that is
+started for it and stopped afterwards. L1 sees the machine's files: the writable directories as they
+are, all else under a throw-away overlay.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def inside() -> bool:
 
 
 def default_writable(cwd: str) -> list[str]:
-    """What a testbed started from ``cwd`` can write: the checkout (else ``cwd``), pyvmm's cache, temporary files."""
+    """What a testbed started from ``cwd`` can write: the checkout (else ``cwd``), pyvmm's cache,
+    temporary files.
+    """
     import tempfile
 
     top = os.path.realpath(cwd)
@@ -70,7 +74,8 @@ def default_writable(cwd: str) -> list[str]:
 
 
 class Testbed:
-    """One testbed, by its name. As a context manager it is up inside: the running one, or one of its own for the while.
+    """One testbed, by its name. As a context manager it is up inside: the running one, or one of
+    its own for the while.
 
     :param name: several can be up at once under different names; $PYVMM_TESTBED or "default".
     :param cpus: of L1, 0 for two where QEMU can, else one.
@@ -96,7 +101,9 @@ class Testbed:
     ) -> None:
         self.name = name or os.environ.get("PYVMM_TESTBED") or "default"
         if not self.name.replace("-", "").replace("_", "").isalnum() or len(self.name) > 32:
-            raise TestbedError(f"testbed name {self.name!r}", "use up to 32 letters, digits, - and _")
+            raise TestbedError(
+                f"testbed name {self.name!r}", "use up to 32 letters, digits, - and _"
+            )
         self.cpus, self.memory, self.kernel, self.watchdog = cpus, memory, kernel, watchdog
         self.writable = list(writable)
         self.progress = progress or (lambda text: None)
@@ -117,14 +124,18 @@ class Testbed:
 
     @staticmethod
     def missing() -> str:
-        """What is missing before it can be started and how to get it; an empty string where nothing is."""
+        """What is missing before it can be started and how to get it; an empty string where nothing
+        is.
+        """
         from pyvmm.testbed import assets as l1_assets
 
         return "; ".join(f"{what} is missing ({remedy})" for what, remedy in l1_assets.missing())
 
     @staticmethod
     def setup(progress: Callable[[str], None], kernel: str | None = None) -> None:
-        """Fetch and build what the testbed needs and root is not needed for; quick where all is there."""
+        """Fetch and build what the testbed needs and root is not needed for; quick where all is
+        there.
+        """
         from pyvmm.testbed import assets as l1_assets
 
         l1_assets.setup(progress, kernel)
@@ -163,7 +174,9 @@ class Testbed:
                             answer: dict[str, Any] = json.loads(payload)
                             return answer
             except TimeoutError as e:
-                raise TestbedError("the testbed's supervisor does not answer", f"see {self.dir}/log") from e
+                raise TestbedError(
+                    "the testbed's supervisor does not answer", f"see {self.dir}/log"
+                ) from e
             except ConnectionError:
                 pass  # it is ending
         return None
@@ -206,7 +219,9 @@ class Testbed:
             if real != "/":
                 writable.append(real)
         writable = [
-            d for d in dict.fromkeys(writable) if not any(is_below(d, o) and d != o for o in writable)
+            d
+            for d in dict.fromkeys(writable)
+            if not any(is_below(d, o) and d != o for o in writable)
         ]
         options: dict[str, Any] = {
             "socket": f"{directory}/socket",
@@ -249,7 +264,9 @@ class Testbed:
                 break
             # 3: another one was faster, and will listen.
             if child.poll() not in (None, 3):
-                raise TestbedError(f"the testbed's supervisor ended: {_last_line(f'{directory}/log')}")
+                raise TestbedError(
+                    f"the testbed's supervisor ended: {_last_line(f'{directory}/log')}"
+                )
             time.sleep(0.01)
         else:
             raise TestbedError("the testbed's supervisor does not listen", f"see {directory}/log")
@@ -264,7 +281,9 @@ class Testbed:
             except ConnectionError:
                 data = b""
             if not data:
-                raise TestbedError(f"the testbed ended while it started: {_last_line(f'{self.dir}/log')}")
+                raise TestbedError(
+                    f"the testbed ended while it started: {_last_line(f'{self.dir}/log')}"
+                )
             for kind, _, _, payload in framer.feed(data):
                 if kind == p.NOTE:
                     self.progress(payload.decode(errors="replace"))
@@ -319,7 +338,10 @@ class Testbed:
         self.name, self._shared = self._shared, ""
 
     def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._entered -= 1
         if self._shared and not self._entered:
@@ -334,7 +356,8 @@ class Testbed:
         return bool(self._shared)
 
     def check(self, cwd: str) -> str:
-        """Whether the running testbed is what was asked for; a warning where it only nearly is, else an empty string.
+        """Whether the running testbed is what was asked for; a warning where it only nearly is,
+        else an empty string.
 
         :raises TestbedError: it lacks what was asked for explicitly.
         """
@@ -377,15 +400,23 @@ class Testbed:
         """
         with self._session() as sock:
             session = Session(
-                sock, argv, cwd=cwd or os.getcwd(), env=self._env(env), stdin=input, stdout=None, stderr=None
+                sock,
+                argv,
+                cwd=cwd or os.getcwd(),
+                env=self._env(env),
+                stdin=input,
+                stdout=None,
+                stderr=None,
             )
             status = session.wait(timeout, progress=self.progress)
             return Result(status, bytes(session.output[p.STDOUT]), bytes(session.output[p.STDERR]))
 
     def run_attached(self, argv: Sequence[str], *, timeout: float | None = None) -> int:
-        """Run a command on this process's own stdin, stdout, stderr, terminal and signals; its exit status.
+        """Run a command on this process's own stdin, stdout, stderr, terminal and signals; its exit
+        status.
 
-        For a command line's main thread. Uses the testbed that is up, else one for this command only.
+        For a command line's main thread. Uses the testbed that is up, else one for this command
+        only.
 
         :param timeout: seconds; then the command is killed and TestbedTimeout raised.
         """
@@ -418,7 +449,9 @@ class Testbed:
         env = {**(os.environ if env is None else env), INSIDE: "1"}
         path = env.get("PATH", os.defpath)
         # An ordinary user is root in there, and has use for root's programs.
-        env["PATH"] = ":".join([path, *(d for d in ("/usr/sbin", "/sbin") if d not in path.split(":"))])
+        env["PATH"] = ":".join(
+            [path, *(d for d in ("/usr/sbin", "/sbin") if d not in path.split(":"))]
+        )
         return env
 
 

@@ -1,7 +1,8 @@
-"""What a Linux console says about how it goes: panic, oops, warnings, stalls, and how far the boot has come.
+"""What a Linux console says about how it goes: panic, oops, warnings, stalls, and how far the boot
+has come.
 
-The patterns are the kernel's own words (kernel/panic.c, lib/bug.c, arch/x86/mm/fault.c, kernel/rcu/tree_stall.h, kernel/locking/
-lockdep.c), Linux 5.10 to 6.15.
+The patterns are the kernel's own words (kernel/panic.c, lib/bug.c, arch/x86/mm/fault.c,
+kernel/rcu/tree_stall.h, kernel/locking/ lockdep.c), Linux 5.10 to 6.15.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: kind -> how its first line begins, after the time stamp. Tried in this order: lockdep's are warnings of another kind.
+#: kind -> how its first line begins, after the time stamp. Tried in this order: lockdep's are
+#: warnings of another kind.
 TROUBLES = {
     "lockdep": r"WARNING: (?:possible (?:circular|recursive|irq lock inversion)|inconsistent lock state|bad unlock balance|"
     r"suspicious RCU usage|held lock freed|Nested lock|lock held when returning|\S*-safe -> )|DEBUG_LOCKS_WARN_ON|"
@@ -36,7 +38,9 @@ OFFSET = re.compile(r"Kernel Offset: (0x[0-9a-f]+) from 0x")
 
 
 class Trouble:
-    """One report of the kernel's. :ivar kind: key of TROUBLES. :ivar lines: its beginning, without time stamps."""
+    """One report of the kernel's. :ivar kind: key of TROUBLES. :ivar lines: its beginning, without
+    time stamps.
+    """
 
     __slots__ = ("kind", "lines")
 
@@ -50,7 +54,9 @@ class Trouble:
 
 
 def parse_kinds(text: str) -> list[str]:
-    """The kinds of ``--fail-on``; ``all`` is each of them. Raises ValueError with the one that is unknown."""
+    """The kinds of ``--fail-on``; ``all`` is each of them. Raises ValueError with the one that is
+    unknown.
+    """
     kinds = [k.strip() for k in text.split(",") if k.strip()]
     for kind in kinds:
         if kind not in TROUBLES and kind != "all":
@@ -59,9 +65,11 @@ def parse_kinds(text: str) -> list[str]:
 
 
 class Watch:
-    """A console's sink that keeps the reports of some kinds, line by line, however much else there is.
+    """A console's sink that keeps the reports of some kinds, line by line, however much else there
+    is.
 
-    :param kinds: of TROUBLES. :ivar troubles: the first ``MAX``, in order. :ivar count: how many there were.
+    :param kinds: of TROUBLES. :ivar troubles: the first ``MAX``, in order. :ivar count: how many
+        there were.
     """
 
     MAX = 20
@@ -110,12 +118,18 @@ class Watch:
 def panic_quote(console: bytes | bytearray) -> list[str]:
     """The panic in a console, with the call trace that belongs to it; empty where there is none.
 
-    What led to it, an oops or a BUG, comes before the panic's own line and has the trace; else the trace follows.
+    What led to it, an oops or a BUG, comes before the panic's own line and has the trace; else the
+    trace follows.
     """
     text = bytes(console[-(1 << 16) :]).decode(errors="replace")
     lines = [STAMP.sub("", clean(line)) for line in text.splitlines()]
     at = next(
-        (i for i in range(len(lines) - 1, -1, -1) if PANIC in lines[i] and "end Kernel" not in lines[i]), None
+        (
+            i
+            for i in range(len(lines) - 1, -1, -1)
+            if PANIC in lines[i] and "end Kernel" not in lines[i]
+        ),
+        None,
     )
     if at is None:
         return []
@@ -157,7 +171,8 @@ def phase(phases: dict[str, int], said: bool) -> str:
 
 
 class Log:
-    """A console's sink that writes each line with the seconds since the start, as ``[   12.345678] text``.
+    """A console's sink that writes each line with the seconds since the start, as ``[   12.345678]
+    text``.
 
     :param write: takes the bytes. :raises OSError: from it, when the disk is full.
     """
@@ -181,5 +196,7 @@ class Log:
     def note(self, text: str) -> None:
         """A line of our own, after a whole one of the console's."""
         stamp = time.monotonic() - self._begin
-        self._write(b"%s[%12.6f] pyvmm: %s\n" % (b"" if self._at_start else b"\n", stamp, text.encode()))
+        self._write(
+            b"%s[%12.6f] pyvmm: %s\n" % (b"" if self._at_start else b"\n", stamp, text.encode())
+        )
         self._at_start = True

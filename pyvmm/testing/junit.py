@@ -14,7 +14,8 @@ OUTPUT_MAX = 1 << 16  # bytes of a test's output that go into the file, the last
 class TestCase:
     """One <testcase>.
 
-    :ivar result: ``passed``, ``failed``, ``error`` or ``skipped``. :ivar kind: the failure's type, e.g. ``panic``.
+    :ivar result: ``passed``, ``failed``, ``error`` or ``skipped``. :ivar kind: the failure's type,
+        e.g. ``panic``.
     :ivar message: one line. :ivar text: the failure's body. :ivar output: the test's output.
     :ivar properties: name -> value.
     """
@@ -63,7 +64,9 @@ def _case(case: TestCase) -> list[str]:
     ]
     if case.properties:
         lines.append("<properties>")
-        lines += [f"<property name={quoted(k)} value={quoted(v)}/>" for k, v in case.properties.items()]
+        lines += [
+            f"<property name={quoted(k)} value={quoted(v)}/>" for k, v in case.properties.items()
+        ]
         lines.append("</properties>")
     if case.result in ("failed", "error"):
         tag = "failure" if case.result == "failed" else "error"

@@ -1,6 +1,7 @@
 """The pytest plugin that comes with pyvmm: machines as fixtures (docs/pytest.md).
 
-Loaded by pytest in every session of an environment that has pyvmm: it imports nothing of it until a fixture is used.
+Loaded by pytest in every session of an environment that has pyvmm: it imports nothing of it until a
+fixture is used.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Record:
 RECORDS = pytest.StashKey[list[Record]]()
 
 
-# --- options ------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,7 +78,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run each test of `vm` with this kernel: a file, or the name of an image of pyvmm's; repeatable",
     )
     group.addoption("--pyvmm-initrd", metavar="I", help="initial RAM disk (default: pyvmm's image)")
-    group.addoption("--pyvmm-append", metavar="S", default="", help="more kernel command line, for all")
+    group.addoption(
+        "--pyvmm-append", metavar="S", default="", help="more kernel command line, for all"
+    )
     group.addoption(
         "--pyvmm-scope",
         choices=SCOPES,
@@ -89,7 +92,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where: local, testbed, or auto, which is the testbed where this KVM runs no Linux (local, or pyvmm_host)",
     )
     parser.addini(
-        "pyvmm_scope", "how long a `vm` lives: function, class, module, package, session", default="function"
+        "pyvmm_scope",
+        "how long a `vm` lives: function, class, module, package, session",
+        default="function",
     )
     parser.addini("pyvmm_host", "where the tests run: local, testbed or auto", default="local")
     parser.addini("pyvmm_boot_timeout", "seconds until a guest takes commands", default="180")
@@ -104,7 +109,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     for name, choices in (("pyvmm_scope", SCOPES), ("pyvmm_host", HOSTS)):
         if config.getini(name) not in choices:
-            raise pytest.UsageError(f"{name} = {config.getini(name)}: use one of {', '.join(choices)}")
+            raise pytest.UsageError(
+                f"{name} = {config.getini(name)}: use one of {', '.join(choices)}"
+            )
     try:
         float(config.getini("pyvmm_boot_timeout"))
     except ValueError:
@@ -123,9 +130,13 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
     if inside() or (host == "auto" and can_run_linux_locally()[0]):
         return None
-    sys.stderr.write("pyvmm: the tests run in the testbed\n")  # pytest's own terminal is not there yet
+    sys.stderr.write(
+        "pyvmm: the tests run in the testbed\n"
+    )  # pytest's own terminal is not there yet
     try:
-        return Testbed().run_attached([sys.executable, "-m", "pytest", *config.invocation_params.args])
+        return Testbed().run_attached(
+            [sys.executable, "-m", "pytest", *config.invocation_params.args]
+        )
     except PyvmmError as e:
         raise pytest.UsageError(f"--pyvmm-host {host}: {e}") from e
 
@@ -138,7 +149,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("pyvmm")
     if marker is None or "kernel" not in marker.kwargs:
         scope: Any = _scope("vm", metafunc.config)
-        metafunc.parametrize("pyvmm_kernel", kernels, ids=kernel_ids(kernels), indirect=True, scope=scope)
+        metafunc.parametrize(
+            "pyvmm_kernel", kernels, ids=kernel_ids(kernels), indirect=True, scope=scope
+        )
 
 
 def kernel_ids(kernels: list[str]) -> list[str]:
@@ -151,7 +164,7 @@ def kernel_ids(kernels: list[str]) -> list[str]:
     return [f"{name}-{i}" for i, name in enumerate(kernels)]
 
 
-# --- fixtures -----------------------------------------------------------------------------------------------
+# --- fixtures -------------------------------------------------------------------------------------
 
 
 def _scope(fixture_name: str, config: pytest.Config) -> Any:
@@ -168,13 +181,20 @@ def pyvmm_kernel(request: pytest.FixtureRequest) -> str | None:
 
 
 @pytest.fixture(scope=_scope)
-def machine_factory(request: pytest.FixtureRequest, pyvmm_kernel: str | None) -> Iterator[Callable[..., Vm]]:
-    """Makes machines: ``machine_factory(cpus=2, net="vhost-net")``, with what the marker takes; all end with the test."""
+def machine_factory(
+    request: pytest.FixtureRequest, pyvmm_kernel: str | None
+) -> Iterator[Callable[..., Vm]]:
+    """Makes machines: ``machine_factory(cpus=2, net="vhost-net")``, with what the marker takes; all
+    end with the test.
+    """
     records: list[Record] = []
 
     def make(**wishes: Any) -> Vm:
         return _make(
-            request, {"kernel": pyvmm_kernel} | _marked(request) | wishes, f"machine {len(records)}", records
+            request,
+            {"kernel": pyvmm_kernel} | _marked(request) | wishes,
+            f"machine {len(records)}",
+            records,
         )
 
     yield make
@@ -183,7 +203,9 @@ def machine_factory(request: pytest.FixtureRequest, pyvmm_kernel: str | None) ->
 
 @pytest.fixture(scope=_scope)
 def vm(request: pytest.FixtureRequest, pyvmm_kernel: str | None) -> Iterator[Vm]:
-    """A machine as the marker ``pyvmm`` wants it, up and running; a Linux guest takes commands by ``vm.run``."""
+    """A machine as the marker ``pyvmm`` wants it, up and running; a Linux guest takes commands by
+    ``vm.run``.
+    """
     records: list[Record] = []
     yield _make(request, {"kernel": pyvmm_kernel} | _marked(request), "vm", records)
     _close(request, records)
@@ -203,7 +225,9 @@ def _refuse(text: str) -> NoReturn:
     pytest.fail(text, pytrace=False)
 
 
-def _make(request: pytest.FixtureRequest, wishes: dict[str, Any], name: str, records: list[Record]) -> Vm:
+def _make(
+    request: pytest.FixtureRequest, wishes: dict[str, Any], name: str, records: list[Record]
+) -> Vm:
     from pyvmm.errors import PyvmmError
     from pyvmm.netopt import Net
     from pyvmm.testing.console import Watch, parse_kinds
@@ -269,7 +293,9 @@ def _check_host(kernel: str) -> None:
 
 
 def _close(request: pytest.FixtureRequest, records: list[Record]) -> None:
-    """End the machines, the last first; what a kernel reported that was not to be fails the test."""
+    """End the machines, the last first; what a kernel reported that was not to be fails the
+    test.
+    """
     troubles = []
     for record in reversed(records):
         if record.vm is None:
@@ -282,15 +308,18 @@ def _close(request: pytest.FixtureRequest, records: list[Record]) -> None:
     if troubles:
         more = f" and {len(troubles) - 1} more" if len(troubles) > 1 else ""
         _refuse(
-            f"pyvmm: the guest kernel reported {troubles[0].kind}{more}:\n" + "\n".join(troubles[0].lines)
+            f"pyvmm: the guest kernel reported {troubles[0].kind}{more}:\n"
+            + "\n".join(troubles[0].lines)
         )
 
 
-# --- reports ------------------------------------------------------------------------------------------------
+# --- reports --------------------------------------------------------------------------------------
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Console and exits of the machines that a failing test used go into its report."""
     report = yield
     records = item.config.stash.get(RECORDS, None)

@@ -1,4 +1,6 @@
-"""Single results inside a console: KTAP as KUnit and kselftest write it, and the ``PASS: name`` lines of test kernels."""
+"""Single results inside a console: KTAP as KUnit and kselftest write it, and the ``PASS: name``
+lines of test kernels.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ LINES = {
 
 
 class Point:
-    """One result. :ivar result: ``passed``, ``failed`` or ``skipped``. :ivar message: what was said with it."""
+    """One result. :ivar result: ``passed``, ``failed`` or ``skipped``. :ivar message: what was said
+    with it.
+    """
 
     __slots__ = ("message", "name", "result")
 
@@ -52,7 +56,8 @@ class _Level:
 
 
 def parse(console: bytes | bytearray) -> list[Point]:
-    """Every result in the console, in order; nested ones are named ``outer/inner``, and their sum is left out.
+    """Every result in the console, in order; nested ones are named ``outer/inner``, and their sum
+    is left out.
 
     KTAP counts from its version line on, so that a program's chance "ok 1" is no result.
     """

@@ -1,7 +1,8 @@
 """Boot test kernels, several at a time, each to a verdict.
 
-Theory of operation: worker threads take cases from a queue, boot each as a ``Machine`` with test devices, and hand its ``Result`` to
-the caller's thread, which reports. Each run is bounded by its time-out; ``stop`` ends those that run and starts no more.
+Theory of operation: worker threads take cases from a queue, boot each as a ``Machine`` with test
+devices, and hand its ``Result`` to the caller's thread, which reports. Each run is bounded by its
+time-out; ``stop`` ends those that run and starts no more.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ RESET_RIP = 0xFFF0  # of a processor that waits for its start-up interrupt
 class Case:
     """A kernel to boot.
 
-    :param timeout: seconds. :param skip: why it is not run; empty where it is. :param notes: for the report.
-    Other parameters: as of ``Machine``.
+    :param timeout: seconds. :param skip: why it is not run; empty where it is. :param notes: for
+        the report. Other parameters: as of ``Machine``.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class Case:
 class Result:
     """What became of a case.
 
-    :ivar seconds: from the machine's making to its end. :ivar console: the last of what the kernel said, all streams.
-    :ivar report: ``Machine.report()``, None where there was no machine. :ivar points: the single results in the console.
+    :ivar seconds: from the machine's making to its end. :ivar console: the last of what the kernel
+        said, all streams.
+    :ivar report: ``Machine.report()``, None where there was no machine. :ivar points: the single
+        results in the console.
     """
 
     def __init__(self, case: Case, verdict: Verdict) -> None:
@@ -85,7 +88,9 @@ class Result:
             "details": verdict.details,
             "seconds": round(self.seconds, 3),
             "notes": case.notes,
-            "points": [{"name": p.name, "result": p.result, "message": p.message} for p in self.points],
+            "points": [
+                {"name": p.name, "result": p.result, "message": p.message} for p in self.points
+            ],
             "report": self.report,
         }
 
@@ -127,7 +132,9 @@ class Suite:
             self.stop()
 
     def stop(self) -> None:
-        """End what runs and start no more; returns when no machine is left. From any thread but a worker."""
+        """End what runs and start no more; returns when no machine is left. From any thread but a
+        worker.
+        """
         with self._lock:
             self._stopped = True
             live = list(self._live)
@@ -211,7 +218,8 @@ class Suite:
 def state_lines(outcome: Any, symbols: str | None, moved: int = 0) -> list[str]:
     """Where the vCPUs were: the registers that the outcome has, each RIP with its symbol.
 
-    :param symbols: path of an ELF with symbols; a file that is none is no error. :param moved: how far KASLR has moved it.
+    :param symbols: path of an ELF with symbols; a file that is none is no error. :param moved: how
+        far KASLR has moved it.
     """
     lines = []
     if outcome.registers:

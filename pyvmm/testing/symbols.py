@@ -19,7 +19,9 @@ class Symbols:
     """
 
     def __init__(self, path: str) -> None:
-        self._found: list[tuple[int, bool, int, int]] = []  # address, is a function, size, offset of the name
+        self._found: list[
+            tuple[int, bool, int, int]
+        ] = []  # address, is a function, size, offset of the name
         self._strings = b""
         self.problem = ""
         try:
@@ -43,7 +45,8 @@ class Symbols:
             if not isinstance(table, SymbolTableSection):
                 self.problem = f"{path} has no symbols"
                 return
-            # Not by pyelftools' own iteration: a vmlinux has a hundred thousand of them, which takes it seconds.
+            # Not by pyelftools' own iteration: a vmlinux has a hundred thousand of them, which
+            # takes it seconds.
             data, self._strings = table.data(), table.stringtable.data()
             wide = file.elfclass == 64
         kinds = (STT_NOTYPE, STT_FUNC)

@@ -1,7 +1,9 @@
-"""The format of kvm-unit-tests' unittests.cfg: what to boot and how, in QEMU's words, mapped to a machine of ours.
+"""The format of kvm-unit-tests' unittests.cfg: what to boot and how, in QEMU's words, mapped to a
+machine of ours.
 
-A test that asks for something that cannot be had here (a device, a CPU model without some feature, a check that does not hold)
-is skipped with the reason; what makes no difference to its meaning is left out with a note.
+A test that asks for something that cannot be had here (a device, a CPU model without some feature,
+a check that does not hold) is skipped with the reason; what makes no difference to its meaning is
+left out with a note.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Test:
     """One section of the file, as a machine of ours can run it.
 
     :ivar kernel: path. :ivar append: command line. :ivar memory: as ``--memory`` takes it, or None.
-    :ivar timeout: seconds, or None for the default. :ivar skip: why it is not run; empty where it is.
+    :ivar timeout: seconds, or None for the default. :ivar skip: why it is not run; empty where it
+        is.
     :ivar manual: only run when asked for (group ``nodefault``). :ivar notes: what was left out.
     """
 
@@ -152,7 +155,8 @@ def _number(what: str, text: str, max_cpus: int) -> int:
 
 
 def _words(text: str) -> list[str]:
-    # The one substitution of a shell that the project's own file has; others would mean to run what the file says.
+    # The one substitution of a shell that the project's own file has; others would mean to run what
+    # the file says.
     text = re.sub(r"`date \+%s`|\$\(date \+%s\)", str(int(time.time())), text)
     if "`" in text or "$(" in text:
         raise _NotHere(f"{text!r} needs a shell")
@@ -197,7 +201,9 @@ def _parameters(test: Test, text: str, max_cpus: int) -> None:
 
 
 def _cpu(test: Test, value: str) -> None:
-    """The CPU is always the host's: more features than asked for are no matter, fewer or other ones are."""
+    """The CPU is always the host's: more features than asked for are no matter, fewer or other ones
+    are.
+    """
     _, *features = value.split(",")
     for feature in features:
         if feature.startswith("-") or feature.endswith("=off"):
@@ -210,7 +216,8 @@ def _cpu(test: Test, value: str) -> None:
 
 
 def seconds(text: str, name: str) -> float | None:
-    """A time-out as timeout(1) takes it: 90, 90s, 3m, 1h; None for 0, which is the default here: nothing runs for ever.
+    """A time-out as timeout(1) takes it: 90, 90s, 3m, 1h; None for 0, which is the default here:
+    nothing runs for ever.
 
     :raises UsageError: it is none.
     """

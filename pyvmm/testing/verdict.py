@@ -1,6 +1,7 @@
 """Verdicts: what a run means, in one word, one exit status and one line.
 
-A verdict is made from how the machine ended and, for Linux, from what the console says (``testing.console``).
+A verdict is made from how the machine ended and, for Linux, from what the console says
+(``testing.console``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: verdict -> exit status; None: the test's own. docs/exit-codes.md has the table, a test holds the two together.
+#: verdict -> exit status; None: the test's own. docs/exit-codes.md has the table, a test holds the
+#: two together.
 CODES: dict[str, int | None] = {
     "passed": 0,
     "skipped": 77,
@@ -36,14 +38,20 @@ class Verdict:
     """What a run means.
 
     :ivar kind: one of CODES. :ivar message: one line; empty where it passed without a word.
-    :ivar status: the test's own exit status where it had one; of an error, a host problem or a signal pyvmm's.
+    :ivar status: the test's own exit status where it had one; of an error, a host problem or a
+        signal pyvmm's.
     :ivar details: lines of more: registers, call trace.
     """
 
     __slots__ = ("details", "kind", "message", "status")
 
     def __init__(
-        self, kind: str, message: str = "", *, status: int | None = None, details: list[str] | None = None
+        self,
+        kind: str,
+        message: str = "",
+        *,
+        status: int | None = None,
+        details: list[str] | None = None,
     ) -> None:
         assert kind in CODES
         self.kind, self.message, self.status = kind, message, status
@@ -67,7 +75,9 @@ class Verdict:
 
 
 def of_error(error: PyvmmError) -> Verdict:
-    """The verdict where there was no machine, or none that could go on: what was asked for is wrong, or the host has not got it."""
+    """The verdict where there was no machine, or none that could go on: what was asked for is
+    wrong, or the host has not got it.
+    """
     ours = isinstance(error, UsageError | ImageError | BuildError)
     return Verdict("error" if ours else "host-problem", str(error), status=error.exit_code)
 
@@ -75,7 +85,8 @@ def of_error(error: PyvmmError) -> Verdict:
 def judge_test(outcome: Any) -> Verdict:
     """The verdict of a test kernel, from the ``machine.Outcome``.
 
-    Debug-exit with value 0, or status 0 by the guest port, is passed; 77 (value 38) is skipped; any other is failed.
+    Debug-exit with value 0, or status 0 by the guest port, is passed; 77 (value 38) is skipped; any
+    other is failed.
     """
     kind, status = outcome.kind, outcome.status
     if kind in ("debug-exit", "poweroff") and status is not None:
@@ -83,7 +94,9 @@ def judge_test(outcome: Any) -> Verdict:
         if status == (1 if by_port else 0):
             return Verdict("passed", status=status)
         if status == SKIP_STATUS:
-            return Verdict("skipped", "the kernel says that it cannot test this here", status=status)
+            return Verdict(
+                "skipped", "the kernel says that it cannot test this here", status=status
+            )
         how = f"debug-exit with {status >> 1}, status {status}" if by_port else f"status {status}"
         return Verdict("failed", f"the kernel ended by {how}", status=status)
     if kind == "poweroff":
@@ -103,10 +116,13 @@ def register_lines(registers: dict[str, int]) -> list[str]:
 def last_lines(text: bytes | bytearray, count: int = 20) -> list[str]:
     """The end of a console, without control characters."""
     return [
-        clean(line) for line in bytes(text[-200 * count :]).decode(errors="replace").splitlines()[-count:]
+        clean(line)
+        for line in bytes(text[-200 * count :]).decode(errors="replace").splitlines()[-count:]
     ]
 
 
 def clean(line: str) -> str:
     """A line without what would move a terminal's cursor or break XML."""
-    return "".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in line.rstrip())
+    return "".join(
+        c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in line.rstrip()
+    )

@@ -1,4 +1,6 @@
-"""The machine that a test gets: it knows what to boot, runs commands, and says how many exits something took."""
+"""The machine that a test gets: it knows what to boot, runs commands, and says how many exits
+something took.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ if TYPE_CHECKING:
     from pyvmm.exits.phases import Phase
     from pyvmm.exits.snapshot import Mark
 
-BOOT_TIMEOUT = 180.0  # seconds until the guest takes commands: emulated ones on a busy machine need many
+BOOT_TIMEOUT = (
+    180.0  # seconds until the guest takes commands: emulated ones on a busy machine need many
+)
 SUMMARY_LINES = 20
 
 
@@ -22,7 +26,8 @@ class ExitsExceeded(AssertionError):
 
 
 class Exits:
-    """Exits of a machine since it was ready, or since the last ``reset``; ``with vm.exits:`` counts a block alone.
+    """Exits of a machine since it was ready, or since the last ``reset``; ``with vm.exits:`` counts
+    a block alone.
 
     While the machine is open; the figures are those of budgets (docs/budgets.md).
     """
@@ -49,8 +54,10 @@ class Exits:
     def assert_within(self, *budgets: str, **limits: float) -> dict[str, float | None]:
         """Fail unless all hold: ``assert_within(user_exits=5000, notify_per_kpacket=20)``.
 
-        :param limits: the most that each may be. :param budgets: others, as ``"packets>=100"``, ``"exits[serial0]==0"``.
-        :returns: the figures by budget. :raises ExitsExceeded: naming each that is broken, with the most frequent exits.
+        :param limits: the most that each may be. :param budgets: others, as ``"packets>=100"``,
+            ``"exits[serial0]==0"``.
+        :returns: the figures by budget. :raises ExitsExceeded: naming each that is broken, with the
+            most frequent exits.
         :raises UsageError: there is no such figure, or this machine does not count it.
         """
         from pyvmm.exits.budget import Budget
@@ -67,7 +74,9 @@ class Exits:
             elif not budget.holds(value):
                 wrong.append(f"{text}: it is {value:g}")
         if wrong:
-            lines = [f"  {line.count:8}  {line.what}" for line in phase.ledger.lines[:8] if line.count]
+            lines = [
+                f"  {line.count:8}  {line.what}" for line in phase.ledger.lines[:8] if line.count
+            ]
             raise ExitsExceeded("\n".join([*wrong, "most frequent:", *lines]))
         return found
 
@@ -77,7 +86,10 @@ class Exits:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._begin = self._outer.pop()
 
@@ -88,9 +100,9 @@ class Exits:
 class Vm(Machine):
     """A ``Machine`` for tests.
 
-    :param kernel: a file, or the name of an image of pyvmm's; None for the image ``default``. A Linux kernel without ``initrd`` gets
-        the default image's, and with it pyvmm's init, which takes commands.
-    Other parameters: as of ``Machine``. :ivar exits: see ``Exits``.
+    :param kernel: a file, or the name of an image of pyvmm's; None for the image ``default``. A
+        Linux kernel without ``initrd`` gets the default image's, and with it pyvmm's init, which
+        takes commands. Other parameters: as of ``Machine``. :ivar exits: see ``Exits``.
     """
 
     def __init__(
@@ -124,7 +136,9 @@ class Vm(Machine):
             return self._summary
         ledger = self.ledger()
         lines = [f"{ledger.total} exits to the VMM"]
-        return "\n".join([*lines, *(f"{x.count:8}  {x.what}" for x in ledger.lines[:SUMMARY_LINES])])
+        return "\n".join(
+            [*lines, *(f"{x.count:8}  {x.what}" for x in ledger.lines[:SUMMARY_LINES])]
+        )
 
     def close(self) -> None:
         """Stop, and release everything. A second call does nothing."""
@@ -146,7 +160,8 @@ class Vm(Machine):
 
 
 def resolve(kernel: str | None) -> tuple[str, str | None, str]:
-    """What to boot: path of the kernel, of an initrd that goes with it (None: it needs none), and its parameters.
+    """What to boot: path of the kernel, of an initrd that goes with it (None: it needs none), and
+    its parameters.
 
     :raises ImageError: there is no such image or file.
     """

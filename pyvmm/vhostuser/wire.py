@@ -1,7 +1,9 @@
-"""vhost-user messages on their socket: framing, bounds, descriptors and time-outs, for front-end, back-end and probe alike.
+"""vhost-user messages on their socket: framing, bounds, descriptors and time-outs, for front-end,
+back-end and probe alike.
 
-The peer is not trusted. A message is taken whole within a deadline, however slowly it comes, or the connection is over; it has
-at most ``PAYLOAD_MAX`` bytes and ``FDS_MAX`` descriptors; whoever takes a message owns its descriptors, and no error leaves one open.
+The peer is not trusted. A message is taken whole within a deadline, however slowly it comes, or the
+connection is over; it has at most ``PAYLOAD_MAX`` bytes and ``FDS_MAX`` descriptors; whoever takes
+a message owns its descriptors, and no error leaves one open.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class Stopped(VhostUserError):
 
 
 def request_name(request: int, *, backend: bool = False) -> str:
-    """``GET_FEATURES``, or the number of an unknown one. :param backend: of the back-end's own requests."""
+    """``GET_FEATURES``, or the number of an unknown one. :param backend: of the back-end's own
+    requests.
+    """
     for name, value in vars(spec).items():
         if value != request or not name.startswith("VHOST_USER_") or name.startswith(NOT_REQUESTS):
             continue
@@ -81,7 +85,9 @@ def protocol_names(bits: int) -> list[str]:
     """Protocol features by name, lowest bit first."""
     prefix = "VHOST_USER_PROTOCOL_F_"
     table = {
-        value: name.removeprefix(prefix) for name, value in vars(spec).items() if name.startswith(prefix)
+        value: name.removeprefix(prefix)
+        for name, value in vars(spec).items()
+        if name.startswith(prefix)
     }
     return [table.get(i, f"bit-{i}") for i in range(bits.bit_length()) if bits >> i & 1]
 
@@ -100,7 +106,9 @@ class Message:
 
     __slots__ = ("fds", "flags", "payload", "request")
 
-    def __init__(self, request: int, flags: int, payload: bytes, fds: list[int] | None = None) -> None:
+    def __init__(
+        self, request: int, flags: int, payload: bytes, fds: list[int] | None = None
+    ) -> None:
         self.request, self.flags, self.payload = request, flags, payload
         self.fds = fds or []
 
@@ -115,7 +123,9 @@ class Message:
         return bool(self.flags & VHOST_USER_NEED_REPLY)
 
     def take_fds(self, low: int, high: int) -> list[int]:
-        """Its descriptors, which become the caller's. :raises ProtocolError: fewer than ``low`` or more than ``high``."""
+        """Its descriptors, which become the caller's. :raises ProtocolError: fewer than ``low`` or
+        more than ``high``.
+        """
         if not low <= len(self.fds) <= high:
             raise ProtocolError(f"{self.name} with {len(self.fds)} descriptors")
         fds, self.fds = self.fds, []
@@ -124,7 +134,9 @@ class Message:
     def unpack(self, layout: str) -> tuple[int, ...]:
         """The payload as integers. :raises ProtocolError: it has another length."""
         if len(self.payload) != struct.calcsize(layout):
-            raise ProtocolError(f"{self.name} with {len(self.payload)} bytes, not {struct.calcsize(layout)}")
+            raise ProtocolError(
+                f"{self.name} with {len(self.payload)} bytes, not {struct.calcsize(layout)}"
+            )
         return struct.unpack(layout, self.payload)
 
     @property
@@ -142,7 +154,9 @@ class Message:
 
 
 class Region:
-    """One run of memory in a memory table: guest-physical and front-end addresses, and where it lies in its file."""
+    """One run of memory in a memory table: guest-physical and front-end addresses, and where it
+    lies in its file.
+    """
 
     __slots__ = ("gpa", "offset", "size", "user")
 
@@ -160,7 +174,9 @@ def pack_regions(regions: Sequence[Region]) -> bytes:
 
 
 def unpack_regions(payload: bytes) -> list[Region]:
-    """From SET_MEM_TABLE; front-ends may pad the table to 8 regions. :raises ProtocolError: lengths that do not fit."""
+    """From SET_MEM_TABLE; front-ends may pad the table to 8 regions. :raises ProtocolError: lengths
+    that do not fit.
+    """
     head, each = struct.calcsize(MEM_HEADER), struct.calcsize(MEM_REGION)
     count = struct.unpack_from(MEM_HEADER, payload)[0] if len(payload) >= head else 0
     if (
@@ -173,7 +189,8 @@ def unpack_regions(payload: bytes) -> list[Region]:
 
 
 class Channel:
-    """A connected stream socket that carries messages. One user at a time, but ``stop`` may come from any thread.
+    """A connected stream socket that carries messages. One user at a time, but ``stop`` may come
+    from any thread.
 
     :param sock: owned from here on.
     """
@@ -238,12 +255,16 @@ class Channel:
         if begin:
             self._record("send", request, flags, payload, len(fds), begin)
 
-    def _record(self, way: str, request: int, flags: int, payload: bytes, fds: int, begin: int) -> None:
+    def _record(
+        self, way: str, request: int, flags: int, payload: bytes, fds: int, begin: int
+    ) -> None:
         args = {"request": request, "flags": flags, "payload": payload, "descriptors": fds}
         self.recorder.step(f"vhost-user {way}", begin, args)
 
     def _receive(self, want: int, fds: list[int], deadline: float | None) -> bytes:
-        """Up to ``want`` bytes; empty at the end of the stream. Descriptors are added to ``fds``."""
+        """Up to ``want`` bytes; empty at the end of the stream. Descriptors are added to
+        ``fds``.
+        """
         while True:
             try:
                 data, control, flags, _ = self._sock.recvmsg(
@@ -266,8 +287,10 @@ class Channel:
     def receive(self, timeout: float | None = None) -> Message:
         """The next message, whole.
 
-        :param timeout: seconds for all of it. :raises Closed: the stream ended where a message could begin.
-        :raises ProtocolError: it ended elsewhere, or what came is no message. :raises TimedOut: too slow.
+        :param timeout: seconds for all of it. :raises Closed: the stream ended where a message
+            could begin.
+        :raises ProtocolError: it ended elsewhere, or what came is no message. :raises TimedOut: too
+            slow.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         fds: list[int] = []
@@ -290,7 +313,9 @@ class Channel:
             while len(payload) < size:
                 part = self._receive(size - len(payload), fds, deadline)
                 if not part:
-                    raise ProtocolError(f"{request_name(request)} is cut off after {len(payload)} bytes")
+                    raise ProtocolError(
+                        f"{request_name(request)} is cut off after {len(payload)} bytes"
+                    )
                 payload += part
             if len(fds) != before:
                 raise ProtocolError(f"{request_name(request)} with descriptors in its payload")
@@ -301,11 +326,15 @@ class Channel:
             close_all(fds)
             raise
 
-    def reply(self, message: Message, payload: bytes, fds: Sequence[int] = (), timeout: float = 5.0) -> None:
+    def reply(
+        self, message: Message, payload: bytes, fds: Sequence[int] = (), timeout: float = 5.0
+    ) -> None:
         """Answer a request."""
         self.send(message.request, payload, fds, flags=VHOST_USER_REPLY, timeout=timeout)
 
-    def request(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, timeout: float) -> None:
+    def request(
+        self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, timeout: float
+    ) -> None:
         """Send a request that has no answer."""
         self.send(request, payload, fds, timeout=timeout)
 
@@ -377,7 +406,9 @@ class Listener:
     """A listening socket in the file system; ``close`` removes it."""
 
     def __init__(self, path: str) -> None:
-        """:raises VhostUserError: the path is taken or cannot be had. A socket that nobody listens on is replaced."""
+        """:raises VhostUserError: the path is taken or cannot be had. A socket that nobody listens
+        on is replaced.
+        """
         self.path = _address(path)
         self._sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
         try:

@@ -1,6 +1,7 @@
 """The control virtqueue of a network card (virtio 1.2, 5.1.6.5).
 
-Served in the vCPU thread that kicks it, under the machine's I/O lock: the driver waits for the answer anyway.
+Served in the vCPU thread that kicks it, under the machine's I/O lock: the driver waits for the
+answer anyway.
 """
 
 from __future__ import annotations
@@ -96,7 +97,10 @@ class Control:
         known = self._COMMANDS.get((request[0], request[1]))
         if known is None and request[0] == VIRTIO_NET_CTRL_RX and request[1] < len(RxFilter.FLAGS):
             extra = request[1] >= VIRTIO_NET_CTRL_RX_ALLUNI
-            known = (VIRTIO_NET_F_CTRL_RX_EXTRA if extra else VIRTIO_NET_F_CTRL_RX, Control._rx_mode)
+            known = (
+                VIRTIO_NET_F_CTRL_RX_EXTRA if extra else VIRTIO_NET_F_CTRL_RX,
+                Control._rx_mode,
+            )
         if known is None or not self._acked >> known[0] & 1:
             return False
         try:
@@ -165,13 +169,20 @@ class Control:
         (offloads,) = struct.unpack("<Q", data)
         return self._device.set_offloads(offloads)
 
-    #: (class, command) -> (feature that it needs, what does it); VIRTIO_NET_CTRL_RX is in ``_execute``.
+    #: (class, command) -> (feature that it needs, what does it); VIRTIO_NET_CTRL_RX is in
+    #: ``_execute``.
     _COMMANDS: dict[tuple[int, int], tuple[int, Callable[[Control, int, bytes], bool]]] = {
         (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET): (VIRTIO_NET_F_CTRL_RX, _mac_table),
-        (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET): (VIRTIO_NET_F_CTRL_MAC_ADDR, _mac_address),
+        (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET): (
+            VIRTIO_NET_F_CTRL_MAC_ADDR,
+            _mac_address,
+        ),
         (VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD): (VIRTIO_NET_F_CTRL_VLAN, _vlan),
         (VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_DEL): (VIRTIO_NET_F_CTRL_VLAN, _vlan),
-        (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK): (VIRTIO_NET_F_GUEST_ANNOUNCE, _announced),
+        (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK): (
+            VIRTIO_NET_F_GUEST_ANNOUNCE,
+            _announced,
+        ),
         (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET): (VIRTIO_NET_F_MQ, _pairs),
         (VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET): (
             VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,

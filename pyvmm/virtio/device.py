@@ -1,7 +1,8 @@
-"""A virtio device's life, whatever its transport: status, features, queues (virtio 1.2, 2.1 to 2.7 and 3.1).
+"""A virtio device's life, whatever its transport: status, features, queues (virtio 1.2, 2.1 to 2.7
+and 3.1).
 
-The guest is hostile: bits and registers change only where the specification lets the driver change them; anything else is
-ignored and counted in ``refused``.
+The guest is hostile: bits and registers change only where the specification lets the driver change
+them; anything else is ignored and counted in ``refused``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ ACK, DRIVER = VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER
 FEATURES_OK, DRIVER_OK = VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_DRIVER_OK
 NEEDS_RESET, FAILED = VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_CONFIG_S_FAILED
 
-#: status now -> the bits that the driver may add next, in this order only (3.1.1); 0 resets from anywhere.
+#: status now -> the bits that the driver may add next, in this order only (3.1.1); 0 resets from
+#: anywhere.
 TRANSITIONS = {
     0: ACK,
     ACK: DRIVER,
@@ -52,9 +54,22 @@ class Queue:
     :ivar max_size: entries, a power of two; ``size`` starts there.
     """
 
-    __slots__ = ("avail", "call", "desc", "enabled", "index", "kick", "max_size", "size", "used", "vector")
+    __slots__ = (
+        "avail",
+        "call",
+        "desc",
+        "enabled",
+        "index",
+        "kick",
+        "max_size",
+        "size",
+        "used",
+        "vector",
+    )
 
-    def __init__(self, index: int, max_size: int, no_vector: int, kick: EventFd, call: EventFd) -> None:
+    def __init__(
+        self, index: int, max_size: int, no_vector: int, kick: EventFd, call: EventFd
+    ) -> None:
         self.index = index
         self.max_size = max_size
         self.kick, self.call = kick, call
@@ -87,11 +102,12 @@ class Queue:
 class VirtioDevice:
     """Base of all virtio devices: the status machine, feature negotiation, queues.
 
-    A subclass gives ``device_id`` and overrides ``offered``, ``config_space``, ``activate`` and ``deactivate``. A transport sets
-    ``interrupt_config`` and ``on_active``.
-    All methods but ``fault`` and ``config_changed`` are called under the machine's I/O lock.
+    A subclass gives ``device_id`` and overrides ``offered``, ``config_space``, ``activate`` and
+    ``deactivate``. A transport sets ``interrupt_config`` and ``on_active``. All methods but
+    ``fault`` and ``config_changed`` are called under the machine's I/O lock.
 
-    :ivar refused: writes of the driver that were ignored. :ivar faults: the first problems that only a reset cures.
+    :ivar refused: writes of the driver that were ignored. :ivar faults: the first problems that
+        only a reset cures.
     """
 
     device_id = 0
@@ -121,7 +137,7 @@ class VirtioDevice:
         #: Told of each fault kept in ``faults``. Any thread; must not wait.
         self.on_problem: Callable[[str], None] = lambda problem: None
 
-    # --- for subclasses -----------------------------------------------------------------------------
+    # --- for subclasses ---------------------------------------------------------------------------
 
     def offered(self) -> int:
         """The feature bits on offer."""
@@ -142,7 +158,9 @@ class VirtioDevice:
         return frozenset()
 
     def kick_role(self, index: int) -> str:
-        """``notify`` for a queue that a data path serves, ``control`` for one that the device serves itself; for the ledger."""
+        """``notify`` for a queue that a data path serves, ``control`` for one that the device
+        serves itself; for the ledger.
+        """
         return "notify"
 
     def queue_name(self, index: int) -> str:
@@ -152,7 +170,7 @@ class VirtioDevice:
     def notified(self, index: int) -> None:
         """One of ``own_queues`` has been kicked."""
 
-    # --- status -------------------------------------------------------------------------------------
+    # --- status -----------------------------------------------------------------------------------
 
     @property
     def active(self) -> bool:
@@ -188,7 +206,9 @@ class VirtioDevice:
             if problem:
                 self.fault(q.index, problem)
                 return
-        rings = [Vring(q.index, q.size, q.desc, q.avail, q.used, 0, q.kick, q.call) for q in enabled]
+        rings = [
+            Vring(q.index, q.size, q.desc, q.avail, q.used, 0, q.kick, q.call) for q in enabled
+        ]
         try:
             self.activate(rings)
         except PyvmmError as e:
@@ -219,13 +239,15 @@ class VirtioDevice:
         self.config_changed()
 
     def config_changed(self) -> None:
-        """The configuration has changed: new generation, configuration interrupt (4.1.4.3.1). Any thread."""
+        """The configuration has changed: new generation, configuration interrupt (4.1.4.3.1). Any
+        thread.
+        """
         with self._mutex:
             self.generation = self.generation + 1 & 0xFF
         if self.active or self.status & NEEDS_RESET:
             self.interrupt_config()
 
-    # --- features and queues ------------------------------------------------------------------------
+    # --- features and queues ----------------------------------------------------------------------
 
     def set_features(self, shift: int, value: int) -> None:
         """The driver writes 32 feature bits at ``shift``; only between DRIVER and FEATURES_OK."""
@@ -235,7 +257,9 @@ class VirtioDevice:
         self.driver_features = (self.driver_features & ~(0xFFFFFFFF << shift)) | value << shift
 
     def set_queue(self, index: int, field: str, value: int) -> None:
-        """The driver writes a queue register; refused outside FEATURES_OK..DRIVER_OK (CVE-2026-5747) or once enabled."""
+        """The driver writes a queue register; refused outside FEATURES_OK..DRIVER_OK
+        (CVE-2026-5747) or once enabled.
+        """
         if self.status != CONFIGURING or index >= len(self.queues) or self.queues[index].enabled:
             self.refused += 1
             return

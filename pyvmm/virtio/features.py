@@ -6,7 +6,9 @@ from pyvmm.spec import virtio, virtio_net
 
 
 def names(bits: int) -> list[str]:
-    """The names of virtio-net feature bits, kernel spellings without their prefixes, lowest bit first."""
+    """The names of virtio-net feature bits, kernel spellings without their prefixes, lowest bit
+    first.
+    """
     table = {
         getattr(module, name): name.partition("_F_")[2]
         for module in (virtio, virtio_net)

@@ -48,8 +48,8 @@ PCI_CLASS_NETWORK_ETHERNET = 0x020000
 QUEUE_SIZE = 256
 CONTROL_SIZE = 64
 MAX_PAIRS = 16
-#: A move to another outside: seconds at most for what is under way to the old one; and without a frame there for it to be over, where
-#: we can see what waits and where not.
+#: A move to another outside: seconds at most for what is under way to the old one; and without a
+#: frame there for it to be over, where we can see what waits and where not.
 MOVE_S, QUIET_S, UNSEEN_S = 1.0, 0.01, 0.05
 
 #: Features that need nothing of the data path, and those among them that live on the control queue.
@@ -75,12 +75,14 @@ GUEST_OFFLOADS = sum(
 
 
 class NetDevice(VirtioDevice):
-    """A network card: ``pairs`` queue pairs (2k receives, 2k + 1 transmits) and the control queue behind them.
+    """A network card: ``pairs`` queue pairs (2k receives, 2k + 1 transmits) and the control queue
+    behind them.
 
     :param datapath: moves the packets; owned from here on.
     :param mac: 6 bytes. :param mtu: bytes, offered to the guest, or None.
     :param pairs: 1 to ``MAX_PAIRS``; more than one is offered as VIRTIO_NET_F_MQ.
-    :param offer: mask of the feature bits that every data path which it may be switched to can honour.
+    :param offer: mask of the feature bits that every data path which it may be switched to can
+        honour.
     :param without: feature bits (a mask) not to offer although the data path could.
     :param link: whether the cable is plugged in at the start.
     :ivar pairs: those in use; the driver chooses.
@@ -142,7 +144,9 @@ class NetDevice(VirtioDevice):
         return own | path
 
     def offered(self) -> int:
-        """Fixed from reset to reset: less than at creation where a data path that can do less has taken over."""
+        """Fixed from reset to reset: less than at creation where a data path that can do less has
+        taken over.
+        """
         return self._offered
 
     @property
@@ -152,7 +156,9 @@ class NetDevice(VirtioDevice):
 
     @property
     def in_force(self) -> int:
-        """The negotiated features as a data path gets them: of GUEST_* only those that the driver has left on."""
+        """The negotiated features as a data path gets them: of GUEST_* only those that the driver
+        has left on.
+        """
         return self.driver_features & ~GUEST_OFFLOADS | self._offloads
 
     def config_space(self) -> bytes:
@@ -168,7 +174,7 @@ class NetDevice(VirtioDevice):
             )
         )
 
-    # --- link ---------------------------------------------------------------------------------------
+    # --- link -------------------------------------------------------------------------------------
 
     @property
     def link_up(self) -> bool:
@@ -201,7 +207,8 @@ class NetDevice(VirtioDevice):
         self.config_changed()
 
     def hold(self, on: bool) -> None:
-        """The machine is paused: park the rings, so that nothing writes to guest memory; or go on from there.
+        """The machine is paused: park the rings, so that nothing writes to guest memory; or go on
+        from there.
 
         :raises PyvmmError: as ``set_link``.
         """
@@ -219,7 +226,11 @@ class NetDevice(VirtioDevice):
 
     def announce(self) -> bool:
         """Ask the guest to tell the network where it is (5.1.6.5.4.1); whether its driver can."""
-        if not (self.active and self._control and self.driver_features >> VIRTIO_NET_F_GUEST_ANNOUNCE & 1):
+        if not (
+            self.active
+            and self._control
+            and self.driver_features >> VIRTIO_NET_F_GUEST_ANNOUNCE & 1
+        ):
             return False
         self._announce = True
         self.config_changed()
@@ -230,7 +241,7 @@ class NetDevice(VirtioDevice):
         asked, self._announce = self._announce, False
         return asked
 
-    # --- queues -------------------------------------------------------------------------------------
+    # --- queues -----------------------------------------------------------------------------------
 
     def _control_index(self) -> int:
         """5.1.2: behind the queue pairs that the driver knows of."""
@@ -243,7 +254,9 @@ class NetDevice(VirtioDevice):
         return "transmit" if index & 1 else "receive"
 
     def kick_role(self, index: int) -> str:
-        """By what was negotiated last. Kicks of the control queue are told apart: they are exits in every mode."""
+        """By what was negotiated last. Kicks of the control queue are told apart: they are exits in
+        every mode.
+        """
         control = 2 * self.max_pairs if self.negotiated >> VIRTIO_NET_F_MQ & 1 else 2
         has = self.negotiated >> VIRTIO_NET_F_CTRL_VQ & 1
         return "control" if has and index == control else "notify"
@@ -264,7 +277,9 @@ class NetDevice(VirtioDevice):
             self.fault(index, f"control queue: {e}")
 
     def activate(self, rings: list[Vring]) -> None:
-        """Hand the rings of the first pair to the data path; the driver asks for more by command (5.1.6.5.5)."""
+        """Hand the rings of the first pair to the data path; the driver asks for more by command
+        (5.1.6.5.5).
+        """
         acked = self.negotiated = self.driver_features
         control = self._control_index()
         self._rings = {ring.index: ring for ring in rings if ring.index < control}
@@ -309,7 +324,7 @@ class NetDevice(VirtioDevice):
         for index, base in zip(started, bases, strict=False):
             self._rings[index] = self._rings[index].at(base)
 
-    # --- another data path --------------------------------------------------------------------------
+    # --- another data path ------------------------------------------------------------------------
 
     def lacks(self, path: DataPath) -> int:
         """Feature bits that the driver uses, or may yet choose, and ``path`` cannot honour."""
@@ -331,10 +346,12 @@ class NetDevice(VirtioDevice):
     def switch(
         self, new: DataPath, report: SwitchReport, spare: Callable[[], DataPath] | None = None
     ) -> None:
-        """Have ``new`` serve the rings from where the present data path left them. The guest sees a pause.
+        """Have ``new`` serve the rings from where the present data path left them. The guest sees a
+        pause.
 
-        ``datapath`` is afterwards the one in force: ``new``, or what served before, or what ``spare`` makes. Those that are not belong
-        to the caller, who closes them. Only if none can start the guest has to reset the device.
+        ``datapath`` is afterwards the one in force: ``new``, or what served before, or what
+        ``spare`` makes. Those that are not belong to the caller, who closes them. Only if none can
+        start the guest has to reset the device.
 
         :param new: prepared (``DataPath.prepare``). :param report: gets what happened.
         :param spare: makes a data path that works wherever one can; may raise PyvmmError.
@@ -394,9 +411,10 @@ class NetDevice(VirtioDevice):
             self.announce()
 
     def _move(self, new: DataPath, report: SwitchReport) -> None:
-        """Frames are to enter and leave at another place. The guest's own frames would have the network go on sending to the old
-        one, so they wait; then the network is told, and what is under way to the old place is received there yet. Best effort: what
-        fails here costs frames that have not been accepted.
+        """Frames are to enter and leave at another place. The guest's own frames would have the
+        network go on sending to the old one, so they wait; then the network is told, and what is
+        under way to the old place is received there yet. Best effort: what fails here costs frames
+        that have not been accepted.
         """
         try:
             self.datapath.hold()
@@ -432,7 +450,9 @@ class NetDevice(VirtioDevice):
         self._path_link(True)  # it says so if that is not the case
 
     def _take(self, path: DataPath) -> None:
-        """Start ``path`` on the rings. :raises PyvmmError: it does not serve them; it has let go of them."""
+        """Start ``path`` on the rings. :raises PyvmmError: it does not serve them; it has let go of
+        them.
+        """
         held: list[tuple[int, str]] = []
         self._use(path)
         path.on_fault = lambda queue, problem: held.append((queue, problem))
@@ -461,13 +481,17 @@ class NetDevice(VirtioDevice):
         return int.from_bytes(self.memory.read(area + 2, 2), "little")
 
     def _from_used(self, indices: list[int]) -> None:
-        """Take the used indices as positions: what every path leaves behind, also one that failed."""
+        """Take the used indices as positions: what every path leaves behind, also one that
+        failed.
+        """
         for index in indices:
             ring = self._rings[index]
             self._rings[index] = ring.at(self._index(ring.used))
 
     def _even(self, index: int) -> str:
-        """What is wrong if the old path still had chains in its hands. Of receive chains nothing is: they are empty."""
+        """What is wrong if the old path still had chains in its hands. Of receive chains nothing
+        is: they are empty.
+        """
         ring = self._rings[index]
         used = self._index(ring.used)
         if ring.base == used:
@@ -478,7 +502,9 @@ class NetDevice(VirtioDevice):
         return f"queue {index} stopped at {ring.base} with {used} returned"
 
     def _normalise(self, ring: Vring) -> None:
-        """Ask for kicks, however the old path had it (2.7.8, 2.7.10): they gather until the next one looks."""
+        """Ask for kicks, however the old path had it (2.7.8, 2.7.10): they gather until the next
+        one looks.
+        """
         self.memory.write(ring.used, bytes(2))
         if self.driver_features >> VIRTIO_RING_F_EVENT_IDX & 1:
             self.memory.write(ring.used + 4 + 8 * ring.size, ring.base.to_bytes(2, "little"))
@@ -491,7 +517,7 @@ class NetDevice(VirtioDevice):
         super().reset()
         self._reoffer()
 
-    # --- what the driver commands -------------------------------------------------------------------
+    # --- what the driver commands -----------------------------------------------------------------
 
     def set_pairs(self, pairs: int) -> bool:
         """Use the first ``pairs`` queue pairs; False where there are not as many.
@@ -509,7 +535,9 @@ class NetDevice(VirtioDevice):
         return True
 
     def set_offloads(self, offloads: int) -> bool:
-        """Have the data path send what ``offloads`` (GUEST_* bits) allows; False where it was not negotiated."""
+        """Have the data path send what ``offloads`` (GUEST_* bits) allows; False where it was not
+        negotiated.
+        """
         if offloads & ~(self.driver_features & GUEST_OFFLOADS):
             return False
         self._offloads = offloads

@@ -1,7 +1,8 @@
 """The modern virtio-pci transport (virtio 1.2, 4.1).
 
-BAR 0, memory: common configuration, ISR, device configuration, notifications, MSI-X table and pending bits.
-Kicks reach the data path as eventfds: by ioeventfd, inside the kernel, or with ``notify="exit"`` through an exit of the vCPU.
+BAR 0, memory: common configuration, ISR, device configuration, notifications, MSI-X table and
+pending bits. Kicks reach the data path as eventfds: by ioeventfd, inside the kernel, or with
+``notify="exit"`` through an exit of the vCPU.
 """
 
 from __future__ import annotations
@@ -91,7 +92,11 @@ class CommonConfig:
             VIRTIO_PCI_COMMON_STATUS: (1, lambda: self._t.device.status, self._set_status),
             VIRTIO_PCI_COMMON_CFGGENERATION: (1, lambda: self._t.device.generation, None),
             VIRTIO_PCI_COMMON_Q_SELECT: (2, lambda: self._queue_select, self._set_queue_select),
-            VIRTIO_PCI_COMMON_Q_SIZE: (2, lambda: self._queue("size"), lambda v: self._set_queue("size", v)),
+            VIRTIO_PCI_COMMON_Q_SIZE: (
+                2,
+                lambda: self._queue("size"),
+                lambda v: self._set_queue("size", v),
+            ),
             VIRTIO_PCI_COMMON_Q_MSIX: (2, self._queue_vector, self._set_queue_vector),
             VIRTIO_PCI_COMMON_Q_ENABLE: (
                 2,
@@ -114,7 +119,9 @@ class CommonConfig:
         self._table = table
 
     def read(self, offset: int, size: int) -> int:
-        """A field, or for a driver that reads a 64-bit field at once, two; anything else is zero."""
+        """A field, or for a driver that reads a 64-bit field at once, two; anything else is
+        zero.
+        """
         entry = self._table.get(offset)
         if entry is None:
             return 0
@@ -222,7 +229,8 @@ class Notify:
 
 
 class VirtioPci(PciFunction):
-    """A virtio device as a PCI function; owns its interrupt plumbing and lends the queues' eventfds.
+    """A virtio device as a PCI function; owns its interrupt plumbing and lends the queues'
+    eventfds.
 
     :param vm, bus: lent. :param notify: "ioeventfd" or "exit".
     """
@@ -272,7 +280,9 @@ class VirtioPci(PciFunction):
         for q in device.queues:
             self._notify.fd[q.index] = q.kick.fileno()
         bar = Bar(BAR_SIZE)
-        self._isr_region = bus.region(MMIO, 4, f"{name} isr", kind=lib.PV_REGION_ISR, opaque=self._intx)
+        self._isr_region = bus.region(
+            MMIO, 4, f"{name} isr", kind=lib.PV_REGION_ISR, opaque=self._intx
+        )
         self._notify_region = bus.region(
             MMIO,
             NOTIFY_STRIDE * len(device.queues),
@@ -313,8 +323,11 @@ class VirtioPci(PciFunction):
             ),
         ):
             fields = {**CAP_NAMES, **({16: "notify_off_multiplier"} if extra else {})}
-            self.add_capability(PCI_CAP_ID_VNDR, virtio_cap(kind, 0, at, length, extra), text, fields)
-        # 4.1.4.9: a window on the BAR through configuration space; bar, offset, length and data are the driver's.
+            self.add_capability(
+                PCI_CAP_ID_VNDR, virtio_cap(kind, 0, at, length, extra), text, fields
+            )
+        # 4.1.4.9: a window on the BAR through configuration space; bar, offset, length and data are
+        # the driver's.
         self._window = self.add_capability(
             PCI_CAP_ID_VNDR,
             virtio_cap(VIRTIO_PCI_CAP_PCI_CFG, 0, 0, 0, bytes(4)),
@@ -327,13 +340,15 @@ class VirtioPci(PciFunction):
         self._msix_cap = self.add_capability(
             PCI_CAP_ID_MSIX, Msix.capability(vectors, 0, TABLE, PBA), "MSI-X", MSIX_NAMES
         )
-        self.allow(self._msix_cap + PCI_MSIX_FLAGS, PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL, 2)
+        self.allow(
+            self._msix_cap + PCI_MSIX_FLAGS, PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL, 2
+        )
 
     def plugged(self) -> None:
         """The function has its slot, hence its interrupt line."""
         lib.pv_intx_wire(self._intx, gsi_of(self.slot))
 
-    # --- kicks --------------------------------------------------------------------------------------
+    # --- kicks ------------------------------------------------------------------------------------
 
     def _kick_name(self, offset: int, write: bool) -> str:
         """``queue 1 notify``, for the ledger."""
@@ -344,7 +359,9 @@ class VirtioPci(PciFunction):
         self._set_kicks(base if self._running else None)
 
     def _set_kicks(self, base: int | None) -> None:
-        """Let the kernel answer kicks at BAR ``base``, or nowhere: then they are exits, which the bus answers."""
+        """Let the kernel answer kicks at BAR ``base``, or nowhere: then they are exits, which the
+        bus answers.
+        """
         if not self._use_ioeventfd or base == self._kicks_at:
             return
         old, self._kicks_at = self._kicks_at, None
@@ -377,7 +394,7 @@ class VirtioPci(PciFunction):
         """Times that KVM or the host refused what the guest had asked of the transport."""
         return self._errors + self.msix.errors
 
-    # --- interrupts ---------------------------------------------------------------------------------
+    # --- interrupts -------------------------------------------------------------------------------
 
     def _active(self, active: bool) -> None:
         """The device starts or has stopped."""
@@ -445,7 +462,7 @@ class VirtioPci(PciFunction):
         if vector != VIRTIO_MSI_NO_VECTOR:
             self.msix.detach(vector, event)
 
-    # --- configuration space ------------------------------------------------------------------------
+    # --- configuration space ----------------------------------------------------------------------
 
     def command_written(self, command: int) -> None:
         """Bit 10 hides the interrupt line."""
@@ -468,11 +485,17 @@ class VirtioPci(PciFunction):
         self._show_intx()
 
     def config_read(self, at: int, size: int) -> int:
-        """As the base class, but the data window reads from the BAR, and the status register shows the ISR (4.1.4.5.1)."""
+        """As the base class, but the data window reads from the BAR, and the status register shows
+        the ISR (4.1.4.5.1).
+        """
         if self._window + 16 <= at < self._window + 20:
             self._window_access(write=False)
         value = super().config_read(at, size)
-        if at <= PCI_STATUS < at + size and not self.msix.enabled and lib.pv_intx_pending(self._intx):
+        if (
+            at <= PCI_STATUS < at + size
+            and not self.msix.enabled
+            and lib.pv_intx_pending(self._intx)
+        ):
             value |= PCI_STATUS_INTERRUPT << 8 * (PCI_STATUS - at)
         return value
 
@@ -500,10 +523,12 @@ class VirtioPci(PciFunction):
             elif region.handler is not None:
                 self.put(w + 16, region.handler.read(at, length) & ((1 << 8 * length) - 1), 4)
 
-    # --- life ---------------------------------------------------------------------------------------
+    # --- life -------------------------------------------------------------------------------------
 
     def device_reset(self) -> None:
-        """The driver reset the device: vectors, selectors and ISR go back (4.1.4.3.1); MSI-X itself belongs to PCI."""
+        """The driver reset the device: vectors, selectors and ISR go back (4.1.4.3.1); MSI-X itself
+        belongs to PCI.
+        """
         for q in self.device.queues:
             self._drop_sources(q.call)
         self._drop_sources(self._config_event)
@@ -526,7 +551,9 @@ class VirtioPci(PciFunction):
         super().reset()
 
     def close(self) -> None:
-        """Stop the device and release the plumbing; no vCPU runs any more. A second call does nothing."""
+        """Stop the device and release the plumbing; no vCPU runs any more. A second call does
+        nothing.
+        """
         if self._intx_stop.closed:
             return
         self.device.reset()

@@ -1,4 +1,5 @@
-"""A split virtqueue served from Python: for queues of a few commands (the control queue), and for looking at rings.
+"""A split virtqueue served from Python: for queues of a few commands (the control queue), and for
+looking at rings.
 
 Packet queues never come here: their workers use the same C code (cext/vring.c) without Python.
 """
@@ -32,7 +33,9 @@ class Chain:
         self.room = sum(size for _, size in writable)
 
     def reply(self, data: bytes) -> int:
-        """Store ``data`` in the device-writable part, cut to what fits; returns the bytes written."""
+        """Store ``data`` in the device-writable part, cut to what fits; returns the bytes
+        written.
+        """
         at = 0
         for host, size in self._writable:
             part = data[at : at + size]
@@ -48,7 +51,9 @@ class SplitQueue:
     :raises RingFault: size, alignment or addresses are wrong; the ring is untouched.
     """
 
-    def __init__(self, memory: GuestMemory, vring: Vring, acked: int, *, limit: int = 1 << 16) -> None:
+    def __init__(
+        self, memory: GuestMemory, vring: Vring, acked: int, *, limit: int = 1 << 16
+    ) -> None:
         self._memory = memory  # keeps what C points into
         self._limit = limit
         self._iov = ffi.new("struct iovec[]", lib.PV_CHAIN_MAX)
@@ -90,12 +95,18 @@ class SplitQueue:
             self.c.fault = lib.PV_FAULT_TOO_LONG
         self._check(self.c.fault)
         iov = self._iov
-        request = b"".join(bytes(ffi.buffer(iov[i].iov_base, iov[i].iov_len)) for i in range(c.out_num))
-        writable = [(iov[i].iov_base, iov[i].iov_len) for i in range(c.out_num, c.out_num + c.in_num)]
+        request = b"".join(
+            bytes(ffi.buffer(iov[i].iov_base, iov[i].iov_len)) for i in range(c.out_num)
+        )
+        writable = [
+            (iov[i].iov_base, iov[i].iov_len) for i in range(c.out_num, c.out_num + c.in_num)
+        ]
         return Chain(c.head, request, writable)
 
     def push(self, chain: Chain, written: int) -> None:
-        """Return a chain of which the device has written the first ``written`` bytes; ``flush`` publishes it."""
+        """Return a chain of which the device has written the first ``written`` bytes; ``flush``
+        publishes it.
+        """
         lib.pv_vring_push(self.c, chain.head, written)
 
     def flush(self) -> bool:

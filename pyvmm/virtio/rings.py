@@ -1,8 +1,9 @@
 """A look at a split virtqueue from outside, while driver and device use it (virtio 1.2, 2.7).
 
-Everything is read once into a copy and decided on the copy; every walk is bounded by the queue's size. Nothing is locked: the
-three indices are read in an order that keeps them consistent for a well-behaved driver (used before available), what a hostile one
-writes is shown as it is, with what is wrong about it.
+Everything is read once into a copy and decided on the copy; every walk is bounded by the queue's
+size. Nothing is locked: the three indices are read in an order that keeps them consistent for a
+well-behaved driver (used before available), what a hostile one writes is shown as it is, with what
+is wrong about it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ CHAIN_MAX = 64  # descriptors shown of a chain
 class Look:
     """What was in the rings of ``queue`` at one moment.
 
-    :param acked: the negotiated features. :param chains: how many chains to follow at most, of those that the device has and
-        of those that it returned last.
+    :param acked: the negotiated features. :param chains: how many chains to follow at most, of
+        those that the device has and of those that it returned last.
     :raises IndexError: a ring is not in RAM (the device refuses such a queue).
     """
 
@@ -60,7 +61,9 @@ class Look:
         self._owners(avail)
 
     def _owners(self, avail: bytes) -> None:
-        """Which descriptors the device has: those of the outstanding chains, if it returns them in order."""
+        """Which descriptors the device has: those of the outstanding chains, if it returns them in
+        order.
+        """
         owned = bytearray(self.size)
         left = 4 * self.size  # in all: chains of a hostile driver may run into each other
         for n in range(min(self.outstanding, self.size)):
@@ -129,7 +132,9 @@ class Look:
     def _descriptor(self, table: bytes, n: int) -> dict[str, object]:
         addr, length, flags, following = struct.unpack_from("<QIHH", table, 16 * n)
         words = [
-            word for bit, word in ((NEXT, "next"), (WRITE, "write"), (INDIRECT, "indirect")) if flags & bit
+            word
+            for bit, word in ((NEXT, "next"), (WRITE, "write"), (INDIRECT, "indirect"))
+            if flags & bit
         ]
         entry: dict[str, object] = {"index": n, "addr": addr, "len": length, "flags": words}
         if flags & NEXT:
@@ -143,8 +148,16 @@ class Look:
         return {
             "size": self.size,
             "event-idx": self.event_idx,
-            "avail": {"flags": self.avail_flags, "idx": self.avail_idx, "used-event": self.used_event},
-            "used": {"flags": self.used_flags, "idx": self.used_idx, "avail-event": self.avail_event},
+            "avail": {
+                "flags": self.avail_flags,
+                "idx": self.avail_idx,
+                "used-event": self.used_event,
+            },
+            "used": {
+                "flags": self.used_flags,
+                "idx": self.used_idx,
+                "avail-event": self.avail_event,
+            },
             "outstanding": self.outstanding,
             "device-owned": self.device_owned,
             "available": self.available,

@@ -15,7 +15,9 @@ from tests.boot.guest import Host
 
 @pytest.fixture(scope="session")
 def testbed(places: dict[str, str]) -> Iterator[Testbed]:
-    """A testbed that is up; this checkout, pyvmm's cache and the temporary directory are writable in it."""
+    """A testbed that is up; this checkout, pyvmm's cache and the temporary directory are writable
+    in it.
+    """
     assert not inside(), "boot tests start the testbed themselves: run them outside"
     with Testbed() as bed:
         warning = bed.check(str(Path.cwd()))
@@ -23,7 +25,9 @@ def testbed(places: dict[str, str]) -> Iterator[Testbed]:
             pytest.fail(f"{warning}; stop it: pyvmm testbed down")
         status = bed.status()
         assert status
-        places["boot"] = f"testbed: Linux {status['kernel']}, {status['cpus']} vCPU(s), {status['qemu']}"
+        places["boot"] = (
+            f"testbed: Linux {status['kernel']}, {status['cpus']} vCPU(s), {status['qemu']}"
+        )
         yield bed
 
 
@@ -39,7 +43,11 @@ def host(testbed: Testbed) -> Host:
 
 @pytest.fixture
 def nothing_left(host: Host) -> Iterator[None]:
-    """Fail a test that leaves a process, a tap, a network namespace or a KVM VM behind in the testbed."""
+    """Fail a test that leaves a process, a tap, a network namespace or a KVM VM behind in the
+    testbed.
+    """
     before = host.leftovers()
     yield
-    host.wait_until(lambda: host.leftovers() == before, lambda: f"{before} became {host.leftovers()}")
+    host.wait_until(
+        lambda: host.leftovers() == before, lambda: f"{before} became {host.leftovers()}"
+    )

@@ -1,6 +1,8 @@
-"""Guests in the testbed, driven from here: `pyvmm run` as a child process, and a shell on a guest's console.
+"""Guests in the testbed, driven from here: `pyvmm run` as a child process, and a shell on a guest's
+console.
 
-The tests run natively; only pyvmm and what it talks to run in the testbed (Python is about 20 times slower there).
+The tests run natively; only pyvmm and what it talks to run in the testbed (Python is about 20 times
+slower there).
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class Host:
         return self._pool.submit(self.run, *argv)
 
     def leftovers(self) -> list[str]:
-        """What a run could leave behind: processes, VMs, interfaces, named and nameless network namespaces."""
+        """What a run could leave behind: processes, VMs, interfaces, named and nameless network
+        namespaces.
+        """
         return self.run("sh", "-c", LEFTOVERS).out.split("\n")
 
     @staticmethod
@@ -75,12 +79,15 @@ class Host:
 
 
 class Run:
-    """`pyvmm run --host local ARGS` in the testbed, with its output as it comes. Ended by the ``with`` statement.
+    """`pyvmm run --host local ARGS` in the testbed, with its output as it comes. Ended by the
+    ``with`` statement.
 
     :param wrapper: a command in front, such as ``ip netns exec X``.
     """
 
-    def __init__(self, host: Host, *args: str, wrapper: Sequence[str] = (), report: bool = True) -> None:
+    def __init__(
+        self, host: Host, *args: str, wrapper: Sequence[str] = (), report: bool = True
+    ) -> None:
         self.host = host
         self._dir = tempfile.TemporaryDirectory(prefix="pyvmm-boot-")
         self._pidfile = Path(self._dir.name, "pid")
@@ -106,7 +113,10 @@ class Run:
         self._changed = threading.Condition()
         self._readers = [
             threading.Thread(target=self._read, args=(stream, into), daemon=True)
-            for stream, into in ((self.process.stdout, self.stdout), (self.process.stderr, self.stderr))
+            for stream, into in (
+                (self.process.stdout, self.stdout),
+                (self.process.stderr, self.stderr),
+            )
         ]
         for thread in self._readers:
             thread.start()
@@ -141,7 +151,9 @@ class Run:
                 match = compiled.search(bytes(self.stdout), start)
                 if match:
                     return match
-                assert self._changed.wait(until - time.monotonic()), f"{pattern!r} did not come: {self!r}"
+                assert self._changed.wait(until - time.monotonic()), (
+                    f"{pattern!r} did not come: {self!r}"
+                )
                 assert self.process.poll() is None or any(t.is_alive() for t in self._readers), (
                     f"ended before {pattern!r} came: {self!r}"
                 )
@@ -149,7 +161,9 @@ class Run:
     @property
     def pid(self) -> int:
         """pyvmm's process in the testbed."""
-        self.host.wait_until(lambda: self._pidfile.exists() and bool(self._pidfile.read_text()), "no process")
+        self.host.wait_until(
+            lambda: self._pidfile.exists() and bool(self._pidfile.read_text()), "no process"
+        )
         return int(self._pidfile.read_text())
 
     def type(self, text: str) -> None:
@@ -234,7 +248,9 @@ class Guest(Run):
             raise
 
     def log_in(self, start: int = 0) -> None:
-        """Wait for the shell's prompt, then make it silent: no prompt, no echo, no kernel messages."""
+        """Wait for the shell's prompt, then make it silent: no prompt, no echo, no kernel
+        messages.
+        """
         self.expect(r"^~ # ", start)
         start = len(self.stdout)
         # A script, even from the terminal, is read without line editing.
@@ -284,7 +300,7 @@ class Guest(Run):
         assert self.wait() == status, repr(self)
 
 
-# --- checks --------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def check_report(report: dict[str, Any]) -> None:
@@ -335,7 +351,9 @@ def check_tcp(guest: Guest, nic: int = 0, *, megabytes: int = 2) -> None:
         send = f"until busybox nc {nic_address(nic, 'guest')} 7001 <{f.name}; do sleep 0.2; done"
         result = guest.host_run(nic, "sh", "-c", send)
         assert result.out.split()[:1] == [want], result
-    server = guest.host.start(*guest.inside(nic), *["busybox", "nc", "-l", "-p", "7002", "-e", "sha256sum"])
+    server = guest.host.start(
+        *guest.inside(nic), *["busybox", "nc", "-l", "-p", "7002", "-e", "sha256sum"]
+    )
     text = guest.do(
         f"until busybox nc {nic_address(nic, 'host')} 7002 </tmp/data 2>/dev/null; do sleep 0.2; done; rm /tmp/data"
     )
@@ -350,7 +368,8 @@ def check_iperf(guest: Guest, nic: int = 0, *, megabytes: int = 4) -> None:
     try:
         for way in ("", "-R"):
             command = f"iperf3 -c {address} -n {megabytes}M --json {way}"
-            # Only the last attempt is printed: the server may not listen yet, or still be busy with the test before.
+            # Only the last attempt is printed: the server may not listen yet, or still be busy with
+            # the test before.
             script = f'until text=$({command}) && echo "$text" | grep -q sum_sent; do sleep 0.5; done; echo "$text"'
             result = guest.host_run(nic, "sh", "-c", script)
             end = json.loads(result.out)["end"]

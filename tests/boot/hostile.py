@@ -1,4 +1,5 @@
-"""Misbehaves as a vhost-user back-end to a pyvmm that looks for one; runs in the testbed: `python -m tests.boot.hostile SOCKET`.
+"""Misbehaves as a vhost-user back-end to a pyvmm that looks for one; runs in the testbed: `python
+-m tests.boot.hostile SOCKET`.
 
 One connection for each kind of malice, then it ends. Prints the names of those that were tried.
 """

@@ -1,4 +1,5 @@
-"""Runs in the testbed: plays a person at a terminal, once for each scenario on stdin, and says on stdout what happened.
+"""Runs in the testbed: plays a person at a terminal, once for each scenario on stdin, and says on
+stdout what happened.
 
 A scenario is {"argv": [...], "steps": [[what, value], ...]} with the steps
   expect REGEX    wait until the output from here on matches
@@ -6,8 +7,9 @@ A scenario is {"argv": [...], "steps": [[what, value], ...]} with the steps
   sleep SECONDS
   signal NUMBER   to the command
   hangup 0        close the terminal's other end
-and a result is {"status", "seconds" from the last step to the end, "raw" whether the terminal's modes differed at the
-last step, "restored" whether they are as before, "output", "late" what was missed}.
+and a result is {"status", "seconds" from the last step to the end, "raw" whether the terminal's
+modes differed at the last step, "restored" whether they are as before, "output", "late" what was
+missed}.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Kills and revives a vhost-user back-end under traffic; runs in the testbed: `python -m tests.boot.reviver SOCKET TAP KILLS SEED`.
+"""Kills and revives a vhost-user back-end under traffic; runs in the testbed: `python -m
+tests.boot.reviver SOCKET TAP KILLS SEED`.
 
-Each back-end is a process of its own, forked from this one, which has everything imported: starting Python anew takes seconds
-under emulation. It is killed at a random moment after it has moved packets again, 1,000 times if need be. Ends at SIGTERM, with the
-last one alive until then. Prints one JSON object: kills, and the seconds from each kill until packets moved again.
+Each back-end is a process of its own, forked from this one, which has everything imported: starting
+Python anew takes seconds under emulation. It is killed at a random moment after it has moved
+packets again, 1,000 times if need be. Ends at SIGTERM, with the last one alive until then. Prints
+one JSON object: kills, and the seconds from each kill until packets moved again.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: MIT
 /*
- * UDP datagrams with sequence numbers: sends them in a guest, accounts for them at a tap, or the other way round.
+ * UDP datagrams with sequence numbers: sends them in a guest, accounts for them at a tap, or the
+ * other way round.
  *
- *   seqnet send IF COUNT PAUSE_US    datagrams 0..COUNT-1 (0: until SIGTERM), a pause after each; prints how many
- *   seqnet count IF                  until SIGTERM; prints what came: each number once and in order, or not
+ *   seqnet send IF COUNT PAUSE_US    datagrams 0..COUNT-1 (0: until SIGTERM), a pause after each;
+ *                                    prints how many
+ *   seqnet count IF                  until SIGTERM; prints what came: each number once and in
+ *                                    order, or not
  *
- * They are sent as frames, past the IP stack. One that the driver did not take is sent again under its number: the queueing discipline, which may drop, is left out
- * (PACKET_QDISC_BYPASS), and a stopped queue is an error here (ENOBUFS). What counts has a large buffer and says whether it
+ * They are sent as frames, past the IP stack. One that the driver did not take is sent again under
+ * its number: the queueing discipline, which may drop, is left out (PACKET_QDISC_BYPASS), and a
+ * stopped queue is an error here (ENOBUFS). What counts has a large buffer and says whether it
  * overflowed. So what is missing was lost below the sender's driver and above the counter's socket.
  */
 #define _GNU_SOURCE
@@ -81,7 +85,8 @@ static uint16_t ip_checksum(struct iphdr ip)
 
 static int send_frames(const char *name, uint64_t count, unsigned int pause_us)
 {
-	struct frame f = {.eth = {.ether_shost = {2, 0, 0, 0, 0, 9}, .ether_type = htons(ETH_P_IP)}};
+	struct frame f = {
+		.eth = {.ether_shost = {2, 0, 0, 0, 0, 9}, .ether_type = htons(ETH_P_IP)}};
 	int fd = open_socket(name);
 	uint64_t n, retries = 0;
 
@@ -100,7 +105,8 @@ static int send_frames(const char *name, uint64_t count, unsigned int pause_us)
 	for (n = 0; !done && (!count || n < count); n++) {
 		f.number = n;
 		while (send(fd, &f, sizeof(f), 0) < 0) {
-			if (errno != ENOBUFS && errno != EAGAIN && errno != EINTR && errno != ENETDOWN)
+			if (errno != ENOBUFS && errno != EAGAIN && errno != EINTR &&
+			    errno != ENETDOWN)
 				die("send");
 			if (done)
 				goto out;
@@ -174,7 +180,8 @@ int main(int argc, char **argv)
 	/* Without SA_RESTART: a waiting call ends. */
 	sigaction(SIGTERM, &action, NULL);
 	if (argc == 5 && !strcmp(argv[1], "send"))
-		return send_frames(argv[2], strtoull(argv[3], NULL, 10), (unsigned int)atoi(argv[4]));
+		return send_frames(argv[2], strtoull(argv[3], NULL, 10),
+				   (unsigned int)atoi(argv[4]));
 	if (argc == 3 && !strcmp(argv[1], "count"))
 		return count_frames(argv[2]);
 	fprintf(stderr, "usage: seqnet send IF COUNT PAUSE_US | seqnet count IF\n");

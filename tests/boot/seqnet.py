@@ -22,7 +22,17 @@ def build(directory: Path) -> Path:
     """Compile it into ``directory``: a static program, which runs in any Linux."""
     program = directory / "seqnet"
     source = Path(__file__).with_name("seqnet.c")
-    argv = ["gcc", "-std=gnu11", "-O2", "-static", "-Wall", "-Werror", "-o", str(program), str(source)]
+    argv = [
+        "gcc",
+        "-std=gnu11",
+        "-O2",
+        "-static",
+        "-Wall",
+        "-Werror",
+        "-o",
+        str(program),
+        str(source),
+    ]
     subprocess.run(argv, check=True)
     return program
 
@@ -33,7 +43,12 @@ def datagram(number: int) -> bytes:
     total = sum(struct.unpack("!10H", ip))
     total = (total & 0xFFFF) + (total >> 16)
     ip = ip[:10] + struct.pack("!H", ~total & 0xFFFF) + ip[12:]
-    head = b"\xff" * 6 + b"\x02\0\0\0\0\x09\x08\0" + ip + struct.pack("!HHHH", 7099, 7099, LENGTH - 34, 0)
+    head = (
+        b"\xff" * 6
+        + b"\x02\0\0\0\0\x09\x08\0"
+        + ip
+        + struct.pack("!HHHH", 7099, 7099, LENGTH - 34, 0)
+    )
     return (head + struct.pack("<IQ", 0x7365716E, number)).ljust(LENGTH, b"\0")
 
 
@@ -46,11 +61,16 @@ def install(guest: Guest, program: Path, nic: int = 0) -> None:
     result = guest.host_run(nic, "sh", "-c", send)
     assert result.status == 0, result
     size = program.stat().st_size
-    guest.do(f"until [ $(wc -c <{PROGRAM}) = {size} ]; do sleep 0.1; done; chmod +x {PROGRAM}", timeout=30)
+    guest.do(
+        f"until [ $(wc -c <{PROGRAM}) = {size} ]; do sleep 0.1; done; chmod +x {PROGRAM}",
+        timeout=30,
+    )
 
 
 class HostCounter:
-    """seqnet counting at an interface in the testbed, ``inside`` a namespace. ``account`` ends it."""
+    """seqnet counting at an interface in the testbed, ``inside`` a namespace. ``account``
+    ends it.
+    """
 
     def __init__(
         self,
@@ -79,7 +99,9 @@ class HostCounter:
 class GuestSender:
     """seqnet sending in a guest, by default until ``stop``."""
 
-    def __init__(self, guest: Guest, interface: str = "eth0", *, count: int = 0, pause_us: int = 0) -> None:
+    def __init__(
+        self, guest: Guest, interface: str = "eth0", *, count: int = 0, pause_us: int = 0
+    ) -> None:
         self.guest = guest
         guest.do(f"{PROGRAM} send {interface} {count} {pause_us} >/tmp/sent & echo $! >/tmp/sender")
 
@@ -92,5 +114,7 @@ class GuestSender:
         return self._sent("")
 
     def _sent(self, first: str) -> int:
-        text = self.guest.do(f"{first}until grep -q sent /tmp/sent; do sleep 0.1; done; cat /tmp/sent")
+        text = self.guest.do(
+            f"{first}until grep -q sent /tmp/sent; do sleep 0.1; done; cat /tmp/sent"
+        )
         return int(json.loads(text)["sent"])

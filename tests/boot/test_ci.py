@@ -1,4 +1,6 @@
-"""What a kernel developer's CI does, with Linux: the example project of the documentation, and the matrix."""
+"""What a kernel developer's CI does, with Linux: the example project of the documentation, and the
+matrix.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ EXAMPLE = ROOT / "docs" / "examples" / "kernel-ci"
 
 
 def test_example_project(host: Host, tmp_path: Path) -> None:
-    """As its user calls it, but for the place: `pyvmm_host = auto` starts a testbed where none is up."""
+    """As its user calls it, but for the place: `pyvmm_host = auto` starts a testbed where none is
+    up.
+    """
     junit = tmp_path / "junit.xml"
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {
         "PYVMM_TESTBED": host.testbed.name

@@ -1,4 +1,6 @@
-"""`pyvmm compare` for real: forwarded to the testbed, results here; the classic result; and Ctrl-C in the middle."""
+"""`pyvmm compare` for real: forwarded to the testbed, results here; the classic result; and Ctrl-C
+in the middle.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def nothing_of_ours(host: Host, nothing_left: None) -> Iterator[None]:
     """Beyond what ``nothing_left`` looks for: our processes, sockets and tracing instances."""
     yield
     host.wait_until(
-        lambda: host.run("sh", "-c", LEFTOVERS).out == "", lambda: host.run("sh", "-c", LEFTOVERS).out
+        lambda: host.run("sh", "-c", LEFTOVERS).out == "",
+        lambda: host.run("sh", "-c", LEFTOVERS).out,
     )
 
 
@@ -61,7 +64,9 @@ def figures(document: dict[str, Any], mode: str, workload: str) -> dict[str, Any
 
 
 def test_the_classic_result(host: Host, tmp_path: Path) -> None:
-    """notify=exit: one exit to userspace a kick. vhost-net: none, and nothing in the VMM wakes up for a packet."""
+    """notify=exit: one exit to userspace a kick. vhost-net: none, and nothing in the VMM wakes up
+    for a packet.
+    """
     modes = ["emulated:notify=exit", "vhost-net"]
     child = compare(
         host,
@@ -78,14 +83,20 @@ def test_the_classic_result(host: Host, tmp_path: Path) -> None:
     for workload in ("ping", "tcp-tx"):
         exit_, vhost = (figures(document, mode, workload) for mode in modes)
         sent = exit_["packets"]["packets_from_guest"]
-        # An answer to a ping is a kick of its own, unless the worker is still busy; a TCP stream's packets share them.
+        # An answer to a ping is a kick of its own, unless the worker is still busy; a TCP stream's
+        # packets share them.
         assert (10 if workload == "ping" else 1) <= exit_["causes"]["notify"] <= sent, exit_
         assert vhost["causes"]["notify"] == 0, vhost
         for one in (exit_, vhost):
             assert one["user_exits"] <= one["kvm"]["exits"] and one["interrupts"] > 0, one
-            assert sum(one["causes"].values()) == one["user_exits"] == sum(one["lines"].values()), one
-            # What KVM itself counts as memory accesses to userspace; the two are not read at the same instant.
-            assert abs(one["kvm"]["mmio_exits"] - one["causes"]["notify"] - one["causes"]["mmio"]) <= 3, one
+            assert sum(one["causes"].values()) == one["user_exits"] == sum(one["lines"].values()), (
+                one
+            )
+            # What KVM itself counts as memory accesses to userspace; the two are not read at the
+            # same instant.
+            assert (
+                abs(one["kvm"]["mmio_exits"] - one["causes"]["notify"] - one["causes"]["mmio"]) <= 3
+            ), one
             assert len(one["samples"]["t"]) > 2, one
         assert exit_["threads"]["worker"]["voluntary"] > 0 and "vhost" not in exit_["threads"]
         assert vhost["threads"]["vhost"]["voluntary"] > 0 and "worker" not in vhost["threads"]
@@ -93,7 +104,11 @@ def test_the_classic_result(host: Host, tmp_path: Path) -> None:
     assert figures(document, modes[0], "ping")["rtt_ms"] > 0
     assert figures(document, modes[1], "tcp-tx")["throughput_mbit_s"] > 0
     for mode in document["modes"][:2]:
-        assert {"VERSION_1", "MRG_RXBUF", "EVENT_IDX"} <= set(mode["negotiated"]) <= set(mode["offered"])
+        assert (
+            {"VERSION_1", "MRG_RXBUF", "EVENT_IDX"}
+            <= set(mode["negotiated"])
+            <= set(mode["offered"])
+        )
     assert "<svg" in (tmp_path / "r.html").read_text()
 
 
@@ -116,7 +131,9 @@ with ExitTrace(reasons=True) as trace:
 
 
 def test_exits_seen_from_outside(host: Host) -> None:
-    """What the tracepoint's histogram counts of a guest is what our own ledger does, to the last exit."""
+    """What the tracepoint's histogram counts of a guest is what our own ledger does, to the last
+    exit.
+    """
     subprocess.run(["make", "-s", "-C", str(ROOT / "guest")], check=True)
     kernel = str(ROOT / "guest" / "build" / "exits.elf")
     result = host.run(sys.executable, "-c", EXITS, kernel)
@@ -129,7 +146,9 @@ def test_exits_seen_from_outside(host: Host) -> None:
 
 
 def test_ctrl_c(host: Host, tmp_path: Path) -> None:
-    """In the middle of a workload with a back-end beside the guest: all ends, and what there is by then is shown and written."""
+    """In the middle of a workload with a back-end beside the guest: all ends, and what there is by
+    then is shown and written.
+    """
     child = compare(
         host,
         tmp_path,

@@ -45,14 +45,17 @@ def play(host: Host, *scenarios: list[list[Any]], argv: list[str] = RUN) -> list
 
 
 def test_terminal_by_hand(host: Host) -> None:
-    """A shell, whose exit status comes out; Ctrl-C goes to the guest; Ctrl-A x leaves; the terminal is as before."""
+    """A shell, whose exit status comes out; Ctrl-C goes to the guest; Ctrl-A x leaves; the terminal
+    is as before.
+    """
     shell, left = play(
         host,
         [
             PROMPT,
             ["type", "echo sum-$((40 + 2))\r"],
             ["expect", "^sum-42"],
-            # By a child: until the shell has put it in the foreground, a Ctrl-C would reach the shell, which goes on waiting for it.
+            # By a child: until the shell has put it in the foreground, a Ctrl-C would reach the
+            # shell, which goes on waiting for it.
             ["type", "sh -c 'echo begun; exec sleep 1000'\r"],
             ["expect", "^begun"],
             ["type", "\x03"],
@@ -105,7 +108,8 @@ def test_signals_on_a_terminal(host: Host) -> None:
         assert frames <= {"__init__.py", "__main__.py"}, what
         if "Traceback" not in result["output"]:
             assert result["status"] in (SIGNALS[number], -number), what
-        # Natively within a second; this is a busy machine that emulates another. Without the signal it runs for ever.
+        # Natively within a second; this is a busy machine that emulates another. Without the signal
+        # it runs for ever.
         assert result["status"] is not None, what
     assert any(result["raw"] for result in results)
 
@@ -120,7 +124,9 @@ def test_flood_and_paste(host: Host) -> None:
     """Output comes whole and in order, and so does what is typed."""
     with Guest(host, "--net", "none") as guest:
         # A write for each line, and long ones that keep the FIFO full.
-        assert guest.do("seq 1000; seq 1001 15000 | cat") == "".join(f"{i}\n" for i in range(1, 15001))
+        assert guest.do("seq 1000; seq 1001 15000 | cat") == "".join(
+            f"{i}\n" for i in range(1, 15001)
+        )
         pasted = "".join(f"{i:079d}\n" for i in range(250))
         start = len(guest.stdout)
         guest.type(f"head -c {len(pasted)} /dev/ttyS0 | md5sum; echo done\n")
@@ -150,7 +156,9 @@ def test_output_that_nobody_takes(host: Host, shell: str, tmp_path: Path) -> Non
 
 
 def test_output_waits_for_a_reader_but_the_end_does_not(host: Host, tmp_path: Path) -> None:
-    """The guest waits for a reader that takes nothing, and loses nothing to one that comes late; a time-out ends it at once."""
+    """The guest waits for a reader that takes nothing, and loses nothing to one that comes late; a
+    time-out ends it at once.
+    """
     command = ["--", "sh", "-c", "seq 40000; exit 9"]
     late = '{ "$@"; echo "status $?" >&2; } | { sleep 20; cat; }'
     stuck = '{ "$@"; echo "status $?" >&2; touch "$0"; } | while ! [ -e "$0" ]; do sleep 0.5; done'
@@ -160,7 +168,9 @@ def test_output_waits_for_a_reader_but_the_end_does_not(host: Host, tmp_path: Pa
         assert run.out == "".join(f"{i}\n" for i in range(1, 40001))
         assert run.err == "status 9\n"
     wrapper = ["sh", "-c", stuck, str(tmp_path / "ended")]
-    with Run(host, "--net", "none", "--timeout", "25", *command, wrapper=wrapper, report=False) as run:
+    with Run(
+        host, "--net", "none", "--timeout", "25", *command, wrapper=wrapper, report=False
+    ) as run:
         run.wait()
         assert "status 124\n" in run.err
         assert "Traceback" not in run.err

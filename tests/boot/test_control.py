@@ -1,4 +1,6 @@
-"""Linux under control of its socket, from outside of the testbed: stop, cont, link, rings, reset, power button."""
+"""Linux under control of its socket, from outside of the testbed: stop, cont, link, rings, reset,
+power button.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ NAME = f"boot-{os.getpid()}"
 def pyvmm(host: Host, *args: str, status: int = 0) -> str:
     """`pyvmm ARGS` on this side, as a user types it; its stdout."""
     env = {**os.environ, "PYVMM_TESTBED": host.testbed.name}
-    done = subprocess.run([*PYVMM, *args], env=env, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [*PYVMM, *args], env=env, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == status, done
     return done.stdout
 
@@ -69,8 +73,12 @@ def listen(host: Host) -> Future[Result]:
 
 
 def moved(ledger: dict[str, Any]) -> list[dict[str, int]]:
-    """What the cards' counters say of the guest's side; the tap alone may filter and drop meanwhile."""
-    return [{k: v for k, v in n["counters"].items() if not k.endswith("_tap")} for n in ledger["nets"]]
+    """What the cards' counters say of the guest's side; the tap alone may filter and drop
+    meanwhile.
+    """
+    return [
+        {k: v for k, v in n["counters"].items() if not k.endswith("_tap")} for n in ledger["nets"]
+    ]
 
 
 def check_paused(qmp: Qmp, guest: Guest) -> None:
@@ -115,13 +123,19 @@ def check_rings(host: Host, qmp: Qmp) -> None:
     assert [q["role"] for q in look["queues"]] == ["receive", "transmit", "control"]
     for q in look["queues"]:
         assert q["enabled"] and q["problems"] == []
-        assert q["outstanding"] == (q["avail"]["idx"] - q["used"]["idx"]) % 65536 == len(q["available"])
+        assert (
+            q["outstanding"]
+            == (q["avail"]["idx"] - q["used"]["idx"]) % 65536
+            == len(q["available"])
+        )
         assert not any("problem" in chain for chain in q["available"])
     assert receive["outstanding"] > 100  # Linux fills it up
     for chain in receive["available"]:
         assert all("write" in d["flags"] or "indirect" in d["flags"] for d in chain["descriptors"])
     assert control["used"]["idx"] > 0 and transmit["used"]["idx"] > 0
-    heads = {d["index"] for c in receive["available"] for d in c["descriptors"] if not d.get("indirect")}
+    heads = {
+        d["index"] for c in receive["available"] for d in c["descriptors"] if not d.get("indirect")
+    }
     assert heads == set(receive["device-owned"])
     text = pyvmm(host, "rings", NAME, "--queue", "0", "--chains", "2")
     assert "queue 0  receive  256 entries" in text and "DDDD" in text and "avail_event" in text
@@ -146,12 +160,19 @@ def check_shell(host: Host, path: str) -> None:
 
 
 def test_a_guest_under_control(host: Host) -> None:
-    """One boot for all of it, on an emulated card and one of vhost-net; a second after the reset."""
+    """One boot for all of it, on an emulated card and one of vhost-net; a second after the
+    reset.
+    """
     nets = ("--net", "emulated", "--net", "vhost-net")
     with Guest(host, "--cpus", "2", *nets, "--name", NAME, "--on-reboot", "exit") as guest:
         events = listen(host)
         row = machines(host)[NAME]
-        assert (row["host"], row["status"], row["cpus"], row["pid"]) == ("testbed", "running", 2, guest.pid)
+        assert (row["host"], row["status"], row["cpus"], row["pid"]) == (
+            "testbed",
+            "running",
+            2,
+            guest.pid,
+        )
         assert [n["mode"] for n in row["nets"]] == ["emulated", "vhost-net"]
         assert NAME in pyvmm(host, "ps")
         with Qmp(host) as qmp:
@@ -184,7 +205,11 @@ def test_a_guest_under_control(host: Host) -> None:
     seen = [json.loads(line) for line in events.result(PATIENCE).out.splitlines()]
     names = [e["event"] for e in seen if e["event"] != "NIC_RX_FILTER_CHANGED"]
     assert names == [*["STOP", "RESUME"] * 4, "RESET", "POWERDOWN", "SHUTDOWN"]
-    assert seen[-1]["data"] == {"guest": True, "reason": "guest-shutdown", "x-pyvmm-outcome": "poweroff"}
+    assert seen[-1]["data"] == {
+        "guest": True,
+        "reason": "guest-shutdown",
+        "x-pyvmm-outcome": "poweroff",
+    }
     assert {e["data"]["name"] for e in seen if e["event"] == "NIC_RX_FILTER_CHANGED"} >= {"net0"}
     times = [e["timestamp"]["seconds"] * 10**6 + e["timestamp"]["microseconds"] for e in seen]
     assert times == sorted(times)
@@ -203,7 +228,9 @@ def test_the_power_button_ends_a_command_by_sigterm(host: Host) -> None:
 
 
 def test_quit_before_the_command_has_ended(host: Host) -> None:
-    with Run(host, "--net", "none", "--name", NAME, "--", "sh", "-c", "echo ready; sleep 1000") as run:
+    with Run(
+        host, "--net", "none", "--name", NAME, "--", "sh", "-c", "echo ready; sleep 1000"
+    ) as run:
         run.expect("ready")
         pyvmm(host, "quit", NAME)
         assert run.wait() == 119, repr(run)

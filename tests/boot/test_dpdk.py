@@ -1,4 +1,6 @@
-"""Linux with `--net vhost-user` on DPDK's testpmd: net_vhost as server and as client, with net_tap, with macswap, two queue pairs."""
+"""Linux with `--net vhost-user` on DPDK's testpmd: net_vhost as server and as client, with net_tap,
+with macswap, two queue pairs.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,22 @@ DATAGRAMS = 300
 
 
 class Pmd:
-    """testpmd in the testbed, forwarding between the guest and a tap of its own (or back to the guest, swapped)."""
+    """testpmd in the testbed, forwarding between the guest and a tap of its own (or back to the
+    guest, swapped).
+    """
 
     def __init__(self, host: Host, *, client: bool, macswap: bool = False) -> None:
         self.host, self.client, self.macswap = host, client, macswap
         vdevs = [f"net_vhost0,iface={SOCKET},queues=2{',client=1' if client else ''}"]
         if not macswap:
-            # Left to itself net_tap has another address each time, and the guest goes on sending to that in its ARP cache.
+            # Left to itself net_tap has another address each time, and the guest goes on sending to
+            # that in its ARP cache.
             vdevs.append(f"net_tap0,iface={TAP},mac={TAP_MAC}")
         mode = "--forward-mode=" + ("macswap" if macswap else "io")
-        self._argv = [*INSIDE, *command(*vdevs, options=(mode, "--rxq=2", "--txq=2", "--auto-start"))]
+        self._argv = [
+            *INSIDE,
+            *command(*vdevs, options=(mode, "--rxq=2", "--txq=2", "--auto-start")),
+        ]
 
     def __enter__(self) -> Pmd:
         # Its input has to stay open. The socket of a dead one is not replaced by DPDK.
@@ -99,12 +107,15 @@ def check_datagrams(host: Host, guest: Guest, program: Path) -> None:
     text = guest.do(
         "kill $(cat /tmp/counter); until grep -q next /tmp/counted; do sleep 0.1; done; tail -n 1 /tmp/counted"
     )
-    assert f'"received": {DATAGRAMS}, "next": {DATAGRAMS}, "missing": 0, "repeated": 0' in text, text
+    assert f'"received": {DATAGRAMS}, "next": {DATAGRAMS}, "missing": 0, "repeated": 0' in text, (
+        text
+    )
 
 
 @pytest.mark.parametrize("client", [False, True], ids=["server", "client"])
 def test_testpmd(host: Host, program: Path, client: bool) -> None:
-    """Ping, TCP, numbered datagrams; killed and started again, swapping addresses, and then with a tap again.
+    """Ping, TCP, numbered datagrams; killed and started again, swapping addresses, and then with a
+    tap again.
 
     :param client: testpmd connects, and pyvmm listens.
     """

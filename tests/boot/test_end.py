@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 #: All 256 bytes, without a fork.
-ALL_BYTES = 'i=0; while [ $i -lt 256 ]; do printf "\\\\$((i/64))$((i/8%8))$((i%8))"; i=$((i+1)); done'
+ALL_BYTES = (
+    'i=0; while [ $i -lt 256 ]; do printf "\\\\$((i/64))$((i/8%8))$((i%8))"; i=$((i+1)); done'
+)
 CODE = 0x10_0000
 
 
@@ -28,7 +30,9 @@ def bare_metal(path: Path, code: str) -> str:
     """An ELF kernel whose 64-bit entry is the machine code ``code`` (hexadecimal), at ``CODE``."""
     text = bytes.fromhex(code)
     offset = 64 + 56
-    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, 62, 1, CODE, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, 62, 1, CODE, 64, 0, 0, 64, 56, 1, 0, 0, 0
+    )
     segment = struct.pack("<IIQQQQQQ", 1, 5, offset, CODE, CODE, len(text), len(text), 1)
     path.write_bytes(header + segment + text)
     return str(path)
@@ -39,7 +43,12 @@ def test_status_and_output_of_commands(host: Host) -> None:
     runs = run_all(
         host,
         {
-            "output": ["--", "sh", "-c", f"{ALL_BYTES}; ({ALL_BYTES}; echo error) >&2; seq 20000; exit 5"],
+            "output": [
+                "--",
+                "sh",
+                "-c",
+                f"{ALL_BYTES}; ({ALL_BYTES}; echo error) >&2; seq 20000; exit 5",
+            ],
             "missing": ["--", "/no/such/command"],
             "killed": ["--", "sh", "-c", "kill -9 $$"],
             "poweroff": ["--", "sh", "-c", "poweroff -f; sleep 100"],
@@ -112,7 +121,9 @@ def test_reboot_panic_and_triple_fault(host: Host, tmp_path: Path) -> None:
 
 
 def test_ends_without_linux(host: Host, tmp_path: Path) -> None:
-    """A hang with interrupts off, a halt for good, a triple fault, an instruction that KVM cannot run: all end, with registers."""
+    """A hang with interrupts off, a halt for good, a triple fault, an instruction that KVM cannot
+    run: all end, with registers.
+    """
     kernels = {
         # cli; jmp .
         "spin": "fa ebfe",
@@ -165,8 +176,8 @@ def test_timeout_while_linux_boots_and_hangs(host: Host) -> None:
 
 
 def test_panics_early_and_without_a_console(host: Host, tmp_path: Path) -> None:
-    """Before the console driver there is the early console; without any console there is pvpanic; without init there is neither
-    a hang nor silence."""
+    """Before the console driver there is the early console; without any console there is pvpanic;
+    without init there is neither a hang nor silence."""
     crash = "echo c >/proc/sysrq-trigger"
     wanted = {
         # The memory that the kernel may use does not hold its initrd.
@@ -188,7 +199,9 @@ def test_panics_early_and_without_a_console(host: Host, tmp_path: Path) -> None:
 
 
 def test_linux_hangs_or_only_sleeps(host: Host) -> None:
-    """`halt -f` leaves all processors halted with interrupts off; a sleeping guest, and one that computes, are well."""
+    """`halt -f` leaves all processors halted with interrupts off; a sleeping guest, and one that
+    computes, are well.
+    """
     runs = run_all(
         host,
         {

@@ -1,4 +1,6 @@
-"""The exit ledger beside KVM's own counters, for each data path: what a kick costs, exactly; and where Linux' exits go."""
+"""The exit ledger beside KVM's own counters, for each data path: what a kick costs, exactly; and
+where Linux' exits go.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def phase(report: dict[str, Any], name: str = "command") -> dict[str, Any]:
 
 
 def test_what_a_kick_costs(host: Host, backend: None) -> None:
-    """The same 500 kicks: each an exit to the VMM with notify=exit, none with ioeventfd, and no wake-up of the VMM with vhost."""
+    """The same 500 kicks: each an exit to the VMM with notify=exit, none with ioeventfd, and no
+    wake-up of the VMM with vhost.
+    """
     append = ("--append", f"count={KICKS} control={CONTROL} halts={HALTS}")
     runs = {mode: ["--net", net] for mode, net in MODES.items()}
     for mode, run in run_all(host, runs, *guest_kernel("kicks"), *append).items():
@@ -149,8 +153,13 @@ def check_timeline(path: Path, mode: str, report: dict[str, Any]) -> None:
     assert in_order(PATHS[mode], control), control
     assert any(name.startswith(("RX ", "MAC ")) for name in control), "control commands"
     exits = names(trace, "vCPUs", "vcpu0")
-    assert len(exits) + sum(trace["otherData"]["dropped"].values()) == report["exits"]["kvm_run_returns"]
-    kicks = [name for name in exits if name in ("write net0 queue 0 notify", "write net0 queue 1 notify")]
+    assert (
+        len(exits) + sum(trace["otherData"]["dropped"].values())
+        == report["exits"]["kvm_run_returns"]
+    )
+    kicks = [
+        name for name in exits if name in ("write net0 queue 0 notify", "write net0 queue 1 notify")
+    ]
     assert (
         len(kicks)
         == report["phases"][-1]["metrics"]["notify"]
@@ -165,12 +174,28 @@ def check_timeline(path: Path, mode: str, report: dict[str, Any]) -> None:
 
 
 def test_linux_by_register(host: Host, backend: None, tmp_path: Path) -> None:
-    """A command's packets in every mode, apart from the boot; set-up by register; budgets hold and break; traces."""
+    """A command's packets in every mode, apart from the boot; set-up by register; budgets hold and
+    break; traces.
+    """
     ping = ["ping", "-q", "-c", "40", "-i", "0.02", "192.168.100.1"]
     budget = {
         "notify=exit": ["--budget", "notify>=40", "--budget", "notify_per_kpacket>=300"],
-        "emulated": ["--budget", "notify==0", "--budget", "exits[net0 common]==0", "--budget", "packets>=80"],
-        "vhost-net": ["--budget", "notify==0", "--budget", "packets>=80", "--budget", "boot.user_exits<=5"],
+        "emulated": [
+            "--budget",
+            "notify==0",
+            "--budget",
+            "exits[net0 common]==0",
+            "--budget",
+            "packets>=80",
+        ],
+        "vhost-net": [
+            "--budget",
+            "notify==0",
+            "--budget",
+            "packets>=80",
+            "--budget",
+            "boot.user_exits<=5",
+        ],
         "vhost-user": ["--budget", "notify==0", "--budget", "command.irq_injections>=40"],
     }
     runs = {
@@ -203,6 +228,15 @@ def test_linux_by_register(host: Host, backend: None, tmp_path: Path) -> None:
         ):
             assert whole.get(register), (mode, register)
         nameless = {
-            line["device"] for line in report["exits"]["lines"] if line.get("device") and not line["register"]
+            line["device"]
+            for line in report["exits"]["lines"]
+            if line.get("device") and not line["register"]
         }
-        assert nameless <= {"guest-control", "guest-stdout", "guest-stderr", "post", "pvpanic", "net0 isr"}
+        assert nameless <= {
+            "guest-control",
+            "guest-stdout",
+            "guest-stderr",
+            "post",
+            "pvpanic",
+            "net0 isr",
+        }

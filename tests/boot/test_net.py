@@ -1,4 +1,6 @@
-"""virtio-net under real Linux: traffic both ways with every set of features and every way of interrupting."""
+"""virtio-net under real Linux: traffic both ways with every set of features and every way of
+interrupting.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ OFFLOADS = {"CSUM", "GUEST_CSUM"} | {
 TSO = {name for name in OFFLOADS if not name.endswith("CSUM")}
 RINGS = {"MRG_RXBUF", "INDIRECT_DESC", "EVENT_IDX"}
 
-#: One card each in one guest, which has room for eight: --net keys, and the features that then must not be negotiated.
+#: One card each in one guest, which has room for eight: --net keys, and the features that then must
+#: not be negotiated.
 CARDS: dict[str, set[str]] = {
     "without=offloads": OFFLOADS,
     "without=tso": TSO,
@@ -64,7 +67,9 @@ def interrupts(guest: Guest, pattern: str) -> list[int]:
 
 
 def test_default_card(host: Host) -> None:
-    """All features: traffic with and without offloads, the interface down and up, the driver reloaded."""
+    """All features: traffic with and without offloads, the interface down and up, the driver
+    reloaded.
+    """
     with Guest(host) as guest:
         check_ping(guest)
         check_ping(guest, size=1400)
@@ -139,15 +144,24 @@ def test_card(cards: dict[str, Any], card: str) -> None:
 
 
 def test_jumbo_frames(host: Host) -> None:
-    """With mtu=9000 a packet of that size goes through whole, both ways, also without mergeable buffers."""
-    nets = ("--net", "emulated,mtu=9000,without=tso", "--net", "emulated,mtu=9000,without=tso+mrg-rxbuf")
+    """With mtu=9000 a packet of that size goes through whole, both ways, also without mergeable
+    buffers.
+    """
+    nets = (
+        "--net",
+        "emulated,mtu=9000,without=tso",
+        "--net",
+        "emulated,mtu=9000,without=tso+mrg-rxbuf",
+    )
     with Guest(host, *nets) as guest:
         for nic in (0, 1):
             result = guest.host_run(
                 nic, *f"ping -M do -s 8972 -c 3 -i 0.3 {nic_address(nic, 'guest')}".split()
             )
             assert " 3 received" in result.out, result
-            assert guest.host_run(nic, *f"ping -M do -s 8973 -c 1 {nic_address(nic, 'guest')}".split()).status
+            assert guest.host_run(
+                nic, *f"ping -M do -s 8973 -c 1 {nic_address(nic, 'guest')}".split()
+            ).status
             check_traffic(guest, nic)
         guest.leave()
 

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-#: A note's header: size of the name, size of the description, type XEN_ELFNOTE_PHYS32_ENTRY (include/xen/interface/elfnote.h).
+#: A note's header: size of the name, size of the description, type XEN_ELFNOTE_PHYS32_ENTRY
+#: (include/xen/interface/elfnote.h).
 PVH_NOTE = [struct.pack("<III4s", 4, size, 18, b"Xen") for size in (4, 8)]
 
 
 def test_kernel_formats(host: Host, tmp_path: Path) -> None:
-    """The same kernel as bzImage, by its PVH note, and by its 64-bit entry; every exit that came to us is one that KVM counted."""
+    """The same kernel as bzImage, by its PVH note, and by its 64-bit entry; every exit that came to
+    us is one that KVM counted.
+    """
     image = find("default")
     vmlinux = Path(image.kernel).read_bytes()
     note = next(n for n in PVH_NOTE if n in vmlinux)
@@ -89,7 +92,9 @@ def test_a_tap_of_the_users_and_sigkill(host: Host) -> None:
 
 
 def test_huge_pages_by_advice(host: Host) -> None:
-    """The testbed gives shared memory huge pages where they are asked for, as we do for a guest's."""
+    """The testbed gives shared memory huge pages where they are asked for, as we do for a
+    guest's.
+    """
     code = """
 from pyvmm.memory import GuestMemory
 memory = GuestMemory(64 << 20)

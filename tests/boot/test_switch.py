@@ -1,4 +1,6 @@
-"""Switching the data path of a running Linux guest, with real vhost-net and our own back-end: nothing lost, nothing repeated."""
+"""Switching the data path of a running Linux guest, with real vhost-net and our own back-end:
+nothing lost, nothing repeated.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def test_faults_in_the_hand_over(host: Host, flow: str) -> None:
 
 
 def test_by_name(host: Host) -> None:
-    """`switchable=` is told in one line; `pyvmm switch` reaches the machine; the report splits by mode."""
+    """`switchable=` is told in one line; `pyvmm switch` reaches the machine; the report splits by
+    mode.
+    """
     keys = "emulated,switchable=vhost-net+vhost-user"
     with Guest(host, "--name", "switched", "--net", keys) as guest:
         line = "pyvmm: net0 can be switched between emulated, vhost-net, vhost-user; offers "
@@ -69,7 +73,11 @@ def test_by_name(host: Host) -> None:
         assert nic["mode"] == "vhost-user" and nic["switch_count"] == len(nic["switches"]) == 2
         assert [s["outcome"] for s in nic["switches"]] == ["switched"] * 2
         modes = nic["modes"]
-        assert {m: modes[m]["times"] for m in modes} == {"emulated": 1, "vhost-net": 1, "vhost-user": 1}
+        assert {m: modes[m]["times"] for m in modes} == {
+            "emulated": 1,
+            "vhost-net": 1,
+            "vhost-user": 1,
+        }
         returns = report["exits"]["kvm_run_returns"]
         assert sum(m["exits"]["kvm_run_returns"] for m in modes.values()) == returns
         for mode in modes.values():
@@ -78,7 +86,9 @@ def test_by_name(host: Host) -> None:
 
 
 def waiting(port: int) -> str | None:
-    """Bytes that a UDP socket has yet to read, in hexadecimal; None where there is no such socket."""
+    """Bytes that a UDP socket has yet to read, in hexadecimal; None where there is no such
+    socket.
+    """
     for line in Path("/proc/net/udp").read_text().splitlines()[1:]:
         words = line.split()
         if words[1].endswith(f":{port:04X}"):

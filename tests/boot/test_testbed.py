@@ -31,7 +31,11 @@ def shared(tmp_path: Path) -> Path:
 
 def test_has_what_it_is_for(testbed: Testbed) -> None:
     r = testbed.run(
-        ["sh", "-c", "ls /dev/kvm /dev/net/tun /dev/vhost-net /sys/module/kvm_amd/parameters/nested"]
+        [
+            "sh",
+            "-c",
+            "ls /dev/kvm /dev/net/tun /dev/vhost-net /sys/module/kvm_amd/parameters/nested",
+        ]
     )
     assert r.status == 0, r.err
     r = testbed.run([*PYVMM, "doctor"])
@@ -67,7 +71,9 @@ def test_unknown_command(testbed: Testbed) -> None:
 def test_environment_and_directory(testbed: Testbed, shared: Path) -> None:
     odd = "a b\n\udcff'$x"
     r = testbed.run(
-        ["sh", "-c", 'pwd; printf %s "$ODD"; umask'], cwd=str(shared), env={**os.environ, "ODD": odd}
+        ["sh", "-c", 'pwd; printf %s "$ODD"; umask'],
+        cwd=str(shared),
+        env={**os.environ, "ODD": odd},
     )
     assert r.stdout == os.fsencode(f"{shared}\n{odd}") + f"{umask():04o}\n".encode()
 
@@ -86,14 +92,18 @@ def test_missing_directory(testbed: Testbed) -> None:
 
 def test_files_are_shared_both_ways(testbed: Testbed, shared: Path) -> None:
     (shared / "here").write_text("from the host")
-    r = testbed.run(["sh", "-c", "cat here; echo from L1 >there; mkdir d; ln -s here link"], cwd=str(shared))
+    r = testbed.run(
+        ["sh", "-c", "cat here; echo from L1 >there; mkdir d; ln -s here link"], cwd=str(shared)
+    )
     assert r.out == "from the host"
     assert (shared / "there").read_text() == "from L1\n"
     assert (shared / "link").is_symlink()
 
 
 def test_changes_are_seen_at_once(testbed: Testbed, shared: Path) -> None:
-    """Edited in place, replaced, removed, made anew: each before a command that follows immediately."""
+    """Edited in place, replaced, removed, made anew: each before a command that follows
+    immediately.
+    """
     file = shared / "file"
     for n in range(6):
         text = f"version {n}"
@@ -111,7 +121,9 @@ def test_changes_are_seen_at_once(testbed: Testbed, shared: Path) -> None:
 
 def test_the_rest_of_the_host_is_protected(testbed: Testbed) -> None:
     mark = Path(f"/etc/pyvmm-test-{os.getpid()}")
-    assert testbed.run(["sh", "-c", f"echo x >{mark} && cat {mark}"]).out == "x\n", "the overlay takes writes"
+    assert testbed.run(["sh", "-c", f"echo x >{mark} && cat {mark}"]).out == "x\n", (
+        "the overlay takes writes"
+    )
     assert not mark.exists()
     status = testbed.status()
     assert status
@@ -164,7 +176,9 @@ def test_many_at_once(testbed: Testbed, shared: Path) -> None:
 
 
 def test_a_reader_that_stops_does_not_stop_others(testbed: Testbed) -> None:
-    slow = subprocess.Popen([*PYVMM, "testbed", "--name", testbed.name, "--", "yes"], stdout=subprocess.PIPE)
+    slow = subprocess.Popen(
+        [*PYVMM, "testbed", "--name", testbed.name, "--", "yes"], stdout=subprocess.PIPE
+    )
     try:
         assert slow.stdout
         assert slow.stdout.read(2) == b"y\n"
@@ -196,7 +210,16 @@ def gone(testbed: Testbed, command: str) -> None:
 def attached(testbed: Testbed, *command: str, **kwargs: object) -> subprocess.Popen[bytes]:
     """The command line, with its command known to have started."""
     child = subprocess.Popen(
-        [*PYVMM, "testbed", "--name", testbed.name, "--", "sh", "-c", f"echo up; {' '.join(command)}"],
+        [
+            *PYVMM,
+            "testbed",
+            "--name",
+            testbed.name,
+            "--",
+            "sh",
+            "-c",
+            f"echo up; {' '.join(command)}",
+        ],
         stdout=subprocess.PIPE,
     )
     assert child.stdout
@@ -305,7 +328,9 @@ def test_control_c_in_a_terminal(testbed: Testbed) -> None:
 
 
 def test_terminal_in_output_redirected_elsewhere(testbed: Testbed, shared: Path) -> None:
-    """stdin is a terminal, stdout a file: the command finds exactly that, and no carriage returns in the file."""
+    """stdin is a terminal, stdout a file: the command finds exactly that, and no carriage returns
+    in the file.
+    """
     t = Terminal(testbed, "true")
     t.close()
     out = shared / "out"
@@ -330,8 +355,12 @@ def test_terminal_in_output_redirected_elsewhere(testbed: Testbed, shared: Path)
     assert (status, out.read_bytes()) == (0, b"fine\n")
 
 
-def test_two_testbeds_side_by_side_and_an_emulator_that_hangs(testbed: Testbed, tmp_path: Path) -> None:
-    """Stop QEMU as a hang would: the watchdog tells every client, and nothing of that testbed is left."""
+def test_two_testbeds_side_by_side_and_an_emulator_that_hangs(
+    testbed: Testbed, tmp_path: Path
+) -> None:
+    """Stop QEMU as a hang would: the watchdog tells every client, and nothing of that testbed is
+    left.
+    """
     with Testbed("hang", watchdog=10, cpus=1, memory=1 << 30) as other:
         status = other.status()
         assert status
@@ -367,7 +396,9 @@ def test_a_panic_is_named() -> None:
 
 
 def test_dies_with_its_owner(testbed: Testbed) -> None:
-    """A tethered testbed whose owner is killed goes away, and so does one whose supervisor is killed."""
+    """A tethered testbed whose owner is killed goes away, and so does one whose supervisor is
+    killed.
+    """
     code = (
         "import os, sys, time; from pyvmm.testbed.testbed import Testbed; "
         "t = Testbed('owner', cpus=1, memory=1 << 30).__enter__(); print(t.status()['pid'], t.name, flush=True); time.sleep(99)"
@@ -408,8 +439,8 @@ def test_supervisor_killed(testbed: Testbed) -> None:
 
 
 def test_as_an_ordinary_user(testbed: Testbed) -> None:
-    """Without a capability of root's, and with nothing but a kernel in the cache: so with the system's QEMU and what
-    vCPUs that bears."""
+    """Without a capability of root's, and with nothing but a kernel in the cache: so with the
+    system's QEMU and what vCPUs that bears."""
     if os.geteuid():
         return  # then all the other tests show it
     home = Path(tempfile.mkdtemp(prefix="pyvmm-user-"))
@@ -417,10 +448,23 @@ def test_as_an_ordinary_user(testbed: Testbed) -> None:
         os.chown(home, NOBODY, NOBODY)
         root = l1_assets.find_kernel(None).root
         if root:  # else the system's own, which everybody may read
-            shutil.copytree(root, home / "cache/pyvmm/testbed/kernel" / Path(root).name, symlinks=True)
+            shutil.copytree(
+                root, home / "cache/pyvmm/testbed/kernel" / Path(root).name, symlinks=True
+            )
             subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", home / "cache"], check=True)
-        drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
-        env = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": f"{home}/cache", "PYTHONPATH": str(ROOT)}
+        drop = [
+            "setpriv",
+            f"--reuid={NOBODY}",
+            f"--regid={NOBODY}",
+            "--clear-groups",
+            "--inh-caps=-all",
+        ]
+        env = {
+            **os.environ,
+            "HOME": str(home),
+            "XDG_CACHE_HOME": f"{home}/cache",
+            "PYTHONPATH": str(ROOT),
+        }
         env.pop("XDG_RUNTIME_DIR", None)
         look = subprocess.run(
             [*drop, sys.executable, "-c", "import pyvmm"], env=env, cwd=home, capture_output=True
@@ -432,7 +476,9 @@ def test_as_an_ordinary_user(testbed: Testbed) -> None:
             [*drop, *PYVMM, "testbed", "--memory", "1G", "--", "sh", "-c", script],
             env=env, cwd=home, capture_output=True, text=True, timeout=180,
         )  # fmt: skip
-        assert (done.returncode, done.stdout) == (0, "0\nx\n/dev/kvm\n/dev/vhost-net\n"), done.stderr
+        assert (done.returncode, done.stdout) == (0, "0\nx\n/dev/kvm\n/dev/vhost-net\n"), (
+            done.stderr
+        )
         assert (home / "mine").stat().st_uid == NOBODY
     finally:
         shutil.rmtree(home)

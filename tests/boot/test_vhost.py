@@ -1,4 +1,6 @@
-"""vhost-net under real Linux: the same traffic as emulation, several queue pairs, and no wake-up for a packet."""
+"""vhost-net under real Linux: the same traffic as emulation, several queue pairs, and no wake-up
+for a packet.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,7 @@ def udp_lost(guest: Guest, nic: int, *extra: str) -> dict[str, Any]:
     """iperf3 -u at a low rate, datagrams numbered; its summary."""
     guest.start("iperf3 -s -1")
     command = f"iperf3 -u -c {nic_address(nic, 'guest')} -b 2M -l 400 -t 4 --json {' '.join(extra)}"
-    script = (
-        f'until text=$({command}) && echo "$text" | grep -q lost_packets; do sleep 0.5; done; echo "$text"'
-    )
+    script = f'until text=$({command}) && echo "$text" | grep -q lost_packets; do sleep 0.5; done; echo "$text"'
     summary: dict[str, Any] = json.loads(guest.host_run(nic, "sh", "-c", script).out)["end"]["sum"]
     return summary
 
@@ -115,12 +115,16 @@ def test_queue_pairs(host: Host, mode: str) -> None:
 
 
 def test_no_exit_for_a_packet(host: Host) -> None:
-    """Once the link is up, 100,000 packets do not make KVM_RUN return for a kick or an interrupt."""
+    """Once the link is up, 100,000 packets do not make KVM_RUN return for a kick or an
+    interrupt.
+    """
     with Guest(host, "--net", "vhost-net") as guest:
         check_ping(guest)
         # Without offloads a packet is a frame, both here and there.
         ethtool(guest, "off")
-        guest.host_run(0, "ethtool", "-K", "tap0", "tx", "off", "tso", "off", "gso", "off", "gro", "off")
+        guest.host_run(
+            0, "ethtool", "-K", "tap0", "tx", "off", "tso", "off", "gso", "off", "gro", "off"
+        )
         check_iperf(guest, megabytes=80)
         guest.leave()
         report = guest.report
@@ -128,7 +132,8 @@ def test_no_exit_for_a_packet(host: Host) -> None:
         packets = nic["counters"]["rx_packets"] + nic["counters"]["tx_packets"]
         exits = report["exits"]
         assert packets > 100_000
-        # What is left of the card's exits is set-up and control commands; the rest is boot and console.
+        # What is left of the card's exits is set-up and control commands; the rest is boot and
+        # console.
         assert exits_by_device(report, "net0 notify") <= nic["control_commands"]
         assert exits_by_device(report, "net0 isr") == 0
         set_up = sum(n for name, n in exits["by_device"].items() if name.startswith("net0"))
@@ -138,12 +143,17 @@ def test_no_exit_for_a_packet(host: Host) -> None:
 
 
 def test_reload_a_hundred_times(host: Host) -> None:
-    """virtio_net unloaded and loaded under traffic; each time the rings start anew and the card works."""
+    """virtio_net unloaded and loaded under traffic; each time the rings start anew and the card
+    works.
+    """
     with Guest(host, "--net", "vhost-net") as guest:
-        flood = host.start(*guest.inside(0), *f"ping -q -i 0.02 -w 600 {nic_address(0, 'guest')}".split())
+        flood = host.start(
+            *guest.inside(0), *f"ping -q -i 0.02 -w 600 {nic_address(0, 'guest')}".split()
+        )
         try:
             guest.do(
-                # busybox' ping has a small socket buffer: a burst of the host's requests can push the answer out.
+                # busybox' ping has a small socket buffer: a burst of the host's requests can push
+                # the answer out.
                 f"""for i in $(seq 100); do
                     rmmod virtio_net && modprobe virtio_net && ip link set eth0 up &&
                         ip addr add {nic_address(0, "guest")}/24 dev eth0 || break
@@ -167,9 +177,13 @@ def test_reload_a_hundred_times(host: Host) -> None:
 
 
 def test_reboot_under_traffic(host: Host) -> None:
-    """The machine is reset while frames come and go; the kernel lets go of the old memory, and the card works again."""
+    """The machine is reset while frames come and go; the kernel lets go of the old memory, and the
+    card works again.
+    """
     with Guest(host, "--on-reboot", "restart", "--net", "vhost-net") as guest:
-        flood = host.start(*guest.inside(0), *f"ping -q -i 0.01 -w 600 {nic_address(0, 'guest')}".split())
+        flood = host.start(
+            *guest.inside(0), *f"ping -q -i 0.01 -w 600 {nic_address(0, 'guest')}".split()
+        )
         try:
             guest.start(f"ping -q {nic_address(0, 'host')}")
             start = len(guest.stdout)
@@ -185,7 +199,9 @@ def test_reboot_under_traffic(host: Host) -> None:
 
 
 def test_intx_and_two_cpus(host: Host) -> None:
-    """Interrupt lines without MSI; with MSI-X a queue's interrupt moves between CPUs under traffic."""
+    """Interrupt lines without MSI; with MSI-X a queue's interrupt moves between CPUs under
+    traffic.
+    """
     with Guest(host, "--append", "pci=nomsi", "--net", "vhost-net") as guest:
         check_traffic(guest)
         assert sum(interrupts(guest, "IO-APIC.*virtio0")) > 0
@@ -201,7 +217,8 @@ def test_intx_and_two_cpus(host: Host) -> None:
                     guest.do(f"echo {cpu} >/proc/irq/{number}/smp_affinity_list")
         result = flood.result()
         sent, received = (
-            int(result.out.split(word)[0].split()[-1]) for word in (" packets transmitted", " received")
+            int(result.out.split(word)[0].split()[-1])
+            for word in (" packets transmitted", " received")
         )
         assert received >= sent - 1, result  # the last may be on its way when ping ends
         check_traffic(guest)

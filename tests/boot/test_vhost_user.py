@@ -1,4 +1,6 @@
-"""`--net vhost-user` under real Linux: one guest whose back-ends come, go, hang, lie and are killed; and two guests back to back."""
+"""`--net vhost-user` under real Linux: one guest whose back-ends come, go, hang, lie and are
+killed; and two guests back to back.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,15 @@ KILLS = 20
 
 
 class Backend:
-    """A back-end in the testbed, in the background: `pyvmm backend`, or another Python program of ours.
+    """A back-end in the testbed, in the background: `pyvmm backend`, or another Python program of
+    ours.
 
     :param args: of `pyvmm backend`. :param program: in its place.
     """
 
-    def __init__(self, host: Host, *args: str, program: tuple[str, ...] = (), space: bool = True) -> None:
+    def __init__(
+        self, host: Host, *args: str, program: tuple[str, ...] = (), space: bool = True
+    ) -> None:
         self.host = host
         argv = program or (*PYVMM, "backend", "--socket", SOCKET, *args)
         self._command = shlex.join((*(INSIDE if space else ()), *argv))
@@ -106,7 +111,9 @@ def tap_space(host: Host) -> Iterator[None]:
 
 @contextmanager
 def one_guest(host: Host, program: Path) -> Iterator[OutsideGuest]:
-    """A guest with seqnet in it, whose back-end has just gone; SPACE with TAP is there as long as it is."""
+    """A guest with seqnet in it, whose back-end has just gone; SPACE with TAP is there as long as
+    it is.
+    """
     with tap_space(host):
         backend = tap_backend(host).start()
         with OutsideGuest(host, "--net", f"vhost-user,socket={SOCKET},mtu={MTU}") as guest:
@@ -121,7 +128,9 @@ def guest(host: Host, program: Path) -> Iterator[OutsideGuest]:
     before = host.leftovers()
     with one_guest(host, program) as guest:
         yield guest
-    host.wait_until(lambda: host.leftovers() == before, lambda: f"{before} became {host.leftovers()}")
+    host.wait_until(
+        lambda: host.leftovers() == before, lambda: f"{before} became {host.leftovers()}"
+    )
 
 
 def undisturbed(guest: Guest) -> None:
@@ -134,7 +143,9 @@ def undisturbed(guest: Guest) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_traffic_and_a_kill_under_traffic(host: Host, guest: OutsideGuest) -> None:
-    """A TCP transfer survives the back-end's death and return, and the guest's driver notices nothing."""
+    """A TCP transfer survives the back-end's death and return, and the guest's driver notices
+    nothing.
+    """
     with tap_backend(host) as backend:
         check_traffic(guest)
         want = guest.do("head -c 24m /dev/urandom >/tmp/data; sha256sum </tmp/data").split()[0]
@@ -149,7 +160,9 @@ def test_traffic_and_a_kill_under_traffic(host: Host, guest: OutsideGuest) -> No
             kill -9 $(cat {PIDFILE})
             {backend.script()}"""
         )
-        text = guest.do("until [ -s /tmp/end ]; do sleep 0.2; done; cat /tmp/end; rm /tmp/end /tmp/data")
+        text = guest.do(
+            "until [ -s /tmp/end ]; do sleep 0.2; done; cat /tmp/end; rm /tmp/end /tmp/data"
+        )
         assert text.split()[:1] == [want], (text, backend.log())
         assert server.result().status == 0, server.result()
         check_traffic(guest)
@@ -157,7 +170,13 @@ def test_traffic_and_a_kill_under_traffic(host: Host, guest: OutsideGuest) -> No
 
 
 def kill_under_traffic(
-    host: Host, guest: OutsideGuest, program: Path, kills: int, *, seed: int = 1, patience: float = PATIENCE
+    host: Host,
+    guest: OutsideGuest,
+    program: Path,
+    kills: int,
+    *,
+    seed: int = 1,
+    patience: float = PATIENCE,
 ) -> dict[str, Any]:
     """Numbered datagrams from the guest while its back-end is killed again and again.
 
@@ -170,7 +189,8 @@ def kill_under_traffic(
         try:
             sender = seqnet.GuestSender(guest)
             host.sh(
-                f"until grep -q done {LOG}; do kill -0 $(cat {PIDFILE}); sleep 0.5; done", timeout=patience
+                f"until grep -q done {LOG}; do kill -0 $(cat {PIDFILE}); sleep 0.5; done",
+                timeout=patience,
             )
             sent = sender.stop()
             # It comes after all of them, in the same queue.
@@ -184,17 +204,23 @@ def kill_under_traffic(
 
 @pytest.mark.usefixtures("nothing_left")
 def test_kills_lose_and_repeat_nothing(host: Host, guest: OutsideGuest, program: Path) -> None:
-    """With INFLIGHT every datagram of the guest comes to the tap once and in order, whenever the back-end is killed."""
+    """With INFLIGHT every datagram of the guest comes to the tap once and in order, whenever the
+    back-end is killed.
+    """
     account = kill_under_traffic(host, guest, program, KILLS)
     assert account["reviver"]["kills"] == KILLS and not account["reviver"]["problem"], account
     assert account["overflow"] == 0 and account["next"] == account["sent"] > 20 * KILLS, account
-    assert (account["repeated"], account["late"], account["missing"]) == (0, 0, 0), json.dumps(account)
+    assert (account["repeated"], account["late"], account["missing"]) == (0, 0, 0), json.dumps(
+        account
+    )
     undisturbed(guest)
 
 
 @pytest.mark.usefixtures("nothing_left")
 def test_a_stopped_backend_stops_no_cpu(host: Host, guest: OutsideGuest) -> None:
-    """SIGSTOP: packets wait. What needs the back-end's answer gives it up in the end, and the guest goes on."""
+    """SIGSTOP: packets wait. What needs the back-end's answer gives it up in the end, and the guest
+    goes on.
+    """
     with tap_backend(host) as backend:
         check_traffic(guest)
         backend.signal("STOP")
@@ -203,7 +229,10 @@ def test_a_stopped_backend_stops_no_cpu(host: Host, guest: OutsideGuest) -> None
             guest.do("i=0; while [ $i -lt 2000 ]; do i=$((i + 1)); done; ! [ -e /tmp/end ]")
         finally:
             backend.signal("CONT")
-        assert guest.do("until [ -s /tmp/end ]; do sleep 0.1; done; cat /tmp/end; rm /tmp/end").strip() == "0"
+        assert (
+            guest.do("until [ -s /tmp/end ]; do sleep 0.1; done; cat /tmp/end; rm /tmp/end").strip()
+            == "0"
+        )
         backend.signal("STOP")
         try:
             # The control queue: the rings stop and start for it.
@@ -223,8 +252,12 @@ def wait_for_log(host: Host, words: str, times: int = 1) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_those_that_do_not_fit_are_refused_until_a_right_one_comes(host: Host, guest: OutsideGuest) -> None:
-    """Fewer features, another MTU; for fewer queues see test_dpdk. The reasons are in the report, see the last test."""
+def test_those_that_do_not_fit_are_refused_until_a_right_one_comes(
+    host: Host, guest: OutsideGuest
+) -> None:
+    """Fewer features, another MTU; for fewer queues see test_dpdk. The reasons are in the report,
+    see the last test.
+    """
     with tap_backend(host):
         check_traffic(guest)
     with Backend(host, "--loopback"):  # no offloads
@@ -253,7 +286,9 @@ def test_hostile_backends_cost_their_connections_only(host: Host, guest: Outside
     assert host.sh(f"cat {LOG}").split("\n")[:-1] == list(MALICE), host.sh(f"cat {LOG}")
     with tap_backend(host):
         check_traffic(guest)
-        host.wait_until(lambda: int(host.sh(fds)) == before, lambda: f"{before} became {host.sh(fds)}")
+        host.wait_until(
+            lambda: int(host.sh(fds)) == before, lambda: f"{before} became {host.sh(fds)}"
+        )
     undisturbed(guest)
 
 
@@ -299,7 +334,8 @@ def test_two_guests_back_to_back(host: Host) -> None:
             want = one.do("head -c 1m /dev/urandom >/tmp/data; sha256sum </tmp/data").split()[0]
             two.start("busybox nc -l -p 7001 -e sha256sum")
             text = one.do(
-                "until busybox nc 10.1.0.2 7001 </tmp/data 2>/dev/null; do sleep 0.2; done", timeout=PATIENCE
+                "until busybox nc 10.1.0.2 7001 </tmp/data 2>/dev/null; do sleep 0.2; done",
+                timeout=PATIENCE,
             )
             assert text.split()[:1] == [want], text
             one.leave()

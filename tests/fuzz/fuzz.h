@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What the fuzz programs share. Each has a libFuzzer entry, LLVMFuzzerTestOneInput; where the compiler has no
- * libFuzzer, fuzz_main.c feeds it from a deterministic generator that knows what rings look like.
+ * What the fuzz programs share. Each has a libFuzzer entry, LLVMFuzzerTestOneInput; where the
+ * compiler has no libFuzzer, fuzz_main.c feeds it from a deterministic generator that knows what
+ * rings look like.
  */
 #ifndef PV_FUZZ_H
 #define PV_FUZZ_H
@@ -9,7 +10,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The ring that a fuzz program sets up: all in the first 64 KiB, so that the input can be an image of memory.
+/*
+ * The ring that a fuzz program sets up: all in the first 64 KiB, so that the input can be an image
+ * of memory.
  */
 #define FUZZ_REGION   0x8000u	     /* bytes of each of the two memory regions */
 #define FUZZ_HIGH     0x100000000ull /* where the second region starts */

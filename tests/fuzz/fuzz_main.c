@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Drives a fuzz program without libFuzzer: fuzz_X SECONDS [SEED] runs inputs made from SEED (default 1), the
- * same each time; fuzz_X FILE... replays. A crash leaves the input in crash.bin; sanitizers print the rest.
+ * Drives a fuzz program without libFuzzer: fuzz_X SECONDS [SEED] runs inputs made from SEED
+ * (default 1), the same each time; fuzz_X FILE... replays. A crash leaves the input in crash.bin;
+ * sanitizers print the rest.
  */
 #include <fcntl.h>
 #include <signal.h>
@@ -56,7 +57,8 @@ static uint64_t any_address(void)
 
 static uint32_t any_length(void)
 {
-	static const uint32_t odd[] = {0, 1, 10, 11, 12, 13, 0x7fffffff, 0x80000000, 0xffffffff, FUZZ_REGION};
+	static const uint32_t odd[] = {0,  1,	       10,	   11,	       12,
+				       13, 0x7fffffff, 0x80000000, 0xffffffff, FUZZ_REGION};
 
 	return one_in(16) ? odd[rnd(sizeof(odd) / sizeof(odd[0]))] : 1 + rnd(one_in(4) ? 2048 : 64);
 }
@@ -177,7 +179,8 @@ int main(int argc, char **argv)
 		LLVMFuzzerTestOneInput(input, sizeof(input));
 		runs++;
 		clock_gettime(CLOCK_MONOTONIC, &now);
-	} while ((double)(now.tv_sec - start.tv_sec) + 1e-9 * (double)(now.tv_nsec - start.tv_nsec) <
+	} while ((double)(now.tv_sec - start.tv_sec) +
+			 1e-9 * (double)(now.tv_nsec - start.tv_nsec) <
 		 seconds);
 	printf("%s: %llu inputs, no crash\n", argv[0], (unsigned long long)runs);
 	return 0;

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Fuzzes the worker (cext/net_worker.c): both rings of a queue pair are the input's, packets come and go
- * through a socket pair.
+ * Fuzzes the worker (cext/net_worker.c): both rings of a queue pair are the input's, packets come
+ * and go through a socket pair.
  *
- * Input: base (2 bytes), features (1), packet lengths (13), then the image of the low region. In-flight regions are
- * made of the image, too.
+ * Input: base (2 bytes), features (1), packet lengths (13), then the image of the low region.
+ * In-flight regions are made of the image, too.
  */
 #include "net_worker.c"
 
@@ -14,12 +14,12 @@
 
 #include "fuzz.h"
 
-#define CHECK(cond)                                                                                          \
-	do {                                                                                                 \
-		if (!(cond)) {                                                                               \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                           \
-			abort();                                                                             \
-		}                                                                                            \
+#define CHECK(cond)                                                                                \
+	do {                                                                                       \
+		if (!(cond)) {                                                                     \
+			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                 \
+			abort();                                                                   \
+		}                                                                                  \
 	} while (0)
 
 static uint8_t *low, *high, *inflight[2];
@@ -53,7 +53,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		return 0;
 	if (!low)
 		set_up();
-	memcpy(low, data + FUZZ_HEADER, size - FUZZ_HEADER < FUZZ_IMAGE ? size - FUZZ_HEADER : FUZZ_IMAGE);
+	memcpy(low, data + FUZZ_HEADER,
+	       size - FUZZ_HEADER < FUZZ_IMAGE ? size - FUZZ_HEADER : FUZZ_IMAGE);
 	mem.region[0] = (struct pv_mem_region){.gpa = 0, .size = FUZZ_REGION, .host = low};
 	mem.region[1] = (struct pv_mem_region){.gpa = FUZZ_HIGH, .size = FUZZ_REGION, .host = high};
 	memcpy(&base, data, sizeof(base));
@@ -110,7 +111,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 				(uint8_t)(low[FUZZ_AVAIL(i / 4 & 1) + 2] + (data[i] & 7));
 			if (data[i] & 64)
 				(void)!write(event[i / 4 & 1], &(uint64_t){1}, sizeof(uint64_t));
-			/* Awake, so that net_sleep never sleeps; spinning and lingering take that from it. */
+			/*
+			 * Awake, so that net_sleep never sleeps; spinning and lingering take that
+			 * from it.
+			 */
 			(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
 			if (!w->event.kind)
 				CHECK((cfg.poll_us ? spin(w) : linger(w)) >= 0);

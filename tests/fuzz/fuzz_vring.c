@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Fuzzes the device side of a split ring (cext/vring.c): memory of two regions is filled from the input, then
- * chains are popped and pushed in an order that the input gives. Checks what must hold whatever the guest
- * writes.
+ * Fuzzes the device side of a split ring (cext/vring.c): memory of two regions is filled from the
+ * input, then chains are popped and pushed in an order that the input gives. Checks what must hold
+ * whatever the guest writes.
  *
  * Input: base (2 bytes), features (1), operations (13), then the image of the low region.
  */
@@ -13,12 +13,12 @@
 #include "fuzz.h"
 #include "vring.h"
 
-#define CHECK(cond)                                                                                          \
-	do {                                                                                                 \
-		if (!(cond)) {                                                                               \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                           \
-			abort();                                                                             \
-		}                                                                                            \
+#define CHECK(cond)                                                                                \
+	do {                                                                                       \
+		if (!(cond)) {                                                                     \
+			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                 \
+			abort();                                                                   \
+		}                                                                                  \
 	} while (0)
 
 static uint8_t *low, *high;
@@ -27,7 +27,8 @@ static bool in_ram(const void *p, size_t len)
 {
 	const uint8_t *at = p;
 
-	return (at >= low && at + len <= low + FUZZ_REGION) || (at >= high && at + len <= high + FUZZ_REGION);
+	return (at >= low && at + len <= low + FUZZ_REGION) ||
+	       (at >= high && at + len <= high + FUZZ_REGION);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -46,7 +47,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		high = aligned_alloc(4096, FUZZ_REGION);
 		CHECK(low && high);
 	}
-	memcpy(low, data + FUZZ_HEADER, size - FUZZ_HEADER < FUZZ_IMAGE ? size - FUZZ_HEADER : FUZZ_IMAGE);
+	memcpy(low, data + FUZZ_HEADER,
+	       size - FUZZ_HEADER < FUZZ_IMAGE ? size - FUZZ_HEADER : FUZZ_IMAGE);
 	mem.region[0] = (struct pv_mem_region){.gpa = 0, .size = FUZZ_REGION, .host = low};
 	mem.region[1] = (struct pv_mem_region){.gpa = FUZZ_HIGH, .size = FUZZ_REGION, .host = high};
 	memcpy(&base, data, sizeof(base));
@@ -99,7 +101,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		CHECK((uint16_t)(vr.last_avail - vr.used_next) == (uint16_t)(ahead + taken));
 	}
 	CHECK(pv_vring_init(&vr, &mem, data[3] * 257u, (uint64_t)data[4] << (data[5] & 63),
-			    (uint64_t)data[6] << (data[7] & 63), (uint64_t)data[8] << (data[9] & 63), base,
-			    true, true) < PV_FAULT_COUNT);
+			    (uint64_t)data[6] << (data[7] & 63),
+			    (uint64_t)data[8] << (data[9] & 63), base, true,
+			    true) < PV_FAULT_COUNT);
 	return 0;
 }

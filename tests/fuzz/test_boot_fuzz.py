@@ -1,4 +1,6 @@
-"""Mutated kernels: whatever a header says, the loader answers with ImageError or a state inside guest RAM."""
+"""Mutated kernels: whatever a header says, the loader answers with ImageError or a state inside
+guest RAM.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,8 @@ def check(memory: GuestMemory, image: bytes, initrd_size: int, cmdline: str, pro
     ranges = sorted(recorder.written)
     for (_, end), (start, _) in pairwise(ranges):
         assert end <= start, "two loads overlap"
-    # Nothing but the loader's own areas below 1 MiB, all of them RAM that the map gives away after boot or the firmware's own.
+    # Nothing but the loader's own areas below 1 MiB, all of them RAM that the map gives away after
+    # boot or the firmware's own.
     own = [
         (lb.BDA_EBDA_SEGMENT, lb.BDA_BASE_MEMORY_KIB + 2),
         (pf.BOOT_GDT, pf.BOOT_GDT + len(params.GDT)),
@@ -121,7 +124,9 @@ def check(memory: GuestMemory, image: bytes, initrd_size: int, cmdline: str, pro
 def mutate(image: bytearray, changes: list[tuple[int, int, int]], length: int) -> bytes:
     for offset, width, value in changes:
         if offset + width <= len(image):
-            image[offset : offset + width] = (value & ((1 << 8 * width) - 1)).to_bytes(width, "little")
+            image[offset : offset + width] = (value & ((1 << 8 * width) - 1)).to_bytes(
+                width, "little"
+            )
     return bytes(image[:length])
 
 
@@ -176,6 +181,8 @@ def test_mutated_multiboot(
 
 
 @fuzz
-@given(st.binary(max_size=2000), st.sampled_from([b"", lb.ELF_MAGIC, lb.ELF_MAGIC + b"\x02\x01\x01"]))
+@given(
+    st.binary(max_size=2000), st.sampled_from([b"", lb.ELF_MAGIC, lb.ELF_MAGIC + b"\x02\x01\x01"])
+)
 def test_random_bytes(memory: GuestMemory, data: bytes, prefix: bytes) -> None:
     check(memory, prefix + data, 0, "", "auto")

@@ -1,4 +1,6 @@
-"""The C code that guests can reach, under ASan and UBSan: fuzzed by itself, then through the unit tests."""
+"""The C code that guests can reach, under ASan and UBSan: fuzzed by itself, then through the unit
+tests.
+"""
 
 import os
 import shutil
@@ -10,7 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = os.environ.get("PYVMM_FUZZ_SECONDS", "20")
-SUITES = ["tests/unit/test_vring.py", "tests/unit/test_net_worker.py", "tests/unit/test_vhost_user.py"]
+SUITES = [
+    "tests/unit/test_vring.py",
+    "tests/unit/test_net_worker.py",
+    "tests/unit/test_vhost_user.py",
+]
 
 
 def test_fuzzed_rings_and_worker():
@@ -36,7 +42,9 @@ def test_unit_tests_on_a_sanitized_build(tmp_path):
     shutil.copytree(ROOT, tree, ignore=skip)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    run = subprocess.run(build, cwd=tree, env={**env, "PYVMM_SANITIZE": "1"}, capture_output=True, text=True)
+    run = subprocess.run(
+        build, cwd=tree, env={**env, "PYVMM_SANITIZE": "1"}, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     env["LD_PRELOAD"] = f"{library('libasan.so')}:{library('libubsan.so')}"
     env["ASAN_OPTIONS"] = "detect_leaks=0"  # Python itself leaks at exit

@@ -1,4 +1,6 @@
-"""Bad input on the command line: one line on stderr with cause and remedy, the documented exit code, nothing left behind."""
+"""Bad input on the command line: one line on stderr with cause and remedy, the documented exit
+code, nothing left behind.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,10 @@ KERNELS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another class": (lambda d: patched(d, 4, b"\x01"), "an ELF of another machine"),
     "overlapping": (lambda d: patched(d, PH1 + PADDR, q(0x10_0800)), "segments 0 and 1 overlap"),
     "oversized": (lambda d: patched(d, PH1 + MEMSZ, q(1 << 50)), "outside guest memory of 16 MiB"),
-    "beyond memory": (lambda d: patched(d, PH1 + PADDR, q(0x100_0000)), "raise --memory to at least 17M"),
+    "beyond memory": (
+        lambda d: patched(d, PH1 + PADDR, q(0x100_0000)),
+        "raise --memory to at least 17M",
+    ),
     "filesz": (lambda d: patched(d, PH1 + FILESZ, q(1 << 40)), "p_filesz"),
     "entry": (lambda d: patched(d, 24, q(0x99)), "e_entry"),
     "bzImage cut": (lambda d: bytes(0x202) + b"HdrS" + bytes(10), "is truncated: the setup header"),
@@ -126,7 +131,12 @@ def test_initrd_larger_than_memory(guest: Guest, tmp_path: Path) -> None:
 
 def test_host_short_of_memory(guest: Guest) -> None:
     limit = ["sh", "-c", 'ulimit -v 1000000; exec "$@"', "sh"]
-    refuse(["--kernel", guest("hello"), "--memory", "2G", "--net", "none"], 109, "lower --memory", limit)
+    refuse(
+        ["--kernel", guest("hello"), "--memory", "2G", "--net", "none"],
+        109,
+        "lower --memory",
+        limit,
+    )
 
 
 def as_root(*commands: str) -> list[str]:
@@ -138,7 +148,9 @@ def as_root(*commands: str) -> list[str]:
 
 def test_no_kvm(guest: Guest) -> None:
     hide = as_root(
-        "mkdir -p /run/pyvmm-dev", "mount -t tmpfs none /run/pyvmm-dev", "mount --move /run/pyvmm-dev /dev"
+        "mkdir -p /run/pyvmm-dev",
+        "mount -t tmpfs none /run/pyvmm-dev",
+        "mount --move /run/pyvmm-dev /dev",
     )
     refuse(["--kernel", guest("hello"), "--net", "none"], 102, "/dev/kvm", hide)
     Path("/run/pyvmm-dev").rmdir()
@@ -175,7 +187,11 @@ def test_busy_tap(guest: Guest) -> None:
 
     tap = Tap("pvbusy0")
     try:
-        refuse(["--kernel", guest("hello"), "--net", "emulated,tap=pvbusy0"], 106, "tap pvbusy0 is in use")
+        refuse(
+            ["--kernel", guest("hello"), "--net", "emulated,tap=pvbusy0"],
+            106,
+            "tap pvbusy0 is in use",
+        )
     finally:
         tap.close()
 
@@ -186,7 +202,9 @@ def test_interface_that_is_no_tap(guest: Guest) -> None:
 
 @pytest.fixture
 def devices_for_all() -> Iterator[list[str]]:
-    """A prefix that runs a command where everyone may open /dev/kvm and /dev/net/tun: some machines keep them for root."""
+    """A prefix that runs a command where everyone may open /dev/kvm and /dev/net/tun: some machines
+    keep them for root.
+    """
     if os.geteuid():
         yield []
         return

@@ -28,7 +28,7 @@ def run(vm: Machine) -> Outcome:
     return outcome
 
 
-# --- start and end ------------------------------------------------------------------------------------------
+# --- start and end --------------------------------------------------------------------------------
 
 
 def test_hello(guest: Guest) -> None:
@@ -67,7 +67,9 @@ def test_entry_in_long_mode(guest: Guest, tmp_path: Path) -> None:
         ("nowhere", "kvm-error", KvmRunError),
     ],
 )
-def test_every_end_is_told_apart(guest: Guest, how: str, kind: str, error: type[Exception] | None) -> None:
+def test_every_end_is_told_apart(
+    guest: Guest, how: str, kind: str, error: type[Exception] | None
+) -> None:
     with Machine(guest("reset"), memory="4M", cpus=2, append=f"how={how}") as vm:
         outcome = run(vm)
         assert outcome.kind == kind
@@ -108,7 +110,7 @@ def test_threads_end(guest: Guest) -> None:
     assert threading.active_count() == before
 
 
-# --- exits --------------------------------------------------------------------------------------------------
+# --- exits ----------------------------------------------------------------------------------------
 
 NOBODY = 0x1230
 STRINGS = 0x1234
@@ -167,10 +169,15 @@ def test_kernel_devices_do_not_exit(guest: Guest) -> None:
         outcome = run(vm)
         assert (outcome.kind, outcome.status) == ("poweroff", 0)
         assert vm.stdout.text == b"timer: 10 lapic, 10 pit\n"
-        assert set(vm.ledger().by_device()) <= {"guest-stdout", "guest-control", "acpi-power", "intr"}
+        assert set(vm.ledger().by_device()) <= {
+            "guest-stdout",
+            "guest-control",
+            "acpi-power",
+            "intr",
+        }
 
 
-# --- processors and the serial port ---------------------------------------------------------------------------
+# --- processors and the serial port ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 8])
@@ -178,7 +185,9 @@ def test_processors(guest: Guest, cpus: int) -> None:
     with Machine(guest("smp"), memory="4M", cpus=cpus, append=f"cpus={cpus}") as vm:
         outcome = run(vm)
         assert (outcome.kind, outcome.status) == ("poweroff", 0)
-        assert vm.stdout.text.decode() == f"smp: {cpus} cpus, {cpus - 1} started, sum {100 * cpus}\n"
+        assert (
+            vm.stdout.text.decode() == f"smp: {cpus} cpus, {cpus - 1} started, sum {100 * cpus}\n"
+        )
 
 
 def flood(size: int) -> str:
@@ -209,7 +218,7 @@ def test_serial_echo(guest: Guest) -> None:
         assert vm.console.text.decode() == text + "q"
 
 
-# --- virtio-net -------------------------------------------------------------------------------------------------
+# --- virtio-net -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("irq", ["msix", "intx", "poll"])

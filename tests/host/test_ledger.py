@@ -1,4 +1,6 @@
-"""The exit ledger on real exits: registers by name, phases, KVM's own counters beside it, budgets."""
+"""The exit ledger on real exits: registers by name, phases, KVM's own counters beside it,
+budgets.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,13 @@ def ended(vm: Machine) -> dict[str, Phase]:
 
 @pytest.mark.parametrize("notify", ["exit", "ioeventfd"])
 def test_kicks_by_mode(guest: Guest, notify: str) -> None:
-    """notify=exit: a userspace exit a kick; ioeventfd: none. The control queue's are exits in both; halts in none."""
+    """notify=exit: a userspace exit a kick; ioeventfd: none. The control queue's are exits in both;
+    halts in none.
+    """
     append = f"count={KICKS} control={CONTROL} halts={HALTS}"
-    with Machine(guest("kicks"), memory="4M", append=append, nets=[Net("emulated", notify=notify)]) as vm:
+    with Machine(
+        guest("kicks"), memory="4M", append=append, nets=[Net("emulated", notify=notify)]
+    ) as vm:
         command = ended(vm)["command"]
         kicks = KICKS if notify == "exit" else 0
         expect = {"net0 queue 2 notify (control)": CONTROL, "guest-control": 1}
@@ -62,7 +68,9 @@ def test_exits_are_in_their_phase(guest: Guest) -> None:
     """All but the first mark and the power-off are in the command phase of the exits guest."""
     with Machine(guest("exits"), memory="4M") as vm:
         phases = ended(vm)
-        assert {name: phase.ledger.by_device().get("guest-control", 0) for name, phase in phases.items()} == {
+        assert {
+            name: phase.ledger.by_device().get("guest-control", 0) for name, phase in phases.items()
+        } == {
             "boot": 1,
             "command": 1,
             "shutdown": 0,
@@ -70,7 +78,9 @@ def test_exits_are_in_their_phase(guest: Guest) -> None:
         assert phases["command"].ledger.by_device()["nobody"] == vm.ledger().by_device()["nobody"]
         whole = vm.ledger()
         for attribute in ("count", "time", "units"):
-            parts = sum(getattr(line, attribute) for phase in phases.values() for line in phase.ledger.lines)
+            parts = sum(
+                getattr(line, attribute) for phase in phases.values() for line in phase.ledger.lines
+            )
             assert parts == sum(getattr(line, attribute) for line in whole.lines), attribute
 
 
@@ -96,7 +106,9 @@ def test_registers_have_names(guest: Guest) -> None:
             "pci-config net0 MSI-X table offset",
             "pci-config host-bridge vendor id",
         } <= names
-        nameless = {line.what for line in lines if line.is_access and line.device and not line.register}
+        nameless = {
+            line.what for line in lines if line.is_access and line.device and not line.register
+        }
         assert {what.split()[-1] for what in nameless} <= {"guest-control", "guest-stdout"}
         (status,) = {line.register for line in lines if line.name == "net0 common device_status"}
         assert status == "device_status"
@@ -135,7 +147,7 @@ def test_while_it_runs(guest: Guest) -> None:
             vm.check_budget("tea.user_exits>10")
 
 
-# --- pyvmm run --budget -------------------------------------------------------------------------------------
+# --- pyvmm run --budget ---------------------------------------------------------------------------
 
 
 def run(guest: Guest, tmp_path: Path, name: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -164,14 +176,20 @@ def run(guest: Guest, tmp_path: Path, name: str, *args: str) -> subprocess.Compl
 
 def test_budget_on_the_command_line(guest: Guest, tmp_path: Path) -> None:
     none = ("--net", "none")
-    done = run(guest, tmp_path, "exits", *none, "--budget", "user_exits<=400", "--budget", "boot.pio==1")
+    done = run(
+        guest, tmp_path, "exits", *none, "--budget", "user_exits<=400", "--budget", "boot.pio==1"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads((tmp_path / "report").read_text())
     assert [b["held"] for b in report["verdict"]["budgets"]] == [True, True]
 
-    done = run(guest, tmp_path, "exits", *none, "--budget", "user_exits<=100", "--budget", "mmio<=1000")
+    done = run(
+        guest, tmp_path, "exits", *none, "--budget", "user_exits<=100", "--budget", "mmio<=1000"
+    )
     assert done.returncode == 117
-    assert done.stderr == "pyvmm: budget user_exits<=100: 356 in command, 256 (256%) over (broken)\n"
+    assert (
+        done.stderr == "pyvmm: budget user_exits<=100: 356 in command, 256 (256%) over (broken)\n"
+    )
     report = json.loads((tmp_path / "report").read_text())
     assert (report["verdict"]["kind"], report["verdict"]["code"]) == ("budget", 117)
     assert [b["held"] for b in report["verdict"]["budgets"]] == [False, True]
@@ -179,15 +197,35 @@ def test_budget_on_the_command_line(guest: Guest, tmp_path: Path) -> None:
     assert failure is not None and failure.get("type") == "budget"
 
     done = run(
-        guest, tmp_path, "exits", *none, "--budget", "pio<1", "--budget", "mmio<1", "--budget", "halt<1"
+        guest,
+        tmp_path,
+        "exits",
+        *none,
+        "--budget",
+        "pio<1",
+        "--budget",
+        "mmio<1",
+        "--budget",
+        "halt<1",
     )
     assert done.returncode == 117
-    assert len(done.stderr.splitlines()) == 3 and done.stderr.endswith("pyvmm: 2 of 3 budgets are broken\n")
+    assert len(done.stderr.splitlines()) == 3 and done.stderr.endswith(
+        "pyvmm: 2 of 3 budgets are broken\n"
+    )
 
 
 def test_a_guest_that_fails_fails_for_that(guest: Guest, tmp_path: Path) -> None:
     done = run(
-        guest, tmp_path, "hello", "--net", "none", "--append", "status=5", "--budget", "user_exits<1", "x"
+        guest,
+        tmp_path,
+        "hello",
+        "--net",
+        "none",
+        "--append",
+        "status=5",
+        "--budget",
+        "user_exits<1",
+        "x",
     )
     assert done.returncode == 5
     verdict = json.loads((tmp_path / "report").read_text())["verdict"]
@@ -213,12 +251,14 @@ def test_nonsense_is_told_before_the_guest_runs(
     assert "hello" not in done.stdout
 
 
-# --- pyvmm top ----------------------------------------------------------------------------------------------
+# --- pyvmm top ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def busy(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """A machine with a control socket whose guest kicks a card for ever, in a runtime directory of the test's own."""
+    """A machine with a control socket whose guest kicks a card for ever, in a runtime directory of
+    the test's own.
+    """
     with tempfile.TemporaryDirectory(prefix="pvtop") as directory:
         monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
         with Machine(
@@ -255,7 +295,11 @@ def test_top_once(busy: Machine) -> None:
     assert net["tx_kicks"] > 0 and net["tx_packets"] == 0
     assert net["workers"][0]["cpu_percent"] is not None
     done = subprocess.run(
-        top("busy", "--once", "--interval", "0.2"), cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT
+        top("busy", "--once", "--interval", "0.2"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0 and "net0 queue 1 notify" in done.stdout
 
@@ -281,7 +325,11 @@ def test_top_on_a_terminal(busy: Machine) -> None:
         termios.tcsetwinsize(main, (20, 60))
         modes = termios.tcgetattr(child_side)
         with subprocess.Popen(
-            top("busy", "--interval", "0.1"), cwd=ROOT, stdin=child_side, stdout=child_side, stderr=child_side
+            top("busy", "--interval", "0.1"),
+            cwd=ROOT,
+            stdin=child_side,
+            stdout=child_side,
+            stderr=child_side,
         ) as child:
             seen = b""
             while seen.count(b"\x1b[2J") < 3:

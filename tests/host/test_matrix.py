@@ -1,4 +1,6 @@
-"""``pyvmm matrix`` over bare-metal guests: rows, verdicts, JSON, JUnit, resumption, Ctrl-C. tests/boot has Linux."""
+"""``pyvmm matrix`` over bare-metal guests: rows, verdicts, JSON, JUnit, resumption, Ctrl-C.
+tests/boot has Linux.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def cells(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_rows_verdicts_and_resumption(guest: Guest, tmp_path: Path) -> None:
-    """Each cell once; what has been done is not done again, unless its kernel or the options have changed."""
+    """Each cell once; what has been done is not done again, unless its kernel or the options have
+    changed.
+    """
     own = tmp_path / "own.elf"
     own.write_bytes(Path(guest("hello")).read_bytes())
     out, junit = tmp_path / "m.json", tmp_path / "m.xml"
@@ -62,7 +66,9 @@ def test_rows_verdicts_and_resumption(guest: Guest, tmp_path: Path) -> None:
     assert "16 passed" in text and cells(out) == done
     own.write_bytes(Path(guest("hello")).read_bytes() + b"\0")
     status, text, err = run(*args, "--resume")
-    assert status == 0 and err.count("own.elf") == 8 and "timer.elf" not in err, "a kernel has changed"
+    assert status == 0 and err.count("own.elf") == 8 and "timer.elf" not in err, (
+        "a kernel has changed"
+    )
     status, text, err = run(*args, "--resume", "--append", "status=3")
     assert status == 1 and err.count("pyvmm: [") == 16, "the options have"
     assert "8 passed, 8 failed" in text and "the command's exit status is 3" in text
@@ -127,7 +133,9 @@ def test_interrupted_and_resumed(guest: Guest, tmp_path: Path) -> None:
         child.send_signal(signal.SIGINT)
         text, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 130
-    assert "interrupted, 2 of 3 cells were not run; go on with --resume" in err and "1 passed" in text
+    assert (
+        "interrupted, 2 of 3 cells were not run; go on with --resume" in err and "1 passed" in text
+    )
     assert list(cells(out)) == ["hello.elf/none/1/all"]
     assert len(ET.parse(junit).getroot().findall("testsuite/testcase/skipped")) == 2
     status, text, err = run(*args, "--resume", "--timeout", "2", "--seconds", "1")

@@ -1,4 +1,6 @@
-"""The pytest plugin, by pytest sessions of its own over real guests (bare-metal ones; tests/boot has Linux)."""
+"""The pytest plugin, by pytest sessions of its own over real guests (bare-metal ones; tests/boot
+has Linux).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,13 @@ class Session:
         ]
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         done = subprocess.run(
-            command, cwd=directory, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False
+            command,
+            cwd=directory,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
         )
         self.status, self.out = done.returncode, done.stdout + done.stderr
 
@@ -44,7 +52,9 @@ class Session:
         """Test -> ``passed``, ``failure``, ``error`` or ``skipped``, from JUnit."""
         cases = ET.parse(self.junit).getroot().iter("testcase")
         return {
-            str(c.get("name")): next((e.tag for e in c if e.tag in ("failure", "error", "skipped")), "passed")
+            str(c.get("name")): next(
+                (e.tag for e in c if e.tag in ("failure", "error", "skipped")), "passed"
+            )
             for c in cases
         }
 
@@ -69,7 +79,11 @@ def test_more(machine_factory):
 """
     session = Session(tmp_path, text)
     assert session.status == 0, session.out
-    assert session.outcomes() == {"test_three": "passed", "test_two": "passed", "test_more": "passed"}
+    assert session.outcomes() == {
+        "test_three": "passed",
+        "test_two": "passed",
+        "test_more": "passed",
+    }
 
 
 def test_failing_test_has_console_and_exits(guest: Guest, tmp_path: Path) -> None:
@@ -143,7 +157,8 @@ def test_it(vm):
     session = Session(tmp_path, text)
     assert session.status == 1
     assert (
-        "pyvmm: the guest kernel reported warning:\nWARNING: CPU: 0 PID: 1 at kernel/foo.c:12" in session.out
+        "pyvmm: the guest kernel reported warning:\nWARNING: CPU: 0 PID: 1 at kernel/foo.c:12"
+        in session.out
     )
 
 
@@ -202,9 +217,11 @@ def test_three(vm):
     assert vm.wait(60).kind == "poweroff"
 """
     session = Session(tmp_path, text, ini="pyvmm_scope = module")
-    assert session.outcomes() == {"test_one": "passed", "test_two": "failure", "test_three": "passed"}, (
-        session.out
-    )
+    assert session.outcomes() == {
+        "test_one": "passed",
+        "test_two": "failure",
+        "test_three": "passed",
+    }, session.out
     assert "pyvmm console of vm (running)" in session.out and "onetwo" in session.out
 
 
@@ -232,7 +249,9 @@ def test_it(vm):
 
 
 def test_linux_where_there_is_none(tmp_path: Path) -> None:
-    """On a host whose KVM runs no Linux the way out is told; nothing hangs, nothing is skipped in silence."""
+    """On a host whose KVM runs no Linux the way out is told; nothing hangs, nothing is skipped in
+    silence.
+    """
     from pyvmm.doctor import can_run_linux_locally
 
     if can_run_linux_locally()[0]:
@@ -256,4 +275,6 @@ def test_it():
 
 def test_bad_configuration(tmp_path: Path) -> None:
     session = Session(tmp_path, "def test_it(): pass", ini="pyvmm_scope = forever")
-    assert session.status == 4 and "pyvmm_scope = forever: use one of function, class" in session.out
+    assert (
+        session.status == 4 and "pyvmm_scope = forever: use one of function, class" in session.out
+    )

@@ -1,4 +1,6 @@
-"""Machines under control of their socket: bare-metal guests stopped, continued, reset and ended; nothing is left behind."""
+"""Machines under control of their socket: bare-metal guests stopped, continued, reset and ended;
+nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def vm(guest: Guest) -> Iterator[Machine]:
     """Two vCPUs, one of which computes for ever."""
-    with Machine(guest("reset"), memory="4M", cpus=2, append=BUSY, qmp="auto", name="busy") as machine:
+    with Machine(
+        guest("reset"), memory="4M", cpus=2, append=BUSY, qmp="auto", name="busy"
+    ) as machine:
         machine.start()
         machine.stdout.expect("reset: by hang", PATIENCE)
         yield machine
@@ -71,12 +75,20 @@ def until(good: Callable[[], bool]) -> None:
 
 def test_stop_and_cont(vm: Machine, client: Client) -> None:
     for _ in range(3):
-        assert client.command("query-status") == {"status": "running", "running": True, "singlestep": False}
+        assert client.command("query-status") == {
+            "status": "running",
+            "running": True,
+            "singlestep": False,
+        }
         before = busy_ns(vm)
         until(lambda before=before: busy_ns(vm) > before)  # type: ignore[misc]
         client.command("stop")
         assert [e["event"] for e in client.events] == ["STOP"]
-        assert client.command("query-status") == {"status": "paused", "running": False, "singlestep": False}
+        assert client.command("query-status") == {
+            "status": "paused",
+            "running": False,
+            "singlestep": False,
+        }
         until(lambda: sleeps(vm.vcpus[0].thread_id))
         before, exits, rip = busy_ns(vm), vm.ledger().total, vm.vcpus[0].registers()["rip"]
         time.sleep(0.2)
@@ -104,7 +116,9 @@ def test_time_spent_paused_is_no_exits(vm: Machine) -> None:
 
 
 def test_statistics_of_a_vcpu_that_never_exits(vm: Machine, client: Client) -> None:
-    """KVM_GET_STATS_FD waits for KVM_RUN to return: asked for too late, this would wait for ever."""
+    """KVM_GET_STATS_FD waits for KVM_RUN to return: asked for too late, this would wait for
+    ever.
+    """
     schemas = {s["target"]: s for s in client.command("query-stats-schemas")}
     assert set(schemas) == {"vm", "vcpu"}
     kinds = {"cumulative", "instant", "peak", "linear-histogram", "log2-histogram"}
@@ -121,7 +135,9 @@ def test_statistics_of_a_vcpu_that_never_exits(vm: Machine, client: Client) -> N
                 assert ("base" in s) == bool(s["exponent"])
                 assert isinstance(values[s["name"]], list) == s["type"].endswith("histogram")
     cpus = client.command("query-cpus-fast")
-    assert [c["cpu-index"] for c in cpus] == [0, 1] and cpus[0]["thread-id"] == vm.vcpus[0].thread_id
+    assert [c["cpu-index"] for c in cpus] == [0, 1] and cpus[0]["thread-id"] == vm.vcpus[
+        0
+    ].thread_id
     (row,) = client.execute(
         "query-stats",
         {
@@ -145,7 +161,10 @@ def test_statistics_of_a_vcpu_that_never_exits(vm: Machine, client: Client) -> N
 def test_reset_although_a_reboot_would_end_it(vm: Machine, client: Client) -> None:
     for n in range(1, 4):
         client.command("system_reset")
-        assert client.wait_event("RESET")["data"] == {"guest": False, "reason": "host-qmp-system-reset"}
+        assert client.wait_event("RESET")["data"] == {
+            "guest": False,
+            "reason": "host-qmp-system-reset",
+        }
         vm.stdout.expect(rf"(reset: by hang\n){{{n + 1}}}", PATIENCE)
     assert vm.reboots == 3 and vm.outcome is None
 
@@ -187,9 +206,13 @@ def test_time_outs_hold_for_a_paused_machine(vm: Machine, paused: bool) -> None:
 
 
 def test_stop_waits_for_no_reader(guest: Guest) -> None:
-    """A vCPU that waits for room in a full pipe is not in the guest: pausing works, and goes on where it was."""
+    """A vCPU that waits for room in a full pipe is not in the guest: pausing works, and goes on
+    where it was.
+    """
     gate = threading.Event()
-    with Machine(guest("reset"), memory="4M", append="how=acpi", on_reboot="restart", qmp="auto") as vm:
+    with Machine(
+        guest("reset"), memory="4M", append="how=acpi", on_reboot="restart", qmp="auto"
+    ) as vm:
         vm.stdout.add_sink(lambda data: gate.wait(PATIENCE) and None)  # type: ignore[func-returns-value]
         vm.start()
         until(lambda: vm.reboots > 3)
@@ -203,7 +226,13 @@ def test_stop_waits_for_no_reader(guest: Guest) -> None:
 
 def test_stop_cont_and_reset_race_reboots_and_each_other(guest: Guest) -> None:
     with Machine(
-        guest("reset"), memory="4M", cpus=2, append="how=acpi", on_reboot="restart", qmp="auto", name="r"
+        guest("reset"),
+        memory="4M",
+        cpus=2,
+        append="how=acpi",
+        on_reboot="restart",
+        qmp="auto",
+        name="r",
     ) as vm:
         vm.start()
         errors: list[BaseException] = []
@@ -241,7 +270,9 @@ def test_stop_cont_and_reset_race_reboots_and_each_other(guest: Guest) -> None:
 def test_the_end_meets_commands(guest: Guest) -> None:
     """Clients are in the middle of commands while the machine goes."""
     for how in ("poweroff", "acpi", "triple"):
-        with Machine(guest("reset"), memory="4M", cpus=2, append=f"how={how}", qmp="auto", name="e") as vm:
+        with Machine(
+            guest("reset"), memory="4M", cpus=2, append=f"how={how}", qmp="auto", name="e"
+        ) as vm:
             threads = []
             errors: list[BaseException] = []
 
@@ -278,7 +309,9 @@ def test_the_end_meets_commands(guest: Guest) -> None:
 
 def test_before_the_start(guest: Guest) -> None:
     with (
-        Machine(guest("hello"), memory="2M", cpus=2, append="status=3", qmp="auto", name="new") as vm,
+        Machine(
+            guest("hello"), memory="2M", cpus=2, append="status=3", qmp="auto", name="new"
+        ) as vm,
         connect("new") as c,
     ):
         assert c.command("query-status")["status"] == "prelaunch"
@@ -293,7 +326,11 @@ def test_before_the_start(guest: Guest) -> None:
         outcome = vm.wait(PATIENCE)
         assert (outcome.kind, outcome.status) == ("poweroff", 3)
         event = c.wait_event("SHUTDOWN")
-        assert event["data"] == {"guest": True, "reason": "guest-shutdown", "x-pyvmm-outcome": "poweroff"}
+        assert event["data"] == {
+            "guest": True,
+            "reason": "guest-shutdown",
+            "x-pyvmm-outcome": "poweroff",
+        }
 
 
 def test_names(guest: Guest, vm: Machine) -> None:
@@ -314,7 +351,11 @@ def test_net_commands(guest: Guest) -> None:
     ):
         vm.start()
         first, second = c.command("query-rx-filter")
-        assert first["name"] == "net0" and first["main-mac"] == "52:54:00:12:34:56" and first["promiscuous"]
+        assert (
+            first["name"] == "net0"
+            and first["main-mac"] == "52:54:00:12:34:56"
+            and first["promiscuous"]
+        )
         assert set(first) >= {
             "multicast",
             "unicast",
@@ -337,7 +378,14 @@ def test_net_commands(guest: Guest) -> None:
             "transmit",
             "control",
         ]
-        for bad in ({"nic": 2}, {"nic": -1}, {"queue": 3}, {"queue": -1}, {"chains": 1000}, {"chains": -1}):
+        for bad in (
+            {"nic": 2},
+            {"nic": -1},
+            {"queue": 3},
+            {"queue": -1},
+            {"chains": 1000},
+            {"chains": -1},
+        ):
             with pytest.raises(ControlError):
                 c.command("x-pyvmm-rings", **bad)
         with pytest.raises(ControlError):
@@ -349,7 +397,11 @@ RUN = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--memory", "4M"
 
 def spawn(*args: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*RUN, *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*RUN, *args],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -409,7 +461,9 @@ def test_qmp_shell(vm: Machine) -> None:
     )
     assert done.returncode == 0, done
     assert "Connected to QEMU" in done.stdout and '"status": "paused"' in done.stdout
-    assert '"class": "CommandNotFound"' in done.stdout and '"class": "DeviceNotFound"' in done.stdout
+    assert (
+        '"class": "CommandNotFound"' in done.stdout and '"class": "DeviceNotFound"' in done.stdout
+    )
     assert vm.wait(PATIENCE).kind == "stopped"
 
 
@@ -440,7 +494,10 @@ asyncio.run(main())
 
 def test_the_library_of_qemu(vm: Machine) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LIBRARY, str(vm.qmp)], capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, "-c", LIBRARY, str(vm.qmp)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
 

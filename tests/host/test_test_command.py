@@ -1,4 +1,6 @@
-"""``pyvmm test`` from outside: verdicts of real guests, exit status, TAP, JUnit, JSON, configuration files, Ctrl-C."""
+"""``pyvmm test`` from outside: verdicts of real guests, exit status, TAP, JUnit, JSON,
+configuration files, Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def run(*args: str, **more: str) -> tuple[int, str, str]:
 
 
 def test_all_pass(guest: Guest) -> None:
-    status, out, err = run("--jobs", "3", *(guest(n) for n in ("hello", "smp", "smp-mb", "timer", "exits")))
+    status, out, err = run(
+        "--jobs", "3", *(guest(n) for n in ("hello", "smp", "smp-mb", "timer", "exits"))
+    )
     assert (status, err) == (0, ""), out
     assert "5 tests in " in out and ": 5 passed, 0 failed, 0 skipped\n" in out
     for name in ("hello", "smp", "smp-mb", "timer", "exits"):
@@ -59,7 +63,9 @@ def test_all_pass(guest: Guest) -> None:
     ],
 )
 def test_every_verdict(guest: Guest, tmp_path: Path, how: str, kind: str, text: str) -> None:
-    """Whatever happens: one line, the details, JUnit and JSON say the same, and it is over in time."""
+    """Whatever happens: one line, the details, JUnit and JSON say the same, and it is over
+    in time.
+    """
     junit, report = tmp_path / "junit.xml", tmp_path / "report.json"
     files = ("--junit", str(junit), "--json", str(report))
     status, out, err = run("--timeout", "6", "--append", f"how={how}", *files, guest("reset"))
@@ -124,12 +130,16 @@ def test_tap(guest: Guest) -> None:
 
 
 def test_annotation(guest: Guest) -> None:
-    status, _, err = run("--append", "how=acpi", guest("hello"), guest("reset"), GITHUB_ACTIONS="true")
+    status, _, err = run(
+        "--append", "how=acpi", guest("hello"), guest("reset"), GITHUB_ACTIONS="true"
+    )
     assert (status, err) == (1, "::error title=pyvmm reboot::reset: the guest rebooted\n")
 
 
 def test_flat(tmp_path: Path) -> None:
-    (tmp_path / "sector.bin").write_bytes(bytes([0x31, 0xC0, 0xE6, 0xF4, 0xF4]))  # xor ax, ax; out 0xf4, al
+    (tmp_path / "sector.bin").write_bytes(
+        bytes([0x31, 0xC0, 0xE6, 0xF4, 0xF4])
+    )  # xor ax, ax; out 0xf4, al
     at = ("--load-address", "0x7c00")
     status, out, err = run(*at, "--load-mode", "real16", str(tmp_path / "sector.bin"))
     assert (status, err) == (0, ""), out
@@ -186,7 +196,8 @@ def test_interrupted(guest: Guest, tmp_path: Path, number: signal.Signals, code:
     kernels = [guest(name) for name in ("hello", "reset", "smp", "reset")]
     with spawn("--junit", str(junit), "--jobs", "2", "--append", "how=hang", *kernels) as child:
         assert child.stdout is not None
-        # Only reset takes note of how=hang: once the other two have ended, each job is at one that hangs.
+        # Only reset takes note of how=hang: once the other two have ended, each job is at one that
+        # hangs.
         seen = [child.stdout.readline() for _ in range(2)]
         assert all("PASS" in line for line in seen), seen
         child.send_signal(number)

@@ -84,7 +84,9 @@ EXIT_WITH_0X15 = bytes([0xB0, 0x15, 0xE6, 0xF4, 0xF4])
 def test_flat_binary(tmp_path: Path, mode: str, address: int) -> None:
     path = tmp_path / "flat"
     path.write_bytes(EXIT_WITH_0X15)
-    with Machine(str(path), memory="4M", load_address=address, load_mode=mode, test_devices=True) as vm:
+    with Machine(
+        str(path), memory="4M", load_address=address, load_mode=mode, test_devices=True
+    ) as vm:
         vm.start()
         assert vm.wait(TIMEOUT).status == 0x15 << 1 | 1
 
@@ -92,13 +94,17 @@ def test_flat_binary(tmp_path: Path, mode: str, address: int) -> None:
 def test_flat_binary_of_a_whole_guest(guest: Guest) -> None:
     """The multiboot binary starts with a jump, and then finds what a PVH kernel finds."""
     kernel = str(Path(guest("testdev")).parent / "testdev-mb.bin")
-    with Machine(kernel, memory=MEMORY, cpus=2, append=LINE, load_address=0x10_0000, test_devices=True) as vm:
+    with Machine(
+        kernel, memory=MEMORY, cpus=2, append=LINE, load_address=0x10_0000, test_devices=True
+    ) as vm:
         vm.start()
         assert vm.wait(TIMEOUT).status == 1
 
 
 def test_other_guests_see_none_of_it(guest: Guest) -> None:
-    """Without the option nobody answers at these ports, and the guest says so on COM1; 0xf4 does not end it."""
+    """Without the option nobody answers at these ports, and the guest says so on COM1; 0xf4 does
+    not end it.
+    """
     with Machine(guest("testdev"), memory=MEMORY, append=f"memory={MEMORY}") as vm:
         vm.start()
         vm.console.expect(r"FAIL: debugcon: found", TIMEOUT)

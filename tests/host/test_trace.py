@@ -1,4 +1,6 @@
-"""Traces of bare-metal guests: the format, known content, bounds, and files that cannot be written."""
+"""Traces of bare-metal guests: the format, known content, bounds, and files that cannot be
+written.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ def test_values_and_strings(guest: Guest, tmp_path: Path) -> None:
         trace = traced(vm, tmp_path / "trace")
     (exits,) = (es for (p, _), es in trace["tracks"].items() if p == "vCPUs")
     found = {
-        (e["args"]["address"], e["args"]["size"], e["name"], e["args"]["value"]) for e in exits if "args" in e
+        (e["args"]["address"], e["args"]["size"], e["name"], e["args"]["value"])
+        for e in exits
+        if "args" in e
     }
     assert ("0x1230", 4, "write nobody", "0x3") in found
     assert ("0x1230", 4, "read nobody", "0xffffffff") in found
@@ -109,7 +113,9 @@ def test_values_and_strings(guest: Guest, tmp_path: Path) -> None:
 
 
 def test_while_it_runs_and_over_reboots(guest: Guest, tmp_path: Path) -> None:
-    with Machine(guest("reset"), memory="4M", append="how=acpi", on_reboot="restart", trace=256) as vm:
+    with Machine(
+        guest("reset"), memory="4M", append="how=acpi", on_reboot="restart", trace=256
+    ) as vm:
         vm.start()
         vm.stdout.expect(r"(reset: by acpi\n){3}", TIMEOUT)
         with (tmp_path / "running").open("wb") as f:
@@ -125,11 +131,22 @@ def test_without_a_trace_there_is_nothing(guest: Guest) -> None:
         vm.wait(TIMEOUT)
 
 
-# --- the command line -----------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def run(guest: Guest, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none", "--memory", "4M"]
+    command = [
+        sys.executable,
+        "-m",
+        "pyvmm",
+        "run",
+        "--host",
+        "local",
+        "--net",
+        "none",
+        "--memory",
+        "4M",
+    ]
     return subprocess.run(
         [*command, "--kernel", guest("hello"), "--append", "status=7", *args, "--", "x"],
         cwd=ROOT,

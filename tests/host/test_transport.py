@@ -1,4 +1,5 @@
-"""virtio-pci, MSI-X, INTx and the vCPU loop on the machine's own KVM, which tests/unit plays with a fake.
+"""virtio-pci, MSI-X, INTx and the vCPU loop on the machine's own KVM, which tests/unit plays with a
+fake.
 
 The mock guest makes the accesses; KVM does what it does with irqfds, ioeventfds, routes and lines.
 """
@@ -68,7 +69,9 @@ class Rig:
         self.board = Board(vm)
         self.cable = Cable()
         self.device = NetDevice("net0", self.board.memory, EmulatedNet(self.cable), MAC)
-        self.card = self.board.add(VirtioPci(vm, self.board.bus, self.device, PCI_CLASS_NETWORK_ETHERNET))
+        self.card = self.board.add(
+            VirtioPci(vm, self.board.bus, self.device, PCI_CLASS_NETWORK_ETHERNET)
+        )
         self.guests: list[NetGuest] = []
 
     def guest(self, **kw) -> NetGuest:
@@ -98,7 +101,7 @@ def rig(vm: Vm) -> Iterator[Rig]:
     r.close()
 
 
-# --- KVM's own rules, on which msix.py and pci.py rely -----------------------------------------------------------
+# --- KVM's own rules, on which msix.py and pci.py rely --------------------------------------------
 
 
 def taken(event: EventFd) -> bool:
@@ -124,7 +127,9 @@ def test_an_irqfd_takes_at_once_and_gives_back(vm: Vm) -> None:
 
 
 def test_a_counter_left_by_a_mask_is_consumed_by_the_next_one(vm: Vm) -> None:
-    """Assigning fires for what is there but leaves the counter; taking the irqfd back clears it. So nothing is told twice."""
+    """Assigning fires for what is there but leaves the counter; taking the irqfd back clears it. So
+    nothing is told twice.
+    """
     with EventFd() as e:
         gsi = vm.alloc_gsi()
         vm.set_msi_route(gsi, 0xFEE00000, 0x30)
@@ -182,7 +187,7 @@ def test_ioeventfds_collide_and_go(vm: Vm) -> None:
             vm.ioeventfd(b, at, pio=False, assign=False)
 
 
-# --- the transport ------------------------------------------------------------------------------------------------
+# --- the transport --------------------------------------------------------------------------------
 
 
 def kicks_at(vm: Vm, base: int) -> bool:
@@ -292,7 +297,9 @@ def test_toggling_for_a_while_leaks_nothing(rig: Rig) -> None:
         if what == 0:
             g.pci.mask(rng.randrange(3), bool(rng.randrange(2)))
         elif what == 1:
-            rig.board.config_write(1, pci.PCI_BASE_ADDRESS_0, 4, PCI_MMIO_BASE + 0x10000 * rng.randrange(8))
+            rig.board.config_write(
+                1, pci.PCI_BASE_ADDRESS_0, 4, PCI_MMIO_BASE + 0x10000 * rng.randrange(8)
+            )
         elif what == 2:
             g.pci.msix_flags(rng.choice([0, ENABLE, ENABLE | 0x4000]))
         else:
@@ -303,7 +310,7 @@ def test_toggling_for_a_while_leaks_nothing(rig: Rig) -> None:
     rig.echo(rig.guest())
 
 
-# --- the serial port's line -------------------------------------------------------------------------------------------
+# --- the serial port's line -----------------------------------------------------------------------
 
 
 def test_serial_line_in_the_io_apic(vm: Vm) -> None:
@@ -331,7 +338,7 @@ def test_serial_line_in_the_io_apic(vm: Vm) -> None:
         console.close()
 
 
-# --- the vCPU loop ------------------------------------------------------------------------------------------------------
+# --- the vCPU loop --------------------------------------------------------------------------------
 
 CODE = 0x1000
 
@@ -348,7 +355,9 @@ def vcpu(vm: Vm) -> Iterator[Vcpu]:
 
 
 @pytest.mark.parametrize("code", [b"\xf4\xeb\xfd", b"\xeb\xfe"], ids=["halted", "spinning"])
-def test_every_kick_is_answered_and_none_leaves_a_busy_loop(vm: Vm, vcpu: Vcpu, code: bytes) -> None:
+def test_every_kick_is_answered_and_none_leaves_a_busy_loop(
+    vm: Vm, vcpu: Vcpu, code: bytes
+) -> None:
     vm.memory.write(CODE, code)
     answers: list[int] = []
     stop = threading.Event()
@@ -413,7 +422,9 @@ def test_reads_of_nobody_s_place_in_the_guest(vm: Vm, vcpu: Vcpu) -> None:
     assert wait_for(lambda: any(r.reason == "io" for r in vcpu.ledger()))
     vcpu.kick()
     t.join(5)
-    book = {(r.reason, r.addr, r.write): r.count for r in vcpu.ledger() if r.reason in ("io", "mmio")}
+    book = {
+        (r.reason, r.addr, r.write): r.count for r in vcpu.ledger() if r.reason in ("io", "mmio")
+    }
     assert book == {("mmio", 0xD0000000, False): 1, ("io", 0x99, True): 1}
     assert vcpu.registers()["rax"] == 0xFFFFFFFF
     assert MMIO == lib.PV_MMIO

@@ -1,4 +1,6 @@
-"""Verdicts of ``pyvmm run``: a real guest says what Linux would say and ends as it would (guest/talk.c)."""
+"""Verdicts of ``pyvmm run``: a real guest says what Linux would say and ends as it would
+(guest/talk.c).
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,14 @@ class Run:
 
 def test_passed(guest: Guest, tmp_path: Path) -> None:
     run = Run(
-        guest, tmp_path, WARNING, "init=1", "--fail-on", "oops,bug,rcu-stall,lockdep", "--boot-timeout", "60"
+        guest,
+        tmp_path,
+        WARNING,
+        "init=1",
+        "--fail-on",
+        "oops,bug,rcu-stall,lockdep",
+        "--boot-timeout",
+        "60",
     )
     assert run.end(0, "passed") == ""
     lines = run.log.read_text().splitlines()
@@ -151,11 +160,17 @@ def test_panic_wins_over_trouble(guest: Guest, tmp_path: Path) -> None:
 
 
 def test_panic_that_does_not_reboot_ends_at_once(guest: Guest, tmp_path: Path) -> None:
-    """panic=0: the kernel spins for ever. There is no time-out here: only its last line ends the run."""
+    """panic=0: the kernel spins for ever. There is no time-out here: only its last line ends the
+    run.
+    """
     run = Run(guest, tmp_path, OOPS + PANIC + PANIC_END, "how=hang")
     err = run.end(120, "panic")
-    assert run.log.read_text().splitlines()[-3].endswith(PANIC_END.rstrip()), "its last line is whole"
-    assert err.splitlines()[-2].endswith("---[ end Kernel panic - not syncing: Fatal exception ]---")
+    assert run.log.read_text().splitlines()[-3].endswith(PANIC_END.rstrip()), (
+        "its last line is whole"
+    )
+    assert err.splitlines()[-2].endswith(
+        "---[ end Kernel panic - not syncing: Fatal exception ]---"
+    )
     assert err.splitlines()[-1].endswith(": Kernel panic - not syncing: Fatal exception")
 
 
@@ -179,9 +194,24 @@ def test_panic_before_a_time_out_is_a_panic(guest: Guest, tmp_path: Path) -> Non
     ("text", "append", "args", "said"),
     [
         ("", "how=hang", ["--timeout", "3"], "3 s are over, before there was any output"),
-        ("Linux version\n", "how=hang", ["--timeout", "3"], "3 s are over, while the kernel booted"),
-        ("x\n", "how=hang", ["--boot-timeout", "2"], "init did not run within 2 s, while the kernel booted"),
-        ("x\n", "how=hang init=1", ["--timeout", "5", "--boot-timeout", "4"], "5 s are over, in init"),
+        (
+            "Linux version\n",
+            "how=hang",
+            ["--timeout", "3"],
+            "3 s are over, while the kernel booted",
+        ),
+        (
+            "x\n",
+            "how=hang",
+            ["--boot-timeout", "2"],
+            "init did not run within 2 s, while the kernel booted",
+        ),
+        (
+            "x\n",
+            "how=hang init=1",
+            ["--timeout", "5", "--boot-timeout", "4"],
+            "5 s are over, in init",
+        ),
     ],
 )
 def test_time_out_names_the_phase(
@@ -196,7 +226,9 @@ def test_time_out_names_the_phase(
 
 @pytest.mark.parametrize("how", ["hang", "halt"])
 def test_hang(guest: Guest, tmp_path: Path, how: str) -> None:
-    """Nothing can wake it any more: it ends long before its time-out, and the vCPU that did not start is not blamed."""
+    """Nothing can wake it any more: it ends long before its time-out, and the vCPU that did not
+    start is not blamed.
+    """
     run = Run(
         guest,
         tmp_path,
@@ -207,8 +239,12 @@ def test_hang(guest: Guest, tmp_path: Path, how: str) -> None:
     )
     err = run.end(116, "hang")
     state = {"hang": "runs", "halt": "halted"}[how] + " with interrupts off"
-    assert f"the guest hangs: no progress for 1 s: vCPU 0 {state}, before there was any output" in err
-    assert re.search(rf"vCPU 0 at 0x[0-9a-f]+, main\+0x[0-9a-f]+, {state}\n", err), "the RIP has its symbol"
+    assert (
+        f"the guest hangs: no progress for 1 s: vCPU 0 {state}, before there was any output" in err
+    )
+    assert re.search(rf"vCPU 0 at 0x[0-9a-f]+, main\+0x[0-9a-f]+, {state}\n", err), (
+        "the RIP has its symbol"
+    )
     assert "vCPU 1 at 0xfff0, not started\n" in err
     assert re.search(r"rip [0-9a-f]{16}", err)
     assert [v["state"] for v in run.verdict["vcpus"]] == [state, "not started"]
@@ -222,7 +258,9 @@ def test_hang(guest: Guest, tmp_path: Path, how: str) -> None:
         ("reset", "how=acpi"),  # is busy: it starts over and over
     ],
 )
-def test_a_quiet_or_busy_guest_does_not_hang(guest: Guest, tmp_path: Path, name: str, append: str) -> None:
+def test_a_quiet_or_busy_guest_does_not_hang(
+    guest: Guest, tmp_path: Path, name: str, append: str
+) -> None:
     run = Run(
         guest,
         tmp_path,
@@ -267,7 +305,10 @@ def test_ktap_becomes_cases(guest: Guest, tmp_path: Path) -> None:
     run = Run(guest, tmp_path, KTAP, "init=1")
     run.end(0, "passed")
     cases = ET.parse(run.junit).getroot().findall("testsuite/testcase[@classname='boot']")
-    assert [(c.get("name"), c.find("failure") is not None) for c in cases] == [("good", False), ("bad", True)]
+    assert [(c.get("name"), c.find("failure") is not None) for c in cases] == [
+        ("good", False),
+        ("bad", True),
+    ]
 
 
 def test_status_of_the_test(guest: Guest, tmp_path: Path) -> None:
@@ -303,8 +344,20 @@ def test_flooded_console_keeps_the_verdict(guest: Guest, tmp_path: Path) -> None
 
 def test_a_bad_kernel_has_its_verdict_too(guest: Guest, tmp_path: Path) -> None:
     junit = tmp_path / "junit.xml"
-    args = ["run", "--host", "local", "--net", "none", "--kernel", "/nonexistent", "--junit", str(junit)]
-    done = subprocess.run([sys.executable, "-m", "pyvmm", *args], cwd=ROOT, capture_output=True, text=True)
+    args = [
+        "run",
+        "--host",
+        "local",
+        "--net",
+        "none",
+        "--kernel",
+        "/nonexistent",
+        "--junit",
+        str(junit),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", *args], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 105
     error = ET.parse(junit).getroot().find("testsuite/testcase/error")
     assert error is not None and "/nonexistent" in error.get("message", "")
@@ -338,7 +391,9 @@ def test_host_problem(guest: Guest, tmp_path: Path) -> None:
 
 
 def soon(limit: float, attempt: Callable[[], None]) -> None:
-    """``attempt`` takes at most ``limit`` seconds, in one try of three: other programs' work is no fault of ours."""
+    """``attempt`` takes at most ``limit`` seconds, in one try of three: other programs' work is no
+    fault of ours.
+    """
     times = []
     for _ in range(3):
         begin = time.monotonic()
@@ -360,14 +415,33 @@ def soon(limit: float, attempt: Callable[[], None]) -> None:
         ("serial", f"flood={1 << 30}", ["--verbose", "--exits", "--", "true"]),
     ],
 )
-def test_nothing_outlives_its_time_out(guest: Guest, name: str, append: str, args: list[str]) -> None:
-    """Two seconds after it at the latest all is over, also where nobody reads what the guest floods us with."""
-    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none", "--timeout", "2"]
+def test_nothing_outlives_its_time_out(
+    guest: Guest, name: str, append: str, args: list[str]
+) -> None:
+    """Two seconds after it at the latest all is over, also where nobody reads what the guest floods
+    us with.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pyvmm",
+        "run",
+        "--host",
+        "local",
+        "--net",
+        "none",
+        "--timeout",
+        "2",
+    ]
     command += ["--kernel", guest(name), "--append", append, *args]
 
     def attempt() -> None:
         with subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         ) as child:
             assert child.wait(PATIENCE) == 124
 
@@ -375,9 +449,22 @@ def test_nothing_outlives_its_time_out(guest: Guest, name: str, append: str, arg
 
 
 def test_last_resort(guest: Guest, tmp_path: Path) -> None:
-    """Where pyvmm itself hangs, here in the opening of a FIFO that nobody reads, the time-out holds all the same."""
+    """Where pyvmm itself hangs, here in the opening of a FIFO that nobody reads, the time-out holds
+    all the same.
+    """
     os.mkfifo(tmp_path / "fifo")
-    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none", "--timeout", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "pyvmm",
+        "run",
+        "--host",
+        "local",
+        "--net",
+        "none",
+        "--timeout",
+        "1",
+    ]
     command += ["--kernel", guest("hello"), "--junit", str(tmp_path / "fifo")]
 
     def attempt() -> None:
@@ -402,7 +489,10 @@ def test_flooded_console_and_nobody_reads(guest: Guest, tmp_path: Path) -> None:
         (["--hang-timeout", "0"], "--hang-timeout 0; use 0.1 seconds or more"),
         (["--json", "-", "--report", "-"], "both write to stdout"),
         (["--json", "/nonexistent/x"], "--json /nonexistent/x"),
-        (["--fail-on", "ooops"], "--fail-on ooops; use lockdep, rcu-stall, oops, bug, warning or all"),
+        (
+            ["--fail-on", "ooops"],
+            "--fail-on ooops; use lockdep, rcu-stall, oops, bug, warning or all",
+        ),
         (["--boot-timeout", "0"], "--boot-timeout 0"),
         (["--junit", "/nonexistent/x"], "--junit /nonexistent/x"),
         (["--log", "/nonexistent/x"], "--log /nonexistent/x"),
@@ -410,6 +500,10 @@ def test_flooded_console_and_nobody_reads(guest: Guest, tmp_path: Path) -> None:
 )
 def test_bad_usage(guest: Guest, args: list[str], text: str) -> None:
     command = ["run", "--host", "local", "--net", "none", "--kernel", guest("talk"), *args]
-    done = subprocess.run([sys.executable, "-m", "pyvmm", *command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", *command], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("pyvmm: ") and done.stderr.count("\n") == 1 and text in done.stderr
+    assert (
+        done.stderr.startswith("pyvmm: ") and done.stderr.count("\n") == 1 and text in done.stderr
+    )

@@ -12,12 +12,28 @@ LAYERS = (
     {"memory", "kvm", "hostnet", "vhostuser"},
     {"bus", "pci"},
     {"boot", "datapath", "devices", "virtio"},
-    {"backend", "conformance", "control", "exits", "host", "images", "netopt", "testbed", "testing"},
+    {
+        "backend",
+        "conformance",
+        "control",
+        "exits",
+        "host",
+        "images",
+        "netopt",
+        "testbed",
+        "testing",
+    },
     {"card", "doctor"},
     {"hang", "machine"},
     {"testing.suite"},
     {"compare"},
-    {"", "cli", "__main__", "testing.plugin", "testing.vm"},  # "": pyvmm/__init__.py, the public API
+    {
+        "",
+        "cli",
+        "__main__",
+        "testing.plugin",
+        "testing.vm",
+    },  # "": pyvmm/__init__.py, the public API
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 EXTENSION = (
@@ -105,13 +121,20 @@ def test_the_check_notices() -> None:
 
 
 def test_only_cli_prints_or_exits() -> None:
-    """Libraries raise; processes of their own (the supervisor, the agent in L1) may talk to their log."""
+    """Libraries raise; processes of their own (the supervisor, the agent in L1) may talk to their
+    log.
+    """
     own_process = {"testbed.agent", "testbed.supervisor"}
     wrong = []
     for name, path in modules():
         if name.split(".")[0] in ("cli", "__main__") or name in own_process:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "exit", "quit", "sys.exit"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "print",
+                "exit",
+                "quit",
+                "sys.exit",
+            ):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node.func)}")
     assert not wrong, "\n".join(wrong)

@@ -26,7 +26,10 @@ C_FLAGS = [
 ]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 C_FILES = sorted(
-    str(p.relative_to(ROOT)) for d in ("cext", "pyvmm") for p in (ROOT / d).rglob("*.c") if p.name != "_ext.c"
+    str(p.relative_to(ROOT))
+    for d in ("cext", "pyvmm")
+    for p in (ROOT / d).rglob("*.c")
+    if p.name != "_ext.c"
 )
 FORMATTED = sorted(
     str(p.relative_to(ROOT))

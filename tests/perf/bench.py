@@ -1,9 +1,10 @@
-"""pyvmm beside QEMU in one run: boot, throughput, round trip, exits, memory. Runs where KVM is: `make bench` uses the testbed.
+"""pyvmm beside QEMU in one run: boot, throughput, round trip, exits, memory. Runs where KVM is:
+`make bench` uses the testbed.
 
-Every round runs every contestant once, in turn, with the same kernel, initramfs, command line and tap, so that whatever
-disturbs the machine disturbs all. Programs and images are copied to memory first: the speed of the testbed's shared file
-system is nobody's merit. Figures are medians with (lowest..highest) of the rounds; bare times mean nothing on an emulated
-processor, ratios do.
+Every round runs every contestant once, in turn, with the same kernel, initramfs, command line and
+tap, so that whatever disturbs the machine disturbs all. Programs and images are copied to memory
+first: the speed of the testbed's shared file system is nobody's merit. Figures are medians with
+(lowest..highest) of the rounds; bare times mean nothing on an emulated processor, ratios do.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def sh(*argv: str, check: bool = True) -> str:
 
 
 def stage_files(image: Any) -> tuple[str, str, list[str], list[str]]:
-    """Copy what runs to memory; kernel, initrd, and the commands for pyvmm and for QEMU (empty where there is none)."""
+    """Copy what runs to memory; kernel, initrd, and the commands for pyvmm and for QEMU (empty
+    where there is none).
+    """
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir()
     kernel, initrd = (shutil.copy(path, STAGE) for path in (image.kernel, image.initrd))
@@ -105,7 +108,8 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
         Contestant("pyvmm", [*mine, "--net", card, "--append", line]),
         Contestant("pyvmm notify=exit", [*mine, "--net", f"{card},notify=exit", "--append", line]),
         Contestant(
-            "pyvmm vhost-net", [*mine, "--net", card.replace("emulated", "vhost-net"), "--append", line]
+            "pyvmm vhost-net",
+            [*mine, "--net", card.replace("emulated", "vhost-net"), "--append", line],
         ),
         Contestant(
             "pyvmm vhost-user",
@@ -117,13 +121,21 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
         common = peers.qemu_guest(
             q, kernel=kernel, initrd=initrd, cmdline=base, cpus=args.cpus, memory=memory
         )
-        # microvm has virtio-mmio only, for which Debian's cloud kernel has no driver: it stands for boot alone.
+        # microvm has virtio-mmio only, for which Debian's cloud kernel has no driver: it stands for
+        # boot alone.
         out.append(
-            Contestant("qemu microvm", [*common, "-M", "microvm,memory-backend=ram,rtc=on"], net=False)
+            Contestant(
+                "qemu microvm", [*common, "-M", "microvm,memory-backend=ram,rtc=on"], net=False
+            )
         )
         for name, vhost in (("qemu q35", False), ("qemu q35 vhost", True)):
             out.append(Contestant(name, [*common, *peers.qemu_card(TAP, MAC, vhost=vhost)]))
-        q35 = ["-M", "q35,memory-backend=ram", "-device", f"virtio-net-pci,netdev=n,mac={MAC},romfile="]
+        q35 = [
+            "-M",
+            "q35,memory-backend=ram",
+            "-device",
+            f"virtio-net-pci,netdev=n,mac={MAC},romfile=",
+        ]
         user = ["-chardev", f"socket,id=c,path={SOCKET}", "-netdev", "vhost-user,id=n,chardev=c"]
         out.append(Contestant("qemu q35 vhost-user", [*common, *user, *q35], backend=backend))
     return [c for c in out if not args.only or c.name in args.only.split(",")]
@@ -154,7 +166,10 @@ def running(contestant: Contestant, log: Path) -> Iterator[tuple[subprocess.Pope
     with log.open("wb") as sink:
         start = time.monotonic()
         child = subprocess.Popen(
-            contestant.argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            contestant.argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         assert child.stdout
         fd = child.stdout.fileno()
@@ -197,7 +212,11 @@ def tasks(vmm: int, backend: int | None) -> list[tuple[str, int, int]]:
         for tid, name in counters.threads_of(vmm).items()
     ]
     out += [("vhost", tid, tid) for tid in counters.vhost_threads(vmm)]
-    return out + [("backend", backend, tid) for tid in counters.threads_of(backend)] if backend else out
+    return (
+        out + [("backend", backend, tid) for tid in counters.threads_of(backend)]
+        if backend
+        else out
+    )
 
 
 def counts() -> dict[str, int]:
@@ -216,9 +235,26 @@ def rss_mb(pid: int) -> float:
 
 
 def offloads(on: bool) -> None:
-    """Offloads of the tap; the guest's side follows its negotiated features and what the tap accepts."""
+    """Offloads of the tap; the guest's side follows its negotiated features and what the tap
+    accepts.
+    """
     state = "on" if on else "off"
-    sh("ethtool", "-K", TAP, "tx", state, "tso", state, "gso", state, "sg", state, "gro", state, check=False)
+    sh(
+        "ethtool",
+        "-K",
+        TAP,
+        "tx",
+        state,
+        "tso",
+        state,
+        "gso",
+        state,
+        "sg",
+        state,
+        "gro",
+        state,
+        check=False,
+    )
 
 
 def iperf(seconds: float, *extra: str) -> tuple[float, int]:
@@ -305,7 +341,8 @@ def main() -> int:
 def show(results: dict[str, list[dict[str, float]]]) -> None:
     names = [n for n, rows in results.items() if rows]
     keys = list(dict.fromkeys(k for rows in results.values() for row in rows for k in row))
-    # Ratios are to the first pyvmm: each data path is best compared in a run of its own, with --only.
+    # Ratios are to the first pyvmm: each data path is best compared in a run of its own, with
+    # --only.
     first = results[names[0]] if names else []
     print(f"{'median (lowest..highest)':40}" + "".join(f"{n:>28}" for n in names))
     for key in keys:

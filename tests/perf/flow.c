@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Numbered datagrams and a checksummed TCP stream, for counting what a network loses or repeats. Runs at both ends, in
- * a guest as well: link it statically.
+ * Numbered datagrams and a checksummed TCP stream, for counting what a network loses or repeats.
+ *Runs at both ends, in a guest as well: link it statically.
  *
- *	flow udp-send ADDRESS PORT RATE SIZE	RATE datagrams a second of SIZE bytes, numbered from 0
- *	flow udp-receive PORT
- *	flow tcp-send ADDRESS PORT KBYTES	that much a second
- *	flow tcp-receive PORT
+ *	flow udp-send ADDRESS PORT RATE SIZE	RATE datagrams a second of SIZE bytes, numbered from
+ *0 flow udp-receive PORT flow tcp-send ADDRESS PORT KBYTES	that much a second flow tcp-receive
+ *PORT
  *
- * SIGTERM ends all but tcp-receive, which ends with its stream. Then one line tells what happened. A datagram counts as
- * sent when send(2) has taken it; a blocking socket waits while the device takes none.
+ * SIGTERM ends all but tcp-receive, which ends with its stream. Then one line tells what happened.
+ *A datagram counts as sent when send(2) has taken it; a blocking socket waits while the device
+ *takes none.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -93,8 +93,8 @@ static int udp_send(const char *address, const char *port, uint64_t rate, size_t
 	if (size < sizeof(seq) || size > sizeof(data))
 		return 2;
 	/*
-	 * What is sent is to be in the device's hands, not in a queue before it: after a pause CoDel drops from a long
-	 * queue that drains slowly, and that would count as lost.
+	 * What is sent is to be in the device's hands, not in a queue before it: after a pause
+	 * CoDel drops from a long queue that drains slowly, and that would count as lost.
 	 */
 	setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &(int){4096}, sizeof(int));
 	while (!stop) {
@@ -109,7 +109,8 @@ static int udp_send(const char *address, const char *port, uint64_t rate, size_t
 			memcpy(data, &seq, sizeof(seq));
 			if (send(fd, data, size, 0) == (ssize_t)size)
 				seq++;
-			else if (errno != EINTR && errno != ECONNREFUSED) /* an answer to an earlier one */
+			else if (errno != EINTR &&
+				 errno != ECONNREFUSED) /* an answer to an earlier one */
 				refused++, usleep(1000);
 		}
 	}
@@ -120,14 +121,16 @@ static int udp_send(const char *address, const char *port, uint64_t rate, size_t
 static int udp_receive(const char *port)
 {
 	uint8_t *seen = calloc(SEQ_MAX / 8, 1);
-	uint64_t received = 0, repeated = 0, disordered = 0, next = 0, bad = 0, missing = 0, first = 0;
+	uint64_t received = 0, repeated = 0, disordered = 0, next = 0, bad = 0, missing = 0,
+		 first = 0;
 	int fd = open_socket(SOCK_DGRAM, NULL, port);
 	uint32_t overflows = 0;
 
 	if (!seen)
 		die("calloc");
 	/* So that a signal between looking at stop and sleeping is seen, too. */
-	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &(struct timeval){.tv_usec = 200000}, sizeof(struct timeval));
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &(struct timeval){.tv_usec = 200000},
+		   sizeof(struct timeval));
 	if (setsockopt(fd, SOL_SOCKET, SO_RXQ_OVFL, &(int){1}, sizeof(int)))
 		die("SO_RXQ_OVFL");
 	while (!stop) {
@@ -173,11 +176,13 @@ static int udp_receive(const char *port)
 		if (!missing++)
 			first = i;
 	}
-	printf("received=%llu repeated=%llu missing=%llu first-missing=%llu disordered=%llu last=%llu "
+	printf("received=%llu repeated=%llu missing=%llu first-missing=%llu disordered=%llu "
+	       "last=%llu "
 	       "bad=%llu overflows=%u\n",
-	       (unsigned long long)received, (unsigned long long)repeated, (unsigned long long)missing,
-	       (unsigned long long)first, (unsigned long long)disordered, (unsigned long long)next,
-	       (unsigned long long)bad, overflows);
+	       (unsigned long long)received, (unsigned long long)repeated,
+	       (unsigned long long)missing, (unsigned long long)first,
+	       (unsigned long long)disordered, (unsigned long long)next, (unsigned long long)bad,
+	       overflows);
 	return 0;
 }
 
@@ -191,7 +196,8 @@ static uint64_t checksum(uint64_t sum, const uint8_t *data, size_t n)
 
 static int tcp_send(const char *address, const char *port, uint64_t kbytes)
 {
-	uint64_t state = 88172645463325252ull, sum = 0xcbf29ce484222325ull, sent = 0, start = now_ns();
+	uint64_t state = 88172645463325252ull, sum = 0xcbf29ce484222325ull, sent = 0,
+		 start = now_ns();
 	int fd = open_socket(SOCK_STREAM, address, port);
 	uint64_t block[512];
 
@@ -208,7 +214,8 @@ static int tcp_send(const char *address, const char *port, uint64_t kbytes)
 				block[i] = state;
 			}
 			while (at < sizeof(block)) {
-				ssize_t n = send(fd, (uint8_t *)block + at, sizeof(block) - at, MSG_NOSIGNAL);
+				ssize_t n = send(fd, (uint8_t *)block + at, sizeof(block) - at,
+						 MSG_NOSIGNAL);
 
 				if (n < 0 && errno != EINTR)
 					die("send");
@@ -253,7 +260,8 @@ int main(int argc, char **argv)
 
 	sigaction(SIGTERM, &action, NULL);
 	if (!strcmp(what, "udp-send") && argc == 6)
-		return udp_send(argv[2], argv[3], strtoull(argv[4], NULL, 10), strtoul(argv[5], NULL, 10));
+		return udp_send(argv[2], argv[3], strtoull(argv[4], NULL, 10),
+				strtoul(argv[5], NULL, 10));
 	if (!strcmp(what, "udp-receive") && argc == 3)
 		return udp_receive(argv[2]);
 	if (!strcmp(what, "tcp-send") && argc == 5)

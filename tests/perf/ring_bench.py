@@ -1,10 +1,12 @@
-"""How fast one worker moves packets between its rings and a real tap, without a guest: for profiling.
+"""How fast one worker moves packets between its rings and a real tap, without a guest: for
+profiling.
 
     python tests/perf/ring_bench.py [--frames N] [--size BYTES] [--repeat N] [--profile] [--trace]
 
-The mock driver prepares a full ring, then the worker alone is timed: transmit into a tap whose host end drops the frames,
-receive from a tap queue filled beforehand. Prints packets a second, nanoseconds and system calls a packet, with the spread.
-With --profile it waits for `perf record -p PID` before each direction. Numbers depend on the machine: compare, do not gate.
+The mock driver prepares a full ring, then the worker alone is timed: transmit into a tap whose host
+end drops the frames, receive from a tap queue filled beforehand. Prints packets a second,
+nanoseconds and system calls a packet, with the spread. With --profile it waits for `perf record -p
+PID` before each direction. Numbers depend on the machine: compare, do not gate.
 """
 
 import argparse
@@ -30,7 +32,11 @@ RING = 16384
 
 def acked(gso: bool) -> int:
     """Negotiated features; with GSO the worker must be ready for frames of 64 KiB."""
-    bits = [virtio.VIRTIO_F_VERSION_1, virtio.VIRTIO_RING_F_EVENT_IDX, virtio_net.VIRTIO_NET_F_MRG_RXBUF]
+    bits = [
+        virtio.VIRTIO_F_VERSION_1,
+        virtio.VIRTIO_RING_F_EVENT_IDX,
+        virtio_net.VIRTIO_NET_F_MRG_RXBUF,
+    ]
     if gso:
         bits += [virtio_net.VIRTIO_NET_F_GUEST_CSUM, virtio_net.VIRTIO_NET_F_GUEST_TSO4]
     return sum(1 << b for b in bits)

@@ -1,8 +1,10 @@
-"""Switch the data path of a running Linux guest again and again under traffic, and count what is lost: ``make soak SWITCHES=1000``.
+"""Switch the data path of a running Linux guest again and again under traffic, and count what is
+lost: ``make soak SWITCHES=1000``.
 
-Numbered datagrams and a checksummed TCP stream go both ways meanwhile (``flow.c``). Runs where KVM runs Linux, else in the testbed.
-The last line is the verdict, and so is the exit status: 0 if every datagram that was sent arrived once, both checksums match, the
-guest saw no reset, and every switch ended as it had to.
+Numbered datagrams and a checksummed TCP stream go both ways meanwhile (``flow.c``). Runs where KVM
+runs Linux, else in the testbed. The last line is the verdict, and so is the exit status: 0 if every
+datagram that was sent arrived once, both checksums match, the guest saw no reset, and every switch
+ended as it had to.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def kill(pid: int) -> None:
 
 
 class Injector:
-    """Makes the next switch go wrong, each time in another way; the hand-over itself, not what is before it."""
+    """Makes the next switch go wrong, each time in another way; the hand-over itself, not what is
+    before it.
+    """
 
     def __init__(self, nic: Nic) -> None:
         self.nic = nic
@@ -120,7 +124,8 @@ class Injector:
 
 
 class Elsewhere:
-    """A vhost-user back-end with a tap of its own, on one bridge with the card's: where frames enter moves with each switch.
+    """A vhost-user back-end with a tap of its own, on one bridge with the card's: where frames
+    enter moves with each switch.
 
     All of it in a network namespace that this process enters.
     """
@@ -134,7 +139,17 @@ class Elsewhere:
         sh("ip link set lo up; ip link add br0 type bridge forward_delay 0; ip link set br0 up")
         sh(f"ip addr add {self.ADDRESS} dev br0")
         if kind == "own":
-            argv = [sys.executable, "-m", "pyvmm", "backend", "-q", "--socket", self.socket, "--tap", "tap1"]
+            argv = [
+                sys.executable,
+                "-m",
+                "pyvmm",
+                "backend",
+                "-q",
+                "--socket",
+                self.socket,
+                "--tap",
+                "tap1",
+            ]
         elif shutil.which("dpdk-testpmd") is None:
             raise HostError("there is no dpdk-testpmd", "as root: apt-get install dpdk-dev")
         else:
@@ -178,7 +193,8 @@ class Soak:
         keys: dict[str, Any] = {"switchable": "vhost-net+vhost-user", "queues": args.queues}
         if self.elsewhere is not None:
             args.modes = [
-                f"{m},socket={self.elsewhere.socket}" if m == "vhost-user" else m for m in args.modes
+                f"{m},socket={self.elsewhere.socket}" if m == "vhost-user" else m
+                for m in args.modes
             ]
             keys |= {"socket": self.elsewhere.socket, "tap": "tap0", "guest": "192.168.100.2/24"}
         self.vm = pyvmm.Machine(
@@ -194,7 +210,7 @@ class Soak:
         self.refused = self.asked = 0
         self.problems: list[str] = []
 
-    # --- the guest's console --------------------------------------------------------------------------
+    # --- the guest's console ----------------------------------------------------------------------
 
     def sh(self, command: str, timeout: float = 120.0) -> str:
         """A command in the guest; its output."""
@@ -213,7 +229,7 @@ class Soak:
         console.send("echo ready-$((6 * 7))\n")
         console.expect(r"ready-42\n", timeout=60)
 
-    # --- traffic --------------------------------------------------------------------------------------
+    # --- traffic ----------------------------------------------------------------------------------
 
     def popen(self, *argv: str) -> subprocess.Popen[str]:
         """A flow on the host's side."""
@@ -271,7 +287,7 @@ class Soak:
             out[name] = words(self.sh(f"cat /tmp/{file}"))
         return out
 
-    # --- switching ------------------------------------------------------------------------------------
+    # --- switching --------------------------------------------------------------------------------
 
     def one(self, injector: Injector | None, number: int) -> None:
         choices = [m for m in self.args.modes if m.partition(",")[0] != self.nic.mode]
@@ -308,7 +324,10 @@ class Soak:
             self.one(injector, number)
             if number % 50 == 0:
                 rate = number / (time.monotonic() - began)
-                print(f"{number} switches, {rate:.1f} a second, {len(self.problems)} problems", flush=True)
+                print(
+                    f"{number} switches, {rate:.1f} a second, {len(self.problems)} problems",
+                    flush=True,
+                )
             time.sleep(self.random.random() * self.args.pause)
 
     def run(self) -> bool:
@@ -336,7 +355,9 @@ class Soak:
         for problem in self.problems[:20]:
             print("problem:", problem)
         good = not self.problems
-        outcomes = {o: sum(r.outcome == o for r in self.reports) for o in {r.outcome for r in self.reports}}
+        outcomes = {
+            o: sum(r.outcome == o for r in self.reports) for o in {r.outcome for r in self.reports}
+        }
         said = ", ".join(f"{n} {o}" for o, n in sorted(outcomes.items()))
         print(
             f"{'PASS' if good else 'FAIL'}: {self.args.switches} switches ({said}, {self.refused} refused): {lost}, "
@@ -351,7 +372,9 @@ class Soak:
             sent, got = told[f"sent {way} guest"], told[f"{way} guest"]
             missing = int(sent["sent"]) - (int(got["received"]) - int(got["repeated"]))
             if int(got["overflows"]) or int(got["bad"]):
-                self.problems.append(f"{way} guest: the receiver was too slow, or got rubbish: {got}")
+                self.problems.append(
+                    f"{way} guest: the receiver was too slow, or got rubbish: {got}"
+                )
             if way == "to" and self.args.backend == "dpdk":
                 stale = sum(r.stale for r in self.reports)
                 print(
@@ -367,7 +390,9 @@ class Soak:
             if mine != theirs or int(mine["bytes"]) == 0:
                 self.problems.append(f"TCP {way} guest: {mine} sent, {theirs} received")
         if drops:  # multicast that the guest has not asked for, in most cases
-            print(f"{drops} frames were dropped before the device, by its filter or for a full queue")
+            print(
+                f"{drops} frames were dropped before the device, by its filter or for a full queue"
+            )
         if lost or repeated:
             self.problems.append(f"{lost} datagrams lost, {repeated} repeated")
         if self.args.rate and total == 0:

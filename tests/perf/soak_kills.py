@@ -1,7 +1,8 @@
-"""``make soak-kills KILLS=1000``: a Linux guest in the testbed sends numbered datagrams while its vhost-user back-end is killed.
+"""``make soak-kills KILLS=1000``: a Linux guest in the testbed sends numbered datagrams while its
+vhost-user back-end is killed.
 
-Says what came at the back-end's tap, and exits with 1 where a datagram is missing or came twice, or where the guest's driver has
-reset its card. Takes about half a second a kill.
+Says what came at the back-end's tap, and exits with 1 where a datagram is missing or came twice, or
+where the guest's driver has reset its card. Takes about half a second a kill.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def main() -> int:
         program = seqnet.build(Path(directory))
         with one_guest(host, program) as guest:
             patience = 60 + 10 * args.kills
-            account = kill_under_traffic(host, guest, program, args.kills, seed=args.seed, patience=patience)
+            account = kill_under_traffic(
+                host, guest, program, args.kills, seed=args.seed, patience=patience
+            )
             undisturbed(guest)
             with tap_backend(host):
                 guest.leave()

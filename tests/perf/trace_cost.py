@@ -2,9 +2,10 @@
 
     python tests/perf/trace_cost.py [--exits N] [--repeat N]
 
-First the VMM's own share, without KVM: CPU time of counting an exit and answering it in C, called from Python, whose share is the
-same in both; look at the lowest, since whatever disturbs only adds. Then whole exits, guest and all: the kicks of guest/kicks.c
-with notify=exit on this machine's /dev/kvm. Medians with the lowest and the highest. Compare, do not gate. For the worker:
+First the VMM's own share, without KVM: CPU time of counting an exit and answering it in C, called
+from Python, whose share is the same in both; look at the lowest, since whatever disturbs only adds.
+Then whole exits, guest and all: the kicks of guest/kicks.c with notify=exit on this machine's
+/dev/kvm. Medians with the lowest and the highest. Compare, do not gate. For the worker:
 ring_bench.py with and without --trace.
 """
 
@@ -66,7 +67,10 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=7)
     args = parser.parse_args()
     subprocess.run(["make", "-s", "-C", str(ROOT / "guest")], check=True)
-    for name, measure, repeat in (("own share", share, 10 * args.repeat), ("whole exit", exits, args.repeat)):
+    for name, measure, repeat in (
+        ("own share", share, 10 * args.repeat),
+        ("whole exit", exits, args.repeat),
+    ):
         times: dict[int, list[float]] = {0: [], 1 << 15: []}
         for _ in range(repeat):
             for trace, into in times.items():

@@ -23,7 +23,9 @@ def memory() -> Iterator[GuestMemory]:
 
 
 def tables(memory: GuestMemory, rsdp: int) -> dict[str, bytes]:
-    """Every table by signature, found as a guest finds them; checks lengths and checksums on the way."""
+    """Every table by signature, found as a guest finds them; checks lengths and checksums on the
+    way.
+    """
     root = memory.read(rsdp, 36)
     assert root[:8] == b"RSD PTR "
     assert sum(root[:20]) & 0xFF == 0
@@ -127,7 +129,11 @@ def test_aml_package_lengths() -> None:
         data = aml.scope("ABCD", bytes(size))
         lead = data[1]
         extra = lead >> 6
-        length = lead & 0x3F if not extra else lead & 0xF | int.from_bytes(data[2 : 2 + extra], "little") << 4
+        length = (
+            lead & 0x3F
+            if not extra
+            else lead & 0xF | int.from_bytes(data[2 : 2 + extra], "little") << 4
+        )
         assert length == len(data) - 1
         assert data[2 + extra : 6 + extra] == b"ABCD"
 

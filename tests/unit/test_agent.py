@@ -1,4 +1,6 @@
-"""The channel for commands in a guest, with a guest that does what it should, and one that does not. Linux has it in tests/boot."""
+"""The channel for commands in a guest, with a guest that does what it should, and one that does
+not. Linux has it in tests/boot.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ def test_a_command(init: Init) -> None:
     assert (result.status, bytes(result.stdout), result.err, result.lost) == (7, data, "oops", 0)
     assert not result.ok
     assert result.check(7) is result
-    with pytest.raises(CommandFailed, match=r"'echo ä' ended with status 7, not 0\nstderr: oops\nstdout: "):
+    with pytest.raises(
+        CommandFailed, match=r"'echo ä' ended with status 7, not 0\nstderr: oops\nstdout: "
+    ):
         result.check()
 
 
@@ -179,7 +183,9 @@ def test_one_at_a_time(init: Init) -> None:
     agent.became_ready()
     results: list[str] = []
     threads = [
-        threading.Thread(target=lambda i=i: results.append(agent.run(f"echo {i}", timeout=PATIENCE).out))
+        threading.Thread(
+            target=lambda i=i: results.append(agent.run(f"echo {i}", timeout=PATIENCE).out)
+        )
         for i in range(5)
     ]
     for thread in threads:

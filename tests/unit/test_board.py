@@ -7,10 +7,19 @@ import pytest
 
 from pyvmm.bus import PIO
 from pyvmm.devices.legacy import Power, PvPanic, Rtc
-from pyvmm.spec.platform import ACPI_RESET_VALUE, ACPI_S5_TYPE, PORT_ACPI_SLEEP_CONTROL, PORT_PVPANIC
+from pyvmm.spec.platform import (
+    ACPI_RESET_VALUE,
+    ACPI_S5_TYPE,
+    PORT_ACPI_SLEEP_CONTROL,
+    PORT_PVPANIC,
+)
 from tests.pci_guest import Board
 
-SLEEP, STATUS, RESET = PORT_ACPI_SLEEP_CONTROL, PORT_ACPI_SLEEP_CONTROL + 1, PORT_ACPI_SLEEP_CONTROL + 2
+SLEEP, STATUS, RESET = (
+    PORT_ACPI_SLEEP_CONTROL,
+    PORT_ACPI_SLEEP_CONTROL + 1,
+    PORT_ACPI_SLEEP_CONTROL + 2,
+)
 SLP_EN = 1 << 5
 
 
@@ -90,7 +99,13 @@ def test_pvpanic(board):
 
 def test_any_access_to_any_port_is_answered(board):
     rng = random.Random(5)
-    ports = [*range(0x60, 0x72), 0x80, *range(0x500, 0x510), *range(0x5F8, 0x630), *range(0xCF0, 0xD00)]
+    ports = [
+        *range(0x60, 0x72),
+        0x80,
+        *range(0x500, 0x510),
+        *range(0x5F8, 0x630),
+        *range(0xCF0, 0xD00),
+    ]
     for _ in range(5000):
         port, size, count = rng.choice(ports), rng.choice([1, 2, 4]), rng.choice([1, 1, 1, 7])
         data = rng.randbytes(size * count) if rng.randrange(2) else None

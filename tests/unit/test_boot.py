@@ -52,13 +52,26 @@ def make_elf(
     table, body = b"", b""
     for paddr, data, memsz in segments:
         at = offset + len(body)
-        table += struct.pack(lb.PHDR, lb.PT_LOAD, 7, at, paddr + vaddr_delta, paddr, len(data), memsz, 0x1000)
+        table += struct.pack(
+            lb.PHDR, lb.PT_LOAD, 7, at, paddr + vaddr_delta, paddr, len(data), memsz, 0x1000
+        )
         body += data
     if notes:
-        table += struct.pack(lb.PHDR, lb.PT_NOTE, 4, offset + len(body), 0, 0, len(notes), len(notes), 4)
+        table += struct.pack(
+            lb.PHDR, lb.PT_NOTE, 4, offset + len(body), 0, 0, len(notes), len(notes), 4
+        )
         body += notes
-    f = {"type": lb.ET_EXEC, "machine": lb.EM_X86_64, "phnum": phnum, "phoff": lb.EHDR_SIZE} | header
-    ident = lb.ELF_MAGIC + bytes([f.get("class", lb.ELFCLASS64), f.get("data", lb.ELFDATA2LSB), 1]) + bytes(9)
+    f = {
+        "type": lb.ET_EXEC,
+        "machine": lb.EM_X86_64,
+        "phnum": phnum,
+        "phoff": lb.EHDR_SIZE,
+    } | header
+    ident = (
+        lb.ELF_MAGIC
+        + bytes([f.get("class", lb.ELFCLASS64), f.get("data", lb.ELFDATA2LSB), 1])
+        + bytes(9)
+    )
     return bytearray(
         struct.pack(
             lb.EHDR,
@@ -118,7 +131,9 @@ def make_bzimage(**fields: int) -> bytearray:
 
 
 def good_elf() -> bytearray:
-    return make_elf([(0x100_0000, CODE, 0x2000), (0x101_0000, b"data", 0x1000)], notes=LINUX_NOTE + PVH_NOTE)
+    return make_elf(
+        [(0x100_0000, CODE, 0x2000), (0x101_0000, b"data", 0x1000)], notes=LINUX_NOTE + PVH_NOTE
+    )
 
 
 def save(tmp_path: Path, data: bytes | bytearray) -> str:
@@ -136,7 +151,7 @@ def pages_written(memory: GuestMemory) -> int:
     return os.fstat(memory.fd.fileno()).st_blocks
 
 
-# --- what is loaded -------------------------------------------------------------------------------------
+# --- what is loaded -------------------------------------------------------------------------------
 
 
 def test_bzimage_is_loaded_at_its_preferred_address(memory: GuestMemory, tmp_path: Path) -> None:
@@ -144,7 +159,11 @@ def test_bzimage_is_loaded_at_its_preferred_address(memory: GuestMemory, tmp_pat
     initrd.write_bytes(b"I" * 5000)
     kernel = save(tmp_path, make_bzimage())
     state = boot.load(memory, kernel, initrd=str(initrd), cmdline="a=b", rsdp=0xE0000)
-    assert (state.mode, state.kind, state.entry) == ("long64", "bzImage by 64-bit entry", 0x100_0200)
+    assert (state.mode, state.kind, state.entry) == (
+        "long64",
+        "bzImage by 64-bit entry",
+        0x100_0200,
+    )
     assert state.regs["rip"] == 0x100_0200
     assert state.regs["rsi"] == pf.BOOT_PARAMS
     assert state.cr3 == pf.BOOT_PAGE_TABLES
@@ -161,7 +180,9 @@ def test_bzimage_is_loaded_at_its_preferred_address(memory: GuestMemory, tmp_pat
     assert memory.read(disk, 5000) == b"I" * 5000
 
 
-def test_trailing_signature_is_not_loaded_past_init_size(memory: GuestMemory, tmp_path: Path) -> None:
+def test_trailing_signature_is_not_loaded_past_init_size(
+    memory: GuestMemory, tmp_path: Path
+) -> None:
     data = make_bzimage(init_size=len(CODE)) + b"S" * 4096
     boot.load(memory, save(tmp_path, data))
     assert memory.read(0x100_0000 + len(CODE), 4096) == bytes(4096)
@@ -170,8 +191,14 @@ def test_trailing_signature_is_not_loaded_past_init_size(memory: GuestMemory, tm
 def test_elf_is_entered_by_its_pvh_note(memory: GuestMemory, tmp_path: Path) -> None:
     initrd = tmp_path / "initrd"
     initrd.write_bytes(b"I" * 100)
-    state = boot.load(memory, save(tmp_path, good_elf()), initrd=str(initrd), cmdline="x", rsdp=0xE0000)
-    assert (state.mode, state.kind, state.entry) == ("protected32", "Linux ELF by PVH note", 0x100_0010)
+    state = boot.load(
+        memory, save(tmp_path, good_elf()), initrd=str(initrd), cmdline="x", rsdp=0xE0000
+    )
+    assert (state.mode, state.kind, state.entry) == (
+        "protected32",
+        "Linux ELF by PVH note",
+        0x100_0010,
+    )
     assert state.regs["rbx"] == pf.PVH_START_INFO
     assert memory.read(0x100_0000, len(CODE)) == CODE
     assert memory.read(0x101_0000, 4) == b"data"
@@ -181,7 +208,10 @@ def test_elf_is_entered_by_its_pvh_note(memory: GuestMemory, tmp_path: Path) -> 
     assert (cmdline, rsdp) == (pf.BOOT_CMDLINE, 0xE0000)
     paddr, size, _, _ = struct.unpack(lb.HVM_MODLIST_ENTRY, memory.read(modlist, 32))
     assert memory.read(paddr, size) == b"I" * 100
-    table = [struct.unpack(lb.HVM_MEMMAP_ENTRY, memory.read(memmap + 24 * i, 24))[:3] for i in range(entries)]
+    table = [
+        struct.unpack(lb.HVM_MEMMAP_ENTRY, memory.read(memmap + 24 * i, 24))[:3]
+        for i in range(entries)
+    ]
     assert table == params.memory_map(memory)
 
 
@@ -252,7 +282,7 @@ def test_is_linux(tmp_path: Path) -> None:
             boot.is_linux(save(tmp_path, data))
 
 
-# --- what is refused --------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def cut(data: bytearray, length: int) -> bytearray:
@@ -271,7 +301,10 @@ BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     "text": (lambda: b"#!/bin/sh\n" * 200, "neither a bzImage nor an ELF"),
     "elf header cut": (lambda: cut(good_elf(), 40), "truncated: the ELF header"),
     "program headers cut": (lambda: cut(good_elf(), 80), "truncated: the program header table"),
-    "segment cut": (lambda: cut(make_elf([(0x100_0000, CODE, 4096)]), 2000), "truncated: segment 0"),
+    "segment cut": (
+        lambda: cut(make_elf([(0x100_0000, CODE, 4096)]), 2000),
+        "truncated: segment 0",
+    ),
     "notes cut": (lambda: cut(good_elf(), len(good_elf()) - 8), "truncated: note segment 2"),
     "elf32": (
         lambda: make_elf([(0x100_0000, CODE, 4096)], **{"class": 1}),
@@ -281,7 +314,10 @@ BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     "arm": (lambda: make_elf([(0x100_0000, CODE, 4096)], machine=183), "another machine"),
     "object file": (lambda: make_elf([(0x100_0000, CODE, 4096)], type=1), "e_type 1"),
     "no program headers": (lambda: make_elf([(0x100_0000, CODE, 4096)], phnum=0), "e_phnum"),
-    "65535 program headers": (lambda: make_elf([(0x100_0000, CODE, 4096)], phnum=0xFFFF), "e_phnum"),
+    "65535 program headers": (
+        lambda: make_elf([(0x100_0000, CODE, 4096)], phnum=0xFFFF),
+        "e_phnum",
+    ),
     "e_phentsize": (lambda: make_elf([(0x100_0000, CODE, 4096)], phentsize=32), "e_phentsize 32"),
     "e_phoff beyond": (lambda: make_elf([(0x100_0000, CODE, 4096)], phoff=1 << 62), "e_phoff"),
     "nothing to load": (lambda: make_elf([], notes=PVH_NOTE), "no loadable segment"),
@@ -299,7 +335,10 @@ BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     ),
     "huge segment": (lambda: make_elf([(0x100_0000, CODE, 1 << 62)]), "outside guest memory"),
     "beyond RAM": (lambda: make_elf([(0x400_0000, CODE, 4096)], entry=0x400_0000), "at least 65M"),
-    "in the PCI hole": (lambda: make_elf([(0xD000_0000, CODE, 4096)], entry=0xD000_0000), "outside guest"),
+    "in the PCI hole": (
+        lambda: make_elf([(0xD000_0000, CODE, 4096)], entry=0xD000_0000),
+        "outside guest",
+    ),
     "below 1 MiB": (lambda: make_elf([(0x7000, CODE, 4096)], entry=0x7000), "below 0x100000"),
     "entry outside": (lambda: make_elf([(0x100_0000, CODE, 4096)], entry=0x123), "e_entry"),
     "PVH entry outside": (
@@ -307,12 +346,15 @@ BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
         "PVH entry 0x1000010 is outside",
     ),
     "note overruns": (
-        lambda: make_elf([(0x100_0000, CODE, 4096)], notes=patched(bytearray(PVH_NOTE), 4, b"\xff\xff")),
+        lambda: make_elf(
+            [(0x100_0000, CODE, 4096)], notes=patched(bytearray(PVH_NOTE), 4, b"\xff\xff")
+        ),
         "overruns its segment",
     ),
     "PVH note of 2 bytes": (
         lambda: make_elf(
-            [(0x100_0000, CODE, 4096)], notes=note(lb.XEN_NOTE_NAME, lb.XEN_ELFNOTE_PHYS32_ENTRY, b"ab")
+            [(0x100_0000, CODE, 4096)],
+            notes=note(lb.XEN_NOTE_NAME, lb.XEN_ELFNOTE_PHYS32_ENTRY, b"ab"),
         ),
         "2-byte entry point",
     ),
@@ -320,7 +362,10 @@ BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
         lambda: patched(make_elf([(0x100_0000, CODE, 4096)]), PH, struct.pack("<I", lb.PT_INTERP)),
         "user-space program",
     ),
-    "bzImage cut in the header": (lambda: cut(make_bzimage(), 0x240), "truncated: the setup header"),
+    "bzImage cut in the header": (
+        lambda: cut(make_bzimage(), 0x240),
+        "truncated: the setup header",
+    ),
     "bzImage cut in the setup": (lambda: cut(make_bzimage(), 1500), "setup_sects, syssize"),
     "bzImage cut in the code": (lambda: cut(make_bzimage(), 6000), "setup_sects, syssize"),
     "setup_sects huge": (lambda: make_bzimage(setup_sects=255), "setup_sects, syssize"),
@@ -333,7 +378,10 @@ BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     "alignment zero": (lambda: make_bzimage(alignment=0), "kernel_alignment"),
     "pref_address unaligned": (lambda: make_bzimage(pref_address=0x100_1000), "pref_address"),
     "pref_address low": (lambda: make_bzimage(pref_address=0), "below 0x100000"),
-    "pref_address wild": (lambda: make_bzimage(pref_address=(1 << 64) - (1 << 21)), "outside guest memory"),
+    "pref_address wild": (
+        lambda: make_bzimage(pref_address=(1 << 64) - (1 << 21)),
+        "outside guest memory",
+    ),
     "init_size small": (lambda: make_bzimage(init_size=16), "init_size"),
     "init_size huge": (lambda: make_bzimage(init_size=0xFFFF_FFFF), "outside guest memory"),
 }
@@ -465,14 +513,19 @@ def test_one_mebibyte_is_too_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: make_bzimage(pref_address=pf.RAM_HIGH_BASE), "pref_address 0x100000000 is above 4 GiB"),
+        (
+            lambda: make_bzimage(pref_address=pf.RAM_HIGH_BASE),
+            "pref_address 0x100000000 is above 4 GiB",
+        ),
         (
             lambda: make_elf([(pf.RAM_HIGH_BASE, CODE, 4096)], entry=pf.RAM_HIGH_BASE),
             "entry point 0x100000000 is above 4 GiB",
         ),
     ],
 )
-def test_kernel_above_the_page_tables(tmp_path: Path, make: Callable[[], bytearray], text: str) -> None:
+def test_kernel_above_the_page_tables(
+    tmp_path: Path, make: Callable[[], bytearray], text: str
+) -> None:
     large = GuestMemory(pf.RAM_LOW_MAX + 64 * MIB)
     try:
         with pytest.raises(ImageError, match=text):

@@ -80,7 +80,9 @@ def test_regions_do_not_overlap(board):
     below = board.bus.add(MMIO, 0xD0000FFF, 1, "below", Recorder(1))
     above = board.bus.add(MMIO, 0xD0002000, 1, "above", Recorder(2))
     assert (board.read(MMIO, 0xD0000FFF, 1), board.read(MMIO, 0xD0002000, 1)) == (1, 2)
-    assert board.bus.name(a.id) == "a" and board.bus.name(below.id) == "below" != board.bus.name(above.id)
+    assert board.bus.name(a.id) == "a" and board.bus.name(below.id) == "below" != board.bus.name(
+        above.id
+    )
     assert board.bus.name(0) == "" == board.bus.name(9999)
 
 

@@ -1,4 +1,6 @@
-"""The C interface as Python sees it: cffi tells of drift on first use only, so everything is used once here."""
+"""The C interface as Python sees it: cffi tells of drift on first use only, so everything is used
+once here.
+"""
 
 import ctypes
 import os
@@ -78,7 +80,9 @@ KERNEL = [
 
 def test_kernel_structs_and_requests_against_the_headers(tmp_path):
     """Through another compiler run, which knows nothing of cffi."""
-    requests = [n for n in dir(lib) if n.startswith("KVM_") and not n.startswith(("KVM_CAP", "KVM_EXIT"))]
+    requests = [
+        n for n in dir(lib) if n.startswith("KVM_") and not n.startswith(("KVM_CAP", "KVM_EXIT"))
+    ]
     lines = ["#include <stdio.h>", "#include <linux/kvm.h>", "int main(void) {"]
     lines += [f'printf("{n} %zu\\n", sizeof(struct {n}));' for n in KERNEL]
     lines += [f'printf("{n} %llu\\n", (unsigned long long)({n}));' for n in requests]

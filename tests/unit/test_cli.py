@@ -1,4 +1,6 @@
-"""The command line without a VM: bad input is one line and a documented exit status; start-up stays light."""
+"""The command line without a VM: bad input is one line and a documented exit status; start-up stays
+light.
+"""
 
 import re
 import subprocess
@@ -108,7 +110,11 @@ def test_no_command_shows_help(capsys):
 
 def test_every_error_class_has_a_documented_exit_code():
     table = (ROOT / "docs" / "exit-codes.md").read_text()
-    codes = {c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, PyvmmError)}
+    codes = {
+        c.exit_code
+        for c in vars(errors).values()
+        if isinstance(c, type) and issubclass(c, PyvmmError)
+    }
     for code in codes:
         assert f"| {code} |" in table, code
     assert not codes & set(range(3, 101))  # those are the guest's
@@ -128,7 +134,7 @@ def test_guard(capsys):
     assert guard(fail(BrokenPipeError())) == 141
 
 
-# --- start-up ---------------------------------------------------------------------------------------------------
+# --- start-up -------------------------------------------------------------------------------------
 
 HEAVY = {
     "asyncio",
@@ -151,7 +157,12 @@ HEAVY = {
 def loaded(code: str) -> set[str]:
     """The modules loaded once a fresh interpreter has run ``code``."""
     code = f"import sys\n{code}\nprint(*sys.modules, file=sys.stderr)"
-    argv = [sys.executable, "-S", "-c", f"sys_path={sys.path!r}\nimport sys; sys.path[:] = sys_path\n{code}"]
+    argv = [
+        sys.executable,
+        "-S",
+        "-c",
+        f"sys_path={sys.path!r}\nimport sys; sys.path[:] = sys_path\n{code}",
+    ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return set(done.stderr.split())

@@ -1,4 +1,6 @@
-"""`pyvmm compare` without a guest: what is asked for, figures and noise, schema, rendering, and a run with what can go wrong."""
+"""`pyvmm compare` without a guest: what is asked for, figures and noise, schema, rendering, and a
+run with what can go wrong.
+"""
 
 import copy
 import json
@@ -30,12 +32,17 @@ def record():
     return json.loads(RECORD.read_text())
 
 
-# --- what is asked for ---------------------------------------------------------------------------------
+# --- what is asked for ----------------------------------------------------------------------------
 
 
 def test_defaults():
     p = plan.Plan()
-    assert [m.name for m in p.modes] == ["emulated:notify=exit", "emulated", "vhost-net", "vhost-user"]
+    assert [m.name for m in p.modes] == [
+        "emulated:notify=exit",
+        "emulated",
+        "vhost-net",
+        "vhost-user",
+    ]
     assert p.modes[0].net == "emulated,notify=exit"
     assert [m.vhost for m in p.modes] == [False, False, True, False]
     assert p.workloads == list(plan.WORKLOADS) and p.repeat == 3
@@ -81,7 +88,7 @@ def test_nonsense_is_refused(options):
         plan.Plan(**options)
 
 
-# --- figures and noise ---------------------------------------------------------------------------------
+# --- figures and noise ----------------------------------------------------------------------------
 
 
 def test_spread():
@@ -201,7 +208,10 @@ def test_results_of_the_tools():
     tcp = {"end": {"sum_received": {"bits_per_second": 5e8}}}
     assert run.read_result("tcp-tx", json.dumps(tcp)) == {"throughput_mbit_s": 500.0}
     udp = {"end": {"sum": {"bits_per_second": 512000, "lost_percent": 50}}}
-    assert run.read_result("udp-small", json.dumps(udp)) == {"throughput_mbit_s": 0.256, "loss_percent": 50}
+    assert run.read_result("udp-small", json.dumps(udp)) == {
+        "throughput_mbit_s": 0.256,
+        "loss_percent": 50,
+    }
     assert run.read_result("idle", "") == {}
 
 
@@ -237,7 +247,7 @@ def test_traced_reasons_make_finer_parts(record):
     }
 
 
-# --- the schema ----------------------------------------------------------------------------------------
+# --- the schema -----------------------------------------------------------------------------------
 
 
 def test_the_record_is_valid(record):
@@ -286,7 +296,7 @@ def test_our_check_agrees_with_jsonschema(place, value):
         ET.fromstring(html.figure(document))
 
 
-# --- rendering -----------------------------------------------------------------------------------------
+# --- rendering ------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -340,7 +350,7 @@ def test_even_nothing_can_be_shown(record):
     assert any("PARTIAL" in line for line in stats.remarks(empty))
 
 
-# --- the command ---------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def command(capsys, *argv):
@@ -359,7 +369,10 @@ def test_from_shows_it_again(capsys, tmp_path, record):
     assert "kvmtool cannot run here" in out and "to userspace: notify" in out
     assert max(map(len, out.splitlines())) < 200
     assert json.loads(files["json"].read_text()) == record
-    assert files["html"].read_text().startswith("<!doctype html>") and "<svg" in files["svg"].read_text()
+    assert (
+        files["html"].read_text().startswith("<!doctype html>")
+        and "<svg" in files["svg"].read_text()
+    )
 
 
 def test_json_to_stdout(capsys, record):
@@ -401,7 +414,7 @@ def test_no_empty_files_are_left(capsys, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["old.json"] and old.read_text() == "{}"
 
 
-# --- a run, with what can go wrong -----------------------------------------------------------------------
+# --- a run, with what can go wrong ----------------------------------------------------------------
 
 
 class FakeGuest:
@@ -429,7 +442,14 @@ class FakeGuest:
     def counts(self):
         self._n += 1
         packets = dict.fromkeys(
-            ("packets_to_guest", "packets_from_guest", "bytes_to_guest", "bytes_from_guest", "drops"), self._n
+            (
+                "packets_to_guest",
+                "packets_from_guest",
+                "bytes_to_guest",
+                "bytes_from_guest",
+                "drops",
+            ),
+            self._n,
         )
         return {
             "causes": {"notify": self._n},
@@ -505,7 +525,9 @@ def test_what_a_mode_lacks_is_said_once(monkeypatch):
     assert any("cannot open" in line for line in said)
 
 
-@pytest.mark.parametrize("error", [GuestTimeout("the guest was not ready"), OSError(24, "the guest was not")])
+@pytest.mark.parametrize(
+    "error", [GuestTimeout("the guest was not ready"), OSError(24, "the guest was not")]
+)
 def test_a_failed_boot_is_no_reason_to_stop(monkeypatch, error):
     times = []
 
@@ -548,9 +570,13 @@ def test_broken_off_is_partial(monkeypatch):
     with pytest.raises(Terminated):
         comparison.run()
     document = comparison.document()
-    assert document["partial"] and log[-1] == ("vhost-net", "close") and schema.check(document) == ""
+    assert (
+        document["partial"] and log[-1] == ("vhost-net", "close") and schema.check(document) == ""
+    )
     assert [len(r["workloads"]) for r in document["runs"]] == [2, 0]
-    assert "PARTIAL: broken off" in stats.remarks(document)[0] and "Partial results" in html.page(document)
+    assert "PARTIAL: broken off" in stats.remarks(document)[0] and "Partial results" in html.page(
+        document
+    )
 
 
 def test_a_failed_workload_counts_for_nothing(monkeypatch):
@@ -562,7 +588,10 @@ def test_a_failed_workload_counts_for_nothing(monkeypatch):
     monkeypatch.setattr(run.Comparison, "_tool", fail)
     comparison.run()
     document = comparison.document()
-    assert {w["error"] for r in document["runs"] for w in r["workloads"]} == {"ping failed: no route", None}
+    assert {w["error"] for r in document["runs"] for w in r["workloads"]} == {
+        "ping failed: no route",
+        None,
+    }
     assert stats.Figures(document).get("ping", "emulated", "user_exits") is None
     assert not cli_complete(document) and schema.check(document) == ""
 
@@ -595,7 +624,12 @@ def test_pinning():
         os.sched_setaffinity(chosen, {first})
         gone = subprocess.Popen(["true"])
         gone.wait()
-        tasks = [("vcpu", 1, vcpu), ("worker", 1, worker), ("vhost", 1, chosen), ("vmm", 1, gone.pid)]
+        tasks = [
+            ("vcpu", 1, vcpu),
+            ("worker", 1, worker),
+            ("vhost", 1, chosen),
+            ("vmm", 1, gone.pid),
+        ]
         with pinned(tasks, 1):
             assert os.sched_getaffinity(vcpu) == {first}
             assert os.sched_getaffinity(worker) == os.sched_getaffinity(0) == allowed - {first}

@@ -73,7 +73,9 @@ def test_the_page(browser, page, width, dark):
         assert plot["size"] >= 11, f"unreadably small: {plot}"
         if "to userspace" not in plot["label"]:  # of those there may really be none
             assert plot["drawn"] > 0, plot
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width, (
+        "the page scrolls sideways"
+    )
     seen = browser.evaluate(CONTRAST)
     assert (seen["paper"] < 0.1) == dark
     assert seen["text"] >= 4.5 and seen["plot"] >= 4.5, seen

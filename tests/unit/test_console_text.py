@@ -96,8 +96,9 @@ def test_kinds() -> None:
 
 
 def test_panic_with_the_trace_after_it() -> None:
-    text = b"[    1.0] x\n[    1.000001] Kernel panic - not syncing: No working init found.\r\n" + b"".join(
-        b"[    1.000002] line %d\r\n" % i for i in range(10)
+    text = (
+        b"[    1.0] x\n[    1.000001] Kernel panic - not syncing: No working init found.\r\n"
+        + b"".join(b"[    1.000002] line %d\r\n" % i for i in range(10))
     )
     text += b"[    1.000003] ---[ end Kernel panic - not syncing: No working init found. ]---\r\nafter\r\n"
     quote = panic_quote(text)

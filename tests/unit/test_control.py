@@ -1,4 +1,6 @@
-"""The control queue and several queue pairs, through the whole transport (virtio 1.2, 5.1.2, 5.1.6.5)."""
+"""The control queue and several queue pairs, through the whole transport (virtio 1.2, 5.1.2,
+5.1.6.5).
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,11 @@ class Rig:
         self.device = NetDevice("net0", self.board.memory, self.path, MAC, pairs=pairs)
         self.board.add(
             VirtioPci(
-                self.board.vm, self.board.bus, self.device, PCI_CLASS_NETWORK_ETHERNET, notify="ioeventfd"
+                self.board.vm,
+                self.board.bus,
+                self.device,
+                PCI_CLASS_NETWORK_ETHERNET,
+                notify="ioeventfd",
             )
         )
         self.guest = NetGuest(
@@ -134,7 +140,9 @@ def test_receive_modes(features):
         assert rx.flags == {"allmulti", "nobcast"}
         assert rig.command(VIRTIO_NET_CTRL_RX, 6, b"\1") == VIRTIO_NET_ERR
         assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\2") == VIRTIO_NET_ERR
-        assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\1\0") == VIRTIO_NET_ERR
+        assert (
+            rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\1\0") == VIRTIO_NET_ERR
+        )
         exchange(rig, 0, 1)
         assert rig.device.commands == 6
 
@@ -222,7 +230,9 @@ def test_link_by_hand(rig):
 
 
 def test_a_held_card_leaves_the_rings_alone(rig):
-    """Held, as in a paused machine: frames wait on either side, whatever else happens to the card; then each moves once."""
+    """Held, as in a paused machine: frames wait on either side, whatever else happens to the card;
+    then each moves once.
+    """
     exchange(rig, 0, 1)
     rig.device.hold(True)
     rig.device.hold(True)
@@ -291,7 +301,9 @@ def test_without_mq_the_control_queue_is_the_third():
 def test_commands_without_their_feature():
     with Rig(features=ALL & ~bits("VIRTIO_NET_F_CTRL_RX", "VIRTIO_NET_F_CTRL_VLAN")) as rig:
         assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0") == VIRTIO_NET_ERR
-        assert rig.command(VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, b"\1\0") == VIRTIO_NET_ERR
+        assert (
+            rig.command(VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, b"\1\0") == VIRTIO_NET_ERR
+        )
 
 
 def test_no_room_for_the_answer_is_a_fault(rig):
@@ -314,7 +326,9 @@ def test_many_commands_in_one_kick(rig):
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    commands=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 7), st.binary(max_size=40)), max_size=12)
+    commands=st.lists(
+        st.tuples(st.integers(0, 6), st.integers(0, 7), st.binary(max_size=40)), max_size=12
+    )
 )
 def test_any_command_gets_an_answer(commands):
     """Whatever it says, the card answers, lives and goes on."""

@@ -78,7 +78,10 @@ COMMANDS = {
         "",
     ),
     "query-stats-schemas": Command(
-        lambda machine, given: [{"provider": "kvm", "target": t, "stats": STATS} for t in ("vm", "vcpu")], ""
+        lambda machine, given: [
+            {"provider": "kvm", "target": t, "stats": STATS} for t in ("vm", "vcpu")
+        ],
+        "",
     ),
     "query-stats": Command(
         lambda machine, given: (
@@ -127,7 +130,9 @@ def test_run_control(fake, capsys):
 
 def test_errors_have_their_status(fake, capsys):
     status, _, err = run(capsys, "stop", "nobody")
-    assert status == 113 and err == "pyvmm: no machine named nobody is running here; see: pyvmm ps\n"
+    assert (
+        status == 113 and err == "pyvmm: no machine named nobody is running here; see: pyvmm ps\n"
+    )
     status, _, err = run(capsys, "switch", "box", "vhost-net")
     assert status == 114 and "nothing to switch to" in err
     status, _, err = run(capsys, "switch", "box", "vhost-user")
@@ -179,7 +184,10 @@ def test_stats(fake, capsys):
     ]
     _, out, _ = run(capsys, "stats", "--all", "--target", "vm", "box")
     assert "idle" in out and "[1, 2]" in out and "vcpu" not in out
-    assert json.loads(run(capsys, "stats", "--json", "box")[1]) == {"vm": [VALUES], "vcpu": [VALUES] * 2}
+    assert json.loads(run(capsys, "stats", "--json", "box")[1]) == {
+        "vm": [VALUES],
+        "vcpu": [VALUES] * 2,
+    }
 
 
 def test_qmp(fake, capsys, monkeypatch):
@@ -199,7 +207,9 @@ def test_qmp(fake, capsys, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("line", ["{", "{}", '{"execute":"x","arguments":3}', "x 'y", "x y", "x =y"])
+@pytest.mark.parametrize(
+    "line", ["{", "{}", '{"execute":"x","arguments":3}', "x 'y", "x y", "x =y"]
+)
 def test_bad_lines(line):
     with pytest.raises(UsageError):
         qmp._line(line)
@@ -275,7 +285,9 @@ def test_what_is_only_in_the_testbed_is_asked_there(fake, capsys, monkeypatch):
     assert run(capsys, "stop", "box")[0] == 0 and len(seen) == 1
     assert run(capsys, "stop", "--host", "testbed", "box")[0] == 7
     assert [r["name"] for r in json.loads(run(capsys, "ps", "--json")[1])] == ["box", "far"]
-    assert [r["name"] for r in json.loads(run(capsys, "ps", "--json", "--host", "testbed")[1])] == ["far"]
+    assert [r["name"] for r in json.loads(run(capsys, "ps", "--json", "--host", "testbed")[1])] == [
+        "far"
+    ]
     assert remote.complete("f") == ["far"]
 
 

@@ -27,10 +27,16 @@ class Machine:
         self.lacks = ""
         exists, access, isdir = os.path.exists, os.access, os.path.isdir
         monkeypatch.setattr(os.path, "exists", lambda p: self.kvm if p == "/dev/kvm" else exists(p))
-        monkeypatch.setattr(os, "access", lambda p, m: self.allowed if p == "/dev/kvm" else access(p, m))
+        monkeypatch.setattr(
+            os, "access", lambda p, m: self.allowed if p == "/dev/kvm" else access(p, m)
+        )
 
         def has(path: str) -> bool:
-            return path.split("/")[-1] in self.modules if path.startswith("/sys/module/kvm") else isdir(path)
+            return (
+                path.split("/")[-1] in self.modules
+                if path.startswith("/sys/module/kvm")
+                else isdir(path)
+            )
 
         monkeypatch.setattr(os.path, "isdir", has)
         monkeypatch.setattr(Testbed, "missing", staticmethod(lambda: self.lacks))
@@ -129,8 +135,12 @@ def test_command_on_this_machine() -> None:
 
 def test_asking_where_to_run_is_light() -> None:
     """It is asked at every ``pyvmm run``: nothing that takes long to import."""
-    code = "from pyvmm.doctor import can_run_linux_locally as f; f(); import sys; print(*sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout
+    code = (
+        "from pyvmm.doctor import can_run_linux_locally as f; f(); import sys; print(*sys.modules)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    ).stdout
     assert "pyvmm.doctor" in out
     heavy = {"subprocess", "pathlib", "json", "re", "ctypes", "socket", "pyvmm._ext"}
     before = subprocess.run(

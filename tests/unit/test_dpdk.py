@@ -1,4 +1,6 @@
-"""Our back-end under DPDK's virtio-user driver, and our front-end over DPDK's vhost driver: testpmd is the foreign half each time."""
+"""Our back-end under DPDK's virtio-user driver, and our front-end over DPDK's vhost driver: testpmd
+is the foreign half each time.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def forwarded(pmd: TestPmd) -> tuple[int, int]:
     return tuple(int(re.search(rf"{way}-packets: (\d+)", section)[1]) for way in ("RX", "TX"))  # type: ignore[index, return-value]
 
 
-# --- DPDK is the front-end ------------------------------------------------------------------------------------
+# --- DPDK is the front-end ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("queues", [1, 2])
@@ -54,9 +56,13 @@ def test_virtio_user_drives_our_loop(path: str, queues: int) -> None:
     """Bursts go round and round; every packet is somewhere at the end."""
     with Running(path, loop_port(queues)) as running:
         vdev = f"net_virtio_user0,path={path},queues={queues},queue_size=256"
-        with TestPmd(vdev, options=("--forward-mode=io", f"--rxq={queues}", f"--txq={queues}")) as pmd:
+        with TestPmd(
+            vdev, options=("--forward-mode=io", f"--rxq={queues}", f"--txq={queues}")
+        ) as pmd:
             pmd.say("start tx_first 2")
-            assert wait_for(lambda: running.backend.counters().get("rx_packets", 0) > 20000, PATIENCE)
+            assert wait_for(
+                lambda: running.backend.counters().get("rx_packets", 0) > 20000, PATIENCE
+            )
             received, sent = forwarded(pmd)
             # What it sent last our worker may not have taken yet.
             wait_for(lambda: running.backend.counters()["rx_packets"] >= sent, PATIENCE)
@@ -114,12 +120,14 @@ def received(pmd: TestPmd) -> int:
     return int(match[1])
 
 
-# --- DPDK is the back-end -------------------------------------------------------------------------------------
+# --- DPDK is the back-end -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("client", [False, True], ids=["server", "client"])
 def test_macswap_over_two_queue_pairs(path: str, client: bool) -> None:
-    """Sequence numbers over a net_vhost port that swaps addresses and sends back; then it is killed and comes back."""
+    """Sequence numbers over a net_vhost port that swaps addresses and sends back; then it is killed
+    and comes back.
+    """
     vdev = f"net_vhost0,iface={path},queues=2" + (",client=1" if client else "")
     options = ("--forward-mode=macswap", "--rxq=2", "--txq=2", "--auto-start")
     with TestPmd(vdev, options=options) as pmd, Guest(path, queues=2, server=client) as guest:
@@ -142,7 +150,9 @@ def test_macswap_over_two_queue_pairs(path: str, client: bool) -> None:
 
 
 def check_macswap(guest: Guest) -> None:
-    """On each pair: wait until it forwards (until then packets are lost), then each number once and in order."""
+    """On each pair: wait until it forwards (until then packets are lost), then each number once and
+    in order.
+    """
     for driver in guest.drivers:
 
         def numbers(driver: NetDriver = driver) -> list[int]:
@@ -154,7 +164,9 @@ def check_macswap(guest: Guest) -> None:
             assert all(p[12:24] == b"BBBBBBAAAAAA" for p in packets), packets
             return [struct.unpack_from("<I", p, 26)[0] for p in packets]
 
-        def forwards(driver: NetDriver = driver, numbers: Callable[[], list[int]] = numbers) -> bool:
+        def forwards(
+            driver: NetDriver = driver, numbers: Callable[[], list[int]] = numbers
+        ) -> bool:
             driver.send(packet(0))
             return wait_for(lambda: bool(numbers()), 0.05)
 

@@ -1,4 +1,6 @@
-"""guest/guest.h states the machine's addresses a second time, since C cannot read Python: hold the two together."""
+"""guest/guest.h states the machine's addresses a second time, since C cannot read Python: hold the
+two together.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ OWN = {"PORT_PIC_MASTER", "PORT_PIC_SLAVE"}  # KVM's own, nothing that pyvmm pla
 def defines(name: str) -> dict[str, int]:
     text = (GUEST / name).read_text()
     return {
-        k: int(v, 0) for k, v in re.findall(r"^#define\s+(\w+)\s+(0x[0-9a-f]+|\d+)\s*(?:/\*.*)?$", text, re.M)
+        k: int(v, 0)
+        for k, v in re.findall(r"^#define\s+(\w+)\s+(0x[0-9a-f]+|\d+)\s*(?:/\*.*)?$", text, re.M)
     }
 
 

@@ -1,4 +1,6 @@
-"""Guest images: the builder's parts, one true build, and our init in it under plain emulation (QEMU's TCG, q35)."""
+"""Guest images: the builder's parts, one true build, and our init in it under plain emulation
+(QEMU's TCG, q35).
+"""
 
 from __future__ import annotations
 
@@ -33,19 +35,22 @@ if TYPE_CHECKING:
 
 HEADER = INIT.parent / "pyvmm_port.h"
 
-# --- guest/ ----------------------------------------------------------------------------------------------
+# --- guest/ ---------------------------------------------------------------------------------------
 
 
 def test_port_header_matches_platform() -> None:
     text = HEADER.read_text()
     stated = {
-        n: int(v, 0) for n, v in re.findall(r"^#define\s+((?:PORT_)?GUEST_\w+)\s+(\w+)", text, re.MULTILINE)
+        n: int(v, 0)
+        for n, v in re.findall(r"^#define\s+((?:PORT_)?GUEST_\w+)\s+(\w+)", text, re.MULTILINE)
     }
     magic, count = stated.pop("GUEST_MAGIC"), stated.pop("PORT_GUEST_COUNT")
     ours = {n: v for n, v in vars(platform).items() if re.match(r"(PORT_)?GUEST_", n)}
     assert stated == ours
     assert f"PORT_ACPI_SLEEP_CONTROL {platform.PORT_ACPI_SLEEP_CONTROL:#x}" in text
-    assert int(re.search(r"ACPI_POWER_OFF\s+(\w+)", text)[1], 0) == 1 << 5 | platform.ACPI_S5_TYPE << 2  # type: ignore[index]
+    assert (
+        int(re.search(r"ACPI_POWER_OFF\s+(\w+)", text)[1], 0) == 1 << 5 | platform.ACPI_S5_TYPE << 2
+    )  # type: ignore[index]
     assert magic.to_bytes(4, "little") == b"PVMM"
     assert platform.PORT_GUEST_CONTROL + count == platform.PORT_GUEST_REQUEST + 4
 
@@ -57,7 +62,7 @@ def test_init_compiles_without_warnings(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# --- cpio ------------------------------------------------------------------------------------------------
+# --- cpio -----------------------------------------------------------------------------------------
 
 
 def sample() -> Archive:
@@ -98,7 +103,7 @@ def test_cpio_does_not_depend_on_order() -> None:
     assert other.pack() == sample().pack()
 
 
-# --- kernels and modules -----------------------------------------------------------------------------------
+# --- kernels and modules --------------------------------------------------------------------------
 
 
 def lz4(data: bytes) -> bytes:
@@ -117,7 +122,9 @@ def zstd(data: bytes) -> bytes:
 
 
 def bzimage(payload: bytes, size: int) -> bytes:
-    """A bzImage as far as its payload goes: one setup sector, the payload 64 bytes into the protected-mode code."""
+    """A bzImage as far as its payload goes: one setup sector, the payload 64 bytes into the
+    protected-mode code.
+    """
     head = bytearray(1024)
     head[0x1F1] = 1
     head[0x202:0x206] = b"HdrS"
@@ -128,7 +135,11 @@ def bzimage(payload: bytes, size: int) -> bytes:
 def test_trimmed_segments_load_the_same() -> None:
     elf = bytearray(Path("/bin/true").read_bytes())
     phoff, phnum = struct.unpack_from("<Q", elf, 32)[0], struct.unpack_from("<H", elf, 56)[0]
-    loads = [at for at in range(phoff, phoff + 56 * phnum, 56) if struct.unpack_from("<I", elf, at)[0] == 1]
+    loads = [
+        at
+        for at in range(phoff, phoff + 56 * phnum, 56)
+        if struct.unpack_from("<I", elf, at)[0] == 1
+    ]
     offset, size = (
         struct.unpack_from("<Q", elf, loads[0] + 8)[0],
         struct.unpack_from("<Q", elf, loads[0] + 32)[0],
@@ -170,11 +181,11 @@ def test_extract_refuses_what_is_broken(data: bytes) -> None:
 def make_module(root: Path, path: str, depends: str) -> bytes:
     """A module with nothing but .modinfo, and a signature behind it."""
     name = Path(path).name.partition(".")[0]
-    source = (
-        f'.section .modinfo,"a"\n.asciz "license=GPL"\n.asciz "depends={depends}"\n.asciz "name={name}"\n'
-    )
+    source = f'.section .modinfo,"a"\n.asciz "license=GPL"\n.asciz "depends={depends}"\n.asciz "name={name}"\n'
     out = root / "o"
-    subprocess.run(["gcc", "-c", "-x", "assembler", "-o", str(out), "-"], input=source.encode(), check=True)
+    subprocess.run(
+        ["gcc", "-c", "-x", "assembler", "-o", str(out), "-"], input=source.encode(), check=True
+    )
     data = out.read_bytes()
     out.unlink()
     signed = data + b"signature~Module signature appended~\n"
@@ -208,7 +219,9 @@ def test_libraries_are_found_through_libraries(tmp_path: Path) -> None:
     lib.mkdir()
 
     def cc(*args: str) -> None:
-        subprocess.run(["gcc", "-Wl,--no-as-needed", "-x", "c", *args], cwd=lib, input=b"", check=True)
+        subprocess.run(
+            ["gcc", "-Wl,--no-as-needed", "-x", "c", *args], cwd=lib, input=b"", check=True
+        )
 
     cc("-shared", "-o", "libtwo.so", "-")
     cc("-shared", "-o", "libone.so", "-", "-L.", "-ltwo")
@@ -216,7 +229,12 @@ def test_libraries_are_found_through_libraries(tmp_path: Path) -> None:
     command = ["gcc", "-Wl,--no-as-needed,-rpath-link,.", "-o", "prog", "main.c", "-L.", "-lone"]
     subprocess.run(command, cwd=lib, check=True)
     found = libraries(lib / "prog", [tmp_path, Path("/")])
-    assert {Path(p).name for p in found} >= {"libone.so", "libtwo.so", "libc.so.6", "ld-linux-x86-64.so.2"}
+    assert {Path(p).name for p in found} >= {
+        "libone.so",
+        "libtwo.so",
+        "libc.so.6",
+        "ld-linux-x86-64.so.2",
+    }
     assert "/lib64/ld-linux-x86-64.so.2" in found
     (lib / "libtwo.so").unlink()
     with pytest.raises(BuildError, match=r"libtwo\.so, which libone\.so needs"):
@@ -233,7 +251,7 @@ def test_tiny_config_is_checked() -> None:
         check_config(wanted, "CONFIG_A=y\nCONFIG_B=m\n")
 
 
-# --- finding and building ------------------------------------------------------------------------------------
+# --- finding and building -------------------------------------------------------------------------
 
 
 def test_find_without_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +268,11 @@ def test_find_without_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     "options",
-    [["--tiny", "--from-host"], ["--tiny", "--kernel-version", "6.12"], ["--kernel-version", "5.10"]],
+    [
+        ["--tiny", "--from-host"],
+        ["--tiny", "--kernel-version", "6.12"],
+        ["--kernel-version", "5.10"],
+    ],
 )
 def test_contradicting_options(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
@@ -270,11 +292,15 @@ def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture(scope="module")
 def default_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
-    """The default image, built in a cache of its own; packages come from the user's cache where they are there."""
+    """The default image, built in a cache of its own; packages come from the user's cache where
+    they are there.
+    """
     home = tmp_path_factory.mktemp("cache")
     debs = Path(cache_root()) / "debs"
     if debs.is_dir():
-        shutil.copytree(debs, home / "pyvmm" / "debs", ignore=shutil.ignore_patterns("linux-source*"))
+        shutil.copytree(
+            debs, home / "pyvmm" / "debs", ignore=shutil.ignore_patterns("linux-source*")
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
         image, fresh = build()
@@ -302,7 +328,9 @@ def test_same_inputs_same_bytes(
 
 
 def test_init_in_a_guest(default_image: Image) -> None:
-    """Our init on another VMM's machine: no guest port, so that output and status are on the console."""
+    """Our init on another VMM's machine: no guest port, so that output and status are on the
+    console.
+    """
     qemu = shutil.which("qemu-system-x86_64")
     if qemu is None:
         pytest.skip("qemu-system-x86_64 is not installed")
@@ -332,10 +360,21 @@ def test_init_in_a_guest(default_image: Image) -> None:
         "-m",
         "256",
     ]
-    command += ["-accel", "tcg", "-cpu", "EPYC,-x2apic", "-serial", "stdio", "-kernel", default_image.kernel]
+    command += [
+        "-accel",
+        "tcg",
+        "-cpu",
+        "EPYC,-x2apic",
+        "-serial",
+        "stdio",
+        "-kernel",
+        default_image.kernel,
+    ]
     command += ["-initrd", default_image.initrd, "-append", append, "-netdev", "user,id=n"]
     command += ["-device", "virtio-net-pci,netdev=n,mac=52:54:00:00:00:01,romfile="]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False
+    )
     out = done.stdout.decode(errors="replace").replace("\r", "")
     for text in (
         '<a b><><q"$><\u00e9\n><>\n',

@@ -108,7 +108,9 @@ def names(board: Board) -> dict[str, int]:
 
 
 def test_registers_of_the_configuration_space_by_name(board):
-    """Of the data port it is the register that the address port selects; where nothing is, one line for all."""
+    """Of the data port it is the register that the address port selects; where nothing is, one line
+    for all.
+    """
     card = board.pci.add(PciFunction("card", 0x1234, 0x5678, 0x020000, pin=1))
     for at, size in ((0, 4), (2, 2), (0x10, 4), (0x12, 2), (0x3C, 1), (0x44, 4)):
         board.config_read(card, at, size)
@@ -191,7 +193,9 @@ def test_phases_of_a_card_whose_data_path_was_replaced(board):
     vcpu = vcpu_of(board)
     vcpu.index, vcpu.stats = 0, None
     machine = SimpleNamespace(bus=board.bus, phases={"vmm": 0})
-    begin = Mark("command", 10, [vcpu], None, {}, [{"rx_packets": 100, "rx_kicks": 9, "parked_ms": 5}])
+    begin = Mark(
+        "command", 10, [vcpu], None, {}, [{"rx_packets": 100, "rx_kicks": 9, "parked_ms": 5}]
+    )
     end = Mark("end", 20, [vcpu], None, {}, [{"rx_packets": 30, "tx_packets": 4, "parked_ms": 7}])
     phase = Phase("command", machine, begin, end)
     assert phase.counters == [{"rx_packets": 30, "tx_packets": 4, "parked_ms": 2}]

@@ -74,7 +74,11 @@ def test_the_pci_hole_splits_it():
     try:
         low, high = m.regions
         assert (low.gpa, low.size, low.offset) == (0, RAM_LOW_MAX, 0)
-        assert (high.gpa, high.size, high.offset) == (RAM_HIGH_BASE, (5 << 30) - RAM_LOW_MAX, RAM_LOW_MAX)
+        assert (high.gpa, high.size, high.offset) == (
+            RAM_HIGH_BASE,
+            (5 << 30) - RAM_LOW_MAX,
+            RAM_LOW_MAX,
+        )
         assert high.host == low.host + RAM_LOW_MAX and m.low_size == RAM_LOW_MAX
         m.write(RAM_HIGH_BASE, b"high")
         assert os.pread(m.fd.fileno(), 4, RAM_LOW_MAX) == b"high"
@@ -86,7 +90,11 @@ def test_the_pci_hole_splits_it():
         ):
             with pytest.raises(IndexError):
                 m.read(gpa, length)
-        assert m.c.count == 2 and m.c.region[1].gpa == RAM_HIGH_BASE and m.c.region[1].offset == RAM_LOW_MAX
+        assert (
+            m.c.count == 2
+            and m.c.region[1].gpa == RAM_HIGH_BASE
+            and m.c.region[1].offset == RAM_LOW_MAX
+        )
     finally:
         m.close()
 

@@ -65,7 +65,9 @@ def test_the_table_after_reset_is_masked_and_reads_back(rig):
     assert rig.board.read(MMIO, TABLE + 24, 8) == 0x1_00000077
 
 
-@pytest.mark.parametrize(("offset", "size"), [(0, 1), (0, 2), (2, 2), (4, 8), (1, 4), (2, 4), (15, 1)])
+@pytest.mark.parametrize(
+    ("offset", "size"), [(0, 1), (0, 2), (2, 2), (4, 8), (1, 4), (2, 4), (15, 1)]
+)
 def test_odd_accesses_to_the_table_do_nothing(rig, offset, size):
     rig.open(0)
     before = [rig.get(0, w) for w in range(4)]

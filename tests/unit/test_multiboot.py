@@ -35,7 +35,11 @@ def header(flags: int, *addresses: int) -> bytes:
 
 
 def make_elf32(
-    segments: list[tuple[int, bytes, int]], *, entry: int = BASE, notes: bytes = b"", vaddr_delta: int = 0
+    segments: list[tuple[int, bytes, int]],
+    *,
+    entry: int = BASE,
+    notes: bytes = b"",
+    vaddr_delta: int = 0,
 ) -> bytearray:
     """An ELF32 with PT_LOADs of (paddr, data, memsz) and, where given, a PT_NOTE."""
     phnum = len(segments) + bool(notes)
@@ -48,7 +52,9 @@ def make_elf32(
         )
         body += data
     if notes:
-        table += struct.pack(lb.PHDR32, lb.PT_NOTE, offset + len(body), 0, 0, len(notes), len(notes), 4, 4)
+        table += struct.pack(
+            lb.PHDR32, lb.PT_NOTE, offset + len(body), 0, 0, len(notes), len(notes), 4, 4
+        )
         body += notes
     ident = lb.ELF_MAGIC + bytes([lb.ELFCLASS32, lb.ELFDATA2LSB, 1]) + bytes(9)
     fields = (ident, lb.ET_EXEC, lb.EM_386, 1, entry, lb.EHDR32_SIZE, 0, 0)
@@ -84,7 +90,9 @@ class Info:
         assert state.regs["rax"] == mb.BOOTLOADER_MAGIC
         self.memory = memory
         raw = struct.unpack(mb.INFO, memory.read(state.regs["rbx"], struct.calcsize(mb.INFO)))
-        self.flags, self.mem_lower, self.mem_upper, _, cmdline, count, mods, size, at, *_, name = raw
+        self.flags, self.mem_lower, self.mem_upper, _, cmdline, count, mods, size, at, *_, name = (
+            raw
+        )
         self.cmdline, self.loader = self.string(cmdline), self.string(name)
         self.modules = []
         for i in range(count):
@@ -104,7 +112,7 @@ class Info:
         return self.memory.read(at, 256).split(b"\0")[0].decode()
 
 
-# --- what is loaded -------------------------------------------------------------------------------------
+# --- what is loaded -------------------------------------------------------------------------------
 
 
 def test_elf32(memory: GuestMemory, tmp_path: Path) -> None:
@@ -121,7 +129,9 @@ def test_elf32(memory: GuestMemory, tmp_path: Path) -> None:
 
 
 def test_virtual_entry_of_an_elf32(memory: GuestMemory, tmp_path: Path) -> None:
-    image = make_elf32([(BASE, header(0) + CODE, 0x3000)], entry=0xC010_000C, vaddr_delta=0xC000_0000)
+    image = make_elf32(
+        [(BASE, header(0) + CODE, 0x3000)], entry=0xC010_000C, vaddr_delta=0xC000_0000
+    )
     assert boot.load(memory, save(tmp_path, image)).entry == BASE + 12
 
 
@@ -179,7 +189,10 @@ def test_what_auto_prefers(memory: GuestMemory, tmp_path: Path) -> None:
     assert kind(wide) == "multiboot ELF"
     assert kind(wide, "elf64") == "ELF by 64-bit entry"
     assert kind(make_elf([(BASE, code, 0x3000)], entry=BASE, notes=pvh)) == "ELF by PVH note"
-    assert kind(make_elf([(BASE, code, 0x3000)], entry=BASE, notes=pvh), "multiboot") == "multiboot ELF"
+    assert (
+        kind(make_elf([(BASE, code, 0x3000)], entry=BASE, notes=pvh), "multiboot")
+        == "multiboot ELF"
+    )
     linux = make_elf([(BASE, code, 0x3000)], entry=BASE, notes=LINUX_NOTE)
     assert kind(linux) == "Linux ELF by 64-bit entry"
 
@@ -205,17 +218,24 @@ def test_header_at_the_end_of_the_search(memory: GuestMemory, tmp_path: Path) ->
                 boot.load(memory, path)
 
 
-# --- flat binaries --------------------------------------------------------------------------------------
+# --- flat binaries --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("mode", "address"),
-    [("protected32", 0x10_0000), ("protected32", 0x3_0000), ("long64", 0x20_0000), ("real16", 0x7C00)],
+    [
+        ("protected32", 0x10_0000),
+        ("protected32", 0x3_0000),
+        ("long64", 0x20_0000),
+        ("real16", 0x7C00),
+    ],
 )
 def test_flat(memory: GuestMemory, tmp_path: Path, mode: str, address: int) -> None:
     """Whatever the file looks like."""
     image = good_elf32()
-    state = boot.load(memory, save(tmp_path, image), cmdline="x", load_address=address, load_mode=mode)
+    state = boot.load(
+        memory, save(tmp_path, image), cmdline="x", load_address=address, load_mode=mode
+    )
     assert (state.mode, state.entry, state.regs["rip"]) == (mode, address, address)
     assert memory.read(address, len(image)) == image
     assert memory.read(pf.BOOT_CMDLINE, 2) == b"x\0"
@@ -239,7 +259,9 @@ def test_flat(memory: GuestMemory, tmp_path: Path, mode: str, address: int) -> N
         ("real16", 0x10_0000),
     ],
 )
-def test_flat_at_a_bad_address(memory: GuestMemory, tmp_path: Path, mode: str, address: int) -> None:
+def test_flat_at_a_bad_address(
+    memory: GuestMemory, tmp_path: Path, mode: str, address: int
+) -> None:
     with pytest.raises(ImageError, match=f"load address {address:#x}"):
         boot.load(memory, save(tmp_path, CODE), load_address=address, load_mode=mode)
     assert not pages_written(memory)
@@ -252,7 +274,7 @@ def test_flat_in_a_bad_mode(memory: GuestMemory, tmp_path: Path) -> None:
         boot.load(memory, save(tmp_path, CODE), initrd="x", load_address=0x7C00, load_mode="real16")
 
 
-# --- what is refused --------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     "video mode": (lambda: good_elf32(4), "flags 0x4, bit 2"),
@@ -260,7 +282,10 @@ BAD: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     "no addresses": (lambda: good_flat(flags=0), "without addresses"),
     "address fields cut": (lambda: good_flat()[: 16 + 20], "multiboot address fields"),
     "load_addr above header_addr": (lambda: good_flat(load=BASE + 17), "load_addr"),
-    "starts before the file": (lambda: good_flat(load=BASE - 16, header=BASE + 16), "header_addr 0x100010"),
+    "starts before the file": (
+        lambda: good_flat(load=BASE - 16, header=BASE + 16),
+        "header_addr 0x100010",
+    ),
     "load_end_addr below the header": (lambda: good_flat(end=BASE + 16), "load_end_addr 0x100010"),
     "load_end_addr beyond the file": (lambda: good_flat(end=BASE + 0x10000), "truncated"),
     "bss_end_addr": (lambda: good_flat(bss=BASE + 16), "bss_end_addr 0x100010"),
@@ -270,7 +295,10 @@ BAD: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     "no header": (lambda: make_elf32([(BASE, CODE, 0x2000)]), "neither a multiboot header"),
     "e_entry": (lambda: make_elf32([(BASE, header(0) + CODE, 0x2000)], entry=5), "e_entry"),
     "cut": (lambda: good_elf32()[:2000], "truncated: segment 0"),
-    "beyond 4 GiB": (lambda: make_elf([(BASE, header(0) + CODE, 1 << 33)], entry=BASE), "outside guest"),
+    "beyond 4 GiB": (
+        lambda: make_elf([(BASE, header(0) + CODE, 1 << 33)], entry=BASE),
+        "outside guest",
+    ),
 }
 
 
@@ -312,7 +340,11 @@ def test_bad_module_is_refused(memory: GuestMemory, tmp_path: Path) -> None:
             "multiboot",
             "no multiboot header",
         ),
-        (lambda: make_elf([(0x100_0000, CODE, 4096)], notes=PVH_NOTE), "multiboot", "no multiboot header"),
+        (
+            lambda: make_elf([(0x100_0000, CODE, 4096)], notes=PVH_NOTE),
+            "multiboot",
+            "no multiboot header",
+        ),
     ],
 )
 def test_protocol_mismatch(

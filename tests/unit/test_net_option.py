@@ -19,7 +19,13 @@ def test_defaults():
         None,
         None,
     )
-    assert (net.queue_size, net.notify, net.poll, net.without, net.excluded()) == (256, "ioeventfd", 0, [], 0)
+    assert (net.queue_size, net.notify, net.poll, net.without, net.excluded()) == (
+        256,
+        "ioeventfd",
+        0,
+        [],
+        0,
+    )
     assert Net.parse("none").mode == "none" and Net().mode == "emulated"
 
 
@@ -30,8 +36,15 @@ def test_every_key():
     )
     assert (net.tap, net.mtu, net.host, net.guest) == ("tap7", 9000, "10.0.0.1/8", "10.0.0.2/8")
     assert mac_text(net.mac) == "52:54:00:12:34:5f"
-    assert (net.queue_size, net.notify, net.poll, net.without) == (1024, "exit", 50, ["tso", "mrg-rxbuf"])
-    assert net.excluded() & bits("VIRTIO_NET_F_MRG_RXBUF") and net.excluded() & bits("VIRTIO_NET_F_HOST_TSO4")
+    assert (net.queue_size, net.notify, net.poll, net.without) == (
+        1024,
+        "exit",
+        50,
+        ["tso", "mrg-rxbuf"],
+    )
+    assert net.excluded() & bits("VIRTIO_NET_F_MRG_RXBUF") and net.excluded() & bits(
+        "VIRTIO_NET_F_HOST_TSO4"
+    )
     assert not net.excluded() & bits("VIRTIO_NET_F_CSUM")
     same = Net(tap="tap7", mac=net.mac, mtu=9000, queue_size=1024)
     assert (same.mac, same.mtu, same.queue_size) == (net.mac, 9000, 1024)
@@ -147,7 +160,11 @@ def test_switchable():
     assert Net.parse("vhost-user,tap=tap0").has_tap  # with a back-end of pyvmm's own
     assert not Net.parse("vhost-user,socket=/tmp/s").has_tap
     assert Net.parse("vhost-user,socket=/tmp/s,switchable=emulated").has_tap
-    for text in ("emulated,switchable=none", "none,switchable=emulated", "emulated,switchable=vdpa"):
+    for text in (
+        "emulated,switchable=none",
+        "none,switchable=emulated",
+        "emulated,switchable=vdpa",
+    ):
         with pytest.raises(UsageError):
             Net.parse(text)
 

@@ -1,4 +1,6 @@
-"""The emulated data path with a mock driver as the guest, over a packet socket and over a real tap."""
+"""The emulated data path with a mock driver as the guest, over a packet socket and over a
+real tap.
+"""
 
 import os
 import socket
@@ -100,14 +102,18 @@ def test_packets_pass_both_ways_in_order(acked, start):
         assert all(p[10:12] == b"\1\0" for p in rig.driver.received)
         assert wait_for(lambda: rig.driver.tx.outstanding == 0)
         bases = rig.path.stop()
-        assert bases == [rig.driver.rx.used_idx, rig.driver.tx.used_idx] == [(start + 600) & 0xFFFF] * 2
+        assert (
+            bases
+            == [rig.driver.rx.used_idx, rig.driver.tx.used_idx]
+            == [(start + 600) & 0xFFFF] * 2
+        )
         c = rig.path.counters()
         assert (c["rx_packets"], c["tx_packets"]) == (600, 600)
         assert c["rx_bytes"] == c["tx_bytes"] == sum(map(len, sent))
         assert not rig.faults
 
 
-# --- what a well-behaved guest may do ----------------------------------------------------------------------
+# --- what a well-behaved guest may do -------------------------------------------------------------
 
 
 def cpu_seconds(rig: Rig) -> float:
@@ -193,7 +199,9 @@ def test_transmit_batches_need_few_kicks_and_calls(acked):
 
 @pytest.mark.parametrize("acked", [ALL, VERSION_1])
 def test_a_guest_that_goes_on_sending_gets_by_without_kicks(acked):
-    """Two packets as soon as the last two are done; each pair would need a kick if the worker asked at once."""
+    """Two packets as soon as the last two are done; each pair would need a kick if the worker asked
+    at once.
+    """
     pairs, rest = 400, bytes(20000)
     with Rig(acked) as rig:
         rig.start()
@@ -270,7 +278,9 @@ def os_poll(fds, timeout_ms):
 
 @pytest.mark.parametrize("acked", [ALL, VERSION_1])
 def test_no_kick_is_lost_to_a_guest_that_answers_at_once(acked):
-    """Each packet is made available the moment the last one is done, right when the worker decides to sleep."""
+    """Each packet is made available the moment the last one is done, right when the worker decides
+    to sleep.
+    """
     with Rig(acked, fill=False) as rig:
         tx = rig.driver.tx
         gpa = 0x200000
@@ -435,7 +445,9 @@ def test_a_packet_without_a_full_header_is_dropped():
         assert rig.counter("rx_drop_short") == 1
 
 
-@pytest.mark.parametrize("split", [[12], [1] * 12, [10, 2], [11, 1, 13], [5, 5, 20], [12, 14, 20, 1]])
+@pytest.mark.parametrize(
+    "split", [[12], [1] * 12, [10, 2], [11, 1, 13], [5, 5, 20], [12, 14, 20, 1]]
+)
 @pytest.mark.parametrize("indirect", [0, INDIRECT_DESC])
 def test_the_header_may_be_split_anywhere(split, indirect):
     """CVE-2022-2132."""
@@ -460,14 +472,20 @@ def test_the_header_may_be_split_anywhere(split, indirect):
 
 
 def test_many_frames_in_chains_of_several_buffers():
-    """More chains ahead than frames all the time, so that the receive window wraps in its arrays."""
+    """More chains ahead than frames all the time, so that the receive window wraps in its
+    arrays.
+    """
     with Rig(fill=False) as rig:
         rig.start()
         rx, where = rig.driver.rx, {}
 
         def post(number):
             gpa = 0x200000 + 4096 * (number % 100)
-            where[rx.add([(gpa + 700 * k, 20 + k, True) for k in range(4)] + [(gpa + 3500, 500, True)])] = gpa
+            where[
+                rx.add(
+                    [(gpa + 700 * k, 20 + k, True) for k in range(4)] + [(gpa + 3500, 500, True)]
+                )
+            ] = gpa
 
         for i in range(20):
             post(i)
@@ -481,7 +499,9 @@ def test_many_frames_in_chains_of_several_buffers():
             for i, (head, length) in enumerate(rx.take_used(), at):
                 gpa = where.pop(head)
                 data = b"".join(rig.memory.read(gpa + 700 * k, 20 + k) for k in range(4))
-                assert (data + rig.memory.read(gpa + 3500, 500))[12:length] == frame(i, 100 + i % 50)
+                assert (data + rig.memory.read(gpa + 3500, 500))[12:length] == frame(
+                    i, 100 + i % 50
+                )
 
 
 def test_only_one_queue_enabled():
@@ -533,7 +553,7 @@ def test_stop_is_quick_under_load_and_idempotent():
         assert rig.path.stop() == []
 
 
-# --- what a hostile guest tries -----------------------------------------------------------------------------
+# --- what a hostile guest tries -------------------------------------------------------------------
 
 
 def raw(*descs, head=0, ahead=1):
@@ -724,7 +744,7 @@ def test_ring_areas_that_end_with_the_memory_are_fine():
         rig.path.stop()
 
 
-# --- the outside goes wrong ---------------------------------------------------------------------------------
+# --- the outside goes wrong -----------------------------------------------------------------------
 
 
 def test_a_vanished_peer_is_link_down_without_a_busy_loop():
@@ -741,7 +761,7 @@ def test_a_vanished_peer_is_link_down_without_a_busy_loop():
         assert rig.links == [False] and not rig.faults
 
 
-# --- over a real tap ---------------------------------------------------------------------------------------
+# --- over a real tap ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -818,7 +838,9 @@ def test_both_directions_get_their_turn(namespace):
     ids=["not sent", "sent", "others send", "not counted then", "not counted now"],
 )
 def test_the_tap_s_count_says_what_was_sent_before_a_kill(given, before, taken, sent):
-    """A frame that was in the hands of a process that was killed: its notes, and the tap's count of what it took."""
+    """A frame that was in the hands of a process that was killed: its notes, and the tap's count of
+    what it took.
+    """
 
     class Link:
         def stats(self):
@@ -839,7 +861,11 @@ def test_the_tap_s_count_says_what_was_sent_before_a_kill(given, before, taken, 
     struct.pack_into("<QHHHH", notes, 0, 0, 1, 8, 0, 0)
     struct.pack_into("<BBxxxxHQ", notes, 16 + 16 * first, 1, given, 0, before)
     ffi.memmove(region, bytes(notes), len(notes))
-    path.start(bits("VIRTIO_F_VERSION_1", "VIRTIO_RING_F_EVENT_IDX", "VIRTIO_NET_F_MRG_RXBUF"), memory, rings)
+    path.start(
+        bits("VIRTIO_F_VERSION_1", "VIRTIO_RING_F_EVENT_IDX", "VIRTIO_NET_F_MRG_RXBUF"),
+        memory,
+        rings,
+    )
     assert wait_for(lambda: driver.tx.outstanding == 0)
     got = [cable.receive()[12:18] for _ in range(1 + sent)]
     assert got == ([b"first\0"] if sent else []) + [b"second"]

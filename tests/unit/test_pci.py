@@ -1,4 +1,6 @@
-"""PCI: configuration space through both windows, BARs that the guest sizes, moves and stacks, and fuzz."""
+"""PCI: configuration space through both windows, BARs that the guest sizes, moves and stacks, and
+fuzz.
+"""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -88,7 +90,10 @@ def test_what_a_driver_finds(board, cards):
 def test_the_memory_window_shows_the_same(board, cards):
     for at in range(0, 256, 4):
         assert board.read(MMIO, board.ecam(1, at), 4) == board.config_read(1, at)
-    assert board.read(MMIO, board.ecam(1, 0), 8) == board.config_read(1, 0) | board.config_read(1, 4) << 32
+    assert (
+        board.read(MMIO, board.ecam(1, 0), 8)
+        == board.config_read(1, 0) | board.config_read(1, 4) << 32
+    )
     assert board.read(MMIO, board.ecam(1, 0x100), 4) == 0  # no extended capability
     assert board.read(MMIO, board.ecam(1, 0xFFC), 8) == 0
     assert board.read(MMIO, board.ecam(1, 0xFE), 4) == 0
@@ -248,11 +253,13 @@ def test_every_function_has_a_line_of_its_own(board):
         board.pci.add(PciFunction("ninth", 1, 2, 3))
 
 
-# --- hostile ------------------------------------------------------------------------------------------------
+# --- hostile --------------------------------------------------------------------------------------
 
 SIZES = st.sampled_from([1, 2, 4, 8])
 VALUE = st.one_of(
-    st.sampled_from([0, 1, 6, 0xFFFFFFFF, PCI_MMIO_BASE, PCI_MMIO_BASE + SIZE, PCI_MMIO_BASE << 16]),
+    st.sampled_from(
+        [0, 1, 6, 0xFFFFFFFF, PCI_MMIO_BASE, PCI_MMIO_BASE + SIZE, PCI_MMIO_BASE << 16]
+    ),
     st.integers(0, (1 << 64) - 1),
 )
 STEP = st.one_of(
@@ -262,7 +269,9 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(STEP, max_size=60))
 def test_no_access_raises_or_breaks_the_invariants(steps):
     with Board() as board:

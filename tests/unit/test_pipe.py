@@ -1,4 +1,6 @@
-"""The byte pipe from guest to reader, the streams on top, and what becomes of slow and broken sinks."""
+"""The byte pipe from guest to reader, the streams on top, and what becomes of slow and broken
+sinks.
+"""
 
 import os
 import threading
@@ -26,7 +28,9 @@ class Pipe:
 
     def in_thread(self, data, wait_ms):
         result = []
-        t = threading.Thread(target=lambda: result.append((self.write(data, wait_ms), time.monotonic())))
+        t = threading.Thread(
+            target=lambda: result.append((self.write(data, wait_ms), time.monotonic()))
+        )
         t.start()
         return t, result
 
@@ -161,7 +165,7 @@ def test_many_writers_one_reader():
     lib.pv_pipe_free(p.c)
 
 
-# --- streams ------------------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -261,7 +265,7 @@ def test_dropped_outlives_close(stream):
     assert stream.dropped == 4
 
 
-# --- sinks --------------------------------------------------------------------------------------------------
+# --- sinks ----------------------------------------------------------------------------------------
 
 
 def os_pipe():
@@ -318,7 +322,9 @@ def test_a_stuck_reader_costs_patience_once_then_bytes_are_dropped_and_counted()
 
 
 def test_a_stream_waits_for_a_slow_sink_during_and_after_the_run():
-    """Nothing is lost to a sink that takes nothing for longer than any of our own time-outs, then a little at a time."""
+    """Nothing is lost to a sink that takes nothing for longer than any of our own time-outs, then a
+    little at a time.
+    """
     r, w = os_pipe()
     s = Stream("slow")
     sink = FdSink(w)

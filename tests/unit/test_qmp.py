@@ -1,4 +1,6 @@
-"""The control socket's protocol against well-behaved, malformed, slow and vanishing clients; the machine is a fake one."""
+"""The control socket's protocol against well-behaved, malformed, slow and vanishing clients; the
+machine is a fake one.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +145,7 @@ def alive(srv):
         return other.ask(b'{"execute":"echo"}') == {"return": {}}
 
 
-# --- protocol ---------------------------------------------------------------------------------------------------
+# --- protocol -------------------------------------------------------------------------------------
 
 
 def test_greeting_and_negotiation(srv):
@@ -166,7 +168,10 @@ def test_greeting_and_negotiation(srv):
 @pytest.mark.parametrize("ident", ["7", '"a"', "null", '{"a":[1]}', "[]", "1.5", '"\\ud800"'])
 def test_id_comes_back(srv, ident):
     with Raw(srv) as c:
-        assert c.ask(f'{{"execute":"echo","id":{ident}}}'.encode()) == {"return": {}, "id": json.loads(ident)}
+        assert c.ask(f'{{"execute":"echo","id":{ident}}}'.encode()) == {
+            "return": {},
+            "id": json.loads(ident),
+        }
         assert c.ask(f'{{"execute":"none","id":{ident}}}'.encode())["id"] == json.loads(ident)
 
 
@@ -203,7 +208,10 @@ def test_malformed_input_is_answered_and_survived(srv, fake, text):
     with Raw(srv) as c:
         kind, desc = error(c.ask(text))
         assert kind == "GenericError" and BAD[text] in desc
-        assert c.ask(b'{"execute":"echo","arguments":{"n":3},"id":9}') == {"return": {"n": 3}, "id": 9}
+        assert c.ask(b'{"execute":"echo","arguments":{"n":3},"id":9}') == {
+            "return": {"n": 3},
+            "id": 9,
+        }
     assert fake.calls == [{"n": 3}]
 
 
@@ -233,7 +241,11 @@ def test_any_cut_of_the_stream_is_the_same_stream(srv):
 
 
 @given(
-    st.lists(st.recursive(st.text() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))),
+    st.lists(
+        st.recursive(
+            st.text() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+        )
+    ),
     st.data(),
 )
 @settings(max_examples=30, deadline=None)
@@ -250,7 +262,8 @@ def test_framer_gives_back_what_was_put_in(values, data):
 
 @given(
     st.lists(
-        st.binary(max_size=40) | st.sampled_from([b'{"', b"}", b'"', b"\\", b"[", b"]", b"\n", b"\xff"]),
+        st.binary(max_size=40)
+        | st.sampled_from([b'{"', b"}", b'"', b"\\", b"[", b"]", b"\n", b"\xff"]),
         max_size=60,
     )
 )
@@ -283,7 +296,9 @@ TOKENS = st.sampled_from(
 
 
 @given(st.lists(st.lists(TOKENS | st.binary(max_size=8), max_size=30), max_size=4))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_whatever_clients_send_the_server_goes_on(srv, streams):
     with contextlib.ExitStack() as stack:
         for stream in streams:
@@ -301,7 +316,9 @@ def test_too_long_and_too_deep_end_the_connection(srv):
     with Raw(srv) as c:  # the longest that is taken
         text = "x" * (framer.INPUT_MAX - 100)
         assert (
-            c.ask(json.dumps({"execute": "need", "arguments": {"text": text}}).encode())["return"]["text"]
+            c.ask(json.dumps({"execute": "need", "arguments": {"text": text}}).encode())["return"][
+                "text"
+            ]
             == text
         )
 
@@ -314,7 +331,7 @@ def test_garbage_without_end_is_one_error_and_no_memory(srv):
         assert c.ask(b'\n{"execute":"echo","id":4}') == {"return": {}, "id": 4}
 
 
-# --- clients that are slow, or go -------------------------------------------------------------------------------
+# --- clients that are slow, or go -----------------------------------------------------------------
 
 
 def test_half_messages_hold_up_nobody(srv):
@@ -438,7 +455,7 @@ def test_no_descriptors_left(srv, monkeypatch):
         assert s.recv(100).startswith(b'{"QMP"')
 
 
-# --- events -----------------------------------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------------
 
 
 def test_events_go_to_those_who_negotiated_with_time_stamps(srv):
@@ -476,7 +493,7 @@ def test_the_last_events_arrive_before_the_end(runtime, fake):
         assert c.get() is None
 
 
-# --- the client -------------------------------------------------------------------------------------------------
+# --- the client -----------------------------------------------------------------------------------
 
 
 def test_client(srv, runtime):
@@ -520,7 +537,7 @@ def test_client_of_something_else(tmp_path):
             assert isinstance(result[0], MachineMissing)
 
 
-# --- names and places -------------------------------------------------------------------------------------------
+# --- names and places -----------------------------------------------------------------------------
 
 
 def test_names_are_unique_and_private(runtime):
@@ -575,7 +592,11 @@ def test_killed_machines_are_recognised(runtime, tmp_path):
             child.send_signal(signal.SIGKILL)
         assert os.path.exists(paths[-1])
         if args[0] != "again":
-            assert registry.machines() == [] and not os.path.exists(paths[-1]) and not os.listdir(runtime)
+            assert (
+                registry.machines() == []
+                and not os.path.exists(paths[-1])
+                and not os.listdir(runtime)
+            )
     with Closing(Claim("again")) as c:  # takes the place of a dead one
         assert c.path == paths[-1]
         assert [e.name for e in registry.machines()] == ["again"]

@@ -15,14 +15,25 @@ def answer(seconds: float, n: int, reboots: int = 0) -> dict[str, Any]:
         "reboots": reboots,
         "exits": {
             "kvm_run_returns": 11 * n,
-            "by_name": {"serial0 LSR": 10 * n, "net0 common device_status": 7, **({"intr": n} if n else {})},
+            "by_name": {
+                "serial0 LSR": 10 * n,
+                "net0 common device_status": 7,
+                **({"intr": n} if n else {}),
+            },
         },
-        "vcpus": [{"index": 0, "kvm-run-returns": 11 * n, "interrupts": 5 * n, "exits-in-kvm": 100 * n}],
+        "vcpus": [
+            {"index": 0, "kvm-run-returns": 11 * n, "interrupts": 5 * n, "exits-in-kvm": 100 * n}
+        ],
         "nets": [
             {
                 "name": "net0",
                 "mode": "emulated",
-                "counters": {"rx_packets": 3 * n, "rx_bytes": 1000 * n, "tx_packets": n, "tx_kicks": n},
+                "counters": {
+                    "rx_packets": 3 * n,
+                    "rx_bytes": 1000 * n,
+                    "tx_packets": n,
+                    "tx_kicks": n,
+                },
                 "workers": [{"name": "tap0-0", "tid": 7, "cpu_s": n / 100}],
             }
         ],

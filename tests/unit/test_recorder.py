@@ -1,4 +1,6 @@
-"""Trace rings: bounded, the latest kept, what is lost counted; and what the writer makes of messages."""
+"""Trace rings: bounded, the latest kept, what is lost counted; and what the writer makes of
+messages.
+"""
 
 import struct
 import threading
@@ -107,7 +109,11 @@ def test_steps_are_bounded(recorder):
         (
             vu.VHOST_USER_SET_MEM_TABLE,
             struct.pack("<IIQQQQ", 1, 0, 0, 4096, 8192, 0),
-            {"regions": [{"guest": "0x0", "size": "0x1000", "user": "0x2000", "mmap_offset": "0x0"}]},
+            {
+                "regions": [
+                    {"guest": "0x0", "size": "0x1000", "user": "0x2000", "mmap_offset": "0x0"}
+                ]
+            },
         ),
         (
             vu.VHOST_USER_SET_STATUS,

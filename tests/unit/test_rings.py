@@ -1,4 +1,6 @@
-"""Looking at rings from outside: what is there is shown, and nothing that a guest can write makes the look fail or long."""
+"""Looking at rings from outside: what is there is shown, and nothing that a guest can write makes
+the look fail or long.
+"""
 
 import json
 import struct
@@ -41,13 +43,17 @@ class Guest:
         ring = bytearray(2 * self.size)
         for n, head in enumerate(heads):
             struct.pack_into("<H", ring, 2 * ((idx - len(heads) + n) % self.size), head)
-        self.ram.write(AVAIL, struct.pack("<HH", flags, idx & 0xFFFF) + ring + struct.pack("<H", used_event))
+        self.ram.write(
+            AVAIL, struct.pack("<HH", flags, idx & 0xFFFF) + ring + struct.pack("<H", used_event)
+        )
 
     def used(self, idx, entries=(), avail_event=0, flags=0):
         ring = bytearray(8 * self.size)
         for n, entry in enumerate(entries):
             struct.pack_into("<II", ring, 8 * ((idx - len(entries) + n) % self.size), *entry)
-        self.ram.write(USED, struct.pack("<HH", flags, idx & 0xFFFF) + ring + struct.pack("<H", avail_event))
+        self.ram.write(
+            USED, struct.pack("<HH", flags, idx & 0xFFFF) + ring + struct.pack("<H", avail_event)
+        )
 
     def look(self, acked=ACKED, **kwargs):
         return Look(self.ram, self.queue, acked, **kwargs)
@@ -76,7 +82,9 @@ def picture(look, role="receive"):
 
 
 def test_a_queue_at_work(ram):
-    """Indices that have run over, a chain of two, one by an indirect table, and what has come back."""
+    """Indices that have run over, a chain of two, one by an indirect table, and what has
+    come back.
+    """
     g = Guest(ram)
     g.desc(3, 0x8000, 12, NEXT, 5)
     g.desc(5, 0x9000, 1500, WRITE)
@@ -98,7 +106,10 @@ def test_a_queue_at_work(ram):
         (0, True, 10),
         (1, True, 20),
     ]
-    assert look["returned"] == [{"at": 0xFFFD, "id": 2, "len": 60}, {"at": 0xFFFE, "id": 7, "len": 0}]
+    assert look["returned"] == [
+        {"at": 0xFFFD, "id": 2, "len": 60},
+        {"at": 0xFFFE, "id": 7, "len": 0},
+    ]
     assert look["avail"] == {"flags": 0, "idx": 1, "used-event": 0xFFFE}
     assert look["used"] == {"flags": 0, "idx": 0xFFFF, "avail-event": 1}
     text = picture(g.look(chains=2))
@@ -181,13 +192,20 @@ def test_the_largest_queue_of_one_huge_chain_is_bounded(ram):
 @settings(max_examples=150, deadline=None)
 def test_any_memory_can_be_looked_at(ram, data):
     g = Guest(ram)
-    words = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 16, 32, TABLE, DESC, 0xFFFF, 1 << 20]) | st.integers(
-        0, 0xFFFF
-    )
-    for area, length in ((DESC, 16 * SIZE), (TABLE, 64), (AVAIL, 6 + 2 * SIZE), (USED, 6 + 8 * SIZE)):
+    words = st.sampled_from(
+        [0, 1, 2, 3, 4, 5, 7, 8, 16, 32, TABLE, DESC, 0xFFFF, 1 << 20]
+    ) | st.integers(0, 0xFFFF)
+    for area, length in (
+        (DESC, 16 * SIZE),
+        (TABLE, 64),
+        (AVAIL, 6 + 2 * SIZE),
+        (USED, 6 + 8 * SIZE),
+    ):
         raw = b"".join(struct.pack("<I", data.draw(words)) for _ in range(length // 4 + 1))
         ram.write(area, raw[:length])
-    picture(g.look(acked=data.draw(st.sampled_from([0, ACKED])), chains=data.draw(st.integers(0, 16))))
+    picture(
+        g.look(acked=data.draw(st.sampled_from([0, ACKED])), chains=data.draw(st.integers(0, 16)))
+    )
 
 
 def test_rings_outside_ram(ram):

@@ -1,4 +1,6 @@
-"""The 16550A as Linux' 8250 driver finds and uses it (drivers/tty/serial/8250/8250_port.c), on its ports."""
+"""The 16550A as Linux' 8250 driver finds and uses it (drivers/tty/serial/8250/8250_port.c), on its
+ports.
+"""
 
 import random
 import threading
@@ -294,7 +296,9 @@ def test_the_end_of_the_machine_frees_who_waits(port):
 
 
 def test_a_handler_that_gives_up_hears_of_the_port_again(port):
-    """The line is an edge: one that stays high while the handler leaves would never interrupt again."""
+    """The line is an edge: one that stays high while the handler leaves would never interrupt
+    again.
+    """
     port.console.start()
     port.set(FCR, FCR_ENABLE)
     port.set(IER, IER_THRI)

@@ -35,7 +35,10 @@ def test_constants_match_the_kernel_headers(tmp_path):
     lines += ["#include <stdio.h>", "int main(void) {"]
     for name in ours:
         lines += [f"#ifdef {name}", f'printf("{name} %lld\\n", (long long)({name}));', "#endif"]
-    lines += ['printf("VIRTIO_NET_HDR_V1_SIZE %zu\\n", sizeof(struct virtio_net_hdr_v1));', "return 0; }"]
+    lines += [
+        'printf("VIRTIO_NET_HDR_V1_SIZE %zu\\n", sizeof(struct virtio_net_hdr_v1));',
+        "return 0; }",
+    ]
     source = tmp_path / "spec.c"
     source.write_text("\n".join(lines))
     subprocess.run(["gcc", "-o", tmp_path / "spec", source], check=True)

@@ -1,4 +1,6 @@
-"""Switching the data path under a mock driver, through the whole transport: what must survive, and what may go wrong."""
+"""Switching the data path under a mock driver, through the whole transport: what must survive, and
+what may go wrong.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,8 @@ class Bundle(Cable):
 class Wires(Outside):
     """Cables in place of a tap, and data paths that a test provides.
 
-    :ivar script: mode -> what to make in place of the next data paths of that mode, first come first served.
+    :ivar script: mode -> what to make in place of the next data paths of that mode, first come
+        first served.
     """
 
     def __init__(self, tap) -> None:
@@ -102,15 +105,28 @@ class Rig:
     """A card with ``pairs`` queue pairs as the machine makes it, and a guest that drives it."""
 
     def __init__(
-        self, pairs: int = 1, features: int = ALL, *, drive: bool = True, mode="emulated", tap=None, **guest
+        self,
+        pairs: int = 1,
+        features: int = ALL,
+        *,
+        drive: bool = True,
+        mode="emulated",
+        tap=None,
+        **guest,
     ) -> None:
         self.board = Board(memory=32 << 20)
         self.wires = Wires(tap or Bundle(pairs))
         self.cable = self.wires.tap
         self.net = Net(mode, queues=pairs)
-        self.device = NetDevice("net0", self.board.memory, self.wires.open(self.net, MAC), MAC, pairs=pairs)
+        self.device = NetDevice(
+            "net0", self.board.memory, self.wires.open(self.net, MAC), MAC, pairs=pairs
+        )
         pci = VirtioPci(
-            self.board.vm, self.board.bus, self.device, PCI_CLASS_NETWORK_ETHERNET, notify="ioeventfd"
+            self.board.vm,
+            self.board.bus,
+            self.device,
+            PCI_CLASS_NETWORK_ETHERNET,
+            notify="ioeventfd",
         )
         self.board.add(pci)
         self.lock = threading.RLock()
@@ -197,7 +213,9 @@ class Switching:
 
 
 def stream(rig: Rig, switching: Switching, pairs: int = 1) -> None:
-    """Numbered frames both ways through all pairs for as long as the switches last; none lost, repeated or out of order."""
+    """Numbered frames both ways through all pairs for as long as the switches last; none lost,
+    repeated or out of order.
+    """
     out = [0] * pairs  # sent by the guest, arrived outside, and the other way
     arrived, back, taken = [0] * pairs, [0] * pairs, [0] * pairs
     while switching.running or any(arrived[k] < out[k] or taken[k] < back[k] for k in range(pairs)):
@@ -223,13 +241,21 @@ def stream(rig: Rig, switching: Switching, pairs: int = 1) -> None:
     assert min(out) > 20 < min(back)
 
 
-# --- what must survive ------------------------------------------------------------------------------------
+# --- what must survive ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("pairs", "features"), [(1, ALL), (1, ALL & ~EVENT_IDX), (3, ALL)])
 def test_under_traffic(pairs, features):
     """Round the modes, with the child process as another one, under traffic both ways."""
-    modes = ["emulated", "vhost-user", "emulated", "emulated", "vhost-user", "emulated", "vhost-user"]
+    modes = [
+        "emulated",
+        "vhost-user",
+        "emulated",
+        "emulated",
+        "vhost-user",
+        "emulated",
+        "vhost-user",
+    ]
     with Rig(pairs, features) as rig:
         switching = Switching(rig, modes)
         stream(rig, switching, pairs)
@@ -248,12 +274,16 @@ def test_under_traffic(pairs, features):
         modes_told = told["modes"]
         assert modes_told["emulated"]["times"] == 5 and modes_told["vhost-user"]["times"] == 3
         # Counters of paths that are gone are there yet.
-        assert told["counters"]["tx_packets"] == modes_told["emulated"]["counters"]["tx_packets"] > 0
+        assert (
+            told["counters"]["tx_packets"] == modes_told["emulated"]["counters"]["tx_packets"] > 0
+        )
         assert told["counters"]["connections"] == 3
 
 
 def test_interrupts_masked_during_the_switch(rig):
-    """What comes while its vector is masked is pending afterwards, and is delivered when that opens."""
+    """What comes while its vector is masked is pending afterwards, and is delivered when that
+    opens.
+    """
     rig.guest.pci.mask(1, True)
     rig.cable.far.send(bytes(12) + frame(1))
     assert rig.guest.net.wait_packets(1)
@@ -297,7 +327,8 @@ def test_what_the_driver_has_commanded():
         assert command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0") == VIRTIO_NET_OK
         data = struct.pack("<Q", bits("VIRTIO_NET_F_GUEST_CSUM"))
         assert (
-            command(VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, data) == VIRTIO_NET_OK
+            command(VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, data)
+            == VIRTIO_NET_OK
         )
         for mode in ("vhost-user", "emulated"):
             assert rig.nic.switch(mode).rings == [0, 1, 2, 3]
@@ -313,7 +344,9 @@ def test_what_the_driver_has_commanded():
 
 
 def test_a_frame_that_waits_for_buffers():
-    """It has been read from the tap, so it must not be lost: the guest gets its time to add buffers."""
+    """It has been read from the tap, so it must not be lost: the guest gets its time to add
+    buffers.
+    """
     with Rig(fill=False, rx_size=512) as rig:
         rig.guest.net.fill(1)
         long = bytes(range(250)) * 6
@@ -341,7 +374,9 @@ def test_a_frame_that_waits_in_vain():
 
 
 def test_resets_between_switches(rig):
-    """A guest that resets the card all the time while it is switched all the time, each under the I/O lock."""
+    """A guest that resets the card all the time while it is switched all the time, each under the
+    I/O lock.
+    """
     switching = Switching(rig, ["emulated", "vhost-user"] * 6)
     rounds = 0
     while switching.running:
@@ -357,11 +392,13 @@ def test_resets_between_switches(rig):
     rig.exchange()
 
 
-# --- another outside --------------------------------------------------------------------------------------
+# --- another outside ------------------------------------------------------------------------------
 
 
 class Switchboard:
-    """A network of two ports that learns where the guest is: where its latest frame came from. Counts what must not be lost."""
+    """A network of two ports that learns where the guest is: where its latest frame came from.
+    Counts what must not be lost.
+    """
 
     def __init__(self, *cables: Cable) -> None:
         self.fars = [cable.far for cable in cables]
@@ -412,7 +449,9 @@ class Port(Cable):
 
 
 def test_moving_to_another_outside(monkeypatch, tmp_path):
-    """Our tap and one of the back-end's, to and fro under traffic: each frame once, wherever the network sent it."""
+    """Our tap and one of the back-end's, to and fro under traffic: each frame once, wherever the
+    network sent it.
+    """
     monkeypatch.setattr("pyvmm.virtio.net.QUIET_S", 0.7)  # the network here is this thread
     monkeypatch.setattr("pyvmm.virtio.net.UNSEEN_S", 0.7)
     monkeypatch.setattr("pyvmm.virtio.net.MOVE_S", 5.0)
@@ -457,7 +496,7 @@ def go_to_and_fro(path, ours, theirs):
         assert report.stale == 1 and not net.poll()
 
 
-# --- features ---------------------------------------------------------------------------------------------
+# --- features -------------------------------------------------------------------------------------
 
 
 class Less(EmulatedNet):
@@ -496,7 +535,7 @@ def test_offer_of_a_set():
     board.close()
 
 
-# --- what goes wrong --------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------
 
 
 class Broken(EmulatedNet):
@@ -516,7 +555,9 @@ class Fickle(EmulatedNet):
 
 
 class Greedy(EmulatedNet):
-    """Says of its first stop that it took a chain more from the transmit rings than it has returned."""
+    """Says of its first stop that it took a chain more from the transmit rings than it has
+    returned.
+    """
 
     greedy = True
 
@@ -579,7 +620,10 @@ def test_chains_still_in_the_old_one_s_hands(rig):
     rig.nic.switch("vhost-net")
     rig.exchange()
     report = rig.nic.switch("emulated")
-    assert report.outcome == "rolled-back" and "queue 1 stopped at 21 with 20 returned" in report.reason
+    assert (
+        report.outcome == "rolled-back"
+        and "queue 1 stopped at 21 with 20 returned" in report.reason
+    )
 
 
 def test_the_old_one_does_not_let_go(rig):

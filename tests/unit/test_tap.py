@@ -171,7 +171,9 @@ def test_an_ordinary_user_gets_a_namespace(tun_for_all):
                 os.setgroups([])
                 os.setgid(65534)
                 os.setuid(65534)
-                ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: lost with the change of user
+                ctypes.CDLL(None).prctl(
+                    4, 1, 0, 0, 0
+                )  # PR_SET_DUMPABLE: lost with the change of user
             with Namespace(address="10.9.0.1/24", mtu=9000, queues=2) as ns:
                 assert ns.user is not None and len(ns.tap.fds) == 2 and ns.tap.mtu == 9000
                 with ns.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
@@ -217,7 +219,8 @@ def test_what_is_no_tap_is_named(namespace):
 
 def test_a_tap_that_was_made_is_gone_even_after_sigkill(namespace):
     p = inside(
-        namespace, "tap = Tap('own0', address='10.1.1.1/24')\nprint(tap.created, flush=True)\ntime.sleep(60)"
+        namespace,
+        "tap = Tap('own0', address='10.1.1.1/24')\nprint(tap.created, flush=True)\ntime.sleep(60)",
     )
     assert p.stdout.readline().strip() == "True"
     assert "own0" in links(namespace)
@@ -233,7 +236,11 @@ def test_a_tap_of_the_users_is_left_as_it_was(namespace):
         out = namespace.run(
             ["ip", "-4", "addr", "show", "mine0"], capture_output=True, text=True, check=True
         ).stdout
-        return [re.sub(r"(qdisc|brd) \S+ ", "", line) for line in out.splitlines() if "valid_lft" not in line]
+        return [
+            re.sub(r"(qdisc|brd) \S+ ", "", line)
+            for line in out.splitlines()
+            if "valid_lft" not in line
+        ]
 
     for address in ([], ["10.2.2.1/29"]):
         namespace.run(["ip", "tuntap", "add", "dev", "mine0", "mode", "tap"], check=True)
@@ -277,7 +284,9 @@ class Guest:
     def __init__(self, ns, acked):
         self.memory = GuestMemory(8 << 20)
         self.acked = acked | mask(
-            virtio.VIRTIO_F_VERSION_1, virtio.VIRTIO_RING_F_EVENT_IDX, virtio_net.VIRTIO_NET_F_MRG_RXBUF
+            virtio.VIRTIO_F_VERSION_1,
+            virtio.VIRTIO_RING_F_EVENT_IDX,
+            virtio_net.VIRTIO_NET_F_MRG_RXBUF,
         )
         self.driver = NetDriver(self.memory)
         self.path = EmulatedNet(ns.tap)
@@ -286,7 +295,16 @@ class Guest:
         self.driver.fill()
         self.path.start(self.acked, self.memory, [r.vring() for r in self.driver.rings])
         ns.run(
-            ["ip", "neigh", "replace", "192.168.91.2", "lladdr", "52:54:00:12:34:56", "dev", "tap0"],
+            [
+                "ip",
+                "neigh",
+                "replace",
+                "192.168.91.2",
+                "lladdr",
+                "52:54:00:12:34:56",
+                "dev",
+                "tap0",
+            ],
             check=True,
         )
 
@@ -355,7 +373,11 @@ def test_udp_to_the_host_and_what_the_tap_refuses(namespace, guest):
         s.settimeout(5)
         mac = mac_of(namespace)
         udp = struct.pack(">HHHH", 4000, 5000, 8 + 5, 0) + b"hello"
-        ip = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0) + Guest.IP + Guest.HOST
+        ip = (
+            struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0)
+            + Guest.IP
+            + Guest.HOST
+        )
         ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
         good = mac + Guest.MAC + b"\x08\0" + ip + udp
         guest.driver.send(good)
@@ -399,7 +421,9 @@ def test_a_deleted_tap_is_link_down_without_a_busy_loop(namespace, guest):
 
 
 def test_a_tap_that_is_made_again_is_used_again(namespace):
-    """FAULTS 5, in a process inside, for a tap by name; also when the device is restarted meanwhile."""
+    """FAULTS 5, in a process inside, for a tap by name; also when the device is restarted
+    meanwhile.
+    """
     out = run_inside(
         namespace,
         """
@@ -464,7 +488,8 @@ def test_what_a_move_needs(namespace):
     tap.discard()
     assert not tap.waiting()
     namespace.run(
-        ["ip", "neigh", "replace", "192.168.91.2", "lladdr", "52:54:00:12:34:56", "dev", "tap0"], check=True
+        ["ip", "neigh", "replace", "192.168.91.2", "lladdr", "52:54:00:12:34:56", "dev", "tap0"],
+        check=True,
     )
     with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _ in range(3):

@@ -1,4 +1,6 @@
-"""The user's terminal as a console: raw while it lasts, put back on every way out, Ctrl-A x always works. On a real pty."""
+"""The user's terminal as a console: raw while it lasts, put back on every way out, Ctrl-A x always
+works. On a real pty.
+"""
 
 import os
 import pty
@@ -13,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A child with the pty as its stdin: a terminal for a machine that only has a console. Its answers go to descriptor 3.
+# A child with the pty as its stdin: a terminal for a machine that only has a console. Its answers
+# go to descriptor 3.
 CHILD = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})

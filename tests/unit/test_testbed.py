@@ -1,4 +1,6 @@
-"""The testbed's parts that need no virtual machine: frames, sessions, the supervisor's tables, boot files, options."""
+"""The testbed's parts that need no virtual machine: frames, sessions, the supervisor's tables, boot
+files, options.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +46,12 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield path
 
 
-# --- frames ------------------------------------------------------------------------------------------------
+# --- frames ---------------------------------------------------------------------------------------
 
 frames = st.lists(
-    st.tuples(st.integers(1, 255), st.integers(0, 65535), st.integers(0, 3), st.binary(max_size=200)),
+    st.tuples(
+        st.integers(1, 255), st.integers(0, 65535), st.integers(0, 3), st.binary(max_size=200)
+    ),
     max_size=20,
 )
 
@@ -56,7 +60,9 @@ frames = st.lists(
 def test_framer_does_not_care_how_the_stream_is_cut(
     sent: list[tuple[int, int, int, bytes]], cuts: list[int]
 ) -> None:
-    stream = b"".join(p.frame(kind, channel, payload, which) for kind, channel, which, payload in sent)
+    stream = b"".join(
+        p.frame(kind, channel, payload, which) for kind, channel, which, payload in sent
+    )
     framer, got, at, turn = p.Framer(), [], 0, 0
     while at < len(stream):
         n = cuts[turn % len(cuts)]
@@ -74,7 +80,7 @@ def test_a_data_frame_fits_one_write_to_the_port() -> None:
     assert len(p.frame(p.DATA, 1, bytes(p.CHUNK))) == 32768
 
 
-# --- the client's side, against an agent played here ---------------------------------------------------------
+# --- the client's side, against an agent played here ----------------------------------------------
 
 
 class Agent:
@@ -136,13 +142,21 @@ def test_session_carries_arguments_output_and_status() -> None:
     r = Running(env={"A": "b", "C": "\udce9"}, cwd="/some where")
     assert r.agent.spec["argv"] == [b"cmd", b"\xff"]
     assert r.agent.spec["env"] == {b"A": b"b", b"C": b"\xe9"}
-    assert (r.agent.spec["cwd"], r.agent.spec["stdin"], r.agent.spec["tty"]) == (b"/some where", False, [])
+    assert (r.agent.spec["cwd"], r.agent.spec["stdin"], r.agent.spec["tty"]) == (
+        b"/some where",
+        False,
+        [],
+    )
     r.agent.send(p.NOTE, b"starting")
     r.agent.send(p.DATA, b"out", p.STDOUT)
     r.agent.send(p.DATA, b"err", p.STDERR)
     r.agent.send(p.EXIT, b"%d" % (3 << 8))
     assert r.end() == 3
-    assert (r.session.output[p.STDOUT], r.session.output[p.STDERR], r.notes) == (b"out", b"err", ["starting"])
+    assert (r.session.output[p.STDOUT], r.session.output[p.STDERR], r.notes) == (
+        b"out",
+        b"err",
+        ["starting"],
+    )
 
 
 def test_session_status_of_a_signal() -> None:
@@ -222,7 +236,7 @@ def test_session_when_the_testbed_ends(how: str) -> None:
     assert str(error) == ("L1 hung" if how == "error" else "the testbed ended")
 
 
-# --- the supervisor's tables -----------------------------------------------------------------------------------
+# --- the supervisor's tables ----------------------------------------------------------------------
 
 
 class Clients(Supervisor):
@@ -275,7 +289,9 @@ def test_a_second_open_ends_the_connection(clients: Clients) -> None:
     assert far.recv(1) == b""
 
 
-def test_a_vanished_client_has_its_command_killed_and_its_channel_kept_until_then(clients: Clients) -> None:
+def test_a_vanished_client_has_its_command_killed_and_its_channel_kept_until_then(
+    clients: Clients,
+) -> None:
     client, far = clients.join()
     far.sendall(p.frame(p.OPEN))
     clients.from_client(client)
@@ -310,16 +326,20 @@ def test_garbage_ends_the_connection(clients: Clients) -> None:
     assert far.recv(1) == b""
 
 
-# --- files -----------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def kernel() -> l1_assets.Kernel:
-    """The kernel that the testbed would boot; asked for before ``home``, it is found in the user's own cache."""
+    """The kernel that the testbed would boot; asked for before ``home``, it is found in the user's
+    own cache.
+    """
     return l1_assets.find_kernel(None)
 
 
-def test_boot_files_are_built_once_and_for_their_inputs(kernel: l1_assets.Kernel, home: Path) -> None:
+def test_boot_files_are_built_once_and_for_their_inputs(
+    kernel: l1_assets.Kernel, home: Path
+) -> None:
     base = Path(paths.cache_dir("boot"))
     for name, age in (("unused", 0), ("used", None)):
         (base / name).mkdir()
@@ -361,7 +381,9 @@ def test_qemu_limits_its_vcpus() -> None:
     assert l1_assets.Qemu("", (10, 0, 2), []).max_cpus > 1
 
 
-def test_what_is_missing_is_named_with_its_remedy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_named_with_its_remedy(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(l1_assets, "VIRTIOFSD", "/no/such/file")
     monkeypatch.setattr(l1_assets, "kernels", list)
     monkeypatch.setenv("PATH", "/nowhere")
@@ -374,10 +396,14 @@ def test_what_is_missing_is_named_with_its_remedy(home: Path, monkeypatch: pytes
 
 
 def test_agent_needs_nothing_of_pyvmm() -> None:
-    """It runs in L1 with -I -S, before anything of pyvmm can be reached, and nothing that it imports is slow."""
+    """It runs in L1 with -I -S, before anything of pyvmm can be reached, and nothing that it
+    imports is slow.
+    """
     code = "import sys; sys.path.insert(0, sys.argv[1]); import agent; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, str(ROOT / "pyvmm/testbed")], capture_output=True, text=True
+        [sys.executable, "-I", "-S", "-c", code, str(ROOT / "pyvmm/testbed")],
+        capture_output=True,
+        text=True,
     )
     loaded = set(done.stdout.split())
     assert "protocol" in loaded, done.stderr
@@ -397,7 +423,9 @@ def test_runtime_directory_must_be_private(home: Path) -> None:
         paths.runtime_dir()
 
 
-def test_runtime_directory_leaves_room_for_a_socket(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtime_directory_leaves_room_for_a_socket(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     deep = home / ("d" * 60)
     deep.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
@@ -442,7 +470,7 @@ def test_protect_leaves_only_the_given_directories_writable(tmp_path: Path) -> N
     assert l1_isolate.NR_MOUNT_SETATTR == 442
 
 
-# --- names, directories, options ---------------------------------------------------------------------------------
+# --- names, directories, options ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "", "x" * 33, "a b"])

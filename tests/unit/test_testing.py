@@ -20,7 +20,7 @@ from pyvmm.testing.verdict import CODES, Verdict, clean, judge_test, last_lines,
 ROOT = Path(__file__).parents[2]
 
 
-# --- verdicts -------------------------------------------------------------------------------------------
+# --- verdicts -------------------------------------------------------------------------------------
 
 
 def outcome(kind: str, status: int | None = None, detail: str = "") -> Outcome:
@@ -82,14 +82,19 @@ def test_last_lines() -> None:
     assert clean("tab\tkept \r") == "tab\tkept"
 
 
-# --- JUnit ----------------------------------------------------------------------------------------------
+# --- JUnit ----------------------------------------------------------------------------------------
 
 
 def test_junit_is_xml_whatever_the_console_says() -> None:
     nasty = bytes(range(256)) + b"]]> <&\"' \xf0\x9f\x98\x80 \xed\xa0\x80" + b"\x00" * 10
     cases = [
         TestCase(
-            "pyvmm", 'a & <b> "q" \x1b\udcff', 1.5, "passed", output=nasty, properties={"k\x00": "<v>\n\t"}
+            "pyvmm",
+            'a & <b> "q" \x1b\udcff',
+            1.5,
+            "passed",
+            output=nasty,
+            properties={"k\x00": "<v>\n\t"},
         ),
         TestCase(
             "pyvmm",
@@ -106,7 +111,12 @@ def test_junit_is_xml_whatever_the_console_says() -> None:
     ]
     suite = ET.fromstring(document("s", cases, 2.0).encode()).find("testsuite")
     assert suite is not None
-    assert [suite.get(k) for k in ("tests", "failures", "errors", "skipped")] == ["4", "1", "1", "1"]
+    assert [suite.get(k) for k in ("tests", "failures", "errors", "skipped")] == [
+        "4",
+        "1",
+        "1",
+        "1",
+    ]
     found = suite.findall("testcase")
     assert found[0].get("name", "").startswith('a & <b> "q" ')
     assert [c.tag for c in found[1]] == ["failure", "system-out"]
@@ -115,7 +125,7 @@ def test_junit_is_xml_whatever_the_console_says() -> None:
     assert [c.tag for c in found[2]] == ["error"] and [c.tag for c in found[3]] == ["skipped"]
 
 
-# --- single results ---------------------------------------------------------------------------------------
+# --- single results -------------------------------------------------------------------------------
 
 
 def told(text: str) -> list[tuple[str, str]]:
@@ -124,7 +134,12 @@ def told(text: str) -> list[tuple[str, str]]:
 
 def test_lines_of_test_kernels() -> None:
     text = "enabling apic\r\nPASS: one\r\nFAIL: two: x\r\nSKIP: three\nXFAIL: four\nnot PASS: five\nSUMMARY: 4 tests\n"
-    assert told(text) == [("one", "passed"), ("two: x", "failed"), ("three", "skipped"), ("four", "passed")]
+    assert told(text) == [
+        ("one", "passed"),
+        ("two: x", "failed"),
+        ("three", "skipped"),
+        ("four", "passed"),
+    ]
 
 
 def test_kunit() -> None:
@@ -204,7 +219,7 @@ def test_a_flood_of_results_is_bounded() -> None:
     assert len(points.parse(b"PASS: x\n" * 100_000)) <= points.POINTS_MAX + 1
 
 
-# --- symbols ----------------------------------------------------------------------------------------------
+# --- symbols --------------------------------------------------------------------------------------
 
 
 def test_symbols_of_this_extension(tmp_path: Path) -> None:
@@ -216,7 +231,7 @@ def test_symbols_of_this_extension(tmp_path: Path) -> None:
         assert table.name(0x1000) == "" and text in table.problem
 
 
-# --- unittests.cfg ------------------------------------------------------------------------------------------
+# --- unittests.cfg --------------------------------------------------------------------------------
 
 CONFIG = '''# a comment
 [smptest]
@@ -279,7 +294,11 @@ def test_configuration(tmp_path: Path) -> None:
     assert list(tests) == ["smptest", "max", "args", "new-style", "clock", "manual"]
     assert not any(t.skip for t in tests.values())
     one = tests["smptest"]
-    assert (one.kernel, one.cpus, one.groups) == (str(tmp_path / "smptest.flat"), 2, ["smp", "quick"])
+    assert (one.kernel, one.cpus, one.groups) == (
+        str(tmp_path / "smptest.flat"),
+        2,
+        ["smp", "quick"],
+    )
     assert tests["max"].cpus == 8
     args = tests["args"]
     assert (args.append, args.memory, args.cpus, args.timeout) == ('cpuid "a b"', "2048M", 3, 180.0)

@@ -101,7 +101,9 @@ class Running:
 class Guest:
     """Memory, drivers and our front-end."""
 
-    def __init__(self, path: str, *, acked: int = ALL, queues: int = 1, size: int = 256, **options) -> None:
+    def __init__(
+        self, path: str, *, acked: int = ALL, queues: int = 1, size: int = 256, **options
+    ) -> None:
         options.setdefault("timeout", PATIENCE)
         options.setdefault("wait", PATIENCE)
         self.memory = GuestMemory(16 << 20)
@@ -130,7 +132,9 @@ class Guest:
     def start(self, bases=None) -> "Guest":
         rings = [r for d in self.drivers for r in d.rings]
         bases = bases or [None] * len(rings)
-        self.path.start(self.acked, self.memory, [r.vring(b) for r, b in zip(rings, bases, strict=True)])
+        self.path.start(
+            self.acked, self.memory, [r.vring(b) for r, b in zip(rings, bases, strict=True)]
+        )
         return self
 
     def counter(self, name: str) -> int:
@@ -139,7 +143,8 @@ class Guest:
     def connected(self, times: int) -> bool:
         """Wait until the back-end has been connected that many times, and is."""
         return wait_for(
-            lambda: self.counter("connections") >= times and self.counter("connected") == 1, PATIENCE
+            lambda: self.counter("connections") >= times and self.counter("connected") == 1,
+            PATIENCE,
         )
 
     def __enter__(self) -> "Guest":
@@ -153,7 +158,9 @@ class Guest:
 
 
 def arrived(driver, count: int) -> list[bytes]:
-    """Wait for that many frames altogether; those so far, without the announcements that a loop echoes, too."""
+    """Wait for that many frames altogether; those so far, without the announcements that a loop
+    echoes, too.
+    """
 
     def frames() -> list[bytes]:
         driver.poll()
@@ -176,7 +183,7 @@ def echo(guest: Guest, numbers, driver=None) -> None:
     assert wait_for(lambda: driver.tx.outstanding == 0, PATIENCE)
 
 
-# --- what works -------------------------------------------------------------------------------------------
+# --- what works -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("server", [False, True], ids=["client", "server"])
@@ -190,7 +197,9 @@ def test_packets_pass(path, server, protocol):
         if server:
             running = None
             started = threading.Thread(
-                target=lambda: stack.enter_context(Running(path, client=True, protocol_features=protocol))
+                target=lambda: stack.enter_context(
+                    Running(path, client=True, protocol_features=protocol)
+                )
             )
             started.start()
         else:
@@ -220,7 +229,9 @@ def test_feature_sets(path, acked):
 
 def test_features_that_lack_what_they_require_are_not_offered(path, listener):
     with Fake(listener) as fake:
-        fake.FEATURES |= bits("VIRTIO_NET_F_CSUM", "VIRTIO_NET_F_HOST_ECN", "VIRTIO_NET_F_HOST_TSO6")
+        fake.FEATURES |= bits(
+            "VIRTIO_NET_F_CSUM", "VIRTIO_NET_F_HOST_ECN", "VIRTIO_NET_F_HOST_TSO6"
+        )
         fake.FEATURES |= bits("VIRTIO_NET_F_GUEST_ECN", "VIRTIO_NET_F_GUEST_TSO4")
         with Guest(path) as guest:
             offered = bits("VIRTIO_NET_F_CSUM", "VIRTIO_NET_F_HOST_ECN", "VIRTIO_NET_F_HOST_TSO6")
@@ -260,7 +271,10 @@ def test_queue_pairs(path):
 
 
 def test_too_few_queue_pairs_are_refused(path):
-    with Running(path, loop_port(2)), pytest.raises(VhostUserError, match="has 2 queue pairs, not 3"):
+    with (
+        Running(path, loop_port(2)),
+        pytest.raises(VhostUserError, match="has 2 queue pairs, not 3"),
+    ):
         VhostUserNet(path, queues=3, wait=PATIENCE)
 
 
@@ -284,10 +298,16 @@ def checksum(data: bytes) -> int:
 
 
 def test_the_example_of_a_python_function(path):
-    """docs/examples/everybody.py, which docs/vhost-user.md quotes: every address answers ARP and pings."""
+    """docs/examples/everybody.py, which docs/vhost-user.md quotes: every address answers ARP and
+    pings.
+    """
     example = Path("docs/examples/everybody.py")
     assert f"```python\n{example.read_text()}```" in Path("docs/vhost-user.md").read_text()
-    code = [line for line in example.read_text().split("\n") if line.strip() and not line.startswith('"""')]
+    code = [
+        line
+        for line in example.read_text().split("\n")
+        if line.strip() and not line.startswith('"""')
+    ]
     assert len(code) <= 20
     me, you = bytes([192, 168, 100, 2]), bytes([192, 168, 100, 77])
     process = subprocess.Popen([sys.executable, example, path], stdout=subprocess.PIPE, text=True)
@@ -345,7 +365,11 @@ def test_a_capture(path, tmp_path):
             guest.driver.send(frame(1), frame(2, 1000))
             assert wait_for(lambda: file.tell() == 24 + 16 + 60 + 16 + 1000, PATIENCE)
     data = (tmp_path / "x.pcap").read_bytes()
-    assert data[:4] == b"\xd4\xc3\xb2\xa1" and data[40:100] == frame(1) and data[116:] == frame(2, 1000)
+    assert (
+        data[:4] == b"\xd4\xc3\xb2\xa1"
+        and data[40:100] == frame(1)
+        and data[116:] == frame(2, 1000)
+    )
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError):
         PcapWriter(full)
 
@@ -360,7 +384,9 @@ def test_over_a_tap(path):
             guest.start()
             guest.driver.send(arp)
             assert wait_for(
-                lambda: any(p[24:26] == b"\x08\x06" for p in guest.driver.poll() or guest.driver.received),
+                lambda: any(
+                    p[24:26] == b"\x08\x06" for p in guest.driver.poll() or guest.driver.received
+                ),
                 PATIENCE,
             )
             assert not running.backend.counters()["refused"]
@@ -395,7 +421,7 @@ def test_busy_polling(path):
         echo(guest, range(200))
 
 
-# --- coming and going ------------------------------------------------------------------------------------
+# --- coming and going -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", [-1, ~INFLIGHT], ids=["inflight", "used"])
@@ -521,7 +547,9 @@ def child(path, far, protocol=-1):
 
 @pytest.mark.parametrize("protocol", [-1, ~INFLIGHT], ids=["inflight", "used"])
 def test_kills_under_traffic(path, protocol):
-    """With an in-flight region a kill repeats no transmit, and loses at most the one in the kernel's hands."""
+    """With an in-flight region a kill repeats no transmit, and loses at most the one in the
+    kernel's hands.
+    """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far:
         for s in (near, far):
@@ -569,11 +597,16 @@ def test_kills_under_traffic(path, protocol):
                 assert repeats == 0 and lost <= kills, (repeats, lost)
                 assert got == sorted(got)
             else:
-                assert lost == 0 and repeats <= guest.counter("tx_possible_repeats"), (repeats, lost)
+                assert lost == 0 and repeats <= guest.counter("tx_possible_repeats"), (
+                    repeats,
+                    lost,
+                )
 
 
 def test_kills_under_traffic_to_a_tap(path, tmp_path):
-    """What the back-end does between write and publication is in doubt after a kill: each datagram comes once all the same."""
+    """What the back-end does between write and publication is in doubt after a kill: each datagram
+    comes once all the same.
+    """
     seqnet = build(tmp_path)
     with Namespace() as namespace, ExitStack() as stack:
 
@@ -590,7 +623,9 @@ def test_kills_under_traffic_to_a_tap(path, tmp_path):
         kills = 20
         reviver = start(sys.executable, "-m", "tests.boot.reviver", path, "vu0", kills, 1)
         ended = []
-        watcher = threading.Thread(target=lambda: ended.append(reviver.stdout.readline()), daemon=True)
+        watcher = threading.Thread(
+            target=lambda: ended.append(reviver.stdout.readline()), daemon=True
+        )
         watcher.start()
         with Guest(path) as guest:
             guest.start()
@@ -609,7 +644,9 @@ def test_kills_under_traffic_to_a_tap(path, tmp_path):
 
 
 def test_a_kill_is_noticed_at_once(path):
-    """By the end of the connection and nothing else, so within 100 ms (FAULTS, 1) unless the machine is busy each time."""
+    """By the end of the connection and nothing else, so within 100 ms (FAULTS, 1) unless the
+    machine is busy each time.
+    """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     far.setblocking(False)
     delays = []
@@ -662,7 +699,7 @@ def test_a_stop_does_not_wait_for_a_backend_that_hangs_while_it_comes_back(path,
         fake.mute = False
 
 
-# --- hostile back-ends -------------------------------------------------------------------------------------
+# --- hostile back-ends ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -780,7 +817,11 @@ def test_the_backend_s_own_requests(path, listener):
         guest.start()
         with socket.socket(fileno=os.dup(fake.requests[0])) as s:
             s.settimeout(PATIENCE)
-            for request, verdict in ((spec.VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, 0), (99, 1), (3, 1)):
+            for request, verdict in (
+                (spec.VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, 0),
+                (99, 1),
+                (3, 1),
+            ):
                 s.send(raw(request, flags=9))
                 assert s.recv(100) == raw(request, struct.pack("<Q", verdict))
             fd = os.eventfd(0)
@@ -808,7 +849,7 @@ def test_an_error_of_a_ring_is_the_guest_s(path):
         assert running.backend.counters()["ring_faults"] == 1
 
 
-# --- hostile front-ends ---------------------------------------------------------------------------------------
+# --- hostile front-ends ---------------------------------------------------------------------------
 
 
 class FrontEnd:
@@ -880,7 +921,11 @@ def test_hostile_requests_are_refused(path):
                 (spec.VHOST_USER_SET_MEM_TABLE, table((0, 1 << 62, 0, 1 << 62)), [fd]),
                 (spec.VHOST_USER_SET_MEM_TABLE, table((2**64 - 4096, 8192, 0, 0)), [fd]),
                 (spec.VHOST_USER_SET_MEM_TABLE, table((0, mib, 2**64 - 4096, 0)), [fd]),
-                (spec.VHOST_USER_SET_MEM_TABLE, table((0, 8192, 0, 0), (4096, 8192, mib, 8192)), [fd, fd]),
+                (
+                    spec.VHOST_USER_SET_MEM_TABLE,
+                    table((0, 8192, 0, 0), (4096, 8192, mib, 8192)),
+                    [fd, fd],
+                ),
                 (spec.VHOST_USER_SET_MEM_TABLE, table((0, mib, 0, 0)), [pipe[0]]),
                 (spec.VHOST_USER_SET_MEM_TABLE, struct.pack("<II", 9, 0) + bytes(32), [fd]),
                 (spec.VHOST_USER_ADD_MEM_REG, bytes(40)),
@@ -893,9 +938,21 @@ def test_hostile_requests_are_refused(path):
                 (spec.VHOST_USER_SET_VRING_KICK, struct.pack("<Q", 200), [event]),
                 (spec.VHOST_USER_SET_VRING_CALL, struct.pack("<Q", 0), [pipe[1]]),
                 (spec.VHOST_USER_SET_VRING_ERR, struct.pack("<Q", 0), [fd]),
-                (spec.VHOST_USER_SET_INFLIGHT_FD, struct.pack(spec.INFLIGHT, 4096, 0, 2, 256), [fd]),
-                (spec.VHOST_USER_SET_INFLIGHT_FD, struct.pack(spec.INFLIGHT, 1 << 31, 0, 2, 256), [fd]),
-                (spec.VHOST_USER_SET_INFLIGHT_FD, struct.pack(spec.INFLIGHT, 1 << 15, 1, 2, 256), [fd]),
+                (
+                    spec.VHOST_USER_SET_INFLIGHT_FD,
+                    struct.pack(spec.INFLIGHT, 4096, 0, 2, 256),
+                    [fd],
+                ),
+                (
+                    spec.VHOST_USER_SET_INFLIGHT_FD,
+                    struct.pack(spec.INFLIGHT, 1 << 31, 0, 2, 256),
+                    [fd],
+                ),
+                (
+                    spec.VHOST_USER_SET_INFLIGHT_FD,
+                    struct.pack(spec.INFLIGHT, 1 << 15, 1, 2, 256),
+                    [fd],
+                ),
                 (spec.VHOST_USER_GET_INFLIGHT_FD, struct.pack(spec.INFLIGHT, 0, 0, 1000, 256)),
                 (spec.VHOST_USER_GET_INFLIGHT_FD, struct.pack(spec.INFLIGHT, 0, 0, 2, 0xFFFF)),
                 (spec.VHOST_USER_NET_SET_MTU, struct.pack("<Q", 1)),
@@ -915,7 +972,9 @@ def test_hostile_requests_are_refused(path):
             # And it serves on.
             assert f.ask(spec.VHOST_USER_GET_FEATURES).u64 & ALL == ALL
             assert not f.nacked(spec.VHOST_USER_SET_MEM_TABLE, table((0, mib, 4096, 0)), [fd])
-            assert f.nacked(spec.VHOST_USER_SET_VRING_ADDR, struct.pack(spec.VRING_ADDR, 0, 0, 0, 0, 0, 0))
+            assert f.nacked(
+                spec.VHOST_USER_SET_VRING_ADDR, struct.pack(spec.VRING_ADDR, 0, 0, 0, 0, 0, 0)
+            )
             for one in (event, *pipe):
                 os.close(one)
         assert wait_for(lambda: "front-end disconnected" in running.log, PATIENCE)
@@ -948,7 +1007,9 @@ def test_hostile_requests_are_refused(path):
     )
 )
 def test_any_sequence_of_requests_leaves_a_working_backend(busy, messages):
-    """Requests in any order with any payload: each is answered or ends the session, and the next one is served."""
+    """Requests in any order with any payload: each is answered or ends the session, and the next
+    one is served.
+    """
     path, event = busy
     with FrontEnd(path).negotiate() as f:
         fds = {"memory": f.memory.fd.fileno(), "event": event}
@@ -1028,7 +1089,7 @@ def test_rarp_is_a_frame():
     assert re.match(rb"\x00\x01\x08\x00\x06\x04\x00\x03", rarp(MAC)[14:], re.DOTALL)
 
 
-# --- the commands -----------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -1062,7 +1123,9 @@ def test_busy_polling_and_pinning_by_the_command(path):
         echo(guest, range(64, 256))
         assert guest.driver.tx.kicks == kicks
         tasks = [
-            t for t in Path(f"/proc/{backend.pid}/task").iterdir() if (t / "comm").read_text() == "loop-0\n"
+            t
+            for t in Path(f"/proc/{backend.pid}/task").iterdir()
+            if (t / "comm").read_text() == "loop-0\n"
         ]
         assert [os.sched_getaffinity(int(t.name)) for t in tasks] == [{first}]
     assert json.loads(backend.out)["wakeups"] == 0
@@ -1084,7 +1147,9 @@ def test_backend_and_probe_commands(path):
         assert "INFLIGHT_SHMFD" in report["protocol_features"] and report["error"] is None
         assert {s["outcome"] for s in report["steps"]} <= {"ok", "sent"}
     counters = json.loads(backend.out)
-    assert counters["tx_packets"] == 64 and counters["connections"] == 3 and counters["refused"] == 0
+    assert (
+        counters["tx_packets"] == 64 and counters["connections"] == 3 and counters["refused"] == 0
+    )
     assert backend.err.count("front-end connected") == 3
     assert not Path(path).exists()
     done = subprocess.run([*probe, path], capture_output=True, text=True)
@@ -1110,7 +1175,10 @@ def test_probe_of_backends_that_misbehave(path, listener):
         fake.answers[spec.VHOST_USER_SET_OWNER] = lambda sock, m: sock.shutdown(socket.SHUT_RDWR)
         with Probe(path, timeout=PATIENCE) as probe, pytest.raises(VhostUserError):
             probe.run()
-        assert probe.steps[-1].message == "SET_OWNER" and probe.steps[-1].outcome == "closed the connection"
+        assert (
+            probe.steps[-1].message == "SET_OWNER"
+            and probe.steps[-1].outcome == "closed the connection"
+        )
         fake.answers[spec.VHOST_USER_SET_OWNER] = lambda sock, m: None
         with Probe(path, timeout=0.05) as probe, pytest.raises(VhostUserError):
             probe.run()
@@ -1127,6 +1195,8 @@ def test_probe_of_backends_that_misbehave(path, listener):
 )
 def test_backend_usage(path, argv):
     done = subprocess.run(
-        [sys.executable, "-m", "pyvmm", "backend", "--socket", path, *argv], capture_output=True, text=True
+        [sys.executable, "-m", "pyvmm", "backend", "--socket", path, *argv],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1

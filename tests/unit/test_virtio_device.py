@@ -1,4 +1,6 @@
-"""The status machine, feature negotiation and queue registers (virtio 1.2, 2.1, 2.2, 3.1), exhaustively where that is possible."""
+"""The status machine, feature negotiation and queue registers (virtio 1.2, 2.1, 2.2, 3.1),
+exhaustively where that is possible.
+"""
 
 import threading
 from itertools import pairwise
@@ -146,7 +148,8 @@ def test_features_may_be_written_between_driver_and_features_ok_only(device, sta
 
 @pytest.mark.parametrize("status", STEPS)
 @pytest.mark.parametrize(
-    ("field", "value"), [("size", 64), ("desc", 0x1000), ("avail", 0x2000), ("used", 0x3000), ("enabled", 1)]
+    ("field", "value"),
+    [("size", 64), ("desc", 0x1000), ("avail", 0x2000), ("used", 0x3000), ("enabled", 1)],
 )
 def test_queue_registers_may_be_written_while_configuring_only(device, status, field, value):
     bring(device, status)
@@ -193,7 +196,13 @@ def test_queues_that_do_not_exist(device):
 def set_up(device, size=256, desc=0x1000, avail=0x3000, used=0x4000):
     bring(device, CONFIGURING)
     device.log.clear()
-    for field, value in (("size", size), ("desc", desc), ("avail", avail), ("used", used), ("enabled", 1)):
+    for field, value in (
+        ("size", size),
+        ("desc", desc),
+        ("avail", avail),
+        ("used", used),
+        ("enabled", 1),
+    ):
         device.set_queue(0, field, value)
 
 
@@ -298,7 +307,8 @@ def test_the_generation_counts_every_change_from_any_thread(device):
     bring(device, CONFIGURING)
     device.log.clear()
     threads = [
-        threading.Thread(target=lambda: [device.config_changed() for _ in range(100)]) for _ in range(5)
+        threading.Thread(target=lambda: [device.config_changed() for _ in range(100)])
+        for _ in range(5)
     ]
     for t in threads:
         t.start()

@@ -1,6 +1,8 @@
-"""The virtio-pci transport with a whole network card behind it: a mock driver finds it, negotiates, and moves packets.
+"""The virtio-pci transport with a whole network card behind it: a mock driver finds it, negotiates,
+and moves packets.
 
-Transport, device and worker are the real ones; KVM's book-keeping is played by FakeVm (tests/host has the same with KVM).
+Transport, device and worker are the real ones; KVM's book-keeping is played by FakeVm (tests/host
+has the same with KVM).
 """
 
 import random
@@ -55,9 +57,17 @@ class Rig:
         self.board = Board(vm)
         self.cable = port or Cable()
         self.path = EmulatedNet(self.cable)
-        self.device = NetDevice("net0", self.board.memory, self.path, MAC, mtu=mtu, queue_size=queue_size)
+        self.device = NetDevice(
+            "net0", self.board.memory, self.path, MAC, mtu=mtu, queue_size=queue_size
+        )
         self.card = self.board.add(
-            VirtioPci(self.board.vm, self.board.bus, self.device, PCI_CLASS_NETWORK_ETHERNET, notify=notify)
+            VirtioPci(
+                self.board.vm,
+                self.board.bus,
+                self.device,
+                PCI_CLASS_NETWORK_ETHERNET,
+                notify=notify,
+            )
         )
         self.vm = self.board.vm
         self.guests = []
@@ -99,7 +109,7 @@ def echo(rig, guest, n=50, start=0):
     assert [p[12:] for p in guest.net.wait_packets(n)] == out
 
 
-# --- discovery (4.1.2, 4.1.4) ---------------------------------------------------------------------------------
+# --- discovery (4.1.2, 4.1.4) ---------------------------------------------------------------------
 
 
 def test_the_device_is_what_the_specification_says(rig):
@@ -126,7 +136,9 @@ def test_the_device_is_what_the_specification_says(rig):
         if cap == pci.PCI_CAP_ID_VNDR:
             kind = board.config_read(1, at + 3, 1)
             extra = (
-                4 if kind in (virtio_pci.VIRTIO_PCI_CAP_NOTIFY_CFG, virtio_pci.VIRTIO_PCI_CAP_PCI_CFG) else 0
+                4
+                if kind in (virtio_pci.VIRTIO_PCI_CAP_NOTIFY_CFG, virtio_pci.VIRTIO_PCI_CAP_PCI_CFG)
+                else 0
             )
             assert board.config_read(1, at + 2, 1) == 16 + extra
 
@@ -138,7 +150,9 @@ def test_the_registers_after_reset(rig):
     assert d.get("config_msix_vector") == VIRTIO_MSI_NO_VECTOR
     for q, size in ((0, 256), (1, 256), (2, 64)):
         d.set("queue_select", q)
-        assert [d.get(f"queue_{n}") for n in ("size", "msix_vector", "enable", "notify_off", "desc")] == [
+        assert [
+            d.get(f"queue_{n}") for n in ("size", "msix_vector", "enable", "notify_off", "desc")
+        ] == [
             size,
             VIRTIO_MSI_NO_VECTOR,
             0,
@@ -221,7 +235,7 @@ def test_64_bit_fields_may_be_written_at_once(rig):
     assert d.get("queue_desc") == 0x559ABCDEF0
 
 
-# --- traffic --------------------------------------------------------------------------------------------------
+# --- traffic --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("notify", ["ioeventfd", "exit"])
@@ -247,7 +261,9 @@ def test_packets_both_ways(notify, msix, features):
 
 
 def test_kicks_reach_the_worker_by_every_way(rig):
-    """ioeventfd, the notify region (while the ioeventfd is elsewhere), and the window in configuration space."""
+    """ioeventfd, the notify region (while the ioeventfd is elsewhere), and the window in
+    configuration space.
+    """
     g = rig.guest(VERSION_1)
     at = g.pci.place(virtio_pci.VIRTIO_PCI_CAP_NOTIFY_CFG, g.pci.notify_multiplier)
     assert set(rig.vm.kicks) == {at - g.pci.notify_multiplier, at, at + g.pci.notify_multiplier}
@@ -298,14 +314,22 @@ def test_a_real_tap_answers():
     with Namespace(address="192.168.91.1/24") as ns, Rig(port=ns.tap) as rig:
         rig.cable.far = None
         g = rig.guest()
-        arp = b"\xff" * 6 + MAC + bytes.fromhex("08060001080006040001") + MAC + bytes([192, 168, 91, 2])
+        arp = (
+            b"\xff" * 6
+            + MAC
+            + bytes.fromhex("08060001080006040001")
+            + MAC
+            + bytes([192, 168, 91, 2])
+        )
         g.net.send(arp + bytes(6) + bytes([192, 168, 91, 1]))
-        assert wait_for(lambda: any(p[24:26] == b"\x08\x06" for p in g.net.poll() or g.net.received))
+        assert wait_for(
+            lambda: any(p[24:26] == b"\x08\x06" for p in g.net.poll() or g.net.received)
+        )
         assert (FEE, 0x31) in rig.vm.delivered(1)
         assert g.features & bits("VIRTIO_NET_F_CSUM")
 
 
-# --- reset ----------------------------------------------------------------------------------------------------
+# --- reset ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("msix", [True, False])
@@ -357,7 +381,9 @@ def test_reset_takes_everything_back(rig):
     g.pci.set("driver_feature_select", 1)
     g.pci.set("device_status", 0)
     d = g.pci
-    assert [d.get(n) for n in ("queue_select", "driver_feature_select", "device_feature_select")] == [0, 0, 0]
+    assert [
+        d.get(n) for n in ("queue_select", "driver_feature_select", "device_feature_select")
+    ] == [0, 0, 0]
     assert d.get("config_msix_vector") == d.get("queue_msix_vector") == VIRTIO_MSI_NO_VECTOR
     assert d.get("queue_size") == 256 and d.get("queue_desc") == d.get("queue_enable") == 0
     assert rig.card.msix.enabled  # belongs to PCI
@@ -421,7 +447,7 @@ def test_close_in_the_middle_of_it():
         rig.card.close()
 
 
-# --- hostile drivers ------------------------------------------------------------------------------------------
+# --- hostile drivers ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -492,12 +518,14 @@ def test_a_malformed_ring_stops_it_and_the_rest_goes_on(rig):
     echo(rig, rig.guest())
 
 
-# --- interrupts -------------------------------------------------------------------------------------------------
+# --- interrupts -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["vector", "function"])
 def test_masking_under_traffic_loses_no_interrupt(rig, how):
-    """FAULTS 12: each round the vector is masked, something arrives, and unmasking must bring the interrupt."""
+    """FAULTS 12: each round the vector is masked, something arrives, and unmasking must bring the
+    interrupt.
+    """
     g = rig.guest(VERSION_1)
     for n in range(50):
         if how == "vector":
@@ -582,7 +610,7 @@ def test_switching_between_line_and_messages_while_running(rig):
     assert sum(t.name == "net0 intx" for t in threading.enumerate()) == 1
 
 
-# --- the BAR ----------------------------------------------------------------------------------------------------
+# --- the BAR --------------------------------------------------------------------------------------
 
 
 def test_kicks_follow_the_bar(rig):
@@ -645,7 +673,7 @@ def test_what_kvm_refuses_does_not_end_the_machine(rig, refuse):
     assert len(rig.vm.kicks) == 2
 
 
-# --- the window in configuration space (4.1.4.9) ------------------------------------------------------------------
+# --- the window in configuration space (4.1.4.9) --------------------------------------------------
 
 
 def window(board, d, offset, length, bar=0):
@@ -678,14 +706,20 @@ def test_all_of_the_device_through_the_window(rig):
     assert window_read(board, d, at["device_status"], 1) == ACK | DRIVER | FEATURES_OK
     ring = Ring(board.memory, 256, 0x10000, index=1)
     window_write(board, d, at["queue_select"], 2, 1)
-    for name, value in (("queue_desc", ring.desc), ("queue_driver", ring.avail), ("queue_device", ring.used)):
+    for name, value in (
+        ("queue_desc", ring.desc),
+        ("queue_driver", ring.avail),
+        ("queue_device", ring.used),
+    ):
         window_write(board, d, at[name], 4, value)
     window_write(board, d, at["queue_enable"], 2, 1)
     window_write(board, d, at["device_status"], 1, RUNNING)
     board.memory.write(0x80000, bytes(12) + frame(7))
     ring.add([(0x80000, 72, False)])
     ring.publish(kick=False)
-    window_write(board, d, d.caps[virtio_pci.VIRTIO_PCI_CAP_NOTIFY_CFG][1] + d.notify_multiplier, 2, 1)
+    window_write(
+        board, d, d.caps[virtio_pci.VIRTIO_PCI_CAP_NOTIFY_CFG][1] + d.notify_multiplier, 2, 1
+    )
     assert rig.cable.receive()[12:] == frame(7)
     isr = d.caps[virtio_pci.VIRTIO_PCI_CAP_ISR_CFG][1]
     assert wait_for(lambda: window_read(board, d, isr, 1) & 1)
@@ -718,7 +752,7 @@ def test_bad_windows_show_nothing(rig, bar, offset, length):
     assert rig.device.refused == 0
 
 
-# --- fuzz -------------------------------------------------------------------------------------------------------
+# --- fuzz -----------------------------------------------------------------------------------------
 
 SIZES = st.sampled_from([1, 2, 4, 8])
 OFFSET = st.one_of(
@@ -731,7 +765,9 @@ OFFSET = st.one_of(
     st.integers(0, BAR_SIZE),
 )
 VALUE = st.one_of(
-    st.sampled_from([0, 1, 2, 3, 0xB, 0xF, 0xFF, 0xFFFF, 0x1000, 0x10000, 0x20000, 0xFEE00000, 0xC000, ALL]),
+    st.sampled_from(
+        [0, 1, 2, 3, 0xB, 0xF, 0xFF, 0xFFFF, 0x1000, 0x10000, 0x20000, 0xFEE00000, 0xC000, ALL]
+    ),
     st.integers(0, ALL),
 )
 ACTION = st.one_of(
@@ -743,7 +779,12 @@ ACTION = st.one_of(
     st.tuples(st.just("msix"), st.sampled_from([0, 0x4000, 0x8000, 0xC000]), SIZES, VALUE),
     st.tuples(st.just("packet"), st.integers(1, 1600), SIZES, VALUE),
     st.tuples(st.just("up"), st.integers(0, 1), SIZES, VALUE),
-    st.tuples(st.just("refuse"), st.sampled_from(["", "ioeventfd", "irqfd", "set_msi_route"]), SIZES, VALUE),
+    st.tuples(
+        st.just("refuse"),
+        st.sampled_from(["", "ioeventfd", "irqfd", "set_msi_route"]),
+        SIZES,
+        VALUE,
+    ),
 )
 
 
@@ -780,7 +821,9 @@ def act(rig, d, action):
 @settings(max_examples=120, deadline=None)
 @given(st.lists(ACTION, max_size=40))
 def test_no_guest_can_make_it_raise(actions):
-    """Any accesses in any order, with a running data path or without; then a well-behaved guest finds a working card."""
+    """Any accesses in any order, with a running data path or without; then a well-behaved guest
+    finds a working card.
+    """
     with Rig() as rig:
         d = rig.driver()
         for action in actions:
@@ -817,7 +860,9 @@ def test_two_vcpus_fight_over_one_card(rig):
                     elif what == 2:
                         d.msix_flags(rng.choice([0, 0x4000, 0x8000, 0xC000]))
                     elif what == 3:
-                        rig.board.config_write(1, 0x10, 4, PCI_MMIO_BASE + 0x10000 * rng.randrange(16))
+                        rig.board.config_write(
+                            1, 0x10, 4, PCI_MMIO_BASE + 0x10000 * rng.randrange(16)
+                        )
                         d.enable()
                     elif what == 4:
                         d.notify(rng.randrange(2))

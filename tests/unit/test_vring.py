@@ -1,4 +1,6 @@
-"""The device side of the split virtqueue (cext/vring.c) through pyvmm.virtio.queue, against a mock driver and a model."""
+"""The device side of the split virtqueue (cext/vring.c) through pyvmm.virtio.queue, against a mock
+driver and a model.
+"""
 
 import struct
 
@@ -42,7 +44,9 @@ segments = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, m
 )
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     chains=st.lists(st.tuples(segments, st.booleans(), st.integers(0, 400)), max_size=30),
     start=st.sampled_from([0, 1, 32767, 65530, 65535]),
@@ -50,7 +54,9 @@ segments = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, m
     batch=st.integers(1, 5),
 )
 def test_requests_and_replies_pass_unchanged(memory, chains, start, acked, batch):
-    """Whatever the split into descriptors and tables, the device sees the bytes, and the driver its reply."""
+    """Whatever the split into descriptors and tables, the device sees the bytes, and the driver its
+    reply.
+    """
     ring, queue = make(memory, acked=acked, start=start)
     done = pending = 0
     for number, (shape, indirect, reply_len) in enumerate(chains):
@@ -81,7 +87,9 @@ def test_requests_and_replies_pass_unchanged(memory, chains, start, acked, batch
         queue.push(chain, written)
         pending += 1
         done += 1
-        assert ring.used_idx == (start + done - pending) & 0xFFFF  # nothing is published before flush
+        assert (
+            ring.used_idx == (start + done - pending) & 0xFFFF
+        )  # nothing is published before flush
         if pending == batch:
             queue.flush()
             assert ring.take_used()[-1] == (head, written)
@@ -90,12 +98,20 @@ def test_requests_and_replies_pass_unchanged(memory, chains, start, acked, batch
     ring.close()
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     table=st.lists(
         st.tuples(
-            st.one_of(st.integers(0, 4 << 20), st.integers(0, 2**64 - 1), st.sampled_from([0x1000, 0x3000])),
-            st.one_of(st.integers(0, 4096), st.integers(0, 2**32 - 1), st.sampled_from([16, 32, 48])),
+            st.one_of(
+                st.integers(0, 4 << 20),
+                st.integers(0, 2**64 - 1),
+                st.sampled_from([0x1000, 0x3000]),
+            ),
+            st.one_of(
+                st.integers(0, 4096), st.integers(0, 2**32 - 1), st.sampled_from([16, 32, 48])
+            ),
             st.integers(0, 15),
             st.one_of(st.integers(0, 8), st.integers(0, 65535)),
         ),
@@ -107,7 +123,9 @@ def test_requests_and_replies_pass_unchanged(memory, chains, start, acked, batch
     acked=st.sampled_from([0, INDIRECT]),
 )
 def test_any_bytes_end_in_a_chain_or_a_fault(memory, table, heads, idx, acked):
-    """Garbage never crashes and never loops; and what is accepted lies in guest RAM, readable before writable."""
+    """Garbage never crashes and never loops; and what is accepted lies in guest RAM, readable
+    before writable.
+    """
     ring, queue = make(memory, acked=acked)
     memory.write(0x3000, b"".join(struct.pack("<QIHH", *one) for one in table[:3]))
     for i, one in enumerate(table):
@@ -137,7 +155,9 @@ def test_any_bytes_end_in_a_chain_or_a_fault(memory, table, heads, idx, acked):
 
 
 def test_descriptors_that_cross_the_hole_are_bad():
-    """RAM on both sides of the 32-bit hole is no longer contiguous, although the host mapping is."""
+    """RAM on both sides of the 32-bit hole is no longer contiguous, although the host
+    mapping is.
+    """
     memory = GuestMemory(RAM_LOW_MAX + (2 << 20))
     try:
         for gpa, length, good in [
@@ -187,7 +207,9 @@ def test_sizes(memory, size):
 
 
 def test_a_chain_through_direct_descriptors_may_end_in_a_table(memory):
-    """2.7.5.3.2: zero or more normal descriptors, then one INDIRECT; the latter's WRITE flag is ignored."""
+    """2.7.5.3.2: zero or more normal descriptors, then one INDIRECT; the latter's WRITE flag is
+    ignored.
+    """
     ring, queue = make(memory)
     memory.write(0x100000, b"abcdef")
     memory.write(0x3000, struct.pack("<QIHH", 0x100003, 3, 0, 0))

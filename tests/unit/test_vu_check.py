@@ -50,14 +50,18 @@ def test_our_backend_conforms(path: str, tmp_path: Path) -> None:
     junit = tmp_path / "x.xml"
     with Running(path, loop_port(2)):
         done = subprocess.run(
-            [*CHECK, "--timeout", "60", "--junit", junit, "--json", path], capture_output=True, text=True
+            [*CHECK, "--timeout", "60", "--junit", junit, "--json", path],
+            capture_output=True,
+            text=True,
         )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["echoes"] and len(report["items"]) == len(ITEMS)
     assert {i["result"] for i in report["items"]} == {"passed"}
     suite = ET.parse(junit).getroot().find("testsuite")
-    assert suite is not None and suite.get("tests") == str(len(ITEMS)) and suite.get("failures") == "0"
+    assert (
+        suite is not None and suite.get("tests") == str(len(ITEMS)) and suite.get("failures") == "0"
+    )
 
 
 def test_one_that_sends_nothing_back(path: str) -> None:
@@ -74,7 +78,11 @@ def test_features_that_are_not_offered_are_skipped(path: str) -> None:
         bench = run(path)
     found = results(bench)
     assert found["features VERSION_1+INDIRECT_DESC"] == "passed"
-    assert found["features VERSION_1+EVENT_IDX+INDIRECT_DESC"] == found["merged receive buffers"] == "skipped"
+    assert (
+        found["features VERSION_1+EVENT_IDX+INDIRECT_DESC"]
+        == found["merged receive buffers"]
+        == "skipped"
+    )
     assert "failed" not in found.values()
 
 

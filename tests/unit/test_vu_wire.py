@@ -59,10 +59,12 @@ def no_leak():
 
 
 def raw(request=1, flags=1, payload=b"", size=None) -> bytes:
-    return struct.pack(spec.HEADER, request, flags, len(payload) if size is None else size) + payload
+    return (
+        struct.pack(spec.HEADER, request, flags, len(payload) if size is None else size) + payload
+    )
 
 
-# --- the specification ----------------------------------------------------------------------------------
+# --- the specification ----------------------------------------------------------------------------
 
 
 def specification() -> str:
@@ -71,7 +73,9 @@ def specification() -> str:
     homes = [Path("/") / name, *Path.home().glob(f".cache/pyvmm/testbed/qemu/*/{name}")]
     found = [path for path in homes if path.exists()]
     if not found:
-        pytest.skip("the vhost-user specification (in the package qemu-system-common) is not installed here")
+        pytest.skip(
+            "the vhost-user specification (in the package qemu-system-common) is not installed here"
+        )
     return html.unescape(re.sub(r"<[^>]+>", "", found[-1].read_text()))
 
 
@@ -119,7 +123,7 @@ def test_names():
     assert protocol_names(1 << 3 | 1 << 40) == ["REPLY_ACK", "bit-40"]
 
 
-# --- what passes -----------------------------------------------------------------------------------------
+# --- what passes ----------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -172,7 +176,9 @@ def test_ask_and_reply(pair):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(*[st.integers(0, 2**64 - 1)] * 4), min_size=1, max_size=8), st.integers(0, 3))
+@given(
+    st.lists(st.tuples(*[st.integers(0, 2**64 - 1)] * 4), min_size=1, max_size=8), st.integers(0, 3)
+)
 def test_memory_tables(rows, padding):
     payload = pack_regions([Region(*row) for row in rows]) + bytes(32 * padding)
     assert [(r.gpa, r.size, r.user, r.offset) for r in unpack_regions(payload)] == rows
@@ -188,7 +194,7 @@ def test_memory_tables_of_garbage(payload):
     assert 1 <= len(regions) <= 8 and len(payload) >= 8 + 32 * len(regions)
 
 
-# --- hostile peers ----------------------------------------------------------------------------------------
+# --- hostile peers --------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -219,7 +225,15 @@ def test_garbage_ends_the_connection_and_nothing_else(data):
         raw()[:5],
         raw(payload=bytes(8))[:15],
     ],
-    ids=["no version", "version 2", "unknown flag", "long", "huge", "short header", "short payload"],
+    ids=[
+        "no version",
+        "version 2",
+        "unknown flag",
+        "long",
+        "huge",
+        "short header",
+        "short payload",
+    ],
 )
 def test_malformed(pair, data):
     channel, theirs = pair
@@ -337,7 +351,7 @@ def test_stop_from_another_thread(pair):
     assert result in ([Stopped], [Closed])
 
 
-# --- sockets in the file system ---------------------------------------------------------------------------
+# --- sockets in the file system -------------------------------------------------------------------
 
 
 def test_listen_and_connect(tmp_path):

@@ -6,7 +6,9 @@ import re
 
 import pytest
 
-pytestmark = pytest.mark.pyvmm(cpus=2, net="emulated", fail_on="oops,warning,bug,lockdep", hang_timeout=60)
+pytestmark = pytest.mark.pyvmm(
+    cpus=2, net="emulated", fail_on="oops,warning,bug,lockdep", hang_timeout=60
+)
 
 
 def test_processors(vm):
@@ -14,7 +16,9 @@ def test_processors(vm):
 
 
 def test_memory(vm):
-    total = re.search(r"^MemTotal: +(\d+) kB", vm.run("cat /proc/meminfo").check().out, re.MULTILINE)
+    total = re.search(
+        r"^MemTotal: +(\d+) kB", vm.run("cat /proc/meminfo").check().out, re.MULTILINE
+    )
     assert int(total[1]) > 150_000, "of 256 MiB"
 
 
@@ -32,7 +36,9 @@ def test_ping(vm, size):
 
 
 def test_packets_cost_no_exits(vm):
-    """A kick is an ioeventfd and an interrupt an irqfd: no packet may bring the guest out to userspace."""
+    """A kick is an ioeventfd and an interrupt an irqfd: no packet may bring the guest out to
+    userspace.
+    """
     with vm.exits:
         vm.run("ping -q -c 50 -i 0.01 192.168.100.1").check()
         vm.exits.assert_within("packets>=100", user_exits=200, notify=0)

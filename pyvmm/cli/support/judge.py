@@ -1,6 +1,8 @@
-"""What ``pyvmm run`` says about a run that was not simply good: its verdict, with the reasons, on stderr, as JUnit and as JSON.
+"""What ``pyvmm run`` says about a run that was not simply good: its verdict, with the reasons, on
+stderr, as JUnit and as JSON.
 
-Imported only where it is needed: a run that ends as it should and asks for no files starts faster without.
+Imported only where it is needed: a run that ends as it should and asks for no files starts faster
+without.
 """
 
 from __future__ import annotations
@@ -57,7 +59,11 @@ class Extras:
         self._log: says.Log | None = None
         self._kernel = args.kernel
         try:
-            for option, path in (("--log", args.log), ("--junit", args.junit), ("--json", args.json)):
+            for option, path in (
+                ("--log", args.log),
+                ("--junit", args.junit),
+                ("--json", args.json),
+            ):
                 if option == "--json" and path == "-":
                     self._files[option] = os.dup(1)
                 elif path is not None:
@@ -79,7 +85,11 @@ class Extras:
 
     def finish(self, verdict: Verdict, vm: Machine | None) -> None:
         """Write what was asked for; also where there was no machine."""
-        for option, make in (("--junit", self._junit), ("--json", self._json), ("--log", self._notes)):
+        for option, make in (
+            ("--junit", self._junit),
+            ("--json", self._json),
+            ("--log", self._notes),
+        ):
             if option not in self._files:
                 continue
             try:
@@ -98,7 +108,9 @@ class Extras:
         if vm is None:
             return {}
         start = vm.phases["vmm"]
-        return {k: round((t - start) / 1e9, 3) for k, t in sorted(vm.phases.items(), key=lambda p: p[1])}
+        return {
+            k: round((t - start) / 1e9, 3) for k, t in sorted(vm.phases.items(), key=lambda p: p[1])
+        }
 
     def _notes(self, verdict: Verdict, vm: Machine | None) -> str:
         """The log's last lines: when each phase began, and the verdict."""
@@ -142,7 +154,9 @@ class Extras:
                 if outcome is not None
                 else [],
                 "registers": outcome.registers if outcome is not None else None,
-                "points": [{"name": p.name, "result": p.result, "message": p.message} for p in points],
+                "points": [
+                    {"name": p.name, "result": p.result, "message": p.message} for p in points
+                ],
                 "console": last_lines(vm.console.text, JSON_LINES),
             }
         return json.dumps(data, indent=2) + "\n"
@@ -152,7 +166,9 @@ class Extras:
         from pyvmm.testing.points import parse
 
         seconds = time.monotonic() - self._begin
-        result = {"passed": "passed", "failed": "failed", "budget": "failed"}.get(verdict.kind, "error")
+        result = {"passed": "passed", "failed": "failed", "budget": "failed"}.get(
+            verdict.kind, "error"
+        )
         output, points, properties = b"", [], {"verdict": verdict.kind}
         if vm is not None:
             output = b"".join(bytes(s.text) for s in (vm.console, vm.stdout, vm.stderr))
@@ -174,7 +190,8 @@ class Extras:
             )
         ]
         cases += [
-            TestCase(self._name, p.name, 0.0, p.result, kind="failed", message=p.message) for p in points
+            TestCase(self._name, p.name, 0.0, p.result, kind="failed", message=p.message)
+            for p in points
         ]
         return document("pyvmm run", cases, seconds)
 
@@ -200,7 +217,8 @@ def judge(
     symbols: str | None,
     budgets: Sequence[Result] = (),
 ) -> Verdict:
-    """The one verdict of a run: how it ended, else what the kernel reported, else the command's status, else its budgets.
+    """The one verdict of a run: how it ended, else what the kernel reported, else the command's
+    status, else its budgets.
 
     :param symbols: path of a kernel that may have symbols.
     """
@@ -223,19 +241,27 @@ def judge(
             trouble = GuestTrouble(f"the guest kernel reported {first.kind}{more}: {first.message}")
             return Verdict("trouble", str(trouble), status=outcome.status, details=first.lines)
     if kind == "stopped" and commanded and outcome.asked and outcome.status is None:
-        return Verdict("ended", str(GuestEnded("the machine was told to quit before the command ended")))
+        return Verdict(
+            "ended", str(GuestEnded("the machine was told to quit before the command ended"))
+        )
     broken = [result.message for result in budgets if not result.held]
     if kind == "stopped" and not broken:
         return Verdict("passed", status=outcome.status)
     if commanded and kind != "stopped" and outcome.status is None:
-        ended = GuestEnded("the guest powered off before the command ended", "see its console: --verbose")
+        ended = GuestEnded(
+            "the guest powered off before the command ended", "see its console: --verbose"
+        )
         return Verdict("ended", str(ended))
     if outcome.status and kind != "stopped":
-        return Verdict("failed", f"the command's exit status is {outcome.status}", status=outcome.status)
+        return Verdict(
+            "failed", f"the command's exit status is {outcome.status}", status=outcome.status
+        )
     if broken:
         more = f"{len(broken)} of {len(budgets)} budgets are broken"
         message = f"{broken[0]} (broken)" if len(broken) == 1 else more
-        return Verdict("budget", message, status=outcome.status, details=broken if len(broken) > 1 else [])
+        return Verdict(
+            "budget", message, status=outcome.status, details=broken if len(broken) > 1 else []
+        )
     return Verdict("passed", status=outcome.status)
 
 
@@ -263,7 +289,8 @@ def annotate(title: str, message: str) -> None:
 
 
 def tell(vm: Machine, verdict: Verdict, *, shown: bool) -> None:
-    """On stderr: what helps to find out why, and last the one line. A command's own status needs none.
+    """On stderr: what helps to find out why, and last the one line. A command's own status needs
+    none.
 
     :param shown: the user has seen the console.
     """

@@ -1,7 +1,7 @@
 """Commands about a running machine: its name as an argument, and the way to where it runs.
 
-A Unix socket does not reach from one kernel into another, so a command about a machine in the testbed is run there, by itself, as
-`pyvmm run` is. Names are looked up on this machine first.
+A Unix socket does not reach from one kernel into another, so a command about a machine in the
+testbed is run there, by itself, as `pyvmm run` is. Names are looked up on this machine first.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ def add_host(parser: argparse.ArgumentParser) -> None:
 def complete(prefix: str, **kwargs: Any) -> list[str]:
     """Names of running machines, here and in the testbed."""
     try:
-        return [row["name"] for row in listing(timeout=COMPLETE_TIMEOUT) if row["name"].startswith(prefix)]
+        return [
+            row["name"]
+            for row in listing(timeout=COMPLETE_TIMEOUT)
+            if row["name"].startswith(prefix)
+        ]
     except Exception:  # completion has nobody to tell
         return []
 
@@ -62,7 +66,8 @@ def testbed_up() -> Testbed | None:
 
 
 def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[str, Any]]:
-    """Running machines: ``name``, ``host``, ``pid``, ``qmp``, ``since``; those of the testbed, too, where it is up.
+    """Running machines: ``name``, ``host``, ``pid``, ``qmp``, ``since``; those of the testbed, too,
+    where it is up.
 
     :param timeout: seconds that the testbed may take.
     """
@@ -72,7 +77,8 @@ def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[st
     if host != "testbed":
         where = "testbed" if "PYVMM_IN_TESTBED" in os.environ else "local"
         rows += [
-            {"name": e.name, "host": where, "pid": e.pid, "qmp": e.path, "since": e.since} for e in machines()
+            {"name": e.name, "host": where, "pid": e.pid, "qmp": e.path, "since": e.since}
+            for e in machines()
         ]
     bed = testbed_up() if host != "local" else None
     if bed is not None:
@@ -120,11 +126,17 @@ def there(args: argparse.Namespace) -> int | None:
     if bed is None:
         return None  # where it is said that there is none
     at = args.argv.index(args.command) + 1
-    return bed.run_attached([sys.executable, "-m", "pyvmm", args.command, "--host", "local", *args.argv[at:]])
+    return bed.run_attached(
+        [sys.executable, "-m", "pyvmm", args.command, "--host", "local", *args.argv[at:]]
+    )
 
 
-def with_client(args: argparse.Namespace, body: Callable[[Client], int], timeout: float = TIMEOUT) -> int:
-    """Run ``body`` with a connection to the machine that ``args`` names, wherever it is; the exit status."""
+def with_client(
+    args: argparse.Namespace, body: Callable[[Client], int], timeout: float = TIMEOUT
+) -> int:
+    """Run ``body`` with a connection to the machine that ``args`` names, wherever it is; the exit
+    status.
+    """
     status = there(args)
     if status is not None:
         return status

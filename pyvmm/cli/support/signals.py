@@ -1,4 +1,6 @@
-"""SIGINT, SIGTERM and SIGHUP end a command in order: what it has is closed, and its status is 128 + the signal's number."""
+"""SIGINT, SIGTERM and SIGHUP end a command in order: what it has is closed, and its status is 128 +
+the signal's number.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,10 @@ class Terminated(BaseException):
 
 
 class _Nagger:
-    """Sees to it that a signal is taken soon. The interpreter looks for one, then waits for a lock, and one that comes between the two
-    wakes nobody: it would wait as long as the main thread does. The C handler's byte in a pipe tells of it, and SIGURG, whose own
-    handler does nothing, interrupts the wait until it has been taken.
+    """Sees to it that a signal is taken soon. The interpreter looks for one, then waits for a lock,
+    and one that comes between the two wakes nobody: it would wait as long as the main thread does.
+    The C handler's byte in a pipe tells of it, and SIGURG, whose own handler does nothing,
+    interrupts the wait until it has been taken.
 
     :param taken: set by the signal's handler.
     """

@@ -18,8 +18,8 @@ PENDING_MAX = 1 << 16  # bytes typed that the guest has not taken
 class Terminal:
     """stdin goes to the machine's console; Ctrl-A x stops the machine.
 
-    ``close`` undoes what ``open`` has done, also half of it: call it in a ``finally`` that is entered before
-    ``open``, so that no signal can leave a raw terminal behind.
+    ``close`` undoes what ``open`` has done, also half of it: call it in a ``finally`` that is
+    entered before ``open``, so that no signal can leave a raw terminal behind.
     """
 
     def __init__(self, vm: Machine) -> None:
@@ -63,7 +63,8 @@ class Terminal:
 
         pending = bytearray()
         while True:
-            # A terminal is read always, for Ctrl-A x; a file or pipe waits until the guest has taken what was read.
+            # A terminal is read always, for Ctrl-A x; a file or pipe waits until the guest has
+            # taken what was read.
             sources = [0, self._stop] if self._saved is not None or not pending else [self._stop]
             ready, _, _ = select.select(sources, [], [], 0.01 if pending else None)
             if self._stop in ready:

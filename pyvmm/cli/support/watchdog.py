@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
 
 class LastResort:
-    """Ends the process when a time-out is over by ``GRACE`` and nothing else has: a fault of ours, or of the host's, must not hang
-    whoever waits. What is left is what the kernel cleans up.
+    """Ends the process when a time-out is over by ``GRACE`` and nothing else has: a fault of ours,
+    or of the host's, must not hang whoever waits. What is left is what the kernel cleans up.
 
-    :param seconds: the time-out, from now. :ivar extras: what wants to know the verdict, once there is such.
+    :param seconds: the time-out, from now. :ivar extras: what wants to know the verdict, once there
+        is such.
     """
 
-    GRACE = 1.5 if "PYVMM_IN_TESTBED" not in os.environ else 20.0  # seconds; emulated, order takes its time
+    GRACE = (
+        1.5 if "PYVMM_IN_TESTBED" not in os.environ else 20.0
+    )  # seconds; emulated, order takes its time
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -34,7 +37,9 @@ class LastResort:
 
     def arm(self) -> None:
         """The time begins now."""
-        self._timer = threading.Timer(min(self._seconds + self.GRACE, threading.TIMEOUT_MAX), self._end)
+        self._timer = threading.Timer(
+            min(self._seconds + self.GRACE, threading.TIMEOUT_MAX), self._end
+        )
         self._timer.daemon = True
         self._timer.start()
 
@@ -50,9 +55,7 @@ class LastResort:
             import termios
 
             termios.tcsetattr(0, termios.TCSANOW, self._terminal)  # type: ignore[arg-type]
-        text = (
-            f"the run did not end in time: {self._seconds:g} s are over, and it could not be ended in order"
-        )
+        text = f"the run did not end in time: {self._seconds:g} s are over, and it could not be ended in order"
         print(f"pyvmm: {text}", file=sys.stderr, flush=True)
         if self.extras is not None:
             from pyvmm.testing.verdict import Verdict
