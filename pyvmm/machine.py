@@ -16,7 +16,8 @@ from pyvmm.boot import load
 from pyvmm.boot.acpi import build as build_acpi
 from pyvmm.boot.mptable import build as build_mptable
 from pyvmm.bus import PIO, Bus
-from pyvmm.card.nic import Nic, Outside
+from pyvmm.card.nic import Nic
+from pyvmm.card.uplink import Uplink
 from pyvmm.devices.console import Console, Stream
 from pyvmm.devices.legacy import Power, PvPanic, Rtc
 from pyvmm.errors import (
@@ -363,21 +364,22 @@ class Machine:
         mac = net.mac or bytes((0x52, 0x54, 0, 0x12, 0x34, 0x56 + index))
         scope = self.recorder.scope(f"net{index}") if self.recorder is not None else None
         with ExitStack() as undo:
-            outside = Outside(net, host, scope)
-            undo.callback(outside.close)
+            uplink = Uplink(net, host, scope)
+            undo.callback(uplink.close)
             offer = -1
             for mode in net.switchable:
-                trial = outside.open(net.switched(mode), mac)
+                trial = uplink.open(net.switched(mode), mac).path
                 try:
                     offer &= trial.features()
                 finally:
                     trial.close()
-            datapath = outside.open(net, mac)
-            undo.callback(datapath.close)
+            route = uplink.open(net, mac)
+            undo.callback(route.path.close)
             device = NetDevice(
                 f"net{index}",
                 self.memory,
-                datapath,
+                route.path,
+                uplink,
                 mac,
                 mtu=net.mtu,
                 pairs=net.queues,
@@ -393,8 +395,8 @@ class Machine:
             )
             undo.callback(transport.close)
             self.pci.add(transport)
-            nic = Nic(index, net, device, transport, outside, self._lock, self.ledger)
-            for close in (outside.close, transport.close, nic.end_switching):
+            nic = Nic(index, net, device, transport, uplink, route, self._lock, self.ledger)
+            for close in (uplink.close, transport.close, nic.end_switching):
                 self._stack.callback(close)
             undo.pop_all()
         nic.host, nic.guest = host, guest
@@ -613,9 +615,8 @@ class Machine:
                     self._go.wait_for(
                         lambda: self._parked == self.cpus or self._done.is_set(), PAUSE_PATIENCE
                     )
-            with self._lock:
-                for nic in self.nets:
-                    nic.device.hold(True)
+            for nic in self.nets:
+                nic.set_paused(True)
             self.emit("STOP")
             return True
 
@@ -632,12 +633,11 @@ class Machine:
             if not self._paused:
                 return False
             failed: PyvmmError | None = None
-            with self._lock:
-                for nic in self.nets:
-                    try:
-                        nic.device.hold(False)
-                    except PyvmmError as e:
-                        failed = e
+            for nic in self.nets:
+                try:
+                    nic.set_paused(False)
+                except PyvmmError as e:
+                    failed = e
             with self._go:
                 self._paused = False
                 self._go.notify_all()
@@ -777,7 +777,7 @@ class Machine:
             request.registers = registers[stuck[0] if stuck else 0]
         self.phases["end"] = time.monotonic_ns()
         for nic in self.nets:
-            nic.device.datapath.stop()
+            nic.stop()
         for stream in self.streams:
             stream.finish()
         self._was_panic(request)

@@ -8,7 +8,7 @@ from pyvmm.conformance.driver import NetDriver, Ring, align, fence, wait_for
 from pyvmm.fd import Fd
 from pyvmm.spec import virtio, virtio_net
 
-__all__ = ["Cable", "NetDriver", "Ring", "align", "bits", "fence", "wait_for"]
+__all__ = ["Cable", "Events", "NetDriver", "Ring", "align", "bits", "fence", "wait_for"]
 
 
 def bits(*names: str) -> int:
@@ -17,10 +17,25 @@ def bits(*names: str) -> int:
     return sum(1 << both[name] for name in names)
 
 
+class Events:
+    """What data paths report (``PathEvents``)."""
+
+    def __init__(self) -> None:
+        self.faults: list[tuple[int, str]] = []
+        self.links: list[bool] = []
+
+    def fault(self, queue: int, problem: str) -> None:
+        self.faults.append((queue, problem))
+
+    def link(self, up: bool) -> None:
+        self.links.append(up)
+
+
 class Cable:
     """A packet socket in place of a tap; ``far`` is the other end."""
 
     name = "cable"
+    interface = None
 
     def __init__(self, mtu: int = 1500, buffer: int = 1 << 20) -> None:
         near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -44,18 +59,6 @@ class Cable:
 
     def set_carrier(self, up: bool) -> None:
         self.carrier = up
-
-    def reopen(self) -> bool:
-        return False
-
-    def announce(self, mac: bytes) -> bool:
-        return False
-
-    def waiting(self) -> bool:
-        return False
-
-    def discard(self) -> int:
-        return 0
 
     def close(self) -> None:
         for fd in self.fds:

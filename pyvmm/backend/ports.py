@@ -20,7 +20,7 @@ from pyvmm.threads import Thread
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, BinaryIO
+    from typing import BinaryIO
 
 #: Bytes that may wait in a socket.
 BUFFER = 1 << 20
@@ -29,6 +29,9 @@ FRAME_MAX = 1 << 17
 
 class SocketPort:
     """A port of sockets. :param fds: one a queue pair, owned from here on."""
+
+    #: No network interface is behind the sockets.
+    interface = None
 
     def __init__(self, name: str, fds: list[Fd]) -> None:
         self.name = name
@@ -49,28 +52,6 @@ class SocketPort:
 
     def set_offloads(self, acked: int) -> None:
         """Nothing to do."""
-
-    def set_rx_filter(self, rx: Any) -> None:
-        """Nothing to do."""
-
-    def set_carrier(self, up: bool) -> None:
-        """Nothing to do."""
-
-    def reopen(self) -> bool:
-        """Never gone, never back."""
-        return False
-
-    def announce(self, mac: bytes) -> bool:
-        """There is no network to learn it."""
-        return False
-
-    def waiting(self) -> bool:
-        """Of no use here."""
-        return False
-
-    def discard(self) -> int:
-        """Of no use here."""
-        return 0
 
     def close(self) -> None:
         """Close the sockets; a second call does nothing."""

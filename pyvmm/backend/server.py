@@ -16,7 +16,7 @@ import struct
 import threading
 
 from pyvmm._ext import ffi, lib
-from pyvmm.datapath.base import Vring
+from pyvmm.datapath.base import Vring, by_pair
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError, PyvmmError, VhostUserError
 from pyvmm.fd import EventFd, Fd, memfd
@@ -275,8 +275,6 @@ class Backend:
     ) -> None:
         self.port = port
         self.path = EmulatedNet(port, poll_us=poll_us, **options)
-        self.path.on_fault = self._fault
-        self.path.on_link = self._link
         self._log = log or (lambda line: None)
         queues = len(port.fds)
         own = 1 << VIRTIO_F_VERSION_1 | sum(1 << bit for bit in FRONT_END_FEATURES)
@@ -308,7 +306,7 @@ class Backend:
 
     # --- events of the data path ------------------------------------------------------------------
 
-    def _fault(self, queue: int, problem: str) -> None:
+    def fault(self, queue: int, problem: str) -> None:
         """Any worker's thread: tell the front-end by its error eventfd."""
         with self._mutex:
             self._counts["faults"] += 1
@@ -320,7 +318,8 @@ class Backend:
                     pass  # its counter is full: it has been told
         self._log(f"fault: {problem}")
 
-    def _link(self, up: bool) -> None:
+    def link(self, up: bool) -> None:
+        """Any worker's thread: the interface of our port is gone, or back."""
         self._log(f"{self.port.name} is {'back' if up else 'gone'}")
 
     # --- rings on and off -------------------------------------------------------------------------
@@ -357,7 +356,9 @@ class Backend:
             rings.append(vring)
         if rings:
             memory: Any = self._memory
-            self.path.start(self.acked, memory, rings)
+            self.port.set_queues(len(by_pair(rings)))
+            self.port.set_offloads(self.acked)
+            self.path.start(self.acked, memory, rings, self)
             self._running = [ring.index for ring in rings]
 
     def _correct_base(self, ring: _Ring, used: int) -> None:

@@ -1,5 +1,5 @@
-"""A network card of a machine: its device, its transport, what of it belongs to no data path, and
-the switch between them.
+"""A network card of a machine: its device, its transport, its host side, and the switch between
+data paths.
 """
 
 from __future__ import annotations
@@ -14,111 +14,19 @@ from pyvmm.netopt import Net, mac_text
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
-    from pyvmm.backend.process import BackendProcess
     from pyvmm.card.report import SwitchReport
+    from pyvmm.card.uplink import Route, Uplink
     from pyvmm.datapath.base import DataPath
     from pyvmm.exits.ledger import Ledger
-    from pyvmm.hostnet.tap import Tap
-    from pyvmm.kvm.recorder import Scope
     from pyvmm.virtio.net import NetDevice
     from pyvmm.virtio.pci import VirtioPci
 
-OWN_BACKEND = "pyvmm's own back-end"  # in place of a socket's path
 KEPT_SWITCHES = 64
 #: Seconds that a vhost-user back-end has to be there when it is switched to.
 SWITCH_WAIT_S = 2.0
 #: Seconds that another process has for its part of a hand-over, under the I/O lock.
 HANDOVER_S = 2.0
-#: Frames that may wait in a tap of ours whose data path may be switched: a gap's worth, and what
-#: vhost gives back.
-SWITCH_TXQUEUELEN = 10000
-
-
-class Outside:
-    """What of a card belongs to no data path but is lent to whichever runs: the tap, and a
-    vhost-user back-end of our own on it.
-
-    :ivar tap: None where only a vhost-user back-end has one.
-    :ivar namespace: pyvmm's own network namespace with the tap in it; None where the user gave a
-        tap.
-    """
-
-    def __init__(self, net: Net, host: str | None, recorder: Scope | None = None) -> None:
-        self.tap: Tap | None = None
-        self._recorder = recorder
-        self.namespace: Any = None
-        self._backend: BackendProcess | None = None
-        if not net.has_tap:
-            return
-        from pyvmm.hostnet.tap import TXQUEUELEN, Tap
-
-        frames = SWITCH_TXQUEUELEN if net.switchable else TXQUEUELEN
-        if net.tap is None:
-            from pyvmm.hostnet.netns import Namespace
-
-            self.namespace = Namespace(
-                address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames
-            )
-            self.tap = self.namespace.tap
-        else:
-            self.tap = Tap(net.tap, address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
-
-    def open(self, net: Net, mac: bytes, wait: float = 10.0) -> DataPath:
-        """A data path for ``net.mode``. The only place where a mode becomes an object.
-
-        :param wait: seconds for a vhost-user back-end to be there.
-        """
-        if net.mode == "vhost-user":
-            from pyvmm.datapath.vhost_user import VhostUserNet
-
-            common: dict[str, Any] = {
-                "queues": net.queues,
-                "mtu": net.mtu,
-                "mac": mac,
-                "recorder": self._recorder,
-            }
-            if net.socket:
-                return VhostUserNet(net.socket, server=net.server, wait=wait, **common)
-            tap = self._need_tap(net)
-            if self._backend is None:
-                from pyvmm.backend.process import BackendProcess
-
-                self._backend = BackendProcess(tap)
-            dial = self._backend.dial
-            return VhostUserNet(OWN_BACKEND, port=tap, dial=dial, **common)
-        tap = self._need_tap(net)
-        if net.mode == "vhost-net":
-            from pyvmm.datapath.vhost_device import Vhost
-            from pyvmm.datapath.vhost_net import VhostNet
-
-            with ExitStack() as undo:
-                devices = []
-                for _ in range(net.queues):
-                    devices.append(Vhost(recorder=self._recorder))
-                    undo.callback(devices[-1].close)
-                path = VhostNet(tap, devices, worker_cpu=net.worker_cpu)
-                undo.pop_all()
-                return path
-        from pyvmm.datapath.emulated import EmulatedNet
-
-        emulated = EmulatedNet(tap, poll_us=net.poll, worker_cpu=net.worker_cpu)
-        emulated.recorder = self._recorder
-        return emulated
-
-    def _need_tap(self, net: Net) -> Tap:
-        if self.tap is None:
-            raise UsageError(
-                f"{net.mode} needs a tap, and this card has none", "start it with switchable="
-            )
-        return self.tap
-
-    def close(self) -> None:
-        """Release them. A second call does nothing."""
-        for one in (self._backend, self.tap, self.namespace):
-            if one is not None:
-                one.close()
 
 
 class Stretch:
@@ -164,13 +72,14 @@ class Stretch:
 
 
 class Nic:
-    """A network card of the machine: its device, its transport, its outside and what the host side
-    is called.
+    """A network card of the machine: its device, its transport, its host side, and the hand-over
+    between data paths.
 
-    :ivar namespace: pyvmm's own network namespace with the tap in it; None where the user gave a
-        tap.
-    :ivar host, guest: IPv4 addresses with prefix length; None where pyvmm did not choose any.
-    :ivar net: as it was described; ``mode`` is the data path's now.
+    :param uplink: the host side, lent. :param route: the data path to begin with, which ``device``
+        owns.
+    :ivar namespace: pyvmm's own network namespace with the tap in it; None if the user gave a tap.
+    :ivar host, guest: IPv4 addresses with prefix length; None if pyvmm did not choose any.
+    :ivar net: the card as it was described at the start; see ``mode`` for the mode in force.
     :ivar switches: reports of the latest switches, ``KEPT_SWITCHES`` at most; ``switch_count``
         counts all.
     """
@@ -181,18 +90,20 @@ class Nic:
         net: Net,
         device: NetDevice,
         transport: VirtioPci,
-        outside: Outside,
+        uplink: Uplink,
+        route: Route,
         lock: threading.RLock,
         ledger: Callable[[], Ledger],
     ) -> None:
         self.index, self.net, self.device, self.transport = index, net, device, transport
-        self._outside = outside
+        self._uplink = uplink
+        self._route = route
         self._lock = lock  # the machine's: device code runs under it
         #: Whether NIC_RX_FILTER_CHANGED has been sent since the filter was last asked for.
         self.rx_told = False
         self._ledger = ledger
-        self.namespace = outside.namespace
-        self.tap = outside.tap.name if outside.tap is not None else ""
+        self.namespace = uplink.namespace
+        self.tap = uplink.tap.name if uplink.tap is not None else ""
         self.host: str | None = None
         self.guest: str | None = None
         self.switches: list[SwitchReport] = []
@@ -201,7 +112,7 @@ class Nic:
         self._over = False
         self._books = threading.Lock()  # what follows; nothing is waited for under it
         self._modes: dict[str, Stretch] = {}
-        self._serving: DataPath = device.datapath  # whose counters are not in ``_modes`` yet
+        self._serving: DataPath = route.path  # whose counters are not in ``_modes`` yet
         self._since: tuple[int, Ledger | None] = time.monotonic_ns(), None
 
     @property
@@ -223,6 +134,25 @@ class Nic:
         """
         with self._lock:
             return self.device.announce()
+
+    def set_paused(self, on: bool) -> None:
+        """The machine is paused: nothing of the card writes to guest memory until it goes on. Any
+        thread but a vCPU's.
+
+        :raises PyvmmError: the data path does not start again.
+        """
+        with self._lock:
+            self.device.hold(on)
+
+    def stop(self) -> None:
+        """The machine ends: take the rings from the data path, for good. No vCPU runs any more."""
+        self.device.datapath.stop()
+
+    def cut(self) -> None:
+        """The machine ends: no conversation with another process goes on. Any thread; takes no
+        lock.
+        """
+        self.device.datapath.cut()
 
     @property
     def mode(self) -> str:
@@ -263,61 +193,54 @@ class Nic:
             return report
 
     def _switch(self, net: Net, report: SwitchReport) -> None:
-        device, mac = self.device, self.device.mac
-        old, spare = device.datapath, self._spare if self._outside.tap is not None else None
-        if net.mode == "vhost-user" and (net.socket or OWN_BACKEND) == getattr(old, "path", None):
+        device, mac, old = self.device, self.device.mac, self._route
+        if net.mode == "vhost-user" == old.net.mode and net.socket == old.net.socket:
             raise UsageError(
                 f"{self.name} is on that vhost-user back-end", "switch to another mode, or socket="
             )
+        spare = self._spare if self._uplink.tap is not None else None
         with ExitStack() as undo:
             with report.step("open"):
-                new = self._outside.open(net, mac, SWITCH_WAIT_S)
-            undo.callback(new.close)
-            device.check(new)
+                new = self._uplink.open(net, mac, SWITCH_WAIT_S)
+            undo.callback(new.path.close)
+            device.check(new.path)
             with report.step("prepare"):
                 rings = device.rings
                 if rings:
-                    new.prepare(device.in_force, device.memory, rings)
+                    new.path.prepare(device.in_force, device.memory, rings)
             before = self._ledger()
-            patience = {path: path.timeout for path in (old, new)}
-            for path in patience:
-                path.timeout = min(path.timeout, HANDOVER_S)
             with report.step("lock"):
                 self._lock.acquire()
             try:
-                device.switch(new, report, spare)
+                self._route = device.switch(old, new, report, spare, HANDOVER_S)
             finally:
                 self._lock.release()
-                for path, seconds in patience.items():
-                    path.timeout = seconds
-                if device.datapath is not new:
+                if self._route is not new:
                     undo.close()
                 undo.pop_all()
         after = self._ledger()
         report.exits = {"before": before.total, "after": after.total}
         used = device.datapath
         until = time.monotonic() + HANDOVER_S
-        while not set(report.rings) <= set(used.marks.began) and time.monotonic() < until:
+        while not set(report.rings) <= set(used.times.began) and time.monotonic() < until:
             time.sleep(0.0005)  # a worker's thread is yet to run
-        report.served(used.marks.began)
-        if used is not old:
+        report.served(used.times.began)
+        if used is not old.path:
             self._account(after)
             with report.step("close"):
-                old.close()
+                old.path.close()
 
-    def _spare(self) -> DataPath:
-        return self._outside.open(Net("emulated", queues=self.net.queues), self.device.mac)
+    def _spare(self) -> Route:
+        return self._uplink.open(Net("emulated", queues=self.net.queues), self.device.mac)
 
     def _account(self, now: Ledger) -> None:
         """What served is done: what it counted, and the exits meanwhile, belong to its mode."""
         with self._books:
             old, self._serving = self._serving, self.device.datapath
-            counters = old.counters()
-            counters.pop("connected", None)  # a state, no count
             stretch = self._modes.setdefault(old.name, Stretch())
             start, ledger = self._since
             stretch.add(time.monotonic_ns() - start, ledger, now)
-            stretch.count(counters)
+            stretch.count(old.counters())
             self._since = time.monotonic_ns(), now
 
     def by_mode(self) -> dict[str, Stretch]:
@@ -381,10 +304,5 @@ class Nic:
             "switch_count": self.switch_count,
             "switches": [report.as_dict() for report in self.switches],
             "workers": self.device.datapath.workers(),
-            # Of another process that moves the packets, what is known of it.
-            **(
-                {"vhost_user": peer()}
-                if (peer := getattr(self.device.datapath, "report", None))
-                else {}
-            ),
+            **({"vhost_user": peer} if (peer := self.device.datapath.report()) else {}),
         }

@@ -115,8 +115,14 @@ class Machine:
         """Hand over the rings, each from its used index."""
         assert self.path is not None
         rings = [r.vring(r.used_idx) for d in self.drivers for r in d.rings]
-        self.path.start(self.acked, self.memory, rings)
+        self.path.start(self.acked, self.memory, rings, self)
         self.healthy()
+
+    def fault(self, queue: int, problem: str) -> None:
+        """Of no interest: ``healthy`` asks the path's counters."""
+
+    def link(self, up: bool) -> None:
+        """A vhost-user back-end does not tell."""
 
     def healthy(self) -> None:
         """:raises Failed: the connection has ended, or a ring was found malformed."""
@@ -448,8 +454,7 @@ def reconnect(bench: Bench) -> str:
             session.channel.stop()
 
             def back(times: int = times) -> bool:
-                counters = path.counters()
-                return counters["connections"] >= times and bool(counters["connected"])
+                return path.counters()["connections"] >= times and path.connected
 
             if not wait_for(back, bench.timeout):
                 raise Failed(

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from typing import Any, Protocol
 
-    from pyvmm.fd import EventFd
+    from pyvmm.fd import EventFd, Fd
+    from pyvmm.hostnet.rtnetlink import Link
     from pyvmm.memory import GuestMemory
-
-    #: Called from a data path's own thread: (queue index or -1 for the whole device, what is
-    #: wrong).
-    FaultHandler = Callable[[int, str], None]
 else:
     Protocol = object  # `typing` costs as much as all else that a run imports
 
@@ -60,11 +57,11 @@ class Vring:
         )
 
 
-class Marks:
-    """When rings changed hands, in monotonic nanoseconds by queue index; for who measures a switch.
+class HandOverTimes:
+    """When rings changed hands, in monotonic nanoseconds per queue index, for measuring a hand-over.
 
     :ivar asked: just before the data path was asked to let go of the ring.
-    :ivar began: when it served the ring; may come a moment after ``start`` has returned.
+    :ivar began: when the path served the ring; may come a moment after ``start`` has returned.
     """
 
     __slots__ = ("asked", "began")
@@ -125,100 +122,163 @@ class RxFilter:
         return [self.mac, *self.unicast, b"\xff" * 6, *self.multicast]
 
 
-class Place(Protocol):
-    """Where frames enter and leave, as far as a move away from it or to it goes."""
+class NetInterface(Protocol):
+    """A network interface that may be deleted, and made again, while a data path uses it."""
 
-    def waiting(self) -> bool:
-        """Whether a frame is there that nobody has taken."""
+    def link(self) -> Link:
+        """The interface's counters and events; another object after ``reopen``."""
 
-    def discard(self) -> int:
-        """Throw away the frames that wait, while no data path runs; how many they were."""
+    def reopen(self) -> bool:
+        """Open the interface again after it was deleted; whether that succeeded.
+
+        :raises PyvmmError: the interface is there but cannot be had.
+        """
+
+
+class Frames(Protocol):
+    """Where a worker of the emulated path reads and writes frames: a tap, or sockets in its place.
+
+    Each descriptor keeps frame boundaries; each frame follows a 12-byte virtio-net header.
+
+    :ivar fds: one descriptor per queue pair, owned by the implementer and lent to the data path.
+    :ivar mtu: bytes; decides how large a receive buffer must be.
+    """
+
+    name: str
+    fds: list[Fd]
+    mtu: int
+
+    @property
+    def interface(self) -> NetInterface | None:
+        """The network interface behind the descriptors; None for sockets, which never return."""
+
+    def features(self) -> int:
+        """The virtio-net offload features that the descriptors can honour, as a mask."""
+
+
+class HostSide(Protocol):
+    """What a network device programs on the host's side of its card (``card.uplink.Uplink``)."""
+
+    def set_queues(self, count: int) -> None:
+        """Have the host spread its frames over the first ``count`` queue pairs only.
+
+        :raises PyvmmError: the host refuses.
+        """
+
+    def set_offloads(self, acked: int) -> None:
+        """Let the host send what the GUEST_* bits of ``acked`` allow; at any time.
+
+        :raises PyvmmError: the host refuses.
+        """
+
+    def set_rx_filter(self, rx: RxFilter) -> None:
+        """Have the host drop frames that ``rx`` does not ask for; it may let more pass.
+
+        :raises PyvmmError: the host refuses.
+        """
+
+    def set_carrier(self, up: bool) -> None:
+        """Show the host a cable that is plugged in or not.
+
+        :raises PyvmmError: the host refuses.
+        """
+
+
+class PathEvents(Protocol):
+    """Takes what a data path reports while it serves rings. Any thread; neither method waits."""
+
+    def fault(self, queue: int, problem: str) -> None:
+        """The path stopped serving a malformed ring, or cannot go on.
+
+        :param queue: index of the virtqueue, or -1 for the whole device. :param problem: in words.
+        """
+
+    def link(self, up: bool) -> None:
+        """The interface behind the path has been deleted (False) or is back (True)."""
 
 
 class DataPath(Protocol):
-    """A way to move packets between the rings and the outside."""
+    """A way to move packets between the rings and the host's side of the card.
+
+    ``prepare``, ``start``, ``stop``, ``stop_transmit`` and ``close`` are called by one thread at a
+    time; the other members by any thread. ``patience`` is the number of seconds that another
+    process may take for its part, None for the path's own limit; a path that asks no other process
+    does not use it.
+
+    :ivar times: of the latest start and stop.
+    :ivar restarts_for_offloads: whether other offloads than at ``start`` need a stop and a start;
+        otherwise it suffices to program the host's side.
+    """
 
     name: str
-    #: Set by the device before start(): a malformed ring or a dead backend is reported here, once.
-    on_fault: FaultHandler | None
-    #: Likewise: the outside is gone (False) or back (True).
-    on_link: Callable[[bool], None] | None
-    #: Seconds that another process has for a start or a stop; of no meaning where there is none.
-    timeout: float
-    #: Of the latest start and stop.
-    marks: Marks
-
-    @property
-    def outside(self) -> Place | None:
-        """Where frames enter and leave, lent to the data path: a tap of ours, or None where the
-        other side has its own.
-        """
+    times: HandOverTimes
+    restarts_for_offloads: bool
 
     def features(self) -> int:
         """The virtio feature bits that this data path can honour."""
 
     def prepare(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
-        """Agree beforehand on what needs an answer, so that ``start`` is short. May take its time.
+        """Agree beforehand on what needs an answer, so that ``start`` is short.
 
-        :param rings: like those to come; they are not touched yet.
-
-        :raises PyvmmError: it will not do.
+        :param rings: like those that ``start`` will get; they are not touched yet.
+        :raises PyvmmError: the path will not serve such rings.
         """
 
-    def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
+    def start(
+        self,
+        acked: int,
+        memory: GuestMemory,
+        rings: Sequence[Vring],
+        events: PathEvents,
+        *,
+        patience: float | None = None,
+    ) -> None:
         """Take over the rings of the queue pairs in use, pair 0 first, all or nothing.
 
+        The caller has programmed queues and offloads of the host's side (``HostSide``) before.
+
         :param acked: the negotiated feature bits, of GUEST_* only those in force.
+        :param events: told of faults and of the link until ``stop`` returns.
         :raises PyvmmError: nothing was started and the rings are untouched.
         """
 
     def problem(self) -> str:
-        """Why the rings that it was given are not being served; empty where they are."""
+        """Why the rings of the latest ``start`` are not being served; empty if they are."""
 
-    def stop(self, *, finish: bool = False) -> list[int]:
-        """Quiesce: finish what was taken from the rings; return each ring's base, in the order of
-        ``start``.
+    def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
+        """Finish what was taken from the rings; return each ring's position in ``start``'s order.
 
-        :param finish: another data path goes on: what was read from the outside goes to the guest,
-            too, even if that has to add buffers first, for which it gets a fifth of a second.
+        No access to guest memory happens after it returns. A path that is not running returns [].
 
-        No access to guest memory happens after it returns. Idempotent: without a running path it
-        returns [].
+        :param finish: another data path goes on: a frame that was read from the host's side goes to
+            the guest, too, even if the guest has to add buffers first, for which it gets a fifth of
+            a second.
+        :raises PyvmmError: the path did not stop in order; it has let go of the rings all the same.
         """
 
-    def hold(self) -> None:
+    def stop_transmit(self, *, patience: float | None = None) -> None:
         """Take nothing more from the transmit rings, but go on receiving; ``stop`` comes next.
 
-        :raises PyvmmError: that is not to be had.
+        :raises PyvmmError: the path cannot do so.
         """
-
-    def announce(self, mac: bytes) -> bool:
-        """Have the network learn that ``mac`` is at this path's outside, rings or no rings; whether
-        that can be done.
-        """
-
-    def set_offloads(self, acked: int) -> None:
-        """Reprogram offloads from GUEST_* bits while running
-        (VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET).
-        """
-
-    def set_rx_filter(self, rx: RxFilter) -> None:
-        """Receive what ``rx`` asks for, or more; at any time between ``start`` and ``stop``, and
-        before.
-        """
-
-    def set_carrier(self, up: bool) -> None:
-        """Plug or pull the cable on the host's side, where that can be shown."""
 
     def counters(self) -> dict[str, int]:
-        """Packets, bytes, kicks, calls and drops since creation; keys end in the unit where it is
-        not a count.
+        """Packets, bytes, kicks, calls and drops since creation; a key ends in its unit unless the
+        value is a count.
         """
 
     def workers(self) -> list[dict[str, object]]:
         """The threads that move packets now: ``name``, ``tid``, and ``cpu_s``, seconds of CPU that
-        it has used.
+        the thread has used.
+        """
+
+    def report(self) -> dict[str, object]:
+        """What is known of another process that moves the packets, for JSON; empty without one."""
+
+    def cut(self) -> None:
+        """End every conversation with another process at once, and allow no other: the machine
+        ends. Takes no lock that a conversation holds.
         """
 
     def close(self) -> None:
-        """Release everything but the outside; stops first. A second call does nothing."""
+        """Stop, and release everything that is not lent. A second call does nothing."""

@@ -7,7 +7,7 @@ import threading
 import time
 
 from pyvmm._ext import ffi, lib
-from pyvmm.datapath.base import Marks, by_pair, cpu_ns
+from pyvmm.datapath.base import HandOverTimes, by_pair, cpu_ns
 from pyvmm.errors import HostError, RingFault
 from pyvmm.hostnet.rtnetlink import Reopener
 from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
@@ -21,30 +21,12 @@ from pyvmm.spec.virtio_net import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import Any, Protocol
+    from collections.abc import Sequence
+    from typing import Any
 
-    from pyvmm.datapath.base import FaultHandler, RxFilter, Vring
-    from pyvmm.fd import Fd
+    from pyvmm.datapath.base import Frames, PathEvents, Vring
+    from pyvmm.kvm.recorder import Scope
     from pyvmm.memory import GuestMemory
-
-    class Port(Protocol):
-        """Where packets enter and leave: a Tap, or in tests a socket in its place."""
-
-        name: str
-        fds: list[Fd]
-        mtu: int
-
-        def features(self) -> int: ...
-        def set_queues(self, count: int) -> None: ...
-        def set_offloads(self, acked: int) -> None: ...
-        def set_rx_filter(self, rx: RxFilter) -> None: ...
-        def set_carrier(self, up: bool) -> None: ...
-        def reopen(self) -> bool: ...
-        def announce(self, mac: bytes) -> bool: ...
-        def waiting(self) -> bool: ...
-        def discard(self) -> int: ...
-
 
 RING_FEATURES = (VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_NET_F_MRG_RXBUF)
 GSO = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6 | 1 << VIRTIO_NET_F_GUEST_UFO
@@ -68,31 +50,37 @@ class EmulatedNet:
     """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one
     thread at a time.
 
-    :param port: the tap, lent. One descriptor a queue pair.
+    :param port: the tap, lent; the caller programs its queues and offloads before ``start``.
     :param poll_us: a worker looks for work this long, in microseconds, before it sleeps.
     :param worker_cpu: pin worker k to CPU worker_cpu + k.
-    :ivar on_link: called from a worker's thread with False when the tap has vanished, True when it
-        is back.
+    :param recorder: for traces, or None.
     """
 
     name = "emulated"
+    restarts_for_offloads = False
 
-    def __init__(self, port: Port, *, poll_us: int = 0, worker_cpu: int | None = None) -> None:
-        self.on_fault: FaultHandler | None = None
-        self.on_link: Callable[[bool], None] | None = None
-        self.marks = Marks()
-        self.timeout = 0.0  # nobody's answer is waited for
-        self.outside = port
+    def __init__(
+        self,
+        port: Frames,
+        *,
+        poll_us: int = 0,
+        worker_cpu: int | None = None,
+        recorder: Scope | None = None,
+    ) -> None:
+        self.times = HandOverTimes()
         self._port = port
+        self._events: PathEvents | None = None
+        self._recorder = recorder
         self._poll_us = poll_us
         self._worker_cpu = worker_cpu
         self._pairs: list[_Pair] = []
         self._queues: list[int] = []
-        self._reopener = Reopener(port, self._link_back)
+        interface = port.interface
+        self._reopener = Reopener(
+            port.name, interface.reopen if interface is not None else None, self._link_back
+        )
         # Guards workers against being freed while their counters are read.
         self._lock = threading.Lock()
-        #: Set by the machine where it traces, before ``start``: a ``kvm.recorder.Scope``.
-        self.recorder: Any = None
         self._fields = [(n, f.type.kind) for n, f in ffi.typeof("struct pv_net_counters").fields]
         self._totals: dict[str, int] = {"link_losses": 0, "ring_faults": 0, "worker_cpu_ns": 0}
         self._totals |= {name: 0 for name, kind in self._fields if kind != "array"}
@@ -108,7 +96,15 @@ class EmulatedNet:
         """None that ``start`` would not have raised."""
         return ""
 
-    def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
+    def start(
+        self,
+        acked: int,
+        memory: GuestMemory,
+        rings: Sequence[Vring],
+        events: PathEvents,
+        *,
+        patience: float | None = None,
+    ) -> None:
         """Take over the rings.
 
         :raises RingFault: a ring's size or addresses are wrong. :raises HostError: no descriptors,
@@ -118,10 +114,9 @@ class EmulatedNet:
         pairs = by_pair(rings)
         if max(pairs, default=0) >= len(self._port.fds):
             raise HostError(f"queue pair {max(pairs)} has no queue of {self._port.name}")
-        self._port.set_queues(max(1, len(pairs)))
-        self._port.set_offloads(acked)
+        self._events = events
         self._reopener.rearm()
-        self.marks.began = {}
+        self.times.began = {}
         started: list[_Pair] = []
         try:
             for number, own in pairs.items():
@@ -169,8 +164,8 @@ class EmulatedNet:
         config.indirect = bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1)
         config.event_idx = bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1)
         config.name = f"{self._port.name[:11]}-{number}".encode()[:15]
-        if self.recorder is not None:
-            config.trace = self.recorder.ring(f"worker {number}")
+        if self._recorder is not None:
+            config.trace = self._recorder.ring(f"worker {number}")
         why = ffi.new("struct pv_net_event *")
         worker = lib.pv_net_worker_new(config, memory.c, why)
         if not worker:
@@ -184,10 +179,10 @@ class EmulatedNet:
         """Frames that the tap has counted as taken, for who has in-flight notes to keep and is its
         only sender.
         """
-        link = getattr(self._port, "link", None)
-        if link is None or len(self._port.fds) != 1 or not any(ring.inflight for ring in rings):
+        interface = self._port.interface
+        if interface is None or len(self._port.fds) != 1 or not any(r.inflight for r in rings):
             return int(lib.PV_NET_UNKNOWN)
-        return int(link().stats().get("rx_packets", lib.PV_NET_UNKNOWN))
+        return int(interface.link().stats().get("rx_packets", lib.PV_NET_UNKNOWN))
 
     def _run(self, pair: _Pair) -> None:
         if self._worker_cpu is not None:
@@ -196,7 +191,7 @@ class EmulatedNet:
             except OSError as e:
                 self._report(-1, f"worker-cpu={self._worker_cpu + pair.number}: {e.strerror}")
         now = time.monotonic_ns()
-        self.marks.began |= {2 * pair.number: now, 2 * pair.number + 1: now}
+        self.times.began |= {2 * pair.number: now, 2 * pair.number + 1: now}
         try:
             self._serve(pair)
         finally:
@@ -219,15 +214,15 @@ class EmulatedNet:
             elif event.kind == lib.PV_NET_LINK_DOWN:
                 self._link_lost(pair)
             elif event.kind == lib.PV_NET_LINK_UP:
-                if self.on_link is not None:
-                    self.on_link(True)
+                if self._events is not None:
+                    self._events.link(True)
             else:
                 self._report(-1, f"emulated data path: {os.strerror(event.error)}")
                 return
 
     def _link_lost(self, pair: _Pair) -> None:
-        if self.on_link is not None:
-            self.on_link(False)
+        if self._events is not None:
+            self._events.link(False)
         with self._lock:
             self._totals["link_losses"] += 1
             pair.link_up = False
@@ -243,23 +238,23 @@ class EmulatedNet:
                 lib.pv_net_worker_attach(pair.worker, self._port.fds[pair.number].fileno())
 
     def _report(self, queue: int, problem: str) -> None:
-        if self.on_fault is not None:
-            self.on_fault(queue, problem)
+        if self._events is not None:
+            self._events.fault(queue, problem)
 
     def _halt(self, finish: bool) -> None:
         pairs = self._pairs
         end = lib.pv_net_worker_finish if finish else lib.pv_net_worker_stop
         for pair in pairs:
             now = time.monotonic_ns()
-            self.marks.asked[2 * pair.number] = now
+            self.times.asked[2 * pair.number] = now
             if not lib.pv_net_worker_hold(pair.worker):  # else it has been asked before
-                self.marks.asked[2 * pair.number + 1] = now
+                self.times.asked[2 * pair.number + 1] = now
             end(pair.worker)
         for pair in pairs:
             if pair.thread is not None and pair.thread.ident is not None:
                 pair.thread.join()
 
-    def stop(self, *, finish: bool = False) -> list[int]:
+    def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
         """Stop the workers; returns each ring's next available index, in the order of ``start``."""
         self._reopener.stop()
         self._halt(finish)
@@ -276,34 +271,18 @@ class EmulatedNet:
         queues, self._queues = self._queues, []
         return [bases[q] for q in queues]
 
-    def hold(self) -> None:
+    def stop_transmit(self, *, patience: float | None = None) -> None:
         """Tell the workers, and wait until none has a transmit chain in its hands.
 
         :raises HostError: one does not answer.
         """
         for pair in self._pairs:
-            self.marks.asked[2 * pair.number + 1] = time.monotonic_ns()
+            self.times.asked[2 * pair.number + 1] = time.monotonic_ns()
             until = time.monotonic() + HOLD_S
             while not lib.pv_net_worker_hold(pair.worker):
                 if time.monotonic() > until:
                     raise HostError(f"the worker of queue pair {pair.number} does not answer")
                 time.sleep(0.0002)
-
-    def announce(self, mac: bytes) -> bool:
-        """From the tap."""
-        return self._port.announce(mac)
-
-    def set_offloads(self, acked: int) -> None:
-        """Reprogram the tap while running."""
-        self._port.set_offloads(acked)
-
-    def set_rx_filter(self, rx: RxFilter) -> None:
-        """Filter in the tap."""
-        self._port.set_rx_filter(rx)
-
-    def set_carrier(self, up: bool) -> None:
-        """Show it on the tap."""
-        self._port.set_carrier(up)
 
     def _count(self, pair: _Pair, into: dict[str, int]) -> None:
         c = ffi.new("struct pv_net_counters *")
@@ -343,6 +322,13 @@ class EmulatedNet:
                 for p in self._pairs
                 if p.thread is not None
             ]
+
+    def report(self) -> dict[str, object]:
+        """Nothing: there is no other process."""
+        return {}
+
+    def cut(self) -> None:
+        """Nothing to cut: no other process is asked."""
 
     def close(self) -> None:
         """Stop; all else is lent."""

@@ -11,7 +11,7 @@ import select
 import threading
 import time
 
-from pyvmm.datapath.base import Marks, by_pair, cpu_ns
+from pyvmm.datapath.base import HandOverTimes, by_pair, cpu_ns
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import PacketCount, Reopener
@@ -21,9 +21,9 @@ from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from pyvmm.datapath.base import FaultHandler, RxFilter, Vring
+    from pyvmm.datapath.base import PathEvents, Vring
     from pyvmm.datapath.vhost_device import Vhost
     from pyvmm.hostnet.tap import Tap
     from pyvmm.memory import GuestMemory
@@ -45,13 +45,11 @@ class VhostNet:
     """
 
     name = "vhost-net"
+    restarts_for_offloads = False
 
     def __init__(self, port: Tap, devices: list[Vhost], *, worker_cpu: int | None = None) -> None:
-        self.on_fault: FaultHandler | None = None
-        self.on_link: Callable[[bool], None] | None = None
-        self.marks = Marks()
-        self.timeout = 0.0  # nobody's answer is waited for
-        self.outside = port
+        self.times = HandOverTimes()
+        self._events: PathEvents | None = None
         self._port = port
         self._devices = devices
         self._rings: list[Vring] = []
@@ -59,7 +57,7 @@ class VhostNet:
         self._errors = [EventFd() for _ in range(2 * len(devices))]
         self._stop, self._relinked = EventFd(), EventFd()
         self._watcher: threading.Thread | None = None
-        self._reopener = Reopener(port, self._link_back)
+        self._reopener = Reopener(port.name, port.reopen, self._link_back)
         self._lock = threading.Lock()  # the totals, and backends against a tap that returns
         self._totals = {"link_losses": 0, "ring_faults": 0}
         port.link()  # now, while there is one
@@ -81,7 +79,15 @@ class VhostNet:
         """None that ``start`` would not have raised."""
         return ""
 
-    def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
+    def start(
+        self,
+        acked: int,
+        memory: GuestMemory,
+        rings: Sequence[Vring],
+        events: PathEvents,
+        *,
+        patience: float | None = None,
+    ) -> None:
         """Hand the rings to the kernel.
 
         :raises HostError: it refuses.
@@ -90,10 +96,9 @@ class VhostNet:
         pairs = by_pair(rings)
         if max(pairs, default=0) >= len(self._devices):
             raise HostError(f"queue pair {max(pairs)} has no vhost device")
-        self._port.set_queues(max(1, len(pairs)))
-        self._port.set_offloads(acked)
+        self._events = events
         self._reopener.rearm()
-        self.marks.began = {}
+        self.times.began = {}
         self._packets.start()
         try:
             for number, own in pairs.items():
@@ -129,9 +134,9 @@ class VhostNet:
         for ring in self._rings:
             number, way = divmod(ring.index, 2)
             self._devices[number].set_backend(way, self._port.fds[number].fileno())
-            self.marks.began[ring.index] = time.monotonic_ns()
+            self.times.began[ring.index] = time.monotonic_ns()
 
-    def stop(self, *, finish: bool = False) -> list[int]:
+    def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
         """Take the rings back: no backend first, which flushes the worker, then their positions, in
         the order of ``start``.
 
@@ -160,7 +165,7 @@ class VhostNet:
             raise error
         return bases
 
-    def hold(self) -> None:
+    def stop_transmit(self, *, patience: float | None = None) -> None:
         """Take the tap from the transmit rings.
 
         :raises HostError: the kernel refuses.
@@ -169,14 +174,10 @@ class VhostNet:
             self._halt(ring, [])
             self._held.add(ring.index)
 
-    def announce(self, mac: bytes) -> bool:
-        """From the tap."""
-        return self._port.announce(mac)
-
     def _halt(self, ring: Vring, bases: list[int]) -> None:
         if ring.index in self._held:
             return
-        self.marks.asked[ring.index] = time.monotonic_ns()
+        self.times.asked[ring.index] = time.monotonic_ns()
         self._devices[ring.index // 2].set_backend(ring.index % 2, -1)
 
     def _let_go(self, ring: Vring, bases: list[int]) -> None:
@@ -213,15 +214,15 @@ class VhostNet:
     def _ring_fault(self, queue: int) -> None:
         with self._lock:
             self._totals["ring_faults"] += 1
-        if self.on_fault is not None:
-            self.on_fault(queue, f"queue {queue}: vhost-net calls the ring malformed")
+        if self._events is not None:
+            self._events.fault(queue, f"queue {queue}: vhost-net calls the ring malformed")
 
     def _link_lost(self) -> None:
         """The worker drops what the guest sends from now on: the tap's descriptors are dead."""
         with self._lock:
             self._totals["link_losses"] += 1
-        if self.on_link is not None:
-            self.on_link(False)
+        if self._events is not None:
+            self._events.link(False)
         self._reopener.start()
 
     def _link_back(self) -> None:
@@ -231,26 +232,14 @@ class VhostNet:
             try:
                 self._set_backends()
             except HostError as e:
-                if self.on_fault is not None:
-                    self.on_fault(-1, str(e))
+                if self._events is not None:
+                    self._events.fault(-1, str(e))
                 return
         self._relinked.signal()
-        if self.on_link is not None:
-            self.on_link(True)
+        if self._events is not None:
+            self._events.link(True)
 
     # --- the rest ---------------------------------------------------------------------------------
-
-    def set_offloads(self, acked: int) -> None:
-        """Reprogram the tap while running."""
-        self._port.set_offloads(acked)
-
-    def set_rx_filter(self, rx: RxFilter) -> None:
-        """Filter in the tap."""
-        self._port.set_rx_filter(rx)
-
-    def set_carrier(self, up: bool) -> None:
-        """Show it on the tap."""
-        self._port.set_carrier(up)
 
     def counters(self) -> dict[str, int]:
         """The tap's packets, bytes and drops while it ran (vhost counts nothing), and
@@ -269,6 +258,13 @@ class VhostNet:
                 cpu_s = cpu_ns(device.worker) / 1e9
                 out.append({"name": device.worker_name, "tid": device.worker, "cpu_s": cpu_s})
         return out
+
+    def report(self) -> dict[str, object]:
+        """Nothing: there is no other process."""
+        return {}
+
+    def cut(self) -> None:
+        """Nothing to cut: no other process is asked."""
 
     @property
     def _closed(self) -> bool:

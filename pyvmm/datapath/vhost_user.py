@@ -23,7 +23,7 @@ import struct
 import threading
 import time
 
-from pyvmm.datapath.base import Marks
+from pyvmm.datapath.base import HandOverTimes
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.fd import EventFd, Fd, eventfds
 from pyvmm.hostnet.rtnetlink import PacketCount
@@ -62,8 +62,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from pyvmm.datapath.base import FaultHandler, RxFilter, Vring
-    from pyvmm.hostnet.tap import Tap
+    from pyvmm.datapath.base import PathEvents, Vring
+    from pyvmm.hostnet.rtnetlink import Link
     from pyvmm.memory import GuestMemory
 
 PROTOCOL_FEATURES = (
@@ -95,16 +95,6 @@ DATA_FEATURES = (
     virtio_net.VIRTIO_NET_F_MRG_RXBUF,
 )
 DATA_MASK = sum(1 << bit for bit in DATA_FEATURES)
-GUEST_OFFLOADS = sum(
-    1 << bit
-    for bit in (
-        virtio_net.VIRTIO_NET_F_GUEST_CSUM,
-        virtio_net.VIRTIO_NET_F_GUEST_TSO4,
-        virtio_net.VIRTIO_NET_F_GUEST_TSO6,
-        virtio_net.VIRTIO_NET_F_GUEST_ECN,
-        virtio_net.VIRTIO_NET_F_GUEST_UFO,
-    )
-)
 RUNNING = (
     virtio.VIRTIO_CONFIG_S_ACKNOWLEDGE
     | virtio.VIRTIO_CONFIG_S_DRIVER
@@ -180,13 +170,15 @@ class VhostUserNet:
     :param timeout: seconds for a whole conversation, such as a start or a stop of the rings.
     :param wait: seconds for the first connection. :param recorder: a ``kvm.recorder.Scope`` for
         every message, or None.
-    :param port: the tap that the back-end has from us, lent; None where its side is its own affair.
+    :param link: gives the link of the tap that the back-end has from us, whose packets are counted
+        there; None if the back-end's host side is its own.
     :param dial: makes a connection in place of the socket at ``path``.
     :ivar problems: the last refusals and losses, in words.
     :raises VhostUserError: there is no back-end, or none that fits.
     """
 
     name = "vhost-user"
+    restarts_for_offloads = True  # the back-end learns of them by SET_FEATURES
 
     def __init__(
         self,
@@ -199,19 +191,17 @@ class VhostUserNet:
         timeout: float = 5.0,
         wait: float = 10.0,
         recorder: Any = None,
-        port: Tap | None = None,
+        link: Callable[[], Link] | None = None,
         dial: Callable[[], Channel] | None = None,
     ) -> None:
         self._recorder = recorder
-        self.marks = Marks()
-        self.outside = self._port = port
+        self.times = HandOverTimes()
         self._packets: PacketCount | None = None
-        if port is not None:
-            port.link()  # now, while there is one
-            self._packets = PacketCount(port.link)
+        if link is not None:
+            link()  # now, while there is one
+            self._packets = PacketCount(link)
         self._dial = dial or (lambda: connect(path))
-        self.on_fault: FaultHandler | None = None
-        self.on_link: Callable[[bool], None] | None = None
+        self._events: PathEvents | None = None
         self.path, self.queues, self.mtu, self.mac = path, queues, mtu, mac
         self.problems: list[str] = []
         self.timeout = timeout
@@ -231,6 +221,7 @@ class VhostUserNet:
         self._counts = dict.fromkeys(COUNTERS, 0)
         self._closed = False
         self._stopping = threading.Event()
+        self._cut = False
         events = eventfds(1 + 2 * queues)
         self._wake, self._errs = events[0], events[1:]
         self._listener: Listener | None = None
@@ -247,10 +238,11 @@ class VhostUserNet:
 
     # --- talking ----------------------------------------------------------------------------------
 
-    def _begin(self, channel: Channel) -> None:
+    def _begin(self, channel: Channel, patience: float | None = None) -> None:
+        """A conversation of at most ``patience`` seconds, by default ``timeout``."""
         self._talking = channel
-        self._deadline = time.monotonic() + self.timeout
-        if self._stopping.is_set():
+        self._deadline = time.monotonic() + (self.timeout if patience is None else patience)
+        if self._stopping.is_set() or self._cut:
             channel.stop()
 
     def _left(self) -> float:
@@ -405,7 +397,7 @@ class VhostUserNet:
             return
         self._lost_at = self._lost_at or time.monotonic_ns()
         if self._inflight is None:
-            for ring in self._rings[1::2]:
+            for ring in self._transmit_rings():
                 self._counts["tx_possible_repeats"] += self._avail(ring) - self._used(ring) & 0xFFFF
 
     def _problem(self, reason: VhostUserError | str) -> None:
@@ -415,6 +407,9 @@ class VhostUserNet:
             self.problems = [*self.problems[1 - PROBLEMS_MAX :], str(reason)]
 
     # --- rings ------------------------------------------------------------------------------------
+
+    def _transmit_rings(self) -> list[Vring]:
+        return [ring for ring in self._rings if ring.index % 2]
 
     def _avail(self, ring: Vring) -> int:
         return int.from_bytes(self._memory.read(ring.avail + 2, 2), "little")
@@ -451,7 +446,7 @@ class VhostUserNet:
         now = time.monotonic_ns()
         for ring in self._rings:
             _signal(ring.kick)
-            self.marks.began[ring.index] = now
+            self.times.began[ring.index] = now
 
     def _introduce(self, s: _Session, acked: int, memory: GuestMemory, size: int) -> None:
         """MTU, in-flight region, features and memory: what may be said before there are rings (of
@@ -545,6 +540,8 @@ class VhostUserNet:
 
         :raises VhostUserError: the back-end refuses, or is gone.
         """
+        if not rings:
+            return
         with self._lock:
             s = self._session
             if s is None:
@@ -568,18 +565,26 @@ class VhostUserNet:
                 return ""
             return self.problems[-1] if self.problems else "no back-end"
 
-    def start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
+    def start(
+        self,
+        acked: int,
+        memory: GuestMemory,
+        rings: Sequence[Vring],
+        events: PathEvents,
+        *,
+        patience: float | None = None,
+    ) -> None:
         """Have the back-end serve the rings. Where it is gone or fails, the rings are parked until
         there is one that does.
         """
-        if self._port is not None:
-            self._port.set_queues(max(1, len(rings) // 2))
-            self._port.set_offloads(acked)
+        if not rings:  # the driver has enabled none
+            return
         if self._packets is not None:
             self._packets.start()
         with self._lock:
-            self.marks.began, self._held = {}, {}
+            self.times.began, self._held = {}, {}
             self._acked, self._memory, self._rings = acked, memory, list(rings)
+            self._events = events
             self._required = acked & self._features
             self._faulted = set()
             for err in self._errs:
@@ -589,7 +594,7 @@ class VhostUserNet:
                 self._park()
                 return
             try:
-                self._begin(s.channel)
+                self._begin(s.channel, patience)
                 self._configure(s, [ring.base for ring in rings])
             except PyvmmError as e:
                 self._lost(str(e) if not isinstance(e, VhostUserError) else e)
@@ -597,7 +602,7 @@ class VhostUserNet:
                 self._talking = None
         self._wake.signal()
 
-    def stop(self, *, finish: bool = False) -> list[int]:
+    def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
         """Take the rings back. A back-end that does not give them is cut off, and the used indices
         are the positions.
         """
@@ -614,7 +619,7 @@ class VhostUserNet:
             s, held = self._session, self._held
             if s is not None:
                 try:
-                    self._begin(s.channel)
+                    self._begin(s.channel, patience)
                     bases = [
                         held[r.index] if r.index in held else self._stop_ring(s, r) for r in rings
                     ]
@@ -628,6 +633,7 @@ class VhostUserNet:
                     self._talking = None
             bases += [self._used(ring) for ring in rings[len(bases) :]]
             self._rings = []
+            self._events = None
             self._required = 0
             self._forget_inflight()
             self._unparked()
@@ -635,7 +641,7 @@ class VhostUserNet:
             self._packets.stop()
         return bases
 
-    def hold(self) -> None:
+    def stop_transmit(self, *, patience: float | None = None) -> None:
         """Take back the transmit rings. (DPDK stops receiving, too.)
 
         :raises VhostUserError: it does not give them.
@@ -645,8 +651,8 @@ class VhostUserNet:
             if s is None:
                 return
             try:
-                self._begin(s.channel)
-                for ring in self._rings[1::2]:
+                self._begin(s.channel, patience)
+                for ring in self._transmit_rings():
                     self._held[ring.index] = self._stop_ring(s, ring)
             except VhostUserError as e:
                 self._lost(e)
@@ -654,10 +660,8 @@ class VhostUserNet:
             finally:
                 self._talking = None
 
-    def announce(self, mac: bytes) -> bool:
-        """By our tap, else by the back-end (SEND_RARP), where it can."""
-        if self._port is not None:
-            return self._port.announce(mac)
+    def send_rarp(self, mac: bytes) -> bool:
+        """Ask the back-end to tell its network where ``mac`` is (SEND_RARP); whether it does."""
         with self._lock:
             s = self._session
             if s is None or not s.has(VHOST_USER_PROTOCOL_F_RARP):
@@ -674,7 +678,7 @@ class VhostUserNet:
         return True
 
     def _stop_ring(self, s: _Session, ring: Vring) -> int:
-        self.marks.asked[ring.index] = time.monotonic_ns()
+        self.times.asked[ring.index] = time.monotonic_ns()
         answer = self._ask(
             s, spec.VHOST_USER_GET_VRING_BASE, struct.pack(VRING_STATE, ring.index, 0)
         )
@@ -692,39 +696,27 @@ class VhostUserNet:
             return used
         return base
 
-    def set_offloads(self, acked: int) -> None:
-        """Features may not change while the rings run: they stop for it."""
-        rings, memory = self._rings, self._memory
-        new = self._acked & ~GUEST_OFFLOADS | acked & GUEST_OFFLOADS
-        if rings and new != self._acked:
-            self.start(
-                new, memory, [r.at(base) for r, base in zip(rings, self.stop(), strict=True)]
-            )
-
-    def set_rx_filter(self, rx: RxFilter) -> None:
-        """Filter in the tap; without one filtering is the back-end's own business."""
-        if self._port is not None:
-            self._port.set_rx_filter(rx)
-
-    def set_carrier(self, up: bool) -> None:
-        """Show it on the tap, where there is one of ours."""
-        if self._port is not None:
-            self._port.set_carrier(up)
-
     def workers(self) -> list[dict[str, object]]:
         """None here: they are in the other process."""
         return []
 
     def counters(self) -> dict[str, int]:
-        """Connections, losses and what they cost; ``connected`` is 0 or 1. Packets are counted on
-        our tap, else by the back-end.
+        """Connections, losses and what they cost. Packets are counted on our tap, else by the
+        back-end.
         """
         packets = self._packets.read() if self._packets is not None else {}
         with self._lock:
-            out = {**packets, **self._counts, "connected": int(self._session is not None)}
+            out = {**packets, **self._counts}
             if self._lost_at:
                 out["parked_ms"] += (time.monotonic_ns() - self._lost_at) // 1000000
         return out
+
+    def cut(self) -> None:
+        """End the conversation that is under way, and allow no other. Any thread; takes no lock."""
+        self._cut = True
+        talking = self._talking
+        if talking is not None:
+            talking.stop()
 
     def close(self) -> None:
         """Stop, disconnect and release everything. A second call does nothing."""
@@ -840,10 +832,10 @@ class VhostUserNet:
         """
         with self._lock:
             self._counts["ring_errors"] += 1
-            report = self._rings and ring not in self._faulted
+            events = self._events if ring not in self._faulted else None
             self._faulted.add(ring)
-        if report and self.on_fault is not None:
-            self.on_fault(ring, f"queue {ring}: the vhost-user back-end has found it malformed")
+        if events is not None:
+            events.fault(ring, f"queue {ring}: the vhost-user back-end has found it malformed")
 
     def _reconnect(self) -> bool:
         """Try once to have a session again and to resume in it."""
@@ -888,12 +880,18 @@ class VhostUserNet:
             self._counts["parked_ms"] += (time.monotonic_ns() - self._lost_at) // 1000000
             self._lost_at = 0
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a session with the back-end."""
+        return self._session is not None
+
     def report(self) -> dict[str, object]:
         """For the machine's report: who is at the other end, and what went wrong with it."""
         with self._lock:
             s = self._session
             return {
                 "socket": self.path,
+                "connected": s is not None,
                 "protocol_features": protocol_names(s.protocol) if s else [],
                 "inflight": self._inflight is not None,
                 "problems": list(self.problems),

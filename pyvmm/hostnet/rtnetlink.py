@@ -18,14 +18,6 @@ from pyvmm.threads import Thread
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Protocol
-
-    class Reopening(Protocol):
-        """A tap, as far as waiting for it goes."""
-
-        name: str
-
-        def reopen(self) -> bool: ...
 
 
 #: struct nlmsghdr, struct ifinfomsg, struct rtattr.
@@ -187,28 +179,35 @@ class PacketCount:
 class Reopener:
     """Waits, in a thread of its own, for a deleted tap to come back.
 
+    :param name: of the tap. :param reopen: opens the tap again, and says whether it could; None for
+        sockets in place of a tap, which never come back.
     :param back: called in that thread once the tap has been opened again.
     """
 
-    def __init__(self, port: Reopening, back: Callable[[], None]) -> None:
-        self._port, self._back = port, back
+    def __init__(
+        self, name: str, reopen: Callable[[], bool] | None, back: Callable[[], None]
+    ) -> None:
+        self._name, self._reopen, self._back = name, reopen, back
         self._lock = threading.Lock()
         self._quit = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Look for it from now on; does nothing where that is so already. Any thread."""
+        """Look for the tap from now on; does nothing if a thread already does. Any thread."""
+        reopen = self._reopen
+        if reopen is None:
+            return
         with self._lock:
             if self._thread is None and not self._quit.is_set():
                 self._thread = Thread(
-                    target=self._run, name=f"{self._port.name}-watch", daemon=True
+                    target=self._run, args=(reopen,), name=f"{self._name}-watch", daemon=True
                 )
                 self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, reopen: Callable[[], bool]) -> None:
         while not self._quit.wait(REOPEN_SECONDS):
             try:
-                if not self._port.reopen():
+                if not reopen():
                     continue
             except PyvmmError:
                 continue  # there but not to be had: not yet, or not for us

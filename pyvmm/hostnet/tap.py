@@ -327,6 +327,11 @@ class Tap:
             return NetError(f"{name} exists but is no tap of this kind", "name a single-queue tap")
         return NetError(f"cannot open tap {name}: {e.strerror}")
 
+    @property
+    def interface(self) -> Tap:
+        """The tap itself: it can be deleted, and made again."""
+        return self
+
     def fileno(self) -> int:
         """The first queue's descriptor."""
         return self.fds[0].fileno()

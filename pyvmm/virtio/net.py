@@ -5,9 +5,10 @@ It does not know which data path moves its packets.
 
 from __future__ import annotations
 
+import threading
 import time
 
-from pyvmm.datapath.base import RxFilter
+from pyvmm.datapath.base import RxFilter, by_pair
 from pyvmm.errors import HostError, PyvmmError, RingFault, UsageError
 from pyvmm.spec.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_NET, VIRTIO_RING_F_EVENT_IDX
 from pyvmm.spec.virtio_net import (
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.card.report import SwitchReport
-    from pyvmm.datapath.base import DataPath, Vring
+    from pyvmm.card.uplink import Route
+    from pyvmm.datapath.base import DataPath, HostSide, PathEvents, Vring
     from pyvmm.memory import GuestMemory
     from pyvmm.virtio.control import Control
 
@@ -74,11 +76,42 @@ GUEST_OFFLOADS = sum(
 )
 
 
+class HeldEvents:
+    """Keeps the faults of a data path that has just started until it is known to serve the rings;
+    from then on passes everything on.
+    """
+
+    def __init__(self, to: PathEvents) -> None:
+        self._to = to
+        self._lock = threading.Lock()
+        self._held: list[tuple[int, str]] | None = []
+
+    def fault(self, queue: int, problem: str) -> None:
+        """Kept, or passed on."""
+        with self._lock:
+            if self._held is not None:
+                self._held.append((queue, problem))
+                return
+        self._to.fault(queue, problem)
+
+    def link(self, up: bool) -> None:
+        """Passed on."""
+        self._to.link(up)
+
+    def release(self) -> None:
+        """Pass on what was kept, and what comes."""
+        with self._lock:
+            held, self._held = self._held or [], None
+        for queue, problem in held:
+            self._to.fault(queue, problem)
+
+
 class NetDevice(VirtioDevice):
     """A network card: ``pairs`` queue pairs (2k receives, 2k + 1 transmits) and the control queue
     behind them.
 
     :param datapath: moves the packets; owned from here on.
+    :param uplink: the host's side of the card, lent.
     :param mac: 6 bytes. :param mtu: bytes, offered to the guest, or None.
     :param pairs: 1 to ``MAX_PAIRS``; more than one is offered as VIRTIO_NET_F_MQ.
     :param offer: mask of the feature bits that every data path which it may be switched to can
@@ -97,6 +130,7 @@ class NetDevice(VirtioDevice):
         name: str,
         memory: GuestMemory,
         datapath: DataPath,
+        uplink: HostSide,
         mac: bytes,
         *,
         mtu: int | None = None,
@@ -108,6 +142,8 @@ class NetDevice(VirtioDevice):
     ) -> None:
         super().__init__(name, memory, [queue_size] * (2 * pairs) + [CONTROL_SIZE])
         self.datapath = datapath
+        self._uplink = uplink
+        self._events: PathEvents = self
         self._own_mac = self.mac = mac
         self.mtu = mtu
         self.max_pairs = pairs
@@ -127,10 +163,8 @@ class NetDevice(VirtioDevice):
         self.negotiated = 0
         #: Called when the driver has changed ``rx`` or the MAC address.
         self.on_rx_change: Callable[[], None] = lambda: None
-        datapath.on_fault = self.fault
-        datapath.on_link = self._path_link
         if not link:
-            datapath.set_carrier(False)
+            uplink.set_carrier(False)
 
     def _offer(self, path: int) -> int:
         """The device's own features and what the data path can honour."""
@@ -181,8 +215,8 @@ class NetDevice(VirtioDevice):
         """What the guest is told of the link."""
         return self._plugged and self._path_up
 
-    def _path_link(self, up: bool) -> None:
-        """The data path has lost or found the outside. Any thread."""
+    def link(self, up: bool) -> None:
+        """The interface behind the data path is gone, or back. Any thread."""
         if up != self._path_up:
             self._path_up = up
             self.config_changed()
@@ -197,7 +231,7 @@ class NetDevice(VirtioDevice):
         self._plugged = up
         if not up:
             self._park()
-        self.datapath.set_carrier(up)
+        self._uplink.set_carrier(up)
         try:
             if up and self.active:
                 self._resume()
@@ -286,7 +320,7 @@ class NetDevice(VirtioDevice):
         self._offloads = acked & GUEST_OFFLOADS
         self.pairs = 1
         self.rx = RxFilter(self.mac)
-        self.datapath.set_rx_filter(self.rx)
+        self._uplink.set_rx_filter(self.rx)
         if acked >> VIRTIO_NET_F_CTRL_VQ & 1:
             for ring in rings:
                 if ring.index == control:
@@ -303,22 +337,28 @@ class NetDevice(VirtioDevice):
         self._announce = False
         self.mac = self._own_mac
 
-    def _resume(self) -> None:
-        """Start the data path on the rings of the pairs in use, from where they are."""
+    def _resume(self, patience: float | None = None) -> None:
+        """Start the data path on the rings of the pairs in use, from where they are.
+
+        :param patience: seconds that another process may take for it.
+        :raises PyvmmError: the host's side or the data path refuses.
+        """
         if not self._plugged or self._held:
             return
         rings = self.rings
         begin = time.monotonic_ns()
-        self.datapath.start(self.in_force, self.memory, rings)
+        self._uplink.set_queues(max(1, len(by_pair(rings))))
+        self._uplink.set_offloads(self.in_force)
+        self.datapath.start(self.in_force, self.memory, rings, self._events, patience=patience)
         self._started = [ring.index for ring in rings]
         if self.recorder is not None:
             self.recorder.step("start", begin, {"rings": rings})
 
-    def _park(self, *, finish: bool = False) -> None:
+    def _park(self, *, finish: bool = False, patience: float | None = None) -> None:
         """Stop the data path; the rings remember their positions."""
         started, self._started = self._started, []
         begin = time.monotonic_ns()
-        bases = self.datapath.stop(finish=finish)
+        bases = self.datapath.stop(finish=finish, patience=patience)
         if self.recorder is not None and started:
             self.recorder.step("stop", begin, {"bases": bases})
         for index, base in zip(started, bases, strict=False):
@@ -344,34 +384,38 @@ class NetDevice(VirtioDevice):
             )
 
     def switch(
-        self, new: DataPath, report: SwitchReport, spare: Callable[[], DataPath] | None = None
-    ) -> None:
+        self,
+        old: Route,
+        new: Route,
+        report: SwitchReport,
+        spare: Callable[[], Route] | None,
+        patience: float,
+    ) -> Route:
         """Have ``new`` serve the rings from where the present data path left them. The guest sees a
         pause.
 
-        ``datapath`` is afterwards the one in force: ``new``, or what served before, or what
-        ``spare`` makes. Those that are not belong to the caller, who closes them. Only if none can
-        start the guest has to reset the device.
-
         :param new: prepared (``DataPath.prepare``). :param report: gets what happened.
         :param spare: makes a data path that works wherever one can; may raise PyvmmError.
+        :param patience: seconds that another process has for each of its parts.
+        :return: the route in force: ``new``, or what served before, or what ``spare`` makes. Those
+            that are not in force belong to the caller, who closes them. Only if none can start the
+            guest has to reset the device.
         :raises UsageError: ``new`` lacks features; nothing was touched.
         """
-        self.check(new)
-        old = self.datapath
+        self.check(new.path)
         if not self._started:  # not driven yet, or the cable is pulled: the rings are at rest
             self._use(new)
-            report.outcome, report.mode = "switched", new.name
-            return
+            report.outcome, report.mode = "switched", new.path.name
+            return new
         indices, since = list(self._started), time.monotonic_ns()
         uneven = ""
-        moves = new.outside is not old.outside or new.outside is None
+        moves = not new.same_place(old)
         if moves:
             with report.step("move"):
-                self._move(new, report)
+                self._move(old, new, report, patience)
         with report.step("park"):
             try:
-                self._park(finish=True)
+                self._park(finish=True, patience=patience)
             except Exception as e:  # the same: the rings are at rest, however it went
                 uneven = str(e)
                 self._from_used(indices)
@@ -380,8 +424,8 @@ class NetDevice(VirtioDevice):
                 self._normalise(self._rings[index])
         parked = [self._rings[index] for index in indices]
         pending = {ring.index: self._index(ring.avail) - ring.base & 0xFFFF for ring in parked}
-        report.parked(parked, since, old.marks.asked, pending)
-        tries: list[tuple[str, Callable[[], DataPath]]] = [("rolled-back", lambda: old)]
+        report.parked(parked, since, old.path.times.asked, pending)
+        tries: list[tuple[str, Callable[[], Route]]] = [("rolled-back", lambda: old)]
         if uneven:
             report.reason = uneven
         else:
@@ -389,88 +433,83 @@ class NetDevice(VirtioDevice):
         if spare is not None:
             tries.append(("fallback", spare))
         outcome = ""
+        used = old
         for kind, make in tries:
-            path: DataPath | None = None
+            route: Route | None = None
             try:
-                path = make()
-                with report.step(f"start {path.name}"):
-                    self._take(path)
-                outcome = kind
+                route = make()
+                with report.step(f"start {route.path.name}"):
+                    self._take(route, patience)
+                outcome, used = kind, route
                 break
             except Exception as e:  # whatever it is: first of all somebody has to serve the rings
                 report.reason = f"{report.reason}; {e}" if report.reason else str(e)
-                if path is not None and path not in (old, new):
-                    path.close()
+                if route is not None and route not in (old, new):
+                    route.path.close()
                 self._from_used(indices)
-        report.outcome, report.mode = outcome or self._last_resort(old), self.datapath.name
+        report.outcome = outcome or self._last_resort(old, patience)
+        report.mode = self.datapath.name
         for index in indices:
             for event in (self._rings[index].kick, self._rings[index].call):
                 event.nudge()
         if moves:  # whoever it is that goes on, also one that cannot say so without rings
-            self.datapath.announce(self.mac)
+            used.announce(self.mac)
             self.announce()
+        return used
 
-    def _move(self, new: DataPath, report: SwitchReport) -> None:
+    def _move(self, old: Route, new: Route, report: SwitchReport, patience: float) -> None:
         """Frames are to enter and leave at another place. The guest's own frames would have the
         network go on sending to the old one, so they wait; then the network is told, and what is
         under way to the old place is received there yet. Best effort: what fails here costs frames
         that have not been accepted.
         """
         try:
-            self.datapath.hold()
+            old.path.stop_transmit(patience=patience)
         except PyvmmError:
             return  # it will not stop in order, either
-        if new.outside is not None:
-            report.stale = new.outside.discard()  # of the time when that was not the card's place
+        if new.tap is not None:
+            report.stale = new.tap.discard()  # of the time when that was not the card's place
         if not new.announce(self.mac):
             return
-        place = self.datapath.outside
-        enough = UNSEEN_S if place is None else QUIET_S
+        enough = UNSEEN_S if old.tap is None else QUIET_S
         start = quiet = time.monotonic()
         before: list[int] = []
         while (now := time.monotonic()) < start + MOVE_S and now < quiet + enough:
             after = [self._index(self._rings[index].used) for index in self._started[::2]]
-            if after != before or (place is not None and place.waiting()):
+            if after != before or (old.tap is not None and old.tap.waiting()):
                 before, quiet = after, now
             time.sleep(0.001)
 
-    def _use(self, path: DataPath) -> None:
-        """``path`` is the data path from now on; its rings are yet to be started."""
-        old, self.datapath = self.datapath, path
-        old.on_fault = old.on_link = None
-        path.on_fault, path.on_link = self.fault, self._path_link
-        if path.outside is not old.outside:
-            self.rx_changed()
-            try:
-                path.set_carrier(self._plugged)
-            except PyvmmError:
-                pass  # for the host to see; the guest's link is ours
+    def _use(self, route: Route) -> None:
+        """``route.path`` is the data path from now on; its rings are yet to be started."""
+        self.datapath = route.path
         if not self.status & DRIVER:
             self._reoffer()
-        self._path_link(True)  # it says so if that is not the case
+        self.link(True)  # the path says so if its interface is gone
 
-    def _take(self, path: DataPath) -> None:
-        """Start ``path`` on the rings. :raises PyvmmError: it does not serve them; it has let go of
-        them.
+    def _take(self, route: Route, patience: float) -> None:
+        """Start ``route.path`` on the rings. :raises PyvmmError: it does not serve them; it has let
+        go of them.
         """
-        held: list[tuple[int, str]] = []
-        self._use(path)
-        path.on_fault = lambda queue, problem: held.append((queue, problem))
-        self._resume()
+        path = route.path
+        self._use(route)
+        held = self._events = HeldEvents(self)
+        try:
+            self._resume(patience)
+        finally:
+            self._events = self
         problem = path.problem()
         if problem:
             self._started = []
             path.stop()
             raise HostError(f"{path.name}: {problem}")
-        path.on_fault = self.fault
-        for fault in held:
-            self.fault(*fault)
+        held.release()
 
-    def _last_resort(self, old: DataPath) -> str:
+    def _last_resort(self, old: Route, patience: float) -> str:
         """Nothing serves the rings. The old path may yet find someone who does; the outcome."""
         self._use(old)
         try:
-            self._resume()
+            self._resume(patience)
         except PyvmmError as e:
             self.fault(-1, str(e))
             return "failed"
@@ -535,19 +574,25 @@ class NetDevice(VirtioDevice):
         return True
 
     def set_offloads(self, offloads: int) -> bool:
-        """Have the data path send what ``offloads`` (GUEST_* bits) allows; False where it was not
+        """Have the host send what ``offloads`` (GUEST_* bits) allows; False if that was not
         negotiated.
+
+        :raises PyvmmError: the host's side refuses, or the data path does not start again.
         """
         if offloads & ~(self.driver_features & GUEST_OFFLOADS):
             return False
-        self._offloads = offloads
-        self.datapath.set_offloads(offloads)
+        changed, self._offloads = offloads != self._offloads, offloads
+        if not self._started or not self.datapath.restarts_for_offloads:
+            self._uplink.set_offloads(self.in_force)
+        elif changed:
+            self._park()
+            self._resume()
         return True
 
     def rx_changed(self) -> None:
         """``rx`` has been changed by the driver."""
         try:
-            self.datapath.set_rx_filter(self.rx)
+            self._uplink.set_rx_filter(self.rx)
         except PyvmmError:
             pass  # best effort: without a filter the guest sees more than it asked for
         self.on_rx_change()

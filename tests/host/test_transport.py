@@ -68,7 +68,7 @@ class Rig:
         self.vm = vm
         self.board = Board(vm)
         self.cable = Cable()
-        self.device = NetDevice("net0", self.board.memory, EmulatedNet(self.cable), MAC)
+        self.device = NetDevice("net0", self.board.memory, EmulatedNet(self.cable), self.cable, MAC)
         self.card = self.board.add(
             VirtioPci(vm, self.board.bus, self.device, PCI_CLASS_NETWORK_ETHERNET)
         )

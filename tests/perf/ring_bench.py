@@ -25,7 +25,7 @@ from pyvmm.hostnet.tap import Interface
 from pyvmm.kvm.recorder import Recorder
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import virtio, virtio_net
-from tests.driver import NetDriver
+from tests.driver import Events, NetDriver
 
 RING = 16384
 
@@ -53,8 +53,7 @@ def one(
         driver = NetDriver(
             memory, size=RING, rx_size=1536, rx_buffers=min(RING, frames * (1 + size // 1536) + 64)
         )
-        path = EmulatedNet(ns.tap)
-        path.recorder = recorder
+        path = EmulatedNet(ns.tap, recorder=recorder)
         # An unknown protocol: the host's stack drops it first thing.
         frame = b"\x02" * 6 + b"\x52" * 6 + b"\x88\xb5" + bytes(size - 14)
         if direction == "rx":
@@ -70,7 +69,8 @@ def one(
         ring = driver.rx if direction == "rx" else driver.tx
         pause(direction)
         start = time.perf_counter()
-        path.start(acked(gso), memory, [r.vring() for r in driver.rings])
+        ns.tap.set_offloads(acked(gso))
+        path.start(acked(gso), memory, [r.vring() for r in driver.rings], Events())
         while ring.used_idx < frames and time.perf_counter() - start < 5:
             time.sleep(0.0002)
         seconds = time.perf_counter() - start

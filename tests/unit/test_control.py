@@ -80,7 +80,7 @@ class Rig:
         self.board = Board(memory=32 << 20)
         self.cable = Bundle(pairs)
         self.path = EmulatedNet(self.cable)
-        self.device = NetDevice("net0", self.board.memory, self.path, MAC, pairs=pairs)
+        self.device = NetDevice("net0", self.board.memory, self.path, self.cable, MAC, pairs=pairs)
         self.board.add(
             VirtioPci(
                 self.board.vm,

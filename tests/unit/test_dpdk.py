@@ -139,7 +139,7 @@ def test_macswap_over_two_queue_pairs(path: str, client: bool) -> None:
         check_macswap(guest)
         pmd.process.kill()
         for round in range(2, 5):
-            assert wait_for(lambda: guest.counter("connected") == 0, PATIENCE)
+            assert wait_for(lambda: not guest.path.connected, PATIENCE)
             if not client:
                 Path(path).unlink(missing_ok=True)  # DPDK does not replace the socket of a dead one
             with TestPmd(vdev, options=options) as pmd:

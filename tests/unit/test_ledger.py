@@ -169,7 +169,9 @@ def test_between_two_snapshots(board):
 def test_kicks_of_the_control_queue_are_told_apart(queues, mq, control):
     """5.1.2: its index depends on what was negotiated; what counts is the latest time."""
     with Board() as board:
-        device = NetDevice("net0", board.memory, EmulatedNet(Cable()), bytes(6), pairs=queues)
+        device = NetDevice(
+            "net0", board.memory, EmulatedNet(cable := Cable()), cable, bytes(6), pairs=queues
+        )
         transport = VirtioPci(board.vm, board.bus, device, 0x020000, notify="exit")
         slot = board.add(transport).slot
         bits = 1 << virtio_net.VIRTIO_NET_F_CTRL_VQ | (1 << virtio_net.VIRTIO_NET_F_MQ if mq else 0)

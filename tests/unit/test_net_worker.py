@@ -17,7 +17,7 @@ from pyvmm.errors import RingFault
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.memory import GuestMemory
 from pyvmm.spec.virtio import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
-from tests.driver import Cable, NetDriver, bits, fence, wait_for
+from tests.driver import Cable, Events, NetDriver, bits, fence, wait_for
 
 NEXT, WRITE, INDIRECT = VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_DESC_F_INDIRECT
 
@@ -40,10 +40,8 @@ class Rig:
         self.memory = GuestMemory(16 << 20)
         self.cable = Cable(mtu)
         self.path = EmulatedNet(self.cable, poll_us=poll_us)
-        self.faults: list[tuple[int, str]] = []
-        self.links: list[bool] = []
-        self.path.on_fault = lambda queue, what: self.faults.append((queue, what))
-        self.path.on_link = self.links.append
+        self.events = Events()
+        self.faults, self.links = self.events.faults, self.events.links
         self.driver = NetDriver(
             self.memory,
             event_idx=bool(acked & EVENT_IDX),
@@ -56,7 +54,7 @@ class Rig:
 
     def start(self, bases=(None, None)) -> "Rig":
         rings = [r.vring(b) for r, b in zip(self.driver.rings, bases, strict=True)]
-        self.path.start(self.acked, self.memory, rings)
+        self.path.start(self.acked, self.memory, rings, self.events)
         return self
 
     def counter(self, name: str) -> int:
@@ -506,7 +504,7 @@ def test_many_frames_in_chains_of_several_buffers():
 
 def test_only_one_queue_enabled():
     with Rig() as rig:
-        rig.path.start(ALL, rig.memory, [rig.driver.tx.vring()])
+        rig.path.start(ALL, rig.memory, [rig.driver.tx.vring()], rig.events)
         rig.driver.send(frame(1))
         assert rig.cable.receive()[12:] == frame(1)
         rig.cable.far.send(bytes(12) + frame(2))
@@ -523,7 +521,8 @@ def test_two_queue_pairs():
         rig.cable.fds.append(other.fds[0])
         second = NetDriver(rig.memory, base=8 << 20, pair=1)
         second.fill()
-        rig.path.start(ALL, rig.memory, [r.vring() for r in [*rig.driver.rings, *second.rings]])
+        rings = [r.vring() for r in [*rig.driver.rings, *second.rings]]
+        rig.path.start(ALL, rig.memory, rings, rig.events)
         rig.driver.send(frame(1))
         second.send(frame(2))
         assert rig.cable.receive()[12:] == frame(1)
@@ -729,7 +728,7 @@ def test_a_bad_ring_is_refused_and_nothing_touched(change, words, queue):
         fds = len(list(Path("/proc/self/fd").iterdir()))
         threads = threading.active_count()
         with pytest.raises(RingFault, match=words):
-            rig.path.start(ALL, rig.memory, rings)
+            rig.path.start(ALL, rig.memory, rings, rig.events)
         assert rig.memory.read(0, 1 << 20) == before
         assert len(list(Path("/proc/self/fd").iterdir())) == fds
         assert threading.active_count() == threads
@@ -740,7 +739,7 @@ def test_ring_areas_that_end_with_the_memory_are_fine():
     with Rig() as rig:
         v = rig.driver.tx.vring()
         v.used = (TOP - 6 - 8 * 256) & ~3
-        rig.path.start(ALL, rig.memory, [v])
+        rig.path.start(ALL, rig.memory, [v], rig.events)
         rig.path.stop()
 
 
@@ -784,8 +783,6 @@ class TapRig(Rig):
         super().__init__(acked, **driver)
         self.tap = namespace.tap
         self.path = EmulatedNet(self.tap)
-        self.path.on_fault = lambda queue, what: self.faults.append((queue, what))
-        self.path.on_link = self.links.append
 
 
 def test_arp_over_a_tap(namespace):
@@ -842,14 +839,20 @@ def test_the_tap_s_count_says_what_was_sent_before_a_kill(given, before, taken, 
     what it took.
     """
 
-    class Link:
+    class Interface:
+        def link(self):
+            return self
+
         def stats(self):
             return {"rx_packets": taken}
+
+        def reopen(self):
+            return False
 
     memory = GuestMemory(1 << 20)
     cable = Cable()
     if taken is not None:
-        cable.link = Link
+        cable.interface = Interface()
     driver = NetDriver(memory, size=8)
     path = EmulatedNet(cable)
     region = ffi.new("uint64_t[]", 2 + 2 * 8)  # aligned
@@ -865,6 +868,7 @@ def test_the_tap_s_count_says_what_was_sent_before_a_kill(given, before, taken, 
         bits("VIRTIO_F_VERSION_1", "VIRTIO_RING_F_EVENT_IDX", "VIRTIO_NET_F_MRG_RXBUF"),
         memory,
         rings,
+        Events(),
     )
     assert wait_for(lambda: driver.tx.outstanding == 0)
     got = [cable.receive()[12:18] for _ in range(1 + sent)]

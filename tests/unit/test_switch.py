@@ -17,7 +17,8 @@ import pytest
 
 from pyvmm.backend.process import BackendProcess
 from pyvmm.backend.server import Backend
-from pyvmm.card.nic import KEPT_SWITCHES, Nic, Outside
+from pyvmm.card.nic import KEPT_SWITCHES, Nic
+from pyvmm.card.uplink import Route, Uplink
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.exits.ledger import Ledger
@@ -51,7 +52,23 @@ class NoLink:
         return {}
 
 
-class Bundle(Cable):
+class Place(Cable):
+    """A cable in place of the card's tap; it announces nothing and nothing waits in it."""
+
+    def link(self) -> NoLink:
+        return NoLink()
+
+    def announce(self, mac: bytes) -> bool:
+        return False
+
+    def waiting(self) -> bool:
+        return False
+
+    def discard(self) -> int:
+        return 0
+
+
+class Bundle(Place):
     """Several cables in place of a multi-queue tap."""
 
     def __init__(self, count: int) -> None:
@@ -63,9 +80,6 @@ class Bundle(Cable):
 
     def features(self) -> int:
         return OFFLOADS
-
-    def link(self) -> NoLink:
-        return NoLink()
 
     def set_queues(self, count: int) -> None:
         self.queues.append(count)
@@ -79,7 +93,7 @@ class Bundle(Cable):
             cable.close()
 
 
-class Wires(Outside):
+class Wires(Uplink):
     """Cables in place of a tap, and data paths that a test provides.
 
     :ivar script: mode -> what to make in place of the next data paths of that mode, first come
@@ -94,7 +108,9 @@ class Wires(Outside):
 
     def open(self, net: Net, mac: bytes, wait: float = 10.0):
         waiting = self.script.get(net.mode)
-        return waiting.pop(0)(self.tap) if waiting else super().open(net, mac, wait)
+        if waiting:
+            return Route(waiting.pop(0)(self.tap), net, self.tap, self.tap.announce)
+        return super().open(net, mac, wait)
 
     @property
     def child(self) -> BackendProcess:
@@ -118,9 +134,8 @@ class Rig:
         self.wires = Wires(tap or Bundle(pairs))
         self.cable = self.wires.tap
         self.net = Net(mode, queues=pairs)
-        self.device = NetDevice(
-            "net0", self.board.memory, self.wires.open(self.net, MAC), MAC, pairs=pairs
-        )
+        route = self.wires.open(self.net, MAC)
+        self.device = NetDevice("net0", self.board.memory, route.path, self.wires, MAC, pairs=pairs)
         pci = VirtioPci(
             self.board.vm,
             self.board.bus,
@@ -131,7 +146,14 @@ class Rig:
         self.board.add(pci)
         self.lock = threading.RLock()
         self.nic = Nic(
-            0, self.net, self.device, pci, self.wires, self.lock, lambda: Ledger([], self.board.bus)
+            0,
+            self.net,
+            self.device,
+            pci,
+            self.wires,
+            route,
+            self.lock,
+            lambda: Ledger([], self.board.bus),
         )
         self.guest: NetGuest | None = None
         if drive:
@@ -343,6 +365,29 @@ def test_what_the_driver_has_commanded():
         rig.exchange(2)
 
 
+def test_offloads_of_a_back_end(tmp_path):
+    """CTRL_GUEST_OFFLOADS: a back-end learns of them only by a stop and a start."""
+    backend = Backend(Bundle(1))
+    server = threading.Thread(target=backend.run, args=(str(tmp_path / "s"),))
+    server.start()
+    try:
+        with Rig() as rig:
+            assert rig.nic.switch(f"vhost-user,socket={tmp_path / 's'}").outcome == "switched"
+            assert backend.acked & OFFLOADS == OFFLOADS
+            csum = bits("VIRTIO_NET_F_GUEST_CSUM")
+            set_offloads = VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET
+            for mask in (csum, OFFLOADS):
+                assert rig.guest.command(*set_offloads, struct.pack("<Q", mask)) == VIRTIO_NET_OK
+                assert backend.acked & OFFLOADS == mask and rig.healthy
+            Switchboard(backend.port).pump()  # takes the announcements
+            rig.cable.cables = backend.port.cables
+            rig.exchange()
+    finally:
+        backend.stop()
+        server.join()
+        backend.close()
+
+
 def test_a_frame_that_waits_for_buffers():
     """It has been read from the tap, so it must not be lost: the guest gets its time to add
     buffers.
@@ -427,7 +472,7 @@ class Switchboard:
         self.sent += 1
 
 
-class Port(Cable):
+class Port(Place):
     """A cable that announces and is waited for, as a tap."""
 
     def announce(self, mac: bytes) -> bool:
@@ -529,7 +574,9 @@ def test_features_not_in_use_are_not():
 
 def test_offer_of_a_set():
     board = Board()
-    device = NetDevice("net0", board.memory, EmulatedNet(Cable()), MAC, offer=~EVENT_IDX)
+    device = NetDevice(
+        "net0", board.memory, EmulatedNet(cable := Cable()), cable, MAC, offer=~EVENT_IDX
+    )
     assert not device.offered() & EVENT_IDX and device.offered() & bits("VIRTIO_NET_F_MAC")
     device.close()
     board.close()
@@ -541,17 +588,17 @@ def test_offer_of_a_set():
 class Broken(EmulatedNet):
     """Does not start."""
 
-    def start(self, acked, memory, rings) -> None:
+    def start(self, acked, memory, rings, events, *, patience=None) -> None:
         raise HostError("no start today")
 
 
 class Fickle(EmulatedNet):
     """Starts once."""
 
-    def start(self, acked, memory, rings) -> None:
-        if self.marks.began:
+    def start(self, acked, memory, rings, events, *, patience=None) -> None:
+        if self.times.began:
             raise HostError("not again")
-        super().start(acked, memory, rings)
+        super().start(acked, memory, rings, events)
 
 
 class Greedy(EmulatedNet):
@@ -561,7 +608,7 @@ class Greedy(EmulatedNet):
 
     greedy = True
 
-    def stop(self, *, finish: bool = False) -> list[int]:
+    def stop(self, *, finish: bool = False, patience=None) -> list[int]:
         bases = super().stop(finish=finish)
         if bases and self.greedy:
             self.greedy = False
@@ -572,7 +619,7 @@ class Greedy(EmulatedNet):
 class Stuck(EmulatedNet):
     """Fails when it is stopped for a switch, after it has."""
 
-    def stop(self, *, finish: bool = False) -> list[int]:
+    def stop(self, *, finish: bool = False, patience=None) -> list[int]:
         bases = super().stop(finish=finish)
         if bases and finish:
             raise HostError("cannot stop")
@@ -594,7 +641,6 @@ def test_the_new_one_does_not_start(rig):
 def test_nor_does_the_old_one(rig):
     rig.wires.script = {"vhost-net": [Fickle, Broken]}
     assert rig.nic.switch("vhost-net").outcome == "switched"
-    rig.device.datapath.name = "vhost-net"
     report = rig.nic.switch("vhost-net")
     assert (report.outcome, report.mode) == ("fallback", "emulated")
     assert report.reason == "no start today; not again" and rig.healthy
@@ -658,10 +704,10 @@ def test_the_back_end_dies_or_falls_silent_in_the_hand_over(rig, monkeypatch, ho
     monkeypatch.setattr("pyvmm.card.nic.HANDOVER_S", 0.3)
     begin = NetDevice.switch
 
-    def switch(self, new, *args):
+    def switch(self, old, new, *args):
         os.kill(pid, how)
-        monkeypatch.setattr(new, "_dial", _gone)
-        begin(self, new, *args)
+        monkeypatch.setattr(new.path, "_dial", _gone)
+        return begin(self, old, new, *args)
 
     monkeypatch.setattr(NetDevice, "switch", switch)
     switching = Switching(rig, ["vhost-user"])
@@ -689,7 +735,7 @@ def test_rescue_from_a_dead_back_end(rig, monkeypatch):
     path = rig.device.datapath
     monkeypatch.setattr(path, "_dial", _gone)
     os.kill(rig.wires.child.pid, signal.SIGKILL)
-    assert wait_for(lambda: path.counters()["connected"] == 0)
+    assert wait_for(lambda: not path.connected)
     rig.guest.net.send(frame(1), frame(2))
     report = rig.nic.switch("emulated")
     assert report.outcome == "switched" and report.pending[1] == 2

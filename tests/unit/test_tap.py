@@ -24,7 +24,7 @@ from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.tap import Interface, Tap, parse_address
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import virtio, virtio_net
-from tests.driver import NetDriver, wait_for
+from tests.driver import Events, NetDriver, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 GSO = [
@@ -290,10 +290,11 @@ class Guest:
         )
         self.driver = NetDriver(self.memory)
         self.path = EmulatedNet(ns.tap)
-        self.links = []
-        self.path.on_link = self.links.append
+        self.events = Events()
+        self.links = self.events.links
         self.driver.fill()
-        self.path.start(self.acked, self.memory, [r.vring() for r in self.driver.rings])
+        ns.tap.set_offloads(self.acked)
+        self.start([r.vring() for r in self.driver.rings])
         ns.run(
             [
                 "ip",
@@ -307,6 +308,9 @@ class Guest:
             ],
             check=True,
         )
+
+    def start(self, rings):
+        self.path.start(self.acked, self.memory, rings, self.events)
 
     def udp_received(self, port, count=1):
         def find():
@@ -350,7 +354,7 @@ def test_offloads_follow_the_negotiated_features(namespace, guest):
         pseudo = packet[38:46] + struct.pack(">BBH", 0, 17, len(udp))
         assert (checksum(pseudo + udp) == 0) != offloaded
         # And while running, as for VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET.
-        guest.path.set_offloads(0)
+        namespace.tap.set_offloads(0)
         s.sendto(b"again", ("192.168.91.2", 4001))
         packet = guest.udp_received(4001)[0]
         assert not packet[0] & virtio_net.VIRTIO_NET_HDR_F_NEEDS_CSUM
@@ -430,7 +434,7 @@ def test_a_tap_that_is_made_again_is_used_again(namespace):
         import subprocess
         from pyvmm.datapath.emulated import EmulatedNet
         from pyvmm.memory import GuestMemory
-        from tests.driver import NetDriver, wait_for
+        from tests.driver import Events, NetDriver, wait_for
 
         def ip(*args):
             subprocess.run(["ip", *args], check=True)
@@ -443,10 +447,10 @@ def test_a_tap_that_is_made_again_is_used_again(namespace):
         memory = GuestMemory(8 << 20)
         driver = NetDriver(memory)
         path = EmulatedNet(Tap("back0"))
-        links = []
-        path.on_link = links.append
+        events = Events()
+        links = events.links
         acked = 1 << 32 | 1 << 29 | 1 << 15
-        path.start(acked, memory, [r.vring() for r in driver.rings])
+        path.start(acked, memory, [r.vring() for r in driver.rings], events)
         frame = b"\\xff" * 6 + b"\\x02" * 6 + b"\\x88\\xb5" + bytes(46)
         for round in range(2):
             driver.send(frame)
@@ -455,7 +459,8 @@ def test_a_tap_that_is_made_again_is_used_again(namespace):
             assert wait_for(lambda: links == [False, True] * round + [False]), links
             if round:
                 bases = path.stop()
-                path.start(acked, memory, [r.vring(b) for r, b in zip(driver.rings, bases)])
+                rings = [r.vring(b) for r, b in zip(driver.rings, bases)]
+                path.start(acked, memory, rings, events)
                 assert wait_for(lambda: links[-2:] == [False, False])
             make()
             assert wait_for(lambda: links[-1])
@@ -477,7 +482,7 @@ def test_a_queue_of_frames_before_start_is_delivered(namespace):
             s.sendto(bytes([i]), ("192.168.91.2", 6000))
     bases = [g.driver.rx.used_idx, g.driver.tx.used_idx]
     rings = [r.vring(b) for r, b in zip(g.driver.rings, bases, strict=True)]
-    g.path.start(g.acked, g.memory, rings)
+    g.start(rings)
     assert [p[54:55] for p in g.udp_received(6000, 200)] == [bytes([i]) for i in range(200)]
     g.close()
 

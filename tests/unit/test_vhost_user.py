@@ -28,7 +28,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
 from pyvmm.vhostuser.wire import Channel, Listener, TimedOut
 from tests.boot.seqnet import build, datagram
-from tests.driver import NetDriver, bits, wait_for
+from tests.driver import Events, NetDriver, bits, wait_for
 from tests.vu_fake import HOSTILE, Fake, raw
 
 PATIENCE = 60.0
@@ -108,8 +108,8 @@ class Guest:
         options.setdefault("wait", PATIENCE)
         self.memory = GuestMemory(16 << 20)
         self.path = VhostUserNet(path, queues=queues, mac=MAC, **options)
-        self.faults: list[tuple[int, str]] = []
-        self.path.on_fault = lambda queue, what: self.faults.append((queue, what))
+        self.events = Events()
+        self.faults = self.events.faults
         self.acked = acked & (self.path.features() | MTU)
         self.drivers = []
         at = 0x10000
@@ -133,7 +133,10 @@ class Guest:
         rings = [r for d in self.drivers for r in d.rings]
         bases = bases or [None] * len(rings)
         self.path.start(
-            self.acked, self.memory, [r.vring(b) for r, b in zip(rings, bases, strict=True)]
+            self.acked,
+            self.memory,
+            [r.vring(b) for r, b in zip(rings, bases, strict=True)],
+            self.events,
         )
         return self
 
@@ -143,7 +146,7 @@ class Guest:
     def connected(self, times: int) -> bool:
         """Wait until the back-end has been connected that many times, and is."""
         return wait_for(
-            lambda: self.counter("connections") >= times and self.counter("connected") == 1,
+            lambda: self.counter("connections") >= times and self.path.connected,
             PATIENCE,
         )
 
@@ -239,7 +242,7 @@ def test_features_that_lack_what_they_require_are_not_offered(path, listener):
 
 
 def test_offloads_change_while_it_runs(path):
-    """CTRL_GUEST_OFFLOADS: the back-end has to be told by its features."""
+    """The back-end is told by its features, which takes a stop and a start."""
     with (
         Namespace(address="192.168.93.1/24") as namespace,
         Running(path, namespace.tap) as running,
@@ -248,10 +251,12 @@ def test_offloads_change_while_it_runs(path):
         csum, tso = bits("VIRTIO_NET_F_GUEST_CSUM"), bits("VIRTIO_NET_F_GUEST_TSO4")
         guest.start()
         assert running.backend.acked & (csum | tso) == csum | tso
-        guest.path.set_offloads(csum)
+        guest.acked &= ~tso
+        guest.start(guest.path.stop())
         assert running.backend.acked & (csum | tso) == csum
         assert running.backend.acked & bits("VIRTIO_NET_F_CSUM")
-        guest.path.set_offloads(csum | tso)
+        guest.acked |= tso
+        guest.start(guest.path.stop())
         assert running.backend.acked & (csum | tso) == csum | tso
         assert not guest.path.problems
 
@@ -264,9 +269,23 @@ def test_queue_pairs(path):
         guest.path.stop()
         # One pair less, as after VQ_PAIRS_SET.
         rings = [r.vring(r.used_idx) for d in guest.drivers[:2] for r in d.rings]
-        guest.path.start(guest.acked, guest.memory, rings)
+        guest.path.start(guest.acked, guest.memory, rings, guest.events)
         for driver in guest.drivers[:2]:
             echo(guest, range(50), driver)
+        assert not guest.path.problems
+
+
+@pytest.mark.parametrize("which", [[], [0], [1]])
+def test_queues_that_the_driver_has_not_enabled(path, which):
+    with Running(path), Guest(path) as guest:
+        rings = [guest.driver.rings[i].vring() for i in which]
+        guest.path.prepare(guest.acked, guest.memory, rings)
+        guest.path.start(guest.acked, guest.memory, rings, guest.events)
+        assert not guest.path.problem()
+        guest.path.stop_transmit()
+        assert guest.path.stop() == [0] * len(which)
+        guest.start()
+        echo(guest, range(50))
         assert not guest.path.problems
 
 
@@ -443,7 +462,7 @@ def test_the_backend_comes_back(path, server, protocol):
         echo(guest, range(50))
         for round in range(1, 6):
             first.__exit__()
-            assert wait_for(lambda: guest.counter("connected") == 0, PATIENCE)
+            assert wait_for(lambda: not guest.path.connected, PATIENCE)
             numbers = range(50 * round, 50 * round + 20)
             guest.driver.send(*[frame(i) for i in numbers])  # while nobody is there
             before = len(arrived(guest.driver, 0))
@@ -462,7 +481,7 @@ def test_a_start_without_a_backend_is_made_up_for(path):
     first = Running(path)
     with Guest(path) as guest:
         first.__exit__()
-        assert wait_for(lambda: guest.counter("connected") == 0, PATIENCE)
+        assert wait_for(lambda: not guest.path.connected, PATIENCE)
         guest.start()
         guest.driver.send(frame(1))
         assert guest.path.stop() == [0, 0]  # and a stop then
@@ -482,7 +501,7 @@ def test_a_backend_with_less_is_refused(path):
             words = "lacks features that the guest uses: EVENT_IDX"
             assert wait_for(lambda: any(words in p for p in guest.path.problems), PATIENCE)
             assert guest.counter("refusals") >= 1
-            assert guest.counter("connected") == 0
+            assert not guest.path.connected
         with Running(path):
             assert guest.connected(2)
             echo(guest, range(10, 20))
@@ -496,7 +515,7 @@ def test_a_backend_with_fewer_queues_is_refused(path):
         with Running(path, loop_port(1)):
             words = "has 1 queue pairs, not 2"
             assert wait_for(lambda: any(words in p for p in guest.path.problems), PATIENCE)
-            assert guest.counter("connected") == 0
+            assert not guest.path.connected
         with Running(path, loop_port(3)):
             assert guest.connected(2)
             for driver in guest.drivers:
@@ -511,13 +530,13 @@ def test_a_backend_with_another_mtu_is_refused(path):
         running = Running(path, first.tap)
         with Guest(path, mtu=1400, acked=ALL | MTU) as guest:
             guest.start()
-            assert guest.counter("connected") == 1
+            assert guest.path.connected
             running.__exit__()
             other.tap.mtu = 1300
             with Running(path, other.tap):
                 words = "refuses an MTU of 1400"
                 assert wait_for(lambda: any(words in p for p in guest.path.problems), PATIENCE)
-                assert guest.counter("connected") == 0
+                assert not guest.path.connected
             with Running(path):  # takes any
                 assert guest.connected(2)
                 echo(guest, range(20))
@@ -675,7 +694,7 @@ def test_a_stopped_backend_is_given_up_when_its_answer_is_needed(path):
         guest.start()
         process.send_signal(signal.SIGSTOP)
         guest.driver.send(frame(1))
-        assert guest.counter("connected") == 1 and guest.driver.tx.outstanding == 1
+        assert guest.path.connected and guest.driver.tx.outstanding == 1
         with impatient(guest):
             bases = guest.path.stop()
             assert guest.counter("timeouts") == 1
@@ -743,7 +762,7 @@ def test_a_silent_backend_times_out(path, listener):
         fake.mute = True
         with impatient(guest):
             guest.start()  # returns: the rings are parked
-            assert guest.counter("timeouts") == 1 and guest.counter("connected") == 0
+            assert guest.counter("timeouts") == 1 and not guest.path.connected
         fake.mute = False
         fake.drop()  # where the watcher waits for it
         assert guest.connected(2)
@@ -790,7 +809,7 @@ def test_wild_bases_are_clamped(path, listener, base):
     ):
         guest.start()
         assert guest.path.stop() == [0, 0]
-        assert guest.counter("bad_bases") == 2 and guest.counter("connected") == 1
+        assert guest.counter("bad_bases") == 2 and guest.path.connected
         del fake
 
 
@@ -834,7 +853,7 @@ def test_the_backend_s_own_requests(path, listener):
                 assert s.recv(100) == b""  # closed
             except ConnectionResetError:
                 pass  # with some of it unread
-        assert guest.counter("connected") == 1 and guest.counter("backend_requests") == 4
+        assert guest.path.connected and guest.counter("backend_requests") == 4
         assert guest.path.stop() == [0, 0]
 
 
@@ -1074,7 +1093,7 @@ def test_an_inflight_region_of_garbage(path):
         fd = guest.path._inflight[0].fileno()
         for round, fill in enumerate((b"\xff", b"\x01\x00", os.urandom(64))):
             killer.close()
-            assert wait_for(lambda: guest.counter("connected") == 0, PATIENCE)
+            assert wait_for(lambda: not guest.path.connected, PATIENCE)
             image = bytearray((fill * size)[:size])
             image[8:12] = struct.pack("<HH", 1, 256)
             os.pwrite(fd, image, 0)

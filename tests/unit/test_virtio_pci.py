@@ -58,7 +58,7 @@ class Rig:
         self.cable = port or Cable()
         self.path = EmulatedNet(self.cable)
         self.device = NetDevice(
-            "net0", self.board.memory, self.path, MAC, mtu=mtu, queue_size=queue_size
+            "net0", self.board.memory, self.path, self.cable, MAC, mtu=mtu, queue_size=queue_size
         )
         self.card = self.board.add(
             VirtioPci(
@@ -634,7 +634,7 @@ def test_kicks_follow_the_bar(rig):
 
 
 def test_a_bar_on_top_of_another_card(rig):
-    other = NetDevice("net1", rig.board.memory, EmulatedNet(Cable()), MAC)
+    other = NetDevice("net1", rig.board.memory, EmulatedNet(cable := Cable()), cable, MAC)
     card = rig.board.add(VirtioPci(rig.vm, rig.board.bus, other, PCI_CLASS_NETWORK_ETHERNET))
     g = rig.guest()
     first, second = g.pci.bar, VirtioPciDriver(rig.board, 2)

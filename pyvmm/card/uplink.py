@@ -1,0 +1,178 @@
+"""The card's host side: the tap, its namespace and our own vhost-user back-end. Lent to whichever
+data path runs.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from pyvmm.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.backend.process import BackendProcess
+    from pyvmm.datapath.base import DataPath, RxFilter
+    from pyvmm.hostnet.tap import Tap
+    from pyvmm.kvm.recorder import Scope
+    from pyvmm.netopt import Net
+
+OWN_BACKEND = "pyvmm's own back-end"  # in place of a socket's path
+#: Frames that may wait in a tap of ours whose data path may be switched: a gap's worth, and what
+#: vhost gives back.
+SWITCH_TXQUEUELEN = 10000
+
+
+class Route:
+    """A data path, and the place on the host where its frames enter and leave.
+
+    :ivar path: the data path. :ivar net: describes it.
+    :ivar tap: the place, if that is the card's tap, lent; None if it is a back-end's own.
+    :param announce: sends from that place the frame from which the network learns where a MAC
+        address is; returns whether it went.
+    """
+
+    def __init__(
+        self, path: DataPath, net: Net, tap: Tap | None, announce: Callable[[bytes], bool]
+    ) -> None:
+        self.path, self.net, self.tap = path, net, tap
+        self.announce = announce
+
+    def same_place(self, other: Route) -> bool:
+        """Whether frames enter and leave where ``other`` has them. Two back-ends' own places are
+        taken for different.
+        """
+        return self.tap is not None and self.tap is other.tap
+
+
+class Uplink:
+    """A card's host side, and the maker of data paths on it; implements ``HostSide``
+    (datapath.base). Owned by the card.
+
+    A tap keeps what was programmed also while a back-end with a host side of its own serves the
+    card, so that coming back to the tap needs nothing.
+
+    :ivar tap: None if only a vhost-user back-end has one; then there is nothing to program.
+    :ivar namespace: pyvmm's own network namespace with the tap in it; None if the user gave a tap.
+    """
+
+    def __init__(self, net: Net, host: str | None, recorder: Scope | None = None) -> None:
+        self.tap: Tap | None = None
+        self._recorder = recorder
+        self.namespace: Any = None
+        self._backend: BackendProcess | None = None
+        if not net.has_tap:
+            return
+        from pyvmm.hostnet.tap import TXQUEUELEN, Tap
+
+        frames = SWITCH_TXQUEUELEN if net.switchable else TXQUEUELEN
+        if net.tap is None:
+            from pyvmm.hostnet.netns import Namespace
+
+            self.namespace = Namespace(
+                address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames
+            )
+            self.tap = self.namespace.tap
+        else:
+            self.tap = Tap(net.tap, address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
+
+    # --- what a device programs -------------------------------------------------------------------
+
+    def set_queues(self, count: int) -> None:
+        """Spread frames over the first ``count`` queues of the tap.
+
+        :raises HostError: the tap refuses.
+        """
+        if self.tap is not None:
+            self.tap.set_queues(count)
+
+    def set_offloads(self, acked: int) -> None:
+        """Program the tap's offloads from the GUEST_* bits of ``acked``.
+
+        :raises HostError: the tap refuses.
+        """
+        if self.tap is not None:
+            self.tap.set_offloads(acked)
+
+    def set_rx_filter(self, rx: RxFilter) -> None:
+        """Filter in the tap; without one, filtering is the back-end's own business.
+
+        :raises HostError: the tap refuses.
+        """
+        if self.tap is not None:
+            self.tap.set_rx_filter(rx)
+
+    def set_carrier(self, up: bool) -> None:
+        """Show the cable's state on the tap.
+
+        :raises HostError: the tap refuses.
+        """
+        if self.tap is not None:
+            self.tap.set_carrier(up)
+
+    # --- data paths -------------------------------------------------------------------------------
+
+    def open(self, net: Net, mac: bytes, wait: float = 10.0) -> Route:
+        """A data path for ``net.mode``, owned by the caller. The only place where a mode becomes an
+        object.
+
+        :param wait: seconds for a vhost-user back-end to be there.
+        """
+        if net.mode == "vhost-user":
+            return self._open_vhost_user(net, mac, wait)
+        tap = self._need_tap(net)
+        return Route(self._open_on(tap, net), net, tap, tap.announce)
+
+    def _open_vhost_user(self, net: Net, mac: bytes, wait: float) -> Route:
+        from pyvmm.datapath.vhost_user import VhostUserNet
+
+        common: dict[str, Any] = {
+            "queues": net.queues,
+            "mtu": net.mtu,
+            "mac": mac,
+            "recorder": self._recorder,
+        }
+        if net.socket:
+            path = VhostUserNet(net.socket, server=net.server, wait=wait, **common)
+            return Route(path, net, None, path.send_rarp)
+        tap = self._need_tap(net)
+        if self._backend is None:
+            from pyvmm.backend.process import BackendProcess
+
+            self._backend = BackendProcess(tap)
+        path = VhostUserNet(OWN_BACKEND, link=tap.link, dial=self._backend.dial, **common)
+        return Route(path, net, tap, tap.announce)
+
+    def _open_on(self, tap: Tap, net: Net) -> DataPath:
+        if net.mode == "vhost-net":
+            from pyvmm.datapath.vhost_device import Vhost
+            from pyvmm.datapath.vhost_net import VhostNet
+
+            with ExitStack() as undo:
+                devices = []
+                for _ in range(net.queues):
+                    devices.append(Vhost(recorder=self._recorder))
+                    undo.callback(devices[-1].close)
+                path = VhostNet(tap, devices, worker_cpu=net.worker_cpu)
+                undo.pop_all()
+                return path
+        from pyvmm.datapath.emulated import EmulatedNet
+
+        return EmulatedNet(
+            tap, poll_us=net.poll, worker_cpu=net.worker_cpu, recorder=self._recorder
+        )
+
+    def _need_tap(self, net: Net) -> Tap:
+        if self.tap is None:
+            raise UsageError(
+                f"{net.mode} needs a tap, and this card has none", "start it with switchable="
+            )
+        return self.tap
+
+    def close(self) -> None:
+        """Release tap, namespace and back-end. A second call does nothing."""
+        for one in (self._backend, self.tap, self.namespace):
+            if one is not None:
+                one.close()
