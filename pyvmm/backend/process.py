@@ -10,14 +10,13 @@ killed.
 from __future__ import annotations
 
 import _socket
-import array
-import os
 import select
 import sys
 import threading
 
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.fd import Fd
+from pyvmm.hostnet.rights import recv_fds, send_fds
 from pyvmm.vhostuser.wire import Channel
 
 TYPE_CHECKING = False
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 #: Seconds for an interpreter to start, and for a child to take a session.
 START_S, TAKE_S = 30.0, 2.0
-RIGHTS = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS)
 
 
 class BackendProcess:
@@ -83,9 +81,8 @@ class BackendProcess:
         """Give the child a session; whether it has taken it."""
         if self._control is None:
             return False
-        rights = [(*RIGHTS, array.array("i", [session.fileno()]).tobytes())]
         try:
-            self._control.sendmsg([b"\0"], rights)
+            send_fds(self._control, b"\0", [session.fileno()])
         except OSError:
             return False
         return self._heard(TAKE_S)
@@ -151,15 +148,8 @@ class BackendProcess:
 
 def _take(control: _socket.socket) -> Channel | None:
     """The child's side: the next session, None at the end."""
-    data, rights, _flags, _address = control.recvmsg(1, _socket.CMSG_LEN(4))
-    if not data:
-        return None
-    fds = array.array("i")
-    for level, kind, payload in rights:
-        if (level, kind) == RIGHTS:
-            fds.frombytes(payload)
-    os.set_inheritable(fds[0], False)
-    return Channel(_socket.socket(fileno=fds[0]))
+    data, fds = recv_fds(control, 1, 1)
+    return Channel(_socket.socket(fileno=fds[0])) if data else None
 
 
 def serve(control_fd: int, name: str, mtu: int, features: int, fds: list[int]) -> None:

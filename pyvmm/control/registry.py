@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import os
 import time
-from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket
 from fcntl import LOCK_EX, LOCK_NB, flock
+from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket
 
 from pyvmm.errors import HostError, MachineMissing, UsageError
 from pyvmm.host.paths import private, runtime_dir
+from pyvmm.hostnet import sockets
+from pyvmm.hostnet.sockets import PATH_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAME_MAX = 40
-PATH_MAX = 107  # bytes of a socket's path, unix(7)
 BACKLOG = 16
 AUTO = 10_000  # numbers tried for a machine without a name
 SUFFIX = ".machine"
@@ -87,7 +88,7 @@ class Claim:
     def __init__(self, name: str | None = None, path: str | None = None) -> None:
         where = directory()
         self._fd = -1
-        self._made: tuple[int, int] | None = None  # device and inode of the socket
+        self._made: sockets.Identity | None = None
         self.listener: socket | None = None
         self.name = self._take(where, name)
         self._file = f"{where}/{self.name}{SUFFIX}"
@@ -137,15 +138,7 @@ class Claim:
         self.listener = listener
         os.fchmod(listener.fileno(), 0o600)  # what bind(2) then makes, whatever the umask
         try:
-            try:
-                listener.bind(self.path)
-            except OSError:
-                if not _abandoned(self.path):
-                    raise
-                _unlink(self.path)
-                listener.bind(self.path)
-            info = os.lstat(self.path)
-            self._made = info.st_dev, info.st_ino
+            self._made = sockets.bind(listener, self.path)
             listener.listen(BACKLOG)
         except OSError as e:
             raise UsageError(
@@ -158,12 +151,7 @@ class Claim:
             self.listener.close()
             self.listener = None
         if self._made is not None:
-            try:
-                info = os.lstat(self.path)
-                if (info.st_dev, info.st_ino) == self._made:
-                    os.unlink(self.path)
-            except OSError:
-                pass
+            sockets.remove(self.path, self._made)
             self._made = None
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -204,27 +192,6 @@ def _locked(path: str, flags: int = 0) -> int | None:
         os.close(fd)  # its owner has removed it meanwhile: look again
 
 
-def _abandoned(path: str) -> bool:
-    """Whether a socket is at ``path`` that nobody listens on."""
-    import stat
-
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return False
-    except OSError:
-        return False
-    probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK)
-    try:
-        probe.connect(path)
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    finally:
-        probe.close()
-    return False
-
-
 def machines() -> list[Entry]:
     """This user's running machines, by name; the files and sockets of killed ones are removed.
 
@@ -250,7 +217,7 @@ def _entries(where: str) -> Iterator[Entry]:
             if entry is not None:
                 yield entry
             continue
-        if entry is not None and _abandoned(entry.path):
+        if entry is not None and sockets.is_abandoned(entry.path):
             _unlink(entry.path)
         _unlink(path)
         os.close(fd)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 # The C half of `socket`: the Python half takes longer to import than a connection takes to make.
 import _socket
-import array
 import os
 import select
 import struct
 import time
 
 from pyvmm.errors import HostError, VhostUserError
+from pyvmm.hostnet import sockets
+from pyvmm.hostnet.rights import RightsLost, close_all, recv_fds, send_fds
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec.vhost_user import (
     HEADER,
@@ -31,14 +32,13 @@ from pyvmm.spec.vhost_user import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
 #: More than any message of ours has: a memory table of 64 regions.
 PAYLOAD_MAX = 4096
 #: As many as a memory table may bring (VHOST_MEMORY_BASELINE_NREGIONS).
 FDS_MAX = 8
-RIGHTS = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS)
 FLAGS_KNOWN = VHOST_USER_VERSION_MASK | VHOST_USER_REPLY | VHOST_USER_NEED_REPLY
 
 
@@ -90,12 +90,6 @@ def protocol_names(bits: int) -> list[str]:
         if name.startswith(prefix)
     }
     return [table.get(i, f"bit-{i}") for i in range(bits.bit_length()) if bits >> i & 1]
-
-
-def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors that nobody wants."""
-    for fd in fds:
-        os.close(fd)
 
 
 class Message:
@@ -239,11 +233,11 @@ class Channel:
         """
         begin = time.monotonic_ns() if self.recorder is not None else 0
         data = struct.pack(HEADER, request, flags | VHOST_USER_VERSION, len(payload)) + payload
-        control = [(*RIGHTS, array.array("i", fds).tobytes())] if fds else []
         deadline = None if timeout is None else time.monotonic() + timeout
+        lent = fds
         while data:
             try:
-                sent = self._sock.sendmsg([data], control, _socket.MSG_NOSIGNAL)
+                sent = send_fds(self._sock, data, lent, _socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 self._wait(select.POLLOUT, deadline, "vhost-user socket is full")
                 continue
@@ -251,7 +245,7 @@ class Channel:
                 raise Closed(f"vhost-user peer is gone: {e.strerror}") from e
             except OSError as e:
                 raise HostError(f"cannot send on the vhost-user socket: {e.strerror}") from e
-            data, control = data[sent:], []
+            data, lent = data[sent:], ()
         if begin:
             self._record("send", request, flags, payload, len(fds), begin)
 
@@ -267,20 +261,16 @@ class Channel:
         """
         while True:
             try:
-                data, control, flags, _ = self._sock.recvmsg(
-                    want, _socket.CMSG_SPACE(4 * FDS_MAX), _socket.MSG_CMSG_CLOEXEC
-                )
+                data, got = recv_fds(self._sock, want, FDS_MAX)
             except BlockingIOError:
                 self._wait(select.POLLIN, deadline, "vhost-user message")
                 continue
             except ConnectionError as e:
                 raise Closed(f"vhost-user peer is gone: {e.strerror}") from e
-            for level, kind, payload in control:
-                if (level, kind) == RIGHTS:
-                    got = array.array("i")
-                    got.frombytes(payload[: len(payload) - len(payload) % 4])
-                    fds += got
-            if flags & _socket.MSG_CTRUNC or len(fds) > FDS_MAX:
+            except RightsLost as e:
+                raise ProtocolError(f"vhost-user: {e.cause}", e.hint) from e
+            fds += got
+            if len(fds) > FDS_MAX:
                 raise ProtocolError(f"vhost-user message with more than {FDS_MAX} descriptors")
             return data
 
@@ -378,9 +368,10 @@ class Channel:
 
 
 def _address(path: str) -> str:
-    if not path or "\0" in path or len(os.fsencode(path)) > 107:
+    if not path or "\0" in path or len(os.fsencode(path)) > sockets.PATH_MAX:
         raise VhostUserError(
-            f"{path!r} is no path for a socket", "name a path of at most 107 bytes (sun_path)"
+            f"{path!r} is no path for a socket",
+            f"name a path of at most {sockets.PATH_MAX} bytes (sun_path)",
         )
     return path
 
@@ -412,41 +403,13 @@ class Listener:
         self.path = _address(path)
         self._sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
         try:
-            try:
-                self._sock.bind(path)
-            except OSError:
-                if not self._is_stale(path):
-                    raise
-                os.unlink(path)  # noqa: PTH108 - pathlib is slow to import
-                self._sock.bind(path)
-            self._inode = os.stat(path).st_ino  # noqa: PTH116
+            self._identity = sockets.bind(self._sock, path)
             self._sock.listen(1)
             self._sock.setblocking(False)
         except OSError as e:
             self._sock.close()
             hint = "stop the program that listens there, or name another path"
             raise VhostUserError(f"cannot listen on {path}: {e.strerror}", hint) from e
-
-    @staticmethod
-    def _is_stale(path: str) -> bool:
-        import stat
-
-        try:
-            if not stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116
-                return False
-        except OSError:
-            return False
-        probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-        try:
-            probe.setblocking(False)
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-        finally:
-            probe.close()
-        return False
 
     def fileno(self) -> int:
         """For poll()."""
@@ -463,8 +426,4 @@ class Listener:
     def close(self) -> None:
         """Stop listening; the path goes if it is still ours."""
         self._sock.close()
-        try:
-            if os.stat(self.path).st_ino == self._inode:  # noqa: PTH116
-                os.unlink(self.path)  # noqa: PTH108
-        except OSError:
-            pass
+        sockets.remove(self.path, self._identity)

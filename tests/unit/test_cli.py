@@ -145,7 +145,6 @@ HEAVY = {
     "logging",
     "pathlib",
     "psutil",
-    "socket",
     "ssl",
     "subprocess",
     "tempfile",

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.errors import VhostUserError
+from pyvmm.hostnet.rights import close_all
 from pyvmm.spec import vhost_user as spec
-from pyvmm.vhostuser import wire as vu_wire
 from pyvmm.vhostuser.wire import (
     FDS_MAX,
     PAYLOAD_MAX,
@@ -152,9 +152,9 @@ def test_messages_pass_whole_however_they_are_cut(request, flags, payload, fds, 
         got = message.take_fds(fds, fds)
         assert [os.eventfd_read(fd) if i else i for i, fd in enumerate(got)] == list(range(fds))
         assert not any(os.get_inheritable(fd) for fd in got)
-        vu_wire.close_all(got)
+        close_all(got)
     finally:
-        vu_wire.close_all(given_fds)
+        close_all(given_fds)
         channel.close()
         theirs.close()
 

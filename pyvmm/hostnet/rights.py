@@ -1,0 +1,71 @@
+"""Descriptors over Unix sockets: SCM_RIGHTS of unix(7), for whoever sends or receives them."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+
+from pyvmm.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Sequence
+
+#: The kernel takes at most so many descriptors per message (SCM_MAX_FD in include/net/scm.h).
+FDS_MAX = 253
+RIGHTS = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+
+
+class RightsLost(HostError):
+    """A message was cut off: it had more bytes or descriptors than the receiver allows, or this
+    process may not open so many descriptors.
+    """
+
+
+def send_fds(sock: _socket.socket, data: bytes, fds: Sequence[int] = (), flags: int = 0) -> int:
+    """Send ``data``, and with its first byte ``fds``, which stay the caller's.
+
+    :param flags: MSG_* of sendmsg(2).
+    :returns: how many bytes were sent; the descriptors are sent if that is at least 1.
+    :raises OSError: from sendmsg(2).
+    """
+    control = [(*RIGHTS, array.array("i", fds))] if fds else []
+    return sock.sendmsg([data], control, flags)
+
+
+def recv_fds(sock: _socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
+    """Receive up to ``size`` bytes and up to ``most`` descriptors.
+
+    The descriptors are close-on-exec from the first moment, and the caller's. An error leaves none
+    of them open.
+
+    :returns: no bytes at the end of a stream.
+    :raises RightsLost: the message was cut off.
+    :raises OSError: from recvmsg(2).
+    """
+    data, control, flags, _ = sock.recvmsg(
+        size, socket.CMSG_SPACE(4 * most), socket.MSG_CMSG_CLOEXEC
+    )
+    fds = array.array("i")
+    for level, kind, payload in control:
+        if (level, kind) == RIGHTS:
+            # The kernel may cut a control message off in the middle of a descriptor's number.
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    # CMSG_SPACE rounds up to 8 bytes, so that there may be room for most + 1.
+    if len(fds) > most or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        close_all(fds)
+        if flags & socket.MSG_TRUNC:
+            raise RightsLost(f"a message of more than {size} bytes was cut off")
+        raise RightsLost(
+            f"a message with more than {most} descriptors, or more than this process may open",
+            "raise the limit: ulimit -n",
+        )
+    return data, fds.tolist()
+
+
+def close_all(fds: Sequence[int] | array.array[int]) -> None:
+    """Close descriptors that nobody wants."""
+    for fd in fds:
+        os.close(fd)
