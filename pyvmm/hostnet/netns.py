@@ -7,22 +7,21 @@ a short-lived child does (a process with threads cannot enter a user namespace).
 
 from __future__ import annotations
 
-# The C half of `socket`, see tap.py.
-import _socket
-import array
 import os
+import socket
+import sys
 import threading
 
 from pyvmm import errors
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, NetForbidden, PyvmmError
 from pyvmm.fd import Fd
+from pyvmm.hostnet.rights import FDS_MAX, recv_fds, send_fds
 from pyvmm.hostnet.rtnetlink import Link, route_socket
 from pyvmm.hostnet.tap import TXQUEUELEN, Interface, Tap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     import subprocess
     from collections.abc import Callable, Sequence
     from types import TracebackType
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     #: What runs inside: returns a few words and descriptors, which the caller owns.
     Inside = Callable[[], tuple[list[str], list[int]]]
 
-MAX_FDS = 250  # SCM_MAX_FD is 253
-RIGHTS = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS)
+#: Bytes of an answer from the child, most of which a traceback can be.
+ANSWER_MAX = 1 << 16
 
 
 def _check(result: int, what: str) -> None:
@@ -60,43 +59,48 @@ def _in_thread(body: Inside) -> tuple[list[str], list[int]]:
 
 
 def _in_child(body: Inside) -> tuple[list[str], list[int]]:
-    """Run ``body`` in a child; its descriptors come back by SCM_RIGHTS."""
-    ours, theirs = _socket.socketpair(
-        _socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC
-    )
+    """Run ``body`` in a child; its descriptors come back by SCM_RIGHTS.
+
+    :raises PyvmmError, OSError: as ``body`` did.
+    :raises HostError: the child died without an answer.
+    :raises RuntimeError: ``body`` raised anything else; the text is the child's traceback.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     pid = os.fork()
     if not pid:
+        status = 1
         try:
-            _answer(theirs, body)
+            status = _answer(theirs, body)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # the answer could not be sent
         finally:
-            os._exit(0)
+            os._exit(status)
     theirs.close()
+    status = 0
     try:
-        data, control, _flags, _address = ours.recvmsg(1 << 16, _socket.CMSG_LEN(4 * MAX_FDS))
+        data, fds = recv_fds(ours, ANSWER_MAX, FDS_MAX)
     finally:
         ours.close()
         try:
-            os.waitpid(pid, 0)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         except ChildProcessError:
-            pass  # who embeds us ignores SIGCHLD
-    fds = array.array("i")
-    for level, kind, payload in control:
-        if (level, kind) == RIGHTS:
-            fds.frombytes(payload[: len(payload) - len(payload) % 4])
-    for fd in fds:
-        os.set_inheritable(fd, False)
-    status, *words = data.decode().split("\0")
-    if status == "ok":
-        return words, list(fds)
-    if status == "os":
+            pass  # whoever embeds us ignores SIGCHLD
+    kind, *words = data.decode(errors="surrogateescape").split("\0")
+    if kind == "ok":
+        return words, fds
+    if kind == "os":
         raise OSError(int(words[0]), words[1])
-    if status:
-        raise getattr(errors, status)(*words)
-    raise HostError("the child that makes the network namespace died")
+    if kind == "bug":
+        raise RuntimeError(f"in the child that makes a network namespace:\n{words[0]}")
+    if kind:
+        raise getattr(errors, kind)(*words)
+    raise HostError(f"the child that makes a network namespace died, status {status}")
 
 
-def _answer(channel: _socket.socket, body: Inside) -> None:
+def _answer(channel: socket.socket, body: Inside) -> int:
+    """The child's side of ``_in_child``: run ``body`` and tell; the exit status."""
     fds: list[int] = []
+    status = 0
     try:
         words, fds = body()
         words = ["ok", *words]
@@ -104,8 +108,13 @@ def _answer(channel: _socket.socket, body: Inside) -> None:
         words = [type(e).__name__, e.cause, e.hint]
     except OSError as e:
         words = ["os", str(e.errno or 0), e.strerror or str(e)]
-    control = [(*RIGHTS, array.array("i", fds).tobytes())] if fds else []
-    channel.sendmsg(["\0".join(words).encode()], control)
+    except BaseException:
+        import traceback
+
+        words = ["bug", traceback.format_exc()[-ANSWER_MAX // 4 :]]  # UTF-8 has up to 4 bytes
+        status = 1
+    send_fds(channel, "\0".join(words).encode(errors="surrogateescape"), fds)
+    return status
 
 
 def _map_root() -> None:
@@ -205,13 +214,12 @@ class Namespace:
 
         :raises OSError: from socket(2).
         """
-        import socket
 
         def make() -> tuple[list[str], list[int]]:
             if self.user:
                 _check(lib.setns(self.user.fileno(), lib.CLONE_NEWUSER), "setns")
             _check(lib.setns(self.net.fileno(), lib.CLONE_NEWNET), "setns")
-            return [], [_socket.socket(family, kind | _socket.SOCK_CLOEXEC, protocol).detach()]
+            return [], [socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol).detach()]
 
         _words, fds = (_in_child if self.user else _in_thread)(make)
         return socket.socket(family, kind, protocol, fileno=fds[0])

@@ -1,6 +1,7 @@
 """Taps and network namespaces, with the real kernel. All of it happens in namespaces of its own."""
 
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -18,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.datapath.emulated import EmulatedNet
-from pyvmm.errors import NetError, NetForbidden, UsageError
-from pyvmm.hostnet import tap
+from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
+from pyvmm.hostnet import netns, tap
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.tap import Interface, Tap, parse_address
 from pyvmm.memory import GuestMemory
@@ -156,6 +157,48 @@ def test_a_namespace_leaves_no_descriptor_thread_or_child():
             ns.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
         ns.close()
     assert state() == before
+
+
+def in_child(monkeypatch, body):
+    """What ``_in_child`` raises, and the child's exit status."""
+    statuses = []
+    waitpid = os.waitpid
+    monkeypatch.setattr(os, "waitpid", lambda *a: statuses.append(waitpid(*a)) or statuses[-1])
+    with pytest.raises(Exception) as caught:
+        netns._in_child(body)
+    return caught.value, os.waitstatus_to_exitcode(statuses[0][1])
+
+
+def test_a_bug_in_the_child_comes_home_with_its_traceback(monkeypatch):
+    def body():
+        return len(5), []
+
+    error, status = in_child(monkeypatch, body)
+    assert (type(error), status) == (RuntimeError, 1)
+    assert "return len(5), []" in str(error) and "TypeError: object of type 'int'" in str(error)
+
+
+def test_errors_of_the_child_come_home(monkeypatch):
+    def refused():
+        raise PermissionError(errno.EPERM, "not for you")
+
+    def busy():
+        raise NetError("no tap", "make one")
+
+    error, status = in_child(monkeypatch, refused)
+    assert (type(error), error.strerror, status) == (PermissionError, "not for you", 0)
+    monkeypatch.undo()
+    error, status = in_child(monkeypatch, busy)
+    assert (type(error), str(error), status) == (NetError, "no tap; make one", 0)
+
+
+def test_a_child_that_cannot_answer_says_why(monkeypatch, capfd):
+    error, status = in_child(monkeypatch, lambda: (["x" * (64 << 20)], []))
+    assert (type(error), status) == (HostError, 1) and "status 1" in str(error)
+    assert "Message too long" in capfd.readouterr().err
+    monkeypatch.undo()
+    error, status = in_child(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert (type(error), status) == (HostError, -9) and "status -9" in str(error)
 
 
 def test_an_ordinary_user_gets_a_namespace(tun_for_all):
