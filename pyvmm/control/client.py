@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import time
-from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
 from collections import deque
+from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
 
 from pyvmm.control.registry import find
 from pyvmm.errors import ControlError, MachineMissing

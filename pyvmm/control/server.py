@@ -16,8 +16,8 @@ from __future__ import annotations
 import select
 import threading
 import time
-from _socket import AF_UNIX, MSG_NOSIGNAL, SOCK_STREAM, socket
 from collections import deque
+from socket import MSG_NOSIGNAL, socket
 
 from pyvmm.control.registry import Claim
 from pyvmm.errors import PyvmmError
@@ -237,15 +237,15 @@ class Server:
         from pyvmm.control.framer import Framer
 
         try:
-            fd, _ = self._listener._accept()  # type: ignore[attr-defined]
+            sock, _ = self._listener.accept()
         except BlockingIOError:
             return
         except OSError:  # no descriptor left, most of all: poll would say the same for ever
             self._accept_at = time.monotonic() + NO_DESCRIPTORS
             self._poll.modify(self._listener.fileno(), 0)
             return
-        client = Client(socket(AF_UNIX, SOCK_STREAM, 0, fd), Framer())
-        client.sock.setblocking(False)
+        sock.setblocking(False)
+        client, fd = Client(sock, Framer()), sock.fileno()
         self._clients[fd] = client
         self._poll.register(fd, 0)
         if len(self._clients) > CLIENTS:

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import struct
 import threading
-
-# The C half of `socket`, see tap.py.
-from _socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
+from socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
 
 from pyvmm._ext import lib
 from pyvmm.errors import PyvmmError
@@ -41,12 +39,9 @@ def route_socket(groups: int = 0) -> Fd:
     """An rtnetlink socket of the calling thread's network namespace; ``groups``: RTMGRP_* to hear
     of.
     """
-    s = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, 0)
-    try:
+    with socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, 0) as s:
         s.bind((0, groups))
         return Fd(s.detach())
-    finally:
-        s.close()
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
-
-# The C half of `socket`: the Python half takes longer to import than a tap takes to open.
-from _socket import AF_INET, AF_INET6, SOCK_CLOEXEC, SOCK_DGRAM, inet_pton, socket
 from fcntl import ioctl
+from socket import AF_INET, AF_INET6, SOCK_CLOEXEC, SOCK_DGRAM, inet_pton, socket
 
 from pyvmm._ext import lib
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
@@ -90,11 +88,8 @@ class Interface:
 
     def _ioctl(self, request: int, data: bytes = b"", family: int = AF_INET) -> bytes:
         """``struct ifreq`` with ``data`` as its union; returns the union."""
-        s = socket(family, SOCK_DGRAM | SOCK_CLOEXEC, 0)
-        try:
+        with socket(family, SOCK_DGRAM | SOCK_CLOEXEC, 0) as s:
             out = ioctl(s.fileno(), request, struct.pack("16s24s", self.name.encode(), data))
-        finally:
-            s.close()
         return out[IFNAMSIZ:]
 
     def _change(self, put: int, old: bytes, new: bytes, what: str, command: str) -> None:
