@@ -21,12 +21,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.card.report import SwitchReport
     from pyvmm.errors import PyvmmError
-    from pyvmm.machine import Machine, Outcome
+    from pyvmm.machine import Machine
     from pyvmm.netopt import Net
+    from pyvmm.outcome import Outcome
 
 _HOMES = {
     "Machine": "pyvmm.machine",
-    "Outcome": "pyvmm.machine",
+    "Outcome": "pyvmm.outcome",
     "Net": "pyvmm.netopt",
     "PyvmmError": "pyvmm.errors",
     "SwitchReport": "pyvmm.card.report",

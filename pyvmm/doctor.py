@@ -7,6 +7,9 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Literal
+
+    State = Literal["ok", "missing", "note"]
 
 #: KVM's vendor modules: name -> (what it is, whether stock Linux guests run on it).
 FLAVOURS = {
@@ -21,7 +24,9 @@ OPTIONAL = {
     "KVM_CAP_BINARY_STATS_FD": "KVM's own statistics in reports",
     "KVM_CAP_SIGNAL_MSI": "interrupts without a route",
 }
-OK, MISSING, NOTE = "ok", "missing", "note"
+OK: State = "ok"
+MISSING: State = "missing"
+NOTE: State = "note"
 
 
 class Finding:
@@ -33,7 +38,7 @@ class Finding:
 
     __slots__ = ("detail", "name", "remedy", "state")
 
-    def __init__(self, name: str, state: str, detail: str, remedy: str = "") -> None:
+    def __init__(self, name: str, state: State, detail: str, remedy: str = "") -> None:
         self.name, self.state, self.detail, self.remedy = name, state, detail, remedy
 
 

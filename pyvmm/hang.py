@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.kvm.vcpu import Vcpu
+    from pyvmm.kvm.vcpu import State, Vcpu
     from pyvmm.machine import Machine
 
 LOOKS = 10  # within the time-out, at least
@@ -32,7 +32,7 @@ PATIENCE = 2.0  # seconds that a vCPU may take to say how it is; one that is bus
 
 
 def stuck_too_long(
-    since: list[float | None], states: list[str], linux: bool, now: float, limit: float
+    since: list[float | None], states: list[State], linux: bool, now: float, limit: float
 ) -> bool:
     """Whether this is a hang.
 
@@ -61,7 +61,7 @@ class HangWatch:
         self._end = threading.Event()
         self._changed = threading.Condition()
         self._asked = False
-        self._states: dict[int, str] = {}
+        self._states: dict[int, State] = {}
         self._runs: dict[int, int] = {}
         self._registers: dict[int, list[int]] = {}
         self._moved: set[int] = set()  # vCPUs whose registers are not those of the look before
@@ -132,7 +132,7 @@ class HangWatch:
                     out.append(b"")
         return out
 
-    def _look(self) -> list[str]:
+    def _look(self) -> list[State]:
         """How each vCPU is; one that does not say is busy with a device, and so alive."""
         machine = self._machine
         with self._changed:

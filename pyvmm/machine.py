@@ -22,14 +22,8 @@ from pyvmm.devices.console import Console, Stream
 from pyvmm.devices.legacy import Power, PvPanic, Rtc
 from pyvmm.errors import (
     CommandFailed,
-    GuestHang,
-    GuestPanic,
-    GuestReboot,
-    GuestTimeout,
     HostError,
-    KvmRunError,
     PyvmmError,
-    TripleFault,
     UsageError,
 )
 from pyvmm.kvm import Kvm
@@ -45,8 +39,9 @@ from pyvmm.kvm.vcpu import (
     Vcpu,
 )
 from pyvmm.kvm.vm import Vm
-from pyvmm.memory import GuestMemory
+from pyvmm.memory import GuestMemory, parse_size
 from pyvmm.netopt import Net, mac_text
+from pyvmm.outcome import Outcome
 from pyvmm.pci import PciBus
 from pyvmm.spec.platform import (
     GUEST_AGENT,
@@ -122,62 +117,6 @@ SHUTDOWN_REASONS = {
 
 #: Those that begin a phase of the exit ledger (exits.phases).
 MARKS = (GUEST_INIT, GUEST_COMMAND, GUEST_STATUS)
-
-
-class Outcome:
-    """How a machine ended.
-
-    :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout``,
-        ``hang``, ``stopped`` or ``debug-exit``.
-    :ivar status: exit status of the guest's command, or of a test kernel at the debug-exit port,
-        0..255; None if there was none.
-    :ivar detail: one line of more; may be empty. :ivar registers: of the vCPU, where that helps.
-    :ivar rips: where each vCPU was at a time-out or hang, else empty. :ivar states: how each was
-        (``Vcpu.state``), likewise.
-    """
-
-    ERRORS: dict[str, tuple[type[PyvmmError], str]] = {
-        "panic": (GuestPanic, "the guest kernel panicked"),
-        "reboot": (GuestReboot, "the guest rebooted"),
-        "triple-fault": (TripleFault, "the guest triple-faulted"),
-        "kvm-error": (KvmRunError, "KVM_RUN failed"),
-        "timeout": (GuestTimeout, "the guest did not end in time"),
-        "hang": (GuestHang, "the guest hangs"),
-    }
-
-    def __init__(
-        self, kind: str, detail: str = "", registers: dict[str, int] | None = None
-    ) -> None:
-        self.kind = kind
-        self.detail = detail
-        self.registers = registers
-        self.rips: list[int] = []
-        self.states: list[str] = []
-        self.status: int | None = None
-        self.asked = False  # by us, not by the guest
-
-    def error(self) -> PyvmmError | None:
-        """What to raise for an end that is none of the orderly ones, else None."""
-        known = self.ERRORS.get(self.kind)
-        if known is None:
-            return None
-        kind, text = known
-        return kind(f"{text}: {self.detail}" if self.detail else text)
-
-    def __repr__(self) -> str:
-        return f"Outcome({self.kind!r}, status={self.status}, detail={self.detail!r})"
-
-
-def parse_size(text: str | int, what: str = "--memory") -> int:
-    """Bytes from ``128M``, ``4G``, ``65536K`` or a plain number of MiB."""
-    if isinstance(text, int):
-        return text
-    raw = text.strip().upper().removesuffix("B").removesuffix("I")
-    unit = {"K": 10, "M": 20, "G": 30}.get(raw[-1:], 0)
-    digits = raw[:-1] if unit else raw
-    if not (digits.isascii() and digits.isdecimal() and len(digits) < 30):
-        raise UsageError(f"{what} {text!r} is no size", "write 256M or 4G")
-    return int(digits) << (unit or 20)
 
 
 class Machine:

@@ -18,6 +18,23 @@ HUGE_PAGE = 2 << 20
 SIZE_MAX = 1 << 44  # with the PCI hole still inside the 48 bits that any CPU has
 
 
+def parse_size(text: str | int, what: str = "--memory") -> int:
+    """Bytes from ``128M``, ``4G``, ``65536K``, or from the text of a number of MiB. An integer is
+    bytes already.
+
+    :param what: names the text in the error.
+    :raises UsageError: ``text`` is no size.
+    """
+    if isinstance(text, int):
+        return text
+    raw = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = {"K": 10, "M": 20, "G": 30}.get(raw[-1:], 0)
+    digits = raw[:-1] if unit else raw
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 30):
+        raise UsageError(f"{what} {text!r} is no size", "write 256M or 4G")
+    return int(digits) << (unit or 20)
+
+
 class MemoryRegion:
     """One contiguous run of guest RAM.
 

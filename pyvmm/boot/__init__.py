@@ -12,9 +12,13 @@ from pyvmm.spec import platform as pf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Literal
+
     from pyvmm.boot.bzimage import BzImage
     from pyvmm.boot.elf import ElfKernel
     from pyvmm.memory import GuestMemory
+
+    Mode = Literal["long64", "protected32", "real16"]
 
 __all__ = ["FLAT_MODES", "PROTOCOLS", "BootState", "is_linux", "load"]
 
@@ -44,7 +48,7 @@ class BootState:
 
     __slots__ = ("cr3", "entry", "gdt_base", "kind", "mode", "regs")
 
-    def __init__(self, mode: str, kind: str, entry: int, regs: dict[str, int], cr3: int) -> None:
+    def __init__(self, mode: Mode, kind: str, entry: int, regs: dict[str, int], cr3: int) -> None:
         self.mode, self.kind, self.entry, self.cr3 = mode, kind, entry, cr3
         self.gdt_base = pf.BOOT_GDT
         self.regs = {"rip": entry, "rflags": RFLAGS_FIXED, **regs}

@@ -7,8 +7,11 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
+    from typing import Literal
 
     from pyvmm.datapath.base import Vring
+
+    SwitchOutcome = Literal["switched", "rolled-back", "fallback", "refused", "failed"]
 
 #: Queue index modulo 2 -> the direction as the guest sees it.
 WAYS = ("rx", "tx")
@@ -59,7 +62,7 @@ class SwitchReport:
         self.nic, self.source, self.target = nic, source, target
         self.mode = source
         self.at_ns = time.monotonic_ns()
-        self.outcome = "refused"
+        self.outcome: SwitchOutcome = "refused"
         self.reason = ""
         self.gap_ns: dict[str, int] = {}
         self.pending: dict[int, int] = {}

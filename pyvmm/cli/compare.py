@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> Plan:
     from pyvmm.compare.plan import Plan
     from pyvmm.errors import UsageError
-    from pyvmm.machine import parse_size
+    from pyvmm.memory import parse_size
     from pyvmm.spec.platform import MAX_CPUS
 
     if not 1 <= args.cpus <= MAX_CPUS:

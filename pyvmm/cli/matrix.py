@@ -304,8 +304,8 @@ def _machine(args: argparse.Namespace, cell: Cell, stack: ExitStack) -> tuple[Vm
     """
     import threading
 
-    from pyvmm.machine import Outcome
     from pyvmm.netopt import Net
+    from pyvmm.outcome import Outcome
     from pyvmm.testing.vm import Vm
 
     net = cell.net()

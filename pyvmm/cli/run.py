@@ -54,7 +54,8 @@ if TYPE_CHECKING:
 
     from pyvmm.card.nic import Nic
     from pyvmm.cli.support.judge import Extras
-    from pyvmm.machine import Machine, Outcome
+    from pyvmm.machine import Machine
+    from pyvmm.outcome import Outcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -304,7 +304,8 @@ class PeerGuest:
         import base64
 
         from pyvmm.host import peers
-        from pyvmm.machine import BASE_CMDLINE, parse_size
+        from pyvmm.machine import BASE_CMDLINE
+        from pyvmm.memory import parse_size
 
         p = self._plan
         raw = b"".join(arg.encode() + b"\0" for arg in guest_command(p))

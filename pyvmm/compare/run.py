@@ -226,7 +226,7 @@ class Comparison:
         from pyvmm import __version__
         from pyvmm.compare.stats import summarise
         from pyvmm.doctor import flavour
-        from pyvmm.machine import parse_size
+        from pyvmm.memory import parse_size
         from pyvmm.testbed.testbed import inside
 
         p = self._plan

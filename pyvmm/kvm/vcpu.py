@@ -14,11 +14,15 @@ from pyvmm.kvm.stats import Stats
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Literal
 
     from pyvmm.boot import BootState
     from pyvmm.bus import Bus
     from pyvmm.kvm.vm import Vm
+
+    State = Literal[
+        "not started", "alive", "halted with interrupts off", "runs with interrupts off"
+    ]
 
 MSR_MTRR_DEF_TYPE = 0x2FF
 MTRR_ENABLE_WB = 1 << 11 | 6
@@ -30,10 +34,12 @@ STOP_ASKED, STOP_PIO, STOP_MMIO = lib.PV_STOP_ASKED, lib.PV_STOP_PIO, lib.PV_STO
 STOP_OTHER, STOP_ERROR = lib.PV_STOP_OTHER, lib.PV_STOP_ERROR
 EXIT_SHUTDOWN = lib.KVM_EXIT_SHUTDOWN
 
-#: What ``Vcpu.state`` says. Only ALIVE ones can take an interrupt, and only a start-up interrupt
-#: wakes the first.
-NOT_STARTED, ALIVE = "not started", "alive"
-HALTED_OFF, RUNS_OFF = "halted with interrupts off", "runs with interrupts off"
+#: What ``Vcpu.state`` says. Only an ALIVE vCPU can take an interrupt, and only a start-up interrupt
+#: wakes a NOT_STARTED one.
+NOT_STARTED: State = "not started"
+ALIVE: State = "alive"
+HALTED_OFF: State = "halted with interrupts off"
+RUNS_OFF: State = "runs with interrupts off"
 RFLAGS_IF = 1 << 9
 
 CR0_PE, CR0_ET, CR0_NE, CR0_PG = 1, 1 << 4, 1 << 5, 1 << 31
@@ -284,7 +290,7 @@ class Vcpu:
         out.update({name: getattr(sregs, name) for name in ("cr0", "cr2", "cr3", "cr4", "efer")})
         return out
 
-    def state(self) -> str:
+    def state(self) -> State:
         """NOT_STARTED, ALIVE, HALTED_OFF or RUNS_OFF, as it is now; from its thread, or while it
         does not run.
         """

@@ -13,14 +13,14 @@ import time
 
 from pyvmm.errors import ImageError, KvmForbidden, KvmMissing, KvmUnsuitable, PyvmmError, UsageError
 from pyvmm.kvm.vcpu import ALIVE, NOT_STARTED
-from pyvmm.machine import Machine, Outcome
+from pyvmm.machine import Machine
+from pyvmm.outcome import Outcome
 from pyvmm.testing import points
 from pyvmm.testing.verdict import Verdict, judge_test, register_lines
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import Any
 
 TIMEOUT = 90.0  # seconds, as kvm-unit-tests has it
 MEMORY = "128M"
@@ -215,7 +215,7 @@ class Suite:
         return result
 
 
-def state_lines(outcome: Any, symbols: str | None, moved: int = 0) -> list[str]:
+def state_lines(outcome: Outcome, symbols: str | None, moved: int = 0) -> list[str]:
     """Where the vCPUs were: the registers that the outcome has, each RIP with its symbol.
 
     :param symbols: path of an ELF with symbols; a file that is none is no error. :param moved: how

@@ -10,11 +10,26 @@ from pyvmm.errors import BuildError, ImageError, PyvmmError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Literal
+
+    from pyvmm.outcome import Abnormal, Outcome
+
+    Kind = Literal[
+        Abnormal,
+        "passed",
+        "skipped",
+        "failed",
+        "error",
+        "budget",
+        "host-problem",
+        "trouble",
+        "ended",
+        "interrupted",
+    ]
 
 #: verdict -> exit status; None: the test's own. docs/exit-codes.md has the table, a test holds the
 #: two together.
-CODES: dict[str, int | None] = {
+CODES: dict[Kind, int | None] = {
     "passed": 0,
     "skipped": 77,
     "failed": None,
@@ -47,7 +62,7 @@ class Verdict:
 
     def __init__(
         self,
-        kind: str,
+        kind: Kind,
         message: str = "",
         *,
         status: int | None = None,
@@ -82,8 +97,8 @@ def of_error(error: PyvmmError) -> Verdict:
     return Verdict("error" if ours else "host-problem", str(error), status=error.exit_code)
 
 
-def judge_test(outcome: Any) -> Verdict:
-    """The verdict of a test kernel, from the ``machine.Outcome``.
+def judge_test(outcome: Outcome) -> Verdict:
+    """The verdict of a test kernel.
 
     Debug-exit with value 0, or status 0 by the guest port, is passed; 77 (value 38) is skipped; any
     other is failed.
@@ -103,8 +118,9 @@ def judge_test(outcome: Any) -> Verdict:
         return Verdict("ended", "the kernel powered off without a status")
     if kind == "stopped":
         return Verdict("interrupted", "stopped before it ended")
-    error = outcome.error()
-    return Verdict(kind, error.cause if error is not None else outcome.detail)
+    error, abnormal = outcome.error(), outcome.abnormal
+    assert error is not None and abnormal is not None, "debug-exit comes with a status"
+    return Verdict(abnormal, error.cause)
 
 
 def register_lines(registers: dict[str, int]) -> list[str]:

@@ -39,7 +39,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.card.report import SwitchReport
+    from pyvmm.card.report import SwitchOutcome, SwitchReport
     from pyvmm.card.uplink import Route
     from pyvmm.datapath.base import DataPath, HostSide, PathEvents, Vring
     from pyvmm.memory import GuestMemory
@@ -425,14 +425,14 @@ class NetDevice(VirtioDevice):
         parked = [self._rings[index] for index in indices]
         pending = {ring.index: self._index(ring.avail) - ring.base & 0xFFFF for ring in parked}
         report.parked(parked, since, old.path.times.asked, pending)
-        tries: list[tuple[str, Callable[[], Route]]] = [("rolled-back", lambda: old)]
+        tries: list[tuple[SwitchOutcome, Callable[[], Route]]] = [("rolled-back", lambda: old)]
         if uneven:
             report.reason = uneven
         else:
             tries.insert(0, ("switched", lambda: new))
         if spare is not None:
             tries.append(("fallback", spare))
-        outcome = ""
+        outcome: SwitchOutcome | None = None
         used = old
         for kind, make in tries:
             route: Route | None = None
@@ -505,7 +505,7 @@ class NetDevice(VirtioDevice):
             raise HostError(f"{path.name}: {problem}")
         held.release()
 
-    def _last_resort(self, old: Route, patience: float) -> str:
+    def _last_resort(self, old: Route, patience: float) -> SwitchOutcome:
         """Nothing serves the rings. The old path may yet find someone who does; the outcome."""
         self._use(old)
         try:

@@ -12,7 +12,7 @@ import pytest
 
 from pyvmm import Machine, Net
 from pyvmm.errors import GuestPanic, GuestReboot, GuestTimeout, KvmRunError, TripleFault
-from pyvmm.machine import Outcome
+from pyvmm.outcome import Outcome
 from pyvmm.spec import linux_boot as lb
 from pyvmm.spec.platform import PORT_ACPI_SLEEP_CONTROL, PORT_GUEST_CONTROL
 

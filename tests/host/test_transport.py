@@ -12,11 +12,11 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 
 from pyvmm._ext import lib
+from pyvmm.boot import BootState
 from pyvmm.bus import MMIO, Bus
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.devices.console import Console
@@ -347,8 +347,7 @@ CODE = 0x1000
 def vcpu(vm: Vm) -> Iterator[Vcpu]:
     bus = Bus()
     v = Vcpu(vm, 0, 1, bus)
-    boot = SimpleNamespace(mode="prot32", gdt_base=0x500, regs={"rip": CODE})
-    v.set_boot_state(boot)  # type: ignore[arg-type]
+    v.set_boot_state(BootState("protected32", "machine code", CODE, {}, 0))
     yield v
     v.close()
     bus.close()

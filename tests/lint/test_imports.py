@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     {"errors", "fd", "spec", "threads", "__version__"},
-    {"memory", "kvm", "hostnet", "vhostuser"},
+    {"memory", "kvm", "hostnet", "outcome", "vhostuser"},
     {"bus", "pci"},
     {"boot", "datapath", "devices", "virtio"},
     {

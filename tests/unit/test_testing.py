@@ -11,7 +11,7 @@ import pytest
 
 from pyvmm import errors
 from pyvmm.errors import UsageError
-from pyvmm.machine import Outcome
+from pyvmm.outcome import Outcome
 from pyvmm.testing import points, unittests
 from pyvmm.testing.junit import TestCase, document
 from pyvmm.testing.symbols import Symbols

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyvmm.exits.budget import Result
-    from pyvmm.machine import Machine, Outcome
+    from pyvmm.machine import Machine
+    from pyvmm.outcome import Outcome
 
 OUTPUT_LINES = 20
 JSON_LINES = 100  # of the console, in the JSON
@@ -169,7 +170,8 @@ class Extras:
         result = {"passed": "passed", "failed": "failed", "budget": "failed"}.get(
             verdict.kind, "error"
         )
-        output, points, properties = b"", [], {"verdict": verdict.kind}
+        output, points = b"", []
+        properties: dict[str, str] = {"verdict": verdict.kind}
         if vm is not None:
             output = b"".join(bytes(s.text) for s in (vm.console, vm.stdout, vm.stderr))
             points = parse(vm.console.text) + parse(vm.stdout.text)
@@ -222,7 +224,7 @@ def judge(
 
     :param symbols: path of a kernel that may have symbols.
     """
-    kind, error = outcome.kind, outcome.error()
+    kind, abnormal, error = outcome.kind, outcome.abnormal, outcome.error()
     details: list[str] = []
     if kind == "panic":
         details = says.panic_quote(vm.console.text)
@@ -230,9 +232,9 @@ def judge(
         error.cause += f", {says.PHASES[says.phase(vm.phases, bool(vm.console.text))]}"
     elif error is not None and kind == "reboot" and not vm.console.text:
         error.cause += ", before there was any output"
-    if error is not None:
+    if abnormal is not None:
         details += state_lines(outcome, symbols, says.offset(vm.console.text))
-        return Verdict(kind, str(error), status=outcome.status, details=details)
+        return Verdict(abnormal, str(error), status=outcome.status, details=details)
     if watch is not None:
         watch.finish()
         if watch.troubles:
