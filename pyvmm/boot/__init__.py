@@ -1,5 +1,6 @@
-"""Boot: load a kernel into guest memory and say how vCPU 0 starts; firmware tables are in ``acpi``
-and ``mptable``.
+"""Boot: load a kernel into guest memory and say how vCPU 0 starts.
+
+The modules ``acpi`` and ``mptable`` make the firmware tables.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["FLAT_MODES", "PROTOCOLS", "BootState", "is_linux", "load"]
 
-#: ``auto`` takes bzImage by the 64-bit protocol and ELF by its PVH note, else its multiboot header
-#: (which comes first in a 32-bit ELF), else at e_entry; ``linux64`` takes the first two by their
-#: 64-bit entry; the others take one format only.
+#: How a kernel is entered. ``auto`` enters a bzImage by Linux' 64-bit boot protocol. It enters a
+#: 64-bit ELF by its PVH note, else by its multiboot header, else at e_entry; a 32-bit ELF by its
+#: multiboot header, else by its PVH note. ``linux64`` enters a bzImage or a 64-bit ELF at the
+#: 64-bit entry. Each of the other protocols takes one format only.
 PROTOCOLS = ("auto", "linux64", "pvh", "elf64", "bzimage", "multiboot")
-#: How a flat binary starts at its first byte: with the registers of PVH, with those of Linux'
-#: 64-bit entry, or with CS 0.
+#: How a flat binary starts at its first byte: in PVH's entry state, in the state of Linux' 64-bit
+#: entry, or in real mode with CS 0.
 FLAT_MODES = ("protected32", "long64", "real16")
 
 RFLAGS_FIXED = 0x2
@@ -36,13 +38,14 @@ RFLAGS_FIXED = 0x2
 class BootState:
     """How vCPU 0 starts.
 
-    :ivar mode: ``long64`` (paging on with ``cr3``, 64-bit, CS 0x10, DS, ES and SS 0x18),
+    :ivar mode: ``long64`` (64-bit code, paging on with ``cr3``, CS 0x10, DS, ES and SS 0x18),
         ``protected32`` (flat 32-bit segments, paging off: the entry state of PVH and multiboot) or
-        ``real16`` (all segments 0). Interrupts are off in all.
-    :ivar regs: general registers by their names in struct kvm_regs; those not named are 0.
-    :ivar cr3: guest-physical; 0 in protected32. :ivar gdt_base: guest-physical, four descriptors.
-    :ivar kind: what was found, for people: ``bzImage``, ``Linux ELF``, ``ELF``, with how it is
-        entered.
+        ``real16`` (all segments 0). Interrupts are off in every mode.
+    :ivar regs: general registers by their names in struct kvm_regs; all others are 0.
+    :ivar cr3: guest-physical address of the page tables; 0 unless the mode is ``long64``.
+    :ivar gdt_base: guest-physical address of a table of four descriptors.
+    :ivar kind: the format that was found and how it is entered, for people to read, such as
+        ``bzImage by 64-bit entry``.
     :ivar entry: guest-physical address of the first instruction.
     """
 
@@ -68,17 +71,19 @@ def load(
     load_address: int | None = None,
     load_mode: str = "protected32",
 ) -> BootState:
-    """Put kernel, initrd, command line and boot parameters into ``memory``, which reads as zero
-    (new, or after ``zero``).
+    """Put kernel, initrd, command line and boot parameters into ``memory``.
 
     Everything is checked before the first byte is written.
 
+    :param memory: must read as zero (it is new, or ``zero`` has been called).
+    :param kernel: the path of the kernel; ``initrd`` likewise.
     :param rsdp: guest-physical address of the ACPI root pointer (``acpi.build``); 0 for none.
     :param protocol: one of PROTOCOLS.
-    :param load_address: take the file, whatever it is, as a flat binary and put it there
-        (guest-physical).
-    :param load_mode: one of FLAT_MODES; how a flat binary starts.
-    :raises ImageError: naming file, field and remedy. :raises UsageError: unknown protocol or mode.
+    :param load_address: load the file as a flat binary at this guest-physical address, whatever its
+        format.
+    :param load_mode: one of FLAT_MODES: how a flat binary starts.
+    :raises ImageError: a file cannot be used; the error names the file, the field and the remedy.
+    :raises UsageError: the protocol or the mode is unknown.
     """
     if protocol not in PROTOCOLS:
         raise UsageError(
@@ -103,10 +108,9 @@ def load(
 
 
 def is_linux(kernel: str) -> bool:
-    """Whether the file is a Linux kernel (a bzImage, or an ELF whose notes say so) rather than a
-    bare-metal one.
+    """Whether the file is a Linux kernel: a bzImage, or an ELF whose notes say that it is Linux.
 
-    :raises ImageError: it is neither, or damaged: ``load`` would refuse it whatever the machine.
+    :raises ImageError: the file is damaged or no kernel, so that ``load`` would refuse it as well.
     """
     with ImageFile(kernel, "kernel") as image:
         found = _format(image)
@@ -122,8 +126,10 @@ def is_linux(kernel: str) -> bool:
 
 
 def _format(image: ImageFile) -> str:
-    """``elf``, ``bzimage``, or ``multiboot`` where the header alone says what to load; ImageError
-    for anything else.
+    """The file's format: ``elf``, ``bzimage``, or ``multiboot`` for a file that is neither but has
+    a multiboot header with load addresses.
+
+    :raises ImageError: the file has no known format.
     """
     if image.size >= 4 and image.read(0, 4, "the ELF magic") == lb.ELF_MAGIC:
         return "elf"
@@ -139,11 +145,13 @@ def _format(image: ImageFile) -> str:
     header = multiboot.find(image)
     if header is None:
         raise image.bad(
-            "is neither a bzImage nor an ELF: no 'HdrS' at 0x202, no ELF magic at 0, no multiboot header"
+            "is neither a bzImage nor an ELF: no 'HdrS' at 0x202, no ELF magic at 0,"
+            " no multiboot header"
         )
     if not header.flags & AOUT_KLUDGE:
         raise image.bad(
-            f"has a multiboot header without addresses (flags {header.flags:#x}, bit 16 clear) and is no ELF"
+            f"has a multiboot header without addresses (flags {header.flags:#x}, bit 16 clear)"
+            " and is not an ELF"
         )
     return "multiboot"
 
@@ -176,8 +184,8 @@ def _load_elf(
     from pyvmm.boot import elf
 
     kernel: ElfKernel = elf.parse(image)
-    # A 64-bit ELF says with its PVH note that it knows better than multiboot 1, which has no 64-bit
-    # entry.
+    # Multiboot 1 has no 64-bit entry, so a 64-bit ELF that also has a PVH note is entered by the
+    # note.
     asked = protocol == "multiboot"
     if asked or (
         protocol == "auto" and not kernel.linux and (kernel.bits == 32 or kernel.pvh_entry is None)
@@ -190,7 +198,8 @@ def _load_elf(
             raise image.bad("has no multiboot header in its first 8 KiB", "use protocol auto")
     if kernel.bits == 32 and (kernel.pvh_entry is None or protocol not in ("auto", "pvh")):
         raise image.bad(
-            "is a 32-bit ELF (EI_CLASS 1) with neither a multiboot header in its first 8 KiB nor a PVH note"
+            "is a 32-bit ELF (EI_CLASS 1) with neither a multiboot header in its first 8 KiB"
+            " nor a PVH note"
             if kernel.pvh_entry is None
             else f"is a 32-bit ELF (EI_CLASS 1), which protocol {protocol} cannot enter"
         )
@@ -226,10 +235,12 @@ def _load_multiboot(
     initrd: str | None,
     cmdline: str,
 ) -> BootState:
-    """A kernel with a multiboot header; ``kernel`` is its ELF, None where the header has to do.
+    """Load a kernel that has a multiboot header.
 
-    The modules of ``initrd`` (``multiboot.split_modules``) go behind the kernel, each on a page of
-    its own.
+    The modules that ``initrd`` names (``multiboot.split_modules``) go behind the kernel; each
+    starts on a page boundary.
+
+    :param kernel: the parsed ELF; None if the file is no ELF and only the header says what to load.
     """
     from contextlib import ExitStack
 
@@ -245,7 +256,8 @@ def _load_multiboot(
         _check_range(memory, image, f"segment {s.index} (p_paddr, p_memsz)", s.paddr, s.end)
     if kernel.segments[-1].end > memory.low_size:
         raise image.bad(
-            f"segment {kernel.segments[-1].index} ends above 4 GiB, multiboot 1 knows 32 bits"
+            f"segment {kernel.segments[-1].index} ends above 4 GiB, but multiboot 1 has 32-bit"
+            " addresses only"
         )
     name = multiboot.name_of(image.path)
     line = params.check_cmdline(f"{name} {cmdline}".rstrip(), pf.BOOT_CMDLINE_MAX - 1)
@@ -259,7 +271,8 @@ def _load_multiboot(
             end = start + module.size
             if end > memory.low_size:
                 raise module.bad(
-                    f"of {module.size} bytes does not fit: {max(memory.low_size - start, 0)} bytes are free behind the kernel",
+                    f"of {module.size} bytes does not fit:"
+                    f" {max(memory.low_size - start, 0)} bytes are free behind the kernel",
                     "raise --memory or use a smaller module",
                 )
             modules.append((start, end, params.check_cmdline(text, params.PAGE)))
@@ -284,7 +297,7 @@ def _load_flat(
     address: int,
     mode: str,
 ) -> BootState:
-    """The whole file at ``address``, entered at its first byte."""
+    """Load the whole file at ``address`` and enter it at its first byte."""
     if mode not in FLAT_MODES:
         raise UsageError(f"unknown load mode {mode!r}", f"use one of {', '.join(FLAT_MODES)}")
     end = address + image.size
@@ -297,7 +310,8 @@ def _load_flat(
     if not fits or not any(a <= address and end <= b for a, b in rooms):
         where = " or ".join(f"{a:#x}..{b:#x}" for a, b in rooms)
         raise image.bad(
-            f"at load address {address:#x} takes {address:#x}..{end:#x}, a flat binary in mode {mode} may use {where}",
+            f"at load address {address:#x} takes {address:#x}..{end:#x},"
+            f" but a flat binary in mode {mode} may use only {where}",
             "use an address below 0x10000"
             if mode == "real16"
             else "use another --load-address, or raise --memory",
@@ -331,16 +345,14 @@ def _enter_linux64(
     params.write_zero_page(memory, header, rsdp, disk)
     params.write_gdt(memory)
     params.write_page_tables(memory)
-    regs = {
-        "rsi": pf.BOOT_PARAMS,
-        "rsp": pf.BOOT_PAGE_TABLES,
-    }  # the stack grows down to the zero page's end
+    # The stack grows down from the page tables to the end of the zero page.
+    regs = {"rsi": pf.BOOT_PARAMS, "rsp": pf.BOOT_PAGE_TABLES}
     return BootState("long64", f"{name} by 64-bit entry", entry, regs, pf.BOOT_PAGE_TABLES)
 
 
 def _check_range(memory: GuestMemory, image: ImageFile, field: str, start: int, end: int) -> None:
-    """The range must be RAM at or above 1 MiB: what is below belongs to the loader and the firmware
-    tables.
+    """Raise ImageError unless [start, end) is RAM at or above 1 MiB: the memory below belongs to
+    the loader and the firmware tables.
     """
     if start < pf.KERNEL_BASE:
         raise image.bad(f"{field} starts at {start:#x}, below {pf.KERNEL_BASE:#x}")
@@ -356,8 +368,8 @@ def _check_range(memory: GuestMemory, image: ImageFile, field: str, start: int, 
 def _load_initrd(
     memory: GuestMemory, path: str | None, bottom: int, highest: int
 ) -> tuple[int, int]:
-    """Load the initrd; returns its address and bytes, (0, 0) for none. Writes only above
-    ``bottom``.
+    """Load the initrd between ``bottom`` and ``highest`` (``params.place_initrd``); returns its
+    address and its size in bytes, or (0, 0) if there is none.
     """
     if path is None:
         return 0, 0

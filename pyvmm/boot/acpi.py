@@ -1,9 +1,9 @@
-"""ACPI tables: hardware-reduced ACPI 6.4, as small as Linux needs to find every CPU, the IO-APIC,
-PCI and the serial ports.
+"""The smallest ACPI 6.4 tables by which Linux finds every CPU, the IO-APIC, PCI and the serial
+ports.
 
-Hardware-reduced (4.1) because it needs no PM timer, no SCI and no PM1 block: power-off and reset
-are one I/O port each, and Linux skips the PIT, the 8259 and the timer-wiring check, which would
-cost boot time under nested virtualisation.
+The tables describe a hardware-reduced machine (4.1). Such a machine needs no PM timer, no SCI and
+no PM1 block: power-off and reset are one I/O port each. Linux then skips the PIT, the 8259 and the
+check of the timer's wiring, which would cost boot time under nested virtualisation.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ def build(
     com2: bool = True,
     ecam: bool = False,
 ) -> int:
-    """Write RSDP, XSDT, FADT, MADT, DSDT (and MCFG) from FIRMWARE_BASE up; returns the RSDP's
-    guest-physical address.
+    """Write RSDP, DSDT, FADT, MADT, MCFG (with ``ecam``) and XSDT from FIRMWARE_BASE up.
 
-    :param cpus: 1..MAX_CPUS, with local APIC ids 0..cpus-1.
+    :param cpus: 1..MAX_CPUS; their local APIC ids are 0..cpus-1.
     :param pci_slots: the slots of bus 0 whose INTA is routed.
-    :param com2: whether the second serial port is there.
-    :param ecam: whether config space is also at PCI_ECAM_BASE. Linux takes 0xCF8 for the first 256
-        bytes all the same.
+    :param com2: whether the machine has the second serial port.
+    :param ecam: whether configuration space is also mapped at PCI_ECAM_BASE. Linux accesses the
+        first 256 bytes through port 0xCF8 in any case.
+    :returns: the guest-physical address of the RSDP.
     """
     blob = bytearray(acpi.RSDP_SIZE)
     addresses = []
 
-    def place(table: bytes) -> int:
+    def add_table(table: bytes) -> int:
         blob.extend(bytes(-len(blob) % 16))
         address = pf.FIRMWARE_BASE + len(blob)
         blob.extend(table)
         return address
 
-    dsdt_at = place(dsdt(pci_slots, com2=com2, ecam=ecam))
-    addresses.append(place(_fadt(dsdt_at)))
-    addresses.append(place(_madt(cpus)))
+    dsdt_at = add_table(dsdt(pci_slots, com2=com2, ecam=ecam))
+    addresses.append(add_table(_fadt(dsdt_at)))
+    addresses.append(add_table(_madt(cpus)))
     if ecam:
-        addresses.append(place(_mcfg()))
-    xsdt = place(_sdt(b"XSDT", 1, struct.pack(f"<{len(addresses)}Q", *addresses)))
+        addresses.append(add_table(_mcfg()))
+    xsdt = add_table(_sdt(b"XSDT", 1, struct.pack(f"<{len(addresses)}Q", *addresses)))
     rsdp = bytearray(
         struct.pack(acpi.RSDP, b"RSD PTR ", 0, acpi.OEM_ID, 2, 0, acpi.RSDP_SIZE, xsdt, 0)
     )
@@ -66,7 +66,7 @@ def build(
 
 
 def _sdt(signature: bytes, revision: int, body: bytes) -> bytes:
-    """A table with its header, length and checksum."""
+    """A table with its header, length and checksum (5.2.6)."""
     table = bytearray(
         struct.pack(
             acpi.SDT_HEADER,
@@ -131,13 +131,16 @@ def _mcfg() -> bytes:
 
 
 def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool = False) -> bytes:
-    """The DSDT: everything that cannot be enumerated otherwise, and the route of PCI's INTA."""
+    """The DSDT: the devices that the guest cannot enumerate, and the routes of PCI's INTA.
+
+    The parameters are those of ``build``.
+    """
     routes = [
         aml.package(
             [
                 aml.integer(slot << 16 | 0xFFFF),
                 aml.integer(0),  # INTA
-                aml.integer(0),  # no link device: the next item is the GSI, level and active low
+                aml.integer(0),  # no link device: the next item is a level, active-low GSI
                 aml.integer(pf.GSI_PCI_BASE + slot % pf.GSI_PCI_COUNT),
             ]
         )
@@ -145,13 +148,13 @@ def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool 
     ]
     pci = aml.device(
         "PCI0",
-        # PNP0A03, not 0A08 (Express): there is no _OSC to negotiate.
+        # PNP0A03 and not PNP0A08 (PCI Express): the latter would need an _OSC to negotiate with.
         aml.name("_HID", aml.eisaid("PNP0A03")),
         aml.name("_UID", aml.integer(0)),
         aml.resources(
             aml.word_space(acpi.RES_TYPE_BUS, 0, 0, 0),
             aml.io(pf.PORT_PCI_ADDRESS, 8),
-            # From 0x1000 up, so that BARs stay clear of the fixed ports.
+            # The window starts at 0x1000 so that BARs stay clear of the fixed ports.
             aml.word_space(acpi.RES_TYPE_IO, acpi.RES_IO_ENTIRE_RANGE, 0x1000, 0xFFFF),
             aml.dword_memory(pf.PCI_MMIO_BASE, pf.PCI_MMIO_BASE + pf.PCI_MMIO_SIZE - 1),
         ),
@@ -192,7 +195,7 @@ def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool 
 
 
 def _serial(text: str, uid: int, port: int, irq: int) -> bytes:
-    """A 16550: PNP0501."""
+    """A 16550 serial port (PNP0501)."""
     return aml.device(
         text,
         aml.name("_HID", aml.eisaid("PNP0501")),

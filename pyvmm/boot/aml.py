@@ -1,7 +1,7 @@
-"""A small AML encoder (ACPI 6.4, chapter 20): each function returns the bytes of one term.
+"""A small AML encoder (ACPI 6.4, chapter 20). Each function returns the bytes of one term.
 
-Only what our DSDT needs. Names are four characters (padded with ``_``); paths are written as in
-ASL: ``\\_SB.PCI0``.
+It knows only the terms that our DSDT needs. Names have four characters (shorter ones are padded
+with ``_``); paths are written as in ASL, such as ``\\_SB.PCI0``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def path(text: str) -> bytes:
-    """A NameString of one or two segments, absolute if it starts with a backslash."""
+    """A NameString of one or two segments. It is absolute if it starts with a backslash."""
     root = b"\\" if text.startswith("\\") else b""
     segments = [part.ljust(4, "_").encode("ascii") for part in text.lstrip("\\").split(".")]
     if len(segments) == 1:
@@ -27,7 +27,7 @@ def path(text: str) -> bytes:
 
 
 def _package(op: bytes, body: bytes) -> bytes:
-    """``op``, PkgLength, ``body``; the length counts its own bytes (20.2.4)."""
+    """``op``, PkgLength and ``body``. PkgLength counts its own bytes as well (20.2.4)."""
     size = len(body) + 1
     if size < 0x40:
         return op + bytes([size]) + body
@@ -56,8 +56,8 @@ def string(text: str) -> bytes:
 
 
 def eisaid(text: str) -> bytes:
-    """EisaId("PNP0A03"): three letters of five bits and four hexadecimal digits, big-endian
-    (19.3.4).
+    """EisaId("PNP0A03"): three letters of five bits each and four hexadecimal digits, in big-endian
+    order (19.3.4).
     """
     letters = [ord(c) - 0x40 for c in text[:3]]
     value = letters[0] << 26 | letters[1] << 21 | letters[2] << 16 | int(text[3:], 16)
@@ -102,7 +102,9 @@ def notify(text: str, value: int) -> bytes:
 
 
 def resources(*descriptors: bytes) -> bytes:
-    """Name (_CRS, ResourceTemplate () {...}); the end tag's checksum 0 means that there is none."""
+    """Name (_CRS, ResourceTemplate () {...}). A checksum of 0 in the end tag means that it is not
+    used (6.4.2.9).
+    """
     return name("_CRS", buffer(b"".join(descriptors) + bytes([acpi.RES_END, 0])))
 
 
@@ -112,7 +114,7 @@ def io(port: int, count: int) -> bytes:
 
 
 def irq(line: int) -> bytes:
-    """IRQNoFlags () {line}: edge-triggered, active high, of the 16 ISA lines."""
+    """IRQNoFlags () {line}: one of the 16 ISA lines, edge-triggered and active high."""
     return struct.pack("<BH", acpi.RES_IRQ_NO_FLAGS, 1 << line)
 
 
@@ -137,7 +139,9 @@ def word_space(kind: int, flags: int, first: int, last: int) -> bytes:
 
 
 def dword_memory(first: int, last: int) -> bytes:
-    """DWordMemory (..., ReadWrite): likewise for memory, not cacheable."""
+    """DWordMemory (..., NonCacheable, ReadWrite): the memory window [first, last] that a bridge
+    passes on.
+    """
     body = struct.pack(
         "<BBBIIIII",
         acpi.RES_TYPE_MEMORY,

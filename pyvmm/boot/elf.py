@@ -1,7 +1,8 @@
-"""The ELF kernel reader, 64 and 32 bits: what to load where, and where to enter.
+"""The ELF kernel reader for 64 and 32 bits: it finds what to load where, and where to enter.
 
-Read with ``struct`` rather than pyelftools because this is on the path of every start: importing
-pyelftools takes 40 to 75 ms natively and a second under emulation, this module under a millisecond.
+It uses ``struct`` and not pyelftools because every start of a machine runs this code. Importing
+pyelftools takes 40 to 75 ms natively and a second under emulation; importing this module takes less
+than a millisecond.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.boot.image import ImageFile
 
-PHNUM_MAX = 128  # kernels have 1 to 10; also refuses PN_XNUM (0xffff)
+PHNUM_MAX = 128  # kernels have 1 to 10 program headers; PN_XNUM (0xffff) is refused, too
 NOTES_MAX = 1 << 20
 
 
 class Segment:
-    """One PT_LOAD program header: ``filesz`` bytes at ``offset`` go to ``paddr``, zeroes up to
-    ``memsz``.
+    """One PT_LOAD program header: ``filesz`` bytes of the file at ``offset`` go to ``paddr``;
+    zeroes follow them up to ``memsz`` bytes.
     """
 
     __slots__ = ("filesz", "index", "memsz", "offset", "paddr", "vaddr")
@@ -34,17 +35,19 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """The first guest-physical address after it."""
+        """The first guest-physical address after the segment."""
         return self.paddr + self.memsz
 
 
 class ElfKernel:
     """A validated ELF executable.
 
-    :ivar segments: in ascending physical order, not empty, not overlapping.
-    :ivar entry: physical address of e_entry, inside a segment.
-    :ivar pvh_entry: physical 32-bit entry from the note XEN_ELFNOTE_PHYS32_ENTRY, or None.
-    :ivar linux: whether its notes say that it is Linux. :ivar bits: 64 or 32, its class.
+    :ivar segments: at least one, in ascending physical order; they do not overlap.
+    :ivar entry: e_entry as a physical address, which is inside a segment.
+    :ivar pvh_entry: the physical address of the 32-bit entry that the note
+        XEN_ELFNOTE_PHYS32_ENTRY names; None if there is no such note.
+    :ivar linux: whether the notes say that the kernel is Linux.
+    :ivar bits: 64 or 32: the ELF class.
     """
 
     __slots__ = ("bits", "entry", "linux", "pvh_entry", "segments")
@@ -57,9 +60,9 @@ class ElfKernel:
 
 
 def parse(image: ImageFile) -> ElfKernel:
-    """Read and check the headers and notes; nothing is loaded.
+    """Read and check the headers and notes; load nothing.
 
-    :raises ImageError: naming the header field at fault.
+    :raises ImageError: it names the header field at fault.
     """
     ident = image.read(0, lb.EI_NIDENT, "the ELF header")
     if ident[lb.EI_CLASS] not in (lb.ELFCLASS32, lb.ELFCLASS64):
@@ -81,13 +84,13 @@ def parse(image: ImageFile) -> ElfKernel:
     if ehsize < ehdr_size or phentsize != phdr_size:
         raise image.bad(f"has odd ELF header sizes (e_ehsize {ehsize}, e_phentsize {phentsize})")
     if not 0 < phnum <= PHNUM_MAX:
-        raise image.bad(f"has {phnum} program headers (e_phnum), a kernel has 1 to {PHNUM_MAX}")
+        raise image.bad(f"has {phnum} program headers (e_phnum), but needs 1 to {PHNUM_MAX}")
     table = image.read(phoff, phnum * phdr_size, "the program header table (e_phoff, e_phnum)")
     segments: list[Segment] = []
     pvh_entry: int | None = None
     linux = False
     for i, row in enumerate(struct.iter_unpack(lb.PHDR if wide else lb.PHDR32, table)):
-        # p_flags is the one field in another place.
+        # p_flags is the second field in a 64-bit header and the seventh in a 32-bit header.
         p_type, offset, vaddr, paddr, filesz, memsz, align = row[:1] + (
             row[2:] if wide else (*row[1:6], row[7])
         )
@@ -112,7 +115,8 @@ def parse(image: ImageFile) -> ElfKernel:
     for a, b in pairwise(segments):
         if a.end > b.paddr:
             raise image.bad(
-                f"segments {a.index} and {b.index} overlap: {a.paddr:#x}..{a.end:#x} and {b.paddr:#x}..{b.end:#x}"
+                f"segments {a.index} and {b.index} overlap: {a.paddr:#x}..{a.end:#x}"
+                f" and {b.paddr:#x}..{b.end:#x}"
             )
     if pvh_entry is not None and not any(s.paddr <= pvh_entry < s.end for s in segments):
         raise image.bad(f"PVH entry {pvh_entry:#x} is outside every segment")
@@ -122,7 +126,9 @@ def parse(image: ImageFile) -> ElfKernel:
 
 
 def _physical(image: ImageFile, segments: list[Segment], entry: int) -> int:
-    """e_entry as a physical address: Linux gives that already, others give the virtual one."""
+    """e_entry as a physical address. Linux stores the physical address, other kernels the virtual
+    one.
+    """
     for s in segments:
         if s.paddr <= entry < s.end:
             return entry
@@ -133,7 +139,7 @@ def _physical(image: ImageFile, segments: list[Segment], entry: int) -> int:
 
 
 def _read_notes(image: ImageFile, notes: bytes, align: int) -> tuple[int | None, bool]:
-    """The PVH entry point, if there is one, and whether the notes are those of a Linux kernel."""
+    """The PVH entry point (None if there is none), and whether the notes say that this is Linux."""
     entry: int | None = None
     linux = False
     at = 0

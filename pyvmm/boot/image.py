@@ -1,6 +1,4 @@
-"""One kernel or initrd file: opened once, read by position, every short read or odd file refused by
-name.
-"""
+"""One kernel or initrd file. It is opened once and read by position; every error names the file."""
 
 from __future__ import annotations
 
@@ -17,17 +15,18 @@ if TYPE_CHECKING:
     from pyvmm.memory import GuestMemory
 
 HINTS = {
-    "kernel": "give --kernel a bzImage, an x86-64 ELF or a multiboot kernel, or leave it out for the built image",
+    "kernel": "give --kernel a bzImage, an x86-64 ELF or a multiboot kernel,"
+    " or leave it out for the built image",
     "initrd": "give --initrd a cpio archive, or leave it out",
 }
 
 
 class ImageFile:
-    """An open regular file; a context manager that owns the descriptor.
+    """An open regular file. The object owns the descriptor; as a context manager it closes it.
 
     :param what: ``kernel`` or ``initrd``, for messages.
-    :ivar size: bytes, at least 1.
-    :raises ImageError: missing, unreadable, empty or not a regular file.
+    :ivar size: the file's length in bytes, at least 1.
+    :raises ImageError: the file is missing, unreadable, empty or not a regular file.
     """
 
     __slots__ = ("fd", "path", "size", "what")
@@ -36,7 +35,7 @@ class ImageFile:
         self.path, self.what = path, what
         self.fd = -1
         try:
-            # O_NONBLOCK: opening a FIFO would otherwise wait for a writer.
+            # Without O_NONBLOCK, opening a FIFO would wait for a writer.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as e:
             cause = (e.strerror or str(e)) if isinstance(e, OSError) else str(e)
@@ -54,14 +53,18 @@ class ImageFile:
         self.fd, self.size = fd, status.st_size
 
     def bad(self, cause: str, hint: str = "") -> ImageError:
-        """The error to raise: ``cause`` follows the file's name; the default hint says what would
-        be good.
+        """Make the error to raise.
+
+        :param cause: follows the file's name in the message, so it begins with a verb.
+        :param hint: the remedy; by default it says which files can be used.
         """
         return ImageError(f"{self.what} {self.path!r} {cause}", hint or HINTS[self.what])
 
     def read(self, offset: int, length: int, field: str) -> bytes:
-        """Exactly ``length`` bytes at ``offset``; ImageError names ``field`` where the file ends
-        before.
+        """Read exactly ``length`` bytes at ``offset``.
+
+        :param field: names these bytes in the error.
+        :raises ImageError: the file ends earlier or cannot be read.
         """
         if offset + length > self.size:
             raise self.truncated(field, offset + length)
@@ -74,7 +77,11 @@ class ImageFile:
         return data
 
     def load(self, memory: GuestMemory, gpa: int, offset: int, length: int, field: str) -> None:
-        """Read [offset, offset + length) of the file straight into guest memory."""
+        """Read [offset, offset + length) of the file straight into guest memory at ``gpa``.
+
+        :param field: names these bytes in the error.
+        :raises ImageError: the file ends earlier or cannot be read.
+        """
         try:
             done = memory.read_file(gpa, self.fd, offset, length)
         except OSError as e:
@@ -83,9 +90,9 @@ class ImageFile:
             raise self.truncated(field, offset + length)
 
     def truncated(self, field: str, end: int) -> ImageError:
-        """The error for a file that ends inside ``field``, which reaches to byte ``end``."""
+        """Make the error for a file that ends inside ``field``, which reaches to byte ``end``."""
         return self.bad(
-            f"is truncated: {field} ends at byte {end:#x}, the file at {self.size:#x}",
+            f"is truncated: {field} ends at byte {end:#x}, but the file at {self.size:#x}",
             "copy or build it again",
         )
 

@@ -1,5 +1,5 @@
-"""MP tables (Intel MultiProcessor Specification 1.4): what ACPI's MADT and _PRT say, for kernels
-without ACPI.
+"""MP tables (Intel MultiProcessor Specification 1.4). They tell kernels without ACPI what ACPI's
+MADT and _PRT say.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from pyvmm.memory import GuestMemory
 
-# The floating pointer is in the EBDA, where everyone looks; the table itself outgrows the EBDA with
-# many CPUs.
+# The floating pointer is in the EBDA, where every kernel looks for it. The table itself is not
+# because it would be larger than the EBDA with many CPUs.
 TABLE_BASE = pf.FIRMWARE_END - 0x1000
 BUS_PCI = 0
 BUS_ISA = 1
@@ -24,9 +24,9 @@ IOAPIC_ID = 0
 
 
 def build(memory: GuestMemory, *, cpus: int = 1, pci_slots: Iterable[int] = range(1, 32)) -> None:
-    """Write the floating pointer at EBDA_BASE and the configuration table.
+    """Write the floating pointer at EBDA_BASE and the configuration table at TABLE_BASE.
 
-    :param cpus: 1..MAX_CPUS, with local APIC ids 0..cpus-1.
+    :param cpus: 1..MAX_CPUS; their local APIC ids are 0..cpus-1.
     :param pci_slots: the slots of bus 0 whose INTA is routed.
     """
     entries = [
@@ -36,8 +36,8 @@ def build(memory: GuestMemory, *, cpus: int = 1, pci_slots: Iterable[int] = rang
             n,
             acpi.LAPIC_VERSION,
             acpi.MP_CPU_ENABLED | (0 if n else acpi.MP_CPU_BSP),
-            0x600,  # family 6: any with an APIC will do
-            0x201,  # FPU and APIC on chip
+            0x600,  # family 6; any family whose CPUs have an APIC would do
+            0x201,  # the CPU has an FPU and an on-chip APIC
         )
         for n in range(cpus)
     ]
@@ -54,7 +54,7 @@ def build(memory: GuestMemory, *, cpus: int = 1, pci_slots: Iterable[int] = rang
         )
     )
     for line in range(16):
-        if line != 2:  # the cascade; its pin takes the timer
+        if line != 2:  # line 2 is the PIC's cascade; its IO-APIC pin is the timer's
             pin = line or pf.IOAPIC_PIN_TIMER
             entries.append(
                 struct.pack(acpi.MP_IO_INTERRUPT, 3, acpi.MP_INT, 0, BUS_ISA, line, IOAPIC_ID, pin)

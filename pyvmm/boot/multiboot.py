@@ -1,5 +1,7 @@
-"""Multiboot 1 kernels: the header, what it makes of the file, and the information that the kernel
-gets.
+"""Multiboot 1 kernels: find the header in the file, find out what it loads, and make the boot
+information for the kernel.
+
+Numbers in brackets are sections of The Multiboot Specification, version 0.6.96.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ LOADER_NAME = b"pyvmm\0"
 class Header:
     """A multiboot header whose checksum is right.
 
-    :ivar at: its offset in the file. :ivar flags: see spec.multiboot.
+    :ivar at: its offset in the file.
+    :ivar flags: the constants are in spec.multiboot.
     """
 
     __slots__ = ("at", "flags")
@@ -33,9 +36,9 @@ class Header:
 
 
 def find(image: ImageFile) -> Header | None:
-    """The header (3.1.1), or None.
+    """Find the file's header (3.1.1); None if it has none.
 
-    :raises ImageError: it asks for what this loader has not.
+    :raises ImageError: the header requires a feature that this loader lacks.
     """
     head = image.read(0, min(image.size, mb.SEARCH), "the multiboot header")
     magic = struct.pack("<I", mb.MAGIC)
@@ -53,28 +56,31 @@ def _checked(image: ImageFile, header: Header) -> Header:
     unknown = header.flags & mb.REQUIREMENTS & ~(mb.PAGE_ALIGN | mb.MEMORY_INFO)
     if unknown & mb.VIDEO_MODE:
         raise image.bad(
-            f"asks for a video mode (multiboot header flags {header.flags:#x}, bit 2), there is no display",
-            "build it without",
+            f"asks for a video mode (multiboot header flags {header.flags:#x}, bit 2),"
+            " but the machine has no display",
+            "build it without bit 2",
         )
     if unknown:
         raise image.bad(
-            f"asks for what multiboot 1 does not define (header flags {header.flags:#x})",
+            f"asks for a feature that multiboot 1 does not define (header flags {header.flags:#x})",
             "build it without",
         )
     return header
 
 
 def by_addresses(image: ImageFile, header: Header) -> ElfKernel:
-    """What a header with the a.out kludge (3.1.3) says is loaded; nothing is loaded here.
+    """What to load according to a header with the a.out kludge (3.1.3), as an ELF of one segment;
+    load nothing.
 
-    :raises ImageError: naming the header field at fault.
+    :raises ImageError: it names the header field at fault.
     """
     raw = image.read(header.at + mb.HEADER_SIZE, mb.ADDRESSES_SIZE, "the multiboot address fields")
     header_addr, load_addr, load_end, bss_end, entry = struct.unpack(mb.ADDRESSES, raw)
     offset = header.at - (header_addr - load_addr)
     if not load_addr <= header_addr or offset < 0:
         raise image.bad(
-            f"multiboot load_addr {load_addr:#x} and header_addr {header_addr:#x} do not fit a header at byte {header.at:#x}"
+            f"multiboot load_addr {load_addr:#x} and header_addr {header_addr:#x} do not fit"
+            f" a header at byte {header.at:#x}"
         )
     if load_end and load_end <= header_addr:
         raise image.bad(
@@ -82,10 +88,11 @@ def by_addresses(image: ImageFile, header: Header) -> ElfKernel:
         )
     size = load_end - load_addr if load_end else image.size - offset
     if offset + size > image.size:
-        raise image.truncated("what is loaded up to load_end_addr", offset + size)
+        raise image.truncated("the part up to load_end_addr", offset + size)
     if bss_end and bss_end < load_addr + size:
         raise image.bad(
-            f"multiboot bss_end_addr {bss_end:#x} is below the end of what is loaded, {load_addr + size:#x}"
+            f"multiboot bss_end_addr {bss_end:#x} is below the end of the loaded part,"
+            f" {load_addr + size:#x}"
         )
     end = bss_end or load_addr + size
     if not load_addr <= entry < end:
@@ -95,18 +102,18 @@ def by_addresses(image: ImageFile, header: Header) -> ElfKernel:
 
 
 def split_modules(text: str) -> list[tuple[str, str]]:
-    """``--initrd`` for a multiboot kernel: ``FILE [ARGUMENTS][,FILE ...]``, a comma doubled to mean
-    itself.
+    """Split ``--initrd`` for a multiboot kernel: ``FILE [ARGUMENTS][,FILE ...]``. A doubled comma
+    stands for a comma.
 
-    :returns: (path, the string that the kernel sees: path and arguments) for each.
+    :returns: per module its path and the string for the kernel, which is path and arguments.
     """
     parts = [p.replace("\0", ",").strip() for p in text.replace(",,", "\0").split(",")]
     return [(p.split(" ", 1)[0], p) for p in parts if p]
 
 
 def name_of(path: str) -> str:
-    """The first word of the command line, as other loaders give it: the kernel's file name without
-    spaces.
+    """The first word of the kernel's command line: its file name, as other loaders pass it. Spaces
+    and unprintable characters become ``_``.
     """
     name = path.rpartition("/")[2]
     return "".join(c if "!" <= c <= "~" else "_" for c in name)
@@ -115,11 +122,12 @@ def name_of(path: str) -> str:
 def information(
     memory: GuestMemory, cmdline_at: int, modules: list[tuple[int, int, bytes]]
 ) -> tuple[int, bytes]:
-    """The boot information (3.3) and what it points to, for MULTIBOOT_INFO.
+    """Make the boot information (3.3), followed by everything that it points to.
 
-    :param cmdline_at: guest-physical. :param modules: first and last address + 1, string.
-    :returns: guest-physical address and bytes, not yet written.
-    :raises ImageError: the strings do not fit.
+    :param cmdline_at: the guest-physical address of the command line.
+    :param modules: per module its guest-physical start and end, and its string.
+    :returns: the guest-physical address (MULTIBOOT_INFO) and the bytes to write there.
+    :raises ImageError: the modules' strings do not fit into one page.
     """
     base = pf.MULTIBOOT_INFO
     entries = b"".join(
@@ -142,7 +150,7 @@ def information(
         | mb.INFO_BOOT_LOADER_NAME,
         pf.EBDA_BASE >> 10,
         max(memory.low_size - pf.KERNEL_BASE, 0) >> 10,
-        0xFFFFFFFF,  # no boot device; its flag is not set either
+        0xFFFFFFFF,  # there is no boot device, so its flag is not set either
         cmdline_at,
         len(modules),
         mods_at if modules else 0,
@@ -157,7 +165,8 @@ def information(
     blob += mods + strings
     if len(blob) > params.PAGE:
         raise ImageError(
-            f"the names and arguments of {len(modules)} modules take {len(blob)} bytes, {params.PAGE} are there",
-            "use fewer or shorter ones in --initrd",
+            f"the names and arguments of {len(modules)} modules take {len(blob)} bytes,"
+            f" but only {params.PAGE} are available",
+            "use fewer modules or shorter arguments in --initrd",
         )
     return base, blob

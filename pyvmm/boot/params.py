@@ -1,5 +1,5 @@
-"""What a loader hands to a kernel: the memory map, the zero page, the PVH start info, descriptor
-and page tables.
+"""The data that a loader hands to a kernel: the memory map, the zero page, the PVH start info, the
+GDT and the page tables.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 
-# Segment descriptors by selector: 0x10 is 64-bit code, 0x18 data, as the 64-bit boot protocol asks;
-# both flat and accessed.
+# Segment descriptors: selector 0x10 is 64-bit code and 0x18 is data, as the 64-bit boot protocol
+# demands. Both are flat, and their accessed bits are set.
 GDT = struct.pack("<4Q", 0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)
 PTE_TABLE = 0x03  # present, writable
-PTE_LARGE = 0x83  # and PS: a 2 MiB page
+PTE_LARGE = 0x83  # present, writable, PS (a 2 MiB page)
 
-# What runs at F000:FFF0. Linux on hardware-reduced ACPI thinks of EFI first (efi_reboot_required)
-# and, where that is missing, jumps to the BIOS: mov dx, PORT_ACPI_RESET; mov al, ACPI_RESET_VALUE;
-# out dx, al; hlt; jmp back to the hlt.
+# The code at F000:FFF0. On hardware-reduced ACPI, Linux reboots through EFI (efi_reboot_required)
+# and, if there is no EFI, by a jump to the BIOS. The code is: mov dx, PORT_ACPI_RESET; mov al,
+# ACPI_RESET_VALUE; out dx, al; hlt; jmp back to the hlt.
 RESET_CODE = struct.pack(
     "<BHBBBBBb", 0xBA, pf.PORT_ACPI_RESET, 0xB0, pf.ACPI_RESET_VALUE, 0xEE, 0xF4, 0xEB, -3
 )
 
-# Offsets in the page PVH_START_INFO.
+# Offsets in the page at PVH_START_INFO.
 PVH_MODLIST = 0x40
 PVH_MEMMAP = 0x80
 
 
 def memory_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
-    """The e820 table: (address, bytes, E820_* type), ascending and not overlapping.
+    """The e820 table: per entry its address, its size in bytes and its E820_* type. The entries
+    ascend and do not overlap.
 
-    The types of E820 and of PVH's memory map are the same numbers.
+    PVH's memory map and multiboot's use the same numbers for RAM and reserved memory.
     """
     high = memory.regions[1:]
     return [
@@ -51,16 +52,16 @@ def memory_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
             else []
         ),
         (pf.PCI_ECAM_BASE, pf.PCI_ECAM_SIZE, lb.E820_RESERVED),
-        (pf.KVM_IDENTITY_MAP, 4 * PAGE, lb.E820_RESERVED),  # and the TSS behind it
+        (pf.KVM_IDENTITY_MAP, 4 * PAGE, lb.E820_RESERVED),  # one page, then three of the TSS
         *((r.gpa, r.size, lb.E820_RAM) for r in high),
     ]
 
 
 def check_cmdline(cmdline: str, limit: int) -> bytes:
-    """The command line as bytes, without the NUL.
+    """Check the command line and return it as bytes, without the NUL.
 
-    :param limit: what the kernel takes, in characters.
-    :raises ImageError: too long, or not printable ASCII.
+    :param limit: the longest command line in characters that the kernel takes.
+    :raises ImageError: the command line is too long or not printable ASCII.
     """
     for i, c in enumerate(cmdline):
         if not (" " <= c <= "~" or c == "\t"):
@@ -70,33 +71,34 @@ def check_cmdline(cmdline: str, limit: int) -> bytes:
     limit = min(limit, pf.BOOT_CMDLINE_MAX - 1)
     if len(cmdline) > limit:
         raise ImageError(
-            f"command line of {len(cmdline)} characters, this kernel takes {limit}",
+            f"command line has {len(cmdline)} characters, but this kernel takes only {limit}",
             "shorten --append",
         )
     return cmdline.encode("ascii")
 
 
 def place_initrd(initrd: ImageFile, memory: GuestMemory, bottom: int, highest: int) -> int:
-    """Where the initrd goes: as high as may be, page-aligned, at or above ``bottom``, the kernel's
-    end.
+    """Choose the initrd's guest-physical address: the highest page at which it fits.
 
-    :param highest: the last address that the kernel can take it at.
-    :raises ImageError: it does not fit.
+    :param bottom: the end of the kernel; the initrd starts at or above this address.
+    :param highest: the highest address that the initrd may occupy.
+    :raises ImageError: the initrd does not fit.
     """
     top = min(memory.low_size, highest + 1)
     address = (top - initrd.size) & ~(PAGE - 1)
     if address < bottom:
         room = max(top - bottom, 0)
         raise initrd.bad(
-            f"of {initrd.size} bytes does not fit: {room} bytes are free between the kernel's end {bottom:#x} and {top:#x}",
+            f"of {initrd.size} bytes does not fit: {room} bytes are free between the kernel's end"
+            f" {bottom:#x} and {top:#x}",
             "raise --memory or use a smaller initrd",
         )
     return address
 
 
 def write_common(memory: GuestMemory, cmdline: bytes) -> None:
-    """The command line, the BIOS data area by which tables in the EBDA are found, and the real-mode
-    reset vector.
+    """Write the command line, the words of the BIOS data area by which kernels find the EBDA, and
+    the real-mode reset vector.
     """
     memory.write(pf.BOOT_CMDLINE, cmdline + b"\0")
     memory.write(lb.BDA_EBDA_SEGMENT, struct.pack("<H", pf.EBDA_BASE >> 4))
@@ -105,16 +107,16 @@ def write_common(memory: GuestMemory, cmdline: bytes) -> None:
 
 
 def write_zero_page(memory: GuestMemory, header: bytes, rsdp: int, initrd: tuple[int, int]) -> None:
-    """struct boot_params at BOOT_PARAMS.
+    """Write struct boot_params at BOOT_PARAMS.
 
-    :param header: the setup header from 0x1f1 on; its loader fields are filled in here.
-    :param initrd: address and bytes; (0, 0) for none.
+    :param header: the setup header from 0x1f1 on; this function fills in the loader's fields.
+    :param initrd: its address and its size in bytes; (0, 0) for none.
     """
     page = bytearray(lb.BP_SIZE)
     page[lb.HDR_SETUP_SECTS : lb.HDR_SETUP_SECTS + len(header)] = header
     page[lb.HDR_TYPE_OF_LOADER] = lb.LOADER_UNDEFINED
     struct.pack_into("<I", page, lb.HDR_CMD_LINE_PTR, pf.BOOT_CMDLINE)
-    # Below 4 GiB always, so the ext_* halves stay zero.
+    # The initrd is always below 4 GiB, so the upper halves in the ext_* fields stay zero.
     struct.pack_into("<II", page, lb.HDR_RAMDISK_IMAGE, *initrd)
     struct.pack_into("<Q", page, lb.BP_ACPI_RSDP_ADDR, rsdp)
     entries = memory_map(memory)
@@ -125,7 +127,7 @@ def write_zero_page(memory: GuestMemory, header: bytes, rsdp: int, initrd: tuple
 
 
 def synthetic_header() -> bytes:
-    """A setup header for a vmlinux, which carries none: what the kernel reads of it is only what a
+    """Make a setup header for a vmlinux, which has none. The kernel reads only the fields that a
     loader writes.
     """
     header = bytearray(lb.HDR_END_2_12 - lb.HDR_SETUP_SECTS)
@@ -141,7 +143,11 @@ def synthetic_header() -> bytes:
 
 
 def write_start_info(memory: GuestMemory, rsdp: int, initrd: tuple[int, int]) -> None:
-    """struct hvm_start_info, version 1, with its module list and memory map, at PVH_START_INFO."""
+    """Write struct hvm_start_info, version 1, with its module list and memory map, at
+    PVH_START_INFO.
+
+    :param initrd: its address and its size in bytes; (0, 0) for none.
+    """
     base = pf.PVH_START_INFO
     entries = memory_map(memory)
     address, size = initrd
@@ -169,13 +175,13 @@ def write_start_info(memory: GuestMemory, rsdp: int, initrd: tuple[int, int]) ->
 
 
 def write_gdt(memory: GuestMemory) -> None:
-    """The boot GDT at BOOT_GDT."""
+    """Write the boot GDT at BOOT_GDT."""
     memory.write(pf.BOOT_GDT, GDT)
 
 
 def write_page_tables(memory: GuestMemory) -> None:
-    """An identity map of the first 4 GiB in 2 MiB pages at BOOT_PAGE_TABLES: PML4, PDPT, four
-    directories.
+    """Write an identity map of the first 4 GiB at BOOT_PAGE_TABLES: PML4, PDPT and four page
+    directories of 2 MiB pages.
     """
     base = pf.BOOT_PAGE_TABLES
     memory.write(base, struct.pack("<Q", base + PAGE | PTE_TABLE))

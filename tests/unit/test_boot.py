@@ -373,8 +373,8 @@ BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     "old protocol": (lambda: make_bzimage(version=0x206), "boot protocol 2.06"),
     "zImage": (lambda: make_bzimage(loadflags=0), "zImage"),
     "32-bit kernel": (lambda: make_bzimage(xloadflags=0), "XLF_KERNEL_64"),
-    "short header": (lambda: make_bzimage(header_end=0x10), "setup header ends"),
-    "long header": (lambda: make_bzimage(header_end=0xFF), "setup header ends"),
+    "short header": (lambda: make_bzimage(header_end=0x10), "setup header that ends"),
+    "long header": (lambda: make_bzimage(header_end=0xFF), "setup header that ends"),
     "alignment zero": (lambda: make_bzimage(alignment=0), "kernel_alignment"),
     "pref_address unaligned": (lambda: make_bzimage(pref_address=0x100_1000), "pref_address"),
     "pref_address low": (lambda: make_bzimage(pref_address=0), "below 0x100000"),
@@ -453,7 +453,7 @@ def test_initrd_that_just_fits(memory: GuestMemory, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("a" * 2048, "2048 characters, this kernel takes 2047"),
+        ("a" * 2048, "2048 characters, but this kernel takes only 2047"),
         ("a\nb", r"'\\n' at position 1"),
         ("a\0b", r"position 1"),
         ("gr\u00fc\u00df", "position 2"),
