@@ -1,7 +1,7 @@
-"""The two I/O spaces of the machine: who answers at which port or address.
+"""The machine's two I/O spaces: which device answers at which port or memory address.
 
-The table is in C (cext/bus.c), where the hot devices answer as well; what it hands to Python ends
-up in ``Bus.dispatch``.
+The table of regions is in C (cext/bus.c). Devices that are accessed often answer in C as well; C
+hands every other access to Python, to ``Bus.dispatch``.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     class Handler(Protocol):
-        """A device's registers as the bus sees them: values are little-endian integers of ``size``
-        bytes.
+        """A device's registers as the bus sees them. Values are integers of ``size`` bytes; the
+        bus converts from and to the guest's byte order.
         """
 
         def read(self, offset: int, size: int) -> int:
-            """The value at ``offset`` from the region's base."""
+            """The value at ``offset`` from the region's base; higher bits are ignored."""
 
         def write(self, offset: int, size: int, value: int) -> None:
-            """Store ``value`` at ``offset``."""
+            """Store ``value`` at ``offset`` from the region's base."""
 
-    #: (which register, see pv_bus_register in cext/bus.h; written?) -> its name, empty where it has
-    #: none.
+    #: (the register's number as pv_bus_register in cext/bus.h makes it, whether it is written) ->
+    #: the register's name, empty if it has none.
     Names = Callable[[int, bool], str]
 
 PIO = lib.PV_PIO
 MMIO = lib.PV_MMIO
-#: In the number of a register of the PCI data port (cext/bus.h).
+#: The flag in the number of a register that is reached through the PCI data port (cext/bus.h).
 PCI_DATA = lib.PV_REG_PCI
 
 
 class Registers:
-    """Names of a region's registers, for the ledger: offset to name, or to the names for reading
-    and for writing.
+    """The names of a region's registers, for the exit ledger. Each offset maps to a name, or to two
+    names: the register as it is read and as it is written.
 
-    An access in the middle of a register has its name with ``+N``.
+    An access N bytes behind the beginning of a register gets the register's name with ``+N``.
     """
 
     __slots__ = ("_names", "_starts")
@@ -52,7 +52,7 @@ class Registers:
         self._starts = sorted(names)
 
     def __call__(self, reg: int, write: bool) -> str:
-        """The name of the register at offset ``reg``."""
+        """The name of the register at offset ``reg``; empty if it has none."""
         start = max((at for at in self._starts if at <= reg), default=-1)
         if start < 0:
             return ""
@@ -62,12 +62,13 @@ class Registers:
 
 
 class Region:
-    """A run of ports or addresses that belongs to one device; on the bus while ``base`` is not
+    """A range of ports or addresses that belongs to one device. It is mapped while ``base`` is not
     None.
 
-    :ivar names: of its registers; set by who makes it. :ivar prefix: what goes before them in a
-        full name.
-    :ivar role: which register -> ``notify`` or ``control``, for registers that are kicks.
+    :ivar names: the names of the region's registers; whoever makes the region sets them.
+    :ivar prefix: the text that precedes a register's name in its full name.
+    :ivar role: tells whether a register is a kick: maps its number to ``notify`` (a data queue's),
+        ``control`` (the control queue's) or an empty string.
     """
 
     __slots__ = (
@@ -104,12 +105,15 @@ class Region:
         self.role: Callable[[int], str] | None = None
 
     def register(self, reg: int, write: bool) -> str:
-        """The name of a register by its number in the ledger; empty where it has none."""
+        """The name of a register by its number in the ledger; empty if it has none."""
         return self.names(reg, write) if self.names is not None else ""
 
     def map(self, base: int) -> bool:
-        """Put it at ``base``, away from where it was; False (and unmapped) where something else is
-        in the way.
+        """Move the region to ``base``.
+
+        :returns: whether that succeeded. If another region is in the way, the region is left
+            unmapped.
+        :raises HostError: the table in C is full, or ``base`` plus ``length`` overflows.
         """
         self.unmap()
         error = lib.pv_bus_add(
@@ -122,28 +126,28 @@ class Region:
         return not error
 
     def unmap(self) -> None:
-        """Take it off the bus; its id and name stay known to the ledger."""
+        """Take the region off the bus. The ledger still knows its id and name."""
         if self.base is not None:
             lib.pv_bus_remove(self.bus.c, self.space, self.base, self.id)
             self.base = None
 
 
 class Nobody:
-    """A place without a device: reads as all ones."""
+    """The handler for addresses without a device, as on a PC's bus."""
 
     def read(self, offset: int, size: int) -> int:
-        """All ones."""
+        """All bits are ones."""
         return -1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Lost."""
+        """The value is lost."""
 
 
 NOBODY = Nobody()
 
 
 class Bus:
-    """Both I/O spaces of one machine; owns the table in C."""
+    """Both I/O spaces of one machine. The object owns the table in C."""
 
     def __init__(self) -> None:
         self.c = lib.pv_bus_new()
@@ -152,7 +156,7 @@ class Bus:
         self._regions: dict[int, Region] = {}
 
     def close(self) -> None:
-        """Free the table; no vCPU runs any more. A second call does nothing."""
+        """Free the table once no vCPU runs any more. A second call does nothing."""
         if self.c != ffi.NULL:
             lib.pv_bus_free(self.c)
             self.c = ffi.NULL
@@ -167,10 +171,12 @@ class Bus:
         kind: int = lib.PV_REGION_PYTHON,
         opaque: Any = ffi.NULL,
     ) -> Region:
-        """Make a region of ``length`` bytes, not yet mapped.
+        """Make a region of ``length`` bytes that is not mapped yet.
 
-        :param handler: answers in Python; or else ``kind`` and ``opaque`` name what answers in C
-            (lent).
+        :param space: PIO or MMIO.
+        :param handler: the device that answers in Python, if ``kind`` is PV_REGION_PYTHON.
+        :param kind: PV_REGION_*: which C code answers (cext/bus.h).
+        :param opaque: the C object that this code needs; lent until the bus is closed.
         """
         r = Region(self, len(self._regions) + 1, space, length, name, handler, kind, opaque)
         self._regions[r.id] = r
@@ -185,8 +191,9 @@ class Bus:
         handler: Handler | None = None,
         **c: Any,
     ) -> Region:
-        """``region`` and ``map`` at a fixed place. Raises HostError where something is there
-        already.
+        """Make a region and map it at ``base``. The other parameters are those of ``region``.
+
+        :raises HostError: another region is there already.
         """
         r = self.region(space, length, name, handler, **c)
         if not r.map(base):
@@ -194,13 +201,15 @@ class Bus:
         return r
 
     def name(self, region_id: int) -> str:
-        """What the ledger calls a region; empty for nobody's."""
+        """The name of a region in the ledger; empty if no region has this id."""
         r = self._regions.get(region_id)
         return r.name if r else ""
 
     def describe(self, region_id: int, reg: int, write: bool) -> tuple[str, str, str]:
-        """What the ledger calls an access: device, register (or empty) and both together, ``net0
-        queue 1 notify``.
+        """The names of an access in the ledger.
+
+        :returns: the device, the register (may be empty) and the full name, such as
+            ``net0 queue 1 notify``; three empty strings if no region has this id.
         """
         r = self._regions.get(region_id)
         if r is None:
@@ -209,25 +218,25 @@ class Bus:
         return r.name, register, f"{r.prefix} {register}" if register else r.name
 
     def role(self, region_id: int, reg: int) -> str:
-        """What an access is for: ``notify`` or ``control`` for the kick of a queue, else
-        nothing.
+        """``notify`` or ``control`` if a write to the register kicks a data queue or the control
+        queue, else an empty string.
         """
         r = self._regions.get(region_id)
         return r.role(reg) if r is not None and r.role is not None else ""
 
     def region_names(self) -> set[tuple[str, str]]:
-        """Name and prefix of every region there is."""
+        """The name and the prefix of each region."""
         return {(r.name, r.prefix) for r in self._regions.values()}
 
     def dispatch(self, c: Any) -> None:
-        """Answer the access described in ``struct pv_vcpu`` ``c`` (after PV_STOP_PIO or
-        PV_STOP_MMIO).
+        """Answer the access that ``c`` (``struct pv_vcpu *``) describes after PV_STOP_PIO or
+        PV_STOP_MMIO.
         """
         r = self._regions[c.region]
         offset, size, data = c.addr - (r.base or 0), c.size, c.data
         handler = r.handler
         if handler is None or r.base is None or not 0 <= offset <= r.length - size:
-            handler = NOBODY  # another vCPU has moved the region since the table was asked
+            handler = NOBODY  # another vCPU has moved the region since C looked it up
         for i in range(0, size * c.count, size):
             if c.write:
                 handler.write(offset, size, int.from_bytes(ffi.buffer(data + i, size), "little"))

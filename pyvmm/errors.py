@@ -1,19 +1,19 @@
-"""Every error that pyvmm raises on purpose: one line of cause, one of remedy, one exit code a
-class.
+"""The errors that pyvmm raises on purpose. Each carries its cause and a remedy; each class has one
+exit code.
 
-Exit codes stay clear of the range that shells and test programs use for their own ends (0 to 63),
-so that ``pyvmm run -- COMMAND`` can hand through the guest command's status; the table is in
-docs/exit-codes.md.
+``pyvmm run -- COMMAND`` returns the exit status of the guest's command. Exit codes are therefore
+101 and higher, except for 2 (wrong usage): shells and test programs use 0 to 63 themselves.
+docs/exit-codes.md has the table.
 """
 
 from __future__ import annotations
 
 
 class PyvmmError(Exception):
-    """Base class. ``str(e)`` is the one line that the user sees.
+    """The base class of all errors. ``str(e)`` is the one line that the user sees.
 
-    :param cause: what is wrong, with the value that is wrong.
-    :param hint: what the user can do about it; may be empty.
+    :param cause: what is wrong, including the offending value.
+    :param hint: what the user can do about the error; may be empty.
     """
 
     exit_code = 101
@@ -34,7 +34,7 @@ class UsageError(PyvmmError):
 
 
 class HostError(PyvmmError):
-    """The host refused something that should work (a system call failed)."""
+    """A system call that should work has failed on the host."""
 
     exit_code = 101
 
@@ -52,21 +52,21 @@ class KvmForbidden(PyvmmError):
 
 
 class KvmUnsuitable(PyvmmError):
-    """Wrong KVM API version, a capability is missing, or this KVM cannot run the guest
-    asked for.
+    """KVM's API version is wrong, a capability is missing, or this KVM cannot run the requested
+    guest.
     """
 
     exit_code = 104
 
 
 class ImageError(PyvmmError):
-    """The kernel, initrd, command line or firmware table cannot be loaded as given."""
+    """The kernel, the initrd, the command line or a firmware table cannot be loaded."""
 
     exit_code = 105
 
 
 class NetError(PyvmmError):
-    """A tap or network namespace cannot be had."""
+    """A tap or a network namespace cannot be created or opened."""
 
     exit_code = 106
 
@@ -78,19 +78,19 @@ class NetForbidden(NetError):
 
 
 class RingFault(PyvmmError):
-    """The guest's virtqueue is malformed. The device answers with NEEDS_RESET; users do not
-    see it.
+    """The guest's virtqueue is malformed. The device answers with NEEDS_RESET; users never see
+    this error.
     """
 
 
 class VhostMissing(PyvmmError):
-    """/dev/vhost-net is missing or forbidden."""
+    """/dev/vhost-net is missing or may not be opened."""
 
     exit_code = 108
 
 
 class MemoryShort(PyvmmError):
-    """Guest memory cannot be had from the host."""
+    """The host cannot provide the guest's memory."""
 
     exit_code = 109
 
@@ -109,8 +109,8 @@ class BuildError(PyvmmError):
 
 
 class VhostUserError(PyvmmError):
-    """The other side of a vhost-user socket cannot be reached, does not fit, or broke the
-    protocol.
+    """The other side of a vhost-user socket cannot be reached, lacks a feature that pyvmm needs, or
+    broke the protocol.
     """
 
     exit_code = 112
@@ -123,10 +123,10 @@ class MachineMissing(PyvmmError):
 
 
 class ControlError(PyvmmError):
-    """The machine refused a command of the control socket.
+    """The machine refused a command that came through its control socket.
 
-    :ivar kind: the protocol's error class, such as ``GenericError`` or ``CommandNotFound``. :ivar
-        desc: its words alone.
+    :ivar kind: the QMP error class, such as ``GenericError`` or ``CommandNotFound``.
+    :ivar desc: the text of the QMP error, without what ``cause`` adds to it.
     """
 
     exit_code = 114
@@ -139,27 +139,29 @@ class ControlError(PyvmmError):
 
 
 class CommandFailed(PyvmmError):
-    """A command in the guest (``Machine.run``) failed, did not end in time, or cannot be
-    run there.
+    """A command in the guest (``Machine.run``) failed, did not end in time, or cannot be run
+    there.
     """
 
     exit_code = 115
 
 
 class GuestHang(PyvmmError):
-    """The guest makes no progress and never will (``--hang-timeout``)."""
+    """The guest makes no progress and cannot make any more (``--hang-timeout``)."""
 
     exit_code = 116
 
 
 class BudgetBroken(PyvmmError):
-    """The guest exited, kicked or was interrupted more often than ``--budget`` allows."""
+    """The guest caused more exits, kicks or interrupts than ``--budget`` allows."""
 
     exit_code = 117
 
 
 class GuestTrouble(PyvmmError):
-    """The guest kernel reported what ``--fail-on`` names: an oops, a warning, a stall."""
+    """The guest kernel reported a problem that ``--fail-on`` names, such as an oops, a warning or a
+    stall.
+    """
 
     exit_code = 118
 
@@ -177,7 +179,7 @@ class GuestPanic(PyvmmError):
 
 
 class GuestReboot(PyvmmError):
-    """The guest asked for a reboot and was told not to (``--on-reboot exit``)."""
+    """The guest asked for a reboot, which ``--on-reboot exit`` forbids."""
 
     exit_code = 121
 

@@ -1,7 +1,7 @@
 """Owned file descriptors: ``Fd``, ``EventFd`` and memfds.
 
-Ownership is single: whoever creates one closes it; passing one to a C object lends it. ``close``
-releases even when it fails, and closing twice is silent.
+Each descriptor has one owner. Whoever creates a descriptor closes it; passing it to a C object
+lends it. ``close`` releases the descriptor even if it raises, and a second ``close`` does nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 
 class Fd:
-    """One owned file descriptor; a context manager."""
+    """One owned file descriptor. As a context manager it closes the descriptor."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def fileno(self) -> int:
-        """The descriptor, for select() and for C; raises ValueError once closed."""
+        """The descriptor, for select() and for C.
+
+        :raises ValueError: it has been closed.
+        """
         if self._fd < 0:
             raise ValueError("descriptor is closed")
         return self._fd
@@ -57,7 +60,8 @@ class Fd:
 class EventFd(Fd):
     """An eventfd(2), non-blocking and close-on-exec.
 
-    :raises HostError: no descriptor to be had.
+    :param initial: the counter's first value.
+    :raises HostError: the process has no free descriptor.
     """
 
     def __init__(self, initial: int = 0) -> None:
@@ -69,18 +73,21 @@ class EventFd(Fd):
             ) from e
 
     def signal(self) -> None:
-        """Add 1."""
+        """Add 1 to the counter.
+
+        :raises BlockingIOError: the counter is full.
+        """
         os.eventfd_write(self.fileno(), 1)
 
     def nudge(self) -> None:
-        """Add 1, unless the counter is full: then whoever reads it has been told."""
+        """Add 1 to the counter. If it is full, its reader has been woken already, so do nothing."""
         try:
             self.signal()
         except BlockingIOError:
             pass
 
     def drain(self) -> int:
-        """Read and clear the counter; 0 where nothing was signalled."""
+        """Read and clear the counter; 0 if nobody has signalled."""
         try:
             return os.eventfd_read(self.fileno())
         except BlockingIOError:
@@ -88,7 +95,10 @@ class EventFd(Fd):
 
 
 def eventfds(count: int) -> list[EventFd]:
-    """``count`` of them, or none: HostError leaves nothing open."""
+    """Make ``count`` eventfds.
+
+    :raises HostError: the process has no free descriptor; all that were made are closed again.
+    """
     made: list[EventFd] = []
     try:
         for _ in range(count):
@@ -101,11 +111,13 @@ def eventfds(count: int) -> list[EventFd]:
 
 
 def memfd(name: str, size: int, *, seal: bool = True, huge: bool = False) -> Fd:
-    """A memory file of ``size`` bytes, shareable with a vhost-user backend.
+    """Make a memory file of ``size`` bytes that other processes can map, such as a vhost-user
+    back-end.
 
+    :param name: shows in /proc/PID/maps.
     :param seal: forbid growing and shrinking, so that no peer can make our mapping fault.
-    :param huge: back it by huge pages (MFD_HUGETLB).
-    :raises OSError: ENOSPC or ENOMEM where the host is short of memory.
+    :param huge: use huge pages (MFD_HUGETLB).
+    :raises OSError: ENOSPC or ENOMEM if the host is short of memory.
     """
     flags = os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if seal else 0) | (os.MFD_HUGETLB if huge else 0)
     fd = Fd(os.memfd_create(name, flags))

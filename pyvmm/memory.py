@@ -1,6 +1,6 @@
-"""Guest memory: one sealed memfd, mapped shared, split around the PCI hole.
+"""Guest memory: one sealed memfd, mapped shared and split around the PCI hole.
 
-A memfd rather than anonymous memory because vhost-user backends must be able to map the same pages.
+The memory is a memfd and not anonymous memory because vhost-user back-ends must map the same pages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pyvmm.spec.platform import RAM_HIGH_BASE, RAM_LOW_MAX
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
-SIZE_MAX = 1 << 44  # with the PCI hole still inside the 48 bits that any CPU has
+SIZE_MAX = 1 << 44  # RAM and the PCI hole together stay below 2^48, which every CPU can address
 
 
 def parse_size(text: str | int, what: str = "--memory") -> int:
@@ -36,10 +36,12 @@ def parse_size(text: str | int, what: str = "--memory") -> int:
 
 
 class MemoryRegion:
-    """One contiguous run of guest RAM.
+    """One contiguous range of guest RAM.
 
-    :ivar gpa: guest-physical start; :ivar size: bytes; :ivar host: host-virtual address; :ivar
-        offset: in the memfd.
+    :ivar gpa: the guest-physical address of its first byte.
+    :ivar size: its length in bytes.
+    :ivar host: the address of its first byte in this process.
+    :ivar offset: the position of its first byte in the memfd.
     """
 
     __slots__ = ("gpa", "host", "offset", "size")
@@ -52,10 +54,12 @@ class MemoryRegion:
 
 
 class GuestMemory:
-    """``size`` bytes of guest RAM; owns the memfd and its mapping.
+    """``size`` bytes of guest RAM. The object owns the memfd and its mapping.
 
-    :param size: bytes, a multiple of 4 KiB (2 MiB with ``huge``), 1 MiB to 16 TiB.
-    :raises MemoryShort: the host cannot give that much.
+    :param size: bytes, 1 MiB to 16 TiB, a multiple of 4 KiB (of 2 MiB with ``huge``).
+    :param huge: take huge pages of 2 MiB from the host's pool (MFD_HUGETLB).
+    :raises UsageError: ``size`` is out of range or no such multiple.
+    :raises MemoryShort: the host has not enough memory or no free descriptor.
     """
 
     def __init__(self, size: int, *, huge: bool = False) -> None:
@@ -84,20 +88,20 @@ class GuestMemory:
                 f"cannot get {size >> 20} MiB for the guest: {e.strerror}", hint
             ) from e
         try:
-            # Where the host gives shared memory huge pages on advice (shmem_enabled), a boot faults
-            # 512 times less often.
+            # A host that gives huge pages to shared memory on advice (shmem_enabled is "advise")
+            # then handles one page fault per 2 MiB instead of 512.
             self._map.madvise(mmap.MADV_HUGEPAGE)
         except OSError:
-            pass  # a kernel without them
+            pass  # the host's kernel has no transparent huge pages
         self._view = memoryview(self._map)
-        # The buffer export keeps the mapping alive for as long as C may use it.
+        # This export of the buffer keeps the mapping alive as long as C may use it.
         self._buffer = ffi.from_buffer(self._map, require_writable=True)
         base = int(ffi.cast("uintptr_t", self._buffer))
         low = min(size, RAM_LOW_MAX)
         self.regions = [MemoryRegion(0, low, base, 0)]
         if size > low:
             self.regions.append(MemoryRegion(RAM_HIGH_BASE, size - low, base + low, low))
-        #: ``struct pv_memory *`` for C; valid until close().
+        #: ``struct pv_memory *`` for C. It is valid until close().
         self.c = ffi.new("struct pv_memory *")
         self.c.count = len(self.regions)
         for i, r in enumerate(self.regions):
@@ -116,31 +120,45 @@ class GuestMemory:
         raise IndexError(f"guest range {gpa:#x}+{length:#x} is not in RAM")
 
     def host_address(self, gpa: int, length: int) -> int:
-        """Where [gpa, gpa + length) is mapped in this process. Raises IndexError outside RAM."""
+        """The address in this process at which [gpa, gpa + length) is mapped.
+
+        :raises IndexError: the range is not inside RAM.
+        """
         return self.regions[0].host + self._offset(gpa, length)
 
     def view(self, gpa: int, length: int) -> memoryview:
-        """The live bytes of [gpa, gpa + length); release it before close(). Raises IndexError
-        outside RAM.
+        """A writable view of [gpa, gpa + length), not a copy. Release the view before close().
+
+        :raises IndexError: the range is not inside RAM.
         """
         start = self._offset(gpa, length)
         return self._view[start : start + length]
 
     def read(self, gpa: int, length: int) -> bytes:
-        """A copy of [gpa, gpa + length). Raises IndexError outside RAM."""
+        """A copy of [gpa, gpa + length).
+
+        :raises IndexError: the range is not inside RAM.
+        """
         start = self._offset(gpa, length)
         return bytes(self._view[start : start + length])
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
-        """Store ``data`` at ``gpa``. Raises IndexError outside RAM."""
+        """Store ``data`` at ``gpa``.
+
+        :raises IndexError: the range is not inside RAM.
+        """
         start = self._offset(gpa, len(data))
         self._view[start : start + len(data)] = data
 
     def read_file(self, gpa: int, fd: int, offset: int, length: int) -> int:
-        """Read up to ``length`` bytes of the file at ``offset`` straight into RAM; returns the
-        bytes read.
+        """Read up to ``length`` bytes of the file ``fd`` from ``offset`` on straight into RAM at
+        ``gpa``.
 
-        One thread at a time: it moves the memfd's file position.
+        Only one thread at a time may call this method because it moves the memfd's file position.
+
+        :returns: the number of bytes read, less than ``length`` if the file is shorter.
+        :raises IndexError: the range is not inside RAM.
+        :raises OSError: the file cannot be read.
         """
         import os
 
@@ -148,14 +166,15 @@ class GuestMemory:
         done = 0
         os.lseek(self.fd.fileno(), start, os.SEEK_SET)
         try:
-            # Page cache to page cache: no page fault a page, no zeroing of what is overwritten.
+            # sendfile() copies from page cache to page cache: there is no page fault per page, and
+            # the kernel does not zero pages that are overwritten anyway.
             while done < length:
                 n = os.sendfile(self.fd.fileno(), fd, offset + done, length - done)
                 if not n:
                     return done
                 done += n
         except OSError:
-            pass  # not every file system can; a true error comes again
+            pass  # Some file systems cannot do it. preadv() below meets a true error again.
         while done < length:
             n = os.preadv(fd, [self._view[start + done : start + length]], offset + done)
             if not n:
@@ -164,22 +183,24 @@ class GuestMemory:
         return done
 
     def unmap_page(self, gpa: int) -> None:
-        """Take the page of ``gpa`` out of page tables, ours and KVM's; its content stays. Raises
-        IndexError outside RAM.
+        """Remove the page that holds ``gpa`` from our page tables and from KVM's. The page keeps
+        its content: the next access faults it in again.
+
+        :raises IndexError: the page is not inside RAM.
         """
         unit = HUGE_PAGE if self.huge else PAGE
         start = self._offset(gpa & ~(unit - 1), unit)
         self._map.madvise(mmap.MADV_DONTNEED, start, unit)
 
     def zero(self) -> None:
-        """Drop all pages: RAM reads as zero again (a machine reset)."""
+        """Drop all pages, so that RAM reads as zero again (for a machine reset)."""
         self._map.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
-        """Unmap and release; the caller has stopped every thread that uses it. A second call does
-        nothing.
+        """Unmap the memory and close the memfd. A second call does nothing.
 
-        Views that are still out keep the mapping, not the descriptor.
+        The caller has stopped every thread that uses the memory. A view that was not released
+        keeps the mapping alive; the memfd is closed all the same.
         """
         if self.fd.closed:
             return

@@ -1,4 +1,4 @@
-"""``Thread``: one whose name the system knows, too."""
+"""``Thread``: a thread whose name the system shows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ NAME_MAX = 15  # TASK_COMM_LEN less the terminating null
 
 
 class Thread(threading.Thread):
-    """Shows under its name in top -H, and is found by who pins threads. Python itself does so from
-    3.14 on; until then a thread has the name of the one that started it.
+    """A thread that ``top -H`` shows by its own name, and that tools which pin threads can find.
+
+    Python sets the system's name itself from 3.14 on. Before, a thread keeps the name of the thread
+    that started it.
     """
 
     def run(self) -> None:
@@ -17,5 +19,5 @@ class Thread(threading.Thread):
             with open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as comm:
                 comm.write(self.name[:NAME_MAX])
         except OSError:
-            pass  # no /proc: a name is not worth more
+            pass  # without /proc the thread runs without a name
         super().run()
