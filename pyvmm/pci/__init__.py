@@ -1,6 +1,7 @@
 """PCI: configuration space, BARs that the guest may move, and the bus that finds functions.
 
-PCI Local Bus specification 3.0, chapter 6. One bus (0), functions 0 only.
+The source is the PCI Local Bus Specification 3.0, chapter 6. There is one bus (0), and each device
+has function 0 only.
 """
 
 from __future__ import annotations
@@ -41,20 +42,23 @@ if TYPE_CHECKING:
     from typing import Any
 
 CONFIG_SIZE = 256
-#: The host bridge, which has no interrupt, and as many as can have a line each: a shared one would
-#: need counting.
+#: The host bridge, which has no interrupt, and as many functions as have an interrupt line of their
+#: own. To share a line, we would have to count who raises it.
 SLOTS = 1 + GSI_PCI_COUNT
 RST_CPU = 4  # bit 2 of port 0xCF9: reset now
-PCI_IO_BASE = 0xC000  # BARs in I/O space start here
-BAR_IO_MIN = 0x1000  # and may go down to here: below are the board's own ports
+PCI_IO_BASE = 0xC000  # we place BARs in I/O space from here on
+BAR_IO_MIN = 0x1000  # the guest may move them down to here; below are the board's own ports
 
 
 class Bar:
     """One base address register and the bus regions behind it.
 
-    :param size: bytes, a power of two. :param io: in I/O space.
-    :ivar parts: (offset, region) pairs; all are mapped and unmapped together.
-    :ivar on_move: called with the new base, or None, after the regions have moved.
+    :param size: bytes, a power of two.
+    :param io: whether the BAR is in I/O space and not in memory space.
+    :ivar base: the address at which the BAR decodes; None if it does not decode.
+    :ivar parts: pairs of an offset in the BAR and a region; all are mapped and unmapped together.
+    :ivar on_move: called after the regions have moved, with the new base or None.
+    :ivar start: the BAR's address after reset.
     """
 
     __slots__ = ("base", "io", "on_move", "parts", "size", "start")
@@ -65,18 +69,17 @@ class Bar:
         self.parts: list[tuple[int, Region]] = []
         self.on_move: Callable[[int | None], None] | None = None
         self.base: int | None = None
-        self.start = 0  # the address after reset
+        self.start = 0
 
     def move(self, base: int | None) -> None:
-        """Decode at ``base``, or not at all."""
+        """Decode at ``base``, or not at all if it is None."""
         if base == self.base:
             return
         for _, region in self.parts:
             region.unmap()
         self.base = base
         if base is not None and not all(region.map(base + offset) for offset, region in self.parts):
-            # The guest put it on top of another device: neither memory nor devices may be hidden by
-            # it.
+            # The guest moved the BAR on top of another device, which a BAR must not hide.
             for _, region in self.parts:
                 region.unmap()
             self.base = None
@@ -85,13 +88,18 @@ class Bar:
 
 
 class PciFunction:
-    """Function 0 of a device: type 00h header, capabilities, BARs.
+    """Function 0 of a device: its type 00h header, capabilities and BARs.
 
-    Subclasses override ``config_written`` for registers with side effects, and ``config_read`` for
-    those listed in ``live``.
+    Subclasses override ``config_written`` for registers whose writes have side effects, and
+    ``config_read`` for the registers in ``live``.
 
-    :ivar live: offsets of doublewords whose value is not just the bytes in ``config``: C answers
-        reads of all others.
+    :param class_code: base class, sub-class and programming interface, 24 bits.
+    :param subsystem: the subsystem id; the subsystem vendor id equals ``vendor``.
+    :param pin: the interrupt pin, 1 for INTA or 0 for none.
+    :ivar config: the configuration space. C answers reads from these bytes.
+    :ivar live: offsets of doublewords whose value is more than the bytes in ``config``, so that
+        Python answers reads of them.
+    :ivar slot: the device number on bus 0; -1 until ``PciBus.add``.
     """
 
     def __init__(
@@ -122,15 +130,15 @@ class PciFunction:
         self._initial = b""
 
     def put(self, at: int, value: int, size: int) -> None:
-        """Set a register from the device's side."""
+        """Set a register from the device's side, also one that the guest may not write."""
         self.config[at : at + size] = value.to_bytes(size, "little")
 
     def get(self, at: int, size: int) -> int:
-        """A register's present value."""
+        """The present value of a register."""
         return int.from_bytes(self.config[at : at + size], "little")
 
     def allow(self, at: int, mask: int, size: int) -> None:
-        """Let the guest write the bits of ``mask``."""
+        """Let the guest write those bits of a register that are set in ``mask``."""
         self._writable[at : at + size] = mask.to_bytes(size, "little")
 
     def add_bar(self, index: int, bar: Bar) -> None:
@@ -143,9 +151,11 @@ class PciFunction:
     def add_capability(
         self, cap_id: int, body: bytes, name: str = "", fields: dict[int, str] | None = None
     ) -> int:
-        """Append a capability (``body`` without id and next pointer); returns its offset.
+        """Append a capability to the function's list; returns its offset.
 
-        :param name, fields: what the ledger calls it and, by offset, its registers.
+        :param body: the capability without its id and its next pointer.
+        :param name: the capability's name in the ledger.
+        :param fields: the names of its registers by offset, for the ledger.
         """
         at = self._cap_end
         name = name or f"capability {cap_id:#x}"
@@ -160,16 +170,16 @@ class PciFunction:
         return at
 
     def register_name(self, at: int, write: bool) -> str:
-        """What the ledger calls the register at ``at``."""
+        """The name in the ledger of the register at ``at``."""
         return Registers(self._names)(at, write) or f"register {at:#x}"
 
     def config_read(self, at: int, size: int) -> int:
-        """A configuration read of 1 to 4 bytes that lie in one aligned doubleword."""
+        """Answer a configuration read of 1 to 4 bytes, which lie in one aligned doubleword."""
         return self.get(at, size)
 
     def config_write(self, at: int, size: int, value: int) -> None:
-        """A configuration write, likewise: only the writable bits change, then the side effects
-        happen.
+        """Do a configuration write of 1 to 4 bytes, which lie in one aligned doubleword. Change the
+        writable bits, then do what the write causes.
         """
         for i in range(at, at + size):
             mask = self._writable[i]
@@ -184,7 +194,7 @@ class PciFunction:
             self.config_written(at, size)
 
     def decode(self) -> None:
-        """Let each BAR answer where its registers say, unless something else is there already."""
+        """Let each BAR decode where its register says, unless another region is there already."""
         command = self.get(PCI_COMMAND, 2)
         for index, bar in self.bars.items():
             base = self.get(PCI_BASE_ADDRESS_0 + 4 * index, 4) & ~(bar.size - 1)
@@ -192,20 +202,22 @@ class PciFunction:
             bar.move(base if enabled and _may_decode(base, bar) else None)
 
     def plugged(self) -> None:
-        """The function has its slot."""
+        """Called after the function has got its slot; for subclasses."""
 
     def command_written(self, command: int) -> None:
-        """The command register has been written."""
+        """Called after a write to the command register; for subclasses."""
 
     def config_written(self, at: int, size: int) -> None:
-        """Any other register has been written."""
+        """Called after a write to any register but the command register and the BARs; for
+        subclasses.
+        """
 
     def power_on(self) -> None:
-        """Remember the present registers as those after reset."""
+        """Remember the present registers: ``reset`` restores them."""
         self._initial = bytes(self.config)
 
     def reset(self) -> None:
-        """Back to the registers of ``power_on``; stops decoding."""
+        """Restore the registers as ``power_on`` saw them. The BARs decode nothing any more."""
         self.config[:] = self._initial
         self.decode()
         self.command_written(self.get(PCI_COMMAND, 2))
@@ -215,8 +227,8 @@ COMMAND_BITS = PCI_COMMAND_IO | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | PCI_CO
 
 
 def _may_decode(base: int, bar: Bar) -> bool:
-    """A BAR in the middle of RAM or of the interrupt controllers (or being sized) decodes
-    nothing.
+    """Whether the BAR may decode at ``base``: not over RAM, the interrupt controllers or the
+    board's ports, nor at the address that the guest writes to find out the BAR's size.
     """
     if bar.io:
         return base >= BAR_IO_MIN and base + bar.size <= 0x10000
@@ -224,11 +236,11 @@ def _may_decode(base: int, bar: Bar) -> bool:
 
 
 class PciBus:
-    """Bus 0 with its host bridge; answers at 0xCF8/0xCFC and in the ECAM window.
+    """Bus 0 with its host bridge. It answers at ports 0xCF8 to 0xCFF and in the ECAM window.
 
-    Owns the functions' places: slots are given in the order of ``add``, BARs a first address in the
-    32-bit window.
-    :param on_reset: called when the guest resets through port 0xCF9.
+    It assigns slots in the order of ``add``, and gives each BAR its first address.
+
+    :param on_reset: called when the guest resets the machine through port 0xCF9.
     """
 
     def __init__(self, bus: Bus, on_reset: Callable[[], None]) -> None:
@@ -236,7 +248,7 @@ class PciBus:
         self._functions: dict[int, PciFunction] = {}
         self._next = {True: PCI_IO_BASE, False: PCI_MMIO_BASE}
         self._latch = ffi.new("struct pv_pci_latch *")
-        self._shadows: list[Any] = []  # keep what C reads
+        self._shadows: list[Any] = []  # keeps alive the buffers that C reads
         ports = bus.add(
             PIO, PORT_PCI_ADDRESS, 8, "pci-config", self, kind=lib.PV_REGION_PCI, opaque=self._latch
         )
@@ -245,7 +257,10 @@ class PciBus:
         self.add(PciFunction("host-bridge", 0x1B36, 0x0008, 0x060000))
 
     def add(self, function: PciFunction) -> int:
-        """Plug ``function`` into the next free slot; returns the slot."""
+        """Plug ``function`` into the next free slot; returns the slot.
+
+        :raises UsageError: all slots are taken.
+        """
         slot = len(self._functions)
         if slot >= SLOTS:
             raise UsageError(
@@ -276,8 +291,8 @@ class PciBus:
             function.reset()
 
     def config_read(self, slot: int, at: int, size: int) -> int:
-        """Read from a function; all ones where there is none. An access across doublewords is taken
-        apart.
+        """Read from a function's configuration space; all ones if the slot is empty. An access
+        across doublewords is split.
         """
         function = self._functions.get(slot)
         if function is None:
@@ -288,14 +303,16 @@ class PciBus:
         return value
 
     def config_write(self, slot: int, at: int, size: int, value: int) -> None:
-        """Write to a function, if there is one; likewise."""
+        """Write to a function's configuration space, if the slot has one. An access across
+        doublewords is split.
+        """
         function = self._functions.get(slot)
         if function is None:
             return
         for start, n in dwords(at, size):
             function.config_write(start, n, value >> 8 * (start - at) & (1 << 8 * n) - 1)
             if start < PCI_BASE_ADDRESS_0 + 24:
-                # What one BAR left may be what another was refused.
+                # This BAR may have left an address at which another BAR wants to decode.
                 for other in self._functions.values():
                     other.decode()
 
@@ -306,7 +323,9 @@ class PciBus:
         return f"{known.name} {known.register_name(at, write)}"
 
     def _port_name(self, reg: int, write: bool) -> str:
-        """``reg`` as cext/bus.h has it: PV_REG_PCI."""
+        """The name of a register of ports 0xCF8 to 0xCFF; for ``reg`` see PV_REG_PCI in
+        cext/bus.h.
+        """
         if reg & lib.PV_REG_PCI:
             return self._register_name(reg >> 11 & 31, reg >> 8 & 7, reg & 0xFF, write)
         if reg & lib.PV_REG_PCI_NOBODY:
@@ -316,17 +335,17 @@ class PciBus:
     def _ecam_name(self, reg: int, write: bool) -> str:
         return self._register_name(reg >> 15 & 31, reg >> 12 & 7, reg & 0xFFF, write)
 
-    # Ports 0xCF8..0xCFF as far as C leaves them to us: the data window of a function that is there,
-    # and 0xCF9.
+    # C leaves these accesses to ports 0xCF8..0xCFF to Python: the data window of a function that
+    # exists, and port 0xCF9.
     def read(self, offset: int, size: int) -> int:
-        """A port read at 0xCF8 + offset."""
+        """Answer a read from port 0xCF8 + offset."""
         if offset < 4:
             return 0 if offset == 1 else (1 << 8 * size) - 1
         address = self._latch.address
         return self.config_read(address >> 11 & 31, (address & 0xFC) + (offset & 3), size)
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """A port write at 0xCF8 + offset."""
+        """Do a write to port 0xCF8 + offset."""
         if offset == 1 and size == 1:
             if value & RST_CPU:
                 self._on_reset()
@@ -336,26 +355,28 @@ class PciBus:
 
 
 class Ecam:
-    """The memory-mapped configuration window (PCI Express 7.2.2): bus 0, 4 KiB a function."""
+    """The memory-mapped configuration window of bus 0: 4 KiB per function (PCI Express, 7.2.2)."""
 
     def __init__(self, pci: PciBus) -> None:
         self._pci = pci
 
     def read(self, offset: int, size: int) -> int:
-        """A read in the window; functions other than 0 do not exist."""
+        """Answer a read in the window; functions other than 0 do not exist."""
         if offset >> 12 & 7:
             return (1 << 8 * size) - 1
         return self._pci.config_read(offset >> 15 & 31, offset & 0xFFF, size)
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """A write in the window."""
+        """Do a write in the window."""
         if not offset >> 12 & 7:
             self._pci.config_write(offset >> 15 & 31, offset & 0xFFF, size, value)
 
 
 def dwords(at: int, size: int) -> Iterator[tuple[int, int]]:
-    """The parts (offset, bytes) of an access that lie in one doubleword each; none beyond the
-    space.
+    """Split an access into parts that lie in one doubleword each.
+
+    :returns: the offset and the size in bytes of each part. Parts beyond the end of configuration
+        space are left out.
     """
     end = min(at + size, CONFIG_SIZE)
     while at < end:
@@ -365,5 +386,5 @@ def dwords(at: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def gsi_of(slot: int) -> int:
-    """The interrupt line (GSI) of INTA of ``slot``; the firmware tables say the same."""
+    """The GSI to which INTA of ``slot`` is routed. The firmware tables describe the same route."""
     return GSI_PCI_BASE + slot % GSI_PCI_COUNT

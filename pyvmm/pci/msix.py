@@ -1,9 +1,10 @@
 """MSI-X (PCI Local Bus 3.0, 6.8.2) over irqfds.
 
-A source is an eventfd, lent by the transport. It is wired (irqfd) to its vector's GSI while the
-vector can deliver. A vector that is masked has its irqfds taken away, so that the eventfd itself
-keeps what is pending: KVM fires it when the irqfd comes back, and the pending bit is a poll of the
-eventfd. This works the same whoever signals the eventfd.
+A source is an eventfd that the transport lends. While a vector can deliver, its sources are wired:
+an irqfd connects each of them to the vector's GSI. While the vector is masked, the irqfds are
+removed, so that the eventfd itself keeps a pending interrupt. The pending bit is a poll of the
+eventfd, and KVM delivers the interrupt when the irqfd is made again. All this works the same
+whoever signals the eventfd.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 
 
 class Vector:
-    """One MSI-X table entry and the sources behind it."""
+    """One entry of the MSI-X table and its sources.
+
+    :ivar wired: the sources that have an irqfd now.
+    :ivar gsi: the GSI of the vector's message; -1 until the vector first delivers.
+    """
 
     __slots__ = ("address", "control", "data", "gsi", "sources", "wired")
 
@@ -38,7 +43,7 @@ class Vector:
         self.clear()
 
     def clear(self) -> None:
-        """The state after reset: masked."""
+        """Set the state after reset, in which the vector is masked."""
         self.address = self.data = 0
         self.control = PCI_MSIX_ENTRY_CTRL_MASKBIT
 
@@ -46,8 +51,11 @@ class Vector:
 class Msix:
     """The table, the pending bits and the wiring of one function.
 
-    :param vm: lent. :param count: vectors, 1 to 2048.
-    :ivar errors: times that KVM refused to wire a vector; its interrupts stay pending.
+    :param vm: lent.
+    :param count: the number of vectors, 1 to 2048.
+    :ivar flags: the enable and mask-all bits of message control.
+    :ivar errors: how often KVM refused to wire or unwire a source. Interrupts of a vector that
+        could not be wired stay pending.
     """
 
     def __init__(self, vm: Vm, count: int) -> None:
@@ -60,8 +68,12 @@ class Msix:
 
     @staticmethod
     def capability(count: int, bar: int, table: int, pba: int) -> bytes:
-        """The capability's body for ``add_capability``: message control, table and PBA offsets in
-        ``bar``.
+        """The capability's body for ``PciFunction.add_capability``.
+
+        :param count: the number of vectors.
+        :param bar: the index of the BAR that holds table and pending bits.
+        :param table: the offset of the table in that BAR, a multiple of 8.
+        :param pba: the offset of the pending bits in that BAR, a multiple of 8.
         """
         body = (count - 1).to_bytes(2, "little") + (table | bar).to_bytes(4, "little")
         body += (pba | bar).to_bytes(4, "little")
@@ -74,31 +86,33 @@ class Msix:
         return bool(self.flags & PCI_MSIX_FLAGS_ENABLE)
 
     def set_flags(self, flags: int) -> None:
-        """Message control has been written."""
+        """Take over the guest's write to message control."""
         self.flags = flags & (PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL)
         for v in self.vectors:
             self.update(v)
 
     def attach(self, index: int, source: EventFd) -> None:
-        """Let ``source`` fire vector ``index``."""
+        """Let ``source`` fire vector ``index``. ``source`` is lent until ``detach``."""
         v = self.vectors[index]
         v.sources.append(source)
         self.update(v)
 
     def detach(self, index: int, source: EventFd) -> None:
-        """Take ``source`` from vector ``index``; what it has pending stays in the eventfd."""
+        """Take ``source`` from vector ``index``. A pending interrupt stays in the eventfd."""
         v = self.vectors[index]
         v.sources.remove(source)
         self.update(v)
 
     def masked(self, v: Vector) -> bool:
-        """Whether ``v`` may not deliver now."""
+        """Whether ``v`` must not deliver now: it or the function is masked, or MSI-X is off."""
         return self.flags & (
             PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL
         ) != PCI_MSIX_FLAGS_ENABLE or bool(v.control & PCI_MSIX_ENTRY_CTRL_MASKBIT)
 
     def update(self, v: Vector) -> None:
-        """Make the wiring of ``v`` what its state asks for, as far as KVM agrees."""
+        """Wire or unwire the sources of ``v`` according to its state. If KVM refuses, unwire all
+        of them and count an error.
+        """
         want = [] if self.masked(v) else v.sources
         self._unwire(v, [s for s in v.wired if s not in want])
         if not want:
@@ -112,8 +126,8 @@ class Msix:
                     self._vm.irqfd(source, v.gsi)
                     v.wired.append(source)
         except HostError:
-            # The guest asked for it, so it may not end the machine; nor may interrupts go where
-            # they went before.
+            # The guest can cause this error, so it must not end the machine. Interrupts must not go
+            # to the old destination either.
             self.errors += 1
             self._unwire(v, list(v.wired))
 
@@ -126,15 +140,15 @@ class Msix:
                 self.errors += 1
 
     def pending(self, v: Vector) -> bool:
-        """The pending bit: something was signalled that could not be delivered."""
-        poll = select.poll()  # not select(): that raises for descriptors from 1024 on
+        """The pending bit: whether a source was signalled and could not deliver."""
+        poll = select.poll()  # select() would raise for descriptors from 1024 on
         for source in v.sources:
             if source not in v.wired:
                 poll.register(source, select.POLLIN)
         return bool(poll.poll(0))
 
     def reset(self) -> None:
-        """All masked, disabled, and the GSIs given back."""
+        """Disable MSI-X, mask all vectors and give their GSIs back."""
         self.flags = 0
         for v in self.vectors:
             v.clear()
@@ -145,13 +159,13 @@ class Msix:
 
 
 def entry_name(offset: int, write: bool) -> str:
-    """What the ledger calls a register of the table."""
+    """The name in the ledger of the table's register at ``offset``."""
     entry, at = divmod(offset, PCI_MSIX_ENTRY_SIZE)
     return f"entry {entry} {MSIX_ENTRY_NAMES[at // 4]}" + (f"+{at % 4}" if at % 4 else "")
 
 
 class Table:
-    """The MSI-X table's registers."""
+    """The registers of the MSI-X table."""
 
     def __init__(self, msix: Msix) -> None:
         self._msix = msix
@@ -162,7 +176,7 @@ class Table:
         return (vectors[index] if index < len(vectors) else None), at
 
     def read(self, offset: int, size: int) -> int:
-        """4 or 8 bytes, aligned; anything else reads as zero."""
+        """Read 4 or 8 aligned bytes; any other access reads as zero."""
         v, at = self._entry(offset)
         if v is None or size not in (4, 8) or at % size:
             return 0
@@ -170,7 +184,7 @@ class Table:
         return whole >> 8 * at
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """4 or 8 bytes, aligned; anything else is ignored."""
+        """Write 4 or 8 aligned bytes; any other access is ignored."""
         v, at = self._entry(offset)
         if v is None or size not in (4, 8) or at % size:
             return
@@ -183,17 +197,17 @@ class Table:
 
 
 class PendingBits:
-    """The pending bit array: read only, 64 vectors a quadword."""
+    """The pending bit array: one bit per vector, read-only."""
 
     def __init__(self, msix: Msix) -> None:
         self._msix = msix
 
     def read(self, offset: int, size: int) -> int:
-        """The pending bits of the vectors from 8 * offset on."""
+        """The pending bits of the ``8 * size`` vectors from ``8 * offset`` on."""
         bits = 0
         for i, v in enumerate(self._msix.vectors[8 * offset : 8 * (offset + size)]):
             bits |= self._msix.pending(v) << i
         return bits
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Read only."""
+        """The guest cannot write pending bits."""
