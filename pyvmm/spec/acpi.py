@@ -6,17 +6,20 @@ OEM_ID = b"PYVMM "
 OEM_TABLE_ID = b"PYVMM   "
 CREATOR_ID = b"PYVM"
 
-# --- tables: signature, length, revision, checksum, OEM id, OEM table id, OEM revision, creator id
-# and revision (5.2.6) ---
+# --- tables ---
+# signature, length, revision, checksum, OEM id, OEM table id, OEM revision, creator id, creator
+# revision (5.2.6)
 SDT_HEADER = "<4sIBB6s8sI4sI"
 SDT_HEADER_SIZE = 36
 SDT_CHECKSUM = 9
-RSDP = "<8sB6sBIIQB3x"  # signature, checksum, OEM id, revision, RSDT, length, XSDT, extended checksum (5.2.5.3)
+# signature, checksum, OEM id, revision, RSDT, length, XSDT, extended checksum (5.2.5.3)
+RSDP = "<8sB6sBIIQB3x"
 RSDP_SIZE = 36
 RSDP_V1_SIZE = 20
 RSDP_CHECKSUM = 8
 RSDP_EXT_CHECKSUM = 32
-GAS = "<BBBBQ"  # generic address structure: space, bit width, bit offset, access size, address (5.2.3.2)
+# generic address structure: space, bit width, bit offset, access size, address (5.2.3.2)
+GAS = "<BBBBQ"
 GAS_SYSTEM_IO = 1
 GAS_BYTE = 1
 
@@ -34,11 +37,11 @@ FADT_X_DSDT = 140
 FADT_SLEEP_CONTROL_REG = 244
 FADT_SLEEP_STATUS_REG = 256
 FADT_HYPERVISOR_ID = 268
-IAPC_LEGACY_DEVICES = 1 << 0  # and bit 1 (8042) clear: Linux then does not probe for a keyboard
+IAPC_LEGACY_DEVICES = 1 << 0  # bit 1 (8042) stays clear, so Linux does not probe for a keyboard
 IAPC_NO_VGA = 1 << 2
 FADT_F_WBINVD = 1 << 0
 FADT_F_PROC_C1 = 1 << 2
-FADT_F_PWR_BUTTON = 1 << 4  # set: no fixed-hardware button
+FADT_F_PWR_BUTTON = 1 << 4  # if set, there is no fixed-hardware button
 FADT_F_SLP_BUTTON = 1 << 5
 FADT_F_RESET_REG_SUP = 1 << 10
 FADT_F_HW_REDUCED = 1 << 20
@@ -95,7 +98,8 @@ NOTIFY_BUTTON_PRESSED = 0x80
 # --- MultiProcessor Specification 1.4: chapter 4 ---
 MP_FLOATING = "<4sIBBB5B"  # "_MP_", table, length in 16 bytes, spec revision, checksum, features
 MP_FLOATING_CHECKSUM = 10
-MP_HEADER = "<4sHBB8s12sIHHIHBB"  # "PCMP", length, revision, checksum, OEM, product, 0, 0, entries, LAPIC, 0, 0, 0
+# "PCMP", length, revision, checksum, OEM, product, 0, 0, entries, LAPIC, 0, 0, 0
+MP_HEADER = "<4sHBB8s12sIHHIHBB"
 MP_HEADER_CHECKSUM = 7
 MP_REVISION = 4
 MP_PROCESSOR = "<BBBBII8x"  # type 0, LAPIC id, LAPIC version, flags, signature, features

@@ -11,10 +11,10 @@ FILE_DIR = 0x19
 FILE_FIRST = 0x20
 
 SIGNATURE_VALUE = b"QEMU"
-VERSION = 0x01  # ID bits
-VERSION_DMA = 0x02
+VERSION = 0x01  # bits of item ID: the traditional interface
+VERSION_DMA = 0x02  # the DMA interface
 
-FILE = ">IHH56s"  # size, select, reserved, name
+FILE = ">IHH56s"  # an entry of FILE_DIR: size, select, reserved, name
 DMA_ACCESS = ">IIQ"  # control, length, address; big-endian, in guest memory
 DMA_ACCESS_SIZE = 16
 DMA_SIGNATURE = 0x51454D5520434647  # "QEMU CFG", big-endian in the address register

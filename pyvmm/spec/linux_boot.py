@@ -31,7 +31,7 @@ PT_LOAD = 1
 PT_INTERP = 3
 PT_NOTE = 4
 
-# --- ELF notes that say what it is (include/linux/elfnote.h) and how to enter (public/elfnote.h) --
+# --- ELF notes that identify the kernel (include/linux/elfnote.h) and its entry (public/elfnote.h)
 LINUX_NOTE_NAME = b"Linux\0"  # build salt and LTO, since 4.19
 XEN_NOTE_NAME = b"Xen\0"
 XEN_ELFNOTE_GUEST_OS = 6
@@ -45,12 +45,12 @@ HVM_START_INFO = (
 HVM_MODLIST_ENTRY = "<QQQQ"  # paddr, size, cmdline_paddr, reserved
 HVM_MEMMAP_ENTRY = "<QQII"  # addr, size, type, reserved
 
-# --- Linux setup header (boot.rst, "The Real-Mode Kernel Header"): offsets in the file and the zero
-# page ---
+# --- Linux setup header (boot.rst, "The Real-Mode Kernel Header") ---------------------------------
+# These are offsets in the file and in the zero page.
 HDR_SETUP_SECTS = 0x1F1
-HDR_SYSSIZE = 0x1F4  # of the protected-mode code, in 16-byte units
+HDR_SYSSIZE = 0x1F4  # size of the protected-mode code in 16-byte units
 HDR_BOOT_FLAG = 0x1FE
-HDR_JUMP = 0x200  # the byte at 0x201 + 0x202 is where the header ends
+HDR_JUMP = 0x200  # the header ends at 0x202 plus the value of the byte at 0x201
 HDR_MAGIC = 0x202
 HDR_VERSION = 0x206
 HDR_TYPE_OF_LOADER = 0x210
@@ -65,19 +65,17 @@ HDR_CMDLINE_SIZE = 0x238
 HDR_PREF_ADDRESS = 0x258
 HDR_INIT_SIZE = 0x260
 HDR_END_2_12 = 0x268  # a header of protocol 2.12 ends after handover_offset
-HDR_END_MAX = 0x290  # the room in the zero page
+HDR_END_MAX = 0x290  # the zero page has room for the header up to here
 
 BOOT_FLAG = 0xAA55
 SETUP_MAGIC = b"HdrS"
-VERSION_2_12 = 0x020C  # the first with xloadflags
+VERSION_2_12 = 0x020C  # the first version with xloadflags
 LOADED_HIGH = 1 << 0  # loadflags
 XLF_KERNEL_64 = 1 << 0  # xloadflags
 LOADER_UNDEFINED = 0xFF
 SECTOR = 512
 ENTRY_64 = 0x200  # from the start of the protected-mode code
-COMMAND_LINE_SIZE = (
-    2048  # asm/setup.h: with the NUL; what a vmlinux, which has no setup header, takes
-)
+COMMAND_LINE_SIZE = 2048  # asm/setup.h, NUL included; for a vmlinux, which has no setup header
 
 # --- the zero page (struct boot_params) -----------------------------------------------------------
 BP_SIZE = 0x1000
@@ -89,7 +87,7 @@ E820_ENTRY = "<QQI"
 E820_RAM = 1
 E820_RESERVED = 2
 
-# --- BIOS data area: where old-style searches for firmware tables begin ---------------------------
+# --- BIOS data area: by these words kernels find firmware tables without EFI ----------------------
 BDA_EBDA_SEGMENT = 0x40E
 BDA_BASE_MEMORY_KIB = 0x413
-RESET_VECTOR = 0xF_FFF0  # F000:FFF0, where a jump to the BIOS ends
+RESET_VECTOR = 0xF_FFF0  # F000:FFF0, the target of a jump to the BIOS

@@ -38,7 +38,7 @@ MSIX_ENTRY_NAMES = ("address", "upper address", "data", "vector control")
 PCI_MSIX_ENTRY_SIZE = 16
 PCI_MSIX_ENTRY_CTRL_MASKBIT = 0x1
 
-# 6.1, type 00h header: what its registers are called
+# 6.1, type 00h header: names of the registers for the exit ledger
 HEADER_NAMES = {
     0x00: "vendor id",
     0x02: "device id",

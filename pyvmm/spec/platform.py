@@ -1,57 +1,58 @@
 """The machine's own address map: guest-physical addresses, I/O ports and interrupt lines.
 
-One place, read by the devices, by the firmware tables that describe them to the guest and by
-``guest/`` (``guest/pyvmm_port.h`` states the guest port; a test holds the two together).
+The devices use these constants, and so do the firmware tables that describe the devices to the
+guest. ``guest/pyvmm_port.h`` repeats the constants of the guest port; a test compares the two.
 """
 
 # --- guest-physical memory ------------------------------------------------------------------------
 # RAM is [0, min(size, RAM_LOW_MAX)) and, beyond it, from RAM_HIGH_BASE up.
 RAM_LOW_MAX = 0xC000_0000
 RAM_HIGH_BASE = 0x1_0000_0000
-PCI_MMIO_BASE = 0xC000_0000  # 32-bit window for BARs
+PCI_MMIO_BASE = 0xC000_0000  # the 32-bit window for BARs
 PCI_MMIO_SIZE = 0x2000_0000
 PCI_ECAM_BASE = 0xE000_0000  # bus 0 only
 PCI_ECAM_SIZE = 0x0010_0000
 IOAPIC_BASE = 0xFEC0_0000
 LAPIC_BASE = 0xFEE0_0000
-KVM_IDENTITY_MAP = 0xFFFB_C000  # one page, Intel hosts without unrestricted guest
-KVM_TSS_BASE = 0xFFFB_D000  # three pages, likewise
+KVM_IDENTITY_MAP = 0xFFFB_C000  # one page for KVM on Intel hosts without "unrestricted guest"
+KVM_TSS_BASE = 0xFFFB_D000  # three pages, for the same hosts
 
-# Low memory that the loader fills; all below EBDA_BASE is usable RAM for the guest once it has
-# booted.
+# Low memory that the loader fills. The guest may use all RAM below EBDA_BASE once it has booted.
 BOOT_GDT = 0x500
 BOOT_PARAMS = 0x7000
 PVH_START_INFO = 0x6000
-MULTIBOOT_INFO = 0x6000  # one page, likewise: a kernel is entered in one way only
+MULTIBOOT_INFO = 0x6000  # the same page: a kernel gets either PVH or multiboot information
 BOOT_PAGE_TABLES = 0x9000  # PML4, PDPT and four page directories: 0x9000..0xEFFF
-BOOT_CMDLINE = 0x2_0000  # at most BOOT_CMDLINE_MAX bytes with the terminating NUL
+BOOT_CMDLINE = 0x2_0000  # at most BOOT_CMDLINE_MAX bytes, the terminating NUL included
 BOOT_CMDLINE_MAX = 0x1000
-EBDA_BASE = 0x9_FC00  # MP floating pointer and table
+EBDA_BASE = 0x9_FC00  # the MP floating pointer
 FIRMWARE_BASE = 0xE_0000  # ACPI tables, RSDP first; reserved in e820
 FIRMWARE_END = 0x10_0000
 KERNEL_BASE = 0x10_0000
-FLAT_REAL_BASE = (
-    0x500  # where a flat binary may be loaded that starts in real mode: up to BOOT_CMDLINE
-)
-FLAT_BASE = 0x3_0000  # and one that starts in protected or long mode: up to EBDA_BASE, or from KERNEL_BASE up
+# A flat binary that starts in real mode may be loaded from FLAT_REAL_BASE up to BOOT_CMDLINE.
+FLAT_REAL_BASE = 0x500
+# A flat binary that starts in protected or long mode may be loaded from FLAT_BASE up to EBDA_BASE,
+# or from KERNEL_BASE up.
+FLAT_BASE = 0x3_0000
 
 # --- I/O ports ------------------------------------------------------------------------------------
 PORT_RTC = 0x70  # index, data
 PORT_I8042 = 0x60  # 0x60 and 0x64; only the reset command is understood
 PORT_POST = 0x80
-PORT_DEBUGCON = 0xE9  # only with test devices, as are 0xF4, 0x510 and the PORT_TESTDEV_* below
+# Only machines with test devices have PORT_DEBUGCON, PORT_DEBUG_EXIT, PORT_FW_CFG* and the
+# PORT_TESTDEV_* and TESTDEV_MMIO below.
+PORT_DEBUGCON = 0xE9
 PORT_DEBUG_EXIT = 0xF4
 PORT_COM1 = 0x3F8
 PORT_COM2 = 0x2F8
 PORT_PVPANIC = 0x505
 PORT_FW_CFG = 0x510
 PORT_FW_CFG_DMA = 0x514
-PORT_TESTDEV_ECHO = 0xE0  # four bytes that keep what is written, at any width
-PORT_TESTDEV_FLUSH = (
-    0xE4  # 32-bit write of a guest-physical address: the host drops its mapping of that page
-)
-PORT_TESTDEV_IRQ = 0x2000  # n: the level of interrupt line n
-TESTDEV_MMIO = 0xFF00_0000  # memory that exits
+PORT_TESTDEV_ECHO = 0xE0  # four bytes that keep their value; accesses of any width
+# A 32-bit write of a guest-physical address makes the host drop its mapping of that page.
+PORT_TESTDEV_FLUSH = 0xE4
+PORT_TESTDEV_IRQ = 0x2000  # a byte written to PORT_TESTDEV_IRQ + n is the level of line n
+TESTDEV_MMIO = 0xFF00_0000  # memory whose every access exits
 TESTDEV_MMIO_SIZE = 0x1_0000
 PORT_ACPI_SLEEP_CONTROL = 0x600  # ACPI 6.4, 4.8.3.7: bits 2..4 SLP_TYP, bit 5 SLP_EN
 PORT_ACPI_SLEEP_STATUS = 0x601
@@ -65,29 +66,28 @@ PORT_PCI_DATA = 0xCFC
 PORT_GUEST_CONTROL = 0x620  # 32-bit write: GUEST_* << 24 | value
 PORT_GUEST_STDOUT = 0x624  # 8-bit writes, also rep outsb
 PORT_GUEST_STDERR = 0x625
-PORT_GUEST_REQUEST = (
-    0x628  # 32-bit read: the next bytes of the VMM's requests go to the page of GUEST_PAGE
-)
+# A 32-bit read makes the VMM copy the next bytes of its requests to the page of GUEST_PAGE.
+PORT_GUEST_REQUEST = 0x628
 
 GUEST_INIT = 1  # init runs
 GUEST_COMMAND = 2  # the command is about to start
 GUEST_STATUS = 3  # the command has ended; value is its exit status, 0..255
 GUEST_POWEROFF = 4  # init is about to power off
-GUEST_NET_UP = 5  # the network interfaces are configured; value is how many
-GUEST_PAGE = 6  # value is the page frame number of the page that GUEST_WRITE sends from
+GUEST_NET_UP = 5  # the network interfaces are configured; value is their number
+GUEST_PAGE = 6  # value is the page frame number of the page for output and requests
 GUEST_WRITE = 7  # output: bits 0..15 of value are the length, at most 4096; bit 16: standard error
 GUEST_AGENT = 8  # init takes requests
 GUEST_RESULT = 9  # a command has ended: bits 0..7 of value are its status, 8..23 the request's id
 REQUEST_RUN, REQUEST_KILL, REQUEST_LEAVE = 1, 2, 3
 REQUEST_ARGV_MAX = 65535  # bytes
-REQUEST_INPUT_MAX = 1 << 20
+REQUEST_INPUT_MAX = 1 << 20  # bytes
 
 # --- interrupt lines (GSIs of the one IO-APIC) ----------------------------------------------------
 IRQ_COM2 = 3
 IRQ_COM1 = 4
 IRQ_RTC = 8
 IRQ_GED = 9  # ACPI generic event device: an edge means that the power button was pressed
-IOAPIC_PIN_TIMER = 2  # where a PC wires the PIT (ISA IRQ 0); the GSI routes must do the same
+IOAPIC_PIN_TIMER = 2  # a PC wires the PIT (ISA IRQ 0) to this pin; so do our GSI routes
 GSI_PCI_BASE = 16  # INTA of slot n is GSI_PCI_BASE + n % GSI_PCI_COUNT, level, active low
 GSI_PCI_COUNT = 8
 GSI_MSI_BASE = 24  # MSI routes start here

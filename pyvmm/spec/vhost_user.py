@@ -1,8 +1,8 @@
-"""vhost-user constants (the specification in QEMU's docs/interop/vhost-user). Its spellings;
+"""vhost-user constants in the spellings of the specification, QEMU's docs/interop/vhost-user.rst.
 PROTOCOL_F constants are bit numbers.
 
-Messages are in the machine's byte order (little-endian: pyvmm runs on x86-64): the header, then a
-payload of ``size`` bytes.
+A message is a header and a payload of ``size`` bytes, in the host's byte order. That is
+little-endian, since pyvmm runs on x86-64 only.
 """
 
 # Header: request, flags, size (32 bits each)
@@ -21,13 +21,13 @@ MEM_REGION = "<QQQQ"  # guest address, size, user address, mmap offset
 MEM_SINGLE = "<QQQQQ"  # padding, then a region
 INFLIGHT = "<QQHH"  # mmap size, mmap offset, number of queues, queue size
 
-# SET_VRING_KICK, _CALL, _ERR: what the 64 bits mean
+# SET_VRING_KICK, _CALL, _ERR: the bits of the 64-bit payload
 VHOST_USER_VRING_IDX_MASK = 0xFF
 VHOST_USER_VRING_NOFD_MASK = 1 << 8
 
 VHOST_MEMORY_BASELINE_NREGIONS = 8
 
-# The virtio feature bit that says that there are protocol features
+# The virtio feature bit with which a back-end says that it has protocol features
 VHOST_USER_F_PROTOCOL_FEATURES = 30
 
 VHOST_USER_PROTOCOL_F_MQ = 0
@@ -106,7 +106,7 @@ VHOST_USER_BACKEND_SHARED_OBJECT_ADD = 6
 VHOST_USER_BACKEND_SHARED_OBJECT_REMOVE = 7
 VHOST_USER_BACKEND_SHARED_OBJECT_LOOKUP = 8
 
-# Inflight I/O tracking of a split queue: QueueRegionSplit, then one DescStateSplit a descriptor
+# In-flight I/O tracking of a split queue: QueueRegionSplit, then one DescStateSplit per descriptor
 INFLIGHT_REGION = "<QHHHH"  # features, version, desc_num, last_batch_head, used_idx
 INFLIGHT_DESC = "<B5xHQ"  # inflight, next, counter
 INFLIGHT_VERSION = 1

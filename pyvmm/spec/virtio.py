@@ -31,7 +31,7 @@ VIRTIO_F_NOTIFICATION_DATA = 38
 VIRTIO_F_NOTIF_CONFIG_DATA = 39
 VIRTIO_F_RING_RESET = 40
 
-# 2.7: split virtqueues; the areas' alignment in bytes
+# 2.7: split virtqueues: the largest queue, and the areas' alignment in bytes
 VRING_SIZE_MAX = 32768
 VRING_DESC_ALIGN_SIZE = 16
 VRING_AVAIL_ALIGN_SIZE = 2
@@ -46,5 +46,5 @@ VRING_DESC_F_INDIRECT = 4
 VRING_AVAIL_F_NO_INTERRUPT = 1
 VRING_USED_F_NO_NOTIFY = 1
 
-# 4.1.4: the vector number that stands for none (virtio-pci)
+# 4.1.5.1.2: the vector number that means "no vector" (virtio-pci)
 VIRTIO_MSI_NO_VECTOR = 0xFFFF

@@ -36,14 +36,14 @@ VIRTIO_NET_F_RSC_EXT = 61
 VIRTIO_NET_F_STANDBY = 62
 VIRTIO_NET_F_SPEED_DUPLEX = 63
 
-# 5.1.4: struct virtio_net_config, names by offset
+# 5.1.4: struct virtio_net_config: names of the fields by offset
 CONFIG_NAMES: dict[int, str | tuple[str, str]] = {
     0: "mac",
     6: "status",
     8: "max_virtqueue_pairs",
     10: "mtu",
 }
-# and its status
+# 5.1.4: bits of its status field
 VIRTIO_NET_S_LINK_UP = 1
 VIRTIO_NET_S_ANNOUNCE = 2
 
@@ -59,7 +59,7 @@ VIRTIO_NET_HDR_GSO_TCPV6 = 4
 VIRTIO_NET_HDR_GSO_UDP_L4 = 5
 VIRTIO_NET_HDR_GSO_ECN = 0x80
 
-# 5.1.6.5: control queue, acknowledgements and (class, commands)
+# 5.1.6.5: control queue: acknowledgements, then each class with its commands
 VIRTIO_NET_OK = 0
 VIRTIO_NET_ERR = 1
 VIRTIO_NET_CTRL_RX = 0

@@ -32,7 +32,7 @@ VIRTIO_PCI_COMMON_Q_AVAILHI = 44
 VIRTIO_PCI_COMMON_Q_USEDLO = 48
 VIRTIO_PCI_COMMON_Q_USEDHI = 52
 
-# The same by the specification's names.
+# The names of the same registers in the specification.
 COMMON_NAMES = {
     VIRTIO_PCI_COMMON_DFSELECT: "device_feature_select",
     VIRTIO_PCI_COMMON_DF: "device_feature",
@@ -61,5 +61,5 @@ VIRTIO_MSI_NO_VECTOR = 0xFFFF
 VIRTIO_PCI_ISR_QUEUE = 0x1
 VIRTIO_PCI_ISR_CONFIG = 0x2
 
-# struct virtio_pci_cap and what follows it: names by offset
+# struct virtio_pci_cap: names of the fields by offset
 CAP_NAMES = {2: "cap_len", 3: "cfg_type", 4: "bar", 5: "id", 8: "offset", 12: "length"}
