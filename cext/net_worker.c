@@ -45,38 +45,9 @@ struct slot {
 	uint16_t head;
 };
 
-/* In-flight tracking: the layout is the vhost-user specification's, "given" uses padding of it. */
-struct inflight_desc {
-	uint8_t inflight;
-	uint8_t given; /* to writev: GIVEN, or GIVEN_COUNTED */
-	uint8_t padding[4];
-	uint16_t next;
-	uint64_t counter;
-};
-
-/*
- * Whether a frame was sent that was being sent when the process was killed? Where fd counts what it
- * takes, and takes from nobody else, its count tells: counter has what it was before. Otherwise
- * nobody knows.
- */
-enum { GIVEN = 1, GIVEN_COUNTED };
-
-struct inflight {
-	uint64_t features;
-	uint16_t version; /* 0: new */
-	uint16_t desc_num;
-	uint16_t last_batch_head;
-	uint16_t used_idx;
-	struct inflight_desc desc[];
-};
-_Static_assert(sizeof(struct inflight_desc) == 16 && sizeof(struct inflight) == 16,
-	       "QueueRegionSplit");
-
 struct pv_net_worker {
 	struct pv_vring ring[2];
-	struct inflight *inflight[2];
-	uint64_t inflight_count; /* orders what is in flight */
-	uint64_t taken;		 /* as in the configuration, now */
+	struct pv_inflight inflight[2];
 	struct pv_net_config cfg;
 	struct pv_net_event event; /* to be returned by run; PV_NET_STOPPED: none */
 	int epoll_fd;
@@ -181,79 +152,8 @@ static void flush(struct pv_net_worker *w, int q)
 	} else {
 		add(q == RX ? &w->count.rx_calls_suppressed : &w->count.tx_calls_suppressed, 1);
 	}
-	if (w->inflight[q])
-		__atomic_store_n(&w->inflight[q]->used_idx, vr->used_idx, __ATOMIC_RELEASE);
-}
-
-/*
- * Take over in-flight regions that another process may have left behind. All in them is the peer's
- * to change: nothing read is used as an index unchecked.
- */
-static void inflight_recover(struct pv_net_worker *w, int q)
-{
-	struct pv_vring *vr = &w->ring[q];
-	struct inflight *in = w->inflight[q];
-	uint16_t head, used, done;
-
-	used = vr->used_idx;
-	if (__atomic_load_n(&in->version, __ATOMIC_ACQUIRE) != 1 || in->desc_num != vr->size) {
-		memset(in, 0, PV_NET_INFLIGHT_SIZE(vr->size));
-		in->desc_num = (uint16_t)vr->size;
-		in->used_idx = used;
-		__atomic_store_n(&in->version, 1, __ATOMIC_RELEASE);
-		return;
-	}
-	/* A batch that was published, but not yet noted as done. */
-	head = __atomic_load_n(&in->last_batch_head, __ATOMIC_RELAXED);
-	done = (uint16_t)(used - __atomic_load_n(&in->used_idx, __ATOMIC_RELAXED));
-	for (uint32_t i = 0; i < done && i < vr->size && head < vr->size; i++) {
-		__atomic_store_n(&in->desc[head].inflight, 0, __ATOMIC_RELAXED);
-		head = __atomic_load_n(&in->desc[head].next, __ATOMIC_RELAXED);
-	}
-	__atomic_store_n(&in->used_idx, used, __ATOMIC_RELAXED);
-	vr->last_avail = vr->avail_idx = used;
-}
-
-/*
- * Note that a chain is about to be sent. Returns whether the process before us was about to do the
- * same, and may have done it.
- */
-static bool inflight_begin(struct pv_net_worker *w, uint16_t head)
-{
-	struct inflight_desc *d = &w->inflight[TX]->desc[head];
-	bool counted = w->taken != PV_NET_UNKNOWN;
-	uint8_t given;
-	bool again;
-
-	given = __atomic_load_n(&d->given, __ATOMIC_RELAXED);
-	again = __atomic_load_n(&d->inflight, __ATOMIC_RELAXED) && given;
-	if (again && counted && given == GIVEN_COUNTED)
-		again = __atomic_load_n(&d->counter, __ATOMIC_RELAXED) != w->taken;
-	__atomic_store_n(&d->counter, counted ? w->taken : w->inflight_count++, __ATOMIC_RELAXED);
-	__atomic_store_n(&d->given, counted ? GIVEN_COUNTED : GIVEN, __ATOMIC_RELAXED);
-	__atomic_store_n(&d->inflight, 1, __ATOMIC_RELEASE);
-	return again;
-}
-
-/* fd did not take it. */
-static void inflight_cancel(struct pv_net_worker *w, uint16_t head)
-{
-	__atomic_store_n(&w->inflight[TX]->desc[head].inflight, 0, __ATOMIC_RELEASE);
-}
-
-/*
- * A chain has been pushed: publish it at once. A batch of one, in the order that the specification
- * gives.
- */
-static void inflight_end(struct pv_net_worker *w, uint16_t head)
-{
-	struct inflight *in = w->inflight[TX];
-
-	__atomic_store_n(&in->desc[head].next, in->last_batch_head, __ATOMIC_RELAXED);
-	__atomic_store_n(&in->last_batch_head, head, __ATOMIC_RELEASE);
-	pv_vring_publish(&w->ring[TX]);
-	__atomic_store_n(&in->desc[head].inflight, 0, __ATOMIC_RELEASE);
-	__atomic_store_n(&in->used_idx, w->ring[TX].used_next, __ATOMIC_RELEASE);
+	if (w->inflight[q].region)
+		pv_inflight_flushed(&w->inflight[q]);
 }
 
 /* Give the window back to the ring; a frame that is held has nowhere to go. */
@@ -310,7 +210,7 @@ static int woken(struct pv_net_worker *w)
 	if (watch(w, fd, EV_FD, w->interest))
 		return -1;
 	w->cfg.fd = fd;
-	w->taken = PV_NET_UNKNOWN;
+	w->inflight[TX].taken = PV_INFLIGHT_UNCOUNTED;
 	w->link_down = w->fd_muted = false;
 	w->rx_ready = true;
 	w->event = (struct pv_net_event){.kind = PV_NET_LINK_UP};
@@ -566,7 +466,7 @@ static bool tx_turn(struct pv_net_worker *w)
 		pv_vring_disable_notify(vr);
 		if (w->link_down) {
 			add(&w->count.tx_drop_link, 1);
-		} else if (w->inflight[TX] && inflight_begin(w, c.head)) {
+		} else if (w->inflight[TX].region && pv_inflight_begin(&w->inflight[TX], c.head)) {
 			add(&w->count.tx_in_doubt, 1);
 		} else {
 			do {
@@ -576,12 +476,12 @@ static bool tx_turn(struct pv_net_worker *w)
 			if (n >= 0) {
 				add(&w->count.tx_packets, 1);
 				add(&w->count.tx_bytes, c.out_len - w->cfg.hdr_len);
-				if (w->taken != PV_NET_UNKNOWN)
-					w->taken++;
+				if (w->inflight[TX].taken != PV_INFLIGHT_UNCOUNTED)
+					w->inflight[TX].taken++;
 			} else if (errno == EAGAIN) {
 				pv_vring_unpop(vr, 1);
-				if (w->inflight[TX])
-					inflight_cancel(w, c.head);
+				if (w->inflight[TX].region)
+					pv_inflight_cancel(&w->inflight[TX], c.head);
 				w->tx_blocked = true;
 				add(&w->count.tx_blocks, 1);
 				more = false;
@@ -595,8 +495,8 @@ static bool tx_turn(struct pv_net_worker *w)
 			}
 		}
 		pv_vring_push(vr, c.head, 0);
-		if (w->inflight[TX])
-			inflight_end(w, c.head);
+		if (w->inflight[TX].region)
+			pv_inflight_end(&w->inflight[TX], c.head);
 		packets++;
 		/* A frame longer than 64 KiB was refused, but counts as work. */
 		n = c.out_len < TURN_BYTES ? (ssize_t)c.out_len : (ssize_t)TURN_BYTES;
@@ -874,11 +774,14 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 			return NULL;
 		}
 	}
-	for (int q = RX; q <= TX; q++)
+	for (int q = RX; q <= TX; q++) {
+		w->inflight[q].vr = &w->ring[q];
+		w->inflight[q].taken = cfg->taken;
 		if (cfg->ring[q].size)
-			w->inflight[q] = (struct inflight *)(void *)cfg->ring[q].inflight;
+			w->inflight[q].region =
+				(struct pv_inflight_region *)(void *)cfg->ring[q].inflight;
+	}
 	w->attach = -1;
-	w->taken = cfg->taken;
 	w->rx_ready = true;
 	w->interest = EPOLLIN | EPOLLET | EPOLLPRI;
 	w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -936,8 +839,8 @@ void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev)
 		if (!w->ring[q].fault)
 			pv_vring_disable_notify(&w->ring[q]);
 	for (int q = RX; q <= TX && !w->recovered; q++)
-		if (w->inflight[q])
-			inflight_recover(w, q);
+		if (w->inflight[q].region)
+			pv_inflight_recover(&w->inflight[q]);
 	w->recovered = true;
 	while (!w->event.kind && !stopping(w)) {
 		if (!net_round(w) && !w->event.kind && net_sleep(w))

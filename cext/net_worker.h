@@ -26,16 +26,11 @@
  * first waits for the buffers, as long as it would have while running.
  *
  * A malformed ring stops that direction only.
- *
- * In-flight regions (vhost-user, INFLIGHT_SHMFD) outlive this process when it is killed, so that
- * the next one repeats and loses nothing. Rings are served in order, so used->idx says all about
- * what is done, if it is published for each packet: only of the one packet in writev is it unknown
- * whether it was sent. Its descriptor is marked before; the next process takes a marked one as
- * sent. Receive chains are never marked: taken ahead they hold nothing yet.
  */
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H
 
+#include "inflight.h"
 #include "trace.h"
 #include "vring.h"
 
@@ -67,14 +62,12 @@ struct pv_net_ring {
 	int kick; /* lent, as are all descriptors */
 	int call;
 	/*
-	 * In-flight region of PV_NET_INFLIGHT_SIZE(size) bytes, shared with an untrusted peer;
+	 * In-flight region of PV_INFLIGHT_SIZE(size) bytes, shared with an untrusted peer;
 	 * NULL: none. The ring then starts at the used index: base is not looked at where the
 	 * region has been in use.
 	 */
 	uint8_t *inflight;
 };
-
-#define PV_NET_UNKNOWN 0xffffffffffffffffull
 
 struct pv_net_config {
 	struct pv_net_ring ring[2]; /* 0 receive, 1 transmit */
@@ -82,7 +75,7 @@ struct pv_net_config {
 	uint32_t hdr_len;	    /* virtio_net_hdr: 12, or 10 without VERSION_1 and MRG_RXBUF */
 	uint32_t max_frame;	    /* longest frame expected from fd, header included */
 	uint32_t poll_us;	    /* look for work this long before sleeping */
-	uint64_t taken; /* frames that fd has taken so far, of all senders; PV_NET_UNKNOWN */
+	uint64_t taken; /* frames that fd has taken so far, of all senders; PV_INFLIGHT_UNCOUNTED */
 	bool mrg_rxbuf;
 	bool indirect;
 	bool event_idx;
@@ -139,8 +132,5 @@ void pv_net_worker_attach(struct pv_net_worker *w, int fd);
 uint16_t pv_net_worker_base(const struct pv_net_worker *w, int queue);
 void pv_net_worker_counters(const struct pv_net_worker *w, struct pv_net_counters *out);
 /* cffi: end */
-
-/* Of the queue region of a split ring, as in the vhost-user specification (QueueRegionSplit). */
-#define PV_NET_INFLIGHT_SIZE(size) (16 + 16 * (size_t)(size))
 
 #endif

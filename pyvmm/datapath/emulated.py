@@ -181,8 +181,8 @@ class EmulatedNet:
         """
         interface = self._port.interface
         if interface is None or len(self._port.fds) != 1 or not any(r.inflight for r in rings):
-            return int(lib.PV_NET_UNKNOWN)
-        return int(interface.link().stats().get("rx_packets", lib.PV_NET_UNKNOWN))
+            return int(lib.PV_INFLIGHT_UNCOUNTED)
+        return int(interface.link().stats().get("rx_packets", lib.PV_INFLIGHT_UNCOUNTED))
 
     def _run(self, pair: _Pair) -> None:
         if self._worker_cpu is not None:

@@ -30,7 +30,7 @@ static void set_up(void)
 	low = aligned_alloc(4096, FUZZ_REGION);
 	high = aligned_alloc(4096, FUZZ_REGION);
 	for (int q = 0; q < 2; q++)
-		inflight[q] = malloc(PV_NET_INFLIGHT_SIZE(FUZZ_SIZE));
+		inflight[q] = malloc(PV_INFLIGHT_SIZE(FUZZ_SIZE));
 	CHECK(low && high && inflight[0] && inflight[1]);
 	memset(low, 0, FUZZ_REGION);
 	memset(high, 0, FUZZ_REGION);
@@ -70,7 +70,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		};
 	for (uint32_t q = 0; q < 2 && data[2] & 64; q++) {
 		/* As a hostile peer may hand it over; half of them with a good head. */
-		memcpy(inflight[q], low + FUZZ_TABLE + 256 * q, PV_NET_INFLIGHT_SIZE(FUZZ_SIZE));
+		memcpy(inflight[q], low + FUZZ_TABLE + 256 * q, PV_INFLIGHT_SIZE(FUZZ_SIZE));
 		if (data[2] & 128)
 			memcpy(inflight[q] + 8, &(uint16_t[]){1, FUZZ_SIZE}, 4);
 		cfg.ring[q].inflight = inflight[q];
@@ -85,8 +85,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	w = pv_net_worker_new(&cfg, &mem, &ev);
 	CHECK(w);
 	for (int q = RX; q <= TX; q++)
-		if (w->inflight[q])
-			inflight_recover(w, q);
+		if (w->inflight[q].region)
+			pv_inflight_recover(&w->inflight[q]);
 	w->recovered = true;
 	for (int q = RX; q <= TX; q++)
 		ahead[q] = (uint16_t)(w->ring[q].last_avail - w->ring[q].used_next);

@@ -11,7 +11,8 @@ flags="-std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Wshadow -Wvla -Wconversion
 -fsanitize=address,undefined -fno-sanitize-recover=all -I$here -I$here/../../cext -pthread"
 for name in vring net; do
     # shellcheck disable=SC2086
-    ${CC:-gcc} $flags -o "$out/fuzz_$name" "$here/fuzz_$name.c" "$here/fuzz_main.c" "$here/../../cext/vring.c"
+    ${CC:-gcc} $flags -o "$out/fuzz_$name" "$here/fuzz_$name.c" "$here/fuzz_main.c" "$here/../../cext/vring.c" \
+        "$here/../../cext/inflight.c"
 done
 for name in vring net; do
     cd "$out"
