@@ -45,6 +45,39 @@ struct slot {
 	uint16_t head;
 };
 
+/*
+ * A burst is what is sent between two times that the transmit ring was empty. See linger().
+ */
+struct burst {
+	uint32_t packets;
+	uint32_t bytes;
+	uint64_t idle_since; /* when the ring was empty, in microseconds */
+	uint64_t gap_us;     /* from then until this burst began */
+	uint64_t linger_us;
+	bool lingered; /* this burst came while lingering: how soon is not known */
+};
+
+/* The receive window: chains that were taken from the ring and are not used yet. */
+struct window {
+	uint32_t slot_at, slot_end;
+	uint32_t iov_at, iov_end;
+	uint64_t bytes;
+	uint32_t large; /* reads left with the whole window */
+	struct slot slot[WINDOW_IOV];
+	struct iovec iov[WINDOW_IOV + 1];
+};
+
+/*
+ * A frame that was read and not placed yet: its first "direct" bytes are in the window, the rest is
+ * in scratch.
+ */
+struct held {
+	size_t len; /* 0: none */
+	size_t direct;
+	uint64_t since; /* when the guest was found to lack buffers, in microseconds; 0: not yet */
+	uint8_t scratch[SCRATCH_SIZE];
+};
+
 struct pv_net_worker {
 	struct pv_vring ring[2];
 	struct pv_inflight inflight[2];
@@ -64,33 +97,12 @@ struct pv_net_worker {
 	bool link_down;
 	bool recovered;	   /* in-flight regions are taken over */
 	uint32_t interest; /* of fd, as epoll has it */
-	/*
-	 * A burst is what is sent between two times that the transmit ring was empty. See linger().
-	 */
-	uint32_t burst_packets;
-	uint32_t burst_bytes;
-	uint64_t idle_since; /* when the ring was empty, in microseconds */
-	uint64_t gap_us;     /* from then until this burst began */
-	uint64_t linger_us;
-	bool lingered; /* this burst came while lingering: how soon is not known */
-	/* The receive window: chains taken, not used. */
-	uint32_t slot_at, slot_end;
-	uint32_t iov_at, iov_end;
-	uint64_t window; /* bytes */
-	uint32_t large;	 /* reads left with the whole window */
-	/*
-	 * A frame read but not placed: the first direct bytes in the window, the rest in scratch.
-	 * 0: none.
-	 */
-	size_t held;
-	size_t direct;
-	uint64_t held_since;
+	struct burst burst;
 	struct pv_net_counters count;
 	uint64_t traced; /* time of the latest event of the trace */
-	struct slot slot[WINDOW_IOV];
-	struct iovec iov[WINDOW_IOV + 1];
+	struct window window;
+	struct held held;
 	struct iovec tx_iov[PV_CHAIN_MAX];
-	uint8_t scratch[SCRATCH_SIZE];
 };
 
 /* Counters have one writer; readers must only not see halves. */
@@ -156,15 +168,32 @@ static void flush(struct pv_net_worker *w, int q)
 		pv_inflight_flushed(&w->inflight[q]);
 }
 
+static uint32_t window_chains(const struct window *win)
+{
+	return win->slot_end - win->slot_at;
+}
+
+/* Forget the chains of the window. */
+static void window_clear(struct window *win)
+{
+	win->slot_at = win->slot_end = win->iov_at = win->iov_end = 0;
+	win->bytes = 0;
+}
+
+/* The held frame was placed or dropped. */
+static void held_clear(struct held *held)
+{
+	held->len = held->since = 0;
+}
+
 /* Give the window back to the ring; a frame that is held has nowhere to go. */
 static void rx_abandon(struct pv_net_worker *w)
 {
-	if (w->held)
+	if (w->held.len)
 		add(&w->count.rx_drop_held, 1);
-	w->held = w->held_since = 0;
-	pv_vring_unpop(&w->ring[RX], (uint16_t)(w->slot_end - w->slot_at));
-	w->slot_at = w->slot_end = w->iov_at = w->iov_end = 0;
-	w->window = 0;
+	held_clear(&w->held);
+	pv_vring_unpop(&w->ring[RX], (uint16_t)window_chains(&w->window));
+	window_clear(&w->window);
 }
 
 /* The guest got ring q wrong: that direction is over. */
@@ -227,77 +256,21 @@ static bool tx_possible(const struct pv_net_worker *w)
 	return !w->ring[TX].fault && !w->tx_blocked && !__atomic_load_n(&w->hold, __ATOMIC_RELAXED);
 }
 
-/*
- * Take chains until the window holds want bytes (one without MRG_RXBUF). PV_DONE: the guest has no
- * more.
- */
-static enum pv_step rx_fill(struct pv_net_worker *w, size_t want)
+/* Move the window to the front of its arrays, so that one more chain fits behind it. */
+static void window_compact(struct window *win)
 {
-	struct pv_vring *vr = &w->ring[RX];
-	struct pv_chain c;
-	enum pv_step step;
-
-	while (w->window < want && w->iov_end - w->iov_at < READV_MAX) {
-		if (!w->cfg.mrg_rxbuf && w->slot_end != w->slot_at)
-			break;
-		if (w->iov_end + PV_CHAIN_MAX > WINDOW_IOV || w->slot_end == WINDOW_IOV) {
-			memmove(w->slot, &w->slot[w->slot_at],
-				(w->slot_end - w->slot_at) * sizeof(w->slot[0]));
-			memmove(w->iov, &w->iov[w->iov_at],
-				(w->iov_end - w->iov_at) * sizeof(w->iov[0]));
-			w->slot_end -= w->slot_at;
-			w->iov_end -= w->iov_at;
-			w->slot_at = w->iov_at = 0;
-		}
-		step = pv_vring_pop(vr, &w->iov[w->iov_end], PV_CHAIN_MAX, &c);
-		if (step == PV_DONE)
-			return PV_DONE;
-		if (step == PV_MORE && (c.out_num || c.in_len < w->cfg.hdr_len)) {
-			pv_vring_unpop(vr, 1);
-			vr->fault = c.out_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
-			step = PV_BAD;
-		}
-		if (step == PV_BAD) {
-			ring_fault(w, RX, vr->fault);
-			return PV_BAD;
-		}
-		w->slot[w->slot_end++] =
-			(struct slot){.len = c.in_len, .niov = c.in_num, .head = c.head};
-		w->iov_end += c.in_num;
-		w->window += c.in_len;
-	}
-	return PV_MORE;
-}
-
-/* Read one frame into the window and, what does not fit, the scratch buffer. Sets w->direct. */
-static ssize_t rx_read(struct pv_net_worker *w)
-{
-	struct iovec *iov = &w->iov[w->iov_at], saved;
-	uint32_t max = w->iov_end - w->iov_at, n = 0;
-	size_t size = 0;
-	ssize_t got;
-
-	if (w->large)
-		w->large--;
-	else if (max > READV_SMALL)
-		max = READV_SMALL;
-	if (max > READV_MAX)
-		max = READV_MAX;
-	while (n < max && size < w->cfg.max_frame)
-		size += iov[n++].iov_len;
-	saved = iov[n];
-	iov[n] = (struct iovec){.iov_base = w->scratch, .iov_len = SCRATCH_SIZE};
-	got = readv(w->cfg.fd, iov, (int)n + 1);
-	iov[n] = saved;
-	add(&w->count.fd_reads, 1);
-	w->direct = got > 0 && (size_t)got > size ? size : got > 0 ? (size_t)got : 0;
-	return got;
+	memmove(win->slot, &win->slot[win->slot_at], window_chains(win) * sizeof(win->slot[0]));
+	memmove(win->iov, &win->iov[win->iov_at],
+		(win->iov_end - win->iov_at) * sizeof(win->iov[0]));
+	win->slot_end -= win->slot_at;
+	win->iov_end -= win->iov_at;
+	win->slot_at = win->iov_at = 0;
 }
 
 /* Store bytes at an offset of the window, which is long enough. */
-static void window_store(struct pv_net_worker *w, size_t at, const uint8_t *from, size_t len)
+static void window_store(struct window *win, size_t at, const uint8_t *from, size_t len)
 {
-	for (const struct iovec *iov = &w->iov[w->iov_at]; len; iov++) {
+	for (const struct iovec *iov = &win->iov[win->iov_at]; len; iov++) {
 		size_t n = iov->iov_len;
 
 		if (at >= n) {
@@ -313,59 +286,123 @@ static void window_store(struct pv_net_worker *w, size_t at, const uint8_t *from
 }
 
 /*
- * Hand the frame of w->held bytes to the guest. False where it lacks the buffers: the frame stays
- * held, or was dropped because waiting would be in vain. On a ring fault w->event is set.
+ * Take chains until the window holds want bytes (one without MRG_RXBUF). PV_DONE: the guest has no
+ * more.
+ */
+static enum pv_step rx_fill(struct pv_net_worker *w, size_t want)
+{
+	struct pv_vring *vr = &w->ring[RX];
+	struct window *win = &w->window;
+	struct pv_chain c;
+	enum pv_step step;
+
+	while (win->bytes < want && win->iov_end - win->iov_at < READV_MAX) {
+		if (!w->cfg.mrg_rxbuf && window_chains(win))
+			break;
+		if (win->iov_end + PV_CHAIN_MAX > WINDOW_IOV || win->slot_end == WINDOW_IOV)
+			window_compact(win);
+		step = pv_vring_pop(vr, &win->iov[win->iov_end], PV_CHAIN_MAX, &c);
+		if (step == PV_DONE)
+			return PV_DONE;
+		if (step == PV_MORE && (c.out_num || c.in_len < w->cfg.hdr_len)) {
+			pv_vring_unpop(vr, 1);
+			vr->fault = c.out_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
+			step = PV_BAD;
+		}
+		if (step == PV_BAD) {
+			ring_fault(w, RX, vr->fault);
+			return PV_BAD;
+		}
+		win->slot[win->slot_end++] =
+			(struct slot){.len = c.in_len, .niov = c.in_num, .head = c.head};
+		win->iov_end += c.in_num;
+		win->bytes += c.in_len;
+	}
+	return PV_MORE;
+}
+
+/* Read one frame into the window and, what does not fit, the scratch buffer. Sets held.direct. */
+static ssize_t rx_read(struct pv_net_worker *w)
+{
+	struct window *win = &w->window;
+	struct held *held = &w->held;
+	struct iovec *iov = &win->iov[win->iov_at], saved;
+	uint32_t max = win->iov_end - win->iov_at, n = 0;
+	size_t size = 0;
+	ssize_t got;
+
+	if (win->large)
+		win->large--;
+	else if (max > READV_SMALL)
+		max = READV_SMALL;
+	if (max > READV_MAX)
+		max = READV_MAX;
+	while (n < max && size < w->cfg.max_frame)
+		size += iov[n++].iov_len;
+	saved = iov[n];
+	iov[n] = (struct iovec){.iov_base = held->scratch, .iov_len = SCRATCH_SIZE};
+	got = readv(w->cfg.fd, iov, (int)n + 1);
+	iov[n] = saved;
+	add(&w->count.fd_reads, 1);
+	held->direct = got > 0 && (size_t)got > size ? size : got > 0 ? (size_t)got : 0;
+	return got;
+}
+
+/*
+ * Hand the held frame to the guest. False if the guest lacks the buffers: the frame stays held, or
+ * was dropped because waiting would be in vain or the ring is malformed.
  */
 static bool rx_place(struct pv_net_worker *w)
 {
 	struct pv_vring *vr = &w->ring[RX];
-	size_t len = w->held, left = len;
+	struct window *win = &w->window;
+	struct held *held = &w->held;
+	size_t len = held->len, left = len;
 	uint16_t buffers = 0;
 
-	if (w->window < len) {
+	if (win->bytes < len) {
 		enum pv_step step = rx_fill(w, len);
 
 		if (step == PV_BAD)
 			return false;
-		if (w->window < len) {
-			if (step == PV_DONE && w->cfg.mrg_rxbuf &&
-			    w->slot_end - w->slot_at < vr->size) {
-				if (!w->held_since)
-					w->held_since = now_us();
+		if (win->bytes < len) {
+			if (step == PV_DONE && w->cfg.mrg_rxbuf && window_chains(win) < vr->size) {
+				if (!held->since)
+					held->since = now_us();
 				w->rx_waiting = true;
 			} else {
 				add(&w->count.rx_drop_long, 1);
-				w->held = w->held_since = 0;
+				held_clear(held);
 			}
 			return false;
 		}
 	}
-	if (w->direct < len) {
-		window_store(w, w->direct, w->scratch, len - w->direct);
-		w->large = LARGE_CREDIT;
+	if (held->direct < len) {
+		window_store(win, held->direct, held->scratch, len - held->direct);
+		win->large = LARGE_CREDIT;
 		add(&w->count.rx_overflows, 1);
 	}
-	for (uint32_t i = w->slot_at; left; i++, buffers++)
-		left -= w->slot[i].len < left ? w->slot[i].len : left;
+	for (uint32_t i = win->slot_at; left; i++, buffers++)
+		left -= win->slot[i].len < left ? win->slot[i].len : left;
 	/*
 	 * 5.1.6.4: always 1 without MRG_RXBUF. The field follows the 10 bytes of the legacy header.
 	 */
 	if (w->cfg.hdr_len >= 12)
-		window_store(w, 10, (uint8_t[]){(uint8_t)buffers, (uint8_t)(buffers >> 8)}, 2);
-	for (left = len; left; w->slot_at++) {
-		const struct slot *s = &w->slot[w->slot_at];
+		window_store(win, 10, (uint8_t[]){(uint8_t)buffers, (uint8_t)(buffers >> 8)}, 2);
+	for (left = len; left; win->slot_at++) {
+		const struct slot *s = &win->slot[win->slot_at];
 		size_t n = s->len < left ? s->len : left;
 
 		pv_vring_push(vr, s->head, (uint32_t)n);
 		left -= n;
-		w->iov_at += s->niov;
-		w->window -= s->len;
+		win->iov_at += s->niov;
+		win->bytes -= s->len;
 	}
-	if (w->slot_at == w->slot_end)
-		w->slot_at = w->slot_end = w->iov_at = w->iov_end = 0;
+	if (!window_chains(win))
+		window_clear(win);
 	add(&w->count.rx_packets, 1);
 	add(&w->count.rx_bytes, len - w->cfg.hdr_len);
-	w->held = w->held_since = 0;
+	held_clear(held);
 	return true;
 }
 
@@ -378,12 +415,12 @@ static bool rx_turn(struct pv_net_worker *w)
 	while (packets < TURN_PACKETS && bytes < TURN_BYTES) {
 		size_t len;
 
-		if (!w->held) {
+		if (!w->held.len) {
 			ssize_t n;
 
 			if (rx_fill(w, w->cfg.max_frame) == PV_BAD)
 				return false;
-			if (w->slot_at == w->slot_end) {
+			if (!window_chains(&w->window)) {
 				w->rx_waiting = true;
 				add(&w->count.rx_waits, 1);
 				more = false;
@@ -414,13 +451,13 @@ static bool rx_turn(struct pv_net_worker *w)
 				add(&w->count.rx_drop_short, 1);
 				continue;
 			}
-			w->held = (size_t)n;
+			w->held.len = (size_t)n;
 		}
-		len = w->held;
+		len = w->held.len;
 		if (!rx_place(w)) {
 			if (w->event.kind)
 				return false;
-			if (w->held) {
+			if (w->held.len) {
 				more = false;
 				break;
 			}
@@ -442,7 +479,7 @@ static bool tx_turn(struct pv_net_worker *w)
 {
 	struct pv_vring *vr = &w->ring[TX];
 	uint32_t packets = 0, bytes = 0, batch_packets = 0, batch_bytes = 0;
-	uint64_t begun = w->burst_packets ? 0 : now_us();
+	uint64_t begun = w->burst.packets ? 0 : now_us();
 	bool more = true;
 
 	while (packets < TURN_PACKETS && bytes < TURN_BYTES) {
@@ -508,10 +545,10 @@ static bool tx_turn(struct pv_net_worker *w)
 		}
 	}
 	flush(w, TX);
-	if (packets && !w->burst_packets)
-		w->gap_us = begun - w->idle_since;
-	w->burst_packets += packets;
-	w->burst_bytes += bytes;
+	if (packets && !w->burst.packets)
+		w->burst.gap_us = begun - w->burst.idle_since;
+	w->burst.packets += packets;
+	w->burst.bytes += bytes;
 	return more;
 }
 
@@ -539,7 +576,7 @@ static bool net_round(struct pv_net_worker *w)
 		w->rx_ready = true;
 	if (w->rx_waiting && rx_possible(w) && pv_vring_pending(&w->ring[RX]))
 		rx_resume(w);
-	if (rx_possible(w) && !w->rx_waiting && (w->rx_ready || w->held))
+	if (rx_possible(w) && !w->rx_waiting && (w->rx_ready || w->held.len))
 		more |= rx_turn(w);
 	return more;
 }
@@ -629,7 +666,7 @@ static int spin(struct pv_net_worker *w)
 			continue;
 		if (w->rx_waiting && pv_vring_pending(&w->ring[RX]))
 			rx_resume(w);
-		if (!w->rx_waiting && (w->rx_ready || w->held))
+		if (!w->rx_waiting && (w->rx_ready || w->held.len))
 			return 1;
 	} while (now_us() < end);
 	return 0;
@@ -647,28 +684,29 @@ static int spin(struct pv_net_worker *w)
  */
 static int linger(struct pv_net_worker *w)
 {
-	uint32_t packets = w->burst_packets, bytes = w->burst_bytes;
+	struct burst *b = &w->burst;
+	uint32_t packets = b->packets, bytes = b->bytes;
 	uint64_t max = bytes >= LINGER_BULK ? LINGER_BULK_US : LINGER_MAX_US;
 
 	if (!packets)
 		return 0;
-	w->burst_packets = w->burst_bytes = 0;
-	w->idle_since = now_us();
-	if (!w->lingered)
-		w->linger_us = w->gap_us <= max / 2 ? 2 * w->gap_us : 0;
+	b->packets = b->bytes = 0;
+	b->idle_since = now_us();
+	if (!b->lingered)
+		b->linger_us = b->gap_us <= max / 2 ? 2 * b->gap_us : 0;
 	else if (packets >= 16 || bytes >= 8 * LINGER_BULK)
-		w->linger_us /= 2;
-	w->lingered = false;
-	if (!w->linger_us)
+		b->linger_us /= 2;
+	b->lingered = false;
+	if (!b->linger_us)
 		return 0;
-	if (w->linger_us < LINGER_MIN_US)
-		w->linger_us = LINGER_MIN_US;
-	if (set_interest(w) || net_poll(w, (int64_t)w->linger_us))
+	if (b->linger_us < LINGER_MIN_US)
+		b->linger_us = LINGER_MIN_US;
+	if (set_interest(w) || net_poll(w, (int64_t)b->linger_us))
 		return -1;
-	w->lingered = pv_vring_pending(&w->ring[TX]);
-	if (w->lingered)
+	b->lingered = pv_vring_pending(&w->ring[TX]);
+	if (b->lingered)
 		add(&w->count.tx_lingers, 1);
-	return w->lingered || w->rx_ready || w->event.kind || stopping(w);
+	return b->lingered || w->rx_ready || w->event.kind || stopping(w);
 }
 
 /*
@@ -680,10 +718,10 @@ static void rx_finish(struct pv_net_worker *w)
 	uint64_t count, waited;
 
 	(void)!read(w->wake_fd, &count, sizeof(count)); /* or it would end each wait */
-	while (w->held && rx_possible(w) && !rx_place(w)) {
-		if (w->event.kind || !w->held)
+	while (w->held.len && rx_possible(w) && !rx_place(w)) {
+		if (w->event.kind || !w->held.len)
 			break;
-		waited = now_us() - w->held_since;
+		waited = now_us() - w->held.since;
 		if (waited >= HOLD_MS * 1000)
 			break;
 		if (pv_vring_enable_notify(&w->ring[RX]))
@@ -716,12 +754,12 @@ static int net_sleep(struct pv_net_worker *w)
 			rx_resume(w);
 			return 0;
 		}
-		if (w->held) {
-			uint64_t waited = now_us() - w->held_since;
+		if (w->held.len) {
+			uint64_t waited = now_us() - w->held.since;
 
 			if (waited >= HOLD_MS * 1000) {
 				add(&w->count.rx_drop_held, 1);
-				w->held = w->held_since = 0;
+				held_clear(&w->held);
 				rx_resume(w);
 				return 0;
 			}
@@ -846,7 +884,7 @@ void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev)
 		if (!net_round(w) && !w->event.kind && net_sleep(w))
 			w->event = (struct pv_net_event){.kind = PV_NET_ERROR, .error = errno};
 	}
-	if (!w->event.kind && w->held && __atomic_load_n(&w->finish, __ATOMIC_RELAXED))
+	if (!w->event.kind && w->held.len && __atomic_load_n(&w->finish, __ATOMIC_RELAXED))
 		rx_finish(w);
 	if (!w->event.kind || w->event.kind == PV_NET_ERROR) {
 		rx_abandon(w);
