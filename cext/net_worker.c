@@ -26,8 +26,7 @@
 #define READV_MAX     (PV_CHAIN_MAX - 1) /* IOV_MAX less the scratch buffer */
 #define READV_SMALL                                                                                \
 	7 /* with the scratch buffer, what readv takes without allocating (UIO_FASTIOV) */
-#define LARGE_CREDIT 64	 /* reads with the whole window after a frame that needed it */
-#define HOLD_MS	     200 /* how long a frame waits for the guest to add buffers */
+#define LARGE_CREDIT 64 /* reads with the whole window after a frame that needed it */
 /* See linger(). */
 #define LINGER_MIN_US  10
 #define LINGER_MAX_US  200
@@ -229,9 +228,9 @@ static int woken(struct pv_net_worker *w)
 	uint64_t count;
 	int fd;
 
+	(void)!read(w->wake_fd, &count, sizeof(count));
 	if (stopping(w))
 		return 0;
-	(void)!read(w->wake_fd, &count, sizeof(count));
 	fd = __atomic_exchange_n(&w->attach, -1, __ATOMIC_ACQUIRE);
 	if (fd < 0 || !w->link_down)
 		return 0;
@@ -709,24 +708,33 @@ static int linger(struct pv_net_worker *w)
 	return b->lingered || w->rx_ready || w->event.kind || stopping(w);
 }
 
+/* Microseconds that the held frame may still wait for buffers; 0: its time is over. */
+static uint64_t hold_left(const struct pv_net_worker *w)
+{
+	uint64_t all = (uint64_t)w->cfg.hold_ms * 1000, waited = now_us() - w->held.since;
+
+	return waited < all ? all - waited : 0;
+}
+
 /*
  * Stopped, with a frame that has been read but not placed: wait for the guest's buffers as
- * net_sleep() does.
+ * net_sleep() does. The frame's time starts anew: the guest could not know before that this is its
+ * last chance.
  */
 static void rx_finish(struct pv_net_worker *w)
 {
-	uint64_t count, waited;
+	uint64_t left;
 
-	(void)!read(w->wake_fd, &count, sizeof(count)); /* or it would end each wait */
+	w->held.since = now_us();
 	while (w->held.len && rx_possible(w) && !rx_place(w)) {
 		if (w->event.kind || !w->held.len)
 			break;
-		waited = now_us() - w->held.since;
-		if (waited >= HOLD_MS * 1000)
+		left = hold_left(w);
+		if (!left)
 			break;
 		if (pv_vring_enable_notify(&w->ring[RX]))
 			continue;
-		if (net_poll(w, (int64_t)(HOLD_MS * 1000 - waited)))
+		if (net_poll(w, (int64_t)left))
 			break;
 	}
 	flush(w, RX);
@@ -755,15 +763,13 @@ static int net_sleep(struct pv_net_worker *w)
 			return 0;
 		}
 		if (w->held.len) {
-			uint64_t waited = now_us() - w->held.since;
-
-			if (waited >= HOLD_MS * 1000) {
+			timeout = (int64_t)hold_left(w);
+			if (!timeout) {
 				add(&w->count.rx_drop_held, 1);
 				held_clear(&w->held);
 				rx_resume(w);
 				return 0;
 			}
-			timeout = (int64_t)(HOLD_MS * 1000 - waited);
 		}
 	}
 	if (set_interest(w) || net_poll(w, timeout))
@@ -911,8 +917,8 @@ void pv_net_worker_stop(struct pv_net_worker *w)
  * pv_net_worker_finish() - As pv_net_worker_stop(), for who goes on with another worker
  * @w:		The worker; from any thread
  *
- * A frame that was read and waits for buffers is not dropped at once: the guest still has HOLD_MS
- * to add some.
+ * A frame that was read and waits for buffers is not dropped at once: from the stop on, the guest
+ * has the configuration's hold_ms to add some.
  */
 void pv_net_worker_finish(struct pv_net_worker *w)
 {

@@ -23,7 +23,7 @@
  * the rest of the window; where the guest has too few buffers the frame is held for a while until
  * it adds some. Chains taken but not used are given back when the worker stops, so that last_avail
  * == used index. A frame that is held then is lost, unless the worker was told to finish: then it
- * first waits for the buffers, as long as it would have while running.
+ * first waits for the buffers, as long as a frame may wait while the worker runs.
  *
  * A malformed ring stops that direction only.
  */
@@ -69,12 +69,15 @@ struct pv_net_ring {
 	uint8_t *inflight;
 };
 
+#define PV_NET_HOLD_MS 200 /* a good value for hold_ms */
+
 struct pv_net_config {
 	struct pv_net_ring ring[2]; /* 0 receive, 1 transmit */
 	int fd;			    /* non-blocking tap, or a socket that keeps packet boundaries */
 	uint32_t hdr_len;	    /* virtio_net_hdr: 12, or 10 without VERSION_1 and MRG_RXBUF */
 	uint32_t max_frame;	    /* longest frame expected from fd, header included */
 	uint32_t poll_us;	    /* look for work this long before sleeping */
+	uint32_t hold_ms;	    /* how long a frame waits for the guest to add buffers */
 	uint64_t taken; /* frames that fd has taken so far, of all senders; PV_INFLIGHT_UNCOUNTED */
 	bool mrg_rxbuf;
 	bool indirect;

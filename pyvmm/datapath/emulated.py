@@ -54,6 +54,8 @@ class EmulatedNet:
     :param poll_us: a worker looks for work this long, in microseconds, before it sleeps.
     :param worker_cpu: pin worker k to CPU worker_cpu + k.
     :param recorder: for traces, or None.
+    :param hold_ms: a frame that was read from the tap waits this long, in milliseconds, for the
+        guest to add buffers, and as long from a ``stop(finish=True)`` on; then it is dropped.
     """
 
     name = "emulated"
@@ -66,6 +68,7 @@ class EmulatedNet:
         poll_us: int = 0,
         worker_cpu: int | None = None,
         recorder: Scope | None = None,
+        hold_ms: int = lib.PV_NET_HOLD_MS,
     ) -> None:
         self.times = HandOverTimes()
         self._port = port
@@ -73,6 +76,7 @@ class EmulatedNet:
         self._recorder = recorder
         self._poll_us = poll_us
         self._worker_cpu = worker_cpu
+        self._hold_ms = hold_ms
         self._pairs: list[_Pair] = []
         self._queues: list[int] = []
         interface = port.interface
@@ -158,7 +162,7 @@ class EmulatedNet:
         config.hdr_len = VIRTIO_NET_HDR_V1_SIZE
         payload = GSO_MAX if acked & GSO else self._port.mtu
         config.max_frame = VIRTIO_NET_HDR_V1_SIZE + payload + FRAME_EXTRA
-        config.poll_us = self._poll_us
+        config.poll_us, config.hold_ms = self._poll_us, self._hold_ms
         config.taken = self._taken(rings)
         config.mrg_rxbuf = bool(acked >> VIRTIO_NET_F_MRG_RXBUF & 1)
         config.indirect = bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1)

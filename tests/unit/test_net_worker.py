@@ -27,6 +27,8 @@ EVENT_IDX = bits("VIRTIO_RING_F_EVENT_IDX")
 INDIRECT_DESC = bits("VIRTIO_RING_F_INDIRECT_DESC")
 MRG = bits("VIRTIO_NET_F_MRG_RXBUF")
 GSO = bits("VIRTIO_NET_F_GUEST_CSUM", "VIRTIO_NET_F_GUEST_TSO4")
+#: Longer than any test takes: for frames that are to be held for as long as they must be.
+LONG_MS = 60_000
 ALL = VERSION_1 | EVENT_IDX | INDIRECT_DESC | MRG
 
 
@@ -34,12 +36,19 @@ class Rig:
     """Memory, mock driver, cable and data path, put together."""
 
     def __init__(
-        self, acked: int = ALL, *, mtu: int = 1500, poll_us: int = 0, fill: bool = True, **driver
+        self,
+        acked: int = ALL,
+        *,
+        mtu: int = 1500,
+        poll_us: int = 0,
+        hold_ms: int = 200,
+        fill: bool = True,
+        **driver,
     ) -> None:
         self.acked = acked
         self.memory = GuestMemory(16 << 20)
         self.cable = Cable(mtu)
-        self.path = EmulatedNet(self.cable, poll_us=poll_us)
+        self.path = EmulatedNet(self.cable, poll_us=poll_us, hold_ms=hold_ms)
         self.events = Events()
         self.faults, self.links = self.events.faults, self.events.links
         self.driver = NetDriver(
@@ -377,7 +386,7 @@ def test_long_frames_are_merged(rx_size):
 
 
 def test_a_frame_that_lacks_buffers_is_held_until_they_come():
-    with Rig(ALL | GSO, fill=False) as rig:
+    with Rig(ALL | GSO, hold_ms=LONG_MS, fill=False) as rig:
         rig.driver.fill(10)
         rig.start()
         rig.cable.far.send(bytes(12) + frame(1, 65000))
@@ -393,16 +402,31 @@ def test_a_frame_that_lacks_buffers_is_held_until_they_come():
 
 
 def test_each_held_frame_has_its_own_time():
-    with Rig(ALL | GSO, fill=False) as rig:
+    """Together they are held longer than one frame may be; each has 1.1 s to spare."""
+    with Rig(ALL | GSO, hold_ms=1500, fill=False) as rig:
         rig.start()
-        for i in range(4):
+        for i in range(5):
             rig.driver.fill(5)
             rig.cable.far.send(bytes(12) + frame(i, 30000))
-            time.sleep(0.12)
+            time.sleep(0.4)
             rig.driver.fill(10)
-            assert wait_for(lambda n=i: rig.counter("rx_packets") == n + 1, 1)
+            assert wait_for(lambda n=i: rig.counter("rx_packets") == n + 1)
             assert rig.driver.poll(refill=False)
         assert rig.counter("rx_drop_held") == 0
+
+
+def test_a_held_frame_s_time_starts_anew_at_the_stop():
+    """``stop(finish=True)`` promises the guest its full time; 1.3 s are there to spare."""
+    with Rig(ALL | GSO, hold_ms=1500, fill=False) as rig:
+        rig.driver.fill(5)
+        rig.start()
+        rig.cable.far.send(bytes(12) + frame(1, 30000))
+        assert wait_for(lambda: rig.counter("fd_reads") > 0)
+        time.sleep(0.2)
+        begin = time.monotonic()
+        rig.path.stop(finish=True)
+        assert time.monotonic() - begin >= 1.5
+        assert rig.counter("rx_drop_held") == 1
 
 
 def test_a_held_frame_does_not_freeze_receive():

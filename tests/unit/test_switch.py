@@ -100,11 +100,11 @@ class Wires(Uplink):
         first served.
     """
 
-    def __init__(self, tap) -> None:
+    def __init__(self, tap, script: dict[str, list] | None = None) -> None:
         self.tap = tap
         self.namespace = None
         self._backend = self._recorder = None
-        self.script: dict[str, list] = {}
+        self.script = script or {}
 
     def open(self, net: Net, mac: bytes, wait: float = 10.0):
         waiting = self.script.get(net.mode)
@@ -128,10 +128,11 @@ class Rig:
         drive: bool = True,
         mode="emulated",
         tap=None,
+        script: dict[str, list] | None = None,
         **guest,
     ) -> None:
         self.board = Board(memory=32 << 20)
-        self.wires = Wires(tap or Bundle(pairs))
+        self.wires = Wires(tap or Bundle(pairs), script)
         self.cable = self.wires.tap
         self.net = Net(mode, queues=pairs)
         route = self.wires.open(self.net, MAC)
@@ -390,9 +391,10 @@ def test_offloads_of_a_back_end(tmp_path):
 
 def test_a_frame_that_waits_for_buffers():
     """It has been read from the tap, so it must not be lost: the guest gets its time to add
-    buffers.
+    buffers, here enough for a test on a busy machine.
     """
-    with Rig(fill=False, rx_size=512) as rig:
+    script = {"emulated": [lambda tap: EmulatedNet(tap, hold_ms=10_000)]}
+    with Rig(fill=False, rx_size=512, script=script) as rig:
         rig.guest.net.fill(1)
         long = bytes(range(250)) * 6
         rig.cable.far.send(bytes(12) + long)
