@@ -5,6 +5,7 @@ pyvmm run --net vhost-user,socket=SOCKET -- ping 192.168.100.77
 
 import sys
 
+from pyvmm.backend.net import NetService
 from pyvmm.backend.ports import PythonPort
 from pyvmm.backend.server import Backend
 
@@ -23,5 +24,5 @@ def receive(packet, pair):
 
 
 port = PythonPort(receive)
-with Backend(port, log=print) as backend:
+with Backend(NetService(port), log=print) as backend:
     backend.run(sys.argv[1])  # until backend.stop() from another thread, or Ctrl-C

@@ -156,11 +156,13 @@ def serve(control_fd: int, name: str, mtu: int, features: int, fds: list[int]) -
     """What the child does: serve on the tap of descriptors ``fds`` until the control socket is
     closed.
     """
+    from pyvmm.backend.net import NetService
     from pyvmm.backend.ports import LentTap
     from pyvmm.backend.server import Backend
 
     control = _socket.socket(fileno=control_fd)
-    with Backend(LentTap(name, [Fd(fd) for fd in fds], mtu, features)) as backend:
+    port = LentTap(name, [Fd(fd) for fd in fds], mtu, features)
+    with Backend(NetService(port)) as backend:
         control.send(b"\0")
         while True:
             channel = _take(control)

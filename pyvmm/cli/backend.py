@@ -57,10 +57,11 @@ def run(args: argparse.Namespace) -> int:
     import signal
     import threading
 
+    from pyvmm.backend.net import PAIRS_MAX
     from pyvmm.errors import UsageError
 
-    if not 1 <= args.queues <= 32:
-        raise UsageError(f"--queues {args.queues}", "use 1 to 32")
+    if not 1 <= args.queues <= PAIRS_MAX:
+        raise UsageError(f"--queues {args.queues}", f"use 1 to {PAIRS_MAX}")
     if args.address and not args.tap:
         raise UsageError("--address without --tap", "only a tap has an address")
     done = threading.Event()
@@ -76,6 +77,7 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
     import threading
     from contextlib import ExitStack
 
+    from pyvmm.backend.net import NetService
     from pyvmm.backend.server import Backend
 
     errors: list[BaseException] = []
@@ -95,9 +97,11 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
         backends = [
             stack.enter_context(
                 Backend(
-                    port,
-                    poll_us=POLL_US if args.poll else 0,
-                    worker_cpu=args.worker_cpu,
+                    NetService(
+                        port,
+                        poll_us=POLL_US if args.poll else 0,
+                        worker_cpu=args.worker_cpu,
+                    ),
                     log=_named(log, path),
                 )
             )

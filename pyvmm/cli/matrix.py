@@ -340,12 +340,13 @@ def _backend(stack: ExitStack) -> tuple[str, Namespace]:
     import tempfile
     import threading
 
+    from pyvmm.backend.net import NetService
     from pyvmm.backend.server import Backend
     from pyvmm.hostnet.netns import Namespace
 
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pyvmm-matrix-"))
     namespace = stack.enter_context(Namespace(address=f"{HOST_ADDRESS}/24"))
-    backend = stack.enter_context(Backend(namespace.tap))
+    backend = stack.enter_context(Backend(NetService(namespace.tap)))
     path = f"{directory}/socket"
     thread = threading.Thread(target=backend.run, args=(path,), name="back-end", daemon=True)
     thread.start()

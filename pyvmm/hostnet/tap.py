@@ -322,6 +322,10 @@ class Tap:
             return NetError(f"{name} exists but is no tap of this kind", "name a single-queue tap")
         return NetError(f"cannot open tap {name}: {e.strerror}")
 
+    def accept_mtu(self, mtu: int) -> bool:
+        """Whether frames of this MTU pass."""
+        return mtu <= self.mtu
+
     @property
     def interface(self) -> Tap:
         """The tap itself: it can be deleted, and made again."""

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from pyvmm.backend.net import NetService
 from pyvmm.backend.server import Backend
 from pyvmm.hostnet.tap import Tap
 
@@ -43,7 +44,8 @@ def revive(socket: str, tap: str, protocol_features: int) -> int:
     status = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with Backend(Tap(tap), protocol_features=protocol_features) as backend:
+        service = NetService(Tap(tap))
+        with Backend(service, protocol_features=protocol_features) as backend:
             backend.run(socket)
         status = 0
     finally:

@@ -44,7 +44,7 @@ EXTENSION = (
     "kvm",
     "memory",
     "pci",
-    "backend.server",
+    "backend.memory",
     "virtio.pci",
     "virtio.queue",
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.backend.net import NetService
 from pyvmm.backend.process import BackendProcess
 from pyvmm.backend.server import Backend
 from pyvmm.card.nic import KEPT_SWITCHES, Nic
@@ -368,20 +369,23 @@ def test_what_the_driver_has_commanded():
 
 def test_offloads_of_a_back_end(tmp_path):
     """CTRL_GUEST_OFFLOADS: a back-end learns of them only by a stop and a start."""
-    backend = Backend(Bundle(1))
+    port = Bundle(1)
+    backend = Backend(NetService(port))
     server = threading.Thread(target=backend.run, args=(str(tmp_path / "s"),))
     server.start()
     try:
         with Rig() as rig:
             assert rig.nic.switch(f"vhost-user,socket={tmp_path / 's'}").outcome == "switched"
-            assert backend.acked & OFFLOADS == OFFLOADS
+            assert backend.frontend and backend.frontend.acked & OFFLOADS == OFFLOADS
             csum = bits("VIRTIO_NET_F_GUEST_CSUM")
             set_offloads = VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET
             for mask in (csum, OFFLOADS):
                 assert rig.guest.command(*set_offloads, struct.pack("<Q", mask)) == VIRTIO_NET_OK
-                assert backend.acked & OFFLOADS == mask and rig.healthy
-            Switchboard(backend.port).pump()  # takes the announcements
-            rig.cable.cables = backend.port.cables
+                assert (
+                    backend.frontend and backend.frontend.acked & OFFLOADS == mask and rig.healthy
+                )
+            Switchboard(port).pump()  # takes the announcements
+            rig.cable.cables = port.cables
             rig.exchange()
     finally:
         backend.stop()
@@ -504,7 +508,7 @@ def test_moving_to_another_outside(monkeypatch, tmp_path):
     monkeypatch.setattr("pyvmm.virtio.net.MOVE_S", 5.0)
     ours, theirs = Port(), Port()
     path = str(tmp_path / "s")
-    backend = Backend(theirs)
+    backend = Backend(NetService(theirs))
     server = threading.Thread(target=backend.run, args=(path,))
     server.start()
     try:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pyvmm.backend.net import NetService
 from pyvmm.backend.ports import PcapWriter, PythonPort, joined_ports, loop_port
 from pyvmm.backend.server import Backend
 from pyvmm.conformance.probe import Probe
@@ -74,9 +75,19 @@ def listening(path: str) -> bool:
 class Running:
     """A back-end in a thread."""
 
-    def __init__(self, path: str, port=None, *, client: bool = False, **options) -> None:
+    def __init__(
+        self,
+        path: str,
+        port=None,
+        *,
+        client: bool = False,
+        poll_us: int = 0,
+        service=None,
+        **options,
+    ) -> None:
         self.log: list[str] = []
-        self.backend = Backend(port or loop_port(1), log=self.log.append, **options)
+        service = service or NetService(port or loop_port(1), poll_us=poll_us)
+        self.backend = Backend(service, log=self.log.append, **options)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, args=(path, client), daemon=True)
         self.thread.start()
@@ -227,7 +238,7 @@ def test_feature_sets(path, acked):
         assert guest.acked == acked
         guest.start()
         echo(guest, range(100))
-        assert running.backend.acked & ALL == acked
+        assert running.backend.frontend.acked & ALL == acked
 
 
 def test_features_that_lack_what_they_require_are_not_offered(path, listener):
@@ -250,14 +261,14 @@ def test_offloads_change_while_it_runs(path):
     ):
         csum, tso = bits("VIRTIO_NET_F_GUEST_CSUM"), bits("VIRTIO_NET_F_GUEST_TSO4")
         guest.start()
-        assert running.backend.acked & (csum | tso) == csum | tso
+        assert running.backend.frontend.acked & (csum | tso) == csum | tso
         guest.acked &= ~tso
         guest.start(guest.path.stop())
-        assert running.backend.acked & (csum | tso) == csum
-        assert running.backend.acked & bits("VIRTIO_NET_F_CSUM")
+        assert running.backend.frontend.acked & (csum | tso) == csum
+        assert running.backend.frontend.acked & bits("VIRTIO_NET_F_CSUM")
         guest.acked |= tso
         guest.start(guest.path.stop())
-        assert running.backend.acked & (csum | tso) == csum | tso
+        assert running.backend.frontend.acked & (csum | tso) == csum | tso
         assert not guest.path.problems
 
 
@@ -544,10 +555,12 @@ def test_a_backend_with_another_mtu_is_refused(path):
 
 CHILD = """
 import os, sys
+from pyvmm.backend.net import NetService
 from pyvmm.backend.server import Backend
 from pyvmm.backend.ports import SocketPort
 from pyvmm.fd import Fd
-backend = Backend(SocketPort("far", [Fd(int(sys.argv[2]))]), protocol_features=int(sys.argv[3]))
+service = NetService(SocketPort("far", [Fd(int(sys.argv[2]))]))
+backend = Backend(service, protocol_features=int(sys.argv[3]))
 backend.run(sys.argv[1])
 """
 
@@ -1077,6 +1090,92 @@ def test_memory_slots_come_and_go(path):
                 region = bytes(8) + struct.pack(spec.MEM_REGION, i << 14, 1 << 14, i << 14, 0)
                 # A descriptor with it is an old mistake that is to be tolerated.
                 assert not f.nacked(spec.VHOST_USER_REM_MEM_REG, region, [fd] * (i % 2))
+
+
+class TagService:
+    """A back-end's part for a device that is no network card: one ring, and a tag to be read.
+
+    :ivar started: what ``start`` was given, each time.
+    """
+
+    name = "tag"
+    rings = queue_num = 1
+    in_order = False
+    protocol_features = 1 << spec.VHOST_USER_PROTOCOL_F_CONFIG
+
+    def __init__(self) -> None:
+        self.requests = {spec.VHOST_USER_GET_CONFIG: lambda frontend, m: (b"myfs", [])}
+        self.started: list[tuple] = []
+        self.running = False
+        self.closed = False
+
+    def features(self) -> int:
+        return VERSION_1 | 1 << 5
+
+    def check_features(self, acked: int) -> None:
+        pass
+
+    def start(self, acked, memory, rings, events) -> None:
+        self.started.append((acked, memory, rings, events))
+        self.running = True
+
+    def stop(self) -> list[int]:
+        running, self.running = self.running, False
+        return [7] if running else []
+
+    def counters(self) -> dict[str, int]:
+        return {"starts": len(self.started)}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_backend_for_a_device_that_is_no_network_card(path):
+    """Features, messages, rings and positions are the service's; none of a network card's are
+    there.
+    """
+    service = TagService()
+    with Running(path, service=service) as running, FrontEnd(path) as f:
+        kick, call, err = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
+        offered = f.ask(spec.VHOST_USER_GET_FEATURES).u64
+        assert offered == VERSION_1 | 1 << 5 | 1 << spec.VHOST_USER_F_PROTOCOL_FEATURES
+        protocol = f.ask(spec.VHOST_USER_GET_PROTOCOL_FEATURES).u64
+        assert protocol >> spec.VHOST_USER_PROTOCOL_F_CONFIG & 1
+        assert not protocol >> spec.VHOST_USER_PROTOCOL_F_MTU & 1
+        f.channel.send(spec.VHOST_USER_SET_PROTOCOL_FEATURES, struct.pack("<Q", REPLY_ACK))
+        assert f.nacked(spec.VHOST_USER_SEND_RARP, bytes(8))
+        assert f.nacked(spec.VHOST_USER_SET_VRING_NUM, state(1, 64))
+        assert f.ask(spec.VHOST_USER_GET_CONFIG, bytes(16)).payload == b"myfs"
+        fd = f.memory.fd.fileno()
+        for request, payload, *fds in (
+            (spec.VHOST_USER_SET_FEATURES, struct.pack("<Q", offered)),
+            (spec.VHOST_USER_SET_MEM_TABLE, table((0, 1 << 20, 1 << 30, 0)), fd),
+            (spec.VHOST_USER_SET_VRING_NUM, state(0, 64)),
+            (spec.VHOST_USER_SET_VRING_BASE, state(0, 3)),
+            (
+                spec.VHOST_USER_SET_VRING_ADDR,
+                struct.pack(spec.VRING_ADDR, 0, 0, *((1 << 30) + n for n in (0, 8192, 4096)), 0),
+            ),
+            (spec.VHOST_USER_SET_VRING_ERR, struct.pack("<Q", 0), err),
+            (spec.VHOST_USER_SET_VRING_KICK, struct.pack("<Q", 0), kick),
+            (spec.VHOST_USER_SET_VRING_CALL, struct.pack("<Q", 0), call),
+            (spec.VHOST_USER_SET_VRING_ENABLE, state(0, 1)),
+        ):
+            assert not f.nacked(request, payload, fds)
+        ((acked, _memory, (ring,), events),) = service.started
+        assert acked == offered
+        # Not corrected: its device may finish chains in any order.
+        assert (ring.size, ring.base) == (64, 3)
+        assert (ring.desc, ring.used, ring.avail) == (0, 8192, 4096)
+        events.fault(0, "it is malformed")
+        assert os.eventfd_read(err) == 1 and "fault: it is malformed" in running.log
+        f.channel.send(spec.VHOST_USER_GET_VRING_BASE, state(0, 0))
+        with closing(f.channel.receive(PATIENCE)) as answer:
+            assert answer.payload == state(0, 7)
+        assert running.backend.counters()["starts"] == 1 and not service.running
+        for event in (kick, call, err):
+            os.close(event)
+    assert service.closed
 
 
 def test_an_inflight_region_of_garbage(path):

@@ -1,0 +1,164 @@
+"""A front-end's memory as the back-end maps it: the memory table and the in-flight regions.
+
+A front-end names its memory by files and offsets, and each file is mapped no further than the
+front-end said. (One fault is beyond checking: a front-end that truncates such a file under us.
+Files that are sealed against shrinking are safe.)
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+
+from pyvmm._ext import ffi, lib
+from pyvmm.spec.vhost_user import INFLIGHT_DESC, INFLIGHT_REGION
+from pyvmm.vhostuser.wire import ProtocolError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.vhostuser.wire import Region
+
+#: Memory regions that a front-end may have at once.
+SLOTS_MAX = int(lib.PV_MEM_REGIONS)
+#: Total bytes that a front-end may have us map.
+MEMORY_MAX = 1 << 46
+#: Bytes to which each queue's in-flight region is aligned. Other back-ends do the same.
+INFLIGHT_ALIGN = 64
+
+
+class FileMapping:
+    """A shared, writable mapping of the first ``size`` bytes of a file.
+
+    :param fd: of the file; stays the caller's.
+    :ivar host: address of the mapping in this process.
+    :raises ProtocolError: the file is shorter, or cannot be mapped.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        try:
+            self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
+        except (OSError, ValueError, OverflowError) as e:
+            raise ProtocolError(f"cannot map {size} bytes of a memory file: {e}") from e
+        self._buffer = ffi.from_buffer(self._map, require_writable=True)
+        self.size = size
+        self.host = int(ffi.cast("uintptr_t", self._buffer))
+
+    def close(self) -> None:
+        """Unmap. Nothing may use ``host`` any more."""
+        ffi.release(self._buffer)
+        self._map.close()
+
+
+class MemoryTable:
+    """A front-end's memory table, mapped. A data path takes it in place of a ``GuestMemory``.
+
+    :ivar regions: each region with its mapping.
+    :ivar c: ``struct pv_memory *`` for C; valid for as long as this object is.
+    """
+
+    def __init__(self) -> None:
+        self.regions: list[tuple[Region, FileMapping]] = []
+        self.c = ffi.new("struct pv_memory *")
+
+    def add(self, region: Region, fd: int) -> None:
+        """Map one more region.
+
+        :param fd: of its file; stays the caller's.
+        :raises ProtocolError: the region is empty, too large, overlaps another, or is not in its
+            file; or there are too many.
+        """
+        end = region.offset + region.size
+        total = sum(r.size for r, _ in self.regions)
+        if not region.size or end > MEMORY_MAX or total + region.size > MEMORY_MAX:
+            raise ProtocolError(
+                f"memory region of {region.size:#x} bytes at {region.offset:#x} of its file"
+            )
+        if region.gpa + region.size > 1 << 64 or region.user + region.size > 1 << 64:
+            raise ProtocolError(f"memory region at {region.gpa:#x} wraps round")
+        if len(self.regions) >= SLOTS_MAX:
+            raise ProtocolError(f"more than {SLOTS_MAX} memory regions")
+        for r, _ in self.regions:
+            if region.gpa < r.gpa + r.size and r.gpa < region.gpa + region.size:
+                raise ProtocolError(f"memory regions overlap at {region.gpa:#x}")
+        self.regions.append((region, FileMapping(fd, end)))
+        self._update()
+
+    def remove(self, region: Region) -> None:
+        """Unmap the region of these addresses and this size.
+
+        :raises ProtocolError: there is no such region.
+        """
+        for i, (r, mapping) in enumerate(self.regions):
+            if (r.gpa, r.user, r.size) == (region.gpa, region.user, region.size):
+                del self.regions[i]
+                self._update()
+                mapping.close()
+                return
+        raise ProtocolError(f"no memory region at {region.gpa:#x}")
+
+    def _update(self) -> None:
+        self.c.count = len(self.regions)
+        for i, (r, mapping) in enumerate(self.regions):
+            c = self.c.region[i]
+            c.gpa, c.size, c.offset = r.gpa, r.size, r.offset
+            c.host = ffi.cast("uint8_t *", mapping.host + r.offset)
+
+    def gpa(self, user: int, what: str) -> int:
+        """The guest-physical address of a front-end address. Only this byte is looked up; whoever
+        uses more bytes checks that they are in memory, too.
+
+        :raises ProtocolError: the address is in no region.
+        """
+        for r, _ in self.regions:
+            if r.user <= user < r.user + r.size:
+                return r.gpa + user - r.user
+        raise ProtocolError(f"{what} at {user:#x} is in no memory region")
+
+    def read_u16(self, gpa: int) -> int | None:
+        """The 16 bits at an even guest-physical address; None outside memory."""
+        for r, mapping in self.regions:
+            if r.gpa <= gpa and gpa + 2 <= r.gpa + r.size and gpa % 2 == 0:
+                return int(ffi.cast("uint16_t *", mapping.host + r.offset + gpa - r.gpa)[0])
+        return None
+
+    def clear(self) -> None:
+        """Unmap everything."""
+        regions, self.regions = self.regions, []
+        self._update()
+        for _, mapping in regions:
+            mapping.close()
+
+
+class InflightRegions:
+    """The in-flight regions of all queues, one after another in one file. The front-end has the
+    file, too, and keeps it while there is no back-end.
+
+    :param mapping: of the file; owned from here on.
+    :param offset: of the first region in the file, in bytes.
+    :param queues: regions in the file. :param queue_size: entries of each.
+    """
+
+    def __init__(self, mapping: FileMapping, offset: int, queues: int, queue_size: int) -> None:
+        self._mapping, self._offset = mapping, offset
+        self.queues, self.queue_size = queues, queue_size
+
+    @staticmethod
+    def stride(queue_size: int) -> int:
+        """Bytes from one queue's region to the next."""
+        size = struct.calcsize(INFLIGHT_REGION) + struct.calcsize(INFLIGHT_DESC) * queue_size
+        return -(-size // INFLIGHT_ALIGN) * INFLIGHT_ALIGN
+
+    def region(self, ring: int, size: int) -> Any:
+        """The region of one ring as ``uint8_t *``; None for a ring that has none, or that has more
+        entries (``size``) than its region.
+        """
+        if ring >= self.queues or size > self.queue_size:
+            return None
+        at = self._mapping.host + self._offset + ring * self.stride(self.queue_size)
+        return ffi.cast("uint8_t *", at)
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._mapping.close()

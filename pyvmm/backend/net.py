@@ -1,0 +1,130 @@
+"""What a vhost-user back-end for network cards adds to :mod:`pyvmm.backend.frontend`: queue pairs,
+offloads, the MTU and announcements. The C worker of the emulated data path moves the packets.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm.datapath.base import by_pair
+from pyvmm.datapath.emulated import EmulatedNet
+from pyvmm.hostnet.frames import HEADER, rarp
+from pyvmm.spec import vhost_user as spec
+from pyvmm.spec import virtio_net
+from pyvmm.spec.vhost_user import VHOST_USER_PROTOCOL_F_MTU, VHOST_USER_PROTOCOL_F_RARP
+from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
+from pyvmm.vhostuser.wire import ProtocolError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any, Protocol
+
+    from pyvmm.backend.frontend import Frontend, Handler
+    from pyvmm.datapath.base import Frames, PathEvents, Vring
+    from pyvmm.vhostuser.wire import Message
+
+    class Port(Frames, Protocol):
+        """Where a back-end's packets enter and leave: a tap, or one of ``pyvmm.backend.ports``."""
+
+        def accept_mtu(self, mtu: int) -> bool:
+            """Whether frames of this MTU pass."""
+
+        def set_queues(self, count: int) -> None:
+            """Have frames spread over the first ``count`` queue pairs only."""
+
+        def set_offloads(self, acked: int) -> None:
+            """Let frames come that the GUEST_* bits of ``acked`` allow."""
+
+        def close(self) -> None:
+            """Release the descriptors."""
+
+
+#: Queue pairs that a back-end may have.
+PAIRS_MAX = 32
+#: Features that the front-end serves, but may offer its guest only if the back-end offers them, too.
+FRONT_END_FEATURES = (
+    virtio_net.VIRTIO_NET_F_CTRL_VQ,
+    virtio_net.VIRTIO_NET_F_CTRL_RX,
+    virtio_net.VIRTIO_NET_F_MQ,
+    virtio_net.VIRTIO_NET_F_MTU,
+    virtio_net.VIRTIO_NET_F_GUEST_ANNOUNCE,
+)
+OWN_FEATURES = 1 << VIRTIO_F_VERSION_1 | sum(1 << bit for bit in FRONT_END_FEATURES)
+#: Bytes that an MTU may have (virtio 1.2, 5.1.4.1: at least 68).
+MTU_MIN, MTU_MAX = 68, 65535
+
+
+class NetService:
+    """Implements ``Service`` (backend.frontend) for a network card.
+
+    :param port: where packets enter and leave, with one descriptor per queue pair; owned from here
+        on.
+    :param poll_us: a worker looks for work for this long, in microseconds, before it sleeps.
+    :param worker_cpu: pin the worker of queue pair k to CPU ``worker_cpu`` + k.
+    """
+
+    in_order = True
+    protocol_features = 1 << VHOST_USER_PROTOCOL_F_MTU | 1 << VHOST_USER_PROTOCOL_F_RARP
+
+    def __init__(self, port: Port, *, poll_us: int = 0, worker_cpu: int | None = None) -> None:
+        self.name: str = port.name
+        self.queue_num = len(port.fds)
+        self.rings = 2 * self.queue_num
+        self.requests: Mapping[int, Handler] = {
+            spec.VHOST_USER_SEND_RARP: self._send_rarp,
+            spec.VHOST_USER_NET_SET_MTU: self._set_mtu,
+        }
+        self._port = port
+        self._path = EmulatedNet(port, poll_us=poll_us, worker_cpu=worker_cpu)
+
+    def features(self) -> int:
+        """What the worker and the port can honour, and what the front-end serves itself."""
+        return self._path.features() | OWN_FEATURES
+
+    def check_features(self, acked: int) -> None:
+        """:raises ProtocolError: they mean the header of 10 bytes (virtio 1.2, 5.1.6)."""
+        if (
+            not acked >> VIRTIO_F_VERSION_1 & 1
+            and not acked >> virtio_net.VIRTIO_NET_F_MRG_RXBUF & 1
+        ):
+            raise ProtocolError(
+                "SET_FEATURES without VERSION_1 and MRG_RXBUF: the short header is not supported"
+            )
+
+    def start(self, acked: int, memory: Any, rings: Sequence[Vring], events: PathEvents) -> None:
+        """Start one worker per queue pair. :raises PyvmmError: a ring is malformed, or the host has
+        no descriptors, memory or threads.
+        """
+        self._port.set_queues(len(by_pair(rings)))
+        self._port.set_offloads(acked)
+        self._path.start(acked, memory, rings, events)
+
+    def stop(self) -> list[int]:
+        """Stop the workers; returns each ring's next available index."""
+        return self._path.stop()
+
+    def counters(self) -> dict[str, int]:
+        """Those of the emulated data path."""
+        return self._path.counters()
+
+    def close(self) -> None:
+        """Stop the workers and close the port."""
+        self._path.close()
+        self._port.close()
+
+    def _send_rarp(self, frontend: Frontend, m: Message) -> None:
+        if len(m.payload) != 8:
+            raise ProtocolError(f"SEND_RARP with {len(m.payload)} bytes")
+        frontend.park()  # a worker counts on being the only one who sends
+        try:
+            os.write(self._port.fds[0].fileno(), HEADER + rarp(m.payload[:6]))
+        except OSError as e:
+            frontend.log(f"no RARP: {e.strerror}")
+
+    def _set_mtu(self, frontend: Frontend, m: Message) -> None:
+        mtu = m.u64
+        if not MTU_MIN <= mtu <= MTU_MAX:
+            raise ProtocolError(f"an MTU of {mtu}")
+        if not self._port.accept_mtu(mtu):
+            raise ProtocolError(f"an MTU of {mtu}, but {self._port.name} has {self._port.mtu}")
