@@ -1,16 +1,18 @@
-"""Where the packets of our vhost-user back-end go, other than to a tap: a loop, another back-end,
-Python.
+"""Ports for our vhost-user back-end that are no tap: a loop, a cable to another back-end, a Python
+function, and a tap that another process has opened.
 
-Each is a ``Port`` as the emulated data path wants it: descriptors of sockets that keep packet
-boundaries, with 12-byte virtio-net headers. None does offloads, so that the headers are empty.
+Each has what the emulated data path wants of a ``Port``: descriptors of sockets that keep packet
+boundaries, with 12-byte virtio-net headers. Sockets do no offloads, so that the headers are empty.
 """
 
 from __future__ import annotations
 
-import _socket
 import os
 import select
+import socket
+import struct
 import threading
+import time
 
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd, Fd
@@ -28,7 +30,7 @@ FRAME_MAX = 1 << 17
 
 
 class SocketPort:
-    """A port of sockets. :param fds: one a queue pair, owned from here on."""
+    """A port of sockets. :param fds: one per queue pair, owned from here on."""
 
     #: No network interface is behind the sockets.
     interface = None
@@ -43,7 +45,7 @@ class SocketPort:
         return 0
 
     def accept_mtu(self, mtu: int) -> bool:
-        """Frames of any size pass; what is usual decides how many buffers are looked at ahead."""
+        """Frames of any size pass. The MTU decides only how many buffers a worker looks at ahead."""
         self.mtu = mtu
         return True
 
@@ -63,7 +65,7 @@ class LentTap(SocketPort):
     """A tap that another process has opened and sets up: queues, offloads and filters are its
     business.
 
-    :param fds: one a queue pair, owned from here on. :param features: what the tap can honour.
+    :param fds: one per queue pair, owned from here on. :param features: what the tap can honour.
     """
 
     def __init__(self, name: str, fds: list[Fd], mtu: int, features: int) -> None:
@@ -72,7 +74,7 @@ class LentTap(SocketPort):
         self._features = features
 
     def features(self) -> int:
-        """As it was told; trying it out would change the tap under the other one."""
+        """As given. Trying them out would change the tap under the process that owns it."""
         return self._features
 
     def accept_mtu(self, mtu: int) -> bool:
@@ -80,23 +82,23 @@ class LentTap(SocketPort):
         return mtu <= self.mtu
 
 
-def _make(kind: int, count: int) -> list[_socket.socket]:
+def _make(kind: int, count: int) -> list[socket.socket]:
     """``count`` sockets connected in pairs (or each to itself, with SOCK_DGRAM), non-blocking, with
     large buffers.
     """
-    made: list[_socket.socket] = []
+    made: list[socket.socket] = []
     try:
         while len(made) < count:
-            if kind == _socket.SOCK_DGRAM:
-                one = _socket.socket(_socket.AF_UNIX, kind | _socket.SOCK_CLOEXEC)
+            if kind == socket.SOCK_DGRAM:
+                one = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
                 made.append(one)
                 one.bind("")  # an abstract name of the kernel's choice
                 one.connect(one.getsockname())
             else:
-                made += _socket.socketpair(_socket.AF_UNIX, kind | _socket.SOCK_CLOEXEC)
+                made += socket.socketpair(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
         for one in made:
             one.setblocking(False)
-            one.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, BUFFER)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
     except OSError as e:
         for one in made:
             one.close()
@@ -108,12 +110,12 @@ def loop_port(queues: int) -> SocketPort:
     """Every frame comes back, on the queue pair that sent it: a datagram socket connected to
     itself.
     """
-    return SocketPort("loop", [Fd(s.detach()) for s in _make(_socket.SOCK_DGRAM, queues)])
+    return SocketPort("loop", [Fd(s.detach()) for s in _make(socket.SOCK_DGRAM, queues)])
 
 
 def joined_ports(queues: int) -> tuple[SocketPort, SocketPort]:
-    """What goes into one comes out of the other, queue pair by queue pair."""
-    fds = [Fd(s.detach()) for s in _make(_socket.SOCK_SEQPACKET, 2 * queues)]
+    """Two ports: a frame that is sent into one comes out of the other, on the same queue pair."""
+    fds = [Fd(s.detach()) for s in _make(socket.SOCK_SEQPACKET, 2 * queues)]
     return SocketPort("left", fds[::2]), SocketPort("right", fds[1::2])
 
 
@@ -121,14 +123,14 @@ class PythonPort(SocketPort):
     """Frames go to a Python function, and come from ``send``.
 
     :param receive: called with (frame without its header, queue pair) from the port's own thread;
-        an exception ends that thread and comes out of ``close``.
-    :ivar dropped: frames given to ``send`` for which there was no room.
+        an exception ends that thread, and ``close`` raises it again.
+    :ivar dropped: frames that ``send`` had no room for.
     """
 
     def __init__(
         self, receive: Callable[[bytes, int], None], queues: int = 1, name: str = "python"
     ) -> None:
-        sockets = _make(_socket.SOCK_SEQPACKET, 2 * queues)
+        sockets = _make(socket.SOCK_SEQPACKET, 2 * queues)
         super().__init__(name, [Fd(s.detach()) for s in sockets[::2]])
         self._far = sockets[1::2]
         self._receive = receive
@@ -139,8 +141,9 @@ class PythonPort(SocketPort):
         self._thread.start()
 
     def send(self, frame: bytes, pair: int = 0) -> bool:
-        """Hand a frame to the guest; False where the socket is full and the frame is dropped. Any
-        thread.
+        """Hand a frame to the guest. Any thread.
+
+        :returns: False if the socket is full and the frame was dropped.
         """
         try:
             self._far[pair].send(HEADER + frame)
@@ -160,7 +163,7 @@ class PythonPort(SocketPort):
                 for fd, _events in poll.poll():
                     if fd not in pairs:
                         return
-                    for _ in range(64):  # then the others have their turn
+                    for _ in range(64):  # then the other queue pairs have their turn
                         try:
                             data = os.read(fd, FRAME_MAX)
                         except BlockingIOError:
@@ -172,8 +175,9 @@ class PythonPort(SocketPort):
             self._error = e
 
     def close(self) -> None:
-        """End the thread and close the sockets; a second call does nothing. :raises BaseException:
-        what ``receive`` raised.
+        """End the thread and close the sockets; a second call does nothing.
+
+        :raises BaseException: what ``receive`` raised.
         """
         if self._stop.closed:
             return
@@ -189,26 +193,21 @@ class PythonPort(SocketPort):
 
 
 class PcapWriter:
-    """Writes frames to a file in pcap format (Ethernet, microseconds). Not thread-safe: one port's
-    thread.
+    """Writes frames to a file in pcap format (Ethernet, microseconds). For one thread.
 
-    :ivar lost: frames that could not be written (disk full); the file ends at the last whole one.
+    :ivar lost: frames that could not be written because the disk is full. The file ends after the
+        last whole frame.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        import struct
-
         self._file = file
         self.lost = 0
         file.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, FRAME_MAX, 1))
         file.flush()
 
     def write(self, frame: bytes, pair: int = 0) -> None:
-        """Add one frame, with the time of now."""
-        import struct
-        import time
-
-        if self.lost:  # a gap would be no harm, half a record would
+        """Add one frame, with the present time."""
+        if self.lost:  # half a record may be at the end, and nothing can be read after it
             self.lost += 1
             return
         now = time.time_ns() // 1000
