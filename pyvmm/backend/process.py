@@ -2,17 +2,23 @@
 ``socket=``.
 
 The child has the tap's own descriptors, so that frames enter and leave at the same place whichever
-data path runs: whatever waits in the tap waits for all of them. It lives as long as the card,
-serves one session after another, and ends when its control socket does, also when this process is
-killed.
+data path runs: whatever waits in the tap waits for all of them. The child lives as long as the
+card and serves one session after another. It ends when its control socket does, also if this
+process is killed.
+
+The control socket carries one datagram per word. We send each session's socket. The child answers
+``READY`` when it can be given the first session, and whenever it has taken one; in between it sends
+its log, one line per datagram. The lines about a session come before the next ``READY``.
 """
 
 from __future__ import annotations
 
-import _socket
 import select
+import socket
 import sys
 import threading
+import time
+from collections import deque
 
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.fd import Fd
@@ -27,6 +33,9 @@ if TYPE_CHECKING:
 
 #: Seconds for an interpreter to start, and for a child to take a session.
 START_S, TAKE_S = 30.0, 2.0
+READY = b"\0"
+#: Bytes of a line of the child's log, and lines that are kept for ``complaints``.
+LINE_MAX, LINES_MAX = 1024, 32
 
 
 class BackendProcess:
@@ -39,23 +48,46 @@ class BackendProcess:
         self._tap = tap
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._control: _socket.socket | None = None
+        self._control: socket.socket | None = None
         self._fds: list[Fd] = []
+        self._lines: deque[str] = deque(maxlen=LINES_MAX)
         self._closed = False
 
     @property
     def pid(self) -> int | None:
-        """The child's process id, None where there is none now."""
+        """The child's process id; None if there is no child now."""
         return self._child.pid if self._child is not None else None
 
+    def complaints(self) -> list[str]:
+        """What the child has logged since the last call, and how it ended if it did: the last
+        ``LINES_MAX`` lines. Any thread.
+
+        Never waits: lines that come while another thread is in ``dial`` may come with the next
+        call.
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drain()
+            finally:
+                self._lock.release()
+        lines = []
+        while self._lines:
+            lines.append(f"our own back-end: {self._lines.popleft()}")
+        return lines
+
+    def _drain(self) -> None:
+        """Note what the child has said so far."""
+        while self._control is not None and self._hear(0):
+            pass
+
     def dial(self) -> Channel:
-        """A new session with it. Any thread.
+        """A new session with the child. Any thread.
 
         :raises VhostUserError: it does not start.
         """
         try:
-            ours, theirs = _socket.socketpair(
-                _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC
+            ours, theirs = socket.socketpair(
+                socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC
             )
         except OSError as e:
             raise VhostUserError(
@@ -77,7 +109,7 @@ class BackendProcess:
             theirs.close()
         return Channel(ours)
 
-    def _hand(self, session: _socket.socket) -> bool:
+    def _hand(self, session: socket.socket) -> bool:
         """Give the child a session; whether it has taken it."""
         if self._control is None:
             return False
@@ -88,14 +120,27 @@ class BackendProcess:
         return self._heard(TAKE_S)
 
     def _heard(self, seconds: float) -> bool:
-        """Wait for the child's word."""
+        """Wait for the child's READY; whether it has come."""
+        until = time.monotonic() + seconds
+        while True:
+            word = self._hear(max(0.0, until - time.monotonic()))
+            if not word or word == READY:
+                return word == READY
+
+    def _hear(self, seconds: float) -> bytes:
+        """The child's next word, empty if none comes in time or the child is gone. A line of its
+        log is noted, too.
+        """
         assert self._control is not None
         poll = select.poll()
         poll.register(self._control.fileno(), select.POLLIN)
         try:
-            return bool(poll.poll(seconds * 1000) and self._control.recv(1))
+            word = self._control.recv(LINE_MAX) if poll.poll(seconds * 1000) else b""
         except OSError:
-            return False
+            return b""
+        if word and word != READY:
+            self._lines.append(word.decode(errors="replace"))
+        return word
 
     def _start(self) -> None:
         import subprocess
@@ -104,8 +149,8 @@ class BackendProcess:
             raise VhostUserError("our own back-end has been closed")
         tap, fds = self._tap, self._tap.fds
         try:
-            ours, theirs = _socket.socketpair(
-                _socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC
+            ours, theirs = socket.socketpair(
+                socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC
             )
         except OSError as e:
             raise VhostUserError(f"cannot start our own back-end: {e.strerror}") from e
@@ -131,13 +176,16 @@ class BackendProcess:
 
     def _end(self) -> None:
         """End the child, which holds nothing that is worth an orderly end."""
-        control, self._control = self._control, None
         child, self._child = self._child, None
-        if control is not None:
-            control.close()
         if child is not None:
+            if child.poll() is not None:
+                self._lines.append(f"ended with status {child.returncode}")
             child.kill()
             child.wait()
+        self._drain()
+        control, self._control = self._control, None
+        if control is not None:
+            control.close()
 
     def close(self) -> None:
         """End the child. A second call does nothing."""
@@ -146,10 +194,10 @@ class BackendProcess:
             self._end()
 
 
-def _take(control: _socket.socket) -> Channel | None:
+def _take(control: socket.socket) -> Channel | None:
     """The child's side: the next session, None at the end."""
     data, fds = recv_fds(control, 1, 1)
-    return Channel(_socket.socket(fileno=fds[0])) if data else None
+    return Channel(socket.socket(fileno=fds[0])) if data else None
 
 
 def serve(control_fd: int, name: str, mtu: int, features: int, fds: list[int]) -> None:
@@ -160,19 +208,29 @@ def serve(control_fd: int, name: str, mtu: int, features: int, fds: list[int]) -
     from pyvmm.backend.ports import LentTap
     from pyvmm.backend.server import Backend
 
-    control = _socket.socket(fileno=control_fd)
+    control = socket.socket(fileno=control_fd)
+
+    def log(line: str) -> None:
+        try:
+            control.send(line.encode()[:LINE_MAX], socket.MSG_DONTWAIT)
+        except OSError:
+            pass  # the parent has not taken a socketful of lines: it may do without another
+
     port = LentTap(name, [Fd(fd) for fd in fds], mtu, features)
-    with Backend(NetService(port)) as backend:
-        control.send(b"\0")
+    with Backend(NetService(port), log=log) as backend:
+        control.send(READY)
         while True:
             channel = _take(control)
             if channel is None:
                 return
-            control.send(b"\0")
+            control.send(READY)
             try:
                 backend.serve(channel)
-            except PyvmmError:
-                pass  # the front-end has seen its end of it
+            except PyvmmError as e:
+                log(f"session ended: {e}")
+            except BaseException as e:
+                log(f"it dies of {type(e).__name__}: {e}")
+                raise
 
 
 if __name__ == "__main__":

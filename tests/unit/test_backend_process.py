@@ -1,0 +1,112 @@
+"""Our own back-end as a child process: what it has to say reaches its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pyvmm.backend.process import LINES_MAX, READY, BackendProcess, serve
+from pyvmm.backend.server import Backend
+from pyvmm.errors import VhostUserError
+from pyvmm.spec import vhost_user as spec
+from tests.driver import Cable, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pyvmm.vhostuser.wire import Channel
+
+PATIENCE = 60.0
+
+
+@pytest.fixture
+def process() -> Iterator[BackendProcess]:
+    tap = Cable()
+    one = BackendProcess(tap)  # type: ignore[arg-type]
+    yield one
+    one.close()
+    tap.close()
+
+
+def end_of(channel: Channel) -> None:
+    """Wait until the child has hung up."""
+    with pytest.raises(VhostUserError):
+        channel.receive(PATIENCE)
+    channel.close()
+
+
+def test_why_a_session_ended(process: BackendProcess) -> None:
+    channel = process.dial()
+    assert process.complaints() == []
+    channel.send(spec.VHOST_USER_SET_VRING_NUM, struct.pack(spec.VRING_STATE, 9, 256))
+    end_of(channel)
+    words = "our own back-end: session ended: SET_VRING_NUM for ring 9, but there are 2"
+    said: list[str] = []
+
+    def told() -> bool:
+        said.extend(process.complaints())
+        return said == [words]
+
+    assert wait_for(told, PATIENCE), said
+    process.dial().close()  # the same child
+    assert process.complaints() == []
+
+
+def test_the_lines_come_before_the_next_session(process: BackendProcess) -> None:
+    """Nobody has to ask in between, and however many they are the child is not held up."""
+    for number in range(2 * LINES_MAX):
+        channel = process.dial()
+        channel.send(100 + number)
+        end_of(channel)
+    pid = process.pid
+    process.dial().close()
+    said = process.complaints()
+    assert process.pid == pid and len(said) == LINES_MAX
+    assert said[-1].endswith(f"request {100 + 2 * LINES_MAX - 1} is not supported")
+
+
+def test_how_the_child_ended(process: BackendProcess) -> None:
+    process.dial().close()
+    pid = process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    process.dial().close()
+    assert process.pid != pid
+    assert process.complaints() == ["our own back-end: ended with status -9"]
+
+
+def test_a_bug_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child dies of it, and says of what."""
+
+    def buggy(backend: Backend, channel: Channel) -> None:
+        channel.close()
+        raise TypeError("no such thing")
+
+    monkeypatch.setattr(Backend, "serve", buggy)
+    died: list[BaseException] = []
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    session, other = socket.socketpair()
+    port = Cable()
+
+    def child() -> None:
+        try:
+            serve(theirs.detach(), "cable", 1500, 0, [os.dup(port.fds[0].fileno())])
+        except TypeError as e:
+            died.append(e)
+
+    thread = threading.Thread(target=child)
+    thread.start()
+    with ours, session, other:
+        ours.settimeout(PATIENCE)
+        socket.send_fds(ours, [b"\0"], [session.fileno()])
+        words = [ours.recv(1024) for _ in range(3)]
+        thread.join(PATIENCE)
+    port.close()
+    assert words == [READY, READY, b"it dies of TypeError: no such thing"] and len(died) == 1
