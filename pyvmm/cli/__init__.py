@@ -1,8 +1,9 @@
 """The command line: ``pyvmm COMMAND ...``.
 
-One module a command with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> exit status``; only
-the module of the command asked for is imported, so that start-up stays short. Nothing outside this
-package prints or exits.
+Each command is a module of its own with ``add_arguments(parser)`` and ``run(args) -> exit status``;
+its docstring is its help text. What commands share is in ``pyvmm.cli.support``. Only the module of
+the command that is asked for is imported, so that start-up stays short. Nothing outside this package
+prints or exits.
 """
 
 from __future__ import annotations
@@ -55,17 +56,23 @@ def _main(args: list[str]) -> int:
     width = _columns()
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
-        """One is made for every option added; left to itself each imports shutil and asks for the
-        width.
+        """argparse makes a formatter for every option that is added. By default each of them imports
+        shutil and asks for the terminal's width.
         """
 
         def __init__(self, prog: str) -> None:
             super().__init__(prog, width=width)
 
     class Parser(argparse.ArgumentParser):
-        """Bad usage is one line, as every other error."""
+        """Bad usage is one line, as every other error is."""
 
         def error(self, message: str) -> NoReturn:
+            # argparse writes "argument OPTION: problem". The types of support.values raise "value;
+            # remedy" as their problem; every other problem has --help as its remedy.
+            argument, _, problem = message.removeprefix("argument ").partition(": ")
+            value, semicolon, remedy = problem.partition("; ")
+            if semicolon and message.startswith("argument "):
+                raise UsageError(f"{argument.partition('/')[0]} {value}", remedy)
             raise UsageError(message, f"see {self.prog} --help")
 
     parser = Parser(

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import sys
 
+from pyvmm.cli.support.values import count
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     port.add_argument("--pcap", metavar="F", help="write the packets to a file, and send none")
     port.add_argument("--connect", metavar="S2", help="join S with the front-end at another socket")
     add("--address", metavar="A", help="address with prefix length for the tap")
-    add("--queues", metavar="N", type=int, default=1, help="queue pairs, 1 to 32 (1)")
+    add("--queues", metavar="N", type=count(1, 32), default=1, help="queue pairs, 1 to 32 (1)")
     add("--poll", action="store_true", help="busy-poll: never sleep, take no kicks")
     add(
         "--worker-cpu",
@@ -57,11 +59,8 @@ def run(args: argparse.Namespace) -> int:
     import signal
     import threading
 
-    from pyvmm.backend.net import PAIRS_MAX
     from pyvmm.errors import UsageError
 
-    if not 1 <= args.queues <= PAIRS_MAX:
-        raise UsageError(f"--queues {args.queues}", f"use 1 to {PAIRS_MAX}")
     if args.address and not args.tap:
         raise UsageError("--address without --tap", "only a tap has an address")
     done = threading.Event()

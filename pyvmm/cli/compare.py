@@ -31,6 +31,9 @@ from __future__ import annotations
 
 import sys
 
+from pyvmm.cli.support.values import count
+from pyvmm.spec.platform import MAX_CPUS
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -61,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--repeat", metavar="N", type=int, default=3, help="boots of each mode (3)")
     add("--seconds", metavar="S", type=float, default=3.0, help="of each workload, 0.2 to 3600 (3)")
-    add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs (1)")
+    add("--cpus", metavar="N", type=count(1, MAX_CPUS), default=1, help="virtual CPUs (1)")
     add("--memory", metavar="SIZE", default="256M", help="guest memory (256M)")
     add("--kernel", metavar="K", help="another kernel; its initrd has pyvmm's init and iperf3")
     add("--initrd", metavar="I", help="another initial RAM disk")
@@ -116,12 +119,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> Plan:
     from pyvmm.compare.plan import Plan
-    from pyvmm.errors import UsageError
     from pyvmm.memory import parse_size
-    from pyvmm.spec.platform import MAX_CPUS
 
-    if not 1 <= args.cpus <= MAX_CPUS:
-        raise UsageError(f"--cpus {args.cpus}", f"use 1 to {MAX_CPUS}")
     parse_size(args.memory)
     return Plan(
         modes=args.modes,

@@ -29,6 +29,8 @@ import os
 import sys
 import time
 
+from pyvmm.cli.support.values import count, seconds, trouble_kinds
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -78,20 +80,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--cpus", metavar="LIST", default="1", help="numbers of virtual CPUs (1)")
     add("--features", metavar="LIST", default="all", help="feature sets (all)")
-    add("--seconds", metavar="S", type=int, default=2, help="of TCP each way, 0 for none (2)")
+    add(
+        "--seconds",
+        metavar="S",
+        type=count(0, 1000000),
+        default=2,
+        help="of TCP each way, 0 for none (2)",
+    )
     add("--memory", metavar="SIZE", default="256M", help="guest memory (256M)")
     add("--append", metavar="S", default="", help="more kernel command line")
-    add("--timeout", metavar="S", type=float, default=180.0, help="seconds for each cell (180)")
+    add(
+        "--timeout",
+        metavar="S",
+        type=seconds(1, 1e6),
+        default=180.0,
+        help="seconds for each cell (180)",
+    )
     add(
         "--hang-timeout",
         metavar="S",
-        type=float,
+        type=seconds(0.1, 1e7),
         default=30.0,
         help="seconds without progress that end one (30)",
     )
     add(
         "--fail-on",
         metavar="LIST",
+        type=trouble_kinds,
+        default=[],
         help="as in `pyvmm run`: oops,warning,bug,rcu-stall,lockdep or all",
     )
     add("--json", metavar="FILE", help="write each cell as JSON as soon as it has ended")
@@ -137,22 +153,11 @@ def run(args: argparse.Namespace) -> int:
     from pyvmm.cli.support.hostchoice import elsewhere
     from pyvmm.cli.support.signals import orderly
     from pyvmm.errors import UsageError
-    from pyvmm.testing.console import TROUBLES, parse_kinds
 
-    if (
-        not 1 <= args.timeout <= 1e6
-        or not 0 <= args.seconds <= args.timeout
-        or not 0.1 <= args.hang_timeout <= 1e7
-    ):
-        raise UsageError(
-            "--timeout, --seconds, --hang-timeout", "use seconds, --seconds less than --timeout"
-        )
+    if args.seconds > args.timeout:
+        raise UsageError(f"--seconds {args.seconds}", f"use less than --timeout {args.timeout:g}")
     if args.resume and not args.json:
         raise UsageError("--resume without --json", "name the file that has the cells")
-    try:
-        args.fail_on = parse_kinds(args.fail_on) if args.fail_on else []
-    except ValueError as e:
-        raise UsageError(f"--fail-on {e}", f"use {', '.join(TROUBLES)} or all") from e
     cells = _cells(args)
     linux = next((c.kernel for c in cells if _is_linux(c.kernel)), None)
     at = args.argv.index("matrix") + 1

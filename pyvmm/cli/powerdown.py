@@ -14,6 +14,7 @@ Exit status: 0, 113 no such machine, 114 it has ended, 124 it is still there aft
 from __future__ import annotations
 
 from pyvmm.cli.support import remote
+from pyvmm.cli.support.values import seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,16 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     remote.add_arguments(parser)
     parser.add_argument(
-        "--wait", metavar="S", type=float, help="wait up to S seconds until the machine has ended"
+        "--wait",
+        metavar="S",
+        type=seconds(0, 1e6),
+        help="wait up to S seconds until the machine has ended",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Press it; wait if asked to."""
-    from pyvmm.errors import UsageError
-
     if args.wait is None:
         return remote.tell(args, "system_powerdown")
-    if not 0 < args.wait <= 1e6:
-        raise UsageError(f"--wait {args.wait:g}", "use a positive number of seconds")
     return remote.tell(args, "system_powerdown", "SHUTDOWN", args.wait)

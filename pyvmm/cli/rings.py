@@ -20,6 +20,7 @@ from __future__ import annotations
 import sys
 
 from pyvmm.cli.support import remote
+from pyvmm.cli.support.values import seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--watch",
         metavar="S",
         nargs="?",
-        type=float,
+        type=seconds(0.05, 3600),
         const=1.0,
         help="repeat every S seconds (1), until Ctrl-C",
     )
@@ -67,10 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask and draw."""
-    from pyvmm.errors import UsageError
-
-    if args.watch is not None and not 0.05 <= args.watch <= 3600:
-        raise UsageError(f"--watch {args.watch:g}", "use 0.05 to 3600 seconds")
 
     def body(client: Client) -> int:
         import json

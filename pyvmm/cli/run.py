@@ -47,6 +47,8 @@ import os
 import sys
 import time
 
+from pyvmm.cli.support.values import count, seconds, trouble_kinds
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -81,19 +83,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--timeout",
         metavar="S",
-        type=float,
+        type=seconds(0, 1e7),
         help="seconds until the guest is stopped, exit status 124",
     )
-    add("--boot-timeout", metavar="S", type=float, help="seconds until init runs, likewise")
+    add(
+        "--boot-timeout",
+        metavar="S",
+        type=seconds(0, 1e7),
+        help="seconds until init runs, likewise",
+    )
     add(
         "--hang-timeout",
         metavar="S",
-        type=float,
+        type=seconds(0.1, 1e7),
         help="seconds without any progress, exit status 116",
     )
     add(
         "--fail-on",
         metavar="LIST",
+        type=trouble_kinds,
         help="exit with 118 on these in the console: oops,warning,bug,rcu-stall,lockdep or all",
     )
     add(
@@ -125,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--trace-events",
         metavar="N",
-        type=int,
+        type=count(16, 1 << 24),
         default=32768,
         help="so many of the latest a vCPU or worker, 56 bytes each (32768)",
     )
@@ -168,22 +176,8 @@ def run(args: argparse.Namespace) -> int:
     from pyvmm.cli.support.signals import orderly
     from pyvmm.errors import UsageError
 
-    for option, value in (("--timeout", args.timeout), ("--boot-timeout", args.boot_timeout)):
-        if value is not None and not 0 < value <= 1e7:
-            raise UsageError(f"{option} {value:g}", "use a positive number of seconds")
-    if args.hang_timeout is not None and not 0.1 <= args.hang_timeout <= 1e7:
-        raise UsageError(f"--hang-timeout {args.hang_timeout:g}", "use 0.1 seconds or more")
     if args.json == "-" and args.report == "-":
         raise UsageError("--json - and --report - both write to stdout", "give one a file")
-    if args.fail_on is not None:
-        from pyvmm.testing.console import TROUBLES, parse_kinds
-
-        try:
-            args.fail_on = parse_kinds(args.fail_on)
-        except ValueError as e:
-            raise UsageError(f"--fail-on {e}", f"use {', '.join(TROUBLES)} or all") from e
-    if not 16 <= args.trace_events <= 1 << 24:
-        raise UsageError(f"--trace-events {args.trace_events}", "use 16 to 16777216")
     if args.budget:
         from pyvmm.exits.budget import Budget
 

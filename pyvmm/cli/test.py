@@ -24,6 +24,8 @@ import os
 import sys
 import time
 
+from pyvmm.cli.support.values import count, seconds
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -48,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 64 (1)")
     add("--memory", metavar="SIZE", default="128M", help="guest memory, as 256M or 4G (128M)")
-    add("--timeout", metavar="S", type=float, default=90.0, help="seconds for each (90)")
+    add("--timeout", metavar="S", type=seconds(0, 1e7), default=90.0, help="seconds for each (90)")
     add(
         "--hang-timeout",
         metavar="S",
-        type=float,
+        type=seconds(0.1, 1e7),
         help="seconds without progress after which one is ended (off)",
     )
-    add("--jobs", "-j", metavar="N", type=int, default=1, help="kernels at a time (1)")
+    add("--jobs", "-j", metavar="N", type=count(1, 256), default=1, help="kernels at a time (1)")
     add("--config", metavar="FILE", help="tests in the format of kvm-unit-tests' unittests.cfg")
     add(
         "--group",
@@ -95,12 +97,6 @@ def run(args: argparse.Namespace) -> int:
     from pyvmm.cli.support.signals import orderly
     from pyvmm.errors import UsageError
 
-    if not 0 < args.timeout <= 1e7:
-        raise UsageError(f"--timeout {args.timeout:g}", "use a positive number of seconds")
-    if args.hang_timeout is not None and not 0.1 <= args.hang_timeout <= 1e7:
-        raise UsageError(f"--hang-timeout {args.hang_timeout:g}", "use 0.1 seconds or more")
-    if not 1 <= args.jobs <= 256:
-        raise UsageError(f"--jobs {args.jobs}", "use 1 to 256")
     if args.json == "-" and args.tap:
         raise UsageError("--json - and --tap both write to stdout", "give --json a file")
     if not args.kernels and not args.config:

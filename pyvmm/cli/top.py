@@ -18,6 +18,7 @@ import sys
 import time
 
 from pyvmm.cli.support import remote
+from pyvmm.cli.support.values import seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     remote.add_arguments(parser)
     parser.add_argument(
-        "--interval", metavar="S", type=float, default=1.0, help="seconds, 0.1 to 3600 (1)"
+        "--interval",
+        metavar="S",
+        type=seconds(0.1, 3600),
+        default=1.0,
+        help="seconds, 0.1 to 3600 (1)",
     )
     parser.add_argument("--once", action="store_true", help="print one interval and leave")
     parser.add_argument("--json", action="store_true", help="an object a line, see docs/top.md")
@@ -43,10 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show until the machine ends or the user has enough."""
-    from pyvmm.errors import UsageError
-
-    if not 0.1 <= args.interval <= 3600:
-        raise UsageError(f"--interval {args.interval:g}", "use 0.1 to 3600")
     return remote.with_client(args, lambda client: _watch(args, client))
 
 

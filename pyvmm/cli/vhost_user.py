@@ -15,6 +15,8 @@ or failed; 112 no connection, a broken protocol, or no answer.
 
 from __future__ import annotations
 
+from pyvmm.cli.support.values import count, seconds
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         metavar="S",
-        type=float,
+        type=seconds(0, 3600),
         help="seconds for each answer (2; check: 5, also for each burst)",
     )
     parser.add_argument(
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queues",
         metavar="N",
-        type=int,
+        type=count(1, 32),
         help="check: queue pairs to use at once (all that it has, up to 4)",
     )
 
@@ -48,10 +50,6 @@ def run(args: argparse.Namespace) -> int:
     """Probe or check, and print."""
     from pyvmm.errors import UsageError
 
-    if args.timeout is not None and not 0 < args.timeout <= 3600:
-        raise UsageError(f"--timeout {args.timeout:g}", "use a positive number of seconds")
-    if args.queues is not None and not 1 <= args.queues <= 32:
-        raise UsageError(f"--queues {args.queues}", "use 1 to 32")
     if args.action == "check":
         return _check(args)
     if args.junit or args.queues:

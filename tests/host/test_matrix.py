@@ -155,7 +155,8 @@ def test_interrupted_and_resumed(guest: Guest, tmp_path: Path) -> None:
         (["--resume"], "--resume without --json"),
         (["--json", "/nonexistent/x"], "--json /nonexistent/x"),
         (["--fail-on", "ooops"], "--fail-on ooops"),
-        (["--timeout", "0"], "use seconds"),
+        (["--timeout", "0"], "--timeout 0; use 1 seconds or more"),
+        (["--timeout", "5", "--seconds", "6"], "--seconds 6; use less than --timeout 5"),
     ],
 )
 def test_bad_usage(args: list[str], text: str) -> None:

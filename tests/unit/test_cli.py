@@ -40,6 +40,18 @@ BAD = {
     ("run", "--timeout", "inf"): "positive number of seconds",
     ("run", "--timeout", "1e300"): "positive number of seconds",
     ("run", "--timeout", "soon"): "invalid float value",
+    ("run", "--boot-timeout", "0"): "--boot-timeout 0; use a positive number of seconds",
+    ("run", "--hang-timeout", "0.05"): "--hang-timeout 0.05; use 0.1 seconds or more",
+    ("run", "--trace-events", "3"): "--trace-events 3; use 16 to 16777216",
+    ("run", "--trace-events", "3.5"): "invalid int value: '3.5'",
+    ("run", "--fail-on", "oops,ooops"): "--fail-on ooops; use lockdep, ",
+    ("test", "-j", "257", "x"): "--jobs 257; use 1 to 256",
+    ("top", "--interval", "nan", "vm0"): "--interval nan; use 0.1 to 3600 seconds",
+    ("rings", "--watch", "0", "vm0"): "--watch 0; use 0.05 to 3600 seconds",
+    ("powerdown", "--wait", "-1", "vm0"): "--wait -1; use a positive number of seconds",
+    ("vhost-user", "probe", "--timeout", "0", "s"): "--timeout 0; use up to 3600 seconds",
+    ("backend", "--queues", "33", "--socket", "s", "--loopback"): "--queues 33; use 1 to 32",
+    ("compare", "--cpus", "65"): "--cpus 65; use 1 to 64",
     ("run", "--net", "bridge"): "modes: none, emulated",
     ("run", "--net", "emulated,speed=1"): "unknown key 'speed'",
     ("run", "--net", "emulated,mtu=1,mtu=2"): "mtu is given twice",
@@ -173,7 +185,8 @@ CALL = "from pyvmm.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass
 def test_help_loads_neither_the_extension_nor_anything_heavy():
     modules = loaded(CALL.format(argv=["run", "--help"]))
     ours = {m for m in modules if m.startswith("pyvmm")}
-    assert ours == {"pyvmm", "pyvmm.cli", "pyvmm.cli.run", "pyvmm.errors"}
+    cli = {"pyvmm.cli", "pyvmm.cli.run", "pyvmm.cli.support", "pyvmm.cli.support.values"}
+    assert ours == {"pyvmm", "pyvmm.errors", *cli}
     assert not modules & (HEAVY | {"_cffi_backend", "threading", "signal"})
 
 
