@@ -220,7 +220,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def _run(args: argparse.Namespace, cells: list[Cell]) -> int:
-    from pyvmm.cli.support.judge import annotate
+    from pyvmm.cli.support.verdicts import annotate
     from pyvmm.cli.support.signals import Terminated
 
     store = _Store(args, cells)
@@ -263,7 +263,7 @@ def _boot(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     """One cell, whatever happens in it."""
     from contextlib import ExitStack
 
-    from pyvmm.cli.support.judge import judge
+    from pyvmm.cli.support.verdicts import judge
     from pyvmm.errors import CommandFailed, KvmForbidden, KvmMissing, KvmUnsuitable, PyvmmError
     from pyvmm.testing.console import Watch
     from pyvmm.testing.verdict import Verdict, last_lines, of_error

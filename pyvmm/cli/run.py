@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.card.nic import Nic
-    from pyvmm.cli.support.judge import Extras
+    from pyvmm.cli.support.verdicts import Extras
     from pyvmm.machine import Machine
     from pyvmm.outcome import Outcome
 
@@ -206,7 +206,7 @@ def _boot(args: argparse.Namespace) -> int:
     vm: Machine | None = None
     try:
         if args.fail_on or args.log or args.junit or args.json:
-            from pyvmm.cli.support.judge import Extras
+            from pyvmm.cli.support.verdicts import Extras
 
             extras = Extras(args)
             if guard is not None:
@@ -261,7 +261,7 @@ def _boot(args: argparse.Namespace) -> int:
             return int(verdict["code"])
     except BaseException as e:
         if extras is not None or "GITHUB_ACTIONS" in os.environ:
-            from pyvmm.cli.support.judge import broken_off
+            from pyvmm.cli.support.verdicts import broken_off
 
             broken_off(e, vm, extras)
         if isinstance(e, PyvmmError) or not isinstance(e, Exception):
@@ -362,7 +362,7 @@ def _verdict(
     ):
         passed = {"kind": "passed", "code": outcome.status or 0, "message": ""}
         return passed | ({"budgets": [result.as_dict() for result in budgets]} if budgets else {})
-    from pyvmm.cli.support.judge import judge, tell
+    from pyvmm.cli.support.verdicts import judge, tell
 
     watch = extras.watch if extras is not None else None
     verdict = judge(

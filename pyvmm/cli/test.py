@@ -204,7 +204,7 @@ def _configured(args: argparse.Namespace) -> list[Case]:
 
 
 def _run(args: argparse.Namespace, cases: list[Case]) -> int:
-    from pyvmm.cli.support.judge import annotate
+    from pyvmm.cli.support.verdicts import annotate
     from pyvmm.cli.support.signals import Terminated
     from pyvmm.testing.suite import Result, Suite
     from pyvmm.testing.verdict import Verdict

@@ -10,7 +10,7 @@ from pyvmm.errors import GuestTimeout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.cli.support.judge import Extras
+    from pyvmm.cli.support.verdicts import Extras
 
 
 class LastResort:
