@@ -8,6 +8,7 @@ prints or exits.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -40,6 +41,9 @@ COMMANDS = {
     "qmp": "speak the QEMU Machine Protocol with a running machine",
     "testbed": "run a command in a virtual machine that has real KVM and vhost-net",
 }
+
+#: What a full disk, or one that fails, answers to a write.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,16 +136,36 @@ def _columns() -> int:
 
 
 def guard(body: Callable[[], int]) -> int:
-    """Run ``body``; turn what it raises into one line on stderr and an exit status."""
+    """Run ``body``; turn what it raises into one line on stderr and an exit status. It is no success
+    if something that was printed does not reach its reader.
+    """
+    status = 0
     try:
         from pyvmm.errors import PyvmmError
 
         try:
-            return body()
+            status = body()
         except PyvmmError as e:
             print(f"pyvmm: {e}", file=sys.stderr)
-            return e.exit_code
+            status = e.exit_code
+        if sys.stdout is not None:  # it is None if whoever started us has closed it
+            sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        return 141
+        _give_up_stdout()
+        return status or 141
+    except OSError as e:
+        if e.errno not in NO_ROOM:
+            raise
+        _give_up_stdout()
+        print(f"pyvmm: cannot write all of the output: {e.strerror}", file=sys.stderr)
+        return status or 101
+
+
+def _give_up_stdout() -> None:
+    """The interpreter would try once more to write what is left in the buffer, and then end with a
+    status of its own, 120, which means a panic of the guest.
+    """
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process

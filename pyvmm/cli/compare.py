@@ -31,13 +31,15 @@ from __future__ import annotations
 
 import sys
 
+from pyvmm.cli.support.outputs import STDOUT, Outputs
 from pyvmm.cli.support.values import count
+from pyvmm.errors import TestbedError, UsageError
 from pyvmm.spec.platform import MAX_CPUS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from typing import Any, Self
+    from typing import Any
 
     from rich.table import Table
 
@@ -101,20 +103,21 @@ def run(args: argparse.Namespace) -> int:
     """Run or load a comparison, then show and write it."""
     from pyvmm.cli.support.signals import orderly
 
+    files = {f"--{name}": getattr(args, name) for name in ("json", "html", "svg", "handover")}
     if args.source:
-        with _Outputs(args) as outputs:
-            return outputs.show(_load(args.source))
+        with Outputs(files, keep=True) as outputs:
+            return outputs.status(_show(args, outputs, _load(args.source)))
     plan = _plan(args)
-    with _Outputs(args) as outputs:
+    with Outputs(files, keep=True) as outputs:
         status, document = _forwarded(args, plan)
         if status is None:
             found: list[dict[str, Any]] = []
             status = orderly(lambda: _measure(args, plan, found))
             document = found[0] if found else None
         if document is not None:
-            shown = outputs.show(document)
+            shown = _show(args, outputs, document)
             status = status or shown
-        return status
+        return outputs.status(status)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -143,7 +146,6 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
     import tempfile
 
     from pyvmm.cli.support.hostchoice import elsewhere
-    from pyvmm.errors import TestbedError
 
     if args.host == "local":
         return None, None
@@ -214,7 +216,6 @@ def _load(path: str) -> dict[str, Any]:
 
     from pyvmm.compare.schema import check
     from pyvmm.compare.stats import summarise
-    from pyvmm.errors import UsageError
 
     def constant(name: str) -> None:
         raise ValueError(f"{name} is no number of JSON's")
@@ -242,82 +243,31 @@ def complete(document: dict[str, Any]) -> bool:
     )
 
 
-class _Outputs:
-    """The files asked for, opened at once: a bad path must not cost a whole comparison. What is not
-    written is not left behind.
+def _show(args: argparse.Namespace, outputs: Outputs, document: dict[str, Any]) -> int:
+    """Write the files that are asked for, and print the table; the exit status."""
+    import json
+    import re
 
-    :raises UsageError: one cannot be written.
-    """
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
-        self._files: dict[str, tuple[str, bool]] = {}
-
-    def __enter__(self) -> Self:
-        from pathlib import Path
-
-        from pyvmm.errors import UsageError
-
-        for option in ("json", "html", "svg", "handover"):
-            path = getattr(self._args, option)
-            if path is None or (option == "json" and path == "-"):
-                continue
-            new = not Path(path).exists()
-            try:
-                with open(path, "ab"):
-                    self._files[option] = path, new
-            except OSError as e:
-                self.__exit__()
-                raise UsageError(
-                    f"--{option} {path}: {e.strerror}", "name a file that can be written"
-                ) from e
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        from pathlib import Path
-
-        for path, new in self._files.values():
-            if new and not Path(path).stat().st_size:
-                Path(path).unlink()
-
-    def _write(self, option: str, text: str) -> None:
-        from pathlib import Path
-
-        from pyvmm.errors import HostError
-
-        path = self._files[option][0]
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as e:
-            raise HostError(f"--{option} {path}: {e.strerror}") from e
-
-    def show(self, document: dict[str, Any]) -> int:
-        """Write the files and print the table; the exit status."""
-        import json
-        import re
-
-        status = 0 if complete(document) else 1
-        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-        # A list of numbers on a line of its own, not a line a number.
-        text = re.sub(r"\[\n[-\d.,e\s]+\]", lambda m: " ".join(m[0].split()), text)
-        if self._args.handover:
-            self._write("handover", text)
-            return status
-        if "json" in self._files:
-            self._write("json", text)
-        if "html" in self._files:
-            from pyvmm.compare.html import page
-
-            self._write("html", page(document))
-        if "svg" in self._files:
-            from pyvmm.compare.html import figure
-
-            self._write("svg", figure(document))
-        if self._args.json == "-":
-            print(text, end="")
-        else:
-            _print_table(document, full=self._args.full)
+    status = 0 if complete(document) else 1
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    # A list of numbers takes one line, instead of one line per number.
+    text = re.sub(r"\[\n[-\d.,e\s]+\]", lambda m: " ".join(m[0].split()), text)
+    if "--handover" in outputs:
+        outputs.write("--handover", text)
         return status
+    if "--json" in outputs:
+        outputs.write("--json", text)
+    if "--html" in outputs:
+        from pyvmm.compare.html import page
+
+        outputs.write("--html", page(document))
+    if "--svg" in outputs:
+        from pyvmm.compare.html import figure
+
+        outputs.write("--svg", figure(document))
+    if args.json != STDOUT:
+        _print_table(document, full=args.full)
+    return status
 
 
 def _print_table(document: dict[str, Any], *, full: bool) -> None:

@@ -220,8 +220,8 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def _run(args: argparse.Namespace, cells: list[Cell]) -> int:
-    from pyvmm.cli.support.verdicts import annotate
     from pyvmm.cli.support.signals import Terminated
+    from pyvmm.cli.support.verdicts import annotate
 
     store = _Store(args, cells)
     table = _Table(cells)
@@ -263,9 +263,9 @@ def _boot(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     """One cell, whatever happens in it."""
     from contextlib import ExitStack
 
-    from pyvmm.cli.support.verdicts import judge
     from pyvmm.errors import CommandFailed, KvmForbidden, KvmMissing, KvmUnsuitable, PyvmmError
     from pyvmm.testing.console import Watch
+    from pyvmm.testing.judge import judge
     from pyvmm.testing.verdict import Verdict, last_lines, of_error
 
     begin = time.monotonic()
@@ -280,7 +280,14 @@ def _boot(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
                 vm.console.add_sink(watch)
             problem = _measure(args, vm, namespace, result)
             outcome = vm.outcome or vm.power_off(20)
-            verdict = judge(vm, outcome, commanded=False, watch=watch, symbols=cell.kernel)
+            verdict = judge(
+                outcome,
+                console=vm.console.text,
+                phases=vm.phases,
+                commanded=False,
+                watch=watch,
+                symbols=cell.kernel,
+            )
             if verdict.kind == "passed" and problem:
                 verdict = Verdict("failed", problem, status=1)
         except (KvmMissing, KvmForbidden, KvmUnsuitable):
@@ -291,7 +298,14 @@ def _boot(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
             )
         except PyvmmError as e:
             if vm is not None and vm.outcome is not None and vm.outcome.error() is not None:
-                verdict = judge(vm, vm.outcome, commanded=False, watch=watch, symbols=cell.kernel)
+                verdict = judge(
+                    vm.outcome,
+                    console=vm.console.text,
+                    phases=vm.phases,
+                    commanded=False,
+                    watch=watch,
+                    symbols=cell.kernel,
+                )
             else:
                 verdict = of_error(e)
         if vm is not None:

@@ -48,6 +48,7 @@ import sys
 import time
 
 from pyvmm.cli.support.values import count, seconds, trouble_kinds
+from pyvmm.errors import HostError, PyvmmError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.card.nic import Nic
-    from pyvmm.cli.support.verdicts import Extras
+    from pyvmm.cli.support.outputs import Output, Outputs
+    from pyvmm.cli.support.verdicts import RunFiles
+    from pyvmm.cli.support.watchdog import Watchdog
     from pyvmm.machine import Machine
     from pyvmm.outcome import Outcome
 
@@ -174,7 +177,6 @@ def run(args: argparse.Namespace) -> int:
     """Choose the host, then run the guest there."""
     from pyvmm.cli.support.hostchoice import elsewhere
     from pyvmm.cli.support.signals import orderly
-    from pyvmm.errors import UsageError
 
     if args.json == "-" and args.report == "-":
         raise UsageError("--json - and --report - both write to stdout", "give one a file")
@@ -191,26 +193,70 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _boot(args: argparse.Namespace) -> int:
-    from pyvmm.errors import HostError, PyvmmError
-    from pyvmm.machine import Machine
-    from pyvmm.netopt import Net
+    """Run the guest here, with everything that goes with it; the exit status."""
+    from pyvmm.cli.support.outputs import Outputs
 
-    command = args.guest_command or None
-    guard = None
+    watchdog: Watchdog | None = None
     if args.timeout is not None:
-        from pyvmm.cli.support.watchdog import LastResort
+        from pyvmm.cli.support.watchdog import Watchdog
 
-        guard = LastResort(args.timeout)
-    extras: Extras | None = None
-    report = trace = None
-    vm: Machine | None = None
+        watchdog = Watchdog(args.timeout)
+    run = _Run(args)
     try:
-        if args.fail_on or args.log or args.junit or args.json:
-            from pyvmm.cli.support.verdicts import Extras
+        run.outputs = Outputs(
+            {
+                f"--{name}": getattr(args, name)
+                for name in ("log", "junit", "json", "report", "trace")
+            }
+        )
+        status = run.to_its_end(watchdog)
+    except BaseException as e:
+        if run.files is not None or "GITHUB_ACTIONS" in os.environ:
+            from pyvmm.cli.support.verdicts import broken_off
 
-            extras = Extras(args)
-            if guard is not None:
-                guard.extras = extras
+            broken_off(e, run.machine, run.files)
+        if isinstance(e, PyvmmError) or not isinstance(e, Exception):
+            raise
+        import traceback  # ours to mend: no status of a test's must come of it
+
+        traceback.print_exc()
+        raise HostError("pyvmm itself failed, see above", "please report it") from None
+    finally:
+        if watchdog is not None:
+            watchdog.close()
+        if run.outputs is not None:
+            run.outputs.close()
+    return run.outputs.status(status)
+
+
+class _Run:
+    """One run of a guest on this host.
+
+    :ivar outputs: the files that the user asks for; owned by whoever sets it.
+    :ivar files: those that follow the run, None if there are none.
+    :ivar machine: None until there is one.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.commanded = bool(args.guest_command)
+        self.outputs: Outputs | None = None
+        self.files: RunFiles | None = None
+        self.machine: Machine | None = None
+
+    def to_its_end(self, watchdog: Watchdog | None) -> int:
+        """Boot the guest, attend it, tell the verdict; the exit status."""
+        from pyvmm.machine import Machine
+        from pyvmm.netopt import Net
+
+        args, outputs = self.args, self.outputs
+        assert outputs is not None
+        if args.fail_on or any(option in outputs for option in ("--log", "--junit", "--json")):
+            from pyvmm.cli.support.verdicts import RunFiles
+
+            self.files = RunFiles(args, outputs)
+            if watchdog is not None:
+                watchdog.files = self.files
         nets = [Net.parse(text) for text in args.net or ["emulated"]]
         kernel, initrd, append = args.kernel, args.initrd, args.append
         if kernel is None:
@@ -219,8 +265,6 @@ def _boot(args: argparse.Namespace) -> int:
             image = find(args.image or "default")
             kernel, initrd = image.kernel, initrd or image.initrd
             append = f"{CMDLINE} {append}".rstrip()
-        report = _open_report(args.report)
-        trace = _open_report(args.trace, "--trace")
         with Machine(
             kernel,
             initrd=initrd,
@@ -229,63 +273,78 @@ def _boot(args: argparse.Namespace) -> int:
             memory=args.memory,
             huge=args.memory_backing == "huge",
             nets=nets,
-            command=command,
+            command=args.guest_command or None,
             on_reboot=args.on_reboot,
             name=args.name,
             qmp=_qmp(args),
             trace=args.trace_events if args.trace is not None else 0,
             hang_timeout=args.hang_timeout,
-        ) as vm:
-            for nic in vm.nets:
+        ) as machine:
+            self.machine = machine
+            for nic in machine.nets:
                 if nic.net.switchable:
                     _tell_offer(nic)
-            if extras is not None:
-                extras.attach(vm)
+            if self.files is not None:
+                self.files.attach(machine)
             for budget in args.budget or ():
-                budget.check_names(vm)
-            if guard is not None:
-                guard.close()
-                guard.arm()
+                budget.check_names(machine)
+            if watchdog is not None:
+                watchdog.close()
+                watchdog.arm()
             try:
-                outcome = _attend(vm, args, interactive=command is None)
+                outcome = _attend(machine, args, interactive=not self.commanded)
             finally:
-                if trace is not None:
-                    _write_trace(vm, trace)
-            verdict = _verdict(vm, outcome, args, kernel, extras)
-            if report is not None:
-                _write_report(vm, report, verdict)
+                if "--trace" in outputs:
+                    _write_trace(machine, outputs["--trace"])
+            verdict = self._verdict(machine, outcome, kernel)
+            if "--report" in outputs:
+                report = {**machine.report(), "verdict": verdict}
+                outputs.write("--report", _json(report))
             if args.exits:
                 from pyvmm.cli.support.tables import exits_table
 
-                print(exits_table(vm), file=sys.stderr)
-            return int(verdict["code"])
-    except BaseException as e:
-        if extras is not None or "GITHUB_ACTIONS" in os.environ:
-            from pyvmm.cli.support.verdicts import broken_off
+                print(exits_table(machine), file=sys.stderr)
+        return int(verdict["code"]) or _lost_output(machine)
 
-            broken_off(e, vm, extras)
-        if isinstance(e, PyvmmError) or not isinstance(e, Exception):
-            raise
-        import traceback  # ours to mend: no status of a test's must come of it
+    def _verdict(self, machine: Machine, outcome: Outcome, kernel: str) -> dict[str, Any]:
+        """The verdict, as the report has it. If the run did not end as it should, stderr gets the
+        verdict and what helps to find the cause.
+        """
+        args, files = self.args, self.files
+        budgets = [budget.check(machine) for budget in args.budget or ()]
+        held = all(result.held for result in budgets)
+        checked = {"budgets": [result.as_dict() for result in budgets]} if budgets else {}
+        clean = outcome.error() is None and (outcome.status == 0 or not self.commanded)
+        if files is None and held and clean:
+            return {"kind": "passed", "code": outcome.status or 0, "message": "", **checked}
+        from pyvmm.cli.support.verdicts import tell
+        from pyvmm.testing.judge import judge
 
-        traceback.print_exc()
-        raise HostError("pyvmm itself failed, see above", "please report it") from None
-    finally:
-        for fd in (report, trace):
-            if fd is not None and fd > 2:
-                os.close(fd)
-        if guard is not None:
-            guard.close()
-        if extras is not None:
-            extras.close()
+        verdict = judge(
+            outcome,
+            console=machine.console.text,
+            phases=machine.phases,
+            commanded=self.commanded,
+            watch=files.watch if files is not None else None,
+            symbols=args.vmlinux or kernel,
+            budgets=budgets,
+        )
+        tell(machine, verdict, shown=not self.commanded or args.verbose)
+        if files is not None:
+            files.finish(verdict, machine)
+        return {
+            "kind": verdict.kind,
+            "code": verdict.code,
+            "message": verdict.message,
+            **checked,
+        }
 
 
 def _qmp(args: argparse.Namespace) -> str | None:
-    """Where the control socket is to be: a machine that nobody named runs without where there is no
-    place for one.
+    """Where the control socket is to be. A machine without a name of the user's runs without one if
+    this host has no place for it.
     """
     from pyvmm.control.registry import directory
-    from pyvmm.errors import HostError, UsageError
 
     if args.qmp == "none":
         if args.name is not None:
@@ -303,7 +362,7 @@ def _qmp(args: argparse.Namespace) -> str | None:
 
 
 def _tell_offer(nic: Nic) -> None:
-    """What the modes of ``switchable=`` have in common."""
+    """Tell which features the modes of ``switchable=`` have in common."""
     from pyvmm.virtio.features import names
 
     modes = ", ".join([nic.net.mode, *nic.net.switchable])
@@ -311,116 +370,62 @@ def _tell_offer(nic: Nic) -> None:
     print(f"pyvmm: {nic.name} can be switched between {modes}; offers {offer}", file=sys.stderr)
 
 
-def _attend(vm: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:
-    """Let the guest run to its end; who reads its output slowly gets the rest after that."""
+def _attend(machine: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:
+    """Let the guest run to its end. A slow reader gets the rest of the output after that."""
     start = time.monotonic()
-    outcome = _run_guest(vm, args, interactive=interactive)
+    outcome = _run_guest(machine, args, interactive=interactive)
     left = None if args.timeout is None else max(0.0, start + args.timeout - time.monotonic())
-    for stream in (vm.console, vm.stdout, vm.stderr):
+    for stream in (machine.console, machine.stdout, machine.stderr):
         stream.drain(left)
     return outcome
 
 
-def _run_guest(vm: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:
+def _run_guest(machine: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:
     from pyvmm.devices.console import FdSink
 
+    machine.stdout.add_sink(FdSink(1))
+    machine.stderr.add_sink(FdSink(2))
     if not interactive:
-        vm.stdout.add_sink(FdSink(1))
-        vm.stderr.add_sink(FdSink(2))
         if args.verbose:
-            vm.console.add_sink(FdSink(2))
-        vm.start()
-        return vm.wait(args.timeout, boot_timeout=args.boot_timeout)
+            machine.console.add_sink(FdSink(2))
+        machine.start()
+        return machine.wait(args.timeout, boot_timeout=args.boot_timeout)
     from pyvmm.cli.support.terminal import Terminal
 
-    vm.console.add_sink(FdSink(1))
-    vm.stdout.add_sink(FdSink(1))
-    vm.stderr.add_sink(FdSink(2))
-    terminal = Terminal(vm)
+    machine.console.add_sink(FdSink(1))
+    terminal = Terminal(machine)
     try:
         terminal.open()
-        vm.start()
-        return vm.wait(args.timeout, boot_timeout=args.boot_timeout)
+        machine.start()
+        return machine.wait(args.timeout, boot_timeout=args.boot_timeout)
     finally:
         terminal.close()
 
 
-def _verdict(
-    vm: Machine, outcome: Outcome, args: argparse.Namespace, kernel: str, extras: Extras | None
-) -> dict[str, Any]:
-    """The verdict, as the report has it; what is not orderly is told on stderr with what helps to
-    find out why.
+def _lost_output(machine: Machine) -> int:
+    """The exit status of a run that succeeded, if what the guest's command wrote did not reach its
+    reader: as of any command, 141 if the reader has gone; else 0.
     """
-    commanded = bool(args.guest_command)
-    budgets = [budget.check(vm) for budget in args.budget or ()]
-    held = all(result.held for result in budgets)
-    if (
-        extras is None
-        and held
-        and outcome.error() is None
-        and (outcome.status == 0 or not commanded)
-    ):
-        passed = {"kind": "passed", "code": outcome.status or 0, "message": ""}
-        return passed | ({"budgets": [result.as_dict() for result in budgets]} if budgets else {})
-    from pyvmm.cli.support.verdicts import judge, tell
-
-    watch = extras.watch if extras is not None else None
-    verdict = judge(
-        vm,
-        outcome,
-        commanded=commanded,
-        watch=watch,
-        symbols=args.vmlinux or kernel,
-        budgets=budgets,
-    )
-    tell(vm, verdict, shown=not commanded or args.verbose)
-    if extras is not None:
-        extras.finish(verdict, vm)
-        extras.lost(vm)
-    told: dict[str, Any] = {"kind": verdict.kind, "code": verdict.code, "message": verdict.message}
-    return told | ({"budgets": [result.as_dict() for result in budgets]} if budgets else {})
+    for error in (*machine.stdout.lost_sinks, *machine.stderr.lost_sinks):
+        if isinstance(error, BrokenPipeError):
+            return 141
+        if isinstance(error, OSError):
+            print(f"pyvmm: the guest's output is lost: {error.strerror}", file=sys.stderr)
+            return HostError.exit_code
+    return 0
 
 
-def _open_report(path: str | None, option: str = "--report") -> int | None:
-    """Open the report's or the trace's file before the guest runs: a bad path must not cost a whole
-    run.
-    """
-    from pyvmm.errors import UsageError
-
-    if path is None:
-        return None
-    if path == "-":
-        return 1
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    except OSError as e:
-        raise UsageError(f"{option} {path}: {e.strerror}", "name a file that can be written") from e
-
-
-def _write_trace(vm: Machine, fd: int) -> None:
-    """A trace that cannot be written is no reason to lose the run's verdict."""
+def _write_trace(machine: Machine, output: Output) -> None:
+    """Write the timeline. A failure is the output's to tell: the run keeps its verdict."""
     from pyvmm.exits.trace import write
 
-    def put(data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-
     try:
-        write(vm, put)
-    except OSError as e:
-        print(f"pyvmm: the trace is lost: {e.strerror}", file=sys.stderr)
+        write(machine, output.write)
+    except OSError:
+        pass
 
 
-def _write_report(vm: Machine, fd: int, verdict: dict[str, Any]) -> None:
+def _json(data: dict[str, Any]) -> str:
     import json
 
-    text = json.dumps({**vm.report(), "verdict": verdict}, indent=2) + "\n"
-    try:
-        if fd <= 2:
-            sys.stdout.write(text)
-        data = memoryview(text.encode() if fd > 2 else b"")
-        while data:
-            data = data[os.write(fd, data) :]
-    except OSError as e:
-        print(f"pyvmm: the report is lost: {e.strerror}", file=sys.stderr)
+    return json.dumps(data, indent=2) + "\n"

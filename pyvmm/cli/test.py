@@ -24,12 +24,13 @@ import os
 import sys
 import time
 
+from pyvmm.cli.support.outputs import Outputs
 from pyvmm.cli.support.values import count, seconds
+from pyvmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from typing import TextIO
 
     from pyvmm.testing.suite import Case, Result
 
@@ -95,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
     """Choose the host, then run the tests there."""
     from pyvmm.cli.support.hostchoice import elsewhere
     from pyvmm.cli.support.signals import orderly
-    from pyvmm.errors import UsageError
 
     if args.json == "-" and args.tap:
         raise UsageError("--json - and --tap both write to stdout", "give --json a file")
@@ -124,7 +124,6 @@ def _linux(cases: list[Case]) -> str | None:
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    from pyvmm.errors import UsageError
     from pyvmm.testing.suite import Case
 
     address: int | None = None
@@ -166,7 +165,6 @@ def _name(kernel: str, kernels: list[str]) -> str:
 
 
 def _configured(args: argparse.Namespace) -> list[Case]:
-    from pyvmm.errors import UsageError
     from pyvmm.testing import unittests
     from pyvmm.testing.suite import Case
 
@@ -204,16 +202,17 @@ def _configured(args: argparse.Namespace) -> list[Case]:
 
 
 def _run(args: argparse.Namespace, cases: list[Case]) -> int:
-    from pyvmm.cli.support.verdicts import annotate
+    with Outputs({"--junit": args.junit, "--json": args.json}) as outputs:
+        return outputs.status(_attend(args, cases, outputs))
+
+
+def _attend(args: argparse.Namespace, cases: list[Case], outputs: Outputs) -> int:
+    """Run the cases, show each result, write the outputs; the exit status."""
     from pyvmm.cli.support.signals import Terminated
+    from pyvmm.cli.support.verdicts import annotate
     from pyvmm.testing.suite import Result, Suite
     from pyvmm.testing.verdict import Verdict
 
-    files = {
-        path: _open(option, path)
-        for option, path in (("--junit", args.junit), ("--json", args.json))
-        if path
-    }
     show = _Tap(len(cases), args) if args.tap else _Plain(len(cases), args)
     begin = time.monotonic()
     results: list[Result] = []
@@ -236,31 +235,11 @@ def _run(args: argparse.Namespace, cases: list[Case]) -> int:
                 results.append(Result(case, Verdict("interrupted", "not run to its end")))
     seconds = time.monotonic() - begin
     show.end(results, seconds)
-    if args.junit:
-        _write("--junit", files[args.junit], _junit(results, seconds))
-    if args.json:
-        _write("--json", files[args.json], _json(results, seconds))
+    if "--junit" in outputs:
+        outputs.write("--junit", _junit(results, seconds))
+    if "--json" in outputs:
+        outputs.write("--json", _json(results, seconds))
     return ended or int(not all(r.verdict.good for r in results))
-
-
-def _open(option: str, path: str) -> TextIO:
-    """Open before anything runs: a bad path must not cost a whole run."""
-    from pyvmm.errors import UsageError
-
-    if path == "-":
-        return sys.stdout
-    try:
-        return open(path, "w")
-    except OSError as e:
-        raise UsageError(f"{option} {path}: {e.strerror}", "name a file that can be written") from e
-
-
-def _write(option: str, file: TextIO, text: str) -> None:
-    try:
-        file.write(text)
-        file.close() if file is not sys.stdout else file.flush()
-    except OSError as e:
-        print(f"pyvmm: {option}: {e.strerror}", file=sys.stderr)
 
 
 def _summary(results: list[Result]) -> dict[str, int]:

@@ -15,7 +15,9 @@ or failed; 112 no connection, a broken protocol, or no answer.
 
 from __future__ import annotations
 
+from pyvmm.cli.support.outputs import Outputs
 from pyvmm.cli.support.values import count, seconds
+from pyvmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,16 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Probe or check, and print."""
-    from pyvmm.errors import UsageError
-
     if args.action == "check":
-        return _check(args)
+        with Outputs({"--junit": args.junit}) as outputs:
+            return outputs.status(_check(args, outputs))
     if args.junit or args.queues:
         raise UsageError("--junit or --queues with probe", "they are for check")
     return _probe(args)
 
 
-def _check(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace, outputs: Outputs) -> int:
     from pyvmm.conformance.check import Bench
     from pyvmm.vhostuser.wire import connect
 
@@ -76,8 +77,8 @@ def _check(args: argparse.Namespace) -> int:
             (n, sum(i.result == n for i in bench.items)) for n in ("passed", "failed", "skipped")
         ]
         print(", ".join(f"{count} {name}" for name, count in counts))
-    if args.junit:
-        _write_junit(args.junit, bench)
+    if "--junit" in outputs:
+        outputs.write("--junit", _junit(bench))
     return int(any(i.result == "failed" for i in bench.items))
 
 
@@ -88,10 +89,7 @@ def _print_item(item: Item) -> None:
     )
 
 
-def _write_junit(path: str, bench: Bench) -> None:
-    from pathlib import Path
-
-    from pyvmm.errors import UsageError
+def _junit(bench: Bench) -> str:
     from pyvmm.testing.junit import TestCase, document
 
     cases = [
@@ -104,12 +102,7 @@ def _write_junit(path: str, bench: Bench) -> None:
         )
         for i in bench.items
     ]
-    try:
-        Path(path).write_text(
-            document("pyvmm vhost-user check", cases, sum(i.seconds for i in bench.items))
-        )
-    except OSError as e:
-        raise UsageError(f"--junit {path}: {e.strerror}", "name a file that can be written") from e
+    return document("pyvmm vhost-user check", cases, sum(i.seconds for i in bench.items))
 
 
 def _probe(args: argparse.Namespace) -> int:

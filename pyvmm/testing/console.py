@@ -15,7 +15,7 @@ from pyvmm.testing.verdict import clean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 #: kind -> how its first line begins, after the time stamp. Tried in this order: lockdep's are
 #: warnings of another kind.
@@ -51,6 +51,14 @@ class Trouble:
     def message(self) -> str:
         """Its first line."""
         return self.lines[0]
+
+
+def headline(first: Trouble, count: int) -> str:
+    """What the kernel reported, in one line without its own words.
+
+    :param first: the first of ``count`` reports.
+    """
+    return f"the guest kernel reported {first.kind}" + (f" and {count - 1} more" * (count > 1))
 
 
 def parse_kinds(text: str) -> list[str]:
@@ -159,7 +167,7 @@ PHASES = {
 }
 
 
-def phase(phases: dict[str, int], said: bool) -> str:
+def phase(phases: Mapping[str, int], said: bool) -> str:
     """How far a guest has come, a key of PHASES: what ``Machine.phases`` and the console tell.
 
     :param said: whether there was anything on the console.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
     from typing import Any, NoReturn
 
-    from pyvmm.testing.console import Watch
+    from pyvmm.testing.console import Trouble, Watch
     from pyvmm.testing.vm import Vm
 
 HOSTS = ("local", "testbed", "auto")
@@ -296,7 +296,8 @@ def _close(request: pytest.FixtureRequest, records: list[Record]) -> None:
     """End the machines, the last first; what a kernel reported that was not to be fails the
     test.
     """
-    troubles = []
+    troubles: list[Trouble] = []
+    count = 0
     for record in reversed(records):
         if record.vm is None:
             continue
@@ -304,13 +305,13 @@ def _close(request: pytest.FixtureRequest, records: list[Record]) -> None:
         if record.watch is not None:
             record.watch.finish()
             troubles += record.watch.troubles
+            count += record.watch.count
     records.clear()
     if troubles:
-        more = f" and {len(troubles) - 1} more" if len(troubles) > 1 else ""
-        _refuse(
-            f"pyvmm: the guest kernel reported {troubles[0].kind}{more}:\n"
-            + "\n".join(troubles[0].lines)
-        )
+        from pyvmm.testing.console import headline
+
+        first = troubles[0]
+        _refuse("\n".join([f"pyvmm: {headline(first, count)}:", *first.lines]))
 
 
 # --- reports --------------------------------------------------------------------------------------

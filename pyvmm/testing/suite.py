@@ -11,12 +11,12 @@ import queue
 import threading
 import time
 
-from pyvmm.errors import ImageError, KvmForbidden, KvmMissing, KvmUnsuitable, PyvmmError, UsageError
-from pyvmm.kvm.vcpu import ALIVE, NOT_STARTED
+from pyvmm.errors import ImageError, KvmForbidden, KvmMissing, KvmUnsuitable, UsageError
 from pyvmm.machine import Machine
 from pyvmm.outcome import Outcome
 from pyvmm.testing import points
-from pyvmm.testing.verdict import Verdict, judge_test, register_lines
+from pyvmm.testing.judge import state_lines
+from pyvmm.testing.verdict import Verdict, judge_test
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 TIMEOUT = 90.0  # seconds, as kvm-unit-tests has it
 MEMORY = "128M"
-RESET_RIP = 0xFFF0  # of a processor that waits for its start-up interrupt
 
 
 class Case:
@@ -171,8 +170,8 @@ class Suite:
                 load_mode=case.load_mode,
                 test_devices=True,
                 hang_timeout=case.hang_timeout,
-            ) as vm:
-                result = self._attend(case, vm)
+            ) as machine:
+                result = self._attend(case, machine)
         except (KvmMissing, KvmForbidden, KvmUnsuitable):
             raise
         except (ImageError, UsageError) as e:  # this kernel's, not the host's
@@ -180,7 +179,7 @@ class Suite:
         result.seconds = time.monotonic() - begin
         return result
 
-    def _attend(self, case: Case, vm: Machine) -> Result:
+    def _attend(self, case: Case, machine: Machine) -> Result:
         said = bytearray()
         lock = threading.Lock()
 
@@ -189,18 +188,18 @@ class Suite:
                 said.extend(data)
                 del said[: max(len(said) - (1 << 20), 0)]
 
-        for stream in (vm.console, vm.stdout, vm.stderr):
+        for stream in (machine.console, machine.stdout, machine.stderr):
             stream.add_sink(sink)
         with self._lock:
             if self._stopped:
                 return Result(case, Verdict("interrupted", "stopped before it began"))
-            self._live.add(vm)
+            self._live.add(machine)
         try:
-            vm.start()
-            outcome = vm.wait(case.timeout)
+            machine.start()
+            outcome = machine.wait(case.timeout)
         finally:
             with self._lock:
-                self._live.discard(vm)
+                self._live.discard(machine)
         verdict = judge_test(outcome)
         if verdict.kind == "timeout":
             silent = "" if said else ", without a word"
@@ -211,30 +210,5 @@ class Suite:
         with lock:
             result.console = bytes(said)
         result.points = points.parse(result.console)
-        result.report = vm.report()
+        result.report = machine.report()
         return result
-
-
-def state_lines(outcome: Outcome, symbols: str | None, moved: int = 0) -> list[str]:
-    """Where the vCPUs were: the registers that the outcome has, each RIP with its symbol.
-
-    :param symbols: path of an ELF with symbols; a file that is none is no error. :param moved: how
-        far KASLR has moved it.
-    """
-    lines = []
-    if outcome.registers:
-        lines += register_lines(outcome.registers)
-    rips = outcome.rips or ([outcome.registers["rip"]] if outcome.registers else [])
-    if rips:
-        from pyvmm.testing.symbols import Symbols
-
-        table = Symbols(symbols) if symbols else None
-        for index, rip in enumerate(rips):
-            where = table.name(rip - moved) if table else ""
-            state = outcome.states[index] if outcome.states else ""
-            state = NOT_STARTED if rip == RESET_RIP else "" if state == ALIVE else state
-            lines.append(", ".join(filter(None, (f"vCPU {index} at {rip:#x}", where, state))))
-    return lines
-
-
-__all__ = ["MEMORY", "TIMEOUT", "Case", "PyvmmError", "Result", "Suite", "state_lines"]

@@ -166,7 +166,7 @@ def test_command_line(guest: Guest, tmp_path: Path) -> None:
 def test_disk_full_does_not_harm_the_run(guest: Guest) -> None:
     done = run(guest, "--trace", "/dev/full")
     assert done.returncode == 7
-    assert done.stderr == "pyvmm: the trace is lost: No space left on device\n"
+    assert done.stderr == "pyvmm: --trace /dev/full is lost: No space left on device\n"
     assert done.stdout == "hello, stdout\n"
 
 

@@ -475,6 +475,71 @@ def test_last_resort(guest: Guest, tmp_path: Path) -> None:
     soon(1 + 2, attempt)
 
 
+def test_results_that_cannot_be_written_are_no_success(guest: Guest, tmp_path: Path) -> None:
+    """The run has its verdict, which a good disk gets; its status says that something is lost."""
+    good = tmp_path / "verdict.json"
+    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none"]
+    command += ["--kernel", guest("hello"), "--junit", "/dev/full", "--log", "/dev/full"]
+    command += ["--report", "/dev/full", "--json", str(good), "--append"]
+    for status in (0, 7):
+        done = subprocess.run(
+            [*command, f"status={status}", "--", "x"],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == (status or 101), done
+        assert done.stderr.splitlines() == [
+            f"pyvmm: --{name} /dev/full is lost: No space left on device"
+            for name in ("log", "junit", "report")
+        ]
+        assert json.loads(good.read_text())["code"] == status
+
+
+def test_a_verdict_on_standard_output_comes_after_the_guest_s_words(
+    guest: Guest, tmp_path: Path
+) -> None:
+    """Also where that is a file, which has words from before, too."""
+    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none"]
+    command += ["--kernel", guest("hello"), "--json", "-", "--", "x"]
+    file = tmp_path / "out"
+    file.write_text("before\n")
+    with file.open("a") as out:
+        subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, check=True)
+    words, brace, rest = file.read_text().partition("{")
+    assert words == "before\nhello, stdout\n"
+    assert json.loads(brace + rest)["verdict"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        (">/dev/full", 101, "pyvmm: the guest's output is lost: No space left on device\n"),
+        ("| exit 0; exit ${PIPESTATUS[0]}", 141, ""),
+    ],
+    ids=["full", "gone"],
+)
+def test_output_that_nobody_gets_is_no_success(
+    guest: Guest, redirection: str, status: int, said: str
+) -> None:
+    """As of any command. A status of the guest's own is kept."""
+    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none"]
+    command += ["--kernel", guest("hello"), "--append"]
+    for own in (0, 9):
+        shell = ["bash", "-c", f'"$@" {redirection}', "sh", *command, f"status={own}", "--", "x"]
+        done = subprocess.run(
+            shell,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert (done.returncode, done.stderr) == (own or status, said if not own else ""), done
+
+
 def test_flooded_console_and_nobody_reads(guest: Guest, tmp_path: Path) -> None:
     """The log has all of it, whole, up to the end; the verdict stands."""
     run = Run(guest, tmp_path, "", f"flood={1 << 15}", "--fail-on", "all", name="serial")

@@ -375,8 +375,8 @@ def test_from_shows_it_again(capsys, tmp_path, record):
     )
 
 
-def test_json_to_stdout(capsys, record):
-    _, out, _ = command(capsys, "--from", str(RECORD), "--json", "-")
+def test_json_to_stdout(capfd, record):
+    _, out, _ = command(capfd, "--from", str(RECORD), "--json", "-")
     assert json.loads(out) == record
 
 

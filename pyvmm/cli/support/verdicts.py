@@ -1,132 +1,80 @@
-"""What ``pyvmm run`` says about a run that was not simply good: its verdict, with the reasons, on
-stderr, as JUnit and as JSON.
+"""What ``pyvmm run`` tells about a run: its verdict, with the reasons, on stderr, as JUnit and as
+JSON; and the console's log.
 
-Imported only where it is needed: a run that ends as it should and asks for no files starts faster
-without.
+``pyvmm run`` imports this module only if the user asks for one of these files, or if the run does
+not end as it should: without it, it starts faster.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 
-from pyvmm.errors import GuestEnded, GuestTrouble, HostError, PyvmmError, UsageError
+from pyvmm import __version__
+from pyvmm.cli.support.signals import Terminated
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.testing import console as says
-from pyvmm.testing.suite import state_lines
+from pyvmm.testing.junit import TestCase, document
+from pyvmm.testing.points import parse
 from pyvmm.testing.verdict import Verdict, last_lines, of_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
 
-    from pyvmm.exits.budget import Result
+    from pyvmm.cli.support.outputs import Outputs
     from pyvmm.machine import Machine
-    from pyvmm.outcome import Outcome
 
-OUTPUT_LINES = 20
+OUTPUT_LINES = 20  # of the console, on stderr
 JSON_LINES = 100  # of the console, in the JSON
 SCHEMA = "pyvmm-verdict/1"
 
 
-def open_file(option: str, path: str) -> int:
-    """Open a file to write before the guest runs: a bad path must not cost a whole run."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    except (OSError, ValueError) as e:
-        why = e.strerror if isinstance(e, OSError) else str(e)
-        raise UsageError(f"{option} {path}: {why}", "name a file that can be written") from e
+class RunFiles:
+    """The files that follow one run: the log while it runs, JUnit and JSON at its end.
 
-
-def write_all(fd: int, data: bytes) -> None:
-    """All of it. :raises OSError: the disk is full, the reader has gone."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-class Extras:
-    """What --fail-on, --log, --junit and --json need; owns their files.
-
-    :raises UsageError: one cannot be opened.
+    :param outputs: lent; has --log, --junit and --json as far as the user asks for them.
+    :ivar watch: reads the console for what --fail-on names; None if that is nothing.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._files: dict[str, int] = {}
+    def __init__(self, args: argparse.Namespace, outputs: Outputs) -> None:
+        self._outputs = outputs
         self._name = " ".join(args.guest_command) or "boot"
         self._begin = time.monotonic()
+        self._kernel = args.kernel
         self.watch = says.Watch(args.fail_on) if args.fail_on else None
         self._log: says.Log | None = None
-        self._kernel = args.kernel
-        try:
-            for option, path in (
-                ("--log", args.log),
-                ("--junit", args.junit),
-                ("--json", args.json),
-            ):
-                if option == "--json" and path == "-":
-                    self._files[option] = os.dup(1)
-                elif path is not None:
-                    self._files[option] = open_file(option, path)
-        except BaseException:
-            self.close()
-            raise
 
-    def attach(self, vm: Machine) -> None:
-        """Before the guest starts."""
+    def attach(self, machine: Machine) -> None:
+        """Follow the console of a machine that has not been started yet."""
         if self.watch is not None:
-            vm.console.add_sink(self.watch)
-        if "--log" in self._files:
-            self._log = says.Log(self._write_log)
-            vm.console.add_sink(self._log)
+            machine.console.add_sink(self.watch)
+        if "--log" in self._outputs:
+            self._log = says.Log(self._outputs["--log"].write)
+            machine.console.add_sink(self._log)
 
-    def _write_log(self, data: bytes) -> None:
-        write_all(self._files["--log"], data)
+    def finish(self, verdict: Verdict, machine: Machine | None) -> None:
+        """Write the verdict to each file that was asked for. A later verdict replaces it.
 
-    def finish(self, verdict: Verdict, vm: Machine | None) -> None:
-        """Write what was asked for; also where there was no machine."""
-        for option, make in (
-            ("--junit", self._junit),
-            ("--json", self._json),
-            ("--log", self._notes),
-        ):
-            if option not in self._files:
-                continue
-            try:
-                text = make(verdict, vm)
-                if option != "--log" and os.isatty(fd := self._files[option]) is False:
-                    try:
-                        os.ftruncate(fd, 0)
-                    except OSError:  # a pipe
-                        pass
-                write_all(self._files[option], text.encode(errors="replace"))
-            except OSError as e:
-                print(f"pyvmm: {option}: {e.strerror}", file=sys.stderr)
-
-    def _phases(self, vm: Machine | None) -> dict[str, float]:
-        """Seconds from the machine's description to each phase."""
-        if vm is None:
-            return {}
-        start = vm.phases["vmm"]
-        return {
-            k: round((t - start) / 1e9, 3) for k, t in sorted(vm.phases.items(), key=lambda p: p[1])
-        }
-
-    def _notes(self, verdict: Verdict, vm: Machine | None) -> str:
-        """The log's last lines: when each phase began, and the verdict."""
+        :param machine: None if there was none.
+        """
+        if "--junit" in self._outputs:
+            self._outputs.write("--junit", self._junit(verdict, machine))
+        if "--json" in self._outputs:
+            self._outputs.write("--json", self._json(verdict, machine))
         if self._log is not None:
-            phases = ", ".join(f"{k} {t:.3f} s" for k, t in self._phases(vm).items())
-            self._log.note(f"phases: {phases}")
-            self._log.note(f"verdict: {verdict.kind}{verdict.message and ': '}{verdict.message}")
-        return ""
+            phases = ", ".join(f"{name} {t:.3f} s" for name, t in phase_times(machine).items())
+            try:
+                self._log.note(f"phases: {phases}")
+                self._log.note(
+                    f"verdict: {verdict.kind}{verdict.message and ': '}{verdict.message}"
+                )
+            except OSError:
+                pass  # the output knows
 
-    def _json(self, verdict: Verdict, vm: Machine | None) -> str:
-        import json
-
-        from pyvmm import __version__
-        from pyvmm.testing.points import parse
-
+    def _json(self, verdict: Verdict, machine: Machine | None) -> str:
         data: dict[str, object] = {
             "schema": SCHEMA,
             "pyvmm": __version__,
@@ -136,18 +84,18 @@ class Extras:
             "message": verdict.message,
             "details": verdict.details,
             "seconds": round(time.monotonic() - self._begin, 3),
-            "phases_s": self._phases(vm),
+            "phases_s": phase_times(machine),
             "kernel": self._kernel,
         }
-        if vm is not None:
-            outcome = vm.outcome
-            points = parse(vm.console.text) + parse(vm.stdout.text)
+        if machine is not None:
+            outcome = machine.outcome
+            points = parse(machine.console.text) + parse(machine.stdout.text)
             data |= {
-                "status": vm.command_status,
-                "phase": says.phase(vm.phases, bool(vm.console.text)),
-                "cmdline": vm.cmdline(),
-                "cpus": vm.cpus,
-                "memory_bytes": vm.memory.size,
+                "status": machine.command_status,
+                "phase": says.phase(machine.phases, bool(machine.console.text)),
+                "cmdline": machine.cmdline(),
+                "cpus": machine.cpus,
+                "memory_bytes": machine.memory.size,
                 "vcpus": [
                     {"rip": rip, "state": state}
                     for rip, state in zip(outcome.rips, outcome.states, strict=True)
@@ -158,26 +106,25 @@ class Extras:
                 "points": [
                     {"name": p.name, "result": p.result, "message": p.message} for p in points
                 ],
-                "console": last_lines(vm.console.text, JSON_LINES),
+                "console": last_lines(machine.console.text, JSON_LINES),
             }
         return json.dumps(data, indent=2) + "\n"
 
-    def _junit(self, verdict: Verdict, vm: Machine | None) -> str:
-        from pyvmm.testing.junit import TestCase, document
-        from pyvmm.testing.points import parse
-
+    def _junit(self, verdict: Verdict, machine: Machine | None) -> str:
         seconds = time.monotonic() - self._begin
         result = {"passed": "passed", "failed": "failed", "budget": "failed"}.get(
             verdict.kind, "error"
         )
         output, points = b"", []
         properties: dict[str, str] = {"verdict": verdict.kind}
-        if vm is not None:
-            output = b"".join(bytes(s.text) for s in (vm.console, vm.stdout, vm.stderr))
-            points = parse(vm.console.text) + parse(vm.stdout.text)
-            properties |= {f"{k}_s": f"{t:.3f}" for k, t in self._phases(vm).items()}
-            properties["phase"] = says.phase(vm.phases, bool(vm.console.text))
-            properties |= {"kernel": vm.boot.kind, "cmdline": vm.cmdline(), "cpus": str(vm.cpus)}
+        if machine is not None:
+            streams = (machine.console, machine.stdout, machine.stderr)
+            output = b"".join(bytes(stream.text) for stream in streams)
+            points = parse(machine.console.text) + parse(machine.stdout.text)
+            properties |= {f"{name}_s": f"{t:.3f}" for name, t in phase_times(machine).items()}
+            properties["phase"] = says.phase(machine.phases, bool(machine.console.text))
+            properties["kernel"] = machine.boot.kind
+            properties |= {"cmdline": machine.cmdline(), "cpus": str(machine.cpus)}
         cases = [
             TestCase(
                 "pyvmm.run",
@@ -197,102 +144,40 @@ class Extras:
         ]
         return document("pyvmm run", cases, seconds)
 
-    def lost(self, vm: Machine) -> None:
-        """Say so where the log could not be written to its end."""
-        for e in vm.console.lost_sinks:
-            if self._log is not None and isinstance(e, OSError):
-                print(f"pyvmm: --log: {e.strerror}", file=sys.stderr)
 
-    def close(self) -> None:
-        """Release the files; a second call does nothing."""
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+def phase_times(machine: Machine | None) -> dict[str, float]:
+    """Seconds from the machine's description to each phase, in order."""
+    if machine is None:
+        return {}
+    start = machine.phases["vmm"]
+    in_order = sorted(machine.phases.items(), key=lambda phase: phase[1])
+    return {name: round((at - start) / 1e9, 3) for name, at in in_order}
 
 
-def judge(
-    vm: Machine,
-    outcome: Outcome,
-    *,
-    commanded: bool,
-    watch: says.Watch | None,
-    symbols: str | None,
-    budgets: Sequence[Result] = (),
-) -> Verdict:
-    """The one verdict of a run: how it ended, else what the kernel reported, else the command's
-    status, else its budgets.
-
-    :param symbols: path of a kernel that may have symbols.
-    """
-    kind, abnormal, error = outcome.kind, outcome.abnormal, outcome.error()
-    details: list[str] = []
-    if kind == "panic":
-        details = says.panic_quote(vm.console.text)
-    elif error is not None and kind in ("timeout", "hang"):
-        error.cause += f", {says.PHASES[says.phase(vm.phases, bool(vm.console.text))]}"
-    elif error is not None and kind == "reboot" and not vm.console.text:
-        error.cause += ", before there was any output"
-    if abnormal is not None:
-        details += state_lines(outcome, symbols, says.offset(vm.console.text))
-        return Verdict(abnormal, str(error), status=outcome.status, details=details)
-    if watch is not None:
-        watch.finish()
-        if watch.troubles:
-            first = watch.troubles[0]
-            more = f" and {watch.count - 1} more" if watch.count > 1 else ""
-            trouble = GuestTrouble(f"the guest kernel reported {first.kind}{more}: {first.message}")
-            return Verdict("trouble", str(trouble), status=outcome.status, details=first.lines)
-    if kind == "stopped" and commanded and outcome.asked and outcome.status is None:
-        return Verdict(
-            "ended", str(GuestEnded("the machine was told to quit before the command ended"))
-        )
-    broken = [result.message for result in budgets if not result.held]
-    if kind == "stopped" and not broken:
-        return Verdict("passed", status=outcome.status)
-    if commanded and kind != "stopped" and outcome.status is None:
-        ended = GuestEnded(
-            "the guest powered off before the command ended", "see its console: --verbose"
-        )
-        return Verdict("ended", str(ended))
-    if outcome.status and kind != "stopped":
-        return Verdict(
-            "failed", f"the command's exit status is {outcome.status}", status=outcome.status
-        )
-    if broken:
-        more = f"{len(broken)} of {len(budgets)} budgets are broken"
-        message = f"{broken[0]} (broken)" if len(broken) == 1 else more
-        return Verdict(
-            "budget", message, status=outcome.status, details=broken if len(broken) > 1 else []
-        )
-    return Verdict("passed", status=outcome.status)
-
-
-def broken_off(why: BaseException, vm: Machine | None, extras: Extras | None) -> None:
-    """There will be no verdict of the guest's: it could not be had, or a signal came first."""
-    from pyvmm.cli.support.signals import Terminated
-
+def broken_off(why: BaseException, machine: Machine | None, files: RunFiles | None) -> None:
+    """The guest has no verdict: its machine could not be had, or a signal ended the run."""
     if isinstance(why, PyvmmError):
         verdict = of_error(why)
     elif isinstance(why, Terminated):
         verdict = Verdict("interrupted", "a signal came before the end", status=128 + why.number)
     else:
         verdict = of_error(HostError(f"internal error: {why!r}"))
-    if extras is not None:
-        extras.finish(verdict, vm)
+    if files is not None:
+        files.finish(verdict, machine)
     if verdict.kind != "interrupted":
         annotate(f"pyvmm {verdict.kind}", verdict.message)
 
 
 def annotate(title: str, message: str) -> None:
-    """An error that GitHub Actions shows at the run, where this is one."""
+    """In a run of GitHub Actions: an error that is shown beside the run."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
         text = message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
         print(f"::error title={title}::{text}", file=sys.stderr)
 
 
-def tell(vm: Machine, verdict: Verdict, *, shown: bool) -> None:
-    """On stderr: what helps to find out why, and last the one line. A command's own status needs
-    none.
+def tell(machine: Machine, verdict: Verdict, *, shown: bool) -> None:
+    """Tell a bad verdict on stderr: first what helps to find the cause, in the last line the verdict
+    itself. A command's own status needs no words.
 
     :param shown: the user has seen the console.
     """
@@ -301,8 +186,8 @@ def tell(vm: Machine, verdict: Verdict, *, shown: bool) -> None:
     if verdict.kind in ("passed", "failed"):
         return
     quoted = verdict.kind in ("panic", "trouble") and len(verdict.details) > 1
-    if not shown and not quoted and verdict.kind != "budget" and vm.console.text:
-        tail = last_lines(vm.console.text, OUTPUT_LINES)
+    if not shown and not quoted and verdict.kind != "budget" and machine.console.text:
+        tail = last_lines(machine.console.text, OUTPUT_LINES)
         print("pyvmm: the last of the guest's console:", *tail, sep="\n  ", file=sys.stderr)
     for line in verdict.details:
         print(f"  {line}", file=sys.stderr)

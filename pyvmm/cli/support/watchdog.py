@@ -10,24 +10,23 @@ from pyvmm.errors import GuestTimeout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.cli.support.verdicts import Extras
+    from pyvmm.cli.support.verdicts import RunFiles
 
 
-class LastResort:
-    """Ends the process when a time-out is over by ``GRACE`` and nothing else has: a fault of ours,
-    or of the host's, must not hang whoever waits. What is left is what the kernel cleans up.
+class Watchdog:
+    """Ends the process if the run goes on for ``GRACE`` seconds after its time-out: a fault of ours,
+    or of the host, must not hang whoever waits. The kernel cleans up then.
 
-    :param seconds: the time-out, from now. :ivar extras: what wants to know the verdict, once there
-        is such.
+    :param seconds: the time-out, from now on.
+    :ivar files: learn the verdict, if there are any.
     """
 
-    GRACE = (
-        1.5 if "PYVMM_IN_TESTBED" not in os.environ else 20.0
-    )  # seconds; emulated, order takes its time
+    #: Seconds. Under emulation an orderly end takes its time.
+    GRACE = 1.5 if "PYVMM_IN_TESTBED" not in os.environ else 20.0
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self.extras: Extras | None = None
+        self.files: RunFiles | None = None
         self._terminal: object = None
         if os.isatty(0):
             import termios
@@ -36,7 +35,7 @@ class LastResort:
         self.arm()
 
     def arm(self) -> None:
-        """The time begins now."""
+        """Let the time begin now."""
         self._timer = threading.Timer(
             min(self._seconds + self.GRACE, threading.TIMEOUT_MAX), self._end
         )
@@ -44,7 +43,7 @@ class LastResort:
         self._timer.start()
 
     def _end(self) -> None:
-        # In a thread, and not waited for long: this is the end, whatever has gone wrong.
+        # Telling has a thread of its own, which gets little time: this is the end, whatever hangs.
         telling = threading.Thread(target=self._tell, daemon=True)
         telling.start()
         telling.join(0.3)
@@ -55,14 +54,17 @@ class LastResort:
             import termios
 
             termios.tcsetattr(0, termios.TCSANOW, self._terminal)  # type: ignore[arg-type]
-        text = f"the run did not end in time: {self._seconds:g} s are over, and it could not be ended in order"
+        text = (
+            f"the run did not end in time: {self._seconds:g} s are over, and it could not be ended "
+            "in order"
+        )
         print(f"pyvmm: {text}", file=sys.stderr, flush=True)
-        if self.extras is not None:
+        if self.files is not None:
             from pyvmm.testing.verdict import Verdict
 
-            self.extras.finish(Verdict("timeout", text), None)
+            self.files.finish(Verdict("timeout", text), None)
 
     def close(self) -> None:
-        """All is well."""
+        """Call it off: all is well."""
         self._timer.cancel()
         self._timer.join(1)

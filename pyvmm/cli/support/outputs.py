@@ -1,0 +1,161 @@
+"""The files that a command writes its results to.
+
+They are opened before the work begins, so that a bad path does not cost a whole run. Whatever goes
+there is written whole. If that fails, because the disk is full or the reader has gone, the user is
+told and the command does not end with success. A file that was made for nothing is removed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+
+from pyvmm.errors import HostError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Self
+
+STDOUT = "-"
+
+
+class Output:
+    """One file that results go to, or standard output. Owns its descriptor.
+
+    :param option: the option that asks for it, for messages.
+    :param path: of the file; ``-`` is standard output.
+    :param keep: an older file stays as it is until ``replace``, instead of losing its content now.
+    :ivar problem: why something could not be written; empty if all was.
+    :raises UsageError: it cannot be opened.
+    """
+
+    def __init__(self, option: str, path: str, *, keep: bool = False) -> None:
+        self.option, self.path = option, path
+        self.problem = ""
+        self._made = False
+        try:
+            if path == STDOUT:
+                self._fd = os.dup(1)
+                self._regular = False  # whatever else is in that file is not ours to remove
+            else:
+                self._fd = self._open(0 if keep else os.O_TRUNC)
+                self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        except (OSError, ValueError) as e:
+            reason = e.strerror if isinstance(e, OSError) else str(e)
+            raise UsageError(f"{option} {path}: {reason}", "name a file that can be written") from e
+
+    def _open(self, more: int) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        try:
+            fd = os.open(self.path, flags | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return os.open(self.path, flags | more, 0o644)
+        self._made = True
+        return fd
+
+    def write(self, data: bytes) -> None:
+        """Add ``data``, all of it.
+
+        :raises OSError: the disk is full, or the reader has gone; ``problem`` has the reason, too.
+        """
+        try:
+            if self.path == STDOUT and sys.stdout is not None:
+                sys.stdout.flush()  # what was printed before comes first
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as e:
+            self.problem = e.strerror or str(e)
+            raise
+
+    def replace(self, data: bytes) -> None:
+        """Write ``data`` as the file's whole content; a pipe or a terminal gets it as well.
+
+        :raises OSError: as of ``write``.
+        """
+        if self._regular:
+            os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
+        self.write(data)
+
+    def close(self) -> None:
+        """Release the file; remove it if it is new and nothing was written. A second call does
+        nothing.
+        """
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        try:
+            mine = os.fstat(fd)
+            now = os.stat(self.path)  # noqa: PTH116 - pathlib takes longer than all the rest
+            if self._made and not mine.st_size and os.path.samestat(mine, now):
+                os.unlink(self.path)  # noqa: PTH108
+        except OSError:
+            pass  # somebody else has removed it
+        try:
+            os.close(fd)
+        except OSError as e:  # a network file system tells only now
+            self.problem = self.problem or e.strerror or str(e)
+
+
+class Outputs:
+    """The outputs of one command, by option; a context manager.
+
+    :param wanted: option -> path, None if the user does not ask for it.
+    :param keep: as of ``Output``.
+    :raises UsageError: one cannot be opened; the others have been closed.
+    """
+
+    def __init__(self, wanted: Mapping[str, str | None], *, keep: bool = False) -> None:
+        self._all: dict[str, Output] = {}
+        self._told = False
+        try:
+            for option, path in wanted.items():
+                if path is not None:
+                    self._all[option] = Output(option, path, keep=keep)
+        except BaseException:
+            self.close()
+            raise
+
+    def __contains__(self, option: str) -> bool:
+        return option in self._all
+
+    def __getitem__(self, option: str) -> Output:
+        return self._all[option]
+
+    def write(self, option: str, text: str) -> None:
+        """Make ``text`` the content of an output that the user asks for. A failure is kept until
+        ``close``, so that the other outputs are written nevertheless.
+        """
+        try:
+            self._all[option].replace(text.encode(errors="replace"))
+        except OSError:
+            pass  # in ``problem``
+
+    def status(self, status: int) -> int:
+        """Close; the command's exit status, which is no success if something is lost.
+
+        :param status: what it is otherwise.
+        """
+        self.close()
+        lost = any(output.problem for output in self._all.values())
+        return HostError.exit_code if lost and not status else status
+
+    def close(self) -> None:
+        """Close all, and tell what is lost. A second call does nothing."""
+        for output in self._all.values():
+            output.close()
+        if not self._told:
+            self._told = True
+            for output in self._all.values():
+                if output.problem:
+                    lost = f"{output.option} {output.path} is lost: {output.problem}"
+                    print(f"pyvmm: {lost}", file=sys.stderr)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
