@@ -1,7 +1,7 @@
 """KVM from Python: the system, a VM, its vCPUs, interrupt routes and statistics.
 
-Every request number and struct comes from the kernel's headers through cffi; see
-Documentation/virt/kvm/api.rst.
+All request numbers and structs come from the kernel's headers through cffi. The requests are
+described in Documentation/virt/kvm/api.rst.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, KvmForbidden, KvmMissing, KvmUnsuitable
 from pyvmm.fd import Fd
 
-#: What pyvmm cannot do without.
+#: The capabilities without which pyvmm cannot run.
 REQUIRED = (
     "KVM_CAP_IRQCHIP",
     "KVM_CAP_USER_MEMORY",
@@ -26,10 +26,13 @@ REQUIRED = (
 
 
 def ioctl(fd: int, name: str, arg: object = 0) -> int:
-    """One KVM ioctl by its header name.
+    """Make one KVM ioctl.
 
-    :param arg: an integer, or a cffi pointer.
-    :raises HostError: with the request's name and the errno.
+    :param fd: the descriptor of the system, the VM or the vCPU.
+    :param name: the name of the request in the kernel's headers.
+    :param arg: an integer or a cffi pointer.
+    :returns: the ioctl's result, 0 or more.
+    :raises HostError: the ioctl failed. The error has the request's name and the errno's text.
     """
     pointer = ffi.cast("void *", arg) if isinstance(arg, int) else arg
     ret: int = lib.pv_ioctl(fd, getattr(lib, name), pointer)
@@ -39,11 +42,11 @@ def ioctl(fd: int, name: str, arg: object = 0) -> int:
 
 
 class Kvm(Fd):
-    """/dev/kvm, opened and checked.
+    """/dev/kvm, opened and checked. The object owns the descriptor.
 
-    :raises KvmMissing: no such device.
-    :raises KvmForbidden: no permission.
-    :raises KvmUnsuitable: another API version, or a capability of ``REQUIRED`` is missing.
+    :raises KvmMissing: the device does not exist or cannot be opened.
+    :raises KvmForbidden: the user may not open it.
+    :raises KvmUnsuitable: it has another API version, or lacks a capability of ``REQUIRED``.
     """
 
     def __init__(self, path: str = "/dev/kvm") -> None:
@@ -88,11 +91,11 @@ class Kvm(Fd):
             )
 
     def extension(self, name: str) -> int:
-        """KVM_CHECK_EXTENSION for a KVM_CAP_* name; 0 where it is missing."""
+        """KVM_CHECK_EXTENSION for a KVM_CAP_* name; 0 if KVM lacks the capability."""
         return ioctl(self.fileno(), "KVM_CHECK_EXTENSION", getattr(lib, name))
 
     def mmap_size(self) -> int:
-        """Bytes of ``struct kvm_run`` and what follows it."""
+        """The size in bytes of a vCPU's shared area: ``struct kvm_run`` and the pages behind it."""
         return ioctl(self.fileno(), "KVM_GET_VCPU_MMAP_SIZE")
 
     def supported_cpuid(self) -> list[list[int]]:

@@ -1,8 +1,8 @@
-"""What the guest's CPUID says, from what KVM supports.
+"""The guest's CPUID, made from the CPUID that KVM supports.
 
-Leaves: Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E; KVM's own:
-Documentation/virt/kvm/x86/cpuid.rst. All vCPUs are cores of one package, one thread each; APIC id =
-vCPU index.
+The guest sees one package; each vCPU is a core with one thread, and its APIC id is its index. The
+leaves are described in the Intel SDM, volume 2A, CPUID; in the AMD APM, volume 3, appendix E; and,
+for KVM's own leaves, in Documentation/virt/kvm/x86/cpuid.rst.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ SIGNIFICANT_INDEX = 1
 
 
 def shift_for(cpus: int) -> int:
-    """Bits of the APIC id that number ``cpus`` cores."""
+    """How many bits of the APIC id are needed to number ``cpus`` cores."""
     return (cpus - 1).bit_length()
 
 
 def for_vcpu(
     supported: list[list[int]], index: int, cpus: int, tsc_deadline: bool
 ) -> list[list[int]]:
-    """CPUID rows of vCPU ``index`` of ``cpus``: function, index, flags, eax, ebx, ecx, edx."""
+    """The CPUID of vCPU ``index`` of a machine with ``cpus`` vCPUs.
+
+    :param supported: the rows that ``Kvm.supported_cpuid`` returns.
+    :param tsc_deadline: whether the local APIC's timer has the TSC deadline mode.
+    :returns: rows of function, index, flags, eax, ebx, ecx, edx.
+    """
     rows = []
     for function, sub, flags, eax, ebx, ecx, edx in supported:
         if function in (0xB, 0x1F):
@@ -37,7 +42,7 @@ def for_vcpu(
             sharing = cpus - 1 if level >= 3 else 0
             eax = (eax & 0x3FFF) | (cpus - 1) << 26 | sharing << 14
         elif function == 0xA:
-            eax = ebx = ecx = edx = 0  # no PMU: the guest would spend time on it
+            eax = ebx = ecx = edx = 0  # no PMU: setting it up would cost the guest time at boot
         elif function == 0x80000008:
             ecx = (ecx & ~0xF0FF) | (cpus - 1) | shift_for(cpus) << 12
         elif function == 0x8000001D and eax & 31:

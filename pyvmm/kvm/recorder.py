@@ -1,9 +1,10 @@
-"""What a traced machine did, with times: rings in C for vCPUs and workers, and a bounded list of
-control-plane steps.
+"""Records what a traced machine does, with times: event rings in C for vCPUs and workers, and a
+list of control-plane steps.
 
-Nothing here runs for an exit or a packet: C writes the rings (cext/trace.h), and ``exits.trace``
-makes a file of it all when the machine has ended. Memory is bounded: what is older than the latest
-``RING`` events of a track, or ``STEPS`` steps, is dropped and counted.
+This module runs neither per exit nor per packet: C writes the rings (cext/trace.h), and
+``exits.trace`` makes a file of rings and steps when the machine has ended. Memory is bounded: a
+ring keeps its latest ``RING`` events, the list its latest ``STEPS`` steps. Older ones are dropped
+and counted.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Events a ring (56 bytes each), and steps, by default.
+#: How many events a ring holds by default (56 bytes each), and how many steps the list holds.
 RING, STEPS = 1 << 15, 1 << 14
 
 EXIT, KICK, BATCH = lib.PV_TRACE_EXIT, lib.PV_TRACE_KICK, lib.PV_TRACE_BATCH
 
 
 class Event:
-    """One event of a ring: ``struct pv_trace_event``, times in ns."""
+    """One event of a ring: a copy of ``struct pv_trace_event`` (cext/trace.h). Times are in ns."""
 
     __slots__ = (
         "addr",
@@ -47,9 +48,9 @@ class Event:
 
 
 class Recorder:
-    """Owns the rings; whoever writes to one has stopped when it is closed.
+    """Owns the rings and the list of steps.
 
-    :param ring: events a ring, rounded up to a power of two. :raises MemoryError: from ``ring``.
+    :param ring: how many events a ring holds; rounded up to a power of two.
     """
 
     def __init__(self, ring: int = RING) -> None:
@@ -59,8 +60,11 @@ class Recorder:
         self._taken = 0
 
     def ring(self, group: str, name: str) -> Any:
-        """``struct pv_trace *`` of a track, lent; the same one for the same track, whose writers
-        come one after another.
+        """The ring of a track, ``struct pv_trace *``; lent until ``close``.
+
+        The same track gets the same ring again, so its writers must follow one another.
+
+        :raises MemoryError: the host has no memory for a new ring.
         """
         found = self._rings.get((group, name))
         if found is None:
@@ -71,48 +75,52 @@ class Recorder:
         return found
 
     def scope(self, group: str) -> Scope:
-        """The same for one card's tracks."""
+        """The recorder for the tracks of one group, such as a network card."""
         return Scope(self, group)
 
     def step(self, group: str, name: str, begin: int, end: int, args: dict[str, object]) -> None:
-        """A control-plane step, any thread. :param begin, end: CLOCK_MONOTONIC, ns."""
+        """Record a control-plane step. Any thread may call this.
+
+        :param begin: when the step began: CLOCK_MONOTONIC in ns; ``end`` likewise.
+        :param args: further values that the trace shows with the step.
+        """
         self._steps.append((group, name, begin, end, args))
         self._taken += 1
 
     def steps(self) -> tuple[list[tuple[str, str, int, int, dict[str, object]]], int]:
-        """(group, name, begin, end, arguments) in the order of their ends, and how many older ones
-        are lost.
+        """The steps in the order in which they ended, each as (group, name, begin, end, arguments);
+        and the number of older steps that were dropped.
         """
         steps = list(self._steps)
         return steps, max(self._taken - len(steps), 0)
 
     def tracks(self) -> list[tuple[str, str]]:
-        """Group and name of each ring."""
+        """The group and the name of each ring."""
         return list(self._rings)
 
     def events(self, group: str, name: str) -> tuple[list[Event], int]:
-        """The events of a ring, oldest first, and how many older ones are lost. Also while its
-        writer runs.
+        """The events of a ring, oldest first, and the number of older events that were dropped.
+        The ring's writer may run meanwhile.
         """
         t = self._rings[group, name]
         size = t.mask + 1
         end = int(t.next)
         begin = max(end - size, 0)
         events = [Event(t.event[i & t.mask]) for i in range(begin, end)]
-        lost = max(int(t.next) - size, 0)  # what has been overwritten while we read
+        lost = max(int(t.next) - size, 0)  # the writer may have overwritten events while we read
         if lost > begin:
             events, begin = events[lost - begin + 1 :], lost + 1
         return events, begin
 
     def close(self) -> None:
-        """Free the rings; a second call does nothing."""
+        """Free the rings once all their writers have stopped. A second call does nothing."""
         rings, self._rings = self._rings, {}
         for ring in rings.values():
             lib.pv_trace_free(ring)
 
 
 class Scope:
-    """A recorder as one card's parts see it."""
+    """The recorder as the parts of one group see it."""
 
     __slots__ = ("_group", "_recorder")
 
@@ -124,5 +132,8 @@ class Scope:
         return self._recorder.ring(self._group, name)
 
     def step(self, name: str, begin: int, args: dict[str, object]) -> None:
-        """A step that ends now. :param begin: CLOCK_MONOTONIC, ns."""
+        """Record a step that ends now.
+
+        :param begin: when it began: CLOCK_MONOTONIC in ns.
+        """
         self._recorder.step(self._group, name, begin, time.monotonic_ns(), args)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     Value = int | list[int]
 
 
-#: KVM's type and unit -> QEMU's word (qapi/stats.json).
+#: KVM's types and units, with their names in QEMU's schema (qapi/stats.json).
 TYPES = {
     lib.KVM_STATS_TYPE_CUMULATIVE: "cumulative",
     lib.KVM_STATS_TYPE_INSTANT: "instant",
@@ -29,17 +29,17 @@ UNITS = {
 }
 
 
-DATA_MAX = 1 << 16  # bytes of values; a vCPU has some 2000
+DATA_MAX = 1 << 16  # bytes of values that are read at most; a vCPU has about 2000
 
 
 class Stats(Fd):
-    """The statistics of one VM or vCPU; owns the descriptor, which stays readable after the VM is
-    gone (and keeps it in the kernel).
+    """The statistics of one VM or vCPU. The object owns their descriptor. It stays readable after
+    the VM's other descriptors are closed, and keeps the VM in the kernel as long as it is open.
 
-    Made before a vCPU runs: KVM_GET_STATS_FD waits for KVM_RUN to return, reading does not. The
-    table of names is read when it is first needed.
+    Make the object before the vCPU runs: KVM_GET_STATS_FD waits until KVM_RUN returns. Reading the
+    statistics does not wait. The table of names is read when it is first needed.
 
-    :param fd: the VM's or vCPU's descriptor, lent.
+    :param fd: the VM's or vCPU's descriptor; lent for this call.
     :raises HostError: the kernel has no KVM_CAP_BINARY_STATS_FD.
     """
 
@@ -55,8 +55,8 @@ class Stats(Fd):
 
     @property
     def schema(self) -> list[dict[str, object]]:
-        """What each is, in QEMU's schema (StatsSchemaValue): value = number * base ** exponent, in
-        ``unit``.
+        """A description of each statistic, as QEMU's StatsSchemaValue: name, type, ``unit``,
+        ``base`` and ``exponent``. The value in that unit is number * base ** exponent.
         """
         if not self._rows:
             self._read_table()
@@ -78,7 +78,7 @@ class Stats(Fd):
             kind = TYPES.get(desc.flags & lib.KVM_STATS_TYPE_MASK)
             self._rows.append((name, desc.offset, desc.size))
             if kind is None:
-                continue  # newer than QEMU's schema
+                continue  # a type that QEMU's schema does not know yet
             row: dict[str, object] = {"name": name, "type": kind, "exponent": desc.exponent}
             if unit := UNITS.get(desc.flags & lib.KVM_STATS_UNIT_MASK):
                 row["unit"] = unit
@@ -92,8 +92,8 @@ class Stats(Fd):
         self._data_size = max((o + 8 * n for _, o, n in self._rows), default=0)
 
     def raw(self) -> bytes:
-        """The present values, for ``decode``. Quick, also the first time: it does without the
-        table.
+        """The present values as KVM's bytes, for ``decode``. This is quick because it does not need
+        the table of names.
         """
         if not self._data_offset:
             header = ffi.new("struct kvm_stats_header *")
@@ -104,17 +104,21 @@ class Stats(Fd):
         return os.pread(self.fileno(), DATA_MAX, self._data_offset)
 
     def growing(self, data: bytes) -> dict[str, int]:
-        """Of ``raw``, the numbers that only grow: differences of the others mean nothing."""
+        """Decode the bytes of ``raw``, but only the statistics that never shrink: for others, a
+        difference of two values means nothing.
+        """
         names = {row["name"] for row in self.schema if row["type"] == "cumulative"}
         values = self.decode(data)
         return {name: n for name, n in values.items() if name in names and isinstance(n, int)}
 
     def read(self) -> dict[str, Value]:
-        """The present values by KVM's names; histograms are lists."""
+        """The present values by KVM's names. The value of a histogram is a list."""
         return self.decode(self.raw())
 
     def decode(self, data: bytes) -> dict[str, Value]:
-        """``raw`` by KVM's names; once closed, too, if it has been asked before."""
+        """Decode the bytes of ``raw`` into values by KVM's names. After ``close`` this works only
+        if the table of names has been read before.
+        """
         if not self._rows:
             self._read_table()
         out: dict[str, Value] = {}

@@ -29,7 +29,7 @@ MTRR_ENABLE_WB = 1 << 11 | 6
 MSR_MISC_ENABLE = 0x1A0
 FAST_STRINGS = 1
 
-#: What ``Vcpu.run`` returns (enum pv_stop, cext/vcpu.h).
+#: The values that ``Vcpu.run`` returns (enum pv_stop, cext/vcpu.h).
 STOP_ASKED, STOP_PIO, STOP_MMIO = lib.PV_STOP_ASKED, lib.PV_STOP_PIO, lib.PV_STOP_MMIO
 STOP_OTHER, STOP_ERROR = lib.PV_STOP_OTHER, lib.PV_STOP_ERROR
 EXIT_SHUTDOWN = lib.KVM_EXIT_SHUTDOWN
@@ -54,14 +54,19 @@ REASONS = {
 
 
 class ExitRecord:
-    """One line of the exit ledger.
+    """One line of the exit ledger: all exits for one cause.
 
-    :ivar reason: KVM_EXIT_* in lower case without its prefix; ``intr`` covers EINTR, ``error`` any
-        other errno.
-    :ivar addr: port or guest-physical address; suberror or errno for other reasons.
-    :ivar reg: which register of the region (pv_bus_register, cext/bus.h).
-    :ivar count: returns of KVM_RUN. :ivar time: ns spent outside the guest.
-    :ivar units: accesses, more than ``count`` for string instructions.
+    :ivar reason: the name of KVM_EXIT_* in lower case without its prefix. ``intr`` also covers
+        EINTR; ``error`` is any other errno.
+    :ivar addr: the port or guest-physical address that the guest accessed; for other reasons the
+        suberror or the errno.
+    :ivar size: bytes per access.
+    :ivar write: whether the guest wrote.
+    :ivar region: the id of the bus region, 0 for none.
+    :ivar reg: the register of that region (pv_bus_register, cext/bus.h).
+    :ivar count: how often KVM_RUN returned.
+    :ivar time: the time that these exits kept the vCPU outside the guest, in ns.
+    :ivar units: the number of accesses. One exit of a string instruction has several.
     """
 
     __slots__ = ("addr", "count", "reason", "reg", "region", "size", "time", "units", "write")
@@ -83,20 +88,22 @@ class ExitRecord:
 
 
 class Snapshot:
-    """The ledger of one vCPU at a moment, not yet looked at: copying it is all that has to be
-    quick.
+    """A copy of one vCPU's ledger at one moment. Only the copying has to be quick; ``records`` can
+    decode the copy later.
     """
 
     __slots__ = ("_count", "_lines", "_overflow")
 
     def __init__(self, c: Any) -> None:
-        size = c.used + 16  # room for what comes up meanwhile
+        size = c.used + 16  # room for lines that the vCPU adds meanwhile
         self._lines = ffi.new("struct pv_exit_slot[]", size)
         self._count = lib.pv_vcpu_ledger(c, self._lines, size)
         self._overflow = c.overflow, c.overflow_time
 
     def records(self) -> list[ExitRecord]:
-        """The lines. What found no free one is in one record with reason ``overflow``."""
+        """The lines of the ledger. One record with the reason ``overflow`` sums up the exits that
+        found the ledger full.
+        """
         out = []
         for s in self._lines[0 : self._count]:
             reason = REASONS.get(s.reason, f"reason-{s.reason}")
@@ -112,20 +119,25 @@ class Snapshot:
 
 
 class Vcpu:
-    """vCPU ``index`` of ``vm``; owns its descriptor and C state. ``run`` is called by one thread at
-    a time.
+    """One vCPU. The object owns its descriptor and its state in C. One thread at a time may call
+    ``run``.
 
-    :param bus: lent; decides which exits Python sees.
+    :param vm: lent.
+    :param index: the vCPU's number, 0 to ``cpus`` - 1.
+    :param cpus: how many vCPUs the machine has.
+    :param bus: lent. It decides which exits C answers and which come to Python.
+    :raises HostError: KVM cannot create the vCPU.
+    :ivar thread_id: the system's id of the thread that runs the vCPU; 0 until it runs.
     """
 
     def __init__(self, vm: Vm, index: int, cpus: int, bus: Bus) -> None:
         self.index = index
-        self.thread_id = 0  # of the system's thread that runs it
+        self.thread_id = 0
         self._vm = vm
         self._cpus = cpus
-        if lib.pv_vcpu_init():  # once would do, and harms no more often
+        if lib.pv_vcpu_init():  # one call per process would do; further calls do no harm
             raise HostError("cannot install the vCPU signal handler")
-        #: KVM's statistics of it; None where the kernel has none.
+        #: KVM's statistics of this vCPU; None if the kernel has none.
         self.stats: Stats | None = None
         self._fd = self._create()
         self.c = lib.pv_vcpu_new(self._fd.fileno(), vm.kvm.mmap_size(), bus.c)
@@ -163,8 +175,7 @@ class Vcpu:
                 msrs = ffi.new("struct kvm_msrs *", {"entries": 1})
                 msrs.nmsrs = 1
                 msrs.entries[0].index, msrs.entries[0].data = msr, value
-                # KVM_SET_MSRS says how many it set; a KVM without one of these is still good
-                # enough.
+                # The result is ignored: a KVM that lacks one of these MSRs is good enough.
                 lib.pv_ioctl(fd.fileno(), lib.KVM_SET_MSRS, msrs)
             self.stats = Stats(fd.fileno()) if kvm.extension("KVM_CAP_BINARY_STATS_FD") else None
         except BaseException:
@@ -182,19 +193,22 @@ class Vcpu:
         return self._fd.fileno()
 
     def detach(self) -> None:
-        """Close the KVM vCPU but keep the ledger (before ``Vm.recreate``)."""
+        """Close the KVM vCPU and keep the ledger. Call this before ``Vm.recreate``."""
         lib.pv_vcpu_attach(self.c, -1, 0)
         self._close_fds()
 
     def reattach(self) -> None:
-        """A fresh KVM vCPU in the recreated VM, at its reset state."""
+        """Create a new KVM vCPU, in its reset state, in the recreated VM.
+
+        :raises HostError: KVM cannot create it.
+        """
         self._fd = self._create()
         error = lib.pv_vcpu_attach(self.c, self._fd.fileno(), self._vm.kvm.mmap_size())
         if error:
             raise HostError(f"cannot map the vCPU's run area: {os.strerror(-error)}")
 
     def close(self) -> None:
-        """Release; the owning thread has left ``run``. A second call does nothing."""
+        """Release the vCPU once its thread has left ``run``. A second call does nothing."""
         if self.c != ffi.NULL:
             lib.pv_vcpu_free(self.c)
             self.c = ffi.NULL
@@ -203,8 +217,8 @@ class Vcpu:
     # --- start state ------------------------------------------------------------------------------
 
     def set_boot_state(self, boot: BootState) -> None:
-        """Put the vCPU where the boot loader says it starts (only the boot CPU; the others wait for
-        SIPI).
+        """Set the registers with which the boot loader wants the vCPU to start. This is for the
+        boot CPU only; the others wait for a start-up interrupt (SIPI).
         """
         sregs = ffi.new("struct kvm_sregs *")
         ioctl(self.fileno(), "KVM_GET_SREGS", sregs)
@@ -216,7 +230,7 @@ class Vcpu:
                 sregs.cr3, sregs.cr4 = boot.cr3, CR4_PAE
                 sregs.cr0 |= CR0_PG
                 sregs.efer = EFER_LME | EFER_LMA
-        else:  # segments are 0 at reset, but for CS, which makes the reset vector
+        else:  # at reset all segments are 0 except CS, whose base makes the reset vector
             sregs.cs.base = sregs.cs.selector = 0
         ioctl(self.fileno(), "KVM_SET_SREGS", sregs)
         regs = ffi.new("struct kvm_regs *")
@@ -227,8 +241,8 @@ class Vcpu:
 
     @staticmethod
     def _protected(sregs: object, *, long_mode: bool) -> None:
-        """Flat segments: CS 0x10, the others 0x18 (x86 boot protocol, "64-bit boot protocol"; PVH
-        start state).
+        """Set flat segments: CS is 0x10, the others are 0x18 (the 64-bit boot protocol in
+        Documentation/arch/x86/boot.rst; PVH's start state is compatible).
         """
         for name in ("cs", "ds", "es", "fs", "gs", "ss"):
             seg = getattr(sregs, name)
@@ -245,23 +259,25 @@ class Vcpu:
     # --- running ----------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Run the guest until Python is needed; returns STOP_*."""
+        """Run the guest until Python is needed; returns one of STOP_*."""
         stop: int = lib.pv_vcpu_run(self.c)
         return stop
 
     def kick(self) -> None:
-        """From any thread: make ``run`` return STOP_ASKED soon."""
+        """Make ``run`` return STOP_ASKED soon. Any thread may call this."""
         if self.c != ffi.NULL:
             lib.pv_vcpu_kick(self.c)
 
     def rested(self) -> None:
-        """The thread that runs us was held up on purpose (a paused machine): not the latest exit's
-        time. By that thread.
+        """Do not count the time since the latest exit as that exit's time: the machine was paused
+        meanwhile. The thread that runs the vCPU calls this when the machine continues.
         """
         self.c.last_exit = time.monotonic_ns()
 
     def registers(self) -> dict[str, int]:
-        """The general registers and the main control registers; for messages."""
+        """The general registers and the main control registers by name, for messages. Call this
+        from the vCPU's thread or while the vCPU does not run: KVM waits for KVM_RUN to return.
+        """
         regs = ffi.new("struct kvm_regs *")
         sregs = ffi.new("struct kvm_sregs *")
         ioctl(self.fileno(), "KVM_GET_REGS", regs)
@@ -291,8 +307,8 @@ class Vcpu:
         return out
 
     def state(self) -> State:
-        """NOT_STARTED, ALIVE, HALTED_OFF or RUNS_OFF, as it is now; from its thread, or while it
-        does not run.
+        """The present state: NOT_STARTED, ALIVE, HALTED_OFF or RUNS_OFF. Call this from the vCPU's
+        thread or while the vCPU does not run.
         """
         mp = ffi.new("struct kvm_mp_state *")
         ioctl(self.fileno(), "KVM_GET_MP_STATE", mp)
@@ -310,26 +326,28 @@ class Vcpu:
 
     @property
     def runs(self) -> int:
-        """Returns of KVM_RUN so far."""
+        """How often KVM_RUN has returned so far."""
         n: int = self.c.runs
         return n
 
     def ledger(self) -> list[ExitRecord]:
-        """The exit ledger now; exact once ``run`` has returned, else each line within one exit."""
+        """The exit ledger at this moment. It is exact once ``run`` has returned; while the vCPU
+        runs, each line may lack its latest exit.
+        """
         return self.snapshot().records()
 
     def snapshot(self) -> Snapshot:
-        """The same, to be read later. Any thread."""
+        """Copy the ledger, to decode it later. Any thread may call this."""
         return Snapshot(self.c)
 
     def settle(self) -> None:
-        """``run`` will not be called again before long: the time of the latest exit ends here. By
-        its thread.
+        """End the time of the latest exit here, because ``run`` will not be called again soon. The
+        thread that runs the vCPU calls this.
         """
         lib.pv_vcpu_settle(self.c)
 
     def trace(self, ring: Any) -> None:
-        """Have every exit written to ``ring`` (``struct pv_trace *``, lent); before the first
+        """Write every exit to ``ring`` (``struct pv_trace *``, lent). Call this before the first
         ``run``.
         """
         self.c.trace = ring
@@ -339,7 +357,7 @@ _cpuid_cache: list[list[int]] | None = None
 
 
 def supported_cpuid(kvm: object) -> list[list[int]]:
-    """KVM's supported CPUID, asked once a process."""
+    """The CPUID that KVM supports (``Kvm.supported_cpuid``). KVM is asked once per process."""
     global _cpuid_cache
     if _cpuid_cache is None:
         _cpuid_cache = kvm.supported_cpuid()  # type: ignore[attr-defined]

@@ -20,12 +20,14 @@ IOAPIC_PINS = 24
 
 
 class Vm:
-    """A KVM VM with in-kernel interrupt chips and PIT; owns its descriptor.
+    """A KVM VM with the kernel's interrupt chips and PIT. The object owns the VM's descriptor.
 
-    ``c_fd`` is an ``int *`` to the descriptor that C devices raise interrupts through: a machine
-    reset replaces the VM (``recreate``), and everything that borrowed the pointer goes on.
-
-    :param kvm: lent. :param memory: lent; its regions become memory slots 0, 1, ...
+    :param kvm: lent.
+    :param memory: lent. Its regions become the memory slots 0, 1, ...
+    :raises HostError: KVM cannot create the VM.
+    :ivar c_fd: ``int *`` to the descriptor, for devices in C that raise interrupts. A machine reset
+        replaces the VM (``recreate``); whoever borrowed the pointer then uses the new VM.
+    :ivar any_length: whether an ioeventfd can match writes of any length.
     """
 
     def __init__(self, kvm: Kvm, memory: GuestMemory) -> None:
@@ -53,9 +55,8 @@ class Vm:
             ioctl(fd.fileno(), "KVM_SET_IDENTITY_MAP_ADDR", identity)
             ioctl(fd.fileno(), "KVM_CREATE_IRQCHIP")
             pit = ffi.new("struct kvm_pit_config *")
-            pit.flags = (
-                lib.KVM_PIT_SPEAKER_DUMMY
-            )  # port 0x61 in the kernel, too: Linux calibrates through it
+            # KVM answers port 0x61, too, through which Linux calibrates the TSC.
+            pit.flags = lib.KVM_PIT_SPEAKER_DUMMY
             ioctl(fd.fileno(), "KVM_CREATE_PIT2", pit)
         except BaseException:
             fd.close()
@@ -69,17 +70,21 @@ class Vm:
         return self._fd.fileno()
 
     def recreate(self) -> None:
-        """Replace the VM by a fresh one with the same memory: what a machine reset needs.
+        """Replace the VM by a new one with the same memory, for a machine reset.
 
-        The caller has stopped and detached all vCPUs, and taken back every irqfd, ioeventfd and MSI
+        The caller has stopped and detached all vCPUs, and removed every irqfd, ioeventfd and MSI
         route.
+
+        :raises HostError: KVM cannot create the VM.
         """
         self.close()
         self._msi.clear()
         self._create()
 
     def close(self) -> None:
-        """Destroy the VM once its vCPUs are closed, too. A second call does nothing."""
+        """Close the VM. KVM destroys it when its vCPUs are closed, too. A second call does
+        nothing.
+        """
         self.c_fd[0] = -1
         self._fd.close()
 
@@ -91,8 +96,8 @@ class Vm:
             routes.append((pin, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_PIC_MASTER, pin, 0))
             routes.append((pin + 8, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_PIC_SLAVE, pin, 0))
         for pin in range(IOAPIC_PINS):
-            # The timer is wired to pin 2, as on every PC since the IO-APIC; pin 2's own line is the
-            # PIC cascade.
+            # As on every PC with an IO-APIC, the timer (line 0) is wired to pin 2. Line 2 is the
+            # cascade of the PICs and has no pin.
             if pin != 2:
                 target = 2 if pin == 0 else pin
                 routes.append((pin, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_IOAPIC, target, 0))
@@ -113,22 +118,25 @@ class Vm:
             self.recorder.step(name, begin, args)
 
     def alloc_gsi(self) -> int:
-        """A GSI for an MSI route; give it back by ``free_gsi``."""
+        """Take a free GSI for an MSI route. Give it back by ``free_gsi``."""
         if self._free_gsis:
             return self._free_gsis.pop()
         self._next_gsi += 1
         return self._next_gsi - 1
 
     def free_gsi(self, gsi: int) -> None:
-        """Return a GSI whose irqfds are gone; its route goes with it."""
+        """Give back a GSI, whose irqfds have been removed, and remove its route.
+
+        :raises HostError: KVM does not take the new routes.
+        """
         if self._msi.pop(gsi, None) is not None:
             self._commit_routes()
         self._free_gsis.append(gsi)
 
     def set_msi_route(self, gsi: int, address: int, data: int) -> None:
-        """Route ``gsi`` to an MSI message (address and data as in the MSI-X table).
+        """Route ``gsi`` to an MSI message. Address and data are those of the MSI-X table.
 
-        :raises HostError: KVM does not take it; the routes are as they were.
+        :raises HostError: KVM does not take the route; the routes are as before.
         """
         old = self._msi.get(gsi)
         if old == (address, data):
@@ -141,7 +149,8 @@ class Vm:
                 "KVM_SET_GSI_ROUTING", begin, {"gsi": gsi, "address": address, "data": data}
             )
         except HostError:
-            # Or every later change would fail for it, other devices' too.
+            # Forget the bad route: every later change would fail because of it, also for other
+            # devices.
             if old is None:
                 del self._msi[gsi]
             else:
@@ -149,8 +158,10 @@ class Vm:
             raise
 
     def irqfd(self, event: EventFd, gsi: int, *, assign: bool = True) -> None:
-        """Make ``event`` raise ``gsi`` without userspace, or stop it. A counter that is not 0 fires
-        at once.
+        """Let KVM raise ``gsi`` whenever ``event`` is signalled, or, without ``assign``, stop that.
+        If the eventfd's counter is not 0, KVM raises ``gsi`` at once.
+
+        :raises HostError: KVM refuses.
         """
         arg = ffi.new("struct kvm_irqfd *")
         arg.fd, arg.gsi = event.fileno(), gsi
@@ -160,7 +171,10 @@ class Vm:
         self._record("KVM_IRQFD", begin, {"eventfd": event.fileno(), "gsi": gsi, "assign": assign})
 
     def irq_line(self, gsi: int, level: int) -> None:
-        """Set interrupt line ``gsi`` to 0 or 1."""
+        """Set interrupt line ``gsi`` to ``level``, 0 or 1.
+
+        :raises HostError: the interrupt chips have no such line.
+        """
         arg = ffi.new("struct kvm_irq_level *")
         arg.irq, arg.level = gsi, level
         ioctl(self.fileno(), "KVM_IRQ_LINE", arg)
@@ -170,10 +184,13 @@ class Vm:
     def ioeventfd(
         self, event: EventFd, addr: int, *, pio: bool, assign: bool = True, length: int = 2
     ) -> None:
-        """Let writes to ``addr`` add 1 to ``event`` without an exit to userspace, or stop it.
+        """Let KVM signal ``event`` for each write to ``addr``, without an exit to userspace; or,
+        without ``assign``, stop that.
 
-        Matches any access length where the kernel can (KVM_CAP_IOEVENTFD_ANY_LENGTH), else
-        ``length`` bytes.
+        :param pio: whether ``addr`` is a port and not a guest-physical address.
+        :param length: the length of the writes in bytes. It is ignored if the kernel can match
+            writes of any length (KVM_CAP_IOEVENTFD_ANY_LENGTH).
+        :raises HostError: KVM does not take the ioeventfd.
         """
         arg = ffi.new("struct kvm_ioeventfd *")
         arg.addr, arg.fd = addr, event.fileno()
@@ -192,4 +209,4 @@ class Vm:
         except HostError:
             if assign:
                 raise
-            # Taking one back can only fail because it is gone, with its VM.
+            # Removing an ioeventfd fails only if it is gone already, together with its VM.
