@@ -294,7 +294,7 @@ class Machine:
 
     def _add_net(self, index: int, net: Net) -> None:
         from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
-        from pyvmm.virtio.pci import VirtioPci
+        from pyvmm.virtio.pci.transport import VirtioPci
 
         host, guest = net.host, net.guest
         if net.tap is None:

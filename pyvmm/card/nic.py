@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyvmm.datapath.base import DataPath
     from pyvmm.exits.ledger import Ledger
     from pyvmm.virtio.net import NetDevice
-    from pyvmm.virtio.pci import VirtioPci
+    from pyvmm.virtio.pci.transport import VirtioPci
 
 KEPT_SWITCHES = 64
 #: Seconds that a vhost-user back-end has to be there when it is switched to.

@@ -33,7 +33,7 @@ from pyvmm.spec.pci import PCI_MSIX_FLAGS_ENABLE as ENABLE
 from pyvmm.spec.platform import PCI_MMIO_BASE
 from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
 from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
-from pyvmm.virtio.pci import NOTIFY, VirtioPci
+from pyvmm.virtio.pci.transport import NOTIFY, VirtioPci
 from tests.driver import Cable, wait_for
 from tests.pci_guest import Board, NetGuest, frame
 

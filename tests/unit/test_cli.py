@@ -195,7 +195,7 @@ def test_a_run_loads_nothing_heavy():
     modules = loaded(
         "import pyvmm.machine, pyvmm.netopt, pyvmm.cli.run, pyvmm.cli.support.terminal, pyvmm.devices.console\n"
         "import pyvmm.control.server, pyvmm.control.commands, pyvmm.control.registry\n"
-        "import pyvmm.virtio.net, pyvmm.virtio.pci, pyvmm.datapath.emulated, pyvmm.hostnet.netns, pyvmm.hostnet.tap"
+        "import pyvmm.virtio.net, pyvmm.virtio.pci.transport, pyvmm.datapath.emulated, pyvmm.hostnet.netns, pyvmm.hostnet.tap"
     )
     assert "pyvmm._ext" in modules
     assert not modules & HEAVY

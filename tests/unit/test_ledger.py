@@ -15,7 +15,7 @@ from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.pci import PciFunction
 from pyvmm.spec import virtio_net
 from pyvmm.virtio.net import NetDevice
-from pyvmm.virtio.pci import VirtioPci
+from pyvmm.virtio.pci.transport import VirtioPci
 from tests.driver import Cable
 from tests.pci_guest import Board
 

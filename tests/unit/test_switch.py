@@ -36,7 +36,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_OK,
 )
 from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
-from pyvmm.virtio.pci import VirtioPci
+from pyvmm.virtio.pci.transport import VirtioPci
 from tests.driver import Cable, bits, wait_for
 from tests.pci_guest import Board, NetGuest, frame
 

@@ -26,7 +26,7 @@ from pyvmm.spec.virtio import (
     VIRTIO_MSI_NO_VECTOR,
 )
 from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
-from pyvmm.virtio.pci import BAR_SIZE, NOTIFY, VirtioPci
+from pyvmm.virtio.pci.transport import BAR_SIZE, NOTIFY, VirtioPci
 from tests.driver import Cable, Ring, bits, wait_for
 from tests.pci_guest import (
     ACK,
