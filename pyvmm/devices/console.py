@@ -1,9 +1,10 @@
 """Streams between guest and user: the serial console, and the byte streams of the guest port.
 
-A reader thread takes what the guest wrote from its pipe, keeps the last of it, and hands it to
-sinks. A sink that fails (closed terminal, full disk) is dropped and the guest goes on. A sink that
-is slow slows down the vCPU that writes, as a full pipe does any process, and loses nothing; only
-one that takes nothing at all for minutes is given up. The end of the machine waits for none of it.
+The guest's output goes into a pipe. A reader thread takes it from there, keeps the latest part and
+hands all of it to sinks. A sink that fails (a closed terminal, a full disk) is dropped, and the
+guest goes on. A slow sink loses nothing: when the pipe is full, the vCPU that writes waits, as any
+process waits that writes to a full pipe. Only a sink that takes nothing at all for minutes is given
+up. The end of the machine never waits for a sink without limit.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ if TYPE_CHECKING:
 
 PIPE_SIZE = 1 << 16
 READ_SIZE = 1 << 14
-PATIENCE = 300.0  # seconds that a sink waits for somebody who reads nothing at all
-KEEP = 1 << 20  # bytes of output kept for expect() and for messages
+PATIENCE = 300.0  # seconds that a sink waits while its reader reads nothing at all
+KEEP = 1 << 20  # bytes of output that are kept for expect() and for messages
 
 
 class Stream:
-    """Bytes that the guest writes; owns the pipe and its reader thread.
+    """Bytes that the guest writes. The object owns the pipe and its reader thread.
 
-    :ivar text: the last ``KEEP`` bytes, with ``dropped_text`` bytes before them gone.
-    :ivar lost_sinks: what the sinks raised that were dropped for it.
+    :param name: names the thread and the stream in messages.
+    :ivar text: the latest output, about ``KEEP`` bytes; ``dropped_text`` counts the bytes before it
+        that were dropped.
+    :ivar lost_sinks: the exceptions for which sinks were dropped.
     """
 
     def __init__(self, name: str) -> None:
@@ -46,28 +49,28 @@ class Stream:
         self.text = bytearray()
         self.dropped_text = 0
         self.lost_sinks: list[Exception] = []
-        self._dropped = 0  # the pipe's count once it is gone
+        self._dropped = 0  # the pipe's count, kept when the pipe is freed
         self._sinks: list[Callable[[bytes], None]] = []
         self._changed = threading.Condition()
         self._ended = False
         self._thread = Thread(target=self._read, name=name, daemon=True)
 
     def plug(self, bus: Bus, port: int, name: str) -> None:
-        """Let the guest write at ``port``, bytes or strings of them."""
+        """Let the guest write to ``port``, single bytes or strings (``rep outsb``)."""
         bus.add(PIO, port, 1, name, kind=lib.PV_REGION_STREAM, opaque=self.pipe)
 
     def start(self) -> None:
-        """Start reading."""
+        """Start the reader thread."""
         self._thread.start()
 
     def add_sink(self, sink: Callable[[bytes], None]) -> None:
-        """Call ``sink`` with every piece from now on, in the reader's thread; one that raises is
-        dropped.
+        """Call ``sink`` with every piece of output from now on, in the reader thread. A sink that
+        raises an exception is dropped.
         """
         self._sinks.append(sink)
 
     def _read(self) -> None:
-        pipe = self.pipe  # lives as long as this thread, whatever close() does to the attribute
+        pipe = self.pipe  # close() clears the attribute, but frees the pipe only after this thread
         buf = ffi.new("uint8_t[]", READ_SIZE)
         while True:
             n = lib.pv_pipe_read(pipe, buf, READ_SIZE, -1)
@@ -92,19 +95,21 @@ class Stream:
             self._changed.notify_all()
 
     def put(self, data: bytes) -> None:
-        """Bytes that the guest wrote and that did not come through the pipe's own port.
+        """Add bytes that the guest wrote by another way than the stream's own port.
 
-        Waits for room as long as the reader takes; hold no lock that others need.
+        This waits until the pipe has room, so the caller must hold no lock that others need.
         """
         lib.pv_pipe_write(self.pipe, data, len(data), -1)
 
     def expect(
         self, pattern: str | bytes | re.Pattern[bytes], timeout: float = 30.0
     ) -> re.Match[bytes]:
-        """Wait until the output kept so far matches ``pattern`` (a regular expression); returns the
-        match.
+        """Wait until the output in ``text`` matches ``pattern``, a regular expression.
 
-        :param timeout: seconds. :raises TimeoutError: with the end of the output.
+        :param timeout: seconds.
+        :returns: the match.
+        :raises TimeoutError: no match came in time, or the output has ended. The error has the end
+            of the output.
         """
         import re
         import time
@@ -127,14 +132,15 @@ class Stream:
                 self._changed.wait(left)
 
     def release(self, hurry: bool = True) -> None:
-        """The machine is to end or to start over: no vCPU waits for room any longer, what does not
-        fit is dropped and counted. ``False`` undoes it."""
+        """Let no vCPU wait for room in the pipe any longer, because the machine ends or is reset.
+        Output that does not fit is dropped and counted. ``hurry=False`` undoes this.
+        """
         if self.pipe != ffi.NULL:
             lib.pv_pipe_hurry(self.pipe, hurry)
 
     def hurry(self) -> None:
-        """All is to end now: neither guest nor reader waits any longer for who does not take the
-        output.
+        """End soon: neither the vCPUs nor the reader thread wait any longer for somebody who does
+        not take the output.
         """
         self.release()
         for sink in list(self._sinks):
@@ -142,7 +148,9 @@ class Stream:
                 sink.patience = min(sink.patience, 0.2)
 
     def finish(self, timeout: float = 1.0) -> None:
-        """No more will come: let the reader take what is there, for at most ``timeout`` seconds."""
+        """Say that the guest writes no more, and wait at most ``timeout`` seconds for the reader
+        thread to take the rest.
+        """
         if self.pipe == ffi.NULL:
             return
         lib.pv_pipe_close(self.pipe)
@@ -150,32 +158,33 @@ class Stream:
             self._thread.join(timeout)
 
     def drain(self, timeout: float | None = None) -> None:
-        """After the end: wait until the sinks have taken all, as long as they have patience, at
-        most ``timeout`` seconds; then hurry."""
+        """After ``finish``, wait until the sinks have taken all output or have lost patience, at
+        most ``timeout`` seconds; then ``hurry``.
+        """
         if self._thread.is_alive():
             self._thread.join(timeout)
             self.hurry()
 
     @property
     def dropped(self) -> int:
-        """Bytes that the guest wrote and no reader took in time."""
+        """How many bytes the guest wrote that no reader took in time."""
         return self._dropped if self.pipe == ffi.NULL else int(lib.pv_pipe_dropped(self.pipe))
 
     def close(self) -> None:
-        """Release; no vCPU runs any more. A second call does nothing."""
+        """Release the stream once no vCPU runs any more. A second call does nothing."""
         if self.pipe == ffi.NULL:
             return
         self.finish(0.1)
         self._dropped = self.dropped
         pipe, self.pipe = self.pipe, ffi.NULL
         if not self._thread.is_alive():
-            self._free(pipe)  # a reader stuck in a sink keeps it: better a leak than a crash
+            self._free(pipe)  # a thread that hangs in a sink keeps the pipe: a leak beats a crash
 
     def _free(self, pipe: Any) -> None:
         lib.pv_pipe_free(pipe)
 
 
-#: PC16550D data sheet, table II.
+#: The names of the UART's registers in the PC16550D data sheet, table II.
 UART_REGISTERS = Registers(
     {
         0: ("RBR", "THR"),
@@ -193,7 +202,11 @@ UART_REGISTERS = Registers(
 
 
 class Console(Stream):
-    """A serial console: a stream from the guest and a keyboard to it."""
+    """A serial console (a 16550A): a stream from the guest and a keyboard to the guest.
+
+    :param vm: lent.
+    :param gsi: the port's interrupt line.
+    """
 
     def __init__(self, name: str, vm: Vm, gsi: int) -> None:
         super().__init__(name)
@@ -208,10 +221,11 @@ class Console(Stream):
         region.names = UART_REGISTERS
 
     def feed(self, data: bytes) -> int:
-        """Type as much of ``data`` at the guest as its receive queue takes now; returns how many
-        bytes.
+        """Type as much of ``data`` as fits into the port's receive queue now.
+
+        :returns: the number of bytes taken; 0 once the port is closed.
         """
-        with self._changed:  # against close()
+        with self._changed:  # close() may free the port in another thread
             return (
                 0
                 if self.serial == ffi.NULL
@@ -219,10 +233,10 @@ class Console(Stream):
             )
 
     def send(self, data: str | bytes, timeout: float = 10.0) -> None:
-        """Type ``data`` at the guest, in pieces as it reads them.
+        """Type ``data``, piece by piece, as the guest reads it.
 
-        :param timeout: seconds without progress. :raises TimeoutError: the guest does not read, or
-            has ended.
+        :param timeout: seconds to wait without any progress.
+        :raises TimeoutError: the guest does not read, or has ended.
         """
         import time
 
@@ -239,25 +253,29 @@ class Console(Stream):
                 time.sleep(0.01)
 
     def reset(self) -> None:
-        """The registers after a machine reset."""
+        """Set the port's registers to their values after a machine reset."""
         lib.pv_serial_reset(self.serial)
 
     def _free(self, pipe: Any) -> None:
         with self._changed:
             serial, self.serial = self.serial, ffi.NULL
-        lib.pv_serial_free(serial)  # first: it takes its hook off the pipe
+        lib.pv_serial_free(serial)  # before the pipe, because the port removes its hook from it
         super()._free(pipe)
 
 
 class FdSink:
-    """Writes to a descriptor (lent) that may be slow: waits up to ``patience`` seconds for any room
-    (the guest waits, too, once the pipe is full), then drops and counts until there is room again.
+    """A sink that writes to a descriptor, which may be slow.
 
-    :ivar patience: may be lowered by any thread while a write waits.
-    :raises OSError: from the call, when the other end is gone for good.
+    It waits up to ``patience`` seconds for room; meanwhile the pipe fills and the guest waits, too.
+    After that, it drops and counts the output until the descriptor has room again. A call raises
+    OSError if the descriptor's other end is gone for good.
+
+    :param fd: lent.
+    :ivar patience: in seconds; any thread may lower it while a write waits.
+    :ivar dropped: the number of bytes dropped.
     """
 
-    SLICE = 0.05  # seconds between looks at ``patience``
+    SLICE = 0.05  # seconds after which a waiting write looks at ``patience`` again
 
     def __init__(self, fd: int, patience: float = PATIENCE) -> None:
         self._fd = fd
@@ -268,7 +286,7 @@ class FdSink:
         self._poll.register(fd, select.POLLOUT)
 
     def _wait(self) -> bool:
-        """Whether there is room, at the latest after the time that patience lasts."""
+        """Wait for room, at most as long as patience lasts; returns whether there is any."""
         if self._poll.poll(0):
             return True
         waited = 0.0
@@ -286,8 +304,7 @@ class FdSink:
                 self.dropped += len(view)
                 return
             try:
-                # PIPE_BUF at most: a blocking pipe that is writable takes that much without
-                # blocking.
+                # A blocking pipe that is writable takes PIPE_BUF bytes without blocking.
                 view = view[os.write(self._fd, view[:4096]) :]
             except BlockingIOError:
                 continue

@@ -1,5 +1,6 @@
-"""QEMU's firmware configuration device, read-only: what test kernels ask about the machine they are
-on.
+"""QEMU's firmware configuration device, read-only. Test kernels ask it about their machine.
+
+The source is docs/specs/fw_cfg.rst in QEMU.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
 
     from pyvmm.memory import GuestMemory
 
-DMA_MAX = 1 << 20  # bytes a transfer: no item is as long, and the guest waits in the meantime
+DMA_MAX = 1 << 20  # bytes per transfer: no item is as long, and the vCPU waits for the transfer
 
 
 class FwCfg:
-    """Selector, data port and DMA register at 0x510.
+    """The selector at port 0x510, the data port at 0x511 and the DMA register at 0x514.
 
-    :param files: name (at most 55 bytes) -> content, besides ``etc/e820``.
+    :param memory: lent; DMA reads and writes it.
+    :param cpus: the number of vCPUs, an item of the device.
+    :param files: names (at most 55 bytes) and contents of files besides ``etc/e820``.
     """
 
     def __init__(
@@ -50,27 +53,27 @@ class FwCfg:
         bus.add(PIO, pf.PORT_FW_CFG_DMA, 8, "fw-cfg-dma", Dma(self))
 
     def select(self, key: int) -> None:
-        """Start reading item ``key`` from its beginning; an unknown one is empty."""
+        """Start to read item ``key`` from its beginning. An unknown item is empty."""
         self._item, self._at = self._items.get(key, b""), 0
 
     def take(self, count: int) -> bytes:
-        """The next ``count`` bytes; zeroes beyond the end."""
+        """The next ``count`` bytes of the selected item, with zeroes beyond its end."""
         data = self._item[self._at : self._at + count]
         self._at = min(self._at + count, len(self._item))
         return data.ljust(count, b"\0")
 
     def read(self, offset: int, size: int) -> int:
-        """The next byte of the item at 0x511."""
+        """Port 0x511 reads as the next byte of the selected item, any other access as zero."""
         return self.take(1)[0] if offset == 1 and size == 1 else 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """The selector at 0x510; data cannot be written."""
+        """A 16-bit write to port 0x510 selects an item. The guest cannot write data."""
         if offset == 0 and size == 2:
             self.select(value)
 
     def transfer(self, at: int) -> None:
-        """Do what the access structure at guest-physical ``at`` asks for, and write back 0 or an
-        error.
+        """Do the transfer that the access structure at the guest-physical address ``at`` describes,
+        and write 0 or an error into its control field.
         """
         try:
             control, length, address = struct.unpack(
@@ -92,23 +95,27 @@ class FwCfg:
                 self._at = min(self._at + length, len(self._item))
             self._memory.write(at, struct.pack(">I", error))
         except IndexError:
-            pass  # the structure itself is not in RAM: there is nowhere to complain
+            pass  # the structure itself is not in RAM, so the error cannot be reported
 
 
 class Dma:
-    """The address register at 0x514, big-endian; its lower half starts the transfer."""
+    """The DMA address register at port 0x514. It is big-endian; a write of its lower half starts
+    the transfer.
+    """
 
     def __init__(self, fw_cfg: FwCfg) -> None:
         self._fw_cfg = fw_cfg
         self._high = 0
 
     def read(self, offset: int, size: int) -> int:
-        """``QEMU CFG``."""
+        """The register reads as the signature ``QEMU CFG``."""
         raw = spec.DMA_SIGNATURE.to_bytes(8, "big")
         return int.from_bytes(raw[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Either half, 32 bits each; other widths are ignored."""
+        """Write the upper half (offset 0) or the lower half (offset 4), 32 bits each. Any other
+        access is ignored.
+        """
         if size != 4:
             return
         half = int.from_bytes(value.to_bytes(4, "little"), "big")

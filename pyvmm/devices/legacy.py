@@ -1,4 +1,4 @@
-"""Clock, reset, power and panic: the board's devices that are too small for a file each."""
+"""Clock, power, reset and panic: devices of the board that are too small for files of their own."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Rtc:
-    """MC146818 clock and CMOS RAM, as much as Linux reads at boot: UTC in BCD, no alarms, never
-    busy.
+    """The parts of an MC146818 clock with CMOS RAM that Linux reads at boot: the time, UTC in BCD.
+    There are no alarms, and the clock is never busy.
 
-    Answering with all ones instead would stall Linux' rtc_cmos for 10 s waiting for "update in
+    Without the device, Linux' rtc_cmos would read all ones and wait 10 s for the bit "update in
     progress" to clear.
     """
 
-    REG_A = 0x26  # 32.768 kHz, 1024 Hz rate, UIP 0
+    REG_A = 0x26  # 32.768 kHz, rate 1024 Hz, no update in progress
     REG_B = 0x02  # BCD, 24 hours
     REG_D = 0x80  # battery good
 
@@ -39,7 +39,7 @@ class Rtc:
         bus.add(PIO, PORT_RTC, 2, "rtc", self).names = Registers({0: "index", 1: "data"})
 
     def read(self, offset: int, size: int) -> int:
-        """Port 0x70 reads as ones; 0x71 is the register selected."""
+        """Port 0x70 reads as all ones, port 0x71 as the selected register."""
         if offset == 0:
             return 0xFF
         now = time.gmtime()
@@ -60,7 +60,9 @@ class Rtc:
         return fixed.get(self._index, self._ram[self._index])
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """0x70 selects (bit 7 masks NMI), 0x71 stores into CMOS RAM; the clock cannot be set."""
+        """Port 0x70 selects a register (bit 7, which masks NMIs, is ignored); port 0x71 stores into
+        CMOS RAM. The guest cannot set the clock.
+        """
         if offset == 0:
             self._index = value & 0x7F
         else:
@@ -68,10 +70,11 @@ class Rtc:
 
 
 class Power:
-    """ACPI sleep control and reset register (ACPI 6.4, 4.8.3.6 and 4.8.3.7), and the keyboard
-    controller's reset.
+    """The ACPI sleep control and reset registers (ACPI 6.4, 4.8.3.6 and 4.8.3.7), the keyboard
+    controller, and the POST port, which ignores all writes.
 
-    :param on_off: the guest powered off. :param on_reset: it asked for a reset.
+    :param on_off: called when the guest powers off.
+    :param on_reset: called when the guest asks for a reset.
     """
 
     SLP_EN = 1 << 5
@@ -85,11 +88,11 @@ class Power:
         bus.add(PIO, PORT_POST, 1, "post", kind=lib.PV_REGION_IGNORE)
 
     def read(self, offset: int, size: int) -> int:
-        """Nothing is ever pending."""
+        """All registers read as zero: the sleep status never has anything to report."""
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Sleep control at 0, reset at 2."""
+        """Offset 0 is sleep control, offset 2 is the reset register."""
         if offset == 0 and value & self.SLP_EN and value >> 2 & 7 == ACPI_S5_TYPE:
             self._on_off()
         elif offset == 2 and value == ACPI_RESET_VALUE:
@@ -97,29 +100,31 @@ class Power:
 
 
 class Keyboard:
-    """Ports 0x60..0x64 of a keyboard controller without keyboard: command 0xFE pulses the reset
-    line.
+    """Ports 0x60 to 0x64 of a keyboard controller without a keyboard. It knows one command: 0xFE,
+    which pulses the reset line.
 
-    Port 0x61 lies between and belongs to KVM's PIT, which answers it before we are asked.
+    Port 0x61 belongs to KVM's PIT. KVM answers it, so accesses to it never come here.
     """
 
     def __init__(self, on_reset: Callable[[], None]) -> None:
         self._on_reset = on_reset
 
     def read(self, offset: int, size: int) -> int:
-        """Absent: all ones; Linux gives up on it."""
+        """All ones, as without a controller, so that Linux stops looking for a keyboard."""
         return 0xFF
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """0x64: commands."""
+        """Port 0x64 takes commands; all but 0xFE are ignored."""
         if offset == 4 and value & 0xFF == 0xFE:
             self._on_reset()
 
 
 class PvPanic:
-    """QEMU's pvpanic ISA device (docs/specs/pvpanic): the guest kernel says that it panicked.
+    """QEMU's pvpanic ISA device (docs/specs/pvpanic.rst in QEMU), by which the guest kernel says
+    that it has panicked.
 
-    :param on_panic: called with the event bits, 1 panicked, 2 crash kernel loaded.
+    :param on_panic: called with the event bits: 1, the kernel has panicked; 2, it starts a crash
+        kernel.
     """
 
     EVENTS = 0x3
@@ -129,9 +134,9 @@ class PvPanic:
         bus.add(PIO, PORT_PVPANIC, 1, "pvpanic", self)
 
     def read(self, offset: int, size: int) -> int:
-        """The events understood."""
+        """The event bits that the device understands."""
         return self.EVENTS
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """An event."""
+        """Report an event."""
         self._on_panic(value & self.EVENTS)

@@ -1,5 +1,5 @@
-"""Devices that test kernels expect of QEMU: isa-debug-exit, the debug console and pc-testdev. Only
-where asked for.
+"""Devices of QEMU that test kernels expect: isa-debug-exit, the debug console and pc-testdev. A
+machine has them only on request.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ def add_test_devices(
     console: Stream,
     on_exit: Callable[[int], None],
 ) -> None:
-    """Put all of them on the bus, and fw_cfg (``devices.fw_cfg``).
+    """Put all test devices and fw_cfg (``devices.fw_cfg``) on the bus.
 
-    :param console: gets what is written to the debug console, between what the serial port gives
-        it.
-    :param on_exit: called with the status that the kernel ends with, 0..255, always odd
-        (``DebugExit``).
+    :param vm: lent. The interrupt device sets its lines.
+    :param memory: lent.
+    :param cpus: the number of vCPUs.
+    :param console: gets the output of the debug console, mixed with that of the serial port.
+    :param on_exit: called with the exit status that the kernel chose (``DebugExit``).
     """
     bus.add(PIO, pf.PORT_DEBUGCON, 1, "debugcon", kind=lib.PV_REGION_DEBUGCON, opaque=console.pipe)
     bus.add(PIO, pf.PORT_DEBUG_EXIT, 4, "debug-exit", DebugExit(on_exit))
@@ -46,42 +47,44 @@ def add_test_devices(
 
 
 class DebugExit:
-    """isa-debug-exit at 0xF4: a write of any width ends the machine with status (value << 1) | 1,
-    as QEMU does.
+    """isa-debug-exit at port 0xF4: a write of any width ends the machine.
+
+    :param on_exit: called with the exit status (value << 1) | 1, as in QEMU, in the range 0..255;
+        the status is always odd.
     """
 
     def __init__(self, on_exit: Callable[[int], None]) -> None:
         self._on_exit = on_exit
 
     def read(self, offset: int, size: int) -> int:
-        """Zero, as QEMU's."""
+        """Zero, as in QEMU."""
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """The end. A process has eight bits of status, and so has this."""
+        """End the machine. The status is cut to the eight bits of a process's exit status."""
         self._on_exit((value << 1 | 1) & 0xFF)
 
 
 class Scratch:
-    """Bytes that keep what is written, at any width: pc-testdev's echo port, and its memory that
-    exits.
+    """``length`` bytes that keep their value, with accesses of any width: pc-testdev's echo port
+    and its memory whose accesses exit.
     """
 
     def __init__(self, length: int) -> None:
         self._bytes = bytearray(length)
 
     def read(self, offset: int, size: int) -> int:
-        """What was written."""
+        """The bytes as they were last written."""
         return int.from_bytes(self._bytes[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Keep it."""
+        """Keep the value."""
         self._bytes[offset : offset + size] = value.to_bytes(size, "little")
 
 
 class Flush:
-    """pc-testdev at 0xE4: a guest-physical address whose page the host is to unmap; its content
-    stays.
+    """pc-testdev at port 0xE4: the guest writes a guest-physical address, and the host unmaps the
+    page there. The page keeps its content.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
@@ -92,7 +95,7 @@ class Flush:
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """An address outside RAM does nothing."""
+        """Unmap the page. An address outside RAM is ignored."""
         if offset == 0 and size == 4:
             try:
                 self._memory.unmap_page(value)
@@ -101,7 +104,7 @@ class Flush:
 
 
 class IrqLines:
-    """pc-testdev at 0x2000 + n: a byte is the level of interrupt line n."""
+    """pc-testdev at port 0x2000 + n: a byte written there is the level of interrupt line n."""
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
@@ -111,7 +114,7 @@ class IrqLines:
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """A line that the chips do not have stays as it is."""
+        """Set the level. A line that the interrupt chips do not have is ignored."""
         if size == 1:
             try:
                 self._vm.irq_line(offset, int(value != 0))
