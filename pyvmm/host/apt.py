@@ -1,9 +1,9 @@
-"""Debian packages without root: resolved and verified by apt, kept in the user's cache, unpacked
-anywhere.
+"""Debian packages without root. apt resolves, downloads and verifies them into the user's cache;
+they can be unpacked into any directory.
 
-The system's package lists are used where it has any. Otherwise, and for releases that it has no
-sources for (backports), the lists are fetched into the cache, from the mirror that the system is
-configured for. The system itself is never changed.
+If the system has package lists, they are used. Otherwise, and for a release without sources on the
+system (backports), lists are fetched into the cache from the mirror that the system is configured
+for. The system itself is never changed.
 """
 
 from __future__ import annotations
@@ -31,27 +31,31 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-LISTS_AGE = 86400.0  # seconds after which lists of our own are fetched again
+LISTS_AGE = 86400.0  # seconds after which the lists in our cache are fetched again
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One version of one package that apt would install."""
+    """One version of one package that apt would install.
+
+    :ivar size: bytes of the .deb file.
+    :ivar filename: the name of the .deb file, without a directory.
+    """
 
     name: str
     version: str
-    size: int  # bytes of the .deb
+    size: int
     sha256: str
     filename: str
 
 
 class Apt:
-    """Look up and download packages of one release.
+    """Looks up and downloads the packages of one release. Every method raises HostError if apt is
+    missing or fails.
 
-    :param release: ``""`` for what the system itself would install; ``"backports"`` for the
-        backports of its release.
+    :param release: ``""`` for the packages that the system itself would install; ``"backports"``
+        for the backports of the system's release.
     :param progress: called with one line before each step that may take seconds.
-    :raises HostError: from every method, when apt is missing or fails.
     """
 
     def __init__(self, release: str = "", progress: Callable[[str], None] = lambda _: None) -> None:
@@ -62,14 +66,14 @@ class Apt:
         self._updated = False
 
     def resolve(self, names: Iterable[str]) -> list[Package]:
-        """The versions that apt would install of ``names``, in that order."""
+        """The versions of the packages ``names`` that apt would install, in the same order."""
         names = list(names)
         found = {p.name: p for p in self._attempt(lambda: self._print_uris(names))}
         return [found[name] for name in names]
 
     def depends(self, name: str) -> list[str]:
-        """Names of the packages that any version of ``name`` directly depends on, those of the
-        newest version first.
+        """The names of the packages on which any version of ``name`` depends directly. The
+        dependencies of the newest version come first.
         """
         text = self._attempt(lambda: self._apt("apt-cache", "show", name))
         lines = re.findall(r"^Depends: (.*)$", text, re.MULTILINE)
@@ -78,8 +82,8 @@ class Apt:
         ]
 
     def download(self, packages: Iterable[Package]) -> list[Path]:
-        """The .deb files of ``packages``, from the cache or the mirror; apt has verified them, and
-        we their hash.
+        """The .deb files of ``packages``, from the cache or else from the mirror. apt has verified
+        each download; the SHA-256 of each file is checked here.
         """
         directory = Path(cache_root()) / "debs"
         directory.mkdir(parents=True, exist_ok=True)
@@ -106,8 +110,8 @@ class Apt:
         return paths
 
     def install(self, names: Iterable[str], target: Path) -> None:
-        """Download packages and unpack them into the directory ``target``, which is replaced as a
-        whole.
+        """Download the packages ``names`` and unpack them into ``target``. The directory is
+        replaced as a whole.
         """
         debs = self.download(self.resolve(names))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +123,7 @@ class Apt:
             fresh.rename(target)
 
     def _print_uris(self, names: list[str]) -> list[Package]:
-        # In an empty directory: apt leaves out what is already there.
+        # The directory must be empty: apt leaves out packages whose files are there already.
         with tempfile.TemporaryDirectory() as scratch:
             text = self._apt("apt-get", "-q", "download", "--print-uris", *names, cwd=scratch)
         packages = []
@@ -137,8 +141,8 @@ class Apt:
         return packages
 
     def _attempt(self, action: Callable[[], T]) -> T:
-        """``action()``; where it fails, once more with fresh lists of our own: the system's may be
-        old.
+        """``action()``. If it fails, fetch lists into our cache and try once more: the system's
+        lists may be old.
         """
         if self._private:
             self._update()
@@ -170,14 +174,15 @@ class Apt:
             try:
                 self._apt("apt-get", "-q", "update")
             except HostError:
-                # One bad source of several is no harm, nor is no network while there are lists.
+                # One bad source among several does no harm. Nor does a missing network as long as
+                # lists are there.
                 if not any(lists.glob("*_Packages*")):
                     raise
             stamp.touch()
 
     def _apt(self, *command: str, cwd: str | None = None) -> str:
-        """Output of one apt command."""
-        # Running as root, apt would drop to a user who may not write to our cache.
+        """Run one apt command; returns its output."""
+        # As root, apt would switch to a user who may not write to our cache.
         options = ["APT::Sandbox::User=root", "Acquire::Retries=2", "Acquire::http::Timeout=30"]
         if self._private:
             options += [f"Dir::State::Lists={self._state}/lists", f"Dir::Cache={self._state}/cache"]
@@ -189,8 +194,8 @@ class Apt:
         return _run([command[0], *(x for o in options for x in ("-o", o)), *command[1:]], cwd)
 
     def _sources(self) -> Path:
-        """A sources file for our release, from the mirror that the system has its base release
-        from.
+        """A sources file for our release. Its mirror is the one from which the system has its base
+        release.
         """
         path = self._state / "release.sources"
         if not path.exists():
@@ -201,20 +206,21 @@ class Apt:
             mirrors = re.findall(rf"^{base} main (\S+)$", targets, re.MULTILINE) if base else []
             if not mirrors:
                 raise HostError(
-                    f"no Debian mirror in the apt sources to take {self._release} from",
+                    f"the apt sources name no Debian mirror that could have {self._release}",
                     "add the base release's main component to /etc/apt/sources.list",
                 )
             signed = f"Signed-By: {KEYRING}\n" if Path(KEYRING).exists() else ""
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(
-                f"Types: deb\nURIs: {mirrors[0]}\nSuites: {base}-{self._release}\nComponents: main\n{signed}"
+                f"Types: deb\nURIs: {mirrors[0]}\nSuites: {base}-{self._release}\n"
+                f"Components: main\n{signed}"
             )
         return path
 
 
 def codename() -> str:
-    """The Debian release of this machine ("bookworm"), or an empty string where it is not
-    Debian.
+    """The code name of this machine's Debian release, such as "bookworm"; empty if the system is
+    not Debian.
     """
     try:
         text = Path("/etc/os-release").read_text()
@@ -225,8 +231,8 @@ def codename() -> str:
 
 
 def unpack(deb: Path, into: Path) -> None:
-    """Unpack the files of ``deb`` below ``into``, which is created; no root needed, no maintainer
-    script runs.
+    """Unpack the files of ``deb`` below ``into``, which is created if necessary. This needs no root
+    and runs no maintainer script.
     """
     into.mkdir(parents=True, exist_ok=True)
     _run(["dpkg-deb", "-x", str(deb), str(into)])
@@ -245,7 +251,7 @@ def _run(command: list[str], cwd: str | None = None) -> str:
             check=False,
         )
     except FileNotFoundError:
-        raise HostError(f"{command[0]} is missing", "this needs Debian 12 or later") from None
+        raise HostError(f"{command[0]} is missing", "use Debian 12 or later") from None
     if done.returncode:
         said = done.stderr.splitlines() or [str(done.returncode)]
         if any("No space left" in line for line in said):

@@ -1,4 +1,6 @@
-"""Where pyvmm keeps things on the host: caches that survive, and run-time state that does not."""
+"""Directories of pyvmm on the host: caches, which survive a reboot, and run-time state, which does
+not.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +11,29 @@ from pyvmm.errors import HostError
 
 
 def cache_dir(*parts: str) -> str:
-    """A directory of the testbed's cache, made if need be:
-    ${XDG_CACHE_HOME:-~/.cache}/pyvmm/testbed/PARTS.
-    """
+    """The directory ``testbed/PARTS`` in pyvmm's cache. It is created if necessary."""
     path = os.path.join(cache_root(), "testbed", *parts)
     os.makedirs(path, exist_ok=True)
     return path
 
 
 def cache_root() -> str:
-    """pyvmm's cache, without symbolic links; it need not exist."""
+    """pyvmm's cache: ``$XDG_CACHE_HOME/pyvmm`` or ``~/.cache/pyvmm``, with symbolic links resolved.
+    It need not exist.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.realpath(os.path.join(base, "pyvmm"))
 
 
 def runtime_dir() -> str:
-    """The user's own directory for sockets, mode 0700: under $XDG_RUNTIME_DIR, /run/user/UID or
-    /tmp.
+    """The user's own directory for sockets, mode 0700, below $XDG_RUNTIME_DIR, /run/user/UID or
+    /tmp. It is created if necessary.
 
-    One whose name leaves no room for that of a socket (108 bytes in all, unix(7)) is passed over.
+    A base directory with a long name is skipped: the path of a socket has at most 108 bytes
+    (unix(7)).
 
-    :raises HostError: it belongs to somebody else or others may enter.
+    :raises HostError: the directory belongs to somebody else, others may enter it, or it cannot be
+        made.
     """
     uid = os.getuid()
     for base in (os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{uid}"):
@@ -47,10 +51,12 @@ def runtime_dir() -> str:
 
 
 def private(path: str) -> str:
-    """``path``, a directory of this user that nobody else may enter; made if need be, its parent is
-    there.
+    """Make sure that ``path`` is a directory of this user that nobody else may enter. It is created
+    if necessary; its parent must exist.
 
-    :raises HostError: it belongs to somebody else, others may enter, or it cannot be made.
+    :returns: ``path``.
+    :raises HostError: the directory belongs to somebody else, others may enter it, or it cannot be
+        made.
     """
     try:
         os.mkdir(path, 0o700)

@@ -1,4 +1,6 @@
-"""QEMU and kvmtool beside us: where they are, and the command that runs the same guest on them."""
+"""QEMU and kvmtool, with which pyvmm is compared: finds them, and makes the command that runs the
+same guest on them.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,13 @@ from pathlib import Path
 from pyvmm.errors import HostError
 from pyvmm.host.paths import cache_root
 
-#: What of an unpacked QEMU package runs it.
+#: The files and directories of unpacked QEMU packages that are needed to run QEMU.
 QEMU_PARTS = ("usr/bin/qemu-system-x86_64", "usr/share/qemu", "usr/share/seabios")
 
 
 def qemu_root() -> str | None:
-    """The newest QEMU that `pyvmm testbed setup` has unpacked (without its libraries, which the
-    installed one brings).
+    """The directory of the newest QEMU that ``pyvmm testbed setup`` has unpacked, or None. It holds
+    no shared libraries: those come with the installed QEMU.
     """
     found = sorted(Path(cache_root(), "testbed", "qemu").glob("*"), key=_version, reverse=True)
     return str(found[0]) if found else None
@@ -25,9 +27,10 @@ def _version(path: Path) -> list[int]:
 
 
 def qemu(root: str | None) -> list[str]:
-    """QEMU as a command: the one unpacked at ``root``, else the installed one.
+    """The command that starts the QEMU unpacked at ``root``, or, if ``root`` is None, the installed
+    QEMU.
 
-    :raises HostError: there is none.
+    :raises HostError: no QEMU is installed.
     """
     if root:
         share = f"{root}/usr/share"
@@ -44,10 +47,11 @@ def qemu(root: str | None) -> list[str]:
 def qemu_guest(
     program: list[str], *, kernel: str, initrd: str | None, cmdline: str, cpus: int, memory: str
 ) -> list[str]:
-    """The part of a QEMU command that all machine types share; the serial console is on stdio."""
+    """The part of a QEMU command that all machine types share. The serial console is on stdio."""
     return [
         *program,
-        *("-name", "guest,debug-threads=on"),  # "CPU 0/KVM": for who looks for the vCPU's thread
+        # Threads get names such as "CPU 0/KVM", by which a vCPU's thread can be found.
+        *("-name", "guest,debug-threads=on"),
         *(
             "-nodefaults",
             "-no-user-config",
@@ -66,7 +70,7 @@ def qemu_guest(
 
 
 def qemu_card(tap: str, mac: str, *, vhost: bool) -> list[str]:
-    """A q35 machine with a virtio-net card on ``tap``."""
+    """The arguments for a q35 machine with a virtio-net card on ``tap``."""
     return [
         *("-M", "q35,memory-backend=ram", "-device", f"virtio-net-pci,netdev=n,mac={mac},romfile="),
         *(
@@ -77,16 +81,17 @@ def qemu_card(tap: str, mac: str, *, vhost: bool) -> list[str]:
 
 
 def kvmtool() -> list[str]:
-    """kvmtool as a command.
+    """The command that starts kvmtool.
 
-    :raises HostError: it is not installed.
+    :raises HostError: kvmtool is not installed.
     """
     for name in ("lkvm", "kvmtool"):
         found = shutil.which(name)
         if found:
             return [found]
     raise HostError(
-        "kvmtool is not installed here", "it is not in Debian: build it, and put lkvm into the PATH"
+        "kvmtool is not installed here",
+        "Debian has no package of it: build it, and put lkvm into the PATH",
     )
 
 
@@ -101,8 +106,9 @@ def kvmtool_guest(
     tap: str,
     mac: str,
 ) -> list[str]:
-    """The whole command of a kvmtool guest with its serial console on stdio; ``kernel`` is a
-    bzImage.
+    """The whole command of a kvmtool guest, with its serial console on stdio.
+
+    :param kernel: the path of a bzImage; kvmtool loads no ELF.
     """
     return [
         *program,

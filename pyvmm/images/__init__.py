@@ -1,8 +1,8 @@
-"""Guest images: a kernel and an initramfs, built by ``pyvmm image build``, found here.
+"""Guest images: this module finds them; ``pyvmm image build`` makes them (``pyvmm.images.build``).
 
-This module is on the path of every ``pyvmm run`` and imports next to nothing;
-``pyvmm.images.build`` makes images. An image is a directory of ``vmlinux`` (ELF, boots fastest),
-``bzImage``, ``initrd`` (newc cpio) and ``image.json`` (what it is made of).
+An image is a directory of ``vmlinux`` (an ELF, which boots fastest), ``bzImage``, ``initrd`` (a
+newc cpio archive) and ``image.json`` (which tells what the image is made of). Every ``pyvmm run``
+imports this module, so it imports next to nothing itself.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import os
 from pyvmm.errors import ImageError
 from pyvmm.host.paths import cache_root
 
-#: Kernel parameters for a quick boot: crypto self-tests are a fifth of the time that Debian's
-#: kernel takes under emulation.
+#: Kernel parameters for a quick boot. Crypto self-tests take a fifth of the boot of Debian's kernel
+#: under emulation.
 CMDLINE = "quiet cryptomgr.notests"
 FILES = ("vmlinux", "bzImage", "initrd", "image.json")
-#: image name -> the options of ``pyvmm image build`` that make it.
+#: The names of images, with the options of ``pyvmm image build`` that make them.
 NAMES = {"default": "", "6.12": " --kernel-version 6.12", "host": " --from-host", "tiny": " --tiny"}
 
 
 class Image:
-    """One built image; paths are absolute."""
+    """One built image. All paths are absolute."""
 
     def __init__(self, name: str, directory: str) -> None:
         self.name = name
@@ -32,9 +32,9 @@ class Image:
 
     @property
     def info(self) -> dict[str, object]:
-        """What ``image.json`` says.
+        """The content of ``image.json``.
 
-        :raises ImageError: where it cannot be read.
+        :raises ImageError: the file cannot be read, or is no JSON object.
         """
         import json
 
@@ -51,7 +51,7 @@ class Image:
 
     @property
     def version(self) -> str:
-        """The kernel's release, as ``uname -r`` says in the guest."""
+        """The kernel's release, as ``uname -r`` shows it in the guest."""
         return str(self.info.get("version", ""))
 
     def __repr__(self) -> str:
@@ -59,8 +59,8 @@ class Image:
 
 
 def directory() -> str:
-    """Where images are kept: ``$XDG_CACHE_HOME/pyvmm/images`` or ``~/.cache/pyvmm/images``; not
-    created.
+    """The directory of all images: ``$XDG_CACHE_HOME/pyvmm/images`` or ``~/.cache/pyvmm/images``.
+    This function does not create it.
     """
     return cache_root() + "/images"
 
@@ -71,14 +71,14 @@ def remedy(name: str) -> str:
 
 
 def find(name: str = "default") -> Image:
-    """The built image ``name`` (one of ``NAMES``).
+    """The built image ``name``, one of ``NAMES``.
 
-    :raises ImageError: where there is none.
+    :raises ImageError: the name is unknown, or the image is not built.
     """
     if name not in NAMES:
-        raise ImageError(f"there is no image '{name}'", f"known are: {', '.join(NAMES)}")
-    # Images are replaced by moving a link: resolve it, so that kernel and initrd are of the same
-    # build.
+        raise ImageError(f"there is no image '{name}'", f"use one of {', '.join(NAMES)}")
+    # A build replaces an image by moving a link. Resolve the link, so that kernel and initrd come
+    # from the same build.
     path = os.path.realpath(f"{directory()}/{name}")
     if not os.access(path + "/image.json", os.R_OK):
         raise ImageError(f"image '{name}' is not built", remedy(name))
@@ -86,7 +86,7 @@ def find(name: str = "default") -> Image:
 
 
 def built() -> list[Image]:
-    """All images there are, in the order of ``NAMES``."""
+    """All images that are built, in the order of ``NAMES``."""
     images = []
     for name in NAMES:
         try:

@@ -1,7 +1,8 @@
-"""A newc cpio archive, as the kernel unpacks it into its initramfs
+"""A newc cpio archive, which the kernel unpacks as its initramfs
 (Documentation/driver-api/early-userspace/buffer-format.rst).
 
-The same entries give the same bytes: sorted by path, time 0, owner 0, inode numbers in order.
+The same entries always give the same bytes: entries are sorted by path, times and owners are 0, and
+inode numbers ascend.
 """
 
 from __future__ import annotations
@@ -18,29 +19,28 @@ S_IFLNK = 0o120000
 
 
 class Archive:
-    """Files of an initramfs. Paths are absolute; parent directories are made as needed; adding a
-    path again replaces it.
+    """The files of an initramfs. Paths are absolute. Parent directories are added as needed; adding
+    a path again replaces its entry.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[
-            str, tuple[int, bytes, int, int]
-        ] = {}  # mode, data, device major and minor
+        #: mode, data, device major and minor by path
+        self._entries: dict[str, tuple[int, bytes, int, int]] = {}
 
     def file(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        """A regular file."""
+        """Add a regular file."""
         self._add(path, S_IFREG | mode, data)
 
     def symlink(self, path: str, target: str) -> None:
-        """A symbolic link to ``target``."""
+        """Add a symbolic link to ``target``."""
         self._add(path, S_IFLNK | 0o777, target.encode())
 
     def directory(self, path: str, mode: int = 0o755) -> None:
-        """A directory."""
+        """Add a directory."""
         self._add(path, S_IFDIR | mode, b"")
 
     def device(self, path: str, major: int, minor: int, mode: int = 0o600) -> None:
-        """A character device."""
+        """Add a character device."""
         self._add(path, S_IFCHR | mode, b"", major, minor)
 
     def paths(self) -> list[str]:
@@ -48,7 +48,7 @@ class Archive:
         return ["/" + path for path in sorted(self._entries)]
 
     def pack(self) -> bytes:
-        """The archive; its length is a multiple of 512."""
+        """The archive as bytes. Its length is a multiple of 512."""
         out = bytearray()
         for inode, path in enumerate(sorted(self._entries), 1):
             mode, data, major, minor = self._entries[path]

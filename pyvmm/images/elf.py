@@ -1,4 +1,6 @@
-"""Which shared libraries a program needs, by pyelftools: PT_INTERP and DT_NEEDED, recursively."""
+"""Finds the shared libraries that a program needs: follows PT_INTERP and DT_NEEDED recursively, by
+pyelftools.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ LIBRARY_DIRS = (
 
 
 def needed(path: Path) -> tuple[str, list[str]]:
-    """The interpreter ("" for none) and the DT_NEEDED names of the ELF file ``path``."""
+    """The interpreter (empty if there is none) and the DT_NEEDED names of the ELF file ``path``.
+
+    :raises BuildError: the file is no sound ELF.
+    """
     from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
 
@@ -35,9 +40,10 @@ def needed(path: Path) -> tuple[str, list[str]]:
 
 
 def libraries(program: Path, roots: list[Path]) -> dict[str, Path]:
-    """All that ``program`` needs to run: path in the guest -> file below one of ``roots``.
+    """The interpreter and all libraries that ``program`` needs.
 
-    :raises BuildError: where a library is in none of ``roots``.
+    :returns: per library its path in the guest and the file on the host, below one of ``roots``.
+    :raises BuildError: a library is in none of ``roots``.
     """
     found: dict[str, Path] = {}
 
@@ -60,7 +66,7 @@ def _lookup(name: str, wanted_by: Path, roots: list[Path]) -> Path:
     for root in roots:
         for directory in LIBRARY_DIRS:
             path = root / directory / name
-            # A link that is absolute points into the machine, not into the unpacked package.
+            # An absolute link points into this machine and not into the unpacked package.
             if path.is_symlink() and path.readlink().is_absolute() and root != Path("/"):
                 path = root / path.readlink().relative_to("/")
             if path.is_file():
