@@ -1,10 +1,10 @@
-"""The agent: process 1 of L1. Starts commands for testbed clients and carries their input, output
-and status.
+"""The agent: process 1 of L1. It starts commands for the testbed's clients and carries their input,
+output and status.
 
-It stays resident because a Python start costs about a second under emulation, while a fork and exec
-costs tens of milliseconds; it imports only what is built in or tiny. Speaks ``l1_protocol`` on the
-virtio-serial port ``agent``. It is part of the initramfs: nothing of pyvmm is imported, and editing
-pyvmm cannot break a running testbed.
+It speaks ``pyvmm.testbed.protocol`` on the virtio-serial port ``agent``. It stays resident because
+starting Python takes about a second under emulation, while fork and exec take tens of milliseconds.
+For the same reason it imports only modules that are built in or tiny. The initramfs holds a copy of
+it. The copy imports nothing of pyvmm, so editing pyvmm cannot break a running testbed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 BUSYBOX = "/run/pyvmm/busybox"
 CGROUPS = "/sys/fs/cgroup"
-KVM_CREATE_VM = 0xAE01  # linux/kvm.h: _IO(KVMIO, 0x01); cffi is not to be had here
-#: How long output from a terminal may lag behind the exit of its command while background processes
-#: hold it open.
+KVM_CREATE_VM = 0xAE01  # linux/kvm.h: _IO(KVMIO, 0x01); the agent has no cffi
+#: For so many seconds after a command has ended, the agent waits for more output from its terminal
+#: if background processes hold the terminal open.
 TTY_LINGER = 0.3
-FILES = 1 << 20
+FILES = 1 << 20  # the limit of open descriptors
 
 
 class Command:
@@ -46,9 +46,9 @@ class Command:
         self.status: int | None = None
         self.ended = 0.0
         self.credit = p.OUT_WINDOW
-        #: stream -> descriptor that we read.
+        #: The descriptor by stream that the agent reads.
         self.outputs: dict[int, int] = {}
-        #: What waits to be written to ``stdin`` (a pipe, or the terminal's master).
+        #: Data that waits to be written to ``stdin``, a pipe or the terminal's master.
         self.input = bytearray()
         self.stdin = -1
         self.input_ends = False
@@ -64,7 +64,7 @@ class Agent:
         self.queue: list[bytes] = []
         self.commands: dict[int, Command] = {}
         self.by_pid: dict[int, Command] = {}
-        #: descriptor -> (command, stream); STDIN for a descriptor that we write.
+        #: (command, stream) by descriptor; the stream is STDIN if the agent writes the descriptor.
         self.watched: dict[int, tuple[Command, int]] = {}
         self.lingering: list[Command] = []
         self.epoll = select.epoll()
@@ -84,8 +84,8 @@ class Agent:
         self.queue.append(p.frame(kind, channel, payload, stream))
 
     def flush(self) -> None:
-        """Write what the port takes; small frames are joined, since each write is an exit to the
-        emulator.
+        """Write as many frames as the port takes. Small frames are joined because each write is an
+        exit to QEMU.
         """
         while self.queue:
             data = self.queue[0]
@@ -147,7 +147,7 @@ class Agent:
                 self.send(p.EXIT, channel, b"%d" % (126 << 8))
             return
         command = self.commands.get(channel)
-        if command is None:  # it ended while this was on its way
+        if command is None:  # the command ended while this frame was on its way
             return
         if kind == p.DATA:
             command.input += payload
@@ -168,14 +168,15 @@ class Agent:
             rows, columns = payload.split()
             termios.tcsetwinsize(command.tty, (int(rows), int(columns)))
         elif kind == p.CLOSE:
-            command.credit = 1 << 40  # nobody listens, so nothing may block
+            command.credit = 1 << 40  # nobody returns credit any more, and nothing must block
             self.signal(command, signal.SIGKILL)
             for one in list(command.outputs):
                 self.drop_output(command, one)
 
     def signal(self, command: Command, number: int) -> None:
-        """To the terminal's foreground group, else to the command's; SIGKILL to all that it ever
-        started.
+        """Send a signal to the foreground process group of the command's terminal, or, without a
+        terminal, to the command's process group. SIGKILL goes to every process that the command
+        has started.
         """
         if command.status is not None and number != signal.SIGKILL:
             return
@@ -185,7 +186,7 @@ class Agent:
                     write_file(f"{command.cgroup}/cgroup.kill", "1")
                 except OSError:
                     pass
-            if command.status is None:  # just forked, it may not have entered its cgroup yet
+            if command.status is None:  # a new child may not have entered its cgroup yet
                 os.kill(command.pid, number)
             return
         group = command.pid
@@ -200,10 +201,17 @@ class Agent:
             pass
 
     def start(self, channel: int, spec: dict[str, Any]) -> None:
-        """Fork and exec one command.
+        """Fork and execute one command.
 
-        ``spec``: argv, env (lists and dict of bytes), cwd, umask, tty (which of 0, 1, 2 are the
-        terminal; empty: none), stdin (False: /dev/null), window (rows, columns).
+        ``spec`` has these keys:
+
+        - argv, env, cwd: a list, a dict and a value of bytes;
+        - umask;
+        - tty: which of the descriptors 0, 1 and 2 are the terminal; empty for no terminal;
+        - stdin: False for /dev/null;
+        - window: the terminal's size, (rows, columns).
+
+        :raises OSError: no descriptor or process is to be had.
         """
         command = Command(channel)
         tty = spec["tty"]
@@ -233,7 +241,8 @@ class Agent:
                     child[0] = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
                     opened.append(child[0])
             if 0 in tty:
-                # Apart from the output, so that each can be polled for itself.
+                # The input gets a descriptor of its own, so that input and output can be polled
+                # separately.
                 command.stdin = os.dup(command.tty)
                 opened.append(command.stdin)
             self.started += 1
@@ -259,7 +268,7 @@ class Agent:
         self.commands[channel] = self.by_pid[command.pid] = command
 
     def child(self, spec: dict[str, Any], fds: list[int], cgroup: str, tty: int) -> None:
-        """In the child: never returns."""
+        """Execute the command in the forked child. This never returns."""
         try:
             signal.set_wakeup_fd(-1)
             os.setsid()
@@ -267,7 +276,7 @@ class Agent:
                 fcntl.ioctl(tty, termios.TIOCSCTTY, 0)
             if cgroup:
                 write_file(f"{cgroup}/cgroup.procs", "0")
-            # dup2 onto a descriptor that is still to be copied would lose it: ours are all above 2.
+            # All of ``fds`` are above 2, so no dup2 overwrites a descriptor that is still needed.
             for n, fd in enumerate(fds):
                 os.dup2(fd, n)
             for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGINT):
@@ -307,11 +316,12 @@ class Agent:
             self.epoll.unregister(fd)
 
     def pump_out(self, command: Command, stream: int) -> None:
-        """Move what the command wrote, as far as its credit goes."""
+        """Send the command's output as far as its credit allows."""
         fd = command.outputs.get(stream)
         if fd is None:
             return
-        for _ in range(8 if command.status is None else 1 << 30):  # then let others have their turn
+        # While the command runs, other commands get their turn after 8 reads.
+        for _ in range(8 if command.status is None else 1 << 30):
             if command.credit <= 0:
                 self.unwatch(fd)
                 return
@@ -321,9 +331,9 @@ class Agent:
                 if command.status is None:
                     self.watch(command, stream, fd)
                 elif stream != p.TTY:
-                    self.drop_output(
-                        command, stream
-                    )  # all that it wrote has been read; background writers are on their own
+                    # All of the command's output has been read. Background processes may still hold
+                    # the pipe open, but nobody waits for them.
+                    self.drop_output(command, stream)
                 return
             except OSError as e:
                 if e.errno != errno.EIO:  # EIO: the last holder of the terminal has closed it
@@ -346,7 +356,7 @@ class Agent:
         self.finish(command)
 
     def pump_in(self, command: Command) -> None:
-        """Move input on to the command; give credit for what it took."""
+        """Write input to the command, and return credit for the bytes that it took."""
         done = 0
         while command.input:
             n = len(command.input)
@@ -355,7 +365,7 @@ class Agent:
                     n = os.write(command.stdin, command.input)
                 except BlockingIOError:
                     break
-                except OSError:  # it has closed its stdin: swallow the rest
+                except OSError:  # the command has closed its stdin: drop the rest
                     self.close_input(command)
             del command.input[:n]
             done += n
@@ -375,7 +385,7 @@ class Agent:
             os.close(fd)
 
     def reap(self) -> None:
-        """Collect ended children, our own and the orphans that process 1 inherits."""
+        """Collect ended children: the agent's own, and the orphans that process 1 inherits."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -393,7 +403,7 @@ class Agent:
                 self.finish(command)
 
     def finish(self, command: Command) -> None:
-        """Report the status once the command has ended and its output is through."""
+        """Report the status once the command has ended and its output has been sent."""
         if command.status is None:
             return
         if p.TTY in command.outputs and command not in self.lingering:
@@ -408,10 +418,12 @@ class Agent:
             try:
                 os.rmdir(command.cgroup)
             except OSError:
-                pass  # it left processes running, as daemons do
+                pass  # the command left processes running, such as daemons
 
     def configure(self, config: dict[str, Any]) -> None:
-        """Finish the system as the supervisor wants it, then say READY with what did not work."""
+        """Set up the system as the supervisor's ``config`` says. Then send READY with notes about
+        the steps that failed.
+        """
         notes = []
         for source, target in config["binds"]:
             if not os.path.isdir(target):
@@ -426,12 +438,12 @@ class Agent:
                 write_file(path, value)
             except OSError as e:
                 notes.append(f"{path}: {e.strerror}")
-        for _ in range(1000):  # the modules are still being loaded
+        for _ in range(1000):  # wait up to 20 s until late.sh has loaded the modules
             if os.path.exists("/run/pyvmm/loaded"):
                 break
             time.sleep(0.02)
-        # One VM held open for good: the first and the last VM patch a static key inside
-        # __schedule().
+        # Keep one VM open for good: creating the first VM and closing the last one make the kernel
+        # patch a static key inside __schedule().
         try:
             kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
             self.keep = [kvm, create_vm(kvm)]
@@ -453,8 +465,8 @@ class Agent:
 
 
 def create_vm(kvm: int) -> int:
-    """A VM's descriptor. A SIGCHLD interrupts its creation, and Python does not start an ioctl
-    again.
+    """Create a VM; returns its descriptor. SIGCHLD can interrupt the ioctl, which Python does not
+    restart by itself.
     """
     while True:
         try:
@@ -466,7 +478,7 @@ def create_vm(kvm: int) -> int:
 
 
 def busybox(*argv: str) -> int:
-    """Run one of busybox's applets; its exit status."""
+    """Run one of busybox's applets; returns its exit status."""
     pid = os.fork()
     if pid == 0:
         os.execv(BUSYBOX, ["busybox", *argv])
@@ -482,13 +494,13 @@ def write_file(path: str, value: str) -> None:
 
 
 def keep_off_cpu_0() -> None:
-    """Confine this process, and so every command, to the other CPUs where L1 has several.
+    """If L1 has several CPUs, keep this process, and so every command, off CPU 0.
 
-    QEMU's TCG clears a bit of CPU 0's ``hflags2`` from whatever CPU loads x87 state
-    (``cpu_clear_ignne``, called for FXRSTOR and XRSTOR), not atomically. Where that meets a #VMEXIT
-    on CPU 0, nested paging stays on in the hypervisor, whose state then goes into the guest's VMCB:
-    the guest hangs or triple-faults. CPU 0 never executes VMRUN as long as no command runs there;
-    interrupts and kernel threads still do.
+    This works around a race in QEMU's TCG. Whichever CPU loads x87 state (FXRSTOR, XRSTOR) clears a
+    bit of CPU 0's ``hflags2``, and not atomically (``cpu_clear_ignne``). If CPU 0 takes a #VMEXIT
+    at the same time, nested paging stays on in the hypervisor, whose state then goes into the
+    guest's VMCB: the guest hangs or triple-faults. As long as no command runs on CPU 0, it never
+    executes VMRUN. Interrupts and kernel threads still run there.
     """
     cpus = os.sched_getaffinity(0)
     if len(cpus) > 1:
@@ -496,7 +508,7 @@ def keep_off_cpu_0() -> None:
 
 
 def main() -> None:
-    """Find the port by its name and serve it for ever."""
+    """Find the port by its name and serve it until power-off."""
     keep_off_cpu_0()
     for name in os.listdir("/sys/class/virtio-ports"):
         with open(f"/sys/class/virtio-ports/{name}/name") as f:
@@ -505,7 +517,7 @@ def main() -> None:
                 break
     else:
         sys.exit("L1: no virtio-serial port named agent")
-    # vhost-vdpa accounts pinned guest memory against RLIMIT_MEMLOCK and answers EFAULT.
+    # vhost-vdpa counts pinned guest memory against RLIMIT_MEMLOCK, and fails with EFAULT above it.
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
     agent = Agent(port)

@@ -1,8 +1,8 @@
-"""What the testbed boots: QEMU, virtiofsd, Debian's cloud kernel as vmlinux, and an initramfs with
-the agent.
+"""The programs and files of the testbed: QEMU, virtiofsd, Debian's cloud kernel as vmlinux, and an
+initramfs with the agent.
 
-Built once a kernel version and kept in the cache under a name that holds the hash of all inputs;
-written atomically, so that several processes may build at once.
+The boot files are built once per kernel version and kept in the cache. Their directory's name holds
+the hash of all inputs. It appears atomically, so several processes may build at once.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 QEMU = "usr/bin/qemu-system-x86_64"
-#: Loaded from the initramfs, each after what it depends on: first what reaches the root, the rest
-#: while the agent starts. All later ones come by modprobe from the shared root.
+#: Modules in the initramfs; each is loaded after the modules that it needs. EARLY ones are loaded
+#: first because mounting the root needs them, LATE ones while the agent starts. Any other module
+#: comes by modprobe from the shared root.
 EARLY = ["virtio_pci", "virtiofs", "overlay", "virtio_console"]
 LATE = ["kvm_amd", "tun", "vhost_net", "vhost_vsock"]
 DEFAULT_KERNEL = "6.1"
-#: Boot files that nobody used for so long are removed (seconds).
+#: Boot files that nobody has used for so many seconds are removed.
 UNUSED = 14 * 86400.0
 SETUP_HINT = "run: pyvmm testbed setup"
 
-# busybox starts it; the agent goes on.
+# The script that busybox runs as /init. At its end it executes the agent.
 INIT = """\
 #!/busybox sh
 b=/busybox r=/run/pyvmm
@@ -40,16 +41,19 @@ $b mkdir -p /lo /work /ov /new
 $b mount -t virtiofs root /lo || $b echo "L1: cannot mount the root"
 $b mount -t virtiofs work /work || $b echo "L1: cannot mount the working directories"
 $b mount -t tmpfs ov /ov; $b mkdir /ov/u /ov/w
-$b mount -t overlay -o lowerdir=/lo,upperdir=/ov/u,workdir=/ov/w root /new || $b echo "L1: cannot mount the overlay"
+o=lowerdir=/lo,upperdir=/ov/u,workdir=/ov/w
+$b mount -t overlay -o $o root /new || $b echo "L1: cannot mount the overlay"
 $b mount -t tmpfs run /new/run; $b mkdir /new$r /new/run/lock
 $b cp /busybox /m/* /late.sh /agent.pyc /protocol.pyc /new$r/
 $b chroot /new $r/busybox sh $r/late.sh &
 for d in proc sys dev; do $b mount --move /$d /new/$d; done
 $b mkdir -p /new/.work; $b mount --move /work /new/.work
-$b ln -s /proc/self/fd /new/dev/fd; for n in 0:stdin 1:stdout 2:stderr; do $b ln -s fd/${n%:*} /new/dev/${n#*:}; done
+$b ln -s /proc/self/fd /new/dev/fd
+for n in 0:stdin 1:stdout 2:stderr; do $b ln -s fd/${n%:*} /new/dev/${n#*:}; done
 $b mkdir -p /new/dev/pts /new/dev/shm
 $b mount -t devpts -o ptmxmode=666 devpts /new/dev/pts; $b mount -t tmpfs shm /new/dev/shm
-$b mount -t debugfs debugfs /new/sys/kernel/debug; $b mount -t tracefs tracefs /new/sys/kernel/tracing
+$b mount -t debugfs debugfs /new/sys/kernel/debug
+$b mount -t tracefs tracefs /new/sys/kernel/tracing
 $b mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
 $b ip link set lo up; $b hostname l1
 for k in $($b cat /new/proc/cmdline); do case $k in l1python=*) p=${k#l1python=};; esac; done
@@ -58,8 +62,9 @@ exec $b switch_root /new $p -I -S -B $r/agent.pyc
 
 
 class Qemu:
-    """A qemu-system-x86_64: its path, version and the options that it needs to find its
-    firmware.
+    """A qemu-system-x86_64.
+
+    :ivar options: the options with which it finds its firmware.
     """
 
     def __init__(self, path: str, version: tuple[int, ...], options: list[str]) -> None:
@@ -67,8 +72,8 @@ class Qemu:
 
     @property
     def max_cpus(self) -> int:
-        """How many vCPUs of L1 it survives: before 8.1, MTTCG runs stale code after the guest
-        kernel patches itself.
+        """How many vCPUs L1 may have under this QEMU. Before 8.1, multi-threaded TCG runs stale
+        code after the guest kernel has patched itself.
         """
         return 8 if self.version >= (8, 1) else 1
 
@@ -77,7 +82,9 @@ class Qemu:
 
 
 def qemus() -> list[Qemu]:
-    """Those found, newest first: what setup unpacked into the cache, and the system's."""
+    """All QEMUs that are found, the newest first: those that ``setup`` has unpacked into the cache,
+    and the installed one.
+    """
     found = []
     for number, root in _unpacked():
         options = ["-L", f"{root}/usr/share/qemu", "-L", f"{root}/usr/share/seabios"]
@@ -94,7 +101,7 @@ def qemus() -> list[Qemu]:
 
 
 def _unpacked() -> list[tuple[str, str]]:
-    """Versions of QEMU in the cache, and where."""
+    """The versions of QEMU in the cache, each with its directory."""
     base = cache_dir("qemu")
     return [
         (n, f"{base}/{n}") for n in os.listdir(base) if os.access(f"{base}/{n}/{QEMU}", os.X_OK)
@@ -102,14 +109,18 @@ def _unpacked() -> list[tuple[str, str]]:
 
 
 class Kernel:
-    """A cloud kernel: version string, image, and the directory that has lib/modules/VERSION."""
+    """One of Debian's cloud kernels.
+
+    :ivar image: the path of its bzImage.
+    :ivar root: the directory that has lib/modules/VERSION; empty for the system's root.
+    """
 
     def __init__(self, version: str, image: str, root: str) -> None:
         self.version, self.image, self.root = version, image, root
 
 
 def kernels() -> list[Kernel]:
-    """Those installed in the system or unpacked in the cache, newest first."""
+    """All cloud kernels that are installed or unpacked in the cache, the newest first."""
     found = {}
     base = cache_dir("kernel")
     for root in [*(f"{base}/{name}" for name in sorted(os.listdir(base))), ""]:
@@ -129,9 +140,10 @@ def kernels() -> list[Kernel]:
 
 
 def find_kernel(version: str | None) -> Kernel:
-    """The newest kernel whose version starts with ``version``; without one, 6.1 before others.
+    """The newest kernel whose version starts with ``version``. If ``version`` is None, 6.1 is
+    preferred to other versions.
 
-    :raises TestbedError: none is there.
+    :raises TestbedError: there is no such kernel.
     """
     have = kernels()
     for wanted in [version] if version else [DEFAULT_KERNEL, ""]:
@@ -143,7 +155,7 @@ def find_kernel(version: str | None) -> Kernel:
 
 
 def missing() -> list[tuple[str, str]]:
-    """What keeps the testbed from running: (what, remedy); empty where it is set up."""
+    """The things that the testbed needs and this machine lacks, each with its remedy."""
     lacks = []
     install = "run as root: apt-get install --no-install-recommends "
     if not _unpacked() and not shutil.which("qemu-system-x86_64"):
@@ -158,11 +170,11 @@ def missing() -> list[tuple[str, str]]:
 
 
 def setup(progress: Callable[[str], None], version: str | None = None) -> None:
-    """Fetch what can be had without root (QEMU from backports, the kernel) and build the boot
+    """Fetch what can be had without root (the kernel, and QEMU from backports), and build the boot
     files.
 
-    :param version: kernel version prefix ("6.1", "6.12").
-    :raises PyvmmError: a system package is missing, or the network.
+    :param version: a prefix of the kernel's version, such as "6.1" or "6.12".
+    :raises TestbedError: a system package is missing, or a download failed.
     """
     from pyvmm.errors import HostError
 
@@ -177,7 +189,7 @@ def setup(progress: Callable[[str], None], version: str | None = None) -> None:
 
 
 def _fetch(progress: Callable[[str], None], version: str | None) -> None:
-    """QEMU and the kernel, where they are missing."""
+    """Fetch QEMU if the installed one supports one vCPU only, and the kernel if it is missing."""
     best = qemus()
     if best and best[0].max_cpus < 2:
         _fetch_qemu(progress)
@@ -188,9 +200,7 @@ def _fetch(progress: Callable[[str], None], version: str | None) -> None:
 
 
 def _fetch_qemu(progress: Callable[[str], None]) -> None:
-    """Unpack the backports' QEMU into the cache. The libraries that it needs are those of the
-    installed one.
-    """
+    """Unpack the QEMU of backports into the cache. It uses the libraries of the installed QEMU."""
     import subprocess
     from pathlib import Path
 
@@ -214,8 +224,8 @@ def _fetch_qemu(progress: Callable[[str], None]) -> None:
 
 
 def _fetch_kernel(version: str, progress: Callable[[str], None]) -> None:
-    """Unpack the newest cloud kernel of ``version`` into the cache, from the release or its
-    backports.
+    """Unpack the newest cloud kernel of ``version`` into the cache. It comes from Debian's release
+    or from backports.
     """
     import subprocess
     from pathlib import Path
@@ -243,9 +253,9 @@ def _fetch_kernel(version: str, progress: Callable[[str], None]) -> None:
 
 
 def boot_files(kernel: Kernel, progress: Callable[[str], None]) -> tuple[str, str]:
-    """Paths of vmlinux and initramfs for ``kernel``, built if need be.
+    """The paths of vmlinux and initramfs for ``kernel``. They are built if necessary.
 
-    :raises TestbedError: a tool is missing or the kernel image has another form than expected.
+    :raises PyvmmError: a tool is missing, or the kernel image is not in the expected form.
     """
     import hashlib
     import time
@@ -265,7 +275,7 @@ def boot_files(kernel: Kernel, progress: Callable[[str], None]) -> tuple[str, st
         try:
             from pyvmm.images.kernel import extract_vmlinux
 
-            # Unpacked here, so that it need not be under emulation.
+            # Unpacking the kernel here is faster than letting it unpack itself under emulation.
             with open(f"{work}/vmlinux", "wb") as f:
                 f.write(extract_vmlinux(_bytes(kernel.image)))
             with open(f"{work}/initrd", "wb") as f:
@@ -285,7 +295,8 @@ def boot_files(kernel: Kernel, progress: Callable[[str], None]) -> tuple[str, st
 
 
 def shim() -> str:
-    """Path of the library that lets an ordinary user run virtiofsd (shim.c), compiled at first use.
+    """The path of the library that lets an ordinary user run virtiofsd (shim.c). It is compiled at
+    first use.
 
     :raises TestbedError: it does not compile.
     """
@@ -308,8 +319,8 @@ def shim() -> str:
 
 
 def initramfs(kernel: Kernel) -> bytes:
-    """A cpio archive: busybox, the boot modules in load order, the agent, and an init that starts
-    it.
+    """L1's initramfs as a cpio archive: busybox, the modules in load order, the agent, and an init
+    that starts the agent.
     """
     import py_compile
     import tempfile
@@ -345,13 +356,13 @@ def _sources() -> list[str]:
 
 
 def _busybox() -> str:
-    """Path of a statically linked busybox, or an empty string."""
+    """The path of a statically linked busybox; empty if there is none."""
     for path in (shutil.which("busybox"), "/bin/busybox"):
         if path and os.access(path, os.R_OK):
             with open(path, "rb") as f:
                 head = f.read(4096)
-            # Asked at every `pyvmm run`, so by hand: no program header of type PT_INTERP (3), no
-            # loader.
+            # A static program has no program header of type PT_INTERP (3). Every ``pyvmm run``
+            # comes here, so we look ourselves instead of importing an ELF library.
             at = int.from_bytes(head[32:40], "little")
             size, count = head[54], head[56]
             kinds = [head[at + i * size] for i in range(count)]

@@ -1,4 +1,4 @@
-"""The client's side of one command in L1: streams, terminal, signals, status."""
+"""The client's side of one command in L1: its streams, terminal, signals and exit status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-#: What a signal of ours does to the command.
+#: Signals that the client passes on to the command.
 FORWARDED = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -29,23 +29,26 @@ FORWARDED = (
 
 
 class TestbedTimeout(TestbedError):
-    """A command did not end in time; it was killed."""
+    """A command did not end in time and was killed."""
 
     exit_code = 124
 
 
 class Output:
-    """A descriptor of ours that gets a stream, written only as far as it does not block."""
+    """A descriptor of the client that gets one of the command's streams. Writes never block."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.data = bytearray()
-        # A regular file never blocks and cannot be polled; in a pipe, PIPE_BUF bytes fit once poll
-        # says so.
+        # A regular file never blocks and cannot be polled. A pipe has room for PIPE_BUF bytes as
+        # soon as poll says that it is writable.
         self.step = 1 << 20 if stat.S_ISREG(os.fstat(fd).st_mode) else select.PIPE_BUF
 
     def write(self) -> int:
-        """Write one step; how much went. Raises OSError where the reader has gone."""
+        """Write one step of the pending data; returns the number of bytes written.
+
+        :raises OSError: the reader has gone.
+        """
         try:
             n = os.write(self.fd, self.data[: self.step])
         except BlockingIOError:
@@ -55,12 +58,16 @@ class Output:
 
 
 class Session:
-    """One command: run it to its end with ``wait``.
+    """One command, which ``wait`` runs to its end.
 
-    :param stdin: a descriptor, bytes, or None for /dev/null.
-    :param stdout, stderr: descriptors, or None to collect what comes (``output``).
-    :param terminal: a descriptor of ours that is a terminal: the command gets one of its own. Its
-        keys go to the command uninterpreted; the caller makes it raw and restores it.
+    :param sock: the connection to the supervisor; lent.
+    :param cwd: the command's working directory in L1.
+    :param stdin: a descriptor (lent), bytes, or None for /dev/null.
+    :param stdout: a descriptor (lent), or None to collect the stream in ``output``; ``stderr``
+        likewise.
+    :param terminal: a terminal of the client (lent). The command then gets a terminal of its own,
+        and keys go to the command uninterpreted. The caller makes the client's terminal raw and
+        restores it.
     """
 
     def __init__(
@@ -120,15 +127,15 @@ class Session:
         self.send(p.OPEN, marshal.dumps(spec, 2))
 
     def send(self, kind: int, payload: bytes = b"", stream: int = 0) -> None:
-        """Queue a frame."""
+        """Queue a frame for sending."""
         self.out += p.frame(kind, 0, payload, stream)
 
     def signal(self, number: int) -> None:
-        """Send the command a signal."""
+        """Send a signal to the command's process group."""
         self.send(p.SIGNAL, b"%d" % number)
 
     def resized(self) -> None:
-        """Tell the command's terminal the size of ours."""
+        """Give the command's terminal the size of the client's terminal."""
         if self.terminal is not None:
             size = os.get_terminal_size(self.terminal)
             self.send(p.WINDOW, b"%d %d" % (size.lines, size.columns))
@@ -141,13 +148,16 @@ class Session:
         woken: Callable[[], None] | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> int:
-        """Carry the streams until the command ends; its status as a shell gives it: 128 + n for
-        signal n.
+        """Carry the streams until the command ends.
 
-        :param timeout: seconds, counted from the command's start; then it is killed and
-            TestbedTimeout raised.
-        :param wakeup: a descriptor; ``woken`` is called when it is readable.
-        :raises TestbedError: the testbed ended.
+        :param timeout: seconds from this call on, after which the call fails.
+        :param wakeup: a descriptor (lent); ``woken`` is called whenever it is readable.
+        :param progress: called with each progress note of the supervisor.
+        :returns: the status as a shell gives it: the command's exit status, or 128 + n if signal n
+            killed it.
+        :raises TestbedTimeout: the time is over. The command is killed when the caller closes the
+            connection.
+        :raises TestbedError: the testbed has ended, or refused the command.
         """
         deadline = time.monotonic() + timeout if timeout is not None else None
         failed = ""
@@ -196,7 +206,9 @@ class Session:
                         self._input()
 
     def _fill(self) -> None:
-        """Move given input into frames as far as the window allows; give credit back."""
+        """Make frames of the given input as far as the credit allows, and return credit for the
+        output that was passed on.
+        """
         while self.given and self.credit > 0:
             n = min(len(self.given), self.credit, p.CHUNK)
             self.send(p.DATA, bytes(self.given[:n]), p.STDIN)
@@ -229,7 +241,8 @@ class Session:
         try:
             self.owed += sink.write()
         except OSError:
-            # Nobody reads it any more: let the command find out as it would at home.
+            # Nobody reads the stream any more. Tell the command: it then gets SIGPIPE or EPIPE, as
+            # it would without the testbed.
             self.owed += len(sink.data)
             sink.data.clear()
             self.sinks[stream] = None
@@ -237,7 +250,7 @@ class Session:
             self.send(p.EOF, b"", stream)
 
     def _socket(self, event: int, progress: Callable[[str], None] | None) -> str:
-        """Send and receive; why the testbed ended, or an empty string."""
+        """Send and receive; returns why the testbed ended, or an empty string if it has not."""
         lost = "the testbed ended"
         if event & select.POLLOUT:
             try:
@@ -246,7 +259,7 @@ class Session:
             except BlockingIOError:
                 pass
             except OSError:
-                pass  # what it said before it closed is still to be read
+                pass  # the connection is closed, but there may still be data to read
         if not event & ~select.POLLOUT:
             return ""
         try:
@@ -278,10 +291,10 @@ class Session:
 def interactive(
     session: Session, timeout: float | None, progress: Callable[[str], None] | None
 ) -> int:
-    """``session.wait`` for a command line: signals are forwarded, the terminal is raw meanwhile and
-    restored after.
+    """``session.wait`` for a command line: forward signals to the command, and keep the client's
+    terminal raw until the command ends.
 
-    A second SIGINT or SIGTERM kills the command, and so does SIGKILL of ourselves.
+    A second SIGINT, SIGTERM, SIGHUP or SIGQUIT kills the command. So does a SIGKILL of the client.
     """
     import termios
     import tty

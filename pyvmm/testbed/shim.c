@@ -1,8 +1,10 @@
 /*
- * Preloaded into virtiofsd where an ordinary user runs it, as root of a user namespace.
+ * A library that is preloaded into virtiofsd if an ordinary user runs it, as root of a user
+ * namespace.
  *
- * setgroups: virtiofsd drops its groups first thing, which such a namespace forbids.
- * O_NOATIME: L1's overlay opens all files with it, and the kernel lets only their owner do that.
+ * virtiofsd begins by dropping its groups, which such a namespace forbids: setgroups() does nothing
+ * here. L1's overlay opens all files with O_NOATIME, which the kernel allows only to a file's owner:
+ * openat64() drops the flag.
  */
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -32,7 +34,7 @@ int openat64(int dir, const char *path, int flags, ...)
 	return next(dir, path, flags & ~O_NOATIME, mode);
 }
 
-/* What openat64 becomes with _FORTIFY_SOURCE where no mode is given. */
+/* With _FORTIFY_SOURCE, a call of openat64() without a mode becomes a call of this function. */
 int __openat64_2(int dir, const char *path, int flags)
 {
 	return openat64(dir, path, flags, 0);

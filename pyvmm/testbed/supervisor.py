@@ -1,10 +1,9 @@
-"""The supervisor: the process on the host that owns one L1, and stands between its clients and the
-agent inside.
+"""The supervisor: the process on the host that owns one L1 and connects clients to the agent in L1.
 
-``python -m pyvmm.testbed.supervisor`` with a JSON object on stdin (see ``Options``). It starts
-virtiofsd and QEMU, listens on a socket, renumbers channels, asks the agent for a sign of life every
-second, and ends, with a reason for every client, when L1 hangs or dies. All its children die with
-it.
+``python -m pyvmm.testbed.supervisor`` takes its options as a JSON object on stdin (see
+``Supervisor``). The supervisor starts virtiofsd and QEMU, listens on a socket, renumbers channels
+and asks the agent for a sign of life every second. If L1 hangs or dies, the supervisor tells every
+client why, and ends. Its child processes die with it.
 """
 
 from __future__ import annotations
@@ -30,48 +29,58 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# As EPYC, less what TCG does not emulate or gets wrong under nested SVM.
-CPU = "EPYC,+svm,+npt,-x2apic,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec"
-# tsc=reliable: else the clock falls back to hpet. loglevel: each character on the console is an
-# exit.
+# An EPYC without the features that TCG does not emulate or gets wrong under nested SVM.
+CPU = (
+    "EPYC,+svm,+npt,-x2apic,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,"
+    "-nrip-save,-xsavec"
+)
+# Without tsc=reliable, L1's clock would fall back to the HPET. loglevel=4 keeps the console short
+# because each character on it is an exit to QEMU.
 CMDLINE = "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable cryptomgr.notests"
-#: How long L1 may believe a name or an attribute in a writable directory (seconds). A command
-#: starts that much after it was asked for: then nothing is believed any more that was looked up
-#: before, so it sees every change made before.
+#: For so many seconds L1 may cache a name or an attribute in a writable directory. A command starts
+#: so long after its client asked for it: by then every older entry has expired, and the command
+#: sees every change that was made before the client asked.
 FRESH = 0.1
-BOOT_TIMEOUT = 120.0
-PING_EVERY = 1.0
-CONSOLE_KEPT = 64 << 10
+BOOT_TIMEOUT = 120.0  # seconds
+PING_EVERY = 1.0  # seconds
+CONSOLE_KEPT = 64 << 10  # bytes of L1's console that are kept for the log
 
 
 def l1_cpus(cpus: int) -> int:
-    """How many vCPUs L1 gets so that ``cpus`` of them run commands (see
-    ``l1_agent.keep_off_cpu_0``).
+    """How many vCPUs L1 needs so that commands can use ``cpus`` of them (see
+    ``agent.keep_off_cpu_0``).
     """
     return cpus + 1 if cpus > 1 else 1
 
 
 class Client:
-    """One connection: at most one command."""
+    """One connection. It runs at most one command."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.framer = p.Framer()
         self.out = bytearray()
         self.channel = 0
-        #: OPEN and what follows it, while that waits for L1 to be ready and for ``due``: (type,
-        #: stream, payload).
+        #: OPEN and the frames after it, which wait until L1 is ready and ``due`` has passed; each
+        #: is (type, stream, payload).
         self.early: list[tuple[int, int, bytes]] = []
         self.due = 0.0
         self.closing = False
 
 
 class Supervisor:
-    """Runs until told to stop, or until L1 fails.
+    """Runs one L1 until somebody stops it, or until it fails.
 
-    ``options``: socket, lock, log_later (paths; where the log is found afterwards), cpus (0: as
-    many as is safe), memory (bytes), kernel (version prefix or None), writable (directories),
-    watchdog (seconds), tether (a descriptor: stop when its other end is closed; or None).
+    ``options`` has these keys:
+
+    - socket, lock: paths of the socket to listen on and of the lock file;
+    - log_later: the path at which the log is found after the end, for messages;
+    - cpus: the number of vCPUs for commands, or 0 for as many as QEMU supports, at most two;
+    - memory: bytes;
+    - kernel: a prefix of the kernel's version, or None;
+    - writable: the directories that commands may write;
+    - watchdog: seconds without a sign of life after which L1 counts as hung;
+    - tether: a descriptor, or None; the supervisor stops when its other end is closed.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -79,9 +88,8 @@ class Supervisor:
         self.started = time.monotonic()
         self.selector = selectors.DefaultSelector()
         self.clients: dict[int, Client] = {}
-        self.channels: dict[
-            int, Client | None
-        ] = {}  # None: the client has gone, EXIT is still to come
+        #: None stands for a client that has gone while its command's EXIT is still to come.
+        self.channels: dict[int, Client | None] = {}
         self.next_channel = 1
         self.waiting: list[Client] = []
         self.console = bytearray()
@@ -126,7 +134,10 @@ class Supervisor:
             self.selector.register(tether, selectors.EVENT_READ, self.untethered)
 
     def boot(self) -> None:
-        """Start virtiofsd and QEMU. Raises TestbedError where that is impossible."""
+        """Start virtiofsd and QEMU.
+
+        :raises TestbedError: something that they need is missing.
+        """
         lacks = l1_assets.missing()
         if lacks:
             raise TestbedError(f"{lacks[0][0]} is missing", lacks[0][1])
@@ -153,8 +164,9 @@ class Supervisor:
             python = "/usr/bin/python3"
         memory = self.options["memory"] >> 20
         argv = [
-            self.qemu.path, *self.qemu.options, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-name", "pyvmm-testbed", "-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi", "-cpu", CPU,
+            self.qemu.path, *self.qemu.options, "-nodefaults", "-no-user-config",
+            "-display", "none", "-no-reboot", "-name", "pyvmm-testbed",
+            "-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi", "-cpu", CPU,
             "-smp", str(l1_cpus(self.cpus)), "-m", f"{memory}M",
             "-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on",
             "-chardev", f"socket,id=root,fd={root.fileno()}",
@@ -164,7 +176,8 @@ class Supervisor:
             "-device", "virtio-serial-pci",
             "-chardev", f"socket,id=agent,fd={port_qemu.fileno()}",
             "-device", "virtserialport,chardev=agent,name=agent",
-            "-chardev", f"socket,id=console,fd={console_qemu.fileno()}", "-serial", "chardev:console",
+            "-chardev", f"socket,id=console,fd={console_qemu.fileno()}",
+            "-serial", "chardev:console",
             "-chardev", f"socket,id=qmp,fd={qmp_qemu.fileno()}", "-mon", "chardev=qmp,mode=control",
             "-kernel", vmlinux, "-initrd", initrd, "-append", f"{CMDLINE} l1python={python}",
         ]  # fmt: skip
@@ -179,7 +192,10 @@ class Supervisor:
         self.console_socket = console
 
     def share(self, tag: str, options: list[str], writable: list[str]) -> socket.socket:
-        """Start one virtiofsd that exports the root; returns the connection for QEMU."""
+        """Start one virtiofsd that exports the root directory; returns the connection for QEMU.
+
+        :param writable: the directories that virtiofsd may write.
+        """
         path = f"{self.options['socket']}.{tag}"
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(path)
@@ -188,8 +204,8 @@ class Supervisor:
         client.connect(path)
         os.unlink(path)
         argv = [
-            l1_assets.VIRTIOFSD, f"--fd={listener.fileno()}", "-osource=/", "-osandbox=chroot", "-oxattr",
-            "-olog_level=warn", *options,
+            l1_assets.VIRTIOFSD, f"--fd={listener.fileno()}", "-osource=/", "-osandbox=chroot",
+            "-oxattr", "-olog_level=warn", *options,
         ]  # fmt: skip
         self.spawn(argv, [listener.fileno()], writable)
         listener.close()
@@ -226,7 +242,7 @@ class Supervisor:
     # --- the loop ---------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Until stopped; the exit status."""
+        """Serve until the end; returns the exit status for this process."""
         self.listen()
         try:
             self.boot()
@@ -258,11 +274,11 @@ class Supervisor:
             now = time.monotonic()
             if self.ready and self.waiting:
                 self.open_due(now)
-            if now - last > 5:  # we were suspended, not L1
+            if now - last > 5:  # this process was suspended: L1's silence means nothing
                 self.last_pong = now
             last = now
             if not self.stopping and any(child.poll() is not None for child in self.children):
-                time.sleep(0.3)  # one ends because another has: find out which was first
+                time.sleep(0.3)  # each child ends when another one has: see which was the first
                 what, child = (
                     ("virtiofsd", self.children[0]) if self.vm.poll() is None else ("QEMU", self.vm)
                 )
@@ -279,7 +295,8 @@ class Supervisor:
                     self.to_port(p.frame(p.PING))
                 if now - self.last_pong > self.options["watchdog"]:
                     raise TestbedError(
-                        f"L1 hung: no sign of life for {self.options['watchdog']:g} s{self.registers()}",
+                        f"L1 hung: no sign of life for {self.options['watchdog']:g} s"
+                        f"{self.registers()}",
                         self.hint(),
                     )
             elif now - self.started > BOOT_TIMEOUT:
@@ -303,7 +320,7 @@ class Supervisor:
         self.tell(why)
 
     def tell(self, why: str) -> None:
-        """The end: nobody can connect any more, and those who have are told why."""
+        """Let nobody connect any more, and tell all clients why the testbed ends."""
         while self.accept():
             pass
         self.selector.unregister(self.listener)
@@ -313,7 +330,9 @@ class Supervisor:
             self.to(client, p.frame(p.ERROR, 0, why.encode()))
 
     def last_words(self) -> str:
-        """What L1 said that tells most, else what QEMU or virtiofsd said."""
+        """The line that best explains why L1 died, in brackets: the first line of L1's console that
+        names a panic or the like, else the last line of the console, else the log's.
+        """
         said = self.console.decode(errors="replace")
         if not said:
             with open("/proc/self/fd/2", encoding="utf-8", errors="replace") as log:
@@ -327,7 +346,9 @@ class Supervisor:
         return f" ({(telling or lines)[-1 if not telling else 0]})" if lines else ""
 
     def registers(self) -> str:
-        """Write the vCPUs' registers to the log; names the instruction pointers."""
+        """Write the registers of L1's vCPUs to the log; returns their instruction pointers as text
+        for a message.
+        """
         import re
 
         self.qmp.settimeout(2)
@@ -350,7 +371,7 @@ class Supervisor:
         return f" (RIP {', '.join(rips)})" if rips else ""
 
     def say(self, text: str) -> None:
-        """Progress, to the log and to those who wait for L1."""
+        """Write a line of progress to the log and to all clients."""
         print(text, file=sys.stderr, flush=True)
         for client in list(self.clients.values()):
             self.to(client, p.frame(p.NOTE, 0, text.encode()))
@@ -375,7 +396,7 @@ class Supervisor:
     # --- clients ----------------------------------------------------------------------------------
 
     def accept(self) -> bool:
-        """Take one new connection; whether there was one."""
+        """Accept one connection; returns whether there was one."""
         try:
             sock, _ = self.listener.accept()
         except OSError:
@@ -389,7 +410,7 @@ class Supervisor:
         return True
 
     def drop(self, client: Client) -> None:
-        """The connection has ended."""
+        """Forget a client whose connection has ended, and kill its command."""
         if self.clients.pop(client.sock.fileno(), None) is None:
             return
         self.selector.unregister(client.sock)
@@ -476,7 +497,7 @@ class Supervisor:
             self.to_port(p.frame(kind, client.channel, payload, stream))
 
     def status(self) -> dict[str, Any]:
-        """What ``pyvmm testbed status`` shows."""
+        """The facts that ``pyvmm testbed status`` shows."""
         return {
             "protocol": p.VERSION,
             "pid": os.getpid(),
@@ -508,7 +529,7 @@ class Supervisor:
         except BlockingIOError:
             pass
         except OSError:
-            return  # QEMU has gone; the loop says so
+            return  # QEMU has gone; the loop finds out and reports it
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.port_out else 0)
         self.selector.modify(self.port, events, self.from_port)
 
@@ -557,10 +578,11 @@ class Supervisor:
         binds = [(f"/.work{d}", d) for d in self.options["writable"]]
         if self.kernel.root:
             binds.append((f"{self.kernel.root}/lib/modules", "/lib/modules"))
-        advice = (
-            "/sys/kernel/mm/transparent_hugepage/shmem_enabled"  # a guest's boot takes a fifth less
-        )
-        files = [("/proc/sys/kernel/perf_event_paranoid", "-1"), (advice, "advise")]
+        files = [
+            ("/proc/sys/kernel/perf_event_paranoid", "-1"),
+            # With huge pages for shared memory, a guest boots in a fifth less time.
+            ("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "advise"),
+        ]
         return {"binds": binds, "files": files}
 
     def became_ready(self, notes: str) -> None:
@@ -577,13 +599,13 @@ class Supervisor:
 
 
 def main() -> int:
-    """Read the options, take the lock, serve."""
+    """Read the options, take the lock and serve."""
     options = json.load(sys.stdin)
     lock = os.open(options["lock"], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return 3  # somebody else was faster: their testbed does as well
+        return 3  # another process was faster; the caller uses its testbed
     os.ftruncate(lock, 0)
     os.pwrite(lock, b"%d\n" % os.getpid(), 0)
     os.makedirs(cache_root(), exist_ok=True)

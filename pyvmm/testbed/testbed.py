@@ -1,9 +1,8 @@
-"""The testbed: a virtual machine (L1) with real KVM and real vhost-net on any machine, in which
-commands run.
+"""The testbed's client: start and stop a testbed, and run commands in it.
 
-``Testbed().run(["pyvmm", "run", ...])`` runs a command in the testbed that is up, or in one that is
-started for it and stopped afterwards. L1 sees the machine's files: the writable directories as they
-are, all else under a throw-away overlay.
+``Testbed().run(["pyvmm", "run", ...])`` runs a command in the testbed that is up;
+``with Testbed() as t:`` starts a temporary one if none is up. L1 sees the host's files. Writes to
+the writable directories reach the host; all other writes go into an overlay that is thrown away.
 """
 
 from __future__ import annotations
@@ -33,7 +32,11 @@ _numbers = itertools.count()
 
 
 class Result:
-    """What a command did: ``status`` as a shell has it (128 + n for signal n), and its output."""
+    """The result of a command.
+
+    :ivar status: as a shell gives it: the exit status, or 128 + n if signal n killed the command.
+    :ivar stdout: its output; ``stderr`` likewise.
+    """
 
     def __init__(self, status: int, stdout: bytes, stderr: bytes) -> None:
         self.status, self.stdout, self.stderr = status, stdout, stderr
@@ -58,8 +61,8 @@ def inside() -> bool:
 
 
 def default_writable(cwd: str) -> list[str]:
-    """What a testbed started from ``cwd`` can write: the checkout (else ``cwd``), pyvmm's cache,
-    temporary files.
+    """The directories that a testbed started from ``cwd`` can write: the git checkout that holds
+    ``cwd`` (or else ``cwd`` itself), pyvmm's cache and the directory for temporary files.
     """
     import tempfile
 
@@ -74,16 +77,20 @@ def default_writable(cwd: str) -> list[str]:
 
 
 class Testbed:
-    """One testbed, by its name. As a context manager it is up inside: the running one, or one of
-    its own for the while.
+    """One testbed, known by its name. As a context manager, it uses the testbed that is up, or
+    starts a temporary one and stops it at the end.
 
-    :param name: several can be up at once under different names; $PYVMM_TESTBED or "default".
-    :param cpus: of L1, 0 for two where QEMU can, else one.
-    :param memory: of L1 in bytes, 0 for 4 GiB.
-    :param kernel: version prefix of Debian's cloud kernel ("6.1", "6.12").
-    :param writable: directories beyond ``default_writable``. Not the root.
+    :param name: several testbeds can be up at once under different names. The default is
+        $PYVMM_TESTBED or "default".
+    :param cpus: the number of vCPUs that commands can use; 0 for two if QEMU supports them, else
+        one.
+    :param memory: L1's memory in bytes; 0 for 4 GiB.
+    :param kernel: a prefix of the version of Debian's cloud kernel, such as "6.1" or "6.12".
+    :param writable: directories that commands may write besides ``default_writable``. The root
+        directory is ignored.
     :param watchdog: seconds without a sign of life after which L1 counts as hung.
-    :param progress: is told what goes on, a line at a time.
+    :param progress: called with each line of progress.
+    :raises TestbedError: the name is not a valid one.
     """
 
     __test__ = False  # not a pytest class
@@ -110,22 +117,24 @@ class Testbed:
         self._tether = -1
         self._child: subprocess.Popen[bytes] | None = None
         self._entered = 0
-        self._shared = ""  # its name without the suffix that a temporary one has
+        self._shared = ""  # while a temporary testbed is up, the name without its suffix
 
     @property
     def dir(self) -> str:
-        """Its run-time files: socket, lock, log; made when it starts."""
+        """The directory of the run-time files: socket, lock and log. It is made when the testbed
+        starts.
+        """
         return f"{runtime_dir()}/testbed-{self.name}"
 
     @staticmethod
     def is_set_up() -> bool:
-        """Whether it can be started."""
+        """Whether a testbed can be started on this machine."""
         return not Testbed.missing()
 
     @staticmethod
     def missing() -> str:
-        """What is missing before it can be started and how to get it; an empty string where nothing
-        is.
+        """The things that a testbed still needs on this machine, each with its remedy, as one line;
+        empty if nothing is missing.
         """
         from pyvmm.testbed import assets as l1_assets
 
@@ -133,8 +142,11 @@ class Testbed:
 
     @staticmethod
     def setup(progress: Callable[[str], None], kernel: str | None = None) -> None:
-        """Fetch and build what the testbed needs and root is not needed for; quick where all is
-        there.
+        """Fetch and build all that a testbed needs and that can be had without root. This is quick
+        if nothing is missing.
+
+        :param kernel: see ``Testbed``.
+        :raises TestbedError: a system package is missing, or a download failed.
         """
         from pyvmm.testbed import assets as l1_assets
 
@@ -150,14 +162,17 @@ class Testbed:
         return sock
 
     def is_up(self) -> bool:
-        """Whether it runs (or is starting)."""
+        """Whether the testbed runs or is starting."""
         sock = self._connect()
         if sock:
             sock.close()
         return sock is not None
 
     def status(self) -> dict[str, Any] | None:
-        """What the supervisor says of itself, or None where the testbed is down."""
+        """The supervisor's facts about the testbed (``Supervisor.status``); None if it is down.
+
+        :raises TestbedError: the supervisor does not answer.
+        """
         import json
 
         sock = self._connect()
@@ -178,14 +193,14 @@ class Testbed:
                     "the testbed's supervisor does not answer", f"see {self.dir}/log"
                 ) from e
             except ConnectionError:
-                pass  # it is ending
+                pass  # the testbed ends
         return None
 
     def up(self, *, tethered: bool = False) -> bool:
-        """Start it, wait until it is ready; False if it was up already.
+        """Start the testbed and wait until it is ready; returns False if it was up already.
 
-        :param tethered: it stops when this process ends, however that comes about.
-        :raises TestbedError: it is not set up or did not start.
+        :param tethered: stop the testbed when this process ends, for whatever reason.
+        :raises TestbedError: the testbed is not set up or did not start.
         """
         sock = self._connect()
         if sock is not None:
@@ -215,7 +230,7 @@ class Testbed:
             real = os.path.realpath(path)
             if not os.path.isdir(real):
                 raise TestbedError(f"{path} is not a directory", "make it first")
-            # What is below another comes for free; the root as a whole stays protected.
+            # The root as a whole stays protected.
             if real != "/":
                 writable.append(real)
         writable = [
@@ -262,7 +277,7 @@ class Testbed:
             sock = self._connect()
             if sock is not None:
                 break
-            # 3: another one was faster, and will listen.
+            # Status 3 means that another supervisor was faster; that one will listen.
             if child.poll() not in (None, 3):
                 raise TestbedError(
                     f"the testbed's supervisor ended: {_last_line(f'{directory}/log')}"
@@ -293,7 +308,10 @@ class Testbed:
                     return
 
     def down(self) -> bool:
-        """Stop it, with all that runs in it; False if it was down already."""
+        """Stop the testbed with all commands in it; returns False if it was down already.
+
+        :raises TestbedError: it does not stop within 15 seconds.
+        """
         sock = self._connect()
         if sock is None:
             return False
@@ -316,7 +334,8 @@ class Testbed:
     def __enter__(self) -> Self:
         self._entered += 1
         if self._entered == 1 and not self.is_up():
-            # Under a name of its own, so that nobody else comes to depend on what ends with us.
+            # The temporary testbed gets a name of its own, so that no other process comes to use a
+            # testbed that ends with this one.
             self._shared, self.name = self.name, f"{self.name[:20]}-{os.getpid()}-{next(_numbers)}"
             try:
                 self.up(tethered=True)
@@ -327,13 +346,13 @@ class Testbed:
         return self
 
     def _forget(self) -> None:
-        """Remove a temporary testbed's files; its log stays readable in the cache as last.log."""
+        """Remove the files of a temporary testbed. Its log moves to the cache as last.log."""
         import shutil
 
         try:
             os.replace(f"{self.dir}/log", f"{cache_dir()}/last.log")
         except OSError:
-            pass  # on another file system, or never written
+            pass  # the cache is on another file system, or there is no log
         shutil.rmtree(self.dir, ignore_errors=True)
         self.name, self._shared = self._shared, ""
 
@@ -352,14 +371,14 @@ class Testbed:
 
     @property
     def is_temporary(self) -> bool:
-        """Whether it was started by ``with`` and ends with that."""
+        """Whether ``with`` has started the testbed and will stop it."""
         return bool(self._shared)
 
     def check(self, cwd: str) -> str:
-        """Whether the running testbed is what was asked for; a warning where it only nearly is,
-        else an empty string.
+        """Check whether the running testbed has what this object asks for.
 
-        :raises TestbedError: it lacks what was asked for explicitly.
+        :returns: a warning if the testbed cannot write ``cwd``, else an empty string.
+        :raises TestbedError: it differs from an explicit wish: cpus, memory, kernel or writable.
         """
         status = self.status()
         if status is None or not status["ready"]:
@@ -378,7 +397,7 @@ class Testbed:
             if not any(is_below(os.path.realpath(path), d) for d in shared):
                 raise TestbedError(f"the running testbed cannot write {path}", hint)
         if not any(is_below(os.path.realpath(cwd), d) for d in shared):
-            return f"{cwd} is not writable for the running testbed: what is written there is lost"
+            return f"the running testbed cannot write {cwd}: files written there are lost"
         return ""
 
     def run(
@@ -390,13 +409,14 @@ class Testbed:
         input: bytes | None = None,
         timeout: float | None = None,
     ) -> Result:
-        """Run a command, collect its output.
+        """Run a command in the testbed and collect its output.
 
-        :param cwd: its working directory (default: ours).
-        :param env: its whole environment (default: ours).
-        :param input: its stdin; /dev/null without.
-        :param timeout: seconds; then the command is killed and TestbedTimeout raised.
-        :raises TestbedError: the testbed is not up and does not start, or ended under the command.
+        :param cwd: the command's working directory; by default that of this process.
+        :param env: the command's whole environment; by default that of this process.
+        :param input: the command's stdin; by default /dev/null.
+        :param timeout: seconds after which the command is killed.
+        :raises TestbedTimeout: the command was killed because the time was over.
+        :raises TestbedError: the testbed is down, or ended before the command did.
         """
         with self._session() as sock:
             session = Session(
@@ -412,13 +432,15 @@ class Testbed:
             return Result(status, bytes(session.output[p.STDOUT]), bytes(session.output[p.STDERR]))
 
     def run_attached(self, argv: Sequence[str], *, timeout: float | None = None) -> int:
-        """Run a command on this process's own stdin, stdout, stderr, terminal and signals; its exit
-        status.
+        """Run a command that uses the stdin, stdout, stderr and terminal of this process and gets
+        its signals. Only the main thread may call this.
 
-        For a command line's main thread. Uses the testbed that is up, else one for this command
-        only.
+        It uses the testbed that is up, or a temporary one.
 
-        :param timeout: seconds; then the command is killed and TestbedTimeout raised.
+        :param timeout: seconds after which the command is killed.
+        :returns: the command's status as in ``Result``.
+        :raises TestbedTimeout: the command was killed because the time was over.
+        :raises TestbedError: the testbed did not start, or ended before the command did.
         """
         with self:
             if not self.is_temporary:
@@ -448,7 +470,7 @@ class Testbed:
     def _env(env: Mapping[str, str] | None) -> dict[str, str]:
         env = {**(os.environ if env is None else env), INSIDE: "1"}
         path = env.get("PATH", os.defpath)
-        # An ordinary user is root in there, and has use for root's programs.
+        # An ordinary user is root in L1 and can use root's programs.
         env["PATH"] = ":".join(
             [path, *(d for d in ("/usr/sbin", "/sbin") if d not in path.split(":"))]
         )
@@ -456,7 +478,7 @@ class Testbed:
 
 
 def is_below(path: str, directory: str) -> bool:
-    """Whether ``path`` is ``directory`` or in it; both real and absolute."""
+    """Whether ``path`` is ``directory`` or below it. Both are absolute, without symbolic links."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
