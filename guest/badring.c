@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A hostile virtio-net driver. Each case breaks one rule, on a freshly set up device; what must
- * follow is NEEDS_RESET and a config interrupt in bounded time, or, for writes to locked registers,
- * nothing at all. After each, the card must work again: reset, set-up, one ARP exchange. fault=NAME
- * on the command line runs one case, all of them otherwise.
+ * A hostile virtio-net driver. Each case sets the device up anew and breaks one rule. The device
+ * must answer with NEEDS_RESET and a configuration interrupt in bounded time, or, after writes to
+ * locked registers, with nothing at all. After each case the card must work again: reset, set-up,
+ * one ARP exchange. fault=NAME on the command line runs this case only.
  */
 #include "virtnet.h"
 
@@ -217,7 +217,7 @@ static const struct fault {
 	FAULT(registers_after_driver_ok, IGNORED, FEATURES),
 };
 
-/* Seconds, since the device's worker may have to wait for a processor of a busy host. */
+/* Wait for seconds: on a busy host, the device's worker may have to wait for a processor. */
 static bool needs_reset(void)
 {
 	for (int i = 0; i < 300000; i++) {
@@ -228,7 +228,7 @@ static bool needs_reset(void)
 	return false;
 }
 
-/* An interrupt may be on its way yet. */
+/* Wait for the interrupt, which may still be on its way. */
 static bool config_interrupt(unsigned int before)
 {
 	for (int i = 0; i < 1000000; i++) {

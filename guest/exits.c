@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A known number of exits of each kind, at addresses where nothing is. README.md has the table;
- * tests/host and tests/boot hold the ledger to it. Reads where nothing is must give all ones. All
- * of it is marked as the command phase.
+ * Makes a known number of exits of each kind, at addresses without a device. README.md has the
+ * table; tests/host and tests/boot compare the ledger with it. Reads without a device must give all
+ * ones. All these exits belong to the command phase.
  */
 #include "guest.h"
 
@@ -15,7 +15,7 @@
 			statement;                                                                 \
 	while (0)
 
-/* count elements of a string, to or from a port or memory, by one instruction. */
+/* Move n elements of a string to or from a port or memory by one instruction. */
 #define STRING(instruction, n, ...)                                                                \
 	do {                                                                                       \
 		void *from_ = buffer, *to_ = buffer;                                               \
@@ -47,7 +47,7 @@ int main(void)
 	REPEAT(11, expect_ones(inb(PORT), 8));
 	REPEAT(21, expect_ones(inw(PORT), 16));
 	REPEAT(31, expect_ones(inl(PORT), 32));
-	/* Strings, to a port of their own. */
+	/* The strings have a port of their own. */
 	pyvmm_write(PORT + 4, buffer, sizeof(buffer));
 	__asm__ volatile("rep insb" : "+D"(at), "+c"(count) : "d"(PORT + 4) : "memory");
 	for (unsigned int i = 0; i < sizeof(buffer); i++)

@@ -1,22 +1,22 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The runtime of the bare-metal guests: everything that a test kernel of a page or two needs, and
- * nothing that exits behind its back: each access to a port or device that these functions make is
- * stated, so that a guest can promise its exact exit counts.
+ * The runtime of the bare-metal guests: everything that a test kernel of a page or two needs. The
+ * comments here state every access to a port or device that a function makes, so that a guest can
+ * promise its exact number of exits.
  *
- * Ring 0 is emulated on some hosts (kvm_pvm): no SSE, x87, cmpxchg16b, popcnt or int3.
+ * Some hosts emulate ring 0 (kvm_pvm), so guests must not use SSE, x87, cmpxchg16b, popcnt or int3.
  */
 #ifndef PYVMM_GUEST_H
 #define PYVMM_GUEST_H
 
 #define GUEST_CS32    0x08
-#define GUEST_CS      0x10 /* as the 64-bit boot protocol has it */
+#define GUEST_CS      0x10 /* the 64-bit boot protocol demands this selector */
 #define GUEST_DS      0x18
 #define AP_TRAMPOLINE 0x8000
 
 /*
- * The machine's ports and addresses: pyvmm/spec/platform.py; tests/unit/test_guest.py holds the two
- * together.
+ * The machine's ports and addresses. They repeat pyvmm/spec/platform.py; tests/unit/test_guest.py
+ * compares the two.
  */
 #define PORT_ACPI_SLEEP_CONTROL 0x600
 #define PORT_ACPI_RESET		0x602
@@ -34,7 +34,7 @@
 #define IOAPIC_BASE		0xfec00000
 #define LAPIC_BASE		0xfee00000
 #define IOAPIC_PIN_TIMER	2
-/* Only on a machine with test devices. */
+/* Only a machine with test devices has these. */
 #define PORT_TESTDEV_ECHO  0xe0
 #define PORT_TESTDEV_FLUSH 0xe4
 #define PORT_DEBUGCON	   0xe9
@@ -44,7 +44,7 @@
 #define PORT_TESTDEV_IRQ   0x2000
 #define TESTDEV_MMIO	   0xff000000
 
-/* How we were started, in boot_way; boot_pointer is what came along. */
+/* The values of boot_way: how the loader has entered the guest, and where boot_pointer points. */
 #define BOOT_PVH       0 /* struct hvm_start_info */
 #define BOOT_ZERO_PAGE 1 /* struct boot_params */
 #define BOOT_MULTIBOOT 2 /* multiboot_info */
@@ -60,7 +60,7 @@
 
 /* --- what a guest provides -------------------------------------------------------------------- */
 
-/* Its return value becomes the exit status (0: all well). */
+/* The return value becomes the guest's exit status; 0 means success. */
 int main(void);
 
 /* --- ports and memory ------------------------------------------------------------------------- */
@@ -82,7 +82,7 @@ PORT_ACCESS(b, uint8_t)
 PORT_ACCESS(w, uint16_t)
 PORT_ACCESS(l, uint32_t)
 
-/* A plain mov each, of exactly that width. */
+/* Each access is one mov of exactly this width. */
 #define MMIO_ACCESS(bits, suffix, reg)                                                             \
 	static inline void mmio_write##bits(uint64_t address, uint##bits##_t value)                \
 	{                                                                                          \
@@ -148,9 +148,12 @@ size_t strlen(const char *text);
 
 /* --- saying things ---------------------------------------------------------------------------- */
 
-/* One rep outsb to PORT_GUEST_STDOUT; %s %c %d %u %x and %lx. At most 256 bytes. */
+/*
+ * Write to standard output by one rep outsb to PORT_GUEST_STDOUT. The format knows %s %c %d %u %x
+ * %lu and %lx; the text is cut after 256 bytes.
+ */
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
-/* Bytes to COM1, one outb each, no polling (two bytes more for a line end). */
+/* Write to COM1 by one outb per byte, without polling. A newline becomes two bytes, CR and LF. */
 void serial(const char *text);
 /*
  * Tell the VMM the exit status and power off: one outl to PORT_GUEST_CONTROL, one outb to
@@ -159,18 +162,24 @@ void serial(const char *text);
 void finish(int status) __attribute__((noreturn));
 /* say() what went wrong, then finish(1). */
 void fail(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
-/* End by the debug-exit port, where there is one: the status is (value << 1) | 1. One outl. */
+/*
+ * End by the debug-exit port of a machine with test devices: one outl. The exit status is
+ * (value << 1) | 1.
+ */
 void debug_exit(uint32_t value) __attribute__((noreturn));
 
 /* --- what the loader handed over -------------------------------------------------------------- */
 
 extern uint32_t boot_way, boot_pointer;
 const char *command_line(void);
-/* The value of key=value on the command line, copied to out (NUL-terminated), or NULL. */
+/*
+ * Copy the value of key=value on the command line to out, cut to size and NUL-terminated. Returns
+ * out, or NULL if the command line has no such key.
+ */
 const char *option(const char *key, char *out, size_t size);
-/* The same as a number, or otherwise. */
+/* The value of key=value as a decimal number, or otherwise if there is no such key. */
 unsigned long option_number(const char *key, unsigned long otherwise);
-/* An ACPI table by its signature, with its checksum verified, or NULL. */
+/* Find an ACPI table by its signature and verify its checksum; NULL if there is none. */
 const uint8_t *acpi_table(const char *signature);
 uint64_t acpi_rsdp(void);
 
@@ -179,28 +188,25 @@ uint64_t acpi_rsdp(void);
 typedef void (*irq_handler)(unsigned int vector);
 
 /*
- * Load the interrupt table and mask the 8259s (two outb that KVM answers). Until then, any
- * exception is a triple fault; from then on, it is reported and ends the guest.
+ * Load the interrupt table and mask the 8259s (two outb that KVM answers). Before this call, an
+ * exception is a triple fault; after it, an exception is reported and ends the guest.
  */
 void irq_init(void);
-/* Handle a vector from 32 up; the handler acknowledges with lapic_eoi() itself. */
+/* Handle a vector from 32 up. The handler acknowledges the interrupt itself by lapic_eoi(). */
 void irq_set(unsigned int vector, irq_handler handler);
-/* Interrupts on, wait for one, off again. */
+/* Turn interrupts on, wait for one, and turn them off again. */
 static inline void irq_wait(void)
 {
 	__asm__ volatile("sti; hlt; cli" : : : "memory");
 }
 
-/* Take what is pending. */
+/* Take the pending interrupts, if there are any. */
 static inline void irq_take(void)
 {
 	__asm__ volatile("sti; nop; cli" : : : "memory");
 }
 
-/*
- * --- local and I/O APIC: each access is one that KVM answers in the kernel, none comes to
- * userspace ------
- */
+/* --- local and I/O APIC: KVM answers all accesses in the kernel ------------------------------- */
 
 #define LAPIC_ID	    0x20
 #define LAPIC_EOI	    0xb0
@@ -227,21 +233,22 @@ static inline void lapic_eoi(void)
 	lapic_write(LAPIC_EOI, 0);
 }
 
-/* Software-enable this CPU's local APIC, spurious vector 255. */
+/* Software-enable this CPU's local APIC; the spurious vector is 255. */
 void lapic_enable(void);
 /* Send an interrupt command and wait until it is accepted. */
 void lapic_send(uint32_t apic_id, uint32_t command);
-/* Route an IO-APIC pin to the boot CPU, edge-triggered, active high. */
+/* Route an edge-triggered, active-high pin of the IO-APIC to the boot CPU. */
 void ioapic_route(unsigned int pin, uint8_t vector);
+/* Route a level-triggered, active-low pin of the IO-APIC to the boot CPU. */
 void ioapic_route_level_low(unsigned int pin, uint8_t vector);
 
 /* --- application processors ------------------------------------------------------------------- */
 
-extern uint32_t ap_stack;     /* the next one's stack pointer */
-extern void (*ap_main)(void); /* what it runs */
+extern uint32_t ap_stack;     /* the stack pointer of the next processor to start */
+extern void (*ap_main)(void); /* the function that it runs */
 /*
- * Start the CPU with this APIC id in ap_main on the given stack; INIT, SIPI, SIPI. Returns once
- * ap_main has been entered.
+ * Start the CPU with this APIC id by INIT and SIPI. It runs entry on the given stack. This returns
+ * once the CPU runs, just before it calls entry.
  */
 void ap_start(uint32_t apic_id, void *stack_top, void (*entry)(void));
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Says hello on the console and on standard output; status=N on the command line is its exit
- * status.
+ * Says hello on the console and on standard output. The exit status is status=N on the command
+ * line.
  */
 #include "guest.h"
 

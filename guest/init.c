@@ -1,32 +1,34 @@
 // SPDX-License-Identifier: MIT
 /*
- * The guest's init: mounts, loads modules, configures the network, runs one command, reports its
- * exit status to the VMM, powers off. One static program, since every fork and exec is slow in an
- * emulated guest.
+ * The guest's init: it mounts file systems, loads modules, configures the network, runs one
+ * command, reports its exit status to the VMM and powers off. It is one static program because
+ * every fork and exec is slow in an emulated guest.
  *
  * Theory of operation
  * -------------------
- * All that it is to do stands on the kernel command line (docs/images.md has the list):
+ * The kernel command line tells init what to do (docs/images.md has the list):
  *
  *   pyvmm.net=NIC,ADDR/PREFIX[,ADDR/PREFIX]...[,gw=ADDR][,mtu=N][,peer=ADDR]
- *                               NIC is a MAC address, eth0.. or an interface index
- *   pyvmm.cmd=BASE64URL         argv, each argument ended by a NUL; without: file /etc/pyvmm.cmd,
- *                               else a shell
- *   pyvmm.stdin=console         the command reads the console, raw; DLE EOT ends its input, DLE DLE
- *                               is one DLE
+ *                               NIC is a MAC address, a name such as eth0, or an interface index
+ *   pyvmm.cmd=BASE64URL         argv; a NUL ends each argument. Without it, the command is in the
+ *                               file /etc/pyvmm.cmd; without that, it is a shell
+ *   pyvmm.stdin=console         the command's input is the raw console, in which DLE EOT ends the
+ *                               input and DLE DLE stands for one DLE
  *   pyvmm.hostname=NAME  pyvmm.term=TERM  pyvmm.tty=COLSxROWS  pyvmm.port=0|1  pyvmm.verbose
  *   pyvmm.panic=init
- *   pyvmm.agent                 no command: do what the VMM asks for, see pyvmm_port.h
+ *   pyvmm.agent                 run no command of its own, but take requests of the VMM
+ *                               (pyvmm_port.h)
  *
- * Nothing here is fatal: what fails is told in one line on the console, and init goes on to the
+ * No error here is fatal: init reports each failure in one line on the console and goes on to the
  * command.
  *
- * With a command and the guest port (pyvmm_port.h), the command's stdout and stderr are pipes which
- * init relays to the port, so that they are binary-safe and apart from kernel messages. Without the
- * port (another VMM), they are the console, and the status is the line "pyvmm-init: status N".
+ * With a command and the guest port (pyvmm_port.h), the command's stdout and stderr are pipes. Init
+ * relays them to the port, so that they are binary-safe and separate from kernel messages. Without
+ * the port (on another VMM), they are the console, and the line "pyvmm-init: status N" reports the
+ * status.
  *
- * The power button (ACPI, kernel driver "button") ends the command by SIGTERM, SIGKILL after
- * BUTTON_MS, and powers off; a shell on the console goes at once.
+ * The power button (ACPI, kernel driver "button") ends the command by SIGTERM, and by SIGKILL after
+ * BUTTON_MS, and then powers off. A shell on the console ends at once.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -68,7 +70,7 @@
 #define MAX_ARGS     256
 #define NET_WAIT_MS  5000
 #define DRAIN_MS     1000
-#define BUTTON_MS    3000 /* what a command gets to end once the power button was pressed */
+#define BUTTON_MS    3000 /* after the power button, the command has so long to end itself */
 #define CMDLINE_SIZE 4096
 #define COMMAND_FILE "/etc/pyvmm.cmd"
 #define PAGE_SIZE    4096
@@ -76,15 +78,15 @@
 #define EOT	     0x04
 
 static bool have_port;
-static char *page; /* what GUEST_WRITE sends from; NULL: by bytes */
+static char *page; /* the page of GUEST_PAGE; NULL: output goes by bytes */
 static bool verbose;
 static char cmdline[CMDLINE_SIZE];
-static char command[65536]; /* argv, NUL after each */
+static char command[65536]; /* argv; a NUL ends each argument */
 static size_t command_size;
 static char *argv_out[MAX_ARGS + 1];
 static bool stdin_console;
 static bool agent_wanted;
-static bool pressed; /* the power button */
+static bool pressed; /* whether the power button has been pressed */
 static const char *hostname = "guest";
 static const char *term = "vt100";
 static const char *panic_how = "";
@@ -95,7 +97,7 @@ static const char *peer;
 
 static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* One line on the console. */
+/* Write one line to the console. */
 static void say(const char *format, ...)
 {
 	char line[512];
@@ -107,7 +109,7 @@ static void say(const char *format, ...)
 	va_end(args);
 	strcat(line, "\n");
 	if (write(STDERR_FILENO, line, strlen(line)) < 0)
-		return; /* no console: nobody to tell */
+		return; /* without a console, nobody can be told */
 }
 
 static void tell(unsigned int opcode, unsigned int value)
@@ -174,7 +176,7 @@ static void mount_all(void)
 			say("cannot make %s: %s", links[i][1], strerror(errno));
 }
 
-/* The guest port, if this machine has one: @choice is the value of pyvmm.port or NULL. */
+/* Use the guest port if this machine has one. @choice is the value of pyvmm.port, or NULL. */
 static void open_port(const char *choice)
 {
 	if (choice && *choice == '0')
@@ -189,8 +191,9 @@ static void open_port(const char *choice)
 }
 
 /*
- * Name a page of ours to the VMM. It must stay where it is: shared, so that fork() does not copy
- * it, and with a reference from a pipe that nobody reads, so that the kernel does not move it.
+ * Name a page of this process to the VMM. The page must keep its physical address. It is mapped
+ * shared so that fork() does not copy it, and a pipe that nobody reads holds a reference to it so
+ * that the kernel does not move it.
  */
 static void share_page(void)
 {
@@ -205,7 +208,10 @@ static void share_page(void)
 	*p = 0;
 	if (vmsplice(ends[1], &piece, 1, 0) != PAGE_SIZE)
 		return;
-	/* Documentation/admin-guide/mm/pagemap.rst: bit 63 present, bits 0..54 frame number. */
+	/*
+	 * Documentation/admin-guide/mm/pagemap.rst: bit 63 says that the page is present, bits
+	 * 0..54 are its frame number.
+	 */
 	map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	if (map < 0)
 		return;
@@ -219,7 +225,8 @@ static void share_page(void)
 }
 
 /*
- * Load the modules that /etc/modules lists: paths below /lib/modules/RELEASE, dependencies first.
+ * Load the modules that /etc/modules lists by their paths below /lib/modules/RELEASE. The list has
+ * each module after the modules that it needs.
  */
 static void load_modules(void)
 {
@@ -256,7 +263,7 @@ static int base64_value(char c)
 	return c == '-' ? 62 : c == '_' ? 63 : -1;
 }
 
-/* Decode base64url (RFC 4648, section 5; padding ignored) into @out; returns the length. */
+/* Decode base64url (RFC 4648, section 5) without its padding to @out; returns the length. */
 static size_t base64_decode(const char *in, char *out, size_t size)
 {
 	unsigned int bits = 0, have = 0;
@@ -300,7 +307,7 @@ static int split_command(void)
 	return argc;
 }
 
-/* What follows @key= in @word; "" where @word is just @key; else NULL. */
+/* The text after @key= in @word; "" if @word is just @key; NULL if it is another word. */
 static char *value_of(char *word, const char *key)
 {
 	size_t n = strlen(key);
@@ -311,8 +318,8 @@ static char *value_of(char *word, const char *key)
 }
 
 /*
- * Take the pyvmm.* words from /proc/cmdline; double quotes group, as for the kernel. Returns
- * pyvmm.port or NULL.
+ * Take the pyvmm.* words from /proc/cmdline. As for the kernel, double quotes group. Returns the
+ * value of pyvmm.port, or NULL.
  */
 static const char *parse_cmdline(void)
 {
@@ -370,7 +377,7 @@ static const char *parse_cmdline(void)
 	return port;
 }
 
-/* --- network: rtnetlink, since forking `ip` is slow --- */
+/* --- network: rtnetlink, because forking `ip` would be slow --- */
 
 static int nl_fd = -1;
 static unsigned int nl_seq;
@@ -403,7 +410,7 @@ static void request_attr(struct request *r, int type, const void *data, size_t s
 	r->h.nlmsg_len = (unsigned int)(NLMSG_ALIGN(r->h.nlmsg_len) + RTA_ALIGN(a->rta_len));
 }
 
-/* Send @r and wait for its acknowledgement; 0 or an errno. */
+/* Send @r and wait for its acknowledgement; returns 0 or an errno. */
 static int request_do(struct request *r)
 {
 	char answer[4096];
@@ -423,7 +430,7 @@ static int request_do(struct request *r)
 	}
 }
 
-/* Set @index up, and its MTU if @mtu is not 0. */
+/* Set the interface @index up, and set its MTU if @mtu is not 0; returns 0 or an errno. */
 static int link_up(int index, unsigned int mtu)
 {
 	struct request r;
@@ -437,7 +444,7 @@ static int link_up(int index, unsigned int mtu)
 	return request_do(&r);
 }
 
-/* The length of the binary address @text, 4 or 16, which goes to @address; 0 where it is none. */
+/* Convert @text to a binary @address; returns its length, 4 or 16, or 0 if @text is no address. */
 static size_t parse_address(const char *text, void *address)
 {
 	if (inet_pton(AF_INET, text, address) == 1)
@@ -453,7 +460,7 @@ static int address_add(int index, const void *address, size_t size, unsigned int
 	r.u.addr.ifa_family = size == 4 ? AF_INET : AF_INET6;
 	r.u.addr.ifa_prefixlen = (unsigned char)prefix;
 	r.u.addr.ifa_index = (unsigned int)index;
-	/* Without duplicate address detection the address can be used at once. */
+	/* Without duplicate address detection, the address can be used at once. */
 	r.u.addr.ifa_flags = size == 4 ? 0 : IFA_F_NODAD;
 	request_attr(&r, IFA_LOCAL, address, size);
 	request_attr(&r, IFA_ADDRESS, address, size);
@@ -492,8 +499,8 @@ static bool parse_mac(const char *text, unsigned char mac[6])
 }
 
 /*
- * The index of the interface that @name means: a MAC, an interface name or an index. 0 where there
- * is none (yet).
+ * The index of the interface @name, which is a MAC address, an interface name or an index. 0 if
+ * there is no such interface (yet).
  */
 static int find_link(const char *name)
 {
@@ -522,7 +529,7 @@ static int find_link(const char *name)
 	return found;
 }
 
-/* Configure one interface as @spec says (see the top); whether it is up. */
+/* Configure one interface by @spec, a value of pyvmm.net; returns whether the interface exists. */
 static bool configure_nic(char *spec, long deadline)
 {
 	char *save, *name = strtok_r(spec, ",", &save), *gateway = NULL;
@@ -579,7 +586,7 @@ static bool configure_nic(char *spec, long deadline)
 		peer = peer ? peer : gateway;
 		size = parse_address(gateway, binary);
 		error = size ? route_default(index, binary, size) : EINVAL;
-		if (error && error != EEXIST) /* the first interface has it */
+		if (error && error != EEXIST) /* an earlier interface has the default route */
 			say("cannot route by %s: %s", gateway, strerror(error));
 	}
 	return true;
@@ -595,7 +602,7 @@ static void configure_network(void)
 		say("no rtnetlink: %s", strerror(errno));
 		return;
 	}
-	link_up(1, 0); /* lo is always the first */
+	link_up(1, 0); /* lo always has index 1 */
 	for (unsigned int i = 0; i < nic_count; i++)
 		up += configure_nic(nic_specs[i], deadline);
 	close(nl_fd);
@@ -605,7 +612,7 @@ static void configure_network(void)
 
 /* --- the power button --- */
 
-/* The attribute @type in the @size bytes at @a; NULL where there is none. */
+/* Find the attribute @type in the @size bytes at @a; NULL if there is none. */
 static struct nlattr *attribute(void *a, size_t size, int type)
 {
 	while (size >= sizeof(struct nlattr)) {
@@ -631,8 +638,8 @@ static void *payload(struct nlattr *a, size_t *size)
 }
 
 /*
- * The id of multicast group @name in the answer of CTRL_CMD_GETFAMILY of @size bytes; 0 where there
- * is none.
+ * The id of multicast group @name in the answer to CTRL_CMD_GETFAMILY, which has @size bytes; 0 if
+ * there is none.
  */
 static unsigned int find_group(struct nlmsghdr *h, size_t size, const char *name)
 {
@@ -669,7 +676,8 @@ static unsigned int find_group(struct nlmsghdr *h, size_t size, const char *name
 }
 
 /*
- * A socket on which the kernel tells of ACPI events (drivers/acpi/event.c); -1 where it does not.
+ * Open a socket on which the kernel reports ACPI events (drivers/acpi/event.c); -1 if the kernel
+ * does not report them.
  */
 static int open_buttons(void)
 {
@@ -702,7 +710,7 @@ static int open_buttons(void)
 }
 
 /*
- * Whether the event that is there is the power button: struct acpi_genl_event begins with the
+ * Read one event; returns whether it is the power button. struct acpi_genl_event begins with the
  * device's class.
  */
 static bool power_button(int fd)
@@ -722,7 +730,8 @@ static bool power_button(int fd)
 /* --- the command --- */
 
 /*
- * The terminal behind /dev/console, the last that the kernel lists: job control needs the real one.
+ * Open the terminal behind /dev/console, the last one that the kernel lists. Job control does not
+ * work on /dev/console itself.
  */
 static int open_tty(void)
 {
@@ -754,7 +763,7 @@ static void set_environment(void)
 		setenv("PYVMM_PEER", peer, 1);
 }
 
-/* In the child: become the command. */
+/* Become the command, in the child process. */
 static void __attribute__((noreturn)) become(int in, int out, int err, int tty)
 {
 	sigset_t none;
@@ -768,7 +777,7 @@ static void __attribute__((noreturn)) become(int in, int out, int err, int tty)
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	signal(SIGPIPE, SIG_DFL);
-	/* All of them are above 2, see main(). */
+	/* All these descriptors are above 2, see main(). */
 	dup2(in, STDIN_FILENO);
 	dup2(out, STDOUT_FILENO);
 	dup2(err, STDERR_FILENO);
@@ -780,7 +789,7 @@ static void __attribute__((noreturn)) become(int in, int out, int err, int tty)
 	_exit(error == ENOENT || error == ENOTDIR ? 127 : 126);
 }
 
-/* All of @data to @fd, which may be a pipe; gives up on errors. */
+/* Write all of @data to @fd, which may be a pipe; returns false after an error. */
 static bool write_all(int fd, const char *data, size_t size)
 {
 	while (size) {
@@ -802,9 +811,9 @@ static bool write_all(int fd, const char *data, size_t size)
 }
 
 /*
- * The console's input for the command: raw bytes, in which DLE EOT is the end and DLE DLE one DLE.
- * A process of its own, so that a command that does not read its input cannot stop the relay of its
- * output.
+ * Pass the console's input to the command: raw bytes, in which DLE EOT is the end and DLE DLE
+ * stands for one DLE. This is a process of its own, so that a command that does not read its input
+ * cannot stop the relay of its output.
  */
 static void __attribute__((noreturn)) feed_stdin(int tty, int out)
 {
@@ -859,7 +868,7 @@ static pid_t start_feeder(int tty, int *command_in)
 	return pid;
 }
 
-/* One piece of output from @fd to the port; false at its end. */
+/* Relay one piece of output from @fd to the port; returns false at the end of the output. */
 static bool relay(int fd, unsigned short port)
 {
 	static char bytes[PAGE_SIZE];
@@ -881,7 +890,7 @@ static void __attribute__((noreturn)) leave(int how)
 	if (how == RB_POWER_OFF)
 		tell(GUEST_POWEROFF, 0);
 	sync();
-	/* Without ACPI the kernel can only halt; the register is there all the same. */
+	/* Without ACPI the kernel can only halt, but the machine has the register all the same. */
 	if (how == RB_POWER_OFF && have_port && access("/sys/firmware/acpi", F_OK) &&
 	    !ioperm(PORT_ACPI_SLEEP_CONTROL, 1, 1))
 		outb(ACPI_POWER_OFF, PORT_ACPI_SLEEP_CONTROL);
@@ -891,7 +900,10 @@ static void __attribute__((noreturn)) leave(int how)
 		pause();
 }
 
-/* Reap what has died; whether @child has, with its shell-style status in @status. */
+/*
+ * Reap all children that have ended. Returns whether @child is among them, with its status as a
+ * shell gives it in @status.
+ */
 static bool reap(pid_t child, int *status)
 {
 	bool ended = false;
@@ -910,8 +922,8 @@ static bool reap(pid_t child, int *status)
 static void agent_interrupted(int bell, pid_t child);
 
 /*
- * Relay output and reap until @child has ended and its output has drained; its status. @bell: of
- * the agent, or -1.
+ * Relay output and reap children until @child has ended and its output has been relayed; returns
+ * its status. @bell is the agent's serial port, or -1 without an agent.
  */
 static int supervise(pid_t child, int signals, int out, int err, int buttons, int bell)
 {
@@ -933,14 +945,15 @@ static int supervise(pid_t child, int signals, int out, int err, int buttons, in
 		}
 
 		/*
-		 * Its orphans may hold the pipes open for ever: wait for them no longer than this.
+		 * Processes that the command has left behind may hold the pipes open for ever, so
+		 * do not wait for the pipes' end beyond the deadline.
 		 */
 		if (deadline && (wait <= 0 || (fds[1].fd < 0 && fds[2].fd < 0)))
 			return status;
 		if (poll(fds, 5, (int)wait) < 0)
 			continue;
 		if (fds[3].revents && power_button(buttons)) {
-			if (out < 0) /* a shell, which SIGTERM does not end */
+			if (out < 0) /* an interactive shell, which ignores SIGTERM */
 				leave(RB_POWER_OFF);
 			kill(-1, SIGTERM);
 			kill(-1, SIGCONT);
@@ -953,7 +966,10 @@ static int supervise(pid_t child, int signals, int out, int err, int buttons, in
 			struct signalfd_siginfo info;
 
 			if (read(signals, &info, sizeof(info)) == sizeof(info)) {
-				/* What busybox's poweroff, halt and reboot send without -f. */
+				/*
+				 * Without -f, busybox's poweroff sends SIGUSR2, halt SIGUSR1 and
+				 * reboot SIGTERM.
+				 */
 				if (info.ssi_signo == SIGUSR2 || info.ssi_signo == SIGUSR1)
 					leave(RB_POWER_OFF);
 				if (info.ssi_signo == SIGTERM)
@@ -1020,9 +1036,9 @@ static int run(int signals)
 
 static char agent_in[sizeof(struct pyvmm_request) + REQUEST_ARGV_MAX + REQUEST_INPUT_MAX];
 static size_t agent_have;
-static unsigned int agent_id; /* of what runs */
+static unsigned int agent_id; /* the id of the running command */
 
-/* Take what the VMM has for us. */
+/* Take all that the VMM has to send. */
 static void agent_pull(int bell)
 {
 	char bytes[64];
@@ -1042,7 +1058,7 @@ static void agent_pull(int bell)
 	} while (n == PAGE_SIZE);
 }
 
-/* The next request, if it is there as a whole. */
+/* Look at the next request; returns whether it has arrived completely. */
 static bool agent_next(struct pyvmm_request *r)
 {
 	if (agent_have < sizeof(*r))
@@ -1065,8 +1081,8 @@ static void agent_drop(const struct pyvmm_request *r)
 }
 
 /*
- * While @child runs only its end is asked for. It leads a session, and what it has started is ended
- * with it.
+ * Handle the requests that come while @child runs, up to the next REQUEST_RUN. The child leads a
+ * session; its process group is killed together with it.
  */
 static void agent_interrupted(int bell, pid_t child)
 {
@@ -1084,7 +1100,7 @@ static void agent_interrupted(int bell, pid_t child)
 	}
 }
 
-/* Run what @r asks for, to its end; its status. */
+/* Run the command of @r to its end; returns its status. */
 static int agent_run(const struct pyvmm_request *r, int signals, int buttons, int bell)
 {
 	const char *argv = agent_in + sizeof(*r), *input = argv + r->argv_size;
@@ -1159,7 +1175,7 @@ static void __attribute__((noreturn)) agent(int signals)
 				tell(GUEST_STATUS, 0);
 				leave(RB_POWER_OFF);
 			}
-			if (r.type != REQUEST_RUN) { /* what it is about has ended */
+			if (r.type != REQUEST_RUN) { /* the command to kill has ended already */
 				agent_drop(&r);
 				continue;
 			}
@@ -1191,7 +1207,10 @@ int main(void)
 
 	clock_gettime(CLOCK_BOOTTIME, &boot);
 	mkdir("/dev", 0755);
-	/* The kernel opens 0 to 2 on /dev/console, if there is one. */
+	/*
+	 * The kernel opens descriptors 0 to 2 on /dev/console if there is one. Open all that are
+	 * missing on /dev/null.
+	 */
 	do {
 		fd = open("/dev/null", O_RDWR);
 		if (fd < 0) {

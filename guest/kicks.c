@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Kicks a virtio-net card's transmit queue, which is empty, count=N times (100), its control queue
- * control=N times (10), and halts halts=N times (20) until the local APIC's timer interrupts. That
- * is the command phase; what it costs depends on how kicks are answered, and on nothing else.
- * Probing and set-up come before.
+ * Kicks the empty transmit queue of a virtio-net card count=N times (100) and its control queue
+ * control=N times (10). Then it halts halts=N times (20) until the local APIC's timer interrupts.
+ * This is the command phase; its cost depends only on how kicks are answered. Probing and set-up
+ * come before this phase.
  */
 #include "virtnet.h"
 
@@ -42,8 +42,8 @@ int main(void)
 	for (unsigned long i = 0; i < control; i++)
 		mmio_write16(commands.notify, commands.number);
 	/*
-	 * One-shot: the next one is not set before the last has come, so each is one halt, however
-	 * slow we are.
+	 * The timer is one-shot and is not set again before its interrupt has come. So there is one
+	 * halt per interrupt, however slow the host is.
 	 */
 	for (unsigned long i = 0; i < halts; i++) {
 		lapic_write(LAPIC_TIMER_INITIAL, 100000); /* KVM's APIC bus runs at 1 GHz: 0.1 ms */

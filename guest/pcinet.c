@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Asks by ARP over virtio-net who has target=A.B.C.D (default 192.168.100.1), count=N times (1),
- * each time waiting for the answer. irq=msix (default), intx or poll says how it learns of received
- * frames.
+ * Asks by ARP over virtio-net who has target=A.B.C.D (default 192.168.100.1), count=N times
+ * (default 1), and waits for each answer. irq=msix (default), intx or poll chooses how it learns
+ * that a frame has come.
  */
 #include "virtnet.h"
 
@@ -27,8 +27,8 @@ int main(void)
 	for (unsigned long n = 0; n < count; n++)
 		arp_ask(own, target);
 	/*
-	 * Every answer may have been there before we looked, and the interrupt may be on its way
-	 * yet.
+	 * Every answer may have been there before the driver looked, so that it never waited for an
+	 * interrupt. The interrupt may still be on its way.
 	 */
 	for (int i = 0; i < 1000000 && irq != IRQ_POLL && !net.queue_interrupts; i++)
 		irq_take();

@@ -1,35 +1,36 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The guest port: how a program in the guest talks to pyvmm without a driver.
+ * The guest port, by which a program in the guest talks to pyvmm without a driver.
  *
- * I/O ports of the machine (pyvmm/spec/platform.py has the same numbers; a test holds the two
- * together):
+ * These are the machine's I/O ports (pyvmm/spec/platform.py has the same numbers; a test compares
+ * the two):
  *
- *   PORT_GUEST_CONTROL  32-bit write: opcode << 24 | value, the opcodes are GUEST_* below; value
- *                       is 24 bits. A 32-bit read gives GUEST_MAGIC; another VMM may have
- *                       something else at these ports.
- *   PORT_GUEST_STDOUT   8-bit writes, also by rep outsb: bytes of the command's standard output.
- *   PORT_GUEST_STDERR   likewise, of its standard error.
- *   PORT_GUEST_REQUEST  32-bit read: the VMM puts the next bytes of its requests, 4096 at most,
- *                       into the page of GUEST_PAGE; the value is how many. Below is what they mean.
+ *   PORT_GUEST_CONTROL  A 32-bit write sends opcode << 24 | value. The opcodes are GUEST_* below;
+ *                       value has 24 bits. A 32-bit read gives GUEST_MAGIC, by which a program
+ *                       knows that this is pyvmm and not another VMM.
+ *   PORT_GUEST_STDOUT   8-bit writes, also by rep outsb, send bytes of the command's standard
+ *                       output.
+ *   PORT_GUEST_STDERR   8-bit writes send bytes of the command's standard error.
+ *   PORT_GUEST_REQUEST  A 32-bit read makes the VMM copy the next bytes of its requests (see
+ *                       below), at most 4096, to the page of GUEST_PAGE. The read gives the number
+ *                       of bytes.
  *
- * KVM leaves the guest once for each byte, also with rep outsb (em_out in arch/x86/kvm/emulate.c),
- * which is well for a test program's few words. For more there is GUEST_PAGE, which names a page of
- * guest memory once, and then GUEST_WRITE, which sends up to 4096 bytes from that page for one
- * exit. Both streams keep their order.
+ * KVM exits once per byte, also with rep outsb (em_out in arch/x86/kvm/emulate.c). This is good
+ * enough for the few words of a test program. For longer output, GUEST_PAGE names a page of guest
+ * memory once, and each GUEST_WRITE then sends up to 4096 bytes from that page by one exit. Each of
+ * the two streams keeps its order.
  *
- * A program needs ioperm(PORT_GUEST_CONTROL, PORT_GUEST_COUNT, 1), for which it must have
+ * A program must call ioperm(PORT_GUEST_CONTROL, PORT_GUEST_COUNT, 1) first, which needs
  * CAP_SYS_RAWIO.
  *
- * The order in which our init sends: GUEST_INIT, GUEST_NET_UP (only where interfaces were asked
- * for), GUEST_COMMAND, output, GUEST_STATUS, GUEST_POWEROFF.
+ * Our init sends in this order: GUEST_INIT, GUEST_NET_UP (if the command line names interfaces),
+ * GUEST_COMMAND, the output, GUEST_STATUS, GUEST_POWEROFF.
  *
- * With pyvmm.agent on the kernel command line init does what the VMM asks for instead of running
- * one command: it sends GUEST_PAGE and GUEST_AGENT, and from then on takes requests. A byte on the
- * second serial port (of whatever value) says that there is one. The requests are a stream of
- * struct pyvmm_request, each followed by its argv (each argument ended by a NUL) and the command's
- * standard input. One command runs at a time: its output comes by GUEST_WRITE, and GUEST_RESULT
- * ends it.
+ * With pyvmm.agent on the kernel command line, init does not run one command but takes requests of
+ * the VMM: it sends GUEST_PAGE and GUEST_AGENT first. A byte of any value on the second serial port
+ * tells init that there is a request. The requests are a stream: each is a struct pyvmm_request,
+ * the argv (a NUL ends each argument) and the command's standard input. One command runs at a time.
+ * Its output comes by GUEST_WRITE, and GUEST_RESULT reports its end.
  */
 #ifndef PYVMM_PORT_H
 #define PYVMM_PORT_H
@@ -40,7 +41,7 @@
 #define PORT_GUEST_REQUEST 0x628
 #define PORT_GUEST_COUNT   12
 
-/* For kernels without ACPI: SLP_EN and the S5 type in the sleep control register. */
+/* Kernels without ACPI power off by writing SLP_EN and the S5 type to this register. */
 #define PORT_ACPI_SLEEP_CONTROL 0x600
 #define ACPI_POWER_OFF		0x34
 
@@ -50,16 +51,16 @@
 #define GUEST_COMMAND  2 /* the command is about to start */
 #define GUEST_STATUS   3 /* the command has ended; value is its exit status, 0..255 */
 #define GUEST_POWEROFF 4 /* init is about to power off */
-#define GUEST_NET_UP   5 /* the network interfaces are configured; value is how many */
-#define GUEST_PAGE     6 /* value is the page frame number of the page that GUEST_WRITE sends from */
+#define GUEST_NET_UP   5 /* the network interfaces are configured; value is their number */
+#define GUEST_PAGE     6 /* value is the page frame number of the page for output and requests */
 #define GUEST_WRITE    7 /* output: bits 0..15 of value are the length, at most 4096; 16: stderr */
-#define GUEST_AGENT    8 /* requests are taken from now on */
+#define GUEST_AGENT    8 /* init takes requests from now on */
 #define GUEST_RESULT   9 /* a command has ended: bits 0..7 of value are its status, 8..23 its id */
 
 #define REQUEST_RUN   1 /* run argv */
-#define REQUEST_KILL  2 /* kill what runs as id */
+#define REQUEST_KILL  2 /* kill the command with this id */
 #define REQUEST_LEAVE 3 /* power off */
-/* Bytes that a request may have. */
+/* The largest argv and the longest standard input of a request, in bytes. */
 #define REQUEST_ARGV_MAX  65535
 #define REQUEST_INPUT_MAX 1048576
 

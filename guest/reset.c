@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Ends in the way that how=... on the command line says; see README.md. */
+/* Ends the machine in the way that how=... on the command line chooses; see README.md. */
 #include "guest.h"
 
 static bool is(const char *a, const char *b)
@@ -25,15 +25,15 @@ int main(void)
 		outb(PORT_PCI_RESET, 6);
 	else if (is(how, "i8042"))
 		outb(PORT_I8042 + 4, 0xfe);
-	else if (is(how,
-		    "vector")) { /* where Linux ends up that asks the BIOS; needs a second CPU */
+	else if (is(how, "vector")) {
+		/* Linux jumps there if it reboots by the BIOS. This needs a second CPU. */
 		memcpy((void *)AP_TRAMPOLINE, jump_to_vector, sizeof(jump_to_vector));
 		lapic_enable();
 		lapic_send(1, 0x4500);
 		lapic_send(1, 0x4600 | AP_TRAMPOLINE >> 12);
 	} else if (is(how, "triple"))
 		__asm__ volatile("lidt %0; ud2" : : "m"(no_idt));
-	else if (is(how, "panic")) { /* as Linux does it with panic=-1 */
+	else if (is(how, "panic")) { /* Linux does the same with panic=-1 */
 		outb(PORT_PVPANIC, 1);
 		outb(PORT_ACPI_RESET, ACPI_RESET_VALUE);
 	} else if (is(how, "hang"))
@@ -42,15 +42,15 @@ int main(void)
 	else if (is(how, "halt"))
 		for (;;)
 			__asm__ volatile("cli; hlt");
-	else if (is(how, "idle")) { /* interrupts on; none comes for a long time */
+	else if (is(how, "idle")) { /* interrupts are on, but none comes for a long time */
 		irq_init();
 		for (;;)
 			irq_wait();
-	} else if (is(how, "nowhere")) /* jump to where there is no memory */
+	} else if (is(how, "nowhere")) /* jump to an address without memory */
 		__asm__ volatile("jmp *%0" : : "r"(PCI_MMIO_BASE + 0x10000000ull));
 	else
 		fail("reset: no such way: %s", how);
-	/* Whatever was asked for ends this CPU soon; spin, since returning would power off. */
+	/* The chosen way ends this CPU soon. Spin meanwhile, because returning would power off. */
 	for (;;)
 		pause();
 }

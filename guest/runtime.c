@@ -185,8 +185,8 @@ static uint32_t load32(const uint8_t *at)
 const char *command_line(void)
 {
 	/*
-	 * struct boot_params: hdr.cmd_line_ptr; multiboot_info: cmdline; struct hvm_start_info:
-	 * cmdline_paddr.
+	 * The field is hdr.cmd_line_ptr in struct boot_params, cmdline in multiboot_info, and
+	 * cmdline_paddr in struct hvm_start_info.
 	 */
 	uint64_t address = boot_way == BOOT_ZERO_PAGE	? load32(boot_data() + 0x228)
 			   : boot_way == BOOT_MULTIBOOT ? load32(boot_data() + 16)
@@ -199,7 +199,7 @@ uint64_t acpi_rsdp(void)
 {
 	if (boot_way != BOOT_MULTIBOOT)
 		return load64(boot_data() + (boot_way == BOOT_ZERO_PAGE ? 0x70 : 32));
-	/* Nobody tells: ACPI 6.4, 5.2.5.1. */
+	/* A multiboot loader does not pass the RSDP on, so search for it (ACPI 6.4, 5.2.5.1). */
 	for (uintptr_t at = 0xe0000; at < 0x100000; at += 16)
 		if (!memcmp((const void *)at, "RSD PTR ", 8))
 			return at;
@@ -320,7 +320,7 @@ void irq_init(void)
 					    .offset_middle = (uint16_t)(address >> 16)};
 	}
 	load_idt();
-	/* The 8259s start with everything unmasked, at vector 0. */
+	/* The 8259s start with all lines unmasked, on vectors from 0 up. */
 	outb(PORT_PIC_MASTER + 1, 0xff);
 	outb(PORT_PIC_SLAVE + 1, 0xff);
 }
@@ -393,8 +393,8 @@ void ap_start(uint32_t apic_id, void *stack_top, void (*entry)(void))
 	ap_entered = 0;
 	barrier();
 	lapic_send(apic_id, 0x4500); /* INIT, assert */
-	lapic_send(apic_id,
-		   0x4600 | AP_TRAMPOLINE >> 12); /* SIPI; KVM needs no delay, nor a second one */
+	/* One SIPI is enough for KVM, without a delay before it. */
+	lapic_send(apic_id, 0x4600 | AP_TRAMPOLINE >> 12);
 	while (!ap_entered)
 		pause();
 }

@@ -1,23 +1,23 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The 16550 by interrupts, as a real driver uses it. flood=N on the command line: send N bytes, 16
- * for each transmitter interrupt (lines "0000000 abc...xyz" of 64 bytes with the offset in
- * decimal). echo=1: then send back what comes in, until a 'q'.
+ * Drives the 16550 by interrupts, as a real driver does. With flood=N on the command line, it sends
+ * N bytes, 16 per transmitter interrupt: lines "0000000 abc...xyz" of 64 bytes, which begin with
+ * their offset in decimal. With echo=1, it then sends back all input up to a 'q'.
  */
 #include "guest.h"
 
 #define VECTOR 0x44
 #define IRQ    4
 
-#define RBR 0 /* read: received byte; write: byte to send */
+#define RBR 0 /* a read gives the received byte; a write sends a byte */
 #define IER 1
-#define IIR 2 /* read; write: FIFO control */
+#define IIR 2 /* for reading; a write goes to the FIFO control register */
 #define MCR 4
 #define LSR 5
 
 #define IER_RX	 0x01
 #define IER_THRE 0x02
-#define MCR_OUT2 0x08 /* gates the interrupt on a PC */
+#define MCR_OUT2 0x08 /* on a PC, interrupts pass only while this is set */
 #define LSR_DATA 0x01
 #define LSR_THRE 0x20
 
@@ -26,7 +26,7 @@
 static unsigned long total, sent;
 static volatile unsigned int interrupts;
 static volatile bool quit;
-static char input[4096]; /* one handler may find as much as the host has typed */
+static char input[4096]; /* one interrupt may find all that the host has typed so far */
 static volatile unsigned int head, tail;
 
 static char flood_byte(unsigned long offset)
@@ -89,15 +89,15 @@ int main(void)
 	irq_set(VECTOR, on_serial);
 	lapic_enable();
 	ioapic_route(IRQ, VECTOR);
-	outb(PORT_COM1 + IIR, 0x07); /* FIFOs on and empty */
+	outb(PORT_COM1 + IIR, 0x07); /* turn the FIFOs on and clear them */
 	outb(PORT_COM1 + MCR, MCR_OUT2 | 3);
 	outb(PORT_COM1 + IER, total ? IER_RX | IER_THRE : IER_RX);
-	say("serial: ready\n"); /* what came before was cleared with the FIFOs */
+	say("serial: ready\n"); /* input that came earlier was cleared with the FIFOs */
 	while (sent < total)
 		irq_wait();
 	if (option_number("echo", 0))
 		echo();
-	/* Not before the last byte has left. */
+	/* Do not power off before the last byte has been sent. */
 	while (!(inb(PORT_COM1 + LSR) & LSR_THRE))
 		pause();
 	say("serial: %lu sent, %u received, %s\n", sent, head,

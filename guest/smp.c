@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Finds the processors in the MADT, starts each by INIT and SIPI, and lets each count to COUNT
- * under a lock. Says the ids; the exit status is 0 if all came up and the sum is right. cpus=N on
- * the command line: also fail if there are not that many.
+ * Finds the processors in the MADT, starts each by INIT and SIPI, and lets each add COUNT to a sum
+ * under a lock. The exit status is 0 if all processors ran and the sum is right. With cpus=N on the
+ * command line, it also fails if there are not N processors.
  */
 #include "guest.h"
 

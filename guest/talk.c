@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Sends its initrd to COM1 as it is: whatever a test wants a kernel to have said. init=1 on the
- * command line: first tell the VMM that init runs. Ends by status=N (0), or as how=... says: hang,
- * reboot, panic (pvpanic, then a reboot) or panic-hang (pvpanic, then it spins).
+ * Sends its initrd to COM1 unchanged, so that a test chooses what "the kernel" says on the console.
+ * With init=1 on the command line, it first tells the VMM that init runs. It ends with status=N
+ * (0), or as how=... says: hang, reboot, panic (pvpanic, then a reboot) or panic-hang (pvpanic,
+ * then it spins).
  */
 #include "guest.h"
 
@@ -25,8 +26,8 @@ static uint64_t load64(uint64_t at)
 int main(void)
 {
 	/*
-	 * struct hvm_start_info: nr_modules at 12, modlist_paddr at 16; an entry begins with
-	 * address and size.
+	 * struct hvm_start_info has nr_modules at offset 12 and modlist_paddr at offset 16. An
+	 * entry of the list begins with address and size.
 	 */
 	uint64_t modules, at = 0, size = 0;
 

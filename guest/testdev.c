@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What test kernels expect of a machine with test devices, each point a line "PASS: ..." or "FAIL:
- * ..." on COM1; then an exit by the debug-exit port with exit=N (or 1 where a point failed). cpus=N
- * and memory=BYTES on the command line are what fw_cfg must say; module=TEXT is how each multiboot
- * module must begin.
+ * Checks all that test kernels expect of a machine with test devices. Each check writes a line
+ * "PASS: ..." or "FAIL: ..." to COM1. Then the guest ends by the debug-exit port with exit=N, or
+ * with 1 if a check failed. fw_cfg must report cpus=N and memory=BYTES of the command line; each
+ * multiboot module must begin with module=TEXT.
  */
 #include "guest.h"
 
@@ -95,7 +95,7 @@ static void check_fw_cfg(void)
 	point(fw_cfg(FW_CFG_NB_CPUS, 2) == option_number("cpus", 1), "fw_cfg: processors");
 	point(fw_cfg(FW_CFG_MAX_CPUS, 2) == option_number("cpus", 1), "fw_cfg: most processors");
 	point(fw_cfg(FW_CFG_RAM_SIZE, 8) == option_number("memory", 0), "fw_cfg: memory");
-	/* By DMA: select and read the directory's beginning; everything is big-endian. */
+	/* Select and read the directory's beginning by DMA, whose fields are all big-endian. */
 	access.control = __builtin_bswap32(FW_CFG_FILE_DIR << 16 | 8 | 2);
 	access.length = __builtin_bswap32(sizeof(directory));
 	access.address = __builtin_bswap64((uintptr_t)directory);
@@ -132,8 +132,8 @@ static void check_testdev(void)
 	ioapic_route(IRQ_LINE, IRQ_VECTOR);
 	outb(PORT_TESTDEV_IRQ + IRQ_LINE, 1);
 	/*
-	 * Where ring 0 is emulated, the window between sti and cli may be too short for the first
-	 * one.
+	 * On a host that emulates ring 0, the time between sti and cli may be too short for the
+	 * interrupt at first.
 	 */
 	for (int i = 0; i < 1000000 && !interrupts; i++)
 		irq_take();

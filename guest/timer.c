@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Interrupts from the local APIC's timer and from the PIT through the IO-APIC, TICKS each; the CPU
- * halts in between. None of it comes to userspace: PIT, APICs and hlt are answered in the kernel.
+ * Takes TICKS interrupts from the local APIC's timer and TICKS from the PIT through the IO-APIC.
+ * The CPU halts in between. None of this exits to userspace: KVM answers PIT, APICs and hlt.
  */
 #include "guest.h"
 

@@ -35,7 +35,7 @@ static uint8_t pci_read8(unsigned int reg)
 	return (uint8_t)(pci_read(reg) >> 8 * (reg & 3));
 }
 
-/* Size each memory BAR and place it, naturally aligned, from PCI_MMIO_BASE up. */
+/* Find each memory BAR's size and give it a naturally aligned address from PCI_MMIO_BASE up. */
 static void place_bars(void)
 {
 	uint32_t next = PCI_MMIO_BASE;
@@ -53,13 +53,13 @@ static void place_bars(void)
 		net.bars[i] = next;
 		pci_write(reg, next);
 		next += size;
-		if ((mask & 6) == 4) /* 64-bit: the next register is the upper half */
+		if ((mask & 6) == 4) /* a 64-bit BAR: the next register is its upper half */
 			pci_write(PCI_BAR0 + 4 * ++i, 0);
 	}
 	pci_write(PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER);
 }
 
-/* Virtio 1.2, 4.1.4 */
+/* Read the MSI-X capability and virtio's own (virtio 1.2, 4.1.4). */
 static void read_capabilities(void)
 {
 	if (!(pci_read(PCI_COMMAND) >> 16 & PCI_STATUS_CAP_LIST))
@@ -182,14 +182,14 @@ void net_negotiate(uint64_t features)
 
 static void write_address(unsigned int reg, uint64_t address)
 {
-	/* In halves, as 4.1.3.1 has it. */
+	/* The driver writes 64-bit registers in two halves (4.1.3.1). */
 	mmio_write32(common(reg), (uint32_t)address);
 	mmio_write32(common(reg + 4), (uint32_t)(address >> 32));
 }
 
 void net_queue_at(struct queue *q, uint16_t number, uint64_t desc, uint64_t driver, uint64_t device)
 {
-	/* Only receiving is worth an interrupt. */
+	/* Only the receive queue interrupts. */
 	bool interrupts = net.irq != IRQ_POLL && number == 0;
 	uint16_t vector = net.irq == IRQ_MSIX && interrupts ? 0 : NO_VECTOR;
 
@@ -247,7 +247,7 @@ void queue_offer(struct queue *q, uint16_t i, uint32_t length, uint16_t flags)
 
 void queue_kick(struct queue *q)
 {
-	__atomic_thread_fence(__ATOMIC_SEQ_CST); /* the index before the look at the flags */
+	__atomic_thread_fence(__ATOMIC_SEQ_CST); /* write the index before reading the flags */
 	if (__atomic_load_n(&q->used.flags, __ATOMIC_ACQUIRE) & USED_NO_KICK)
 		return;
 	net.kicks++;
@@ -325,8 +325,8 @@ void arp_ask(const uint8_t *own, const uint8_t *target)
 	queue_kick(&transmit);
 	while (!answered) {
 		/*
-		 * Interrupts are off here, and irq_wait() turns them on and halts in one, so none
-		 * is missed.
+		 * Interrupts are off here. irq_wait() turns them on and halts without a gap, so no
+		 * interrupt is missed.
 		 */
 		if (queue_used(&receive, &i, &length)) {
 			answered = is_answer(receive.buffer[i], length, target);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A minimal virtio-net driver (virtio 1.2: 2.7 split virtqueues, 4.1 over PCI, 5.1 network device)
- * for the bare-metal guests: one card, one queue pair, one descriptor a packet. Its parts are open,
- * so that a guest can misuse them.
+ * A minimal virtio-net driver for the bare-metal guests (virtio 1.2: 2.7 split virtqueues, 4.1
+ * virtio over PCI, 5.1 network device). It has one card, one queue pair and one descriptor per
+ * packet. All its parts are accessible, so that a guest can misuse them.
  */
 #ifndef PYVMM_VIRTNET_H
 #define PYVMM_VIRTNET_H
@@ -35,12 +35,12 @@
 #define F_VERSION_1	(1ull << 32)
 
 #define NO_VECTOR     0xffff
-#define VECTOR_QUEUE  0x50 /* MSI-X entry 0, or INTx */
-#define VECTOR_CONFIG 0x51 /* MSI-X entry 1 */
+#define VECTOR_QUEUE  0x50 /* the vector of MSI-X entry 0, or of INTx */
+#define VECTOR_CONFIG 0x51 /* the vector of MSI-X entry 1 */
 
 #define QUEUE_SIZE    16
 #define BUFFER	      2048
-#define NET_HEADER    12 /* VERSION_1: with num_buffers */
+#define NET_HEADER    12 /* with VERSION_1, the header always has num_buffers */
 #define DESC_NEXT     1
 #define DESC_WRITE    2
 #define DESC_INDIRECT 4
@@ -68,7 +68,10 @@ struct queue {
 		} ring[QUEUE_SIZE];
 		uint16_t avail_event;
 	} used __attribute__((aligned(4)));
-	/* Ours. */
+	/*
+	 * The driver's own data: how far it has read the used ring, the queue's index, and the
+	 * address of its kick register.
+	 */
 	uint16_t seen, number;
 	uint64_t notify;
 	uint8_t buffer[QUEUE_SIZE][BUFFER];
@@ -78,7 +81,7 @@ struct virtnet {
 	unsigned int slot;
 	uint64_t bars[6], caps[CAP_COUNT]; /* guest-physical */
 	uint32_t notify_multiplier;
-	unsigned int msix; /* offset of the capability; 0: none */
+	unsigned int msix; /* the offset of the MSI-X capability; 0 for none */
 	uint64_t msix_table;
 	enum net_irq irq;
 	uint8_t mac[6];
@@ -90,40 +93,40 @@ extern struct virtnet net;
 extern struct queue receive, transmit;
 
 /*
- * Find the first card, place its BARs, read its capabilities, set up interrupts. Fails where there
- * is no card.
+ * Find the first card, place its BARs, read its capabilities and set up interrupts. If there is no
+ * card, fail().
  */
 void net_probe(enum net_irq irq);
 /*
- * Reset, negotiate exactly these features, read the MAC. Fails where they are not offered or not
- * accepted.
+ * Reset the card, negotiate exactly these features and read the MAC. If the card does not offer or
+ * accept the features, fail().
  */
 void net_negotiate(uint64_t features);
-/* Empty both queues and tell the device where they are. */
+/* Empty both queues and tell the device their addresses. */
 void net_queues(void);
-/* One queue at any addresses; number is its index. */
+/* Empty one queue and give the device these addresses for it; number is the queue's index. */
 void net_queue_at(struct queue *q, uint16_t number, uint64_t desc, uint64_t driver,
 		  uint64_t device);
-/* DRIVER_OK, then offer all of the receive buffers. */
+/* Set DRIVER_OK, then offer all receive buffers. */
 void net_go(void);
-/* Status 0, and wait until it is. */
+/* Write 0 to the status and wait until it reads as 0. */
 void net_reset(void);
 uint8_t net_status(void);
 
 /* Offer buffer i of the queue, without a kick. */
 void queue_offer(struct queue *q, uint16_t i, uint32_t length, uint16_t flags);
-/* Make head available, whatever it is. */
+/* Make the descriptor head available without checking it. */
 void queue_publish(struct queue *q, uint16_t head);
 void queue_kick(struct queue *q);
-/* The next used buffer and its length, or false. */
+/* Take the next used buffer and its length; returns false if there is none. */
 bool queue_used(struct queue *q, uint16_t *i, uint32_t *length);
 
 /*
- * Ask by ARP (RFC 826) who has target; own is our address. Sends one frame and waits for the
- * answer.
+ * Ask by ARP (RFC 826) who has the IP address target; own is this guest's address. Send one frame
+ * and wait for the answer.
  */
 void arp_ask(const uint8_t *own, const uint8_t *target);
-/* A.B.C.D into four bytes. */
+/* Convert A.B.C.D to four bytes. */
 void parse_ip(const char *text, uint8_t *ip);
 
 #endif
