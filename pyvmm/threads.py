@@ -1,4 +1,4 @@
-"""``Thread``: a thread whose name the system shows."""
+"""``Thread``, whose name the system shows; and how a thread reports a bug and goes on."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ class Thread(threading.Thread):
         except OSError:
             pass  # without /proc the thread runs without a name
         super().run()
+
+
+def report_bug(error: BaseException) -> None:
+    """Report an error that should never happen, in a thread that has to go on all the same.
+
+    The traceback goes to ``threading.excepthook``, as it does for a thread that ends with an
+    error: to standard error, unless somebody has replaced the hook.
+    """
+    args = (type(error), error, error.__traceback__, threading.current_thread())
+    threading.excepthook(threading.ExceptHookArgs(args))

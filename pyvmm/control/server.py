@@ -22,7 +22,7 @@ from socket import MSG_NOSIGNAL, socket
 from pyvmm.control.registry import Claim
 from pyvmm.errors import PyvmmError
 from pyvmm.fd import EventFd
-from pyvmm.threads import Thread
+from pyvmm.threads import Thread, report_bug
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -336,6 +336,7 @@ class Server:
             except PyvmmError as e:
                 answer = _error(QmpError(str(e)))
             except Exception as e:  # a bug in a command must not cost the machine its control
+                report_bug(e)
                 answer = _error(QmpError(f"pyvmm failed: {type(e).__name__}: {e}"))
             self._send_events()  # those of the command come before its answer, as in QEMU
             self._send(client, {**answer, **ident})

@@ -303,6 +303,8 @@ class Agent:
                     % (spec["argv"][0], os.strerror(e.errno or 0).encode()),
                 )
             os._exit(status)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # to the command's standard error, if it has one yet
         finally:
             os._exit(126)
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from pathlib import Path
 
@@ -224,11 +225,21 @@ def test_errors_of_commands(srv):
         ask = '{{"execute":"fail","arguments":{{"how":"{}"}}}}'
         assert error(c.ask(ask.format("host").encode())) == ("GenericError", "no luck; try")
         assert error(c.ask(ask.format("qmp").encode())) == ("DeviceNotFound", "no")
-        assert error(c.ask(ask.format("bug").encode())) == (
+        assert c.ask(b'{"execute":"echo"}') == {"return": {}}
+
+
+def test_a_bug_in_a_command_is_answered_and_its_traceback_is_told(srv, monkeypatch):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    with Raw(srv) as c:
+        assert error(c.ask(b'{"execute":"fail","arguments":{"how":"bug"}}')) == (
             "GenericError",
             "pyvmm failed: ZeroDivisionError: oh",
         )
         assert c.ask(b'{"execute":"echo"}') == {"return": {}}
+    assert [hook.exc_type for hook in told] == [ZeroDivisionError]
+    frames = traceback.extract_tb(told[0].exc_traceback)
+    assert frames[-1].filename == __file__ and told[0].thread.name == "control"
 
 
 def test_any_cut_of_the_stream_is_the_same_stream(srv):

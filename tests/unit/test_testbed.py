@@ -395,6 +395,18 @@ def test_what_is_missing_is_named_with_its_remedy(
         Testbed().up()
 
 
+def test_a_bug_in_the_agents_child_is_told() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import agent\n"
+        "agent.Agent.child(None, {}, ['no descriptor'], '', -1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "pyvmm/testbed")], capture_output=True, text=True
+    )
+    assert done.returncode == 126
+    assert "in child" in done.stderr and "TypeError" in done.stderr
+
+
 def test_agent_needs_nothing_of_pyvmm() -> None:
     """It runs in L1 with -I -S, before anything of pyvmm can be reached, and nothing that it
     imports is slow.
