@@ -7,6 +7,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
+
+from pyvmm.datapath.base import cpu_ns
 from pyvmm.errors import HostError
 
 TYPE_CHECKING = False
@@ -206,30 +209,32 @@ def reason_names(text: str, *, intel: bool) -> dict[int, str]:
 # --- threads --------------------------------------------------------------------------------------
 
 
-def task(tid: int, pid: int | str = "self") -> tuple[int, int, int] | None:
-    """(nanoseconds of CPU time, voluntary, involuntary context switches) of a thread; None for one
-    that has ended.
+def task(tid: int) -> tuple[int, int, int] | None:
+    """(nanoseconds of CPU time, voluntary, involuntary context switches) of a thread of any
+    process; None for one that has ended.
     """
+    # Not psutil's CPU times: they come in hundredths of a second, and a worker that a ping wakes
+    # needs less than one of those per workload.
+    ran = cpu_ns(tid)
     try:
-        base = f"/proc/{pid}/task/{tid}"
-        with open(f"{base}/schedstat", encoding="ascii") as f:
-            ran = int(f.read().split()[0])
-        with open(f"{base}/status", encoding="ascii", errors="replace") as f:
-            lines = f.read().rsplit("\n", 3)
-        return ran, int(lines[-3].split()[1]), int(lines[-2].split()[1])
-    except (OSError, ValueError, IndexError):
+        switches = psutil.Process(tid).num_ctx_switches()
+    except psutil.NoSuchProcess:
         return None
+    return ran, switches.voluntary, switches.involuntary
 
 
 def threads_of(pid: int) -> dict[int, str]:
     """The threads of a process by number, with their names."""
-    out = {}
     try:
-        for entry in os.scandir(f"/proc/{pid}/task"):
-            with open(f"{entry.path}/comm", encoding="utf-8", errors="replace") as f:
-                out[int(entry.name)] = f.read().strip()
-    except OSError:
-        pass
+        tids = [thread.id for thread in psutil.Process(pid).threads()]
+    except psutil.NoSuchProcess:
+        return {}
+    out = {}
+    for tid in tids:
+        try:
+            out[tid] = psutil.Process(tid).name()
+        except psutil.NoSuchProcess:
+            continue  # it has ended meanwhile
     return out
 
 
@@ -237,26 +242,17 @@ def vhost_threads(pid: int) -> list[int]:
     """The kernel's vhost workers of process ``pid`` (before Linux 6.4; after that they are its own
     threads).
     """
-    out = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdecimal():
-            try:
-                with open(f"{entry.path}/comm", encoding="utf-8", errors="replace") as f:
-                    if f.read().strip() == f"vhost-{pid}":
-                        out.append(int(entry.name))
-            except OSError:
-                continue
-    return out
+    return [p.pid for p in psutil.process_iter(["name"]) if p.info["name"] == f"vhost-{pid}"]
 
 
-#: One look at threads: (role, pid, tid) -> (CPU nanoseconds, voluntary, involuntary switches).
+#: One look at threads: (role, tid) -> (CPU nanoseconds, voluntary, involuntary switches).
 if TYPE_CHECKING:
-    Tasks = dict[tuple[str, int, int], tuple[int, int, int]]
+    Tasks = dict[tuple[str, int], tuple[int, int, int]]
 
 
-def look(tasks: Iterable[tuple[str, int, int]]) -> Tasks:
-    """CPU time and switches of the threads (role, pid, tid) now."""
-    return {key: got for key in tasks if (got := task(key[2], key[1])) is not None}
+def look(tasks: Iterable[tuple[str, int]]) -> Tasks:
+    """CPU time and switches of the threads (role, tid) now."""
+    return {(role, tid): got for role, tid in tasks if (got := task(tid)) is not None}
 
 
 def by_role(before: Tasks, after: Tasks) -> dict[str, dict[str, Any]]:

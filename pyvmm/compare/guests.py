@@ -229,23 +229,20 @@ class OwnGuest:
 
     def tasks(self) -> Tasks:
         """See Guest; threads of this process that the guest did not bring are nobody's."""
-        me = os.getpid()
         kind = "vhost" if self._nic.net.mode == "vhost-net" else "worker"
         keys = []
         moving = set()
         for worker in self._nic.device.datapath.workers():
             tid = int(str(worker["tid"]))
             moving.add(tid)
-            own = Path(f"/proc/{me}/task/{tid}").exists()
-            keys.append((kind, me if own else tid, tid))
+            keys.append((kind, tid))
         for thread in threading.enumerate():
             tid = thread.native_id or 0
             if thread in self._others or tid in moving or thread.name.startswith("compare"):
                 continue
-            keys.append(("vcpu" if thread.name.startswith("vcpu") else "vmm", me, tid))
+            keys.append(("vcpu" if thread.name.startswith("vcpu") else "vmm", tid))
         if self._backend is not None:
-            pid = self._backend.pid
-            keys += [("backend", pid, tid) for tid in counters.threads_of(pid)]
+            keys += [("backend", tid) for tid in counters.threads_of(self._backend.pid)]
         return counters.look(keys)
 
     def facts(self) -> dict[str, Any]:
@@ -426,8 +423,8 @@ class PeerGuest:
         keys = []
         for tid, name in counters.threads_of(pid).items():
             role = "vcpu" if name.startswith(("CPU ", "kvm-vcpu")) else "vmm"
-            keys.append(("vhost" if name.startswith("vhost-") else role, pid, tid))
-        keys += [("vhost", tid, tid) for tid in counters.vhost_threads(pid)]
+            keys.append(("vhost" if name.startswith("vhost-") else role, tid))
+        keys += [("vhost", tid) for tid in counters.vhost_threads(pid)]
         return counters.look(keys)
 
     def facts(self) -> dict[str, Any]:

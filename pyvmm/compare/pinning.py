@@ -16,20 +16,20 @@ def possible(vcpus: int) -> bool:
 
 
 @contextmanager
-def pinned(tasks: Iterable[tuple[str, int, int]], vcpus: int) -> Iterator[None]:
+def pinned(tasks: Iterable[tuple[str, int]], vcpus: int) -> Iterator[None]:
     """Each vCPU's thread has a CPU to itself; the others' and the calling one, and what it starts,
     share the rest.
 
     A thread that has been given CPUs of its own (``worker-cpu=``) keeps them. In the end only the
     calling thread is put back.
 
-    :param tasks: (role, pid, tid) of those that take part; the role of a vCPU is "vcpu".
+    :param tasks: (role, tid) of those that take part; the role of a vCPU is "vcpu".
     :param vcpus: how many there are; fewer than the CPUs that this process may use.
     """
     allowed = os.sched_getaffinity(0)
     cpus = sorted(allowed)
     own, rest = iter(cpus[:vcpus]), set(cpus[vcpus:])
-    for role, _, tid in sorted(tasks):
+    for role, tid in sorted(tasks):
         try:
             if role == "vcpu":
                 os.sched_setaffinity(tid, {next(own)})

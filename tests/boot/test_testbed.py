@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pyvmm.errors import TestbedError
@@ -382,9 +383,9 @@ def test_two_testbeds_side_by_side_and_an_emulator_that_hangs(
 
 def children(pid: int, name: str) -> int:
     """The child of ``pid`` whose program's name contains ``name``."""
-    for entry in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if name in Path(f"/proc/{entry}/cmdline").read_text():
-            return int(entry)
+    for child in psutil.Process(pid).children():
+        if name in " ".join(child.cmdline()):
+            return child.pid
     raise AssertionError(f"process {pid} has no child {name}")
 
 
@@ -419,7 +420,7 @@ def test_dies_with_its_owner(testbed: Testbed) -> None:
 
 def wait_gone(pid: int) -> None:
     for _ in range(100):
-        if not Path(f"/proc/{pid}").exists():
+        if not psutil.pid_exists(pid):
             return
         time.sleep(0.1)
     pytest.fail(f"process {pid} is still there")

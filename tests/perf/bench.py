@@ -14,7 +14,6 @@ import base64
 import importlib.util
 import json
 import os
-import re
 import select
 import shutil
 import socket
@@ -26,6 +25,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 import pyvmm
 from pyvmm.compare import counters
@@ -205,18 +206,14 @@ def running(contestant: Contestant, log: Path) -> Iterator[tuple[subprocess.Pope
                 child.wait()
 
 
-def tasks(vmm: int, backend: int | None) -> list[tuple[str, int, int]]:
-    """(role, pid, tid) of the threads that take part."""
+def tasks(vmm: int, backend: int | None) -> list[tuple[str, int]]:
+    """(role, tid) of the threads that take part."""
     out = [
-        ("vcpu" if name.startswith(("vcpu", "CPU ")) else "vmm", vmm, tid)
+        ("vcpu" if name.startswith(("vcpu", "CPU ")) else "vmm", tid)
         for tid, name in counters.threads_of(vmm).items()
     ]
-    out += [("vhost", tid, tid) for tid in counters.vhost_threads(vmm)]
-    return (
-        out + [("backend", backend, tid) for tid in counters.threads_of(backend)]
-        if backend
-        else out
-    )
+    out += [("vhost", tid) for tid in counters.vhost_threads(vmm)]
+    return out + [("backend", tid) for tid in counters.threads_of(backend)] if backend else out
 
 
 def counts() -> dict[str, int]:
@@ -225,13 +222,8 @@ def counts() -> dict[str, int]:
 
 def rss_mb(pid: int) -> float:
     """Resident memory beyond the guest's, which is a memfd."""
-    total, guest = 0, False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-", line):
-            guest = "memfd:" in line
-        elif line.startswith("Rss:") and not guest:
-            total += int(line.split()[1])
-    return total / 1024
+    maps = psutil.Process(pid).memory_maps()
+    return sum(m.rss for m in maps if "memfd:" not in m.path) / (1 << 20)
 
 
 def offloads(on: bool) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import threading
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from pyvmm.cli.support.signals import Terminated
 from pyvmm.compare import counters, html, plan, run, schema, stats, svg
 from pyvmm.compare.pinning import pinned, possible
 from pyvmm.errors import GuestTimeout, HostError, ImageError, KvmMissing, UsageError, VhostMissing
+from pyvmm.threads import Thread
 
 RECORD = Path(__file__).resolve().parents[1] / "data" / "compare.json"
 
@@ -464,7 +466,7 @@ class FakeGuest:
         return 0, 0
 
     def tasks(self):
-        return {("vcpu", 1, 1): (self._n * 10**9, self._n, 0)}
+        return {("vcpu", 1): (self._n * 10**9, self._n, 0)}
 
     def facts(self):
         return {"version": "x", "offered": ["A", "B"], "negotiated": ["A"]}
@@ -609,6 +611,65 @@ def test_samples_are_bounded(monkeypatch):
     assert [2 * n for n in got["user_exits"]] == got["kvm_exits"]
 
 
+def test_threads_are_found_by_name_and_counted():
+    end, turn = threading.Event(), threading.Event()
+
+    def busy():
+        until = time.thread_time() + 0.03
+        while time.thread_time() < until:
+            pass
+        turn.set()
+        while not end.wait(0.001):
+            pass
+
+    threads = [Thread(target=busy, name="busy bee"), Thread(target=end.wait, name="idle")]
+    for thread in threads:
+        thread.start()
+    try:
+        turn.wait()
+        names = counters.threads_of(os.getpid())
+        assert {threads[0].native_id: "busy bee", threads[1].native_id: "idle"}.items() <= (
+            names.items()
+        )
+        keys = [("worker", threads[0].native_id or 0), ("vmm", threads[1].native_id or 0)]
+        before = counters.look(keys)
+        deadline = time.monotonic() + 30
+        while counters.look(keys)[keys[0]][1] < before[keys[0]][1] + 5:
+            assert time.monotonic() < deadline
+        used = counters.by_role({}, counters.look([*keys, ("vmm", 1 << 22)]))
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+    assert used["worker"]["cpu_s"] >= 0.03 > used["vmm"]["cpu_s"]
+    assert used["worker"]["voluntary"] >= 5 and used["vmm"]["voluntary"] >= 1
+    assert (used["worker"]["threads"], used["vmm"]["threads"]) == (1, 1)
+    assert counters.look(keys) == {}
+
+
+def test_threads_of_other_processes():
+    child = subprocess.Popen(["sleep", "100"])
+    try:
+        deadline = time.monotonic() + 30
+        while counters.threads_of(child.pid) != {child.pid: "sleep"}:
+            assert time.monotonic() < deadline
+        assert counters.vhost_threads(child.pid) == []
+        # What the kernel's worker is called; here it is a thread of ours that has the name.
+        other = subprocess.Popen(
+            ["sh", "-c", f"printf vhost-{child.pid} >/proc/$$/comm; echo; read x"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        with other:
+            assert other.stdout
+            other.stdout.readline()
+            assert counters.vhost_threads(child.pid) == [other.pid]
+    finally:
+        child.kill()
+        child.wait()
+    assert counters.threads_of(child.pid) == {}
+
+
 def test_pinning():
     """A vCPU has a CPU to itself, who has chosen keeps its own, and the caller is put back."""
     if not possible(1):
@@ -625,10 +686,10 @@ def test_pinning():
         gone = subprocess.Popen(["true"])
         gone.wait()
         tasks = [
-            ("vcpu", 1, vcpu),
-            ("worker", 1, worker),
-            ("vhost", 1, chosen),
-            ("vmm", 1, gone.pid),
+            ("vcpu", vcpu),
+            ("worker", worker),
+            ("vhost", chosen),
+            ("vmm", gone.pid),
         ]
         with pinned(tasks, 1):
             assert os.sched_getaffinity(vcpu) == {first}
