@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
+
 from pyvmm.testing.verdict import clean
 
 TYPE_CHECKING = False
@@ -42,51 +44,47 @@ class TestCase:
 
 
 def document(suite: str, cases: Sequence[TestCase], seconds: float) -> str:
-    """The whole file."""
+    """The whole file, in ASCII: valid whatever the tests have said, and whatever encoding the file
+    is opened with.
+    """
     counts = {r: sum(c.result == r for c in cases) for r in ("failed", "error", "skipped")}
-    totals = (
-        f'tests="{len(cases)}" failures="{counts["failed"]}" errors="{counts["error"]}"'
-        f' skipped="{counts["skipped"]}" time="{seconds:.3f}"'
-    )
-    lines = [
-        '<?xml version="1.0" encoding="UTF-8"?>',
-        f"<testsuites {totals}>",
-        f"<testsuite name={quoted(suite)} {totals}>",
-    ]
+    totals = {
+        "tests": str(len(cases)),
+        "failures": str(counts["failed"]),
+        "errors": str(counts["error"]),
+        "skipped": str(counts["skipped"]),
+        "time": f"{seconds:.3f}",
+    }
+    root = ET.Element("testsuites", totals)
+    inner = ET.SubElement(root, "testsuite", {"name": _legal(suite), **totals})
     for case in cases:
-        lines += _case(case)
-    return "\n".join([*lines, "</testsuite>", "</testsuites>", ""])
+        inner.append(_case(case))
+    ET.indent(root, "")
+    text = ET.tostring(root, "us-ascii").decode("ascii")  # the rest becomes character references
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
 
 
-def _case(case: TestCase) -> list[str]:
-    lines = [
-        f'<testcase classname={quoted(case.classname)} name={quoted(case.name)} time="{case.seconds:.3f}">'
-    ]
+def _case(case: TestCase) -> ET.Element:
+    attributes = {"classname": _legal(case.classname), "name": _legal(case.name)}
+    out = ET.Element("testcase", attributes, time=f"{case.seconds:.3f}")
     if case.properties:
-        lines.append("<properties>")
-        lines += [
-            f"<property name={quoted(k)} value={quoted(v)}/>" for k, v in case.properties.items()
-        ]
-        lines.append("</properties>")
+        properties = ET.SubElement(out, "properties")
+        for name, value in case.properties.items():
+            ET.SubElement(properties, "property", name=_legal(name), value=_legal(value))
     if case.result in ("failed", "error"):
         tag = "failure" if case.result == "failed" else "error"
-        lines.append(
-            f"<{tag} type={quoted(case.kind)} message={quoted(case.message)}>{escaped(case.text)}</{tag}>"
-        )
+        about = {"type": _legal(case.kind), "message": _legal(case.message)}
+        ET.SubElement(out, tag, about).text = _legal(case.text)
     elif case.result == "skipped":
-        lines.append(f"<skipped message={quoted(case.message)}/>")
+        ET.SubElement(out, "skipped", message=_legal(case.message))
     if case.output:
         text = case.output[-OUTPUT_MAX:].decode(errors="replace")
-        lines.append(f"<system-out>{escaped(text)}</system-out>")
-    return [*lines, "</testcase>"]
+        ET.SubElement(out, "system-out").text = _legal(text)
+    return out
 
 
-def escaped(text: str) -> str:
-    """Text between tags; what XML 1.0 cannot hold is replaced."""
-    joined = "\n".join(clean(line) for line in text.splitlines())
-    return joined.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def quoted(text: str) -> str:
-    """An attribute's value, with its quotes."""
-    return '"' + escaped(text).replace('"', "&quot;").replace("\n", "&#10;") + '"'
+def _legal(text: str) -> str:
+    """``text`` where U+FFFD stands for each character that XML 1.0 cannot hold (section 2.2) or
+    that would move a terminal's cursor.
+    """
+    return "\n".join(clean(line) for line in text.splitlines())

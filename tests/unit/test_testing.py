@@ -8,6 +8,8 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyvmm import errors
 from pyvmm.errors import UsageError
@@ -123,6 +125,31 @@ def test_junit_is_xml_whatever_the_console_says() -> None:
     assert found[1][0].get("type") == "panic"
     assert len(found[1][1].text or "") <= 1 << 16
     assert [c.tag for c in found[2]] == ["error"] and [c.tag for c in found[3]] == ["skipped"]
+
+
+ANY = st.text(st.characters(codec=None), max_size=20)  # surrogates, too: undecodable arguments
+
+
+@given(st.binary(max_size=100), ANY, ANY, ANY, st.sampled_from(["failed", "error", "skipped"]))
+def test_junit_says_what_it_was_told(
+    output: bytes, name: str, message: str, text: str, result: str
+) -> None:
+    def kept(words: str) -> str:
+        return "\n".join(clean(line) for line in words.splitlines())
+
+    case = TestCase(name, name, 1, result, message=message, text=text, output=output)
+    case.properties = {name: message}
+    written = document(name, [case], 1)
+    assert written.isascii()  # right in any locale
+    suite = ET.fromstring(written.encode()).find("testsuite")
+    assert suite is not None and suite.get("name") == kept(name)
+    found = suite[0]
+    assert (found.get("name"), found.get("classname")) == (kept(name), kept(name))
+    assert found[0][0].attrib == {"name": kept(name), "value": kept(message)}
+    assert found[1].get("message") == kept(message)
+    assert (found[1].text or "") == ("" if result == "skipped" else kept(text))
+    said = found.findtext("system-out") or ""
+    assert said == kept(output.decode(errors="replace"))
 
 
 # --- single results -------------------------------------------------------------------------------
