@@ -222,7 +222,7 @@ def _load(path: str) -> dict[str, Any]:
 
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=constant)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UsageError(f"{path}: {e}", "name a file that pyvmm compare --json has written") from e
     problem = check(document)
     if problem:
