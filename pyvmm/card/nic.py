@@ -8,6 +8,8 @@ import threading
 import time
 from contextlib import ExitStack
 
+from pyvmm.card.handover import HandOver
+from pyvmm.card.report import ModeTotals, SwitchReport
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.netopt import Net, mac_text
 
@@ -15,7 +17,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.card.report import SwitchReport
     from pyvmm.card.uplink import Route, Uplink
     from pyvmm.datapath.base import DataPath
     from pyvmm.exits.ledger import Ledger
@@ -27,48 +28,6 @@ KEPT_SWITCHES = 64
 SWITCH_WAIT_S = 2.0
 #: Seconds that another process has for its part of a hand-over, under the I/O lock.
 HANDOVER_S = 2.0
-
-
-class Stretch:
-    """What one mode has done for a card so far, over all the times that it was in force."""
-
-    def __init__(self) -> None:
-        self.times = 0
-        self.ns = 0
-        self.exits = 0
-        self.by_device: dict[str, int] = {}
-        self.counters: dict[str, int] = {}
-
-    def add(self, ns: int, before: Ledger | None, after: Ledger) -> None:
-        """One time more, between two looks at the ledger (None: since the start)."""
-        self.times += 1
-        self.ns += ns
-        self.exits += after.total - (before.total if before is not None else 0)
-        old = before.by_device() if before is not None else {}
-        for device, count in after.by_device().items():
-            if count > old.get(device, 0):
-                self.by_device[device] = self.by_device.get(device, 0) + count - old.get(device, 0)
-
-    def count(self, counters: dict[str, int]) -> None:
-        """Add the counters of a data path that is done."""
-        for name, value in counters.items():
-            self.counters[name] = self.counters.get(name, 0) + value
-
-    def copy(self) -> Stretch:
-        """For adding to it what is not over yet."""
-        other = Stretch()
-        other.times, other.ns, other.exits = self.times, self.ns, self.exits
-        other.by_device, other.counters = dict(self.by_device), dict(self.counters)
-        return other
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return {
-            "times": self.times,
-            "seconds": round(self.ns / 1e9, 6),
-            "exits": {"kvm_run_returns": self.exits, "by_device": self.by_device},
-            "counters": self.counters,
-        }
 
 
 class Nic:
@@ -111,7 +70,7 @@ class Nic:
         self._switching = threading.Lock()
         self._over = False
         self._books = threading.Lock()  # what follows; nothing is waited for under it
-        self._modes: dict[str, Stretch] = {}
+        self._modes: dict[str, ModeTotals] = {}
         self._serving: DataPath = route.path  # whose counters are not in ``_modes`` yet
         self._since: tuple[int, Ledger | None] = time.monotonic_ns(), None
 
@@ -142,7 +101,7 @@ class Nic:
         :raises PyvmmError: the data path does not start again.
         """
         with self._lock:
-            self.device.hold(on)
+            self.device.set_paused(on)
 
     def stop(self) -> None:
         """The machine ends: take the rings from the data path, for good. No vCPU runs any more."""
@@ -172,8 +131,6 @@ class Nic:
         :raises PyvmmError: nothing has changed: no such mode, it cannot be had, or it lacks
             features that are in use.
         """
-        from pyvmm.card.report import SwitchReport
-
         net = self.net.switched(to)
         with self._switching:
             if self._over:
@@ -184,7 +141,7 @@ class Nic:
             except PyvmmError as e:
                 report.reason = str(e)
                 raise
-            except OSError as e:  # not even a module can be loaded without a descriptor
+            except OSError as e:  # a back-end's module cannot be loaded without a descriptor
                 report.reason = e.strerror or str(e)
                 raise HostError(f"cannot switch {self.name}: {report.reason}") from e
             finally:
@@ -209,10 +166,11 @@ class Nic:
                 if rings:
                     new.path.prepare(device.in_force, device.memory, rings)
             before = self._ledger()
+            hand_over = HandOver(device, old, new, spare, report, HANDOVER_S)
             with report.step("lock"):
                 self._lock.acquire()
             try:
-                self._route = device.switch(old, new, report, spare, HANDOVER_S)
+                self._route = hand_over.run()
             finally:
                 self._lock.release()
                 if self._route is not new:
@@ -220,12 +178,8 @@ class Nic:
                 undo.pop_all()
         after = self._ledger()
         report.exits = {"before": before.total, "after": after.total}
-        used = device.datapath
-        until = time.monotonic() + HANDOVER_S
-        while not set(report.rings) <= set(used.times.began) and time.monotonic() < until:
-            time.sleep(0.0005)  # a worker's thread is yet to run
-        report.served(used.times.began)
-        if used is not old.path:
+        report.wait_served(self._route.path.times, HANDOVER_S)
+        if self._route is not old:
             self._account(after)
             with report.step("close"):
                 old.path.close()
@@ -237,19 +191,19 @@ class Nic:
         """What served is done: what it counted, and the exits meanwhile, belong to its mode."""
         with self._books:
             old, self._serving = self._serving, self.device.datapath
-            stretch = self._modes.setdefault(old.name, Stretch())
+            totals = self._modes.setdefault(old.name, ModeTotals())
             start, ledger = self._since
-            stretch.add(time.monotonic_ns() - start, ledger, now)
-            stretch.count(old.counters())
+            totals.add(time.monotonic_ns() - start, ledger, now)
+            totals.count(old.counters())
             self._since = time.monotonic_ns(), now
 
-    def by_mode(self) -> dict[str, Stretch]:
+    def by_mode(self) -> dict[str, ModeTotals]:
         """What each mode has done so far; exits are those of the whole machine meanwhile. Any
         thread.
         """
         with self._books:
-            out = {name: stretch.copy() for name, stretch in self._modes.items()}
-            now = out.setdefault(self._serving.name, Stretch())
+            out = {name: totals.copy() for name, totals in self._modes.items()}
+            now = out.setdefault(self._serving.name, ModeTotals())
             start, before = self._since
             now.add(time.monotonic_ns() - start, before, self._ledger())
             now.count(self._serving.counters())
@@ -257,10 +211,10 @@ class Nic:
 
     def counters(self) -> dict[str, int]:
         """Of all data paths so far, summed. Any thread."""
-        total = Stretch()
+        total = ModeTotals()
         with self._books:
-            for stretch in self._modes.values():
-                total.count(stretch.counters)
+            for totals in self._modes.values():
+                total.count(totals.counters)
             total.count(self._serving.counters())
         return total.counters
 
@@ -300,7 +254,7 @@ class Nic:
             "kvm_refusals": self.transport.errors,
             "faults": list(self.device.faults),
             "counters": self.counters(),
-            "modes": {name: stretch.as_dict() for name, stretch in modes.items()},
+            "modes": {name: totals.as_dict() for name, totals in modes.items()},
             "switch_count": self.switch_count,
             "switches": [report.as_dict() for report in self.switches],
             "workers": self.device.datapath.workers(),

@@ -5,12 +5,11 @@ It does not know which data path moves its packets.
 
 from __future__ import annotations
 
-import threading
 import time
 
 from pyvmm.datapath.base import RxFilter, by_pair
-from pyvmm.errors import HostError, PyvmmError, RingFault, UsageError
-from pyvmm.spec.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_NET, VIRTIO_RING_F_EVENT_IDX
+from pyvmm.errors import PyvmmError, RingFault, UsageError
+from pyvmm.spec.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_NET
 from pyvmm.spec.virtio_net import (
     CONFIG_NAMES,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MIN,
@@ -39,8 +38,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.card.report import SwitchOutcome, SwitchReport
-    from pyvmm.card.uplink import Route
     from pyvmm.datapath.base import DataPath, HostSide, PathEvents, Vring
     from pyvmm.memory import GuestMemory
     from pyvmm.virtio.control import Control
@@ -50,9 +47,6 @@ PCI_CLASS_NETWORK_ETHERNET = 0x020000
 QUEUE_SIZE = 256
 CONTROL_SIZE = 64
 MAX_PAIRS = 16
-#: A move to another outside: seconds at most for what is under way to the old one; and without a
-#: frame there for it to be over, where we can see what waits and where not.
-MOVE_S, QUIET_S, UNSEEN_S = 1.0, 0.01, 0.05
 
 #: Features that need nothing of the data path, and those among them that live on the control queue.
 OWN = (VIRTIO_F_VERSION_1, VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_CTRL_VQ)
@@ -74,36 +68,6 @@ GUEST_OFFLOADS = sum(
         VIRTIO_NET_F_GUEST_UFO,
     )
 )
-
-
-class HeldEvents:
-    """Keeps the faults of a data path that has just started until it is known to serve the rings;
-    from then on passes everything on.
-    """
-
-    def __init__(self, to: PathEvents) -> None:
-        self._to = to
-        self._lock = threading.Lock()
-        self._held: list[tuple[int, str]] | None = []
-
-    def fault(self, queue: int, problem: str) -> None:
-        """Kept, or passed on."""
-        with self._lock:
-            if self._held is not None:
-                self._held.append((queue, problem))
-                return
-        self._to.fault(queue, problem)
-
-    def link(self, up: bool) -> None:
-        """Passed on."""
-        self._to.link(up)
-
-    def release(self) -> None:
-        """Pass on what was kept, and what comes."""
-        with self._lock:
-            held, self._held = self._held or [], None
-        for queue, problem in held:
-            self._to.fault(queue, problem)
 
 
 class NetDevice(VirtioDevice):
@@ -143,7 +107,6 @@ class NetDevice(VirtioDevice):
         super().__init__(name, memory, [queue_size] * (2 * pairs) + [CONTROL_SIZE])
         self.datapath = datapath
         self._uplink = uplink
-        self._events: PathEvents = self
         self._own_mac = self.mac = mac
         self.mtu = mtu
         self.max_pairs = pairs
@@ -152,11 +115,11 @@ class NetDevice(VirtioDevice):
         self.commands = 0
         self._plugged = link
         self._path_up = True
-        self._held = False
+        self._paused = False
         self._announce = False
         self._control: Control | None = None
         self._rings: dict[int, Vring] = {}
-        self._started: list[int] = []
+        self._serving: list[int] = []
         self._offloads = 0
         self._offered = self._most = self._offer(datapath.features() & offer) & ~without
         #: What was negotiated last, kept over a reset for the report.
@@ -230,30 +193,30 @@ class NetDevice(VirtioDevice):
             return
         self._plugged = up
         if not up:
-            self._park()
+            self.park()
         self._uplink.set_carrier(up)
         try:
             if up and self.active:
-                self._resume()
+                self.resume()
         except PyvmmError as e:
             self.fault(-1, str(e))
             raise
         self.config_changed()
 
-    def hold(self, on: bool) -> None:
-        """The machine is paused: park the rings, so that nothing writes to guest memory; or go on
+    def set_paused(self, on: bool) -> None:
+        """The machine is paused: park the rings, so that nothing writes to guest memory; or goes on
         from there.
 
         :raises PyvmmError: as ``set_link``.
         """
-        if on == self._held:
+        if on == self._paused:
             return
-        self._held = on
+        self._paused = on
         if on:
-            self._park()
+            self.park()
         elif self.active:
             try:
-                self._resume()
+                self.resume()
             except PyvmmError as e:
                 self.fault(-1, str(e))
                 raise
@@ -327,42 +290,60 @@ class NetDevice(VirtioDevice):
                     from pyvmm.virtio.control import Control
 
                     self._control = Control(self, ring, acked)
-        self._resume()
+        self.resume()
 
     def deactivate(self) -> None:
         """Take them back, and forget what the driver had set."""
-        self._park()
+        self.park()
         self._control = None
         self._rings = {}
         self._announce = False
         self.mac = self._own_mac
 
-    def _resume(self, patience: float | None = None) -> None:
-        """Start the data path on the rings of the pairs in use, from where they are.
+    def resume(self, *, events: PathEvents | None = None, patience: float | None = None) -> None:
+        """Start the data path on the rings of the pairs in use, from where they are; unless the
+        cable is pulled or the machine is paused.
 
+        :param events: takes the path's reports in place of the device.
         :param patience: seconds that another process may take for it.
         :raises PyvmmError: the host's side or the data path refuses.
         """
-        if not self._plugged or self._held:
+        if not self._plugged or self._paused:
             return
         rings = self.rings
         begin = time.monotonic_ns()
         self._uplink.set_queues(max(1, len(by_pair(rings))))
         self._uplink.set_offloads(self.in_force)
-        self.datapath.start(self.in_force, self.memory, rings, self._events, patience=patience)
-        self._started = [ring.index for ring in rings]
+        self.datapath.start(self.in_force, self.memory, rings, events or self, patience=patience)
+        self._serving = [ring.index for ring in rings]
         if self.recorder is not None:
             self.recorder.step("start", begin, {"rings": rings})
 
-    def _park(self, *, finish: bool = False, patience: float | None = None) -> None:
-        """Stop the data path; the rings remember their positions."""
-        started, self._started = self._started, []
+    def park(self, *, finish: bool = False, patience: float | None = None) -> None:
+        """Stop the data path; the rings remember their positions. See ``DataPath.stop``.
+
+        :raises PyvmmError: the path did not stop in order; positions are as they were at the start.
+        """
+        serving, self._serving = self._serving, []
         begin = time.monotonic_ns()
         bases = self.datapath.stop(finish=finish, patience=patience)
-        if self.recorder is not None and started:
+        if self.recorder is not None and serving:
             self.recorder.step("stop", begin, {"bases": bases})
-        for index, base in zip(started, bases, strict=False):
-            self._rings[index] = self._rings[index].at(base)
+        for index, base in zip(serving, bases, strict=False):
+            self.set_position(index, base)
+
+    @property
+    def serving(self) -> list[int]:
+        """Indices of the virtqueues that the data path has been started on, pair 0 first."""
+        return list(self._serving)
+
+    def ring(self, index: int) -> Vring:
+        """Virtqueue ``index`` at its latest position at rest."""
+        return self._rings[index]
+
+    def set_position(self, index: int, base: int) -> None:
+        """Let the next start of virtqueue ``index`` be from ``base`` on."""
+        self._rings[index] = self._rings[index].at(base)
 
     # --- another data path ------------------------------------------------------------------------
 
@@ -383,170 +364,12 @@ class NetDevice(VirtioDevice):
                 f"name it at the start: --net ...,switchable={path.name}, or leave features out: without=",
             )
 
-    def switch(
-        self,
-        old: Route,
-        new: Route,
-        report: SwitchReport,
-        spare: Callable[[], Route] | None,
-        patience: float,
-    ) -> Route:
-        """Have ``new`` serve the rings from where the present data path left them. The guest sees a
-        pause.
-
-        :param new: prepared (``DataPath.prepare``). :param report: gets what happened.
-        :param spare: makes a data path that works wherever one can; may raise PyvmmError.
-        :param patience: seconds that another process has for each of its parts.
-        :return: the route in force: ``new``, or what served before, or what ``spare`` makes. Those
-            that are not in force belong to the caller, who closes them. Only if none can start the
-            guest has to reset the device.
-        :raises UsageError: ``new`` lacks features; nothing was touched.
-        """
-        self.check(new.path)
-        if not self._started:  # not driven yet, or the cable is pulled: the rings are at rest
-            self._use(new)
-            report.outcome, report.mode = "switched", new.path.name
-            return new
-        indices, since = list(self._started), time.monotonic_ns()
-        uneven = ""
-        moves = not new.same_place(old)
-        if moves:
-            with report.step("move"):
-                self._move(old, new, report, patience)
-        with report.step("park"):
-            try:
-                self._park(finish=True, patience=patience)
-            except Exception as e:  # the same: the rings are at rest, however it went
-                uneven = str(e)
-                self._from_used(indices)
-            for index in indices:
-                uneven = uneven or self._even(index)
-                self._normalise(self._rings[index])
-        parked = [self._rings[index] for index in indices]
-        pending = {ring.index: self._index(ring.avail) - ring.base & 0xFFFF for ring in parked}
-        report.parked(parked, since, old.path.times.asked, pending)
-        tries: list[tuple[SwitchOutcome, Callable[[], Route]]] = [("rolled-back", lambda: old)]
-        if uneven:
-            report.reason = uneven
-        else:
-            tries.insert(0, ("switched", lambda: new))
-        if spare is not None:
-            tries.append(("fallback", spare))
-        outcome: SwitchOutcome | None = None
-        used = old
-        for kind, make in tries:
-            route: Route | None = None
-            try:
-                route = make()
-                with report.step(f"start {route.path.name}"):
-                    self._take(route, patience)
-                outcome, used = kind, route
-                break
-            except Exception as e:  # whatever it is: first of all somebody has to serve the rings
-                report.reason = f"{report.reason}; {e}" if report.reason else str(e)
-                if route is not None and route not in (old, new):
-                    route.path.close()
-                self._from_used(indices)
-        report.outcome = outcome or self._last_resort(old, patience)
-        report.mode = self.datapath.name
-        for index in indices:
-            for event in (self._rings[index].kick, self._rings[index].call):
-                event.nudge()
-        if moves:  # whoever it is that goes on, also one that cannot say so without rings
-            used.announce(self.mac)
-            self.announce()
-        return used
-
-    def _move(self, old: Route, new: Route, report: SwitchReport, patience: float) -> None:
-        """Frames are to enter and leave at another place. The guest's own frames would have the
-        network go on sending to the old one, so they wait; then the network is told, and what is
-        under way to the old place is received there yet. Best effort: what fails here costs frames
-        that have not been accepted.
-        """
-        try:
-            old.path.stop_transmit(patience=patience)
-        except PyvmmError:
-            return  # it will not stop in order, either
-        if new.tap is not None:
-            report.stale = new.tap.discard()  # of the time when that was not the card's place
-        if not new.announce(self.mac):
-            return
-        enough = UNSEEN_S if old.tap is None else QUIET_S
-        start = quiet = time.monotonic()
-        before: list[int] = []
-        while (now := time.monotonic()) < start + MOVE_S and now < quiet + enough:
-            after = [self._index(self._rings[index].used) for index in self._started[::2]]
-            if after != before or (old.tap is not None and old.tap.waiting()):
-                before, quiet = after, now
-            time.sleep(0.001)
-
-    def _use(self, route: Route) -> None:
-        """``route.path`` is the data path from now on; its rings are yet to be started."""
-        self.datapath = route.path
+    def use(self, path: DataPath) -> None:
+        """Make ``path`` the data path; ``resume`` starts its rings. The caller owns the old one."""
+        self.datapath = path
         if not self.status & DRIVER:
             self._reoffer()
         self.link(True)  # the path says so if its interface is gone
-
-    def _take(self, route: Route, patience: float) -> None:
-        """Start ``route.path`` on the rings. :raises PyvmmError: it does not serve them; it has let
-        go of them.
-        """
-        path = route.path
-        self._use(route)
-        held = self._events = HeldEvents(self)
-        try:
-            self._resume(patience)
-        finally:
-            self._events = self
-        problem = path.problem()
-        if problem:
-            self._started = []
-            path.stop()
-            raise HostError(f"{path.name}: {problem}")
-        held.release()
-
-    def _last_resort(self, old: Route, patience: float) -> SwitchOutcome:
-        """Nothing serves the rings. The old path may yet find someone who does; the outcome."""
-        self._use(old)
-        try:
-            self._resume(patience)
-        except PyvmmError as e:
-            self.fault(-1, str(e))
-            return "failed"
-        return "rolled-back"
-
-    def _index(self, area: int) -> int:
-        """The index of an available or used ring (2.7.6, 2.7.8)."""
-        return int.from_bytes(self.memory.read(area + 2, 2), "little")
-
-    def _from_used(self, indices: list[int]) -> None:
-        """Take the used indices as positions: what every path leaves behind, also one that
-        failed.
-        """
-        for index in indices:
-            ring = self._rings[index]
-            self._rings[index] = ring.at(self._index(ring.used))
-
-    def _even(self, index: int) -> str:
-        """What is wrong if the old path still had chains in its hands. Of receive chains nothing
-        is: they are empty.
-        """
-        ring = self._rings[index]
-        used = self._index(ring.used)
-        if ring.base == used:
-            return ""
-        if index % 2 == 0:
-            self._rings[index] = ring.at(used)
-            return ""
-        return f"queue {index} stopped at {ring.base} with {used} returned"
-
-    def _normalise(self, ring: Vring) -> None:
-        """Ask for kicks, however the old path had it (2.7.8, 2.7.10): they gather until the next
-        one looks.
-        """
-        self.memory.write(ring.used, bytes(2))
-        if self.driver_features >> VIRTIO_RING_F_EVENT_IDX & 1:
-            self.memory.write(ring.used + 4 + 8 * ring.size, ring.base.to_bytes(2, "little"))
 
     def _reoffer(self) -> None:
         self._offered = self._most & self._offer(self.datapath.features())
@@ -568,9 +391,9 @@ class NetDevice(VirtioDevice):
         if any(2 * k + way not in self._rings for k in range(pairs) for way in (0, 1)):
             return False  # 5.1.6.5.5.1: the driver has not set them up
         if pairs != self.pairs:
-            self._park()
+            self.park()
             self.pairs = pairs
-            self._resume()
+            self.resume()
         return True
 
     def set_offloads(self, offloads: int) -> bool:
@@ -582,11 +405,11 @@ class NetDevice(VirtioDevice):
         if offloads & ~(self.driver_features & GUEST_OFFLOADS):
             return False
         changed, self._offloads = offloads != self._offloads, offloads
-        if not self._started or not self.datapath.restarts_for_offloads:
+        if not self._serving or not self.datapath.restarts_for_offloads:
             self._uplink.set_offloads(self.in_force)
         elif changed:
-            self._park()
-            self._resume()
+            self.park()
+            self.resume()
         return True
 
     def rx_changed(self) -> None:

@@ -229,13 +229,13 @@ def test_link_by_hand(rig):
     exchange(rig, 0, 200)
 
 
-def test_a_held_card_leaves_the_rings_alone(rig):
-    """Held, as in a paused machine: frames wait on either side, whatever else happens to the card;
+def test_a_paused_card_leaves_the_rings_alone(rig):
+    """As in a paused machine: frames wait on either side, whatever else happens to the card;
     then each moves once.
     """
     exchange(rig, 0, 1)
-    rig.device.hold(True)
-    rig.device.hold(True)
+    rig.device.set_paused(True)
+    rig.device.set_paused(True)
     assert rig.path.workers() == []
     net = rig.guest.net
     net.received.clear()
@@ -247,17 +247,17 @@ def test_a_held_card_leaves_the_rings_alone(rig):
     rig.cable.far.setblocking(False)
     with pytest.raises(BlockingIOError):
         rig.cable.far.recv(1)
-    rig.device.hold(False)
-    rig.device.hold(False)
+    rig.device.set_paused(False)
+    rig.device.set_paused(False)
     assert rig.cable.receive()[12:] == frame(50)
     assert [p[12:] for p in net.wait_packets(1)] == [frame(51)]
     exchange(rig, 0, 100)
 
 
-def test_a_held_card_that_is_reset_does_not_start(rig):
-    rig.device.hold(True)
+def test_a_paused_card_that_is_reset_does_not_start(rig):
+    rig.device.set_paused(True)
     rig.guest.pci.set("device_status", 0)
-    rig.device.hold(False)
+    rig.device.set_paused(False)
     assert rig.path.workers() == []
 
 

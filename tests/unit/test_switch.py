@@ -18,6 +18,7 @@ import pytest
 from pyvmm.backend.net import NetService
 from pyvmm.backend.process import BackendProcess
 from pyvmm.backend.server import Backend
+from pyvmm.card.handover import HandOver
 from pyvmm.card.nic import KEPT_SWITCHES, Nic
 from pyvmm.card.uplink import Route, Uplink
 from pyvmm.datapath.emulated import EmulatedNet
@@ -405,7 +406,7 @@ def test_a_frame_that_waits_for_buffers():
         path = rig.device.datapath
         assert wait_for(lambda: path.counters()["fd_reads"] > 0)
         switching = Switching(rig, ["vhost-user"])
-        assert wait_for(lambda: not rig.device._started)  # parking
+        assert wait_for(lambda: not rig.device.serving)  # parking
         rig.guest.net.fill()
         switching.done()
         assert [p[12:] for p in rig.guest.net.wait_packets(1)] == [long]
@@ -503,9 +504,9 @@ def test_moving_to_another_outside(monkeypatch, tmp_path):
     """Our tap and one of the back-end's, to and fro under traffic: each frame once, wherever the
     network sent it.
     """
-    monkeypatch.setattr("pyvmm.virtio.net.QUIET_S", 0.7)  # the network here is this thread
-    monkeypatch.setattr("pyvmm.virtio.net.UNSEEN_S", 0.7)
-    monkeypatch.setattr("pyvmm.virtio.net.MOVE_S", 5.0)
+    monkeypatch.setattr("pyvmm.card.handover.QUIET_S", 0.7)  # the network here is this thread
+    monkeypatch.setattr("pyvmm.card.handover.UNSEEN_S", 0.7)
+    monkeypatch.setattr("pyvmm.card.handover.MOVE_S", 5.0)
     ours, theirs = Port(), Port()
     path = str(tmp_path / "s")
     backend = Backend(NetService(theirs))
@@ -708,14 +709,14 @@ def test_the_back_end_dies_or_falls_silent_in_the_hand_over(rig, monkeypatch, ho
     rig.nic.switch("emulated")
     pid = rig.wires.child.pid
     monkeypatch.setattr("pyvmm.card.nic.HANDOVER_S", 0.3)
-    begin = NetDevice.switch
+    run = HandOver.run
 
-    def switch(self, old, new, *args):
+    def run_without(self):
         os.kill(pid, how)
-        monkeypatch.setattr(new.path, "_dial", _gone)
-        return begin(self, old, new, *args)
+        monkeypatch.setattr(self._new.path, "_dial", _gone)
+        return run(self)
 
-    monkeypatch.setattr(NetDevice, "switch", switch)
+    monkeypatch.setattr(HandOver, "run", run_without)
     switching = Switching(rig, ["vhost-user"])
     while switching.running:
         rig.guest.net.poll()
@@ -725,7 +726,7 @@ def test_the_back_end_dies_or_falls_silent_in_the_hand_over(rig, monkeypatch, ho
     rig.exchange()
     if how == signal.SIGSTOP:
         os.kill(pid, signal.SIGKILL)
-    monkeypatch.setattr(NetDevice, "switch", begin)
+    monkeypatch.setattr(HandOver, "run", run)
     assert rig.nic.switch("vhost-user").outcome == "switched"  # with another child
     rig.exchange()
 

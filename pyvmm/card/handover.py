@@ -1,0 +1,281 @@
+"""The hand-over of a card's virtqueues from one data path to another under a running guest
+(docs/switch.md).
+
+Theory of operation. Every path leaves a ring with its position equal to the used index: no chain is
+in anybody's hands. So the used index in guest memory is also where to go on after a path that
+failed, and ``start`` of one path after ``stop`` of another is the whole hand-over. The guest sees a
+pause. The steps are: move (only if frames are to enter elsewhere), park, start; if the new path
+does not start, roll back to the old one; if that does not start either, fall back to emulation.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.card.report import SwitchOutcome, SwitchReport
+    from pyvmm.card.uplink import Route
+    from pyvmm.datapath.base import DataPath, PathEvents
+    from pyvmm.virtio.net import NetDevice
+
+#: Moving to another place: wait at most ``MOVE_S`` seconds for frames that are still addressed to
+#: the old one. The old place counts as drained after ``QUIET_S`` seconds without a frame, or after
+#: ``UNSEEN_S`` if we cannot see what waits there.
+MOVE_S, QUIET_S, UNSEEN_S = 1.0, 0.01, 0.05
+
+
+class HeldEvents:
+    """Keeps the faults of a data path that has just started until it is known to serve the rings;
+    from then on passes everything on.
+    """
+
+    def __init__(self, to: PathEvents) -> None:
+        self._to = to
+        self._lock = threading.Lock()
+        self._held: list[tuple[int, str]] | None = []
+
+    def fault(self, queue: int, problem: str) -> None:
+        """Kept, or passed on."""
+        with self._lock:
+            if self._held is not None:
+                self._held.append((queue, problem))
+                return
+        self._to.fault(queue, problem)
+
+    def link(self, up: bool) -> None:
+        """Passed on."""
+        self._to.link(up)
+
+    def release(self) -> None:
+        """Pass on what was kept, and what comes."""
+        with self._lock:
+            held, self._held = self._held or [], None
+        for queue, problem in held:
+            self._to.fault(queue, problem)
+
+
+class HandOver:
+    """One hand-over; ``run`` once.
+
+    :param old: in force. :param new: prepared (``DataPath.prepare``), to be in force.
+    :param spare: makes a route that works wherever any can (emulation on the card's tap), or raises
+        PyvmmError; None if the card has no tap.
+    :param report: gets what happened.
+    :param patience: seconds that another process has for each of its parts; then it is cut off.
+    """
+
+    def __init__(
+        self,
+        device: NetDevice,
+        old: Route,
+        new: Route,
+        spare: Callable[[], Route] | None,
+        report: SwitchReport,
+        patience: float,
+    ) -> None:
+        self._device, self._old, self._new, self._spare = device, old, new, spare
+        self._report, self._patience = report, patience
+        self._indices: list[int] = []  # of the virtqueues that change hands
+
+    def run(self) -> Route:
+        """Have the new path serve the rings from where the old one left them.
+
+        :return: the route in force: the new one, the old one, or one that ``spare`` made. The
+            caller closes those that are not in force. Only if no path can start, the guest has to
+            reset the device.
+        :raises UsageError: the new path lacks features that are in use; nothing was touched.
+        """
+        device, old, new, report = self._device, self._old, self._new, self._report
+        device.check(new.path)
+        self._indices, since = device.serving, time.monotonic_ns()
+        if not self._indices:  # not driven yet, or the cable is pulled: the rings are at rest
+            device.use(new.path)
+            report.outcome, report.mode = "switched", new.path.name
+            return new
+        moves = not new.same_place(old)
+        if moves:
+            with report.step("move"):
+                self._move()
+        with report.step("park"):
+            trouble = self._park()
+        report.parked(self._indices, since, old.path.times.asked, self._pending())
+        used = self._start(trouble)
+        report.mode = used.path.name
+        self._wake()
+        if moves:  # whichever path goes on, also one that cannot announce without rings
+            used.announce(device.mac)
+            device.announce()
+        return used
+
+    # --- move -------------------------------------------------------------------------------------
+
+    def _move(self) -> None:
+        """Frames are to enter and leave at another place.
+
+        A frame of the guest's would have the network go on sending to the old place, so the old
+        path stops transmitting. Then the network is told of the new place, and what is under way to
+        the old one is received there. Best effort: a failure costs frames that no data path has
+        accepted.
+        """
+        old, new = self._old, self._new
+        try:
+            old.path.stop_transmit(patience=self._patience)
+        except PyvmmError:
+            return  # the old path will not stop in order, either
+        if new.tap is not None:  # what waits there came while it was not the card's place
+            self._report.stale = new.tap.discard()
+        if new.announce(self._device.mac):
+            self._drain()
+
+    def _drain(self) -> None:
+        """Wait until the old place is silent."""
+        tap = self._old.tap
+        enough = UNSEEN_S if tap is None else QUIET_S
+        start = quiet = time.monotonic()
+        before: list[int] = []
+        while (now := time.monotonic()) < start + MOVE_S and now < quiet + enough:
+            after = [self._used_index(index) for index in self._indices if index % 2 == 0]
+            if after != before or (tap is not None and tap.waiting()):
+                before, quiet = after, now
+            time.sleep(0.001)
+
+    # --- park, and the rings' positions -----------------------------------------------------------
+
+    def _park(self) -> str:
+        """Take the rings from the old path. Returns why it did not let go of them in order, or
+        nothing; then the used indices are the positions.
+        """
+        trouble = ""
+        try:
+            self._device.park(finish=True, patience=self._patience)
+        except Exception as e:  # whatever it is: the rings are at rest all the same
+            trouble = self._noted(e)
+            self._take_used_indices()
+        for index in self._indices:
+            trouble = trouble or self._check_position(index)
+            self._ask_for_kicks(index)
+        return trouble
+
+    def _pending(self) -> dict[int, int]:
+        """Chains per virtqueue that the guest has made available and nobody has taken."""
+        pending = {}
+        for index in self._indices:
+            ring = self._device.ring(index)
+            pending[index] = self._index(ring.avail) - ring.base & 0xFFFF
+        return pending
+
+    def _index(self, area: int) -> int:
+        """The index of an available or used ring (2.7.6, 2.7.8)."""
+        return int.from_bytes(self._device.memory.read(area + 2, 2), "little")
+
+    def _used_index(self, index: int) -> int:
+        return self._index(self._device.ring(index).used)
+
+    def _take_used_indices(self) -> None:
+        """Make the used indices the positions: a path that failed leaves these behind, too."""
+        for index in self._indices:
+            self._device.set_position(index, self._used_index(index))
+
+    def _check_position(self, index: int) -> str:
+        """Returns what is wrong if the old path still had chains in its hands. Receive chains may
+        be taken back: they are empty.
+        """
+        base, used = self._device.ring(index).base, self._used_index(index)
+        if base == used:
+            return ""
+        if index % 2 == 0:
+            self._device.set_position(index, used)
+            return ""
+        return f"queue {index} stopped at {base} with {used} returned"
+
+    def _ask_for_kicks(self, index: int) -> None:
+        """Have the driver kick (virtio 1.2, 2.7.8 and 2.7.10), whatever the old path told it: kicks
+        gather in the eventfd until the next path looks.
+        """
+        ring, memory = self._device.ring(index), self._device.memory
+        memory.write(ring.used, bytes(2))
+        if self._device.in_force >> VIRTIO_RING_F_EVENT_IDX & 1:
+            memory.write(ring.used + 4 + 8 * ring.size, ring.base.to_bytes(2, "little"))
+
+    # --- start, roll back, fall back --------------------------------------------------------------
+
+    def _start(self, trouble: str) -> Route:
+        """Start the new path; if the old one did not stop in order, or the new one does not start,
+        roll back; if that fails, fall back to emulation. Returns the route in force.
+        """
+        tries: list[tuple[SwitchOutcome, Callable[[], Route]]] = []
+        if not trouble:
+            tries.append(("switched", lambda: self._new))
+        tries.append(("rolled-back", lambda: self._old))
+        if self._spare is not None:
+            tries.append(("fallback", self._spare))
+        self._report.reason = trouble
+        for outcome, make in tries:
+            route: Route | None = None
+            try:
+                route = make()
+                with self._report.step(f"start {route.path.name}"):
+                    self._take(route.path)
+            except Exception as e:  # whatever it is: first of all somebody has to serve the rings
+                why = self._noted(e)
+                self._report.reason += f"; {why}" if self._report.reason else why
+                if route is not None and route not in (self._old, self._new):
+                    route.path.close()
+                self._take_used_indices()
+                continue
+            self._report.outcome = outcome
+            return route
+        self._report.outcome = self._last_resort()
+        return self._old
+
+    def _take(self, path: DataPath) -> None:
+        """Start ``path`` on the rings.
+
+        :raises PyvmmError: the path does not serve them; it has let go of them.
+        """
+        device = self._device
+        device.use(path)
+        events = HeldEvents(device)
+        device.resume(events=events, patience=self._patience)
+        problem = path.problem()
+        if problem:
+            device.park(patience=self._patience)
+            raise HostError(f"{path.name}: {problem}")
+        events.release()
+
+    def _last_resort(self) -> SwitchOutcome:
+        """No path serves the rings. A vhost-user path may yet find a back-end, so start the old one
+        and let it look.
+        """
+        self._device.use(self._old.path)
+        try:
+            self._device.resume(patience=self._patience)
+        except PyvmmError as e:
+            self._device.fault(-1, str(e))
+            return "failed"
+        return "rolled-back"
+
+    def _wake(self) -> None:
+        """Have both sides look: the old path may have swallowed a kick, or owe a call. A spurious
+        interrupt is harmless.
+        """
+        for index in self._indices:
+            ring = self._device.ring(index)
+            ring.kick.nudge()
+            ring.call.nudge()
+
+    def _noted(self, error: Exception) -> str:
+        """The error in words, for the reason; a bug of ours leaves its traceback, too."""
+        if isinstance(error, PyvmmError):
+            return str(error)
+        import traceback  # here: no machine should pay for it at its start
+
+        self._report.traceback += "".join(traceback.format_exception(error))
+        return f"{type(error).__name__}: {error}"
