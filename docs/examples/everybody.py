@@ -1,6 +1,7 @@
 """Everybody: a network in which every address answers pings.
 
-pyvmm run --net vhost-user,socket=SOCKET -- ping 192.168.100.77
+python3 docs/examples/everybody.py SOCKET &
+pyvmm run --net vhost-user,socket=SOCKET -- ping -c 3 192.168.100.77
 """
 
 import sys
