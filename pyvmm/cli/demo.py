@@ -158,32 +158,20 @@ def _negotiation(story: Story, nic: Nic) -> None:
 
 
 def _from_host(story: Story, nic: Nic) -> None:
+    from pyvmm.workloads import run_tool
+
     assert nic.guest is not None
     guest = nic.guest.partition("/")[0]
     story.head("ping: host to guest")
-    story.lines(_inside(nic, ["ping", "-q", "-c", "5", "-i", "0.2", guest]))
+    story.lines(run_tool(nic.namespace, ["ping", "-q", "-c", "5", "-i", "0.2", guest], 60))
     ways: list[tuple[str, list[str]]] = [("TCP: host to guest", []), ("TCP: guest to host", ["-R"])]
     for port, (title, extra) in zip(PORTS, ways, strict=True):
         story.head(title)
-        text = _inside(nic, ["iperf3", "-c", guest, "-p", port, "-t", "2", "-f", "m", *extra])
+        argv = ["iperf3", "-c", guest, "-p", port, "-t", "2", "-f", "m", *extra]
+        text = run_tool(nic.namespace, argv, 60)
         story.lines(
             "\n".join(line for line in text.splitlines() if "sender" in line or "receiver" in line)
         )
-
-
-def _inside(nic: Nic, argv: list[str]) -> str:
-    from pyvmm.errors import HostError
-
-    try:
-        done = nic.namespace.run(argv, capture_output=True, text=True, timeout=60)
-    except FileNotFoundError as e:
-        raise HostError(
-            f"{argv[0]} cannot be run", "install iputils-ping, iperf3 and util-linux"
-        ) from e
-    if done.returncode:
-        raise HostError(f"{' '.join(argv)} failed: {(done.stdout + done.stderr).strip()[-200:]}")
-    text: str = done.stdout
-    return text
 
 
 def _summary(story: Story, vm: Machine) -> None:

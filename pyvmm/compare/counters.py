@@ -42,6 +42,7 @@ BY_REASON = {
 ROLES = ("vcpu", "worker", "vhost", "backend", "vmm")
 KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 TRACEFS = Path("/sys/kernel/tracing")
+BACKEND = "pyvmm.backend.process"  # the module that such a process runs
 #: KVM's statistics that are levels or peaks, not counts.
 NO_COUNTS = (
     "max_mmu_rmap_size",
@@ -243,6 +244,18 @@ def vhost_threads(pid: int) -> list[int]:
     threads).
     """
     return [p.pid for p in psutil.process_iter(["name"]) if p.info["name"] == f"vhost-{pid}"]
+
+
+def backends_of(pid: int) -> list[int]:
+    """The processes that are vhost-user back-ends of pyvmm's own, started by process ``pid``."""
+    out = []
+    for child in psutil.Process(pid).children():
+        try:
+            if BACKEND in child.cmdline():
+                out.append(child.pid)
+        except psutil.Error:
+            continue  # it has ended, or has yet to become what it will be
+    return out
 
 
 #: One look at threads: (role, tid) -> (CPU nanoseconds, voluntary, involuntary switches).

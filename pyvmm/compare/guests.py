@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-import tempfile
 import threading
 import time
 from contextlib import ExitStack
@@ -15,10 +13,10 @@ from pathlib import Path
 
 from pyvmm.compare import counters, plan
 from pyvmm.errors import GuestEnded, GuestTimeout, HostError
+from pyvmm.workloads import terminate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import subprocess
     from typing import Any, Protocol, Self
 
     from pyvmm.compare.counters import ExitTrace, Tasks
@@ -76,31 +74,17 @@ def open_guest(p: Plan, mode: Mode, trace: ExitTrace | None) -> Guest:
     return kind(p, mode, trace)
 
 
-def terminate(child: subprocess.Popen[Any]) -> None:
-    """End a child of ours."""
-    import subprocess
-
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(5)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
 def tethered(argv: list[str]) -> list[str]:
     """``argv`` as a command that is killed when this process is; setpriv is in util-linux."""
     return ["setpriv", "--pdeathsig", "KILL", *argv] if shutil.which("setpriv") else argv
 
 
 class OwnGuest:
-    """A guest of pyvmm's, in this process; for vhost-user with a `pyvmm backend` beside it."""
+    """A guest of pyvmm's, in this process. For vhost-user the card starts a back-end process."""
 
     def __init__(self, p: Plan, mode: Mode, trace: ExitTrace | None) -> None:
         self._plan, self._mode, self._trace = p, mode, trace
         self._stack = ExitStack()
-        self._backend: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -118,10 +102,6 @@ class OwnGuest:
         from pyvmm.netopt import Net
 
         p, stack = self._plan, self._stack
-        net = self._mode.net
-        if net.partition(",")[0] == "vhost-user":
-            self.space, socket = self._start_backend()
-            net += f",socket={socket}"
         self._others = set(threading.enumerate())
         self._vm = stack.enter_context(
             Machine(
@@ -130,52 +110,14 @@ class OwnGuest:
                 append=p.append,
                 cpus=p.cpus,
                 memory=p.memory,
-                nets=[Net.parse(f"{net},mac={plan.MAC}")],
+                nets=[Net.parse(f"{self._mode.net},mac={plan.MAC}")],
                 command=guest_command(p),
             )
         )
         self._nic = self._vm.nets[0]
-        if self._backend is None:
-            self.space = self._nic.namespace
+        self.space = self._nic.namespace
         self._tap = counters.TapCounters(self.space, TAP)
         stack.callback(self._tap.close)
-
-    def _start_backend(self) -> tuple[Namespace, str]:
-        """`pyvmm backend` with a tap in a namespace of ours."""
-        import subprocess
-
-        from pyvmm.hostnet.netns import Namespace
-
-        directory = tempfile.mkdtemp(
-            prefix="pyvmm-compare-", dir="/run" if os.access("/run", os.W_OK) else None
-        )
-        self._stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        space = self._stack.enter_context(Namespace(name="unused"))
-        space.tap.close()
-        path, log = f"{directory}/socket", Path(directory, "log")
-        package = str(Path(__file__).resolve().parents[2])
-        argv = [sys.executable, "-m", "pyvmm", "backend", "--socket", path, "--tap", TAP]
-        argv += ["--address", f"{plan.HOST}/{plan.PREFIX}", "--queues", str(self._mode.queues)]
-        with log.open("wb") as sink:
-            child = space.popen(
-                tethered(argv),
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": package},
-            )
-        self._stack.callback(terminate, child)
-        self._backend = child
-        until = time.monotonic() + TOOL_LIMIT
-        while not os.path.exists(path):  # noqa: PTH110
-            if child.poll() is not None or time.monotonic() > until:
-                last = log.read_text(errors="replace").strip().splitlines()[-1:] or [
-                    "it said nothing"
-                ]
-                raise HostError(f"`pyvmm backend` did not come up: {last[0]}")
-            time.sleep(0.05)
-        return space, path
 
     def boot(self) -> float:
         """Let it run until its servers listen."""
@@ -241,8 +183,8 @@ class OwnGuest:
             if thread in self._others or tid in moving or thread.name.startswith("compare"):
                 continue
             keys.append(("vcpu" if thread.name.startswith("vcpu") else "vmm", tid))
-        if self._backend is not None:
-            keys += [("backend", tid) for tid in counters.threads_of(self._backend.pid)]
+        for pid in counters.backends_of(os.getpid()):
+            keys += [("backend", tid) for tid in counters.threads_of(pid)]
         return counters.look(keys)
 
     def facts(self) -> dict[str, Any]:

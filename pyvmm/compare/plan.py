@@ -33,13 +33,12 @@ class Mode:
     :ivar net: the card's ``MODE[,key=value...]`` for pyvmm's own.
     """
 
-    __slots__ = ("kind", "name", "net", "queues", "vhost")
+    __slots__ = ("kind", "name", "net", "vhost")
 
     def __init__(
         self, name: str, kind: str = "pyvmm", net: str = "", *, vhost: bool = False
     ) -> None:
         self.name, self.kind, self.net, self.vhost = name, kind, net, vhost
-        self.queues = 1
 
 
 def parse_mode(text: str) -> Mode:
@@ -59,10 +58,8 @@ def parse_mode(text: str) -> Mode:
                 f"--modes {text}: {key.partition('=')[0]}= is the comparison's own", "leave it out"
             )
     net = ",".join((mode, *keys))
-    probe = Net.parse(f"{net},socket=/x" if mode == "vhost-user" else net)
-    one = Mode(text, net=net, vhost=mode == "vhost-net")
-    one.queues = probe.queues
-    return one
+    Net.parse(net)  # or an error that says what is wrong
+    return Mode(text, net=net, vhost=mode == "vhost-net")
 
 
 def parse_list(option: str, text: str, known: tuple[str, ...]) -> list[str]:

@@ -7,16 +7,14 @@ so that neither boot nor the other workloads are in its figures.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import threading
 import time
 from contextlib import ExitStack, nullcontext
 from subprocess import SubprocessError
 
 from pyvmm.compare import counters, plan
-from pyvmm.compare.guests import TOOL_LIMIT, open_guest, terminate
+from pyvmm.compare.guests import TOOL_LIMIT, open_guest
 from pyvmm.compare.pinning import pinned, possible
 from pyvmm.errors import (
     HostError,
@@ -31,6 +29,7 @@ from pyvmm.errors import (
     VhostMissing,
     VhostUserError,
 )
+from pyvmm.workloads import ToolFailed, read_ping, read_udp, received_mbit, run_tool
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -192,34 +191,7 @@ class Comparison:
         return self._tool(guest, argv)
 
     def _tool(self, guest: Guest, argv: list[str]) -> str:
-        import subprocess
-
-        try:
-            child = guest.space.popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            )
-        except FileNotFoundError as e:
-            raise HostError(
-                f"{argv[0]} cannot be run", "install iputils-ping, iperf3 and util-linux"
-            ) from e
-        with child:
-            try:
-                text, _ = child.communicate(timeout=self._plan.seconds + TOOL_LIMIT)
-            except subprocess.TimeoutExpired as e:
-                raise HostError(
-                    f"{argv[0]} did not end within {self._plan.seconds + TOOL_LIMIT:g} s"
-                ) from e
-            finally:
-                terminate(child)
-        if child.returncode:
-            raise HostError(f"{argv[0]} failed: {reason(text)}")
-        return str(text)
+        return run_tool(guest.space, argv, self._plan.seconds + TOOL_LIMIT)
 
     def document(self) -> dict[str, Any]:
         """The results so far, as docs/compare.md describes them."""
@@ -358,35 +330,19 @@ def outcome(done: dict[str, Any]) -> str:
 
 
 def read_result(name: str, text: str) -> dict[str, float | None]:
-    """What a workload's tool says.
+    """The figures of a workload, from what its tool printed.
 
-    :raises HostError: not what we know how to read.
+    :raises HostError: it cannot be understood.
     """
-    if name == "idle":
-        return {}
     try:
+        if name == "idle":
+            return {}
         if name == "ping":
-            times = re.search(r"= ([\d.]+)/([\d.]+)/([\d.]+)", text)
-            loss = re.search(r"([\d.]+)% packet loss", text)
-            assert times and loss
-            return {"rtt_ms": float(times[2]), "loss_percent": float(loss[1])}
-        end = json.loads(text)["end"]
+            rtt, loss = read_ping(text)
+            return {"rtt_ms": rtt, "loss_percent": loss}
         if name == "udp-small":
-            one = end["sum"]
-            rate = one["bits_per_second"] * (1 - one["lost_percent"] / 100)
-            return {
-                "throughput_mbit_s": round(rate / 1e6, 3),
-                "loss_percent": round(one["lost_percent"], 2),
-            }
-        return {"throughput_mbit_s": round(end["sum_received"]["bits_per_second"] / 1e6, 3)}
-    except (AssertionError, KeyError, ValueError, TypeError) as e:
-        raise HostError(f"{name}: cannot read its result: {reason(text)}") from e
-
-
-def reason(text: str) -> str:
-    """Why a tool failed, in one line."""
-    try:
-        return str(json.loads(text)["error"])[:200]
-    except (ValueError, KeyError, TypeError):
-        lines = text.strip().splitlines()
-        return lines[-1][:200] if lines else "it said nothing"
+            rate, loss = read_udp(text)
+            return {"throughput_mbit_s": round(rate, 3), "loss_percent": round(loss, 2)}
+        return {"throughput_mbit_s": round(received_mbit(text), 3)}
+    except ToolFailed as e:
+        raise HostError(f"{name}: {e}") from e

@@ -22,6 +22,7 @@ LAYERS = (
         "netopt",
         "testbed",
         "testing",
+        "workloads",
     },
     {"card", "doctor"},
     {"hang", "machine"},

@@ -59,7 +59,7 @@ def test_peers_are_columns():
         ("qemu", "qemu", False),
         ("qemu:vhost", "qemu", True),
     ]
-    assert p.modes[0].queues == 2
+    assert p.modes[0].net == "vhost-user,queues=2"
 
 
 @pytest.mark.parametrize(
