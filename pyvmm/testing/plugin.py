@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from pyvmm.testing.console import Trouble, Watch
-    from pyvmm.testing.vm import Vm
+    from pyvmm.testing.vm import TestMachine
 
 HOSTS = ("local", "testbed", "auto")
 SCOPES = ("function", "class", "module", "package", "session")
-#: What the marker takes: parameters of ``Vm``, and how the test wants it.
+#: What the marker takes: parameters of ``TestMachine``, and how the test wants it.
 MARKER = (
     "append", "command", "cpus", "fail_on", "hang_timeout", "huge", "initrd", "kernel", "load_address", "load_mode", "memory",
     "net", "on_reboot", "start", "test_devices", "timeout",
@@ -38,24 +38,24 @@ class Record:
 
     def __init__(self, node: pytest.Item | pytest.Collector, name: str) -> None:
         self.node, self.name = node, name
-        self.vm: Vm | None = None
+        self.machine: TestMachine | None = None
         self.watch: Watch | None = None
 
     def sections(self) -> list[tuple[str, str]]:
         """Title and text of what helps to find out why a test failed."""
         from pyvmm.testing.verdict import last_lines
 
-        vm = self.vm
-        if vm is None:
+        machine = self.machine
+        if machine is None:
             return []
-        outcome = vm.outcome
+        outcome = machine.outcome
         state = "running" if outcome is None else f"{outcome.kind} {outcome.detail}".strip()
         out = [
             (
                 f"pyvmm console of {self.name} ({state})",
-                "\n".join(last_lines(vm.console.text, CONSOLE_LINES)),
+                "\n".join(last_lines(machine.console.text, CONSOLE_LINES)),
             ),
-            (f"pyvmm exits of {self.name}", vm.summary()),
+            (f"pyvmm exits of {self.name}", machine.summary()),
         ]
         return [(title, text) for title, text in out if text]
 
@@ -183,13 +183,13 @@ def pyvmm_kernel(request: pytest.FixtureRequest) -> str | None:
 @pytest.fixture(scope=_scope)
 def machine_factory(
     request: pytest.FixtureRequest, pyvmm_kernel: str | None
-) -> Iterator[Callable[..., Vm]]:
+) -> Iterator[Callable[..., TestMachine]]:
     """Makes machines: ``machine_factory(cpus=2, net="vhost-net")``, with what the marker takes; all
     end with the test.
     """
     records: list[Record] = []
 
-    def make(**wishes: Any) -> Vm:
+    def make(**wishes: Any) -> TestMachine:
         return _make(
             request,
             {"kernel": pyvmm_kernel} | _marked(request) | wishes,
@@ -202,7 +202,7 @@ def machine_factory(
 
 
 @pytest.fixture(scope=_scope)
-def vm(request: pytest.FixtureRequest, pyvmm_kernel: str | None) -> Iterator[Vm]:
+def vm(request: pytest.FixtureRequest, pyvmm_kernel: str | None) -> Iterator[TestMachine]:
     """A machine as the marker ``pyvmm`` wants it, up and running; a Linux guest takes commands by
     ``vm.run``.
     """
@@ -227,11 +227,11 @@ def _refuse(text: str) -> NoReturn:
 
 def _make(
     request: pytest.FixtureRequest, wishes: dict[str, Any], name: str, records: list[Record]
-) -> Vm:
+) -> TestMachine:
     from pyvmm.errors import PyvmmError
     from pyvmm.netopt import Net
     from pyvmm.testing.console import Watch, parse_kinds
-    from pyvmm.testing.vm import Vm, resolve
+    from pyvmm.testing.vm import TestMachine, resolve
 
     config = request.config
     unknown = sorted(set(wishes) - set(MARKER))
@@ -259,10 +259,10 @@ def _make(
         if wishes["initrd"] is None:
             del wishes["initrd"]
         _check_host(resolve(kernel)[0])
-        made = Vm(kernel, **wishes)
+        made = TestMachine(kernel, **wishes)
     except (PyvmmError, ValueError) as e:
         _refuse(f"pyvmm: {e}")
-    record.vm = made
+    record.machine = made
     records.append(record)
     config.stash.setdefault(RECORDS, []).append(record)
     if isinstance(request.node, pytest.Item):
@@ -299,9 +299,9 @@ def _close(request: pytest.FixtureRequest, records: list[Record]) -> None:
     troubles: list[Trouble] = []
     count = 0
     for record in reversed(records):
-        if record.vm is None:
+        if record.machine is None:
             continue
-        record.vm.close()
+        record.machine.close()
         if record.watch is not None:
             record.watch.finish()
             troubles += record.watch.troubles

@@ -32,20 +32,20 @@ class Exits:
     While the machine is open; the figures are those of budgets (docs/budgets.md).
     """
 
-    def __init__(self, vm: Machine) -> None:
-        self._vm = vm
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
         self._begin: Mark | None = None
         self._outer: list[Mark | None] = []
 
     def reset(self) -> None:
         """Count from now on."""
-        self._begin = self._vm.mark_now("test")
+        self._begin = self._machine.mark_now("test")
 
     def phase(self) -> Phase:
         """All that is counted, as of now: ``ledger``, ``kvm``, ``counters``, ``metrics()``."""
         from pyvmm.exits.phases import Phase
 
-        return Phase("test", self._vm, self._begin, self._vm.mark_now("now"))
+        return Phase("test", self._machine, self._begin, self._machine.mark_now("now"))
 
     def counts(self) -> dict[str, int | None]:
         """The figures so far, by name; None where nobody counts one."""
@@ -67,7 +67,7 @@ class Exits:
         wrong = []
         for text in (*budgets, *(f"{name}<={limit}" for name, limit in limits.items())):
             budget = Budget(text)
-            budget.check_names(self._vm)
+            budget.check_names(self._machine)
             value = found[text] = budget.value(phase)
             if value is None:
                 wrong.append(f"{text}: there were no packets")
@@ -97,13 +97,15 @@ class Exits:
         return f"Exits({self.counts()!r})"
 
 
-class Vm(Machine):
+class TestMachine(Machine):
     """A ``Machine`` for tests.
 
     :param kernel: a file, or the name of an image of pyvmm's; None for the image ``default``. A
         Linux kernel without ``initrd`` gets the default image's, and with it pyvmm's init, which
         takes commands. Other parameters: as of ``Machine``. :ivar exits: see ``Exits``.
     """
+
+    __test__ = False  # not a pytest class
 
     def __init__(
         self,

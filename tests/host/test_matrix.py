@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from pyvmm.compare import counters
+
 ROOT = Path(__file__).parents[2]
 Guest = Callable[[str], str]
 PATIENCE = 180.0  # seconds
@@ -121,6 +123,58 @@ def test_what_cannot_be_had_is_a_row(guest: Guest, tmp_path: Path) -> None:
     assert done["hello.elf/vhost-user/1/all"]["verdict"] == "passed", "with a back-end of its own"
 
 
+@pytest.mark.parametrize(
+    ("kernel", "text"),
+    [
+        (
+            "/nonexistent/vmlinux",
+            "kernel '/nonexistent/vmlinux': No such file or directory; name a",
+        ),
+        (
+            "6.12",
+            "image '6.12' is not built; build it with: pyvmm image build --kernel-version 6.12",
+        ),
+    ],
+)
+def test_a_missing_kernel_is_told_before_the_first_boot(
+    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, text: str
+) -> None:
+    """And the results of an earlier sweep are still there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "m.json"
+    out.write_text("earlier results")
+    args = ("--kernels", f"{guest('hello')},{kernel}", "--modes", "none", "--json", str(out))
+    status, text_, err = run(*args, "--junit", str(tmp_path / "m.xml"))
+    assert (status, text_) == (105, "")
+    assert err.startswith(f"pyvmm: {text}") and err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["m.json"]
+    assert out.read_text() == "earlier results"
+
+
+def test_results_that_cannot_be_written(guest: Guest, tmp_path: Path) -> None:
+    status, text, err = run(
+        "--kernels", guest("hello"), "--modes", "none", "--junit", "/dev/full", "--quiet"
+    )
+    assert status == 101 and "1 passed" in text
+    assert err == "pyvmm: --junit /dev/full is lost: No space left on device\n"
+
+
+def test_another_process_moves_the_packets(guest: Guest, tmp_path: Path) -> None:
+    """As a cell of mode vhost-user claims: the guest has such a card, and pyvmm its back-end."""
+    out = tmp_path / "m.json"
+    args = ["--kernels", guest("reset"), "--append", "how=idle", "--modes", "vhost-user:queues=2"]
+    with spawn(*args, "--json", str(out)) as child:
+        until = time.monotonic() + PATIENCE
+        while not (backends := counters.backends_of(child.pid)):
+            assert time.monotonic() < until and child.poll() is None
+            time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=PATIENCE)
+    assert child.returncode == 130
+    assert len(backends) == 1 and not Path(f"/proc/{backends[0]}").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["m.json"]
+
+
 def test_interrupted_and_resumed(guest: Guest, tmp_path: Path) -> None:
     out, junit = tmp_path / "m.json", tmp_path / "m.xml"
     args = ["--kernels", f"{guest('hello')},{guest('reset')},{guest('timer')}", "--modes", "none"]
@@ -154,6 +208,8 @@ def test_interrupted_and_resumed(guest: Guest, tmp_path: Path) -> None:
         (["--features", "no-speed"], "without=speed"),
         (["--resume"], "--resume without --json"),
         (["--json", "/nonexistent/x"], "--json /nonexistent/x"),
+        (["--junit", "/nonexistent/x"], "--junit /nonexistent/x"),
+        (["--modes", "vhost-user:socket=/tmp/s"], "makes its own tap and its own back-end"),
         (["--fail-on", "ooops"], "--fail-on ooops"),
         (["--timeout", "0"], "--timeout 0; use 1 seconds or more"),
         (["--timeout", "5", "--seconds", "6"], "--seconds 6; use less than --timeout 5"),

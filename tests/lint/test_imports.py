@@ -27,14 +27,9 @@ LAYERS = (
     {"card", "doctor"},
     {"hang", "machine"},
     {"testing.suite"},
-    {"compare"},
-    {
-        "",
-        "cli",
-        "__main__",
-        "testing.plugin",
-        "testing.vm",
-    },  # "": pyvmm/__init__.py, the public API
+    {"testing.vm"},
+    {"compare", "matrix"},
+    {"", "cli", "__main__", "testing.plugin"},  # "": pyvmm/__init__.py, the public API
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 EXTENSION = (
@@ -116,7 +111,7 @@ def test_the_check_notices() -> None:
     assert check("machine", "from pyvmm._ext import lib")
     assert check("virtio.net", "from pyvmm._ext import lib")
     assert check("testing.verdict", "from pyvmm.machine import Machine")
-    assert check("testing.suite", "from pyvmm.testing.vm import Vm")
+    assert check("testing.suite", "from pyvmm.testing.vm import TestMachine")
     assert not check("kvm.vm", "if TYPE_CHECKING:\n    from pyvmm.machine import Machine")
     assert not check("virtio.net", "from pyvmm.datapath.base import Vring")
 

@@ -1,0 +1,292 @@
+"""The cells of a matrix, and how one of them is run: a boot, ping, TCP both ways, a command, and the
+verdict.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from pyvmm.errors import (
+    CommandFailed,
+    ImageError,
+    KvmForbidden,
+    KvmMissing,
+    KvmUnsuitable,
+    PyvmmError,
+    UsageError,
+)
+from pyvmm.images import NAMES, find
+from pyvmm.netopt import Net
+from pyvmm.outcome import Outcome
+from pyvmm.spec.platform import MAX_CPUS
+from pyvmm.testing.console import Watch
+from pyvmm.testing.judge import judge
+from pyvmm.testing.verdict import Verdict, last_lines, of_error
+from pyvmm.testing.vm import TestMachine
+from pyvmm.virtio.features import names
+from pyvmm.workloads import ToolFailed, tcp_mbit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+#: Figures of a cell, from when it was ready on (docs/budgets.md).
+COUNTED = (
+    "user_exits",
+    "notify",
+    "kvm_exits",
+    "irq_injections",
+    "packets",
+    "bytes",
+    "kicks",
+    "interrupts",
+)
+POWER_OFF_S = 20.0  # for the guest's init to end the machine
+ATTEMPTS = 20  # to reach the guest's iperf3 server, which needs a moment until it listens
+TOOL_S = 30.0  # for a tool beside the time that it is told to run
+OUTPUT_MAX = 4000  # characters of a command's output that are kept
+CONSOLE_LINES = 30  # of a cell that did not pass
+
+
+class Settings:
+    """What holds for all cells of a sweep.
+
+    :param seconds: of TCP each way, 0 for none.
+    :param timeout, hang_timeout: seconds for one cell, and seconds without progress that end it.
+    :param fail_on: what the kernel must not report, kinds of ``testing.console.TROUBLES``.
+    :param command: what each guest runs at last; empty for nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        seconds: int = 2,
+        memory: str = "256M",
+        append: str = "",
+        timeout: float = 180.0,
+        hang_timeout: float = 30.0,
+        fail_on: Sequence[str] = (),
+        command: Sequence[str] = (),
+    ) -> None:
+        self.seconds, self.memory, self.append = seconds, memory, append
+        self.timeout, self.hang_timeout = timeout, hang_timeout
+        self.fail_on, self.command = list(fail_on), list(command)
+
+    def key(self) -> list[object]:
+        """What the result of a cell depends on."""
+        return [self.seconds, self.memory, self.append, self.fail_on, self.command]
+
+
+class Cell:
+    """One boot: a kernel (a file, or the name of an image), a mode with its keys joined by colons, a
+    number of processors, and a set of features: ``all``, or ``no-GROUP+no-GROUP``.
+    """
+
+    def __init__(self, kernel: str, mode: str, cpus: int, features: str) -> None:
+        self.kernel, self.mode, self.cpus, self.features = kernel, mode, cpus, features
+
+    @property
+    def title(self) -> str:
+        """The kernel's name for people."""
+        return Path(self.kernel).name
+
+    @property
+    def name(self) -> str:
+        """``KERNEL/MODE/CPUS/FEATURES``."""
+        return f"{self.title}/{self.mode}/{self.cpus}/{self.features}"
+
+    def net(self) -> str:
+        """The card as ``--net`` takes it."""
+        words = self.mode.split(":")
+        if self.features != "all" and self.mode != "none":
+            groups = [part.removeprefix("no-") for part in self.features.split("+")]
+            words.append(f"without={'+'.join(groups)}")
+        return ",".join(words)
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "kernel": self.kernel,
+            "mode": self.mode,
+            "cpus": self.cpus,
+            "features": self.features,
+        }
+
+
+def combine(kernels: str, modes: str, cpus: str, features: str) -> list[Cell]:
+    """All combinations of what is in these lists, in the order of the sweep.
+
+    :raises UsageError: something in a list makes no sense.
+    """
+    return [
+        _checked(kernel, mode, count, groups)
+        for kernel in _words("--kernels", kernels)
+        for mode in _words("--modes", modes)
+        for count in _words("--cpus", cpus)
+        for groups in _words("--features", features)
+    ]
+
+
+def _words(option: str, text: str) -> list[str]:
+    out = [word.strip() for word in text.split(",") if word.strip()]
+    if not out or len(set(out)) != len(out):
+        raise UsageError(f"{option} {text!r}", "write a list without repetitions, by commas")
+    return out
+
+
+def _checked(kernel: str, mode: str, cpus: str, features: str) -> Cell:
+    if not cpus.isascii() or not cpus.isdecimal() or not 1 <= int(cpus) <= MAX_CPUS:
+        raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
+    if features != "all" and not all(part.startswith("no-") for part in features.split("+")):
+        raise UsageError(f"--features {features}", "write all, or no-mrg-rxbuf+no-event-idx")
+    cell = Cell(kernel, mode, int(cpus), features)
+    net = Net.parse(cell.net())
+    if net.tap or net.socket:
+        raise UsageError(f"--modes {mode}", "each cell makes its own tap and its own back-end")
+    return cell
+
+
+def check_kernels(cells: Sequence[Cell]) -> None:
+    """See to it that each kernel is there before the first boot. Whether a file is a kernel is told
+    by its cells' verdicts.
+
+    :raises ImageError: an image is not built, or there is no such file.
+    """
+    for kernel in dict.fromkeys(cell.kernel for cell in cells):
+        if kernel in NAMES:
+            find(kernel)
+            continue
+        try:
+            Path(kernel).stat()
+        except OSError as e:
+            known = ", ".join(NAMES)
+            raise ImageError(
+                f"kernel {kernel!r}: {e.strerror}", f"name a file, or an image: {known}"
+            ) from e
+
+
+# --- one cell -------------------------------------------------------------------------------------
+
+
+def boot(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """Run one cell; its result for JSON (docs/matrix.md), whatever happens in it.
+
+    :raises PyvmmError: no machine can be had on this host at all.
+    """
+    begin = time.monotonic()
+    result: dict[str, Any] = {**cell.as_dict(), "negotiated": []}
+    watch = Watch(settings.fail_on) if settings.fail_on else None
+    machine: TestMachine | None = None
+    with ExitStack() as stack:
+        try:
+            machine = _machine(cell, settings, stack)
+            if watch is not None:
+                machine.console.add_sink(watch)
+            problem = _measure(machine, settings, result)
+            outcome = machine.outcome or machine.power_off(POWER_OFF_S)
+            verdict = _judge(cell, machine, outcome, watch)
+            if verdict.kind == "passed" and problem:
+                verdict = Verdict("failed", problem, status=1)
+        except (KvmMissing, KvmForbidden, KvmUnsuitable):
+            raise
+        except (CommandFailed, ToolFailed) as e:
+            message, *details = str(e).splitlines()
+            verdict = Verdict("failed", message, status=1, details=details)
+        except PyvmmError as e:
+            verdict = of_error(e)
+            if machine is not None and machine.outcome is not None and machine.outcome.error():
+                verdict = _judge(cell, machine, machine.outcome, watch)
+        if machine is not None:
+            result |= _facts(machine)
+            if verdict.kind != "passed":
+                result["console"] = last_lines(machine.console.text, CONSOLE_LINES)
+    result |= {"verdict": verdict.kind, "message": verdict.message, "details": verdict.details}
+    result["seconds"] = round(time.monotonic() - begin, 3)
+    return result
+
+
+def _judge(cell: Cell, machine: TestMachine, outcome: Outcome, watch: Watch | None) -> Verdict:
+    return judge(
+        outcome,
+        console=machine.console.text,
+        phases=machine.phases,
+        commanded=False,
+        watch=watch,
+        symbols=cell.kernel,
+    )
+
+
+def _machine(cell: Cell, settings: Settings, stack: ExitStack) -> TestMachine:
+    """The cell's machine, bounded by its time-out; closed with ``stack``."""
+    machine = stack.enter_context(
+        TestMachine(
+            cell.kernel,
+            append=settings.append,
+            cpus=cell.cpus,
+            memory=settings.memory,
+            nets=[Net.parse(cell.net())],
+            hang_timeout=settings.hang_timeout,
+        )
+    )
+    over = Outcome("timeout", f"{settings.timeout:g} s are over")
+    timer = threading.Timer(settings.timeout, lambda: machine.stop(over))
+    timer.daemon = True
+    timer.start()
+    stack.callback(timer.join)
+    stack.callback(timer.cancel)
+    return machine
+
+
+def _measure(machine: TestMachine, settings: Settings, result: dict[str, Any]) -> str:
+    """Boot, ping, TCP both ways, the command: the figures go to ``result``. Why the cell fails, in
+    one line; empty if it does not.
+    """
+    machine.ready(settings.timeout + 30)  # the time-out itself comes first
+    if machine.agent is None:  # a test kernel, or another init: its end is all that it says
+        machine.wait(settings.timeout)
+        return ""
+    for nic in machine.nets:
+        assert nic.host is not None and nic.guest is not None
+        host, guest = nic.host.partition("/")[0], nic.guest.partition("/")[0]
+        machine.run(["ping", "-c", "3", "-i", "0.2", host], timeout=30).check()
+        if settings.seconds:
+            machine.run(["iperf3", "-s", "-D"]).check()
+            for way, options in (("to_guest_mbit", ()), ("from_guest_mbit", ("-R",))):
+                rate = tcp_mbit(
+                    nic.namespace,
+                    guest,
+                    settings.seconds,
+                    *options,
+                    attempts=ATTEMPTS,
+                    timeout=settings.seconds + TOOL_S,
+                )
+                result[way] = round(rate, 1)
+    counts = machine.exits.counts()
+    result |= {name: counts[name] for name in COUNTED}
+    if settings.command:
+        done = machine.run(settings.command, timeout=settings.timeout)
+        result["command"] = {
+            "status": done.status,
+            "stdout": done.out[-OUTPUT_MAX:],
+            "stderr": done.err[-OUTPUT_MAX:],
+        }
+        if done.status:
+            return f"the command's exit status is {done.status}"
+    return ""
+
+
+def _facts(machine: TestMachine) -> dict[str, Any]:
+    """What is known of a machine, however it ended."""
+    start = machine.phases["vmm"]
+    in_order = sorted(machine.phases.items(), key=lambda phase: phase[1])
+    facts: dict[str, Any] = {
+        "phases_s": {name: round((at - start) / 1e9, 3) for name, at in in_order}
+    }
+    if machine.nets:
+        device = machine.nets[0].device
+        facts |= {"negotiated": names(device.negotiated), "offered": names(device.offered())}
+    return facts

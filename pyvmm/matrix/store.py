@@ -1,0 +1,134 @@
+"""The results of a matrix as a JSON file that is whole at any time, so that a sweep can go on where
+it was broken off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from pyvmm import __version__
+from pyvmm.errors import HostError, ImageError, UsageError
+from pyvmm.testing.vm import resolve
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, Self
+
+    from pyvmm.matrix.run import Cell, Settings
+
+SCHEMA = "pyvmm-matrix/1"
+
+
+class Store:
+    """Results by the name of their cell, in a file that is replaced after each cell. A context
+    manager.
+
+    :param path: of the file; None to keep nothing.
+    :param resume: results that are in the file, and whose key is still the same, hold.
+    :raises UsageError: the file cannot be written, or has something else in it.
+    """
+
+    def __init__(
+        self, path: str | None, cells: Sequence[Cell], settings: Settings, *, resume: bool
+    ) -> None:
+        self._path = path
+        self._keys = {cell.name: key(cell, settings) for cell in cells}
+        self._old: dict[str, dict[str, Any]] = {}
+        self._done: dict[str, dict[str, Any]] = {}
+        if path is None:
+            return
+        if resume:
+            self._old = _load(path)
+        self._part = Path(f"{path}.part")
+        try:
+            self._part.touch()
+        except OSError as e:
+            raise UsageError(
+                f"--json {path}: {e.strerror}", "name a file that can be written"
+            ) from e
+
+    def begin(self) -> None:
+        """Replace the file: from now on it has the results of this sweep, and those that hold.
+
+        :raises HostError: it cannot be written any more.
+        """
+        self._write()
+
+    def find(self, cell: Cell) -> dict[str, Any] | None:
+        """The result of an earlier sweep that still holds. If the host was to blame, it does not."""
+        old = self._old.get(cell.name)
+        good = (
+            old is not None
+            and old.get("key") == self._keys[cell.name]
+            and old.get("verdict") != "host-problem"
+        )
+        return old if good else None
+
+    def add(self, cell: Cell, result: dict[str, Any]) -> None:
+        """Keep a result.
+
+        :raises HostError: the file cannot be written any more.
+        """
+        self._done[cell.name] = {"name": cell.name, "key": self._keys[cell.name], **result}
+        self._write()
+
+    def _write(self) -> None:
+        """Old results stay until this sweep has come to their cells. Whoever reads the file meanwhile
+        finds a whole one.
+        """
+        if self._path is None:
+            return
+        cells = {**self._old, **self._done}
+        data = {"schema": SCHEMA, "pyvmm": __version__, "cells": list(cells.values())}
+        try:
+            self._part.write_text(json.dumps(data, indent=2) + "\n")
+            self._part.rename(self._path)
+        except OSError as e:
+            raise HostError(
+                f"--json {self._path}: {e.strerror}", "make room, then go on with --resume"
+            ) from e
+
+    def close(self) -> None:
+        """Leave nothing but the file."""
+        if self._path is not None:
+            self._part.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _load(path: str) -> dict[str, dict[str, Any]]:
+    """The results in a file, by name; none if there is no file yet."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"its schema is not {SCHEMA}")
+        return {str(cell["name"]): cell for cell in data["cells"]}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UsageError(f"--json {path} --resume: {e}", "leave --resume out to begin anew") from e
+
+
+def key(cell: Cell, settings: Settings) -> str:
+    """What a result depends on beside the words of its cell: the options, and the kernel as it is
+    now.
+    """
+    try:
+        files = [path for path in resolve(cell.kernel)[:2] if path]
+    except ImageError:
+        files = [cell.kernel]
+    parts = settings.key()
+    for path in files:
+        try:
+            status = os.stat(path)  # noqa: PTH116
+            parts.append((os.path.realpath(path), status.st_size, status.st_mtime_ns))
+        except OSError:
+            parts.append(path)
+    return repr(parts)
