@@ -1,7 +1,7 @@
 """Load for a guest's network card: ping and iperf3 on the host's side, and what they report.
 
-``pyvmm compare``, ``pyvmm matrix`` and ``pyvmm demo`` run them in the network namespace at the other
-end of the card; the guest has an iperf3 server where one is needed.
+``pyvmm compare``, ``pyvmm matrix`` and ``pyvmm demo`` run them in the network namespace at the
+other end of the card; the guest has an iperf3 server where one is needed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Each command is a module of its own with ``add_arguments(parser)`` and ``run(args) -> exit status``;
 its docstring is its help text. What commands share is in ``pyvmm.cli.support``. Only the module of
-the command that is asked for is imported, so that start-up stays short. Nothing outside this package
-prints or exits.
+the command that is asked for is imported, so that start-up stays short. Nothing outside this
+package prints or exits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import NoReturn
 
 #: command -> one line for ``pyvmm --help``; the module is pyvmm.cli.<command>, "-" as "_".
 COMMANDS = {
@@ -52,39 +51,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(args: list[str]) -> int:
-    import argparse
     import importlib
 
-    from pyvmm.errors import UsageError
-
-    width = _columns()
-
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        """argparse makes a formatter for every option that is added. By default each of them imports
-        shutil and asks for the terminal's width.
-        """
-
-        def __init__(self, prog: str) -> None:
-            super().__init__(prog, width=width)
-
-    class Parser(argparse.ArgumentParser):
-        """Bad usage is one line, as every other error is."""
-
-        def error(self, message: str) -> NoReturn:
-            # argparse writes "argument OPTION: problem". The types of support.values raise "value;
-            # remedy" as their problem; every other problem has --help as its remedy.
-            argument, _, problem = message.removeprefix("argument ").partition(": ")
-            value, semicolon, remedy = problem.partition("; ")
-            if semicolon and message.startswith("argument "):
-                raise UsageError(f"{argument.partition('/')[0]} {value}", remedy)
-            raise UsageError(message, f"see {self.prog} --help")
+    from pyvmm.cli.support.options import Parser
 
     parser = Parser(
         prog="pyvmm",
         description="A small KVM hypervisor built around one device: virtio-net.",
-        epilog="Examples:\n  pyvmm doctor\n  pyvmm run -- ip addr\n  pyvmm run --net emulated,mtu=9000\n\n"
+        epilog="Examples:\n  pyvmm doctor\n  pyvmm run -- ip addr\n"
+        "  pyvmm run --net emulated,mtu=9000\n\n"
         "Exit codes are listed in docs/exit-codes.md.",
-        formatter_class=Formatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     completing = "_ARGCOMPLETE" in os.environ
@@ -95,13 +71,7 @@ def _main(args: list[str]) -> int:
             continue  # a parser costs a millisecond, under emulation ten
         if name == chosen or completing:
             module = importlib.import_module(f"pyvmm.cli.{name.replace('-', '_')}")
-            one = sub.add_parser(
-                name,
-                help=text,
-                description=module.__doc__,
-                formatter_class=Formatter,
-                allow_abbrev=False,
-            )
+            one = sub.add_parser(name, help=text, description=module.__doc__)
             module.add_arguments(one)
             one.set_defaults(run=module.run)
         else:
@@ -123,21 +93,9 @@ def _main(args: list[str]) -> int:
     return int(ns.run(ns))
 
 
-def _columns() -> int:
-    """Width of a help text: the terminal's, as argparse would have it."""
-    try:
-        return int(os.environ.get("COLUMNS", "")) - 2
-    except ValueError:
-        pass
-    try:
-        return (os.get_terminal_size(1).columns or 80) - 2
-    except (OSError, ValueError):
-        return 78
-
-
 def guard(body: Callable[[], int]) -> int:
-    """Run ``body``; turn what it raises into one line on stderr and an exit status. It is no success
-    if something that was printed does not reach its reader.
+    """Run ``body``; turn what it raises into one line on stderr and an exit status. It is no
+    success if something that was printed does not reach its reader.
     """
     status = 0
     try:

@@ -1,7 +1,7 @@
-"""Serve vhost-user-net: move the packets of another process's virtual machine.
+"""Serve vhost-user-net: move the packets of a virtual machine that runs in another process.
 
 The front-end is `pyvmm run --net vhost-user,socket=S`, QEMU with a vhost-user netdev and share=on
-memory, or DPDK's virtio-user. It may go and come back as often as it likes, and so may this.
+memory, or DPDK's virtio-user. Front-end and back-end may go and come back as often as they like.
 
 Examples:
   pyvmm backend --socket /tmp/s --tap tap0
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 
-from pyvmm.cli.support.values import count
+from pyvmm.cli.support.options import count
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,19 +1,20 @@
 """Run the same guest and workload on several data paths, and say what each costs, and where.
 
-Each mode is booted once a repeat, in turn, so that what disturbs the machine disturbs all. A boot
-runs all workloads; exits, interrupts, packets, CPU time and context switches are counted from the
-start of each to its end. A figure is the median of the repeats with the lowest and the highest; a
-difference from the first mode is marked ≈ where these ranges overlap, since then it may be noise.
-Each vCPU has a CPU to itself and all else shares the others, if there are others.
+The modes are booted in turn, once per repeat, so that whatever disturbs the machine disturbs all of
+them. A boot runs all workloads; exits, interrupts, packets, CPU time and context switches are
+counted from the start of each workload to its end. A figure is the median of the repeats with the
+lowest and the highest. If the ranges of a mode and of the first mode overlap, the difference may be
+noise, and the figure has a mark: ≈. Each vCPU has a CPU to itself if there is one more for
+everything else.
 
 Modes are those of `pyvmm run --net`, their keys joined by colons:
   emulated:notify=exit   the data path in this process, each kick an exit to it
   emulated               the same, kicks by ioeventfd
   vhost-net              the data path in the kernel
-  vhost-user             in a `pyvmm backend` process, which is started for it
+  vhost-user             the data path in a back-end process of pyvmm's own
 
-Workloads: ping, tcp-tx (from the guest), tcp-rx (to the guest), udp-small (64 bytes, 1000 a second,
-from the guest), idle
+Workloads: ping, tcp-tx (from the guest), tcp-rx (to the guest), udp-small (64 bytes, 1000 per
+second, from the guest), idle
 
 Examples:
   pyvmm compare
@@ -22,17 +23,18 @@ Examples:
   pyvmm compare --peers qemu --reasons --json result.json
   pyvmm compare --from result.json --html report.html      shows it again, runs nothing
 
-Exit status: 0 all was measured; 1 something asked for could not be (the table says what and why); 2
-bad usage; 102..105, 109 no usable KVM, image or memory; 110 the testbed failed; 130, 143, 129 ended
-by SIGINT, SIGTERM, SIGHUP: what there is by then is shown and written.
+Exit status: 0 all was measured; 1 something could not be measured (the table says what and why); 2
+bad usage; 101 a result could not be written; 102..105, 109 no usable KVM, image or memory; 110 the
+testbed failed; 130, 143, 129 ended by SIGINT, SIGTERM, SIGHUP: the results so far are shown and
+written.
 """
 
 from __future__ import annotations
 
 import sys
 
+from pyvmm.cli.support.options import count
 from pyvmm.cli.support.outputs import STDOUT, Outputs
-from pyvmm.cli.support.values import count
 from pyvmm.errors import TestbedError, UsageError
 from pyvmm.spec.platform import MAX_CPUS
 

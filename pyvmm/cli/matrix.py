@@ -9,19 +9,19 @@ Modes are those of `pyvmm run --net`, their keys joined by colons (emulated:noti
 sets are `all`, or what is not offered, joined by +: no-mrg-rxbuf, no-offloads+no-event-idx. Kernels
 are files or names of images (default, 6.12, tiny, host).
 
-With --json FILE each cell is written as soon as it has ended. --resume goes on where an interruption,
-a crash or a lost machine left a sweep: results that are in FILE hold, unless their kernel or the
-options have changed.
+With --json FILE each cell is written as soon as it has ended. --resume goes on where an
+interruption, a crash or a lost machine left a sweep: results that are in FILE hold, unless their
+kernel or the options have changed.
 
 Examples:
   pyvmm matrix
   pyvmm matrix --kernels default,6.12 --cpus 1,2 --features all,no-mrg-rxbuf --json matrix.json
   pyvmm matrix --kernels default,6.12 --json matrix.json --resume
-  pyvmm matrix --kernels old/bzImage,new/bzImage --modes vhost-user --junit matrix.xml -- sh -c 'lspci'
+  pyvmm matrix --kernels old/bzImage,new/bzImage --modes vhost-user --junit m.xml -- ethtool -k eth0
 
 Exit status: 0 all cells passed, 1 some did not, 2 bad usage, 101 a result could not be written,
-102..104 no usable KVM, 105 a kernel or image is missing, 110 the testbed failed, 130, 143, 129 ended
-by SIGINT, SIGTERM, SIGHUP.
+102..104 no usable KVM, 105 a kernel or image is missing, 110 the testbed failed, 130, 143, 129
+ended by SIGINT, SIGTERM, SIGHUP.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from __future__ import annotations
 import sys
 import time
 
+from pyvmm.cli.support.options import count, seconds, trouble_kinds
 from pyvmm.cli.support.outputs import Outputs
-from pyvmm.cli.support.values import count, seconds, trouble_kinds
 from pyvmm.errors import UsageError
 
 TYPE_CHECKING = False

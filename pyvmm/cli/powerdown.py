@@ -4,9 +4,9 @@ Examples:
   pyvmm powerdown vm0
   pyvmm powerdown --wait 20 vm0 || pyvmm quit vm0
 
-The guest decides what to do. Those of `pyvmm image build` end their command by SIGTERM, after three
-seconds by SIGKILL, and power off; others need ACPI, the driver `button` and somebody who listens,
-such as systemd-logind or acpid. A paused guest reacts when it goes on.
+The guest decides what to do. Guests of `pyvmm image build` end their command by SIGTERM, after
+three seconds by SIGKILL, and power off. Others need ACPI, the driver `button` and a program that
+listens to it, such as systemd-logind or acpid. A paused guest reacts when it goes on.
 
 Exit status: 0, 113 no such machine, 114 it has ended, 124 it is still there after --wait.
 """
@@ -14,7 +14,7 @@ Exit status: 0, 113 no such machine, 114 it has ended, 124 it is still there aft
 from __future__ import annotations
 
 from pyvmm.cli.support import remote
-from pyvmm.cli.support.values import seconds
+from pyvmm.cli.support.options import seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""List the running machines, here and in the testbed where it is up.
+"""List the running machines, here and, if it is up, in the testbed.
 
 Examples:
   pyvmm ps

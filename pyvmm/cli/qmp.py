@@ -1,15 +1,18 @@
 """Speak the QEMU Machine Protocol with a running machine.
 
 Examples:
-  pyvmm qmp vm0                                      a shell with completion and history, if stdin
-  is a terminal pyvmm qmp vm0 query-status pyvmm qmp vm0 set_link name=net0 up=false pyvmm qmp vm0
-  query-stats target=vcpu 'providers=[{"provider": "kvm", "names": ["exits"]}]' echo '{"execute":
-  "stop"}' | pyvmm qmp vm0         a command a line, as JSON or as above; an answer a line pyvmm qmp
-  vm0 --events                             print events as they come
+  pyvmm qmp vm0                                 a shell with history, if stdin is a terminal
+  pyvmm qmp vm0 query-status
+  pyvmm qmp vm0 set_link name=net0 up=false
+  pyvmm qmp vm0 query-stats target=vcpu 'providers=[{"provider": "kvm", "names": ["exits"]}]'
+  echo '{"execute": "stop"}' | pyvmm qmp vm0    one command and one answer per line
+  pyvmm qmp vm0 --events                        print events as they come
 
-Values that are JSON are taken as such, others as strings. `pyvmm qmp vm0 x-pyvmm-help` lists the
-commands, docs/control.md describes them. Exit status: 0, 113 no such machine, 114 a command was
-refused.
+A command on stdin is written as JSON, or as on the command line. Values that are JSON are taken as
+such, others are strings. `pyvmm qmp vm0 x-pyvmm-help` lists the commands, docs/control.md describes
+them.
+
+Exit status: 0, 113 no such machine, 114 a command was refused.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""End a running machine at once, as pulling its plug would.
+"""End a running machine at once, without asking the guest.
 
 Example:
   pyvmm quit vm0
 
-Its `pyvmm run` ends with 0, or with 119 where it was to run a command that had not ended. Exit
-status: 0, 113 no such machine.
+Its `pyvmm run` ends with 0, or with 119 if it had a command to run that has not ended.
+
+Exit status: 0, 113 no such machine.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 Example:
   pyvmm reset vm0
 
-The guest is not asked. A paused machine stays paused. Exit status: 0, 113 no such machine, 114 it
-has ended.
+The guest is not asked. A paused machine stays paused.
+
+Exit status: 0, 113 no such machine, 114 it has ended.
 """
 
 from __future__ import annotations

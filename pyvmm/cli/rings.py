@@ -6,11 +6,11 @@ Examples:
   pyvmm rings vm0 --watch                 again and again, every second
   pyvmm rings vm0 --json | jq '.queues[0].outstanding'
 
-For each queue: the two indices that move (the driver publishes chains in the available ring, the
-device returns them in the used ring), what each side asks to be told, who owns which descriptor (D
-the device, . the driver), the chains that the device has next, and those that it has returned last.
-Read while both sides go on: a chain may have gone by the time it is shown. For a view that stands
-still: pyvmm stop.
+The picture of a queue has the two indices that move (the driver publishes chains in the available
+ring, the device returns them in the used ring); what each side asks to be told; who owns which
+descriptor (D the device, . the driver); the chains that the device has next, and the chains that it
+has returned last. The rings are read while both sides go on, so a chain may have gone by the time
+it is shown. `pyvmm stop` makes the picture stand still.
 
 Exit status: 0, 113 no such machine, 114 no such card or queue.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 
 from pyvmm.cli.support import remote
-from pyvmm.cli.support.values import seconds
+from pyvmm.cli.support.options import seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,44 +1,50 @@
 """Boot a guest; run a command in it, or give it the terminal.
 
-With COMMAND the guest runs it, its output comes here, and pyvmm exits with its status. Without,
-this terminal is the guest's console: Ctrl-A x leaves, Ctrl-A Ctrl-A types Ctrl-A.
+With COMMAND the guest runs it, its output comes here, and pyvmm exits with its status. Without
+COMMAND this terminal is the guest's console: Ctrl-A x ends the machine, Ctrl-A Ctrl-A types Ctrl-A.
 
 Examples:
-  pyvmm run -- ip addr pyvmm run --cpus 2 --memory 512M --net emulated,mtu=9000 --report report.json
-  -- ping -c 3 192.168.100.1 pyvmm run --kernel bzImage --initrd initrd.img --append 'loglevel=7'
-  --timeout 60 pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- iperf3 -c 192.168.100.1 pyvmm
-  run --net emulated,notify=exit --exits -- iperf3 -c 192.168.100.1 pyvmm run --budget 'notify==0'
-  --budget 'user_exits<=100' -- ping -c 100 -i 0.01 192.168.100.1 pyvmm run --trace trace.json --net
-  vhost-net -- ping -c 3 192.168.100.1 pyvmm run --kernel vmlinux --boot-timeout 30 --fail-on
-  oops,warning --junit result.xml --log console.log -- run-tests pyvmm run --kernel vmlinux
-  --timeout 300 --hang-timeout 10 --json verdict.json -- run-tests
+  pyvmm run -- ip addr
+  pyvmm run --cpus 2 --net emulated,mtu=9000 --report report.json -- ping -c 3 192.168.100.1
+  pyvmm run --kernel bzImage --initrd initrd.img --append 'loglevel=7' --timeout 60
+  pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- iperf3 -c 192.168.100.1
+  pyvmm run --net emulated,notify=exit --exits -- iperf3 -c 192.168.100.1
+  pyvmm run --budget 'notify==0' --budget 'user_exits<=100' -- ping -c 100 -i 0.01 192.168.100.1
+  pyvmm run --trace trace.json --net vhost-net -- ping -c 3 192.168.100.1
+  pyvmm run --kernel vmlinux --fail-on oops,warning --junit r.xml --log console.log -- run-tests
+  pyvmm run --kernel vmlinux --timeout 300 --hang-timeout 10 --json verdict.json -- run-tests
 
-Network cards: --net MODE[,key=value...], once a card
-  emulated    the data path in this process vhost-net   the data path in the kernel: no packet wakes
-  this process up; needs /dev/vhost-net vhost-user  the data path in another process, such as `pyvmm
-  backend` or DPDK's (docs/vhost-user.md) none        no card Keys of all:
-      tap=NAME        an existing tap (default: one of pyvmm's own, in a network namespace of its
-      own) mac=, mtu=      the guest's MAC address; the MTU offered to it, 68..65521 host=, guest=
-      addresses with prefix length (default 192.168.100.1/24 and .2/24, then .101., ...) queues=N
-      queue pairs, 1 to 16 (1); a user's tap must be a multi-queue one for more queue-size=N
-      entries a queue (256) link=off        start with the cable pulled (on) worker-cpu=N    the
-      worker of pair k runs on CPU N + k only switchable=A+B  the data path may later be switched to
-      modes A and B (docs/switch.md): offer what all can
-                      honour; keys of all these modes may be given
+Network cards: --net MODE[,key=value...], once per card
+  emulated    the data path in this process
+  vhost-net   the data path in the kernel: no packet wakes this process up; needs /dev/vhost-net
+  vhost-user  the data path in another process, such as `pyvmm backend` or DPDK's
+              (docs/vhost-user.md)
+  none        no card
+  Keys of all:
+      tap=NAME        an existing tap (default: pyvmm makes one, in a network namespace of its own)
+      mac=, mtu=      the guest's MAC address; the MTU offered to it, 68..65521
+      host=, guest=   addresses with prefix length (default 192.168.100.1/24 and .2/24; the next
+                      card has 192.168.101.1/24, ...)
+      queues=N        queue pairs, 1 to 16 (1); for more than 1 a tap of yours must be a multi-queue
+                      tap
+      queue-size=N    entries per queue (256)
+      link=off        start with the cable pulled (on)
+      worker-cpu=N    the worker of queue pair k runs on CPU N + k only
+      switchable=A+B  the data path may later be switched to the modes A and B (docs/switch.md): the
+                      card offers what all of them can honour, and takes the keys of all of them
       without=A+B     do not offer: offloads, tso, mrg-rxbuf, indirect, event-idx, ctrl-vq
-      notify=exit     each kick is an exit of the vCPU, as in the classic device (default:
-      ioeventfd)
+      notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
   Of emulated alone:
-      poll=USEC       look for more that long before sleeping (0)
+      poll=USEC       look for more packets for so many microseconds before sleeping (0)
   Of vhost-user alone, which has no worker-cpu=, and with socket= no tap=:
-      socket=PATH     where the back-end listens (default: start one of pyvmm's own, on a tap as
-      above) server=on       listen there, and the back-end connects (off)
+      socket=PATH     where the back-end listens (default: start pyvmm's own, on a tap as above)
+      server=on       listen there, and the back-end connects (off)
 
-Exit status: the guest command's; or 2 bad usage, 102..104 no usable KVM, 105 bad kernel or initrd,
-106..107 network, 108 no vhost-net, 112 no fitting vhost-user back-end, 116 the guest hangs
-(--hang-timeout), 117 a --budget is broken, 118 the kernel reported what --fail-on names, 119 the
-guest ended before the command did, 120 panic, 121 reboot, 122 triple fault, 123 KVM error, 124
-time-out, 130 Ctrl-C, 143 SIGTERM.
+Exit status: the guest command's; or 2 bad usage, 101 a result or the output could not be written,
+102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no vhost-net, 112 no fitting
+vhost-user back-end, 116 the guest hangs (--hang-timeout), 117 a --budget is broken, 118 the kernel
+reported what --fail-on names, 119 the guest ended before the command did, 120 panic, 121 reboot,
+122 triple fault, 123 KVM error, 124 time-out, 130 Ctrl-C, 141 nobody reads the output, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -47,7 +53,7 @@ import os
 import sys
 import time
 
-from pyvmm.cli.support.values import count, seconds, trouble_kinds
+from pyvmm.cli.support.options import count, seconds, trouble_kinds
 from pyvmm.errors import HostError, PyvmmError, UsageError
 
 TYPE_CHECKING = False

@@ -6,8 +6,10 @@ Examples:
   pyvmm stats --target vm --all vm0
   pyvmm stats --json vm0 | jq '.vcpu[0].exits'
 
-One column a vCPU. What is 0 everywhere is left out, histograms are, too, unless --all. Exit status:
-0, 113 no such machine.
+There is one column per vCPU. Histograms, and statistics that are 0 everywhere, are left out unless
+--all is given.
+
+Exit status: 0, 113 no such machine.
 """
 
 from __future__ import annotations

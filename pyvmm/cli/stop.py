@@ -1,12 +1,13 @@
 """Pause a running machine: its vCPUs stop, its data paths are parked, its memory does not change
 any more.
 
-Examples:
+Example:
   pyvmm stop vm0
-  pyvmm stop vm0 && gdb ...; pyvmm cont vm0
 
 Frames that arrive meanwhile wait in the tap or at the back-end. Time-outs of `pyvmm run` go on. A
-machine that is paused already stays so. Exit status: 0, 113 no such machine, 114 it has ended.
+machine that is paused already stays paused.
+
+Exit status: 0, 113 no such machine, 114 it has ended.
 """
 
 from __future__ import annotations

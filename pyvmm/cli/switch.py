@@ -6,8 +6,10 @@ Examples:
   pyvmm switch vm0 --nic 1 vhost-user,socket=/tmp/s
   pyvmm switch vm0 --json emulated,poll=50
 
-The mode and its keys are those of `pyvmm run --net`. Exit status: 0, 113 no such machine, 114 it
-was refused or did not work; the card goes on as before.
+The mode and its keys are those of `pyvmm run --net`.
+
+Exit status: 0, 113 no such machine, 114 the switch was refused or did not work, and the card goes
+on as before.
 """
 
 from __future__ import annotations

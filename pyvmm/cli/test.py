@@ -1,8 +1,8 @@
-"""Boot test kernels and say how each went.
+"""Boot test kernels and say how each run went.
 
 A test kernel is a multiboot, PVH or 64-bit ELF or a flat binary that tests something and ends by
-debug-exit (port 0xf4) or by powering off; docs/test-kernels.md says what it finds. Each gets its
-time-out, so that nothing hangs.
+debug-exit (port 0xf4) or by powering off; docs/test-kernels.md says what it finds. Each kernel has
+its time-out, so that nothing hangs.
 
 Examples:
   pyvmm test build/*.elf
@@ -11,11 +11,11 @@ Examples:
   pyvmm test --config x86/unittests.cfg --group vmexit smptest
   pyvmm test --load-address 0x7c00 --load-mode real16 boot.bin
 
-With --config, KERNEL is the name of a test in the file, and options that the file does not speak of
-hold for all.
+With --config, KERNEL is the name of a test in the file. An option that the file says nothing about
+holds for all tests.
 
-Exit status: 0 all passed or were skipped, 1 some did not, 2 bad usage or no test selected, 102..104
-no usable KVM, 130 Ctrl-C.
+Exit status: 0 all passed or were skipped, 1 some did not, 2 bad usage or no test selected, 101 a
+result could not be written, 102..104 no usable KVM, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import os
 import sys
 import time
 
+from pyvmm.cli.support.options import count, seconds
 from pyvmm.cli.support.outputs import Outputs
-from pyvmm.cli.support.values import count, seconds
 from pyvmm.errors import UsageError
 
 TYPE_CHECKING = False

@@ -1,25 +1,28 @@
 """Run a command in the testbed: a virtual machine, under emulation, that has real KVM and real
 vhost-net.
 
-  pyvmm testbed [OPTIONS] [-- COMMAND...]   run COMMAND (a shell without) in the running testbed,
+  pyvmm testbed [OPTIONS] [-- COMMAND...]   run COMMAND (a shell without it) in the running testbed,
                                             or in one that is started for it and stopped afterwards
-  pyvmm testbed up [OPTIONS]                start one and keep it running pyvmm testbed down
-  stop it, with all that runs in it pyvmm testbed status [--json]             say whether it runs,
-  and how; exit status 1 where it is down pyvmm testbed setup [--kernel-version V]  fetch and build
-  what it needs (no root; quick when done)
+  pyvmm testbed up [OPTIONS]                start one and keep it running
+  pyvmm testbed down                        stop it, with all that runs in it
+  pyvmm testbed status [--json]             say whether it runs, and how; exit status 1 if not
+  pyvmm testbed setup [--kernel-version V]  fetch and build what it needs (no root; quick when done)
 
 The command sees this machine's files. The checkout (else the working directory), the directories
 given by -w, pyvmm's cache and the temporary directory are the real ones; whatever is written
 elsewhere goes to an overlay that is thrown away. Input, output, terminal, signals, environment and
 exit status are carried through.
 
-Exit status: the command's; 124 when --timeout ended it, 110 when the testbed failed.
+Exit status: the command's; 124 if --timeout ended it, 110 if the testbed failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+
+from pyvmm.cli.support.options import Parser, count, seconds
+from pyvmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,10 +54,15 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="may be written as well",
     )
     parser.add_argument(
-        "--cpus", type=int, default=0, help="vCPUs (default: 2; 1 where QEMU is older than 8.1)"
+        "--cpus",
+        type=count(1, 8),
+        default=0,
+        help="vCPUs, 1 to 8 (default: 2; 1 if QEMU is older than 8.1)",
     )
     parser.add_argument("--memory", metavar="SIZE", default="", help="memory (default: 4G)")
-    parser.add_argument("--timeout", metavar="S", type=float, help="kill COMMAND after S seconds")
+    parser.add_argument(
+        "--timeout", metavar="S", type=seconds(0, 1e7), help="kill COMMAND after S seconds"
+    )
     parser.add_argument(
         "--kernel-version", metavar="V", help="of Debian's cloud kernel: 6.1 (default), 6.12"
     )
@@ -64,9 +72,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--watchdog",
         metavar="S",
-        type=float,
+        type=seconds(0, 1e7),
         default=30.0,
-        help="silence that counts as a hang (30)",
+        help="seconds of silence that count as a hang (30)",
     )
     parser.add_argument("--json", action="store_true", help="status as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -74,7 +82,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the words say; the exit status."""
-    from pyvmm.errors import UsageError
     from pyvmm.testbed import testbed
 
     words = args.words
@@ -88,11 +95,9 @@ def run(args: argparse.Namespace) -> int:
                 f"testbed: unknown word {action!r}",
                 f"for a command: pyvmm testbed -- {' '.join(words)}",
             )
-        more = argparse.ArgumentParser(prog=f"pyvmm testbed {action}", allow_abbrev=False)
+        more = Parser(prog=f"pyvmm testbed {action}")
         _options(more)
         args = more.parse_args(words[1:], args)
-    if args.cpus < 0 or args.cpus > 8:
-        raise UsageError(f"--cpus {args.cpus}", "use 1 to 8")
     bed = testbed.Testbed(
         args.name,
         cpus=args.cpus,
@@ -181,8 +186,6 @@ def _progress(quiet: bool) -> Callable[[str], None]:
 
 def _size(text: str) -> int:
     """Bytes in "512M" or "4G"; 0 for an empty string."""
-    from pyvmm.errors import UsageError
-
     if not text:
         return 0
     unit = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)

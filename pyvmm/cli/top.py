@@ -1,7 +1,8 @@
-"""Live rates of a running machine: exits by cause, packets, interrupts, the CPU time of workers.
+"""Show live rates of a running machine: exits by cause, packets, interrupts, the CPU time of
+workers.
 
-Reads the machine's control socket (docs/control.md) twice an interval apart, and shows what
-happened in between, a second. `q` or Ctrl-C leaves.
+Reads the counters by the machine's control socket (docs/control.md), waits one interval, reads them
+again, and shows rates per second. `q` or Ctrl-C leaves.
 
 Examples:
   pyvmm top vm0
@@ -18,7 +19,7 @@ import sys
 import time
 
 from pyvmm.cli.support import remote
-from pyvmm.cli.support.values import seconds
+from pyvmm.cli.support.options import seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,8 +1,9 @@
 """Try out a vhost-user back-end without a guest.
 
-probe: its features, and its answer to each message. check: does it conform? Fills rings as a driver
-does, with each set of features, stops, wraps, reconnects, misbehaves; prints pass or fail for each
-item. Best with a back-end that sends every packet back; with another one receiving is left out.
+probe: show its features, and its answer to each message.
+check: does it conform? Fills rings as a driver does, with each set of features, stops, wraps,
+reconnects, misbehaves; prints pass or fail for each item. The check needs a back-end that sends
+every packet back; with any other back-end it leaves receiving out.
 
 Examples:
   pyvmm vhost-user probe /tmp/s
@@ -10,13 +11,13 @@ Examples:
   pyvmm vhost-user check --junit result.xml /tmp/s
 
 Exit status: 0 all was answered and nothing refused, or all items passed; 1 something was refused,
-or failed; 112 no connection, a broken protocol, or no answer.
+or failed; 101 a result could not be written; 112 no connection, a broken protocol, or no answer.
 """
 
 from __future__ import annotations
 
+from pyvmm.cli.support.options import count, seconds
 from pyvmm.cli.support.outputs import Outputs
-from pyvmm.cli.support.values import count, seconds
 from pyvmm.errors import UsageError
 
 TYPE_CHECKING = False

@@ -1,5 +1,5 @@
-"""The cells of a matrix, and how one of them is run: a boot, ping, TCP both ways, a command, and the
-verdict.
+"""The cells of a matrix, and how one of them is run: a boot, ping, TCP both ways, a command, and
+the verdict.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Settings:
 
 
 class Cell:
-    """One boot: a kernel (a file, or the name of an image), a mode with its keys joined by colons, a
-    number of processors, and a set of features: ``all``, or ``no-GROUP+no-GROUP``.
+    """One boot: a kernel (a file, or the name of an image), a mode with its keys joined by colons,
+    a number of processors, and a set of features: ``all``, or ``no-GROUP+no-GROUP``.
     """
 
     def __init__(self, kernel: str, mode: str, cpus: int, features: str) -> None:

@@ -76,8 +76,8 @@ class Store:
         self._write()
 
     def _write(self) -> None:
-        """Old results stay until this sweep has come to their cells. Whoever reads the file meanwhile
-        finds a whole one.
+        """Old results stay until this sweep has come to their cells. Whoever reads the file
+        meanwhile finds a whole one.
         """
         if self._path is None:
             return

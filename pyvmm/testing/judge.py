@@ -1,7 +1,7 @@
 """Judges the run of a Linux guest: how the machine ended and what its kernel said become a verdict.
 
-``pyvmm run``, ``pyvmm matrix`` and the pytest plugin judge by these rules; test kernels have their own
-(``verdict.judge_test``).
+``pyvmm run``, ``pyvmm matrix`` and the pytest plugin judge by these rules; test kernels have their
+own (``verdict.judge_test``).
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ CALL = "from pyvmm.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass
 def test_help_loads_neither_the_extension_nor_anything_heavy():
     modules = loaded(CALL.format(argv=["run", "--help"]))
     ours = {m for m in modules if m.startswith("pyvmm")}
-    cli = {"pyvmm.cli", "pyvmm.cli.run", "pyvmm.cli.support", "pyvmm.cli.support.values"}
+    cli = {"pyvmm.cli", "pyvmm.cli.run", "pyvmm.cli.support", "pyvmm.cli.support.options"}
     assert ours == {"pyvmm", "pyvmm.errors", *cli}
     assert not modules & (HEAVY | {"_cffi_backend", "threading", "signal"})
 

@@ -4,7 +4,6 @@ files, options.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import marshal
@@ -528,8 +527,9 @@ def test_check_compares_with_what_runs(home: Path, monkeypatch: pytest.MonkeyPat
 
 def command_line(*argv: str) -> int:
     from pyvmm.cli import testbed as cli
+    from pyvmm.cli.support.options import Parser
 
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = Parser()
     cli.add_arguments(parser)
     return cli.run(parser.parse_args(argv))
 

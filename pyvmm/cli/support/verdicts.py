@@ -176,8 +176,8 @@ def annotate(title: str, message: str) -> None:
 
 
 def tell(machine: Machine, verdict: Verdict, *, shown: bool) -> None:
-    """Tell a bad verdict on stderr: first what helps to find the cause, in the last line the verdict
-    itself. A command's own status needs no words.
+    """Tell a bad verdict on stderr: first what helps to find the cause, in the last line the
+    verdict itself. A command's own status needs no words.
 
     :param shown: the user has seen the console.
     """

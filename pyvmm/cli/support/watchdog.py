@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class Watchdog:
-    """Ends the process if the run goes on for ``GRACE`` seconds after its time-out: a fault of ours,
-    or of the host, must not hang whoever waits. The kernel cleans up then.
+    """Ends the process if the run goes on for ``GRACE`` seconds after its time-out: a fault of
+    ours, or of the host, must not hang whoever waits. The kernel cleans up then.
 
     :param seconds: the time-out, from now on.
     :ivar files: learn the verdict, if there are any.

@@ -1,0 +1,110 @@
+"""Options: the parser that every command uses, and types that refuse values which make no sense.
+
+A type raises ``value; remedy``, and the parser puts the option before it, so that the user sees one
+line, such as ``--jobs 0; use 1 to 256``.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+
+from pyvmm.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+
+class Parser(ArgumentParser):
+    """Prints the description as it was laid out, takes no abbreviations, and raises bad usage as
+    every other error is raised: in one line.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        ours: dict[str, Any] = {"formatter_class": Formatter, "allow_abbrev": False}
+        super().__init__(**ours | options)
+
+    def error(self, message: str) -> NoReturn:
+        """argparse's own errors are "argument OPTION: problem". Those with a remedy are of our types;
+        for all others it is --help.
+        """
+        argument, _, problem = message.removeprefix("argument ").partition(": ")
+        value, semicolon, remedy = problem.partition("; ")
+        if semicolon and message.startswith("argument "):
+            raise UsageError(f"{argument.partition('/')[0]} {value}", remedy)
+        raise UsageError(message, f"see {self.prog} --help")
+
+
+class Formatter(RawDescriptionHelpFormatter):
+    """argparse makes a formatter for every option that is added. By default each of them imports
+    shutil and asks for the terminal's width.
+    """
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_width())
+
+
+def _width() -> int:
+    """Columns of a help text, as argparse would have it: two less than the terminal has."""
+    global _columns
+    if not _columns:
+        try:
+            _columns = int(os.environ.get("COLUMNS", ""))
+        except ValueError:
+            try:
+                _columns = os.get_terminal_size(1).columns or 80
+            except (OSError, ValueError):
+                _columns = 80
+    return _columns - 2
+
+
+_columns = 0  # not asked for yet
+
+#: Bounds from here on are only there so that no arithmetic fails; messages do not name them.
+ENDLESS = 1e6
+
+
+def seconds(low: float, high: float) -> Callable[[str], float]:
+    """A type for a time in seconds, ``low`` to ``high``; if ``low`` is 0, it must be more than 0."""
+    if high >= ENDLESS:
+        remedy = f"use {low:g} seconds or more" if low else "use a positive number of seconds"
+    else:
+        remedy = f"use {low:g} to {high:g} seconds" if low else f"use up to {high:g} seconds"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ArgumentTypeError(f"invalid float value: {text!r}") from None
+        if not low <= value <= high or (not low and not value):  # NaN is not within any bounds
+            raise ArgumentTypeError(f"{value:g}; {remedy}")
+        return value
+
+    return parse
+
+
+def count(low: int, high: int) -> Callable[[str], int]:
+    """A type for a whole number, ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ArgumentTypeError(f"invalid int value: {text!r}") from None
+        if not low <= value <= high:
+            raise ArgumentTypeError(f"{value}; use {low} to {high}")
+        return value
+
+    return parse
+
+
+def trouble_kinds(text: str) -> list[str]:
+    """A type for ``--fail-on``: what the guest's kernel may report, joined by commas, or ``all``."""
+    from pyvmm.testing.console import TROUBLES, parse_kinds
+
+    try:
+        return parse_kinds(text)
+    except ValueError as e:
+        raise ArgumentTypeError(f"{e}; use {', '.join(TROUBLES)} or all") from e
