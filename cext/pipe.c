@@ -7,23 +7,30 @@
 #include <time.h>
 #include <unistd.h>
 
-/* How long the reader gathers after the first byte; unnoticeable to a person who types. */
+/* After a sleep the reader waits so long for more bytes. A person who types does not notice. */
 #define GATHER_US 500
 
 struct pv_pipe {
 	pthread_mutex_t lock;
 	pthread_cond_t data, room;
-	uint32_t size; /* power of two */
-	uint32_t head, tail;
+	uint32_t size;	     /* a power of two */
+	uint32_t head, tail; /* they run freely modulo 2^32 */
 	uint64_t dropped, total;
 	bool closed, hurry, reader_waits;
-	uint32_t writers; /* waiting for room */
-	uint32_t wanted;  /* what on_room is to wait for; 0: nothing */
+	uint32_t writers; /* the number of writers that wait for room */
+	uint32_t wanted;  /* call on_room when there is so much room; 0: do not call it */
 	void (*on_room)(void *);
 	void *on_room_arg;
 	uint8_t buf[];
 };
 
+/**
+ * pv_pipe_new() - Make a pipe
+ * @size:	Bytes that it holds, a power of two
+ *
+ * Return: the pipe, to be freed by pv_pipe_free(); NULL if @size is no power of two or memory is
+ * short
+ */
 struct pv_pipe *pv_pipe_new(uint32_t size)
 {
 	struct pv_pipe *p = size && !(size & (size - 1)) ? calloc(1, sizeof(*p) + size) : NULL;
@@ -41,6 +48,10 @@ struct pv_pipe *pv_pipe_new(uint32_t size)
 	return p;
 }
 
+/**
+ * pv_pipe_free() - Free a pipe
+ * @p:		From pv_pipe_new(), or NULL; nobody uses it any more
+ */
 void pv_pipe_free(struct pv_pipe *p)
 {
 	if (!p)
@@ -78,6 +89,17 @@ static void wake_reader(struct pv_pipe *p)
 	}
 }
 
+/**
+ * pv_pipe_write() - Put bytes into a pipe
+ * @p:		The pipe
+ * @buf:	The bytes
+ * @len:	Their number
+ * @wait_ms:	Wait so long for room, in all; -1: without limit
+ *
+ * Bytes that find no room are dropped and counted. Closing or hurrying the pipe ends the wait.
+ *
+ * Return: how many bytes the pipe has taken
+ */
 uint32_t pv_pipe_write(struct pv_pipe *p, const uint8_t *buf, uint32_t len, int wait_ms)
 {
 	struct timespec until = deadline(wait_ms < 0 ? 0 : wait_ms);
@@ -93,7 +115,7 @@ uint32_t pv_pipe_write(struct pv_pipe *p, const uint8_t *buf, uint32_t len, int 
 		}
 		if (!wait_ms || p->hurry || error)
 			break;
-		wake_reader(p); /* it may have slept since before we filled the pipe */
+		wake_reader(p); /* it may still sleep, since before we filled the pipe */
 		p->writers++;
 		if (wait_ms < 0)
 			pthread_cond_wait(&p->room, &p->lock);
@@ -108,6 +130,14 @@ uint32_t pv_pipe_write(struct pv_pipe *p, const uint8_t *buf, uint32_t len, int 
 	return done;
 }
 
+/**
+ * pv_pipe_writable() - Whether a write of @len bytes would not wait
+ * @p:		The pipe
+ * @len:	Number of bytes
+ *
+ * Return: true if there is room, or if no write waits any more; else the function of
+ * pv_pipe_on_room() will be called once there is room
+ */
 bool pv_pipe_writable(struct pv_pipe *p, uint32_t len)
 {
 	bool ok;
@@ -120,7 +150,7 @@ bool pv_pipe_writable(struct pv_pipe *p, uint32_t len)
 	return ok;
 }
 
-/* Unlocks, and tells the writers' side if it had run into a full pipe. */
+/* Release the lock and wake all who wait for room, if there is any now. */
 static void unlock_with_room(struct pv_pipe *p)
 {
 	bool tell = p->wanted && has_room(p, p->wanted);
@@ -136,6 +166,17 @@ static void unlock_with_room(struct pv_pipe *p)
 		fn(arg);
 }
 
+/**
+ * pv_pipe_read() - Take bytes out of a pipe
+ * @p:		The pipe
+ * @buf:	Gets the bytes
+ * @len:	Room in @buf
+ * @timeout_ms:	Wait so long for the first byte; -1: without limit
+ *
+ * Only one thread reads.
+ *
+ * Return: the number of bytes; 0 on time-out; -1 once the pipe is closed and empty
+ */
 int pv_pipe_read(struct pv_pipe *p, uint8_t *buf, uint32_t len, int timeout_ms)
 {
 	struct timespec until = deadline(timeout_ms < 0 ? 0 : timeout_ms);
@@ -167,6 +208,12 @@ int pv_pipe_read(struct pv_pipe *p, uint8_t *buf, uint32_t len, int timeout_ms)
 	return (int)n;
 }
 
+/**
+ * pv_pipe_close() - Take no more bytes
+ * @p:		The pipe; the reader can still take the rest
+ *
+ * This ends all waits.
+ */
 void pv_pipe_close(struct pv_pipe *p)
 {
 	pthread_mutex_lock(&p->lock);
@@ -175,6 +222,11 @@ void pv_pipe_close(struct pv_pipe *p)
 	unlock_with_room(p);
 }
 
+/**
+ * pv_pipe_hurry() - Let no writer wait for room, not even those that wait already
+ * @p:		The pipe
+ * @hurry:	false lets writers wait again
+ */
 void pv_pipe_hurry(struct pv_pipe *p, bool hurry)
 {
 	pthread_mutex_lock(&p->lock);
@@ -182,16 +234,35 @@ void pv_pipe_hurry(struct pv_pipe *p, bool hurry)
 	unlock_with_room(p);
 }
 
+/**
+ * pv_pipe_dropped() - How many bytes were dropped
+ * @p:		The pipe
+ *
+ * Return: the count since pv_pipe_new()
+ */
 uint64_t pv_pipe_dropped(struct pv_pipe *p)
 {
 	return __atomic_load_n(&p->dropped, __ATOMIC_RELAXED);
 }
 
+/**
+ * pv_pipe_total() - How many bytes were written, dropped ones included
+ * @p:		The pipe
+ *
+ * Return: the count since pv_pipe_new()
+ */
 uint64_t pv_pipe_total(struct pv_pipe *p)
 {
 	return __atomic_load_n(&p->total, __ATOMIC_RELAXED);
 }
 
+/**
+ * pv_pipe_on_room() - Set the function that hears of room in a full pipe
+ * @p:		The pipe
+ * @fn:		Called without the pipe's lock, by the reader or by whoever closes or hurries the
+ *		pipe, once there is the room that pv_pipe_writable() missed; NULL for none
+ * @arg:	Its argument; valid until the reader has ended
+ */
 void pv_pipe_on_room(struct pv_pipe *p, void (*fn)(void *), void *arg)
 {
 	pthread_mutex_lock(&p->lock);

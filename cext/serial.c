@@ -8,13 +8,13 @@
 #include <linux/serial_reg.h>
 
 #define RX_SIZE	  1024
-#define FIFO_SIZE 16 /* what drivers reckon with; the queues behind it are larger */
+#define FIFO_SIZE 16 /* drivers reckon with so many bytes; the queues behind it are larger */
 /*
- * The line is an edge for the interrupt controller. Linux' handler gives up after 512 rounds ("too
- * much work for irq4"), and a transmitter that is never busy can keep it that long while another
- * CPU writes. Then the line stays high, and nothing would ever be heard of the port again; so
- * within that many rounds there is a new edge, which the controller keeps for when the handler is
- * done.
+ * The interrupt controller sees an edge of the line only. Linux' handler gives up after 512 rounds
+ * ("too much work for irq4"); it can come to that if another CPU writes meanwhile, because our
+ * transmitter is rarely busy. The line would then stay high without an edge, and the port would
+ * never interrupt again. So there is a new edge after at most EDGE_ROUNDS rounds; the controller
+ * remembers it until the handler has returned.
  */
 #define EDGE_ROUNDS 128
 
@@ -24,11 +24,10 @@ struct pv_serial {
 	uint32_t gsi;
 	struct pv_pipe *tx;
 	uint8_t dll, dlm, ier, fcr, lcr, mcr, lsr_sticky, scr;
-	bool thre_pending; /* the THRE interrupt condition, cleared by reading IIR (data
-			      sheet 8.6.3) */
+	bool thre_pending; /* THRE interrupts; reading IIR clears the condition (8.6.3) */
 	bool irq_level;
 	uint64_t edges;
-	uint32_t rounds; /* reads of IIR since the last edge */
+	uint32_t rounds; /* reads of IIR since the latest edge */
 	uint32_t head, tail;
 	uint8_t rx[RX_SIZE];
 };
@@ -68,7 +67,7 @@ static void update_irq(struct pv_serial *s)
 	set_line(s, pending(s) != UART_IIR_NO_INT);
 }
 
-/* The pipe has room again: the transmitter is empty. */
+/* The pipe has room again, so the transmitter is empty. The pipe's reader thread calls this. */
 static void on_room(void *arg)
 {
 	struct pv_serial *s = arg;
@@ -79,6 +78,14 @@ static void on_room(void *arg)
 	pthread_mutex_unlock(&s->lock);
 }
 
+/**
+ * pv_serial_new() - Make a serial port
+ * @vm_fd:	Address of the VM's descriptor, which a machine reset replaces; lent
+ * @gsi:	Edge-triggered interrupt line
+ * @tx:		Pipe for the guest's output; lent, and outlives the port
+ *
+ * Return: the port, to be freed by pv_serial_free(), or NULL
+ */
 struct pv_serial *pv_serial_new(const int *vm_fd, uint32_t gsi, struct pv_pipe *tx)
 {
 	struct pv_serial *s = calloc(1, sizeof(*s));
@@ -94,6 +101,10 @@ struct pv_serial *pv_serial_new(const int *vm_fd, uint32_t gsi, struct pv_pipe *
 	return s;
 }
 
+/**
+ * pv_serial_free() - Free a port and remove its hook from the pipe
+ * @s:		From pv_serial_new(), or NULL; nobody uses it any more
+ */
 void pv_serial_free(struct pv_serial *s)
 {
 	if (!s)
@@ -103,14 +114,18 @@ void pv_serial_free(struct pv_serial *s)
 	free(s);
 }
 
+/**
+ * pv_serial_reset() - Set the registers to their values after reset
+ * @s:		The port
+ */
 void pv_serial_reset(struct pv_serial *s)
 {
 	pthread_mutex_lock(&s->lock);
-	s->dll = 0x0c; /* 9600 baud; nobody waits for it */
+	s->dll = 0x0c; /* 9600 baud; the rate has no effect */
 	s->dlm = s->ier = s->fcr = s->lcr = s->scr = s->lsr_sticky = 0;
 	s->mcr = UART_MCR_OUT2;
 	s->thre_pending = false;
-	s->irq_level = false; /* the line is new, or about to be */
+	s->irq_level = false; /* the VM is new, or the reset replaces it: its lines are low */
 	s->head = s->tail = 0;
 	pthread_mutex_unlock(&s->lock);
 }
@@ -124,6 +139,12 @@ static uint32_t push_rx(struct pv_serial *s, const uint8_t *buf, uint32_t len, u
 	return n;
 }
 
+/**
+ * pv_serial_edges() - How often the interrupt line has risen
+ * @s:		The port
+ *
+ * Return: the count since pv_serial_new()
+ */
 uint64_t pv_serial_edges(struct pv_serial *s)
 {
 	uint64_t n;
@@ -134,13 +155,23 @@ uint64_t pv_serial_edges(struct pv_serial *s)
 	return n;
 }
 
+/**
+ * pv_serial_input() - Type bytes at the guest
+ * @s:		The port
+ * @buf:	Bytes to type
+ * @len:	Number of bytes
+ *
+ * Any thread may call this. It never blocks.
+ *
+ * Return: how many bytes fitted into the receive queue of 1024 bytes
+ */
 uint32_t pv_serial_input(struct pv_serial *s, const uint8_t *buf, uint32_t len)
 {
 	uint32_t n;
 
 	pthread_mutex_lock(&s->lock);
 	/*
-	 * In loop-back the receiver is cut off from the line (data sheet 8.7); without a reader the
+	 * In loop-back mode the receiver is cut off from the line (8.7). Nobody reads then, and the
 	 * FIFO would overflow.
 	 */
 	n = s->mcr & UART_MCR_LOOP ? 0 : push_rx(s, buf, len, RX_SIZE);
@@ -156,7 +187,7 @@ static uint8_t read_iir(struct pv_serial *s)
 	if (iir == UART_IIR_THRI)
 		s->thre_pending = false;
 	if (++s->rounds >= EDGE_ROUNDS && s->irq_level)
-		set_line(s, false); /* update_irq raises it again if anything is left */
+		set_line(s, false); /* update_irq() raises it again if anything is pending */
 	if (s->fcr & UART_FCR_ENABLE_FIFO)
 		iir |= 0xc0;
 	return iir;
@@ -176,7 +207,7 @@ static uint8_t read_lsr(struct pv_serial *s)
 
 static uint8_t read_msr(struct pv_serial *s)
 {
-	/* Looped, outputs come back as inputs: RTS as CTS, DTR as DSR, OUT1 as RI, OUT2 as DCD. */
+	/* In loop-back mode RTS comes back as CTS, DTR as DSR, OUT1 as RI and OUT2 as DCD. */
 	if (s->mcr & UART_MCR_LOOP)
 		return (uint8_t)((s->mcr & UART_MCR_RTS ? UART_MSR_CTS : 0) |
 				 (s->mcr & UART_MCR_DTR ? UART_MSR_DSR : 0) |
@@ -185,6 +216,13 @@ static uint8_t read_msr(struct pv_serial *s)
 	return UART_MSR_CTS | UART_MSR_DSR | UART_MSR_DCD;
 }
 
+/**
+ * pv_serial_in() - Answer the guest's read of a register
+ * @s:		The port
+ * @offset:	Offset of the register, 0 to 7
+ *
+ * Return: the register's value
+ */
 uint8_t pv_serial_in(struct pv_serial *s, uint32_t offset)
 {
 	uint8_t v = 0;
@@ -224,10 +262,7 @@ uint8_t pv_serial_in(struct pv_serial *s, uint32_t offset)
 	return v;
 }
 
-/*
- * Returns whether the byte is for the line; the pipe is written without our lock, since its reader
- * calls on_room.
- */
+/* Handle a byte for the transmitter. Returns whether the byte must be sent to the pipe. */
 static bool write_thr(struct pv_serial *s, uint8_t value)
 {
 	if (s->mcr & UART_MCR_LOOP) {
@@ -239,6 +274,14 @@ static bool write_thr(struct pv_serial *s, uint8_t value)
 	return true;
 }
 
+/**
+ * pv_serial_out() - Do the guest's write to a register
+ * @s:		The port
+ * @offset:	Offset of the register, 0 to 7
+ * @value:	Value to write
+ *
+ * This waits while the pipe is full.
+ */
 void pv_serial_out(struct pv_serial *s, uint32_t offset, uint8_t value)
 {
 	bool send = false;
@@ -256,8 +299,8 @@ void pv_serial_out(struct pv_serial *s, uint32_t offset, uint8_t value)
 			s->dlm = value;
 		} else {
 			/*
-			 * Enabling THRI with an empty transmitter interrupts at once (8250's
-			 * start_tx relies on it).
+			 * If the transmitter is empty, enabling THRI interrupts at once;
+			 * start_tx() of Linux' 8250 driver relies on this.
 			 */
 			if ((value & UART_IER_THRI) && !(s->ier & UART_IER_THRI) && tx_ready(s))
 				s->thre_pending = true;
@@ -283,14 +326,21 @@ void pv_serial_out(struct pv_serial *s, uint32_t offset, uint8_t value)
 	pthread_mutex_unlock(&s->lock);
 	if (!send)
 		return;
+	/* The lock is free here: the write may wait for the reader, which calls on_room(). */
 	pv_pipe_write(s->tx, &value, 1, -1);
 	pthread_mutex_lock(&s->lock);
-	/* A full pipe keeps the interrupt back until on_room. */
+	/* If the pipe is full now, on_room() raises the interrupt later. */
 	s->thre_pending = tx_ready(s);
 	update_irq(s);
 	pthread_mutex_unlock(&s->lock);
 }
 
+/**
+ * pv_serial_dlab() - Whether offsets 0 and 1 are the divisor latch now
+ * @s:		The port
+ *
+ * Return: the DLAB bit of LCR
+ */
 bool pv_serial_dlab(struct pv_serial *s)
 {
 	bool dlab;

@@ -3,6 +3,13 @@
 
 #include <stdlib.h>
 
+/**
+ * pv_trace_new() - Make a ring
+ * @size:	Events that it holds, a power of two
+ *
+ * Return: the ring, to be freed by pv_trace_free(); NULL if @size is no power of two or memory is
+ * short
+ */
 struct pv_trace *pv_trace_new(uint32_t size)
 {
 	struct pv_trace *t;
@@ -21,6 +28,10 @@ struct pv_trace *pv_trace_new(uint32_t size)
 	return t;
 }
 
+/**
+ * pv_trace_free() - Free a ring
+ * @t:		From pv_trace_new(), or NULL; nobody writes it any more
+ */
 void pv_trace_free(struct pv_trace *t)
 {
 	if (!t)

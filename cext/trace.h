@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Rings of trace events: what a vCPU or a worker did last, with times.
+ * Rings of trace events: the latest acts of a vCPU or a worker, with times.
  *
- * One thread writes a ring and nobody waits for it: when it is full the oldest event is
- * overwritten, so memory is bounded and the writer's cost is a few stores. Others may read at any
- * time; an event that is being overwritten meanwhile may come out mixed, so the reader asks again
- * for `next` afterwards and drops what was in reach of the writer (pyvmm.kvm.recorder). Who does
- * not trace has no ring, and pays one branch.
+ * One thread writes a ring and never waits. When the ring is full, the oldest event is overwritten.
+ * So memory is bounded, and an event costs the writer a few stores. Other threads may read at any
+ * time. A reader may see an event half overwritten; so it reads `next` again afterwards and drops
+ * all events that the writer could have reached meanwhile (pyvmm.kvm.recorder). Without a trace
+ * there is no ring, and each event costs one branch.
  */
 #ifndef PV_TRACE_H
 #define PV_TRACE_H
@@ -17,21 +17,23 @@
 /* cffi: begin */
 enum pv_trace_kind {
 	PV_TRACE_NONE,
-	PV_TRACE_EXIT, /* a return of KVM_RUN; ts to ts + dur is the VMM's time */
-	PV_TRACE_KICK, /* a worker woke up by the kick of queue reg */
-	PV_TRACE_BATCH /* count chains of queue reg given back; write: the guest was interrupted */
+	PV_TRACE_EXIT, /* KVM_RUN returned at ts; the guest ran again dur later */
+	PV_TRACE_KICK, /* a kick of queue reg woke a worker up */
+	PV_TRACE_BATCH /* a worker returned count chains of queue reg; write: it interrupted */
 };
 
+/*
+ * For PV_TRACE_EXIT, addr, reason, region, reg, size and write are those of struct pv_exit_slot.
+ */
 struct pv_trace_event {
-	uint64_t ts;	/* CLOCK_MONOTONIC, nanoseconds */
-	uint64_t dur;	/* nanoseconds; 0 for a moment */
-	uint64_t addr;	/* of EXIT: as in struct pv_exit_slot, as are reason, region, reg, size and
-			   write */
-	uint64_t value; /* first element written or read, at most 8 bytes */
+	uint64_t ts;  /* CLOCK_MONOTONIC, nanoseconds */
+	uint64_t dur; /* nanoseconds; 0 for an event without duration */
+	uint64_t addr;
+	uint64_t value; /* the first element that the guest wrote or read, at most 8 bytes */
 	uint32_t reason;
 	uint32_t region;
 	uint32_t reg;
-	uint32_t count; /* elements of a string instruction; chains of a batch */
+	uint32_t count; /* elements of a string instruction, or chains of a batch */
 	uint16_t kind;
 	uint16_t size;
 	uint8_t write;
@@ -43,7 +45,6 @@ struct pv_trace {
 	struct pv_trace_event *event;
 };
 
-/* size: events, a power of two; NULL where it is none or memory is short. */
 struct pv_trace *pv_trace_new(uint32_t size);
 void pv_trace_free(struct pv_trace *t);
 /* cffi: end */

@@ -10,17 +10,17 @@
 /* cffi: begin */
 #define PV_MEM_REGIONS 64
 
-/* One run of guest RAM: guest-physical [gpa, gpa + size) is mapped at host. */
+/* One range of guest RAM: guest-physical [gpa, gpa + size) is mapped at host. */
 struct pv_mem_region {
 	uint64_t gpa;
 	uint64_t size;
 	uint8_t *host;
-	uint64_t offset; /* in the memfd */
+	uint64_t offset; /* the position in the memfd */
 };
 
 /*
- * Guest memory as C sees it. Filled in by Python (pyvmm.memory) before any thread reads it and
- * constant from then on; owned by GuestMemory, which outlives every user.
+ * Guest memory as C sees it. Python (pyvmm.memory) fills it in before any thread reads it, and
+ * never changes it afterwards. GuestMemory owns it and outlives every user.
  */
 struct pv_memory {
 	uint32_t count;
@@ -30,8 +30,8 @@ struct pv_memory {
 /* cffi: end */
 
 /*
- * Host address of guest range [gpa, gpa + len), which must lie inside one region, or NULL. The
- * range is checked at both ends and against overflow (CVE-2018-1059). len may be 0.
+ * The host address of the guest range [gpa, gpa + len); NULL if the range is not inside one region.
+ * Both ends are checked, and so is overflow (CVE-2018-1059). len may be 0.
  */
 static inline uint8_t *pv_mem_host(const struct pv_memory *mem, uint64_t gpa, uint64_t len)
 {

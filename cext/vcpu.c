@@ -14,13 +14,13 @@ struct pv_vcpu_private {
 	struct kvm_run *run;
 	size_t run_size;
 	struct pv_bus *bus;
-	bool stop;	  /* atomic: somebody wants Python to have the thread */
-	bool in_run;	  /* atomic: thread may be signalled */
-	bool unaccounted; /* the latest exit's time is still running */
-	struct pv_exit_slot *current;
-	struct pv_exit_slot latest; /* while tracing: the exit that is being answered */
+	bool stop;		      /* atomic: somebody wants pv_vcpu_run() to return */
+	bool in_run;		      /* thread is in pv_vcpu_run() and may be signalled */
+	bool unaccounted;	      /* the latest exit's time is still running */
+	struct pv_exit_slot *current; /* the latest exit's slot; NULL if the ledger was full */
+	struct pv_exit_slot latest;   /* while tracing, the key of the latest exit */
 	pthread_t thread;
-	pthread_mutex_t lock; /* run, stop, in_run and thread against pv_vcpu_kick */
+	pthread_mutex_t lock; /* protects run, stop, in_run and thread from pv_vcpu_kick() */
 };
 
 static int kick_signal(void)
@@ -33,14 +33,29 @@ static void on_kick(int sig)
 	(void)sig;
 }
 
+/**
+ * pv_vcpu_init() - Install the signal handler that gets a thread out of KVM_RUN
+ *
+ * One call per process is enough; more do no harm.
+ *
+ * Return: 0 or -errno
+ */
 int pv_vcpu_init(void)
 {
 	struct sigaction sa = {.sa_handler = on_kick};
 
-	/* No SA_RESTART: the point is to get KVM_RUN to return. */
+	/* The signal must make KVM_RUN return, so there is no SA_RESTART. */
 	return sigaction(kick_signal(), &sa, NULL) ? -errno : 0;
 }
 
+/**
+ * pv_ioctl() - ioctl() for Python
+ * @fd:		Descriptor
+ * @request:	Number of the request
+ * @arg:	Its argument, a pointer or a number
+ *
+ * Return: the result of ioctl(), or -errno
+ */
 int pv_ioctl(int fd, unsigned long request, void *arg)
 {
 	int ret = ioctl(fd, request, arg);
@@ -48,6 +63,14 @@ int pv_ioctl(int fd, unsigned long request, void *arg)
 	return ret < 0 ? -errno : ret;
 }
 
+/**
+ * pv_vcpu_new() - Make the run loop's state for a KVM vCPU
+ * @fd:		The vCPU's descriptor; lent
+ * @run_size:	KVM_GET_VCPU_MMAP_SIZE
+ * @bus:	The bus that accesses go to; lent
+ *
+ * Return: the new object, to be freed by pv_vcpu_free(), or NULL
+ */
 struct pv_vcpu *pv_vcpu_new(int fd, size_t run_size, struct pv_bus *bus)
 {
 	struct pv_vcpu *v = calloc(1, sizeof(*v));
@@ -68,6 +91,16 @@ struct pv_vcpu *pv_vcpu_new(int fd, size_t run_size, struct pv_bus *bus)
 	return v;
 }
 
+/**
+ * pv_vcpu_attach() - Use another KVM vCPU, after a machine reset
+ * @v:		No thread is in pv_vcpu_run()
+ * @fd:		The vCPU's descriptor, lent; -1 to let go of the present one only
+ * @run_size:	KVM_GET_VCPU_MMAP_SIZE
+ *
+ * The ledger stays.
+ *
+ * Return: 0 or -errno
+ */
 int pv_vcpu_attach(struct pv_vcpu *v, int fd, size_t run_size)
 {
 	struct pv_vcpu_private *p = v->priv;
@@ -89,6 +122,10 @@ int pv_vcpu_attach(struct pv_vcpu *v, int fd, size_t run_size)
 	return 0;
 }
 
+/**
+ * pv_vcpu_free() - Free the run loop's state
+ * @v:		From pv_vcpu_new(), or NULL; no thread is in pv_vcpu_run()
+ */
 void pv_vcpu_free(struct pv_vcpu *v)
 {
 	if (!v)
@@ -114,7 +151,7 @@ static struct pv_exit_slot *find_slot(struct pv_vcpu *v, const struct pv_exit_sl
 
 		if (!s->count) {
 			/*
-			 * A concurrent reader takes a slot as used by its count, which is still 0.
+			 * A concurrent reader ignores the slot as long as its count is 0.
 			 */
 			*s = *key;
 			v->used_slot[v->used] = (uint16_t)at;
@@ -125,8 +162,7 @@ static struct pv_exit_slot *find_slot(struct pv_vcpu *v, const struct pv_exit_sl
 		    s->write == key->write && s->region == key->region && s->reg == key->reg)
 			return s;
 		/*
-		 * A guest that exits at ever new addresses gets no more than a bounded search each
-		 * time.
+		 * Bound the search: a hostile guest may exit at ever new addresses.
 		 */
 		if (i == 32)
 			break;
@@ -150,7 +186,7 @@ static void account(struct pv_vcpu *v, const struct pv_exit_slot *key, uint32_t 
 	__atomic_store_n(&s->count, s->count + 1, __ATOMIC_RELEASE);
 }
 
-/* The latest exit for the trace: by now what was read is known, too. */
+/* Put the latest exit into the trace. By now the value that the guest reads is known, too. */
 static void trace_exit(struct pv_vcpu *v, uint64_t now)
 {
 	const struct pv_exit_slot *key = &v->priv->latest;
@@ -174,7 +210,7 @@ static void trace_exit(struct pv_vcpu *v, uint64_t now)
 	pv_trace_put(v->trace, &e);
 }
 
-/* The guest is about to run again, or the machine ends: the latest exit is over. */
+/* End the latest exit's time: the guest is about to run again, or the machine ends. */
 static void account_time(struct pv_vcpu *v, uint64_t now)
 {
 	struct pv_vcpu_private *p = v->priv;
@@ -192,6 +228,17 @@ static void account_time(struct pv_vcpu *v, uint64_t now)
 				 __ATOMIC_RELAXED);
 }
 
+/**
+ * pv_vcpu_ledger() - Copy the lines of the ledger
+ * @v:		The vCPU; it may run meanwhile
+ * @out:	Gets the lines, in the order of their first exits
+ * @max:	Entries of @out; v->used tells how many lines there are now
+ *
+ * Any thread may call this. It is quick enough for a thread that holds up a vCPU. While the vCPU
+ * runs, each line may lack its latest exit.
+ *
+ * Return: the number of lines copied
+ */
 uint32_t pv_vcpu_ledger(const struct pv_vcpu *v, struct pv_exit_slot *out, uint32_t max)
 {
 	uint32_t used = __atomic_load_n(&v->used, __ATOMIC_ACQUIRE), n = 0;
@@ -210,6 +257,15 @@ uint32_t pv_vcpu_ledger(const struct pv_vcpu *v, struct pv_exit_slot *out, uint3
 
 /* --- exits ------------------------------------------------------------------------------------ */
 
+/**
+ * pv_vcpu_access() - Count an access and answer it in C if possible
+ * @v:		addr, size, count, write and data describe the access
+ * @space:	PV_PIO or PV_MMIO
+ *
+ * pv_vcpu_run() uses this. It is public so that devices can be tested without KVM.
+ *
+ * Return: true if a region in C, or no region, has answered; false if Python must answer
+ */
 bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space)
 {
 	struct pv_bus_region r = {0};
@@ -231,8 +287,8 @@ bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space)
 			memset(v->data, 0xff, (size_t)v->size * v->count);
 		return true;
 	}
-	if ((r.kind == PV_REGION_STREAM || r.kind == PV_REGION_DEBUGCON) &&
-	    v->write) { /* a whole string at once */
+	if ((r.kind == PV_REGION_STREAM || r.kind == PV_REGION_DEBUGCON) && v->write) {
+		/* One call takes a whole string. */
 		pv_pipe_write(r.opaque, v->data, v->size * v->count, -1);
 		return true;
 	}
@@ -271,7 +327,7 @@ static enum pv_stop other_exit(struct pv_vcpu *v, const struct kvm_run *run)
 	return PV_STOP_OTHER;
 }
 
-/* One return of KVM_RUN. Returns true to go on. */
+/* Handle one return of KVM_RUN. Returns true to run again, else sets *stop. */
 static bool handle_exit(struct pv_vcpu *v, enum pv_stop *stop)
 {
 	struct kvm_run *run = v->priv->run;
@@ -300,7 +356,7 @@ static bool handle_exit(struct pv_vcpu *v, enum pv_stop *stop)
 	}
 }
 
-/* KVM_RUN returned an error. Returns true to go on. */
+/* Handle an error of KVM_RUN. Returns true to run again, else sets *stop. */
 static bool handle_error(struct pv_vcpu *v, int error, enum pv_stop *stop)
 {
 	struct pv_exit_slot key = {.reason = PV_EXIT_ERROR, .addr = (uint64_t)error};
@@ -317,9 +373,9 @@ static bool handle_error(struct pv_vcpu *v, int error, enum pv_stop *stop)
 }
 
 /*
- * Whether somebody asked for the thread; answers it. Under the lock: a kick sets stop and
- * immediate_exit, and one of them left behind alone would make KVM_RUN return for ever without
- * anybody knowing why.
+ * Take back a request to stop; returns whether there was one. This needs the lock: a kick sets both
+ * stop and immediate_exit, and if one of them were left behind alone, KVM_RUN would return for ever
+ * without anybody knowing why.
  */
 static bool take_stop(struct pv_vcpu_private *p)
 {
@@ -334,6 +390,14 @@ static bool take_stop(struct pv_vcpu_private *p)
 	return stop;
 }
 
+/**
+ * pv_vcpu_run() - Run the guest until Python is needed
+ * @v:		The vCPU
+ *
+ * Only one thread at a time may call this.
+ *
+ * Return: why it has stopped
+ */
 enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
 {
 	struct pv_vcpu_private *p = v->priv;
@@ -350,8 +414,8 @@ enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
 
 		account_time(v, now);
 		/*
-		 * immediate_exit makes KVM finish the access of the latest exit without entering
-		 * the guest, so that registers are whole when we stop.
+		 * Do not stop before KVM_RUN: with immediate_exit, KVM completes the access of the
+		 * latest exit without entering the guest, so that the registers are up to date.
 		 */
 		if (__atomic_load_n(&p->stop, __ATOMIC_ACQUIRE))
 			p->run->immediate_exit = 1;
@@ -374,11 +438,23 @@ enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
 	return stop;
 }
 
+/**
+ * pv_vcpu_settle() - End the latest exit's time here
+ * @v:		The vCPU, whose thread calls this
+ *
+ * For a machine that has ended or is about to be reset.
+ */
 void pv_vcpu_settle(struct pv_vcpu *v)
 {
 	account_time(v, pv_now_ns());
 }
 
+/**
+ * pv_vcpu_kick() - Make pv_vcpu_run() return PV_STOP_ASKED soon
+ * @v:		The vCPU
+ *
+ * Any thread may call this. If no thread is in pv_vcpu_run() now, the next call of it returns.
+ */
 void pv_vcpu_kick(struct pv_vcpu *v)
 {
 	struct pv_vcpu_private *p = v->priv;
@@ -386,8 +462,8 @@ void pv_vcpu_kick(struct pv_vcpu *v)
 	pthread_mutex_lock(&p->lock);
 	__atomic_store_n(&p->stop, true, __ATOMIC_RELEASE);
 	/*
-	 * Written by another thread on purpose: closes the gap between the check of stop and the
-	 * entry (Documentation/virt/kvm).
+	 * immediate_exit is meant to be written by another thread: it closes the gap between the
+	 * check of stop and the entry into the guest (Documentation/virt/kvm/api.rst, section 5).
 	 */
 	if (p->run)
 		p->run->immediate_exit = 1;

@@ -2,14 +2,17 @@
 /*
  * The KVM_RUN loop of one vCPU and its exit ledger.
  *
- * Theory of operation: a Python thread calls pv_vcpu_run(), which releases the interpreter lock and
- * enters the guest again and again. Each return of KVM_RUN is counted here, by reason and, for port
- * and memory accesses, by address, size, direction and region, with the time until the guest runs
- * again. Accesses that a region in C answers never leave this loop; the others return to Python
- * with the access described in the struct; Python fills in the data and calls again.
+ * Theory of operation
  *
- * The ledger is written by the owning thread only. Others may read it at any time: counters are
- * single aligned words, so a reader sees each one either before or after an exit.
+ * A Python thread calls pv_vcpu_run(), which releases the interpreter lock and enters the guest
+ * again and again. Each return of KVM_RUN is counted by its reason and, for accesses to ports and
+ * memory, by address, size, direction and region. The time until the guest runs again is added up
+ * with it. An access that a region in C answers never leaves this loop. For any other access,
+ * pv_vcpu_run() describes the access in struct pv_vcpu and returns to Python, which fills in the
+ * data and calls again.
+ *
+ * Only the owning thread writes the ledger. Other threads may read it at any time: each counter is
+ * one aligned word, so a reader sees the counter either before or after an exit.
  */
 #ifndef PV_VCPU_H
 #define PV_VCPU_H
@@ -22,7 +25,7 @@
 /* cffi: begin */
 #define PV_LEDGER_SLOTS 4096
 
-/* Beyond KVM's own reasons (linux/kvm.h, KVM_EXIT_*): KVM_RUN returned an error. */
+/* A reason besides KVM's own (linux/kvm.h, KVM_EXIT_*): KVM_RUN has returned an error. */
 #define PV_EXIT_ERROR 1000
 
 /* One line of the ledger. A slot is used once count is not 0. */
@@ -30,20 +33,21 @@ struct pv_exit_slot {
 	uint64_t addr;	 /* port or guest-physical address; for other reasons KVM's suberror */
 	uint64_t count;	 /* returns of KVM_RUN */
 	uint64_t time;	 /* nanoseconds from the return to the next entry */
-	uint64_t units;	 /* accesses: more than count for string instructions */
+	uint64_t units;	 /* accesses; one exit of a string instruction has several */
 	uint32_t reason; /* KVM_EXIT_* or PV_EXIT_ERROR */
-	uint32_t region; /* id of the bus region, 0: nobody's */
-	uint32_t reg;	 /* which of its registers, see pv_bus_register() */
-	uint16_t size;	 /* bytes of one access */
-	uint8_t write;
+	uint32_t region; /* id of the bus region; 0 if no region is there */
+	uint32_t reg;	 /* the register of that region, see pv_bus_register() */
+	uint16_t size;	 /* bytes per access */
+	uint8_t write;	 /* 1 if the guest writes */
 };
 
+/* Why pv_vcpu_run() has returned. */
 enum pv_stop {
-	PV_STOP_ASKED, /* pv_vcpu_kick() */
-	PV_STOP_PIO,   /* access: fill in or consume data, then run again */
-	PV_STOP_MMIO,  /* likewise */
-	PV_STOP_OTHER, /* reason says which KVM_EXIT_* */
-	PV_STOP_ERROR  /* KVM_RUN failed, error is the errno */
+	PV_STOP_ASKED, /* somebody has called pv_vcpu_kick() */
+	PV_STOP_PIO,   /* the guest accesses a port: use or fill in data, then run again */
+	PV_STOP_MMIO,  /* the guest accesses memory without RAM: likewise */
+	PV_STOP_OTHER, /* KVM_RUN has returned another reason, which is in reason */
+	PV_STOP_ERROR  /* KVM_RUN has failed; error is the errno */
 };
 
 struct pv_vcpu_private;
@@ -55,56 +59,39 @@ struct pv_vcpu {
 	/* The access of PV_STOP_PIO and PV_STOP_MMIO. */
 	uint64_t addr;
 	uint32_t region;
-	uint32_t size;	/* of one element, bytes */
-	uint32_t count; /* elements; more than 1 for string instructions */
+	uint32_t size;	/* bytes per element */
+	uint32_t count; /* elements; a string instruction has several */
 	bool write;
 	uint8_t *data; /* size * count bytes */
 	/* Details of other reasons. */
-	uint32_t detail; /* suberror, system event type, ... */
+	uint32_t detail; /* the suberror or the type of the system event */
 	uint64_t info[8];
 	uint32_t info_count;
 	/* The ledger. */
 	uint64_t runs;		/* returns of KVM_RUN */
 	uint64_t overflow;	/* returns that found no free slot */
-	uint64_t overflow_time; /* nanoseconds */
-	uint64_t first_run;	/* CLOCK_MONOTONIC, nanoseconds; 0 before */
+	uint64_t overflow_time; /* nanoseconds of those returns */
+	/* Times of the first run, the first return and the latest return: CLOCK_MONOTONIC in ns. */
+	uint64_t first_run; /* 0 before the first run */
 	uint64_t first_exit;
-	uint64_t last_exit; /* time of the latest return; with runs it tells whether the guest makes
-			     * progress
-			     */
-	uint32_t used;	    /* slots with a key, by used_slot in the order of their first exit */
+	uint64_t last_exit;
+	uint32_t used; /* the number of used slots */
+	/* The indices of the used slots, in the order of their first exits. */
 	uint16_t used_slot[PV_LEDGER_SLOTS];
 	struct pv_exit_slot slot[PV_LEDGER_SLOTS];
-	struct pv_trace *trace; /* lent, set before the first run; NULL: no trace */
+	struct pv_trace *trace; /* lent, set before the first run; NULL without a trace */
 	/* Private to vcpu.c. */
 	struct pv_vcpu_private *priv;
 };
 
-/* Install the signal handler that gets a thread out of KVM_RUN; once a process. */
 int pv_vcpu_init(void);
 struct pv_vcpu *pv_vcpu_new(int fd, size_t run_size, struct pv_bus *bus);
-/* Point at another KVM vCPU (machine reset); the ledger stays. Returns 0 or -errno. */
 int pv_vcpu_attach(struct pv_vcpu *v, int fd, size_t run_size);
 void pv_vcpu_free(struct pv_vcpu *v);
-/* Run the guest until Python is needed. Called by the vCPU's one owning thread. */
 enum pv_stop pv_vcpu_run(struct pv_vcpu *v);
-/*
- * The machine has ended, or is about to start over: the latest exit's time ends here. By the owning
- * thread.
- */
 void pv_vcpu_settle(struct pv_vcpu *v);
-/*
- * What pv_vcpu_run() does with an access (addr, size, count, write and data of v are set): count
- * it, and answer it if a region in C or nobody is there. Returns false where Python must. In the
- * interface so that devices can be tried without KVM.
- */
 bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space);
-/*
- * Copy the ledger's lines, at most max (v->used says how many there are now). Any thread, and cheap
- * enough for one that holds a vCPU up. Returns the count; each line is whole to within one exit.
- */
 uint32_t pv_vcpu_ledger(const struct pv_vcpu *v, struct pv_exit_slot *out, uint32_t max);
-/* Any thread: make pv_vcpu_run() return PV_STOP_ASKED soon, also if it is called only later. */
 void pv_vcpu_kick(struct pv_vcpu *v);
 int pv_ioctl(int fd, unsigned long request, void *arg);
 /* cffi: end */

@@ -37,7 +37,7 @@ _Static_assert(sizeof(fault_text) / sizeof(fault_text[0]) == PV_FAULT_COUNT,
 	       "every fault has its text");
 
 /**
- * pv_fault_text() - Words for a fault
+ * pv_fault_text() - Say in words what is wrong
  * @fault:	Any value
  *
  * Return: a static string
@@ -53,14 +53,14 @@ const char *pv_fault_text(enum pv_fault fault)
  * @mem:	Guest memory; must outlive the ring
  * @size:	Entries, a power of two up to 32768
  * @desc:	Guest-physical address of the descriptor table, 16-byte aligned
- * @avail:	Of the available ring, 2-byte aligned
- * @used:	Of the used ring, 4-byte aligned
- * @base:	Next available index
+ * @avail:	Address of the available ring, 2-byte aligned
+ * @used:	Address of the used ring, 4-byte aligned
+ * @base:	Index of the next available entry to take
  * @indirect:	INDIRECT_DESC was negotiated
  * @event_idx:	EVENT_IDX was negotiated
  *
- * Each area, the event fields included, must lie within one memory region. Reads used->idx and
- * writes nothing, so that a ring that is refused is left as it was.
+ * Each area, the event fields included, must lie within one memory region. The function reads
+ * used->idx and writes nothing, so that a refused ring is left as it was.
  *
  * Return: PV_FAULT_NONE, _SIZE, _ALIGN or _AREA
  */
@@ -92,14 +92,14 @@ enum pv_fault pv_vring_init(struct pv_vring *vr, const struct pv_memory *mem, ui
 	return PV_FAULT_NONE;
 }
 
-/* One copy of descriptor i of table; the guest may change the original while we look. */
+/* Copy descriptor i of table once; the guest may change the original while we look. */
 static struct vring_desc desc_copy(const uint8_t *table, uint32_t i)
 {
 	struct vring_desc d;
 
 	memcpy(&d, table + 16ull * i, sizeof(d));
 	/*
-	 * Without this the compiler may fetch a field again from guest memory after it was checked.
+	 * Without this, the compiler may fetch a field from guest memory again after the check.
 	 */
 	__asm__ volatile("" : "+m"(d));
 	return d;
@@ -130,14 +130,15 @@ void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head)
 }
 
 /**
- * pv_walk_next() - The next segment of a chain
+ * pv_walk_next() - Get the next segment of a chain
  * @w:		From pv_walk_begin()
  * @seg:	Filled in on PV_MORE
  *
- * Bounded: a table of n entries yields at most n descriptors, and at most one indirect table is
- * entered.
+ * The walk is bounded: a table of n entries yields at most n descriptors, and at most one indirect
+ * table is entered.
  *
- * Return: PV_MORE; PV_DONE after the last segment; PV_BAD with @w->fault set. The last two stay.
+ * Return: PV_MORE; PV_DONE after the last segment; PV_BAD with @w->fault set. After PV_DONE or
+ * PV_BAD, further calls return the same.
  */
 enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
 {
@@ -158,8 +159,8 @@ enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
 		if (!(d.flags & VRING_DESC_F_INDIRECT))
 			break;
 		/*
-		 * 2.7.5.3: the last descriptor of a chain may refer to a table with the rest; WRITE
-		 * is to be ignored.
+		 * 2.7.5.3: the last descriptor of a chain may refer to a table with the rest of the
+		 * chain. The device must ignore its WRITE flag.
 		 */
 		if (w->indirect)
 			return walk_bad(w, PV_FAULT_INDIRECT_NESTED);
@@ -193,13 +194,13 @@ enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
 	return PV_MORE;
 }
 
-/* Read the available index; false where it is impossible. */
+/* Read the available index; returns false if its value is impossible. */
 static bool avail_refresh(struct pv_vring *vr)
 {
 	/*
-	 * Acquire: pairs with the driver's barrier between filling in descriptors and ring entry
-	 * and storing the index (2.7.13.3): what we read through the ring after this is at least as
-	 * new as the index.
+	 * Acquire: this pairs with the driver's barrier between writing descriptors and ring entry
+	 * and storing the index (2.7.13.3). All that we read through the ring after this is at
+	 * least as new as the index.
 	 */
 	vr->avail_idx = __atomic_load_n(&vr->avail[IDX], __ATOMIC_ACQUIRE);
 	return (uint16_t)(vr->avail_idx - vr->last_avail) <= vr->size;
@@ -208,13 +209,13 @@ static bool avail_refresh(struct pv_vring *vr)
 /**
  * pv_vring_pop() - Take the next available chain
  * @vr:		The ring
- * @iov:	Gets the segments, those that the device reads first
- * @max:	Entries of @iov; a longer chain is bad
+ * @iov:	Gets the segments; those that the device reads come first
+ * @max:	Entries of @iov; a chain with more segments is bad
  * @chain:	Filled in on PV_MORE
  *
  * A bad chain is not taken: last_avail stays on it.
  *
- * Return: PV_MORE; PV_DONE where the ring is empty; PV_BAD with @vr->fault set
+ * Return: PV_MORE; PV_DONE if the ring is empty; PV_BAD with @vr->fault set
  */
 enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,
 			  struct pv_chain *chain)
@@ -274,12 +275,13 @@ void pv_vring_unpop(struct pv_vring *vr, uint16_t n)
 }
 
 /**
- * pv_vring_push() - Put a chain on the used ring, unpublished
+ * pv_vring_push() - Put a chain on the used ring without publishing it
  * @vr:		The ring
  * @head:	From the chain
  * @len:	Bytes that the device wrote
  *
- * At most as many as were popped; the guest sees them after pv_vring_flush().
+ * At most as many chains may be pushed as were popped. The guest sees them after
+ * pv_vring_flush().
  */
 void pv_vring_push(struct pv_vring *vr, uint16_t head, uint32_t len)
 {
@@ -291,10 +293,11 @@ void pv_vring_push(struct pv_vring *vr, uint16_t head, uint32_t len)
 }
 
 /**
- * pv_vring_publish() - Let the guest see what was pushed, without deciding on an interrupt yet
+ * pv_vring_publish() - Let the guest see the pushed chains, without deciding on an interrupt yet
  * @vr:		The ring
  *
- * For who must not lose count when killed. pv_vring_flush() is still to follow.
+ * A caller that may be killed at any time publishes each chain at once, so that no chain is lost or
+ * returned twice. pv_vring_flush() must still follow.
  */
 void pv_vring_publish(struct pv_vring *vr)
 {
@@ -303,10 +306,10 @@ void pv_vring_publish(struct pv_vring *vr)
 }
 
 /**
- * pv_vring_flush() - Publish what was pushed
+ * pv_vring_flush() - Publish the pushed chains
  * @vr:		The ring
  *
- * Return: whether the guest wants an interrupt for it
+ * Return: whether the guest wants an interrupt for them
  */
 bool pv_vring_flush(struct pv_vring *vr)
 {
@@ -322,9 +325,9 @@ bool pv_vring_flush(struct pv_vring *vr)
 	 */
 	__atomic_store_n(&vr->used[IDX], vr->used_idx, __ATOMIC_RELEASE);
 	/*
-	 * Full barrier between publishing and reading whether the guest wants to know. The driver
-	 * does the reverse: asks for interrupts, then looks at the index. One of us must see the
-	 * other, or the last entry waits for ever.
+	 * Full barrier between publishing and reading whether the guest wants an interrupt. The
+	 * driver does the reverse: it asks for interrupts, then looks at the index. One of us must
+	 * see the other's write, or the last entry waits for ever.
 	 */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	if (!vr->event_idx)
@@ -340,8 +343,8 @@ bool pv_vring_flush(struct pv_vring *vr)
  * pv_vring_enable_notify() - Ask the guest for kicks
  * @vr:		The ring
  *
- * Return: true where entries are available already, so that the caller must not sleep (a bad index
- * counts as such: pop will report it)
+ * Return: true if entries are available already, so that the caller must not sleep. A bad index
+ * counts as available entries; pv_vring_pop() will report it.
  */
 bool pv_vring_enable_notify(struct pv_vring *vr)
 {
@@ -362,7 +365,8 @@ bool pv_vring_enable_notify(struct pv_vring *vr)
  * pv_vring_disable_notify() - Tell the guest that no kicks are needed
  * @vr:		The ring
  *
- * A hint (2.7.10): with EVENT_IDX an avail_event left behind does it.
+ * This is a hint only (2.7.10). With EVENT_IDX nothing is written: once the guest's index has
+ * passed avail_event, there are no more kicks.
  */
 void pv_vring_disable_notify(struct pv_vring *vr)
 {
@@ -377,7 +381,7 @@ void pv_vring_disable_notify(struct pv_vring *vr)
  * pv_vring_pending() - Whether chains are available
  * @vr:		The ring
  *
- * Return: true where the available index is not the one to take next
+ * Return: true if the available index differs from the index of the next entry to take
  */
 bool pv_vring_pending(const struct pv_vring *vr)
 {

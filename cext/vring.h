@@ -6,8 +6,8 @@
  *
  * The guest owns all of the ring's memory and may change it at any time, so nothing in it is
  * trusted and nothing is read twice: each descriptor is copied once and every decision is taken on
- * the copy. What the guest gets wrong is reported as a PV_FAULT_* and never touches memory outside
- * guest RAM; the caller stops the queue.
+ * the copy. A mistake of the guest is reported as a PV_FAULT_* and never makes us touch memory
+ * outside guest RAM; the caller then stops the queue.
  *
  * Positions run freely modulo 65536 (2.7.6, 2.7.8):
  *
@@ -16,8 +16,8 @@
  *   last_avail    next available entry to take; pv_vring_unpop gives entries back
  *   avail_idx     available index as last read
  *
- * A ring has one owning thread. It knows nothing of KVM, taps or eventfds: notifying is the
- * caller's.
+ * A ring has one owning thread. It knows nothing of KVM, taps or eventfds: notifying the guest is
+ * the caller's job.
  */
 #ifndef PV_VRING_H
 #define PV_VRING_H
@@ -27,7 +27,7 @@
 #include "types.h"
 
 /* cffi: begin */
-/* Why a ring was refused or stopped; pv_fault_text has the words. */
+/* Why a ring was refused or stopped; pv_fault_text() says it in words. */
 enum pv_fault {
 	PV_FAULT_NONE,
 	PV_FAULT_SIZE,
@@ -52,60 +52,60 @@ enum pv_fault {
 	PV_FAULT_COUNT
 };
 
-/* Outcome of one step of the chain walker, and of pv_vring_pop. */
+/* The result of pv_walk_next() and of pv_vring_pop(). */
 enum pv_step {
-	PV_BAD = -1, /* malformed; see fault */
-	PV_DONE = 0, /* the chain has ended; the ring is empty */
-	PV_MORE = 1  /* got one */
+	PV_BAD = -1, /* the chain or the ring is malformed; see fault */
+	PV_DONE = 0, /* the chain has ended, or the ring is empty */
+	PV_MORE = 1  /* there was a segment, or a chain */
 };
 
 #define PV_VRING_SIZE_MAX 32768
-#define PV_CHAIN_MAX	  1024 /* segments of a chain, as IOV_MAX; vhost and QEMU draw the same line */
+#define PV_CHAIN_MAX	  1024 /* segments per chain: IOV_MAX, as in vhost and QEMU */
 
 struct pv_vring {
 	const struct pv_memory *mem;
 	uint8_t *desc;
 	uint16_t *avail;
 	uint16_t *used;
-	uint16_t *used_event;  /* written by the guest: interrupt me after this entry */
-	uint16_t *avail_event; /* written by us: kick me after this entry */
+	uint16_t *used_event;  /* the guest writes it: interrupt after this entry */
+	uint16_t *avail_event; /* we write it: kick after this entry */
 	uint32_t size;
 	uint16_t mask;
 	uint16_t last_avail;
 	uint16_t avail_idx;
 	uint16_t used_idx;
 	uint16_t used_next;
-	uint16_t signalled_used; /* used_idx at the last decision to signal or not */
+	uint16_t signalled_used; /* used_idx at the latest decision on an interrupt */
 	bool signalled_valid;
 	bool indirect;
 	bool event_idx;
 	bool notify_on;
-	enum pv_fault fault; /* first fault found */
+	enum pv_fault fault; /* the first fault found */
 };
 
-/* One segment of a chain: host address, checked to lie in guest RAM. */
+/* One segment of a chain. It has been checked to lie in guest RAM. */
 struct pv_segment {
 	uint8_t *host;
 	uint32_t len;
-	bool write; /* the device writes it */
+	bool write; /* the device writes the segment */
 };
 
-/* State of walking one chain. */
+/* The state of walking one chain. */
 struct pv_walk {
 	const struct pv_vring *vr;
-	const uint8_t *table; /* the descriptor table, or the indirect one once entered */
+	const uint8_t *table; /* the descriptor table, or later an indirect table */
 	uint32_t count;	      /* entries of table */
-	uint32_t ttl;	      /* entries that may yet be read from it */
-	uint32_t next;	      /* entry to read */
+	uint32_t ttl;	      /* entries of table that may still be read */
+	uint32_t next;	      /* the entry to read next */
 	bool indirect;
-	bool written; /* a segment for writing was seen */
+	bool written; /* a segment that the device writes was seen */
 	bool ended;
 	enum pv_fault fault;
 };
 
 /*
- * A chain taken from the ring; its segments went to the caller's iovec array, the readable ones
- * first.
+ * A chain that was taken from the ring. Its segments are in the caller's iovec array, those that
+ * the device reads first.
  */
 struct pv_chain {
 	uint16_t head;
@@ -133,8 +133,9 @@ const char *pv_fault_text(enum pv_fault fault);
 /* cffi: end */
 
 /*
- * Whether moving an index from old to new passes the point where the other side asked to be told
- * (2.7.7.1, 2.7.10.1); all modulo 65536, as vring_need_event in linux/virtio_ring.h.
+ * Whether an index that moves from old to new passes the event index at which the other side wants
+ * a notification (2.7.7.1, 2.7.10.1). All arithmetic is modulo 65536, as in vring_need_event() of
+ * linux/virtio_ring.h.
  */
 static inline bool pv_need_event(uint16_t event, uint16_t new, uint16_t old)
 {
