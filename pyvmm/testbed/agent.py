@@ -304,7 +304,8 @@ class Agent:
                 )
             os._exit(status)
         except BaseException:
-            sys.excepthook(*sys.exc_info())  # to the command's standard error, if it has one yet
+            # The traceback goes to the command's standard error, if the child has it already.
+            sys.excepthook(*sys.exc_info())
         finally:
             os._exit(126)
 
