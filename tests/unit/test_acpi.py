@@ -1,4 +1,4 @@
-"""Firmware tables: checksums, lengths, and what Intel's own compiler makes of them."""
+"""Firmware tables have right checksums and lengths, and Intel's compiler accepts them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def memory() -> Iterator[GuestMemory]:
 
 
 def tables(memory: GuestMemory, rsdp: int) -> dict[str, bytes]:
-    """Every table by signature, found as a guest finds them; checks lengths and checksums on the
-    way.
+    """Find all tables as a guest does, and check their lengths and checksums; returns them by their
+    signatures.
     """
     root = memory.read(rsdp, 36)
     assert root[:8] == b"RSD PTR "
@@ -124,7 +124,8 @@ def test_dsdt_routes_inta() -> None:
 
 
 def test_aml_package_lengths() -> None:
-    # ACPI 6.4, 20.2.4: 1 byte up to 63, then 4 + 8 bits, then 4 + 16 bits; each counts itself.
+    # ACPI 6.4, 20.2.4: PkgLength has 1 byte up to 63, then 4 + 8 bits, then 4 + 16 bits. It counts
+    # its own bytes, too.
     for size in (0, 10, 61, 62, 63, 64, 4000, 4091, 4093, 4094, 4095, 70000):
         data = aml.scope("ABCD", bytes(size))
         lead = data[1]

@@ -1,4 +1,4 @@
-"""Clock, power, reset and panic: the board's devices, and any accesses to them."""
+"""The board's devices for clock, power, reset and panic, with usual and with odd accesses."""
 
 import random
 import time
@@ -43,7 +43,9 @@ def bcd(value):
 
 
 def test_the_clock_tells_utc_in_bcd_and_is_never_busy(board):
-    """As Linux' mc146818_get_time reads it: seconds again until they have not changed."""
+    """The test reads the time as Linux' mc146818_get_time() does: again until the seconds have not
+    changed meanwhile.
+    """
     for _ in range(10):
         second = cmos(board, 0)
         assert not cmos(board, 0x0A) & 0x80

@@ -1,4 +1,4 @@
-"""Loading kernels: what is placed where, and what is refused."""
+"""Loading kernels: everything goes to its place in memory, and bad files are refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_elf(
     vaddr_delta: int = 0,
     **header: int,
 ) -> bytearray:
-    """An ELF with PT_LOADs of (paddr, data, memsz) and, where given, a PT_NOTE."""
+    """An ELF with PT_LOADs of (paddr, data, memsz) and, if ``notes`` is given, a PT_NOTE."""
     phnum = len(segments) + bool(notes)
     offset = lb.EHDR_SIZE + phnum * lb.PHDR_SIZE
     table, body = b"", b""
@@ -147,7 +147,7 @@ def u32(memory: GuestMemory, gpa: int) -> int:
 
 
 def pages_written(memory: GuestMemory) -> int:
-    """A memfd has no blocks before its pages are touched."""
+    """Not 0 if any page has been written: a memfd has no blocks before its pages are touched."""
     return os.fstat(memory.fd.fileno()).st_blocks
 
 
@@ -273,7 +273,7 @@ def test_initrd_respects_the_highest_address(memory: GuestMemory, tmp_path: Path
 def test_is_linux(tmp_path: Path) -> None:
     assert boot.is_linux(save(tmp_path, make_bzimage()))
     assert boot.is_linux(save(tmp_path, good_elf()))
-    # Without Xen support there is only Linux's own note.
+    # A kernel without Xen support has only Linux' own note.
     own = note(b"Linux\0", 0x100, b"\0")
     assert boot.is_linux(save(tmp_path, make_elf([(0x100_0000, CODE, 4096)], notes=own + PVH_NOTE)))
     assert not boot.is_linux(save(tmp_path, make_elf([(0x100_0000, CODE, 4096)], notes=PVH_NOTE)))

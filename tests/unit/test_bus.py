@@ -1,4 +1,4 @@
-"""The I/O spaces: who answers where, in C and in Python."""
+"""The I/O spaces: the right device answers each access, in C or in Python."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.pci_guest import Board
 
 
 class Recorder:
-    """A handler that notes what it is asked and answers with ``value``."""
+    """A handler that notes all accesses and answers reads with ``value``."""
 
     def __init__(self, value: int = 0) -> None:
         self.value = value
@@ -100,7 +100,7 @@ def test_moving_a_region(board):
     r = board.bus.region(MMIO, 0x10, "h", h)
     assert r.base is None and board.read(MMIO, 0xD0000000, 1) == 0xFF
     assert r.map(0xD0000000) and board.read(MMIO, 0xD0000000, 1) == 3
-    assert r.map(0xD0000008)  # over its own old place
+    assert r.map(0xD0000008)  # the new range overlaps the region's own old one
     assert board.read(MMIO, 0xD0000000, 1) == 0xFF and board.read(MMIO, 0xD0000017, 1) == 3
     board.bus.add(MMIO, 0xD0100000, 4, "other", Recorder())
     assert not r.map(0xD00FFFF8)
@@ -111,7 +111,7 @@ def test_moving_a_region(board):
 
 @pytest.mark.parametrize("to", [None, 0xD0000008, 0xCFFFFFF8, 0xD8000000])
 def test_an_access_that_races_with_a_move_hits_nothing(board, to):
-    """One vCPU has looked the region up in C when another moves it."""
+    """One vCPU has looked up the region in C when another vCPU moves the region."""
     h = Recorder(3)
     r = board.bus.region(MMIO, 0x10, "h", h)
     r.map(0xD0000000)

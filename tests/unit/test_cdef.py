@@ -1,5 +1,5 @@
-"""The C interface as Python sees it: cffi tells of drift on first use only, so everything is used
-once here.
+"""The C interface as Python sees it. cffi finds a wrong declaration only when it is first used, so
+the tests use every declaration once.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def cdef() -> str:
-    """All that the module was built from, without comments."""
+    """All declarations from which the module was built, without comments."""
     from cext.build import declarations
 
     text = (ROOT / "cext" / "kernel.cdef").read_text()
@@ -27,7 +27,7 @@ def cdef() -> str:
 
 
 def structs(cdef: str) -> list[str]:
-    """Names of the structs with a body."""
+    """The names of all structs that are declared with a body."""
     return re.findall(r"^struct (\w+) \{", cdef, re.MULTILINE)
 
 
@@ -79,7 +79,7 @@ KERNEL = [
 
 
 def test_kernel_structs_and_requests_against_the_headers(tmp_path):
-    """Through another compiler run, which knows nothing of cffi."""
+    """A separate run of the compiler, which knows nothing of cffi, has the truth."""
     requests = [
         n for n in dir(lib) if n.startswith("KVM_") and not n.startswith(("KVM_CAP", "KVM_EXIT"))
     ]

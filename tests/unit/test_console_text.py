@@ -1,4 +1,4 @@
-"""What a kernel's console says: troubles, panics, phases, and the log with time stamps."""
+"""Reading a kernel's console: troubles, panics, phases, and the log with time stamps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pyvmm.testing.console import PHASES, Log, Watch, offset, panic_quote, parse
 
 ALL = list(console.TROUBLES)
 
-#: First lines as kernels print them, and their kind; None for lines that only look like it.
+#: First lines of troubles as kernels print them, with their kind; None for lines that are no
+#: trouble but look like one.
 LINES = {
     "WARNING: CPU: 1 PID: 42 at net/core/dev.c:6189 napi_disable+0x1a/0x60": "warning",
     "WARNING: drivers/net/virtio_net.c:2871 at virtnet_open+0x12/0x90, CPU#0: ip/77": "warning",
@@ -100,7 +101,8 @@ def test_panic_with_the_trace_after_it() -> None:
         b"[    1.0] x\n[    1.000001] Kernel panic - not syncing: No working init found.\r\n"
         + b"".join(b"[    1.000002] line %d\r\n" % i for i in range(10))
     )
-    text += b"[    1.000003] ---[ end Kernel panic - not syncing: No working init found. ]---\r\nafter\r\n"
+    text += b"[    1.000003] ---[ end Kernel panic - not syncing: No working init found. ]---\r\n"
+    text += b"after\r\n"
     quote = panic_quote(text)
     assert quote[0] == "Kernel panic - not syncing: No working init found."
     assert quote[1] == "line 0"
@@ -117,13 +119,16 @@ def test_panic_after_an_oops_begins_there() -> None:
     quote = panic_quote("\n".join(lines).encode())
     assert quote == lines[1:]
     assert panic_quote(b"no panic\n") == []
-    # Far away is another matter.
+    # A line far away belongs to another trouble.
     far = ["Oops: 0002 [#1] SMP", *(["noise"] * 100), "Kernel panic - not syncing: x"]
     assert panic_quote("\n".join(far).encode()) == ["Kernel panic - not syncing: x"]
 
 
 def test_kaslr() -> None:
-    text = b"[    1.000000] Kernel Offset: 0x1e000000 from 0xffffffff81000000 (relocation range: ...)\n"
+    text = (
+        b"[    1.000000] Kernel Offset: 0x1e000000 from 0xffffffff81000000"
+        b" (relocation range: ...)\n"
+    )
     assert offset(text) == 0x1E00_0000
     assert offset(b"Kernel Offset: disabled\n") == 0
 

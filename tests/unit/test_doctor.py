@@ -1,4 +1,4 @@
-"""The doctor's findings and verdict, on machines made up for the purpose and on this one."""
+"""The doctor's findings and verdict, on machines invented for the tests and on this one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Machine:
-    """What of the machine the doctor looks at."""
+    """An invented machine, with all that the doctor looks at."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kvm = True
@@ -134,7 +134,7 @@ def test_command_on_this_machine() -> None:
 
 
 def test_asking_where_to_run_is_light() -> None:
-    """It is asked at every ``pyvmm run``: nothing that takes long to import."""
+    """Every ``pyvmm run`` asks this, so it must import nothing slow."""
     code = (
         "from pyvmm.doctor import can_run_linux_locally as f; f(); import sys; print(*sys.modules)"
     )

@@ -1,5 +1,5 @@
-"""guest/guest.h states the machine's addresses a second time, since C cannot read Python: hold the
-two together.
+"""guest/guest.h repeats the machine's addresses, because C cannot read Python: the two must be the
+same.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import pytest
 from pyvmm.spec import platform as pf
 
 GUEST = Path(__file__).parents[2] / "guest"
-#: names in the guests' sources that are called otherwise in pyvmm.spec.platform
+#: Names in the guests' sources that have another name in pyvmm.spec.platform.
 ALIASES = {"IRQ": "IRQ_COM1"}
-OWN = {"PORT_PIC_MASTER", "PORT_PIC_SLAVE"}  # KVM's own, nothing that pyvmm places
+OWN = {"PORT_PIC_MASTER", "PORT_PIC_SLAVE"}  # KVM has these ports; pyvmm does not assign them
 
 
 def defines(name: str) -> dict[str, int]:

@@ -1,5 +1,5 @@
-"""Guest images: the builder's parts, one true build, and our init in it under plain emulation
-(QEMU's TCG, q35).
+"""Guest images: the builder's parts, one real build, and our init in that image under plain
+emulation (QEMU's TCG, q35).
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def zstd(data: bytes) -> bytes:
 
 
 def bzimage(payload: bytes, size: int) -> bytes:
-    """A bzImage as far as its payload goes: one setup sector, the payload 64 bytes into the
-    protected-mode code.
+    """The parts of a bzImage that matter for its payload: one setup sector, and the payload 64
+    bytes into the protected-mode code.
     """
     head = bytearray(1024)
     head[0x1F1] = 1
@@ -179,9 +179,12 @@ def test_extract_refuses_what_is_broken(data: bytes) -> None:
 
 
 def make_module(root: Path, path: str, depends: str) -> bytes:
-    """A module with nothing but .modinfo, and a signature behind it."""
+    """A kernel module with nothing but .modinfo, followed by a signature."""
     name = Path(path).name.partition(".")[0]
-    source = f'.section .modinfo,"a"\n.asciz "license=GPL"\n.asciz "depends={depends}"\n.asciz "name={name}"\n'
+    source = (
+        '.section .modinfo,"a"\n.asciz "license=GPL"\n'
+        f'.asciz "depends={depends}"\n.asciz "name={name}"\n'
+    )
     out = root / "o"
     subprocess.run(
         ["gcc", "-c", "-x", "assembler", "-o", str(out), "-"], input=source.encode(), check=True
@@ -292,8 +295,8 @@ def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture(scope="module")
 def default_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
-    """The default image, built in a cache of its own; packages come from the user's cache where
-    they are there.
+    """The default image, built in a cache of the test's own. Packages come from the user's cache if
+    it has them.
     """
     home = tmp_path_factory.mktemp("cache")
     debs = Path(cache_root()) / "debs"
@@ -328,24 +331,27 @@ def test_same_inputs_same_bytes(
 
 
 def test_init_in_a_guest(default_image: Image) -> None:
-    """Our init on another VMM's machine: no guest port, so that output and status are on the
+    """Our init on the machine of another VMM. It has no guest port, so output and status go to the
     console.
     """
     qemu = shutil.which("qemu-system-x86_64")
     if qemu is None:
         pytest.skip("qemu-system-x86_64 is not installed")
     script = (
-        "printf '<%s>' \"$@\"; echo; hostname; echo peer $PYVMM_PEER; ip -o addr; ip route; ip -6 route;"
-        "cat /sys/class/net/eth0/mtu;"
-        "rmmod virtio_net && modprobe virtio_net && ls -1 /sys/class/net; iperf3 -v | head -1; ethtool --version;"
-        "touch /tmp/a /run/a; ls -l /proc/self/fd/0; dmesg | grep -c Linux; lspci; echo u | nc.openbsd -u -w 1 ::1 9 && echo nc;"
+        "printf '<%s>' \"$@\"; echo; hostname; echo peer $PYVMM_PEER;"
+        "ip -o addr; ip route; ip -6 route; cat /sys/class/net/eth0/mtu;"
+        "rmmod virtio_net && modprobe virtio_net && ls -1 /sys/class/net;"
+        "iperf3 -v | head -1; ethtool --version;"
+        "touch /tmp/a /run/a; ls -l /proc/self/fd/0; dmesg | grep -c Linux; lspci;"
+        "echo u | nc.openbsd -u -w 1 ::1 9 && echo nc;"
         "(sleep 100 &); exit 7"
     )
     argv = ["sh", "-c", script, "x", "a b", "", 'q"$', "\u00e9\n", ""]
     raw = b"".join(arg.encode() + b"\0" for arg in argv)
     append = (
         "console=ttyS0 panic=-1 mitigations=off tsc=reliable pyvmm.hostname=h "
-        f"pyvmm.net=52:54:00:00:00:01,10.0.2.15/24,fd00::15/64,gw=10.0.2.2,mtu=1400 {images.CMDLINE} "
+        "pyvmm.net=52:54:00:00:00:01,10.0.2.15/24,fd00::15/64,gw=10.0.2.2,mtu=1400 "
+        f"{images.CMDLINE} "
         f"pyvmm.cmd={base64.urlsafe_b64encode(raw).decode().rstrip('=')}"
     )
     command = [

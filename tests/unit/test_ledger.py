@@ -1,4 +1,4 @@
-"""Every exit is accounted for: what goes into the ledger comes out of it, summed."""
+"""Every exit is accounted for: the ledger's lines sum up all exits."""
 
 import random
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ class Ports:
 
 
 def vcpu_of(board: Board) -> Vcpu:
-    """The board's vCPU as the ledger's reader sees one."""
+    """The board's vCPU, as the reader of a ledger sees it."""
     vcpu = Vcpu.__new__(Vcpu)
     vcpu.c = board.vcpu
     return vcpu
@@ -44,7 +44,7 @@ def board():
 
 
 def ledger(board: Board, accesses: int) -> Ledger:
-    board.vcpu.runs = accesses  # counted by the KVM_RUN loop, which is not there
+    board.vcpu.runs = accesses  # the KVM_RUN loop would count these, but does not run here
     return Ledger([vcpu_of(board)], board.bus)
 
 
@@ -75,7 +75,9 @@ def test_a_line_a_place_size_and_direction(board):
 
 
 def test_a_guest_that_exits_everywhere_is_still_counted(board):
-    """More places than lines: what finds none is in one line of its own, and the sum is right."""
+    """There are more addresses than lines. Exits without a line of their own share one line, and
+    the sum is right.
+    """
     rng = random.Random(1)
     n = 5 * lib.PV_LEDGER_SLOTS
     for _ in range(n):
@@ -108,8 +110,8 @@ def names(board: Board) -> dict[str, int]:
 
 
 def test_registers_of_the_configuration_space_by_name(board):
-    """Of the data port it is the register that the address port selects; where nothing is, one line
-    for all.
+    """An access to the data port is named after the register that the address port selects. If
+    there is no function, all accesses share one line.
     """
     card = board.pci.add(PciFunction("card", 0x1234, 0x5678, 0x020000, pin=1))
     for at, size in ((0, 4), (2, 2), (0x10, 4), (0x12, 2), (0x3C, 1), (0x44, 4)):
@@ -150,7 +152,7 @@ def test_names_of_registers():
 
 
 def test_between_two_snapshots(board):
-    """Only what came in between, and nothing that did not change."""
+    """The difference has only the exits in between, and no line that did not change."""
     vcpu = vcpu_of(board)
     board.read(PIO, 0x3000, 1)
     board.read(PIO, 0x3001, 1)
@@ -167,7 +169,9 @@ def test_between_two_snapshots(board):
 
 @pytest.mark.parametrize(("queues", "mq", "control"), [(1, False, 2), (4, False, 2), (4, True, 8)])
 def test_kicks_of_the_control_queue_are_told_apart(queues, mq, control):
-    """5.1.2: its index depends on what was negotiated; what counts is the latest time."""
+    """5.1.2: the control queue's index depends on the negotiated features. The latest negotiation
+    counts.
+    """
     with Board() as board:
         device = NetDevice(
             "net0", board.memory, EmulatedNet(cable := Cable()), cable, bytes(6), pairs=queues
@@ -191,7 +195,9 @@ def test_kicks_of_the_control_queue_are_told_apart(queues, mq, control):
 
 
 def test_phases_of_a_card_whose_data_path_was_replaced(board):
-    """Counters that start over count from nothing; what the new one does not count is not there."""
+    """Counters that a new data path starts again count from 0. Counters that the new data path
+    lacks are left out.
+    """
     vcpu = vcpu_of(board)
     vcpu.index, vcpu.stats = 0, None
     machine = SimpleNamespace(bus=board.bus, phases={"vmm": 0})

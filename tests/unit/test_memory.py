@@ -1,4 +1,4 @@
-"""Guest memory: where it lies, what is refused, and that it goes away."""
+"""Guest memory has the right addresses, refuses bad ranges and goes away when it is closed."""
 
 import mmap
 import os
@@ -69,7 +69,7 @@ def test_a_negative_length_is_refused(memory):
 
 
 def test_the_pci_hole_splits_it():
-    """5 GiB, of which only touched pages cost anything."""
+    """This takes 5 GiB, but only touched pages cost memory."""
     m = GuestMemory(5 << 30)
     try:
         low, high = m.regions
@@ -113,7 +113,7 @@ def test_huge_pages_want_their_multiple():
 
 
 def test_a_host_without_memory_is_told_from_usage():
-    """As a child: a limit on the address space."""
+    """A child process with a limit on its address space stands for such a host."""
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
         "from pyvmm.memory import GuestMemory\n"
@@ -202,7 +202,7 @@ def test_nothing_is_left_of_many():
 
 
 def test_c_sees_the_same_memory(memory):
-    """The address in struct pv_memory is the mapping: one page is written through it."""
+    """C uses the same mapping: one page is written through the address in struct pv_memory."""
     region = memory.c.region[0]
     ffi.memmove(region.host + 0x3000, b"from C", 6)
     assert memory.read(0x3000, 6) == b"from C"

@@ -1,4 +1,6 @@
-"""MSI-X: what is delivered, what stays pending, and where it goes when masks and vectors change."""
+"""MSI-X: interrupts are delivered or stay pending, and go to the right vector when masks and
+vectors change.
+"""
 
 import resource
 
@@ -110,7 +112,9 @@ def test_what_is_masked_stays_pending_and_comes_on_unmasking(rig, how):
 
 
 def test_a_new_message_goes_with_what_is_pending(rig):
-    """The driver masks, moves the interrupt to another CPU, unmasks (Linux' irq affinity)."""
+    """The driver masks the vector, moves the interrupt to another CPU, and unmasks the vector, as
+    Linux does to change an interrupt's affinity.
+    """
     rig.msix.set_flags(ENABLE)
     rig.msix.attach(0, rig.events[0])
     rig.open(0)
@@ -205,7 +209,7 @@ def test_a_refusal_to_let_go_is_counted(rig):
 
 
 def test_a_refused_route_unwires_the_old_one(rig):
-    """An interrupt must not go where the guest does not expect it any more."""
+    """An interrupt must not go to a destination at which the guest does not expect it any more."""
     rig.msix.set_flags(ENABLE)
     rig.msix.attach(0, rig.events[0])
     rig.open(0)

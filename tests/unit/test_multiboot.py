@@ -1,4 +1,4 @@
-"""Multiboot kernels, 32-bit ELF and flat binaries: what is placed where, and what is refused."""
+"""Multiboot kernels, 32-bit ELFs and flat binaries go to their places, and bad ones are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_elf32(
     notes: bytes = b"",
     vaddr_delta: int = 0,
 ) -> bytearray:
-    """An ELF32 with PT_LOADs of (paddr, data, memsz) and, where given, a PT_NOTE."""
+    """A 32-bit ELF with PT_LOADs of (paddr, data, memsz) and, if ``notes`` is given, a PT_NOTE."""
     phnum = len(segments) + bool(notes)
     offset = lb.EHDR32_SIZE + phnum * lb.PHDR32_SIZE
     table, body = b"", b""
@@ -69,7 +69,7 @@ def good_elf32(flags: int = 3) -> bytearray:
 
 
 def good_flat(**change: int) -> bytearray:
-    """A binary whose header, at byte 16, says where it goes."""
+    """A flat binary whose header, at byte 16, has the load addresses."""
     f = {
         "flags": mb.AOUT_KLUDGE,
         "header": BASE + 16,
@@ -203,7 +203,9 @@ def test_is_linux_knows_test_kernels(tmp_path: Path) -> None:
 
 
 def test_header_at_the_end_of_the_search(memory: GuestMemory, tmp_path: Path) -> None:
-    """Whole in the first 8 KiB, on a multiple of 4; a magic with a wrong checksum is none."""
+    """The header must lie entirely in the first 8 KiB, on a multiple of 4. A magic number with a
+    wrong checksum is no header.
+    """
     decoy = header(5)[:8] + bytes(4)
     last = mb.SEARCH - mb.HEADER_SIZE - (lb.EHDR32_SIZE + lb.PHDR32_SIZE)
     for at, good in ((last, True), (last + 4, False), (last - 2, False)):
@@ -231,7 +233,7 @@ def test_header_at_the_end_of_the_search(memory: GuestMemory, tmp_path: Path) ->
     ],
 )
 def test_flat(memory: GuestMemory, tmp_path: Path, mode: str, address: int) -> None:
-    """Whatever the file looks like."""
+    """Any file can be loaded as a flat binary, even an ELF."""
     image = good_elf32()
     state = boot.load(
         memory, save(tmp_path, image), cmdline="x", load_address=address, load_mode=mode

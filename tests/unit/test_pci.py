@@ -1,5 +1,5 @@
-"""PCI: configuration space through both windows, BARs that the guest sizes, moves and stacks, and
-fuzz.
+"""PCI: configuration space through both windows, BARs that the guest sizes, moves and puts on top
+of each other, and hostile accesses.
 """
 
 import pytest
@@ -29,7 +29,7 @@ class Echo:
 
 
 class Card(PciFunction):
-    """Two regions in a memory BAR, one I/O BAR; notes its moves."""
+    """A card with two regions in a memory BAR, and an I/O BAR. It notes the moves of its BARs."""
 
     def __init__(self, board, mark):
         super().__init__(f"card{mark}", 0x1234, 0x5678 + mark, 0x028000, subsystem=mark, pin=1)
@@ -144,11 +144,11 @@ def test_a_bar_moves_under_the_guest(board, cards):
     board.config_write(1, pci.PCI_COMMAND, 2, MEMORY)
     board.config_write(1, 0x10, 4, new)
     assert board.read(MMIO, old, 2) == 0xFFFF and board.read(MMIO, new, 2) == 0x100
-    # Sizing with decoding on: nowhere meanwhile, then back.
+    # Sizing a BAR with decoding on: it decodes nothing meanwhile, then at its old address again.
     assert board.bar_size(1, 0) == SIZE
     assert board.read(MMIO, new, 2) == 0x100
     assert cards[0].moves == [old, new, None, new]
-    # Byte by byte, as no driver does it.
+    # A guest may write a BAR byte by byte, although no driver does.
     for i, b in enumerate((PCI_MMIO_BASE + 0x200000).to_bytes(4, "little")):
         board.config_write(1, 0x10 + i, 1, b)
     assert board.read(MMIO, PCI_MMIO_BASE + 0x200000, 2) == 0x100
@@ -168,7 +168,7 @@ def test_a_bar_moves_under_the_guest(board, cards):
     ],
 )
 def test_a_bar_outside_the_window_decodes_nothing(board, cards, base):
-    """RAM, ECAM and the interrupt controllers must not be hidden by it."""
+    """A BAR must not hide RAM, ECAM or the interrupt controllers."""
     board.config_write(1, pci.PCI_COMMAND, 2, MEMORY)
     board.config_write(1, 0x10, 4, base)
     assert board.config_read(1, 0x10) == base
@@ -214,7 +214,7 @@ def test_a_bar_whose_second_half_is_taken_answers_nowhere(board, cards):
 
 
 def test_a_write_across_registers_has_the_effects_of_all(board, cards):
-    """Only ECAM can: 8 bytes, or unaligned."""
+    """Only accesses through ECAM can cross registers: 8 bytes wide, or unaligned."""
     base = PCI_MMIO_BASE + 0x300000
     board.config_write(1, pci.PCI_COMMAND, 2, MEMORY)
     board.write(MMIO, board.ecam(1, 0x0C), 8, base << 32)
@@ -293,7 +293,7 @@ def test_no_access_raises_or_breaks_the_invariants(steps):
                 assert bar.base is None or (enabled and bar.base == register)
                 for offset, region in bar.parts:
                     assert region.base == (None if bar.base is None else bar.base + offset)
-        # And it all still works.
+        # Afterwards everything still works.
         for slot in (1, 2):
             board.config_write(slot, pci.PCI_COMMAND, 2, 0)
         board.config_write(1, 0x10, 4, PCI_MMIO_BASE + 0x800000)

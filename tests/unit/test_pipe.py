@@ -1,6 +1,4 @@
-"""The byte pipe from guest to reader, the streams on top, and what becomes of slow and broken
-sinks.
-"""
+"""The byte pipe from guest to reader, the streams that use it, and slow or broken sinks."""
 
 import os
 import threading
@@ -68,7 +66,9 @@ def test_a_full_pipe_drops_and_counts(pipe):
 
 
 def test_a_writer_waits_for_room(pipe):
-    """More than fits, also when the reader sleeps since before: it must be woken first."""
+    """The writer writes more than fits. The reader may have slept since before; then the writer
+    must wake it first.
+    """
     t, result = pipe.in_thread(b"a" * 200, 5000)
     got = b""
     while len(got) < 200:
@@ -104,7 +104,7 @@ def test_a_wait_may_be_bounded(pipe):
 
 
 def test_a_writer_waits_as_long_as_it_takes(pipe):
-    """A reader that comes late, and takes little at a time, gets all."""
+    """A reader that comes late and takes little at a time gets all bytes."""
     t, result = pipe.in_thread(bytes(range(200)), -1)
     assert wait_for(lambda: lib.pv_pipe_total(pipe.c) == 200)
     time.sleep(1.2)
@@ -322,8 +322,8 @@ def test_a_stuck_reader_costs_patience_once_then_bytes_are_dropped_and_counted()
 
 
 def test_a_stream_waits_for_a_slow_sink_during_and_after_the_run():
-    """Nothing is lost to a sink that takes nothing for longer than any of our own time-outs, then a
-    little at a time.
+    """Nothing is lost although the sink takes nothing for longer than any of our own time-outs, and
+    then takes little at a time.
     """
     r, w = os_pipe()
     s = Stream("slow")

@@ -1,5 +1,5 @@
-"""Trace rings: bounded, the latest kept, what is lost counted; and what the writer makes of
-messages.
+"""Trace rings are bounded, keep the latest events and count the lost ones; and the trace's writer
+shows messages.
 """
 
 import struct
@@ -52,7 +52,7 @@ def test_a_track_has_one_ring(recorder):
 
 
 def test_reading_while_it_is_written(recorder):
-    """What comes out is in order and whole, however the writer laps the reader."""
+    """The reader gets whole events in order, even if the writer overtakes it."""
     ring = recorder.ring("g", "n")
     stop = threading.Event()
 

@@ -1,5 +1,5 @@
-"""The 16550A as Linux' 8250 driver finds and uses it (drivers/tty/serial/8250/8250_port.c), on its
-ports.
+"""The 16550A: accesses to its ports as Linux' 8250 driver makes them to find and use it
+(drivers/tty/serial/8250/8250_port.c).
 """
 
 import random
@@ -56,7 +56,7 @@ def port():
 
 
 def test_linux_finds_a_16550a(port):
-    """autoconfig() and autoconfig_16550a()."""
+    """The test makes the accesses of autoconfig() and autoconfig_16550a()."""
     port.set(IER, 0)
     assert port.get(IER) & 0x0F == 0
     port.set(IER, 0x0F)
@@ -93,7 +93,9 @@ def test_the_divisor_is_behind_dlab(port):
 
 
 def test_startup_test_finds_no_thre_bug(port):
-    """serial8250_do_startup: enabling THRI with an empty transmitter interrupts, each time."""
+    """serial8250_do_startup() expects that enabling THRI with an empty transmitter interrupts, each
+    time.
+    """
     assert port.get(LSR) & EMPTY == EMPTY
     port.set(IER, IER_THRI)
     first = port.iir()
@@ -220,7 +222,7 @@ def test_wide_accesses_are_byte_accesses(port):
 
 
 def flood_polling(port, data):
-    """wait_for_xmitr() and a write, as the kernel's console does it."""
+    """Send data as the kernel's console does: wait_for_xmitr(), then a write."""
     for b in data:
         while not port.get(LSR) & LSR_THRE:
             time.sleep(0)
@@ -228,7 +230,9 @@ def flood_polling(port, data):
 
 
 def flood_interrupts(port, data):
-    """serial8250_tx_chars(): up to 16 bytes an interrupt, and none without."""
+    """Send data as serial8250_tx_chars() does: up to 16 bytes per interrupt, and none without an
+    interrupt.
+    """
     left = memoryview(data)
     port.set(IER, IER_THRI)
     assert wait_for(lambda: port.get(IIR) & 0x0F == IIR_THRI)
@@ -268,7 +272,7 @@ def test_a_full_pipe_reads_as_a_busy_transmitter_and_interrupts_when_there_is_ro
 
 
 def test_a_transmitter_that_is_ready_takes_a_whole_fifo(port):
-    """A driver that has seen THRE writes 16 bytes without another look."""
+    """A driver that has seen THRE writes 16 bytes without looking at LSR again."""
     port.board.access(PIO, BASE + TX, 1, b"x" * (65536 - 16), count=65536 - 16)
     assert port.get(LSR) & EMPTY == EMPTY
     port.set(TX, ord("y"))
@@ -278,7 +282,9 @@ def test_a_transmitter_that_is_ready_takes_a_whole_fifo(port):
 
 
 def test_who_does_not_look_at_lsr_waits_for_the_reader(port):
-    """Also as one string instruction; nothing is lost."""
+    """A guest that writes without looking at LSR waits for the reader, also in a string
+    instruction. Nothing is lost.
+    """
     timer = threading.Timer(0.5, port.console.start)
     timer.start()
     port.board.access(PIO, BASE + TX, 1, b"x" * 70000, count=70000)
@@ -296,8 +302,8 @@ def test_the_end_of_the_machine_frees_who_waits(port):
 
 
 def test_a_handler_that_gives_up_hears_of_the_port_again(port):
-    """The line is an edge: one that stays high while the handler leaves would never interrupt
-    again.
+    """The interrupt controller sees edges only: a line that stays high when the handler gives up
+    would never interrupt again.
     """
     port.console.start()
     port.set(FCR, FCR_ENABLE)

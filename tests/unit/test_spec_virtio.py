@@ -5,7 +5,7 @@ import subprocess
 from pyvmm.spec import pci, virtio, virtio_net, virtio_pci
 
 HEADERS = ["virtio_ids", "virtio_config", "virtio_ring", "virtio_net", "virtio_pci", "pci_regs"]
-# Not in the headers of every kernel we build on (6.1 lacks them), or ours.
+# Constants of our own, and those that the headers of Linux 6.1 lack.
 NOT_IN_HEADERS = {
     "VRING_SIZE_MAX",
     "VIRTIO_F_NOTIFICATION_DATA",
@@ -16,7 +16,7 @@ NOT_IN_HEADERS = {
     "VIRTIO_NET_F_HOST_USO",
     "VIRTIO_NET_F_GUEST_HDRLEN",
     "VIRTIO_NET_HDR_GSO_UDP_L4",
-    # Of the kernel's own headers, not those for programs (linux/pci_ids.h, virtio_pci_modern.c).
+    # These are in the kernel's internal headers only (linux/pci_ids.h, virtio_pci_modern.c).
     "PCI_VENDOR_ID_REDHAT_QUMRANET",
     "VIRTIO_PCI_DEVICE_ID_BASE",
     "VIRTIO_PCI_ISR_QUEUE",

@@ -1,5 +1,5 @@
-"""The testbed's parts that need no virtual machine: frames, sessions, the supervisor's tables, boot
-files, options.
+"""The parts of the testbed that can be tested without a virtual machine: frames, sessions, the
+supervisor's tables, boot files and options.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Caches and run-time state of the test's own, under a name short enough for sockets."""
+    """Directories of the test's own for caches and run-time state. Their names are short enough for
+    sockets.
+    """
     with tempfile.TemporaryDirectory(prefix="pyvmm-", dir="/tmp") as work:
         path = Path(work)
         monkeypatch.setenv("XDG_CACHE_HOME", str(path / "cache"))
@@ -83,7 +85,7 @@ def test_a_data_frame_fits_one_write_to_the_port() -> None:
 
 
 class Agent:
-    """The far end of a session."""
+    """The test's end of a session: it plays the agent."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -92,7 +94,7 @@ class Agent:
         self.spec: dict[str, object] = marshal.loads(self.next(p.OPEN)[1])
 
     def next(self, kind: int) -> tuple[int, bytes]:
-        """The next frame, which must be of ``kind``: (stream, payload)."""
+        """Receive the next frame, which must be of ``kind``; returns (stream, payload)."""
         self.sock.settimeout(10)
         while not self.ready:
             self.ready += self.framer.feed(self.sock.recv(65536))
@@ -105,7 +107,7 @@ class Agent:
 
 
 class Running:
-    """A session in a thread, and its agent."""
+    """A session that runs in a thread, and its agent."""
 
     def __init__(self, timeout: float | None = None, **kwargs: object) -> None:
         ours, theirs = socket.socketpair()
@@ -186,7 +188,7 @@ def test_session_input_respects_the_window() -> None:
 
 
 def test_session_returns_credit_only_for_what_was_written() -> None:
-    """A reader that stops costs the window and no more."""
+    """If the reader of the output stops, at most one window of data is buffered."""
     out, inn = os.pipe()
     fcntl.fcntl(inn, fcntl.F_SETPIPE_SZ, 4096)
     r = Running(stdout=inn)
@@ -239,7 +241,7 @@ def test_session_when_the_testbed_ends(how: str) -> None:
 
 
 class Clients(Supervisor):
-    """A supervisor with an L1 that only remembers what it is sent."""
+    """A supervisor whose L1 only remembers the frames that it is sent."""
 
     def __init__(self) -> None:
         super().__init__({"tether": None})
@@ -330,8 +332,8 @@ def test_garbage_ends_the_connection(clients: Clients) -> None:
 
 @pytest.fixture
 def kernel() -> l1_assets.Kernel:
-    """The kernel that the testbed would boot; asked for before ``home``, it is found in the user's
-    own cache.
+    """The kernel that the testbed would boot. A test must ask for this fixture before ``home``, so
+    that the kernel is found in the user's own cache.
     """
     return l1_assets.find_kernel(None)
 
@@ -407,8 +409,8 @@ def test_a_bug_in_the_agents_child_is_told() -> None:
 
 
 def test_agent_needs_nothing_of_pyvmm() -> None:
-    """It runs in L1 with -I -S, before anything of pyvmm can be reached, and nothing that it
-    imports is slow.
+    """The agent runs in L1 with -I -S, where it cannot import pyvmm. It imports nothing slow
+    either.
     """
     code = "import sys; sys.path.insert(0, sys.argv[1]); import agent; print(*sys.modules)"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The devices of test kernels, access by access; tests/host has a guest use them for real."""
+"""The devices for test kernels, access by access. In tests/host, a guest uses them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.pci_guest import Board
 
 
 class Lines:
-    """Interrupt lines 0..15, as a PIC has them."""
+    """Stands for a VM whose interrupt chips have the lines 0..15 only."""
 
     def __init__(self) -> None:
         self.set: list[tuple[int, int]] = []
@@ -31,7 +31,7 @@ class Lines:
 
 
 class Kernel(Board):
-    """A board with test devices, and what became of them."""
+    """A board with test devices. It keeps their output and the exit statuses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Kernel(Board):
         return bytes(self.read(PIO, pf.PORT_FW_CFG + 1, 1) for _ in range(size))
 
     def dma(self, control: int, length: int, address: int, at: int = 0x2000) -> int:
-        """A transfer; returns the control field afterwards."""
+        """Make the device do one DMA transfer; returns the control field afterwards."""
         self.memory.write(at, struct.pack(fc.DMA_ACCESS, control, length, address))
         for half, value in ((0, at >> 32), (4, at & 0xFFFFFFFF)):
             swapped = int.from_bytes(value.to_bytes(4, "big"), "little")

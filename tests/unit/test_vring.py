@@ -54,8 +54,8 @@ segments = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, m
     batch=st.integers(1, 5),
 )
 def test_requests_and_replies_pass_unchanged(memory, chains, start, acked, batch):
-    """Whatever the split into descriptors and tables, the device sees the bytes, and the driver its
-    reply.
+    """However the bytes are split into descriptors and tables, the device sees the request, and the
+    driver sees the reply.
     """
     ring, queue = make(memory, acked=acked, start=start)
     done = pending = 0
@@ -123,8 +123,8 @@ def test_requests_and_replies_pass_unchanged(memory, chains, start, acked, batch
     acked=st.sampled_from([0, INDIRECT]),
 )
 def test_any_bytes_end_in_a_chain_or_a_fault(memory, table, heads, idx, acked):
-    """Garbage never crashes and never loops; and what is accepted lies in guest RAM, readable
-    before writable.
+    """Random bytes in the ring never make us crash or loop. An accepted chain lies in guest RAM,
+    and its readable segments come before the writable ones.
     """
     ring, queue = make(memory, acked=acked)
     memory.write(0x3000, b"".join(struct.pack("<QIHH", *one) for one in table[:3]))
@@ -155,8 +155,8 @@ def test_any_bytes_end_in_a_chain_or_a_fault(memory, table, heads, idx, acked):
 
 
 def test_descriptors_that_cross_the_hole_are_bad():
-    """RAM on both sides of the 32-bit hole is no longer contiguous, although the host
-    mapping is.
+    """RAM on both sides of the 32-bit hole is not contiguous for the guest, although its mapping on
+    the host is.
     """
     memory = GuestMemory(RAM_LOW_MAX + (2 << 20))
     try:
@@ -178,7 +178,7 @@ def test_descriptors_that_cross_the_hole_are_bad():
                 with pytest.raises(RingFault, match="not in guest memory"):
                     queue.pop()
             ring.close()
-        # Neither may a ring area.
+        # A ring area may not cross the hole either.
         ring, _ = make(memory)
         v = ring.vring()
         v.desc = RAM_LOW_MAX - 64
@@ -207,8 +207,8 @@ def test_sizes(memory, size):
 
 
 def test_a_chain_through_direct_descriptors_may_end_in_a_table(memory):
-    """2.7.5.3.2: zero or more normal descriptors, then one INDIRECT; the latter's WRITE flag is
-    ignored.
+    """2.7.5.3.2: a chain may have normal descriptors and then one INDIRECT descriptor, whose WRITE
+    flag is ignored.
     """
     ring, queue = make(memory)
     memory.write(0x100000, b"abcdef")
