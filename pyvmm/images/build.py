@@ -1,8 +1,8 @@
-"""Build guest images: ``images/`` and ``guest/`` into a kernel and an initramfs, the same bytes
-from the same inputs.
+"""Builds guest images, each a kernel and an initramfs, from ``images/`` and ``guest/``. The same
+inputs always give the same bytes.
 
-An image goes to ``.store/HASH`` beside the images, then the link with its name is moved to it: a
-reader sees the old image or the new one, never half of either.
+A new image goes to ``.store/HASH`` in the images' directory. Then the link with the image's name is
+moved to it, so that a reader sees the old image or the new one, never a part of either.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str], None]
 
-FORMAT = 1  # of image.json
+FORMAT = 1  # the version of image.json
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPE = PROJECT / "images" / "default.toml"
 INIT = PROJECT / "guest" / "init.c"
@@ -52,24 +52,32 @@ CFLAGS = (
 
 @dataclass(slots=True)
 class Kernel:
-    """A kernel to put in an image."""
+    """A kernel to put into an image.
+
+    :ivar release: its ``uname -r``.
+    :ivar modules: its modules; None if it needs none.
+    """
 
     release: str
     bzimage: bytes
     vmlinux: bytes
-    modules: Modules | None  # None: it needs none
+    modules: Modules | None
 
 
 @dataclass(slots=True)
 class Userland:
-    """Programs to put in an image, and where their shared libraries are looked for."""
+    """Programs to put into an image.
+
+    :ivar programs: the program files by name.
+    :ivar roots: the root directories below which shared libraries are searched.
+    """
 
     programs: dict[str, Path] = field(default_factory=dict)
     roots: list[Path] = field(default_factory=list)
 
 
 def image_name(series: str = "6.1", *, from_host: bool = False, tiny: bool = False) -> str:
-    """The name of the image that these options make."""
+    """The name of the image that these options of ``build`` make."""
     return "tiny" if tiny else "host" if from_host else "default" if series == "6.1" else series
 
 
@@ -82,19 +90,19 @@ def build(
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> tuple[Image, bool]:
-    """Build an image, unless the one there is made of the same.
+    """Build an image, unless the present one has the same inputs.
 
-    Packages are looked up anew only with ``force``: an image does not change because the mirror
-    did.
+    Only ``force`` looks up new versions of packages: an image does not change just because the
+    mirror has changed.
 
-    :param series: of Debian's kernel, "6.1" or "6.12".
+    :param series: the series of Debian's kernel, "6.1" or "6.12".
     :param from_host: take kernel, modules and programs from this machine instead of from packages.
     :param tiny: build the kernel from Debian's source with ``images/tiny/config``.
     :param output: also copy the image's files to this directory.
-    :param force: build again, of the newest packages.
+    :param force: build the image again from the newest packages.
     :param progress: called with one line before each step that may take seconds.
-    :return: the image, and whether it had to be built.
-    :raises BuildError: with what is wrong and what helps.
+    :returns: the image, and whether it has been built anew.
+    :raises BuildError: an input is missing, a step fails, or the options contradict each other.
     """
     if (tiny and from_host) or ((tiny or from_host) and series != "6.1"):
         raise BuildError(
@@ -116,7 +124,7 @@ def build(
         image = None if force else _current(name, key)
         fresh = image is None
         if image is None:
-            for stale in store.glob(".build-*"):  # of a build that was killed
+            for stale in store.glob(".build-*"):  # left behind by a build that was killed
                 shutil.rmtree(stale, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=store, prefix=".build-") as scratch:
                 inputs: list[dict[str, str]] = []
@@ -157,7 +165,9 @@ def _gather(
     inputs: list[dict[str, str]],
     progress: Progress,
 ) -> tuple[Kernel, Userland]:
-    """Kernel and programs; what they are made of is added to ``inputs``."""
+    """Fetch or compile kernel and programs, and add the files and packages that they are made of to
+    ``inputs``.
+    """
     if from_host:
         return _host_kernel(inputs), _host_userland(recipe, inputs, progress)
     try:
@@ -172,11 +182,11 @@ def _gather(
         raise BuildError(e.cause, f"{e.hint}, or build with --from-host") from None
 
 
-# --- what makes an image --------------------------------------------------------------------------
+# --- the inputs of an image -----------------------------------------------------------------------
 
 
 def _key(series: str, from_host: bool, tiny: bool, compiler: str) -> str:
-    """A hash of all that decides what an image will be, but for the packages' versions."""
+    """A hash of all inputs of an image except the versions of packages."""
     kernel = _host_release() if from_host else "tiny" if tiny else series
     digest = hashlib.sha256(f"{FORMAT} {kernel} {from_host} {compiler}\n".encode())
     sources = [
@@ -194,7 +204,7 @@ def _key(series: str, from_host: bool, tiny: bool, compiler: str) -> str:
 
 
 def _current(name: str, key: str) -> Image | None:
-    """Image ``name``, if it is there in full and made of the same as a new one would be."""
+    """The image ``name`` if it is complete and has the inputs of ``key``, else None."""
     try:
         image = images.find(name)
         info: dict[str, Any] = image.info
@@ -223,7 +233,7 @@ def _package_kernel(
     names = [n for n in apt.depends(entry["package"]) if n.startswith(f"linux-image-{series}.")]
     if not names:
         raise BuildError(
-            f"{entry['package']} brings no kernel {series}",
+            f"the package {entry['package']} has no kernel {series}",
             "choose another --kernel-version, or --from-host",
         )
     _unpack(apt, names[:1], root, inputs)
@@ -240,7 +250,7 @@ def _package_kernel(
 def _package_userland(
     recipe: dict[str, Any], apt: Apt, root: Path, inputs: list[dict[str, str]]
 ) -> Userland:
-    """The programs and libraries of the recipe's packages, unpacked below ``root``."""
+    """The programs and libraries of the recipe's packages, which are unpacked below ``root``."""
     _unpack(apt, [*recipe["programs"].values(), *recipe["libraries"]["packages"]], root, inputs)
     programs = {}
     for name, package in recipe["programs"].items():
@@ -260,7 +270,9 @@ def _unpack(apt: Apt, names: list[str], root: Path, inputs: list[dict[str, str]]
 
 
 def _host_release() -> str:
-    """The running kernel, or else the newest of this machine that has its modules."""
+    """The release of the running kernel if its file and modules are there, else of the newest
+    kernel that has both.
+    """
     releases = [
         p.name for p in Path("/lib/modules").glob("*") if Path(f"/boot/vmlinuz-{p.name}").exists()
     ]
@@ -290,8 +302,8 @@ def _host_kernel(inputs: list[dict[str, str]]) -> Kernel:
 def _host_userland(
     recipe: dict[str, Any], inputs: list[dict[str, str]], progress: Progress
 ) -> Userland:
-    """The recipe's programs as this machine has them; busybox must be there and static, others may
-    be missing.
+    """The recipe's programs from this machine. A static busybox is required; other programs may be
+    missing.
     """
     programs = {}
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin"
@@ -321,7 +333,7 @@ def _file_input(path: Path) -> dict[str, str]:
 def _initramfs(
     recipe: dict[str, Any], kernel: Kernel, userland: Userland, init: bytes
 ) -> tuple[bytes, list[str]]:
-    """The archive, and the modules that init loads, in order."""
+    """The initramfs as a cpio archive, and the paths of the modules that init loads, in order."""
     archive = Archive()
     for path in ("/dev", "/proc", "/sys", "/tmp", "/run", "/root", "/sbin"):
         archive.directory(path)
@@ -350,15 +362,17 @@ def _initramfs(
 def _add_modules(
     archive: Archive, kernel: Kernel, modules: Modules, wanted: dict[str, list[str]]
 ) -> list[str]:
-    """Add the modules and what modprobe needs to find them; paths of those to load at boot, in
-    order.
+    """Add the modules, and the list by which modprobe finds them, to the archive.
+
+    :param wanted: names of modules: ``load`` for those that init loads, ``extra`` for others.
+    :returns: the paths of the modules that init loads, in order.
     """
     found = modules.closure(wanted["load"] + wanted["extra"])
     root = f"/lib/modules/{kernel.release}"
     depends = []
     for name, (path, _, data) in found.items():
         archive.file(f"{root}/{path}", data)
-        # modprobe loads the last one first.
+        # modprobe loads the modules of a line from the last to the first.
         needs = list(modules.closure([name]))[:-1]
         depends.append(f"{path}:{''.join(' ' + found[n][0] for n in reversed(needs))}\n")
     archive.file(f"{root}/modules.dep", "".join(sorted(depends)).encode())
@@ -411,7 +425,10 @@ def _compile_init(compiler: str, scratch: Path) -> bytes:
 
 @contextlib.contextmanager
 def _lock(store: Path) -> Iterator[None]:
-    """One build at a time in ``store``, which is created."""
+    """Allow one build at a time in ``store``, which is created if necessary.
+
+    :raises BuildError: a file cannot be written.
+    """
     try:
         store.mkdir(parents=True, exist_ok=True)
         with (store / ".lock").open("w") as lock:
@@ -428,8 +445,8 @@ def _lock(store: Path) -> Iterator[None]:
 
 
 def _publish(name: str, files: dict[str, bytes], store: Path, scratch: Path) -> Image:
-    """Put ``files`` into the store and move the link ``name`` to them; drop what no link points to
-    any more.
+    """Put ``files`` into the store, move the link ``name`` to them, and remove all images to which
+    no link points any more.
     """
     fresh = scratch / "image"
     fresh.mkdir()
@@ -439,7 +456,7 @@ def _publish(name: str, files: dict[str, bytes], store: Path, scratch: Path) -> 
     home = store / ".store" / digest
     home.parent.mkdir(exist_ok=True)
     if home.exists():
-        shutil.rmtree(home)  # damaged, or the same again
+        shutil.rmtree(home)  # it is damaged, or the same image has been built again
     fresh.rename(home)
     link = scratch / "link"
     link.symlink_to(Path(".store", digest))

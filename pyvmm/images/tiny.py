@@ -1,8 +1,8 @@
-"""A small kernel from Debian's linux-source package and ``images/tiny/config``: all of virtio-net
-built in, no modules.
+"""A small kernel, compiled from Debian's linux-source package with ``images/tiny/config``. It has
+all of virtio-net built in, and no modules.
 
-Compiling takes minutes, so that the result is kept by the hash of what it is made of, apart from
-the images.
+Compiling takes minutes. The result is therefore kept in a cache of its own, under the hash of its
+inputs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 PACKAGE = "linux-source-6.1"
 CONFIG = Path(__file__).resolve().parents[2] / "images" / "tiny" / "config"
-JOBS = 2  # at most, to leave a small machine usable
-#: What another compiler, user or day would otherwise leave in the kernel.
+JOBS = 2  # compile in so many processes at most, so that a small machine stays usable
+#: Fixed values for everything in the kernel that would depend on user, host and time.
 FIXED = {
     "KBUILD_BUILD_TIMESTAMP": "Thu Jan  1 00:00:00 UTC 1970",
     "KBUILD_BUILD_USER": "pyvmm",
@@ -48,8 +48,8 @@ TOOLS = {
     "xz": "xz-utils",
     "perl": "perl",
 }
-#: Parts of the source that a build without them does not read; most of its size. Kconfig and
-#: Makefiles stay.
+#: Parts of the source whose C files the tiny kernel does not need; they are most of its size. Their
+#: Kconfig files and Makefiles are still needed.
 UNUSED = (
     "drivers/gpu",
     "drivers/media",
@@ -64,10 +64,12 @@ UNUSED = (
 def tiny_kernel(
     apt: Apt, compiler: str, inputs: list[dict[str, str]], progress: Callable[[str], None]
 ) -> Kernel:
-    """The kernel, compiled if it is not in the cache.
+    """The tiny kernel, which is compiled unless it is in the cache.
 
     :param compiler: one line that identifies the compiler.
-    :raises BuildError: where a tool is missing, or the build fails.
+    :param inputs: gets the source package.
+    :raises BuildError: a tool is missing, or the build fails.
+    :raises HostError: the source package cannot be had.
     """
     from pyvmm.images.build import Kernel
 
@@ -97,7 +99,7 @@ def _compile(
         )
     home.parent.mkdir(parents=True, exist_ok=True)
     deb = apt.download([package])[0]
-    for stale in home.parent.glob(".build-*"):  # of a build that was killed
+    for stale in home.parent.glob(".build-*"):  # left behind by a build that was killed
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=".build-") as scratch:
         tree, out = Path(scratch, "tree"), Path(scratch, "out")
@@ -105,7 +107,7 @@ def _compile(
         unpack(deb, Path(scratch, "deb"))
         tree.mkdir()
         out.mkdir()
-        # "*.[ch]" of what no configuration of ours compiles: half the time and space.
+        # Leaving out these C files saves half the time and space.
         excluded = [f"--exclude=*/{part}/*.{kind}" for part in UNUSED for kind in "ch"]
         tarball = next(Path(scratch, "deb", "usr", "src").glob("linux-source-*.tar.xz"))
         _run(
@@ -141,10 +143,10 @@ def _compile(
 
 
 def check_config(wanted: str, got: str) -> None:
-    """That each option in ``wanted`` came out as wanted: Kconfig drops silently what it does not
-    know or allow.
+    """Check that the configuration ``got`` has each option of ``wanted``. Kconfig silently drops
+    options that it does not know or allow.
 
-    :raises BuildError: naming those that did not.
+    :raises BuildError: options are missing; the error names the first.
     """
     have = set(got.splitlines())
     lost = [
@@ -152,7 +154,7 @@ def check_config(wanted: str, got: str) -> None:
         for line in wanted.splitlines()
         if line.removeprefix("# ").startswith("CONFIG_") and line not in have
     ]
-    # An option whose menu is gone is as good as unset.
+    # An option whose menu is not shown at all counts as unset.
     lost = [
         line
         for line in lost
@@ -160,13 +162,13 @@ def check_config(wanted: str, got: str) -> None:
     ]
     if lost:
         raise BuildError(
-            f"{CONFIG.name}: '{lost[0]}' has no effect ({len(lost)} such)",
+            f"{CONFIG.name}: '{lost[0]}' has no effect (one of {len(lost)} such lines)",
             "correct images/tiny/config",
         )
 
 
 def _make(command: list[str], log: Path, progress: Callable[[str], None]) -> None:
-    """Run the long make, telling how far it is every 10 s."""
+    """Run make, which takes long, and report progress every 10 s."""
     start = last = time.monotonic()
     progress("compiling the kernel (some minutes)")
     with log.open("w+") as out:
@@ -211,12 +213,13 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise BuildError(
-            f"{command[0]} failed: {lines[-1] if lines else done.returncode}", "is the disk full?"
+            f"{command[0]} failed: {lines[-1] if lines else done.returncode}",
+            "check that the disk is not full",
         )
 
 
 def _environment() -> dict[str, str]:
-    """The environment without what would change a kernel build."""
+    """The environment without the variables that could change a kernel build."""
     return {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "USER")} | {
         "LC_ALL": "C"
     }
