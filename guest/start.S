@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Start-up of the bare-metal guests: from any entry into main() in long mode, with all of the first 4 GiB mapped, a stack and
- * an interrupt table. The trampoline that application processors start in is here, too.
+ * Start-up of the bare-metal guests: the way from any entry to main() in long mode, with the first
+ * 4 GiB mapped, a stack and an interrupt table. The trampoline in which application processors start
+ * is here, too.
  *
- * With MULTIBOOT there is a multiboot 1 header, with flags MULTIBOOT, and the image starts with a jump to its 32-bit entry, so that
- * it is good as a flat binary, too.
+ * With MULTIBOOT there is a multiboot 1 header, whose flags are MULTIBOOT. The image then begins
+ * with a jump to its 32-bit entry, so that it can be used as a flat binary, too.
  */
 #include "guest.h"
 
@@ -24,11 +25,17 @@
 	.align	4
 multiboot_header:
 	.long	MULTIBOOT_MAGIC, MULTIBOOT, -(MULTIBOOT_MAGIC + MULTIBOOT)
-	/* What counts with flag 16 only: header, start, end of the file's part, end of .bss, entry. */
+	/*
+	 * These are used with flag 16 only: header, start, end of the part in the file, end of
+	 * .bss, entry.
+	 */
 	.long	multiboot_header, image_start, image_data_end, image_end, start32
 #endif
 
-	/* PVH: flat 32-bit, no paging, ebx = struct hvm_start_info. Multiboot: the same, but eax and what ebx points to. */
+	/*
+	 * PVH and multiboot enter in flat 32-bit mode without paging. ebx points to struct
+	 * hvm_start_info or, if eax is the multiboot magic, to multiboot_info.
+	 */
 	.text
 	.code32
 	.globl	start32
@@ -40,7 +47,7 @@ start32:
 	movl	$BOOT_MULTIBOOT, boot_way
 1:	movl	%ebx, boot_pointer
 	movl	$1f, %edi
-	/* edi = where to go in long mode; used by the application processors as well. */
+	/* Enter long mode at edi. Application processors use this as well. */
 enter_long:
 	lgdt	gdt_pointer
 	movl	%cr4, %eax
@@ -64,7 +71,10 @@ enter_long:
 	movl	%edi, %edi
 	jmp	*%rdi
 
-	/* The 64-bit boot protocol: long mode on the loader's tables, rsi = struct boot_params. */
+	/*
+	 * The 64-bit boot protocol enters in long mode with the loader's page tables. rsi points to
+	 * struct boot_params.
+	 */
 	.globl	start64
 start64:
 	cld
@@ -85,7 +95,7 @@ start64:
 
 /* --- application processors ------------------------------------------------------------------- */
 
-	/* Copied to AP_TRAMPOLINE; real mode, cs = AP_TRAMPOLINE >> 4. */
+	/* A copy of this at AP_TRAMPOLINE runs in real mode with cs = AP_TRAMPOLINE >> 4. */
 	.section .rodata
 	.code16
 	.globl	ap_trampoline, ap_trampoline_end
@@ -124,7 +134,10 @@ ap_start64:
 
 /* --- interrupts ------------------------------------------------------------------------------- */
 
-	/* One stub a vector, 16 bytes each: push an error code where the CPU does not, push the vector. */
+	/*
+	 * There is one stub per vector, of 16 bytes. It pushes an error code if the CPU does not,
+	 * and then the vector.
+	 */
 	.align	16
 	.globl	trap_stubs
 trap_stubs:
@@ -184,7 +197,10 @@ boot_way:
 boot_pointer:
 	.long	0
 
-	/* Static, since filling them in would take long where ring 0 is emulated. Uncached from 3 GiB up. */
+	/*
+	 * The tables are static because filling them in would take long on hosts that emulate ring
+	 * 0. Memory from 3 GiB up is not cached.
+	 */
 	.align	4096
 pml4:
 	.quad	pdpt + 3
