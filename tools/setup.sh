@@ -11,7 +11,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 PACKAGES="python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev make
-qemu-system-x86 qemu-system-common busybox-static kmod iproute2 iputils-ping iperf3 ethtool liblz4-1 libzstd1
+qemu-system-x86 qemu-system-common busybox-static kmod iproute2 iputils-ping iperf3 ethtool
 clang-format acpica-tools cpio util-linux procps ca-certificates"
 TEST_PACKAGES="chromium"
 testbed=yes

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import bz2
-import ctypes
 import io
 import lzma
 import struct
 import zlib
 from pathlib import Path
 
+import lz4.block
+import zstandard
+
 from pyvmm.errors import BuildError
 
 LZ4_LEGACY = b"\x02\x21\x4c\x18"
+LZ4_BLOCK = 8 << 20  # bytes that a block unpacks to at most
 
 
 def extract_vmlinux(bzimage: bytes) -> bytes:
     """The ELF kernel that ``bzimage`` has compressed in it.
 
-    Uses the payload fields of the boot protocol (Documentation/x86/boot.rst, 2.08) and liblz4 and
-    libzstd, which apt and dpkg need as well.
+    Uses the payload fields of the boot protocol (Documentation/x86/boot.rst, 2.08).
 
     :raises BuildError: where it is no bzImage, or the compression is not known.
     """
@@ -83,11 +85,13 @@ def decompress(data: bytes, size: int = 0) -> bytes:
     :raises ValueError: for an unknown or broken format.
     """
     if data.startswith(b"\x1f\x8b"):
-        return zlib.decompressobj(31).decompress(data)
-    if data.startswith(b"\xfd7zXZ"):
+        stream = zlib.decompressobj(31)
+        out = stream.decompress(data)
+        if not stream.eof:
+            raise ValueError("gzip stream is cut off")
+        return out
+    if data.startswith((b"\xfd7zXZ", b"\x5d\0\0")):
         return lzma.decompress(data)
-    if data.startswith(b"\x5d\0\0"):
-        return lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(data)
     if data.startswith(b"BZh"):
         return bz2.decompress(data)
     if data.startswith(LZ4_LEGACY):
@@ -101,40 +105,23 @@ def _lz4(data: bytes, size: int) -> bytes:
     """The legacy frame that the kernel's build writes: 8 MiB blocks, each after its 32-bit
     length.
     """
-    lib = _library("liblz4.so.1")
-    block = ctypes.create_string_buffer(8 << 20)
     out = io.BytesIO()
     at = 4
-    while at + 4 <= len(data) and out.tell() < size:
+    while at + 4 <= len(data) and (not size or out.tell() < size):
         length = struct.unpack_from("<I", data, at)[0]
-        got = lib.LZ4_decompress_safe(data[at + 4 : at + 4 + length], block, length, len(block))
-        if got < 0:
-            raise ValueError("broken lz4 block")
-        out.write(memoryview(block)[:got])
+        try:
+            out.write(lz4.block.decompress(data[at + 4 : at + 4 + length], LZ4_BLOCK))
+        except lz4.block.LZ4BlockError as e:
+            raise ValueError(f"broken lz4 block: {e}") from e
         at += 4 + length
     return out.getvalue()
 
 
 def _zstd(data: bytes, size: int) -> bytes:
-    lib = _library("libzstd.so.1")
-    lib.ZSTD_decompress.restype = ctypes.c_size_t
-    if not size:
-        lib.ZSTD_getFrameContentSize.restype = ctypes.c_ulonglong
-        size = lib.ZSTD_getFrameContentSize(data, ctypes.c_size_t(len(data)))
-        if size >= 1 << 40:
-            raise ValueError("zstd frame of unknown size")
-    block = ctypes.create_string_buffer(size)
-    got = lib.ZSTD_decompress(block, ctypes.c_size_t(size), data, ctypes.c_size_t(len(data)))
-    if lib.ZSTD_isError(ctypes.c_size_t(got)):
-        raise ValueError("broken zstd frame")
-    return block.raw[:got]
-
-
-def _library(name: str) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(name)
-    except OSError:
-        raise BuildError(f"{name} is missing", "install liblz4-1 and libzstd1") from None
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+    except zstandard.ZstdError as e:
+        raise ValueError(f"broken zstd frame: {e}") from e
 
 
 class Modules:

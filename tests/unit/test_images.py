@@ -5,17 +5,21 @@ emulation (QEMU's TCG, q35).
 from __future__ import annotations
 
 import base64
-import ctypes
+import bz2
 import gzip
 import json
 import lzma
+import random
 import re
 import shutil
 import struct
 import subprocess
+import zlib
 from pathlib import Path
 
+import lz4.block
 import pytest
+import zstandard
 
 from pyvmm import images
 from pyvmm.cli import main
@@ -106,19 +110,20 @@ def test_cpio_does_not_depend_on_order() -> None:
 # --- kernels and modules --------------------------------------------------------------------------
 
 
-def lz4(data: bytes) -> bytes:
-    lib = ctypes.CDLL("liblz4.so.1")
-    out = ctypes.create_string_buffer(len(data) + 1024)
-    n = lib.LZ4_compress_default(data, out, len(data), len(out))
-    return kernel.LZ4_LEGACY + struct.pack("<I", n) + out.raw[:n]
+def lz4_legacy(data: bytes) -> bytes:
+    """As the kernel's build packs: `lz4 -l`."""
+    out = kernel.LZ4_LEGACY
+    for at in range(0, len(data), kernel.LZ4_BLOCK):
+        block = lz4.block.compress(data[at : at + kernel.LZ4_BLOCK], store_size=False)
+        out += struct.pack("<I", len(block)) + block
+    return out
 
 
-def zstd(data: bytes) -> bytes:
-    lib = ctypes.CDLL("libzstd.so.1")
-    lib.ZSTD_compress.restype = ctypes.c_size_t
-    out = ctypes.create_string_buffer(len(data) + 1024)
-    n = lib.ZSTD_compress(out, ctypes.c_size_t(len(out)), data, ctypes.c_size_t(len(data)), 3)
-    return out.raw[:n]
+def lzma_alone(data: bytes) -> bytes:
+    return lzma.compress(data, lzma.FORMAT_ALONE)
+
+
+PACKERS = (gzip.compress, bz2.compress, lzma.compress, lzma_alone, lz4_legacy, zstandard.compress)
 
 
 def bzimage(payload: bytes, size: int) -> bytes:
@@ -152,7 +157,7 @@ def test_trimmed_segments_load_the_same() -> None:
     assert len(trimmed) == len(elf)
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, lz4, zstd])
+@pytest.mark.parametrize("pack", PACKERS)
 def test_vmlinux_comes_out_without_its_relocations(pack: object) -> None:
     assert callable(pack)
     elf = Path("/bin/true").read_bytes()
@@ -166,8 +171,8 @@ def test_vmlinux_comes_out_without_its_relocations(pack: object) -> None:
         b"",
         b"\x7fELF" + bytes(1000),
         bzimage(b"\x1f\x8b" + bytes(100), 100),
-        bzimage(lz4(b"x" * 1000)[:-2], 1000),
-        bzimage(zstd(b"x" * 1000)[:-2], 1000),
+        bzimage(lz4_legacy(b"x" * 1000)[:-2], 1000),
+        bzimage(zstandard.compress(b"x" * 1000)[:-2], 1000),
         bzimage(gzip.compress(b"no ELF file"), 11),
         bzimage(b"unknown compression", 100),
         bzimage(gzip.compress(bytes(5000)), 5000)[:-40],
@@ -176,6 +181,15 @@ def test_vmlinux_comes_out_without_its_relocations(pack: object) -> None:
 def test_extract_refuses_what_is_broken(data: bytes) -> None:
     with pytest.raises(BuildError):
         extract_vmlinux(data)
+
+
+@pytest.mark.parametrize("pack", PACKERS)
+def test_modules_come_out_whole_without_their_size(pack: object) -> None:
+    assert callable(pack)
+    data = random.Random(1).randbytes(1 << 20) + bytes(9 << 20)  # lz4: more than one block
+    assert kernel.decompress(pack(data)) == data
+    with pytest.raises((ValueError, lzma.LZMAError, EOFError, zlib.error)):
+        kernel.decompress(pack(data)[: 1 << 19])
 
 
 def make_module(root: Path, path: str, depends: str) -> bytes:
