@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from pyvmm.hostnet import ALLOW_USER_NAMESPACES
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -166,35 +168,37 @@ def _namespaces() -> Iterator[Finding]:
     """Try for real, in a child: limits, sysctls, seccomp filters and security modules all have a
     say.
     """
-    import ctypes
-
-    from pyvmm.testbed.isolate import CLONE_NEWNET, CLONE_NEWUSER
-
-    def attempt(flags: int) -> int:
-        pid = os.fork()
-        if pid == 0:
-            libc = ctypes.CDLL(None, use_errno=True)
-            os._exit(ctypes.get_errno() if libc.unshare(flags) else 0)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    error = attempt(CLONE_NEWUSER)
+    problem = _unshare("--user")
     yield Finding(
         "user namespaces",
-        NOTE if error else OK,
-        f"not allowed: {os.strerror(error)}" if error else "allowed",
-        "run as root: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
-        if error
-        else "",
+        NOTE if problem else OK,
+        f"not allowed: {problem}" if problem else "allowed",
+        f"run as root: {ALLOW_USER_NAMESPACES}" if problem else "",
     )
-    error = attempt(CLONE_NEWNET if os.geteuid() == 0 else CLONE_NEWUSER | CLONE_NEWNET)
+    problem = _unshare("--net") if os.geteuid() == 0 else _unshare("--user", "--net")
     yield Finding(
         "network namespaces",
-        MISSING if error else OK,
-        f"not allowed: {os.strerror(error)}"
-        if error
-        else "allowed: pyvmm can make taps of its own",
-        "run as root, or give --net tap=NAME" if error else "",
+        MISSING if problem else OK,
+        f"not allowed: {problem}" if problem else "allowed: pyvmm can make taps of its own",
+        "run as root, or give --net tap=NAME" if problem else "",
     )
+
+
+def _unshare(*kinds: str) -> str:
+    """Why a process cannot have namespaces of its own, of the kinds that unshare(1) of util-linux
+    takes as options; an empty string where it can.
+    """
+    import subprocess
+
+    env = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(["unshare", *kinds, "true"], capture_output=True, text=True, env=env)
+    except OSError as e:
+        return f"unshare, of util-linux: {e.strerror}"
+    if done.returncode == 0:
+        return ""
+    said = done.stderr.strip().splitlines()
+    return said[-1].rpartition(": ")[2] if said else f"unshare ended with {done.returncode}"
 
 
 def _huge_pages() -> Finding:

@@ -5,7 +5,6 @@ who runs them.
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from pyvmm.compare import counters, plan
 from pyvmm.errors import GuestEnded, GuestTimeout, HostError
+from pyvmm.host.tether import tethered
 from pyvmm.workloads import terminate
 
 TYPE_CHECKING = False
@@ -72,11 +72,6 @@ def open_guest(p: Plan, mode: Mode, trace: ExitTrace | None) -> Guest:
     """The guest of a mode, not yet made: that is the context manager's."""
     kind = OwnGuest if mode.kind == "pyvmm" else PeerGuest
     return kind(p, mode, trace)
-
-
-def tethered(argv: list[str]) -> list[str]:
-    """``argv`` as a command that is killed when this process is; setpriv is in util-linux."""
-    return ["setpriv", "--pdeathsig", "KILL", *argv] if shutil.which("setpriv") else argv
 
 
 class OwnGuest:

@@ -13,9 +13,10 @@ import sys
 import threading
 
 from pyvmm import errors
-from pyvmm._ext import ffi, lib
+from pyvmm._ext import lib
 from pyvmm.errors import HostError, NetForbidden, PyvmmError
 from pyvmm.fd import Fd
+from pyvmm.hostnet import ALLOW_USER_NAMESPACES, userns
 from pyvmm.hostnet.rights import FDS_MAX, recv_fds, send_fds
 from pyvmm.hostnet.rtnetlink import Link, route_socket
 from pyvmm.hostnet.tap import TXQUEUELEN, Interface, Tap
@@ -32,12 +33,6 @@ if TYPE_CHECKING:
 
 #: Bytes of an answer from the child, most of which a traceback can be.
 ANSWER_MAX = 1 << 16
-
-
-def _check(result: int, what: str) -> None:
-    if result:
-        number = ffi.errno
-        raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
 def _in_thread(body: Inside) -> tuple[list[str], list[int]]:
@@ -117,15 +112,6 @@ def _answer(channel: socket.socket, body: Inside) -> int:
     return status
 
 
-def _map_root() -> None:
-    """In a new user namespace: be root there, as the user outside."""
-    uid, gid = os.getuid(), os.getgid()
-    _check(lib.unshare(lib.CLONE_NEWUSER), "unshare")
-    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-        with open(f"/proc/self/{name}", "w") as f:
-            f.write(text)
-
-
 class Namespace:
     """A network namespace with one tap, both ours alone.
 
@@ -150,8 +136,8 @@ class Namespace:
     ) -> None:
         def make() -> tuple[list[str], list[int]]:
             if not root:
-                _map_root()
-            _check(lib.unshare(lib.CLONE_NEWNET), "unshare")
+                userns.become_root()
+            userns.unshare(lib.CLONE_NEWNET)
             Interface("lo").up()
             tap = Tap(
                 name,
@@ -180,8 +166,8 @@ class Namespace:
                     continue  # root without CAP_SYS_ADMIN, as in a container: as any user
                 raise NetForbidden(
                     f"may not make a network namespace ({e.strerror})",
-                    "run as root, allow user namespaces (sysctl kernel.unprivileged_userns_clone=1 "
-                    "user.max_user_namespaces=1000), or give tap=NAME",
+                    f"run as root, allow user namespaces ({ALLOW_USER_NAMESPACES}), "
+                    "or give tap=NAME",
                 ) from e
         fds = [Fd(fd) for fd in raw]
         self.net = fds.pop(0)
@@ -217,8 +203,8 @@ class Namespace:
 
         def make() -> tuple[list[str], list[int]]:
             if self.user:
-                _check(lib.setns(self.user.fileno(), lib.CLONE_NEWUSER), "setns")
-            _check(lib.setns(self.net.fileno(), lib.CLONE_NEWNET), "setns")
+                userns.check(lib.setns(self.user.fileno(), lib.CLONE_NEWUSER), "setns")
+            userns.check(lib.setns(self.net.fileno(), lib.CLONE_NEWNET), "setns")
             return [], [socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol).detach()]
 
         _words, fds = (_in_child if self.user else _in_thread)(make)

@@ -21,6 +21,7 @@ import time
 
 from pyvmm.errors import PyvmmError, TestbedError
 from pyvmm.host.paths import cache_root
+from pyvmm.host.tether import tethered
 from pyvmm.testbed import assets as l1_assets
 from pyvmm.testbed import isolate as l1_isolate
 from pyvmm.testbed import protocol as p
@@ -220,16 +221,18 @@ class Supervisor:
 
         told, tell = os.pipe()
 
-        def prepare() -> None:
-            if writable is not None:
-                try:
-                    l1_isolate.protect(writable)
-                except OSError as e:
-                    os.write(tell, str(e).encode())
-            l1_isolate.die_with_parent()
+        def protect() -> None:
+            try:
+                l1_isolate.protect(writable or [])
+            except OSError as e:
+                os.write(tell, str(e).encode())
 
         child = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, env=env, pass_fds=fds, preexec_fn=prepare
+            tethered(argv),
+            stdin=subprocess.DEVNULL,
+            env=env,
+            pass_fds=fds,
+            preexec_fn=protect if writable is not None else None,
         )
         os.close(tell)
         with os.fdopen(told) as f:

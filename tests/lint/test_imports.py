@@ -40,6 +40,7 @@ EXTENSION = (
     "kvm",
     "memory",
     "pci",
+    "testbed.isolate",
     "backend.memory",
     "virtio.pci",
     "virtio.queue",
@@ -114,6 +115,18 @@ def test_the_check_notices() -> None:
     assert check("testing.suite", "from pyvmm.testing.vm import TestMachine")
     assert not check("kvm.vm", "if TYPE_CHECKING:\n    from pyvmm.machine import Machine")
     assert not check("virtio.net", "from pyvmm.datapath.base import Vring")
+
+
+def test_no_ctypes() -> None:
+    """Functions without declared arguments: there is the extension, and there are programs."""
+    wrong = [
+        name
+        for name, path in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Import) and any(a.name.startswith("ctypes") for a in node.names))
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ctypes"))
+    ]
+    assert not wrong
 
 
 def test_only_cli_prints_or_exits() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm import doctor
+from pyvmm.hostnet import ALLOW_USER_NAMESPACES
 from pyvmm.testbed import assets as l1_assets
 from pyvmm.testbed.testbed import Testbed
 
@@ -111,6 +112,27 @@ def test_lacking_extensions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n".join(f"{f.name} {f.state} {f.detail}" for f in doctor._kvm())
     assert "kvm extensions missing lacks KVM_CAP_IRQFD" in text
     assert "kvm extensions note no KVM_CAP_BINARY_STATS_FD" in text
+
+
+@pytest.mark.parametrize(
+    ("program", "word"),
+    [
+        ("echo 'unshare: unshare failed: No space left on device' >&2; exit 1", "No space left"),
+        ("exit 3", "unshare ended with 3"),
+        (None, "unshare, of util-linux: No such file"),
+    ],
+)
+def test_forbidden_namespaces_are_told_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str | None, word: str
+) -> None:
+    if program is not None:
+        (tmp_path / "unshare").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "unshare").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    user, net = doctor._namespaces()
+    assert (user.state, net.state) == (doctor.NOTE, doctor.MISSING)
+    assert f"not allowed: {word}" in user.detail and f"not allowed: {word}" in net.detail
+    assert ALLOW_USER_NAMESPACES in user.remedy and "tap=NAME" in net.remedy
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ import pytest
 
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
-from pyvmm.hostnet import netns, tap
+from pyvmm.hostnet import ALLOW_USER_NAMESPACES, netns, tap, userns
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.tap import Interface, Tap, parse_address
 from pyvmm.memory import GuestMemory
@@ -592,16 +592,11 @@ def test_no_tun_device(monkeypatch):
 
 def test_no_namespaces_at_all(monkeypatch):
     """unshare refused: one line with the remedy."""
-    from pyvmm.hostnet import netns
 
-    class Refusing:
-        CLONE_NEWNET = CLONE_NEWUSER = 0
+    def refuse(flags):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
 
-        @staticmethod
-        def unshare(flags):
-            netns.ffi.errno = 1
-            return -1
-
-    monkeypatch.setattr(netns, "lib", Refusing)
-    with pytest.raises(NetForbidden, match="run as root, allow user namespaces"):
+    monkeypatch.setattr(userns, "unshare", refuse)
+    with pytest.raises(NetForbidden, match="run as root, allow user namespaces") as caught:
         Namespace()
+    assert ALLOW_USER_NAMESPACES in str(caught.value)

@@ -13,17 +13,19 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.errors import HostError, TestbedError, UsageError
 from pyvmm.host import paths
+from pyvmm.host.tether import tethered
 from pyvmm.testbed import assets as l1_assets
-from pyvmm.testbed import isolate as l1_isolate
 from pyvmm.testbed import protocol as p
 from pyvmm.testbed import testbed
 from pyvmm.testbed.session import Session, TestbedTimeout
@@ -462,25 +464,65 @@ def test_nested_use_ends_with_the_outer_one(home: Path, monkeypatch: pytest.Monk
     assert bed.name == "nest"
 
 
-def test_protect_leaves_only_the_given_directories_writable(tmp_path: Path) -> None:
-    (tmp_path / "open").mkdir()
-    (tmp_path / "shut").mkdir()
+@pytest.fixture
+def shared_directory() -> Iterator[Path]:
+    """A directory that another user may enter."""
+    with tempfile.TemporaryDirectory(prefix="pyvmm-test-") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+@pytest.mark.parametrize("user", ["ours", "nobody"])
+def test_protect_leaves_only_the_given_directories_writable(
+    shared_directory: Path, user: str
+) -> None:
+    directories = [shared_directory / "open", shared_directory / "shut"]
+    for directory in directories:
+        directory.mkdir()
+    become = []
+    if user == "nobody" and os.geteuid() == 0:
+        become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        for directory in directories:
+            os.chown(directory, 65534, 65534)
     code = (
         "import sys\nfrom pyvmm.testbed import isolate as l1_isolate\n"
         "l1_isolate.protect([sys.argv[1]])\nopen(sys.argv[1] + '/x', 'w').close()\n"
         "try: open(sys.argv[2] + '/x', 'w')\nexcept OSError as e: print(e.strerror)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "open", tmp_path / "shut"],
+        [*become, sys.executable, "-B", "-c", code, *directories],
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
-    if "OSError" in done.stderr:
+    if "OSError" in done.stderr or "PermissionError" in done.stderr:
         pytest.skip(f"not allowed here: {done.stderr.splitlines()[-1]}")
     assert done.stdout == "Read-only file system\n", done.stderr
-    assert (tmp_path / "open/x").exists()
-    assert l1_isolate.NR_MOUNT_SETATTR == 442
+    assert (directories[0] / "x").exists()
+
+
+def test_a_tethered_child_dies_with_whoever_started_it() -> None:
+    code = (
+        "import subprocess, sys, time; from pyvmm.host.tether import tethered\n"
+        "print(subprocess.Popen(tethered(['sleep', '1000'])).pid, flush=True); time.sleep(1000)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    with parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        deadline = time.monotonic() + 60
+        while psutil.Process(pid).name() != "sleep":
+            assert time.monotonic() < deadline
+        parent.kill()
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_host_without_setpriv_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(HostError, match="install util-linux"):
+        tethered(["true"])
 
 
 # --- names, directories, options ------------------------------------------------------------------

@@ -1,0 +1,34 @@
+"""Namespaces of the calling thread, and being root in a user namespace of our own."""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm._ext import ffi, lib
+
+
+def check(result: int, what: str) -> None:
+    """:raises OSError: ``result``, of a system call, says that it failed."""
+    if result:
+        number = ffi.errno
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces of the kinds ``flags`` (CLONE_NEW*) for new ones.
+
+    :raises OSError: from unshare(2); EINVAL for CLONE_NEWUSER in a process with threads.
+    """
+    check(lib.unshare(flags), "unshare")
+
+
+def become_root() -> None:
+    """Enter a new user namespace and be root there; outside, this stays who it was.
+
+    :raises OSError: the kernel or a sandbox does not allow it.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    unshare(lib.CLONE_NEWUSER)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as f:
+            f.write(text)
