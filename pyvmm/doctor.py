@@ -254,6 +254,7 @@ def _tools() -> Iterator[Finding]:
 
 
 def _testbed() -> Iterator[Finding]:
+    from pyvmm.host.qemu import newest
     from pyvmm.testbed import assets as l1_assets
     from pyvmm.testbed.testbed import Testbed
 
@@ -262,7 +263,7 @@ def _testbed() -> Iterator[Finding]:
         yield Finding("testbed", MISSING, f"{what} is missing", remedy)
     if lacks:
         return
-    qemu, kernel = l1_assets.qemus()[0], l1_assets.find_kernel(None)
+    qemu, kernel = newest(), l1_assets.find_kernel(None)
     up = "up" if Testbed().is_up() else "down"
     yield Finding("testbed", OK, f"set up: Linux {kernel.version}, {qemu}; {up}")
     if qemu.max_cpus < 2:

@@ -238,6 +238,7 @@ class PeerGuest:
         import base64
 
         from pyvmm.host import peers
+        from pyvmm.host.qemu import newest
         from pyvmm.machine import BASE_CMDLINE
         from pyvmm.memory import parse_size
 
@@ -263,7 +264,7 @@ class PeerGuest:
                 tap=TAP,
                 mac=plan.MAC,
             )
-        program = peers.qemu(peers.qemu_root())
+        program = newest().argv
         if self._mode.vhost and not os.access("/dev/vhost-net", os.R_OK | os.W_OK):
             raise HostError(
                 "/dev/vhost-net is missing or forbidden", "modprobe vhost_net; or --host testbed"

@@ -1,47 +1,10 @@
-"""QEMU and kvmtool, with which pyvmm is compared: finds them, and makes the command that runs the
-same guest on them.
-"""
+"""QEMU and kvmtool, with which pyvmm is compared: the command that runs the same guest on them."""
 
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 from pyvmm.errors import HostError
-from pyvmm.host.paths import cache_root
-
-#: The files and directories of unpacked QEMU packages that are needed to run QEMU.
-QEMU_PARTS = ("usr/bin/qemu-system-x86_64", "usr/share/qemu", "usr/share/seabios")
-
-
-def qemu_root() -> str | None:
-    """The directory of the newest QEMU that ``pyvmm testbed setup`` has unpacked, or None. It holds
-    no shared libraries: those come with the installed QEMU.
-    """
-    found = sorted(Path(cache_root(), "testbed", "qemu").glob("*"), key=_version, reverse=True)
-    return str(found[0]) if found else None
-
-
-def _version(path: Path) -> list[int]:
-    return [int(part) for part in path.name.split(".") if part.isdecimal()]
-
-
-def qemu(root: str | None) -> list[str]:
-    """The command that starts the QEMU unpacked at ``root``, or, if ``root`` is None, the installed
-    QEMU.
-
-    :raises HostError: no QEMU is installed.
-    """
-    if root:
-        share = f"{root}/usr/share"
-        return [
-            f"{root}/usr/bin/qemu-system-x86_64",
-            *("-L", f"{share}/qemu", "-L", f"{share}/seabios", "-L", "/usr/share/qemu"),
-        ]
-    found = shutil.which("qemu-system-x86_64")
-    if found is None:
-        raise HostError("QEMU is not installed here", "install qemu-system-x86")
-    return [found]
 
 
 def qemu_guest(

@@ -13,6 +13,7 @@ import shutil
 import sys
 
 from pyvmm.errors import TestbedError
+from pyvmm.host import qemu
 from pyvmm.host.paths import cache_dir
 
 TYPE_CHECKING = False
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
-QEMU = "usr/bin/qemu-system-x86_64"
 #: Modules in the initramfs; each is loaded after the modules that it needs. EARLY ones are loaded
 #: first because mounting the root needs them, LATE ones while the agent starts. Any other module
 #: comes by modprobe from the shared root.
@@ -61,53 +61,6 @@ exec $b switch_root /new $p -I -S -B $r/agent.pyc
 """
 
 
-class Qemu:
-    """A qemu-system-x86_64.
-
-    :ivar options: the options with which it finds its firmware.
-    """
-
-    def __init__(self, path: str, version: tuple[int, ...], options: list[str]) -> None:
-        self.path, self.version, self.options = path, version, options
-
-    @property
-    def max_cpus(self) -> int:
-        """How many vCPUs L1 may have under this QEMU. Before 8.1, multi-threaded TCG runs stale
-        code after the guest kernel has patched itself.
-        """
-        return 8 if self.version >= (8, 1) else 1
-
-    def __str__(self) -> str:
-        return "QEMU " + ".".join(map(str, self.version))
-
-
-def qemus() -> list[Qemu]:
-    """All QEMUs that are found, the newest first: those that ``setup`` has unpacked into the cache,
-    and the installed one.
-    """
-    found = []
-    for number, root in _unpacked():
-        options = ["-L", f"{root}/usr/share/qemu", "-L", f"{root}/usr/share/seabios"]
-        found.append(Qemu(f"{root}/{QEMU}", tuple(map(int, number.split("."))), options))
-    system = shutil.which("qemu-system-x86_64")
-    if system:
-        import subprocess
-
-        out = subprocess.run([system, "--version"], capture_output=True, text=True).stdout
-        match = re.search(r"version (\d+(?:\.\d+)+)", out)
-        if match:
-            found.append(Qemu(system, tuple(map(int, match[1].split("."))), []))
-    return sorted(found, key=lambda q: q.version, reverse=True)
-
-
-def _unpacked() -> list[tuple[str, str]]:
-    """The versions of QEMU in the cache, each with its directory."""
-    base = cache_dir("qemu")
-    return [
-        (n, f"{base}/{n}") for n in os.listdir(base) if os.access(f"{base}/{n}/{QEMU}", os.X_OK)
-    ]
-
-
 class Kernel:
     """One of Debian's cloud kernels.
 
@@ -134,9 +87,7 @@ def kernels() -> list[Kernel]:
                 and os.access(f"{boot}/{name}", os.R_OK)
             ):
                 found[version] = Kernel(version, f"{boot}/{name}", root)
-    return sorted(
-        found.values(), key=lambda k: [int(n) for n in re.findall(r"\d+", k.version)], reverse=True
-    )
+    return sorted(found.values(), key=lambda k: qemu.version(k.version), reverse=True)
 
 
 def find_kernel(version: str | None) -> Kernel:
@@ -158,8 +109,8 @@ def missing() -> list[tuple[str, str]]:
     """The things that the testbed needs and this machine lacks, each with its remedy."""
     lacks = []
     install = "run as root: apt-get install --no-install-recommends "
-    if not _unpacked() and not shutil.which("qemu-system-x86_64"):
-        lacks.append(("qemu-system-x86_64", install + "qemu-system-x86"))
+    if not qemu.unpacked() and not shutil.which(qemu.NAME):
+        lacks.append((qemu.NAME, install + "qemu-system-x86"))
     if not os.access(VIRTIOFSD, os.X_OK):
         lacks.append(("virtiofsd", install + "qemu-system-common"))
     if not _busybox():
@@ -190,7 +141,7 @@ def setup(progress: Callable[[str], None], version: str | None = None) -> None:
 
 def _fetch(progress: Callable[[str], None], version: str | None) -> None:
     """Fetch QEMU if the installed one supports one vCPU only, and the kernel if it is missing."""
-    best = qemus()
+    best = qemu.qemus()
     if best and best[0].max_cpus < 2:
         _fetch_qemu(progress)
     try:
@@ -217,7 +168,7 @@ def _fetch_qemu(progress: Callable[[str], None]) -> None:
     target = f"{cache_dir('qemu')}/{number[1]}"
     apt.install(packages, Path(target))
     try:
-        subprocess.run([f"{target}/{QEMU}", "--version"], check=True, capture_output=True)
+        subprocess.run([f"{target}/{qemu.PROGRAM}", "--version"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as e:
         shutil.rmtree(target)
         progress(f"QEMU {number[1]} does not start here ({e}): the testbed has one vCPU")

@@ -21,6 +21,7 @@ import time
 
 from pyvmm.errors import PyvmmError, TestbedError
 from pyvmm.host.paths import cache_root
+from pyvmm.host.qemu import Qemu, newest
 from pyvmm.host.tether import tethered
 from pyvmm.testbed import assets as l1_assets
 from pyvmm.testbed import isolate as l1_isolate
@@ -103,7 +104,7 @@ class Supervisor:
         self.last_pong = 0.0
         self.last_ping = 0.0
         self.commands = 0
-        self.qemu: l1_assets.Qemu
+        self.qemu: Qemu
         self.kernel: l1_assets.Kernel
         self.cpus = 0
         self.ready_after = 0.0
@@ -143,7 +144,7 @@ class Supervisor:
         if lacks:
             raise TestbedError(f"{lacks[0][0]} is missing", lacks[0][1])
         self.kernel = l1_assets.find_kernel(self.options["kernel"])
-        self.qemu = l1_assets.qemus()[0]
+        self.qemu = newest()
         wanted = self.options["cpus"] or min(2, os.cpu_count() or 1)
         self.cpus = wanted if self.options["cpus"] else min(wanted, self.qemu.max_cpus)
         if self.cpus > self.qemu.max_cpus:
@@ -165,7 +166,7 @@ class Supervisor:
             python = "/usr/bin/python3"
         memory = self.options["memory"] >> 20
         argv = [
-            self.qemu.path, *self.qemu.options, "-nodefaults", "-no-user-config",
+            *self.qemu.argv, "-nodefaults", "-no-user-config",
             "-display", "none", "-no-reboot", "-name", "pyvmm-testbed",
             "-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi", "-cpu", CPU,
             "-smp", str(l1_cpus(self.cpus)), "-m", f"{memory}M",

@@ -32,7 +32,7 @@ import pyvmm
 from pyvmm.compare import counters
 from pyvmm.compare.pinning import pinned, possible
 from pyvmm.errors import HostError
-from pyvmm.host import peers
+from pyvmm.host import peers, qemu
 from pyvmm.images import find
 
 TAP, HOST, GUEST, MAC = "pvbench0", "192.168.150.1", "192.168.150.2", "52:54:00:00:00:50"
@@ -63,21 +63,21 @@ def stage_files(image: Any) -> tuple[str, str, list[str], list[str]]:
     script = STAGE / "run.py"
     script.write_text("import sys\nfrom pyvmm.cli import main\nsys.exit(main())\n")
     mine = [sys.executable, str(script)]  # Python finds what lies beside the script first
-    root = peers.qemu_root()
-    if root:
+    try:
+        best = qemu.newest()
+    except HostError:
+        return kernel, initrd, mine, []
+    if best.root:
         staged = STAGE / "qemu"
-        for part in peers.QEMU_PARTS:
-            source = Path(root, part)
+        for part in qemu.PARTS:
+            source = Path(best.root, part)
             (staged / part).parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
                 shutil.copytree(source, staged / part)
             else:
                 shutil.copy(source, staged / part)
-        return kernel, initrd, mine, peers.qemu(str(staged))
-    try:
-        return kernel, initrd, mine, peers.qemu(None)
-    except HostError:
-        return kernel, initrd, mine, []
+        best = qemu.Qemu.unpacked(str(staged), best.version)
+    return kernel, initrd, mine, best.argv
 
 
 class Contestant:

@@ -23,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.errors import HostError, TestbedError, UsageError
-from pyvmm.host import paths
+from pyvmm.host import paths, qemu
+from pyvmm.host.qemu import Qemu
 from pyvmm.host.tether import tethered
 from pyvmm.testbed import assets as l1_assets
 from pyvmm.testbed import protocol as p
@@ -378,10 +379,40 @@ def test_kernel_by_version(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_qemu_limits_its_vcpus() -> None:
-    assert l1_assets.Qemu("", (7, 2, 22), []).max_cpus == 1
-    assert l1_assets.Qemu("", (8, 0, 5), []).max_cpus == 1
-    assert l1_assets.Qemu("", (8, 1), []).max_cpus > 1
-    assert l1_assets.Qemu("", (10, 0, 2), []).max_cpus > 1
+    assert Qemu("", (7, 2, 22)).max_cpus == 1
+    assert Qemu("", (8, 0, 5)).max_cpus == 1
+    assert Qemu("", (8, 1)).max_cpus > 1
+    assert Qemu("", (10, 0, 2)).max_cpus > 1
+
+
+def program(path: Path, says: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\necho '{says}'\n")
+    path.chmod(0o755)
+
+
+def test_the_newest_qemu_is_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{home}/bin")
+    with pytest.raises(HostError, match="install qemu-system-x86"):
+        qemu.newest()
+    program(home / "bin" / qemu.NAME, "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)")
+    assert str(qemu.newest()) == "QEMU 7.2.22"
+    assert qemu.newest().argv == [f"{home}/bin/{qemu.NAME}"]
+    cache = Path(paths.cache_root(), "testbed/qemu")
+    for number in ("9.2.1", "10.0.2", "8.1"):
+        program(cache / number / qemu.PROGRAM, "")
+    (cache / "11.0.broken").mkdir()
+    assert [str(q)[5:] for q in qemu.qemus()] == ["10.0.2", "9.2.1", "8.1", "7.2.22"]
+    assert qemu.newest().argv[0] == f"{cache}/10.0.2/{qemu.PROGRAM}"
+    firmware = ("usr/share/qemu", "usr/share/seabios")
+    assert all(f"{cache}/10.0.2/{part}" in qemu.newest().argv for part in firmware)
+    assert set(firmware) < set(qemu.PARTS)
+
+
+def test_versions_are_ordered_by_their_numbers() -> None:
+    names = ["6.12.9-cloud-amd64", "6.1.0-9-cloud-amd64", "6.1.0-50-cloud-amd64"]
+    assert sorted(names, key=qemu.version) == [names[1], names[2], names[0]]
+    assert qemu.version("none") == () < qemu.version("0")
 
 
 def test_what_is_missing_is_named_with_its_remedy(
