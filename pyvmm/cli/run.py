@@ -50,6 +50,7 @@ reported what --fail-on names, 119 the guest ended before the command did, 120 p
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 
@@ -190,12 +191,56 @@ def run(args: argparse.Namespace) -> int:
         from pyvmm.exits.budget import Budget
 
         args.budget = [Budget(text) for text in args.budget]
-    at = args.argv.index("run") + 1
+    if _waits_for_nobody(args):
+        raise UsageError(
+            "no command, and standard input is empty: nobody could use the guest's console",
+            "give a command: pyvmm run -- COMMAND; or, for a machine in the background, --name NAME",
+        )
+    words = ["run", "--host", "local", *args.argv[args.argv.index("run") + 1 :]]
     vhost = any("vhost-net" in net for net in args.net or ())
     status = elsewhere(
-        args.host, args.kernel, ["run", "--host", "local", *args.argv[at:]], vhost=vhost
+        args.host, args.kernel, words, vhost=vhost, note=lambda: _socket_note(args, words)
     )
     return orderly(lambda: _boot(args)) if status is None else status
+
+
+def _waits_for_nobody(args: argparse.Namespace) -> bool:
+    """Whether the guest would sit at the prompt of its shell for ever: it has no command, nobody can
+    type one, it is not bounded in time, and it has no name by which another process could end it.
+    Only an image of pyvmm's has a shell for sure.
+    """
+    if args.guest_command or args.kernel or args.initrd:
+        return False
+    if args.name or args.qmp or args.timeout is not None:
+        return False
+    try:
+        status = os.fstat(0)
+        if stat.S_ISREG(status.st_mode):
+            return os.lseek(0, 0, os.SEEK_CUR) >= status.st_size
+    except OSError:
+        return True  # it is closed
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev  # noqa: PTH116
+
+
+def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
+    """What the user of ``socket=`` must know if the guest runs in the testbed; else empty."""
+    import shlex
+
+    from pyvmm.netopt import Net
+
+    notes = []
+    for net in map(Net.parse, args.net or ()):
+        if net.socket:
+            client = " --client" if net.server else ""
+            backend = f"pyvmm backend --socket {shlex.quote(net.socket)}{client} --tap tap0"
+            both = (
+                f"{backend} --address 192.168.100.1/24 & {shlex.join(['pyvmm', *words])}; kill $!"
+            )
+            notes.append(
+                f"socket={net.socket}: the guest runs in the testbed, so the back-end must, too: "
+                f"pyvmm testbed -- sh -c {shlex.quote(both)}"
+            )
+    return "\n".join(notes)
 
 
 def _boot(args: argparse.Namespace) -> int:

@@ -5,18 +5,32 @@ from __future__ import annotations
 import os
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 VHOST_NET = "/dev/vhost-net"
 
 
-def elsewhere(host: str, kernel: str | None, argv: list[str], *, vhost: bool = False) -> int | None:
+def elsewhere(
+    host: str,
+    kernel: str | None,
+    argv: list[str],
+    *,
+    vhost: bool = False,
+    note: Callable[[], str] | None = None,
+) -> int | None:
     """Run ``pyvmm ARGV`` in the testbed if ``host`` or this machine asks for it.
 
-    :param host: ``auto``, ``local`` or ``testbed``. :param kernel: None for an image of Linux.
+    :param host: ``auto``, ``local`` or ``testbed``.
+    :param kernel: None for an image of Linux.
     :param vhost: the machine wants /dev/vhost-net.
+    :param note: called if the guest will run in the testbed, before it boots: what the user must
+        know then; may be empty.
     :returns: the exit status from the testbed, or None to go on here.
     """
-    if host == "local":
-        return None
+    if host == "local" or (host == "testbed" and "PYVMM_IN_TESTBED" in os.environ):
+        return None  # this is the place
     from pyvmm.errors import TestbedError
     from pyvmm.testbed.testbed import Testbed
 
@@ -38,4 +52,7 @@ def elsewhere(host: str, kernel: str | None, argv: list[str], *, vhost: bool = F
                 f"no Linux guest can run here: {reason}", "set the testbed up: pyvmm testbed setup"
             )
         print(f"pyvmm: {reason}; running in the testbed", file=sys.stderr)
+    text = note() if note is not None else ""
+    if text:
+        print(f"pyvmm: {text}", file=sys.stderr, flush=True)
     return testbed.run_attached([sys.executable, "-m", "pyvmm", *argv])
