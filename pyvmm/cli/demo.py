@@ -97,21 +97,21 @@ def _demo(args: argparse.Namespace) -> int:
         cpus=args.cpus,
         nets=[net],
         command=["sh", "-c", script],
-    ) as vm:
-        nic = vm.nets[0]
-        vm.start()
-        _stage(vm, "device", story)
-        device = _stage(vm, "ping", story)
-        up = (vm.phases["init"] - vm.phases["vmm"]) / 1e9
+    ) as machine:
+        nic = machine.nets[0]
+        machine.start()
+        _stage(machine, "device", story)
+        device = _stage(machine, "ping", story)
+        up = (machine.phases["init"] - machine.phases["vmm"]) / 1e9
         story.head(f"the guest's init ran after {up:.1f} s; the device as the guest found it")
         story.lines(device)
         _negotiation(story, nic)
         story.head("ping: guest to host")
-        story.lines(_stage(vm, "serve", story))
+        story.lines(_stage(machine, "serve", story))
         _from_host(story, nic)
-        outcome = vm.wait(60)
+        outcome = machine.wait(60)
         story.head(f"the guest has ended: {outcome.kind}, exit status {outcome.status}")
-        _summary(story, vm)
+        _summary(story, machine)
         error = outcome.error()
         if error is not None:
             raise error
@@ -120,17 +120,17 @@ def _demo(args: argparse.Namespace) -> int:
     return status
 
 
-def _stage(vm: Machine, name: str, story: Story, limit: float = 180) -> str:
+def _stage(machine: Machine, name: str, story: Story, limit: float = 180) -> str:
     """What the guest said before it reached stage ``name``, from the stage before on."""
     from pyvmm.errors import GuestEnded, GuestTimeout
 
     until = time.monotonic() + limit
     while True:
         try:
-            match = vm.stdout.expect(rf"(?:@[a-z]+\n|\A)([^@]*)@{name}\n", 5)
+            match = machine.stdout.expect(rf"(?:@[a-z]+\n|\A)([^@]*)@{name}\n", 5)
             return match.group(1).decode(errors="replace")
         except TimeoutError:
-            outcome = vm.outcome
+            outcome = machine.outcome
             if outcome is not None:
                 raise outcome.error() or GuestEnded("the guest ended before the demo did") from None
             if time.monotonic() > until:
@@ -138,7 +138,7 @@ def _stage(vm: Machine, name: str, story: Story, limit: float = 180) -> str:
                     f"the guest did not get to {name!r} within {limit:g} s"
                 ) from None
             story.head(
-                f"waiting for the guest ({', '.join(p for p in vm.phases if p != 'vmm') or 'kernel'})"
+                f"waiting for the guest ({', '.join(p for p in machine.phases if p != 'vmm') or 'kernel'})"
             )
 
 
@@ -174,10 +174,10 @@ def _from_host(story: Story, nic: Nic) -> None:
         )
 
 
-def _summary(story: Story, vm: Machine) -> None:
+def _summary(story: Story, machine: Machine) -> None:
     from pyvmm.cli.support.tables import exits_table
 
-    counters = vm.nets[0].device.datapath.counters()
+    counters = machine.nets[0].device.datapath.counters()
     for way in ("rx", "tx"):
         name = {"rx": "to guest", "tx": "from guest"}[way]
         text = f"packets {name}: {counters[f'{way}_packets']}"
@@ -186,8 +186,8 @@ def _summary(story: Story, vm: Machine) -> None:
                 f", with {counters[f'{way}_kicks']} kicks and {counters[f'{way}_calls']} interrupts"
             )
         story.lines(text)
-    stats = vm.kvm_stats()
+    stats = machine.kvm_stats()
     if stats is not None:
         total = sum(v["exits"] for v in stats["vcpus"])
-        story.lines(f"exits in KVM: {total}, of which {vm.ledger().total} reached the VMM")
-    story.lines(exits_table(vm))
+        story.lines(f"exits in KVM: {total}, of which {machine.ledger().total} reached the VMM")
+    story.lines(exits_table(machine))

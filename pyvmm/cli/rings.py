@@ -77,13 +77,13 @@ def run(args: argparse.Namespace) -> int:
         if args.queue is not None:
             wanted["queue"] = args.queue
         while True:
-            look = client.execute("x-pyvmm-rings", wanted)
+            snapshot = client.execute("x-pyvmm-rings", wanted)
             if args.json:
-                print(json.dumps(look, indent=2 if args.watch is None else None), flush=True)
+                print(json.dumps(snapshot, indent=2 if args.watch is None else None), flush=True)
             else:
                 if args.watch is not None and sys.stdout.isatty():
                     print("\x1b[H\x1b[2J", end="")
-                print("\n".join(draw(look)), flush=True)
+                print("\n".join(draw(snapshot)), flush=True)
             if args.watch is None:
                 return 0
             time.sleep(args.watch)
@@ -91,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
     return remote.with_client(args, body)
 
 
-def draw(look: dict[str, Any]) -> list[str]:
+def draw(snapshot: dict[str, Any]) -> list[str]:
     """The lines of the picture."""
-    state = "" if look["active"] else ", not driven by the guest"
-    lines = [f"{look['name']}: {look['mode']}, machine {look['machine']}{state}"]
-    for queue in look["queues"]:
+    state = "" if snapshot["active"] else ", not driven by the guest"
+    lines = [f"{snapshot['name']}: {snapshot['mode']}, machine {snapshot['machine']}{state}"]
+    for queue in snapshot["queues"]:
         lines += ["", *_queue(queue)]
     return lines
 
@@ -166,7 +166,7 @@ def _chain(chain: dict[str, Any]) -> str:
             if "write" in d["flags"]
             else "read"
         )
-        mark = "  " if d.get("indirect") else ""
-        parts.append(f"{mark}{d['index']} {way} {d['addr']:#x}+{d['len']}")
+        indent = "  " if d.get("indirect") else ""
+        parts.append(f"{indent}{d['index']} {way} {d['addr']:#x}+{d['len']}")
     text = ", ".join(parts[:6]) + (f", ... {len(parts) - 6} more" if len(parts) > 6 else "")
     return text + (f"  ! {chain['problem']}" if "problem" in chain else "")

@@ -84,9 +84,9 @@ def _check(args: argparse.Namespace, outputs: Outputs) -> int:
 
 
 def _print_item(item: Item) -> None:
-    mark = {"passed": "ok", "failed": "FAIL", "skipped": "-"}[item.result]
+    word = {"passed": "ok", "failed": "FAIL", "skipped": "-"}[item.result]
     print(
-        f"{mark:4} {item.name:54} {item.seconds * 1000:6.0f} ms  {item.detail}".rstrip(), flush=True
+        f"{word:4} {item.name:54} {item.seconds * 1000:6.0f} ms  {item.detail}".rstrip(), flush=True
     )
 
 

@@ -258,18 +258,18 @@ def backends_of(pid: int) -> list[int]:
     return out
 
 
-#: One look at threads: (role, tid) -> (CPU nanoseconds, voluntary, involuntary switches).
+#: A snapshot of threads: (role, tid) -> (CPU nanoseconds, voluntary, involuntary switches).
 if TYPE_CHECKING:
     Tasks = dict[tuple[str, int], tuple[int, int, int]]
 
 
-def look(tasks: Iterable[tuple[str, int]]) -> Tasks:
+def snapshot(tasks: Iterable[tuple[str, int]]) -> Tasks:
     """CPU time and switches of the threads (role, tid) now."""
     return {(role, tid): got for role, tid in tasks if (got := task(tid)) is not None}
 
 
 def by_role(before: Tasks, after: Tasks) -> dict[str, dict[str, Any]]:
-    """What each role used between two looks; roles without a thread are left out. A thread that has
+    """What each role used between two snapshots; roles without a thread are left out. A thread that has
     ended meanwhile is lost.
     """
     out: dict[str, dict[str, Any]] = {}

@@ -180,7 +180,7 @@ class OwnGuest:
             keys.append(("vcpu" if thread.name.startswith("vcpu") else "vmm", tid))
         for pid in counters.backends_of(os.getpid()):
             keys += [("backend", tid) for tid in counters.threads_of(pid)]
-        return counters.look(keys)
+        return counters.snapshot(keys)
 
     def facts(self) -> dict[str, Any]:
         """See Guest."""
@@ -363,7 +363,7 @@ class PeerGuest:
             role = "vcpu" if name.startswith(("CPU ", "kvm-vcpu")) else "vmm"
             keys.append(("vhost" if name.startswith("vhost-") else role, tid))
         keys += [("vhost", tid) for tid in counters.vhost_threads(pid)]
-        return counters.look(keys)
+        return counters.snapshot(keys)
 
     def facts(self) -> dict[str, Any]:
         """See Guest; what was negotiated is what the guest's kernel says, a digit a bit, and what

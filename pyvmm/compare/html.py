@@ -16,7 +16,7 @@ from pyvmm.compare.stats import (
     ROLE_WORDS,
     Figures,
     cell,
-    mark,
+    noise_sign,
     number,
     remarks,
 )
@@ -136,7 +136,7 @@ def measure_plot(
         if entry is None:
             rows.append(svg.Bar(mode["name"], [], "", missing=_missing(mode)))
             continue
-        text = number(entry["median"]) + mark(entry)
+        text = number(entry["median"]) + noise_sign(entry)
         parts = [(kind, entry["median"], f"{cell(entry)} {measure.unit}")]
         rows.append(svg.Bar(mode["name"], parts, text, (entry["min"], entry["max"])))
     return svg.bars(f"{measure.title}, {workload}", measure.unit, rows, width)

@@ -219,11 +219,11 @@ def cell(entry: dict[str, Any] | None) -> str:
     text = number(entry["median"])
     if entry["min"] != entry["max"]:
         text += f" ({number(entry['min'])}..{number(entry['max'])})"
-    return text + mark(entry)
+    return text + noise_sign(entry)
 
 
-def mark(entry: dict[str, Any]) -> str:
-    """The mark of a difference that may be noise; none where there is no difference at all."""
+def noise_sign(entry: dict[str, Any]) -> str:
+    """`` ≈`` if the difference from the first mode may be noise; else nothing."""
     return " ≈" if entry.get("verdict") == NOISE and entry["ratio"] != 1 and entry["max"] else ""
 
 

@@ -93,22 +93,22 @@ class Bar:
 
 def bars(title: str, unit: str, rows: Sequence[Bar], width: int = WIDTH) -> str:
     """Horizontal bars on one scale."""
-    marks = ticks(max((row.top for row in rows), default=0), width // 90)
+    steps = ticks(max((row.top for row in rows), default=0), width // 90)
     left, right = 1.0, width - 1.0
-    scale = (right - left) / marks[-1]
+    scale = (right - left) / steps[-1]
     height = TOP + ROW * len(rows) + AXIS
     bottom = height - AXIS
     body = []
-    for mark in marks:
-        x = left + mark * scale
+    for step in steps:
+        x = left + step * scale
         body.append(
             f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom + 3:g}"/>'
-            if mark
+            if step
             else f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom + 3:g}"/>'
         )
-        anchor = "start" if mark == 0 else "end" if mark == marks[-1] else "middle"
+        anchor = "start" if step == 0 else "end" if step == steps[-1] else "middle"
         body.append(
-            f'<text class="tick" x="{x:.1f}" y="{bottom + 17:g}" text-anchor="{anchor}">{short(mark)}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 17:g}" text-anchor="{anchor}">{short(step)}</text>'
         )
     said = []
     for index, row in enumerate(rows):
@@ -153,23 +153,23 @@ def lines(
     """Lines over seconds: (name, class, points)."""
     end = max((x for _, _, points in series for x, _ in points), default=1) or 1
     top = max((y for _, _, points in series for _, y in points), default=0)
-    marks = ticks(top, 3)
+    steps = ticks(top, 3)
     right, bottom = width - 6.0, TOP + PLOT
     height = bottom + AXIS
-    across, up = (right - LEFT) / end, (PLOT - 6) / marks[-1]
+    across, up = (right - LEFT) / end, (PLOT - 6) / steps[-1]
     body = []
-    for mark in marks:
-        y = bottom - mark * up
-        kind = "grid" if mark else "axis"
+    for step in steps:
+        y = bottom - step * up
+        kind = "grid" if step else "axis"
         body.append(f'<line class="{kind}" x1="{LEFT}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(mark)}</text>'
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(step)}</text>'
         )
     seconds = [t for t in ticks(end, 4) if t <= end * 1.001]
-    for mark in seconds:
-        x = LEFT + mark * across
+    for step in seconds:
+        x = LEFT + step * across
         anchor = "end" if x > right - 8 else "middle"
-        text = f"{short(mark)} s" if mark == seconds[-1] else short(mark)
+        text = f"{short(step)} s" if step == seconds[-1] else short(step)
         body.append(
             f'<text class="tick" x="{x:.1f}" y="{bottom + 17:g}" text-anchor="{anchor}">{text}</text>'
         )

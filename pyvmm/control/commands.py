@@ -288,7 +288,7 @@ def _report(machine: Machine, given: Given) -> object:
 
 
 def _rings(machine: Machine, given: Given) -> object:
-    from pyvmm.virtio.rings import Look
+    from pyvmm.virtio.rings import RingSnapshot
 
     nic = _numbered(machine, given)
     chains = given.get("chains", 16)
@@ -315,7 +315,9 @@ def _rings(machine: Machine, given: Given) -> object:
             }
             if q.enabled and device.active and not q.problem(machine.memory):
                 try:
-                    row |= Look(machine.memory, q, device.driver_features, chains=chains).as_dict()
+                    row |= RingSnapshot(
+                        machine.memory, q, device.driver_features, chains=chains
+                    ).as_dict()
                 except IndexError as e:
                     row["problems"] = [str(e)]
             queues.append(row)

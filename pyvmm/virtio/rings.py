@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
+from pyvmm.spec.virtio import (
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_RING_F_INDIRECT_DESC,
+    VRING_DESC_F_INDIRECT,
+    VRING_DESC_F_NEXT,
+    VRING_DESC_F_WRITE,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.memory import GuestMemory
     from pyvmm.virtio.device import Queue
 
-NEXT, WRITE, INDIRECT = 1, 2, 4  # VIRTQ_DESC_F_*
-NO_INTERRUPT = NO_NOTIFY = 1  # VIRTQ_AVAIL_F_*, VIRTQ_USED_F_*
 CHAIN_MAX = 64  # descriptors shown of a chain
 
 
-class Look:
+class RingSnapshot:
     """What was in the rings of ``queue`` at one moment.
 
     :param acked: the negotiated features. :param chains: how many chains to follow at most, of
@@ -72,7 +76,7 @@ class Look:
                 left -= 1
                 owned[head] = 1
                 flags, following = struct.unpack_from("<HH", self._table, 16 * head + 12)
-                if not flags & NEXT:
+                if not flags & VRING_DESC_F_NEXT:
                     break
                 head = following
         self.device_owned = [i for i, mine in enumerate(owned) if mine]
@@ -94,9 +98,9 @@ class Look:
             entry = self._descriptor(self._table, at)
             out.append(entry)
             flags = struct.unpack_from("<H", self._table, 16 * at + 12)[0]
-            if flags & INDIRECT:
+            if flags & VRING_DESC_F_INDIRECT:
                 problem = self._indirect_table(at, out)
-            if problem or not flags & NEXT:
+            if problem or not flags & VRING_DESC_F_NEXT:
                 break
             (at,) = struct.unpack_from("<H", self._table, 16 * at + 14)
         return {"descriptors": out, **({"problem": problem} if problem else {})}
@@ -124,7 +128,7 @@ class Look:
             seen.add(n)
             out.append({**self._descriptor(table, n), "indirect": True})
             flags, following = struct.unpack_from("<HH", table, 16 * n + 12)
-            if not flags & NEXT:
+            if not flags & VRING_DESC_F_NEXT:
                 return ""
             n = following
         return ""
@@ -133,14 +137,20 @@ class Look:
         addr, length, flags, following = struct.unpack_from("<QIHH", table, 16 * n)
         words = [
             word
-            for bit, word in ((NEXT, "next"), (WRITE, "write"), (INDIRECT, "indirect"))
+            for bit, word in (
+                (VRING_DESC_F_NEXT, "next"),
+                (VRING_DESC_F_WRITE, "write"),
+                (VRING_DESC_F_INDIRECT, "indirect"),
+            )
             if flags & bit
         ]
         entry: dict[str, object] = {"index": n, "addr": addr, "len": length, "flags": words}
-        if flags & NEXT:
+        if flags & VRING_DESC_F_NEXT:
             entry["next"] = following
-        if flags & ~(NEXT | WRITE | INDIRECT):
-            entry["reserved-flags"] = flags & ~(NEXT | WRITE | INDIRECT)
+        if flags & ~(VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT):
+            entry["reserved-flags"] = flags & ~(
+                VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT
+            )
         return entry
 
     def as_dict(self) -> dict[str, object]:

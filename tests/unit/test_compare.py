@@ -331,9 +331,9 @@ def test_the_check_names_the_place_in_one_line(place, value):
 @settings(deadline=None)
 @given(st.floats(0, 1e9, allow_nan=False))
 def test_ticks_cover(top):
-    marks = svg.ticks(top)
-    assert marks[0] == 0 and marks[-1] >= top * 0.999 and 2 <= len(marks) <= 12
-    assert marks == sorted(set(marks))
+    steps = svg.ticks(top)
+    assert steps[0] == 0 and steps[-1] >= top * 0.999 and 2 <= len(steps) <= 12
+    assert steps == sorted(set(steps))
 
 
 def test_the_page_needs_nothing_else(record):
@@ -668,11 +668,11 @@ def test_threads_are_found_by_name_and_counted():
             names.items()
         )
         keys = [("worker", threads[0].native_id or 0), ("vmm", threads[1].native_id or 0)]
-        before = counters.look(keys)
+        before = counters.snapshot(keys)
         deadline = time.monotonic() + 30
-        while counters.look(keys)[keys[0]][1] < before[keys[0]][1] + 5:
+        while counters.snapshot(keys)[keys[0]][1] < before[keys[0]][1] + 5:
             assert time.monotonic() < deadline
-        used = counters.by_role({}, counters.look([*keys, ("vmm", 1 << 22)]))
+        used = counters.by_role({}, counters.snapshot([*keys, ("vmm", 1 << 22)]))
     finally:
         end.set()
         for thread in threads:
@@ -680,7 +680,7 @@ def test_threads_are_found_by_name_and_counted():
     assert used["worker"]["cpu_s"] >= 0.03 > used["vmm"]["cpu_s"]
     assert used["worker"]["voluntary"] >= 5 and used["vmm"]["voluntary"] >= 1
     assert (used["worker"]["threads"], used["vmm"]["threads"]) == (1, 1)
-    while counters.look(keys):  # join() returns a moment before the kernel's thread has ended
+    while counters.snapshot(keys):  # join() returns a moment before the kernel's thread has ended
         assert time.monotonic() < deadline
 
 

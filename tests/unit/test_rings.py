@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from pyvmm.cli import rings
 from pyvmm.memory import GuestMemory
+from pyvmm.spec.virtio import VRING_DESC_F_INDIRECT as INDIRECT
+from pyvmm.spec.virtio import VRING_DESC_F_NEXT as NEXT
+from pyvmm.spec.virtio import VRING_DESC_F_WRITE as WRITE
 from pyvmm.virtio.device import Queue
-from pyvmm.virtio.rings import CHAIN_MAX, INDIRECT, NEXT, WRITE, Look
+from pyvmm.virtio.rings import CHAIN_MAX, RingSnapshot
 
 SIZE = 8
 DESC, AVAIL, USED, TABLE = 0x1000, 0x2000, 0x3000, 0x4000
@@ -56,7 +59,7 @@ class Guest:
         )
 
     def look(self, acked=ACKED, **kwargs):
-        return Look(self.ram, self.queue, acked, **kwargs)
+        return RingSnapshot(self.ram, self.queue, acked, **kwargs)
 
 
 def picture(look, role="receive"):

@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine
 
 
-def exits_table(vm: Machine, rows: int = 12) -> str:
+def exits_table(machine: Machine, rows: int = 12) -> str:
     """How often the guest exited to the VMM, and why."""
-    ledger = vm.ledger()
+    ledger = machine.ledger()
     out = [f"{ledger.total} exits to the VMM:"]
     for line in ledger.lines[:rows]:
         mean = line.time / line.count / 1000

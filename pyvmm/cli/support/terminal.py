@@ -22,8 +22,8 @@ class Terminal:
     entered before ``open``, so that no signal can leave a raw terminal behind.
     """
 
-    def __init__(self, vm: Machine) -> None:
-        self._vm = vm
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
         self._saved: Any = None
         self._escaped = False
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
@@ -76,13 +76,13 @@ class Terminal:
                     return
                 if not data or not self._typed(data, pending):
                     return
-            del pending[: self._vm.console.feed(bytes(pending))]
+            del pending[: self._machine.console.feed(bytes(pending))]
 
     def _typed(self, data: bytes, pending: bytearray) -> bool:
         """Add what is for the guest to ``pending``; False once the user wants to leave."""
         for byte in data:
             if self._escaped and byte in b"xX":
-                self._vm.stop()
+                self._machine.stop()
                 return False
             if byte == CTRL_A and not self._escaped and self._saved is not None:
                 self._escaped = True
