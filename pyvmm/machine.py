@@ -15,10 +15,11 @@ from contextlib import ExitStack
 from pyvmm.boot import load
 from pyvmm.boot.acpi import build as build_acpi
 from pyvmm.boot.mptable import build as build_mptable
-from pyvmm.bus import PIO, Bus
+from pyvmm.bus import Bus
 from pyvmm.card.nic import Nic
 from pyvmm.card.uplink import Uplink
 from pyvmm.devices.console import Console, Stream
+from pyvmm.devices.guest_port import GuestPage, GuestPort
 from pyvmm.devices.legacy import Power, PvPanic, Rtc
 from pyvmm.errors import (
     CommandFailed,
@@ -44,20 +45,10 @@ from pyvmm.netopt import Net, mac_text
 from pyvmm.outcome import Outcome
 from pyvmm.pci import PciBus
 from pyvmm.spec.platform import (
-    GUEST_AGENT,
-    GUEST_COMMAND,
-    GUEST_INIT,
-    GUEST_NET_UP,
-    GUEST_PAGE,
-    GUEST_POWEROFF,
-    GUEST_RESULT,
-    GUEST_STATUS,
-    GUEST_WRITE,
     IRQ_COM1,
     IRQ_GED,
     MAX_CPUS,
     PORT_COM1,
-    PORT_GUEST_CONTROL,
     PORT_GUEST_STDERR,
     PORT_GUEST_STDOUT,
 )
@@ -95,16 +86,6 @@ PANIC_END = b"---[ end Kernel panic"  # what a kernel says last that is not to r
 PVPANIC_GRACE = 1.0  # seconds from pvpanic's word to the end of a kernel that does not end itself: it still prints
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word
 
-PHASES = {
-    GUEST_INIT: "init",
-    GUEST_NET_UP: "net_up",
-    GUEST_COMMAND: "command",
-    GUEST_STATUS: "command_end",
-    GUEST_AGENT: "agent",
-    GUEST_POWEROFF: "poweroff",
-}
-
-
 #: Outcome of the guest's doing -> QEMU's ShutdownCause.
 SHUTDOWN_REASONS = {
     "poweroff": "guest-shutdown",
@@ -116,7 +97,7 @@ SHUTDOWN_REASONS = {
 
 
 #: Those that begin a phase of the exit ledger (exits.phases).
-MARKS = (GUEST_INIT, GUEST_COMMAND, GUEST_STATUS)
+MARKS = ("init", "command", "command_end")
 
 
 class Machine:
@@ -187,10 +168,6 @@ class Machine:
         self.on_reboot = on_reboot
         self.reboots = 0
         self.command_status: int | None = None
-        self._guest_page = 0
-        self._writes: dict[
-            int, tuple[Stream, bytes]
-        ] = {}  # by thread: what it writes once it has left the lock
         self._kernel, self._initrd, self._append, self._command = kernel, initrd, append, command
         self._flat = load_address, load_mode
         self._test_devices = test_devices
@@ -256,10 +233,11 @@ class Machine:
         self.console = Console("console", self.vm, IRQ_COM1)
         self.stdout, self.stderr = Stream("stdout"), Stream("stderr")
         self.streams: list[Stream] = [self.console, self.stdout, self.stderr]
+        self._page = GuestPage(self.memory)
         if self._wants_agent:
             from pyvmm.devices.guest_agent import Agent
 
-            self.agent = Agent(self.bus, self.vm, self._store_page)
+            self.agent = Agent(self.bus, self.vm, self._page.store)
             self.streams.append(self.agent.bell)
         for stream in self.streams:
             enter(stream.close)
@@ -282,7 +260,15 @@ class Machine:
         self.console.plug(bus, PORT_COM1, "serial0")
         self.stdout.plug(bus, PORT_GUEST_STDOUT, "guest-stdout")
         self.stderr.plug(bus, PORT_GUEST_STDERR, "guest-stderr")
-        bus.add(PIO, PORT_GUEST_CONTROL, 4, "guest-control", GuestPort(self))
+        self._port = GuestPort(
+            bus,
+            self._page,
+            self.stdout,
+            self.stderr,
+            reached=self._reached,
+            ended=self._command_ended,
+            agent=self.agent,
+        )
         Rtc(bus)
         Power(bus, lambda: self._finish(Outcome("poweroff")), self._guest_reset)
         PvPanic(bus, self._pvpanic)
@@ -772,8 +758,7 @@ class Machine:
                 if stop in (STOP_PIO, STOP_MMIO):
                     with lock:
                         dispatch(c)
-                    if self._writes:
-                        self._write_out()
+                    self._port.flush()
                 elif stop != STOP_ASKED:
                     self._abnormal(vcpu, stop)
                 elif self._hang_watch is not None:
@@ -832,51 +817,20 @@ class Machine:
         self.command_status = status
         self._finish(Outcome("debug-exit"))
 
-    def guest_event(self, opcode: int, value: int) -> None:
-        """The guest's init says how far it is (see guest/pyvmm_port.h)."""
-        phase = PHASES.get(opcode)
-        if phase is not None and phase not in self.phases:
+    def _reached(self, phase: str) -> None:
+        """The guest's init says how far it is."""
+        if phase not in self.phases:
             self.phases[phase] = time.monotonic_ns()
-            if opcode in MARKS:
+            if phase in MARKS:
                 try:
                     self.marks.append(self.mark_now(phase))
                 except (PyvmmError, OSError):
                     pass  # a counter that cannot be read is no reason to end the machine: two phases become one
-        if opcode == GUEST_INIT:
+        if phase == "init":
             self.booted.set()
-        elif opcode == GUEST_STATUS:
-            self.command_status = value & 0xFF
-        elif opcode == GUEST_PAGE:
-            self._guest_page = value << 12
-        elif opcode == GUEST_WRITE:
-            length = min(value & 0xFFFF, 0x1000)
-            try:
-                data = self.memory.read(self._guest_page, length)
-            except IndexError:  # not RAM: the guest's mistake
-                return
-            error = bool(value >> 16 & 1)
-            self._writes[threading.get_ident()] = self.stderr if error else self.stdout, data
-            if self.agent is not None:
-                self.agent.output(data, error=error)
-        elif opcode == GUEST_AGENT and self.agent is not None:
-            self.agent.became_ready()
-        elif opcode == GUEST_RESULT and self.agent is not None:
-            self.agent.ended(value)
 
-    def _store_page(self, data: bytes) -> bool:
-        """For the guest, into the page that it has named."""
-        try:
-            if self._guest_page:
-                self.memory.write(self._guest_page, data)
-        except IndexError:  # not RAM: the guest's mistake
-            return False
-        return bool(self._guest_page)
-
-    def _write_out(self) -> None:
-        """Pass on what this vCPU has just written, without the lock: it waits if nobody reads."""
-        write = self._writes.pop(threading.get_ident(), None)
-        if write is not None:
-            write[0].put(write[1])
+    def _command_ended(self, status: int) -> None:
+        self.command_status = status
 
     def _restart(self) -> None:
         """A machine reset: devices, memory and the VM itself start over; consoles and
@@ -891,7 +845,7 @@ class Machine:
         with self._lock:  # against who switches a card or pulls its cable
             self.pci.reset()
         self.console.reset()
-        self._guest_page = 0
+        self._page.name(0)
         if self.agent is not None:
             self.agent.reset()
         for stream in self.streams:
@@ -996,19 +950,3 @@ class Machine:
         if not self.kvm.extension("KVM_CAP_BINARY_STATS_FD"):
             return None
         return self._read_stats()
-
-
-class GuestPort:
-    """The control register of the guest port: 32-bit writes of opcode << 24 | value."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-
-    def read(self, offset: int, size: int) -> int:
-        """``PVMM``: lets init see that the port is there."""
-        return 0x4D4D5650 >> 8 * offset
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """An event; other widths are ignored."""
-        if offset == 0 and size == 4:
-            self._machine.guest_event(value >> 24, value & 0xFFFFFF)

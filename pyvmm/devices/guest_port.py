@@ -1,0 +1,144 @@
+"""The guest port: our init says how far it is, hands over output and answers the agent's requests
+(``guest/pyvmm_port.h`` has the protocol).
+"""
+
+from __future__ import annotations
+
+import threading
+
+from pyvmm.bus import PIO, Bus
+from pyvmm.spec.platform import (
+    GUEST_AGENT,
+    GUEST_COMMAND,
+    GUEST_INIT,
+    GUEST_NET_UP,
+    GUEST_PAGE,
+    GUEST_POWEROFF,
+    GUEST_RESULT,
+    GUEST_STATUS,
+    GUEST_WRITE,
+    PORT_GUEST_CONTROL,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.devices.console import Stream
+    from pyvmm.devices.guest_agent import Agent
+    from pyvmm.memory import GuestMemory
+
+MAGIC = 0x4D4D5650  # "PVMM", little-endian
+WRITE_MAX = 4096  # bytes of one GUEST_WRITE
+
+#: Opcode -> the name of the point in the run that the guest has reached (docs/report.md).
+PHASES = {
+    GUEST_INIT: "init",
+    GUEST_NET_UP: "net_up",
+    GUEST_COMMAND: "command",
+    GUEST_STATUS: "command_end",
+    GUEST_AGENT: "agent",
+    GUEST_POWEROFF: "poweroff",
+}
+
+
+class GuestPage:
+    """The page of guest memory that init has named for what does not fit into a register.
+
+    The guest may name any address. A page outside of RAM gives nothing and takes nothing.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self._address = 0  # guest-physical; 0: init has named none
+
+    def name(self, frame: int) -> None:
+        """Init names the page by its page frame number; 0 takes the name back."""
+        self._address = frame << 12
+
+    def read(self, length: int) -> bytes | None:
+        """The first ``length`` bytes, at most 4096; None if they are not in RAM."""
+        try:
+            return self._memory.read(self._address, length)
+        except IndexError:
+            return None
+
+    def store(self, data: bytes) -> bool:
+        """Put ``data``, at most 4096 bytes, at the page's begin; returns whether that was
+        possible.
+        """
+        try:
+            if self._address:
+                self._memory.write(self._address, data)
+        except IndexError:
+            return False
+        return bool(self._address)
+
+
+class GuestPort:
+    """The control register of the guest port: 32-bit writes of opcode << 24 | value.
+
+    vCPU threads call ``read`` and ``write`` with the I/O lock held, and the callbacks run in them.
+
+    :param stdout, stderr: take the output of the guest's command.
+    :param reached: called with a name of ``PHASES`` each time the guest says that it is there.
+    :param ended: called with the exit status of the guest's command, 0 to 255.
+    :param agent: gets what concerns requests; None if the guest takes none.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        page: GuestPage,
+        stdout: Stream,
+        stderr: Stream,
+        *,
+        reached: Callable[[str], None],
+        ended: Callable[[int], None],
+        agent: Agent | None = None,
+    ) -> None:
+        self._page, self._stdout, self._stderr = page, stdout, stderr
+        self._reached, self._ended, self._agent = reached, ended, agent
+        #: Thread -> the output that it takes to its stream once it has released the lock.
+        self._writes: dict[int, tuple[Stream, bytes]] = {}
+        bus.add(PIO, PORT_GUEST_CONTROL, 4, "guest-control", self)
+
+    def read(self, offset: int, size: int) -> int:
+        """``PVMM``: lets init see that the port is there."""
+        return MAGIC >> 8 * offset
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """An opcode with its value; accesses of other widths are ignored."""
+        if offset == 0 and size == 4:
+            self._take(value >> 24, value & 0xFFFFFF)
+
+    def _take(self, opcode: int, value: int) -> None:
+        if opcode in PHASES:
+            self._reached(PHASES[opcode])
+        if opcode == GUEST_STATUS:
+            self._ended(value & 0xFF)
+        elif opcode == GUEST_PAGE:
+            self._page.name(value)
+        elif opcode == GUEST_WRITE:
+            data = self._page.read(min(value & 0xFFFF, WRITE_MAX))
+            if data is not None:
+                self._output(data, error=bool(value >> 16 & 1))
+        elif opcode == GUEST_AGENT and self._agent is not None:
+            self._agent.became_ready()
+        elif opcode == GUEST_RESULT and self._agent is not None:
+            self._agent.ended(value)
+
+    def _output(self, data: bytes, *, error: bool) -> None:
+        stream = self._stderr if error else self._stdout
+        self._writes[threading.get_ident()] = stream, data
+        if self._agent is not None:
+            self._agent.output(data, error=error)
+
+    def flush(self) -> None:
+        """Pass on what the calling vCPU thread has just written. It waits if nobody reads the
+        stream, so the thread must not hold the lock.
+        """
+        if self._writes:
+            write = self._writes.pop(threading.get_ident(), None)
+            if write is not None:
+                write[0].put(write[1])

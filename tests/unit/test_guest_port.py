@@ -1,0 +1,143 @@
+"""The guest port without a machine: what init tells, its output, and a guest that names wild pages."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from pyvmm.bus import PIO
+from pyvmm.devices.console import Stream
+from pyvmm.devices.guest_port import MAGIC, PHASES, GuestPage, GuestPort
+from pyvmm.spec.platform import (
+    GUEST_AGENT,
+    GUEST_COMMAND,
+    GUEST_INIT,
+    GUEST_PAGE,
+    GUEST_RESULT,
+    GUEST_STATUS,
+    GUEST_WRITE,
+    PORT_GUEST_CONTROL,
+)
+from tests.pci_guest import Board
+
+PATIENCE = 30.0
+STDERR = 1 << 16
+
+
+class Agent:
+    """Notes what the port passes on."""
+
+    def __init__(self) -> None:
+        self.ready = 0
+        self.results: list[int] = []
+        self.outputs: list[tuple[bytes, bool]] = []
+
+    def became_ready(self) -> None:
+        self.ready += 1
+
+    def ended(self, value: int) -> None:
+        self.results.append(value)
+
+    def output(self, data: bytes, *, error: bool) -> None:
+        self.outputs.append((data, error))
+
+
+class Rig:
+    """A guest at the port."""
+
+    def __init__(self, board: Board, agent: Agent | None) -> None:
+        self.board = board
+        self.page = GuestPage(board.memory)
+        self.streams = Stream("stdout"), Stream("stderr")
+        for stream in self.streams:
+            stream.start()
+        self.reached: list[str] = []
+        self.ended: list[int] = []
+        self.port = GuestPort(
+            board.bus,
+            self.page,
+            *self.streams,
+            reached=self.reached.append,
+            ended=self.ended.append,
+            agent=agent,  # type: ignore[arg-type]
+        )
+
+    def tell(self, opcode: int, value: int = 0) -> None:
+        self.board.write(PIO, PORT_GUEST_CONTROL, 4, opcode << 24 | value)
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
+
+
+@pytest.fixture
+def agent() -> Agent:
+    return Agent()
+
+
+@pytest.fixture
+def rig(agent: Agent) -> Iterator[Rig]:
+    with Board() as board:
+        made = Rig(board, agent)
+        yield made
+        made.close()
+
+
+def test_init_tells_how_far_it_is(rig: Rig, agent: Agent) -> None:
+    assert rig.board.read(PIO, PORT_GUEST_CONTROL, 4) == MAGIC
+    for opcode in PHASES:
+        rig.tell(opcode, 0x107)
+    rig.tell(GUEST_INIT)  # a reboot: init runs again
+    rig.tell(77, 5)
+    rig.board.write(PIO, PORT_GUEST_CONTROL, 2, GUEST_COMMAND << 8)  # not the register's width
+    assert rig.reached == [*PHASES.values(), "init"]
+    assert rig.ended == [7], "an exit status has 8 bits"
+    assert agent.ready == 1
+    rig.tell(GUEST_RESULT, 0x123456)
+    assert agent.results == [0x123456]
+
+
+def test_output_of_a_page_goes_to_its_stream_once_the_lock_is_released(
+    rig: Rig, agent: Agent
+) -> None:
+    rig.board.memory.write(0x5000, b"hello, world\n")
+    rig.tell(GUEST_PAGE, 5)
+    for error, stream in enumerate(rig.streams):
+        rig.tell(GUEST_WRITE, 13 | STDERR * error)
+        other = threading.Thread(target=rig.port.flush)  # another vCPU's thread has written nothing
+        other.start()
+        other.join()
+        assert not stream.text
+        rig.port.flush()
+        stream.expect("hello, world\n", PATIENCE)
+        rig.port.flush()
+        assert stream.text.count(b"hello") == 1
+    assert agent.outputs == [(b"hello, world\n", False), (b"hello, world\n", True)]
+
+
+def test_a_page_outside_of_ram_gives_and_takes_nothing(rig: Rig, agent: Agent) -> None:
+    assert not rig.page.store(b"x"), "none has been named"
+    frames = rig.board.memory.size >> 12
+    for frame in (frames, 0xFFFFFF):
+        rig.tell(GUEST_PAGE, frame)
+        rig.tell(GUEST_WRITE, 0xFFFF)
+        assert not rig.page.store(b"x")
+    assert agent.outputs == []
+    rig.tell(GUEST_PAGE, frames - 1)
+    rig.tell(GUEST_WRITE, 0xFFFF)
+    assert [len(data) for data, _ in agent.outputs] == [4096]
+    assert rig.page.store(b"y" * 4096)
+    rig.page.name(0)
+    assert not rig.page.store(b"x"), "the guest has started over"
+
+
+def test_without_an_agent() -> None:
+    with Board() as board:
+        rig = Rig(board, None)
+        rig.tell(GUEST_PAGE, 1)
+        for opcode in (GUEST_AGENT, GUEST_RESULT, GUEST_WRITE, GUEST_STATUS):
+            rig.tell(opcode, 3)
+        assert rig.reached == ["agent", "command_end"] and rig.ended == [3]
+        rig.close()
