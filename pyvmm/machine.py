@@ -18,7 +18,7 @@ from pyvmm.boot.mptable import build as build_mptable
 from pyvmm.bus import Bus
 from pyvmm.card.nic import Nic
 from pyvmm.card.uplink import Uplink
-from pyvmm.devices.console import Console, Stream
+from pyvmm.devices.console import Console, Spotter, Stream
 from pyvmm.devices.guest_port import GuestPage, GuestPort
 from pyvmm.devices.legacy import Power, PvPanic, Rtc
 from pyvmm.errors import (
@@ -43,6 +43,7 @@ from pyvmm.kvm.vm import Vm
 from pyvmm.memory import GuestMemory, parse_size
 from pyvmm.netopt import Net, mac_text
 from pyvmm.outcome import Outcome
+from pyvmm.panics import PanicWatch
 from pyvmm.pci import PciBus
 from pyvmm.spec.platform import (
     IRQ_COM1,
@@ -81,9 +82,6 @@ EARLY_CONSOLE = "earlyprintk=ttyS0,115200"
 COMMAND_MAX = 1200
 PAUSE_PATIENCE = 2.0  # seconds that pause() waits for vCPUs that are outside of the guest, in a console's full pipe
 OLD_STATS = 16  # VMs before the present one whose statistics are kept
-PANIC_TEXT = b"Kernel panic - not syncing"
-PANIC_END = b"---[ end Kernel panic"  # what a kernel says last that is not to reboot (panic=0)
-PVPANIC_GRACE = 1.0  # seconds from pvpanic's word to the end of a kernel that does not end itself: it still prints
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word
 
 #: Outcome of the guest's doing -> QEMU's ShutdownCause.
@@ -175,7 +173,6 @@ class Machine:
         self.agent: Agent | None = None
         self._hang_timeout = hang_timeout
         self._hang_watch: HangWatch | None = None
-        self._pvpanic_timer: threading.Timer | None = None
         self._lock = threading.RLock()
         self._go = threading.Condition()  # vCPUs of a paused machine wait here; guards the next two
         self._paused = False
@@ -188,8 +185,6 @@ class Machine:
         self._failure: BaseException | None = None
         #: Set once init runs (our own says so, else the kernel's last words), and at the end.
         self.booted = threading.Event()
-        self._last_said = b""
-        self._panic: str | None = None
         self._supervisor: threading.Thread | None = None
         self.old_stats: list[dict[str, Any]] = []
         #: All counters at the begin of each phase (exits.phases), as it came.
@@ -241,7 +236,8 @@ class Machine:
             self.streams.append(self.agent.bell)
         for stream in self.streams:
             enter(stream.close)
-        self.console.add_sink(self._watch)
+        self.console.add_sink(Spotter(INIT_TEXT, self.booted.set))
+        self.panics = PanicWatch(self.console, lambda: self._finish(Outcome("panic")))
         self._add_board()
         for index, net in enumerate(nets):
             self._add_net(index, net)
@@ -271,7 +267,7 @@ class Machine:
         )
         Rtc(bus)
         Power(bus, lambda: self._finish(Outcome("poweroff")), self._guest_reset)
-        PvPanic(bus, self._pvpanic)
+        PvPanic(bus, self.panics.pvpanic)
         self.pci = PciBus(bus, self._guest_reset)
         if self._test_devices:
             from pyvmm.devices.testdev import add_test_devices
@@ -676,7 +672,7 @@ class Machine:
                 self._run_vcpus()
                 request = self._request or Outcome("stopped")
                 if request.kind == "reboot" and not request.asked:
-                    self._was_panic(request)
+                    self._name_panic(request)
                 if not self._will_restart(request):
                     break
                 with self._lock:
@@ -692,8 +688,7 @@ class Machine:
         except BaseException as e:
             self._failure = self._failure or e
             request = Outcome("stopped", str(e))
-        if self._pvpanic_timer is not None:
-            self._pvpanic_timer.cancel()
+        self.panics.stop()
         if request.kind in ("timeout", "hang"):
             request.states = [v.state() for v in self.vcpus]
             registers = [v.registers() for v in self.vcpus]
@@ -705,7 +700,7 @@ class Machine:
             nic.stop()
         for stream in self.streams:
             stream.finish()
-        self._was_panic(request)
+        self._name_panic(request)
         self._outcome = request
         self._emit_end(request)
         self._done.set()
@@ -713,28 +708,11 @@ class Machine:
         if self.agent is not None:
             self.agent.gone(f"the guest has ended ({request.kind})")
 
-    def _was_panic(self, request: Outcome) -> None:
-        """A panic that ends in a reboot (panic=-1) is a panic. The console may know more than
-        pvpanic.
-        """
-        if request.kind not in ("reboot", "poweroff", "triple-fault", "timeout", "hang", "panic"):
-            return
-        if request.status is not None:
-            return
-        if self._panic is None and PANIC_TEXT not in self.console.text:
-            self.console.finish(
-                0.2
-            ) if request.kind == "reboot" and self.on_reboot == "exit" else None
-        at = self.console.text.rfind(PANIC_TEXT)
-        if self.console.text[max(at - 4, 0) : at] == b"end ":  # the last line says it again
-            first = self.console.text.rfind(PANIC_TEXT, 0, at)
-            at = first if first >= 0 else at
-        if at >= 0:
-            end = self.console.text.find(b"\n", at)
-            line = bytes(self.console.text[at : end if end >= 0 else None])
-            self._panic = line.decode(errors="replace").strip()
-        if self._panic is not None:
-            request.kind, request.detail = "panic", self._panic
+    def _name_panic(self, request: Outcome) -> None:
+        """Call an end that a panic has led to a panic."""
+        if request.kind == "reboot" and self.on_reboot == "exit" and not self.panics.text():
+            self.console.finish(0.2)  # panic=-1 reboots while its text is still in the pipe
+        self.panics.judge(request)
 
     def _run_vcpus(self) -> None:
         threads = [
@@ -782,36 +760,10 @@ class Machine:
         registers = vcpu.registers()
         self._finish(Outcome("kvm-error", f"{detail}, rip {registers['rip']:#x}", registers))
 
-    def _watch(self, data: bytes) -> None:
-        """The console's reader: a panic that nothing follows ends the machine, rather than its
-        time-out.
-        """
-        text = self._last_said + data
-        if INIT_TEXT in text:
-            self.booted.set()
-        at = text.find(PANIC_END)
-        if at < 0:
-            self._last_said = text[-32:]
-        elif b"\n" in text[at:] or len(text) - at > 1000:
-            self._finish(Outcome("panic"))
-            self._last_said = b""
-        else:
-            self._last_said = text[at:]  # the rest of the line is to be seen, too
-
     # --- what the guest asks for ------------------------------------------------------------------
 
     def _guest_reset(self) -> None:
         self._finish(Outcome("reboot"))
-
-    def _pvpanic(self, events: int) -> None:
-        if events & 1:
-            self._panic = "reported by pvpanic"
-            if self._pvpanic_timer is None:
-                self._pvpanic_timer = threading.Timer(
-                    PVPANIC_GRACE, self._finish, [Outcome("panic")]
-                )
-                self._pvpanic_timer.daemon = True
-                self._pvpanic_timer.start()
 
     def _debug_exit(self, status: int) -> None:
         self.command_status = status
@@ -845,6 +797,7 @@ class Machine:
         with self._lock:  # against who switches a card or pulls its cable
             self.pci.reset()
         self.console.reset()
+        self.panics.restart()
         self._page.name(0)
         if self.agent is not None:
             self.agent.reset()

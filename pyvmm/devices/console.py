@@ -166,6 +166,12 @@ class Stream:
             self.hurry()
 
     @property
+    def position(self) -> int:
+        """Bytes that the reader has taken so far; ``text`` ends there."""
+        with self._changed:
+            return self.dropped_text + len(self.text)
+
+    @property
     def dropped(self) -> int:
         """How many bytes the guest wrote that no reader took in time."""
         return self._dropped if self.pipe == ffi.NULL else int(lib.pv_pipe_dropped(self.pipe))
@@ -261,6 +267,24 @@ class Console(Stream):
             serial, self.serial = self.serial, ffi.NULL
         lib.pv_serial_free(serial)  # before the pipe, because the port removes its hook from it
         super()._free(pipe)
+
+
+class Spotter:
+    """A sink that calls ``found`` for each piece in which ``phrase`` goes by, also if the phrase
+    comes in two pieces.
+    """
+
+    def __init__(self, phrase: bytes, found: Callable[[], None]) -> None:
+        self._phrase, self._found = phrase, found
+        self._last = b""
+
+    def __call__(self, data: bytes) -> None:
+        text = self._last + data
+        if self._phrase in text:
+            self._found()
+            self._last = b""
+        else:
+            self._last = text[1 - len(self._phrase) :]
 
 
 class FdSink:

@@ -25,7 +25,7 @@ LAYERS = (
         "workloads",
     },
     {"card", "doctor"},
-    {"hang", "machine"},
+    {"hang", "machine", "panics"},
     {"testing.suite"},
     {"testing.vm"},
     {"compare", "matrix"},
