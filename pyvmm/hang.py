@@ -54,7 +54,7 @@ class HangWatch:
     seconds.
     """
 
-    def __init__(self, machine: Machine, limit: float, found: Callable[[str], None]) -> None:
+    def __init__(self, machine: Machine, limit: float, found: Callable[[str], object]) -> None:
         self._machine, self._limit, self._found = machine, limit, found
         self._linux = "Linux" in machine.boot.kind or "bzImage" in machine.boot.kind
         self._period = min(limit / LOOKS, PERIOD_MAX)

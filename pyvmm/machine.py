@@ -28,17 +28,7 @@ from pyvmm.errors import (
     UsageError,
 )
 from pyvmm.kvm import Kvm
-from pyvmm.kvm.vcpu import (
-    EXIT_SHUTDOWN,
-    REASONS,
-    RUNS_OFF,
-    STOP_ASKED,
-    STOP_ERROR,
-    STOP_MMIO,
-    STOP_OTHER,
-    STOP_PIO,
-    Vcpu,
-)
+from pyvmm.kvm.vcpu import RUNS_OFF, Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory import GuestMemory, parse_size
 from pyvmm.netopt import Net, mac_text
@@ -54,6 +44,7 @@ from pyvmm.spec.platform import (
     PORT_GUEST_STDOUT,
 )
 from pyvmm.threads import Thread
+from pyvmm.vcpus import VcpuThreads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -174,12 +165,11 @@ class Machine:
         self._hang_timeout = hang_timeout
         self._hang_watch: HangWatch | None = None
         self._lock = threading.RLock()
-        self._go = threading.Condition()  # vCPUs of a paused machine wait here; guards the next two
-        self._paused = False
-        self._parked = 0
         self._pausing = threading.Lock()  # one pause or resume at a time
         self._control: Server | None = None
         self._done = threading.Event()
+        #: Guards the request for an end. Held for a moment only, and by nobody who waits.
+        self._asking = threading.Lock()
         self._request: Outcome | None = None
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
@@ -250,6 +240,9 @@ class Machine:
             if self.recorder is not None:
                 vcpu.trace(self.recorder.ring("vcpus", f"vcpu{index}"))
         self.vcpus[0].set_boot_state(self.boot)
+        self.vcpu_threads = VcpuThreads(
+            self.vcpus, self.bus, self._lock, flush=self._port.flush, over=self._finish
+        )
 
     def _add_board(self) -> None:
         bus = self.bus
@@ -387,6 +380,7 @@ class Machine:
                 self, self._hang_timeout, lambda text: self._finish(Outcome("hang", text))
             )
             self._stack.callback(self._hang_watch.stop)
+            self.vcpu_threads.kicked = self._hang_watch.looked_at
             self._hang_watch.start()
         self._supervisor = Thread(target=self._supervise, name="supervisor", daemon=True)
         self._supervisor.start()
@@ -407,8 +401,9 @@ class Machine:
                 timeout = max(timeout - (time.monotonic() - begin), 0)
         if not self._done.wait(timeout):
             self.stop(Outcome("timeout", f"{total:g} s are over"))
-        if self._failure is not None:
-            raise self._failure
+        failure = self.vcpu_threads.failure or self._failure
+        if failure is not None:
+            raise failure
         assert self._outcome is not None
         return self._outcome
 
@@ -509,7 +504,7 @@ class Machine:
             )
         if self._supervisor is None:
             return "prelaunch"
-        return "paused" if self._paused else "running"
+        return "paused" if self.vcpu_threads.paused else "running"
 
     def pause(self) -> bool:
         """Stop the vCPUs, then park the data paths: when it returns, nothing changes guest memory
@@ -525,17 +520,9 @@ class Machine:
         with self._pausing:
             if self._done.is_set():
                 raise HostError("the machine has ended")
-            if self._paused:
+            if self.vcpu_threads.paused:
                 return False
-            with self._go:
-                self._paused = True
-            if self._supervisor is not None:
-                for vcpu in self.vcpus:
-                    vcpu.kick()
-                with self._go:
-                    self._go.wait_for(
-                        lambda: self._parked == self.cpus or self._done.is_set(), PAUSE_PATIENCE
-                    )
+            self.vcpu_threads.pause(PAUSE_PATIENCE)
             for nic in self.nets:
                 nic.set_paused(True)
             self.emit("STOP")
@@ -551,7 +538,7 @@ class Machine:
         with self._pausing:
             if self._done.is_set():
                 raise HostError("the machine has ended")
-            if not self._paused:
+            if not self.vcpu_threads.paused:
                 return False
             failed: PyvmmError | None = None
             for nic in self.nets:
@@ -559,23 +546,11 @@ class Machine:
                     nic.set_paused(False)
                 except PyvmmError as e:
                     failed = e
-            with self._go:
-                self._paused = False
-                self._go.notify_all()
+            self.vcpu_threads.resume()
             self.emit("RESUME")
             if failed is not None:
                 raise failed
             return True
-
-    def _park(self, vcpu: Vcpu) -> None:
-        """In a vCPU's thread: wait until the machine is to go on, or to end."""
-        with self._go:
-            self._parked += 1
-            self._go.notify_all()
-            while self._paused and self._request is None:
-                self._go.wait()
-            self._parked -= 1
-        vcpu.rested()
 
     def reset(self) -> None:
         """Press the reset button: the machine starts over soon, whatever ``on_reboot`` says. A
@@ -587,11 +562,10 @@ class Machine:
         outcome.asked = True
         if self._supervisor is None:
             raise HostError("the machine has not been started", "start it")
-        self._finish(outcome)
-        if self._request is not outcome and (
-            self._done.is_set() or not self._will_restart(self._request)
-        ):
-            raise HostError("the machine has ended")
+        if not self._finish(outcome):
+            other = self._request  # None: the machine has just started over
+            if self._done.is_set() or (other is not None and not self._will_restart(other)):
+                raise HostError("the machine has ended")
 
     def powerdown(self) -> None:
         """Press the power button (ACPI): the guest powers off if it listens, which takes a driver
@@ -641,124 +615,90 @@ class Machine:
     ) -> None:
         self.close()
 
-    def _finish(self, outcome: Outcome, *, final: bool = False) -> None:
-        """Any thread: make all vCPUs stop, for ``outcome``. The first reason stands, unless the new
-        one is final.
+    def _finish(self, outcome: Outcome, *, final: bool = False) -> bool:
+        """Ask for the end, for ``outcome``. The first reason stands, unless it is a reboot and the
+        new one is final. Any thread; waits for nobody, whatever else the machine is doing.
+
+        :returns: whether ``outcome`` is now the reason.
         """
-        with self._lock:
-            if self._request is None or (final and self._request.kind == "reboot"):
-                outcome.status = self.command_status
-                self._request = outcome
-            self._on_stop()
+        with self._asking:
+            if self._request is not None and not (final and self._request.kind == "reboot"):
+                return False
+            outcome.status = self.command_status
+            self._request = outcome
+            for stream in self.streams:
+                stream.release()
+            self.vcpu_threads.halt()
+            return True
 
-    def _on_stop(self) -> None:
-        for stream in self.streams:
-            stream.release()
-        for vcpu in self.vcpus:
-            vcpu.kick()
-        with self._go:
-            self._go.notify_all()
-
-    def _will_restart(self, request: Outcome | None) -> bool:
-        return (
-            request is not None
-            and request.kind == "reboot"
-            and (request.asked or self.on_reboot == "restart")
-        )
+    def _will_restart(self, request: Outcome) -> bool:
+        return request.kind == "reboot" and (request.asked or self.on_reboot == "restart")
 
     def _supervise(self) -> None:
+        """The supervisor's thread: run the guest, start it over as often as needed, tell the end."""
         try:
-            while True:
-                self._run_vcpus()
-                request = self._request or Outcome("stopped")
-                if request.kind == "reboot" and not request.asked:
-                    self._name_panic(request)
-                if not self._will_restart(request):
-                    break
-                with self._lock:
-                    if self._request is not request:
-                        continue  # stopped for good meanwhile
-                    self._restart()
-                    self._request = None
-                self.emit(
-                    "RESET",
-                    guest=not request.asked,
-                    reason="host-qmp-system-reset" if request.asked else "guest-reset",
-                )
+            outcome = self._run_guest()
+        except BaseException as e:
+            self._failure = e
+            outcome = Outcome("stopped", str(e))
+        try:
+            self._shut_down(outcome)
         except BaseException as e:
             self._failure = self._failure or e
-            request = Outcome("stopped", str(e))
+        self._outcome = outcome
+        self._emit_end(outcome)
+        self._done.set()
+        self.booted.set()
+        if self.agent is not None:
+            self.agent.gone(f"the guest has ended ({outcome.kind})")
+
+    def _run_guest(self) -> Outcome:
+        """Run the vCPUs until the end that is one; returns it."""
+        while True:
+            self.vcpu_threads.run()
+            request = self._request
+            assert request is not None
+            if request.kind == "reboot" and not request.asked:
+                self._name_panic(request)
+            if not self._will_restart(request):
+                return request
+            with self._lock:
+                if self._request is not request:
+                    continue  # stopped for good meanwhile
+                self._restart()
+            with self._asking:
+                if self._request is not request:
+                    continue
+                self._request = None
+                self.vcpu_threads.rearm()
+            self.emit(
+                "RESET",
+                guest=not request.asked,
+                reason="host-qmp-system-reset" if request.asked else "guest-reset",
+            )
+
+    def _shut_down(self, outcome: Outcome) -> None:
+        """No vCPU runs any more: note where they were, then stop what else the guest had."""
+        self.vcpu_threads.end()
         self.panics.stop()
-        if request.kind in ("timeout", "hang"):
-            request.states = [v.state() for v in self.vcpus]
-            registers = [v.registers() for v in self.vcpus]
-            request.rips = [r["rip"] for r in registers]
-            stuck = [i for i, state in enumerate(request.states) if state == RUNS_OFF]
-            request.registers = registers[stuck[0] if stuck else 0]
         self.phases["end"] = time.monotonic_ns()
+        if outcome.kind in ("timeout", "hang"):
+            outcome.states = [v.state() for v in self.vcpus]
+            registers = [v.registers() for v in self.vcpus]
+            outcome.rips = [r["rip"] for r in registers]
+            stuck = [i for i, state in enumerate(outcome.states) if state == RUNS_OFF]
+            outcome.registers = registers[stuck[0] if stuck else 0]
         for nic in self.nets:
             nic.stop()
         for stream in self.streams:
             stream.finish()
-        self._name_panic(request)
-        self._outcome = request
-        self._emit_end(request)
-        self._done.set()
-        self.booted.set()
-        if self.agent is not None:
-            self.agent.gone(f"the guest has ended ({request.kind})")
+        self._name_panic(outcome)
 
     def _name_panic(self, request: Outcome) -> None:
         """Call an end that a panic has led to a panic."""
         if request.kind == "reboot" and self.on_reboot == "exit" and not self.panics.text():
             self.console.finish(0.2)  # panic=-1 reboots while its text is still in the pipe
         self.panics.judge(request)
-
-    def _run_vcpus(self) -> None:
-        threads = [
-            Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
-            for vcpu in self.vcpus
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def _run_vcpu(self, vcpu: Vcpu) -> None:
-        run, c, dispatch, lock = vcpu.run, vcpu.c, self.bus.dispatch, self._lock
-        try:
-            vcpu.thread_id = threading.get_native_id()
-            while self._request is None:
-                if self._paused:
-                    self._park(vcpu)
-                    continue
-                stop = run()
-                if stop in (STOP_PIO, STOP_MMIO):
-                    with lock:
-                        dispatch(c)
-                    self._port.flush()
-                elif stop != STOP_ASKED:
-                    self._abnormal(vcpu, stop)
-                elif self._hang_watch is not None:
-                    self._hang_watch.looked_at(vcpu)
-        except BaseException as e:
-            self._failure = e
-            self._finish(Outcome("stopped", str(e)))
-        vcpu.settle()
-
-    def _abnormal(self, vcpu: Vcpu, stop: int) -> None:
-        c = vcpu.c
-        name = REASONS.get(c.reason, str(c.reason))
-        if stop == STOP_OTHER and c.reason == EXIT_SHUTDOWN:
-            self._finish(Outcome("triple-fault", f"vCPU {vcpu.index}", vcpu.registers()))
-            return
-        if stop == STOP_ERROR:
-            detail = f"vCPU {vcpu.index}: {os.strerror(c.error)}"
-        else:
-            info = " ".join(f"{c.info[i]:#x}" for i in range(c.info_count))
-            detail = f"vCPU {vcpu.index}: exit {name}, detail {c.detail} {info}".rstrip()
-        registers = vcpu.registers()
-        self._finish(Outcome("kvm-error", f"{detail}, rip {registers['rip']:#x}", registers))
 
     # --- what the guest asks for ------------------------------------------------------------------
 

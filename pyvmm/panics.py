@@ -36,7 +36,7 @@ class PanicWatch:
         nothing more will come of it.
     """
 
-    def __init__(self, console: Stream, over: Callable[[], None]) -> None:
+    def __init__(self, console: Stream, over: Callable[[], object]) -> None:
         self._console, self._over = console, over
         self._begin = 0  # the console's position at which the present guest began
         self._said = b""  # the end of what the console said, or its unfinished last line

@@ -79,7 +79,9 @@ class Power:
 
     SLP_EN = 1 << 5
 
-    def __init__(self, bus: Bus, on_off: Callable[[], None], on_reset: Callable[[], None]) -> None:
+    def __init__(
+        self, bus: Bus, on_off: Callable[[], object], on_reset: Callable[[], object]
+    ) -> None:
         self._on_off, self._on_reset = on_off, on_reset
         power = bus.add(PIO, PORT_ACPI_SLEEP_CONTROL, 3, "acpi-power", self)
         power.names = Registers({0: "sleep control", 1: "sleep status", 2: "reset"})
@@ -106,7 +108,7 @@ class Keyboard:
     Port 0x61 belongs to KVM's PIT. KVM answers it, so accesses to it never come here.
     """
 
-    def __init__(self, on_reset: Callable[[], None]) -> None:
+    def __init__(self, on_reset: Callable[[], object]) -> None:
         self._on_reset = on_reset
 
     def read(self, offset: int, size: int) -> int:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,7 @@ def test_reset_of_a_paused_machine_stays_paused(vm: Machine, client: Client) -> 
     client.command("system_reset")
     client.wait_event("RESET")
     assert client.command("query-status")["status"] == "paused"
-    until(lambda: vm._parked == 2)
+    until(lambda: vm.vcpu_threads.parked == 2)
     assert vm.stdout.text.count(b"reset: by hang") == 1
     client.command("cont")
     vm.stdout.expect(r"(reset: by hang\n){2}", PATIENCE)
@@ -195,6 +196,52 @@ def test_quit_tells_before_it_goes(vm: Machine, client: Client) -> None:
     vm.close()
     with pytest.raises(MachineMissing):
         client.command("query-status")
+
+
+@contextmanager
+def lock_held(vm: Machine) -> Iterator[None]:
+    """Another thread holds the I/O lock meanwhile, as a device would that waits for somebody."""
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with vm.io_lock:
+            held.set()
+            release.wait(2 * PATIENCE)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        release.set()
+        holder.join()
+
+
+@pytest.mark.parametrize("how", ["stop", "quit", "time-out", "control socket"])
+def test_no_end_waits_for_the_io_lock(vm: Machine, client: Client, how: str) -> None:
+    with lock_held(vm):
+        begin = time.monotonic()
+        if how == "stop":
+            vm.stop()
+        elif how == "quit":
+            vm.quit()
+        elif how == "time-out":
+            vm.wait(0.1)
+        else:
+            client.command("quit")
+        outcome = vm.wait(PATIENCE)
+        assert time.monotonic() - begin < PATIENCE / 2
+    assert outcome.kind == ("timeout" if how == "time-out" else "stopped")
+
+
+def test_resets_that_come_thick_and_fast(vm: Machine, client: Client) -> None:
+    """A reset while the machine starts over is the same reset, and no end."""
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        vm.reset()
+    client.command("query-status")
+    assert vm.reboots > 1 and vm.outcome is None
 
 
 @pytest.mark.parametrize("paused", [False, True])
@@ -320,7 +367,7 @@ def test_before_the_start(guest: Guest) -> None:
             c.command("system_reset")
         vm.pause()
         vm.start()
-        until(lambda: vm._parked == 2)
+        until(lambda: vm.vcpu_threads.parked == 2)
         assert not vm.stdout.text
         c.command("cont")
         outcome = vm.wait(PATIENCE)

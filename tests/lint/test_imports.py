@@ -25,7 +25,7 @@ LAYERS = (
         "workloads",
     },
     {"card", "doctor"},
-    {"hang", "machine", "panics"},
+    {"hang", "machine", "panics", "vcpus"},
     {"testing.suite"},
     {"testing.vm"},
     {"compare", "matrix"},

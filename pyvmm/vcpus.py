@@ -1,0 +1,194 @@
+"""Running the vCPUs: one thread each, from the start of the guest to its end.
+
+Theory of operation: a thread enters the guest by ``Vcpu.run``, which answers in C whatever can be
+answered there, and comes back when Python is needed: for a device in Python, for an end, or because
+the vCPU was kicked. Python devices run under the machine's I/O lock. The threads' own state, whether
+they are to run, to pause or to leave, is under a condition of its own, which nobody holds for long,
+so that ``halt`` waits for no device.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from pyvmm.kvm.vcpu import (
+    EXIT_SHUTDOWN,
+    REASONS,
+    STOP_ASKED,
+    STOP_ERROR,
+    STOP_MMIO,
+    STOP_OTHER,
+    STOP_PIO,
+)
+from pyvmm.outcome import Outcome
+from pyvmm.threads import Thread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pyvmm.bus import Bus
+    from pyvmm.kvm.vcpu import Vcpu
+
+
+class VcpuThreads:
+    """The threads of a machine's vCPUs. The vCPUs are lent, and stay open until ``run`` has
+    returned for the last time.
+
+    :param lock: the machine's I/O lock, held while a device in Python answers.
+    :param flush: called by a vCPU's thread without the lock after such an answer.
+    :param over: called by a vCPU's thread with the end that it has met, once or more often.
+    :ivar kicked: called by a vCPU's thread that was kicked out of the guest; None: nobody asks.
+    :ivar failure: what has gone wrong in a vCPU's thread, in pyvmm itself; None if nothing has.
+    """
+
+    def __init__(
+        self,
+        vcpus: Sequence[Vcpu],
+        bus: Bus,
+        lock: threading.RLock,
+        *,
+        flush: Callable[[], None],
+        over: Callable[[Outcome], object],
+    ) -> None:
+        self._vcpus, self._bus, self._lock = vcpus, bus, lock
+        self._flush, self._over = flush, over
+        self.kicked: Callable[[Vcpu], None] | None = None
+        self.failure: BaseException | None = None
+        self._changed = threading.Condition()  # guards what follows
+        self._started = self._running = self._ended = False
+        self._halted = self._paused = False
+        self._parked = 0
+
+    def run(self) -> None:
+        """Run all vCPUs until ``halt``; returns at once if that has been called before."""
+        threads = [
+            Thread(target=self._run, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
+            for vcpu in self._vcpus
+        ]
+        with self._changed:
+            self._started = self._running = True
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with self._changed:
+            self._running = False
+
+    def halt(self) -> None:
+        """Have all vCPUs leave the guest, and ``run`` return. Any thread; never waits."""
+        with self._changed:
+            self._halted = True
+            self._kick()
+            self._changed.notify_all()
+
+    def rearm(self) -> None:
+        """Let ``run`` be called again after a ``halt``."""
+        with self._changed:
+            self._halted = False
+
+    def end(self) -> None:
+        """``run`` will not be called again: nobody need wait for the threads any more."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def kick(self) -> None:
+        """Have all vCPUs leave the guest for a moment; each thread calls ``kicked``. Any thread;
+        never waits.
+        """
+        with self._changed:
+            self._kick()
+
+    def _kick(self) -> None:
+        if self._running:  # else there is nobody to be kicked, and a vCPU may have been closed
+            for vcpu in self._vcpus:
+                vcpu.kick()
+
+    # --- pause ------------------------------------------------------------------------------------
+
+    @property
+    def paused(self) -> bool:
+        """Whether the vCPUs are to stay out of the guest."""
+        return self._paused
+
+    @property
+    def parked(self) -> int:
+        """How many threads wait for ``resume``."""
+        return self._parked
+
+    def pause(self, patience: float) -> None:
+        """Keep all vCPUs out of the guest; returns when none is in it, and while the machine starts
+        over, when it has. Not from a vCPU's thread.
+
+        :param patience: seconds to wait at most for a thread that is held up outside of the guest
+            by a reader of its output; it parks before it enters the guest again.
+        """
+        with self._changed:
+            self._paused = True
+            self._kick()
+            if self._started:
+                self._changed.wait_for(
+                    lambda: self._ended or self._parked == len(self._vcpus), patience
+                )
+
+    def resume(self) -> None:
+        """Let them enter the guest again."""
+        with self._changed:
+            self._paused = False
+            self._changed.notify_all()
+
+    def _park(self, vcpu: Vcpu) -> None:
+        """In a vCPU's thread: wait for ``resume`` or ``halt``."""
+        with self._changed:
+            self._parked += 1
+            self._changed.notify_all()
+            while self._paused and not self._halted:
+                self._changed.wait()
+            self._parked -= 1
+        vcpu.rested()
+
+    # --- the threads ------------------------------------------------------------------------------
+
+    def _run(self, vcpu: Vcpu) -> None:
+        run, c, dispatch, lock, flush = (
+            vcpu.run,
+            vcpu.c,
+            self._bus.dispatch,
+            self._lock,
+            self._flush,
+        )
+        try:
+            vcpu.thread_id = threading.get_native_id()
+            while not self._halted:
+                if self._paused:
+                    self._park(vcpu)
+                    continue
+                stop = run()
+                if stop in (STOP_PIO, STOP_MMIO):
+                    with lock:
+                        dispatch(c)
+                    flush()
+                elif stop != STOP_ASKED:
+                    self._over(abnormal(vcpu, stop))
+                elif self.kicked is not None:
+                    self.kicked(vcpu)
+        except BaseException as e:
+            self.failure = e
+            self._over(Outcome("stopped", str(e)))
+        vcpu.settle()
+
+
+def abnormal(vcpu: Vcpu, stop: int) -> Outcome:
+    """The end that a return of ``Vcpu.run`` means which is neither an access nor a kick."""
+    c, registers = vcpu.c, vcpu.registers()
+    if stop == STOP_OTHER and c.reason == EXIT_SHUTDOWN:
+        return Outcome("triple-fault", f"vCPU {vcpu.index}", registers)
+    if stop == STOP_ERROR:
+        detail = f"vCPU {vcpu.index}: {os.strerror(c.error)}"
+    else:
+        name = REASONS.get(c.reason, str(c.reason))
+        info = " ".join(f"{c.info[i]:#x}" for i in range(c.info_count))
+        detail = f"vCPU {vcpu.index}: exit {name}, detail {c.detail} {info}".rstrip()
+    return Outcome("kvm-error", f"{detail}, rip {registers['rip']:#x}", registers)
