@@ -20,10 +20,11 @@ from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from pyvmm.card.nic import Nic
     from pyvmm.kvm.vcpu import State, Vcpu
-    from pyvmm.machine import Machine
+    from pyvmm.memory import GuestMemory
 
 LOOKS = 10  # within the time-out, at least
 PERIOD_MAX = 1.0  # seconds
@@ -50,13 +51,27 @@ def stuck_too_long(
 
 
 class HangWatch:
-    """Watches ``machine`` and calls ``found`` once, with one line, when it hangs for ``limit``
-    seconds.
+    """Watches a guest, and calls ``found`` once, with one line, when it hangs.
+
+    :param vcpus, nets, memory: of the machine, lent. :param kick: gets the vCPUs out of the guest
+        for a moment; the thread of each then calls ``looked_at``.
+    :param linux: whether the guest is Linux (``stuck_too_long``). :param limit: seconds without
+        progress.
     """
 
-    def __init__(self, machine: Machine, limit: float, found: Callable[[str], object]) -> None:
-        self._machine, self._limit, self._found = machine, limit, found
-        self._linux = "Linux" in machine.boot.kind or "bzImage" in machine.boot.kind
+    def __init__(
+        self,
+        vcpus: Sequence[Vcpu],
+        nets: Sequence[Nic],
+        memory: GuestMemory,
+        *,
+        kick: Callable[[], None],
+        linux: bool,
+        limit: float,
+        found: Callable[[str], object],
+    ) -> None:
+        self._vcpus, self._nets, self._memory = vcpus, nets, memory
+        self._kick, self._linux, self._limit, self._found = kick, linux, limit, found
         self._period = min(limit / LOOKS, PERIOD_MAX)
         self._end = threading.Event()
         self._changed = threading.Condition()
@@ -68,11 +83,13 @@ class HangWatch:
         self._thread = Thread(target=self._watch, name="hang-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin; the machine has been started."""
+        """Begin."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End, from any thread but a vCPU's. A second call does nothing."""
+        """End, at the latest when the machine does. From any thread but a vCPU's; a second call
+        does nothing.
+        """
         self._end.set()
         with self._changed:
             self._changed.notify_all()
@@ -95,13 +112,12 @@ class HangWatch:
             self._changed.notify_all()
 
     def _watch(self) -> None:
-        machine = self._machine
-        since: list[float | None] = [None] * machine.cpus
-        begun = [0.0] * machine.cpus  # when it was first found stuck, moving or not
+        since: list[float | None] = [None] * len(self._vcpus)
+        begun = [0.0] * len(self._vcpus)  # when it was first found stuck, moving or not
         rings: list[bytes] = []
-        while not self._end.wait(self._period) and machine.outcome is None:
+        while not self._end.wait(self._period):
             before, rings = rings, self._rings()
-            busy = rings != before or any(v.runs != self._runs.get(v.index) for v in machine.vcpus)
+            busy = rings != before or any(v.runs != self._runs.get(v.index) for v in self._vcpus)
             states = self._look()
             now = time.monotonic()
             for i, state in enumerate(states):
@@ -112,6 +128,8 @@ class HangWatch:
                     since[i] = begun[i] = now
                 elif i in self._moved:  # as if it had been a tenth of the time
                     since[i] = now - (now - begun[i]) / AT_WORK
+            if self._end.is_set():
+                return
             if stuck_too_long(since, states, self._linux, now, self._limit):
                 where = "; ".join(f"vCPU {i} {s}" for i, s in enumerate(states) if s != NOT_STARTED)
                 self._found(f"no progress for {self._limit:g} s: {where}")
@@ -122,31 +140,27 @@ class HangWatch:
         exits, moves it.
         """
         out = []
-        for nic in self._machine.nets:
+        for nic in self._nets:
             for queue in nic.device.queues:
                 try:
-                    out.append(
-                        self._machine.memory.read(queue.avail + 2, 2) if queue.enabled else b""
-                    )
+                    out.append(self._memory.read(queue.avail + 2, 2) if queue.enabled else b"")
                 except IndexError:
                     out.append(b"")
         return out
 
     def _look(self) -> list[State]:
         """How each vCPU is; one that does not say is busy with a device, and so alive."""
-        machine = self._machine
         with self._changed:
             self._states.clear()
             self._moved.clear()
             self._asked = True
-        for vcpu in machine.vcpus:
-            vcpu.kick()
+        self._kick()
         until = time.monotonic() + PATIENCE
         with self._changed:
-            while len(self._states) < machine.cpus and not self._end.is_set():
+            while len(self._states) < len(self._vcpus) and not self._end.is_set():
                 left = until - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(left)
             self._asked = False
-            return [self._states.get(i, ALIVE) for i in range(machine.cpus)]
+            return [self._states.get(i, ALIVE) for i in range(len(self._vcpus))]

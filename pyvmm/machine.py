@@ -27,6 +27,7 @@ from pyvmm.errors import (
     PyvmmError,
     UsageError,
 )
+from pyvmm.exits.accounts import MachineAccounts
 from pyvmm.kvm import Kvm
 from pyvmm.kvm.vcpu import RUNS_OFF, Vcpu
 from pyvmm.kvm.vm import Vm
@@ -57,10 +58,8 @@ if TYPE_CHECKING:
     from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.phases import Phase
-    from pyvmm.exits.snapshot import Mark
     from pyvmm.hang import HangWatch
     from pyvmm.kvm.recorder import Recorder
-    from pyvmm.kvm.stats import Stats
 
 #: What every guest gets; ``append`` follows and so wins.
 BASE_CMDLINE = "console=ttyS0 panic=-1"
@@ -72,7 +71,6 @@ EARLY_CONSOLE = "earlyprintk=ttyS0,115200"
 #: in base64.
 COMMAND_MAX = 1200
 PAUSE_PATIENCE = 2.0  # seconds that pause() waits for vCPUs that are outside of the guest, in a console's full pipe
-OLD_STATS = 16  # VMs before the present one whose statistics are kept
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word
 
 #: Outcome of the guest's doing -> QEMU's ShutdownCause.
@@ -83,10 +81,6 @@ SHUTDOWN_REASONS = {
     "panic": "guest-panic",
     "debug-exit": "guest-shutdown",
 }
-
-
-#: Those that begin a phase of the exit ledger (exits.phases).
-MARKS = ("init", "command", "command_end")
 
 
 class Machine:
@@ -152,10 +146,9 @@ class Machine:
         if agent and command is not None:
             raise UsageError("agent and command", "run commands by Machine.run")
         size = parse_size(memory)
-        self.phases: dict[str, int] = {"vmm": time.monotonic_ns()}
+        self._began = time.monotonic_ns()
         self.cpus = cpus
         self.on_reboot = on_reboot
-        self.reboots = 0
         self.command_status: int | None = None
         self._kernel, self._initrd, self._append, self._command = kernel, initrd, append, command
         self._flat = load_address, load_mode
@@ -176,11 +169,6 @@ class Machine:
         #: Set once init runs (our own says so, else the kernel's last words), and at the end.
         self.booted = threading.Event()
         self._supervisor: threading.Thread | None = None
-        self.old_stats: list[dict[str, Any]] = []
-        #: All counters at the begin of each phase (exits.phases), as it came.
-        self.marks: list[Mark] = []
-        self._vm_stats: Stats | None = None
-        self._past_stats: dict[str, dict[str, int]] = {}  # of VMs before a reboot, summed up
         self.nets: list[Nic] = []
         self._stack = ExitStack()
         self.recorder: Recorder | None = None
@@ -210,7 +198,6 @@ class Machine:
         enter(self.kvm.close)
         self.vm = Vm(self.kvm, self.memory)
         enter(self.vm.close)
-        enter(self._close_vm_stats)
         if self.recorder is not None:
             self.vm.recorder = self.recorder.scope("kvm")
         self.bus = Bus()
@@ -240,6 +227,10 @@ class Machine:
             if self.recorder is not None:
                 vcpu.trace(self.recorder.ring("vcpus", f"vcpu{index}"))
         self.vcpus[0].set_boot_state(self.boot)
+        self.accounts = MachineAccounts(
+            self.kvm, self.vm, self.bus, self.vcpus, self.nets, self._lock, self._began
+        )
+        enter(self.accounts.close)
         self.vcpu_threads = VcpuThreads(
             self.vcpus, self.bus, self._lock, flush=self._port.flush, over=self._finish
         )
@@ -377,7 +368,13 @@ class Machine:
             from pyvmm.hang import HangWatch
 
             self._hang_watch = HangWatch(
-                self, self._hang_timeout, lambda text: self._finish(Outcome("hang", text))
+                self.vcpus,
+                self.nets,
+                self.memory,
+                kick=self.vcpu_threads.kick,
+                linux="Linux" in self.boot.kind or "bzImage" in self.boot.kind,
+                limit=self._hang_timeout,
+                found=lambda text: self._finish(Outcome("hang", text)),
             )
             self._stack.callback(self._hang_watch.stop)
             self.vcpu_threads.kicked = self._hang_watch.looked_at
@@ -680,8 +677,10 @@ class Machine:
     def _shut_down(self, outcome: Outcome) -> None:
         """No vCPU runs any more: note where they were, then stop what else the guest had."""
         self.vcpu_threads.end()
+        if self._hang_watch is not None:
+            self._hang_watch.stop()
         self.panics.stop()
-        self.phases["end"] = time.monotonic_ns()
+        self.accounts.reach("end")
         if outcome.kind in ("timeout", "hang"):
             outcome.states = [v.state() for v in self.vcpus]
             registers = [v.registers() for v in self.vcpus]
@@ -711,13 +710,7 @@ class Machine:
 
     def _reached(self, phase: str) -> None:
         """The guest's init says how far it is."""
-        if phase not in self.phases:
-            self.phases[phase] = time.monotonic_ns()
-            if phase in MARKS:
-                try:
-                    self.marks.append(self.mark_now(phase))
-                except (PyvmmError, OSError):
-                    pass  # a counter that cannot be read is no reason to end the machine: two phases become one
+        self.accounts.reach(phase)
         if phase == "init":
             self.booted.set()
 
@@ -728,12 +721,7 @@ class Machine:
         """A machine reset: devices, memory and the VM itself start over; consoles and
         ledger go on.
         """
-        self.reboots += 1
-        stats = self.kvm_stats()
-        if stats is not None:  # bounded: a guest may reboot for ever
-            self.old_stats = [*self.old_stats[1 - OLD_STATS :], stats]
-        self._past_stats = self.mark_now("reboot").stats or {}
-        self._close_vm_stats()
+        self.accounts.restart()
         with self._lock:  # against who switches a card or pulls its cable
             self.pci.reset()
         self.console.reset()
@@ -752,39 +740,30 @@ class Machine:
             vcpu.reattach()
         self.vcpus[0].set_boot_state(self.boot)
 
-    # --- reports ----------------------------------------------------------------------------------
+    # --- what it has counted ----------------------------------------------------------------------
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """How far the guest has come: point in the run -> CLOCK_MONOTONIC, ns (docs/report.md)."""
+        return self.accounts.phases
+
+    @property
+    def reboots(self) -> int:
+        """How often the machine has started over."""
+        return self.accounts.reboots
 
     def ledger(self) -> Ledger:
         """The exits so far."""
-        from pyvmm.exits.ledger import Ledger
+        return self.accounts.ledger()
 
-        return Ledger(self.vcpus, self.bus)
+    def kvm_stats(self) -> dict[str, Any] | None:
+        """KVM's binary statistics of the VM and its vCPUs; None if the kernel has none."""
+        return self.accounts.kvm_stats()
 
-    def kvm_stats_schemas(self) -> dict[str, list[dict[str, object]]] | None:
-        """What each of them is, for ``vm`` and ``vcpu``, as QEMU's schema has it
-        (``kvm.stats.Stats``).
-        """
-        if not self.kvm.extension("KVM_CAP_BINARY_STATS_FD"):
-            return None
-        from pyvmm.kvm.stats import Stats
-
-        vcpu = self.vcpus[0].stats
-        with Stats(self.vm.fileno()) as vm:
-            return {"vm": vm.schema, "vcpu": vcpu.schema if vcpu is not None else []}
-
-    def mark_now(self, name: str) -> Mark:
-        """All counters now: what the phases of the ledger are between. Any thread."""
-        from pyvmm.exits.snapshot import Mark
-
-        with self._lock:
-            return Mark(
-                name,
-                self.phases.get(name) or time.monotonic_ns(),
-                self.vcpus,
-                self._open_vm_stats(),
-                self._past_stats,
-                [nic.counters() for nic in self.nets],
-            )
+    @property
+    def old_stats(self) -> list[dict[str, Any]]:
+        """The same of the VMs before each restart, the latest ``accounts.OLD_STATS``."""
+        return self.accounts.old_stats
 
     def phase_exits(self) -> list[Phase]:
         """Exits, KVM's statistics and packets of each phase so far: ``boot``, ``init``,
@@ -792,7 +771,7 @@ class Machine:
         """
         from pyvmm.exits.phases import phases_of
 
-        return phases_of(self)
+        return phases_of(self.accounts)
 
     def check_budget(self, text: str) -> Result:
         """Whether e.g. ``notify_per_kpacket<=20`` holds (docs/budgets.md); while the machine runs:
@@ -803,32 +782,8 @@ class Machine:
         from pyvmm.exits.budget import Budget
 
         budget = Budget(text)
-        budget.check_names(self)
-        return budget.check(self)
-
-    def _open_vm_stats(self) -> Stats | None:
-        """The VM's statistics, kept open from the first time on (lock held); None where KVM has
-        none.
-        """
-        if self._vm_stats is None and self.vcpus[0].stats is not None:
-            from pyvmm.kvm.stats import Stats
-
-            self._vm_stats = Stats(self.vm.fileno())
-        return self._vm_stats
-
-    def _close_vm_stats(self) -> None:
-        stats, self._vm_stats = self._vm_stats, None
-        if stats is not None:
-            stats.close()
-
-    def _read_stats(self) -> dict[str, Any]:
-        from pyvmm.kvm.stats import Stats
-
-        with Stats(self.vm.fileno()) as vm:
-            return {
-                "vm": vm.read(),
-                "vcpus": [v.stats.read() for v in self.vcpus if v.stats is not None],
-            }
+        budget.check_names(self.accounts)
+        return budget.check(self.accounts)
 
     def report(self) -> dict[str, object]:
         """Everything countable about the run, for JSON; before ``close``. Schema:
@@ -836,10 +791,11 @@ class Machine:
         """
         from pyvmm.exits.report import build
 
-        return build(self)
-
-    def kvm_stats(self) -> dict[str, Any] | None:
-        """KVM's binary statistics of the VM and its vCPUs; None where the kernel has none."""
-        if not self.kvm.extension("KVM_CAP_BINARY_STATS_FD"):
-            return None
-        return self._read_stats()
+        return build(
+            self.accounts,
+            self._outcome,
+            memory_bytes=self.memory.size,
+            boot=self.boot,
+            cmdline=self.cmdline(),
+            streams=(self.console, self.stdout, self.stderr),
+        )

@@ -338,7 +338,7 @@ class _Run:
             if self.files is not None:
                 self.files.attach(machine)
             for budget in args.budget or ():
-                budget.check_names(machine)
+                budget.check_names(machine.accounts)
             if watchdog is not None:
                 watchdog.close()
                 watchdog.arm()
@@ -362,7 +362,7 @@ class _Run:
         verdict and what helps to find the cause.
         """
         args, files = self.args, self.files
-        budgets = [budget.check(machine) for budget in args.budget or ()]
+        budgets = [budget.check(machine.accounts) for budget in args.budget or ()]
         held = all(result.held for result in budgets)
         checked = {"budgets": [result.as_dict() for result in budgets]} if budgets else {}
         clean = outcome.error() is None and (outcome.status == 0 or not self.commanded)

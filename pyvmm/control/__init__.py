@@ -4,10 +4,11 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.control.commands import Controlled
     from pyvmm.control.server import Server
 
 
-def serve(machine: object, name: str | None = None, path: str | None = None) -> Server:
+def serve(machine: Controlled, name: str | None = None, path: str | None = None) -> Server:
     """Make the control socket of ``machine`` and serve it.
 
     :param name: of the machine (default: the first free of ``vm0``, ...). :param path: default: in

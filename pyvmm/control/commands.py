@@ -12,12 +12,43 @@ from pyvmm.control.server import Command, QmpError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    import threading
+    from collections.abc import Sequence
+    from typing import Any, Protocol
 
+    from pyvmm.boot import BootState
     from pyvmm.card.nic import Nic
-    from pyvmm.machine import Machine
+    from pyvmm.exits.accounts import MachineAccounts
+    from pyvmm.kvm.vcpu import Vcpu
+    from pyvmm.memory import GuestMemory
 
     Given = dict[str, Any]
+
+    class Controlled(Protocol):
+        """A machine, as the commands see it: ``pyvmm.machine.Machine`` says what each part is."""
+
+        accounts: MachineAccounts
+        boot: BootState
+        memory: GuestMemory
+
+        @property
+        def name(self) -> str | None: ...
+        @property
+        def state(self) -> str: ...
+        @property
+        def io_lock(self) -> threading.RLock: ...
+        @property
+        def nets(self) -> Sequence[Nic]: ...
+        @property
+        def vcpus(self) -> Sequence[Vcpu]: ...
+        def pause(self) -> bool: ...
+        def resume(self) -> bool: ...
+        def reset(self) -> None: ...
+        def powerdown(self) -> None: ...
+        def quit(self) -> None: ...
+        def emit(self, event: str, **data: object) -> None: ...
+        def report(self) -> dict[str, object]: ...
+
 
 RINGS_MAX = 256  # chains of a queue that x-pyvmm-rings follows
 
@@ -32,14 +63,14 @@ def _vcpu_path(index: int) -> str:
     return f"/machine/unattached/device[{index}]"
 
 
-def _nic(machine: Machine, name: str) -> Nic:
+def _nic(machine: Controlled, name: str) -> Nic:
     for nic in machine.nets:
         if nic.name == name:
             return nic
     raise QmpError(f"Device '{name}' not found", "DeviceNotFound")
 
 
-def _numbered(machine: Machine, given: Given) -> Nic:
+def _numbered(machine: Controlled, given: Given) -> Nic:
     index = given.get("nic", 0)
     if not 0 <= index < len(machine.nets):
         raise QmpError(
@@ -51,38 +82,38 @@ def _numbered(machine: Machine, given: Given) -> Nic:
 # --- about the machine ----------------------------------------------------------------------------
 
 
-def _version(machine: Machine, given: Given) -> object:
+def _version(machine: Controlled, given: Given) -> object:
     from pyvmm import __version__
 
     return version(__version__)
 
 
-def _commands(machine: Machine, given: Given) -> object:
+def _commands(machine: Controlled, given: Given) -> object:
     return [{"name": name} for name in sorted([*COMMANDS, "qmp_capabilities"])]
 
 
-def _help(machine: Machine, given: Given) -> object:
+def _help(machine: Controlled, given: Given) -> object:
     return [
         {"name": name, "help": c.help, "arguments": c.arguments}
         for name, c in sorted(COMMANDS.items())
     ]
 
 
-def _name(machine: Machine, given: Given) -> object:
+def _name(machine: Controlled, given: Given) -> object:
     return {"name": machine.name}
 
 
-def _status(machine: Machine, given: Given) -> object:
+def _status(machine: Controlled, given: Given) -> object:
     state = machine.state
     return {"status": state, "running": state == "running", "singlestep": False}
 
 
-def _machine(machine: Machine, given: Given) -> object:
+def _machine(machine: Controlled, given: Given) -> object:
     return {
         "status": machine.state,
-        "cpus": machine.cpus,
+        "cpus": len(machine.vcpus),
         "memory": machine.memory.size,
-        "reboots": machine.reboots,
+        "reboots": machine.accounts.reboots,
         "kernel": machine.boot.kind,
         "nets": [
             {"name": n.name, "mode": n.mode, "tap": n.tap, "link": n.device.link_up}
@@ -91,11 +122,11 @@ def _machine(machine: Machine, given: Given) -> object:
     }
 
 
-def _kvm(machine: Machine, given: Given) -> object:
+def _kvm(machine: Controlled, given: Given) -> object:
     return {"enabled": True, "present": True}
 
 
-def _cpus(machine: Machine, given: Given) -> object:
+def _cpus(machine: Controlled, given: Given) -> object:
     return [
         {
             "cpu-index": v.index,
@@ -124,7 +155,7 @@ def _providers(providers: Any) -> list[str] | None:
     return None
 
 
-def _stats(machine: Machine, given: Given) -> object:
+def _stats(machine: Controlled, given: Given) -> object:
     target = given["target"]
     if target not in ("vm", "vcpu"):
         raise QmpError(f"Parameter 'target' does not accept value '{target}'")
@@ -134,7 +165,7 @@ def _stats(machine: Machine, given: Given) -> object:
     if wanted is None:
         return []
     with machine.io_lock:
-        all_stats = machine.kvm_stats()
+        all_stats = machine.accounts.kvm_stats()
     if all_stats is None:
         return []
 
@@ -149,11 +180,11 @@ def _stats(machine: Machine, given: Given) -> object:
     return [result(values, path) for path, values in rows if paths is None or path in paths]
 
 
-def _schemas(machine: Machine, given: Given) -> object:
+def _schemas(machine: Controlled, given: Given) -> object:
     if given.get("provider", "kvm") != "kvm":
         raise QmpError(f"Parameter 'provider' does not accept value '{given['provider']}'")
     with machine.io_lock:
-        schemas = machine.kvm_stats_schemas()
+        schemas = machine.accounts.kvm_stats_schemas()
     if schemas is None:
         return []
     return [
@@ -164,27 +195,27 @@ def _schemas(machine: Machine, given: Given) -> object:
 # --- run control ----------------------------------------------------------------------------------
 
 
-def _stop(machine: Machine, given: Given) -> object:
+def _stop(machine: Controlled, given: Given) -> object:
     machine.pause()
     return {}
 
 
-def _cont(machine: Machine, given: Given) -> object:
+def _cont(machine: Controlled, given: Given) -> object:
     machine.resume()
     return {}
 
 
-def _reset(machine: Machine, given: Given) -> object:
+def _reset(machine: Controlled, given: Given) -> object:
     machine.reset()
     return {}
 
 
-def _powerdown(machine: Machine, given: Given) -> object:
+def _powerdown(machine: Controlled, given: Given) -> object:
     machine.powerdown()
     return {}
 
 
-def _quit(machine: Machine, given: Given) -> object:
+def _quit(machine: Controlled, given: Given) -> object:
     machine.quit()
     return {}
 
@@ -192,12 +223,12 @@ def _quit(machine: Machine, given: Given) -> object:
 # --- network --------------------------------------------------------------------------------------
 
 
-def _set_link(machine: Machine, given: Given) -> object:
+def _set_link(machine: Controlled, given: Given) -> object:
     _nic(machine, given["name"]).set_link(given["up"])
     return {}
 
 
-def _rx_filter(machine: Machine, given: Given) -> object:
+def _rx_filter(machine: Controlled, given: Given) -> object:
     nics = machine.nets if "name" not in given else [_nic(machine, given["name"])]
     with machine.io_lock:
         return [_rx_info(nic) for nic in nics]
@@ -230,7 +261,7 @@ def _rx_info(nic: Nic) -> dict[str, object]:
 # --- ours -----------------------------------------------------------------------------------------
 
 
-def _switch(machine: Machine, given: Given) -> object:
+def _switch(machine: Controlled, given: Given) -> object:
     nic = _numbered(machine, given)
     report = nic.switch(given["mode"])
     if report.outcome == "switched":
@@ -243,16 +274,16 @@ def _switch(machine: Machine, given: Given) -> object:
     return report.as_dict()
 
 
-def _ledger(machine: Machine, given: Given) -> object:
+def _ledger(machine: Controlled, given: Given) -> object:
     with machine.io_lock:
         now = time.monotonic_ns()
-        stats = machine.kvm_stats()
+        stats = machine.accounts.kvm_stats()
         return {
             "time-ns": now,
             "name": machine.name,
             "status": machine.state,
-            "reboots": machine.reboots,
-            "exits": machine.ledger().as_dict(),
+            "reboots": machine.accounts.reboots,
+            "exits": machine.accounts.ledger().as_dict(),
             "vcpus": [
                 {
                     "index": v.index,
@@ -282,12 +313,12 @@ def _ledger(machine: Machine, given: Given) -> object:
         }
 
 
-def _report(machine: Machine, given: Given) -> object:
+def _report(machine: Controlled, given: Given) -> object:
     with machine.io_lock:
         return machine.report()
 
 
-def _rings(machine: Machine, given: Given) -> object:
+def _rings(machine: Controlled, given: Given) -> object:
     from pyvmm.virtio.rings import RingSnapshot
 
     nic = _numbered(machine, given)

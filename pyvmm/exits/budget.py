@@ -11,13 +11,14 @@ import operator
 import re
 
 from pyvmm.errors import BudgetBroken, UsageError
-from pyvmm.exits.phases import ALL, COUNTER_METRICS, KVM_METRICS, PHASES, phase
+from pyvmm.exits.accounts import PHASES
+from pyvmm.exits.phases import ALL, COUNTER_METRICS, KVM_METRICS, phase
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.exits.accounts import MachineAccounts
     from pyvmm.exits.ledger import Line
     from pyvmm.exits.phases import Phase
-    from pyvmm.machine import Machine
 
 OPERATORS = {
     "<=": operator.le,
@@ -117,19 +118,19 @@ class Budget:
                 f"--budget {text}: only exits[WHAT] has brackets", "see docs/budgets.md"
             )
 
-    def check_names(self, machine: Machine) -> None:
-        """Whether ``machine``, started or not, has what it is about.
+    def check_names(self, accounts: MachineAccounts) -> None:
+        """Whether the machine, started or not, has what the budget is about.
 
         :raises UsageError: it has not.
         """
         needs = {self.name, PER[self.per][0] if self.per else self.name}
         for metric in sorted(needs & set(COUNTER_METRICS)):
             silent = [
-                nic.net.mode
-                for nic in machine.nets
+                nic.mode
+                for nic in accounts.nets
                 if not all(name in nic.counters() for name in COUNTER_METRICS[metric])
             ]
-            if silent or not machine.nets:
+            if silent or not accounts.nets:
                 why = (
                     f"not counted with --net {silent[0]}"
                     if silent
@@ -139,18 +140,18 @@ class Budget:
                     f"--budget {self.text}: {metric} are {why}",
                     "docs/budgets.md says who counts what",
                 )
-        if self.name in KVM_METRICS.values() and machine.mark_now("now").stats is None:
+        if self.name in KVM_METRICS.values() and accounts.snapshot("now").stats is None:
             raise UsageError(
                 f"--budget {self.text}: this KVM has no statistics", "use a kernel from 5.14 on"
             )
-        if self.what and not self._known(machine):
-            devices = sorted({name for name, _ in machine.bus.region_names()})
+        if self.what and not self._known(accounts):
+            devices = sorted({name for name, _ in accounts.bus.region_names()})
             raise UsageError(
                 f"--budget {self.text}: no device or reason {self.what!r}",
                 f"devices: {', '.join(devices)}",
             )
 
-    def _known(self, machine: Machine) -> bool:
+    def _known(self, accounts: MachineAccounts) -> bool:
         """Whether WHAT can ever match: a device, the begin of one's name, one of its registers, or
         a KVM_EXIT_* reason.
         """
@@ -160,7 +161,7 @@ class Budget:
             return True
         return any(
             _begins(name, self.what) or any(_begins(self.what, n) for n in (name, prefix))
-            for name, prefix in machine.bus.region_names()
+            for name, prefix in accounts.bus.region_names()
         )
 
     def _selects(self, line: Line) -> bool:
@@ -183,12 +184,12 @@ class Budget:
             value = value * unit / amount if amount else None
         return value
 
-    def check(self, machine: Machine) -> Result:
-        """Hold it against what ``machine`` has done so far, or to its end."""
+    def check(self, accounts: MachineAccounts) -> Result:
+        """Hold it against what the machine has done so far, or to its end."""
         name = self.phase
-        found = phase(machine, name or "command")
+        found = phase(accounts, name or "command")
         if found is None and name is None:
-            found = phase(machine, ALL)
+            found = phase(accounts, ALL)
         if found is None:
             text = f"budget {self.text}: the run did not get to {name}"
             return Result(self, name or "", None, held=False, message=text)

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from pyvmm.bus import Bus
-    from pyvmm.kvm.vcpu import ExitRecord, Snapshot, Vcpu
+    from pyvmm.kvm.vcpu import ExitRecord, Vcpu, VcpuSnapshot
 
 
 class Line:
@@ -82,28 +82,25 @@ class Line:
 
 
 class Ledger:
-    """The exits up to a moment, or between two. ``total`` counts the returns of KVM_RUN, and the
-    lines' counts add up to it.
+    """The exits between two moments, or from the start up to one.
+
+    :param after: one snapshot per vCPU, at the end. :param before: the same at the beginning; none
+        for the start of the machine.
+    :param total: returns of KVM_RUN, if they are known otherwise than by the lines, whose counts
+        add up to it.
+    :ivar lines: the most frequent first.
     """
 
-    def __init__(self, vcpus: Iterable[Vcpu], bus: Bus) -> None:
-        vcpus = list(vcpus)
-        self.total = sum(vcpu.runs for vcpu in vcpus)
-        self._fill([vcpu.snapshot() for vcpu in vcpus], [], bus)
-
-    @classmethod
-    def between(cls, before: Sequence[Snapshot], after: Sequence[Snapshot], bus: Bus) -> Ledger:
-        """What came after ``before`` (nothing: since the start) up to ``after``; one snapshot a
-        vCPU each.
-        """
-        ledger = cls.__new__(cls)
-        ledger._fill(after, before, bus)
-        ledger.total = sum(line.count for line in ledger.lines)
-        return ledger
-
-    def _fill(self, plus: Sequence[Snapshot], minus: Sequence[Snapshot], bus: Bus) -> None:
+    def __init__(
+        self,
+        after: Sequence[VcpuSnapshot],
+        before: Sequence[VcpuSnapshot],
+        bus: Bus,
+        *,
+        total: int | None = None,
+    ) -> None:
         lines: dict[tuple[object, ...], Line] = {}
-        for sign, snapshots in ((1, plus), (-1, minus)):
+        for sign, snapshots in ((1, after), (-1, before)):
             for snapshot in snapshots:
                 for r in snapshot.records():
                     key = (r.reason, r.addr, r.size, r.write, r.region, r.reg)
@@ -113,11 +110,18 @@ class Ledger:
                     line.count += sign * r.count
                     line.time += sign * r.time
                     line.units += sign * r.units
-        #: most frequent first
         self.lines = sorted(
             (line for line in lines.values() if line.count or line.time),
             key=lambda line: (-line.count, line.what),
         )
+        self.total = sum(line.count for line in self.lines) if total is None else total
+
+    @classmethod
+    def of(cls, vcpus: Iterable[Vcpu], bus: Bus) -> Ledger:
+        """The exits of ``vcpus`` so far."""
+        vcpus = list(vcpus)
+        runs = sum(vcpu.runs for vcpu in vcpus)
+        return cls([vcpu.snapshot() for vcpu in vcpus], [], bus, total=runs)
 
     def by_reason(self) -> dict[str, int]:
         """Exits a reason, most frequent first."""

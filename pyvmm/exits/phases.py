@@ -1,23 +1,22 @@
 """Exits, KVM's statistics and packets of each phase of a run, so that boot does not blur the
 workload.
 
-The guest's init marks the phases (guest/pyvmm_port.h); at each mark the machine copies its
-counters, in the vCPU's thread, and everything else is done when somebody asks. A mark's own exit is
-the last of the phase that it ends.
+The guest's init tells where a phase begins (guest/pyvmm_port.h). There the machine takes a snapshot
+of its counters, in the vCPU's thread, and everything else is done when somebody asks. The exit by
+which init tells is the last one of the phase that it ends.
 """
 
 from __future__ import annotations
 
+from pyvmm.exits.accounts import PHASES
 from pyvmm.exits.ledger import Ledger
 from pyvmm.exits.snapshot import sums
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.exits.snapshot import Mark, Numbers
-    from pyvmm.machine import Machine
+    from pyvmm.exits.accounts import MachineAccounts
+    from pyvmm.exits.snapshot import Numbers, Snapshot
 
-#: mark (machine.PHASES) -> the phase that it begins
-PHASES = {"start": "boot", "init": "init", "command": "command", "command_end": "shutdown"}
 #: the whole run
 ALL = "all"
 #: KVM's name -> ours, summed over the vCPUs
@@ -32,16 +31,20 @@ COUNTER_METRICS = {
 
 
 class Phase:
-    """What happened between two marks.
+    """What happened between two snapshots.
 
-    :ivar begin, end: CLOCK_MONOTONIC, ns. :ivar kvm: increases of KVM's cumulative statistics, a
-        group each, without those that stayed the same. :ivar counters: increases of each card's.
+    :param begin: None for the start of the machine.
+    :ivar begin, end: CLOCK_MONOTONIC, ns.
+    :ivar kvm: increases of KVM's cumulative statistics per group, without those that stayed the
+        same; None if KVM has none. :ivar counters: increases of each card's counters.
     """
 
-    def __init__(self, name: str, machine: Machine, begin: Mark | None, end: Mark) -> None:
+    def __init__(
+        self, name: str, accounts: MachineAccounts, begin: Snapshot | None, end: Snapshot
+    ) -> None:
         self.name = name
-        self.begin, self.end = begin.time if begin else machine.phases["vmm"], end.time
-        self.ledger = Ledger.between(begin.snapshots if begin else [], end.snapshots, machine.bus)
+        self.begin, self.end = begin.time if begin else accounts.phases["vmm"], end.time
+        self.ledger = Ledger(end.ledgers, begin.ledgers if begin else [], accounts.bus)
         self.kvm: Numbers | None = None
         now = end.stats
         if now is not None:
@@ -75,9 +78,9 @@ class Phase:
             out[ours] = sum(c[name] for c in self.counters for name in names) if counted else None
         return out
 
-    def as_dict(self, machine: Machine) -> dict[str, object]:
+    def as_dict(self, accounts: MachineAccounts) -> dict[str, object]:
         """For JSON (docs/report.md)."""
-        start = machine.phases["vmm"]
+        start = accounts.phases["vmm"]
         return {
             "name": self.name,
             "from_s": round((self.begin - start) / 1e9, 6),
@@ -87,7 +90,7 @@ class Phase:
             "kvm": self.kvm,
             "nets": {
                 nic.name: {key: n for key, n in counters.items() if n}
-                for nic, counters in zip(machine.nets, self.counters, strict=True)
+                for nic, counters in zip(accounts.nets, self.counters, strict=True)
             },
         }
 
@@ -99,23 +102,24 @@ def _increase(before: int, now: int) -> int:
     return now - before if now >= before else now
 
 
-def phases_of(machine: Machine) -> list[Phase]:
+def phases_of(accounts: MachineAccounts) -> list[Phase]:
     """The phases so far, in order; the last one ends now, or with the machine."""
-    return [Phase(name, machine, begin, end) for name, begin, end in _spans(machine)]
+    return [Phase(name, accounts, begin, end) for name, begin, end in _spans(accounts)]
 
 
-def phase(machine: Machine, name: str) -> Phase | None:
-    """One phase, or ``all``; None where it was not reached."""
+def phase(accounts: MachineAccounts, name: str) -> Phase | None:
+    """One phase, or ``all``; None if it was not reached."""
     if name == ALL:
-        return Phase(ALL, machine, None, machine.mark_now("end"))
+        return Phase(ALL, accounts, None, accounts.snapshot("end"))
     return next(
-        (Phase(n, machine, begin, end) for n, begin, end in _spans(machine) if n == name), None
+        (Phase(n, accounts, begin, end) for n, begin, end in _spans(accounts) if n == name), None
     )
 
 
-def _spans(machine: Machine) -> list[tuple[str, Mark | None, Mark]]:
+def _spans(accounts: MachineAccounts) -> list[tuple[str, Snapshot | None, Snapshot]]:
     """Name, begin (None: the start) and end of each phase."""
-    begins: list[Mark | None] = [None, *machine.marks]
-    ends = [*machine.marks, machine.mark_now("end")]
+    taken = list(accounts.snapshots)
+    begins: list[Snapshot | None] = [None, *taken]
+    ends = [*taken, accounts.snapshot("end")]
     names = [PHASES[begin.name if begin else "start"] for begin in begins]
     return list(zip(names, begins, ends, strict=True))

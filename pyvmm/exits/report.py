@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from pyvmm.exits.phases import phases_of
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.machine import Machine
+    from collections.abc import Iterable
+
+    from pyvmm.boot import BootState
+    from pyvmm.devices.console import Stream
+    from pyvmm.exits.accounts import MachineAccounts
+    from pyvmm.outcome import Outcome
 
 SCHEMA = "pyvmm-report/1"
 
 
-def build(machine: Machine) -> dict[str, object]:
-    """The report of ``machine``, running or ended, not yet closed."""
+def build(
+    accounts: MachineAccounts,
+    outcome: Outcome | None,
+    *,
+    memory_bytes: int,
+    boot: BootState,
+    cmdline: str,
+    streams: Iterable[Stream],
+) -> dict[str, object]:
+    """The report of a machine that is not closed yet.
+
+    :param outcome: None while the machine runs. :param streams: what the guest said.
+    """
     from pyvmm import __version__
 
-    outcome = machine.outcome
-    phases = dict(machine.phases)
-    firsts = [v.c.first_run for v in machine.vcpus if v.c.first_run]
-    exits = [v.c.first_exit for v in machine.vcpus if v.c.first_exit]
+    phases = dict(accounts.phases)
+    firsts = [v.c.first_run for v in accounts.vcpus if v.c.first_run]
+    exits = [v.c.first_exit for v in accounts.vcpus if v.c.first_exit]
     if firsts:
         phases["first_run"] = min(firsts)
-    if exits:  # not yet, where the report is of a machine that has only just begun
+    if exits:  # not yet, if the machine has only just begun
         phases["kernel"] = min(exits)
     start = phases["vmm"]
     return {
@@ -28,21 +45,19 @@ def build(machine: Machine) -> dict[str, object]:
         "outcome": None
         if outcome is None
         else {"kind": outcome.kind, "status": outcome.status, "detail": outcome.detail},
-        "cpus": machine.cpus,
-        "memory_bytes": machine.memory.size,
-        "boot": {"kind": machine.boot.kind, "cmdline": machine.cmdline()},
-        "reboots": machine.reboots,
+        "cpus": len(accounts.vcpus),
+        "memory_bytes": memory_bytes,
+        "boot": {"kind": boot.kind, "cmdline": cmdline},
+        "reboots": accounts.reboots,
         "phases_s": {
             name: round((t - start) / 1e9, 6)
             for name, t in sorted(phases.items(), key=lambda p: p[1])
         },
-        "exits": machine.ledger().as_dict(),
-        "phases": [phase.as_dict(machine) for phase in machine.phase_exits()],
-        "kvm": machine.kvm_stats(),
-        "kvm_before_reboots": machine.old_stats,
-        "nets": [nic.report() for nic in machine.nets],
-        "streams": {
-            s.name: {"dropped_bytes": s.dropped}
-            for s in (machine.console, machine.stdout, machine.stderr)
-        },
+        "exits": accounts.ledger().as_dict(),
+        "phases": [phase.as_dict(accounts) for phase in phases_of(accounts)],
+        "kvm": accounts.kvm_stats(),
+        "kvm_before_reboots": accounts.old_stats,
+        "nets": [nic.report() for nic in accounts.nets],
+        "streams": {s.name: {"dropped_bytes": s.dropped} for s in streams},
+        "notes": list(accounts.notes),
     }

@@ -1,6 +1,4 @@
-"""A copy of all counters, made in a vCPU's thread while the guest waits: a module of its own, since
-its import is part of that.
-"""
+"""A copy of all counters, made in a vCPU's thread while the guest waits; it is looked at later."""
 
 from __future__ import annotations
 
@@ -14,15 +12,15 @@ if TYPE_CHECKING:
     Numbers = dict[str, dict[str, int]]
 
 
-class Mark:
+class Snapshot:
     """All counters at a moment.
 
-    :ivar time: CLOCK_MONOTONIC, ns. :ivar counters: of each card's data path.
-    :param vm: the VM's statistics, None where KVM has none. :param past: what VMs before a reboot
-        had counted.
+    :param time: CLOCK_MONOTONIC, ns. :param vm: the VM's statistics; None if KVM has none.
+    :param past: what the VMs before a reboot had counted. :param counters: of each card.
+    :ivar ledgers: the exits of each vCPU.
     """
 
-    __slots__ = ("_past", "_raw", "counters", "name", "snapshots", "time")
+    __slots__ = ("_past", "_raw", "counters", "ledgers", "name", "time")
 
     def __init__(
         self,
@@ -34,7 +32,7 @@ class Mark:
         counters: list[dict[str, int]],
     ) -> None:
         self.name, self.time, self.counters = name, time, counters
-        self.snapshots = [vcpu.snapshot() for vcpu in vcpus]
+        self.ledgers = [vcpu.snapshot() for vcpu in vcpus]
         self._past = past
         groups = {"vm": vm} | {f"vcpu{vcpu.index}": vcpu.stats for vcpu in vcpus}
         self._raw = {
@@ -43,7 +41,7 @@ class Mark:
 
     @property
     def stats(self) -> Numbers | None:
-        """KVM's statistics that only grow, by group: ``vm``, ``vcpu0``, ...; None where KVM has
+        """KVM's statistics that only grow, by group: ``vm``, ``vcpu0``, ...; None if KVM has
         none.
         """
         now = {group: stats.growing(raw) for group, (stats, raw) in self._raw.items()}

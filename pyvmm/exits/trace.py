@@ -20,14 +20,33 @@ from pyvmm.spec import virtio_pci as vp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from typing import Any
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any, Protocol
 
     from pyvmm.card.nic import Nic
+    from pyvmm.exits.accounts import MachineAccounts
     from pyvmm.kvm.recorder import Event, Recorder
-    from pyvmm.machine import Machine
 
     Args = dict[str, object]
+
+    class Traced(Protocol):
+        """A machine, as a trace sees it: its accounts, and what was recorded."""
+
+        @property
+        def accounts(self) -> MachineAccounts:
+            """What it has counted."""
+
+        @property
+        def recorder(self) -> Recorder | None:
+            """What it has recorded; None without ``trace=``."""
+
+        @property
+        def nets(self) -> Sequence[Nic]:
+            """Its network cards."""
+
+        def cmdline(self) -> str:
+            """The kernel command line."""
+
 
 GUEST, VCPUS, KVM, NETS = 1, 2, 3, 10  # process numbers of the tracks; card n is NETS + n
 SETUP, PATH, WORKERS = 1, 2, 10  # threads of a card; worker k is WORKERS + k
@@ -85,7 +104,7 @@ ADDRESSES = {
 }
 
 
-def write(machine: Machine, put: Callable[[bytes], object]) -> None:
+def write(machine: Traced, put: Callable[[bytes], object]) -> None:
     """Write the trace of ``machine``, made with ``trace=``, running or ended, not yet closed.
 
     :param put: takes the file, piece by piece. What it raises comes out of here.
@@ -184,32 +203,33 @@ def _how(nic: Nic) -> str:
 class _Trace:
     """Makes events of what was recorded; a list a track, each in the order of its times."""
 
-    def __init__(self, machine: Machine, recorder: Recorder) -> None:
-        self._machine, self._recorder = machine, recorder
-        self._zero = machine.phases["vmm"]
+    def __init__(self, machine: Traced, recorder: Recorder) -> None:
+        self._accounts, self._nets, self._recorder = machine.accounts, machine.nets, recorder
+        self._cmdline = machine.cmdline()
+        self._bus = self._accounts.bus
+        self._zero = self._accounts.phases["vmm"]
         self._dropped: dict[str, int] = {}
         #: bus region -> (card, offset in BAR 0), and PCI slot -> card
         self._parts: dict[int, tuple[int, int]] = {}
         self._slots: dict[int, int] = {}
         self._eventfds: dict[int, str] = {}
-        for index, nic in enumerate(machine.nets):
+        for index, nic in enumerate(self._nets):
             for offset, region in nic.transport.bars[0].parts:
                 self._parts[region.id] = (index, offset)
             self._slots[nic.transport.slot] = index
             self._eventfds.update(nic.transport.eventfds())
         self._selects: dict[tuple[int, int], int] = {}  # (card, select register) -> value
-        self._cards: list[list[Args]] = [[] for _ in machine.nets]
+        self._cards: list[list[Args]] = [[] for _ in self._nets]
 
     def about(self) -> Args:
         """What is to be known of the whole file."""
         from pyvmm import __version__
 
-        machine = self._machine
         return {
             "pyvmm": __version__,
             "clock": "CLOCK_MONOTONIC, from the start of the VMM",
-            "cmdline": machine.cmdline(),
-            "cards": [f"{nic.name}: {_how(nic)}" for nic in machine.nets],
+            "cmdline": self._cmdline,
+            "cards": [f"{nic.name}: {_how(nic)}" for nic in self._nets],
             "dropped": self._dropped,
         }
 
@@ -218,7 +238,7 @@ class _Trace:
         yield self._metadata()
         yield self._phases()
         exits: list[tuple[int, Event]] = []
-        for index, vcpu in enumerate(self._machine.vcpus):
+        for index, vcpu in enumerate(self._accounts.vcpus):
             recorded = self._ring("vcpus", f"vcpu{vcpu.index}")
             exits += [(event.ts, event) for event in recorded]
             yield [self._exit(event, index + 1) for event in recorded]
@@ -280,13 +300,13 @@ class _Trace:
         return event | ({"args": args} if args else {})
 
     def _metadata(self) -> list[Args]:
-        machine = self._machine
         processes = {GUEST: "guest", VCPUS: "vCPUs", KVM: "KVM set-up"}
         threads = {(GUEST, 1): "phases", (KVM, 1): "ioeventfds, irqfds, routes"}
         threads |= {
-            (VCPUS, i + 1): f"vcpu{v.index}: time in the VMM" for i, v in enumerate(machine.vcpus)
+            (VCPUS, i + 1): f"vcpu{v.index}: time in the VMM"
+            for i, v in enumerate(self._accounts.vcpus)
         }
-        for index, nic in enumerate(machine.nets):
+        for index, nic in enumerate(self._nets):
             pid = NETS + index
             processes[pid] = f"{nic.name} ({_how(nic)})"
             threads[pid, SETUP] = "driver's set-up"
@@ -331,18 +351,19 @@ class _Trace:
         return out
 
     def _worker_track(self, group: str, name: str) -> tuple[int, int] | None:
-        for index, nic in enumerate(self._machine.nets):
+        for index, nic in enumerate(self._nets):
             if group == nic.name:
                 return NETS + index, WORKERS + int(name.rpartition(" ")[2])
         return None
 
     def _phases(self) -> list[Args]:
-        machine = self._machine
         events = [
             self._span(p.name, "phase", p.begin, p.end - p.begin, GUEST, 1, dict(p.metrics()))
-            for p in phases_of(machine)
+            for p in phases_of(self._accounts)
         ]
-        events += [self._moment(name, "phase", at, GUEST, 1) for name, at in machine.phases.items()]
+        events += [
+            self._moment(name, "phase", at, GUEST, 1) for name, at in self._accounts.phases.items()
+        ]
         return sorted(events, key=_order)
 
     def _exit(self, event: Event, tid: int) -> Args:
@@ -350,14 +371,14 @@ class _Trace:
         args: Args = {"reason": reason}
         name = reason
         if event.kind == EXIT and reason in ("io", "mmio"):
-            _, _, name = self._machine.bus.describe(event.region, event.reg, event.write)
+            _, _, name = self._bus.describe(event.region, event.reg, event.write)
             name = f"{'write' if event.write else 'read'} {name or 'nobody'}"
             args |= {"address": hex(event.addr), "size": event.size, "value": hex(event.value)}
             if event.count > 1:
                 args["elements"] = event.count
         elif event.addr:
             args["detail"] = event.addr
-        role = self._machine.bus.role(event.region, event.reg) if event.region else ""
+        role = self._bus.role(event.region, event.reg) if event.region else ""
         return self._span(name, "kick" if role else "exit", event.ts, event.dur, VCPUS, tid, args)
 
     # --- what the driver does ---------------------------------------------------------------------
@@ -366,18 +387,17 @@ class _Trace:
         """Show an access to a card's registers on its own track, with its meaning."""
         from pyvmm.bus import PCI_DATA
 
-        machine = self._machine
         if event.region in self._parts:
             card, offset = self._parts[event.region]
-            if machine.bus.role(event.region, event.reg) == "notify":
+            if self._bus.role(event.region, event.reg) == "notify":
                 return  # a kick: traffic
             text = self._common(card, event) if offset == 0 else ""
         elif event.reg & PCI_DATA and event.reg >> 11 & 31 in self._slots:
             card, text = self._slots[event.reg >> 11 & 31], self._config(event)
         else:
             return
-        _, register, name = machine.bus.describe(event.region, event.reg, event.write)
-        name = name.removeprefix("pci-config ").removeprefix(f"{machine.nets[card].name} ")
+        _, register, name = self._bus.describe(event.region, event.reg, event.write)
+        name = name.removeprefix("pci-config ").removeprefix(f"{self._nets[card].name} ")
         args: Args = {"register": register, "value": hex(event.value)}
         if text:
             args["meaning"] = text
@@ -420,7 +440,7 @@ class _Trace:
     # --- the data paths ---------------------------------------------------------------------------
 
     def _workers(self, index: int) -> Iterator[list[Args]]:
-        nic: Nic = self._machine.nets[index]
+        nic: Nic = self._nets[index]
         for group, name in self._recorder.tracks():
             where = self._worker_track(group, name) if group == nic.name else None
             if where is None:
@@ -451,7 +471,7 @@ class _Trace:
         tracks: dict[tuple[int, int], list[Args]] = {}
         for group, name, begin, end, args in steps:
             pid, tid = KVM, 1
-            for index, nic in enumerate(self._machine.nets):
+            for index, nic in enumerate(self._nets):
                 if group == nic.name:
                     pid, tid = NETS + index, PATH
             shown, details = self._step(name, args)

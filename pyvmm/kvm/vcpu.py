@@ -87,7 +87,7 @@ class ExitRecord:
         self.region, self.reg, self.count, self.time, self.units = region, reg, count, time, units
 
 
-class Snapshot:
+class VcpuSnapshot:
     """A copy of one vCPU's ledger at one moment. Only the copying has to be quick; ``records`` can
     decode the copy later.
     """
@@ -336,9 +336,9 @@ class Vcpu:
         """
         return self.snapshot().records()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> VcpuSnapshot:
         """Copy the ledger, to decode it later. Any thread may call this."""
-        return Snapshot(self.c)
+        return VcpuSnapshot(self.c)
 
     def settle(self) -> None:
         """End the time of the latest exit here, because ``run`` will not be called again soon. The

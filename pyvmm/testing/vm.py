@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from pyvmm.exits.phases import Phase
-    from pyvmm.exits.snapshot import Mark
+    from pyvmm.exits.snapshot import Snapshot
 
 BOOT_TIMEOUT = (
     180.0  # seconds until the guest takes commands: emulated ones on a busy machine need many
@@ -34,18 +34,19 @@ class Exits:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._begin: Mark | None = None
-        self._outer: list[Mark | None] = []
+        self._begin: Snapshot | None = None
+        self._outer: list[Snapshot | None] = []
 
     def reset(self) -> None:
         """Count from now on."""
-        self._begin = self._machine.mark_now("test")
+        self._begin = self._machine.accounts.snapshot("test")
 
     def phase(self) -> Phase:
         """All that is counted, as of now: ``ledger``, ``kvm``, ``counters``, ``metrics()``."""
         from pyvmm.exits.phases import Phase
 
-        return Phase("test", self._machine, self._begin, self._machine.mark_now("now"))
+        accounts = self._machine.accounts
+        return Phase("test", accounts, self._begin, accounts.snapshot("now"))
 
     def counts(self) -> dict[str, int | None]:
         """The figures so far, by name; None where nobody counts one."""
@@ -67,7 +68,7 @@ class Exits:
         wrong = []
         for text in (*budgets, *(f"{name}<={limit}" for name, limit in limits.items())):
             budget = Budget(text)
-            budget.check_names(self._machine)
+            budget.check_names(self._machine.accounts)
             value = found[text] = budget.value(phase)
             if value is None:
                 wrong.append(f"{text}: there were no packets")

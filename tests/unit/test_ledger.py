@@ -10,7 +10,7 @@ from pyvmm.bus import MMIO, PIO, Registers
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.exits.ledger import Ledger
 from pyvmm.exits.phases import Phase
-from pyvmm.exits.snapshot import Mark
+from pyvmm.exits.snapshot import Snapshot
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.pci import PciFunction
 from pyvmm.spec import virtio_net
@@ -45,7 +45,7 @@ def board():
 
 def ledger(board: Board, accesses: int) -> Ledger:
     board.vcpu.runs = accesses  # the KVM_RUN loop would count these, but does not run here
-    return Ledger([vcpu_of(board)], board.bus)
+    return Ledger.of([vcpu_of(board)], board.bus)
 
 
 def test_a_line_a_place_size_and_direction(board):
@@ -99,14 +99,14 @@ def test_vcpus_are_summed_by_device_also_after_a_move(board):
     card.unmap()
     board.vcpu.runs = 3
     vcpu = vcpu_of(board)
-    book = Ledger([vcpu, vcpu], board.bus)
+    book = Ledger.of([vcpu, vcpu], board.bus)
     assert book.total == 6
     assert book.by_device() == {"mover": 4, "nobody": 2}
 
 
 def names(board: Board) -> dict[str, int]:
     board.vcpu.runs = 0
-    return Ledger([vcpu_of(board)], board.bus).by_name()
+    return Ledger.of([vcpu_of(board)], board.bus).by_name()
 
 
 def test_registers_of_the_configuration_space_by_name(board):
@@ -160,11 +160,11 @@ def test_between_two_snapshots(board):
     board.read(PIO, 0x3000, 1)
     board.read(PIO, 0x3002, 1)
     after = [vcpu.snapshot()]
-    between = Ledger.between(before, after, board.bus)
+    between = Ledger(after, before, board.bus)
     assert {line.addr: line.count for line in between.lines} == {0x3000: 1, 0x3002: 1}
     assert between.total == 2
-    assert Ledger.between([], after, board.bus).total == 4
-    assert Ledger.between(after, after, board.bus).lines == []
+    assert Ledger(after, [], board.bus).total == 4
+    assert Ledger(after, after, board.bus).lines == []
 
 
 @pytest.mark.parametrize(("queues", "mq", "control"), [(1, False, 2), (4, False, 2), (4, True, 8)])
@@ -188,7 +188,7 @@ def test_kicks_of_the_control_queue_are_told_apart(queues, mq, control):
         assert found[f"net0 queue {control} notify (control)"] == 1
         assert sum("(control)" in name for name in found) == 1
         assert all(f"net0 queue {i} notify" in found for i in range(2 * queues + 1) if i != control)
-        lines = Ledger([vcpu_of(board)], board.bus).lines
+        lines = Ledger.of([vcpu_of(board)], board.bus).lines
         assert sum(line.count for line in lines if line.role == "notify") == 2 * queues
         device.negotiated = 0
         assert not any("(control)" in name for name in names(board))
@@ -200,12 +200,14 @@ def test_phases_of_a_card_whose_data_path_was_replaced(board):
     """
     vcpu = vcpu_of(board)
     vcpu.index, vcpu.stats = 0, None
-    machine = SimpleNamespace(bus=board.bus, phases={"vmm": 0})
-    begin = Mark(
+    accounts = SimpleNamespace(bus=board.bus, phases={"vmm": 0})
+    begin = Snapshot(
         "command", 10, [vcpu], None, {}, [{"rx_packets": 100, "rx_kicks": 9, "parked_ms": 5}]
     )
-    end = Mark("end", 20, [vcpu], None, {}, [{"rx_packets": 30, "tx_packets": 4, "parked_ms": 7}])
-    phase = Phase("command", machine, begin, end)
+    end = Snapshot(
+        "end", 20, [vcpu], None, {}, [{"rx_packets": 30, "tx_packets": 4, "parked_ms": 7}]
+    )
+    phase = Phase("command", accounts, begin, end)
     assert phase.counters == [{"rx_packets": 30, "tx_packets": 4, "parked_ms": 2}]
     metrics = phase.metrics()
     assert metrics["packets"] == 34 and metrics["kicks"] is None and metrics["kvm_exits"] is None

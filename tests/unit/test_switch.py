@@ -156,7 +156,7 @@ class Rig:
             self.wires,
             route,
             self.lock,
-            lambda: Ledger([], self.board.bus),
+            lambda: Ledger.of([], self.board.bus),
         )
         self.guest: NetGuest | None = None
         if drive:

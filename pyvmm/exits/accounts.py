@@ -1,0 +1,165 @@
+"""The accounts of a machine: all that it counts, and how far its guest has come.
+
+Budgets, phases, reports, traces and the control socket read them; the machine keeps them. What is
+here is quick, because the guest may wait for it; sums, differences and names are made where
+somebody asks (``exits.phases``, ``exits.report``).
+"""
+
+from __future__ import annotations
+
+import time
+
+from pyvmm.errors import PyvmmError
+from pyvmm.exits.snapshot import Snapshot
+from pyvmm.kvm.stats import Stats
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Sequence
+    from typing import Any, Protocol
+
+    from pyvmm.bus import Bus
+    from pyvmm.exits.ledger import Ledger
+    from pyvmm.exits.snapshot import Numbers
+    from pyvmm.kvm import Kvm
+    from pyvmm.kvm.vcpu import Vcpu
+    from pyvmm.kvm.vm import Vm
+
+    class Card(Protocol):
+        """A network card, as the accounts see it."""
+
+        @property
+        def name(self) -> str:
+            """``net0``, ``net1``, ..."""
+
+        @property
+        def mode(self) -> str:
+            """The data path in force."""
+
+        def counters(self) -> dict[str, int]:
+            """Of all data paths that the card has had, summed. Any thread."""
+
+        def report(self) -> dict[str, object]:
+            """For JSON (docs/report.md)."""
+
+
+#: A point in the run that begins a phase -> the phase. The guest's init tells the points
+#: (guest/pyvmm_port.h); the machine's start is the first.
+PHASES = {"start": "boot", "init": "init", "command": "command", "command_end": "shutdown"}
+OLD_STATS = 16  # VMs before the present one whose statistics are kept
+
+
+class MachineAccounts:
+    """What a machine has counted. All that it is made of is lent.
+
+    :param lock: the machine's I/O lock, held while counters are copied.
+    :param began: when the machine's description was read; CLOCK_MONOTONIC, ns.
+    :ivar phases: a point in the run -> when the guest came there first, likewise in ns.
+    :ivar snapshots: of all counters, one at each point that begins a phase, in order.
+    :ivar notes: what could not be counted, for people.
+    :ivar reboots: how often the machine has started over.
+    :ivar old_stats: KVM's statistics of the VMs before each restart, the latest ``OLD_STATS``.
+    """
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        vm: Vm,
+        bus: Bus,
+        vcpus: Sequence[Vcpu],
+        nets: Sequence[Card],
+        lock: threading.RLock,
+        began: int,
+    ) -> None:
+        self._kvm, self._vm, self._lock = kvm, vm, lock
+        self.bus, self.vcpus, self.nets = bus, vcpus, nets
+        self.phases = {"vmm": began}
+        self.snapshots: list[Snapshot] = []
+        self.notes: list[str] = []
+        self.reboots = 0
+        self.old_stats: list[dict[str, Any]] = []
+        self._stats: Stats | None = None  # the VM's, once they have been asked for
+        self._past: Numbers = {}  # of VMs before a restart, summed up
+
+    def reach(self, point: str) -> None:
+        """The guest has come to ``point``; only the first time counts."""
+        if point in self.phases:
+            return
+        self.phases[point] = time.monotonic_ns()
+        if point in PHASES:
+            try:
+                self.snapshots.append(self.snapshot(point))
+            except (PyvmmError, OSError) as e:  # no reason to end the machine
+                why = e.strerror if isinstance(e, OSError) else e
+                self.notes.append(
+                    f"the counters at {point} could not be read ({why}): what phase "
+                    f"{PHASES[point]} counted is in the phase before it"
+                )
+
+    def snapshot(self, name: str) -> Snapshot:
+        """All counters now. Any thread.
+
+        :raises PyvmmError, OSError: one cannot be read.
+        """
+        with self._lock:
+            return Snapshot(
+                name,
+                self.phases.get(name) or time.monotonic_ns(),
+                self.vcpus,
+                self._vm_stats(),
+                self._past,
+                [nic.counters() for nic in self.nets],
+            )
+
+    def ledger(self) -> Ledger:
+        """The exits so far. Any thread."""
+        from pyvmm.exits.ledger import Ledger
+
+        return Ledger.of(self.vcpus, self.bus)
+
+    def restart(self) -> None:
+        """The machine starts over, and its VM is about to go: keep what it has counted."""
+        self.reboots += 1
+        stats = self.kvm_stats()
+        if stats is not None:  # bounded: a guest may reboot for ever
+            self.old_stats = [*self.old_stats[1 - OLD_STATS :], stats]
+        self._past = self.snapshot("reboot").stats or {}
+        self.close()
+
+    def close(self) -> None:
+        """Release the VM's statistics. A second call does nothing."""
+        stats, self._stats = self._stats, None
+        if stats is not None:
+            stats.close()
+
+    # --- KVM's own statistics ---------------------------------------------------------------------
+
+    def kvm_stats(self) -> dict[str, Any] | None:
+        """KVM's binary statistics of the VM (``vm``) and its vCPUs (``vcpus``); None if the kernel
+        has none.
+        """
+        if not self._has_stats():
+            return None
+        with Stats(self._vm.fileno()) as vm:
+            return {
+                "vm": vm.read(),
+                "vcpus": [v.stats.read() for v in self.vcpus if v.stats is not None],
+            }
+
+    def kvm_stats_schemas(self) -> dict[str, list[dict[str, object]]] | None:
+        """What each of them is, for ``vm`` and ``vcpu``, in QEMU's schema (``Stats.schema``)."""
+        if not self._has_stats():
+            return None
+        vcpu = self.vcpus[0].stats
+        with Stats(self._vm.fileno()) as vm:
+            return {"vm": vm.schema, "vcpu": vcpu.schema if vcpu is not None else []}
+
+    def _has_stats(self) -> bool:
+        return bool(self._kvm.extension("KVM_CAP_BINARY_STATS_FD"))
+
+    def _vm_stats(self) -> Stats | None:
+        """The VM's statistics, kept open from the first time on (lock held)."""
+        if self._stats is None and self.vcpus[0].stats is not None:
+            self._stats = Stats(self._vm.fileno())
+        return self._stats
