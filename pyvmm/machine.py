@@ -1,51 +1,22 @@
-"""A virtual machine, wired: the one module that knows all the parts.
+"""A virtual machine: its public face, and its life from the start of the guest to the end.
 
-Threads: one a vCPU; a supervisor that restarts or ends the machine when they have stopped; a reader
-a stream; a worker a queue pair (in its data path). Python device code runs in vCPU threads under
-the I/O lock.
+``assembly`` makes the parts, ``vcpus`` runs the vCPUs, and the supervisor's thread here starts the
+guest over or ends the machine when they have stopped. Any thread may ask for an end at any time, and
+waits for nothing: the request has a lock of its own.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from contextlib import ExitStack
 
-from pyvmm.boot import load
-from pyvmm.boot.acpi import build as build_acpi
-from pyvmm.boot.mptable import build as build_mptable
-from pyvmm.bus import Bus
-from pyvmm.card.nic import Nic
-from pyvmm.card.uplink import Uplink
-from pyvmm.devices.console import Console, Spotter, Stream
-from pyvmm.devices.guest_port import GuestPage, GuestPort
-from pyvmm.devices.legacy import Power, PvPanic, Rtc
-from pyvmm.errors import (
-    CommandFailed,
-    HostError,
-    PyvmmError,
-    UsageError,
-)
-from pyvmm.exits.accounts import MachineAccounts
-from pyvmm.kvm import Kvm
-from pyvmm.kvm.vcpu import RUNS_OFF, Vcpu
-from pyvmm.kvm.vm import Vm
-from pyvmm.memory import GuestMemory, parse_size
-from pyvmm.netopt import Net, mac_text
+from pyvmm.assembly import Description, Parts, Wires
+from pyvmm.errors import CommandFailed, HostError, PyvmmError, UsageError
+from pyvmm.kvm.vcpu import RUNS_OFF
 from pyvmm.outcome import Outcome
-from pyvmm.panics import PanicWatch
-from pyvmm.pci import PciBus
-from pyvmm.spec.platform import (
-    IRQ_COM1,
-    IRQ_GED,
-    MAX_CPUS,
-    PORT_COM1,
-    PORT_GUEST_STDERR,
-    PORT_GUEST_STDOUT,
-)
+from pyvmm.spec.platform import IRQ_GED
 from pyvmm.threads import Thread
-from pyvmm.vcpus import VcpuThreads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,34 +24,17 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
+    from pyvmm.boot import BootState
     from pyvmm.control.server import Server
-    from pyvmm.devices.guest_agent import Agent, CommandResult
+    from pyvmm.devices.guest_agent import CommandResult
     from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.phases import Phase
-    from pyvmm.hang import HangWatch
-    from pyvmm.kvm.recorder import Recorder
+    from pyvmm.netopt import Net
 
-#: What every guest gets; ``append`` follows and so wins.
-BASE_CMDLINE = "console=ttyS0 panic=-1"
-#: Says what the kernel dies of before it has the real console, which takes over from it. Last: the
-#: kernel reads these in order, and a ``quiet`` that came later would find the early console busy
-#: with all that has been said so far, an exit or two a character.
-EARLY_CONSOLE = "earlyprintk=ttyS0,115200"
-#: Bytes of a command that leave room for the rest of the 2047 that Linux takes (COMMAND_LINE_SIZE),
-#: in base64.
-COMMAND_MAX = 1200
-PAUSE_PATIENCE = 2.0  # seconds that pause() waits for vCPUs that are outside of the guest, in a console's full pipe
-INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word
-
-#: Outcome of the guest's doing -> QEMU's ShutdownCause.
-SHUTDOWN_REASONS = {
-    "poweroff": "guest-shutdown",
-    "reboot": "guest-reset",
-    "triple-fault": "guest-reset",
-    "panic": "guest-panic",
-    "debug-exit": "guest-shutdown",
-}
+#: Seconds that pause() waits for vCPUs that are outside of the guest, because a console's pipe is
+#: full.
+PAUSE_PATIENCE = 2.0
 
 
 class Machine:
@@ -139,46 +93,54 @@ class Machine:
         hang_timeout: float | None = None,
         agent: bool = False,
     ) -> None:
-        if not 1 <= cpus <= MAX_CPUS:
-            raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
         if on_reboot not in ("exit", "restart"):
             raise UsageError(f"--on-reboot {on_reboot}", "use exit or restart")
-        if agent and command is not None:
-            raise UsageError("agent and command", "run commands by Machine.run")
-        size = parse_size(memory)
-        self._began = time.monotonic_ns()
+        description = Description(
+            kernel,
+            initrd=initrd,
+            append=append,
+            cpus=cpus,
+            memory=memory,
+            nets=nets,
+            command=command,
+            huge=huge,
+            load_address=load_address,
+            load_mode=load_mode,
+            test_devices=test_devices,
+            trace=trace,
+            hang_timeout=hang_timeout,
+            agent=agent,
+        )
+        began = time.monotonic_ns()
         self.cpus = cpus
         self.on_reboot = on_reboot
         self.command_status: int | None = None
-        self._kernel, self._initrd, self._append, self._command = kernel, initrd, append, command
-        self._flat = load_address, load_mode
-        self._test_devices = test_devices
-        self._wants_agent = agent
-        self.agent: Agent | None = None
-        self._hang_timeout = hang_timeout
-        self._hang_watch: HangWatch | None = None
-        self._lock = threading.RLock()
+        #: Set once init runs (our own says so, else the kernel's last words), and at the end.
+        self.booted = threading.Event()
         self._pausing = threading.Lock()  # one pause or resume at a time
-        self._control: Server | None = None
-        self._done = threading.Event()
         #: Guards the request for an end. Held for a moment only, and by nobody who waits.
         self._asking = threading.Lock()
         self._request: Outcome | None = None
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
-        #: Set once init runs (our own says so, else the kernel's last words), and at the end.
-        self.booted = threading.Event()
+        self._done = threading.Event()
         self._supervisor: threading.Thread | None = None
-        self.nets: list[Nic] = []
+        self._control: Server | None = None
+        wires = Wires(
+            end=self._finish,
+            reached=self._reached,
+            init_runs=self.booted.set,
+            command_ended=self._command_ended,
+            emit=self.emit,
+        )
         self._stack = ExitStack()
-        self.recorder: Recorder | None = None
-        if trace:
-            from pyvmm.kvm.recorder import Recorder
-
-            self.recorder = Recorder(trace)
-            self._stack.callback(self.recorder.close)
         try:
-            self._build(size, huge, [n for n in nets if n.mode != "none"])
+            self._parts = parts = Parts(description, wires, self._stack, began)
+            self.memory, self.kvm, self.vm, self.bus = parts.memory, parts.kvm, parts.vm, parts.bus
+            self.pci, self.nets, self.vcpus = parts.pci, parts.nets, parts.vcpus
+            self.console, self.stdout, self.stderr = parts.console, parts.stdout, parts.stderr
+            self.agent, self.recorder = parts.agent, parts.recorder
+            self.accounts, self.vcpu_threads = parts.accounts, parts.vcpu_threads
             if qmp is not None:
                 from pyvmm.control import serve
 
@@ -188,173 +150,14 @@ class Machine:
             self._stack.close()
             raise
 
-    # --- building ---------------------------------------------------------------------------------
-
-    def _build(self, size: int, huge: bool, nets: list[Net]) -> None:
-        enter = self._stack.callback
-        self.memory = GuestMemory(size, huge=huge)
-        enter(self.memory.close)
-        self.kvm = Kvm()
-        enter(self.kvm.close)
-        self.vm = Vm(self.kvm, self.memory)
-        enter(self.vm.close)
-        if self.recorder is not None:
-            self.vm.recorder = self.recorder.scope("kvm")
-        self.bus = Bus()
-        enter(self.bus.close)
-        self.console = Console("console", self.vm, IRQ_COM1)
-        self.stdout, self.stderr = Stream("stdout"), Stream("stderr")
-        self.streams: list[Stream] = [self.console, self.stdout, self.stderr]
-        self._page = GuestPage(self.memory)
-        if self._wants_agent:
-            from pyvmm.devices.guest_agent import Agent
-
-            self.agent = Agent(self.bus, self.vm, self._page.store)
-            self.streams.append(self.agent.bell)
-        for stream in self.streams:
-            enter(stream.close)
-        self.console.add_sink(Spotter(INIT_TEXT, self.booted.set))
-        self.panics = PanicWatch(self.console, lambda: self._finish(Outcome("panic")))
-        self._add_board()
-        for index, net in enumerate(nets):
-            self._add_net(index, net)
-        self._load()
-        self.vcpus: list[Vcpu] = []
-        for index in range(self.cpus):
-            vcpu = Vcpu(self.vm, index, self.cpus, self.bus)
-            enter(vcpu.close)
-            self.vcpus.append(vcpu)
-            if self.recorder is not None:
-                vcpu.trace(self.recorder.ring("vcpus", f"vcpu{index}"))
-        self.vcpus[0].set_boot_state(self.boot)
-        self.accounts = MachineAccounts(
-            self.kvm, self.vm, self.bus, self.vcpus, self.nets, self._lock, self._began
-        )
-        enter(self.accounts.close)
-        self.vcpu_threads = VcpuThreads(
-            self.vcpus, self.bus, self._lock, flush=self._port.flush, over=self._finish
-        )
-
-    def _add_board(self) -> None:
-        bus = self.bus
-        self.console.plug(bus, PORT_COM1, "serial0")
-        self.stdout.plug(bus, PORT_GUEST_STDOUT, "guest-stdout")
-        self.stderr.plug(bus, PORT_GUEST_STDERR, "guest-stderr")
-        self._port = GuestPort(
-            bus,
-            self._page,
-            self.stdout,
-            self.stderr,
-            reached=self._reached,
-            ended=self._command_ended,
-            agent=self.agent,
-        )
-        Rtc(bus)
-        Power(bus, lambda: self._finish(Outcome("poweroff")), self._guest_reset)
-        PvPanic(bus, self.panics.pvpanic)
-        self.pci = PciBus(bus, self._guest_reset)
-        if self._test_devices:
-            from pyvmm.devices.testdev import add_test_devices
-
-            add_test_devices(bus, self.vm, self.memory, self.cpus, self.console, self._debug_exit)
-
-    def _add_net(self, index: int, net: Net) -> None:
-        from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
-        from pyvmm.virtio.pci.transport import VirtioPci
-
-        host, guest = net.host, net.guest
-        if net.tap is None:
-            host = host or f"192.168.{100 + index}.1/24"
-            guest = guest or f"192.168.{100 + index}.2/24"
-        mac = net.mac or bytes((0x52, 0x54, 0, 0x12, 0x34, 0x56 + index))
-        scope = self.recorder.scope(f"net{index}") if self.recorder is not None else None
-        with ExitStack() as undo:
-            uplink = Uplink(net, host, scope)
-            undo.callback(uplink.close)
-            offer = -1
-            for mode in net.switchable:
-                trial = uplink.open(net.switched(mode), mac).path
-                try:
-                    offer &= trial.features()
-                finally:
-                    trial.close()
-            route = uplink.open(net, mac)
-            undo.callback(route.path.close)
-            device = NetDevice(
-                f"net{index}",
-                self.memory,
-                route.path,
-                uplink,
-                mac,
-                mtu=net.mtu,
-                pairs=net.queues,
-                queue_size=net.queue_size,
-                offer=offer,
-                without=net.excluded(),
-                link=net.link,
-            )
-            undo.callback(device.close)
-            device.recorder = scope
-            transport = VirtioPci(
-                self.vm, self.bus, device, PCI_CLASS_NETWORK_ETHERNET, notify=net.notify
-            )
-            undo.callback(transport.close)
-            self.pci.add(transport)
-            nic = Nic(index, net, device, transport, uplink, route, self._lock, self.ledger)
-            for close in (uplink.close, transport.close, nic.end_switching):
-                self._stack.callback(close)
-            undo.pop_all()
-        nic.host, nic.guest = host, guest
-        device.on_rx_change = lambda: self._rx_changed(nic)
-        device.on_problem = lambda problem: self.emit(
-            "X_PYVMM_NIC_FAULT", name=nic.name, problem=problem
-        )
-        self.nets.append(nic)
+    @property
+    def boot(self) -> BootState:
+        """How the guest starts."""
+        return self._parts.boot
 
     def cmdline(self) -> str:
         """The kernel command line."""
-        parts = [] if self._test_devices else [BASE_CMDLINE]
-        if self.agent is not None:
-            parts.append("pyvmm.agent")
-        for nic in self.nets:
-            if nic.guest:
-                gateway = f",gw={nic.host.partition('/')[0]}" if nic.host else ""
-                mtu = f",mtu={nic.net.mtu}" if nic.net.mtu else ""
-                parts.append(f"pyvmm.net={mac_text(nic.device.mac)},{nic.guest}{gateway}{mtu}")
-        if self._command is not None:
-            import base64
-
-            raw = b"".join(os.fsencode(arg) + b"\0" for arg in self._command)
-            if len(raw) > COMMAND_MAX:
-                raise UsageError(
-                    f"COMMAND has {len(raw)} bytes, more than {COMMAND_MAX}",
-                    "shorten it, or put it into the initrd",
-                )
-            parts.append("pyvmm.cmd=" + base64.urlsafe_b64encode(raw).decode().rstrip("="))
-        append, dashes, rest = f" {self._append}".partition(" -- ")  # what follows "--" is for init
-        parts.append(append.strip())
-        if not self._test_devices:
-            parts.append(EARLY_CONSOLE)
-        if dashes:
-            parts += ["--", rest]
-        return " ".join(filter(None, parts))
-
-    def _load(self) -> None:
-        # ECAM is not advertised: Linux would look at it and then use 0xCF8 for the registers that
-        # exist.
-        slots = range(1, 1 + len(self.nets))
-        rsdp = build_acpi(self.memory, cpus=self.cpus, pci_slots=slots, com2=self.agent is not None)
-        build_mptable(self.memory, cpus=self.cpus, pci_slots=slots)
-        address, mode = self._flat
-        self.boot = load(
-            self.memory,
-            self._kernel,
-            initrd=self._initrd,
-            cmdline=self.cmdline(),
-            rsdp=rsdp,
-            load_address=address,
-            load_mode=mode,
-        )
+        return self._parts.cmdline
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -362,23 +165,10 @@ class Machine:
         """Let the guest run; returns at once."""
         if self._supervisor is not None:
             raise HostError("the machine has been started already")
-        for stream in self.streams:
+        for stream in self._parts.streams:
             stream.start()
-        if self._hang_timeout is not None:
-            from pyvmm.hang import HangWatch
-
-            self._hang_watch = HangWatch(
-                self.vcpus,
-                self.nets,
-                self.memory,
-                kick=self.vcpu_threads.kick,
-                linux="Linux" in self.boot.kind or "bzImage" in self.boot.kind,
-                limit=self._hang_timeout,
-                found=lambda text: self._finish(Outcome("hang", text)),
-            )
-            self._stack.callback(self._hang_watch.stop)
-            self.vcpu_threads.kicked = self._hang_watch.looked_at
-            self._hang_watch.start()
+        if self._parts.hang_watch is not None:
+            self._parts.hang_watch.start()
         self._supervisor = Thread(target=self._supervise, name="supervisor", daemon=True)
         self._supervisor.start()
 
@@ -455,7 +245,7 @@ class Machine:
         if outcome is None:
             outcome = Outcome("stopped", "by the control socket")
             outcome.asked = True
-        for stream in self.streams:
+        for stream in self._parts.streams:
             stream.hurry()
         self._finish(outcome, final=True)
         if self._supervisor is None:
@@ -488,7 +278,7 @@ class Machine:
         """Held by device code and while the machine restarts: hold it to look at devices, VM and
         vCPUs from another thread.
         """
-        return self._lock
+        return self._parts.lock
 
     @property
     def state(self) -> str:
@@ -570,7 +360,7 @@ class Machine:
 
         :raises HostError: the machine has ended.
         """
-        with self._lock:
+        with self._parts.lock:
             if self._done.is_set():
                 raise HostError("the machine has ended")
             for level in (1, 0):
@@ -583,23 +373,6 @@ class Machine:
             self._control.emit(
                 event, {key.replace("_", "-"): value for key, value in data.items()} or None
             )
-
-    def _rx_changed(self, nic: Nic) -> None:
-        if (
-            not nic.rx_told
-        ):  # once, until somebody looks: a driver may change it as often as it likes
-            nic.rx_told = True
-            self.emit("NIC_RX_FILTER_CHANGED", name=nic.name, path=f"/machine/{nic.name}")
-
-    def _emit_end(self, outcome: Outcome) -> None:
-        """SHUTDOWN, with QEMU's reasons and our own word."""
-        if outcome.kind == "panic":
-            self.emit("GUEST_PANICKED", action="shutdown")
-        guest = outcome.kind in SHUTDOWN_REASONS
-        reason = SHUTDOWN_REASONS.get(
-            outcome.kind, "host-qmp-quit" if outcome.asked else "host-signal"
-        )
-        self.emit("SHUTDOWN", guest=guest, reason=reason, x_pyvmm_outcome=outcome.kind)
 
     def __enter__(self) -> Self:
         return self
@@ -623,10 +396,19 @@ class Machine:
                 return False
             outcome.status = self.command_status
             self._request = outcome
-            for stream in self.streams:
+            for stream in self._parts.streams:
                 stream.release()
             self.vcpu_threads.halt()
             return True
+
+    def _reached(self, point: str) -> None:
+        """The guest's init says how far it is."""
+        self.accounts.reach(point)
+        if point == "init":
+            self.booted.set()
+
+    def _command_ended(self, status: int) -> None:
+        self.command_status = status
 
     def _will_restart(self, request: Outcome) -> bool:
         return request.kind == "reboot" and (request.asked or self.on_reboot == "restart")
@@ -643,7 +425,11 @@ class Machine:
         except BaseException as e:
             self._failure = self._failure or e
         self._outcome = outcome
-        self._emit_end(outcome)
+        if self._control is not None:
+            from pyvmm.control.events import end_events
+
+            for event, data in end_events(outcome):
+                self.emit(event, **data)
         self._done.set()
         self.booted.set()
         if self.agent is not None:
@@ -659,10 +445,10 @@ class Machine:
                 self._name_panic(request)
             if not self._will_restart(request):
                 return request
-            with self._lock:
+            with self._parts.lock:
                 if self._request is not request:
                     continue  # stopped for good meanwhile
-                self._restart()
+                self._parts.restart()
             with self._asking:
                 if self._request is not request:
                     continue
@@ -677,9 +463,9 @@ class Machine:
     def _shut_down(self, outcome: Outcome) -> None:
         """No vCPU runs any more: note where they were, then stop what else the guest had."""
         self.vcpu_threads.end()
-        if self._hang_watch is not None:
-            self._hang_watch.stop()
-        self.panics.stop()
+        if self._parts.hang_watch is not None:
+            self._parts.hang_watch.stop()
+        self._parts.panics.stop()
         self.accounts.reach("end")
         if outcome.kind in ("timeout", "hang"):
             outcome.states = [v.state() for v in self.vcpus]
@@ -689,56 +475,15 @@ class Machine:
             outcome.registers = registers[stuck[0] if stuck else 0]
         for nic in self.nets:
             nic.stop()
-        for stream in self.streams:
+        for stream in self._parts.streams:
             stream.finish()
         self._name_panic(outcome)
 
     def _name_panic(self, request: Outcome) -> None:
         """Call an end that a panic has led to a panic."""
-        if request.kind == "reboot" and self.on_reboot == "exit" and not self.panics.text():
+        if request.kind == "reboot" and self.on_reboot == "exit" and not self._parts.panics.text():
             self.console.finish(0.2)  # panic=-1 reboots while its text is still in the pipe
-        self.panics.judge(request)
-
-    # --- what the guest asks for ------------------------------------------------------------------
-
-    def _guest_reset(self) -> None:
-        self._finish(Outcome("reboot"))
-
-    def _debug_exit(self, status: int) -> None:
-        self.command_status = status
-        self._finish(Outcome("debug-exit"))
-
-    def _reached(self, phase: str) -> None:
-        """The guest's init says how far it is."""
-        self.accounts.reach(phase)
-        if phase == "init":
-            self.booted.set()
-
-    def _command_ended(self, status: int) -> None:
-        self.command_status = status
-
-    def _restart(self) -> None:
-        """A machine reset: devices, memory and the VM itself start over; consoles and
-        ledger go on.
-        """
-        self.accounts.restart()
-        with self._lock:  # against who switches a card or pulls its cable
-            self.pci.reset()
-        self.console.reset()
-        self.panics.restart()
-        self._page.name(0)
-        if self.agent is not None:
-            self.agent.reset()
-        for stream in self.streams:
-            stream.release(False)
-        for vcpu in self.vcpus:
-            vcpu.detach()
-        self.memory.zero()
-        self.vm.recreate()
-        self._load()
-        for vcpu in self.vcpus:
-            vcpu.reattach()
-        self.vcpus[0].set_boot_state(self.boot)
+        self._parts.panics.judge(request)
 
     # --- what it has counted ----------------------------------------------------------------------
 

@@ -237,9 +237,9 @@ class PeerGuest:
     def _command(self) -> list[str]:
         import base64
 
+        from pyvmm.assembly import BASE_CMDLINE
         from pyvmm.host import peers
         from pyvmm.host.qemu import newest
-        from pyvmm.machine import BASE_CMDLINE
         from pyvmm.memory import parse_size
 
         p = self._plan

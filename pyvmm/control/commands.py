@@ -28,9 +28,10 @@ if TYPE_CHECKING:
         """A machine, as the commands see it: ``pyvmm.machine.Machine`` says what each part is."""
 
         accounts: MachineAccounts
-        boot: BootState
         memory: GuestMemory
 
+        @property
+        def boot(self) -> BootState: ...
         @property
         def name(self) -> str | None: ...
         @property

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm import boot
+from pyvmm import assembly, boot
+from pyvmm.assembly import Description
 from pyvmm.boot import params
 from pyvmm.errors import ImageError, UsageError
-from pyvmm.machine import Machine
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import linux_boot as lb
 from pyvmm.spec import platform as pf
@@ -553,7 +553,4 @@ def test_no_descriptor_leaks(memory: GuestMemory, tmp_path: Path) -> None:
     ],
 )
 def test_the_early_console_comes_after_quiet_and_before_what_is_for_init(append, cmdline):
-    machine = object.__new__(Machine)
-    machine._append, machine._test_devices, machine._command = append, False, None
-    machine.agent, machine.nets = None, []
-    assert machine.cmdline() == cmdline
+    assert assembly.cmdline(Description("vmlinux", append=append), []) == cmdline

@@ -1,0 +1,387 @@
+"""Assembly: from the description of a machine to its parts, connected and loaded.
+
+``Parts`` is the list of what a machine consists of, in the order of its making. Who runs the parts,
+and what an end means, is the business of ``machine``: the parts call it by ``Wires``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import ExitStack
+
+from pyvmm.boot import load
+from pyvmm.boot.acpi import build as build_acpi
+from pyvmm.boot.mptable import build as build_mptable
+from pyvmm.bus import Bus
+from pyvmm.card.nic import Nic
+from pyvmm.card.uplink import Uplink
+from pyvmm.devices.console import Console, Spotter, Stream
+from pyvmm.devices.guest_port import GuestPage, GuestPort
+from pyvmm.devices.legacy import Power, PvPanic, Rtc
+from pyvmm.errors import UsageError
+from pyvmm.exits.accounts import MachineAccounts
+from pyvmm.kvm import Kvm
+from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.kvm.vm import Vm
+from pyvmm.memory import GuestMemory, parse_size
+from pyvmm.netopt import Net, mac_text
+from pyvmm.outcome import Outcome
+from pyvmm.panics import PanicWatch
+from pyvmm.pci import PciBus
+from pyvmm.spec.platform import (
+    IRQ_COM1,
+    MAX_CPUS,
+    PORT_COM1,
+    PORT_GUEST_STDERR,
+    PORT_GUEST_STDOUT,
+)
+from pyvmm.vcpus import VcpuThreads
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pyvmm.devices.guest_agent import Agent
+    from pyvmm.hang import HangWatch
+    from pyvmm.kvm.recorder import Recorder
+
+#: What every guest gets; ``append`` follows and so wins.
+BASE_CMDLINE = "console=ttyS0 panic=-1"
+#: By it the kernel says what it dies of before it has the real console, which takes over from it. It
+#: comes last: the kernel reads these parameters in order, and a ``quiet`` after it would find the
+#: early console busy with all that the kernel has said so far, with an exit or two per character.
+EARLY_CONSOLE = "earlyprintk=ttyS0,115200"
+#: Bytes of a command that leave room for the rest of the 2047 that Linux takes (COMMAND_LINE_SIZE),
+#: in base64.
+COMMAND_MAX = 1200
+INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word before init
+
+
+class Description:
+    """What a machine is to be made of: the parameters of ``Machine``, checked.
+
+    :ivar memory: bytes.
+    :raises UsageError: a value is out of range, or two do not go together.
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        *,
+        initrd: str | None = None,
+        append: str = "",
+        cpus: int = 1,
+        memory: str | int = "256M",
+        nets: Sequence[Net] = (),
+        command: Sequence[str] | None = None,
+        huge: bool = False,
+        load_address: int | None = None,
+        load_mode: str = "protected32",
+        test_devices: bool = False,
+        trace: int = 0,
+        hang_timeout: float | None = None,
+        agent: bool = False,
+    ) -> None:
+        if not 1 <= cpus <= MAX_CPUS:
+            raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
+        if agent and command is not None:
+            raise UsageError("agent and command", "run commands by Machine.run")
+        self.kernel, self.initrd, self.append, self.command = kernel, initrd, append, command
+        self.load_address, self.load_mode = load_address, load_mode
+        self.cpus, self.memory, self.huge = cpus, parse_size(memory), huge
+        self.nets = [net for net in nets if net.mode != "none"]
+        self.test_devices, self.agent = test_devices, agent
+        self.trace, self.hang_timeout = trace, hang_timeout
+
+
+class Wires:
+    """What the parts tell the machine. vCPUs' threads call these, some of them with the I/O lock
+    held, and watching threads do: none may wait.
+
+    :param end: the guest has come to this end, or asks for a reset.
+    :param reached: the guest's init has come to this point of the run (docs/report.md).
+    :param init_runs: the kernel says that it starts init; it may do so more than once.
+    :param command_ended: the guest's command has ended with this exit status, or a test kernel
+        gives its own.
+    :param emit: send this event with its data to the clients of the control socket.
+    """
+
+    __slots__ = ("command_ended", "emit", "end", "init_runs", "reached")
+
+    def __init__(
+        self,
+        *,
+        end: Callable[[Outcome], object],
+        reached: Callable[[str], None],
+        init_runs: Callable[[], None],
+        command_ended: Callable[[int], None],
+        emit: Callable[..., None],
+    ) -> None:
+        self.end, self.reached, self.init_runs = end, reached, init_runs
+        self.command_ended, self.emit = command_ended, emit
+
+
+class Parts:
+    """What a machine consists of.
+
+    :param stack: closes each part that has to be closed, the latest first, also if a later one
+        cannot be made.
+    :param began: when the description was read; CLOCK_MONOTONIC, ns.
+    :ivar lock: the I/O lock, under which devices in Python answer.
+    :ivar boot: how the guest starts. :ivar cmdline: the kernel command line that it has got.
+    :raises PyvmmError: a part cannot be made.
+    """
+
+    def __init__(self, want: Description, wires: Wires, stack: ExitStack, began: int) -> None:
+        self._want, self._wires, self._stack = want, wires, stack
+        closing = stack.callback
+        self.lock = threading.RLock()
+        self.recorder: Recorder | None = None
+        if want.trace:
+            from pyvmm.kvm.recorder import Recorder
+
+            self.recorder = Recorder(want.trace)
+            closing(self.recorder.close)
+        self.memory = GuestMemory(want.memory, huge=want.huge)
+        closing(self.memory.close)
+        self.kvm = Kvm()
+        closing(self.kvm.close)
+        self.vm = Vm(self.kvm, self.memory)
+        closing(self.vm.close)
+        if self.recorder is not None:
+            self.vm.recorder = self.recorder.scope("kvm")
+        self.bus = Bus()
+        closing(self.bus.close)
+        self.console = Console("console", self.vm, IRQ_COM1)
+        self.stdout, self.stderr = Stream("stdout"), Stream("stderr")
+        self.streams: list[Stream] = [self.console, self.stdout, self.stderr]
+        self.console.add_sink(Spotter(INIT_TEXT, wires.init_runs))
+        self.panics = PanicWatch(self.console, lambda: wires.end(Outcome("panic")))
+        self._page = GuestPage(self.memory)
+        for stream in self.streams:
+            closing(stream.close)
+        self.agent = self._make_agent() if want.agent else None
+        self.pci = PciBus(self.bus, self._reset)
+        self._add_board()
+        self.nets: list[Nic] = []
+        for index, net in enumerate(want.nets):
+            self._add_net(index, net)
+        self._load()
+        self.vcpus: list[Vcpu] = []
+        for index in range(want.cpus):
+            vcpu = Vcpu(self.vm, index, want.cpus, self.bus)
+            closing(vcpu.close)
+            self.vcpus.append(vcpu)
+            if self.recorder is not None:
+                vcpu.trace(self.recorder.ring("vcpus", f"vcpu{index}"))
+        self.vcpus[0].set_boot_state(self.boot)
+        self.accounts = MachineAccounts(
+            self.kvm, self.vm, self.bus, self.vcpus, self.nets, self.lock, began
+        )
+        closing(self.accounts.close)
+        self.vcpu_threads = VcpuThreads(
+            self.vcpus, self.bus, self.lock, flush=self._port.flush, over=wires.end
+        )
+        self.hang_watch = (
+            self._make_hang_watch(want.hang_timeout) if want.hang_timeout is not None else None
+        )
+
+    def _reset(self) -> None:
+        self._wires.end(Outcome("reboot"))
+
+    def _make_agent(self) -> Agent:
+        from pyvmm.devices.guest_agent import Agent
+
+        agent = Agent(self.bus, self.vm, self._page.store)
+        self._stack.callback(agent.bell.close)
+        self.streams.append(agent.bell)
+        return agent
+
+    def _add_board(self) -> None:
+        """Put on the bus what is at fixed ports."""
+        bus, wires = self.bus, self._wires
+        self.console.plug(bus, PORT_COM1, "serial0")
+        self.stdout.plug(bus, PORT_GUEST_STDOUT, "guest-stdout")
+        self.stderr.plug(bus, PORT_GUEST_STDERR, "guest-stderr")
+        self._port = GuestPort(
+            bus,
+            self._page,
+            self.stdout,
+            self.stderr,
+            reached=wires.reached,
+            ended=wires.command_ended,
+            agent=self.agent,
+        )
+        Rtc(bus)
+        Power(bus, lambda: wires.end(Outcome("poweroff")), self._reset)
+        PvPanic(bus, self.panics.pvpanic)
+        if self._want.test_devices:
+            from pyvmm.devices.testdev import add_test_devices
+
+            def debug_exit(status: int) -> None:
+                wires.command_ended(status)
+                wires.end(Outcome("debug-exit"))
+
+            add_test_devices(bus, self.vm, self.memory, self._want.cpus, self.console, debug_exit)
+
+    def _add_net(self, index: int, net: Net) -> None:
+        """Plug in a network card."""
+        from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
+        from pyvmm.virtio.pci.transport import VirtioPci
+
+        host, guest = net.host, net.guest
+        if net.tap is None:
+            host = host or f"192.168.{100 + index}.1/24"
+            guest = guest or f"192.168.{100 + index}.2/24"
+        mac = net.mac or bytes((0x52, 0x54, 0, 0x12, 0x34, 0x56 + index))
+        scope = self.recorder.scope(f"net{index}") if self.recorder is not None else None
+        with ExitStack() as undo:
+            uplink = Uplink(net, host, scope)
+            undo.callback(uplink.close)
+            offer = -1
+            for mode in net.switchable:
+                trial = uplink.open(net.switched(mode), mac).path
+                try:
+                    offer &= trial.features()
+                finally:
+                    trial.close()
+            route = uplink.open(net, mac)
+            undo.callback(route.path.close)
+            device = NetDevice(
+                f"net{index}",
+                self.memory,
+                route.path,
+                uplink,
+                mac,
+                mtu=net.mtu,
+                pairs=net.queues,
+                queue_size=net.queue_size,
+                offer=offer,
+                without=net.excluded(),
+                link=net.link,
+            )
+            undo.callback(device.close)
+            device.recorder = scope
+            transport = VirtioPci(
+                self.vm, self.bus, device, PCI_CLASS_NETWORK_ETHERNET, notify=net.notify
+            )
+            undo.callback(transport.close)
+            self.pci.add(transport)
+            nic = Nic(
+                index,
+                net,
+                device,
+                transport,
+                uplink,
+                route,
+                self.lock,
+                lambda: self.accounts.ledger(),
+            )
+            for close in (uplink.close, transport.close, nic.end_switching):
+                self._stack.callback(close)
+            undo.pop_all()
+        nic.host, nic.guest = host, guest
+        device.on_rx_change = lambda: self._rx_changed(nic)
+        device.on_problem = lambda problem: self._wires.emit(
+            "X_PYVMM_NIC_FAULT", name=nic.name, problem=problem
+        )
+        self.nets.append(nic)
+
+    def _rx_changed(self, nic: Nic) -> None:
+        """Tell that a driver has changed its receive filter: once until somebody looks at it, since
+        a driver may change it as often as it likes.
+        """
+        if not nic.rx_told:
+            nic.rx_told = True
+            self._wires.emit("NIC_RX_FILTER_CHANGED", name=nic.name, path=f"/machine/{nic.name}")
+
+    def _make_hang_watch(self, limit: float) -> HangWatch:
+        from pyvmm.hang import HangWatch
+
+        watch = HangWatch(
+            self.vcpus,
+            self.nets,
+            self.memory,
+            kick=self.vcpu_threads.kick,
+            linux="Linux" in self.boot.kind or "bzImage" in self.boot.kind,
+            limit=limit,
+            found=lambda text: self._wires.end(Outcome("hang", text)),
+        )
+        self._stack.callback(watch.stop)
+        self.vcpu_threads.kicked = watch.looked_at
+        return watch
+
+    def _load(self) -> None:
+        """Put kernel and firmware tables into memory."""
+        want = self._want
+        # ECAM is not advertised: Linux would look at it and then use 0xCF8 for the registers that
+        # exist.
+        slots = range(1, 1 + len(self.nets))
+        rsdp = build_acpi(self.memory, cpus=want.cpus, pci_slots=slots, com2=want.agent)
+        build_mptable(self.memory, cpus=want.cpus, pci_slots=slots)
+        self.cmdline = cmdline(want, self.nets)
+        self.boot = load(
+            self.memory,
+            want.kernel,
+            initrd=want.initrd,
+            cmdline=self.cmdline,
+            rsdp=rsdp,
+            load_address=want.load_address,
+            load_mode=want.load_mode,
+        )
+
+    def restart(self) -> None:
+        """A machine reset: devices, memory and the VM itself start over; consoles and accounts go
+        on. No vCPU runs.
+        """
+        self.accounts.restart()
+        with self.lock:  # nobody switches a card or pulls its cable meanwhile
+            self.pci.reset()
+        self.console.reset()
+        self.panics.restart()
+        self._page.name(0)
+        if self.agent is not None:
+            self.agent.reset()
+        for stream in self.streams:
+            stream.release(False)
+        for vcpu in self.vcpus:
+            vcpu.detach()
+        self.memory.zero()
+        self.vm.recreate()
+        self._load()
+        for vcpu in self.vcpus:
+            vcpu.reattach()
+        self.vcpus[0].set_boot_state(self.boot)
+
+
+def cmdline(want: Description, nets: Sequence[Nic]) -> str:
+    """The kernel command line.
+
+    :raises UsageError: the command is too long for it.
+    """
+    parts = [] if want.test_devices else [BASE_CMDLINE]
+    if want.agent:
+        parts.append("pyvmm.agent")
+    for nic in nets:
+        if nic.guest:
+            gateway = f",gw={nic.host.partition('/')[0]}" if nic.host else ""
+            mtu = f",mtu={nic.net.mtu}" if nic.net.mtu else ""
+            parts.append(f"pyvmm.net={mac_text(nic.device.mac)},{nic.guest}{gateway}{mtu}")
+    if want.command is not None:
+        import base64
+
+        raw = b"".join(os.fsencode(arg) + b"\0" for arg in want.command)
+        if len(raw) > COMMAND_MAX:
+            raise UsageError(
+                f"COMMAND has {len(raw)} bytes, more than {COMMAND_MAX}",
+                "shorten it, or put it into the initrd",
+            )
+        parts.append("pyvmm.cmd=" + base64.urlsafe_b64encode(raw).decode().rstrip("="))
+    append, dashes, rest = f" {want.append}".partition(" -- ")  # what follows "--" is for init
+    parts.append(append.strip())
+    if not want.test_devices:
+        parts.append(EARLY_CONSOLE)
+    if dashes:
+        parts += ["--", rest]
+    return " ".join(filter(None, parts))
