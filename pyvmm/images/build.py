@@ -27,7 +27,7 @@ from pyvmm.host.apt import Apt, unpack
 from pyvmm.images import FILES, Image
 from pyvmm.images.cpio import Archive
 from pyvmm.images.elf import libraries, needed
-from pyvmm.images.kernel import Modules, extract_vmlinux, trim_zeros
+from pyvmm.images.kernel import Kernel, Modules, extract_vmlinux, trim_zeros
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,20 +48,6 @@ CFLAGS = (
     "-fno-asynchronous-unwind-tables",
     "-Wl,--build-id=none",
 )
-
-
-@dataclass(slots=True)
-class Kernel:
-    """A kernel to put into an image.
-
-    :ivar release: its ``uname -r``.
-    :ivar modules: its modules; None if it needs none.
-    """
-
-    release: str
-    bzimage: bytes
-    vmlinux: bytes
-    modules: Modules | None
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ import io
 import lzma
 import struct
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import lz4.block
@@ -122,6 +123,20 @@ def _zstd(data: bytes, size: int) -> bytes:
         return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
     except zstandard.ZstdError as e:
         raise ValueError(f"broken zstd frame: {e}") from e
+
+
+@dataclass(slots=True)
+class Kernel:
+    """A kernel to put into an image.
+
+    :ivar release: its ``uname -r``.
+    :ivar modules: its modules; None if it needs none.
+    """
+
+    release: str
+    bzimage: bytes
+    vmlinux: bytes
+    modules: Modules | None
 
 
 class Modules:

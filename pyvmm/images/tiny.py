@@ -19,14 +19,13 @@ from pathlib import Path
 from pyvmm.errors import BuildError
 from pyvmm.host.apt import unpack
 from pyvmm.host.paths import cache_root
-from pyvmm.images.kernel import extract_vmlinux
+from pyvmm.images.kernel import Kernel, extract_vmlinux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.host.apt import Apt, Package
-    from pyvmm.images.build import Kernel
 
 PACKAGE = "linux-source-6.1"
 CONFIG = Path(__file__).resolve().parents[2] / "images" / "tiny" / "config"
@@ -71,8 +70,6 @@ def tiny_kernel(
     :raises BuildError: a tool is missing, or the build fails.
     :raises HostError: the source package cannot be had.
     """
-    from pyvmm.images.build import Kernel
-
     package = apt.resolve([PACKAGE])[0]
     inputs.append({"name": package.name, "version": package.version, "sha256": package.sha256})
     config = CONFIG.read_text()
