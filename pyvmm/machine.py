@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 #: Seconds that pause() waits for vCPUs that are outside of the guest, because a console's pipe is
 #: full.
 PAUSE_PATIENCE = 2.0
+#: Seconds from the request for an end on in which another process may do its part of it. Then no
+#: conversation is waited for any more.
+PARTING_S = 0.5
 
 
 class Machine:
@@ -125,6 +128,8 @@ class Machine:
         self._failure: BaseException | None = None
         self._done = threading.Event()
         self._supervisor: threading.Thread | None = None
+        self._parting = threading.Timer(PARTING_S, self._cut)
+        self._parting.daemon = True
         self._control: Server | None = None
         wires = Wires(
             end=self._finish,
@@ -259,6 +264,7 @@ class Machine:
             self.stop()
         if self._supervisor is not None:
             self._supervisor.join()
+        self._cut()
         self._stack.close()
 
     # --- control ----------------------------------------------------------------------------------
@@ -399,7 +405,14 @@ class Machine:
             for stream in self._parts.streams:
                 stream.release()
             self.vcpu_threads.halt()
+            if self.nets and not self._will_restart(outcome) and self._parting.ident is None:
+                self._parting.start()
             return True
+
+    def _cut(self) -> None:
+        """End the cards' conversations with other processes. Any thread; takes no lock."""
+        for nic in self.nets:
+            nic.cut()
 
     def _reached(self, point: str) -> None:
         """The guest's init says how far it is."""
@@ -475,6 +488,7 @@ class Machine:
             outcome.registers = registers[stuck[0] if stuck else 0]
         for nic in self.nets:
             nic.stop()
+        self._parting.cancel()
         for stream in self._parts.streams:
             stream.finish()
         self._name_panic(outcome)
