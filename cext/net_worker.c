@@ -1,16 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "net_worker.h"
+#include "thread.h"
 
 /*
  * As vhost: what one direction may do before the other has its turn (VHOST_NET_PKT_WEIGHT,
@@ -32,6 +31,13 @@
 #define LINGER_MAX_US  200
 #define LINGER_BULK_US 1000 /* the most after a burst of LINGER_BULK bytes */
 #define LINGER_BULK    (32u << 10)
+
+/*
+ * Slots of the ring of events, a power of two, and how many of them are kept for what comes once:
+ * a fault of each ring, NOT_PINNED and ERROR.
+ */
+#define EVENTS	    16
+#define EVENTS_ONCE 4
 
 enum { RX, TX };
 enum { HOLD_NO, HOLD_ASKED, HOLD_DONE };
@@ -77,24 +83,35 @@ struct held {
 	uint8_t scratch[SCRATCH_SIZE];
 };
 
+/* One writer, the worker, and one reader, pv_net_worker_event(). */
+struct events {
+	struct pv_net_event event[EVENTS];
+	uint32_t written; /* atomic; by the worker */
+	uint32_t read;	  /* atomic; by the reader */
+	/* The reader's: what it has told last of the link, and the value of events_missed then. */
+	bool down;
+	uint64_t missed;
+};
+
 struct pv_net_worker {
+	struct pv_thread thread;
 	struct pv_vring ring[2];
 	struct pv_inflight inflight[2];
 	struct pv_net_config cfg;
-	struct pv_net_event event; /* to be returned by run; PV_NET_STOPPED: none */
+	struct events events;
 	int epoll_fd;
 	int wake_fd;
-	int stop;   /* atomic; set by any thread, then wake_fd */
-	int hold;   /* atomic; set by any thread to HOLD_ASKED, answered with HOLD_DONE: transmit no
-		       more */
-	int finish; /* likewise, before stop: bring a held frame to the guest first */
-	int attach; /* likewise: descriptor to use from now on, -1 for none */
-	bool rx_ready;	 /* fd may have frames: edge seen, EAGAIN not yet */
-	bool rx_waiting; /* the guest must add buffers first */
-	bool fd_muted;	 /* no wake-ups by fd for reading */
-	bool tx_blocked; /* fd took no more */
-	bool link_down;
-	bool recovered;	   /* in-flight regions are taken over */
+	int answer_fd; /* eventfd: hold is HOLD_DONE; made when it is first needed, else -1 */
+	/* Atomic; set by any thread, then wake_fd is written. */
+	int hold;   /* HOLD_ASKED, answered with HOLD_DONE: transmit no more */
+	int finish; /* before stop: bring a held frame to the guest first */
+	int stop;
+	int attach;	   /* descriptor to use from now on, -1 for none */
+	bool rx_ready;	   /* fd may have frames: edge seen, EAGAIN not yet */
+	bool rx_waiting;   /* the guest must add buffers first */
+	bool fd_muted;	   /* no wake-ups by fd for reading */
+	bool tx_blocked;   /* fd took no more */
+	bool link_down;	   /* atomic */
 	uint32_t interest; /* of fd, as epoll has it */
 	struct burst burst;
 	struct pv_net_counters count;
@@ -112,15 +129,37 @@ static void add(uint64_t *counter, uint64_t n)
 
 static uint64_t now_us(void)
 {
-	struct timespec ts;
+	return pv_now_ns() / 1000;
+}
 
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
+/* Add 1 to an eventfd. Fails only if its counter is full, and then its reader has been told. */
+static void signal_fd(int fd)
+{
+	(void)!write(fd, &(uint64_t){1}, sizeof(uint64_t));
 }
 
 static bool stopping(const struct pv_net_worker *w)
 {
 	return __atomic_load_n(&w->stop, __ATOMIC_ACQUIRE);
+}
+
+/* Tell whoever reads the events. Never waits: see the theory of operation. */
+static void report(struct pv_net_worker *w, struct pv_net_event ev)
+{
+	struct events *e = &w->events;
+	uint32_t used = e->written - __atomic_load_n(&e->read, __ATOMIC_ACQUIRE);
+	bool link = ev.kind == PV_NET_LINK_DOWN || ev.kind == PV_NET_LINK_UP;
+
+	if (used < (link ? EVENTS - EVENTS_ONCE : EVENTS)) {
+		e->event[e->written % EVENTS] = ev;
+		/* Release: the reader that sees the number sees the event. */
+		__atomic_store_n(&e->written, e->written + 1, __ATOMIC_RELEASE);
+	} else {
+		/* Release: the reader that sees the number sees link_down as new as this. */
+		__atomic_store_n(&w->count.events_missed, w->count.events_missed + 1,
+				 __ATOMIC_RELEASE);
+	}
+	signal_fd(w->cfg.event_fd);
 }
 
 /* For the trace: a batch began at the latest with what was noted here last. */
@@ -157,8 +196,7 @@ static void flush(struct pv_net_worker *w, int q)
 	if (w->cfg.trace)
 		trace_event(w, PV_TRACE_BATCH, q, n, call);
 	if (call) {
-		/* Fails only where the counter is full, and then the guest has been called. */
-		(void)!write(w->cfg.ring[q].call, &(uint64_t){1}, sizeof(uint64_t));
+		signal_fd(w->cfg.ring[q].call);
 		add(q == RX ? &w->count.rx_calls : &w->count.tx_calls, 1);
 	} else {
 		add(q == RX ? &w->count.rx_calls_suppressed : &w->count.tx_calls_suppressed, 1);
@@ -202,17 +240,24 @@ static void ring_fault(struct pv_net_worker *w, int q, enum pv_fault fault)
 		rx_abandon(w);
 	flush(w, q);
 	w->ring[q].fault = fault;
-	w->event = (struct pv_net_event){.kind = PV_NET_RING_FAULT, .queue = q, .fault = fault};
+	add(&w->count.ring_faults, 1);
+	report(w, (struct pv_net_event){.kind = PV_NET_RING_FAULT, .queue = q, .fault = fault});
 }
 
-static void fd_gone(struct pv_net_worker *w, int error)
+static void set_link(struct pv_net_worker *w, bool down)
+{
+	__atomic_store_n(&w->link_down, down, __ATOMIC_RELAXED);
+	report(w, (struct pv_net_event){.kind = down ? PV_NET_LINK_DOWN : PV_NET_LINK_UP});
+}
+
+static void fd_gone(struct pv_net_worker *w)
 {
 	if (w->link_down)
 		return;
-	w->link_down = true;
 	w->tx_blocked = false;
 	epoll_ctl(w->epoll_fd, EPOLL_CTL_DEL, w->cfg.fd, NULL);
-	w->event = (struct pv_net_event){.kind = PV_NET_LINK_DOWN, .error = error};
+	add(&w->count.link_losses, 1);
+	set_link(w, true);
 }
 
 static int watch(struct pv_net_worker *w, int fd, uint32_t what, uint32_t events)
@@ -239,9 +284,9 @@ static int woken(struct pv_net_worker *w)
 		return -1;
 	w->cfg.fd = fd;
 	w->inflight[TX].taken = PV_INFLIGHT_UNCOUNTED;
-	w->link_down = w->fd_muted = false;
+	w->fd_muted = false;
 	w->rx_ready = true;
-	w->event = (struct pv_net_event){.kind = PV_NET_LINK_UP};
+	set_link(w, false);
 	return 0;
 }
 
@@ -441,7 +486,7 @@ static bool rx_turn(struct pv_net_worker *w)
 				if (n < 0 && errno == EAGAIN)
 					w->rx_ready = false;
 				else
-					fd_gone(w, n ? errno : EPIPE);
+					fd_gone(w);
 				more = false;
 				break;
 			}
@@ -454,7 +499,7 @@ static bool rx_turn(struct pv_net_worker *w)
 		}
 		len = w->held.len;
 		if (!rx_place(w)) {
-			if (w->event.kind)
+			if (w->ring[RX].fault)
 				return false;
 			if (w->held.len) {
 				more = false;
@@ -524,7 +569,7 @@ static bool tx_turn(struct pv_net_worker *w)
 				break;
 			} else if (errno == EBADFD || errno == EPIPE || errno == ECONNRESET ||
 				   errno == ENOTCONN || errno == ECONNREFUSED) {
-				fd_gone(w, errno);
+				fd_gone(w);
 				add(&w->count.tx_drop_link, 1);
 			} else {
 				add(&w->count.tx_drop_error, 1);
@@ -563,13 +608,13 @@ static bool net_round(struct pv_net_worker *w)
 {
 	bool more = false;
 
-	/* Only here is it certain that no chain is in our hands. */
-	if (__atomic_load_n(&w->hold, __ATOMIC_RELAXED) == HOLD_ASKED)
+	/* Only here is it certain that no chain is in our hands. Acquire: answer_fd is there. */
+	if (__atomic_load_n(&w->hold, __ATOMIC_ACQUIRE) == HOLD_ASKED) {
 		__atomic_store_n(&w->hold, HOLD_DONE, __ATOMIC_RELEASE);
+		signal_fd(w->answer_fd);
+	}
 	if (tx_possible(w))
 		more = tx_turn(w);
-	if (w->event.kind)
-		return false;
 	/* While we are busy nobody polls fd for us. */
 	if (more)
 		w->rx_ready = true;
@@ -630,7 +675,7 @@ static int net_poll(struct pv_net_worker *w, int64_t timeout)
 			break;
 		case EV_FD:
 			if (e & (EPOLLERR | EPOLLHUP))
-				fd_gone(w, EPIPE);
+				fd_gone(w);
 			if (e & EPOLLOUT)
 				w->tx_blocked = false;
 			if (e & EPOLLIN) {
@@ -658,8 +703,7 @@ static int spin(struct pv_net_worker *w)
 	do {
 		if (net_poll(w, 0))
 			return -1;
-		if (stopping(w) || w->event.kind ||
-		    (tx_possible(w) && pv_vring_pending(&w->ring[TX])))
+		if (stopping(w) || (tx_possible(w) && pv_vring_pending(&w->ring[TX])))
 			return 1;
 		if (!rx_possible(w))
 			continue;
@@ -705,7 +749,7 @@ static int linger(struct pv_net_worker *w)
 	b->lingered = pv_vring_pending(&w->ring[TX]);
 	if (b->lingered)
 		add(&w->count.tx_lingers, 1);
-	return b->lingered || w->rx_ready || w->event.kind || stopping(w);
+	return b->lingered || w->rx_ready || stopping(w);
 }
 
 /* Microseconds that the held frame may still wait for buffers; 0: its time is over. */
@@ -727,10 +771,8 @@ static void rx_finish(struct pv_net_worker *w)
 
 	w->held.since = now_us();
 	while (w->held.len && rx_possible(w) && !rx_place(w)) {
-		if (w->event.kind || !w->held.len)
-			break;
 		left = hold_left(w);
-		if (!left)
+		if (!w->held.len || !left)
 			break;
 		if (pv_vring_enable_notify(&w->ring[RX]))
 			continue;
@@ -800,7 +842,7 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 	}
 	w->cfg = *cfg;
 	w->cfg.name[sizeof(w->cfg.name) - 1] = 0;
-	w->epoll_fd = w->wake_fd = -1;
+	w->epoll_fd = w->wake_fd = w->answer_fd = -1;
 	for (int q = RX; q <= TX; q++) {
 		const struct pv_net_ring *r = &cfg->ring[q];
 
@@ -843,7 +885,7 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 
 /**
  * pv_net_worker_free() - Release a worker
- * @w:		Not running; may be NULL
+ * @w:		Without a thread: joined, or never started; may be NULL
  */
 void pv_net_worker_free(struct pv_net_worker *w)
 {
@@ -853,95 +895,185 @@ void pv_net_worker_free(struct pv_net_worker *w)
 		close(w->epoll_fd);
 	if (w->wake_fd >= 0)
 		close(w->wake_fd);
+	if (w->answer_fd >= 0)
+		close(w->answer_fd);
 	free(w);
 }
 
-/**
- * pv_net_worker_run() - Move packets until there is something to report
- * @w:		The worker; one thread at a time
- * @ev:		Filled in
- *
- * Starts with what is pending, kicked or not. After PV_NET_RING_FAULT and PV_NET_LINK_DOWN it is to
- * be called again: what still works goes on. After PV_NET_STOPPED every chain taken is finished or
- * given back and guest memory is not touched any more. All signals are blocked meanwhile: they
- * belong to the main thread.
- */
-void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev)
+/* Before the first round: what is pending is served then, kicked or not. */
+static void serve_begin(struct pv_net_worker *w)
 {
-	sigset_t all, old;
-
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	if (w->cfg.name[0])
-		prctl(PR_SET_NAME, w->cfg.name);
-	prctl(PR_SET_TIMERSLACK,
-	      1000UL); /* nanoseconds; by default 50 us, more than linger() means */
-	w->event = (struct pv_net_event){.kind = PV_NET_STOPPED};
+	/* Nanoseconds; by default 50 us, more than linger() means. */
+	prctl(PR_SET_TIMERSLACK, 1000UL);
+	if (w->thread.pin_error)
+		report(w, (struct pv_net_event){.kind = PV_NET_NOT_PINNED,
+						.error = w->thread.pin_error});
 	if (w->cfg.trace)
 		trace_event(w, PV_TRACE_NONE, 0, 0, false);
-	for (int q = RX; q <= TX; q++)
+	for (int q = RX; q <= TX; q++) {
 		if (!w->ring[q].fault)
 			pv_vring_disable_notify(&w->ring[q]);
-	for (int q = RX; q <= TX && !w->recovered; q++)
 		if (w->inflight[q].region)
 			pv_inflight_recover(&w->inflight[q]);
-	w->recovered = true;
-	while (!w->event.kind && !stopping(w)) {
-		if (!net_round(w) && !w->event.kind && net_sleep(w))
-			w->event = (struct pv_net_event){.kind = PV_NET_ERROR, .error = errno};
 	}
-	if (!w->event.kind && w->held.len && __atomic_load_n(&w->finish, __ATOMIC_RELAXED))
+}
+
+/*
+ * After the last round: every chain that was taken is finished or given back. From then on kicks
+ * gather in the eventfds until someone takes over.
+ */
+static void serve_end(struct pv_net_worker *w)
+{
+	rx_abandon(w);
+	for (int q = RX; q <= TX; q++)
+		if (!w->ring[q].fault)
+			(void)pv_vring_enable_notify(&w->ring[q]);
+}
+
+/* What the thread does. */
+static void serve(void *arg)
+{
+	struct pv_net_worker *w = arg;
+
+	serve_begin(w);
+	while (!stopping(w)) {
+		if (net_round(w) || !net_sleep(w))
+			continue;
+		report(w, (struct pv_net_event){.kind = PV_NET_ERROR, .error = errno});
+		break;
+	}
+	if (w->held.len && __atomic_load_n(&w->finish, __ATOMIC_RELAXED))
 		rx_finish(w);
-	if (!w->event.kind || w->event.kind == PV_NET_ERROR) {
-		rx_abandon(w);
-		/* Parked: kicks gather in the eventfds until someone takes over. */
-		for (int q = RX; q <= TX; q++)
-			if (!w->ring[q].fault)
-				(void)pv_vring_enable_notify(&w->ring[q]);
+	serve_end(w);
+}
+
+/**
+ * pv_net_worker_start() - Make the worker's thread, which waits for pv_net_worker_go()
+ * @w:		The worker; once
+ *
+ * Return: 0; -errno if the system has no thread left: then the worker is as before
+ */
+int pv_net_worker_start(struct pv_net_worker *w)
+{
+	return pv_thread_start(&w->thread, w->cfg.name, w->cfg.cpu, serve, w);
+}
+
+/**
+ * pv_net_worker_go() - Let the worker serve its rings, from now until pv_net_worker_join() returns
+ * @w:		Started
+ */
+void pv_net_worker_go(struct pv_net_worker *w)
+{
+	pv_thread_go(&w->thread);
+}
+
+/**
+ * pv_net_worker_await() - Wait until the worker serves its rings
+ * @w:		Told to go; once
+ * @out:	Filled in
+ */
+void pv_net_worker_await(struct pv_net_worker *w, struct pv_net_thread *out)
+{
+	pv_thread_await(&w->thread);
+	*out = (struct pv_net_thread){.tid = w->thread.tid, .began = w->thread.began};
+}
+
+/**
+ * pv_net_worker_event() - Take the next event
+ * @w:		Not freed yet; by one thread at a time
+ * @ev:		Filled in
+ *
+ * If more than EVENTS - EVENTS_ONCE events wait, changes of the link are missed, but not the latest
+ * one.
+ *
+ * Return: whether there was an event
+ */
+bool pv_net_worker_event(struct pv_net_worker *w, struct pv_net_event *ev)
+{
+	struct events *e = &w->events;
+	uint64_t missed;
+	bool down;
+
+	while (e->read != __atomic_load_n(&e->written, __ATOMIC_ACQUIRE)) {
+		*ev = e->event[e->read % EVENTS];
+		__atomic_store_n(&e->read, e->read + 1, __ATOMIC_RELEASE);
+		down = ev->kind == PV_NET_LINK_DOWN;
+		if (!down && ev->kind != PV_NET_LINK_UP)
+			return true;
+		if (down != e->down) { /* else what was between them has been missed */
+			e->down = down;
+			return true;
+		}
 	}
-	*ev = w->event;
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	missed = __atomic_load_n(&w->count.events_missed, __ATOMIC_ACQUIRE);
+	if (missed == e->missed)
+		return false;
+	e->missed = missed;
+	down = __atomic_load_n(&w->link_down, __ATOMIC_RELAXED);
+	if (down == e->down)
+		return false;
+	e->down = down;
+	*ev = (struct pv_net_event){.kind = down ? PV_NET_LINK_DOWN : PV_NET_LINK_UP};
+	return true;
 }
 
 /**
- * pv_net_worker_stop() - Make pv_net_worker_run() return, now and whenever it is called again
- * @w:		The worker; from any thread
+ * pv_net_worker_hold() - Have the worker transmit no more, but go on receiving
+ * @w:		Serving, until it is stopped; by one thread at a time
+ * @timeout_ms:	How long to wait for the answer
+ *
+ * Return: 0 as soon as the worker has no transmit chain in its hands; -ETIMEDOUT if it does not
+ * answer in time, or -errno
  */
-void pv_net_worker_stop(struct pv_net_worker *w)
+int pv_net_worker_hold(struct pv_net_worker *w, int timeout_ms)
 {
+	uint64_t until = pv_now_ns() + (uint64_t)timeout_ms * 1000000;
+	struct pollfd answer = {.events = POLLIN};
+
+	if (w->answer_fd < 0)
+		w->answer_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (w->answer_fd < 0)
+		return -errno;
+	answer.fd = w->answer_fd;
+	if (__atomic_load_n(&w->hold, __ATOMIC_ACQUIRE) == HOLD_NO) {
+		/* Release: the worker that sees this sees answer_fd. */
+		__atomic_store_n(&w->hold, HOLD_ASKED, __ATOMIC_RELEASE);
+		signal_fd(w->wake_fd);
+	}
+	while (__atomic_load_n(&w->hold, __ATOMIC_ACQUIRE) != HOLD_DONE) {
+		uint64_t now = pv_now_ns();
+
+		if (now >= until)
+			return -ETIMEDOUT;
+		poll(&answer, 1, (int)((until - now + 999999) / 1000000));
+	}
+	return 0;
+}
+
+/**
+ * pv_net_worker_stop() - Tell the worker to end
+ * @w:		Started, if at all; from any thread
+ * @finish:	Another worker goes on: a frame that was read and waits for buffers is not dropped
+ *		at once, the guest has the configuration's hold_ms from now on to add some
+ */
+void pv_net_worker_stop(struct pv_net_worker *w, bool finish)
+{
+	if (finish)
+		__atomic_store_n(&w->finish, 1, __ATOMIC_RELAXED);
 	__atomic_store_n(&w->stop, 1, __ATOMIC_RELEASE);
-	(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
+	signal_fd(w->wake_fd);
 }
 
 /**
- * pv_net_worker_finish() - As pv_net_worker_stop(), for who goes on with another worker
- * @w:		The worker; from any thread
+ * pv_net_worker_join() - Wait for the worker's end
+ * @w:		Stopped, or never told to go: then it has never touched its rings; or not started
  *
- * A frame that was read and waits for buffers is not dropped at once: from the stop on, the guest
- * has the configuration's hold_ms to add some.
+ * On return every chain that was taken is finished or given back, and nothing touches guest memory
+ * any more. What happened until then can still be taken by pv_net_worker_event().
  */
-void pv_net_worker_finish(struct pv_net_worker *w)
+void pv_net_worker_join(struct pv_net_worker *w)
 {
-	__atomic_store_n(&w->finish, 1, __ATOMIC_RELAXED);
-	pv_net_worker_stop(w);
-}
-
-/**
- * pv_net_worker_hold() - Transmit no more, but go on receiving
- * @w:		The worker, until it is stopped; from any thread
- *
- * Return: whether that is so already; else ask again
- */
-bool pv_net_worker_hold(struct pv_net_worker *w)
-{
-	int no = HOLD_NO;
-
-	if (__atomic_load_n(&w->hold, __ATOMIC_ACQUIRE) == HOLD_DONE)
-		return true;
-	if (__atomic_compare_exchange_n(&w->hold, &no, HOLD_ASKED, false, __ATOMIC_RELAXED,
-					__ATOMIC_RELAXED))
-		(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
-	return false;
+	pv_thread_join(&w->thread);
 }
 
 /**
@@ -952,12 +1084,23 @@ bool pv_net_worker_hold(struct pv_net_worker *w)
 void pv_net_worker_attach(struct pv_net_worker *w, int fd)
 {
 	__atomic_store_n(&w->attach, fd, __ATOMIC_RELEASE);
-	(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
+	signal_fd(w->wake_fd);
+}
+
+/**
+ * pv_net_worker_cpu_ns() - CPU time that the worker's thread has used
+ * @w:		After pv_net_worker_await(), serving or joined; from any thread
+ *
+ * Return: nanoseconds
+ */
+uint64_t pv_net_worker_cpu_ns(const struct pv_net_worker *w)
+{
+	return pv_thread_cpu_ns(&w->thread);
 }
 
 /**
  * pv_net_worker_base() - Next available index of a ring
- * @w:		Stopped
+ * @w:		Joined, or never told to go
  * @queue:	0 receive, 1 transmit
  *
  * Return: where the next data path has to start

@@ -4,13 +4,13 @@
  *
  * Theory of operation
  *
- * One thread owns a worker and spends its life in pv_net_worker_run(). A round gives each direction
- * one turn of bounded work (CVE-2019-3900); when neither has more to do the worker asks for kicks,
- * looks again, and sleeps in epoll.
+ * One thread (thread.h) owns a worker from pv_net_worker_go() until pv_net_worker_join() and never
+ * waits for Python. A round gives each direction one turn of bounded work (CVE-2019-3900); when
+ * neither direction has more to do, the worker asks for kicks, looks again, and sleeps in epoll.
  *
  * Every descriptor of the epoll set but wake_fd is edge-triggered, so a kick costs no read to drain
  * it: a wake-up was measured at a third of what ppoll and read cost. The eventfds keep their count,
- * which is harmless for who takes them over: vhost does not drain them either.
+ * which is harmless for whoever takes them over: vhost does not drain them either.
  *
  * Transmit: writev straight from guest memory, header included, wherever the guest split it. After
  * a burst the worker sleeps up to 200 us, or 1 ms in bulk, before it asks for kicks again: see
@@ -19,13 +19,24 @@
  * Receive: chains are taken ahead into a window big enough for the largest frame, and readv goes
  * straight into them. A tap does not tell how long the next frame is, so the last segment of each
  * readv is a scratch buffer: it catches what the window cannot hold, and keeps the usual readv
- * short (the whole window is used only while frames are long). What the scratch caught is copied to
- * the rest of the window; where the guest has too few buffers the frame is held for a while until
- * it adds some. Chains taken but not used are given back when the worker stops, so that last_avail
- * == used index. A frame that is held then is lost, unless the worker was told to finish: then it
- * first waits for the buffers, as long as a frame may wait while the worker runs.
+ * short (the whole window is used only while frames are long). What the scratch buffer caught is
+ * copied to the rest of the window; if the guest has too few buffers, the frame is held for a while
+ * until it adds some. Chains taken but not used are given back when the worker stops, so that
+ * last_avail == used index. A frame that is held then is lost, unless the worker was told to
+ * finish: then it first waits for the buffers, as long as a frame may wait while the worker runs.
  *
  * A malformed ring stops that direction only.
+ *
+ * Other threads ask the worker for something by an atomic field and a write to wake_fd, and may
+ * read the counters at any time. The worker tells them what happens by a ring of events, which one
+ * thread reads, and an eventfd. It never waits for the reader. The ring cannot lose a fault or an
+ * error, since each of them comes once and has its slot kept free; of link changes, which have no
+ * such bound, it may lose some in the middle, but not the latest state.
+ *
+ * System calls of the thread after it has begun: epoll_pwait2, epoll_ctl, readv, writev, read
+ * (wake_fd), write (the call eventfds and those for the worker's own users) and clock_gettime
+ * (where the vDSO cannot answer); to end: clock_gettime, rt_sigprocmask, madvise and exit. What
+ * needs others is done before: the thread's name, its CPU, its timer slack.
  */
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H
@@ -35,15 +46,15 @@
 #include "vring.h"
 
 /* cffi: begin */
-/* What pv_net_worker_run returns. */
+/* What a worker tells. */
 enum pv_net_event_kind {
-	PV_NET_STOPPED,
+	PV_NET_NONE,
 	PV_NET_RING_FAULT, /* queue, fault; that direction is off from now on */
-	PV_NET_LINK_DOWN,  /* error; the tap is gone: transmits are dropped from now on, nothing is
-			      received */
+	/* The tap is gone: transmits are dropped from now on, nothing is received. */
+	PV_NET_LINK_DOWN,
 	PV_NET_LINK_UP,	   /* the tap given to pv_net_worker_attach is in use */
-	PV_NET_ERROR /* error; epoll failed, which should not happen; the worker must not be run
-			again */
+	PV_NET_NOT_PINNED, /* error; the thread runs on any CPU */
+	PV_NET_ERROR	   /* error; epoll failed, which should not happen: the thread has ended */
 };
 
 struct pv_net_event {
@@ -82,6 +93,8 @@ struct pv_net_config {
 	bool mrg_rxbuf;
 	bool indirect;
 	bool event_idx;
+	int event_fd;		/* eventfd: 1 is added when pv_net_worker_event has something */
+	int cpu;		/* to pin the thread to; -1: none */
 	char name[16];		/* of the thread */
 	struct pv_trace *trace; /* of wake-ups by kicks and of batches, lent; NULL: none */
 };
@@ -114,6 +127,9 @@ struct pv_net_counters {
 	uint64_t tx_drop_link;	/* frames sent after fd was gone */
 	uint64_t tx_lingers;  /* short sleeps, before asking for kicks, that brought more to send */
 	uint64_t tx_in_doubt; /* frames that a killed process was sending: taken as sent */
+	uint64_t link_losses;
+	uint64_t ring_faults;
+	uint64_t events_missed; /* link changes that nobody was told of one by one */
 	uint64_t wakeups;
 	uint64_t fd_reads; /* system calls on fd, vain ones included */
 	uint64_t fd_writes;
@@ -122,16 +138,26 @@ struct pv_net_counters {
 	uint64_t tx_batch_size[PV_NET_BATCH_BINS];
 };
 
+/* What is known of a worker's thread. */
+struct pv_net_thread {
+	int tid;
+	uint64_t began; /* when it began to serve the rings: CLOCK_MONOTONIC, nanoseconds */
+};
+
 struct pv_net_worker;
 
 struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 					const struct pv_memory *mem, struct pv_net_event *why);
 void pv_net_worker_free(struct pv_net_worker *w);
-void pv_net_worker_run(struct pv_net_worker *w, struct pv_net_event *ev);
-void pv_net_worker_stop(struct pv_net_worker *w);
-void pv_net_worker_finish(struct pv_net_worker *w);
-bool pv_net_worker_hold(struct pv_net_worker *w);
+int pv_net_worker_start(struct pv_net_worker *w);
+void pv_net_worker_go(struct pv_net_worker *w);
+void pv_net_worker_await(struct pv_net_worker *w, struct pv_net_thread *out);
+bool pv_net_worker_event(struct pv_net_worker *w, struct pv_net_event *ev);
+int pv_net_worker_hold(struct pv_net_worker *w, int timeout_ms);
+void pv_net_worker_stop(struct pv_net_worker *w, bool finish);
+void pv_net_worker_join(struct pv_net_worker *w);
 void pv_net_worker_attach(struct pv_net_worker *w, int fd);
+uint64_t pv_net_worker_cpu_ns(const struct pv_net_worker *w);
 uint16_t pv_net_worker_base(const struct pv_net_worker *w, int queue);
 void pv_net_worker_counters(const struct pv_net_worker *w, struct pv_net_counters *out);
 /* cffi: end */

@@ -11,7 +11,6 @@
 #ifndef PV_TRACE_H
 #define PV_TRACE_H
 
-#include <time.h>
 #include "types.h"
 
 /* cffi: begin */
@@ -48,14 +47,6 @@ struct pv_trace {
 struct pv_trace *pv_trace_new(uint32_t size);
 void pv_trace_free(struct pv_trace *t);
 /* cffi: end */
-
-static inline uint64_t pv_now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 /* By the ring's one writer. */
 static inline void pv_trace_put(struct pv_trace *t, const struct pv_trace_event *e)

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 /* cffi: begin */
 #define PV_MEM_REGIONS 64
@@ -42,6 +43,20 @@ static inline uint8_t *pv_mem_host(const struct pv_memory *mem, uint64_t gpa, ui
 			return len <= r->size - (gpa - r->gpa) ? r->host + (gpa - r->gpa) : NULL;
 	}
 	return NULL;
+}
+
+static inline uint64_t pv_ns(const struct timespec *t)
+{
+	return (uint64_t)t->tv_sec * 1000000000u + (uint64_t)t->tv_nsec;
+}
+
+/* CLOCK_MONOTONIC in nanoseconds. */
+static inline uint64_t pv_now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return pv_ns(&t);
 }
 
 #endif

@@ -1,14 +1,20 @@
-"""The emulated data path: a C worker thread a queue pair between a tap and the rings."""
+"""The emulated data path: one worker thread per queue pair, in C, between a tap and the rings.
+
+Python starts the workers, stops them and hears of what happens to them: one supervisor thread per
+data path waits for their events. It is in no packet's way and sleeps while nothing happens.
+"""
 
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 
 from pyvmm._ext import ffi, lib
-from pyvmm.datapath.base import HandOverTimes, by_pair, cpu_ns
+from pyvmm.datapath.base import HandOverTimes, by_pair
 from pyvmm.errors import HostError, RingFault
+from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import Reopener
 from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
 from pyvmm.spec.virtio_net import (
@@ -18,6 +24,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_HDR_V1_SIZE,
 )
+from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,16 +40,24 @@ GSO = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6 | 1 << VIRTIO_
 #: Ethernet header and a VLAN tag, on top of the MTU or of the 64 KiB of a GSO packet.
 FRAME_EXTRA = 14 + 4
 GSO_MAX = 65535
-HOLD_S = 1.0
+#: Milliseconds that a worker has to say that it transmits no more.
+ANSWER_MS = 1000
 
 
 class _Pair:
-    """One queue pair: its worker and the thread that runs it."""
+    """One queue pair.
 
-    def __init__(self, worker: Any, number: int) -> None:
+    :ivar worker: ``struct pv_net_worker *``, owned.
+    :ivar tid: the worker's thread; 0 until it serves the rings.
+    :ivar held: it transmits no more.
+    """
+
+    def __init__(self, worker: Any, number: int, name: str) -> None:
         self.worker = worker
         self.number = number
-        self.thread: threading.Thread | None = None
+        self.name = name
+        self.tid = 0
+        self.held = False
         self.link_up = True
 
 
@@ -79,6 +94,10 @@ class EmulatedNet:
         self._hold_ms = hold_ms
         self._pairs: list[_Pair] = []
         self._queues: list[int] = []
+        # The workers add 1 to the eventfd when they have something to tell the supervisor.
+        self._told: EventFd | None = None
+        self._supervisor: threading.Thread | None = None
+        self._ended = False
         interface = port.interface
         self._reopener = Reopener(
             port.name, interface.reopen if interface is not None else None, self._link_back
@@ -86,7 +105,7 @@ class EmulatedNet:
         # Guards workers against being freed while their counters are read.
         self._lock = threading.Lock()
         self._fields = [(n, f.type.kind) for n, f in ffi.typeof("struct pv_net_counters").fields]
-        self._totals: dict[str, int] = {"link_losses": 0, "ring_faults": 0, "worker_cpu_ns": 0}
+        self._totals: dict[str, int] = {"worker_cpu_ns": 0}
         self._totals |= {name: 0 for name, kind in self._fields if kind != "array"}
 
     def features(self) -> int:
@@ -121,31 +140,73 @@ class EmulatedNet:
         self._events = events
         self._reopener.rearm()
         self.times.began = {}
-        started: list[_Pair] = []
         try:
-            for number, own in pairs.items():
-                started.append(_Pair(self._new_worker(acked, memory, number, own), number))
-            with self._lock:
-                self._pairs = started
-            for pair in started:
-                pair.thread = threading.Thread(  # which names itself, in C
-                    target=self._run,
-                    args=(pair,),
-                    name=f"{self._port.name}-{pair.number}",
-                    daemon=True,
-                )
-                pair.thread.start()
-        except BaseException as e:
-            self._pairs = started
-            self.stop()
-            if isinstance(e, RuntimeError):
-                raise HostError(
-                    f"cannot start a network thread: {e}", "raise the limit of processes"
-                ) from e
+            self._begin(acked, memory, pairs)
+        except BaseException:
+            self._end()
             raise
         self._queues = [ring.index for ring in rings]
 
-    def _new_worker(self, acked: int, memory: GuestMemory, number: int, rings: list[Vring]) -> Any:
+    def _begin(self, acked: int, memory: GuestMemory, pairs: dict[int, list[Vring]]) -> None:
+        """Make all workers and threads; only then let the workers touch the rings."""
+        self._told = EventFd()
+        for number, own in pairs.items():
+            worker = self._new_worker(acked, memory, number, own, self._told)
+            with self._lock:
+                self._pairs.append(_Pair(worker, number, f"{self._port.name}-{number}"))
+        try:
+            for pair in self._pairs:
+                error = lib.pv_net_worker_start(pair.worker)
+                if error:
+                    raise RuntimeError(os.strerror(-error))
+            self._ended = False
+            supervisor = Thread(
+                target=self._supervise,
+                args=(self._told, list(self._pairs)),
+                name=f"{self._port.name}-events",
+                daemon=True,
+            )
+            supervisor.start()
+        except RuntimeError as e:
+            raise HostError(
+                f"cannot start a network thread: {e}", "raise the limit of processes"
+            ) from e
+        self._supervisor = supervisor
+        for pair in self._pairs:
+            lib.pv_net_worker_go(pair.worker)
+        thread = ffi.new("struct pv_net_thread *")
+        for pair in self._pairs:
+            lib.pv_net_worker_await(pair.worker, thread)
+            pair.tid = thread.tid
+            self.times.began |= dict.fromkeys((2 * pair.number, 2 * pair.number + 1), thread.began)
+
+    def _end(self) -> dict[int, int]:
+        """Wait for the workers, which have been told to stop or have not begun, and for the
+        supervisor; returns the position of each queue.
+        """
+        bases = {}
+        for pair in self._pairs:
+            lib.pv_net_worker_join(pair.worker)
+            for queue in (0, 1):
+                bases[2 * pair.number + queue] = int(lib.pv_net_worker_base(pair.worker, queue))
+        told, self._told = self._told, None
+        supervisor, self._supervisor = self._supervisor, None
+        if told is not None and supervisor is not None:
+            self._ended = True
+            told.nudge()
+            supervisor.join()
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+            for pair in pairs:
+                self._count(pair, self._totals)
+                lib.pv_net_worker_free(pair.worker)
+        if told is not None:
+            told.close()
+        return bases
+
+    def _new_worker(
+        self, acked: int, memory: GuestMemory, number: int, rings: list[Vring], told: EventFd
+    ) -> Any:
         config = ffi.new("struct pv_net_config *")
         for ring in rings:
             c = config.ring[ring.index % 2]
@@ -167,6 +228,8 @@ class EmulatedNet:
         config.mrg_rxbuf = bool(acked >> VIRTIO_NET_F_MRG_RXBUF & 1)
         config.indirect = bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1)
         config.event_idx = bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1)
+        config.event_fd = told.fileno()
+        config.cpu = -1 if self._worker_cpu is None else self._worker_cpu + number
         config.name = f"{self._port.name[:11]}-{number}".encode()[:15]
         if self._recorder is not None:
             config.trace = self._recorder.ring(f"worker {number}")
@@ -180,55 +243,49 @@ class EmulatedNet:
         return worker
 
     def _taken(self, rings: Sequence[Vring]) -> int:
-        """Frames that the tap has counted as taken, for who has in-flight notes to keep and is its
-        only sender.
+        """How many frames the tap has taken, for in-flight notes; PV_INFLIGHT_UNCOUNTED if nobody
+        needs the number or others send to the tap, too.
         """
         interface = self._port.interface
         if interface is None or len(self._port.fds) != 1 or not any(r.inflight for r in rings):
             return int(lib.PV_INFLIGHT_UNCOUNTED)
         return int(interface.link().stats().get("rx_packets", lib.PV_INFLIGHT_UNCOUNTED))
 
-    def _run(self, pair: _Pair) -> None:
-        if self._worker_cpu is not None:
-            try:
-                os.sched_setaffinity(0, {self._worker_cpu + pair.number})
-            except OSError as e:
-                self._report(-1, f"worker-cpu={self._worker_cpu + pair.number}: {e.strerror}")
-        now = time.monotonic_ns()
-        self.times.began |= {2 * pair.number: now, 2 * pair.number + 1: now}
-        try:
-            self._serve(pair)
-        finally:
-            with self._lock:
-                self._totals["worker_cpu_ns"] += time.thread_time_ns()
-
-    def _serve(self, pair: _Pair) -> None:
+    def _supervise(self, told: EventFd, pairs: list[_Pair]) -> None:
+        """Pass on what the workers tell, until they have ended."""
+        poll = select.poll()
+        poll.register(told.fileno(), select.POLLIN)
         event = ffi.new("struct pv_net_event *")
-        while True:
-            lib.pv_net_worker_run(pair.worker, event)
-            if event.kind == lib.PV_NET_STOPPED:
-                return
-            if event.kind == lib.PV_NET_RING_FAULT:
-                with self._lock:
-                    self._totals["ring_faults"] += 1
-                queue = 2 * pair.number + event.queue
-                self._report(
-                    queue, f"queue {queue}: {ffi.string(lib.pv_fault_text(event.fault)).decode()}"
-                )
-            elif event.kind == lib.PV_NET_LINK_DOWN:
-                self._link_lost(pair)
-            elif event.kind == lib.PV_NET_LINK_UP:
-                if self._events is not None:
-                    self._events.link(True)
-            else:
-                self._report(-1, f"emulated data path: {os.strerror(event.error)}")
-                return
+        ended = False
+        while not ended:
+            poll.poll()
+            told.drain()
+            ended = self._ended  # read before the events, so that none from before is left
+            for pair in pairs:
+                while lib.pv_net_worker_event(pair.worker, event):
+                    self._pass_on(pair, event)
+
+    def _pass_on(self, pair: _Pair, event: Any) -> None:
+        """A worker has told something."""
+        if event.kind == lib.PV_NET_RING_FAULT:
+            queue = 2 * pair.number + event.queue
+            fault = ffi.string(lib.pv_fault_text(event.fault)).decode()
+            self._report(queue, f"queue {queue}: {fault}")
+        elif event.kind == lib.PV_NET_LINK_DOWN:
+            self._link_lost(pair)
+        elif event.kind == lib.PV_NET_LINK_UP:
+            if self._events is not None:
+                self._events.link(True)
+        elif event.kind == lib.PV_NET_NOT_PINNED:
+            cpu = (self._worker_cpu or 0) + pair.number
+            self._report(-1, f"worker-cpu={cpu}: {os.strerror(event.error)}")
+        else:
+            self._report(-1, f"emulated data path: {os.strerror(event.error)}")
 
     def _link_lost(self, pair: _Pair) -> None:
         if self._events is not None:
             self._events.link(False)
         with self._lock:
-            self._totals["link_losses"] += 1
             pair.link_up = False
             if any(p.link_up for p in self._pairs):
                 return
@@ -245,50 +302,36 @@ class EmulatedNet:
         if self._events is not None:
             self._events.fault(queue, problem)
 
-    def _halt(self, finish: bool) -> None:
-        pairs = self._pairs
-        end = lib.pv_net_worker_finish if finish else lib.pv_net_worker_stop
-        for pair in pairs:
-            now = time.monotonic_ns()
-            self.times.asked[2 * pair.number] = now
-            if not lib.pv_net_worker_hold(pair.worker):  # else it has been asked before
-                self.times.asked[2 * pair.number + 1] = now
-            end(pair.worker)
-        for pair in pairs:
-            if pair.thread is not None and pair.thread.ident is not None:
-                pair.thread.join()
-
     def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
         """Stop the workers; returns each ring's next available index, in the order of ``start``."""
         self._reopener.stop()
-        self._halt(finish)
-        bases = {
-            2 * pair.number + queue: int(lib.pv_net_worker_base(pair.worker, queue))
-            for pair in self._pairs
-            for queue in (0, 1)
-        }
-        with self._lock:
-            for pair in self._pairs:
-                self._count(pair, self._totals)
-                lib.pv_net_worker_free(pair.worker)
-            self._pairs = []
+        for pair in self._pairs:
+            now = time.monotonic_ns()
+            self.times.asked[2 * pair.number] = now
+            if not pair.held:
+                self.times.asked[2 * pair.number + 1] = now
+            lib.pv_net_worker_stop(pair.worker, finish)
+        bases = self._end()
         queues, self._queues = self._queues, []
         return [bases[q] for q in queues]
 
     def stop_transmit(self, *, patience: float | None = None) -> None:
         """Tell the workers, and wait until none has a transmit chain in its hands.
 
-        :raises HostError: one does not answer.
+        :raises HostError: a worker does not answer.
         """
         for pair in self._pairs:
             self.times.asked[2 * pair.number + 1] = time.monotonic_ns()
-            until = time.monotonic() + HOLD_S
-            while not lib.pv_net_worker_hold(pair.worker):
-                if time.monotonic() > until:
-                    raise HostError(f"the worker of queue pair {pair.number} does not answer")
-                time.sleep(0.0002)
+            error = lib.pv_net_worker_hold(pair.worker, ANSWER_MS)
+            if error:
+                raise HostError(
+                    f"the worker of queue pair {pair.number} does not stop transmitting: "
+                    f"{os.strerror(-error)}"
+                )
+            pair.held = True
 
     def _count(self, pair: _Pair, into: dict[str, int]) -> None:
+        """Add the counters of a pair's worker."""
         c = ffi.new("struct pv_net_counters *")
         lib.pv_net_worker_counters(pair.worker, c)
         for name, kind in self._fields:
@@ -299,6 +342,11 @@ class EmulatedNet:
                     into[key] = into.get(key, 0) + n
             else:
                 into[name] = into.get(name, 0) + value
+        into["worker_cpu_ns"] += self._cpu_ns(pair)
+
+    def _cpu_ns(self, pair: _Pair) -> int:
+        """CPU time that a pair's worker has used."""
+        return int(lib.pv_net_worker_cpu_ns(pair.worker)) if pair.tid else 0
 
     def counters(self) -> dict[str, int]:
         """All counters of ``struct pv_net_counters`` (cext/net_worker.h), summed over queue pairs
@@ -310,21 +358,15 @@ class EmulatedNet:
             out = dict(self._totals)
             for pair in self._pairs:
                 self._count(pair, out)
-                if pair.thread is not None:
-                    out["worker_cpu_ns"] += cpu_ns(pair.thread.native_id)
         return out
 
     def workers(self) -> list[dict[str, object]]:
         """The threads of the queue pairs in use."""
         with self._lock:
             return [
-                {
-                    "name": p.thread.name,
-                    "tid": p.thread.native_id,
-                    "cpu_s": cpu_ns(p.thread.native_id) / 1e9,
-                }
+                {"name": p.name, "tid": p.tid, "cpu_s": self._cpu_ns(p) / 1e9}
                 for p in self._pairs
-                if p.thread is not None
+                if p.tid
             ]
 
     def report(self) -> dict[str, object]:

@@ -23,7 +23,7 @@
 	} while (0)
 
 static uint8_t *low, *high, *inflight[2];
-static int pair[2] = {-1, -1}, event[4];
+static int pair[2] = {-1, -1}, event[5];
 
 static void set_up(void)
 {
@@ -35,7 +35,7 @@ static void set_up(void)
 	memset(low, 0, FUZZ_REGION);
 	memset(high, 0, FUZZ_REGION);
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair));
-	for (int i = 0; i < 4; i++)
+	for (int i = 0; i < 5; i++)
 		event[i] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 }
 
@@ -76,6 +76,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		cfg.ring[q].inflight = inflight[q];
 	}
 	cfg.fd = pair[0];
+	cfg.event_fd = event[4];
 	cfg.hdr_len = data[2] & 8 ? 10 : 12;
 	cfg.max_frame = data[2] & 16 ? 65565 : 1530;
 	cfg.poll_us = data[2] & 32 ? 1 : 0;
@@ -87,7 +88,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	for (int q = RX; q <= TX; q++)
 		if (w->inflight[q].region)
 			pv_inflight_recover(&w->inflight[q]);
-	w->recovered = true;
 	for (int q = RX; q <= TX; q++)
 		ahead[q] = (uint16_t)(w->ring[q].last_avail - w->ring[q].used_next);
 	for (uint32_t i = 3; i < FUZZ_HEADER; i++) {
@@ -95,14 +95,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 		(void)!write(pair[1], packet, len);
 		if (i % 4 == 3) {
-			/* As pv_net_worker_run does, but without sleeping. */
-			w->event.kind = PV_NET_STOPPED;
-			for (int round = 0; net_round(w) && !w->event.kind; round++)
+			/* As serve() does, but without sleeping. */
+			for (int round = 0; net_round(w); round++)
 				CHECK(round < 10000);
-			if (w->event.kind) {
-				CHECK(w->event.kind == PV_NET_RING_FAULT);
-				CHECK(!off[w->event.queue]);
-				off[w->event.queue] = true;
+			while (pv_net_worker_event(w, &ev)) {
+				CHECK(ev.kind == PV_NET_RING_FAULT);
+				CHECK(!off[ev.queue]);
+				off[ev.queue] = true;
 			}
 			while (read(pair[1], packet, sizeof(packet)) > 0)
 				;
@@ -116,17 +115,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			 * from it.
 			 */
 			(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
-			if (!w->event.kind)
-				CHECK((cfg.poll_us ? spin(w) : linger(w)) >= 0);
+			CHECK((cfg.poll_us ? spin(w) : linger(w)) >= 0);
 			(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
-			if (!w->event.kind && !cfg.poll_us)
+			if (!cfg.poll_us)
 				CHECK(net_sleep(w) >= 0);
-			CHECK(w->event.kind != PV_NET_LINK_DOWN);
+			CHECK(!w->link_down);
 		}
 	}
 	w->stop = 1;
-	pv_net_worker_run(w, &ev);
-	CHECK(ev.kind == PV_NET_STOPPED);
+	if (w->held.len && data[3] & 1)
+		rx_finish(w);
+	serve_end(w);
 	for (int q = RX; q <= TX; q++) {
 		/* Nothing taken is left: what was popped was pushed and published. */
 		CHECK((uint16_t)(w->ring[q].last_avail - w->ring[q].used_next) == ahead[q]);

@@ -2,16 +2,19 @@
 real tap.
 """
 
+import ctypes
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from pyvmm._ext import ffi
+from pyvmm._ext import ffi, lib
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import RingFault
 from pyvmm.hostnet.netns import Namespace
@@ -42,13 +45,14 @@ class Rig:
         mtu: int = 1500,
         poll_us: int = 0,
         hold_ms: int = 200,
+        worker_cpu: int | None = None,
         fill: bool = True,
         **driver,
     ) -> None:
         self.acked = acked
         self.memory = GuestMemory(16 << 20)
         self.cable = Cable(mtu)
-        self.path = EmulatedNet(self.cable, poll_us=poll_us, hold_ms=hold_ms)
+        self.path = EmulatedNet(self.cable, poll_us=poll_us, hold_ms=hold_ms, worker_cpu=worker_cpu)
         self.events = Events()
         self.faults, self.links = self.events.faults, self.events.links
         self.driver = NetDriver(
@@ -125,12 +129,7 @@ def test_packets_pass_both_ways_in_order(acked, start):
 
 def cpu_seconds(rig: Rig) -> float:
     """CPU time that the worker threads have used."""
-    total = 0.0
-    for pair in rig.path._pairs:
-        with open(f"/proc/self/task/{pair.thread.native_id}/stat") as f:
-            fields = f.read().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+    return sum(worker["cpu_s"] for worker in rig.path.workers())
 
 
 def test_pending_before_start_is_served_without_a_kick():
@@ -574,6 +573,152 @@ def test_stop_is_quick_under_load_and_idempotent():
                 rig.driver.tx.take_used()
                 rig.path.stop()
         assert rig.path.stop() == []
+
+
+# --- the threads ----------------------------------------------------------------------------------
+
+
+def test_the_thread_is_known_when_start_returns():
+    with Rig(worker_cpu=0) as rig:
+        rig.start()
+        (worker,) = rig.path.workers()
+        assert worker["name"] == "cable-0" and worker["cpu_s"] > 0
+        assert Path(f"/proc/self/task/{worker['tid']}/comm").read_text() == "cable-0\n"
+        assert os.sched_getaffinity(worker["tid"]) == {0}
+        assert set(rig.path.times.began) == {0, 1}
+        assert 0 < max(rig.path.times.began.values()) <= time.monotonic_ns()
+        rig.path.stop()
+        assert rig.path.workers() == []
+        assert not Path(f"/proc/self/task/{worker['tid']}").exists()
+        used = rig.counter("worker_cpu_ns")
+        assert used >= worker["cpu_s"] * 1e9
+        rig.start((0, 0))
+        assert rig.counter("worker_cpu_ns") > used
+
+
+def test_a_worker_that_cannot_be_pinned_serves_all_the_same():
+    with Rig(worker_cpu=8000) as rig:
+        rig.start()
+        assert wait_for(lambda: rig.faults)
+        assert rig.faults == [(-1, "worker-cpu=8000: Invalid argument")]
+        rig.driver.send(frame(1))
+        assert rig.cable.receive()[12:] == frame(1)
+
+
+def test_a_worker_never_waits_for_python():
+    """A guest that spoils its transmit ring goes on receiving, although Python's lock is taken: by
+    this thread, whose system calls and loop keep it.
+    """
+    libc = ctypes.PyDLL(None)
+    data, one = bytes(12) + frame(1), struct.pack("=Q", 1)
+    with Rig() as rig:
+        rig.start()
+        tx, rx = rig.driver.tx, rig.driver.rx
+        far, kick = rig.cable.far.fileno(), tx.kick_fd.fileno()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(60)
+        try:
+            end = time.monotonic() + 10
+            tx.set_avail_idx(tx.avail_idx + 1000)
+            libc.write(kick, one, 8)
+            while not (ours := rx.used_idx) and time.monotonic() < end:
+                libc.write(far, data, len(data))
+            told = list(rig.faults)
+        finally:
+            sys.setswitchinterval(interval)
+        assert ours and not told
+        assert wait_for(lambda: rig.faults)
+        assert "available index" in rig.faults[0][1]
+
+
+def flap(rig: Rig, cables: list[Cable], times: int) -> None:
+    """The link is lost and comes back, ``times`` times."""
+    worker = rig.path._pairs[0].worker
+    for n in range(times):
+        cables[-1].far.close()
+        assert wait_for(lambda n=n: rig.counter("link_losses") == n + 1)
+        cables.append(Cable())
+        lib.pv_net_worker_attach(worker, cables[-1].fds[0].fileno())
+        cables[-1].far.send(bytes(12) + frame(n))
+        assert wait_for(lambda n=n: rig.counter("rx_packets") == n + 1)
+
+
+def test_a_slow_supervisor_misses_no_fault_and_not_the_latest_link_state():
+    """The ring of events is bounded, and the worker does not wait for room."""
+    go_on = threading.Event()
+    with Rig(fill=False) as rig:
+        links = rig.links
+        rig.driver.fill(20)
+        cables = [rig.cable]
+        rig.events.link = lambda up: (go_on.wait(), links.append(up))
+        rig.start()
+        try:
+            flap(rig, cables, 20)
+            for ring in rig.driver.rings:
+                ring.set_avail_idx(ring.avail_idx + 1000)
+                ring.kick()
+            cables[-1].far.send(bytes(12) + frame(20))
+            assert wait_for(lambda: rig.counter("ring_faults") == 2)
+            cables[-1].far.close()
+            assert wait_for(lambda: rig.counter("link_losses") == 21)
+        finally:
+            go_on.set()
+        missed = rig.counter("events_missed")
+        rig.path.stop()
+        assert 41 - 16 <= missed < 41
+        assert sorted(queue for queue, _ in rig.faults) == [0, 1]
+        assert links == [bool(i % 2) for i in range(len(links))]  # down, up, ... down
+        assert links[-1] is False and 41 - missed <= len(links) <= 41 - missed + 1
+        for cable in cables[1:]:
+            cable.close()
+
+
+FEW_THREADS = """
+import resource, sys, threading
+from pyvmm.errors import HostError
+from tests.driver import Cable, NetDriver
+from tests.unit.test_net_worker import ALL, Rig, frame
+
+stacks = int(sys.argv[1])
+soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+stack = soft if soft != resource.RLIM_INFINITY else 2 << 20
+with Rig() as rig:
+    other = Cable()
+    rig.cable.fds.append(other.fds[0])
+    second = NetDriver(rig.memory, base=8 << 20, pair=1)
+    second.fill()
+    rings = [r.vring() for r in [*rig.driver.rings, *second.rings]]
+    rig.driver.send(frame(1))
+    second.send(frame(2))
+    before = rig.memory.read(0, 16 << 20)
+    with open("/proc/self/statm") as f:
+        used = int(f.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + stack * stacks + stack // 2, -1))
+    try:
+        rig.path.start(ALL, rig.memory, rings, rig.events)
+    except HostError as e:
+        print(e)
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    assert rig.memory.read(0, 16 << 20) == before
+    assert threading.active_count() == 1 and rig.path.stop() == []
+    rig.path.start(ALL, rig.memory, rings, rig.events)
+    assert rig.cable.receive()[12:] == frame(1) and other.receive()[12:] == frame(2)
+"""
+
+
+@pytest.mark.parametrize("stacks", [0, 1, 2])
+def test_all_threads_or_none(stacks):
+    """Two workers and a supervisor, and address space for ``stacks`` of them: the rings are as they
+    were.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", FEW_THREADS, str(stacks)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "cannot start a network thread" in run.stdout
 
 
 # --- what a hostile guest tries -------------------------------------------------------------------

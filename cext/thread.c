@@ -1,0 +1,137 @@
+/* SPDX-License-Identifier: MIT */
+#include "thread.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "trace.h"
+
+/* Semaphores are interrupted by signals that have a handler. */
+static void sem_take(sem_t *s)
+{
+	while (sem_wait(s) && errno == EINTR)
+		;
+}
+
+/* Returns 0 or errno. No memory is allocated: that would give the thread 64 MiB of heap. */
+static int pin(int cpu)
+{
+	unsigned long mask[PV_THREAD_CPUS / (8 * sizeof(unsigned long))] = {0};
+
+	if (cpu >= PV_THREAD_CPUS)
+		return EINVAL;
+	CPU_SET_S((size_t)cpu, sizeof(mask), (cpu_set_t *)mask);
+	return sched_setaffinity(0, sizeof(mask), (cpu_set_t *)mask) ? errno : 0;
+}
+
+static void *thread_main(void *arg)
+{
+	struct pv_thread *t = arg;
+	struct timespec used;
+
+	if (t->name[0])
+		prctl(PR_SET_NAME, t->name);
+	if (t->cpu >= 0)
+		t->pin_error = pin(t->cpu);
+	t->tid = gettid();
+	pthread_getcpuclockid(pthread_self(), &t->clock);
+	sem_take(&t->gate);
+	if (!t->open)
+		return NULL;
+	t->began = pv_now_ns();
+	sem_post(&t->ready);
+	t->run(t->arg);
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
+	__atomic_store_n(&t->cpu_ns, pv_ns(&used), __ATOMIC_RELEASE);
+	return NULL;
+}
+
+/**
+ * pv_thread_start() - Make a thread, which waits for pv_thread_go()
+ * @t:		Zeroed; stays where it is until pv_thread_join()
+ * @name:	As the system shows it; what is longer than 15 bytes is cut off
+ * @cpu:	The CPU to pin the thread to; -1: none
+ * @run:	What the thread is to do
+ * @arg:	For @run
+ *
+ * A thread that cannot be pinned is made nevertheless: see pin_error after pv_thread_await().
+ *
+ * Return: 0, or -errno; then there is no thread
+ */
+int pv_thread_start(struct pv_thread *t, const char *name, int cpu, void (*run)(void *arg),
+		    void *arg)
+{
+	sigset_t all, old;
+	int error;
+
+	*t = (struct pv_thread){.run = run, .arg = arg, .cpu = cpu};
+	snprintf(t->name, sizeof(t->name), "%s", name);
+	sem_init(&t->gate, 0, 0);
+	sem_init(&t->ready, 0, 0);
+	/* A new thread has its maker's signal mask. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	error = pthread_create(&t->pthread, NULL, thread_main, t);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	t->made = !error;
+	return -error;
+}
+
+/**
+ * pv_thread_go() - Open the gate: let the thread do what it is for
+ * @t:		Started
+ */
+void pv_thread_go(struct pv_thread *t)
+{
+	t->open = true;
+	sem_post(&t->gate);
+}
+
+/**
+ * pv_thread_await() - Wait until the thread has passed the gate
+ * @t:		Its gate is open; to be called once
+ *
+ * From then on tid, pin_error and began can be read by any thread.
+ */
+void pv_thread_await(struct pv_thread *t)
+{
+	sem_take(&t->ready);
+}
+
+/**
+ * pv_thread_join() - Wait until the thread has ended
+ * @t:		Told to end, or its gate is still closed: then it never does anything; or no thread
+ */
+void pv_thread_join(struct pv_thread *t)
+{
+	if (!t->made)
+		return;
+	if (!t->open)
+		sem_post(&t->gate);
+	pthread_join(t->pthread, NULL);
+	sem_destroy(&t->gate);
+	sem_destroy(&t->ready);
+	t->made = false;
+}
+
+/**
+ * pv_thread_cpu_ns() - CPU time that a thread has used
+ * @t:		After pv_thread_await(); the thread runs or has ended
+ *
+ * Return: nanoseconds
+ */
+uint64_t pv_thread_cpu_ns(const struct pv_thread *t)
+{
+	uint64_t end = __atomic_load_n(&t->cpu_ns, __ATOMIC_ACQUIRE);
+	struct timespec used;
+
+	/* The clock is gone with the thread: then the thread has left its last word. */
+	if (!end && !clock_gettime(t->clock, &used))
+		return pv_ns(&used);
+	return __atomic_load_n(&t->cpu_ns, __ATOMIC_ACQUIRE);
+}
