@@ -2,13 +2,9 @@
 #include "bus.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
-#include <unistd.h>
-#include <linux/kvm.h>
 
 struct pv_bus {
 	pthread_rwlock_t lock;
@@ -104,122 +100,6 @@ bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_
 	}
 	pthread_rwlock_unlock(&bus->lock);
 	return found;
-}
-
-/* --- INTx ------------------------------------------------------------------------------------- */
-
-struct pv_intx {
-	pthread_mutex_t lock;
-	const int *vm_fd;
-	uint32_t gsi;
-	uint8_t isr;
-	bool disabled, level;
-};
-
-struct pv_intx *pv_intx_new(const int *vm_fd)
-{
-	struct pv_intx *x = calloc(1, sizeof(*x));
-
-	if (!x)
-		return NULL;
-	pthread_mutex_init(&x->lock, NULL);
-	x->vm_fd = vm_fd;
-	return x;
-}
-
-void pv_intx_wire(struct pv_intx *x, uint32_t gsi)
-{
-	x->gsi = gsi;
-}
-
-void pv_intx_free(struct pv_intx *x)
-{
-	if (!x)
-		return;
-	pthread_mutex_destroy(&x->lock);
-	free(x);
-}
-
-static void intx_update(struct pv_intx *x)
-{
-	bool level = x->isr && !x->disabled;
-	struct kvm_irq_level line = {.irq = x->gsi, .level = level};
-
-	if (level == x->level)
-		return;
-	x->level = level;
-	if (*x->vm_fd >= 0)
-		ioctl(*x->vm_fd, KVM_IRQ_LINE, &line);
-}
-
-void pv_intx_raise(struct pv_intx *x, uint8_t bits)
-{
-	pthread_mutex_lock(&x->lock);
-	x->isr |= bits;
-	intx_update(x);
-	pthread_mutex_unlock(&x->lock);
-}
-
-void pv_intx_disable(struct pv_intx *x, bool disabled)
-{
-	pthread_mutex_lock(&x->lock);
-	x->disabled = disabled;
-	intx_update(x);
-	pthread_mutex_unlock(&x->lock);
-}
-
-void pv_intx_reset(struct pv_intx *x)
-{
-	pthread_mutex_lock(&x->lock);
-	x->isr = 0;
-	intx_update(x);
-	pthread_mutex_unlock(&x->lock);
-}
-
-bool pv_intx_pending(struct pv_intx *x)
-{
-	bool pending;
-
-	pthread_mutex_lock(&x->lock);
-	pending = x->isr;
-	pthread_mutex_unlock(&x->lock);
-	return pending;
-}
-
-uint8_t pv_intx_read(struct pv_intx *x)
-{
-	uint8_t isr;
-
-	pthread_mutex_lock(&x->lock);
-	isr = x->isr;
-	x->isr = 0;
-	intx_update(x);
-	pthread_mutex_unlock(&x->lock);
-	return isr;
-}
-
-int pv_intx_run(struct pv_intx *x, const int32_t *fds, const uint8_t *bits, uint32_t count,
-		int stop_fd)
-{
-	struct pollfd p[65];
-
-	if (count > 64)
-		return -EINVAL;
-	for (uint32_t i = 0; i < count; i++)
-		p[i] = (struct pollfd){.fd = fds[i], .events = POLLIN};
-	p[count] = (struct pollfd){.fd = stop_fd, .events = POLLIN};
-	for (;;) {
-		if (poll(p, count + 1, -1) < 0 && errno != EINTR)
-			return -errno;
-		if (p[count].revents)
-			return 0;
-		for (uint32_t i = 0; i < count; i++) {
-			uint64_t value;
-
-			if (p[i].revents && read(p[i].fd, &value, sizeof(value)) == sizeof(value))
-				pv_intx_raise(x, bits[i]);
-		}
-	}
 }
 
 /* --- accesses --------------------------------------------------------------------------------- */

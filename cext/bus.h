@@ -12,6 +12,7 @@
 #define PV_BUS_H
 
 #include <pthread.h>
+#include "intx.h"
 #include "serial.h"
 #include "types.h"
 
@@ -75,32 +76,6 @@ struct pv_pci_latch {
 	const uint8_t *config[32];
 	uint64_t live[32];
 };
-
-/*
- * A level-triggered interrupt line with virtio's ISR status register behind it
- * (virtio 1.2, 4.1.4.5): reading the register clears it and lowers the line.
- */
-struct pv_intx;
-/* vm_fd: the address of the VM's descriptor, which a machine reset replaces. */
-struct pv_intx *pv_intx_new(const int *vm_fd);
-/* Say which line it is, before the first raise; nobody else raises it. */
-void pv_intx_wire(struct pv_intx *x, uint32_t gsi);
-void pv_intx_free(struct pv_intx *x);
-/* Set ISR bits (1 queue, 2 configuration) and raise the line unless disabled. */
-void pv_intx_raise(struct pv_intx *x, uint8_t bits);
-/* PCI command register bit 10, or MSI-X in use; a pending interrupt is shown or hidden at once. */
-void pv_intx_disable(struct pv_intx *x, bool disabled);
-void pv_intx_reset(struct pv_intx *x);
-/* Whether a bit is set, shown on the line or not (PCI status register bit 3). */
-bool pv_intx_pending(struct pv_intx *x);
-/* What the guest's read of the register does: returns the bits, clears them, lowers the line. */
-uint8_t pv_intx_read(struct pv_intx *x);
-/*
- * Turn eventfds into the line: blocks until stop_fd is readable. fds: count eventfds, bits[i] the
- * ISR bits of fds[i]. Returns 0 or -errno.
- */
-int pv_intx_run(struct pv_intx *x, const int32_t *fds, const uint8_t *bits, uint32_t count,
-		int stop_fd);
 /* cffi: end */
 
 struct pv_bus_region {

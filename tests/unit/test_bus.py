@@ -1,11 +1,16 @@
 """The I/O spaces: the right device answers each access, in C or in Python."""
 
+import errno
+import threading
+from pathlib import Path
+
 import pytest
 
 from pyvmm._ext import ffi, lib
 from pyvmm.bus import MMIO, PIO
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
+from tests.driver import wait_for
 from tests.pci_guest import Board
 
 
@@ -236,4 +241,26 @@ def test_reading_the_isr_clears_it(board):
     lib.pv_intx_raise(x, 2)
     lib.pv_intx_reset(x)
     assert board.read(MMIO, 0xD0000000, 1) == 0
+    lib.pv_intx_free(x)
+
+
+def test_a_thread_turns_eventfds_into_isr_bits(board):
+    """A thread of C's own, which Python does not know."""
+    x = lib.pv_intx_new(board.vm.c_fd)
+    with EventFd() as queue, EventFd() as config:
+        fds, known = [queue.fileno(), config.fileno()], threading.enumerate()
+        assert lib.pv_intx_start(x, b"net0 intx", fds * 33, [1] * 66, 66) == -errno.EINVAL
+        lib.pv_intx_stop(x)  # there is none
+        for _ in range(3):
+            assert lib.pv_intx_start(x, b"net0 intx", fds, [1, 2], 2) == 0
+            tasks = Path("/proc/self/task").glob("*/comm")
+            assert wait_for(lambda t=list(tasks): "net0 intx\n" in [c.read_text() for c in t])
+            assert threading.enumerate() == known
+            for event, bit in ((queue, 1), (config, 2)):
+                event.signal()
+                assert wait_for(lambda: lib.pv_intx_pending(x))
+                assert lib.pv_intx_read(x) == bit
+            lib.pv_intx_stop(x)
+            queue.signal()
+            assert not lib.pv_intx_pending(x) and queue.drain() == 1
     lib.pv_intx_free(x)

@@ -7,12 +7,10 @@ pending bits. Kicks reach the data path as eventfds: by ioeventfd, inside the ke
 
 from __future__ import annotations
 
-import threading
-
 from pyvmm._ext import ffi, lib
 from pyvmm.bus import MMIO, Bus, Registers
 from pyvmm.errors import HostError
-from pyvmm.fd import EventFd, eventfds
+from pyvmm.fd import EventFd
 from pyvmm.pci import Bar, PciFunction, gsi_of
 from pyvmm.pci.msix import Msix, entry_name
 from pyvmm.spec.pci import (
@@ -60,7 +58,6 @@ from pyvmm.spec.virtio_pci import (
     VIRTIO_PCI_ISR_CONFIG,
     VIRTIO_PCI_ISR_QUEUE,
 )
-from pyvmm.threads import Thread
 from pyvmm.virtio.device import Queue, VirtioDevice
 
 TYPE_CHECKING = False
@@ -256,8 +253,8 @@ class VirtioPci(PciFunction):
         self._vm = vm
         self._use_ioeventfd = notify == "ioeventfd"
         self.config_vector = VIRTIO_MSI_NO_VECTOR
-        self._intx_thread: threading.Thread | None = None
-        self._intx_stop, self._config_event = eventfds(2)
+        self._line_driven = False
+        self._config_event = EventFd()
         self._intx = lib.pv_intx_new(vm.c_fd)
         if self._intx == ffi.NULL:
             raise MemoryError
@@ -408,33 +405,27 @@ class VirtioPci(PciFunction):
         self._use_intx(active and not self.msix.enabled)
 
     def _use_intx(self, want: bool) -> None:
-        """Without MSI-X, a thread turns the eventfds into the interrupt line."""
-        if want == (self._intx_thread is not None):
+        """Without MSI-X, a thread in C turns the eventfds into the interrupt line."""
+        if want == self._line_driven:
             return
-        if want:
-            self._intx_stop.drain()
-            thread = Thread(target=self._run_intx, name=f"{self.name} intx", daemon=True)
-            try:
-                thread.start()
-                self._intx_thread = thread
-            except RuntimeError:  # no more threads
-                self._errors += 1
-        elif self._intx_thread is not None:
-            self._intx_stop.signal()
-            self._intx_thread.join()
-            self._intx_thread = None
+        if not want:
+            lib.pv_intx_stop(self._intx)
+            self._line_driven = False
+            return
+        events = [(q.call, VIRTIO_PCI_ISR_QUEUE) for q in self.device.queues]
+        events.append((self._config_event, VIRTIO_PCI_ISR_CONFIG))
+        fds = [event.fileno() for event, _ in events]
+        bits = [bit for _, bit in events]
+        name = f"{self.name} intx".encode()
+        if lib.pv_intx_start(self._intx, name, fds, bits, len(events)):
+            self._errors += 1  # no more threads or descriptors
+        else:
+            self._line_driven = True
 
     def _show_intx(self) -> None:
         """The line is hidden by command bit 10 and while MSI-X is in use (PCI 3.0, 6.8.3.3)."""
         hidden = bool(self.get(PCI_COMMAND, 2) & PCI_COMMAND_INTX_DISABLE) or self.msix.enabled
         lib.pv_intx_disable(self._intx, hidden)
-
-    def _run_intx(self) -> None:
-        events = [(q.call, VIRTIO_PCI_ISR_QUEUE) for q in self.device.queues]
-        events.append((self._config_event, VIRTIO_PCI_ISR_CONFIG))
-        fds = ffi.new("int32_t[]", [e.fileno() for e, _ in events])
-        bits = ffi.new("uint8_t[]", [b for _, b in events])
-        lib.pv_intx_run(self._intx, fds, bits, len(events), self._intx_stop.fileno())
 
     def _interrupt_config(self) -> None:
         """Any thread: the configuration changed. The ISR bit is set even with MSI-X (4.1.4.5.1)."""
@@ -554,7 +545,7 @@ class VirtioPci(PciFunction):
         """Stop the device and release the plumbing; no vCPU runs any more. A second call does
         nothing.
         """
-        if self._intx_stop.closed:
+        if self._config_event.closed:
             return
         self.device.reset()
         self.device_reset()
@@ -562,7 +553,6 @@ class VirtioPci(PciFunction):
         self._set_kicks(None)
         self.device.close()
         self._config_event.close()
-        self._intx_stop.close()
         lib.pv_intx_free(self._intx)
         self._intx = ffi.NULL
 

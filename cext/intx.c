@@ -1,0 +1,219 @@
+/* SPDX-License-Identifier: MIT */
+#include "intx.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+#include <linux/kvm.h>
+
+#include "thread.h"
+
+struct pv_intx {
+	pthread_mutex_t lock;
+	const int *vm_fd;
+	uint32_t gsi;
+	uint8_t isr;
+	bool disabled, level;
+	/* The thread's, constant while there is one. */
+	struct pv_thread thread;
+	uint32_t count;
+	uint8_t bits[PV_INTX_EVENTS];
+	struct pollfd poll[PV_INTX_EVENTS + 1]; /* the last of them: to stop */
+};
+
+/**
+ * pv_intx_new() - Make a line
+ * @vm_fd:	The address of the VM's descriptor, which a machine reset replaces; -1: no VM
+ *
+ * Return: the line, to be freed; NULL if memory is short
+ */
+struct pv_intx *pv_intx_new(const int *vm_fd)
+{
+	struct pv_intx *x = calloc(1, sizeof(*x));
+
+	if (!x)
+		return NULL;
+	pthread_mutex_init(&x->lock, NULL);
+	x->vm_fd = vm_fd;
+	return x;
+}
+
+/**
+ * pv_intx_free() - Release a line
+ * @x:		Without a thread; may be NULL
+ */
+void pv_intx_free(struct pv_intx *x)
+{
+	if (!x)
+		return;
+	pthread_mutex_destroy(&x->lock);
+	free(x);
+}
+
+/**
+ * pv_intx_wire() - Say which line it is
+ * @x:		The line, before the first raise
+ * @gsi:	Of the interrupt controller; nobody else raises it
+ */
+void pv_intx_wire(struct pv_intx *x, uint32_t gsi)
+{
+	x->gsi = gsi;
+}
+
+static void intx_update(struct pv_intx *x)
+{
+	bool level = x->isr && !x->disabled;
+	struct kvm_irq_level line = {.irq = x->gsi, .level = level};
+
+	if (level == x->level)
+		return;
+	x->level = level;
+	if (*x->vm_fd >= 0)
+		ioctl(*x->vm_fd, KVM_IRQ_LINE, &line);
+}
+
+/**
+ * pv_intx_raise() - Set bits of the register, and raise the line unless it is disabled
+ * @x:		The line; from any thread
+ * @bits:	1 queue, 2 configuration
+ */
+void pv_intx_raise(struct pv_intx *x, uint8_t bits)
+{
+	pthread_mutex_lock(&x->lock);
+	x->isr |= bits;
+	intx_update(x);
+	pthread_mutex_unlock(&x->lock);
+}
+
+/**
+ * pv_intx_disable() - Hide or show the line; a pending interrupt is hidden or shown at once
+ * @x:		The line; from any thread
+ * @disabled:	By bit 10 of the PCI command register, or because MSI-X is in use
+ */
+void pv_intx_disable(struct pv_intx *x, bool disabled)
+{
+	pthread_mutex_lock(&x->lock);
+	x->disabled = disabled;
+	intx_update(x);
+	pthread_mutex_unlock(&x->lock);
+}
+
+/**
+ * pv_intx_reset() - Clear the register
+ * @x:		The line; from any thread
+ */
+void pv_intx_reset(struct pv_intx *x)
+{
+	pthread_mutex_lock(&x->lock);
+	x->isr = 0;
+	intx_update(x);
+	pthread_mutex_unlock(&x->lock);
+}
+
+/**
+ * pv_intx_pending() - Whether a bit is set, shown on the line or not
+ * @x:		The line; from any thread
+ *
+ * Return: bit 3 of the PCI status register
+ */
+bool pv_intx_pending(struct pv_intx *x)
+{
+	bool pending;
+
+	pthread_mutex_lock(&x->lock);
+	pending = x->isr;
+	pthread_mutex_unlock(&x->lock);
+	return pending;
+}
+
+/**
+ * pv_intx_read() - The guest's read of the register: clears it and lowers the line
+ * @x:		The line; from any thread
+ *
+ * Return: the bits
+ */
+uint8_t pv_intx_read(struct pv_intx *x)
+{
+	uint8_t isr;
+
+	pthread_mutex_lock(&x->lock);
+	isr = x->isr;
+	x->isr = 0;
+	intx_update(x);
+	pthread_mutex_unlock(&x->lock);
+	return isr;
+}
+
+/* What the thread does: turn eventfds into the line. */
+static void listen_to_events(void *arg)
+{
+	struct pv_intx *x = arg;
+
+	while (!x->poll[x->count].revents) {
+		if (poll(x->poll, x->count + 1, -1) < 0) {
+			if (errno != EINTR)
+				break;
+			continue;
+		}
+		for (uint32_t i = 0; i < x->count; i++) {
+			uint64_t value;
+
+			if (x->poll[i].revents &&
+			    read(x->poll[i].fd, &value, sizeof(value)) == sizeof(value))
+				pv_intx_raise(x, x->bits[i]);
+		}
+	}
+}
+
+/**
+ * pv_intx_start() - Have a thread turn eventfds into the line, until pv_intx_stop()
+ * @x:		The line, without a thread
+ * @name:	Of the thread, as the system shows it
+ * @fds:	Non-blocking eventfds, lent
+ * @bits:	bits[i] of the register are set by fds[i]
+ * @count:	How many, at most PV_INTX_EVENTS
+ *
+ * Return: 0, or -errno
+ */
+int pv_intx_start(struct pv_intx *x, const char *name, const int32_t *fds, const uint8_t *bits,
+		  uint32_t count)
+{
+	int stop_fd, error;
+
+	if (count > PV_INTX_EVENTS)
+		return -EINVAL;
+	stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (stop_fd < 0)
+		return -errno;
+	for (uint32_t i = 0; i < count; i++) {
+		x->poll[i] = (struct pollfd){.fd = fds[i], .events = POLLIN};
+		x->bits[i] = bits[i];
+	}
+	x->poll[count] = (struct pollfd){.fd = stop_fd, .events = POLLIN};
+	x->count = count;
+	error = pv_thread_start(&x->thread, name, -1, listen_to_events, x);
+	if (error) {
+		close(stop_fd);
+		return error;
+	}
+	pv_thread_go(&x->thread);
+	return 0;
+}
+
+/**
+ * pv_intx_stop() - End the thread
+ * @x:		The line; without a thread nothing happens
+ */
+void pv_intx_stop(struct pv_intx *x)
+{
+	int stop_fd = x->poll[x->count].fd;
+
+	if (!x->thread.made)
+		return;
+	eventfd_write(stop_fd, 1);
+	pv_thread_join(&x->thread);
+	close(stop_fd);
+}

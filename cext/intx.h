@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A level-triggered interrupt line with virtio's ISR status register behind it
+ * (virtio 1.2, 4.1.4.5).
+ *
+ * Theory of operation
+ *
+ * A bit of the register is set by pv_intx_raise(); while any bit is set and the line is not
+ * disabled, the line is high. The guest's read of the register clears it and lowers the line.
+ *
+ * While MSI-X is off, a thread in C (thread.h) turns the queues' call eventfds into the line. It is
+ * in the way of every interrupt then, so it never waits for Python. System calls of the thread:
+ * poll, read, ioctl (KVM_IRQ_LINE) and futex (the lock).
+ */
+#ifndef PV_INTX_H
+#define PV_INTX_H
+
+#include "types.h"
+
+/* cffi: begin */
+#define PV_INTX_EVENTS 64
+
+struct pv_intx;
+struct pv_intx *pv_intx_new(const int *vm_fd);
+void pv_intx_free(struct pv_intx *x);
+void pv_intx_wire(struct pv_intx *x, uint32_t gsi);
+void pv_intx_raise(struct pv_intx *x, uint8_t bits);
+void pv_intx_disable(struct pv_intx *x, bool disabled);
+void pv_intx_reset(struct pv_intx *x);
+bool pv_intx_pending(struct pv_intx *x);
+uint8_t pv_intx_read(struct pv_intx *x);
+int pv_intx_start(struct pv_intx *x, const char *name, const int32_t *fds, const uint8_t *bits,
+		  uint32_t count);
+void pv_intx_stop(struct pv_intx *x);
+/* cffi: end */
+
+#endif
