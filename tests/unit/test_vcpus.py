@@ -221,7 +221,7 @@ def test_pause_waits_with_patience_for_a_thread_that_is_held_up(rig: Rig) -> Non
     rig.vcpus[0].stops = [STOP_PIO]
     with rig.lock:
         rig.start()
-        until(lambda: rig.vcpus[1].inside)
+        until(lambda: rig.vcpus[0].entries > 0 and rig.vcpus[1].inside)
         begin = time.monotonic()
         rig.threads.pause(0.1)
         assert 0.1 <= time.monotonic() - begin < PATIENCE
