@@ -17,7 +17,6 @@ messages at once, and the rings need not start in between.
 from __future__ import annotations
 
 import os
-import select
 import struct
 import threading
 
@@ -40,7 +39,7 @@ from pyvmm.spec.vhost_user import (
     VRING_STATE,
 )
 from pyvmm.spec.virtio import VRING_SIZE_MAX
-from pyvmm.vhostuser.wire import ProtocolError, Region, unpack_regions
+from pyvmm.vhostuser.wire import ProtocolError, Region, readable, unpack_regions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,8 +83,8 @@ if TYPE_CHECKING:
             """Serve these rings, all or none. :raises PyvmmError: none is served."""
 
         def stop(self) -> list[int]:
-            """Stop serving; returns each ring's next available index, in the order of ``start``.
-            Nothing touches the front-end's memory after it returns.
+            """After ``start``: stop serving; returns each ring's next available index, in the order
+            of ``start``. Nothing touches the front-end's memory after it returns.
             """
 
         def counters(self) -> dict[str, int]:
@@ -214,10 +213,11 @@ class Frontend:
         """Stop serving the rings, so that anything may change; ``resume`` goes on where they
         were.
         """
-        served, self._served = self._served, []
-        for ring, base in zip(served, self.service.stop(), strict=True):
-            ring.base = base
         self._changed = True
+        served, self._served = self._served, []
+        if served:
+            for ring, base in zip(served, self.service.stop(), strict=True):
+                ring.base = base
 
     def resume(self) -> None:
         """Serve the rings that are ready. Does nothing if nothing has changed."""
@@ -276,7 +276,7 @@ class Frontend:
             told.
         """
         while True:
-            if not self._waiting():
+            if not readable([self.channel.fileno()], 0):  # no message waits
                 self.resume()
             message = self.channel.receive()
             try:
@@ -294,12 +294,6 @@ class Frontend:
             self.inflight.close()
             self.inflight = None
         self.channel.close()
-
-    def _waiting(self) -> bool:
-        """Whether a message is there."""
-        poll = select.poll()
-        poll.register(self.channel.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
 
     def _handle(self, message: Message) -> None:
         self._counts["messages"] += 1

@@ -7,13 +7,11 @@ is a network card's back-end. Each connection is a :class:`pyvmm.backend.fronten
 
 from __future__ import annotations
 
-import select
-
 from pyvmm.backend.frontend import COUNTERS, PROTOCOL_FEATURES, Frontend
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.fd import EventFd
 from pyvmm.spec.vhost_user import VHOST_USER_F_PROTOCOL_FEATURES
-from pyvmm.vhostuser.wire import Channel, Closed, Listener, Stopped, connect
+from pyvmm.vhostuser.wire import Channel, Closed, Listener, Stopped, connect, readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -96,7 +94,7 @@ class Backend:
             while not self._quit_asked():
                 if listener is None:
                     try:
-                        channel = connect(path)
+                        channel = connect(path, end=self._quit.fileno())
                     except VhostUserError:
                         delay = min(2 * delay, retry_max)
                         self._sleep(delay)
@@ -123,16 +121,10 @@ class Backend:
 
     def _sleep(self, seconds: float | None, fd: int = -1) -> None:
         """Wait for a descriptor, the time, or ``stop``."""
-        poll = select.poll()
-        poll.register(self._quit.fileno(), select.POLLIN)
-        if fd >= 0:
-            poll.register(fd, select.POLLIN)
-        poll.poll(None if seconds is None else seconds * 1000)
+        readable([self._quit.fileno(), fd], seconds)
 
     def _quit_asked(self) -> bool:
-        poll = select.poll()
-        poll.register(self._quit.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(readable([self._quit.fileno()], 0))
 
     def stop(self) -> None:
         """Make ``run`` and ``serve`` return soon."""

@@ -16,9 +16,9 @@ but whatever it says or fails to say ends at most its connection.
 
 from __future__ import annotations
 
-import _socket
 import os
 import select
+import socket
 import struct
 import threading
 import time
@@ -370,9 +370,7 @@ class VhostUserNet:
             raise VhostUserError(f"{where} does not take an MTU", "leave mtu= away")
 
     def _open_requests(self, s: _Session) -> None:
-        ours, theirs = _socket.socketpair(
-            _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC
-        )
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         s.requests = Channel(ours)
         try:
             self._order(s, spec.VHOST_USER_SET_BACKEND_REQ_FD, "a channel", fds=[theirs.fileno()])

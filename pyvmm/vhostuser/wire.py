@@ -8,11 +8,11 @@ a message owns its descriptors, and no error leaves one open.
 
 from __future__ import annotations
 
-# The C half of `socket`: the Python half takes longer to import than a connection takes to make.
-import _socket
 import os
 import select
+import socket
 import struct
+import threading
 import time
 
 from pyvmm.errors import HostError, VhostUserError
@@ -32,13 +32,15 @@ from pyvmm.spec.vhost_user import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
 #: More than any message of ours has: a memory table of 64 regions.
 PAYLOAD_MAX = 4096
 #: As many as a memory table may bring (VHOST_MEMORY_BASELINE_NREGIONS).
 FDS_MAX = 8
+#: Seconds between attempts to connect to a socket where as many connections wait as are allowed.
+FULL_RETRY_S = 0.01
 FLAGS_KNOWN = VHOST_USER_VERSION_MASK | VHOST_USER_REPLY | VHOST_USER_NEED_REPLY
 
 
@@ -55,7 +57,20 @@ class TimedOut(VhostUserError):
 
 
 class Stopped(VhostUserError):
-    """Who waits for the peer has been told to stop."""
+    """Another thread has ended the wait for the peer."""
+
+
+def readable(fds: Iterable[int], seconds: float | None) -> set[int]:
+    """Wait until there is something to read, or an end or an error to be seen, on one of ``fds``.
+
+    :param fds: descriptors; those below 0 are left out. :param seconds: None: for ever.
+    :returns: those that are readable; none after ``seconds``.
+    """
+    poll = select.poll()
+    for fd in fds:
+        if fd >= 0:
+            poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(None if seconds is None else seconds * 1000)}
 
 
 def request_name(request: int, *, backend: bool = False) -> str:
@@ -183,17 +198,20 @@ def unpack_regions(payload: bytes) -> list[Region]:
 
 
 class Channel:
-    """A connected stream socket that carries messages. One user at a time, but ``stop`` may come
-    from any thread.
+    """A connected stream socket that carries messages. One thread at a time sends or receives;
+    ``stop`` may come from any thread.
 
     :param sock: owned from here on.
+    :ivar recorder: for traces: a ``kvm.recorder.Scope`` that gets every message, or None.
     """
 
-    def __init__(self, sock: _socket.socket) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._open = True
         self._stopped = False
-        #: For traces: a ``kvm.recorder.Scope`` that gets every message, or None.
+        # Held for one system call at most: ``stop`` must not reach a descriptor that ``close`` has
+        # released and somebody else has got.
+        self._ending = threading.Lock()
         self.recorder: Any = None
         sock.setblocking(False)
 
@@ -206,12 +224,15 @@ class Channel:
         """Whether ``close`` has been called."""
         return not self._open
 
+    def _check_stopped(self, what: str) -> None:
+        if self._stopped:
+            raise Stopped(f"{what}: stopped")
+
     def _wait(self, event: int, deadline: float | None, what: str) -> None:
         poll = select.poll()
         poll.register(self._sock.fileno(), event)
         while True:
-            if self._stopped:
-                raise Stopped(f"{what}: stopped")
+            self._check_stopped(what)
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimedOut(f"{what}: no answer in time", "look whether the other side hangs")
@@ -237,17 +258,30 @@ class Channel:
         lent = fds
         while data:
             try:
-                sent = send_fds(self._sock, data, lent, _socket.MSG_NOSIGNAL)
+                sent = send_fds(self._sock, data, lent, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 self._wait(select.POLLOUT, deadline, "vhost-user socket is full")
                 continue
             except (BrokenPipeError, ConnectionError) as e:
+                self._check_stopped("vhost-user message")
                 raise Closed(f"vhost-user peer is gone: {e.strerror}") from e
             except OSError as e:
                 raise HostError(f"cannot send on the vhost-user socket: {e.strerror}") from e
             data, lent = data[sent:], ()
         if begin:
             self._record("send", request, flags, payload, len(fds), begin)
+
+    def send_bytes(self, data: bytes) -> None:
+        """Send bytes that are no message, to see what the peer makes of them.
+
+        :raises VhostUserError: the peer is gone, or does not take all of them at once.
+        """
+        try:
+            sent = self._sock.send(data, socket.MSG_NOSIGNAL)
+        except OSError as e:
+            raise Closed(f"vhost-user peer is gone: {e.strerror}") from e
+        if sent != len(data):
+            raise TimedOut("vhost-user socket is full")
 
     def _record(
         self, way: str, request: int, flags: int, payload: bytes, fds: int, begin: int
@@ -272,6 +306,8 @@ class Channel:
             fds += got
             if len(fds) > FDS_MAX:
                 raise ProtocolError(f"vhost-user message with more than {FDS_MAX} descriptors")
+            if not data:
+                self._check_stopped("vhost-user message")  # the end is our own
             return data
 
     def receive(self, timeout: float | None = None) -> Message:
@@ -354,17 +390,21 @@ class Channel:
         return answer
 
     def stop(self) -> None:
-        """Make whoever waits for the peer, and whoever will, give up. Any thread."""
-        self._stopped = True
-        try:
-            self._sock.shutdown(_socket.SHUT_RDWR)
-        except OSError:
-            pass  # not connected any more, or closed
+        """End the connection: whoever waits for the peer, and whoever will, gets ``Stopped``. Any
+        thread; never waits.
+        """
+        with self._ending:
+            self._stopped = True
+            try:
+                self._sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # not connected any more, or closed
 
     def close(self) -> None:
         """Close the connection; a second call does nothing."""
-        self._open = False
-        self._sock.close()
+        with self._ending:
+            self._open = False
+            self._sock.close()
 
 
 def _address(path: str) -> str:
@@ -376,21 +416,50 @@ def _address(path: str) -> str:
     return path
 
 
-def connect(path: str) -> Channel:
-    """Connect to a listening socket. :raises VhostUserError: nobody listens there."""
-    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+def connect(path: str, timeout: float = 5.0, end: int = -1) -> Channel:
+    """Connect to a listening socket.
+
+    :param timeout: seconds to wait if as many connections wait there already as the other side
+        allows. A blocking connect(2) would wait for ever if the other side hangs.
+    :param end: a descriptor that ends this wait when it becomes readable.
+    :raises VhostUserError: nobody listens there. :raises TimedOut: nobody accepts connections there.
+    :raises Stopped: because of ``end``.
+    """
+    until = time.monotonic() + timeout
+    _address(path)
+    kind = socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
     try:
-        sock.connect(_address(path))
-    except VhostUserError:
+        sock = socket.socket(socket.AF_UNIX, kind)
+    except OSError as e:
+        raise VhostUserError(f"cannot make a socket: {e.strerror}", "ulimit -n") from e
+    try:
+        while not _connected(sock, path):
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimedOut(
+                    f"cannot connect to {path}: nobody accepts connections",
+                    "look whether the other side hangs",
+                )
+            if readable([end], min(FULL_RETRY_S, left)):
+                raise Stopped(f"connecting to {path}: stopped")
+    except BaseException:
         sock.close()
         raise
+    return Channel(sock)
+
+
+def _connected(sock: socket.socket, path: str) -> bool:
+    """Try to connect; False if too many connections wait there (EAGAIN of connect(2))."""
+    try:
+        sock.connect(path)
+    except BlockingIOError:
+        return False
     except OSError as e:
-        sock.close()
         hint = "start the other side first" if e.errno else ""
         if isinstance(e, PermissionError):
             hint = "its owner or directory keeps this user out"
         raise VhostUserError(f"cannot connect to {path}: {e.strerror}", hint) from e
-    return Channel(sock)
+    return True
 
 
 class Listener:
@@ -401,7 +470,7 @@ class Listener:
         on is replaced.
         """
         self.path = _address(path)
-        self._sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._identity = sockets.bind(self._sock, path)
             self._sock.listen(1)
@@ -416,12 +485,12 @@ class Listener:
         return self._sock.fileno()
 
     def accept(self) -> Channel | None:
-        """The next connection, None where there is none yet."""
+        """The next connection; None if there is none yet."""
         try:
-            fd, _ = self._sock._accept()  # type: ignore[attr-defined]
+            sock, _ = self._sock.accept()
         except OSError:
             return None  # none, or gone again
-        return Channel(_socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd))
+        return Channel(sock)
 
     def close(self) -> None:
         """Stop listening; the path goes if it is still ours."""
