@@ -33,6 +33,7 @@ class Fake:
 
     :ivar answers: request -> what to do instead: bytes to send raw, or a function of (socket,
         message).
+    :ivar mute: says nothing. :ivar deaf: accepts no connection.
     """
 
     FEATURES = RINGS | 1 << spec.VHOST_USER_F_PROTOCOL_FEATURES
@@ -45,6 +46,7 @@ class Fake:
     ) -> None:
         self.listener, self.protocol, self.answers = listener, protocol, answers or {}
         self.mute = False
+        self.deaf = False
         self.connections = 0
         self.seen: list[int] = []
         self.requests: list[int] = []
@@ -55,7 +57,7 @@ class Fake:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            channel = self.listener.accept()
+            channel = None if self.deaf else self.listener.accept()
             if channel is None:
                 self._stop.wait(0.002)
                 continue

@@ -189,7 +189,7 @@ class Frontend:
         self._changed = True  # since the rings were last started
         self._mutex = threading.Lock()  # guards the rings' eventfds against the service's threads
 
-    # --- PathEvents -----------------------------------------------------------------------------------
+    # --- PathEvents -------------------------------------------------------------------------------
 
     def fault(self, queue: int, problem: str) -> None:
         """A ring is malformed: tell the front-end by the ring's error eventfd. Any thread."""

@@ -40,9 +40,8 @@ if TYPE_CHECKING:
             """Release the descriptors."""
 
 
-#: Queue pairs that a back-end may have.
-PAIRS_MAX = 32
-#: Features that the front-end serves, but may offer its guest only if the back-end offers them, too.
+#: Features that the front-end serves, but may offer its guest only if the back-end offers them,
+#: too.
 FRONT_END_FEATURES = (
     virtio_net.VIRTIO_NET_F_CTRL_VQ,
     virtio_net.VIRTIO_NET_F_CTRL_RX,

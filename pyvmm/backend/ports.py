@@ -45,7 +45,9 @@ class SocketPort:
         return 0
 
     def accept_mtu(self, mtu: int) -> bool:
-        """Frames of any size pass. The MTU decides only how many buffers a worker looks at ahead."""
+        """Frames of any size pass. The MTU only decides how many buffers a worker looks at
+        ahead.
+        """
         self.mtu = mtu
         return True
 

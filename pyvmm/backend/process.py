@@ -13,7 +13,6 @@ its log, one line per datagram. The lines about a session come before the next `
 
 from __future__ import annotations
 
-import select
 import socket
 import sys
 import threading
@@ -23,7 +22,8 @@ from collections import deque
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.fd import Fd
 from pyvmm.hostnet.rights import recv_fds, send_fds
-from pyvmm.vhostuser.wire import Channel
+from pyvmm.vhostuser.connect import Connector
+from pyvmm.vhostuser.wire import Channel, Stopped, readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from pyvmm.hostnet.tap import Tap
 
+#: In place of a socket's path.
+NAME = "pyvmm's own back-end"
 #: Seconds for an interpreter to start, and for a child to take a session.
 START_S, TAKE_S = 30.0, 2.0
 READY = b"\0"
@@ -80,10 +82,15 @@ class BackendProcess:
         while self._control is not None and self._hear(0):
             pass
 
-    def dial(self) -> Channel:
+    def connector(self) -> OwnConnector:
+        """Makes sessions with the child, for one data path."""
+        return OwnConnector(self)
+
+    def dial(self, end: int = -1) -> Channel:
         """A new session with the child. Any thread.
 
-        :raises VhostUserError: it does not start.
+        :param end: a descriptor that ends the wait for the child when it becomes readable.
+        :raises VhostUserError: the child does not start. :raises Stopped: because of ``end``.
         """
         try:
             ours, theirs = socket.socketpair(
@@ -97,10 +104,10 @@ class BackendProcess:
             with self._lock:
                 # A tap that was deleted and came back has other descriptors. A child may have died,
                 # or hang, unnoticed.
-                if self._fds is not self._tap.fds or not self._hand(theirs):
+                if self._fds is not self._tap.fds or not self._hand(theirs, end):
                     self._end()
-                    self._start()
-                    if not self._hand(theirs):
+                    self._start(end)
+                    if not self._hand(theirs, end):
                         raise VhostUserError("our own back-end takes no session")
         except BaseException:
             ours.close()
@@ -109,7 +116,7 @@ class BackendProcess:
             theirs.close()
         return Channel(ours)
 
-    def _hand(self, session: socket.socket) -> bool:
+    def _hand(self, session: socket.socket, end: int) -> bool:
         """Give the child a session; whether it has taken it."""
         if self._control is None:
             return False
@@ -117,32 +124,42 @@ class BackendProcess:
             send_fds(self._control, b"\0", [session.fileno()])
         except OSError:
             return False
-        return self._heard(TAKE_S)
+        return self._heard(TAKE_S, end)
 
-    def _heard(self, seconds: float) -> bool:
-        """Wait for the child's READY; whether it has come."""
+    def _heard(self, seconds: float, end: int) -> bool:
+        """Wait for the child's READY; whether it has come. :raises Stopped: because of ``end``; the
+        child is ended, too, because its READY may come yet.
+        """
         until = time.monotonic() + seconds
         while True:
-            word = self._hear(max(0.0, until - time.monotonic()))
-            if not word or word == READY:
-                return word == READY
+            word = self._hear(max(0.0, until - time.monotonic()), end)
+            if word == READY:
+                return True
+            if not word:
+                if end in readable([end], 0):
+                    self._end()
+                    raise Stopped("waiting for our own back-end: stopped")
+                return False
 
-    def _hear(self, seconds: float) -> bytes:
-        """The child's next word, empty if none comes in time or the child is gone. A line of its
-        log is noted, too.
+    def _hear(self, seconds: float, end: int = -1) -> bytes:
+        """The child's next word; empty if none comes in time, or before ``end``, or if the child is
+        gone. A line of its log is noted, too.
         """
         assert self._control is not None
-        poll = select.poll()
-        poll.register(self._control.fileno(), select.POLLIN)
+        control = self._control.fileno()
         try:
-            word = self._control.recv(LINE_MAX) if poll.poll(seconds * 1000) else b""
+            word = (
+                self._control.recv(LINE_MAX)
+                if control in readable([control, end], seconds)
+                else b""
+            )
         except OSError:
             return b""
         if word and word != READY:
             self._lines.append(word.decode(errors="replace"))
         return word
 
-    def _start(self) -> None:
+    def _start(self, end: int) -> None:
         import subprocess
 
         if self._closed:
@@ -170,7 +187,7 @@ class BackendProcess:
         finally:
             theirs.close()
         self._control, self._fds = ours, fds
-        if not self._heard(START_S):
+        if not self._heard(START_S, end):
             self._end()
             raise VhostUserError("our own back-end does not start")
 
@@ -192,6 +209,24 @@ class BackendProcess:
         with self._lock:
             self._closed = True
             self._end()
+
+
+class OwnConnector(Connector):
+    """Makes sessions with the child of a ``BackendProcess``, which is lent. The child has its own
+    time limits: an interpreter may take long to start.
+    """
+
+    def __init__(self, process: BackendProcess) -> None:
+        super().__init__(NAME)
+        self._process = process
+
+    def connect(self, seconds: float | None, end: int) -> Channel:
+        """Have the child take a session; start it before if need be."""
+        return self._process.dial(end)
+
+    def complaints(self) -> list[str]:
+        """What the child has logged since the last call."""
+        return self._process.complaints()
 
 
 def _take(control: socket.socket) -> Channel | None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pyvmm.kvm.recorder import Scope
     from pyvmm.netopt import Net
 
-OWN_BACKEND = "pyvmm's own back-end"  # in place of a socket's path
 #: Frames that may wait in a tap of ours whose data path may be switched: a gap's worth, and what
 #: vhost gives back.
 SWITCH_TXQUEUELEN = 10000
@@ -127,23 +126,32 @@ class Uplink:
 
     def _open_vhost_user(self, net: Net, mac: bytes, wait: float) -> Route:
         from pyvmm.datapath.vhost_user import VhostUserNet
+        from pyvmm.vhostuser.connect import Connector, ListeningConnector
 
-        common: dict[str, Any] = {
-            "queues": net.queues,
-            "mtu": net.mtu,
-            "mac": mac,
-            "recorder": self._recorder,
-        }
-        if net.socket:
-            path = VhostUserNet(net.socket, server=net.server, wait=wait, **common)
-            return Route(path, net, None, path.send_rarp)
-        tap = self._need_tap(net)
-        if self._backend is None:
-            from pyvmm.backend.process import BackendProcess
+        tap = None if net.socket else self._need_tap(net)
+        if tap is None:
+            kind = ListeningConnector if net.server else Connector
+            connector = kind(net.socket)
+        else:
+            if self._backend is None:
+                from pyvmm.backend.process import BackendProcess
 
-            self._backend = BackendProcess(tap)
-        path = VhostUserNet(OWN_BACKEND, link=tap.link, dial=self._backend.dial, **common)
-        return Route(path, net, tap, tap.announce)
+                self._backend = BackendProcess(tap)
+            connector = self._backend.connector()
+        path = VhostUserNet(
+            connector,
+            queues=net.queues,
+            mtu=net.mtu,
+            mac=mac,
+            recorder=self._recorder,
+            link=tap.link if tap is not None else None,
+        )
+        try:
+            path.connect(wait)
+        except BaseException:
+            path.close()
+            raise
+        return Route(path, net, tap, tap.announce if tap is not None else path.send_rarp)
 
     def _open_on(self, tap: Tap, net: Net) -> DataPath:
         if net.mode == "vhost-net":

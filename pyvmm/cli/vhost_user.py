@@ -24,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from pyvmm.conformance.check import Bench, Item
+    from pyvmm.conformance.check import Checker, Item
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,27 +60,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, outputs: Outputs) -> int:
-    from pyvmm.conformance.check import Bench
+    from pyvmm.conformance.check import Checker
     from pyvmm.vhostuser.wire import connect
 
     connect(args.socket).close()  # or the one error that says that nobody listens
-    bench = Bench(args.socket, timeout=args.timeout or 5.0, queues=args.queues)
-    bench.run(lambda item: None if args.json else _print_item(item))
+    checker = Checker(args.socket, timeout=args.timeout or 5.0, queues=args.queues)
+    checker.run(lambda item: None if args.json else _print_item(item))
     if args.json:
         import json
 
         items = [
-            {k: getattr(i, k) for k in ("name", "result", "detail", "seconds")} for i in bench.items
+            {k: getattr(i, k) for k in ("name", "result", "detail", "seconds")}
+            for i in checker.items
         ]
-        print(json.dumps({"echoes": bench.echoes, "items": items}, indent=2))
+        print(json.dumps({"echoes": checker.echoes, "items": items}, indent=2))
     else:
         counts = [
-            (n, sum(i.result == n for i in bench.items)) for n in ("passed", "failed", "skipped")
+            (n, sum(i.result == n for i in checker.items)) for n in ("passed", "failed", "skipped")
         ]
         print(", ".join(f"{count} {name}" for name, count in counts))
     if "--junit" in outputs:
-        outputs.write("--junit", _junit(bench))
-    return int(any(i.result == "failed" for i in bench.items))
+        outputs.write("--junit", _junit(checker))
+    return int(any(i.result == "failed" for i in checker.items))
 
 
 def _print_item(item: Item) -> None:
@@ -90,7 +91,7 @@ def _print_item(item: Item) -> None:
     )
 
 
-def _junit(bench: Bench) -> str:
+def _junit(checker: Checker) -> str:
     from pyvmm.testing.junit import TestCase, document
 
     cases = [
@@ -101,9 +102,9 @@ def _junit(bench: Bench) -> str:
             i.result,
             message=i.detail if i.result != "passed" else "",
         )
-        for i in bench.items
+        for i in checker.items
     ]
-    return document("pyvmm vhost-user check", cases, sum(i.seconds for i in bench.items))
+    return document("pyvmm vhost-user check", cases, sum(i.seconds for i in checker.items))
 
 
 def _probe(args: argparse.Namespace) -> int:

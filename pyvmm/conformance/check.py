@@ -1,10 +1,10 @@
 """Conformance of a vhost-user-net back-end, without a guest: rings are filled as a driver fills
 them, over our own front-end.
 
-Each item of :data:`ITEMS` is a function of a :class:`Bench` that returns what was seen, or raises
-:class:`Failed` or :class:`Skipped`. Where the back-end sends packets back (a loop, ``dpdk-testpmd
---forward-mode=io`` with one port) what comes is compared as well; else only that each transmit is
-finished once, and in an orderly way.
+Each item of :data:`ITEMS` is a function of a :class:`Checker` that returns what was seen, or raises
+:class:`Failed` or :class:`Skipped`. If the back-end sends packets back (a loop, ``dpdk-testpmd
+--forward-mode=io`` with one port), the packets that come are compared as well; otherwise only that
+each transmit is finished once, and in an orderly way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec import virtio, virtio_net
-from pyvmm.vhostuser.wire import Channel, TimedOut, connect
+from pyvmm.vhostuser.connect import Connector
+from pyvmm.vhostuser.session import Session
+from pyvmm.vhostuser.wire import TimedOut, connect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ MAC = bytes.fromhex("525400ba5e01")
 #: Of what is sent: to nobody, from us, an EtherType for local experiments, a number of this run.
 MAGIC = os.urandom(4)
 HEADER = b"\x02\x00\x00\x00\x00\x77" + MAC + b"\x88\xb5" + MAGIC
-RARP = b"\x80\x35"
 #: Segments of a frame in turn: header and frame in one, header apart, in many.
 SPLITS: tuple[list[int], ...] = ([], [12], [12, 14, 20], [6, 6, 10, 10, 10])
 
@@ -63,12 +64,12 @@ class Item:
         self.name, self.result, self.detail, self.seconds = name, result, detail, seconds
 
 
-class Machine:
-    """Memory and drivers of one machine on the back-end."""
+class DrivenCard:
+    """A network card on the back-end whose driver is this process: memory, drivers, front-end."""
 
     def __init__(
         self,
-        bench: Bench,
+        checker: Checker,
         acked: int,
         *,
         size: int = 256,
@@ -76,7 +77,7 @@ class Machine:
         pairs: int = 1,
         rx_size: int = 2048,
     ) -> None:
-        self.bench = bench
+        self.checker = checker
         self.memory = GuestMemory(8 << 20)
         self.drivers: list[NetDriver] = []
         self.path: VhostUserNet | None = None
@@ -101,8 +102,9 @@ class Machine:
                 driver.fill(kick=False)
                 self.drivers.append(driver)
             self.path = VhostUserNet(
-                bench.path, queues=pairs, mac=MAC, timeout=bench.timeout, wait=bench.timeout
+                Connector(checker.path), queues=pairs, mac=MAC, timeout=checker.timeout
             )
+            self.path.connect(checker.timeout)
             self.acked = acked & self.path.features()
             if acked & ~self.acked:
                 raise Failed(f"features {acked & ~self.acked:#x} have gone")
@@ -141,7 +143,8 @@ class Machine:
         for ring, base in zip((r for d in self.drivers for r in d.rings), bases, strict=True):
             if self.path.counters()["bad_bases"] or base != ring.used_idx:
                 raise Failed(
-                    f"ring {ring.index}: GET_VRING_BASE gives {base}, its used index is {ring.used_idx}"
+                    f"ring {ring.index}: GET_VRING_BASE gives {base}, its used index is "
+                    f"{ring.used_idx}"
                 )
 
     def frame(self, length: int) -> bytes:
@@ -173,12 +176,13 @@ class Machine:
             driver.tx.publish()
             sent += frames
             self.finished(driver)
-            if not self.bench.echoes:
+            if not self.checker.echoes:
                 continue
-            if not wait_for(lambda: len(self.ours(driver)) >= len(sent), self.bench.timeout):  # noqa: B023
+            patience = self.checker.timeout
+            if not wait_for(lambda: len(self.ours(driver)) >= len(sent), patience):  # noqa: B023
                 self.healthy()
                 raise Failed(f"{len(self.ours(driver))} of {len(sent)} packets have come back")
-        if self.bench.echoes and self.ours(driver) != sent:
+        if self.checker.echoes and self.ours(driver) != sent:
             at = next(
                 i for i, (a, b) in enumerate(zip(self.ours(driver), sent, strict=False)) if a != b
             )
@@ -204,10 +208,10 @@ class Machine:
                 raise Failed(f"it returned head {e}, which is not its own") from e
             return driver.tx.outstanding == 0
 
-        if not wait_for(all_done, self.bench.timeout):
+        if not wait_for(all_done, self.checker.timeout):
             self.healthy()
             raise Failed(
-                f"{driver.tx.outstanding} transmits are not returned in {self.bench.timeout:g} s"
+                f"{driver.tx.outstanding} transmits are not returned in {self.checker.timeout:g} s"
             )
 
     def close(self) -> None:
@@ -220,31 +224,43 @@ class Machine:
         self.memory.close()
 
 
-class Bench:
+class Checker:
     """A back-end under test.
 
     :param path: of its listening socket. :param timeout: seconds for each answer and each burst.
     :param queues: pairs to use at once; by default as many as it says it has, up to 4.
-    :ivar echoes: whether what it gets comes back. :ivar features: that it offers, as a mask. :ivar
-        items: results so far.
+    :ivar echoes: whether the packets that it gets come back. :ivar features: those that it offers,
+        as a mask. :ivar items: results so far.
     """
 
     def __init__(self, path: str, *, timeout: float = 5.0, queues: int | None = None) -> None:
         self.path, self.timeout, self.queues = path, timeout, queues
-        self.features = self.protocol = 0
+        self.features = 0
         self.pairs = 1
         self.echoes = False
         self.items: list[Item] = []
 
     @contextmanager
-    def machine(self, acked: int = VERSION_1, **options: int) -> Iterator[Machine]:
-        """A machine with these features, running; stopped in an orderly way if nothing failed."""
-        machine = Machine(self, acked, **options)
+    def card(self, acked: int = VERSION_1, **options: int) -> Iterator[DrivenCard]:
+        """A card with these features, running; stopped in an orderly way if nothing failed."""
+        card = DrivenCard(self, acked, **options)
         try:
-            yield machine
-            machine.stop()
+            yield card
+            card.stop()
         finally:
-            machine.close()
+            card.close()
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A session without memory and rings, in a conversation."""
+        wanted = 1 << spec.VHOST_USER_PROTOCOL_F_MQ | 1 << spec.VHOST_USER_PROTOCOL_F_REPLY_ACK
+        session = Session(connect(self.path, self.timeout), self.path)
+        try:
+            with session.conversation(self.timeout):
+                session.negotiate(wanted)
+                yield session
+        finally:
+            session.close()
 
     def all_features(self) -> int:
         """VERSION_1 and what is optional of rings, as far as offered."""
@@ -277,147 +293,132 @@ class Bench:
 # --- the items ------------------------------------------------------------------------------------
 
 
-def negotiation(bench: Bench) -> str:
-    """What it offers; and whether it sends packets back, which the others want to know."""
-    channel = connect(bench.path)
-    try:
-        bench.features = _number(bench, channel, spec.VHOST_USER_GET_FEATURES)
-        if bench.features >> spec.VHOST_USER_F_PROTOCOL_FEATURES & 1:
-            bench.protocol = _number(bench, channel, spec.VHOST_USER_GET_PROTOCOL_FEATURES)
-            if bench.protocol >> spec.VHOST_USER_PROTOCOL_F_MQ & 1:
-                bits = struct.pack("<Q", 1 << spec.VHOST_USER_PROTOCOL_F_MQ)
-                channel.send(spec.VHOST_USER_SET_PROTOCOL_FEATURES, bits, timeout=bench.timeout)
-                bench.pairs = _number(bench, channel, spec.VHOST_USER_GET_QUEUE_NUM)
-    finally:
-        channel.close()
-    if not bench.features & VERSION_1:
+def negotiation(checker: Checker) -> str:
+    """What it offers; and whether it sends packets back, which the other items want to know."""
+    with checker.session() as session:
+        checker.features = session.features
+        checker.pairs = session.queue_num or 1
+    if not checker.features & VERSION_1:
         raise Failed("VERSION_1 is not offered")
-    with bench.machine() as machine:
-        machine.drivers[0].tx.take_used()
-        machine.send(1)
-        bench.echoes = wait_for(lambda: machine.ours(machine.drivers[0]), min(1.0, bench.timeout))
-    return (
-        f"packets {'come back' if bench.echoes else 'do not come back: receiving is not checked'}"
-    )
+    with checker.card() as card:
+        card.drivers[0].tx.take_used()
+        card.send(1)
+        checker.echoes = wait_for(lambda: card.ours(card.drivers[0]), min(1.0, checker.timeout))
+    back = "come back" if checker.echoes else "do not come back: receiving is not checked"
+    return f"packets {back}"
 
 
-def _number(bench: Bench, channel: Channel, request: int) -> int:
-    answer = channel.ask(request, timeout=bench.timeout)
-    try:
-        return answer.u64
-    finally:
-        answer.close()
-
-
-def _with(bits: int) -> Callable[[Bench], str]:
-    def check(bench: Bench) -> str:
+def _with(bits: int) -> Callable[[Checker], str]:
+    def check(checker: Checker) -> str:
         for bit in OPTIONAL:
             if bits & bit:
-                bench.need(bit)
-        with bench.machine(VERSION_1 | bits) as machine:
-            machine.send(600)
+                checker.need(bit)
+        with checker.card(VERSION_1 | bits) as card:
+            card.send(600)
         return "600 packets"
 
     return check
 
 
-def ring_sizes(bench: Bench) -> str:
+def ring_sizes(checker: Checker) -> str:
     """From two entries to 1024."""
     sizes = (2, 64, 1024)
     for size in sizes:
-        with bench.machine(bench.all_features(), size=size) as machine:
-            machine.send(2 * size, longest=200)
+        with checker.card(checker.all_features(), size=size) as card:
+            card.send(2 * size, longest=200)
     return " ".join(str(size) for size in sizes)
 
 
-def wrap(bench: Bench) -> str:
+def wrap(checker: Checker) -> str:
     """Indices pass 65535."""
-    with bench.machine(bench.all_features(), start=0xFF80) as machine:
-        machine.send(600)
+    with checker.card(checker.all_features(), start=0xFF80) as card:
+        card.send(600)
     return "both indices passed 65535"
 
 
-def merged(bench: Bench) -> str:
+def merged(checker: Checker) -> str:
     """A frame that is longer than a buffer."""
-    bench.need(MRG_RXBUF)
-    if not bench.echoes:
+    checker.need(MRG_RXBUF)
+    if not checker.echoes:
         raise Skipped("packets do not come back")
-    with bench.machine(VERSION_1 | MRG_RXBUF, rx_size=256) as machine:
-        machine.send(100)
+    with checker.card(VERSION_1 | MRG_RXBUF, rx_size=256) as card:
+        card.send(100)
     return "frames over up to six buffers"
 
 
-def num_buffers(bench: Bench) -> str:
+def num_buffers(checker: Checker) -> str:
     """1 where one buffer is enough (5.1.6.4), also without MRG_RXBUF."""
-    if not bench.echoes:
+    if not checker.echoes:
         raise Skipped("packets do not come back")
-    for bits in (0, MRG_RXBUF & bench.features):
-        with bench.machine(VERSION_1 | bits) as machine:
-            machine.send(8)
-            counts = {struct.unpack_from("<H", p, 10)[0] for p in machine.drivers[0].received}
+    for bits in (0, MRG_RXBUF & checker.features):
+        with checker.card(VERSION_1 | bits) as card:
+            card.send(8)
+            counts = {struct.unpack_from("<H", p, 10)[0] for p in card.drivers[0].received}
             if counts != {1}:
                 raise Failed(f"num_buffers is {sorted(counts)}")
     return ""
 
 
-def stop_and_start(bench: Bench) -> str:
+def stop_and_start(checker: Checker) -> str:
     """Ten times, with packets in between."""
-    with bench.machine(bench.all_features()) as machine:
+    with checker.card(checker.all_features()) as card:
         for _ in range(10):
-            machine.send(40)
-            machine.stop()
-            machine.start()
+            card.send(40)
+            card.stop()
+            card.start()
     return "10 times"
 
 
-def waiting(bench: Bench) -> str:
+def waiting(checker: Checker) -> str:
     """What was made available while the rings were stopped is served at the start, without a kick
     of the driver's.
     """
-    with bench.machine(bench.all_features()) as machine:
-        driver = machine.drivers[0]
-        machine.send(10)
-        machine.stop()
+    with checker.card(checker.all_features()) as card:
+        driver = card.drivers[0]
+        card.send(10)
+        card.stop()
         for _ in range(20):
-            driver.queue(machine.frame(100))
+            driver.queue(card.frame(100))
         driver.tx.publish(kick=False)
-        machine.start()
-        machine.finished(driver)
+        card.start()
+        card.finished(driver)
     return "20 packets"
 
 
-def called(bench: Bench) -> str:
+def called(checker: Checker) -> str:
     """Whoever asks for an interrupt gets one, for each ring."""
-    for bits in (0, EVENT_IDX & bench.features):
-        with bench.machine(VERSION_1 | bits) as machine:
-            driver = machine.drivers[0]
-            rings = [driver.tx] + ([driver.rx] if bench.echoes else [])
+    for bits in (0, EVENT_IDX & checker.features):
+        with checker.card(VERSION_1 | bits) as card:
+            driver = card.drivers[0]
+            rings = [driver.tx] + ([driver.rx] if checker.echoes else [])
             for _ in range(20):
                 for ring in rings:
                     ring.call_fd.drain()
                     ring.enable_interrupts()
-                driver.queue(machine.frame(100))
+                driver.queue(card.frame(100))
                 driver.tx.publish()
                 for ring in rings:
-                    if not select.select([ring.call_fd.fileno()], [], [], bench.timeout)[0]:
+                    if not select.select([ring.call_fd.fileno()], [], [], checker.timeout)[0]:
                         with_ = "with" if bits else "without"
                         raise Failed(
-                            f"ring {ring.index}: no interrupt in {bench.timeout:g} s, {with_} EVENT_IDX"
+                            f"ring {ring.index}: no interrupt in {checker.timeout:g} s, {with_} "
+                            "EVENT_IDX"
                         )
-                machine.finished(driver)
-                wait_for(lambda: machine.ours(driver), bench.timeout if bench.echoes else 0)  # noqa: B023
+                card.finished(driver)
+                patience = checker.timeout if checker.echoes else 0
+                wait_for(lambda: card.ours(driver), patience)  # noqa: B023
     return "20 times"
 
 
-def not_called(bench: Bench) -> str:
+def not_called(checker: Checker) -> str:
     """Who does not ask for interrupts is to get none; the specification allows it, users do not."""
-    for bits in (0, EVENT_IDX & bench.features):
-        with bench.machine(VERSION_1 | bits) as machine:
-            driver = machine.drivers[0]
-            machine.send(40)  # what a start signals is over
+    for bits in (0, EVENT_IDX & checker.features):
+        with checker.card(VERSION_1 | bits) as card:
+            driver = card.drivers[0]
+            card.send(40)  # what a start signals is over
             driver.tx.disable_interrupts()
             driver.tx.call_fd.drain()
-            machine.send(40)
+            card.send(40)
             if select.select([driver.tx.call_fd.fileno()], [], [], 0)[0]:
                 raise Failed(
                     f"interrupts nobody asked for, {'with' if bits else 'without'} EVENT_IDX"
@@ -425,114 +426,103 @@ def not_called(bench: Bench) -> str:
     return ""
 
 
-def queue_pairs(bench: Bench) -> str:
+def queue_pairs(checker: Checker) -> str:
     """Several at once."""
-    pairs = bench.queues or min(bench.pairs, 4)
+    pairs = checker.queues or min(checker.pairs, 4)
     if pairs < 2:
         raise Skipped("there is one queue pair")
-    with bench.machine(bench.all_features(), pairs=pairs) as machine:
+    with checker.card(checker.all_features(), pairs=pairs) as card:
         for _ in range(3):
             for pair in range(pairs):
                 try:
-                    machine.send(40, pair=pair)
+                    card.send(40, pair=pair)
                 except Failed as e:
                     raise Failed(
-                        f"pair {pair} of {pairs} (it says that it has {bench.pairs}): {e}"
+                        f"pair {pair} of {pairs} (it says that it has {checker.pairs}): {e}"
                     ) from None
-    return f"{pairs} of {bench.pairs}"
+    return f"{pairs} of {checker.pairs}"
 
 
-def reconnect(bench: Bench) -> str:
+def reconnect(checker: Checker) -> str:
     """The front-end vanishes and comes again: five times, on the same rings and memory."""
-    with bench.machine(bench.all_features()) as machine:
-        path = machine.path
+    with checker.card(checker.all_features()) as card:
+        path = card.path
         assert path is not None
         for times in range(2, 7):
-            machine.send(40)
-            session = path._session
-            assert session is not None
-            session.channel.stop()
+            card.send(40)
+            path.drop()
 
             def back(times: int = times) -> bool:
                 return path.counters()["connections"] >= times and path.connected
 
-            if not wait_for(back, bench.timeout):
+            if not wait_for(back, checker.timeout):
                 raise Failed(
                     f"it does not serve a front-end that comes again: {path.problems[-1:]}"
                 )
             path.problems.clear()
-            for driver in machine.drivers:
+            for driver in card.drivers:
                 driver.tx.publish()
-        machine.send(40)
+        card.send(40)
     return "5 times"
 
 
-def malformed_ring(bench: Bench) -> str:
+def malformed_ring(checker: Checker) -> str:
     """A head outside the table costs a ring, not the back-end."""
-    machine = Machine(bench, bench.all_features())
+    card = DrivenCard(checker, checker.all_features())
     try:
-        ring = machine.drivers[0].tx
+        ring = card.drivers[0].tx
         ring.set_avail(ring.published, 0xFFFF)
         ring.set_avail_idx(ring.published + 1)
         ring.kick()
-        assert machine.path is not None
-        path = machine.path
+        assert card.path is not None
+        path = card.path
         told = wait_for(
-            lambda: path.counters()["ring_errors"] or path.problems, min(1.0, bench.timeout)
+            lambda: path.counters()["ring_errors"] or path.problems, min(1.0, checker.timeout)
         )
     finally:
-        machine.close()
-    with bench.machine() as other:
+        card.close()
+    with checker.card() as other:
         other.send(40)
     return "ERR was signalled" if told else "in silence"
 
 
-def unknown_request(bench: Bench) -> str:
+def unknown_request(checker: Checker) -> str:
     """Refused, or the end of the session, and the next one is served."""
-    channel = connect(bench.path)
-    try:
-        if (
-            _number(bench, channel, spec.VHOST_USER_GET_FEATURES)
-            >> spec.VHOST_USER_F_PROTOCOL_FEATURES
-            & 1
-        ):
-            bits = struct.pack("<Q", bench.protocol & 1 << spec.VHOST_USER_PROTOCOL_F_REPLY_ACK)
-            channel.send(spec.VHOST_USER_SET_PROTOCOL_FEATURES, bits, timeout=bench.timeout)
+    with checker.session() as session:
+        patience = min(1.0, checker.timeout)
         try:
-            answer = channel.ask(199, b"12345678", need_reply=True, timeout=min(1.0, bench.timeout))
+            answer = session.channel.ask(199, b"12345678", need_reply=True, timeout=patience)
             answer.close()
             seen = "refused" if answer.u64 else "acknowledged"
         except TimedOut:
             seen = "ignored"
         except VhostUserError:
             seen = "the session ends"
-    finally:
-        channel.close()
     if seen == "acknowledged":
         raise Failed("a request that does not exist is acknowledged as done")
-    with bench.machine() as machine:
-        machine.send(10)
+    with checker.card() as card:
+        card.send(10)
     return seen
 
 
-def garbage(bench: Bench) -> str:
+def garbage(checker: Checker) -> str:
     """Bytes that are no message, a message that is cut off: the next session is served."""
     for data in (
         b"\xff" * 64,
         struct.pack(spec.HEADER, 1, 1, 0xFFFFFFFF),
         struct.pack(spec.HEADER, 5, 1, 40) + bytes(7),
     ):
-        channel = connect(bench.path)
+        channel = connect(checker.path)
         try:
-            channel._sock.send(data)
+            channel.send_bytes(data)
         finally:
             channel.close()
-        with bench.machine() as machine:
-            machine.send(10)
+        with checker.card() as card:
+            card.send(10)
     return ""
 
 
-def _combinations() -> list[tuple[str, Callable[[Bench], str]]]:
+def _combinations() -> list[tuple[str, Callable[[Checker], str]]]:
     out = []
     for n in range(1 << len(OPTIONAL)):
         bits = [bit for i, bit in enumerate(OPTIONAL) if n >> i & 1]
@@ -540,7 +530,7 @@ def _combinations() -> list[tuple[str, Callable[[Bench], str]]]:
     return out
 
 
-ITEMS: list[tuple[str, Callable[[Bench], str]]] = [
+ITEMS: list[tuple[str, Callable[[Checker], str]]] = [
     ("negotiation", negotiation),
     *_combinations(),
     ("ring sizes", ring_sizes),

@@ -10,12 +10,13 @@ from __future__ import annotations
 import struct
 import time
 
-from pyvmm.datapath.vhost_user import DATA_MASK, PROTOCOL_FEATURES, RUNNING
+from pyvmm.datapath.vhost_user import DATA_MASK, NET_PROTOCOL_FEATURES
 from pyvmm.errors import VhostUserError
 from pyvmm.fd import eventfds
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec.vhost_user import VRING_STATE
+from pyvmm.vhostuser.session import PROTOCOL_FEATURES, RUNNING
 from pyvmm.vhostuser.wire import Closed, Region, connect, pack_regions, protocol_names, request_name
 
 TYPE_CHECKING = False
@@ -57,6 +58,7 @@ class Probe:
         self.steps: list[Step] = []
         self.features = self.protocol = 0
         self.queues: int | None = None
+        self._used = 0  # protocol features in force
         self._channel = connect(path)
 
     def _do(
@@ -98,16 +100,18 @@ class Probe:
         self.steps.append(Step(label, outcome, detail, (time.monotonic_ns() - start) / 1000))
         return values
 
+    def _has(self, bit: int) -> bool:
+        return bool(self._used >> bit & 1)
+
     def run(self) -> None:
         """All that makes sense with what it offers. :raises VhostUserError: the conversation ended
         early; see ``steps``.
         """
         self.features = self._do(spec.VHOST_USER_GET_FEATURES, answers="<Q")[0]
         has_protocol = bool(self.features >> spec.VHOST_USER_F_PROTOCOL_FEATURES & 1)
-        known = 0
         if has_protocol:
             offered = self._do(spec.VHOST_USER_GET_PROTOCOL_FEATURES, answers="<Q")[0]
-            known = offered & sum(1 << bit for bit in PROTOCOL_FEATURES)
+            self._used = known = offered & (PROTOCOL_FEATURES | NET_PROTOCOL_FEATURES)
             self._do(
                 spec.VHOST_USER_SET_PROTOCOL_FEATURES,
                 struct.pack("<Q", known),
@@ -115,29 +119,25 @@ class Probe:
             )
             self.protocol = offered
 
-        def has(bit: int) -> bool:
-            return bool(known >> bit & 1)
-
-        if has(spec.VHOST_USER_PROTOCOL_F_MQ):
+        if self._has(spec.VHOST_USER_PROTOCOL_F_MQ):
             self.queues = self._do(spec.VHOST_USER_GET_QUEUE_NUM, answers="<Q")[0]
-        if has(spec.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS):
+        if self._has(spec.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS):
             self._do(spec.VHOST_USER_GET_MAX_MEM_SLOTS, answers="<Q")
         self._do(spec.VHOST_USER_SET_OWNER)
         with _Rings() as rings:
-            self._set_up(rings, has, has_protocol)
-            self._take_down(has)
+            self._set_up(rings, has_protocol)
+            self._take_down()
 
-    def _set_up(self, rings: _Rings, has: object, has_protocol: bool) -> None:
-        assert callable(has)
-        if has(spec.VHOST_USER_PROTOCOL_F_MTU):
+    def _set_up(self, rings: _Rings, has_protocol: bool) -> None:
+        if self._has(spec.VHOST_USER_PROTOCOL_F_MTU):
             self._do(spec.VHOST_USER_NET_SET_MTU, struct.pack("<Q", 1500), show=1500)
-        if has(spec.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
+        if self._has(spec.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
             wanted = struct.pack(spec.INFLIGHT, 0, 0, 2, RING_SIZE)
             self._do(spec.VHOST_USER_GET_INFLIGHT_FD, wanted, answers=spec.INFLIGHT)
         bits = self.features & (DATA_MASK | 1 << spec.VHOST_USER_F_PROTOCOL_FEATURES)
         self._do(spec.VHOST_USER_SET_FEATURES, struct.pack("<Q", bits), show=f"{bits:#x}")
         region, fd = rings.region, rings.memory.fd.fileno()
-        if has(spec.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS):
+        if self._has(spec.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS):
             self._do(spec.VHOST_USER_ADD_MEM_REG, bytes(8) + region.pack(), [fd])
         else:
             self._do(spec.VHOST_USER_SET_MEM_TABLE, pack_regions([region]), [fd])
@@ -159,18 +159,17 @@ class Probe:
                 self._do(
                     spec.VHOST_USER_SET_VRING_ENABLE, struct.pack(VRING_STATE, i, 1), show=f"{i}, 1"
                 )
-        if has(spec.VHOST_USER_PROTOCOL_F_STATUS):
+        if self._has(spec.VHOST_USER_PROTOCOL_F_STATUS):
             self._do(spec.VHOST_USER_SET_STATUS, struct.pack("<Q", RUNNING), show=f"{RUNNING:#x}")
             self._do(spec.VHOST_USER_GET_STATUS, answers="<Q")
 
-    def _take_down(self, has: object) -> None:
-        assert callable(has)
-        if has(spec.VHOST_USER_PROTOCOL_F_RARP):
+    def _take_down(self) -> None:
+        if self._has(spec.VHOST_USER_PROTOCOL_F_RARP):
             self._do(spec.VHOST_USER_SEND_RARP, bytes.fromhex("5254001234560000"))
         for i in (0, 1):
             state = struct.pack(VRING_STATE, i, 0)
             self._do(spec.VHOST_USER_GET_VRING_BASE, state, answers=VRING_STATE, show=i)
-        if has(spec.VHOST_USER_PROTOCOL_F_RESET_DEVICE):
+        if self._has(spec.VHOST_USER_PROTOCOL_F_RESET_DEVICE):
             self._do(spec.VHOST_USER_RESET_DEVICE)
         self._do(spec.VHOST_USER_GET_FEATURES, answers="<Q")
 

@@ -422,7 +422,8 @@ def connect(path: str, timeout: float = 5.0, end: int = -1) -> Channel:
     :param timeout: seconds to wait if as many connections wait there already as the other side
         allows. A blocking connect(2) would wait for ever if the other side hangs.
     :param end: a descriptor that ends this wait when it becomes readable.
-    :raises VhostUserError: nobody listens there. :raises TimedOut: nobody accepts connections there.
+    :raises VhostUserError: nobody listens there.
+    :raises TimedOut: nobody accepts connections there.
     :raises Stopped: because of ``end``.
     """
     until = time.monotonic() + timeout

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyvmm.backend.ports import loop_port
-from pyvmm.conformance.check import Bench
+from pyvmm.conformance.check import Checker
 from pyvmm.conformance.probe import Probe
 from pyvmm.hostnet.netns import Namespace
 from tests.dpdk import TestPmd, command
@@ -200,7 +200,7 @@ def test_check(path: str) -> None:
         options=("--forward-mode=io", "--rxq=2", "--txq=2", "--auto-start"),
     ) as pmd:
         pmd.expect("Checking link", PATIENCE)
-        bench = Bench(path, timeout=PATIENCE, queues=2)
-        bench.run()
-    wrong = [(i.name, i.detail) for i in bench.items if i.result != "passed"]
+        checker = Checker(path, timeout=PATIENCE, queues=2)
+        checker.run()
+    wrong = [(i.name, i.detail) for i in checker.items if i.result != "passed"]
     assert wrong == [("num_buffers", "num_buffers is [0]")]

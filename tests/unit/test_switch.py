@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.backend.net import NetService
-from pyvmm.backend.process import BackendProcess
+from pyvmm.backend.process import BackendProcess, OwnConnector
 from pyvmm.backend.server import Backend
 from pyvmm.card.handover import HandOver
 from pyvmm.card.nic import KEPT_SWITCHES, Nic
@@ -709,11 +709,11 @@ def test_the_back_end_dies_or_falls_silent_in_the_hand_over(rig, monkeypatch, ho
     rig.nic.switch("emulated")
     pid = rig.wires.child.pid
     monkeypatch.setattr("pyvmm.card.nic.HANDOVER_S", 0.3)
-    run = HandOver.run
+    run, connect = HandOver.run, OwnConnector.connect
 
     def run_without(self):
         os.kill(pid, how)
-        monkeypatch.setattr(self._new.path, "_dial", _gone)
+        monkeypatch.setattr(OwnConnector, "connect", _gone)
         return run(self)
 
     monkeypatch.setattr(HandOver, "run", run_without)
@@ -727,11 +727,12 @@ def test_the_back_end_dies_or_falls_silent_in_the_hand_over(rig, monkeypatch, ho
     if how == signal.SIGSTOP:
         os.kill(pid, signal.SIGKILL)
     monkeypatch.setattr(HandOver, "run", run)
+    monkeypatch.setattr(OwnConnector, "connect", connect)
     assert rig.nic.switch("vhost-user").outcome == "switched"  # with another child
     rig.exchange()
 
 
-def _gone():
+def _gone(connector, seconds, end):
     raise PyvmmError("gone")
 
 
@@ -740,7 +741,7 @@ def test_rescue_from_a_dead_back_end(rig, monkeypatch):
     rig.nic.switch("vhost-user")
     rig.exchange()
     path = rig.device.datapath
-    monkeypatch.setattr(path, "_dial", _gone)
+    monkeypatch.setattr(OwnConnector, "connect", _gone)
     os.kill(rig.wires.child.pid, signal.SIGKILL)
     assert wait_for(lambda: not path.connected)
     rig.guest.net.send(frame(1), frame(2))
@@ -748,6 +749,20 @@ def test_rescue_from_a_dead_back_end(rig, monkeypatch):
     assert report.outcome == "switched" and report.pending[1] == 2
     assert [rig.cable.receive()[12:] for _ in range(2)] == [frame(1), frame(2)]
     rig.exchange()
+
+
+def test_why_our_own_back_end_ended_a_session(rig):
+    """It is in the machine's report, beside what our side has seen of it."""
+    rig.nic.switch("vhost-user")
+    path = rig.device.datapath
+    assert path.converse(lambda session: session.tell(199))
+    assert wait_for(lambda: path.counters()["connections"] == 2 and path.connected)
+    assert rig.cable.receive()[12:] == rarp(MAC)  # the successor announces the card
+    rig.exchange()
+    assert rig.nic.report()["vhost_user"]["problems"] == [
+        "vhost-user peer has closed the connection",
+        "our own back-end: session ended: request 199 is not supported",
+    ]
 
 
 def descriptors() -> set[int]:

@@ -27,6 +27,7 @@ from pyvmm.hostnet.frames import rarp
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
+from pyvmm.vhostuser.connect import Connector, ListeningConnector
 from pyvmm.vhostuser.wire import Channel, Listener, TimedOut
 from tests.boot.seqnet import build, datagram
 from tests.driver import Events, NetDriver, bits, wait_for
@@ -109,6 +110,17 @@ class Running:
         assert self.error is None
 
 
+def front_end(path, *, server=False, wait=PATIENCE, **options) -> VhostUserNet:
+    """A connected front-end."""
+    net = VhostUserNet(ListeningConnector(path) if server else Connector(path), **options)
+    try:
+        net.connect(wait)
+    except BaseException:
+        net.close()
+        raise
+    return net
+
+
 class Guest:
     """Memory, drivers and our front-end."""
 
@@ -116,9 +128,8 @@ class Guest:
         self, path: str, *, acked: int = ALL, queues: int = 1, size: int = 256, **options
     ) -> None:
         options.setdefault("timeout", PATIENCE)
-        options.setdefault("wait", PATIENCE)
         self.memory = GuestMemory(16 << 20)
-        self.path = VhostUserNet(path, queues=queues, mac=MAC, **options)
+        self.path = front_end(path, queues=queues, mac=MAC, **options)
         self.events = Events()
         self.faults = self.events.faults
         self.acked = acked & (self.path.features() | MTU)
@@ -305,7 +316,7 @@ def test_too_few_queue_pairs_are_refused(path):
         Running(path, loop_port(2)),
         pytest.raises(VhostUserError, match="has 2 queue pairs, not 3"),
     ):
-        VhostUserNet(path, queues=3, wait=PATIENCE)
+        front_end(path, queues=3)
 
 
 def test_two_guests_joined(tmp_path):
@@ -435,13 +446,13 @@ def test_the_mtu_is_checked(path):
         Running(path, protocol_features=REPLY_ACK),
         pytest.raises(VhostUserError, match="does not take an MTU"),
     ):
-        VhostUserNet(path, mtu=1500, wait=PATIENCE)
+        front_end(path, mtu=1500)
 
 
 def test_no_backend(path):
     for server, words in ((False, "cannot connect"), (True, "no back-end has connected")):
         with pytest.raises(VhostUserError, match=words) as e:
-            VhostUserNet(path, server=server, wait=0.05)
+            front_end(path, server=server, wait=0.05)
         assert e.value.hint
 
 
@@ -668,7 +679,7 @@ def test_kills_under_traffic_to_a_tap(path, tmp_path):
                     guest.driver.send(*[datagram(sent + i) for i in range(16)])
                     sent += 16
             assert wait_for(lambda: guest.driver.tx.outstanding == 0, PATIENCE)
-            assert guest.counter("connections") > kills and not guest.faults
+            assert guest.connected(kills + 1) and not guest.faults
         watcher.join(PATIENCE)
         counter.terminate()
         account = json.loads(counter.stdout.read())
@@ -747,7 +758,7 @@ def test_a_hostile_backend_at_the_first_connection_is_an_error(path, listener, h
         Fake(listener, answers={spec.VHOST_USER_GET_FEATURES: HOSTILE[how]}),
         pytest.raises(VhostUserError),
     ):
-        VhostUserNet(path, wait=PATIENCE, timeout=PATIENCE)
+        front_end(path, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("how", HOSTILE)
@@ -1120,8 +1131,8 @@ class TagService:
         self.running = True
 
     def stop(self) -> list[int]:
-        running, self.running = self.running, False
-        return [7] if running else []
+        self.running = False
+        return [7]
 
     def counters(self) -> dict[str, int]:
         return {"starts": len(self.started)}
@@ -1188,8 +1199,8 @@ def test_an_inflight_region_of_garbage(path):
         killer.enter_context(child(path, far))
         guest = stack.enter_context(Guest(path))
         guest.start()
-        size = struct.unpack(spec.INFLIGHT, guest.path._inflight[1])[0]
-        fd = guest.path._inflight[0].fileno()
+        size = struct.unpack(spec.INFLIGHT, guest.path._rings.inflight.description)[0]
+        fd = guest.path._rings.inflight.fd.fileno()
         for round, fill in enumerate((b"\xff", b"\x01\x00", os.urandom(64))):
             killer.close()
             assert wait_for(lambda: not guest.path.connected, PATIENCE)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.backend.ports import PythonPort, loop_port
-from pyvmm.conformance.check import ITEMS, Bench, Failed, negotiation
+from pyvmm.conformance.check import ITEMS, Checker, Failed, negotiation
 from pyvmm.errors import VhostUserError
 from pyvmm.vhostuser.wire import Listener, connect
 from tests.driver import wait_for
@@ -26,7 +26,7 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "s")
 
 
-def run(path: str, timeout: float = PATIENCE) -> Bench:
+def run(path: str, timeout: float = PATIENCE) -> Checker:
     """All checks of a back-end that may only be about to listen."""
 
     def listens() -> bool:
@@ -37,13 +37,13 @@ def run(path: str, timeout: float = PATIENCE) -> Bench:
         return True
 
     assert wait_for(listens, PATIENCE)
-    bench = Bench(path, timeout=timeout)
-    bench.run()
-    return bench
+    checker = Checker(path, timeout=timeout)
+    checker.run()
+    return checker
 
 
-def results(bench: Bench) -> dict[str, str]:
-    return {item.name: item.result for item in bench.items}
+def results(checker: Checker) -> dict[str, str]:
+    return {item.name: item.result for item in checker.items}
 
 
 def test_our_backend_conforms(path: str, tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_one_that_sends_nothing_back(path: str) -> None:
 
 def test_features_that_are_not_offered_are_skipped(path: str) -> None:
     with Running(path, features=~(EVENT_IDX | MRG)):
-        bench = run(path)
-    found = results(bench)
+        checker = run(path)
+    found = results(checker)
     assert found["features VERSION_1+INDIRECT_DESC"] == "passed"
     assert (
         found["features VERSION_1+EVENT_IDX+INDIRECT_DESC"]
@@ -91,11 +91,11 @@ def test_one_that_does_nothing_fails(path: str) -> None:
     listener = Listener(path)
     try:
         with Fake(listener):
-            bench = run(path, 0.2)
+            checker = run(path, 0.2)
     finally:
         listener.close()
-    assert [(i.name, i.result) for i in bench.items] == [("negotiation", "failed")]
-    assert "1 transmits are not returned" in bench.items[0].detail
+    assert [(i.name, i.result) for i in checker.items] == [("negotiation", "failed")]
+    assert "1 transmits are not returned" in checker.items[0].detail
 
 
 @pytest.mark.parametrize("how", ["changes", "repeats", "loses"])
@@ -115,12 +115,12 @@ def test_one_that_spoils_a_packet(path: str, how: str) -> None:
     port = PythonPort(spoil)
     with Running(path, port):
         assert wait_for(lambda: listening(path), PATIENCE)
-        bench = Bench(path, timeout=PATIENCE)
-        negotiation(bench)
-        bench.timeout = 2.0 if how == "loses" else PATIENCE
-        with bench.machine() as machine, pytest.raises(Failed, match="come back"):
-            machine.send(600)
-            machine.send(40)
+        checker = Checker(path, timeout=PATIENCE)
+        negotiation(checker)
+        checker.timeout = 2.0 if how == "loses" else PATIENCE
+        with checker.card() as card, pytest.raises(Failed, match="come back"):
+            card.send(600)
+            card.send(40)
 
 
 def test_nobody_listens(path: str) -> None:

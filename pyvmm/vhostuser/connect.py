@@ -1,0 +1,79 @@
+"""Ways to come by a connection to a back-end: each attempt takes a bounded time, and can be ended
+by another thread.
+"""
+
+from __future__ import annotations
+
+import time
+
+from pyvmm.vhostuser.wire import Channel, Listener, Stopped, TimedOut, connect, readable
+
+#: Seconds for a back-end that listens to accept a connection, before the next attempt.
+ATTEMPT_S = 1.0
+
+
+class Connector:
+    """Connects to a back-end that listens on a socket.
+
+    :param name: the socket's path. :ivar name: what messages call the back-end.
+    :ivar waits: whether ``connect`` waits until a back-end is there, so that the caller need not
+        pause between attempts.
+    """
+
+    waits = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def connect(self, seconds: float | None, end: int) -> Channel:
+        """One attempt to have a connection.
+
+        :param seconds: to wait for a back-end that is not there or does not accept connections;
+            None: as long as makes sense before another attempt.
+        :param end: a descriptor that ends the attempt when it becomes readable.
+        :raises VhostUserError: there is no connection. :raises Stopped: because of ``end``.
+        """
+        return connect(self.name, ATTEMPT_S if seconds is None else seconds, end)
+
+    def complaints(self) -> list[str]:
+        """What the back-end has said since the last call, on another way than the connection, about
+        the ends of earlier ones. Never waits; any thread.
+        """
+        return []
+
+    def close(self) -> None:
+        """Release what the connector holds. A second call does nothing."""
+
+
+class ListeningConnector(Connector):
+    """Listens on a socket for a back-end that connects.
+
+    :raises VhostUserError: the path is taken or cannot be had.
+    """
+
+    waits = True
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._listener = Listener(path)
+
+    def connect(self, seconds: float | None, end: int) -> Channel:
+        """Wait for a connection."""
+        until = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            ready = readable([self._listener.fileno(), end], left)
+            if end in ready:
+                raise Stopped(f"waiting for a back-end at {self.name}: stopped")
+            if not ready:
+                raise TimedOut(
+                    f"no back-end has connected to {self.name} in {seconds:.3g} s",
+                    "start it as a client, or leave server=on away",
+                )
+            channel = self._listener.accept()
+            if channel is not None:
+                return channel
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._listener.close()

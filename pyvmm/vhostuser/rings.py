@@ -1,0 +1,137 @@
+"""The rings of a vhost-user device, as they go from one back-end to the next."""
+
+from __future__ import annotations
+
+import time
+
+from pyvmm.fd import eventfds
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import Any, Protocol
+
+    from pyvmm.memory import GuestMemory
+    from pyvmm.vhostuser.history import BackendHistory
+    from pyvmm.vhostuser.session import InflightFile, Session, Virtqueue
+
+    class Times(Protocol):
+        """When rings changed hands, in monotonic nanoseconds per ring index.
+
+        :ivar asked: just before the back-end was asked to give a ring back.
+        :ivar began: when the back-end had been given a ring.
+        """
+
+        asked: dict[int, int]
+        began: dict[int, int]
+
+
+class RingSet:
+    """The rings that a device has in use, and what is theirs whichever back-end serves them. One
+    thread at a time; the methods that take a session are called in a conversation.
+
+    :param count: rings that the device can have. :param times: gets when rings change hands.
+    :param history: gets what is wrong with a back-end's positions.
+    :ivar rings: in use, none while the device is at rest. :ivar acked: features of the driver.
+    :ivar memory: holds the rings. :ivar inflight: of the back-ends that served them, or None.
+    :ivar errs: eventfds by ring index; a back-end signals that it has found the ring malformed.
+    """
+
+    def __init__(self, count: int, times: Times, history: BackendHistory) -> None:
+        self.times = times
+        self.acked = 0
+        self.memory: Any = None
+        self.rings: list[Virtqueue] = []
+        self.inflight: InflightFile | None = None
+        self._history = history
+        self._stopped_at: dict[int, int] = {}  # positions of rings that ``stop_some`` stopped
+        self.errs = eventfds(count)
+
+    def use(self, acked: int, memory: GuestMemory, rings: Sequence[Virtqueue]) -> None:
+        """These rings are to be served from now on."""
+        self.acked, self.memory, self.rings = acked, memory, list(rings)
+        self.times.began, self._stopped_at = {}, {}
+        for err in self.errs:
+            err.drain()
+
+    def rest(self) -> None:
+        """No ring is in use any more."""
+        self.rings = []
+        self.forget_inflight()
+
+    @property
+    def size(self) -> int:
+        """Entries of the largest ring."""
+        return max(ring.size for ring in self.rings)
+
+    def _avail(self, ring: Virtqueue) -> int:
+        return int.from_bytes(self.memory.read(ring.avail + 2, 2), "little")
+
+    def _used(self, ring: Virtqueue) -> int:
+        return int.from_bytes(self.memory.read(ring.used + 2, 2), "little")
+
+    def pending(self, ring: Virtqueue) -> int:
+        """Chains of a ring that were made available and not returned."""
+        return self._avail(ring) - self._used(ring) & 0xFFFF
+
+    def from_used(self) -> list[int]:
+        """Positions by the used indices alone: where to go on if a back-end cannot be asked."""
+        return [self._used(ring) for ring in self.rings]
+
+    # --- with a back-end --------------------------------------------------------------------------
+
+    def share_inflight(self, s: Session, size: int) -> None:
+        """Have the back-end note chains in the file of its predecessor, or in a new one."""
+        file = s.share_inflight(self.inflight, len(self.errs), size)
+        if file is not self.inflight:
+            self.forget_inflight()
+            self.inflight = file
+
+    def forget_inflight(self) -> None:
+        """What was noted is of no use any more."""
+        file, self.inflight = self.inflight, None
+        if file is not None:
+            file.close()
+
+    def give(self, s: Session, bases: Sequence[int]) -> None:
+        """Have the back-end serve the rings. :param bases: their positions."""
+        for ring, base in zip(self.rings, bases, strict=True):
+            s.share_ring(ring, base, self.memory, self.errs[ring.index])
+        s.enable_rings(ring.index for ring in self.rings)
+        now = time.monotonic_ns()
+        for ring in self.rings:
+            ring.kick.nudge()  # for what was made available before
+            self.times.began[ring.index] = now
+
+    def take(self, s: Session) -> list[int]:
+        """Take all rings back; their positions."""
+        held = self._stopped_at
+        return [held[r.index] if r.index in held else self._take(s, r) for r in self.rings]
+
+    def take_some(self, s: Session, indices: Iterable[int]) -> None:
+        """Take some rings back; ``take`` comes next, and has the positions."""
+        wanted = set(indices)
+        for ring in self.rings:
+            if ring.index in wanted:
+                self._stopped_at[ring.index] = self._take(s, ring)
+
+    def _take(self, s: Session, ring: Virtqueue) -> int:
+        if ring.index not in s.sharing:
+            return self._used(ring)
+        self.times.asked[ring.index] = time.monotonic_ns()
+        base = s.stop_ring(ring.index)
+        used, avail = self._used(ring), self._avail(ring)
+        if base > 0xFFFF or avail - base & 0xFFFF > ring.size or base - used & 0xFFFF > ring.size:
+            self._history.count("bad_bases")
+            return used
+        return base
+
+    def lost(self) -> None:
+        """The back-end is gone, with what it said about positions."""
+        self._stopped_at = {}
+
+    def close(self) -> None:
+        """Release all that is not lent."""
+        self.forget_inflight()
+        for err in self.errs:
+            err.close()

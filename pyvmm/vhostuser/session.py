@@ -1,0 +1,410 @@
+"""A front-end's session with a vhost-user back-end: one connection, and what is said on it.
+
+A :class:`Session` knows the messages and their order, for any kind of virtio device. Whoever uses
+it knows the device: which features it needs, and where its rings are.
+
+Everything is said in a ``conversation``, which takes a bounded time however the back-end behaves:
+a step, such as a question with its answer, may last no longer than what is left of that time. A
+conversation that fails ends the session, because nobody knows what the back-end has understood; a
+mere refusal does not. ``cut`` ends the session from any other thread, at once.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from contextlib import contextmanager
+
+from pyvmm.errors import VhostUserError
+from pyvmm.fd import Fd
+from pyvmm.spec import vhost_user as spec
+from pyvmm.spec import virtio
+from pyvmm.spec.vhost_user import (
+    VHOST_USER_F_PROTOCOL_FEATURES,
+    VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+    VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
+    VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+    VHOST_USER_PROTOCOL_F_MQ,
+    VHOST_USER_PROTOCOL_F_REPLY_ACK,
+    VHOST_USER_PROTOCOL_F_RESET_DEVICE,
+    VHOST_USER_PROTOCOL_F_STATUS,
+    VRING_STATE,
+)
+from pyvmm.vhostuser.wire import (
+    Channel,
+    ProtocolError,
+    Region,
+    TimedOut,
+    pack_regions,
+    readable,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from typing import Any, Protocol
+
+    from pyvmm.fd import EventFd
+    from pyvmm.memory import GuestMemory
+    from pyvmm.vhostuser.wire import Message
+
+    class Virtqueue(Protocol):
+        """A split virtqueue that back-ends are to serve; ``datapath.base.Vring`` is one.
+
+        :ivar size: entries. :ivar desc, avail, used: guest-physical addresses.
+        :ivar base: position to start at: the next available index. :ivar kick, call: lent.
+        """
+
+        index: int
+        size: int
+        base: int
+        desc: int
+        avail: int
+        used: int
+        kick: EventFd
+        call: EventFd
+
+
+#: Protocol features that a session can make use of for any kind of device.
+PROTOCOL_FEATURES = sum(
+    1 << bit
+    for bit in (
+        VHOST_USER_PROTOCOL_F_MQ,
+        VHOST_USER_PROTOCOL_F_REPLY_ACK,
+        VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+        VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+        VHOST_USER_PROTOCOL_F_RESET_DEVICE,
+        VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
+        VHOST_USER_PROTOCOL_F_STATUS,
+    )
+)
+#: The device status of a device that is driven (virtio 1.2, 2.1).
+RUNNING = (
+    virtio.VIRTIO_CONFIG_S_ACKNOWLEDGE
+    | virtio.VIRTIO_CONFIG_S_DRIVER
+    | virtio.VIRTIO_CONFIG_S_FEATURES_OK
+    | virtio.VIRTIO_CONFIG_S_DRIVER_OK
+)
+#: Requests of back-ends that are acknowledged; all others are refused.
+BACKEND_REQUESTS = (spec.VHOST_USER_BACKEND_CONFIG_CHANGE_MSG,)
+#: Seconds for a message of the back-end's that has begun to arrive, and for its acknowledgement.
+REQUEST_S = 0.1
+
+
+class Refused(VhostUserError):
+    """The back-end refuses a request. The session goes on."""
+
+
+class InflightFile:
+    """The file in which a back-end notes the chains that it has taken from the rings. The front-end
+    keeps it for the back-end's successor.
+
+    :param fd: owned from here on. :param description: the payload of GET_INFLIGHT_FD's answer.
+    """
+
+    def __init__(self, fd: Fd, description: bytes) -> None:
+        self.fd, self.description = fd, description
+
+    def close(self) -> None:
+        """Forget what was noted."""
+        self.fd.close()
+
+
+class Session:
+    """One connection to a back-end. One thread at a time uses it; ``cut`` may come from any.
+
+    :param channel: owned from here on. :param name: what messages call the back-end.
+    :ivar features: virtio features that the back-end offers, as a mask.
+    :ivar protocol: protocol features in force, as a mask.
+    :ivar queue_num: the answer to GET_QUEUE_NUM: rings, or pairs of rings with a network card; None
+        if the back-end does not say.
+    :ivar slots: memory regions that the back-end takes.
+    :ivar requests: carries the back-end's own requests; None if there is no such channel.
+    :ivar sharing: indices of the rings that the back-end has been given.
+    :ivar prepared: what the user of the session has already agreed on with the back-end, for its
+        own use.
+    """
+
+    def __init__(self, channel: Channel, name: str) -> None:
+        self.channel, self.name = channel, name
+        self.features = self.protocol = 0
+        self.queue_num: int | None = None
+        self.slots = spec.VHOST_MEMORY_BASELINE_NREGIONS
+        self.requests: Channel | None = None
+        self.sharing: set[int] = set()
+        self.prepared: Any = None
+        self._memory_sent = False
+        self._deadline: float | None = None
+
+    # --- talking ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def conversation(self, seconds: float) -> Iterator[None]:
+        """Talk for at most ``seconds``: the steps below are taken in such a context.
+
+        An exception that leaves the context ends the session, unless it is ``Refused``.
+        """
+        self._deadline = time.monotonic() + seconds
+        try:
+            yield
+        except Refused:
+            raise
+        except BaseException:
+            self.cut()
+            raise
+        finally:
+            self._deadline = None
+
+    def _left(self) -> float:
+        """Seconds that are left of the conversation."""
+        assert self._deadline is not None, "no conversation"
+        return max(0.0, self._deadline - time.monotonic())
+
+    def ask(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Message:
+        """A step: a question. The caller closes the answer."""
+        return self.channel.ask(request, payload, fds, timeout=self._left())
+
+    def number(self, request: int) -> int:
+        """A step: a question that is answered by 64 bits."""
+        answer = self.ask(request)
+        try:
+            return answer.u64
+        finally:
+            answer.close()
+
+    def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """A step: a message that nobody confirms."""
+        self.channel.request(request, payload, fds, timeout=self._left())
+
+    def order(self, request: int, what: str, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """A step: a message that must have taken effect before we go on.
+
+        A back-end without REPLY_ACK cannot refuse anything but by ending the session.
+
+        :param what: names what is asked for. :raises Refused: the back-end refuses it.
+        """
+        if not self.has(VHOST_USER_PROTOCOL_F_REPLY_ACK):
+            self.tell(request, payload, fds)
+            self.settle()
+            return
+        answer = self.channel.ask(request, payload, fds, need_reply=True, timeout=self._left())
+        try:
+            if answer.u64:
+                raise Refused(f"the back-end at {self.name} refuses {what}")
+        finally:
+            answer.close()
+
+    def settle(self) -> None:
+        """A step: wait until the back-end has taken all that it was told. It answers in order, so
+        that any question does.
+        """
+        self.number(spec.VHOST_USER_GET_FEATURES)
+
+    def has(self, bit: int) -> bool:
+        """Whether a protocol feature is in force."""
+        return bool(self.protocol >> bit & 1)
+
+    def offers(self, bit: int) -> bool:
+        """Whether the back-end offers a virtio feature."""
+        return bool(self.features >> bit & 1)
+
+    def cut(self) -> None:
+        """End the session at once, also the conversation of another thread. Any thread; takes no
+        lock that a conversation holds. The descriptors stay open until ``close``.
+        """
+        self.channel.stop()
+
+    def close(self) -> None:
+        """Disconnect, and release all descriptors. A second call does nothing."""
+        self.channel.close()
+        self.close_requests()
+
+    # --- what is agreed on ------------------------------------------------------------------------
+
+    def negotiate(self, wanted: int) -> None:
+        """Find out what the back-end can do, and become its owner.
+
+        :param wanted: mask of the protocol features to use if the back-end has them.
+        """
+        self.features = self.number(spec.VHOST_USER_GET_FEATURES)
+        if self.offers(VHOST_USER_F_PROTOCOL_FEATURES):
+            self.protocol = wanted & self.number(spec.VHOST_USER_GET_PROTOCOL_FEATURES)
+            bits = struct.pack("<Q", self.protocol)
+            self.tell(spec.VHOST_USER_SET_PROTOCOL_FEATURES, bits)
+        if self.has(VHOST_USER_PROTOCOL_F_MQ):
+            self.queue_num = self.number(spec.VHOST_USER_GET_QUEUE_NUM)
+        if self.has(VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS):
+            self.slots = self.number(spec.VHOST_USER_GET_MAX_MEM_SLOTS)
+        if self.has(VHOST_USER_PROTOCOL_F_BACKEND_REQ):
+            self._open_requests()
+        self.tell(spec.VHOST_USER_SET_OWNER)
+        self.features &= self.number(spec.VHOST_USER_GET_FEATURES)
+
+    def choose_features(self, features: int) -> None:
+        """SET_FEATURES. :param features: those that driver and back-end have agreed on."""
+        if self.offers(VHOST_USER_F_PROTOCOL_FEATURES):
+            features |= 1 << VHOST_USER_F_PROTOCOL_FEATURES  # without it rings would start enabled
+        self.tell(spec.VHOST_USER_SET_FEATURES, struct.pack("<Q", features))
+
+    def share_memory(self, memory: GuestMemory) -> None:
+        """Have the back-end map guest memory, once per session.
+
+        :raises Refused: it does not.
+        """
+        regions = [Region(r.gpa, r.size, r.host, r.offset) for r in memory.regions]
+        fd = memory.fd.fileno()
+        if not self.has(VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS):
+            table = pack_regions(regions)
+            self.order(spec.VHOST_USER_SET_MEM_TABLE, "our memory", table, [fd] * len(regions))
+        elif not self._memory_sent:
+            for region in regions:
+                payload = bytes(8) + region.pack()
+                self.order(spec.VHOST_USER_ADD_MEM_REG, "our memory", payload, [fd])
+        self._memory_sent = True
+
+    def share_inflight(
+        self, file: InflightFile | None, queues: int, size: int
+    ) -> InflightFile | None:
+        """Give the back-end its predecessor's in-flight file, or have it make one.
+
+        :param file: the predecessor's, or None. :param queues: rings of at most ``size`` entries.
+        :returns: the file from now on; None if the back-end keeps none. A new one is the caller's.
+        :raises Refused: it does not take the file.
+        """
+        if not self.has(VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
+            return None
+        new = None
+        if file is None:
+            file = new = self._new_inflight(queues, size)
+        if file is None:
+            return None
+        try:
+            what, fd = "its in-flight region", file.fd.fileno()
+            self.order(spec.VHOST_USER_SET_INFLIGHT_FD, what, file.description, [fd])
+        except BaseException:
+            if new is not None:
+                new.close()
+            raise
+        return file
+
+    def _new_inflight(self, queues: int, size: int) -> InflightFile | None:
+        request = struct.pack(spec.INFLIGHT, 0, 0, queues, size)
+        answer = self.ask(spec.VHOST_USER_GET_INFLIGHT_FD, request)
+        try:
+            mapped, _, _, _ = answer.unpack(spec.INFLIGHT)
+            if not mapped or not answer.fds:
+                return None
+            (fd,) = answer.take_fds(1, 1)
+            return InflightFile(Fd(fd), answer.payload)
+        finally:
+            answer.close()
+
+    # --- rings ------------------------------------------------------------------------------------
+
+    def share_ring(self, ring: Virtqueue, base: int, memory: GuestMemory, err: EventFd) -> None:
+        """Tell the back-end all about one ring, which is not enabled yet. After a stop all of it
+        has to be said again.
+
+        :param base: the position to start at. :param err: the back-end signals it if the ring is
+            malformed; lent.
+        """
+        i, size = ring.index, ring.size
+        state = struct.pack(VRING_STATE, i, size)
+        self.tell(spec.VHOST_USER_SET_VRING_NUM, state)
+        # BASE goes before ADDR: some back-ends compare it with the used index there.
+        self.tell(spec.VHOST_USER_SET_VRING_BASE, struct.pack(VRING_STATE, i, base))
+        parts = (ring.desc, 16 * size), (ring.used, 6 + 8 * size), (ring.avail, 6 + 2 * size)
+        try:
+            addresses = [memory.host_address(gpa, length) for gpa, length in parts]
+        except IndexError as e:
+            raise VhostUserError(f"ring {i}: {e}") from e
+        self.tell(spec.VHOST_USER_SET_VRING_ADDR, struct.pack(spec.VRING_ADDR, i, 0, *addresses, 0))
+        self.sharing.add(i)
+        for request, event in (
+            (spec.VHOST_USER_SET_VRING_ERR, err),
+            (spec.VHOST_USER_SET_VRING_KICK, ring.kick),
+            (spec.VHOST_USER_SET_VRING_CALL, ring.call),
+        ):
+            self.tell(request, struct.pack("<Q", i), [event.fileno()])
+
+    def enable_rings(self, indices: Iterable[int]) -> None:
+        """Let the back-end serve these rings; when it returns the back-end has taken all that was
+        said.
+
+        :raises Refused: it does not.
+        """
+        if self.offers(VHOST_USER_F_PROTOCOL_FEATURES):  # else they are enabled already
+            for i in indices:
+                state = struct.pack(VRING_STATE, i, 1)
+                self.order(spec.VHOST_USER_SET_VRING_ENABLE, f"ring {i}", state)
+        if self.has(VHOST_USER_PROTOCOL_F_STATUS):
+            self.tell(spec.VHOST_USER_SET_STATUS, struct.pack("<Q", RUNNING))
+        self.settle()
+
+    def stop_ring(self, index: int) -> int:
+        """Take a ring back. :returns: its position as the back-end says, which may be anything."""
+        state = struct.pack(VRING_STATE, index, 0)
+        answer = self.ask(spec.VHOST_USER_GET_VRING_BASE, state)
+        try:
+            other, base = answer.unpack(VRING_STATE)
+        finally:
+            answer.close()
+        if other != index:
+            raise ProtocolError(f"GET_VRING_BASE of ring {index} was answered for ring {other}")
+        self.sharing.discard(index)
+        return base
+
+    def reset(self) -> None:
+        """Tell the back-end that the device is at rest, as far as it wants to know."""
+        if self.has(VHOST_USER_PROTOCOL_F_STATUS):
+            self.tell(spec.VHOST_USER_SET_STATUS, bytes(8))
+        if self.has(VHOST_USER_PROTOCOL_F_RESET_DEVICE):
+            self.tell(spec.VHOST_USER_RESET_DEVICE)
+
+    # --- what the back-end says unasked -----------------------------------------------------------
+
+    def check_silence(self) -> None:
+        """Look at what there is to read outside of a conversation, where nothing should be.
+
+        :raises VhostUserError: the connection has ended, or the back-end speaks unasked.
+        """
+        if not readable([self.channel.fileno()], 0):
+            return  # it was an answer, and has been taken
+        try:
+            message = self.channel.receive(0)
+        except TimedOut as e:
+            raise ProtocolError("the back-end says half a message unasked") from e
+        message.close()
+        raise ProtocolError(f"the back-end says {message.name} unasked")
+
+    def _open_requests(self) -> None:
+        kind = socket.SOCK_STREAM | socket.SOCK_CLOEXEC
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        except OSError as e:
+            raise VhostUserError(f"no channel for {self.name}: {e.strerror}", "ulimit -n") from e
+        self.requests = Channel(ours)
+        try:
+            fds = [theirs.fileno()]
+            self.order(spec.VHOST_USER_SET_BACKEND_REQ_FD, "a channel", fds=fds)
+        finally:
+            theirs.close()
+
+    def serve_request(self) -> None:
+        """Answer a request of the back-end's. :raises VhostUserError: its channel has ended."""
+        requests = self.requests
+        assert requests is not None
+        message = requests.receive(REQUEST_S)
+        try:
+            if message.need_reply:
+                refused = message.request not in BACKEND_REQUESTS
+                requests.reply(message, struct.pack("<Q", refused), timeout=REQUEST_S)
+        finally:
+            message.close()
+
+    def close_requests(self) -> None:
+        """Take no more requests from the back-end; the session itself goes on."""
+        requests, self.requests = self.requests, None
+        if requests is not None:
+            requests.close()
