@@ -12,6 +12,11 @@ struct pv_bus {
 	struct pv_bus_region region[PV_SPACES][PV_BUS_REGIONS]; /* sorted by base, disjoint */
 };
 
+/**
+ * pv_bus_new() - Make two I/O spaces, without regions
+ *
+ * Return: the bus, to be freed; NULL if memory is short
+ */
 struct pv_bus *pv_bus_new(void)
 {
 	struct pv_bus *bus = calloc(1, sizeof(*bus));
@@ -21,6 +26,10 @@ struct pv_bus *pv_bus_new(void)
 	return bus;
 }
 
+/**
+ * pv_bus_free() - Release a bus
+ * @bus:	No vCPU runs any more; may be NULL
+ */
 void pv_bus_free(struct pv_bus *bus)
 {
 	if (!bus)
@@ -29,6 +38,18 @@ void pv_bus_free(struct pv_bus *bus)
 	free(bus);
 }
 
+/**
+ * pv_bus_add() - Add a region
+ * @bus:	The bus; from any thread
+ * @space:	The I/O space
+ * @base:	First port or address
+ * @len:	Bytes; not 0
+ * @id:		Chosen by the caller, not 0: what the ledger calls the region
+ * @kind:	Who answers
+ * @opaque:	For that kind, see enum pv_region_kind; lent until pv_bus_remove()
+ *
+ * Return: 0; -EEXIST if another region is there, -ENOSPC if there are too many, -EINVAL
+ */
 int pv_bus_add(struct pv_bus *bus, enum pv_space space, uint64_t base, uint64_t len, uint32_t id,
 	       enum pv_region_kind kind, void *opaque)
 {
@@ -56,6 +77,17 @@ int pv_bus_add(struct pv_bus *bus, enum pv_space space, uint64_t base, uint64_t 
 	return ret;
 }
 
+/**
+ * pv_bus_remove() - Remove a region
+ * @bus:	The bus; from any thread
+ * @space:	As for pv_bus_add()
+ * @base:	Likewise
+ * @id:		Likewise
+ *
+ * An access that has found the region before may still be under way on return.
+ *
+ * Return: 0, or -ENOENT
+ */
 int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32_t id)
 {
 	struct pv_bus_region *r = bus->region[space];
@@ -74,6 +106,16 @@ int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32
 	return ret;
 }
 
+/**
+ * pv_bus_find() - Look for the region that holds an access whole
+ * @bus:	The bus; from any thread
+ * @space:	The I/O space
+ * @addr:	First port or address
+ * @size:	Bytes
+ * @out:	Gets a copy of the region
+ *
+ * Return: whether there is one
+ */
 bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_t size,
 		 struct pv_bus_region *out)
 {
@@ -180,6 +222,15 @@ static uint32_t pci_register(const struct pv_pci_latch *l, uint32_t offset)
 	return PV_REG_PCI | (address & 0xfffc) | (offset & 3);
 }
 
+/**
+ * pv_bus_register() - Which register an access is for, as the ledger has it
+ * @r:		The region
+ * @addr:	Of the access, in the region
+ *
+ * To be asked before the access, which may change the answer.
+ *
+ * Return: the offset, or PV_REG_*
+ */
 uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr)
 {
 	uint32_t offset = (uint32_t)(addr - r->base);
@@ -194,6 +245,16 @@ uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr)
 	}
 }
 
+/**
+ * pv_bus_access() - Answer one access in C
+ * @r:		The region
+ * @addr:	Of the access, which lies in the region whole
+ * @write:	Whether the guest writes
+ * @data:	Little-endian; filled in by a read
+ * @size:	1, 2, 4 or 8
+ *
+ * Return: whether C could answer; if not, Python must
+ */
 bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data,
 		   uint32_t size)
 {

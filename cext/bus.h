@@ -44,10 +44,6 @@ enum pv_region_kind {
 struct pv_bus;
 struct pv_bus *pv_bus_new(void);
 void pv_bus_free(struct pv_bus *bus);
-/*
- * id: chosen by the caller, not 0; what the ledger calls the region. Returns 0, -EEXIST on overlap,
- * -ENOSPC.
- */
 int pv_bus_add(struct pv_bus *bus, enum pv_space space, uint64_t base, uint64_t len, uint32_t id,
 	       enum pv_region_kind kind, void *opaque);
 int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32_t id);
@@ -85,18 +81,9 @@ struct pv_bus_region {
 	void *opaque;
 };
 
-/* The region that holds [addr, addr + size) whole, copied to *out; false where there is none. */
 bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_t size,
 		 struct pv_bus_region *out);
-/*
- * Which register an access to the region is for, as the ledger has it; before the access, which may
- * change it.
- */
 uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr);
-/*
- * Answer one access in C. size is 1, 2, 4 or 8 and data little-endian. Returns false where Python
- * must.
- */
 bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data,
 		   uint32_t size);
 

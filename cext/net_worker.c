@@ -23,8 +23,8 @@
 #define SCRATCH_SIZE  (68u << 10) /* more than a tap ever returns: 64 KiB and headers */
 #define WINDOW_IOV    (4 * PV_CHAIN_MAX)
 #define READV_MAX     (PV_CHAIN_MAX - 1) /* IOV_MAX less the scratch buffer */
-#define READV_SMALL                                                                                \
-	7 /* with the scratch buffer, what readv takes without allocating (UIO_FASTIOV) */
+/* With the scratch buffer, what readv takes without allocating (UIO_FASTIOV). */
+#define READV_SMALL  7
 #define LARGE_CREDIT 64 /* reads with the whole window after a frame that needed it */
 /* See linger(). */
 #define LINGER_MIN_US  10

@@ -105,8 +105,8 @@ struct pv_net_config {
 struct pv_net_counters {
 	uint64_t rx_packets;
 	uint64_t rx_bytes; /* without the virtio_net_hdr */
-	uint64_t rx_kicks; /* wake-ups by a kick: kicks that came while awake count once or not at
-			      all */
+	/* Wake-ups by a kick; kicks while the worker is awake count once or not at all. */
+	uint64_t rx_kicks;
 	uint64_t rx_calls;
 	uint64_t rx_calls_suppressed; /* batches for which the guest wanted no interrupt */
 	uint64_t rx_batches;	      /* publications of the used index */

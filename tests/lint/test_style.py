@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,17 @@ def test_clang_format() -> None:
 @pytest.mark.parametrize("flags", [[], SANITIZE], ids=["warnings", "sanitized"])
 def test_c(path: str, flags: list[str]) -> None:
     clean("gcc", *C_FLAGS, *flags, "-c", "-o", os.devnull, path)
+
+
+def test_c_functions_are_described_where_they_are_defined() -> None:
+    """Kernel-doc in the .c file for each function that a header of cext declares."""
+    missing, count = [], 0
+    for header in sorted((ROOT / "cext").glob("*.h")):
+        names = re.findall(r"^[a-z][\w ]*[ *](pv_\w+)\([^{;]*\);", header.read_text(), re.M)
+        text = header.with_suffix(".c").read_text() if names else ""
+        missing += [name for name in names if f"/**\n * {name}() - " not in text]
+        count += len(names)
+    assert count > 60 and missing == []
 
 
 def test_shell_scripts_parse() -> None:
