@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Start-up of the bare-metal guests: the way from any entry to main() in long mode, with the first
- * 4 GiB mapped, a stack and an interrupt table. The trampoline in which application processors start
- * is here, too.
+ * 4 GiB mapped, a stack and an interrupt table. The trampoline in which application processors
+ * start is here, too.
  *
  * With MULTIBOOT there is a multiboot 1 header, whose flags are MULTIBOOT. The image then begins
  * with a jump to its 32-bit entry, so that it can be used as a flat binary, too.
