@@ -13,9 +13,9 @@ struct pv_bus {
 };
 
 /**
- * pv_bus_new() - Make two I/O spaces, without regions
+ * pv_bus_new() - Make both I/O spaces, without regions
  *
- * Return: the bus, to be freed; NULL if memory is short
+ * Return: the bus, to be freed by pv_bus_free(), or NULL
  */
 struct pv_bus *pv_bus_new(void)
 {
@@ -27,8 +27,8 @@ struct pv_bus *pv_bus_new(void)
 }
 
 /**
- * pv_bus_free() - Release a bus
- * @bus:	No vCPU runs any more; may be NULL
+ * pv_bus_free() - Free a bus
+ * @bus:	From pv_bus_new(), or NULL; no vCPU uses it any more
  */
 void pv_bus_free(struct pv_bus *bus)
 {
@@ -39,16 +39,17 @@ void pv_bus_free(struct pv_bus *bus)
 }
 
 /**
- * pv_bus_add() - Add a region
- * @bus:	The bus; from any thread
- * @space:	The I/O space
- * @base:	First port or address
- * @len:	Bytes; not 0
- * @id:		Chosen by the caller, not 0: what the ledger calls the region
- * @kind:	Who answers
- * @opaque:	For that kind, see enum pv_region_kind; lent until pv_bus_remove()
+ * pv_bus_add() - Map a region
+ * @bus:	The bus; vCPUs may use it meanwhile
+ * @space:	PV_PIO or PV_MMIO
+ * @base:	First port or guest-physical address
+ * @len:	Bytes
+ * @id:		Identifies the region in the ledger; chosen by the caller, not 0
+ * @kind:	Who answers accesses
+ * @opaque:	The object that @kind needs; lent until pv_bus_remove()
  *
- * Return: 0; -EEXIST if another region is there, -ENOSPC if there are too many, -EINVAL
+ * Return: 0; -EEXIST if another region is there; -ENOSPC if the space has too many regions; -EINVAL
+ * if the range is empty or overflows
  */
 int pv_bus_add(struct pv_bus *bus, enum pv_space space, uint64_t base, uint64_t len, uint32_t id,
 	       enum pv_region_kind kind, void *opaque)
@@ -78,15 +79,13 @@ int pv_bus_add(struct pv_bus *bus, enum pv_space space, uint64_t base, uint64_t 
 }
 
 /**
- * pv_bus_remove() - Remove a region
- * @bus:	The bus; from any thread
- * @space:	As for pv_bus_add()
- * @base:	Likewise
- * @id:		Likewise
+ * pv_bus_remove() - Unmap a region
+ * @bus:	The bus; vCPUs may use it meanwhile
+ * @space:	PV_PIO or PV_MMIO
+ * @base:	The region's base
+ * @id:		The region's id
  *
- * An access that has found the region before may still be under way on return.
- *
- * Return: 0, or -ENOENT
+ * Return: 0, or -ENOENT if there is no such region
  */
 int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32_t id)
 {
@@ -107,14 +106,14 @@ int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32
 }
 
 /**
- * pv_bus_find() - Look for the region that holds an access whole
- * @bus:	The bus; from any thread
- * @space:	The I/O space
- * @addr:	First port or address
+ * pv_bus_find() - Look up the region of an access
+ * @bus:	The bus
+ * @space:	PV_PIO or PV_MMIO
+ * @addr:	First port or guest-physical address of the access
  * @size:	Bytes
  * @out:	Gets a copy of the region
  *
- * Return: whether there is one
+ * Return: true if a region contains the whole access
  */
 bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_t size,
 		 struct pv_bus_region *out)
@@ -172,7 +171,7 @@ static bool notify_access(const struct pv_notify *n, uint64_t offset, bool write
 		return true;
 	if (n->fd[queue] < 0)
 		return false;
-	eventfd_write(n->fd[queue], 1); /* EAGAIN: the counter is full of kicks already */
+	eventfd_write(n->fd[queue], 1); /* if the counter is full (EAGAIN), the reader is awake */
 	return true;
 }
 
@@ -184,7 +183,7 @@ static bool pci_access(struct pv_pci_latch *l, uint64_t offset, bool write, uint
 
 	if (offset < 4) {
 		if (offset || size != 4)
-			return false; /* 0xCF9, the reset control register, lies inside */
+			return false; /* port 0xCF9 is the reset control register */
 		if (write) {
 			memcpy(&address, data, 4);
 			__atomic_store_n(&l->address, address & 0x80fffffc, __ATOMIC_RELAXED);
@@ -194,8 +193,8 @@ static bool pci_access(struct pv_pci_latch *l, uint64_t offset, bool write, uint
 		return true;
 	}
 	/*
-	 * Enabled, bus 0, function 0, a device that is there: reads of plain bytes are answered
-	 * here, the rest is Python's.
+	 * The latch is enabled and selects function 0 of a device on bus 0 that exists. Answer
+	 * reads of plain bytes here, and leave all else to Python.
 	 */
 	if ((address & 0x80ff0700) == 0x80000000 && (l->present >> device) & 1) {
 		uint32_t at = (address & 0xfc) + (uint32_t)(offset & 3);
@@ -223,13 +222,13 @@ static uint32_t pci_register(const struct pv_pci_latch *l, uint32_t offset)
 }
 
 /**
- * pv_bus_register() - Which register an access is for, as the ledger has it
+ * pv_bus_register() - The number of a register, for the ledger
  * @r:		The region
- * @addr:	Of the access, in the region
+ * @addr:	Address of the access
  *
- * To be asked before the access, which may change the answer.
+ * Call this before the access, which may change the number.
  *
- * Return: the offset, or PV_REG_*
+ * Return: the number, see PV_REG_PCI
  */
 uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr)
 {
@@ -248,12 +247,12 @@ uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr)
 /**
  * pv_bus_access() - Answer one access in C
  * @r:		The region
- * @addr:	Of the access, which lies in the region whole
+ * @addr:	Address of the access
  * @write:	Whether the guest writes
- * @data:	Little-endian; filled in by a read
- * @size:	1, 2, 4 or 8
+ * @data:	The bytes, little-endian; filled in for a read
+ * @size:	1, 2, 4 or 8 bytes
  *
- * Return: whether C could answer; if not, Python must
+ * Return: false if Python must answer
  */
 bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data,
 		   uint32_t size)

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Who answers at a port or address: regions of the two I/O spaces, and the devices simple or hot
- * enough to live in C.
+ * The two I/O spaces: which region answers at a port or address, and the devices that are simple or
+ * busy enough to be in C.
  *
- * Python adds and removes regions while vCPUs run (a guest may move a BAR), so look-ups take a read
- * lock. A region of kind PV_REGION_PYTHON is handed to Python by the vCPU loop; every other kind is
- * answered here. An access that no region contains whole reads as all ones and writes nothing, like
- * a bus without a device.
+ * Python adds and removes regions while vCPUs run (a guest may move a BAR), so a look-up takes a
+ * read lock. The vCPU loop hands accesses to a region of kind PV_REGION_PYTHON to Python; accesses
+ * to all other kinds are answered here. If no region contains an access entirely, a read gives all
+ * ones and a write is lost, as on a bus without a device.
  */
 #ifndef PV_BUS_H
 #define PV_BUS_H
@@ -17,7 +17,7 @@
 #include "types.h"
 
 /* cffi: begin */
-#define PV_BUS_REGIONS 256 /* 31 PCI functions of 6 regions, and the board */
+#define PV_BUS_REGIONS 256 /* per space: enough for 31 PCI functions of 6 regions and the board */
 
 enum pv_space { PV_PIO, PV_MMIO, PV_SPACES };
 
@@ -26,16 +26,17 @@ enum pv_region_kind {
 	PV_REGION_SERIAL,   /* opaque: struct pv_serial */
 	PV_REGION_NOTIFY,   /* opaque: struct pv_notify */
 	PV_REGION_ISR,	    /* opaque: struct pv_intx */
-	PV_REGION_STREAM,   /* opaque: struct pv_pipe; bytes written go there */
-	PV_REGION_DEBUGCON, /* the same, but reads as its port number, by which it is found */
-	PV_REGION_PCI,	    /* opaque: struct pv_pci_latch; 0xCF8..0xCFF */
-	PV_REGION_IGNORE    /* reads as zero, swallows writes */
+	PV_REGION_STREAM,   /* opaque: struct pv_pipe, which gets the bytes that are written */
+	PV_REGION_DEBUGCON, /* the same, but a read gives the port number: guests look for it */
+	PV_REGION_PCI,	    /* opaque: struct pv_pci_latch; ports 0xCF8..0xCFF */
+	PV_REGION_IGNORE    /* reads give zero, writes are lost */
 };
 
 /*
- * What pv_bus_register() makes of an access, beside the offset in the region. Of the PCI data
- * window: which configuration register, PV_REG_PCI | bus, device and function << 8 | offset, or
- * that no function is there. Of a serial port: PV_REG_DLAB | offset for the divisor latch.
+ * The number of a register, which pv_bus_register() makes of an access, is the offset in the region
+ * with these exceptions. In the PCI data window it is PV_REG_PCI | bus, device and function << 8 |
+ * offset in configuration space, or PV_REG_PCI_NOBODY if no function is there. In a serial port it
+ * is PV_REG_DLAB | offset for the divisor latch.
  */
 #define PV_REG_PCI	  0x1000000
 #define PV_REG_PCI_NOBODY 0x2000000
@@ -49,27 +50,28 @@ int pv_bus_add(struct pv_bus *bus, enum pv_space space, uint64_t base, uint64_t 
 int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32_t id);
 
 /*
- * Virtqueue notification without ioeventfd: queue q is at offset q * stride and is kicked by adding
- * 1 to fd[q].
+ * The kick registers of virtqueues whose kicks come without ioeventfd. A write at offset q * stride
+ * kicks queue q by adding 1 to the eventfd fd[q].
  */
 struct pv_notify {
 	uint32_t count;
 	uint32_t stride;
-	int32_t fd[64]; /* -1: Python's */
+	int32_t fd[64]; /* lent; -1: Python answers */
 };
 
 /*
- * PCI configuration address latch (PCI 3.0, 3.2.2.3.2). Accesses to functions that are not present
- * are answered here; the guest looks for them by the hundred.
+ * The PCI configuration address latch (PCI 3.0, 3.2.2.3.2). C answers accesses to functions that do
+ * not exist, because guests look for functions by the hundred.
  */
 struct pv_pci_latch {
 	uint32_t address;
-	uint32_t present; /* bit n: bus 0 device n exists */
+	uint32_t present; /* bit n: device n of bus 0 exists */
 	/*
-	 * The 256 bytes of each function's configuration space, lent by Python, for reads; NULL:
-	 * Python answers. live: bit n, the doubleword at 4 * n is more than the bytes there.
+	 * The 256 bytes of each function's configuration space, which Python lends for reads; NULL:
+	 * Python answers.
 	 */
 	const uint8_t *config[32];
+	/* Bit n: Python answers reads of the doubleword at 4 * n, whose value is not in config. */
 	uint64_t live[32];
 };
 /* cffi: end */

@@ -17,18 +17,19 @@ struct pv_intx {
 	uint32_t gsi;
 	uint8_t isr;
 	bool disabled, level;
-	/* The thread's, constant while there is one. */
+	/* These belong to the thread and do not change while it runs. */
 	struct pv_thread thread;
 	uint32_t count;
 	uint8_t bits[PV_INTX_EVENTS];
-	struct pollfd poll[PV_INTX_EVENTS + 1]; /* the last of them: to stop */
+	struct pollfd poll[PV_INTX_EVENTS + 1]; /* the last one stops the thread */
 };
 
 /**
  * pv_intx_new() - Make a line
- * @vm_fd:	The address of the VM's descriptor, which a machine reset replaces; -1: no VM
+ * @vm_fd:	Address of the VM's descriptor, lent; a machine reset replaces the descriptor, -1
+ *		stands for no VM
  *
- * Return: the line, to be freed; NULL if memory is short
+ * Return: the line, to be freed by pv_intx_free(); NULL if memory is short
  */
 struct pv_intx *pv_intx_new(const int *vm_fd)
 {
@@ -42,8 +43,8 @@ struct pv_intx *pv_intx_new(const int *vm_fd)
 }
 
 /**
- * pv_intx_free() - Release a line
- * @x:		Without a thread; may be NULL
+ * pv_intx_free() - Free a line
+ * @x:		From pv_intx_new(), without a thread; or NULL
  */
 void pv_intx_free(struct pv_intx *x)
 {
@@ -54,9 +55,9 @@ void pv_intx_free(struct pv_intx *x)
 }
 
 /**
- * pv_intx_wire() - Say which line it is
- * @x:		The line, before the first raise
- * @gsi:	Of the interrupt controller; nobody else raises it
+ * pv_intx_wire() - Choose the input of the interrupt controller, before the line is first raised
+ * @x:		The line
+ * @gsi:	Number of the input, which nobody else may raise
  */
 void pv_intx_wire(struct pv_intx *x, uint32_t gsi)
 {
@@ -77,8 +78,8 @@ static void intx_update(struct pv_intx *x)
 
 /**
  * pv_intx_raise() - Set bits of the register, and raise the line unless it is disabled
- * @x:		The line; from any thread
- * @bits:	1 queue, 2 configuration
+ * @x:		The line; any thread may call this
+ * @bits:	1 for a queue, 2 for the configuration
  */
 void pv_intx_raise(struct pv_intx *x, uint8_t bits)
 {
@@ -89,9 +90,11 @@ void pv_intx_raise(struct pv_intx *x, uint8_t bits)
 }
 
 /**
- * pv_intx_disable() - Hide or show the line; a pending interrupt is hidden or shown at once
- * @x:		The line; from any thread
- * @disabled:	By bit 10 of the PCI command register, or because MSI-X is in use
+ * pv_intx_disable() - Disable or enable the line
+ * @x:		The line; any thread may call this
+ * @disabled:	Bit 10 of the PCI command register is set, or MSI-X is in use
+ *
+ * A pending interrupt disappears from the line or appears on it at once.
  */
 void pv_intx_disable(struct pv_intx *x, bool disabled)
 {
@@ -102,8 +105,8 @@ void pv_intx_disable(struct pv_intx *x, bool disabled)
 }
 
 /**
- * pv_intx_reset() - Clear the register
- * @x:		The line; from any thread
+ * pv_intx_reset() - Clear the register, and lower the line
+ * @x:		The line; any thread may call this
  */
 void pv_intx_reset(struct pv_intx *x)
 {
@@ -114,8 +117,8 @@ void pv_intx_reset(struct pv_intx *x)
 }
 
 /**
- * pv_intx_pending() - Whether a bit is set, shown on the line or not
- * @x:		The line; from any thread
+ * pv_intx_pending() - Whether a bit is set, even if the line is disabled
+ * @x:		The line; any thread may call this
  *
  * Return: bit 3 of the PCI status register
  */
@@ -130,10 +133,10 @@ bool pv_intx_pending(struct pv_intx *x)
 }
 
 /**
- * pv_intx_read() - The guest's read of the register: clears it and lowers the line
- * @x:		The line; from any thread
+ * pv_intx_read() - Do the guest's read of the register, which clears it and lowers the line
+ * @x:		The line; any thread may call this
  *
- * Return: the bits
+ * Return: the bits before they were cleared
  */
 uint8_t pv_intx_read(struct pv_intx *x)
 {
@@ -147,7 +150,7 @@ uint8_t pv_intx_read(struct pv_intx *x)
 	return isr;
 }
 
-/* What the thread does: turn eventfds into the line. */
+/* The thread's function: raise the line whenever an eventfd is signalled. */
 static void listen_to_events(void *arg)
 {
 	struct pv_intx *x = arg;
@@ -169,12 +172,12 @@ static void listen_to_events(void *arg)
 }
 
 /**
- * pv_intx_start() - Have a thread turn eventfds into the line, until pv_intx_stop()
+ * pv_intx_start() - Start a thread that raises the line whenever an eventfd is signalled
  * @x:		The line, without a thread
- * @name:	Of the thread, as the system shows it
- * @fds:	Non-blocking eventfds, lent
- * @bits:	bits[i] of the register are set by fds[i]
- * @count:	How many, at most PV_INTX_EVENTS
+ * @name:	The thread's name, which the system shows
+ * @fds:	Non-blocking eventfds, lent until pv_intx_stop()
+ * @bits:	fds[i] sets bits[i] of the register
+ * @count:	How many eventfds, at most PV_INTX_EVENTS
  *
  * Return: 0, or -errno
  */

@@ -1,16 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A level-triggered interrupt line with virtio's ISR status register behind it
- * (virtio 1.2, 4.1.4.5).
+ * A level-triggered interrupt line that shows virtio's ISR status register (virtio 1.2, 4.1.4.5).
  *
  * Theory of operation
  *
- * A bit of the register is set by pv_intx_raise(); while any bit is set and the line is not
- * disabled, the line is high. The guest's read of the register clears it and lowers the line.
+ * pv_intx_raise() sets bits of the register. The line is high while any bit is set and the line is
+ * not disabled. The guest's read of the register clears it and lowers the line.
  *
- * While MSI-X is off, a thread in C (thread.h) turns the queues' call eventfds into the line. It is
- * in the way of every interrupt then, so it never waits for Python. System calls of the thread:
- * poll, read, ioctl (KVM_IRQ_LINE) and futex (the lock).
+ * While MSI-X is off, a thread in C (thread.h) raises the line whenever a call eventfd of a queue
+ * is signalled. Every interrupt passes through this thread, so it never waits for Python. The
+ * thread's system calls are poll, read, ioctl (KVM_IRQ_LINE) and futex (for the lock).
  */
 #ifndef PV_INTX_H
 #define PV_INTX_H

@@ -11,14 +11,17 @@
 
 #include "trace.h"
 
-/* Semaphores are interrupted by signals that have a handler. */
+/* Take a semaphore. A signal that has a handler interrupts sem_wait(). */
 static void sem_take(sem_t *s)
 {
 	while (sem_wait(s) && errno == EINTR)
 		;
 }
 
-/* Returns 0 or errno. No memory is allocated: that would give the thread 64 MiB of heap. */
+/*
+ * Pin this thread to a CPU; returns 0 or errno. This must not allocate memory, which would reserve
+ * 64 MiB of address space for the thread's own heap.
+ */
 static int pin(int cpu)
 {
 	unsigned long mask[PV_THREAD_CPUS / (8 * sizeof(unsigned long))] = {0};
@@ -53,15 +56,15 @@ static void *thread_main(void *arg)
 
 /**
  * pv_thread_start() - Make a thread, which waits for pv_thread_go()
- * @t:		Zeroed; stays where it is until pv_thread_join()
- * @name:	As the system shows it; what is longer than 15 bytes is cut off
+ * @t:		Zeroed; keeps its address until pv_thread_join()
+ * @name:	The name that the system shows; cut after 15 bytes
  * @cpu:	The CPU to pin the thread to; -1: none
- * @run:	What the thread is to do
- * @arg:	For @run
+ * @run:	The function that the thread runs
+ * @arg:	Argument of @run
  *
  * A thread that cannot be pinned is made nevertheless: see pin_error after pv_thread_await().
  *
- * Return: 0, or -errno; then there is no thread
+ * Return: 0, or -errno if there is no thread
  */
 int pv_thread_start(struct pv_thread *t, const char *name, int cpu, void (*run)(void *arg),
 		    void *arg)
@@ -73,7 +76,7 @@ int pv_thread_start(struct pv_thread *t, const char *name, int cpu, void (*run)(
 	snprintf(t->name, sizeof(t->name), "%s", name);
 	sem_init(&t->gate, 0, 0);
 	sem_init(&t->ready, 0, 0);
-	/* A new thread has its maker's signal mask. */
+	/* A new thread inherits the signal mask of the thread that makes it. */
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	error = pthread_create(&t->pthread, NULL, thread_main, t);
@@ -83,7 +86,7 @@ int pv_thread_start(struct pv_thread *t, const char *name, int cpu, void (*run)(
 }
 
 /**
- * pv_thread_go() - Open the gate: let the thread do what it is for
+ * pv_thread_go() - Open the gate, so that the thread calls its function
  * @t:		Started
  */
 void pv_thread_go(struct pv_thread *t)
@@ -94,7 +97,7 @@ void pv_thread_go(struct pv_thread *t)
 
 /**
  * pv_thread_await() - Wait until the thread has passed the gate
- * @t:		Its gate is open; to be called once
+ * @t:		Its gate is open; call this once
  *
  * From then on tid, pin_error and began can be read by any thread.
  */
@@ -105,7 +108,9 @@ void pv_thread_await(struct pv_thread *t)
 
 /**
  * pv_thread_join() - Wait until the thread has ended
- * @t:		Told to end, or its gate is still closed: then it never does anything; or no thread
+ * @t:		Asked to end, or its gate is still closed, or there is no thread
+ *
+ * A thread whose gate is still closed ends without calling its function.
  */
 void pv_thread_join(struct pv_thread *t)
 {
@@ -130,7 +135,7 @@ uint64_t pv_thread_cpu_ns(const struct pv_thread *t)
 	uint64_t end = __atomic_load_n(&t->cpu_ns, __ATOMIC_ACQUIRE);
 	struct timespec used;
 
-	/* The clock is gone with the thread: then the thread has left its last word. */
+	/* When the thread has ended, its clock is gone, but it has left the final value. */
 	if (!end && !clock_gettime(t->clock, &used))
 		return pv_ns(&used);
 	return __atomic_load_n(&t->cpu_ns, __ATOMIC_ACQUIRE);

@@ -4,17 +4,17 @@
  *
  * Theory of operation
  *
- * A Python thread that calls C gives up the interpreter's lock, and waits for that lock on its way
- * back, behind whichever Python thread holds it. What moves packets or raises interrupts must not
- * wait like that, so it runs in a thread that Python does not know. Python starts it, asks it to
- * end and joins it; on the thread's own way there is no Python.
+ * A Python thread that calls C releases the interpreter's lock, and on its return waits for that
+ * lock until no other Python thread holds it. Code that moves packets or raises interrupts must not
+ * wait like that, so it runs in a thread that Python does not know. Python starts the thread, asks
+ * it to end and joins it; the thread itself never runs Python code.
  *
- * The thread names and pins itself first and then stands at a gate until pv_thread_go(). So several
- * threads can be made, all of them or none, before the first of them does anything. It has all
- * signals blocked: they belong to the main thread.
+ * The thread first names and pins itself, then waits at a gate until pv_thread_go(). So a caller
+ * can make several threads, all of them or none, before the first of them does anything. The thread
+ * has all signals blocked, because signals belong to the main thread.
  *
- * After fork(2) the child has no such thread. It must not touch what belongs to one, and must not
- * join it.
+ * After fork(2), the child process has no such thread. It must not join the thread, nor touch the
+ * thread's data.
  */
 #ifndef PV_THREAD_H
 #define PV_THREAD_H
@@ -27,7 +27,7 @@
 #define PV_THREAD_NAME 16 /* TASK_COMM_LEN, with the terminating null */
 #define PV_THREAD_CPUS 8192
 
-/* Zeroed, or as pv_thread_join() has left it: no thread. */
+/* If the structure is zeroed, or pv_thread_join() has returned, there is no thread. */
 struct pv_thread {
 	pthread_t pthread;
 	void (*run)(void *arg);
@@ -35,15 +35,15 @@ struct pv_thread {
 	char name[PV_THREAD_NAME];
 	int cpu;
 	bool made; /* between pv_thread_start() and pv_thread_join() */
-	bool open; /* the gate */
+	bool open; /* whether the gate is open */
 	sem_t gate;
 	sem_t ready;
-	/* Written by the thread before it posts ready. */
+	/* The thread writes these, up to clock, before it posts ready. */
 	int tid;
-	int pin_error; /* errno if it could not be pinned; it runs nevertheless */
+	int pin_error; /* errno if the thread could not be pinned; it runs nevertheless */
 	uint64_t began;
 	clockid_t clock;
-	uint64_t cpu_ns; /* atomic; in the end, 0 before */
+	uint64_t cpu_ns; /* atomic; 0 until the thread has ended */
 };
 
 int pv_thread_start(struct pv_thread *t, const char *name, int cpu, void (*run)(void *arg),

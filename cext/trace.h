@@ -48,7 +48,7 @@ struct pv_trace *pv_trace_new(uint32_t size);
 void pv_trace_free(struct pv_trace *t);
 /* cffi: end */
 
-/* By the ring's one writer. */
+/* Add an event. Only the ring's one writer calls this. */
 static inline void pv_trace_put(struct pv_trace *t, const struct pv_trace_event *e)
 {
 	t->event[t->next & t->mask] = *e;
