@@ -167,7 +167,7 @@ class Stream:
 
     @property
     def position(self) -> int:
-        """Bytes that the reader has taken so far; ``text`` ends there."""
+        """How many bytes the reader thread has taken so far. ``text`` ends at this position."""
         with self._changed:
             return self.dropped_text + len(self.text)
 
@@ -270,8 +270,9 @@ class Console(Stream):
 
 
 class Spotter:
-    """A sink that calls ``found`` for each piece in which ``phrase`` goes by, also if the phrase
-    comes in two pieces.
+    """A sink that looks for a phrase in the output, also if the phrase comes in two pieces.
+
+    :param found: called for each piece of output that completes the phrase.
     """
 
     def __init__(self, phrase: bytes, found: Callable[[], None]) -> None:

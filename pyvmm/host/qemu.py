@@ -1,4 +1,6 @@
-"""QEMU on this machine: those that ``pyvmm testbed setup`` has unpacked, and the installed one."""
+"""Finds the QEMUs on this machine: those that ``pyvmm testbed setup`` has unpacked, and the
+installed one.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ PARTS = (PROGRAM, "usr/share/qemu", "usr/share/seabios")
 
 
 def version(text: str) -> tuple[int, ...]:
-    """The numbers in ``text``, by which versions are ordered: (6, 1, 0, 9) for
+    """The numbers in the text of a version, by which versions are ordered: (6, 1, 0, 9) for
     ``6.1.0-9-cloud``.
     """
     return tuple(int(number) for number in re.findall(r"\d+", text))
@@ -26,7 +28,7 @@ def version(text: str) -> tuple[int, ...]:
 class Qemu:
     """A qemu-system-x86_64.
 
-    :param root: the directory where its package was unpacked; empty for the installed one.
+    :param root: the directory into which its package was unpacked; empty for the installed QEMU.
     """
 
     def __init__(self, path: str, version: tuple[int, ...], root: str = "") -> None:
@@ -34,12 +36,12 @@ class Qemu:
 
     @classmethod
     def unpacked(cls, root: str, version: tuple[int, ...]) -> Qemu:
-        """The QEMU whose package was unpacked at ``root``."""
+        """The QEMU whose package was unpacked into ``root``."""
         return cls(f"{root}/{PROGRAM}", version, root)
 
     @property
     def argv(self) -> list[str]:
-        """The command that starts it, with the options by which it finds its firmware."""
+        """The command that starts this QEMU, with the options by which it finds its firmware."""
         if not self.root:
             return [self.path]
         share = f"{self.root}/usr/share"
@@ -58,7 +60,7 @@ class Qemu:
 
 
 def unpacked() -> list[Qemu]:
-    """The QEMUs in the cache, in no order."""
+    """The QEMUs in the cache, in any order."""
     base = f"{cache_root()}/testbed/qemu"
     names = os.listdir(base) if os.path.isdir(base) else []
     found = [Qemu.unpacked(f"{base}/{name}", version(name)) for name in names]

@@ -1,4 +1,4 @@
-"""Children that do not outlive us."""
+"""Child processes that do not outlive this process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def tethered(argv: Sequence[str]) -> list[str]:
-    """``argv`` as a command that the kernel kills when the thread that starts it ends, however that
-    ends (PR_SET_PDEATHSIG of prctl(2), by the setpriv of util-linux).
+    """Extend a command so that the kernel kills it when the thread that has started it ends, for
+    whatever reason (PR_SET_PDEATHSIG of prctl(2), set by util-linux' setpriv).
 
-    :raises HostError: there is no setpriv.
+    :raises HostError: setpriv is not installed.
     """
     program = shutil.which("setpriv")
     if program is None:

@@ -1,4 +1,4 @@
-"""Debian's kernels taken apart: vmlinux from a bzImage, modules with what they depend on."""
+"""Takes Debian's kernels apart: vmlinux from a bzImage, and modules with their dependencies."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ import zstandard
 from pyvmm.errors import BuildError
 
 LZ4_LEGACY = b"\x02\x21\x4c\x18"
-LZ4_BLOCK = 8 << 20  # bytes that a block unpacks to at most
+LZ4_BLOCK = 8 << 20  # the largest unpacked size of a block in bytes
 
 
 def extract_vmlinux(bzimage: bytes) -> bytes:
-    """The ELF kernel that ``bzimage`` has compressed in it.
+    """Unpack the compressed ELF kernel in a bzImage. The payload fields of the boot protocol from
+    2.08 on tell its position (Documentation/arch/x86/boot.rst).
 
-    Uses the payload fields of the boot protocol (Documentation/x86/boot.rst, 2.08).
-
-    :raises BuildError: where it is no bzImage, or the compression is not known.
+    :raises BuildError: the file is no bzImage, is damaged, or is compressed in an unknown way.
     """
     if len(bzimage) < 0x250 or bzimage[0x202:0x206] != b"HdrS":
         raise BuildError("kernel is not a bzImage", "give a Linux kernel for x86-64")
@@ -35,7 +34,7 @@ def extract_vmlinux(bzimage: bytes) -> bytes:
     if len(payload) != length or length < 8:
         raise BuildError("bzImage is truncated", "fetch it again")
     try:
-        # The last four bytes are the unpacked size, added by the kernel's build.
+        # The build of the kernel appends the unpacked size in four bytes.
         elf = decompress(payload[:-4], struct.unpack("<I", payload[-4:])[0])
     except (ValueError, zlib.error, lzma.LZMAError, OSError, EOFError) as e:
         raise BuildError(f"cannot unpack the kernel: {e}", "fetch it again") from None
@@ -45,10 +44,10 @@ def extract_vmlinux(bzimage: bytes) -> bytes:
 
 
 def trim_zeros(elf: bytes) -> bytes:
-    """``elf`` with each segment's p_filesz cut to its last byte that is not zero: the loader zeroes
-    the rest unread.
+    """Cut each segment's p_filesz so that the segment ends in the file at its last byte that is not
+    zero. The loader fills the rest of the segment with zeroes without reading them.
 
-    Debian's 6.1 has 12 MB of them, a fifth of what a boot would copy.
+    Debian's 6.1 has 12 MB of such zeroes, a fifth of the bytes that a boot would copy.
     """
     out = bytearray(elf)
     phoff, phsize, phnum = struct.unpack_from("<Q", elf, 32)[0], *struct.unpack_from("<2H", elf, 54)
@@ -64,8 +63,8 @@ def trim_zeros(elf: bytes) -> bytes:
 
 
 def elf_size(elf: bytes) -> int:
-    """The length of the 64-bit ELF file that ``elf`` starts with; the relocations that follow are
-    not part of it.
+    """The length of the 64-bit ELF file at the beginning of ``elf``. Data that follows it, such as
+    relocations or a signature, does not count.
     """
     phoff, shoff = struct.unpack_from("<QQ", elf, 32)
     phsize, phnum, shsize, shnum = struct.unpack_from("<4H", elf, 54)
@@ -81,9 +80,10 @@ def elf_size(elf: bytes) -> int:
 
 
 def decompress(data: bytes, size: int = 0) -> bytes:
-    """``data`` unpacked, by its magic number; ``size`` is what it unpacks to where that is known.
+    """Unpack ``data`` in the format of its magic number.
 
-    :raises ValueError: for an unknown or broken format.
+    :param size: the unpacked size in bytes; 0 if it is unknown.
+    :raises ValueError: the format is unknown or broken.
     """
     if data.startswith(b"\x1f\x8b"):
         stream = zlib.decompressobj(31)
@@ -103,8 +103,8 @@ def decompress(data: bytes, size: int = 0) -> bytes:
 
 
 def _lz4(data: bytes, size: int) -> bytes:
-    """The legacy frame that the kernel's build writes: 8 MiB blocks, each after its 32-bit
-    length.
+    """Unpack the legacy format that the build of the kernel writes: blocks of 8 MiB, each after its
+    32-bit length.
     """
     out = io.BytesIO()
     at = 4
@@ -142,7 +142,7 @@ class Kernel:
 class Modules:
     """The modules of one kernel.
 
-    :param root: its ``lib/modules/RELEASE`` directory.
+    :param root: the directory ``lib/modules/RELEASE`` of the kernel.
     """
 
     def __init__(self, root: Path) -> None:
@@ -158,12 +158,12 @@ class Modules:
         )
 
     def closure(self, names: list[str]) -> dict[str, tuple[str, list[str], bytes]]:
-        """``names`` and all that they depend on, dependencies first; without those that are built
-        in.
+        """The modules ``names`` and all modules on which they depend, dependencies first. Modules
+        that are built into the kernel are left out.
 
-        :return: module name -> path below the root (without the compression's suffix), names that
-            it depends on, its unpacked bytes.
-        :raises BuildError: for a module that this kernel does not have.
+        :returns: by name, the path below the root (without the suffix of the compression), the
+            names on which the module depends directly, and its unpacked bytes.
+        :raises BuildError: the kernel has no such module.
         """
         found: dict[str, tuple[str, list[str], bytes]] = {}
 
@@ -180,8 +180,7 @@ class Modules:
             data = path.read_bytes()
             if path.suffix != ".ko":
                 data = decompress(data)
-            # Without the signature that follows it: checking ten of them takes an emulated guest 60
-            # ms.
+            # Cut off the signature: an emulated guest takes 60 ms to check ten of them.
             data = data[: elf_size(data)]
             needs = [_name(n) for n in modinfo(data).get("depends", "").split(",") if n]
             for need in needs:
@@ -199,7 +198,9 @@ class Modules:
 
 
 def modinfo(module: bytes) -> dict[str, str]:
-    """The ``.modinfo`` section of a kernel module as a dict; of repeated keys the last."""
+    """The ``.modinfo`` section of a kernel module as a dict. If a key is repeated, its last value
+    counts.
+    """
     from elftools.elf.elffile import ELFFile
 
     section = ELFFile(io.BytesIO(module)).get_section_by_name(".modinfo")

@@ -1,7 +1,7 @@
-"""Start virtiofsd so that it can write only where the testbed may: in a mount namespace with
-everything else read-only.
+"""Confines virtiofsd to the directories that the testbed may write: in its mount namespace,
+everything else is read-only.
 
-The mount(8) of util-linux does this from 2.39 on (``mount -o bind,ro=recursive``); Debian 12 has
+util-linux' mount(8) can do this from 2.39 on (``mount -o bind,ro=recursive``), but Debian 12 has
 2.38.
 """
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def protect(writable: Sequence[str]) -> None:
-    """Give this process a mount namespace where only ``writable`` and what is below can be written.
+    """Move this process to a new mount namespace in which only ``writable`` and the directories
+    below can be written. For an ordinary user, the process also moves to a new user namespace, in
+    which it is root.
 
-    An ordinary user gets it by a user namespace, in which it is root.
-
-    :param writable: absolute directories without symbolic links.
-    :raises OSError: the kernel or a sandbox does not allow namespaces; nothing has changed that
-        matters.
+    :param writable: absolute paths of directories, without symbolic links.
+    :raises OSError: the kernel or a sandbox does not allow this. The caller must assume that
+        nothing is write-protected.
     """
     if os.geteuid():
         userns.become_root()
@@ -40,7 +40,7 @@ def protect(writable: Sequence[str]) -> None:
 
 
 def _set_attr(path: str, attr: dict[str, int], flags: int) -> None:
-    """mount_setattr(2)."""
+    """Call mount_setattr(2)."""
     made = ffi.new("struct mount_attr *", attr)
     name, size = os.fsencode(path), ffi.sizeof("struct mount_attr")
     result = lib.mount_setattr(lib.AT_FDCWD, name, flags, made, size)
