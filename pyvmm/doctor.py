@@ -255,15 +255,15 @@ def _tools() -> Iterator[Finding]:
 
 def _testbed() -> Iterator[Finding]:
     from pyvmm.host.qemu import newest
-    from pyvmm.testbed import assets as l1_assets
+    from pyvmm.testbed import assets
     from pyvmm.testbed.testbed import Testbed
 
-    lacks = l1_assets.missing()
+    lacks = assets.missing()
     for what, remedy in lacks:
         yield Finding("testbed", MISSING, f"{what} is missing", remedy)
     if lacks:
         return
-    qemu, kernel = newest(), l1_assets.find_kernel(None)
+    qemu, kernel = newest(), assets.find_kernel(None)
     up = "up" if Testbed().is_up() else "down"
     yield Finding("testbed", OK, f"set up: Linux {kernel.version}, {qemu}; {up}")
     if qemu.max_cpus < 2:

@@ -23,8 +23,7 @@ from pyvmm.errors import PyvmmError, TestbedError
 from pyvmm.host.paths import cache_root
 from pyvmm.host.qemu import Qemu, newest
 from pyvmm.host.tether import tethered
-from pyvmm.testbed import assets as l1_assets
-from pyvmm.testbed import isolate as l1_isolate
+from pyvmm.testbed import assets, isolate
 from pyvmm.testbed import protocol as p
 
 TYPE_CHECKING = False
@@ -105,7 +104,7 @@ class Supervisor:
         self.last_ping = 0.0
         self.commands = 0
         self.qemu: Qemu
-        self.kernel: l1_assets.Kernel
+        self.kernel: assets.Kernel
         self.cpus = 0
         self.ready_after = 0.0
 
@@ -140,10 +139,10 @@ class Supervisor:
 
         :raises TestbedError: something that they need is missing.
         """
-        lacks = l1_assets.missing()
+        lacks = assets.missing()
         if lacks:
             raise TestbedError(f"{lacks[0][0]} is missing", lacks[0][1])
-        self.kernel = l1_assets.find_kernel(self.options["kernel"])
+        self.kernel = assets.find_kernel(self.options["kernel"])
         self.qemu = newest()
         wanted = self.options["cpus"] or min(2, os.cpu_count() or 1)
         self.cpus = wanted if self.options["cpus"] else min(wanted, self.qemu.max_cpus)
@@ -152,7 +151,7 @@ class Supervisor:
                 f"{self.qemu} hangs with more than one vCPU",
                 "run: pyvmm testbed setup, or use --cpus 1",
             )
-        vmlinux, initrd = l1_assets.boot_files(self.kernel, self.say)
+        vmlinux, initrd = assets.boot_files(self.kernel, self.say)
         self.say(f"starting Linux {self.kernel.version} on {self.cpus} vCPU(s) under {self.qemu}")
         root = self.share("root", ["-ocache=always"], [])
         work = self.share(
@@ -206,7 +205,7 @@ class Supervisor:
         client.connect(path)
         os.unlink(path)
         argv = [
-            l1_assets.VIRTIOFSD, f"--fd={listener.fileno()}", "-osource=/", "-osandbox=chroot",
+            assets.VIRTIOFSD, f"--fd={listener.fileno()}", "-osource=/", "-osandbox=chroot",
             "-oxattr", "-olog_level=warn", *options,
         ]  # fmt: skip
         self.spawn(argv, [listener.fileno()], writable)
@@ -218,13 +217,13 @@ class Supervisor:
     ) -> subprocess.Popen[bytes]:
         env = dict(os.environ)
         if writable is not None and os.geteuid():
-            env["LD_PRELOAD"] = l1_assets.shim()
+            env["LD_PRELOAD"] = assets.shim()
 
         told, tell = os.pipe()
 
         def protect() -> None:
             try:
-                l1_isolate.protect(writable or [])
+                isolate.protect(writable or [])
             except OSError as e:
                 os.write(tell, str(e).encode())
 

@@ -136,9 +136,9 @@ class Testbed:
         """The things that a testbed still needs on this machine, each with its remedy, as one line;
         empty if nothing is missing.
         """
-        from pyvmm.testbed import assets as l1_assets
+        from pyvmm.testbed import assets
 
-        return "; ".join(f"{what} is missing ({remedy})" for what, remedy in l1_assets.missing())
+        return "; ".join(f"{what} is missing ({remedy})" for what, remedy in assets.missing())
 
     @staticmethod
     def setup(progress: Callable[[str], None], kernel: str | None = None) -> None:
@@ -148,9 +148,9 @@ class Testbed:
         :param kernel: see ``Testbed``.
         :raises TestbedError: a system package is missing, or a download failed.
         """
-        from pyvmm.testbed import assets as l1_assets
+        from pyvmm.testbed import assets
 
-        l1_assets.setup(progress, kernel)
+        assets.setup(progress, kernel)
 
     def _connect(self) -> socket.socket | None:
         sock = socket.socket(socket.AF_UNIX)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from pyvmm.errors import TestbedError
-from pyvmm.testbed import assets as l1_assets
+from pyvmm.testbed import assets
 from pyvmm.testbed.testbed import Testbed, TestbedTimeout
 
 PYVMM = [sys.executable, "-m", "pyvmm"]
@@ -447,7 +447,7 @@ def test_as_an_ordinary_user(testbed: Testbed) -> None:
     home = Path(tempfile.mkdtemp(prefix="pyvmm-user-"))
     try:
         os.chown(home, NOBODY, NOBODY)
-        root = l1_assets.find_kernel(None).root
+        root = assets.find_kernel(None).root
         if root:  # else the system's own, which everybody may read
             shutil.copytree(
                 root, home / "cache/pyvmm/testbed/kernel" / Path(root).name, symlinks=True

@@ -12,7 +12,7 @@ import pytest
 
 from pyvmm import doctor
 from pyvmm.hostnet import ALLOW_USER_NAMESPACES
-from pyvmm.testbed import assets as l1_assets
+from pyvmm.testbed import assets
 from pyvmm.testbed.testbed import Testbed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def test_without_it_the_testbed_decides(
 
 def test_every_lack_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(l1_assets, "missing", lambda: [("virtiofsd", "install it")])
+    monkeypatch.setattr(assets, "missing", lambda: [("virtiofsd", "install it")])
     findings = doctor.examine()
     assert {f.state for f in findings} <= {"ok", "missing", "note"}
     for f in findings:

@@ -26,9 +26,8 @@ from pyvmm.errors import HostError, TestbedError, UsageError
 from pyvmm.host import paths, qemu
 from pyvmm.host.qemu import Qemu
 from pyvmm.host.tether import tethered
-from pyvmm.testbed import assets as l1_assets
+from pyvmm.testbed import assets, testbed
 from pyvmm.testbed import protocol as p
-from pyvmm.testbed import testbed
 from pyvmm.testbed.session import Session, TestbedTimeout
 from pyvmm.testbed.supervisor import Client, Supervisor
 from pyvmm.testbed.testbed import Testbed
@@ -334,28 +333,26 @@ def test_garbage_ends_the_connection(clients: Clients) -> None:
 
 
 @pytest.fixture
-def kernel() -> l1_assets.Kernel:
+def kernel() -> assets.Kernel:
     """The kernel that the testbed would boot. A test must ask for this fixture before ``home``, so
     that the kernel is found in the user's own cache.
     """
-    return l1_assets.find_kernel(None)
+    return assets.find_kernel(None)
 
 
-def test_boot_files_are_built_once_and_for_their_inputs(
-    kernel: l1_assets.Kernel, home: Path
-) -> None:
+def test_boot_files_are_built_once_and_for_their_inputs(kernel: assets.Kernel, home: Path) -> None:
     base = Path(paths.cache_dir("boot"))
     for name, age in (("unused", 0), ("used", None)):
         (base / name).mkdir()
         os.utime(base / name, None if age is None else (age, age))
     said: list[str] = []
-    first = l1_assets.boot_files(kernel, said.append)
+    first = assets.boot_files(kernel, said.append)
     assert len(said) == 1
     assert Path(first[0]).read_bytes()[:4] == b"\x7fELF"
     initrd = Path(first[1]).read_bytes()
     for name in (b"init", b"busybox", b"agent.pyc", b"m/virtiofs.ko", b"m/kvm_amd.ko"):
         assert b"00000000" + name + b"\0" in initrd, name  # the header's last field, then the name
-    assert l1_assets.boot_files(kernel, said.append) == first
+    assert assets.boot_files(kernel, said.append) == first
     assert len(said) == 1, "the second time it is there"
     assert not (base / "unused").exists()
     assert (base / "used").exists()
@@ -363,19 +360,19 @@ def test_boot_files_are_built_once_and_for_their_inputs(
 
 def test_kernel_by_version(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     have = [
-        l1_assets.Kernel(v, "", "")
+        assets.Kernel(v, "", "")
         for v in ("6.12.9-cloud-amd64", "6.1.0-50-cloud-amd64", "6.1.0-9-cloud-amd64")
     ]
-    monkeypatch.setattr(l1_assets, "kernels", lambda: have)
-    assert l1_assets.find_kernel(None).version == "6.1.0-50-cloud-amd64"
-    assert l1_assets.find_kernel("6.12").version == "6.12.9-cloud-amd64"
-    assert l1_assets.find_kernel("6.1.0-9-cloud-amd64").version == "6.1.0-9-cloud-amd64"
+    monkeypatch.setattr(assets, "kernels", lambda: have)
+    assert assets.find_kernel(None).version == "6.1.0-50-cloud-amd64"
+    assert assets.find_kernel("6.12").version == "6.12.9-cloud-amd64"
+    assert assets.find_kernel("6.1.0-9-cloud-amd64").version == "6.1.0-9-cloud-amd64"
     for version in ("6", "5.10", "6.1.0-9"):
         if version == "6":
-            assert l1_assets.find_kernel(version).version == "6.12.9-cloud-amd64"
+            assert assets.find_kernel(version).version == "6.12.9-cloud-amd64"
             continue
         with pytest.raises(TestbedError, match="setup --kernel-version"):
-            l1_assets.find_kernel(version)
+            assets.find_kernel(version)
 
 
 def test_qemu_limits_its_vcpus() -> None:
@@ -418,10 +415,10 @@ def test_versions_are_ordered_by_their_numbers() -> None:
 def test_what_is_missing_is_named_with_its_remedy(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(l1_assets, "VIRTIOFSD", "/no/such/file")
-    monkeypatch.setattr(l1_assets, "kernels", list)
+    monkeypatch.setattr(assets, "VIRTIOFSD", "/no/such/file")
+    monkeypatch.setattr(assets, "kernels", list)
     monkeypatch.setenv("PATH", "/nowhere")
-    lacks = dict(l1_assets.missing())
+    lacks = dict(assets.missing())
     assert "qemu-system-common" in lacks["virtiofsd"]
     assert "qemu-system-x86" in lacks["qemu-system-x86_64"]
     assert not Testbed.is_set_up()
@@ -516,8 +513,8 @@ def test_protect_leaves_only_the_given_directories_writable(
         for directory in directories:
             os.chown(directory, 65534, 65534)
     code = (
-        "import sys\nfrom pyvmm.testbed import isolate as l1_isolate\n"
-        "l1_isolate.protect([sys.argv[1]])\nopen(sys.argv[1] + '/x', 'w').close()\n"
+        "import sys\nfrom pyvmm.testbed import isolate\n"
+        "isolate.protect([sys.argv[1]])\nopen(sys.argv[1] + '/x', 'w').close()\n"
         "try: open(sys.argv[2] + '/x', 'w')\nexcept OSError as e: print(e.strerror)"
     )
     done = subprocess.run(
