@@ -2,7 +2,7 @@
 PROTOCOL_F constants are bit numbers.
 
 A message is a header and a payload of ``size`` bytes, in the host's byte order. That is
-little-endian, since pyvmm runs on x86-64 only.
+little-endian because pyvmm runs on x86-64 only.
 """
 
 # Header: request, flags, size (32 bits each)
