@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 
 from pyvmm._ext import ffi
 from pyvmm.errors import MemoryShort, UsageError
@@ -160,8 +161,6 @@ class GuestMemory:
         :raises IndexError: the range is not inside RAM.
         :raises OSError: the file cannot be read.
         """
-        import os
-
         start = self._offset(gpa, length)
         done = 0
         os.lseek(self.fd.fileno(), start, os.SEEK_SET)

@@ -12,6 +12,8 @@ import errno
 import os
 import sys
 
+from pyvmm import __version__
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,8 +85,6 @@ def _main(args: list[str]) -> int:
     ns = parser.parse_args(args)
     ns.argv = args
     if ns.version:
-        from pyvmm import __version__
-
         print(f"pyvmm {__version__}")
         return 0
     if ns.command is None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 
 from pyvmm.cli.support.options import count
+from pyvmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,8 +59,6 @@ def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     import signal
     import threading
-
-    from pyvmm.errors import UsageError
 
     if args.address and not args.tap:
         raise UsageError("--address without --tap", "only a tap has an address")
@@ -140,7 +139,6 @@ def _ports(args: argparse.Namespace, stack: Any) -> list[tuple[str, Any]]:
     from pathlib import Path
 
     from pyvmm.backend import ports as vu_ports
-    from pyvmm.errors import UsageError
 
     if args.tap:
         from pyvmm.hostnet.tap import Tap

@@ -31,6 +31,8 @@ written.
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 
 from pyvmm.cli.support.options import count
@@ -53,8 +55,6 @@ MAX_WIDTH = 300
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    import argparse
-
     from pyvmm.compare.plan import DEFAULT_MODES, WORKLOADS
 
     add = parser.add_argument
@@ -144,7 +144,6 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
     """Let the testbed measure, if it is to; its results come back in a file, and are shown and
     written here.
     """
-    import os
     import tempfile
 
     from pyvmm.cli.support.hostchoice import elsewhere

@@ -31,7 +31,7 @@ import time
 
 from pyvmm.cli.support.options import count, seconds, trouble_kinds
 from pyvmm.cli.support.outputs import Outputs
-from pyvmm.errors import UsageError
+from pyvmm.errors import ImageError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -139,7 +139,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _is_linux(kernel: str) -> bool:
     from pyvmm.boot import is_linux
-    from pyvmm.errors import ImageError
     from pyvmm.images import NAMES
 
     if kernel in NAMES:

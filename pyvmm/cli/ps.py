@@ -10,6 +10,7 @@ Exit status: 0.
 from __future__ import annotations
 
 from pyvmm.cli.support import remote
+from pyvmm.errors import PyvmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
 def _ask(path: str) -> dict[str, Any]:
     """What the machine says of itself."""
     from pyvmm.control.client import connect
-    from pyvmm.errors import PyvmmError
 
     try:
         with connect(path, timeout=ANSWER) as client:

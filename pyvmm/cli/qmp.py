@@ -20,6 +20,7 @@ from __future__ import annotations
 import sys
 
 from pyvmm.cli.support import remote
+from pyvmm.errors import ControlError, MachineMissing, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,8 +65,6 @@ def _shell(name: str) -> int:
 def _plain(client: Client, args: argparse.Namespace) -> int:
     import json
 
-    from pyvmm.errors import ControlError, MachineMissing
-
     if args.events:
         try:
             while True:
@@ -95,8 +94,6 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
     """
     import json
 
-    from pyvmm.errors import UsageError
-
     arguments: dict[str, Any] = {}
     for word in words[1:]:
         key, equals, text = word.partition("=")
@@ -113,8 +110,6 @@ def _line(line: str) -> tuple[str, dict[str, Any]]:
     """The same from a line of input, which may also be a JSON object."""
     import json
     import shlex
-
-    from pyvmm.errors import UsageError
 
     if line.lstrip().startswith("{"):
         try:

@@ -15,6 +15,7 @@ on as before.
 from __future__ import annotations
 
 from pyvmm.cli.support import remote
+from pyvmm.errors import ControlError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Switch, and say what it took."""
-    from pyvmm.errors import ControlError
 
     def body(client: Client) -> int:
         result = client.command("x-pyvmm-switch", nic=args.nic, mode=args.mode)

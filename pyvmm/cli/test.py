@@ -24,9 +24,10 @@ import os
 import sys
 import time
 
+from pyvmm import __version__
 from pyvmm.cli.support.options import count, seconds
 from pyvmm.cli.support.outputs import Outputs
-from pyvmm.errors import UsageError
+from pyvmm.errors import ImageError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -112,7 +113,6 @@ def run(args: argparse.Namespace) -> int:
 def _linux(cases: list[Case]) -> str | None:
     """The first kernel that is Linux, which not every host can run; None where there is none."""
     from pyvmm.boot import is_linux
-    from pyvmm.errors import ImageError
 
     for case in cases:
         try:
@@ -255,8 +255,6 @@ def _summary(results: list[Result]) -> dict[str, int]:
 
 def _json(results: list[Result], seconds: float) -> str:
     import json
-
-    from pyvmm import __version__
 
     data = {
         "schema": "pyvmm-test/1",

@@ -19,6 +19,7 @@ Exit status: the command's; 124 if --timeout ended it, 110 if the testbed failed
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from pyvmm.cli.support.options import Parser, count, seconds
@@ -122,8 +123,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _up(bed: Testbed) -> int:
-    import os
-
     if not bed.up():
         print("the testbed is up already", file=sys.stderr)
         warning = bed.check(os.getcwd())
@@ -164,8 +163,6 @@ def _status(bed: Testbed, as_json: bool) -> int:
 
 
 def _command(bed: Testbed, command: list[str], timeout: float | None) -> int:
-    import os
-
     from pyvmm.testbed.testbed import inside
 
     argv = command or [os.environ.get("SHELL") or "/bin/sh"]

@@ -20,6 +20,7 @@ import time
 
 from pyvmm.cli.support import remote
 from pyvmm.cli.support.options import seconds
+from pyvmm.errors import MachineMissing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,8 +54,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace, client: Client) -> int:
-    from pyvmm.errors import MachineMissing
-
     live = sys.stdout.isatty() and not args.once and not args.json
     with _Screen(live) as screen:
         before = client.command("x-pyvmm-ledger")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from pyvmm.cli.support.options import count, seconds
 from pyvmm.cli.support.outputs import Outputs
-from pyvmm.errors import UsageError
+from pyvmm.errors import UsageError, VhostUserError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -109,7 +109,6 @@ def _junit(checker: Checker) -> str:
 
 def _probe(args: argparse.Namespace) -> int:
     from pyvmm.conformance.probe import Probe
-    from pyvmm.errors import VhostUserError
     from pyvmm.vhostuser.wire import protocol_names
     from pyvmm.virtio.features import names
 

@@ -4,13 +4,20 @@ that only grow.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
+import socket
+import struct
 from pathlib import Path
 
 import psutil
 
 from pyvmm.datapath.base import cpu_ns
 from pyvmm.errors import HostError
+from pyvmm.fd import Fd
+from pyvmm.hostnet.rtnetlink import Link
+from pyvmm.kvm.vcpu import REASONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -143,8 +150,6 @@ class ExitTrace:
 
     def _read(self, event: str, tids: Container[int]) -> list[tuple[int, int]]:
         """(key, count) of the threads ``tids``."""
-        import re
-
         text = self._event(event, "hist").read_text()
         rows = re.findall(
             rf"common_pid:\s*(\d+), {self._keys[event]}:\s*(\d+) \}} hitcount:\s*(\d+)", text
@@ -155,8 +160,6 @@ class ExitTrace:
         """Exits to userspace by cause (without ``notify``: nobody knows QEMU's addresses) of the
         threads ``tids``.
         """
-        from pyvmm.kvm.vcpu import REASONS
-
         out = dict.fromkeys(CAUSES, 0)
         for reason, count in self._read("kvm_userspace_exit", tids):
             out[BY_REASON.get(REASONS.get(reason, ""), "other")] += count
@@ -196,8 +199,6 @@ def reason_names(text: str, *, intel: bool) -> dict[int, str]:
     """The processor's exit reasons by number, from the format of the tracepoint kvm_exit, which has
     VMX's before SVM's.
     """
-    import re
-
     vmx, _, svm = text.partition(") : __print_symbolic(")
     out = {}
     for base, more, name in re.findall(
@@ -294,13 +295,6 @@ class TapCounters:
     """
 
     def __init__(self, space: Any, name: str) -> None:
-        import fcntl
-        import socket
-        import struct
-
-        from pyvmm.fd import Fd
-        from pyvmm.hostnet.rtnetlink import Link
-
         SIOCGIFINDEX = 0x8933  # linux/sockios.h  # noqa: N806
         with space.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             answer = fcntl.ioctl(s, SIOCGIFINDEX, struct.pack("16si12x", name.encode(), 0))

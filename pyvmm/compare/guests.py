@@ -4,15 +4,29 @@ who runs them.
 
 from __future__ import annotations
 
+import base64
 import os
+import re
+import select
+import subprocess
 import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from pyvmm import __version__
+from pyvmm.assembly import BASE_CMDLINE
 from pyvmm.compare import counters, plan
 from pyvmm.errors import GuestEnded, GuestTimeout, HostError
+from pyvmm.host import peers
+from pyvmm.host.qemu import newest
 from pyvmm.host.tether import tethered
+from pyvmm.hostnet.netns import Namespace
+from pyvmm.kvm.stats import Stats
+from pyvmm.machine import Machine
+from pyvmm.memory import parse_size
+from pyvmm.netopt import Net
+from pyvmm.virtio.features import names
 from pyvmm.workloads import terminate
 
 TYPE_CHECKING = False
@@ -93,9 +107,6 @@ class OwnGuest:
         self._stack.close()
 
     def _make(self) -> None:
-        from pyvmm.machine import Machine
-        from pyvmm.netopt import Net
-
         p, stack = self._plan, self._stack
         self._others = set(threading.enumerate())
         self._vm = stack.enter_context(
@@ -116,8 +127,6 @@ class OwnGuest:
 
     def boot(self) -> float:
         """Let it run until its servers listen."""
-        from pyvmm.kvm.stats import Stats
-
         start = time.monotonic()
         self._vm.start()
         self._stats = []
@@ -184,9 +193,6 @@ class OwnGuest:
 
     def facts(self) -> dict[str, Any]:
         """See Guest."""
-        from pyvmm import __version__
-        from pyvmm.virtio.features import names
-
         device = self._nic.device
         return {
             "version": f"pyvmm {__version__}",
@@ -217,8 +223,6 @@ class PeerGuest:
         self._stack.close()
 
     def _make(self) -> None:
-        from pyvmm.hostnet.netns import Namespace
-
         self._argv = self._command()
         self.space = self._stack.enter_context(Namespace(name="unused"))
         self.space.tap.close()
@@ -235,13 +239,6 @@ class PeerGuest:
         self._stack.callback(self._tap.close)
 
     def _command(self) -> list[str]:
-        import base64
-
-        from pyvmm.assembly import BASE_CMDLINE
-        from pyvmm.host import peers
-        from pyvmm.host.qemu import newest
-        from pyvmm.memory import parse_size
-
         p = self._plan
         raw = b"".join(arg.encode() + b"\0" for arg in guest_command(p))
         cmdline = (
@@ -281,9 +278,6 @@ class PeerGuest:
 
     def boot(self) -> float:
         """See Guest."""
-        import select
-        import subprocess
-
         start = time.monotonic()
         child = self.space.popen(
             tethered(self._argv),
@@ -369,11 +363,6 @@ class PeerGuest:
         """See Guest; what was negotiated is what the guest's kernel says, a digit a bit, and what
         was offered nobody knows.
         """
-        import re
-        import subprocess
-
-        from pyvmm.virtio.features import names
-
         version = subprocess.run(
             [self._argv[0], "version" if self._mode.kind == "kvmtool" else "--version"],
             capture_output=True,

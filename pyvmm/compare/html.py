@@ -4,6 +4,7 @@ as SVG.
 
 from __future__ import annotations
 
+import statistics
 from html import escape
 from pathlib import Path
 
@@ -54,8 +55,6 @@ DATA = Path(__file__).parent
 
 
 def _median(values: list[float]) -> float:
-    import statistics
-
     return statistics.median(values) if values else 0.0
 
 

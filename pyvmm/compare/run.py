@@ -13,9 +13,12 @@ import time
 from contextlib import ExitStack, nullcontext
 from subprocess import SubprocessError
 
+from pyvmm import __version__
 from pyvmm.compare import counters, plan
 from pyvmm.compare.guests import TOOL_LIMIT, open_guest
 from pyvmm.compare.pinning import pinned, possible
+from pyvmm.compare.stats import summarise
+from pyvmm.doctor import flavour
 from pyvmm.errors import (
     HostError,
     ImageError,
@@ -29,6 +32,8 @@ from pyvmm.errors import (
     VhostMissing,
     VhostUserError,
 )
+from pyvmm.memory import parse_size
+from pyvmm.testbed.testbed import inside
 from pyvmm.workloads import ToolFailed, read_ping, read_udp, received_mbit, run_tool
 
 TYPE_CHECKING = False
@@ -195,12 +200,6 @@ class Comparison:
 
     def document(self) -> dict[str, Any]:
         """The results so far, as docs/compare.md describes them."""
-        from pyvmm import __version__
-        from pyvmm.compare.stats import summarise
-        from pyvmm.doctor import flavour
-        from pyvmm.memory import parse_size
-        from pyvmm.testbed.testbed import inside
-
         p = self._plan
         document = {
             "schema": SCHEMA,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pyvmm import __version__
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.control.commands import Controlled
@@ -16,7 +18,6 @@ def serve(machine: Controlled, name: str | None = None, path: str | None = None)
     :raises UsageError: the name is taken or bad, or there can be no socket at the path.
     :raises HostError: there is no private directory for it.
     """
-    from pyvmm import __version__
     from pyvmm.control.commands import COMMANDS, version
     from pyvmm.control.registry import Claim
     from pyvmm.control.server import Server

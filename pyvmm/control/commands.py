@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from pyvmm import __version__
 from pyvmm.control.server import Command, QmpError
 
 TYPE_CHECKING = False
@@ -84,8 +85,6 @@ def _numbered(machine: Controlled, given: Given) -> Nic:
 
 
 def _version(machine: Controlled, given: Given) -> object:
-    from pyvmm import __version__
-
     return version(__version__)
 
 

@@ -13,6 +13,7 @@ import re
 from pyvmm.errors import BudgetBroken, UsageError
 from pyvmm.exits.accounts import PHASES
 from pyvmm.exits.phases import ALL, COUNTER_METRICS, KVM_METRICS, phase
+from pyvmm.kvm.vcpu import REASONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -155,8 +156,6 @@ class Budget:
         """Whether WHAT can ever match: a device, the begin of one's name, one of its registers, or
         a KVM_EXIT_* reason.
         """
-        from pyvmm.kvm.vcpu import REASONS
-
         if self.what in (*REASONS.values(), "nobody"):
             return True
         return any(

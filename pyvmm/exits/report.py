@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyvmm import __version__
 from pyvmm.exits.phases import phases_of
 
 TYPE_CHECKING = False
@@ -29,8 +30,6 @@ def build(
 
     :param outcome: None while the machine runs. :param streams: what the guest said.
     """
-    from pyvmm import __version__
-
     phases = dict(accounts.phases)
     firsts = [v.c.first_run for v in accounts.vcpus if v.c.first_run]
     exits = [v.c.first_exit for v in accounts.vcpus if v.c.first_exit]

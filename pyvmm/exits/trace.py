@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import struct
 
+from pyvmm import __version__
+from pyvmm.bus import PCI_DATA
 from pyvmm.exits.phases import phases_of
 from pyvmm.kvm.recorder import BATCH, EXIT, KICK
 from pyvmm.kvm.vcpu import REASONS
@@ -17,6 +19,8 @@ from pyvmm.spec import pci, virtio
 from pyvmm.spec import vhost_user as vu
 from pyvmm.spec import virtio_net as vn
 from pyvmm.spec import virtio_pci as vp
+from pyvmm.vhostuser.wire import protocol_names, request_name, unpack_regions
+from pyvmm.virtio.features import names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -130,8 +134,6 @@ def bits_of(value: int, names: dict[int, str]) -> str:
 
 def feature_text(bits: int) -> str:
     """Feature bits by name."""
-    from pyvmm.virtio.features import names
-
     return " ".join(names(bits)) or "none"
 
 
@@ -142,8 +144,6 @@ def vhost_user_args(request: int, payload: bytes) -> Args:
         values = zip(layout[1], struct.unpack(layout[0], payload), strict=True)
         return {name: hex(v) if name in ADDRESSES else v for name, v in values if name}
     if request == vu.VHOST_USER_SET_MEM_TABLE and payload:
-        from pyvmm.vhostuser.wire import unpack_regions
-
         return {
             "regions": [
                 {
@@ -164,8 +164,6 @@ def vhost_user_args(request: int, payload: bytes) -> Args:
             "features": feature_text(value & ~own) + (" PROTOCOL_FEATURES" if value & own else "")
         }
     if request in VU_PROTOCOL:
-        from pyvmm.vhostuser.wire import protocol_names
-
         return {"protocol_features": " ".join(protocol_names(value))}
     if request in VU_FILES:
         return {"index": value & vu.VHOST_USER_VRING_IDX_MASK}
@@ -223,8 +221,6 @@ class _Trace:
 
     def about(self) -> Args:
         """What is to be known of the whole file."""
-        from pyvmm import __version__
-
         return {
             "pyvmm": __version__,
             "clock": "CLOCK_MONOTONIC, from the start of the VMM",
@@ -385,8 +381,6 @@ class _Trace:
 
     def _set_up(self, event: Event) -> None:
         """Show an access to a card's registers on its own track, with its meaning."""
-        from pyvmm.bus import PCI_DATA
-
         if event.region in self._parts:
             card, offset = self._parts[event.region]
             if self._bus.role(event.region, event.reg) == "notify":
@@ -483,8 +477,6 @@ class _Trace:
     def _step(self, name: str, args: dict[str, Any]) -> tuple[str, Args]:
         """A step's name and arguments, decoded."""
         if name.startswith("vhost-user "):
-            from pyvmm.vhostuser.wire import request_name
-
             said = vhost_user_args(args["request"], args["payload"])
             more = {"descriptors": args["descriptors"]} if args["descriptors"] else {}
             return (

@@ -4,6 +4,7 @@ waiting for its return.
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 from socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
@@ -71,8 +72,6 @@ class Link:
 
     def stats(self) -> dict[str, int]:
         """The counters of ``STATS``; empty where the interface is gone. Any thread."""
-        import os
-
         ask = IFINFO.pack(0, 0, self.index, 0, 0)
         ask = HEADER.pack(HEADER.size + len(ask), lib.RTM_GETLINK, lib.NLM_F_REQUEST, 1, 0) + ask
         with self._lock:
@@ -96,8 +95,6 @@ class Link:
 
     def gone(self) -> bool:
         """Take one notice from the events' socket; whether the interface has been deleted."""
-        import os
-
         try:
             data = os.read(self._events.fileno(), 1 << 16)
         except OSError:  # ENOBUFS: some were lost

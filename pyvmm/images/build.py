@@ -28,6 +28,7 @@ from pyvmm.images import FILES, Image
 from pyvmm.images.cpio import Archive
 from pyvmm.images.elf import libraries, needed
 from pyvmm.images.kernel import Kernel, Modules, extract_vmlinux, trim_zeros
+from pyvmm.images.tiny import tiny_kernel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -160,8 +161,6 @@ def _gather(
         apt = Apt(progress=progress)
         userland = _package_userland(recipe, apt, scratch / "user", inputs)
         if tiny:
-            from pyvmm.images.tiny import tiny_kernel
-
             return tiny_kernel(apt, compiler, inputs, progress), userland
         return _package_kernel(recipe, series, scratch / "kernel", inputs, progress), userland
     except HostError as e:

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 
-from pyvmm.errors import TestbedError
+from pyvmm.errors import HostError, TestbedError
 from pyvmm.host import qemu
 from pyvmm.host.paths import cache_dir
 
@@ -127,8 +127,6 @@ def setup(progress: Callable[[str], None], version: str | None = None) -> None:
     :param version: a prefix of the kernel's version, such as "6.1" or "6.12".
     :raises TestbedError: a system package is missing, or a download failed.
     """
-    from pyvmm.errors import HostError
-
     try:
         _fetch(progress, version)
     except HostError as e:
@@ -181,7 +179,6 @@ def _fetch_kernel(version: str, progress: Callable[[str], None]) -> None:
     import subprocess
     from pathlib import Path
 
-    from pyvmm.errors import HostError
     from pyvmm.host.apt import Apt
 
     for release in ("", "backports"):

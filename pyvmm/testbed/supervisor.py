@@ -12,6 +12,7 @@ import fcntl
 import json
 import marshal
 import os
+import re
 import selectors
 import signal
 import socket
@@ -352,8 +353,6 @@ class Supervisor:
         """Write the registers of L1's vCPUs to the log; returns their instruction pointers as text
         for a message.
         """
-        import re
-
         self.qmp.settimeout(2)
         said = b""
         try:

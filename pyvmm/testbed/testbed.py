@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import time
 
 from pyvmm.errors import TestbedError
 from pyvmm.host.paths import cache_dir, cache_root, runtime_dir
@@ -214,7 +215,6 @@ class Testbed:
         import json
         import subprocess
         import sys
-        import time
 
         lacks = self.missing()
         if lacks:

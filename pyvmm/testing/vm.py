@@ -4,7 +4,11 @@ something took.
 
 from __future__ import annotations
 
+from pyvmm.boot import is_linux
 from pyvmm.errors import ImageError
+from pyvmm.exits.budget import Budget
+from pyvmm.exits.phases import Phase
+from pyvmm.images import CMDLINE, NAMES, find
 from pyvmm.machine import Machine
 
 TYPE_CHECKING = False
@@ -43,8 +47,6 @@ class Exits:
 
     def phase(self) -> Phase:
         """All that is counted, as of now: ``ledger``, ``kvm``, ``counters``, ``metrics()``."""
-        from pyvmm.exits.phases import Phase
-
         accounts = self._machine.accounts
         return Phase("test", accounts, self._begin, accounts.snapshot("now"))
 
@@ -61,8 +63,6 @@ class Exits:
             most frequent exits.
         :raises UsageError: there is no such figure, or this machine does not count it.
         """
-        from pyvmm.exits.budget import Budget
-
         phase = self.phase()
         found: dict[str, float | None] = {}
         wrong = []
@@ -168,9 +168,6 @@ def resolve(kernel: str | None) -> tuple[str, str | None, str]:
 
     :raises ImageError: there is no such image or file.
     """
-    from pyvmm.boot import is_linux
-    from pyvmm.images import CMDLINE, NAMES, find
-
     if kernel is None or kernel in NAMES:
         image = find(kernel or "default")
         return image.kernel, image.initrd, CMDLINE
