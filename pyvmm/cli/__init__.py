@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: command -> one line for ``pyvmm --help``; the module is pyvmm.cli.<command>, "-" as "_".
+#: command -> its line in ``pyvmm --help``. Its module is pyvmm.cli.COMMAND, with "_" for "-".
 COMMANDS = {
     "run": "boot a guest and run a command or a console in it",
     "test": "boot test kernels, with a verdict for each, TAP and JUnit",
@@ -70,7 +70,7 @@ def _main(args: list[str]) -> int:
     sub = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, text in COMMANDS.items():
         if chosen in COMMANDS and name != chosen and not completing:
-            continue  # a parser costs a millisecond, under emulation ten
+            continue  # each parser takes a millisecond, under emulation ten
         if name == chosen or completing:
             module = importlib.import_module(f"pyvmm.cli.{name.replace('-', '_')}")
             one = sub.add_parser(name, help=text, description=module.__doc__)
@@ -123,7 +123,7 @@ def guard(body: Callable[[], int]) -> int:
 
 
 def _give_up_stdout() -> None:
-    """The interpreter would try once more to write what is left in the buffer, and then end with a
-    status of its own, 120, which means a panic of the guest.
+    """Drop what is left in the buffer of standard output. The interpreter would try to write it
+    once more, and end with a status of its own, 120, which means that the guest panicked.
     """
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
-#: Practically for ever; the worker looks for the end in each round.
+#: Microseconds, practically for ever: the worker looks in each round whether it is to end.
 POLL_US = 0xFFFFFFFF
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """The command's options."""
     add = parser.add_argument
     add("--socket", metavar="S", required=True, help="the front-end's socket")
     add(
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until told to stop."""
+    """Serve until a signal ends it."""
     import signal
     import threading
 
@@ -135,7 +135,7 @@ def _named(log: Any, path: str) -> Any:
 
 
 def _ports(args: argparse.Namespace, stack: Any) -> list[tuple[str, Any]]:
-    """(socket, port) of each back-end."""
+    """Open what is behind the back-ends; (socket, port) of each."""
     from pathlib import Path
 
     from pyvmm.backend import ports as vu_ports

@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
     add("--full", action="store_true", help="all measures in the table, not only the telling ones")
     add("--quiet", "-q", action="store_true", help="no progress on stderr")
-    # Of a forwarded comparison: where its results go, for the process that forwarded it to show.
+    # Where a forwarded comparison leaves its results, for the process that forwarded it to show.
     add("--handover", help=argparse.SUPPRESS)
 
 
@@ -141,8 +141,8 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[str, Any] | None]:
-    """Let the testbed measure, if it is to; its results come back in a file, and are shown and
-    written here.
+    """Let the testbed measure, if this host cannot. The results come back in a file; this process
+    shows and writes them.
     """
     import tempfile
 
@@ -189,7 +189,7 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
 
 
 def _measure(args: argparse.Namespace, plan: Plan, found: list[dict[str, Any]]) -> int:
-    """Run the comparison here; what it found is in ``found`` however it ends."""
+    """Run the comparison here. What it has found is in ``found``, however it ends."""
     from pyvmm.compare.run import Comparison
     from pyvmm.images import CMDLINE, find
 
@@ -229,12 +229,12 @@ def _load(path: str) -> dict[str, Any]:
     if problem:
         raise UsageError(f"{path}: {problem}", "name a file that pyvmm compare --json has written")
     assert isinstance(document, dict)
-    document["summary"] = summarise(document)  # a newer pyvmm may know more measures
+    document["summary"] = summarise(document)  # this pyvmm may know more measures
     return document
 
 
 def complete(document: dict[str, Any]) -> bool:
-    """Whether all that was asked for has been measured."""
+    """Whether everything that was asked for has been measured."""
     return not document["partial"] and not any(
         [
             *(mode["problem"] for mode in document["modes"]),

@@ -18,5 +18,5 @@ add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns once it runs."""
+    """Return once the machine runs."""
     return remote.tell(args, "cont")

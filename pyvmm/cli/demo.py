@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from pyvmm.card.nic import Nic
     from pyvmm.machine import Machine
 
-#: One iperf3 server for each way: one that serves twice does not listen for a moment in between.
+#: One iperf3 server per direction: a server that has just served does not listen for a moment.
 PORTS = ("5201", "5202")
-#: What the guest does; each `@` line is a stage that the host's side waits for.
+#: What the guest does. Each `@` line begins a stage that the host's side waits for.
 GUEST = r"""
 echo "@device"
 cd /sys/bus/pci/devices/0000:00:01.0
@@ -64,11 +64,11 @@ class Story:
         self._start = time.monotonic()
 
     def head(self, text: str) -> None:
-        """A step."""
+        """Begin a step."""
         print(f"\n[{time.monotonic() - self._start:5.1f} s] {text}", flush=True)
 
     def lines(self, text: str) -> None:
-        """What it showed."""
+        """Show what a step has found."""
         for line in text.strip().splitlines():
             print(f"          {line.rstrip()}", flush=True)
 
@@ -121,7 +121,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _stage(machine: Machine, name: str, story: Story, limit: float = 180) -> str:
-    """What the guest said before it reached stage ``name``, from the stage before on."""
+    """Wait until the guest has reached stage ``name``; what it has said since the stage before."""
     from pyvmm.errors import GuestEnded, GuestTimeout
 
     until = time.monotonic() + limit
@@ -181,7 +181,7 @@ def _summary(story: Story, machine: Machine) -> None:
     for way in ("rx", "tx"):
         name = {"rx": "to guest", "tx": "from guest"}[way]
         text = f"packets {name}: {counters[f'{way}_packets']}"
-        if f"{way}_kicks" in counters:  # the kernel's worker does not count them
+        if f"{way}_kicks" in counters:  # vhost's worker in the kernel does not count them
             text += (
                 f", with {counters[f'{way}_kicks']} kicks and {counters[f'{way}_calls']} interrupts"
             )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """The command's options."""
     parser.add_argument(
         "--json", action="store_true", help="an object with verdict, where and findings"
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Declare what ``pyvmm image`` takes."""
+    """The command's actions and their options."""
     sub = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = sub.add_parser(
         "build", help="build an image unless it is up to date", allow_abbrev=False
@@ -46,7 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Carry out ``pyvmm image``; the exit status."""
+    """Build or list; the exit status."""
     return _build(args) if args.action == "build" else _list(args)
 
 

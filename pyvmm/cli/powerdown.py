@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """The command's options."""
     remote.add_arguments(parser)
     parser.add_argument(
         "--wait",
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Press it; wait if asked to."""
+    """Press the button; wait for the end if the user asks for it."""
     if args.wait is None:
         return remote.tell(args, "system_powerdown")
     return remote.tell(args, "system_powerdown", "SHUTDOWN", args.wait)

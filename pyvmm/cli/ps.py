@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
-ANSWER = 5.0  # seconds that a machine may take to say how it is
+ANSWER = 5.0  # seconds that a machine has to answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """The command's options."""
     remote.add_host(parser)
     parser.add_argument("--json", action="store_true", help="an array of objects")
-    parser.add_argument("--brief", action="store_true", help="ask no machine how it is")
+    parser.add_argument(
+        "--brief", action="store_true", help="do not ask the machines for their state"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print them."""
+    """Print the machines; the exit status."""
     import time
 
     rows = remote.listing(args.host)
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ask(path: str) -> dict[str, Any]:
-    """What the machine says of itself."""
+    """What a machine says about itself, by its control socket."""
     from pyvmm.control.client import connect
 
     try:

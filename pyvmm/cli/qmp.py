@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """The command's options."""
     remote.add_arguments(parser)
     parser.add_argument("words", metavar="COMMAND [KEY=VALUE...]", nargs="*", help="one command")
     parser.add_argument(
-        "--events", action="store_true", help="print events, one a line, until the machine ends"
+        "--events", action="store_true", help="print events, one per line, until the machine ends"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """One command, a shell, or what stdin says."""
+    """Carry out one command, a shell, or the lines of stdin; the exit status."""
     status = remote.there(args)
     if status is not None:
         return status
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shell(name: str) -> int:
-    """The shell of the library qemu.qmp."""
+    """Run the shell of the library qemu.qmp."""
     from qemu.qmp.qmp_shell import QMPShell
 
     from pyvmm.control.registry import find
@@ -88,7 +88,7 @@ def _plain(client: Client, args: argparse.Namespace) -> int:
 
 
 def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
-    """Command and arguments from ``COMMAND KEY=VALUE...``.
+    """Command and arguments of the words ``COMMAND KEY=VALUE...``.
 
     :raises UsageError: a word has no ``=``.
     """
@@ -107,7 +107,7 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _line(line: str) -> tuple[str, dict[str, Any]]:
-    """The same from a line of input, which may also be a JSON object."""
+    """Command and arguments of a line of stdin, which is a JSON object or words."""
     import json
     import shlex
 

@@ -20,5 +20,5 @@ add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns once it has ended."""
+    """Return once the machine has ended."""
     return remote.tell(args, "quit", "SHUTDOWN")

@@ -21,5 +21,5 @@ add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns once the machine has been reset."""
+    """Return once the machine has been reset."""
     return remote.tell(args, "system_reset", "RESET")

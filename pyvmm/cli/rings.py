@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
     from pyvmm.control.client import Client
 
-WIDTH = 64  # descriptors a line
-MAP_MAX = 1024  # descriptors drawn
+WIDTH = 64  # descriptors per line
+MAP_MAX = 1024  # descriptors that are drawn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """The command's options."""
     remote.add_arguments(parser)
     add = parser.add_argument
     add("--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)")
@@ -62,12 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--json",
         action="store_true",
-        help="an object (docs/control.md, x-pyvmm-rings); one a line with --watch",
+        help="an object (docs/control.md, x-pyvmm-rings); with --watch one per line",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask and draw."""
+    """Ask for a snapshot and draw it, once or again and again."""
 
     def body(client: Client) -> int:
         import json
@@ -149,8 +149,8 @@ def _asks(q: dict[str, Any]) -> str:
     kick, call = q["used"]["avail-event"], q["avail"]["used-event"]
     kick_in = (kick - q["avail"]["idx"]) % 65536
     call_in = (call - q["used"]["idx"]) % 65536
-    # An event index that lies behind has been passed: nothing is asked for until the other side
-    # moves it.
+    # If an index has passed an event index, that side asks for nothing until it moves the event
+    # index (virtio 1.2, 2.7.10).
     kick_text = f"kick at {kick}" + ("" if kick_in < 32768 else " (passed)")
     call_text = f"interrupt at {call}" + ("" if call_in < 32768 else " (passed)")
     return f"device: {kick_text} (avail_event); driver: {call_text} (used_event)"

@@ -76,10 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--kernel",
         metavar="K",
-        help="bzImage, vmlinux, PVH ELF or multiboot kernel (default: the image built by `pyvmm image build`)",
+        help="bzImage, vmlinux, PVH ELF or multiboot kernel (default: of the image, see --image)",
     )
     add("--initrd", metavar="I", help="initial RAM disk")
-    add("--image", metavar="NAME", help="a built image by name, see `pyvmm image list`")
+    add("--image", metavar="NAME", help="an image of `pyvmm image list` (default)")
     add("--append", metavar="S", default="", help="more kernel command line")
     add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 64 (1)")
     add("--memory", metavar="SIZE", default="256M", help="guest memory, as 256M or 4G (256M)")
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-backing",
         choices=("memfd", "huge"),
         default="memfd",
-        help="what it is made of: memfd, or memfd of reserved huge pages (memfd)",
+        help="a memfd, or a memfd of reserved huge pages (memfd)",
     )
     add("--net", metavar="MODE[,K=V]", action="append", help="a network card, see below (emulated)")
     add(
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--boot-timeout",
         metavar="S",
         type=seconds(0, 1e7),
-        help="seconds until init runs, likewise",
+        help="seconds until init must run, exit status 124",
     )
     add(
         "--hang-timeout",
@@ -138,21 +138,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--trace",
         metavar="FILE",
-        help="write a timeline for ui.perfetto.dev: exits, kicks, interrupts, batches, set-up (docs/trace.md)",
+        help="write a timeline of exits, kicks, interrupts for ui.perfetto.dev (docs/trace.md)",
     )
     add(
         "--trace-events",
         metavar="N",
         type=count(16, 1 << 24),
         default=32768,
-        help="so many of the latest a vCPU or worker, 56 bytes each (32768)",
+        help="how many events the trace keeps per vCPU or worker, 56 bytes each (32768)",
     )
     add("--exits", action="store_true", help="print at the end how often the guest exited, and why")
     add(
         "--budget",
         metavar="B",
         action="append",
-        help="exit with 117 if it is broken: 'user_exits<=5000', 'notify_per_kpacket<=20', 'exits[serial0]<=100' (docs/budgets.md)",
+        help="exit with 117 if it is broken: 'user_exits<=5000', 'exits[serial0]<=100' "
+        "(docs/budgets.md)",
     )
     add(
         "--on-reboot",
@@ -168,7 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--qmp",
         metavar="PATH",
-        help="its control socket, or none (default: in the runtime directory)",
+        help="path of its control socket, or none (default: in the runtime directory)",
     )
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
     add(
@@ -205,9 +206,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _waits_for_nobody(args: argparse.Namespace) -> bool:
-    """Whether the guest would sit at the prompt of its shell for ever: it has no command, nobody can
-    type one, it is not bounded in time, and it has no name by which another process could end it.
-    Only an image of pyvmm's has a shell for sure.
+    """Whether the guest would wait at the prompt of its shell for ever: it has no command, nobody
+    can type one, no time-out ends it, and it has no name by which another process could end it.
+    Only the images of pyvmm are known to have a shell.
     """
     if args.guest_command or args.kernel or args.initrd:
         return False
@@ -223,7 +224,9 @@ def _waits_for_nobody(args: argparse.Namespace) -> bool:
 
 
 def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
-    """What the user of ``socket=`` must know if the guest runs in the testbed; else empty."""
+    """What the user of ``socket=`` must know if the guest runs in the testbed; empty without
+    ``socket=``.
+    """
     import shlex
 
     from pyvmm.netopt import Net
@@ -268,7 +271,7 @@ def _boot(args: argparse.Namespace) -> int:
             broken_off(e, run.machine, run.files)
         if isinstance(e, PyvmmError) or not isinstance(e, Exception):
             raise
-        import traceback  # ours to mend: no status of a test's must come of it
+        import traceback  # a bug of ours: it must not look like the status of a test
 
         traceback.print_exc()
         raise HostError("pyvmm itself failed, see above", "please report it") from None
@@ -283,9 +286,9 @@ def _boot(args: argparse.Namespace) -> int:
 class _Run:
     """One run of a guest on this host.
 
-    :ivar outputs: the files that the user asks for; owned by whoever sets it.
-    :ivar files: those that follow the run, None if there are none.
-    :ivar machine: None until there is one.
+    :ivar outputs: the files that the user asks for; whoever sets it owns them.
+    :ivar files: follow the run; None if the user asks for none of them.
+    :ivar machine: None until it is made.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -392,8 +395,8 @@ class _Run:
 
 
 def _qmp(args: argparse.Namespace) -> str | None:
-    """Where the control socket is to be. A machine without a name of the user's runs without one if
-    this host has no place for it.
+    """The path of the control socket; None for a machine without. If this host has no place for the
+    socket, only a machine that the user gives a name is refused.
     """
     from pyvmm.control.registry import directory
 
@@ -454,8 +457,8 @@ def _run_guest(machine: Machine, args: argparse.Namespace, *, interactive: bool)
 
 
 def _lost_output(machine: Machine) -> int:
-    """The exit status of a run that succeeded, if what the guest's command wrote did not reach its
-    reader: as of any command, 141 if the reader has gone; else 0.
+    """The exit status of a run that would succeed, if what the guest's command wrote has not
+    reached its reader: 141 if the reader has gone, as of any command; 0 if nothing is lost.
     """
     for error in (*machine.stdout.lost_sinks, *machine.stderr.lost_sinks):
         if isinstance(error, BrokenPipeError):
@@ -467,7 +470,7 @@ def _lost_output(machine: Machine) -> int:
 
 
 def _write_trace(machine: Machine, output: Output) -> None:
-    """Write the timeline. A failure is the output's to tell: the run keeps its verdict."""
+    """Write the timeline. If that fails, the output tells it later, and the run keeps its verdict."""
     from pyvmm.exits.trace import write
 
     try:

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """The command's options."""
     remote.add_arguments(parser)
     parser.add_argument(
-        "--target", choices=("vm", "vcpu", "all"), default="all", help="of what (all)"
+        "--target", choices=("vm", "vcpu", "all"), default="all", help="whose statistics (all)"
     )
-    parser.add_argument("--all", action="store_true", help="zeros and histograms, too")
+    parser.add_argument("--all", action="store_true", help="show zeros and histograms, too")
     parser.add_argument(
         "--json", action="store_true", help="an object with vm and vcpu, arrays of objects"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask and print."""
+    """Ask for the statistics and print them."""
 
     def body(client: Client) -> int:
         targets = ("vm", "vcpu") if args.target == "all" else (args.target,)

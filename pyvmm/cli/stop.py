@@ -22,5 +22,5 @@ add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns once it is paused."""
+    """Return once the machine is paused."""
     return remote.tell(args, "stop")

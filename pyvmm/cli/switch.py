@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """The command's options."""
     remote.add_arguments(parser)
     parser.add_argument(
-        "mode", metavar="MODE[,K=V...]", help="what is to move its packets from now on"
+        "mode", metavar="MODE[,K=V...]", help="the data path that moves its packets from now on"
     )
     parser.add_argument(
         "--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)"
     )
-    parser.add_argument("--json", action="store_true", help="print what was done as an object")
+    parser.add_argument("--json", action="store_true", help="print the report as an object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Switch, and say what it took."""
+    """Switch, and print how long it took."""
 
     def body(client: Client) -> int:
         result = client.command("x-pyvmm-switch", nic=args.nic, mode=args.mode)

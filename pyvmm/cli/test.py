@@ -52,12 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 64 (1)")
     add("--memory", metavar="SIZE", default="128M", help="guest memory, as 256M or 4G (128M)")
-    add("--timeout", metavar="S", type=seconds(0, 1e7), default=90.0, help="seconds for each (90)")
+    add(
+        "--timeout", metavar="S", type=seconds(0, 1e7), default=90.0, help="seconds per kernel (90)"
+    )
     add(
         "--hang-timeout",
         metavar="S",
         type=seconds(0.1, 1e7),
-        help="seconds without progress after which one is ended (off)",
+        help="seconds without progress after which a kernel is ended (off)",
     )
     add("--jobs", "-j", metavar="N", type=count(1, 256), default=1, help="kernels at a time (1)")
     add("--config", metavar="FILE", help="tests in the format of kvm-unit-tests' unittests.cfg")
@@ -79,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load-mode",
         choices=("protected32", "long64", "real16"),
         default="protected32",
-        help="how they start",
+        help="the processor's mode in which flat binaries start",
     )
     add("--tap", action="store_true", help="TAP on stdout")
     add("--junit", metavar="FILE", help="write JUnit XML")
@@ -88,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verbose",
         "-v",
         action="store_true",
-        help="show what each kernel said, not only where it failed",
+        help="show the console of each kernel, not only of those that fail",
     )
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
 
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _linux(cases: list[Case]) -> str | None:
-    """The first kernel that is Linux, which not every host can run; None where there is none."""
+    """The first kernel that is Linux, which not every host can run; None if there is none."""
     from pyvmm.boot import is_linux
 
     for case in cases:
@@ -119,7 +121,7 @@ def _linux(cases: list[Case]) -> str | None:
             if not case.skip and case.load_address is None and is_linux(case.kernel):
                 return case.kernel
         except ImageError:
-            pass  # it is told with its verdict
+            pass  # its verdict will tell it
     return None
 
 
@@ -156,7 +158,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 
 
 def _name(kernel: str, kernels: list[str]) -> str:
-    """The file's name without its suffix, or the path where that would name two."""
+    """The file's name without its suffix, or its path if two files have the same name."""
 
     def stem(path: str) -> str:
         return path.rpartition("/")[2].rpartition(".")[0] or path.rpartition("/")[2]
@@ -299,7 +301,9 @@ def _junit(results: list[Result], seconds: float) -> str:
 
 
 def _points(result: Result) -> str:
-    """``3 of 4 points passed`` where the kernel told them."""
+    """How many single results the kernel has told, and the first that failed; empty without
+    results.
+    """
     if not result.points:
         return ""
     failed = [p for p in result.points if p.result == "failed"]
@@ -308,7 +312,7 @@ def _points(result: Result) -> str:
 
 
 class _Plain:
-    """For people: a line a test, with the end of its console where it failed."""
+    """For people: one line per test, with the end of its console if it failed."""
 
     def __init__(self, total: int, args: argparse.Namespace) -> None:
         self.total, self.done, self.verbose = total, 0, args.verbose
@@ -316,7 +320,7 @@ class _Plain:
         self.colour = self.to.isatty() and not os.environ.get("NO_COLOR")
 
     def result(self, r: Result) -> None:
-        """One test has ended."""
+        """A test has ended."""
         from pyvmm.testing.verdict import last_lines
 
         self.done += 1
@@ -337,7 +341,7 @@ class _Plain:
         print("\n".join(lines), file=self.to, flush=True)
 
     def end(self, results: list[Result], seconds: float) -> None:
-        """All have."""
+        """All tests have ended."""
         s = _summary(results)
         print(
             f"{s['total']} test{'s' * (s['total'] != 1)} in {seconds:.1f} s: "
@@ -348,14 +352,14 @@ class _Plain:
 
 
 class _Tap:
-    """TAP 13, numbered in the order of the ends."""
+    """TAP 13; the tests are numbered in the order in which they end."""
 
     def __init__(self, total: int, args: argparse.Namespace) -> None:
         self.done, self.verbose = 0, args.verbose
         print(f"TAP version 13\n1..{total}", flush=True)
 
     def result(self, r: Result) -> None:
-        """One test has ended."""
+        """A test has ended."""
         import json
 
         from pyvmm.testing.verdict import last_lines
@@ -378,12 +382,12 @@ class _Tap:
                 "notes": r.case.notes,
                 "console": last_lines(r.console, 10000 if self.verbose else LAST_LINES),
             }
-            # What JSON writes is YAML, too.
+            # JSON is YAML, too.
             lines += ["  ---", *(f"  {k}: {json.dumps(v)}" for k, v in texts.items()), "  ..."]
         print("\n".join(lines), flush=True)
 
     def end(self, results: list[Result], seconds: float) -> None:
-        """All have; those that were interrupted are what the plan misses."""
+        """All tests have ended. Those that were interrupted are the ones that the plan misses."""
         s = _summary(results)
         print(
             f"# {s['passed']} passed, {s['failed']} failed, {s['skipped']} skipped in {seconds:.1f} s",

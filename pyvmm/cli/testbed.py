@@ -52,7 +52,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         action="append",
         default=[],
-        help="may be written as well",
+        help="a directory that the command may write, too",
     )
     parser.add_argument(
         "--cpus",
@@ -65,10 +65,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--timeout", metavar="S", type=seconds(0, 1e7), help="kill COMMAND after S seconds"
     )
     parser.add_argument(
-        "--kernel-version", metavar="V", help="of Debian's cloud kernel: 6.1 (default), 6.12"
+        "--kernel-version", metavar="V", help="series of Debian's cloud kernel: 6.1 (default), 6.12"
     )
     parser.add_argument(
-        "--name", help="one of several testbeds (default: $PYVMM_TESTBED, else default)"
+        "--name", help="name of the testbed (default: $PYVMM_TESTBED, else default)"
     )
     parser.add_argument(
         "--watchdog",
@@ -166,13 +166,13 @@ def _command(bed: Testbed, command: list[str], timeout: float | None) -> int:
     from pyvmm.testbed.testbed import inside
 
     argv = command or [os.environ.get("SHELL") or "/bin/sh"]
-    if inside():  # we are there already
+    if inside():  # this is the testbed
         os.execvp(argv[0], argv)
     return bed.run_attached(argv, timeout=timeout)
 
 
 def _progress(quiet: bool) -> Callable[[str], None]:
-    """Prints lines to stderr, as they come; nothing where quiet."""
+    """A function that prints lines to stderr as they come, or nothing if ``quiet``."""
 
     def show(text: str) -> None:
         if not quiet:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CLEAR, HIDE, SHOW = "\x1b[H\x1b[2J", "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 ENDED = ("shutdown", "guest-panicked")
-ROWS = 24  # where the height is not known
+ROWS = 24  # if the terminal does not say its height
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds, 0.1 to 3600 (1)",
     )
     parser.add_argument("--once", action="store_true", help="print one interval and leave")
-    parser.add_argument("--json", action="store_true", help="an object a line, see docs/top.md")
+    parser.add_argument("--json", action="store_true", help="one object per line, see docs/top.md")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show until the machine ends or the user has enough."""
+    """Show rates until the machine ends or the user leaves."""
     return remote.with_client(args, lambda client: _watch(args, client))
 
 
@@ -65,7 +65,7 @@ def _watch(args: argparse.Namespace, client: Client) -> int:
             except MachineMissing:
                 if args.once:
                     raise
-                return 0  # it has ended, as machines do
+                return 0  # the machine has ended
             _show(before, after, args, screen)
             if args.once or after["status"] in ENDED:
                 return 0
@@ -92,12 +92,12 @@ def _show(
 
 
 def table(now: dict[str, Any], rows: int) -> list[str]:
-    """The rates as lines of text, at most ``rows``: what does not fit are the rarest causes."""
+    """The rates as at most ``rows`` lines of text; the rarest causes are left out first."""
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
-    out = [f"{now['name']}  {now['status']}  rates a second over {now['seconds']:.1f} s"]
+    out = [f"{now['name']}  {now['status']}  rates per second over {now['seconds']:.1f} s"]
     out.append("")
     out.append(f"{'':8}{'exits':>10}{'in KVM':>10}{'interrupts':>12}")
     for v in now["vcpus"]:
@@ -133,8 +133,8 @@ def table(now: dict[str, Any], rows: int) -> list[str]:
 
 
 class _Screen:
-    """The terminal, while it is ours: without line editing, on its other page. Without one, just a
-    clock.
+    """The terminal while ``top`` has it: without line editing, on its alternate screen. If output
+    is not live, just a clock.
     """
 
     def __init__(self, live: bool) -> None:
@@ -180,7 +180,7 @@ class _Screen:
 
     @staticmethod
     def size() -> tuple[int, int]:
-        """Columns and rows now."""
+        """Columns and rows of the terminal now."""
         try:
             size = os.get_terminal_size(1)
         except OSError:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """The command's options."""
     parser.add_argument("action", choices=("probe", "check"), help="what to do")
     parser.add_argument("socket", metavar="SOCKET", help="where the back-end listens")
     parser.add_argument(
@@ -63,7 +63,7 @@ def _check(args: argparse.Namespace, outputs: Outputs) -> int:
     from pyvmm.conformance.check import Checker
     from pyvmm.vhostuser.wire import connect
 
-    connect(args.socket).close()  # or the one error that says that nobody listens
+    connect(args.socket).close()  # raises the error that says that nobody listens
     checker = Checker(args.socket, timeout=args.timeout or 5.0, queues=args.queues)
     checker.run(lambda item: None if args.json else _print_item(item))
     if args.json:

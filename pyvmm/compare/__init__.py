@@ -1,3 +1,3 @@
-"""``pyvmm compare``: the same guest and workload on several data paths, what each costs, and what
-of it is noise.
+"""``pyvmm compare``: the same guest and workload on several data paths, what each costs, and which
+differences may be noise.
 """

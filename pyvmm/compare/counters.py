@@ -1,5 +1,5 @@
-"""What can be counted about a running guest, from inside its VMM and from outside, as flat sums
-that only grow.
+"""Everything that can be counted about a running guest, from inside its VMM and from outside, as
+flat sums that only grow.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ BY_REASON = {
     "irq_window_open": "irq_window",
     "intr": "signal",
 }
-#: Who uses CPU time. ``vhost``: the kernel's worker. ``vmm``: other threads of the VMM.
-#: ``backend``: the vhost-user process.
+#: Whose CPU time is counted. ``vhost``: the kernel's worker. ``backend``: the vhost-user back-end's
+#: process. ``vmm``: all other threads of the VMM.
 ROLES = ("vcpu", "worker", "vhost", "backend", "vmm")
 KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 TRACEFS = Path("/sys/kernel/tracing")
 BACKEND = "pyvmm.backend.process"  # the module that such a process runs
-#: KVM's statistics that are levels or peaks, not counts.
+#: KVM's statistics that are levels or peaks instead of counts.
 NO_COUNTS = (
     "max_mmu_rmap_size",
     "max_mmu_page_hash_collisions",
@@ -61,7 +61,7 @@ NO_COUNTS = (
 
 
 def causes(ledger: Ledger) -> dict[str, int]:
-    """The exits of a ledger by cause; their sum is the ledger's."""
+    """The exits of a ledger by cause. They add up to the ledger's total."""
     out = dict.fromkeys(CAUSES, 0)
     for line in ledger.lines:
         cause = BY_REASON.get(line.reason, "other")
@@ -80,7 +80,7 @@ def lines(ledger: Ledger) -> dict[str, int]:
 
 
 def kvm_counts(stats: Iterable[Stats]) -> dict[str, int]:
-    """KVM's binary statistics, summed; without histograms and without what is no count."""
+    """KVM's binary statistics, summed over ``stats``; without histograms, levels and peaks."""
     out: dict[str, int] = {}
     for one in stats:
         for name, value in one.read().items():
@@ -104,7 +104,7 @@ def debugfs_dir(pid: int) -> Path:
 
 
 def debugfs_counts(directory: Path) -> dict[str, int]:
-    """The same counts as ``kvm_counts``, of a VM of another process."""
+    """The same counts as ``kvm_counts``, of the VM of another process."""
     out: dict[str, int] = {}
     for file in directory.iterdir():
         try:
@@ -117,10 +117,11 @@ def debugfs_counts(directory: Path) -> dict[str, int]:
 
 
 class ExitTrace:
-    """Counts exits of any process's vCPUs by thread and reason: histograms on KVM's tracepoints, in
-    a tracing instance of its own.
+    """Counts exits of the vCPUs of any process, by thread and reason: histograms on KVM's
+    tracepoints, in a tracing instance of its own.
 
-    :param reasons: also exits in KVM, by the processor's reason; costs something at each exit.
+    :param reasons: also count exits in KVM, by the processor's reason; this costs something at each
+        exit.
     :raises HostError: no tracefs, no permission, or a kernel without CONFIG_HIST_TRIGGERS.
     """
 
@@ -149,7 +150,7 @@ class ExitTrace:
         return self._dir / "events/kvm" / event / file
 
     def _read(self, event: str, tids: Container[int]) -> list[tuple[int, int]]:
-        """(key, count) of the threads ``tids``."""
+        """(key, count) for the threads ``tids``."""
         text = self._event(event, "hist").read_text()
         rows = re.findall(
             rf"common_pid:\s*(\d+), {self._keys[event]}:\s*(\d+) \}} hitcount:\s*(\d+)", text
@@ -157,8 +158,8 @@ class ExitTrace:
         return [(int(key), int(count)) for pid, key, count in rows if int(pid) in tids]
 
     def counts(self, tids: Container[int]) -> dict[str, int]:
-        """Exits to userspace by cause (without ``notify``: nobody knows QEMU's addresses) of the
-        threads ``tids``.
+        """Exits to userspace of the threads ``tids``, by cause. None of them is a ``notify``:
+        nobody knows the notification addresses of QEMU's guest.
         """
         out = dict.fromkeys(CAUSES, 0)
         for reason, count in self._read("kvm_userspace_exit", tids):
@@ -166,8 +167,8 @@ class ExitTrace:
         return out
 
     def reasons(self, tids: Container[int]) -> dict[str, int]:
-        """Exits in KVM by the processor's reason, as the kernel's tracepoint calls it; empty where
-        not traced.
+        """Exits in KVM by the processor's reason, as the kernel's tracepoint calls it; empty if
+        they are not traced.
         """
         out: dict[str, int] = {}
         if "kvm_exit" in self._keys:
@@ -196,8 +197,8 @@ class ExitTrace:
 
 
 def reason_names(text: str, *, intel: bool) -> dict[int, str]:
-    """The processor's exit reasons by number, from the format of the tracepoint kvm_exit, which has
-    VMX's before SVM's.
+    """The processor's exit reasons by number, from the format of the tracepoint kvm_exit, in which
+    VMX's reasons come before SVM's.
     """
     vmx, _, svm = text.partition(") : __print_symbolic(")
     out = {}
@@ -213,7 +214,7 @@ def reason_names(text: str, *, intel: bool) -> dict[int, str]:
 
 def task(tid: int) -> tuple[int, int, int] | None:
     """(nanoseconds of CPU time, voluntary, involuntary context switches) of a thread of any
-    process; None for one that has ended.
+    process; None if it has ended.
     """
     # Not psutil's CPU times: they come in hundredths of a second, and a worker that a ping wakes
     # needs less than one of those per workload.
@@ -241,8 +242,8 @@ def threads_of(pid: int) -> dict[int, str]:
 
 
 def vhost_threads(pid: int) -> list[int]:
-    """The kernel's vhost workers of process ``pid`` (before Linux 6.4; after that they are its own
-    threads).
+    """The threads of vhost in the kernel that work for process ``pid``. From Linux 6.4 on there are
+    none: they are threads of the process itself.
     """
     return [p.pid for p in psutil.process_iter(["name"]) if p.info["name"] == f"vhost-{pid}"]
 
@@ -255,7 +256,7 @@ def backends_of(pid: int) -> list[int]:
             if BACKEND in child.cmdline():
                 out.append(child.pid)
         except psutil.Error:
-            continue  # it has ended, or has yet to become what it will be
+            continue  # it has ended, or has not called exec() yet
     return out
 
 
@@ -265,13 +266,13 @@ if TYPE_CHECKING:
 
 
 def snapshot(tasks: Iterable[tuple[str, int]]) -> Tasks:
-    """CPU time and switches of the threads (role, tid) now."""
+    """CPU time and context switches of the threads (role, tid) now."""
     return {(role, tid): got for role, tid in tasks if (got := task(tid)) is not None}
 
 
 def by_role(before: Tasks, after: Tasks) -> dict[str, dict[str, Any]]:
-    """What each role used between two snapshots; roles without a thread are left out. A thread that has
-    ended meanwhile is lost.
+    """What each role has used between two snapshots. A role without a thread is left out; a thread
+    that has ended meanwhile is not counted.
     """
     out: dict[str, dict[str, Any]] = {}
     for key, now in after.items():
@@ -288,8 +289,8 @@ def by_role(before: Tasks, after: Tasks) -> dict[str, dict[str, Any]]:
 
 
 class TapCounters:
-    """Packets and bytes that pass the tap ``name`` of a namespace, in any mode; a segmented packet
-    counts once.
+    """Packets and bytes that pass the tap ``name`` of a namespace, whatever the mode. A segmented
+    packet counts once.
 
     :param space: pyvmm.hostnet.netns.Namespace, lent.
     """

@@ -1,5 +1,5 @@
-"""A guest on one data path or program, booted, ready for workloads, and countable; all alike for
-who runs them.
+"""A guest on one data path, or in another program: booted, ready for workloads, and countable. They
+are all alike for whoever runs workloads on them.
 """
 
 from __future__ import annotations
@@ -38,34 +38,35 @@ if TYPE_CHECKING:
     from pyvmm.hostnet.netns import Namespace
 
     class Guest(Protocol):
-        """What ``open_guest`` gives: a context manager that leaves nothing behind."""
+        """A context manager that leaves nothing behind; ``open_guest`` makes it."""
 
         space: Namespace
 
         def __enter__(self) -> Self: ...
         def __exit__(self, *exc: object) -> None: ...
         def boot(self) -> float:
-            """Let it run until its servers listen; seconds that took."""
+            """Let it run until its servers listen; the seconds that this took."""
 
         def counts(self) -> dict[str, dict[str, int]]:
-            """Groups of sums that only grow, empty where unknown: ``causes`` and ``lines`` of the
-            ledger, ``kvm``, ``reasons`` (the processor's), ``packets``, ``queues``."""
+            """Groups of sums that only grow; empty if they are not known: ``causes`` and ``lines``
+            of the ledger, ``kvm``, the processor's ``reasons``, ``packets``, ``queues``.
+            """
 
         def quick(self) -> tuple[int, int]:
             """(exits to userspace, exits in KVM) so far; cheap."""
 
         def tasks(self) -> Tasks:
-            """CPU time and switches of its threads now."""
+            """CPU time and context switches of its threads now."""
 
         def facts(self) -> dict[str, Any]:
-            """What does not change: ``offered``, ``negotiated``, ``version``; ``notes`` if
-            something is not known of it.
+            """Facts that do not change: ``offered``, ``negotiated``, ``version``; and ``notes`` on
+            what is not known.
             """
 
 
 READY, FEATURES = "pyvmm-compare: ready", "pyvmm-compare: features"
 TAP = "tap0"
-#: Seconds from the start to READY, and for a tool or the back-end to do what takes it a moment.
+#: Seconds from the start to READY, and for a tool beyond the time that it is told to run.
 BOOT_LIMIT, TOOL_LIMIT = 180.0, 60.0
 
 
@@ -83,13 +84,13 @@ def guest_command(p: Plan) -> list[str]:
 
 
 def open_guest(p: Plan, mode: Mode, trace: ExitTrace | None) -> Guest:
-    """The guest of a mode, not yet made: that is the context manager's."""
+    """The guest of a mode. Entering the context makes it."""
     kind = OwnGuest if mode.kind == "pyvmm" else PeerGuest
     return kind(p, mode, trace)
 
 
 class OwnGuest:
-    """A guest of pyvmm's, in this process. For vhost-user the card starts a back-end process."""
+    """A guest of pyvmm, in this process. For vhost-user its card starts a back-end process."""
 
     def __init__(self, p: Plan, mode: Mode, trace: ExitTrace | None) -> None:
         self._plan, self._mode, self._trace = p, mode, trace
@@ -126,7 +127,7 @@ class OwnGuest:
         stack.callback(self._tap.close)
 
     def boot(self) -> float:
-        """Let it run until its servers listen."""
+        """See Guest."""
         start = time.monotonic()
         self._vm.start()
         self._stats = []
@@ -174,7 +175,7 @@ class OwnGuest:
         return sum(vcpu.runs for vcpu in self._vm.vcpus), exits
 
     def tasks(self) -> Tasks:
-        """See Guest; threads of this process that the guest did not bring are nobody's."""
+        """See Guest. A thread that ran in this process before the guest is not counted."""
         kind = "vhost" if self._nic.net.mode == "vhost-net" else "worker"
         keys = []
         moving = set()
@@ -306,9 +307,7 @@ class PeerGuest:
             self._said = (self._said + piece)[-65536:]
         drain = threading.Thread(target=self._drain, args=(fd,), name="compare-drain", daemon=True)
         drain.start()
-        self._stack.callback(
-            drain.join, 5
-        )  # after the child has been ended, before its pipe is closed
+        self._stack.callback(drain.join, 5)  # after the child has ended, before its pipe is closed
         self._stack.callback(terminate, child)
         try:
             self._kvm = counters.debugfs_dir(child.pid)
@@ -318,7 +317,7 @@ class PeerGuest:
 
     @staticmethod
     def _drain(fd: int) -> None:
-        """What the guest says later: a full pipe would stop it."""
+        """Read what the guest says later: a full pipe would stop it."""
         try:
             while os.read(fd, 65536):
                 pass
@@ -360,8 +359,8 @@ class PeerGuest:
         return counters.snapshot(keys)
 
     def facts(self) -> dict[str, Any]:
-        """See Guest; what was negotiated is what the guest's kernel says, a digit a bit, and what
-        was offered nobody knows.
+        """See Guest. The guest's kernel says what was negotiated, one digit per bit. Nobody says
+        what was offered.
         """
         version = subprocess.run(
             [self._argv[0], "version" if self._mode.kind == "kvmtool" else "--version"],

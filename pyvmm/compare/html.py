@@ -26,7 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Parts of the stacked plot: class -> words. Those to userspace come first.
+#: Parts of the stacked plot: class -> words. Exits to userspace come first.
 PARTS = {
     **{f"u-{name}": f"to userspace: {name.replace('_', ' ')}" for name in CAUSES},
     "k-halt": "in KVM: halt",
@@ -37,8 +37,8 @@ PARTS = {
     "k-io": "in KVM: ports",
     "k-rest": "in KVM: the rest",
 }
-#: The processor's reasons of each part, SVM's and VMX's, and the causes of userspace exits that
-#: begin with the same.
+#: The processor's reasons of each part, SVM's and VMX's, and the causes of those exits to userspace
+#: that begin with one of these reasons.
 REASONS = {
     "k-halt": (("hlt",), ("halt",)),
     "k-window": (("vintr", "interrupt_window"), ("irq_window",)),
@@ -59,7 +59,7 @@ def _median(values: list[float]) -> float:
 
 
 def _good(document: dict[str, Any], mode: str, workload: str) -> list[dict[str, Any]]:
-    """A mode's runs of a workload that did not fail."""
+    """The runs of a workload in a mode that did not fail."""
     return [
         w
         for run in document["runs"]
@@ -70,9 +70,10 @@ def _good(document: dict[str, Any], mode: str, workload: str) -> list[dict[str, 
 
 
 def split(workload: dict[str, Any]) -> dict[str, int]:
-    """The exits of one run by PARTS; what goes to userspace is taken from KVM's counts, which
-    include it. Without a trace of the processor's reasons KVM's statistics know three parts, and
-    the rest is one."""
+    """The exits of one run by PARTS. KVM's counts include the exits to userspace, which are
+    subtracted here. Without a trace of the processor's reasons KVM's statistics tell three parts
+    apart, and the rest is a fourth.
+    """
     causes, kvm = workload["causes"] or {}, workload["kvm"]
     out = {f"u-{name}": max(causes.get(name, 0), 0) for name in CAUSES}
     user = sum(out.values())
@@ -95,8 +96,8 @@ def _missing(mode: dict[str, Any]) -> str:
 
 
 def exits_plot(document: dict[str, Any], workload: str) -> str:
-    """Stacked exits by cause of each mode: per 1,000 packets, or a second where the workload sends
-    none.
+    """Stacked exits by cause, one bar per mode: per 1,000 packets, or per second if the workload
+    sends none.
     """
     idle = workload == "idle"
     unit = "exits per second" if idle else "exits per 1,000 packets"
@@ -142,7 +143,7 @@ def measure_plot(
 
 
 def cpu_plot(document: dict[str, Any], workload: str) -> str:
-    """CPU time by role of each mode, milliseconds a second."""
+    """CPU time by role, one bar per mode, in milliseconds per second."""
     rows = []
     for mode in document["modes"]:
         runs = [run for run in _good(document, mode["name"], workload) if run["seconds"]]
@@ -163,8 +164,8 @@ def cpu_plot(document: dict[str, Any], workload: str) -> str:
 
 
 def time_plot(document: dict[str, Any], workload: str, key: str) -> str:
-    """Exits a second over the time of a workload, in the first repeat of each mode that
-    went well.
+    """Exits per second over the time of a workload, in the first repeat of each mode that did not
+    fail.
     """
     series = []
     for index, mode in enumerate(document["modes"]):
@@ -182,7 +183,7 @@ def time_plot(document: dict[str, Any], workload: str, key: str) -> str:
 
 
 def legend(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """The parts that any stack has: (class, words)."""
+    """The parts that occur in any bar: (class, words)."""
     seen: set[str] = set()
     for run in document["runs"]:
         for workload in run["workloads"]:
@@ -191,7 +192,7 @@ def legend(document: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def speed(document: dict[str, Any], workload: str) -> str | None:
-    """The measure that says how fast a workload went, None for one that has no speed."""
+    """The measure of how fast a workload is; None if it has no speed."""
     key = SPEEDS.get(workload, "throughput_mbit_s")
     figures = Figures(document)
     return key if any(figures.get(workload, m["name"], key) for m in document["modes"]) else None

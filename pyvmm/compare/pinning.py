@@ -1,4 +1,6 @@
-"""A CPU of its own for each vCPU while something is measured: otherwise the scheduler is, too."""
+"""A CPU for each vCPU alone while something is measured; without it the figures measure the
+scheduler, too.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,20 @@ if TYPE_CHECKING:
 
 
 def possible(vcpus: int) -> bool:
-    """Whether this process may use a CPU more than that."""
+    """Whether this process may use more than ``vcpus`` CPUs."""
     return len(os.sched_getaffinity(0)) > vcpus
 
 
 @contextmanager
 def pinned(tasks: Iterable[tuple[str, int]], vcpus: int) -> Iterator[None]:
-    """Each vCPU's thread has a CPU to itself; the others' and the calling one, and what it starts,
-    share the rest.
+    """Give each vCPU's thread a CPU to itself. The other threads, the calling thread, and whatever
+    it starts share the rest.
 
-    A thread that has been given CPUs of its own (``worker-cpu=``) keeps them. In the end only the
-    calling thread is put back.
+    A thread that has CPUs of its own already (``worker-cpu=``) keeps them. At the end only the
+    calling thread gets all CPUs back.
 
-    :param tasks: (role, tid) of those that take part; the role of a vCPU is "vcpu".
-    :param vcpus: how many there are; fewer than the CPUs that this process may use.
+    :param tasks: (role, tid) of the threads; the role of a vCPU is "vcpu".
+    :param vcpus: how many vCPUs there are; fewer than the CPUs that this process may use.
     """
     allowed = os.sched_getaffinity(0)
     cpus = sorted(allowed)
@@ -33,10 +35,10 @@ def pinned(tasks: Iterable[tuple[str, int]], vcpus: int) -> Iterator[None]:
         try:
             if role == "vcpu":
                 os.sched_setaffinity(tid, {next(own)})
-            elif os.sched_getaffinity(tid) >= allowed:  # a kernel thread may have more than we
+            elif os.sched_getaffinity(tid) >= allowed:  # a kernel thread may have more CPUs
                 os.sched_setaffinity(tid, rest)
         except (OSError, StopIteration):
-            continue  # ended meanwhile
+            continue  # it has ended meanwhile
     os.sched_setaffinity(0, rest)
     try:
         yield

@@ -5,46 +5,55 @@ from __future__ import annotations
 from pyvmm.errors import UsageError
 from pyvmm.netopt import MODES, Net
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal, TypeVar
+
+    Word = TypeVar("Word", bound=str)
+    Kind = Literal["pyvmm", "qemu", "kvmtool"]
+
 DEFAULT_MODES = "emulated:notify=exit,emulated,vhost-net,vhost-user"
 #: Keys of --net that the comparison itself sets, or that would change the workload.
 FORBIDDEN = ("tap", "mac", "host", "guest", "socket", "server", "link")
 #: The same on every network: the host's end and the guest's.
 HOST, GUEST, PREFIX, MAC = "192.168.100.1", "192.168.100.2", 24, "52:54:00:12:34:56"
-#: Datagrams of ``udp-small``: payload bytes, and bits a second (1000 datagrams).
+#: Datagrams of ``udp-small``: payload bytes, and bits per second (1000 datagrams).
 UDP_BYTES, UDP_RATE = 64, 512_000
 PING_INTERVAL = 0.05  # seconds
 MAX_REPEAT, MAX_SECONDS = 1000, 3600
 
-#: name -> what it is. All are driven from the host's end, so that no guest console is in the way.
+#: name -> its description. The host's side drives all of them, so that they need no console.
 WORKLOADS = {
     "ping": "pings from the host, 50 ms apart",
     "tcp-tx": "one TCP stream from the guest (iperf3 -R)",
     "tcp-rx": "one TCP stream to the guest (iperf3)",
-    "udp-small": "64-byte UDP from the guest, 1,000 a second (iperf3 -u)",
+    "udp-small": "64-byte UDP from the guest, 1,000 per second (iperf3 -u)",
     "idle": "nothing",
 }
-PEERS = ("qemu", "kvmtool")
+PEERS: tuple[Kind, ...] = ("qemu", "kvmtool")
 
 
 class Mode:
-    """One column: a data path of pyvmm, or another program.
+    """One column of the table: a data path of pyvmm, or another program.
 
-    :ivar name: as the user wrote it. :ivar kind: ``pyvmm``, ``qemu`` or ``kvmtool``.
-    :ivar net: the card's ``MODE[,key=value...]`` for pyvmm's own.
+    :ivar name: as the user wrote it.
+    :ivar kind: ``pyvmm``, ``qemu`` or ``kvmtool``.
+    :ivar net: the card's ``MODE[,key=value...]``; empty for other programs.
+    :ivar vhost: the mode needs /dev/vhost-net.
     """
 
     __slots__ = ("kind", "name", "net", "vhost")
 
     def __init__(
-        self, name: str, kind: str = "pyvmm", net: str = "", *, vhost: bool = False
+        self, name: str, kind: Kind = "pyvmm", net: str = "", *, vhost: bool = False
     ) -> None:
         self.name, self.kind, self.net, self.vhost = name, kind, net, vhost
 
 
 def parse_mode(text: str) -> Mode:
-    """``emulated:notify=exit``: a mode of --net, its keys joined by colons.
+    """A mode of --net, its keys joined by colons: ``emulated:notify=exit``.
 
-    :raises UsageError: an unknown mode or key, or one that is the comparison's own.
+    :raises UsageError: an unknown mode or key, or a key that the comparison sets itself.
     """
     mode, *keys = text.split(":")
     if mode not in MODES or mode == "none":
@@ -58,31 +67,37 @@ def parse_mode(text: str) -> Mode:
                 f"--modes {text}: {key.partition('=')[0]}= is the comparison's own", "leave it out"
             )
     net = ",".join((mode, *keys))
-    Net.parse(net)  # or an error that says what is wrong
+    Net.parse(net)  # raises an error that says what is wrong
     return Mode(text, net=net, vhost=mode == "vhost-net")
 
 
-def parse_list(option: str, text: str, known: tuple[str, ...]) -> list[str]:
-    """Names joined by commas, each of ``known``, none twice."""
+def parse_list(option: str, text: str, known: tuple[Word, ...]) -> list[Word]:
+    """Names joined by commas, each of ``known``, none twice.
+
+    :raises UsageError: another name, or no list.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
+    words: dict[str, Word] = {word: word for word in known}
     for name in names:
-        if name not in known:
+        if name not in words:
             raise UsageError(f"{option}: unknown {name!r}", f"use {', '.join(known)}")
     if not names or len(set(names)) < len(names):
         raise UsageError(f"{option} {text!r}", "name each once, joined by commas")
-    return names
+    return [words[name] for name in names]
 
 
 class Plan:
     """A whole comparison.
 
-    :param repeat: boots of each mode, 1 to 1000. :param seconds: of each workload, up to 3600.
-    :param kernel, initrd: files of the guest. :param image: what they are called in the results.
-    :param append: kernel command line beside what pyvmm adds. :param samples: seconds between two
-        looks at the counters.
+    :param repeat: boots of each mode, 1 to 1000.
+    :param seconds: of each workload, 0.2 to 3600.
+    :param kernel, initrd: files of the guest.
+    :param image: what the results call them.
+    :param append: kernel command line beside what pyvmm adds.
+    :param samples: seconds between two samples of the counters.
     :param reasons: trace the processor's reasons of exits in KVM, too.
     :param pin: give each vCPU a CPU to itself, if there is one more for the rest.
-    :raises UsageError: what makes no sense.
+    :raises UsageError: a value makes no sense.
     """
 
     def __init__(
@@ -123,13 +138,13 @@ class Plan:
         self.kernel, self.initrd, self.image, self.append = kernel, initrd, image, append
 
     def servers(self) -> list[str]:
-        """Workloads that need an iperf3 server in the guest, in the order of their ports from 5201
-        on.
+        """Workloads that need an iperf3 server in the guest, in the order of their ports, which
+        begin with 5201.
         """
         return [w for w in self.workloads if w not in ("ping", "idle")]
 
     def port(self, workload: str) -> str:
-        """The port of a workload's server: each has its own, since one that has just served is busy
-        for a moment.
+        """The port of a workload's server. Each workload has its own, since a server that has just
+        served is busy for a moment.
         """
         return str(5201 + self.servers().index(workload))

@@ -1,8 +1,8 @@
 """Runs a comparison: boots each mode in turn, again and again, and counts each workload from its
 start to its end.
 
-A boot runs all workloads, one after another. Counters are read right before and right after each,
-so that neither boot nor the other workloads are in its figures.
+A boot runs all workloads, one after another. Counters are read right before and right after a
+workload, so that neither the boot nor the other workloads are in its figures.
 """
 
 from __future__ import annotations
@@ -45,21 +45,23 @@ if TYPE_CHECKING:
     from pyvmm.compare.plan import Mode, Plan
 
 SCHEMA = "pyvmm-compare/1"
-#: Errors that no other mode would be spared.
+#: Errors that every other mode would have, too.
 FOR_ALL = (KvmMissing, KvmForbidden, KvmUnsuitable, ImageError, MemoryShort, UsageError)
-#: Errors that the next repeat of the same mode would not be spared.
+#: Errors that the next repeat of the same mode would have, too.
 FOR_MODE = (VhostMissing, NetError, VhostUserError)
-SAMPLES_MAX = 600  # looks at the counters that are kept of a workload
-FEW_PACKETS = 10  # below that nothing is given per 1,000 packets
-LINES_MAX = 40  # lines of the ledger that are kept of a workload, the most frequent
-SETTLE = 0.5  # seconds between workloads: iperf3's last packets are not the next one's
+SAMPLES_MAX = 600  # samples that are kept per workload
+FEW_PACKETS = 10  # with fewer there are no figures per 1,000 packets
+LINES_MAX = 40  # lines of the ledger that are kept per workload, the most frequent ones
+SETTLE = (
+    0.5  # seconds between workloads, so that iperf3's last packets are not counted for the next
+)
 
 
 class Comparison:
-    """Runs a plan and holds what it found; ``document`` may be asked at any time, also after
+    """Runs a plan and holds what it has found. ``document`` may be called at any time, also after
     ``run`` was broken off.
 
-    :param progress: is told what goes on, a line at a time.
+    :param progress: is called with one line for each step.
     """
 
     def __init__(self, p: Plan, progress: Callable[[str], None]) -> None:
@@ -85,8 +87,8 @@ class Comparison:
     def run(self) -> None:
         """Run it all.
 
-        :raises PyvmmError: no mode can run here (no KVM, no image). What only some modes lack is in
-            the document.
+        :raises PyvmmError: no mode can run here (no KVM, no image). If only some modes cannot, the
+            document says so.
         """
         p = self._plan
         with ExitStack() as stack:
@@ -142,8 +144,8 @@ class Comparison:
             self._progress(f"  {mode.name}: {e}")
 
     def _warm_up(self, guest: Guest) -> None:
-        """Pings that nobody counts: addresses are learnt, and Linux moves the interrupts of a new
-        card with the first ones.
+        """Send pings that are not counted: addresses are learnt, and with the first interrupts of a
+        new card Linux moves them to their CPU.
         """
         try:
             self._tool(guest, ["ping", "-q", "-c", "10", "-i", "0.05", plan.GUEST])
@@ -151,7 +153,7 @@ class Comparison:
             self._progress(f"  warming up: {e}")  # the workloads will say so, too
 
     def _workload(self, guest: Guest, name: str) -> dict[str, Any]:
-        """Run one and count."""
+        """Run a workload and count."""
         out: dict[str, Any] = {"name": name, "error": None, "seconds": None}
         sampler = Sampler(guest, self._plan.samples)
         before, tasks = guest.counts(), guest.tasks()
@@ -175,7 +177,7 @@ class Comparison:
         return out
 
     def _drive(self, guest: Guest, name: str) -> str:
-        """The workload itself; what its tool printed.
+        """Run the workload itself; what its tool has printed.
 
         :raises HostError: it failed.
         """
@@ -235,10 +237,10 @@ class Comparison:
 
 
 class Sampler:
-    """Looks at a guest's exits every so often, in a thread of its own that ends with ``stop``.
+    """Takes samples of a guest's exits, in a thread of its own that ends with ``stop``.
 
-    What is kept is bounded: each time it is full, every second look is dropped and the interval
-    doubled.
+    The samples are bounded: each time there are too many, every second one is dropped and the
+    interval doubled.
     """
 
     def __init__(self, guest: Guest, interval: float) -> None:
@@ -249,7 +251,7 @@ class Sampler:
         self._begin = 0.0
 
     def start(self) -> None:
-        """Begin."""
+        """Begin to take samples."""
         self._begin = time.monotonic()
         self._thread.start()
 
@@ -266,10 +268,10 @@ class Sampler:
                     self._rows = self._rows[::2]
                     self._interval *= 2
         except (OSError, HostError):
-            pass  # the guest is gone; the workload says so
+            pass  # the guest is gone; the workload tells it
 
     def stop(self) -> dict[str, list[float]]:
-        """End; the time of each look in seconds, and what had been counted since the first."""
+        """End; the time of each sample in seconds, and what had been counted since the first."""
         self._quit.set()
         self._thread.join()
         rows = self._rows
@@ -283,7 +285,7 @@ class Sampler:
 def figures(
     before: dict[str, dict[str, int]], after: dict[str, dict[str, int]], seconds: float
 ) -> dict[str, Any]:
-    """What was counted between two looks. None: not known of this mode."""
+    """What was counted between two readings. None: this mode does not tell it."""
 
     def delta(group: str) -> dict[str, int]:
         return {name: value - before[group].get(name, 0) for name, value in after[group].items()}

@@ -1,9 +1,9 @@
 """From runs to figures: median and range of each measure, and which differences are more than
 noise.
 
-The rule: a mode's measure differs from the first mode's if their ranges, lowest to highest over the
-repeats, do not overlap; else the difference lies within the noise. With one repeat there is no
-range, and nothing is known.
+The rule: a measure of a mode differs from the first mode's if their ranges, from the lowest to the
+highest of the repeats, do not overlap. Otherwise the difference may be noise. With one repeat there
+is no range, and nothing is known.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from pyvmm.compare.counters import CAUSES, ROLES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Final, Literal
+
+    Difference = Literal["noise", "differs", "unknown"]
 
 #: The verdicts on a difference from the first mode.
-NOISE, DIFFERS, UNKNOWN = "noise", "differs", "unknown"
-#: KVM's statistics that are measures: name -> words.
+NOISE: Final = "noise"
+DIFFERS: Final = "differs"
+UNKNOWN: Final = "unknown"
+#: Statistics of KVM that are measures: name -> words.
 KVM = {
     "exits": "exits in KVM",
     "io_exits": "KVM: port accesses",
@@ -41,7 +45,7 @@ ROLE_WORDS = {
 
 
 class Measure:
-    """One row: a path into a workload's figures, the words, the unit."""
+    """One row of the table: its path in a workload's figures, its words, its unit."""
 
     __slots__ = ("key", "path", "title", "unit")
 
@@ -49,7 +53,7 @@ class Measure:
         self.key, self.title, self.unit, self.path = key, title, unit, path
 
     def of(self, workload: dict[str, Any]) -> float | None:
-        """The value in one run, None where it is not known."""
+        """The value in one run, None if it is not known."""
         if self.key == "kicks":
             found = [n for name, n in workload["queues"].items() if name.endswith("_kicks")]
             return sum(found) if found else None
@@ -104,14 +108,14 @@ MEASURES = [
         for k in ("voluntary", "involuntary")
     ),
 ]
-#: Left out of the short table: details for who looks for something.
+#: Details that are left out of the short table.
 DETAILS = (
     *(f"kvm.{name}" for name in KVM if name not in ("exits", "halt_exits", "irq_window_exits")),
     *(f"switches.{role}.involuntary" for role in ROLE_WORDS),
     "switches.vmm.voluntary",
     "interrupts_per_kpacket",
 )
-#: Shown also where all are zero: that is a result.
+#: Shown even if all values are zero: zero is a result here.
 ALWAYS = ("user_exits", "vmm_wakeups")
 BRIEF = {measure.key for measure in MEASURES} - set(DETAILS)
 BY_KEY = {measure.key: measure for measure in MEASURES}
@@ -128,16 +132,16 @@ def spread(values: list[float]) -> dict[str, float | int]:
     }
 
 
-def verdict(first: dict[str, Any], other: dict[str, Any]) -> str:
-    """Whether ``other`` differs from ``first`` (both of ``spread``) by more than noise."""
+def verdict(first: dict[str, Any], other: dict[str, Any]) -> Difference:
+    """Whether ``other`` differs from ``first`` by more than noise; both are of ``spread``."""
     if first["n"] < 2 or other["n"] < 2:
         return UNKNOWN
     return NOISE if first["min"] <= other["max"] and other["min"] <= first["max"] else DIFFERS
 
 
 def summarise(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry a workload, mode and measure that was taken at least once; failed workloads do not
-    count.
+    """One entry per workload, mode and measure that was taken at least once. Workloads that failed
+    do not count.
     """
     out: list[dict[str, Any]] = []
     for workload in document["settings"]["workloads"]:
@@ -180,14 +184,14 @@ class Figures:
         self._entries = {(e["workload"], e["mode"], e["measure"]): e for e in document["summary"]}
 
     def get(self, workload: str, mode: str, measure: str) -> dict[str, Any] | None:
-        """The entry, None where there is none."""
+        """The entry, None if there is none."""
         return self._entries.get((workload, mode, measure))
 
     def rows(
         self, workload: str, modes: list[str], *, full: bool = True
     ) -> tuple[list[Measure], int]:
-        """The measures that are not zero everywhere, without ``full`` only the telling ones; and
-        how many are zero.
+        """The measures that are not zero everywhere, without ``full`` only the most telling ones;
+        and how many are zero.
         """
         shown, zero = [], 0
         for measure in MEASURES:
@@ -202,7 +206,7 @@ class Figures:
 
 
 def number(value: float) -> str:
-    """A figure for people: three digits that matter, thousands set apart."""
+    """A figure for people: three significant digits, thousands set apart."""
     if value == 0:
         return "0"
     if abs(value) >= 100 or float(value).is_integer():
@@ -211,8 +215,8 @@ def number(value: float) -> str:
 
 
 def cell(entry: dict[str, Any] | None) -> str:
-    """``median (lowest..highest)``, with a mark where the difference from the first mode may be
-    noise; ``-``: not measured.
+    """``median (lowest..highest)``, with the sign ≈ if the difference from the first mode may be
+    noise; ``-`` if nothing was measured.
     """
     if entry is None:
         return "-"
@@ -228,7 +232,7 @@ def noise_sign(entry: dict[str, Any]) -> str:
 
 
 def remarks(document: dict[str, Any]) -> list[str]:
-    """What must be said beside the figures: what could not be measured and why, and what the marks
+    """What must be said beside the figures: what could not be measured and why, and what the signs
     mean.
     """
     out = []
@@ -265,5 +269,5 @@ def remarks(document: dict[str, Any]) -> list[str]:
 
 
 def expected_runs(document: dict[str, Any]) -> int:
-    """Boots that were asked for."""
+    """How many boots the user asked for."""
     return int(document["settings"]["repeat"]) * len(document["modes"])

@@ -1,8 +1,8 @@
-"""Plots as SVG: bars that are stacked or have whiskers, and lines over time. Colours are classes:
-the page's style sheet has them.
+"""Plots as SVG: bars that are stacked or have whiskers, and lines over time. Colours are classes,
+whose meaning is in the page's style sheet.
 
-A plot is WIDTH or NARROW units wide and meant to be shown at about that many pixels: its text has
-12 and 11 units.
+A plot is WIDTH or NARROW units wide and meant to be shown at about so many pixels: its text has 12
+and 11 units.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 WIDTH, NARROW = 360, 264
 ROW, BAR = 40, 14  # a bar's row: a line of text, then the bar
 TOP, AXIS = 6, 26
-CHAR = 6.7  # an average letter at 12 units, rather too wide
-LEFT, PLOT = 46, 150  # of a line plot: room for the labels, height
+CHAR = 6.7  # width of an average letter at 12 units, rather too much
+LEFT, PLOT = 46, 150  # of a line plot: room for the labels at the left, and its height
 
 
 def ticks(top: float, count: int = 4) -> list[float]:
@@ -62,9 +62,10 @@ def _frame(width: int, height: float, title: str, describe: str, body: list[str]
 class Bar:
     """One row of a bar plot.
 
-    :param parts: (class, value, words) from left to right. :param text: at the right, above the
-        bar.
-    :param whisker: (lowest, highest) of the whole bar. :param missing: why there is none.
+    :param parts: (class, value, words) from left to right.
+    :param text: at the right, above the bar.
+    :param whisker: (lowest, highest) of the whole bar.
+    :param missing: why there is no bar; empty if there is one.
     """
 
     __slots__ = ("label", "missing", "parts", "text", "whisker")
@@ -87,7 +88,7 @@ class Bar:
 
     @property
     def top(self) -> float:
-        """How far it reaches."""
+        """The value at which the bar or its whisker ends."""
         return max(sum(value for _, value, _ in self.parts), self.whisker[1] if self.whisker else 0)
 
 
@@ -185,5 +186,5 @@ def lines(
 
 
 def height_of(svg: str) -> float:
-    """The height of a plot made here."""
+    """The height of a plot that was made here."""
     return float(svg.partition('" height="')[2].partition('"')[0])

@@ -28,6 +28,9 @@ from pyvmm.vhostuser.wire import TimedOut, connect
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Literal
+
+    Result = Literal["passed", "failed", "skipped"]
 
 VERSION_1 = 1 << virtio.VIRTIO_F_VERSION_1
 EVENT_IDX = 1 << virtio.VIRTIO_RING_F_EVENT_IDX
@@ -60,7 +63,7 @@ class Item:
 
     __slots__ = ("detail", "name", "result", "seconds")
 
-    def __init__(self, name: str, result: str, detail: str, seconds: float) -> None:
+    def __init__(self, name: str, result: Result, detail: str, seconds: float) -> None:
         self.name, self.result, self.detail, self.seconds = name, result, detail, seconds
 
 
@@ -277,6 +280,7 @@ class Checker:
         """
         for name, check in ITEMS:
             start = time.monotonic()
+            result: Result
             try:
                 result, detail = "passed", check(self)
             except Skipped as e:

@@ -1,3 +1,3 @@
-"""What a run means: verdicts, what the console says, JUnit, configuration files. Nothing here boots
-anything.
+"""What a run means: verdicts, what the console says, JUnit, configuration files; and machines for
+tests.
 """

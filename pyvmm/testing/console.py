@@ -1,8 +1,8 @@
-"""What a Linux console says about how it goes: panic, oops, warnings, stalls, and how far the boot
-has come.
+"""What the console of a Linux guest says about its state: panic, oops, warnings, stalls, and how
+far the boot has come.
 
 The patterns are the kernel's own words (kernel/panic.c, lib/bug.c, arch/x86/mm/fault.c,
-kernel/rcu/tree_stall.h, kernel/locking/ lockdep.c), Linux 5.10 to 6.15.
+kernel/rcu/tree_stall.h, kernel/locking/lockdep.c), Linux 5.10 to 6.15.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from pyvmm.testing.verdict import clean
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Literal
 
-#: kind -> how its first line begins, after the time stamp. Tried in this order: lockdep's are
-#: warnings of another kind.
+    Phase = Literal["no-output", "kernel", "init", "command", "end"]
+
+#: kind -> how the first line of a report begins, after the time stamp. They are tried in this order,
+#: since lockdep's reports begin like warnings.
 TROUBLES = {
     "lockdep": r"WARNING: (?:possible (?:circular|recursive|irq lock inversion)|inconsistent lock state|bad unlock balance|"
     r"suspicious RCU usage|held lock freed|Nested lock|lock held when returning|\S*-safe -> )|DEBUG_LOCKS_WARN_ON|"
@@ -32,14 +35,16 @@ TROUBLES = {
 PANIC = "Kernel panic - not syncing"
 QUOTE_MAX = 60  # lines of a call trace
 END = re.compile(r"---\[ end (?:trace|Kernel panic)")
-#: What begins a report that a panic follows: its trace is the one that matters.
+#: The first line of a report that ends in a panic: its call trace tells more than the panic's.
 CAUSE = re.compile("|".join((TROUBLES["oops"], TROUBLES["bug"])))
 OFFSET = re.compile(r"Kernel Offset: (0x[0-9a-f]+) from 0x")
 
 
 class Trouble:
-    """One report of the kernel's. :ivar kind: key of TROUBLES. :ivar lines: its beginning, without
-    time stamps.
+    """One report of the kernel.
+
+    :ivar kind: key of TROUBLES.
+    :ivar lines: its first lines, without time stamps.
     """
 
     __slots__ = ("kind", "lines")
@@ -49,7 +54,7 @@ class Trouble:
 
     @property
     def message(self) -> str:
-        """Its first line."""
+        """The first line."""
         return self.lines[0]
 
 
@@ -62,8 +67,9 @@ def headline(first: Trouble, count: int) -> str:
 
 
 def parse_kinds(text: str) -> list[str]:
-    """The kinds of ``--fail-on``; ``all`` is each of them. Raises ValueError with the one that is
-    unknown.
+    """The kinds that ``text`` names, joined by commas; ``all`` stands for all kinds.
+
+    :raises ValueError: with the kind that is unknown.
     """
     kinds = [k.strip() for k in text.split(",") if k.strip()]
     for kind in kinds:
@@ -73,11 +79,12 @@ def parse_kinds(text: str) -> list[str]:
 
 
 class Watch:
-    """A console's sink that keeps the reports of some kinds, line by line, however much else there
-    is.
+    """A sink of the console that keeps the reports of some kinds, line by line, however much output
+    there is.
 
-    :param kinds: of TROUBLES. :ivar troubles: the first ``MAX``, in order. :ivar count: how many
-        there were.
+    :param kinds: of TROUBLES.
+    :ivar troubles: the first ``MAX`` reports, in order.
+    :ivar count: how many reports there were.
     """
 
     MAX = 20
@@ -91,14 +98,14 @@ class Watch:
         self.count = 0
 
     def __call__(self, data: bytes) -> None:
-        """The next piece of the console."""
+        """Take the next piece of the console."""
         *lines, rest = (self._rest + data).split(b"\n")
-        self._rest = rest[-4096:]  # a line without end is not kept for ever
+        self._rest = rest[-4096:]  # a line that never ends is not kept whole
         for line in lines:
             self._line(line)
 
     def finish(self) -> None:
-        """The console has ended, perhaps within a line."""
+        """Take the last line, if the console has ended within it."""
         if self._rest:
             self._line(self._rest)
             self._rest = b""
@@ -116,7 +123,7 @@ class Watch:
             or kind not in self._kinds
             or (trouble is not None and self._open is not None and kind == "oops")
         ):
-            return  # an oops has its kind in the line before, too
+            return  # an oops has two such lines; the first one counts
         self.count += 1
         if len(self.troubles) < self.MAX:
             self._open = Trouble(kind, [text])
@@ -124,10 +131,10 @@ class Watch:
 
 
 def panic_quote(console: bytes | bytearray) -> list[str]:
-    """The panic in a console, with the call trace that belongs to it; empty where there is none.
+    """The last panic in a console, with the call trace that belongs to it; empty if there is none.
 
-    What led to it, an oops or a BUG, comes before the panic's own line and has the trace; else the
-    trace follows.
+    An oops or a BUG that led to the panic comes before the panic's own line and has the trace.
+    Without it the trace follows the panic's line.
     """
     text = bytes(console[-(1 << 16) :]).decode(errors="replace")
     lines = [STAMP.sub("", clean(line)) for line in text.splitlines()]
@@ -152,13 +159,13 @@ def panic_quote(console: bytes | bytearray) -> list[str]:
 
 
 def offset(console: bytes | bytearray) -> int:
-    """How far KASLR has moved the kernel, where a panic tells it; else 0."""
+    """The distance in bytes by which KASLR has moved the kernel, if a panic tells it; else 0."""
     match = OFFSET.search(bytes(console[-(1 << 16) :]).decode(errors="replace"))
     return int(match[1], 16) if match else 0
 
 
-#: How far a guest has come -> the words for it.
-PHASES = {
+#: How far a guest has come -> its words.
+PHASES: dict[Phase, str] = {
     "no-output": "before there was any output",
     "kernel": "while the kernel booted",
     "init": "in init, before the command",
@@ -167,22 +174,28 @@ PHASES = {
 }
 
 
-def phase(phases: Mapping[str, int], said: bool) -> str:
-    """How far a guest has come, a key of PHASES: what ``Machine.phases`` and the console tell.
+def phase(phases: Mapping[str, int], said: bool) -> Phase:
+    """How far a guest has come, a key of PHASES.
 
-    :param said: whether there was anything on the console.
+    :param phases: ``Machine.phases``.
+    :param said: the console has shown something.
     """
-    for event, name in (("command_end", "end"), ("command", "command"), ("init", "init")):
+    steps: tuple[tuple[str, Phase], ...] = (
+        ("command_end", "end"),
+        ("command", "command"),
+        ("init", "init"),
+    )
+    for event, name in steps:
         if event in phases:
             return name
     return "kernel" if said else "no-output"
 
 
 class Log:
-    """A console's sink that writes each line with the seconds since the start, as ``[   12.345678]
+    """A sink of the console that writes each line with the seconds since the start: ``[ 12.345678]
     text``.
 
-    :param write: takes the bytes. :raises OSError: from it, when the disk is full.
+    :param write: takes the bytes. What it raises goes through.
     """
 
     def __init__(self, write: Callable[[bytes], object]) -> None:
@@ -191,7 +204,7 @@ class Log:
         self._at_start = True
 
     def __call__(self, data: bytes) -> None:
-        """The next piece; a line is stamped when its first byte comes."""
+        """Take the next piece. A line has the time at which its first byte came."""
         stamp = b"[%12.6f] " % (time.monotonic() - self._begin)
         out = bytearray()
         for line in data.replace(b"\r\n", b"\n").splitlines(keepends=True):
@@ -202,7 +215,7 @@ class Log:
         self._write(bytes(out))
 
     def note(self, text: str) -> None:
-        """A line of our own, after a whole one of the console's."""
+        """Write a line of pyvmm's own, after the end of the console's line."""
         stamp = time.monotonic() - self._begin
         self._write(
             b"%s[%12.6f] pyvmm: %s\n" % (b"" if self._at_start else b"\n", stamp, text.encode())

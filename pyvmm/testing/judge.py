@@ -1,7 +1,8 @@
-"""Judges the run of a Linux guest: how the machine ended and what its kernel said become a verdict.
+"""Judges the run of a Linux guest: a verdict is made of how the machine ended and of what its
+kernel said.
 
-``pyvmm run``, ``pyvmm matrix`` and the pytest plugin judge by these rules; test kernels have their
-own (``verdict.judge_test``).
+``pyvmm run`` and ``pyvmm matrix`` judge by ``judge``. Test kernels have rules of their own
+(``verdict.judge_test``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pyvmm.exits.budget import Result
     from pyvmm.outcome import Outcome
 
-RESET_RIP = 0xFFF0  # of a processor that waits for its start-up interrupt
+RESET_RIP = 0xFFF0  # where a processor is that waits for its start-up interrupt
 
 
 def judge(

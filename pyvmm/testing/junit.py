@@ -9,6 +9,9 @@ from pyvmm.testing.verdict import clean
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Literal
+
+    Result = Literal["passed", "failed", "error", "skipped"]
 
 OUTPUT_MAX = 1 << 16  # bytes of a test's output that go into the file, the last ones
 
@@ -16,9 +19,11 @@ OUTPUT_MAX = 1 << 16  # bytes of a test's output that go into the file, the last
 class TestCase:
     """One <testcase>.
 
-    :ivar result: ``passed``, ``failed``, ``error`` or ``skipped``. :ivar kind: the failure's type,
-        e.g. ``panic``.
-    :ivar message: one line. :ivar text: the failure's body. :ivar output: the test's output.
+    :ivar result: ``passed``, ``failed``, ``error`` or ``skipped``.
+    :ivar kind: the failure's type, e.g. ``panic``.
+    :ivar message: one line.
+    :ivar text: the failure's body.
+    :ivar output: the test's output.
     :ivar properties: name -> value.
     """
 
@@ -29,7 +34,7 @@ class TestCase:
         classname: str,
         name: str,
         seconds: float,
-        result: str,
+        result: Result,
         *,
         kind: str = "",
         message: str = "",

@@ -1,7 +1,7 @@
-"""The pytest plugin that comes with pyvmm: machines as fixtures (docs/pytest.md).
+"""The pytest plugin of pyvmm: machines as fixtures (docs/pytest.md).
 
-Loaded by pytest in every session of an environment that has pyvmm: it imports nothing of it until a
-fixture is used.
+pytest loads it in every session of an environment that has pyvmm, so it imports nothing of pyvmm
+until a fixture is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HOSTS = ("local", "testbed", "auto")
 SCOPES = ("function", "class", "module", "package", "session")
-#: What the marker takes: parameters of ``TestMachine``, and how the test wants it.
+#: What the marker takes: parameters of ``TestMachine``, and how the test wants to get it.
 MARKER = (
     "append", "command", "cpus", "fail_on", "hang_timeout", "huge", "initrd", "kernel", "load_address", "load_mode", "memory",
     "net", "on_reboot", "start", "test_devices", "timeout",
@@ -33,7 +33,7 @@ CONSOLE_LINES = 200
 class Record:
     """A machine that a test used, for its report.
 
-    :ivar node: for whose scope it was made.
+    :ivar node: the test, class, module, package or session that it was made for.
     """
 
     def __init__(self, node: pytest.Item | pytest.Collector, name: str) -> None:
@@ -42,7 +42,7 @@ class Record:
         self.watch: Watch | None = None
 
     def sections(self) -> list[tuple[str, str]]:
-        """Title and text of what helps to find out why a test failed."""
+        """Title and text of everything that helps to find out why a test failed."""
         from pyvmm.testing.verdict import last_lines
 
         machine = self.machine
@@ -67,7 +67,7 @@ RECORDS = pytest.StashKey[list[Record]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The plugin's options."""
+    """Declare the options."""
     group = parser.getgroup("pyvmm", "machines to test kernels in (docs/pytest.md)")
     group.addoption(
         "--pyvmm-kernel",
@@ -75,7 +75,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="K",
         action="append",
         default=[],
-        help="run each test of `vm` with this kernel: a file, or the name of an image of pyvmm's; repeatable",
+        help="run each test of `vm` with this kernel, a file or the name of an image; repeatable",
     )
     group.addoption("--pyvmm-initrd", metavar="I", help="initial RAM disk (default: pyvmm's image)")
     group.addoption(
@@ -89,7 +89,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--pyvmm-host",
         choices=HOSTS,
-        help="where: local, testbed, or auto, which is the testbed where this KVM runs no Linux (local, or pyvmm_host)",
+        help="where: local, testbed, or auto: the testbed if this KVM runs no Linux (pyvmm_host)",
     )
     parser.addini(
         "pyvmm_scope",
@@ -101,11 +101,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Declare the marker and check the configuration."""
     config.addinivalue_line(
         "markers",
-        "pyvmm(kernel=..., cpus=1, memory='256M', net='none', append='', hang_timeout=..., fail_on=..., ...): the machine "
-        "that `vm` gives this test, see docs/pytest.md",
+        "pyvmm(kernel=..., cpus=1, memory='256M', net='none', append='', fail_on=..., ...): "
+        "the machine that `vm` gives this test, see docs/pytest.md",
     )
     for name, choices in (("pyvmm_scope", SCOPES), ("pyvmm_host", HOSTS)):
         if config.getini(name) not in choices:
@@ -120,7 +120,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """The whole session in the testbed, where that is asked for."""
+    """Run the whole session in the testbed, if the user wants that."""
     host = config.getoption("pyvmm_host") or config.getini("pyvmm_host")
     if host == "local" or hasattr(config, "workerinput") or config.getoption("help"):
         return None
@@ -130,9 +130,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
     if inside() or (host == "auto" and can_run_linux_locally()[0]):
         return None
-    sys.stderr.write(
-        "pyvmm: the tests run in the testbed\n"
-    )  # pytest's own terminal is not there yet
+    # pytest's own terminal is not there yet.
+    sys.stderr.write("pyvmm: the tests run in the testbed\n")
     try:
         return Testbed().run_attached(
             [sys.executable, "-m", "pytest", *config.invocation_params.args]
@@ -142,7 +141,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each ``--pyvmm-kernel``, unless its marker names one."""
+    """Run a test once per ``--pyvmm-kernel``, unless its marker names a kernel."""
     kernels: list[str] = metafunc.config.getoption("pyvmm_kernels")
     if "pyvmm_kernel" not in metafunc.fixturenames or not kernels:
         return
@@ -155,7 +154,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def kernel_ids(kernels: list[str]) -> list[str]:
-    """Short names: the file's, or as much of its path as tells it from the others."""
+    """Short names: the name of the file, or as much of its path as distinguishes it from the
+    others.
+    """
     parts = [Path(k).parts for k in kernels]
     for n in range(1, max(map(len, parts), default=1) + 1):
         names = ["-".join(p[-n:]).replace("/", "") for p in parts]
@@ -173,7 +174,7 @@ def _scope(fixture_name: str, config: pytest.Config) -> Any:
 
 @pytest.fixture(scope=_scope)
 def pyvmm_kernel(request: pytest.FixtureRequest) -> str | None:
-    """The kernel of ``--pyvmm-kernel`` that this test is for; None where there is none."""
+    """The kernel of ``--pyvmm-kernel`` that this test is run with; None if there is none."""
     kernel: str | None = getattr(request, "param", None)
     if kernel is None or not (kernel.startswith((".", "/")) or os.sep in kernel):
         return kernel
@@ -184,8 +185,8 @@ def pyvmm_kernel(request: pytest.FixtureRequest) -> str | None:
 def machine_factory(
     request: pytest.FixtureRequest, pyvmm_kernel: str | None
 ) -> Iterator[Callable[..., TestMachine]]:
-    """Makes machines: ``machine_factory(cpus=2, net="vhost-net")``, with what the marker takes; all
-    end with the test.
+    """A function that makes machines: ``machine_factory(cpus=2, net="vhost-net")``. It takes what
+    the marker takes; all machines end with the test.
     """
     records: list[Record] = []
 
@@ -203,8 +204,8 @@ def machine_factory(
 
 @pytest.fixture(scope=_scope)
 def vm(request: pytest.FixtureRequest, pyvmm_kernel: str | None) -> Iterator[TestMachine]:
-    """A machine as the marker ``pyvmm`` wants it, up and running; a Linux guest takes commands by
-    ``vm.run``.
+    """A machine as the marker ``pyvmm`` describes it, up and running. A Linux guest takes commands
+    by ``vm.run``.
     """
     records: list[Record] = []
     yield _make(request, {"kernel": pyvmm_kernel} | _marked(request), "vm", records)
@@ -212,7 +213,7 @@ def vm(request: pytest.FixtureRequest, pyvmm_kernel: str | None) -> Iterator[Tes
 
 
 def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What the markers say; the nearest one wins, key by key."""
+    """What the markers say, key by key; the nearest marker wins."""
     wishes: dict[str, Any] = {}
     for marker in request.node.iter_markers("pyvmm"):
         if marker.args:
@@ -288,13 +289,14 @@ def _check_host(kernel: str) -> None:
     if not good and is_linux(kernel):
         raise KvmUnsuitable(
             f"no Linux guest can run here: {reason}",
-            "run the tests in the testbed: pytest --pyvmm-host testbed, or pyvmm_host = auto in the configuration",
+            "run the tests in the testbed: pytest --pyvmm-host testbed, "
+            "or pyvmm_host = auto in the configuration",
         )
 
 
 def _close(request: pytest.FixtureRequest, records: list[Record]) -> None:
-    """End the machines, the last first; what a kernel reported that was not to be fails the
-    test.
+    """End the machines, the last one first. The test fails if a kernel has reported what
+    ``fail_on`` names.
     """
     troubles: list[Trouble] = []
     count = 0
@@ -321,7 +323,7 @@ def _close(request: pytest.FixtureRequest, records: list[Record]) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Console and exits of the machines that a failing test used go into its report."""
+    """Add console and exits of its machines to the report of a failing test."""
     report = yield
     records = item.config.stash.get(RECORDS, None)
     if records and report.failed:
@@ -329,6 +331,6 @@ def pytest_runtest_makereport(
         for record in records:
             if record.node in chain:
                 report.sections += record.sections()
-    if records and report.when == "teardown":  # those of wider scopes stay
+    if records and report.when == "teardown":  # machines of wider scopes stay
         records[:] = [r for r in records if r.node is not item]
     return report

@@ -1,5 +1,5 @@
-"""Single results inside a console: KTAP as KUnit and kselftest write it, and the ``PASS: name``
-lines of test kernels.
+"""Single results in a console: KTAP as KUnit and kselftest write it, and the lines ``PASS: name``
+of test kernels.
 """
 
 from __future__ import annotations
@@ -8,14 +8,20 @@ import re
 
 from pyvmm.testing.verdict import clean
 
-POINTS_MAX = 20000  # of one console
-#: Linux' time stamp, with the caller that CONFIG_PRINTK_CALLER adds.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+    Result = Literal["passed", "failed", "skipped"]
+
+POINTS_MAX = 20000  # results that are taken from one console
+#: The time stamp of Linux, with the caller that CONFIG_PRINTK_CALLER adds.
 STAMP = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d{6}\](?:\[ *[TC]\d+\])? ?")
 VERSION = re.compile(r"^[# ]*(?:K?TAP version \d+)\s*$")
 PLAN = re.compile(r"^([# ]*)1\.\.(\d{1,9})\b")
 RESULT = re.compile(r"^([# ]*)(not )?ok (\d{1,9})\b(?: - | )?([^#]*)(?:# *(.*))?$")
 LINE = re.compile(r"^(PASS|FAIL|SKIP|XFAIL|XPASS|KFAIL): (.*)$")
-LINES = {
+LINES: dict[str, Result] = {
     "PASS": "passed",
     "FAIL": "failed",
     "SKIP": "skipped",
@@ -26,13 +32,15 @@ LINES = {
 
 
 class Point:
-    """One result. :ivar result: ``passed``, ``failed`` or ``skipped``. :ivar message: what was said
-    with it.
+    """One result.
+
+    :ivar result: ``passed``, ``failed`` or ``skipped``.
+    :ivar message: what was said with it.
     """
 
     __slots__ = ("message", "name", "result")
 
-    def __init__(self, name: str, result: str, message: str = "") -> None:
+    def __init__(self, name: str, result: Result, message: str = "") -> None:
         self.name, self.result, self.message = name, result, message
 
     def __repr__(self) -> str:
@@ -40,7 +48,7 @@ class Point:
 
 
 class _Level:
-    """The results at one depth of nesting since the line above them in the tree began."""
+    """The results at one depth of nesting, since the result that has them as its parts was begun."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []
@@ -48,7 +56,7 @@ class _Level:
         self.seen = 0
 
     def finished(self) -> list[Point]:
-        """Its results; those that the plan promised and that never came are one failure."""
+        """The results. If the plan promised more than came, that is one more failure."""
         if self.plan is not None and self.seen < self.plan:
             text = f"{self.seen} of {self.plan} results came"
             self.points.append(Point("(plan)", "failed", text))
@@ -56,10 +64,11 @@ class _Level:
 
 
 def parse(console: bytes | bytearray) -> list[Point]:
-    """Every result in the console, in order; nested ones are named ``outer/inner``, and their sum
-    is left out.
+    """Every result in the console, in order. Nested results are named ``outer/inner``, and their
+    sum is left out.
 
-    KTAP counts from its version line on, so that a program's chance "ok 1" is no result.
+    KTAP counts from its version line on, so that an "ok 1" which a program prints by chance is no
+    result.
     """
     levels: dict[int, _Level] = {}
     lines: list[Point] = []
@@ -77,7 +86,7 @@ def parse(console: bytes | bytearray) -> list[Point]:
         if len(lines) > POINTS_MAX or sum(len(v.points) for v in levels.values()) > POINTS_MAX:
             break
     out: list[Point] = []
-    for depth in sorted(levels, reverse=True):  # what is deeper came first, and its sum never came
+    for depth in sorted(levels, reverse=True):  # the parts came first, and their sum never came
         out += levels[depth].finished()
     return out + lines
 
@@ -91,7 +100,7 @@ def _result(levels: dict[int, _Level], match: re.Match[str]) -> None:
     name = match[4].strip() or f"test {match[3]}"
     directive = (match[5] or "").strip()
     word = directive.partition(" ")[0].upper()
-    result = "failed" if match[2] else "passed"
+    result: Result = "failed" if match[2] else "passed"
     if word == "SKIP" or (word in ("TODO", "XFAIL") and match[2]):
         result = "skipped"
     inner: list[Point] = []
@@ -101,7 +110,7 @@ def _result(levels: dict[int, _Level], match: re.Match[str]) -> None:
     level.seen += 1
     for point in inner:
         point.name = f"{name}/{point.name}"
-    # The sum says something of its own only where it is worse than its parts.
+    # The sum tells something new only if it is worse than its parts.
     if not inner or (result == "failed" and not any(p.result == "failed" for p in inner)):
         inner.append(Point(name, result, directive))
     level.points += inner

@@ -1,8 +1,8 @@
-"""Boot test kernels, several at a time, each to a verdict.
+"""Boots test kernels, several at a time, each to a verdict.
 
 Theory of operation: worker threads take cases from a queue, boot each as a ``Machine`` with test
-devices, and hand its ``Result`` to the caller's thread, which reports. Each run is bounded by its
-time-out; ``stop`` ends those that run and starts no more.
+devices, and hand its ``Result`` to the caller's thread, which reports it. The time-out of a case
+bounds its run; ``stop`` ends the runs that go on and starts no more.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ MEMORY = "128M"
 class Case:
     """A kernel to boot.
 
-    :param timeout: seconds. :param skip: why it is not run; empty where it is. :param notes: for
-        the report. Other parameters: as of ``Machine``.
+    :param timeout: in seconds.
+    :param skip: why it is not run; empty if it is run.
+    :param notes: lines for the report. Other parameters: as of ``Machine``.
     """
 
     def __init__(
@@ -59,10 +60,10 @@ class Case:
 class Result:
     """What became of a case.
 
-    :ivar seconds: from the machine's making to its end. :ivar console: the last of what the kernel
-        said, all streams.
-    :ivar report: ``Machine.report()``, None where there was no machine. :ivar points: the single
-        results in the console.
+    :ivar seconds: from the making of the machine to its end.
+    :ivar console: the last of what the kernel said, all streams.
+    :ivar report: ``Machine.report()``, None if there was no machine.
+    :ivar points: the single results in the console.
     """
 
     def __init__(self, case: Case, verdict: Verdict) -> None:
@@ -95,7 +96,7 @@ class Result:
 
 
 class Suite:
-    """Cases, and the machines that run of them.
+    """Runs cases.
 
     :param jobs: machines at a time.
     """
@@ -115,7 +116,7 @@ class Suite:
         ]
 
     def run(self) -> Iterator[Result]:
-        """Run; gives each result as soon as it is there, in the order of the ends.
+        """Run them; yields each result as soon as it is there, in the order of the ends.
 
         :raises PyvmmError: no machine can be had on this host at all; the others have been stopped.
         """
@@ -131,8 +132,8 @@ class Suite:
             self.stop()
 
     def stop(self) -> None:
-        """End what runs and start no more; returns when no machine is left. From any thread but a
-        worker.
+        """End the machines that run, and start no more; returns when no machine is left. Any thread
+        but a worker may call it.
         """
         with self._lock:
             self._stopped = True
@@ -174,7 +175,7 @@ class Suite:
                 result = self._attend(case, machine)
         except (KvmMissing, KvmForbidden, KvmUnsuitable):
             raise
-        except (ImageError, UsageError) as e:  # this kernel's, not the host's
+        except (ImageError, UsageError) as e:  # an error of this kernel, not of the host
             result = Result(case, Verdict("error", str(e)))
         result.seconds = time.monotonic() - begin
         return result

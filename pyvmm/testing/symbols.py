@@ -1,4 +1,4 @@
-"""Addresses to names, by an ELF's symbol table."""
+"""From addresses to names, by the symbol table of an ELF."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from bisect import bisect_right
 STT_NOTYPE, STT_FUNC = 0, 2
 SYM64 = "<IBBHQQ"  # st_name, st_info, st_other, st_shndx, st_value, st_size
 SYM32 = "<IIIBBH"  # st_name, st_value, st_size, st_info, st_other, st_shndx
-SHN_LORESERVE = 0xFF00  # from here on no section: absolute values, which are no addresses
-REACH = 0x10000  # bytes that a symbol without size (assembly) may reach, up to the next
+SHN_LORESERVE = 0xFF00  # special indices from here on; absolute values are no addresses
+REACH = 0x10000  # most bytes of a symbol without size (assembly), up to the next symbol
 
 
 class Symbols:
-    """The functions of an ELF; a file that is none, or is stripped, has none.
+    """The functions of an ELF. Another file, or a stripped ELF, has none.
 
-    :ivar problem: why there are none, where the file is to blame; else empty.
+    :ivar problem: why there are none, if the file is to blame; else empty.
     """
 
     def __init__(self, path: str) -> None:
-        self._found: list[
-            tuple[int, bool, int, int]
-        ] = []  # address, is a function, size, offset of the name
+        #: address, is a function, size, offset of the name
+        self._found: list[tuple[int, bool, int, int]] = []
         self._strings = b""
         self.problem = ""
         try:
@@ -45,8 +44,8 @@ class Symbols:
             if not isinstance(table, SymbolTableSection):
                 self.problem = f"{path} has no symbols"
                 return
-            # Not by pyelftools' own iteration: a vmlinux has a hundred thousand of them, which
-            # takes it seconds.
+            # The iteration of pyelftools would take seconds for the hundred thousand symbols of a
+            # vmlinux.
             data, self._strings = table.data(), table.stringtable.data()
             wide = file.elfclass == 64
         kinds = (STT_NOTYPE, STT_FUNC)
@@ -59,10 +58,10 @@ class Symbols:
                 name, value, size, info, _, section = row
             if 0 < section < SHN_LORESERVE and name and info & 15 in kinds:
                 self._found.append((value, info & 15 == STT_FUNC, size, name))
-        self._found.sort()  # of several at one address the last is found: a function rather than a label
+        self._found.sort()  # at one address a function comes last, and is found rather than a label
 
     def name(self, address: int) -> str:
-        """``function+0x12``, or nothing where none is known there."""
+        """``function+0x12``; empty if no function is known there."""
         at = bisect_right(self._found, (address, True, 1 << 64, 0)) - 1
         if at < 0:
             return ""

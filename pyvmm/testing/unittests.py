@@ -1,9 +1,9 @@
-"""The format of kvm-unit-tests' unittests.cfg: what to boot and how, in QEMU's words, mapped to a
-machine of ours.
+"""The format of kvm-unit-tests' unittests.cfg, which says in QEMU's words what to boot and how;
+mapped to a machine of pyvmm.
 
-A test that asks for something that cannot be had here (a device, a CPU model without some feature,
-a check that does not hold) is skipped with the reason; what makes no difference to its meaning is
-left out with a note.
+If a test asks for something that this machine cannot have (a device, a CPU model without some
+feature, a check that does not hold), it is skipped with the reason. Whatever does not change its
+meaning is left out with a note.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ARCH = "x86_64"
 KEYS = {
     "file", "smp", "extra_params", "qemu_params", "test_args", "groups", "arch", "check", "accel", "timeout",
 }  # fmt: skip
-#: Options of QEMU without a value, and with one, that a machine of ours meets anyway.
+#: Options of QEMU, without a value and with one, that a machine of pyvmm meets anyway.
 MET = {"-enable-kvm", "-no-reboot", "-nodefaults", "-nographic", "-no-user-config"}
 MET_VALUE = {"-display", "-vnc", "-serial", "-monitor", "-overcommit", "-global", "-name"}
 MET_DEVICES = {"pc-testdev", "testdev", "isa-debug-exit", "isa-debugcon", "pvpanic"}
@@ -27,12 +27,14 @@ MET_MACHINE = {"accel=kvm", "pc", "kernel_irqchip=on", "kernel-irqchip=on", "acp
 
 
 class Test:
-    """One section of the file, as a machine of ours can run it.
+    """One section of the file, as a machine of pyvmm can run it.
 
-    :ivar kernel: path. :ivar append: command line. :ivar memory: as ``--memory`` takes it, or None.
-    :ivar timeout: seconds, or None for the default. :ivar skip: why it is not run; empty where it
-        is.
-    :ivar manual: only run when asked for (group ``nodefault``). :ivar notes: what was left out.
+    :ivar kernel: path.
+    :ivar append: command line.
+    :ivar memory: as ``--memory`` takes it, or None.
+    :ivar timeout: seconds, or None for the default.
+    :ivar skip: why it is not run; empty if it is run.
+    :ivar notes: what was left out.
     """
 
     __test__ = False  # not a pytest class
@@ -50,18 +52,20 @@ class Test:
 
     @property
     def manual(self) -> bool:
-        """Not run unless it, its group or everything is asked for."""
+        """Whether it is only run if the user asks for it, for its group or for everything (group
+        ``nodefault``).
+        """
         return "nodefault" in self.groups
 
 
 class _NotHere(Exception):
-    """The test asks for what a machine of ours has not."""
+    """The test asks for something that a machine of pyvmm does not have."""
 
 
 def sections(text: str, path: str) -> list[tuple[str, list[tuple[str, str]]]]:
     """The file's sections: name, and its keys with their values in order.
 
-    :raises UsageError: naming file and line.
+    :raises UsageError: names file and line.
     """
     out: list[tuple[str, list[tuple[str, str]]]] = []
     lines = iter(enumerate(text.splitlines(), 1))
@@ -93,7 +97,8 @@ def sections(text: str, path: str) -> list[tuple[str, list[tuple[str, str]]]]:
 def read(path: str, max_cpus: int) -> list[Test]:
     """The tests of a file, whose kernels lie beside it.
 
-    :param max_cpus: what $MAX_SMP means. :raises UsageError: the file is missing or malformed.
+    :param max_cpus: the value of $MAX_SMP.
+    :raises UsageError: the file is missing or malformed.
     """
     try:
         text = Path(path).read_text(errors="surrogateescape")
@@ -155,8 +160,8 @@ def _number(what: str, text: str, max_cpus: int) -> int:
 
 
 def _words(text: str) -> list[str]:
-    # The one substitution of a shell that the project's own file has; others would mean to run what
-    # the file says.
+    # The only substitution of a shell that the project's own file has. To allow others would mean to
+    # run whatever the file says.
     text = re.sub(r"`date \+%s`|\$\(date \+%s\)", str(int(time.time())), text)
     if "`" in text or "$(" in text:
         raise _NotHere(f"{text!r} needs a shell")
@@ -167,7 +172,9 @@ def _words(text: str) -> list[str]:
 
 
 def _parameters(test: Test, text: str, max_cpus: int) -> None:
-    """QEMU's options. Each goes into the machine, is met anyway, or is a reason to skip."""
+    """QEMU's options. Each option goes into the machine, is met anyway, or is a reason to skip the
+    test.
+    """
     words = iter(_words(text))
     for word in words:
         option = "-" + word.lstrip("-") if word.startswith("-") else word
@@ -201,8 +208,8 @@ def _parameters(test: Test, text: str, max_cpus: int) -> None:
 
 
 def _cpu(test: Test, value: str) -> None:
-    """The CPU is always the host's: more features than asked for are no matter, fewer or other ones
-    are.
+    """The CPU is always the host's. More features than the test asks for do no harm; fewer or other
+    ones do.
     """
     _, *features = value.split(",")
     for feature in features:
@@ -216,10 +223,10 @@ def _cpu(test: Test, value: str) -> None:
 
 
 def seconds(text: str, name: str) -> float | None:
-    """A time-out as timeout(1) takes it: 90, 90s, 3m, 1h; None for 0, which is the default here:
-    nothing runs for ever.
+    """A time-out as timeout(1) takes it: 90, 90s, 3m, 1h. None for 0, which means the default here,
+    since nothing runs for ever.
 
-    :raises UsageError: it is none.
+    :raises UsageError: it is no time-out.
     """
     match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([smhd]?)", text)
     if match is None:

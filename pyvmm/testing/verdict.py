@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         "interrupted",
     ]
 
-#: verdict -> exit status; None: the test's own. docs/exit-codes.md has the table, a test holds the
-#: two together.
+#: verdict -> exit status; None: the test's own. docs/exit-codes.md has the same table, and a test
+#: compares the two.
 CODES: dict[Kind, int | None] = {
     "passed": 0,
     "skipped": 77,
@@ -46,16 +46,17 @@ CODES: dict[Kind, int | None] = {
     "timeout": 124,
     "interrupted": 130,
 }
-SKIP_STATUS = 77  # as autotools have it; a test kernel gets there by debug-exit with 77 >> 1
+SKIP_STATUS = 77  # of autotools; a test kernel ends with it by debug-exit with 77 >> 1
 
 
 class Verdict:
     """What a run means.
 
-    :ivar kind: one of CODES. :ivar message: one line; empty where it passed without a word.
-    :ivar status: the test's own exit status where it had one; of an error, a host problem or a
-        signal pyvmm's.
-    :ivar details: lines of more: registers, call trace.
+    :ivar kind: one of CODES.
+    :ivar message: one line; empty if it passed without a word.
+    :ivar status: the test's own exit status if it has one; pyvmm's, if an error, a host problem or
+        a signal ended it.
+    :ivar details: more lines: registers, call trace.
     """
 
     __slots__ = ("details", "kind", "message", "status")
@@ -74,7 +75,7 @@ class Verdict:
 
     @property
     def code(self) -> int:
-        """The exit status of pyvmm for it."""
+        """The exit status of pyvmm for this verdict."""
         code = CODES[self.kind]
         if code is None or self.kind in ("error", "host-problem", "interrupted"):
             return self.status or code or 1
@@ -82,7 +83,7 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        """Passed, or skipped."""
+        """Whether it passed or was skipped."""
         return self.kind in ("passed", "skipped")
 
     def __repr__(self) -> str:
@@ -90,8 +91,8 @@ class Verdict:
 
 
 def of_error(error: PyvmmError) -> Verdict:
-    """The verdict where there was no machine, or none that could go on: what was asked for is
-    wrong, or the host has not got it.
+    """The verdict if there was no machine, or none that could go on: either the user asks for
+    something wrong, or the host does not have it.
     """
     ours = isinstance(error, UsageError | ImageError | BuildError)
     return Verdict("error" if ours else "host-problem", str(error), status=error.exit_code)
@@ -124,13 +125,13 @@ def judge_test(outcome: Outcome) -> Verdict:
 
 
 def register_lines(registers: dict[str, int]) -> list[str]:
-    """Registers, four a line."""
+    """Registers, four per line."""
     items = [f"{name:>6} {value:016x}" for name, value in registers.items()]
     return ["  ".join(items[i : i + 4]) for i in range(0, len(items), 4)]
 
 
 def last_lines(text: bytes | bytearray, count: int = 20) -> list[str]:
-    """The end of a console, without control characters."""
+    """The last ``count`` lines of a console, without control characters."""
     return [
         clean(line)
         for line in bytes(text[-200 * count :]).decode(errors="replace").splitlines()[-count:]
@@ -138,7 +139,9 @@ def last_lines(text: bytes | bytearray, count: int = 20) -> list[str]:
 
 
 def clean(line: str) -> str:
-    """A line without what would move a terminal's cursor or break XML."""
+    """A line in which U+FFFD stands for each character that would move a terminal's cursor or that
+    XML cannot hold.
+    """
     return "".join(
         c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in line.rstrip()
     )

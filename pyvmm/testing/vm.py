@@ -1,4 +1,4 @@
-"""The machine that a test gets: it knows what to boot, runs commands, and says how many exits
+"""The machine that a test gets: it knows what to boot, runs commands, and tells how many exits
 something took.
 """
 
@@ -19,21 +19,20 @@ if TYPE_CHECKING:
     from pyvmm.exits.phases import Phase
     from pyvmm.exits.snapshot import Snapshot
 
-BOOT_TIMEOUT = (
-    180.0  # seconds until the guest takes commands: emulated ones on a busy machine need many
-)
+#: Seconds until the guest takes commands. Under emulation, on a busy host, it needs many.
+BOOT_TIMEOUT = 180.0
 SUMMARY_LINES = 20
 
 
 class ExitsExceeded(AssertionError):
-    """More exits than allowed; pytest shows it as a failed assertion."""
+    """More exits than allowed. pytest shows it as a failed assertion."""
 
 
 class Exits:
-    """Exits of a machine since it was ready, or since the last ``reset``; ``with vm.exits:`` counts
-    a block alone.
+    """The exits of a machine since it was ready, or since the last ``reset``; ``with vm.exits:``
+    counts a block alone.
 
-    While the machine is open; the figures are those of budgets (docs/budgets.md).
+    They can be read while the machine is open. The figures are those of budgets (docs/budgets.md).
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -46,21 +45,21 @@ class Exits:
         self._begin = self._machine.accounts.snapshot("test")
 
     def phase(self) -> Phase:
-        """All that is counted, as of now: ``ledger``, ``kvm``, ``counters``, ``metrics()``."""
+        """Everything that is counted, as of now: ``ledger``, ``kvm``, ``counters``, ``metrics()``."""
         accounts = self._machine.accounts
         return Phase("test", accounts, self._begin, accounts.snapshot("now"))
 
     def counts(self) -> dict[str, int | None]:
-        """The figures so far, by name; None where nobody counts one."""
+        """The figures so far, by name; None if nobody counts a figure."""
         return self.phase().metrics()
 
     def assert_within(self, *budgets: str, **limits: float) -> dict[str, float | None]:
-        """Fail unless all hold: ``assert_within(user_exits=5000, notify_per_kpacket=20)``.
+        """Fail unless all budgets hold: ``assert_within(user_exits=5000, notify_per_kpacket=20)``.
 
-        :param limits: the most that each may be. :param budgets: others, as ``"packets>=100"``,
-            ``"exits[serial0]==0"``.
-        :returns: the figures by budget. :raises ExitsExceeded: naming each that is broken, with the
-            most frequent exits.
+        :param limits: the most that each figure may be.
+        :param budgets: other conditions, as ``"packets>=100"``, ``"exits[serial0]==0"``.
+        :returns: the figures by budget.
+        :raises ExitsExceeded: names each budget that is broken, and the most frequent exits.
         :raises UsageError: there is no such figure, or this machine does not count it.
         """
         phase = self.phase()
@@ -101,9 +100,10 @@ class Exits:
 class TestMachine(Machine):
     """A ``Machine`` for tests.
 
-    :param kernel: a file, or the name of an image of pyvmm's; None for the image ``default``. A
-        Linux kernel without ``initrd`` gets the default image's, and with it pyvmm's init, which
-        takes commands. Other parameters: as of ``Machine``. :ivar exits: see ``Exits``.
+    :param kernel: a file, or the name of an image of pyvmm; None for the image ``default``. A Linux
+        kernel without ``initrd`` gets the initrd of the default image, and with it pyvmm's init,
+        which takes commands. Other parameters: as of ``Machine``.
+    :ivar exits: see ``Exits``.
     """
 
     __test__ = False  # not a pytest class
@@ -134,7 +134,9 @@ class TestMachine(Machine):
         self._summary = ""
 
     def summary(self) -> str:
-        """The exits so far, the most frequent first, for people; also once it is closed."""
+        """The exits so far, the most frequent first, for people. It may also be read after
+        ``close``.
+        """
         if self._summary:
             return self._summary
         ledger = self.ledger()
@@ -151,7 +153,7 @@ class TestMachine(Machine):
         super().close()
 
     def ready(self, timeout: float = BOOT_TIMEOUT) -> Self:
-        """Start, and wait until the guest takes commands, or init runs where it takes none.
+        """Start, and wait until the guest takes commands; if it takes none, until init runs.
 
         :raises PyvmmError: it does not come up.
         """
@@ -163,8 +165,8 @@ class TestMachine(Machine):
 
 
 def resolve(kernel: str | None) -> tuple[str, str | None, str]:
-    """What to boot: path of the kernel, of an initrd that goes with it (None: it needs none), and
-    its parameters.
+    """What to boot: path of the kernel; path of the initrd that goes with it, None if it needs
+    none; and its parameters.
 
     :raises ImageError: there is no such image or file.
     """

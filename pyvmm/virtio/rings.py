@@ -1,9 +1,10 @@
-"""A look at a split virtqueue from outside, while driver and device use it (virtio 1.2, 2.7).
+"""Snapshots of a split virtqueue, taken from outside while driver and device use it (virtio 1.2,
+2.7).
 
-Everything is read once into a copy and decided on the copy; every walk is bounded by the queue's
-size. Nothing is locked: the three indices are read in an order that keeps them consistent for a
-well-behaved driver (used before available), what a hostile one writes is shown as it is, with what
-is wrong about it.
+Everything is read once into a copy, and decided on the copy; every walk is bounded by the size of
+the queue. Nothing is locked. The indices are read in an order that keeps them consistent for a
+well-behaved driver: used before available. Whatever a hostile driver writes is shown as it is, with
+the problem that it has.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
     from pyvmm.memory import GuestMemory
     from pyvmm.virtio.device import Queue
 
-CHAIN_MAX = 64  # descriptors shown of a chain
+CHAIN_MAX = 64  # descriptors of a chain that are shown
 
 
 class RingSnapshot:
     """What was in the rings of ``queue`` at one moment.
 
-    :param acked: the negotiated features. :param chains: how many chains to follow at most, of
-        those that the device has and of those that it returned last.
+    :param acked: the negotiated features.
+    :param chains: how many chains to follow at most, of those that the device has, and of those
+        that it has returned last.
     :raises IndexError: a ring is not in RAM (the device refuses such a queue).
     """
 
@@ -65,11 +67,11 @@ class RingSnapshot:
         self._owners(avail)
 
     def _owners(self, avail: bytes) -> None:
-        """Which descriptors the device has: those of the outstanding chains, if it returns them in
-        order.
+        """Find the descriptors that the device has: those of the outstanding chains, if it returns
+        chains in order.
         """
         owned = bytearray(self.size)
-        left = 4 * self.size  # in all: chains of a hostile driver may run into each other
+        left = 4 * self.size  # steps in all: chains of a hostile driver may run into each other
         for n in range(min(self.outstanding, self.size)):
             (head,) = struct.unpack_from("<H", avail, 4 + 2 * ((self.used_idx + n) % self.size))
             while head < self.size and not owned[head] and left:
@@ -82,7 +84,9 @@ class RingSnapshot:
         self.device_owned = [i for i, mine in enumerate(owned) if mine]
 
     def _chain(self, head: int) -> dict[str, object]:
-        """The descriptors of a chain, an indirect table's after the one that names it."""
+        """The descriptors of a chain; those of an indirect table come after the descriptor that
+        names it.
+        """
         out: list[dict[str, object]] = []
         problem = ""
         seen = set()

@@ -16,10 +16,10 @@ def test_the_card_s_own_back_end_is_counted(guest: Callable[[str], str]) -> None
         (pid,) = counters.backends_of(me)
         threads = counters.threads_of(pid)
         assert threads
-        first = counters.snapshot([("backend", pid, tid) for tid in threads])
+        first = counters.snapshot([("backend", tid) for tid in threads])
         assert len(first) == len(threads)
         machine.start()
         machine.wait(60)
-        again = counters.snapshot([("backend", pid, tid) for tid in threads])
+        again = counters.snapshot([("backend", tid) for tid in threads])
         assert counters.by_role(first, again)["backend"]["threads"] == len(threads)
     assert counters.backends_of(me) == []

@@ -1,1 +1,3 @@
-"""What several commands share: terminals, signals, tables, the choice of a host, verdicts."""
+"""What several commands share: options, outputs, signals, terminals, tables, verdicts, the choice
+of a host, the way to a running machine.
+"""

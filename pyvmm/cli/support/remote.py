@@ -1,7 +1,7 @@
 """Commands about a running machine: its name as an argument, and the way to where it runs.
 
-A Unix socket does not reach from one kernel into another, so a command about a machine in the
-testbed is run there, by itself, as `pyvmm run` is. Names are looked up on this machine first.
+A Unix socket does not reach from one kernel into another. So if the machine runs in the testbed,
+the command itself is run there, as `pyvmm run` is. Names are looked up on this machine first.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from pyvmm.testbed.testbed import Testbed
 
 COMPLETE_TIMEOUT = 5.0  # seconds that completion waits for the testbed
-TIMEOUT = 30.0  # for one answer
+TIMEOUT = 30.0  # seconds for one answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """NAME, completed, and where it is."""
+    """NAME, which completes, and ``--host``."""
     name = parser.add_argument(
         "name", metavar="NAME", help="the machine's name, or the path of its control socket"
     )
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_host(parser: argparse.ArgumentParser) -> None:
-    """``--host``."""
+    """The option ``--host``."""
     parser.add_argument(
         "--host",
         choices=("auto", "local", "testbed"),
@@ -44,19 +44,19 @@ def add_host(parser: argparse.ArgumentParser) -> None:
 
 
 def complete(prefix: str, **kwargs: Any) -> list[str]:
-    """Names of running machines, here and in the testbed."""
+    """The names of running machines, here and in the testbed, that begin with ``prefix``."""
     try:
         return [
             row["name"]
             for row in listing(timeout=COMPLETE_TIMEOUT)
             if row["name"].startswith(prefix)
         ]
-    except Exception:  # completion has nobody to tell
+    except Exception:  # completion has nobody whom it could tell
         return []
 
 
 def testbed_up() -> Testbed | None:
-    """The testbed, where it is up and we are outside of it."""
+    """The testbed, if it is up and this process is outside of it; else None."""
     if "PYVMM_IN_TESTBED" in os.environ:
         return None
     from pyvmm.testbed.testbed import Testbed
@@ -66,8 +66,8 @@ def testbed_up() -> Testbed | None:
 
 
 def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[str, Any]]:
-    """Running machines: ``name``, ``host``, ``pid``, ``qmp``, ``since``; those of the testbed, too,
-    where it is up.
+    """Running machines: ``name``, ``host``, ``pid``, ``qmp``, ``since``. If the testbed is up, its
+    machines are among them.
 
     :param timeout: seconds that the testbed may take.
     """
@@ -124,7 +124,7 @@ def there(args: argparse.Namespace) -> int | None:
             pass
     bed = testbed_up()
     if bed is None:
-        return None  # where it is said that there is none
+        return None  # connecting here says that there is no such machine
     at = args.argv.index(args.command) + 1
     return bed.run_attached(
         [sys.executable, "-m", "pyvmm", args.command, "--host", "local", *args.argv[at:]]
@@ -134,7 +134,7 @@ def there(args: argparse.Namespace) -> int | None:
 def with_client(
     args: argparse.Namespace, body: Callable[[Client], int], timeout: float = TIMEOUT
 ) -> int:
-    """Run ``body`` with a connection to the machine that ``args`` names, wherever it is; the exit
+    """Run ``body`` with a connection to the machine that ``args`` names, wherever it runs; the exit
     status.
     """
     status = there(args)
@@ -147,9 +147,9 @@ def with_client(
 
 
 def tell(args: argparse.Namespace, command: str, event: str = "", timeout: float = TIMEOUT) -> int:
-    """Send one command; then wait for ``event``, if there is one to wait for.
+    """Send one command; then wait for ``event``, unless that is empty.
 
-    :returns: 0, or 124 where the event did not come.
+    :returns: 0, or 124 if the event did not come.
     """
 
     def body(client: Client) -> int:

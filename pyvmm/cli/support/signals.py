@@ -1,5 +1,5 @@
-"""SIGINT, SIGTERM and SIGHUP end a command in order: what it has is closed, and its status is 128 +
-the signal's number.
+"""SIGINT, SIGTERM and SIGHUP end a command in order: it closes what it has, and its status is 128 +
+the number of the signal.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ NAG_SECONDS = 0.05
 
 
 class Terminated(BaseException):
-    """One of the signals; carries its number."""
+    """One of the signals came; carries its number."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 class _Nagger:
-    """Sees to it that a signal is taken soon. The interpreter looks for one, then waits for a lock,
-    and one that comes between the two wakes nobody: it would wait as long as the main thread does.
-    The C handler's byte in a pipe tells of it, and SIGURG, whose own handler does nothing,
-    interrupts the wait until it has been taken.
+    """Makes sure that a signal is taken soon. The interpreter looks for a signal and then waits for
+    a lock; a signal between the two wakes nobody, and would wait for as long as the main thread
+    does. But the C handler writes a byte to a pipe: this thread reads it, and interrupts the wait
+    by SIGURG, whose own handler does nothing, until the signal has been taken.
 
     :param taken: set by the signal's handler.
     """
@@ -61,19 +61,19 @@ class _Nagger:
 
 
 def orderly(body: Callable[[], int]) -> int:
-    """Run ``body``, where a signal raises Terminated; returns its status, or 128 + number."""
+    """Run ``body``, in which a signal raises Terminated; its status, or 128 + the number."""
 
     taken = threading.Event()
     nagger = None
 
     def on_signal(number: int, frame: object) -> None:
-        for other in ENDING:  # once: a second one must not break off the cleaning up
+        for other in ENDING:  # a second signal must not break off the cleaning up
             signal.signal(other, signal.SIG_IGN)
         taken.set()
         raise Terminated(number)
 
     before = {}
-    try:  # two of them: a signal may also come while the handlers are put in or taken away
+    try:  # twice, since a signal may come while the handlers are being put in or taken away
         try:
             for number in ENDING:
                 before[number] = signal.signal(number, on_signal)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def exits_table(machine: Machine, rows: int = 12) -> str:
-    """How often the guest exited to the VMM, and why."""
+    """How often the guest exited to the VMM, and why: the most frequent causes first."""
     ledger = machine.ledger()
     out = [f"{ledger.total} exits to the VMM:"]
     for line in ledger.lines[:rows]:

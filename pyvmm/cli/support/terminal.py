@@ -1,4 +1,6 @@
-"""The user's terminal as the guest's console: raw while a guest runs, put back on every way out."""
+"""The user's terminal as the guest's console. It is raw while a guest runs, and restored on every
+way out.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,14 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine
 
 CTRL_A = 0x01
-PENDING_MAX = 1 << 16  # bytes typed that the guest has not taken
+PENDING_MAX = 1 << 16  # bytes that were typed and that the guest has not taken
 
 
 class Terminal:
-    """stdin goes to the machine's console; Ctrl-A x stops the machine.
+    """Sends stdin to the machine's console; Ctrl-A x ends the machine.
 
-    ``close`` undoes what ``open`` has done, also half of it: call it in a ``finally`` that is
-    entered before ``open``, so that no signal can leave a raw terminal behind.
+    ``close`` undoes what ``open`` has done so far. Call it in a ``finally`` that is entered before
+    ``open``, so that no signal can leave a raw terminal behind.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -40,7 +42,7 @@ class Terminal:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop reading and put the terminal back. A second call does nothing."""
+        """Stop reading and restore the terminal. A second call does nothing."""
         if self._stop < 0:
             return
         try:
@@ -63,8 +65,8 @@ class Terminal:
 
         pending = bytearray()
         while True:
-            # A terminal is read always, for Ctrl-A x; a file or pipe waits until the guest has
-            # taken what was read.
+            # A terminal is always read, since Ctrl-A x may come. A file or pipe is read on when the
+            # guest has taken what was read before.
             sources = [0, self._stop] if self._saved is not None or not pending else [self._stop]
             ready, _, _ = select.select(sources, [], [], 0.01 if pending else None)
             if self._stop in ready:
@@ -79,7 +81,7 @@ class Terminal:
             del pending[: self._machine.console.feed(bytes(pending))]
 
     def _typed(self, data: bytes, pending: bytearray) -> bool:
-        """Add what is for the guest to ``pending``; False once the user wants to leave."""
+        """Add what is for the guest to ``pending``; False as soon as the user wants to leave."""
         for byte in data:
             if self._escaped and byte in b"xX":
                 self._machine.stop()
@@ -88,8 +90,6 @@ class Terminal:
                 self._escaped = True
                 continue
             self._escaped = False
-            if (
-                len(pending) < PENDING_MAX
-            ):  # a guest that reads nothing loses what is typed, as on a real line
+            if len(pending) < PENDING_MAX:  # else it is lost, as on a line that nobody reads
                 pending.append(byte)
         return True

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from pyvmm.cli.support.outputs import Outputs
     from pyvmm.machine import Machine
+    from pyvmm.testing.junit import Result
 
 OUTPUT_LINES = 20  # of the console, on stderr
 JSON_LINES = 100  # of the console, in the JSON
@@ -112,9 +113,8 @@ class RunFiles:
 
     def _junit(self, verdict: Verdict, machine: Machine | None) -> str:
         seconds = time.monotonic() - self._begin
-        result = {"passed": "passed", "failed": "failed", "budget": "failed"}.get(
-            verdict.kind, "error"
-        )
+        results: dict[str, Result] = {"passed": "passed", "failed": "failed", "budget": "failed"}
+        result = results.get(verdict.kind, "error")
         output, points = b"", []
         properties: dict[str, str] = {"verdict": verdict.kind}
         if machine is not None:
