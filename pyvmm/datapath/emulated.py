@@ -61,6 +61,10 @@ class _Pair:
         self.link_up = True
 
 
+def _no_thread(why: str) -> HostError:
+    return HostError(f"cannot start a network thread: {why}", "raise the limit of processes")
+
+
 class EmulatedNet:
     """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one
     thread at a time.
@@ -94,10 +98,13 @@ class EmulatedNet:
         self._hold_ms = hold_ms
         self._pairs: list[_Pair] = []
         self._queues: list[int] = []
-        # The workers add 1 to the eventfd when they have something to tell the supervisor.
-        self._told: EventFd | None = None
+        # The workers add 1 when they have something to tell the supervisor, which lives from the
+        # first ``prepare`` or ``start`` until ``close``.
+        self._told = EventFd()
         self._supervisor: threading.Thread | None = None
-        self._ended = False
+        self._closing = False
+        # Guards the workers' events: one thread at a time takes them.
+        self._telling = threading.Lock()
         interface = port.interface
         self._reopener = Reopener(
             port.name, interface.reopen if interface is not None else None, self._link_back
@@ -113,7 +120,11 @@ class EmulatedNet:
         return self._port.features() | sum(1 << bit for bit in RING_FEATURES)
 
     def prepare(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
-        """Nothing to agree on."""
+        """Nothing to agree on; makes the supervisor, so that ``start`` only has workers to make.
+
+        :raises HostError: no threads.
+        """
+        self._need_supervisor()
 
     def problem(self) -> str:
         """None that ``start`` would not have raised."""
@@ -149,29 +160,15 @@ class EmulatedNet:
 
     def _begin(self, acked: int, memory: GuestMemory, pairs: dict[int, list[Vring]]) -> None:
         """Make all workers and threads; only then let the workers touch the rings."""
-        self._told = EventFd()
         for number, own in pairs.items():
-            worker = self._new_worker(acked, memory, number, own, self._told)
+            worker = self._new_worker(acked, memory, number, own)
             with self._lock:
                 self._pairs.append(_Pair(worker, number, f"{self._port.name}-{number}"))
-        try:
-            for pair in self._pairs:
-                error = lib.pv_net_worker_start(pair.worker)
-                if error:
-                    raise RuntimeError(os.strerror(-error))
-            self._ended = False
-            supervisor = Thread(
-                target=self._supervise,
-                args=(self._told, list(self._pairs)),
-                name=f"{self._port.name}-events",
-                daemon=True,
-            )
-            supervisor.start()
-        except RuntimeError as e:
-            raise HostError(
-                f"cannot start a network thread: {e}", "raise the limit of processes"
-            ) from e
-        self._supervisor = supervisor
+        for pair in self._pairs:
+            error = lib.pv_net_worker_start(pair.worker)
+            if error:
+                raise _no_thread(os.strerror(-error))
+        self._need_supervisor()
         for pair in self._pairs:
             lib.pv_net_worker_go(pair.worker)
         thread = ffi.new("struct pv_net_thread *")
@@ -181,32 +178,23 @@ class EmulatedNet:
             self.times.began |= dict.fromkeys((2 * pair.number, 2 * pair.number + 1), thread.began)
 
     def _end(self) -> dict[int, int]:
-        """Wait for the workers, which have been told to stop or have not begun, and for the
-        supervisor; returns the position of each queue.
+        """Wait for the workers, which have been told to stop or have not begun; returns the
+        position of each queue.
         """
         bases = {}
         for pair in self._pairs:
             lib.pv_net_worker_join(pair.worker)
             for queue in (0, 1):
                 bases[2 * pair.number + queue] = int(lib.pv_net_worker_base(pair.worker, queue))
-        told, self._told = self._told, None
-        supervisor, self._supervisor = self._supervisor, None
-        if told is not None and supervisor is not None:
-            self._ended = True
-            told.nudge()
-            supervisor.join()
-        with self._lock:
+        self._pass_on()
+        with self._telling, self._lock:
             pairs, self._pairs = self._pairs, []
             for pair in pairs:
                 self._count(pair, self._totals)
                 lib.pv_net_worker_free(pair.worker)
-        if told is not None:
-            told.close()
         return bases
 
-    def _new_worker(
-        self, acked: int, memory: GuestMemory, number: int, rings: list[Vring], told: EventFd
-    ) -> Any:
+    def _new_worker(self, acked: int, memory: GuestMemory, number: int, rings: list[Vring]) -> Any:
         config = ffi.new("struct pv_net_config *")
         for ring in rings:
             c = config.ring[ring.index % 2]
@@ -228,7 +216,7 @@ class EmulatedNet:
         config.mrg_rxbuf = bool(acked >> VIRTIO_NET_F_MRG_RXBUF & 1)
         config.indirect = bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1)
         config.event_idx = bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1)
-        config.event_fd = told.fileno()
+        config.event_fd = self._told.fileno()
         config.cpu = -1 if self._worker_cpu is None else self._worker_cpu + number
         config.name = f"{self._port.name[:11]}-{number}".encode()[:15]
         if self._recorder is not None:
@@ -251,22 +239,35 @@ class EmulatedNet:
             return int(lib.PV_INFLIGHT_UNCOUNTED)
         return int(interface.link().stats().get("rx_packets", lib.PV_INFLIGHT_UNCOUNTED))
 
-    def _supervise(self, told: EventFd, pairs: list[_Pair]) -> None:
-        """Pass on what the workers tell, until they have ended."""
-        poll = select.poll()
-        poll.register(told.fileno(), select.POLLIN)
-        event = ffi.new("struct pv_net_event *")
-        ended = False
-        while not ended:
-            poll.poll()
-            told.drain()
-            ended = self._ended  # read before the events, so that none from before is left
-            for pair in pairs:
-                while lib.pv_net_worker_event(pair.worker, event):
-                    self._pass_on(pair, event)
+    def _need_supervisor(self) -> None:
+        if self._supervisor is not None:
+            return
+        name = f"{self._port.name}-events"
+        supervisor = Thread(target=self._supervise, name=name, daemon=True)
+        try:
+            supervisor.start()
+        except RuntimeError as e:
+            raise _no_thread(str(e)) from e
+        self._supervisor = supervisor
 
-    def _pass_on(self, pair: _Pair, event: Any) -> None:
-        """A worker has told something."""
+    def _supervise(self) -> None:
+        """The supervisor's thread: pass on what the workers tell."""
+        poll = select.poll()
+        poll.register(self._told.fileno(), select.POLLIN)
+        while not self._closing:
+            poll.poll()
+            self._told.drain()
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Take all events that are there, and tell whoever has started the data path."""
+        event = ffi.new("struct pv_net_event *")
+        with self._telling:
+            for pair in self._pairs:
+                while lib.pv_net_worker_event(pair.worker, event):
+                    self._tell(pair, event)
+
+    def _tell(self, pair: _Pair, event: Any) -> None:
         if event.kind == lib.PV_NET_RING_FAULT:
             queue = 2 * pair.number + event.queue
             fault = ffi.string(lib.pv_fault_text(event.fault)).decode()
@@ -377,5 +378,11 @@ class EmulatedNet:
         """Nothing to cut: no other process is asked."""
 
     def close(self) -> None:
-        """Stop; all else is lent."""
+        """Stop, and end the supervisor; all else is lent. A second call does nothing."""
         self.stop()
+        self._closing = True
+        if self._supervisor is not None:
+            self._told.nudge()
+            self._supervisor.join()
+            self._supervisor = None
+        self._told.close()

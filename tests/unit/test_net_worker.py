@@ -596,6 +596,22 @@ def test_the_thread_is_known_when_start_returns():
         assert rig.counter("worker_cpu_ns") > used
 
 
+def test_the_supervisor_lives_as_long_as_the_data_path():
+    """A start waits for no Python thread but the first time, and ``prepare`` makes that one."""
+    before, fds = threading.enumerate(), len(list(Path("/proc/self/fd").iterdir()))
+    with Rig() as rig:
+        rig.path.prepare(ALL, rig.memory, [])
+        (supervisor,) = set(threading.enumerate()) - set(before)
+        for base in (0, 0, 0):
+            rig.start((base, base))
+            assert set(threading.enumerate()) == {*before, supervisor}
+            rig.path.stop()
+        rig.path.close()
+        rig.path.close()
+    assert threading.enumerate() == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == fds
+
+
 def test_a_worker_that_cannot_be_pinned_serves_all_the_same():
     with Rig(worker_cpu=8000) as rig:
         rig.start()
