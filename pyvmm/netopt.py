@@ -4,7 +4,12 @@
 
 from __future__ import annotations
 
+from socket import AF_INET
+
 from pyvmm.errors import UsageError
+from pyvmm.hostnet import TAP_MAX_MTU
+from pyvmm.hostnet.addresses import parse_address
+from pyvmm.spec.ethernet import ETH_MIN_MTU
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +46,7 @@ GROUPS = {
     "event-idx": "EVENT_IDX",
     "ctrl-vq": "CTRL_VQ CTRL_RX CTRL_RX_EXTRA CTRL_VLAN CTRL_MAC_ADDR CTRL_GUEST_OFFLOADS GUEST_ANNOUNCE MQ",
 }
-#: Queue pairs at most, as many as virtio.net.MAX_PAIRS.
+#: Queue pairs at most.
 MAX_QUEUES = 16
 HEX = frozenset("0123456789abcdefABCDEF")
 
@@ -151,7 +156,7 @@ class Net:
             )
         self.mode, self.tap, self.notify = mode, tap, notify
         self.mac = parse_mac(mac) if mac is not None else None
-        self.mtu = number("mtu", mtu, 68, 65521) if mtu is not None else None
+        self.mtu = number("mtu", mtu, ETH_MIN_MTU, TAP_MAX_MTU) if mtu is not None else None
         self.queues = number("queues", queues, 1, MAX_QUEUES)
         self.link = link == "on"
         self.socket, self.server = socket or "", server == "on"
@@ -162,8 +167,8 @@ class Net:
         if self.queue_size & (self.queue_size - 1):
             raise UsageError(f"--net: queue-size={queue_size}", "use a power of two")
         self.poll = number("poll", poll, 0, 1000)
-        self.host = parse_address("host", host) if host else None
-        self.guest = parse_address("guest", guest) if guest else None
+        self.host = ipv4("host", host) if host else None
+        self.guest = ipv4("guest", guest) if guest else None
         for name in filter(None, without.split("+")):
             if name not in GROUPS:
                 raise UsageError(
@@ -272,16 +277,13 @@ def parse_mac(text: str | bytes) -> bytes:
     return raw
 
 
-def parse_address(key: str, text: str) -> str:
+def ipv4(key: str, text: str) -> str:
     """An IPv4 address with its prefix length, checked."""
-    address, _, prefix = text.partition("/")
-    parts = address.split(".")
-    good = (
-        text.isascii()
-        and len(parts) == 4
-        and all(p.isdecimal() and len(p) < 4 and int(p) < 256 for p in parts)
-    )
-    if not good or not prefix.isdecimal() or len(prefix) > 2 or not 1 <= int(prefix) <= 32:
+    try:
+        family, _, prefix = parse_address(text)
+    except UsageError:
+        family = prefix = 0
+    if family != AF_INET or "/" not in text or not prefix:
         raise UsageError(f"--net: {key}={text}", "write it as 192.168.100.1/24")
     return text
 

@@ -11,6 +11,7 @@ from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.hostnet.frames import HEADER, rarp
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec import virtio_net
+from pyvmm.spec.ethernet import ETH_MAX_MTU, ETH_MIN_MTU
 from pyvmm.spec.vhost_user import VHOST_USER_PROTOCOL_F_MTU, VHOST_USER_PROTOCOL_F_RARP
 from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
 from pyvmm.vhostuser.wire import ProtocolError
@@ -50,8 +51,6 @@ FRONT_END_FEATURES = (
     virtio_net.VIRTIO_NET_F_GUEST_ANNOUNCE,
 )
 OWN_FEATURES = 1 << VIRTIO_F_VERSION_1 | sum(1 << bit for bit in FRONT_END_FEATURES)
-#: Bytes that an MTU may have (virtio 1.2, 5.1.4.1: at least 68).
-MTU_MIN, MTU_MAX = 68, 65535
 
 
 class NetService:
@@ -123,7 +122,7 @@ class NetService:
 
     def _set_mtu(self, frontend: Frontend, m: Message) -> None:
         mtu = m.u64
-        if not MTU_MIN <= mtu <= MTU_MAX:
+        if not ETH_MIN_MTU <= mtu <= ETH_MAX_MTU:
             raise ProtocolError(f"an MTU of {mtu}")
         if not self._port.accept_mtu(mtu):
             raise ProtocolError(f"an MTU of {mtu}, but {self._port.name} has {self._port.mtu}")

@@ -21,6 +21,7 @@ import sys
 
 from pyvmm.cli.support import remote
 from pyvmm.cli.support.options import seconds
+from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def draw(snapshot: dict[str, Any]) -> list[str]:
 
 
 def _queue(q: dict[str, Any]) -> list[str]:
-    vector = "no vector" if q["vector"] == 0xFFFF else f"vector {q['vector']}"
+    vector = "no vector" if q["vector"] == VIRTIO_MSI_NO_VECTOR else f"vector {q['vector']}"
     head = f"queue {q['index']}  {q['role']}  {q['size']} entries  {vector}"
     if "avail" not in q:
         return [

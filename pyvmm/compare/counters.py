@@ -4,11 +4,9 @@ flat sums that only grow.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import socket
-import struct
 from pathlib import Path
 
 import psutil
@@ -17,6 +15,7 @@ from pyvmm.datapath.base import cpu_ns
 from pyvmm.errors import HostError
 from pyvmm.fd import Fd
 from pyvmm.hostnet.rtnetlink import Link
+from pyvmm.hostnet.tap import index_of
 from pyvmm.kvm.vcpu import REASONS
 
 TYPE_CHECKING = False
@@ -296,10 +295,8 @@ class TapCounters:
     """
 
     def __init__(self, space: Any, name: str) -> None:
-        SIOCGIFINDEX = 0x8933  # linux/sockios.h  # noqa: N806
         with space.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-            answer = fcntl.ioctl(s, SIOCGIFINDEX, struct.pack("16si12x", name.encode(), 0))
-        index = struct.unpack_from("16si", answer)[1]
+            index = index_of(name, s)
         sockets = [
             Fd(space.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()) for _ in range(2)
         ]

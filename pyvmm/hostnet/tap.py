@@ -9,12 +9,15 @@ import errno
 import os
 import struct
 from fcntl import ioctl
-from socket import AF_INET, AF_INET6, SOCK_CLOEXEC, SOCK_DGRAM, inet_pton, socket
+from socket import AF_INET, AF_INET6, SOCK_CLOEXEC, SOCK_DGRAM, socket
 
 from pyvmm._ext import lib
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
 from pyvmm.fd import Fd
+from pyvmm.hostnet import TAP_MAX_MTU
+from pyvmm.hostnet.addresses import parse_address
 from pyvmm.hostnet.rtnetlink import Link
+from pyvmm.spec.ethernet import ETH_MIN_MTU
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CSUM,
     VIRTIO_NET_F_GUEST_CSUM,
@@ -32,6 +35,9 @@ from pyvmm.spec.virtio_net import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.datapath.base import RxFilter
+
+    #: The descriptors, the MTU and the link of a tap that is open.
+    Adopted = tuple[list[Fd], int, Link]
 
 TUN = "/dev/net/tun"
 IFNAMSIZ = 16
@@ -59,20 +65,13 @@ HOST_FEATURES = (
 )
 
 
-def parse_address(text: str) -> tuple[int, bytes, int]:
-    """(family, packed address, prefix length) of ``192.168.1.1/24`` or ``fd00::1/64``; raises
-    UsageError.
+def index_of(name: str, sock: socket) -> int:
+    """The number of the interface ``name`` in the network namespace of ``sock``.
+
+    :param sock: of any family; lent. :raises OSError: there is no such interface.
     """
-    host, _, length = text.partition("/")
-    family, bits = (AF_INET6, 128) if ":" in host else (AF_INET, 32)
-    try:
-        packed = inet_pton(family, host)
-        prefix = int(length or bits)
-    except (OSError, ValueError):
-        prefix = -1
-    if not 0 <= prefix <= bits:
-        raise UsageError(f"{text!r} is no address", "write 192.168.1.1/24 or fd00::1/64")
-    return family, packed, prefix
+    answer = ioctl(sock.fileno(), lib.SIOCGIFINDEX, struct.pack("16s24x", name.encode()))
+    return int(struct.unpack_from("=i", answer, IFNAMSIZ)[0])
 
 
 class Interface:
@@ -108,10 +107,9 @@ class Interface:
     def exists(self) -> bool:
         """Whether there is an interface of that name."""
         try:
-            self._ioctl(lib.SIOCGIFINDEX)
+            return self.index > 0
         except OSError:
             return False
-        return True
 
     def up(self) -> None:
         """Bring it up."""
@@ -122,7 +120,8 @@ class Interface:
     @property
     def index(self) -> int:
         """Its number in the network namespace."""
-        return int(struct.unpack_from("=i", self._ioctl(lib.SIOCGIFINDEX))[0])
+        with socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC) as s:
+            return index_of(self.name, s)
 
     @property
     def mtu(self) -> int:
@@ -130,7 +129,7 @@ class Interface:
         return int(struct.unpack_from("=i", self._ioctl(lib.SIOCGIFMTU))[0])
 
     def set_mtu(self, mtu: int) -> None:
-        """Change the MTU, 68 to 65521 bytes."""
+        """Change the MTU, in bytes: ETH_MIN_MTU to TAP_MAX_MTU."""
         old, command = self._ioctl(lib.SIOCGIFMTU), f"ip link set {self.name} mtu {mtu}"
         self._change(lib.SIOCSIFMTU, old, struct.pack("=i", mtu), f"MTU ({mtu})", command)
 
@@ -216,6 +215,7 @@ class Tap:
         more than one).
     :param address, address6: of the host's end, with prefix length. :param mtu: bytes; the default
         leaves it.
+    :param adopted: see ``adopt``.
     :ivar created: whether it was made here.
     :raises NetError: busy, no such thing as tun, no tap. :raises NetForbidden: not the user's.
     """
@@ -229,6 +229,7 @@ class Tap:
         address6: str | None = None,
         mtu: int | None = None,
         txqueuelen: int = TXQUEUELEN,
+        adopted: Adopted | None = None,
     ) -> None:
         if (
             not 0 < len(name) < IFNAMSIZ
@@ -236,15 +237,19 @@ class Tap:
             or any(c in "/:%" or c <= " " for c in name)
         ):
             raise UsageError(f"{name!r} is no name for a tap", "use 1 to 15 letters and digits")
-        if mtu is not None and not 68 <= mtu <= 65521:
-            raise UsageError(f"an MTU of {mtu}", "use 68 to 65521")
+        if mtu is not None and not ETH_MIN_MTU <= mtu <= TAP_MAX_MTU:
+            raise UsageError(f"an MTU of {mtu}", f"use {ETH_MIN_MTU} to {TAP_MAX_MTU}")
         self.name = name
         self.fds: list[Fd] = []
         self._wanted = _Wanted(queues)
         self._link: Link | None = None
-        self._adopted = False
+        self._adopted = adopted is not None
         self._features: int | None = None
         self._interface = Interface(name)
+        if adopted is not None:
+            self.fds, self.mtu, self._link = adopted
+            self.created = True
+            return
         self.created = not self._interface.exists()
         try:
             for _i in range(queues):
@@ -264,17 +269,10 @@ class Tap:
 
     @classmethod
     def adopt(cls, name: str, fds: list[Fd], mtu: int, link: Link) -> Tap:
-        """A tap opened elsewhere (another namespace): its descriptors and its link are owned from
-        here on.
+        """A tap that was opened elsewhere, in another namespace: its descriptors and its link are
+        owned from here on.
         """
-        tap = cls.__new__(cls)
-        tap.name, tap.fds, tap.mtu, tap.created = name, fds, mtu, True
-        tap._features = None
-        tap._wanted = _Wanted(len(fds))
-        tap._link = link
-        tap._adopted = True
-        tap._interface = Interface(name)
-        return tap
+        return cls(name, queues=len(fds), adopted=(fds, mtu, link))
 
     def _open(self, multi: bool) -> Fd:
         try:

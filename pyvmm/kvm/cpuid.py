@@ -7,7 +7,6 @@ for KVM's own leaves, in Documentation/virt/kvm/x86/cpuid.rst.
 
 from __future__ import annotations
 
-X2APIC = 1 << 21
 TSC_DEADLINE = 1 << 24
 HYPERVISOR = 1 << 31
 HTT = 1 << 28

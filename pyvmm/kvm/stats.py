@@ -48,7 +48,7 @@ class Stats(Fd):
         if got < 0:
             raise HostError(f"KVM_GET_STATS_FD failed: {os.strerror(-got)}")
         super().__init__(got)
-        self._data_offset = self._data_size = 0
+        self._data_offset = 0
         #: (name, offset in the data block, number of 64-bit values)
         self._rows: list[tuple[str, int, int]] = []
         self._schema: list[dict[str, object]] = []
@@ -89,7 +89,6 @@ class Stats(Fd):
             if kind == "linear-histogram":
                 row["bucket-size"] = desc.bucket_size
             self._schema.append(row)
-        self._data_size = max((o + 8 * n for _, o, n in self._rows), default=0)
 
     def raw(self) -> bytes:
         """The present values as KVM's bytes, for ``decode``. This is quick because it does not need

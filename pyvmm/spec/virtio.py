@@ -45,6 +45,3 @@ VRING_DESC_F_INDIRECT = 4
 # 2.7.7 and 2.7.10: notification suppression without EVENT_IDX
 VRING_AVAIL_F_NO_INTERRUPT = 1
 VRING_USED_F_NO_NOTIFY = 1
-
-# 4.1.5.1.2: the vector number that means "no vector" (virtio-pci)
-VIRTIO_MSI_NO_VECTOR = 0xFFFF

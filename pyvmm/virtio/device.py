@@ -24,6 +24,7 @@ from pyvmm.spec.virtio import (
     VRING_DESC_ALIGN_SIZE,
     VRING_USED_ALIGN_SIZE,
 )
+from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class VirtioDevice:
     device_id = 0
     #: For the ledger: offset in the device-specific configuration -> field.
     config_names: dict[int, str | tuple[str, str]] = {}
-    no_vector = 0xFFFF
+    no_vector = VIRTIO_MSI_NO_VECTOR
 
     def __init__(self, name: str, memory: GuestMemory, queue_sizes: list[int]) -> None:
         self.name = name

@@ -46,7 +46,6 @@ PCI_CLASS_NETWORK_ETHERNET = 0x020000
 #: Entries a queue, as QEMU's default, and of the control queue.
 QUEUE_SIZE = 256
 CONTROL_SIZE = 64
-MAX_PAIRS = 16
 
 #: Features that need nothing of the data path, and those among them that live on the control queue.
 OWN = (VIRTIO_F_VERSION_1, VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_CTRL_VQ)
@@ -77,7 +76,7 @@ class NetDevice(VirtioDevice):
     :param datapath: moves the packets; owned from here on.
     :param uplink: the host's side of the card, lent.
     :param mac: 6 bytes. :param mtu: bytes, offered to the guest, or None.
-    :param pairs: 1 to ``MAX_PAIRS``; more than one is offered as VIRTIO_NET_F_MQ.
+    :param pairs: 1 or more; more than one is offered as VIRTIO_NET_F_MQ.
     :param offer: mask of the feature bits that every data path which it may be switched to can
         honour.
     :param without: feature bits (a mask) not to offer although the data path could.

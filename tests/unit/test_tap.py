@@ -21,8 +21,9 @@ import pytest
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
 from pyvmm.hostnet import ALLOW_USER_NAMESPACES, netns, tap, userns
+from pyvmm.hostnet.addresses import parse_address
 from pyvmm.hostnet.netns import Namespace
-from pyvmm.hostnet.tap import Interface, Tap, parse_address
+from pyvmm.hostnet.tap import Interface, Tap
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import virtio, virtio_net
 from tests.driver import Events, NetDriver, wait_for
@@ -89,7 +90,19 @@ def test_names_that_no_interface_can_have(name):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "192.168.1", "192.168.1.1/33", "fd00::/129", "1.2.3.4/x", "::g", "1.2.3.4/-1"]
+    "text",
+    [
+        *("", "192.168.1", "192.168.1.1/33", "fd00::/129", "1.2.3.4/x", "::g", "1.2.3.4/-1"),
+        *(
+            "1.2.3.4/",
+            "1.2.3.4/ 8",
+            "1.2.3.4/1_0",
+            "1.2.3.4/\u0662",
+            "1.2.3.04",
+            "1.2.3.4\0",
+            "\udcff",
+        ),
+    ],
 )
 def test_addresses_that_are_none(text):
     with pytest.raises(UsageError):
