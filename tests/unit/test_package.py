@@ -1,0 +1,61 @@
+"""What an installation gets of pyvmm, without the time that compiling the extension takes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def files(root):
+    """The files of the package but for compiled ones."""
+    return {
+        str(path.relative_to(root))
+        for path in (root / "pyvmm").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("_ext.")
+    }
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(directory)]
+    command += ["build_py", "--build-lib", str(directory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for extension in (ROOT / "pyvmm").glob("_ext.*.so"):
+        shutil.copy(extension, directory / "pyvmm")
+    return directory
+
+
+def pyvmm(installed, *argv):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import pyvmm\n"
+        "assert pyvmm.__file__.startswith(sys.path[0]), pyvmm.__file__\n"
+        "from pyvmm.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, str(installed), *argv],
+        cwd=installed.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_every_file_is_installed(installed):
+    assert files(installed) == files(ROOT)
+
+
+def test_an_installed_pyvmm_runs_outside_of_the_checkout(installed):
+    done = pyvmm(installed, "--version")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("pyvmm ")
+    done = pyvmm(installed, "doctor", "--json")
+    assert done.stderr == ""
+    report = json.loads(done.stdout)
+    assert {"extension": "ok"}.items() <= {
+        f["name"]: f["state"] for f in report["findings"]
+    }.items()
