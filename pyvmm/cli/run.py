@@ -347,6 +347,8 @@ class _Run:
                 watchdog.arm()
             try:
                 outcome = _attend(machine, args, interactive=not self.commanded)
+                if watchdog is not None:
+                    watchdog.judging()
             finally:
                 if "--trace" in outputs:
                     _write_trace(machine, outputs["--trace"])

@@ -42,3 +42,109 @@ assert state() == before, (before, state())
 """
     child = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=30)
     assert (child.returncode, child.stderr) == (0, "")
+
+
+HANGS = """
+import signal, sys, threading, time
+from pyvmm.cli.support import signals
+
+signals.TWICE_SECONDS, signals.ORDERLY_SECONDS = float(sys.argv[1]), float(sys.argv[2])
+
+def hang():
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+
+def body():
+    try:
+        print("ready", flush=True)
+        threading.Event().wait(60)
+    finally:
+        print("ending", flush=True)
+        {clean_up}
+        print("cleaned up", flush=True)
+
+sys.exit(signals.orderly(body))
+"""
+
+
+class Child:
+    """A process that cleans up after the first signal, or hangs instead.
+
+    :param twice: seconds in which two signals count as one that is sent twice; with 0 or 60 a
+        test does not depend on how busy the host is. :param orderly: ORDERLY_SECONDS.
+    """
+
+    def __init__(self, clean_up: str, *, twice: float, orderly: float = 60.0) -> None:
+        text = HANGS.replace("{clean_up}", clean_up)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", text, str(twice), str(orderly)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.line() == "ready\n"
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit status, and the rest of stdout and stderr."""
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, out, err
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+ENDED = "pyvmm: ended by a second signal, without cleaning up\n"
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_process_that_hangs(first, second):
+    with Child("hang()", twice=0) as child:
+        child.process.send_signal(first)
+        assert child.line() == "ending\n"
+        child.process.send_signal(second)
+        assert child.end() == (128 + second, "", ENDED)
+
+
+def test_a_signal_that_is_sent_twice_at_once_leaves_time_for_order():
+    """As timeout(1) sends it."""
+    with Child("time.sleep(1)", twice=60) as child:
+        child.process.send_signal(signal.SIGTERM)
+        assert child.line() == "ending\n"
+        child.process.send_signal(signal.SIGTERM)
+        assert child.end() == (143, "cleaned up\n", "")
+
+
+def test_but_not_for_ever():
+    with Child("hang()", twice=60, orderly=0.5) as child:
+        child.process.send_signal(signal.SIGTERM)
+        assert child.line() == "ending\n"
+        child.process.send_signal(signal.SIGTERM)
+        assert child.end() == (143, "", ENDED)
+
+
+def test_one_signal_alone_waits_for_order():
+    with Child("time.sleep(1)", twice=60, orderly=0.1) as child:
+        child.process.send_signal(signal.SIGTERM)
+        assert child.end() == (143, "ending\ncleaned up\n", "")
+
+
+def test_a_main_thread_that_takes_no_signal_is_ended_by_the_second():
+    """It waits in C, and goes on waiting: the handler of the first does not even run."""
+    clean_up = "signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDING); hang()"
+    with Child(clean_up, twice=0) as child:
+        child.process.send_signal(signal.SIGTERM)
+        assert child.line() == "ending\n"
+        child.process.send_signal(signal.SIGTERM)
+        assert child.end() == (143, "", ENDED)

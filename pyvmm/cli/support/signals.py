@@ -1,21 +1,28 @@
 """SIGINT, SIGTERM and SIGHUP end a command in order: it closes what it has, and its status is 128 +
-the number of the signal.
+the number of the signal. A second signal ends the process at once, whatever hangs in it.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+import sys
 import threading
+import time
+
+from pyvmm.cli.support.lastwords import ORDERLY_SECONDS, LastWords
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 NAG_SECONDS = 0.05
+#: timeout(1) signals its child and then the child's process group; a terminal that goes and its
+#: shell both send SIGHUP. Two signals within so many seconds may be one request, sent twice: then
+#: the command gets ORDERLY_SECONDS to end in order.
+TWICE_SECONDS = 0.25
 
 
 class Terminated(BaseException):
@@ -25,17 +32,22 @@ class Terminated(BaseException):
         self.number = number
 
 
-class _Nagger:
-    """Makes sure that a signal is taken soon. The interpreter looks for a signal and then waits for
-    a lock; a signal between the two wakes nobody, and would wait for as long as the main thread
-    does. But the C handler writes a byte to a pipe: this thread reads it, and interrupts the wait
-    by SIGURG, whose own handler does nothing, until the signal has been taken.
+class _Watcher:
+    """Makes sure that a signal is taken soon, and that a second one ends the process.
 
-    :param taken: set by the signal's handler.
+    The interpreter looks for a signal and then waits for a lock; a signal between the two wakes
+    nobody, and would wait for as long as the main thread does. And a main thread that hangs in the
+    clean-up takes no second signal. But the C handler writes the signal's number to a pipe at once,
+    whatever the main thread does: this thread reads it. It interrupts the main thread's wait by
+    SIGURG, whose own handler does nothing, until the first signal has been taken.
+
+    :param taken: set by the handler of the first signal.
     """
 
     def __init__(self, taken: threading.Event) -> None:
-        self.taken = taken
+        self._taken = taken
+        self._last_words = LastWords()
+        self._closed = False
         self._read, self._write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._write, False)
         self._urgent = signal.signal(signal.SIGURG, lambda number, frame: None)
@@ -46,13 +58,49 @@ class _Nagger:
     def _run(self) -> None:
         main = threading.main_thread().ident
         assert main is not None
-        while (told := os.read(self._read, 1)) and told[0] not in ENDING:
-            pass
-        while told and not self.taken.wait(NAG_SECONDS):
-            signal.pthread_kill(main, signal.SIGURG)
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
+        first = 0.0  # when the first signal came; 0: none has
+        again, until = 0, 0.0  # the second one, and when the time for an orderly end is over
+        while True:
+            wait = None
+            if first and not self._taken.is_set():
+                signal.pthread_kill(main, signal.SIGURG)
+                wait = NAG_SECONDS
+            if again:
+                wait = min(wait or ORDERLY_SECONDS, until - time.monotonic())
+            for number in self._told(poll, wait):
+                now = time.monotonic()
+                if not first:
+                    first = now
+                elif now - first >= TWICE_SECONDS:
+                    self._end(number)
+                else:
+                    again, until = number, first + ORDERLY_SECONDS
+            if self._closed:
+                return
+            if again and time.monotonic() >= until:
+                self._end(again)
+
+    def _told(self, poll: select.poll, wait: float | None) -> list[int]:
+        """The signals of ENDING that come within ``wait`` seconds."""
+        end = None if wait is None else time.monotonic() + wait
+        while True:
+            left = None if end is None else max(end - time.monotonic(), 0)
+            if not poll.poll(None if left is None else left * 1000):
+                return []
+            told = os.read(self._read, 64)
+            self._closed = not told
+            numbers = [number for number in told if number in ENDING]
+            if numbers or not told:
+                return numbers  # else it was another signal's, such as our own SIGURG's
+
+    def _end(self, number: int) -> None:
+        text = "pyvmm: ended by a second signal, without cleaning up"
+        self._last_words.end(128 + number, lambda: print(text, file=sys.stderr, flush=True))
 
     def close(self) -> None:
-        self.taken.set()
+        self._taken.set()
         signal.set_wakeup_fd(self._fd)
         os.close(self._write)
         self._thread.join()
@@ -64,24 +112,25 @@ def orderly(body: Callable[[], int]) -> int:
     """Run ``body``, in which a signal raises Terminated; its status, or 128 + the number."""
 
     taken = threading.Event()
-    nagger = None
+    watcher = None
+    came: list[int] = []
 
     def on_signal(number: int, frame: object) -> None:
-        for other in ENDING:  # a second signal must not break off the cleaning up
-            signal.signal(other, signal.SIG_IGN)
         taken.set()
-        raise Terminated(number)
+        came.append(number)
+        if len(came) == 1:  # a second signal does not break off the cleaning up half-way
+            raise Terminated(number)
 
     before = {}
     try:  # twice, since a signal may come while the handlers are being put in or taken away
         try:
             for number in ENDING:
                 before[number] = signal.signal(number, on_signal)
-            nagger = _Nagger(taken)
+            watcher = _Watcher(taken)
             return body()
         finally:
-            if nagger is not None:
-                nagger.close()
+            if watcher is not None:
+                watcher.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
     except Terminated as e:

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 
+from pyvmm.cli.support.lastwords import ORDERLY_SECONDS, LastWords
 from pyvmm.errors import GuestTimeout
 
 TYPE_CHECKING = False
@@ -13,9 +14,13 @@ if TYPE_CHECKING:
     from pyvmm.cli.support.verdicts import RunFiles
 
 
+TELL_SECONDS = 2.0  # for the verdict's files
+
+
 class Watchdog:
-    """Ends the process if the run goes on for ``GRACE`` seconds after its time-out: a fault of
-    ours, or of the host, must not hang whoever waits. The kernel cleans up then.
+    """Ends the process if the guest goes on for ``GRACE`` seconds after the run's time-out, or if
+    its verdict takes ``ORDERLY_SECONDS``: a fault of ours, or of the host, must not hang whoever
+    waits. The kernel cleans up then.
 
     :param seconds: the time-out, from now on.
     :ivar files: learn the verdict, if there are any.
@@ -27,33 +32,29 @@ class Watchdog:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self.files: RunFiles | None = None
-        self._terminal: object = None
-        if os.isatty(0):
-            import termios
-
-            self._terminal = termios.tcgetattr(0)
+        self._last_words = LastWords()
         self.arm()
 
     def arm(self) -> None:
         """Let the time begin now."""
-        self._timer = threading.Timer(
-            min(self._seconds + self.GRACE, threading.TIMEOUT_MAX), self._end
-        )
+        self._start(self._seconds + self.GRACE)
+
+    def judging(self) -> None:
+        """The guest has ended in order. To find and tell the verdict is our own work: it waits for
+        nobody, but takes its time if the host is busy.
+        """
+        self.close()
+        self._start(ORDERLY_SECONDS)
+
+    def _start(self, seconds: float) -> None:
+        self._timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self._end)
         self._timer.daemon = True
         self._timer.start()
 
     def _end(self) -> None:
-        # Telling has a thread of its own, which gets little time: this is the end, whatever hangs.
-        telling = threading.Thread(target=self._tell, daemon=True)
-        telling.start()
-        telling.join(0.3)
-        os._exit(GuestTimeout.exit_code)
+        self._last_words.end(GuestTimeout.exit_code, self._tell, TELL_SECONDS)
 
     def _tell(self) -> None:
-        if self._terminal is not None:
-            import termios
-
-            termios.tcsetattr(0, termios.TCSANOW, self._terminal)  # type: ignore[arg-type]
         text = (
             f"the run did not end in time: {self._seconds:g} s are over, and it could not be ended "
             "in order"
