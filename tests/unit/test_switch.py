@@ -458,21 +458,39 @@ class Switchboard:
         self.sent = 0
         self.seen: set[int] = set()
         self.announcements = 0
+        self._announced: set[int] = set()
+        self._turn: int | None = None
+
+    def turn(self, place: int) -> None:
+        """For the thread that switches, once the guest has been announced there and its own frames
+        are stopped: wait until the network sends to ``place``.
+        """
+        self._turn = place
+        assert wait_for(lambda: self._turn is None, 60)
 
     def pump(self) -> None:
-        for place, far in enumerate(self.fars):
-            while True:
-                try:
-                    data = far.recv(4096)[12:]
-                except BlockingIOError:
-                    break
-                self.place = place
-                if data[12:14] == b"\x80\x35":
-                    self.announcements += 1
-                    continue
-                (number,) = struct.unpack_from("<I", data)
-                assert data == frame(number) and number not in self.seen
-                self.seen.add(number)
+        turn = self._turn
+        for place in range(len(self.fars)):
+            self._take(place)
+        if turn is not None:  # what came before has been taken, in whichever order
+            assert turn in self._announced
+            self._announced.clear()
+            self.place, self._turn = turn, None
+
+    def _take(self, place: int) -> None:
+        while True:
+            try:
+                data = self.fars[place].recv(4096)[12:]
+            except BlockingIOError:
+                return
+            self.place = place
+            if data[12:14] == b"\x80\x35":
+                self.announcements += 1
+                self._announced.add(place)
+                continue
+            (number,) = struct.unpack_from("<I", data)
+            assert data == frame(number) and number not in self.seen
+            self.seen.add(number)
 
     def send(self) -> None:
         self.fars[self.place].send(bytes(12) + frame(self.sent))
@@ -512,17 +530,25 @@ def test_moving_to_another_outside(monkeypatch, tmp_path):
     backend = Backend(NetService(theirs))
     server = threading.Thread(target=backend.run, args=(path,))
     server.start()
+    board = Switchboard(ours, theirs)
+    drain = HandOver._drain
+
+    def drain_once_the_network_knows(self) -> None:
+        """However slow this thread is, the quiet time begins when it has turned round."""
+        board.turn([ours, None].index(self._new.tap))
+        drain(self)
+
+    monkeypatch.setattr(HandOver, "_drain", drain_once_the_network_knows)
     try:
-        go_to_and_fro(path, ours, theirs)
+        go_to_and_fro(path, ours, board)
     finally:
         backend.stop()
         server.join()
         backend.close()
 
 
-def go_to_and_fro(path, ours, theirs):
+def go_to_and_fro(path, ours, board):
     with Rig(tap=ours) as rig:
-        board = Switchboard(ours, theirs)
         target = f"vhost-user,socket={path}"
         switching = Switching(rig, [target, "emulated", target])
         net, sent, got = rig.guest.net, 0, []
