@@ -156,6 +156,7 @@ class VhostUserDevice:
 
     def _lose(self, s: Session, reason: PyvmmError) -> None:
         """The session is over: park the rings."""
+        pending = self._pending()  # now: whoever sees that nobody serves may make more available
         if not self._watcher.lose(s):
             return
         if not isinstance(reason, Stopped):  # else it was us
@@ -163,17 +164,24 @@ class VhostUserDevice:
             self._history.count("timeouts", isinstance(reason, TimedOut))
             self._history.note(str(reason))
         self._rings.lost()
-        self._park()
+        self._park(pending)
 
-    def _park(self) -> None:
-        """Nobody serves the rings until a back-end comes back."""
-        rings = self._rings
-        if not rings.rings:
-            return
-        self._history.parked()
-        if rings.inflight is None:
-            pending = sum(rings.pending(ring) for ring in rings.rings if self.repeats(ring))
+    def _park(self, pending: int) -> None:
+        """Nobody serves the rings until a back-end comes back, which may serve ``pending`` chains
+        again.
+        """
+        if self._rings.rings:
+            self._history.parked()
             self._history.count("possible_repeats", pending)
+
+    def _pending(self) -> int:
+        """Chains that the next back-end may serve again: those that are available, unless an
+        in-flight file tells which of them are done.
+        """
+        rings = self._rings
+        if rings.inflight is not None:
+            return 0
+        return sum(rings.pending(ring) for ring in rings.rings if self.repeats(ring))
 
     # --- the device's side ------------------------------------------------------------------------
 
@@ -234,7 +242,7 @@ class VhostUserDevice:
                 self._events, self._faulted = events, set()
             s = self._watcher.session
             if s is None:
-                self._park()
+                self._park(self._pending())
                 return
             try:
                 with self._talking(s, patience):
