@@ -25,8 +25,8 @@ from pyvmm.spec.virtio import (
     VIRTIO_CONFIG_S_DRIVER,
     VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK,
-    VIRTIO_MSI_NO_VECTOR,
 )
+from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
 from tests.driver import NetDriver, Ring
 
 ACK, DRIVER = VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER
