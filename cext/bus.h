@@ -13,6 +13,7 @@
 
 #include <pthread.h>
 #include "intx.h"
+#include "rtc.h"
 #include "serial.h"
 #include "types.h"
 
@@ -29,6 +30,7 @@ enum pv_region_kind {
 	PV_REGION_STREAM,   /* opaque: struct pv_pipe, which gets the bytes that are written */
 	PV_REGION_DEBUGCON, /* the same, but a read gives the port number: guests look for it */
 	PV_REGION_PCI,	    /* opaque: struct pv_pci_latch; ports 0xCF8..0xCFF */
+	PV_REGION_RTC,	    /* opaque: struct pv_rtc; ports 0x70 and 0x71 */
 	PV_REGION_IGNORE    /* reads give zero, writes are lost */
 };
 

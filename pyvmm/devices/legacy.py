@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
-from pyvmm._ext import lib
+from pyvmm._ext import ffi, lib
 from pyvmm.bus import PIO, Bus, Registers
 from pyvmm.spec.platform import (
     ACPI_RESET_VALUE,
@@ -22,51 +20,13 @@ if TYPE_CHECKING:
 
 
 class Rtc:
-    """The parts of an MC146818 clock with CMOS RAM that Linux reads at boot: the time, UTC in BCD.
-    There are no alarms, and the clock is never busy.
-
-    Without the device, Linux' rtc_cmos would read all ones and wait 10 s for the bit "update in
-    progress" to clear.
-    """
-
-    REG_A = 0x26  # 32.768 kHz, rate 1024 Hz, no update in progress
-    REG_B = 0x02  # BCD, 24 hours
-    REG_D = 0x80  # battery good
+    """MC146818 clock and CMOS RAM, which answer in C (cext/rtc.c)."""
 
     def __init__(self, bus: Bus) -> None:
-        self._index = 0
-        self._ram = bytearray(128)
-        bus.add(PIO, PORT_RTC, 2, "rtc", self).names = Registers({0: "index", 1: "data"})
-
-    def read(self, offset: int, size: int) -> int:
-        """Port 0x70 reads as all ones, port 0x71 as the selected register."""
-        if offset == 0:
-            return 0xFF
-        now = time.gmtime()
-        values = {
-            0: now.tm_sec,
-            2: now.tm_min,
-            4: now.tm_hour,
-            6: (now.tm_wday + 1) % 7 + 1,
-            7: now.tm_mday,
-            8: now.tm_mon,
-            9: now.tm_year % 100,
-            0x32: now.tm_year // 100,
-        }
-        if self._index in values:
-            value = values[self._index]
-            return value // 10 << 4 | value % 10
-        fixed = {0xA: self.REG_A, 0xB: self.REG_B, 0xC: 0, 0xD: self.REG_D}
-        return fixed.get(self._index, self._ram[self._index])
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """Port 0x70 selects a register (bit 7, which masks NMIs, is ignored); port 0x71 stores into
-        CMOS RAM. The guest cannot set the clock.
-        """
-        if offset == 0:
-            self._index = value & 0x7F
-        else:
-            self._ram[self._index] = value & 0xFF
+        region = bus.add(
+            PIO, PORT_RTC, 2, "rtc", kind=lib.PV_REGION_RTC, opaque=ffi.new("struct pv_rtc *")
+        )
+        region.names = Registers({0: "index", 1: "data"})
 
 
 class Power:

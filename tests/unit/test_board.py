@@ -112,3 +112,17 @@ def test_any_access_to_any_port_is_answered(board):
         port, size, count = rng.choice(ports), rng.choice([1, 2, 4]), rng.choice([1, 1, 1, 7])
         data = rng.randbytes(size * count) if rng.randrange(2) else None
         assert len(board.access(PIO, port, size, data, count=count)) == size * count
+
+
+def test_the_clock_needs_no_python(board):
+    """Each access would be a return to Python; a boot of Linux has some 150 of them."""
+    before = board.exits
+    for index in range(128):
+        cmos(board, index)
+        board.write(PIO, 0x71, 1, index)
+    board.write(PIO, 0x70, 2, 0x2211)  # one byte, whatever the width
+    board.write(PIO, 0x71, 1, 0x33)
+    assert cmos(board, 0x11) == 0x33 and cmos(board, 0x22) == 0x22
+    assert board.read(PIO, 0x70, 2) == 0xFF
+    assert board.access(PIO, 0x71, 1, count=3) == bytes([cmos(board, 0x22)] * 3)
+    assert board.exits == before
