@@ -1,5 +1,5 @@
 """The C code that guests can reach, under ASan and UBSan: fuzzed by itself, then through the unit
-tests.
+tests. The worker and the threads that call it, under ThreadSanitizer.
 """
 
 import os
@@ -24,6 +24,13 @@ def test_fuzzed_rings_and_worker():
     run = subprocess.run([ROOT / "tests/fuzz/run.sh", SECONDS], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("no crash") == 2
+
+
+def test_worker_and_its_callers_do_not_race():
+    """tests/fuzz/race.sh: all that other threads may do while a worker runs."""
+    run = subprocess.run([ROOT / "tests/fuzz/race.sh", SECONDS], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("no race") == 2
 
 
 def test_unit_tests_on_a_sanitized_build(tmp_path):

@@ -1,0 +1,292 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A worker (cext/net_worker.c) and the threads that may call it while it runs, for ThreadSanitizer:
+ * race_net SECONDS.
+ *
+ * The main thread plays the guest of one life of a worker after the other: it sends, receives,
+ * and in the end holds and stops the worker. Meanwhile one thread plays the outside and cuts the
+ * link at times, one takes events and gives the worker a new link, and one reads what can be read
+ * at any time. Each life must end with all chains given back.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "net_worker.h"
+#include "thread.h"
+
+#define CHECK(cond)                                                                                \
+	do {                                                                                       \
+		if (!(cond)) {                                                                     \
+			fprintf(stderr, "%s:%d: %s (errno %d)\n", __FILE__, __LINE__, #cond,       \
+				errno);                                                            \
+			abort();                                                                   \
+		}                                                                                  \
+	} while (0)
+
+enum { RX, TX };
+
+#define SIZE	64u   /* entries of a ring */
+#define BUFFER	2048u /* bytes of a buffer; one per entry */
+#define FRAME	100u  /* bytes of a frame, header included */
+#define RING(q) ((uint64_t)(q)*0x2000u)
+#define BUFFERS 0x8000u /* where they start */
+#define MEMORY	0x100000u
+#define FRAMES	400u /* sent per life */
+
+/* A ring as its driver sees it (virtio 1.2, 2.7). */
+struct ring {
+	struct {
+		uint64_t addr;
+		uint32_t len;
+		uint16_t flags;
+		uint16_t next;
+	} desc[SIZE];
+	uint16_t avail_flags, avail_idx, avail[SIZE], used_event;
+	uint16_t padding;
+	uint16_t used_flags, used_idx;
+	struct {
+		uint32_t id, len;
+	} used[SIZE];
+	uint16_t avail_event;
+};
+
+static uint8_t *memory;
+static struct pv_net_worker *worker;
+static int kick[2], call[2], event_fd;
+static int link_fd[2]; /* near, far; the outside changes them under the lock */
+static pthread_mutex_t link_lock = PTHREAD_MUTEX_INITIALIZER;
+static bool life_over; /* atomic */
+static uint64_t faults, losses;
+
+static struct ring *ring(int q)
+{
+	return (struct ring *)(void *)(memory + RING(q));
+}
+
+static bool over(void)
+{
+	return __atomic_load_n(&life_over, __ATOMIC_ACQUIRE);
+}
+
+static void new_link(void)
+{
+	int type = SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC;
+
+	CHECK(!socketpair(AF_UNIX, type, 0, link_fd));
+}
+
+/* --- the guest -------------------------------------------------------------------------------- */
+
+static void offer(int q, uint16_t head)
+{
+	struct ring *r = ring(q);
+	uint16_t idx = r->avail_idx;
+
+	r->desc[head].addr = BUFFERS + BUFFER * ((uint64_t)q * SIZE + head);
+	r->desc[head].len = q == TX ? FRAME : BUFFER;
+	r->desc[head].flags = q == TX ? 0 : 2; /* VRING_DESC_F_WRITE */
+	__atomic_store_n(&r->avail[idx % SIZE], head, __ATOMIC_RELAXED);
+	__atomic_store_n(&r->avail_idx, (uint16_t)(idx + 1), __ATOMIC_RELEASE);
+	CHECK(eventfd_write(kick[q], 1) == 0);
+}
+
+/* Take back what is done; returns how many. Received frames are given to the worker again. */
+static uint32_t reap(int q, uint16_t *seen)
+{
+	struct ring *r = ring(q);
+	uint16_t used = __atomic_load_n(&r->used_idx, __ATOMIC_ACQUIRE);
+	uint32_t n = 0;
+
+	for (; *seen != used; (*seen)++, n++) {
+		uint32_t head = __atomic_load_n(&r->used[*seen % SIZE].id, __ATOMIC_RELAXED);
+		uint8_t *buffer = memory + BUFFERS + BUFFER * ((uint32_t)q * SIZE + head);
+
+		CHECK(head < SIZE);
+		if (q == RX && !over()) {
+			CHECK(buffer[FRAME - 1] == 0x5a);
+			buffer[FRAME - 1] = 0;
+			offer(RX, (uint16_t)head);
+		}
+	}
+	return n;
+}
+
+static void guest(void)
+{
+	uint16_t seen[2] = {0, 0};
+	uint32_t sent = 0, done = 0;
+	uint16_t last;
+
+	for (uint16_t i = 0; i < SIZE; i++)
+		offer(RX, i);
+	while (done < FRAMES) {
+		for (; sent < FRAMES && sent - done < SIZE / 2; sent++) {
+			memset(memory + BUFFERS + BUFFER * (SIZE + sent % SIZE), 0, FRAME);
+			offer(TX, (uint16_t)(sent % SIZE));
+		}
+		done += reap(TX, &seen[TX]);
+		reap(RX, &seen[RX]);
+	}
+	CHECK(pv_net_worker_hold(worker, 10000) == 0);
+	last = __atomic_load_n(&ring(TX)->used_idx, __ATOMIC_ACQUIRE);
+	offer(TX, 0); /* is not taken any more */
+	pv_net_worker_stop(worker, done % 2);
+	pv_net_worker_join(worker);
+	for (int q = RX; q <= TX; q++)
+		CHECK(pv_net_worker_base(worker, q) == ring(q)->used_idx);
+	CHECK(ring(TX)->used_idx == last);
+}
+
+/* --- the other threads ------------------------------------------------------------------------ */
+
+static void *outside(void *arg)
+{
+	uint8_t frame[BUFFER] = {0};
+	uint32_t count = 0;
+
+	(void)arg;
+	frame[FRAME - 1] = 0x5a;
+	while (!over()) {
+		pthread_mutex_lock(&link_lock);
+		while (read(link_fd[1], frame, sizeof(frame)) > 0)
+			;
+		frame[FRAME - 1] = 0x5a;
+		if (write(link_fd[1], frame, FRAME) == FRAME && ++count % 200 == 0)
+			shutdown(link_fd[1], SHUT_RDWR);
+		pthread_mutex_unlock(&link_lock);
+	}
+	return NULL;
+}
+
+static void *supervisor(void *arg)
+{
+	struct pollfd p = {.fd = event_fd, .events = POLLIN};
+	struct pv_net_event ev;
+	uint64_t value;
+	int old;
+
+	(void)arg;
+	while (!over()) {
+		if (poll(&p, 1, 10) > 0)
+			CHECK(read(event_fd, &value, sizeof(value)) == sizeof(value));
+		while (pv_net_worker_event(worker, &ev)) {
+			faults += ev.kind != PV_NET_LINK_DOWN && ev.kind != PV_NET_LINK_UP;
+			if (ev.kind != PV_NET_LINK_DOWN)
+				continue;
+			losses++;
+			/* The worker has let go of the old descriptor, so that it can be closed. */
+			pthread_mutex_lock(&link_lock);
+			old = link_fd[0];
+			close(link_fd[1]);
+			new_link();
+			pv_net_worker_attach(worker, link_fd[0]);
+			pthread_mutex_unlock(&link_lock);
+			close(old);
+		}
+	}
+	return NULL;
+}
+
+static void *observer(void *arg)
+{
+	struct pv_net_counters c;
+	uint64_t packets = 0;
+
+	(void)arg;
+	while (!over()) {
+		pv_net_worker_counters(worker, &c);
+		CHECK(c.tx_packets + c.tx_drop_link >= packets);
+		packets = c.tx_packets + c.tx_drop_link;
+		CHECK(pv_net_worker_cpu_ns(worker) > 0);
+	}
+	return NULL;
+}
+
+/* --- lives ------------------------------------------------------------------------------------ */
+
+static void life(uint32_t number)
+{
+	void *(*const others[])(void *) = {outside, supervisor, observer};
+	struct pv_memory mem = {.count = 1, .region[0] = {.size = MEMORY, .host = memory}};
+	struct pv_net_config cfg = {
+		.hdr_len = 12,
+		.max_frame = 1530,
+		.poll_us = number % 4 == 3 ? 20 : 0,
+		.hold_ms = 10,
+		.taken = PV_INFLIGHT_UNCOUNTED,
+		.mrg_rxbuf = true,
+		.event_idx = number % 2,
+		.event_fd = event_fd,
+		.cpu = number % 8 ? -1 : 0,
+		.name = "race",
+	};
+	struct pv_net_event why = {0};
+	struct pv_net_thread thread;
+	pthread_t pthread[3];
+	uint64_t value;
+
+	memset(memory, 0, MEMORY);
+	new_link();
+	cfg.fd = link_fd[0];
+	for (int q = RX; q <= TX; q++)
+		cfg.ring[q] = (struct pv_net_ring){
+			.size = SIZE,
+			.desc = RING(q) + offsetof(struct ring, desc),
+			.avail = RING(q) + offsetof(struct ring, avail_flags),
+			.used = RING(q) + offsetof(struct ring, used_flags),
+			.kick = kick[q],
+			.call = call[q],
+		};
+	worker = pv_net_worker_new(&cfg, &mem, &why);
+	CHECK(worker);
+	CHECK(!pv_net_worker_start(worker));
+	if (number % 16 == 15) { /* all threads or none: this one was in vain */
+		pv_net_worker_join(worker);
+		CHECK(!ring(RX)->used_flags && !ring(TX)->used_flags);
+		CHECK(!pv_net_worker_start(worker));
+	}
+	pv_net_worker_go(worker);
+	pv_net_worker_await(worker, &thread);
+	CHECK(thread.tid > 0 && thread.began > 0);
+	__atomic_store_n(&life_over, false, __ATOMIC_RELEASE);
+	for (int i = 0; i < 3; i++)
+		CHECK(!pthread_create(&pthread[i], NULL, others[i], NULL));
+	guest();
+	__atomic_store_n(&life_over, true, __ATOMIC_RELEASE);
+	for (int i = 0; i < 3; i++)
+		pthread_join(pthread[i], NULL);
+	pv_net_worker_free(worker);
+	close(link_fd[0]);
+	close(link_fd[1]);
+	for (int q = RX; q <= TX; q++) {
+		(void)!read(kick[q], &value, sizeof(value));
+		(void)!read(call[q], &value, sizeof(value));
+	}
+}
+
+int main(int argc, char **argv)
+{
+	uint64_t end = pv_now_ns() + (argc > 1 ? strtoull(argv[1], NULL, 10) : 5) * 1000000000u;
+	uint32_t lives = 0;
+
+	memory = aligned_alloc(4096, MEMORY);
+	CHECK(memory);
+	for (int q = RX; q <= TX; q++) {
+		kick[q] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+		call[q] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	}
+	event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	while (pv_now_ns() < end)
+		life(lives++);
+	CHECK(!faults && losses);
+	printf("%s: %u lives, %llu links lost, no race\n", argv[0], lives,
+	       (unsigned long long)losses);
+	free(memory);
+	return 0;
+}
