@@ -1,4 +1,4 @@
-"""Owned file descriptors: ``Fd``, ``EventFd`` and memfds.
+"""Owned file descriptors: ``Fd``, ``EventFd`` and memfds. And ``Closing``, for any owner.
 
 Each descriptor has one owner. Whoever creates a descriptor closes it; passing it to a C object
 lends it. ``close`` releases the descriptor even if it raises, and a second ``close`` does nothing.
@@ -12,11 +12,24 @@ from pyvmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
 
-class Fd:
+class Closing:
+    """Makes a class with ``close`` a context manager, which closes at the end."""
+
+    def close(self) -> None:
+        """Release what the object owns."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Fd(Closing):
     """One owned file descriptor. As a context manager it closes the descriptor."""
 
     def __init__(self, fd: int) -> None:
@@ -41,17 +54,6 @@ class Fd:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._fd})"

@@ -6,12 +6,10 @@ import os
 import stat
 
 from pyvmm.errors import ImageError
+from pyvmm.fd import Closing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
     from pyvmm.memory import GuestMemory
 
 HINTS = {
@@ -21,7 +19,7 @@ HINTS = {
 }
 
 
-class ImageFile:
+class ImageFile(Closing):
     """An open regular file. The object owns the descriptor; as a context manager it closes it.
 
     :param what: ``kernel`` or ``initrd``, for messages.
@@ -101,14 +99,3 @@ class ImageFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

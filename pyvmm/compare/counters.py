@@ -13,7 +13,7 @@ import psutil
 
 from pyvmm.datapath.base import cpu_ns
 from pyvmm.errors import HostError
-from pyvmm.fd import Fd
+from pyvmm.fd import Closing, Fd
 from pyvmm.hostnet.rtnetlink import Link
 from pyvmm.hostnet.tap import index_of
 from pyvmm.kvm.vcpu import REASONS
@@ -21,7 +21,7 @@ from pyvmm.kvm.vcpu import REASONS
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
-    from typing import Any, Self
+    from typing import Any
 
     from pyvmm.exits.ledger import Ledger
     from pyvmm.kvm.stats import Stats
@@ -115,7 +115,7 @@ def debugfs_counts(directory: Path) -> dict[str, int]:
     return out
 
 
-class ExitTrace:
+class ExitTrace(Closing):
     """Counts exits of the vCPUs of any process, by thread and reason: histograms on KVM's
     tracepoints, in a tracing instance of its own.
 
@@ -187,12 +187,6 @@ class ExitTrace:
             self._dir.rmdir()
         except OSError:
             pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def reason_names(text: str, *, intel: bool) -> dict[int, str]:

@@ -12,7 +12,7 @@ import time
 
 from pyvmm.datapath.vhost_user import DATA_MASK, NET_PROTOCOL_FEATURES
 from pyvmm.errors import VhostUserError
-from pyvmm.fd import eventfds
+from pyvmm.fd import Closing, eventfds
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec.vhost_user import VRING_STATE
@@ -46,7 +46,7 @@ class Step:
         )
 
 
-class Probe:
+class Probe(Closing):
     """A conversation with the back-end at ``path``; ``steps`` grows as it goes.
 
     :param timeout: seconds for each answer. :ivar features, protocol: what it offers, as masks;
@@ -176,12 +176,6 @@ class Probe:
     def close(self) -> None:
         """Disconnect."""
         self._channel.close()
-
-    def __enter__(self) -> Probe:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class _Rings:

@@ -18,11 +18,11 @@ from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
 
 from pyvmm.control.registry import find
 from pyvmm.errors import ControlError, MachineMissing
+from pyvmm.fd import Closing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Any, Self
+    from typing import Any
 
 EVENTS_MAX = 1000
 MESSAGE_MAX = 64 << 20
@@ -38,7 +38,7 @@ def connect(name: str, *, timeout: float = 30.0) -> Client:
     return Client(name if "/" in name else find(name).path, timeout=timeout)
 
 
-class Client:
+class Client(Closing):
     """One connection, past negotiation; a context manager. One thread at a time.
 
     :ivar greeting: the server's. :ivar events: those not yet taken, oldest first, at most
@@ -140,14 +140,3 @@ class Client:
     def close(self) -> None:
         """End the connection. A second call does nothing."""
         self._sock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

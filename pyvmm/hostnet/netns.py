@@ -15,7 +15,7 @@ import threading
 from pyvmm import errors
 from pyvmm._ext import lib
 from pyvmm.errors import HostError, NetForbidden, PyvmmError
-from pyvmm.fd import Fd
+from pyvmm.fd import Closing, Fd
 from pyvmm.hostnet import ALLOW_USER_NAMESPACES, userns
 from pyvmm.hostnet.rights import FDS_MAX, recv_fds, send_fds
 from pyvmm.hostnet.rtnetlink import Link, route_socket
@@ -25,8 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Sequence
-    from types import TracebackType
-    from typing import Any, Self
+    from typing import Any
 
     #: What runs inside: returns a few words and descriptors, which the caller owns.
     Inside = Callable[[], tuple[list[str], list[int]]]
@@ -112,7 +111,7 @@ def _answer(channel: socket.socket, body: Inside) -> int:
     return status
 
 
-class Namespace:
+class Namespace(Closing):
     """A network namespace with one tap, both ours alone.
 
     Works as root, and as an ordinary user where the kernel allows user namespaces.
@@ -218,14 +217,3 @@ class Namespace:
         self.net.close()
         if self.user:
             self.user.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

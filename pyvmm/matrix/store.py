@@ -10,19 +10,20 @@ from pathlib import Path
 
 from pyvmm import __version__
 from pyvmm.errors import HostError, ImageError, UsageError
+from pyvmm.fd import Closing
 from pyvmm.testing.vm import resolve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any, Self
+    from typing import Any
 
     from pyvmm.matrix.run import Cell, Settings
 
 SCHEMA = "pyvmm-matrix/1"
 
 
-class Store:
+class Store(Closing):
     """Results by the name of their cell, in a file that is replaced after each cell. A context
     manager.
 
@@ -95,12 +96,6 @@ class Store:
         """Leave nothing but the file."""
         if self._path is not None:
             self._part.unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _load(path: str) -> dict[str, dict[str, Any]]:

@@ -12,11 +12,11 @@ import stat
 import sys
 
 from pyvmm.errors import HostError, UsageError
+from pyvmm.fd import Closing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Self
 
 STDOUT = "-"
 
@@ -100,7 +100,7 @@ class Output:
             self.problem = self.problem or e.strerror or str(e)
 
 
-class Outputs:
+class Outputs(Closing):
     """The outputs of one command, by option; a context manager.
 
     :param wanted: option -> path, None if the user does not ask for it.
@@ -153,9 +153,3 @@ class Outputs:
                 if output.problem:
                     lost = f"{output.option} {output.path} is lost: {output.problem}"
                     print(f"pyvmm: {lost}", file=sys.stderr)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
