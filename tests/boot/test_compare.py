@@ -113,18 +113,14 @@ def test_the_classic_result(host: Host, tmp_path: Path) -> None:
 
 
 EXITS = """
-import json, sys, threading
+import json, sys
 from pyvmm import Machine
 from pyvmm.compare.counters import ExitTrace, causes
-tids, run = [], Machine._run_vcpu
-def remember(vm, vcpu):
-    tids.append(threading.get_native_id())
-    run(vm, vcpu)
-Machine._run_vcpu = remember
 with ExitTrace(reasons=True) as trace:
     with Machine(sys.argv[1], memory="2M") as vm:
         vm.start()
         vm.wait(60)
+        tids = [vcpu.thread_id for vcpu in vm.vcpus]
         exits = vm.kvm_stats()["vcpus"][0]["exits"]
         print(json.dumps([trace.counts(tids), causes(vm.ledger()), trace.reasons(tids), exits]))
 """
