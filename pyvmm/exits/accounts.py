@@ -1,8 +1,8 @@
-"""The accounts of a machine: all that it counts, and how far its guest has come.
+"""The accounts of a machine: everything that it counts, and how far its guest has come.
 
-Budgets, phases, reports, traces and the control socket read them; the machine keeps them. What is
-here is quick, because the guest may wait for it; sums, differences and names are made where
-somebody asks (``exits.phases``, ``exits.report``).
+Budgets, phases, reports, traces and the control socket read the accounts; the machine keeps them.
+The methods here are quick, because the guest may wait for them. Sums, differences and names are
+made later, when somebody asks for them (``exits.phases``, ``exits.report``).
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ if TYPE_CHECKING:
 
         @property
         def name(self) -> str:
-            """``net0``, ``net1``, ..."""
+            """The card's name: ``net0``, ``net1``, ..."""
 
         @property
         def mode(self) -> str:
-            """The data path in force."""
+            """The name of the data path that serves the card."""
 
         def counters(self) -> dict[str, int]:
-            """Of all data paths that the card has had, summed. Any thread."""
+            """The sums of the counters of all data paths that the card has had. Any thread."""
 
         def report(self) -> dict[str, object]:
-            """For JSON (docs/report.md)."""
+            """The card's part of the report, for JSON (docs/report.md)."""
 
 
-#: A point in the run that begins a phase -> the phase. The guest's init tells the points
-#: (guest/pyvmm_port.h); the machine's start is the first.
+#: A point in the run that begins a phase -> the phase. The guest's init reports the points
+#: (guest/pyvmm_port.h); the first point is the machine's start.
 PHASES = {"start": "boot", "init": "init", "command": "command", "command_end": "shutdown"}
-OLD_STATS = 16  # VMs before the present one whose statistics are kept
+OLD_STATS = 16  # how many VMs before the present one keep their statistics
 
 
 class MachineAccounts:
-    """What a machine has counted. All that it is made of is lent.
+    """What a machine has counted. The accounts borrow all parts of the machine that they read.
 
     :param lock: the machine's I/O lock, held while counters are copied.
     :param began: when the machine's description was read; CLOCK_MONOTONIC, ns.
-    :ivar phases: a point in the run -> when the guest came there first, likewise in ns.
-    :ivar snapshots: of all counters, one at each point that begins a phase, in order.
-    :ivar notes: what could not be counted, for people.
+    :ivar phases: a point in the run -> when the guest first came there, likewise in ns.
+    :ivar snapshots: all counters, once at each point that begins a phase, in order.
+    :ivar notes: which counters could not be read, as sentences for people.
     :ivar reboots: how often the machine has started over.
     :ivar old_stats: KVM's statistics of the VMs before each restart, the latest ``OLD_STATS``.
     """
@@ -79,18 +79,18 @@ class MachineAccounts:
         self.notes: list[str] = []
         self.reboots = 0
         self.old_stats: list[dict[str, Any]] = []
-        self._stats: Stats | None = None  # the VM's, once they have been asked for
-        self._past: Numbers = {}  # of VMs before a restart, summed up
+        self._stats: Stats | None = None  # the present VM's, opened by the first request
+        self._past: Numbers = {}  # the sums of the VMs before a restart
 
     def reach(self, point: str) -> None:
-        """The guest has come to ``point``; only the first time counts."""
+        """Note that the guest has come to ``point``; only the first time counts."""
         if point in self.phases:
             return
         self.phases[point] = time.monotonic_ns()
         if point in PHASES:
             try:
                 self.snapshots.append(self.snapshot(point))
-            except (PyvmmError, OSError) as e:  # no reason to end the machine
+            except (PyvmmError, OSError) as e:  # this is no reason to end the machine
                 why = e.strerror if isinstance(e, OSError) else e
                 self.notes.append(
                     f"the counters at {point} could not be read ({why}): what phase "
@@ -98,9 +98,9 @@ class MachineAccounts:
                 )
 
     def snapshot(self, name: str) -> Snapshot:
-        """All counters now. Any thread.
+        """Copy all counters now. Any thread.
 
-        :raises PyvmmError, OSError: one cannot be read.
+        :raises PyvmmError, OSError: a counter cannot be read.
         """
         with self._lock:
             return Snapshot(
@@ -113,16 +113,16 @@ class MachineAccounts:
             )
 
     def ledger(self) -> Ledger:
-        """The exits so far. Any thread."""
+        """The exits up to now. Any thread."""
         from pyvmm.exits.ledger import Ledger
 
         return Ledger.of(self.vcpus, self.bus)
 
     def restart(self) -> None:
-        """The machine starts over, and its VM is about to go: keep what it has counted."""
+        """Keep what the VM has counted, because the machine starts over with a new VM."""
         self.reboots += 1
         stats = self.kvm_stats()
-        if stats is not None:  # bounded: a guest may reboot for ever
+        if stats is not None:  # the list is bounded: a guest may reboot forever
             self.old_stats = [*self.old_stats[1 - OLD_STATS :], stats]
         self._past = self.snapshot("reboot").stats or {}
         self.close()
@@ -137,7 +137,7 @@ class MachineAccounts:
 
     def kvm_stats(self) -> dict[str, Any] | None:
         """KVM's binary statistics of the VM (``vm``) and its vCPUs (``vcpus``); None if the kernel
-        has none.
+        has no such statistics.
         """
         if not self._has_stats():
             return None
@@ -148,7 +148,9 @@ class MachineAccounts:
             }
 
     def kvm_stats_schemas(self) -> dict[str, list[dict[str, object]]] | None:
-        """What each of them is, for ``vm`` and ``vcpu``, in QEMU's schema (``Stats.schema``)."""
+        """The meaning of each statistic, for ``vm`` and ``vcpu``, in QEMU's schema
+        (``Stats.schema``).
+        """
         if not self._has_stats():
             return None
         vcpu = self.vcpus[0].stats
@@ -159,7 +161,7 @@ class MachineAccounts:
         return bool(self._kvm.extension("KVM_CAP_BINARY_STATS_FD"))
 
     def _vm_stats(self) -> Stats | None:
-        """The VM's statistics, kept open from the first time on (lock held)."""
+        """The VM's statistics, which stay open after the first call. The caller holds the lock."""
         if self._stats is None and self.vcpus[0].stats is not None:
             self._stats = Stats(self._vm.fileno())
         return self._stats

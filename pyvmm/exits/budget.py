@@ -1,8 +1,8 @@
-"""Budgets: ``notify_per_kpacket<=20`` says how much of something a run may have; docs/budgets.md is
-for users.
+"""Budgets: ``notify_per_kpacket<=20`` limits how much of something a run may cause.
+docs/budgets.md describes them for users.
 
-``[PHASE.]NAME[_per_kpacket|_per_mb] OPERATOR NUMBER``; NAME is one of ``METRICS`` or
-``exits[WHAT]``.
+A budget has the form ``[PHASE.]NAME[_per_kpacket|_per_mb] OPERATOR NUMBER``; NAME is one of
+``METRICS`` or ``exits[WHAT]``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ METRICS = (
     *KVM_METRICS.values(),
     *COUNTER_METRICS,
 )
-#: suffix -> (what it divides by, how much of that)
+#: Suffix -> (the metric that divides the value, the unit in which that metric is taken).
 PER = {"_per_kpacket": ("packets", 1000), "_per_mb": ("bytes", 1_000_000)}
 PHASE_NAMES = (*PHASES.values(), ALL)
 FORM = re.compile(
@@ -47,10 +47,10 @@ FORM = re.compile(
 
 
 class Result:
-    """What became of a budget.
+    """The result of the check of a budget.
 
-    :ivar phase: the one it was held against. :ivar value: None where there was none.
-    :ivar message: one line, also where it held.
+    :ivar phase: the phase that was checked. :ivar value: its figure; None if it has none.
+    :ivar message: one line for people, also if the budget held.
     """
 
     __slots__ = ("budget", "held", "message", "phase", "value")
@@ -67,11 +67,11 @@ class Result:
         )
 
     def error(self) -> BudgetBroken | None:
-        """What to raise where it was broken, else None."""
+        """The error to raise if the budget was broken, else None."""
         return None if self.held else BudgetBroken(self.message)
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The result for JSON (docs/report.md)."""
         return {
             "budget": self.budget.text,
             "phase": self.phase,
@@ -84,9 +84,10 @@ class Result:
 class Budget:
     """One budget.
 
-    :ivar phase: of ``PHASE_NAMES``; None for ``command`` where the guest gets there, else ``all``.
+    :param text: as the user wrote it.
+    :ivar phase: of ``PHASE_NAMES``; None means ``command`` if the guest gets there, else ``all``.
     :ivar what: the WHAT of ``exits[WHAT]``, else empty. :ivar per: a key of ``PER``, or empty.
-    :raises UsageError: ``text`` is none.
+    :raises UsageError: ``text`` is not a budget.
     """
 
     def __init__(self, text: str) -> None:
@@ -120,9 +121,9 @@ class Budget:
             )
 
     def check_names(self, accounts: MachineAccounts) -> None:
-        """Whether the machine, started or not, has what the budget is about.
+        """Check that the machine, started or not, counts what the budget limits.
 
-        :raises UsageError: it has not.
+        :raises UsageError: the machine does not count it; the text says why.
         """
         needs = {self.name, PER[self.per][0] if self.per else self.name}
         for metric in sorted(needs & set(COUNTER_METRICS)):
@@ -139,7 +140,7 @@ class Budget:
                 )
                 raise UsageError(
                     f"--budget {self.text}: {metric} are {why}",
-                    "docs/budgets.md says who counts what",
+                    "docs/budgets.md says which data path counts what",
                 )
         if self.name in KVM_METRICS.values() and accounts.snapshot("now").stats is None:
             raise UsageError(
@@ -153,8 +154,8 @@ class Budget:
             )
 
     def _known(self, accounts: MachineAccounts) -> bool:
-        """Whether WHAT can ever match: a device, the begin of one's name, one of its registers, or
-        a KVM_EXIT_* reason.
+        """Whether WHAT can match any exit: it is a device, the first words of a device's name, one
+        of its registers, or a KVM_EXIT_* reason.
         """
         if self.what in (*REASONS.values(), "nobody"):
             return True
@@ -169,7 +170,9 @@ class Budget:
         return _begins(line.device, self.what) or _begins(line.name, self.what)
 
     def value(self, phase: Phase) -> float | None:
-        """The figure of ``phase``; None where it divides by nothing, or nobody counts it."""
+        """The figure of ``phase``; None if the divisor is 0, or if no data path counts the
+        metric.
+        """
         metrics = phase.metrics()
         if self.what:
             value: float | None = sum(
@@ -184,7 +187,7 @@ class Budget:
         return value
 
     def check(self, accounts: MachineAccounts) -> Result:
-        """Hold it against what the machine has done so far, or to its end."""
+        """Check the budget against what the machine has counted up to now."""
         name = self.phase
         found = phase(accounts, name or "command")
         if found is None and name is None:
@@ -194,7 +197,8 @@ class Budget:
             return Result(self, name or "", None, held=False, message=text)
         value = self.value(found)
         if value is None:
-            text = f"budget {self.text}: no {PER[self.per][0] if self.per else self.name} in {found.name}"
+            metric = PER[self.per][0] if self.per else self.name
+            text = f"budget {self.text}: no {metric} in {found.name}"
             return Result(self, found.name, None, held=False, message=text)
         held = self.holds(value)
         text = f"budget {self.text}: {_number(value)} in {found.name}"
@@ -203,11 +207,11 @@ class Budget:
         return Result(self, found.name, value, held=held, message=text)
 
     def holds(self, value: float) -> bool:
-        """Whether ``value`` is within it."""
+        """Whether ``value`` is within the budget."""
         return bool(OPERATORS[self.operator](value, self.limit))
 
     def _difference(self, value: float) -> str:
-        """By how much: ``15.2 (76 %) over``."""
+        """By how much ``value`` differs from the limit: ``15.2 (76 %) over``."""
         gap = abs(value - self.limit)
         share = f" ({gap / self.limit:.0%})" if self.limit else ""
         if not gap:

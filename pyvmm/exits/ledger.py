@@ -1,4 +1,4 @@
-"""The exit ledger of a machine: every return of KVM_RUN by reason, place, device and register."""
+"""The exit ledger of a machine: every return of KVM_RUN by reason, address, device and register."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 class Line:
     """One cause of exits, summed over the vCPUs.
 
-    :ivar device: bus name of who answered; empty for nobody or no access.
-    :ivar register: which of its registers; empty where it has no names. :ivar name: both, ``net0
-        queue 1 notify``.
-    :ivar role: ``notify`` for the kick of a queue of packets, ``control`` for another queue's, else
-        empty.
-    :ivar time: ns in the VMM. :ivar units: single accesses (string instructions have several an
-        exit).
+    :ivar device: bus name of the device that answered; empty if no device did, or for an exit
+        that is not an access.
+    :ivar register: the device's register; empty if its registers have no names.
+    :ivar name: device and register: ``net0 queue 1 notify``.
+    :ivar role: ``notify`` for the kick of a queue of packets, ``control`` for the kick of another
+        queue, else empty.
+    :ivar time: ns in the VMM. :ivar units: single accesses; a string instruction makes several
+        per exit.
     """
 
     __slots__ = (
@@ -51,7 +52,7 @@ class Line:
 
     @property
     def is_access(self) -> bool:
-        """Whether it is an access to a port or to memory."""
+        """Whether the exit is an access to an I/O port or to MMIO."""
         return self.reason in ("io", "mmio")
 
     @property
@@ -64,7 +65,7 @@ class Line:
         return f"{space} {way} {self.addr:#x}/{self.size} {self.name or 'nobody'}"
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The line for JSON (docs/report.md)."""
         d: dict[str, object] = {"reason": self.reason, "count": self.count, "time_ns": self.time}
         if self.is_access:
             d |= {
@@ -82,13 +83,12 @@ class Line:
 
 
 class Ledger:
-    """The exits between two moments, or from the start up to one.
+    """The exits between two moments, or from the start of the machine to one moment.
 
-    :param after: one snapshot per vCPU, at the end. :param before: the same at the beginning; none
-        for the start of the machine.
-    :param total: returns of KVM_RUN, if they are known otherwise than by the lines, whose counts
-        add up to it.
-    :ivar lines: the most frequent first.
+    :param after: one snapshot per vCPU, at the end. :param before: one snapshot per vCPU, at the
+        beginning; none for the start of the machine.
+    :param total: how often KVM_RUN returned, if another counter knows; else the sum of the lines.
+    :ivar lines: the most frequent line comes first.
     """
 
     def __init__(
@@ -118,34 +118,34 @@ class Ledger:
 
     @classmethod
     def of(cls, vcpus: Iterable[Vcpu], bus: Bus) -> Ledger:
-        """The exits of ``vcpus`` so far."""
+        """The exits of ``vcpus`` up to now."""
         vcpus = list(vcpus)
         runs = sum(vcpu.runs for vcpu in vcpus)
         return cls([vcpu.snapshot() for vcpu in vcpus], [], bus, total=runs)
 
     def by_reason(self) -> dict[str, int]:
-        """Exits a reason, most frequent first."""
+        """Exits per reason; the most frequent reason comes first."""
         return self._sum(lambda line: line.reason)
 
     def by_device(self) -> dict[str, int]:
-        """Port and memory exits a device, most frequent first."""
+        """Port and MMIO exits per device; the most frequent device comes first."""
         return self._sum(lambda line: (line.device or "nobody") if line.is_access else line.reason)
 
     def by_name(self) -> dict[str, int]:
-        """The same a register, by full name: ``serial0 LSR``."""
+        """Port and MMIO exits per register, by full name: ``serial0 LSR``."""
         return self._sum(lambda line: (line.name or "nobody") if line.is_access else line.reason)
 
     def _sum(self, key: Callable[[Line], str]) -> dict[str, int]:
         out: dict[str, int] = {}
         for line in self.lines:
             if not line.count:
-                continue  # the time of an exit that was counted in the phase before
+                continue  # only the time of an exit that the phase before has counted
             name = key(line)
             out[name] = out.get(name, 0) + line.count
         return dict(sorted(out.items(), key=lambda item: -item[1]))
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The ledger for JSON (docs/report.md)."""
         return {
             "kvm_run_returns": self.total,
             "by_reason": self.by_reason(),

@@ -1,9 +1,9 @@
 """Exits, KVM's statistics and packets of each phase of a run, so that boot does not blur the
 workload.
 
-The guest's init tells where a phase begins (guest/pyvmm_port.h). There the machine takes a snapshot
-of its counters, in the vCPU's thread, and everything else is done when somebody asks. The exit by
-which init tells is the last one of the phase that it ends.
+The guest's init reports where a phase begins (guest/pyvmm_port.h). At that point the machine takes
+a snapshot of its counters, in the vCPU's thread; everything else is computed when somebody asks for
+it. The exit by which init reports a point belongs to the phase that ends there.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from pyvmm.exits.accounts import MachineAccounts
     from pyvmm.exits.snapshot import Numbers, Snapshot
 
-#: the whole run
+#: The name of the whole run.
 ALL = "all"
-#: KVM's name -> ours, summed over the vCPUs
+#: KVM's name of a statistic -> ours. The values are summed over the vCPUs.
 KVM_METRICS = {"exits": "kvm_exits", "halt_exits": "halt", "irq_injections": "irq_injections"}
-#: ours -> the data paths' counters that it sums up; None where one of them does not count
+#: Our name -> the data paths' counters that it sums up; None if one data path does not count them.
 COUNTER_METRICS = {
     "kicks": ("rx_kicks", "tx_kicks"),
     "interrupts": ("rx_calls", "tx_calls"),
@@ -35,8 +35,9 @@ class Phase:
 
     :param begin: None for the start of the machine.
     :ivar begin, end: CLOCK_MONOTONIC, ns.
-    :ivar kvm: increases of KVM's cumulative statistics per group, without those that stayed the
-        same; None if KVM has none. :ivar counters: increases of each card's counters.
+    :ivar kvm: the increase of each of KVM's cumulative statistics per group, without statistics
+        that did not change; None if KVM has none. :ivar counters: the increase of each card's
+        counters.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Phase:
         ]
 
     def metrics(self) -> dict[str, int | None]:
-        """The figures that budgets are about, by name; None where nobody counts it
+        """The figures that budgets limit, by name; None if nothing counts a figure
         (docs/budgets.md).
         """
         lines = self.ledger.lines
@@ -79,7 +80,7 @@ class Phase:
         return out
 
     def as_dict(self, accounts: MachineAccounts) -> dict[str, object]:
-        """For JSON (docs/report.md)."""
+        """The phase for JSON (docs/report.md)."""
         start = accounts.phases["vmm"]
         return {
             "name": self.name,
@@ -96,19 +97,19 @@ class Phase:
 
 
 def _increase(before: int, now: int) -> int:
-    """Of a counter; one that is less than it was belongs to another data path, which has started at
-    0.
+    """The increase of a counter. A counter that is smaller than before belongs to another data
+    path, which has started at 0.
     """
     return now - before if now >= before else now
 
 
 def phases_of(accounts: MachineAccounts) -> list[Phase]:
-    """The phases so far, in order; the last one ends now, or with the machine."""
+    """The phases so far, in order. The last one ends now, or with the machine."""
     return [Phase(name, accounts, begin, end) for name, begin, end in _spans(accounts)]
 
 
 def phase(accounts: MachineAccounts, name: str) -> Phase | None:
-    """One phase, or ``all``; None if it was not reached."""
+    """The phase ``name``, or the whole run for ``all``; None if the guest did not reach it."""
     if name == ALL:
         return Phase(ALL, accounts, None, accounts.snapshot("end"))
     return next(
@@ -117,7 +118,7 @@ def phase(accounts: MachineAccounts, name: str) -> Phase | None:
 
 
 def _spans(accounts: MachineAccounts) -> list[tuple[str, Snapshot | None, Snapshot]]:
-    """Name, begin (None: the start) and end of each phase."""
+    """Name, begin (None for the start of the machine) and end of each phase."""
     taken = list(accounts.snapshots)
     begins: list[Snapshot | None] = [None, *taken]
     ends = [*taken, accounts.snapshot("end")]

@@ -1,5 +1,5 @@
-"""Rates of a running machine: the difference of two answers to the control socket's
-``x-pyvmm-ledger``, a second.
+"""Rates of a running machine, per second: the difference of two answers to the command
+``x-pyvmm-ledger`` of the control socket.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-#: Of a data path's counters those that are shown, in this order.
+#: The counters of a data path that are shown, in this order.
 COUNTERS = (
     "rx_packets",
     "rx_bytes",
@@ -23,10 +23,10 @@ COUNTERS = (
 
 
 def rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """What happened between two answers of one machine, for JSON (docs/top.md); null where nobody
-    counts it.
+    """What happened between two answers of one machine, for JSON (docs/top.md). A value is null if
+    nothing counts it.
 
-    A machine that was reset in between starts over in KVM's counters: they are null then.
+    KVM's counters start over if the machine was reset in between; they are null then.
     """
     seconds = (after["time-ns"] - before["time-ns"]) / 1e9
     same = before.get("reboots") == after.get("reboots")

@@ -26,16 +26,16 @@ def build(
     cmdline: str,
     streams: Iterable[Stream],
 ) -> dict[str, object]:
-    """The report of a machine that is not closed yet.
+    """Make the report of a machine, which must not be closed yet.
 
-    :param outcome: None while the machine runs. :param streams: what the guest said.
+    :param outcome: None while the machine runs. :param streams: the guest's output.
     """
     phases = dict(accounts.phases)
     firsts = [v.c.first_run for v in accounts.vcpus if v.c.first_run]
     exits = [v.c.first_exit for v in accounts.vcpus if v.c.first_exit]
     if firsts:
         phases["first_run"] = min(firsts)
-    if exits:  # not yet, if the machine has only just begun
+    if exits:  # there are none if the machine has only just begun
         phases["kernel"] = min(exits)
     start = phases["vmm"]
     return {

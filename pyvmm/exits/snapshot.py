@@ -1,4 +1,4 @@
-"""A copy of all counters, made in a vCPU's thread while the guest waits; it is looked at later."""
+"""A copy of all counters, made in a vCPU's thread while the guest waits and evaluated later."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Snapshot:
-    """All counters at a moment.
+    """All counters at one moment.
 
     :param time: CLOCK_MONOTONIC, ns. :param vm: the VM's statistics; None if KVM has none.
-    :param past: what the VMs before a reboot had counted. :param counters: of each card.
+    :param past: the sums of the VMs before a reboot. :param counters: of each card.
     :ivar ledgers: the exits of each vCPU.
     """
 
@@ -41,8 +41,8 @@ class Snapshot:
 
     @property
     def stats(self) -> Numbers | None:
-        """KVM's statistics that only grow, by group: ``vm``, ``vcpu0``, ...; None if KVM has
-        none.
+        """KVM's statistics that only grow, by group: ``vm``, ``vcpu0``, ...; None if KVM has no
+        statistics.
         """
         now = {group: stats.growing(raw) for group, (stats, raw) in self._raw.items()}
         return sums(now, self._past, 1) if now else None

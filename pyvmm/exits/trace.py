@@ -1,8 +1,8 @@
-"""A traced run as a file: Trace Event JSON, as ui.perfetto.dev and chrome://tracing read it
+"""The trace of a run as a file: Trace Event JSON, which ui.perfetto.dev and chrome://tracing read
 (docs/trace.md).
 
-All the work is done here, after the fact: names and meaning of registers, features and messages are
-looked up for what the recorder has kept as numbers.
+The recorder keeps numbers only. This module looks up the names and meanings of registers, features
+and messages when the file is written.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
     Args = dict[str, object]
 
     class Traced(Protocol):
-        """A machine, as a trace sees it: its accounts, and what was recorded."""
+        """A machine, as a trace sees it: its accounts and its recorder."""
 
         @property
         def accounts(self) -> MachineAccounts:
-            """What it has counted."""
+            """What the machine has counted."""
 
         @property
         def recorder(self) -> Recorder | None:
-            """What it has recorded; None without ``trace=``."""
+            """The machine's recorder; None without ``trace=``."""
 
         @property
         def nets(self) -> Sequence[Nic]:
-            """Its network cards."""
+            """The machine's network cards."""
 
         def cmdline(self) -> str:
-            """The kernel command line."""
+            """The guest's kernel command line."""
 
 
 GUEST, VCPUS, KVM, NETS = 1, 2, 3, 10  # process numbers of the tracks; card n is NETS + n
@@ -69,11 +69,11 @@ COMMAND_BITS = {
     pci.PCI_COMMAND_MASTER: "MASTER",
     pci.PCI_COMMAND_INTX_DISABLE: "INTX_DISABLE",
 }
-#: vhost-user requests by what their 64 bits are
+#: vhost-user requests by the meaning of their 64-bit value.
 VU_FEATURES = (vu.VHOST_USER_GET_FEATURES, vu.VHOST_USER_SET_FEATURES)
 VU_PROTOCOL = (vu.VHOST_USER_GET_PROTOCOL_FEATURES, vu.VHOST_USER_SET_PROTOCOL_FEATURES)
 VU_FILES = (vu.VHOST_USER_SET_VRING_KICK, vu.VHOST_USER_SET_VRING_CALL, vu.VHOST_USER_SET_VRING_ERR)
-#: request -> (layout, field names)
+#: Request -> (layout of the payload, names of its fields).
 VU_LAYOUTS: dict[int, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(
         (
@@ -109,9 +109,9 @@ ADDRESSES = {
 
 
 def write(machine: Traced, put: Callable[[bytes], object]) -> None:
-    """Write the trace of ``machine``, made with ``trace=``, running or ended, not yet closed.
+    """Write the trace of ``machine``, which was made with ``trace=`` and is not closed yet.
 
-    :param put: takes the file, piece by piece. What it raises comes out of here.
+    :param put: called with each piece of the file. Its errors are raised unchanged.
     """
     assert machine.recorder is not None
     trace = _Trace(machine, machine.recorder)
@@ -126,7 +126,7 @@ def write(machine: Traced, put: Callable[[bytes], object]) -> None:
 
 
 def bits_of(value: int, names: dict[int, str]) -> str:
-    """``ACKNOWLEDGE DRIVER``; what has no name in hexadecimal."""
+    """The names of the bits in ``value``: ``ACKNOWLEDGE DRIVER``; bits without a name in hex."""
     out = [name for bit, name in names.items() if value & bit]
     rest = value & ~sum(bit for bit in names if value & bit)
     return " ".join([*out, *([hex(rest)] if rest else [])]) or "0"
@@ -138,7 +138,7 @@ def feature_text(bits: int) -> str:
 
 
 def vhost_user_args(request: int, payload: bytes) -> Args:
-    """What a vhost-user message says."""
+    """The decoded payload of a vhost-user message."""
     layout = VU_LAYOUTS.get(request)
     if layout is not None and len(payload) == struct.calcsize(layout[0]):
         values = zip(layout[1], struct.unpack(layout[0], payload), strict=True)
@@ -173,7 +173,7 @@ def vhost_user_args(request: int, payload: bytes) -> Args:
 
 
 def control_name(request: bytes) -> str:
-    """A control command's class and command by the kernel's names."""
+    """Class and command of a control command, by the kernel's names."""
     if len(request) < 2:
         return "cut off"
     group = next(
@@ -194,12 +194,12 @@ def control_name(request: bytes) -> str:
 
 
 def _how(nic: Nic) -> str:
-    """The data paths that a card has had, and how its kicks came."""
+    """The data paths that a card has had, and the way of its kicks."""
     return f"{', '.join(nic.by_mode())}, notify={nic.net.notify}"
 
 
 class _Trace:
-    """Makes events of what was recorded; a list a track, each in the order of its times."""
+    """Makes trace events from the recorded numbers: one list per track, in the order of time."""
 
     def __init__(self, machine: Traced, recorder: Recorder) -> None:
         self._accounts, self._nets, self._recorder = machine.accounts, machine.nets, recorder
@@ -207,7 +207,7 @@ class _Trace:
         self._bus = self._accounts.bus
         self._zero = self._accounts.phases["vmm"]
         self._dropped: dict[str, int] = {}
-        #: bus region -> (card, offset in BAR 0), and PCI slot -> card
+        #: Bus region -> (card, offset in BAR 0), and PCI slot -> card.
         self._parts: dict[int, tuple[int, int]] = {}
         self._slots: dict[int, int] = {}
         self._eventfds: dict[int, str] = {}
@@ -220,7 +220,7 @@ class _Trace:
         self._cards: list[list[Args]] = [[] for _ in self._nets]
 
     def about(self) -> Args:
-        """What is to be known of the whole file."""
+        """What a reader has to know about the whole file."""
         return {
             "pyvmm": __version__,
             "clock": "CLOCK_MONOTONIC, from the start of the VMM",
@@ -230,7 +230,7 @@ class _Trace:
         }
 
     def tracks(self) -> Iterator[list[Args]]:
-        """All events, metadata first."""
+        """All events; the metadata comes first."""
         yield self._metadata()
         yield self._phases()
         exits: list[tuple[int, Event]] = []
@@ -267,7 +267,9 @@ class _Trace:
         tid: int,
         args: Args | None = None,
     ) -> Args:
-        """A complete event; the end is what is rounded, so that neighbours do not overlap."""
+        """A complete event. The end is rounded, not the duration, so that neighbours do not
+        overlap.
+        """
         ts = self._us(begin)
         dur_us = round(self._us(begin + dur) - ts, 3)
         event: Args = {
@@ -380,11 +382,11 @@ class _Trace:
     # --- what the driver does ---------------------------------------------------------------------
 
     def _set_up(self, event: Event) -> None:
-        """Show an access to a card's registers on its own track, with its meaning."""
+        """Put an access to a card's registers on the card's own track, with its meaning."""
         if event.region in self._parts:
             card, offset = self._parts[event.region]
             if self._bus.role(event.region, event.reg) == "notify":
-                return  # a kick: traffic
+                return  # a kick belongs to the traffic
             text = self._common(card, event) if offset == 0 else ""
         elif event.reg & PCI_DATA and event.reg >> 11 & 31 in self._slots:
             card, text = self._slots[event.reg >> 11 & 31], self._config(event)
@@ -475,7 +477,7 @@ class _Trace:
             yield sorted(events, key=_order)
 
     def _step(self, name: str, args: dict[str, Any]) -> tuple[str, Args]:
-        """A step's name and arguments, decoded."""
+        """Name and arguments of a step, decoded."""
         if name.startswith("vhost-user "):
             said = vhost_user_args(args["request"], args["payload"])
             more = {"descriptors": args["descriptors"]} if args["descriptors"] else {}
@@ -489,7 +491,10 @@ class _Trace:
             return control_name(request), {"data": data, "answer": "OK" if args["good"] else "ERR"}
         if name == "start":
             rings: Args = {
-                f"queue {r.index}": f"{r.size} entries, desc {r.desc:#x} avail {r.avail:#x} used {r.used:#x}, base {r.base}"
+                f"queue {r.index}": (
+                    f"{r.size} entries, desc {r.desc:#x} avail {r.avail:#x} used {r.used:#x}, "
+                    f"base {r.base}"
+                )
                 for r in args["rings"]
             }
             return "start data path", rings
@@ -517,5 +522,5 @@ class _Trace:
 
 
 def _order(event: dict[str, Any]) -> tuple[float, float]:
-    """By time; of two that begin together the outer one first."""
+    """The sort key: by time; if two events begin together, the outer one comes first."""
     return event["ts"], -event.get("dur", 0)
