@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def serve(machine: Controlled, name: str | None = None, path: str | None = None) -> Server:
-    """Make the control socket of ``machine`` and serve it.
+    """Make the control socket of ``machine`` and serve it in a thread.
 
-    :param name: of the machine (default: the first free of ``vm0``, ...). :param path: default: in
-        the runtime directory.
-    :raises UsageError: the name is taken or bad, or there can be no socket at the path.
-    :raises HostError: there is no private directory for it.
+    :param name: the machine's name (default: the first free of ``vm0``, ...). :param path: the
+        socket's path; default: in the runtime directory.
+    :raises UsageError: the name is taken or bad, or no socket can be made at the path.
+    :raises HostError: there is no private directory for the socket.
     """
     from pyvmm.control.commands import COMMANDS, version
     from pyvmm.control.registry import Claim

@@ -29,8 +29,8 @@ MESSAGE_MAX = 64 << 20
 
 
 def connect(name: str, *, timeout: float = 30.0) -> Client:
-    """A connection to the running machine ``name``, or to the socket ``name`` where that is a path
-    (it has a slash).
+    """Connect to the running machine ``name``, or to the socket ``name`` if the text has a slash
+    and so is a path.
 
     :param timeout: seconds that each answer may take.
     :raises MachineMissing: there is no such machine, or it does not answer.
@@ -39,10 +39,11 @@ def connect(name: str, *, timeout: float = 30.0) -> Client:
 
 
 class Client(Closing):
-    """One connection, past negotiation; a context manager. One thread at a time.
+    """One connection, after the negotiation of capabilities; a context manager. One thread at a
+    time.
 
-    :ivar greeting: the server's. :ivar events: those not yet taken, oldest first, at most
-        ``EVENTS_MAX``.
+    :ivar greeting: the server's greeting. :ivar events: those that nobody has taken yet, oldest
+        first, at most ``EVENTS_MAX``.
     """
 
     def __init__(self, path: str, *, timeout: float = 30.0) -> None:
@@ -70,15 +71,15 @@ class Client(Closing):
     def command(self, name: str, /, **arguments: Any) -> Any:
         """Run a command and wait for its answer; ``_`` in an argument's name stands for ``-``.
 
-        :raises ControlError: the machine refused. :raises MachineMissing: it has ended, or does not
-            answer.
+        :raises ControlError: the machine refuses the command. :raises MachineMissing: the machine
+            has ended, or does not answer.
         """
         return self.execute(
             name, {key.replace("_", "-"): value for key, value in arguments.items()}
         )
 
     def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
-        """``command`` with its arguments as they are."""
+        """Like ``command``, with the arguments' names as they are."""
         message = {"execute": name, **({"arguments": arguments} if arguments else {})}
         until = time.monotonic() + self._timeout
         try:
@@ -96,10 +97,10 @@ class Client(Closing):
             self.events.append(answer)
 
     def wait_event(self, name: str, timeout: float | None = None) -> dict[str, Any]:
-        """The next event ``name``; those before it are dropped.
+        """Wait for the next event ``name``; events before it are dropped.
 
-        :raises TimeoutError: it did not come within ``timeout`` seconds. :raises MachineMissing:
-            the connection ended before.
+        :raises TimeoutError: the event did not come within ``timeout`` seconds. :raises
+            MachineMissing: the connection has ended.
         """
         until = time.monotonic() + (self._timeout if timeout is None else timeout)
         while True:
@@ -108,13 +109,13 @@ class Client(Closing):
                 return event
 
     def next_event(self, timeout: float = 1e6) -> dict[str, Any]:
-        """The next event, whatever it is; raises as ``wait_event``."""
+        """Wait for the next event of any name; raises the errors of ``wait_event``."""
         if self.events:
             return self.events.popleft()
         return self._receive(time.monotonic() + timeout, TimeoutError)
 
     def _receive(self, until: float, late: type[Exception] = MachineMissing) -> dict[str, Any]:
-        """The next message: one line each."""
+        """The next message, which is one line."""
         while (end := self._buf.find(b"\n")) < 0:
             left = until - time.monotonic()
             try:

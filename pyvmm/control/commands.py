@@ -1,7 +1,8 @@
 """The commands of the control socket: QEMU's, with QEMU's schemas, and ours (docs/control.md).
 
-Each is a function of the machine and the checked arguments, run by the control thread. What looks
-at devices, VM or vCPUs holds the machine's I/O lock, so that a restart is not met half-way.
+Each command is a function of the machine and the checked arguments. The control thread runs it. A
+command that looks at devices, VM or vCPUs holds the machine's I/O lock, so that no restart happens
+meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     Given = dict[str, Any]
 
     class Controlled(Protocol):
-        """A machine, as the commands see it: ``pyvmm.machine.Machine`` says what each part is."""
+        """A machine, as the commands see it; ``pyvmm.machine.Machine`` describes the members."""
 
         accounts: MachineAccounts
         memory: GuestMemory
@@ -52,11 +53,11 @@ if TYPE_CHECKING:
         def report(self) -> dict[str, object]: ...
 
 
-RINGS_MAX = 256  # chains of a queue that x-pyvmm-rings follows
+RINGS_MAX = 256  # x-pyvmm-rings follows at most so many chains of a queue
 
 
 def version(own: str) -> dict[str, object]:
-    """VersionInfo: our own version where QEMU's has its."""
+    """VersionInfo, with our own version in the place of QEMU's."""
     major, minor, micro = (int(part) for part in own.split(".")[:3])
     return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": f"pyvmm-{own}"}
 
@@ -143,7 +144,7 @@ def _cpus(machine: Controlled, given: Given) -> object:
 
 
 def _providers(providers: Any) -> list[str] | None:
-    """The names wanted of provider kvm; [] for all; None where kvm is not wanted."""
+    """The names that are wanted of provider kvm; [] for all; None if kvm is not wanted."""
     if providers is None:
         return []
     for item in providers:
@@ -366,7 +367,7 @@ COMMANDS: dict[str, Command] = {
     "query-commands": Command(_commands, "names of all commands"),
     "query-name": Command(_name, "name of the machine"),
     "query-status": Command(_status, "whether it runs"),
-    "query-kvm": Command(_kvm, "that it is KVM"),
+    "query-kvm": Command(_kvm, "whether KVM is in use (always)"),
     "query-cpus-fast": Command(_cpus, "vCPUs and their threads"),
     "query-stats": Command(
         _stats,
@@ -375,10 +376,10 @@ COMMANDS: dict[str, Command] = {
         vcpus="list?",
         providers="list?",
     ),
-    "query-stats-schemas": Command(_schemas, "what each of KVM's statistics is", provider="str?"),
+    "query-stats-schemas": Command(_schemas, "meaning of KVM's statistics", provider="str?"),
     "query-rx-filter": Command(_rx_filter, "what a card's driver wants to receive", name="str?"),
     "stop": Command(_stop, "pause the machine"),
-    "cont": Command(_cont, "let it go on"),
+    "cont": Command(_cont, "let a paused machine go on"),
     "system_reset": Command(_reset, "press the reset button"),
     "system_powerdown": Command(_powerdown, "press the power button"),
     "quit": Command(_quit, "end the machine at once"),

@@ -1,4 +1,4 @@
-"""Events of the control socket that take a translation: how QEMU calls the end of a machine."""
+"""The events of the control socket that tell of the end of a machine, in QEMU's words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.outcome import Kind, Outcome
 
-#: An end that is the guest's doing -> QEMU's ShutdownCause (qapi/run-state.json).
+#: An end that the guest has caused -> QEMU's ShutdownCause (qapi/run-state.json).
 GUEST_REASONS: dict[Kind, str] = {
     "poweroff": "guest-shutdown",
     "reboot": "guest-reset",
@@ -17,7 +17,7 @@ GUEST_REASONS: dict[Kind, str] = {
 
 
 def end_events(outcome: Outcome) -> list[tuple[str, dict[str, object]]]:
-    """The events that tell of the machine's end, with their data: QEMU's reason and our own
+    """The events that report the machine's end, with their data: QEMU's reason and our own
     word.
     """
     reason = GUEST_REASONS.get(outcome.kind)

@@ -1,8 +1,8 @@
-"""JSON objects out of a stream of bytes, whatever lies between them and however they arrive.
+"""Cuts JSON objects out of a stream of bytes, whatever lies between them and however they arrive.
 
-QMP has no framing but JSON's own: a client may send several objects in a line or one in many.
-Nothing is parsed here but brackets and strings, each byte once, and both size and depth are bounded
-before any parser sees the text.
+QMP has no framing but JSON's own: a client may send several objects in one line, or one object in
+many lines. The framer looks at brackets and strings only, at each byte once. It limits size and
+depth before any parser sees the text.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _BLANK = b" \t\r\n"
 
 
 class TooMuch(Exception):
-    """A command that is too long or too deep: the stream has no end that could be waited for."""
+    """A command is too long or too deep, so the framer cannot wait for its end."""
 
 
 class Framer:
-    """Cuts a stream into the texts of JSON values; ``garbage`` counts lines that begin with
-    none.
+    """Cuts a stream into the texts of JSON values; ``garbage`` counts lines that cannot begin a
+    value.
     """
 
     def __init__(self) -> None:
@@ -31,17 +31,18 @@ class Framer:
         self._reset()
 
     def _reset(self) -> None:
-        self._at = 0  # looked at so far
+        self._at = 0  # the bytes before have been looked at
         self._depth = 0
         self._string = False
         self._skipping = False
 
     def feed(self, data: bytes) -> list[bytes | None]:
-        """The values that are complete now; None for each run of bytes that cannot begin one.
+        """Add bytes. The values that are complete now; None for each run of bytes that cannot begin
+        a value.
 
-        A byte 0xFF, which no text has, drops what is incomplete, as QEMU's parser does.
+        A byte 0xFF, which no text contains, drops an incomplete value, as in QEMU's parser.
 
-        :raises TooMuch: after it the framer is of no use.
+        :raises TooMuch: the framer cannot be used any more.
         """
         out: list[bytes | None] = []
         for i, part in enumerate(data.split(b"\xff")):
@@ -77,7 +78,7 @@ class Framer:
             self._at = 0
 
     def _begin(self, out: list[bytes | None]) -> bool:
-        """Drop blanks; False where what comes then is no object or array (noted in ``out``)."""
+        """Drop blanks; False if no object or array comes next (garbage is noted in ``out``)."""
         buf = self._buf
         at = 0
         while at < len(buf) and buf[at] in _BLANK:
@@ -89,7 +90,7 @@ class Framer:
         return True
 
     def _walk(self) -> bool:
-        """Go on to the end of the value; whether it is there."""
+        """Go on to the end of the value; whether the end has arrived."""
         buf = self._buf
         while self._at < len(buf):
             found = (_INSIDE if self._string else _OUTSIDE).search(buf, self._at)
@@ -100,7 +101,7 @@ class Framer:
             self._at = found.end()
             if byte == b"\\":
                 if self._at == len(buf):
-                    self._at -= 1  # what it escapes is still to come
+                    self._at -= 1  # the character after the backslash has not arrived yet
                     return False
                 self._at += 1
             elif byte == b'"':

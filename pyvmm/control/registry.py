@@ -1,12 +1,12 @@
-"""Where running machines are found: one locked file a machine, and its control socket.
+"""Where running machines are found: one locked file per machine, and its control socket.
 
 Theory of operation: machine NAME holds an exclusive flock(2) on ``DIRECTORY/NAME.machine`` for as
-long as it lives; the file says which process it is and where its socket is. The kernel lets go of
-the lock however the process ends, so a file that can be locked is of a machine that was killed,
-whatever its process number means by now; who finds one removes it and the socket. Nothing has to be
-connected to or timed out to know.
+long as it lives. The file says which process it is and where its socket is. The kernel releases the
+lock however the process ends. So a file that can be locked belongs to a machine that was killed,
+even if another process has its process number by now. Whoever finds such a file removes it and the
+socket. No connection and no time-out is necessary to know.
 
-On the path of ``pyvmm run``: imports next to nothing.
+``pyvmm run`` needs this module before the guest runs, so it imports next to nothing.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 NAME_MAX = 40
 BACKLOG = 16
-AUTO = 10_000  # numbers tried for a machine without a name
+AUTO = 10_000  # how many numbers are tried for a machine without a name
 SUFFIX = ".machine"
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
 def directory() -> str:
-    """The directory of this user's machines on this kernel, mode 0700; made if need be.
+    """The directory of this user's machines on this kernel, mode 0700. It is made if necessary.
 
-    The testbed shares /tmp with its host but neither sockets nor locks, so machines in there use
-    what is L1's own.
+    The testbed shares /tmp with its host, but neither sockets nor locks. Machines in the testbed
+    therefore use a directory of L1's own.
 
-    :raises HostError: there is none that is private.
+    :raises HostError: no directory is private.
     """
     if "PYVMM_IN_TESTBED" not in os.environ:
         return private(runtime_dir() + "/machines")
@@ -51,10 +51,10 @@ def directory() -> str:
 
 
 def check_name(name: str) -> str:
-    """``name`` if it can be a machine's: letters, digits, ``. _ -``, up to ``NAME_MAX``, and no
-    option or hidden file.
+    """``name`` if a machine may have it: letters, digits, ``. _ -``, up to ``NAME_MAX``
+    characters; the first may be neither ``-`` nor ``.``.
 
-    :raises UsageError: it cannot.
+    :raises UsageError: a machine may not have this name.
     """
     if not 0 < len(name) <= NAME_MAX or not set(name) <= LETTERS or name[0] in ".-":
         raise UsageError(
@@ -65,8 +65,8 @@ def check_name(name: str) -> str:
 
 
 class Entry:
-    """A running machine as others see it. :ivar path: of its control socket. :ivar since: seconds
-    since the epoch.
+    """A running machine, as other processes see it. :ivar path: of its control socket.
+    :ivar since: seconds since the epoch.
     """
 
     __slots__ = ("name", "path", "pid", "since")
@@ -76,13 +76,13 @@ class Entry:
 
 
 class Claim:
-    """A name that is ours and a socket that listens; ``close`` removes both. A second call does
-    nothing.
+    """A name that this process holds, and a socket that listens. ``close`` removes both; a second
+    call does nothing.
 
     :param name: None for the first free of ``vm0``, ``vm1``, ...
-    :param path: of the socket; None for one beside the name.
-    :raises UsageError: the name is taken or bad, or there is something else at the path.
-    :raises HostError: no private directory, or the socket cannot be made.
+    :param path: of the socket; None for a socket beside the machine's file.
+    :raises UsageError: the name is taken or bad, or the path is in use.
+    :raises HostError: there is no private directory, or the socket cannot be made.
     """
 
     def __init__(self, name: str | None = None, path: str | None = None) -> None:
@@ -133,10 +133,10 @@ class Claim:
                 f"--qmp {self.path!r}", f"a socket's path has at most {PATH_MAX} bytes, in one line"
             )
         if own:
-            _unlink(self.path)  # the name is ours, so its socket has no owner
+            _unlink(self.path)  # we hold the name, so the socket's owner is dead
         listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK)
         self.listener = listener
-        os.fchmod(listener.fileno(), 0o600)  # what bind(2) then makes, whatever the umask
+        os.fchmod(listener.fileno(), 0o600)  # bind(2) uses this mode, whatever the umask is
         try:
             self._made = sockets.bind(listener, self.path)
             listener.listen(BACKLOG)
@@ -146,7 +146,7 @@ class Claim:
             ) from e
 
     def close(self) -> None:
-        """Remove the socket, unless somebody has replaced it, and give the name back."""
+        """Remove the socket, unless somebody has replaced it, and release the name."""
         if self.listener is not None:
             self.listener.close()
             self.listener = None
@@ -155,7 +155,8 @@ class Claim:
             self._made = None
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            _unlink(self._file)  # before the lock goes: afterwards it may be another's
+            # Before the lock is released: afterwards the file may be another machine's.
+            _unlink(self._file)
             os.close(fd)
 
 
@@ -167,9 +168,9 @@ def _unlink(path: str) -> None:
 
 
 def _locked(path: str, flags: int = 0) -> int | None:
-    """Open and lock ``path``; None where somebody holds it, or it is not there.
+    """Open and lock ``path``; None if another process holds the lock, or if there is no file.
 
-    :raises HostError: it cannot be opened.
+    :raises HostError: the file cannot be opened.
     """
     while True:
         try:
@@ -193,9 +194,9 @@ def _locked(path: str, flags: int = 0) -> int | None:
 
 
 def machines() -> list[Entry]:
-    """This user's running machines, by name; the files and sockets of killed ones are removed.
+    """This user's running machines, by name. Files and sockets of killed machines are removed.
 
-    :raises HostError: no private directory.
+    :raises HostError: there is no private directory.
     """
     return sorted(_entries(directory()), key=lambda e: (len(e.name), e.name))
 
@@ -211,7 +212,7 @@ def _entries(where: str) -> Iterator[Entry]:
             with open(path, "rb") as f:
                 pid, since, socket_path = f.read(4096).split(b"\n", 2)
             entry = Entry(name, int(pid), os.fsdecode(socket_path), float(since))
-        except (OSError, ValueError):  # gone meanwhile, or not yet written
+        except (OSError, ValueError):  # the file is gone meanwhile, or not written yet
             entry = None
         if fd is None:
             if entry is not None:
@@ -226,7 +227,7 @@ def _entries(where: str) -> Iterator[Entry]:
 def find(name: str) -> Entry:
     """The running machine ``name``.
 
-    :raises MachineMissing: there is none.
+    :raises MachineMissing: there is no such machine.
     """
     for entry in machines():
         if entry.name == name:

@@ -1,14 +1,14 @@
-"""The server of the control socket: one thread, any number of clients up to ``CLIENTS``.
+"""The server of the control socket: one thread for up to ``CLIENTS`` clients.
 
-Theory of operation: the thread sleeps in poll(2) on the listener, a wake eventfd and the clients.
-It runs one command after the other, so commands need no locks against each other, and takes no more
-input from a client whose answers pile up. Events may be emitted by any thread: they are queued with
-their time (bounded; the oldest goes) and written by this one, so a vCPU never waits for a client. A
-client that does not read loses its connection when ``OUTPUT_MAX`` bytes wait for it, never
-another's time.
+Theory of operation: the thread sleeps in poll(2) on the listener, an eventfd and the clients. It
+runs one command after the other, so commands need no locks against each other. It reads no more
+commands from a client whose answers pile up. Any thread may emit events: they are queued with their
+time and written by this thread, so a vCPU never waits for a client. The queue is bounded and drops
+its oldest event. A client that does not read loses its connection when ``OUTPUT_MAX`` bytes wait
+for it; it never delays other clients.
 
-The module knows the protocol and no command. JSON is imported when the first client comes: ``pyvmm
-run`` starts without.
+The module knows the protocol and no command. JSON is imported when the first client comes, so that
+``pyvmm run`` starts without it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 CLIENTS = 32
 OUTPUT_MAX = 8 << 20  # bytes that may wait for a client
-HIGH_WATER = 64 << 10  # with more waiting for it, a client's commands wait, too
+HIGH_WATER = 64 << 10  # if more bytes wait for a client, its commands wait, too
 READ_SIZE = 64 << 10
 EVENTS_MAX = 1024
-BURST = 16  # commands of one client before the others have their turn
+BURST = 16  # commands of one client before the other clients have their turn
 LINGER = 0.5  # seconds for clients to take the last events
-NO_DESCRIPTORS = 1.0  # seconds without accepting when there is no descriptor for a client
+NO_DESCRIPTORS = 1.0  # seconds without accepting if there is no descriptor for a client
 
-#: JSON type -> (Python type, word in messages).
+#: JSON type -> (Python type, its name in messages).
 TYPES: dict[str, tuple[type, str]] = {
     "str": (str, "string"),
     "int": (int, "integer"),
@@ -51,7 +51,7 @@ TYPES: dict[str, tuple[type, str]] = {
 
 
 class QmpError(Exception):
-    """What a command answers instead of a result. :ivar kind: QEMU's error class."""
+    """An error that a command answers instead of a result. :ivar kind: QEMU's error class."""
 
     def __init__(self, text: str, kind: str = "GenericError") -> None:
         super().__init__(text)
@@ -61,7 +61,7 @@ class QmpError(Exception):
 class Command:
     """One command: ``run(machine, arguments)`` gives the result.
 
-    :param arguments: name -> type, of ``TYPES``, with ``?`` behind it where it may be left out.
+    :param arguments: name -> type, of ``TYPES``, with ``?`` appended if it may be left out.
     :param help: one line for people.
     """
 
@@ -81,7 +81,7 @@ class Command:
                     raise QmpError(f"Parameter '{name}' is missing")
                 continue
             want, word = TYPES[kind.rstrip("?")]
-            if type(given[name]) is not want:  # True is no integer
+            if type(given[name]) is not want:  # so that True is no integer
                 raise QmpError(f"Invalid parameter type for '{name}', expected: {word}")
         for name in given:
             if name not in self.arguments:
@@ -89,8 +89,8 @@ class Command:
 
 
 class Client:
-    """A connection. :ivar out: bytes to be sent. :ivar pending: commands not yet run; None is what
-    is no JSON.
+    """A connection. :ivar out: bytes to be sent. :ivar pending: commands that have not run yet;
+    None stands for text that is not JSON.
     """
 
     __slots__ = ("ended", "framer", "mask", "negotiated", "out", "pending", "sock")
@@ -100,15 +100,15 @@ class Client:
         self.out = bytearray()
         self.pending: deque[bytes | None] = deque()
         self.negotiated = False
-        self.ended = False  # it sends no more, or may not: leave once it has its answers
+        self.ended = False  # it sends no more, or may not: it is dropped after its last answer
         self.mask = 0
 
 
 class Server:
-    """Serves ``claim``'s socket, and closes it.
+    """Serves the socket of ``claim``, and closes it.
 
-    :param commands: by name. :param machine: their first argument. :param greeting: the ``QMP``
-        member of the greeting.
+    :param commands: by name. :param machine: the commands' first argument. :param greeting: the
+        member ``QMP`` of the greeting.
     """
 
     def __init__(
@@ -140,23 +140,23 @@ class Server:
 
     @property
     def name(self) -> str:
-        """The machine's."""
+        """The machine's name."""
         return self._claim.name
 
     @property
     def path(self) -> str:
-        """The socket's."""
+        """The socket's path."""
         return self._claim.path
 
     def emit(self, event: str, data: dict[str, object] | None = None) -> None:
-        """Send an event to every client that has negotiated. Any thread; never waits."""
+        """Queue an event for every client that has negotiated. Any thread; never waits."""
         with self._mutex:
             if self._open:
                 self._events.append((time.time_ns(), event, data))
                 self._wake.signal()
 
     def close(self) -> None:
-        """Send what is queued, for at most ``LINGER`` seconds; end the thread, remove the socket. A
+        """Send what is queued, for at most ``LINGER`` seconds; end the thread; remove the socket. A
         second call does nothing.
         """
         with self._mutex:
@@ -186,7 +186,7 @@ class Server:
                 self._drop(client)
 
     def _wait(self) -> list[tuple[int, int]]:
-        """What poll(2) reports; at once where commands are left over from the last round."""
+        """What poll(2) reports; it returns at once if commands are left from the last round."""
         timeout = -1.0
         if self._accept_at:
             timeout = max(self._accept_at - time.monotonic(), 0) * 1000 + 1
@@ -210,7 +210,8 @@ class Server:
                 elif mask & select.POLLIN:
                     self._read(client)
         if any(fd == self._listener.fileno() for fd, _ in ready):
-            self._accept()  # last: what it makes may have the number of one that has just been dropped
+            # Last: a new client may get the descriptor number of one that has just been dropped.
+            self._accept()
         self._send_events()
         for client in list(self._clients.values()):
             self._work(client)
@@ -218,7 +219,7 @@ class Server:
             self._watch(client)
 
     def _watch(self, client: Client) -> None:
-        """Have poll(2) look for what matters now; end a connection that is through."""
+        """Tell poll(2) what matters now; drop a client that is done."""
         if client.sock.fileno() < 0:
             return
         if client.ended and not client.out and not client.pending:
@@ -240,7 +241,7 @@ class Server:
             sock, _ = self._listener.accept()
         except BlockingIOError:
             return
-        except OSError:  # no descriptor left, most of all: poll would say the same for ever
+        except OSError:  # usually no descriptor is left: poll would report the client for ever
             self._accept_at = time.monotonic() + NO_DESCRIPTORS
             self._poll.modify(self._listener.fileno(), 0)
             return
@@ -335,10 +336,10 @@ class Server:
                 answer = _error(e)
             except PyvmmError as e:
                 answer = _error(QmpError(str(e)))
-            except Exception as e:  # a bug in a command must not cost the machine its control
+            except Exception as e:  # a bug in a command must not end the control thread
                 report_bug(e)
                 answer = _error(QmpError(f"pyvmm failed: {type(e).__name__}: {e}"))
-            self._send_events()  # those of the command come before its answer, as in QEMU
+            self._send_events()  # a command's events come before its answer, as in QEMU
             self._send(client, {**answer, **ident})
 
     def _execute(self, client: Client, request: object, ident: dict[str, object]) -> object:
@@ -385,9 +386,9 @@ def _error(e: QmpError) -> dict[str, object]:
 
 
 def _parse(text: bytes | None) -> object:
-    """The value of ``text``, strict JSON in UTF-8.
+    """Parse ``text`` as strict JSON in UTF-8.
 
-    :raises QmpError: it is none.
+    :raises QmpError: it is not JSON.
     """
     import json
 
@@ -402,5 +403,5 @@ def _parse(text: bytes | None) -> object:
         raise QmpError("JSON parse error, expecting value")
     try:
         return json.loads(text.decode(), parse_constant=refuse, parse_float=number)
-    except ValueError as e:  # also what is no UTF-8, and integers of thousands of digits
+    except ValueError as e:  # also for bad UTF-8 and for integers of thousands of digits
         raise QmpError(f"JSON parse error, {e}") from e

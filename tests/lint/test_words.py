@@ -23,7 +23,7 @@ CODE = (
     "pyvmm/boot", "pyvmm/host", "pyvmm/images", "pyvmm/kvm", "pyvmm/pci", "pyvmm/spec",
     "pyvmm/testbed", "pyvmm/bus.py", "pyvmm/errors.py", "pyvmm/fd.py", "pyvmm/memory.py",
     "pyvmm/threads.py", "pyvmm/devices/console.py", "pyvmm/devices/fw_cfg.py",
-    "pyvmm/devices/legacy.py", "pyvmm/devices/testdev.py", "pyvmm/exits",
+    "pyvmm/devices/legacy.py", "pyvmm/devices/testdev.py", "pyvmm/exits", "pyvmm/control",
 )  # fmt: skip
 
 COLUMNS = 100
