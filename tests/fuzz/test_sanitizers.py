@@ -2,11 +2,14 @@
 tests. The worker and the threads that call it, under ThreadSanitizer.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,22 +22,22 @@ SUITES = [
 ]
 
 
-def test_fuzzed_rings_and_worker():
+def test_fuzzed_rings_and_worker() -> None:
     """tests/fuzz/run.sh: a fixed seed, so that what fails once fails again."""
     run = subprocess.run([ROOT / "tests/fuzz/run.sh", SECONDS], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("no crash") == 2
 
 
-def test_worker_and_its_callers_do_not_race():
+def test_worker_and_its_callers_do_not_race() -> None:
     """tests/fuzz/race.sh: all that other threads may do while a worker runs."""
     run = subprocess.run([ROOT / "tests/fuzz/race.sh", SECONDS], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("no race") == 2
 
 
-def test_unit_tests_on_a_sanitized_build(tmp_path):
-    def library(name):
+def test_unit_tests_on_a_sanitized_build(tmp_path: Path) -> None:
+    def library(name: Any) -> Any:
         path = subprocess.run(
             ["gcc", f"-print-file-name={name}"], capture_output=True, text=True
         ).stdout.strip()

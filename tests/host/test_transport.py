@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,7 @@ class Rig:
         )
         self.guests: list[NetGuest] = []
 
-    def guest(self, **kw) -> NetGuest:
+    def guest(self, **kw: Any) -> NetGuest:
         g = NetGuest(self.board, 1, VERSION_1, **kw)
         self.guests.append(g)
         return g

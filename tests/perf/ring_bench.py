@@ -9,6 +9,8 @@ nanoseconds and system calls a packet, with the spread. With --profile it waits 
 PID` before each direction. Numbers depend on the machine: compare, do not gate.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import socket
@@ -16,6 +18,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -43,7 +46,7 @@ def acked(gso: bool) -> int:
 
 
 def one(
-    direction: str, frames: int, size: int, gso: bool, pause, recorder=None
+    direction: str, frames: int, size: int, gso: bool, pause: Any, recorder: Any = None
 ) -> tuple[float, dict[str, int]]:
     """Seconds for ``frames`` packets of ``size`` bytes, and the worker's counters."""
     with Namespace(address="192.168.92.1/24", mtu=max(1500, size)) as ns:

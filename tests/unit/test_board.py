@@ -1,7 +1,11 @@
 """The board's devices for clock, power, reset and panic, with usual and with odd accesses."""
 
+from __future__ import annotations
+
 import random
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -24,7 +28,7 @@ SLP_EN = 1 << 5
 
 
 @pytest.fixture
-def board():
+def board() -> Iterator[Any]:
     with Board() as b:
         b.events = []
         Rtc(b.bus)
@@ -33,16 +37,16 @@ def board():
         yield b
 
 
-def cmos(board, index):
+def cmos(board: Any, index: Any) -> Any:
     board.write(PIO, 0x70, 1, index)
     return board.read(PIO, 0x71, 1)
 
 
-def bcd(value):
+def bcd(value: Any) -> Any:
     return (value >> 4) * 10 + (value & 15)
 
 
-def test_the_clock_tells_utc_in_bcd_and_is_never_busy(board):
+def test_the_clock_tells_utc_in_bcd_and_is_never_busy(board: Any) -> None:
     """The test reads the time as Linux' mc146818_get_time() does: again until the seconds have not
     changed meanwhile.
     """
@@ -63,7 +67,7 @@ def test_the_clock_tells_utc_in_bcd_and_is_never_busy(board):
     assert cmos(board, 0x0C) == 0 and cmos(board, 0x0D) == 0x80
 
 
-def test_cmos_ram_keeps_and_the_nmi_bit_is_no_index(board):
+def test_cmos_ram_keeps_and_the_nmi_bit_is_no_index(board: Any) -> None:
     board.write(PIO, 0x70, 1, 0x0F)
     board.write(PIO, 0x71, 1, 0xA5)
     assert cmos(board, 0x0F) == 0xA5 and cmos(board, 0x8F) == 0xA5
@@ -74,7 +78,7 @@ def test_cmos_ram_keeps_and_the_nmi_bit_is_no_index(board):
     assert board.read(PIO, 0x70, 1) == 0xFF
 
 
-def test_power_off_by_acpi(board):
+def test_power_off_by_acpi(board: Any) -> None:
     for value in (0, SLP_EN, SLP_EN | 3 << 2, ACPI_S5_TYPE << 2):
         board.write(PIO, SLEEP, 1, value)
     assert board.events == []
@@ -83,7 +87,7 @@ def test_power_off_by_acpi(board):
     assert board.read(PIO, STATUS, 1) == 0
 
 
-def test_resets(board):
+def test_resets(board: Any) -> None:
     board.write(PIO, RESET, 1, ACPI_RESET_VALUE + 1)
     board.write(PIO, 0x64, 1, 0xAE)
     assert board.events == []
@@ -93,13 +97,13 @@ def test_resets(board):
     assert board.read(PIO, 0x64, 1) == 0xFF and board.read(PIO, 0x60, 1) == 0xFF
 
 
-def test_pvpanic(board):
+def test_pvpanic(board: Any) -> None:
     assert board.read(PIO, PORT_PVPANIC, 1) == 3
     board.write(PIO, PORT_PVPANIC, 1, 0xFD)
     assert board.events == [("panic", 1)]
 
 
-def test_any_access_to_any_port_is_answered(board):
+def test_any_access_to_any_port_is_answered(board: Any) -> None:
     rng = random.Random(5)
     ports = [
         *range(0x60, 0x72),
@@ -114,7 +118,7 @@ def test_any_access_to_any_port_is_answered(board):
         assert len(board.access(PIO, port, size, data, count=count)) == size * count
 
 
-def test_the_clock_needs_no_python(board):
+def test_the_clock_needs_no_python(board: Any) -> None:
     """Each access would be a return to Python; a boot of Linux has some 150 of them."""
     before = board.exits
     for index in range(128):

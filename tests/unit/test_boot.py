@@ -552,5 +552,7 @@ def test_no_descriptor_leaks(memory: GuestMemory, tmp_path: Path) -> None:
         ("-- single", "console=ttyS0 panic=-1 earlyprintk=ttyS0,115200 -- single"),
     ],
 )
-def test_the_early_console_comes_after_quiet_and_before_what_is_for_init(append, cmdline):
+def test_the_early_console_comes_after_quiet_and_before_what_is_for_init(
+    append: str, cmdline: str
+) -> None:
     assert assembly.cmdline(Description("vmlinux", append=append), []) == cmdline

@@ -1,6 +1,9 @@
 """Budgets: what is one, what is none, and the arithmetic."""
 
+from __future__ import annotations
+
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -8,7 +11,7 @@ from pyvmm.errors import BudgetBroken, UsageError
 from pyvmm.exits.budget import METRICS, OPERATORS, Budget
 
 
-def line(count: int, device: str, name: str = "", reason: str = "io", role: str = ""):
+def line(count: int, device: str, name: str = "", reason: str = "io", role: str = "") -> Any:
     return SimpleNamespace(
         count=count,
         device=device,
@@ -24,7 +27,7 @@ class FakePhase:
 
     name = "command"
 
-    def __init__(self, **metrics):
+    def __init__(self, **metrics: int) -> None:
         self._metrics = {**dict.fromkeys(METRICS), "user_exits": 100, **metrics}
         self.ledger = SimpleNamespace(
             lines=[
@@ -39,7 +42,7 @@ class FakePhase:
             ]
         )
 
-    def metrics(self):
+    def metrics(self) -> dict[str, int | None]:
         return self._metrics
 
 
@@ -54,7 +57,7 @@ class FakePhase:
         ("boot . halt >= 2", "boot", "halt", "", "", 2),
     ],
 )
-def test_good(text, phase, name, what, per, limit):
+def test_good(text: str, phase: str | None, name: str, what: str, per: str, limit: float) -> None:
     budget = Budget(text)
     assert (budget.phase, budget.name, budget.what, budget.per) == (phase, name, what, per)
     assert budget.limit == limit and budget.text == text.strip()
@@ -83,7 +86,7 @@ def test_good(text, phase, name, what, per, limit):
         ("lunch.user_exits<=1", "no phase 'lunch'"),
     ],
 )
-def test_bad(text, said):
+def test_bad(text: str, said: str) -> None:
     with pytest.raises(UsageError) as e:
         Budget(text)
     assert said in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 500
@@ -105,11 +108,11 @@ def test_bad(text, said):
         ("intr", 2),
     ],
 )
-def test_selection(what, value):
+def test_selection(what: str, value: int) -> None:
     assert Budget(f"exits[{what}]<=1").value(FakePhase()) == value
 
 
-def test_rates():
+def test_rates() -> None:
     phase = FakePhase(packets=2000, bytes=3_000_000, notify=30, kvm_exits=600)
     assert Budget("notify_per_kpacket<=1").value(phase) == 15
     assert Budget("kvm_exits_per_mb<=1").value(phase) == 200
@@ -120,7 +123,7 @@ def test_rates():
 
 @pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("limit", [99, 100, 101])
-def test_verdict_and_words(op, limit, monkeypatch):
+def test_verdict_and_words(op: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.exits.budget.phase", lambda machine, name: FakePhase())
     result = Budget(f"user_exits{op}{limit}").check(None)
     assert result.held == eval(f"100 {op} {limit}")
@@ -132,7 +135,9 @@ def test_verdict_and_words(op, limit, monkeypatch):
         assert result.message == f"budget user_exits{op}{limit}: 100 in command, {want}"
 
 
-def test_a_phase_that_was_not_reached_or_a_rate_of_nothing_is_broken(monkeypatch):
+def test_a_phase_that_was_not_reached_or_a_rate_of_nothing_is_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(
         "pyvmm.exits.budget.phase", lambda machine, name: FakePhase() if name == "all" else None
     )

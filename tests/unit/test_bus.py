@@ -1,8 +1,12 @@
 """The I/O spaces: the right device answers each access, in C or in Python."""
 
+from __future__ import annotations
+
 import errno
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,21 +25,21 @@ class Recorder:
         self.value = value
         self.seen: list[tuple] = []
 
-    def read(self, offset, size):
+    def read(self, offset: Any, size: Any) -> Any:
         self.seen.append(("r", offset, size))
         return self.value
 
-    def write(self, offset, size, value):
+    def write(self, offset: Any, size: Any, value: Any) -> None:
         self.seen.append(("w", offset, size, value))
 
 
 @pytest.fixture
-def board():
+def board() -> Iterator[Any]:
     with Board() as b:
         yield b
 
 
-def test_nobody_reads_as_ones_and_swallows_writes(board):
+def test_nobody_reads_as_ones_and_swallows_writes(board: Any) -> None:
     for size in (1, 2, 4, 8):
         assert board.read(MMIO, 0xD0000000, size) == (1 << 8 * size) - 1
         board.write(MMIO, 0xD0000000, size, 5)
@@ -43,7 +47,7 @@ def test_nobody_reads_as_ones_and_swallows_writes(board):
     assert board.exits == 0
 
 
-def test_handlers_get_offsets_and_little_endian_values(board):
+def test_handlers_get_offsets_and_little_endian_values(board: Any) -> None:
     h = Recorder(0x1122334455667788)
     board.bus.add(MMIO, 0xD0000000, 0x100, "h", h)
     assert board.read(MMIO, 0xD0000010, 8) == 0x1122334455667788
@@ -53,12 +57,12 @@ def test_handlers_get_offsets_and_little_endian_values(board):
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 70, -(1 << 64)])
-def test_a_handler_may_answer_with_any_integer(board, value):
+def test_a_handler_may_answer_with_any_integer(board: Any, value: Any) -> None:
     board.bus.add(MMIO, 0xD0000000, 8, "h", Recorder(value))
     assert board.read(MMIO, 0xD0000000, 4) == value & 0xFFFFFFFF
 
 
-def test_an_access_must_lie_in_the_region_whole(board):
+def test_an_access_must_lie_in_the_region_whole(board: Any) -> None:
     h = Recorder()
     board.bus.add(MMIO, 0xD0000002, 4, "h", h)
     assert board.read(MMIO, 0xD0000000, 4) == 0xFFFFFFFF
@@ -69,7 +73,7 @@ def test_an_access_must_lie_in_the_region_whole(board):
     assert board.read(MMIO, 0xD0000005, 1) == 0
 
 
-def test_string_instructions_reach_a_handler_element_by_element(board):
+def test_string_instructions_reach_a_handler_element_by_element(board: Any) -> None:
     h = Recorder(0x41)
     board.bus.add(PIO, 0x3000, 4, "h", h)
     assert board.access(PIO, 0x3000, 1, count=4) == b"AAAA"
@@ -77,7 +81,7 @@ def test_string_instructions_reach_a_handler_element_by_element(board):
     assert h.seen == [("r", 0, 1)] * 4 + [("w", 0, 2, n) for n in (1, 2, 3)]
 
 
-def test_regions_do_not_overlap(board):
+def test_regions_do_not_overlap(board: Any) -> None:
     a = board.bus.add(MMIO, 0xD0001000, 0x1000, "a", Recorder())
     for base, length in ((0xD0001000, 1), (0xD0001FFF, 1), (0xD0000FFF, 2), (0xD0000000, 0x10000)):
         with pytest.raises(HostError, match="overlaps"):
@@ -91,7 +95,7 @@ def test_regions_do_not_overlap(board):
     assert board.bus.name(0) == "" == board.bus.name(9999)
 
 
-def test_a_region_may_end_at_the_end_of_the_space_but_not_wrap(board):
+def test_a_region_may_end_at_the_end_of_the_space_but_not_wrap(board: Any) -> None:
     h = Recorder(7)
     board.bus.add(MMIO, (1 << 64) - 8, 8, "top", h)
     assert board.read(MMIO, (1 << 64) - 8, 8) == 7
@@ -100,7 +104,7 @@ def test_a_region_may_end_at_the_end_of_the_space_but_not_wrap(board):
         board.bus.add(MMIO, (1 << 64) - 0x100, 0x101, "wrap", h)
 
 
-def test_moving_a_region(board):
+def test_moving_a_region(board: Any) -> None:
     h = Recorder(3)
     r = board.bus.region(MMIO, 0x10, "h", h)
     assert r.base is None and board.read(MMIO, 0xD0000000, 1) == 0xFF
@@ -115,7 +119,7 @@ def test_moving_a_region(board):
 
 
 @pytest.mark.parametrize("to", [None, 0xD0000008, 0xCFFFFFF8, 0xD8000000])
-def test_an_access_that_races_with_a_move_hits_nothing(board, to):
+def test_an_access_that_races_with_a_move_hits_nothing(board: Any, to: Any) -> None:
     """One vCPU has looked up the region in C when another vCPU moves the region."""
     h = Recorder(3)
     r = board.bus.region(MMIO, 0x10, "h", h)
@@ -133,7 +137,7 @@ def test_an_access_that_races_with_a_move_hits_nothing(board, to):
         assert bytes(ffi.buffer(area, 8)) == b"\xff" * 8
 
 
-def test_the_table_is_bounded(board):
+def test_the_table_is_bounded(board: Any) -> None:
     made = []
     with pytest.raises(HostError, match="No space"):
         for i in range(lib.PV_BUS_REGIONS + 1):
@@ -145,7 +149,7 @@ def test_the_table_is_bounded(board):
     assert [board.read(MMIO, 0xC0000000 + i * 0x100, 1) for i in range(4)] == [0xFF, 1, 0xFF, 3]
 
 
-def test_absent_functions_are_answered_without_python(board):
+def test_absent_functions_are_answered_without_python(board: Any) -> None:
     for slot in range(1, 32):
         assert board.config_read(slot, 0) == 0xFFFFFFFF
     assert board.exits == 0
@@ -165,7 +169,7 @@ def test_absent_functions_are_answered_without_python(board):
     assert board.exits == 1
 
 
-def test_the_address_latch_is_as_linux_probes_it(board):
+def test_the_address_latch_is_as_linux_probes_it(board: Any) -> None:
     """arch/x86/pci/direct.c, pci_check_type1."""
     board.write(PIO, 0xCFB, 1, 1)
     old = board.read(PIO, 0xCF8, 4)
@@ -180,7 +184,7 @@ def test_the_address_latch_is_as_linux_probes_it(board):
     assert board.read(PIO, 0xCF8, 4) == 0x80FFFFFC
 
 
-def test_the_reset_register(board):
+def test_the_reset_register(board: Any) -> None:
     assert board.read(PIO, 0xCF9, 1) == 0
     board.write(PIO, 0xCF9, 1, 2)
     assert board.resets == 0
@@ -190,7 +194,7 @@ def test_the_reset_register(board):
     assert board.resets == 1
 
 
-def test_notify_regions_count_kicks(board):
+def test_notify_regions_count_kicks(board: Any) -> None:
     kicks = [EventFd(), EventFd()]
     n = ffi.new("struct pv_notify *")
     n.count, n.stride = 3, 4
@@ -211,7 +215,7 @@ def test_notify_regions_count_kicks(board):
         k.close()
 
 
-def test_streams_and_ignored_ports(board):
+def test_streams_and_ignored_ports(board: Any) -> None:
     pipe = lib.pv_pipe_new(64)
     board.bus.add(PIO, 0x620, 2, "stream", kind=lib.PV_REGION_STREAM, opaque=pipe)
     board.bus.add(PIO, 0x80, 1, "post", kind=lib.PV_REGION_IGNORE)
@@ -227,7 +231,7 @@ def test_streams_and_ignored_ports(board):
     lib.pv_pipe_free(pipe)
 
 
-def test_reading_the_isr_clears_it(board):
+def test_reading_the_isr_clears_it(board: Any) -> None:
     x = lib.pv_intx_new(board.vm.c_fd)
     board.bus.add(MMIO, 0xD0000000, 4, "isr", kind=lib.PV_REGION_ISR, opaque=x)
     assert not lib.pv_intx_pending(x)
@@ -244,7 +248,7 @@ def test_reading_the_isr_clears_it(board):
     lib.pv_intx_free(x)
 
 
-def test_a_thread_turns_eventfds_into_isr_bits(board):
+def test_a_thread_turns_eventfds_into_isr_bits(board: Any) -> None:
     """A thread of C's own, which Python does not know."""
     x = lib.pv_intx_new(board.vm.c_fd)
     with EventFd() as queue, EventFd() as config:

@@ -31,7 +31,7 @@ def structs(cdef: str) -> list[str]:
     return re.findall(r"^struct (\w+) \{", cdef, re.MULTILINE)
 
 
-def test_every_struct_has_the_compiler_s_size(cdef):
+def test_every_struct_has_the_compiler_s_size(cdef: str) -> None:
     names = structs(cdef)
     assert len(names) > 25
     for name in names:
@@ -40,7 +40,7 @@ def test_every_struct_has_the_compiler_s_size(cdef):
             assert type_.offset >= 0
 
 
-def test_every_constant_and_function_is_there(cdef):
+def test_every_constant_and_function_is_there(cdef: str) -> None:
     constants = re.findall(r"^#define (\w+)", cdef, re.MULTILINE)
     enums = [
         m.split("=")[0].strip()
@@ -57,7 +57,7 @@ def test_every_constant_and_function_is_there(cdef):
     assert set(names) == known  # the patterns above have missed nothing
 
 
-def test_flexible_structs_can_be_made():
+def test_flexible_structs_can_be_made() -> None:
     for name in ("kvm_cpuid2", "kvm_msrs", "kvm_irq_routing"):
         short, long = (ffi.new(f"struct {name} *", {"entries": n}) for n in (1, 3))
         assert len(ffi.buffer(long)) == len(ffi.buffer(short)) + 2 * ffi.sizeof(short.entries[0])
@@ -78,7 +78,7 @@ KERNEL = [
 ]
 
 
-def test_kernel_structs_and_requests_against_the_headers(tmp_path):
+def test_kernel_structs_and_requests_against_the_headers(tmp_path: Path) -> None:
     """A separate run of the compiler, which knows nothing of cffi, has the truth."""
     requests = [
         n for n in dir(lib) if n.startswith("KVM_") and not n.startswith(("KVM_CAP", "KVM_EXIT"))
@@ -95,7 +95,7 @@ def test_kernel_structs_and_requests_against_the_headers(tmp_path):
     assert {n: (v, kernel[n]) for n, v in ours.items() if v != kernel[n]} == {}
 
 
-def test_the_module_is_abi3_and_hides_its_insides():
+def test_the_module_is_abi3_and_hides_its_insides() -> None:
     import pyvmm._ext
 
     path = pyvmm._ext.__file__

@@ -2,10 +2,14 @@
 light.
 """
 
+from __future__ import annotations
+
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +20,7 @@ from pyvmm.errors import PyvmmError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(capsys, *argv):
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of ``pyvmm ARGV``, in this process."""
     try:
         status = cli.main(list(argv))
@@ -72,7 +76,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("argv", BAD, ids=lambda argv: ascii(" ".join(argv))[:50])
-def test_bad_usage_is_one_line_and_status_2(capsys, argv):
+def test_bad_usage_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], argv: tuple[Any, ...]
+) -> None:
     extra = ("--host", "local", "--kernel", "/dev/null") if "--net" in argv else ()
     status, out, err = run(capsys, *argv, *extra)
     assert BAD[argv] in err
@@ -80,13 +86,13 @@ def test_bad_usage_is_one_line_and_status_2(capsys, argv):
     assert err.startswith("pyvmm: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
-def test_nine_cards_are_one_too_many(capsys):
+def test_nine_cards_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
     nets = [word for _ in range(9) for word in ("--net", "emulated")]
     status, _, err = run(capsys, "run", "--host", "local", "--kernel", "/dev/null", *nets)
     assert (status, err.count("\n")) == (2, 1) and "at most 8" in err
 
 
-def test_help_of_all_commands(capsys):
+def test_help_of_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0 and all(name in out for name in cli.COMMANDS) and "Examples:" in out
     for name in cli.COMMANDS:
@@ -94,7 +100,9 @@ def test_help_of_all_commands(capsys):
         assert status == 0 and out.startswith(f"usage: pyvmm {name}") and not err
 
 
-def test_help_of_run_has_examples_and_every_key_and_code(capsys):
+def test_help_of_run_has_examples_and_every_key_and_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from pyvmm.netopt import COMMON_KEYS, GROUPS, MODES
 
     _, out, _ = run(capsys, "run", "--help")
@@ -103,7 +111,9 @@ def test_help_of_run_has_examples_and_every_key_and_code(capsys):
         assert word in out, word
 
 
-def test_the_workflow_of_the_example_uses_options_that_exist(capsys):
+def test_the_workflow_of_the_example_uses_options_that_exist(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     text = (ROOT / "docs/examples/kernel-ci/.github/workflows/kernel.yml").read_text()
     start = text.index("pyvmm run ")
     command = text[start : text.index("uname", start)]
@@ -113,14 +123,14 @@ def test_the_workflow_of_the_example_uses_options_that_exist(capsys):
     assert [o for o in options if f"{o} " not in out] == []
 
 
-def test_no_command_shows_help(capsys):
+def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys)
     assert status == 2 and "usage: pyvmm" in out
     status, out, _ = run(capsys, "--version")
     assert status == 0 and out.startswith("pyvmm 0.")
 
 
-def test_every_error_class_has_a_documented_exit_code():
+def test_every_error_class_has_a_documented_exit_code() -> None:
     table = (ROOT / "docs" / "exit-codes.md").read_text()
     codes = {
         c.exit_code
@@ -132,9 +142,9 @@ def test_every_error_class_has_a_documented_exit_code():
     assert not codes & set(range(3, 101))  # those are the guest's
 
 
-def test_guard(capsys):
-    def fail(error):
-        def body():
+def test_guard(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: Any) -> Callable[..., Any]:
+        def body() -> None:
             raise error
 
         return body
@@ -182,7 +192,7 @@ def loaded(code: str) -> set[str]:
 CALL = "from pyvmm.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass"
 
 
-def test_help_loads_neither_the_extension_nor_anything_heavy():
+def test_help_loads_neither_the_extension_nor_anything_heavy() -> None:
     modules = loaded(CALL.format(argv=["run", "--help"]))
     ours = {m for m in modules if m.startswith("pyvmm")}
     cli = {"pyvmm.cli", "pyvmm.cli.run", "pyvmm.cli.support", "pyvmm.cli.support.options"}
@@ -190,7 +200,7 @@ def test_help_loads_neither_the_extension_nor_anything_heavy():
     assert not modules & (HEAVY | {"_cffi_backend", "threading", "signal"})
 
 
-def test_a_run_loads_nothing_heavy():
+def test_a_run_loads_nothing_heavy() -> None:
     """All that the start of `pyvmm run --host local` needs, short of the guest."""
     modules = loaded(
         "import pyvmm.machine, pyvmm.netopt, pyvmm.cli.run, pyvmm.cli.support.terminal, pyvmm.devices.console\n"

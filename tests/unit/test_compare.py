@@ -2,6 +2,8 @@
 run with what can go wrong.
 """
 
+from __future__ import annotations
+
 import copy
 import json
 import os
@@ -10,8 +12,10 @@ import subprocess
 import threading
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jsonschema
 import pytest
@@ -22,6 +26,7 @@ from pyvmm import cli
 from pyvmm.cli.support.signals import Terminated
 from pyvmm.compare import counters, html, plan, run, schema, stats, svg
 from pyvmm.compare.pinning import pinned, possible
+from pyvmm.compare.run import Comparison
 from pyvmm.errors import GuestTimeout, HostError, ImageError, KvmMissing, UsageError, VhostMissing
 from pyvmm.threads import Thread
 
@@ -29,7 +34,7 @@ RECORD = Path(__file__).resolve().parents[1] / "data" / "compare.json"
 
 
 @pytest.fixture
-def record():
+def record() -> dict[str, Any]:
     """Results of a real run in the testbed."""
     return json.loads(RECORD.read_text())
 
@@ -37,7 +42,7 @@ def record():
 # --- what is asked for ----------------------------------------------------------------------------
 
 
-def test_defaults():
+def test_defaults() -> None:
     p = plan.Plan()
     assert [m.name for m in p.modes] == [
         "emulated:notify=exit",
@@ -51,7 +56,7 @@ def test_defaults():
     assert p.servers() == ["tcp-tx", "tcp-rx", "udp-small"] and p.port("udp-small") == "5203"
 
 
-def test_peers_are_columns():
+def test_peers_are_columns() -> None:
     p = plan.Plan(modes="vhost-user:queues=2", peers="kvmtool,qemu")
     assert [(m.name, m.kind, m.vhost) for m in p.modes] == [
         ("vhost-user:queues=2", "pyvmm", False),
@@ -85,7 +90,7 @@ def test_peers_are_columns():
     ],
     ids=str,
 )
-def test_nonsense_is_refused(options):
+def test_nonsense_is_refused(options: dict[Any, Any]) -> None:
     with pytest.raises(UsageError):
         plan.Plan(**options)
 
@@ -93,7 +98,7 @@ def test_nonsense_is_refused(options):
 # --- figures and noise ----------------------------------------------------------------------------
 
 
-def test_spread():
+def test_spread() -> None:
     assert stats.spread([3, 1, 2]) == {"n": 3, "median": 2, "min": 1, "max": 3}
 
 
@@ -102,7 +107,7 @@ numbers = st.lists(st.integers(0, 1000), min_size=2, max_size=6)
 
 @settings(deadline=None)
 @given(numbers, numbers)
-def test_noise_is_when_the_ranges_overlap(a, b):
+def test_noise_is_when_the_ranges_overlap(a: list[int], b: list[int]) -> None:
     overlap = set(range(min(a), max(a) + 1)) & set(range(min(b), max(b) + 1))
     for one, other in ((a, b), (b, a)):
         verdict = stats.verdict(stats.spread(one), stats.spread(other))
@@ -111,12 +116,12 @@ def test_noise_is_when_the_ranges_overlap(a, b):
 
 @settings(deadline=None)
 @given(st.integers(0, 9), numbers)
-def test_one_repeat_says_nothing(a, b):
+def test_one_repeat_says_nothing(a: int, b: list[int]) -> None:
     assert stats.verdict(stats.spread([a]), stats.spread(b)) == stats.UNKNOWN
     assert stats.verdict(stats.spread(b), stats.spread([a])) == stats.UNKNOWN
 
 
-def test_summary_takes_what_went_well(record):
+def test_summary_takes_what_went_well(record: dict[str, Any]) -> None:
     record = copy.deepcopy(record)
     first = record["modes"][0]["name"]
     runs = [r for r in record["runs"] if r["mode"] == first]
@@ -130,21 +135,21 @@ def test_summary_takes_what_went_well(record):
     assert entry["n"] == len(runs) and entry["max"] < 1000
 
 
-def test_ratios_are_to_the_first_mode(record):
+def test_ratios_are_to_the_first_mode(record: dict[str, Any]) -> None:
     figures = stats.Figures({"summary": stats.summarise(record)})
     modes = [m["name"] for m in record["modes"] if not m["problem"]]
     a, b = (figures.get("ping", name, "kvm.exits") for name in modes[:2])
     assert a["ratio"] is None and b["ratio"] == pytest.approx(b["median"] / a["median"], rel=1e-3)
 
 
-def test_numbers_for_people():
+def test_numbers_for_people() -> None:
     shown = [stats.number(v) for v in (0, 0.0, 7, 1234567, 0.123456, 12.345, 999.6)]
     assert shown == ["0", "0", "7", "1,234,567", "0.123", "12.3", "1,000"]
     assert stats.cell(None) == "-" and stats.cell(stats.spread([4])) == "4"
     assert stats.cell(stats.spread([1, 5, 2])) == "2 (1..5)"
 
 
-def test_causes_add_up():
+def test_causes_add_up() -> None:
     lines = [
         SimpleNamespace(reason=reason, role=role, count=2**i, what=f"line {i}")
         for i, (reason, role) in enumerate(
@@ -173,8 +178,10 @@ def test_causes_add_up():
     assert sum(got.values()) == sum(line.count for line in lines)
 
 
-def test_figures_are_differences():
-    def at(causes, kvm, packets):
+def test_figures_are_differences() -> None:
+    def at(
+        causes: dict[str, int], kvm: dict[str, int], packets: tuple[int, int]
+    ) -> dict[str, dict[Any, Any] | dict[str, int]]:
         return {
             "causes": causes,
             "reasons": {},
@@ -205,7 +212,7 @@ rtt min/avg/max/mdev = 2.556/6.157/14.104/4.225 ms
 """
 
 
-def test_results_of_the_tools():
+def test_results_of_the_tools() -> None:
     assert run.read_result("ping", PING) == {"rtt_ms": 6.157, "loss_percent": 5.0}
     tcp = {"end": {"sum_received": {"bits_per_second": 5e8}}}
     assert run.read_result("tcp-tx", json.dumps(tcp)) == {"throughput_mbit_s": 500.0}
@@ -219,12 +226,12 @@ def test_results_of_the_tools():
 
 @pytest.mark.parametrize("text", ["", "null", "[]", '{"end": 3}', '{"error": "busy"}', "\ufffd\0"])
 @pytest.mark.parametrize("workload", ["ping", "tcp-rx", "udp-small"])
-def test_nonsense_of_the_tools_is_an_error(workload, text):
+def test_nonsense_of_the_tools_is_an_error(workload: str, text: str) -> None:
     with pytest.raises(HostError, match=workload):
         run.read_result(workload, text)
 
 
-def test_names_of_the_processors_reasons():
+def test_names_of_the_processors_reasons() -> None:
     text = (
         'print fmt: "x", (REC->isa == 1) ? __print_symbolic(REC->exit_reason & 0xffff, { 0, "EXCEPTION_NMI" }, { 12, "HLT" }) : '
         '__print_symbolic(REC->exit_reason, { 0x040 + 14, "PF excp" }, { 0x078, "hlt" }, { -1, "invalid_guest_state" }), ""'
@@ -233,7 +240,7 @@ def test_names_of_the_processors_reasons():
     assert counters.reason_names(text, intel=False) == {0x4E: "pf excp", 0x78: "hlt"}
 
 
-def test_traced_reasons_make_finer_parts(record):
+def test_traced_reasons_make_finer_parts(record: dict[str, Any]) -> None:
     workload = copy.deepcopy(record["runs"][0]["workloads"][0])
     workload["kvm"]["exits"] = 100
     workload["causes"] = {**dict.fromkeys(counters.CAUSES, 0), "notify": 10}
@@ -252,7 +259,7 @@ def test_traced_reasons_make_finer_parts(record):
 # --- the schema -----------------------------------------------------------------------------------
 
 
-def test_the_record_is_valid(record):
+def test_the_record_is_valid(record: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator.check_schema(schema.schema())
     jsonschema.validate(record, schema.schema())
     assert schema.check(record) == ""
@@ -263,7 +270,7 @@ def test_the_record_is_valid(record):
     assert record["summary"] == stats.summarise(record)
 
 
-def places(value, at=()):
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every value in a document, down to a few items a list."""
     yield at
     if isinstance(value, dict):
@@ -292,7 +299,9 @@ PLACES = list(places(json.loads(RECORD.read_text())))
         ),
     ],
 )
-def test_what_the_check_says(record, change, problem):
+def test_what_the_check_says(
+    record: dict[str, Any], change: Callable[..., Any], problem: str
+) -> None:
     change(record)
     assert schema.check(record) == problem
     record["created"] = [["much"] * 1000]
@@ -301,7 +310,7 @@ def test_what_the_check_says(record, change, problem):
 
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(PLACES), st.sampled_from([None, "text", -1, 1.5, [], {}, True, "gone"]))
-def test_the_check_names_the_place_in_one_line(place, value):
+def test_the_check_names_the_place_in_one_line(place: tuple[Any, ...], value: Any) -> None:
     document = json.loads(RECORD.read_text())
     if not place:
         document = value
@@ -330,13 +339,13 @@ def test_the_check_names_the_place_in_one_line(place, value):
 
 @settings(deadline=None)
 @given(st.floats(0, 1e9, allow_nan=False))
-def test_ticks_cover(top):
+def test_ticks_cover(top: float) -> None:
     steps = svg.ticks(top)
     assert steps[0] == 0 and steps[-1] >= top * 0.999 and 2 <= len(steps) <= 12
     assert steps == sorted(set(steps))
 
 
-def test_the_page_needs_nothing_else(record):
+def test_the_page_needs_nothing_else(record: dict[str, Any]) -> None:
     page = html.page(record)
     assert "<script" not in page and "@import" not in page and "url(" not in page
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
@@ -346,13 +355,13 @@ def test_the_page_needs_nothing_else(record):
         assert f"<h3>{workload['name']}</h3>" in page
 
 
-def test_the_figure_is_xml(record):
+def test_the_figure_is_xml(record: dict[str, Any]) -> None:
     root = ET.fromstring(html.figure(record))
     texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
     assert any("exits per 1,000 packets" in t for t in texts) and "cannot run here" in texts
 
 
-def test_names_are_text_not_markup(record):
+def test_names_are_text_not_markup(record: dict[str, Any]) -> None:
     record = copy.deepcopy(record)
     evil = "<script>alert(1)</script>&\"'"
     old = record["modes"][0]["name"]
@@ -364,7 +373,7 @@ def test_names_are_text_not_markup(record):
     ET.fromstring(figure)
 
 
-def test_parts_add_up_to_kvms_exits(record):
+def test_parts_add_up_to_kvms_exits(record: dict[str, Any]) -> None:
     for one in record["runs"]:
         for workload in one["workloads"]:
             parts = html.split(workload)
@@ -372,7 +381,7 @@ def test_parts_add_up_to_kvms_exits(record):
             assert sum(parts.values()) == max(workload["kvm"]["exits"], workload["user_exits"] or 0)
 
 
-def test_even_nothing_can_be_shown(record):
+def test_even_nothing_can_be_shown(record: dict[str, Any]) -> None:
     empty = {**record, "runs": [], "summary": [], "partial": True}
     assert "Partial results" in html.page(empty)
     ET.fromstring(html.figure(empty))
@@ -382,14 +391,16 @@ def test_even_nothing_can_be_shown(record):
 # --- the command ----------------------------------------------------------------------------------
 
 
-def command(capsys, *argv):
+def command(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     """(status, stdout, stderr) of ``pyvmm compare ARGV``."""
     status = cli.main(["compare", *argv])
     out = capsys.readouterr()
     return status, out.out, out.err
 
 
-def test_from_shows_it_again(capsys, tmp_path, record):
+def test_from_shows_it_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, record: dict[str, Any]
+) -> None:
     files = {o: tmp_path / f"out.{o}" for o in ("json", "html", "svg")}
     options = [word for o, path in files.items() for word in (f"--{o}", str(path))]
     status, out, err = command(capsys, "--from", str(RECORD), *options)
@@ -404,12 +415,12 @@ def test_from_shows_it_again(capsys, tmp_path, record):
     )
 
 
-def test_json_to_stdout(capfd, record):
+def test_json_to_stdout(capfd: pytest.CaptureFixture[str], record: dict[str, Any]) -> None:
     _, out, _ = command(capfd, "--from", str(RECORD), "--json", "-")
     assert json.loads(out) == record
 
 
-def test_full_shows_more(capsys):
+def test_full_shows_more(capsys: pytest.CaptureFixture[str]) -> None:
     short = command(capsys, "--from", str(RECORD))[1]
     full = command(capsys, "--from", str(RECORD), "--full")[1]
     assert "KVM: host interrupts" in full and "KVM: host interrupts" not in short
@@ -430,13 +441,15 @@ def test_full_shows_more(capsys):
     ],
     ids=" ".join,
 )
-def test_bad_usage_is_one_line(capsys, argv):
+def test_bad_usage_is_one_line(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     status, out, err = command(capsys, *argv)
     assert (status, out) == (2, "") and err.startswith("pyvmm: ") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["{}", "[" * 100_000, "\n" * 9, '{"a\\nb": 1}', "NaN"])
-def test_files_that_are_no_results_are_one_line(capsys, tmp_path, text):
+def test_files_that_are_no_results_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
+) -> None:
     path = tmp_path / "x.json"
     path.write_text(text)
     status, out, err = command(capsys, "--from", str(path))
@@ -444,7 +457,7 @@ def test_files_that_are_no_results_are_one_line(capsys, tmp_path, text):
     assert err.startswith(f"pyvmm: {path}: ") and "compare --json has written" in err
 
 
-def test_no_empty_files_are_left(capsys, tmp_path):
+def test_no_empty_files_are_left(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     old = tmp_path / "old.json"
     old.write_text("{}")
     argv = ["--from", "/nonexistent", "--json", str(old), "--html", str(tmp_path / "new.html")]
@@ -460,24 +473,24 @@ class FakeGuest:
 
     space = None
 
-    def __init__(self, script, mode):
+    def __init__(self, script: Callable[..., Any], mode: str) -> None:
         self._script, self._mode, self._n = script, mode, 0
         self._do("make")
 
-    def _do(self, what):
+    def _do(self, what: str) -> None:
         self._script(self._mode, what)
 
-    def __enter__(self):
+    def __enter__(self) -> FakeGuest:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: Any) -> None:
         self._do("close")
 
-    def boot(self):
+    def boot(self) -> float | None:
         self._do("boot")
         return 1.0
 
-    def counts(self):
+    def counts(self) -> dict[str, dict[Any, Any] | dict[str, int]]:
         self._n += 1
         packets = dict.fromkeys(
             (
@@ -498,21 +511,23 @@ class FakeGuest:
             "queues": {},
         }
 
-    def quick(self):
+    def quick(self) -> tuple[int, int]:
         return 0, 0
 
-    def tasks(self):
+    def tasks(self) -> dict[tuple[str, int], tuple[int, int, int]]:
         return {("vcpu", 1): (self._n * 10**9, self._n, 0)}
 
-    def facts(self):
+    def facts(self) -> dict[str, list[str] | str]:
         return {"version": "x", "offered": ["A", "B"], "negotiated": ["A"]}
 
 
-def compare_with(monkeypatch, script, **options):
+def compare_with(
+    monkeypatch: pytest.MonkeyPatch, script: Callable[..., Any], **options: Any
+) -> tuple[Comparison, list[Any], list[Any]]:
     """(comparison, log of (mode, step)): a run whose guests are fakes."""
     log = []
 
-    def step(mode, what):
+    def step(mode: str, what: str) -> None:
         log.append((mode, what))
         script(mode, what)
 
@@ -530,7 +545,7 @@ def compare_with(monkeypatch, script, **options):
     return run.Comparison(plan.Plan(**options), said.append), log, said
 
 
-def test_modes_take_turns(monkeypatch):
+def test_modes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     comparison, log, _ = compare_with(monkeypatch, lambda mode, what: None)
     comparison.run()
     document = comparison.document()
@@ -542,14 +557,14 @@ def test_modes_take_turns(monkeypatch):
     assert document["modes"][0]["negotiated"] == ["A"]
 
 
-def cli_complete(document):
+def cli_complete(document: dict[Any, Any]) -> bool:
     from pyvmm.cli.compare import complete
 
     return complete(document)
 
 
-def test_what_a_mode_lacks_is_said_once(monkeypatch):
-    def script(mode, what):
+def test_what_a_mode_lacks_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(mode: str, what: str) -> None:
         if mode == "vhost-net" and what == "make":
             raise VhostMissing("cannot open /dev/vhost-net", "modprobe vhost_net")
 
@@ -566,10 +581,10 @@ def test_what_a_mode_lacks_is_said_once(monkeypatch):
 @pytest.mark.parametrize(
     "error", [GuestTimeout("the guest was not ready"), OSError(24, "the guest was not")]
 )
-def test_a_failed_boot_is_no_reason_to_stop(monkeypatch, error):
+def test_a_failed_boot_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
     times = []
 
-    def script(mode, what):
+    def script(mode: str, what: str) -> None:
         if (mode, what) == ("emulated", "boot"):
             times.append(1)
             if len(times) == 1:
@@ -588,8 +603,10 @@ def test_a_failed_boot_is_no_reason_to_stop(monkeypatch, error):
 
 
 @pytest.mark.parametrize("error", [KvmMissing("no /dev/kvm"), ImageError("no image")], ids=str)
-def test_what_all_lack_ends_it(monkeypatch, error):
-    def script(mode, what):
+def test_what_all_lack_ends_it(
+    monkeypatch: pytest.MonkeyPatch, error: ImageError | KvmMissing
+) -> None:
+    def script(mode: str, what: str) -> None:
         if what == "make":
             raise error
 
@@ -599,8 +616,8 @@ def test_what_all_lack_ends_it(monkeypatch, error):
     assert log == [("emulated", "make")]
 
 
-def test_broken_off_is_partial(monkeypatch):
-    def script(mode, what):
+def test_broken_off_is_partial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(mode: str, what: str) -> None:
         if (mode, what) == ("vhost-net", "boot"):
             raise Terminated(2)
 
@@ -617,10 +634,10 @@ def test_broken_off_is_partial(monkeypatch):
     )
 
 
-def test_a_failed_workload_counts_for_nothing(monkeypatch):
+def test_a_failed_workload_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     comparison, _, _ = compare_with(monkeypatch, lambda mode, what: None)
 
-    def fail(self, guest, argv):
+    def fail(self: Comparison, guest: FakeGuest, argv: list[str]) -> None:
         raise HostError("ping failed: no route")
 
     monkeypatch.setattr(run.Comparison, "_tool", fail)
@@ -634,7 +651,7 @@ def test_a_failed_workload_counts_for_nothing(monkeypatch):
     assert not cli_complete(document) and schema.check(document) == ""
 
 
-def test_samples_are_bounded(monkeypatch):
+def test_samples_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "SAMPLES_MAX", 8)
     count = iter(range(10**6))
     guest = SimpleNamespace(quick=lambda: (n := next(count), 2 * n))
@@ -647,10 +664,10 @@ def test_samples_are_bounded(monkeypatch):
     assert [2 * n for n in got["user_exits"]] == got["kvm_exits"]
 
 
-def test_threads_are_found_by_name_and_counted():
+def test_threads_are_found_by_name_and_counted() -> None:
     end, turn = threading.Event(), threading.Event()
 
-    def busy():
+    def busy() -> None:
         until = time.thread_time() + 0.03
         while time.thread_time() < until:
             pass
@@ -684,7 +701,7 @@ def test_threads_are_found_by_name_and_counted():
         assert time.monotonic() < deadline
 
 
-def test_threads_of_other_processes():
+def test_threads_of_other_processes() -> None:
     child = subprocess.Popen(["sleep", "100"])
     try:
         deadline = time.monotonic() + 30
@@ -707,7 +724,7 @@ def test_threads_of_other_processes():
     assert counters.threads_of(child.pid) == {}
 
 
-def test_pinning():
+def test_pinning() -> None:
     """A vCPU has a CPU to itself, who has chosen keeps its own, and the caller is put back."""
     if not possible(1):
         pytest.skip("one CPU")

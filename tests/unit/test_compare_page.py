@@ -1,5 +1,10 @@
 """The page of `pyvmm compare` in a real browser: light and dark, wide and narrow."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from pyvmm.compare import html
@@ -41,13 +46,13 @@ CONTRAST = """
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser() -> Iterator[Browser]:
     with Browser() as one:
         yield one
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import json
 
     path = tmp_path_factory.mktemp("page") / "compare.html"
@@ -57,7 +62,7 @@ def page(tmp_path_factory):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 400])
-def test_the_page(browser, page, width, dark):
+def test_the_page(browser: Browser, page: Path, width: int, dark: bool) -> None:
     browser.look(width=width, dark=dark)
     browser.console.clear()
     browser.requests.clear()
@@ -81,7 +86,7 @@ def test_the_page(browser, page, width, dark):
     assert seen["text"] >= 4.5 and seen["plot"] >= 4.5, seen
 
 
-def test_the_figure(browser, tmp_path):
+def test_the_figure(browser: Browser, tmp_path: Path) -> None:
     import json
 
     path = tmp_path / "compare.svg"
@@ -94,7 +99,7 @@ def test_the_figure(browser, tmp_path):
     assert plots and all(p["over"] == [] for p in plots), plots
 
 
-def test_the_checks_notice(browser, tmp_path):
+def test_the_checks_notice(browser: Browser, tmp_path: Path) -> None:
     """A page that has all that they look for."""
     path = tmp_path / "bad.html"
     path.write_text(

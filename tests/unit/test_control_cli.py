@@ -1,11 +1,15 @@
 """The commands about running machines, against a server with canned answers."""
 
+from __future__ import annotations
+
 import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,18 +19,19 @@ from pyvmm.cli.support import remote
 from pyvmm.control.registry import Claim
 from pyvmm.control.server import Command, QmpError, Server
 from pyvmm.errors import UsageError
+from pyvmm.memory import GuestMemory
 from tests.unit.test_rings import Guest, ram  # noqa: F401 - a fixture
 
 
 class Fake:
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls = []
         self.server = None
         self.rings = {}
 
 
-def note(name, event=""):
-    def run(machine, given):
+def note(name: str, event: str = "") -> Callable[..., Any]:
+    def run(machine: Fake, given: dict[Any, Any]) -> dict[Any, Any]:
         machine.calls.append((name, given))
         if event:
             machine.server.emit(event)
@@ -35,7 +40,7 @@ def note(name, event=""):
     return run
 
 
-def switch(machine, given):
+def switch(machine: Fake, given: dict[str, int | str]) -> Any:
     """Refused, rolled back or done, by the mode."""
     if given["mode"] == "vhost-net":
         raise QmpError("nothing to switch to")
@@ -95,7 +100,7 @@ COMMANDS = {
 
 
 @pytest.fixture
-def fake(monkeypatch, tmp_path):
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Fake]:
     """A machine called box; no testbed is looked for."""
     base = Path(f"/tmp/qc{os.getpid()}")
     base.mkdir(mode=0o700)
@@ -109,13 +114,13 @@ def fake(monkeypatch, tmp_path):
     subprocess.run(["rm", "-rf", str(base)], check=True)
 
 
-def run(capsys, *argv):
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     status = main(list(argv))
     out = capsys.readouterr()
     return status, out.out, out.err
 
 
-def test_run_control(fake, capsys):
+def test_run_control(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, command in (
         (["stop", "box"], "stop"),
         (["cont", "box"], "cont"),
@@ -128,7 +133,7 @@ def test_run_control(fake, capsys):
         assert fake.calls.pop() == (command, {})
 
 
-def test_errors_have_their_status(fake, capsys):
+def test_errors_have_their_status(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "stop", "nobody")
     assert (
         status == 113 and err == "pyvmm: no machine named nobody is running here; see: pyvmm ps\n"
@@ -150,7 +155,7 @@ def test_errors_have_their_status(fake, capsys):
         assert status == 2 and err.count("\n") == 1, argv
 
 
-def test_ps(fake, capsys):
+def test_ps(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "ps")
     head, line = out.splitlines()
     assert (status, err, head.split()[:4]) == (0, "", ["NAME", "HOST", "PID", "STATUS"])
@@ -171,7 +176,7 @@ def test_ps(fake, capsys):
     assert run(capsys, "ps")[1].count("\n") == 1
 
 
-def test_stats(fake, capsys):
+def test_stats(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "stats", "box")
     lines = [line.split() for line in out.splitlines()]
     assert lines == [
@@ -190,7 +195,9 @@ def test_stats(fake, capsys):
     }
 
 
-def test_qmp(fake, capsys, monkeypatch):
+def test_qmp(
+    fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     status, out, _ = run(capsys, "qmp", "box", "echo", "a=3", "b=x=y")
     assert status == 0 and json.loads(out) == {"a": 3, "b": "x=y"}
     monkeypatch.setattr(
@@ -210,12 +217,12 @@ def test_qmp(fake, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "line", ["{", "{}", '{"execute":"x","arguments":3}', "x 'y", "x y", "x =y"]
 )
-def test_bad_lines(line):
+def test_bad_lines(line: str) -> None:
     with pytest.raises(UsageError):
         qmp._line(line)
 
 
-def test_rings(fake, capsys, ram):  # noqa: F811
+def test_rings(fake: Fake, capsys: pytest.CaptureFixture[str], ram: GuestMemory) -> None:  # noqa: F811
     g = Guest(ram)
     g.avail(1, [0])
     registers = {
@@ -237,7 +244,7 @@ def test_rings(fake, capsys, ram):  # noqa: F811
     assert json.loads(run(capsys, "rings", "--json", "box")[1]) == fake.rings
 
 
-def test_names_complete(fake):
+def test_names_complete(fake: Fake) -> None:
     assert remote.complete("b") == ["box"] and remote.complete("c") == []
     env = {
         **os.environ,
@@ -252,16 +259,18 @@ def test_names_complete(fake):
     assert "box" in Path(f"/tmp/qc{os.getpid()}/out").read_text().split()
 
 
-def test_what_is_only_in_the_testbed_is_asked_there(fake, capsys, monkeypatch):
+def test_what_is_only_in_the_testbed_is_asked_there(
+    fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The command itself is run there, and ps shows both places."""
     seen = []
 
     class Bed:
-        def run_attached(self, argv):
+        def run_attached(self, argv: list[str]) -> int:
             seen.append(argv)
             return 7
 
-        def run(self, argv, timeout=None):
+        def run(self, argv: list[str], timeout: float | None = None) -> type[Any]:
             class Result:
                 status, err = 0, ""
                 out = json.dumps(
@@ -291,7 +300,7 @@ def test_what_is_only_in_the_testbed_is_asked_there(fake, capsys, monkeypatch):
     assert remote.complete("f") == ["far"]
 
 
-def test_switch(fake, capsys):
+def test_switch(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "switch", "box", "emulated")
     assert (status, err) == (0, "")
     assert out == "net0: emulated -> emulated, gap 1.50 ms, 203 chains handed over\n"

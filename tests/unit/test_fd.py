@@ -10,11 +10,11 @@ from pyvmm.errors import HostError
 from pyvmm.fd import EventFd, Fd, eventfds, memfd
 
 
-def open_fds():
+def open_fds() -> set[str]:
     return {p.name for p in Path("/proc/self/fd").iterdir()}
 
 
-def test_close_once_and_silently_twice():
+def test_close_once_and_silently_twice() -> None:
     fd = Fd(os.open("/dev/null", os.O_RDONLY))
     number = fd.fileno()
     assert not fd.closed and str(number) in repr(fd)
@@ -28,7 +28,7 @@ def test_close_once_and_silently_twice():
         fd.fileno()
 
 
-def test_close_releases_even_when_it_fails():
+def test_close_releases_even_when_it_fails() -> None:
     fd = Fd(os.open("/dev/null", os.O_RDONLY))
     os.close(fd.fileno())
     with pytest.raises(OSError):
@@ -37,13 +37,13 @@ def test_close_releases_even_when_it_fails():
     fd.close()
 
 
-def test_context_manager():
+def test_context_manager() -> None:
     with EventFd() as e:
         assert not e.closed
     assert e.closed
 
 
-def test_eventfd_counts_and_never_blocks():
+def test_eventfd_counts_and_never_blocks() -> None:
     with EventFd() as e:
         assert e.drain() == 0
         e.signal()
@@ -54,7 +54,7 @@ def test_eventfd_counts_and_never_blocks():
         assert e.drain() == 5
 
 
-def test_all_eventfds_or_none():
+def test_all_eventfds_or_none() -> None:
     events = eventfds(3)
     assert len({e.fileno() for e in events}) == 3
     for e in events:
@@ -70,7 +70,7 @@ def test_all_eventfds_or_none():
     assert open_fds() == before
 
 
-def test_memfd_is_sealed_on_demand():
+def test_memfd_is_sealed_on_demand() -> None:
     with memfd("test", 8192) as sealed, memfd("test", 8192, seal=False) as open_:
         assert os.fstat(sealed.fileno()).st_size == 8192
         with pytest.raises(PermissionError):
@@ -79,7 +79,7 @@ def test_memfd_is_sealed_on_demand():
         assert not os.get_inheritable(sealed.fileno())
 
 
-def test_a_memfd_that_fails_leaves_nothing():
+def test_a_memfd_that_fails_leaves_nothing() -> None:
     before = open_fds()
     with pytest.raises((OSError, OverflowError)):
         memfd("test", -1)

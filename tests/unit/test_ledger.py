@@ -1,7 +1,11 @@
 """Every exit is accounted for: the ledger's lines sum up all exits."""
 
+from __future__ import annotations
+
 import random
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,10 +25,10 @@ from tests.pci_guest import Board
 
 
 class Ports:
-    def read(self, offset, size):
+    def read(self, offset: Any, size: Any) -> Any:
         return 0
 
-    def write(self, offset, size, value):
+    def write(self, offset: Any, size: Any, value: Any) -> None:
         pass
 
 
@@ -36,7 +40,7 @@ def vcpu_of(board: Board) -> Vcpu:
 
 
 @pytest.fixture
-def board():
+def board() -> Iterator[Any]:
     with Board() as b:
         b.bus.add(PIO, 0x3000, 8, "ports", Ports())
         b.bus.add(MMIO, 0xD0000000, 0x10000, "card", Ports())
@@ -48,7 +52,7 @@ def ledger(board: Board, accesses: int) -> Ledger:
     return Ledger.of([vcpu_of(board)], board.bus)
 
 
-def test_a_line_a_place_size_and_direction(board):
+def test_a_line_a_place_size_and_direction(board: Any) -> None:
     for _ in range(3):
         board.read(PIO, 0x3000, 1)
     board.read(PIO, 0x3000, 2)
@@ -74,7 +78,7 @@ def test_a_line_a_place_size_and_direction(board):
     assert sum(line["count"] for line in as_json["lines"]) == 8
 
 
-def test_a_guest_that_exits_everywhere_is_still_counted(board):
+def test_a_guest_that_exits_everywhere_is_still_counted(board: Any) -> None:
     """There are more addresses than lines. Exits without a line of their own share one line, and
     the sum is right.
     """
@@ -89,7 +93,7 @@ def test_a_guest_that_exits_everywhere_is_still_counted(board):
     assert board.vcpu.overflow == book.by_reason()["overflow"]
 
 
-def test_vcpus_are_summed_by_device_also_after_a_move(board):
+def test_vcpus_are_summed_by_device_also_after_a_move(board: Any) -> None:
     card = board.bus.region(MMIO, 0x100, "mover", Ports())
     card.map(0xD1000000)
     board.read(MMIO, 0xD1000000, 4)
@@ -109,7 +113,7 @@ def names(board: Board) -> dict[str, int]:
     return Ledger.of([vcpu_of(board)], board.bus).by_name()
 
 
-def test_registers_of_the_configuration_space_by_name(board):
+def test_registers_of_the_configuration_space_by_name(board: Any) -> None:
     """An access to the data port is named after the register that the address port selects. If
     there is no function, all accesses share one line.
     """
@@ -139,7 +143,7 @@ def test_registers_of_the_configuration_space_by_name(board):
     }
 
 
-def test_names_of_registers():
+def test_names_of_registers() -> None:
     table = Registers({0: ("RBR", "THR"), 1: "IER", 4: "", 8: "wide"})
     assert [table(at, write) for at, write in ((0, False), (0, True), (1, True), (3, False))] == [
         "RBR",
@@ -151,7 +155,7 @@ def test_names_of_registers():
     assert Registers({4: "x"})(0, False) == ""
 
 
-def test_between_two_snapshots(board):
+def test_between_two_snapshots(board: Any) -> None:
     """The difference has only the exits in between, and no line that did not change."""
     vcpu = vcpu_of(board)
     board.read(PIO, 0x3000, 1)
@@ -168,7 +172,7 @@ def test_between_two_snapshots(board):
 
 
 @pytest.mark.parametrize(("queues", "mq", "control"), [(1, False, 2), (4, False, 2), (4, True, 8)])
-def test_kicks_of_the_control_queue_are_told_apart(queues, mq, control):
+def test_kicks_of_the_control_queue_are_told_apart(queues: Any, mq: Any, control: Any) -> None:
     """5.1.2: the control queue's index depends on the negotiated features. The latest negotiation
     counts.
     """
@@ -194,7 +198,7 @@ def test_kicks_of_the_control_queue_are_told_apart(queues, mq, control):
         assert not any("(control)" in name for name in names(board))
 
 
-def test_phases_of_a_card_whose_data_path_was_replaced(board):
+def test_phases_of_a_card_whose_data_path_was_replaced(board: Any) -> None:
     """Counters that a new data path starts again count from 0. Counters that the new data path
     lacks are left out.
     """

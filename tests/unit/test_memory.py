@@ -1,10 +1,13 @@
 """Guest memory has the right addresses, refuses bad ranges and goes away when it is closed."""
 
+from __future__ import annotations
+
 import mmap
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +20,18 @@ from pyvmm.spec.platform import RAM_HIGH_BASE, RAM_LOW_MAX
 MIB = 1 << 20
 
 
-def open_fds():
+def open_fds() -> set[str]:
     return {p.name for p in Path("/proc/self/fd").iterdir()}
 
 
 @pytest.fixture
-def memory():
+def memory() -> Iterator[GuestMemory]:
     m = GuestMemory(2 * MIB)
     yield m
     m.close()
 
 
-def test_read_write_view(memory):
+def test_read_write_view(memory: GuestMemory) -> None:
     memory.write(0x1000, b"hello")
     assert memory.read(0x1000, 5) == b"hello" and memory.read(0x0FFF, 1) == b"\0"
     with memory.view(0x1000, 5) as v:
@@ -54,7 +57,7 @@ def test_read_write_view(memory):
         (RAM_HIGH_BASE, 1),
     ],
 )
-def test_outside_is_refused(memory, gpa, length):
+def test_outside_is_refused(memory: GuestMemory, gpa: int, length: int) -> None:
     with pytest.raises(IndexError):
         memory.read(gpa, length)
     with pytest.raises(IndexError):
@@ -63,12 +66,12 @@ def test_outside_is_refused(memory, gpa, length):
         memory.write(gpa, bytes(length))
 
 
-def test_a_negative_length_is_refused(memory):
+def test_a_negative_length_is_refused(memory: GuestMemory) -> None:
     with pytest.raises((IndexError, ValueError)):
         memory.read(0x1000, -1)
 
 
-def test_the_pci_hole_splits_it():
+def test_the_pci_hole_splits_it() -> None:
     """This takes 5 GiB, but only touched pages cost memory."""
     m = GuestMemory(5 << 30)
     try:
@@ -102,17 +105,17 @@ def test_the_pci_hole_splits_it():
 @pytest.mark.parametrize(
     "size", [0, -1, 4096, MIB - 1, MIB + 1, MIB + 2048, SIZE_MAX + 4096, 1 << 63, 1 << 70]
 )
-def test_silly_sizes_are_usage_errors(size):
+def test_silly_sizes_are_usage_errors(size: int) -> None:
     with pytest.raises(UsageError, match="use 1M to 16T"):
         GuestMemory(size)
 
 
-def test_huge_pages_want_their_multiple():
+def test_huge_pages_want_their_multiple() -> None:
     with pytest.raises(UsageError, match="multiple of 2097152"):
         GuestMemory(MIB, huge=True)
 
 
-def test_a_host_without_memory_is_told_from_usage():
+def test_a_host_without_memory_is_told_from_usage() -> None:
     """A child process with a limit on its address space stands for such a host."""
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
@@ -128,14 +131,14 @@ def test_a_host_without_memory_is_told_from_usage():
     assert "2048 MiB" in done.stdout and "--memory" in done.stdout and not done.stderr
 
 
-def test_no_huge_pages_is_told_plainly():
+def test_no_huge_pages_is_told_plainly() -> None:
     if int(Path("/proc/sys/vm/nr_hugepages").read_text()):
         pytest.skip("this machine has huge pages")
     with pytest.raises(MemoryShort, match=r"vm.nr_hugepages=1$"):
         GuestMemory(2 * MIB, huge=True)
 
 
-def test_no_descriptors_is_told_plainly():
+def test_no_descriptors_is_told_plainly() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = max(map(int, open_fds()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used - 1, hard))
@@ -154,13 +157,13 @@ def test_no_descriptors_is_told_plainly():
             os.close(fd)
 
 
-def test_the_size_is_sealed(memory):
+def test_the_size_is_sealed(memory: GuestMemory) -> None:
     for size in (MIB, 4 * MIB):
         with pytest.raises(PermissionError):
             os.ftruncate(memory.fd.fileno(), size)
 
 
-def test_read_file(memory, tmp_path):
+def test_read_file(memory: GuestMemory, tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(bytes(range(256)) * 64)
     with open(path, "rb") as f:
@@ -171,7 +174,7 @@ def test_read_file(memory, tmp_path):
             memory.read_file(2 * MIB - 100, f.fileno(), 0, 101)
 
 
-def test_zero_drops_every_page(memory):
+def test_zero_drops_every_page(memory: GuestMemory) -> None:
     memory.write(0x1000, b"x" * 100_000)
     assert os.fstat(memory.fd.fileno()).st_blocks > 0
     memory.zero()
@@ -179,7 +182,7 @@ def test_zero_drops_every_page(memory):
     assert memory.read(0x1000, 100_000) == bytes(100_000)
 
 
-def test_close_twice_and_with_views_out():
+def test_close_twice_and_with_views_out() -> None:
     m = GuestMemory(MIB)
     fd = m.fd.fileno()
     v = m.view(0, 16)
@@ -191,8 +194,8 @@ def test_close_twice_and_with_views_out():
     v.release()
 
 
-def test_nothing_is_left_of_many():
-    def mapped():
+def test_nothing_is_left_of_many() -> None:
+    def mapped() -> int:
         return Path("/proc/self/maps").read_text().count("pyvmm-ram")
 
     before = len(open_fds()), mapped()
@@ -201,7 +204,7 @@ def test_nothing_is_left_of_many():
     assert (len(open_fds()), mapped()) == before
 
 
-def test_c_sees_the_same_memory(memory):
+def test_c_sees_the_same_memory(memory: GuestMemory) -> None:
     """C uses the same mapping: one page is written through the address in struct pv_memory."""
     region = memory.c.region[0]
     ffi.memmove(region.host + 0x3000, b"from C", 6)

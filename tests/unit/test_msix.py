@@ -2,7 +2,11 @@
 vectors change.
 """
 
+from __future__ import annotations
+
 import resource
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,31 +22,31 @@ COUNT = 3
 
 
 class Rig:
-    def __init__(self, board, count=COUNT):
+    def __init__(self, board: Any, count: Any = COUNT) -> None:
         self.board, self.vm = board, board.vm
         self.msix = Msix(self.vm, count)
         board.bus.add(MMIO, TABLE, 16 * count, "table", self.msix.table)
         board.bus.add(MMIO, PBA, (count + 63) // 64 * 8, "pba", self.msix.pba)
         self.events = [EventFd() for _ in range(count)]
 
-    def set(self, i, word, value):
+    def set(self, i: Any, word: Any, value: Any) -> None:
         self.board.write(MMIO, TABLE + 16 * i + 4 * word, 4, value)
 
-    def get(self, i, word):
+    def get(self, i: Any, word: Any) -> Any:
         return self.board.read(MMIO, TABLE + 16 * i + 4 * word, 4)
 
-    def open(self, i, address=0xFEE00000, data=None):
+    def open(self, i: Any, address: Any = 0xFEE00000, data: Any = None) -> None:
         self.set(i, 0, address & 0xFFFFFFFF)
         self.set(i, 1, address >> 32)
         self.set(i, 2, 0x40 + i if data is None else data)
         self.set(i, 3, 0)
 
-    def pending(self):
+    def pending(self) -> Any:
         return self.board.read(MMIO, PBA, 8)
 
 
 @pytest.fixture
-def rig():
+def rig() -> Iterator[Any]:
     with Board() as board:
         r = Rig(board)
         yield r
@@ -50,11 +54,11 @@ def rig():
             e.close()
 
 
-def message(i, address=0xFEE00000):
+def message(i: Any, address: Any = 0xFEE00000) -> Any:
     return (address, 0x40 + i)
 
 
-def test_the_table_after_reset_is_masked_and_reads_back(rig):
+def test_the_table_after_reset_is_masked_and_reads_back(rig: Any) -> None:
     for i in range(COUNT):
         assert [rig.get(i, w) for w in range(4)] == [0, 0, 0, 1]
         rig.set(i, 0, 0xFEE01003)
@@ -70,7 +74,7 @@ def test_the_table_after_reset_is_masked_and_reads_back(rig):
 @pytest.mark.parametrize(
     ("offset", "size"), [(0, 1), (0, 2), (2, 2), (4, 8), (1, 4), (2, 4), (15, 1)]
 )
-def test_odd_accesses_to_the_table_do_nothing(rig, offset, size):
+def test_odd_accesses_to_the_table_do_nothing(rig: Any, offset: Any, size: Any) -> None:
     rig.open(0)
     before = [rig.get(0, w) for w in range(4)]
     rig.board.write(MMIO, TABLE + offset, size, -1)
@@ -78,7 +82,7 @@ def test_odd_accesses_to_the_table_do_nothing(rig, offset, size):
     assert [rig.get(0, w) for w in range(4)] == before
 
 
-def test_an_open_vector_delivers_its_message(rig):
+def test_an_open_vector_delivers_its_message(rig: Any) -> None:
     rig.msix.set_flags(ENABLE)
     for i in range(COUNT):
         rig.msix.attach(i, rig.events[i])
@@ -92,7 +96,7 @@ def test_an_open_vector_delivers_its_message(rig):
 
 
 @pytest.mark.parametrize("how", ["vector", "function", "disabled"])
-def test_what_is_masked_stays_pending_and_comes_on_unmasking(rig, how):
+def test_what_is_masked_stays_pending_and_comes_on_unmasking(rig: Any, how: Any) -> None:
     rig.msix.set_flags(ENABLE)
     rig.msix.attach(1, rig.events[1])
     rig.open(1)
@@ -111,7 +115,7 @@ def test_what_is_masked_stays_pending_and_comes_on_unmasking(rig, how):
     assert rig.pending() == 0
 
 
-def test_a_new_message_goes_with_what_is_pending(rig):
+def test_a_new_message_goes_with_what_is_pending(rig: Any) -> None:
     """The driver masks the vector, moves the interrupt to another CPU, and unmasks the vector, as
     Linux does to change an interrupt's affinity.
     """
@@ -127,7 +131,7 @@ def test_a_new_message_goes_with_what_is_pending(rig):
     assert rig.vm.delivered() == [(0xFEE05000, 0x99)]
 
 
-def test_a_message_rewritten_while_open_takes_effect(rig):
+def test_a_message_rewritten_while_open_takes_effect(rig: Any) -> None:
     rig.msix.set_flags(ENABLE)
     rig.msix.attach(0, rig.events[0])
     rig.open(0)
@@ -137,7 +141,7 @@ def test_a_message_rewritten_while_open_takes_effect(rig):
     assert rig.vm.delivered() == [message(0), (0xFEE00000, 0x77)]
 
 
-def test_sources_that_share_a_vector(rig):
+def test_sources_that_share_a_vector(rig: Any) -> None:
     rig.msix.set_flags(ENABLE)
     for e in rig.events:
         rig.msix.attach(2, e)
@@ -154,7 +158,7 @@ def test_sources_that_share_a_vector(rig):
     assert rig.vm.delivered() == []
 
 
-def test_a_source_takes_what_is_pending_to_its_new_vector(rig):
+def test_a_source_takes_what_is_pending_to_its_new_vector(rig: Any) -> None:
     rig.msix.set_flags(ENABLE)
     rig.msix.attach(0, rig.events[0])
     rig.events[0].signal()
@@ -167,7 +171,7 @@ def test_a_source_takes_what_is_pending_to_its_new_vector(rig):
     assert rig.vm.delivered() == [message(1)]
 
 
-def test_reset_gives_everything_back(rig):
+def test_reset_gives_everything_back(rig: Any) -> None:
     rig.msix.set_flags(ENABLE)
     for i in range(COUNT):
         rig.msix.attach(i, rig.events[i])
@@ -185,7 +189,7 @@ def test_reset_gives_everything_back(rig):
 
 
 @pytest.mark.parametrize("what", ["set_msi_route", "irqfd"])
-def test_what_kvm_refuses_is_counted_and_stays_pending(rig, what):
+def test_what_kvm_refuses_is_counted_and_stays_pending(rig: Any, what: Any) -> None:
     rig.msix.set_flags(ENABLE)
     rig.msix.attach(0, rig.events[0])
     rig.vm.refuse = {what}
@@ -199,7 +203,7 @@ def test_what_kvm_refuses_is_counted_and_stays_pending(rig, what):
     assert rig.msix.errors == 1 and rig.vm.delivered() == [message(0)]
 
 
-def test_a_refusal_to_let_go_is_counted(rig):
+def test_a_refusal_to_let_go_is_counted(rig: Any) -> None:
     rig.msix.set_flags(ENABLE)
     rig.msix.attach(0, rig.events[0])
     rig.open(0)
@@ -208,7 +212,7 @@ def test_a_refusal_to_let_go_is_counted(rig):
     assert rig.msix.errors == 1
 
 
-def test_a_refused_route_unwires_the_old_one(rig):
+def test_a_refused_route_unwires_the_old_one(rig: Any) -> None:
     """An interrupt must not go to a destination at which the guest does not expect it any more."""
     rig.msix.set_flags(ENABLE)
     rig.msix.attach(0, rig.events[0])
@@ -219,7 +223,7 @@ def test_a_refused_route_unwires_the_old_one(rig):
     assert rig.vm.delivered() == [] and rig.pending() == 1
 
 
-def test_pending_bits_of_many_vectors():
+def test_pending_bits_of_many_vectors() -> None:
     with Board() as board:
         r = Rig(board, 130)
         for i in (0, 63, 64, 129):
@@ -233,7 +237,7 @@ def test_pending_bits_of_many_vectors():
             e.close()
 
 
-def test_pending_bits_with_more_than_1024_descriptors_open(rig):
+def test_pending_bits_with_more_than_1024_descriptors_open(rig: Any) -> None:
     """select() would raise, and an exception in a vCPU's thread ends the machine."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
         _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -249,7 +253,7 @@ def test_pending_bits_with_more_than_1024_descriptors_open(rig):
             e.close()
 
 
-def test_a_machine_without_a_single_vector_in_use(rig):
+def test_a_machine_without_a_single_vector_in_use(rig: Any) -> None:
     rig.msix.set_flags(ENABLE)
     rig.open(0)
     assert rig.pending() == 0 and rig.vm.delivered() == []

@@ -9,7 +9,7 @@ from pyvmm.netopt import GROUPS, Net, mac_text, parse_mac
 from tests.driver import bits
 
 
-def test_defaults():
+def test_defaults() -> None:
     net = Net.parse("emulated")
     assert (net.mode, net.tap, net.mac, net.mtu, net.host, net.guest) == (
         "emulated",
@@ -29,7 +29,7 @@ def test_defaults():
     assert Net.parse("none").mode == "none" and Net().mode == "emulated"
 
 
-def test_every_key():
+def test_every_key() -> None:
     net = Net.parse(
         "emulated,tap=tap7,mac=52:54:0:12:34:5F,mtu=9000,host=10.0.0.1/8,guest=10.0.0.2/8,queue-size=1024,"
         "without=tso+mrg-rxbuf,notify=exit,poll=50"
@@ -51,7 +51,7 @@ def test_every_key():
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_group_names_bits_that_exist(group):
+def test_every_group_names_bits_that_exist(group: str) -> None:
     assert Net(without=group).excluded()
 
 
@@ -108,7 +108,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD, ids=lambda text: ascii(text)[:40])
-def test_bad_input_is_refused_with_the_remedy(text):
+def test_bad_input_is_refused_with_the_remedy(text: str) -> None:
     with pytest.raises(UsageError) as e:
         Net.parse(text)
     assert BAD[text] in str(e.value)
@@ -117,7 +117,7 @@ def test_bad_input_is_refused_with_the_remedy(text):
 
 @given(st.text())
 @example("emulated,mtu=\u00b2")
-def test_any_text_is_taken_or_refused(text):
+def test_any_text_is_taken_or_refused(text: str) -> None:
     for candidate in (
         text,
         f"emulated,{text}",
@@ -131,14 +131,14 @@ def test_any_text_is_taken_or_refused(text):
             pass
 
 
-def test_a_mac_may_be_bytes():
+def test_a_mac_may_be_bytes() -> None:
     assert parse_mac(b"\x52\0\0\0\0\1") == b"\x52\0\0\0\0\1"
     for bad in (b"", b"12345", b"1234567", b"\x01\0\0\0\0\1"):
         with pytest.raises(UsageError):
             parse_mac(bad)
 
 
-def test_vhost_user():
+def test_vhost_user() -> None:
     net = Net.parse("vhost-user,socket=/tmp/s,server=on,queues=2")
     assert (net.mode, net.socket, net.server, net.queues) == ("vhost-user", "/tmp/s", True, 2)
     assert not Net.parse("vhost-user,socket=/tmp/s").server
@@ -154,7 +154,7 @@ def test_vhost_user():
             Net.parse(text)
 
 
-def test_switchable():
+def test_switchable() -> None:
     net = Net.parse("emulated,switchable=vhost-net+vhost-user,socket=/tmp/s,poll=5,tap=tap0")
     assert net.switchable == ["vhost-net", "vhost-user"] and net.has_tap
     assert Net.parse("vhost-user,tap=tap0").has_tap  # with a back-end of pyvmm's own
@@ -169,7 +169,7 @@ def test_switchable():
             Net.parse(text)
 
 
-def test_switched():
+def test_switched() -> None:
     net = Net.parse("emulated,mac=52:54:00:00:00:09,mtu=9000,queues=2,queue-size=64")
     other = net.switched("vhost-user,socket=/tmp/s,server=on")
     assert (other.mode, other.socket, other.server) == ("vhost-user", "/tmp/s", True)

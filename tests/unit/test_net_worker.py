@@ -2,6 +2,8 @@
 real tap.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import socket
@@ -10,13 +12,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pyvmm._ext import ffi, lib
+from pyvmm.conformance.driver import Ring
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import RingFault
+from pyvmm.fd import EventFd
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.memory import GuestMemory
 from pyvmm.spec.virtio import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
@@ -47,7 +53,7 @@ class Rig:
         hold_ms: int = 200,
         worker_cpu: int | None = None,
         fill: bool = True,
-        **driver,
+        **driver: int,
     ) -> None:
         self.acked = acked
         self.memory = GuestMemory(16 << 20)
@@ -65,7 +71,7 @@ class Rig:
         if fill:
             self.driver.fill()
 
-    def start(self, bases=(None, None)) -> "Rig":
+    def start(self, bases: list[int] | tuple[Any, ...] = (None, None)) -> Rig:
         rings = [r.vring(b) for r, b in zip(self.driver.rings, bases, strict=True)]
         self.path.start(self.acked, self.memory, rings, self.events)
         return self
@@ -73,10 +79,10 @@ class Rig:
     def counter(self, name: str) -> int:
         return self.path.counters().get(name, 0)
 
-    def __enter__(self) -> "Rig":
+    def __enter__(self) -> Rig:
         return self
 
-    def __exit__(self, *args) -> None:
+    def __exit__(self, *args: Any) -> None:
         self.path.close()
         self.cable.close()
         self.driver.close()
@@ -97,7 +103,7 @@ FEATURE_SETS = [
 
 @pytest.mark.parametrize("acked", FEATURE_SETS)
 @pytest.mark.parametrize("start", [0, 65500])
-def test_packets_pass_both_ways_in_order(acked, start):
+def test_packets_pass_both_ways_in_order(acked: int, start: int) -> None:
     with Rig(acked, start=start) as rig:
         rig.start([start, start])
         sent = [frame(i, 60 + i % 1400) for i in range(600)]
@@ -132,7 +138,7 @@ def cpu_seconds(rig: Rig) -> float:
     return sum(worker["cpu_s"] for worker in rig.path.workers())
 
 
-def test_pending_before_start_is_served_without_a_kick():
+def test_pending_before_start_is_served_without_a_kick() -> None:
     with Rig() as rig:
         rig.driver.send(frame(1), frame(2), kick=False)
         rig.cable.far.send(bytes(12) + frame(3))
@@ -142,7 +148,7 @@ def test_pending_before_start_is_served_without_a_kick():
         assert rig.driver.wait_packets(1)[0][12:] == frame(3)
 
 
-def test_a_restart_goes_on_where_the_last_one_stopped():
+def test_a_restart_goes_on_where_the_last_one_stopped() -> None:
     with Rig(start=65530) as rig:
         sent, got, bases = 0, [], (65530, 65530)
         for _ in range(40):
@@ -167,7 +173,7 @@ def test_a_restart_goes_on_where_the_last_one_stopped():
 
 
 @pytest.mark.parametrize("acked", [ALL, VERSION_1 | MRG])
-def test_a_parked_ring_asks_for_kicks(acked):
+def test_a_parked_ring_asks_for_kicks(acked: int) -> None:
     """So that they gather in the eventfd, for whoever takes over."""
     with Rig(acked) as rig:
         for n in range(1, 4):
@@ -184,7 +190,7 @@ def test_a_parked_ring_asks_for_kicks(acked):
 
 
 @pytest.mark.parametrize("acked", [ALL, VERSION_1])
-def test_transmit_batches_need_few_kicks_and_calls(acked):
+def test_transmit_batches_need_few_kicks_and_calls(acked: int) -> None:
     with Rig(acked) as rig:
         rig.start()
         assert wait_for(lambda: rig.driver.tx._used[0] == 0)
@@ -204,7 +210,7 @@ def test_transmit_batches_need_few_kicks_and_calls(acked):
 
 
 @pytest.mark.parametrize("acked", [ALL, VERSION_1])
-def test_a_guest_that_goes_on_sending_gets_by_without_kicks(acked):
+def test_a_guest_that_goes_on_sending_gets_by_without_kicks(acked: int) -> None:
     """Two packets as soon as the last two are done; each pair would need a kick if the worker asked
     at once.
     """
@@ -234,7 +240,7 @@ def test_a_guest_that_goes_on_sending_gets_by_without_kicks(acked):
 
 
 @pytest.mark.parametrize("event_idx", [0, EVENT_IDX])
-def test_no_calls_where_the_guest_wants_none(event_idx):
+def test_no_calls_where_the_guest_wants_none(event_idx: int) -> None:
     with Rig(VERSION_1 | MRG | event_idx) as rig:
         rig.start()
         rig.driver.send(frame(0))  # with EVENT_IDX the first batch is always signalled
@@ -258,7 +264,7 @@ def test_no_calls_where_the_guest_wants_none(event_idx):
 
 @pytest.mark.parametrize("acked", [ALL, VERSION_1 | MRG])
 @pytest.mark.parametrize("poll_us", [0, 50])
-def test_no_wakeup_is_lost(acked, poll_us):
+def test_no_wakeup_is_lost(acked: int, poll_us: int) -> None:
     """Ping-pong with kicks and calls only where asked for: one lost notification and it hangs."""
     with Rig(acked, poll_us=poll_us) as rig:
         rig.start()
@@ -273,7 +279,7 @@ def test_no_wakeup_is_lost(acked, poll_us):
             assert [p[12:] for p in rig.driver.poll()] == [frame(i)]
 
 
-def os_poll(fds, timeout_ms):
+def os_poll(fds: list[EventFd], timeout_ms: int) -> None:
     import select
 
     p = select.poll()
@@ -283,7 +289,7 @@ def os_poll(fds, timeout_ms):
 
 
 @pytest.mark.parametrize("acked", [ALL, VERSION_1])
-def test_no_kick_is_lost_to_a_guest_that_answers_at_once(acked):
+def test_no_kick_is_lost_to_a_guest_that_answers_at_once(acked: int) -> None:
     """Each packet is made available the moment the last one is done, right when the worker decides
     to sleep.
     """
@@ -311,7 +317,7 @@ def test_no_kick_is_lost_to_a_guest_that_answers_at_once(acked):
                     rig.cable.far.recv(16)
 
 
-def test_transmit_waits_while_the_tap_is_full():
+def test_transmit_waits_while_the_tap_is_full() -> None:
     with Rig() as rig:
         rig.start()
         sent = [frame(i, 1400) for i in range(3000)]
@@ -332,7 +338,7 @@ def test_transmit_waits_while_the_tap_is_full():
         assert rig.counter("tx_drop_error") == 0
 
 
-def test_stopping_while_the_tap_is_full_gives_the_chains_back():
+def test_stopping_while_the_tap_is_full_gives_the_chains_back() -> None:
     with Rig() as rig:
         rig.start()
         while rig.counter("tx_blocks") == 0:
@@ -342,7 +348,7 @@ def test_stopping_while_the_tap_is_full_gives_the_chains_back():
         assert base == rig.driver.tx.used_idx != rig.driver.tx.published
 
 
-def test_receive_without_buffers_waits_quietly_and_resumes():
+def test_receive_without_buffers_waits_quietly_and_resumes() -> None:
     """CVE-2020-16843: ring and tap both full, then receive must come back."""
     with Rig(fill=False, rx_buffers=64) as rig:
         rig.start()
@@ -368,7 +374,7 @@ def test_receive_without_buffers_waits_quietly_and_resumes():
 
 
 @pytest.mark.parametrize("rx_size", [700, 2048, 4096])
-def test_long_frames_are_merged(rx_size):
+def test_long_frames_are_merged(rx_size: int) -> None:
     with Rig(ALL | GSO, rx_size=rx_size) as rig:
         rig.start()
         lengths = [60, 1514, 9000, 65549, 65549, 64, 30000, 1514, 65549] + [60] * 100 + [65549, 60]
@@ -384,7 +390,7 @@ def test_long_frames_are_merged(rx_size):
         assert rig.path.stop()[0] == rig.driver.rx.used_idx
 
 
-def test_a_frame_that_lacks_buffers_is_held_until_they_come():
+def test_a_frame_that_lacks_buffers_is_held_until_they_come() -> None:
     with Rig(ALL | GSO, hold_ms=LONG_MS, fill=False) as rig:
         rig.driver.fill(10)
         rig.start()
@@ -400,7 +406,7 @@ def test_a_frame_that_lacks_buffers_is_held_until_they_come():
         assert rig.counter("rx_drop_held") == 0
 
 
-def test_each_held_frame_has_its_own_time():
+def test_each_held_frame_has_its_own_time() -> None:
     """Together they are held longer than one frame may be; each has 4 s to spare."""
     with Rig(ALL | GSO, hold_ms=5000, fill=False) as rig:
         rig.start()
@@ -414,7 +420,7 @@ def test_each_held_frame_has_its_own_time():
         assert rig.counter("rx_drop_held") == 0
 
 
-def test_a_held_frame_s_time_starts_anew_at_the_stop():
+def test_a_held_frame_s_time_starts_anew_at_the_stop() -> None:
     """``stop(finish=True)`` promises the guest its full time; 1.3 s are there to spare."""
     with Rig(ALL | GSO, hold_ms=1500, fill=False) as rig:
         rig.driver.fill(5)
@@ -428,7 +434,7 @@ def test_a_held_frame_s_time_starts_anew_at_the_stop():
         assert rig.counter("rx_drop_held") == 1
 
 
-def test_a_held_frame_does_not_freeze_receive():
+def test_a_held_frame_does_not_freeze_receive() -> None:
     with Rig(ALL | GSO, fill=False) as rig:
         rig.driver.fill(10)
         rig.start()
@@ -438,7 +444,7 @@ def test_a_held_frame_does_not_freeze_receive():
         assert rig.counter("rx_drop_held") == 1
 
 
-def test_a_frame_longer_than_the_whole_ring_is_dropped():
+def test_a_frame_longer_than_the_whole_ring_is_dropped() -> None:
     with Rig(ALL | GSO, size=16) as rig:
         rig.start()
         rig.cable.far.send(bytes(12) + frame(1, 65000))
@@ -447,7 +453,7 @@ def test_a_frame_longer_than_the_whole_ring_is_dropped():
         assert rig.counter("rx_drop_long") == 1
 
 
-def test_a_frame_longer_than_its_chain_is_dropped_without_mrg_rxbuf():
+def test_a_frame_longer_than_its_chain_is_dropped_without_mrg_rxbuf() -> None:
     with Rig(ALL & ~MRG) as rig:
         rig.start()
         for f in (frame(1, 3000), frame(2), frame(3, 2036), frame(4, 2037), frame(5)):
@@ -457,7 +463,7 @@ def test_a_frame_longer_than_its_chain_is_dropped_without_mrg_rxbuf():
         assert rig.counter("rx_drop_long") == 2
 
 
-def test_a_packet_without_a_full_header_is_dropped():
+def test_a_packet_without_a_full_header_is_dropped() -> None:
     with Rig() as rig:
         rig.start()
         rig.cable.far.send(bytes(11))
@@ -470,7 +476,7 @@ def test_a_packet_without_a_full_header_is_dropped():
     "split", [[12], [1] * 12, [10, 2], [11, 1, 13], [5, 5, 20], [12, 14, 20, 1]]
 )
 @pytest.mark.parametrize("indirect", [0, INDIRECT_DESC])
-def test_the_header_may_be_split_anywhere(split, indirect):
+def test_the_header_may_be_split_anywhere(split: list[int], indirect: int) -> None:
     """CVE-2022-2132."""
     header = bytes(range(1, 13))
     with Rig(VERSION_1 | EVENT_IDX | indirect, fill=False) as rig:
@@ -492,7 +498,7 @@ def test_the_header_may_be_split_anywhere(split, indirect):
         assert [n for _, n in d.rx.take_used()] == [512]
 
 
-def test_many_frames_in_chains_of_several_buffers():
+def test_many_frames_in_chains_of_several_buffers() -> None:
     """More chains ahead than frames all the time, so that the receive window wraps in its
     arrays.
     """
@@ -500,7 +506,7 @@ def test_many_frames_in_chains_of_several_buffers():
         rig.start()
         rx, where = rig.driver.rx, {}
 
-        def post(number):
+        def post(number: int) -> None:
             gpa = 0x200000 + 4096 * (number % 100)
             where[
                 rx.add(
@@ -525,7 +531,7 @@ def test_many_frames_in_chains_of_several_buffers():
                 )
 
 
-def test_only_one_queue_enabled():
+def test_only_one_queue_enabled() -> None:
     with Rig() as rig:
         rig.path.start(ALL, rig.memory, [rig.driver.tx.vring()], rig.events)
         rig.driver.send(frame(1))
@@ -538,7 +544,7 @@ def test_only_one_queue_enabled():
         assert not rig.faults
 
 
-def test_two_queue_pairs():
+def test_two_queue_pairs() -> None:
     with Rig() as rig:
         other = Cable()
         rig.cable.fds.append(other.fds[0])
@@ -557,7 +563,7 @@ def test_two_queue_pairs():
         other.far.close()
 
 
-def test_stop_is_quick_under_load_and_idempotent():
+def test_stop_is_quick_under_load_and_idempotent() -> None:
     with Rig(size=1024) as rig:
         for _ in range(8):
             for _i in range(300):
@@ -578,7 +584,7 @@ def test_stop_is_quick_under_load_and_idempotent():
 # --- the threads ----------------------------------------------------------------------------------
 
 
-def test_the_thread_is_known_when_start_returns():
+def test_the_thread_is_known_when_start_returns() -> None:
     with Rig(worker_cpu=0) as rig:
         rig.start()
         (worker,) = rig.path.workers()
@@ -596,7 +602,7 @@ def test_the_thread_is_known_when_start_returns():
         assert rig.counter("worker_cpu_ns") > used
 
 
-def test_the_supervisor_lives_as_long_as_the_data_path():
+def test_the_supervisor_lives_as_long_as_the_data_path() -> None:
     """A start waits for no Python thread but the first time, and ``prepare`` makes that one."""
     before, fds = threading.enumerate(), len(list(Path("/proc/self/fd").iterdir()))
     with Rig() as rig:
@@ -612,7 +618,7 @@ def test_the_supervisor_lives_as_long_as_the_data_path():
     assert len(list(Path("/proc/self/fd").iterdir())) == fds
 
 
-def test_a_worker_that_cannot_be_pinned_serves_all_the_same():
+def test_a_worker_that_cannot_be_pinned_serves_all_the_same() -> None:
     with Rig(worker_cpu=8000) as rig:
         rig.start()
         assert wait_for(lambda: rig.faults)
@@ -621,7 +627,7 @@ def test_a_worker_that_cannot_be_pinned_serves_all_the_same():
         assert rig.cable.receive()[12:] == frame(1)
 
 
-def test_a_worker_never_waits_for_python():
+def test_a_worker_never_waits_for_python() -> None:
     """A guest that spoils its transmit ring goes on receiving, although Python's lock is taken: by
     this thread, whose system calls and loop keep it.
     """
@@ -659,7 +665,7 @@ def flap(rig: Rig, cables: list[Cable], times: int) -> None:
         assert wait_for(lambda n=n: rig.counter("rx_packets") == n + 1)
 
 
-def test_a_slow_supervisor_misses_no_fault_and_not_the_latest_link_state():
+def test_a_slow_supervisor_misses_no_fault_and_not_the_latest_link_state() -> None:
     """The ring of events is bounded, and the worker does not wait for room."""
     go_on = threading.Event()
     with Rig(fill=False) as rig:
@@ -723,7 +729,7 @@ with Rig() as rig:
 
 
 @pytest.mark.parametrize("stacks", [0, 1, 2])
-def test_all_threads_or_none(stacks):
+def test_all_threads_or_none(stacks: int) -> None:
     """Two workers and a supervisor, and address space for ``stacks`` of them: the rings are as they
     were.
     """
@@ -740,10 +746,10 @@ def test_all_threads_or_none(stacks):
 # --- what a hostile guest tries -------------------------------------------------------------------
 
 
-def raw(*descs, head=0, ahead=1):
+def raw(*descs: tuple[int, int, int, int], head: int = 0, ahead: int = 1) -> Callable[..., Any]:
     """Descriptors (gpa, length, flags, next) from index 0, made available from ``head``."""
 
-    def apply(ring, memory, write):
+    def apply(ring: Ring, memory: GuestMemory, write: bool) -> None:
         for i, (gpa, length, flags, following) in enumerate(descs):
             ring.set_desc(i, gpa, length, flags | (WRITE if write else 0), following)
         ring.set_avail(ring.avail_idx, head)
@@ -752,8 +758,13 @@ def raw(*descs, head=0, ahead=1):
     return apply
 
 
-def indirect(*descs, length=None, flags=0, table=0x400000):
-    def apply(ring, memory, write):
+def indirect(
+    *descs: tuple[int, int, int, int],
+    length: int | None = None,
+    flags: int = 0,
+    table: int = 0x400000,
+) -> Callable[..., Any]:
+    def apply(ring: Ring, memory: GuestMemory, write: bool) -> None:
         data = b"".join(
             struct.pack("<QIHH", gpa, n, f | (WRITE if write else 0), following)
             for gpa, n, f, following in descs
@@ -804,7 +815,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("queue", [0, 1])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_ring_is_stopped_and_the_other_goes_on(name, queue):
+def test_a_hostile_ring_is_stopped_and_the_other_goes_on(name: str, queue: int) -> None:
     act, words = HOSTILE[name]
     with Rig(fill=False) as rig:
         rig.start()
@@ -841,7 +852,7 @@ def test_a_hostile_ring_is_stopped_and_the_other_goes_on(name, queue):
 
 
 @pytest.mark.parametrize("queue", [0, 1])
-def test_the_wrong_direction_is_a_fault(queue):
+def test_the_wrong_direction_is_a_fault(queue: int) -> None:
     with Rig(fill=False) as rig:
         rig.start()
         ring = rig.driver.rings[queue]
@@ -853,7 +864,7 @@ def test_the_wrong_direction_is_a_fault(queue):
 
 
 @pytest.mark.parametrize("queue", [0, 1])
-def test_writable_before_readable_is_a_fault(queue):
+def test_writable_before_readable_is_a_fault(queue: int) -> None:
     with Rig(fill=False) as rig:
         rig.start()
         ring = rig.driver.rings[queue]
@@ -864,7 +875,7 @@ def test_writable_before_readable_is_a_fault(queue):
         assert rig.faults[0][0] == queue and "readable descriptor after" in rig.faults[0][1]
 
 
-def test_indirect_without_the_feature_is_a_fault():
+def test_indirect_without_the_feature_is_a_fault() -> None:
     with Rig(VERSION_1 | MRG) as rig:
         rig.start()
         rig.driver.tx.add([(0x200000, 100, False)], indirect=0x300000)
@@ -873,7 +884,7 @@ def test_indirect_without_the_feature_is_a_fault():
         assert "without INDIRECT_DESC" in rig.faults[0][1]
 
 
-def test_chains_before_the_bad_one_are_finished():
+def test_chains_before_the_bad_one_are_finished() -> None:
     with Rig() as rig:
         rig.driver.send(*(frame(i) for i in range(10)), kick=False)
         tx = rig.driver.tx
@@ -904,7 +915,9 @@ BAD_PLACES = [
 
 @pytest.mark.parametrize(("change", "words"), BAD_PLACES)
 @pytest.mark.parametrize("queue", [0, 1])
-def test_a_bad_ring_is_refused_and_nothing_touched(change, words, queue):
+def test_a_bad_ring_is_refused_and_nothing_touched(
+    change: dict[str, int], words: str, queue: int
+) -> None:
     with Rig() as rig:
         rings = [r.vring() for r in rig.driver.rings]
         for key, value in change.items():
@@ -920,7 +933,7 @@ def test_a_bad_ring_is_refused_and_nothing_touched(change, words, queue):
         assert rig.path.stop() == []
 
 
-def test_ring_areas_that_end_with_the_memory_are_fine():
+def test_ring_areas_that_end_with_the_memory_are_fine() -> None:
     with Rig() as rig:
         v = rig.driver.tx.vring()
         v.used = (TOP - 6 - 8 * 256) & ~3
@@ -931,7 +944,7 @@ def test_ring_areas_that_end_with_the_memory_are_fine():
 # --- the outside goes wrong -----------------------------------------------------------------------
 
 
-def test_a_vanished_peer_is_link_down_without_a_busy_loop():
+def test_a_vanished_peer_is_link_down_without_a_busy_loop() -> None:
     with Rig() as rig:
         rig.start()
         rig.cable.far.close()
@@ -949,7 +962,7 @@ def test_a_vanished_peer_is_link_down_without_a_busy_loop():
 
 
 @pytest.fixture
-def namespace():
+def namespace() -> Iterator[Namespace]:
     with Namespace(address="192.168.90.1/24", mtu=1500) as ns:
         yield ns
 
@@ -964,13 +977,13 @@ def arp_request() -> bytes:
 
 
 class TapRig(Rig):
-    def __init__(self, namespace, acked=ALL, **driver):
+    def __init__(self, namespace: Namespace, acked: int = ALL, **driver: int) -> None:
         super().__init__(acked, **driver)
         self.tap = namespace.tap
         self.path = EmulatedNet(self.tap)
 
 
-def test_arp_over_a_tap(namespace):
+def test_arp_over_a_tap(namespace: Namespace) -> None:
     with TapRig(namespace) as rig:
         rig.start()
         rig.driver.send(arp_request())
@@ -982,7 +995,7 @@ def test_arp_over_a_tap(namespace):
         assert reply[40:44] == HOST_IP
 
 
-def test_both_directions_get_their_turn(namespace):
+def test_both_directions_get_their_turn(namespace: Namespace) -> None:
     """A guest that transmits without end starves neither receive nor stop (CVE-2019-3900)."""
     with TapRig(namespace, size=32768, rx_buffers=64) as rig:
         tx, enough = rig.driver.tx, threading.Event()
@@ -991,7 +1004,7 @@ def test_both_directions_get_their_turn(namespace):
         for i in range(tx.size):
             tx.set_avail(i, 0)
 
-        def hog():
+        def hog() -> None:
             while not enough.is_set():
                 tx.set_avail_idx(tx.used_idx + tx.size)
 
@@ -1019,19 +1032,21 @@ def test_both_directions_get_their_turn(namespace):
     [(2, 7, 7, True), (2, 7, 8, False), (2, 7, 9, False), (1, 7, 7, False), (2, 7, None, False)],
     ids=["not sent", "sent", "others send", "not counted then", "not counted now"],
 )
-def test_the_tap_s_count_says_what_was_sent_before_a_kill(given, before, taken, sent):
+def test_the_tap_s_count_says_what_was_sent_before_a_kill(
+    given: int, before: int, taken: int | None, sent: bool
+) -> None:
     """A frame that was in the hands of a process that was killed: its notes, and the tap's count of
     what it took.
     """
 
     class Interface:
-        def link(self):
+        def link(self) -> Any:
             return self
 
-        def stats(self):
+        def stats(self) -> dict[str, int]:
             return {"rx_packets": taken}
 
-        def reopen(self):
+        def reopen(self) -> Any:
             return False
 
     memory = GuestMemory(1 << 20)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def files(root):
+def files(root: Path) -> set[str]:
     """The files of the package but for compiled ones."""
     return {
         str(path.relative_to(root))
@@ -21,7 +21,7 @@ def files(root):
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("site")
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(directory)]
     command += ["build_py", "--build-lib", str(directory)]
@@ -32,7 +32,7 @@ def installed(tmp_path_factory):
     return directory
 
 
-def pyvmm(installed, *argv):
+def pyvmm(installed: Path, *argv: str) -> subprocess.CompletedProcess:
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import pyvmm\n"
         "assert pyvmm.__file__.startswith(sys.path[0]), pyvmm.__file__\n"
@@ -46,11 +46,11 @@ def pyvmm(installed, *argv):
     )
 
 
-def test_every_file_is_installed(installed):
+def test_every_file_is_installed(installed: Path) -> None:
     assert files(installed) == files(ROOT)
 
 
-def test_an_installed_pyvmm_runs_outside_of_the_checkout(installed):
+def test_an_installed_pyvmm_runs_outside_of_the_checkout(installed: Path) -> None:
     done = pyvmm(installed, "--version")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("pyvmm ")
     done = pyvmm(installed, "doctor", "--json")

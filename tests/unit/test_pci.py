@@ -2,6 +2,11 @@
 of each other, and hostile accesses.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,20 +23,20 @@ MEMORY, IO = pci.PCI_COMMAND_MEMORY, pci.PCI_COMMAND_IO
 
 
 class Echo:
-    def __init__(self, mark):
+    def __init__(self, mark: Any) -> None:
         self.mark = mark
 
-    def read(self, offset, size):
+    def read(self, offset: Any, size: Any) -> Any:
         return self.mark << 8 | offset & 0xFF
 
-    def write(self, offset, size, value):
+    def write(self, offset: Any, size: Any, value: Any) -> None:
         pass
 
 
 class Card(PciFunction):
     """A card with two regions in a memory BAR, and an I/O BAR. It notes the moves of its BARs."""
 
-    def __init__(self, board, mark):
+    def __init__(self, board: Any, mark: Any) -> None:
         super().__init__(f"card{mark}", 0x1234, 0x5678 + mark, 0x028000, subsystem=mark, pin=1)
         self.moves, self.commands, self.written = [], [], []
         bar = Bar(SIZE)
@@ -48,28 +53,28 @@ class Card(PciFunction):
         self.cap2 = self.add_capability(pci.PCI_CAP_ID_VNDR, bytes([4, 9]))
         self.allow(self.cap + 4, 0xFFFF, 2)
 
-    def command_written(self, command):
+    def command_written(self, command: Any) -> None:
         self.commands.append(command)
 
-    def config_written(self, at, size):
+    def config_written(self, at: Any, size: Any) -> None:
         self.written.append((at, size))
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
 @pytest.fixture
-def board():
+def board() -> Iterator[Any]:
     with Board() as b:
         yield b
 
 
 @pytest.fixture
-def cards(board):
+def cards(board: Any) -> Any:
     return [board.add(Card(board, n)) for n in (1, 2)]
 
 
-def test_what_a_driver_finds(board, cards):
+def test_what_a_driver_finds(board: Any, cards: Any) -> None:
     assert [board.config_read(slot, 0) for slot in range(4)] == [
         0x00081B36,
         0x56791234,
@@ -87,7 +92,7 @@ def test_what_a_driver_finds(board, cards):
     assert board.capabilities(0) == []
 
 
-def test_the_memory_window_shows_the_same(board, cards):
+def test_the_memory_window_shows_the_same(board: Any, cards: Any) -> None:
     for at in range(0, 256, 4):
         assert board.read(MMIO, board.ecam(1, at), 4) == board.config_read(1, at)
     assert (
@@ -103,7 +108,7 @@ def test_the_memory_window_shows_the_same(board, cards):
     assert board.config_read(1, pci.PCI_INTERRUPT_LINE, 1) == 0x55
 
 
-def test_read_only_registers_stay(board, cards):
+def test_read_only_registers_stay(board: Any, cards: Any) -> None:
     before = bytes(cards[0].config)
     for at in range(0, 256, 4):
         if at not in (pci.PCI_COMMAND, 0x10, 0x14, pci.PCI_INTERRUPT_LINE, cards[0].cap + 4):
@@ -112,7 +117,7 @@ def test_read_only_registers_stay(board, cards):
     assert bytes(cards[0].config) == before
 
 
-def test_bars_are_given_a_place_and_sized_like_any(board, cards):
+def test_bars_are_given_a_place_and_sized_like_any(board: Any, cards: Any) -> None:
     for slot in (1, 2):
         assert board.bar_size(slot, 0) == SIZE
         assert board.bar_size(slot, 2) == 0
@@ -122,7 +127,7 @@ def test_bars_are_given_a_place_and_sized_like_any(board, cards):
     assert bases == [PCI_MMIO_BASE, PCI_MMIO_BASE + SIZE]
 
 
-def test_decoding_follows_the_command_register(board, cards):
+def test_decoding_follows_the_command_register(board: Any, cards: Any) -> None:
     base = board.config_read(1, 0x10)
     assert board.read(MMIO, base, 2) == 0xFFFF
     board.config_write(1, pci.PCI_COMMAND, 2, MEMORY)
@@ -139,7 +144,7 @@ def test_decoding_follows_the_command_register(board, cards):
     assert cards[0].commands == [MEMORY, IO, 0]
 
 
-def test_a_bar_moves_under_the_guest(board, cards):
+def test_a_bar_moves_under_the_guest(board: Any, cards: Any) -> None:
     old, new = board.config_read(1, 0x10), PCI_MMIO_BASE + 0x100000
     board.config_write(1, pci.PCI_COMMAND, 2, MEMORY)
     board.config_write(1, 0x10, 4, new)
@@ -167,7 +172,7 @@ def test_a_bar_moves_under_the_guest(board, cards):
         0xFFFFC000,
     ],
 )
-def test_a_bar_outside_the_window_decodes_nothing(board, cards, base):
+def test_a_bar_outside_the_window_decodes_nothing(board: Any, cards: Any, base: Any) -> None:
     """A BAR must not hide RAM, ECAM or the interrupt controllers."""
     board.config_write(1, pci.PCI_COMMAND, 2, MEMORY)
     board.config_write(1, 0x10, 4, base)
@@ -178,7 +183,7 @@ def test_a_bar_outside_the_window_decodes_nothing(board, cards, base):
 
 
 @pytest.mark.parametrize("base", [0, 0x3E0, 0xCE0, BAR_IO_MIN - 0x20])
-def test_an_io_bar_stays_off_the_board_s_ports(board, cards, base):
+def test_an_io_bar_stays_off_the_board_s_ports(board: Any, cards: Any, base: Any) -> None:
     board.config_write(1, pci.PCI_COMMAND, 2, IO)
     board.config_write(1, 0x14, 4, base)
     assert cards[0].bars[1].base is None
@@ -186,7 +191,7 @@ def test_an_io_bar_stays_off_the_board_s_ports(board, cards, base):
     assert board.read(PIO, 0xFFE0, 2) == 0x100
 
 
-def test_a_bar_on_top_of_another_device_waits_until_that_has_gone(board, cards):
+def test_a_bar_on_top_of_another_device_waits_until_that_has_gone(board: Any, cards: Any) -> None:
     a, b = (board.config_read(slot, 0x10) for slot in (1, 2))
     for slot in (1, 2):
         board.config_write(slot, pci.PCI_COMMAND, 2, MEMORY)
@@ -202,7 +207,7 @@ def test_a_bar_on_top_of_another_device_waits_until_that_has_gone(board, cards):
     assert board.read(MMIO, a, 2) == 0x100
 
 
-def test_a_bar_whose_second_half_is_taken_answers_nowhere(board, cards):
+def test_a_bar_whose_second_half_is_taken_answers_nowhere(board: Any, cards: Any) -> None:
     base = PCI_MMIO_BASE + 0x100000
     board.bus.add(MMIO, base + 0x2010, 4, "rock", Echo(0x55))
     board.config_write(1, pci.PCI_COMMAND, 2, MEMORY)
@@ -213,7 +218,7 @@ def test_a_bar_whose_second_half_is_taken_answers_nowhere(board, cards):
     assert board.read(MMIO, base + SIZE, 2) == 0x100
 
 
-def test_a_write_across_registers_has_the_effects_of_all(board, cards):
+def test_a_write_across_registers_has_the_effects_of_all(board: Any, cards: Any) -> None:
     """Only accesses through ECAM can cross registers: 8 bytes wide, or unaligned."""
     base = PCI_MMIO_BASE + 0x300000
     board.config_write(1, pci.PCI_COMMAND, 2, MEMORY)
@@ -231,7 +236,7 @@ def test_a_write_across_registers_has_the_effects_of_all(board, cards):
     assert cards[0].written[3:] == [(0xFE, 2)]
 
 
-def test_reset_goes_back_to_power_on(board, cards):
+def test_reset_goes_back_to_power_on(board: Any, cards: Any) -> None:
     before = bytes(cards[0].config)
     base = board.config_read(1, 0x10)
     board.config_write(1, 0x10, 4, PCI_MMIO_BASE + 0x400000)
@@ -245,7 +250,7 @@ def test_reset_goes_back_to_power_on(board, cards):
     assert board.read(MMIO, base, 2) == 0x100
 
 
-def test_every_function_has_a_line_of_its_own(board):
+def test_every_function_has_a_line_of_its_own(board: Any) -> None:
     for n in range(8):
         board.add(Card(board, n))
     assert len({gsi_of(slot) for slot in range(1, 9)}) == 8
@@ -273,7 +278,7 @@ STEP = st.one_of(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(STEP, max_size=60))
-def test_no_access_raises_or_breaks_the_invariants(steps):
+def test_no_access_raises_or_breaks_the_invariants(steps: Any) -> None:
     with Board() as board:
         cards = [board.add(Card(board, n)) for n in (1, 2)]
         for kind, at, size, value, write in steps:

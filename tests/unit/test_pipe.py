@@ -1,8 +1,12 @@
 """The byte pipe from guest to reader, the streams that use it, and slow or broken sinks."""
 
+from __future__ import annotations
+
 import os
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,18 +17,18 @@ from tests.pci_guest import FakeVm
 
 
 class Pipe:
-    def __init__(self, size=64):
+    def __init__(self, size: Any = 64) -> None:
         self.c = lib.pv_pipe_new(size)
         self.buf = ffi.new("uint8_t[]", 1 << 16)
 
-    def write(self, data, wait_ms=0):
+    def write(self, data: Any, wait_ms: Any = 0) -> Any:
         return lib.pv_pipe_write(self.c, data, len(data), wait_ms)
 
-    def read(self, n=1 << 16, timeout_ms=0):
+    def read(self, n: Any = 1 << 16, timeout_ms: Any = 0) -> Any:
         got = lib.pv_pipe_read(self.c, self.buf, n, timeout_ms)
         return None if got < 0 else bytes(ffi.buffer(self.buf, got))
 
-    def in_thread(self, data, wait_ms):
+    def in_thread(self, data: Any, wait_ms: Any) -> Any:
         result = []
         t = threading.Thread(
             target=lambda: result.append((self.write(data, wait_ms), time.monotonic()))
@@ -34,18 +38,18 @@ class Pipe:
 
 
 @pytest.fixture
-def pipe():
+def pipe() -> Iterator[Any]:
     p = Pipe()
     yield p
     lib.pv_pipe_free(p.c)
 
 
 @pytest.mark.parametrize("size", [0, 3, 100])
-def test_the_size_is_a_power_of_two(size):
+def test_the_size_is_a_power_of_two(size: Any) -> None:
     assert lib.pv_pipe_new(size) == ffi.NULL
 
 
-def test_bytes_come_out_in_order_and_the_indices_wrap(pipe):
+def test_bytes_come_out_in_order_and_the_indices_wrap(pipe: Any) -> None:
     sent = got = b""
     for i in range(50):
         data = bytes((i * 7 + k) & 0xFF for k in range(i % 60 + 1))
@@ -57,7 +61,7 @@ def test_bytes_come_out_in_order_and_the_indices_wrap(pipe):
     assert pipe.read() == b""
 
 
-def test_a_full_pipe_drops_and_counts(pipe):
+def test_a_full_pipe_drops_and_counts(pipe: Any) -> None:
     assert pipe.write(b"x" * 100) == 64
     assert pipe.write(b"y") == 0
     assert lib.pv_pipe_dropped(pipe.c) == 37
@@ -65,7 +69,7 @@ def test_a_full_pipe_drops_and_counts(pipe):
     assert pipe.write(b"y" * 20) == 10
 
 
-def test_a_writer_waits_for_room(pipe):
+def test_a_writer_waits_for_room(pipe: Any) -> None:
     """The writer writes more than fits. The reader may have slept since before; then the writer
     must wake it first.
     """
@@ -77,10 +81,10 @@ def test_a_writer_waits_for_room(pipe):
     assert got == b"a" * 200 and result[0][0] == 200 and lib.pv_pipe_dropped(pipe.c) == 0
 
 
-def test_a_sleeping_reader_is_woken_by_a_writer_that_fills_the_pipe(pipe):
+def test_a_sleeping_reader_is_woken_by_a_writer_that_fills_the_pipe(pipe: Any) -> None:
     got = []
 
-    def reader():
+    def reader() -> None:
         while (data := pipe.read(timeout_ms=-1)) is not None:
             got.append(data)
 
@@ -95,7 +99,7 @@ def test_a_sleeping_reader_is_woken_by_a_writer_that_fills_the_pipe(pipe):
     assert b"".join(got) == b"b" * 500
 
 
-def test_a_wait_may_be_bounded(pipe):
+def test_a_wait_may_be_bounded(pipe: Any) -> None:
     pipe.write(b"x" * 60)
     start = time.monotonic()
     assert pipe.write(b"0123456789", 100) == 4
@@ -103,7 +107,7 @@ def test_a_wait_may_be_bounded(pipe):
     assert lib.pv_pipe_dropped(pipe.c) == 6
 
 
-def test_a_writer_waits_as_long_as_it_takes(pipe):
+def test_a_writer_waits_as_long_as_it_takes(pipe: Any) -> None:
     """A reader that comes late and takes little at a time gets all bytes."""
     t, result = pipe.in_thread(bytes(range(200)), -1)
     assert wait_for(lambda: lib.pv_pipe_total(pipe.c) == 200)
@@ -116,7 +120,7 @@ def test_a_writer_waits_as_long_as_it_takes(pipe):
     assert got == bytes(range(200)) and result[0][0] == 200 and lib.pv_pipe_dropped(pipe.c) == 0
 
 
-def test_hurry_frees_who_waits_and_stores_what_fits(pipe):
+def test_hurry_frees_who_waits_and_stores_what_fits(pipe: Any) -> None:
     pipe.write(b"x" * 60)
     t, result = pipe.in_thread(b"0123456789", 60000)
     assert wait_for(lambda: lib.pv_pipe_total(pipe.c) == 70)
@@ -135,7 +139,7 @@ def test_hurry_frees_who_waits_and_stores_what_fits(pipe):
     assert result[0][0] == 5
 
 
-def test_a_closed_pipe_gives_what_it_has_then_ends(pipe):
+def test_a_closed_pipe_gives_what_it_has_then_ends(pipe: Any) -> None:
     pipe.write(b"last")
     lib.pv_pipe_close(pipe.c)
     assert pipe.write(b"late", 60000) == 0
@@ -143,7 +147,7 @@ def test_a_closed_pipe_gives_what_it_has_then_ends(pipe):
     assert pipe.read(timeout_ms=-1) is None
 
 
-def test_a_closed_pipe_frees_who_waits(pipe):
+def test_a_closed_pipe_frees_who_waits(pipe: Any) -> None:
     pipe.write(b"x" * 64)
     t, result = pipe.in_thread(b"y", 60000)
     time.sleep(0.02)
@@ -152,7 +156,7 @@ def test_a_closed_pipe_frees_who_waits(pipe):
     assert result[0][0] == 0
 
 
-def test_many_writers_one_reader():
+def test_many_writers_one_reader() -> None:
     p = Pipe(256)
     writers = [p.in_thread(bytes([n]) * 5000, 10000) for n in range(4)]
     got = b""
@@ -169,18 +173,18 @@ def test_many_writers_one_reader():
 
 
 @pytest.fixture
-def stream():
+def stream() -> Iterator[Any]:
     s = Stream("test")
     s.start()
     yield s
     s.close()
 
 
-def put(stream, data):
+def put(stream: Any, data: Any) -> None:
     assert lib.pv_pipe_write(stream.pipe, data, len(data), 5000) == len(data)
 
 
-def test_a_stream_reaches_all_sinks_and_expect(stream):
+def test_a_stream_reaches_all_sinks_and_expect(stream: Any) -> None:
     a, b = [], []
     stream.add_sink(a.append)
     stream.add_sink(b.append)
@@ -192,7 +196,7 @@ def test_a_stream_reaches_all_sinks_and_expect(stream):
         stream.expect("never", timeout=0.05)
 
 
-def test_expect_ends_with_the_stream(stream):
+def test_expect_ends_with_the_stream(stream: Any) -> None:
     t = threading.Timer(0.05, lambda: stream.finish())
     t.start()
     start = time.monotonic()
@@ -203,10 +207,10 @@ def test_expect_ends_with_the_stream(stream):
 
 
 @pytest.mark.parametrize("error", [OSError(5, "gone"), ValueError("I/O operation on closed file")])
-def test_a_sink_that_fails_is_dropped_and_the_others_go_on(stream, error):
+def test_a_sink_that_fails_is_dropped_and_the_others_go_on(stream: Any, error: Any) -> None:
     good = []
 
-    def bad(data):
+    def bad(data: Any) -> None:
         raise error
 
     stream.add_sink(bad)
@@ -218,7 +222,7 @@ def test_a_sink_that_fails_is_dropped_and_the_others_go_on(stream, error):
     assert stream.lost_sinks == [error]
 
 
-def test_the_text_kept_is_bounded(stream):
+def test_the_text_kept_is_bounded(stream: Any) -> None:
     for _ in range(3):
         put(stream, b"x" * KEEP)
     put(stream, b"end")
@@ -227,11 +231,11 @@ def test_the_text_kept_is_bounded(stream):
     assert stream.dropped_text + len(stream.text) == 3 * KEEP + 3
 
 
-def test_close_with_a_reader_stuck_in_a_sink_neither_hangs_nor_crashes():
+def test_close_with_a_reader_stuck_in_a_sink_neither_hangs_nor_crashes() -> None:
     s = Console("stuck", FakeVm(), 4)
     free, inside = threading.Event(), threading.Event()
 
-    def stuck(data):
+    def stuck(data: Any) -> None:
         inside.set()
         free.wait(30)
 
@@ -251,14 +255,14 @@ def test_close_with_a_reader_stuck_in_a_sink_neither_hangs_nor_crashes():
     assert not s._thread.is_alive()
 
 
-def test_a_stream_that_was_never_started_closes():
+def test_a_stream_that_was_never_started_closes() -> None:
     s = Stream("idle")
     s.close()
     s.close()
     assert s.dropped == 0
 
 
-def test_dropped_outlives_close(stream):
+def test_dropped_outlives_close(stream: Any) -> None:
     lib.pv_pipe_close(stream.pipe)
     lib.pv_pipe_write(stream.pipe, b"late", 4, 0)
     stream.close()
@@ -268,13 +272,13 @@ def test_dropped_outlives_close(stream):
 # --- sinks ----------------------------------------------------------------------------------------
 
 
-def os_pipe():
+def os_pipe() -> Any:
     r, w = os.pipe()
     os.set_blocking(r, False)
     return r, w
 
 
-def drain(fd):
+def drain(fd: Any) -> Any:
     out = b""
     while True:
         try:
@@ -286,7 +290,7 @@ def drain(fd):
         out += part
 
 
-def test_a_slow_reader_loses_nothing():
+def test_a_slow_reader_loses_nothing() -> None:
     r, w = os_pipe()
     sink, got = FdSink(w, patience=10), []
     data = bytes(i & 0xFF for i in range(1 << 18))
@@ -301,7 +305,7 @@ def test_a_slow_reader_loses_nothing():
     os.close(w)
 
 
-def test_a_stuck_reader_costs_patience_once_then_bytes_are_dropped_and_counted():
+def test_a_stuck_reader_costs_patience_once_then_bytes_are_dropped_and_counted() -> None:
     r, w = os_pipe()
     sink = FdSink(w, patience=0.15)
     start = time.monotonic()
@@ -321,7 +325,7 @@ def test_a_stuck_reader_costs_patience_once_then_bytes_are_dropped_and_counted()
     os.close(w)
 
 
-def test_a_stream_waits_for_a_slow_sink_during_and_after_the_run():
+def test_a_stream_waits_for_a_slow_sink_during_and_after_the_run() -> None:
     """Nothing is lost although the sink takes nothing for longer than any of our own time-outs, and
     then takes little at a time.
     """
@@ -355,7 +359,7 @@ def test_a_stream_waits_for_a_slow_sink_during_and_after_the_run():
     os.close(w)
 
 
-def test_drain_may_be_bounded():
+def test_drain_may_be_bounded() -> None:
     r, w = os_pipe()
     s = Stream("bounded")
     sink = FdSink(w)
@@ -371,7 +375,7 @@ def test_drain_may_be_bounded():
     os.close(w)
 
 
-def test_patience_can_be_taken_away():
+def test_patience_can_be_taken_away() -> None:
     r, w = os_pipe()
     s = Stream("hurried")
     sink = FdSink(w, patience=60)
@@ -390,7 +394,7 @@ def test_patience_can_be_taken_away():
     os.close(w)
 
 
-def test_a_reader_that_is_gone_ends_the_sink():
+def test_a_reader_that_is_gone_ends_the_sink() -> None:
     r, w = os_pipe()
     s = Stream("gone")
     sink = FdSink(w)
@@ -406,7 +410,7 @@ def test_a_reader_that_is_gone_ends_the_sink():
     os.close(w)
 
 
-def test_a_full_disk_is_an_error_of_the_sink_only():
+def test_a_full_disk_is_an_error_of_the_sink_only() -> None:
     fd = os.open("/dev/full", os.O_WRONLY)
     sink = FdSink(fd)
     with pytest.raises(OSError, match="No space"):
@@ -415,7 +419,7 @@ def test_a_full_disk_is_an_error_of_the_sink_only():
     os.close(fd)
 
 
-def test_a_non_blocking_descriptor_will_do():
+def test_a_non_blocking_descriptor_will_do() -> None:
     r, w = os_pipe()
     os.set_blocking(w, False)
     sink = FdSink(w, patience=0.05)

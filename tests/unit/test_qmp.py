@@ -17,7 +17,9 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -37,17 +39,17 @@ HELLO = b'{"execute":"qmp_capabilities"}'
 class Fake:
     """Stands for the machine: notes what is called."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls = []
         self.entered, self.leave = threading.Event(), threading.Event()
 
 
-def echo(machine, given):
+def echo(machine: Fake, given: dict[Any, Any]) -> dict[Any, Any]:
     machine.calls.append(given)
     return given
 
 
-def fail(machine, given):
+def fail(machine: Fake, given: dict[str, str]) -> None:
     raise {
         "host": HostError("no luck", "try"),
         "bug": ZeroDivisionError("oh"),
@@ -55,7 +57,7 @@ def fail(machine, given):
     }[given["how"]]
 
 
-def wait(machine, given):
+def wait(machine: Fake, given: dict[Any, Any]) -> dict[Any, Any]:
     machine.entered.set()
     machine.leave.wait(PATIENCE)
     return {}
@@ -71,7 +73,7 @@ COMMANDS = {
 
 
 @pytest.fixture
-def runtime(tmp_path, monkeypatch):
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A runtime directory of the test's own, with a short path."""
     path = f"/tmp/q{os.getpid()}-{tmp_path.name[-8:]}"
     os.mkdir(path, 0o700)
@@ -82,12 +84,12 @@ def runtime(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fake():
+def fake() -> Fake:
     return Fake()
 
 
 @pytest.fixture
-def srv(runtime, fake):
+def srv(runtime: Path, fake: Fake) -> Iterator[Server]:
     before = len(os.listdir("/proc/self/fd"))
     s = Server(Claim(), COMMANDS, fake, {"version": {}, "capabilities": []})
     yield s
@@ -102,7 +104,7 @@ def srv(runtime, fake):
 class Raw:
     """A client that sends what it likes."""
 
-    def __init__(self, srv, negotiate=True):
+    def __init__(self, srv: Server, negotiate: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(PATIENCE)
         self.sock.connect(srv.path)
@@ -112,7 +114,7 @@ class Raw:
         if negotiate:
             assert self.ask(HELLO) == {"return": {}}
 
-    def get(self):
+    def get(self) -> dict[Any, Any]:
         """The next message; None at the end of the connection."""
         while not self.lines:
             try:
@@ -125,22 +127,22 @@ class Raw:
             self.lines.extend(whole)
         return json.loads(self.lines.popleft())
 
-    def ask(self, data):
+    def ask(self, data: bytes) -> dict[Any, Any]:
         self.sock.sendall(data)
         return self.get()
 
-    def __enter__(self):
+    def __enter__(self) -> Raw:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: Any) -> None:
         self.sock.close()
 
 
-def error(answer):
+def error(answer: dict[str, dict[str, str]]) -> tuple[str, str]:
     return answer["error"]["class"], answer["error"]["desc"]
 
 
-def alive(srv):
+def alive(srv: Server) -> bool:
     """Whether the server still serves another."""
     with Raw(srv) as other:
         return other.ask(b'{"execute":"echo"}') == {"return": {}}
@@ -149,7 +151,7 @@ def alive(srv):
 # --- protocol -------------------------------------------------------------------------------------
 
 
-def test_greeting_and_negotiation(srv):
+def test_greeting_and_negotiation(srv: Server) -> None:
     with Raw(srv, negotiate=False) as c:
         assert c.greeting == {"QMP": {"version": {}, "capabilities": []}}
         kind, text = error(c.ask(b'{"execute":"echo"}'))
@@ -167,7 +169,7 @@ def test_greeting_and_negotiation(srv):
 
 
 @pytest.mark.parametrize("ident", ["7", '"a"', "null", '{"a":[1]}', "[]", "1.5", '"\\ud800"'])
-def test_id_comes_back(srv, ident):
+def test_id_comes_back(srv: Server, ident: str) -> None:
     with Raw(srv) as c:
         assert c.ask(f'{{"execute":"echo","id":{ident}}}'.encode()) == {
             "return": {},
@@ -205,7 +207,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD, ids=lambda t: ascii(t)[:30])
-def test_malformed_input_is_answered_and_survived(srv, fake, text):
+def test_malformed_input_is_answered_and_survived(srv: Server, fake: Fake, text: bytes) -> None:
     with Raw(srv) as c:
         kind, desc = error(c.ask(text))
         assert kind == "GenericError" and BAD[text] in desc
@@ -216,7 +218,7 @@ def test_malformed_input_is_answered_and_survived(srv, fake, text):
     assert fake.calls == [{"n": 3}]
 
 
-def test_errors_of_commands(srv):
+def test_errors_of_commands(srv: Server) -> None:
     with Raw(srv) as c:
         assert error(c.ask(b'{"execute":"nope"}')) == (
             "CommandNotFound",
@@ -228,7 +230,9 @@ def test_errors_of_commands(srv):
         assert c.ask(b'{"execute":"echo"}') == {"return": {}}
 
 
-def test_a_bug_in_a_command_is_answered_and_its_traceback_is_told(srv, monkeypatch):
+def test_a_bug_in_a_command_is_answered_and_its_traceback_is_told(
+    srv: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = []
     monkeypatch.setattr(threading, "excepthook", told.append)
     with Raw(srv) as c:
@@ -242,7 +246,7 @@ def test_a_bug_in_a_command_is_answered_and_its_traceback_is_told(srv, monkeypat
     assert frames[-1].filename == __file__ and told[0].thread.name == "control"
 
 
-def test_any_cut_of_the_stream_is_the_same_stream(srv):
+def test_any_cut_of_the_stream_is_the_same_stream(srv: Server) -> None:
     text = b'\n {"execute":"echo","id":1,"arguments":{"text":"a\\"}{[\\\\"}}{"execute":"echo",\r\n"id":2}\n\n{"execute":"echo","id":3}'
     with Raw(srv) as c:
         for size in (1, 2, 3, 7, len(text)):
@@ -260,7 +264,7 @@ def test_any_cut_of_the_stream_is_the_same_stream(srv):
     st.data(),
 )
 @settings(max_examples=30, deadline=None)
-def test_framer_gives_back_what_was_put_in(values, data):
+def test_framer_gives_back_what_was_put_in(values: list[Any], data: Any) -> None:
     texts = [json.dumps({"v": v}, ensure_ascii=False).encode(errors="replace") for v in values]
     stream = b" \n".join(texts)
     f, out = Framer(), []
@@ -279,7 +283,7 @@ def test_framer_gives_back_what_was_put_in(values, data):
     )
 )
 @settings(max_examples=300, deadline=None)
-def test_framer_takes_anything_and_recovers(pieces):
+def test_framer_takes_anything_and_recovers(pieces: list[bytes]) -> None:
     f = Framer()
     with contextlib.suppress(TooMuch):
         for piece in pieces:
@@ -310,14 +314,14 @@ TOKENS = st.sampled_from(
 @settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_whatever_clients_send_the_server_goes_on(srv, streams):
+def test_whatever_clients_send_the_server_goes_on(srv: Server, streams: list[list[bytes]]) -> None:
     with contextlib.ExitStack() as stack:
         for stream in streams:
             stack.enter_context(Raw(srv)).sock.sendall(b"".join(stream))
         assert alive(srv)
 
 
-def test_too_long_and_too_deep_end_the_connection(srv):
+def test_too_long_and_too_deep_end_the_connection(srv: Server) -> None:
     for flood in (b'{"execute":"' + b"x" * framer.INPUT_MAX, b"[" * (framer.NESTING_MAX + 1)):
         with Raw(srv) as c:
             c.sock.sendall(flood)
@@ -334,7 +338,7 @@ def test_too_long_and_too_deep_end_the_connection(srv):
         )
 
 
-def test_garbage_without_end_is_one_error_and_no_memory(srv):
+def test_garbage_without_end_is_one_error_and_no_memory(srv: Server) -> None:
     with Raw(srv) as c:
         for _ in range(64):
             c.sock.sendall(b"x" * 65536)
@@ -345,14 +349,14 @@ def test_garbage_without_end_is_one_error_and_no_memory(srv):
 # --- clients that are slow, or go -----------------------------------------------------------------
 
 
-def test_half_messages_hold_up_nobody(srv):
+def test_half_messages_hold_up_nobody(srv: Server) -> None:
     with Raw(srv) as half, Raw(srv) as other:
         half.sock.sendall(b'{"execute":"echo","id"')
         assert other.ask(b'{"execute":"echo"}') == {"return": {}}
         assert half.ask(b":1}") == {"return": {}, "id": 1}
 
 
-def test_vanishing_clients(srv):
+def test_vanishing_clients(srv: Server) -> None:
     for data in (b"", b'{"exe', b'{"execute":"large","arguments":{"size":1000000}}' * 20):
         for _ in range(20):
             with Raw(srv) as c:
@@ -362,7 +366,7 @@ def test_vanishing_clients(srv):
     assert alive(srv)
 
 
-def test_who_ends_its_side_gets_its_answers_first(srv):
+def test_who_ends_its_side_gets_its_answers_first(srv: Server) -> None:
     with Raw(srv) as c:
         c.sock.sendall(b'{"execute":"echo","id":1}' * 50 + b'{"execute":"ec')
         c.sock.shutdown(socket.SHUT_WR)
@@ -370,7 +374,7 @@ def test_who_ends_its_side_gets_its_answers_first(srv):
         assert c.get() is None
 
 
-def test_who_does_not_read_waits_and_is_dropped_for_events(srv, fake):
+def test_who_does_not_read_waits_and_is_dropped_for_events(srv: Server, fake: Fake) -> None:
     with Raw(srv) as deaf:
         deaf.sock.settimeout(0.5)
         with contextlib.suppress(TimeoutError):
@@ -392,15 +396,15 @@ def test_who_does_not_read_waits_and_is_dropped_for_events(srv, fake):
     assert alive(srv)
 
 
-def test_a_flood_of_commands_does_not_starve_others(srv):
+def test_a_flood_of_commands_does_not_starve_others(srv: Server) -> None:
     with Raw(srv) as flood, Raw(srv) as other:
         stop = threading.Event()
 
-        def drain():
+        def drain() -> None:
             while not stop.is_set() and flood.get() is not None:
                 pass
 
-        def pour():
+        def pour() -> None:
             with contextlib.suppress(OSError):
                 while not stop.is_set():
                     flood.sock.sendall(b'{"execute":"echo"}' * 1000)
@@ -416,7 +420,7 @@ def test_a_flood_of_commands_does_not_starve_others(srv):
             t.join()
 
 
-def test_many_clients_and_one_too_many(srv):
+def test_many_clients_and_one_too_many(srv: Server) -> None:
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Raw(srv)) for _ in range(server.CLIENTS)]
         for n, c in enumerate(clients):
@@ -440,7 +444,7 @@ def test_many_clients_and_one_too_many(srv):
             assert time.monotonic() < until
 
 
-def test_no_descriptors_left(srv, monkeypatch):
+def test_no_descriptors_left(srv: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "NO_DESCRIPTORS", 0.05)
     with socket.socket(socket.AF_UNIX) as s:
         s.settimeout(PATIENCE)
@@ -469,7 +473,7 @@ def test_no_descriptors_left(srv, monkeypatch):
 # --- events ---------------------------------------------------------------------------------------
 
 
-def test_events_go_to_those_who_negotiated_with_time_stamps(srv):
+def test_events_go_to_those_who_negotiated_with_time_stamps(srv: Server) -> None:
     with Raw(srv) as c, Raw(srv, negotiate=False) as shy:
         before = time.time()
         srv.emit("STOP")
@@ -481,7 +485,7 @@ def test_events_go_to_those_who_negotiated_with_time_stamps(srv):
         assert shy.ask(HELLO) == {"return": {}}
 
 
-def test_emitting_never_waits_and_is_bounded(srv, fake):
+def test_emitting_never_waits_and_is_bounded(srv: Server, fake: Fake) -> None:
     with Raw(srv) as c:
         c.sock.sendall(b'{"execute":"wait"}')
         assert fake.entered.wait(PATIENCE)
@@ -493,7 +497,7 @@ def test_emitting_never_waits_and_is_bounded(srv, fake):
         assert c.get() == {"return": {}}
 
 
-def test_the_last_events_arrive_before_the_end(runtime, fake):
+def test_the_last_events_arrive_before_the_end(runtime: Path, fake: Fake) -> None:
     s = Server(Claim(), COMMANDS, fake, {})
     with Raw(s) as c, Raw(s) as deaf:
         deaf.sock.sendall(b'{"execute":"large","arguments":{"size":3000000}}')
@@ -507,7 +511,7 @@ def test_the_last_events_arrive_before_the_end(runtime, fake):
 # --- the client -----------------------------------------------------------------------------------
 
 
-def test_client(srv, runtime):
+def test_client(srv: Server, runtime: Path) -> None:
     with connect(srv.name) as c, connect(srv.path) as other:
         assert c.greeting == {"QMP": {"version": {}, "capabilities": []}}
         srv.emit("ONE")
@@ -525,7 +529,7 @@ def test_client(srv, runtime):
         connect(f"{runtime}/none")
 
 
-def test_client_of_something_else(tmp_path):
+def test_client_of_something_else(tmp_path: Path) -> None:
     for reply in (b"hello\n", b"", b"[]\n"):
         with socket.socket(socket.AF_UNIX) as s:
             s.bind(str(tmp_path / f"s{len(reply)}"))
@@ -533,7 +537,7 @@ def test_client_of_something_else(tmp_path):
             result = []
             path = s.getsockname()
 
-            def dial(path=path, result=result):
+            def dial(path: str = path, result: list[Any] = result) -> None:
                 try:
                     Client(path, timeout=PATIENCE)
                 except PyvmmError as e:
@@ -551,7 +555,7 @@ def test_client_of_something_else(tmp_path):
 # --- names and places -----------------------------------------------------------------------------
 
 
-def test_names_are_unique_and_private(runtime):
+def test_names_are_unique_and_private(runtime: Path) -> None:
     old = os.umask(0)
     try:
         claims = [Claim(), Claim(), Claim("web-1")]
@@ -574,7 +578,7 @@ def test_names_are_unique_and_private(runtime):
 
 
 @pytest.mark.parametrize("name", ["", "-x", ".x", "a/b", "a b", "x" * 41, "\u00e4", "a\n"])
-def test_bad_names(runtime, name):
+def test_bad_names(runtime: Path, name: str) -> None:
     with pytest.raises(UsageError, match="no name for a machine"):
         Claim(name)
     assert not os.listdir(runtime)
@@ -589,7 +593,7 @@ time.sleep(600)
 """
 
 
-def test_killed_machines_are_recognised(runtime, tmp_path):
+def test_killed_machines_are_recognised(runtime: Path, tmp_path: Path) -> None:
     paths = []
     for args in (["gone"], ["elsewhere", str(tmp_path / "s")], ["again"]):
         with subprocess.Popen(
@@ -617,17 +621,17 @@ def test_killed_machines_are_recognised(runtime, tmp_path):
 
 
 class Closing:
-    def __init__(self, claim):
+    def __init__(self, claim: Claim) -> None:
         self.claim = claim
 
-    def __enter__(self):
+    def __enter__(self) -> Claim:
         return self.claim
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: Any) -> None:
         self.claim.close()
 
 
-def test_a_path_of_the_users(runtime, tmp_path):
+def test_a_path_of_the_users(runtime: Path, tmp_path: Path) -> None:
     path = tmp_path / "s"
     with Closing(Claim(None, str(path))) as c:
         assert c.path == str(path)
@@ -650,11 +654,11 @@ def test_a_path_of_the_users(runtime, tmp_path):
     assert not os.listdir(runtime)
 
 
-def test_claims_race(runtime):
+def test_claims_race(runtime: Path) -> None:
     """Machines that start and end at the same time, and who lists them, never meet half of one."""
     names, errors, stop = [], [], threading.Event()
 
-    def work():
+    def work() -> None:
         try:
             for _ in range(30):
                 with Closing(Claim()) as c:
@@ -665,7 +669,7 @@ def test_claims_race(runtime):
         except BaseException as e:
             errors.append(e)
 
-    def look():
+    def look() -> None:
         while not stop.is_set():
             try:
                 registry.machines()
@@ -685,7 +689,7 @@ def test_claims_race(runtime):
     assert len(names) == 180 and not os.listdir(runtime)
 
 
-def test_the_directory_must_be_private(runtime):
+def test_the_directory_must_be_private(runtime: Path) -> None:
     runtime.parent.mkdir(mode=0o700)
     runtime.mkdir(mode=0o755)
     runtime.chmod(0o755)
@@ -693,7 +697,9 @@ def test_the_directory_must_be_private(runtime):
         Claim()
 
 
-def test_in_the_testbed_nothing_goes_where_its_host_sees_it(runtime, monkeypatch):
+def test_in_the_testbed_nothing_goes_where_its_host_sees_it(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYVMM_IN_TESTBED", "1")
     with Closing(Claim(f"t{os.getpid()}")) as c:
         assert c.path.startswith(("/run/pyvmm-machines-", "/dev/shm/pyvmm-machines-"))

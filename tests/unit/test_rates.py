@@ -40,7 +40,7 @@ def answer(seconds: float, n: int, reboots: int = 0) -> dict[str, Any]:
     }
 
 
-def test_rates_are_differences_a_second():
+def test_rates_are_differences_a_second() -> None:
     now = rates(answer(10, 100), answer(12, 200))
     assert now["seconds"] == 2.0 and now["exits"] == 550
     assert now["by_name"] == {"serial0 LSR": 500, "intr": 50}
@@ -51,17 +51,17 @@ def test_rates_are_differences_a_second():
     assert net["workers"] == [{"name": "tap0-0", "cpu_percent": 50.0}]
 
 
-def test_causes_that_are_new_count_from_nothing():
+def test_causes_that_are_new_count_from_nothing() -> None:
     assert rates(answer(10, 0), answer(11, 10))["by_name"] == {"serial0 LSR": 100, "intr": 10}
 
 
-def test_a_reset_starts_kvms_counters_over():
+def test_a_reset_starts_kvms_counters_over() -> None:
     now = rates(answer(10, 100), answer(11, 200, reboots=1))
     assert now["vcpus"][0]["kvm_exits"] is None and now["vcpus"][0]["interrupts"] is None
     assert now["exits"] == 1100
 
 
-def test_no_time_and_other_workers():
+def test_no_time_and_other_workers() -> None:
     now = rates(answer(10, 100), answer(10, 100))
     assert now["exits"] is None and now["by_name"] == {}
     after = answer(11, 200)
@@ -69,7 +69,7 @@ def test_no_time_and_other_workers():
     assert rates(answer(10, 100), after)["nets"][0]["workers"][0]["cpu_percent"] == 0
 
 
-def test_the_table_fits():
+def test_the_table_fits() -> None:
     before, after = answer(10, 0), answer(11, 10)
     after["exits"]["by_name"] |= {f"net0 queue {i} notify": 1000 - i for i in range(100)}
     now = rates(before, after)

@@ -2,8 +2,12 @@
 shows messages.
 """
 
+from __future__ import annotations
+
 import struct
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,20 +18,20 @@ from pyvmm.spec import vhost_user as vu
 
 
 @pytest.fixture
-def recorder():
+def recorder() -> Iterator[Recorder]:
     r = Recorder(16)
     yield r
     r.close()
     r.close()
 
 
-def fill(ring, count, start=0):
+def fill(ring: Any, count: int, start: int = 0) -> None:
     for i in range(start, start + count):
         ring.event[ring.next & ring.mask].ts = i
         ring.next += 1
 
 
-def test_sizes():
+def test_sizes() -> None:
     for size in (0, 3, 12):
         assert lib.pv_trace_new(size) == ffi.NULL
     lib.pv_trace_free(ffi.NULL)
@@ -38,25 +42,25 @@ def test_sizes():
 
 
 @pytest.mark.parametrize(("count", "first"), [(0, 0), (1, 0), (16, 0), (17, 1), (1000, 984)])
-def test_the_latest_are_kept(recorder, count, first):
+def test_the_latest_are_kept(recorder: Recorder, count: int, first: int) -> None:
     fill(recorder.ring("g", "n"), count)
     events, lost = recorder.events("g", "n")
     assert [e.ts for e in events] == list(range(first, count))
     assert lost == first
 
 
-def test_a_track_has_one_ring(recorder):
+def test_a_track_has_one_ring(recorder: Recorder) -> None:
     assert recorder.ring("g", "n") == recorder.ring("g", "n") != recorder.ring("g", "m")
     assert recorder.scope("g").ring("n") == recorder.ring("g", "n")
     assert recorder.tracks() == [("g", "n"), ("g", "m")]
 
 
-def test_reading_while_it_is_written(recorder):
+def test_reading_while_it_is_written(recorder: Recorder) -> None:
     """The reader gets whole events in order, even if the writer overtakes it."""
     ring = recorder.ring("g", "n")
     stop = threading.Event()
 
-    def writer():
+    def writer() -> None:
         i = 0
         while not stop.is_set():
             fill(ring, 50, i)
@@ -75,7 +79,7 @@ def test_reading_while_it_is_written(recorder):
         thread.join()
 
 
-def test_steps_are_bounded(recorder):
+def test_steps_are_bounded(recorder: Recorder) -> None:
     scope = recorder.scope("net0")
     for i in range(STEPS + 5):
         scope.step("x", i, {"i": i})
@@ -125,11 +129,13 @@ def test_steps_are_bounded(recorder):
         (99, b"\x01", {"payload": "01"}),
     ],
 )
-def test_vhost_user_messages_are_decoded(request_, payload, said):
+def test_vhost_user_messages_are_decoded(
+    request_: int, payload: bytes, said: dict[Any, Any]
+) -> None:
     assert vhost_user_args(request_, payload) == said
 
 
-def test_words():
+def test_words() -> None:
     assert bits_of(0, {1: "A"}) == "0"
     assert bits_of(7, {1: "A", 4: "C"}) == "A C 0x2"
     assert control_name(bytes([4, 0, 2, 0])) == "MQ VQ_PAIRS_SET"

@@ -1,9 +1,12 @@
 """Descriptors over Unix sockets: they arrive close-on-exec, counted, or not at all."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 import resource
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +19,22 @@ def open_fds() -> int:
 
 
 @pytest.fixture(params=[socket.SOCK_STREAM, socket.SOCK_SEQPACKET], ids=["stream", "packets"])
-def pair(request):
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, socket.socket]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, request.param)
     with ours, theirs:
         yield ours, theirs
 
 
 @pytest.fixture
-def file(tmp_path):
+def file(tmp_path: Path) -> Iterator[int]:
     with (tmp_path / "file").open("w+") as f:
         yield f.fileno()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 253])
-def test_descriptors_arrive_in_order_and_close_on_exec(pair, tmp_path, count):
+def test_descriptors_arrive_in_order_and_close_on_exec(
+    pair: tuple[socket.socket, socket.socket], tmp_path: Path, count: int
+) -> None:
     ours, theirs = pair
     sent = [os.open(tmp_path / str(i), os.O_CREAT | os.O_RDWR) for i in range(count)]
     try:
@@ -47,7 +52,9 @@ def test_descriptors_arrive_in_order_and_close_on_exec(pair, tmp_path, count):
 
 # An odd limit: its CMSG_SPACE has room for one descriptor more.
 @pytest.mark.parametrize(("sent", "most"), [(1, 0), (2, 1), (3, 2), (253, 252), (253, 1)])
-def test_more_descriptors_than_allowed_are_all_closed(pair, file, sent, most):
+def test_more_descriptors_than_allowed_are_all_closed(
+    pair: tuple[socket.socket, socket.socket], file: int, sent: int, most: int
+) -> None:
     ours, theirs = pair
     send_fds(theirs, b"x", [file] * sent)
     before = open_fds()
@@ -56,7 +63,9 @@ def test_more_descriptors_than_allowed_are_all_closed(pair, file, sent, most):
     assert open_fds() == before
 
 
-def test_a_full_descriptor_table_is_told(pair, file):
+def test_a_full_descriptor_table_is_told(
+    pair: tuple[socket.socket, socket.socket], file: int
+) -> None:
     ours, theirs = pair
     send_fds(theirs, b"x", [file] * 3)
     before = open_fds()
@@ -72,7 +81,7 @@ def test_a_full_descriptor_table_is_told(pair, file):
     assert open_fds() == before
 
 
-def test_a_packet_that_is_cut_off_is_told(file):
+def test_a_packet_that_is_cut_off_is_told(file: int) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         send_fds(theirs, b"longer", [file])
@@ -82,7 +91,7 @@ def test_a_packet_that_is_cut_off_is_told(file):
         assert open_fds() == before
 
 
-def test_the_end_and_nothing_yet(pair):
+def test_the_end_and_nothing_yet(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     ours.setblocking(False)
     with pytest.raises(BlockingIOError):

@@ -2,8 +2,12 @@
 the look fail or long.
 """
 
+from __future__ import annotations
+
 import json
 import struct
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +27,7 @@ ACKED = 1 << 28 | 1 << 29
 
 
 @pytest.fixture(scope="module")
-def ram():
+def ram() -> Iterator[GuestMemory]:
     m = GuestMemory(1 << 20)
     yield m
     m.close()
@@ -32,17 +36,19 @@ def ram():
 class Guest:
     """A driver that writes what it likes."""
 
-    def __init__(self, ram, size=SIZE):
+    def __init__(self, ram: GuestMemory, size: int = SIZE) -> None:
         ram.zero()
         self.ram, self.size = ram, size
         self.queue = Queue(0, size, 0xFFFF, None, None)
         self.queue.desc, self.queue.avail, self.queue.used = DESC, AVAIL, USED
         self.queue.enabled = True
 
-    def desc(self, n, addr, length, flags=0, following=0, table=DESC):
+    def desc(
+        self, n: int, addr: int, length: int, flags: int = 0, following: int = 0, table: int = DESC
+    ) -> None:
         self.ram.write(table + 16 * n, struct.pack("<QIHH", addr, length, flags, following))
 
-    def avail(self, idx, heads, flags=0, used_event=0):
+    def avail(self, idx: int, heads: list[int], flags: int = 0, used_event: int = 0) -> None:
         ring = bytearray(2 * self.size)
         for n, head in enumerate(heads):
             struct.pack_into("<H", ring, 2 * ((idx - len(heads) + n) % self.size), head)
@@ -50,7 +56,13 @@ class Guest:
             AVAIL, struct.pack("<HH", flags, idx & 0xFFFF) + ring + struct.pack("<H", used_event)
         )
 
-    def used(self, idx, entries=(), avail_event=0, flags=0):
+    def used(
+        self,
+        idx: int,
+        entries: list[tuple[int, int]] | tuple[()] = (),
+        avail_event: int = 0,
+        flags: int = 0,
+    ) -> None:
         ring = bytearray(8 * self.size)
         for n, entry in enumerate(entries):
             struct.pack_into("<II", ring, 8 * ((idx - len(entries) + n) % self.size), *entry)
@@ -58,11 +70,11 @@ class Guest:
             USED, struct.pack("<HH", flags, idx & 0xFFFF) + ring + struct.pack("<H", avail_event)
         )
 
-    def look(self, acked=ACKED, **kwargs):
+    def look(self, acked: int = ACKED, **kwargs: int) -> RingSnapshot | None:
         return RingSnapshot(self.ram, self.queue, acked, **kwargs)
 
 
-def picture(look, role="receive"):
+def picture(look: RingSnapshot, role: str = "receive") -> str:
     """The drawing of one queue."""
     row = {
         "index": 0,
@@ -84,7 +96,7 @@ def picture(look, role="receive"):
     return "\n".join(rings.draw(whole))
 
 
-def test_a_queue_at_work(ram):
+def test_a_queue_at_work(ram: GuestMemory) -> None:
     """Indices that have run over, a chain of two, one by an indirect table, and what has
     come back.
     """
@@ -122,7 +134,7 @@ def test_a_queue_at_work(ram):
     assert "head 7, 0 bytes written" in text
 
 
-def test_flags_count_without_event_indices(ram):
+def test_flags_count_without_event_indices(ram: GuestMemory) -> None:
     g = Guest(ram)
     g.avail(0, [], flags=1)
     g.used(0, flags=1)
@@ -145,7 +157,9 @@ def test_flags_count_without_event_indices(ram):
         ),
     ],
 )
-def test_malformed_chains_are_shown_as_such(ram, write, problem):
+def test_malformed_chains_are_shown_as_such(
+    ram: GuestMemory, write: Callable[..., Any], problem: str
+) -> None:
     g = Guest(ram)
     g.avail(1, [0])
     write(g)
@@ -157,14 +171,14 @@ def test_malformed_chains_are_shown_as_such(ram, write, problem):
     assert problem in picture(look)
 
 
-def test_indirect_that_was_not_negotiated(ram):
+def test_indirect_that_was_not_negotiated(ram: GuestMemory) -> None:
     g = Guest(ram)
     g.desc(0, TABLE, 16, INDIRECT)
     g.avail(1, [0])
     assert "not negotiated" in g.look(acked=0).available[0]["problem"]
 
 
-def test_more_outstanding_than_there_is_room(ram):
+def test_more_outstanding_than_there_is_room(ram: GuestMemory) -> None:
     g = Guest(ram)
     g.avail(1000, [0])
     look = g.look()
@@ -172,7 +186,7 @@ def test_more_outstanding_than_there_is_room(ram):
     assert "! 1000 chains are outstanding in a queue of 8" in picture(look)
 
 
-def test_the_largest_queue_of_one_huge_chain_is_bounded(ram):
+def test_the_largest_queue_of_one_huge_chain_is_bounded(ram: GuestMemory) -> None:
     """32768 heads that all lead through the same 32768 descriptors."""
     size = 32768
     with_room = GuestMemory(4 << 20)
@@ -193,7 +207,7 @@ def test_the_largest_queue_of_one_huge_chain_is_bounded(ram):
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_any_memory_can_be_looked_at(ram, data):
+def test_any_memory_can_be_looked_at(ram: GuestMemory, data: Any) -> None:
     g = Guest(ram)
     words = st.sampled_from(
         [0, 1, 2, 3, 4, 5, 7, 8, 16, 32, TABLE, DESC, 0xFFFF, 1 << 20]
@@ -211,7 +225,7 @@ def test_any_memory_can_be_looked_at(ram, data):
     )
 
 
-def test_rings_outside_ram(ram):
+def test_rings_outside_ram(ram: GuestMemory) -> None:
     g = Guest(ram)
     g.queue.used = 1 << 40
     with pytest.raises(IndexError):

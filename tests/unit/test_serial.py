@@ -2,9 +2,13 @@
 (drivers/tty/serial/8250/8250_port.c).
 """
 
+from __future__ import annotations
+
 import random
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -29,24 +33,24 @@ EMPTY = LSR_THRE | LSR_TEMT
 
 
 class Port:
-    def __init__(self, board, console):
+    def __init__(self, board: Any, console: Any) -> None:
         self.board, self.console = board, console
 
-    def get(self, reg):
+    def get(self, reg: Any) -> Any:
         return self.board.read(PIO, BASE + reg, 1)
 
-    def set(self, reg, value):
+    def set(self, reg: Any, value: Any) -> None:
         self.board.write(PIO, BASE + reg, 1, value)
 
-    def iir(self):
+    def iir(self) -> Any:
         return self.get(IIR) & 0x0F
 
-    def type(self, data):
+    def type(self, data: Any) -> None:
         assert self.console.feed(data) == len(data)
 
 
 @pytest.fixture
-def port():
+def port() -> Iterator[Any]:
     with Board() as board:
         console = Console("console", board.vm, 4)
         console.plug(board.bus, BASE, "serial0")
@@ -55,7 +59,7 @@ def port():
         console.close()
 
 
-def test_linux_finds_a_16550a(port):
+def test_linux_finds_a_16550a(port: Any) -> None:
     """The test makes the accesses of autoconfig() and autoconfig_16550a()."""
     port.set(IER, 0)
     assert port.get(IER) & 0x0F == 0
@@ -82,7 +86,7 @@ def test_linux_finds_a_16550a(port):
     assert port.get(MSR) == 0xB0
 
 
-def test_the_divisor_is_behind_dlab(port):
+def test_the_divisor_is_behind_dlab(port: Any) -> None:
     port.set(LCR, 0x83)
     port.set(DLL, 0x01)
     port.set(DLM, 0x02)
@@ -92,7 +96,7 @@ def test_the_divisor_is_behind_dlab(port):
     assert lib.pv_pipe_total(port.console.pipe) == 0  # nothing went to the line
 
 
-def test_startup_test_finds_no_thre_bug(port):
+def test_startup_test_finds_no_thre_bug(port: Any) -> None:
     """serial8250_do_startup() expects that enabling THRI with an empty transmitter interrupts, each
     time.
     """
@@ -107,7 +111,7 @@ def test_startup_test_finds_no_thre_bug(port):
     assert port.iir() == IIR_NO_INT
 
 
-def test_reading_iir_clears_thre_and_writing_brings_it_back(port):
+def test_reading_iir_clears_thre_and_writing_brings_it_back(port: Any) -> None:
     port.set(IER, IER_THRI)
     assert port.iir() == IIR_THRI
     assert port.iir() == IIR_NO_INT
@@ -118,7 +122,7 @@ def test_reading_iir_clears_thre_and_writing_brings_it_back(port):
     assert port.iir() == IIR_NO_INT
 
 
-def test_reading_iir_does_not_clear_thre_behind_a_higher_interrupt(port):
+def test_reading_iir_does_not_clear_thre_behind_a_higher_interrupt(port: Any) -> None:
     port.set(IER, IER_THRI | IER_RDI)
     port.type(b"x")
     assert port.iir() == IIR_RDI
@@ -127,7 +131,7 @@ def test_reading_iir_does_not_clear_thre_behind_a_higher_interrupt(port):
     assert port.iir() == IIR_THRI
 
 
-def test_received_bytes_come_in_order_and_interrupt_until_read(port):
+def test_received_bytes_come_in_order_and_interrupt_until_read(port: Any) -> None:
     port.set(IER, IER_RDI)
     port.type(b"hello")
     out = b""
@@ -139,7 +143,7 @@ def test_received_bytes_come_in_order_and_interrupt_until_read(port):
     assert port.get(RX) == 0  # nothing there
 
 
-def test_input_waits_in_a_queue_and_then_at_the_user(port):
+def test_input_waits_in_a_queue_and_then_at_the_user(port: Any) -> None:
     data = bytes(i & 0xFF for i in range(3000))
     fed = port.console.feed(data)
     assert fed == 1024
@@ -151,7 +155,7 @@ def test_input_waits_in_a_queue_and_then_at_the_user(port):
     assert not port.get(LSR) & LSR_OE  # never an overrun: the line waits
 
 
-def test_send_goes_on_as_long_as_the_guest_reads(port):
+def test_send_goes_on_as_long_as_the_guest_reads(port: Any) -> None:
     data = bytes(i & 0xFF for i in range(20000))
     t = threading.Thread(target=port.console.send, args=(data, 5))
     t.start()
@@ -163,12 +167,12 @@ def test_send_goes_on_as_long_as_the_guest_reads(port):
     assert got == data
 
 
-def test_send_gives_up_on_a_guest_that_does_not_read(port):
+def test_send_gives_up_on_a_guest_that_does_not_read(port: Any) -> None:
     with pytest.raises(TimeoutError):
         port.console.send(b"x" * 2000, timeout=0.05)
 
 
-def test_loop_back(port):
+def test_loop_back(port: Any) -> None:
     port.set(IER, IER_RDI | IER_RLSI)
     port.set(FCR, FCR_ENABLE)
     port.set(MCR, MCR_LOOP)
@@ -189,7 +193,7 @@ def test_loop_back(port):
     assert not port.get(LSR) & LSR_DR
 
 
-def test_the_fifo_is_cleared_on_demand_and_when_switched(port):
+def test_the_fifo_is_cleared_on_demand_and_when_switched(port: Any) -> None:
     port.set(FCR, FCR_ENABLE)
     port.type(b"abc")
     port.set(FCR, FCR_ENABLE | FCR_CLEAR_TX)
@@ -201,7 +205,7 @@ def test_the_fifo_is_cleared_on_demand_and_when_switched(port):
     assert not port.get(LSR) & LSR_DR
 
 
-def test_reset_gives_the_registers_of_power_on(port):
+def test_reset_gives_the_registers_of_power_on(port: Any) -> None:
     before = [port.get(r) for r in (IER, LCR, MCR, LSR, SCR)]
     port.set(IER, 0x0F)
     port.set(FCR, FCR_ENABLE)
@@ -214,14 +218,14 @@ def test_reset_gives_the_registers_of_power_on(port):
     assert port.get(IIR) == IIR_NO_INT
 
 
-def test_wide_accesses_are_byte_accesses(port):
+def test_wide_accesses_are_byte_accesses(port: Any) -> None:
     port.board.write(PIO, BASE + MCR, 2, 0xFF02)  # MCR, and LSR which is read only
     assert port.get(MCR) == 2
     assert port.board.read(PIO, BASE + LCR, 4) == port.get(LCR) | 2 << 8 | EMPTY << 16 | 0xB0 << 24
     assert port.board.read(PIO, BASE + SCR, 2) == 0xFFFF  # beyond the last register: nobody's
 
 
-def flood_polling(port, data):
+def flood_polling(port: Any, data: Any) -> None:
     """Send data as the kernel's console does: wait_for_xmitr(), then a write."""
     for b in data:
         while not port.get(LSR) & LSR_THRE:
@@ -229,7 +233,7 @@ def flood_polling(port, data):
         port.set(TX, b)
 
 
-def flood_interrupts(port, data):
+def flood_interrupts(port: Any, data: Any) -> None:
     """Send data as serial8250_tx_chars() does: up to 16 bytes per interrupt, and none without an
     interrupt.
     """
@@ -245,11 +249,11 @@ def flood_interrupts(port, data):
 
 
 @pytest.mark.parametrize("flood", [flood_polling, flood_interrupts])
-def test_a_flood_with_a_slow_reader_loses_nothing(port, flood):
+def test_a_flood_with_a_slow_reader_loses_nothing(port: Any, flood: Any) -> None:
     data = bytes((i * 31) & 0xFF for i in range(150_000))
     got = []
 
-    def slow(piece):
+    def slow(piece: Any) -> None:
         time.sleep(0.002)
         got.append(piece)
 
@@ -261,7 +265,9 @@ def test_a_flood_with_a_slow_reader_loses_nothing(port, flood):
     assert port.console.dropped == 0
 
 
-def test_a_full_pipe_reads_as_a_busy_transmitter_and_interrupts_when_there_is_room(port):
+def test_a_full_pipe_reads_as_a_busy_transmitter_and_interrupts_when_there_is_room(
+    port: Any,
+) -> None:
     port.board.access(PIO, BASE + TX, 1, b"x" * 65536, count=65536)  # nobody reads
     assert not port.get(LSR) & LSR_THRE
     port.set(IER, IER_THRI)
@@ -271,7 +277,7 @@ def test_a_full_pipe_reads_as_a_busy_transmitter_and_interrupts_when_there_is_ro
     assert port.get(LSR) & EMPTY == EMPTY
 
 
-def test_a_transmitter_that_is_ready_takes_a_whole_fifo(port):
+def test_a_transmitter_that_is_ready_takes_a_whole_fifo(port: Any) -> None:
     """A driver that has seen THRE writes 16 bytes without looking at LSR again."""
     port.board.access(PIO, BASE + TX, 1, b"x" * (65536 - 16), count=65536 - 16)
     assert port.get(LSR) & EMPTY == EMPTY
@@ -281,7 +287,7 @@ def test_a_transmitter_that_is_ready_takes_a_whole_fifo(port):
     assert port.console.dropped == 0
 
 
-def test_who_does_not_look_at_lsr_waits_for_the_reader(port):
+def test_who_does_not_look_at_lsr_waits_for_the_reader(port: Any) -> None:
     """A guest that writes without looking at LSR waits for the reader, also in a string
     instruction. Nothing is lost.
     """
@@ -293,7 +299,7 @@ def test_who_does_not_look_at_lsr_waits_for_the_reader(port):
     assert port.console.text == b"x" * 70000 and port.console.dropped == 0
 
 
-def test_the_end_of_the_machine_frees_who_waits(port):
+def test_the_end_of_the_machine_frees_who_waits(port: Any) -> None:
     timer = threading.Timer(0.2, port.console.release)
     timer.start()
     port.board.access(PIO, BASE + TX, 1, b"x" * 70000, count=70000)
@@ -301,7 +307,7 @@ def test_the_end_of_the_machine_frees_who_waits(port):
     assert port.console.dropped == 70000 - 65536
 
 
-def test_a_handler_that_gives_up_hears_of_the_port_again(port):
+def test_a_handler_that_gives_up_hears_of_the_port_again(port: Any) -> None:
     """The interrupt controller sees edges only: a line that stays high when the handler gives up
     would never interrupt again.
     """
@@ -325,7 +331,7 @@ def test_a_handler_that_gives_up_hears_of_the_port_again(port):
     assert lib.pv_serial_edges(port.console.serial) == quiet
 
 
-def test_any_accesses_leave_a_port_that_works(port):
+def test_any_accesses_leave_a_port_that_works(port: Any) -> None:
     rng = random.Random(11)
     port.console.start()
     for _ in range(5000):

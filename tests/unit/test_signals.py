@@ -1,8 +1,11 @@
 """Signals end a command in order, and soon."""
 
+from __future__ import annotations
+
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -24,13 +27,13 @@ sys.exit(orderly(body))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_wakes_nobody_is_taken(number):
+def test_a_signal_that_wakes_nobody_is_taken(number: Any) -> None:
     argv = [sys.executable, "-c", BODY, str(int(number))]
     child = subprocess.run(argv, capture_output=True, text=True, timeout=30)
     assert (child.returncode, child.stderr) == (128 + number, "")
 
 
-def test_without_a_signal_all_is_as_before():
+def test_without_a_signal_all_is_as_before() -> None:
     text = """
 import os, signal, threading
 from pyvmm.cli.support.signals import ENDING, orderly
@@ -96,7 +99,7 @@ class Child:
         out, err = self.process.communicate(timeout=30)
         return self.process.returncode, out, err
 
-    def __enter__(self) -> "Child":
+    def __enter__(self) -> Child:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -109,7 +112,7 @@ ENDED = "pyvmm: ended by a second signal, without cleaning up\n"
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_a_process_that_hangs(first, second):
+def test_a_second_signal_ends_a_process_that_hangs(first: Any, second: Any) -> None:
     with Child("hang()", twice=0) as child:
         child.process.send_signal(first)
         assert child.line() == "ending\n"
@@ -117,7 +120,7 @@ def test_a_second_signal_ends_a_process_that_hangs(first, second):
         assert child.end() == (128 + second, "", ENDED)
 
 
-def test_a_signal_that_is_sent_twice_at_once_leaves_time_for_order():
+def test_a_signal_that_is_sent_twice_at_once_leaves_time_for_order() -> None:
     """As timeout(1) sends it."""
     with Child("time.sleep(1)", twice=60) as child:
         child.process.send_signal(signal.SIGTERM)
@@ -126,7 +129,7 @@ def test_a_signal_that_is_sent_twice_at_once_leaves_time_for_order():
         assert child.end() == (143, "cleaned up\n", "")
 
 
-def test_but_not_for_ever():
+def test_but_not_for_ever() -> None:
     with Child("hang()", twice=60, orderly=0.5) as child:
         child.process.send_signal(signal.SIGTERM)
         assert child.line() == "ending\n"
@@ -134,13 +137,13 @@ def test_but_not_for_ever():
         assert child.end() == (143, "", ENDED)
 
 
-def test_one_signal_alone_waits_for_order():
+def test_one_signal_alone_waits_for_order() -> None:
     with Child("time.sleep(1)", twice=60, orderly=0.1) as child:
         child.process.send_signal(signal.SIGTERM)
         assert child.end() == (143, "ending\ncleaned up\n", "")
 
 
-def test_a_main_thread_that_takes_no_signal_is_ended_by_the_second():
+def test_a_main_thread_that_takes_no_signal_is_ended_by_the_second() -> None:
     """It waits in C, and goes on waiting: the handler of the first does not even run."""
     clean_up = "signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDING); hang()"
     with Child(clean_up, twice=0) as child:

@@ -10,11 +10,11 @@ from pyvmm.hostnet.sockets import bind, is_abandoned, remove
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> str:
     return str(tmp_path / "s")
 
 
-def listening(path, kind=socket.SOCK_STREAM):
+def listening(path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     s = socket.socket(socket.AF_UNIX, kind)
     s.bind(path)
     if kind != socket.SOCK_DGRAM:
@@ -22,7 +22,7 @@ def listening(path, kind=socket.SOCK_STREAM):
     return s
 
 
-def test_only_a_socket_without_a_listener_is_abandoned(path, tmp_path):
+def test_only_a_socket_without_a_listener_is_abandoned(path: str, tmp_path: Path) -> None:
     assert not is_abandoned(path)
     with listening(path):
         assert not is_abandoned(path)
@@ -38,7 +38,7 @@ def test_only_a_socket_without_a_listener_is_abandoned(path, tmp_path):
     assert not is_abandoned(str(tmp_path / "file"))
 
 
-def test_bind_replaces_an_abandoned_socket_and_nothing_else(path, tmp_path):
+def test_bind_replaces_an_abandoned_socket_and_nothing_else(path: str, tmp_path: Path) -> None:
     listening(path).close()
     with socket.socket(socket.AF_UNIX) as s:
         info = bind(s, path), os.lstat(path)
@@ -53,7 +53,7 @@ def test_bind_replaces_an_abandoned_socket_and_nothing_else(path, tmp_path):
     assert file.read_text() == "precious"
 
 
-def test_remove_leaves_what_somebody_has_put_there(path):
+def test_remove_leaves_what_somebody_has_put_there(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as s:
         ours = bind(s, path)
         Path(path).rename(path + ".old")  # whose inode number is then not used again

@@ -1,6 +1,9 @@
 """pyvmm.spec's virtio and PCI constants against the installed kernel headers."""
 
+from __future__ import annotations
+
 import subprocess
+from pathlib import Path
 
 from pyvmm.spec import pci, virtio, virtio_net, virtio_pci
 
@@ -23,7 +26,7 @@ NOT_IN_HEADERS = {
 }
 
 
-def test_constants_match_the_kernel_headers(tmp_path):
+def test_constants_match_the_kernel_headers(tmp_path: Path) -> None:
     ours = {
         name: value
         for module in (virtio, virtio_net, virtio_pci, pci)

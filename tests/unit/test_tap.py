@@ -1,5 +1,7 @@
 """Taps and network namespaces, with the real kernel. All of it happens in namespaces of its own."""
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import os
@@ -14,10 +16,13 @@ import tempfile
 import textwrap
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pyvmm.datapath.base import Vring
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
 from pyvmm.hostnet import ALLOW_USER_NAMESPACES, netns, tap, userns
@@ -37,12 +42,12 @@ GSO = [
 ]
 
 
-def mask(*bits):
+def mask(*bits: int) -> int:
     return sum(1 << b for b in bits)
 
 
 @pytest.fixture
-def tun_for_all(monkeypatch):
+def tun_for_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A /dev/net/tun that ordinary users may open, also where this machine's is root's alone."""
     info = Path(tap.TUN).stat()
     if info.st_mode & 0o006 == 0o006 or os.getuid():
@@ -58,12 +63,12 @@ def tun_for_all(monkeypatch):
 
 
 @pytest.fixture
-def namespace():
+def namespace() -> Iterator[Namespace]:
     with Namespace(address="192.168.91.1/24", address6="fd00:91::1/64", mtu=1400) as ns:
         yield ns
 
 
-def inside(ns, source, **kw):
+def inside(ns: Namespace, source: str, **kw: Any) -> subprocess.Popen:
     """Run Python source as root inside the namespace."""
     code = "import sys, os, time\nfrom pyvmm.hostnet.tap import Tap, Interface\nfrom pyvmm.errors import *\n"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -71,20 +76,20 @@ def inside(ns, source, **kw):
     return ns.popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=env, **kw)
 
 
-def run_inside(ns, source):
+def run_inside(ns: Namespace, source: str) -> str:
     p = inside(ns, source)
     out, _ = p.communicate(timeout=20)
     assert p.returncode == 0
     return out.strip()
 
 
-def links(ns):
+def links(ns: Namespace) -> set[str]:
     out = ns.run(["cat", "/proc/net/dev"], capture_output=True, text=True, check=True).stdout
     return {line.split(":")[0].strip() for line in out.splitlines() if ":" in line}
 
 
 @pytest.mark.parametrize("name", ["", "x" * 16, "a/b", ".", "..", "a b", "tap%d", "a:b", "a\n"])
-def test_names_that_no_interface_can_have(name):
+def test_names_that_no_interface_can_have(name: str) -> None:
     with pytest.raises(UsageError):
         Tap(name)
 
@@ -104,24 +109,24 @@ def test_names_that_no_interface_can_have(name):
         ),
     ],
 )
-def test_addresses_that_are_none(text):
+def test_addresses_that_are_none(text: str) -> None:
     with pytest.raises(UsageError):
         parse_address(text)
 
 
-def test_addresses():
+def test_addresses() -> None:
     assert parse_address("10.0.0.1/8") == (socket.AF_INET, b"\n\0\0\1", 8)
     assert parse_address("10.0.0.1")[2] == 32
     assert parse_address("fd00::1/64") == (socket.AF_INET6, b"\xfd" + bytes(14) + b"\1", 64)
 
 
 @pytest.mark.parametrize("mtu", [67, 65522])
-def test_an_mtu_that_no_tap_can_have(mtu):
+def test_an_mtu_that_no_tap_can_have(mtu: int) -> None:
     with pytest.raises(UsageError):
         Tap("x", mtu=mtu)
 
 
-def test_a_namespace_has_its_tap_up_and_addressed(namespace):
+def test_a_namespace_has_its_tap_up_and_addressed(namespace: Namespace) -> None:
     assert namespace.tap.mtu == 1400
     show = namespace.run(["ip", "addr", "show"], capture_output=True, text=True, check=True).stdout
     assert "inet 192.168.91.1/24" in show and "inet6 fd00:91::1/64" in show and "mtu 1400" in show
@@ -131,15 +136,15 @@ def test_a_namespace_has_its_tap_up_and_addressed(namespace):
         s.bind(("fd00:91::1", 0))
 
 
-def test_making_a_namespace_changes_neither_ours_nor_that_of_other_threads():
-    def mine(kind):
+def test_making_a_namespace_changes_neither_ours_nor_that_of_other_threads() -> None:
+    def mine(kind: str) -> Path:
         return Path(f"/proc/thread-self/ns/{kind}").readlink()
 
     before = mine("net"), mine("user")
     seen = []
     go, done = threading.Event(), threading.Event()
 
-    def other():
+    def other() -> None:
         go.wait()
         seen.append(mine("net"))
         done.set()
@@ -156,8 +161,8 @@ def test_making_a_namespace_changes_neither_ours_nor_that_of_other_threads():
         assert not Interface("tap0").exists()
 
 
-def test_a_namespace_leaves_no_descriptor_thread_or_child():
-    def state():
+def test_a_namespace_leaves_no_descriptor_thread_or_child() -> None:
+    def state() -> tuple[int, int, str]:
         return (
             len(list(Path("/proc/self/fd").iterdir())),
             threading.active_count(),
@@ -172,7 +177,7 @@ def test_a_namespace_leaves_no_descriptor_thread_or_child():
     assert state() == before
 
 
-def in_child(monkeypatch, body):
+def in_child(monkeypatch: pytest.MonkeyPatch, body: Callable[..., Any]) -> tuple[Any, ...]:
     """What ``_in_child`` raises, and the child's exit status."""
     statuses = []
     waitpid = os.waitpid
@@ -182,8 +187,8 @@ def in_child(monkeypatch, body):
     return caught.value, os.waitstatus_to_exitcode(statuses[0][1])
 
 
-def test_a_bug_in_the_child_comes_home_with_its_traceback(monkeypatch):
-    def body():
+def test_a_bug_in_the_child_comes_home_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body() -> Any:
         return len(5), []
 
     error, status = in_child(monkeypatch, body)
@@ -191,11 +196,11 @@ def test_a_bug_in_the_child_comes_home_with_its_traceback(monkeypatch):
     assert "return len(5), []" in str(error) and "TypeError: object of type 'int'" in str(error)
 
 
-def test_errors_of_the_child_come_home(monkeypatch):
-    def refused():
+def test_errors_of_the_child_come_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
         raise PermissionError(errno.EPERM, "not for you")
 
-    def busy():
+    def busy() -> None:
         raise NetError("no tap", "make one")
 
     error, status = in_child(monkeypatch, refused)
@@ -205,7 +210,9 @@ def test_errors_of_the_child_come_home(monkeypatch):
     assert (type(error), str(error), status) == (NetError, "no tap; make one", 0)
 
 
-def test_a_child_that_cannot_answer_says_why(monkeypatch, capfd):
+def test_a_child_that_cannot_answer_says_why(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     error, status = in_child(monkeypatch, lambda: (["x" * (64 << 20)], []))
     assert (type(error), status) == (HostError, 1) and "status 1" in str(error)
     assert "Message too long" in capfd.readouterr().err
@@ -214,7 +221,7 @@ def test_a_child_that_cannot_answer_says_why(monkeypatch, capfd):
     assert (type(error), status) == (HostError, -9) and "status -9" in str(error)
 
 
-def test_an_ordinary_user_gets_a_namespace(tun_for_all):
+def test_an_ordinary_user_gets_a_namespace(tun_for_all: Any) -> None:
     """In a child that gives up root, from a process with threads."""
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait, daemon=True)
@@ -247,7 +254,7 @@ def test_an_ordinary_user_gets_a_namespace(tun_for_all):
     thread.join()
 
 
-def test_a_busy_tap_is_named(namespace):
+def test_a_busy_tap_is_named(namespace: Namespace) -> None:
     out = run_inside(
         namespace,
         """
@@ -260,7 +267,7 @@ def test_a_busy_tap_is_named(namespace):
     assert out.startswith("NetError tap tap0 is in use; stop")
 
 
-def test_what_is_no_tap_is_named(namespace):
+def test_what_is_no_tap_is_named(namespace: Namespace) -> None:
     out = run_inside(
         namespace,
         """
@@ -273,7 +280,7 @@ def test_what_is_no_tap_is_named(namespace):
     assert out.startswith("NetError lo exists but is no tap")
 
 
-def test_a_tap_that_was_made_is_gone_even_after_sigkill(namespace):
+def test_a_tap_that_was_made_is_gone_even_after_sigkill(namespace: Namespace) -> None:
     p = inside(
         namespace,
         "tap = Tap('own0', address='10.1.1.1/24')\nprint(tap.created, flush=True)\ntime.sleep(60)",
@@ -287,8 +294,8 @@ def test_a_tap_that_was_made_is_gone_even_after_sigkill(namespace):
     assert wait_for(lambda: "own0" not in links(namespace), 5)
 
 
-def test_a_tap_of_the_users_is_left_as_it_was(namespace):
-    def show():
+def test_a_tap_of_the_users_is_left_as_it_was(namespace: Namespace) -> None:
+    def show() -> list[str]:
         out = namespace.run(
             ["ip", "-4", "addr", "show", "mine0"], capture_output=True, text=True, check=True
         ).stdout
@@ -317,7 +324,7 @@ def test_a_tap_of_the_users_is_left_as_it_was(namespace):
         namespace.run(["ip", "link", "del", "mine0"], check=True)
 
 
-def test_a_multi_queue_tap_opened_as_single_is_explained(namespace):
+def test_a_multi_queue_tap_opened_as_single_is_explained(namespace: Namespace) -> None:
     namespace.run(["ip", "tuntap", "add", "dev", "many0", "mode", "tap", "multi_queue"], check=True)
     out = run_inside(
         namespace,
@@ -337,7 +344,7 @@ class Guest:
     MAC = bytes.fromhex("525400123456")
     IP, HOST = bytes([192, 168, 91, 2]), bytes([192, 168, 91, 1])
 
-    def __init__(self, ns, acked):
+    def __init__(self, ns: Namespace, acked: int) -> None:
         self.memory = GuestMemory(8 << 20)
         self.acked = acked | mask(
             virtio.VIRTIO_F_VERSION_1,
@@ -365,11 +372,11 @@ class Guest:
             check=True,
         )
 
-    def start(self, rings):
+    def start(self, rings: list[Vring]) -> None:
         self.path.start(self.acked, self.memory, rings, self.events)
 
-    def udp_received(self, port, count=1):
-        def find():
+    def udp_received(self, port: int, count: int = 1) -> list[bytes]:
+        def find() -> list[bytes]:
             self.driver.poll()
             hits = [p for p in self.driver.received if p[24:26] == b"\x08\0" and p[35] == 17]
             return [p for p in hits if struct.unpack_from(">H", p, 48)[0] == port]
@@ -377,20 +384,20 @@ class Guest:
         assert wait_for(lambda: len(find()) >= count, 5)
         return find()
 
-    def close(self):
+    def close(self) -> None:
         self.path.stop()
         self.driver.close()
         self.memory.close()
 
 
 @pytest.fixture
-def guest(namespace, request):
+def guest(namespace: Namespace, request: pytest.FixtureRequest) -> Iterator[Guest]:
     g = Guest(namespace, getattr(request, "param", 0))
     yield g
     g.close()
 
 
-def checksum(data):
+def checksum(data: bytes) -> int:
     data += b"\0" * (len(data) % 2)
     total = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
@@ -399,7 +406,7 @@ def checksum(data):
 
 
 @pytest.mark.parametrize("guest", [0, mask(*GSO)], indirect=True)
-def test_offloads_follow_the_negotiated_features(namespace, guest):
+def test_offloads_follow_the_negotiated_features(namespace: Namespace, guest: Guest) -> None:
     """With GUEST_CSUM the host leaves the checksum to us; without it, it does it all."""
     with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.sendto(b"hello", ("192.168.91.2", 4000))
@@ -416,18 +423,18 @@ def test_offloads_follow_the_negotiated_features(namespace, guest):
         assert not packet[0] & virtio_net.VIRTIO_NET_HDR_F_NEEDS_CSUM
 
 
-def test_offloads_that_lack_what_they_require_are_not_asked_for(namespace):
+def test_offloads_that_lack_what_they_require_are_not_asked_for(namespace: Namespace) -> None:
     for bits in ([virtio_net.VIRTIO_NET_F_GUEST_ECN], GSO[1:], [GSO[0], GSO[3]], GSO, []):
         namespace.tap.set_offloads(mask(*bits))
 
 
-def test_the_tap_has_all_offloads(namespace):
+def test_the_tap_has_all_offloads(namespace: Namespace) -> None:
     features = namespace.tap.features()
     assert features >> virtio_net.VIRTIO_NET_F_CSUM & 1 and not features & ~mask(*range(15))
     assert not mask(*GSO) & ~features
 
 
-def test_udp_to_the_host_and_what_the_tap_refuses(namespace, guest):
+def test_udp_to_the_host_and_what_the_tap_refuses(namespace: Namespace, guest: Guest) -> None:
     with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.bind(("192.168.91.1", 5000))
         s.settimeout(5)
@@ -464,12 +471,12 @@ def test_udp_to_the_host_and_what_the_tap_refuses(namespace, guest):
         assert guest.links == []
 
 
-def mac_of(ns):
+def mac_of(ns: Namespace) -> bytes:
     out = ns.run(["ip", "link", "show", "tap0"], capture_output=True, text=True, check=True).stdout
     return bytes.fromhex(out.split("link/ether ")[1].split()[0].replace(":", ""))
 
 
-def test_a_deleted_tap_is_link_down_without_a_busy_loop(namespace, guest):
+def test_a_deleted_tap_is_link_down_without_a_busy_loop(namespace: Namespace, guest: Guest) -> None:
     namespace.run(["ip", "link", "del", "tap0"], check=True)
     assert wait_for(lambda: guest.links == [False], 5)
     guest.driver.send(bytes(60))
@@ -480,7 +487,7 @@ def test_a_deleted_tap_is_link_down_without_a_busy_loop(namespace, guest):
     assert guest.path.counters()["tx_drop_link"] == 1
 
 
-def test_a_tap_that_is_made_again_is_used_again(namespace):
+def test_a_tap_that_is_made_again_is_used_again(namespace: Namespace) -> None:
     """FAULTS 5, in a process inside, for a tap by name; also when the device is restarted
     meanwhile.
     """
@@ -529,7 +536,7 @@ def test_a_tap_that_is_made_again_is_used_again(namespace):
     assert out == "[False, True, False, False, True] True"
 
 
-def test_a_queue_of_frames_before_start_is_delivered(namespace):
+def test_a_queue_of_frames_before_start_is_delivered(namespace: Namespace) -> None:
     """The tap keeps frames while no data path runs: nothing is lost in a switch."""
     g = Guest(namespace, 0)
     g.path.stop()
@@ -543,7 +550,7 @@ def test_a_queue_of_frames_before_start_is_delivered(namespace):
     g.close()
 
 
-def test_what_a_move_needs(namespace):
+def test_what_a_move_needs(namespace: Namespace) -> None:
     """Frames that wait are seen and thrown away; an announcement reaches the host's side."""
     tap = namespace.tap
     tap.discard()
@@ -566,7 +573,7 @@ def test_what_a_move_needs(namespace):
         assert data[:12] == b"\xff" * 6 + bytes.fromhex("525400123456")
 
 
-def test_two_queues_of_one_tap():
+def test_two_queues_of_one_tap() -> None:
     with Namespace(queues=2, address="192.168.91.1/24") as ns:
         assert len({fd.fileno() for fd in ns.tap.fds}) == 2
         for fd in ns.tap.fds:
@@ -575,7 +582,7 @@ def test_two_queues_of_one_tap():
                     os.read(fd.fileno(), 2048)
 
 
-def test_forbidden_taps_name_the_remedy(tun_for_all):
+def test_forbidden_taps_name_the_remedy(tun_for_all: Any) -> None:
     """As a user without rights in the namespace: neither making one nor opening another's works."""
     if os.getuid():
         with pytest.raises(NetForbidden, match="ip tuntap add"):
@@ -597,16 +604,16 @@ def test_forbidden_taps_name_the_remedy(tun_for_all):
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_no_tun_device(monkeypatch):
+def test_no_tun_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.hostnet.tap.TUN", "/dev/net/none")
     with pytest.raises(NetError, match="there is no /dev/net/none; load the tun module"):
         Tap("x0")
 
 
-def test_no_namespaces_at_all(monkeypatch):
+def test_no_namespaces_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """unshare refused: one line with the remedy."""
 
-    def refuse(flags):
+    def refuse(flags: int) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(userns, "unshare", refuse)

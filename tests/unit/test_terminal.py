@@ -2,6 +2,8 @@
 works. On a real pty.
 """
 
+from __future__ import annotations
+
 import os
 import pty
 import select
@@ -9,7 +11,9 @@ import signal
 import sys
 import termios
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +64,7 @@ finally:
 class Session:
     """The child, the user's end of its terminal, and what it said."""
 
-    def __init__(self, deaf=False, piped=None):
+    def __init__(self, deaf: bool = False, piped: int | None = None) -> None:
         self.out, child_out = os.pipe()
         self.master, self.slave = pty.openpty()
         self.before = termios.tcgetattr(self.slave)
@@ -77,7 +81,7 @@ class Session:
         os.close(child_out)
         self.said = b""
 
-    def hear(self, what, timeout=20.0):
+    def hear(self, what: bytes, timeout: float = 20.0) -> None:
         end = time.monotonic() + timeout
         while what not in self.said:
             assert select.select([self.out], [], [], max(0, end - time.monotonic()))[0], self.said
@@ -85,18 +89,18 @@ class Session:
             assert piece, self.said
             self.said += piece
 
-    def type(self, data):
+    def type(self, data: bytes) -> None:
         os.write(self.master, data)
 
-    def raw(self):
+    def raw(self) -> bool:
         return not termios.tcgetattr(self.slave)[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
 
-    def end(self):
+    def end(self) -> int:
         _pid, status = os.waitpid(self.pid, 0)
         self.pid = 0
         return os.waitstatus_to_exitcode(status)
 
-    def close(self):
+    def close(self) -> None:
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
@@ -105,10 +109,10 @@ class Session:
 
 
 @pytest.fixture
-def session():
+def session() -> Iterator[Callable[..., Any]]:
     made = []
 
-    def make(**kw):
+    def make(**kw: int) -> Session:
         made.append(Session(**kw))
         return made[-1]
 
@@ -117,7 +121,7 @@ def session():
         s.close()
 
 
-def test_what_is_typed_arrives_and_ctrl_a_x_leaves(session):
+def test_what_is_typed_arrives_and_ctrl_a_x_leaves(session: Callable[..., Any]) -> None:
     s = session()
     s.hear(b"<open>")
     assert s.raw()
@@ -131,7 +135,7 @@ def test_what_is_typed_arrives_and_ctrl_a_x_leaves(session):
     assert termios.tcgetattr(s.slave) == s.before
 
 
-def test_ctrl_a_x_leaves_a_guest_that_does_not_read(session):
+def test_ctrl_a_x_leaves_a_guest_that_does_not_read(session: Callable[..., Any]) -> None:
     s = session(deaf=True)
     s.hear(b"<open>")
     for _ in range(100):  # more than is kept for it
@@ -143,7 +147,9 @@ def test_ctrl_a_x_leaves_a_guest_that_does_not_read(session):
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-def test_a_signal_puts_the_terminal_back_within_a_second(session, deaf):
+def test_a_signal_puts_the_terminal_back_within_a_second(
+    session: Callable[..., Any], deaf: bool
+) -> None:
     s = session(deaf=deaf)
     s.hear(b"<open>")
     s.type(b"y" * 3000)
@@ -156,7 +162,7 @@ def test_a_signal_puts_the_terminal_back_within_a_second(session, deaf):
     assert termios.tcgetattr(s.slave) == s.before
 
 
-def test_a_pipe_is_read_to_its_end_and_has_no_escapes(session):
+def test_a_pipe_is_read_to_its_end_and_has_no_escapes(session: Callable[..., Any]) -> None:
     r, w = os.pipe()
     s = session(piped=r)
     os.close(r)

@@ -20,7 +20,7 @@ def child(code: str, *prefix: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_an_ordinary_user_becomes_root_inside():
+def test_an_ordinary_user_becomes_root_inside() -> None:
     become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     prefix = become if os.geteuid() == 0 else []
     out = child("become_root(); print(os.getuid(), open('/proc/self/uid_map').read())", *prefix)
@@ -29,7 +29,7 @@ def test_an_ordinary_user_becomes_root_inside():
     assert out.split() == ["0", "0", str(65534 if prefix else os.geteuid()), "1"]
 
 
-def test_what_the_kernel_refuses_is_named():
+def test_what_the_kernel_refuses_is_named() -> None:
     out = child(
         "import threading; e = threading.Event(); t = threading.Thread(target=e.wait); t.start()\n"
         "try: unshare(lib.CLONE_NEWUSER)\nexcept OSError as x: print(x.errno, x.strerror)\ne.set()"

@@ -1,5 +1,7 @@
 """Our vhost-user front-end and back-end, joined by a real socket; a mock driver is the guest."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -10,25 +12,31 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pyvmm.backend.frontend import Frontend
+from pyvmm.backend.memory import MemoryTable
 from pyvmm.backend.net import NetService
-from pyvmm.backend.ports import PcapWriter, PythonPort, joined_ports, loop_port
+from pyvmm.backend.ports import PcapWriter, PythonPort, SocketPort, joined_ports, loop_port
 from pyvmm.backend.server import Backend
 from pyvmm.conformance.probe import Probe
+from pyvmm.datapath.base import Vring
 from pyvmm.datapath.vhost_user import VhostUserNet
 from pyvmm.errors import VhostUserError
 from pyvmm.hostnet.frames import rarp
 from pyvmm.hostnet.netns import Namespace
+from pyvmm.hostnet.tap import Tap
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
 from pyvmm.vhostuser.connect import Connector, ListeningConnector
-from pyvmm.vhostuser.wire import Channel, Listener, TimedOut
+from pyvmm.vhostuser.wire import Channel, Listener, Message, TimedOut
 from tests.boot.seqnet import build, datagram
 from tests.driver import Events, NetDriver, bits, wait_for
 from tests.vu_fake import HOSTILE, Fake, raw
@@ -56,14 +64,14 @@ def open_fds() -> int:
 
 
 @pytest.fixture(autouse=True)
-def no_leak():
+def no_leak() -> Iterator[None]:
     before = open_fds()
     yield
     assert open_fds() == before
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> str:
     return str(tmp_path / "s")
 
 
@@ -79,12 +87,12 @@ class Running:
     def __init__(
         self,
         path: str,
-        port=None,
+        port: PythonPort | SocketPort | Tap | None = None,
         *,
         client: bool = False,
         poll_us: int = 0,
-        service=None,
-        **options,
+        service: TagService | None = None,
+        **options: int,
     ) -> None:
         self.log: list[str] = []
         service = service or NetService(port or loop_port(1), poll_us=poll_us)
@@ -99,7 +107,7 @@ class Running:
         except BaseException as e:
             self.error = e
 
-    def __enter__(self) -> "Running":
+    def __enter__(self) -> Running:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -110,7 +118,9 @@ class Running:
         assert self.error is None
 
 
-def front_end(path, *, server=False, wait=PATIENCE, **options) -> VhostUserNet:
+def front_end(
+    path: str, *, server: bool = False, wait: float = PATIENCE, **options: bytes | float
+) -> VhostUserNet:
     """A connected front-end."""
     net = VhostUserNet(ListeningConnector(path) if server else Connector(path), **options)
     try:
@@ -125,7 +135,7 @@ class Guest:
     """Memory, drivers and our front-end."""
 
     def __init__(
-        self, path: str, *, acked: int = ALL, queues: int = 1, size: int = 256, **options
+        self, path: str, *, acked: int = ALL, queues: int = 1, size: int = 256, **options: float
     ) -> None:
         options.setdefault("timeout", PATIENCE)
         self.memory = GuestMemory(16 << 20)
@@ -151,7 +161,7 @@ class Guest:
             self.drivers.append(driver)
         self.driver = self.drivers[0]
 
-    def start(self, bases=None) -> "Guest":
+    def start(self, bases: list[int] | None = None) -> Guest:
         rings = [r for d in self.drivers for r in d.rings]
         bases = bases or [None] * len(rings)
         self.path.start(
@@ -172,7 +182,7 @@ class Guest:
             PATIENCE,
         )
 
-    def __enter__(self) -> "Guest":
+    def __enter__(self) -> Guest:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -182,7 +192,7 @@ class Guest:
         self.memory.close()
 
 
-def arrived(driver, count: int) -> list[bytes]:
+def arrived(driver: NetDriver, count: int) -> list[bytes]:
     """Wait for that many frames altogether; those so far, without the announcements that a loop
     echoes, too.
     """
@@ -195,7 +205,7 @@ def arrived(driver, count: int) -> list[bytes]:
     return frames()
 
 
-def echo(guest: Guest, numbers, driver=None) -> None:
+def echo(guest: Guest, numbers: Any, driver: NetDriver | None = None) -> None:
     """Send frames to a loop and get them back in order."""
     driver = driver or guest.driver
     before = len(arrived(driver, 0))
@@ -217,7 +227,7 @@ def echo(guest: Guest, numbers, driver=None) -> None:
     [-1, 0, REPLY_ACK, ~REPLY_ACK, ~(SLOTS | INFLIGHT)],
     ids=["all", "none", "reply-ack", "no-reply-ack", "old"],
 )
-def test_packets_pass(path, server, protocol):
+def test_packets_pass(path: str, server: bool, protocol: int) -> None:
     with ExitStack() as stack:
         if server:
             running = None
@@ -244,7 +254,7 @@ def test_packets_pass(path, server, protocol):
 
 
 @pytest.mark.parametrize("acked", [VERSION_1, VERSION_1 | MRG, VERSION_1 | EVENT_IDX, ALL])
-def test_feature_sets(path, acked):
+def test_feature_sets(path: str, acked: int) -> None:
     with Running(path, features=acked) as running, Guest(path) as guest:
         assert guest.acked == acked
         guest.start()
@@ -252,7 +262,9 @@ def test_feature_sets(path, acked):
         assert running.backend.frontend.acked & ALL == acked
 
 
-def test_features_that_lack_what_they_require_are_not_offered(path, listener):
+def test_features_that_lack_what_they_require_are_not_offered(
+    path: str, listener: Listener
+) -> None:
     with Fake(listener) as fake:
         fake.FEATURES |= bits(
             "VIRTIO_NET_F_CSUM", "VIRTIO_NET_F_HOST_ECN", "VIRTIO_NET_F_HOST_TSO6"
@@ -263,7 +275,7 @@ def test_features_that_lack_what_they_require_are_not_offered(path, listener):
             assert guest.path.features() == ALL | offered
 
 
-def test_offloads_change_while_it_runs(path):
+def test_offloads_change_while_it_runs(path: str) -> None:
     """The back-end is told by its features, which takes a stop and a start."""
     with (
         Namespace(address="192.168.93.1/24") as namespace,
@@ -283,7 +295,7 @@ def test_offloads_change_while_it_runs(path):
         assert not guest.path.problems
 
 
-def test_queue_pairs(path):
+def test_queue_pairs(path: str) -> None:
     with Running(path, loop_port(3)), Guest(path, queues=3) as guest:
         guest.start()
         for pair, driver in enumerate(guest.drivers):
@@ -298,7 +310,7 @@ def test_queue_pairs(path):
 
 
 @pytest.mark.parametrize("which", [[], [0], [1]])
-def test_queues_that_the_driver_has_not_enabled(path, which):
+def test_queues_that_the_driver_has_not_enabled(path: str, which: list[int]) -> None:
     with Running(path), Guest(path) as guest:
         rings = [guest.driver.rings[i].vring() for i in which]
         guest.path.prepare(guest.acked, guest.memory, rings)
@@ -311,7 +323,7 @@ def test_queues_that_the_driver_has_not_enabled(path, which):
         assert not guest.path.problems
 
 
-def test_too_few_queue_pairs_are_refused(path):
+def test_too_few_queue_pairs_are_refused(path: str) -> None:
     with (
         Running(path, loop_port(2)),
         pytest.raises(VhostUserError, match="has 2 queue pairs, not 3"),
@@ -319,7 +331,7 @@ def test_too_few_queue_pairs_are_refused(path):
         front_end(path, queues=3)
 
 
-def test_two_guests_joined(tmp_path):
+def test_two_guests_joined(tmp_path: Path) -> None:
     left, right = joined_ports(1)
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     with Running(a, left), Running(b, right), Guest(a) as one, Guest(b) as two:
@@ -338,7 +350,7 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def test_the_example_of_a_python_function(path):
+def test_the_example_of_a_python_function(path: str) -> None:
     """docs/examples/everybody.py, which docs/vhost-user.md quotes: every address answers ARP and
     pings.
     """
@@ -378,7 +390,7 @@ def test_the_example_of_a_python_function(path):
     assert out.startswith("front-end connected\n")
 
 
-def test_a_python_function_that_swaps(path):
+def test_a_python_function_that_swaps(path: str) -> None:
     port = PythonPort(lambda packet, pair: port.send(packet[6:12] + packet[:6] + packet[12:], pair))
     with Running(path, port), Guest(path) as guest:
         guest.start()
@@ -386,8 +398,8 @@ def test_a_python_function_that_swaps(path):
         assert guest.driver.wait_packets(1, PATIENCE)[0][12:] == b"BBBBBBAAAAAA" + bytes(50)
 
 
-def test_a_python_function_that_fails_says_so():
-    def fail(packet, pair):
+def test_a_python_function_that_fails_says_so() -> None:
+    def fail(packet: bytes, pair: int) -> None:
         raise RuntimeError("no")
 
     port = PythonPort(fail)
@@ -398,7 +410,7 @@ def test_a_python_function_that_fails_says_so():
     port.close()
 
 
-def test_a_capture(path, tmp_path):
+def test_a_capture(path: str, tmp_path: Path) -> None:
     with (tmp_path / "x.pcap").open("wb") as file:
         writer = PcapWriter(file)
         with Running(path, PythonPort(writer.write)), Guest(path) as guest:
@@ -415,7 +427,7 @@ def test_a_capture(path, tmp_path):
         PcapWriter(full)
 
 
-def test_over_a_tap(path):
+def test_over_a_tap(path: str) -> None:
     with Namespace(address="192.168.91.1/24", mtu=1500) as namespace:
         guest_ip, host_ip = bytes([192, 168, 91, 2]), bytes([192, 168, 91, 1])
         arp = b"\xff" * 6 + MAC + b"\x08\x06" + struct.pack(">HHBBH", 1, 0x800, 6, 4, 1)
@@ -433,7 +445,7 @@ def test_over_a_tap(path):
             assert not running.backend.counters()["refused"]
 
 
-def test_the_mtu_is_checked(path):
+def test_the_mtu_is_checked(path: str) -> None:
     with (
         Namespace(address="192.168.92.1/24", mtu=1500) as namespace,
         Running(path, namespace.tap),
@@ -449,14 +461,14 @@ def test_the_mtu_is_checked(path):
         front_end(path, mtu=1500)
 
 
-def test_no_backend(path):
+def test_no_backend(path: str) -> None:
     for server, words in ((False, "cannot connect"), (True, "no back-end has connected")):
         with pytest.raises(VhostUserError, match=words) as e:
             front_end(path, server=server, wait=0.05)
         assert e.value.hint
 
 
-def test_busy_polling(path):
+def test_busy_polling(path: str) -> None:
     with Running(path, poll_us=1 << 31), Guest(path) as guest:
         guest.start()
         echo(guest, range(200))
@@ -467,7 +479,7 @@ def test_busy_polling(path):
 
 @pytest.mark.parametrize("protocol", [-1, ~INFLIGHT], ids=["inflight", "used"])
 @pytest.mark.parametrize("server", [False, True], ids=["client", "server"])
-def test_the_backend_comes_back(path, server, protocol):
+def test_the_backend_comes_back(path: str, server: bool, protocol: int) -> None:
     """Nothing lost or repeated here, since each time all is returned before the back-end goes."""
     options = {"client": server, "protocol_features": protocol}
     with ExitStack() as stack:
@@ -499,7 +511,7 @@ def test_the_backend_comes_back(path, server, protocol):
         first.__exit__()
 
 
-def test_a_start_without_a_backend_is_made_up_for(path):
+def test_a_start_without_a_backend_is_made_up_for(path: str) -> None:
     first = Running(path)
     with Guest(path) as guest:
         first.__exit__()
@@ -513,7 +525,7 @@ def test_a_start_without_a_backend_is_made_up_for(path):
             echo(guest, range(50))
 
 
-def test_a_backend_with_less_is_refused(path):
+def test_a_backend_with_less_is_refused(path: str) -> None:
     first = Running(path)
     with Guest(path) as guest:
         guest.start()
@@ -529,7 +541,7 @@ def test_a_backend_with_less_is_refused(path):
             echo(guest, range(10, 20))
 
 
-def test_a_backend_with_fewer_queues_is_refused(path):
+def test_a_backend_with_fewer_queues_is_refused(path: str) -> None:
     first = Running(path, loop_port(2))
     with Guest(path, queues=2) as guest:
         guest.start()
@@ -544,7 +556,7 @@ def test_a_backend_with_fewer_queues_is_refused(path):
                 echo(guest, range(20), driver)
 
 
-def test_a_backend_with_another_mtu_is_refused(path):
+def test_a_backend_with_another_mtu_is_refused(path: str) -> None:
     with ExitStack() as stack:
         first, other = (
             stack.enter_context(Namespace(address=f"192.168.{n}.1/24", mtu=1500)) for n in (95, 96)
@@ -577,7 +589,7 @@ backend.run(sys.argv[1])
 
 
 @contextmanager
-def child(path, far, protocol=-1):
+def child(path: str, far: socket.socket, protocol: int = -1) -> Iterator[subprocess.Popen]:
     """A back-end in a process of its own, which is killed at the end; its port is ``far``."""
     argv = [sys.executable, "-c", CHILD, path, str(far.fileno()), str(protocol)]
     process = subprocess.Popen(argv, pass_fds=[far.fileno()])
@@ -589,7 +601,7 @@ def child(path, far, protocol=-1):
 
 
 @pytest.mark.parametrize("protocol", [-1, ~INFLIGHT], ids=["inflight", "used"])
-def test_kills_under_traffic(path, protocol):
+def test_kills_under_traffic(path: str, protocol: int) -> None:
     """With an in-flight region a kill repeats no transmit, and loses at most the one in the
     kernel's hands.
     """
@@ -646,14 +658,14 @@ def test_kills_under_traffic(path, protocol):
                 )
 
 
-def test_kills_under_traffic_to_a_tap(path, tmp_path):
+def test_kills_under_traffic_to_a_tap(path: str, tmp_path: Path) -> None:
     """What the back-end does between write and publication is in doubt after a kill: each datagram
     comes once all the same.
     """
     seqnet = build(tmp_path)
     with Namespace() as namespace, ExitStack() as stack:
 
-        def start(*argv):
+        def start(*argv: Path | int | str) -> subprocess.Popen:
             process = namespace.popen([*map(str, argv)], stdout=subprocess.PIPE, text=True)
             stack.callback(process.communicate)
             stack.callback(process.terminate)
@@ -686,7 +698,7 @@ def test_kills_under_traffic_to_a_tap(path, tmp_path):
         assert account["received"] == account["next"] == sent and not account["late"], account
 
 
-def test_a_kill_is_noticed_at_once(path):
+def test_a_kill_is_noticed_at_once(path: str) -> None:
     """By the end of the connection and nothing else, so within 100 ms (FAULTS, 1) unless the
     machine is busy each time.
     """
@@ -709,7 +721,7 @@ def test_a_kill_is_noticed_at_once(path):
     assert min(delays) < 0.1, delays
 
 
-def test_a_stopped_backend_is_given_up_when_its_answer_is_needed(path):
+def test_a_stopped_backend_is_given_up_when_its_answer_is_needed(path: str) -> None:
     """SIGSTOP: the rings just wait; a stop of the rings waits for the time-out and no longer."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     near.setblocking(False)
@@ -728,7 +740,9 @@ def test_a_stopped_backend_is_given_up_when_its_answer_is_needed(path):
         assert wait_for(lambda: guest.driver.tx.outstanding == 0, PATIENCE)
 
 
-def test_a_stop_does_not_wait_for_a_backend_that_hangs_while_it_comes_back(path, listener):
+def test_a_stop_does_not_wait_for_a_backend_that_hangs_while_it_comes_back(
+    path: str, listener: Listener
+) -> None:
     with Fake(listener) as fake, Guest(path, timeout=10 * PATIENCE) as guest:
         guest.start()
         fake.mute = True  # accepts, says nothing
@@ -746,14 +760,16 @@ def test_a_stop_does_not_wait_for_a_backend_that_hangs_while_it_comes_back(path,
 
 
 @pytest.fixture
-def listener(path):
+def listener(path: str) -> Iterator[Listener]:
     one = Listener(path)
     yield one
     one.close()
 
 
 @pytest.mark.parametrize("how", HOSTILE)
-def test_a_hostile_backend_at_the_first_connection_is_an_error(path, listener, how):
+def test_a_hostile_backend_at_the_first_connection_is_an_error(
+    path: str, listener: Listener, how: str
+) -> None:
     with (
         Fake(listener, answers={spec.VHOST_USER_GET_FEATURES: HOSTILE[how]}),
         pytest.raises(VhostUserError),
@@ -762,7 +778,9 @@ def test_a_hostile_backend_at_the_first_connection_is_an_error(path, listener, h
 
 
 @pytest.mark.parametrize("how", HOSTILE)
-def test_a_hostile_backend_later_costs_its_connection_only(path, listener, how):
+def test_a_hostile_backend_later_costs_its_connection_only(
+    path: str, listener: Listener, how: str
+) -> None:
     with Fake(listener) as fake, Guest(path) as guest:
         guest.start()
         fake.answers[spec.VHOST_USER_GET_FEATURES] = HOSTILE[how]
@@ -774,14 +792,14 @@ def test_a_hostile_backend_later_costs_its_connection_only(path, listener, how):
 
 
 @contextmanager
-def impatient(guest):
+def impatient(guest: Guest) -> Iterator[None]:
     """A short time-out, for a conversation that is to fail."""
     guest.path.timeout = 0.2
     yield
     guest.path.timeout = PATIENCE
 
 
-def test_a_silent_backend_times_out(path, listener):
+def test_a_silent_backend_times_out(path: str, listener: Listener) -> None:
     with Fake(listener) as fake, Guest(path) as guest:
         fake.mute = True
         with impatient(guest):
@@ -797,8 +815,8 @@ def test_a_silent_backend_times_out(path, listener):
         fake.mute = False
 
 
-def test_a_byte_now_and_then_times_out(path, listener):
-    def drip(sock, m):
+def test_a_byte_now_and_then_times_out(path: str, listener: Listener) -> None:
+    def drip(sock: socket.socket, m: Message) -> None:
         for byte in raw(m.request, struct.pack(spec.VRING_STATE, 0, 0)):
             if fake._stop.wait(0.1):
                 return
@@ -812,7 +830,7 @@ def test_a_byte_now_and_then_times_out(path, listener):
         assert guest.counter("timeouts") == 1
 
 
-def test_words_unasked_end_the_connection(path, listener):
+def test_words_unasked_end_the_connection(path: str, listener: Listener) -> None:
     with Fake(listener) as fake, Guest(path) as guest:
         guest.start()
         fake._socks[-1].send(spec.VHOST_USER_GET_FEATURES, bytes(8), flags=4)
@@ -822,8 +840,8 @@ def test_words_unasked_end_the_connection(path, listener):
 
 
 @pytest.mark.parametrize("base", [257, 0x8000, 0xFFFF, 0x10000, 0xFFFFFFFF])
-def test_wild_bases_are_clamped(path, listener, base):
-    def wild(sock, m):
+def test_wild_bases_are_clamped(path: str, listener: Listener, base: int) -> None:
+    def wild(sock: socket.socket, m: Message) -> None:
         (index, _) = struct.unpack(spec.VRING_STATE, m.payload)
         sock.send(raw(m.request, struct.pack(spec.VRING_STATE, index, base)))
 
@@ -837,7 +855,7 @@ def test_wild_bases_are_clamped(path, listener, base):
         del fake
 
 
-def test_the_base_of_another_ring(path, listener):
+def test_the_base_of_another_ring(path: str, listener: Listener) -> None:
     answer = raw(spec.VHOST_USER_GET_VRING_BASE, struct.pack(spec.VRING_STATE, 7, 0))
     with Fake(listener, answers={spec.VHOST_USER_GET_VRING_BASE: answer}), Guest(path) as guest:
         guest.start()
@@ -845,7 +863,7 @@ def test_the_base_of_another_ring(path, listener):
         assert "answered for ring 7" in guest.path.problems[0]
 
 
-def test_refused_memory(path, listener):
+def test_refused_memory(path: str, listener: Listener) -> None:
     no = raw(spec.VHOST_USER_SET_MEM_TABLE, struct.pack("<Q", 1))
     with Fake(listener, answers={spec.VHOST_USER_SET_MEM_TABLE: no}) as fake, Guest(path) as guest:
         guest.start()
@@ -854,7 +872,7 @@ def test_refused_memory(path, listener):
         assert guest.connected(2)
 
 
-def test_the_backend_s_own_requests(path, listener):
+def test_the_backend_s_own_requests(path: str, listener: Listener) -> None:
     protocol = REPLY_ACK | 1 << spec.VHOST_USER_PROTOCOL_F_BACKEND_REQ
     with Fake(listener, protocol) as fake, Guest(path) as guest:
         guest.start()
@@ -881,7 +899,7 @@ def test_the_backend_s_own_requests(path, listener):
         assert guest.path.stop() == [0, 0]
 
 
-def test_an_error_of_a_ring_is_the_guest_s(path):
+def test_an_error_of_a_ring_is_the_guest_s(path: str) -> None:
     with Running(path) as running, Guest(path) as guest:
         guest.start()
         guest.driver.tx.set_avail(0, 999)  # a head outside the table
@@ -905,40 +923,44 @@ class FrontEnd:
         self.channel = Channel(self.sock.dup())
         self.memory = GuestMemory(1 << 20)
 
-    def ask(self, request, payload=b"", fds=()):
+    def ask(
+        self, request: pytest.FixtureRequest, payload: bytes = b"", fds: list[int] | tuple[()] = ()
+    ) -> Message:
         answer = self.channel.ask(request, payload, fds, need_reply=True, timeout=PATIENCE)
         answer.close()
         return answer
 
-    def nacked(self, request, payload=b"", fds=()) -> bool:
+    def nacked(
+        self, request: pytest.FixtureRequest, payload: bytes = b"", fds: list[int] | tuple[()] = ()
+    ) -> bool:
         return self.ask(request, payload, fds).u64 != 0
 
-    def negotiate(self):
+    def negotiate(self) -> FrontEnd:
         self.channel.send(
             spec.VHOST_USER_SET_PROTOCOL_FEATURES, struct.pack("<Q", REPLY_ACK | SLOTS | INFLIGHT)
         )
         return self
 
-    def __enter__(self):
+    def __enter__(self) -> FrontEnd:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: Any) -> None:
         self.channel.close()
         self.sock.close()
         self.memory.close()
 
 
-def state(index, num):
+def state(index: int, num: int) -> bytes:
     return struct.pack(spec.VRING_STATE, index, num)
 
 
-def table(*regions):
+def table(*regions: tuple[int, int, int, int]) -> bytes:
     return struct.pack(spec.MEM_HEADER, len(regions), 0) + b"".join(
         struct.pack(spec.MEM_REGION, *r) for r in regions
     )
 
 
-def test_hostile_requests_are_refused(path):
+def test_hostile_requests_are_refused(path: str) -> None:
     with Running(path) as running:
         with FrontEnd(path).negotiate() as f:
             fd = f.memory.fd.fileno()
@@ -1049,7 +1071,9 @@ def test_hostile_requests_are_refused(path):
         max_size=30,
     )
 )
-def test_any_sequence_of_requests_leaves_a_working_backend(busy, messages):
+def test_any_sequence_of_requests_leaves_a_working_backend(
+    busy: tuple[str, int], messages: list[tuple[int, bytes, list[str]]]
+) -> None:
     """Requests in any order with any payload: each is answered or ends the session, and the next
     one is served.
     """
@@ -1067,7 +1091,7 @@ def test_any_sequence_of_requests_leaves_a_working_backend(busy, messages):
 
 
 @pytest.fixture
-def busy(path):
+def busy(path: str) -> Iterator[tuple[str, int]]:
     """A back-end, and an eventfd for its rings."""
     event = os.eventfd(0)
     with Running(path) as running:
@@ -1076,7 +1100,7 @@ def busy(path):
     os.close(event)
 
 
-def test_without_acks_a_refusal_ends_the_session_only(path):
+def test_without_acks_a_refusal_ends_the_session_only(path: str) -> None:
     with Running(path) as running:
         with FrontEnd(path) as f:
             f.channel.send(spec.VHOST_USER_SET_VRING_NUM, state(9, 9))
@@ -1088,7 +1112,7 @@ def test_without_acks_a_refusal_ends_the_session_only(path):
             echo(guest, range(20))
 
 
-def test_memory_slots_come_and_go(path):
+def test_memory_slots_come_and_go(path: str) -> None:
     with Running(path), FrontEnd(path).negotiate() as f:
         fd = f.memory.fd.fileno()
         for _ in range(3):
@@ -1126,7 +1150,7 @@ class TagService:
     def check_features(self, acked: int) -> None:
         pass
 
-    def start(self, acked, memory, rings, events) -> None:
+    def start(self, acked: int, memory: MemoryTable, rings: list[Vring], events: Frontend) -> None:
         self.started.append((acked, memory, rings, events))
         self.running = True
 
@@ -1141,7 +1165,7 @@ class TagService:
         self.closed = True
 
 
-def test_a_backend_for_a_device_that_is_no_network_card(path):
+def test_a_backend_for_a_device_that_is_no_network_card(path: str) -> None:
     """Features, messages, rings and positions are the service's; none of a network card's are
     there.
     """
@@ -1189,7 +1213,7 @@ def test_a_backend_for_a_device_that_is_no_network_card(path):
     assert service.closed
 
 
-def test_an_inflight_region_of_garbage(path):
+def test_an_inflight_region_of_garbage(path: str) -> None:
     """Whatever is in it, the back-end stays in bounds and serves."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for s in (near, far):
@@ -1213,7 +1237,7 @@ def test_an_inflight_region_of_garbage(path):
             assert wait_for(lambda: guest.driver.tx.outstanding == 0, PATIENCE)
 
 
-def test_rarp_is_a_frame():
+def test_rarp_is_a_frame() -> None:
     assert len(rarp(MAC)) == 60 and rarp(MAC)[:14] == b"\xff" * 6 + MAC + b"\x80\x35"
     assert re.match(rb"\x00\x01\x08\x00\x06\x04\x00\x03", rarp(MAC)[14:], re.DOTALL)
 
@@ -1222,7 +1246,7 @@ def test_rarp_is_a_frame():
 
 
 @contextmanager
-def command(*argv):
+def command(*argv: str) -> Iterator[subprocess.Popen]:
     """`pyvmm backend ARGV`; asked to end at the end, which it must do properly."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pyvmm", "backend", *argv],
@@ -1241,7 +1265,7 @@ def command(*argv):
         process.communicate()
 
 
-def test_busy_polling_and_pinning_by_the_command(path):
+def test_busy_polling_and_pinning_by_the_command(path: str) -> None:
     """`--poll --worker-cpu C`: worker k is on CPU C + k, and the guest is not asked for kicks."""
     first = min(os.sched_getaffinity(0))
     argv = ("--socket", path, "--loopback", "--poll", "--worker-cpu", str(first), "--counters")
@@ -1260,7 +1284,7 @@ def test_busy_polling_and_pinning_by_the_command(path):
     assert json.loads(backend.out)["wakeups"] == 0
 
 
-def test_backend_and_probe_commands(path):
+def test_backend_and_probe_commands(path: str) -> None:
     probe = [sys.executable, "-m", "pyvmm", "vhost-user", "probe", "--timeout", "60"]
     with command("--socket", path, "--loopback", "--queues", "2", "--counters") as backend:
         assert wait_for(lambda: listening(path), PATIENCE)
@@ -1285,7 +1309,7 @@ def test_backend_and_probe_commands(path):
     assert done.returncode == 112 and "start the other side first" in done.stderr
 
 
-def test_two_machines_joined_by_the_backend_command(tmp_path):
+def test_two_machines_joined_by_the_backend_command(tmp_path: Path) -> None:
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     with command("--socket", a, "--connect", b), Guest(a) as one, Guest(b) as two:
         one.start()
@@ -1294,7 +1318,7 @@ def test_two_machines_joined_by_the_backend_command(tmp_path):
         assert two.driver.wait_packets(1, PATIENCE)[0][12:] == frame(7)
 
 
-def test_probe_of_backends_that_misbehave(path, listener):
+def test_probe_of_backends_that_misbehave(path: str, listener: Listener) -> None:
     no = raw(spec.VHOST_USER_SET_MEM_TABLE, struct.pack("<Q", 1))
     with Fake(listener, answers={spec.VHOST_USER_SET_MEM_TABLE: no}) as fake:
         with Probe(path, timeout=PATIENCE) as probe:
@@ -1322,7 +1346,7 @@ def test_probe_of_backends_that_misbehave(path, listener):
         ["--pcap", "/no/such/dir/x"],
     ],
 )
-def test_backend_usage(path, argv):
+def test_backend_usage(path: str, argv: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pyvmm", "backend", "--socket", path, *argv],
         capture_output=True,

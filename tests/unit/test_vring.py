@@ -2,7 +2,11 @@
 driver and a model.
 """
 
+from __future__ import annotations
+
 import struct
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -28,13 +32,15 @@ EVENT_IDX = 1 << VIRTIO_RING_F_EVENT_IDX
 
 
 @pytest.fixture(scope="module")
-def memory():
+def memory() -> Iterator[GuestMemory]:
     m = GuestMemory(4 << 20)
     yield m
     m.close()
 
 
-def make(memory, size=8, acked=INDIRECT, start=0, **kw):
+def make(
+    memory: GuestMemory, size: int = 8, acked: int = INDIRECT, start: int = 0, **kw: Any
+) -> tuple[Ring, SplitQueue]:
     ring = Ring(memory, size, 0x1000, start=start, event_idx=bool(acked & EVENT_IDX), **kw)
     return ring, SplitQueue(memory, ring.vring(start), acked)
 
@@ -53,7 +59,13 @@ segments = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, m
     acked=st.sampled_from([INDIRECT, INDIRECT | EVENT_IDX]),
     batch=st.integers(1, 5),
 )
-def test_requests_and_replies_pass_unchanged(memory, chains, start, acked, batch):
+def test_requests_and_replies_pass_unchanged(
+    memory: GuestMemory,
+    chains: list[tuple[list[tuple[Any, ...]], bool, int]],
+    start: int,
+    acked: int,
+    batch: int,
+) -> None:
     """However the bytes are split into descriptors and tables, the device sees the request, and the
     driver sees the reply.
     """
@@ -122,7 +134,13 @@ def test_requests_and_replies_pass_unchanged(memory, chains, start, acked, batch
     idx=st.integers(0, 65535),
     acked=st.sampled_from([0, INDIRECT]),
 )
-def test_any_bytes_end_in_a_chain_or_a_fault(memory, table, heads, idx, acked):
+def test_any_bytes_end_in_a_chain_or_a_fault(
+    memory: GuestMemory,
+    table: list[tuple[int, int, int, int]],
+    heads: list[int],
+    idx: int,
+    acked: int,
+) -> None:
     """Random bytes in the ring never make us crash or loop. An accepted chain lies in guest RAM,
     and its readable segments come before the writable ones.
     """
@@ -154,7 +172,7 @@ def test_any_bytes_end_in_a_chain_or_a_fault(memory, table, heads, idx, acked):
     ring.close()
 
 
-def test_descriptors_that_cross_the_hole_are_bad():
+def test_descriptors_that_cross_the_hole_are_bad() -> None:
     """RAM on both sides of the 32-bit hole is not contiguous for the guest, although its mapping on
     the host is.
     """
@@ -190,7 +208,7 @@ def test_descriptors_that_cross_the_hole_are_bad():
 
 
 @pytest.mark.parametrize("size", [1, 2, 1024, 32768])
-def test_sizes(memory, size):
+def test_sizes(memory: GuestMemory, size: int) -> None:
     ring, queue = make(memory, size)
     for _ in range(2):
         for _i in range(size):
@@ -206,7 +224,7 @@ def test_sizes(memory, size):
     ring.close()
 
 
-def test_a_chain_through_direct_descriptors_may_end_in_a_table(memory):
+def test_a_chain_through_direct_descriptors_may_end_in_a_table(memory: GuestMemory) -> None:
     """2.7.5.3.2: a chain may have normal descriptors and then one INDIRECT descriptor, whose WRITE
     flag is ignored.
     """
@@ -222,7 +240,7 @@ def test_a_chain_through_direct_descriptors_may_end_in_a_table(memory):
     ring.close()
 
 
-def test_a_request_beyond_the_limit_is_a_fault(memory):
+def test_a_request_beyond_the_limit_is_a_fault(memory: GuestMemory) -> None:
     ring = Ring(memory, 8, 0x1000)
     queue = SplitQueue(memory, ring.vring(), 0, limit=100)
     ring.add([(0x100000, 100, False), (0x100000, 5000, True)])
@@ -236,10 +254,12 @@ def test_a_request_beyond_the_limit_is_a_fault(memory):
 
 
 @pytest.mark.parametrize("start", [0, 65534])
-def test_event_idx_signals_when_the_asked_for_entry_is_passed(memory, start):
+def test_event_idx_signals_when_the_asked_for_entry_is_passed(
+    memory: GuestMemory, start: int
+) -> None:
     ring, queue = make(memory, acked=EVENT_IDX, start=start)
 
-    def use(n):
+    def use(n: int) -> bool:
         for _ in range(n):
             ring.add([(0x200000, 16, True)])
         ring.publish()
@@ -259,7 +279,7 @@ def test_event_idx_signals_when_the_asked_for_entry_is_passed(memory, start):
 
 
 @pytest.mark.parametrize("acked", [0, EVENT_IDX])
-def test_enabling_notifications_sees_what_came_meanwhile(memory, acked):
+def test_enabling_notifications_sees_what_came_meanwhile(memory: GuestMemory, acked: int) -> None:
     ring, queue = make(memory, acked=acked)
     queue.enable_notify()
     queue.disable_notify()
@@ -281,13 +301,13 @@ def test_enabling_notifications_sees_what_came_meanwhile(memory, acked):
     ring.close()
 
 
-def test_every_fault_has_words():
+def test_every_fault_has_words() -> None:
     texts = [ffi.string(lib.pv_fault_text(i)).decode() for i in range(lib.PV_FAULT_COUNT)]
     assert len(set(texts)) == lib.PV_FAULT_COUNT
     assert ffi.string(lib.pv_fault_text(lib.PV_FAULT_COUNT)) == b"unknown fault"
 
 
-def test_starting_reads_the_used_index_and_writes_nothing(memory):
+def test_starting_reads_the_used_index_and_writes_nothing(memory: GuestMemory) -> None:
     ring, _ = make(memory)
     ring._used[1] = 77
     before = memory.read(0x1000, ring.end - 0x1000)

@@ -1,5 +1,7 @@
 """vhost-user messages: constants against the specification, framing against hostile peers."""
 
+from __future__ import annotations
+
 import html
 import os
 import re
@@ -8,6 +10,7 @@ import struct
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,7 +46,7 @@ def open_fds() -> int:
 
 
 @pytest.fixture
-def pair():
+def pair() -> Iterator[tuple[Channel, socket.socket]]:
     ours, theirs = socket.socketpair()
     channel = Channel(ours)
     yield channel, theirs
@@ -52,13 +55,18 @@ def pair():
 
 
 @pytest.fixture(autouse=True)
-def no_leak():
+def no_leak() -> Iterator[None]:
     before = open_fds()
     yield
     assert open_fds() == before
 
 
-def raw(request=1, flags=1, payload=b"", size=None) -> bytes:
+def raw(
+    request: pytest.FixtureRequest = 1,
+    flags: int = 1,
+    payload: bytes = b"",
+    size: int | None = None,
+) -> bytes:
     return (
         struct.pack(spec.HEADER, request, flags, len(payload) if size is None else size) + payload
     )
@@ -79,7 +87,7 @@ def specification() -> str:
     return html.unescape(re.sub(r"<[^>]+>", "", found[-1].read_text()))
 
 
-def test_constants_match_the_specification():
+def test_constants_match_the_specification() -> None:
     text = specification()
     features = dict(re.findall(r"#define (VHOST_USER_PROTOCOL_F_\w+)\s+(\d+)", text))
     assert len(features) > 15
@@ -97,7 +105,7 @@ def test_constants_match_the_specification():
     assert f"VHOST_USER_F_PROTOCOL_FEATURES {spec.VHOST_USER_F_PROTOCOL_FEATURES}" in text
 
 
-def test_layouts_match_the_kernel_headers(tmp_path):
+def test_layouts_match_the_kernel_headers(tmp_path: Path) -> None:
     """vhost-user took these structs from the kernel's vhost."""
     layouts = {
         "struct vhost_vring_state": spec.VRING_STATE,
@@ -114,7 +122,7 @@ def test_layouts_match_the_kernel_headers(tmp_path):
     assert struct.calcsize(spec.INFLIGHT_REGION) == struct.calcsize(spec.INFLIGHT_DESC) == 16
 
 
-def test_names():
+def test_names() -> None:
     assert request_name(spec.VHOST_USER_SET_MEM_TABLE) == "SET_MEM_TABLE"
     assert request_name(spec.VHOST_USER_GET_FEATURES) == "GET_FEATURES"
     assert request_name(4, backend=True) == "VRING_CALL" and request_name(4) == "RESET_OWNER"
@@ -134,7 +142,9 @@ def test_names():
     fds=st.integers(0, FDS_MAX),
     cuts=st.lists(st.integers(1, 40), max_size=5),
 )
-def test_messages_pass_whole_however_they_are_cut(request, flags, payload, fds, cuts):
+def test_messages_pass_whole_however_they_are_cut(
+    request: pytest.FixtureRequest, flags: int, payload: bytes, fds: int, cuts: list[int]
+) -> None:
     ours, theirs = socket.socketpair()
     channel = Channel(ours)
     given_fds = [os.eventfd(i) for i in range(fds)]
@@ -159,11 +169,11 @@ def test_messages_pass_whole_however_they_are_cut(request, flags, payload, fds, 
         theirs.close()
 
 
-def test_ask_and_reply(pair):
+def test_ask_and_reply(pair: tuple[Channel, socket.socket]) -> None:
     channel, theirs = pair
     peer = Channel(socket.socket(fileno=theirs.detach()))
 
-    def answer():
+    def answer() -> None:
         message = peer.receive(PATIENCE)
         assert message.request == spec.VHOST_USER_GET_FEATURES and not message.need_reply
         peer.reply(message, struct.pack("<Q", 1 << 63 | 5))
@@ -179,14 +189,14 @@ def test_ask_and_reply(pair):
 @given(
     st.lists(st.tuples(*[st.integers(0, 2**64 - 1)] * 4), min_size=1, max_size=8), st.integers(0, 3)
 )
-def test_memory_tables(rows, padding):
+def test_memory_tables(rows: list[tuple[int, int, int, int]], padding: int) -> None:
     payload = pack_regions([Region(*row) for row in rows]) + bytes(32 * padding)
     assert [(r.gpa, r.size, r.user, r.offset) for r in unpack_regions(payload)] == rows
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=400))
-def test_memory_tables_of_garbage(payload):
+def test_memory_tables_of_garbage(payload: bytes) -> None:
     try:
         regions = unpack_regions(payload)
     except ProtocolError:
@@ -199,7 +209,7 @@ def test_memory_tables_of_garbage(payload):
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(min_size=1, max_size=200))
-def test_garbage_ends_the_connection_and_nothing_else(data):
+def test_garbage_ends_the_connection_and_nothing_else(data: bytes) -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         channel = Channel(ours)
@@ -235,7 +245,7 @@ def test_garbage_ends_the_connection_and_nothing_else(data):
         "short payload",
     ],
 )
-def test_malformed(pair, data):
+def test_malformed(pair: tuple[Channel, socket.socket], data: bytes) -> None:
     channel, theirs = pair
     theirs.sendall(data)
     theirs.shutdown(socket.SHUT_WR)
@@ -244,7 +254,7 @@ def test_malformed(pair, data):
 
 
 @pytest.mark.parametrize("count", [FDS_MAX + 1, 253])
-def test_too_many_descriptors_are_closed(pair, count):
+def test_too_many_descriptors_are_closed(pair: tuple[Channel, socket.socket], count: int) -> None:
     channel, theirs = pair
     fd = os.eventfd(0)
     try:
@@ -258,7 +268,9 @@ def test_too_many_descriptors_are_closed(pair, count):
         os.close(fd)
 
 
-def test_descriptors_in_a_payload_and_in_a_broken_message_are_closed(pair):
+def test_descriptors_in_a_payload_and_in_a_broken_message_are_closed(
+    pair: tuple[Channel, socket.socket],
+) -> None:
     channel, theirs = pair
     fd = os.eventfd(0)
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
@@ -282,11 +294,13 @@ def test_descriptors_in_a_payload_and_in_a_broken_message_are_closed(pair):
         os.close(fd)
 
 
-def test_a_byte_now_and_then_does_not_prolong_the_deadline(pair):
+def test_a_byte_now_and_then_does_not_prolong_the_deadline(
+    pair: tuple[Channel, socket.socket],
+) -> None:
     channel, theirs = pair
     data, stop = raw(payload=bytes(200)), threading.Event()
 
-    def drip():
+    def drip() -> None:
         for byte in data:
             if stop.wait(0.05):
                 return
@@ -302,7 +316,7 @@ def test_a_byte_now_and_then_does_not_prolong_the_deadline(pair):
     thread.join()
 
 
-def test_silence_and_a_full_socket_time_out(pair):
+def test_silence_and_a_full_socket_time_out(pair: tuple[Channel, socket.socket]) -> None:
     channel, _theirs = pair
     with pytest.raises(TimedOut):
         channel.receive(0.05)
@@ -311,7 +325,7 @@ def test_silence_and_a_full_socket_time_out(pair):
             channel.send(1, bytes(PAYLOAD_MAX), timeout=0.05)
 
 
-def test_the_wrong_answer(pair):
+def test_the_wrong_answer(pair: tuple[Channel, socket.socket]) -> None:
     channel, theirs = pair
     for answer in (raw(request=2, flags=5), raw(request=1, flags=1)):
         theirs.send(answer)
@@ -319,12 +333,12 @@ def test_the_wrong_answer(pair):
             channel.ask(1, timeout=PATIENCE)
 
 
-def test_a_wrong_payload(pair):
+def test_a_wrong_payload(pair: tuple[Channel, socket.socket]) -> None:
     with pytest.raises(ProtocolError, match="GET_FEATURES with 4 bytes, not 8"):
         _ = Message(1, 5, bytes(4)).u64
 
 
-def test_a_peer_that_leaves(pair):
+def test_a_peer_that_leaves(pair: tuple[Channel, socket.socket]) -> None:
     channel, theirs = pair
     theirs.close()
     with pytest.raises(Closed):
@@ -334,11 +348,11 @@ def test_a_peer_that_leaves(pair):
             channel.send(1, timeout=PATIENCE)
 
 
-def test_stop_from_another_thread(pair):
+def test_stop_from_another_thread(pair: tuple[Channel, socket.socket]) -> None:
     channel, _theirs = pair
     result = []
 
-    def wait():
+    def wait() -> None:
         try:
             channel.receive()
         except VhostUserError as e:
@@ -354,7 +368,7 @@ def test_stop_from_another_thread(pair):
 # --- sockets in the file system -------------------------------------------------------------------
 
 
-def test_listen_and_connect(tmp_path):
+def test_listen_and_connect(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with pytest.raises(VhostUserError, match="cannot connect") as e:
         connect(path)
@@ -373,7 +387,7 @@ def test_listen_and_connect(tmp_path):
     assert not Path(path).exists()
 
 
-def fill(path) -> list[socket.socket]:
+def fill(path: str) -> list[socket.socket]:
     """Connections to a listening socket until no other may wait there."""
     made = []
     while True:
@@ -386,7 +400,7 @@ def fill(path) -> list[socket.socket]:
             return made
 
 
-def test_connecting_to_somebody_who_accepts_nothing(tmp_path):
+def test_connecting_to_somebody_who_accepts_nothing(tmp_path: Path) -> None:
     """A blocking connect(2) would wait for ever."""
     path = str(tmp_path / "s")
     listener = Listener(path)
@@ -405,7 +419,7 @@ def test_connecting_to_somebody_who_accepts_nothing(tmp_path):
         one.close()
 
 
-def test_a_stale_socket_is_replaced_but_nothing_else(tmp_path):
+def test_a_stale_socket_is_replaced_but_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as s:
         s.bind(str(path))
