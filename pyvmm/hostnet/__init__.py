@@ -1,8 +1,8 @@
-"""Host networking: taps, network namespaces, what rtnetlink says. Knows nothing of virtio rings."""
+"""Host networking: taps, network namespaces and rtnetlink. Knows nothing of virtio rings."""
 
 from pyvmm.spec.ethernet import ETH_HLEN, ETH_MAX_MTU
 
-#: How an administrator allows an ordinary user the namespaces that taps of their own need.
+#: How an administrator lets an ordinary user make the namespaces that pyvmm's own taps need.
 ALLOW_USER_NAMESPACES = "sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
 
 #: The largest MTU that the kernel allows a tap (drivers/net/tun.c).

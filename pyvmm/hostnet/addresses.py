@@ -8,11 +8,11 @@ from pyvmm.errors import UsageError
 
 
 def parse_address(text: str) -> tuple[int, bytes, int]:
-    """Take ``192.168.1.1/24`` or ``fd00::1/64`` apart.
+    """Parse ``192.168.1.1/24`` or ``fd00::1/64``.
 
     :returns: the family (AF_INET or AF_INET6), the packed address, and the prefix length. Without
-        one in ``text`` it is that of a single host.
-    :raises UsageError: ``text`` is no address.
+        a prefix length in ``text``, it is the length for a single host.
+    :raises UsageError: ``text`` is not an address.
     """
     host, slash, length = text.partition("/")
     family, bits = (AF_INET6, 128) if ":" in host else (AF_INET, 32)

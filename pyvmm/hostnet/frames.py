@@ -1,4 +1,4 @@
-"""Frames that we make ourselves."""
+"""Frames that pyvmm itself makes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ HEADER = bytes(VIRTIO_NET_HDR_V1_SIZE)
 
 
 def rarp(mac: bytes) -> bytes:
-    """The frame by which switches learn where ``mac`` is now: a reverse ARP request for itself."""
+    """The frame by which switches learn where ``mac`` is: a reverse ARP request of ``mac`` for
+    itself.
+    """
     return (
         b"\xff" * 6
         + mac

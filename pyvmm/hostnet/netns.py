@@ -1,8 +1,9 @@
 """A network namespace of pyvmm's own, with a tap in it: for a network card without ``tap=``.
 
-Nothing of it has a name or outlives its descriptors, so that even SIGKILL leaves nothing behind.
-The calling thread's namespaces never change: as root a short-lived thread enters the new ones, else
-a short-lived child does (a process with threads cannot enter a user namespace).
+Neither the namespace nor the tap has a name in the host or outlives its descriptors, so even
+SIGKILL leaves nothing behind. The calling thread's namespaces never change: as root, a short-lived
+thread enters the new namespaces; as another user, a short-lived child does, because a process with
+threads cannot enter a user namespace.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    #: What runs inside: returns a few words and descriptors, which the caller owns.
+    #: A function that runs inside: returns a few words, and descriptors that the caller owns.
     Inside = Callable[[], tuple[list[str], list[int]]]
 
-#: Bytes of an answer from the child, most of which a traceback can be.
+#: The size of the longest answer from the child, in bytes: a traceback.
 ANSWER_MAX = 1 << 16
 
 
@@ -53,11 +54,11 @@ def _in_thread(body: Inside) -> tuple[list[str], list[int]]:
 
 
 def _in_child(body: Inside) -> tuple[list[str], list[int]]:
-    """Run ``body`` in a child; its descriptors come back by SCM_RIGHTS.
+    """Run ``body`` in a child; the descriptors that it returns come back by SCM_RIGHTS.
 
-    :raises PyvmmError, OSError: as ``body`` did.
+    :raises PyvmmError, OSError: ``body`` raised this error.
     :raises HostError: the child died without an answer.
-    :raises RuntimeError: ``body`` raised anything else; the text is the child's traceback.
+    :raises RuntimeError: ``body`` raised another exception; the text is the child's traceback.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     pid = os.fork()
@@ -78,7 +79,7 @@ def _in_child(body: Inside) -> tuple[list[str], list[int]]:
         try:
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         except ChildProcessError:
-            pass  # whoever embeds us ignores SIGCHLD
+            pass  # the program that uses this library ignores SIGCHLD
     kind, *words = data.decode(errors="surrogateescape").split("\0")
     if kind == "ok":
         return words, fds
@@ -92,7 +93,7 @@ def _in_child(body: Inside) -> tuple[list[str], list[int]]:
 
 
 def _answer(channel: socket.socket, body: Inside) -> int:
-    """The child's side of ``_in_child``: run ``body`` and tell; the exit status."""
+    """The child's side of ``_in_child``: run ``body`` and send the result; the exit status."""
     fds: list[int] = []
     status = 0
     try:
@@ -105,22 +106,23 @@ def _answer(channel: socket.socket, body: Inside) -> int:
     except BaseException:
         import traceback
 
-        words = ["bug", traceback.format_exc()[-ANSWER_MAX // 4 :]]  # UTF-8 has up to 4 bytes
+        words = ["bug", traceback.format_exc()[-ANSWER_MAX // 4 :]]  # up to 4 bytes each
         status = 1
     send_fds(channel, "\0".join(words).encode(errors="surrogateescape"), fds)
     return status
 
 
 class Namespace(Closing):
-    """A network namespace with one tap, both ours alone.
+    """A network namespace with one tap. Both belong to this object alone.
 
-    Works as root, and as an ordinary user where the kernel allows user namespaces.
+    It works as root, and as an ordinary user if the kernel allows user namespaces.
 
     :param address, address6: of the host's end of the tap, with prefix length. :param mtu: of the
-        tap.
-    :param queues, txqueuelen: of the tap. :param name: of the tap inside.
-    :ivar tap: the tap; belongs to the namespace until someone else closes it (twice does no harm).
-    :raises NetForbidden: neither root nor user namespaces.
+        tap, in bytes.
+    :param queues, txqueuelen: of the tap. :param name: of the tap inside the namespace.
+    :ivar tap: the tap. It belongs to the namespace until somebody closes it; a second ``close``
+        of it does no harm.
+    :raises NetForbidden: this user is not root and may not make user namespaces.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class Namespace(Closing):
                 break
             except OSError as e:
                 if root:
-                    continue  # root without CAP_SYS_ADMIN, as in a container: as any user
+                    continue  # root without CAP_SYS_ADMIN: try it as an ordinary user
                 raise NetForbidden(
                     f"may not make a network namespace ({e.strerror})",
                     f"run as root, allow user namespaces ({ALLOW_USER_NAMESPACES}), "
@@ -175,27 +177,27 @@ class Namespace(Closing):
         self.tap = Tap.adopt(name, fds, int(words[0]), link)
 
     def command(self, argv: Sequence[str] = ()) -> list[str]:
-        """``argv`` as a command that runs inside, from any process of this user, while this one
-        lives.
+        """A command that runs ``argv`` inside. It works from any process of this user, for as long
+        as this process lives.
         """
         me = f"/proc/{os.getpid()}/fd"
         user = [f"--user={me}/{self.user.fileno()}", "--preserve-credentials"] if self.user else []
         return ["nsenter", *user, f"--net={me}/{self.net.fileno()}", *argv]
 
     def popen(self, argv: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
-        """``subprocess.Popen`` of a command inside."""
+        """``subprocess.Popen`` of a command that runs inside."""
         import subprocess
 
         return subprocess.Popen(self.command(argv), **kwargs)
 
     def run(self, argv: Sequence[str], **kwargs: Any) -> subprocess.CompletedProcess[Any]:
-        """``subprocess.run`` of a command inside."""
+        """``subprocess.run`` of a command that runs inside."""
         import subprocess
 
         return subprocess.run(self.command(argv), **kwargs)
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
-        """A socket that lives inside; usable from here.
+        """Make a socket inside; the calling process uses it from outside.
 
         :raises OSError: from socket(2).
         """
@@ -210,7 +212,7 @@ class Namespace(Closing):
         return socket.socket(family, kind, protocol, fileno=fds[0])
 
     def close(self) -> None:
-        """Release the namespace; it vanishes when nobody else is in it. A second call does
+        """Release the namespace. It vanishes when no other process is in it. A second call does
         nothing.
         """
         self.tap.close()

@@ -25,7 +25,7 @@ class RightsLost(HostError):
 
 
 def send_fds(sock: _socket.socket, data: bytes, fds: Sequence[int] = (), flags: int = 0) -> int:
-    """Send ``data``, and with its first byte ``fds``, which stay the caller's.
+    """Send ``data``, and with its first byte ``fds``. The descriptors stay the caller's.
 
     :param flags: MSG_* of sendmsg(2).
     :returns: how many bytes were sent; the descriptors are sent if that is at least 1.
@@ -38,10 +38,10 @@ def send_fds(sock: _socket.socket, data: bytes, fds: Sequence[int] = (), flags: 
 def recv_fds(sock: _socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
     """Receive up to ``size`` bytes and up to ``most`` descriptors.
 
-    The descriptors are close-on-exec from the first moment, and the caller's. An error leaves none
-    of them open.
+    The descriptors are close-on-exec from the first moment and belong to the caller. An error
+    leaves none of them open.
 
-    :returns: no bytes at the end of a stream.
+    :returns: bytes and descriptors; no bytes at the end of a stream.
     :raises RightsLost: the message was cut off.
     :raises OSError: from recvmsg(2).
     """

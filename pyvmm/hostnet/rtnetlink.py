@@ -1,5 +1,5 @@
-"""What the kernel says of an interface, by rtnetlink: its counters, and that it has gone. And
-waiting for its return.
+"""What the kernel reports about an interface by rtnetlink: its counters, and its deletion. Also
+waits for the return of a deleted tap.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: struct nlmsghdr, struct ifinfomsg, struct rtattr.
 HEADER, IFINFO, ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BxHiII"), struct.Struct("=HH")
-#: struct rtnl_link_stats64 begins with these; rx and tx are the interface's own.
+#: struct rtnl_link_stats64 begins with these counters; rx and tx are from the interface's side.
 STATS = (
     "rx_packets",
     "tx_packets",
@@ -32,13 +32,13 @@ STATS = (
     "rx_dropped",
     "tx_dropped",
 )
-#: How often to look whether a tap that was deleted is back.
+#: Seconds between two looks whether a deleted tap is back.
 REOPEN_SECONDS = 0.5
 
 
 def route_socket(groups: int = 0) -> Fd:
-    """An rtnetlink socket of the calling thread's network namespace; ``groups``: RTMGRP_* to hear
-    of.
+    """An rtnetlink socket of the calling thread's network namespace. ``groups``: RTMGRP_* whose
+    messages it receives.
     """
     with socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, 0) as s:
         s.bind((0, groups))
@@ -46,7 +46,7 @@ def route_socket(groups: int = 0) -> Fd:
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, payload) of each netlink message."""
+    """The type and the payload of each netlink message in ``data``."""
     while len(data) >= HEADER.size:
         length, kind, _flags, _seq, _pid = HEADER.unpack_from(data)
         if not HEADER.size <= length <= len(data):
@@ -56,7 +56,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class Link:
-    """One interface, by its index; owns its two sockets, which belong to the interface's network
+    """One interface, by its index. Owns two sockets, which belong to the interface's network
     namespace.
     """
 
@@ -67,11 +67,11 @@ class Link:
         self._lock = threading.Lock()
 
     def fileno(self) -> int:
-        """Readable when something has happened to a link: ask ``gone``."""
+        """The descriptor that is readable after something has happened to a link: ask ``gone``."""
         return self._events.fileno()
 
     def stats(self) -> dict[str, int]:
-        """The counters of ``STATS``; empty where the interface is gone. Any thread."""
+        """The counters of ``STATS``; empty if the interface is gone. Any thread."""
         ask = IFINFO.pack(0, 0, self.index, 0, 0)
         ask = HEADER.pack(HEADER.size + len(ask), lib.RTM_GETLINK, lib.NLM_F_REQUEST, 1, 0) + ask
         with self._lock:
@@ -94,10 +94,10 @@ class Link:
         return {}
 
     def gone(self) -> bool:
-        """Take one notice from the events' socket; whether the interface has been deleted."""
+        """Read one message about links; whether the interface has been deleted."""
         try:
             data = os.read(self._events.fileno(), 1 << 16)
-        except OSError:  # ENOBUFS: some were lost
+        except OSError:  # ENOBUFS: some messages were lost
             return not self.stats()
         return any(
             kind == lib.RTM_DELLINK and IFINFO.unpack_from(payload)[2] == self.index
@@ -111,7 +111,7 @@ class Link:
             self._events.close()
 
 
-#: A tap's counters that are packets of the guest: what the host transmits the guest receives.
+#: The tap's counters that count the guest's packets. The guest receives what the host transmits.
 COUNTERS = {
     "rx_packets": "tx_packets",
     "rx_bytes": "tx_bytes",
@@ -123,10 +123,10 @@ COUNTERS = {
 
 
 class PacketCount:
-    """The guest's packets by a tap's counters, while a data path runs that does not count itself.
-    Any thread.
+    """Counts the guest's packets by the tap's counters while the data path has no counters of its
+    own. Any thread.
 
-    :param link: gives the tap's present link.
+    :param link: returns the tap's present link.
     """
 
     def __init__(self, link: Callable[[], Link]) -> None:
@@ -137,19 +137,19 @@ class PacketCount:
         self._start: dict[str, int] | None = None
 
     def start(self) -> None:
-        """Count from now on; also with another link, after the tap was deleted."""
+        """Begin to count; also on another link, after the tap was deleted and has returned."""
         with self._lock:
             self._fold()
             self._start = self._link().stats()
 
     def stop(self) -> None:
-        """Count no more."""
+        """Stop counting."""
         with self._lock:
             self._look()
             self._fold()
 
     def read(self) -> dict[str, int]:
-        """The guest's packets, bytes and drops over all the times so far."""
+        """The guest's packets, bytes and drops, summed over all times between start and stop."""
         with self._lock:
             self._look()
             return {name: value + self._seen.get(name, 0) for name, value in self._totals.items()}
@@ -171,9 +171,9 @@ class PacketCount:
 class Reopener:
     """Waits, in a thread of its own, for a deleted tap to come back.
 
-    :param name: of the tap. :param reopen: opens the tap again, and says whether it could; None for
-        sockets in place of a tap, which never come back.
-    :param back: called in that thread once the tap has been opened again.
+    :param name: of the tap. :param reopen: opens the tap again; returns whether this was
+        possible. None for sockets in place of a tap, which never come back.
+    :param back: called in that thread after the tap has been opened again.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Reopener:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Look for the tap from now on; does nothing if a thread already does. Any thread."""
+        """Begin to look for the tap; does nothing if the thread already runs. Any thread."""
         reopen = self._reopen
         if reopen is None:
             return
@@ -202,14 +202,14 @@ class Reopener:
                 if not reopen():
                     continue
             except PyvmmError:
-                continue  # there but not to be had: not yet, or not for us
+                continue  # the tap exists but cannot be opened: try again
             with self._lock:
                 self._thread = None
             self._back()
             return
 
     def stop(self) -> None:
-        """Look no more; ``start`` does nothing until ``rearm``."""
+        """Stop looking; ``start`` does nothing until ``rearm``."""
         self._quit.set()
         with self._lock:
             thread, self._thread = self._thread, None

@@ -1,4 +1,4 @@
-"""Unix sockets in the file system: whether somebody listens there, and who may remove one."""
+"""Unix sockets in the file system: whether a process listens there, and who may remove them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
 
-#: Bytes of a socket's path: sun_path of unix(7) less the final zero.
+#: The most bytes of a socket's path: sun_path of unix(7) less the final zero.
 PATH_MAX = 107
-#: Which file it is: device and inode.
+#: Identifies a file: device and inode.
 Identity = tuple[int, int]
 
 
 def is_abandoned(path: str) -> bool:
-    """Whether there is a stream socket at ``path`` that nobody listens on. Never waits."""
+    """Whether there is a stream socket at ``path`` on which no process listens. Never waits."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return False
@@ -34,7 +34,7 @@ def is_abandoned(path: str) -> bool:
 
 
 def bind(sock: _socket.socket, path: str) -> Identity:
-    """Bind ``sock`` to ``path``, where it may replace an abandoned socket.
+    """Bind ``sock`` to ``path``; an abandoned socket at ``path`` is replaced.
 
     :returns: the new file's identity, for ``remove``.
     :raises OSError: from bind(2).
@@ -57,4 +57,4 @@ def remove(path: str, identity: Identity) -> None:
         if (info.st_dev, info.st_ino) == identity:
             os.unlink(path)
     except OSError:
-        pass  # somebody has removed it, or does not let us: nothing that we could do about it
+        pass  # it is gone, or may not be removed: there is nothing more to do

@@ -1,6 +1,6 @@
 """Tap interfaces through plain ioctls: opening, offloads, addresses.
 
-No netlink library and no subprocess: this is on the start-up path of every run.
+Uses neither a netlink library nor a subprocess, because every run waits for this at its start.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.datapath.base import RxFilter
 
-    #: The descriptors, the MTU and the link of a tap that is open.
+    #: The descriptors, the MTU and the link of an open tap.
     Adopted = tuple[list[Fd], int, Link]
 
 TUN = "/dev/net/tun"
 IFNAMSIZ = 16
 INT_MAX = 0x7FFFFFFF
-#: Frames that wait for the guest; the kernel's default for a tap (500) drops some of a TCP burst.
+#: Frames that may wait for the guest. The kernel's default for a tap, 500, drops some of a TCP
+#: burst.
 TXQUEUELEN = 1000
-#: Frames at most that ``discard`` throws away: more than may wait anywhere.
+#: ``discard`` throws away at most so many frames: more than can wait in any queue.
 DISCARD_MAX = 20000
 
-#: GUEST_* feature bit -> what the tap may then send us (TUNSETOFFLOAD).
+#: GUEST_* feature bit -> the offload that the tap may then use towards us (TUNSETOFFLOAD).
 OFFLOADS = {
     VIRTIO_NET_F_GUEST_CSUM: lib.TUN_F_CSUM,
     VIRTIO_NET_F_GUEST_TSO4: lib.TUN_F_TSO4,
@@ -55,7 +56,7 @@ OFFLOADS = {
     VIRTIO_NET_F_GUEST_ECN: lib.TUN_F_TSO_ECN,
     VIRTIO_NET_F_GUEST_UFO: lib.TUN_F_UFO,
 }
-#: What any tap with IFF_VNET_HDR takes from us.
+#: The offloads that any tap with IFF_VNET_HDR accepts from us.
 HOST_FEATURES = (
     VIRTIO_NET_F_CSUM,
     VIRTIO_NET_F_HOST_TSO4,
@@ -77,7 +78,7 @@ def index_of(name: str, sock: socket) -> int:
 class Interface:
     """A network interface by name, in the calling thread's network namespace.
 
-    Changes are remembered; ``restore`` undoes them. Requests that change nothing need no
+    Remembers each change; ``restore`` undoes them. A request that changes nothing needs no
     permission.
     """
 
@@ -86,7 +87,7 @@ class Interface:
         self._undo: list[tuple[int, bytes]] = []
 
     def _ioctl(self, request: int, data: bytes = b"", family: int = AF_INET) -> bytes:
-        """``struct ifreq`` with ``data`` as its union; returns the union."""
+        """Make the request with ``data`` as the union of ``struct ifreq``; returns the union."""
         with socket(family, SOCK_DGRAM | SOCK_CLOEXEC, 0) as s:
             out = ioctl(s.fileno(), request, struct.pack("16s24s", self.name.encode(), data))
         return out[IFNAMSIZ:]
@@ -112,20 +113,20 @@ class Interface:
             return False
 
     def up(self) -> None:
-        """Bring it up."""
+        """Bring the interface up."""
         old = self._ioctl(lib.SIOCGIFFLAGS)
         new = struct.pack("=H", struct.unpack_from("=H", old)[0] | lib.IFF_UP)
         self._change(lib.SIOCSIFFLAGS, old, new, "state", f"ip link set {self.name} up")
 
     @property
     def index(self) -> int:
-        """Its number in the network namespace."""
+        """The interface's number in the network namespace."""
         with socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC) as s:
             return index_of(self.name, s)
 
     @property
     def mtu(self) -> int:
-        """Bytes of payload of a frame."""
+        """The MTU: the largest payload of a frame, in bytes."""
         return int(struct.unpack_from("=i", self._ioctl(lib.SIOCGIFMTU))[0])
 
     def set_mtu(self, mtu: int) -> None:
@@ -142,8 +143,8 @@ class Interface:
         self._change(lib.SIOCSIFTXQLEN, old, struct.pack("=i", frames), "queue length", command)
 
     def set_address(self, text: str) -> None:
-        """Give it an address with prefix length. IPv6: usable at once, without duplicate address
-        detection.
+        """Give the interface an address with prefix length. An IPv6 address is usable at once,
+        because duplicate address detection is off.
         """
         family, packed, prefix = parse_address(text)
         command = f"ip addr add {text} dev {self.name}"
@@ -152,7 +153,7 @@ class Interface:
             head = struct.pack("=HH", AF_INET, 0)
             try:
                 old = [self._ioctl(get) for get in (lib.SIOCGIFADDR, lib.SIOCGIFNETMASK)]
-            except OSError:  # EADDRNOTAVAIL: it has none, and 0.0.0.0 takes ours away again
+            except OSError:  # EADDRNOTAVAIL: it has no address, and 0.0.0.0 takes ours away again
                 old = [head.ljust(24, b"\0")] * 2
             if old[0][4:8] == packed and old[1][4:8] == mask:
                 return
@@ -180,7 +181,7 @@ class Interface:
             s.close()
 
     def restore(self) -> None:
-        """Undo the changes, as far as the interface still exists. IPv6 addresses stay."""
+        """Undo the changes if the interface still exists. IPv6 addresses stay."""
         undo, self._undo = self._undo, []
         for put, old in undo:
             try:
@@ -189,12 +190,12 @@ class Interface:
                 pass
 
 
-#: struct tun_filter with no addresses: everything passes.
+#: A struct tun_filter without addresses: every frame passes.
 NO_FILTER = bytes(4)
 
 
 class _Wanted:
-    """What was asked of a tap, for one that replaces it."""
+    """The settings that a tap was given, for a tap that replaces it."""
 
     __slots__ = ("carrier", "filter", "offloads", "queues")
 
@@ -208,16 +209,17 @@ class _Wanted:
 class Tap:
     """A tap interface with 12-byte virtio-net headers; owns its descriptors.
 
-    One that did not exist is made, and gone with the last descriptor, even after SIGKILL. One that
-    the user made stays, and ``close`` undoes what was changed of it.
+    If the interface does not exist, it is made, and it vanishes with the last descriptor, even
+    after SIGKILL. An interface that the user made stays, and ``close`` undoes our changes of it.
 
-    :param name: of the interface; :param queues: descriptors, one a queue pair (IFF_MULTI_QUEUE if
-        more than one).
+    :param name: of the interface; :param queues: descriptors, one per queue pair
+        (IFF_MULTI_QUEUE if there are several).
     :param address, address6: of the host's end, with prefix length. :param mtu: bytes; the default
-        leaves it.
+        leaves the MTU as it is.
     :param adopted: see ``adopt``.
-    :ivar created: whether it was made here.
-    :raises NetError: busy, no such thing as tun, no tap. :raises NetForbidden: not the user's.
+    :ivar created: whether this object made the interface.
+    :raises NetError: the tap is busy or not a tap, or the kernel has no tun driver.
+    :raises NetForbidden: the tap belongs to another user, or this user may not make one.
     """
 
     def __init__(
@@ -269,8 +271,8 @@ class Tap:
 
     @classmethod
     def adopt(cls, name: str, fds: list[Fd], mtu: int, link: Link) -> Tap:
-        """A tap that was opened elsewhere, in another namespace: its descriptors and its link are
-        owned from here on.
+        """Make the object of a tap that was opened elsewhere, in another namespace. It owns the
+        descriptors and the link from here on.
         """
         return cls(name, queues=len(fds), adopted=(fds, mtu, link))
 
@@ -321,16 +323,16 @@ class Tap:
         return NetError(f"cannot open tap {name}: {e.strerror}")
 
     def accept_mtu(self, mtu: int) -> bool:
-        """Whether frames of this MTU pass."""
+        """Whether frames of this MTU, in bytes, pass."""
         return mtu <= self.mtu
 
     @property
     def interface(self) -> Tap:
-        """The tap itself: it can be deleted, and made again."""
+        """The tap itself, because a tap can be deleted and made again."""
         return self
 
     def fileno(self) -> int:
-        """The first queue's descriptor."""
+        """The descriptor of the first queue pair."""
         return self.fds[0].fileno()
 
     def features(self) -> int:
@@ -338,7 +340,7 @@ class Tap:
         if self._features is None:
             mask = sum(1 << bit for bit in HOST_FEATURES)
             flags = 0
-            # One more each time: a kernel refuses a set with one unknown member.
+            # One feature more each time: a kernel refuses a set with one unknown member.
             for bit, flag in OFFLOADS.items():
                 try:
                     ioctl(self.fileno(), lib.TUNSETOFFLOAD, flags | flag)
@@ -355,16 +357,17 @@ class Tap:
             ioctl((fd or self.fds[0]).fileno(), request, arg)
         except OSError as e:
             if e.errno == errno.EBADFD:
-                return  # the interface was deleted: when it returns it gets all this anew
+                return  # the interface was deleted: when it returns, it gets all these settings
             raise HostError(f"tap {self.name} refuses {what}: {e.strerror}") from e
 
     def set_offloads(self, acked: int) -> None:
-        """Let the host send what the GUEST_* bits of ``acked`` allow; at any time, from any thread.
+        """Let the host send what the GUEST_* bits of ``acked`` allow. Any thread, at any time.
 
         :raises HostError: the tap refuses.
         """
         flags = sum(flag for bit, flag in OFFLOADS.items() if acked >> bit & 1)
-        # What a feature requires (virtio 1.2, 5.1.3.1), so that no driver can make the tap refuse.
+        # Complete what each feature requires (virtio 1.2, 5.1.3.1), so that no driver can make the
+        # tap refuse.
         if not flags & lib.TUN_F_CSUM:
             flags = 0
         if not flags & (lib.TUN_F_TSO4 | lib.TUN_F_TSO6):
@@ -384,7 +387,7 @@ class Tap:
         self._wanted.queues = count
 
     def set_rx_filter(self, rx: RxFilter) -> None:
-        """Have the host drop what the guest does not want, by destination (TUNSETTXFILTER).
+        """Have the host drop frames that the guest does not want, by destination (TUNSETTXFILTER).
 
         :raises HostError: the tap refuses.
         """
@@ -394,7 +397,7 @@ class Tap:
         self._set(lib.TUNSETTXFILTER, self._wanted.filter, "a filter")
 
     def set_carrier(self, up: bool) -> None:
-        """Show the host a cable that is plugged in or not.
+        """Show the host a link that is up or down.
 
         :raises HostError: the tap refuses (TUNSETCARRIER came with Linux 5.0).
         """
@@ -402,7 +405,7 @@ class Tap:
         self._set(lib.TUNSETCARRIER, struct.pack("=i", up), "a carrier")
 
     def _restore(self) -> None:
-        """Give a tap that was opened again what the old one had."""
+        """Give a tap that was opened again the settings of the old one."""
         wanted, self._wanted = self._wanted, _Wanted(len(self.fds))
         self._set(lib.TUNSETOFFLOAD, wanted.offloads, "offloads")
         if wanted.filter != NO_FILTER:
@@ -413,9 +416,9 @@ class Tap:
         self._wanted = wanted
 
     def link(self) -> Link:
-        """The interface's counters and events; another one after ``reopen``. Owned by the tap.
+        """The interface's counters and events. ``reopen`` replaces this object. The tap owns it.
 
-        :raises NetError: the interface is gone and nobody had asked before.
+        :raises NetError: the interface was deleted before the first call.
         """
         if self._link is None:
             try:
@@ -425,10 +428,11 @@ class Tap:
         return self._link
 
     def reopen(self) -> bool:
-        """After the interface was deleted: open it again if the user has made it again. Nothing is
-        changed of the new one.
+        """Open the interface again if it was deleted and the user has made it again. The new
+        interface keeps its own address, MTU and queue length.
 
-        :raises NetError: it is there but cannot be had.
+        :returns: whether it was opened.
+        :raises NetError: the interface exists but cannot be opened.
         """
         if self._adopted or not self._interface.exists():
             return False
@@ -441,8 +445,8 @@ class Tap:
             for fd in fds:
                 fd.close()
             raise
-        # The old one may have been on its way out when we looked; then TUNSETIFF made one that is
-        # nobody's.
+        # The old interface may have been about to vanish when we looked; then TUNSETIFF has made
+        # one that belongs to nobody.
         flags = struct.unpack_from("=H", ioctl(fds[0].fileno(), lib.TUNGETIFF, bytes(40)), 16)[0]
         if not flags & lib.IFF_PERSIST:
             for fd in fds:
@@ -459,7 +463,7 @@ class Tap:
         return True
 
     def announce(self, mac: bytes) -> bool:
-        """Send the frame from which the network learns that ``mac`` is here; whether it went."""
+        """Send the frame that tells the network that ``mac`` is here; whether it was sent."""
         from pyvmm.hostnet.frames import HEADER, rarp
 
         try:
@@ -478,19 +482,19 @@ class Tap:
         return any(events & select.POLLIN for _, events in poll.poll(0))
 
     def discard(self) -> int:
-        """Throw away what waits; bounded, should more come all the time. How many frames
-        that was.
+        """Throw away the frames that wait, ``DISCARD_MAX`` at most.
+
+        :returns: how many frames were thrown away.
         """
         count = 0
         for fd in self.fds:
             try:
                 while count < DISCARD_MAX:
-                    os.read(
-                        fd.fileno(), 64
-                    )  # more than the header; the rest of the frame goes with it
+                    # More than the header; the rest of the frame is lost with it.
+                    os.read(fd.fileno(), 64)
                     count += 1
             except OSError:
-                continue  # that was all, or the interface is gone
+                continue  # no more frames wait, or the interface is gone
         return count
 
     def _unfilter(self) -> None:
@@ -503,8 +507,8 @@ class Tap:
             pass
 
     def close(self) -> None:
-        """Undo what was changed of a tap that stays, and release the descriptors. A second call
-        does nothing.
+        """Undo our changes of a tap that stays, and release the descriptors. A second call does
+        nothing.
         """
         if not self.created and self.fds:
             self._unfilter()

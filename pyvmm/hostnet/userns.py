@@ -1,4 +1,4 @@
-"""Namespaces of the calling thread, and being root in a user namespace of our own."""
+"""Namespaces of the calling thread, and how to be root in a user namespace of our own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pyvmm._ext import ffi, lib
 
 
 def check(result: int, what: str) -> None:
-    """:raises OSError: ``result``, of a system call, says that it failed."""
+    """:raises OSError: ``result``, the return value of a system call, reports a failure."""
     if result:
         number = ffi.errno
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -23,9 +23,9 @@ def unshare(flags: int) -> None:
 
 
 def become_root() -> None:
-    """Enter a new user namespace and be root there; outside, this stays who it was.
+    """Enter a new user namespace and be root in it. Outside of it, the process keeps its user.
 
-    :raises OSError: the kernel or a sandbox does not allow it.
+    :raises OSError: the kernel or a sandbox does not allow this.
     """
     uid, gid = os.geteuid(), os.getegid()
     unshare(lib.CLONE_NEWUSER)
