@@ -1,1 +1,1 @@
-"""A driver without a guest, and what it checks of vhost-user back-ends."""
+"""A virtio-net driver without a guest, and checks of vhost-user back-ends by means of it."""

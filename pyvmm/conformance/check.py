@@ -1,10 +1,10 @@
-"""Conformance of a vhost-user-net back-end, without a guest: rings are filled as a driver fills
-them, over our own front-end.
+"""Conformance of a vhost-user-net back-end, without a guest: this process fills the rings as a
+driver does, and uses our own front-end.
 
-Each item of :data:`ITEMS` is a function of a :class:`Checker` that returns what was seen, or raises
-:class:`Failed` or :class:`Skipped`. If the back-end sends packets back (a loop, ``dpdk-testpmd
---forward-mode=io`` with one port), the packets that come are compared as well; otherwise only that
-each transmit is finished once, and in an orderly way.
+Each item of :data:`ITEMS` is a function of a :class:`Checker`. It returns what was seen as a text,
+or raises :class:`Failed` or :class:`Skipped`. If the back-end sends packets back (a loop,
+``dpdk-testpmd --forward-mode=io`` with one port), the items compare the received packets as well;
+otherwise they check only that each transmit chain is returned once, and in an orderly way.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ MRG_RXBUF = 1 << virtio_net.VIRTIO_NET_F_MRG_RXBUF
 NAMES = {EVENT_IDX: "EVENT_IDX", INDIRECT: "INDIRECT_DESC", MRG_RXBUF: "MRG_RXBUF"}
 OPTIONAL = (EVENT_IDX, INDIRECT, MRG_RXBUF)
 MAC = bytes.fromhex("525400ba5e01")
-#: Of what is sent: to nobody, from us, an EtherType for local experiments, a number of this run.
+#: The frames' header: to no host, from us, an EtherType for local experiments, a number per run.
 MAGIC = os.urandom(4)
 HEADER = b"\x02\x00\x00\x00\x00\x77" + MAC + b"\x88\xb5" + MAGIC
-#: Segments of a frame in turn: header and frame in one, header apart, in many.
+#: How frames are split into segments, in turn: header and frame in one, header apart, in many.
 SPLITS: tuple[list[int], ...] = ([], [12], [12, 14, 20], [6, 6, 10, 10, 10])
 
 
@@ -51,11 +51,11 @@ class Failed(Exception):
 
 
 class Skipped(Exception):
-    """It cannot be seen, or the back-end does not offer it."""
+    """The item cannot be checked, or the back-end does not offer the feature."""
 
 
 class Item:
-    """What came of one check.
+    """The result of one check.
 
     :ivar result: ``passed``, ``failed`` or ``skipped``. :ivar detail: what was seen, or what is
         wrong.
@@ -68,7 +68,7 @@ class Item:
 
 
 class DrivenCard:
-    """A network card on the back-end whose driver is this process: memory, drivers, front-end."""
+    """A network card on the back-end, driven by this process: memory, drivers and front-end."""
 
     def __init__(
         self,
@@ -124,13 +124,13 @@ class DrivenCard:
         self.healthy()
 
     def fault(self, queue: int, problem: str) -> None:
-        """Of no interest: ``healthy`` asks the path's counters."""
+        """Does nothing: ``healthy`` asks the data path's counters."""
 
     def link(self, up: bool) -> None:
-        """A vhost-user back-end does not tell."""
+        """Does nothing: a vhost-user back-end does not report its link."""
 
     def healthy(self) -> None:
-        """:raises Failed: the connection has ended, or a ring was found malformed."""
+        """:raises Failed: the connection has ended, or the back-end found a ring malformed."""
         assert self.path is not None
         counters = self.path.counters()
         if counters["ring_errors"]:
@@ -139,7 +139,7 @@ class DrivenCard:
             raise Failed(self.path.problems[-1])
 
     def stop(self) -> None:
-        """Take the rings back. :raises Failed: at other positions than the rings say."""
+        """Take the rings back. :raises Failed: GET_VRING_BASE differs from the used index."""
         assert self.path is not None
         bases = self.path.stop()
         self.healthy()
@@ -151,17 +151,17 @@ class DrivenCard:
                 )
 
     def frame(self, length: int) -> bytes:
-        """The next one, of ``length`` bytes or a few more."""
+        """The next frame, of ``length`` bytes or a few more."""
         self.number += 1
         head = HEADER + struct.pack("<I", self.number)
         return head + bytes((self.number + i) & 0xFF for i in range(max(0, length - len(head))))
 
     def send(self, count: int, *, pair: int = 0, longest: int = 1400) -> None:
-        """Frames of many lengths in chains of many shapes, in bursts; compared, where they come
-        back.
+        """Send frames of many lengths in chains of many shapes, in bursts. Received packets are
+        compared if the back-end sends them back.
 
-        :raises Failed: one is not finished, or comes back changed, twice, out of order or not at
-            all.
+        :raises Failed: a chain is not returned, or a packet comes back changed, twice, out of order
+            or not at all.
         """
         driver = self.drivers[pair]
         burst = max(1, min(32, driver.tx.size // 8))
@@ -192,13 +192,13 @@ class DrivenCard:
             raise Failed(f"packet {at} has come back changed, or in the wrong order")
 
     def ours(self, driver: NetDriver) -> list[bytes]:
-        """What has come back of what this run has sent."""
+        """The received packets that this run has sent."""
         driver.poll()
         return [p[12:] for p in driver.received if p[24:30] == HEADER[12:18]]
 
     def finished(self, driver: NetDriver) -> None:
-        """Wait until every transmit is returned. :raises Failed: one is not, or twice, or with
-        bytes written.
+        """Wait until every transmit chain is returned. :raises Failed: a chain is not returned, or
+        returned twice, or returned with bytes written.
         """
 
         def all_done() -> bool:
@@ -231,9 +231,9 @@ class Checker:
     """A back-end under test.
 
     :param path: of its listening socket. :param timeout: seconds for each answer and each burst.
-    :param queues: pairs to use at once; by default as many as it says it has, up to 4.
-    :ivar echoes: whether the packets that it gets come back. :ivar features: those that it offers,
-        as a mask. :ivar items: results so far.
+    :param queues: queue pairs to use at once; default: as many as the back-end has, up to 4.
+    :ivar echoes: whether the back-end sends packets back. :ivar features: the features that it
+        offers, as a mask. :ivar items: results so far.
     """
 
     def __init__(self, path: str, *, timeout: float = 5.0, queues: int | None = None) -> None:
@@ -245,7 +245,7 @@ class Checker:
 
     @contextmanager
     def card(self, acked: int = VERSION_1, **options: int) -> Iterator[DrivenCard]:
-        """A card with these features, running; stopped in an orderly way if nothing failed."""
+        """A running card with these features. It is stopped in an orderly way if nothing failed."""
         card = DrivenCard(self, acked, **options)
         try:
             yield card
@@ -266,17 +266,17 @@ class Checker:
             session.close()
 
     def all_features(self) -> int:
-        """VERSION_1 and what is optional of rings, as far as offered."""
+        """VERSION_1 and the optional features of rings that the back-end offers, as a mask."""
         return VERSION_1 | sum(bit for bit in OPTIONAL if self.features & bit)
 
     def need(self, bit: int) -> None:
-        """:raises Skipped: a feature is not offered."""
+        """:raises Skipped: the back-end does not offer feature ``bit``."""
         if not self.features & bit:
             raise Skipped(f"{NAMES[bit]} is not offered")
 
     def run(self, report: Callable[[Item], None] = lambda item: None) -> None:
-        """Every item, in order; ``report`` is called after each. Ends early where the first fails:
-        there is no back-end.
+        """Check every item, in order; ``report`` is called after each. If the first item fails,
+        the others are not checked, because there is no back-end.
         """
         for name, check in ITEMS:
             start = time.monotonic()
@@ -298,7 +298,7 @@ class Checker:
 
 
 def negotiation(checker: Checker) -> str:
-    """What it offers; and whether it sends packets back, which the other items want to know."""
+    """See what the back-end offers, and whether it sends packets back, for the other items."""
     with checker.session() as session:
         checker.features = session.features
         checker.pairs = session.queue_num or 1
@@ -325,7 +325,7 @@ def _with(bits: int) -> Callable[[Checker], str]:
 
 
 def ring_sizes(checker: Checker) -> str:
-    """From two entries to 1024."""
+    """Rings of two to 1024 entries work."""
     sizes = (2, 64, 1024)
     for size in sizes:
         with checker.card(checker.all_features(), size=size) as card:
@@ -334,14 +334,14 @@ def ring_sizes(checker: Checker) -> str:
 
 
 def wrap(checker: Checker) -> str:
-    """Indices pass 65535."""
+    """Indices wrap around at 65535."""
     with checker.card(checker.all_features(), start=0xFF80) as card:
         card.send(600)
     return "both indices passed 65535"
 
 
 def merged(checker: Checker) -> str:
-    """A frame that is longer than a buffer."""
+    """A frame may be longer than a receive buffer."""
     checker.need(MRG_RXBUF)
     if not checker.echoes:
         raise Skipped("packets do not come back")
@@ -351,7 +351,7 @@ def merged(checker: Checker) -> str:
 
 
 def num_buffers(checker: Checker) -> str:
-    """1 where one buffer is enough (5.1.6.4), also without MRG_RXBUF."""
+    """num_buffers is 1 if one buffer is enough (5.1.6.4), also without MRG_RXBUF."""
     if not checker.echoes:
         raise Skipped("packets do not come back")
     for bits in (0, MRG_RXBUF & checker.features):
@@ -364,7 +364,7 @@ def num_buffers(checker: Checker) -> str:
 
 
 def stop_and_start(checker: Checker) -> str:
-    """Ten times, with packets in between."""
+    """Rings stop and start ten times, with packets in between."""
     with checker.card(checker.all_features()) as card:
         for _ in range(10):
             card.send(40)
@@ -374,8 +374,8 @@ def stop_and_start(checker: Checker) -> str:
 
 
 def waiting(checker: Checker) -> str:
-    """What was made available while the rings were stopped is served at the start, without a kick
-    of the driver's.
+    """Chains that became available while the rings were stopped are served after the start,
+    without a kick by the driver.
     """
     with checker.card(checker.all_features()) as card:
         driver = card.drivers[0]
@@ -390,7 +390,7 @@ def waiting(checker: Checker) -> str:
 
 
 def called(checker: Checker) -> str:
-    """Whoever asks for an interrupt gets one, for each ring."""
+    """The back-end interrupts a driver that asks for it, on each ring."""
     for bits in (0, EVENT_IDX & checker.features):
         with checker.card(VERSION_1 | bits) as card:
             driver = card.drivers[0]
@@ -415,11 +415,13 @@ def called(checker: Checker) -> str:
 
 
 def not_called(checker: Checker) -> str:
-    """Who does not ask for interrupts is to get none; the specification allows it, users do not."""
+    """The back-end does not interrupt a driver that does not ask. The specification allows such
+    interrupts; users do not.
+    """
     for bits in (0, EVENT_IDX & checker.features):
         with checker.card(VERSION_1 | bits) as card:
             driver = card.drivers[0]
-            card.send(40)  # what a start signals is over
+            card.send(40)  # the signals of a start are over
             driver.tx.disable_interrupts()
             driver.tx.call_fd.drain()
             card.send(40)
@@ -431,7 +433,7 @@ def not_called(checker: Checker) -> str:
 
 
 def queue_pairs(checker: Checker) -> str:
-    """Several at once."""
+    """Several queue pairs work at once."""
     pairs = checker.queues or min(checker.pairs, 4)
     if pairs < 2:
         raise Skipped("there is one queue pair")
@@ -448,7 +450,7 @@ def queue_pairs(checker: Checker) -> str:
 
 
 def reconnect(checker: Checker) -> str:
-    """The front-end vanishes and comes again: five times, on the same rings and memory."""
+    """The front-end vanishes and returns: five times, with the same rings and memory."""
     with checker.card(checker.all_features()) as card:
         path = card.path
         assert path is not None
@@ -471,7 +473,7 @@ def reconnect(checker: Checker) -> str:
 
 
 def malformed_ring(checker: Checker) -> str:
-    """A head outside the table costs a ring, not the back-end."""
+    """A head outside of the table stops a ring, but does not end the back-end."""
     card = DrivenCard(checker, checker.all_features())
     try:
         ring = card.drivers[0].tx
@@ -491,7 +493,7 @@ def malformed_ring(checker: Checker) -> str:
 
 
 def unknown_request(checker: Checker) -> str:
-    """Refused, or the end of the session, and the next one is served."""
+    """An unknown request is refused or ends the session; the next session is served."""
     with checker.session() as session:
         patience = min(1.0, checker.timeout)
         try:
@@ -510,7 +512,7 @@ def unknown_request(checker: Checker) -> str:
 
 
 def garbage(checker: Checker) -> str:
-    """Bytes that are no message, a message that is cut off: the next session is served."""
+    """Bytes that are no message, or part of a message, end a session; the next one is served."""
     for data in (
         b"\xff" * 64,
         struct.pack(spec.HEADER, 1, 1, 0xFFFFFFFF),

@@ -1,9 +1,9 @@
-"""A virtio-net driver without a guest: the driver's side of split virtqueues, played in a
+"""A virtio-net driver without a guest: plays the driver's side of split virtqueues in a
 GuestMemory.
 
-For checking back-ends, ours in the tests and others by ``pyvmm vhost-user check``. It can do all
-that a driver may (indirect tables, EVENT_IDX, suppression both ways) and, through the raw
-accessors, all that one must not.
+It checks back-ends, ours in the tests and others by ``pyvmm vhost-user check``. It can do all that
+a driver may do (indirect tables, EVENT_IDX, suppression both ways). The raw accessors can also do
+what a driver must not do.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def align(x: int, to: int) -> int:
 
 
 class Ring:
-    """One split virtqueue as its driver sees it.
+    """One split virtqueue, as its driver sees it.
 
-    :param base: guest-physical address from which the three areas are laid out; ``end`` is what
-        follows them.
+    :param base: guest-physical address of the first of the three areas; ``end`` is the address
+        behind the last.
     :param start: value of both indices at the start.
     """
 
@@ -97,7 +97,7 @@ class Ring:
             self.enable_interrupts()
 
     def vring(self, base: int | None = None) -> Vring:
-        """The ring as handed to a data path."""
+        """The ring, as a data path takes it."""
         return Vring(
             self.index,
             self.size,
@@ -114,7 +114,7 @@ class Ring:
         """Queue a chain of (gpa, length, device writes it); returns its head. ``publish`` makes it
         available.
 
-        :param indirect: guest-physical address for an indirect table.
+        :param indirect: guest-physical address for an indirect table; None for no such table.
         """
         if indirect is not None:
             table = b""
@@ -140,7 +140,7 @@ class Ring:
         return head
 
     def publish(self, *, kick: bool = True) -> bool:
-        """Make all queued chains available and kick where the device wants it; returns whether it
+        """Make all queued chains available, and kick if the device asks for it; returns whether it
         was kicked.
         """
         old, self.published = self.published, self.avail_idx
@@ -182,7 +182,7 @@ class Ring:
         return (self.published - self.used_idx) & 0xFFFF
 
     def enable_interrupts(self) -> bool:
-        """Ask to be called at the next used entry; returns whether there are some already."""
+        """Ask for an interrupt at the next used entry; whether there are entries already."""
         if self.event_idx:
             self._avail[2 + self.size] = self.last_used
         else:
@@ -214,11 +214,11 @@ class Ring:
 
 
 class NetDriver:
-    """The driver of a receive and a transmit ring: posts buffers, sends and receives packets with
-    their header.
+    """The driver of one receive and one transmit ring: posts buffers, sends and receives packets
+    with their headers.
 
-    :param base: guest-physical start of all that it uses.
-    :param rx_buffers: receive chains posted; :param rx_size: bytes of each.
+    :param base: guest-physical start of all memory that the driver uses.
+    :param rx_buffers: receive chains to post; :param rx_size: bytes of each.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class NetDriver:
         return [self.rx, self.tx]
 
     def fill(self, count: int | None = None, *, kick: bool = True) -> int:
-        """Post receive buffers, all that are free by default; returns how many."""
+        """Post receive buffers: ``count``, or all that are free; returns how many were posted."""
         n = 0
         while self._rx_free and self.rx.free and (count is None or n < count):
             gpa = self._rx_free.pop()
@@ -268,8 +268,8 @@ class NetDriver:
         return n
 
     def _alloc(self, length: int) -> int:
-        """Transmit memory, used round and round: sent frames are expected to be done a lap
-        later.
+        """Take transmit memory in a circle: a frame must have been sent before its memory is used
+        again.
         """
         if self._tx_at + length > self.end:
             self._tx_at = self._tx_start
@@ -294,14 +294,14 @@ class NetDriver:
         return self.tx.add(segments, indirect=table)
 
     def send(self, *frames: bytes, kick: bool = True) -> None:
-        """Queue frames behind an empty header and make them available at once."""
+        """Queue each frame behind an empty header, and make all of them available at once."""
         self.tx.take_used()
         for frame in frames:
             self.queue(frame)
         self.tx.publish(kick=kick)
 
     def poll(self, *, refill: bool = True) -> list[bytes]:
-        """Packets that arrived, each with its header, merged buffers joined."""
+        """The packets that have arrived, each with its header; merged buffers are joined."""
         packets = []
         used = self.rx.take_used()
         while used:
@@ -321,7 +321,7 @@ class NetDriver:
         return packets
 
     def wait_packets(self, count: int, timeout: float = 10.0) -> list[bytes]:
-        """Poll until ``count`` packets have arrived altogether; returns all so far."""
+        """Poll until ``count`` packets have arrived; returns all packets that arrived meanwhile."""
         wait_for(lambda: self.poll() is not None and len(self.received) >= count, timeout)
         return self.received
 

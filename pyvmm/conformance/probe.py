@@ -1,8 +1,8 @@
-"""Try out a vhost-user back-end without a guest: what it offers, what it answers to each message,
-and how fast.
+"""Probe a vhost-user back-end without a guest: what it offers, how it answers each message, and how
+fast it answers.
 
-For people who write back-ends. It is given a memory of its own with empty rings, so that nothing is
-sent anywhere.
+For people who write back-ends. The back-end gets a memory of the probe's own with empty rings, so
+it sends no packets.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Where the rings of 256 entries lie, one after another.
+#: The addresses of the rings, which have 256 entries each.
 RING_SIZE, RING_STEP, RING_BASE = 256, 0x4000, 0x10000
 
 
 class Step:
-    """One message and what came of it.
+    """One message and its result.
 
-    :ivar outcome: ``ok``, ``refused``, ``sent`` (nothing was to be heard), or what went wrong.
+    :ivar outcome: ``ok``, ``refused``, ``sent`` (the message has no answer), or what went wrong.
         :ivar detail: the reply in words.
-    :ivar microseconds: from the first byte sent to the last received.
+    :ivar microseconds: from the first byte sent to the last byte received.
     """
 
     __slots__ = ("detail", "message", "microseconds", "outcome")
@@ -47,10 +47,10 @@ class Step:
 
 
 class Probe(Closing):
-    """A conversation with the back-end at ``path``; ``steps`` grows as it goes.
+    """A conversation with the back-end at ``path``; each message is added to ``steps``.
 
-    :param timeout: seconds for each answer. :ivar features, protocol: what it offers, as masks;
-        :ivar queues: pairs, or None.
+    :param timeout: seconds for each answer. :ivar features, protocol: what the back-end offers, as
+        masks; :ivar queues: its queue pairs, or None if it does not say.
     """
 
     def __init__(self, path: str, *, timeout: float = 2.0) -> None:
@@ -58,7 +58,7 @@ class Probe(Closing):
         self.steps: list[Step] = []
         self.features = self.protocol = 0
         self.queues: int | None = None
-        self._used = 0  # protocol features in force
+        self._used = 0  # the protocol features in use, as a mask
         self._channel = connect(path)
 
     def _do(
@@ -70,7 +70,7 @@ class Probe(Closing):
         answers: str = "",
         show: object = "",
     ) -> tuple[int, ...]:
-        """One step. ``answers``: layout of the reply of a message that has one."""
+        """Send one message and note the step. ``answers``: layout of the reply, if there is one."""
         name = request_name(request)
         label = f"{name}({show})" if show != "" else name
         ack = not answers and bool(self.protocol >> spec.VHOST_USER_PROTOCOL_F_REPLY_ACK & 1)
@@ -104,8 +104,8 @@ class Probe(Closing):
         return bool(self._used >> bit & 1)
 
     def run(self) -> None:
-        """All that makes sense with what it offers. :raises VhostUserError: the conversation ended
-        early; see ``steps``.
+        """Send all messages that make sense with the offered features. :raises VhostUserError: the
+        conversation ended early; see ``steps``.
         """
         self.features = self._do(spec.VHOST_USER_GET_FEATURES, answers="<Q")[0]
         has_protocol = bool(self.features >> spec.VHOST_USER_F_PROTOCOL_FEATURES & 1)
