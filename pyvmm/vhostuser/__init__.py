@@ -1,1 +1,1 @@
-"""vhost-user: messages on their socket."""
+"""vhost-user for any kind of device: messages, sessions, and a front-end that reconnects."""

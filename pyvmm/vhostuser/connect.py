@@ -1,5 +1,5 @@
-"""Ways to come by a connection to a back-end: each attempt takes a bounded time, and can be ended
-by another thread.
+"""Ways to get a connection to a back-end. Each attempt takes a bounded time, and another thread can
+end it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import time
 
 from pyvmm.vhostuser.wire import Channel, Listener, Stopped, TimedOut, connect, readable
 
-#: Seconds for a back-end that listens to accept a connection, before the next attempt.
+#: Seconds that a listening back-end may take to accept a connection, before the next attempt.
 ATTEMPT_S = 1.0
 
 
@@ -26,18 +26,18 @@ class Connector:
         self.name = name
 
     def connect(self, seconds: float | None, end: int) -> Channel:
-        """One attempt to have a connection.
+        """Try once to get a connection.
 
         :param seconds: to wait for a back-end that is not there or does not accept connections;
             None: as long as makes sense before another attempt.
         :param end: a descriptor that ends the attempt when it becomes readable.
-        :raises VhostUserError: there is no connection. :raises Stopped: because of ``end``.
+        :raises VhostUserError: there is no connection. :raises Stopped: ``end`` became readable.
         """
         return connect(self.name, ATTEMPT_S if seconds is None else seconds, end)
 
     def complaints(self) -> list[str]:
-        """What the back-end has said since the last call, on another way than the connection, about
-        the ends of earlier ones. Never waits; any thread.
+        """What the back-end has reported since the last call about the end of earlier connections,
+        by another way than a connection. Never waits; any thread.
         """
         return []
 

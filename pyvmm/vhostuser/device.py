@@ -7,13 +7,13 @@ kicks gather in the eventfds, and the guest sees a pause. A new session starts a
 each ring. That is exact with an in-flight file, which we keep for the next back-end; without one,
 chains that were served but not yet returned are served again.
 
-Whoever talks to the back-end that serves, or changes which rings it serves, holds ``_turn``. A
+A thread that talks to the back-end in use, or changes which rings it serves, holds ``_turn``. A
 conversation has a time limit. The watcher takes ``_turn`` only to give the rings to a back-end that
 has come back, and ``stop`` cuts that conversation short. ``cut`` takes no lock that a conversation
-holds, and neither do the questions that any thread may ask.
+holds, and neither do the methods that any thread may call.
 
-The back-end is not trusted with the machine's life. It can corrupt the guest, whose memory it has,
-but whatever it says or fails to say ends at most its connection.
+The back-end cannot end the machine. It can corrupt the guest, whose memory it has, but its messages
+and its silence end at most its connection.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ class VhostUserDevice:
     ``datapath.vhost_user.VhostUserNet``, overrides what the second section lists.
 
     ``connect``, ``prepare``, ``start``, ``stop``, ``stop_rings`` and ``close`` are called by one
-    thread at a time; the other methods by any.
+    thread at a time; the other methods by any thread.
 
-    :param connector: makes connections; owned from here on. :param rings: that the device can have.
-    :param times: gets when rings change hands.
+    :param connector: makes connections; owned from here on. :param rings: how many the device can
+        have.
+    :param times: is told when rings change hands.
     :param timeout: seconds for a whole conversation, such as a start or a stop of the rings.
     :param recorder: a ``kvm.recorder.Scope`` for every message, or None.
     """
 
-    #: Mask of the virtio features that the back-end honours; all others are the device's own.
+    #: Mask of the virtio features that the back-end honours; the device honours all others.
     data_features: int = -1
     #: Mask of the protocol features to use if the back-end has them.
     protocol_features: int = PROTOCOL_FEATURES
@@ -86,7 +87,7 @@ class VhostUserDevice:
 
         self._turn = threading.Lock()
         self._state = threading.Lock()  # held for a few instructions; guards:
-        self._resuming: Session | None = None  # is being given the rings
+        self._resuming: Session | None = None  # the rings are being given to this session
         self._stopping = False  # ``stop`` is about to take the rings back
         self._events: FaultEvents | None = None
         self._faulted: set[int] = set()
@@ -108,13 +109,13 @@ class VhostUserDevice:
         """:raises VhostUserError: the back-end lacks something that this kind of device needs."""
 
     def introduce(self, s: Session, acked: int) -> None:
-        """In a conversation: say what goes before features and memory."""
+        """Called in a conversation: send what must come before features and memory."""
 
     def resumed(self, s: Session) -> None:
-        """In a conversation: a back-end goes on with the rings of another one."""
+        """Called in a conversation: a new back-end has taken the rings of the one before."""
 
     def repeats(self, ring: Virtqueue) -> bool:
-        """Whether it may be noticed that a chain of this ring is served twice."""
+        """Whether a driver may notice that a chain of this ring is served twice."""
         return True
 
     def feature_names(self, features: int) -> str:
@@ -125,8 +126,8 @@ class VhostUserDevice:
 
     @contextmanager
     def _talking(self, s: Session, patience: float | None) -> Iterator[None]:
-        """A conversation without which the rings cannot be served: if it fails, or anything is
-        refused in it, the session is lost.
+        """A conversation that is necessary to serve the rings: if it fails, or the back-end refuses
+        anything in it, the session is lost.
         """
         try:
             with s.conversation(self.timeout if patience is None else patience):
@@ -136,30 +137,30 @@ class VhostUserDevice:
             raise
 
     def _introduce(self, s: Session, acked: int, memory: GuestMemory, size: int) -> None:
-        """Agree on everything but rings, of which none has more than ``size`` entries."""
+        """Agree on everything but the rings. No ring has more than ``size`` entries."""
         self.introduce(s, acked)
         self._rings.share_inflight(s, size)
         s.choose_features(acked & s.features & self.data_features)
         s.share_memory(memory)
 
     def _give(self, s: Session, bases: Sequence[int]) -> None:
-        """Hand memory and rings to the back-end, and let it run. :param bases: their positions."""
-        self._check(s)  # more may be required now than when the session was negotiated
+        """Give memory and rings to the back-end, and let it run. :param bases: the positions."""
+        self._check(s)  # the guest may use more features than when the session was negotiated
         rings = self._rings
         agreed = rings.acked, rings.memory, rings.size
         if s.prepared != agreed:
             if s.prepared is not None:
-                rings.forget_inflight()  # it is for rings of another size
+                rings.forget_inflight()  # the file is for rings of another size
             self._introduce(s, *agreed)
         s.prepared = None
         rings.give(s, bases)
 
     def _lose(self, s: Session, reason: PyvmmError) -> None:
-        """The session is over: park the rings."""
-        pending = self._pending()  # now: whoever sees that nobody serves may make more available
+        """The session has ended: park the rings."""
+        pending = self._pending()  # now: a driver may make more available once the rings are parked
         if not self._watcher.lose(s):
             return
-        if not isinstance(reason, Stopped):  # else it was us
+        if not isinstance(reason, Stopped):  # else we ended it
             self._history.count("disconnections")
             self._history.count("timeouts", isinstance(reason, TimedOut))
             self._history.note(str(reason))
@@ -167,7 +168,7 @@ class VhostUserDevice:
         self._park(pending)
 
     def _park(self, pending: int) -> None:
-        """Nobody serves the rings until a back-end comes back, which may serve ``pending`` chains
+        """No back-end serves the rings until one comes back, which may serve ``pending`` chains
         again.
         """
         if self._rings.rings:
@@ -175,7 +176,7 @@ class VhostUserDevice:
             self._history.count("possible_repeats", pending)
 
     def _pending(self) -> int:
-        """Chains that the next back-end may serve again: those that are available, unless an
+        """How many chains the next back-end may serve again: the available ones, unless an
         in-flight file tells which of them are done.
         """
         rings = self._rings
@@ -186,22 +187,22 @@ class VhostUserDevice:
     # --- the device's side ------------------------------------------------------------------------
 
     def connect(self, wait: float = 10.0) -> None:
-        """Have a first session, before anything else is done. A back-end that does not fit is an
-        error at once.
+        """Make the first session. A back-end that does not fit is an error at once.
 
         :param wait: seconds for a connection.
-        :raises VhostUserError: there is no back-end, or none that fits. :raises Stopped: ``cut``.
+        :raises VhostUserError: there is no back-end, or it does not fit. :raises Stopped: ``cut``
+            was called.
         :raises HostError: no thread can be started.
         """
         s = self._watcher.connect(wait)
         self._offer = s.features & self.data_features
 
     def features(self) -> int:
-        """What the first back-end offered of the features that are a back-end's to honour."""
+        """The features of ``BACKEND_FEATURES`` that the first back-end offered, as a mask."""
         return self._offer
 
     def prepare(self, acked: int, memory: GuestMemory, rings: Sequence[Virtqueue]) -> None:
-        """Agree with the back-end on all that can be agreed on beforehand.
+        """Agree with the back-end on all that can be agreed on before the start.
 
         :raises PyvmmError: the back-end refuses, or is gone.
         """
@@ -228,12 +229,12 @@ class VhostUserDevice:
         patience: float | None = None,
     ) -> None:
         """Have the back-end serve the rings, from their positions. If it is gone or fails, the
-        rings are parked until there is one that serves them.
+        rings are parked until another back-end serves them.
 
         :param acked: the features that the driver has chosen.
         :param patience: seconds, instead of the device's ``timeout``.
         """
-        if not rings:  # the driver has enabled none
+        if not rings:  # the driver has enabled no ring
             return
         with self._turn:
             self._rings.use(acked, memory, rings)
@@ -251,9 +252,9 @@ class VhostUserDevice:
                 pass  # the rings are parked
 
     def stop_rings(self, indices: Iterable[int], *, patience: float | None = None) -> None:
-        """Take some of the rings back; ``stop`` comes next.
+        """Take some of the rings back; ``stop`` must come next.
 
-        :raises PyvmmError: the back-end does not give them.
+        :raises PyvmmError: the back-end does not give the rings.
         """
         with self._turn:
             s = self._watcher.session
@@ -262,15 +263,15 @@ class VhostUserDevice:
                     self._rings.take_some(s, indices)
 
     def stop(self, *, patience: float | None = None) -> list[int]:
-        """Take the rings back. A back-end that does not give them is cut off; then the used indices
-        are the positions.
+        """Take the rings back. A back-end that does not give them is disconnected; the used indices
+        are then the positions.
 
-        :returns: the rings' positions, in the order of ``start``; nothing if they were not started.
+        :returns: the rings' positions, in the order of ``start``; empty if no ring was started.
         """
         with self._state:
             self._stopping = True
             if self._resuming is not None:
-                self._resuming.cut()  # the watcher starts what we are about to stop
+                self._resuming.cut()  # the watcher starts the rings that we are about to stop
         with self._turn:
             with self._state:
                 self._stopping = False
@@ -295,11 +296,11 @@ class VhostUserDevice:
         return bases
 
     def converse(self, say: Callable[[Session], None]) -> bool:
-        """Say something to the back-end that does not belong to the rings.
+        """Send the back-end messages that do not concern the rings.
 
-        :param say: is called in a conversation. :returns: False if there is no back-end.
-        :raises Refused: the back-end refuses; nothing else changes.
-        :raises PyvmmError: it failed, and the session is lost.
+        :param say: called in a conversation. :returns: False if there is no back-end.
+        :raises Refused: the back-end refuses; the session goes on.
+        :raises PyvmmError: the conversation failed, and the session is lost.
         """
         with self._turn:
             s = self._watcher.session
@@ -317,14 +318,14 @@ class VhostUserDevice:
         return True
 
     def drop(self) -> None:
-        """End the present session, as if the connection had failed: the watcher makes another one.
-        Any thread; never waits.
+        """End the present session, as if the connection had failed: the watcher makes another
+        session. Any thread; never waits.
         """
         self._watcher.drop()
 
     def cut(self) -> None:
-        """End every conversation at once, and allow no other: the machine ends. Any thread; takes
-        no lock that a conversation holds.
+        """End every conversation at once and allow no other, because the machine ends. Any thread;
+        takes no lock that a conversation holds.
         """
         self._watcher.cut()
 
@@ -350,17 +351,17 @@ class VhostUserDevice:
         return self._watcher.session is not None
 
     def problem(self) -> str:
-        """Why no back-end serves the rings; empty if one does, or if there are none to serve."""
+        """Why no back-end serves the rings; empty if one does, or if no ring is started."""
         if not self._rings.rings or self.connected:
             return ""
         return self.problems[-1] if self.problems else "no back-end"
 
     def counters(self) -> dict[str, int]:
-        """Connections, losses and what they cost."""
+        """The counters of connections, losses and their cost."""
         return self._history.counters()
 
     def report(self) -> dict[str, object]:
-        """For the machine's report: who is at the other end, and what went wrong with it."""
+        """The part of the machine's report about the back-end and its problems."""
         self._history.note(*self._complaints())
         s = self._watcher.session
         return {
@@ -374,7 +375,7 @@ class VhostUserDevice:
     # --- the watcher's owner, in its thread -------------------------------------------------------
 
     def negotiate(self, s: Session) -> None:
-        """See whether the back-end fits. :raises PyvmmError: it does not."""
+        """Check whether the back-end fits. :raises PyvmmError: it does not."""
         with s.conversation(self.timeout):
             s.negotiate(self.protocol_features)
             self._check(s)
@@ -400,7 +401,7 @@ class VhostUserDevice:
     def resume(self, s: Session) -> None:
         """Give the rings that wait for a back-end to one that has come back.
 
-        :raises PyvmmError: it does not take them.
+        :raises PyvmmError: the back-end does not take them.
         """
         with self._turn:
             with self._state:
@@ -412,7 +413,8 @@ class VhostUserDevice:
                         self._give(s, self._rings.from_used())
                         self.resumed(s)
                     for ring in self._rings.rings:
-                        ring.call.nudge()  # for what the old back-end returned without saying so
+                        # The old back-end may have returned chains without a call.
+                        ring.call.nudge()
             finally:
                 with self._state:
                     self._resuming = None
@@ -420,8 +422,10 @@ class VhostUserDevice:
             self._history.served()
 
     def speaks(self, s: Session) -> None:
-        """The back-end says something, or has gone. Outside of a conversation both are the end."""
-        with self._turn:  # if it is an answer for another thread, it has been taken then
+        """The back-end sends something, or has gone. Outside of a conversation both end the
+        session.
+        """
+        with self._turn:  # an answer for another thread has been taken by then
             if self._watcher.session is s:
                 try:
                     s.check_silence()
@@ -429,7 +433,7 @@ class VhostUserDevice:
                     self._lose(s, e)
 
     def ring_error(self, ring: int) -> None:
-        """The back-end has found a ring malformed. It is reported once per start."""
+        """The back-end has found a ring malformed. This is reported once per start."""
         self._history.count("ring_errors")
         with self._state:
             events = self._events if ring not in self._faulted else None

@@ -1,6 +1,4 @@
-"""What went on with a device's back-ends: counters, problems, and for how long nobody served the
-rings.
-"""
+"""The history of a device's back-ends: counters, problems, and how long the rings were parked."""
 
 from __future__ import annotations
 
@@ -39,8 +37,8 @@ class BackendHistory:
             self._counts[name] += count
 
     def note(self, *problems: str) -> None:
-        """Keep the latest problems. A back-end that does not fit may come every second, so a
-        problem that is the same as the last is kept once.
+        """Keep the latest problems. A problem that is the same as the last is kept once, because a
+        back-end that does not fit may come every second.
         """
         with self._lock:
             for text in problems:
@@ -48,12 +46,12 @@ class BackendHistory:
                     self.problems = [*self.problems[1 - PROBLEMS_MAX :], text]
 
     def parked(self) -> None:
-        """Nobody serves the rings from now on, or still nobody does."""
+        """Note that no back-end serves the rings, from now on or still."""
         with self._lock:
             self._parked_at = self._parked_at or time.monotonic_ns()
 
     def served(self) -> None:
-        """The rings are served, or at rest."""
+        """Note that a back-end serves the rings, or that there are none to serve."""
         with self._lock:
             self._counts["parked_ms"] += self._since()
             self._parked_at = 0
@@ -63,6 +61,6 @@ class BackendHistory:
         return (time.monotonic_ns() - self._parked_at) // 1000000 if self._parked_at else 0
 
     def counters(self) -> dict[str, int]:
-        """All counters; ``parked_ms`` includes the present."""
+        """All counters; ``parked_ms`` includes the present pause."""
         with self._lock:
             return {**self._counts, "parked_ms": self._counts["parked_ms"] + self._since()}

@@ -1,4 +1,4 @@
-"""The rings of a vhost-user device, as they go from one back-end to the next."""
+"""The rings of a vhost-user device, which go from one back-end to the next."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 class RingSet:
-    """The rings that a device has in use, and what is theirs whichever back-end serves them. One
-    thread at a time; the methods that take a session are called in a conversation.
+    """The rings that a device has in use, and their state that survives a back-end. One thread at a
+    time; the methods that take a session are called in a conversation.
 
-    :param count: rings that the device can have. :param times: gets when rings change hands.
-    :param history: gets what is wrong with a back-end's positions.
-    :ivar rings: in use, none while the device is at rest. :ivar acked: features of the driver.
-    :ivar memory: holds the rings. :ivar inflight: of the back-ends that served them, or None.
+    :param count: rings that the device can have. :param times: is told when rings change hands.
+    :param history: is told about wrong positions of a back-end.
+    :ivar rings: in use; empty while the device is at rest. :ivar acked: the driver's features.
+    :ivar memory: holds the rings. :ivar inflight: the file of the back-ends so far, or None.
     :ivar errs: eventfds by ring index; a back-end signals that it has found the ring malformed.
     """
 
@@ -48,14 +48,14 @@ class RingSet:
         self.errs = eventfds(count)
 
     def use(self, acked: int, memory: GuestMemory, rings: Sequence[Virtqueue]) -> None:
-        """These rings are to be served from now on."""
+        """Use these rings from now on."""
         self.acked, self.memory, self.rings = acked, memory, list(rings)
         self.times.began, self._stopped_at = {}, {}
         for err in self.errs:
             err.drain()
 
     def rest(self) -> None:
-        """No ring is in use any more."""
+        """Use no ring any more."""
         self.rings = []
         self.forget_inflight()
 
@@ -71,11 +71,11 @@ class RingSet:
         return int.from_bytes(self.memory.read(ring.used + 2, 2), "little")
 
     def pending(self, ring: Virtqueue) -> int:
-        """Chains of a ring that were made available and not returned."""
+        """How many chains of a ring were made available and not returned."""
         return self._avail(ring) - self._used(ring) & 0xFFFF
 
     def from_used(self) -> list[int]:
-        """Positions by the used indices alone: where to go on if a back-end cannot be asked."""
+        """The used indices, which are the positions if a back-end cannot be asked."""
         return [self._used(ring) for ring in self.rings]
 
     # --- with a back-end --------------------------------------------------------------------------
@@ -88,28 +88,28 @@ class RingSet:
             self.inflight = file
 
     def forget_inflight(self) -> None:
-        """What was noted is of no use any more."""
+        """Close the in-flight file, because its notes are of no use any more."""
         file, self.inflight = self.inflight, None
         if file is not None:
             file.close()
 
     def give(self, s: Session, bases: Sequence[int]) -> None:
-        """Have the back-end serve the rings. :param bases: their positions."""
+        """Have the back-end serve the rings. :param bases: the positions."""
         for ring, base in zip(self.rings, bases, strict=True):
             s.share_ring(ring, base, self.memory, self.errs[ring.index])
         s.enable_rings(ring.index for ring in self.rings)
         now = time.monotonic_ns()
         for ring in self.rings:
-            ring.kick.nudge()  # for what was made available before
+            ring.kick.nudge()  # for chains that were made available before
             self.times.began[ring.index] = now
 
     def take(self, s: Session) -> list[int]:
-        """Take all rings back; their positions."""
+        """Take all rings back; returns the positions."""
         held = self._stopped_at
         return [held[r.index] if r.index in held else self._take(s, r) for r in self.rings]
 
     def take_some(self, s: Session, indices: Iterable[int]) -> None:
-        """Take some rings back; ``take`` comes next, and has the positions."""
+        """Take some rings back; ``take`` comes next and returns their positions, too."""
         wanted = set(indices)
         for ring in self.rings:
             if ring.index in wanted:
@@ -127,11 +127,11 @@ class RingSet:
         return base
 
     def lost(self) -> None:
-        """The back-end is gone, with what it said about positions."""
+        """Forget the positions that the back-end has reported, because it is gone."""
         self._stopped_at = {}
 
     def close(self) -> None:
-        """Release all that is not lent."""
+        """Release everything that is not lent."""
         self.forget_inflight()
         for err in self.errs:
             err.close()

@@ -1,10 +1,10 @@
-"""A front-end's session with a vhost-user back-end: one connection, and what is said on it.
+"""A front-end's session with a vhost-user back-end: one connection and its messages.
 
-A :class:`Session` knows the messages and their order, for any kind of virtio device. Whoever uses
-it knows the device: which features it needs, and where its rings are.
+A :class:`Session` knows the messages and their order, for any kind of virtio device. The code that
+uses it knows the device: which features it needs, and where its rings are.
 
-Everything is said in a ``conversation``, which takes a bounded time however the back-end behaves:
-a step, such as a question with its answer, may last no longer than what is left of that time. A
+Messages are sent in a ``conversation``, which takes a bounded time however the back-end behaves: a
+step, such as a question with its answer, may last no longer than the rest of that time. A
 conversation that fails ends the session, because nobody knows what the back-end has understood; a
 mere refusal does not. ``cut`` ends the session from any other thread, at once.
 """
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
         call: EventFd
 
 
-#: Protocol features that a session can make use of for any kind of device.
+#: Protocol features that a session can use for any kind of device.
 PROTOCOL_FEATURES = sum(
     1 << bit
     for bit in (
@@ -79,7 +79,7 @@ PROTOCOL_FEATURES = sum(
         VHOST_USER_PROTOCOL_F_STATUS,
     )
 )
-#: The device status of a device that is driven (virtio 1.2, 2.1).
+#: The device status of a device whose driver is ready (virtio 1.2, 2.1).
 RUNNING = (
     virtio.VIRTIO_CONFIG_S_ACKNOWLEDGE
     | virtio.VIRTIO_CONFIG_S_DRIVER
@@ -88,7 +88,7 @@ RUNNING = (
 )
 #: Requests of back-ends that are acknowledged; all others are refused.
 BACKEND_REQUESTS = (spec.VHOST_USER_BACKEND_CONFIG_CHANGE_MSG,)
-#: Seconds for a message of the back-end's that has begun to arrive, and for its acknowledgement.
+#: Seconds for the rest of a message that the back-end has begun, and for our acknowledgement.
 REQUEST_S = 0.1
 
 
@@ -107,23 +107,23 @@ class InflightFile:
         self.fd, self.description = fd, description
 
     def close(self) -> None:
-        """Forget what was noted."""
+        """Close the file, and with it the notes."""
         self.fd.close()
 
 
 class Session:
-    """One connection to a back-end. One thread at a time uses it; ``cut`` may come from any.
+    """One connection to a back-end. One thread at a time uses it; any thread may call ``cut``.
 
     :param channel: owned from here on. :param name: what messages call the back-end.
     :ivar features: virtio features that the back-end offers, as a mask.
-    :ivar protocol: protocol features in force, as a mask.
-    :ivar queue_num: the answer to GET_QUEUE_NUM: rings, or pairs of rings with a network card; None
-        if the back-end does not say.
-    :ivar slots: memory regions that the back-end takes.
+    :ivar protocol: protocol features in use, as a mask.
+    :ivar queue_num: the answer to GET_QUEUE_NUM: rings, or queue pairs of a network card; None if
+        the back-end does not say.
+    :ivar slots: how many memory regions the back-end takes.
     :ivar requests: carries the back-end's own requests; None if there is no such channel.
     :ivar sharing: indices of the rings that the back-end has been given.
-    :ivar prepared: what the user of the session has already agreed on with the back-end, for its
-        own use.
+    :ivar prepared: what the code that uses the session has agreed on with the back-end; the session
+        does not read it.
     """
 
     def __init__(self, channel: Channel, name: str) -> None:
@@ -141,7 +141,7 @@ class Session:
 
     @contextmanager
     def conversation(self, seconds: float) -> Iterator[None]:
-        """Talk for at most ``seconds``: the steps below are taken in such a context.
+        """Talk for at most ``seconds``; the steps below run in such a context.
 
         An exception that leaves the context ends the session, unless it is ``Refused``.
         """
@@ -157,16 +157,16 @@ class Session:
             self._deadline = None
 
     def _left(self) -> float:
-        """Seconds that are left of the conversation."""
+        """The seconds that are left of the conversation."""
         assert self._deadline is not None, "no conversation"
         return max(0.0, self._deadline - time.monotonic())
 
     def ask(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Message:
-        """A step: a question. The caller closes the answer."""
+        """A step: send a question and take the answer, which the caller closes."""
         return self.channel.ask(request, payload, fds, timeout=self._left())
 
     def number(self, request: int) -> int:
-        """A step: a question that is answered by 64 bits."""
+        """A step: send a question whose answer is a 64-bit number."""
         answer = self.ask(request)
         try:
             return answer.u64
@@ -174,15 +174,15 @@ class Session:
             answer.close()
 
     def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """A step: a message that nobody confirms."""
+        """A step: send a message that is not acknowledged."""
         self.channel.request(request, payload, fds, timeout=self._left())
 
     def order(self, request: int, what: str, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """A step: a message that must have taken effect before we go on.
+        """A step: send a message that must have taken effect before we go on.
 
-        A back-end without REPLY_ACK cannot refuse anything but by ending the session.
+        A back-end without REPLY_ACK can refuse it only by ending the session.
 
-        :param what: names what is asked for. :raises Refused: the back-end refuses it.
+        :param what: names the request in messages. :raises Refused: the back-end refuses it.
         """
         if not self.has(VHOST_USER_PROTOCOL_F_REPLY_ACK):
             self.tell(request, payload, fds)
@@ -196,13 +196,13 @@ class Session:
             answer.close()
 
     def settle(self) -> None:
-        """A step: wait until the back-end has taken all that it was told. It answers in order, so
-        that any question does.
+        """A step: wait until the back-end has taken all messages so far. It answers in order, so
+        any question serves.
         """
         self.number(spec.VHOST_USER_GET_FEATURES)
 
     def has(self, bit: int) -> bool:
-        """Whether a protocol feature is in force."""
+        """Whether a protocol feature is in use."""
         return bool(self.protocol >> bit & 1)
 
     def offers(self, bit: int) -> bool:
@@ -210,7 +210,7 @@ class Session:
         return bool(self.features >> bit & 1)
 
     def cut(self) -> None:
-        """End the session at once, also the conversation of another thread. Any thread; takes no
+        """End the session at once, with any conversation of another thread. Any thread; takes no
         lock that a conversation holds. The descriptors stay open until ``close``.
         """
         self.channel.stop()
@@ -244,13 +244,14 @@ class Session:
     def choose_features(self, features: int) -> None:
         """SET_FEATURES. :param features: those that driver and back-end have agreed on."""
         if self.offers(VHOST_USER_F_PROTOCOL_FEATURES):
-            features |= 1 << VHOST_USER_F_PROTOCOL_FEATURES  # without it rings would start enabled
+            # Without this bit rings would start enabled.
+            features |= 1 << VHOST_USER_F_PROTOCOL_FEATURES
         self.tell(spec.VHOST_USER_SET_FEATURES, struct.pack("<Q", features))
 
     def share_memory(self, memory: GuestMemory) -> None:
         """Have the back-end map guest memory, once per session.
 
-        :raises Refused: it does not.
+        :raises Refused: the back-end does not map it.
         """
         regions = [Region(r.gpa, r.size, r.host, r.offset) for r in memory.regions]
         fd = memory.fd.fileno()
@@ -269,8 +270,9 @@ class Session:
         """Give the back-end its predecessor's in-flight file, or have it make one.
 
         :param file: the predecessor's, or None. :param queues: rings of at most ``size`` entries.
-        :returns: the file from now on; None if the back-end keeps none. A new one is the caller's.
-        :raises Refused: it does not take the file.
+        :returns: the file in use from now on; None if the back-end keeps none. A new file belongs
+            to the caller.
+        :raises Refused: the back-end does not take the file.
         """
         if not self.has(VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
             return None
@@ -303,8 +305,8 @@ class Session:
     # --- rings ------------------------------------------------------------------------------------
 
     def share_ring(self, ring: Virtqueue, base: int, memory: GuestMemory, err: EventFd) -> None:
-        """Tell the back-end all about one ring, which is not enabled yet. After a stop all of it
-        has to be said again.
+        """Tell the back-end everything about one ring, which is not enabled yet. After a stop the
+        back-end needs all of it again.
 
         :param base: the position to start at. :param err: the back-end signals it if the ring is
             malformed; lent.
@@ -329,12 +331,12 @@ class Session:
             self.tell(request, struct.pack("<Q", i), [event.fileno()])
 
     def enable_rings(self, indices: Iterable[int]) -> None:
-        """Let the back-end serve these rings; when it returns the back-end has taken all that was
-        said.
+        """Let the back-end serve these rings. When this returns, the back-end has taken all
+        messages so far.
 
-        :raises Refused: it does not.
+        :raises Refused: the back-end does not serve them.
         """
-        if self.offers(VHOST_USER_F_PROTOCOL_FEATURES):  # else they are enabled already
+        if self.offers(VHOST_USER_F_PROTOCOL_FEATURES):  # else the rings are enabled already
             for i in indices:
                 state = struct.pack(VRING_STATE, i, 1)
                 self.order(spec.VHOST_USER_SET_VRING_ENABLE, f"ring {i}", state)
@@ -343,7 +345,7 @@ class Session:
         self.settle()
 
     def stop_ring(self, index: int) -> int:
-        """Take a ring back. :returns: its position as the back-end says, which may be anything."""
+        """Take a ring back. :returns: the position that the back-end reports; it may be wrong."""
         state = struct.pack(VRING_STATE, index, 0)
         answer = self.ask(spec.VHOST_USER_GET_VRING_BASE, state)
         try:
@@ -356,7 +358,7 @@ class Session:
         return base
 
     def reset(self) -> None:
-        """Tell the back-end that the device is at rest, as far as it wants to know."""
+        """Tell the back-end that the device is at rest, if its protocol has a message for this."""
         if self.has(VHOST_USER_PROTOCOL_F_STATUS):
             self.tell(spec.VHOST_USER_SET_STATUS, bytes(8))
         if self.has(VHOST_USER_PROTOCOL_F_RESET_DEVICE):
@@ -365,12 +367,12 @@ class Session:
     # --- what the back-end says unasked -----------------------------------------------------------
 
     def check_silence(self) -> None:
-        """Look at what there is to read outside of a conversation, where nothing should be.
+        """Read what has come outside of a conversation, when the back-end should be silent.
 
-        :raises VhostUserError: the connection has ended, or the back-end speaks unasked.
+        :raises VhostUserError: the connection has ended, or the back-end sends unasked.
         """
         if not readable([self.channel.fileno()], 0):
-            return  # it was an answer, and has been taken
+            return  # it was an answer, and another thread has taken it
         try:
             message = self.channel.receive(0)
         except TimedOut as e:
@@ -392,7 +394,7 @@ class Session:
             theirs.close()
 
     def serve_request(self) -> None:
-        """Answer a request of the back-end's. :raises VhostUserError: its channel has ended."""
+        """Answer a request of the back-end. :raises VhostUserError: its channel has ended."""
         requests = self.requests
         assert requests is not None
         message = requests.receive(REQUEST_S)

@@ -1,12 +1,12 @@
-"""The watcher: has a session with a back-end for as long as it lives, one connection after another.
+"""The watcher keeps a session with a back-end: it makes one connection after another.
 
-``connect`` makes the first session, in the caller's thread. From then on a thread notices when the
-session ends, and makes the next one. It takes its time, since it holds no lock while it connects
-and negotiates; only ``cut`` ends that.
+``connect`` makes the first session, in the caller's thread. From then on the watcher's thread
+notices when the session ends, and makes the next one. It may take long, because it holds no lock
+while it connects and negotiates; only ``cut`` ends that.
 
-A negotiated session is offered to the owner (``Owner.resume``), which hands it what it was doing
-with the last one. The thread alone waits for a session's descriptors, so it alone closes them;
-others only cut the connection.
+A negotiated session is offered to the owner (``Owner.resume``), which goes on with it. Only this
+thread waits for a session's descriptors, so only this thread closes them; other threads only cut
+the connection.
 """
 
 from __future__ import annotations
@@ -30,41 +30,41 @@ if TYPE_CHECKING:
     from pyvmm.vhostuser.wire import Channel
 
     class Owner(Protocol):
-        """Whose back-end it is. All are called in the watcher's thread, but ``negotiate`` also in
-        the thread that calls ``connect``.
+        """The object that uses the back-end. Its methods are called in the watcher's thread;
+        ``negotiate`` also in the thread that calls ``connect``.
         """
 
         def negotiate(self, s: Session) -> None:
             """Agree with a back-end that has connected. :raises PyvmmError: it does not fit."""
 
         def resume(self, s: Session) -> None:
-            """A back-end has come back: go on with it, and ``adopt`` it.
+            """A back-end has come back: go on with it, and ``adopt`` its session.
 
             :raises PyvmmError: that failed.
             """
 
         def speaks(self, s: Session) -> None:
-            """There is something to read on the connection, or its end to be seen. If that ends
-            the session, call ``lose``.
+            """The connection has something to read, or has ended. Call ``lose`` if that ends the
+            session.
             """
 
         def ring_error(self, ring: int) -> None:
             """The back-end has found a ring malformed."""
 
 
-#: Seconds between attempts to connect again: doubled each time, up to the second.
+#: Seconds between attempts to connect again: the first, doubled each time up to the second.
 RETRY, RETRY_MAX = 0.01, 1.0
-#: The longest such pause before the first connection, for which somebody waits.
+#: The longest such pause before the first connection, because the caller waits for it.
 FIRST_RETRY_MAX = 0.2
 
 
 class Watcher:
-    """Keeps one session.
+    """Keeps one session at a time.
 
     :param connector: makes connections; owned from here on. :param owner: see there.
     :param errs: eventfds by ring index, by which back-ends report malformed rings; lent.
     :param recorder: a ``kvm.recorder.Scope`` for every message, or None.
-    :ivar session: the one that serves; None while there is none.
+    :ivar session: the session in use; None while there is none.
     """
 
     def __init__(
@@ -82,13 +82,14 @@ class Watcher:
         self.session: Session | None = None
         self._candidate: Session | None = None  # not adopted yet
         self._over = False
-        self._end = EventFd()  # readable once it is over
+        self._end = EventFd()  # readable after ``cut``
 
     def connect(self, wait: float) -> Session:
-        """The first session. A back-end that does not fit is an error at once.
+        """Make the first session. A back-end that does not fit is an error at once.
 
         :param wait: seconds for a connection.
-        :raises VhostUserError: there is no back-end, or none that fits. :raises Stopped: ``cut``.
+        :raises VhostUserError: there is no back-end, or it does not fit. :raises Stopped: ``cut``
+            was called.
         :raises HostError: no thread can be started.
         """
         until, delay = time.monotonic() + wait, RETRY
@@ -116,7 +117,7 @@ class Watcher:
         return s
 
     def _negotiate(self, channel: Channel) -> Session:
-        """Make a candidate of a connection.
+        """Make a candidate from a connection.
 
         :raises PyvmmError: this back-end does not fit; the channel is closed.
         """
@@ -135,7 +136,7 @@ class Watcher:
         return s
 
     def adopt(self, s: Session) -> None:
-        """The candidate serves from now on."""
+        """Use the candidate as the session from now on."""
         with self._state:
             self.session, self._candidate = s, None
 
@@ -147,12 +148,12 @@ class Watcher:
     # --- any thread -------------------------------------------------------------------------------
 
     def lose(self, s: Session) -> bool:
-        """The session is over; whether it was the present one. The watcher looks for the next."""
+        """End the session; returns whether it was the present one. The watcher makes the next."""
         with self._state:
             if self.session is not s:
                 return False
             self.session = None
-        s.cut()  # which wakes the watcher
+        s.cut()  # this wakes the watcher
         return True
 
     def drop(self) -> None:
@@ -175,7 +176,7 @@ class Watcher:
                     s.cut()
 
     def close(self) -> None:
-        """End the thread and release everything. Once only; nobody else uses a session any more."""
+        """End the thread and release everything. Call it once, when no thread uses a session."""
         self.cut()
         if self._thread is not None:
             self._thread.join()
@@ -200,11 +201,11 @@ class Watcher:
                 readable([self._end.fileno()], delay)
                 delay = min(2 * delay, RETRY_MAX)
         if s is not None:
-            self._owner.speaks(s)  # the end, by ``cut``
+            self._owner.speaks(s)  # the session was ended by ``cut``
             s.close()
 
     def _listen(self, s: Session) -> bool:
-        """Wait for something to happen on a connection that should be silent; whether the session
+        """Wait for an event on a connection that should be silent; returns whether the session
         goes on.
         """
         requests = s.requests
@@ -223,7 +224,7 @@ class Watcher:
         return self.session is s
 
     def _serve_request(self, s: Session) -> None:
-        """A request of the back-end's. A bad one ends the channel for requests only."""
+        """Answer a request of the back-end. A bad request ends the channel for requests only."""
         try:
             s.serve_request()
             self._history.count("backend_requests")
@@ -234,11 +235,11 @@ class Watcher:
             s.close_requests()
 
     def _reconnect(self) -> Session | None:
-        """Try once to have a session again, and to resume in it."""
+        """Try once to have a session again, and to resume with it."""
         try:
             channel = self._connector.connect(None, self._end.fileno())
         except PyvmmError:
-            return None  # not there yet
+            return None  # the back-end is not there yet
         finally:
             self._history.note(*self._connector.complaints())
         try:

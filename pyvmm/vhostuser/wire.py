@@ -1,9 +1,9 @@
 """vhost-user messages on their socket: framing, bounds, descriptors and time-outs, for front-end,
 back-end and probe alike.
 
-The peer is not trusted. A message is taken whole within a deadline, however slowly it comes, or the
-connection is over; it has at most ``PAYLOAD_MAX`` bytes and ``FDS_MAX`` descriptors; whoever takes
-a message owns its descriptors, and no error leaves one open.
+The peer (back-end or front-end) is not trusted. A message arrives whole within a deadline, or the
+connection ends. A message has at most ``PAYLOAD_MAX`` bytes and ``FDS_MAX`` descriptors. The
+receiver of a message owns its descriptors, and no error leaves a descriptor open.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any
 
-#: More than any message of ours has: a memory table of 64 regions.
+#: More bytes than any message has: a memory table of 64 regions needs less.
 PAYLOAD_MAX = 4096
-#: As many as a memory table may bring (VHOST_MEMORY_BASELINE_NREGIONS).
+#: As many descriptors as a memory table may bring (VHOST_MEMORY_BASELINE_NREGIONS).
 FDS_MAX = 8
-#: Seconds between attempts to connect to a socket where as many connections wait as are allowed.
+#: Seconds between attempts to connect to a socket whose queue of connections is full.
 FULL_RETRY_S = 0.01
 FLAGS_KNOWN = VHOST_USER_VERSION_MASK | VHOST_USER_REPLY | VHOST_USER_NEED_REPLY
 
@@ -53,7 +53,7 @@ class ProtocolError(VhostUserError):
 
 
 class TimedOut(VhostUserError):
-    """The peer has not answered, or not taken a message, in time: the connection is over."""
+    """The peer has not answered or taken a message in time: the connection is over."""
 
 
 class Stopped(VhostUserError):
@@ -61,10 +61,10 @@ class Stopped(VhostUserError):
 
 
 def readable(fds: Iterable[int], seconds: float | None) -> set[int]:
-    """Wait until there is something to read, or an end or an error to be seen, on one of ``fds``.
+    """Wait until one of ``fds`` has something to read, or has an end or an error to report.
 
-    :param fds: descriptors; those below 0 are left out. :param seconds: None: for ever.
-    :returns: those that are readable; none after ``seconds``.
+    :param fds: descriptors; negative ones are left out. :param seconds: None: forever.
+    :returns: the descriptors that are readable; none after ``seconds``.
     """
     poll = select.poll()
     for fd in fds:
@@ -74,8 +74,8 @@ def readable(fds: Iterable[int], seconds: float | None) -> set[int]:
 
 
 def request_name(request: int, *, backend: bool = False) -> str:
-    """``GET_FEATURES``, or the number of an unknown one. :param backend: of the back-end's own
-    requests.
+    """``GET_FEATURES``, or the number of an unknown request. :param backend: the request is one of
+    the back-end's own.
     """
     for name, value in vars(spec).items():
         if value != request or not name.startswith("VHOST_USER_") or name.startswith(NOT_REQUESTS):
@@ -123,7 +123,7 @@ class Message:
 
     @property
     def name(self) -> str:
-        """Of its request."""
+        """The name of the message's request."""
         return request_name(self.request)
 
     @property
@@ -132,8 +132,8 @@ class Message:
         return bool(self.flags & VHOST_USER_NEED_REPLY)
 
     def take_fds(self, low: int, high: int) -> list[int]:
-        """Its descriptors, which become the caller's. :raises ProtocolError: fewer than ``low`` or
-        more than ``high``.
+        """The descriptors, which become the caller's. :raises ProtocolError: there are fewer than
+        ``low`` or more than ``high``.
         """
         if not low <= len(self.fds) <= high:
             raise ProtocolError(f"{self.name} with {len(self.fds)} descriptors")
@@ -150,7 +150,7 @@ class Message:
 
     @property
     def u64(self) -> int:
-        """The payload as one number. :raises ProtocolError: it is none."""
+        """The payload as one number. :raises ProtocolError: it is not 8 bytes long."""
         return self.unpack("<Q")[0]
 
     def close(self) -> None:
@@ -163,8 +163,8 @@ class Message:
 
 
 class Region:
-    """One run of memory in a memory table: guest-physical and front-end addresses, and where it
-    lies in its file.
+    """One region of a memory table: its guest-physical and its front-end address, and its place in
+    its file.
     """
 
     __slots__ = ("gpa", "offset", "size", "user")
@@ -173,7 +173,7 @@ class Region:
         self.gpa, self.size, self.user, self.offset = gpa, size, user, offset
 
     def pack(self) -> bytes:
-        """As in messages."""
+        """The region as messages carry it."""
         return struct.pack(MEM_REGION, self.gpa, self.size, self.user, self.offset)
 
 
@@ -183,8 +183,8 @@ def pack_regions(regions: Sequence[Region]) -> bytes:
 
 
 def unpack_regions(payload: bytes) -> list[Region]:
-    """From SET_MEM_TABLE; front-ends may pad the table to 8 regions. :raises ProtocolError: lengths
-    that do not fit.
+    """The regions of SET_MEM_TABLE; front-ends may pad the table to 8 regions. :raises
+    ProtocolError: the lengths do not fit.
     """
     head, each = struct.calcsize(MEM_HEADER), struct.calcsize(MEM_REGION)
     count = struct.unpack_from(MEM_HEADER, payload)[0] if len(payload) >= head else 0
@@ -198,25 +198,25 @@ def unpack_regions(payload: bytes) -> list[Region]:
 
 
 class Channel:
-    """A connected stream socket that carries messages. One thread at a time sends or receives;
-    ``stop`` may come from any thread.
+    """A connected stream socket that carries messages. One thread at a time sends or receives; any
+    thread may call ``stop``.
 
     :param sock: owned from here on.
-    :ivar recorder: for traces: a ``kvm.recorder.Scope`` that gets every message, or None.
+    :ivar recorder: gets every message for a trace: a ``kvm.recorder.Scope``, or None.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._open = True
         self._stopped = False
-        # Held for one system call at most: ``stop`` must not reach a descriptor that ``close`` has
-        # released and somebody else has got.
+        # Held for one system call at most: ``stop`` must not reach a descriptor number that
+        # ``close`` has released and another thread has got.
         self._ending = threading.Lock()
         self.recorder: Any = None
         sock.setblocking(False)
 
     def fileno(self) -> int:
-        """For poll()."""
+        """The socket's descriptor, for poll(2)."""
         return self._sock.fileno()
 
     @property
@@ -250,7 +250,8 @@ class Channel:
     ) -> None:
         """Send one message; the descriptors stay the caller's.
 
-        :param timeout: seconds for all of it. :raises VhostUserError: gone, or too slow.
+        :param timeout: seconds for the whole message. :raises VhostUserError: the peer is gone, or
+            too slow.
         """
         begin = time.monotonic_ns() if self.recorder is not None else 0
         data = struct.pack(HEADER, request, flags | VHOST_USER_VERSION, len(payload)) + payload
@@ -290,8 +291,8 @@ class Channel:
         self.recorder.step(f"vhost-user {way}", begin, args)
 
     def _receive(self, want: int, fds: list[int], deadline: float | None) -> bytes:
-        """Up to ``want`` bytes; empty at the end of the stream. Descriptors are added to
-        ``fds``.
+        """Read up to ``want`` bytes; empty at the end of the stream. Received descriptors are added
+        to ``fds``.
         """
         while True:
             try:
@@ -307,16 +308,17 @@ class Channel:
             if len(fds) > FDS_MAX:
                 raise ProtocolError(f"vhost-user message with more than {FDS_MAX} descriptors")
             if not data:
-                self._check_stopped("vhost-user message")  # the end is our own
+                # We may have ended the connection ourselves.
+                self._check_stopped("vhost-user message")
             return data
 
     def receive(self, timeout: float | None = None) -> Message:
-        """The next message, whole.
+        """Wait for the next message, and read all of it.
 
-        :param timeout: seconds for all of it. :raises Closed: the stream ended where a message
-            could begin.
-        :raises ProtocolError: it ended elsewhere, or what came is no message. :raises TimedOut: too
-            slow.
+        :param timeout: seconds for the whole message. :raises Closed: the stream ended between two
+            messages.
+        :raises ProtocolError: the stream ended in a message, or the bytes are no message.
+        :raises TimedOut: the message did not come in time.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         fds: list[int] = []
@@ -375,7 +377,7 @@ class Channel:
     ) -> Message:
         """Send a request and take its answer.
 
-        :raises ProtocolError: an answer to something else, or no answer at all by its flags.
+        :raises ProtocolError: the answer belongs to another request, or is no answer by its flags.
         """
         flags = VHOST_USER_NEED_REPLY if need_reply else 0
         deadline = time.monotonic() + timeout
@@ -390,7 +392,7 @@ class Channel:
         return answer
 
     def stop(self) -> None:
-        """End the connection: whoever waits for the peer, and whoever will, gets ``Stopped``. Any
+        """End the connection: a thread that waits for the peer, now or later, gets ``Stopped``. Any
         thread; never waits.
         """
         with self._ending:
@@ -418,13 +420,12 @@ def _address(path: str) -> str:
 
 def connect(path: str, timeout: float = 5.0, end: int = -1) -> Channel:
     """Connect to a listening socket.
-
-    :param timeout: seconds to wait if as many connections wait there already as the other side
-        allows. A blocking connect(2) would wait for ever if the other side hangs.
+    :param timeout: seconds to wait if the socket's queue of connections is full. A blocking
+        connect(2) would wait forever if the listener hangs.
     :param end: a descriptor that ends this wait when it becomes readable.
-    :raises VhostUserError: nobody listens there.
-    :raises TimedOut: nobody accepts connections there.
-    :raises Stopped: because of ``end``.
+    :raises VhostUserError: no process listens there.
+    :raises TimedOut: a process listens there but accepts no connection.
+    :raises Stopped: ``end`` became readable.
     """
     until = time.monotonic() + timeout
     _address(path)
@@ -450,7 +451,7 @@ def connect(path: str, timeout: float = 5.0, end: int = -1) -> Channel:
 
 
 def _connected(sock: socket.socket, path: str) -> bool:
-    """Try to connect; False if too many connections wait there (EAGAIN of connect(2))."""
+    """Try to connect; False if the queue of connections is full (EAGAIN of connect(2))."""
     try:
         sock.connect(path)
     except BlockingIOError:
@@ -467,8 +468,8 @@ class Listener:
     """A listening socket in the file system; ``close`` removes it."""
 
     def __init__(self, path: str) -> None:
-        """:raises VhostUserError: the path is taken or cannot be had. A socket that nobody listens
-        on is replaced.
+        """:raises VhostUserError: the path is in use, or no socket can be made there. A socket on
+        which no process listens is replaced.
         """
         self.path = _address(path)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -482,7 +483,7 @@ class Listener:
             raise VhostUserError(f"cannot listen on {path}: {e.strerror}", hint) from e
 
     def fileno(self) -> int:
-        """For poll()."""
+        """The socket's descriptor, for poll(2)."""
         return self._sock.fileno()
 
     def accept(self) -> Channel | None:
@@ -490,10 +491,10 @@ class Listener:
         try:
             sock, _ = self._sock.accept()
         except OSError:
-            return None  # none, or gone again
+            return None  # there is none, or it has gone again
         return Channel(sock)
 
     def close(self) -> None:
-        """Stop listening; the path goes if it is still ours."""
+        """Stop listening; remove the socket, unless somebody has replaced it."""
         self._sock.close()
         sockets.remove(self.path, self._identity)

@@ -24,7 +24,7 @@ CODE = (
     "pyvmm/testbed", "pyvmm/bus.py", "pyvmm/errors.py", "pyvmm/fd.py", "pyvmm/memory.py",
     "pyvmm/threads.py", "pyvmm/devices/console.py", "pyvmm/devices/fw_cfg.py",
     "pyvmm/devices/legacy.py", "pyvmm/devices/testdev.py", "pyvmm/exits", "pyvmm/control",
-    "pyvmm/hostnet",
+    "pyvmm/hostnet", "pyvmm/conformance", "pyvmm/vhostuser",
 )  # fmt: skip
 
 COLUMNS = 100
