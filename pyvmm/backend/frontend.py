@@ -1,13 +1,12 @@
-"""One front-end as the back-end serves it: its connection, what was agreed on it, and the answer to
-each of its messages.
+"""One front-end as the back-end serves it: the connection, the state that belongs to it, and the
+answer to each message.
 
-A :class:`Frontend` lives as long as its connection, and so does all that the front-end has told:
-features, memory, rings and in-flight regions end with it. What depends on the kind of device is the
-:class:`Service`'s: which features there are, who serves the rings, and the messages that only this
-kind knows.
+A :class:`Frontend` lives as long as its connection. Features, memory, rings and in-flight regions
+that the front-end has told end with it. The :class:`Service` knows the kind of device: it says
+which features there are, serves the rings, and answers the messages that only this kind has.
 
-What a front-end sends is checked like a guest's writes: a front-end may end its own session, but
-nothing else.
+The messages of a front-end are checked like a guest's writes: a front-end may end its own session,
+but nothing else.
 
 The rings are parked (nobody serves them) before anything changes that the service uses. They are
 served again, from where they were, when no message waits: a front-end sends a whole series of
@@ -163,7 +162,7 @@ class Frontend:
     """A connected front-end. ``serve`` and ``close`` are for one thread.
 
     :param channel: owned from here on. :param service: lent; it serves the rings.
-    :param features, protocol_features: masks of what is offered.
+    :param features, protocol_features: masks of the features that are offered.
     :param counts: the keys of :data:`COUNTERS` are counted up. :param log: gets one line about each
         refusal and fault.
     :ivar acked: features that the front-end has chosen; :ivar protocol: likewise protocol features.
@@ -210,8 +209,8 @@ class Frontend:
     # --- rings ------------------------------------------------------------------------------------
 
     def park(self) -> None:
-        """Stop serving the rings, so that anything may change; ``resume`` goes on where they
-        were.
+        """Stop serving the rings, so that anything may change. ``resume`` serves them from the
+        same positions.
         """
         self._changed = True
         served, self._served = self._served, []
@@ -248,9 +247,9 @@ class Frontend:
         return vring
 
     def _correct_base(self, ring: FrontendRing, used: int) -> None:
-        """Go on at the used index. Where chains are finished in order it alone says where to go on.
+        """Start at the used index. If chains are finished in order, it alone is the position.
 
-        Front-ends say something else after a back-end has died: DPDK's virtio-user always says 0.
+        After a back-end has died, front-ends may say another one: DPDK's virtio-user always says 0.
         """
         idx = self.memory.read_u16(used + 2)
         if idx is not None and idx != ring.base:

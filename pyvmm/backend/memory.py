@@ -106,8 +106,8 @@ class MemoryTable:
             c.host = ffi.cast("uint8_t *", mapping.host + r.offset)
 
     def gpa(self, user: int, what: str) -> int:
-        """The guest-physical address of a front-end address. Only this byte is looked up; whoever
-        uses more bytes checks that they are in memory, too.
+        """The guest-physical address of a front-end address. Only this byte is looked up; code
+        that uses more bytes has to check that they are in memory, too.
 
         :raises ProtocolError: the address is in no region.
         """

@@ -77,7 +77,7 @@ class NetService:
         self._path = EmulatedNet(port, poll_us=poll_us, worker_cpu=worker_cpu)
 
     def features(self) -> int:
-        """What the worker and the port can honour, and what the front-end serves itself."""
+        """The features of the worker and of the port, and those that front-ends serve."""
         return self._path.features() | OWN_FEATURES
 
     def check_features(self, acked: int) -> None:
@@ -114,7 +114,7 @@ class NetService:
     def _send_rarp(self, frontend: Frontend, m: Message) -> None:
         if len(m.payload) != 8:
             raise ProtocolError(f"SEND_RARP with {len(m.payload)} bytes")
-        frontend.park()  # a worker counts on being the only one who sends
+        frontend.park()  # a worker counts on being the only sender
         try:
             os.write(self._port.fds[0].fileno(), HEADER + rarp(m.payload[:6]))
         except OSError as e:

@@ -2,8 +2,8 @@
 ``socket=``.
 
 The child has the tap's own descriptors, so that frames enter and leave at the same place whichever
-data path runs: whatever waits in the tap waits for all of them. The child lives as long as the
-card and serves one session after another. It ends when its control socket does, also if this
+data path runs: a frame that waits in the tap waits for all of them. The child lives as long as the
+card, and serves one session after another. It ends when its control socket does, also if this
 process is killed.
 
 The control socket carries one datagram per word. We send each session's socket. The child answers
@@ -41,7 +41,7 @@ LINE_MAX, LINES_MAX = 1024, 32
 
 
 class BackendProcess:
-    """The child, made when it is first needed and again after its death.
+    """The child. It is made when it is first needed, and again after its death.
 
     :param tap: lent to the child; offloads, filters and queues are set on this side.
     """
@@ -61,11 +61,10 @@ class BackendProcess:
         return self._child.pid if self._child is not None else None
 
     def complaints(self) -> list[str]:
-        """What the child has logged since the last call, and how it ended if it did: the last
-        ``LINES_MAX`` lines. Any thread.
+        """The lines that the child has logged after the last call, at most ``LINES_MAX``. The last
+        says how the child ended, if it did. Any thread.
 
-        Never waits: lines that come while another thread is in ``dial`` may come with the next
-        call.
+        It never waits: while another thread is in ``dial``, lines may be left to the next call.
         """
         if self._lock.acquire(blocking=False):
             try:
@@ -78,7 +77,7 @@ class BackendProcess:
         return lines
 
     def _drain(self) -> None:
-        """Note what the child has said so far."""
+        """Note all lines that the child has sent so far."""
         while self._control is not None and self._hear(0):
             pass
 
@@ -225,7 +224,7 @@ class OwnConnector(Connector):
         return self._process.dial(end)
 
     def complaints(self) -> list[str]:
-        """What the child has logged since the last call."""
+        """The lines that the child has logged after the last call."""
         return self._process.complaints()
 
 
@@ -236,8 +235,8 @@ def _take(control: socket.socket) -> Channel | None:
 
 
 def serve(control_fd: int, name: str, mtu: int, features: int, fds: list[int]) -> None:
-    """What the child does: serve on the tap of descriptors ``fds`` until the control socket is
-    closed.
+    """The child's main function: serve on the tap of descriptors ``fds`` until the control socket
+    is closed.
     """
     from pyvmm.backend.net import NetService
     from pyvmm.backend.ports import LentTap

@@ -25,8 +25,7 @@ class Backend:
     for any.
 
     :param service: serves the rings; owned from here on.
-    :param features, protocol_features: masks of what to offer of what there is, for tests of
-        front-ends.
+    :param features, protocol_features: masks that limit the offer, for tests of front-ends.
     :param log: gets one line about each connection, refusal and fault.
     :ivar frontend: the front-end that is connected, or None.
     """
@@ -134,7 +133,7 @@ class Backend:
             frontend.channel.stop()
 
     def counters(self) -> dict[str, int]:
-        """Connections, messages and refusals, and what the service counts."""
+        """Connections, messages and refusals, and the counters of the service."""
         return {**self._counts, **self.service.counters()}
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """The vhost-user data path: another process moves the packets.
 
-What is said to that process, and what happens when it goes and comes back, is the same for every
-kind of device (``pyvmm.vhostuser``). Here is what a network card adds: which features the back-end
-honours, queue pairs, the MTU, and telling the network where the card is.
+The conversation with that process, and what happens when the process goes and comes back, is the
+same for every kind of device: ``pyvmm.vhostuser`` has it. This module adds the network card's part:
+which features the back-end honours, queue pairs, the MTU, and telling the network where the card
+is.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class VhostUserNet(VhostUserDevice):
     # --- DataPath ---------------------------------------------------------------------------------
 
     def features(self) -> int:
-        """What the back-end offers of what is a data path's."""
+        """The features of a data path that the back-end offers."""
         return consistent(super().features())
 
     def start(
@@ -205,13 +206,11 @@ class VhostUserNet(VhostUserDevice):
         return sent
 
     def workers(self) -> list[dict[str, object]]:
-        """None here: they are in the other process."""
+        """None: the threads are in the other process."""
         return []
 
     def counters(self) -> dict[str, int]:
-        """Connections, losses and what they cost. Packets are counted on our tap, else by the
-        back-end.
-        """
+        """Connections, losses and their cost; also the packets, if the tap is ours."""
         out = self._packets.read() if self._packets is not None else {}
         out |= super().counters()
         out["tx_possible_repeats"] = out.pop("possible_repeats")

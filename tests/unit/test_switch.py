@@ -285,7 +285,9 @@ def test_under_traffic(pairs, features):
         switching = Switching(rig, modes)
         stream(rig, switching, pairs)
         reports = switching.done()
-        assert [r.outcome for r in reports] == ["switched"] * len(modes)
+        assert [r.outcome for r in reports] == ["switched"] * len(modes), [
+            r.reason for r in reports
+        ]
         assert [r.mode for r in reports] == modes and rig.nic.mode == "vhost-user"
         for report in reports:
             assert set(report.gap_ns) == {"rx", "tx"} and min(report.gap_ns.values()) > 0
