@@ -1,8 +1,9 @@
-"""Ports for our vhost-user back-end that are no tap: a loop, a cable to another back-end, a Python
-function, and a tap that another process has opened.
+"""Ports for our vhost-user back-end other than a tap of its own: a loop, a cable to another
+back-end, a Python function, and a tap that another process has opened.
 
-Each has what the emulated data path wants of a ``Port``: descriptors of sockets that keep packet
-boundaries, with 12-byte virtio-net headers. Sockets do no offloads, so that the headers are empty.
+Each port has what the emulated data path needs of a ``Port``: descriptors of sockets that keep
+packet boundaries, with 12-byte virtio-net headers. Sockets have no offloads, so the headers are
+empty.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ class SocketPort:
         self.mtu = 1500
 
     def features(self) -> int:
-        """No offloads."""
+        """0, because sockets have no offloads."""
         return 0
 
     def accept_mtu(self, mtu: int) -> bool:
-        """Frames of any size pass. The MTU only decides how many buffers a worker looks at
-        ahead.
+        """True, because frames of any size pass. The MTU only decides how many buffers a worker
+        looks at ahead.
         """
         self.mtu = mtu
         return True
 
     def set_queues(self, count: int) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def set_offloads(self, acked: int) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def close(self) -> None:
         """Close the sockets; a second call does nothing."""
@@ -64,8 +65,7 @@ class SocketPort:
 
 
 class LentTap(SocketPort):
-    """A tap that another process has opened and sets up: queues, offloads and filters are its
-    business.
+    """A tap that another process has opened. That process sets queues, offloads and filters.
 
     :param fds: one per queue pair, owned from here on. :param features: what the tap can honour.
     """
@@ -76,11 +76,11 @@ class LentTap(SocketPort):
         self._features = features
 
     def features(self) -> int:
-        """As given. Trying them out would change the tap under the process that owns it."""
+        """The given features. A test of the tap would change it under the process that owns it."""
         return self._features
 
     def accept_mtu(self, mtu: int) -> bool:
-        """Up to the tap's."""
+        """Whether the tap's MTU is at least ``mtu``."""
         return mtu <= self.mtu
 
 
@@ -94,7 +94,7 @@ def _make(kind: int, count: int) -> list[socket.socket]:
             if kind == socket.SOCK_DGRAM:
                 one = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
                 made.append(one)
-                one.bind("")  # an abstract name of the kernel's choice
+                one.bind("")  # an abstract name that the kernel chooses
                 one.connect(one.getsockname())
             else:
                 made += socket.socketpair(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
@@ -109,24 +109,24 @@ def _make(kind: int, count: int) -> list[socket.socket]:
 
 
 def loop_port(queues: int) -> SocketPort:
-    """Every frame comes back, on the queue pair that sent it: a datagram socket connected to
+    """A port that sends every frame back on its queue pair: a datagram socket that is connected to
     itself.
     """
     return SocketPort("loop", [Fd(s.detach()) for s in _make(socket.SOCK_DGRAM, queues)])
 
 
 def joined_ports(queues: int) -> tuple[SocketPort, SocketPort]:
-    """Two ports: a frame that is sent into one comes out of the other, on the same queue pair."""
+    """Two ports: a frame sent into one leaves the other, on the same queue pair."""
     fds = [Fd(s.detach()) for s in _make(socket.SOCK_SEQPACKET, 2 * queues)]
     return SocketPort("left", fds[::2]), SocketPort("right", fds[1::2])
 
 
 class PythonPort(SocketPort):
-    """Frames go to a Python function, and come from ``send``.
+    """Gives frames to a Python function, and takes frames by ``send``.
 
     :param receive: called with (frame without its header, queue pair) from the port's own thread;
         an exception ends that thread, and ``close`` raises it again.
-    :ivar dropped: frames that ``send`` had no room for.
+    :ivar dropped: frames that ``send`` dropped because the socket was full.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class PythonPort(SocketPort):
         self._thread.start()
 
     def send(self, frame: bytes, pair: int = 0) -> bool:
-        """Hand a frame to the guest. Any thread.
+        """Send a frame to the guest. Any thread.
 
         :returns: False if the socket is full and the frame was dropped.
         """
@@ -165,7 +165,7 @@ class PythonPort(SocketPort):
                 for fd, _events in poll.poll():
                     if fd not in pairs:
                         return
-                    for _ in range(64):  # then the other queue pairs have their turn
+                    for _ in range(64):  # after these, the other queue pairs have their turn
                         try:
                             data = os.read(fd, FRAME_MAX)
                         except BlockingIOError:
@@ -179,7 +179,7 @@ class PythonPort(SocketPort):
     def close(self) -> None:
         """End the thread and close the sockets; a second call does nothing.
 
-        :raises BaseException: what ``receive`` raised.
+        :raises BaseException: the exception of ``receive``.
         """
         if self._stop.closed:
             return
@@ -208,8 +208,8 @@ class PcapWriter:
         file.flush()
 
     def write(self, frame: bytes, pair: int = 0) -> None:
-        """Add one frame, with the present time."""
-        if self.lost:  # half a record may be at the end, and nothing can be read after it
+        """Write one frame with the present time."""
+        if self.lost:  # the file may end in half a record, and nothing after it could be read
             self.lost += 1
             return
         now = time.time_ns() // 1000
