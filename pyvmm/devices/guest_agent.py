@@ -1,13 +1,13 @@
-"""Commands in a running guest: requests to the agent in our init, and what comes back
+"""Commands in a running guest: requests to the agent in our init, and the answers
 (``guest/pyvmm_port.h`` has the protocol).
 
-Theory of operation: a request waits here as bytes until the guest fetches them, 4096 at a time,
-into the page that its init has named: one exit each. A byte on the second serial port makes init
-look. The command's output comes as all output of our init does, by GUEST_WRITE, and GUEST_RESULT
-ends it. One command runs at a time; who comes meanwhile waits.
+Theory of operation: a request waits here as bytes until the guest fetches them, up to 4096 with one
+exit, into the page that its init has named. A byte on the second serial port makes init look for
+requests. The command's output comes as all output of our init does, by GUEST_WRITE, and
+GUEST_RESULT ends it. One command runs at a time; other callers wait meanwhile.
 
-The guest is hostile: what it sends is bounded, an answer that nobody waits for is dropped, and no
-call waits for ever.
+The guest is not trusted: its output is bounded, an answer that nobody waits for is dropped, and no
+call waits forever.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ REQUEST = "<IIII"  # struct pyvmm_request: type, id, bytes of argv, bytes of inp
 PAGE = 4096
 OUTPUT_MAX = 16 << 20  # bytes kept of each stream of one command
 KILL_GRACE = 10.0  # seconds that the agent may take to kill a command
-TAIL = 2000  # characters of output that an error quotes
+TAIL = 2000  # how many characters of output an error quotes
 
 
 class CommandResult:
-    """What a command in the guest did.
+    """The result of a command in the guest.
 
-    :ivar status: its exit status; 128 + N where signal N ended it, 127 where it was not found.
-    :ivar stdout, stderr: its output as bytes, the first ``OUTPUT_MAX`` of it; ``out`` and ``err``
-        have it as text.
-    :ivar seconds: from the request to the answer. :ivar lost: bytes of output beyond what is kept.
+    :ivar status: its exit status; 128 + N if signal N ended it, 127 if it was not found.
+    :ivar stdout, stderr: its output as bytes, the first ``OUTPUT_MAX`` bytes; ``out`` and ``err``
+        have the output as text.
+    :ivar seconds: from the request to the answer. :ivar lost: bytes of output that were not kept.
     """
 
     def __init__(self, command: str) -> None:
@@ -61,23 +61,23 @@ class CommandResult:
 
     @property
     def out(self) -> str:
-        """Standard output."""
+        """Standard output as text."""
         return self.stdout.decode(errors="replace")
 
     @property
     def err(self) -> str:
-        """Standard error."""
+        """Standard error as text."""
         return self.stderr.decode(errors="replace")
 
     @property
     def ok(self) -> bool:
-        """Whether it succeeded."""
+        """Whether the status is 0."""
         return self.status == 0
 
     def check(self, status: int = 0) -> CommandResult:
-        """Itself, if it ended with ``status``.
+        """Return this object, if the command ended with ``status``.
 
-        :raises CommandFailed: it did not; with its output.
+        :raises CommandFailed: it ended with another status; the message quotes its output.
         """
         if self.status != status:
             raise CommandFailed(
@@ -86,18 +86,21 @@ class CommandResult:
         return self
 
     def said(self) -> str:
-        """The end of its output, for messages; empty where there was none."""
+        """The end of the output, for messages; empty if there was no output."""
         parts = [("stderr", self.err), ("stdout", self.out)]
         return "".join(f"\n{name}: {text[-TAIL:].rstrip()}" for name, text in parts if text)
 
     def __repr__(self) -> str:
-        return f"CommandResult({self.command!r}, status={self.status}, out={self.out[-200:]!r}, err={self.err[-200:]!r})"
+        return (
+            f"CommandResult({self.command!r}, status={self.status}, out={self.out[-200:]!r}, "
+            f"err={self.err[-200:]!r})"
+        )
 
 
 class Agent:
-    """The machine's end of the channel.
+    """The machine's end of the channel to the agent.
 
-    :param store: puts bytes into the page that the guest has named; returns whether it could.
+    :param store: writes bytes into the page that the guest has named; returns whether it could.
     """
 
     def __init__(self, bus: Bus, vm: Vm, store: Callable[[bytes], bool]) -> None:
@@ -109,14 +112,14 @@ class Agent:
         self._turn = threading.Lock()  # one command at a time
         self._out = bytearray()  # what the guest has not fetched yet
         self._ready = False
-        self._gone = ""  # why nothing will be answered any more
+        self._gone = ""  # why no request will be answered any more
         self._number = 0
         self._running: CommandResult | None = None
 
     # --- the guest's side: vCPU threads, under the I/O lock ---------------------------------------
 
     def read(self, offset: int, size: int) -> int:
-        """The guest fetches; the number of bytes that it finds in its page."""
+        """The guest fetches a part of the request; returns the number of bytes in its page."""
         if offset or size != 4:
             return 0
         with self._changed:
@@ -127,16 +130,16 @@ class Agent:
         return len(piece)
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Nothing is there to be written."""
+        """Ignore the write: the register can only be read."""
 
     def became_ready(self) -> None:
-        """GUEST_AGENT."""
+        """GUEST_AGENT: the guest takes commands from now on."""
         with self._changed:
             self._ready = True
             self._changed.notify_all()
 
     def output(self, data: bytes, *, error: bool) -> None:
-        """GUEST_WRITE: of the command that runs."""
+        """GUEST_WRITE: output of the command that runs."""
         with self._changed:
             result = self._running
             if result is not None:
@@ -146,7 +149,7 @@ class Agent:
                 result.lost += max(len(data) - room, 0)
 
     def ended(self, value: int) -> None:
-        """GUEST_RESULT."""
+        """GUEST_RESULT: the command has ended."""
         with self._changed:
             result = self._running
             if (
@@ -160,13 +163,13 @@ class Agent:
     # --- the machine's side -----------------------------------------------------------------------
 
     def gone(self, why: str) -> None:
-        """The guest has ended: who waits need not."""
+        """The guest has ended: wake the threads that wait for an answer."""
         with self._changed:
             self._gone = why
             self._changed.notify_all()
 
     def reset(self) -> None:
-        """The guest starts over; what ran in it is lost."""
+        """The guest starts over, so the command that ran in it is lost."""
         with self._changed:
             self._ready = False
             self._out.clear()
@@ -176,9 +179,9 @@ class Agent:
         self.bell.reset()
 
     def wait_ready(self, timeout: float) -> None:
-        """Until the guest takes commands.
+        """Wait until the guest takes commands.
 
-        :raises CommandFailed: it does not within ``timeout`` seconds, or has ended.
+        :raises CommandFailed: the guest takes none within ``timeout`` seconds, or has ended.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._gone, timeout)
@@ -198,12 +201,12 @@ class Agent:
         timeout: float = 60.0,
         ready_timeout: float = 120.0,
     ) -> CommandResult:
-        """Run a command to its end, any thread but a vCPU's.
+        """Run a command to its end. Any thread but a vCPU's.
 
         :param command: for ``sh -c``, or an argv. :param input: its standard input, at most 1 MiB.
-        :param timeout: seconds; then it and its process group are killed.
-        :raises CommandFailed: it did not end in time, or the guest ended before it. Its status is
-            the caller's business.
+        :param timeout: seconds; after them the command and its process group are killed.
+        :returns: the result, with any exit status.
+        :raises CommandFailed: the command did not end in time, or the guest ended before it.
         """
         argv = ["sh", "-c", command] if isinstance(command, str) else list(command)
         raw = b"".join(arg.encode(errors="surrogateescape") + b"\0" for arg in argv)
@@ -241,7 +244,7 @@ class Agent:
         self._send(REQUEST_LEAVE)
 
     def _wait(self, result: CommandResult, timeout: float) -> bool:
-        """Whether it ended in time."""
+        """Wait for the end of the command; returns whether it ended in time."""
         with self._changed:
             self._changed.wait_for(lambda: result.status is not None or self._gone, timeout)
             if result.status == -1 or (result.status is None and self._gone):

@@ -1,5 +1,5 @@
-"""The guest port: our init says how far it is, hands over output and answers the agent's requests
-(``guest/pyvmm_port.h`` has the protocol).
+"""The guest port: our init reports the points of the run, hands over output and answers requests
+for the agent (``guest/pyvmm_port.h`` has the protocol).
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ PHASES = {
 
 
 class GuestPage:
-    """The page of guest memory that init has named for what does not fit into a register.
+    """The page of guest memory that init has named for data that do not fit into a register.
 
-    The guest may name any address. A page outside of RAM gives nothing and takes nothing.
+    The guest may name any address. A page outside of RAM can be neither read nor written.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
-        self._address = 0  # guest-physical; 0: init has named none
+        self._address = 0  # guest-physical; 0: init has named no page
 
     def name(self, frame: int) -> None:
-        """Init names the page by its page frame number; 0 takes the name back."""
+        """Set the page, by its page frame number; 0 means that there is no page any more."""
         self._address = frame << 12
 
     def read(self, length: int) -> bytes | None:
@@ -64,7 +64,7 @@ class GuestPage:
             return None
 
     def store(self, data: bytes) -> bool:
-        """Put ``data``, at most 4096 bytes, at the page's begin; returns whether that was
+        """Write ``data``, at most 4096 bytes, to the start of the page; returns whether this was
         possible.
         """
         try:
@@ -81,9 +81,9 @@ class GuestPort:
     vCPU threads call ``read`` and ``write`` with the I/O lock held, and the callbacks run in them.
 
     :param stdout, stderr: take the output of the guest's command.
-    :param reached: called with a name of ``PHASES`` each time the guest says that it is there.
+    :param reached: called with a name of ``PHASES`` each time the guest reports this point.
     :param ended: called with the exit status of the guest's command, 0 to 255.
-    :param agent: gets what concerns requests; None if the guest takes none.
+    :param agent: gets the opcodes for requests; None if the machine sends no requests.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class GuestPort:
     ) -> None:
         self._page, self._stdout, self._stderr = page, stdout, stderr
         self._reached, self._ended, self._agent = reached, ended, agent
-        #: Thread -> the output that it takes to its stream once it has released the lock.
+        #: Thread -> the output that it writes to its stream once it has released the lock.
         self._writes: dict[int, tuple[Stream, bytes]] = {}
         bus.add(PIO, PORT_GUEST_CONTROL, 4, "guest-control", self)
 
     def read(self, offset: int, size: int) -> int:
-        """``PVMM``: lets init see that the port is there."""
+        """``PVMM``, by which init sees that the port exists."""
         return MAGIC >> 8 * offset
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -135,7 +135,7 @@ class GuestPort:
             self._agent.output(data, error=error)
 
     def flush(self) -> None:
-        """Pass on what the calling vCPU thread has just written. It waits if nobody reads the
+        """Pass on what the calling vCPU thread has just written. This waits if nobody reads the
         stream, so the thread must not hold the lock.
         """
         if self._writes:
