@@ -1,3 +1,3 @@
-"""``pyvmm matrix``: each kernel on each data path, with each number of processors and each set of
-features, one boot per combination.
+"""``pyvmm matrix``: boots each kernel on each data path, with each number of processors and each
+set of features; one boot per combination.
 """

@@ -1,5 +1,5 @@
-"""The cells of a matrix, and how one of them is run: a boot, ping, TCP both ways, a command, and
-the verdict.
+"""The cells of a matrix, and the run of one cell: a boot, ping, TCP both ways, a command, and the
+verdict.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-#: Figures of a cell, from when it was ready on (docs/budgets.md).
+#: Figures of a cell, from the moment at which its guest is ready (docs/budgets.md).
 COUNTED = (
     "user_exits",
     "notify",
@@ -45,20 +45,20 @@ COUNTED = (
     "kicks",
     "interrupts",
 )
-POWER_OFF_S = 20.0  # for the guest's init to end the machine
-ATTEMPTS = 20  # to reach the guest's iperf3 server, which needs a moment until it listens
-TOOL_S = 30.0  # for a tool beside the time that it is told to run
+POWER_OFF_S = 20.0  # seconds for the guest's init to end the machine
+ATTEMPTS = 20  # attempts to reach the guest's iperf3 server, which needs a moment until it listens
+TOOL_S = 30.0  # seconds for a tool beyond the time that it is told to run
 OUTPUT_MAX = 4000  # characters of a command's output that are kept
-CONSOLE_LINES = 30  # of a cell that did not pass
+CONSOLE_LINES = 30  # lines of the console that are kept of a cell that did not pass
 
 
 class Settings:
-    """What holds for all cells of a sweep.
+    """The settings of all cells of a sweep.
 
-    :param seconds: of TCP each way, 0 for none.
+    :param seconds: of TCP each way, 0 for no TCP.
     :param timeout, hang_timeout: seconds for one cell, and seconds without progress that end it.
-    :param fail_on: what the kernel must not report, kinds of ``testing.console.TROUBLES``.
-    :param command: what each guest runs at last; empty for nothing.
+    :param fail_on: reports of the kernel that fail a cell: kinds of ``testing.console.TROUBLES``.
+    :param command: what each guest runs at the end; empty for nothing.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Settings:
         self.fail_on, self.command = list(fail_on), list(command)
 
     def key(self) -> list[object]:
-        """What the result of a cell depends on."""
+        """The settings on which the result of a cell depends."""
         return [self.seconds, self.memory, self.append, self.fail_on, self.command]
 
 
@@ -91,7 +91,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The kernel's name for people."""
+        """The name of the kernel, for people."""
         return Path(self.kernel).name
 
     @property
@@ -100,7 +100,7 @@ class Cell:
         return f"{self.title}/{self.mode}/{self.cpus}/{self.features}"
 
     def net(self) -> str:
-        """The card as ``--net`` takes it."""
+        """The card, as ``--net`` takes it."""
         words = self.mode.split(":")
         if self.features != "all" and self.mode != "none":
             groups = [part.removeprefix("no-") for part in self.features.split("+")]
@@ -108,7 +108,7 @@ class Cell:
         return ",".join(words)
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The cell for JSON (docs/matrix.md)."""
         return {
             "kernel": self.kernel,
             "mode": self.mode,
@@ -118,9 +118,9 @@ class Cell:
 
 
 def combine(kernels: str, modes: str, cpus: str, features: str) -> list[Cell]:
-    """All combinations of what is in these lists, in the order of the sweep.
+    """All combinations of the values in these lists, in the order of the sweep.
 
-    :raises UsageError: something in a list makes no sense.
+    :raises UsageError: a value in a list makes no sense.
     """
     return [
         _checked(kernel, mode, count, groups)
@@ -151,8 +151,8 @@ def _checked(kernel: str, mode: str, cpus: str, features: str) -> Cell:
 
 
 def check_kernels(cells: Sequence[Cell]) -> None:
-    """See to it that each kernel is there before the first boot. Whether a file is a kernel is told
-    by its cells' verdicts.
+    """Check before the first boot that each kernel exists. The verdicts of its cells say whether a
+    file is a kernel.
 
     :raises ImageError: an image is not built, or there is no such file.
     """
@@ -173,9 +173,9 @@ def check_kernels(cells: Sequence[Cell]) -> None:
 
 
 def boot(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """Run one cell; its result for JSON (docs/matrix.md), whatever happens in it.
+    """Run one cell; returns its result for JSON (docs/matrix.md), whatever happens in the cell.
 
-    :raises PyvmmError: no machine can be had on this host at all.
+    :raises PyvmmError: this host cannot make any machine.
     """
     begin = time.monotonic()
     result: dict[str, Any] = {**cell.as_dict(), "negotiated": []}
@@ -221,7 +221,7 @@ def _judge(cell: Cell, machine: TestMachine, outcome: Outcome, watch: Watch | No
 
 
 def _machine(cell: Cell, settings: Settings, stack: ExitStack) -> TestMachine:
-    """The cell's machine, bounded by its time-out; closed with ``stack``."""
+    """Make the cell's machine, which its time-out bounds; ``stack`` closes it."""
     machine = stack.enter_context(
         TestMachine(
             cell.kernel,
@@ -242,11 +242,11 @@ def _machine(cell: Cell, settings: Settings, stack: ExitStack) -> TestMachine:
 
 
 def _measure(machine: TestMachine, settings: Settings, result: dict[str, Any]) -> str:
-    """Boot, ping, TCP both ways, the command: the figures go to ``result``. Why the cell fails, in
-    one line; empty if it does not.
+    """Boot, ping, TCP both ways, the command: the figures go to ``result``. Returns why the cell
+    fails, in one line; empty if it does not fail.
     """
-    machine.ready(settings.timeout + 30)  # the time-out itself comes first
-    if machine.agent is None:  # a test kernel, or another init: its end is all that it says
+    machine.ready(settings.timeout + 30)  # the time-out of the cell comes first
+    if machine.agent is None:  # a test kernel, or another init: its end is the only result
         machine.wait(settings.timeout)
         return ""
     for nic in machine.nets:
@@ -280,7 +280,7 @@ def _measure(machine: TestMachine, settings: Settings, result: dict[str, Any]) -
 
 
 def _facts(machine: TestMachine) -> dict[str, Any]:
-    """What is known of a machine, however it ended."""
+    """Everything that is known of a machine, however it ended."""
     start = machine.phases["vmm"]
     in_order = sorted(machine.phases.items(), key=lambda phase: phase[1])
     facts: dict[str, Any] = {

@@ -1,5 +1,5 @@
-"""The results of a matrix as a JSON file that is whole at any time, so that a sweep can go on where
-it was broken off.
+"""The results of a matrix as a JSON file that is complete at any time, so that a sweep can go on
+after a break.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Store(Closing):
     manager.
 
     :param path: of the file; None to keep nothing.
-    :param resume: results that are in the file, and whose key is still the same, hold.
-    :raises UsageError: the file cannot be written, or has something else in it.
+    :param resume: keep the results in the file whose key is still the same.
+    :raises UsageError: the file cannot be written, or is not a file of results.
     """
 
     def __init__(
@@ -52,14 +52,15 @@ class Store(Closing):
             ) from e
 
     def begin(self) -> None:
-        """Replace the file: from now on it has the results of this sweep, and those that hold.
+        """Replace the file: from now on it has the results of this sweep, and the older ones that
+        are kept.
 
-        :raises HostError: it cannot be written any more.
+        :raises HostError: the file cannot be written any more.
         """
         self._write()
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
-        """The result of an earlier sweep that still holds. If the host was to blame, it does not."""
+        """The result of an earlier sweep, if its key is the same and the host was not to blame."""
         old = self._old.get(cell.name)
         good = (
             old is not None
@@ -69,7 +70,7 @@ class Store(Closing):
         return old if good else None
 
     def add(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Keep a result.
+        """Add a result to the file.
 
         :raises HostError: the file cannot be written any more.
         """
@@ -77,8 +78,8 @@ class Store(Closing):
         self._write()
 
     def _write(self) -> None:
-        """Old results stay until this sweep has come to their cells. Whoever reads the file
-        meanwhile finds a whole one.
+        """Write the file. Old results stay until this sweep has come to their cells. A reader finds
+        a complete file at any time.
         """
         if self._path is None:
             return
@@ -93,13 +94,13 @@ class Store(Closing):
             ) from e
 
     def close(self) -> None:
-        """Leave nothing but the file."""
+        """Remove the temporary file."""
         if self._path is not None:
             self._part.unlink(missing_ok=True)
 
 
 def _load(path: str) -> dict[str, dict[str, Any]]:
-    """The results in a file, by name; none if there is no file yet."""
+    """The results in a file, by name; empty if there is no file yet."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         if data.get("schema") != SCHEMA:
@@ -112,8 +113,8 @@ def _load(path: str) -> dict[str, dict[str, Any]]:
 
 
 def key(cell: Cell, settings: Settings) -> str:
-    """What a result depends on beside the words of its cell: the options, and the kernel as it is
-    now.
+    """A hash of everything on which a result depends beyond the name of its cell: the options, and
+    the kernel's present file.
     """
     try:
         files = [path for path in resolve(cell.kernel)[:2] if path]
