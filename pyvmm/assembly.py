@@ -1,7 +1,7 @@
-"""Assembly: from the description of a machine to its parts, connected and loaded.
+"""Assembly: makes the parts of a machine from its description, connects them and loads the guest.
 
-``Parts`` is the list of what a machine consists of, in the order of its making. Who runs the parts,
-and what an end means, is the business of ``machine``: the parts call it by ``Wires``.
+``Parts`` is the list of a machine's parts, in the order in which they are made. ``machine`` runs
+the parts and knows what an end means: the parts call it by ``Wires``.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ if TYPE_CHECKING:
     from pyvmm.hang import HangWatch
     from pyvmm.kvm.recorder import Recorder
 
-#: What every guest gets; ``append`` follows and so wins.
+#: Parameters of every guest; ``append`` comes later and so wins.
 BASE_CMDLINE = "console=ttyS0 panic=-1"
-#: By it the kernel says what it dies of before it has the real console, which takes over from it. It
-#: comes last: the kernel reads these parameters in order, and a ``quiet`` after it would find the
-#: early console busy with all that the kernel has said so far, with an exit or two per character.
+#: With this parameter the kernel reports a crash that happens before it has the real console, which
+#: takes over. It comes last: the kernel reads its parameters in order, and a ``quiet`` after it
+#: would find the early console busy with earlier output, with an exit or two per character.
 EARLY_CONSOLE = "earlyprintk=ttyS0,115200"
-#: Bytes of a command that leave room for the rest of the 2047 that Linux takes (COMMAND_LINE_SIZE),
-#: in base64.
+#: The most bytes of a command. Base64 makes them longer, and Linux takes 2047 bytes for everything
+#: (COMMAND_LINE_SIZE).
 COMMAND_MAX = 1200
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word before init
 
 
 class Description:
-    """What a machine is to be made of: the parameters of ``Machine``, checked.
+    """The description of a machine: the parameters of ``Machine``, checked.
 
-    :ivar memory: bytes.
+    :ivar memory: in bytes.
     :raises UsageError: a value is out of range, or two do not go together.
     """
 
@@ -96,14 +96,14 @@ class Description:
 
 
 class Wires:
-    """What the parts tell the machine. vCPUs' threads call these, some of them with the I/O lock
-    held, and watching threads do: none may wait.
+    """What the parts tell the machine. Threads of vCPUs call these functions, some with the I/O
+    lock held, and so do threads that watch the guest. No function may wait.
 
     :param end: the guest has come to this end, or asks for a reset.
     :param reached: the guest's init has come to this point of the run (docs/report.md).
-    :param init_runs: the kernel says that it starts init; it may do so more than once.
-    :param command_ended: the guest's command has ended with this exit status, or a test kernel
-        gives its own.
+    :param init_runs: the kernel starts init; called once or more often.
+    :param command_ended: the guest's command has ended with this exit status, or a test kernel has
+        reported its own.
     :param emit: send this event with its data to the clients of the control socket.
     """
 
@@ -123,7 +123,7 @@ class Wires:
 
 
 class Parts:
-    """What a machine consists of.
+    """The parts of a machine.
 
     :param stack: closes each part that has to be closed, the latest first, also if a later one
         cannot be made.
@@ -199,7 +199,7 @@ class Parts:
         return agent
 
     def _add_board(self) -> None:
-        """Put on the bus what is at fixed ports."""
+        """Put the devices with fixed ports on the bus."""
         bus, wires = self.bus, self._wires
         self.console.plug(bus, PORT_COM1, "serial0")
         self.stdout.plug(bus, PORT_GUEST_STDOUT, "guest-stdout")
@@ -289,8 +289,8 @@ class Parts:
         self.nets.append(nic)
 
     def _rx_changed(self, nic: Nic) -> None:
-        """Tell that a driver has changed its receive filter: once until somebody looks at it, since
-        a driver may change it as often as it likes.
+        """Report once that a driver has changed its receive filter. The next report comes after
+        somebody has looked at the filter, because a driver may change it as often as it likes.
         """
         if not nic.rx_told:
             nic.rx_told = True
@@ -332,11 +332,11 @@ class Parts:
         )
 
     def restart(self) -> None:
-        """A machine reset: devices, memory and the VM itself start over; consoles and accounts go
-        on. No vCPU runs.
+        """Reset the machine: devices, memory and the VM itself start over; consoles and accounts go
+        on. No vCPU may run.
         """
         self.accounts.restart()
-        with self.lock:  # nobody switches a card or pulls its cable meanwhile
+        with self.lock:  # nobody may switch a card or pull its cable meanwhile
             self.pci.reset()
         self.console.reset()
         self.panics.restart()
@@ -378,7 +378,7 @@ def cmdline(want: Description, nets: Sequence[Nic]) -> str:
                 "shorten it, or put it into the initrd",
             )
         parts.append("pyvmm.cmd=" + base64.urlsafe_b64encode(raw).decode().rstrip("="))
-    append, dashes, rest = f" {want.append}".partition(" -- ")  # what follows "--" is for init
+    append, dashes, rest = f" {want.append}".partition(" -- ")  # the words after "--" are for init
     parts.append(append.strip())
     if not want.test_devices:
         parts.append(EARLY_CONSOLE)

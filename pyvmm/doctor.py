@@ -1,4 +1,4 @@
-"""What this machine can do for pyvmm, and how to get what is missing."""
+"""Finds out what this machine can do for pyvmm, and how to get what is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLAVOURS = {
     "kvm_amd": ("AMD SVM", True),
     "kvm_pvm": ("software KVM, runs only test kernels and no stock Linux", False),
 }
-#: Used where they are there; pyvmm does without. REQUIRED in pyvmm.kvm is the rest.
+#: Capabilities that pyvmm uses if they exist. The required ones are REQUIRED in pyvmm.kvm.
 OPTIONAL = {
     "KVM_CAP_IOEVENTFD_ANY_LENGTH": "doorbells of any width in one descriptor",
     "KVM_CAP_TSC_DEADLINE_TIMER": "the guest's cheapest timer",
@@ -34,8 +34,8 @@ NOTE: State = "note"
 class Finding:
     """One line of the doctor's report.
 
-    :ivar state: "ok", "missing", or "note" where something is absent that only some uses need.
-    :ivar remedy: what to do; empty where nothing needs doing.
+    :ivar state: "ok", "missing", or "note" if something is missing that only some uses need.
+    :ivar remedy: what to do; empty if there is nothing to do.
     """
 
     __slots__ = ("detail", "name", "remedy", "state")
@@ -45,10 +45,10 @@ class Finding:
 
 
 def flavour() -> str:
-    """The vendor module behind /dev/kvm ("kvm_amd"), or an empty string where none of those we know
-    is loaded.
+    """The vendor module behind /dev/kvm ("kvm_amd"); an empty string if no module is loaded that
+    pyvmm knows.
     """
-    # kvm_pvm first: where it is loaded, hardware virtualisation is not to be had.
+    # kvm_pvm comes first: hardware virtualisation does not work while it is loaded.
     return next(
         (
             name
@@ -60,8 +60,8 @@ def flavour() -> str:
 
 
 def can_run_linux_locally() -> tuple[bool, str]:
-    """Whether this machine's own KVM runs stock Linux, else why not. Cheap: asked at every ``pyvmm
-    run``.
+    """Whether this machine's own KVM runs stock Linux; and why not, if it does not. This is cheap,
+    because every ``pyvmm run`` asks.
     """
     if not os.path.exists("/dev/kvm"):
         return False, "there is no /dev/kvm"
@@ -73,7 +73,7 @@ def can_run_linux_locally() -> tuple[bool, str]:
 
 
 def examine() -> list[Finding]:
-    """Look at everything; takes well under a second."""
+    """Check everything; takes well under a second."""
     return [
         *_kvm(),
         _device(
@@ -165,8 +165,8 @@ def _device(name: str, path: str, without: str, load: str) -> Finding:
 
 
 def _namespaces() -> Iterator[Finding]:
-    """Try for real, in a child: limits, sysctls, seccomp filters and security modules all have a
-    say.
+    """Try in a child, because limits, sysctls, seccomp filters and security modules can all forbid
+    namespaces.
     """
     problem = _unshare("--user")
     yield Finding(
@@ -185,8 +185,8 @@ def _namespaces() -> Iterator[Finding]:
 
 
 def _unshare(*kinds: str) -> str:
-    """Why a process cannot have namespaces of its own, of the kinds that unshare(1) of util-linux
-    takes as options; an empty string where it can.
+    """Why a process may not make namespaces of these kinds (options of unshare(1) of util-linux);
+    an empty string if it may.
     """
     import subprocess
 
@@ -212,7 +212,7 @@ def _huge_pages() -> Finding:
 
 
 def _transparent_huge_pages() -> Finding:
-    """Whether guest memory, which is shared, gets huge pages by madvise(2)."""
+    """Whether guest memory, which is shared memory, gets huge pages by madvise(2)."""
     name, path = "transparent huge pages", "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
     choice = _read(path).partition("[")[2].partition("]")[0]
     if not choice:
@@ -227,7 +227,7 @@ def _transparent_huge_pages() -> Finding:
     return Finding(name, OK, f"for guest memory ({choice})")
 
 
-#: tool -> (package, what for, whether ``make demo`` needs it).
+#: Tool -> (package, its purpose, whether ``make demo`` needs it).
 TOOLS = {
     "qemu-system-x86_64": ("qemu-system-x86", "the testbed and benchmarks", True),
     "gcc": ("gcc", "the C extension and test kernels", True),

@@ -1,13 +1,13 @@
-"""Finding a guest that hangs for good, soon and without mistaking a quiet one for it
+"""Finds a guest that hangs forever, soon and without mistaking an idle guest for one that hangs
 (docs/verdicts.md says what a hang is).
 
 Theory of operation: a thread looks at the machine every ``period``. As long as the guest leaves
-KVM, or puts buffers into a ring, nothing more happens: a guest that works is not disturbed. Else
-the vCPUs are called out of the guest for a moment, and each one's own thread says whether it can
-take an interrupt. A vCPU that can is not stuck: an idle guest waits for one. The time of a stuck
-vCPU counts from the first look that found it so; that of one whose registers still change, which
-may be long work with interrupts off, such as a kernel's first second on a slow host, counts a
-tenth.
+KVM, or puts buffers into a ring, nothing more happens, so a guest that works is not disturbed.
+Otherwise the vCPUs are called out of the guest for a moment, and the thread of each vCPU reports
+whether the vCPU can take an interrupt. A vCPU that can is not stuck, because an idle guest waits
+for an interrupt. The time of a stuck vCPU counts from the first look that found it stuck. If its
+registers still change, only a tenth of the time counts: this may be long work with interrupts off,
+such as a kernel's first second on a slow host.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ if TYPE_CHECKING:
     from pyvmm.kvm.vcpu import State, Vcpu
     from pyvmm.memory import GuestMemory
 
-LOOKS = 10  # within the time-out, at least
+LOOKS = 10  # at least so many looks within the time-out
 PERIOD_MAX = 1.0  # seconds
-AT_WORK = 10.0  # so many times as long may one take whose registers change
-PATIENCE = 2.0  # seconds that a vCPU may take to say how it is; one that is busy in a device works
+AT_WORK = 10.0  # a vCPU whose registers change may be stuck so many times as long
+PATIENCE = 2.0  # seconds for a vCPU to report its state; a later one is busy in a device
 
 
 def stuck_too_long(
     since: list[float | None], states: list[State], linux: bool, now: float, limit: float
 ) -> bool:
-    """Whether this is a hang.
+    """Whether the guest hangs.
 
-    :param since: for each vCPU, when it was first found stuck, in seconds; None where it is not.
-        :param states: ``Vcpu.state``.
-    :param linux: there one vCPU suffices that runs with interrupts off, since Linux never does for
-        long; another kernel may have processors that wait for work so, hence all must be stuck. A
-        halted one may be parked, in Linux, too.
+    :param since: for each vCPU, when it was first found stuck, in seconds; None if it is not stuck.
+        :param states: ``Vcpu.state`` of each.
+    :param linux: if the guest is Linux, one vCPU that runs with interrupts off is enough, because
+        Linux never does so for long. Processors of another kernel may wait for work in this way, so
+        all must be stuck. A halted vCPU may be waiting, in Linux, too.
+    :param now, limit: in seconds.
     """
     started = [i for i, state in enumerate(states) if state != NOT_STARTED]
     long = [i for i in started if (s := since[i]) is not None and now - s >= limit]
@@ -51,10 +52,10 @@ def stuck_too_long(
 
 
 class HangWatch:
-    """Watches a guest, and calls ``found`` once, with one line, when it hangs.
+    """Watches a guest, and calls ``found`` once, with one line of text, when the guest hangs.
 
-    :param vcpus, nets, memory: of the machine, lent. :param kick: gets the vCPUs out of the guest
-        for a moment; the thread of each then calls ``looked_at``.
+    :param vcpus, nets, memory: of the machine, lent. :param kick: makes the vCPUs leave the guest
+        for a moment; the thread of each vCPU then calls ``looked_at``.
     :param linux: whether the guest is Linux (``stuck_too_long``). :param limit: seconds without
         progress.
     """
@@ -79,16 +80,16 @@ class HangWatch:
         self._states: dict[int, State] = {}
         self._runs: dict[int, int] = {}
         self._registers: dict[int, list[int]] = {}
-        self._moved: set[int] = set()  # vCPUs whose registers are not those of the look before
+        self._moved: set[int] = set()  # vCPUs whose registers have changed after the last look
         self._thread = Thread(target=self._watch, name="hang-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Begin to watch."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End, at the latest when the machine does. From any thread but a vCPU's; a second call
-        does nothing.
+        """Stop watching, at the latest when the machine ends. Any thread but a vCPU's; a second
+        call does nothing.
         """
         self._end.set()
         with self._changed:
@@ -97,7 +98,7 @@ class HangWatch:
             self._thread.join()
 
     def looked_at(self, vcpu: Vcpu) -> None:
-        """A vCPU's own thread, which has been called out of the guest."""
+        """Note a vCPU's state; called by its thread, which has left the guest."""
         if not self._asked:
             return
         state, runs = vcpu.state(), vcpu.runs
@@ -113,7 +114,7 @@ class HangWatch:
 
     def _watch(self) -> None:
         since: list[float | None] = [None] * len(self._vcpus)
-        begun = [0.0] * len(self._vcpus)  # when it was first found stuck, moving or not
+        begun = [0.0] * len(self._vcpus)  # when the vCPU was first found stuck, moving or not
         rings: list[bytes] = []
         while not self._end.wait(self._period):
             before, rings = rings, self._rings()
@@ -126,7 +127,7 @@ class HangWatch:
                     since[i] = None
                 elif since[i] is None:
                     since[i] = begun[i] = now
-                elif i in self._moved:  # as if it had been a tenth of the time
+                elif i in self._moved:  # a tenth of the time counts
                     since[i] = now - (now - begun[i]) / AT_WORK
             if self._end.is_set():
                 return
@@ -136,8 +137,8 @@ class HangWatch:
                 return
 
     def _rings(self) -> list[bytes]:
-        """The available index of each ring in use: a driver that polls, and whose kicks are no
-        exits, moves it.
+        """The available index of each ring in use. It moves if a driver polls, even if its kicks
+        cause no exits.
         """
         out = []
         for nic in self._nets:
@@ -149,7 +150,7 @@ class HangWatch:
         return out
 
     def _look(self) -> list[State]:
-        """How each vCPU is; one that does not say is busy with a device, and so alive."""
+        """The state of each vCPU. A vCPU that does not report is busy with a device."""
         with self._changed:
             self._states.clear()
             self._moved.clear()

@@ -1,8 +1,8 @@
-"""A virtual machine: its public face, and its life from the start of the guest to the end.
+"""A virtual machine: its public interface, and its life from the start of the guest to the end.
 
-``assembly`` makes the parts, ``vcpus`` runs the vCPUs, and the supervisor's thread here starts the
-guest over or ends the machine when they have stopped. Any thread may ask for an end at any time, and
-waits for nothing: the request has a lock of its own.
+``assembly`` makes the parts, ``vcpus`` runs the vCPUs. When the vCPUs have stopped, the
+supervisor's thread in this module starts the guest over or ends the machine. Any thread may ask for
+an end at any time, without waiting, because the request has a lock of its own.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from pyvmm.exits.phases import Phase
     from pyvmm.netopt import Net
 
-#: Seconds that pause() waits for vCPUs that are outside of the guest, because a console's pipe is
-#: full.
+#: Seconds for which pause() waits for vCPUs that are outside of the guest because the pipe of a
+#: console is full.
 PAUSE_PATIENCE = 2.0
-#: Seconds from the request for an end on in which another process may do its part of it. Then no
+#: Seconds from the request for an end in which another process may do its part. After them no
 #: conversation is waited for any more.
 PARTING_S = 0.5
 
@@ -53,19 +53,19 @@ class Machine:
     :param on_reboot: ``"exit"`` or ``"restart"``.
     :param name: of the machine among the running ones (default: ``vm0``, ``vm1``, ...); only with a
         control socket.
-    :param qmp: path of the control socket (docs/control.md), ``"auto"`` for one in the runtime
-        directory, None for none.
+    :param qmp: path of the control socket (docs/control.md), ``"auto"`` for a socket in the runtime
+        directory, None for no socket.
     :param huge: back guest memory with huge pages.
     :param load_address: the kernel is a flat binary for this guest-physical address, entered in
         ``load_mode`` (``boot.FLAT_MODES``).
-    :param test_devices: the ports that test kernels expect of QEMU (docs/test-kernels.md), and a
-        command line of ``append`` alone.
-    :param trace: keep what happened, with times, for ``exits.trace.write``: so many events a track
-        at most; 0: nothing.
-    :param hang_timeout: seconds after which a guest that makes no progress and never will is ended
+    :param test_devices: add the ports that test kernels expect of QEMU (docs/test-kernels.md); the
+        command line is then ``append`` alone.
+    :param trace: record events with their times for ``exits.trace.write``: at most so many per
+        track; 0: none.
+    :param hang_timeout: seconds after which a guest is ended that makes no progress and never will
         (docs/verdicts.md).
-    :param agent: the guest is an image of pyvmm's and is to take commands while it runs: ``run``.
-    :raises PyvmmError: nothing has been left behind.
+    :param agent: the guest is an image of pyvmm's and takes commands while it runs (``run``).
+    :raises PyvmmError: the machine cannot be made; nothing is left behind.
 
     ::
 
@@ -118,10 +118,10 @@ class Machine:
         self.cpus = cpus
         self.on_reboot = on_reboot
         self.command_status: int | None = None
-        #: Set once init runs (our own says so, else the kernel's last words), and at the end.
+        #: Set when init runs (our init or the kernel's last words report it), and at the end.
         self.booted = threading.Event()
         self._pausing = threading.Lock()  # one pause or resume at a time
-        #: Guards the request for an end. Held for a moment only, and by nobody who waits.
+        #: Guards the request for an end. Held for a moment only, and never by a thread that waits.
         self._asking = threading.Lock()
         self._request: Outcome | None = None
         self._outcome: Outcome | None = None
@@ -178,11 +178,11 @@ class Machine:
         self._supervisor.start()
 
     def wait(self, timeout: float | None = None, *, boot_timeout: float | None = None) -> Outcome:
-        """Wait for the end.
+        """Wait for the end of the machine.
 
-        :param timeout: seconds; then the machine is stopped and the outcome is ``timeout``.
-        :param boot_timeout: seconds until init runs, else likewise; counts from the same moment.
-        :raises BaseException: whatever went wrong inside the VMM itself.
+        :param timeout: seconds; after them the machine is stopped and the outcome is ``timeout``.
+        :param boot_timeout: seconds until init must run, else likewise; also from this call on.
+        :raises BaseException: an error in the VMM itself.
         """
         total = timeout
         if boot_timeout is not None and (timeout is None or boot_timeout < timeout):
@@ -210,10 +210,10 @@ class Machine:
         """Run a command in the running guest, to its end; the machine was made with ``agent=True``.
 
         :param command: for ``sh -c``, or an argv. :param input: its standard input. :param timeout:
-            seconds; then it is killed.
-        :param ready_timeout: seconds that the guest may take to come up.
-        :raises PyvmmError: the guest ended (as ``Outcome.error`` says), or the command did not
-            within its time-out.
+            seconds; after them the command is killed.
+        :param ready_timeout: seconds that the guest may take until it takes commands.
+        :raises PyvmmError: the guest ended (``Outcome.error``), or the command did not end in
+            time.
         """
         if self.agent is None:
             raise UsageError("this machine takes no commands", "make it with agent=True")
@@ -228,23 +228,26 @@ class Machine:
             raise
 
     def power_off(self, timeout: float = 60.0) -> Outcome:
-        """Let the guest's init power off (``agent=True``); how it ended."""
+        """Let the guest's init power off (``agent=True``); returns how the guest ended.
+
+        :param timeout: seconds, as in ``wait``.
+        """
         if self.agent is not None:
             self.agent.leave()
         return self.wait(timeout)
 
     @property
     def outcome(self) -> Outcome | None:
-        """How the machine ended; None while it has not."""
+        """How the machine ended; None before its end."""
         return self._outcome
 
     def stop(self, outcome: Outcome | None = None) -> None:
-        """End the machine now, from any thread but a vCPU's; returns when no vCPU runs any more."""
+        """End the machine now; returns when no vCPU runs any more. Any thread but a vCPU's."""
         self.quit(outcome or Outcome("stopped"))
         self._done.wait()
 
     def quit(self, outcome: Outcome | None = None) -> None:
-        """End the machine soon: ``stop`` without waiting; without an outcome, as the control
+        """End the machine soon: ``stop`` without waiting. Without an outcome the end is the control
         socket's ``quit``.
         """
         if outcome is None:
@@ -281,8 +284,8 @@ class Machine:
 
     @property
     def io_lock(self) -> threading.RLock:
-        """Held by device code and while the machine restarts: hold it to look at devices, VM and
-        vCPUs from another thread.
+        """The lock that device code holds, and a restart of the machine. Hold it to look at
+        devices, VM and vCPUs from another thread.
         """
         return self._parts.lock
 
@@ -300,14 +303,14 @@ class Machine:
         return "paused" if self.vcpu_threads.paused else "running"
 
     def pause(self) -> bool:
-        """Stop the vCPUs, then park the data paths: when it returns, nothing changes guest memory
+        """Stop the vCPUs, then park the data paths: when this returns, nothing changes guest memory
         or registers any more.
 
-        From any thread but a vCPU's. What comes in from the network waits in the tap or at the
-        back-end. A vCPU whose output nobody takes is outside of the guest and stops before it
-        enters it again. ``wait`` and its time-outs go on.
+        Any thread but a vCPU's. Received packets wait in the tap or in the back-end. A vCPU whose
+        output nobody reads is outside of the guest, and stops before it enters the guest again.
+        ``wait`` and its time-outs go on.
 
-        :returns: False where the machine was paused already.
+        :returns: False if the machine was paused already.
         :raises HostError: the machine has ended.
         """
         with self._pausing:
@@ -322,11 +325,11 @@ class Machine:
             return True
 
     def resume(self) -> bool:
-        """Go on after ``pause``. From any thread but a vCPU's.
+        """Go on after ``pause``. Any thread but a vCPU's.
 
-        :returns: False where the machine was not paused.
-        :raises PyvmmError: the machine has ended, or a data path does not start again: that card
-            needs a reset, all else goes on.
+        :returns: False if the machine was not paused.
+        :raises PyvmmError: the machine has ended, or a data path does not start again: its card
+            needs a reset, and everything else goes on.
         """
         with self._pausing:
             if self._done.is_set():
@@ -346,8 +349,8 @@ class Machine:
             return True
 
     def reset(self) -> None:
-        """Press the reset button: the machine starts over soon, whatever ``on_reboot`` says. A
-        paused one stays paused.
+        """Press the reset button: the machine starts over soon, whatever ``on_reboot`` is. A paused
+        machine stays paused.
 
         :raises HostError: the machine has ended, or is about to.
         """
@@ -361,7 +364,7 @@ class Machine:
                 raise HostError("the machine has ended")
 
     def powerdown(self) -> None:
-        """Press the power button (ACPI): the guest powers off if it listens, which takes a driver
+        """Press the power button (ACPI): the guest powers off if it has a driver for the button
         (docs/control.md).
 
         :raises HostError: the machine has ended.
@@ -392,8 +395,8 @@ class Machine:
         self.close()
 
     def _finish(self, outcome: Outcome, *, final: bool = False) -> bool:
-        """Ask for the end, for ``outcome``. The first reason stands, unless it is a reboot and the
-        new one is final. Any thread; waits for nobody, whatever else the machine is doing.
+        """Ask for the end with ``outcome``. The first reason stands, unless it is a reboot and the
+        new reason is final. Any thread; never waits, whatever else the machine is doing.
 
         :returns: whether ``outcome`` is now the reason.
         """
@@ -415,7 +418,7 @@ class Machine:
             nic.cut()
 
     def _reached(self, point: str) -> None:
-        """The guest's init says how far it is."""
+        """The guest's init has come to ``point``."""
         self.accounts.reach(point)
         if point == "init":
             self.booted.set()
@@ -427,7 +430,7 @@ class Machine:
         return request.kind == "reboot" and (request.asked or self.on_reboot == "restart")
 
     def _supervise(self) -> None:
-        """The supervisor's thread: run the guest, start it over as often as needed, tell the end."""
+        """The supervisor's thread: run the guest, start it over if necessary, report the end."""
         try:
             outcome = self._run_guest()
         except BaseException as e:
@@ -449,7 +452,7 @@ class Machine:
             self.agent.gone(f"the guest has ended ({outcome.kind})")
 
     def _run_guest(self) -> Outcome:
-        """Run the vCPUs until the end that is one; returns it."""
+        """Run the vCPUs, and start the guest over after a reset, until a final end; returns it."""
         while True:
             self.vcpu_threads.run()
             request = self._request
@@ -460,7 +463,7 @@ class Machine:
                 return request
             with self._parts.lock:
                 if self._request is not request:
-                    continue  # stopped for good meanwhile
+                    continue  # meanwhile the machine has been stopped
                 self._parts.restart()
             with self._asking:
                 if self._request is not request:
@@ -474,7 +477,7 @@ class Machine:
             )
 
     def _shut_down(self, outcome: Outcome) -> None:
-        """No vCPU runs any more: note where they were, then stop what else the guest had."""
+        """After the last vCPU has stopped: note where each one was, then stop the other parts."""
         self.vcpu_threads.end()
         if self._parts.hang_watch is not None:
             self._parts.hang_watch.stop()
@@ -494,7 +497,7 @@ class Machine:
         self._name_panic(outcome)
 
     def _name_panic(self, request: Outcome) -> None:
-        """Call an end that a panic has led to a panic."""
+        """Report an end as a panic, if a panic has led to it."""
         if request.kind == "reboot" and self.on_reboot == "exit" and not self._parts.panics.text():
             self.console.finish(0.2)  # panic=-1 reboots while its text is still in the pipe
         self._parts.panics.judge(request)
@@ -503,7 +506,7 @@ class Machine:
 
     @property
     def phases(self) -> dict[str, int]:
-        """How far the guest has come: point in the run -> CLOCK_MONOTONIC, ns (docs/report.md)."""
+        """The points that the guest has reached -> CLOCK_MONOTONIC, ns (docs/report.md)."""
         return self.accounts.phases
 
     @property
@@ -512,7 +515,7 @@ class Machine:
         return self.accounts.reboots
 
     def ledger(self) -> Ledger:
-        """The exits so far."""
+        """The exits up to now."""
         return self.accounts.ledger()
 
     def kvm_stats(self) -> dict[str, Any] | None:
@@ -521,7 +524,7 @@ class Machine:
 
     @property
     def old_stats(self) -> list[dict[str, Any]]:
-        """The same of the VMs before each restart, the latest ``accounts.OLD_STATS``."""
+        """KVM's statistics of the VMs before each restart, the latest ``accounts.OLD_STATS``."""
         return self.accounts.old_stats
 
     def phase_exits(self) -> list[Phase]:
@@ -533,10 +536,10 @@ class Machine:
         return phases_of(self.accounts)
 
     def check_budget(self, text: str) -> Result:
-        """Whether e.g. ``notify_per_kpacket<=20`` holds (docs/budgets.md); while the machine runs:
-        so far.
+        """Check a budget such as ``notify_per_kpacket<=20`` (docs/budgets.md), against the counts
+        up to now if the machine runs.
 
-        :raises UsageError: it is no budget, or about something that this machine does not have.
+        :raises UsageError: the text is no budget, or limits what the machine does not count.
         """
         from pyvmm.exits.budget import Budget
 
@@ -545,9 +548,7 @@ class Machine:
         return budget.check(self.accounts)
 
     def report(self) -> dict[str, object]:
-        """Everything countable about the run, for JSON; before ``close``. Schema:
-        docs/report.md.
-        """
+        """All counts of the run, for JSON (docs/report.md). Call it before ``close``."""
         from pyvmm.exits.report import build
 
         return build(

@@ -1,4 +1,4 @@
-"""What the user says of a network card: ``--net MODE[,key=value...]``, in Python
+"""How users describe a network card: ``--net MODE[,key=value...]``, in Python
 ``pyvmm.Net("emulated", mtu=9000)``.
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-#: mode -> its own keys, beside those of COMMON_KEYS
+#: Mode -> the keys of this mode, in addition to COMMON_KEYS.
 MODES: dict[str, tuple[str, ...]] = {
     "none": (),
     "emulated": ("notify", "poll", "worker-cpu"),
@@ -35,18 +35,20 @@ COMMON_KEYS = (
     "without",
     "switchable",
 )
-#: Keys of a data path, which a switch may give; all others belong to the card.
+#: Keys of a data path, which a switch may change; all other keys belong to the card.
 PATH_KEYS = ("poll", "worker-cpu", "socket", "server")
-#: Names for ``without=``: feature groups not to offer, joined by "+".
+#: Names for ``without=``, joined by "+": feature groups that the card does not offer.
 GROUPS = {
-    "offloads": "CSUM GUEST_CSUM GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 HOST_ECN HOST_UFO",
+    "offloads": "CSUM GUEST_CSUM GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 "
+    "HOST_ECN HOST_UFO",
     "tso": "GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 HOST_ECN HOST_UFO",
     "mrg-rxbuf": "MRG_RXBUF",
     "indirect": "INDIRECT_DESC",
     "event-idx": "EVENT_IDX",
-    "ctrl-vq": "CTRL_VQ CTRL_RX CTRL_RX_EXTRA CTRL_VLAN CTRL_MAC_ADDR CTRL_GUEST_OFFLOADS GUEST_ANNOUNCE MQ",
+    "ctrl-vq": "CTRL_VQ CTRL_RX CTRL_RX_EXTRA CTRL_VLAN CTRL_MAC_ADDR CTRL_GUEST_OFFLOADS "
+    "GUEST_ANNOUNCE MQ",
 }
-#: Queue pairs at most.
+#: The most queue pairs of a card.
 MAX_QUEUES = 16
 HEX = frozenset("0123456789abcdefABCDEF")
 
@@ -56,25 +58,27 @@ class Net:
 
     :param mode: data path: ``emulated``, ``vhost-net`` or ``vhost-user``; ``none`` for no card at
         all.
-    :param tap: an existing tap, or one to make where the user may; without it pyvmm makes a tap in
-        a network namespace of its own, addresses both ends and removes it.
-    :param mac: ``52:54:00:xx:xx:xx`` style; chosen from the card's number by default.
+    :param tap: an existing tap, or the name of a tap to make, if the user may. Without it pyvmm
+        makes a tap in a network namespace of its own, sets the addresses of both ends, and removes
+        the tap at the end.
+    :param mac: as ``52:54:00:xx:xx:xx``; the default depends on the card's number.
     :param mtu: 68 to 65521 bytes (a tap's limit), offered to the guest and set on the tap.
     :param host, guest: addresses with prefix length of the tap and of the guest's interface (IPv4);
         default 192.168.(100 + n).1/24 and .2/24 unless ``tap`` is given.
-    :param queue_size: entries a queue, a power of two, 2 to 32768. :param without: feature groups
-        not to offer.
-    :param queues: queue pairs, 1 to 16. :param link: ``on`` or ``off``, whether the cable is
+    :param queue_size: entries per queue, a power of two, 2 to 32768. :param without: feature groups
+        that the card does not offer.
+    :param queues: queue pairs, 1 to 16. :param link: ``on`` or ``off``: whether the cable is
         plugged in at the start.
     :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
-    :param poll: microseconds for which the worker looks for more before it sleeps, 0 to 1000.
-    :param worker_cpu: CPU for the worker of the first queue pair; the next one's gets the next CPU,
-        and so on.
-    :param socket: of the vhost-user back-end; without it pyvmm starts one of its own, on its tap.
-    :param server: ``on`` where the back-end connects and we listen, else ``off``.
-    :param switchable: modes that the data path may later be switched to, joined by "+"
-        (docs/switch.md): the device offers what all of them can honour.
-    :raises UsageError: for anything else.
+    :param poll: microseconds for which the worker looks for more work before it sleeps, 0 to 1000.
+    :param worker_cpu: CPU for the worker of the first queue pair; the worker of the next pair gets
+        the next CPU, and so on.
+    :param socket: of the vhost-user back-end; without it pyvmm starts a back-end of its own on the
+        card's tap.
+    :param server: ``on`` if the back-end connects and pyvmm listens, else ``off``.
+    :param switchable: modes to which the data path may be switched later, joined by "+"
+        (docs/switch.md). The device offers what all of them can honour.
+    :raises UsageError: a value is not allowed, or two do not go together.
     """
 
     __slots__ = (
@@ -178,19 +182,19 @@ class Net:
 
     @classmethod
     def parse(cls, text: str) -> Net:
-        """From the command line's ``MODE[,key=value...]``."""
+        """Parse ``MODE[,key=value...]`` as on the command line."""
         mode, _, rest = text.partition(",")
         if mode not in MODES:
             raise UsageError(f"--net: unknown mode {mode!r}", f"modes: {', '.join(MODES)}")
         own = MODES[mode]
-        if "switchable=" in rest:  # the others' keys, too
+        if "switchable=" in rest:  # then keys of the other modes are allowed, too
             own = tuple({key: 0 for keys in MODES.values() for key in keys})
         keys = (*COMMON_KEYS, *own) if mode != "none" else ()
         return cls(mode, **cls._pairs(mode, rest, keys))
 
     @staticmethod
     def _pairs(mode: str, rest: str, keys: Sequence[str]) -> dict[str, str]:
-        """The key=value pairs of ``rest`` as arguments."""
+        """The key=value pairs of ``rest``, as arguments of ``Net``."""
         given: dict[str, str] = {}
         for item in filter(None, rest.split(",")):
             key, equals, value = item.partition("=")
@@ -206,17 +210,17 @@ class Net:
 
     @property
     def has_tap(self) -> bool:
-        """Whether a tap of ours belongs to the card: for all but a vhost-user back-end that has its
-        own.
+        """Whether the card has a tap of ours. Only a vhost-user back-end with a socket has its own
+        port.
         """
         return any(m != "vhost-user" or not self.socket for m in (self.mode, *self.switchable))
 
     def switched(self, to: str | Net) -> Net:
         """This card with another data path.
 
-        :param to: ``MODE[,key=value...]`` with keys of ``PATH_KEYS``, or a ``Net`` of which just
-            those count. Without ``socket`` in text the card's own is meant.
-        :raises UsageError: unknown, or no key of that mode.
+        :param to: ``MODE[,key=value...]`` with keys of ``PATH_KEYS``, or a ``Net`` of which only
+            these keys count. A text without ``socket`` keeps the card's own back-end.
+        :raises UsageError: the mode is unknown, or has no such key.
         """
         if isinstance(to, Net):
             mode = to.mode
@@ -253,7 +257,7 @@ class Net:
 
 
 def number(key: str, value: int | str, low: int, high: int) -> int:
-    """``value`` as an integer in [low, high], or UsageError."""
+    """Parse ``value`` as an integer in [low, high]. :raises UsageError: it is not."""
     text = str(value)
     # int() alone would take "1_0", " 7" and other scripts' digits.
     good = text.isascii() and text.isdecimal() and len(text) < 10
@@ -263,7 +267,7 @@ def number(key: str, value: int | str, low: int, high: int) -> int:
 
 
 def parse_mac(text: str | bytes) -> bytes:
-    """Six bytes of a unicast MAC address from ``52:54:00:12:34:56``."""
+    """The six bytes of a unicast MAC address such as ``52:54:00:12:34:56``."""
     if isinstance(text, bytes):
         raw = text
     else:
@@ -278,7 +282,7 @@ def parse_mac(text: str | bytes) -> bytes:
 
 
 def ipv4(key: str, text: str) -> str:
-    """An IPv4 address with its prefix length, checked."""
+    """Check an IPv4 address with its prefix length, and return it."""
     try:
         family, _, prefix = parse_address(text)
     except UsageError:
@@ -289,5 +293,5 @@ def ipv4(key: str, text: str) -> str:
 
 
 def mac_text(mac: bytes) -> str:
-    """``52:54:00:12:34:56``."""
+    """The address as text: ``52:54:00:12:34:56``."""
     return mac.hex(":")

@@ -1,4 +1,4 @@
-"""How a machine ended: one word, and what helps to find out why."""
+"""How a machine ended: one word, and what helps to find the reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pyvmm.kvm.vcpu import State
 
-    #: Ends that are an error: ``Outcome.error`` has the exception of each.
+    #: Kinds of ends that are errors: ``Outcome.error`` makes the exception of each.
     Abnormal = Literal["panic", "reboot", "triple-fault", "kvm-error", "timeout", "hang"]
     Kind = Literal[Abnormal, "poweroff", "stopped", "debug-exit"]
 
@@ -29,11 +29,11 @@ class Outcome:
     :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout``,
         ``hang``, ``stopped`` or ``debug-exit``.
     :ivar status: exit status of the guest's command, or of a test kernel at the debug-exit port,
-        0..255; None if there was none.
+        0..255; None if there was no status.
     :ivar detail: one more line about the end; may be empty.
-    :ivar registers: registers of the vCPU that explains the end, by name; None if none does.
+    :ivar registers: registers of the vCPU that explains the end, by name; None if no vCPU does.
     :ivar rips: the address at which each vCPU was at a time-out or hang, else empty.
-    :ivar states: how each vCPU was then (``Vcpu.state``), likewise.
+    :ivar states: the state of each vCPU at a time-out or hang (``Vcpu.state``), else empty.
     :ivar asked: True if the user asked for the end through the control socket.
     """
 

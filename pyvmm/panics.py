@@ -1,9 +1,9 @@
-"""Finding out that the guest kernel has panicked, and what it said.
+"""Finds out that the guest kernel has panicked, and what it wrote.
 
-A kernel tells of its panic in two ways: by a line on the console, and, if it has the driver, by a
-write to the pvpanic device. What it does then is its own affair (``panic=``): it reboots, it spins,
-or it halts with interrupts off. So a panic may look like a reboot, a hang or a time-out, and it is
-this module that calls the end by its right name.
+A kernel reports its panic in two ways: by a line on the console, and, if it has the driver, by a
+write to the pvpanic device. After that it reboots, spins, or halts with interrupts off, as its
+parameter ``panic=`` says. So a panic may look like a reboot, a hang or a time-out, and this module
+calls the end by its right name.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 PANIC = b"Kernel panic - not syncing"
 #: The last line of a kernel that does not reboot (panic=0). It repeats the panic's text.
 LAST_LINE = b"---[ end Kernel panic"
-LINE_MAX = 1000  # bytes after which the last line counts as whole although no newline came
-#: Seconds between pvpanic's word and the end of a kernel that does not end itself: it still prints.
+LINE_MAX = 1000  # bytes after which the last line counts as complete, although no newline has come
+#: Seconds from pvpanic's report to the end of a kernel that does not end itself: it still prints.
 PVPANIC_GRACE = 1.0
 PANICKED = 1  # event bit of pvpanic (QEMU, docs/specs/pvpanic)
-#: Ends that may be the consequence of a panic.
+#: Ends that may follow from a panic.
 CONSEQUENCES = ("reboot", "poweroff", "triple-fault", "timeout", "hang", "panic")
 
 
@@ -32,14 +32,14 @@ class PanicWatch:
     """Watches the console and the pvpanic device for a panic.
 
     :param console: lent; its text is kept and searched.
-    :param over: called, from any thread and perhaps more than once, when a kernel has panicked and
-        nothing more will come of it.
+    :param over: called, by any thread and perhaps more than once, when a kernel has panicked and
+        will do nothing more.
     """
 
     def __init__(self, console: Stream, over: Callable[[], object]) -> None:
         self._console, self._over = console, over
         self._begin = 0  # the console's position at which the present guest began
-        self._said = b""  # the end of what the console said, or its unfinished last line
+        self._said = b""  # the end of the console's text, or its unfinished last line
         self._reported = False
         self._timer: threading.Timer | None = None
         console.add_sink(self._look)
@@ -53,11 +53,11 @@ class PanicWatch:
             self._timer.start()
 
     def text(self) -> str:
-        """What the guest kernel panicked of; empty if it has not panicked, as far as is known."""
+        """The text of the guest kernel's panic; empty if no panic is known."""
         kept = self._console.text
         begin = max(self._begin - self._console.dropped_text, 0)
         at = kept.rfind(PANIC, begin)
-        if kept[max(at - 4, 0) : at] == b"end ":  # the last line says it again
+        if kept[max(at - 4, 0) : at] == b"end ":  # the last line repeats the text
             first = kept.rfind(PANIC, begin, at)
             at = first if first >= 0 else at
         if at >= 0:
@@ -66,26 +66,26 @@ class PanicWatch:
         return "reported by pvpanic" if self._reported else ""
 
     def judge(self, outcome: Outcome) -> None:
-        """Make ``outcome`` a panic, if a panic has led to it. A guest's command that has ended had
-        its say before.
+        """Change ``outcome`` to a panic, if a panic has led to it. An end with the status of the
+        guest's command stays as it is.
         """
         if outcome.kind in CONSEQUENCES and outcome.status is None and (text := self.text()):
             outcome.kind, outcome.detail = "panic", text
 
     def restart(self) -> None:
-        """Another guest begins, and no vCPU runs: what the one before said is no longer its own."""
+        """Another guest begins: forget the panic of the one before. No vCPU may run."""
         self.stop()
         self._reported = False
         self._begin = self._console.position
 
     def stop(self) -> None:
-        """Call ``over`` no more for pvpanic's word. A second call does nothing."""
+        """Do not call ``over`` for pvpanic's report any more. A second call does nothing."""
         if self._timer is not None:
             self._timer.cancel()
 
     def _look(self, data: bytes) -> None:
-        """The console's sink. A panic after which nothing comes is to end the machine now rather
-        than by its time-out.
+        """The console's sink. After a panic whose kernel prints nothing more, the machine ends now
+        and not by its time-out.
         """
         text = self._said + data
         at = text.find(LAST_LINE)
@@ -95,4 +95,4 @@ class PanicWatch:
             self._said = b""
             self._over()
         else:
-            self._said = text[at:]  # the rest of the line is to be kept, too
+            self._said = text[at:]  # the rest of the line is still to come

@@ -1,10 +1,9 @@
-"""Running the vCPUs: one thread each, from the start of the guest to its end.
+"""Runs the vCPUs: one thread each, from the start of the guest to its end.
 
-Theory of operation: a thread enters the guest by ``Vcpu.run``, which answers in C whatever can be
-answered there, and comes back when Python is needed: for a device in Python, for an end, or because
-the vCPU was kicked. Python devices run under the machine's I/O lock. The threads' own state, whether
-they are to run, to pause or to leave, is under a condition of its own, which nobody holds for long,
-so that ``halt`` waits for no device.
+Theory of operation: a thread enters the guest by ``Vcpu.run``, which answers in C whatever it can.
+It returns when Python is needed: for a device in Python, for an end, or because the vCPU was
+kicked. Python devices run under the machine's I/O lock. A condition guards the state of the threads
+(run, pause or leave). No thread holds it for long, so ``halt`` does not wait for a device.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ class VcpuThreads:
     returned for the last time.
 
     :param lock: the machine's I/O lock, held while a device in Python answers.
-    :param flush: called by a vCPU's thread without the lock after such an answer.
+    :param flush: called by a vCPU's thread after such an answer, without the lock.
     :param over: called by a vCPU's thread with the end that it has met, once or more often.
-    :ivar kicked: called by a vCPU's thread that was kicked out of the guest; None: nobody asks.
-    :ivar failure: what has gone wrong in a vCPU's thread, in pyvmm itself; None if nothing has.
+    :ivar kicked: called by a vCPU's thread that was kicked out of the guest; may be None.
+    :ivar failure: an error of pyvmm itself in a vCPU's thread; None if there was none.
     """
 
     def __init__(
@@ -56,13 +55,13 @@ class VcpuThreads:
         self._flush, self._over = flush, over
         self.kicked: Callable[[Vcpu], None] | None = None
         self.failure: BaseException | None = None
-        self._changed = threading.Condition()  # guards what follows
+        self._changed = threading.Condition()  # guards the attributes below
         self._started = self._running = self._ended = False
         self._halted = self._paused = False
         self._parked = 0
 
     def run(self) -> None:
-        """Run all vCPUs until ``halt``; returns at once if that has been called before."""
+        """Run all vCPUs until ``halt``; returns at once if ``halt`` has been called before."""
         threads = [
             Thread(target=self._run, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
             for vcpu in self._vcpus
@@ -77,32 +76,32 @@ class VcpuThreads:
             self._running = False
 
     def halt(self) -> None:
-        """Have all vCPUs leave the guest, and ``run`` return. Any thread; never waits."""
+        """Make all vCPUs leave the guest, and ``run`` return. Any thread; never waits."""
         with self._changed:
             self._halted = True
             self._kick()
             self._changed.notify_all()
 
     def rearm(self) -> None:
-        """Let ``run`` be called again after a ``halt``."""
+        """Allow another ``run`` after a ``halt``."""
         with self._changed:
             self._halted = False
 
     def end(self) -> None:
-        """``run`` will not be called again: nobody need wait for the threads any more."""
+        """Note that ``run`` will not be called again, so no thread has to wait for the vCPUs."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
     def kick(self) -> None:
-        """Have all vCPUs leave the guest for a moment; each thread calls ``kicked``. Any thread;
+        """Make all vCPUs leave the guest for a moment; each thread calls ``kicked``. Any thread;
         never waits.
         """
         with self._changed:
             self._kick()
 
     def _kick(self) -> None:
-        if self._running:  # else there is nobody to be kicked, and a vCPU may have been closed
+        if self._running:  # else there is no vCPU to kick, and a vCPU may have been closed
             for vcpu in self._vcpus:
                 vcpu.kick()
 
@@ -119,11 +118,11 @@ class VcpuThreads:
         return self._parked
 
     def pause(self, patience: float) -> None:
-        """Keep all vCPUs out of the guest; returns when none is in it, and while the machine starts
-        over, when it has. Not from a vCPU's thread.
+        """Keep all vCPUs out of the guest; returns when no vCPU is in the guest. If the machine
+        starts over, returns after that. Any thread but a vCPU's.
 
-        :param patience: seconds to wait at most for a thread that is held up outside of the guest
-            by a reader of its output; it parks before it enters the guest again.
+        :param patience: the most seconds to wait for a thread that is outside of the guest because
+            nobody reads its output; it parks before it enters the guest again.
         """
         with self._changed:
             self._paused = True
@@ -134,7 +133,7 @@ class VcpuThreads:
                 )
 
     def resume(self) -> None:
-        """Let them enter the guest again."""
+        """Let the vCPUs enter the guest again."""
         with self._changed:
             self._paused = False
             self._changed.notify_all()
@@ -181,7 +180,7 @@ class VcpuThreads:
 
 
 def abnormal(vcpu: Vcpu, stop: int) -> Outcome:
-    """The end that a return of ``Vcpu.run`` means which is neither an access nor a kick."""
+    """The end that a return of ``Vcpu.run`` means that is neither an access nor a kick."""
     c, registers = vcpu.c, vcpu.registers()
     if stop == STOP_OTHER and c.reason == EXIT_SHUTDOWN:
         return Outcome("triple-fault", f"vCPU {vcpu.index}", registers)
