@@ -1,3 +1,3 @@
-"""``pyvmm compare``: the same guest and workload on several data paths, what each costs, and which
-differences may be noise.
+"""``pyvmm compare``: runs the same guest and workload on several data paths, counts what each
+costs, and says which differences may be noise.
 """

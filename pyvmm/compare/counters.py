@@ -1,5 +1,5 @@
-"""Everything that can be counted about a running guest, from inside its VMM and from outside, as
-flat sums that only grow.
+"""Everything that can be counted about a running guest, inside its VMM and from outside, as flat
+sums that only grow.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ BY_REASON = {
     "irq_window_open": "irq_window",
     "intr": "signal",
 }
-#: Whose CPU time is counted. ``vhost``: the kernel's worker. ``backend``: the vhost-user back-end's
+#: The owners of CPU time. ``vhost``: the kernel's worker. ``backend``: the vhost-user back-end's
 #: process. ``vmm``: all other threads of the VMM.
 ROLES = ("vcpu", "worker", "vhost", "backend", "vmm")
 KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 TRACEFS = Path("/sys/kernel/tracing")
-BACKEND = "pyvmm.backend.process"  # the module that such a process runs
-#: KVM's statistics that are levels or peaks instead of counts.
+BACKEND = "pyvmm.backend.process"  # the module that the process of our own back-end runs
+#: KVM's statistics that are levels or peaks, and so do not only grow.
 NO_COUNTS = (
     "max_mmu_rmap_size",
     "max_mmu_page_hash_collisions",
@@ -91,7 +91,7 @@ def kvm_counts(stats: Iterable[Stats]) -> dict[str, int]:
 def debugfs_dir(pid: int) -> Path:
     """KVM's debugfs directory of the one VM of process ``pid``.
 
-    :raises HostError: there is none: no debugfs, no permission, or no VM.
+    :raises HostError: there is no such directory: no debugfs, no permission, or no VM.
     """
     try:
         found = sorted(path for path in KVM_DEBUGFS.iterdir() if path.name.startswith(f"{pid}-"))
@@ -103,7 +103,7 @@ def debugfs_dir(pid: int) -> Path:
 
 
 def debugfs_counts(directory: Path) -> dict[str, int]:
-    """The same counts as ``kvm_counts``, of the VM of another process."""
+    """The counts of ``kvm_counts``, for the VM of another process."""
     out: dict[str, int] = {}
     for file in directory.iterdir():
         try:
@@ -119,8 +119,7 @@ class ExitTrace(Closing):
     """Counts exits of the vCPUs of any process, by thread and reason: histograms on KVM's
     tracepoints, in a tracing instance of its own.
 
-    :param reasons: also count exits in KVM, by the processor's reason; this costs something at each
-        exit.
+    :param reasons: also count exits in KVM, by the processor's reason; this slows down each exit.
     :raises HostError: no tracefs, no permission, or a kernel without CONFIG_HIST_TRIGGERS.
     """
 
@@ -157,8 +156,8 @@ class ExitTrace(Closing):
         return [(int(key), int(count)) for pid, key, count in rows if int(pid) in tids]
 
     def counts(self, tids: Container[int]) -> dict[str, int]:
-        """Exits to userspace of the threads ``tids``, by cause. None of them is a ``notify``:
-        nobody knows the notification addresses of QEMU's guest.
+        """Exits to userspace of the threads ``tids``, by cause. No exit counts as ``notify``,
+        because the notification addresses of QEMU's guest are not known.
         """
         out = dict.fromkeys(CAUSES, 0)
         for reason, count in self._read("kvm_userspace_exit", tids):
@@ -166,7 +165,7 @@ class ExitTrace(Closing):
         return out
 
     def reasons(self, tids: Container[int]) -> dict[str, int]:
-        """Exits in KVM by the processor's reason, as the kernel's tracepoint calls it; empty if
+        """Exits in KVM by the processor's reason, in the words of the kernel's tracepoint; empty if
         they are not traced.
         """
         out: dict[str, int] = {}
@@ -230,13 +229,13 @@ def threads_of(pid: int) -> dict[int, str]:
         try:
             out[tid] = psutil.Process(tid).name()
         except psutil.NoSuchProcess:
-            continue  # it has ended meanwhile
+            continue  # the thread has ended meanwhile
     return out
 
 
 def vhost_threads(pid: int) -> list[int]:
     """The threads of vhost in the kernel that work for process ``pid``. From Linux 6.4 on there are
-    none: they are threads of the process itself.
+    none, because they are threads of the process itself.
     """
     return [p.pid for p in psutil.process_iter(["name"]) if p.info["name"] == f"vhost-{pid}"]
 
@@ -249,7 +248,7 @@ def backends_of(pid: int) -> list[int]:
             if BACKEND in child.cmdline():
                 out.append(child.pid)
         except psutil.Error:
-            continue  # it has ended, or has not called exec() yet
+            continue  # the process has ended, or has not called exec() yet
     return out
 
 
@@ -264,8 +263,8 @@ def snapshot(tasks: Iterable[tuple[str, int]]) -> Tasks:
 
 
 def by_role(before: Tasks, after: Tasks) -> dict[str, dict[str, Any]]:
-    """What each role has used between two snapshots. A role without a thread is left out; a thread
-    that has ended meanwhile is not counted.
+    """What each role has used between two snapshots. A role without a thread is left out; threads
+    that have ended meanwhile are not counted.
     """
     out: dict[str, dict[str, Any]] = {}
     for key, now in after.items():
@@ -310,5 +309,5 @@ class TapCounters:
         }
 
     def close(self) -> None:
-        """Release its sockets."""
+        """Release the sockets."""
         self._link.close()

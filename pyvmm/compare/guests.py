@@ -1,5 +1,5 @@
-"""A guest on one data path, or in another program: booted, ready for workloads, and countable. They
-are all alike for whoever runs workloads on them.
+"""A guest on one data path of pyvmm, or in another program: booted, ready for workloads, and
+countable. All guests have the same interface for the code that runs workloads on them.
 """
 
 from __future__ import annotations
@@ -45,38 +45,39 @@ if TYPE_CHECKING:
         def __enter__(self) -> Self: ...
         def __exit__(self, *exc: object) -> None: ...
         def boot(self) -> float:
-            """Let it run until its servers listen; the seconds that this took."""
+            """Let the guest run until its servers listen; returns the seconds that this took."""
 
         def counts(self) -> dict[str, dict[str, int]]:
-            """Groups of sums that only grow; empty if they are not known: ``causes`` and ``lines``
-            of the ledger, ``kvm``, the processor's ``reasons``, ``packets``, ``queues``.
+            """Groups of sums that only grow: ``causes`` and ``lines`` of the ledger, ``kvm``, the
+            processor's ``reasons``, ``packets``, ``queues``. A group is empty if it is not known.
             """
 
         def quick(self) -> tuple[int, int]:
-            """(exits to userspace, exits in KVM) so far; cheap."""
+            """(exits to userspace, exits in KVM) up to now; this is quick."""
 
         def tasks(self) -> Tasks:
-            """CPU time and context switches of its threads now."""
+            """CPU time and context switches of the guest's threads now."""
 
         def facts(self) -> dict[str, Any]:
-            """Facts that do not change: ``offered``, ``negotiated``, ``version``; and ``notes`` on
+            """Facts that do not change: ``offered``, ``negotiated``, ``version``. ``notes`` say
             what is not known.
             """
 
 
 READY, FEATURES = "pyvmm-compare: ready", "pyvmm-compare: features"
 TAP = "tap0"
-#: Seconds from the start to READY, and for a tool beyond the time that it is told to run.
+#: Seconds from the start to READY; seconds of a tool beyond the time that it is told to run.
 BOOT_LIMIT, TOOL_LIMIT = 180.0, 60.0
 
 
 def guest_command(p: Plan) -> list[str]:
-    """What the guest runs: an iperf3 server for each workload that needs one."""
+    """The guest's command: an iperf3 server for each workload that needs one."""
     servers = p.servers()
     ports = " ".join(p.port(w) for w in servers)
     script = (
         f"for p in {ports}; do iperf3 -s -p $p >/dev/null 2>&1 & done\n"
-        f"until [ \"$(cat /proc/net/tcp* | grep -c ' 0A ')\" = {len(servers)} ]; do sleep 0.1; done\n"
+        "until [ \"$(cat /proc/net/tcp* | grep -c ' 0A ')\" "
+        f"= {len(servers)} ]; do sleep 0.1; done\n"
         f'echo "{FEATURES} $(cat /sys/bus/virtio/devices/virtio0/features)"\n'
         f"echo '{READY}'\nwhile :; do sleep 1000; done"
     )
@@ -84,7 +85,7 @@ def guest_command(p: Plan) -> list[str]:
 
 
 def open_guest(p: Plan, mode: Mode, trace: ExitTrace | None) -> Guest:
-    """The guest of a mode. Entering the context makes it."""
+    """The guest of a mode. It is made when the context is entered."""
     kind = OwnGuest if mode.kind == "pyvmm" else PeerGuest
     return kind(p, mode, trace)
 
@@ -175,7 +176,7 @@ class OwnGuest:
         return sum(vcpu.runs for vcpu in self._vm.vcpus), exits
 
     def tasks(self) -> Tasks:
-        """See Guest. A thread that ran in this process before the guest is not counted."""
+        """See Guest. Threads that ran in this process before the guest are not counted."""
         kind = "vhost" if self._nic.net.mode == "vhost-net" else "worker"
         keys = []
         moving = set()
@@ -317,7 +318,7 @@ class PeerGuest:
 
     @staticmethod
     def _drain(fd: int) -> None:
-        """Read what the guest says later: a full pipe would stop it."""
+        """Read the guest's later output, because a full pipe would stop the guest."""
         try:
             while os.read(fd, 65536):
                 pass
@@ -359,8 +360,8 @@ class PeerGuest:
         return counters.snapshot(keys)
 
     def facts(self) -> dict[str, Any]:
-        """See Guest. The guest's kernel says what was negotiated, one digit per bit. Nobody says
-        what was offered.
+        """See Guest. The guest's kernel reports the negotiated features, one digit per bit. Nothing
+        reports the offered ones.
         """
         version = subprocess.run(
             [self._argv[0], "version" if self._mode.kind == "kvmtool" else "--version"],

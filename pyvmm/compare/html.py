@@ -1,5 +1,5 @@
-"""The page of a comparison: one file, no network, light and dark; and its main plots alone
-as SVG.
+"""The page of a comparison: one file that needs no network, light and dark; and its main plots as
+one SVG.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _median(values: list[float]) -> float:
 
 
 def _good(document: dict[str, Any], mode: str, workload: str) -> list[dict[str, Any]]:
-    """The runs of a workload in a mode that did not fail."""
+    """The runs of a workload in a mode that have not failed."""
     return [
         w
         for run in document["runs"]
@@ -71,8 +71,8 @@ def _good(document: dict[str, Any], mode: str, workload: str) -> list[dict[str, 
 
 def split(workload: dict[str, Any]) -> dict[str, int]:
     """The exits of one run by PARTS. KVM's counts include the exits to userspace, which are
-    subtracted here. Without a trace of the processor's reasons KVM's statistics tell three parts
-    apart, and the rest is a fourth.
+    subtracted here. Without a trace of the processor's reasons, KVM's statistics give three parts,
+    and the rest is a fourth.
     """
     causes, kvm = workload["causes"] or {}, workload["kvm"]
     out = {f"u-{name}": max(causes.get(name, 0), 0) for name in CAUSES}
@@ -164,8 +164,8 @@ def cpu_plot(document: dict[str, Any], workload: str) -> str:
 
 
 def time_plot(document: dict[str, Any], workload: str, key: str) -> str:
-    """Exits per second over the time of a workload, in the first repeat of each mode that did not
-    fail.
+    """Exits per second over the time of a workload, in each mode's first repeat that has not
+    failed.
     """
     series = []
     for index, mode in enumerate(document["modes"]):
@@ -192,7 +192,7 @@ def legend(document: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def speed(document: dict[str, Any], workload: str) -> str | None:
-    """The measure of how fast a workload is; None if it has no speed."""
+    """The measure of a workload's speed; None if it has no speed."""
     key = SPEEDS.get(workload, "throughput_mbit_s")
     figures = Figures(document)
     return key if any(figures.get(workload, m["name"], key) for m in document["modes"]) else None
@@ -282,7 +282,7 @@ def page(document: dict[str, Any]) -> str:
 
 
 def figure(document: dict[str, Any]) -> str:
-    """The stacked plots of all workloads and their speeds, as one SVG of its own."""
+    """The stacked plots of all workloads, and their speeds, as one SVG file."""
     gap, pad = 36, 24
     plots = []
     for workload in document["settings"]["workloads"]:
@@ -318,6 +318,7 @@ def figure(document: dict[str, Any]) -> str:
     height = y - gap + pad
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:g}" width="{width}" '
-        f'height="{height:g}" role="img"><title>What each data path costs</title><style>{style()}</style>'
+        f'height="{height:g}" role="img"><title>What each data path costs</title>'
+        f"<style>{style()}</style>"
         f'<rect class="paper" width="100%" height="100%"/>{"".join(body)}</svg>\n'
     )

@@ -1,4 +1,4 @@
-"""A CPU for each vCPU alone while something is measured; without it the figures measure the
+"""Gives each vCPU a CPU of its own during a measurement. Without this the figures measure the
 scheduler, too.
 """
 
@@ -19,8 +19,8 @@ def possible(vcpus: int) -> bool:
 
 @contextmanager
 def pinned(tasks: Iterable[tuple[str, int]], vcpus: int) -> Iterator[None]:
-    """Give each vCPU's thread a CPU to itself. The other threads, the calling thread, and whatever
-    it starts share the rest.
+    """Give each vCPU's thread a CPU of its own. The other threads, the calling thread, and the
+    programs that it starts share the rest.
 
     A thread that has CPUs of its own already (``worker-cpu=``) keeps them. At the end only the
     calling thread gets all CPUs back.
@@ -38,7 +38,7 @@ def pinned(tasks: Iterable[tuple[str, int]], vcpus: int) -> Iterator[None]:
             elif os.sched_getaffinity(tid) >= allowed:  # a kernel thread may have more CPUs
                 os.sched_setaffinity(tid, rest)
         except (OSError, StopIteration):
-            continue  # it has ended meanwhile
+            continue  # the thread has ended meanwhile
     os.sched_setaffinity(0, rest)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What to compare: modes, peers, workloads and how often; and the names that the results use."""
+"""What to compare (modes, peers, workloads), how often, and the names that the results use."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 DEFAULT_MODES = "emulated:notify=exit,emulated,vhost-net,vhost-user"
 #: Keys of --net that the comparison itself sets, or that would change the workload.
 FORBIDDEN = ("tap", "mac", "host", "guest", "socket", "server", "link")
-#: The same on every network: the host's end and the guest's.
+#: The addresses on every network: the host's end and the guest's.
 HOST, GUEST, PREFIX, MAC = "192.168.100.1", "192.168.100.2", 24, "52:54:00:12:34:56"
 #: Datagrams of ``udp-small``: payload bytes, and bits per second (1000 datagrams).
 UDP_BYTES, UDP_RATE = 64, 512_000
 PING_INTERVAL = 0.05  # seconds
 MAX_REPEAT, MAX_SECONDS = 1000, 3600
 
-#: name -> its description. The host's side drives all of them, so that they need no console.
+#: Name -> description. The host's side drives all workloads, so that they need no console.
 WORKLOADS = {
     "ping": "pings from the host, 50 ms apart",
     "tcp-tx": "one TCP stream from the guest (iperf3 -R)",
@@ -53,7 +53,7 @@ class Mode:
 def parse_mode(text: str) -> Mode:
     """A mode of --net, its keys joined by colons: ``emulated:notify=exit``.
 
-    :raises UsageError: an unknown mode or key, or a key that the comparison sets itself.
+    :raises UsageError: an unknown mode or key, or a key that the comparison itself sets.
     """
     mode, *keys = text.split(":")
     if mode not in MODES or mode == "none":
@@ -72,9 +72,9 @@ def parse_mode(text: str) -> Mode:
 
 
 def parse_list(option: str, text: str, known: tuple[Word, ...]) -> list[Word]:
-    """Names joined by commas, each of ``known``, none twice.
+    """Parse names joined by commas, each of ``known`` at most once.
 
-    :raises UsageError: another name, or no list.
+    :raises UsageError: a name is unknown or given twice, or there is none.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     words: dict[str, Word] = {word: word for word in known}
@@ -92,11 +92,11 @@ class Plan:
     :param repeat: boots of each mode, 1 to 1000.
     :param seconds: of each workload, 0.2 to 3600.
     :param kernel, initrd: files of the guest.
-    :param image: what the results call them.
+    :param image: the name of kernel and initrd in the results.
     :param append: kernel command line beside what pyvmm adds.
     :param samples: seconds between two samples of the counters.
     :param reasons: trace the processor's reasons of exits in KVM, too.
-    :param pin: give each vCPU a CPU to itself, if there is one more for the rest.
+    :param pin: give each vCPU a CPU of its own, if there is one more for everything else.
     :raises UsageError: a value makes no sense.
     """
 
@@ -144,7 +144,7 @@ class Plan:
         return [w for w in self.workloads if w not in ("ping", "idle")]
 
     def port(self, workload: str) -> str:
-        """The port of a workload's server. Each workload has its own, since a server that has just
-        served is busy for a moment.
+        """The port of a workload's server. Each workload has its own port, because a server that
+        has just served is busy for a moment.
         """
         return str(5201 + self.servers().index(workload))

@@ -1,4 +1,4 @@
-"""Runs a comparison: boots each mode in turn, again and again, and counts each workload from its
+"""Runs a comparison: boots each mode in turn, several times, and counts each workload from its
 start to its end.
 
 A boot runs all workloads, one after another. Counters are read right before and right after a
@@ -45,23 +45,21 @@ if TYPE_CHECKING:
     from pyvmm.compare.plan import Mode, Plan
 
 SCHEMA = "pyvmm-compare/1"
-#: Errors that every other mode would have, too.
+#: Errors that every other mode would meet, too.
 FOR_ALL = (KvmMissing, KvmForbidden, KvmUnsuitable, ImageError, MemoryShort, UsageError)
-#: Errors that the next repeat of the same mode would have, too.
+#: Errors that the next repeat of the same mode would meet, too.
 FOR_MODE = (VhostMissing, NetError, VhostUserError)
 SAMPLES_MAX = 600  # samples that are kept per workload
-FEW_PACKETS = 10  # with fewer there are no figures per 1,000 packets
+FEW_PACKETS = 10  # with fewer packets there are no figures per 1,000 packets
 LINES_MAX = 40  # lines of the ledger that are kept per workload, the most frequent ones
-SETTLE = (
-    0.5  # seconds between workloads, so that iperf3's last packets are not counted for the next
-)
+SETTLE = 0.5  # seconds between workloads, so that no workload counts the last one's packets
 
 
 class Comparison:
-    """Runs a plan and holds what it has found. ``document`` may be called at any time, also after
-    ``run`` was broken off.
+    """Runs a plan and keeps the results. ``document`` may be called at any time, also after an
+    exception has ended ``run``.
 
-    :param progress: is called with one line for each step.
+    :param progress: called with one line of text for each step.
     """
 
     def __init__(self, p: Plan, progress: Callable[[str], None]) -> None:
@@ -85,10 +83,10 @@ class Comparison:
         self._trace: counters.ExitTrace | None = None
 
     def run(self) -> None:
-        """Run it all.
+        """Run all modes, workloads and repeats.
 
-        :raises PyvmmError: no mode can run here (no KVM, no image). If only some modes cannot, the
-            document says so.
+        :raises PyvmmError: no mode can run here (no KVM, no image). If some modes can, the document
+            says which cannot.
         """
         p = self._plan
         with ExitStack() as stack:
@@ -144,16 +142,16 @@ class Comparison:
             self._progress(f"  {mode.name}: {e}")
 
     def _warm_up(self, guest: Guest) -> None:
-        """Send pings that are not counted: addresses are learnt, and with the first interrupts of a
-        new card Linux moves them to their CPU.
+        """Send pings that are not counted: both ends learn addresses, and Linux moves the first
+        interrupts of a new card to their CPU.
         """
         try:
             self._tool(guest, ["ping", "-q", "-c", "10", "-i", "0.05", plan.GUEST])
         except HostError as e:
-            self._progress(f"  warming up: {e}")  # the workloads will say so, too
+            self._progress(f"  warming up: {e}")  # the workloads will report it, too
 
     def _workload(self, guest: Guest, name: str) -> dict[str, Any]:
-        """Run a workload and count."""
+        """Run a workload, and return what it counted."""
         out: dict[str, Any] = {"name": name, "error": None, "seconds": None}
         sampler = Sampler(guest, self._plan.samples)
         before, tasks = guest.counts(), guest.tasks()
@@ -177,9 +175,9 @@ class Comparison:
         return out
 
     def _drive(self, guest: Guest, name: str) -> str:
-        """Run the workload itself; what its tool has printed.
+        """Run the workload itself; returns the output of its tool.
 
-        :raises HostError: it failed.
+        :raises HostError: the tool failed.
         """
         p = self._plan
         if name == "idle":
@@ -239,8 +237,8 @@ class Comparison:
 class Sampler:
     """Takes samples of a guest's exits, in a thread of its own that ends with ``stop``.
 
-    The samples are bounded: each time there are too many, every second one is dropped and the
-    interval doubled.
+    Their number is bounded: if there are too many samples, every second one is dropped and the
+    interval is doubled.
     """
 
     def __init__(self, guest: Guest, interval: float) -> None:
@@ -268,10 +266,10 @@ class Sampler:
                     self._rows = self._rows[::2]
                     self._interval *= 2
         except (OSError, HostError):
-            pass  # the guest is gone; the workload tells it
+            pass  # the guest is gone, and the workload reports it
 
     def stop(self) -> dict[str, list[float]]:
-        """End; the time of each sample in seconds, and what had been counted since the first."""
+        """Stop; returns the time of each sample in seconds, and the counts since the first."""
         self._quit.set()
         self._thread.join()
         rows = self._rows
@@ -285,7 +283,7 @@ class Sampler:
 def figures(
     before: dict[str, dict[str, int]], after: dict[str, dict[str, int]], seconds: float
 ) -> dict[str, Any]:
-    """What was counted between two readings. None: this mode does not tell it."""
+    """What was counted between two readings. None: this mode does not count it."""
 
     def delta(group: str) -> dict[str, int]:
         return {name: value - before[group].get(name, 0) for name, value in after[group].items()}
@@ -333,7 +331,7 @@ def outcome(done: dict[str, Any]) -> str:
 def read_result(name: str, text: str) -> dict[str, float | None]:
     """The figures of a workload, from what its tool printed.
 
-    :raises HostError: it cannot be understood.
+    :raises HostError: the tool's output cannot be parsed.
     """
     try:
         if name == "idle":

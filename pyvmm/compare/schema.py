@@ -1,5 +1,5 @@
-"""Checks a document against the shipped JSON Schema: ``--from`` reads files that anybody may have
-edited.
+"""Checks a document against the shipped JSON Schema, because ``--from`` reads files that users may
+have edited.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-#: Characters of the library's message; longer ones quote the value first and then say what is wrong.
+#: The most characters of the library's message that are shown. A long message quotes the value
+#: first and then says what is wrong.
 MESSAGE_MAX = 120
 
 
@@ -28,8 +29,8 @@ def schema() -> dict[str, Any]:
 
 
 def check(document: object) -> str:
-    """What is wrong with ``document``, in one line that begins with the place; an empty string
-    where nothing is.
+    """Check ``document``. Returns the first fault in one line that begins with its place; an empty
+    string if there is no fault.
     """
     error = best_match(jsonschema.Draft202012Validator(schema()).iter_errors(document))
     if error is None:
@@ -41,7 +42,7 @@ def check(document: object) -> str:
 
 
 def path(steps: Iterable[str | int]) -> str:
-    """Where in a document: ``.runs[0]['tcp-tx']``; in one line, whatever the names are."""
+    """A place in a document: ``.runs[0]['tcp-tx']``; one line, whatever the names contain."""
     return "".join(
         f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r}]"
         for step in steps

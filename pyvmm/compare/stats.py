@@ -1,9 +1,9 @@
-"""From runs to figures: median and range of each measure, and which differences are more than
+"""Makes figures of runs: median and range of each measure, and which differences are more than
 noise.
 
 The rule: a measure of a mode differs from the first mode's if their ranges, from the lowest to the
-highest of the repeats, do not overlap. Otherwise the difference may be noise. With one repeat there
-is no range, and nothing is known.
+highest value of the repeats, do not overlap. Otherwise the difference may be noise. With one repeat
+there is no range, and whether a difference is noise is not known.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NOISE: Final = "noise"
 DIFFERS: Final = "differs"
 UNKNOWN: Final = "unknown"
-#: Statistics of KVM that are measures: name -> words.
+#: KVM's statistics that are measures: name -> words.
 KVM = {
     "exits": "exits in KVM",
     "io_exits": "KVM: port accesses",
@@ -108,14 +108,14 @@ MEASURES = [
         for k in ("voluntary", "involuntary")
     ),
 ]
-#: Details that are left out of the short table.
+#: Details, which the short table leaves out.
 DETAILS = (
     *(f"kvm.{name}" for name in KVM if name not in ("exits", "halt_exits", "irq_window_exits")),
     *(f"switches.{role}.involuntary" for role in ROLE_WORDS),
     "switches.vmm.voluntary",
     "interrupts_per_kpacket",
 )
-#: Shown even if all values are zero: zero is a result here.
+#: Measures that are shown even if all values are zero, because zero is a result.
 ALWAYS = ("user_exits", "vmm_wakeups")
 BRIEF = {measure.key for measure in MEASURES} - set(DETAILS)
 BY_KEY = {measure.key: measure for measure in MEASURES}
@@ -184,14 +184,14 @@ class Figures:
         self._entries = {(e["workload"], e["mode"], e["measure"]): e for e in document["summary"]}
 
     def get(self, workload: str, mode: str, measure: str) -> dict[str, Any] | None:
-        """The entry, None if there is none."""
+        """The entry; None if there is none."""
         return self._entries.get((workload, mode, measure))
 
     def rows(
         self, workload: str, modes: list[str], *, full: bool = True
     ) -> tuple[list[Measure], int]:
-        """The measures that are not zero everywhere, without ``full`` only the most telling ones;
-        and how many are zero.
+        """The measures that are not zero in every mode, and how many are zero. Without ``full``
+        only the most telling measures are taken.
         """
         shown, zero = [], 0
         for measure in MEASURES:
@@ -227,14 +227,12 @@ def cell(entry: dict[str, Any] | None) -> str:
 
 
 def noise_sign(entry: dict[str, Any]) -> str:
-    """`` ≈`` if the difference from the first mode may be noise; else nothing."""
+    """`` ≈`` if the difference from the first mode may be noise, else an empty string."""
     return " ≈" if entry.get("verdict") == NOISE and entry["ratio"] != 1 and entry["max"] else ""
 
 
 def remarks(document: dict[str, Any]) -> list[str]:
-    """What must be said beside the figures: what could not be measured and why, and what the signs
-    mean.
-    """
+    """Remarks beside the figures: what could not be measured and why, and what the signs mean."""
     out = []
     if document["partial"]:
         done = len(document["runs"])
@@ -252,10 +250,12 @@ def remarks(document: dict[str, Any]) -> list[str]:
         out.append("One repeat: how much of a difference is noise is not known.")
     else:
         out.append(
-            f"≈ within the noise: the range over the repeats overlaps with that of {document['modes'][0]['name']}."
+            "≈ within the noise: the range over the repeats overlaps with that of "
+            f"{document['modes'][0]['name']}."
         )
     out.append(
-        "A packet is what passes the tap, up to 64 KiB with segmentation offload. Rows of zeroes are left out."
+        "A packet is what passes the tap, up to 64 KiB with segmentation offload. "
+        "Rows of zeroes are left out."
     )
     if document["settings"].get("reasons"):
         out.append("The processor's reasons for exits were traced, which slows each exit down.")
@@ -263,7 +263,8 @@ def remarks(document: dict[str, Any]) -> list[str]:
         out.append("Each vCPU had a CPU to itself.")
     if document["host"]["testbed"]:
         out.append(
-            "Measured in the testbed, on an emulated processor: only counts and ratios mean anything."
+            "Measured in the testbed, on an emulated processor: "
+            "only counts and ratios mean anything."
         )
     return out
 

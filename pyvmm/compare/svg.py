@@ -1,8 +1,8 @@
-"""Plots as SVG: bars that are stacked or have whiskers, and lines over time. Colours are classes,
-whose meaning is in the page's style sheet.
+"""Plots as SVG: bars that are stacked or have whiskers, and lines over time. Colours are classes;
+the page's style sheet gives their meaning.
 
-A plot is WIDTH or NARROW units wide and meant to be shown at about so many pixels: its text has 12
-and 11 units.
+A plot is WIDTH or NARROW units wide and is shown at about as many pixels. Its text has 12 and 11
+units.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 WIDTH, NARROW = 360, 264
-ROW, BAR = 40, 14  # a bar's row: a line of text, then the bar
+ROW, BAR = 40, 14  # a bar's row: a line of text, and below it the bar
 TOP, AXIS = 6, 26
-CHAR = 6.7  # width of an average letter at 12 units, rather too much
+CHAR = 6.7  # width of an average letter at 12 units, rather too large
 LEFT, PLOT = 46, 150  # of a line plot: room for the labels at the left, and its height
 
 
 def ticks(top: float, count: int = 4) -> list[float]:
-    """Round numbers from 0 to at least ``top``, about ``count`` steps."""
+    """Round numbers from 0 to at least ``top``, in about ``count`` steps."""
     if top < 1e-6:
         return [0.0, 1.0]
     top = min(top, 1e15)
@@ -52,10 +52,9 @@ def clip(text: str, room: float) -> str:
 
 def _frame(width: int, height: float, title: str, describe: str, body: list[str]) -> str:
     return (
-        f'<svg class="plot" viewBox="0 0 {width} {height:g}" width="{width}" height="{height:g}" role="img" '
-        f'aria-label="{escape(title, quote=True)}"><title>{escape(title)}</title><desc>{escape(describe)}</desc>'
-        + "".join(body)
-        + "</svg>"
+        f'<svg class="plot" viewBox="0 0 {width} {height:g}" width="{width}" '
+        f'height="{height:g}" role="img" aria-label="{escape(title, quote=True)}">'
+        f"<title>{escape(title)}</title><desc>{escape(describe)}</desc>" + "".join(body) + "</svg>"
     )
 
 
@@ -109,7 +108,8 @@ def bars(title: str, unit: str, rows: Sequence[Bar], width: int = WIDTH) -> str:
         )
         anchor = "start" if step == 0 else "end" if step == steps[-1] else "middle"
         body.append(
-            f'<text class="tick" x="{x:.1f}" y="{bottom + 17:g}" text-anchor="{anchor}">{short(step)}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 17:g}" '
+            f'text-anchor="{anchor}">{short(step)}</text>'
         )
     said = []
     for index, row in enumerate(rows):
@@ -123,14 +123,16 @@ def bars(title: str, unit: str, rows: Sequence[Bar], width: int = WIDTH) -> str:
         if row.missing:
             text, kind = clip(row.missing, width - 10 - CHAR * len(row.label)), "value missing"
         body.append(
-            f'<text class="{kind}" x="{right:g}" y="{y + 13:g}" text-anchor="end">{escape(text)}</text>'
+            f'<text class="{kind}" x="{right:g}" y="{y + 13:g}" '
+            f'text-anchor="end">{escape(text)}</text>'
         )
         x = left
         for name, value, words in row.parts:
             wide = value * scale
             if wide >= 0.05:
                 body.append(
-                    f'<rect class="{name}" x="{x:.2f}" y="{y + 19:g}" width="{wide:.2f}" height="{BAR}">'
+                    f'<rect class="{name}" x="{x:.2f}" y="{y + 19:g}" '
+                    f'width="{wide:.2f}" height="{BAR}">'
                     f"<title>{escape(f'{row.label}: {words}')}</title></rect>"
                 )
             x += wide
@@ -138,7 +140,8 @@ def bars(title: str, unit: str, rows: Sequence[Bar], width: int = WIDTH) -> str:
             low, high = (left + v * scale for v in row.whisker)
             middle = y + 19 + BAR / 2
             body.append(
-                f'<path class="whisker" d="M{low:.1f} {middle:g}H{high:.1f}M{low:.1f} {middle - 4:g}v8'
+                f'<path class="whisker" d="M{low:.1f} {middle:g}H{high:.1f}'
+                f"M{low:.1f} {middle - 4:g}v8"
                 f'M{high:.1f} {middle - 4:g}v8"/>'
             )
         said.append(f"{row.label}: {row.missing or row.text}")
@@ -164,7 +167,8 @@ def lines(
         kind = "grid" if step else "axis"
         body.append(f'<line class="{kind}" x1="{LEFT}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(step)}</text>'
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" '
+            f'text-anchor="end">{short(step)}</text>'
         )
     seconds = [t for t in ticks(end, 4) if t <= end * 1.001]
     for step in seconds:
@@ -172,7 +176,8 @@ def lines(
         anchor = "end" if x > right - 8 else "middle"
         text = f"{short(step)} s" if step == seconds[-1] else short(step)
         body.append(
-            f'<text class="tick" x="{x:.1f}" y="{bottom + 17:g}" text-anchor="{anchor}">{text}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 17:g}" '
+            f'text-anchor="{anchor}">{text}</text>'
         )
     said = []
     for name, kind, points in series:
