@@ -1,3 +1,3 @@
-"""What a run means: verdicts, what the console says, JUnit, configuration files; and machines for
-tests.
+"""The meaning of a run: verdicts, reports on the console, JUnit, configuration files; and machines
+for tests.
 """

@@ -1,4 +1,4 @@
-"""What the console of a Linux guest says about its state: panic, oops, warnings, stalls, and how
+"""What the console of a Linux guest tells about its state: panic, oops, warnings, stalls, and how
 far the boot has come.
 
 The patterns are the kernel's own words (kernel/panic.c, lib/bug.c, arch/x86/mm/fault.c,
@@ -20,22 +20,26 @@ if TYPE_CHECKING:
 
     Phase = Literal["no-output", "kernel", "init", "command", "end"]
 
-#: kind -> how the first line of a report begins, after the time stamp. They are tried in this order,
-#: since lockdep's reports begin like warnings.
+#: Kind -> the beginning of a report's first line, after the time stamp. They are tried in this
+#: order, because lockdep's reports begin like warnings.
 TROUBLES = {
-    "lockdep": r"WARNING: (?:possible (?:circular|recursive|irq lock inversion)|inconsistent lock state|bad unlock balance|"
-    r"suspicious RCU usage|held lock freed|Nested lock|lock held when returning|\S*-safe -> )|DEBUG_LOCKS_WARN_ON|"
-    r"INFO: trying to register non-static key",
-    "rcu-stall": r"rcu: INFO: \S+ (?:self-)?detected (?:expedited )?stall|INFO: rcu_\S+ (?:self-)?detected (?:expedited )?stall|"
+    "lockdep": r"WARNING: (?:possible (?:circular|recursive|irq lock inversion)|"
+    r"inconsistent lock state|bad unlock balance|"
+    r"suspicious RCU usage|held lock freed|Nested lock|lock held when returning|\S*-safe -> )|"
+    r"DEBUG_LOCKS_WARN_ON|INFO: trying to register non-static key",
+    "rcu-stall": r"rcu: INFO: \S+ (?:self-)?detected (?:expedited )?stall|"
+    r"INFO: rcu_\S+ (?:self-)?detected (?:expedited )?stall|"
     r"rcu: INFO: \S+ detected stalls",
-    "oops": r"Oops: |BUG: unable to handle|BUG: kernel NULL pointer|general protection fault|Internal error: ",
+    "oops": r"Oops: |BUG: unable to handle|BUG: kernel NULL pointer|general protection fault|"
+    r"Internal error: ",
     "bug": r"kernel BUG at |BUG: |UBSAN: ",
     "warning": r"WARNING: (?:CPU: \d+ PID: \d+ at |\S+:\d+ at )",
 }
 PANIC = "Kernel panic - not syncing"
-QUOTE_MAX = 60  # lines of a call trace
+QUOTE_MAX = 60  # the most lines of a call trace
 END = re.compile(r"---\[ end (?:trace|Kernel panic)")
-#: The first line of a report that ends in a panic: its call trace tells more than the panic's.
+#: Matches the first line of a report that ends in a panic: its call trace tells more than the
+#: trace of the panic.
 CAUSE = re.compile("|".join((TROUBLES["oops"], TROUBLES["bug"])))
 OFFSET = re.compile(r"Kernel Offset: (0x[0-9a-f]+) from 0x")
 
@@ -54,7 +58,7 @@ class Trouble:
 
     @property
     def message(self) -> str:
-        """The first line."""
+        """The first line of the report."""
         return self.lines[0]
 
 
@@ -69,7 +73,7 @@ def headline(first: Trouble, count: int) -> str:
 def parse_kinds(text: str) -> list[str]:
     """The kinds that ``text`` names, joined by commas; ``all`` stands for all kinds.
 
-    :raises ValueError: with the kind that is unknown.
+    :raises ValueError: a kind is unknown; the error's text is this kind.
     """
     kinds = [k.strip() for k in text.split(",") if k.strip()]
     for kind in kinds:
@@ -79,8 +83,8 @@ def parse_kinds(text: str) -> list[str]:
 
 
 class Watch:
-    """A sink of the console that keeps the reports of some kinds, line by line, however much output
-    there is.
+    """A sink of the console that keeps the reports of some kinds. It works line by line, however
+    much output comes.
 
     :param kinds: of TROUBLES.
     :ivar troubles: the first ``MAX`` reports, in order.
@@ -100,7 +104,7 @@ class Watch:
     def __call__(self, data: bytes) -> None:
         """Take the next piece of the console."""
         *lines, rest = (self._rest + data).split(b"\n")
-        self._rest = rest[-4096:]  # a line that never ends is not kept whole
+        self._rest = rest[-4096:]  # not all of a line that never ends is kept
         for line in lines:
             self._line(line)
 
@@ -123,7 +127,7 @@ class Watch:
             or kind not in self._kinds
             or (trouble is not None and self._open is not None and kind == "oops")
         ):
-            return  # an oops has two such lines; the first one counts
+            return  # an oops has two such lines, and the first one counts
         self.count += 1
         if len(self.troubles) < self.MAX:
             self._open = Trouble(kind, [text])
@@ -159,12 +163,12 @@ def panic_quote(console: bytes | bytearray) -> list[str]:
 
 
 def offset(console: bytes | bytearray) -> int:
-    """The distance in bytes by which KASLR has moved the kernel, if a panic tells it; else 0."""
+    """The distance in bytes by which KASLR has moved the kernel, if a panic reports it; else 0."""
     match = OFFSET.search(bytes(console[-(1 << 16) :]).decode(errors="replace"))
     return int(match[1], 16) if match else 0
 
 
-#: How far a guest has come -> its words.
+#: How far a guest has come -> words for people.
 PHASES: dict[Phase, str] = {
     "no-output": "before there was any output",
     "kernel": "while the kernel booted",
@@ -178,7 +182,7 @@ def phase(phases: Mapping[str, int], said: bool) -> Phase:
     """How far a guest has come, a key of PHASES.
 
     :param phases: ``Machine.phases``.
-    :param said: the console has shown something.
+    :param said: whether the console has shown any text.
     """
     steps: tuple[tuple[str, Phase], ...] = (
         ("command_end", "end"),
@@ -195,7 +199,7 @@ class Log:
     """A sink of the console that writes each line with the seconds since the start: ``[ 12.345678]
     text``.
 
-    :param write: takes the bytes. What it raises goes through.
+    :param write: takes the bytes. Its errors are raised unchanged.
     """
 
     def __init__(self, write: Callable[[bytes], object]) -> None:
@@ -204,7 +208,7 @@ class Log:
         self._at_start = True
 
     def __call__(self, data: bytes) -> None:
-        """Take the next piece. A line has the time at which its first byte came."""
+        """Take the next piece. The time of a line is the time of its first byte."""
         stamp = b"[%12.6f] " % (time.monotonic() - self._begin)
         out = bytearray()
         for line in data.replace(b"\r\n", b"\n").splitlines(keepends=True):
@@ -215,7 +219,7 @@ class Log:
         self._write(bytes(out))
 
     def note(self, text: str) -> None:
-        """Write a line of pyvmm's own, after the end of the console's line."""
+        """Write a line of pyvmm's own, after the console's present line."""
         stamp = time.monotonic() - self._begin
         self._write(
             b"%s[%12.6f] pyvmm: %s\n" % (b"" if self._at_start else b"\n", stamp, text.encode())

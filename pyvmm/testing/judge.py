@@ -1,5 +1,5 @@
-"""Judges the run of a Linux guest: a verdict is made of how the machine ended and of what its
-kernel said.
+"""Judges the run of a Linux guest: makes a verdict of how the machine ended and of what its kernel
+reported.
 
 ``pyvmm run`` and ``pyvmm matrix`` judge by ``judge``. Test kernels have rules of their own
 (``verdict.judge_test``).
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyvmm.exits.budget import Result
     from pyvmm.outcome import Outcome
 
-RESET_RIP = 0xFFF0  # where a processor is that waits for its start-up interrupt
+RESET_RIP = 0xFFF0  # the address of a processor that waits for its start-up interrupt
 
 
 def judge(
@@ -33,15 +33,15 @@ def judge(
     symbols: str | None = None,
     budgets: Sequence[Result] = (),
 ) -> Verdict:
-    """The one verdict of a run. The machine's end decides; then what the kernel reported; then the
-    status of the command; then the budgets.
+    """The verdict of a run. The machine's end comes first, then the reports of the kernel, then the
+    status of the command, then the budgets.
 
     :param outcome: the ``Outcome`` of the machine.
     :param console: the end of what the guest wrote to its console.
     :param phases: ``Machine.phases``.
-    :param commanded: the guest was given a command to run.
-    :param watch: has read the console for what must not be in it.
-    :param symbols: path of a kernel that may have symbols, to name the places of the vCPUs.
+    :param commanded: whether the guest was given a command.
+    :param watch: has searched the console for reports that must not be in it.
+    :param symbols: path of a kernel that may have symbols, to name the vCPUs' addresses.
     """
     kind, abnormal, error = outcome.kind, outcome.abnormal, outcome.error()
     details: list[str] = []
@@ -89,7 +89,7 @@ def state_lines(outcome: Outcome, symbols: str | None, moved: int = 0) -> list[s
     """Where the vCPUs were at the end: the registers that the outcome has, and each instruction
     pointer with its symbol.
 
-    :param symbols: path of an ELF with symbols; any other file just has none.
+    :param symbols: path of an ELF with symbols; another file just has none.
     :param moved: the distance in bytes by which KASLR has moved the kernel.
     """
     lines = []

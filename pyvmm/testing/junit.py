@@ -1,4 +1,4 @@
-"""JUnit XML, as GitHub, GitLab and Jenkins read it."""
+"""JUnit XML, in the form that GitHub, GitLab and Jenkins read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
     Result = Literal["passed", "failed", "error", "skipped"]
 
-OUTPUT_MAX = 1 << 16  # bytes of a test's output that go into the file, the last ones
+OUTPUT_MAX = 1 << 16  # the last bytes of a test's output that go into the file
 
 
 class TestCase:
     """One <testcase>.
 
     :ivar result: ``passed``, ``failed``, ``error`` or ``skipped``.
-    :ivar kind: the failure's type, e.g. ``panic``.
+    :ivar kind: the failure's type, such as ``panic``.
     :ivar message: one line.
     :ivar text: the failure's body.
     :ivar output: the test's output.
@@ -49,8 +49,8 @@ class TestCase:
 
 
 def document(suite: str, cases: Sequence[TestCase], seconds: float) -> str:
-    """The whole file, in ASCII: valid whatever the tests have said, and whatever encoding the file
-    is opened with.
+    """The whole file, in ASCII, so that it is valid whatever the tests have printed and whatever
+    encoding a reader assumes.
     """
     counts = {r: sum(c.result == r for c in cases) for r in ("failed", "error", "skipped")}
     totals = {
@@ -65,7 +65,8 @@ def document(suite: str, cases: Sequence[TestCase], seconds: float) -> str:
     for case in cases:
         inner.append(_case(case))
     ET.indent(root, "")
-    text = ET.tostring(root, "us-ascii").decode("ascii")  # the rest becomes character references
+    # Other characters become character references.
+    text = ET.tostring(root, "us-ascii").decode("ascii")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
 
 
@@ -89,7 +90,7 @@ def _case(case: TestCase) -> ET.Element:
 
 
 def _legal(text: str) -> str:
-    """``text`` where U+FFFD stands for each character that XML 1.0 cannot hold (section 2.2) or
+    """``text`` with U+FFFD in place of each character that XML 1.0 cannot hold (section 2.2) or
     that would move a terminal's cursor.
     """
     return "\n".join(clean(line) for line in text.splitlines())

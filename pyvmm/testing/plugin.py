@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 
 HOSTS = ("local", "testbed", "auto")
 SCOPES = ("function", "class", "module", "package", "session")
-#: What the marker takes: parameters of ``TestMachine``, and how the test wants to get it.
+#: The marker's keywords: parameters of ``TestMachine``, and how the test gets the machine.
 MARKER = (
-    "append", "command", "cpus", "fail_on", "hang_timeout", "huge", "initrd", "kernel", "load_address", "load_mode", "memory",
+    "append", "command", "cpus", "fail_on", "hang_timeout", "huge", "initrd", "kernel",
+    "load_address", "load_mode", "memory",
     "net", "on_reboot", "start", "test_devices", "timeout",
 )  # fmt: skip
 CONSOLE_LINES = 200
 
 
 class Record:
-    """A machine that a test used, for its report.
+    """A machine that a test has used, for the test's report.
 
-    :ivar node: the test, class, module, package or session that it was made for.
+    :ivar node: the test, class, module, package or session for which the machine was made.
     """
 
     def __init__(self, node: pytest.Item | pytest.Collector, name: str) -> None:
@@ -101,7 +102,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker and check the configuration."""
+    """Declare the marker, and check the configuration."""
     config.addinivalue_line(
         "markers",
         "pyvmm(kernel=..., cpus=1, memory='256M', net='none', append='', fail_on=..., ...): "
@@ -120,7 +121,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Run the whole session in the testbed, if the user wants that."""
+    """Run the whole session in the testbed, if the user asks for it."""
     host = config.getoption("pyvmm_host") or config.getini("pyvmm_host")
     if host == "local" or hasattr(config, "workerinput") or config.getoption("help"):
         return None
@@ -130,7 +131,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
     if inside() or (host == "auto" and can_run_linux_locally()[0]):
         return None
-    # pytest's own terminal is not there yet.
+    # pytest's own terminal does not exist yet.
     sys.stderr.write("pyvmm: the tests run in the testbed\n")
     try:
         return Testbed().run_attached(
@@ -154,8 +155,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def kernel_ids(kernels: list[str]) -> list[str]:
-    """Short names: the name of the file, or as much of its path as distinguishes it from the
-    others.
+    """Short names: the file's name, or as much of its path as distinguishes it from the other
+    files.
     """
     parts = [Path(k).parts for k in kernels]
     for n in range(1, max(map(len, parts), default=1) + 1):
@@ -185,8 +186,8 @@ def pyvmm_kernel(request: pytest.FixtureRequest) -> str | None:
 def machine_factory(
     request: pytest.FixtureRequest, pyvmm_kernel: str | None
 ) -> Iterator[Callable[..., TestMachine]]:
-    """A function that makes machines: ``machine_factory(cpus=2, net="vhost-net")``. It takes what
-    the marker takes; all machines end with the test.
+    """A function that makes machines: ``machine_factory(cpus=2, net="vhost-net")``. It takes the
+    keywords of the marker; all machines end with the test.
     """
     records: list[Record] = []
 
@@ -204,7 +205,7 @@ def machine_factory(
 
 @pytest.fixture(scope=_scope)
 def vm(request: pytest.FixtureRequest, pyvmm_kernel: str | None) -> Iterator[TestMachine]:
-    """A machine as the marker ``pyvmm`` describes it, up and running. A Linux guest takes commands
+    """A running machine, made as the marker ``pyvmm`` describes it. A Linux guest takes commands
     by ``vm.run``.
     """
     records: list[Record] = []
@@ -213,7 +214,7 @@ def vm(request: pytest.FixtureRequest, pyvmm_kernel: str | None) -> Iterator[Tes
 
 
 def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What the markers say, key by key; the nearest marker wins."""
+    """The keywords of all markers; for each keyword the nearest marker wins."""
     wishes: dict[str, Any] = {}
     for marker in request.node.iter_markers("pyvmm"):
         if marker.args:
@@ -295,8 +296,8 @@ def _check_host(kernel: str) -> None:
 
 
 def _close(request: pytest.FixtureRequest, records: list[Record]) -> None:
-    """End the machines, the last one first. The test fails if a kernel has reported what
-    ``fail_on`` names.
+    """End the machines, the last one first. The test fails if a kernel has made a report of a
+    kind in ``fail_on``.
     """
     troubles: list[Trouble] = []
     count = 0
@@ -323,7 +324,7 @@ def _close(request: pytest.FixtureRequest, records: list[Record]) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add console and exits of its machines to the report of a failing test."""
+    """Add console and exits of the test's machines to the report of a failure."""
     report = yield
     records = item.config.stash.get(RECORDS, None)
     if records and report.failed:
@@ -331,6 +332,6 @@ def pytest_runtest_makereport(
         for record in records:
             if record.node in chain:
                 report.sections += record.sections()
-    if records and report.when == "teardown":  # machines of wider scopes stay
+    if records and report.when == "teardown":  # machines of wider scopes live on
         records[:] = [r for r in records if r.node is not item]
     return report

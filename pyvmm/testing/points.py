@@ -1,4 +1,4 @@
-"""Single results in a console: KTAP as KUnit and kselftest write it, and the lines ``PASS: name``
+"""Single results in a console: KTAP, as KUnit and kselftest write it, and the lines ``PASS: name``
 of test kernels.
 """
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Result = Literal["passed", "failed", "skipped"]
 
-POINTS_MAX = 20000  # results that are taken from one console
+POINTS_MAX = 20000  # the most results that are taken from one console
 #: The time stamp of Linux, with the caller that CONFIG_PRINTK_CALLER adds.
 STAMP = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d{6}\](?:\[ *[TC]\d+\])? ?")
 VERSION = re.compile(r"^[# ]*(?:K?TAP version \d+)\s*$")
@@ -35,7 +35,7 @@ class Point:
     """One result.
 
     :ivar result: ``passed``, ``failed`` or ``skipped``.
-    :ivar message: what was said with it.
+    :ivar message: the text beside the result.
     """
 
     __slots__ = ("message", "name", "result")
@@ -48,7 +48,7 @@ class Point:
 
 
 class _Level:
-    """The results at one depth of nesting, since the result that has them as its parts was begun."""
+    """The results at one depth of nesting, all of them parts of the same outer result."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []
@@ -56,7 +56,7 @@ class _Level:
         self.seen = 0
 
     def finished(self) -> list[Point]:
-        """The results. If the plan promised more than came, that is one more failure."""
+        """The results. If fewer came than the plan promised, one more failure says so."""
         if self.plan is not None and self.seen < self.plan:
             text = f"{self.seen} of {self.plan} results came"
             self.points.append(Point("(plan)", "failed", text))
@@ -67,8 +67,8 @@ def parse(console: bytes | bytearray) -> list[Point]:
     """Every result in the console, in order. Nested results are named ``outer/inner``, and their
     sum is left out.
 
-    KTAP counts from its version line on, so that an "ok 1" which a program prints by chance is no
-    result.
+    KTAP counts only after its version line, so that an "ok 1" which a program prints by chance is
+    not a result.
     """
     levels: dict[int, _Level] = {}
     lines: list[Point] = []
@@ -86,7 +86,7 @@ def parse(console: bytes | bytearray) -> list[Point]:
         if len(lines) > POINTS_MAX or sum(len(v.points) for v in levels.values()) > POINTS_MAX:
             break
     out: list[Point] = []
-    for depth in sorted(levels, reverse=True):  # the parts came first, and their sum never came
+    for depth in sorted(levels, reverse=True):  # their parts came, and their sum never came
         out += levels[depth].finished()
     return out + lines
 
@@ -110,7 +110,7 @@ def _result(levels: dict[int, _Level], match: re.Match[str]) -> None:
     level.seen += 1
     for point in inner:
         point.name = f"{name}/{point.name}"
-    # The sum tells something new only if it is worse than its parts.
+    # The sum is news only if it is worse than its parts.
     if not inner or (result == "failed" and not any(p.result == "failed" for p in inner)):
         inner.append(Point(name, result, directive))
     level.points += inner

@@ -1,8 +1,8 @@
-"""Boots test kernels, several at a time, each to a verdict.
+"""Boots test kernels, several at a time, and makes a verdict of each run.
 
 Theory of operation: worker threads take cases from a queue, boot each as a ``Machine`` with test
-devices, and hand its ``Result`` to the caller's thread, which reports it. The time-out of a case
-bounds its run; ``stop`` ends the runs that go on and starts no more.
+devices, and give its ``Result`` to the caller's thread, which reports it. The time-out of a case
+bounds its run. ``stop`` ends the present runs and starts no more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-TIMEOUT = 90.0  # seconds, as kvm-unit-tests has it
+TIMEOUT = 90.0  # seconds, as in kvm-unit-tests
 MEMORY = "128M"
 
 
@@ -30,8 +30,8 @@ class Case:
     """A kernel to boot.
 
     :param timeout: in seconds.
-    :param skip: why it is not run; empty if it is run.
-    :param notes: lines for the report. Other parameters: as of ``Machine``.
+    :param skip: why the kernel is not booted; empty if it is booted.
+    :param notes: lines for the report. The other parameters are those of ``Machine``.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Case:
 
 
 class Result:
-    """What became of a case.
+    """The result of a case.
 
     :ivar seconds: from the making of the machine to its end.
-    :ivar console: the last of what the kernel said, all streams.
-    :ivar report: ``Machine.report()``, None if there was no machine.
+    :ivar console: the end of the kernel's output, all streams.
+    :ivar report: ``Machine.report()``; None if no machine was made.
     :ivar points: the single results in the console.
     """
 
@@ -74,7 +74,7 @@ class Result:
         self.points: list[points.Point] = []
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON (docs/test-kernels.md)."""
+        """The result for JSON (docs/test-kernels.md)."""
         case, verdict = self.case, self.verdict
         return {
             "name": case.name,
@@ -96,7 +96,7 @@ class Result:
 
 
 class Suite:
-    """Runs cases.
+    """Runs cases, and ends them.
 
     :param jobs: machines at a time.
     """
@@ -116,9 +116,9 @@ class Suite:
         ]
 
     def run(self) -> Iterator[Result]:
-        """Run them; yields each result as soon as it is there, in the order of the ends.
+        """Run the cases; yields each result as soon as it exists, in the order of the ends.
 
-        :raises PyvmmError: no machine can be had on this host at all; the others have been stopped.
+        :raises PyvmmError: this host cannot make any machine; all machines have been stopped.
         """
         for thread in self._threads:
             thread.start()
@@ -132,8 +132,8 @@ class Suite:
             self.stop()
 
     def stop(self) -> None:
-        """End the machines that run, and start no more; returns when no machine is left. Any thread
-        but a worker may call it.
+        """End the running machines and start no more; returns when no machine is left. Any thread
+        but a worker.
         """
         with self._lock:
             self._stopped = True
@@ -175,7 +175,7 @@ class Suite:
                 result = self._attend(case, machine)
         except (KvmMissing, KvmForbidden, KvmUnsuitable):
             raise
-        except (ImageError, UsageError) as e:  # an error of this kernel, not of the host
+        except (ImageError, UsageError) as e:  # the fault is in this kernel, not in the host
             result = Result(case, Verdict("error", str(e)))
         result.seconds = time.monotonic() - begin
         return result

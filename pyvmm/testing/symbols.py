@@ -1,4 +1,4 @@
-"""From addresses to names, by the symbol table of an ELF."""
+"""Finds the names of addresses in the symbol table of an ELF."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from bisect import bisect_right
 STT_NOTYPE, STT_FUNC = 0, 2
 SYM64 = "<IBBHQQ"  # st_name, st_info, st_other, st_shndx, st_value, st_size
 SYM32 = "<IIIBBH"  # st_name, st_value, st_size, st_info, st_other, st_shndx
-SHN_LORESERVE = 0xFF00  # special indices from here on; absolute values are no addresses
-REACH = 0x10000  # most bytes of a symbol without size (assembly), up to the next symbol
+SHN_LORESERVE = 0xFF00  # indices from here on are special, and their values are no addresses
+REACH = 0x10000  # the most bytes of a symbol without a size (assembly), up to the next symbol
 
 
 class Symbols:
-    """The functions of an ELF. Another file, or a stripped ELF, has none.
+    """The functions of an ELF. A stripped ELF, or another file, has none.
 
-    :ivar problem: why there are none, if the file is to blame; else empty.
+    :ivar problem: why there are none, if the file is damaged; else empty.
     """
 
     def __init__(self, path: str) -> None:
-        #: address, is a function, size, offset of the name
+        #: Address, whether it is a function, size, offset of the name.
         self._found: list[tuple[int, bool, int, int]] = []
         self._strings = b""
         self.problem = ""
@@ -27,7 +27,7 @@ class Symbols:
             self._read(path)
         except OSError as e:
             self.problem = f"{path}: {e.strerror}"
-        except Exception as e:  # pyelftools on a file that only begins like an ELF
+        except Exception as e:  # pyelftools fails on a file that only begins like an ELF
             self.problem = f"{path}: no symbols: {e}"
 
     def _read(self, path: str) -> None:
@@ -44,7 +44,7 @@ class Symbols:
             if not isinstance(table, SymbolTableSection):
                 self.problem = f"{path} has no symbols"
                 return
-            # The iteration of pyelftools would take seconds for the hundred thousand symbols of a
+            # The iterator of pyelftools would take seconds for the hundred thousand symbols of a
             # vmlinux.
             data, self._strings = table.data(), table.stringtable.data()
             wide = file.elfclass == 64
@@ -58,10 +58,10 @@ class Symbols:
                 name, value, size, info, _, section = row
             if 0 < section < SHN_LORESERVE and name and info & 15 in kinds:
                 self._found.append((value, info & 15 == STT_FUNC, size, name))
-        self._found.sort()  # at one address a function comes last, and is found rather than a label
+        self._found.sort()  # at one address, a function comes last and is found before a label
 
     def name(self, address: int) -> str:
-        """``function+0x12``; empty if no function is known there."""
+        """``function+0x12``; empty if no known function contains the address."""
         at = bisect_right(self._found, (address, True, 1 << 64, 0)) - 1
         if at < 0:
             return ""

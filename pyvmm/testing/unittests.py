@@ -1,9 +1,9 @@
-"""The format of kvm-unit-tests' unittests.cfg, which says in QEMU's words what to boot and how;
-mapped to a machine of pyvmm.
+"""Reads unittests.cfg of kvm-unit-tests, which says in QEMU's words what to boot and how, and maps
+it to machines of pyvmm.
 
-If a test asks for something that this machine cannot have (a device, a CPU model without some
-feature, a check that does not hold), it is skipped with the reason. Whatever does not change its
-meaning is left out with a note.
+A test that needs something that a machine of pyvmm cannot have (a device, a CPU model without some
+feature, a check that fails) is skipped with the reason. An option that does not change the meaning
+of a test is left out with a note.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pyvmm.errors import UsageError
 
 ARCH = "x86_64"
 KEYS = {
-    "file", "smp", "extra_params", "qemu_params", "test_args", "groups", "arch", "check", "accel", "timeout",
+    "file", "smp", "extra_params", "qemu_params", "test_args", "groups", "arch", "check",
+    "accel", "timeout",
 }  # fmt: skip
-#: Options of QEMU, without a value and with one, that a machine of pyvmm meets anyway.
+#: Options of QEMU, without a value and with one, that every machine of pyvmm meets.
 MET = {"-enable-kvm", "-no-reboot", "-nodefaults", "-nographic", "-no-user-config"}
 MET_VALUE = {"-display", "-vnc", "-serial", "-monitor", "-overcommit", "-global", "-name"}
 MET_DEVICES = {"pc-testdev", "testdev", "isa-debug-exit", "isa-debugcon", "pvpanic"}
@@ -33,8 +34,8 @@ class Test:
     :ivar append: command line.
     :ivar memory: as ``--memory`` takes it, or None.
     :ivar timeout: seconds, or None for the default.
-    :ivar skip: why it is not run; empty if it is run.
-    :ivar notes: what was left out.
+    :ivar skip: why the test is not run; empty if it is run.
+    :ivar notes: which options were left out.
     """
 
     __test__ = False  # not a pytest class
@@ -52,20 +53,20 @@ class Test:
 
     @property
     def manual(self) -> bool:
-        """Whether it is only run if the user asks for it, for its group or for everything (group
+        """Whether the test runs only if the user asks for it, for its group or for all tests (group
         ``nodefault``).
         """
         return "nodefault" in self.groups
 
 
 class _NotHere(Exception):
-    """The test asks for something that a machine of pyvmm does not have."""
+    """The test needs something that a machine of pyvmm does not have."""
 
 
 def sections(text: str, path: str) -> list[tuple[str, list[tuple[str, str]]]]:
     """The file's sections: name, and its keys with their values in order.
 
-    :raises UsageError: names file and line.
+    :raises UsageError: the file is malformed; the message names file and line.
     """
     out: list[tuple[str, list[tuple[str, str]]]] = []
     lines = iter(enumerate(text.splitlines(), 1))
@@ -95,7 +96,7 @@ def sections(text: str, path: str) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def read(path: str, max_cpus: int) -> list[Test]:
-    """The tests of a file, whose kernels lie beside it.
+    """The tests of a file. Their kernels are in the file's directory.
 
     :param max_cpus: the value of $MAX_SMP.
     :raises UsageError: the file is missing or malformed.
@@ -160,7 +161,7 @@ def _number(what: str, text: str, max_cpus: int) -> int:
 
 
 def _words(text: str) -> list[str]:
-    # The only substitution of a shell that the project's own file has. To allow others would mean to
+    # The only shell substitution that the project's own file has. To allow others would mean to
     # run whatever the file says.
     text = re.sub(r"`date \+%s`|\$\(date \+%s\)", str(int(time.time())), text)
     if "`" in text or "$(" in text:
@@ -172,8 +173,8 @@ def _words(text: str) -> list[str]:
 
 
 def _parameters(test: Test, text: str, max_cpus: int) -> None:
-    """QEMU's options. Each option goes into the machine, is met anyway, or is a reason to skip the
-    test.
+    """Map QEMU's options. An option goes into the machine, is met by every machine, or is a reason
+    to skip the test.
     """
     words = iter(_words(text))
     for word in words:
@@ -208,8 +209,8 @@ def _parameters(test: Test, text: str, max_cpus: int) -> None:
 
 
 def _cpu(test: Test, value: str) -> None:
-    """The CPU is always the host's. More features than the test asks for do no harm; fewer or other
-    ones do.
+    """Check the test's CPU. The CPU is always the host's. More features than the test needs do no
+    harm, but a test that needs another feature, or the absence of one, is skipped.
     """
     _, *features = value.split(",")
     for feature in features:
@@ -223,10 +224,10 @@ def _cpu(test: Test, value: str) -> None:
 
 
 def seconds(text: str, name: str) -> float | None:
-    """A time-out as timeout(1) takes it: 90, 90s, 3m, 1h. None for 0, which means the default here,
-    since nothing runs for ever.
+    """A time-out as timeout(1) takes it: 90, 90s, 3m, 1h. 0 gives None, which means the default,
+    because no test runs forever.
 
-    :raises UsageError: it is no time-out.
+    :raises UsageError: ``text`` is not a time-out.
     """
     match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([smhd]?)", text)
     if match is None:

@@ -1,6 +1,6 @@
-"""Verdicts: what a run means, in one word, one exit status and one line.
+"""Verdicts: the meaning of a run, as one word, one exit status and one line.
 
-A verdict is made from how the machine ended and, for Linux, from what the console says
+A verdict is made of how the machine ended and, for Linux, of the reports on the console
 (``testing.console``).
 """
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         "interrupted",
     ]
 
-#: verdict -> exit status; None: the test's own. docs/exit-codes.md has the same table, and a test
-#: compares the two.
+#: Verdict -> exit status; None: the status of the test itself. docs/exit-codes.md has the same
+#: table, and a test compares the two.
 CODES: dict[Kind, int | None] = {
     "passed": 0,
     "skipped": 77,
@@ -46,16 +46,16 @@ CODES: dict[Kind, int | None] = {
     "timeout": 124,
     "interrupted": 130,
 }
-SKIP_STATUS = 77  # of autotools; a test kernel ends with it by debug-exit with 77 >> 1
+SKIP_STATUS = 77  # as in autotools; a test kernel ends with it by a debug-exit with 77 >> 1
 
 
 class Verdict:
-    """What a run means.
+    """The meaning of a run.
 
     :ivar kind: one of CODES.
-    :ivar message: one line; empty if it passed without a word.
+    :ivar message: one line; empty if the run passed and there is nothing to say.
     :ivar status: the test's own exit status if it has one; pyvmm's, if an error, a host problem or
-        a signal ended it.
+        a signal ended the run.
     :ivar details: more lines: registers, call trace.
     """
 
@@ -83,7 +83,7 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        """Whether it passed or was skipped."""
+        """Whether the run passed or was skipped."""
         return self.kind in ("passed", "skipped")
 
     def __repr__(self) -> str:
@@ -91,8 +91,8 @@ class Verdict:
 
 
 def of_error(error: PyvmmError) -> Verdict:
-    """The verdict if there was no machine, or none that could go on: either the user asks for
-    something wrong, or the host does not have it.
+    """The verdict if no machine could be made or go on: the user asks for something wrong, or the
+    host lacks something.
     """
     ours = isinstance(error, UsageError | ImageError | BuildError)
     return Verdict("error" if ours else "host-problem", str(error), status=error.exit_code)
@@ -101,8 +101,8 @@ def of_error(error: PyvmmError) -> Verdict:
 def judge_test(outcome: Outcome) -> Verdict:
     """The verdict of a test kernel.
 
-    Debug-exit with value 0, or status 0 by the guest port, is passed; 77 (value 38) is skipped; any
-    other is failed.
+    Debug-exit with value 0, or status 0 by the guest port, means passed; status 77 (value 38)
+    skipped; any other value failed.
     """
     kind, status = outcome.kind, outcome.status
     if kind in ("debug-exit", "poweroff") and status is not None:
@@ -139,7 +139,7 @@ def last_lines(text: bytes | bytearray, count: int = 20) -> list[str]:
 
 
 def clean(line: str) -> str:
-    """A line in which U+FFFD stands for each character that would move a terminal's cursor or that
+    """A line with U+FFFD in place of each character that would move a terminal's cursor or that
     XML cannot hold.
     """
     return "".join(

@@ -1,5 +1,5 @@
-"""The machine that a test gets: it knows what to boot, runs commands, and tells how many exits
-something took.
+"""The machine of a test: it knows what to boot, runs commands, and counts the exits that something
+took.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ if TYPE_CHECKING:
     from pyvmm.exits.phases import Phase
     from pyvmm.exits.snapshot import Snapshot
 
-#: Seconds until the guest takes commands. Under emulation, on a busy host, it needs many.
+#: Seconds until the guest takes commands. Under emulation, on a busy host, this takes long.
 BOOT_TIMEOUT = 180.0
 SUMMARY_LINES = 20
 
 
 class ExitsExceeded(AssertionError):
-    """More exits than allowed. pytest shows it as a failed assertion."""
+    """There were more exits than allowed. pytest shows this as a failed assertion."""
 
 
 class Exits:
     """The exits of a machine since it was ready, or since the last ``reset``; ``with vm.exits:``
     counts a block alone.
 
-    They can be read while the machine is open. The figures are those of budgets (docs/budgets.md).
+    They can be read until the machine is closed. Their names are those of budgets
+    (docs/budgets.md).
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -45,21 +46,21 @@ class Exits:
         self._begin = self._machine.accounts.snapshot("test")
 
     def phase(self) -> Phase:
-        """Everything that is counted, as of now: ``ledger``, ``kvm``, ``counters``, ``metrics()``."""
+        """Everything that has been counted: ``ledger``, ``kvm``, ``counters``, ``metrics()``."""
         accounts = self._machine.accounts
         return Phase("test", accounts, self._begin, accounts.snapshot("now"))
 
     def counts(self) -> dict[str, int | None]:
-        """The figures so far, by name; None if nobody counts a figure."""
+        """The figures up to now, by name; None if nothing counts a figure."""
         return self.phase().metrics()
 
     def assert_within(self, *budgets: str, **limits: float) -> dict[str, float | None]:
         """Fail unless all budgets hold: ``assert_within(user_exits=5000, notify_per_kpacket=20)``.
 
-        :param limits: the most that each figure may be.
-        :param budgets: other conditions, as ``"packets>=100"``, ``"exits[serial0]==0"``.
-        :returns: the figures by budget.
-        :raises ExitsExceeded: names each budget that is broken, and the most frequent exits.
+        :param limits: the largest allowed value of each figure.
+        :param budgets: other conditions, such as ``"packets>=100"``, ``"exits[serial0]==0"``.
+        :returns: the value of each budget.
+        :raises ExitsExceeded: a budget is broken; names each of them, and the most frequent exits.
         :raises UsageError: there is no such figure, or this machine does not count it.
         """
         phase = self.phase()
@@ -101,8 +102,8 @@ class TestMachine(Machine):
     """A ``Machine`` for tests.
 
     :param kernel: a file, or the name of an image of pyvmm; None for the image ``default``. A Linux
-        kernel without ``initrd`` gets the initrd of the default image, and with it pyvmm's init,
-        which takes commands. Other parameters: as of ``Machine``.
+        kernel without ``initrd`` gets the initrd of the default image, with pyvmm's init, which
+        takes commands. The other parameters are those of ``Machine``.
     :ivar exits: see ``Exits``.
     """
 
@@ -134,8 +135,8 @@ class TestMachine(Machine):
         self._summary = ""
 
     def summary(self) -> str:
-        """The exits so far, the most frequent first, for people. It may also be read after
-        ``close``.
+        """The exits up to now, the most frequent first, for people. It may be called after
+        ``close``, too.
         """
         if self._summary:
             return self._summary
@@ -153,9 +154,10 @@ class TestMachine(Machine):
         super().close()
 
     def ready(self, timeout: float = BOOT_TIMEOUT) -> Self:
-        """Start, and wait until the guest takes commands; if it takes none, until init runs.
+        """Start, and wait until the guest takes commands; if it never does, wait until init runs.
 
-        :raises PyvmmError: it does not come up.
+        :param timeout: seconds.
+        :raises PyvmmError: the guest does not come up.
         """
         self.start()
         if self.agent is not None:
@@ -165,8 +167,8 @@ class TestMachine(Machine):
 
 
 def resolve(kernel: str | None) -> tuple[str, str | None, str]:
-    """What to boot: path of the kernel; path of the initrd that goes with it, None if it needs
-    none; and its parameters.
+    """What to boot: path of the kernel; path of its initrd, or None if it needs none; and its
+    parameters.
 
     :raises ImageError: there is no such image or file.
     """

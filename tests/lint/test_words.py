@@ -27,7 +27,8 @@ CODE = (
     "pyvmm/hostnet", "pyvmm/conformance", "pyvmm/vhostuser", "pyvmm/backend",
     "pyvmm/devices/guest_agent.py", "pyvmm/devices/guest_port.py", "pyvmm/hang.py",
     "pyvmm/doctor.py", "pyvmm/netopt.py", "pyvmm/machine.py", "pyvmm/assembly.py",
-    "pyvmm/outcome.py", "pyvmm/panics.py", "pyvmm/vcpus.py", "pyvmm/matrix",
+    "pyvmm/outcome.py", "pyvmm/panics.py", "pyvmm/vcpus.py", "pyvmm/matrix", "pyvmm/compare",
+    "pyvmm/testing",
 )  # fmt: skip
 
 COLUMNS = 100
