@@ -29,17 +29,18 @@ from typing import TYPE_CHECKING, Any
 
 import pyvmm
 from pyvmm._ext import lib
+from pyvmm.card.handover import HandOver
 from pyvmm.datapath.vhost_device import Vhost
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.images import find
 from pyvmm.images.cpio import Archive
-from pyvmm.virtio.net import NetDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.card.nic import Nic
     from pyvmm.card.report import SwitchReport
+    from pyvmm.card.uplink import Route
 
 ROOT = Path(__file__).resolve().parents[2]
 #: UDP and TCP ports: to the guest, from the guest.
@@ -80,20 +81,20 @@ class Injector:
         self.nic = nic
         self.armed = ""
         self.after: list[Callable[[], None]] = []
-        self._begin = NetDevice.switch
+        self._run = HandOver.run
         self._set_backend = Vhost.set_backend
         injector = self
 
-        def switch(self: NetDevice, *args: Any) -> None:
+        def run(self: HandOver) -> Route:
             injector._strike()
-            injector._begin(self, *args)
+            return injector._run(self)
 
         def set_backend(self: Vhost, ring: int, fd: int) -> None:
             if injector.armed == "ioctl" and fd >= 0 and ring == 1:
                 raise HostError("VHOST_NET_SET_BACKEND failed: injected")
             injector._set_backend(self, ring, fd)
 
-        NetDevice.switch = switch  # type: ignore[method-assign]
+        HandOver.run = run  # type: ignore[method-assign]
         Vhost.set_backend = set_backend  # type: ignore[method-assign]
 
     def arm(self, fault: str) -> str:
@@ -103,7 +104,7 @@ class Injector:
 
     def _strike(self) -> None:
         """The new path is prepared, the old one runs yet."""
-        child = self.nic._outside._backend
+        child = self.nic._uplink._backend
         pid = child.pid if child is not None else None
         if self.armed in ("kill", "silent") and pid is not None:
             os.kill(pid, signal.SIGKILL if self.armed == "kill" else signal.SIGSTOP)
@@ -238,9 +239,10 @@ class Soak:
 
     def stats(self) -> dict[str, int]:
         """The tap's counters."""
-        tap = self.nic._outside.tap
+        tap = self.nic._uplink.tap
         assert tap is not None
-        return tap.link().stats()
+        stats: dict[str, int] = tap.link().stats()
+        return stats
 
     def start_traffic(self) -> None:
         a, here, there = self.args, "192.168.100.1", "192.168.100.2"
@@ -342,7 +344,7 @@ class Soak:
             device = self.nic.device
             if device.faults or device.resets:
                 self.problems.append(f"faults {device.faults}, resets {device.resets}")
-            report = self.nic.report()
+            report: dict[str, Any] = self.nic.report()
         for name, words in told.items():
             print(f"{name:20}", " ".join(f"{k}={v}" for k, v in words.items()))
         lost = self.judge(told, drops)
