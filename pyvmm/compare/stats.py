@@ -14,6 +14,7 @@ from pyvmm.compare.counters import CAUSES, ROLES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any, Final, Literal
 
     Difference = Literal["noise", "differs", "unknown"]
@@ -122,7 +123,7 @@ BY_KEY = {measure.key: measure for measure in MEASURES}
 assert tuple(ROLE_WORDS) == ROLES
 
 
-def spread(values: list[float]) -> dict[str, float | int]:
+def spread(values: Sequence[float]) -> dict[str, float | int]:
     """Median and range of at least one value."""
     return {
         "n": len(values),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -18,6 +19,9 @@ from pyvmm.exits.report import build
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.outcome import Outcome
 from tests.pci_guest import Board
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.vm import Vm
 
 
 class Card:
@@ -48,7 +52,7 @@ class Rig:
         self.card = Card()
         self.accounts = MachineAccounts(
             SimpleNamespace(extension=lambda name: 0),  # type: ignore[arg-type]
-            board.vm,
+            cast("Vm", board.vm),
             board.bus,
             [vcpu],
             [self.card],
@@ -68,7 +72,7 @@ class Rig:
             for phase in phases_of(self.accounts)
         }
 
-    def report(self, outcome: Outcome | None = None) -> dict[str, object]:
+    def report(self, outcome: Outcome | None = None) -> dict[str, Any]:
         return build(
             self.accounts,
             outcome,
@@ -115,7 +119,7 @@ def test_a_snapshot_that_cannot_be_made_is_told(rig: Rig, error: Exception) -> N
     rig.accounts.reach("command_end")
     assert rig.phases() == {"boot": (0, 0), "init": (7, 16), "shutdown": (0, 0)}
     assert "command" in rig.accounts.phases, "the time is known all the same"
-    (note,) = rig.report()["notes"]  # type: ignore[misc]
+    (note,) = rig.report()["notes"]
     why = "Too many open files" if isinstance(error, OSError) else "no counters"
     assert note == (
         f"the counters at command could not be read ({why}): what phase command counted is in the "
@@ -133,7 +137,7 @@ def test_the_report_of_a_machine_that_runs_and_that_has_ended(rig: Rig) -> None:
     rig.accounts.reach("end")
     ended = rig.report(outcome)
     assert ended["outcome"] == {"kind": "poweroff", "status": 3, "detail": ""}
-    assert next(iter(ended["phases_s"])) == "vmm"  # type: ignore[call-overload]
+    assert next(iter(ended["phases_s"])) == "vmm"
     assert ended["nets"] == [{"name": "net0"}]
 
 

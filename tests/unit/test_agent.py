@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -17,6 +18,9 @@ from pyvmm.devices.guest_agent import Agent
 from pyvmm.errors import CommandFailed, UsageError
 from pyvmm.spec.platform import PORT_GUEST_REQUEST, REQUEST_KILL, REQUEST_LEAVE, REQUEST_RUN
 from tests.pci_guest import Board
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.vm import Vm
 
 PATIENCE = 60.0
 
@@ -28,7 +32,7 @@ class Init:
         self.board = board
         self.page = bytearray()
         self.has_page = True
-        self.agent = Agent(board.bus, board.vm, self._store)
+        self.agent = Agent(board.bus, cast("Vm", board.vm), self._store)
         self.agent.bell.start()
         self._got = bytearray()
 

@@ -27,10 +27,18 @@ SLEEP, STATUS, RESET = (
 SLP_EN = 1 << 5
 
 
+class EventBoard(Board):
+    """A board that notes what its devices report."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Any] = []
+
+
 @pytest.fixture
 def board() -> Iterator[Any]:
-    with Board() as b:
-        b.events = []
+    b = EventBoard()
+    with b:
         Rtc(b.bus)
         Power(b.bus, lambda: b.events.append("off"), lambda: b.events.append("reset"))
         PvPanic(b.bus, lambda bits: b.events.append(("panic", bits)))

@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def make_elf(
     segments: list[tuple[int, bytes, int]],
     *,
     entry: int = 0x100_0000,
-    notes: bytes = b"",
+    notes: bytes | bytearray = b"",
     vaddr_delta: int = 0,
     **header: int,
 ) -> bytearray:
@@ -295,6 +296,8 @@ def patched(data: bytearray, offset: int, value: bytes) -> bytearray:
 
 
 PH = lb.EHDR_SIZE  # the first program header
+#: The header's field ``class``, whose name is a keyword in Python.
+ELF32: dict[str, Any] = {"class": 1}
 BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     "empty": (lambda: b"", "is empty"),
     "tiny": (lambda: b"x", "neither a bzImage nor an ELF"),
@@ -307,7 +310,7 @@ BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     ),
     "notes cut": (lambda: cut(good_elf(), len(good_elf()) - 8), "truncated: note segment 2"),
     "elf32": (
-        lambda: make_elf([(0x100_0000, CODE, 4096)], **{"class": 1}),
+        lambda: make_elf([(0x100_0000, CODE, 4096)], **ELF32),
         "another machine (e_machine 62, a 32-bit x86 is 3)",
     ),
     "big endian": (lambda: make_elf([(0x100_0000, CODE, 4096)], data=2), "not a little-endian"),
@@ -415,9 +418,9 @@ def test_missing_file_is_refused(
     memory: GuestMemory, tmp_path: Path, make: Callable[[Path], Path], text: str, what: str
 ) -> None:
     kernel = save(tmp_path, make_bzimage())
-    bad = str(make(tmp_path))
+    files: dict[str, Any] = {"kernel": kernel, what: str(make(tmp_path))}
     with pytest.raises(ImageError, match=text) as caught:
-        boot.load(memory, **{"kernel": kernel, what: bad})
+        boot.load(memory, **files)
     assert str(caught.value).startswith(what)
     assert caught.value.exit_code == 105
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from pyvmm.errors import BudgetBroken, UsageError
 from pyvmm.exits.budget import METRICS, OPERATORS, Budget
+
+if TYPE_CHECKING:
+    from pyvmm.exits.accounts import MachineAccounts
+    from pyvmm.exits.phases import Phase
 
 
 def line(count: int, device: str, name: str = "", reason: str = "io", role: str = "") -> Any:
@@ -44,6 +48,14 @@ class FakePhase:
 
     def metrics(self) -> dict[str, int | None]:
         return self._metrics
+
+
+def fake_phase(**metrics: int) -> Phase:
+    return cast("Phase", FakePhase(**metrics))
+
+
+#: For a budget whose phase does not come from a machine.
+NO_MACHINE = cast("MachineAccounts", None)
 
 
 @pytest.mark.parametrize(
@@ -109,28 +121,29 @@ def test_bad(text: str, said: str) -> None:
     ],
 )
 def test_selection(what: str, value: int) -> None:
-    assert Budget(f"exits[{what}]<=1").value(FakePhase()) == value
+    assert Budget(f"exits[{what}]<=1").value(fake_phase()) == value
 
 
 def test_rates() -> None:
-    phase = FakePhase(packets=2000, bytes=3_000_000, notify=30, kvm_exits=600)
+    phase = fake_phase(packets=2000, bytes=3_000_000, notify=30, kvm_exits=600)
     assert Budget("notify_per_kpacket<=1").value(phase) == 15
     assert Budget("kvm_exits_per_mb<=1").value(phase) == 200
     assert Budget("exits[serial0]_per_kpacket<=1").value(phase) == 35
-    assert Budget("notify_per_kpacket<=1").value(FakePhase(packets=0, notify=0)) is None
-    assert Budget("packets<=1").value(FakePhase()) is None
+    assert Budget("notify_per_kpacket<=1").value(fake_phase(packets=0, notify=0)) is None
+    assert Budget("packets<=1").value(fake_phase()) is None
 
 
 @pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("limit", [99, 100, 101])
 def test_verdict_and_words(op: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyvmm.exits.budget.phase", lambda machine, name: FakePhase())
-    result = Budget(f"user_exits{op}{limit}").check(None)
+    monkeypatch.setattr("pyvmm.exits.budget.phase", lambda machine, name: fake_phase())
+    result = Budget(f"user_exits{op}{limit}").check(NO_MACHINE)
     assert result.held == eval(f"100 {op} {limit}")
     assert result.value == 100 and result.phase == "command"
     assert (result.error() is None) == result.held
     if not result.held:
-        assert isinstance(result.error(), BudgetBroken) and result.error().exit_code == 117
+        error = result.error()
+        assert isinstance(error, BudgetBroken) and error.exit_code == 117
         want = {99: "1 (1%) over", 100: "exactly that much", 101: "1 (1%) short"}[limit]
         assert result.message == f"budget user_exits{op}{limit}: 100 in command, {want}"
 
@@ -139,9 +152,11 @@ def test_a_phase_that_was_not_reached_or_a_rate_of_nothing_is_broken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "pyvmm.exits.budget.phase", lambda machine, name: FakePhase() if name == "all" else None
+        "pyvmm.exits.budget.phase", lambda machine, name: fake_phase() if name == "all" else None
     )
-    assert not Budget("command.user_exits<=1000").check(None).held
-    assert Budget("user_exits<=1000").check(None).held, "without a command phase, all of it counts"
-    result = Budget("user_exits_per_kpacket<=1000").check(None)
+    assert not Budget("command.user_exits<=1000").check(NO_MACHINE).held
+    assert Budget("user_exits<=1000").check(NO_MACHINE).held, (
+        "without a command phase, all of it counts"
+    )
+    result = Budget("user_exits_per_kpacket<=1000").check(NO_MACHINE)
     assert not result.held and "no packets" in result.message

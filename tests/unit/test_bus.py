@@ -23,7 +23,7 @@ class Recorder:
 
     def __init__(self, value: int = 0) -> None:
         self.value = value
-        self.seen: list[tuple] = []
+        self.seen: list[tuple[Any, ...]] = []
 
     def read(self, offset: Any, size: Any) -> Any:
         self.seen.append(("r", offset, size))
@@ -258,7 +258,7 @@ def test_a_thread_turns_eventfds_into_isr_bits(board: Any) -> None:
         for _ in range(3):
             assert lib.pv_intx_start(x, b"net0 intx", fds, [1, 2], 2) == 0
             tasks = Path("/proc/self/task").glob("*/comm")
-            assert wait_for(lambda t=list(tasks): "net0 intx\n" in [c.read_text() for c in t])
+            assert wait_for(lambda t=list(tasks): "net0 intx\n" in [c.read_text() for c in t])  # type: ignore[misc]
             assert threading.enumerate() == known
             for event, bit in ((queue, 1), (config, 2)):
                 event.signal()

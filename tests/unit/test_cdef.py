@@ -98,7 +98,7 @@ def test_kernel_structs_and_requests_against_the_headers(tmp_path: Path) -> None
 def test_the_module_is_abi3_and_hides_its_insides() -> None:
     import pyvmm._ext
 
-    path = pyvmm._ext.__file__
+    path = pyvmm._ext.__file__  # type: ignore[attr-defined]  # nothing is known of _ext
     assert ".abi3." in os.path.basename(path)  # noqa: PTH119
     so = ctypes.CDLL(path)
     assert not hasattr(so, "pv_bus_find")

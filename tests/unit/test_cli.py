@@ -25,6 +25,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     try:
         status = cli.main(list(argv))
     except SystemExit as e:
+        assert e.code is None or isinstance(e.code, int)
         status = e.code or 0
     out = capsys.readouterr()
     return status, out.out, out.err

@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jsonschema
 import pytest
@@ -30,13 +30,17 @@ from pyvmm.compare.run import Comparison
 from pyvmm.errors import GuestTimeout, HostError, ImageError, KvmMissing, UsageError, VhostMissing
 from pyvmm.threads import Thread
 
+if TYPE_CHECKING:
+    from pyvmm.exits.ledger import Ledger
+
 RECORD = Path(__file__).resolve().parents[1] / "data" / "compare.json"
 
 
 @pytest.fixture
 def record() -> dict[str, Any]:
     """Results of a real run in the testbed."""
-    return json.loads(RECORD.read_text())
+    record: dict[str, Any] = json.loads(RECORD.read_text())
+    return record
 
 
 # --- what is asked for ----------------------------------------------------------------------------
@@ -129,9 +133,11 @@ def test_summary_takes_what_went_well(record: dict[str, Any]) -> None:
     more["workloads"][0]["rtt_ms"] = 1000.0
     record["runs"].append(more)
     entry = stats.Figures({"summary": stats.summarise(record)}).get("ping", first, "rtt_ms")
+    assert entry is not None
     assert entry["n"] == len(runs) + 1 and entry["max"] == 1000 and entry["verdict"] is None
     more["workloads"][0]["error"] = "failed"
     entry = stats.Figures({"summary": stats.summarise(record)}).get("ping", first, "rtt_ms")
+    assert entry is not None
     assert entry["n"] == len(runs) and entry["max"] < 1000
 
 
@@ -139,6 +145,7 @@ def test_ratios_are_to_the_first_mode(record: dict[str, Any]) -> None:
     figures = stats.Figures({"summary": stats.summarise(record)})
     modes = [m["name"] for m in record["modes"] if not m["problem"]]
     a, b = (figures.get("ping", name, "kvm.exits") for name in modes[:2])
+    assert a is not None and b is not None
     assert a["ratio"] is None and b["ratio"] == pytest.approx(b["median"] / a["median"], rel=1e-3)
 
 
@@ -165,7 +172,7 @@ def test_causes_add_up() -> None:
             ]
         )
     ]
-    got = counters.causes(SimpleNamespace(lines=lines))
+    got = counters.causes(cast("Ledger", SimpleNamespace(lines=lines)))
     assert got == {
         "notify": 3,
         "mmio": 4,
@@ -357,7 +364,7 @@ def test_the_page_needs_nothing_else(record: dict[str, Any]) -> None:
 
 def test_the_figure_is_xml(record: dict[str, Any]) -> None:
     root = ET.fromstring(html.figure(record))
-    texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    texts = [e.text or "" for e in root.iter("{http://www.w3.org/2000/svg}text")]
     assert any("exits per 1,000 packets" in t for t in texts) and "cannot run here" in texts
 
 
@@ -541,7 +548,7 @@ def compare_with(
         "modes": "emulated,vhost-net",
         **options,
     }
-    said = []
+    said: list[str] = []
     return run.Comparison(plan.Plan(**options), said.append), log, said
 
 
@@ -553,6 +560,7 @@ def test_modes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert log[-1][1] == "close" and not document["partial"]
     assert schema.check(document) == "" and cli_complete(document)
     entry = stats.Figures(document).get("ping", "vhost-net", "user_exits")
+    assert entry is not None
     assert (entry["n"], entry["median"], entry["verdict"]) == (2, 1, stats.NOISE)
     assert document["modes"][0]["negotiated"] == ["A"]
 

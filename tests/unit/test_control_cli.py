@@ -25,9 +25,9 @@ from tests.unit.test_rings import Guest, ram  # noqa: F401 - a fixture
 
 class Fake:
     def __init__(self) -> None:
-        self.calls = []
-        self.server = None
-        self.rings = {}
+        self.calls: list[tuple[str, dict[Any, Any]]] = []
+        self.rings: dict[str, Any] = {}
+        self.server = Server(Claim("box"), COMMANDS, self, {})
 
 
 def note(name: str, event: str = "") -> Callable[..., Any]:
@@ -40,7 +40,7 @@ def note(name: str, event: str = "") -> Callable[..., Any]:
     return run
 
 
-def switch(machine: Fake, given: dict[str, int | str]) -> Any:
+def switch(machine: Fake, given: dict[str, Any]) -> Any:
     """Refused, rolled back or done, by the mode."""
     if given["mode"] == "vhost-net":
         raise QmpError("nothing to switch to")
@@ -108,7 +108,6 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Fake]:
     monkeypatch.setenv("PYVMM_TESTBED", f"none-{os.getpid()}")
     monkeypatch.delenv("PYVMM_IN_TESTBED", raising=False)
     f = Fake()
-    f.server = Server(Claim("box"), COMMANDS, f, {})
     yield f
     f.server.close()
     subprocess.run(["rm", "-rf", str(base)], check=True)

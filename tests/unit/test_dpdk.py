@@ -172,10 +172,10 @@ def check_macswap(guest: Guest) -> None:
 
         driver.received.clear()
         assert wait_for(forwards, PATIENCE), guest.path.problems
-        assert wait_for(lambda d=driver: not d.tx.outstanding, PATIENCE)
+        assert wait_for(lambda d=driver: not d.tx.outstanding, PATIENCE)  # type: ignore[misc]
         for at in range(1, 513, 32):
             driver.send(*[packet(n) for n in range(at, at + 32)])
-            assert wait_for(lambda last=at + 31, n=numbers: last in n(), PATIENCE)
+            assert wait_for(lambda last=at + 31, n=numbers: last in n(), PATIENCE)  # type: ignore[misc]
         assert [n for n in numbers() if n] == list(range(1, 513))
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from pyvmm.hang import stuck_too_long
 from pyvmm.kvm.vcpu import ALIVE, HALTED_OFF, NOT_STARTED, RUNS_OFF
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.vcpu import State
 
 
 @pytest.mark.parametrize(
@@ -22,7 +27,7 @@ from pyvmm.kvm.vcpu import ALIVE, HALTED_OFF, NOT_STARTED, RUNS_OFF
         ([RUNS_OFF, HALTED_OFF], True, True),
     ],
 )
-def test_states(states: list[str], bare: bool, linux: bool) -> None:
+def test_states(states: list[State], bare: bool, linux: bool) -> None:
     since = [10.0 if s in (RUNS_OFF, HALTED_OFF) else None for s in states]
     assert stuck_too_long(since, states, False, 15.0, 5.0) == bare
     assert stuck_too_long(since, states, True, 15.0, 5.0) == linux

@@ -52,9 +52,8 @@ def test_port_header_matches_platform() -> None:
     ours = {n: v for n, v in vars(platform).items() if re.match(r"(PORT_)?GUEST_", n)}
     assert stated == ours
     assert f"PORT_ACPI_SLEEP_CONTROL {platform.PORT_ACPI_SLEEP_CONTROL:#x}" in text
-    assert (
-        int(re.search(r"ACPI_POWER_OFF\s+(\w+)", text)[1], 0) == 1 << 5 | platform.ACPI_S5_TYPE << 2
-    )  # type: ignore[index]
+    power_off = re.search(r"ACPI_POWER_OFF\s+(\w+)", text)
+    assert power_off and int(power_off[1], 0) == 1 << 5 | platform.ACPI_S5_TYPE << 2
     assert magic.to_bytes(4, "little") == b"PVMM"
     assert platform.PORT_GUEST_CONTROL + count == platform.PORT_GUEST_REQUEST + 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -22,6 +22,10 @@ from pyvmm.virtio.net import NetDevice
 from pyvmm.virtio.pci.transport import VirtioPci
 from tests.driver import Cable
 from tests.pci_guest import Board
+
+if TYPE_CHECKING:
+    from pyvmm.exits.accounts import MachineAccounts
+    from pyvmm.kvm.vm import Vm
 
 
 class Ports:
@@ -73,7 +77,7 @@ def test_a_line_a_place_size_and_direction(board: Any) -> None:
     assert book.by_device() == {"ports": 6, "card": 1, "nobody": 1}
     assert sum(line.count for line in book.lines) == book.total == 8
     assert book.lines[0].what == "pio read 0x3000/1 ports"
-    as_json = book.as_dict()
+    as_json: dict[str, Any] = book.as_dict()
     assert as_json["kvm_run_returns"] == 8
     assert sum(line["count"] for line in as_json["lines"]) == 8
 
@@ -180,7 +184,7 @@ def test_kicks_of_the_control_queue_are_told_apart(queues: Any, mq: Any, control
         device = NetDevice(
             "net0", board.memory, EmulatedNet(cable := Cable()), cable, bytes(6), pairs=queues
         )
-        transport = VirtioPci(board.vm, board.bus, device, 0x020000, notify="exit")
+        transport = VirtioPci(cast("Vm", board.vm), board.bus, device, 0x020000, notify="exit")
         slot = board.add(transport).slot
         bits = 1 << virtio_net.VIRTIO_NET_F_CTRL_VQ | (1 << virtio_net.VIRTIO_NET_F_MQ if mq else 0)
         board.config_write(slot, 4, 2, 2)
@@ -211,7 +215,7 @@ def test_phases_of_a_card_whose_data_path_was_replaced(board: Any) -> None:
     end = Snapshot(
         "end", 20, [vcpu], None, {}, [{"rx_packets": 30, "tx_packets": 4, "parked_ms": 7}]
     )
-    phase = Phase("command", accounts, begin, end)
+    phase = Phase("command", cast("MachineAccounts", accounts), begin, end)
     assert phase.counters == [{"rx_packets": 30, "tx_packets": 4, "parked_ms": 2}]
     metrics = phase.metrics()
     assert metrics["packets"] == 34 and metrics["kicks"] is None and metrics["kvm_exits"] is None

@@ -35,7 +35,7 @@ def test_every_key() -> None:
         "without=tso+mrg-rxbuf,notify=exit,poll=50"
     )
     assert (net.tap, net.mtu, net.host, net.guest) == ("tap7", 9000, "10.0.0.1/8", "10.0.0.2/8")
-    assert mac_text(net.mac) == "52:54:00:12:34:5f"
+    assert net.mac is not None and mac_text(net.mac) == "52:54:00:12:34:5f"
     assert (net.queue_size, net.notify, net.poll, net.without) == (
         1024,
         "exit",

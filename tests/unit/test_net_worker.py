@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Rig:
         hold_ms: int = 200,
         worker_cpu: int | None = None,
         fill: bool = True,
-        **driver: int,
+        **driver: Any,
     ) -> None:
         self.acked = acked
         self.memory = GuestMemory(16 << 20)
@@ -71,7 +71,7 @@ class Rig:
         if fill:
             self.driver.fill()
 
-    def start(self, bases: list[int] | tuple[Any, ...] = (None, None)) -> Rig:
+    def start(self, bases: Sequence[int | None] = (None, None)) -> Rig:
         rings = [r.vring(b) for r, b in zip(self.driver.rings, bases, strict=True)]
         self.path.start(self.acked, self.memory, rings, self.events)
         return self
@@ -135,7 +135,8 @@ def test_packets_pass_both_ways_in_order(acked: int, start: int) -> None:
 
 def cpu_seconds(rig: Rig) -> float:
     """CPU time that the worker threads have used."""
-    return sum(worker["cpu_s"] for worker in rig.path.workers())
+    workers: list[dict[str, Any]] = rig.path.workers()
+    return float(sum(worker["cpu_s"] for worker in workers))
 
 
 def test_pending_before_start_is_served_without_a_kick() -> None:
@@ -150,7 +151,8 @@ def test_pending_before_start_is_served_without_a_kick() -> None:
 
 def test_a_restart_goes_on_where_the_last_one_stopped() -> None:
     with Rig(start=65530) as rig:
-        sent, got, bases = 0, [], (65530, 65530)
+        sent, got = 0, []
+        bases: tuple[int, ...] = (65530, 65530)
         for _ in range(40):
             rig.start(bases)
             for _ in range(20):
@@ -311,7 +313,7 @@ def test_no_kick_is_lost_to_a_guest_that_answers_at_once(acked: int) -> None:
             while used[1] != i + 1:
                 spins += 1
                 if spins == 2000:
-                    assert wait_for(lambda n=i + 1: used[1] == n, 3), f"packet {i} is stuck"
+                    assert wait_for(lambda n=i + 1: used[1] == n, 3), f"packet {i} is stuck"  # type: ignore[misc]
             if i % 64 == 63:
                 for _ in range(64):
                     rig.cable.far.recv(16)
@@ -321,7 +323,8 @@ def test_transmit_waits_while_the_tap_is_full() -> None:
     with Rig() as rig:
         rig.start()
         sent = [frame(i, 1400) for i in range(3000)]
-        got, at = [], 0
+        got: list[bytes] = []
+        at = 0
         while at < len(sent) and rig.counter("tx_blocks") == 0:
             rig.driver.send(*sent[at : at + 50])
             at += 50
@@ -415,7 +418,7 @@ def test_each_held_frame_has_its_own_time() -> None:
             rig.cable.far.send(bytes(12) + frame(i, 30000))
             time.sleep(1)
             rig.driver.fill(10)
-            assert wait_for(lambda n=i: rig.counter("rx_packets") == n + 1)
+            assert wait_for(lambda n=i: rig.counter("rx_packets") == n + 1)  # type: ignore[misc]
             assert rig.driver.poll(refill=False)
         assert rig.counter("rx_drop_held") == 0
 
@@ -522,7 +525,7 @@ def test_many_frames_in_chains_of_several_buffers() -> None:
             rx.publish()
             for i in range(at, at + 20):
                 rig.cable.far.send(bytes(12) + frame(i, 100 + i % 50))
-            assert wait_for(lambda n=at + 20: rx.used_idx == n)
+            assert wait_for(lambda n=at + 20: rx.used_idx == n)  # type: ignore[misc]
             for i, (head, length) in enumerate(rx.take_used(), at):
                 gpa = where.pop(head)
                 data = b"".join(rig.memory.read(gpa + 700 * k, 20 + k) for k in range(4))
@@ -587,7 +590,8 @@ def test_stop_is_quick_under_load_and_idempotent() -> None:
 def test_the_thread_is_known_when_start_returns() -> None:
     with Rig(worker_cpu=0) as rig:
         rig.start()
-        (worker,) = rig.path.workers()
+        workers: list[dict[str, Any]] = rig.path.workers()
+        (worker,) = workers
         assert worker["name"] == "cable-0" and worker["cpu_s"] > 0
         assert Path(f"/proc/self/task/{worker['tid']}/comm").read_text() == "cable-0\n"
         assert os.sched_getaffinity(worker["tid"]) == {0}
@@ -658,11 +662,11 @@ def flap(rig: Rig, cables: list[Cable], times: int) -> None:
     worker = rig.path._pairs[0].worker
     for n in range(times):
         cables[-1].far.close()
-        assert wait_for(lambda n=n: rig.counter("link_losses") == n + 1)
+        assert wait_for(lambda n=n: rig.counter("link_losses") == n + 1)  # type: ignore[misc]
         cables.append(Cable())
         lib.pv_net_worker_attach(worker, cables[-1].fds[0].fileno())
         cables[-1].far.send(bytes(12) + frame(n))
-        assert wait_for(lambda n=n: rig.counter("rx_packets") == n + 1)
+        assert wait_for(lambda n=n: rig.counter("rx_packets") == n + 1)  # type: ignore[misc]
 
 
 def test_a_slow_supervisor_misses_no_fault_and_not_the_latest_link_state() -> None:
@@ -672,7 +676,12 @@ def test_a_slow_supervisor_misses_no_fault_and_not_the_latest_link_state() -> No
         links = rig.links
         rig.driver.fill(20)
         cables = [rig.cable]
-        rig.events.link = lambda up: (go_on.wait(), links.append(up))
+
+        def slow(up: bool) -> None:
+            go_on.wait()
+            links.append(up)
+
+        rig.events.link = slow  # type: ignore[method-assign]
         rig.start()
         try:
             flap(rig, cables, 20)
@@ -977,7 +986,7 @@ def arp_request() -> bytes:
 
 
 class TapRig(Rig):
-    def __init__(self, namespace: Namespace, acked: int = ALL, **driver: int) -> None:
+    def __init__(self, namespace: Namespace, acked: int = ALL, **driver: Any) -> None:
         super().__init__(acked, **driver)
         self.tap = namespace.tap
         self.path = EmulatedNet(self.tap)
@@ -1018,7 +1027,7 @@ def test_both_directions_get_their_turn(namespace: Namespace) -> None:
                 s.bind(("tap0", 0))
                 for n in range(1, 6):
                     s.send(MAC * 2 + b"\x88\xb5" + frame(n))
-                    assert wait_for(lambda n=n: rig.counter("rx_packets") >= n, 2)
+                    assert wait_for(lambda n=n: rig.counter("rx_packets") >= n, 2)  # type: ignore[misc]
             t = time.monotonic()
             rig.path.stop()
             assert time.monotonic() - t < 0.5
@@ -1044,6 +1053,7 @@ def test_the_tap_s_count_says_what_was_sent_before_a_kill(
             return self
 
         def stats(self) -> dict[str, int]:
+            assert taken is not None
             return {"rx_packets": taken}
 
         def reopen(self) -> Any:
@@ -1052,7 +1062,7 @@ def test_the_tap_s_count_says_what_was_sent_before_a_kill(
     memory = GuestMemory(1 << 20)
     cable = Cable()
     if taken is not None:
-        cable.interface = Interface()
+        cable.interface = Interface()  # type: ignore[assignment]
     driver = NetDriver(memory, size=8)
     path = EmulatedNet(cable)
     region = ffi.new("uint64_t[]", 2 + 2 * 8)  # aligned

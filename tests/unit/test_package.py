@@ -32,7 +32,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def pyvmm(installed: Path, *argv: str) -> subprocess.CompletedProcess:
+def pyvmm(installed: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import pyvmm\n"
         "assert pyvmm.__file__.startswith(sys.path[0]), pyvmm.__file__\n"

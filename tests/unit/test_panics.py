@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_a_phrase_is_spotted_in_any_two_pieces() -> None:
     text = b"xx as init process yy"
     for cut in range(len(text) + 1):
         found: list[int] = []
-        spotter = Spotter(b" as init process", lambda found=found: found.append(1))
+        spotter = Spotter(b" as init process", partial(found.append, 1))
         spotter(text[:cut])
         spotter(text[cut:])
         assert found == [1], cut

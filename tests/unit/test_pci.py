@@ -38,7 +38,9 @@ class Card(PciFunction):
 
     def __init__(self, board: Any, mark: Any) -> None:
         super().__init__(f"card{mark}", 0x1234, 0x5678 + mark, 0x028000, subsystem=mark, pin=1)
-        self.moves, self.commands, self.written = [], [], []
+        self.moves: list[int | None] = []
+        self.commands: list[int] = []
+        self.written: list[tuple[int, int]] = []
         bar = Bar(SIZE)
         bar.parts = [
             (0x0000, board.bus.region(MMIO, 0x100, f"a{mark}", Echo(mark))),

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -14,6 +14,9 @@ from pyvmm._ext import ffi, lib
 from pyvmm.devices.console import KEEP, Console, FdSink, Stream
 from tests.driver import wait_for
 from tests.pci_guest import FakeVm
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.vm import Vm
 
 
 class Pipe:
@@ -185,7 +188,8 @@ def put(stream: Any, data: Any) -> None:
 
 
 def test_a_stream_reaches_all_sinks_and_expect(stream: Any) -> None:
-    a, b = [], []
+    a: list[bytes] = []
+    b: list[bytes] = []
     stream.add_sink(a.append)
     stream.add_sink(b.append)
     put(stream, b"hello ")
@@ -208,7 +212,7 @@ def test_expect_ends_with_the_stream(stream: Any) -> None:
 
 @pytest.mark.parametrize("error", [OSError(5, "gone"), ValueError("I/O operation on closed file")])
 def test_a_sink_that_fails_is_dropped_and_the_others_go_on(stream: Any, error: Any) -> None:
-    good = []
+    good: list[bytes] = []
 
     def bad(data: Any) -> None:
         raise error
@@ -232,7 +236,7 @@ def test_the_text_kept_is_bounded(stream: Any) -> None:
 
 
 def test_close_with_a_reader_stuck_in_a_sink_neither_hangs_nor_crashes() -> None:
-    s = Console("stuck", FakeVm(), 4)
+    s = Console("stuck", cast("Vm", FakeVm()), 4)
     free, inside = threading.Event(), threading.Event()
 
     def stuck(data: Any) -> None:
@@ -292,7 +296,8 @@ def drain(fd: Any) -> Any:
 
 def test_a_slow_reader_loses_nothing() -> None:
     r, w = os_pipe()
-    sink, got = FdSink(w, patience=10), []
+    sink = FdSink(w, patience=10)
+    got: list[bytes] = []
     data = bytes(i & 0xFF for i in range(1 << 18))
     t = threading.Thread(target=sink, args=(data,))
     t.start()

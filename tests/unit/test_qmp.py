@@ -40,7 +40,7 @@ class Fake:
     """Stands for the machine: notes what is called."""
 
     def __init__(self) -> None:
-        self.calls = []
+        self.calls: list[Any] = []
         self.entered, self.leave = threading.Event(), threading.Event()
 
 
@@ -108,13 +108,13 @@ class Raw:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(PATIENCE)
         self.sock.connect(srv.path)
-        self.lines = deque()
+        self.lines: deque[bytes] = deque()
         self.rest = b""
         self.greeting = self.get()
         if negotiate:
             assert self.ask(HELLO) == {"return": {}}
 
-    def get(self) -> dict[Any, Any]:
+    def get(self) -> Any:
         """The next message; None at the end of the connection."""
         while not self.lines:
             try:
@@ -127,7 +127,7 @@ class Raw:
             self.lines.extend(whole)
         return json.loads(self.lines.popleft())
 
-    def ask(self, data: bytes) -> dict[Any, Any]:
+    def ask(self, data: bytes) -> Any:
         self.sock.sendall(data)
         return self.get()
 
@@ -145,7 +145,7 @@ def error(answer: dict[str, dict[str, str]]) -> tuple[str, str]:
 def alive(srv: Server) -> bool:
     """Whether the server still serves another."""
     with Raw(srv) as other:
-        return other.ask(b'{"execute":"echo"}') == {"return": {}}
+        return bool(other.ask(b'{"execute":"echo"}') == {"return": {}})
 
 
 # --- protocol -------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_errors_of_commands(srv: Server) -> None:
 def test_a_bug_in_a_command_is_answered_and_its_traceback_is_told(
     srv: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = []
+    told: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", told.append)
     with Raw(srv) as c:
         assert error(c.ask(b'{"execute":"fail","arguments":{"how":"bug"}}')) == (
@@ -243,7 +243,8 @@ def test_a_bug_in_a_command_is_answered_and_its_traceback_is_told(
         assert c.ask(b'{"execute":"echo"}') == {"return": {}}
     assert [hook.exc_type for hook in told] == [ZeroDivisionError]
     frames = traceback.extract_tb(told[0].exc_traceback)
-    assert frames[-1].filename == __file__ and told[0].thread.name == "control"
+    thread = told[0].thread
+    assert frames[-1].filename == __file__ and thread is not None and thread.name == "control"
 
 
 def test_any_cut_of_the_stream_is_the_same_stream(srv: Server) -> None:
@@ -534,7 +535,7 @@ def test_client_of_something_else(tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as s:
             s.bind(str(tmp_path / f"s{len(reply)}"))
             s.listen()
-            result = []
+            result: list[Any] = []
             path = s.getsockname()
 
             def dial(path: str = path, result: list[Any] = result) -> None:

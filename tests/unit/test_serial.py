@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -17,6 +17,9 @@ from pyvmm.bus import PIO
 from pyvmm.devices.console import Console
 from tests.driver import wait_for
 from tests.pci_guest import Board
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.vm import Vm
 
 BASE = 0x3F8
 RX = TX = DLL = 0
@@ -52,7 +55,7 @@ class Port:
 @pytest.fixture
 def port() -> Iterator[Any]:
     with Board() as board:
-        console = Console("console", board.vm, 4)
+        console = Console("console", cast("Vm", board.vm), 4)
         console.plug(board.bus, BASE, "serial0")
         yield Port(board, console)
         assert board.exits == 0  # all of it in C

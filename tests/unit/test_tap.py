@@ -68,7 +68,7 @@ def namespace() -> Iterator[Namespace]:
         yield ns
 
 
-def inside(ns: Namespace, source: str, **kw: Any) -> subprocess.Popen:
+def inside(ns: Namespace, source: str, **kw: Any) -> subprocess.Popen[str]:
     """Run Python source as root inside the namespace."""
     code = "import sys, os, time\nfrom pyvmm.hostnet.tap import Tap, Interface\nfrom pyvmm.errors import *\n"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -181,7 +181,12 @@ def in_child(monkeypatch: pytest.MonkeyPatch, body: Callable[..., Any]) -> tuple
     """What ``_in_child`` raises, and the child's exit status."""
     statuses = []
     waitpid = os.waitpid
-    monkeypatch.setattr(os, "waitpid", lambda *a: statuses.append(waitpid(*a)) or statuses[-1])
+
+    def noted(pid: int, options: int) -> tuple[int, int]:
+        statuses.append(waitpid(pid, options))
+        return statuses[-1]
+
+    monkeypatch.setattr(os, "waitpid", noted)
     with pytest.raises(Exception) as caught:
         netns._in_child(body)
     return caught.value, os.waitstatus_to_exitcode(statuses[0][1])
@@ -189,7 +194,7 @@ def in_child(monkeypatch: pytest.MonkeyPatch, body: Callable[..., Any]) -> tuple
 
 def test_a_bug_in_the_child_comes_home_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def body() -> Any:
-        return len(5), []
+        return len(5), []  # type: ignore[arg-type]
 
     error, status = in_child(monkeypatch, body)
     assert (type(error), status) == (RuntimeError, 1)
@@ -285,6 +290,7 @@ def test_a_tap_that_was_made_is_gone_even_after_sigkill(namespace: Namespace) ->
         namespace,
         "tap = Tap('own0', address='10.1.1.1/24')\nprint(tap.created, flush=True)\ntime.sleep(60)",
     )
+    assert p.stdin is not None and p.stdout is not None
     assert p.stdout.readline().strip() == "True"
     assert "own0" in links(namespace)
     p.send_signal(signal.SIGKILL)
@@ -399,7 +405,7 @@ def guest(namespace: Namespace, request: pytest.FixtureRequest) -> Iterator[Gues
 
 def checksum(data: bytes) -> int:
     data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

@@ -112,7 +112,7 @@ class Session:
 def session() -> Iterator[Callable[..., Any]]:
     made = []
 
-    def make(**kw: int) -> Session:
+    def make(**kw: Any) -> Session:
         made.append(Session(**kw))
         return made[-1]
 

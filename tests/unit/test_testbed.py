@@ -155,11 +155,8 @@ def test_session_carries_arguments_output_and_status() -> None:
     r.agent.send(p.DATA, b"err", p.STDERR)
     r.agent.send(p.EXIT, b"%d" % (3 << 8))
     assert r.end() == 3
-    assert (r.session.output[p.STDOUT], r.session.output[p.STDERR], r.notes) == (
-        b"out",
-        b"err",
-        ["starting"],
-    )
+    out, err = (bytes(r.session.output[stream]) for stream in (p.STDOUT, p.STDERR))
+    assert (out, err, r.notes) == (b"out", b"err", ["starting"])
 
 
 def test_session_status_of_a_signal() -> None:
@@ -350,8 +347,8 @@ def test_boot_files_are_built_once_and_for_their_inputs(kernel: assets.Kernel, h
     assert len(said) == 1
     assert Path(first[0]).read_bytes()[:4] == b"\x7fELF"
     initrd = Path(first[1]).read_bytes()
-    for name in (b"init", b"busybox", b"agent.pyc", b"m/virtiofs.ko", b"m/kvm_amd.ko"):
-        assert b"00000000" + name + b"\0" in initrd, name  # the header's last field, then the name
+    for part in (b"init", b"busybox", b"agent.pyc", b"m/virtiofs.ko", b"m/kvm_amd.ko"):
+        assert b"00000000" + part + b"\0" in initrd, part  # the header's last field, then the name
     assert assets.boot_files(kernel, said.append) == first
     assert len(said) == 1, "the second time it is there"
     assert not (base / "unused").exists()
@@ -594,7 +591,7 @@ def test_check_compares_with_what_runs(home: Path, monkeypatch: pytest.MonkeyPat
     assert "lost" in Testbed().check("/srv")
     for wanted in ({"cpus": 1}, {"memory": 1 << 30}, {"kernel": "6.12"}, {"writable": ["/srv"]}):
         with pytest.raises(TestbedError, match="running testbed"):
-            Testbed(**wanted).check("/srv/x")  # type: ignore[arg-type]
+            Testbed(**wanted).check("/srv/x")
 
 
 def command_line(*argv: str) -> int:

@@ -35,7 +35,8 @@ class Kernel(Board):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines, self.ends = Lines(), []
+        self.lines = Lines()
+        self.ends: list[int] = []
         self.stream = Stream("console")
         add_test_devices(self.bus, self.lines, self.memory, 3, self.stream, self.ends.append)  # type: ignore[arg-type]
 
@@ -54,7 +55,8 @@ class Kernel(Board):
 
 @pytest.fixture
 def board() -> Iterator[Kernel]:
-    with Kernel() as b:
+    b = Kernel()
+    with b:
         yield b
         b.stream.close()
 

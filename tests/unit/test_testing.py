@@ -6,6 +6,7 @@ import re
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -19,13 +20,17 @@ from pyvmm.testing.junit import TestCase, document
 from pyvmm.testing.symbols import Symbols
 from pyvmm.testing.verdict import CODES, Verdict, clean, judge_test, last_lines, of_error
 
+if TYPE_CHECKING:
+    from pyvmm.outcome import Kind
+    from pyvmm.testing.junit import Result
+
 ROOT = Path(__file__).parents[2]
 
 
 # --- verdicts -------------------------------------------------------------------------------------
 
 
-def outcome(kind: str, status: int | None = None, detail: str = "") -> Outcome:
+def outcome(kind: Kind, status: int | None = None, detail: str = "") -> Outcome:
     made = Outcome(kind, detail)
     made.status = status
     return made
@@ -63,14 +68,15 @@ def test_codes_are_the_errors_own_and_documented() -> None:
     assert CODES["ended"] == errors.GuestEnded.exit_code
     assert CODES["error"] == errors.ImageError.exit_code
     assert CODES["host-problem"] == errors.HostError.exit_code
-    for kind, code in CODES.items():
-        if kind not in ("failed", "skipped"):
-            assert re.search(rf"^\| [^|]*\b{code}\b", table, re.M), kind
+    for name, code in CODES.items():
+        if name not in ("failed", "skipped"):
+            assert re.search(rf"^\| [^|]*\b{code}\b", table, re.M), name
     assert Verdict("failed", status=5).code == 5
     for error in (errors.UsageError("x"), errors.BuildError("x"), errors.ImageError("x")):
         assert (of_error(error).kind, of_error(error).code) == ("error", error.exit_code)
-    for error in (errors.KvmMissing("x"), errors.NetError("x"), errors.TestbedError("x")):
-        assert (of_error(error).kind, of_error(error).code) == ("host-problem", error.exit_code)
+    for host_error in (errors.KvmMissing("x"), errors.NetError("x"), errors.TestbedError("x")):
+        verdict = of_error(host_error)
+        assert (verdict.kind, verdict.code) == ("host-problem", host_error.exit_code)
     assert Verdict("failed").code == 1
 
 
@@ -132,7 +138,7 @@ ANY = st.text(st.characters(codec=None), max_size=20)  # surrogates, too: undeco
 
 @given(st.binary(max_size=100), ANY, ANY, ANY, st.sampled_from(["failed", "error", "skipped"]))
 def test_junit_says_what_it_was_told(
-    output: bytes, name: str, message: str, text: str, result: str
+    output: bytes, name: str, message: str, text: str, result: Result
 ) -> None:
     def kept(words: str) -> str:
         return "\n".join(clean(line) for line in words.splitlines())

@@ -40,7 +40,7 @@ class FakeVcpu:
         assert self._kicked.wait(PATIENCE)
         self.inside = False
         self._kicked.clear()
-        return STOP_ASKED
+        return int(STOP_ASKED)
 
     def kick(self) -> None:
         self.kicks += 1

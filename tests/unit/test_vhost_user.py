@@ -12,16 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.backend.frontend import Frontend
 from pyvmm.backend.memory import MemoryTable
 from pyvmm.backend.net import NetService
 from pyvmm.backend.ports import PcapWriter, PythonPort, SocketPort, joined_ports, loop_port
@@ -40,6 +39,10 @@ from pyvmm.vhostuser.wire import Channel, Listener, Message, TimedOut
 from tests.boot.seqnet import build, datagram
 from tests.driver import Events, NetDriver, bits, wait_for
 from tests.vu_fake import HOSTILE, Fake, raw
+
+if TYPE_CHECKING:
+    from pyvmm.backend.frontend import Handler, Service
+    from pyvmm.datapath.base import PathEvents
 
 PATIENCE = 60.0
 VERSION_1 = bits("VIRTIO_F_VERSION_1")
@@ -95,8 +98,8 @@ class Running:
         **options: int,
     ) -> None:
         self.log: list[str] = []
-        service = service or NetService(port or loop_port(1), poll_us=poll_us)
-        self.backend = Backend(service, log=self.log.append, **options)
+        served: Service = service or NetService(port or loop_port(1), poll_us=poll_us)
+        self.backend = Backend(served, log=self.log.append, **options)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, args=(path, client), daemon=True)
         self.thread.start()
@@ -106,6 +109,12 @@ class Running:
             self.backend.run(path, client=client, retry=0.01, retry_max=0.05)
         except BaseException as e:
             self.error = e
+
+    @property
+    def acked(self) -> int:
+        """The features that the present front-end has acknowledged."""
+        assert self.backend.frontend is not None
+        return self.backend.frontend.acked
 
     def __enter__(self) -> Running:
         return self
@@ -119,7 +128,7 @@ class Running:
 
 
 def front_end(
-    path: str, *, server: bool = False, wait: float = PATIENCE, **options: bytes | float
+    path: str, *, server: bool = False, wait: float = PATIENCE, **options: Any
 ) -> VhostUserNet:
     """A connected front-end."""
     net = VhostUserNet(ListeningConnector(path) if server else Connector(path), **options)
@@ -135,7 +144,7 @@ class Guest:
     """Memory, drivers and our front-end."""
 
     def __init__(
-        self, path: str, *, acked: int = ALL, queues: int = 1, size: int = 256, **options: float
+        self, path: str, *, acked: int = ALL, queues: int = 1, size: int = 256, **options: Any
     ) -> None:
         options.setdefault("timeout", PATIENCE)
         self.memory = GuestMemory(16 << 20)
@@ -161,7 +170,7 @@ class Guest:
             self.drivers.append(driver)
         self.driver = self.drivers[0]
 
-    def start(self, bases: list[int] | None = None) -> Guest:
+    def start(self, bases: Sequence[int | None] = ()) -> Guest:
         rings = [r for d in self.drivers for r in d.rings]
         bases = bases or [None] * len(rings)
         self.path.start(
@@ -259,7 +268,7 @@ def test_feature_sets(path: str, acked: int) -> None:
         assert guest.acked == acked
         guest.start()
         echo(guest, range(100))
-        assert running.backend.frontend.acked & ALL == acked
+        assert running.acked & ALL == acked
 
 
 def test_features_that_lack_what_they_require_are_not_offered(
@@ -284,14 +293,14 @@ def test_offloads_change_while_it_runs(path: str) -> None:
     ):
         csum, tso = bits("VIRTIO_NET_F_GUEST_CSUM"), bits("VIRTIO_NET_F_GUEST_TSO4")
         guest.start()
-        assert running.backend.frontend.acked & (csum | tso) == csum | tso
+        assert running.acked & (csum | tso) == csum | tso
         guest.acked &= ~tso
         guest.start(guest.path.stop())
-        assert running.backend.frontend.acked & (csum | tso) == csum
-        assert running.backend.frontend.acked & bits("VIRTIO_NET_F_CSUM")
+        assert running.acked & (csum | tso) == csum
+        assert running.acked & bits("VIRTIO_NET_F_CSUM")
         guest.acked |= tso
         guest.start(guest.path.stop())
-        assert running.backend.frontend.acked & (csum | tso) == csum | tso
+        assert running.acked & (csum | tso) == csum | tso
         assert not guest.path.problems
 
 
@@ -344,7 +353,7 @@ def test_two_guests_joined(tmp_path: Path) -> None:
 
 
 def checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
@@ -391,7 +400,10 @@ def test_the_example_of_a_python_function(path: str) -> None:
 
 
 def test_a_python_function_that_swaps(path: str) -> None:
-    port = PythonPort(lambda packet, pair: port.send(packet[6:12] + packet[:6] + packet[12:], pair))
+    def swap(packet: bytes, pair: int) -> None:
+        port.send(packet[6:12] + packet[:6] + packet[12:], pair)
+
+    port = PythonPort(swap)
     with Running(path, port), Guest(path) as guest:
         guest.start()
         guest.driver.send(b"AAAAAABBBBBB" + bytes(50))
@@ -481,17 +493,18 @@ def test_busy_polling(path: str) -> None:
 @pytest.mark.parametrize("server", [False, True], ids=["client", "server"])
 def test_the_backend_comes_back(path: str, server: bool, protocol: int) -> None:
     """Nothing lost or repeated here, since each time all is returned before the back-end goes."""
-    options = {"client": server, "protocol_features": protocol}
+    options: dict[str, Any] = {"client": server, "protocol_features": protocol}
     with ExitStack() as stack:
-        first = Running(path, **options) if not server else None
-        if server:
-            box = []
+        box: list[Running] = []
+        if not server:
+            box.append(Running(path, **options))
+        else:
             thread = threading.Thread(target=lambda: box.append(Running(path, **options)))
             thread.start()
         guest = stack.enter_context(Guest(path, server=server))
         if server:
             thread.join()
-            first = box[0]
+        (first,) = box
         guest.start()
         echo(guest, range(50))
         for round in range(1, 6):
@@ -582,6 +595,7 @@ from pyvmm.backend.net import NetService
 from pyvmm.backend.server import Backend
 from pyvmm.backend.ports import SocketPort
 from pyvmm.fd import Fd
+
 service = NetService(SocketPort("far", [Fd(int(sys.argv[2]))]))
 backend = Backend(service, protocol_features=int(sys.argv[3]))
 backend.run(sys.argv[1])
@@ -589,7 +603,7 @@ backend.run(sys.argv[1])
 
 
 @contextmanager
-def child(path: str, far: socket.socket, protocol: int = -1) -> Iterator[subprocess.Popen]:
+def child(path: str, far: socket.socket, protocol: int = -1) -> Iterator[subprocess.Popen[bytes]]:
     """A back-end in a process of its own, which is killed at the end; its port is ``far``."""
     argv = [sys.executable, "-c", CHILD, path, str(far.fileno()), str(protocol)]
     process = subprocess.Popen(argv, pass_fds=[far.fileno()])
@@ -665,7 +679,7 @@ def test_kills_under_traffic_to_a_tap(path: str, tmp_path: Path) -> None:
     seqnet = build(tmp_path)
     with Namespace() as namespace, ExitStack() as stack:
 
-        def start(*argv: Path | int | str) -> subprocess.Popen:
+        def start(*argv: Path | int | str) -> subprocess.Popen[str]:
             process = namespace.popen([*map(str, argv)], stdout=subprocess.PIPE, text=True)
             stack.callback(process.communicate)
             stack.callback(process.terminate)
@@ -674,13 +688,14 @@ def test_kills_under_traffic_to_a_tap(path: str, tmp_path: Path) -> None:
         script = "ip tuntap add dev vu0 mode tap && ip link set vu0 up"
         assert namespace.run(["sh", "-c", script]).returncode == 0
         counter = start(seqnet, "count", "vu0")
+        assert counter.stdout is not None
         assert counter.stdout.readline() == "ready\n"
         kills = 20
         reviver = start(sys.executable, "-m", "tests.boot.reviver", path, "vu0", kills, 1)
-        ended = []
-        watcher = threading.Thread(
-            target=lambda: ended.append(reviver.stdout.readline()), daemon=True
-        )
+        revived = reviver.stdout
+        assert revived is not None
+        ended: list[str] = []
+        watcher = threading.Thread(target=lambda: ended.append(revived.readline()), daemon=True)
         watcher.start()
         with Guest(path) as guest:
             guest.start()
@@ -714,7 +729,7 @@ def test_a_kill_is_noticed_at_once(path: str) -> None:
             assert guest.connected(round + 1), guest.path.problems
             died = time.monotonic()
             process.kill()
-            assert wait_for(lambda n=round + 1: guest.counter("disconnections") == n, PATIENCE)
+            assert wait_for(lambda n=round + 1: guest.counter("disconnections") == n, PATIENCE)  # type: ignore[misc]
             delays.append(time.monotonic() - died)
             killer.close()
             process = killer.enter_context(child(path, far))
@@ -923,16 +938,12 @@ class FrontEnd:
         self.channel = Channel(self.sock.dup())
         self.memory = GuestMemory(1 << 20)
 
-    def ask(
-        self, request: pytest.FixtureRequest, payload: bytes = b"", fds: list[int] | tuple[()] = ()
-    ) -> Message:
+    def ask(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Message:
         answer = self.channel.ask(request, payload, fds, need_reply=True, timeout=PATIENCE)
         answer.close()
         return answer
 
-    def nacked(
-        self, request: pytest.FixtureRequest, payload: bytes = b"", fds: list[int] | tuple[()] = ()
-    ) -> bool:
+    def nacked(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> bool:
         return self.ask(request, payload, fds).u64 != 0
 
     def negotiate(self) -> FrontEnd:
@@ -967,7 +978,7 @@ def test_hostile_requests_are_refused(path: str) -> None:
             event = os.eventfd(0)
             pipe = os.pipe()
             mib = 1 << 20
-            wrong = [
+            wrong: list[tuple[Any, ...]] = [
                 (spec.VHOST_USER_SET_FEATURES, struct.pack("<Q", 1 << 63 | VERSION_1)),
                 (spec.VHOST_USER_SET_FEATURES, struct.pack("<Q", 0)),
                 (spec.VHOST_USER_SET_FEATURES, b"1234"),
@@ -1139,8 +1150,10 @@ class TagService:
     protocol_features = 1 << spec.VHOST_USER_PROTOCOL_F_CONFIG
 
     def __init__(self) -> None:
-        self.requests = {spec.VHOST_USER_GET_CONFIG: lambda frontend, m: (b"myfs", [])}
-        self.started: list[tuple] = []
+        self.requests: Mapping[int, Handler] = {
+            spec.VHOST_USER_GET_CONFIG: lambda frontend, m: (b"myfs", [])
+        }
+        self.started: list[tuple[Any, ...]] = []
         self.running = False
         self.closed = False
 
@@ -1150,7 +1163,9 @@ class TagService:
     def check_features(self, acked: int) -> None:
         pass
 
-    def start(self, acked: int, memory: MemoryTable, rings: list[Vring], events: Frontend) -> None:
+    def start(
+        self, acked: int, memory: MemoryTable, rings: Sequence[Vring], events: PathEvents
+    ) -> None:
         self.started.append((acked, memory, rings, events))
         self.running = True
 
@@ -1223,8 +1238,10 @@ def test_an_inflight_region_of_garbage(path: str) -> None:
         killer.enter_context(child(path, far))
         guest = stack.enter_context(Guest(path))
         guest.start()
-        size = struct.unpack(spec.INFLIGHT, guest.path._rings.inflight.description)[0]
-        fd = guest.path._rings.inflight.fd.fileno()
+        inflight = guest.path._rings.inflight
+        assert inflight is not None
+        size = struct.unpack(spec.INFLIGHT, inflight.description)[0]
+        fd = inflight.fd.fileno()
         for round, fill in enumerate((b"\xff", b"\x01\x00", os.urandom(64))):
             killer.close()
             assert wait_for(lambda: not guest.path.connected, PATIENCE)
@@ -1245,8 +1262,19 @@ def test_rarp_is_a_frame() -> None:
 # --- the commands ---------------------------------------------------------------------------------
 
 
+class Ran:
+    """`pyvmm backend` as a process.
+
+    :ivar out: what it printed to stdout; empty until it has ended. :ivar err: to stderr.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.pid = process.pid
+        self.out = self.err = ""
+
+
 @contextmanager
-def command(*argv: str) -> Iterator[subprocess.Popen]:
+def command(*argv: str) -> Iterator[Ran]:
     """`pyvmm backend ARGV`; asked to end at the end, which it must do properly."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pyvmm", "backend", *argv],
@@ -1255,11 +1283,11 @@ def command(*argv: str) -> Iterator[subprocess.Popen]:
         text=True,
     )
     try:
-        yield process
+        ran = Ran(process)
+        yield ran
         process.terminate()
-        out, err = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, err
-        process.out, process.err = out, err
+        ran.out, ran.err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, ran.err
     finally:
         process.kill()
         process.communicate()

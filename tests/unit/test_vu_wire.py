@@ -62,7 +62,7 @@ def no_leak() -> Iterator[None]:
 
 
 def raw(
-    request: pytest.FixtureRequest = 1,
+    request: int = 1,
     flags: int = 1,
     payload: bytes = b"",
     size: int | None = None,
@@ -143,7 +143,7 @@ def test_names() -> None:
     cuts=st.lists(st.integers(1, 40), max_size=5),
 )
 def test_messages_pass_whole_however_they_are_cut(
-    request: pytest.FixtureRequest, flags: int, payload: bytes, fds: int, cuts: list[int]
+    request: int, flags: int, payload: bytes, fds: int, cuts: list[int]
 ) -> None:
     ours, theirs = socket.socketpair()
     channel = Channel(ours)
@@ -377,6 +377,7 @@ def test_listen_and_connect(tmp_path: Path) -> None:
     assert listener.accept() is None
     client = connect(path)
     server = listener.accept()
+    assert server is not None
     client.send(7, b"abc", timeout=PATIENCE)
     assert server.receive(PATIENCE).payload == b"abc"
     with pytest.raises(VhostUserError, match="cannot listen"):
@@ -411,11 +412,18 @@ def test_connecting_to_somebody_who_accepts_nothing(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         connect(path, PATIENCE, end)
     os.close(end)
-    room = threading.Timer(0.05, lambda: listener.accept().close())
+
+    def accept() -> None:
+        accepted = listener.accept()
+        assert accepted is not None
+        accepted.close()
+
+    room = threading.Timer(0.05, accept)
     room.start()
     connect(path, PATIENCE).close()
     room.join()
-    for one in (listener, *waiting):
+    listener.close()
+    for one in waiting:
         one.close()
 
 
