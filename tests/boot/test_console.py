@@ -37,7 +37,7 @@ def play(host: Host, *scenarios: list[list[Any]], argv: list[str] = RUN) -> list
 
     with ThreadPoolExecutor(2) as pool:
         even, odd = pool.map(one, (list(scenarios[::2]), list(scenarios[1::2])))
-    results = [None] * len(scenarios)
+    results: list[dict[str, Any]] = [{}] * len(scenarios)
     results[::2], results[1::2] = even, odd
     for result in results:
         assert not result["late"], f"no {result['late']!r} after:\n{result['output'][-3000:]}"

@@ -166,8 +166,11 @@ def test_mutated_bzimage(
     check(memory, mutate(make_bzimage(), changes, length), initrd, line, protocol)
 
 
+KERNELS: list[Callable[[], bytearray]] = [good_elf32, good_flat]
+
+
 @fuzz
-@given(patches, lengths, initrds, lines, protocols, st.sampled_from([good_elf32, good_flat]))
+@given(patches, lengths, initrds, lines, protocols, st.sampled_from(KERNELS))
 def test_mutated_multiboot(
     memory: GuestMemory,
     changes: list[tuple[int, int, int]],

@@ -242,7 +242,7 @@ def test_killed_machine_leaves_nothing(guest: Guest) -> None:
 )
 def test_signal_ends_it_within_a_second(guest: Guest, number: signal.Signals, status: int) -> None:
     """The best of three: the machine may be busy with other things."""
-    took = []
+    took: list[float] = []
     while len(took) < 3 and min(took, default=9.0) >= 1:
         with spawn(["--kernel", guest("reset"), "--append", "how=hang", "--cpus", "2"]) as child:
             assert child.stdout is not None

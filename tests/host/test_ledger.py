@@ -57,7 +57,8 @@ def test_kicks_by_mode(guest: Guest, notify: str) -> None:
         assert command.kvm is not None
         vcpu = command.kvm["vcpu0"]
         assert (vcpu["mmio_exits"], vcpu["halt_exits"]) == (metrics["mmio"], HALTS)
-        assert vcpu["irq_injections"] == metrics["irq_injections"] >= HALTS
+        injections = metrics["irq_injections"]
+        assert injections is not None and vcpu["irq_injections"] == injections >= HALTS
         assert vm.check_budget(f"notify=={kicks}").held
         assert vm.check_budget(f"command.exits[net0 queue 2]=={CONTROL}").held
         assert not vm.check_budget(f"boot.control>={1}").held

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ DISCOVERY = [
 ]
 
 
-def traced(vm: Machine, path: Path) -> dict[str, object]:
+def traced(vm: Machine, path: Path) -> dict[str, Any]:
     """Run to the end, write the trace, check it."""
     vm.start()
     outcome = vm.wait(TIMEOUT)

@@ -375,7 +375,7 @@ def test_every_kick_is_answered_and_none_leaves_a_busy_loop(
             rng.randrange(1, 4)
         ):  # also several at once: the second may meet the first one's answer
             vcpu.kick()
-        assert wait_for(lambda n=before: len(answers) > n, 5)
+        assert wait_for(lambda n=before: len(answers) > n, 5)  # type: ignore[misc]
     time.sleep(0.05)
     runs = vcpu.runs
     time.sleep(0.3)

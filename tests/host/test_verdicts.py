@@ -58,11 +58,11 @@ class Run:
         self.junit, self.log, self.report, self.json = (
             tmp_path / n for n in ("junit.xml", "console.log", "report.json", "verdict.json")
         )
-        files = ("--junit", str(self.junit), "--log", str(self.log), "--report", str(self.report))
-        files += ("--json", str(self.json))
-        kernel = ("--kernel", guest(name), "--append", append)
+        files = ["--junit", str(self.junit), "--log", str(self.log), "--report", str(self.report)]
+        files += ["--json", str(self.json)]
+        kernel = ["--kernel", guest(name), "--append", append]
         if text:
-            kernel += ("--initrd", str(tmp_path / "text"))
+            kernel += ["--initrd", str(tmp_path / "text")]
         self.begin = time.monotonic()
         self.child = subprocess.Popen(
             [
@@ -104,7 +104,8 @@ class Run:
         assert self.verdict["message"] == verdict["message"]
         times = list(self.verdict["phases_s"].values())
         assert times == sorted(times) and "end" in self.verdict["phases_s"]
-        assert float(found["end_s"]) == self.verdict["phases_s"]["end"]
+        end_s = found["end_s"]
+        assert end_s is not None and float(end_s) == self.verdict["phases_s"]["end"]
         assert found["phase"] == self.verdict["phase"]
         phases, last = self.log.read_text().splitlines()[-2:]
         assert re.search(r"\] pyvmm: phases: vmm 0.000 s, .*end \d", phases)

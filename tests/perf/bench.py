@@ -54,7 +54,7 @@ def stage_files(image: Any) -> tuple[str, str, list[str], list[str]]:
     """
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir()
-    kernel, initrd = (shutil.copy(path, STAGE) for path in (image.kernel, image.initrd))
+    kernel, initrd = (str(shutil.copy(path, STAGE)) for path in (image.kernel, image.initrd))
     package = Path(pyvmm.__file__).parent
     shutil.copytree(package, STAGE / "pyvmm")
     backend = importlib.util.find_spec("_cffi_backend")
