@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/uio.h>
 #include <unistd.h>
 #include <linux/kvm.h>
 
@@ -163,9 +164,14 @@ static void listen_to_events(void *arg)
 		}
 		for (uint32_t i = 0; i < x->count; i++) {
 			uint64_t value;
+			struct iovec v = {.iov_base = &value, .iov_len = sizeof(value)};
 
+			/*
+			 * A vhost-user back-end shares the queues' eventfds. It can make them
+			 * blocking, and take what poll() has seen before we do.
+			 */
 			if (x->poll[i].revents &&
-			    read(x->poll[i].fd, &value, sizeof(value)) == sizeof(value))
+			    preadv2(x->poll[i].fd, &v, 1, -1, RWF_NOWAIT) == sizeof(value))
 				pv_intx_raise(x, x->bits[i]);
 		}
 	}

@@ -15,6 +15,7 @@ from pyvmm.boot.acpi import build as build_acpi
 from pyvmm.boot.mptable import build as build_mptable
 from pyvmm.bus import Bus
 from pyvmm.card.nic import Nic
+from pyvmm.card.thread import CardThread
 from pyvmm.card.uplink import Uplink
 from pyvmm.devices.console import Console, Spotter, Stream
 from pyvmm.devices.guest_port import GuestPage, GuestPort
@@ -248,6 +249,8 @@ class Parts:
                     trial.close()
             route = uplink.open(net, mac)
             undo.callback(route.path.close)
+            thread = CardThread(f"net{index}")
+            undo.callback(thread.end)
             device = NetDevice(
                 f"net{index}",
                 self.memory,
@@ -260,6 +263,8 @@ class Parts:
                 offer=offer,
                 without=net.excluded(),
                 link=net.link,
+                jobs=thread,
+                lock=self.lock,
             )
             undo.callback(device.close)
             device.recorder = scope
@@ -275,26 +280,16 @@ class Parts:
                 transport,
                 uplink,
                 route,
+                thread,
                 self.lock,
                 lambda: self.accounts.ledger(),
+                self._wires.emit,
             )
-            for close in (uplink.close, transport.close, nic.end_switching):
+            for close in (uplink.close, transport.close, nic.close):
                 self._stack.callback(close)
             undo.pop_all()
         nic.host, nic.guest = host, guest
-        device.on_rx_change = lambda: self._rx_changed(nic)
-        device.on_problem = lambda problem: self._wires.emit(
-            "X_PYVMM_NIC_FAULT", name=nic.name, problem=problem
-        )
         self.nets.append(nic)
-
-    def _rx_changed(self, nic: Nic) -> None:
-        """Report once that a driver has changed its receive filter. The next report comes after
-        somebody has looked at the filter, because a driver may change it as often as it likes.
-        """
-        if not nic.rx_told:
-            nic.rx_told = True
-            self._wires.emit("NIC_RX_FILTER_CHANGED", name=nic.name, path=f"/machine/{nic.name}")
 
     def _make_hang_watch(self, limit: float) -> HangWatch:
         from pyvmm.hang import HangWatch
@@ -336,8 +331,7 @@ class Parts:
         on. No vCPU may run.
         """
         self.accounts.restart()
-        with self.lock:  # nobody may switch a card or pull its cable meanwhile
-            self.pci.reset()
+        self.pci.reset()
         self.console.reset()
         self.panics.restart()
         self._page.name(0)

@@ -7,6 +7,8 @@ lends it. ``close`` releases the descriptor even if it raises, and a second ``cl
 from __future__ import annotations
 
 import os
+import select
+import sys
 
 from pyvmm.errors import HostError
 
@@ -62,6 +64,9 @@ class Fd(Closing):
 class EventFd(Fd):
     """An eventfd(2), non-blocking and close-on-exec.
 
+    A process that has been sent the descriptor shares its flags, and can make it blocking. So
+    ``drain`` and ``nudge`` do not rely on O_NONBLOCK; the others are for eventfds of our own.
+
     :param initial: the counter's first value.
     :raises HostError: the process has no free descriptor.
     """
@@ -82,18 +87,28 @@ class EventFd(Fd):
         os.eventfd_write(self.fileno(), 1)
 
     def nudge(self) -> None:
-        """Add 1 to the counter. If it is full, its reader has been woken already, so do nothing."""
+        """Add 1 to the counter. If it is full, its reader has been woken already, so do nothing.
+
+        A hostile process can make this wait, if it fills the counter of a shared eventfd right
+        after we have looked. So this is for threads that nobody waits for without a limit.
+        """
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLOUT)
+        if not poll.poll(0):
+            return
         try:
             self.signal()
         except BlockingIOError:
             pass
 
     def drain(self) -> int:
-        """Read and clear the counter; 0 if nobody has signalled."""
+        """Read and clear the counter; 0 if nobody has signalled. Never waits."""
+        value = bytearray(8)
         try:
-            return os.eventfd_read(self.fileno())
+            os.preadv(self.fileno(), [value], -1, os.RWF_NOWAIT)
         except BlockingIOError:
             return 0
+        return int.from_bytes(value, sys.byteorder)
 
 
 def eventfds(count: int) -> list[EventFd]:

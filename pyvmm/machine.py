@@ -461,6 +461,13 @@ class Machine:
                 self._name_panic(request)
             if not self._will_restart(request):
                 return request
+            try:
+                for nic in self.nets:  # without the I/O lock: other processes have a part in it
+                    nic.reset()
+            except HostError:
+                if self._request is request:
+                    raise
+                continue  # stopped for good meanwhile
             with self._parts.lock:
                 if self._request is not request:
                     continue  # meanwhile the machine has been stopped

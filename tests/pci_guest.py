@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import select
 import struct
+import threading
 
 from pyvmm._ext import ffi, lib
 from pyvmm.bus import MMIO, PIO, Bus
@@ -25,9 +26,10 @@ from pyvmm.spec.virtio import (
     VIRTIO_CONFIG_S_DRIVER,
     VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK,
+    VIRTIO_CONFIG_S_NEEDS_RESET,
 )
 from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
-from tests.driver import NetDriver, Ring
+from tests.driver import NetDriver, Ring, wait_for
 
 ACK, DRIVER = VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER
 FEATURES_OK, DRIVER_OK = VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_DRIVER_OK
@@ -111,7 +113,7 @@ class FakeVm:
 class Board:
     """Memory, bus and PCI, and one vCPU's way to them. Devices are plugged in by ``pci.add``.
 
-    :ivar exits: accesses that Python was asked for.
+    :ivar exits: accesses that Python was asked for. :ivar lock: the I/O lock, held for these.
     """
 
     def __init__(self, vm=None, *, memory: int = 16 << 20) -> None:
@@ -122,6 +124,7 @@ class Board:
         self.pci = PciBus(self.bus, self._reset)
         self.vcpu = lib.pv_vcpu_new(-1, 0, self.bus.c)
         self.exits = 0
+        self.lock = threading.RLock()
         self._opened: list = []
 
     def _reset(self) -> None:
@@ -145,7 +148,8 @@ class Board:
         c.addr, c.size, c.count, c.write, c.data = addr, size, count, data is not None, area
         if not lib.pv_vcpu_access(c, space):
             self.exits += 1
-            self.bus.dispatch(c)
+            with self.lock:
+                self.bus.dispatch(c)
         return bytes(ffi.buffer(area))
 
     def read(self, space: int, addr: int, size: int) -> int:
@@ -324,6 +328,11 @@ class VirtioPciDriver:
     def config(self, offset: int, size: int) -> int:
         return self.board.read(MMIO, self.place(virtio_pci.VIRTIO_PCI_CAP_DEVICE_CFG, offset), size)
 
+    def reset(self) -> None:
+        """Reset the device, and wait until it has been (4.1.4.3.2)."""
+        self.set("device_status", 0)
+        assert wait_for(lambda: self.status == 0)
+
     # --- the way to DRIVER_OK (3.1.1) -------------------------------------------------------------
     def offered(self) -> int:
         bits = 0
@@ -339,8 +348,7 @@ class VirtioPciDriver:
 
     def negotiate(self, features: int) -> bool:
         """From reset to FEATURES_OK; whether the device agreed."""
-        self.set("device_status", 0)
-        assert self.status == 0
+        self.reset()
         self.set("device_status", ACK)
         self.set("device_status", ACK | DRIVER)
         self.accept(features)
@@ -427,7 +435,7 @@ class NetGuest:
         self.pci.driver_ok()
 
     def command(self, kind: int, command: int, data: bytes = b"", *, room: int = 1) -> int | None:
-        """A control command; the acknowledgement, or None where there was no answer."""
+        """A control command; the acknowledgement, or None if the device needs a reset instead."""
         request = bytes([kind, command]) + data
         at, answer = 0x6000, 0x5FF0
         self.board.memory.write(at, request)
@@ -435,7 +443,14 @@ class NetGuest:
         segments = [(at, len(request), False)] + ([(answer, room, True)] if room else [])
         self.control.add(segments)
         self.control.publish()
-        used = self.control.take_used()
+        used: list = []
+        assert wait_for(
+            lambda: (
+                used.extend(self.control.take_used())
+                or used
+                or self.pci.status & VIRTIO_CONFIG_S_NEEDS_RESET
+            )
+        )
         assert used in ([], [(used[0][0], 1)] if used else [])
         return self.board.memory.read(answer, 1)[0] if used else None
 

@@ -10,7 +10,6 @@ does not start, roll back to the old one; if that does not start either, fall ba
 
 from __future__ import annotations
 
-import threading
 import time
 
 from pyvmm.errors import HostError, PyvmmError
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from pyvmm.card.report import SwitchOutcome, SwitchReport
     from pyvmm.card.uplink import Route
-    from pyvmm.datapath.base import DataPath, PathEvents
+    from pyvmm.datapath.base import DataPath
     from pyvmm.virtio.net import NetDevice
 
 #: Moving to another place: wait at most ``MOVE_S`` seconds for frames that are still addressed to
@@ -31,38 +30,8 @@ if TYPE_CHECKING:
 MOVE_S, QUIET_S, UNSEEN_S = 1.0, 0.01, 0.05
 
 
-class HeldEvents:
-    """Keeps the faults of a data path that has just started until it is known to serve the rings;
-    from then on passes everything on.
-    """
-
-    def __init__(self, to: PathEvents) -> None:
-        self._to = to
-        self._lock = threading.Lock()
-        self._held: list[tuple[int, str]] | None = []
-
-    def fault(self, queue: int, problem: str) -> None:
-        """Kept, or passed on."""
-        with self._lock:
-            if self._held is not None:
-                self._held.append((queue, problem))
-                return
-        self._to.fault(queue, problem)
-
-    def link(self, up: bool) -> None:
-        """Passed on."""
-        self._to.link(up)
-
-    def release(self) -> None:
-        """Pass on what was kept, and what comes."""
-        with self._lock:
-            held, self._held = self._held or [], None
-        for queue, problem in held:
-            self._to.fault(queue, problem)
-
-
 class HandOver:
-    """One hand-over; ``run`` once.
+    """One hand-over; ``run`` once, in the card's thread.
 
     :param old: in force. :param new: prepared (``DataPath.prepare``), to be in force.
     :param spare: makes a route that works wherever any can (emulation on the card's tap), or raises
@@ -242,13 +211,12 @@ class HandOver:
         """
         device = self._device
         device.use(path)
-        events = HeldEvents(device)
-        device.resume(events=events, patience=self._patience)
+        device.resume(hold=True, patience=self._patience)
         problem = path.problem()
         if problem:
             device.park(patience=self._patience)
             raise HostError(f"{path.name}: {problem}")
-        events.release()
+        device.release_faults()
 
     def _last_resort(self) -> SwitchOutcome:
         """No path serves the rings. A vhost-user path may yet find a back-end, so start the old one

@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyvmm.card.thread import CardThread
     from pyvmm.card.uplink import Route, Uplink
     from pyvmm.datapath.base import DataPath
     from pyvmm.exits.ledger import Ledger
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 KEPT_SWITCHES = 64
 #: Seconds that a vhost-user back-end has to be there when it is switched to.
 SWITCH_WAIT_S = 2.0
-#: Seconds that another process has for its part of a hand-over, under the I/O lock.
+#: Seconds that another process has for each of its parts of a hand-over: the guest's pause.
 HANDOVER_S = 2.0
 
 
@@ -35,7 +36,9 @@ class Nic:
     between data paths.
 
     :param uplink: the host side, lent. :param route: the data path to begin with, which ``device``
-        owns.
+        owns. :param thread: runs the transitions of ``device``; owned from here on.
+    :param lock: the machine's I/O lock. :param ledger: gives the exits so far.
+    :param emit: sends an event to the machine's observers; see ``Machine.emit``.
     :ivar namespace: pyvmm's own network namespace with the tap in it; None if the user gave a tap.
     :ivar host, guest: IPv4 addresses with prefix length; None if pyvmm did not choose any.
     :ivar net: the card as it was described at the start; see ``mode`` for the mode in force.
@@ -51,13 +54,17 @@ class Nic:
         transport: VirtioPci,
         uplink: Uplink,
         route: Route,
+        thread: CardThread,
         lock: threading.RLock,
         ledger: Callable[[], Ledger],
+        emit: Callable[..., None],
     ) -> None:
         self.index, self.net, self.device, self.transport = index, net, device, transport
         self._uplink = uplink
         self._route = route
-        self._lock = lock  # the machine's: device code runs under it
+        self._thread = thread
+        self._lock = lock
+        self._emit = emit
         #: Whether NIC_RX_FILTER_CHANGED has been sent since the filter was last asked for.
         self.rx_told = False
         self._ledger = ledger
@@ -68,50 +75,98 @@ class Nic:
         self.switches: list[SwitchReport] = []
         self.switch_count = 0
         self._switching = threading.Lock()
-        self._over = False
+        self._over = self._stuck = False
         self._books = threading.Lock()  # what follows; nothing is waited for under it
         self._modes: dict[str, ModeTotals] = {}
         self._serving: DataPath = route.path  # whose counters are not in ``_modes`` yet
         self._since: tuple[int, Ledger | None] = time.monotonic_ns(), None
+        device.observe(self)
 
     @property
     def name(self) -> str:
         """``net0``, ``net1``, ..."""
         return self.device.name
 
-    def set_link(self, up: bool) -> None:
-        """Plug or pull the cable. Any thread but a vCPU's.
+    # --- transitions, in the card's thread --------------------------------------------------------
 
-        :raises PyvmmError: the data path does not start again.
+    def set_link(self, up: bool) -> None:
+        """Plug or pull the cable. Any thread but a vCPU's, without the I/O lock.
+
+        :raises PyvmmError: the data path does not start again, or the machine ends.
         """
-        with self._lock:
-            self.device.set_link(up)
+        self._thread.call(lambda: self.device.set_link(up))
 
     def announce(self) -> bool:
         """Have the guest announce itself to the network (VIRTIO_NET_F_GUEST_ANNOUNCE); whether its
-        driver can.
+        driver can. Threads as with ``set_link``.
         """
-        with self._lock:
-            return self.device.announce()
+        return self._thread.call(self.device.announce)
 
     def set_paused(self, on: bool) -> None:
-        """The machine is paused: nothing of the card writes to guest memory until it goes on. Any
-        thread but a vCPU's.
+        """The machine is paused: nothing of the card writes to guest memory until it goes on.
+        Threads as with ``set_link``.
 
-        :raises PyvmmError: the data path does not start again.
+        :raises PyvmmError: the data path does not start again, or the machine ends.
+        """
+        self._thread.call(lambda: self.device.set_paused(on))
+
+    def reset(self) -> None:
+        """The machine starts over: back to the state after power-on. No vCPU runs; threads as with
+        ``set_link``.
+
+        :raises HostError: the machine ends.
         """
         with self._lock:
-            self.device.set_paused(on)
+            self.device.reset()
+        self._thread.call(lambda: None)  # which comes after the reset
 
     def stop(self) -> None:
-        """The machine ends: take the rings from the data path, for good. No vCPU runs any more."""
-        self.device.datapath.stop()
+        """The machine ends: take the rings from the data path, for good. No vCPU runs any more;
+        threads as with ``set_link``.
+
+        :raises PyvmmError: the data path did not stop in order.
+        """
+        self._thread.call(self.device.park)
 
     def cut(self) -> None:
-        """The machine ends: no conversation with another process goes on. Any thread; takes no
-        lock.
+        """The machine ends: no conversation with another process goes on, and none begins. Any
+        thread; takes no lock that a conversation holds.
         """
+        self._over = True
+        self._uplink.cut()
         self.device.datapath.cut()
+        self._thread.cut()
+
+    def close(self) -> None:
+        """Wait for a switch that is going on, refuse all others, and end the card's thread. A
+        second call does nothing.
+
+        :raises HostError: a job of the card goes on although its conversations have been cut. Then
+            the data path is left alone for good.
+        """
+        self._over = True
+        with self._switching:
+            pass
+        if not self._thread.end() and not self._stuck:
+            self._stuck = True
+            self.device.abandon()
+            raise HostError(f"{self.name}: the data path does not let go")
+
+    # --- what the device tells (Observer) ---------------------------------------------------------
+
+    def problem_found(self, problem: str) -> None:
+        """Tell of a problem that only a reset cures."""
+        self._emit("X_PYVMM_NIC_FAULT", name=self.name, problem=problem)
+
+    def rx_changed(self) -> None:
+        """Tell that a driver has changed its receive filter: once until somebody looks at it, since
+        a driver may change it as often as it likes.
+        """
+        if not self.rx_told:
+            self.rx_told = True
+            self._emit("NIC_RX_FILTER_CHANGED", name=self.name, path=f"/machine/{self.name}")
+
+    # --- switching --------------------------------------------------------------------------------
 
     @property
     def mode(self) -> str:
@@ -122,7 +177,7 @@ class Nic:
         """Have another data path move the packets, from where the present one stops; the guest sees
         a pause.
 
-        Waits for another switch of this card. Any thread but a vCPU's.
+        Waits for another switch of this card. Threads as with ``set_link``.
 
         :param to: ``MODE[,key=value...]``, keys ``poll``, ``worker-cpu``, ``socket``, ``server`` as
             with ``--net``; or a ``Net``.
@@ -162,19 +217,19 @@ class Nic:
             undo.callback(new.path.close)
             device.check(new.path)
             with report.step("prepare"):
-                rings = device.rings
+                rings, acked = self._thread.call(lambda: (device.rings, device.in_force))
                 if rings:
-                    new.path.prepare(device.in_force, device.memory, rings)
+                    new.path.prepare(acked, device.memory, rings)
             before = self._ledger()
             hand_over = HandOver(device, old, new, spare, report, HANDOVER_S)
-            with report.step("lock"):
-                self._lock.acquire()
-            try:
-                self._route = hand_over.run()
-            finally:
-                self._lock.release()
-                if self._route is not new:
-                    undo.close()
+            waiting = report.step("wait").begin()
+
+            def job() -> Route:
+                waiting.end()
+                return hand_over.run()
+
+            self._route = self._thread.call(job)
+            if self._route is new:
                 undo.pop_all()
         after = self._ledger()
         report.exits = {"before": before.total, "after": after.total}
@@ -218,11 +273,6 @@ class Nic:
             total.count(self._serving.counters())
         return total.counters
 
-    def end_switching(self) -> None:
-        """Wait for a switch that is going on, and refuse all others."""
-        with self._switching:
-            self._over = True
-
     def report(self) -> dict[str, object]:
         """For JSON."""
         from pyvmm.virtio.features import names
@@ -253,6 +303,7 @@ class Nic:
             "refused_writes": self.device.refused,
             "kvm_refusals": self.transport.errors,
             "faults": list(self.device.faults),
+            "tracebacks": list(self.device.tracebacks),
             "counters": self.counters(),
             "modes": {name: totals.as_dict() for name, totals in modes.items()},
             "switch_count": self.switch_count,

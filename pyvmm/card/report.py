@@ -19,7 +19,7 @@ WAYS = ("rx", "tx")
 
 
 class Step:
-    """One step; a context manager that notes how long it took, also where it fails."""
+    """One step; a context manager that notes how long it took, also if it fails."""
 
     __slots__ = ("_start", "name", "ns")
 
@@ -27,9 +27,17 @@ class Step:
         self.name = name
         self.ns = 0
 
-    def __enter__(self) -> Step:
+    def begin(self) -> Step:
+        """The step begins now."""
         self._start = time.monotonic_ns()
         return self
+
+    def end(self) -> None:
+        """The step is over. Any thread."""
+        self.ns = time.monotonic_ns() - self._start
+
+    def __enter__(self) -> Step:
+        return self.begin()
 
     def __exit__(
         self,
@@ -37,7 +45,7 @@ class Step:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.ns = time.monotonic_ns() - self._start
+        self.end()
 
 
 class SwitchReport:

@@ -4,6 +4,8 @@ data path runs.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from contextlib import ExitStack
 
 from pyvmm.errors import UsageError
@@ -62,6 +64,9 @@ class Uplink:
         self._recorder = recorder
         self.namespace: Any = None
         self._backend: BackendProcess | None = None
+        self._state = threading.Lock()  # held for a moment only; guards:
+        self._paths: weakref.WeakSet[DataPath] = weakref.WeakSet()  # all that may be cut
+        self._cut = False
         if not net.has_tap:
             return
         from pyvmm.hostnet.tap import TXQUEUELEN, Tap
@@ -122,7 +127,9 @@ class Uplink:
         if net.mode == "vhost-user":
             return self._open_vhost_user(net, mac, wait)
         tap = self._need_tap(net)
-        return Route(self._open_on(tap, net), net, tap, tap.announce)
+        path = self._open_on(tap, net)
+        self.register(path)
+        return Route(path, net, tap, tap.announce)
 
     def _open_vhost_user(self, net: Net, mac: bytes, wait: float) -> Route:
         from pyvmm.datapath.vhost_user import VhostUserNet
@@ -146,6 +153,7 @@ class Uplink:
             recorder=self._recorder,
             link=tap.link if tap is not None else None,
         )
+        self.register(path)
         try:
             path.connect(wait)
         except BaseException:
@@ -178,6 +186,24 @@ class Uplink:
                 f"{net.mode} needs a tap, and this card has none", "start it with switchable="
             )
         return self.tap
+
+    def register(self, path: DataPath) -> None:
+        """Have ``cut`` apply to a path of this card, from before its first conversation on."""
+        with self._state:
+            self._paths.add(path)
+            cut = self._cut
+        if cut:
+            path.cut()
+
+    def cut(self) -> None:
+        """End every conversation of the card's data paths, and allow no other. Any thread; takes no
+        lock that a conversation holds.
+        """
+        with self._state:
+            self._cut = True
+            paths = list(self._paths)
+        for path in paths:
+            path.cut()
 
     def close(self) -> None:
         """Release tap, namespace and back-end. A second call does nothing."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import struct
 from fcntl import ioctl
 from socket import AF_INET, AF_INET6, SOCK_CLOEXEC, SOCK_DGRAM, socket
@@ -474,8 +475,6 @@ class Tap:
 
     def waiting(self) -> bool:
         """Whether a frame waits in one of the queues."""
-        import select
-
         poll = select.poll()
         for fd in self.fds:
             poll.register(fd.fileno(), select.POLLIN)

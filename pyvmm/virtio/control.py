@@ -1,7 +1,7 @@
 """The control virtqueue of a network card (virtio 1.2, 5.1.6.5).
 
-Served in the vCPU thread that kicks it, under the machine's I/O lock: the driver waits for the
-answer anyway.
+Served in a job of the card (``virtio.device.Jobs``), since a command may have to wait for another
+process. The vCPU that kicks goes on at once.
 """
 
 from __future__ import annotations
@@ -41,14 +41,56 @@ from pyvmm.virtio.queue import SplitQueue
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
     from pyvmm.datapath.base import Vring
-    from pyvmm.virtio.net import NetDevice
+    from pyvmm.kvm.recorder import Scope
+    from pyvmm.memory import GuestMemory
+else:
+    Protocol = object  # `typing` costs as much as all else that a run imports
 
 #: Entries of each table kept; with more, everything of that kind is received.
 MAC_TABLE = 64
 #: Longest command: class, command and two full address tables as a driver may send them.
 COMMAND_MAX = 2 + 2 * (4 + 6 * 4096)
+
+
+class Controlled(Protocol):
+    """What commands need of the device that they are for.
+
+    :ivar rx: what the driver wants to receive. Other threads look at it, so its sets are replaced,
+        never changed. :ivar commands: how many have been taken.
+    """
+
+    memory: GuestMemory
+    recorder: Scope | None
+    mac: bytes
+    rx: RxFilter
+    commands: int
+
+    def fault(self, queue: int, problem: str) -> None:
+        """A command has failed in a way that only a reset cures."""
+
+    def rx_changed(self) -> None:
+        """``rx`` is to be put into force."""
+
+    def filter_changed(self) -> None:
+        """``rx`` has changed in a way that the host's side does not apply."""
+
+    def announced(self) -> bool:
+        """The driver acknowledges an announcement; whether it had been asked for one."""
+
+    def set_pairs(self, pairs: int) -> bool:
+        """Use so many queue pairs; False if there are not as many.
+
+        :raises PyvmmError: the data path does not start again.
+        """
+
+    def set_offloads(self, offloads: int) -> bool:
+        """Have the host send what ``offloads`` allows; False if that was not negotiated.
+
+        :raises PyvmmError: the host refuses.
+        """
 
 
 class Control:
@@ -58,7 +100,7 @@ class Control:
     :raises RingFault: the ring is malformed.
     """
 
-    def __init__(self, device: NetDevice, vring: Vring, acked: int) -> None:
+    def __init__(self, device: Controlled, vring: Vring, acked: int) -> None:
         self._device = device
         self._call = vring.call
         self._acked = acked
@@ -66,8 +108,9 @@ class Control:
         self._limit = vring.size
         self._queue.enable_notify()
 
-    def serve(self) -> None:
-        """Answer what is in the queue, at most as many commands as it has entries.
+    def serve(self) -> bool:
+        """Answer what is in the queue, at most as many commands as it has entries; whether there
+        are more, for which the driver may not kick.
 
         :raises RingFault: the driver got the ring or a chain wrong.
         """
@@ -85,8 +128,8 @@ class Control:
                 self._device.recorder.step("control command", begin, args)
             queue.push(chain, chain.reply(bytes([VIRTIO_NET_OK if good else VIRTIO_NET_ERR])))
         if queue.flush():
-            self._call.signal()
-        queue.enable_notify()
+            self._call.nudge()
+        return queue.enable_notify()
 
     def _execute(self, request: bytes) -> bool:
         """One command; whether it was understood and done."""
@@ -133,7 +176,7 @@ class Control:
         if data or any(a[0] & 1 for a in unicast) or not all(a[0] & 1 for a in multicast):
             return False
         rx = self._device.rx
-        rx.flags -= {"unicast-overflow", "multicast-overflow"}
+        rx.flags = rx.flags - {"unicast-overflow", "multicast-overflow"}
         if len(unicast) > MAC_TABLE:
             unicast, rx.flags = [], rx.flags | {"unicast-overflow"}
         if len(multicast) > MAC_TABLE:
@@ -153,9 +196,10 @@ class Control:
         (vlan,) = struct.unpack("<H", data)
         if vlan >= 4096:
             return False
-        vlans = self._device.rx.vlans
-        vlans.add(vlan) if command == VIRTIO_NET_CTRL_VLAN_ADD else vlans.discard(vlan)
-        self._device.on_rx_change()
+        rx = self._device.rx
+        add = command == VIRTIO_NET_CTRL_VLAN_ADD
+        rx.vlans = rx.vlans | {vlan} if add else rx.vlans - {vlan}
+        self._device.filter_changed()
         return True
 
     def _announced(self, command: int, data: bytes) -> bool:

@@ -3,6 +3,13 @@ and 3.1).
 
 The guest is hostile: bits and registers change only where the specification lets the driver change
 them; anything else is ignored and counted in ``refused``.
+
+Theory of operation. Registers belong to vCPU threads, under the machine's I/O lock. What happens
+between the device and whoever moves its data may take as long as another process likes, so it is
+done in jobs, one after another, that no vCPU waits for (``Jobs``). DRIVER_OK reads back at once,
+and the job that starts the device comes later; if it fails, the driver sees NEEDS_RESET. A write of
+0 makes the device *stopping*: the status reads as before until the job that stops the device is
+done, then 0, for which the driver polls (4.1.4.3.2).
 """
 
 from __future__ import annotations
@@ -29,9 +36,11 @@ from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Protocol
 
     from pyvmm.memory import GuestMemory
+else:
+    Protocol = object  # `typing` costs as much as all else that a run imports
 
 ACK, DRIVER = VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER
 FEATURES_OK, DRIVER_OK = VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_DRIVER_OK
@@ -47,6 +56,8 @@ TRANSITIONS = {
 }
 #: The status in which queue registers may be written.
 CONFIGURING = ACK | DRIVER | FEATURES_OK
+#: Faults and tracebacks kept: a guest can repeat a fault as often as it likes.
+FAULTS_MAX, TRACEBACKS_MAX = 16, 4
 
 
 class Queue:
@@ -68,20 +79,18 @@ class Queue:
         "vector",
     )
 
-    def __init__(
-        self, index: int, max_size: int, no_vector: int, kick: EventFd, call: EventFd
-    ) -> None:
+    def __init__(self, index: int, max_size: int, kick: EventFd, call: EventFd) -> None:
         self.index = index
         self.max_size = max_size
         self.kick, self.call = kick, call
-        self.clear(no_vector)
+        self.clear()
 
-    def clear(self, no_vector: int) -> None:
+    def clear(self) -> None:
         """The registers after reset."""
         self.size = self.max_size
         self.desc = self.avail = self.used = 0
         self.enabled = False
-        self.vector = no_vector
+        self.vector = VIRTIO_MSI_NO_VECTOR
 
     def problem(self, memory: GuestMemory) -> str:
         """What is wrong with the driver's set-up; empty if nothing (2.7: sizes and alignments)."""
@@ -100,43 +109,105 @@ class Queue:
         return ""
 
 
+class Jobs(Protocol):
+    """Runs a device's transitions one after another."""
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Run ``job`` after all jobs that were posted before. Any thread; never waits."""
+
+
+class Inline:
+    """Runs each job at once, in the thread that posts it: for a device whose transitions need
+    nobody else.
+    """
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Run it."""
+        job()
+
+
+class Transport(Protocol):
+    """What a device needs of the bus that it is plugged into."""
+
+    def set_active(self, active: bool) -> None:
+        """The device has reached DRIVER_OK, or has stopped: take kicks from the guest, or no more.
+        The I/O lock is held.
+        """
+
+    def device_reset(self) -> None:
+        """The device is back in the state after power-on; the I/O lock is held."""
+
+    def interrupt_config(self) -> None:
+        """Tell the driver that the configuration has changed. Any thread."""
+
+
+class Unplugged:
+    """In place of a transport, for a device that is not plugged in."""
+
+    def set_active(self, active: bool) -> None:
+        """Nobody kicks."""
+
+    def device_reset(self) -> None:
+        """Nothing to do."""
+
+    def interrupt_config(self) -> None:
+        """Nobody listens."""
+
+
 class VirtioDevice:
     """Base of all virtio devices: the status machine, feature negotiation, queues.
 
     A subclass gives ``device_id`` and overrides ``offered``, ``config_space``, ``activate`` and
-    ``deactivate``. A transport sets ``interrupt_config`` and ``on_active``. All methods but
-    ``fault`` and ``config_changed`` are called under the machine's I/O lock.
+    ``deactivate``. All methods but ``fault`` and ``config_changed``, and those that are called in
+    jobs, are called under the I/O lock.
 
-    :ivar refused: writes of the driver that were ignored. :ivar faults: the first problems that
-        only a reset cures.
+    :param jobs: runs transitions; by default they happen in the thread that asks for them.
+    :param lock: the machine's I/O lock; by default a lock of the device's own.
+    :ivar stopping: the driver has written 0 to the status, and the device is still being stopped.
+    :ivar negotiated: the features of the latest DRIVER_OK; a reset keeps them, for reports.
+    :ivar refused: writes of the driver that were ignored.
+    :ivar faults: the first problems that only a reset cures.
+    :ivar tracebacks: Python's, of faults that are bugs of pyvmm.
     """
 
     device_id = 0
     #: For the ledger: offset in the device-specific configuration -> field.
     config_names: dict[int, str | tuple[str, str]] = {}
-    no_vector = VIRTIO_MSI_NO_VECTOR
 
-    def __init__(self, name: str, memory: GuestMemory, queue_sizes: list[int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        memory: GuestMemory,
+        queue_sizes: list[int],
+        *,
+        jobs: Jobs | None = None,
+        lock: threading.RLock | None = None,
+    ) -> None:
         self.name = name
         self.memory = memory
         self.status = 0
-        self.driver_features = 0
+        self.stopping = False
+        self.driver_features = self.negotiated = 0
         self.generation = 0
+        self._jobs: Jobs = jobs if jobs is not None else Inline()
+        self._lock = lock if lock is not None else threading.RLock()
         self._mutex = threading.Lock()  # status and generation against a data path's threads
+        self._transport: Transport = Unplugged()
         events = eventfds(2 * len(queue_sizes))
         self.queues = [
-            Queue(i, size, self.no_vector, events[2 * i], events[2 * i + 1])
-            for i, size in enumerate(queue_sizes)
+            Queue(i, size, events[2 * i], events[2 * i + 1]) for i, size in enumerate(queue_sizes)
         ]
         #: For traces: a ``kvm.recorder.Scope``, or None.
         self.recorder: Any = None
         self.refused = 0
         self.resets = 0
         self.faults: list[str] = []
-        self.interrupt_config: Callable[[], None] = lambda: None
-        self.on_active: Callable[[bool], None] = lambda active: None
-        #: Told of each fault kept in ``faults``. Any thread; must not wait.
-        self.on_problem: Callable[[str], None] = lambda problem: None
+        self.tracebacks: list[str] = []
+        self._abandoned = False
+
+    def plug(self, transport: Transport) -> None:
+        """The device is on a bus from now on."""
+        self._transport = transport
 
     # --- for subclasses ---------------------------------------------------------------------------
 
@@ -145,10 +216,15 @@ class VirtioDevice:
         return 1 << VIRTIO_F_VERSION_1
 
     def activate(self, rings: list[Vring]) -> None:
-        """DRIVER_OK: start moving data. PyvmmError here means NEEDS_RESET for the guest."""
+        """In a job after DRIVER_OK: start moving data.
+
+        :raises PyvmmError: the device does not start, and the guest sees NEEDS_RESET.
+        """
 
     def deactivate(self) -> None:
-        """Stop; no access to guest memory after it returns."""
+        """In a job after a reset was asked for: stop; no access to guest memory happens after it
+        returns or raises.
+        """
 
     def config_space(self) -> bytes:
         """The device-specific configuration as it reads now."""
@@ -171,11 +247,14 @@ class VirtioDevice:
     def notified(self, index: int) -> None:
         """One of ``own_queues`` has been kicked."""
 
+    def problem_found(self, problem: str) -> None:
+        """A problem has been added to ``faults``. Any thread; must not wait."""
+
     # --- status -----------------------------------------------------------------------------------
 
     @property
     def active(self) -> bool:
-        """Between DRIVER_OK and reset."""
+        """From DRIVER_OK until a reset is done."""
         return bool(self.status & DRIVER_OK)
 
     def set_status(self, value: int) -> None:
@@ -185,7 +264,7 @@ class VirtioDevice:
             return
         now = self.status & ~NEEDS_RESET
         new = value & ~now & ~NEEDS_RESET
-        if now & ~value or new not in (0, FAILED, TRANSITIONS.get(now, 0)):
+        if self.stopping or now & ~value or new not in (0, FAILED, TRANSITIONS.get(now, 0)):
             self.refused += 1
             return
         if new == FEATURES_OK and not self._features_acceptable():
@@ -193,15 +272,17 @@ class VirtioDevice:
         with self._mutex:
             self.status |= new
         if new == DRIVER_OK:
-            self._start()
+            self._begin()
 
     def _features_acceptable(self) -> bool:
         acked = self.driver_features
         return not acked & ~self.offered() and bool(acked >> VIRTIO_F_VERSION_1 & 1)
 
-    def _start(self) -> None:
+    def _begin(self) -> None:
+        """DRIVER_OK: start the device, unless the driver set up its queues wrongly."""
+        self.negotiated = self.driver_features
+        self._transport.set_active(True)
         enabled = [q for q in self.queues if q.enabled]
-        self.on_active(True)
         for q in enabled:
             problem = q.problem(self.memory)
             if problem:
@@ -210,34 +291,86 @@ class VirtioDevice:
         rings = [
             Vring(q.index, q.size, q.desc, q.avail, q.used, 0, q.kick, q.call) for q in enabled
         ]
-        try:
-            self.activate(rings)
-        except PyvmmError as e:
-            self.fault(-1, str(e))
+        self.post("start", lambda: self.activate(rings))
 
     def reset(self) -> None:
-        """Back to the state after power-on; the backend is stopped before the status reads as 0."""
-        was_active = self.active
-        if was_active:
+        """Back to the state after power-on: at once if the device was not active; else the device
+        is stopping, and a job makes it so.
+        """
+        if self.stopping:
+            return
+        if not self.active:
+            self._reset_done()
+            return
+        self.stopping = True
+        self.post("reset", self._stop)
+
+    def _stop(self) -> None:
+        """The job of a reset: the data path has stopped before the status reads as 0."""
+        try:
             self.deactivate()
-            self.on_active(False)
+        except Exception as e:  # the driver gets its reset whatever it is
+            self._note("reset", e)
+        with self._lock:
+            self._reset_done()
+
+    def _reset_done(self) -> None:
+        if self.active:
+            self._transport.set_active(False)
         if self.status:
             self.resets += 1
         for q in self.queues:
-            q.clear(self.no_vector)
+            q.clear()
             q.kick.drain()
             q.call.drain()
         self.driver_features = 0
-        self.status = 0
+        with self._mutex:
+            self.status = 0
+        self.stopping = False
+        self._transport.device_reset()
+
+    def post(self, what: str, job: Callable[[], None]) -> None:
+        """Post a job. If anything goes wrong in it, the driver sees NEEDS_RESET.
+
+        :param what: names the job, for faults that are bugs of pyvmm.
+        """
+
+        def attempt() -> None:
+            try:
+                job()
+            except Exception as e:  # the thread that runs the jobs must live
+                self._note(what, e)
+                self._needs_reset()
+
+        self._jobs.post(attempt)
 
     def fault(self, queue: int, problem: str) -> None:
-        """Something that only a reset cures: tell the guest (2.1.2). Any thread; takes no lock."""
-        if len(self.faults) < 16:  # bounded: the guest can repeat this as often as it likes
-            self.faults.append(problem)
-            self.on_problem(problem)
+        """Something that only a reset cures: tell the guest (2.1.2). Any thread; takes no lock that
+        is held for long.
+        """
+        self._add_fault(problem)
+        self._needs_reset()
+
+    def _needs_reset(self) -> None:
         with self._mutex:
             self.status |= NEEDS_RESET
         self.config_changed()
+
+    def _add_fault(self, problem: str) -> None:
+        if len(self.faults) < FAULTS_MAX:
+            self.faults.append(problem)
+            self.problem_found(problem)
+
+    def _note(self, what: str, error: Exception) -> None:
+        """Keep an error in words; a bug of ours leaves its traceback, too."""
+        if isinstance(error, PyvmmError):
+            self._add_fault(str(error))
+            return
+        import traceback  # here: no machine should pay for it at its start
+
+        self._add_fault(f"{what}: {type(error).__name__}: {error}")
+        if len(self.tracebacks) < TRACEBACKS_MAX:
+            self.tracebacks.append("".join(traceback.format_exception(error)))
 
     def config_changed(self) -> None:
         """The configuration has changed: new generation, configuration interrupt (4.1.4.3.1). Any
@@ -246,7 +379,7 @@ class VirtioDevice:
         with self._mutex:
             self.generation = self.generation + 1 & 0xFF
         if self.active or self.status & NEEDS_RESET:
-            self.interrupt_config()
+            self._transport.interrupt_config()
 
     # --- features and queues ----------------------------------------------------------------------
 
@@ -276,12 +409,20 @@ class VirtioDevice:
             return
         setattr(q, field, value)
 
+    # --- the end ----------------------------------------------------------------------------------
+
+    def shut_down(self) -> None:
+        """Stop, in this thread: no vCPU runs any more, and nobody runs jobs."""
+        if self.active and not self._abandoned:
+            self._stop()
+
+    def abandon(self) -> None:
+        """A job does not end: leave to the process's end what the job uses."""
+        self._abandoned = True
+
     def close(self) -> None:
-        """Stop and release the queues' eventfds."""
-        if self.active:
-            self.deactivate()
-            self.on_active(False)
-        self.status = 0
+        """Shut down, and release the queues' eventfds. A second call does nothing."""
+        self.shut_down()
         for q in self.queues:
             q.kick.close()
             q.call.close()

@@ -5,6 +5,7 @@ It does not know which data path moves its packets.
 
 from __future__ import annotations
 
+import threading
 import time
 
 from pyvmm.datapath.base import RxFilter, by_pair
@@ -32,15 +33,19 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_S_ANNOUNCE,
     VIRTIO_NET_S_LINK_UP,
 )
+from pyvmm.virtio.control import Control
 from pyvmm.virtio.device import DRIVER, FEATURES_OK, VirtioDevice
+from pyvmm.virtio.listener import PathListener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from typing import Protocol
 
-    from pyvmm.datapath.base import DataPath, HostSide, PathEvents, Vring
+    from pyvmm.datapath.base import DataPath, HostSide, Vring
     from pyvmm.memory import GuestMemory
-    from pyvmm.virtio.control import Control
+    from pyvmm.virtio.device import Jobs
+else:
+    Protocol = object  # `typing` costs as much as all else that a run imports
 
 PCI_CLASS_NETWORK_ETHERNET = 0x020000
 #: Entries a queue, as QEMU's default, and of the control queue.
@@ -69,6 +74,16 @@ GUEST_OFFLOADS = sum(
 )
 
 
+class Observer(Protocol):
+    """Is told by a network device. Any thread; must not wait."""
+
+    def problem_found(self, problem: str) -> None:
+        """Something that only a reset cures, in words."""
+
+    def rx_changed(self) -> None:
+        """The driver has changed its receive filter or the MAC address."""
+
+
 class NetDevice(VirtioDevice):
     """A network card: ``pairs`` queue pairs (2k receives, 2k + 1 transmits) and the control queue
     behind them.
@@ -81,8 +96,12 @@ class NetDevice(VirtioDevice):
         honour.
     :param without: feature bits (a mask) not to offer although the data path could.
     :param link: whether the cable is plugged in at the start.
-    :ivar pairs: those in use; the driver chooses.
+    :param jobs, lock: see ``VirtioDevice``.
+    :ivar datapath: in force. :ivar pairs: in use; the driver chooses.
     :ivar rx: what the driver wants to receive. :ivar commands: taken from the control queue.
+
+    What is said to the data path and to the uplink is said in jobs, so that rings, positions and
+    ``datapath`` belong to the thread that runs jobs. Other threads may look at the attributes.
     """
 
     device_id = VIRTIO_ID_NET
@@ -102,8 +121,11 @@ class NetDevice(VirtioDevice):
         offer: int = -1,
         without: int = 0,
         link: bool = True,
+        jobs: Jobs | None = None,
+        lock: threading.RLock | None = None,
     ) -> None:
-        super().__init__(name, memory, [queue_size] * (2 * pairs) + [CONTROL_SIZE])
+        sizes = [queue_size] * (2 * pairs) + [CONTROL_SIZE]
+        super().__init__(name, memory, sizes, jobs=jobs, lock=lock)
         self.datapath = datapath
         self._uplink = uplink
         self._own_mac = self.mac = mac
@@ -117,16 +139,25 @@ class NetDevice(VirtioDevice):
         self._paused = False
         self._announce = False
         self._control: Control | None = None
+        self._control_asked = False  # a job to serve the control queue has been posted
+        self._driven = False  # from activate to deactivate
+        self._listener: PathListener | None = None
+        self._observer: Observer | None = None
         self._rings: dict[int, Vring] = {}
         self._serving: list[int] = []
         self._offloads = 0
         self._offered = self._most = self._offer(datapath.features() & offer) & ~without
-        #: What was negotiated last, kept over a reset for the report.
-        self.negotiated = 0
-        #: Called when the driver has changed ``rx`` or the MAC address.
-        self.on_rx_change: Callable[[], None] = lambda: None
         if not link:
             uplink.set_carrier(False)
+
+    def observe(self, observer: Observer) -> None:
+        """Tell ``observer`` of problems and receive filters from now on."""
+        self._observer = observer
+
+    def problem_found(self, problem: str) -> None:
+        """Pass it on."""
+        if self._observer is not None:
+            self._observer.problem_found(problem)
 
     def _offer(self, path: int) -> int:
         """The device's own features and what the data path can honour."""
@@ -184,7 +215,8 @@ class NetDevice(VirtioDevice):
             self.config_changed()
 
     def set_link(self, up: bool) -> None:
-        """Plug or pull the cable: while it is pulled the rings are parked, and nothing moves.
+        """In a job: plug or pull the cable. While it is pulled the rings are parked, and nothing
+        moves.
 
         :raises PyvmmError: the data path does not start again; the driver has to reset the device.
         """
@@ -195,7 +227,7 @@ class NetDevice(VirtioDevice):
             self.park()
         self._uplink.set_carrier(up)
         try:
-            if up and self.active:
+            if up and self._driven:
                 self.resume()
         except PyvmmError as e:
             self.fault(-1, str(e))
@@ -203,8 +235,8 @@ class NetDevice(VirtioDevice):
         self.config_changed()
 
     def set_paused(self, on: bool) -> None:
-        """The machine is paused: park the rings, so that nothing writes to guest memory; or goes on
-        from there.
+        """In a job: the machine is paused, so park the rings, and nothing writes to guest memory;
+        or it goes on, and so do the rings.
 
         :raises PyvmmError: as ``set_link``.
         """
@@ -213,7 +245,7 @@ class NetDevice(VirtioDevice):
         self._paused = on
         if on:
             self.park()
-        elif self.active:
+        elif self._driven:
             try:
                 self.resume()
             except PyvmmError as e:
@@ -221,12 +253,10 @@ class NetDevice(VirtioDevice):
                 raise
 
     def announce(self) -> bool:
-        """Ask the guest to tell the network where it is (5.1.6.5.4.1); whether its driver can."""
-        if not (
-            self.active
-            and self._control
-            and self.driver_features >> VIRTIO_NET_F_GUEST_ANNOUNCE & 1
-        ):
+        """In a job: ask the guest to tell the network where it is (5.1.6.5.4.1); whether its driver
+        can.
+        """
+        if not (self._control and self.driver_features >> VIRTIO_NET_F_GUEST_ANNOUNCE & 1):
             return False
         self._announce = True
         self.config_changed()
@@ -263,11 +293,20 @@ class NetDevice(VirtioDevice):
         return frozenset([self._control_index()] if has else [])
 
     def notified(self, index: int) -> None:
-        """The control queue has been kicked."""
+        """The control queue has been kicked. One job serves however many kicks: a driver may kick
+        as often as it likes.
+        """
+        if self.active and not self._control_asked:
+            self._control_asked = True
+            self.post("control queue", lambda: self._serve_control(index))
+
+    def _serve_control(self, index: int) -> None:
+        self._control_asked = False  # before looking: a kick from now on is a reason to look again
         if self._control is None:
             return
         try:
-            self._control.serve()
+            if self._control.serve():
+                self.notified(index)
         except RingFault as e:
             self._control = None
             self.fault(index, f"control queue: {e}")
@@ -276,9 +315,10 @@ class NetDevice(VirtioDevice):
         """Hand the rings of the first pair to the data path; the driver asks for more by command
         (5.1.6.5.5).
         """
-        acked = self.negotiated = self.driver_features
+        acked = self.driver_features
         control = self._control_index()
         self._rings = {ring.index: ring for ring in rings if ring.index < control}
+        self._driven = True
         self._offloads = acked & GUEST_OFFLOADS
         self.pairs = 1
         self.rx = RxFilter(self.mac)
@@ -286,46 +326,59 @@ class NetDevice(VirtioDevice):
         if acked >> VIRTIO_NET_F_CTRL_VQ & 1:
             for ring in rings:
                 if ring.index == control:
-                    from pyvmm.virtio.control import Control
-
                     self._control = Control(self, ring, acked)
         self.resume()
 
     def deactivate(self) -> None:
-        """Take them back, and forget what the driver had set."""
-        self.park()
-        self._control = None
-        self._rings = {}
-        self._announce = False
-        self.mac = self._own_mac
+        """Take the rings back, and forget what the driver had set."""
+        try:
+            self.park()
+        finally:
+            self._driven = False
+            self._control = None
+            self._rings = {}
+            self._announce = False
+            self.mac = self._own_mac
 
-    def resume(self, *, events: PathEvents | None = None, patience: float | None = None) -> None:
-        """Start the data path on the rings of the pairs in use, from where they are; unless the
-        cable is pulled or the machine is paused.
+    def resume(self, *, hold: bool = False, patience: float | None = None) -> None:
+        """In a job: start the data path on the rings of the pairs in use, from where they are;
+        unless the cable is pulled or the machine is paused.
 
-        :param events: takes the path's reports in place of the device.
+        :param hold: keep the path's faults until ``release_faults``.
         :param patience: seconds that another process may take for it.
         :raises PyvmmError: the host's side or the data path refuses.
         """
         if not self._plugged or self._paused:
             return
-        rings = self.rings
+        rings, acked = self.rings, self.in_force
         begin = time.monotonic_ns()
+        listener = PathListener(self, hold=hold)
         self._uplink.set_queues(max(1, len(by_pair(rings))))
-        self._uplink.set_offloads(self.in_force)
-        self.datapath.start(self.in_force, self.memory, rings, events or self, patience=patience)
+        self._uplink.set_offloads(acked)
+        self.datapath.start(acked, self.memory, rings, listener, patience=patience)
         self._serving = [ring.index for ring in rings]
+        self._listener = listener
         if self.recorder is not None:
             self.recorder.step("start", begin, {"rings": rings})
 
+    def release_faults(self) -> None:
+        """Pass on the faults that ``resume(hold=True)`` keeps."""
+        if self._listener is not None:
+            self._listener.release()
+
     def park(self, *, finish: bool = False, patience: float | None = None) -> None:
-        """Stop the data path; the rings remember their positions. See ``DataPath.stop``.
+        """In a job: stop the data path; the rings remember their positions. See ``DataPath.stop``.
 
         :raises PyvmmError: the path did not stop in order; positions are as they were at the start.
         """
         serving, self._serving = self._serving, []
+        listener, self._listener = self._listener, None
         begin = time.monotonic_ns()
-        bases = self.datapath.stop(finish=finish, patience=patience)
+        try:
+            bases = self.datapath.stop(finish=finish, patience=patience)
+        finally:
+            if listener is not None:
+                listener.end()
         if self.recorder is not None and serving:
             self.recorder.step("stop", begin, {"bases": bases})
         for index, base in zip(serving, bases, strict=False):
@@ -353,29 +406,37 @@ class NetDevice(VirtioDevice):
 
     def check(self, path: DataPath) -> None:
         """:raises UsageError: ``path`` lacks features that are in use; it names them."""
-        missing = self.lacks(path)
+        with self._lock:
+            missing = self.lacks(path)
         if missing:
             from pyvmm.virtio.features import names
 
             raise UsageError(
-                f"{self.name} cannot switch to {path.name}, which lacks features that the guest uses: "
-                f"{' '.join(names(missing))}",
-                f"name it at the start: --net ...,switchable={path.name}, or leave features out: without=",
+                f"{self.name} cannot switch to {path.name}, which lacks features that the guest"
+                f" uses: {' '.join(names(missing))}",
+                f"name it at the start: --net ...,switchable={path.name}, or leave features out:"
+                " without=",
             )
 
     def use(self, path: DataPath) -> None:
-        """Make ``path`` the data path; ``resume`` starts its rings. The caller owns the old one."""
-        self.datapath = path
-        if not self.status & DRIVER:
-            self._reoffer()
+        """In a job: make ``path`` the data path; ``resume`` starts its rings. The caller owns the
+        old one.
+
+        :raises UsageError: the path lacks features that are in use; nothing has changed.
+        """
+        with self._lock:  # between the check and the new offer, the driver must not choose
+            self.check(path)
+            self.datapath = path
+            if not self.status & DRIVER:
+                self._reoffer()
         self.link(True)  # the path says so if its interface is gone
 
     def _reoffer(self) -> None:
         self._offered = self._most & self._offer(self.datapath.features())
 
-    def reset(self) -> None:
-        """Back to the state after power-on, offering what the present data path can."""
-        super().reset()
+    def _reset_done(self) -> None:
+        """Offer what the present data path can."""
+        super()._reset_done()
         self._reoffer()
 
     # --- what the driver commands -----------------------------------------------------------------
@@ -417,9 +478,15 @@ class NetDevice(VirtioDevice):
             self._uplink.set_rx_filter(self.rx)
         except PyvmmError:
             pass  # best effort: without a filter the guest sees more than it asked for
-        self.on_rx_change()
+        self.filter_changed()
+
+    def filter_changed(self) -> None:
+        """Tell the observer that ``rx`` has been changed."""
+        if self._observer is not None:
+            self._observer.rx_changed()
 
     def close(self) -> None:
         """Stop and release the data path, too."""
         super().close()
-        self.datapath.close()
+        if not self._abandoned:
+            self.datapath.close()

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from pyvmm import Machine, Net
+from pyvmm.errors import PyvmmError
 from pyvmm.spec import vhost_user as spec
 from pyvmm.vhostuser.wire import Listener
 from tests.vu_fake import Fake
@@ -144,3 +146,136 @@ sys.exit(main(sys.argv[1:]))
     )
     assert done.returncode == 124 and "in order" not in done.stderr
     assert json.loads((tmp_path / "json").read_text())["verdict"] == "timeout"
+
+
+def held_up(fake: Fake, request: int) -> None:
+    """From this request on the back-end says nothing."""
+
+    def silence(*_: object) -> None:
+        fake.mute = True
+
+    fake.answers[request] = silence
+
+
+def within_a_second(vm: Machine) -> None:
+    begin = time.monotonic()
+    vm.stop()
+    vm.close()
+    assert time.monotonic() - begin < 1.0
+
+
+class Meanwhile:
+    """A call in a thread of its own, which may fail."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.error: PyvmmError | None = None
+        self._call = call
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except PyvmmError as e:
+            self.error = e
+
+    def done(self) -> None:
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("request_", "append"),
+    [
+        (spec.VHOST_USER_SET_FEATURES, FOR_EVER),
+        (spec.VHOST_USER_SET_VRING_ENABLE, FOR_EVER),
+        (spec.VHOST_USER_GET_VRING_BASE, "count=1 control=1 halts=1"),
+    ],
+    ids=["start", "end of start", "reset"],
+)
+def test_a_driver_whose_back_end_falls_silent(
+    guest: Guest, fake: Fake, request_: int, append: str
+) -> None:
+    """In DRIVER_OK, or in a reset: the guest goes on, and so does whoever looks at the machine."""
+    held_up(fake, request_)
+    net = Net("vhost-user", socket=fake.listener.path)
+    with Machine(guest("kicks"), memory="4M", append=append, nets=[net]) as machine:
+        machine.start()
+        until(lambda: fake.mute)
+        begin = time.monotonic()
+        with machine.io_lock:  # as QMP does
+            assert machine.report()["nets"]
+        if request_ != spec.VHOST_USER_GET_VRING_BASE:
+            until(lambda: "command" in machine.phases)  # kicks, and nobody holds it up
+        assert time.monotonic() - begin < 1.0
+        within_a_second(machine)
+
+
+def test_a_paused_machine_whose_back_end_is_silent(vm: Machine, fake: Fake) -> None:
+    held_up(fake, spec.VHOST_USER_GET_VRING_BASE)
+    pause = Meanwhile(vm.pause)
+    until(lambda: fake.mute)
+    within_a_second(vm)
+    pause.done()
+
+
+def test_a_machine_that_starts_over_with_a_silent_back_end(vm: Machine, fake: Fake) -> None:
+    held_up(fake, spec.VHOST_USER_GET_VRING_BASE)
+    vm.reset()
+    until(lambda: fake.mute)
+    within_a_second(vm)
+
+
+def test_a_switch_away_from_a_silent_back_end(guest: Guest, fake: Fake) -> None:
+    net = Net("vhost-user", socket=fake.listener.path, switchable="emulated")
+    with Machine(guest("kicks"), memory="4M", append=FOR_EVER, nets=[net]) as machine:
+        machine.start()
+        until(lambda: fake.seen.count(spec.VHOST_USER_SET_VRING_ENABLE) == 2)
+        held_up(fake, spec.VHOST_USER_GET_VRING_BASE)
+        switch = Meanwhile(lambda: machine.nets[0].switch("emulated"))
+        until(lambda: fake.mute)
+        within_a_second(machine)
+        switch.done()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        spec.VHOST_USER_GET_FEATURES,
+        spec.VHOST_USER_SET_FEATURES,
+        spec.VHOST_USER_SET_VRING_ENABLE,
+    ],
+    ids=["open", "prepare", "start"],
+)
+def test_a_switch_to_a_silent_back_end(guest: Guest, fake: Fake, request_: int) -> None:
+    with Machine(
+        guest("kicks"), memory="4M", append=FOR_EVER, nets=[Net("emulated", without="offloads")]
+    ) as machine:
+        machine.start()
+        until(lambda: "command" in machine.phases)
+        held_up(fake, request_)
+        path = fake.listener.path
+        switch = Meanwhile(lambda: machine.nets[0].switch(f"vhost-user,socket={path}"))
+        until(lambda: fake.mute)
+        within_a_second(machine)
+        switch.done()
+        report = machine.nets[0].switches[-1]
+        assert report.outcome in ("refused", "rolled-back"), report
+
+
+@pytest.mark.parametrize("request_", [spec.VHOST_USER_GET_FEATURES, spec.VHOST_USER_GET_VRING_BASE])
+def test_sigterm(guest: Guest, fake: Fake, request_: int) -> None:
+    """The command: also while it still connects."""
+    held_up(fake, request_)
+    net = f"vhost-user,socket={fake.listener.path}"
+    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", net]
+    command += ["--kernel", guest("kicks"), "--append", "count=1 control=1 halts=1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as run:
+        try:
+            until(lambda: fake.mute)
+            begin = time.monotonic()
+            run.send_signal(signal.SIGTERM)
+            assert run.wait(PATIENCE) == 128 + signal.SIGTERM
+            assert time.monotonic() - begin < 1.0
+        finally:
+            run.kill()

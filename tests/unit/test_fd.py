@@ -54,6 +54,20 @@ def test_eventfd_counts_and_never_blocks() -> None:
         assert e.drain() == 5
 
 
+def test_a_shared_eventfd_that_was_made_blocking() -> None:
+    """A back-end has the same open file description, so it can change the flags and fill the
+    counter.
+    """
+    with EventFd() as e:
+        os.set_blocking(e.fileno(), True)
+        assert e.drain() == 0
+        e.nudge()
+        assert e.drain() == 1
+        os.eventfd_write(e.fileno(), 2**64 - 2)
+        e.nudge()
+        assert e.drain() == 2**64 - 2
+
+
 def test_all_eventfds_or_none() -> None:
     events = eventfds(3)
     assert len({e.fileno() for e in events}) == 3

@@ -39,7 +39,7 @@ class Guest:
     def __init__(self, ram: GuestMemory, size: int = SIZE) -> None:
         ram.zero()
         self.ram, self.size = ram, size
-        self.queue = Queue(0, size, 0xFFFF, None, None)  # type: ignore[arg-type]  # nobody kicks
+        self.queue = Queue(0, size, None, None)  # type: ignore[arg-type]  # nobody kicks
         self.queue.desc, self.queue.avail, self.queue.used = DESC, AVAIL, USED
         self.queue.enabled = True
 

@@ -32,8 +32,16 @@ class Device(VirtioDevice):
         self.log = []
         self.trouble = None
         self.status_at_stop = None
-        self.interrupt_config = lambda: self.log.append("interrupt")
-        self.on_active = lambda active: self.log.append(f"active {active}")
+        self.plug(self)
+
+    def interrupt_config(self):
+        self.log.append("interrupt")
+
+    def set_active(self, active):
+        self.log.append(f"active {active}")
+
+    def device_reset(self):
+        pass
 
     def offered(self):
         return OFFERED

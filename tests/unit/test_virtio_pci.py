@@ -21,7 +21,10 @@ from pyvmm.errors import HostError
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.spec import pci, virtio_pci
 from pyvmm.spec.platform import PCI_MMIO_BASE
-from pyvmm.spec.virtio import VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_NEEDS_RESET
+from pyvmm.spec.virtio import (
+    VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_NEEDS_RESET,
+)
 from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
 from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import BAR_SIZE, NOTIFY, VirtioPci

@@ -35,162 +35,22 @@ from pyvmm.spec.virtio_pci import (
     VIRTIO_PCI_CAP_ISR_CFG,
     VIRTIO_PCI_CAP_NOTIFY_CFG,
     VIRTIO_PCI_CAP_PCI_CFG,
-    VIRTIO_PCI_COMMON_CFGGENERATION,
-    VIRTIO_PCI_COMMON_DF,
-    VIRTIO_PCI_COMMON_DFSELECT,
-    VIRTIO_PCI_COMMON_GF,
-    VIRTIO_PCI_COMMON_GFSELECT,
-    VIRTIO_PCI_COMMON_MSIX,
-    VIRTIO_PCI_COMMON_NUMQ,
-    VIRTIO_PCI_COMMON_Q_AVAILHI,
-    VIRTIO_PCI_COMMON_Q_AVAILLO,
-    VIRTIO_PCI_COMMON_Q_DESCHI,
-    VIRTIO_PCI_COMMON_Q_DESCLO,
-    VIRTIO_PCI_COMMON_Q_ENABLE,
-    VIRTIO_PCI_COMMON_Q_MSIX,
-    VIRTIO_PCI_COMMON_Q_NOFF,
-    VIRTIO_PCI_COMMON_Q_SELECT,
-    VIRTIO_PCI_COMMON_Q_SIZE,
-    VIRTIO_PCI_COMMON_Q_USEDHI,
-    VIRTIO_PCI_COMMON_Q_USEDLO,
-    VIRTIO_PCI_COMMON_STATUS,
     VIRTIO_PCI_DEVICE_ID_BASE,
     VIRTIO_PCI_ISR_CONFIG,
     VIRTIO_PCI_ISR_QUEUE,
 )
-from pyvmm.virtio.device import Queue, VirtioDevice
+from pyvmm.virtio.pci.common import CommonConfig
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pyvmm.kvm.vm import Vm
+    from pyvmm.virtio.device import Queue, VirtioDevice
 
 # BAR 0: one page a structure, so that a data path could map the notification page alone.
 COMMON, ISR, DEVICE, NOTIFY, TABLE, PBA = 0x0000, 0x1000, 0x2000, 0x3000, 0x4000, 0x5000
 BAR_SIZE = 0x8000
 COMMON_SIZE = 56
 NOTIFY_STRIDE = 4  # notify_off_multiplier: a queue has its own address, hence its own ioeventfd
-
-
-class CommonConfig:
-    """struct virtio_pci_common_cfg: (offset, width) to a getter and a setter."""
-
-    def __init__(self, transport: VirtioPci) -> None:
-        self._t = transport
-        self._device_select = self._driver_select = self._queue_select = 0
-        table: dict[int, tuple[int, Callable[[], int], Callable[[int], None] | None]] = {
-            VIRTIO_PCI_COMMON_DFSELECT: (4, lambda: self._device_select, self._set_device_select),
-            VIRTIO_PCI_COMMON_DF: (4, self._device_features, None),
-            VIRTIO_PCI_COMMON_GFSELECT: (4, lambda: self._driver_select, self._set_driver_select),
-            VIRTIO_PCI_COMMON_GF: (4, self._driver_features, self._set_driver_features),
-            VIRTIO_PCI_COMMON_MSIX: (2, lambda: self._t.config_vector, self._t.set_config_vector),
-            VIRTIO_PCI_COMMON_NUMQ: (2, lambda: len(self._t.device.queues), None),
-            VIRTIO_PCI_COMMON_STATUS: (1, lambda: self._t.device.status, self._set_status),
-            VIRTIO_PCI_COMMON_CFGGENERATION: (1, lambda: self._t.device.generation, None),
-            VIRTIO_PCI_COMMON_Q_SELECT: (2, lambda: self._queue_select, self._set_queue_select),
-            VIRTIO_PCI_COMMON_Q_SIZE: (
-                2,
-                lambda: self._queue("size"),
-                lambda v: self._set_queue("size", v),
-            ),
-            VIRTIO_PCI_COMMON_Q_MSIX: (2, self._queue_vector, self._set_queue_vector),
-            VIRTIO_PCI_COMMON_Q_ENABLE: (
-                2,
-                lambda: self._queue("enabled"),
-                lambda v: self._set_queue("enabled", v),
-            ),
-            VIRTIO_PCI_COMMON_Q_NOFF: (2, lambda: self._queue("index"), None),
-        }
-        for field, low, high in (
-            ("desc", VIRTIO_PCI_COMMON_Q_DESCLO, VIRTIO_PCI_COMMON_Q_DESCHI),
-            ("avail", VIRTIO_PCI_COMMON_Q_AVAILLO, VIRTIO_PCI_COMMON_Q_AVAILHI),
-            ("used", VIRTIO_PCI_COMMON_Q_USEDLO, VIRTIO_PCI_COMMON_Q_USEDHI),
-        ):
-            for at, shift in ((low, 0), (high, 32)):
-                table[at] = (
-                    4,
-                    lambda f=field, s=shift: self._queue(f) >> s & 0xFFFFFFFF,  # type: ignore[misc]
-                    lambda v, f=field, s=shift: self._set_address(f, s, v),  # type: ignore[misc]
-                )
-        self._table = table
-
-    def read(self, offset: int, size: int) -> int:
-        """A field, or for a driver that reads a 64-bit field at once, two; anything else is
-        zero.
-        """
-        entry = self._table.get(offset)
-        if entry is None:
-            return 0
-        if size == 8 and entry[0] == 4:
-            return self.read(offset, 4) | self.read(offset + 4, 4) << 32
-        return entry[1]() if size == entry[0] else 0
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """As ``read``; read-only fields and odd widths are ignored and counted."""
-        entry = self._table.get(offset)
-        if entry is not None and size == 8 and entry[0] == 4:
-            self.write(offset, 4, value & 0xFFFFFFFF)
-            self.write(offset + 4, 4, value >> 32)
-        elif entry is None or entry[2] is None or size != entry[0]:
-            self._t.device.refused += 1
-        else:
-            entry[2](value)
-
-    def reset(self) -> None:
-        """The selectors after reset."""
-        self._device_select = self._driver_select = self._queue_select = 0
-
-    def _set_device_select(self, value: int) -> None:
-        self._device_select = value
-
-    def _set_driver_select(self, value: int) -> None:
-        self._driver_select = value
-
-    def _set_queue_select(self, value: int) -> None:
-        self._queue_select = value
-
-    def _device_features(self) -> int:
-        select = self._device_select
-        return self._t.device.offered() >> 32 * select & 0xFFFFFFFF if select < 2 else 0
-
-    def _driver_features(self) -> int:
-        select = self._driver_select
-        return self._t.device.driver_features >> 32 * select & 0xFFFFFFFF if select < 2 else 0
-
-    def _set_driver_features(self, value: int) -> None:
-        if self._driver_select < 2:
-            self._t.device.set_features(32 * self._driver_select, value)
-
-    def _set_status(self, value: int) -> None:
-        self._t.device.set_status(value)
-        if value == 0:
-            self._t.device_reset()
-
-    def _selected(self) -> Queue | None:
-        queues = self._t.device.queues
-        return queues[self._queue_select] if self._queue_select < len(queues) else None
-
-    def _queue(self, field: str) -> int:
-        q = self._selected()
-        return int(getattr(q, field)) if q else 0
-
-    def _set_queue(self, field: str, value: int) -> None:
-        self._t.device.set_queue(self._queue_select, field, value)
-
-    def _set_address(self, field: str, shift: int, value: int) -> None:
-        q = self._selected()
-        old = getattr(q, field) if q else 0
-        self._set_queue(field, (old & ~(0xFFFFFFFF << shift)) | value << shift)
-
-    def _queue_vector(self) -> int:
-        q = self._selected()
-        return q.vector if q else VIRTIO_MSI_NO_VECTOR
-
-    def _set_queue_vector(self, value: int) -> None:
-        q = self._selected()
-        if q:
-            self._t.set_queue_vector(q, value)
 
 
 class DeviceConfig:
@@ -264,13 +124,12 @@ class VirtioPci(PciFunction):
         self._errors = 0
         vectors = len(device.queues) + 1
         self.msix = Msix(vm, vectors)
-        device.interrupt_config = self._interrupt_config
-        device.on_active = self._active
+        device.plug(self)
         self._add_bars(bus, vectors)
 
     def _add_bars(self, bus: Bus, vectors: int) -> None:
         name, device = self.name, self.device
-        self.common = CommonConfig(self)
+        self.common = CommonConfig(device, self)
         self._device_config = DeviceConfig(device)
         self._notify = ffi.new("struct pv_notify *")
         self._notify.count, self._notify.stride = len(device.queues), NOTIFY_STRIDE
@@ -393,8 +252,8 @@ class VirtioPci(PciFunction):
 
     # --- interrupts -------------------------------------------------------------------------------
 
-    def _active(self, active: bool) -> None:
-        """The device starts or has stopped."""
+    def set_active(self, active: bool) -> None:
+        """The device starts or has stopped: take kicks as eventfds, and drive the interrupt line."""
         self._running = active
         if active:
             own = self.device.own_queues()
@@ -427,11 +286,11 @@ class VirtioPci(PciFunction):
         hidden = bool(self.get(PCI_COMMAND, 2) & PCI_COMMAND_INTX_DISABLE) or self.msix.enabled
         lib.pv_intx_disable(self._intx, hidden)
 
-    def _interrupt_config(self) -> None:
-        """Any thread: the configuration changed. The ISR bit is set even with MSI-X (4.1.4.5.1)."""
+    def interrupt_config(self) -> None:
+        """Any thread: the configuration has changed. The ISR bit is set even with MSI-X (4.1.4.5.1)."""
         if self.msix.enabled:
             lib.pv_intx_raise(self._intx, VIRTIO_PCI_ISR_CONFIG)
-        self._config_event.signal()
+        self._config_event.nudge()
 
     def set_config_vector(self, value: int) -> None:
         """config_msix_vector: a vector that does not exist reads back as none (4.1.5.1.2)."""
@@ -505,7 +364,7 @@ class VirtioPci(PciFunction):
                 if write and not rest and index in self.device.own_queues():
                     self.device.notified(index)
                 elif write and not rest:
-                    self.device.queues[index].kick.signal()
+                    self.device.queues[index].kick.nudge()
             elif region is self._isr_region:
                 if not write:
                     self.put(w + 16, 0 if at else lib.pv_intx_read(self._intx), 4)
@@ -535,9 +394,11 @@ class VirtioPci(PciFunction):
                 self.msix.update(v)
 
     def reset(self) -> None:
-        """PCI reset: the device, its interrupts and its BARs."""
+        """PCI reset: the device, its interrupts and its BARs. The device is at rest, or comes to
+        rest in this thread.
+        """
         self.device.reset()
-        self.device_reset()
+        assert not self.device.active
         self.msix.reset()
         super().reset()
 
@@ -547,7 +408,7 @@ class VirtioPci(PciFunction):
         """
         if self._config_event.closed:
             return
-        self.device.reset()
+        self.device.shut_down()
         self.device_reset()
         self.msix.reset()
         self._set_kicks(None)
