@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 from pyvmm.conformance.driver import NetDriver, Ring, align, fence, wait_for
+from pyvmm.datapath.base import RxFilter
 from pyvmm.fd import Fd
 from pyvmm.spec import virtio, virtio_net
 
@@ -54,7 +55,7 @@ class Cable:
     def set_offloads(self, acked: int) -> None:
         pass
 
-    def set_rx_filter(self, rx) -> None:
+    def set_rx_filter(self, rx: RxFilter) -> None:
         self.rx = rx
 
     def set_carrier(self, up: bool) -> None:

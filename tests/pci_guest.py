@@ -12,6 +12,7 @@ import errno
 import select
 import struct
 import threading
+from typing import Any
 
 from pyvmm._ext import ffi, lib
 from pyvmm.bus import MMIO, PIO, Bus
@@ -116,7 +117,7 @@ class Board:
     :ivar exits: accesses that Python was asked for. :ivar lock: the I/O lock, held for these.
     """
 
-    def __init__(self, vm=None, *, memory: int = 16 << 20) -> None:
+    def __init__(self, vm: Any = None, *, memory: int = 16 << 20) -> None:
         self.vm = vm if vm is not None else FakeVm()
         self.memory = GuestMemory(memory)
         self.bus = Bus()
@@ -130,7 +131,7 @@ class Board:
     def _reset(self) -> None:
         self.resets += 1
 
-    def add(self, function):
+    def add(self, function: Any) -> Any:
         """Plug in a function that ``close`` is to close."""
         self.pci.add(function)
         self._opened.append(function)
@@ -205,7 +206,7 @@ class Board:
     def __enter__(self) -> Board:
         return self
 
-    def __exit__(self, *args) -> None:
+    def __exit__(self, *args: Any) -> None:
         self.close()
 
 
@@ -391,7 +392,7 @@ class NetGuest:
         fill: bool = True,
         pairs: int = 1,
         control: bool = False,
-        **rings,
+        **rings: int,
     ) -> None:
         from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
         from pyvmm.spec.virtio_net import VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF

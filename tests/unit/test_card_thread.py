@@ -8,15 +8,19 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from pyvmm.card.nic import Nic
 from pyvmm.card.thread import AFTER_CUT_S, CardThread
+from pyvmm.datapath.base import Vring
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError
+from pyvmm.memory import GuestMemory
 from pyvmm.spec.virtio import VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET
 from pyvmm.spec.virtio_net import VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_OK
+from pyvmm.virtio.listener import PathListener
 from tests.driver import wait_for
 from tests.pci_guest import ACK, DRIVER, FEATURES_OK, frame
 from tests.unit.test_switch import Bundle, Rig
@@ -48,14 +52,22 @@ class Slow(EmulatedNet):
             self.gate.wait(60)
             self.waiting.clear()
 
-    def start(self, acked, memory, rings, events, *, patience=None) -> None:
+    def start(
+        self,
+        acked: int,
+        memory: GuestMemory,
+        rings: list[Vring],
+        events: PathListener,
+        *,
+        patience: Any = None,
+    ) -> None:
         self._pass()
         if self.error is not None:
             raise self.error
         super().start(acked, memory, rings, events)
         self.running = True
 
-    def stop(self, *, finish=False, patience=None) -> list[int]:
+    def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
         if self.running:
             self._pass()
         bases = super().stop(finish=finish)
@@ -70,11 +82,11 @@ class Slow(EmulatedNet):
 class SlowRig(Rig):
     """A card whose data path can be held up."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, **options: bool) -> None:
         super().__init__(script={"emulated": [Slow]}, **options)
         self.path: Slow = self.device.datapath
 
-    def __exit__(self, *args) -> None:
+    def __exit__(self, *args: Any) -> None:
         self.path.gate.set()
         super().__exit__(*args)
 
@@ -127,7 +139,7 @@ def look(nic: Nic, lock: threading.RLock) -> str:
         return json.dumps(nic.report())
 
 
-def test_a_reset_waits_for_the_data_path_and_nobody_else_does(rig):
+def test_a_reset_waits_for_the_data_path_and_nobody_else_does(rig: SlowRig) -> None:
     rig.exchange()
     pci, path = rig.guest.pci, rig.path
     path.gate.clear()
@@ -155,7 +167,7 @@ def test_a_reset_waits_for_the_data_path_and_nobody_else_does(rig):
     rig.exchange()
 
 
-def test_no_access_to_guest_memory_after_status_0(rig):
+def test_no_access_to_guest_memory_after_status_0(rig: SlowRig) -> None:
     """Frames come all the time while the card is reset: none is written to memory that is the
     driver's own again.
     """
@@ -183,7 +195,7 @@ def test_no_access_to_guest_memory_after_status_0(rig):
         sender.done()
 
 
-def test_driver_ok_reads_back_before_the_data_path_has_started():
+def test_driver_ok_reads_back_before_the_data_path_has_started() -> None:
     with SlowRig(drive=False) as rig:
         rig.path.gate.clear()
         rig.drive()
@@ -209,7 +221,9 @@ def test_driver_ok_reads_back_before_the_data_path_has_started():
     ("error", "words", "bug"),
     [(HostError("no tap"), "no tap", False), (IndexError("oh"), "start: IndexError: oh", True)],
 )
-def test_a_start_that_fails_is_a_fault_and_the_thread_lives(error, words, bug):
+def test_a_start_that_fails_is_a_fault_and_the_thread_lives(
+    error: Any, words: str, bug: bool
+) -> None:
     with SlowRig(drive=False) as rig:
         rig.path.error = error
         rig.drive()
@@ -225,8 +239,10 @@ def test_a_start_that_fails_is_a_fault_and_the_thread_lives(error, words, bug):
         rig.exchange()
 
 
-def test_a_stop_that_fails_is_told_and_the_driver_gets_its_reset(rig, monkeypatch):
-    def stop(**options) -> list[int]:
+def test_a_stop_that_fails_is_told_and_the_driver_gets_its_reset(
+    rig: SlowRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(**options: bool | None) -> list[int]:
         EmulatedNet.stop(rig.path)
         raise ZeroDivisionError("oh")
 
@@ -239,7 +255,7 @@ def test_a_stop_that_fails_is_told_and_the_driver_gets_its_reset(rig, monkeypatc
     rig.exchange()
 
 
-def test_kicks_of_the_control_queue_are_one_job(rig):
+def test_kicks_of_the_control_queue_are_one_job(rig: SlowRig) -> None:
     """However often the driver kicks while the thread is busy."""
     rig.exchange()
     rig.path.gate.clear()
@@ -254,7 +270,7 @@ def test_kicks_of_the_control_queue_are_one_job(rig):
     assert command == VIRTIO_NET_OK
 
 
-def test_a_hand_over_holds_no_vcpu_up(rig):
+def test_a_hand_over_holds_no_vcpu_up(rig: SlowRig) -> None:
     rig.exchange()
     rig.path.gate.clear()
     switch = Meanwhile(lambda: rig.nic.switch("vhost-user"))
@@ -269,7 +285,7 @@ def test_a_hand_over_holds_no_vcpu_up(rig):
     assert steps == ["open", "prepare", "wait", "park", "start vhost-user", "close"]
 
 
-def test_reports_of_a_path_that_has_stopped_are_of_no_interest(rig):
+def test_reports_of_a_path_that_has_stopped_are_of_no_interest(rig: SlowRig) -> None:
     rig.exchange()
     listener = rig.device._listener
     listener.fault(0, "now")
@@ -284,7 +300,7 @@ def test_reports_of_a_path_that_has_stopped_are_of_no_interest(rig):
 
 
 @pytest.mark.parametrize("where", ["reset", "pause", "link", "stop", "start", "machine reset"])
-def test_a_cut_ends_whatever_waits(where):
+def test_a_cut_ends_whatever_waits(where: str) -> None:
     with SlowRig(drive=where != "start") as rig:
         if where != "start":
             rig.exchange()
@@ -310,7 +326,7 @@ def test_a_cut_ends_whatever_waits(where):
         assert rig.path.workers() == [] or where == "start"
 
 
-def test_a_path_that_does_not_let_go_is_given_up(rig):
+def test_a_path_that_does_not_let_go_is_given_up(rig: SlowRig) -> None:
     """Nothing that it uses is taken from it, and nobody waits for it."""
     path = rig.path
     rig.exchange()
@@ -333,7 +349,7 @@ def test_a_path_that_does_not_let_go_is_given_up(rig):
     rig.device._abandoned = False
 
 
-def test_after_the_end_there_are_no_transitions(rig):
+def test_after_the_end_there_are_no_transitions(rig: SlowRig) -> None:
     rig.nic.close()
     with pytest.raises(HostError, match="at its end"):
         rig.nic.set_link(False)
@@ -341,7 +357,7 @@ def test_after_the_end_there_are_no_transitions(rig):
         rig.nic.switch("vhost-user")
 
 
-def test_jobs_run_one_after_another():
+def test_jobs_run_one_after_another() -> None:
     thread = CardThread("net9")
     seen: list[int] = []
     for i in range(100):

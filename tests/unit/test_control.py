@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -76,7 +78,7 @@ class Bundle(Cable):
 class Rig:
     """A card with ``pairs`` queue pairs, and a guest that drives it."""
 
-    def __init__(self, pairs: int = 1, features: int = ALL, **guest) -> None:
+    def __init__(self, pairs: int = 1, features: int = ALL, **guest: Any) -> None:
         self.board = Board(memory=32 << 20)
         self.cable = Bundle(pairs)
         self.path = EmulatedNet(self.cable)
@@ -98,14 +100,14 @@ class Rig:
     def __enter__(self) -> Rig:
         return self
 
-    def __exit__(self, *args) -> None:
+    def __exit__(self, *args: Any) -> None:
         self.guest.close()
         self.board.close()
         self.cable.close()
 
 
 @pytest.fixture
-def rig():
+def rig() -> Iterator[Rig]:
     with Rig() as r:
         yield r
 
@@ -127,7 +129,7 @@ def exchange(rig: Rig, pair: int, tag: int) -> None:
 
 
 @pytest.mark.parametrize("features", [ALL, ALL & ~MQ, ALL & ~bits("VIRTIO_RING_F_EVENT_IDX")])
-def test_receive_modes(features):
+def test_receive_modes(features: int) -> None:
     with Rig(features=features) as rig:
         rx = rig.device.rx
         assert rx.addresses() is None  # as after reset
@@ -151,7 +153,7 @@ def table(*lists: list[bytes]) -> bytes:
     return b"".join(struct.pack("<I", len(macs)) + b"".join(macs) for macs in lists)
 
 
-def test_mac_tables(rig):
+def test_mac_tables(rig: Rig) -> None:
     def set_tables(*lists: list[bytes]) -> int | None:
         return rig.command(VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET, table(*lists))
 
@@ -169,7 +171,7 @@ def test_mac_tables(rig):
     assert rig.device.rx.addresses() is None and not rig.device.rx.all_multicast
 
 
-def test_mac_address_until_reset(rig):
+def test_mac_address_until_reset(rig: Rig) -> None:
     new = bytes.fromhex("02aabbccddee")
     assert rig.command(VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET, new) == VIRTIO_NET_OK
     assert rig.guest.pci.config(0, 4).to_bytes(4, "little") == new[:4]
@@ -180,7 +182,7 @@ def test_mac_address_until_reset(rig):
     assert rig.device.mac == MAC and rig.device.rx.mac
 
 
-def test_vlans(rig):
+def test_vlans(rig: Rig) -> None:
     for command, vlan, answer in (
         (VIRTIO_NET_CTRL_VLAN_ADD, 7, VIRTIO_NET_OK),
         (VIRTIO_NET_CTRL_VLAN_ADD, 4095, VIRTIO_NET_OK),
@@ -191,7 +193,7 @@ def test_vlans(rig):
     assert rig.device.rx.vlans == {4095}
 
 
-def test_offloads_reach_the_port(rig):
+def test_offloads_reach_the_port(rig: Rig) -> None:
     def set_offloads(mask: int) -> int | None:
         data = struct.pack("<Q", mask)
         return rig.command(VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, data)
@@ -207,7 +209,7 @@ def test_offloads_reach_the_port(rig):
     assert rig.cable.offloads == [OFFLOADS, csum, csum]  # what is in force, not what was negotiated
 
 
-def test_announcing(rig):
+def test_announcing(rig: Rig) -> None:
     acknowledge = (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK)
     assert rig.command(*acknowledge) == VIRTIO_NET_ERR  # nobody had asked
     assert rig.device.announce()
@@ -217,7 +219,7 @@ def test_announcing(rig):
     assert rig.guest.pci.config(6, 2) == 1
 
 
-def test_link_by_hand(rig):
+def test_link_by_hand(rig: Rig) -> None:
     exchange(rig, 0, 1)
     rig.device.set_link(False)
     assert not rig.guest.link() and rig.cable.carrier is False
@@ -229,7 +231,7 @@ def test_link_by_hand(rig):
     exchange(rig, 0, 200)
 
 
-def test_a_paused_card_leaves_the_rings_alone(rig):
+def test_a_paused_card_leaves_the_rings_alone(rig: Rig) -> None:
     """As in a paused machine: frames wait on either side, whatever else happens to the card;
     then each moves once.
     """
@@ -254,14 +256,14 @@ def test_a_paused_card_leaves_the_rings_alone(rig):
     exchange(rig, 0, 100)
 
 
-def test_a_paused_card_that_is_reset_does_not_start(rig):
+def test_a_paused_card_that_is_reset_does_not_start(rig: Rig) -> None:
     rig.device.set_paused(True)
     rig.guest.pci.set("device_status", 0)
     rig.device.set_paused(False)
     assert rig.path.workers() == []
 
 
-def test_pairs_come_and_go():
+def test_pairs_come_and_go() -> None:
     with Rig(3) as rig:
         assert rig.guest.pci.config(8, 2) == 3
         assert rig.cable.queues == [1]
@@ -277,28 +279,28 @@ def test_pairs_come_and_go():
         assert rig.path.workers() == []
 
 
-def test_a_pair_that_was_not_set_up():
+def test_a_pair_that_was_not_set_up() -> None:
     with Rig(2) as rig:
         rig.device._rings.pop(3)  # as if the driver had left it out
         assert set_pairs(rig, 2) == VIRTIO_NET_ERR
         exchange(rig, 0, 1)
 
 
-def test_pairs_that_the_host_refuses():
+def test_pairs_that_the_host_refuses() -> None:
     with Rig(2) as rig:
         rig.cable.refuse = True
         assert set_pairs(rig, 2) == VIRTIO_NET_ERR
         assert rig.guest.pci.status & VIRTIO_CONFIG_S_NEEDS_RESET
 
 
-def test_without_mq_the_control_queue_is_the_third():
+def test_without_mq_the_control_queue_is_the_third() -> None:
     with Rig(2, ALL & ~MQ) as rig:
         assert rig.guest.control.index == 2
         assert set_pairs(rig, 2) == VIRTIO_NET_ERR
         assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0") == VIRTIO_NET_OK
 
 
-def test_commands_without_their_feature():
+def test_commands_without_their_feature() -> None:
     with Rig(features=ALL & ~bits("VIRTIO_NET_F_CTRL_RX", "VIRTIO_NET_F_CTRL_VLAN")) as rig:
         assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0") == VIRTIO_NET_ERR
         assert (
@@ -306,14 +308,14 @@ def test_commands_without_their_feature():
         )
 
 
-def test_no_room_for_the_answer_is_a_fault(rig):
+def test_no_room_for_the_answer_is_a_fault(rig: Rig) -> None:
     assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0", room=0) is None
     assert rig.guest.pci.status & VIRTIO_CONFIG_S_NEEDS_RESET
     assert wait_for(lambda: rig.device.faults)
     rig.guest.pci.notify(2)  # nothing happens
 
 
-def test_many_commands_in_one_kick(rig):
+def test_many_commands_in_one_kick(rig: Rig) -> None:
     control, memory = rig.guest.control, rig.board.memory
     memory.write(0x6000, bytes([VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, 5, 0]))
     for i in range(32):
@@ -330,7 +332,7 @@ def test_many_commands_in_one_kick(rig):
         st.tuples(st.integers(0, 6), st.integers(0, 7), st.binary(max_size=40)), max_size=12
     )
 )
-def test_any_command_gets_an_answer(commands):
+def test_any_command_gets_an_answer(commands: list[tuple[int, int, bytes]]) -> None:
     """Whatever it says, the card answers, lives and goes on."""
     with Rig(2) as rig:
         for kind, command, data in commands:

@@ -14,7 +14,9 @@ import signal
 import struct
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,12 +25,15 @@ from pyvmm.backend.process import BackendProcess, OwnConnector
 from pyvmm.backend.server import Backend
 from pyvmm.card.handover import HandOver
 from pyvmm.card.nic import KEPT_SWITCHES, Nic
+from pyvmm.card.report import SwitchReport
 from pyvmm.card.thread import CardThread
 from pyvmm.card.uplink import Route, Uplink
+from pyvmm.datapath.base import Vring
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.exits.ledger import Ledger
 from pyvmm.hostnet.frames import rarp
+from pyvmm.memory import GuestMemory
 from pyvmm.netopt import Net
 from pyvmm.spec.virtio import VIRTIO_CONFIG_S_NEEDS_RESET
 from pyvmm.spec.virtio_net import (
@@ -40,6 +45,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_CTRL_RX_PROMISC,
     VIRTIO_NET_OK,
 )
+from pyvmm.virtio.listener import PathListener
 from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import VirtioPci
 from tests.driver import Cable, bits, wait_for
@@ -106,12 +112,12 @@ class Wires(Uplink):
         first served.
     """
 
-    def __init__(self, tap, script: dict[str, list] | None = None) -> None:
+    def __init__(self, tap: Bundle | Port, script: dict[str, list] | None = None) -> None:
         super().__init__(Net("vhost-user", socket="/nowhere"), None)
         self.tap = tap
         self.script = script or {}
 
-    def open(self, net: Net, mac: bytes, wait: float = 10.0):
+    def open(self, net: Net, mac: bytes, wait: float = 10.0) -> Route | None:
         waiting = self.script.get(net.mode)
         if waiting:
             path = waiting.pop(0)(self.tap)
@@ -133,10 +139,10 @@ class Rig:
         features: int = ALL,
         *,
         drive: bool = True,
-        mode="emulated",
-        tap=None,
+        mode: str = "emulated",
+        tap: Port | None = None,
         script: dict[str, list] | None = None,
-        **guest,
+        **guest: int,
     ) -> None:
         self.board = Board(memory=32 << 20)
         self.wires = Wires(tap or Bundle(pairs), script)
@@ -180,7 +186,7 @@ class Rig:
             self.drive(features, pairs, **guest)
         self.sent = 0
 
-    def drive(self, features: int = ALL, pairs: int = 1, **guest) -> None:
+    def drive(self, features: int = ALL, pairs: int = 1, **guest: int) -> None:
         self.guest = NetGuest(
             self.board, 1, features, pairs=pairs if features & MQ else 1, control=True, **guest
         )
@@ -211,7 +217,7 @@ class Rig:
     def __enter__(self) -> Rig:
         return self
 
-    def __exit__(self, *args) -> None:
+    def __exit__(self, *args: Any) -> None:
         self.nic.close()
         if self.guest is not None:
             self.guest.close()
@@ -220,7 +226,7 @@ class Rig:
 
 
 @pytest.fixture
-def rig():
+def rig() -> Iterator[Rig]:
     with Rig() as r:
         yield r
 
@@ -246,7 +252,7 @@ class Switching:
     def running(self) -> bool:
         return self.thread.is_alive()
 
-    def done(self):
+    def done(self) -> list[SwitchReport]:
         self.thread.join(30)
         assert not self.thread.is_alive()
         if self.error is not None:
@@ -287,7 +293,7 @@ def stream(rig: Rig, switching: Switching, pairs: int = 1) -> None:
 
 
 @pytest.mark.parametrize(("pairs", "features"), [(1, ALL), (1, ALL & ~EVENT_IDX), (3, ALL)])
-def test_under_traffic(pairs, features):
+def test_under_traffic(pairs: int, features: int) -> None:
     """Round the modes, with the child process as another one, under traffic both ways."""
     modes = [
         "emulated",
@@ -324,7 +330,7 @@ def test_under_traffic(pairs, features):
         assert told["counters"]["connections"] == 3
 
 
-def test_interrupts_masked_during_the_switch(rig):
+def test_interrupts_masked_during_the_switch(rig: Rig) -> None:
     """What comes while its vector is masked is pending afterwards, and is delivered when that
     opens.
     """
@@ -339,7 +345,7 @@ def test_interrupts_masked_during_the_switch(rig):
     rig.exchange()
 
 
-def test_a_guest_that_has_not_driven_it():
+def test_a_guest_that_has_not_driven_it() -> None:
     with Rig(drive=False) as rig:
         report = rig.nic.switch("vhost-user")
         assert report.outcome == "switched" and not report.gap_ns and not report.pending
@@ -349,7 +355,7 @@ def test_a_guest_that_has_not_driven_it():
         rig.exchange()
 
 
-def test_with_the_cable_pulled(rig):
+def test_with_the_cable_pulled(rig: Rig) -> None:
     rig.nic.set_link(False)
     rig.guest.net.send(frame(7))
     assert rig.nic.switch("vhost-user").outcome == "switched"
@@ -360,7 +366,7 @@ def test_with_the_cable_pulled(rig):
     rig.exchange()
 
 
-def test_what_the_driver_has_commanded():
+def test_what_the_driver_has_commanded() -> None:
     """Offloads, receive filter and queue pairs in use go on."""
     with Rig(3) as rig:
         command = rig.guest.command
@@ -387,7 +393,7 @@ def test_what_the_driver_has_commanded():
         rig.exchange(2)
 
 
-def test_offloads_of_a_back_end(tmp_path):
+def test_offloads_of_a_back_end(tmp_path: Path) -> None:
     """CTRL_GUEST_OFFLOADS: a back-end learns of them only by a stop and a start."""
     port = Bundle(1)
     backend = Backend(NetService(port))
@@ -413,7 +419,7 @@ def test_offloads_of_a_back_end(tmp_path):
         backend.close()
 
 
-def test_a_frame_that_waits_for_buffers():
+def test_a_frame_that_waits_for_buffers() -> None:
     """It has been read from the tap, so it must not be lost: the guest gets its time to add
     buffers, here enough for a test on a busy machine.
     """
@@ -432,7 +438,7 @@ def test_a_frame_that_waits_for_buffers():
         assert rig.nic.report()["counters"]["rx_drop_held"] == 0
 
 
-def test_a_frame_that_waits_in_vain():
+def test_a_frame_that_waits_in_vain() -> None:
     with Rig(fill=False, rx_size=512) as rig:
         rig.guest.net.fill(1)
         rig.cable.far.send(bytes(12) + bytes(1500))
@@ -444,7 +450,7 @@ def test_a_frame_that_waits_in_vain():
         rig.exchange()
 
 
-def test_resets_between_switches(rig):
+def test_resets_between_switches(rig: Rig) -> None:
     """A guest that resets the card all the time while it is switched all the time."""
     switching = Switching(rig, ["emulated", "vhost-user"] * 6)
     rounds = 0
@@ -533,7 +539,7 @@ class Port(Place):
         return count
 
 
-def test_moving_to_another_outside(monkeypatch, tmp_path):
+def test_moving_to_another_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Our tap and one of the back-end's, to and fro under traffic: each frame once, wherever the
     network sent it.
     """
@@ -548,7 +554,7 @@ def test_moving_to_another_outside(monkeypatch, tmp_path):
     board = Switchboard(ours, theirs)
     drain = HandOver._drain
 
-    def drain_once_the_network_knows(self) -> None:
+    def drain_once_the_network_knows(self: HandOver) -> None:
         """However slow this thread is, the quiet time begins when it has turned round."""
         board.turn([ours, None].index(self._new.tap))
         drain(self)
@@ -562,7 +568,7 @@ def test_moving_to_another_outside(monkeypatch, tmp_path):
         backend.close()
 
 
-def go_to_and_fro(path, ours, board):
+def go_to_and_fro(path: str, ours: Port, board: Switchboard) -> None:
     with Rig(tap=ours) as rig:
         target = f"vhost-user,socket={path}"
         switching = Switching(rig, [target, "emulated", target])
@@ -599,7 +605,7 @@ class Less(EmulatedNet):
         return super().features() & ~EVENT_IDX
 
 
-def test_features_in_use_are_required(rig):
+def test_features_in_use_are_required(rig: Rig) -> None:
     rig.wires.script["vhost-net"] = [Less]
     with pytest.raises(UsageError, match="lacks features that the guest uses: EVENT_IDX"):
         rig.nic.switch("vhost-net")
@@ -608,7 +614,7 @@ def test_features_in_use_are_required(rig):
     rig.exchange()
 
 
-def test_features_not_in_use_are_not():
+def test_features_not_in_use_are_not() -> None:
     with Rig(features=ALL & ~EVENT_IDX) as rig:
         rig.wires.script["vhost-net"] = [Less]
         assert rig.nic.switch("vhost-net").outcome == "switched"
@@ -620,7 +626,7 @@ def test_features_not_in_use_are_not():
         assert rig.guest.pci.offered() & EVENT_IDX
 
 
-def test_offer_of_a_set():
+def test_offer_of_a_set() -> None:
     board = Board()
     device = NetDevice(
         "net0", board.memory, EmulatedNet(cable := Cable()), cable, MAC, offer=~EVENT_IDX
@@ -636,14 +642,30 @@ def test_offer_of_a_set():
 class Broken(EmulatedNet):
     """Does not start."""
 
-    def start(self, acked, memory, rings, events, *, patience=None) -> None:
+    def start(
+        self,
+        acked: int,
+        memory: GuestMemory,
+        rings: list[Vring],
+        events: PathListener,
+        *,
+        patience: float | None = None,
+    ) -> None:
         raise HostError("no start today")
 
 
 class Fickle(EmulatedNet):
     """Starts once."""
 
-    def start(self, acked, memory, rings, events, *, patience=None) -> None:
+    def start(
+        self,
+        acked: int,
+        memory: GuestMemory,
+        rings: list[Vring],
+        events: PathListener,
+        *,
+        patience: float | None = None,
+    ) -> None:
         if self.times.began:
             raise HostError("not again")
         super().start(acked, memory, rings, events)
@@ -656,7 +678,7 @@ class Greedy(EmulatedNet):
 
     greedy = True
 
-    def stop(self, *, finish: bool = False, patience=None) -> list[int]:
+    def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
         bases = super().stop(finish=finish)
         if bases and self.greedy:
             self.greedy = False
@@ -667,14 +689,14 @@ class Greedy(EmulatedNet):
 class Stuck(EmulatedNet):
     """Fails when it is stopped for a switch, after it has."""
 
-    def stop(self, *, finish: bool = False, patience=None) -> list[int]:
+    def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
         bases = super().stop(finish=finish)
         if bases and finish:
             raise HostError("cannot stop")
         return bases
 
 
-def test_the_new_one_does_not_start(rig):
+def test_the_new_one_does_not_start(rig: Rig) -> None:
     rig.wires.script["vhost-net"] = [Broken]
     switching = Switching(rig, ["vhost-net"])
     while switching.running:
@@ -686,7 +708,7 @@ def test_the_new_one_does_not_start(rig):
     rig.exchange()
 
 
-def test_nor_does_the_old_one(rig):
+def test_nor_does_the_old_one(rig: Rig) -> None:
     rig.wires.script = {"vhost-net": [Fickle, Broken]}
     assert rig.nic.switch("vhost-net").outcome == "switched"
     report = rig.nic.switch("vhost-net")
@@ -695,7 +717,7 @@ def test_nor_does_the_old_one(rig):
     rig.exchange()
 
 
-def test_nothing_starts(rig):
+def test_nothing_starts(rig: Rig) -> None:
     rig.wires.script = {"vhost-net": [Fickle, Broken], "emulated": [Broken]}
     rig.nic.switch("vhost-net")
     report = rig.nic.switch("vhost-net")
@@ -708,7 +730,7 @@ def test_nothing_starts(rig):
     rig.exchange()
 
 
-def test_chains_still_in_the_old_one_s_hands(rig):
+def test_chains_still_in_the_old_one_s_hands(rig: Rig) -> None:
     """Transmits that were taken and not returned belong to nobody else."""
     rig.wires.script["vhost-net"] = [Greedy]
     rig.nic.switch("vhost-net")
@@ -720,7 +742,7 @@ def test_chains_still_in_the_old_one_s_hands(rig):
     )
 
 
-def test_the_old_one_does_not_let_go(rig):
+def test_the_old_one_does_not_let_go(rig: Rig) -> None:
     """Then the used indices say where the rings are; the old one goes on."""
     rig.wires.script["vhost-net"] = [Stuck]
     rig.nic.switch("vhost-net")
@@ -731,7 +753,7 @@ def test_the_old_one_does_not_let_go(rig):
 
 
 @pytest.mark.parametrize("area", ["used", "avail"])
-def test_a_guest_that_writes_the_indices(rig, area):
+def test_a_guest_that_writes_the_indices(rig: Rig, area: str) -> None:
     """It gets what it deserves, and a reset cures it."""
     rig.exchange()
     for ring in rig.guest.net.rings:
@@ -745,14 +767,16 @@ def test_a_guest_that_writes_the_indices(rig, area):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_back_end_dies_or_falls_silent_in_the_hand_over(rig, monkeypatch, how):
+def test_the_back_end_dies_or_falls_silent_in_the_hand_over(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, how: Any
+) -> None:
     rig.nic.switch("vhost-user")
     rig.nic.switch("emulated")
     pid = rig.wires.child.pid
     monkeypatch.setattr("pyvmm.card.nic.HANDOVER_S", 0.3)
     run = HandOver.run
 
-    def run_without(self):
+    def run_without(self: HandOver) -> Route:
         os.kill(pid, how)
         monkeypatch.setattr(OwnConnector, "connect", _gone)
         return run(self)
@@ -772,11 +796,11 @@ def test_the_back_end_dies_or_falls_silent_in_the_hand_over(rig, monkeypatch, ho
     rig.exchange()
 
 
-def _gone(connector, seconds, end):
+def _gone(connector: OwnConnector, seconds: Any, end: int) -> None:
     raise PyvmmError("gone")
 
 
-def test_rescue_from_a_dead_back_end(rig, monkeypatch):
+def test_rescue_from_a_dead_back_end(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rings are parked; emulation takes over where the used indices are."""
     rig.nic.switch("vhost-user")
     rig.exchange()
@@ -791,7 +815,7 @@ def test_rescue_from_a_dead_back_end(rig, monkeypatch):
     rig.exchange()
 
 
-def test_why_our_own_back_end_ended_a_session(rig):
+def test_why_our_own_back_end_ended_a_session(rig: Rig) -> None:
     """It is in the machine's report, beside what our side has seen of it."""
     rig.nic.switch("vhost-user")
     path = rig.device.datapath
@@ -815,7 +839,7 @@ def descriptors() -> dict[int, str]:
     return {fd: kind for fd, kind in found.items() if kind != listing}
 
 
-def test_no_descriptors_left(rig, monkeypatch):
+def test_no_descriptors_left(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused or rolled back, and nothing leaks."""
     rig.nic.switch("vhost-user")
     rig.nic.switch("emulated")  # the child lives on, so that it is not short of descriptors itself
@@ -843,7 +867,7 @@ def test_no_descriptors_left(rig, monkeypatch):
     assert wait_for(lambda: Counter(descriptors().values()) == kinds), (before, descriptors())
 
 
-def test_usage(rig, monkeypatch):
+def test_usage(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.card.nic.SWITCH_WAIT_S", 0.1)
     for text in ("none", "vdpa", "emulated,mtu=9000", "vhost-user,socket=/nobody/there"):
         with pytest.raises(PyvmmError):
@@ -857,7 +881,7 @@ def test_usage(rig, monkeypatch):
         rig.nic.switch("emulated")
 
 
-def test_reports_are_bounded(rig):
+def test_reports_are_bounded(rig: Rig) -> None:
     for _ in range(KEPT_SWITCHES + 3):
         assert rig.nic.switch("emulated").outcome == "switched"
     assert len(rig.nic.switches) == KEPT_SWITCHES and rig.nic.switch_count == KEPT_SWITCHES + 3

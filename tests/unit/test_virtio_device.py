@@ -2,11 +2,15 @@
 exhaustively where that is possible.
 """
 
+from __future__ import annotations
+
 import threading
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 
+from pyvmm.datapath.base import Vring
 from pyvmm.errors import HostError
 from pyvmm.memory import GuestMemory
 from pyvmm.spec.platform import RAM_LOW_MAX
@@ -27,45 +31,45 @@ OFFERED = VERSION_1 | 1 << 5 | 1 << 28
 class Device(VirtioDevice):
     """Notes what happens; ``trouble`` is what activate raises."""
 
-    def __init__(self, memory):
+    def __init__(self, memory: GuestMemory) -> None:
         super().__init__("dev", memory, [256, 128])
         self.log = []
         self.trouble = None
         self.status_at_stop = None
         self.plug(self)
 
-    def interrupt_config(self):
+    def interrupt_config(self) -> None:
         self.log.append("interrupt")
 
-    def set_active(self, active):
+    def set_active(self, active: bool) -> None:
         self.log.append(f"active {active}")
 
-    def device_reset(self):
+    def device_reset(self) -> None:
         pass
 
-    def offered(self):
+    def offered(self) -> int:
         return OFFERED
 
-    def activate(self, rings):
+    def activate(self, rings: list[Vring]) -> None:
         self.rings = rings
         if self.trouble:
             raise self.trouble
         self.log.append("start")
 
-    def deactivate(self):
+    def deactivate(self) -> None:
         self.status_at_stop = self.status
         self.log.append("stop")
 
 
 @pytest.fixture(scope="module")
-def memory():
+def memory() -> Iterator[GuestMemory]:
     m = GuestMemory(1 << 20)
     yield m
     m.close()
 
 
 @pytest.fixture
-def device(memory):
+def device(memory: GuestMemory) -> Iterator[Device]:
     d = Device(memory)
     yield d
     d.close()
@@ -74,7 +78,7 @@ def device(memory):
 STEPS = [0, ACK, ACK | DRIVER, CONFIGURING, CONFIGURING | DRIVER_OK]
 
 
-def bring(device, status):
+def bring(device: Device, status: int) -> None:
     """By the book to one of STEPS."""
     device.set_status(0)
     for step in STEPS[1 : STEPS.index(status) + 1]:
@@ -85,7 +89,7 @@ def bring(device, status):
 
 
 @pytest.mark.parametrize("now", STEPS)
-def test_every_write_in_every_status(device, now):
+def test_every_write_in_every_status(device: Device, now: int) -> None:
     """From each status only the next step, FAILED and 0 do anything, whatever else is written."""
     following = dict(pairwise(STEPS))
     for value in range(256):
@@ -105,7 +109,7 @@ def test_every_write_in_every_status(device, now):
             assert device.refused == refused + 1
 
 
-def test_only_a_reset_leads_out_of_failed(device):
+def test_only_a_reset_leads_out_of_failed(device: Device) -> None:
     bring(device, CONFIGURING)
     device.set_status(CONFIGURING | FAILED)
     for value in range(1, 256):
@@ -128,7 +132,9 @@ def test_only_a_reset_leads_out_of_failed(device):
         ((1 << 64) - 1, False),
     ],
 )
-def test_features_ok_needs_version_1_and_nothing_that_was_not_offered(device, acked, good):
+def test_features_ok_needs_version_1_and_nothing_that_was_not_offered(
+    device: Device, acked: int, good: bool
+) -> None:
     bring(device, ACK | DRIVER)
     device.set_features(0, acked & 0xFFFFFFFF)
     device.set_features(32, acked >> 32)
@@ -144,7 +150,9 @@ def test_features_ok_needs_version_1_and_nothing_that_was_not_offered(device, ac
 
 
 @pytest.mark.parametrize("status", STEPS)
-def test_features_may_be_written_between_driver_and_features_ok_only(device, status):
+def test_features_may_be_written_between_driver_and_features_ok_only(
+    device: Device, status: int
+) -> None:
     bring(device, status)
     before, refused = device.driver_features, device.refused
     device.set_features(0, 0x20)
@@ -159,7 +167,9 @@ def test_features_may_be_written_between_driver_and_features_ok_only(device, sta
     ("field", "value"),
     [("size", 64), ("desc", 0x1000), ("avail", 0x2000), ("used", 0x3000), ("enabled", 1)],
 )
-def test_queue_registers_may_be_written_while_configuring_only(device, status, field, value):
+def test_queue_registers_may_be_written_while_configuring_only(
+    device: Device, status: int, field: str, value: int
+) -> None:
     bring(device, status)
     q, refused = device.queues[0], device.refused
     before = getattr(q, field)
@@ -170,7 +180,7 @@ def test_queue_registers_may_be_written_while_configuring_only(device, status, f
         assert getattr(q, field) == before and device.refused == refused + 1
 
 
-def test_an_enabled_queue_is_settled(device):
+def test_an_enabled_queue_is_settled(device: Device) -> None:
     bring(device, CONFIGURING)
     device.set_queue(0, "desc", 0x1000)
     device.set_queue(0, "enabled", 1)
@@ -181,27 +191,29 @@ def test_an_enabled_queue_is_settled(device):
 
 
 @pytest.mark.parametrize("size", [0, 3, 255, 512, 0x8000, 0xFFFF])
-def test_bad_queue_sizes_are_refused(device, size):
+def test_bad_queue_sizes_are_refused(device: Device, size: int) -> None:
     bring(device, CONFIGURING)
     device.set_queue(0, "size", size)
     assert device.queues[0].size == 256 and device.refused == 1
 
 
 @pytest.mark.parametrize("value", [0, 2, 0xFFFF])
-def test_queue_enable_takes_1_only(device, value):
+def test_queue_enable_takes_1_only(device: Device, value: int) -> None:
     bring(device, CONFIGURING)
     device.set_queue(0, "enabled", value)
     assert not device.queues[0].enabled and device.refused == 1
 
 
-def test_queues_that_do_not_exist(device):
+def test_queues_that_do_not_exist(device: Device) -> None:
     bring(device, CONFIGURING)
     for index in (2, 3, 0xFFFF):
         device.set_queue(index, "size", 64)
     assert device.refused == 3
 
 
-def set_up(device, size=256, desc=0x1000, avail=0x3000, used=0x4000):
+def set_up(
+    device: Device, size: int = 256, desc: int = 0x1000, avail: int = 0x3000, used: int = 0x4000
+) -> None:
     bring(device, CONFIGURING)
     device.log.clear()
     for field, value in (
@@ -214,7 +226,7 @@ def set_up(device, size=256, desc=0x1000, avail=0x3000, used=0x4000):
         device.set_queue(0, field, value)
 
 
-def test_driver_ok_hands_over_the_enabled_rings(device):
+def test_driver_ok_hands_over_the_enabled_rings(device: Device) -> None:
     set_up(device)
     device.set_status(CONFIGURING | DRIVER_OK)
     assert device.log == ["active True", "start"]
@@ -249,7 +261,7 @@ MIB = 1 << 20
         ("avail", (1 << 64) - 2),
     ],
 )
-def test_garbage_addresses_mean_needs_reset(device, field, value):
+def test_garbage_addresses_mean_needs_reset(device: Device, field: str, value: int) -> None:
     set_up(device, **{field: value})
     assert not device.status & NEEDS_RESET  # nobody is interested before DRIVER_OK
     device.set_status(CONFIGURING | DRIVER_OK)
@@ -266,14 +278,14 @@ def test_garbage_addresses_mean_needs_reset(device, field, value):
 @pytest.mark.parametrize(
     ("field", "value"), [("desc", MIB - 4096), ("avail", MIB - 518), ("used", MIB - 2056)]
 )
-def test_rings_may_reach_to_the_end_of_memory(device, field, value):
+def test_rings_may_reach_to_the_end_of_memory(device: Device, field: str, value: int) -> None:
     set_up(device, **{field: value})
     device.set_status(CONFIGURING | DRIVER_OK)
     expected = field != "avail" or value % 2 == 0
     assert (device.log[-1] == "start") == expected
 
 
-def test_a_backend_that_does_not_start_means_needs_reset(device):
+def test_a_backend_that_does_not_start_means_needs_reset(device: Device) -> None:
     set_up(device)
     device.trouble = HostError("no tap")
     generation = device.generation
@@ -282,7 +294,7 @@ def test_a_backend_that_does_not_start_means_needs_reset(device):
     assert device.log[-1] == "interrupt" and device.generation != generation
 
 
-def test_reset_stops_the_backend_before_the_status_reads_0(device):
+def test_reset_stops_the_backend_before_the_status_reads_0(device: Device) -> None:
     set_up(device)
     device.set_status(CONFIGURING | DRIVER_OK)
     device.queues[0].kick.signal()
@@ -300,7 +312,7 @@ def test_reset_stops_the_backend_before_the_status_reads_0(device):
     assert device.log == ["stop", "active False"] and device.resets == 1
 
 
-def test_faults_are_bounded_and_keep_the_status(device):
+def test_faults_are_bounded_and_keep_the_status(device: Device) -> None:
     set_up(device)
     device.set_status(CONFIGURING | DRIVER_OK)
     for i in range(1000):
@@ -311,7 +323,7 @@ def test_faults_are_bounded_and_keep_the_status(device):
     assert device.status & NEEDS_RESET
 
 
-def test_the_generation_counts_every_change_from_any_thread(device):
+def test_the_generation_counts_every_change_from_any_thread(device: Device) -> None:
     bring(device, CONFIGURING)
     device.log.clear()
     threads = [

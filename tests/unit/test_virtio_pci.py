@@ -5,11 +5,15 @@ Transport, device and worker are the real ones; KVM's book-keeping is played by 
 has the same with KVM).
 """
 
+from __future__ import annotations
+
 import random
 import threading
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +23,7 @@ from pyvmm.bus import MMIO
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError
 from pyvmm.hostnet.netns import Namespace
+from pyvmm.hostnet.tap import Tap
 from pyvmm.spec import pci, virtio_pci
 from pyvmm.spec.platform import PCI_MMIO_BASE
 from pyvmm.spec.virtio import (
@@ -54,7 +59,15 @@ FEE = 0xFEE00000
 class Rig:
     """A board with one network card on a cable, in slot 1."""
 
-    def __init__(self, *, notify="ioeventfd", mtu=None, port=None, vm=None, queue_size=256):
+    def __init__(
+        self,
+        *,
+        notify: str = "ioeventfd",
+        mtu: int | None = None,
+        port: Tap | None = None,
+        vm: Any = None,
+        queue_size: int = 256,
+    ) -> None:
         self.board = Board(vm)
         self.cable = port or Cable()
         self.path = EmulatedNet(self.cable)
@@ -73,20 +86,20 @@ class Rig:
         self.vm = self.board.vm
         self.guests = []
 
-    def driver(self):
+    def driver(self) -> VirtioPciDriver:
         d = VirtioPciDriver(self.board, 1)
         d.enable()
         return d
 
-    def guest(self, features=ALL, **kw):
+    def guest(self, features: int = ALL, **kw: bool) -> NetGuest:
         g = NetGuest(self.board, 1, features, **kw)
         self.guests.append(g)
         return g
 
-    def __enter__(self):
+    def __enter__(self) -> Rig:
         return self
 
-    def __exit__(self, *args):
+    def __exit__(self, *args: Any) -> None:
         for g in self.guests:
             g.close()
         self.board.close()
@@ -94,12 +107,12 @@ class Rig:
 
 
 @pytest.fixture
-def rig():
+def rig() -> Iterator[Rig]:
     with Rig() as r:
         yield r
 
 
-def echo(rig, guest, n=50, start=0):
+def echo(rig: Rig, guest: NetGuest, n: int = 50, start: int = 0) -> None:
     """n frames out and n in; all arrive in order."""
     out = [frame(start + i, 60 + i % 1000) for i in range(n)]
     guest.net.received.clear()
@@ -113,7 +126,7 @@ def echo(rig, guest, n=50, start=0):
 # --- discovery (4.1.2, 4.1.4) ---------------------------------------------------------------------
 
 
-def test_the_device_is_what_the_specification_says(rig):
+def test_the_device_is_what_the_specification_says(rig: Rig) -> None:
     board = rig.board
     assert board.config_read(1, 0) == 0x10411AF4
     assert board.config_read(1, 8) >> 8 == 0x020000 and board.config_read(1, 8) & 0xFF >= 1
@@ -144,7 +157,7 @@ def test_the_device_is_what_the_specification_says(rig):
             assert board.config_read(1, at + 2, 1) == 16 + extra
 
 
-def test_the_registers_after_reset(rig):
+def test_the_registers_after_reset(rig: Rig) -> None:
     d = rig.driver()
     assert d.status == 0
     assert d.get("num_queues") == 3
@@ -168,7 +181,7 @@ def test_the_registers_after_reset(rig):
         assert d.get("queue_desc") == 0 and d.get("queue_msix_vector") == VIRTIO_MSI_NO_VECTOR
 
 
-def test_features_in_windows_of_32_bits(rig):
+def test_features_in_windows_of_32_bits(rig: Rig) -> None:
     d = rig.driver()
     offered = d.offered()
     assert offered == rig.device.offered() and offered & VERSION_1
@@ -182,7 +195,7 @@ def test_features_in_windows_of_32_bits(rig):
         assert d.get("driver_feature") == want
 
 
-def test_negotiation_fails_where_it_must(rig):
+def test_negotiation_fails_where_it_must(rig: Rig) -> None:
     d = rig.driver()
     assert not d.negotiate(d.offered() & ~VERSION_1)
     assert not d.negotiate(d.offered() | 1 << 34)  # packed
@@ -190,7 +203,7 @@ def test_negotiation_fails_where_it_must(rig):
     assert d.negotiate(VERSION_1)
 
 
-def test_the_configuration_space_and_its_generation():
+def test_the_configuration_space_and_its_generation() -> None:
     with Rig(mtu=9000) as rig:
         d = rig.driver()
         assert bytes(d.config(i, 1) for i in range(6)) == MAC
@@ -209,7 +222,7 @@ def test_the_configuration_space_and_its_generation():
         assert d.get("config_generation") == before
 
 
-def test_fields_take_their_own_width_only(rig):
+def test_fields_take_their_own_width_only(rig: Rig) -> None:
     """4.1.3.1: the driver uses it, so anything else is a mistake or an attack."""
     d = rig.driver()
     d.set("device_status", ACK)
@@ -226,7 +239,7 @@ def test_fields_take_their_own_width_only(rig):
     assert rig.device.refused > 20
 
 
-def test_64_bit_fields_may_be_written_at_once(rig):
+def test_64_bit_fields_may_be_written_at_once(rig: Rig) -> None:
     d = rig.driver()
     assert d.negotiate(VERSION_1)
     at = d.place(virtio_pci.VIRTIO_PCI_CAP_COMMON_CFG, COMMON["queue_desc"][0])
@@ -242,7 +255,7 @@ def test_64_bit_fields_may_be_written_at_once(rig):
 @pytest.mark.parametrize("notify", ["ioeventfd", "exit"])
 @pytest.mark.parametrize("msix", [True, False])
 @pytest.mark.parametrize("features", [ALL, PLAIN, VERSION_1])
-def test_packets_both_ways(notify, msix, features):
+def test_packets_both_ways(notify: str, msix: bool, features: int) -> None:
     with Rig(notify=notify) as rig:
         g = rig.guest(features, msix=msix)
         assert bool(rig.vm.kicks) == (notify == "ioeventfd")
@@ -261,7 +274,7 @@ def test_packets_both_ways(notify, msix, features):
         assert not rig.vm.irqfds and not rig.vm.kicks
 
 
-def test_kicks_reach_the_worker_by_every_way(rig):
+def test_kicks_reach_the_worker_by_every_way(rig: Rig) -> None:
     """ioeventfd, the notify region (while the ioeventfd is elsewhere), and the window in
     configuration space.
     """
@@ -269,10 +282,10 @@ def test_kicks_reach_the_worker_by_every_way(rig):
     at = g.pci.place(virtio_pci.VIRTIO_PCI_CAP_NOTIFY_CFG, g.pci.notify_multiplier)
     assert set(rig.vm.kicks) == {at - g.pci.notify_multiplier, at, at + g.pci.notify_multiplier}
 
-    def by_region():
+    def by_region() -> None:
         rig.board.access(MMIO, at, 2, b"\1\0")
 
-    def by_window():
+    def by_window() -> None:
         window_write(rig.board, g.pci, at - g.pci.bar, 2, 1)
 
     for n, kick in enumerate((lambda: rig.board.write(MMIO, at, 2, 1), by_region, by_window)):
@@ -282,7 +295,7 @@ def test_kicks_reach_the_worker_by_every_way(rig):
     assert rig.board.exits  # the window
 
 
-def test_before_driver_ok_nothing_moves_and_kicks_are_kept(rig):
+def test_before_driver_ok_nothing_moves_and_kicks_are_kept(rig: Rig) -> None:
     d = rig.driver()
     assert d.negotiate(VERSION_1)
     ring = Ring(rig.board.memory, 256, 0x10000, index=1)
@@ -299,7 +312,7 @@ def test_before_driver_ok_nothing_moves_and_kicks_are_kept(rig):
     ring.close()
 
 
-def test_link_loss_is_told_by_a_configuration_interrupt(rig):
+def test_link_loss_is_told_by_a_configuration_interrupt(rig: Rig) -> None:
     g = rig.guest()
     assert g.link()
     generation = g.pci.get("config_generation")
@@ -311,7 +324,7 @@ def test_link_loss_is_told_by_a_configuration_interrupt(rig):
     assert not g.pci.status & NEEDS_RESET
 
 
-def test_a_real_tap_answers():
+def test_a_real_tap_answers() -> None:
     with Namespace(address="192.168.91.1/24") as ns, Rig(port=ns.tap) as rig:
         rig.cable.far = None
         g = rig.guest()
@@ -334,11 +347,11 @@ def test_a_real_tap_answers():
 
 
 @pytest.mark.parametrize("msix", [True, False])
-def test_reset_under_traffic_then_not_a_byte_of_guest_memory_changes(rig, msix):
+def test_reset_under_traffic_then_not_a_byte_of_guest_memory_changes(rig: Rig, msix: bool) -> None:
     """FAULTS 7. The peer floods all the time."""
     stop = threading.Event()
 
-    def flood():
+    def flood() -> None:
         n = 0
         while not stop.is_set():
             try:
@@ -375,7 +388,7 @@ def test_reset_under_traffic_then_not_a_byte_of_guest_memory_changes(rig, msix):
     assert rig.device.resets == 20 and not rig.device.faults
 
 
-def test_reset_takes_everything_back(rig):
+def test_reset_takes_everything_back(rig: Rig) -> None:
     g = rig.guest()
     echo(rig, g)
     g.pci.set("queue_select", 1)
@@ -391,7 +404,7 @@ def test_reset_takes_everything_back(rig):
     assert rig.board.read(MMIO, d.msix_area(pci.PCI_MSIX_TABLE) + 8, 4) == 0x30
 
 
-def test_reset_forgets_interrupts_that_were_not_delivered(rig):
+def test_reset_forgets_interrupts_that_were_not_delivered(rig: Rig) -> None:
     g = rig.guest()
     g.pci.msix_flags(pci.PCI_MSIX_FLAGS_ENABLE | pci.PCI_MSIX_FLAGS_MASKALL)
     rig.device.config_changed()
@@ -408,7 +421,7 @@ def test_reset_forgets_interrupts_that_were_not_delivered(rig):
     assert rig.vm.delivered() == []
 
 
-def test_reset_in_every_state_and_again_up(rig):
+def test_reset_in_every_state_and_again_up(rig: Rig) -> None:
     d = rig.driver()
     for depth in range(6):
         d.set("device_status", 0)
@@ -426,7 +439,7 @@ def test_reset_in_every_state_and_again_up(rig):
     echo(rig, rig.guest())
 
 
-def test_a_machine_reset_finds_the_device_as_new(rig):
+def test_a_machine_reset_finds_the_device_as_new(rig: Rig) -> None:
     g = rig.guest()
     echo(rig, g)
     g.pci.enable(pci.PCI_COMMAND_INTX_DISABLE)
@@ -440,7 +453,7 @@ def test_a_machine_reset_finds_the_device_as_new(rig):
     assert wait_for(lambda: g2.pci.isr())
 
 
-def test_close_in_the_middle_of_it():
+def test_close_in_the_middle_of_it() -> None:
     for msix in (True, False):
         with Rig() as rig:
             echo(rig, rig.guest(msix=msix))
@@ -462,7 +475,9 @@ def test_close_in_the_middle_of_it():
     ],
 )
 @pytest.mark.parametrize("msix", [True, False])
-def test_garbage_queue_addresses_need_a_reset_and_say_so(rig, field, value, msix):
+def test_garbage_queue_addresses_need_a_reset_and_say_so(
+    rig: Rig, field: str, value: int, msix: bool
+) -> None:
     d = rig.driver()
     if msix:
         d.use_msix()
@@ -487,7 +502,7 @@ def test_garbage_queue_addresses_need_a_reset_and_say_so(rig, field, value, msix
     echo(rig, rig.guest())
 
 
-def test_queue_registers_after_driver_ok_are_ignored_and_counted(rig):
+def test_queue_registers_after_driver_ok_are_ignored_and_counted(rig: Rig) -> None:
     """FAULTS 10, CVE-2026-5747."""
     g = rig.guest()
     before = rig.device.refused
@@ -502,7 +517,7 @@ def test_queue_registers_after_driver_ok_are_ignored_and_counted(rig):
     echo(rig, g)
 
 
-def test_a_malformed_ring_stops_it_and_the_rest_goes_on(rig):
+def test_a_malformed_ring_stops_it_and_the_rest_goes_on(rig: Rig) -> None:
     g = rig.guest()
     g.net.tx.set_avail_idx(300)  # FAULTS 9
     g.pci.notify(1)
@@ -523,7 +538,7 @@ def test_a_malformed_ring_stops_it_and_the_rest_goes_on(rig):
 
 
 @pytest.mark.parametrize("how", ["vector", "function"])
-def test_masking_under_traffic_loses_no_interrupt(rig, how):
+def test_masking_under_traffic_loses_no_interrupt(rig: Rig, how: str) -> None:
     """FAULTS 12: each round the vector is masked, something arrives, and unmasking must bring the
     interrupt.
     """
@@ -546,7 +561,7 @@ def test_masking_under_traffic_loses_no_interrupt(rig, how):
         assert g.pci.pending() == 0
 
 
-def test_a_queue_s_vector_changes_while_it_runs(rig):
+def test_a_queue_s_vector_changes_while_it_runs(rig: Rig) -> None:
     g = rig.guest(VERSION_1)
     g.pci.set("queue_select", 0)
     for n, vector in enumerate((0, 2, 1, VIRTIO_MSI_NO_VECTOR, 1)):
@@ -564,7 +579,7 @@ def test_a_queue_s_vector_changes_while_it_runs(rig):
 
 
 @pytest.mark.parametrize("vector", [4, 100, 0xFFFE])
-def test_vectors_that_do_not_exist_read_back_as_none(rig, vector):
+def test_vectors_that_do_not_exist_read_back_as_none(rig: Rig, vector: int) -> None:
     d = rig.driver()
     d.use_msix()
     for name in ("config_msix_vector", "queue_msix_vector"):
@@ -574,10 +589,10 @@ def test_vectors_that_do_not_exist_read_back_as_none(rig, vector):
         assert d.get(name) == VIRTIO_MSI_NO_VECTOR
 
 
-def test_intx_status_bit_disable_bit_and_isr(rig):
+def test_intx_status_bit_disable_bit_and_isr(rig: Rig) -> None:
     g = rig.guest(VERSION_1, msix=False)
 
-    def pending():
+    def pending() -> bool:
         return bool(rig.board.config_read(1, pci.PCI_STATUS, 2) & pci.PCI_STATUS_INTERRUPT)
 
     assert not pending()
@@ -593,7 +608,7 @@ def test_intx_status_bit_disable_bit_and_isr(rig):
     assert wait_for(pending) and g.pci.isr() == virtio_pci.VIRTIO_PCI_ISR_CONFIG
 
 
-def test_switching_between_line_and_messages_while_running(rig):
+def test_switching_between_line_and_messages_while_running(rig: Rig) -> None:
     g = rig.guest(VERSION_1, msix=False)
     g.pci.set("queue_select", 0)
     g.pci.set("queue_msix_vector", 1)
@@ -615,7 +630,7 @@ def test_switching_between_line_and_messages_while_running(rig):
 # --- the BAR --------------------------------------------------------------------------------------
 
 
-def test_kicks_follow_the_bar(rig):
+def test_kicks_follow_the_bar(rig: Rig) -> None:
     """FAULTS 11."""
     g = rig.guest()
     offsets = {NOTIFY, NOTIFY + 4}
@@ -635,7 +650,7 @@ def test_kicks_follow_the_bar(rig):
     echo(rig, g)
 
 
-def test_a_bar_on_top_of_another_card(rig):
+def test_a_bar_on_top_of_another_card(rig: Rig) -> None:
     other = NetDevice("net1", rig.board.memory, EmulatedNet(cable := Cable()), cable, MAC)
     card = rig.board.add(VirtioPci(rig.vm, rig.board.bus, other, PCI_CLASS_NETWORK_ETHERNET))
     g = rig.guest()
@@ -653,14 +668,14 @@ def test_a_bar_on_top_of_another_card(rig):
     echo(rig, g)
 
 
-def test_sizing_a_running_card_s_bar(rig):
+def test_sizing_a_running_card_s_bar(rig: Rig) -> None:
     g = rig.guest()
     assert rig.board.bar_size(1, 0) == BAR_SIZE
     echo(rig, g)
 
 
 @pytest.mark.parametrize("refuse", ["ioeventfd", "irqfd", "set_msi_route"])
-def test_what_kvm_refuses_does_not_end_the_machine(rig, refuse):
+def test_what_kvm_refuses_does_not_end_the_machine(rig: Rig, refuse: str) -> None:
     rig.vm.refuse = {refuse}
     g = rig.guest(VERSION_1)
     g.net.send(frame(1))
@@ -678,23 +693,23 @@ def test_what_kvm_refuses_does_not_end_the_machine(rig, refuse):
 # --- the window in configuration space (4.1.4.9) --------------------------------------------------
 
 
-def window(board, d, offset, length, bar=0):
+def window(board: Board, d: VirtioPciDriver, offset: int, length: int, bar: int = 0) -> None:
     board.config_write(1, d.window + 4, 1, bar)
     board.config_write(1, d.window + 8, 4, offset)
     board.config_write(1, d.window + 12, 4, length)
 
 
-def window_write(board, d, offset, length, value):
+def window_write(board: Board, d: VirtioPciDriver, offset: int, length: int, value: int) -> None:
     window(board, d, offset, length)
     board.config_write(1, d.window + 16, length, value)
 
 
-def window_read(board, d, offset, length):
+def window_read(board: Board, d: VirtioPciDriver, offset: int, length: int) -> int:
     window(board, d, offset, length)
     return board.config_read(1, d.window + 16, length)
 
 
-def test_all_of_the_device_through_the_window(rig):
+def test_all_of_the_device_through_the_window(rig: Rig) -> None:
     """Even with memory decoding off: what a driver without access to the BAR does."""
     d = VirtioPciDriver(rig.board, 1)
     at = {name: offset for name, (offset, _) in COMMON.items()}
@@ -745,7 +760,7 @@ def test_all_of_the_device_through_the_window(rig):
         (0, 0x800, 4),  # between the structures
     ],
 )
-def test_bad_windows_show_nothing(rig, bar, offset, length):
+def test_bad_windows_show_nothing(rig: Rig, bar: int, offset: int, length: int) -> None:
     d = VirtioPciDriver(rig.board, 1)
     assert window_read(rig.board, d, 0x2000, 2) == 0x5452  # the MAC address, through a good one
     window(rig.board, d, offset, length, bar)
@@ -790,7 +805,7 @@ ACTION = st.one_of(
 )
 
 
-def act(rig, d, action):
+def act(rig: Rig, d: VirtioPciDriver, action: tuple[Any, ...]) -> None:
     kind, a, size, value = action
     board = rig.board
     if kind == "bar":
@@ -822,7 +837,7 @@ def act(rig, d, action):
 
 @settings(max_examples=120, deadline=None)
 @given(st.lists(ACTION, max_size=40))
-def test_no_guest_can_make_it_raise(actions):
+def test_no_guest_can_make_it_raise(actions: list[Any]) -> None:
     """Any accesses in any order, with a running data path or without; then a well-behaved guest
     finds a working card.
     """
@@ -843,12 +858,12 @@ def test_no_guest_can_make_it_raise(actions):
         assert rig.cable.receive()[12:] == frame(5)
 
 
-def test_two_vcpus_fight_over_one_card(rig):
+def test_two_vcpus_fight_over_one_card(rig: Rig) -> None:
     """Under the machine's lock, as there; nothing raises and nothing hangs."""
     lock, stop, errors = threading.RLock(), threading.Event(), []
     d = rig.driver()
 
-    def fight(seed):
+    def fight(seed: int) -> None:
         rng = random.Random(seed)
         try:
             while not stop.is_set():
