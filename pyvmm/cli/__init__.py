@@ -1,8 +1,8 @@
 """The command line: ``pyvmm COMMAND ...``.
 
 Each command is a module of its own with ``add_arguments(parser)`` and ``run(args) -> exit status``;
-its docstring is its help text. What commands share is in ``pyvmm.cli.support``. Only the module of
-the command that is asked for is imported, so that start-up stays short. Nothing outside this
+its docstring is its help text. The code that commands share is in ``pyvmm.cli.support``. Only the
+module of the given command is imported, so that start-up stays short. Nothing outside of this
 package prints or exits.
 """
 
@@ -18,12 +18,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: command -> its line in ``pyvmm --help``. Its module is pyvmm.cli.COMMAND, with "_" for "-".
+#: Command -> its line in ``pyvmm --help``. Its module is pyvmm.cli.COMMAND, with "_" for "-".
 COMMANDS = {
     "run": "boot a guest and run a command or a console in it",
     "test": "boot test kernels, with a verdict for each, TAP and JUnit",
     "compare": "run the same workload on several data paths, and say what each costs",
-    "matrix": "boot kernels on each data path with each set of features, a row each",
+    "matrix": "boot kernels on each data path with each set of features, one row per boot",
     "demo": "show a guest's virtio-net card at work, from discovery to the count of exits",
     "doctor": "say what this machine can do, and how to get what is missing",
     "image": "build and list guest images",
@@ -37,13 +37,13 @@ COMMANDS = {
     "stop": "pause a running machine",
     "cont": "let a paused machine go on",
     "reset": "press a running machine's reset button",
-    "powerdown": "press its power button",
-    "quit": "end it at once",
+    "powerdown": "press a running machine's power button",
+    "quit": "end a running machine at once",
     "qmp": "speak the QEMU Machine Protocol with a running machine",
     "testbed": "run a command in a virtual machine that has real KVM and vhost-net",
 }
 
-#: What a full disk, or one that fails, answers to a write.
+#: The errors of a write to a full or failing disk.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -70,7 +70,7 @@ def _main(args: list[str]) -> int:
     sub = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, text in COMMANDS.items():
         if chosen in COMMANDS and name != chosen and not completing:
-            continue  # each parser takes a millisecond, under emulation ten
+            continue  # each parser takes a millisecond, and ten under emulation
         if name == chosen or completing:
             module = importlib.import_module(f"pyvmm.cli.{name.replace('-', '_')}")
             one = sub.add_parser(name, help=text, description=module.__doc__)
@@ -94,8 +94,8 @@ def _main(args: list[str]) -> int:
 
 
 def guard(body: Callable[[], int]) -> int:
-    """Run ``body``; turn what it raises into one line on stderr and an exit status. It is no
-    success if something that was printed does not reach its reader.
+    """Run ``body``; turn its exceptions into one line on stderr and an exit status. The status is
+    not 0 if printed text does not reach its reader.
     """
     status = 0
     try:
@@ -106,7 +106,7 @@ def guard(body: Callable[[], int]) -> int:
         except PyvmmError as e:
             print(f"pyvmm: {e}", file=sys.stderr)
             status = e.exit_code
-        if sys.stdout is not None:  # it is None if whoever started us has closed it
+        if sys.stdout is not None:  # it is None if the parent process has closed it
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -123,7 +123,7 @@ def guard(body: Callable[[], int]) -> int:
 
 
 def _give_up_stdout() -> None:
-    """Drop what is left in the buffer of standard output. The interpreter would try to write it
-    once more, and end with a status of its own, 120, which means that the guest panicked.
+    """Drop the rest of the buffer of standard output. Otherwise the interpreter would try once more
+    to write it, and end with status 120, which means here that the guest panicked.
     """
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process

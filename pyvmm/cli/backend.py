@@ -1,15 +1,15 @@
 """Serve vhost-user-net: move the packets of a virtual machine that runs in another process.
 
 The front-end is `pyvmm run --net vhost-user,socket=S`, QEMU with a vhost-user netdev and share=on
-memory, or DPDK's virtio-user. Front-end and back-end may go and come back as often as they like.
+memory, or DPDK's virtio-user. Front-end and back-end may end and come back as often as they like.
 
 Examples:
   pyvmm backend --socket /tmp/s --tap tap0
   pyvmm backend --socket /tmp/s --tap tap0 --queues 2 --poll --worker-cpu 2
-  pyvmm backend --socket /tmp/a --connect /tmp/b      two machines back to back
-  pyvmm backend --socket /tmp/s --pcap dump.pcap      writes down what the guest sends
+  pyvmm backend --socket /tmp/a --connect /tmp/b      joins two machines
+  pyvmm backend --socket /tmp/s --pcap dump.pcap      writes the guest's packets to a file
 
-Ends at SIGINT or SIGTERM, with exit status 0.
+The command ends at SIGINT or SIGTERM, with exit status 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
-#: Microseconds, practically for ever: the worker looks in each round whether it is to end.
+#: Microseconds, practically forever: the worker checks in each round whether it must end.
 POLL_US = 0xFFFFFFFF
 
 
@@ -135,7 +135,7 @@ def _named(log: Any, path: str) -> Any:
 
 
 def _ports(args: argparse.Namespace, stack: Any) -> list[tuple[str, Any]]:
-    """Open what is behind the back-ends; (socket, port) of each."""
+    """Open the ports of the back-ends; (socket, port) of each."""
     from pathlib import Path
 
     from pyvmm.backend import ports as vu_ports

@@ -1,11 +1,11 @@
-"""Run the same guest and workload on several data paths, and say what each costs, and where.
+"""Run the same guest and workload on several data paths; show what each costs, and where.
 
-The modes are booted in turn, once per repeat, so that whatever disturbs the machine disturbs all of
-them. A boot runs all workloads; exits, interrupts, packets, CPU time and context switches are
-counted from the start of each workload to its end. A figure is the median of the repeats with the
-lowest and the highest. If the ranges of a mode and of the first mode overlap, the difference may be
-noise, and the figure has a mark: ≈. Each vCPU has a CPU to itself if there is one more for
-everything else.
+The modes are booted in turn, once per repeat, so that a disturbance of the host disturbs all of
+them. Each boot runs all workloads. Exits, interrupts, packets, CPU time and context switches are
+counted from the start of each workload to its end. A figure is the median of the repeats, with the
+lowest and the highest value. If the ranges of a mode and of the first mode overlap, the difference
+may be noise, and the figure gets the sign ≈. Each vCPU has a CPU of its own if there is one more
+for everything else.
 
 Modes are those of `pyvmm run --net`, their keys joined by colons:
   emulated:notify=exit   the data path in this process, each kick an exit to it
@@ -23,10 +23,10 @@ Examples:
   pyvmm compare --peers qemu --reasons --json result.json
   pyvmm compare --from result.json --html report.html      shows it again, runs nothing
 
-Exit status: 0 all was measured; 1 something could not be measured (the table says what and why); 2
-bad usage; 101 a result could not be written; 102..105, 109 no usable KVM, image or memory; 110 the
-testbed failed; 130, 143, 129 ended by SIGINT, SIGTERM, SIGHUP: the results so far are shown and
-written.
+Exit status: 0 everything was measured; 1 something could not be measured (the table says what and
+why); 2 bad usage; 101 a result could not be written; 102..105, 109 no usable KVM, image or memory;
+110 the testbed failed; 130, 143, 129 ended by SIGINT, SIGTERM, SIGHUP: the results so far are shown
+and written.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from pyvmm.compare.plan import Plan
 
-#: Widest table that goes to a file or a pipe, in columns.
+#: The most columns of a table that goes to a file or a pipe.
 MAX_WIDTH = 300
 
 
@@ -59,15 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--modes", metavar="LIST", default=DEFAULT_MODES, help=f"data paths ({DEFAULT_MODES})")
-    add("--peers", metavar="LIST", default="", help="other programs beside them: qemu, kvmtool")
+    add("--peers", metavar="LIST", default="", help="other programs to compare: qemu, kvmtool")
     add(
         "--workload",
         metavar="LIST",
         default=",".join(WORKLOADS),
-        help=f"what the guest does ({','.join(WORKLOADS)})",
+        help=f"workloads to run ({','.join(WORKLOADS)})",
     )
     add("--repeat", metavar="N", type=int, default=3, help="boots of each mode (3)")
-    add("--seconds", metavar="S", type=float, default=3.0, help="of each workload, 0.2 to 3600 (3)")
+    add("--seconds", metavar="S", type=float, default=3.0, help="per workload, 0.2 to 3600 (3)")
     add("--cpus", metavar="N", type=count(1, MAX_CPUS), default=1, help="virtual CPUs (1)")
     add("--memory", metavar="SIZE", default="256M", help="guest memory (256M)")
     add("--kernel", metavar="K", help="another kernel; its initrd has pyvmm's init and iperf3")
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-pin",
         dest="pin",
         action="store_false",
-        help="leave it to the scheduler where the vCPUs run",
+        help="let the scheduler choose the CPUs of the vCPUs",
     )
     add("--json", metavar="F", help="write everything as JSON ('-': stdout, instead of the table)")
     add("--html", metavar="F", help="write a page with plots")
@@ -95,9 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show results written by --json; run nothing",
     )
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
-    add("--full", action="store_true", help="all measures in the table, not only the telling ones")
+    add("--full", action="store_true", help="show all measures, not only the main ones")
     add("--quiet", "-q", action="store_true", help="no progress on stderr")
-    # Where a forwarded comparison leaves its results, for the process that forwarded it to show.
+    # The file in which a comparison in the testbed leaves its results for the process outside.
     add("--handover", help=argparse.SUPPRESS)
 
 
@@ -141,8 +141,8 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[str, Any] | None]:
-    """Let the testbed measure, if this host cannot. The results come back in a file; this process
-    shows and writes them.
+    """Run the comparison in the testbed, if this host cannot. The results come back in a file,
+    which this process shows and writes.
     """
     import tempfile
 
@@ -183,13 +183,14 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
         if status < 2:
             raise TestbedError(
                 "no results came back from the testbed",
-                f"if it was not interrupted while it started: is {directory} writable there? (pyvmm testbed status)",
+                f"if it was not interrupted while it started: is {directory} writable there? "
+                "(pyvmm testbed status)",
             )
         return status, None
 
 
 def _measure(args: argparse.Namespace, plan: Plan, found: list[dict[str, Any]]) -> int:
-    """Run the comparison here. What it has found is in ``found``, however it ends."""
+    """Run the comparison here. Its results are in ``found``, however it ends."""
     from pyvmm.compare.run import Comparison
     from pyvmm.images import CMDLINE, find
 
@@ -229,12 +230,13 @@ def _load(path: str) -> dict[str, Any]:
     if problem:
         raise UsageError(f"{path}: {problem}", "name a file that pyvmm compare --json has written")
     assert isinstance(document, dict)
-    document["summary"] = summarise(document)  # this pyvmm may know more measures
+    # This pyvmm may know more measures than the one that measured.
+    document["summary"] = summarise(document)
     return document
 
 
 def complete(document: dict[str, Any]) -> bool:
-    """Whether everything that was asked for has been measured."""
+    """Whether everything that the user asked for has been measured."""
     return not document["partial"] and not any(
         [
             *(mode["problem"] for mode in document["modes"]),
@@ -245,13 +247,13 @@ def complete(document: dict[str, Any]) -> bool:
 
 
 def _show(args: argparse.Namespace, outputs: Outputs, document: dict[str, Any]) -> int:
-    """Write the files that are asked for, and print the table; the exit status."""
+    """Write the files that the user asks for, and print the table; returns the exit status."""
     import json
     import re
 
     status = 0 if complete(document) else 1
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-    # A list of numbers takes one line, instead of one line per number.
+    # A list of numbers is on one line, instead of one line per number.
     text = re.sub(r"\[\n[-\d.,e\s]+\]", lambda m: " ".join(m[0].split()), text)
     if "--handover" in outputs:
         outputs.write("--handover", text)
@@ -302,7 +304,8 @@ def _table(document: dict[str, Any], *, full: bool) -> Table:
     names = [mode["name"] for mode in document["modes"]]
     settings = document["settings"]
     title = (
-        f"{document['guest']['image'] or document['guest']['kernel']}, {document['guest']['cpus']} vCPU(s), "
+        f"{document['guest']['image'] or document['guest']['kernel']}, "
+        f"{document['guest']['cpus']} vCPU(s), "
         f"{settings['repeat']} x {settings['seconds']:g} s: median (lowest..highest)"
     )
     table = Table(

@@ -18,5 +18,5 @@ add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return once the machine runs."""
+    """Send the command; returns when the machine runs."""
     return remote.tell(args, "cont")

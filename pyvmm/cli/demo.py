@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 #: One iperf3 server per direction: a server that has just served does not listen for a moment.
 PORTS = ("5201", "5202")
-#: What the guest does. Each `@` line begins a stage that the host's side waits for.
+#: The guest's commands. Each `@` line begins a stage for which the host's side waits.
 GUEST = r"""
 echo "@device"
 cd /sys/bus/pci/devices/0000:00:01.0
-echo "PCI 00:01.0 vendor $(cat vendor) device $(cat device) class $(cat class), driver $(basename $(readlink driver))"
+echo "PCI 00:01.0 vendor $(cat vendor) device $(cat device) class $(cat class)," \
+  "driver $(basename $(readlink driver))"
 dmesg | grep -E 'pci 0000:00:01.0:' | sed 's/^\[ *\([0-9.]*\)\] /\1 s  /'
 echo "interrupts:"; grep virtio /proc/interrupts | tr -s ' '
 ip addr show eth0 | grep -E 'mtu|ether|inet '
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Choose the host, then show it there."""
+    """Choose the host, then run the demo there."""
     from pyvmm.cli.support.hostchoice import elsewhere
 
     argv = ["demo", "--host", "local", "--cpus", str(args.cpus), "--net", args.net]
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Story:
-    """Prints the steps with the time at which they came."""
+    """Prints each step with its time."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -68,7 +69,7 @@ class Story:
         print(f"\n[{time.monotonic() - self._start:5.1f} s] {text}", flush=True)
 
     def lines(self, text: str) -> None:
-        """Show what a step has found."""
+        """Show the output of a step."""
         for line in text.strip().splitlines():
             print(f"          {line.rstrip()}", flush=True)
 
@@ -87,7 +88,8 @@ def _demo(args: argparse.Namespace) -> int:
         )
     image = find("default")
     story.head(
-        f"booting Linux {image.version} on {args.cpus} vCPU(s), one virtio-net card, data path: {args.net}"
+        f"booting Linux {image.version} on {args.cpus} vCPU(s), one virtio-net card, "
+        f"data path: {args.net}"
     )
     script = GUEST.replace("HOST", "192.168.100.1").replace("PORTS", " ".join(PORTS))
     with Machine(
@@ -121,7 +123,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _stage(machine: Machine, name: str, story: Story, limit: float = 180) -> str:
-    """Wait until the guest has reached stage ``name``; what it has said since the stage before."""
+    """Wait until the guest has reached stage ``name``; returns its output of the stage before."""
     from pyvmm.errors import GuestEnded, GuestTimeout
 
     until = time.monotonic() + limit
@@ -138,7 +140,8 @@ def _stage(machine: Machine, name: str, story: Story, limit: float = 180) -> str
                     f"the guest did not get to {name!r} within {limit:g} s"
                 ) from None
             story.head(
-                f"waiting for the guest ({', '.join(p for p in machine.phases if p != 'vmm') or 'kernel'})"
+                "waiting for the guest "
+                f"({', '.join(p for p in machine.phases if p != 'vmm') or 'kernel'})"
             )
 
 
@@ -153,7 +156,8 @@ def _negotiation(story: Story, nic: Nic) -> None:
     for q in device.queues:
         way = "control" if q.index in device.own_queues() else ("receive", "transmit")[q.index % 2]
         story.lines(
-            f"queue {q.index} ({way}): {q.size} entries, descriptors at {q.desc:#x}, vector {q.vector}"
+            f"queue {q.index} ({way}): {q.size} entries, descriptors at {q.desc:#x}, "
+            f"vector {q.vector}"
         )
 
 
@@ -181,7 +185,7 @@ def _summary(story: Story, machine: Machine) -> None:
     for way in ("rx", "tx"):
         name = {"rx": "to guest", "tx": "from guest"}[way]
         text = f"packets {name}: {counters[f'{way}_packets']}"
-        if f"{way}_kicks" in counters:  # vhost's worker in the kernel does not count them
+        if f"{way}_kicks" in counters:  # vhost's worker in the kernel does not count kicks
             text += (
                 f", with {counters[f'{way}_kicks']} kicks and {counters[f'{way}_calls']} interrupts"
             )

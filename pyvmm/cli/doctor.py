@@ -1,4 +1,4 @@
-"""Say what this machine can do for pyvmm, and how to get what is missing.
+"""Show what this machine can do for pyvmm, and how to get what is missing.
 
 Exit status: 0 Linux guests run on this machine's own KVM; 3 they run in the testbed; 1 they cannot
 run.
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument(
-        "--json", action="store_true", help="an object with verdict, where and findings"
+        "--json", action="store_true", help="print an object with verdict, where and findings"
     )
 
 

@@ -1,10 +1,10 @@
 """Build and list guest images: a kernel and an initramfs that `pyvmm run` boots.
 
   pyvmm image build                         Debian's prebuilt cloud kernel, 6.1
-  pyvmm image build --kernel-version 6.12   the one from backports
+  pyvmm image build --kernel-version 6.12   Debian's cloud kernel from backports
   pyvmm image build --from-host             this machine's own kernel and programs
   pyvmm image build --tiny                  a small kernel built from Debian's source
-  pyvmm image list                          what is built
+  pyvmm image list                          the images that are built
 
 No root is needed. See docs/images.md.
 """
@@ -39,14 +39,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     build.add_argument(
         "--output", type=Path, metavar="DIR", help="also copy the image's files to DIR"
     )
-    build.add_argument("--force", action="store_true", help="build again, of the newest packages")
+    build.add_argument("--force", action="store_true", help="build again, from the newest packages")
     build.add_argument("--quiet", action="store_true", help="show no progress")
     listing = sub.add_parser("list", help="list the images that are built", allow_abbrev=False)
     listing.add_argument("--json", action="store_true", help="as JSON, with what each was made of")
 
 
 def run(args: Namespace) -> int:
-    """Build or list; the exit status."""
+    """Build or list; returns the exit status."""
     return _build(args) if args.action == "build" else _list(args)
 
 
@@ -73,7 +73,8 @@ def _build(args: Namespace) -> int:
         progress=progress,
     )
     print(
-        f"image {image.name}: kernel {image.version}, {'built' if fresh else 'up to date'} in {image.directory}"
+        f"image {image.name}: kernel {image.version}, "
+        f"{'built' if fresh else 'up to date'} in {image.directory}"
     )
     return 0
 

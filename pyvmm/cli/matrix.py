@@ -1,4 +1,4 @@
-"""Boot each kernel on each data path, with each number of processors and set of features, and say
+"""Boot each kernel on each data path, with each number of processors and set of features, and show
 how each boot went.
 
 A cell is one boot: the guest comes up, pings, receives and sends by TCP (iperf3), runs COMMAND if
@@ -6,12 +6,12 @@ there is one, and powers off. Its row has the verdict, the features that kernel 
 the throughput both ways, and the exits to the VMM per 1000 packets.
 
 Modes are those of `pyvmm run --net`, their keys joined by colons (emulated:notify=exit). Feature
-sets are `all`, or what is not offered, joined by +: no-mrg-rxbuf, no-offloads+no-event-idx. Kernels
-are files or names of images (default, 6.12, tiny, host).
+sets are `all`, or the groups that are not offered, joined by +: no-mrg-rxbuf,
+no-offloads+no-event-idx. Kernels are files or names of images (default, 6.12, tiny, host).
 
-With --json FILE each cell is written as soon as it has ended. --resume goes on where an
-interruption, a crash or a lost machine left a sweep: results that are in FILE hold, unless their
-kernel or the options have changed.
+With --json FILE each cell is written as soon as it has ended. --resume goes on after an
+interruption, a crash or the loss of a machine: results in FILE are kept, unless their kernel or the
+options have changed.
 
 Examples:
   pyvmm matrix
@@ -103,7 +103,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", "-q", action="store_true", help="no progress on stderr")
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
     add(
-        "guest_command", metavar="COMMAND", nargs="*", help="after --: what each guest runs at last"
+        "guest_command",
+        metavar="COMMAND",
+        nargs="*",
+        help="after --: the last command of each guest",
     )
 
 
@@ -130,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     linux = any(_is_linux(cell.kernel) for cell in cells)
     host = "local" if args.host == "auto" and not linux else args.host
     if host != "local":
-        check_kernels(cells)  # before a testbed is started
+        check_kernels(cells)  # before the testbed is started
     at = args.argv.index("matrix") + 1
     vhost = any(cell.mode.partition(":")[0] == "vhost-net" for cell in cells)
     status = elsewhere(host, None, ["matrix", "--host", "local", *args.argv[at:]], vhost=vhost)
@@ -146,11 +149,11 @@ def _is_linux(kernel: str) -> bool:
     try:
         return is_linux(kernel)
     except ImageError:
-        return False  # the verdict will tell it
+        return False  # the kernel's verdict will report it
 
 
 def _sweep(args: argparse.Namespace, cells: list[Cell], settings: Settings) -> int:
-    """Run the cells here; the exit status."""
+    """Run the cells here; returns the exit status."""
     from pyvmm.matrix.run import check_kernels
     from pyvmm.matrix.store import Store
 
@@ -170,7 +173,7 @@ def _run_cells(
     store: Store,
     outputs: Outputs,
 ) -> int:
-    """Run one cell after another, and print its row; the exit status."""
+    """Run one cell after another, and print its row; returns the exit status."""
     from pyvmm.cli.support.signals import Terminated
     from pyvmm.cli.support.verdicts import annotate
     from pyvmm.matrix.run import boot

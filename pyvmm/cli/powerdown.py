@@ -8,7 +8,7 @@ The guest decides what to do. Guests of `pyvmm image build` end their command by
 three seconds by SIGKILL, and power off. Others need ACPI, the driver `button` and a program that
 listens to it, such as systemd-logind or acpid. A paused guest reacts when it goes on.
 
-Exit status: 0, 113 no such machine, 114 it has ended, 124 it is still there after --wait.
+Exit status: 0, 113 no such machine, 114 it has ended, 124 it has not ended within --wait.
 """
 
 from __future__ import annotations

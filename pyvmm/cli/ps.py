@@ -1,4 +1,4 @@
-"""List the running machines, here and, if it is up, in the testbed.
+"""List the running machines: here, and in the testbed if it is up.
 
 Examples:
   pyvmm ps
@@ -23,14 +23,14 @@ ANSWER = 5.0  # seconds that a machine has to answer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     remote.add_host(parser)
-    parser.add_argument("--json", action="store_true", help="an array of objects")
+    parser.add_argument("--json", action="store_true", help="print an array of objects")
     parser.add_argument(
         "--brief", action="store_true", help="do not ask the machines for their state"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the machines; the exit status."""
+    """Print the machines; returns the exit status."""
     import time
 
     rows = remote.listing(args.host)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ask(path: str) -> dict[str, Any]:
-    """What a machine says about itself, by its control socket."""
+    """A machine's answers about its state, by its control socket."""
     from pyvmm.control.client import connect
 
     try:

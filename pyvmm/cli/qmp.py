@@ -8,9 +8,9 @@ Examples:
   echo '{"execute": "stop"}' | pyvmm qmp vm0    one command and one answer per line
   pyvmm qmp vm0 --events                        print events as they come
 
-A command on stdin is written as JSON, or as on the command line. Values that are JSON are taken as
-such, others are strings. `pyvmm qmp vm0 x-pyvmm-help` lists the commands, docs/control.md describes
-them.
+A command on stdin is written as JSON, or as on the command line. A value that is valid JSON is
+taken as JSON; any other value is a string. `pyvmm qmp vm0 x-pyvmm-help` lists the commands, and
+docs/control.md describes them.
 
 Exit status: 0, 113 no such machine, 114 a command was refused.
 """
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out one command, a shell, or the lines of stdin; the exit status."""
+    """Run one command, a shell, or the lines of stdin; returns the exit status."""
     status = remote.there(args)
     if status is not None:
         return status

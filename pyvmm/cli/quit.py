@@ -3,7 +3,7 @@
 Example:
   pyvmm quit vm0
 
-Its `pyvmm run` ends with 0, or with 119 if it had a command to run that has not ended.
+Its `pyvmm run` ends with 0, or with 119 if its COMMAND has not ended.
 
 Exit status: 0, 113 no such machine.
 """
@@ -20,5 +20,5 @@ add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return once the machine has ended."""
+    """Send the command; returns when the machine has ended."""
     return remote.tell(args, "quit", "SHUTDOWN")

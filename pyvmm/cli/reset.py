@@ -1,5 +1,5 @@
-"""Press the reset button of a running machine: memory and devices start over, whatever its
---on-reboot says.
+"""Press the reset button of a running machine: memory and devices start over, whatever --on-reboot
+it was started with.
 
 Example:
   pyvmm reset vm0
@@ -21,5 +21,5 @@ add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return once the machine has been reset."""
+    """Send the command; returns when the machine has been reset."""
     return remote.tell(args, "system_reset", "RESET")

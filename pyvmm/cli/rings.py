@@ -3,14 +3,14 @@
 Examples:
   pyvmm rings vm0
   pyvmm rings vm0 --queue 1 --chains 4
-  pyvmm rings vm0 --watch                 again and again, every second
+  pyvmm rings vm0 --watch                 draws again every second
   pyvmm rings vm0 --json | jq '.queues[0].outstanding'
 
-The picture of a queue has the two indices that move (the driver publishes chains in the available
-ring, the device returns them in the used ring); what each side asks to be told; who owns which
-descriptor (D the device, . the driver); the chains that the device has next, and the chains that it
-has returned last. The rings are read while both sides go on, so a chain may have gone by the time
-it is shown. `pyvmm stop` makes the picture stand still.
+The picture of a queue shows: the two indices that move (the driver publishes chains in the
+available ring, the device returns them in the used ring); which notifications each side asks for;
+who owns each descriptor (D the device, . the driver); the next chains of the device; and the last
+chains that it has returned. The rings are read while both sides work, so a chain that is shown may
+have been returned meanwhile. Pause the machine with `pyvmm stop` for a picture that stands still.
 
 Exit status: 0, 113 no such machine, 114 no such card or queue.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pyvmm.control.client import Client
 
 WIDTH = 64  # descriptors per line
-MAP_MAX = 1024  # descriptors that are drawn
+MAP_MAX = 1024  # the most descriptors that are drawn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--queue",
         metavar="N",
         type=int,
-        help="this queue alone: 0 receives, 1 transmits, ... (all)",
+        help="only this queue: 0 receives, 1 transmits, ... (all)",
     )
     add(
         "--chains",
         metavar="N",
         type=int,
         default=3,
-        help="chains shown on either side, 0 to 256 (3)",
+        help="chains shown for either side, 0 to 256 (3)",
     )
     add(
         "--watch",
@@ -58,17 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=seconds(0.05, 3600),
         const=1.0,
-        help="repeat every S seconds (1), until Ctrl-C",
+        help="draw again every S seconds (1), until Ctrl-C",
     )
     add(
         "--json",
         action="store_true",
-        help="an object (docs/control.md, x-pyvmm-rings); with --watch one per line",
+        help="print an object (docs/control.md, x-pyvmm-rings); with --watch one per line",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask for a snapshot and draw it, once or again and again."""
+    """Ask for a snapshot and draw it, once or repeatedly."""
 
     def body(client: Client) -> int:
         import json
@@ -114,7 +114,10 @@ def _queue(q: dict[str, Any]) -> list[str]:
     bar = "#" * filled + "." * (40 - filled)
     lines = [
         head,
-        f"  descriptors {q['desc-addr']:#x}   available ring {q['avail-addr']:#x}   used ring {q['used-addr']:#x}",
+        (
+            f"  descriptors {q['desc-addr']:#x}   available ring {q['avail-addr']:#x}   "
+            f"used ring {q['used-addr']:#x}"
+        ),
         f"  driver  available idx {avail['idx']:5}  [{bar}] {q['outstanding']} with the device",
         f"  device  used idx      {used['idx']:5}   {_asks(q)}",
     ]
@@ -142,7 +145,7 @@ def _queue(q: dict[str, Any]) -> list[str]:
 
 
 def _asks(q: dict[str, Any]) -> str:
-    """What each side wants to be told, in words."""
+    """The notifications that each side asks for, in words."""
     if not q["event-idx"]:
         kick = "no kicks" if q["used"]["flags"] & 1 else "kicks"
         call = "no interrupts" if q["avail"]["flags"] & 1 else "interrupts"

@@ -1,6 +1,6 @@
-"""Boot a guest; run a command in it, or give it the terminal.
+"""Boot a guest; run a command in it, or connect this terminal to its console.
 
-With COMMAND the guest runs it, its output comes here, and pyvmm exits with its status. Without
+With COMMAND the guest runs it, its output is printed here, and pyvmm exits with its status. Without
 COMMAND this terminal is the guest's console: Ctrl-A x ends the machine, Ctrl-A Ctrl-A types Ctrl-A.
 
 Examples:
@@ -20,31 +20,30 @@ Network cards: --net MODE[,key=value...], once per card
   vhost-user  the data path in another process, such as `pyvmm backend` or DPDK's
               (docs/vhost-user.md)
   none        no card
-  Keys of all:
+  Keys of all modes:
       tap=NAME        an existing tap (default: pyvmm makes one, in a network namespace of its own)
       mac=, mtu=      the guest's MAC address; the MTU offered to it, 68..65521
       host=, guest=   addresses with prefix length (default 192.168.100.1/24 and .2/24; the next
                       card has 192.168.101.1/24, ...)
-      queues=N        queue pairs, 1 to 16 (1); for more than 1 a tap of yours must be a multi-queue
-                      tap
+      queues=N        queue pairs, 1 to 16 (1); with several pairs tap= must be a multi-queue tap
       queue-size=N    entries per queue (256)
       link=off        start with the cable pulled (on)
       worker-cpu=N    the worker of queue pair k runs on CPU N + k only
       switchable=A+B  the data path may later be switched to the modes A and B (docs/switch.md): the
-                      card offers what all of them can honour, and takes the keys of all of them
+                      card offers what all modes can honour, and takes the keys of all modes
       without=A+B     do not offer: offloads, tso, mrg-rxbuf, indirect, event-idx, ctrl-vq
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
-  Of emulated alone:
-      poll=USEC       look for more packets for so many microseconds before sleeping (0)
-  Of vhost-user alone, which has no worker-cpu=, and with socket= no tap=:
+  Key of emulated only:
+      poll=USEC       look for more packets for this many microseconds before sleeping (0)
+  Keys of vhost-user only, which has no worker-cpu=, and no tap= together with socket=:
       socket=PATH     where the back-end listens (default: start pyvmm's own, on a tap as above)
-      server=on       listen there, and the back-end connects (off)
+      server=on       pyvmm listens at socket=, and the back-end connects (off)
 
-Exit status: the guest command's; or 2 bad usage, 101 a result or the output could not be written,
+Exit status: the command's; or 2 bad usage, 101 a result or the output could not be written,
 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no vhost-net, 112 no fitting
 vhost-user back-end, 116 the guest hangs (--hang-timeout), 117 a --budget is broken, 118 the kernel
-reported what --fail-on names, 119 the guest ended before the command did, 120 panic, 121 reboot,
-122 triple fault, 123 KVM error, 124 time-out, 130 Ctrl-C, 141 nobody reads the output, 143 SIGTERM.
+reported what --fail-on names, 119 the guest ended before COMMAND did, 120 panic, 121 reboot, 122
+triple fault, 123 KVM error, 124 time-out, 130 Ctrl-C, 141 nobody reads the output, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-on",
         metavar="LIST",
         type=trouble_kinds,
-        help="exit with 118 on these in the console: oops,warning,bug,rcu-stall,lockdep or all",
+        help="exit with 118 if the console has these: oops,warning,bug,rcu-stall,lockdep or all",
     )
     add(
         "--junit",
@@ -128,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--vmlinux",
         metavar="FILE",
-        help="kernel with symbols, to say where a guest hung (default: --kernel)",
+        help="kernel with symbols, to name the places where a guest hung (default: --kernel)",
     )
     add(
         "--report",
@@ -147,12 +146,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=32768,
         help="how many events the trace keeps per vCPU or worker, 56 bytes each (32768)",
     )
-    add("--exits", action="store_true", help="print at the end how often the guest exited, and why")
+    add("--exits", action="store_true", help="print the guest's exits by cause at the end")
     add(
         "--budget",
         metavar="B",
         action="append",
-        help="exit with 117 if it is broken: 'user_exits<=5000', 'exits[serial0]<=100' "
+        help="exit with 117 if the run breaks it: 'user_exits<=5000', 'exits[serial0]<=100' "
         "(docs/budgets.md)",
     )
     add(
@@ -169,7 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--qmp",
         metavar="PATH",
-        help="path of its control socket, or none (default: in the runtime directory)",
+        help="path of the control socket, or none (default: in the runtime directory)",
     )
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
     add(
@@ -195,7 +194,8 @@ def run(args: argparse.Namespace) -> int:
     if _waits_for_nobody(args):
         raise UsageError(
             "no command, and standard input is empty: nobody could use the guest's console",
-            "give a command: pyvmm run -- COMMAND; or, for a machine in the background, --name NAME",
+            "give a command: pyvmm run -- COMMAND; "
+            "or, for a machine in the background, --name NAME",
         )
     words = ["run", "--host", "local", *args.argv[args.argv.index("run") + 1 :]]
     vhost = any("vhost-net" in net for net in args.net or ())
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _waits_for_nobody(args: argparse.Namespace) -> bool:
-    """Whether the guest would wait at the prompt of its shell for ever: it has no command, nobody
+    """Whether the guest would wait forever at the prompt of its shell: it has no command, nobody
     can type one, no time-out ends it, and it has no name by which another process could end it.
     Only the images of pyvmm are known to have a shell.
     """
@@ -219,7 +219,7 @@ def _waits_for_nobody(args: argparse.Namespace) -> bool:
         if stat.S_ISREG(status.st_mode):
             return os.lseek(0, 0, os.SEEK_CUR) >= status.st_size
     except OSError:
-        return True  # it is closed
+        return True  # standard input is closed
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev  # noqa: PTH116
 
 
@@ -247,7 +247,7 @@ def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
 
 
 def _boot(args: argparse.Namespace) -> int:
-    """Run the guest here, with everything that goes with it; the exit status."""
+    """Run the guest here, with its files and signals; returns the exit status."""
     from pyvmm.cli.support.outputs import Outputs
 
     watchdog: Watchdog | None = None
@@ -271,7 +271,7 @@ def _boot(args: argparse.Namespace) -> int:
             broken_off(e, run.machine, run.files)
         if isinstance(e, PyvmmError) or not isinstance(e, Exception):
             raise
-        import traceback  # a bug of ours: it must not look like the status of a test
+        import traceback  # a bug of ours must not look like the status of a test
 
         traceback.print_exc()
         raise HostError("pyvmm itself failed, see above", "please report it") from None
@@ -286,7 +286,7 @@ def _boot(args: argparse.Namespace) -> int:
 class _Run:
     """One run of a guest on this host.
 
-    :ivar outputs: the files that the user asks for; whoever sets it owns them.
+    :ivar outputs: the files that the user asks for; owned by the code that sets this attribute.
     :ivar files: follow the run; None if the user asks for none of them.
     :ivar machine: None until it is made.
     """
@@ -299,7 +299,7 @@ class _Run:
         self.machine: Machine | None = None
 
     def to_its_end(self, watchdog: Watchdog | None) -> int:
-        """Boot the guest, attend it, tell the verdict; the exit status."""
+        """Boot the guest, attend it, report the verdict; returns the exit status."""
         from pyvmm.machine import Machine
         from pyvmm.netopt import Net
 
@@ -363,8 +363,8 @@ class _Run:
         return int(verdict["code"]) or _lost_output(machine)
 
     def _verdict(self, machine: Machine, outcome: Outcome, kernel: str) -> dict[str, Any]:
-        """The verdict, as the report has it. If the run did not end as it should, stderr gets the
-        verdict and what helps to find the cause.
+        """The verdict, for the report. If the run did not end as it should, the verdict and what
+        helps to find the cause are printed on stderr.
         """
         args, files = self.args, self.files
         budgets = [budget.check(machine.accounts) for budget in args.budget or ()]
@@ -397,8 +397,8 @@ class _Run:
 
 
 def _qmp(args: argparse.Namespace) -> str | None:
-    """The path of the control socket; None for a machine without. If this host has no place for the
-    socket, only a machine that the user gives a name is refused.
+    """The path of the control socket; None for a machine without one. If this host has no place for
+    the socket, this is an error only for a machine to which the user gives a name.
     """
     from pyvmm.control.registry import directory
 
@@ -418,7 +418,7 @@ def _qmp(args: argparse.Namespace) -> str | None:
 
 
 def _tell_offer(nic: Nic) -> None:
-    """Tell which features the modes of ``switchable=`` have in common."""
+    """Print which features the modes of ``switchable=`` have in common."""
     from pyvmm.virtio.features import names
 
     modes = ", ".join([nic.net.mode, *nic.net.switchable])
@@ -427,7 +427,7 @@ def _tell_offer(nic: Nic) -> None:
 
 
 def _attend(machine: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:
-    """Let the guest run to its end. A slow reader gets the rest of the output after that."""
+    """Let the guest run to its end; then a slow reader gets the rest of the output."""
     start = time.monotonic()
     outcome = _run_guest(machine, args, interactive=interactive)
     left = None if args.timeout is None else max(0.0, start + args.timeout - time.monotonic())
@@ -459,8 +459,8 @@ def _run_guest(machine: Machine, args: argparse.Namespace, *, interactive: bool)
 
 
 def _lost_output(machine: Machine) -> int:
-    """The exit status of a run that would succeed, if what the guest's command wrote has not
-    reached its reader: 141 if the reader has gone, as of any command; 0 if nothing is lost.
+    """The exit status of a run that would succeed, if output of the guest's command has not reached
+    its reader: 141 if the reader has gone, as for any command; 0 if nothing is lost.
     """
     for error in (*machine.stdout.lost_sinks, *machine.stderr.lost_sinks):
         if isinstance(error, BrokenPipeError):
@@ -472,7 +472,7 @@ def _lost_output(machine: Machine) -> int:
 
 
 def _write_trace(machine: Machine, output: Output) -> None:
-    """Write the timeline. If that fails, the output tells it later, and the run keeps its verdict."""
+    """Write the timeline. If this fails, the output reports it later, and the verdict stands."""
     from pyvmm.exits.trace import write
 
     try:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--all", action="store_true", help="show zeros and histograms, too")
     parser.add_argument(
-        "--json", action="store_true", help="an object with vm and vcpu, arrays of objects"
+        "--json", action="store_true", help="print an object: vm and vcpu are arrays of objects"
     )
 
 

@@ -4,7 +4,7 @@ any more.
 Example:
   pyvmm stop vm0
 
-Frames that arrive meanwhile wait in the tap or at the back-end. Time-outs of `pyvmm run` go on. A
+Received frames wait meanwhile in the tap or in the back-end. Time-outs of `pyvmm run` go on. A
 machine that is paused already stays paused.
 
 Exit status: 0, 113 no such machine, 114 it has ended.
@@ -22,5 +22,5 @@ add_arguments = remote.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return once the machine is paused."""
+    """Send the command; returns when the machine is paused."""
     return remote.tell(args, "stop")

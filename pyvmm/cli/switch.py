@@ -1,5 +1,5 @@
-"""Change the data path of a running machine's network card, under traffic, without the guest
-noticing.
+"""Change the data path of a running machine's network card. Traffic goes on, and the guest does not
+notice.
 
 Examples:
   pyvmm switch vm0 vhost-net
@@ -8,8 +8,8 @@ Examples:
 
 The mode and its keys are those of `pyvmm run --net`.
 
-Exit status: 0, 113 no such machine, 114 the switch was refused or did not work, and the card goes
-on as before.
+Exit status: 0, 113 no such machine, 114 the switch was refused or failed, and the card goes on as
+before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     remote.add_arguments(parser)
     parser.add_argument(
-        "mode", metavar="MODE[,K=V...]", help="the data path that moves its packets from now on"
+        "mode", metavar="MODE[,K=V...]", help="the data path that moves packets from now on"
     )
     parser.add_argument(
         "--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)"
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
             gap = max(result["gap_ns"].values(), default=0) / 1e6
             chains = sum(result["pending"].values())
             print(
-                f"{result['nic']}: {result['from']} -> {result['mode']}, gap {gap:.2f} ms, {chains} chains handed over"
+                f"{result['nic']}: {result['from']} -> {result['mode']}, gap {gap:.2f} ms, "
+                f"{chains} chains handed over"
             )
         if result["outcome"] != "switched":
             raise ControlError(

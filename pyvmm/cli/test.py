@@ -1,8 +1,8 @@
-"""Boot test kernels and say how each run went.
+"""Boot test kernels and show how each run went.
 
 A test kernel is a multiboot, PVH or 64-bit ELF or a flat binary that tests something and ends by
-debug-exit (port 0xf4) or by powering off; docs/test-kernels.md says what it finds. Each kernel has
-its time-out, so that nothing hangs.
+debug-exit (port 0xf4) or by powering off; docs/test-kernels.md lists the devices that it finds.
+Each kernel has a time-out, so that no run hangs.
 
 Examples:
   pyvmm test build/*.elf
@@ -11,8 +11,8 @@ Examples:
   pyvmm test --config x86/unittests.cfg --group vmexit smptest
   pyvmm test --load-address 0x7c00 --load-mode real16 boot.bin
 
-With --config, KERNEL is the name of a test in the file. An option that the file says nothing about
-holds for all tests.
+With --config, KERNEL is the name of a test in the file. An option here applies to all tests whose
+section does not set it.
 
 Exit status: 0 all passed or were skipped, 1 some did not, 2 bad usage or no test selected, 101 a
 result could not be written, 102..104 no usable KVM, 130 Ctrl-C.
@@ -121,7 +121,7 @@ def _linux(cases: list[Case]) -> str | None:
             if not case.skip and case.load_address is None and is_linux(case.kernel):
                 return case.kernel
         except ImageError:
-            pass  # its verdict will tell it
+            pass  # the kernel's verdict will report it
     return None
 
 
@@ -209,7 +209,7 @@ def _run(args: argparse.Namespace, cases: list[Case]) -> int:
 
 
 def _attend(args: argparse.Namespace, cases: list[Case], outputs: Outputs) -> int:
-    """Run the cases, show each result, write the outputs; the exit status."""
+    """Run the cases, show each result, write the outputs; returns the exit status."""
     from pyvmm.cli.support.signals import Terminated
     from pyvmm.cli.support.verdicts import annotate
     from pyvmm.testing.suite import Result, Suite
@@ -301,7 +301,7 @@ def _junit(results: list[Result], seconds: float) -> str:
 
 
 def _points(result: Result) -> str:
-    """How many single results the kernel has told, and the first that failed; empty without
+    """How many single results the kernel has reported, and the first failure; empty without
     results.
     """
     if not result.points:
@@ -312,7 +312,7 @@ def _points(result: Result) -> str:
 
 
 class _Plain:
-    """For people: one line per test, with the end of its console if it failed."""
+    """Output for people: one line per test, with the end of its console if it failed."""
 
     def __init__(self, total: int, args: argparse.Namespace) -> None:
         self.total, self.done, self.verbose = total, 0, args.verbose
@@ -320,7 +320,7 @@ class _Plain:
         self.colour = self.to.isatty() and not os.environ.get("NO_COLOR")
 
     def result(self, r: Result) -> None:
-        """A test has ended."""
+        """Show the result of a test that has ended."""
         from pyvmm.testing.verdict import last_lines
 
         self.done += 1
@@ -341,7 +341,7 @@ class _Plain:
         print("\n".join(lines), file=self.to, flush=True)
 
     def end(self, results: list[Result], seconds: float) -> None:
-        """All tests have ended."""
+        """Show the sums after all tests have ended."""
         s = _summary(results)
         print(
             f"{s['total']} test{'s' * (s['total'] != 1)} in {seconds:.1f} s: "
@@ -352,14 +352,14 @@ class _Plain:
 
 
 class _Tap:
-    """TAP 13; the tests are numbered in the order in which they end."""
+    """Output in TAP 13; the tests are numbered in the order in which they end."""
 
     def __init__(self, total: int, args: argparse.Namespace) -> None:
         self.done, self.verbose = 0, args.verbose
         print(f"TAP version 13\n1..{total}", flush=True)
 
     def result(self, r: Result) -> None:
-        """A test has ended."""
+        """Show the result of a test that has ended."""
         import json
 
         from pyvmm.testing.verdict import last_lines
@@ -382,14 +382,15 @@ class _Tap:
                 "notes": r.case.notes,
                 "console": last_lines(r.console, 10000 if self.verbose else LAST_LINES),
             }
-            # JSON is YAML, too.
+            # JSON is valid YAML.
             lines += ["  ---", *(f"  {k}: {json.dumps(v)}" for k, v in texts.items()), "  ..."]
         print("\n".join(lines), flush=True)
 
     def end(self, results: list[Result], seconds: float) -> None:
-        """All tests have ended. Those that were interrupted are the ones that the plan misses."""
+        """Show the sums. Interrupted tests have no line, but the plan counts them."""
         s = _summary(results)
         print(
-            f"# {s['passed']} passed, {s['failed']} failed, {s['skipped']} skipped in {seconds:.1f} s",
+            f"# {s['passed']} passed, {s['failed']} failed, {s['skipped']} skipped "
+            f"in {seconds:.1f} s",
             flush=True,
         )

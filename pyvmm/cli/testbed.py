@@ -1,17 +1,16 @@
 """Run a command in the testbed: a virtual machine, under emulation, that has real KVM and real
 vhost-net.
 
-  pyvmm testbed [OPTIONS] [-- COMMAND...]   run COMMAND (a shell without it) in the running testbed,
-                                            or in one that is started for it and stopped afterwards
-  pyvmm testbed up [OPTIONS]                start one and keep it running
-  pyvmm testbed down                        stop it, with all that runs in it
-  pyvmm testbed status [--json]             say whether it runs, and how; exit status 1 if not
-  pyvmm testbed setup [--kernel-version V]  fetch and build what it needs (no root; quick when done)
+  pyvmm testbed [OPTIONS] [-- COMMAND...]   run COMMAND (default: a shell) in the running testbed,
+                                            or in a testbed that is started and stopped for it
+  pyvmm testbed up [OPTIONS]                start a testbed and keep it running
+  pyvmm testbed down                        stop the testbed, with everything that runs in it
+  pyvmm testbed status [--json]             show whether it runs, and how; exit status 1 if not
+  pyvmm testbed setup [--kernel-version V]  fetch and build its parts (no root; quick when done)
 
-The command sees this machine's files. The checkout (else the working directory), the directories
-given by -w, pyvmm's cache and the temporary directory are the real ones; whatever is written
-elsewhere goes to an overlay that is thrown away. Input, output, terminal, signals, environment and
-exit status are carried through.
+COMMAND sees this machine's files. It can change the checkout (else the working directory), the
+directories of -w, pyvmm's cache and the temporary directory. Other changes go to an overlay that is
+thrown away. Input, output, terminal, signals, environment and exit status pass through.
 
 Exit status: the command's; 124 if --timeout ended it, 110 if the testbed failed.
 """
@@ -52,7 +51,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         action="append",
         default=[],
-        help="a directory that the command may write, too",
+        help="another directory in which the command may write",
     )
     parser.add_argument(
         "--cpus",
@@ -82,7 +81,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the words say; the exit status."""
+    """Do what the words say; returns the exit status."""
     from pyvmm.testbed import testbed
 
     words = args.words
@@ -147,12 +146,14 @@ def _status(bed: Testbed, as_json: bool) -> int:
     else:
         print("up" if status["ready"] else "starting")
         print(
-            f"  Linux {status['kernel']} on {status['cpus']} vCPU(s), {status['memory'] >> 20} MiB, {status['qemu']}"
+            f"  Linux {status['kernel']} on {status['cpus']} vCPU(s), "
+            f"{status['memory'] >> 20} MiB, {status['qemu']}"
         )
         if status["cpus"] < 2 and status["max_cpus"] < 2:
             print("  one vCPU: this QEMU hangs with more (pyvmm testbed setup fetches a newer one)")
         print(
-            f"  process {status['pid']}, for {status['up_s']:.0f} s, ready after {status['ready_after_s']:.1f} s"
+            f"  process {status['pid']}, for {status['up_s']:.0f} s, "
+            f"ready after {status['ready_after_s']:.1f} s"
         )
         print(f"  {status['running']} command(s) running, {status['commands']} so far")
         for path in status["writable"]:
@@ -166,13 +167,13 @@ def _command(bed: Testbed, command: list[str], timeout: float | None) -> int:
     from pyvmm.testbed.testbed import inside
 
     argv = command or [os.environ.get("SHELL") or "/bin/sh"]
-    if inside():  # this is the testbed
+    if inside():  # this process is in the testbed
         os.execvp(argv[0], argv)
     return bed.run_attached(argv, timeout=timeout)
 
 
 def _progress(quiet: bool) -> Callable[[str], None]:
-    """A function that prints lines to stderr as they come, or nothing if ``quiet``."""
+    """A function that prints lines to stderr as they come, or does nothing if ``quiet``."""
 
     def show(text: str) -> None:
         if not quiet:

@@ -1,8 +1,8 @@
 """Show live rates of a running machine: exits by cause, packets, interrupts, the CPU time of
 workers.
 
-Reads the counters by the machine's control socket (docs/control.md), waits one interval, reads them
-again, and shows rates per second. `q` or Ctrl-C leaves.
+The command reads the counters by the machine's control socket (docs/control.md) once per interval,
+and shows rates per second. `q` or Ctrl-C ends it.
 
 Examples:
   pyvmm top vm0
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CLEAR, HIDE, SHOW = "\x1b[H\x1b[2J", "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 ENDED = ("shutdown", "guest-panicked")
-ROWS = 24  # if the terminal does not say its height
+ROWS = 24  # for a terminal that does not tell its height
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         type=seconds(0.1, 3600),
         default=1.0,
-        help="seconds, 0.1 to 3600 (1)",
+        help="seconds between two readings, 0.1 to 3600 (1)",
     )
     parser.add_argument("--once", action="store_true", help="print one interval and leave")
-    parser.add_argument("--json", action="store_true", help="one object per line, see docs/top.md")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,7 +109,8 @@ def table(now: dict[str, Any], rows: int) -> list[str]:
     for net in now["nets"]:
         out.append("")
         out.append(
-            f"{net['name']:8}{'packets':>10}{'Mbit/s':>10}{'kicks':>10}{'interrupts':>12}   {net['mode']}"
+            f"{net['name']:8}{'packets':>10}{'Mbit/s':>10}{'kicks':>10}{'interrupts':>12}   "
+            f"{net['mode']}"
         )
         for way, text in (("rx", "to guest"), ("tx", "from it")):
             mbit = net[f"{way}_bytes"]
@@ -133,8 +134,8 @@ def table(now: dict[str, Any], rows: int) -> list[str]:
 
 
 class _Screen:
-    """The terminal while ``top`` has it: without line editing, on its alternate screen. If output
-    is not live, just a clock.
+    """The terminal while ``top`` has it: without line editing, on its alternate screen. If the
+    output is not live, this only waits.
     """
 
     def __init__(self, live: bool) -> None:
@@ -164,7 +165,7 @@ class _Screen:
             termios.tcsetattr(0, termios.TCSANOW, self._modes)
 
     def wait(self, seconds: float) -> bool:
-        """Let the time pass; True as soon as the user wants to leave."""
+        """Wait; returns True as soon as the user wants to leave."""
         until = time.monotonic() + seconds
         if self._modes is None:
             time.sleep(seconds)

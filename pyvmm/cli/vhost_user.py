@@ -1,17 +1,18 @@
 """Try out a vhost-user back-end without a guest.
 
-probe: show its features, and its answer to each message.
-check: does it conform? Fills rings as a driver does, with each set of features, stops, wraps,
-reconnects, misbehaves; prints pass or fail for each item. The check needs a back-end that sends
-every packet back; with any other back-end it leaves receiving out.
+probe: show the back-end's features, and its answer to each message.
+check: test its conformance. The check fills rings as a driver does, with each set of features,
+stops, wraps, reconnects and misbehaves, and prints pass or fail for each item. The back-end should
+send every packet back; if it does not, receiving is not checked.
 
 Examples:
   pyvmm vhost-user probe /tmp/s
   pyvmm vhost-user probe --timeout 10 --json /tmp/s
   pyvmm vhost-user check --junit result.xml /tmp/s
 
-Exit status: 0 all was answered and nothing refused, or all items passed; 1 something was refused,
-or failed; 101 a result could not be written; 112 no connection, a broken protocol, or no answer.
+Exit status: 0 every message was answered and none refused, or all items passed; 1 a message was
+refused, or an item failed; 101 a result could not be written; 112 no connection, a broken protocol,
+or no answer.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         metavar="S",
         type=seconds(0, 3600),
-        help="seconds for each answer (2; check: 5, also for each burst)",
+        help="seconds per answer (2), or with check per answer and per burst (5)",
     )
     parser.add_argument(
-        "--json", action="store_true", help="an object with features and steps, or items"
+        "--json", action="store_true", help="print an object with features and steps, or items"
     )
     parser.add_argument("--junit", metavar="FILE", help="check: write JUnit XML")
     parser.add_argument(
         "--queues",
         metavar="N",
         type=count(1, 32),
-        help="check: queue pairs to use at once (all that it has, up to 4)",
+        help="check: queue pairs to use at once (default: all of the back-end, up to 4)",
     )
 
 
@@ -63,7 +64,7 @@ def _check(args: argparse.Namespace, outputs: Outputs) -> int:
     from pyvmm.conformance.check import Checker
     from pyvmm.vhostuser.wire import connect
 
-    connect(args.socket).close()  # raises the error that says that nobody listens
+    connect(args.socket).close()  # raises an error if no process listens
     checker = Checker(args.socket, timeout=args.timeout or 5.0, queues=args.queues)
     checker.run(lambda item: None if args.json else _print_item(item))
     if args.json:

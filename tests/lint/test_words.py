@@ -28,7 +28,7 @@ CODE = (
     "pyvmm/devices/guest_agent.py", "pyvmm/devices/guest_port.py", "pyvmm/hang.py",
     "pyvmm/doctor.py", "pyvmm/netopt.py", "pyvmm/machine.py", "pyvmm/assembly.py",
     "pyvmm/outcome.py", "pyvmm/panics.py", "pyvmm/vcpus.py", "pyvmm/matrix", "pyvmm/compare",
-    "pyvmm/testing",
+    "pyvmm/testing", "pyvmm/cli",
 )  # fmt: skip
 
 COLUMNS = 100

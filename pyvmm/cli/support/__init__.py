@@ -1,3 +1,3 @@
 """What several commands share: options, outputs, signals, terminals, tables, verdicts, the choice
-of a host, the way to a running machine.
+of a host, and the connection to a running machine.
 """

@@ -9,14 +9,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: Seconds in which a command that works ends in order, on a busy host, too. Under emulation it takes
-#: longer.
+#: Seconds within which a command that works ends in order, on a busy host, too. Under emulation it
+#: takes longer.
 ORDERLY_SECONDS = 5.0 if "PYVMM_IN_TESTBED" not in os.environ else 20.0
 
 
 class LastWords:
     """Ends the process without waiting for any of its threads: no clean-up runs, and the kernel
-    takes back what the process had. The user's terminal gets back the settings of now.
+    takes back what the process had. The user's terminal gets back the settings that
+    it has when this object is made.
     """
 
     def __init__(self) -> None:
@@ -30,9 +31,9 @@ class LastWords:
         """Put the terminal back, call ``tell``, and exit with ``status``. Any thread; does not
         return.
 
-        :param seconds: for ``tell``, at most.
+        :param seconds: the most that ``tell`` may take.
         """
-        # A thread of its own does what may hang.
+        # A thread of its own makes the calls that may hang.
         telling = threading.Thread(target=self._tell, args=(tell,), daemon=True)
         telling.start()
         telling.join(seconds)
@@ -43,7 +44,7 @@ class LastWords:
             import signal
             import termios
 
-            # A process in the background would be stopped for it (termios(3)).
+            # The terminal would stop a process in the background (termios(3)).
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
             termios.tcsetattr(0, termios.TCSANOW, self._terminal)  # type: ignore[arg-type]
         tell()

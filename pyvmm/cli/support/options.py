@@ -1,6 +1,6 @@
-"""Options: the parser that every command uses, and types that refuse values which make no sense.
+"""Options: the parser of every command, and types that refuse values that make no sense.
 
-A type raises ``value; remedy``, and the parser puts the option before it, so that the user sees one
+A type raises ``value; remedy``, and the parser puts the option's name before it. The user sees one
 line, such as ``--jobs 0; use 1 to 256``.
 """
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class Parser(ArgumentParser):
-    """Prints the description as it was laid out, takes no abbreviations, and raises bad usage as
-    every other error is raised: in one line.
+    """Prints the description as it is laid out, takes no abbreviations, and raises bad usage as an
+    error of one line, like every other error.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -27,8 +27,8 @@ class Parser(ArgumentParser):
         super().__init__(**ours | options)
 
     def error(self, message: str) -> NoReturn:
-        """argparse's own errors are "argument OPTION: problem". Those with a remedy are of our types;
-        for all others it is --help.
+        """Raise the error. argparse's own errors are "argument OPTION: problem"; those with a
+        remedy come from our types, and the remedy of all others is --help.
         """
         argument, _, problem = message.removeprefix("argument ").partition(": ")
         value, semicolon, remedy = problem.partition("; ")
@@ -38,8 +38,8 @@ class Parser(ArgumentParser):
 
 
 class Formatter(RawDescriptionHelpFormatter):
-    """argparse makes a formatter for every option that is added. By default each of them imports
-    shutil and asks for the terminal's width.
+    """argparse makes a formatter for every option. By default each formatter imports shutil and
+    asks for the terminal's width; this class asks once.
     """
 
     def __init__(self, prog: str) -> None:
@@ -47,7 +47,7 @@ class Formatter(RawDescriptionHelpFormatter):
 
 
 def _width() -> int:
-    """Columns of a help text, as argparse would have it: two less than the terminal has."""
+    """Columns of a help text, as argparse has it: two less than the terminal's."""
     global _columns
     if not _columns:
         try:
@@ -60,14 +60,14 @@ def _width() -> int:
     return _columns - 2
 
 
-_columns = 0  # not asked for yet
+_columns = 0  # 0: the terminal has not been asked yet
 
-#: Bounds from here on are only there so that no arithmetic fails; messages do not name them.
+#: The bounds below only prevent failures of arithmetic; messages do not name them.
 ENDLESS = 1e6
 
 
 def seconds(low: float, high: float) -> Callable[[str], float]:
-    """A type for a time in seconds, ``low`` to ``high``; if ``low`` is 0, it must be more than 0."""
+    """A type for seconds from ``low`` to ``high``; if ``low`` is 0, the value must be positive."""
     if high >= ENDLESS:
         remedy = f"use {low:g} seconds or more" if low else "use a positive number of seconds"
     else:
@@ -101,7 +101,7 @@ def count(low: int, high: int) -> Callable[[str], int]:
 
 
 def trouble_kinds(text: str) -> list[str]:
-    """A type for ``--fail-on``: what the guest's kernel may report, joined by commas, or ``all``."""
+    """A type for ``--fail-on``: kinds of reports of the kernel, joined by commas, or ``all``."""
     from pyvmm.testing.console import TROUBLES, parse_kinds
 
     try:

@@ -1,8 +1,8 @@
-"""The files that a command writes its results to.
+"""The files to which a command writes its results.
 
-They are opened before the work begins, so that a bad path does not cost a whole run. Whatever goes
-there is written whole. If that fails, because the disk is full or the reader has gone, the user is
-told and the command does not end with success. A file that was made for nothing is removed.
+They are opened before the work begins, so that a bad path does not cost a whole run. Each result is
+written completely. If that fails, because the disk is full or the reader has gone, the user gets a
+message and the exit status is not 0. A file that was made and stayed empty is removed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ STDOUT = "-"
 
 
 class Output:
-    """One file that results go to, or standard output. Owns its descriptor.
+    """One file for results, or standard output. Owns its descriptor.
 
-    :param option: the option that asks for it, for messages.
+    :param option: the option that asks for the file, for messages.
     :param path: of the file; ``-`` is standard output.
-    :param keep: an older file stays as it is until ``replace``, instead of losing its content now.
-    :ivar problem: why something could not be written; empty if all was.
-    :raises UsageError: it cannot be opened.
+    :param keep: an older file keeps its content until ``replace``, instead of losing it now.
+    :ivar problem: why something could not be written; empty if everything was written.
+    :raises UsageError: the file cannot be opened.
     """
 
     def __init__(self, option: str, path: str, *, keep: bool = False) -> None:
@@ -38,7 +38,7 @@ class Output:
         try:
             if path == STDOUT:
                 self._fd = os.dup(1)
-                self._regular = False  # whatever else is in that file is not ours to remove
+                self._regular = False  # what else is in that file is not ours, so it is not removed
             else:
                 self._fd = self._open(0 if keep else os.O_TRUNC)
                 self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
@@ -56,7 +56,7 @@ class Output:
         return fd
 
     def write(self, data: bytes) -> None:
-        """Add ``data``, all of it.
+        """Append ``data``, all of it.
 
         :raises OSError: the disk is full, or the reader has gone; ``problem`` has the reason, too.
         """
@@ -73,7 +73,7 @@ class Output:
     def replace(self, data: bytes) -> None:
         """Write ``data`` as the file's whole content; a pipe or a terminal gets it as well.
 
-        :raises OSError: as of ``write``.
+        :raises OSError: as in ``write``.
         """
         if self._regular:
             os.ftruncate(self._fd, 0)
@@ -96,16 +96,16 @@ class Output:
             pass  # somebody else has removed it
         try:
             os.close(fd)
-        except OSError as e:  # a network file system tells only now
+        except OSError as e:  # a network file system reports errors only now
             self.problem = self.problem or e.strerror or str(e)
 
 
 class Outputs(Closing):
     """The outputs of one command, by option; a context manager.
 
-    :param wanted: option -> path, None if the user does not ask for it.
-    :param keep: as of ``Output``.
-    :raises UsageError: one cannot be opened; the others have been closed.
+    :param wanted: option -> path; None if the user does not ask for this output.
+    :param keep: as in ``Output``.
+    :raises UsageError: an output cannot be opened; the others have been closed.
     """
 
     def __init__(self, wanted: Mapping[str, str | None], *, keep: bool = False) -> None:
@@ -126,25 +126,25 @@ class Outputs(Closing):
         return self._all[option]
 
     def write(self, option: str, text: str) -> None:
-        """Make ``text`` the content of an output that the user asks for. A failure is kept until
+        """Make ``text`` the content of an output, if the user asks for it. A failure is reported by
         ``close``, so that the other outputs are written nevertheless.
         """
         try:
             self._all[option].replace(text.encode(errors="replace"))
         except OSError:
-            pass  # in ``problem``
+            pass  # ``problem`` has the reason
 
     def status(self, status: int) -> int:
-        """Close; the command's exit status, which is no success if something is lost.
+        """Close; returns the command's exit status, which is not 0 if a result is lost.
 
-        :param status: what it is otherwise.
+        :param status: the exit status if nothing is lost.
         """
         self.close()
         lost = any(output.problem for output in self._all.values())
         return HostError.exit_code if lost and not status else status
 
     def close(self) -> None:
-        """Close all, and tell what is lost. A second call does nothing."""
+        """Close all outputs, and report what is lost. A second call does nothing."""
         for output in self._all.values():
             output.close()
         if not self._told:

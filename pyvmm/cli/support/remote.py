@@ -1,7 +1,7 @@
-"""Commands about a running machine: its name as an argument, and the way to where it runs.
+"""Commands about a running machine: its name as an argument, and the connection to it.
 
-A Unix socket does not reach from one kernel into another. So if the machine runs in the testbed,
-the command itself is run there, as `pyvmm run` is. Names are looked up on this machine first.
+A Unix socket does not reach from one kernel into another. If the machine runs in the testbed, the
+command itself is therefore run there, as `pyvmm run` is. Names are looked up on this machine first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TIMEOUT = 30.0  # seconds for one answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """NAME, which completes, and ``--host``."""
+    """The arguments NAME, which a shell can complete, and ``--host``."""
     name = parser.add_argument(
         "name", metavar="NAME", help="the machine's name, or the path of its control socket"
     )
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_host(parser: argparse.ArgumentParser) -> None:
-    """The option ``--host``."""
+    """The argument ``--host``."""
     parser.add_argument(
         "--host",
         choices=("auto", "local", "testbed"),
@@ -51,7 +51,7 @@ def complete(prefix: str, **kwargs: Any) -> list[str]:
             for row in listing(timeout=COMPLETE_TIMEOUT)
             if row["name"].startswith(prefix)
         ]
-    except Exception:  # completion has nobody whom it could tell
+    except Exception:  # completion has nowhere to report an error
         return []
 
 
@@ -69,7 +69,7 @@ def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[st
     """Running machines: ``name``, ``host``, ``pid``, ``qmp``, ``since``. If the testbed is up, its
     machines are among them.
 
-    :param timeout: seconds that the testbed may take.
+    :param timeout: the most seconds to wait for the testbed.
     """
     from pyvmm.control.registry import machines
 
@@ -108,7 +108,7 @@ def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[st
 
 
 def there(args: argparse.Namespace) -> int | None:
-    """Run this very command in the testbed, if the machine is not here and the testbed is up.
+    """Run this same command in the testbed, if the machine is not here and the testbed is up.
 
     :returns: its exit status, or None to go on here.
     """
@@ -124,7 +124,7 @@ def there(args: argparse.Namespace) -> int | None:
             pass
     bed = testbed_up()
     if bed is None:
-        return None  # connecting here says that there is no such machine
+        return None  # the connection attempt here reports that there is no such machine
     at = args.argv.index(args.command) + 1
     return bed.run_attached(
         [sys.executable, "-m", "pyvmm", args.command, "--host", "local", *args.argv[at:]]
@@ -134,8 +134,8 @@ def there(args: argparse.Namespace) -> int | None:
 def with_client(
     args: argparse.Namespace, body: Callable[[Client], int], timeout: float = TIMEOUT
 ) -> int:
-    """Run ``body`` with a connection to the machine that ``args`` names, wherever it runs; the exit
-    status.
+    """Run ``body`` with a connection to the machine that ``args`` names, wherever it runs. Returns
+    the exit status.
     """
     status = there(args)
     if status is not None:

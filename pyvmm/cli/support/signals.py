@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NAG_SECONDS = 0.05
-#: timeout(1) signals its child and then the child's process group; a terminal that goes and its
-#: shell both send SIGHUP. Two signals within so many seconds may be one request, sent twice: then
+#: timeout(1) signals its child and then the child's process group; a terminal that closes and its
+#: shell both send SIGHUP. Two signals within this many seconds may be one request, sent twice: then
 #: the command gets ORDERLY_SECONDS to end in order.
 TWICE_SECONDS = 0.25
 
@@ -33,13 +33,13 @@ class Terminated(BaseException):
 
 
 class _Watcher:
-    """Makes sure that a signal is taken soon, and that a second one ends the process.
+    """Makes sure that a signal is handled soon, and that a second one ends the process.
 
-    The interpreter looks for a signal and then waits for a lock; a signal between the two wakes
-    nobody, and would wait for as long as the main thread does. And a main thread that hangs in the
-    clean-up takes no second signal. But the C handler writes the signal's number to a pipe at once,
-    whatever the main thread does: this thread reads it. It interrupts the main thread's wait by
-    SIGURG, whose own handler does nothing, until the first signal has been taken.
+    The interpreter looks for a signal and then waits for a lock. A signal between the two wakes no
+    thread, and would wait as long as the main thread does. And a main thread that hangs in its
+    clean-up handles no second signal. But the C handler writes the signal's number to a pipe at
+    once, whatever the main thread does, and this thread reads the pipe. It interrupts the main
+    thread's wait by SIGURG, whose own handler does nothing, until the first signal is handled.
 
     :param taken: set by the handler of the first signal.
     """
@@ -60,8 +60,9 @@ class _Watcher:
         assert main is not None
         poll = select.poll()
         poll.register(self._read, select.POLLIN)
-        first = 0.0  # when the first signal came; 0: none has
-        again, until = 0, 0.0  # the second one, and when the time for an orderly end is over
+        first = 0.0  # when the first signal came; 0: no signal has come
+        # When the second signal came, and when the time for an orderly end is over.
+        again, until = 0, 0.0
         while True:
             wait = None
             if first and not self._taken.is_set():
@@ -83,7 +84,7 @@ class _Watcher:
                 self._end(again)
 
     def _told(self, poll: select.poll, wait: float | None) -> list[int]:
-        """The signals of ENDING that come within ``wait`` seconds."""
+        """The numbers of the signals of ENDING that come within ``wait`` seconds."""
         end = None if wait is None else time.monotonic() + wait
         while True:
             left = None if end is None else max(end - time.monotonic(), 0)
@@ -93,7 +94,7 @@ class _Watcher:
             self._closed = not told
             numbers = [number for number in told if number in ENDING]
             if numbers or not told:
-                return numbers  # else it was another signal's, such as our own SIGURG's
+                return numbers  # else the byte was another signal's, such as our own SIGURG's
 
     def _end(self, number: int) -> None:
         text = "pyvmm: ended by a second signal, without cleaning up"
@@ -109,7 +110,7 @@ class _Watcher:
 
 
 def orderly(body: Callable[[], int]) -> int:
-    """Run ``body``, in which a signal raises Terminated; its status, or 128 + the number."""
+    """Run ``body``, in which a signal raises Terminated; its status, or 128 + the signal."""
 
     taken = threading.Event()
     watcher = None
@@ -118,11 +119,11 @@ def orderly(body: Callable[[], int]) -> int:
     def on_signal(number: int, frame: object) -> None:
         taken.set()
         came.append(number)
-        if len(came) == 1:  # a second signal does not break off the cleaning up half-way
+        if len(came) == 1:  # a second signal does not interrupt the clean-up
             raise Terminated(number)
 
     before = {}
-    try:  # twice, since a signal may come while the handlers are being put in or taken away
+    try:  # twice, because a signal may come while the handlers are installed or removed
         try:
             for number in ENDING:
                 before[number] = signal.signal(number, on_signal)

@@ -1,5 +1,5 @@
-"""The user's terminal as the guest's console. It is raw while a guest runs, and restored on every
-way out.
+"""The user's terminal as the guest's console. It is raw while a guest runs, and every way out
+restores it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine
 
 CTRL_A = 0x01
-PENDING_MAX = 1 << 16  # bytes that were typed and that the guest has not taken
+PENDING_MAX = 1 << 16  # the most bytes that were typed and that the guest has not read
 
 
 class Terminal:
     """Sends stdin to the machine's console; Ctrl-A x ends the machine.
 
-    ``close`` undoes what ``open`` has done so far. Call it in a ``finally`` that is entered before
-    ``open``, so that no signal can leave a raw terminal behind.
+    ``close`` undoes what ``open`` has done up to then. Call it in a ``finally`` that is entered
+    before ``open``, so that no signal can leave a raw terminal behind.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -56,7 +56,7 @@ class Terminal:
                 try:
                     termios.tcsetattr(0, termios.TCSANOW, self._saved)
                 except termios.error:
-                    pass  # it has been hung up
+                    pass  # the terminal has been hung up
             stop, self._stop = self._stop, -1
             os.close(stop)
 
@@ -65,8 +65,8 @@ class Terminal:
 
         pending = bytearray()
         while True:
-            # A terminal is always read, since Ctrl-A x may come. A file or pipe is read on when the
-            # guest has taken what was read before.
+            # A terminal is always read, because Ctrl-A x may come. A file or pipe is read on when
+            # the guest has read everything so far.
             sources = [0, self._stop] if self._saved is not None or not pending else [self._stop]
             ready, _, _ = select.select(sources, [], [], 0.01 if pending else None)
             if self._stop in ready:
@@ -81,7 +81,7 @@ class Terminal:
             del pending[: self._machine.console.feed(bytes(pending))]
 
     def _typed(self, data: bytes, pending: bytearray) -> bool:
-        """Add what is for the guest to ``pending``; False as soon as the user wants to leave."""
+        """Add the guest's bytes to ``pending``; False as soon as the user wants to leave."""
         for byte in data:
             if self._escaped and byte in b"xX":
                 self._machine.stop()
@@ -90,6 +90,6 @@ class Terminal:
                 self._escaped = True
                 continue
             self._escaped = False
-            if len(pending) < PENDING_MAX:  # else it is lost, as on a line that nobody reads
+            if len(pending) < PENDING_MAX:  # more is lost, as on a line that nobody reads
                 pending.append(byte)
         return True

@@ -1,8 +1,8 @@
-"""What ``pyvmm run`` tells about a run: its verdict, with the reasons, on stderr, as JUnit and as
+"""What ``pyvmm run`` reports about a run: its verdict, with the reasons, on stderr, as JUnit and as
 JSON; and the console's log.
 
 ``pyvmm run`` imports this module only if the user asks for one of these files, or if the run does
-not end as it should: without it, it starts faster.
+not end as it should. Other runs start faster without it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine
     from pyvmm.testing.junit import Result
 
-OUTPUT_LINES = 20  # of the console, on stderr
-JSON_LINES = 100  # of the console, in the JSON
+OUTPUT_LINES = 20  # lines of the console that are printed on stderr
+JSON_LINES = 100  # lines of the console that the JSON has
 SCHEMA = "pyvmm-verdict/1"
 
 
 class RunFiles:
     """The files that follow one run: the log while it runs, JUnit and JSON at its end.
 
-    :param outputs: lent; has --log, --junit and --json as far as the user asks for them.
-    :ivar watch: reads the console for what --fail-on names; None if that is nothing.
+    :param outputs: lent; has those of --log, --junit and --json that the user asks for.
+    :ivar watch: searches the console for what --fail-on names; None without --fail-on.
     """
 
     def __init__(self, args: argparse.Namespace, outputs: Outputs) -> None:
@@ -57,9 +57,9 @@ class RunFiles:
             machine.console.add_sink(self._log)
 
     def finish(self, verdict: Verdict, machine: Machine | None) -> None:
-        """Write the verdict to each file that was asked for. A later verdict replaces it.
+        """Write the verdict to each file that the user asks for. A later verdict replaces it.
 
-        :param machine: None if there was none.
+        :param machine: None if no machine was made.
         """
         if "--junit" in self._outputs:
             self._outputs.write("--junit", self._junit(verdict, machine))
@@ -73,7 +73,7 @@ class RunFiles:
                     f"verdict: {verdict.kind}{verdict.message and ': '}{verdict.message}"
                 )
             except OSError:
-                pass  # the output knows
+                pass  # ``Output.problem`` has the reason
 
     def _json(self, verdict: Verdict, machine: Machine | None) -> str:
         data: dict[str, object] = {
@@ -155,7 +155,7 @@ def phase_times(machine: Machine | None) -> dict[str, float]:
 
 
 def broken_off(why: BaseException, machine: Machine | None, files: RunFiles | None) -> None:
-    """The guest has no verdict: its machine could not be had, or a signal ended the run."""
+    """Write that there is no verdict: no machine could be made, or a signal ended the run."""
     if isinstance(why, PyvmmError):
         verdict = of_error(why)
     elif isinstance(why, Terminated):
@@ -169,17 +169,17 @@ def broken_off(why: BaseException, machine: Machine | None, files: RunFiles | No
 
 
 def annotate(title: str, message: str) -> None:
-    """In a run of GitHub Actions: an error that is shown beside the run."""
+    """If this is a run of GitHub Actions, print an error that is shown beside the run."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
         text = message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
         print(f"::error title={title}::{text}", file=sys.stderr)
 
 
 def tell(machine: Machine, verdict: Verdict, *, shown: bool) -> None:
-    """Tell a bad verdict on stderr: first what helps to find the cause, in the last line the
+    """Print a bad verdict on stderr: first what helps to find the cause, in the last line the
     verdict itself. A command's own status needs no words.
 
-    :param shown: the user has seen the console.
+    :param shown: whether the user has seen the console.
     """
     if verdict.kind == "failed":
         annotate("pyvmm failed", verdict.message)

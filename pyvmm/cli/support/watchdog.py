@@ -1,4 +1,4 @@
-"""The bound on a bounded run that holds whatever goes wrong in pyvmm itself."""
+"""Bounds the time of a run, whatever goes wrong in pyvmm itself."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from pyvmm.cli.support.verdicts import RunFiles
 
 
-TELL_SECONDS = 2.0  # for the verdict's files
+TELL_SECONDS = 2.0  # for writing the verdict's files
 
 
 class Watchdog:
     """Ends the process if the guest goes on for ``GRACE`` seconds after the run's time-out, or if
-    its verdict takes ``ORDERLY_SECONDS``: a fault of ours, or of the host, must not hang whoever
-    waits. The kernel cleans up then.
+    the verdict takes ``ORDERLY_SECONDS``. A fault of pyvmm or of the host must not hang the user's
+    program. The kernel cleans up then.
 
-    :param seconds: the time-out, from now on.
-    :ivar files: learn the verdict, if there are any.
+    :param seconds: the time-out, counted from now.
+    :ivar files: get the verdict; may be None.
     """
 
-    #: Seconds. Under emulation an orderly end takes its time.
+    #: In seconds. Under emulation an orderly end takes its time.
     GRACE = 1.5 if "PYVMM_IN_TESTBED" not in os.environ else 20.0
 
     def __init__(self, seconds: float) -> None:
@@ -36,12 +36,12 @@ class Watchdog:
         self.arm()
 
     def arm(self) -> None:
-        """Let the time begin now."""
+        """Begin to count now."""
         self._start(self._seconds + self.GRACE)
 
     def judging(self) -> None:
-        """The guest has ended in order. To find and tell the verdict is our own work: it waits for
-        nobody, but takes its time if the host is busy.
+        """The guest has ended in order. To find and report the verdict is our own work: it waits
+        for nothing, but takes its time if the host is busy.
         """
         self.close()
         self._start(ORDERLY_SECONDS)
@@ -66,6 +66,6 @@ class Watchdog:
             self.files.finish(Verdict("timeout", text), None)
 
     def close(self) -> None:
-        """Call it off: all is well."""
+        """End the watch, because the run has ended."""
         self._timer.cancel()
         self._timer.join(1)
