@@ -108,7 +108,7 @@ class NoEventFd:
     """In place of an eventfd that the front-end does not want to be signalled."""
 
     def fileno(self) -> int:
-        """None."""
+        """-1, because there is no descriptor."""
         return -1
 
 

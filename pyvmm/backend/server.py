@@ -83,8 +83,8 @@ class Backend:
     ) -> None:
         """Serve whoever comes to the socket, one after another, until ``stop``.
 
-        :param client: the front-end listens and we connect, again and again after ``retry`` to
-            ``retry_max`` seconds.
+        :param client: the front-end listens and we connect, again and again, with pauses of
+            ``retry`` to ``retry_max`` seconds.
         :raises VhostUserError: the path cannot be listened on.
         """
         listener = None if client else Listener(path)

@@ -24,7 +24,7 @@ CODE = (
     "pyvmm/testbed", "pyvmm/bus.py", "pyvmm/errors.py", "pyvmm/fd.py", "pyvmm/memory.py",
     "pyvmm/threads.py", "pyvmm/devices/console.py", "pyvmm/devices/fw_cfg.py",
     "pyvmm/devices/legacy.py", "pyvmm/devices/testdev.py", "pyvmm/exits", "pyvmm/control",
-    "pyvmm/hostnet", "pyvmm/conformance", "pyvmm/vhostuser", "pyvmm/backend",
+    "pyvmm/hostnet", "pyvmm/conformance", "pyvmm/vhostuser",
     "pyvmm/devices/guest_agent.py", "pyvmm/devices/guest_port.py", "pyvmm/hang.py",
     "pyvmm/doctor.py", "pyvmm/netopt.py", "pyvmm/machine.py", "pyvmm/assembly.py",
     "pyvmm/outcome.py", "pyvmm/panics.py", "pyvmm/vcpus.py", "pyvmm/matrix", "pyvmm/compare",
