@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 #: What testpmd is linked with, directly and not, and the drivers that the tests name: librte-NAME23
 #: each.
 LIBRARIES = """
-bitratestats bpf bus-auxiliary bus-dpaa bus-pci bus-vdev cmdline common-dpaax common-iavf common-mlx5- crypto-scheduler cryptodev
-dmadev eal ethdev eventdev gro gso hash ip-frag kvargs latencystats mbuf mempool mempool-dpaa meter metrics net net-bnxt net-bond
-net-dpaa net-i40e net-ice net-ixgbe net-mlx5- pcapng pci pdump rcu reorder ring sched security telemetry timer vhost
+bitratestats bpf bus-auxiliary bus-dpaa bus-pci bus-vdev cmdline common-dpaax common-iavf
+common-mlx5- crypto-scheduler cryptodev dmadev eal ethdev eventdev gro gso hash ip-frag kvargs
+latencystats mbuf mempool mempool-dpaa meter metrics net net-bnxt net-bond net-dpaa net-i40e
+net-ice net-ixgbe net-mlx5- pcapng pci pdump rcu reorder ring sched security telemetry timer vhost
 mempool-ring net-tap net-vhost net-virtio
 """
 ABI = "23"

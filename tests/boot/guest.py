@@ -140,7 +140,8 @@ class Run:
         return self.stderr.decode(errors="replace")
 
     def __repr__(self) -> str:
-        return f"{self.process.args!r}: status {self.process.poll()}\nstdout: {self.out}\nstderr: {self.err}"
+        status = f"{self.process.args!r}: status {self.process.poll()}"
+        return f"{status}\nstdout: {self.out}\nstderr: {self.err}"
 
     def expect(self, pattern: str, start: int = 0, timeout: float = PATIENCE) -> re.Match[bytes]:
         """Wait until stdout from ``start`` on matches; the match."""
@@ -281,7 +282,8 @@ class Guest(Run):
             script = f"""
                 for fd in /proc/{self.pid}/fd/*; do
                     case $(readlink "$fd") in net:*)
-                        echo "$fd" $(nsenter --net="$fd" ip -o -4 addr show up | grep -o '192.168.1[0-9][0-9]\\.');;
+                        echo "$fd" $(nsenter --net="$fd" ip -o -4 addr show up |
+                            grep -o '192.168.1[0-9][0-9]\\.');;
                     esac
                 done"""
             for line in self.host.sh(script).splitlines():
@@ -355,7 +357,8 @@ def check_tcp(guest: Guest, nic: int = 0, *, megabytes: int = 2) -> None:
         *guest.inside(nic), *["busybox", "nc", "-l", "-p", "7002", "-e", "sha256sum"]
     )
     text = guest.do(
-        f"until busybox nc {nic_address(nic, 'host')} 7002 </tmp/data 2>/dev/null; do sleep 0.2; done; rm /tmp/data"
+        f"until busybox nc {nic_address(nic, 'host')} 7002 </tmp/data 2>/dev/null; do "
+        "sleep 0.2; done; rm /tmp/data"
     )
     assert text.split()[:1] == [want], text
     assert server.result().status == 0, server.result()
@@ -370,7 +373,10 @@ def check_iperf(guest: Guest, nic: int = 0, *, megabytes: int = 4) -> None:
             command = f"iperf3 -c {address} -n {megabytes}M --json {way}"
             # Only the last attempt is printed: the server may not listen yet, or still be busy with
             # the test before.
-            script = f'until text=$({command}) && echo "$text" | grep -q sum_sent; do sleep 0.5; done; echo "$text"'
+            script = (
+                f'until text=$({command}) && echo "$text" | grep -q sum_sent; do sleep 0.5; done; '
+                'echo "$text"'
+            )
             result = guest.host_run(nic, "sh", "-c", script)
             end = json.loads(result.out)["end"]
             # The receiver stops counting when the sender says that it is done.

@@ -83,14 +83,16 @@ class HostCounter:
         self.host, self._out = host, out
         argv = " ".join([*inside, str(program), "count", interface])
         host.sh(
-            f"setsid {argv} >{out} 2>&1 & echo $! >{out}.pid; until grep -q ready {out}; do sleep 0.1; done"
+            f"setsid {argv} >{out} 2>&1 & echo $! >{out}.pid; "
+            f"until grep -q ready {out}; do sleep 0.1; done"
         )
 
     def account(self) -> dict[str, Any]:
         """What came."""
         out = self._out
         text = self.host.sh(
-            f"kill $(cat {out}.pid); until grep -q received {out}; do sleep 0.1; done; tail -n 1 {out}; rm {out} {out}.pid"
+            f"kill $(cat {out}.pid); until grep -q received {out}; do sleep 0.1; done; "
+            f"tail -n 1 {out}; rm {out} {out}.pid"
         )
         answer: dict[str, Any] = json.loads(text)
         return answer

@@ -109,7 +109,8 @@ def check_filter(qmp: Qmp, guest: Guest) -> None:
     (before,) = qmp("query-rx-filter", name="net0")
     assert before["main-mac"] == "52:54:00:12:34:56"
     guest.do(
-        "ip link set eth0 promisc on && ip link set eth0 promisc off && ip addr add fd00::12:3456/64 dev eth0"
+        "ip link set eth0 promisc on && ip link set eth0 promisc off && "
+        "ip addr add fd00::12:3456/64 dev eth0"
     )
     (after,) = qmp("query-rx-filter", name="net0")
     assert "33:33:ff:12:34:56" in after["multicast-table"] and after["multicast"] == "normal"

@@ -50,9 +50,11 @@ class Pmd:
         self.host.sh(
             f"""rm -f {CONSOLE} {PIDFILE}; mkfifo {CONSOLE}
             {"" if self.client else f"rm -f {SOCKET}"}
-            setsid sh -c 'exec 9<>{CONSOLE}; echo $$ >{PIDFILE}; exec {shlex.join(self._argv)} <&9 >{LOG} 2>&1' &
+            setsid sh -c 'exec 9<>{CONSOLE}; echo $$ >{PIDFILE}
+            exec {shlex.join(self._argv)} <&9 >{LOG} 2>&1' &
             until [ -s {PIDFILE} ]; do sleep 0.1; done
-            until {"true" if self.client else f"[ -S {SOCKET} ]"}; do kill -0 $(cat {PIDFILE}); sleep 0.2; done
+            until {"true" if self.client else f"[ -S {SOCKET} ]"}
+            do kill -0 $(cat {PIDFILE}); sleep 0.2; done
             {self._tap_script() if not self.macswap else ""}"""
         )
         return self
@@ -60,7 +62,8 @@ class Pmd:
     @staticmethod
     def _tap_script() -> str:
         return f"""
-            until ip -n {SPACE} link show {TAP} up 2>/dev/null | grep -q UP; do kill -0 $(cat {PIDFILE}); sleep 0.2; done
+            until ip -n {SPACE} link show {TAP} up 2>/dev/null | grep -q UP
+            do kill -0 $(cat {PIDFILE}); sleep 0.2; done
             ip -n {SPACE} addr add 192.168.100.1/24 dev {TAP}"""
 
     def kill(self) -> None:
@@ -99,13 +102,16 @@ def check_datagrams(host: Host, guest: Guest, program: Path) -> None:
         account = counter.account()
     assert (account["received"], account["next"]) == (sent, sent), account
     guest.do(
-        f"{seqnet.PROGRAM} count eth0 >/tmp/counted & echo $! >/tmp/counter; until [ -s /tmp/counted ]; do sleep 0.1; done"
+        f"{seqnet.PROGRAM} count eth0 >/tmp/counted & echo $! >/tmp/counter; "
+        "until [ -s /tmp/counted ]; do sleep 0.1; done"
     )
     host.sh(
-        f"{shlex.join(INSIDE)} {program} send {TAP} {DATAGRAMS} 1000; {shlex.join(INSIDE)} ping -c 1 -W 60 192.168.100.2"
+        f"{shlex.join(INSIDE)} {program} send {TAP} {DATAGRAMS} 1000; "
+        f"{shlex.join(INSIDE)} ping -c 1 -W 60 192.168.100.2"
     )
     text = guest.do(
-        "kill $(cat /tmp/counter); until grep -q next /tmp/counted; do sleep 0.1; done; tail -n 1 /tmp/counted"
+        "kill $(cat /tmp/counter); until grep -q next /tmp/counted; do sleep 0.1; done; "
+        "tail -n 1 /tmp/counted"
     )
     assert f'"received": {DATAGRAMS}, "next": {DATAGRAMS}, "missing": 0, "repeated": 0' in text, (
         text

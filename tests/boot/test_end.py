@@ -220,8 +220,8 @@ def test_linux_hangs_or_only_sleeps(host: Host) -> None:
     )
     assert runs["halt"].status == 116, runs["halt"]
     assert (
-        "vCPU 0 halted with interrupts off; vCPU 1 halted with interrupts off, while the command ran"
-        in runs["halt"].err
+        "vCPU 0 halted with interrupts off; vCPU 1 halted with interrupts off, "
+        "while the command ran" in runs["halt"].err
     )
     assert runs["sleep"].status == 0, runs["sleep"]
     assert runs["compute"].status == 5, runs["compute"]

@@ -71,10 +71,14 @@ def test_kernel_formats(host: Host, tmp_path: Path) -> None:
 
 def test_a_tap_of_the_users_and_sigkill(host: Host) -> None:
     """It can be used again at once after pyvmm was killed, and is at the end what it was before."""
-    look = "ip -o -d link show dev boot0 | grep -oE 'mtu [0-9]+|ether [0-9a-f:]+|tun type.*vnet_hdr'; ip -o -4 addr show dev boot0"
+    look = (
+        "ip -o -d link show dev boot0 | grep -oE 'mtu [0-9]+|ether [0-9a-f:]+|tun type.*vnet_hdr'; "
+        "ip -o -4 addr show dev boot0"
+    )
     args = ("--net", "emulated,tap=boot0,guest=192.168.170.2/24")
     host.sh(
-        "ip tuntap add dev boot0 mode tap vnet_hdr; ip addr add 192.168.170.1/24 dev boot0; ip link set boot0 up"
+        "ip tuntap add dev boot0 mode tap vnet_hdr; ip addr add 192.168.170.1/24 dev boot0; "
+        "ip link set boot0 up"
     )
     try:
         before = host.sh(look)
@@ -100,7 +104,8 @@ from pyvmm.memory import GuestMemory
 memory = GuestMemory(64 << 20)
 for at in range(0, memory.size, 2 << 20):
     memory.write(at, b"x")
-print(sum(int(line.split()[1]) for line in open("/proc/self/smaps") if line.startswith("ShmemPmdMapped")))
+lines = [line for line in open("/proc/self/smaps") if line.startswith("ShmemPmdMapped")]
+print(sum(int(line.split()[1]) for line in lines))
 """
     run = host.run(sys.executable, "-c", code)
     assert run.status == 0, run

@@ -165,7 +165,10 @@ def test_many_at_once(testbed: Testbed, shared: Path) -> None:
     results: dict[int, str] = {}
 
     def one(n: int) -> None:
-        script = f"touch {shared}/{n}; until [ $(ls {shared} | wc -l) = 12 ]; do sleep 0.2; done; echo {n}"
+        script = (
+            f"touch {shared}/{n}; until [ $(ls {shared} | wc -l) = 12 ]; do sleep 0.2; done; "
+            f"echo {n}"
+        )
         results[n] = testbed.run(["sh", "-c", script], timeout=180).out
 
     threads = [threading.Thread(target=one, args=(n,)) for n in range(12)]
@@ -309,7 +312,8 @@ def test_terminal(testbed: Testbed) -> None:
         testbed,
         "sh",
         "-c",
-        "trap 'stty size' WINCH; test -t 0 && test -t 1 && stty size; while read x; do :; done; exit 9",
+        "trap 'stty size' WINCH; test -t 0 && test -t 1 && stty size; while read x; do :; done; "
+        "exit 9",
     )
     t.until(b"33 99")
     termios.tcsetwinsize(t.slave, (44, 88))
@@ -402,7 +406,8 @@ def test_dies_with_its_owner(testbed: Testbed) -> None:
     """
     code = (
         "import os, sys, time; from pyvmm.testbed.testbed import Testbed; "
-        "t = Testbed('owner', cpus=1, memory=1 << 30).__enter__(); print(t.status()['pid'], t.name, flush=True); time.sleep(99)"
+        "t = Testbed('owner', cpus=1, memory=1 << 30).__enter__(); "
+        "print(t.status()['pid'], t.name, flush=True); time.sleep(99)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
     assert owner.stdout
@@ -472,7 +477,10 @@ def test_as_an_ordinary_user(testbed: Testbed) -> None:
         )
         if look.returncode:
             pytest.skip(f"user {NOBODY} cannot read {ROOT}")
-        script = f"id -u; touch {home}/mine; echo x >/etc/thrown-away && cat /etc/thrown-away; ls /dev/kvm /dev/vhost-net"
+        script = (
+            f"id -u; touch {home}/mine; echo x >/etc/thrown-away && cat /etc/thrown-away; "
+            "ls /dev/kvm /dev/vhost-net"
+        )
         done = subprocess.run(
             [*drop, *PYVMM, "testbed", "--memory", "1G", "--", "sh", "-c", script],
             env=env, cwd=home, capture_output=True, text=True, timeout=180,

@@ -42,7 +42,10 @@ def udp_lost(guest: Guest, nic: int, *extra: str) -> dict[str, Any]:
     """iperf3 -u at a low rate, datagrams numbered; its summary."""
     guest.start("iperf3 -s -1")
     command = f"iperf3 -u -c {nic_address(nic, 'guest')} -b 2M -l 400 -t 4 --json {' '.join(extra)}"
-    script = f'until text=$({command}) && echo "$text" | grep -q lost_packets; do sleep 0.5; done; echo "$text"'
+    script = (
+        f'until text=$({command}) && echo "$text" | grep -q lost_packets; do sleep 0.5; done; '
+        'echo "$text"'
+    )
     summary: dict[str, Any] = json.loads(guest.host_run(nic, "sh", "-c", script).out)["end"]["sum"]
     return summary
 
@@ -245,7 +248,8 @@ def test_link(host: Host) -> None:
             host.sh("ip link del vh0")
             guest.do("until [ $(cat /sys/class/net/eth1/carrier) = 0 ]; do sleep 0.1; done")
             host.sh(
-                "ip tuntap add dev vh0 mode tap vnet_hdr && ip addr add 192.168.160.1/24 dev vh0 && ip link set vh0 up"
+                "ip tuntap add dev vh0 mode tap vnet_hdr && "
+                "ip addr add 192.168.160.1/24 dev vh0 && ip link set vh0 up"
             )
             guest.do("until [ $(cat /sys/class/net/eth1/carrier) = 1 ]; do sleep 0.1; done")
             guest.do("until ping -q -c 1 -W 1 192.168.160.1 >/dev/null; do sleep 0.2; done")

@@ -62,7 +62,8 @@ class Backend:
     def stop(self) -> None:
         """Ask it to end, and see that it does."""
         self.host.sh(
-            f"pid=$(cat {PIDFILE}); kill $pid 2>/dev/null || true; while kill -0 $pid 2>/dev/null; do sleep 0.1; done"
+            f"pid=$(cat {PIDFILE}); kill $pid 2>/dev/null || true; "
+            "while kill -0 $pid 2>/dev/null; do sleep 0.1; done"
         )
         self.host.sh(f"! [ -e {SOCKET} ]; rm -f {PIDFILE}")
 
@@ -153,10 +154,12 @@ def test_traffic_and_a_kill_under_traffic(host: Host, guest: OutsideGuest) -> No
         count = f"/sys/class/net/{TAP}/statistics/rx_bytes"
         before = int(host.sh(f"{' '.join(INSIDE)} cat {count}"))
         guest.start(
-            "sh -c 'until busybox nc 192.168.100.1 7003 </tmp/data >/tmp/sum; do sleep 0.2; done; cat /tmp/sum >/tmp/end'"
+            "sh -c 'until busybox nc 192.168.100.1 7003 </tmp/data >/tmp/sum; do sleep 0.2; done; "
+            "cat /tmp/sum >/tmp/end'"
         )
         host.sh(
-            f"""{" ".join(INSIDE)} sh -c 'while [ $(cat {count}) -lt {before + (2 << 20)} ]; do sleep 0.1; done'
+            f"""{" ".join(INSIDE)} sh -c '
+                while [ $(cat {count}) -lt {before + (2 << 20)} ]; do sleep 0.1; done'
             kill -9 $(cat {PIDFILE})
             {backend.script()}"""
         )
@@ -281,7 +284,8 @@ def test_hostile_backends_cost_their_connections_only(host: Host, guest: Outside
         check_traffic(guest)
         before = int(host.sh(fds))
     host.sh(
-        f"{shlex.join((sys.executable, '-m', 'tests.boot.hostile', SOCKET))} >{LOG} 2>&1 || cat {LOG} >&2"
+        f"{shlex.join((sys.executable, '-m', 'tests.boot.hostile', SOCKET))} >{LOG} 2>&1 || "
+        f"cat {LOG} >&2"
     )
     assert host.sh(f"cat {LOG}").split("\n")[:-1] == list(MALICE), host.sh(f"cat {LOG}")
     with tap_backend(host):

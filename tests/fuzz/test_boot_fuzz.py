@@ -130,8 +130,12 @@ def mutate(image: bytearray, changes: list[tuple[int, int, int]], length: int) -
     return bytes(image[:length])
 
 
-fuzz = settings(max_examples=int(os.environ.get("PYVMM_FUZZ_EXAMPLES", "300")), deadline=None, database=None,
-                suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+fuzz = settings(
+    max_examples=int(os.environ.get("PYVMM_FUZZ_EXAMPLES", "300")),
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 lengths = st.one_of(st.just(1 << 30), st.integers(0, 9000))
 initrds = st.sampled_from([0, 1, 4096, 20 * MIB, 33 * MIB])
 lines = st.one_of(

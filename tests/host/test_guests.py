@@ -17,7 +17,8 @@ from pyvmm.spec import linux_boot as lb
 from pyvmm.spec.platform import PORT_ACPI_SLEEP_CONTROL, PORT_GUEST_CONTROL
 
 Guest = Callable[[str], str]
-TIMEOUT = 120.0  # seconds; the guests need a tenth of one, and many times that where the processors are busy
+#: Seconds. The guests need a tenth of one, and many times as long if the processors are busy.
+TIMEOUT = 120.0
 
 
 def run(vm: Machine) -> Outcome:

@@ -111,7 +111,8 @@ def test_exits_within(guest: Guest, tmp_path: Path) -> None:
 @pytest.mark.pyvmm(kernel={guest("exits")!r}, start=False)
 @pytest.mark.parametrize(("limits", "good"), [
     (dict(user_exits=400, pio=300, mmio=110), True),
-    (dict(mmio=110), True), (dict(mmio=109), False), (dict(user_exits=100), False), (dict(notify=0), True),
+    (dict(mmio=110), True), (dict(mmio=109), False),
+    (dict(user_exits=100), False), (dict(notify=0), True),
     ({{"exits[guest-control]": 2}}, True), ({{"exits[guest-control]": 1}}, False),
 ])
 def test_it(vm, limits, good):
@@ -120,10 +121,13 @@ def test_it(vm, limits, good):
     if good:
         vm.exits.assert_within(**limits)
         return
-    with pytest.raises(AssertionError, match="it is .*\\nmost frequent:\\n +64  pio write 0x1234/1 nobody"):
+    said = "it is .*\\nmost frequent:\\n +64  pio write 0x1234/1 nobody"
+    with pytest.raises(AssertionError, match=said):
         vm.exits.assert_within(**limits)
 
-@pytest.mark.pyvmm(kernel={guest("pcinet")!r}, net="emulated,notify=exit", append="count=100 irq=msix", start=False)
+@pytest.mark.pyvmm(
+    kernel={guest("pcinet")!r}, net="emulated,notify=exit", append="count=100 irq=msix", start=False
+)
 def test_per_packet(vm):
     vm.start()
     assert vm.wait(60).status == 0

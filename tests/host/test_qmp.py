@@ -506,7 +506,10 @@ def test_a_killed_run_is_noticed(guest: Guest) -> None:
 def test_qmp_shell(vm: Machine) -> None:
     """The shell of the PyPI library, unchanged."""
     shell = str(Path(sys.executable).parent / "qmp-shell")
-    script = "query-status\nstop\nquery-status\nquery-stats target=vcpu\nnone-such\nset_link name=net0 up=true\nquit\n"
+    script = (
+        "query-status\nstop\nquery-status\nquery-stats target=vcpu\nnone-such\n"
+        "set_link name=net0 up=true\nquit\n"
+    )
     done = subprocess.run(
         [shell, str(vm.qmp)], input=script, capture_output=True, text=True, timeout=PATIENCE
     )
@@ -533,7 +536,8 @@ async def main():
             await qmp.execute("none-such")
         except ExecuteError as e:
             assert e.error_class == "CommandNotFound"
-        results = await asyncio.gather(*(qmp.execute("query-stats", {"target": "vm"}) for _ in range(20)))
+        asked = (qmp.execute("query-stats", {"target": "vm"}) for _ in range(20))
+        results = await asyncio.gather(*asked)
         assert len(results) == 20
         await qmp.execute("cont")
         assert (await listener.get())["event"] == "RESUME"

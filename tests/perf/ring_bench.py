@@ -112,14 +112,16 @@ def main() -> None:
                 seconds, c = one(direction, args.frames, size, gso, pause, scope)
                 if c[f"{direction}_packets"] < args.frames:
                     raise SystemExit(
-                        f"{direction}: only {c[f'{direction}_packets']} of {args.frames} frames passed"
+                        f"{direction}: only {c[f'{direction}_packets']} of "
+                        f"{args.frames} frames passed"
                     )
                 times.append(seconds)
             median = statistics.median(times)
             calls = c["fd_reads"] + c["fd_writes"] + c["rx_calls"] + c["tx_calls"] + c["wakeups"]
             label = f"{direction}{' big window' if gso else ''}"
             print(
-                f"{label:14} {size:5} bytes: {args.frames / median / 1e3:7.0f} kpps, {median / args.frames * 1e9:5.0f} ns "
+                f"{label:14} {size:5} bytes: {args.frames / median / 1e3:7.0f} kpps, "
+                f"{median / args.frames * 1e9:5.0f} ns "
                 f"({min(times) / args.frames * 1e9:.0f} to {max(times) / args.frames * 1e9:.0f}), "
                 f"{calls / args.frames:.3f} system calls a packet"
             )

@@ -247,7 +247,8 @@ class Soak:
     def start_traffic(self) -> None:
         a, here, there = self.args, "192.168.100.1", "192.168.100.2"
         self.sh(
-            f"flow udp-receive {UDP[0]} >/tmp/ur & echo $! >/tmp/ur.pid\nflow tcp-receive {TCP[0]} >/tmp/tr & sleep 1"
+            f"flow udp-receive {UDP[0]} >/tmp/ur & echo $! >/tmp/ur.pid\n"
+            f"flow tcp-receive {TCP[0]} >/tmp/tr & sleep 1"
         )
         self.receiver, self.tcp_receiver = (
             self.popen("udp-receive", str(UDP[1])),
@@ -352,7 +353,8 @@ class Soak:
         for mode, stretch in report["modes"].items():
             exits = stretch["exits"]["kvm_run_returns"]
             print(
-                f"{mode}: in force {stretch['times']} times, {stretch['seconds']:.1f} s, {exits} exits to the VMM"
+                f"{mode}: in force {stretch['times']} times, {stretch['seconds']:.1f} s, "
+                f"{exits} exits to the VMM"
             )
         for problem in self.problems[:20]:
             print("problem:", problem)
@@ -362,8 +364,10 @@ class Soak:
         }
         said = ", ".join(f"{n} {o}" for o, n in sorted(outcomes.items()))
         print(
-            f"{'PASS' if good else 'FAIL'}: {self.args.switches} switches ({said}, {self.refused} refused): {lost}, "
-            f"gap p50 {self.percentile(50):.1f} ms, p99 {self.percentile(99):.1f} ms, max {self.percentile(100):.1f} ms"
+            f"{'PASS' if good else 'FAIL'}: {self.args.switches} switches "
+            f"({said}, {self.refused} refused): {lost}, "
+            f"gap p50 {self.percentile(50):.1f} ms, p99 {self.percentile(99):.1f} ms, "
+            f"max {self.percentile(100):.1f} ms"
         )
         return good
 
@@ -380,7 +384,8 @@ class Soak:
             if way == "to" and self.args.backend == "dpdk":
                 stale = sum(r.stale for r in self.reports)
                 print(
-                    f"{missing} datagrams came where no data path was (of them {stale} found later): not accepted"
+                    f"{missing} datagrams came where no data path was "
+                    f"(of them {stale} found later): not accepted"
                 )
                 missing = 0
             lost, repeated = lost + missing, repeated + int(got["repeated"])
@@ -413,7 +418,8 @@ class Soak:
             gaps = sorted(r.gap_ns[way] for r in self.reports if way in r.gap_ns)
             if gaps:
                 print(
-                    f"gap {way}: p50 {gaps[len(gaps) // 2] / 1e6:.1f} ms, p99 {gaps[len(gaps) * 99 // 100] / 1e6:.1f} ms"
+                    f"gap {way}: p50 {gaps[len(gaps) // 2] / 1e6:.1f} ms, "
+                    f"p99 {gaps[len(gaps) * 99 // 100] / 1e6:.1f} ms"
                 )
 
 

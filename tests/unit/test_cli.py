@@ -204,9 +204,11 @@ def test_help_loads_neither_the_extension_nor_anything_heavy() -> None:
 def test_a_run_loads_nothing_heavy() -> None:
     """All that the start of `pyvmm run --host local` needs, short of the guest."""
     modules = loaded(
-        "import pyvmm.machine, pyvmm.netopt, pyvmm.cli.run, pyvmm.cli.support.terminal, pyvmm.devices.console\n"
+        "import pyvmm.machine, pyvmm.netopt, pyvmm.cli.run, pyvmm.cli.support.terminal, "
+        "pyvmm.devices.console\n"
         "import pyvmm.control.server, pyvmm.control.commands, pyvmm.control.registry\n"
-        "import pyvmm.virtio.net, pyvmm.virtio.pci.transport, pyvmm.datapath.emulated, pyvmm.hostnet.netns, pyvmm.hostnet.tap"
+        "import pyvmm.virtio.net, pyvmm.virtio.pci.transport, pyvmm.datapath.emulated, "
+        "pyvmm.hostnet.netns, pyvmm.hostnet.tap"
     )
     assert "pyvmm._ext" in modules
     assert not modules & HEAVY

@@ -240,8 +240,10 @@ def test_nonsense_of_the_tools_is_an_error(workload: str, text: str) -> None:
 
 def test_names_of_the_processors_reasons() -> None:
     text = (
-        'print fmt: "x", (REC->isa == 1) ? __print_symbolic(REC->exit_reason & 0xffff, { 0, "EXCEPTION_NMI" }, { 12, "HLT" }) : '
-        '__print_symbolic(REC->exit_reason, { 0x040 + 14, "PF excp" }, { 0x078, "hlt" }, { -1, "invalid_guest_state" }), ""'
+        'print fmt: "x", (REC->isa == 1) ? __print_symbolic(REC->exit_reason & 0xffff, '
+        '{ 0, "EXCEPTION_NMI" }, { 12, "HLT" }) : '
+        '__print_symbolic(REC->exit_reason, { 0x040 + 14, "PF excp" }, { 0x078, "hlt" }, '
+        '{ -1, "invalid_guest_state" }), ""'
     )
     assert counters.reason_names(text, intel=True) == {0: "exception_nmi", 12: "hlt"}
     assert counters.reason_names(text, intel=False) == {0x4E: "pf excp", 0x78: "hlt"}

@@ -15,31 +15,38 @@ from tests.unit.test_compare import RECORD
 PLOTS = """
 [...document.querySelectorAll("svg.plot")].map(svg => {
   const box = e => e.getBoundingClientRect(), outer = box(svg);
-  const texts = [...svg.querySelectorAll("text")].filter(t => t.textContent).map(t => [t.textContent, box(t)]);
+  const texts = [...svg.querySelectorAll("text")].filter(t => t.textContent)
+    .map(t => [t.textContent, box(t)]);
   const over = [];
   texts.forEach(([a, r], i) => {
-    if (r.left < outer.left - 1 || r.right > outer.right + 1 || r.top < outer.top - 1 || r.bottom > outer.bottom + 1)
+    if (r.left < outer.left - 1 || r.right > outer.right + 1 ||
+        r.top < outer.top - 1 || r.bottom > outer.bottom + 1)
       over.push(a + " sticks out");
     texts.slice(i + 1).forEach(([b, s]) => {
-      if (r.left < s.right && s.left < r.right && r.top < s.bottom - 2 && s.top < r.bottom - 2) over.push(a + " | " + b);
+      if (r.left < s.right && s.left < r.right && r.top < s.bottom - 2 && s.top < r.bottom - 2)
+        over.push(a + " | " + b);
     });
   });
-  const drawn = [...svg.querySelectorAll("rect, path.line")].filter(e => box(e).width > 0 || box(e).height > 0).length;
-  return {label: svg.getAttribute("aria-label"), width: outer.width, height: outer.height, texts: texts.length,
-          size: Math.min(...texts.map(([, r]) => r.height)), over, drawn};
+  const drawn = [...svg.querySelectorAll("rect, path.line")]
+    .filter(e => box(e).width > 0 || box(e).height > 0).length;
+  return {label: svg.getAttribute("aria-label"), width: outer.width, height: outer.height,
+          texts: texts.length, size: Math.min(...texts.map(([, r]) => r.height)), over, drawn};
 })
 """
 #: WCAG contrast of body text, and of each colour in a legend, with what lies behind it.
 CONTRAST = """
 (() => {
   const rgb = c => (c.match(/[\\d.]+/g) || []).map(Number);
-  const light = c => rgb(c).slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+  const light = c => rgb(c).slice(0, 3).map(v => v / 255)
+    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
     .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-  const ratio = (a, b) => (Math.max(light(a), light(b)) + .05) / (Math.min(light(a), light(b)) + .05);
+  const ratio = (a, b) =>
+    (Math.max(light(a), light(b)) + .05) / (Math.min(light(a), light(b)) + .05);
   const paper = getComputedStyle(document.body).backgroundColor;
   const text = [...document.querySelectorAll("p, li, h1, h2, summary, dt, td.noise, th")]
     .map(e => ratio(getComputedStyle(e).color, paper));
-  const plot = [...document.querySelectorAll("svg.plot text")].map(e => ratio(getComputedStyle(e).fill, paper));
+  const plot = [...document.querySelectorAll("svg.plot text")]
+    .map(e => ratio(getComputedStyle(e).fill, paper));
   return {paper: light(paper), text: Math.min(...text), plot: Math.min(...plot)};
 })()
 """
@@ -103,8 +110,10 @@ def test_the_checks_notice(browser: Browser, tmp_path: Path) -> None:
     """A page that has all that they look for."""
     path = tmp_path / "bad.html"
     path.write_text(
-        '<img src="http://127.0.0.1:9/x.png"><script>console.error("no")</script><svg class="plot" width="300" height="99">'
-        '<text x="5" y="50">one</text><text x="9" y="50">two</text><text x="290" y="20">three</text></svg>'
+        '<img src="http://127.0.0.1:9/x.png"><script>console.error("no")</script>'
+        '<svg class="plot" width="300" height="99">'
+        '<text x="5" y="50">one</text><text x="9" y="50">two</text>'
+        '<text x="290" y="20">three</text></svg>'
     )
     browser.console.clear()
     browser.requests.clear()

@@ -1,4 +1,6 @@
-"""The guest port without a machine: what init tells, its output, and a guest that names wild pages."""
+"""The guest port without a machine: what init tells, its output, and a guest that names wild
+pages.
+"""
 
 from __future__ import annotations
 

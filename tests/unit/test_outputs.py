@@ -120,7 +120,10 @@ def test_a_reader_that_has_gone_is_no_success(capsys: pytest.CaptureFixture[str]
 def pyvmm(code: str, redirection: str) -> subprocess.CompletedProcess[str]:
     """A body of ``cli.guard`` in a shell's redirection."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    program = f"import sys\nfrom pyvmm.cli import guard\nfrom pyvmm.cli.support.outputs import Outputs\n{code}\n"
+    program = (
+        "import sys\nfrom pyvmm.cli import guard\n"
+        f"from pyvmm.cli.support.outputs import Outputs\n{code}\n"
+    )
     program += "sys.exit(guard(body))"
     argv = ["bash", "-c", f'"$@" {redirection}', "sh", sys.executable, "-c", program]
     return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)

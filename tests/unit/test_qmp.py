@@ -187,7 +187,9 @@ BAD = {
     b'{"execute":"echo","arguments":[]}': "must be an object",
     b'{"execute":"echo","arguments":{"y":1}}': "Parameter 'y' is unexpected",
     b'{"execute":"need"}': "Parameter 'text' is missing",
-    b'{"execute":"need","arguments":{"text":1}}': "Invalid parameter type for 'text', expected: string",
+    b'{"execute":"need","arguments":{"text":1}}': (
+        "Invalid parameter type for 'text', expected: string"
+    ),
     b'{"execute":"echo","arguments":{"n":true}}': "expected: integer",
     b'{"execute":"echo","arguments":{"n":1.0}}': "expected: integer",
     b'{"execute":"echo","arguments":{"flag":0}}': "expected: boolean",
@@ -248,7 +250,8 @@ def test_a_bug_in_a_command_is_answered_and_its_traceback_is_told(
 
 
 def test_any_cut_of_the_stream_is_the_same_stream(srv: Server) -> None:
-    text = b'\n {"execute":"echo","id":1,"arguments":{"text":"a\\"}{[\\\\"}}{"execute":"echo",\r\n"id":2}\n\n{"execute":"echo","id":3}'
+    text = b'\n {"execute":"echo","id":1,"arguments":{"text":"a\\"}{[\\\\"}}'
+    text += b'{"execute":"echo",\r\n"id":2}\n\n{"execute":"echo","id":3}'
     with Raw(srv) as c:
         for size in (1, 2, 3, 7, len(text)):
             for at in range(0, len(text), size):

@@ -99,7 +99,7 @@ def test_an_open_pipe_may_still_bring_words() -> None:
         os.close(write)
 
 
-# --- where it runs ---------------------------------------------------------------------------------
+# --- where it runs --------------------------------------------------------------------------------
 
 
 def test_in_the_testbed_host_testbed_is_here(

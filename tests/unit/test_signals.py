@@ -15,7 +15,8 @@ from pyvmm.cli.support.signals import orderly
 
 def body():
     number = int(sys.argv[1])
-    # The C handler runs in another thread: as with a signal between the interpreter's look and its wait, nobody wakes the main one.
+    # The C handler runs in another thread. Nobody wakes the main one, as with a signal between the
+    # interpreter's look and its wait.
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
@@ -38,7 +39,8 @@ def test_without_a_signal_all_is_as_before() -> None:
 import os, signal, threading
 from pyvmm.cli.support.signals import ENDING, orderly
 def state():
-    return [signal.getsignal(n) for n in (*ENDING, signal.SIGURG)], threading.active_count(), os.listdir("/proc/self/fd")
+    handlers = [signal.getsignal(n) for n in (*ENDING, signal.SIGURG)]
+    return handlers, threading.active_count(), os.listdir("/proc/self/fd")
 before = state()
 assert orderly(lambda: 7) == 7
 assert state() == before, (before, state())

@@ -70,7 +70,8 @@ def namespace() -> Iterator[Namespace]:
 
 def inside(ns: Namespace, source: str, **kw: Any) -> subprocess.Popen[str]:
     """Run Python source as root inside the namespace."""
-    code = "import sys, os, time\nfrom pyvmm.hostnet.tap import Tap, Interface\nfrom pyvmm.errors import *\n"
+    code = "import sys, os, time\nfrom pyvmm.hostnet.tap import Tap, Interface\n"
+    code += "from pyvmm.errors import *\n"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     argv = [sys.executable, "-c", code + textwrap.dedent(source)]
     return ns.popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=env, **kw)
@@ -455,7 +456,8 @@ def test_udp_to_the_host_and_what_the_tap_refuses(namespace: Namespace, guest: G
         good = mac + Guest.MAC + b"\x08\0" + ip + udp
         guest.driver.send(good)
         assert s.recvfrom(100) == (b"hello", ("192.168.91.2", 4000))
-        # Too short for Ethernet, a checksum beyond the packet, an unknown gso_type: dropped, counted, completed.
+        # Too short for Ethernet, a checksum beyond the packet, an unknown gso_type: dropped,
+        # counted, completed.
         bad_csum = struct.pack("<BBHHHHH", 1, 0, 0, 0, 60000, 0, 0)
         bad_gso = struct.pack("<BBHHHHH", 0, 0x77, 0, 100, 0, 0, 0)
         guest.driver.queue(b"short")

@@ -166,7 +166,10 @@ def told(text: str) -> list[tuple[str, str]]:
 
 
 def test_lines_of_test_kernels() -> None:
-    text = "enabling apic\r\nPASS: one\r\nFAIL: two: x\r\nSKIP: three\nXFAIL: four\nnot PASS: five\nSUMMARY: 4 tests\n"
+    text = (
+        "enabling apic\r\nPASS: one\r\nFAIL: two: x\r\nSKIP: three\n"
+        "XFAIL: four\nnot PASS: five\nSUMMARY: 4 tests\n"
+    )
     assert told(text) == [
         ("one", "passed"),
         ("two: x", "failed"),
@@ -229,7 +232,10 @@ not ok 3 selftests: net: c.sh # TIMEOUT 45 seconds
 
 
 def test_results_that_never_came() -> None:
-    text = "KTAP version 1\n1..3\nok 1 a\n    KTAP version 1\n    1..2\n    ok 1 b\nKernel panic - not syncing: x\n"
+    text = (
+        "KTAP version 1\n1..3\nok 1 a\n    KTAP version 1\n    1..2\n    ok 1 b\n"
+        "Kernel panic - not syncing: x\n"
+    )
     assert told(text) == [
         ("b", "passed"),
         ("(plan)", "failed"),
