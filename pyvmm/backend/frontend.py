@@ -83,7 +83,8 @@ if TYPE_CHECKING:
 
         def stop(self) -> list[int]:
             """After ``start``: stop serving; returns each ring's next available index, in the order
-            of ``start``. Nothing touches the front-end's memory after it returns.
+            of ``start``. Nothing touches the front-end's memory after it returns. If an exception
+            came out of it, it is called again, and may return nothing.
             """
 
         def counters(self) -> dict[str, int]:
@@ -213,10 +214,12 @@ class Frontend:
         same positions.
         """
         self._changed = True
-        served, self._served = self._served, []
-        if served:
-            for ring, base in zip(served, self.service.stop(), strict=True):
+        if self._served:
+            # If an exception comes out of the service's stop, such as KeyboardInterrupt, ``close``
+            # stops it again: nobody may use memory that is about to be unmapped.
+            for ring, base in zip(self._served, self.service.stop(), strict=False):
                 ring.base = base
+            self._served = []
 
     def resume(self) -> None:
         """Serve the rings that are ready. Does nothing if nothing has changed."""

@@ -188,6 +188,43 @@ def test_a_device_that_is_no_network_card(path: str) -> None:
             assert disk.device.stop() == [0]
 
 
+def test_an_exception_while_the_rings_stop(path: str) -> None:
+    """Ctrl-C, for instance: the service is stopped again before the memory is unmapped."""
+
+    class Interrupted(Service):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mapped: list[int] = []
+
+        def start(self, acked: int, memory: Any, rings: Any, events: Any) -> None:
+            super().start(acked, memory, rings, events)
+            self.memory = memory
+
+        def stop(self) -> list[int]:
+            self.mapped.append(len(self.memory.regions))
+            if len(self.mapped) == 1:
+                raise KeyboardInterrupt
+            return []
+
+    service = Interrupted()
+    listener = Listener(path)
+
+    def serve() -> None:
+        with Backend(service) as backend:
+            assert wait_for(lambda: channels.append(listener.accept()) or channels[-1], PATIENCE)
+            backend.serve(channels[-1])
+
+    channels: list[Any] = []
+    with in_thread(serve) as result:
+        disk = Disk(path)
+        disk.device.connect(PATIENCE)
+        disk.start()
+        listener.close()
+        disk.device.stop()
+    disk.close()
+    assert isinstance(result[0], KeyboardInterrupt) and service.mapped == [1, 1]
+
+
 def test_repeats_are_counted_without_an_inflight_file(path: str, listener: Listener) -> None:
     with Fake(listener) as fake, Disk(path) as disk:
         disk.start()
