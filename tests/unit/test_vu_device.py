@@ -21,7 +21,7 @@ from pyvmm.spec import vhost_user as spec
 from pyvmm.vhostuser.connect import Connector, ListeningConnector
 from pyvmm.vhostuser.device import VhostUserDevice
 from pyvmm.vhostuser.session import PROTOCOL_FEATURES, Refused, Session
-from pyvmm.vhostuser.wire import Listener, Stopped, TimedOut, connect
+from pyvmm.vhostuser.wire import Channel, Listener, Stopped, TimedOut, connect
 from tests.driver import Events, Ring, bits, wait_for
 from tests.unit.test_vu_wire import fill
 from tests.vu_fake import REPLY_ACK, Fake, raw
@@ -209,12 +209,18 @@ def test_an_exception_while_the_rings_stop(path: str) -> None:
     service = Interrupted()
     listener = Listener(path)
 
+    def accept() -> bool:
+        channel = listener.accept()
+        if channel is not None:
+            channels.append(channel)
+        return channel is not None
+
     def serve() -> None:
         with Backend(service) as backend:
-            assert wait_for(lambda: channels.append(listener.accept()) or channels[-1], PATIENCE)
-            backend.serve(channels[-1])
+            assert wait_for(accept, PATIENCE)
+            backend.serve(channels[0])
 
-    channels: list[Any] = []
+    channels: list[Channel] = []
     with in_thread(serve) as result:
         disk = Disk(path)
         disk.device.connect(PATIENCE)
