@@ -12,6 +12,7 @@ import errno
 import select
 import struct
 import threading
+from functools import partial
 from typing import Any
 
 from pyvmm._ext import ffi, lib
@@ -126,7 +127,7 @@ class Board:
         self.vcpu = lib.pv_vcpu_new(-1, 0, self.bus.c)
         self.exits = 0
         self.lock = threading.RLock()
-        self._opened: list = []
+        self._opened: list[Any] = []
 
     def _reset(self) -> None:
         self.resets += 1
@@ -178,7 +179,7 @@ class Board:
 
     def capabilities(self, slot: int) -> list[tuple[int, int]]:
         """(id, offset) of a function's capabilities, as a driver walks them."""
-        out = []
+        out: list[tuple[int, int]] = []
         if self.config_read(slot, pci.PCI_STATUS, 2) & pci.PCI_STATUS_CAP_LIST:
             at = self.config_read(slot, pci.PCI_CAPABILITY_LIST, 1)
             while at:
@@ -420,7 +421,7 @@ class NetGuest:
         ]
         self.net = self.nets[0]
         all_rings = [ring for net in self.nets for ring in net.rings]
-        self.control = None
+        self.control: Ring | None = None
         if control:
             index = self.pci.get("num_queues") - 1 if self.features >> VIRTIO_NET_F_MQ & 1 else 2
             self.control = Ring(board.memory, 64, 0x4000, index=index, event_idx=event_idx)
@@ -428,7 +429,7 @@ class NetGuest:
         if msix:
             self.pci.set("config_msix_vector", 0)
         for ring in all_rings:
-            ring.kick = lambda q=ring.index: self.pci.notify(q)
+            ring.kick = partial(self.pci.notify, ring.index)  # type: ignore[method-assign]
             self.pci.set_ring(ring, vector=1 + ring.index if msix else VIRTIO_MSI_NO_VECTOR)
         if fill:
             for net in self.nets:
@@ -442,16 +443,16 @@ class NetGuest:
         self.board.memory.write(at, request)
         self.board.memory.write(answer, b"\xaa")
         segments = [(at, len(request), False)] + ([(answer, room, True)] if room else [])
-        self.control.add(segments)
-        self.control.publish()
-        used: list = []
-        assert wait_for(
-            lambda: (
-                used.extend(self.control.take_used())
-                or used
-                or self.pci.status & VIRTIO_CONFIG_S_NEEDS_RESET
-            )
-        )
+        control, used = self.control, list[tuple[int, int]]()
+        assert control is not None
+        control.add(segments)
+        control.publish()
+
+        def over() -> bool:
+            used.extend(control.take_used())
+            return bool(used or self.pci.status & VIRTIO_CONFIG_S_NEEDS_RESET)
+
+        assert wait_for(over)
         assert used in ([], [(used[0][0], 1)] if used else [])
         return self.board.memory.read(answer, 1)[0] if used else None
 

@@ -7,23 +7,25 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import pytest
 
 from pyvmm.card.nic import Nic
 from pyvmm.card.thread import AFTER_CUT_S, CardThread
-from pyvmm.datapath.base import Vring
+from pyvmm.datapath.base import Frames, PathEvents, Vring
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError
 from pyvmm.memory import GuestMemory
 from pyvmm.spec.virtio import VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET
 from pyvmm.spec.virtio_net import VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_OK
-from pyvmm.virtio.listener import PathListener
 from tests.driver import wait_for
 from tests.pci_guest import ACK, DRIVER, FEATURES_OK, frame
-from tests.unit.test_switch import Bundle, Rig
+from tests.unit.test_switch import Rig
+
+T = TypeVar("T")
 
 RUNNING = ACK | DRIVER | FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK
 #: Seconds that whoever is not to wait may take on a busy machine.
@@ -37,7 +39,7 @@ class Slow(EmulatedNet):
     :ivar obeys: ``cut`` opens the gate. :ivar running: between start and the end of stop.
     """
 
-    def __init__(self, port: Bundle) -> None:
+    def __init__(self, port: Frames) -> None:
         super().__init__(port)
         self.gate = threading.Event()
         self.gate.set()
@@ -56,10 +58,10 @@ class Slow(EmulatedNet):
         self,
         acked: int,
         memory: GuestMemory,
-        rings: list[Vring],
-        events: PathListener,
+        rings: Sequence[Vring],
+        events: PathEvents,
         *,
-        patience: Any = None,
+        patience: float | None = None,
     ) -> None:
         self._pass()
         if self.error is not None:
@@ -82,9 +84,10 @@ class Slow(EmulatedNet):
 class SlowRig(Rig):
     """A card whose data path can be held up."""
 
-    def __init__(self, **options: bool) -> None:
-        super().__init__(script={"emulated": [Slow]}, **options)
-        self.path: Slow = self.device.datapath
+    def __init__(self, *, drive: bool = True) -> None:
+        super().__init__(script={"emulated": [Slow]}, drive=drive)
+        assert isinstance(self.device.datapath, Slow)
+        self.path = self.device.datapath
 
     def __exit__(self, *args: Any) -> None:
         self.path.gate.set()
@@ -97,19 +100,19 @@ def rig() -> Iterator[SlowRig]:
         yield r
 
 
-class Meanwhile:
+class Meanwhile(Generic[T]):
     """A call in a thread of its own."""
 
-    def __init__(self, call: Callable[[], object]) -> None:
+    def __init__(self, call: Callable[[], T]) -> None:
         self.error: BaseException | None = None
-        self.result: object = None
+        self.results: list[T] = []
         self._call = call
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         try:
-            self.result = self._call()
+            self.results.append(self._call())
         except BaseException as e:
             self.error = e
 
@@ -117,15 +120,15 @@ class Meanwhile:
     def running(self) -> bool:
         return self.thread.is_alive()
 
-    def done(self) -> object:
+    def done(self) -> T:
         self.thread.join(30)
         assert not self.thread.is_alive()
         if self.error is not None:
             raise self.error
-        return self.result
+        return self.results[0]
 
 
-def prompt(call: Callable[[], object]) -> object:
+def prompt(call: Callable[[], T]) -> T:
     """The result of a call that must not wait."""
     begin = time.monotonic()
     result = call()
@@ -148,7 +151,7 @@ def test_a_reset_waits_for_the_data_path_and_nobody_else_does(rig: SlowRig) -> N
     assert prompt(lambda: pci.status) == RUNNING  # reads as before
     refused = rig.device.refused
     for value in (ACK, RUNNING, RUNNING | 0x80):
-        prompt(lambda value=value: pci.set("device_status", value))
+        prompt(partial(pci.set, "device_status", value))
     assert pci.status == RUNNING and rig.device.refused == refused + 3
     prompt(lambda: pci.set("device_status", 0))  # again: nothing more to do
     assert prompt(lambda: pci.get("num_queues")) == 3
@@ -229,7 +232,7 @@ def test_a_start_that_fails_is_a_fault_and_the_thread_lives(
         rig.drive()
         assert wait_for(lambda: rig.guest.pci.status & VIRTIO_CONFIG_S_NEEDS_RESET)
         assert rig.device.faults == [words] and rig.events == ["X_PYVMM_NIC_FAULT"]
-        told = rig.nic.report()
+        told = rig.report()
         assert told["faults"] == [words]
         assert bool(told["tracebacks"]) == bug and (not bug or "in _pass" not in told["tracebacks"])
         rig.path.error = None
@@ -281,13 +284,14 @@ def test_a_hand_over_holds_no_vcpu_up(rig: SlowRig) -> None:
     rig.path.gate.set()
     assert switch.done().outcome == "switched"
     assert rig.cable.receive()[12:] == frame(1)
-    steps = [step["name"] for step in rig.nic.report()["switches"][0]["steps"]]
+    steps = [step["name"] for step in rig.report()["switches"][0]["steps"]]
     assert steps == ["open", "prepare", "wait", "park", "start vhost-user", "close"]
 
 
 def test_reports_of_a_path_that_has_stopped_are_of_no_interest(rig: SlowRig) -> None:
     rig.exchange()
     listener = rig.device._listener
+    assert listener is not None
     listener.fault(0, "now")
     assert rig.device.faults == ["now"]
     rig.guest.pci.reset()
@@ -305,13 +309,13 @@ def test_a_cut_ends_whatever_waits(where: str) -> None:
         if where != "start":
             rig.exchange()
         rig.path.gate.clear()
-        waits: Meanwhile | None = None
+        waits: Meanwhile[object] | None = None
         if where == "reset":
             rig.guest.pci.set("device_status", 0)
         elif where == "start":
             rig.drive()
         else:
-            calls = {
+            calls: dict[str, Callable[[], object]] = {
                 "pause": lambda: rig.nic.set_paused(True),
                 "link": lambda: rig.nic.set_link(False),
                 "stop": rig.nic.stop,
@@ -361,10 +365,11 @@ def test_jobs_run_one_after_another() -> None:
     thread = CardThread("net9")
     seen: list[int] = []
     for i in range(100):
-        thread.post(lambda i=i: seen.append(i))
+        thread.post(partial(seen.append, i))
     assert thread.call(lambda: list(seen)) == list(range(100))
+    nothing: dict[int, int] = {}
     with pytest.raises(KeyError):
-        thread.call(lambda: {}[0])
+        thread.call(lambda: nothing[0])
     assert thread.call(threading.current_thread).name == "net9"
     assert thread.end() and thread.end()
     thread.post(lambda: seen.append(-1))

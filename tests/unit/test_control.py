@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -40,6 +40,9 @@ from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import VirtioPci
 from tests.driver import Cable, bits, wait_for
 from tests.pci_guest import Board, NetGuest, frame
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.vm import Vm
 
 MAC = bytes.fromhex("525400123456")
 ALL = (1 << 64) - 1
@@ -85,7 +88,7 @@ class Rig:
         self.device = NetDevice("net0", self.board.memory, self.path, self.cable, MAC, pairs=pairs)
         self.board.add(
             VirtioPci(
-                self.board.vm,
+                cast("Vm", self.board.vm),
                 self.board.bus,
                 self.device,
                 PCI_CLASS_NETWORK_ETHERNET,
@@ -295,7 +298,7 @@ def test_pairs_that_the_host_refuses() -> None:
 
 def test_without_mq_the_control_queue_is_the_third() -> None:
     with Rig(2, ALL & ~MQ) as rig:
-        assert rig.guest.control.index == 2
+        assert rig.guest.control and rig.guest.control.index == 2
         assert set_pairs(rig, 2) == VIRTIO_NET_ERR
         assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0") == VIRTIO_NET_OK
 
@@ -317,6 +320,7 @@ def test_no_room_for_the_answer_is_a_fault(rig: Rig) -> None:
 
 def test_many_commands_in_one_kick(rig: Rig) -> None:
     control, memory = rig.guest.control, rig.board.memory
+    assert control is not None
     memory.write(0x6000, bytes([VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, 5, 0]))
     for i in range(32):
         control.add([(0x6000, 4, False), (0x7000 + i, 1, True)])

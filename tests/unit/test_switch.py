@@ -14,22 +14,23 @@ import signal
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import pytest
 
 from pyvmm.backend.net import NetService
-from pyvmm.backend.process import BackendProcess, OwnConnector
+from pyvmm.backend.process import OwnConnector
 from pyvmm.backend.server import Backend
 from pyvmm.card.handover import HandOver
 from pyvmm.card.nic import KEPT_SWITCHES, Nic
 from pyvmm.card.report import SwitchReport
 from pyvmm.card.thread import CardThread
 from pyvmm.card.uplink import Route, Uplink
-from pyvmm.datapath.base import Vring
+from pyvmm.datapath.base import DataPath, Frames, PathEvents, Vring
 from pyvmm.datapath.emulated import EmulatedNet
+from pyvmm.datapath.vhost_user import VhostUserNet
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.exits.ledger import Ledger
 from pyvmm.hostnet.frames import rarp
@@ -45,11 +46,17 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_CTRL_RX_PROMISC,
     VIRTIO_NET_OK,
 )
-from pyvmm.virtio.listener import PathListener
 from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import VirtioPci
 from tests.driver import Cable, bits, wait_for
 from tests.pci_guest import Board, NetGuest, frame
+
+if TYPE_CHECKING:
+    from pyvmm.hostnet.tap import Tap
+    from pyvmm.kvm.vm import Vm
+
+#: mode -> what to make in place of the next data paths of that mode, first come first served.
+Script = dict[str, list[Callable[[Frames], DataPath]]]
 
 MAC = bytes.fromhex("525400123456")
 ALL = (1 << 64) - 1
@@ -70,6 +77,9 @@ class Place(Cable):
     def link(self) -> NoLink:
         return NoLink()
 
+    def accept_mtu(self, mtu: int) -> bool:
+        return True
+
     def announce(self, mac: bytes) -> bool:
         return False
 
@@ -85,7 +95,7 @@ class Bundle(Place):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.cables = [self, *(Cable() for _ in range(count - 1))]
+        self.cables: list[Cable] = [self, *(Cable() for _ in range(count - 1))]
         self.fds = [c.fds[0] for c in self.cables]
         self.queues: list[int] = []
         self.offloads: list[int] = []
@@ -108,16 +118,15 @@ class Bundle(Place):
 class Wires(Uplink):
     """Cables in place of a tap, and data paths that a test provides.
 
-    :ivar script: mode -> what to make in place of the next data paths of that mode, first come
-        first served.
+    :ivar script: see ``Script``.
     """
 
-    def __init__(self, tap: Bundle | Port, script: dict[str, list] | None = None) -> None:
+    def __init__(self, tap: Place, script: Script | None = None) -> None:
         super().__init__(Net("vhost-user", socket="/nowhere"), None)
-        self.tap = tap
+        self.tap: Tap = cast("Tap", tap)
         self.script = script or {}
 
-    def open(self, net: Net, mac: bytes, wait: float = 10.0) -> Route | None:
+    def open(self, net: Net, mac: bytes, wait: float = 10.0) -> Route:
         waiting = self.script.get(net.mode)
         if waiting:
             path = waiting.pop(0)(self.tap)
@@ -126,12 +135,20 @@ class Wires(Uplink):
         return super().open(net, mac, wait)
 
     @property
-    def child(self) -> BackendProcess:
-        return self._backend
+    def child_pid(self) -> int:
+        """The process id of our own back-end, which runs."""
+        assert self._backend is not None and self._backend.pid is not None
+        return self._backend.pid
 
 
 class Rig:
-    """A card with ``pairs`` queue pairs as the machine makes it, and a guest that drives it."""
+    """A card with ``pairs`` queue pairs as the machine makes it, and a guest that drives it.
+
+    :param tap: the card's host side, owned from here on; None for ``cable``.
+    :param fill, rx_size: see ``drive``.
+    """
+
+    cable: Bundle  # unless a tap was given
 
     def __init__(
         self,
@@ -140,13 +157,15 @@ class Rig:
         *,
         drive: bool = True,
         mode: str = "emulated",
-        tap: Port | None = None,
-        script: dict[str, list] | None = None,
-        **guest: int,
+        tap: Place | None = None,
+        script: Script | None = None,
+        fill: bool = True,
+        rx_size: int = 2048,
     ) -> None:
         self.board = Board(memory=32 << 20)
-        self.wires = Wires(tap or Bundle(pairs), script)
-        self.cable = self.wires.tap
+        if tap is None:
+            tap = self.cable = Bundle(pairs)
+        self.wires = Wires(tap, script)
         self.net = Net(mode, queues=pairs)
         route = self.wires.open(self.net, MAC)
         thread, self.lock = CardThread("net0"), self.board.lock
@@ -161,7 +180,7 @@ class Rig:
             lock=self.lock,
         )
         pci = VirtioPci(
-            self.board.vm,
+            cast("Vm", self.board.vm),
             self.board.bus,
             self.device,
             PCI_CLASS_NETWORK_ETHERNET,
@@ -181,14 +200,32 @@ class Rig:
             lambda: Ledger.of([], self.board.bus),
             lambda event, **data: self.events.append(event),
         )
-        self.guest: NetGuest | None = None
+        self._guest: NetGuest | None = None
         if drive:
-            self.drive(features, pairs, **guest)
+            self.drive(features, pairs, fill=fill, rx_size=rx_size)
         self.sent = 0
 
-    def drive(self, features: int = ALL, pairs: int = 1, **guest: int) -> None:
-        self.guest = NetGuest(
-            self.board, 1, features, pairs=pairs if features & MQ else 1, control=True, **guest
+    @property
+    def guest(self) -> NetGuest:
+        """The guest that drives the card since the latest ``drive``."""
+        assert self._guest is not None
+        return self._guest
+
+    def drive(
+        self, features: int = ALL, pairs: int = 1, *, fill: bool = True, rx_size: int = 2048
+    ) -> None:
+        """Have a new guest drive the card.
+
+        :param fill: whether it posts receive buffers at once. :param rx_size: bytes of each.
+        """
+        self._guest = NetGuest(
+            self.board,
+            1,
+            features,
+            pairs=pairs if features & MQ else 1,
+            control=True,
+            fill=fill,
+            rx_size=rx_size,
         )
         for pair, net in enumerate(self.guest.nets):  # each its own memory, however much it sends
             net.end = 0x10000 + 0x200000 * (pair + 1)
@@ -214,13 +251,17 @@ class Rig:
     def healthy(self) -> bool:
         return not self.device.faults and not self.guest.pci.status & VIRTIO_CONFIG_S_NEEDS_RESET
 
-    def __enter__(self) -> Rig:
+    def report(self) -> dict[str, Any]:
+        """The card's report, whose values each have a type of their own."""
+        return self.nic.report()
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *args: Any) -> None:
         self.nic.close()
-        if self.guest is not None:
-            self.guest.close()
+        if self._guest is not None:
+            self._guest.close()
         self.board.close()
         self.wires.close()
 
@@ -235,7 +276,7 @@ class Switching:
     """Switches in a thread of its own while the test plays the guest."""
 
     def __init__(self, rig: Rig, modes: list[str]) -> None:
-        self.reports = []
+        self.reports: list[SwitchReport] = []
         self.error: BaseException | None = None
         self._rig, self._modes = rig, modes
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -318,7 +359,7 @@ def test_under_traffic(pairs: int, features: int) -> None:
         assert rig.healthy and rig.device.resets == 0
         for pair in range(pairs):
             rig.exchange(pair)
-        told = rig.nic.report()
+        told = rig.report()
         assert told["mode"] == "vhost-user" and told["switch_count"] == len(modes)
         json.dumps(told)
         modes_told = told["modes"]
@@ -423,7 +464,7 @@ def test_a_frame_that_waits_for_buffers() -> None:
     """It has been read from the tap, so it must not be lost: the guest gets its time to add
     buffers, here enough for a test on a busy machine.
     """
-    script = {"emulated": [lambda tap: EmulatedNet(tap, hold_ms=10_000)]}
+    script: Script = {"emulated": [lambda tap: EmulatedNet(tap, hold_ms=10_000)]}
     with Rig(fill=False, rx_size=512, script=script) as rig:
         rig.guest.net.fill(1)
         long = bytes(range(250)) * 6
@@ -435,7 +476,7 @@ def test_a_frame_that_waits_for_buffers() -> None:
         rig.guest.net.fill()
         switching.done()
         assert [p[12:] for p in rig.guest.net.wait_packets(1)] == [long]
-        assert rig.nic.report()["counters"]["rx_drop_held"] == 0
+        assert rig.report()["counters"]["rx_drop_held"] == 0
 
 
 def test_a_frame_that_waits_in_vain() -> None:
@@ -445,7 +486,7 @@ def test_a_frame_that_waits_in_vain() -> None:
         path = rig.device.datapath
         assert wait_for(lambda: path.counters()["fd_reads"] > 0)
         assert rig.nic.switch("vhost-user").outcome == "switched"
-        assert rig.nic.report()["counters"]["rx_drop_held"] == 1
+        assert rig.report()["counters"]["rx_drop_held"] == 1
         rig.guest.net.fill()
         rig.exchange()
 
@@ -552,11 +593,12 @@ def test_moving_to_another_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     server = threading.Thread(target=backend.run, args=(path,))
     server.start()
     board = Switchboard(ours, theirs)
+    places: list[object] = [ours, None]  # as ``tap`` of a route has them
     drain = HandOver._drain
 
     def drain_once_the_network_knows(self: HandOver) -> None:
         """However slow this thread is, the quiet time begins when it has turned round."""
-        board.turn([ours, None].index(self._new.tap))
+        board.turn(places.index(self._new.tap))
         drain(self)
 
     monkeypatch.setattr(HandOver, "_drain", drain_once_the_network_knows)
@@ -572,7 +614,7 @@ def go_to_and_fro(path: str, ours: Port, board: Switchboard) -> None:
     with Rig(tap=ours) as rig:
         target = f"vhost-user,socket={path}"
         switching = Switching(rig, [target, "emulated", target])
-        net, sent, got = rig.guest.net, 0, []
+        net, sent, got = rig.guest.net, 0, list[int]()
         while switching.running or len(board.seen) < sent or len(got) < board.sent:
             board.pump()
             if switching.running and sent - len(board.seen) < 50:
@@ -610,7 +652,7 @@ def test_features_in_use_are_required(rig: Rig) -> None:
     with pytest.raises(UsageError, match="lacks features that the guest uses: EVENT_IDX"):
         rig.nic.switch("vhost-net")
     assert rig.nic.mode == "emulated" and rig.nic.switches[-1].outcome == "refused"
-    assert "EVENT_IDX" in rig.nic.report()["switches"][-1]["reason"]
+    assert "EVENT_IDX" in rig.report()["switches"][-1]["reason"]
     rig.exchange()
 
 
@@ -646,8 +688,8 @@ class Broken(EmulatedNet):
         self,
         acked: int,
         memory: GuestMemory,
-        rings: list[Vring],
-        events: PathListener,
+        rings: Sequence[Vring],
+        events: PathEvents,
         *,
         patience: float | None = None,
     ) -> None:
@@ -661,8 +703,8 @@ class Fickle(EmulatedNet):
         self,
         acked: int,
         memory: GuestMemory,
-        rings: list[Vring],
-        events: PathListener,
+        rings: Sequence[Vring],
+        events: PathEvents,
         *,
         patience: float | None = None,
     ) -> None:
@@ -772,7 +814,7 @@ def test_the_back_end_dies_or_falls_silent_in_the_hand_over(
 ) -> None:
     rig.nic.switch("vhost-user")
     rig.nic.switch("emulated")
-    pid = rig.wires.child.pid
+    pid = rig.wires.child_pid
     monkeypatch.setattr("pyvmm.card.nic.HANDOVER_S", 0.3)
     run = HandOver.run
 
@@ -805,8 +847,9 @@ def test_rescue_from_a_dead_back_end(rig: Rig, monkeypatch: pytest.MonkeyPatch) 
     rig.nic.switch("vhost-user")
     rig.exchange()
     path = rig.device.datapath
+    assert isinstance(path, VhostUserNet)
     monkeypatch.setattr(OwnConnector, "connect", _gone)
-    os.kill(rig.wires.child.pid, signal.SIGKILL)
+    os.kill(rig.wires.child_pid, signal.SIGKILL)
     assert wait_for(lambda: not path.connected)
     rig.guest.net.send(frame(1), frame(2))
     report = rig.nic.switch("emulated")
@@ -819,11 +862,12 @@ def test_why_our_own_back_end_ended_a_session(rig: Rig) -> None:
     """It is in the machine's report, beside what our side has seen of it."""
     rig.nic.switch("vhost-user")
     path = rig.device.datapath
+    assert isinstance(path, VhostUserNet)
     assert path.converse(lambda session: session.tell(199))
     assert wait_for(lambda: path.counters()["connections"] == 2 and path.connected)
     assert rig.cable.receive()[12:] == rarp(MAC)  # the successor announces the card
     rig.exchange()
-    assert rig.nic.report()["vhost_user"]["problems"] == [
+    assert rig.report()["vhost_user"]["problems"] == [
         "vhost-user peer has closed the connection",
         "our own back-end: session ended: request 199 is not supported",
     ]

@@ -33,9 +33,9 @@ class Device(VirtioDevice):
 
     def __init__(self, memory: GuestMemory) -> None:
         super().__init__("dev", memory, [256, 128])
-        self.log = []
-        self.trouble = None
-        self.status_at_stop = None
+        self.log: list[str] = []
+        self.trouble: HostError | None = None
+        self.status_at_stop: int | None = None
         self.plug(self)
 
     def interrupt_config(self) -> None:
@@ -326,10 +326,12 @@ def test_faults_are_bounded_and_keep_the_status(device: Device) -> None:
 def test_the_generation_counts_every_change_from_any_thread(device: Device) -> None:
     bring(device, CONFIGURING)
     device.log.clear()
-    threads = [
-        threading.Thread(target=lambda: [device.config_changed() for _ in range(100)])
-        for _ in range(5)
-    ]
+
+    def change() -> None:
+        for _ in range(100):
+            device.config_changed()
+
+    threads = [threading.Thread(target=change) for _ in range(5)]
     for t in threads:
         t.start()
     for t in threads:

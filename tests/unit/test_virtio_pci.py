@@ -11,9 +11,10 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -46,6 +47,9 @@ from tests.pci_guest import (
     frame,
 )
 
+if TYPE_CHECKING:
+    from pyvmm.kvm.vm import Vm
+
 MAC = bytes.fromhex("525400123456")
 VERSION_1 = bits("VIRTIO_F_VERSION_1")
 EVENT_IDX = bits("VIRTIO_RING_F_EVENT_IDX")
@@ -57,7 +61,12 @@ FEE = 0xFEE00000
 
 
 class Rig:
-    """A board with one network card on a cable, in slot 1."""
+    """A board with one network card in slot 1.
+
+    :param port: the tap that the card is on, owned from here on; None for ``cable``.
+    """
+
+    cable: Cable  # unless a port was given
 
     def __init__(
         self,
@@ -69,14 +78,18 @@ class Rig:
         queue_size: int = 256,
     ) -> None:
         self.board = Board(vm)
-        self.cable = port or Cable()
-        self.path = EmulatedNet(self.cable)
+        if port is None:
+            self.port: Tap | Cable = Cable()
+            self.cable = self.port
+        else:
+            self.port = port
+        self.path = EmulatedNet(self.port)
         self.device = NetDevice(
-            "net0", self.board.memory, self.path, self.cable, MAC, mtu=mtu, queue_size=queue_size
+            "net0", self.board.memory, self.path, self.port, MAC, mtu=mtu, queue_size=queue_size
         )
         self.card = self.board.add(
             VirtioPci(
-                self.board.vm,
+                cast("Vm", self.board.vm),
                 self.board.bus,
                 self.device,
                 PCI_CLASS_NETWORK_ETHERNET,
@@ -84,7 +97,7 @@ class Rig:
             )
         )
         self.vm = self.board.vm
-        self.guests = []
+        self.guests: list[NetGuest] = []
 
     def driver(self) -> VirtioPciDriver:
         d = VirtioPciDriver(self.board, 1)
@@ -103,7 +116,7 @@ class Rig:
         for g in self.guests:
             g.close()
         self.board.close()
-        self.cable.close()
+        self.port.close()
 
 
 @pytest.fixture
@@ -289,7 +302,7 @@ def test_kicks_reach_the_worker_by_every_way(rig: Rig) -> None:
         window_write(rig.board, g.pci, at - g.pci.bar, 2, 1)
 
     for n, kick in enumerate((lambda: rig.board.write(MMIO, at, 2, 1), by_region, by_window)):
-        g.net.tx.kick = kick
+        g.net.tx.kick = kick  # type: ignore[method-assign]
         g.net.send(frame(n))
         assert rig.cable.receive()[12:] == frame(n)
     assert rig.board.exits  # the window
@@ -326,7 +339,6 @@ def test_link_loss_is_told_by_a_configuration_interrupt(rig: Rig) -> None:
 
 def test_a_real_tap_answers() -> None:
     with Namespace(address="192.168.91.1/24") as ns, Rig(port=ns.tap) as rig:
-        rig.cable.far = None
         g = rig.guest()
         arp = (
             b"\xff" * 6
@@ -344,6 +356,11 @@ def test_a_real_tap_answers() -> None:
 
 
 # --- reset ----------------------------------------------------------------------------------------
+
+
+def has_received(guest: NetGuest, count: int) -> bool:
+    """Whether the device has returned more than ``count`` receive buffers."""
+    return guest.net.rx.used_idx > count
 
 
 @pytest.mark.parametrize("msix", [True, False])
@@ -366,7 +383,7 @@ def test_reset_under_traffic_then_not_a_byte_of_guest_memory_changes(rig: Rig, m
         for round_ in range(20):
             g = rig.guest(ALL if round_ % 2 else PLAIN, msix=msix)
             g.net.send(*[frame(i, 500) for i in range(round_ * 5)])
-            assert wait_for(lambda g=g, n=round_ % 7: g.net.rx.used_idx > n)
+            assert wait_for(partial(has_received, g, round_ % 7))
             g.pci.set("device_status", 0)
             assert g.pci.status == 0
             before = rig.board.memory.read(0, rig.board.memory.size)
@@ -652,7 +669,9 @@ def test_kicks_follow_the_bar(rig: Rig) -> None:
 
 def test_a_bar_on_top_of_another_card(rig: Rig) -> None:
     other = NetDevice("net1", rig.board.memory, EmulatedNet(cable := Cable()), cable, MAC)
-    card = rig.board.add(VirtioPci(rig.vm, rig.board.bus, other, PCI_CLASS_NETWORK_ETHERNET))
+    card = rig.board.add(
+        VirtioPci(cast("Vm", rig.vm), rig.board.bus, other, PCI_CLASS_NETWORK_ETHERNET)
+    )
     g = rig.guest()
     first, second = g.pci.bar, VirtioPciDriver(rig.board, 2)
     rig.board.config_write(2, pci.PCI_BASE_ADDRESS_0, 4, first)
