@@ -153,7 +153,7 @@ class ModeTotals:
         self.counters: dict[str, int] = {}
 
     def add(self, ns: int, before: Ledger | None, after: Ledger) -> None:
-        """The mode was in force once more, between two looks at the ledger (None: since the start)."""
+        """The mode was in force once more, between two states of the ledger (None: the start)."""
         self.times += 1
         self.ns += ns
         self.exits += after.total - (before.total if before is not None else 0)

@@ -58,7 +58,7 @@ class Vring:
 
 
 class HandOverTimes:
-    """When rings changed hands, in monotonic nanoseconds per queue index, for measuring a hand-over.
+    """When rings changed hands: per queue index, CLOCK_MONOTONIC in nanoseconds.
 
     :ivar asked: just before the data path was asked to let go of the ring.
     :ivar began: when the path served the ring; may come a moment after ``start`` has returned.

@@ -39,7 +39,8 @@ class VhostNet:
     """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one
     thread at a time.
 
-    :param port: the tap, lent, one descriptor a queue pair. :param devices: one a queue pair,
+    :param port: the tap, lent, one descriptor per queue pair.
+    :param devices: one per queue pair,
         closed by ``close``.
     :param worker_cpu: pin worker k to CPU worker_cpu + k.
     """

@@ -24,7 +24,7 @@ PATIENCE = 120.0
 
 
 def drip(sock: socket.socket, m: Message) -> None:
-    """One byte a second, until the other side has had enough."""
+    """One byte per second, until the back-end has had enough."""
     for byte in raw(m.request, struct.pack("<Q", Fake.FEATURES)):
         time.sleep(1)
         sock.send(bytes([byte]))

@@ -39,7 +39,8 @@ def ended(vm: Machine) -> dict[str, Phase]:
 
 @pytest.mark.parametrize("notify", ["exit", "ioeventfd"])
 def test_kicks_by_mode(guest: Guest, notify: str) -> None:
-    """notify=exit: a userspace exit a kick; ioeventfd: none. The control queue's are exits in both;
+    """notify=exit: one exit to userspace per kick; ioeventfd: none. Kicks of the control queue are
+    exits in both;
     halts in none.
     """
     append = f"count={KICKS} control={CONTROL} halts={HALTS}"

@@ -3,7 +3,7 @@
  * Numbered datagrams and a checksummed TCP stream, for counting what a network loses or repeats.
  *Runs at both ends, in a guest as well: link it statically.
  *
- *	flow udp-send ADDRESS PORT RATE SIZE	RATE datagrams a second of SIZE bytes, numbered from
+ *	flow udp-send ADDRESS PORT RATE SIZE	RATE datagrams per second of SIZE bytes, numbered from
  *0 flow udp-receive PORT flow tcp-send ADDRESS PORT KBYTES	that much a second flow tcp-receive
  *PORT
  *
@@ -77,7 +77,7 @@ static int open_socket(int type, const char *address, const char *port)
 	return fd;
 }
 
-/* Sleep until the next tick. Returns how much is due by now at a rate a second. */
+/* Sleep until the next tick. Returns how much is due by now at a rate per second. */
 static uint64_t due(uint64_t start, uint64_t rate)
 {
 	nanosleep(&(struct timespec){.tv_nsec = TICK_NS}, NULL);

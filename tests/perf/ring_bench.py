@@ -4,7 +4,7 @@ profiling.
     python tests/perf/ring_bench.py [--frames N] [--size BYTES] [--repeat N] [--profile] [--trace]
 
 The mock driver prepares a full ring, then the worker alone is timed: transmit into a tap whose host
-end drops the frames, receive from a tap queue filled beforehand. Prints packets a second,
+end drops the frames, receive from a tap queue filled beforehand. Prints packets per second,
 nanoseconds and system calls a packet, with the spread. With --profile it waits for `perf record -p
 PID` before each direction. Numbers depend on the machine: compare, do not gate.
 """

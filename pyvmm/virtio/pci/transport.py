@@ -253,7 +253,7 @@ class VirtioPci(PciFunction):
     # --- interrupts -------------------------------------------------------------------------------
 
     def set_active(self, active: bool) -> None:
-        """The device starts or has stopped: take kicks as eventfds, and drive the interrupt line."""
+        """Take kicks by eventfd, and drive the interrupt line; or stop both."""
         self._running = active
         if active:
             own = self.device.own_queues()
@@ -287,7 +287,9 @@ class VirtioPci(PciFunction):
         lib.pv_intx_disable(self._intx, hidden)
 
     def interrupt_config(self) -> None:
-        """Any thread: the configuration has changed. The ISR bit is set even with MSI-X (4.1.4.5.1)."""
+        """Tell that the configuration has changed; the ISR bit is set even with MSI-X (4.1.4.5.1).
+        Any thread.
+        """
         if self.msix.enabled:
             lib.pv_intx_raise(self._intx, VIRTIO_PCI_ISR_CONFIG)
         self._config_event.nudge()
