@@ -153,8 +153,10 @@ uint8_t net_status(void)
 void net_reset(void)
 {
 	mmio_write8(common(COMMON_STATUS), 0);
+	/* Each read is an exit, and the device needs the processor, too. */
 	while (net_status())
-		pause();
+		for (int i = 0; i < 100; i++)
+			pause();
 }
 
 void net_negotiate(uint64_t features)
