@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PAUSE_PATIENCE = 2.0
 #: Seconds from the request for an end in which another process may do its part. After them no
 #: conversation is waited for any more.
-PARTING_S = 0.5
+PARTING_S = 0.4
 
 
 class Machine:
