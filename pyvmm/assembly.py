@@ -166,9 +166,6 @@ class Parts:
         self.pci = PciBus(self.bus, self._reset)
         self._add_board()
         self.nets: list[Nic] = []
-        for index, net in enumerate(want.nets):
-            self._add_net(index, net)
-        self._load()
         self.vcpus: list[Vcpu] = []
         for index in range(want.cpus):
             vcpu = Vcpu(self.vm, index, want.cpus, self.bus)
@@ -176,11 +173,14 @@ class Parts:
             self.vcpus.append(vcpu)
             if self.recorder is not None:
                 vcpu.trace(self.recorder.ring("vcpus", f"vcpu{index}"))
-        self.vcpus[0].set_boot_state(self.boot)
         self.accounts = MachineAccounts(
             self.kvm, self.vm, self.bus, self.vcpus, self.nets, self.lock, began
         )
         closing(self.accounts.close)
+        for index, net in enumerate(want.nets):  # closed before what a switch counts by
+            self._add_net(index, net)
+        self._load()
+        self.vcpus[0].set_boot_state(self.boot)
         self.vcpu_threads = VcpuThreads(
             self.vcpus, self.bus, self.lock, flush=self._port.flush, over=wires.end
         )

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-#: Seconds that a job may still take once all conversations have been cut. Then it is given up.
-AFTER_CUT_S = 0.3
+#: Seconds that a job may still take once all conversations have been cut: it needs none but those
+#: that a busy machine takes to run its thread. Then it is given up.
+AFTER_CUT_S = 5.0
 
 
 class CardThread:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from pyvmm import Machine, Net
+from pyvmm.datapath.vhost_user import VhostUserNet
 from pyvmm.errors import PyvmmError
 from pyvmm.spec import vhost_user as spec
 from pyvmm.vhostuser.wire import Listener
@@ -23,6 +24,17 @@ from tests.vu_fake import Fake
 Guest = Callable[[str], str]
 PATIENCE = 60.0
 FOR_EVER = "count=4000000000"
+#: Seconds that a back-end is given here: whoever waited for one that is silent would be found out,
+#: however busy this machine is.
+AGES = 10 * PATIENCE
+AGES_FOR_BACKENDS = f"""
+import sys
+from pyvmm.cli import main
+from pyvmm.datapath.vhost_user import VhostUserNet
+
+VhostUserNet.__init__.__kwdefaults__["timeout"] = {AGES}
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def until(good: Callable[[], bool]) -> None:
@@ -33,7 +45,12 @@ def until(good: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def fake(tmp_path: Path) -> Iterator[Fake]:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """A back-end that is told what to say, and has ages for that."""
+    defaults = VhostUserNet.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "timeout", AGES)
+    monkeypatch.setattr("pyvmm.card.nic.HANDOVER_S", AGES)
     listener = Listener(str(tmp_path / "vu"))
     with Fake(listener) as made:
         yield made
@@ -57,10 +74,9 @@ def test_a_silent_back_end_holds_no_end_up(vm: Machine, fake: Fake, how: str) ->
     if how == "stop":
         vm.stop()
     else:
-        begin += 0.2
         vm.wait(0.2)
     vm.close()
-    assert time.monotonic() - begin < 3.0  # half a second; a conversation's time-out is 5 s
+    assert time.monotonic() - begin < PATIENCE
 
 
 def test_a_back_end_that_answers_is_left_in_order(vm: Machine, fake: Fake) -> None:
@@ -131,9 +147,9 @@ import sys, time
 from pyvmm.cli import main, run
 from pyvmm.cli.support.watchdog import Watchdog
 
-Watchdog.GRACE = 0.5
+Watchdog.GRACE = 5.0
 judge = run._Run._verdict
-run._Run._verdict = lambda *args: time.sleep(1.5) or judge(*args)
+run._Run._verdict = lambda *args: time.sleep(6) or judge(*args)
 sys.exit(main(sys.argv[1:]))
 """
     argv = ["run", "--host", "local", "--qmp", "none", "--memory", "4M", "--net", "none"]
@@ -157,11 +173,12 @@ def held_up(fake: Fake, request: int) -> None:
     fake.answers[request] = silence
 
 
-def within_a_second(vm: Machine) -> None:
+def ends(machine: Machine) -> None:
+    """The machine ends without waiting for the back-end. (Half a second, on a machine at rest.)"""
     begin = time.monotonic()
-    vm.stop()
-    vm.close()
-    assert time.monotonic() - begin < 1.0
+    machine.stop()
+    machine.close()
+    assert time.monotonic() - begin < PATIENCE
 
 
 class Meanwhile:
@@ -207,15 +224,15 @@ def test_a_driver_whose_back_end_falls_silent(
             assert machine.report()["nets"]
         if request_ != spec.VHOST_USER_GET_VRING_BASE:
             until(lambda: "command" in machine.phases)  # kicks, and nobody holds it up
-        assert time.monotonic() - begin < 1.0
-        within_a_second(machine)
+        assert time.monotonic() - begin < PATIENCE
+        ends(machine)
 
 
 def test_a_paused_machine_whose_back_end_is_silent(vm: Machine, fake: Fake) -> None:
     held_up(fake, spec.VHOST_USER_GET_VRING_BASE)
     pause = Meanwhile(vm.pause)
     until(lambda: fake.mute)
-    within_a_second(vm)
+    ends(vm)
     pause.done()
 
 
@@ -223,7 +240,7 @@ def test_a_machine_that_starts_over_with_a_silent_back_end(vm: Machine, fake: Fa
     held_up(fake, spec.VHOST_USER_GET_VRING_BASE)
     vm.reset()
     until(lambda: fake.mute)
-    within_a_second(vm)
+    ends(vm)
 
 
 def test_a_switch_away_from_a_silent_back_end(guest: Guest, fake: Fake) -> None:
@@ -234,7 +251,7 @@ def test_a_switch_away_from_a_silent_back_end(guest: Guest, fake: Fake) -> None:
         held_up(fake, spec.VHOST_USER_GET_VRING_BASE)
         switch = Meanwhile(lambda: machine.nets[0].switch("emulated"))
         until(lambda: fake.mute)
-        within_a_second(machine)
+        ends(machine)
         switch.done()
 
 
@@ -257,7 +274,7 @@ def test_a_switch_to_a_silent_back_end(guest: Guest, fake: Fake, request_: int) 
         path = fake.listener.path
         switch = Meanwhile(lambda: machine.nets[0].switch(f"vhost-user,socket={path}"))
         until(lambda: fake.mute)
-        within_a_second(machine)
+        ends(machine)
         switch.done()
         report = machine.nets[0].switches[-1]
         assert report.outcome in ("refused", "rolled-back"), report
@@ -268,14 +285,12 @@ def test_sigterm(guest: Guest, fake: Fake, request_: int) -> None:
     """The command: also while it still connects."""
     held_up(fake, request_)
     net = f"vhost-user,socket={fake.listener.path}"
-    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", net]
+    command = [sys.executable, "-c", AGES_FOR_BACKENDS, "run", "--host", "local", "--net", net]
     command += ["--kernel", guest("kicks"), "--append", "count=1 control=1 halts=1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as run:
         try:
             until(lambda: fake.mute)
-            begin = time.monotonic()
             run.send_signal(signal.SIGTERM)
             assert run.wait(PATIENCE) == 128 + signal.SIGTERM
-            assert time.monotonic() - begin < 1.0
         finally:
             run.kill()
