@@ -145,9 +145,10 @@ def test_a_verdict_that_takes_its_time_is_told(guest: Guest, tmp_path: Path) -> 
     slow = """
 import sys, time
 from pyvmm.cli import main, run
-from pyvmm.cli.support.watchdog import Watchdog
+from pyvmm.cli.support import watchdog
 
-Watchdog.GRACE = 5.0
+watchdog.Watchdog.GRACE = 5.0
+watchdog.ORDERLY_SECONDS = 60.0
 judge = run._Run._verdict
 run._Run._verdict = lambda *args: time.sleep(6) or judge(*args)
 sys.exit(main(sys.argv[1:]))
