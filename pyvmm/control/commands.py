@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 
 from pyvmm import __version__
-from pyvmm.control.server import Command, QmpError
+from pyvmm.control.server import Command, QmpError, WaitingCommand
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -378,12 +378,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "query-stats-schemas": Command(_schemas, "meaning of KVM's statistics", provider="str?"),
     "query-rx-filter": Command(_rx_filter, "what a card's driver wants to receive", name="str?"),
-    "stop": Command(_stop, "pause the machine"),
-    "cont": Command(_cont, "let a paused machine go on"),
+    "stop": WaitingCommand(_stop, "pause the machine"),
+    "cont": WaitingCommand(_cont, "let a paused machine go on"),
     "system_reset": Command(_reset, "press the reset button"),
     "system_powerdown": Command(_powerdown, "press the power button"),
     "quit": Command(_quit, "end the machine at once"),
-    "set_link": Command(_set_link, "plug or pull a card's cable", name="str", up="bool"),
+    "set_link": WaitingCommand(_set_link, "plug or pull a card's cable", name="str", up="bool"),
     "x-pyvmm-help": Command(_help, "all commands with a line of help and their arguments"),
     "x-pyvmm-ledger": Command(_ledger, "exits, interrupts and packets so far"),
     "x-pyvmm-machine": Command(_machine, "what the machine is made of"),
@@ -391,7 +391,7 @@ COMMANDS: dict[str, Command] = {
     "x-pyvmm-rings": Command(
         _rings, "what is in a card's virtqueues now", nic="int?", queue="int?", chains="int?"
     ),
-    "x-pyvmm-switch": Command(
+    "x-pyvmm-switch": WaitingCommand(
         _switch, "change a card's data path under the running guest", nic="int?", mode="str"
     ),
 }

@@ -1,11 +1,12 @@
 """The server of the control socket: one thread for up to ``CLIENTS`` clients.
 
 Theory of operation: the thread sleeps in poll(2) on the listener, an eventfd and the clients. It
-runs one command after the other, so commands need no locks against each other. It reads no more
-commands from a client whose answers pile up. Any thread may emit events: they are queued with their
-time and written by this thread, so a vCPU never waits for a client. The queue is bounded and drops
-its oldest event. A client that does not read loses its connection when ``OUTPUT_MAX`` bytes wait
-for it; it never delays other clients.
+runs one command after the other, so commands need no locks against each other. A command that may
+wait for a card, and so for another process, gets a thread of its own: only its client waits for the
+answer. The server reads no more commands from a client whose answers pile up. Any thread may emit
+events: they are queued with their time and written by the server's thread, so a vCPU never waits
+for a client. The queue is bounded and drops its oldest event. A client that does not read loses its
+connection when ``OUTPUT_MAX`` bytes wait for it; it never delays other clients.
 
 The module knows the protocol and no command. JSON is imported when the first client comes, so that
 ``pyvmm run`` starts without it.
@@ -88,18 +89,22 @@ class Command:
                 raise QmpError(f"Parameter '{name}' is unexpected")
 
 
+class WaitingCommand(Command):
+    """A command that may wait for another process. It may run while others do."""
+
+
 class Client:
     """A connection. :ivar out: bytes to be sent. :ivar pending: commands that have not run yet;
-    None stands for text that is not JSON.
+    None stands for text that is not JSON. :ivar busy: a command of the client runs in a thread.
     """
 
-    __slots__ = ("ended", "framer", "mask", "negotiated", "out", "pending", "sock")
+    __slots__ = ("busy", "ended", "framer", "mask", "negotiated", "out", "pending", "sock")
 
     def __init__(self, sock: socket, framer: Framer) -> None:
         self.sock, self.framer = sock, framer
         self.out = bytearray()
         self.pending: deque[bytes | None] = deque()
-        self.negotiated = False
+        self.negotiated = self.busy = False
         self.ended = False  # it sends no more, or may not: it is dropped after its last answer
         self.mask = 0
 
@@ -126,6 +131,7 @@ class Server:
         )
         self._clients: dict[int, Client] = {}
         self._events: deque[tuple[int, str, dict[str, object] | None]] = deque(maxlen=EVENTS_MAX)
+        self._late: deque[tuple[Client, dict[str, object]]] = deque()  # answers of waiting commands
         self._mutex = threading.Lock()
         self._wake = EventFd()
         self._open = True
@@ -193,7 +199,9 @@ class Server:
             if timeout == 1:
                 self._accept_at = 0.0
                 self._poll.modify(self._listener.fileno(), select.POLLIN)
-        if any(c.pending and len(c.out) < HIGH_WATER for c in self._clients.values()):
+        if any(
+            c.pending and not c.busy and len(c.out) < HIGH_WATER for c in self._clients.values()
+        ):
             timeout = 0
         return self._poll.poll(timeout)
 
@@ -213,6 +221,10 @@ class Server:
             # Last: a new client may get the descriptor number of one that has just been dropped.
             self._accept()
         self._send_events()
+        while self._late:
+            client, answer = self._late.popleft()
+            client.busy = False
+            self._answer(client, answer)
         for client in list(self._clients.values()):
             self._work(client)
             self._write(client)
@@ -222,7 +234,7 @@ class Server:
         """Tell poll(2) what matters now; drop a client that is done."""
         if client.sock.fileno() < 0:
             return
-        if client.ended and not client.out and not client.pending:
+        if client.ended and not client.out and not client.pending and not client.busy:
             self._drop(client)
             return
         mask = select.POLLOUT if client.out else 0
@@ -325,24 +337,20 @@ class Server:
 
     def _work(self, client: Client) -> None:
         for _ in range(BURST):
-            if not client.pending or len(client.out) >= HIGH_WATER:
+            if client.busy or not client.pending or len(client.out) >= HIGH_WATER:
                 return
             text = client.pending.popleft()
             ident: dict[str, object] = {}
-            answer: dict[str, object]
-            try:
-                answer = {"return": self._execute(client, _parse(text), ident)}
-            except QmpError as e:
-                answer = _error(e)
-            except PyvmmError as e:
-                answer = _error(QmpError(str(e)))
-            except Exception as e:  # a bug in a command must not end the control thread
-                report_bug(e)
-                answer = _error(QmpError(f"pyvmm failed: {type(e).__name__}: {e}"))
-            self._send_events()  # a command's events come before its answer, as in QEMU
-            self._send(client, {**answer, **ident})
+            answer = _attempt(self._execute, client, text, ident)
+            if not client.busy:
+                self._answer(client, {**answer, **ident})
 
-    def _execute(self, client: Client, request: object, ident: dict[str, object]) -> object:
+    def _answer(self, client: Client, answer: dict[str, object]) -> None:
+        self._send_events()  # a command's events come before its answer, as in QEMU
+        self._send(client, answer)
+
+    def _execute(self, client: Client, text: bytes | None, ident: dict[str, object]) -> object:
+        request = _parse(text)
         if not isinstance(request, dict):
             raise QmpError("QMP input must be a JSON object")
         if "id" in request:
@@ -375,10 +383,48 @@ class Server:
         if command is None:
             raise QmpError(f"The command {name} has not been found", "CommandNotFound")
         command.check(arguments)
-        return command.run(self._machine, arguments)
+
+        def run() -> object:
+            return command.run(self._machine, arguments)
+
+        if isinstance(command, WaitingCommand) and self._run_apart(client, run, ident):
+            return None
+        return run()
+
+    def _run_apart(
+        self, client: Client, run: Callable[[], object], ident: dict[str, object]
+    ) -> bool:
+        """Run a command in a thread of its own; False if there can be no more threads."""
+
+        def wait() -> None:
+            answer = {**_attempt(run), **ident}
+            with self._mutex:
+                self._late.append((client, answer))
+                if self._open:
+                    self._wake.signal()
+
+        client.busy = True
+        try:
+            Thread(target=wait, name="control-wait", daemon=True).start()
+        except RuntimeError:
+            client.busy = False
+        return client.busy
 
 
 _CAPABILITIES = Command(lambda machine, given: {}, "leave negotiation mode", enable="list?")
+
+
+def _attempt(run: Callable[..., object], *args: object) -> dict[str, object]:
+    """The answer of a command, whatever happens in it."""
+    try:
+        return {"return": run(*args)}
+    except QmpError as e:
+        return _error(e)
+    except PyvmmError as e:
+        return _error(QmpError(str(e)))
+    except Exception as e:  # a bug in a command must not end the control thread
+        report_bug(e)
+        return _error(QmpError(f"pyvmm failed: {type(e).__name__}: {e}"))
 
 
 def _error(e: QmpError) -> dict[str, object]:

@@ -29,7 +29,7 @@ from pyvmm.control import framer, registry, server
 from pyvmm.control.client import Client, connect
 from pyvmm.control.framer import Framer, TooMuch
 from pyvmm.control.registry import Claim
-from pyvmm.control.server import Command, QmpError, Server
+from pyvmm.control.server import Command, QmpError, Server, WaitingCommand
 from pyvmm.errors import ControlError, HostError, MachineMissing, PyvmmError, UsageError
 
 PATIENCE = 30.0
@@ -68,6 +68,8 @@ COMMANDS = {
     "need": Command(echo, "", text="str"),
     "fail": Command(fail, "", how="str"),
     "wait": Command(wait, ""),
+    "apart": WaitingCommand(wait, ""),
+    "apart-fail": WaitingCommand(fail, "", how="str"),
     "large": Command(lambda machine, given: "x" * given["size"], "", size="int"),
 }
 
@@ -397,6 +399,40 @@ def test_who_does_not_read_waits_and_is_dropped_for_events(srv: Server, fake: Fa
             while data := deaf.sock.recv(1 << 20):
                 size += len(data)
         assert size < server.OUTPUT_MAX
+    assert alive(srv)
+
+
+def test_a_command_that_waits_holds_nobody_else_up(srv: Server, fake: Fake) -> None:
+    """Its own client gets its answers in order, after the events of the command."""
+    with Raw(srv) as one, Raw(srv) as other:
+        one.sock.sendall(b'{"execute":"apart","id":1}{"execute":"echo","id":2}')
+        assert fake.entered.wait(PATIENCE)
+        for n in range(3):
+            assert other.ask(b'{"execute":"echo","id":%d}' % n)["id"] == n
+        assert len(fake.calls) == 3
+        srv.emit("DONE")
+        fake.leave.set()
+        assert other.get()["event"] == one.get()["event"] == "DONE"
+        assert [one.get()["id"], one.get()["id"]] == [1, 2]
+        for how, kind in (("host", "GenericError"), ("qmp", "DeviceNotFound")):
+            answer = one.ask(b'{"execute":"apart-fail","arguments":{"how":"%s"}}' % how.encode())
+            assert answer["error"]["class"] == kind
+
+
+def test_whoever_leaves_while_its_command_waits(srv: Server, fake: Fake) -> None:
+    with Raw(srv) as one:
+        one.sock.sendall(b'{"execute":"apart","id":1}')
+        assert fake.entered.wait(PATIENCE)
+        one.sock.shutdown(socket.SHUT_WR)
+        assert alive(srv)
+        fake.leave.set()
+        assert one.get()["id"] == 1 and one.get() is None
+    fake.entered.clear()
+    fake.leave.clear()
+    with Raw(srv) as one:
+        one.sock.sendall(b'{"execute":"apart"}')
+        assert fake.entered.wait(PATIENCE)
+    fake.leave.set()
     assert alive(srv)
 
 
