@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -828,6 +828,51 @@ def test_a_silent_backend_times_out(path: str, listener: Listener) -> None:
             assert guest.path.stop() == [0, 0]
         assert guest.counter("timeouts") == 2
         fake.mute = False
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        spec.VHOST_USER_SET_VRING_ERR,
+        spec.VHOST_USER_SET_VRING_KICK,
+        spec.VHOST_USER_SET_VRING_CALL,
+    ],
+    ids=["err", "kick", "call"],
+)
+def test_a_backend_that_makes_our_eventfds_blocking(
+    path: str, listener: Listener, request_: int
+) -> None:
+    """It shares their flags and counters: an empty one to read, or a full one to write, would
+    block us.
+    """
+    kept: list[int] = []
+
+    def grab(sock: socket.socket, m: Message) -> None:
+        kept.extend(m.take_fds(1, 1))
+        if len(kept) > 2:  # once per ring: we must not block ourselves
+            return
+        with suppress(BlockingIOError):
+            os.eventfd_read(kept[-1])
+        os.set_blocking(kept[-1], True)
+        if request_ != spec.VHOST_USER_SET_VRING_ERR:
+            os.eventfd_write(kept[-1], 2**64 - 2)
+
+    with Fake(listener, answers={request_: grab}) as fake, Guest(path) as guest:
+
+        def reset_twice() -> None:
+            for _ in range(3):
+                guest.start()
+                assert guest.path.stop() == [0, 0]
+            for ring in guest.driver.rings:  # as the device does in a reset
+                ring.kick_fd.drain()
+                ring.call_fd.drain()
+
+        thread = threading.Thread(target=reset_twice, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive() and fake.connections == 1
+    for fd in kept:
+        os.close(fd)
 
 
 def test_a_byte_now_and_then_times_out(path: str, listener: Listener) -> None:
