@@ -33,10 +33,11 @@
  * error, since each of them comes once and has its slot kept free; of link changes, which have no
  * such bound, it may lose some in the middle, but not the latest state.
  *
- * System calls of the thread after it has begun: epoll_pwait2, epoll_ctl, readv, writev, read
- * (wake_fd), write (the call eventfds and those for the worker's own users) and clock_gettime
- * (where the vDSO cannot answer); to end: clock_gettime, rt_sigprocmask, madvise and exit. What
- * needs others is done before: the thread's name, its CPU, its timer slack.
+ * Ten system calls remain to the thread once it serves its rings, so that it can be confined to
+ * them. The loop uses epoll_pwait2, epoll_ctl, readv, writev, read (wake_fd), write (the call
+ * eventfds, event_fd and answer_fd) and, if the vDSO cannot tell the time, clock_gettime. Its end
+ * adds clock_gettime (CPU time), rt_sigprocmask, madvise and exit, the last three from the C
+ * library. Name, CPU and timer slack are set before. strace -f on tests/fuzz/race_net shows it.
  */
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H
