@@ -232,12 +232,21 @@ class Checker:
 
     :param path: of its listening socket. :param timeout: seconds for each answer and each burst.
     :param queues: queue pairs to use at once; default: as many as the back-end has, up to 4.
+    :param echo_seconds: time to find out whether the back-end sends packets back.
     :ivar echoes: whether the back-end sends packets back. :ivar features: the features that it
         offers, as a mask. :ivar items: results so far.
     """
 
-    def __init__(self, path: str, *, timeout: float = 5.0, queues: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        timeout: float = 5.0,
+        queues: int | None = None,
+        echo_seconds: float = 1.0,
+    ) -> None:
         self.path, self.timeout, self.queues = path, timeout, queues
+        self.echo_seconds = echo_seconds
         self.features = 0
         self.pairs = 1
         self.echoes = False
@@ -307,7 +316,9 @@ def negotiation(checker: Checker) -> str:
     with checker.card() as card:
         card.drivers[0].tx.take_used()
         card.send(1)
-        checker.echoes = wait_for(lambda: card.ours(card.drivers[0]), min(1.0, checker.timeout))
+        checker.echoes = wait_for(
+            lambda: card.ours(card.drivers[0]), min(checker.echo_seconds, checker.timeout)
+        )
     back = "come back" if checker.echoes else "do not come back: receiving is not checked"
     return f"packets {back}"
 

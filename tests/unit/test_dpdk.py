@@ -200,7 +200,7 @@ def test_check(path: str) -> None:
         options=("--forward-mode=io", "--rxq=2", "--txq=2", "--auto-start"),
     ) as pmd:
         pmd.expect("Checking link", PATIENCE)
-        checker = Checker(path, timeout=PATIENCE, queues=2)
+        checker = Checker(path, timeout=PATIENCE, queues=2, echo_seconds=PATIENCE)
         checker.run()
     wrong = [(i.name, i.detail) for i in checker.items if i.result != "passed"]
     assert wrong == [("num_buffers", "num_buffers is [0]")]
