@@ -48,8 +48,18 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the ``pyvmm`` command; returns the exit status."""
-    return guard(lambda: _main(sys.argv[1:] if argv is None else argv))
+    """Entry point of the ``pyvmm`` command; returns the exit status. Without ``argv`` the process is
+    the command's own: it takes the arguments and SIGALRM.
+    """
+    if argv is not None:
+        return guard(lambda: _main(argv))
+    try:
+        from pyvmm.cli.support.swallowed import raise_again
+
+        raise_again()
+    except KeyboardInterrupt:
+        return 130
+    return guard(lambda: _main(sys.argv[1:]))
 
 
 def _main(args: list[str]) -> int:

@@ -153,3 +153,56 @@ def test_a_main_thread_that_takes_no_signal_is_ended_by_the_second() -> None:
         assert child.line() == "ending\n"
         child.process.send_signal(signal.SIGTERM)
         assert child.end() == (143, "", ENDED)
+
+
+FINALIZER = """
+import os, signal, sys, time
+from pyvmm.cli import guard
+from pyvmm.cli.support.signals import orderly
+from pyvmm.cli.support.swallowed import raise_again
+
+class Owner:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        for _ in range(1000):  # the handler runs between two of these steps
+            pass
+
+def body():
+    owner = Owner()
+    del owner
+    print("swallowed", flush=True)
+    time.sleep(60)
+    return 0
+
+raise_again()
+sys.exit(guard(body if sys.argv[2] == "default" else lambda: orderly(body)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "handler"),
+    [
+        (signal.SIGINT, "default"),
+        (signal.SIGINT, "orderly"),
+        (signal.SIGTERM, "orderly"),
+        (signal.SIGHUP, "orderly"),
+    ],
+)
+def test_a_signal_in_a_finalizer_is_not_lost(number: Any, handler: str) -> None:
+    argv = [sys.executable, "-c", FINALIZER, str(int(number)), handler]
+    child = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert (child.returncode, child.stdout, child.stderr) == (128 + number, "swallowed\n", "")
+
+
+def test_other_errors_in_finalizers_are_reported() -> None:
+    text = """
+from pyvmm.cli.support.swallowed import raise_again
+class Owner:
+    def __del__(self):
+        raise OSError("a bug")
+raise_again()
+Owner()
+"""
+    child = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=30)
+    assert child.returncode == 0
+    assert "OSError: a bug" in child.stderr
