@@ -1,15 +1,19 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Numbered datagrams and a checksummed TCP stream, for counting what a network loses or repeats.
- *Runs at both ends, in a guest as well: link it statically.
+ * Runs at both ends, in a guest as well: link it statically.
  *
- *	flow udp-send ADDRESS PORT RATE SIZE	RATE datagrams per second of SIZE bytes, numbered from
- *0 flow udp-receive PORT flow tcp-send ADDRESS PORT KBYTES	that much a second flow tcp-receive
- *PORT
+ * flow udp-send ADDRESS PORT RATE SIZE: RATE datagrams per second of SIZE bytes, numbered from 0
+ *
+ * flow udp-receive PORT
+ *
+ * flow tcp-send ADDRESS PORT KBYTES: that much per second
+ *
+ * flow tcp-receive PORT
  *
  * SIGTERM ends all but tcp-receive, which ends with its stream. Then one line tells what happened.
- *A datagram counts as sent when send(2) has taken it; a blocking socket waits while the device
- *takes none.
+ * A datagram counts as sent when send(2) has taken it; a blocking socket waits while the device
+ * takes none.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -122,7 +126,7 @@ static int udp_receive(const char *port)
 {
 	uint8_t *seen = calloc(SEQ_MAX / 8, 1);
 	uint64_t received = 0, repeated = 0, disordered = 0, next = 0, bad = 0, missing = 0,
-		 first = 0;
+		 first = 0, late = 0;
 	int fd = open_socket(SOCK_DGRAM, NULL, port);
 	uint32_t overflows = 0;
 
@@ -165,10 +169,12 @@ static int udp_receive(const char *port)
 		if (seen[seq / 8] >> (seq % 8) & 1)
 			repeated++;
 		seen[seq / 8] |= (uint8_t)(1 << (seq % 8));
-		if (seq < next)
-			disordered++;
-		else
+		if (seq < next) {
+			if (!disordered++)
+				late = seq;
+		} else {
 			next = seq + 1;
+		}
 	}
 	for (uint64_t i = 0; i < next; i++) {
 		if (seen[i / 8] >> (i % 8) & 1)
@@ -177,12 +183,11 @@ static int udp_receive(const char *port)
 			first = i;
 	}
 	printf("received=%llu repeated=%llu missing=%llu first-missing=%llu disordered=%llu "
-	       "last=%llu "
-	       "bad=%llu overflows=%u\n",
+	       "first-disordered=%llu last=%llu bad=%llu overflows=%u\n",
 	       (unsigned long long)received, (unsigned long long)repeated,
 	       (unsigned long long)missing, (unsigned long long)first,
-	       (unsigned long long)disordered, (unsigned long long)next, (unsigned long long)bad,
-	       overflows);
+	       (unsigned long long)disordered, (unsigned long long)late, (unsigned long long)next,
+	       (unsigned long long)bad, overflows);
 	return 0;
 }
 

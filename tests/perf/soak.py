@@ -246,6 +246,9 @@ class Soak:
 
     def start_traffic(self) -> None:
         a, here, there = self.args, "192.168.100.1", "192.168.100.2"
+        # Both ends resolve addresses now: while that goes on, datagrams wait in a queue of the
+        # sender's, which keeps neither all of them nor their order.
+        self.sh(f"ping -c 1 -W 60 {here}")
         self.sh(
             f"flow udp-receive {UDP[0]} >/tmp/ur & echo $! >/tmp/ur.pid\n"
             f"flow tcp-receive {TCP[0]} >/tmp/tr & sleep 1"
@@ -392,7 +395,10 @@ class Soak:
             total += int(sent["sent"])
             # With several queues, or places, each has an order of its own.
             if int(got["disordered"]) and self.args.queues == 1 and not self.args.backend:
-                self.problems.append(f"{way} guest: {got['disordered']} datagrams out of order")
+                self.problems.append(
+                    f"{way} guest: {got['disordered']} datagrams out of order, "
+                    f"the first of them {got['first-disordered']}"
+                )
             mine, theirs = told[f"TCP sent {way} guest"], told[f"TCP {way} guest"]
             if mine != theirs or int(mine["bytes"]) == 0:
                 self.problems.append(f"TCP {way} guest: {mine} sent, {theirs} received")
