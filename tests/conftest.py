@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -18,7 +19,13 @@ _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find out where host tests run."""
+    """Find out where host tests run.
+
+    A shell starts what runs in the background with SIGINT ignored; the programs that tests start
+    and interrupt would inherit that.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     from pyvmm.doctor import can_run_linux_locally, flavour
 
     if Path("/dev/kvm").exists():

@@ -48,8 +48,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the ``pyvmm`` command; returns the exit status. Without ``argv`` the process is
-    the command's own: it takes the arguments and SIGALRM.
+    """Entry point of the ``pyvmm`` command; returns the exit status. Without ``argv`` the process
+    is the command's own: the command takes the process's arguments and SIGALRM.
     """
     if argv is not None:
         return guard(lambda: _main(argv))

@@ -10,14 +10,18 @@ from __future__ import annotations
 import signal
 import sys
 
-#: Seconds until the exception is raised again. Should the same finalizer still run then, the
-#: exception is swallowed and raised once more.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
+#: Seconds until the exception is raised again. Should a finalizer run then, the exception is
+#: swallowed and raised once more.
 AGAIN_SECONDS = 0.02
 
 
 def raise_again() -> None:
-    """From now on an exception such as KeyboardInterrupt, which is no ``Exception``, is raised again
-    in the main thread if it is swallowed there. Everything else is reported as before. Takes
+    """From now on an exception such as KeyboardInterrupt, which is no ``Exception``, is raised
+    again in the main thread if it is swallowed there. Everything else is reported as before. Takes
     SIGALRM for itself.
     """
     before = sys.unraisablehook
@@ -29,9 +33,14 @@ def raise_again() -> None:
             before(unraisable)
             return
         lost.append(error)
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
 
-    def on_alarm(number: int, frame: object) -> None:
+    def on_alarm(number: int, frame: FrameType | None) -> None:
+        while frame is not None:  # an exception in the hook is really lost: wait for the next tick
+            if frame.f_code is on_swallowed.__code__:
+                return
+            frame = frame.f_back
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if lost:
             error = lost.pop()
             lost.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 
@@ -18,16 +17,13 @@ TELL_SECONDS = 2.0  # for writing the verdict's files
 
 
 class Watchdog:
-    """Ends the process if the guest goes on for ``GRACE`` seconds after the run's time-out, or if
-    the verdict takes ``ORDERLY_SECONDS``. A fault of pyvmm or of the host must not hang the user's
+    """Ends the process if the run does not end in order within ``ORDERLY_SECONDS`` of its time-out,
+    or if the verdict takes so long. A fault of pyvmm or of the host must not hang the user's
     program. The kernel cleans up then.
 
     :param seconds: the time-out, counted from now.
     :ivar files: get the verdict; may be None.
     """
-
-    #: In seconds. Under emulation an orderly end takes its time.
-    GRACE = 1.5 if "PYVMM_IN_TESTBED" not in os.environ else 20.0
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -37,7 +33,7 @@ class Watchdog:
 
     def arm(self) -> None:
         """Begin to count now."""
-        self._start(self._seconds + self.GRACE)
+        self._start(self._seconds + ORDERLY_SECONDS)
 
     def judging(self) -> None:
         """The guest has ended in order. To find and report the verdict is our own work: it waits
