@@ -9,6 +9,7 @@ unless it is installed.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,54 +20,55 @@ from typing import IO, TYPE_CHECKING
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.apt import Apt
 from pyvmm.host.paths import cache_root
+from pyvmm.images.packages import gather
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: What testpmd is linked with, directly and not, and the drivers that the tests name: librte-NAME23
-#: each.
-LIBRARIES = """
-bitratestats bpf bus-auxiliary bus-dpaa bus-pci bus-vdev cmdline common-dpaax common-iavf
-common-mlx5- crypto-scheduler cryptodev dmadev eal ethdev eventdev gro gso hash ip-frag kvargs
-latencystats mbuf mempool mempool-dpaa meter metrics net net-bnxt net-bond net-dpaa net-i40e
-net-ice net-ixgbe net-mlx5- pcapng pci pdump rcu reorder ring sched security telemetry timer vhost
-mempool-ring net-tap net-vhost net-virtio
-"""
-ABI = "23"
-#: And what of others' these need, which a machine with QEMU has only in part.
-OTHERS = (
-    *(
-        "dpdk-dev",
-        "ibverbs-providers",
-        "libibverbs1",
-        "libpcap0.8",
-        "libbsd0",
-        "libmd0",
-        "libelf1",
-        "libfdt1",
-    ),
-    *("libjansson4", "libnuma1", "libdbus-1-3", "libnl-3-200", "libnl-route-3-200"),
-)
-DRIVERS = ("mempool_ring", "net_tap", "net_vhost", "net_virtio")
+#: Its program is linked with all of DPDK's libraries, and the drivers are loaded at run time.
+PACKAGE, PROGRAM = "dpdk-dev", "usr/bin/dpdk-testpmd"
+DRIVERS = ("mempool-ring", "net-tap", "net-vhost", "net-virtio")
+#: Has libraries that are not named after it.
+PROVIDERS = "ibverbs-providers"
 LIB = "usr/lib/x86_64-linux-gnu"
-REMEDY = "run: make setup (or install the packages dpdk and dpdk-dev)"
+REMEDY = "run: make check (or install the packages dpdk and dpdk-dev)"
 
 
 def root() -> Path:
     """Where it is unpacked."""
-    return Path(cache_root()) / "dpdk" / ABI
+    return Path(cache_root()) / "dpdk" / "root"
+
+
+def drivers() -> list[Path]:
+    """The files of the drivers that the tests name."""
+    return [
+        path
+        for name in DRIVERS
+        for path in sorted((root() / LIB).glob(f"librte_{name.replace('-', '_')}.so.??"))
+    ]
 
 
 def fetch() -> None:
-    """Unpack it into the cache, unless it is there or installed. :raises HostError: apt fails."""
-    if shutil.which("dpdk-testpmd") or (root() / "usr/bin/dpdk-testpmd").exists():
+    """Unpack it into the cache, unless it is there or installed. :raises PyvmmError: apt fails."""
+    if shutil.which("dpdk-testpmd") or (root() / PROGRAM).exists():
         return
-    names = [*(f"librte-{name}{ABI}" for name in LIBRARIES.split()), *OTHERS]
-    Apt(progress=lambda line: print(f"dpdk: {line}", file=sys.stderr)).install(names, root())
+    apt = Apt(progress=lambda line: print(f"dpdk: {line}", file=sys.stderr))
+    # The number in the names of its libraries changes with each release.
+    abi = next(m[1] for n in apt.depends(PACKAGE) if (m := re.fullmatch(r"librte-eal(\d+)", n)))
+    names = [PACKAGE, PROVIDERS, *(f"librte-{name}{abi}" for name in DRIVERS)]
+    shutil.rmtree(root(), ignore_errors=True)
+    fresh = root().with_name(f"root.{os.getpid()}")
+    gather(
+        apt,
+        names,
+        lambda: [fresh / PROGRAM, *(fresh / LIB).glob("librte_*.so.??")],
+        fresh,
+    )
     # DPDK refuses drivers in directories that others may write to.
-    for path in root().rglob("*"):
+    for path in fresh.rglob("*"):
         if path.is_dir():
             path.chmod(0o755)
+    fresh.rename(root())
 
 
 def command(*vdevs: str, options: Sequence[str] = (), memory: int = 128) -> list[str]:
@@ -76,15 +78,15 @@ def command(*vdevs: str, options: Sequence[str] = (), memory: int = 128) -> list
         ``--forward-mode=io``.
     :param memory: MiB. :raises HostError: it is not there.
     """
-    program, installed = root() / "usr/bin/dpdk-testpmd", shutil.which("dpdk-testpmd")
+    program, installed = root() / PROGRAM, shutil.which("dpdk-testpmd")
     if (
         installed
     ):  # first: each loads all drivers of the system's directory, and two of a kind do not get on
         argv = [installed]
     elif program.exists():
         argv = ["env", f"LD_LIBRARY_PATH={root() / LIB}", str(program)]
-        for name in DRIVERS:
-            argv += ["-d", str(root() / LIB / f"librte_{name}.so.{ABI}")]
+        for path in drivers():
+            argv += ["-d", str(path)]
     else:
         raise HostError("dpdk-testpmd is missing", REMEDY)
     argv += [

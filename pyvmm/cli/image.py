@@ -1,7 +1,7 @@
 """Build and list guest images: a kernel and an initramfs that `pyvmm run` boots.
 
-  pyvmm image build                         Debian's prebuilt cloud kernel, 6.1
-  pyvmm image build --kernel-version 6.12   Debian's cloud kernel from backports
+  pyvmm image build                         the prebuilt cloud kernel of this Debian release
+  pyvmm image build --kernel-version 6.12   that kernel, also if only backports have it
   pyvmm image build --from-host             this machine's own kernel and programs
   pyvmm image build --tiny                  a small kernel built from Debian's source
   pyvmm image list                          the images that are built
@@ -28,7 +28,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "build", help="build an image unless it is up to date", allow_abbrev=False
     )
     build.add_argument(
-        "--kernel-version", choices=("6.1", "6.12"), help="series of Debian's kernel (6.1)"
+        "--kernel-version",
+        metavar="V",
+        help="series of Debian's kernel, such as 6.12 (default: what this Debian release has)",
     )
     build.add_argument(
         "--from-host", action="store_true", help="use this machine's kernel, modules and programs"
@@ -52,12 +54,15 @@ def run(args: Namespace) -> int:
 
 def _build(args: Namespace) -> int:
     from pyvmm.errors import UsageError
+    from pyvmm.images import is_series
     from pyvmm.images.build import build
 
     if (args.kernel_version is not None) + args.from_host + args.tiny > 1:
         raise UsageError(
             "--kernel-version, --from-host and --tiny exclude each other", "give one of them"
         )
+    if args.kernel_version is not None and not is_series(args.kernel_version):
+        raise UsageError(f"{args.kernel_version!r} is no series of kernels", "write it as 6.12")
     start = time.monotonic()
 
     def progress(line: str) -> None:
@@ -65,7 +70,7 @@ def _build(args: Namespace) -> int:
             print(f"[{time.monotonic() - start:5.1f} s] {line}", file=sys.stderr, flush=True)
 
     image, fresh = build(
-        args.kernel_version or "6.1",
+        args.kernel_version,
         from_host=args.from_host,
         tiny=args.tiny,
         output=args.output,

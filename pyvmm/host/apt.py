@@ -81,6 +81,23 @@ class Apt:
             x for line in lines for x in re.findall(r"(?:^|[,|]) *([a-z0-9][a-z0-9.+-]+)", line)
         ]
 
+    def closure(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Per package that ``names`` need, directly or not: the names of the packages on which the
+        version that apt would install depends, with all alternatives.
+        """
+        without = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
+        options = ["--recurse", *(f"--no-{kind}" for kind in without)]
+        text = self._attempt(lambda: self._apt("apt-cache", "depends", *options, *names))
+        needs: dict[str, list[str]] = {}
+        package = ""
+        for line in text.splitlines():
+            if m := re.match(r"[ |]*(?:Pre)?Depends: ([a-z0-9][a-z0-9.+-]+)$", line):
+                needs[package].append(m[1])
+            elif line[:1].strip():  # neither a dependency nor one of its providers
+                package = line
+                needs[package] = []
+        return needs
+
     def download(self, packages: Iterable[Package]) -> list[Path]:
         """The .deb files of ``packages``, from the cache or else from the mirror. apt has verified
         each download; the SHA-256 of each file is checked here.
@@ -216,6 +233,38 @@ class Apt:
                 f"Components: main\n{signed}"
             )
         return path
+
+
+def find_kernel_package(
+    meta: str, releases: Iterable[str], series: str | None, progress: Callable[[str], None]
+) -> tuple[Apt, str]:
+    """The newest kernel package of ``series`` that one of ``releases`` has, and the ``Apt`` that
+    has it.
+
+    :param meta: the package that depends on the newest kernel of a release.
+    :param series: such as "6.12"; None for the kernel of the first release that has any.
+    :raises HostError: none of them has one.
+    """
+    failure: HostError | None = None
+    for release in releases:
+        apt = Apt(release, progress)
+        try:
+            names = apt.depends(meta)
+        except HostError as e:
+            failure = failure or e
+            continue
+        for name in names:
+            number = name.removeprefix("linux-image-")
+            if number != name and (
+                series is None or number == series or number.startswith(f"{series}.")
+            ):
+                return apt, name
+    if failure is not None:
+        raise failure
+    raise HostError(
+        f"this Debian release and its backports have no cloud kernel {series or ''}".rstrip(),
+        "choose another --kernel-version",
+    )
 
 
 def codename() -> str:

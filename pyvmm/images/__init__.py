@@ -16,8 +16,9 @@ from pyvmm.host.paths import cache_root
 #: under emulation.
 CMDLINE = "quiet cryptomgr.notests"
 FILES = ("vmlinux", "bzImage", "initrd", "image.json")
-#: The names of images, with the options of ``pyvmm image build`` that make them.
-NAMES = {"default": "", "6.12": " --kernel-version 6.12", "host": " --from-host", "tiny": " --tiny"}
+#: The names of images, with the options of ``pyvmm image build`` that make them. A series of
+#: kernels, such as 6.12, is a name, too.
+NAMES = {"default": "", "host": " --from-host", "tiny": " --tiny"}
 
 
 class Image:
@@ -67,16 +68,26 @@ def directory() -> str:
 
 def remedy(name: str) -> str:
     """The hint for a user who lacks image ``name``."""
-    return f"build it with: pyvmm image build{NAMES.get(name, '')}"
+    options = f" --kernel-version {name}" if is_series(name) else NAMES.get(name, "")
+    return f"build it with: pyvmm image build{options}"
+
+
+def is_series(name: str) -> bool:
+    """Whether ``name`` is a series of Linux kernels, such as 6.12."""
+    major, dot, minor = name.partition(".")
+    return bool(dot) and all(part.isascii() and part.isdecimal() for part in (major, minor))
 
 
 def find(name: str = "default") -> Image:
-    """The built image ``name``, one of ``NAMES``.
+    """The built image ``name``, one of ``NAMES`` or a series of kernels.
 
     :raises ImageError: the name is unknown, or the image is not built.
     """
-    if name not in NAMES:
-        raise ImageError(f"there is no image '{name}'", f"use one of {', '.join(NAMES)}")
+    if name not in NAMES and not is_series(name):
+        raise ImageError(
+            f"there is no image '{name}'",
+            f"use {', '.join(NAMES)} or a series of kernels, such as 6.12",
+        )
     # A build replaces an image by moving a link. Resolve the link, so that kernel and initrd come
     # from the same build.
     path = os.path.realpath(f"{directory()}/{name}")
@@ -86,9 +97,13 @@ def find(name: str = "default") -> Image:
 
 
 def built() -> list[Image]:
-    """All images that are built, in the order of ``NAMES``."""
+    """All images that are built, in the order of ``NAMES``; then those of chosen series."""
     images = []
-    for name in NAMES:
+    try:
+        series = sorted(name for name in os.listdir(directory()) if is_series(name))  # noqa: PTH208
+    except OSError:
+        series = []
+    for name in (*NAMES, *series):
         try:
             images.append(find(name))
         except ImageError:

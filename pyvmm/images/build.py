@@ -23,17 +23,20 @@ from pathlib import Path
 
 from pyvmm import images
 from pyvmm.errors import BuildError, HostError, ImageError
-from pyvmm.host.apt import Apt, unpack
+from pyvmm.host.apt import Apt, find_kernel_package, unpack
 from pyvmm.images import FILES, Image
 from pyvmm.images.cpio import Archive
 from pyvmm.images.elf import libraries, needed
 from pyvmm.images.kernel import Kernel, Modules, extract_vmlinux, trim_zeros
+from pyvmm.images.packages import gather
 from pyvmm.images.tiny import tiny_kernel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
+
+    from pyvmm.host.apt import Package
 
     Progress = Callable[[str], None]
 
@@ -63,13 +66,13 @@ class Userland:
     roots: list[Path] = field(default_factory=list)
 
 
-def image_name(series: str = "6.1", *, from_host: bool = False, tiny: bool = False) -> str:
+def image_name(series: str | None = None, *, from_host: bool = False, tiny: bool = False) -> str:
     """The name of the image that these options of ``build`` make."""
-    return "tiny" if tiny else "host" if from_host else "default" if series == "6.1" else series
+    return "tiny" if tiny else "host" if from_host else series or "default"
 
 
 def build(
-    series: str = "6.1",
+    series: str | None = None,
     *,
     from_host: bool = False,
     tiny: bool = False,
@@ -82,7 +85,8 @@ def build(
     Only ``force`` looks up new versions of packages: an image does not change just because the
     mirror has changed.
 
-    :param series: the series of Debian's kernel, "6.1" or "6.12".
+    :param series: a series of Debian's kernel, such as "6.12"; None for the one that this Debian
+        release has.
     :param from_host: take kernel, modules and programs from this machine instead of from packages.
     :param tiny: build the kernel from Debian's source with ``images/tiny/config``.
     :param output: also copy the image's files to this directory.
@@ -91,7 +95,7 @@ def build(
     :returns: the image, and whether it has been built anew.
     :raises BuildError: an input is missing, a step fails, or the options contradict each other.
     """
-    if (tiny and from_host) or ((tiny or from_host) and series != "6.1"):
+    if (series is not None) + from_host + tiny > 1:
         raise BuildError(
             "only one of --tiny, --from-host and --kernel-version can be chosen", "give one of them"
         )
@@ -99,10 +103,6 @@ def build(
         if not path.exists():
             raise BuildError(f"{path} is missing", "images are built in a checkout of pyvmm")
     recipe = tomllib.loads(RECIPE.read_text())
-    if series not in recipe["kernel"]:
-        raise BuildError(
-            f"no recipe for kernel {series}", f"choose one of {', '.join(recipe['kernel'])}"
-        )
     name = image_name(series, from_host=from_host, tiny=tiny)
     store = Path(images.directory())
     compiler = _compiler()
@@ -144,7 +144,7 @@ def build(
 
 def _gather(
     recipe: dict[str, Any],
-    series: str,
+    series: str | None,
     from_host: bool,
     tiny: bool,
     compiler: str,
@@ -170,9 +170,9 @@ def _gather(
 # --- the inputs of an image -----------------------------------------------------------------------
 
 
-def _key(series: str, from_host: bool, tiny: bool, compiler: str) -> str:
+def _key(series: str | None, from_host: bool, tiny: bool, compiler: str) -> str:
     """A hash of all inputs of an image except the versions of packages."""
-    kernel = _host_release() if from_host else "tiny" if tiny else series
+    kernel = _host_release() if from_host else "tiny" if tiny else series or ""
     digest = hashlib.sha256(f"{FORMAT} {kernel} {from_host} {compiler}\n".encode())
     sources = [
         *(p for p in sorted(RECIPE.parent.iterdir()) if p.is_file()),
@@ -207,21 +207,19 @@ def _current(name: str, key: str) -> Image | None:
 
 def _package_kernel(
     recipe: dict[str, Any],
-    series: str,
+    series: str | None,
     root: Path,
     inputs: list[dict[str, str]],
     progress: Progress,
 ) -> Kernel:
-    """Debian's kernel of ``series``, unpacked below ``root``."""
-    entry = recipe["kernel"][series]
-    apt = Apt(entry["release"], progress)
-    names = [n for n in apt.depends(entry["package"]) if n.startswith(f"linux-image-{series}.")]
-    if not names:
-        raise BuildError(
-            f"the package {entry['package']} has no kernel {series}",
-            "choose another --kernel-version, or --from-host",
-        )
-    _unpack(apt, names[:1], root, inputs)
+    """Debian's kernel of ``series``, or else the one that this release has, unpacked below
+    ``root``.
+    """
+    entry = recipe["kernel"]
+    apt, name = find_kernel_package(entry["package"], entry["releases"], series, progress)
+    package = apt.resolve([name])[0]
+    unpack(apt.download([package])[0], root)
+    inputs.append(_input(package))
     bzimage = next((root / "boot").glob("vmlinuz-*"))
     release = bzimage.name.removeprefix("vmlinuz-")
     progress(f"extracting vmlinux {release}")
@@ -236,22 +234,23 @@ def _package_userland(
     recipe: dict[str, Any], apt: Apt, root: Path, inputs: list[dict[str, str]]
 ) -> Userland:
     """The programs and libraries of the recipe's packages, which are unpacked below ``root``."""
-    _unpack(apt, [*recipe["programs"].values(), *recipe["libraries"]["packages"]], root, inputs)
-    programs = {}
-    for name, package in recipe["programs"].items():
-        places = [root / d / name for d in ("usr/bin", "bin", "usr/sbin", "sbin")]
-        found = next((p for p in places if p.is_file()), None)
-        if found is None:
-            raise BuildError(f"package {package} has no program {name}", f"correct {RECIPE}")
-        programs[name] = found
+    programs: dict[str, Path] = {}
+
+    def find_programs() -> list[Path]:
+        for name, package in recipe["programs"].items():
+            places = [root / d / name for d in ("usr/bin", "bin", "usr/sbin", "sbin")]
+            found = next((p for p in places if p.is_file()), None)
+            if found is None:
+                raise BuildError(f"package {package} has no program {name}", f"correct {RECIPE}")
+            programs[name] = found
+        return list(programs.values())
+
+    inputs += map(_input, gather(apt, recipe["programs"].values(), find_programs, root))
     return Userland(programs, [root])
 
 
-def _unpack(apt: Apt, names: list[str], root: Path, inputs: list[dict[str, str]]) -> None:
-    packages = apt.resolve(names)
-    for package, deb in zip(packages, apt.download(packages), strict=True):
-        inputs.append({"name": package.name, "version": package.version, "sha256": package.sha256})
-        unpack(deb, root)
+def _input(package: Package) -> dict[str, str]:
+    return {"name": package.name, "version": package.version, "sha256": package.sha256}
 
 
 def _host_release() -> str:
@@ -446,7 +445,7 @@ def _publish(name: str, files: dict[str, bytes], store: Path, scratch: Path) -> 
     link = scratch / "link"
     link.symlink_to(Path(".store", digest))
     link.rename(store / name)
-    used = {(store / n).resolve().name for n in images.NAMES}
+    used = {path.resolve().name for path in store.iterdir() if path.is_symlink()}
     for old in home.parent.iterdir():
         if old.name not in used:
             shutil.rmtree(old, ignore_errors=True)

@@ -45,24 +45,49 @@ def libraries(program: Path, roots: list[Path]) -> dict[str, Path]:
     :returns: per library its path in the guest and the file on the host, below one of ``roots``.
     :raises BuildError: a library is in none of ``roots``.
     """
+    found, lacks = _follow(program, roots)
+    for name, wanted_by in lacks.items():
+        raise BuildError(
+            f"{name}, which {wanted_by.name} needs, is in no package", "build again with --force"
+        )
+    return found
+
+
+def lacking(program: Path, roots: list[Path]) -> list[str]:
+    """The names of the libraries that ``program`` needs and that are in none of ``roots``, as far
+    as can be seen without them.
+    """
+    return list(_follow(program, roots)[1])
+
+
+def _follow(program: Path, roots: list[Path]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """What ``program`` needs: per path in the guest the file on the host, and per name that is in
+    none of ``roots`` the file that needs it.
+    """
     found: dict[str, Path] = {}
+    lacks: dict[str, Path] = {}
+
+    def want(name: str, where: str, wanted_by: Path) -> None:
+        path = _lookup(name, roots)
+        if path is None:
+            lacks.setdefault(name, wanted_by)
+            return
+        found[where] = path
+        add(path)
 
     def add(path: Path) -> None:
         interpreter, names = needed(path)
         if interpreter and interpreter not in found:
-            found[interpreter] = _lookup(Path(interpreter).name, path, roots)
+            want(Path(interpreter).name, interpreter, path)
         for name in names:
-            where = f"/lib/x86_64-linux-gnu/{name}"
-            if any(Path(p).name == name for p in found):
-                continue
-            found[where] = _lookup(name, path, roots)
-            add(found[where])
+            if not any(Path(p).name == name for p in found):
+                want(name, f"/lib/x86_64-linux-gnu/{name}", path)
 
     add(program)
-    return found
+    return found, lacks
 
 
-def _lookup(name: str, wanted_by: Path, roots: list[Path]) -> Path:
+def _lookup(name: str, roots: list[Path]) -> Path | None:
     for root in roots:
         for directory in LIBRARY_DIRS:
             path = root / directory / name
@@ -71,7 +96,4 @@ def _lookup(name: str, wanted_by: Path, roots: list[Path]) -> Path:
                 path = root / path.readlink().relative_to("/")
             if path.is_file():
                 return path
-    raise BuildError(
-        f"{name}, which {wanted_by.name} needs, is in no package",
-        "add its package to images/default.toml",
-    )
+    return None

@@ -287,7 +287,7 @@ def test_find_without_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         ["--tiny", "--from-host"],
         ["--tiny", "--kernel-version", "6.12"],
-        ["--kernel-version", "5.10"],
+        ["--kernel-version", "newest"],
     ],
 )
 def test_contradicting_options(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
