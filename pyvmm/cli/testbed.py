@@ -64,7 +64,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--timeout", metavar="S", type=seconds(0, 1e7), help="kill COMMAND after S seconds"
     )
     parser.add_argument(
-        "--kernel-version", metavar="V", help="series of Debian's cloud kernel: 6.1 (default), 6.12"
+        "--kernel-version",
+        metavar="V",
+        help="series of Debian's cloud kernel (6.1, else the newest that is there)",
     )
     parser.add_argument(
         "--name", help="name of the testbed (default: $PYVMM_TESTBED, else default)"

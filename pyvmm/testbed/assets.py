@@ -20,16 +20,73 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 #: Modules in the initramfs; each is loaded after the modules that it needs. EARLY ones are loaded
 #: first because mounting the root needs them, LATE ones while the agent starts. Any other module
 #: comes by modprobe from the shared root.
 EARLY = ["virtio_pci", "virtiofs", "overlay", "virtio_console"]
 LATE = ["kvm_amd", "tun", "vhost_net", "vhost_vsock"]
+#: The kernel whose figures the documentation quotes; preferred to others that are there.
 DEFAULT_KERNEL = "6.1"
+#: Debian's package that depends on the newest cloud kernel of a release.
+KERNEL_PACKAGE = "linux-image-cloud-amd64"
 #: Boot files that nobody has used for so many seconds are removed.
 UNUSED = 14 * 86400.0
 SETUP_HINT = "run: pyvmm testbed setup"
+
+
+class Virtiofsd:
+    """A virtiofsd, which exports the host's files to L1.
+
+    :ivar path: of the program. :ivar package: Debian's package that has it.
+    :ivar fresh: seconds after which L1 asks anew for names and attributes, where it must.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        package: str,
+        fresh: float,
+        argv: list[str],
+        fixed: list[str],
+        changing: list[str],
+    ) -> None:
+        self.path, self.package, self.fresh = path, package, fresh
+        self._argv, self._fixed, self._changing = argv, fixed, changing
+
+    def argv(self, fd: int, *, changing: bool) -> list[str]:
+        """The command.
+
+        :param fd: a listening socket.
+        :param changing: files that change while L1 runs are exported; else L1 may cache for ever.
+        """
+        cache = self._changing if changing else self._fixed
+        return [self.path, f"--fd={fd}", *self._argv, *cache]
+
+
+#: Debian 13 has the program in Rust, whose times of caching are fixed and which shows mount points
+#: as such, where an overlay does not look below. Debian 12 has the one in C; that path leads to the
+#: other program in Debian 13.
+VIRTIOFSDS = (
+    Virtiofsd(
+        "/usr/libexec/virtiofsd",
+        "virtiofsd",
+        1.0,
+        [
+            *("--shared-dir=/", "--sandbox=chroot", "--xattr", "--log-level=warn"),
+            "--no-announce-submounts",
+        ],
+        ["--cache=always"],
+        ["--cache=auto"],
+    ),
+    Virtiofsd(
+        "/usr/lib/qemu/virtiofsd",
+        "qemu-system-common",
+        0.1,
+        ["-osource=/", "-osandbox=chroot", "-oxattr", "-olog_level=warn"],
+        ["-ocache=always"],
+        ["-ocache=always", "-otimeout=0.1"],
+    ),
+)
 
 # The script that busybox runs as /init. At its end it executes the agent.
 INIT = """\
@@ -105,14 +162,20 @@ def find_kernel(version: str | None) -> Kernel:
     raise TestbedError(f"there is no Debian cloud kernel{f' {version}' if version else ''}", hint)
 
 
+def virtiofsd() -> Virtiofsd | None:
+    """The virtiofsd of this machine."""
+    return next((one for one in VIRTIOFSDS if os.access(one.path, os.X_OK)), None)
+
+
 def missing() -> list[tuple[str, str]]:
     """The things that the testbed needs and this machine lacks, each with its remedy."""
     lacks = []
     install = "run as root: apt-get install --no-install-recommends "
     if not qemu.unpacked() and not shutil.which(qemu.NAME):
         lacks.append((qemu.NAME, install + "qemu-system-x86"))
-    if not os.access(VIRTIOFSD, os.X_OK):
-        lacks.append(("virtiofsd", install + "qemu-system-common"))
+    if not virtiofsd():
+        packages = (one.package for one in VIRTIOFSDS)
+        lacks.append(("virtiofsd", f"{install}{' or '.join(packages)}"))
     if not _busybox():
         lacks.append(("a static busybox", install + "busybox-static"))
     if not kernels():
@@ -145,7 +208,7 @@ def _fetch(progress: Callable[[str], None], version: str | None) -> None:
     try:
         find_kernel(version)
     except TestbedError:
-        _fetch_kernel(version or DEFAULT_KERNEL, progress)
+        _fetch_kernel(version, progress)
 
 
 def _fetch_qemu(progress: Callable[[str], None]) -> None:
@@ -172,32 +235,26 @@ def _fetch_qemu(progress: Callable[[str], None]) -> None:
         progress(f"QEMU {number[1]} does not start here ({e}): the testbed has one vCPU")
 
 
-def _fetch_kernel(version: str, progress: Callable[[str], None]) -> None:
-    """Unpack the newest cloud kernel of ``version`` into the cache. It comes from Debian's release
-    or from backports.
+def _fetch_kernel(version: str | None, progress: Callable[[str], None]) -> None:
+    """Unpack the newest cloud kernel of ``version`` into the cache. It comes from this Debian
+    release or from backports; None for the release's own.
     """
     import subprocess
     from pathlib import Path
 
-    from pyvmm.host.apt import Apt
+    from pyvmm.host.apt import find_kernel_package
 
-    for release in ("", "backports"):
-        apt = Apt(release, progress)
-        try:
-            depends = apt.depends("linux-image-cloud-amd64")
-        except HostError:
-            continue
-        for name in depends:
-            number = name.removeprefix("linux-image-")
-            if number == version or number.startswith(f"{version}."):
-                target = f"{cache_dir('kernel')}/{number}"
-                apt.install([name], Path(target))
-                depmod = shutil.which("depmod") or "/sbin/depmod"
-                if subprocess.run([depmod, "-b", target, number], capture_output=True).returncode:
-                    shutil.rmtree(target)
-                    raise TestbedError("depmod failed", "install kmod")
-                return
-    raise TestbedError(f"Debian has no cloud kernel {version}", "choose another --kernel-version")
+    apt, name = find_kernel_package(KERNEL_PACKAGE, ("", "backports"), version, progress)
+    number = name.removeprefix("linux-image-")
+    target = f"{cache_dir('kernel')}/{number}"
+    apt.install([name], Path(target))
+    if os.path.isdir(f"{target}/usr/lib/modules"):  # packages of a merged /usr have no /lib
+        os.makedirs(f"{target}/lib", exist_ok=True)
+        os.rename(f"{target}/usr/lib/modules", f"{target}/lib/modules")
+    depmod = shutil.which("depmod") or "/sbin/depmod"
+    if subprocess.run([depmod, "-b", target, number], capture_output=True).returncode:
+        shutil.rmtree(target)
+        raise TestbedError("depmod failed", "install kmod")
 
 
 def boot_files(kernel: Kernel, progress: Callable[[str], None]) -> tuple[str, str]:

@@ -4,7 +4,7 @@
  *
  * virtiofsd begins by dropping its groups, which such a namespace forbids: setgroups() does nothing
  * here. L1's overlay opens all files with O_NOATIME, which the kernel allows only to a file's owner:
- * openat64() drops the flag.
+ * openat() (the program in Rust) and openat64() (the one in C) drop the flag.
  */
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -32,6 +32,17 @@ int openat64(int dir, const char *path, int flags, ...)
 	if (!next)
 		next = (int (*)(int, const char *, int, ...))dlsym(RTLD_NEXT, "openat64");
 	return next(dir, path, flags & ~O_NOATIME, mode);
+}
+
+int openat(int dir, const char *path, int flags, ...)
+{
+	va_list args;
+	mode_t mode;
+
+	va_start(args, flags);
+	mode = va_arg(args, mode_t);
+	va_end(args);
+	return openat64(dir, path, flags, mode);
 }
 
 /* With _FORTIFY_SOURCE, a call of openat64() without a mode becomes a call of this function. */

@@ -39,10 +39,6 @@ CPU = (
 # Without tsc=reliable, L1's clock would fall back to the HPET. loglevel=4 keeps the console short
 # because each character on it is an exit to QEMU.
 CMDLINE = "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable cryptomgr.notests"
-#: For so many seconds L1 may cache a name or an attribute in a writable directory. A command starts
-#: so long after its client asked for it: by then every older entry has expired, and the command
-#: sees every change that was made before the client asked.
-FRESH = 0.1
 BOOT_TIMEOUT = 120.0  # seconds
 PING_EVERY = 1.0  # seconds
 CONSOLE_KEPT = 64 << 10  # bytes of L1's console that are kept for the log
@@ -93,6 +89,10 @@ class Supervisor:
         #: None stands for a client that has gone while its command's EXIT is still to come.
         self.channels: dict[int, Client | None] = {}
         self.next_channel = 1
+        #: For so many seconds L1 may cache a name or an attribute in a writable directory. A
+        #: command starts so long after its client asked for it: by then every older entry has
+        #: expired, and the command sees every change that was made before the client asked.
+        self.fresh = 0.0
         self.waiting: list[Client] = []
         self.console = bytearray()
         self.port_out = bytearray()
@@ -154,10 +154,8 @@ class Supervisor:
             )
         vmlinux, initrd = assets.boot_files(self.kernel, self.say)
         self.say(f"starting Linux {self.kernel.version} on {self.cpus} vCPU(s) under {self.qemu}")
-        root = self.share("root", ["-ocache=always"], [])
-        work = self.share(
-            "work", ["-ocache=always", f"-otimeout={FRESH}"], self.options["writable"]
-        )
+        root = self.share("root", None)
+        work = self.share("work", self.options["writable"])
         port, port_qemu = socket.socketpair()
         console, console_qemu = socket.socketpair()
         qmp, qmp_qemu = socket.socketpair()
@@ -193,10 +191,11 @@ class Supervisor:
             self.selector.register(s, selectors.EVENT_READ, handler)
         self.console_socket = console
 
-    def share(self, tag: str, options: list[str], writable: list[str]) -> socket.socket:
+    def share(self, tag: str, writable: list[str] | None) -> socket.socket:
         """Start one virtiofsd that exports the root directory; returns the connection for QEMU.
 
-        :param writable: the directories that virtiofsd may write.
+        :param writable: the directories that virtiofsd may write, in which files change; None if
+            L1 may take it that none does.
         """
         path = f"{self.options['socket']}.{tag}"
         listener = socket.socket(socket.AF_UNIX)
@@ -205,11 +204,12 @@ class Supervisor:
         client = socket.socket(socket.AF_UNIX)
         client.connect(path)
         os.unlink(path)
-        argv = [
-            assets.VIRTIOFSD, f"--fd={listener.fileno()}", "-osource=/", "-osandbox=chroot",
-            "-oxattr", "-olog_level=warn", *options,
-        ]  # fmt: skip
-        self.spawn(argv, [listener.fileno()], writable)
+        server = assets.virtiofsd()
+        assert server is not None
+        argv = server.argv(listener.fileno(), changing=writable is not None)
+        if writable is not None:
+            self.fresh = server.fresh
+        self.spawn(argv, [listener.fileno()], writable or [])
         listener.close()
         return client
 
@@ -273,7 +273,7 @@ class Supervisor:
     def loop(self) -> int:
         last = time.monotonic()
         while True:
-            for key, _mask in self.selector.select(FRESH / 4 if self.waiting else 0.25):
+            for key, _mask in self.selector.select(self.fresh / 4 if self.waiting else 0.25):
                 key.data()
             now = time.monotonic()
             if self.ready and self.waiting:
@@ -282,13 +282,7 @@ class Supervisor:
                 self.last_pong = now
             last = now
             if not self.stopping and any(child.poll() is not None for child in self.children):
-                time.sleep(0.3)  # each child ends when another one has: see which was the first
-                what, child = (
-                    ("virtiofsd", self.children[0]) if self.vm.poll() is None else ("QEMU", self.vm)
-                )
-                raise TestbedError(
-                    f"L1 died: {what} ended with {child.poll()}{self.last_words()}", self.hint()
-                )
+                raise TestbedError(self.obituary(), self.hint())
             if self.stopping:
                 if self.vm.poll() is not None or now - self.stopping > 5:
                     self.tell("the testbed was stopped")
@@ -305,7 +299,8 @@ class Supervisor:
                     )
             elif now - self.started > BOOT_TIMEOUT:
                 raise TestbedError(
-                    f"L1 did not start within {BOOT_TIMEOUT:g} s{self.last_words()}", self.hint()
+                    f"L1 did not start within {BOOT_TIMEOUT:g} s{self.last_words(failed=False)}",
+                    self.hint(),
                 )
 
     def hint(self) -> str:
@@ -333,11 +328,32 @@ class Supervisor:
         for client in list(self.clients.values()):
             self.to(client, p.frame(p.ERROR, 0, why.encode()))
 
-    def last_words(self) -> str:
-        """The line that best explains why L1 died, in brackets: the first line of L1's console that
-        names a panic or the like, else the last line of the console, else the log's.
+    def obituary(self) -> str:
+        """Why L1 died: which program was the first to end, how, and its last words."""
+        time.sleep(0.3)  # each child ends when another one has; those that fail do so by themselves
+        self.take_console()
+        ended = [child for child in self.children if child.poll() is not None]
+        child = next((c for c in ended if c is not self.vm and c.returncode), None)
+        what = "QEMU" if child is None and self.vm in ended else "virtiofsd"
+        status = (child or (self.vm if self.vm in ended else ended[0])).returncode
+        how = signal.Signals(-status).name if status < 0 else str(status)
+        return f"L1 died: {what} ended with {how}{self.last_words(failed=bool(status))}"
+
+    def take_console(self) -> None:
+        """Read what QEMU still wrote to L1's console before it ended."""
+        try:
+            while data := self.console_socket.recv(65536):
+                self.console += data
+        except OSError:
+            pass  # all is read
+
+    def last_words(self, *, failed: bool) -> str:
+        """The line that best explains why L1 died, in brackets.
+
+        :param failed: one of our programs did: then that is the last line of the log. Else the
+            first line of L1's console that names a panic or the like, or its last line.
         """
-        said = self.console.decode(errors="replace")
+        said = "" if failed else self.console.decode(errors="replace")
         if not said:
             with open("/proc/self/fd/2", encoding="utf-8", errors="replace") as log:
                 said = log.read()
@@ -468,7 +484,7 @@ class Supervisor:
                     self.drop(client)
                     return
                 client.early.append((kind, stream, payload))
-                client.due = time.monotonic() + FRESH
+                client.due = time.monotonic() + self.fresh
                 self.waiting.append(client)
             elif kind == p.STOP:
                 self.stop()

@@ -350,9 +350,9 @@ class Testbed:
         import shutil
 
         try:
-            os.replace(f"{self.dir}/log", f"{cache_dir()}/last.log")
+            shutil.move(f"{self.dir}/log", f"{cache_dir()}/last.log")
         except OSError:
-            pass  # the cache is on another file system, or there is no log
+            pass  # there is no log
         shutil.rmtree(self.dir, ignore_errors=True)
         self.name, self._shared = self._shared, ""
 
