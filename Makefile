@@ -2,7 +2,7 @@
 PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help setup demo image check lint bench soak soak-kills clean
+.PHONY: help setup demo image check check-install lint bench soak soak-kills clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -16,9 +16,13 @@ image: setup ## build the guest image
 demo: image ## boot a Linux guest with a virtio-net card, show what it does, leave nothing behind
 	@$(PYVMM) demo
 
-check: SETUP = --tests
+check lint bench soak soak-kills: SETUP = --tests
 check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed)
 	@$(PYTEST) tests/lint tests/unit tests/fuzz tests/host tests/boot $(ARGS)
+
+check-install: ## the README's commands in bare trees of Debian 12 and 13 (root, debootstrap, minutes)
+	@tools/setup.sh --tests --no-testbed
+	@$(PYTEST) tests/install $(ARGS)
 
 lint: setup ## style, types, C warnings, sanitizer build, import rule
 	@$(PYTEST) -q tests/lint $(ARGS)

@@ -229,12 +229,13 @@ def _transparent_huge_pages() -> Finding:
 
 #: Tool -> (package, its purpose, whether ``make demo`` needs it).
 TOOLS = {
-    "qemu-system-x86_64": ("qemu-system-x86", "the testbed and benchmarks", True),
+    "qemu-system-x86_64": ("qemu-system-x86", "the testbed and benchmarks", False),
     "gcc": ("gcc", "the C extension and test kernels", True),
     "ip": ("iproute2", "taps", True),
     "dpkg-deb": ("dpkg", "unpacking Debian's kernel for images", True),
     "depmod": ("kmod", "modules of a downloaded kernel", True),
-    "iperf3": ("iperf3", "throughput tests", False),
+    "ping": ("iputils-ping", "`pyvmm demo`", True),
+    "iperf3": ("iperf3", "`pyvmm demo` and throughput tests", True),
     "clang-format": ("clang-format", "make lint", False),
 }
 
@@ -259,8 +260,9 @@ def _testbed() -> Iterator[Finding]:
     from pyvmm.testbed.testbed import Testbed
 
     lacks = assets.missing()
+    state: State = NOTE if can_run_linux_locally()[0] else MISSING
     for what, remedy in lacks:
-        yield Finding("testbed", MISSING, f"{what} is missing", remedy)
+        yield Finding("testbed", state, f"{what} is missing", remedy)
     if lacks:
         return
     qemu, kernel = newest(), assets.find_kernel(None)

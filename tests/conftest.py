@@ -14,6 +14,7 @@ PLACES: dict[str, str] = {
     "lint": "tools",
     "unit": "this machine, no KVM",
     "fuzz": "this machine, no KVM",
+    "install": "trees of Debian in namespaces",
 }
 _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 

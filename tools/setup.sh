@@ -1,27 +1,33 @@
 #!/bin/sh
-# Set up everything that pyvmm needs on this machine: system packages, .venv, the C extension, the testbed.
-# Quick where all is there; needs root (or sudo without a password) only for missing system packages.
+# Set up what pyvmm needs on this machine: system packages, .venv, the C extension; and the testbed where
+# this machine's KVM runs no Linux. Quick where all is there; needs root (or sudo without a password) only
+# for missing system packages.
 #
-#   tools/setup.sh [--no-testbed] [--tests]
+#   tools/setup.sh [--tests] [--testbed | --no-testbed]
 #
-# --tests: also what only tests need (a browser).
+# --tests: also what only tests, lint and bench need, the testbed among it.
 #
 # PYVMM_PYTHON chooses the interpreter of .venv (default: Debian's /usr/bin/python3).
 set -eu
 cd "$(dirname "$0")/.."
 
-PACKAGES="python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev make
-qemu-system-x86 qemu-system-common busybox-static kmod iproute2 iputils-ping iperf3 ethtool
-clang-format acpica-tools cpio util-linux procps ca-certificates"
-TEST_PACKAGES="chromium"
-testbed=yes
+PACKAGES="python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev make busybox-static kmod iproute2 iputils-ping iperf3
+ca-certificates"
+TESTBED_PACKAGES="qemu-system-x86"
+TEST_PACKAGES="ethtool clang-format acpica-tools cpio util-linux procps chromium"
+testbed=auto tests=no
 for option in "$@"; do
 	case $option in
 	--no-testbed) testbed=no ;;
-	--tests) PACKAGES="$PACKAGES $TEST_PACKAGES" ;;
+	--testbed) testbed=yes ;;
+	--tests) tests=yes ;;
 	*) printf 'setup: unknown option %s\n' "$option" >&2; exit 2 ;;
 	esac
 done
+if [ $tests = yes ]; then
+	PACKAGES="$PACKAGES $TEST_PACKAGES $TESTBED_PACKAGES"
+	[ $testbed = no ] || testbed=yes
+fi
 STAMP=.venv/.pyvmm-setup
 LOG=build/setup.log
 
@@ -49,27 +55,30 @@ step() {
 }
 
 # --- system packages ------------------------------------------------------------------------------
-if command -v dpkg-query >/dev/null; then
-	missing=
-	for p in $PACKAGES; do
-		missing="$missing $p"
-	done
+
+# install PACKAGE...: those that are missing.
+install() {
+	command -v dpkg-query >/dev/null || {
+		say "this is not Debian: make sure of the equivalents of: $(echo "$@")"
+		return
+	}
+	missing=" $(echo "$@") "
 	# One query for all; what it prints is there.
-	for p in $(dpkg-query -W -f '${db:Status-Status} ${Package}\n' $PACKAGES 2>/dev/null | sed -n 's/^installed //p'); do
-		missing=$(printf '%s ' $missing | sed "s/\(^\| \)$p / /")
+	for p in $(dpkg-query -W -f '${db:Status-Status} ${Package}\n' "$@" 2>/dev/null | sed -n 's/^installed //p'); do
+		missing=$(printf '%s' "$missing" | sed "s/ $p / /")
 	done
-	missing=$(printf '%s ' $missing)
-	if [ -n "${missing# }" ]; then
-		install="apt-get install -y --no-install-recommends $missing"
-		if [ "$(id -u)" = 0 ]; then root=
-		elif sudo -n true 2>/dev/null; then root=sudo
-		else die "system packages are missing; run as root: $install"; fi
-		step "fetching package lists" $root apt-get update
-		step "installing $missing" $root env DEBIAN_FRONTEND=noninteractive $install
-	fi
-else
-	say "this is not Debian: make sure of the equivalents of: $(echo $PACKAGES)"
-fi
+	missing=$(echo $missing)
+	[ -n "$missing" ] || return 0
+	command="apt-get install -y --no-install-recommends $missing"
+	if [ "$(id -u)" = 0 ]; then root=
+	elif sudo -n true 2>/dev/null; then root=sudo
+	else die "system packages are missing; run as root: $command"; fi
+	[ -n "${listed:-}" ] || step "fetching package lists" $root apt-get update
+	listed=yes
+	step "installing $missing" $root env DEBIAN_FRONTEND=noninteractive $command
+}
+
+install $PACKAGES
 
 # --- .venv ----------------------------------------------------------------------------------------
 python=${PYVMM_PYTHON:-}
@@ -77,17 +86,25 @@ if [ -z "$python" ]; then
 	python=/usr/bin/python3
 	"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || python=python3
 fi
-want=$(cat pyproject.toml tools/setup.sh | cksum)
-if [ "$(cat "$STAMP" 2>/dev/null)" != "$want" ] || ! .venv/bin/python -c '' 2>/dev/null; then
+sum=$(cat pyproject.toml tools/setup.sh | cksum)
+have=$(cat "$STAMP" 2>/dev/null || true)
+[ "$have" != "$sum for tests" ] || tests=yes # once they are there, they stay
+want=$sum
+[ $tests = no ] || want="$sum for tests"
+if [ "$have" != "$want" ] || ! .venv/bin/python -c '' 2>/dev/null; then
 	"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "Python 3.11 or newer is needed, not $python"
 	.venv/bin/python -c '' 2>/dev/null || step "making .venv" "$python" -m venv --clear .venv
 	# The extension is built below, in place; pip gets what pyproject.toml names.
 	step "installing Python packages" .venv/bin/python -m pip install --disable-pip-version-check \
-		$(.venv/bin/python - <<-'P'
-			import tomllib
+		$(.venv/bin/python - $tests <<-'P'
+			import sys, tomllib
 			with open("pyproject.toml", "rb") as f:
-			    project = tomllib.load(f)["project"]
-			print("\n".join(r.replace(" ", "") for r in [*project["dependencies"], *project["optional-dependencies"]["dev"]]))
+			    table = tomllib.load(f)
+			project = table["project"]
+			wanted = [*table["build-system"]["requires"], *project["dependencies"]]
+			if sys.argv[1] == "yes":
+			    wanted += project["optional-dependencies"]["dev"]
+			print("\n".join(r.replace(" ", "") for r in wanted))
 		P
 		)
 	# An editable install's import hook, distutils' and the script that pip generates each cost more at
@@ -124,11 +141,28 @@ fi
 .venv/bin/python -m compileall -q pyvmm
 
 # --- DPDK's testpmd, a foreign vhost-user peer for the tests: unpacked into the cache, 6 MB -------
-if command -v apt-get >/dev/null; then
+if [ $tests = yes ] && command -v apt-get >/dev/null; then
 	.venv/bin/python -m tests.dpdk
 fi
 
 # --- the testbed ----------------------------------------------------------------------------------
+if [ $testbed = auto ]; then
+	reason=$(.venv/bin/python -c '
+from pyvmm.doctor import can_run_linux_locally
+good, reason = can_run_linux_locally()
+print("" if good else reason)')
+	testbed=no
+	if [ -n "$reason" ]; then
+		say "$reason: Linux guests will run in the testbed"
+		testbed=yes
+	fi
+fi
 if [ $testbed = yes ]; then
+	install $TESTBED_PACKAGES
+	# Debian 12 has virtiofsd beside QEMU, in C; Debian 13 as a package of its own, in Rust.
+	if [ ! -x /usr/lib/qemu/virtiofsd ] && [ ! -x /usr/libexec/virtiofsd ]; then
+		if apt-cache show virtiofsd >/dev/null 2>&1; then install virtiofsd
+		else install qemu-system-common; fi
+	fi
 	.venv/bin/pyvmm testbed setup
 fi

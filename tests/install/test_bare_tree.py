@@ -1,0 +1,112 @@
+"""The README's two commands on a bare Debian: a tree made by debootstrap with nothing but make in
+it. Needs root, debootstrap and a network; takes some minutes per release: ``make check-install``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MIRROR = os.environ.get("PYVMM_MIRROR", "http://deb.debian.org/debian")
+#: pip reaches its index by what this machine is configured for, certificates among it.
+PIP = ("/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
+
+#: Runs the rest of its arguments in the tree $1, in namespaces of its own: whatever the commands
+#: leave behind ends with the first process.
+ENTER = """
+set -eu
+tree=$1; shift
+mount --make-rprivate /
+mount --bind "$tree" "$tree"
+mount -t proc proc "$tree/proc"
+mount --rbind /sys "$tree/sys"
+mount --rbind /dev "$tree/dev"
+mount -t tmpfs tmpfs "$tree/tmp"
+mount -t tmpfs tmpfs "$tree/run"
+for file in /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
+    if [ -e "$file" ]; then
+        mkdir -p "$tree$(dirname "$file")"; touch "$tree$file"; mount --bind "$file" "$tree$file"
+    fi
+done
+cp /etc/resolv.conf "$tree/etc/resolv.conf"
+exec chroot "$tree" "$@"
+"""
+
+
+class Tree:
+    """A directory with a Debian system in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def run(self, script: str, timeout: float = 1800) -> str:
+        """A shell script in the tree, which must succeed; its output."""
+        clean = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+        clean |= {k: v for k, v in os.environ.items() if k.startswith("PIP_")}
+        done = subprocess.run(
+            [
+                *("unshare", "--mount", "--pid", "--fork", "--kill-child"),
+                *("sh", "-c", ENTER, "enter", str(self.directory), "sh", "-c", script),
+            ],
+            env=clean,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def checkout(self) -> None:
+        """Put the files of this checkout into the tree, as a clone would."""
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for name in filter(None, listed.decode().split("\0")):
+            if not (ROOT / name).exists():
+                continue
+            target = self.directory / "root" / "pyvmm" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target, follow_symlinks=False)
+
+
+@pytest.fixture(params=["bookworm", "trixie"])
+def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Tree:
+    if os.geteuid() or not shutil.which("debootstrap"):
+        pytest.fail("as root: apt-get install debootstrap", pytrace=False)
+    directory = tmp_path / "tree"
+    subprocess.run(
+        [
+            *("debootstrap", "--variant=minbase", "--include=make,ca-certificates"),
+            *(request.param, str(directory), MIRROR),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    made = Tree(directory)
+    made.checkout()
+    return made
+
+
+def test_the_two_commands(tree: Tree) -> None:
+    """`make demo` sets up what it needs and ends well; then a second guest runs at once. No package
+    comes that only tests need.
+    """
+    out = tree.run("cd /root/pyvmm && make demo")
+    assert "5 packets transmitted, 5 packets received" in out, out
+    out = tree.run("cd /root/pyvmm && .venv/bin/pyvmm run -- uname -r 2>/dev/null")
+    assert "cloud-amd64" in out
+    installed = tree.run("dpkg-query -W -f '${Package} '").split()
+    assert not {"chromium", "clang-format", "acpica-tools"} & set(installed)
+    assert not (tree.directory / "root/.cache/pyvmm/dpdk").exists()
+    again = tree.run("cd /root/pyvmm && make setup")
+    assert "installing" not in again and "fetching" not in again, again
