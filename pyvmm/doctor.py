@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.hostnet import ALLOW_USER_NAMESPACES
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,40 +163,25 @@ def _device(name: str, path: str, without: str, load: str) -> Finding:
 
 
 def _namespaces() -> Iterator[Finding]:
-    """Try in a child, because limits, sysctls, seccomp filters and security modules can all forbid
-    namespaces.
+    """Go the whole way that a card goes, up to a tap: limits, sysctls, seccomp filters and security
+    modules can each forbid a part of the way.
     """
-    problem = _unshare("--user")
+    from pyvmm.errors import PyvmmError
+    from pyvmm.hostnet import netns, userns
+
+    problem = netns.why_no_user_namespace()
     yield Finding(
         "user namespaces",
         NOTE if problem else OK,
         f"not allowed: {problem}" if problem else "allowed",
-        f"run as root: {ALLOW_USER_NAMESPACES}" if problem else "",
+        f"run as root: {userns.remedy()}" if problem else "",
     )
-    problem = _unshare("--net") if os.geteuid() == 0 else _unshare("--user", "--net")
-    yield Finding(
-        "network namespaces",
-        MISSING if problem else OK,
-        f"not allowed: {problem}" if problem else "allowed: pyvmm can make taps of its own",
-        "run as root, or give --net tap=NAME" if problem else "",
-    )
-
-
-def _unshare(*kinds: str) -> str:
-    """Why a process may not make namespaces of these kinds (options of unshare(1) of util-linux);
-    an empty string if it may.
-    """
-    import subprocess
-
-    env = {**os.environ, "LC_ALL": "C"}
+    name = "network namespaces"
     try:
-        done = subprocess.run(["unshare", *kinds, "true"], capture_output=True, text=True, env=env)
-    except OSError as e:
-        return f"unshare, of util-linux: {e.strerror}"
-    if done.returncode == 0:
-        return ""
-    said = done.stderr.strip().splitlines()
-    return said[-1].rpartition(": ")[2] if said else f"unshare ended with {done.returncode}"
+        with netns.Namespace():
+            yield Finding(name, OK, "allowed: pyvmm can make taps of its own")
+    except PyvmmError as e:
+        yield Finding(name, MISSING, f"no tap of pyvmm's own: {e.cause}", e.hint)
 
 
 def _huge_pages() -> Finding:

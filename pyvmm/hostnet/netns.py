@@ -17,7 +17,7 @@ from pyvmm import errors
 from pyvmm._ext import lib
 from pyvmm.errors import HostError, NetForbidden, PyvmmError
 from pyvmm.fd import Closing, Fd
-from pyvmm.hostnet import ALLOW_USER_NAMESPACES, userns
+from pyvmm.hostnet import userns
 from pyvmm.hostnet.rights import FDS_MAX, recv_fds, send_fds
 from pyvmm.hostnet.rtnetlink import Link, route_socket
 from pyvmm.hostnet.tap import TXQUEUELEN, Interface, Tap
@@ -112,6 +112,20 @@ def _answer(channel: socket.socket, body: Inside) -> int:
     return status
 
 
+def why_no_user_namespace() -> str:
+    """Why this user may not be root in a user namespace; empty if the user may. A child tries."""
+
+    def be_root() -> tuple[list[str], list[int]]:
+        userns.become_root()
+        return [], []
+
+    try:
+        _in_child(be_root)
+    except OSError as e:
+        return e.strerror or str(e)
+    return ""
+
+
 class Namespace(Closing):
     """A network namespace with one tap. Both belong to this object alone.
 
@@ -167,8 +181,7 @@ class Namespace(Closing):
                     continue  # root without CAP_SYS_ADMIN: try it as an ordinary user
                 raise NetForbidden(
                     f"may not make a network namespace ({e.strerror})",
-                    f"run as root, allow user namespaces ({ALLOW_USER_NAMESPACES}), "
-                    "or give tap=NAME",
+                    f"run as root, allow user namespaces ({userns.remedy()}), or give tap=NAME",
                 ) from e
         fds = [Fd(fd) for fd in raw]
         self.net = fds.pop(0)

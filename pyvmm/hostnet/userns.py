@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 
 from pyvmm._ext import ffi, lib
+from pyvmm.hostnet import ALLOW_USER_NAMESPACES
+
+#: Ubuntu's kernel lets anybody make a user namespace, but AppArmor then forbids what makes the
+#: namespace useful.
+RESTRICTED = "kernel.apparmor_restrict_unprivileged_userns"
 
 
 def check(result: int, what: str) -> None:
@@ -20,6 +25,16 @@ def unshare(flags: int) -> None:
     :raises OSError: from unshare(2); EINVAL for CLONE_NEWUSER in a process with threads.
     """
     check(lib.unshare(flags), "unshare")
+
+
+def remedy() -> str:
+    """The command by which root allows user namespaces on this machine."""
+    try:
+        with open(f"/proc/sys/{RESTRICTED.replace('.', '/')}") as f:
+            restricted = f.read().strip() != "0"
+    except OSError:
+        restricted = False
+    return f"sysctl {RESTRICTED}=0" if restricted else ALLOW_USER_NAMESPACES
 
 
 def become_root() -> None:

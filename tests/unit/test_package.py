@@ -1,9 +1,9 @@
-"""What an installation gets of pyvmm, without the time that compiling the extension takes."""
+"""What an installation gets of pyvmm: a wheel, built and used outside of the checkout."""
 
 import json
-import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,14 +21,22 @@ def files(root: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("site")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(directory)]
-    command += ["build_py", "--build-lib", str(directory)]
+    command += ["build", "--build-base", str(directory / "build")]
+    command += ["bdist_wheel", "--dist-dir", str(directory)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for extension in (ROOT / "pyvmm").glob("_ext.*.so"):
-        shutil.copy(extension, directory / "pyvmm")
+    (made,) = directory.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Path:
+    directory = wheel.parent / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(directory)
     return directory
 
 
@@ -44,6 +52,14 @@ def pyvmm(installed: Path, *argv: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
     )
+
+
+def test_one_wheel_for_every_python(wheel: Path) -> None:
+    """The extension's stable ABI and the wheel's name must say the same."""
+    name, version, python, abi, platform = wheel.stem.split("-")
+    assert (name, python, abi) == ("pyvmm", "cp311", "abi3") and "linux" in platform, version
+    with zipfile.ZipFile(wheel) as archive:
+        assert "pyvmm/_ext.abi3.so" in archive.namelist()
 
 
 def test_every_file_is_installed(installed: Path) -> None:
