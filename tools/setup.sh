@@ -102,6 +102,7 @@ if [ "$have" != "$want" ] || ! .venv/bin/python -c '' 2>/dev/null; then
 			    table = tomllib.load(f)
 			project = table["project"]
 			wanted = [*table["build-system"]["requires"], *project["dependencies"]]
+			wanted += project["optional-dependencies"]["pytest"]
 			if sys.argv[1] == "yes":
 			    wanted += project["optional-dependencies"]["dev"]
 			print("\n".join(r.replace(" ", "") for r in wanted))

@@ -5,19 +5,20 @@ it. Needs root, debootstrap and a network; takes some minutes per release: ``mak
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MIRROR = os.environ.get("PYVMM_MIRROR", "http://deb.debian.org/debian")
-#: pip reaches its index by what this machine is configured for, certificates among it.
-PIP = ("/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
 
 #: Runs the rest of its arguments in the tree $1, in namespaces of its own: whatever the commands
-#: leave behind ends with the first process.
+#: leave behind ends with the first process. pip reaches its index by what this machine is
+#: configured for, certificates among it.
 ENTER = """
 set -eu
 tree=$1; shift
@@ -28,11 +29,11 @@ mount --rbind /sys "$tree/sys"
 mount --rbind /dev "$tree/dev"
 mount -t tmpfs tmpfs "$tree/tmp"
 mount -t tmpfs tmpfs "$tree/run"
-for file in /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
-    if [ -e "$file" ]; then
-        mkdir -p "$tree$(dirname "$file")"; touch "$tree$file"; mount --bind "$file" "$tree$file"
-    fi
-done
+if [ -e /etc/pip.conf ]; then cp /etc/pip.conf "$tree/etc"; fi
+if [ -e /etc/ssl/certs/ca-certificates.crt ]; then
+    cp /etc/ssl/certs/ca-certificates.crt "$tree/run/certificates"
+    export PIP_CERT=/run/certificates
+fi
 cp /etc/resolv.conf "$tree/etc/resolv.conf"
 exec chroot "$tree" "$@"
 """
@@ -79,15 +80,14 @@ class Tree:
             shutil.copy2(ROOT / name, target, follow_symlinks=False)
 
 
-@pytest.fixture(params=["bookworm", "trixie"])
-def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Tree:
+def plant(release: str, directory: Path, *packages: str) -> Tree:
+    """A tree of the release with these packages and no other."""
     if os.geteuid() or not shutil.which("debootstrap"):
         pytest.fail("as root: apt-get install debootstrap", pytrace=False)
-    directory = tmp_path / "tree"
     subprocess.run(
         [
-            *("debootstrap", "--variant=minbase", "--include=make,ca-certificates"),
-            *(request.param, str(directory), MIRROR),
+            *("debootstrap", "--variant=minbase", f"--include={','.join(packages)}"),
+            *(release, str(directory), MIRROR),
         ],
         check=True,
         stdout=subprocess.DEVNULL,
@@ -97,10 +97,12 @@ def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Tree:
     return made
 
 
-def test_the_two_commands(tree: Tree) -> None:
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+def test_the_demo(tmp_path: Path, release: str) -> None:
     """`make demo` sets up what it needs and ends well; then a second guest runs at once. No package
     comes that only tests need.
     """
+    tree = plant(release, tmp_path / "tree", "make", "ca-certificates")
     out = tree.run("cd /root/pyvmm && make demo")
     assert "5 packets transmitted, 5 packets received" in out, out
     out = tree.run("cd /root/pyvmm && .venv/bin/pyvmm run -- uname -r 2>/dev/null")
@@ -110,3 +112,25 @@ def test_the_two_commands(tree: Tree) -> None:
     assert not (tree.directory / "root/.cache/pyvmm/dpdk").exists()
     again = tree.run("cd /root/pyvmm && make setup")
     assert "installing" not in again and "fetching" not in again, again
+
+
+def steps(workflow: str) -> dict[str, str]:
+    """Per name of a step of a GitHub workflow: its shell script."""
+    found = re.findall(r"- name: (.*)\n +run: \|\n((?: {10}.*\n|\n)+)", workflow)
+    return {name: textwrap.dedent(script) for name, script in found}
+
+
+def test_the_workflow_of_the_example(tmp_path: Path) -> None:
+    """Its steps up to an installed pyvmm, in a tree with as little as Debian's container has; then
+    the example's tests find pytest and the plugin.
+    """
+    text = (ROOT / "docs/examples/kernel-ci/.github/workflows/kernel.yml").read_text()
+    (release,) = re.findall(r"image: debian:(\d+)", text)
+    tree = plant({"12": "bookworm", "13": "trixie"}[release], tmp_path / "tree", "apt")
+    run = steps(text)
+    clone = re.sub(r"git clone .*", "cp -r /root/pyvmm /opt/pyvmm", run["Install pyvmm"])
+    tree.run(
+        f"set -e\n{run['Install what this workflow uses']}\nexport GITHUB_PATH=/tmp/path\n{clone}\n"
+        'PATH="$(cat /tmp/path):$PATH"\ncd /opt/pyvmm/docs/examples/kernel-ci\n'
+        "python -m pytest -q test_kernel.py\n"
+    )
