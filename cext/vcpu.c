@@ -17,6 +17,7 @@ struct pv_vcpu_private {
 	bool stop;		      /* atomic: somebody wants pv_vcpu_run() to return */
 	bool in_run;		      /* thread is in pv_vcpu_run() and may be signalled */
 	bool unaccounted;	      /* the latest exit's time is still running */
+	bool interrupted;	      /* by a signal; it may have stopped the process for long */
 	struct pv_exit_slot *current; /* the latest exit's slot; NULL if the ledger was full */
 	struct pv_exit_slot latest;   /* while tracing, the key of the latest exit */
 	pthread_t thread;
@@ -362,6 +363,7 @@ static bool handle_error(struct pv_vcpu *v, int error, enum pv_stop *stop)
 	struct pv_exit_slot key = {.reason = PV_EXIT_ERROR, .addr = (uint64_t)error};
 
 	if (error == EINTR || error == EAGAIN) {
+		v->priv->interrupted = error == EINTR;
 		key = (struct pv_exit_slot){.reason = KVM_EXIT_INTR};
 		account(v, &key, 1);
 		return true;
@@ -390,6 +392,27 @@ static bool take_stop(struct pv_vcpu_private *p)
 	return stop;
 }
 
+/*
+ * Tell the guest that the vCPU was kept out of it, so that its watchdogs do not bark. KVM refuses
+ * with EINVAL if the guest has no kvmclock; then nobody can be told.
+ */
+static void tell_of_pause(struct pv_vcpu *v)
+{
+	ioctl(v->fd, KVM_KVMCLOCK_CTRL, 0);
+}
+
+/**
+ * pv_vcpu_rested() - Note that the machine goes on after a pause
+ * @v:		The vCPU, whose thread calls this
+ *
+ * The time of the pause does not count as the latest exit's, and the guest learns of the pause.
+ */
+void pv_vcpu_rested(struct pv_vcpu *v)
+{
+	v->last_exit = pv_now_ns();
+	tell_of_pause(v);
+}
+
 /**
  * pv_vcpu_run() - Run the guest until Python is needed
  * @v:		The vCPU
@@ -412,6 +435,9 @@ enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
 		uint64_t now = pv_now_ns();
 		int ret;
 
+		if (p->unaccounted && (p->interrupted || now - v->last_exit > PV_LONG_EXIT))
+			tell_of_pause(v);
+		p->interrupted = false;
 		account_time(v, now);
 		/*
 		 * Do not stop before KVM_RUN: with immediate_exit, KVM completes the access of the
@@ -428,6 +454,11 @@ enum pv_stop pv_vcpu_run(struct pv_vcpu *v)
 		__atomic_store_n(&v->runs, v->runs + 1, __ATOMIC_RELAXED);
 		again = ret ? handle_error(v, errno, &stop) : handle_exit(v, &stop);
 		if (ret && again && take_stop(p)) {
+			/*
+			 * Our own signal says nothing of a pause. To tell the guest of one at each
+			 * look of the hang watch would keep its watchdogs silent for ever.
+			 */
+			p->interrupted = false;
 			stop = PV_STOP_ASKED;
 			again = false;
 		}

@@ -11,6 +11,11 @@
  * pv_vcpu_run() describes the access in struct pv_vcpu and returns to Python, which fills in the
  * data and calls again.
  *
+ * While a vCPU is kept out of the guest, the guest's clock goes on. A watchdog in the guest cannot
+ * tell that from a CPU that is stuck, so KVM is told to set a flag in the vCPU's clock
+ * (KVM_KVMCLOCK_CTRL), at which Linux restarts its watchdogs: after a pause of the machine, after a
+ * long exit, and after a signal that nobody here has sent, such as SIGSTOP and SIGCONT.
+ *
  * Only the owning thread writes the ledger. Other threads may read it at any time: each counter is
  * one aligned word, so a reader sees the counter either before or after an exit.
  */
@@ -24,6 +29,12 @@
 
 /* cffi: begin */
 #define PV_LEDGER_SLOTS 4096
+
+/*
+ * A vCPU that nanoseconds later than this enters the guest again has been kept out of it: a device
+ * could not write its output, or somebody paused the process.
+ */
+#define PV_LONG_EXIT 1000000000
 
 /* A reason besides KVM's own (linux/kvm.h, KVM_EXIT_*): KVM_RUN has returned an error. */
 #define PV_EXIT_ERROR 1000
@@ -90,6 +101,7 @@ int pv_vcpu_attach(struct pv_vcpu *v, int fd, size_t run_size);
 void pv_vcpu_free(struct pv_vcpu *v);
 enum pv_stop pv_vcpu_run(struct pv_vcpu *v);
 void pv_vcpu_settle(struct pv_vcpu *v);
+void pv_vcpu_rested(struct pv_vcpu *v);
 bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space);
 uint32_t pv_vcpu_ledger(const struct pv_vcpu *v, struct pv_exit_slot *out, uint32_t max);
 void pv_vcpu_kick(struct pv_vcpu *v);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError
@@ -269,10 +268,11 @@ class Vcpu:
             lib.pv_vcpu_kick(self.c)
 
     def rested(self) -> None:
-        """Do not count the time since the latest exit as that exit's time: the machine was paused
-        meanwhile. The thread that runs the vCPU calls this when the machine continues.
+        """The machine goes on after a pause: do not count the pause as the latest exit's time, and
+        tell the guest's clock of it (KVM_KVMCLOCK_CTRL), so that the guest does not take the pause
+        for a lockup. The thread that runs the vCPU calls this.
         """
-        self.c.last_exit = time.monotonic_ns()
+        lib.pv_vcpu_rested(self.c)
 
     def registers(self) -> dict[str, int]:
         """The general registers and the main control registers by name, for messages. Call this
