@@ -95,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         type=trouble_kinds,
         default=[],
-        help="as in `pyvmm run`: oops,warning,bug,rcu-stall,lockdep or all",
+        help="as in `pyvmm run`: panic,oops,bug,lockup,sanitizer,"
+        "warning,hung-task,rcu-stall,lockdep,oom,alloc,irq,network or all (docs/verdicts.md)",
     )
     add("--json", metavar="FILE", help="write each cell as JSON as soon as it has ended")
     add("--resume", action="store_true", help="take the cells that --json FILE has, run the others")

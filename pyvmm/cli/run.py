@@ -111,7 +111,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-on",
         metavar="LIST",
         type=trouble_kinds,
-        help="exit with 118 if the console has these: oops,warning,bug,rcu-stall,lockdep or all",
+        help="exit with 118 if the kernel reports one of these: panic,oops,bug,lockup,sanitizer,"
+        "warning,hung-task,rcu-stall,lockdep,oom,alloc,irq,network or all (docs/verdicts.md)",
     )
     add(
         "--junit",

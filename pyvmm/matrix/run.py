@@ -57,7 +57,7 @@ class Settings:
 
     :param seconds: of TCP each way, 0 for no TCP.
     :param timeout, hang_timeout: seconds for one cell, and seconds without progress that end it.
-    :param fail_on: reports of the kernel that fail a cell: kinds of ``testing.console.TROUBLES``.
+    :param fail_on: reports of the kernel that fail a cell: kinds of ``testing.phrases.KINDS``.
     :param command: what each guest runs at the end; empty for nothing.
     """
 

@@ -1,8 +1,7 @@
 """What the console of a Linux guest tells about its state: panic, oops, warnings, stalls, and how
 far the boot has come.
 
-The patterns are the kernel's own words (kernel/panic.c, lib/bug.c, arch/x86/mm/fault.c,
-kernel/rcu/tree_stall.h, kernel/locking/lockdep.c), Linux 5.10 to 6.15.
+``testing.phrases`` has the kernel's words. This module finds the kernel's lines among all others.
 """
 
 from __future__ import annotations
@@ -10,51 +9,47 @@ from __future__ import annotations
 import re
 import time
 
-from pyvmm.testing.points import STAMP
+from pyvmm.testing.phrases import GROUPS, KINDS, PHRASES, find
 from pyvmm.testing.verdict import clean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Literal
 
     Phase = Literal["no-output", "kernel", "init", "command", "end"]
 
-#: Kind -> the beginning of a report's first line, after the time stamp. They are tried in this
-#: order, because lockdep's reports begin like warnings.
-TROUBLES = {
-    "lockdep": r"WARNING: (?:possible (?:circular|recursive|irq lock inversion)|"
-    r"inconsistent lock state|bad unlock balance|"
-    r"suspicious RCU usage|held lock freed|Nested lock|lock held when returning|\S*-safe -> )|"
-    r"DEBUG_LOCKS_WARN_ON|INFO: trying to register non-static key",
-    "rcu-stall": r"rcu: INFO: \S+ (?:self-)?detected (?:expedited )?stall|"
-    r"INFO: rcu_\S+ (?:self-)?detected (?:expedited )?stall|"
-    r"rcu: INFO: \S+ detected stalls",
-    "oops": r"Oops: |BUG: unable to handle|BUG: kernel NULL pointer|general protection fault|"
-    r"Internal error: ",
-    "bug": r"kernel BUG at |BUG: |UBSAN: ",
-    "warning": r"WARNING: (?:CPU: \d+ PID: \d+ at |\S+:\d+ at )",
-}
+#: The time stamp of Linux, with the level that some consoles add, and the caller that
+#: CONFIG_PRINTK_CALLER adds: a task (T) or a CPU (C). It may come after other output on its line.
+STAMP = re.compile(r"(?:<\d+>)?\[ *\d+\.\d{6}\](?:\[ *([TC]\d+)\])? ?")
+#: The first line of every kernel.
+BANNER = "Linux version "
 PANIC = "Kernel panic - not syncing"
 QUOTE_MAX = 60  # the most lines of a call trace
+#: A phrase that comes so many lines after the first line of a report is part of the report: an oops
+#: begins with the address, and the line of die() comes five lines later.
+HEAD = 8
 END = re.compile(r"---\[ end (?:trace|Kernel panic)")
-#: Matches the first line of a report that ends in a panic: its call trace tells more than the
-#: trace of the panic.
-CAUSE = re.compile("|".join((TROUBLES["oops"], TROUBLES["bug"])))
+#: What follows the first line of a report of any kind: die(), BUG(), WARN(). Other kinds come by
+#: themselves.
+FOLLOWS = ("oops", "bug", "warning")
+#: Kinds that do not end in a panic, so a panic that comes soon after has another cause.
+HARMLESS = ("warning", "alloc")
 OFFSET = re.compile(r"Kernel Offset: (0x[0-9a-f]+) from 0x")
 
 
 class Trouble:
     """One report of the kernel.
 
-    :ivar kind: key of TROUBLES.
+    :ivar kind: key of KINDS.
     :ivar lines: its first lines, without time stamps.
+    :ivar phrases: the indices of the PHRASES in it.
     """
 
-    __slots__ = ("kind", "lines")
+    __slots__ = ("kind", "lines", "phrases")
 
-    def __init__(self, kind: str, lines: list[str]) -> None:
-        self.kind, self.lines = kind, lines
+    def __init__(self, kind: str, lines: list[str], phrases: set[int]) -> None:
+        self.kind, self.lines, self.phrases = kind, lines, phrases
 
     @property
     def message(self) -> str:
@@ -71,33 +66,79 @@ def headline(first: Trouble, count: int) -> str:
 
 
 def parse_kinds(text: str) -> list[str]:
-    """The kinds that ``text`` names, joined by commas; ``all`` stands for all kinds.
+    """The kinds that ``text`` names, joined by commas, in the order of KINDS. A name of GROUPS
+    stands for all kinds of the group.
 
     :raises ValueError: a kind is unknown; the error's text is this kind.
     """
-    kinds = [k.strip() for k in text.split(",") if k.strip()]
-    for kind in kinds:
-        if kind not in TROUBLES and kind != "all":
-            raise ValueError(kind)
-    return list(TROUBLES) if "all" in kinds else kinds
+    kinds: set[str] = set()
+    for name in filter(None, (k.strip() for k in text.split(","))):
+        if name not in KINDS and name not in GROUPS:
+            raise ValueError(name)
+        kinds.update(GROUPS.get(name, (name,)))
+    return [kind for kind in KINDS if kind in kinds]
+
+
+#: The least console loglevel at which the console has everything that PHRASES are part of: the
+#: kernel prints WARN(), lockdep's reports and call traces as warnings, which have level 4.
+LOGLEVEL = 5
+
+
+def audible(append: str) -> str:
+    """The kernel command line ``append``, with a ``loglevel=`` added if it asks for a console that
+    does not show the kernel's warnings, as ``quiet`` does: a ``Watch`` would not see them.
+    """
+    ours, dashes, rest = f" {append}".partition(" -- ")  # the words after "--" are for init
+    level = LOGLEVEL
+    for word in ours.split():
+        name, _, value = word.partition("=")
+        if word == "quiet":
+            level = 4
+        elif word in ("debug", "ignore_loglevel"):
+            level = 10
+        elif name == "loglevel" and value.isdecimal():
+            level = int(value)
+    if level < LOGLEVEL and "ignore_loglevel" not in ours.split():
+        ours += f" loglevel={LOGLEVEL}"
+    return (ours + dashes + rest).strip()
+
+
+def pieces(line: str) -> list[tuple[str | None, str]]:
+    """Take apart one line of a console: what came before the first time stamp, if anything, then
+    the text after each time stamp. More than one text is in a line if a program has not ended its
+    own line when the kernel writes.
+
+    :returns: caller and text of each: None without a time stamp; empty if the stamp has no caller.
+    """
+    found: list[tuple[str | None, str]] = []
+    end, caller = 0, None
+    for stamp in STAMP.finditer(line):
+        if stamp.start() > end or caller is not None:
+            found.append((caller, line[end : stamp.start()]))
+        caller, end = stamp[1] or "", stamp.end()
+    return [*found, (caller, line[end:])]
 
 
 class Watch:
     """A sink of the console that keeps the reports of some kinds. It works line by line, however
     much output comes.
 
-    :param kinds: of TROUBLES.
+    Programs of the guest write to the same console. A kernel that stamps its lines with the time
+    (CONFIG_PRINTK_TIME) is told from them by the stamps: then only text with a stamp counts. If the
+    stamps also have the caller, reports of several CPUs at once are kept apart.
+
+    :param kinds: of KINDS.
     :ivar troubles: the first ``MAX`` reports, in order.
     :ivar count: how many reports there were.
     """
 
     MAX = 20
 
-    def __init__(self, kinds: list[str]) -> None:
-        self._rules = [(kind, re.compile(TROUBLES[kind])) for kind in TROUBLES]
+    def __init__(self, kinds: Iterable[str]) -> None:
         self._kinds = set(kinds)
         self._rest = b""
-        self._open: Trouble | None = None
+        self._stamped = False
+        self._open: dict[str, Trouble] = {}
         self.troubles: list[Trouble] = []
         self.count = 0
 
@@ -115,33 +156,47 @@ class Watch:
             self._rest = b""
 
     def _line(self, raw: bytes) -> None:
-        text = STAMP.sub("", clean(raw.decode(errors="replace")))
-        trouble = self._open
+        for part in raw.rstrip(b"\r").split(b"\r"):  # such as a progress bar's
+            for caller, text in pieces(clean(part.decode(errors="replace"))):
+                if caller is not None:
+                    self._stamped = True
+                elif text.startswith(BANNER):  # another kernel begins, perhaps without stamps
+                    self._stamped = False
+                if caller is not None or not self._stamped:
+                    self._text(caller or "", text)
+
+    def _text(self, caller: str, text: str) -> None:
+        trouble = self._open.get(caller)
         if trouble is not None:
             trouble.lines.append(text)
             if END.search(text) or len(trouble.lines) >= QUOTE_MAX:
-                self._open = None
-        kind = next((kind for kind, rule in self._rules if rule.match(text)), None)
-        if (
-            kind is None
-            or kind not in self._kinds
-            or (trouble is not None and self._open is not None and kind == "oops")
+                del self._open[caller]
+        found = find(text)
+        if found is None or (kind := PHRASES[found][0]) not in self._kinds:
+            return
+        if kind == "oom" and self.troubles and self.troubles[-1].kind == kind:
+            trouble = self.troubles[-1]  # who was killed comes after all memory has been listed
+        elif trouble is not None and (
+            len(trouble.lines) > HEAD or kind not in (trouble.kind, *FOLLOWS)
         ):
-            return  # an oops has two such lines, and the first one counts
+            trouble = None
+        if trouble is not None and found not in trouble.phrases:
+            trouble.phrases.add(found)
+            return
         self.count += 1
         if len(self.troubles) < self.MAX:
-            self._open = Trouble(kind, [text])
-            self.troubles.append(self._open)
+            new = self._open[caller] = Trouble(kind, [text], {found})
+            self.troubles.append(new)
 
 
 def panic_quote(console: bytes | bytearray) -> list[str]:
     """The last panic in a console, with the call trace that belongs to it; empty if there is none.
 
-    An oops or a BUG that led to the panic comes before the panic's own line and has the trace.
+    The report that led to the panic comes before the panic's own line and has the trace.
     Without it the trace follows the panic's line.
     """
     text = bytes(console[-(1 << 16) :]).decode(errors="replace")
-    lines = [STAMP.sub("", clean(line)) for line in text.splitlines()]
+    lines = [pieces(clean(line))[-1][1] for line in text.splitlines()]
     at = next(
         (
             i
@@ -154,7 +209,10 @@ def panic_quote(console: bytes | bytearray) -> list[str]:
         return []
     first = at
     for i in range(at - 1, max(at - QUOTE_MAX, -1), -1):
-        if CAUSE.match(lines[i]):
+        found = find(lines[i])
+        if found is not None and (
+            PHRASES[found][0] not in HARMLESS or "panic_on_warn" in lines[at]
+        ):
             first = i
     last = at
     while last + 1 < len(lines) and last - at < QUOTE_MAX and "end Kernel panic" not in lines[last]:

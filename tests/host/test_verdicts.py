@@ -557,7 +557,7 @@ def test_flooded_console_and_nobody_reads(guest: Guest, tmp_path: Path) -> None:
         (["--json", "/nonexistent/x"], "--json /nonexistent/x"),
         (
             ["--fail-on", "ooops"],
-            "--fail-on ooops; use lockdep, rcu-stall, oops, bug, warning or all",
+            "--fail-on ooops; use panic, oops, bug, lockup, sanitizer, warning, hung-task, ",
         ),
         (["--boot-timeout", "0"], "--boot-timeout 0"),
         (["--junit", "/nonexistent/x"], "--junit /nonexistent/x"),

@@ -49,7 +49,7 @@ BAD = {
     ("run", "--hang-timeout", "0.05"): "--hang-timeout 0.05; use 0.1 seconds or more",
     ("run", "--trace-events", "3"): "--trace-events 3; use 16 to 16777216",
     ("run", "--trace-events", "3.5"): "invalid int value: '3.5'",
-    ("run", "--fail-on", "oops,ooops"): "--fail-on ooops; use lockdep, ",
+    ("run", "--fail-on", "oops,ooops"): "--fail-on ooops; use panic, oops, bug, ",
     ("test", "-j", "257", "x"): "--jobs 257; use 1 to 256",
     ("top", "--interval", "nan", "vm0"): "--interval nan; use 0.1 to 3600 seconds",
     ("rings", "--watch", "0", "vm0"): "--watch 0; use 0.05 to 3600 seconds",

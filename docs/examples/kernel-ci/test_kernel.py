@@ -6,9 +6,7 @@ import re
 
 import pytest
 
-pytestmark = pytest.mark.pyvmm(
-    cpus=2, net="emulated", fail_on="oops,warning,bug,lockdep", hang_timeout=60
-)
+pytestmark = pytest.mark.pyvmm(cpus=2, net="emulated", fail_on="all", hang_timeout=60)
 
 
 def test_processors(vm):

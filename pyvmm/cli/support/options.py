@@ -102,9 +102,10 @@ def count(low: int, high: int) -> Callable[[str], int]:
 
 def trouble_kinds(text: str) -> list[str]:
     """A type for ``--fail-on``: kinds of reports of the kernel, joined by commas, or ``all``."""
-    from pyvmm.testing.console import TROUBLES, parse_kinds
+    from pyvmm.testing.console import parse_kinds
+    from pyvmm.testing.phrases import KINDS
 
     try:
         return parse_kinds(text)
     except ValueError as e:
-        raise ArgumentTypeError(f"{e}; use {', '.join(TROUBLES)} or all") from e
+        raise ArgumentTypeError(f"{e}; use {', '.join(KINDS)} or all") from e

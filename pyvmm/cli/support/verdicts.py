@@ -88,6 +88,8 @@ class RunFiles:
             "phases_s": phase_times(machine),
             "kernel": self._kernel,
         }
+        if self.watch is not None:
+            data["reports"] = [{"kind": t.kind, "message": t.message} for t in self.watch.troubles]
         if machine is not None:
             outcome = machine.outcome
             points = parse(machine.console.text) + parse(machine.stdout.text)
