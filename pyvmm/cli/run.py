@@ -320,6 +320,10 @@ class _Run:
             image = find(args.image or "default")
             kernel, initrd = image.kernel, initrd or image.initrd
             append = f"{CMDLINE} {append}".rstrip()
+        if args.fail_on:
+            from pyvmm.testing.console import audible
+
+            append = audible(append)
         with Machine(
             kernel,
             initrd=initrd,

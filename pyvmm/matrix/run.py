@@ -226,6 +226,7 @@ def _machine(cell: Cell, settings: Settings, stack: ExitStack) -> TestMachine:
         TestMachine(
             cell.kernel,
             append=settings.append,
+            watched=bool(settings.fail_on),
             cpus=cell.cpus,
             memory=settings.memory,
             nets=[Net.parse(cell.net())],

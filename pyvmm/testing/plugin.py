@@ -252,6 +252,7 @@ def _make(
         kinds = wishes.pop("fail_on", None)
         if kinds:
             record.watch = Watch(parse_kinds(kinds if isinstance(kinds, str) else ",".join(kinds)))
+            wishes["watched"] = True
         wishes["nets"] = [
             n if isinstance(n, Net) else Net.parse(n)
             for n in ([nets] if isinstance(nets, str | Net) else nets)

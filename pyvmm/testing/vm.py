@@ -10,6 +10,7 @@ from pyvmm.exits.budget import Budget
 from pyvmm.exits.phases import Phase
 from pyvmm.images import CMDLINE, NAMES, find
 from pyvmm.machine import Machine
+from pyvmm.testing.console import audible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ class TestMachine(Machine):
 
     :param kernel: a file, or the name of an image of pyvmm; None for the image ``default``. A Linux
         kernel without ``initrd`` gets the initrd of the default image, with pyvmm's init, which
-        takes commands. The other parameters are those of ``Machine``.
+        takes commands. :param watched: whether a ``Watch`` will search the console, so that the
+        kernel has to print its warnings there. The other parameters are those of ``Machine``.
     :ivar exits: see ``Exits``.
     """
 
@@ -117,16 +119,18 @@ class TestMachine(Machine):
         append: str = "",
         command: Any = None,
         agent: bool | None = None,
+        watched: bool = False,
         **more: Any,
     ) -> None:
         path, own_initrd, base = resolve(kernel)
+        full = f"{base} {append}".strip()
         ours = initrd is None and own_initrd is not None
         if agent is None:
             agent = ours and command is None
         super().__init__(
             path,
             initrd=initrd or own_initrd,
-            append=f"{base} {append}".strip(),
+            append=audible(full) if watched else full,
             command=command,
             agent=agent,
             **more,
