@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import xml.etree.ElementTree as ET
@@ -305,7 +306,11 @@ groups = nodefault vmexit
 SKIPPED = {
     "arch = i386": "i386 only",
     "accel = tcg": "tcg only",
-    "check = /proc/sys/kernel/ostype=Hurd": "is 'Linux', not 'Hurd'",
+    "check = /proc/sys/kernel/ostype=Hurd": "/proc/sys/kernel/ostype is not 'Hurd'",
+    "check = /proc/sys/kernel/ostype": "names no value",
+    "check = /dev/zero=0": "/dev/zero is no regular file",
+    "check = /etc=x": "/etc is no regular file",
+    "check = /proc/self/mem=x": "/proc/self/mem cannot be read",
     "check = /nonexistent=1": "/nonexistent cannot be read",
     "smp = $((MAX_SMP/2))": "is no number",
     "smp = 0": "is no number",
@@ -354,6 +359,21 @@ def test_configuration(tmp_path: Path) -> None:
 def test_what_cannot_be_had_is_skipped_with_the_reason(tmp_path: Path, line: str) -> None:
     test = config(tmp_path, f"[t]\nfile = t.flat\n{line}\n")["t"]
     assert SKIPPED[line] in test.skip
+
+
+def test_a_check_neither_waits_nor_tells(tmp_path: Path) -> None:
+    """A FIFO that nobody writes to, a file that is a secret, one that
+    is long, and one that is no text.
+    """
+    fifo, secret, long = (tmp_path / name for name in ("fifo", "secret", "long"))
+    os.mkfifo(fifo)
+    secret.write_bytes(b"root:\xff:20228\n")
+    long.write_bytes(b"1" + b" " * 5000)
+    for path, said in ((fifo, "is no regular file"), (secret, "is not '1'"), (long, "is not '1'")):
+        skip = config(tmp_path, f"[t]\nfile = t\ncheck = {path}=1\n")["t"].skip
+        assert said in skip and "20228" not in skip
+    secret.write_bytes(b" 1\n")
+    assert not config(tmp_path, f"[t]\nfile = t\ncheck = {secret}=1\n")["t"].skip
 
 
 def test_checks_add_up(tmp_path: Path) -> None:
