@@ -2,7 +2,8 @@
 /*
  * Asks by ARP over virtio-net who has target=A.B.C.D (default 192.168.100.1), count=N times
  * (default 1), and waits for each answer. irq=msix (default), intx or poll chooses how it learns
- * that a frame has come.
+ * that a frame has come. steps=book (default), joined, bare or queues-first chooses how the driver
+ * sets up the card.
  */
 #include "virtnet.h"
 
@@ -15,6 +16,11 @@ int main(void)
 
 	if (option("irq", text, sizeof(text)))
 		irq = text[0] == 'p' ? IRQ_POLL : text[0] == 'i' ? IRQ_INTX : IRQ_MSIX;
+	if (option("steps", text, sizeof(text)))
+		net.steps = text[0] == 'j'   ? STEPS_JOINED
+			    : text[1] == 'a' ? STEPS_BARE
+			    : text[0] == 'q' ? STEPS_QUEUES_FIRST
+					     : STEPS_BOOK;
 	parse_ip(option("target", text, sizeof(text)) ? text : "192.168.100.1", target);
 	memcpy(own, target, 4);
 	own[3]++;

@@ -56,7 +56,12 @@ static void place_bars(void)
 		if ((mask & 6) == 4) /* a 64-bit BAR: the next register is its upper half */
 			pci_write(PCI_BAR0 + 4 * ++i, 0);
 	}
-	pci_write(PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER);
+	net_master(true);
+}
+
+void net_master(bool on)
+{
+	pci_write(PCI_COMMAND, PCI_COMMAND_MEMORY | (on ? PCI_COMMAND_MASTER : 0));
 }
 
 /* Read the MSI-X capability and virtio's own (virtio 1.2, 4.1.4). */
@@ -159,13 +164,20 @@ void net_reset(void)
 			pause();
 }
 
+/* Take one step: write its bit, and those of the steps before it unless the driver forgets them. */
+static void take_step(uint8_t before, uint8_t step)
+{
+	mmio_write8(common(COMMON_STATUS), net.steps == STEPS_BARE ? step : before | step);
+}
+
 void net_negotiate(uint64_t features)
 {
 	uint64_t offered = 0;
 
 	net_reset();
-	mmio_write8(common(COMMON_STATUS), STATUS_ACKNOWLEDGE);
-	mmio_write8(common(COMMON_STATUS), STATUS_ACKNOWLEDGE | STATUS_DRIVER);
+	if (net.steps != STEPS_JOINED)
+		take_step(0, STATUS_ACKNOWLEDGE);
+	take_step(STATUS_ACKNOWLEDGE, STATUS_DRIVER);
 	for (uint32_t i = 0; i < 2; i++) {
 		mmio_write32(common(COMMON_DEVICE_FEATURE_SELECT), i);
 		offered |= (uint64_t)mmio_read32(common(COMMON_DEVICE_FEATURE)) << 32 * i;
@@ -174,7 +186,9 @@ void net_negotiate(uint64_t features)
 	}
 	if (features & ~offered)
 		fail("net: offered %lx, want %lx", offered, features);
-	mmio_write8(common(COMMON_STATUS), STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK);
+	if (net.steps == STEPS_QUEUES_FIRST)
+		net_queues();
+	take_step(STATUS_ACKNOWLEDGE | STATUS_DRIVER, STATUS_FEATURES_OK);
 	if (!(net_status() & STATUS_FEATURES_OK))
 		fail("net: features %lx refused", features);
 	for (unsigned int i = 0; i < 6; i++)
@@ -226,8 +240,7 @@ void net_queues(void)
 
 void net_go(void)
 {
-	mmio_write8(common(COMMON_STATUS),
-		    STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK);
+	take_step(STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK, STATUS_DRIVER_OK);
 	for (uint16_t i = 0; i < QUEUE_SIZE; i++)
 		queue_offer(&receive, i, BUFFER, DESC_WRITE);
 	queue_kick(&receive);

@@ -49,6 +49,12 @@
 
 enum { CAP_COMMON = 1, CAP_NOTIFY, CAP_ISR, CAP_DEVICE, CAP_COUNT };
 enum net_irq { IRQ_MSIX, IRQ_INTX, IRQ_POLL };
+/*
+ * How the driver takes its steps (3.1.1): one after another; ACKNOWLEDGE and DRIVER in one write;
+ * each without the bits of the earlier ones, which is wrong; with the queues before FEATURES_OK,
+ * which is wrong, too.
+ */
+enum net_steps { STEPS_BOOK, STEPS_JOINED, STEPS_BARE, STEPS_QUEUES_FIRST };
 
 struct descriptor {
 	uint64_t address;
@@ -84,6 +90,7 @@ struct virtnet {
 	unsigned int msix; /* the offset of the MSI-X capability; 0 for none */
 	uint64_t msix_table;
 	enum net_irq irq;
+	enum net_steps steps;
 	uint8_t mac[6];
 	unsigned int kicks;
 	volatile unsigned int queue_interrupts, config_interrupts;
@@ -97,6 +104,8 @@ extern struct queue receive, transmit;
  * card, fail().
  */
 void net_probe(enum net_irq irq);
+/* Switch bus mastering (bit 2 of the command register). net_probe() has switched it on. */
+void net_master(bool on);
 /*
  * Reset the card, negotiate exactly these features and read the MAC. If the card does not offer or
  * accept the features, fail().

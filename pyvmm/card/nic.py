@@ -301,6 +301,7 @@ class Nic:
             "control_commands": self.device.commands,
             "resets": self.device.resets,
             "refused_writes": self.device.refused,
+            "driver_mistakes": list(self.device.mistakes),
             "kvm_refusals": self.transport.errors,
             "faults": list(self.device.faults),
             "tracebacks": list(self.device.tracebacks),

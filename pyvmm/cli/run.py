@@ -365,6 +365,8 @@ class _Run:
                 from pyvmm.cli.support.tables import exits_table
 
                 print(exits_table(machine), file=sys.stderr)
+            for nic in machine.nets:
+                _tell_mistakes(nic)
         return int(verdict["code"]) or _lost_output(machine)
 
     def _verdict(self, machine: Machine, outcome: Outcome, kernel: str) -> dict[str, Any]:
@@ -429,6 +431,15 @@ def _tell_offer(nic: Nic) -> None:
     modes = ", ".join([nic.net.mode, *nic.net.switchable])
     offer = " ".join(names(nic.device.offered()))
     print(f"pyvmm: {nic.name} can be switched between {modes}; offers {offer}", file=sys.stderr)
+
+
+def _tell_mistakes(nic: Nic) -> None:
+    """Print what the card's driver did wrong (docs/drivers.md)."""
+    device = nic.device
+    for text in device.mistakes:
+        print(f"pyvmm: {nic.name}: {text}", file=sys.stderr)
+    if device.refused > len(device.mistakes):
+        print(f"pyvmm: {nic.name}: {device.refused} writes refused in all", file=sys.stderr)
 
 
 def _attend(machine: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:

@@ -2,7 +2,8 @@
 and 3.1).
 
 The guest is hostile: bits and registers change only where the specification lets the driver change
-them; anything else is ignored and counted in ``refused``.
+them; anything else is ignored, counted in ``refused`` and told in ``mistakes``. docs/drivers.md
+says what is taken and why not more.
 
 Theory of operation. Registers belong to vCPU threads, under the machine's I/O lock. What happens
 between the device and whoever moves its data may take as long as another process likes, so it is
@@ -15,6 +16,7 @@ done, then 0, for which the driver polls (4.1.4.3.2).
 from __future__ import annotations
 
 import threading
+import time
 
 from pyvmm.datapath.base import Vring
 from pyvmm.errors import PyvmmError
@@ -46,18 +48,20 @@ ACK, DRIVER = VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER
 FEATURES_OK, DRIVER_OK = VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_DRIVER_OK
 NEEDS_RESET, FAILED = VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_CONFIG_S_FAILED
 
-#: status now -> the bits that the driver may add next, in this order only (3.1.1); 0 resets from
-#: anywhere.
-TRANSITIONS = {
-    0: ACK,
-    ACK: DRIVER,
-    ACK | DRIVER: FEATURES_OK,
-    ACK | DRIVER | FEATURES_OK: DRIVER_OK,
-}
+#: The driver's steps, in this order only (3.1.1); one write may take several.
+STEPS = {ACK: "ACKNOWLEDGE", DRIVER: "DRIVER", FEATURES_OK: "FEATURES_OK", DRIVER_OK: "DRIVER_OK"}
 #: The status in which queue registers may be written.
 CONFIGURING = ACK | DRIVER | FEATURES_OK
-#: Faults and tracebacks kept: a guest can repeat a fault as often as it likes.
-FAULTS_MAX, TRACEBACKS_MAX = 16, 4
+#: Faults, tracebacks and mistakes kept: a guest can repeat each as often as it likes.
+FAULTS_MAX, TRACEBACKS_MAX, MISTAKES_MAX = 16, 4, 16
+#: ``Queue``'s attributes -> the registers' names in the specification (4.1.4.3).
+QUEUE_REGISTERS = {
+    "size": "queue_size",
+    "enabled": "queue_enable",
+    "desc": "queue_desc",
+    "avail": "queue_driver",
+    "used": "queue_device",
+}
 
 
 class Queue:
@@ -166,6 +170,8 @@ class VirtioDevice:
     :ivar stopping: the driver has written 0 to the status, and the device is still being stopped.
     :ivar negotiated: the features of the latest DRIVER_OK; a reset keeps them, for reports.
     :ivar refused: writes of the driver that were ignored.
+    :ivar mistakes: the first of these, and what else the driver did wrong, in words with the clause
+        of the specification.
     :ivar faults: the first problems that only a reset cures.
     :ivar tracebacks: Python's, of faults that are bugs of pyvmm.
     """
@@ -200,6 +206,7 @@ class VirtioDevice:
         #: For traces: a ``kvm.recorder.Scope``, or None.
         self.recorder: Any = None
         self.refused = 0
+        self.mistakes: list[str] = []
         self.resets = 0
         self.faults: list[str] = []
         self.tracebacks: list[str] = []
@@ -258,25 +265,86 @@ class VirtioDevice:
         return bool(self.status & DRIVER_OK)
 
     def set_status(self, value: int) -> None:
-        """The driver writes the status register: one step forward, FAILED, or 0 to reset."""
+        """The driver writes the status register: steps forward, FAILED, or 0 to reset. The steps of
+        one write are taken one after another, each with its conditions.
+        """
         if value == 0:
             self.reset()
             return
-        now = self.status & ~NEEDS_RESET
-        new = value & ~now & ~NEEDS_RESET
-        if self.stopping or now & ~value or new not in (0, FAILED, TRANSITIONS.get(now, 0)):
-            self.refused += 1
+        now, want = self.status & ~NEEDS_RESET, value & ~NEEDS_RESET
+        wrong, clause = self._status_problem(now, want)
+        if wrong:
+            self.refuse("device_status", value, wrong, clause)
             return
-        if new == FEATURES_OK and not self._features_acceptable():
-            return  # the driver reads the bit back and gives up (3.1.1 step 6)
         with self._mutex:
-            self.status |= new
-        if new == DRIVER_OK:
-            self._begin()
+            self.status |= want & FAILED
+        for step in STEPS:
+            if want & step & ~now and not self._take_step(step, value):
+                return
 
-    def _features_acceptable(self) -> bool:
+    def _status_problem(self, now: int, want: int) -> tuple[str, str]:
+        """What is wrong with a write of the status, and the clause; empty if nothing is."""
+        new = want & ~now
+        if self.stopping:
+            return "before a reset was complete, for which the driver reads until 0", "4.1.4.3.2"
+        if now & ~want:
+            return f"which clears bits of {now:#x}", "2.1.1"
+        if new and now & FAILED:
+            return "after FAILED, which only a reset leads out of", "2.1.1"
+        if want & ~(FAILED | sum(STEPS)):
+            return "which has reserved bits", "2.1"
+        if new in (0, FAILED):
+            return "", ""
+        if new & FAILED:
+            return "which has FAILED together with steps that it has not taken", "2.1"
+        missing = ""
+        for step, name in STEPS.items():
+            if missing and want & step:
+                return f"without {missing}", "3.1.1"
+            if not want & step:
+                missing = missing or name
+        return "", ""
+
+    def _take_step(self, step: int, value: int) -> bool:
+        """Take one step of the driver's; whether its conditions are met."""
+        if step == FEATURES_OK:
+            wrong, clause = self._features_problem()
+            if wrong:  # the driver reads the bit back and gives up (3.1.1 step 6)
+                self.refuse("device_status", value, wrong, clause)
+                return False
+        with self._mutex:
+            self.status |= step
+        if step == DRIVER_OK:
+            self._begin()
+        return True
+
+    def _features_problem(self) -> tuple[str, str]:
+        """What is wrong with the driver's features, and the clause; empty if nothing is."""
         acked = self.driver_features
-        return not acked & ~self.offered() and bool(acked >> VIRTIO_F_VERSION_1 & 1)
+        unknown = acked & ~self.offered()
+        if unknown:
+            return f"with features that were not offered: {unknown:#x}", "2.2.1"
+        if not acked >> VIRTIO_F_VERSION_1 & 1:
+            return "without having accepted VIRTIO_F_VERSION_1", "6.1"
+        return "", ""
+
+    def refuse(self, register: str, value: int, wrong: str, clause: str) -> None:
+        """Ignore a write of the driver: count it and tell of it.
+
+        :param register: its name in the specification. :param wrong: completes "driver wrote
+            REGISTER = VALUE ...". :param clause: the section of the specification.
+        """
+        self.refused += 1
+        comma = "," if wrong.startswith(("which", "but")) else ""
+        self.mistake(f"driver wrote {register} = {value:#x}{comma} {wrong} ({clause})")
+
+    def mistake(self, text: str) -> None:
+        """Tell of something that the driver does wrong."""
+        if len(self.mistakes) >= MISTAKES_MAX:
+            return
+        self.mistakes.append(text)
+        if self.recorder is not None:
+            self.recorder.step("driver's mistake", time.monotonic_ns(), {"mistake": text})
 
     def _begin(self) -> None:
         """DRIVER_OK: start the device, unless the driver set up its queues wrongly."""
@@ -386,7 +454,7 @@ class VirtioDevice:
     def set_features(self, shift: int, value: int) -> None:
         """The driver writes 32 feature bits at ``shift``; only between DRIVER and FEATURES_OK."""
         if self.status != ACK | DRIVER:
-            self.refused += 1
+            self.refuse("driver_feature", value, *self._untimely(DRIVER, FEATURES_OK))
             return
         self.driver_features = (self.driver_features & ~(0xFFFFFFFF << shift)) | value << shift
 
@@ -394,20 +462,40 @@ class VirtioDevice:
         """The driver writes a queue register; refused outside FEATURES_OK..DRIVER_OK
         (CVE-2026-5747) or once enabled.
         """
-        if self.status != CONFIGURING or index >= len(self.queues) or self.queues[index].enabled:
-            self.refused += 1
-            return
+        wrong, clause = self._queue_problem(index, field, value)
+        if wrong:
+            self.refuse(QUEUE_REGISTERS[field], value, wrong, clause)
+        elif field == "enabled":
+            self.queues[index].enabled = True
+        else:
+            setattr(self.queues[index], field, value)
+
+    def _queue_problem(self, index: int, field: str, value: int) -> tuple[str, str]:
+        """What is wrong with the write of a queue register, and the clause; empty if nothing is."""
+        if self.status != CONFIGURING:
+            return self._untimely(FEATURES_OK, DRIVER_OK)
+        if index >= len(self.queues):
+            return f"of queue {index}, which does not exist", "4.1.4.3"
         q = self.queues[index]
-        if field == "enabled":
-            if value == 1:
-                q.enabled = True
-            else:
-                self.refused += 1  # only a reset disables a queue
-            return
-        if field == "size" and (not 0 < value <= q.max_size or value & (value - 1)):
-            self.refused += 1
-            return
-        setattr(q, field, value)
+        if q.enabled:
+            return f"of queue {index}, which is enabled", "4.1.4.3.2"
+        if field == "enabled" and value != 1:
+            return "but only a reset disables a queue", "4.1.4.3.2"
+        if field == "size" and (not value or value & (value - 1)):
+            return "which is no power of two", "4.1.4.3.2"
+        if field == "size" and value > q.max_size:
+            return f"which is more than queue {index} has", "4.1.4.3"
+        return "", ""
+
+    def _untimely(self, after: int, before: int) -> tuple[str, str]:
+        """Why a register that may be written between two steps may not be written now."""
+        if self.stopping:
+            return "before a reset was complete, for which the driver reads until 0", "4.1.4.3.2"
+        if self.status & (NEEDS_RESET | FAILED):
+            return f"in status {self.status:#x}, which only a reset leads out of", "2.1"
+        if not self.status & after:
+            return f"before {STEPS[after]}", "3.1.1"
+        return f"after {STEPS[before]}", "3.1.1"
 
     # --- the end ----------------------------------------------------------------------------------
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pyvmm import Machine, Net
 from pyvmm.errors import GuestPanic, GuestReboot, GuestTimeout, KvmRunError, TripleFault
+from pyvmm.exits.trace import write
 from pyvmm.outcome import Outcome
 from pyvmm.spec import linux_boot as lb
 from pyvmm.spec.platform import PORT_ACPI_SLEEP_CONTROL, PORT_GUEST_CONTROL
@@ -245,6 +249,62 @@ def test_network(guest: Guest, irq: str, notify: str) -> None:
         counters = vm.nets[0].device.datapath.counters()
         assert counters["tx_packets"] == count
         assert counters["rx_packets"] >= count
+
+
+@pytest.mark.parametrize(
+    ("steps", "works", "mistakes"),
+    [
+        ("book", True, []),
+        ("joined", True, []),  # rcore-os/virtio-drivers, SeaBIOS
+        (
+            "bare",
+            False,
+            [
+                "device_status = 0x2, which clears bits of 0x1 (2.1.1)",
+                "driver_feature = 0x20 before DRIVER (3.1.1)",
+                "driver_feature = 0x1 before DRIVER (3.1.1)",
+                "device_status = 0x8, which clears bits of 0x1 (2.1.1)",
+            ],
+        ),
+        ("queues-first", True, ["queue_size = 0x10 before FEATURES_OK (3.1.1)"]),
+    ],
+)
+def test_steps_of_drivers(
+    guest: Guest, tmp_path: Path, steps: str, works: bool, mistakes: list[str]
+) -> None:
+    """What a card takes and what it tells (docs/drivers.md): in the report, and in the trace."""
+    with Machine(
+        guest("pcinet"),
+        memory="4M",
+        append=f"steps={steps}",
+        nets=[Net("emulated")],
+        trace=1 << 12,
+    ) as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", int(not works))
+        nic = vm.nets[0].report()
+        told: Any = nic["driver_mistakes"]
+        assert told[: len(mistakes)] == [f"driver wrote {text}" for text in mistakes]
+        assert bool(told) == bool(mistakes) == bool(nic["refused_writes"])
+        assert len(told) == min(16, vm.nets[0].device.refused)
+        path = tmp_path / "trace"
+        with path.open("wb") as f:
+            write(vm, f.write)
+        trace = path.read_text()
+        assert trace.count("driver's mistake") == len(told)
+        assert all(text in trace for text in told)
+
+
+def test_mistakes_are_told_at_the_end(guest: Guest) -> None:
+    argv = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--qmp", "none", "--net"]
+    argv += ["emulated", "--kernel", guest("pcinet"), "--append"]
+    done = subprocess.run([*argv, "steps=queues-first"], capture_output=True, text=True)
+    told = done.stderr.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert told[0] == "pyvmm: net0: driver wrote queue_size = 0x10 before FEATURES_OK (3.1.1)"
+    assert len(told) == 16
+    done = subprocess.run([*argv, "steps=joined"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("notify", ["ioeventfd", "exit"])

@@ -249,7 +249,9 @@ def test_fields_take_their_own_width_only(rig: Rig) -> None:
                         rig.board.write(MMIO, base + at, size, -1)
     assert d.status == ACK
     assert d.get("queue_select") == 0
-    assert rig.device.refused > 20
+    assert rig.device.refused > 20 and len(rig.device.mistakes) == 16
+    told = "driver wrote device_feature_select = 0xff by 8 bits, not 32 (4.1.3.1)"
+    assert rig.device.mistakes[0] == told
 
 
 def test_64_bit_fields_may_be_written_at_once(rig: Rig) -> None:

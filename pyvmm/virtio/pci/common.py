@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.spec.virtio_pci import (
+    COMMON_NAMES,
     VIRTIO_MSI_NO_VECTOR,
     VIRTIO_PCI_COMMON_CFGGENERATION,
     VIRTIO_PCI_COMMON_DF,
@@ -140,9 +141,20 @@ class CommonConfig:
             self.write(offset, 4, value & WORD)
             self.write(offset + 4, 4, value >> 32)
         elif register is None or register.write is None or size != register.width:
-            self._device.refused += 1
+            self._refuse(offset, size, value)
         else:
             register.write(value)
+
+    def _refuse(self, offset: int, size: int, value: int) -> None:
+        register = self._registers.get(offset)
+        name = COMMON_NAMES.get(offset, f"common configuration + {offset:#x}")
+        if register is not None and register.write is None:
+            self._device.refuse(name, value, "which is read-only", "4.1.4.3")
+        elif register is not None:
+            wrong = f"by {8 * size} bits, not {8 * register.width}"
+            self._device.refuse(name, value, wrong, "4.1.3.1")
+        else:
+            self._device.refuse(name, value, "where no register begins", "4.1.4.3")
 
     def reset(self) -> None:
         """The selectors after reset."""

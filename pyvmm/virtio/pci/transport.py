@@ -64,8 +64,9 @@ class DeviceConfig:
         return int.from_bytes(self._device.config_space()[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Ignored and counted."""
-        self._device.refused += 1
+        """Ignored, counted and told."""
+        field = Registers(self._device.config_names)(offset, True) or f"+ {offset:#x}"
+        self._device.refuse(f"device configuration {field}", value, "which is read-only", "5.1.4")
 
 
 class Notify:
