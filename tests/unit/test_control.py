@@ -43,6 +43,7 @@ from tests.pci_guest import Board, NetGuest, frame
 
 if TYPE_CHECKING:
     from pyvmm.kvm.vm import Vm
+    from pyvmm.virtio.queue import Chain
 
 MAC = bytes.fromhex("525400123456")
 ALL = (1 << 64) - 1
@@ -328,6 +329,36 @@ def test_many_commands_in_one_kick(rig: Rig) -> None:
     assert len(control.take_used()) == 32
     assert memory.read(0x7000, 32) == bytes(32)
     assert rig.command(VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_DEL, b"\5\0") == VIRTIO_NET_OK
+
+
+@pytest.mark.parametrize("features", [ALL, ALL & ~bits("VIRTIO_RING_F_EVENT_IDX")])
+def test_a_command_that_comes_when_the_queue_seems_empty(
+    features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2.7.10: the driver does not kick for a command that it publishes before the device has asked
+    for kicks again.
+    """
+    with Rig(features=features) as rig:
+        control, memory = rig.guest.control, rig.board.memory
+        assert control is not None and rig.device._control is not None
+        memory.write(0x6000, bytes([VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, 5, 0]))
+        queue, late = rig.device._control._queue, 5
+        pop = queue.pop
+
+        def pop_slowly() -> Chain | None:
+            nonlocal late
+            chain = pop()
+            if chain is None and late:
+                late -= 1
+                control.add([(0x6000, 4, False), (0x7000 + late, 1, True)])
+                control.publish(kick=False)
+            return chain
+
+        monkeypatch.setattr(queue, "pop", pop_slowly)
+        control.add([(0x6000, 4, False), (0x7010, 1, True)])
+        control.publish()
+        assert wait_for(lambda: rig.device.commands == 6)
+        assert len(control.take_used()) == 6
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
