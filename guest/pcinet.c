@@ -3,9 +3,34 @@
  * Asks by ARP over virtio-net who has target=A.B.C.D (default 192.168.100.1), count=N times
  * (default 1), and waits for each answer. irq=msix (default), intx or poll chooses how it learns
  * that a frame has come. steps=book (default), joined, bare or queues-first chooses how the driver
- * sets up the card.
+ * sets up the card. After the N requests, bus mastering goes off and on masters=N times (default 0):
+ * meanwhile a request has to wait.
  */
 #include "virtnet.h"
+
+/* Off means: from some moment on, the card leaves memory alone (PCI 3.0, 6.2.2). */
+static void master_off_and_on(const uint8_t *own, const uint8_t *target)
+{
+	bool used = true;
+	uint32_t length;
+	uint16_t i;
+
+	net_master(false);
+	for (int tries = 0; used; tries++) {
+		if (tries == 1000)
+			fail("net: goes on without bus mastering");
+		arp_send(own, target);
+		used = false;
+		for (int spins = 0; spins < 1000 && !used; spins++) {
+			used = queue_used(&transmit, &i, &length);
+			pause();
+		}
+	}
+	net_master(true);
+	arp_wait(target);
+	while (!queue_used(&transmit, &i, &length))
+		pause();
+}
 
 int main(void)
 {
@@ -32,6 +57,8 @@ int main(void)
 	net_go();
 	for (unsigned long n = 0; n < count; n++)
 		arp_ask(own, target);
+	for (unsigned long n = option_number("masters", 0); n; n--)
+		master_off_and_on(own, target);
 	/*
 	 * Every answer may have been there before the driver looked, so that it never waited for an
 	 * interrupt. The interrupt may still be on its way.

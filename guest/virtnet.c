@@ -329,15 +329,21 @@ static bool is_answer(const uint8_t *buffer, uint32_t length, const uint8_t *tar
 	       !memcmp(a->to, net.mac, 6) && !memcmp(a->sender_ip, target, 4);
 }
 
-void arp_ask(const uint8_t *own, const uint8_t *target)
+void arp_send(const uint8_t *own, const uint8_t *target)
 {
 	static uint16_t sent;
 	uint16_t i = sent++ % QUEUE_SIZE;
-	uint32_t length;
-	bool answered = false;
 
 	queue_offer(&transmit, i, make_request(transmit.buffer[i], own, target), 0);
 	queue_kick(&transmit);
+}
+
+void arp_wait(const uint8_t *target)
+{
+	uint16_t i;
+	uint32_t length;
+	bool answered = false;
+
 	while (!answered) {
 		/*
 		 * Interrupts are off here. irq_wait() turns them on and halts without a gap, so no
@@ -353,6 +359,15 @@ void arp_ask(const uint8_t *own, const uint8_t *target)
 			pause();
 		}
 	}
+}
+
+void arp_ask(const uint8_t *own, const uint8_t *target)
+{
+	uint16_t i;
+	uint32_t length;
+
+	arp_send(own, target);
+	arp_wait(target);
 	while (!queue_used(&transmit, &i, &length))
 		pause();
 }

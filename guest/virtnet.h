@@ -135,6 +135,9 @@ bool queue_used(struct queue *q, uint16_t *i, uint32_t *length);
  * and wait for the answer.
  */
 void arp_ask(const uint8_t *own, const uint8_t *target);
+/* The two parts of arp_ask(): kick and go on; wait for an answer. */
+void arp_send(const uint8_t *own, const uint8_t *target);
+void arp_wait(const uint8_t *target);
 /* Convert A.B.C.D to four bytes. */
 void parse_ip(const char *text, uint8_t *ip);
 

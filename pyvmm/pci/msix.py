@@ -54,6 +54,7 @@ class Msix:
     :param vm: lent.
     :param count: the number of vectors, 1 to 2048.
     :ivar flags: the enable and mask-all bits of message control.
+    :ivar mastering: the function may write to memory, as each message does (6.8.2).
     :ivar errors: how often KVM refused to wire or unwire a source. Interrupts of a vector that
         could not be wired stay pending.
     """
@@ -62,6 +63,7 @@ class Msix:
         self._vm = vm
         self.vectors = [Vector() for _ in range(count)]
         self.flags = 0
+        self.mastering = True
         self.errors = 0
         self.table = Table(self)
         self.pba = PendingBits(self)
@@ -91,11 +93,27 @@ class Msix:
         for v in self.vectors:
             self.update(v)
 
-    def attach(self, index: int, source: EventFd) -> None:
-        """Let ``source`` fire vector ``index``. ``source`` is lent until ``detach``."""
+    def set_mastering(self, on: bool) -> None:
+        """Bus mastering is on or off. While it is off, interrupts stay pending."""
+        if on != self.mastering:
+            self.mastering = on
+            for v in self.vectors:
+                self.update(v)
+
+    def attach(self, index: int, source: EventFd) -> bool:
+        """Let ``source`` fire vector ``index``. ``source`` is lent until ``detach``.
+
+        :returns: False if KVM refuses an interrupt that may be delivered now; then ``source`` is
+            not attached.
+        """
         v = self.vectors[index]
         v.sources.append(source)
         self.update(v)
+        if self.masked(v) or source in v.wired:
+            return True
+        v.sources.remove(source)
+        self.update(v)
+        return False
 
     def detach(self, index: int, source: EventFd) -> None:
         """Take ``source`` from vector ``index``. A pending interrupt stays in the eventfd."""
@@ -104,10 +122,13 @@ class Msix:
         self.update(v)
 
     def masked(self, v: Vector) -> bool:
-        """Whether ``v`` must not deliver now: it or the function is masked, or MSI-X is off."""
-        return self.flags & (
-            PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL
-        ) != PCI_MSIX_FLAGS_ENABLE or bool(v.control & PCI_MSIX_ENTRY_CTRL_MASKBIT)
+        """Whether ``v`` must not deliver now: it or the function is masked, MSI-X is off, or the
+        function may not write to memory.
+        """
+        function = self.flags & (PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL)
+        if function != PCI_MSIX_FLAGS_ENABLE or not self.mastering:
+            return True
+        return bool(v.control & PCI_MSIX_ENTRY_CTRL_MASKBIT)
 
     def update(self, v: Vector) -> None:
         """Wire or unwire the sources of ``v`` according to its state. If KVM refuses, unwire all

@@ -94,7 +94,7 @@ class Controlled(Protocol):
 
 
 class Control:
-    """Serves the control queue of ``device``.
+    """Serves the control queue of ``device``. Guest memory is touched in ``serve`` only.
 
     :param acked: the negotiated features.
     :raises RingFault: the ring is malformed.
@@ -106,7 +106,6 @@ class Control:
         self._acked = acked
         self._queue = SplitQueue(device.memory, vring, acked, limit=COMMAND_MAX)
         self._limit = vring.size
-        self._queue.enable_notify()
 
     def serve(self) -> bool:
         """Answer what is in the queue, at most as many commands as it has entries; whether there

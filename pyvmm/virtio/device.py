@@ -167,6 +167,7 @@ class VirtioDevice:
 
     :param jobs: runs transitions; by default they happen in the thread that asks for them.
     :param lock: the machine's I/O lock; by default a lock of the device's own.
+    :ivar mastering: the bus lets the device access memory.
     :ivar stopping: the driver has written 0 to the status, and the device is still being stopped.
     :ivar negotiated: the features of the latest DRIVER_OK; a reset keeps them, for reports.
     :ivar refused: writes of the driver that were ignored.
@@ -192,6 +193,8 @@ class VirtioDevice:
         self.name = name
         self.memory = memory
         self.status = 0
+        self.mastering = True
+        self._mastering_asked = False  # a job that looks at ``mastering`` has been posted
         self.stopping = False
         self.driver_features = self.negotiated = 0
         self.generation = 0
@@ -253,6 +256,12 @@ class VirtioDevice:
 
     def notified(self, index: int) -> None:
         """One of ``own_queues`` has been kicked."""
+
+    def mastering_changed(self) -> None:
+        """In a job: ``mastering`` has changed. While it is False, the device leaves memory alone.
+
+        :raises PyvmmError: as ``activate``.
+        """
 
     def problem_found(self, problem: str) -> None:
         """A problem has been added to ``faults``. Any thread; must not wait."""
@@ -350,6 +359,11 @@ class VirtioDevice:
         """DRIVER_OK: start the device, unless the driver set up its queues wrongly."""
         self.negotiated = self.driver_features
         self._transport.set_active(True)
+        if not self.mastering:
+            self.mistake(
+                "driver set DRIVER_OK while bus mastering is off: until bit 2 of the PCI command"
+                " register is set, no virtqueue is served (PCI 3.0, 6.2.2)"
+            )
         enabled = [q for q in self.queues if q.enabled]
         for q in enabled:
             problem = q.problem(self.memory)
@@ -372,6 +386,21 @@ class VirtioDevice:
             return
         self.stopping = True
         self.post("reset", self._stop)
+
+    def set_mastering(self, on: bool) -> None:
+        """The bus lets the device access memory, or no longer. One job serves however many changes:
+        a driver may make as many as it likes.
+        """
+        if on == self.mastering:
+            return
+        self.mastering = on
+        if not self._mastering_asked:
+            self._mastering_asked = True
+            self.post("bus mastering", self._look_at_mastering)
+
+    def _look_at_mastering(self) -> None:
+        self._mastering_asked = False  # before looking: a change from now on posts another job
+        self.mastering_changed()
 
     def _stop(self) -> None:
         """The job of a reset: the data path has stopped before the status reads as 0."""

@@ -136,7 +136,7 @@ class NetDevice(VirtioDevice):
         self.commands = 0
         self._plugged = link
         self._path_up = True
-        self._paused = False
+        self._held: set[str] = set()  # why nothing may touch guest memory
         self._announce = False
         self._control: Control | None = None
         self._control_asked = False  # a job to serve the control queue has been posted
@@ -240,17 +240,32 @@ class NetDevice(VirtioDevice):
 
         :raises PyvmmError: as ``set_link``.
         """
-        if on == self._paused:
+        try:
+            self._hold("the machine is paused", on)
+        except PyvmmError as e:
+            self.fault(-1, str(e))
+            raise
+
+    def mastering_changed(self) -> None:
+        """Park the rings while the bus does not let the card access memory (PCI 3.0, 6.2.2)."""
+        self._hold("bus mastering is off", not self.mastering)
+
+    def _hold(self, reason: str, on: bool) -> None:
+        """Park the rings for a reason, the control queue included; or take the reason back. The
+        rings go on from where they are once no reason is left.
+
+        :raises PyvmmError: the path did not stop in order, or does not start again.
+        """
+        if on == (reason in self._held):
             return
-        self._paused = on
         if on:
+            self._held.add(reason)
             self.park()
-        elif self._driven:
-            try:
-                self.resume()
-            except PyvmmError as e:
-                self.fault(-1, str(e))
-                raise
+            return
+        self._held.remove(reason)
+        if self._driven:
+            self.resume()
+            self._serve_control()
 
     def announce(self) -> bool:
         """In a job: ask the guest to tell the network where it is (5.1.6.5.4.1); whether its driver
@@ -298,12 +313,13 @@ class NetDevice(VirtioDevice):
         """
         if self.active and not self._control_asked:
             self._control_asked = True
-            self.post("control queue", lambda: self._serve_control(index))
+            self.post("control queue", self._serve_control)
 
-    def _serve_control(self, index: int) -> None:
+    def _serve_control(self) -> None:
         self._control_asked = False  # before looking: a kick from now on is a reason to look again
-        if self._control is None:
+        if self._control is None or self._held:
             return
+        index = self._control_index()
         try:
             if self._control.serve():
                 self.notified(index)
@@ -328,6 +344,7 @@ class NetDevice(VirtioDevice):
                 if ring.index == control:
                     self._control = Control(self, ring, acked)
         self.resume()
+        self._serve_control()
 
     def deactivate(self) -> None:
         """Take the rings back, and forget what the driver had set."""
@@ -342,13 +359,13 @@ class NetDevice(VirtioDevice):
 
     def resume(self, *, hold: bool = False, patience: float | None = None) -> None:
         """In a job: start the data path on the rings of the pairs in use, from where they are;
-        unless the cable is pulled or the machine is paused.
+        unless the cable is pulled or something holds the rings.
 
         :param hold: keep the path's faults until ``release_faults``.
         :param patience: seconds that another process may take for it.
         :raises PyvmmError: the host's side or the data path refuses.
         """
-        if not self._plugged or self._paused:
+        if not self._plugged or self._held:
             return
         rings, acked = self.rings, self.in_force
         begin = time.monotonic_ns()

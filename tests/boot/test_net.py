@@ -102,6 +102,26 @@ def test_default_card(host: Host) -> None:
         assert exits_by_device(guest.report, "net0 notify") <= nic["control_commands"]
 
 
+def test_bus_mastering(host: Host) -> None:
+    """Off, as Linux does before it jumps into another kernel: nothing moves. On: all goes on. So
+    with each data path.
+    """
+    off, on = r"\002", r"\006"
+    write = "printf '{}' | dd of=/sys/bus/pci/devices/0000:00:0{}.0/config bs=1 seek=4 conv=notrunc"
+    modes = ("emulated", "vhost-net", "vhost-user")
+    with Guest(host, *(arg for mode in modes for arg in ("--net", mode))) as guest:
+        for nic in range(len(modes)):
+            ping = f"ping -q -c 1 -W 2 {nic_address(nic, 'host')}"
+            guest.do(ping)
+            guest.do(write.format(off, 1 + nic))
+            assert guest.sh(ping).status != 0
+            guest.do(write.format(on, 1 + nic))
+            check_ping(guest, nic)
+        guest.leave()
+        for nic in guest.report["nets"]:
+            assert not nic["faults"] and not nic["driver_mistakes"] and not nic["kvm_refusals"]
+
+
 @pytest.fixture(scope="module")
 def cards(host: Host) -> dict[str, Any]:
     """One guest with all CARDS: what the traffic of each gave, and the report."""

@@ -295,6 +295,21 @@ def test_steps_of_drivers(
         assert all(text in trace for text in told)
 
 
+@pytest.mark.parametrize("irq", ["msix", "intx", "poll"])
+def test_bus_mastering_goes_off_and_on(guest: Guest, irq: str) -> None:
+    append = f"irq={irq} masters=10"
+    with Machine(
+        guest("pcinet"), memory="4M", append=append, nets=[Net("emulated")], trace=1 << 12
+    ) as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        nic = vm.nets[0]
+        assert not nic.device.mistakes and not nic.device.faults and not nic.transport.errors
+        assert vm.recorder is not None
+        steps = [step[1] for step in vm.recorder.steps()[0] if step[0] == "net0"]
+        assert steps.count("start") == steps.count("stop") == 11
+
+
 def test_mistakes_are_told_at_the_end(guest: Guest) -> None:
     argv = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--qmp", "none", "--net"]
     argv += ["emulated", "--kernel", guest("pcinet"), "--append"]

@@ -95,13 +95,15 @@ def test_an_open_vector_delivers_its_message(rig: Any) -> None:
     assert rig.pending() == 0
 
 
-@pytest.mark.parametrize("how", ["vector", "function", "disabled"])
+@pytest.mark.parametrize("how", ["vector", "function", "disabled", "no bus mastering"])
 def test_what_is_masked_stays_pending_and_comes_on_unmasking(rig: Any, how: Any) -> None:
     rig.msix.set_flags(ENABLE)
     rig.msix.attach(1, rig.events[1])
     rig.open(1)
     if how == "vector":
         rig.set(1, 3, 1)
+    elif how == "no bus mastering":
+        rig.msix.set_mastering(False)
     else:
         rig.msix.set_flags(ENABLE | MASKALL if how == "function" else 0)
     rig.events[1].signal()
@@ -111,6 +113,7 @@ def test_what_is_masked_stays_pending_and_comes_on_unmasking(rig: Any, how: Any)
         rig.set(1, 3, 0)
     else:
         rig.msix.set_flags(ENABLE)
+        rig.msix.set_mastering(True)
     assert rig.vm.delivered() == [message(1)]
     assert rig.pending() == 0
 

@@ -597,6 +597,43 @@ def test_a_queue_s_vector_changes_while_it_runs(rig: Rig) -> None:
             assert rig.vm.delivered() == []
 
 
+@pytest.mark.parametrize("register", ["queue_msix_vector", "config_msix_vector"])
+def test_what_comes_without_a_vector_is_not_told_later(rig: Rig, register: str) -> None:
+    """4.1.5.1.3: no interrupt for it."""
+    g = rig.guest()
+    g.pci.set("queue_select", 0)
+    g.pci.set(register, VIRTIO_MSI_NO_VECTOR)
+    rig.vm.delivered()
+    if register == "queue_msix_vector":
+        rig.device.queues[0].call.signal()
+    else:
+        rig.device.config_changed()
+    g.pci.set(register, 2)
+    assert g.pci.get(register) == 2 and rig.vm.delivered() == [] and not g.pci.pending()
+    if register == "queue_msix_vector":
+        rig.device.queues[0].call.signal()
+    else:
+        rig.device.config_changed()
+    assert rig.vm.delivered() == [(FEE, 0x32)]
+
+
+@pytest.mark.parametrize("register", ["queue_msix_vector", "config_msix_vector"])
+@pytest.mark.parametrize("call", ["irqfd", "set_msi_route"])
+def test_a_vector_that_kvm_refuses_reads_back_as_none(rig: Rig, register: str, call: str) -> None:
+    """4.1.5.1.2.1: by this the driver learns of it, and takes fewer vectors."""
+    g = rig.guest()
+    g.pci.set("queue_select", 1)
+    g.pci.set(register, VIRTIO_MSI_NO_VECTOR)
+    rig.vm.refuse = {call}
+    g.pci.set_vector(3, FEE, 0x77)
+    g.pci.set(register, 3)
+    assert g.pci.get(register) == VIRTIO_MSI_NO_VECTOR and rig.card.errors
+    rig.vm.refuse = set()
+    g.pci.set(register, 3)
+    assert g.pci.get(register) == 3
+    echo(rig, g)
+
+
 @pytest.mark.parametrize("vector", [4, 100, 0xFFFE])
 def test_vectors_that_do_not_exist_read_back_as_none(rig: Rig, vector: int) -> None:
     d = rig.driver()
@@ -658,7 +695,7 @@ def test_kicks_follow_the_bar(rig: Rig) -> None:
         rig.board.config_write(1, pci.PCI_BASE_ADDRESS_0, 4, base)
         assert set(rig.vm.kicks) == {base + o for o in offsets}
         echo(rig, g, 10, 100 * n)
-    g.pci.command(0)
+    g.pci.command(pci.PCI_COMMAND_MASTER)  # memory decoding off
     assert not rig.vm.kicks
     assert rig.board.read(MMIO, g.pci.bar, 4) == 0xFFFFFFFF
     for i in range(10):  # what is under way still arrives
@@ -667,6 +704,94 @@ def test_kicks_follow_the_bar(rig: Rig) -> None:
     assert len(g.net.wait_packets(10)) == 10
     g.pci.enable()
     echo(rig, g)
+
+
+MASTER_OFF = pci.PCI_COMMAND_MEMORY
+
+
+def memory_of(rig: Rig) -> bytes:
+    return rig.board.memory.read(0, rig.board.memory.size)
+
+
+@pytest.mark.parametrize("msix", [True, False])
+def test_without_bus_mastering_memory_stays_as_it_is(rig: Rig, msix: bool) -> None:
+    """PCI 3.0, 6.2.2: no access to memory, and a message of MSI-X is one. Frames wait on either
+    side, and both go on from where they were.
+    """
+    g = rig.guest(msix=msix, control=True)
+    echo(rig, g)
+    rig.vm.delivered()
+    g.net.received.clear()
+    g.pci.command(MASTER_OFF)
+    before = memory_of(rig)
+    assert rig.path.workers() == []
+    for i in range(5):
+        rig.cable.far.send(bytes(12) + frame(i))
+    rig.device.set_link(False)  # a change of the configuration, twice
+    rig.device.set_link(True)
+    assert memory_of(rig) == before
+    if msix:
+        assert rig.vm.delivered() == [] and g.pci.pending() & 1
+    g.net.send(frame(9), kick=True)
+    g.pci.notify(2)
+    assert g.control is not None
+    g.control.add([(0x6000, 2, False), (0x5FF0, 1, True)])
+    g.control.publish()
+    after = memory_of(rig)
+    assert g.control.take_used() == [] and not g.net.poll()
+    assert memory_of(rig) == after
+    g.pci.enable()
+    assert rig.cable.receive()[12:] == frame(9)
+    assert [p[12:] for p in g.net.wait_packets(5)] == [frame(i) for i in range(5)]
+    assert wait_for(lambda: g.control is not None and len(g.control.take_used()) == 1)
+    if msix:
+        assert (FEE, 0x30) in rig.vm.delivered(5)  # the configuration's, kept
+    else:
+        assert wait_for(lambda: g.pci.isr() != 0)
+    echo(rig, g)
+    assert not rig.device.faults
+
+
+def test_a_driver_without_bus_mastering_is_told(rig: Rig) -> None:
+    d = rig.driver()
+    d.command(MASTER_OFF)
+    before = memory_of(rig)
+    assert d.negotiate(VERSION_1 | bits("VIRTIO_NET_F_CTRL_VQ"))
+    ring = Ring(rig.board.memory, 64, 0x10000, index=2)
+    before = memory_of(rig)
+    d.set_ring(ring)
+    d.driver_ok()
+    assert memory_of(rig) == before and rig.path.workers() == []
+    assert rig.device.refused == 0 and "bus mastering is off" in rig.device.mistakes[0]
+    d.reset()
+    d.enable()
+    assert rig.path.workers() == []
+    ring.close()
+    echo(rig, rig.guest())
+    assert len(rig.device.mistakes) == 1
+
+
+def test_bus_mastering_and_a_pause_hold_the_rings_together(rig: Rig) -> None:
+    g = rig.guest()
+    rig.device.set_paused(True)
+    g.pci.command(MASTER_OFF)
+    rig.device.set_paused(False)
+    assert rig.path.workers() == []
+    g.pci.enable()
+    echo(rig, g)
+    g.pci.command(MASTER_OFF)
+    rig.device.set_paused(True)
+    g.pci.enable()
+    assert rig.path.workers() == []
+    rig.device.set_paused(False)
+    echo(rig, g)
+
+
+def test_a_machine_reset_takes_bus_mastering_back(rig: Rig) -> None:
+    rig.guest()
+    rig.board.pci.reset()
+    assert not rig.device.mastering and not rig.card.msix.mastering
+    echo(rig, rig.guest())
 
 
 def test_a_bar_on_top_of_another_card(rig: Rig) -> None:
@@ -733,6 +858,7 @@ def window_read(board: Board, d: VirtioPciDriver, offset: int, length: int) -> i
 def test_all_of_the_device_through_the_window(rig: Rig) -> None:
     """Even with memory decoding off: what a driver without access to the BAR does."""
     d = VirtioPciDriver(rig.board, 1)
+    d.command(pci.PCI_COMMAND_MASTER)
     at = {name: offset for name, (offset, _) in COMMON.items()}
     board = rig.board
     assert window_read(board, d, at["num_queues"], 2) == 3

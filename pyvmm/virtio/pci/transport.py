@@ -19,6 +19,7 @@ from pyvmm.spec.pci import (
     PCI_CAP_ID_VNDR,
     PCI_COMMAND,
     PCI_COMMAND_INTX_DISABLE,
+    PCI_COMMAND_MASTER,
     PCI_MSIX_FLAGS,
     PCI_MSIX_FLAGS_ENABLE,
     PCI_MSIX_FLAGS_MASKALL,
@@ -204,6 +205,7 @@ class VirtioPci(PciFunction):
     def plugged(self) -> None:
         """The function has its slot, hence its interrupt line."""
         lib.pv_intx_wire(self._intx, gsi_of(self.slot))
+        self.command_written(self.get(PCI_COMMAND, 2))
 
     # --- kicks ------------------------------------------------------------------------------------
 
@@ -296,30 +298,37 @@ class VirtioPci(PciFunction):
         self._config_event.nudge()
 
     def set_config_vector(self, value: int) -> None:
-        """config_msix_vector: a vector that does not exist reads back as none (4.1.5.1.2)."""
-        self._detach(self.config_vector, self._config_event)
-        self.config_vector = self._attach(value, self._config_event)
+        """config_msix_vector, which reads back as the vector in force."""
+        self.config_vector = self._move(self._config_event, self.config_vector, value)
 
     def set_queue_vector(self, q: Queue, value: int) -> None:
         """queue_msix_vector; drivers change it while the queue runs, too."""
-        self._detach(q.vector, q.call)
-        q.vector = self._attach(value, q.call)
+        q.vector = self._move(q.call, q.vector, value)
 
-    def _attach(self, vector: int, event: EventFd) -> int:
-        if vector >= len(self.msix.vectors):
+    def _move(self, event: EventFd, old: int, new: int) -> int:
+        """Let ``event`` fire another vector; returns the vector in force. That is none if there is
+        no such vector or KVM refuses the interrupt, by which the driver learns of it
+        (4.1.5.1.2.1).
+        """
+        if old != VIRTIO_MSI_NO_VECTOR:
+            self.msix.detach(old, event)
+        elif self.msix.enabled:
+            event.drain()  # what happened while there was no vector is not told later (4.1.5.1.3)
+        if new >= len(self.msix.vectors) or not self.msix.attach(new, event):
             return VIRTIO_MSI_NO_VECTOR
-        self.msix.attach(vector, event)
-        return vector
-
-    def _detach(self, vector: int, event: EventFd) -> None:
-        if vector != VIRTIO_MSI_NO_VECTOR:
-            self.msix.detach(vector, event)
+        return new
 
     # --- configuration space ----------------------------------------------------------------------
 
     def command_written(self, command: int) -> None:
-        """Bit 10 hides the interrupt line."""
+        """Bit 10 hides the interrupt line. Bit 2 lets the function access memory: without it, MSI-X
+        messages stay pending from now on, and the card's thread parks the virtqueues (PCI 3.0,
+        6.2.2). The line is no access to memory.
+        """
         self._show_intx()
+        mastering = bool(command & PCI_COMMAND_MASTER)
+        self.msix.set_mastering(mastering)
+        self.device.set_mastering(mastering)
 
     def config_written(self, at: int, size: int) -> None:
         """MSI-X message control, or the data window."""
