@@ -20,8 +20,8 @@ SIZE_MAX = 1 << 44  # RAM and the PCI hole together stay below 2^48, which every
 
 
 def parse_size(text: str | int, what: str = "--memory") -> int:
-    """Bytes from ``128M``, ``4G``, ``65536K``, or from the text of a number of MiB. An integer is
-    bytes already.
+    """Bytes from ``128M``, ``4G``, ``1T``, ``65536K``, or from the text of a number of MiB. An
+    integer is bytes already.
 
     :param what: names the text in the error.
     :raises UsageError: ``text`` is no size.
@@ -29,10 +29,10 @@ def parse_size(text: str | int, what: str = "--memory") -> int:
     if isinstance(text, int):
         return text
     raw = text.strip().upper().removesuffix("B").removesuffix("I")
-    unit = {"K": 10, "M": 20, "G": 30}.get(raw[-1:], 0)
+    unit = {"K": 10, "M": 20, "G": 30, "T": 40}.get(raw[-1:], 0)
     digits = raw[:-1] if unit else raw
     if not (digits.isascii() and digits.isdecimal() and len(digits) < 30):
-        raise UsageError(f"{what} {text!r} is no size", "write 256M or 4G")
+        raise UsageError(f"{what} {text!r} is no size", "write 256M, 4G or 1T")
     return int(digits) << (unit or 20)
 
 

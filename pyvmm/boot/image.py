@@ -42,6 +42,10 @@ class ImageFile(Closing):
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 is_dir = stat.S_ISDIR(status.st_mode)
+                if stat.S_ISFIFO(status.st_mode):
+                    raise self.bad(
+                        "is a pipe, not a regular file", "write it to a file, or use `pyvmm run`"
+                    )
                 raise self.bad("is a directory" if is_dir else "is not a regular file")
             if not status.st_size:
                 raise self.bad("is empty")

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
     from pyvmm.card.nic import Nic
     from pyvmm.cli.support.outputs import Output, Outputs
+    from pyvmm.cli.support.pipes import Kept
     from pyvmm.cli.support.verdicts import RunFiles
     from pyvmm.cli.support.watchdog import Watchdog
     from pyvmm.machine import Machine
@@ -200,10 +201,44 @@ def run(args: argparse.Namespace) -> int:
         )
     words = ["run", "--host", "local", *args.argv[args.argv.index("run") + 1 :]]
     vhost = any("vhost-net" in net for net in args.net or ())
-    status = elsewhere(
-        args.host, args.kernel, words, vhost=vhost, note=lambda: _socket_note(args, words)
-    )
-    return orderly(lambda: _boot(args)) if status is None else status
+    if not any(map(_is_pipe, (args.kernel, args.initrd))):
+        status = elsewhere(
+            args.host, args.kernel, words, vhost=vhost, note=lambda: _socket_note(args, words)
+        )
+        return orderly(lambda: _boot(args)) if status is None else status
+    from pyvmm.cli.support.pipes import Kept
+
+    with Kept() as kept:
+        _keep_pipes(args, kept)
+
+        def note() -> str:
+            kept.for_others(words)
+            return _socket_note(args, words)
+
+        status = elsewhere(args.host, args.kernel, words, vhost=vhost, note=note)
+        return orderly(lambda: _boot(args)) if status is None else status
+
+
+def _is_pipe(path: str | None) -> bool:
+    try:
+        return path is not None and stat.S_ISFIFO(os.stat(path).st_mode)  # noqa: PTH116
+    except (OSError, ValueError):
+        return False  # opening it will say what is wrong
+
+
+def _keep_pipes(args: argparse.Namespace, kept: Kept) -> None:
+    """Read the pipes among kernel and initrd to their ends, within the run's time-out."""
+    watchdog: Watchdog | None = None
+    if args.timeout is not None:
+        from pyvmm.cli.support.watchdog import Watchdog
+
+        watchdog = Watchdog(args.timeout)
+    try:
+        args.kernel = kept.keep(args.kernel, "kernel")
+        args.initrd = kept.keep(args.initrd, "initrd")
+    finally:
+        if watchdog is not None:
+            watchdog.close()
 
 
 def _waits_for_nobody(args: argparse.Namespace) -> bool:

@@ -65,13 +65,13 @@ BAD = {
     ("run", "--net", "emulated,tap=\udcff"): "no interface name",
     ("run", "--net", "none", "--cpus", "0"): "use 1 to 64",
     ("run", "--net", "none", "--cpus", "65"): "use 1 to 64",
-    ("run", "--net", "none", "--memory", "lots"): "write 256M or 4G",
-    ("run", "--net", "none", "--memory", ""): "write 256M or 4G",
-    ("run", "--net", "none", "--memory", "-1"): "write 256M or 4G",
-    ("run", "--net", "none", "--memory", "\u00b2M"): "write 256M or 4G",
+    ("run", "--net", "none", "--memory", "lots"): "write 256M, 4G or 1T",
+    ("run", "--net", "none", "--memory", ""): "write 256M, 4G or 1T",
+    ("run", "--net", "none", "--memory", "-1"): "write 256M, 4G or 1T",
+    ("run", "--net", "none", "--memory", "\u00b2M"): "write 256M, 4G or 1T",
     ("run", "--net", "none", "--memory", "512K"): "use 1M to 16T",
     ("run", "--net", "none", "--memory", "99999999999999999999G"): "use 1M to 16T",
-    ("run", "--net", "none", "--memory", "9" * 5000): "write 256M or 4G",
+    ("run", "--net", "none", "--memory", "9" * 5000): "write 256M, 4G or 1T",
     ("run", "--net", "none", "--report", "/nonexistent/report"): "--report /nonexistent/report",
 }
 

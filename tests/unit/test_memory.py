@@ -14,7 +14,7 @@ import pytest
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import MemoryShort, UsageError
-from pyvmm.memory import SIZE_MAX, GuestMemory
+from pyvmm.memory import SIZE_MAX, GuestMemory, parse_size
 from pyvmm.spec.platform import RAM_HIGH_BASE, RAM_LOW_MAX
 
 MIB = 1 << 20
@@ -100,6 +100,14 @@ def test_the_pci_hole_splits_it() -> None:
         )
     finally:
         m.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1T", 1 << 40), ("16t", 16 << 40), ("4G", 4 << 30), ("2GiB", 2 << 30), ("65536K", 64 * MIB)],
+)
+def test_sizes_in_words(text: str, size: int) -> None:
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(
