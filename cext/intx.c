@@ -5,11 +5,11 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
 #include <sys/uio.h>
 #include <unistd.h>
 #include <linux/kvm.h>
 
+#include "ioctl.h"
 #include "thread.h"
 
 struct pv_intx {
@@ -74,7 +74,7 @@ static void intx_update(struct pv_intx *x)
 		return;
 	x->level = level;
 	if (*x->vm_fd >= 0)
-		ioctl(*x->vm_fd, KVM_IRQ_LINE, &line);
+		pv_ioctl(*x->vm_fd, KVM_IRQ_LINE, &line);
 }
 
 /**

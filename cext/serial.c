@@ -3,9 +3,10 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <linux/kvm.h>
 #include <linux/serial_reg.h>
+
+#include "ioctl.h"
 
 #define RX_SIZE	  1024
 #define FIFO_SIZE 16 /* drivers reckon with so many bytes; the queues behind it are larger */
@@ -59,7 +60,7 @@ static void set_line(struct pv_serial *s, bool level)
 	s->rounds = 0;
 	s->edges += level;
 	if (*s->vm_fd >= 0)
-		ioctl(*s->vm_fd, KVM_IRQ_LINE, &line);
+		pv_ioctl(*s->vm_fd, KVM_IRQ_LINE, &line);
 }
 
 static void update_irq(struct pv_serial *s)

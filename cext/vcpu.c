@@ -10,6 +10,10 @@
 #include <time.h>
 #include <linux/kvm.h>
 
+#ifndef KVM_EXIT_MEMORY_FAULT /* Linux 6.8 */
+#define KVM_EXIT_MEMORY_FAULT 39
+#endif
+
 struct pv_vcpu_private {
 	struct kvm_run *run;
 	size_t run_size;
@@ -47,21 +51,6 @@ int pv_vcpu_init(void)
 
 	/* The signal must make KVM_RUN return, so there is no SA_RESTART. */
 	return sigaction(kick_signal(), &sa, NULL) ? -errno : 0;
-}
-
-/**
- * pv_ioctl() - ioctl() for Python
- * @fd:		Descriptor
- * @request:	Number of the request
- * @arg:	Its argument, a pointer or a number
- *
- * Return: the result of ioctl(), or -errno
- */
-int pv_ioctl(int fd, unsigned long request, void *arg)
-{
-	int ret = ioctl(fd, request, arg);
-
-	return ret < 0 ? -errno : ret;
 }
 
 /**
@@ -370,6 +359,12 @@ static bool handle_error(struct pv_vcpu *v, int error, enum pv_stop *stop)
 	}
 	account(v, &key, 1);
 	v->error = error;
+	v->info_count = 0;
+	if (v->priv->run->exit_reason == KVM_EXIT_MEMORY_FAULT) {
+		/* kvm_run.memory_fault: flags, gpa, size. Older headers do not have its name. */
+		v->info_count = 3;
+		memcpy(v->info, v->priv->run->padding, 3 * sizeof(v->info[0]));
+	}
 	*stop = PV_STOP_ERROR;
 	return false;
 }

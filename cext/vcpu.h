@@ -75,8 +75,8 @@ struct pv_vcpu {
 	bool write;
 	uint8_t *data; /* size * count bytes */
 	/* Details of other reasons. */
-	uint32_t detail; /* the suberror or the type of the system event */
-	uint64_t info[8];
+	uint32_t detail;  /* the suberror or the type of the system event */
+	uint64_t info[8]; /* of an error: flags, address and size of a memory fault, if KVM told */
 	uint32_t info_count;
 	/* The ledger. */
 	uint64_t runs;		/* returns of KVM_RUN */
@@ -105,7 +105,6 @@ void pv_vcpu_rested(struct pv_vcpu *v);
 bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space);
 uint32_t pv_vcpu_ledger(const struct pv_vcpu *v, struct pv_exit_slot *out, uint32_t max);
 void pv_vcpu_kick(struct pv_vcpu *v);
-int pv_ioctl(int fd, unsigned long request, void *arg);
 /* cffi: end */
 
 #endif

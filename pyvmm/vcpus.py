@@ -8,6 +8,7 @@ kicked. Python devices run under the machine's I/O lock. A condition guards the 
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 
@@ -26,9 +27,13 @@ from pyvmm.threads import Thread
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from pyvmm.bus import Bus
     from pyvmm.kvm.vcpu import Vcpu
+
+
+EHWPOISON = 133  # asm-generic/errno.h; Python has no name for it
 
 
 class VcpuThreads:
@@ -183,11 +188,23 @@ def abnormal(vcpu: Vcpu, stop: int) -> Outcome:
     """The end that a return of ``Vcpu.run`` means that is neither an access nor a kick."""
     c, registers = vcpu.c, vcpu.registers()
     if stop == STOP_OTHER and c.reason == EXIT_SHUTDOWN:
+        if vcpu.reset_by_kvm():
+            detail = f"vCPU {vcpu.index}, whose registers KVM has reset, as it does on AMD"
+            return Outcome("triple-fault", detail)
         return Outcome("triple-fault", f"vCPU {vcpu.index}", registers)
     if stop == STOP_ERROR:
-        detail = f"vCPU {vcpu.index}: {os.strerror(c.error)}"
+        detail = f"vCPU {vcpu.index}: {os.strerror(c.error)}{_fault_place(c)}"
     else:
         name = REASONS.get(c.reason, str(c.reason))
         info = " ".join(f"{c.info[i]:#x}" for i in range(c.info_count))
         detail = f"vCPU {vcpu.index}: exit {name}, detail {c.detail} {info}".rstrip()
     return Outcome("kvm-error", f"{detail}, rip {registers['rip']:#x}", registers)
+
+
+def _fault_place(c: Any) -> str:
+    """Where KVM could not get a page of guest memory for the guest's access."""
+    if c.error not in (errno.EFAULT, EHWPOISON):
+        return ""
+    if c.info_count < 3:
+        return " (the host cannot give a page of guest memory; KVM does not say which)"
+    return f" (the host cannot give the page of guest memory at {c.info[1]:#x})"

@@ -306,6 +306,14 @@ class Vcpu:
         out.update({name: getattr(sregs, name) for name in ("cr0", "cr2", "cr3", "cr4", "efer")})
         return out
 
+    def reset_by_kvm(self) -> bool:
+        """Whether the registers are those after reset: on AMD, KVM resets a vCPU that has
+        triple-faulted, because the processor does not keep its state. Threads as ``registers``.
+        """
+        sregs = ffi.new("struct kvm_sregs *")
+        ioctl(self.fileno(), "KVM_GET_SREGS", sregs)
+        return sregs.cs.base == 0xFFFF0000 and self.registers()["rip"] == 0xFFF0
+
     def state(self) -> State:
         """The present state: NOT_STARTED, ALIVE, HALTED_OFF or RUNS_OFF. Call this from the vCPU's
         thread or while the vCPU does not run.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from pyvmm._ext import ffi, lib
-from pyvmm.errors import HostError
+from pyvmm.errors import HostError, MemoryShort
 from pyvmm.fd import EventFd, Fd
 from pyvmm.kvm import Kvm, ioctl
 from pyvmm.spec.platform import GSI_MSI_BASE, KVM_IDENTITY_MAP, KVM_TSS_BASE
@@ -25,6 +26,7 @@ class Vm:
     :param kvm: lent.
     :param memory: lent. Its regions become the memory slots 0, 1, ...
     :raises HostError: KVM cannot create the VM.
+    :raises MemoryShort: KVM does not take so much memory.
     :ivar c_fd: ``int *`` to the descriptor, for devices in C that raise interrupts. A machine reset
         replaces the VM (``recreate``); whoever borrowed the pointer then uses the new VM.
     :ivar any_length: whether an ioeventfd can match writes of any length.
@@ -49,15 +51,27 @@ class Vm:
                 region = ffi.new("struct kvm_userspace_memory_region *")
                 region.slot, region.guest_phys_addr = slot, r.gpa
                 region.memory_size, region.userspace_addr = r.size, r.host
-                ioctl(fd.fileno(), "KVM_SET_USER_MEMORY_REGION", region)
+                try:
+                    ioctl(fd.fileno(), "KVM_SET_USER_MEMORY_REGION", region)
+                except HostError as e:  # too far up for its page tables, or too many pages
+                    raise MemoryShort(
+                        f"KVM does not take {self.memory.size >> 20} MiB of guest memory ({e})",
+                        "lower --memory",
+                    ) from e
             ioctl(fd.fileno(), "KVM_SET_TSS_ADDR", KVM_TSS_BASE)
             identity = ffi.new("uint64_t *", KVM_IDENTITY_MAP)
             ioctl(fd.fileno(), "KVM_SET_IDENTITY_MAP_ADDR", identity)
             ioctl(fd.fileno(), "KVM_CREATE_IRQCHIP")
+            error = lib.pv_pic_mask(fd.fileno())
+            if error:
+                raise HostError(f"cannot mask the 8259s: {os.strerror(-error)}")
             pit = ffi.new("struct kvm_pit_config *")
             # KVM answers port 0x61, too, through which Linux calibrates the TSC.
             pit.flags = lib.KVM_PIT_SPEAKER_DUMMY
             ioctl(fd.fileno(), "KVM_CREATE_PIT2", pit)
+            if self.kvm.extension("KVM_CAP_REINJECT_CONTROL"):
+                # To repeat lost ticks, KVM watches each EOI, and on AMD hosts does without AVIC.
+                ioctl(fd.fileno(), "KVM_REINJECT_CONTROL", ffi.new("struct kvm_reinject_control *"))
         except BaseException:
             fd.close()
             raise

@@ -15,7 +15,7 @@ from tests.boot.guest import Guest, check_traffic, run_all
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.boot.guest import Host
+    from tests.boot.guest import Host, Run
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -117,7 +117,14 @@ def test_reboot_panic_and_triple_fault(host: Host, tmp_path: Path) -> None:
     check_junit(tmp_path, "triple", "triple-fault", "triple-faulted")
     assert runs["triple"].status == 122
     assert "triple-faulted" in last["triple"]
-    assert re.search(r"rip [0-9a-f]{16}", runs["triple"].err)
+    check_registers(runs["triple"])
+
+
+def check_registers(run: Run) -> None:
+    """They are shown, unless they are those after reset: the testbed has an AMD processor."""
+    known = bool(re.search(r"rip [0-9a-f]{16}", run.err))
+    assert known != ("whose registers KVM has reset" in run.err), run
+    assert "000000000000fff0" not in run.err
 
 
 def test_ends_without_linux(host: Host, tmp_path: Path) -> None:
@@ -150,7 +157,7 @@ def test_ends_without_linux(host: Host, tmp_path: Path) -> None:
         "nowhere": 123,
     }
     for run in runs.values():
-        assert re.search(r"rip [0-9a-f]{16}", run.err), run
+        check_registers(run)
         assert len(run.err.splitlines()[-1]) < 200
     assert f"rip {CODE + 1:016x}" in runs["spin"].err
     assert "the guest did not end in time: 4 s are over" in runs["spin"].err

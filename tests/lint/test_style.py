@@ -85,3 +85,19 @@ def test_c_functions_are_described_where_they_are_defined() -> None:
 def test_shell_scripts_parse() -> None:
     for script in ("tools/setup.sh", ".ci/run"):
         clean("sh", "-n", script)
+
+
+def test_ioctls_are_made_again() -> None:
+    """A signal, or a busy host, interrupts KVM's and vhost's ioctls: only ``pv_ioctl`` copes."""
+    raw = {
+        path: re.findall(
+            r"(?<!pv_)\bioctl\([^)]*\)", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+        )
+        for path in C_FILES
+        if path.startswith("cext/")
+        for text in [(ROOT / path).read_text()]
+    }
+    assert {path: calls for path, calls in raw.items() if calls} == {
+        "cext/ioctl.c": ["ioctl(fd, request, arg)"] * 2,
+        "cext/vcpu.c": ["ioctl(v->fd, KVM_RUN, 0)"],  # whose interruption is the point
+    }

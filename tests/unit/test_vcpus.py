@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +15,13 @@ import pytest
 from pyvmm._ext import lib
 from pyvmm.kvm.vcpu import EXIT_SHUTDOWN, STOP_ASKED, STOP_ERROR, STOP_MMIO, STOP_OTHER, STOP_PIO
 from pyvmm.outcome import Outcome
-from pyvmm.vcpus import VcpuThreads, abnormal
+from pyvmm.vcpus import EHWPOISON, VcpuThreads, abnormal
 
 PATIENCE = 30.0
+
+
+AT_5000 = "(the host cannot give the page of guest memory at 0x5000)"
+POISONED = os.strerror(EHWPOISON)
 
 
 class FakeVcpu:
@@ -54,6 +59,9 @@ class FakeVcpu:
 
     def registers(self) -> dict[str, int]:
         return {"rip": 0x1000 + self.index}
+
+    def reset_by_kvm(self) -> bool:
+        return False
 
 
 def until(good: Callable[[], bool]) -> None:
@@ -247,7 +255,8 @@ def test_an_end_in_one_vcpu_is_the_end_of_all(rig: Rig) -> None:
     rig.start()
     rig.join()
     (end,) = rig.ends
-    assert (end.kind, end.detail) == ("kvm-error", "vCPU 1: Bad address, rip 0x1001")
+    unknown = "(the host cannot give a page of guest memory; KVM does not say which)"
+    assert (end.kind, end.detail) == ("kvm-error", f"vCPU 1: Bad address {unknown}, rip 0x1001")
     assert end.registers == {"rip": 0x1001} and rig.threads.failure is None
 
 
@@ -271,6 +280,12 @@ def test_a_fault_of_ours_ends_all_and_is_kept(rig: Rig) -> None:
             "vCPU 0: exit internal_error, detail 1 0x2 0xff, rip 0x1000",
         ),
         (STOP_OTHER, {"reason": 999}, "kvm-error", "vCPU 0: exit 999, detail 0, rip 0x1000"),
+        (
+            STOP_ERROR,
+            {"error": EHWPOISON, "info": [0, 0x5000, 4096], "info_count": 3},
+            "kvm-error",
+            f"vCPU 0: {POISONED} {AT_5000}, rip 0x1000",
+        ),
     ],
 )
 def test_abnormal_ends(stop: int, state: dict[str, Any], kind: str, detail: str) -> None:
