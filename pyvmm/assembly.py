@@ -26,7 +26,7 @@ from pyvmm.kvm import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory import GuestMemory, parse_size
-from pyvmm.netopt import Net, mac_text
+from pyvmm.netopt import Net, mac_addresses, mac_text
 from pyvmm.outcome import Outcome
 from pyvmm.panics import PanicWatch
 from pyvmm.pci import PciBus
@@ -129,12 +129,15 @@ class Parts:
     :param stack: closes each part that has to be closed, the latest first, also if a later one
         cannot be made.
     :param began: when the description was read; CLOCK_MONOTONIC, ns.
+    :param name: of the machine; may be empty.
     :ivar lock: the I/O lock, under which devices in Python answer.
     :ivar boot: how the guest starts. :ivar cmdline: the kernel command line that it has got.
     :raises PyvmmError: a part cannot be made.
     """
 
-    def __init__(self, want: Description, wires: Wires, stack: ExitStack, began: int) -> None:
+    def __init__(
+        self, want: Description, wires: Wires, stack: ExitStack, began: int, name: str
+    ) -> None:
         self._want, self._wires, self._stack = want, wires, stack
         closing = stack.callback
         self.lock = threading.RLock()
@@ -177,8 +180,9 @@ class Parts:
             self.kvm, self.vm, self.bus, self.vcpus, self.nets, self.lock, began
         )
         closing(self.accounts.close)
+        macs = mac_addresses(want.nets, name)
         for index, net in enumerate(want.nets):  # closed before what a switch counts by
-            self._add_net(index, net)
+            self._add_net(index, net, macs[index])
         self._load()
         self.vcpus[0].set_boot_state(self.boot)
         self.vcpu_threads = VcpuThreads(
@@ -226,7 +230,7 @@ class Parts:
 
             add_test_devices(bus, self.vm, self.memory, self._want.cpus, self.console, debug_exit)
 
-    def _add_net(self, index: int, net: Net) -> None:
+    def _add_net(self, index: int, net: Net, mac: bytes) -> None:
         """Plug in a network card."""
         from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
         from pyvmm.virtio.pci.transport import VirtioPci
@@ -235,7 +239,6 @@ class Parts:
         if net.tap is None:
             host = host or f"192.168.{100 + index}.1/24"
             guest = guest or f"192.168.{100 + index}.2/24"
-        mac = net.mac or bytes((0x52, 0x54, 0, 0x12, 0x34, 0x56 + index))
         scope = self.recorder.scope(f"net{index}") if self.recorder is not None else None
         with ExitStack() as undo:
             uplink = Uplink(net, host, scope)

@@ -140,16 +140,24 @@ class Machine:
         )
         self._stack = ExitStack()
         try:
-            self._parts = parts = Parts(description, wires, self._stack, began)
+            claim = None
+            if qmp is not None:  # the name is taken first, because addresses follow from it
+                from pyvmm.control.registry import Claim
+
+                claim = Claim(name, None if qmp == "auto" else qmp, listen=False)
+                self._stack.callback(claim.close)
+            self._parts = parts = Parts(
+                description, wires, self._stack, began, claim.name if claim is not None else ""
+            )
             self.memory, self.kvm, self.vm, self.bus = parts.memory, parts.kvm, parts.vm, parts.bus
             self.pci, self.nets, self.vcpus = parts.pci, parts.nets, parts.vcpus
             self.console, self.stdout, self.stderr = parts.console, parts.stdout, parts.stderr
             self.agent, self.recorder = parts.agent, parts.recorder
             self.accounts, self.vcpu_threads = parts.accounts, parts.vcpu_threads
-            if qmp is not None:
+            if claim is not None:
                 from pyvmm.control import serve
 
-                self._control = serve(self, name, None if qmp == "auto" else qmp)
+                self._control = serve(self, claim)
                 self._stack.callback(self._control.close)
         except BaseException:
             self._stack.close()

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import os
+from binascii import crc32
 from socket import AF_INET
 
 from pyvmm.errors import UsageError
@@ -50,6 +52,7 @@ GROUPS = {
 }
 #: The most queue pairs of a card.
 MAX_QUEUES = 16
+MAC_PREFIX = bytes((0x52, 0x54, 0))  # the customary one of virtual machines: administered locally
 HEX = frozenset("0123456789abcdefABCDEF")
 
 
@@ -61,7 +64,8 @@ class Net:
     :param tap: an existing tap, or the name of a tap to make, if the user may. Without it pyvmm
         makes a tap in a network namespace of its own, sets the addresses of both ends, and removes
         the tap at the end.
-    :param mac: as ``52:54:00:xx:xx:xx``; the default depends on the card's number.
+    :param mac: as ``52:54:00:xx:xx:xx``; the default follows from the machine's name
+        (``mac_addresses``).
     :param mtu: 68 to 65521 bytes (a tap's limit), offered to the guest and set on the tap.
     :param host, guest: addresses with prefix length of the tap and of the guest's interface (IPv4);
         default 192.168.(100 + n).1/24 and .2/24 unless ``tap`` is given.
@@ -290,6 +294,43 @@ def ipv4(key: str, text: str) -> str:
     if family != AF_INET or "/" not in text or not prefix:
         raise UsageError(f"--net: {key}={text}", "write it as 192.168.100.1/24")
     return text
+
+
+def mac_addresses(nets: Sequence[Net], name: str) -> list[bytes]:
+    """The MAC address of each card. A card without ``mac`` gets one that follows from the machine's
+    name, the number of the card, and this boot of this host: it is the same each time that a
+    machine of this name starts, and other machines have others.
+
+    :param name: of the machine; empty for a machine without a name, whose addresses are random.
+    :raises UsageError: two cards have the same ``mac``.
+    """
+    taken: dict[bytes, int] = {}
+    for index, net in enumerate(nets):
+        if net.mac is not None:
+            if net.mac in taken:
+                raise UsageError(
+                    f"--net: mac={mac_text(net.mac)} is the address of cards {taken[net.mac]} and "
+                    f"{index}: the guest's network would mix up their packets",
+                    "give each card its own, or leave mac= out",
+                )
+            taken[net.mac] = index
+    if name:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as f:
+            seed = f.read() + f"{os.uname().nodename}/{os.getuid()}/{name}".encode()
+    else:
+        seed = os.urandom(16)
+    number = crc32(seed)
+    out: list[bytes] = []
+    for net in nets:
+        mac = net.mac
+        while mac is None:
+            mac = MAC_PREFIX + (number & 0xFFFFFF).to_bytes(3, "big")
+            number += 1
+            if mac in taken:
+                mac = None
+        taken[mac] = len(out)
+        out.append(mac)
+    return out
 
 
 def mac_text(mac: bytes) -> str:

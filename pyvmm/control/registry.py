@@ -81,11 +81,15 @@ class Claim:
 
     :param name: None for the first free of ``vm0``, ``vm1``, ...
     :param path: of the socket; None for a socket beside the machine's file.
+    :param listen: False if ``listen`` will be called later. Until then other processes do not find
+        the machine, but its name is taken.
     :raises UsageError: the name is taken or bad, or the path is in use.
     :raises HostError: there is no private directory, or the socket cannot be made.
     """
 
-    def __init__(self, name: str | None = None, path: str | None = None) -> None:
+    def __init__(
+        self, name: str | None = None, path: str | None = None, *, listen: bool = True
+    ) -> None:
         where = directory()
         self._fd = -1
         self._made: sockets.Identity | None = None
@@ -93,11 +97,20 @@ class Claim:
         self.name = self._take(where, name)
         self._file = f"{where}/{self.name}{SUFFIX}"
         self.path = os.path.abspath(path) if path is not None else f"{where}/{self.name}.qmp"
+        self._own = path is None
+        if listen:
+            self.listen()
+
+    def listen(self) -> None:
+        """Make the socket. From now on other processes find the machine.
+
+        :raises UsageError: the path is in use, or no socket can be made there.
+        """
         try:
             text = f"{os.getpid()}\n{time.time():.3f}\n{self.path}".encode(errors="surrogateescape")
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, text, 0)
-            self._listen(own=path is None)
+            self._listen(own=self._own)
         except BaseException:
             self.close()
             raise
@@ -111,8 +124,9 @@ class Claim:
             while not self._lock(f"{where}/{name}{SUFFIX}"):
                 if time.monotonic() > until:
                     pid = next((e.pid for e in machines() if e.name == name), 0)
+                    who = f", process {pid}" if pid else ""  # 0: it starts just now
                     raise UsageError(
-                        f"a machine named {name} is running, process {pid}", "use another --name"
+                        f"a machine named {name} is running{who}", "use another --name"
                     )
                 time.sleep(0.01)
             return name

@@ -164,7 +164,7 @@ def test_a_guest_under_control(host: Host) -> None:
     """One boot for all of it, on an emulated card and one of vhost-net; a second after the
     reset.
     """
-    nets = ("--net", "emulated", "--net", "vhost-net")
+    nets = ("--net", "emulated,mac=52:54:00:12:34:56", "--net", "vhost-net")
     with Guest(host, "--cpus", "2", *nets, "--name", NAME, "--on-reboot", "exit") as guest:
         events = listen(host)
         row = machines(host)[NAME]

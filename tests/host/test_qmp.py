@@ -395,7 +395,7 @@ def test_names(guest: Guest, vm: Machine) -> None:
 
 def test_net_commands(guest: Guest) -> None:
     """Cards of a machine whose guest does not drive them."""
-    nets = [Net("emulated"), Net("emulated", link="off")]
+    nets = [Net("emulated", mac="52:54:00:12:34:56"), Net("emulated", link="off")]
     with (
         Machine(guest("reset"), memory="4M", append=BUSY, nets=nets, qmp="auto", name="n") as vm,
         connect("n") as c,
