@@ -34,6 +34,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/genetlink.h>
 #include <linux/if_addr.h>
 #include <linux/netlink.h>
@@ -66,24 +67,22 @@
 
 #include "pyvmm_port.h"
 
-#define MAX_NICS     32
-#define MAX_ARGS     256
-#define NET_WAIT_MS  5000
+#define NET_WAIT_MS 5000
+/* After the command's end, init waits so long for more output of processes that it left behind. */
 #define DRAIN_MS     1000
 #define BUTTON_MS    3000 /* after the power button, the command has so long to end itself */
-#define CMDLINE_SIZE 4096
 #define COMMAND_FILE "/etc/pyvmm.cmd"
 #define PAGE_SIZE    4096
 #define DLE	     0x10
 #define EOT	     0x04
 
 static bool have_port;
-static char *page; /* the page of GUEST_PAGE; NULL: output goes by bytes */
+static char *page;   /* the page of GUEST_PAGE; NULL: output goes by bytes */
+static bool answers; /* whether the VMM answers each GUEST_WRITE */
 static bool verbose;
-static char cmdline[CMDLINE_SIZE];
-static char command[65536]; /* argv; a NUL ends each argument */
+static char *command; /* argv; a NUL ends each argument, and one more the whole */
 static size_t command_size;
-static char *argv_out[MAX_ARGS + 1];
+static char **argv_out;
 static bool stdin_console;
 static bool agent_wanted;
 static bool pressed; /* whether the power button has been pressed */
@@ -91,8 +90,8 @@ static const char *hostname = "guest";
 static const char *term = "vt100";
 static const char *panic_how = "";
 static const char *window = "";
-static char *nic_specs[MAX_NICS];
-static unsigned int nic_count;
+static char **nic_specs;
+static size_t nic_count;
 static const char *peer;
 
 static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -126,24 +125,40 @@ static long now_ms(void)
 	return t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-/* Read at most @size - 1 bytes of @path, add a NUL; returns the length, or -1. */
-static ssize_t read_file(const char *path, char *data, size_t size)
+/* Change the size of @old, which may be NULL. Without memory, init cannot do anything any more. */
+static void *resize(void *old, size_t size)
+{
+	void *p = realloc(old, size);
+
+	if (!p) {
+		say("out of memory");
+		_exit(1); /* at which the kernel panics */
+	}
+	return p;
+}
+
+/*
+ * Read all of @path and add a NUL. Returns the text, to be freed, and its length without the NUL in
+ * @length, which may be NULL. If the file cannot be read, the text is empty.
+ */
+static char *read_file(const char *path, size_t *length)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	size_t have = 0;
+	size_t have = 0, room = 4096;
+	char *data = resize(NULL, room);
 
-	if (fd < 0)
-		return -1;
-	while (have < size - 1) {
-		ssize_t n = read(fd, data + have, size - 1 - have);
-
-		if (n <= 0)
-			break;
-		have += (size_t)n;
+	for (ssize_t n = 1; fd >= 0 && n > 0;) {
+		if (room - have < 2)
+			data = resize(data, room *= 2);
+		n = read(fd, data + have, room - have - 1);
+		have += n > 0 ? (size_t)n : 0;
 	}
-	close(fd);
+	if (fd >= 0)
+		close(fd);
 	data[have] = 0;
-	return (ssize_t)have;
+	if (length)
+		*length = have;
+	return data;
 }
 
 /* --- set-up --- */
@@ -220,6 +235,7 @@ static void share_page(void)
 	    entry >> 63 && (entry &= (1ULL << 55) - 1) && entry < 1 << 24) {
 		page = p;
 		tell(GUEST_PAGE, (unsigned int)entry);
+		answers = *(unsigned int *)page == GUEST_ANSWERS;
 	}
 	close(map);
 }
@@ -230,12 +246,10 @@ static void share_page(void)
  */
 static void load_modules(void)
 {
-	static char list[4096];
+	char *list = read_file("/etc/modules", NULL);
 	struct utsname uts;
-	char path[512], *save;
+	char path[PATH_MAX], *save;
 
-	if (read_file("/etc/modules", list, sizeof(list)) < 0)
-		return;
 	uname(&uts);
 	for (char *name = strtok_r(list, "\n", &save); name; name = strtok_r(NULL, "\n", &save)) {
 		int fd;
@@ -250,6 +264,7 @@ static void load_modules(void)
 			say("module %s: %s", path, strerror(errno));
 		close(fd);
 	}
+	free(list);
 }
 
 static int base64_value(char c)
@@ -263,8 +278,11 @@ static int base64_value(char c)
 	return c == '-' ? 62 : c == '_' ? 63 : -1;
 }
 
-/* Decode base64url (RFC 4648, section 5) without its padding to @out; returns the length. */
-static size_t base64_decode(const char *in, char *out, size_t size)
+/*
+ * Decode base64url (RFC 4648, section 5) without its padding to @out, which has room for it;
+ * returns the length.
+ */
+static size_t base64_decode(const char *in, char *out)
 {
 	unsigned int bits = 0, have = 0;
 	size_t n = 0;
@@ -278,32 +296,28 @@ static size_t base64_decode(const char *in, char *out, size_t size)
 		}
 		bits = (bits << 6 | (unsigned int)v) & 0xffffff;
 		have += 6;
-		if (have >= 8 && n < size) {
+		if (have >= 8) {
 			have -= 8;
 			out[n++] = (char)(bits >> have & 0xff);
-		} else if (have >= 8) {
-			say("pyvmm.cmd is too long; the rest is cut");
-			return n;
 		}
 	}
 	return n;
 }
 
 /* Split @command at its NULs into argv_out; returns argc. */
-static int split_command(void)
+static size_t split_command(void)
 {
-	int argc = 0;
+	size_t argc = 0, room = 0;
 
-	if (command_size && command[command_size - 1])
-		command[command_size++] = 0;
+	/* The NUL behind the command ends its last argument if nothing else does. */
 	for (size_t at = 0; at < command_size; at += strlen(command + at) + 1) {
-		if (argc == MAX_ARGS) {
-			say("command has more than %d arguments; the rest is cut", MAX_ARGS);
-			break;
-		}
+		if (argc == room)
+			argv_out = resize(argv_out, ((room += 64) + 1) * sizeof(*argv_out));
 		argv_out[argc++] = command + at;
 	}
-	argv_out[argc] = NULL;
+	argv_out =
+		resize(argv_out, (argc + 2) * sizeof(*argv_out)); /* a shell may take the first */
+	argv_out[argc] = argv_out[argc + 1] = NULL;
 	return argc;
 }
 
@@ -324,10 +338,10 @@ static char *value_of(char *word, const char *key)
 static const char *parse_cmdline(void)
 {
 	const char *port = NULL;
-	char *p = cmdline, *v;
+	char *p = read_file("/proc/cmdline", NULL),
+	     *v; /* its words are used as long as init runs */
 	bool cmd_given = false;
 
-	read_file("/proc/cmdline", cmdline, sizeof(cmdline));
 	while (*p) {
 		char *word, *to;
 		bool quoted = false, more;
@@ -344,13 +358,13 @@ static const char *parse_cmdline(void)
 		if (more)
 			p++;
 		if ((v = value_of(word, "pyvmm.cmd"))) {
-			command_size = base64_decode(v, command, sizeof(command) - 1);
+			command = resize(command, strlen(v) + 1);
+			command_size = base64_decode(v, command);
+			command[command_size] = 0;
 			cmd_given = true;
 		} else if ((v = value_of(word, "pyvmm.net"))) {
-			if (nic_count < MAX_NICS)
-				nic_specs[nic_count++] = v;
-			else
-				say("more than %d times pyvmm.net; '%s' is left out", MAX_NICS, v);
+			nic_specs = resize(nic_specs, (nic_count + 1) * sizeof(*nic_specs));
+			nic_specs[nic_count++] = v;
 		} else if ((v = value_of(word, "pyvmm.hostname"))) {
 			hostname = v;
 		} else if ((v = value_of(word, "pyvmm.term"))) {
@@ -369,11 +383,8 @@ static const char *parse_cmdline(void)
 			verbose = true;
 		}
 	}
-	if (!cmd_given) {
-		ssize_t n = read_file(COMMAND_FILE, command, sizeof(command) - 1);
-
-		command_size = n > 0 ? (size_t)n : 0;
-	}
+	if (!cmd_given)
+		command = read_file(COMMAND_FILE, &command_size);
 	return port;
 }
 
@@ -533,7 +544,7 @@ static int find_link(const char *name)
 static bool configure_nic(char *spec, long deadline)
 {
 	char *save, *name = strtok_r(spec, ",", &save), *gateway = NULL;
-	char *addresses[16];
+	char **addresses = resize(NULL, (strlen(spec) / 2 + 1) * sizeof(*addresses));
 	unsigned int count = 0, mtu = 0;
 	unsigned char binary[16];
 	int index, error;
@@ -541,6 +552,7 @@ static bool configure_nic(char *spec, long deadline)
 
 	if (!name) {
 		say("pyvmm.net is empty");
+		free(addresses);
 		return false;
 	}
 	for (char *word; (word = strtok_r(NULL, ",", &save));) {
@@ -550,13 +562,14 @@ static bool configure_nic(char *spec, long deadline)
 			mtu = (unsigned int)strtoul(word + 4, NULL, 10);
 		else if (!strncmp(word, "peer=", 5))
 			peer = peer ? peer : word + 5;
-		else if (count < sizeof(addresses) / sizeof(*addresses))
+		else
 			addresses[count++] = word;
 	}
 	while (!(index = find_link(name)) && now_ms() < deadline)
 		usleep(2000);
 	if (!index) {
 		say("no network interface %s after %d ms", name, NET_WAIT_MS);
+		free(addresses);
 		return false;
 	}
 	error = link_up(index, mtu);
@@ -582,6 +595,7 @@ static bool configure_nic(char *spec, long deadline)
 		if (error)
 			say("cannot add %s to %s: %s", addresses[i], name, strerror(error));
 	}
+	free(addresses);
 	if (gateway) {
 		peer = peer ? peer : gateway;
 		size = parse_address(gateway, binary);
@@ -603,7 +617,7 @@ static void configure_network(void)
 		return;
 	}
 	link_up(1, 0); /* lo always has index 1 */
-	for (unsigned int i = 0; i < nic_count; i++)
+	for (size_t i = 0; i < nic_count; i++)
 		up += configure_nic(nic_specs[i], deadline);
 	close(nl_fd);
 	if (nic_count)
@@ -735,13 +749,13 @@ static bool power_button(int fd)
  */
 static int open_tty(void)
 {
-	char path[64] = "/dev/", name[128] = "";
-	char *last;
+	char *names = read_file("/sys/class/tty/console/active", NULL), *last;
+	char path[PATH_MAX];
 
-	read_file("/sys/class/tty/console/active", name, sizeof(name));
-	name[strcspn(name, "\n")] = 0;
-	last = strrchr(name, ' ');
-	strncat(path, last ? last + 1 : name, sizeof(path) - 6);
+	names[strcspn(names, "\n")] = 0;
+	last = strrchr(names, ' ');
+	snprintf(path, sizeof(path), "/dev/%s", last ? last + 1 : names);
+	free(names);
 	return open(path, O_RDWR | O_NOCTTY | O_CLOEXEC);
 }
 
@@ -756,7 +770,8 @@ static void set_window(int tty)
 static void set_environment(void)
 {
 	clearenv();
-	setenv("PATH", "/bin:/sbin:/usr/bin:/usr/sbin", 1);
+	/* Busybox' applets are in /bin; what somebody adds to the image comes before them. */
+	setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 1);
 	setenv("HOME", "/root", 1);
 	setenv("TERM", term, 1);
 	if (peer)
@@ -868,7 +883,10 @@ static pid_t start_feeder(int tty, int *command_in)
 	return pid;
 }
 
-/* Relay one piece of output from @fd to the port; returns false at the end of the output. */
+/*
+ * Relay one piece of output from @fd to the port; returns false at the end of the output, or if
+ * nobody reads it any more.
+ */
 static bool relay(int fd, unsigned short port)
 {
 	static char bytes[PAGE_SIZE];
@@ -880,7 +898,10 @@ static bool relay(int fd, unsigned short port)
 	if (n > 0 && page)
 		pyvmm_control(GUEST_WRITE,
 			      (unsigned int)n | (port == PORT_GUEST_STDERR ? 1U << 16 : 0));
-	else if (n > 0)
+	if (n > 0 && page && answers)
+		return !(*(volatile unsigned int *)page &
+			 (port == PORT_GUEST_STDERR ? GONE_STDERR : GONE_STDOUT));
+	if (n > 0 && !page)
 		pyvmm_write(port, piece, (size_t)n);
 	return n > 0;
 }
@@ -922,8 +943,13 @@ static bool reap(pid_t child, int *status)
 static void agent_interrupted(int bell, pid_t child);
 
 /*
- * Relay output and reap children until @child has ended and its output has been relayed; returns
- * its status. @bell is the agent's serial port, or -1 without an agent.
+ * Relay output and reap children until @child has ended and all of its output has been relayed;
+ * returns its status. @out and @err are closed then. @bell is the agent's serial port, or -1
+ * without an agent.
+ *
+ * Processes that the command has left behind may hold the pipes open for ever. After the command's
+ * end, init therefore waits for DRAIN_MS for more output, but only while there is nothing to read:
+ * however long the VMM takes for the output, every byte in the pipes reaches it.
  */
 static int supervise(pid_t child, int signals, int out, int err, int buttons, int bell)
 {
@@ -936,22 +962,25 @@ static int supervise(pid_t child, int signals, int out, int err, int buttons, in
 	int status = 0;
 
 	for (;;) {
-		long wait = deadline ? deadline - now_ms() : patience ? patience - now_ms() : -1;
+		long wait = -1;
 
-		if (!deadline && patience && wait <= 0) {
+		if (patience && now_ms() >= patience) {
 			kill(-1, SIGKILL);
 			patience = 0;
-			wait = -1;
+		}
+		if (deadline || patience) {
+			wait = (deadline && (!patience || deadline < patience) ? deadline
+									       : patience) -
+			       now_ms();
+			wait = wait < 0 ? 0 : wait;
 		}
 
-		/*
-		 * Processes that the command has left behind may hold the pipes open for ever, so
-		 * do not wait for the pipes' end beyond the deadline.
-		 */
-		if (deadline && (wait <= 0 || (fds[1].fd < 0 && fds[2].fd < 0)))
-			return status;
+		if (deadline && fds[1].fd < 0 && fds[2].fd < 0)
+			break;
 		if (poll(fds, 5, (int)wait) < 0)
 			continue;
+		if (deadline && !fds[1].revents && !fds[2].revents && now_ms() >= deadline)
+			break;
 		if (fds[3].revents && power_button(buttons)) {
 			if (out < 0) /* an interactive shell, which ignores SIGTERM */
 				leave(RB_POWER_OFF);
@@ -978,26 +1007,38 @@ static int supervise(pid_t child, int signals, int out, int err, int buttons, in
 			if (reap(child, &status))
 				deadline = now_ms() + DRAIN_MS;
 		}
-		if (fds[1].revents && !relay(out, PORT_GUEST_STDOUT))
+		/* A closed pipe ends whoever writes to it by SIGPIPE. */
+		if (fds[1].revents && !relay(out, PORT_GUEST_STDOUT)) {
+			close(out);
 			fds[1].fd = -1;
-		if (fds[2].revents && !relay(err, PORT_GUEST_STDERR))
+		}
+		if (fds[2].revents && !relay(err, PORT_GUEST_STDERR)) {
+			close(err);
 			fds[2].fd = -1;
+		}
+		if (deadline && (fds[1].revents || fds[2].revents))
+			deadline = now_ms() + DRAIN_MS;
 	}
+	for (int i = 1; i <= 2; i++)
+		if (fds[i].fd >= 0)
+			close(fds[i].fd);
+	return status;
 }
 
 /* Run the command, or a shell on the console; returns its status. */
 static int run(int signals)
 {
-	static char shell[] = "sh";
+	/* Only busybox' own shell can edit lines; sh may be another one. */
+	static char ash[] = "ash", sh[] = "sh";
 	int out[2] = {-1, -1}, err[2] = {-1, -1};
 	int in = open("/dev/null", O_RDONLY | O_CLOEXEC);
 	int tty = open_tty();
-	bool interactive = !split_command();
+	bool interactive = split_command() == 0;
 	pid_t child;
 	int status;
 
 	if (interactive) {
-		argv_out[0] = shell;
+		argv_out[0] = access("/bin/ash", X_OK) ? sh : ash;
 		if (tty < 0)
 			say("no terminal behind the console: %s", strerror(errno));
 		else
@@ -1105,11 +1146,13 @@ static int agent_run(const struct pyvmm_request *r, int signals, int buttons, in
 {
 	const char *argv = agent_in + sizeof(*r), *input = argv + r->argv_size;
 	int in = memfd_create("input", MFD_CLOEXEC);
-	int out[2], err[2], status;
+	int out[2], err[2];
 	pid_t child;
 
+	command = resize(command, r->argv_size + 1);
 	memcpy(command, argv, r->argv_size);
 	command_size = r->argv_size;
+	command[command_size] = 0;
 	if (in < 0 || !write_all(in, input, r->input_size) || lseek(in, 0, SEEK_SET)) {
 		say("no input for a command: %s", strerror(errno));
 		return 126;
@@ -1133,13 +1176,11 @@ static int agent_run(const struct pyvmm_request *r, int signals, int buttons, in
 	close(err[1]);
 	if (child < 0) {
 		say("fork: %s", strerror(errno));
-		status = 126;
-	} else {
-		status = supervise(child, signals, out[0], err[0], buttons, bell);
+		close(out[0]);
+		close(err[0]);
+		return 126;
 	}
-	close(out[0]);
-	close(err[0]);
-	return status;
+	return supervise(child, signals, out[0], err[0], buttons, bell);
 }
 
 static void __attribute__((noreturn)) agent(int signals)
@@ -1206,6 +1247,7 @@ int main(void)
 	int fd, signals;
 
 	clock_gettime(CLOCK_BOOTTIME, &boot);
+	chmod("/", 0755); /* a root file system of type tmpfs begins as 01777 */
 	mkdir("/dev", 0755);
 	/*
 	 * The kernel opens descriptors 0 to 2 on /dev/console if there is one. Open all that are

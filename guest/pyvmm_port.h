@@ -18,7 +18,9 @@
  * KVM exits once per byte, also with rep outsb (em_out in arch/x86/kvm/emulate.c). This is good
  * enough for the few words of a test program. For longer output, GUEST_PAGE names a page of guest
  * memory once, and each GUEST_WRITE then sends up to 4096 bytes from that page by one exit. Each of
- * the two streams keeps its order.
+ * the two streams keeps its order. A VMM that answers says so at GUEST_PAGE: it puts GUEST_ANSWERS
+ * into the page's first four bytes. From then on, each GUEST_WRITE leaves a word of GONE_* there,
+ * which says whose reader has gone, so that init can end the command by SIGPIPE.
  *
  * A program must call ioperm(PORT_GUEST_CONTROL, PORT_GUEST_COUNT, 1) first, which needs
  * CAP_SYS_RAWIO.
@@ -56,6 +58,10 @@
 #define GUEST_WRITE    7 /* output: bits 0..15 of value are the length, at most 4096; 16: stderr */
 #define GUEST_AGENT    8 /* init takes requests from now on */
 #define GUEST_RESULT   9 /* a command has ended: bits 0..7 of value are its status, 8..23 its id */
+
+#define GUEST_ANSWERS 0x534e4150 /* "PANS" */
+#define GONE_STDOUT   1
+#define GONE_STDERR   2
 
 #define REQUEST_RUN   1 /* run argv */
 #define REQUEST_KILL  2 /* kill the command with this id */

@@ -53,16 +53,21 @@ BASE_CMDLINE = "console=ttyS0 panic=-1"
 #: takes over. It comes last: the kernel reads its parameters in order, and a ``quiet`` after it
 #: would find the early console busy with earlier output, with an exit or two per character.
 EARLY_CONSOLE = "earlyprintk=ttyS0,115200"
-#: The most bytes of a command. Base64 makes them longer, and Linux takes 2047 bytes for everything
-#: (COMMAND_LINE_SIZE).
-COMMAND_MAX = 1200
+#: The most bytes of a command on the kernel command line. Base64 makes them longer, and Linux takes
+#: 2047 bytes for everything (COMMAND_LINE_SIZE). Longer commands go into an archive.
+COMMAND_WORD_MAX = 1200
+#: What execve(2) takes: the bytes of one argument with its NUL (MAX_ARG_STRLEN), and of all of them
+#: with their pointers: a quarter of the stack's limit of 8 MiB (ARG_MAX), less the environment's.
+ARGUMENT_MAX = 128 << 10
+COMMAND_MAX = (2 << 20) - (16 << 10)
+COMMAND_FILE = "/etc/pyvmm.cmd"
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word before init
 
 
 class Description:
     """The description of a machine: the parameters of ``Machine``, checked.
 
-    :ivar memory: in bytes.
+    :ivar memory: in bytes. :ivar raw_command: the command as init takes it; None without one.
     :raises UsageError: a value is out of range, or two do not go together.
     """
 
@@ -88,6 +93,7 @@ class Description:
             raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
         if agent and command is not None:
             raise UsageError("agent and command", "run commands by Machine.run")
+        self.raw_command = command_bytes(command) if command is not None else None
         self.kernel, self.initrd, self.append, self.command = kernel, initrd, append, command
         self.load_address, self.load_mode = load_address, load_mode
         self.cpus, self.memory, self.huge = cpus, parse_size(memory), huge
@@ -186,7 +192,7 @@ class Parts:
         self._load()
         self.vcpus[0].set_boot_state(self.boot)
         self.vcpu_threads = VcpuThreads(
-            self.vcpus, self.bus, self.lock, flush=self._port.flush, over=wires.end
+            self.vcpus, self.bus, self.lock, flush=self.port.flush, over=wires.end
         )
         self.hang_watch = (
             self._make_hang_watch(want.hang_timeout) if want.hang_timeout is not None else None
@@ -209,7 +215,7 @@ class Parts:
         self.console.plug(bus, PORT_COM1, "serial0")
         self.stdout.plug(bus, PORT_GUEST_STDOUT, "guest-stdout")
         self.stderr.plug(bus, PORT_GUEST_STDERR, "guest-stderr")
-        self._port = GuestPort(
+        self.port = GuestPort(
             bus,
             self._page,
             self.stdout,
@@ -327,6 +333,7 @@ class Parts:
             rsdp=rsdp,
             load_address=want.load_address,
             load_mode=want.load_mode,
+            archive=command_archive(want),
         )
 
     def restart(self) -> None:
@@ -352,6 +359,42 @@ class Parts:
         self.vcpus[0].set_boot_state(self.boot)
 
 
+def command_bytes(command: Sequence[str]) -> bytes:
+    """A command as init takes it: a NUL ends each argument.
+
+    :raises UsageError: the guest could not run it with these arguments.
+    """
+    args = [os.fsencode(arg) for arg in command]
+    for arg in args:
+        if b"\0" in arg:
+            raise UsageError(f"COMMAND has a NUL in its argument {arg[:40]!r}", "leave it out")
+        if len(arg) >= ARGUMENT_MAX:
+            raise UsageError(
+                f"COMMAND has an argument of {len(arg)} bytes, more than {ARGUMENT_MAX - 1}",
+                "put it into a file of the initrd",
+            )
+    raw = b"".join(arg + b"\0" for arg in args)
+    if len(raw) + 8 * len(args) > COMMAND_MAX:
+        raise UsageError(
+            f"COMMAND has {len(args)} arguments with {len(raw)} bytes, more than Linux can start",
+            "put them into a file of the initrd",
+        )
+    return raw
+
+
+def command_archive(want: Description) -> bytes:
+    """An archive with the command, if it is too long for the kernel command line; else empty.
+    Linux unpacks it after the initrd.
+    """
+    if want.raw_command is None or len(want.raw_command) <= COMMAND_WORD_MAX:
+        return b""
+    from pyvmm.images.cpio import Archive
+
+    archive = Archive()
+    archive.file(COMMAND_FILE, want.raw_command)
+    return archive.pack()
+
+
 def cmdline(want: Description, nets: Sequence[Nic]) -> str:
     """The kernel command line.
 
@@ -365,15 +408,10 @@ def cmdline(want: Description, nets: Sequence[Nic]) -> str:
             gateway = f",gw={nic.host.partition('/')[0]}" if nic.host else ""
             mtu = f",mtu={nic.net.mtu}" if nic.net.mtu else ""
             parts.append(f"pyvmm.net={mac_text(nic.device.mac)},{nic.guest}{gateway}{mtu}")
-    if want.command is not None:
+    raw = want.raw_command
+    if raw is not None and len(raw) <= COMMAND_WORD_MAX:
         import base64
 
-        raw = b"".join(os.fsencode(arg) + b"\0" for arg in want.command)
-        if len(raw) > COMMAND_MAX:
-            raise UsageError(
-                f"COMMAND has {len(raw)} bytes, more than {COMMAND_MAX}",
-                "shorten it, or put it into the initrd",
-            )
         parts.append("pyvmm.cmd=" + base64.urlsafe_b64encode(raw).decode().rstrip("="))
     append, dashes, rest = f" {want.append}".partition(" -- ")  # the words after "--" are for init
     parts.append(append.strip())

@@ -120,6 +120,8 @@ class Machine:
         self.command_status: int | None = None
         #: Set when init runs (our init or the kernel's last words report it), and at the end.
         self.booted = threading.Event()
+        #: Set when our init starts the command, which can take its input then, and at the end.
+        self.command_started = threading.Event()
         self._pausing = threading.Lock()  # one pause or resume at a time
         #: Guards the request for an end. Held for a moment only, and never by a thread that waits.
         self._asking = threading.Lock()
@@ -245,6 +247,13 @@ class Machine:
         return self.wait(timeout)
 
     @property
+    def hears_of_readers(self) -> bool:
+        """Whether the guest's init is told if nobody reads the output of its command any more, so
+        that the command can end by SIGPIPE.
+        """
+        return self._parts.port.answers
+
+    @property
     def outcome(self) -> Outcome | None:
         """How the machine ended; None before its end."""
         return self._outcome
@@ -268,6 +277,7 @@ class Machine:
             self._outcome = self._outcome or self._request
             self._done.set()
             self.booted.set()
+            self.command_started.set()
 
     def close(self) -> None:
         """Stop, and release everything. A second call does nothing."""
@@ -430,6 +440,8 @@ class Machine:
         self.accounts.reach(point)
         if point == "init":
             self.booted.set()
+        elif point == "command":
+            self.command_started.set()
 
     def _command_ended(self, status: int) -> None:
         self.command_status = status
@@ -456,6 +468,7 @@ class Machine:
                 self.emit(event, **data)
         self._done.set()
         self.booted.set()
+        self.command_started.set()
         if self.agent is not None:
             self.agent.gone(f"the guest has ended ({outcome.kind})")
 

@@ -5,6 +5,8 @@ The modules ``acpi`` and ``mptable`` make the firmware tables.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from pyvmm.boot import params
 from pyvmm.boot.image import ImageFile
 from pyvmm.errors import UsageError
@@ -27,6 +29,7 @@ __all__ = ["FLAT_MODES", "PROTOCOLS", "BootState", "is_linux", "load"]
 #: 64-bit ELF by its PVH note, else by its multiboot header, else at e_entry; a 32-bit ELF by its
 #: multiboot header, else by its PVH note. ``linux64`` enters a bzImage or a 64-bit ELF at the
 #: 64-bit entry. Each of the other protocols takes one format only.
+ARCHIVE_ALIGN = 512  # bytes; archives of an initrd begin at its multiples
 PROTOCOLS = ("auto", "linux64", "pvh", "elf64", "bzimage", "multiboot")
 #: How a flat binary starts at its first byte: in PVH's entry state, in the state of Linux' 64-bit
 #: entry, or in real mode with CS 0.
@@ -70,6 +73,7 @@ def load(
     protocol: str = "auto",
     load_address: int | None = None,
     load_mode: str = "protected32",
+    archive: bytes = b"",
 ) -> BootState:
     """Put kernel, initrd, command line and boot parameters into ``memory``.
 
@@ -82,29 +86,37 @@ def load(
     :param load_address: load the file as a flat binary at this guest-physical address, whatever its
         format.
     :param load_mode: one of FLAT_MODES: how a flat binary starts.
+    :param archive: a cpio archive that Linux unpacks after the initrd; it holds a command that is
+        too long for the command line.
     :raises ImageError: a file cannot be used; the error names the file, the field and the remedy.
-    :raises UsageError: the protocol or the mode is unknown.
+    :raises UsageError: the protocol or the mode is unknown, or the kernel takes no archive.
     """
     if protocol not in PROTOCOLS:
         raise UsageError(
             f"unknown boot protocol {protocol!r}", f"use one of {', '.join(PROTOCOLS)}"
         )
     with ImageFile(kernel, "kernel") as image:
+        found = "flat" if load_address is not None else _format(image)
+        if archive and found not in ("elf", "bzimage"):
+            raise _no_archive("flat binary" if found == "flat" else "multiboot kernel")
         if load_address is not None:
             return _load_flat(memory, image, initrd, cmdline, rsdp, load_address, load_mode)
-        found = _format(image)
         if found == "multiboot" and protocol in ("auto", "multiboot"):
             return _load_multiboot(memory, image, None, initrd, cmdline)
         if found == "elf":
             if protocol == "bzimage":
                 raise image.bad("is an ELF, not a bzImage", "use protocol auto")
-            return _load_elf(memory, image, initrd, cmdline, rsdp, protocol)
+            return _load_elf(memory, image, initrd, cmdline, rsdp, protocol, archive)
         if found == "multiboot" or protocol not in ("auto", "linux64", "bzimage"):
             name = "bzImage" if found == "bzimage" else "multiboot kernel"
             raise image.bad(
                 f"is a {name}, which protocol {protocol} cannot enter", "use protocol auto"
             )
-        return _load_bzimage(memory, image, initrd, cmdline, rsdp)
+        return _load_bzimage(memory, image, initrd, cmdline, rsdp, archive)
+
+
+def _no_archive(kind: str) -> UsageError:
+    return UsageError(f"a {kind} takes no COMMAND as long as this one", "shorten it")
 
 
 def is_linux(kernel: str) -> bool:
@@ -157,7 +169,12 @@ def _format(image: ImageFile) -> str:
 
 
 def _load_bzimage(
-    memory: GuestMemory, image: ImageFile, initrd: str | None, cmdline: str, rsdp: int
+    memory: GuestMemory,
+    image: ImageFile,
+    initrd: str | None,
+    cmdline: str,
+    rsdp: int,
+    archive: bytes,
 ) -> BootState:
     from pyvmm.boot.bzimage import BzImage
 
@@ -167,7 +184,7 @@ def _load_bzimage(
     if end > memory.low_size:
         raise image.bad(f"pref_address {bz.address:#x} is above 4 GiB")
     line = params.check_cmdline(cmdline, bz.cmdline_max)
-    disk = _load_initrd(memory, initrd, end, bz.initrd_max)
+    disk = _load_initrd(memory, initrd, end, bz.initrd_max, archive)
     image.load(memory, bz.address, bz.offset, bz.length, "the kernel code")
     params.write_common(memory, line)
     return _enter_linux64(memory, "bzImage", bz.header, bz.address + lb.ENTRY_64, rsdp, disk)
@@ -180,6 +197,7 @@ def _load_elf(
     cmdline: str,
     rsdp: int,
     protocol: str,
+    archive: bytes,
 ) -> BootState:
     from pyvmm.boot import elf
 
@@ -193,6 +211,8 @@ def _load_elf(
         from pyvmm.boot import multiboot
 
         if multiboot.find(image) is not None:
+            if archive:
+                raise _no_archive("multiboot kernel")
             return _load_multiboot(memory, image, kernel, initrd, cmdline)
         if asked:
             raise image.bad("has no multiboot header in its first 8 KiB", "use protocol auto")
@@ -218,7 +238,7 @@ def _load_elf(
     line = params.check_cmdline(
         cmdline, lb.COMMAND_LINE_SIZE - 1 if kernel.linux else pf.BOOT_CMDLINE_MAX - 1
     )
-    disk = _load_initrd(memory, initrd, low[-1].end, memory.low_size - 1)
+    disk = _load_initrd(memory, initrd, low[-1].end, memory.low_size - 1, archive)
     for s in kernel.segments:
         image.load(memory, s.paddr, s.offset, s.filesz, f"segment {s.index}")
     params.write_common(memory, line)
@@ -242,8 +262,6 @@ def _load_multiboot(
 
     :param kernel: the parsed ELF; None if the file is no ELF and only the header says what to load.
     """
-    from contextlib import ExitStack
-
     from pyvmm.boot import multiboot
     from pyvmm.spec import multiboot as mb
 
@@ -366,14 +384,23 @@ def _check_range(memory: GuestMemory, image: ImageFile, field: str, start: int, 
 
 
 def _load_initrd(
-    memory: GuestMemory, path: str | None, bottom: int, highest: int
+    memory: GuestMemory, path: str | None, bottom: int, highest: int, archive: bytes = b""
 ) -> tuple[int, int]:
-    """Load the initrd between ``bottom`` and ``highest`` (``params.place_initrd``); returns its
-    address and its size in bytes, or (0, 0) if there is none.
+    """Load the initrd, and behind it ``archive``, between ``bottom`` and ``highest``
+    (``params.place_initrd``); returns their address and their size in bytes, or (0, 0) if there is
+    neither.
     """
-    if path is None:
+    if path is None and not archive:
         return 0, 0
-    with ImageFile(path, "initrd") as image:
-        address = params.place_initrd(image, memory, bottom, highest)
-        image.load(memory, address, 0, image.size, "the archive")
-        return address, image.size
+    with ExitStack() as stack:
+        image = stack.enter_context(ImageFile(path, "initrd")) if path is not None else None
+        size = image.size if image is not None else 0
+        # Linux looks for the next archive at multiples of four bytes (init/initramfs.c).
+        offset = -(-size // ARCHIVE_ALIGN) * ARCHIVE_ALIGN
+        total = offset + len(archive) if archive else size
+        address = params.place_initrd(total, memory, bottom, highest)
+        if image is not None:
+            image.load(memory, address, 0, size, "the archive")
+        if archive:
+            memory.write(address + offset, archive)
+        return address, total

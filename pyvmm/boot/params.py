@@ -12,7 +12,6 @@ from pyvmm.spec import platform as pf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boot.image import ImageFile
     from pyvmm.memory import GuestMemory
 
 PAGE = 4096
@@ -77,19 +76,20 @@ def check_cmdline(cmdline: str, limit: int) -> bytes:
     return cmdline.encode("ascii")
 
 
-def place_initrd(initrd: ImageFile, memory: GuestMemory, bottom: int, highest: int) -> int:
+def place_initrd(size: int, memory: GuestMemory, bottom: int, highest: int) -> int:
     """Choose the initrd's guest-physical address: the highest page at which it fits.
 
+    :param size: in bytes.
     :param bottom: the end of the kernel; the initrd starts at or above this address.
     :param highest: the highest address that the initrd may occupy.
     :raises ImageError: the initrd does not fit.
     """
     top = min(memory.low_size, highest + 1)
-    address = (top - initrd.size) & ~(PAGE - 1)
+    address = (top - size) & ~(PAGE - 1)
     if address < bottom:
         room = max(top - bottom, 0)
-        raise initrd.bad(
-            f"of {initrd.size} bytes does not fit: {room} bytes are free between the kernel's end"
+        raise ImageError(
+            f"the initrd of {size} bytes does not fit: {room} bytes are free between the kernel's end"
             f" {bottom:#x} and {top:#x}",
             "raise --memory or use a smaller initrd",
         )

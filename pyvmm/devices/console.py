@@ -39,6 +39,7 @@ class Stream:
     :ivar text: the latest output, about ``KEEP`` bytes; ``dropped_text`` counts the bytes before it
         that were dropped.
     :ivar lost_sinks: the exceptions for which sinks were dropped.
+    :ivar reader_gone: whether a sink was dropped because nobody will ever read it (EPIPE).
     """
 
     def __init__(self, name: str) -> None:
@@ -49,6 +50,7 @@ class Stream:
         self.text = bytearray()
         self.dropped_text = 0
         self.lost_sinks: list[Exception] = []
+        self.reader_gone = False
         self._dropped = 0  # the pipe's count, kept when the pipe is freed
         self._sinks: list[Callable[[bytes], None]] = []
         self._changed = threading.Condition()
@@ -83,6 +85,7 @@ class Stream:
                 except Exception as e:
                     self._sinks.remove(sink)
                     self.lost_sinks.append(e)
+                    self.reader_gone = self.reader_gone or isinstance(e, BrokenPipeError)
             with self._changed:
                 self.text += data
                 extra = len(self.text) - KEEP
@@ -296,17 +299,21 @@ class FdSink:
     OSError if the descriptor's other end is gone for good.
 
     :param fd: lent.
+    :param gone: called if nobody will ever read the descriptor (EPIPE).
     :ivar patience: in seconds; any thread may lower it while a write waits.
-    :ivar dropped: the number of bytes dropped.
+    :ivar dropped: the number of bytes dropped. :ivar error: why the descriptor takes no more.
     """
 
     SLICE = 0.05  # seconds after which a waiting write looks at ``patience`` again
 
-    def __init__(self, fd: int, patience: float = PATIENCE) -> None:
-        self._fd = fd
+    def __init__(
+        self, fd: int, patience: float = PATIENCE, gone: Callable[[], object] = lambda: None
+    ) -> None:
+        self._fd, self._gone = fd, gone
         self.patience = patience
         self._stuck = False
         self.dropped = 0
+        self.error: OSError | None = None
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
 
@@ -333,6 +340,9 @@ class FdSink:
                 view = view[os.write(self._fd, view[:4096]) :]
             except BlockingIOError:
                 continue
-            except OSError:
+            except OSError as e:
                 self.dropped += len(view)
+                self.error = e
+                if isinstance(e, BrokenPipeError):
+                    self._gone()
                 raise

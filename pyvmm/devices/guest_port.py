@@ -8,7 +8,10 @@ import threading
 
 from pyvmm.bus import PIO, Bus
 from pyvmm.spec.platform import (
+    GONE_STDERR,
+    GONE_STDOUT,
     GUEST_AGENT,
+    GUEST_ANSWERS,
     GUEST_COMMAND,
     GUEST_INIT,
     GUEST_NET_UP,
@@ -84,6 +87,8 @@ class GuestPort:
     :param reached: called with a name of ``PHASES`` each time the guest reports this point.
     :param ended: called with the exit status of the guest's command, 0 to 255.
     :param agent: gets the opcodes for requests; None if the machine sends no requests.
+    :ivar answers: whether the guest has named a page, so that it is told if nobody reads its output
+        any more.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class GuestPort:
     ) -> None:
         self._page, self._stdout, self._stderr = page, stdout, stderr
         self._reached, self._ended, self._agent = reached, ended, agent
+        self.answers = False
         #: Thread -> the output that it writes to its stream once it has released the lock.
         self._writes: dict[int, tuple[Stream, bytes]] = {}
         bus.add(PIO, PORT_GUEST_CONTROL, 4, "guest-control", self)
@@ -119,6 +125,7 @@ class GuestPort:
             self._ended(value & 0xFF)
         elif opcode == GUEST_PAGE:
             self._page.name(value)
+            self.answers = self._page.store(GUEST_ANSWERS.to_bytes(4, "little"))
         elif opcode == GUEST_WRITE:
             data = self._page.read(min(value & 0xFFFF, WRITE_MAX))
             if data is not None:
@@ -135,10 +142,13 @@ class GuestPort:
             self._agent.output(data, error=error)
 
     def flush(self) -> None:
-        """Pass on what the calling vCPU thread has just written. This waits if nobody reads the
-        stream, so the thread must not hold the lock.
+        """Pass on what the calling vCPU thread has just written, and tell the guest whose reader
+        has gone. This waits if nobody reads the stream, so the thread must not hold the lock.
         """
         if self._writes:
             write = self._writes.pop(threading.get_ident(), None)
             if write is not None:
                 write[0].put(write[1])
+                gone = GONE_STDOUT if self._stdout.reader_gone else 0
+                gone |= GONE_STDERR if self._stderr.reader_gone else 0
+                self._page.store(gone.to_bytes(4, "little"))

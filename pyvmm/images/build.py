@@ -332,6 +332,9 @@ def _initramfs(
         archive.file(f"/bin/{name}", program.read_bytes(), 0o755)
         for path, library in libraries(program, userland.roots).items():
             archive.file(path, library.read_bytes(), 0o755)
+    for path, target in recipe["links"].items():
+        if target.startswith("/") or target in userland.programs:
+            archive.symlink(path, target)
     taken = set(archive.paths())
     for applet in _applets(userland.programs["busybox"]):
         if f"/bin/{applet}" not in taken:

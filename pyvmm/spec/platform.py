@@ -78,6 +78,9 @@ GUEST_PAGE = 6  # value is the page frame number of the page for output and requ
 GUEST_WRITE = 7  # output: bits 0..15 of value are the length, at most 4096; bit 16: standard error
 GUEST_AGENT = 8  # init takes requests
 GUEST_RESULT = 9  # a command has ended: bits 0..7 of value are its status, 8..23 the request's id
+#: The first word of the page after GUEST_PAGE; after each GUEST_WRITE, a mask of GONE_*.
+GUEST_ANSWERS = 0x534E4150
+GONE_STDOUT, GONE_STDERR = 1, 2
 REQUEST_RUN, REQUEST_KILL, REQUEST_LEAVE = 1, 2, 3
 REQUEST_ARGV_MAX = 65535  # bytes
 REQUEST_INPUT_MAX = 1 << 20  # bytes

@@ -4,16 +4,21 @@ pages.
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from pyvmm.bus import PIO
-from pyvmm.devices.console import Stream
+from pyvmm.devices.console import FdSink, Stream
 from pyvmm.devices.guest_port import MAGIC, PHASES, GuestPage, GuestPort
 from pyvmm.spec.platform import (
+    GONE_STDERR,
+    GONE_STDOUT,
     GUEST_AGENT,
+    GUEST_ANSWERS,
     GUEST_COMMAND,
     GUEST_INIT,
     GUEST_PAGE,
@@ -104,9 +109,9 @@ def test_init_tells_how_far_it_is(rig: Rig, agent: Agent) -> None:
 def test_output_of_a_page_goes_to_its_stream_once_the_lock_is_released(
     rig: Rig, agent: Agent
 ) -> None:
-    rig.board.memory.write(0x5000, b"hello, world\n")
     rig.tell(GUEST_PAGE, 5)
     for error, stream in enumerate(rig.streams):
+        rig.board.memory.write(0x5000, b"hello, world\n")
         rig.tell(GUEST_WRITE, 13 | STDERR * error)
         other = threading.Thread(target=rig.port.flush)  # another vCPU's thread has written nothing
         other.start()
@@ -117,6 +122,34 @@ def test_output_of_a_page_goes_to_its_stream_once_the_lock_is_released(
         rig.port.flush()
         assert stream.text.count(b"hello") == 1
     assert agent.outputs == [(b"hello, world\n", False), (b"hello, world\n", True)]
+
+
+def test_init_is_told_whose_reader_has_gone(rig: Rig) -> None:
+    def word() -> int:
+        return int.from_bytes(rig.board.memory.read(0x5000, 4), "little")
+
+    def write(bit: int) -> int:
+        rig.board.memory.write(0x5000, b"hello\n")
+        rig.tell(GUEST_WRITE, 6 | bit)
+        rig.port.flush()
+        return word()
+
+    assert not rig.port.answers
+    rig.tell(GUEST_PAGE, 5)
+    assert rig.port.answers and word() == GUEST_ANSWERS
+    assert write(0) == 0
+    gone = threading.Event()
+    for stream, mask in zip(rig.streams, (GONE_STDOUT, GONE_STDOUT | GONE_STDERR), strict=True):
+        read, end = os.pipe()
+        os.close(read)
+        stream.add_sink(FdSink(end, gone=gone.set))
+        write(STDERR if mask & GONE_STDERR else 0)
+        assert gone.wait(PATIENCE)
+        gone.clear()
+        until = time.monotonic() + PATIENCE
+        while write(STDERR) != mask:  # the reader's thread notes it right after it has called us
+            assert time.monotonic() < until
+        os.close(end)
 
 
 def test_a_page_outside_of_ram_gives_and_takes_nothing(rig: Rig, agent: Agent) -> None:

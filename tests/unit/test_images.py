@@ -44,12 +44,12 @@ HEADER = INIT.parent / "pyvmm_port.h"
 
 def test_port_header_matches_platform() -> None:
     text = HEADER.read_text()
+    names = r"(?:(?:PORT_)?GUEST|GONE|REQUEST)_\w+"
     stated = {
-        n: int(v, 0)
-        for n, v in re.findall(r"^#define\s+((?:PORT_)?GUEST_\w+)\s+(\w+)", text, re.MULTILINE)
+        n: int(v, 0) for n, v in re.findall(rf"^#define\s+({names})\s+(\w+)", text, re.MULTILINE)
     }
     magic, count = stated.pop("GUEST_MAGIC"), stated.pop("PORT_GUEST_COUNT")
-    ours = {n: v for n, v in vars(platform).items() if re.match(r"(PORT_)?GUEST_", n)}
+    ours = {n: v for n, v in vars(platform).items() if re.match(names, n)}
     assert stated == ours
     assert f"PORT_ACPI_SLEEP_CONTROL {platform.PORT_ACPI_SLEEP_CONTROL:#x}" in text
     power_off = re.search(r"ACPI_POWER_OFF\s+(\w+)", text)
