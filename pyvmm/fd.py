@@ -17,6 +17,25 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+def open_standard_descriptors() -> None:
+    """Open /dev/null in the place of each standard descriptor (0, 1, 2) that is closed. The first
+    thing that a process of ours does: otherwise a file, a socket or a pipe that it opens gets the
+    number, and what is printed goes there.
+    """
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            break
+        os.set_inheritable(fd, True)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for the rest of the process
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
 class Closing:
     """Makes a class with ``close`` a context manager, which closes at the end."""
 

@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         return guard(lambda: _main(argv))
     try:
         from pyvmm.cli.support.swallowed import raise_again
+        from pyvmm.fd import open_standard_descriptors
 
+        open_standard_descriptors()
         raise_again()
     except KeyboardInterrupt:
         return 130
@@ -116,8 +118,7 @@ def guard(body: Callable[[], int]) -> int:
         except PyvmmError as e:
             print(f"pyvmm: {e}", file=sys.stderr)
             status = e.exit_code
-        if sys.stdout is not None:  # it is None if the parent process has closed it
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130

@@ -2,6 +2,7 @@
 
 With COMMAND the guest runs it, its output is printed here, and pyvmm exits with its status. Without
 COMMAND this terminal is the guest's console: Ctrl-A x ends the machine, Ctrl-A Ctrl-A types Ctrl-A.
+If standard input is a file or a pipe, a shell in the guest reads its commands from there.
 
 Examples:
   pyvmm run -- ip addr
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from pyvmm.cli.support.pipes import Kept
     from pyvmm.cli.support.verdicts import RunFiles
     from pyvmm.cli.support.watchdog import Watchdog
+    from pyvmm.devices.console import FdSink, Stream
     from pyvmm.machine import Machine
     from pyvmm.outcome import Outcome
 
@@ -179,6 +181,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show the guest's console on stderr while COMMAND runs",
     )
+    add(
+        "--console",
+        action="store_true",
+        help="standard input is the guest's console, also if it is no terminal",
+    )
     add("guest_command", metavar="COMMAND", nargs="*", help="after --: what the guest runs")
 
 
@@ -193,12 +200,16 @@ def run(args: argparse.Namespace) -> int:
         from pyvmm.exits.budget import Budget
 
         args.budget = [Budget(text) for text in args.budget]
-    if _waits_for_nobody(args):
+    use = _use_of_stdin(args)
+    if use == "nothing":
         raise UsageError(
             "no command, and standard input is empty: nobody could use the guest's console",
             "give a command: pyvmm run -- COMMAND; "
             "or, for a machine in the background, --name NAME",
         )
+    args.feed = use == "commands"
+    if args.feed:
+        args.guest_command = ["sh"]
     words = ["run", "--host", "local", *args.argv[args.argv.index("run") + 1 :]]
     vhost = any("vhost-net" in net for net in args.net or ())
     if not any(map(_is_pipe, (args.kernel, args.initrd))):
@@ -241,22 +252,28 @@ def _keep_pipes(args: argparse.Namespace, kept: Kept) -> None:
             watchdog.close()
 
 
-def _waits_for_nobody(args: argparse.Namespace) -> bool:
-    """Whether the guest would wait forever at the prompt of its shell: it has no command, nobody
-    can type one, no time-out ends it, and it has no name by which another process could end it.
-    Only the images of pyvmm are known to have a shell.
+def _use_of_stdin(args: argparse.Namespace) -> str:
+    """What standard input is to the guest: ``none`` if it has a command, ``console``,
+    ``commands`` for a shell that reads them to their end, as from a file or a pipe; or ``nothing``
+    if the guest would wait forever at a prompt: nobody can type a command, no time-out ends it, and
+    it has no name by which another process could end it.
+
+    Only the images of pyvmm are known to have a shell. All other guests get the console.
     """
-    if args.guest_command or args.kernel or args.initrd:
-        return False
-    if args.name or args.qmp or args.timeout is not None:
-        return False
-    try:
-        status = os.fstat(0)
-        if stat.S_ISREG(status.st_mode):
-            return os.lseek(0, 0, os.SEEK_CUR) >= status.st_size
-    except OSError:
-        return True  # standard input is closed
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev  # noqa: PTH116
+    if args.guest_command:
+        return "none"
+    if args.console or args.kernel or args.initrd or os.isatty(0):
+        return "console"
+    status = os.fstat(0)
+    if stat.S_ISREG(status.st_mode):
+        empty = os.lseek(0, 0, os.SEEK_CUR) >= status.st_size
+    else:
+        null = os.stat(os.devnull).st_rdev  # noqa: PTH116 - pathlib takes longer to import
+        empty = stat.S_ISCHR(status.st_mode) and status.st_rdev == null
+    if not empty:
+        return "commands"
+    steered = args.name or args.qmp or args.timeout is not None
+    return "console" if steered else "nothing"
 
 
 def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
@@ -333,6 +350,7 @@ class _Run:
         self.outputs: Outputs | None = None
         self.files: RunFiles | None = None
         self.machine: Machine | None = None
+        self.sinks: list[FdSink] = []
 
     def to_its_end(self, watchdog: Watchdog | None) -> int:
         """Boot the guest, attend it, report the verdict; returns the exit status."""
@@ -359,6 +377,8 @@ class _Run:
             from pyvmm.testing.console import audible
 
             append = audible(append)
+        if args.feed:
+            append = f"pyvmm.stdin=console {append}"
         with Machine(
             kernel,
             initrd=initrd,
@@ -386,7 +406,7 @@ class _Run:
                 watchdog.close()
                 watchdog.arm()
             try:
-                outcome = _attend(machine, args, interactive=not self.commanded)
+                outcome = self._attend(machine)
                 if watchdog is not None:
                     watchdog.judging()
             finally:
@@ -402,7 +422,70 @@ class _Run:
                 print(exits_table(machine), file=sys.stderr)
             for nic in machine.nets:
                 _tell_mistakes(nic)
-        return int(verdict["code"]) or _lost_output(machine)
+        return int(verdict["code"]) or self._lost_output(machine, outcome)
+
+    def _attend(self, machine: Machine) -> Outcome:
+        """Let the guest run to its end; then a slow reader gets the rest of the output."""
+        start, limit = time.monotonic(), self.args.timeout
+        outcome = self._run_guest(machine)
+        left = None if limit is None else max(0.0, start + limit - time.monotonic())
+        for stream in (machine.console, machine.stdout, machine.stderr):
+            stream.drain(left)
+        return outcome
+
+    def _run_guest(self, machine: Machine) -> Outcome:
+        from pyvmm.devices.console import FdSink
+        from pyvmm.outcome import Outcome
+
+        args = self.args
+
+        def gone() -> None:
+            """Nobody reads standard output. A command of our init ends by SIGPIPE; no other guest
+            can be told.
+            """
+            if not self.commanded or not machine.hears_of_readers:
+                machine.quit(Outcome("stopped", "nobody reads the output"))
+
+        def deliver(stream: Stream, fd: int) -> None:
+            self.sinks.append(FdSink(fd, gone=gone if fd == 1 else lambda: None))
+            stream.add_sink(self.sinks[-1])
+
+        deliver(machine.stdout, 1)
+        deliver(machine.stderr, 2)
+        if self.commanded and not args.feed:
+            if args.verbose:
+                deliver(machine.console, 2)
+            machine.start()
+            return machine.wait(args.timeout, boot_timeout=args.boot_timeout)
+        from pyvmm.cli.support.terminal import Terminal
+
+        if not self.commanded:
+            deliver(machine.console, 1)
+        elif args.verbose:
+            deliver(machine.console, 2)
+        terminal = Terminal(machine, commands=args.feed)
+        try:
+            terminal.open()
+            machine.start()
+            return machine.wait(args.timeout, boot_timeout=args.boot_timeout)
+        finally:
+            terminal.close()
+
+    def _lost_output(self, machine: Machine, outcome: Outcome) -> int:
+        """The exit status of a run that would succeed, if output of the guest has not reached its
+        reader: 141 if the reader has gone, as for any command; 0 if nothing is lost.
+        """
+        errors = [sink.error for sink in self.sinks if sink.error is not None]
+        if any(isinstance(error, BrokenPipeError) for error in errors):
+            return 141
+        dropped = sum(sink.dropped for sink in self.sinks)
+        if outcome.kind != "stopped":  # the user who ends a machine at once wants no more output
+            dropped += machine.stdout.dropped + machine.stderr.dropped
+        if not errors and not dropped:
+            return 0
+        why = errors[0].strerror if errors else f"its reader did not take {dropped} bytes in time"
+        print(f"pyvmm: the guest's output is lost: {why}", file=sys.stderr)
+        return HostError.exit_code
 
     def _verdict(self, machine: Machine, outcome: Outcome, kernel: str) -> dict[str, Any]:
         """The verdict, for the report. If the run did not end as it should, the verdict and what
@@ -475,51 +558,6 @@ def _tell_mistakes(nic: Nic) -> None:
         print(f"pyvmm: {nic.name}: {text}", file=sys.stderr)
     if device.refused > len(device.mistakes):
         print(f"pyvmm: {nic.name}: {device.refused} writes refused in all", file=sys.stderr)
-
-
-def _attend(machine: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:
-    """Let the guest run to its end; then a slow reader gets the rest of the output."""
-    start = time.monotonic()
-    outcome = _run_guest(machine, args, interactive=interactive)
-    left = None if args.timeout is None else max(0.0, start + args.timeout - time.monotonic())
-    for stream in (machine.console, machine.stdout, machine.stderr):
-        stream.drain(left)
-    return outcome
-
-
-def _run_guest(machine: Machine, args: argparse.Namespace, *, interactive: bool) -> Outcome:
-    from pyvmm.devices.console import FdSink
-
-    machine.stdout.add_sink(FdSink(1))
-    machine.stderr.add_sink(FdSink(2))
-    if not interactive:
-        if args.verbose:
-            machine.console.add_sink(FdSink(2))
-        machine.start()
-        return machine.wait(args.timeout, boot_timeout=args.boot_timeout)
-    from pyvmm.cli.support.terminal import Terminal
-
-    machine.console.add_sink(FdSink(1))
-    terminal = Terminal(machine)
-    try:
-        terminal.open()
-        machine.start()
-        return machine.wait(args.timeout, boot_timeout=args.boot_timeout)
-    finally:
-        terminal.close()
-
-
-def _lost_output(machine: Machine) -> int:
-    """The exit status of a run that would succeed, if output of the guest's command has not reached
-    its reader: 141 if the reader has gone, as for any command; 0 if nothing is lost.
-    """
-    for error in (*machine.stdout.lost_sinks, *machine.stderr.lost_sinks):
-        if isinstance(error, BrokenPipeError):
-            return 141
-        if isinstance(error, OSError):
-            print(f"pyvmm: the guest's output is lost: {error.strerror}", file=sys.stderr)
-            return HostError.exit_code
-    return 0
 
 
 def _write_trace(machine: Machine, output: Output) -> None:

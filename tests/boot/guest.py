@@ -240,7 +240,7 @@ class Guest(Run):
     """A guest whose console is typed at from here."""
 
     def __init__(self, host: Host, *args: str, **kwargs: Any) -> None:
-        super().__init__(host, *args, **kwargs)
+        super().__init__(host, "--console", *args, **kwargs)
         self._namespaces: dict[int, int] = {}
         try:
             self.log_in()

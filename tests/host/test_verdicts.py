@@ -538,7 +538,11 @@ def test_output_that_nobody_gets_is_no_success(
             text=True,
             timeout=PATIENCE,
         )
-        assert (done.returncode, done.stderr) == (own or status, said if not own else ""), done
+        allowed = {own or status}
+        if status == 141:  # the guest is ended, unless it has ended itself by then
+            allowed.add(status)
+        assert done.returncode in allowed, done
+        assert done.stderr == (said if not own else ""), done
 
 
 def test_flooded_console_and_nobody_reads(guest: Guest, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class Output:
         :raises OSError: the disk is full, or the reader has gone; ``problem`` has the reason, too.
         """
         try:
-            if self.path == STDOUT and sys.stdout is not None:
+            if self.path == STDOUT:
                 sys.stdout.flush()  # what was printed before comes first
             view = memoryview(data)
             while view:
