@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from pyvmm.programs import which
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -224,11 +226,8 @@ TOOLS = {
 
 
 def _tools() -> Iterator[Finding]:
-    import shutil
-
-    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     for tool, (package, use, needed) in TOOLS.items():
-        where = shutil.which(tool, path=path)
+        where = which(tool, "/usr/sbin:/sbin")
         yield Finding(
             tool,
             OK if where else MISSING if needed else NOTE,

@@ -12,6 +12,7 @@ import subprocess
 import time
 
 from pyvmm.errors import HostError
+from pyvmm.programs import program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def run_tool(space: Namespace, argv: Sequence[str], timeout: float) -> str:
     missing = HostError(f"{argv[0]} cannot be run", REMEDY)
     try:
         child = space.popen(
-            argv,
+            [program(argv[0]), *argv[1:]],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

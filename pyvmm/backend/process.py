@@ -22,6 +22,7 @@ from collections import deque
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.fd import Fd
 from pyvmm.hostnet.rights import recv_fds, send_fds
+from pyvmm.programs import module
 from pyvmm.vhostuser.connect import Connector
 from pyvmm.vhostuser.wire import Channel, Stopped, readable
 
@@ -174,7 +175,7 @@ class BackendProcess:
         words = [str(lent[0]), tap.name, str(tap.mtu), str(tap.features()), *map(str, lent[1:])]
         try:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "pyvmm.backend.process", *words],
+                module("pyvmm.backend.process", *words),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=lent,

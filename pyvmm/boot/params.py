@@ -89,8 +89,8 @@ def place_initrd(size: int, memory: GuestMemory, bottom: int, highest: int) -> i
     if address < bottom:
         room = max(top - bottom, 0)
         raise ImageError(
-            f"the initrd of {size} bytes does not fit: {room} bytes are free between the kernel's end"
-            f" {bottom:#x} and {top:#x}",
+            f"the initrd of {size} bytes does not fit: {room} bytes are free between the kernel's"
+            f" end {bottom:#x} and {top:#x}",
             "raise --memory or use a smaller initrd",
         )
     return address

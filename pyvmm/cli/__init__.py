@@ -56,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from pyvmm.cli.support.swallowed import raise_again
         from pyvmm.fd import open_standard_descriptors
+        from pyvmm.programs import distrust_current_directory
 
         open_standard_descriptors()
+        distrust_current_directory()
         raise_again()
     except KeyboardInterrupt:
         return 130

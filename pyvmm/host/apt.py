@@ -22,6 +22,7 @@ from urllib.parse import unquote
 
 from pyvmm.errors import HostError
 from pyvmm.host.paths import cache_root
+from pyvmm.programs import program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -292,6 +293,7 @@ def _run(command: list[str], cwd: str | None = None) -> str:
     try:
         done = subprocess.run(
             command,
+            executable=program(command[0]),
             cwd=cwd,
             env=env,
             stdin=subprocess.DEVNULL,

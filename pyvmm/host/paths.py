@@ -20,8 +20,14 @@ def cache_dir(*parts: str) -> str:
 def cache_root() -> str:
     """pyvmm's cache: ``$XDG_CACHE_HOME/pyvmm`` or ``~/.cache/pyvmm``, with symbolic links resolved.
     It need not exist.
+
+    :raises HostError: the home directory is not known, or not absolute.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not base.startswith("/"):  # the XDG specification: a relative path is to be ignored
+        base = os.path.expanduser("~/.cache")
+    if not base.startswith("/"):
+        raise HostError(f"{base} is no absolute path", "set HOME")
     return os.path.realpath(os.path.join(base, "pyvmm"))
 
 
@@ -39,6 +45,7 @@ def runtime_dir() -> str:
     for base in (os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{uid}"):
         if (
             base
+            and base.startswith("/")
             and len(os.fsencode(base)) < 48
             and os.access(base, os.W_OK | os.X_OK)
             and os.stat(base).st_uid == uid

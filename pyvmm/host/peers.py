@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-
 from pyvmm.errors import HostError
+from pyvmm.programs import which
 
 
 def qemu_guest(
@@ -49,7 +48,7 @@ def kvmtool() -> list[str]:
     :raises HostError: kvmtool is not installed.
     """
     for name in ("lkvm", "kvmtool"):
-        found = shutil.which(name)
+        found = which(name)
         if found:
             return [found]
     raise HostError(

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 
 from pyvmm.errors import HostError
 from pyvmm.host.paths import cache_root
+from pyvmm.programs import which
 
 NAME = "qemu-system-x86_64"
 PROGRAM = f"usr/bin/{NAME}"
@@ -70,7 +70,7 @@ def unpacked() -> list[Qemu]:
 def qemus() -> list[Qemu]:
     """All QEMUs that are found, the newest first. The installed one is run for its version."""
     found = unpacked()
-    system = shutil.which(NAME)
+    system = which(NAME)
     if system:
         import subprocess
 

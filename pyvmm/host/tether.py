@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-
 from pyvmm.errors import HostError
+from pyvmm.programs import which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ def tethered(argv: Sequence[str]) -> list[str]:
 
     :raises HostError: setpriv is not installed.
     """
-    program = shutil.which("setpriv")
+    program = which("setpriv")
     if program is None:
         raise HostError("setpriv is missing", "install util-linux")
     return [program, "--pdeathsig", "KILL", "--", *argv]

@@ -21,6 +21,7 @@ from pyvmm.hostnet import userns
 from pyvmm.hostnet.rights import FDS_MAX, recv_fds, send_fds
 from pyvmm.hostnet.rtnetlink import Link, route_socket
 from pyvmm.hostnet.tap import TXQUEUELEN, Interface, Tap
+from pyvmm.programs import program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class Namespace(Closing):
         """
         me = f"/proc/{os.getpid()}/fd"
         user = [f"--user={me}/{self.user.fileno()}", "--preserve-credentials"] if self.user else []
-        return ["nsenter", *user, f"--net={me}/{self.net.fileno()}", *argv]
+        return [program("nsenter"), *user, f"--net={me}/{self.net.fileno()}", *argv]
 
     def popen(self, argv: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
         """``subprocess.Popen`` of a command that runs inside."""

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -30,6 +29,7 @@ from pyvmm.images.elf import libraries, needed
 from pyvmm.images.kernel import Kernel, Modules, extract_vmlinux, trim_zeros
 from pyvmm.images.packages import gather
 from pyvmm.images.tiny import tiny_kernel
+from pyvmm.programs import program, which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -290,9 +290,8 @@ def _host_userland(
     missing.
     """
     programs = {}
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin"
     for name, package in recipe["programs"].items():
-        found = shutil.which(name, path=path)
+        found = which(name, "/usr/sbin:/sbin:/usr/bin:/bin")
         if found:
             programs[name] = Path(found).resolve()
         elif name == "busybox":
@@ -328,9 +327,9 @@ def _initramfs(
         archive.file(path, text.encode())
     for path, name in recipe["scripts"].items():
         archive.file(path, RECIPE.with_name(name).read_bytes(), 0o755)
-    for name, program in userland.programs.items():
-        archive.file(f"/bin/{name}", program.read_bytes(), 0o755)
-        for path, library in libraries(program, userland.roots).items():
+    for name, file in userland.programs.items():
+        archive.file(f"/bin/{name}", file.read_bytes(), 0o755)
+        for path, library in libraries(file, userland.roots).items():
             archive.file(path, library.read_bytes(), 0o755)
     for path, target in recipe["links"].items():
         if target.startswith("/") or target in userland.programs:
@@ -381,10 +380,10 @@ def _compiler() -> str:
     """One line that identifies compiler and C library."""
     try:
         version = subprocess.run(
-            ["gcc", "--version"], capture_output=True, text=True, check=True
+            [program("gcc"), "--version"], capture_output=True, text=True, check=True
         ).stdout
         libc = subprocess.run(
-            ["gcc", "-print-file-name=libc.a"], capture_output=True, text=True, check=True
+            [program("gcc"), "-print-file-name=libc.a"], capture_output=True, text=True, check=True
         ).stdout
         return f"{version.splitlines()[0]}, libc.a {_sha256(Path(libc.strip()))[:16]}"
     except (OSError, subprocess.CalledProcessError):
@@ -395,7 +394,14 @@ def _compiler() -> str:
 
 def _compile_init(compiler: str, scratch: Path) -> bytes:
     out = scratch / "init"
-    command = ["gcc", *CFLAGS, f"-ffile-prefix-map={INIT.parent}=.", "-o", str(out), str(INIT)]
+    command = [
+        program("gcc"),
+        *CFLAGS,
+        f"-ffile-prefix-map={INIT.parent}=.",
+        "-o",
+        str(out),
+        str(INIT),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         line = next(

@@ -20,6 +20,7 @@ from pyvmm.errors import BuildError
 from pyvmm.host.apt import unpack
 from pyvmm.host.paths import cache_root
 from pyvmm.images.kernel import Kernel, extract_vmlinux
+from pyvmm.programs import program, which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def tiny_kernel(
 def _compile(
     apt: Apt, package: Package, config: str, home: Path, progress: Callable[[str], None]
 ) -> None:
-    missing = sorted({deb for tool, deb in TOOLS.items() if shutil.which(tool) is None})
+    missing = sorted({deb for tool, deb in TOOLS.items() if which(tool) is None})
     if not Path("/usr/include/libelf.h").exists():
         missing.append("libelf-dev")
     if missing:
@@ -171,6 +172,7 @@ def _make(command: list[str], log: Path, progress: Callable[[str], None]) -> Non
     with log.open("w+") as out:
         process = subprocess.Popen(
             command,
+            executable=program(command[0]),
             env={**_environment(), **FIXED},
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -201,6 +203,7 @@ def _make(command: list[str], log: Path, progress: Callable[[str], None]) -> Non
 def _run(command: list[str]) -> None:
     done = subprocess.run(
         command,
+        executable=program(command[0]),
         env={**_environment(), **FIXED},
         stdin=subprocess.DEVNULL,
         capture_output=True,

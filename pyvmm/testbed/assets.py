@@ -15,6 +15,7 @@ import sys
 from pyvmm.errors import HostError, TestbedError
 from pyvmm.host import qemu
 from pyvmm.host.paths import cache_dir
+from pyvmm.programs import program, which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def missing() -> list[tuple[str, str]]:
     """The things that the testbed needs and this machine lacks, each with its remedy."""
     lacks = []
     install = "run as root: apt-get install --no-install-recommends "
-    if not qemu.unpacked() and not shutil.which(qemu.NAME):
+    if not qemu.unpacked() and not which(qemu.NAME):
         lacks.append((qemu.NAME, install + "qemu-system-x86"))
     if not virtiofsd():
         packages = (one.package for one in VIRTIOFSDS)
@@ -251,7 +252,7 @@ def _fetch_kernel(version: str | None, progress: Callable[[str], None]) -> None:
     if os.path.isdir(f"{target}/usr/lib/modules"):  # packages of a merged /usr have no /lib
         os.makedirs(f"{target}/lib", exist_ok=True)
         os.rename(f"{target}/usr/lib/modules", f"{target}/lib/modules")
-    depmod = shutil.which("depmod") or "/sbin/depmod"
+    depmod = which("depmod", "/usr/sbin:/sbin") or "/sbin/depmod"
     if subprocess.run([depmod, "-b", target, number], capture_output=True).returncode:
         shutil.rmtree(target)
         raise TestbedError("depmod failed", "install kmod")
@@ -313,7 +314,7 @@ def shim() -> str:
     if not os.path.exists(target):
         work = f"{target}.{os.getpid()}"
         done = subprocess.run(
-            ["gcc", "-D_GNU_SOURCE", "-O2", "-shared", "-fPIC", "-o", work, source],
+            [program("gcc"), "-D_GNU_SOURCE", "-O2", "-shared", "-fPIC", "-o", work, source],
             capture_output=True,
             text=True,
         )
@@ -362,7 +363,7 @@ def _sources() -> list[str]:
 
 def _busybox() -> str:
     """The path of a statically linked busybox; empty if there is none."""
-    for path in (shutil.which("busybox"), "/bin/busybox"):
+    for path in (which("busybox"), "/bin/busybox"):
         if path and os.access(path, os.R_OK):
             with open(path, "rb") as f:
                 head = f.read(4096)

@@ -1,6 +1,6 @@
 """The supervisor: the process on the host that owns one L1 and connects clients to the agent in L1.
 
-``python -m pyvmm.testbed.supervisor`` takes its options as a JSON object on stdin (see
+The process takes its options as a JSON object on stdin (see
 ``Supervisor``). The supervisor starts virtiofsd and QEMU, listens on a socket, renumbers channels
 and asks the agent for a sign of life every second. If L1 hangs or dies, the supervisor tells every
 client why, and ends. Its child processes die with it.

@@ -14,6 +14,7 @@ import time
 
 from pyvmm.errors import TestbedError
 from pyvmm.host.paths import cache_dir, cache_root, runtime_dir
+from pyvmm.programs import module
 from pyvmm.testbed import protocol as p
 from pyvmm.testbed.session import Session, TestbedTimeout, interactive
 
@@ -214,7 +215,6 @@ class Testbed:
     def _spawn(self, tethered: bool) -> None:
         import json
         import subprocess
-        import sys
 
         lacks = self.missing()
         if lacks:
@@ -254,15 +254,12 @@ class Testbed:
             r, self._tether = os.pipe()
             options["tether"] = r
             fds = (r,)
-        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        env = {**os.environ, "PYTHONPATH": package}
         with open(f"{directory}/log", "wb") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "pyvmm.testbed.supervisor"],
+                module("pyvmm.testbed.supervisor"),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=env,
                 cwd="/",
                 pass_fds=fds,
                 start_new_session=True,

@@ -127,6 +127,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         return None
     from pyvmm.doctor import can_run_linux_locally
     from pyvmm.errors import PyvmmError
+    from pyvmm.programs import module
     from pyvmm.testbed.testbed import Testbed, inside
 
     if inside() or (host == "auto" and can_run_linux_locally()[0]):
@@ -134,9 +135,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     # pytest's own terminal does not exist yet.
     sys.stderr.write("pyvmm: the tests run in the testbed\n")
     try:
-        return Testbed().run_attached(
-            [sys.executable, "-m", "pytest", *config.invocation_params.args]
-        )
+        return Testbed().run_attached(module("pytest", *config.invocation_params.args))
     except PyvmmError as e:
         raise pytest.UsageError(f"--pyvmm-host {host}: {e}") from e
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
-    {"errors", "fd", "spec", "threads", "__version__"},
+    {"errors", "fd", "programs", "spec", "threads", "__version__"},
     {"memory", "kvm", "hostnet", "outcome", "vhostuser"},
     {"bus", "pci"},
     {"boot", "datapath", "devices", "virtio"},
@@ -34,7 +34,7 @@ LAYERS = (
     {"testing.suite"},
     {"testing.vm"},
     {"compare", "matrix"},
-    {"", "cli", "__main__", "testing.plugin"},  # "": pyvmm/__init__.py, the public API
+    {"", "cli", "__main__", "launch", "testing.plugin"},  # "": pyvmm/__init__.py, the public API
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 EXTENSION = (
@@ -185,7 +185,7 @@ def test_only_cli_prints_or_exits() -> None:
     """Libraries raise; processes of their own (the supervisor, the agent in L1) may talk to their
     log.
     """
-    own_process = {"testbed.agent", "testbed.supervisor"}
+    own_process = {"testbed.agent", "testbed.supervisor", "launch"}
     wrong = []
     for name, path in modules():
         if name.split(".")[0] in ("cli", "__main__") or name in own_process:

@@ -112,6 +112,8 @@ def check(name: str, tree: ast.Module, have: frozenset[str], *, may_wait: bool) 
 def test_functions_import_only_what_is_worth_the_wait() -> None:
     wrong = []
     for name, tree in TREES.items():
+        if name == "pyvmm.launch":  # it is run as a file, and belongs to no package at first
+            continue
         may_wait = name.startswith("pyvmm.cli") or name in startup()
         wrong += check(name, tree, loaded(name), may_wait=may_wait)
     assert not wrong, "\n".join(wrong)

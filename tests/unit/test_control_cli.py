@@ -20,6 +20,7 @@ from pyvmm.control.registry import Claim
 from pyvmm.control.server import Command, QmpError, Server
 from pyvmm.errors import UsageError
 from pyvmm.memory import GuestMemory
+from pyvmm.programs import module
 from tests.unit.test_rings import Guest, ram  # noqa: F401 - a fixture
 
 
@@ -289,7 +290,7 @@ def test_what_is_only_in_the_testbed_is_asked_there(
 
     monkeypatch.setattr(remote, "testbed_up", Bed)
     assert run(capsys, "stop", "far")[0] == 7
-    assert seen == [[sys.executable, "-m", "pyvmm", "stop", "--host", "local", "far"]]
+    assert seen == [module("pyvmm", "stop", "--host", "local", "far")]
     assert run(capsys, "stop", "box")[0] == 0 and len(seen) == 1
     assert run(capsys, "stop", "--host", "testbed", "box")[0] == 7
     assert [r["name"] for r in json.loads(run(capsys, "ps", "--json")[1])] == ["box", "far"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ def test_a_server_may_need_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     got = tcp_mbit(cast("Namespace", space), "10.0.0.2", 1.5, "-R", attempts=3, timeout=PATIENCE)
     assert got == 500.0 and len(space.calls) == 3
     words = " ".join(space.calls[0])
-    assert words.startswith("iperf3 -c 10.0.0.2 -t 1.5 --json -R ")
+    assert words.startswith(f"{shutil.which('iperf3')} -c 10.0.0.2 -t 1.5 --json -R ")
     space = FakeIperf3(tmp_path / "out", 3)
     with pytest.raises(ToolFailed, match="Connection refused"):
         tcp_mbit(cast("Namespace", space), "10.0.0.2", 1, attempts=3, timeout=PATIENCE)

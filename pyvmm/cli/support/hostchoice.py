@@ -32,6 +32,7 @@ def elsewhere(
     if host == "local" or (host == "testbed" and "PYVMM_IN_TESTBED" in os.environ):
         return None  # this is the place
     from pyvmm.errors import TestbedError
+    from pyvmm.programs import module
     from pyvmm.testbed.testbed import Testbed
 
     if host == "auto":
@@ -55,4 +56,4 @@ def elsewhere(
     text = note() if note is not None else ""
     if text:
         print(f"pyvmm: {text}", file=sys.stderr, flush=True)
-    return testbed.run_attached([sys.executable, "-m", "pyvmm", *argv])
+    return testbed.run_attached(module("pyvmm", *argv))

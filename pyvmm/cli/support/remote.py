@@ -10,6 +10,7 @@ import os
 import sys
 
 from pyvmm.errors import MachineMissing
+from pyvmm.programs import module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,16 +86,14 @@ def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[st
         import json
 
         result = bed.run(
-            [
-                sys.executable,
-                "-m",
+            module(
                 "pyvmm",
                 "ps",
                 "--host",
                 "local",
                 "--json",
                 *([] if timeout is None else ["--brief"]),
-            ],
+            ),
             timeout=timeout,
         )
         if result.status == 0:
@@ -126,9 +125,7 @@ def there(args: argparse.Namespace) -> int | None:
     if bed is None:
         return None  # the connection attempt here reports that there is no such machine
     at = args.argv.index(args.command) + 1
-    return bed.run_attached(
-        [sys.executable, "-m", "pyvmm", args.command, "--host", "local", *args.argv[at:]]
-    )
+    return bed.run_attached(module("pyvmm", args.command, "--host", "local", *args.argv[at:]))
 
 
 def with_client(

@@ -1,0 +1,68 @@
+"""Where pyvmm finds the programs and modules that it runs: never by the current directory.
+
+Whoever owns the current directory may have put files there. An entry of PATH, LD_LIBRARY_PATH or
+PYTHONPATH that is empty or relative means that directory, often by accident (``$PYTHONPATH:/dir``
+with an empty variable), and so does ``python -m``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+#: Environment variables that are lists of directories in which code is looked for.
+LISTS = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+LAUNCHER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "launch.py")
+
+
+def absolute_only(directories: str) -> str:
+    """The absolute ones of a list of directories, joined by colons as in PATH."""
+    return ":".join(d for d in directories.split(":") if d.startswith("/"))
+
+
+def distrust_current_directory() -> None:
+    """Take relative directories out of the environment, for this process and its children."""
+    for name in LISTS:
+        old = os.environ.get(name)
+        if old is None:
+            continue
+        new = absolute_only(old)
+        if name == "PYTHONPATH":
+            for entry in old.split(":"):
+                # The interpreter has made it absolute.
+                if not entry.startswith("/") and os.path.abspath(entry) in sys.path:
+                    sys.path.remove(os.path.abspath(entry))
+        if new:
+            os.environ[name] = new
+        else:
+            del os.environ[name]
+
+
+def which(name: str, more: str = "") -> str | None:
+    """The path of a program in PATH, or in the directories of ``more`` after it; None if there is
+    none.
+    """
+    for directory in absolute_only(f"{os.environ.get('PATH', os.defpath)}:{more}").split(":"):
+        path = f"{directory}/{name}"
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def program(name: str) -> str:
+    """The path by which to run a program: ``name`` if it is absolute, else as in ``which``.
+
+    :raises FileNotFoundError: there is no such program, as if it had been run.
+    """
+    path = name if name.startswith("/") else which(name)
+    if path is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    return path
+
+
+def module(name: str, *args: str) -> list[str]:
+    """The command that runs ``python -m NAME ARGS`` with this pyvmm and its interpreter, wherever
+    it is started (``launch``).
+    """
+    return [sys.executable, "-P", LAUNCHER, name, *args]
