@@ -52,6 +52,9 @@ class Stream:
         self.lost_sinks: list[Exception] = []
         self.reader_gone = False
         self._dropped = 0  # the pipe's count, kept when the pipe is freed
+        #: Held while another thread than the reader or a vCPU uses the pipe: such a thread may come
+        #: late, and ``close`` frees the pipe.
+        self._using = threading.Lock()
         self._sinks: list[Callable[[bytes], None]] = []
         self._changed = threading.Condition()
         self._ended = False
@@ -138,8 +141,9 @@ class Stream:
         """Let no vCPU wait for room in the pipe any longer, because the machine ends or is reset.
         Output that does not fit is dropped and counted. ``hurry=False`` undoes this.
         """
-        if self.pipe != ffi.NULL:
-            lib.pv_pipe_hurry(self.pipe, hurry)
+        with self._using:
+            if self.pipe != ffi.NULL:
+                lib.pv_pipe_hurry(self.pipe, hurry)
 
     def hurry(self) -> None:
         """End soon: neither the vCPUs nor the reader thread wait any longer for somebody who does
@@ -154,9 +158,10 @@ class Stream:
         """Say that the guest writes no more, and wait at most ``timeout`` seconds for the reader
         thread to take the rest.
         """
-        if self.pipe == ffi.NULL:
-            return
-        lib.pv_pipe_close(self.pipe)
+        with self._using:
+            if self.pipe == ffi.NULL:
+                return
+            lib.pv_pipe_close(self.pipe)
         if self._thread.is_alive():
             self._thread.join(timeout)
 
@@ -177,15 +182,19 @@ class Stream:
     @property
     def dropped(self) -> int:
         """How many bytes the guest wrote that no reader took in time."""
-        return self._dropped if self.pipe == ffi.NULL else int(lib.pv_pipe_dropped(self.pipe))
+        with self._using:
+            if self.pipe != ffi.NULL:
+                self._dropped = int(lib.pv_pipe_dropped(self.pipe))
+            return self._dropped
 
     def close(self) -> None:
         """Release the stream once no vCPU runs any more. A second call does nothing."""
         if self.pipe == ffi.NULL:
             return
         self.finish(0.1)
-        self._dropped = self.dropped
-        pipe, self.pipe = self.pipe, ffi.NULL
+        with self._using:
+            self._dropped = int(lib.pv_pipe_dropped(self.pipe))
+            pipe, self.pipe = self.pipe, ffi.NULL
         if not self._thread.is_alive():
             self._free(pipe)  # a thread that hangs in a sink keeps the pipe: a leak beats a crash
 

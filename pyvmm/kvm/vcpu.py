@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError
@@ -129,6 +130,10 @@ class Vcpu:
     :ivar thread_id: the system's id of the thread that runs the vCPU; 0 until it runs.
     """
 
+    #: Held by a kick, so that ``close`` does not free what the kick uses: a timer or a user's
+    #: thread may kick late. One lock for all vCPUs is enough: kicks are short and rare.
+    _kicking = threading.Lock()
+
     def __init__(self, vm: Vm, index: int, cpus: int, bus: Bus) -> None:
         self.index = index
         self.thread_id = 0
@@ -208,9 +213,10 @@ class Vcpu:
 
     def close(self) -> None:
         """Release the vCPU once its thread has left ``run``. A second call does nothing."""
-        if self.c != ffi.NULL:
-            lib.pv_vcpu_free(self.c)
-            self.c = ffi.NULL
+        with self._kicking:
+            c, self.c = self.c, ffi.NULL
+        if c != ffi.NULL:
+            lib.pv_vcpu_free(c)
             self._close_fds()
 
     # --- start state ------------------------------------------------------------------------------
@@ -263,9 +269,10 @@ class Vcpu:
         return stop
 
     def kick(self) -> None:
-        """Make ``run`` return STOP_ASKED soon. Any thread may call this."""
-        if self.c != ffi.NULL:
-            lib.pv_vcpu_kick(self.c)
+        """Make ``run`` return STOP_ASKED soon. Any thread may call this, also after ``close``."""
+        with self._kicking:
+            if self.c != ffi.NULL:
+                lib.pv_vcpu_kick(self.c)
 
     def rested(self) -> None:
         """The machine goes on after a pause: do not count the pause as the latest exit's time, and
