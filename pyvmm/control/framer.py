@@ -60,7 +60,7 @@ class Framer:
             if not self._depth:
                 if self._skipping or not self._begin(out):
                     end = buf.find(b"\n")
-                    self._skipping = bool(buf) and end < 0
+                    self._skipping = end < 0
                     del buf[: end + 1 if end >= 0 else len(buf)]
                     if end >= 0:
                         continue

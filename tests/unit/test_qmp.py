@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pyvmm.control import framer, registry, server
@@ -295,6 +295,28 @@ def test_framer_takes_anything_and_recovers(pieces: list[bytes]) -> None:
         for piece in pieces:
             f.feed(piece)
         assert f.feed(b'\xff{"a": 1}')[-1] == b'{"a": 1}'
+
+
+@given(
+    st.lists(
+        st.sampled_from([b'{"a":', b"1}", b'"', b"[", b"]", b"\n", b" ", b"\xff", b"x", b"\xf2"]),
+        max_size=30,
+    ),
+    st.lists(st.integers(0, 5)),
+)
+@example([b"\xf2", b"\xff"], [1])
+@example([b"x", b'{"a":', b"1}"], [1, 0, 1])
+@settings(max_examples=300, deadline=None)
+def test_framer_does_not_care_how_bytes_arrive(tokens: list[bytes], cuts: list[int]) -> None:
+    stream = b"".join(tokens)
+    whole = Framer().feed(stream)
+    f, at = Framer(), 0
+    out: list[bytes | None] = []
+    for cut in cuts:
+        out += f.feed(stream[at : at + cut])
+        at += cut
+    out += f.feed(stream[at:])
+    assert out == whole
 
 
 TOKENS = st.sampled_from(
