@@ -8,9 +8,11 @@ for. The system itself is never changed.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -26,7 +28,7 @@ from pyvmm.programs import program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from typing import TypeVar
 
     T = TypeVar("T")
@@ -116,15 +118,21 @@ class Apt:
             size = sum(p.size for p in lacking) / 1e6
             self._progress(f"downloading {', '.join(p.name for p in lacking)} ({size:.1f} MB)")
             specs = [f"{p.name}={p.version}" for p in lacking]
-            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            with (
+                tempfile.TemporaryDirectory(dir=directory) as mine,
+                apts_directory(directory) as scratch,
+            ):
                 self._attempt(lambda: self._apt("apt-get", "-q", "download", *specs, cwd=scratch))
                 for package in lacking:
-                    got = Path(scratch, package.filename)
-                    if not got.exists() or _sha256(got) != package.sha256:
+                    # The copy is checked, because the directory is not this user's.
+                    got, copy = Path(scratch, package.filename), Path(mine, package.filename)
+                    if got.is_file() and not got.is_symlink():
+                        shutil.copyfile(got, copy)
+                    if not copy.exists() or _sha256(copy) != package.sha256:
                         raise HostError(
                             f"{package.name}: the download has the wrong hash", "try again"
                         )
-                    got.replace(directory / package.filename)
+                    copy.replace(directory / package.filename)
         return paths
 
     def install(self, names: Iterable[str], target: Path) -> None:
@@ -178,7 +186,7 @@ class Apt:
 
     def _update(self, force: bool = False) -> None:
         lists, stamp = self._state / "lists", self._state / "updated"
-        (lists / "partial").mkdir(parents=True, exist_ok=True)
+        lists.mkdir(parents=True, exist_ok=True)
         (self._state / "cache" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
         with (self._state / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -189,21 +197,34 @@ class Apt:
                 f"fetching the package lists{' of ' + self._release if self._release else ''}"
             )
             self._updated = True
-            try:
-                self._apt("apt-get", "-q", "update")
-            except HostError:
-                # One bad source among several does no harm. Nor does a missing network as long as
-                # lists are there.
-                if not any(lists.glob("*_Packages*")):
-                    raise
+            with apts_directory(self._state) as scratch:
+                failure = None
+                try:
+                    self._apt("apt-get", "-q", "update", lists=scratch)
+                except HostError as e:
+                    failure = e
+                fresh = {p.name for p in Path(scratch).iterdir() if p.is_file()} - {"lock"}
+                for name in fresh:
+                    shutil.copyfile(Path(scratch, name), lists / name)
+            if failure is None:
+                for old in lists.iterdir():
+                    if old.is_file() and old.name not in fresh:
+                        old.unlink()
+            # One bad source among several does no harm. Nor does a missing network as long as lists
+            # are there.
+            elif not any(lists.glob("*_Packages*")):
+                raise failure
             stamp.touch()
 
-    def _apt(self, *command: str, cwd: str | None = None) -> str:
-        """Run one apt command; returns its output."""
-        # As root, apt would switch to a user who may not write to our cache.
-        options = ["APT::Sandbox::User=root", "Acquire::Retries=2", "Acquire::http::Timeout=30"]
+    def _apt(self, *command: str, cwd: str | None = None, lists: str | None = None) -> str:
+        """Run one apt command; returns its output.
+
+        :param lists: the directory of our own package lists, if it is another than the cache's.
+        """
+        options = ["Acquire::Retries=2", "Acquire::http::Timeout=30"]
         if self._private:
-            options += [f"Dir::State::Lists={self._state}/lists", f"Dir::Cache={self._state}/cache"]
+            options += [f"Dir::State::Lists={lists or f'{self._state}/lists'}"]
+            options += [f"Dir::Cache={self._state}/cache"]
             if self._release:
                 options += [
                     f"Dir::Etc::SourceList={self._sources()}",
@@ -266,6 +287,30 @@ def find_kernel_package(
         f"this Debian release and its backports have no cloud kernel {series or ''}".rstrip(),
         "choose another --kernel-version",
     )
+
+
+@contextlib.contextmanager
+def apts_directory(mine: Path) -> Iterator[str]:
+    """A new directory into which apt can download. It is removed at the end.
+
+    As root, apt downloads as the user _apt, who must be able to write to the directory and to enter
+    all directories above it; otherwise what the network sends would be parsed as root.
+
+    :param mine: the place of the directory if this user is not root.
+    """
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory(dir="/tmp" if root else mine, prefix="pyvmm-apt-") as path:
+        partial = Path(path, "partial")
+        partial.mkdir(0o700)
+        if root:
+            try:
+                user = pwd.getpwnam("_apt").pw_uid
+            except KeyError:
+                user = 0  # an apt without that user
+            for directory in (path, partial):
+                os.chown(directory, user, 0)
+                os.chmod(directory, 0o700 if directory == partial else 0o755)
+        yield path
 
 
 def codename() -> str:
