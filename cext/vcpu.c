@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include "vcpu.h"
+#include "ioctl.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -393,7 +394,7 @@ static bool take_stop(struct pv_vcpu_private *p)
  */
 static void tell_of_pause(struct pv_vcpu *v)
 {
-	ioctl(v->fd, KVM_KVMCLOCK_CTRL, 0);
+	(void)pv_ioctl(v->fd, KVM_KVMCLOCK_CTRL, NULL);
 }
 
 /**

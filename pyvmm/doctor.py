@@ -221,7 +221,6 @@ TOOLS = {
     "depmod": ("kmod", "modules of a downloaded kernel", True),
     "ping": ("iputils-ping", "`pyvmm demo`", True),
     "iperf3": ("iperf3", "`pyvmm demo` and throughput tests", True),
-    "clang-format": ("clang-format", "make lint", False),
 }
 
 

@@ -120,7 +120,8 @@ def guard(body: Callable[[], int]) -> int:
         except PyvmmError as e:
             print(f"pyvmm: {e}", file=sys.stderr)
             status = e.exit_code
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None in a program that was started without one
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130

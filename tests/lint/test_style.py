@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,9 +59,7 @@ def test_mypy() -> None:
 
 
 def test_clang_format() -> None:
-    tool = shutil.which("clang-format")
-    assert tool, "clang-format is missing: make setup"
-    clean(tool, "--dry-run", "-Werror", *FORMATTED)
+    clean(BIN / "clang-format", "--dry-run", "-Werror", *FORMATTED)
 
 
 @pytest.mark.parametrize("path", C_FILES)

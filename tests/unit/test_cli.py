@@ -37,8 +37,8 @@ BAD = {
     ("run", "--cpu", "2"): "unrecognized arguments: --cpu",  # no abbreviations
     ("run", "--cpus", "two"): "invalid int value: 'two'",
     ("run", "--cpus"): "expected one argument",
-    ("run", "--host", "moon"): "choose from 'auto', 'local', 'testbed'",
-    ("run", "--on-reboot", "dance"): "choose from 'exit', 'restart'",
+    ("run", "--host", "moon"): "choose from auto, local, testbed",
+    ("run", "--on-reboot", "dance"): "choose from exit, restart",
     ("run", "--timeout", "0"): "positive number of seconds",
     ("run", "--timeout", "-3"): "positive number of seconds",
     ("run", "--timeout", "nan"): "positive number of seconds",
@@ -82,7 +82,8 @@ def test_bad_usage_is_one_line_and_status_2(
 ) -> None:
     extra = ("--host", "local", "--kernel", "/dev/null") if "--net" in argv else ()
     status, out, err = run(capsys, *argv, *extra)
-    assert BAD[argv] in err
+    # From Python 3.12 on, argparse has no quotation marks round choices.
+    assert BAD[argv].replace("'", "") in err.replace("'", "")
     assert (status, out) == (2, "")
     assert err.startswith("pyvmm: ") and err.count("\n") == 1 and "Traceback" not in err
 

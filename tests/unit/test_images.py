@@ -340,7 +340,8 @@ def test_same_inputs_same_bytes(
     assert main(["image", "list", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert entry["name"] == "default"
-    assert {"iperf3", "libssl3"} <= {i["name"] for i in entry["inputs"]}
+    names = {i["name"].removesuffix("t64") for i in entry["inputs"]}
+    assert {"iperf3", "libssl3"} <= names
 
 
 def test_init_in_a_guest(default_image: Image) -> None:
