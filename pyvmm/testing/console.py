@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 
-from pyvmm.testing.phrases import GROUPS, KINDS, PHRASES, find
+from pyvmm.testing.phrases import GROUPS, KINDS, PHRASES, find, hinted
 from pyvmm.testing.verdict import clean
 
 TYPE_CHECKING = False
@@ -157,7 +157,11 @@ class Watch:
 
     def _line(self, raw: bytes) -> None:
         for part in raw.rstrip(b"\r").split(b"\r"):  # such as a progress bar's
-            for caller, text in pieces(clean(part.decode(errors="replace"))):
+            line = part.decode(errors="replace")
+            known = self._stamped or "[" not in line  # whether the kernel writes stamps
+            if known and not self._open and not hinted(line) and BANNER not in line:
+                continue  # as almost all lines
+            for caller, text in pieces(clean(line)):
                 if caller is not None:
                     self._stamped = True
                 elif text.startswith(BANNER):  # another kernel begins, perhaps without stamps

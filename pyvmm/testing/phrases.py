@@ -160,15 +160,25 @@ def pattern(phrase: str) -> str:
     return out + re.escape(phrase[end:])
 
 
-_RULES: list[re.Pattern[str]] = []
-_HINTS: list[re.Pattern[str]] = []
+#: The longest literal text of each phrase, and the phrases that have it. A line without any of them
+#: is done with after one search, and only the patterns of the others are ever compiled.
+_HINTS: dict[str, list[int]] = {}
+_RULES: dict[int, re.Pattern[str]] = {}
+_ANY: list[re.Pattern[str]] = []
 
 
 def _prepare() -> None:
-    phrases = [phrase for _, _, phrase in PHRASES]
-    hints = {max(_CONVERSION.sub("\n", phrase).split("\n"), key=len) for phrase in phrases}
-    _RULES.extend(re.compile(pattern(phrase)) for phrase in phrases)
-    _HINTS.append(re.compile("|".join(re.escape(hint) for hint in sorted(hints))))
+    for i, (_, _, phrase) in enumerate(PHRASES):
+        literal = max(_CONVERSION.sub("\n", phrase).split("\n"), key=len)
+        _HINTS.setdefault(literal, []).append(i)
+    _ANY.append(re.compile("|".join(re.escape(hint) for hint in _HINTS)))
+
+
+def hinted(text: str) -> bool:
+    """Whether one of PHRASES may be in a text."""
+    if not _ANY:
+        _prepare()
+    return _ANY[0].search(text) is not None
 
 
 def find(text: str) -> int | None:
@@ -177,8 +187,11 @@ def find(text: str) -> int | None:
 
     :param text: the line, without its time stamp.
     """
-    if not _RULES:
-        _prepare()
-    if not _HINTS[0].search(text):  # one search for all of them: most lines end here
+    if not hinted(text):
         return None
-    return next((i for i, rule in enumerate(_RULES) if rule.match(text)), None)
+    for i in sorted(i for hint, indices in _HINTS.items() if hint in text for i in indices):
+        if i not in _RULES:
+            _RULES[i] = re.compile(pattern(PHRASES[i][2]))
+        if _RULES[i].match(text):
+            return i
+    return None
