@@ -504,6 +504,7 @@ class _Run:
         verdict = judge(
             outcome,
             console=machine.console.text,
+            boot=machine.boot,
             phases=machine.phases,
             commanded=self.commanded,
             watch=files.watch if files is not None else None,

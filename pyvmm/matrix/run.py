@@ -213,6 +213,7 @@ def _judge(cell: Cell, machine: TestMachine, outcome: Outcome, watch: Watch | No
     return judge(
         outcome,
         console=machine.console.text,
+        boot=machine.boot,
         phases=machine.phases,
         commanded=False,
         watch=watch,

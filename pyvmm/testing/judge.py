@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from pyvmm.boot import BootState
     from pyvmm.exits.budget import Result
     from pyvmm.outcome import Outcome
 
@@ -27,6 +28,7 @@ def judge(
     outcome: Outcome,
     *,
     console: bytes | bytearray,
+    boot: BootState,
     phases: Mapping[str, int],
     commanded: bool,
     watch: says.Watch | None = None,
@@ -38,6 +40,7 @@ def judge(
 
     :param outcome: the ``Outcome`` of the machine.
     :param console: the end of what the guest wrote to its console.
+    :param boot: how the kernel was entered.
     :param phases: ``Machine.phases``.
     :param commanded: whether the guest was given a command.
     :param watch: has searched the console for reports that must not be in it.
@@ -52,6 +55,7 @@ def judge(
     elif error is not None and kind == "reboot" and not console:
         error.cause += ", before there was any output"
     if abnormal is not None:
+        details += entry_lines(outcome, boot, bool(console))
         details += state_lines(outcome, symbols, says.offset(console))
         return Verdict(abnormal, str(error), status=outcome.status, details=details)
     if watch is not None:
@@ -83,6 +87,17 @@ def judge(
             "budget", message, status=outcome.status, details=broken if len(broken) > 1 else []
         )
     return Verdict("passed", status=outcome.status)
+
+
+def entry_lines(outcome: Outcome, boot: BootState, said: bool) -> list[str]:
+    """What the kernel file was taken for, if the kernel ended badly before it said anything: it may
+    have been entered in another way than it expects. Else nothing.
+
+    :param said: whether there was any output.
+    """
+    if said or outcome.kind not in ("reboot", "triple-fault", "kvm-error"):
+        return []
+    return [f"the kernel said nothing; it was entered as {boot.kind}, at {boot.entry:#x}"]
 
 
 def state_lines(outcome: Outcome, symbols: str | None, moved: int = 0) -> list[str]:

@@ -15,7 +15,7 @@ from pyvmm.errors import ImageError, KvmForbidden, KvmMissing, KvmUnsuitable, Us
 from pyvmm.machine import Machine
 from pyvmm.outcome import Outcome
 from pyvmm.testing import points
-from pyvmm.testing.judge import state_lines
+from pyvmm.testing.judge import entry_lines, state_lines
 from pyvmm.testing.verdict import Verdict, judge_test
 
 TYPE_CHECKING = False
@@ -206,6 +206,7 @@ class Suite:
             silent = "" if said else ", without a word"
             verdict.message = f"the kernel did not end in {case.timeout:g} s{silent}"
         if not verdict.good:
+            verdict.details += entry_lines(outcome, machine.boot, bool(said))
             verdict.details += state_lines(outcome, case.kernel)
         result = Result(case, verdict)
         with lock:

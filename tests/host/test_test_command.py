@@ -50,6 +50,14 @@ def test_all_pass(guest: Guest) -> None:
         assert f"PASS {name} (" in out
 
 
+def test_a_kernel_that_dies_at_once_is_told_what_it_was_taken_for(tmp_path: Path) -> None:
+    """An invalid opcode, and nowhere to handle it."""
+    (tmp_path / "flat").write_bytes(b"\x0f\x0b")
+    status, out, err = run("--load-address", "0x100000", str(tmp_path / "flat"))
+    assert (status, err) == (1, "") and "the guest triple-faulted" in out
+    assert "said nothing; it was entered as flat binary in 32-bit mode, at 0x100000\n" in out
+
+
 @pytest.mark.parametrize(
     ("how", "kind", "text"),
     [
