@@ -480,7 +480,7 @@ class Frontend:
         return struct.pack("<Q", self.service.queue_num), []
 
     def _get_inflight_fd(self, m: Message) -> Answer:
-        _, _, queues, queue_size = m.unpack(spec.INFLIGHT)
+        _, _, queues, queue_size = m.inflight()
         size = self._inflight_size(queues, queue_size)
         self.park()
         try:
@@ -492,10 +492,11 @@ class Frontend:
         except BaseException:
             file.close()
             raise
-        return struct.pack(spec.INFLIGHT, size, 0, queues, queue_size), [file]
+        answer = struct.pack(spec.INFLIGHT, size, 0, queues, queue_size)
+        return answer[: len(m.payload)], [file]  # whoever sends no padding expects none
 
     def _set_inflight_fd(self, m: Message) -> None:
-        size, offset, queues, queue_size = m.unpack(spec.INFLIGHT)
+        size, offset, queues, queue_size = m.inflight()
         (fd,) = m.take_fds(1, 1)
         with Fd(fd):
             if (

@@ -67,10 +67,12 @@ class Probe(Closing):
         payload: bytes = b"",
         fds: Sequence[int] = (),
         *,
-        answers: str = "",
+        answers: Sequence[str] = (),
         show: object = "",
     ) -> tuple[int, ...]:
-        """Send one message and note the step. ``answers``: layout of the reply, if there is one."""
+        """Send one message and note the step. ``answers``: layouts that the reply may have,
+        if there is one.
+        """
         name = request_name(request)
         label = f"{name}({show})" if show != "" else name
         ack = not answers and bool(self.protocol >> spec.VHOST_USER_PROTOCOL_F_REPLY_ACK & 1)
@@ -83,7 +85,7 @@ class Probe(Closing):
                     request, payload, fds, need_reply=ack, timeout=self.timeout
                 )
                 try:
-                    values = answer.unpack(answers or "<Q")
+                    values = answer.unpack(*(answers or ["<Q"]))
                     if answer.fds:
                         detail = f"{len(answer.fds)} descriptor(s) "
                 finally:
@@ -107,10 +109,10 @@ class Probe(Closing):
         """Send all messages that make sense with the offered features. :raises VhostUserError: the
         conversation ended early; see ``steps``.
         """
-        self.features = self._do(spec.VHOST_USER_GET_FEATURES, answers="<Q")[0]
+        self.features = self._do(spec.VHOST_USER_GET_FEATURES, answers=["<Q"])[0]
         has_protocol = bool(self.features >> spec.VHOST_USER_F_PROTOCOL_FEATURES & 1)
         if has_protocol:
-            offered = self._do(spec.VHOST_USER_GET_PROTOCOL_FEATURES, answers="<Q")[0]
+            offered = self._do(spec.VHOST_USER_GET_PROTOCOL_FEATURES, answers=["<Q"])[0]
             self._used = known = offered & (PROTOCOL_FEATURES | NET_PROTOCOL_FEATURES)
             self._do(
                 spec.VHOST_USER_SET_PROTOCOL_FEATURES,
@@ -120,9 +122,9 @@ class Probe(Closing):
             self.protocol = offered
 
         if self._has(spec.VHOST_USER_PROTOCOL_F_MQ):
-            self.queues = self._do(spec.VHOST_USER_GET_QUEUE_NUM, answers="<Q")[0]
+            self.queues = self._do(spec.VHOST_USER_GET_QUEUE_NUM, answers=["<Q"])[0]
         if self._has(spec.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS):
-            self._do(spec.VHOST_USER_GET_MAX_MEM_SLOTS, answers="<Q")
+            self._do(spec.VHOST_USER_GET_MAX_MEM_SLOTS, answers=["<Q"])
         self._do(spec.VHOST_USER_SET_OWNER)
         with _Rings() as rings:
             self._set_up(rings, has_protocol)
@@ -133,7 +135,8 @@ class Probe(Closing):
             self._do(spec.VHOST_USER_NET_SET_MTU, struct.pack("<Q", 1500), show=1500)
         if self._has(spec.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
             wanted = struct.pack(spec.INFLIGHT, 0, 0, 2, RING_SIZE)
-            self._do(spec.VHOST_USER_GET_INFLIGHT_FD, wanted, answers=spec.INFLIGHT)
+            layouts = [spec.INFLIGHT, spec.INFLIGHT_UNPADDED]
+            self._do(spec.VHOST_USER_GET_INFLIGHT_FD, wanted, answers=layouts)
         bits = self.features & (DATA_MASK | 1 << spec.VHOST_USER_F_PROTOCOL_FEATURES)
         self._do(spec.VHOST_USER_SET_FEATURES, struct.pack("<Q", bits), show=f"{bits:#x}")
         region, fd = rings.region, rings.memory.fd.fileno()
@@ -161,17 +164,17 @@ class Probe(Closing):
                 )
         if self._has(spec.VHOST_USER_PROTOCOL_F_STATUS):
             self._do(spec.VHOST_USER_SET_STATUS, struct.pack("<Q", RUNNING), show=f"{RUNNING:#x}")
-            self._do(spec.VHOST_USER_GET_STATUS, answers="<Q")
+            self._do(spec.VHOST_USER_GET_STATUS, answers=["<Q"])
 
     def _take_down(self) -> None:
         if self._has(spec.VHOST_USER_PROTOCOL_F_RARP):
             self._do(spec.VHOST_USER_SEND_RARP, bytes.fromhex("5254001234560000"))
         for i in (0, 1):
             state = struct.pack(VRING_STATE, i, 0)
-            self._do(spec.VHOST_USER_GET_VRING_BASE, state, answers=VRING_STATE, show=i)
+            self._do(spec.VHOST_USER_GET_VRING_BASE, state, answers=[VRING_STATE], show=i)
         if self._has(spec.VHOST_USER_PROTOCOL_F_RESET_DEVICE):
             self._do(spec.VHOST_USER_RESET_DEVICE)
-        self._do(spec.VHOST_USER_GET_FEATURES, answers="<Q")
+        self._do(spec.VHOST_USER_GET_FEATURES, answers=["<Q"])
 
     def close(self) -> None:
         """Disconnect."""

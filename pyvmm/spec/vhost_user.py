@@ -19,7 +19,10 @@ VRING_ADDR = "<IIQQQQ"  # index, flags, descriptor, used, available, log
 MEM_HEADER = "<II"  # number of regions, padding
 MEM_REGION = "<QQQQ"  # guest address, size, user address, mmap offset
 MEM_SINGLE = "<QQQQQ"  # padding, then a region
-INFLIGHT = "<QQHH"  # mmap size, mmap offset, number of queues, queue size
+# mmap size, mmap offset, number of queues, queue size. All implementations send a C structure with
+# its padding: 24 bytes. The specification's text counts 20.
+INFLIGHT = "<QQHH4x"
+INFLIGHT_UNPADDED = "<QQHH"
 
 # SET_VRING_KICK, _CALL, _ERR: the bits of the 64-bit payload
 VHOST_USER_VRING_IDX_MASK = 0xFF

@@ -100,7 +100,7 @@ class InflightFile:
     """The file in which a back-end notes the chains that it has taken from the rings. The front-end
     keeps it for the back-end's successor.
 
-    :param fd: owned from here on. :param description: the payload of GET_INFLIGHT_FD's answer.
+    :param fd: owned from here on. :param description: the payload of SET_INFLIGHT_FD.
     """
 
     def __init__(self, fd: Fd, description: bytes) -> None:
@@ -294,11 +294,11 @@ class Session:
         request = struct.pack(spec.INFLIGHT, 0, 0, queues, size)
         answer = self.ask(spec.VHOST_USER_GET_INFLIGHT_FD, request)
         try:
-            mapped, _, _, _ = answer.unpack(spec.INFLIGHT)
-            if not mapped or not answer.fds:
+            description = answer.inflight()
+            if not description[0] or not answer.fds:
                 return None
             (fd,) = answer.take_fds(1, 1)
-            return InflightFile(Fd(fd), answer.payload)
+            return InflightFile(Fd(fd), struct.pack(spec.INFLIGHT, *description))
         finally:
             answer.close()
 

@@ -140,13 +140,22 @@ class Message:
         fds, self.fds = self.fds, []
         return fds
 
-    def unpack(self, layout: str) -> tuple[int, ...]:
-        """The payload as integers. :raises ProtocolError: it has another length."""
-        if len(self.payload) != struct.calcsize(layout):
-            raise ProtocolError(
-                f"{self.name} with {len(self.payload)} bytes, not {struct.calcsize(layout)}"
-            )
-        return struct.unpack(layout, self.payload)
+    def unpack(self, *layouts: str) -> tuple[int, ...]:
+        """The payload as integers, by the first of the layouts that has its length.
+
+        :raises ProtocolError: none has.
+        """
+        for layout in layouts:
+            if len(self.payload) == struct.calcsize(layout):
+                return struct.unpack(layout, self.payload)
+        lengths = " or ".join(str(struct.calcsize(layout)) for layout in layouts)
+        raise ProtocolError(f"{self.name} with {len(self.payload)} bytes, not {lengths}")
+
+    def inflight(self) -> tuple[int, ...]:
+        """The payload of GET_INFLIGHT_FD, its answer, or SET_INFLIGHT_FD: size and offset of the
+        mapping in bytes, queues, entries per queue. :raises ProtocolError: it is none.
+        """
+        return self.unpack(spec.INFLIGHT, spec.INFLIGHT_UNPADDED)
 
     @property
     def u64(self) -> int:
