@@ -4,7 +4,8 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
+
+#include "event.h"
 
 struct pv_bus {
 	pthread_rwlock_t lock;
@@ -171,7 +172,7 @@ static bool notify_access(const struct pv_notify *n, uint64_t offset, bool write
 		return true;
 	if (n->fd[queue] < 0)
 		return false;
-	eventfd_write(n->fd[queue], 1); /* if the counter is full (EAGAIN), the reader is awake */
+	pv_event_add(n->fd[queue]);
 	return true;
 }
 

@@ -5,10 +5,10 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
-#include <sys/uio.h>
 #include <unistd.h>
 #include <linux/kvm.h>
 
+#include "event.h"
 #include "ioctl.h"
 #include "thread.h"
 
@@ -163,15 +163,7 @@ static void listen_to_events(void *arg)
 			continue;
 		}
 		for (uint32_t i = 0; i < x->count; i++) {
-			uint64_t value;
-			struct iovec v = {.iov_base = &value, .iov_len = sizeof(value)};
-
-			/*
-			 * A vhost-user back-end shares the queues' eventfds. It can make them
-			 * blocking, and take what poll() has seen before we do.
-			 */
-			if (x->poll[i].revents &&
-			    preadv2(x->poll[i].fd, &v, 1, -1, RWF_NOWAIT) == sizeof(value))
+			if (x->poll[i].revents && pv_event_take(x->poll[i].fd))
 				pv_intx_raise(x, x->bits[i]);
 		}
 	}

@@ -8,6 +8,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "event.h"
 #include "net_worker.h"
 #include "thread.h"
 
@@ -26,6 +27,7 @@
 /* With the scratch buffer, what readv takes without allocating (UIO_FASTIOV). */
 #define READV_SMALL  7
 #define LARGE_CREDIT 64 /* reads with the whole window after a frame that needed it */
+#define LEGACY_HDR   10 /* struct virtio_net_hdr; all headers begin with it */
 /* See linger(). */
 #define LINGER_MIN_US  10
 #define LINGER_MAX_US  200
@@ -132,7 +134,10 @@ static uint64_t now_us(void)
 	return pv_now_ns() / 1000;
 }
 
-/* Add 1 to an eventfd. Fails only if its counter is full, and then its reader has been told. */
+/*
+ * Add 1 to an eventfd of our own. Fails only if its counter is full, and then its reader has been
+ * told.
+ */
 static void signal_fd(int fd)
 {
 	(void)!write(fd, &(uint64_t){1}, sizeof(uint64_t));
@@ -196,7 +201,7 @@ static void flush(struct pv_net_worker *w, int q)
 	if (w->cfg.trace)
 		trace_event(w, PV_TRACE_BATCH, q, n, call);
 	if (call) {
-		signal_fd(w->cfg.ring[q].call);
+		pv_event_add(w->cfg.ring[q].call);
 		add(q == RX ? &w->count.rx_calls : &w->count.tx_calls, 1);
 	} else {
 		add(q == RX ? &w->count.rx_calls_suppressed : &w->count.tx_calls_suppressed, 1);
@@ -426,13 +431,20 @@ static bool rx_place(struct pv_net_worker *w)
 		win->large = LARGE_CREDIT;
 		add(&w->count.rx_overflows, 1);
 	}
+	/*
+	 * A tap sets DATA_VALID whatever it was told, and in a socket is what another guest has
+	 * written. Lengths and offsets mean nothing without the flags.
+	 */
+	if (!w->cfg.guest_csum)
+		window_store(win, 0, (const uint8_t[LEGACY_HDR]){0}, LEGACY_HDR);
 	for (uint32_t i = win->slot_at; left; i++, buffers++)
 		left -= win->slot[i].len < left ? win->slot[i].len : left;
 	/*
-	 * 5.1.6.4: always 1 without MRG_RXBUF. The field follows the 10 bytes of the legacy header.
+	 * 5.1.6.4: always 1 without MRG_RXBUF. The field follows the legacy header.
 	 */
 	if (w->cfg.hdr_len >= 12)
-		window_store(win, 10, (uint8_t[]){(uint8_t)buffers, (uint8_t)(buffers >> 8)}, 2);
+		window_store(win, LEGACY_HDR,
+			     (uint8_t[]){(uint8_t)buffers, (uint8_t)(buffers >> 8)}, 2);
 	for (left = len; left; win->slot_at++) {
 		const struct slot *s = &win->slot[win->slot_at];
 		size_t n = s->len < left ? s->len : left;

@@ -33,11 +33,13 @@
  * error, since each of them comes once and has its slot kept free; of link changes, which have no
  * such bound, it may lose some in the middle, but not the latest state.
  *
- * Ten system calls remain to the thread once it serves its rings, so that it can be confined to
+ * Twelve system calls remain to the thread once it serves its rings, so that it can be confined to
  * them. The loop uses epoll_pwait2, epoll_ctl, readv, writev, read (wake_fd), write (the call
- * eventfds, event_fd and answer_fd) and, if the vDSO cannot tell the time, clock_gettime. Its end
- * adds clock_gettime (CPU time), rt_sigprocmask, madvise and exit, the last three from the C
- * library. Name, CPU and timer slack are set before. strace -f on tests/fuzz/race_net shows it.
+ * eventfds, event_fd and answer_fd), poll (before a write to a call eventfd, which a peer may
+ * share: event.h) and, if the vDSO cannot tell the time, clock_gettime. Its end adds clock_gettime
+ * (CPU time), rt_sigprocmask, madvise and exit, the last three from the C library; if it has to be
+ * interrupted, rt_sigreturn. Name, CPU and timer slack are set before. strace -f on
+ * tests/fuzz/race_net shows it.
  */
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H
@@ -91,6 +93,11 @@ struct pv_net_config {
 	uint32_t poll_us;	    /* look for work this long before sleeping */
 	uint32_t hold_ms;	    /* how long a frame waits for the guest to add buffers */
 	uint64_t taken; /* frames that fd has taken so far, of all senders; PV_INFLIGHT_UNCOUNTED */
+	/*
+	 * Frames from fd may need the driver to know what their header says: GUEST_CSUM is
+	 * negotiated. Else the driver gets headers of zeros (5.1.6.4.1), whatever fd says.
+	 */
+	bool guest_csum;
 	bool mrg_rxbuf;
 	bool indirect;
 	bool event_idx;

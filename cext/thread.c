@@ -9,7 +9,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "event.h"
 #include "trace.h"
+
+/* Nanoseconds that a thread may take to end before it is interrupted, time and again. */
+#define PATIENCE_NS 50000000
 
 /* Take a semaphore. A signal that has a handler interrupts sem_wait(). */
 static void sem_take(sem_t *s)
@@ -70,14 +74,17 @@ int pv_thread_start(struct pv_thread *t, const char *name, int cpu, void (*run)(
 		    void *arg)
 {
 	sigset_t all, old;
-	int error;
+	int error = pv_interrupt_init();
 
+	if (error)
+		return error;
 	*t = (struct pv_thread){.run = run, .arg = arg, .cpu = cpu};
 	snprintf(t->name, sizeof(t->name), "%s", name);
 	sem_init(&t->gate, 0, 0);
 	sem_init(&t->ready, 0, 0);
 	/* A new thread inherits the signal mask of the thread that makes it. */
 	sigfillset(&all);
+	sigdelset(&all, pv_interrupt_signal());
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	error = pthread_create(&t->pthread, NULL, thread_main, t);
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -114,11 +121,26 @@ void pv_thread_await(struct pv_thread *t)
  */
 void pv_thread_join(struct pv_thread *t)
 {
+	struct timespec until;
+	int error;
+
 	if (!t->made)
 		return;
 	if (!t->open)
 		sem_post(&t->gate);
-	pthread_join(t->pthread, NULL);
+	/*
+	 * A thread that is asked to end does so soon, unless a peer has made one of its writes
+	 * block (event.h).
+	 */
+	do {
+		clock_gettime(CLOCK_REALTIME, &until);
+		until.tv_nsec += PATIENCE_NS;
+		until.tv_sec += until.tv_nsec / 1000000000;
+		until.tv_nsec %= 1000000000;
+		error = pthread_timedjoin_np(t->pthread, NULL, &until);
+		if (error == ETIMEDOUT)
+			pv_interrupt(t->pthread);
+	} while (error == ETIMEDOUT);
 	sem_destroy(&t->gate);
 	sem_destroy(&t->ready);
 	t->made = false;

@@ -3,13 +3,14 @@
 #include "ioctl.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <linux/kvm.h>
+
+#include "event.h"
 
 #ifndef KVM_EXIT_MEMORY_FAULT /* Linux 6.8 */
 #define KVM_EXIT_MEMORY_FAULT 39
@@ -29,16 +30,6 @@ struct pv_vcpu_private {
 	pthread_mutex_t lock; /* protects run, stop, in_run and thread from pv_vcpu_kick() */
 };
 
-static int kick_signal(void)
-{
-	return SIGRTMIN + 4;
-}
-
-static void on_kick(int sig)
-{
-	(void)sig;
-}
-
 /**
  * pv_vcpu_init() - Install the signal handler that gets a thread out of KVM_RUN
  *
@@ -48,10 +39,7 @@ static void on_kick(int sig)
  */
 int pv_vcpu_init(void)
 {
-	struct sigaction sa = {.sa_handler = on_kick};
-
-	/* The signal must make KVM_RUN return, so there is no SA_RESTART. */
-	return sigaction(kick_signal(), &sa, NULL) ? -errno : 0;
+	return pv_interrupt_init();
 }
 
 /**
@@ -495,6 +483,6 @@ void pv_vcpu_kick(struct pv_vcpu *v)
 	if (p->run)
 		p->run->immediate_exit = 1;
 	if (p->in_run)
-		pthread_kill(p->thread, kick_signal());
+		pv_interrupt(p->thread);
 	pthread_mutex_unlock(&p->lock);
 }

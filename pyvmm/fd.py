@@ -7,7 +7,6 @@ lends it. ``close`` releases the descriptor even if it raises, and a second ``cl
 from __future__ import annotations
 
 import os
-import select
 import sys
 
 from pyvmm.errors import HostError
@@ -107,18 +106,9 @@ class EventFd(Fd):
 
     def nudge(self) -> None:
         """Add 1 to the counter. If it is full, its reader has been woken already, so do nothing.
-
-        A hostile process can make this wait, if it fills the counter of a shared eventfd right
-        after we have looked. So this is for threads that nobody waits for without a limit.
+        Never waits, whatever another process does with the eventfd (cext/event.h).
         """
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLOUT)
-        if not poll.poll(0):
-            return
-        try:
-            self.signal()
-        except BlockingIOError:
-            pass
+        nudge(self.fileno())
 
     def drain(self) -> int:
         """Read and clear the counter; 0 if nobody has signalled. Never waits."""
@@ -128,6 +118,13 @@ class EventFd(Fd):
         except BlockingIOError:
             return 0
         return int.from_bytes(value, sys.byteorder)
+
+
+def nudge(fd: int) -> None:
+    """``EventFd.nudge`` of a descriptor."""
+    from pyvmm._ext import lib  # here: most commands share no eventfd
+
+    lib.pv_event_nudge(fd)
 
 
 def eventfds(count: int) -> list[EventFd]:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 
 EHWPOISON = 133  # asm-generic/errno.h; Python has no name for it
+#: Seconds that a vCPU's thread may take to leave the guest before it is kicked again.
+KICK_AGAIN_S = 0.2
 
 
 class VcpuThreads:
@@ -64,6 +66,7 @@ class VcpuThreads:
         self._started = self._running = self._ended = False
         self._halted = self._paused = False
         self._parked = 0
+        self._left = 0  # threads that have left the guest for good
 
     def run(self) -> None:
         """Run all vCPUs until ``halt``; returns at once if ``halt`` has been called before."""
@@ -73,10 +76,18 @@ class VcpuThreads:
         ]
         with self._changed:
             self._started = self._running = True
+            self._left = 0
         for thread in threads:
             thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._halted or self._left == len(threads))
         for thread in threads:
-            thread.join()
+            thread.join(KICK_AGAIN_S)
+            while thread.is_alive():
+                # It may have been about to kick by an exit, and now wait for a back-end that keeps
+                # the eventfd full (cext/event.h).
+                self.kick()
+                thread.join(KICK_AGAIN_S)
         with self._changed:
             self._running = False
 
@@ -181,6 +192,10 @@ class VcpuThreads:
         except BaseException as e:
             self.failure = e
             self._over(Outcome("stopped", str(e)))
+        finally:
+            with self._changed:
+                self._left += 1
+                self._changed.notify_all()
         vcpu.settle()
 
 

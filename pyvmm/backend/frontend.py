@@ -22,7 +22,7 @@ import threading
 from pyvmm.backend.memory import SLOTS_MAX, FileMapping, InflightRegions, MemoryTable
 from pyvmm.datapath.base import Vring
 from pyvmm.errors import HostError, VhostUserError
-from pyvmm.fd import Fd, memfd
+from pyvmm.fd import Fd, memfd, nudge
 from pyvmm.hostnet.rights import close_all
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec.vhost_user import (
@@ -197,10 +197,7 @@ class Frontend:
             self._counts["faults"] += 1
             err = self.rings[queue].err if queue >= 0 else None
             if err is not None:
-                try:
-                    os.eventfd_write(err.fileno(), 1)
-                except OSError:
-                    pass  # the counter is full: the front-end has been told
+                nudge(err.fileno())
         self.log(f"fault: {problem}")
 
     def link(self, up: bool) -> None:

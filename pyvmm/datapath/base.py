@@ -237,7 +237,8 @@ class DataPath(Protocol):
 
         The caller has programmed queues and offloads of the host's side (``HostSide``) before.
 
-        :param acked: the negotiated feature bits, of GUEST_* only those in force.
+        :param acked: the negotiated feature bits, of GUEST_* only those in force;
+            CTRL_GUEST_OFFLOADS only if GUEST_CSUM may come into force later.
         :param events: told of faults and of the link until ``stop`` returns.
         :raises PyvmmError: nothing was started and the rings are untouched.
         """

@@ -18,6 +18,8 @@ from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import Reopener
 from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
 from pyvmm.spec.virtio_net import (
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_F_GUEST_CSUM,
     VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_GUEST_UFO,
@@ -213,6 +215,9 @@ class EmulatedNet:
         config.max_frame = VIRTIO_NET_HDR_V1_SIZE + payload + FRAME_EXTRA
         config.poll_us, config.hold_ms = self._poll_us, self._hold_ms
         config.taken = self._taken(rings)
+        # With CTRL_GUEST_OFFLOADS the driver may switch the feature on at any time.
+        headers = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
+        config.guest_csum = bool(acked & headers)
         config.mrg_rxbuf = bool(acked >> VIRTIO_NET_F_MRG_RXBUF & 1)
         config.indirect = bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1)
         config.event_idx = bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1)

@@ -184,9 +184,12 @@ class NetDevice(VirtioDevice):
     @property
     def in_force(self) -> int:
         """The negotiated features as a data path gets them: of GUEST_* only those that the driver
-        has left on.
+        has left on; CTRL_GUEST_OFFLOADS if it may switch GUEST_CSUM on.
         """
-        return self.driver_features & ~GUEST_OFFLOADS | self._offloads
+        acked = self.driver_features & ~GUEST_OFFLOADS | self._offloads
+        if not self.driver_features >> VIRTIO_NET_F_GUEST_CSUM & 1:
+            acked &= ~(1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
+        return acked
 
     def config_space(self) -> bytes:
         """struct virtio_net_config as far as its features go (5.1.4)."""

@@ -83,6 +83,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	cfg.indirect = data[2] & 1;
 	cfg.event_idx = data[2] & 2;
 	cfg.mrg_rxbuf = data[2] & 4;
+	cfg.guest_csum = data[2] & 64;
 	w = pv_net_worker_new(&cfg, &mem, &ev);
 	CHECK(w);
 	for (int q = RX; q <= TX; q++)

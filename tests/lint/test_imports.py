@@ -41,6 +41,7 @@ EXTENSION = (
     "bus",
     "datapath",
     "devices",
+    "fd",
     "hostnet",
     "kvm",
     "memory",

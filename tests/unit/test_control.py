@@ -205,12 +205,34 @@ def test_offloads_reach_the_port(rig: Rig) -> None:
     csum = bits("VIRTIO_NET_F_GUEST_CSUM")
     assert rig.cable.offloads == [OFFLOADS]
     assert set_offloads(csum) == VIRTIO_NET_OK
+    assert rig.device.in_force & bits("VIRTIO_NET_F_CTRL_GUEST_OFFLOADS")
     assert set_offloads(bits("VIRTIO_NET_F_GUEST_TSO6")) == VIRTIO_NET_ERR  # never negotiated
     assert set_offloads(bits("VIRTIO_NET_F_CSUM")) == VIRTIO_NET_ERR
     assert rig.cable.offloads == [OFFLOADS, csum]
     rig.device.set_link(False)
     rig.device.set_link(True)
     assert rig.cable.offloads == [OFFLOADS, csum, csum]  # what is in force, not what was negotiated
+
+
+@pytest.mark.parametrize("negotiated", [True, False])
+def test_headers_pass_if_the_driver_may_switch_checksums_on(negotiated: bool) -> None:
+    """Without a stop of the data path, and also for frames that have been in the tap since
+    before. A driver that cannot is told nothing (5.1.6.4.1).
+    """
+    csum = bits("VIRTIO_NET_F_GUEST_CSUM")
+    header = bytes([1, 0, 0, 0, 0, 0, 34, 0, 6, 0])
+    with Rig(features=ALL if negotiated else ALL & ~OFFLOADS) as rig:
+        for mask in (0, csum) if negotiated else (0,):
+            data = struct.pack("<Q", mask)
+            command = VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET
+            assert rig.command(*command, data) == VIRTIO_NET_OK
+            rig.device.set_link(False)
+            rig.device.set_link(True)
+            net = rig.guest.nets[0]
+            net.received.clear()
+            rig.cable.cables[0].far.send(header + bytes(2) + frame(1))
+            (packet,) = net.wait_packets(1)
+            assert packet[:10] == (header if negotiated else bytes(10))
 
 
 def test_announcing(rig: Rig) -> None:

@@ -35,6 +35,8 @@ VERSION_1 = bits("VIRTIO_F_VERSION_1")
 EVENT_IDX = bits("VIRTIO_RING_F_EVENT_IDX")
 INDIRECT_DESC = bits("VIRTIO_RING_F_INDIRECT_DESC")
 MRG = bits("VIRTIO_NET_F_MRG_RXBUF")
+CSUM = bits("VIRTIO_NET_F_GUEST_CSUM")
+CTRL_OFFLOADS = bits("VIRTIO_NET_F_CTRL_GUEST_OFFLOADS")
 GSO = bits("VIRTIO_NET_F_GUEST_CSUM", "VIRTIO_NET_F_GUEST_TSO4")
 #: Seconds for what comes at once on a machine that has nothing else to do.
 PATIENCE = 60.0
@@ -493,10 +495,14 @@ def test_a_packet_without_a_full_header_is_dropped() -> None:
     "split", [[12], [1] * 12, [10, 2], [11, 1, 13], [5, 5, 20], [12, 14, 20, 1]]
 )
 @pytest.mark.parametrize("indirect", [0, INDIRECT_DESC])
-def test_the_header_may_be_split_anywhere(split: list[int], indirect: int) -> None:
-    """CVE-2022-2132."""
+@pytest.mark.parametrize("csum", [0, CSUM, CTRL_OFFLOADS], ids=["zeros", "csum", "later"])
+def test_the_header_may_be_split_anywhere(split: list[int], indirect: int, csum: int) -> None:
+    """CVE-2022-2132. And a driver without GUEST_CSUM gets no flags, lengths or offsets
+    (5.1.6.4.1), whoever has written them.
+    """
     header = bytes(range(1, 13))
-    with Rig(VERSION_1 | EVENT_IDX | indirect, fill=False) as rig:
+    expected = header[:10] if csum else bytes(10)
+    with Rig(VERSION_1 | EVENT_IDX | indirect | csum, fill=False) as rig:
         d, gpa = rig.driver, 0x200000
         segments, at = [], gpa
         for n in [*split, 2000]:
@@ -511,7 +517,7 @@ def test_the_header_may_be_split_anywhere(split: list[int], indirect: int) -> No
         rig.cable.far.send(header[:10] + b"\xff\xff" + frame(8, 500))
         assert wait_for(lambda: d.rx.used_idx == 1)
         data = b"".join(rig.memory.read(a, n) for a, n, _ in segments)[:512]
-        assert data == header[:10] + b"\1\0" + frame(8, 500)
+        assert data == expected + b"\1\0" + frame(8, 500)
         assert [n for _, n in d.rx.take_used()] == [512]
 
 

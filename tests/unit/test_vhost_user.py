@@ -350,6 +350,16 @@ def test_two_guests_joined(tmp_path: Path) -> None:
             sent = [frame(i, 100) for i in range(100)]
             sender.driver.send(*sent)
             assert [p[12:] for p in receiver.driver.wait_packets(100, PATIENCE)] == sent
+        # NEEDS_CSUM, GSO_TCPV4, lengths and offsets beyond the frame: the other guest has
+        # negotiated none of it, and must not be told (5.1.6.4.1).
+        evil = struct.pack("<BBHHHHH", 1, 1, 0xFFFF, 1, 0xFFF0, 0xFFF0, 0)
+        for sender, receiver in ((one, two), (two, one)):
+            receiver.driver.received.clear()
+            sender.driver.queue(frame(1, 100), header=evil)
+            sender.driver.tx.publish()
+            assert receiver.driver.wait_packets(1, PATIENCE) == [
+                bytes(10) + b"\1\0" + frame(1, 100)
+            ]
 
 
 def checksum(data: bytes) -> int:
