@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import threading
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
 NAME_MAX = 15  # TASK_COMM_LEN less the terminating null
 
 
@@ -12,7 +17,16 @@ class Thread(threading.Thread):
 
     Python sets the system's name itself from 3.14 on. Before, a thread keeps the name of the thread
     that started it.
+
+    :param failed: is told, in the thread, of the exception that ends it; the traceback goes where
+        ``report_bug`` says. None: the exception only ends the thread.
     """
+
+    def __init__(
+        self, *args: Any, failed: Callable[[Exception], None] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._failed = failed
 
     def run(self) -> None:
         try:
@@ -20,7 +34,13 @@ class Thread(threading.Thread):
                 comm.write(self.name[:NAME_MAX])
         except OSError:
             pass  # without /proc the thread runs without a name
-        super().run()
+        try:
+            super().run()
+        except Exception as e:
+            if self._failed is None:
+                raise
+            report_bug(e)
+            self._failed(e)
 
 
 def report_bug(error: BaseException) -> None:

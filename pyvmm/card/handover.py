@@ -225,8 +225,8 @@ class HandOver:
         self._device.use(self._old.path)
         try:
             self._device.resume(patience=self._patience)
-        except PyvmmError as e:
-            self._device.fault(-1, str(e))
+        except Exception as e:
+            self._device.failed("hand-over", e)
             return "failed"
         return "rolled-back"
 

@@ -304,6 +304,7 @@ class Nic:
             "driver_mistakes": list(self.device.mistakes),
             "kvm_refusals": self.transport.errors,
             "faults": list(self.device.faults),
+            "faults_total": self.device.faults_total,
             "tracebacks": list(self.device.tracebacks),
             "counters": self.counters(),
             "modes": {name: totals.as_dict() for name, totals in modes.items()},

@@ -88,6 +88,11 @@ def cpu_ns(tid: int | None) -> int:
         return 0
 
 
+def bug(name: str, error: Exception) -> str:
+    """A fault's words for an exception in a thread of the data path ``name``."""
+    return f"{name}: {type(error).__name__}: {error}"
+
+
 class RxFilter:
     """What the driver wants to receive (virtio 1.2, 5.1.6.5.1 and 5.1.6.5.2); after reset,
     everything.

@@ -12,7 +12,7 @@ import threading
 import time
 
 from pyvmm._ext import ffi, lib
-from pyvmm.datapath.base import HandOverTimes, by_pair
+from pyvmm.datapath.base import HandOverTimes, bug, by_pair
 from pyvmm.errors import HostError, RingFault
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import Reopener
@@ -26,7 +26,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_HDR_V1_SIZE,
 )
-from pyvmm.threads import Thread
+from pyvmm.threads import Thread, report_bug
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -109,7 +109,10 @@ class EmulatedNet:
         self._telling = threading.Lock()
         interface = port.interface
         self._reopener = Reopener(
-            port.name, interface.reopen if interface is not None else None, self._link_back
+            port.name,
+            interface.reopen if interface is not None else None,
+            self._link_back,
+            self._failed,
         )
         # Guards workers against being freed while their counters are read.
         self._lock = threading.Lock()
@@ -262,7 +265,11 @@ class EmulatedNet:
         while not self._closing:
             poll.poll()
             self._told.drain()
-            self._pass_on()
+            try:
+                self._pass_on()
+            except Exception as e:  # nobody else would tell of later events
+                report_bug(e)
+                self._failed(e)
 
     def _pass_on(self) -> None:
         """Take all events that are there, and tell whoever has started the data path."""
@@ -303,6 +310,9 @@ class EmulatedNet:
             for pair in self._pairs:
                 pair.link_up = True
                 lib.pv_net_worker_attach(pair.worker, self._port.fds[pair.number].fileno())
+
+    def _failed(self, error: Exception) -> None:
+        self._report(-1, bug(self.name, error))
 
     def _report(self, queue: int, problem: str) -> None:
         if self._events is not None:

@@ -11,7 +11,7 @@ import select
 import threading
 import time
 
-from pyvmm.datapath.base import HandOverTimes, by_pair, cpu_ns
+from pyvmm.datapath.base import HandOverTimes, bug, by_pair, cpu_ns
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import PacketCount, Reopener
@@ -58,7 +58,7 @@ class VhostNet:
         self._errors = [EventFd() for _ in range(2 * len(devices))]
         self._stop, self._relinked = EventFd(), EventFd()
         self._watcher: threading.Thread | None = None
-        self._reopener = Reopener(port.name, port.reopen, self._link_back)
+        self._reopener = Reopener(port.name, port.reopen, self._link_back, self._failed)
         self._lock = threading.Lock()  # the totals, and backends against a tap that returns
         self._totals = {"link_losses": 0, "ring_faults": 0}
         port.link()  # now, while there is one
@@ -113,7 +113,12 @@ class VhostNet:
             with self._lock:
                 self._set_backends()
             self._stop.drain()
-            self._watcher = Thread(target=self._watch, name=f"{self._port.name}-vhost", daemon=True)
+            self._watcher = Thread(
+                target=self._watch,
+                name=f"{self._port.name}-vhost",
+                daemon=True,
+                failed=self._failed,
+            )
             self._watcher.start()
         except BaseException as e:
             if self._watcher is not None and self._watcher.ident is None:
@@ -217,6 +222,11 @@ class VhostNet:
             self._totals["ring_faults"] += 1
         if self._events is not None:
             self._events.fault(queue, f"queue {queue}: vhost-net calls the ring malformed")
+
+    def _failed(self, error: Exception) -> None:
+        """A thread of ours has ended with an exception."""
+        if self._events is not None:
+            self._events.fault(-1, bug(self.name, error))
 
     def _link_lost(self) -> None:
         """The worker drops what the guest sends from now on: the tap's descriptors are dead."""

@@ -173,13 +173,18 @@ class Reopener:
 
     :param name: of the tap. :param reopen: opens the tap again; returns whether this was
         possible. None for sockets in place of a tap, which never come back.
-    :param back: called in that thread after the tap has been opened again.
+    :param back: called in that thread after the tap has been opened again. :param failed: called
+        with the exception that has ended the thread.
     """
 
     def __init__(
-        self, name: str, reopen: Callable[[], bool] | None, back: Callable[[], None]
+        self,
+        name: str,
+        reopen: Callable[[], bool] | None,
+        back: Callable[[], None],
+        failed: Callable[[Exception], None],
     ) -> None:
-        self._name, self._reopen, self._back = name, reopen, back
+        self._name, self._reopen, self._back, self._failed = name, reopen, back, failed
         self._lock = threading.Lock()
         self._quit = threading.Event()
         self._thread: threading.Thread | None = None
@@ -192,7 +197,11 @@ class Reopener:
         with self._lock:
             if self._thread is None and not self._quit.is_set():
                 self._thread = Thread(
-                    target=self._run, args=(reopen,), name=f"{self._name}-watch", daemon=True
+                    target=self._run,
+                    args=(reopen,),
+                    name=f"{self._name}-watch",
+                    daemon=True,
+                    failed=self._failed,
                 )
                 self._thread.start()
 

@@ -432,6 +432,16 @@ class VhostUserDevice:
                 except PyvmmError as e:
                     self._lose(s, e)
 
+    def failed(self, error: Exception) -> None:
+        """A bug in the watcher's thread; the session is lost."""
+        self._history.count("disconnections")
+        problem = f"vhost-user: {type(error).__name__}: {error}"
+        self._history.note(problem)
+        with self._state:
+            events = self._events
+        if events is not None:
+            events.fault(-1, problem)
+
     def ring_error(self, ring: int) -> None:
         """The back-end has found a ring malformed. This is reported once per start."""
         self._history.count("ring_errors")

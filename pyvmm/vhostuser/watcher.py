@@ -16,7 +16,7 @@ import time
 
 from pyvmm.errors import HostError, PyvmmError, VhostUserError
 from pyvmm.fd import EventFd
-from pyvmm.threads import Thread
+from pyvmm.threads import Thread, report_bug
 from pyvmm.vhostuser.session import Session
 from pyvmm.vhostuser.wire import Closed, Stopped, readable
 
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 
         def ring_error(self, ring: int) -> None:
             """The back-end has found a ring malformed."""
+
+        def failed(self, error: Exception) -> None:
+            """A bug: the watcher's thread has met an exception, and goes on without a session."""
 
 
 #: Seconds between attempts to connect again: the first, doubled each time up to the second.
@@ -189,20 +192,33 @@ class Watcher:
         s: Session | None = first
         delay = RETRY
         while not self._over:
-            if s is not None:
-                if not self._listen(s):
-                    s.close()
-                    s = None
-                continue
-            s = self._reconnect()
+            waits = self._connector.waits
+            try:
+                if s is not None:
+                    if not self._listen(s):
+                        s.close()
+                        s = None
+                    continue
+                s = self._reconnect()
+            except Exception as e:
+                self._bug(s, e)
+                s, waits = None, False
             if s is not None:
                 delay = RETRY
-            elif not self._connector.waits:
+            elif not waits:
                 readable([self._end.fileno()], delay)
                 delay = min(2 * delay, RETRY_MAX)
         if s is not None:
             self._owner.speaks(s)  # the session was ended by ``cut``
             s.close()
+
+    def _bug(self, s: Session | None, error: Exception) -> None:
+        """An exception in this thread, which has to go on."""
+        report_bug(error)
+        if s is not None:
+            self.lose(s)
+            s.close()
+        self._owner.failed(error)
 
     def _listen(self, s: Session) -> bool:
         """Wait for an event on a connection that should be silent; returns whether the session

@@ -173,7 +173,8 @@ class VirtioDevice:
     :ivar refused: writes of the driver that were ignored.
     :ivar mistakes: the first of these, and what else the driver did wrong, in words with the clause
         of the specification.
-    :ivar faults: the first problems that only a reset cures.
+    :ivar faults: the first problems that only a reset cures; :ivar faults_total: how many there
+        were.
     :ivar tracebacks: Python's, of faults that are bugs of pyvmm.
     """
 
@@ -212,6 +213,7 @@ class VirtioDevice:
         self.mistakes: list[str] = []
         self.resets = 0
         self.faults: list[str] = []
+        self.faults_total = 0
         self.tracebacks: list[str] = []
         self._abandoned = False
 
@@ -436,8 +438,7 @@ class VirtioDevice:
             try:
                 job()
             except Exception as e:  # the thread that runs the jobs must live
-                self._note(what, e)
-                self._needs_reset()
+                self.failed(what, e)
 
         self._jobs.post(attempt)
 
@@ -448,12 +449,23 @@ class VirtioDevice:
         self._add_fault(problem)
         self._needs_reset()
 
+    def failed(self, what: str, error: Exception) -> None:
+        """An exception in what the device or its data path does, after which it may not work: a
+        fault with a name. Any thread.
+
+        :param what: was done, for faults that are bugs of pyvmm.
+        """
+        self._note(what, error)
+        self._needs_reset()
+
     def _needs_reset(self) -> None:
         with self._mutex:
             self.status |= NEEDS_RESET
         self.config_changed()
 
     def _add_fault(self, problem: str) -> None:
+        with self._mutex:
+            self.faults_total += 1
         if len(self.faults) < FAULTS_MAX:
             self.faults.append(problem)
             self.problem_found(problem)

@@ -232,8 +232,8 @@ class NetDevice(VirtioDevice):
         try:
             if up and self._driven:
                 self.resume()
-        except PyvmmError as e:
-            self.fault(-1, str(e))
+        except Exception as e:
+            self.failed("link", e)
             raise
         self.config_changed()
 
@@ -245,8 +245,8 @@ class NetDevice(VirtioDevice):
         """
         try:
             self._hold("the machine is paused", on)
-        except PyvmmError as e:
-            self.fault(-1, str(e))
+        except Exception as e:
+            self.failed("pause", e)
             raise
 
     def mastering_changed(self) -> None:

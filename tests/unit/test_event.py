@@ -17,8 +17,8 @@ from pyvmm.fd import EventFd
 from pyvmm.virtio.pci.transport import NOTIFY
 from tests.driver import bits, wait_for
 from tests.unit.test_net_worker import MRG, Rig, frame
-from tests.unit.test_virtio_pci import window
 from tests.unit.test_virtio_pci import Rig as CardRig
+from tests.unit.test_virtio_pci import window
 
 PATIENCE = 60.0
 FULL = 2**64 - 2

@@ -11,17 +11,23 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyvmm.backend.net import NetService
+from pyvmm.backend.server import Backend
 from pyvmm.bus import MMIO
 from pyvmm.datapath.emulated import EmulatedNet
+from pyvmm.datapath.vhost_net import VhostNet
+from pyvmm.datapath.vhost_user import VhostUserNet
 from pyvmm.errors import HostError
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.tap import Tap
@@ -32,6 +38,7 @@ from pyvmm.spec.virtio import (
     VIRTIO_CONFIG_S_NEEDS_RESET,
 )
 from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
+from pyvmm.vhostuser.connect import Connector
 from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import BAR_SIZE, NOTIFY, VirtioPci
 from tests.driver import Cable, Ring, bits, wait_for
@@ -46,6 +53,7 @@ from tests.pci_guest import (
     VirtioPciDriver,
     frame,
 )
+from tests.vhost_fake import LinkedCable, fake_vhost_net
 
 if TYPE_CHECKING:
     from pyvmm.kvm.vm import Vm
@@ -58,6 +66,22 @@ PLAIN = VERSION_1 | bits("VIRTIO_NET_F_MRG_RXBUF")
 NEEDS_RESET = VIRTIO_CONFIG_S_NEEDS_RESET
 RUNNING = ACK | DRIVER | FEATURES_OK | DRIVER_OK
 FEE = 0xFEE00000
+
+
+@contextmanager
+def vhost_user(cable: LinkedCable) -> Iterator[VhostUserNet]:
+    """The data path to a back-end of ours, in a thread, on ``cable``."""
+    with TemporaryDirectory() as directory, Backend(NetService(cable)) as backend:
+        path = f"{directory}/s"
+        thread = threading.Thread(target=backend.run, args=(path,))
+        thread.start()
+        try:
+            net = VhostUserNet(Connector(path))
+            net.connect(60)
+            yield net  # the device closes it
+        finally:
+            backend.stop()
+            thread.join(60)
 
 
 class Rig:
@@ -76,14 +100,22 @@ class Rig:
         port: Tap | None = None,
         vm: Any = None,
         queue_size: int = 256,
+        mode: str = "emulated",
     ) -> None:
         self.board = Board(vm)
+        self.stack = ExitStack()
         if port is None:
-            self.port: Tap | Cable = Cable()
-            self.cable = self.port
+            self.cable = cable = LinkedCable()
+            self.port: Tap | Cable = cable
         else:
             self.port = port
-        self.path = EmulatedNet(self.port)
+        self.path: EmulatedNet | VhostNet | VhostUserNet
+        if mode == "emulated":
+            self.path = EmulatedNet(self.port)
+        elif mode == "vhost-net":
+            self.path, self.vhost = fake_vhost_net(cable)
+        else:
+            self.path = self.stack.enter_context(vhost_user(cable))
         self.device = NetDevice(
             "net0", self.board.memory, self.path, self.port, MAC, mtu=mtu, queue_size=queue_size
         )
@@ -116,6 +148,7 @@ class Rig:
         for g in self.guests:
             g.close()
         self.board.close()
+        self.stack.close()
         self.port.close()
 
 
@@ -982,13 +1015,17 @@ def act(rig: Rig, d: VirtioPciDriver, action: tuple[Any, ...]) -> None:
         rig.guests.pop()
 
 
+MODES = ("emulated", "vhost-net", "vhost-user")
+
+
+@pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=120, deadline=None)
 @given(st.lists(ACTION, max_size=40))
-def test_no_guest_can_make_it_raise(actions: list[Any]) -> None:
+def test_no_guest_can_make_it_raise(mode: str, actions: list[Any]) -> None:
     """Any accesses in any order, with a running data path or without; then a well-behaved guest
     finds a working card.
     """
-    with Rig() as rig:
+    with Rig(mode=mode) as rig:
         d = rig.driver()
         for action in actions:
             act(rig, d, action)
@@ -1000,8 +1037,100 @@ def test_no_guest_can_make_it_raise(actions: list[Any]) -> None:
                 rig.cable.far.recv(1 << 17)
             except BlockingIOError:
                 break
+        assert not rig.device.tracebacks
         g = rig.guest(VERSION_1)
         g.net.send(frame(5))
+        assert rig.cable.receive()[12:] == frame(5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("which", [[], [0], [1], [2]])
+def test_driver_ok_with_few_queues_or_none(mode: str, which: list[int]) -> None:
+    """A driver that enables no queue, or not both of a pair, has a device that does nothing."""
+    with Rig(mode=mode) as rig:
+        d = rig.driver()
+        assert d.negotiate(VERSION_1 | bits("VIRTIO_NET_F_CTRL_VQ"))
+        rings = [Ring(rig.board.memory, 64, 0x10000 * (i + 1), index=i) for i in which]
+        for ring in rings:
+            d.set_ring(ring)
+        d.driver_ok()
+        for queue in range(3):
+            d.notify(queue)
+        assert d.status == RUNNING and not rig.device.faults
+        rig.device.set_paused(True)
+        rig.device.set_paused(False)
+        d.set("device_status", 0)
+        assert d.status == 0 and not rig.device.faults
+        for ring in rings:
+            ring.close()
+        g = rig.guest(VERSION_1)
+        g.net.send(frame(5))
+        assert rig.cable.receive()[12:] == frame(5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["start", "stop"])
+def test_a_bug_in_a_data_path_is_a_fault_with_a_name(
+    monkeypatch: pytest.MonkeyPatch, mode: str, method: str
+) -> None:
+    with Rig(mode=mode) as rig:
+        real, broken = getattr(rig.path, method), True
+
+        def bug(*args: Any, **kwargs: Any) -> Any:
+            result = real(*args, **kwargs)
+            if broken:
+                raise ZeroDivisionError("a bug")
+            return result
+
+        monkeypatch.setattr(rig.path, method, bug)
+        g = rig.guest(VERSION_1)
+        if method == "stop":
+            g.pci.set("device_status", 0)
+            assert g.pci.status == 0
+        else:
+            assert wait_for(lambda: g.pci.status & NEEDS_RESET)
+        assert rig.device.faults_total == 1 and len(rig.device.tracebacks) == 1
+        assert "ZeroDivisionError: a bug" in rig.device.faults[0]
+        broken = False
+        rig.guest(VERSION_1).net.send(frame(5))
+        assert rig.cable.receive()[12:] == frame(5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bug_in_a_data_path_s_thread_is_a_fault_with_a_name(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Whatever thread of Python the path has. The guest sees NEEDS_RESET, and a reset cures it."""
+    hooked: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", hooked.append)
+    with Rig(mode=mode) as rig:
+        g = rig.guest(VERSION_1)
+        broken = True
+
+        def bug(real: Any) -> Any:
+            def call(*args: Any) -> Any:
+                if broken:
+                    raise ZeroDivisionError("a bug")
+                return real(*args)
+
+            return call
+
+        if isinstance(rig.path, EmulatedNet):
+            monkeypatch.setattr(rig.path, "_tell", bug(rig.path._tell))
+        elif isinstance(rig.path, VhostNet):
+            monkeypatch.setattr(rig.path, "_ring_fault", bug(rig.path._ring_fault))
+        else:
+            monkeypatch.setattr(rig.path, "ring_error", bug(rig.path.ring_error))
+        tx = g.net.tx  # a malformed ring gives the thread something to tell
+        tx.set_avail(tx.published, 0xFFFF)
+        tx.set_avail_idx(tx.published + 1)
+        g.pci.notify(1)
+        assert wait_for(lambda: g.pci.status & NEEDS_RESET)
+        assert any("ZeroDivisionError: a bug" in fault for fault in rig.device.faults)
+        assert hooked and rig.device.faults_total >= 1
+        broken = False
+        again = rig.guest(VERSION_1)
+        again.net.send(frame(5))
         assert rig.cable.receive()[12:] == frame(5)
 
 
