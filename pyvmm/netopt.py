@@ -23,7 +23,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "none": (),
     "emulated": ("notify", "poll", "worker-cpu"),
     "vhost-net": ("notify", "worker-cpu"),
-    "vhost-user": ("notify", "socket", "server"),
+    "vhost-user": ("notify", "socket", "server", "peer"),
 }
 COMMON_KEYS = (
     "tap",
@@ -38,7 +38,7 @@ COMMON_KEYS = (
     "switchable",
 )
 #: Keys of a data path, which a switch may change; all other keys belong to the card.
-PATH_KEYS = ("poll", "worker-cpu", "socket", "server")
+PATH_KEYS = ("poll", "worker-cpu", "socket", "server", "peer")
 #: Names for ``without=``, joined by "+": feature groups that the card does not offer.
 GROUPS = {
     "offloads": "CSUM GUEST_CSUM GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 "
@@ -53,6 +53,8 @@ GROUPS = {
 #: The most queue pairs of a card.
 MAX_QUEUES = 16
 MAC_PREFIX = bytes((0x52, 0x54, 0))  # the customary one of virtual machines: administered locally
+#: The largest user id (2^32 - 1 means none).
+UID_MAX = 2**32 - 2
 HEX = frozenset("0123456789abcdefABCDEF")
 
 
@@ -80,6 +82,8 @@ class Net:
     :param socket: of the vhost-user back-end; without it pyvmm starts a back-end of its own on the
         card's tap.
     :param server: ``on`` if the back-end connects and pyvmm listens, else ``off``.
+    :param peer: user id of the back-end at ``socket``. Without it, a back-end must be root's or
+        of pyvmm's own user.
     :param switchable: modes to which the data path may be switched later, joined by "+"
         (docs/switch.md). The device offers what all of them can honour.
     :raises UsageError: a value is not allowed, or two do not go together.
@@ -93,6 +97,7 @@ class Net:
         "mode",
         "mtu",
         "notify",
+        "peer",
         "poll",
         "queue_size",
         "queues",
@@ -122,6 +127,7 @@ class Net:
         worker_cpu: int | str | None = None,
         socket: str | None = None,
         server: str = "off",
+        peer: int | str | None = None,
         switchable: str = "",
     ) -> None:
         if mode not in MODES:
@@ -148,6 +154,8 @@ class Net:
             raise UsageError(
                 f"--net {mode}: server=on without socket=", "name the socket to listen on"
             )
+        if peer is not None and not socket:
+            raise UsageError(f"--net {mode}: peer= without socket=", "our own back-end is ours")
         if socket and tap is not None and modes == {"vhost-user"}:
             raise UsageError(
                 f"--net vhost-user: socket= and tap={tap}",
@@ -168,6 +176,7 @@ class Net:
         self.queues = number("queues", queues, 1, MAX_QUEUES)
         self.link = link == "on"
         self.socket, self.server = socket or "", server == "on"
+        self.peer = number("peer", peer, 0, UID_MAX) if peer is not None else None
         self.worker_cpu = (
             number("worker-cpu", worker_cpu, 0, 8191) if worker_cpu is not None else None
         )
@@ -230,6 +239,7 @@ class Net:
             mode = to.mode
             given: dict[str, Any] = {"poll": to.poll, "worker_cpu": to.worker_cpu}
             given |= {"socket": to.socket or None, "server": "on" if to.server else "off"}
+            given |= {"peer": to.peer}
         else:
             mode, _, rest = to.partition(",")
             if mode not in MODES or mode == "none":
@@ -237,6 +247,7 @@ class Net:
             given = dict(self._pairs(mode, rest, [k for k in MODES[mode] if k in PATH_KEYS]))
             if mode == "vhost-user" and "socket" not in given and self.socket:
                 given |= {"socket": self.socket, "server": "on" if self.server else "off"}
+                given.setdefault("peer", self.peer)
         if mode == "none" or self.mode == "none":
             raise UsageError("a card cannot be switched to none", "pull the cable: set_link(False)")
         return Net(
@@ -264,7 +275,7 @@ def number(key: str, value: int | str, low: int, high: int) -> int:
     """Parse ``value`` as an integer in [low, high]. :raises UsageError: it is not."""
     text = str(value)
     # int() alone would take "1_0", " 7" and other scripts' digits.
-    good = text.isascii() and text.isdecimal() and len(text) < 10
+    good = text.isascii() and text.isdecimal() and len(text) <= 10
     if not good or not low <= int(text) <= high:
         raise UsageError(f"--net: {key}={value}", f"use {low} to {high}")
     return int(text)

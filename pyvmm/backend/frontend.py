@@ -166,6 +166,8 @@ class Frontend:
     :param features, protocol_features: masks of the features that are offered.
     :param counts: the keys of :data:`COUNTERS` are counted up. :param log: gets one line about each
         refusal and fault.
+    :param unsealed: take memory files that the front-end can make shorter, which would end this
+        process.
     :ivar acked: features that the front-end has chosen; :ivar protocol: likewise protocol features.
     """
 
@@ -177,12 +179,15 @@ class Frontend:
         protocol_features: int,
         counts: dict[str, int],
         log: Callable[[str], None],
+        *,
+        unsealed: bool = False,
     ) -> None:
         self.channel, self.service = channel, service
         self.features, self.protocol_features = features, protocol_features
         self._counts, self.log = counts, log
         self.acked = self.protocol = self.status = 0
-        self.memory = MemoryTable()
+        self._unsealed = unsealed
+        self.memory = MemoryTable(unsealed=unsealed)
         self.inflight: InflightRegions | None = None
         self.rings = [FrontendRing(i) for i in range(service.rings)]
         self._served: list[FrontendRing] = []
@@ -267,9 +272,11 @@ class Frontend:
 
     # --- the connection ---------------------------------------------------------------------------
 
-    def serve(self) -> None:
+    def serve(self, door: int = -1, knocked: Callable[[], None] | None = None) -> None:
         """Answer messages and serve rings until the connection ends.
 
+        :param door: a descriptor to watch while the front-end says nothing.
+        :param knocked: called when that is readable.
         :raises Closed: the front-end has left. :raises Stopped: ``channel.stop`` was called.
         :raises PyvmmError: it broke the protocol, or was refused something and had not asked to be
             told.
@@ -277,6 +284,9 @@ class Frontend:
         while True:
             if not readable([self.channel.fileno()], 0):  # no message waits
                 self.resume()
+            while self.channel.fileno() not in readable([self.channel.fileno(), door], None):
+                assert knocked is not None
+                knocked()
             message = self.channel.receive()
             try:
                 self._handle(message)
@@ -514,7 +524,7 @@ class Frontend:
         return queues * InflightRegions.stride(queue_size)
 
     def _use_inflight(self, fd: int, size: int, offset: int, queues: int, queue_size: int) -> None:
-        mapping = FileMapping(fd, offset + size)
+        mapping = FileMapping(fd, offset + size, unsealed=self._unsealed)
         if self.inflight is not None:
             self.inflight.close()
         self.inflight = InflightRegions(mapping, offset, queues, queue_size)

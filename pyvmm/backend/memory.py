@@ -1,12 +1,15 @@
 """A front-end's memory as the back-end maps it: the memory table and the in-flight regions.
 
 A front-end names its memory by files and offsets, and each file is mapped no further than the
-front-end said. (One fault is beyond checking: a front-end that truncates such a file under us.
-Files that are sealed against shrinking are safe.)
+front-end said. A file that gets shorter under us would end this process by SIGBUS, and with it the
+sessions of others. So files are sealed against that (F_SEAL_SHRINK of fcntl(2)), and files that
+cannot be sealed are refused; unless the front-end is trusted not to do it. A file system in user
+space could make us wait for each page, so only memory itself is taken: tmpfs and hugetlbfs.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import struct
 
@@ -32,11 +35,13 @@ class FileMapping:
     """A shared, writable mapping of the first ``size`` bytes of a file.
 
     :param fd: of the file; stays the caller's.
+    :param unsealed: take a file that can be made shorter.
     :ivar host: address of the mapping in this process.
-    :raises ProtocolError: the file is shorter, or cannot be mapped.
+    :raises ProtocolError: the file is shorter, cannot be mapped, or is none that we take.
     """
 
-    def __init__(self, fd: int, size: int) -> None:
+    def __init__(self, fd: int, size: int, *, unsealed: bool = False) -> None:
+        check_file(fd, unsealed=unsealed)
         try:
             self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
         except (OSError, ValueError, OverflowError) as e:
@@ -51,14 +56,39 @@ class FileMapping:
         self._map.close()
 
 
+def check_file(fd: int, *, unsealed: bool) -> None:
+    """Seal a memory file against being made shorter.
+
+    :param unsealed: go on if that is not possible.
+    :raises ProtocolError: it is not possible, or the file is not in memory.
+    """
+    info = ffi.new("struct statfs *")
+    if lib.fstatfs(fd, info) or info.f_type not in (lib.TMPFS_MAGIC, lib.HUGETLBFS_MAGIC):
+        raise ProtocolError(
+            "a memory file that is neither in tmpfs nor in hugetlbfs",
+            "have the front-end use a memfd",
+        )
+    try:
+        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    except OSError as e:
+        if not unsealed:
+            raise ProtocolError(
+                "a memory file that can be made shorter, which would end this process",
+                "have the front-end use a memfd that can be sealed; or trust it: --unsealed",
+            ) from e
+
+
 class MemoryTable:
     """A front-end's memory table, mapped. A data path takes it in place of a ``GuestMemory``.
 
+    :param unsealed: see ``FileMapping``.
     :ivar regions: each region with its mapping.
     :ivar c: ``struct pv_memory *`` for C; valid for as long as this object is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, unsealed: bool = False) -> None:
+        self._unsealed = unsealed
         self.regions: list[tuple[Region, FileMapping]] = []
         self.c = ffi.new("struct pv_memory *")
 
@@ -82,7 +112,7 @@ class MemoryTable:
         for r, _ in self.regions:
             if region.gpa < r.gpa + r.size and r.gpa < region.gpa + region.size:
                 raise ProtocolError(f"memory regions overlap at {region.gpa:#x}")
-        self.regions.append((region, FileMapping(fd, end)))
+        self.regions.append((region, FileMapping(fd, end, unsealed=self._unsealed)))
         self._update()
 
     def remove(self, region: Region) -> None:

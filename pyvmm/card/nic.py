@@ -179,8 +179,8 @@ class Nic:
 
         Waits for another switch of this card. Threads as with ``set_link``.
 
-        :param to: ``MODE[,key=value...]``, keys ``poll``, ``worker-cpu``, ``socket``, ``server`` as
-            with ``--net``; or a ``Net``.
+        :param to: ``MODE[,key=value...]``, with the keys of ``netopt.PATH_KEYS`` as with ``--net``;
+            or a ``Net``.
         :return: what happened; also where the new path failed when it was to take over and the old
             one or emulation goes on.
         :raises PyvmmError: nothing has changed: no such mode, it cannot be had, or it lacks

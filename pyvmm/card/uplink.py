@@ -138,7 +138,7 @@ class Uplink:
         tap = None if net.socket else self._need_tap(net)
         if tap is None:
             kind = ListeningConnector if net.server else Connector
-            connector = kind(net.socket)
+            connector = kind(net.socket, net.peer)
         else:
             if self._backend is None:
                 from pyvmm.backend.process import BackendProcess

@@ -4,10 +4,11 @@ The front-end is `pyvmm run --net vhost-user,socket=S`, QEMU with a vhost-user n
 memory, or DPDK's virtio-user. Front-end and back-end may end and come back as often as they like.
 
 Examples:
-  pyvmm backend --socket /tmp/s --tap tap0
-  pyvmm backend --socket /tmp/s --tap tap0 --queues 2 --poll --worker-cpu 2
-  pyvmm backend --socket /tmp/a --connect /tmp/b      joins two machines
-  pyvmm backend --socket /tmp/s --pcap dump.pcap      writes the guest's packets to a file
+  DIR=$XDG_RUNTIME_DIR    or another directory that only you can enter
+  pyvmm backend --socket $DIR/s --tap tap0
+  pyvmm backend --socket $DIR/s --tap tap0 --queues 2 --poll --worker-cpu 2
+  pyvmm backend --socket $DIR/a --connect $DIR/b      joins two machines
+  pyvmm backend --socket $DIR/s --pcap dump.pcap      writes the guest's packets to a file
 
 The command ends at SIGINT or SIGTERM, with exit status 0.
 """
@@ -18,6 +19,7 @@ import sys
 
 from pyvmm.cli.support.options import count
 from pyvmm.errors import UsageError
+from pyvmm.netopt import UID_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--client",
         action="store_true",
         help="connect to S, again and again (default: listen there)",
+    )
+    add(
+        "--peer",
+        metavar="UID",
+        type=count(0, UID_MAX),
+        help="the front-end's user, if it is neither root nor the user of this command",
+    )
+    add(
+        "--unsealed",
+        action="store_true",
+        help="take memory that cannot be sealed (DPDK): the front-end can then end this process",
     )
     port = parser.add_mutually_exclusive_group(required=True)
     port.add_argument("--tap", metavar="T", help="a tap: an existing one, or one to make")
@@ -86,7 +99,7 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
 
     def one(backend: Backend, path: str) -> None:
         try:
-            backend.run(path, client=args.client)
+            backend.run(path, client=args.client, peer=args.peer)
         except BaseException as e:
             errors.append(e)
         done.set()
@@ -101,6 +114,7 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
                         worker_cpu=args.worker_cpu,
                     ),
                     log=_named(log, path),
+                    unsealed=args.unsealed,
                 )
             )
             for path, port in _ports(args, stack)

@@ -39,6 +39,7 @@ Network cards: --net MODE[,key=value...], once per card
   Keys of vhost-user only, which has no worker-cpu=, and no tap= together with socket=:
       socket=PATH     where the back-end listens (default: start pyvmm's own, on a tap as above)
       server=on       pyvmm listens at socket=, and the back-end connects (off)
+      peer=UID        the back-end's user, if it is neither root nor the user of pyvmm
 
 Exit status: the command's; or 2 bad usage, 101 a result or the output could not be written,
 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no vhost-net, 112 no fitting

@@ -3,7 +3,7 @@ notice.
 
 Examples:
   pyvmm switch vm0 vhost-net
-  pyvmm switch vm0 --nic 1 vhost-user,socket=/tmp/s
+  pyvmm switch vm0 --nic 1 vhost-user,socket=$DIR/s
   pyvmm switch vm0 --json emulated,poll=50
 
 The mode and its keys are those of `pyvmm run --net`.

@@ -6,9 +6,9 @@ stops, wraps, reconnects and misbehaves, and prints pass or fail for each item. 
 send every packet back; if it does not, receiving is not checked.
 
 Examples:
-  pyvmm vhost-user probe /tmp/s
-  pyvmm vhost-user probe --timeout 10 --json /tmp/s
-  pyvmm vhost-user check --junit result.xml /tmp/s
+  pyvmm vhost-user probe $DIR/s
+  pyvmm vhost-user probe --timeout 10 --json $DIR/s
+  pyvmm vhost-user check --junit result.xml $DIR/s
 
 Exit status: 0 every message was answered and none refused, or all items passed; 1 a message was
 refused, or an item failed; 101 a result could not be written; 112 no connection, a broken protocol,

@@ -50,6 +50,21 @@ def bind(sock: _socket.socket, path: str) -> Identity:
     return info.st_dev, info.st_ino
 
 
+def let_in(path: str, identity: Identity) -> None:
+    """Let anybody connect to the socket at ``path``, unless somebody has replaced it.
+
+    :raises OSError: that is not possible.
+    """
+    # A path could lead elsewhere by now.
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        info = os.fstat(fd)
+        if (info.st_dev, info.st_ino) == identity:
+            os.chmod(f"/proc/self/fd/{fd}", 0o666)
+    finally:
+        os.close(fd)
+
+
 def remove(path: str, identity: Identity) -> None:
     """Remove the socket at ``path``, unless somebody has replaced or removed it."""
     try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 
-from pyvmm.vhostuser.wire import Channel, Listener, Stopped, TimedOut, connect, readable
+from pyvmm.vhostuser.wire import Channel, Listener, Stopped, Stranger, TimedOut, connect, readable
 
 #: Seconds that a listening back-end may take to accept a connection, before the next attempt.
 ATTEMPT_S = 1.0
@@ -16,14 +16,15 @@ class Connector:
     """Connects to a back-end that listens on a socket.
 
     :param name: the socket's path. :ivar name: what messages call the back-end.
+    :param peer: a user id that the back-end may have, beside root's and our own.
     :ivar waits: whether ``connect`` waits until a back-end is there, so that the caller need not
         pause between attempts.
     """
 
     waits = False
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, peer: int | None = None) -> None:
+        self.name, self.peer = name, peer
 
     def connect(self, seconds: float | None, end: int) -> Channel:
         """Try once to get a connection.
@@ -33,7 +34,7 @@ class Connector:
         :param end: a descriptor that ends the attempt when it becomes readable.
         :raises VhostUserError: there is no connection. :raises Stopped: ``end`` became readable.
         """
-        return connect(self.name, ATTEMPT_S if seconds is None else seconds, end)
+        return connect(self.name, ATTEMPT_S if seconds is None else seconds, end, peer=self.peer)
 
     def complaints(self) -> list[str]:
         """What the back-end has reported since the last call about the end of earlier connections,
@@ -53,9 +54,10 @@ class ListeningConnector(Connector):
 
     waits = True
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self._listener = Listener(path)
+    def __init__(self, path: str, peer: int | None = None) -> None:
+        super().__init__(path, peer)
+        self._listener = Listener(path, peer=peer)
+        self._strangers: list[str] = []
 
     def connect(self, seconds: float | None, end: int) -> Channel:
         """Wait for a connection."""
@@ -70,9 +72,18 @@ class ListeningConnector(Connector):
                     f"no back-end has connected to {self.name} in {seconds:.3g} s",
                     "start it as a client, or leave server=on away",
                 )
-            channel = self._listener.accept()
+            try:
+                channel = self._listener.accept()
+            except Stranger as e:
+                self._strangers = [str(e)]
+                continue
             if channel is not None:
                 return channel
+
+    def complaints(self) -> list[str]:
+        """The latest user whose connection was refused."""
+        strangers, self._strangers = self._strangers, []
+        return strangers
 
     def close(self) -> None:
         """Stop listening."""

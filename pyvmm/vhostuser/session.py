@@ -33,6 +33,7 @@ from pyvmm.spec.vhost_user import (
 )
 from pyvmm.vhostuser.wire import (
     Channel,
+    Closed,
     ProtocolError,
     Region,
     TimedOut,
@@ -227,7 +228,13 @@ class Session:
 
         :param wanted: mask of the protocol features to use if the back-end has them.
         """
-        self.features = self.number(spec.VHOST_USER_GET_FEATURES)
+        try:
+            self.features = self.number(spec.VHOST_USER_GET_FEATURES)
+        except Closed as e:
+            raise Closed(
+                f"the back-end at {self.name} has closed the connection at once",
+                "look whether it serves another front-end",
+            ) from e
         if self.offers(VHOST_USER_F_PROTOCOL_FEATURES):
             self.protocol = wanted & self.number(spec.VHOST_USER_GET_PROTOCOL_FEATURES)
             bits = struct.pack("<Q", self.protocol)

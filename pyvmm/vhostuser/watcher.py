@@ -18,7 +18,7 @@ from pyvmm.errors import HostError, PyvmmError, VhostUserError
 from pyvmm.fd import EventFd
 from pyvmm.threads import Thread, report_bug
 from pyvmm.vhostuser.session import Session
-from pyvmm.vhostuser.wire import Closed, Stopped, readable
+from pyvmm.vhostuser.wire import Closed, Stopped, Stranger, readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Watcher:
             try:
                 channel = self._connector.connect(left, self._end.fileno())
                 break
-            except Stopped:
+            except (Stopped, Stranger):
                 raise
             except VhostUserError:
                 if time.monotonic() >= until:

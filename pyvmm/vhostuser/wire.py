@@ -41,6 +41,10 @@ PAYLOAD_MAX = 4096
 FDS_MAX = 8
 #: Seconds between attempts to connect to a socket whose queue of connections is full.
 FULL_RETRY_S = 0.01
+#: Seconds that the rest of a message may take once it has begun.
+MESSAGE_S = 5.0
+#: Connections that may wait until a listener accepts them.
+BACKLOG = 16
 FLAGS_KNOWN = VHOST_USER_VERSION_MASK | VHOST_USER_REPLY | VHOST_USER_NEED_REPLY
 
 
@@ -54,6 +58,10 @@ class ProtocolError(VhostUserError):
 
 class TimedOut(VhostUserError):
     """The peer has not answered or taken a message in time: the connection is over."""
+
+
+class Stranger(VhostUserError):
+    """The process at the other end belongs to another user."""
 
 
 class Stopped(VhostUserError):
@@ -324,8 +332,9 @@ class Channel:
     def receive(self, timeout: float | None = None) -> Message:
         """Wait for the next message, and read all of it.
 
-        :param timeout: seconds for the whole message. :raises Closed: the stream ended between two
-            messages.
+        :param timeout: seconds for the whole message; None: as long as the peer likes until a
+            message begins, and ``MESSAGE_S`` for the rest of it.
+        :raises Closed: the stream ended between two messages.
         :raises ProtocolError: the stream ended in a message, or the bytes are no message.
         :raises TimedOut: the message did not come in time.
         """
@@ -340,6 +349,8 @@ class Channel:
                         raise ProtocolError("vhost-user message is cut off in its header")
                     raise Closed("vhost-user peer has closed the connection")
                 head += part
+                if deadline is None:
+                    deadline = time.monotonic() + MESSAGE_S
             request, flags, size = struct.unpack(HEADER, head)
             if flags & VHOST_USER_VERSION_MASK != VHOST_USER_VERSION or flags & ~FLAGS_KNOWN:
                 raise ProtocolError(f"vhost-user message with flags {flags:#x}")
@@ -427,12 +438,28 @@ def _address(path: str) -> str:
     return path
 
 
-def connect(path: str, timeout: float = 5.0, end: int = -1) -> Channel:
+def check_peer(sock: socket.socket, path: str, peer: int | None) -> None:
+    """Whoever is at the other end gets all of the guest's memory, or makes us map theirs.
+
+    :param peer: a user id that may be there, beside root and our own.
+    :raises Stranger: it is another user's process (SO_PEERCRED of unix(7)).
+    """
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    uid = struct.unpack("iII", raw)[1]
+    if uid not in (0, os.geteuid(), peer):
+        raise Stranger(
+            f"the process at {path} belongs to the user with id {uid}",
+            f"if that user is to be trusted: peer={uid}",
+        )
+
+
+def connect(path: str, timeout: float = 5.0, end: int = -1, *, peer: int | None = None) -> Channel:
     """Connect to a listening socket.
     :param timeout: seconds to wait if the socket's queue of connections is full. A blocking
         connect(2) would wait forever if the listener hangs.
     :param end: a descriptor that ends this wait when it becomes readable.
-    :raises VhostUserError: no process listens there.
+    :param peer: see ``check_peer``.
+    :raises VhostUserError: no process listens there. :raises Stranger: see ``check_peer``.
     :raises TimedOut: a process listens there but accepts no connection.
     :raises Stopped: ``end`` became readable.
     """
@@ -453,6 +480,7 @@ def connect(path: str, timeout: float = 5.0, end: int = -1) -> Channel:
                 )
             if readable([end], min(FULL_RETRY_S, left)):
                 raise Stopped(f"connecting to {path}: stopped")
+        check_peer(sock, path, peer)
     except BaseException:
         sock.close()
         raise
@@ -474,17 +502,26 @@ def _connected(sock: socket.socket, path: str) -> bool:
 
 
 class Listener:
-    """A listening socket in the file system; ``close`` removes it."""
+    """A listening socket in the file system; ``close`` removes it.
 
-    def __init__(self, path: str) -> None:
+    Only our own user may connect, whatever the umask is; anybody may if ``peer`` is given, and
+    ``accept`` tells who it is.
+
+    :param peer: see ``check_peer``.
+    """
+
+    def __init__(self, path: str, *, peer: int | None = None) -> None:
         """:raises VhostUserError: the path is in use, or no socket can be made there. A socket on
         which no process listens is replaced.
         """
-        self.path = _address(path)
+        self.path, self._peer = _address(path), peer
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
+            os.fchmod(self._sock.fileno(), 0o600)  # bind(2) gives the file this mode
             self._identity = sockets.bind(self._sock, path)
-            self._sock.listen(1)
+            if peer is not None:
+                sockets.let_in(path, self._identity)
+            self._sock.listen(BACKLOG)
             self._sock.setblocking(False)
         except OSError as e:
             self._sock.close()
@@ -496,11 +533,18 @@ class Listener:
         return self._sock.fileno()
 
     def accept(self) -> Channel | None:
-        """The next connection; None if there is none yet."""
+        """The next connection; None if there is none yet. :raises Stranger: see ``check_peer``; the
+        connection is closed.
+        """
         try:
             sock, _ = self._sock.accept()
         except OSError:
             return None  # there is none, or it has gone again
+        try:
+            check_peer(sock, self.path, self._peer)
+        except BaseException:
+            sock.close()
+            raise
         return Channel(sock)
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ def forwarded(pmd: TestPmd) -> tuple[int, int]:
 @pytest.mark.parametrize("queues", [1, 2])
 def test_virtio_user_drives_our_loop(path: str, queues: int) -> None:
     """Bursts go round and round; every packet is somewhere at the end."""
-    with Running(path, loop_port(queues)) as running:
+    with Running(path, loop_port(queues), unsealed=True) as running:
         vdev = f"net_virtio_user0,path={path},queues={queues},queue_size=256"
         with TestPmd(
             vdev, options=("--forward-mode=io", f"--rxq={queues}", f"--txq={queues}")
@@ -74,7 +74,10 @@ def test_virtio_user_drives_our_loop(path: str, queues: int) -> None:
 
 
 def test_virtio_user_answers_pings_through_our_tap(path: str) -> None:
-    with Namespace(address="192.168.94.1/24") as namespace, Running(path, namespace.tap):
+    with (
+        Namespace(address="192.168.94.1/24") as namespace,
+        Running(path, namespace.tap, unsealed=True),
+    ):
         vdev = f"net_virtio_user0,path={path},queue_size=256"
         with TestPmd(vdev, options=("--forward-mode=icmpecho", "--auto-start")):
             ping = ["ping", "-c", "5", "-i", "0.05", "-W", "60", "192.168.94.2"]
@@ -85,6 +88,7 @@ def test_virtio_user_answers_pings_through_our_tap(path: str) -> None:
 def test_virtio_user_survives_the_death_of_our_backend(path: str) -> None:
     """It is the server of the socket; the back-end is killed and another one comes."""
     argv = [sys.executable, "-m", "pyvmm", "backend", "--socket", path, "--client", "--loopback"]
+    argv.append("--unsealed")  # DPDK's memory cannot be sealed
     vdev = f"net_virtio_user0,path={path},queue_size=256,server=1"
 
     def start() -> subprocess.Popen[str]:
