@@ -2,17 +2,20 @@
 
 probe: show the back-end's features, and its answer to each message.
 check: test its conformance. The check fills rings as a driver does, with each set of features,
-stops, wraps, reconnects and misbehaves, and prints pass or fail for each item. The back-end should
-send every packet back; if it does not, receiving is not checked.
+stops, wraps, reconnects and misbehaves, and prints the result of each item: ok; FAIL with the
+clause that is broken and what was in the rings; - if the back-end does not offer it; ? if it cannot
+be checked. The back-end should send every packet back; if it does not, receiving is not checked.
 
 Examples:
   pyvmm vhost-user probe $DIR/s
   pyvmm vhost-user probe --timeout 10 --json $DIR/s
   pyvmm vhost-user check --junit result.xml $DIR/s
+  pyvmm vhost-user check --server $DIR/s                  the back-end connects
+  pyvmm vhost-user check --respawn "CMD $DIR/s" $DIR/s    the back-end ends with its session
 
-Exit status: 0 every message was answered and none refused, or all items passed; 1 a message was
-refused, or an item failed; 101 a result could not be written; 112 no connection, a broken protocol,
-or no answer.
+Exit status: 0 every message was answered and none refused, or no item failed; 1 a message was
+refused, an item failed, or the back-end has gone before the end; 101 a result could not be written;
+112 no connection, a broken protocol, or no answer.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 from pyvmm.cli.support.options import count, seconds
 from pyvmm.cli.support.outputs import Outputs
 from pyvmm.errors import UsageError, VhostUserError
+from pyvmm.netopt import UID_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,6 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print an object with features and steps, or items"
     )
+    parser.add_argument(
+        "--server", action="store_true", help="check: listen at SOCKET; the back-end connects"
+    )
+    parser.add_argument(
+        "--respawn",
+        metavar="CMD",
+        default="",
+        help="check: start the back-end by this shell command, now and whenever it has ended",
+    )
+    parser.add_argument(
+        "--peer",
+        metavar="UID",
+        type=count(0, UID_MAX),
+        help="check: the back-end's user, if it is neither root nor the user of this command",
+    )
     parser.add_argument("--junit", metavar="FILE", help="check: write JUnit XML")
     parser.add_argument(
         "--queues",
@@ -55,41 +74,53 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "check":
         with Outputs({"--junit": args.junit}) as outputs:
             return outputs.status(_check(args, outputs))
-    if args.junit or args.queues:
-        raise UsageError("--junit or --queues with probe", "they are for check")
+    for option in ("junit", "queues", "server", "respawn", "peer"):
+        if getattr(args, option) not in (None, False, ""):
+            raise UsageError(f"--{option} with probe", "it is for check")
     return _probe(args)
 
 
 def _check(args: argparse.Namespace, outputs: Outputs) -> int:
     from pyvmm.conformance.check import Checker
-    from pyvmm.vhostuser.wire import connect
+    from pyvmm.conformance.subject import Subject
 
-    connect(args.socket).close()  # raises an error if no process listens
-    checker = Checker(args.socket, timeout=args.timeout or 5.0, queues=args.queues)
-    checker.run(lambda item: None if args.json else _print_item(item))
+    timeout = args.timeout or 5.0
+    subject = Subject(
+        args.socket, timeout=timeout, server=args.server, command=args.respawn, peer=args.peer
+    )
+    try:
+        checker = Checker(subject, timeout=timeout, queues=args.queues)
+        checker.run(lambda item: None if args.json else _print_item(item))
+        if checker.reason is not None and not checker.features:
+            raise checker.reason  # there has never been a back-end
+    finally:
+        subject.end()
     if args.json:
         import json
 
-        items = [
-            {k: getattr(i, k) for k in ("name", "result", "detail", "seconds")}
-            for i in checker.items
-        ]
+        fields = ("name", "result", "detail", "clause", "rings", "seconds")
+        items = [{k: getattr(i, k) for k in fields} for i in checker.items]
         print(json.dumps({"echoes": checker.echoes, "items": items}, indent=2))
     else:
         counts = [
-            (n, sum(i.result == n for i in checker.items)) for n in ("passed", "failed", "skipped")
+            (n, sum(i.result == n for i in checker.items))
+            for n in ("passed", "failed", "skipped", "unchecked")
         ]
         print(", ".join(f"{count} {name}" for name, count in counts))
     if "--junit" in outputs:
         outputs.write("--junit", _junit(checker))
-    return int(any(i.result == "failed" for i in checker.items))
+    return int(checker.gone or any(i.result == "failed" for i in checker.items))
 
 
 def _print_item(item: Item) -> None:
-    word = {"passed": "ok", "failed": "FAIL", "skipped": "-"}[item.result]
+    word = {"passed": "ok", "failed": "FAIL", "skipped": "-", "unchecked": "?"}[item.result]
     print(
         f"{word:4} {item.name:54} {item.seconds * 1000:6.0f} ms  {item.detail}".rstrip(), flush=True
     )
+    if item.clause:
+        print(f"     see {item.clause}", flush=True)
+    for ring in item.rings:
+        print(f"     {ring}", flush=True)
 
 
 def _junit(checker: Checker) -> str:
@@ -100,8 +131,10 @@ def _junit(checker: Checker) -> str:
             "vhost-user",
             i.name,
             i.seconds,
-            i.result,
-            message=i.detail if i.result != "passed" else "",
+            "skipped" if i.result == "unchecked" else i.result,
+            message="\n".join(filter(None, (i.detail, i.clause, *i.rings)))
+            if i.result != "passed"
+            else "",
         )
         for i in checker.items
     ]

@@ -2,9 +2,10 @@
 driver does, and uses our own front-end.
 
 Each item of :data:`ITEMS` is a function of a :class:`Checker`. It returns what was seen as a text,
-or raises :class:`Failed` or :class:`Skipped`. If the back-end sends packets back (a loop,
-``dpdk-testpmd --forward-mode=io`` with one port), the items compare the received packets as well;
-otherwise they check only that each transmit chain is returned once, and in an orderly way.
+or raises :class:`Failed`, :class:`Skipped` or :class:`Unchecked`. If the back-end sends packets
+back (a loop, ``dpdk-testpmd --forward-mode=io`` with one port), the items compare the received
+packets as well; otherwise they check only that each transmit chain is returned once, and in an
+orderly way.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ import time
 from contextlib import contextmanager
 
 from pyvmm.conformance.driver import NetDriver, wait_for
+from pyvmm.conformance.subject import RETRY_S, Gone, Subject
 from pyvmm.datapath.vhost_user import VhostUserNet
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec import virtio, virtio_net
-from pyvmm.vhostuser.connect import Connector
 from pyvmm.vhostuser.session import Session
-from pyvmm.vhostuser.wire import TimedOut, connect
+from pyvmm.vhostuser.wire import Closed, TimedOut
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Literal
+    from typing import Literal, TypeVar
 
-    Result = Literal["passed", "failed", "skipped"]
+    T = TypeVar("T")
+    Result = Literal["passed", "failed", "skipped", "unchecked"]
 
 VERSION_1 = 1 << virtio.VIRTIO_F_VERSION_1
 EVENT_IDX = 1 << virtio.VIRTIO_RING_F_EVENT_IDX
@@ -39,9 +41,9 @@ MRG_RXBUF = 1 << virtio_net.VIRTIO_NET_F_MRG_RXBUF
 NAMES = {EVENT_IDX: "EVENT_IDX", INDIRECT: "INDIRECT_DESC", MRG_RXBUF: "MRG_RXBUF"}
 OPTIONAL = (EVENT_IDX, INDIRECT, MRG_RXBUF)
 MAC = bytes.fromhex("525400ba5e01")
-#: The frames' header: to no host, from us, an EtherType for local experiments, a number per run.
-MAGIC = os.urandom(4)
-HEADER = b"\x02\x00\x00\x00\x00\x77" + MAC + b"\x88\xb5" + MAGIC
+#: The frames' header: to no host, from us, an EtherType for local experiments. A random number per
+#: card follows: a back-end may have packets of an earlier card under way.
+HEADER = b"\x02\x00\x00\x00\x00\x77" + MAC + b"\x88\xb5"
 #: How frames are split into segments, in turn: header and frame in one, header apart, in many.
 SPLITS: tuple[list[int], ...] = ([], [12], [12, 14, 20], [6, 6, 10, 10, 10])
 
@@ -51,20 +53,34 @@ class Failed(Exception):
 
 
 class Skipped(Exception):
-    """The item cannot be checked, or the back-end does not offer the feature."""
+    """The item does not apply: the back-end does not offer the feature."""
+
+
+class Unchecked(Exception):
+    """The item cannot be checked, which is no fault of the back-end's."""
 
 
 class Item:
     """The result of one check.
 
-    :ivar result: ``passed``, ``failed`` or ``skipped``. :ivar detail: what was seen, or what is
-        wrong.
+    :ivar result: ``passed``, ``failed``, ``skipped`` (does not apply) or ``unchecked`` (cannot be
+        checked). :ivar detail: what was seen, or what is wrong.
+    :ivar clause: of a failed item, where it is written. :ivar rings: what was in the rings then.
     """
 
-    __slots__ = ("detail", "name", "result", "seconds")
+    __slots__ = ("clause", "detail", "name", "result", "rings", "seconds")
 
-    def __init__(self, name: str, result: Result, detail: str, seconds: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        result: Result,
+        detail: str,
+        seconds: float,
+        clause: str = "",
+        rings: list[str] | None = None,
+    ) -> None:
         self.name, self.result, self.detail, self.seconds = name, result, detail, seconds
+        self.clause, self.rings = clause, rings or []
 
 
 class DrivenCard:
@@ -85,6 +101,7 @@ class DrivenCard:
         self.drivers: list[NetDriver] = []
         self.path: VhostUserNet | None = None
         self.number = 0
+        self.header = HEADER + os.urandom(4)
         try:
             at = 0x10000
             for pair in range(pairs):
@@ -104,17 +121,26 @@ class DrivenCard:
                 driver.end = at
                 driver.fill(kick=False)
                 self.drivers.append(driver)
-            self.path = VhostUserNet(
-                Connector(checker.path), queues=pairs, mac=MAC, timeout=checker.timeout
-            )
-            self.path.connect(checker.timeout)
+            self.path = checker.answered(lambda: self._connect(pairs))
             self.acked = acked & self.path.features()
             if acked & ~self.acked:
                 raise Failed(f"features {acked & ~self.acked:#x} have gone")
             self.start()
         except BaseException:
+            checker.note_rings(self.drivers)
             self.close()
             raise
+
+    def _connect(self, pairs: int) -> VhostUserNet:
+        path = VhostUserNet(
+            self.checker.subject, queues=pairs, mac=MAC, timeout=self.checker.timeout
+        )
+        try:
+            path.connect(0)  # the subject has a time limit of its own
+        except BaseException:
+            path.close()
+            raise
+        return path
 
     def start(self) -> None:
         """Hand over the rings, each from its used index."""
@@ -153,19 +179,22 @@ class DrivenCard:
     def frame(self, length: int) -> bytes:
         """The next frame, of ``length`` bytes or a few more."""
         self.number += 1
-        head = HEADER + struct.pack("<I", self.number)
+        head = self.header + struct.pack("<I", self.number)
         return head + bytes((self.number + i) & 0xFF for i in range(max(0, length - len(head))))
 
     def send(self, count: int, *, pair: int = 0, longest: int = 1400) -> None:
         """Send frames of many lengths in chains of many shapes, in bursts. Received packets are
         compared if the back-end sends them back.
 
+        A packet may come back on any queue pair: nothing says which one the back-end has to choose.
+
         :raises Failed: a chain is not returned, or a packet comes back changed, twice, out of order
             or not at all.
         """
         driver = self.drivers[pair]
         burst = max(1, min(32, driver.tx.size // 8))
-        driver.received.clear()
+        for each in self.drivers:
+            each.received.clear()
         sent: list[bytes] = []
         while count > 0:
             now = min(burst, count)
@@ -182,19 +211,34 @@ class DrivenCard:
             if not self.checker.echoes:
                 continue
             patience = self.checker.timeout
-            if not wait_for(lambda: len(self.ours(driver)) >= len(sent), patience):  # noqa: B023
+            if not wait_for(lambda: len(self.back()) >= len(sent), patience):  # noqa: B023
                 self.healthy()
-                raise Failed(f"{len(self.ours(driver))} of {len(sent)} packets have come back")
-        if self.checker.echoes and self.ours(driver) != sent:
-            at = next(
-                i for i, (a, b) in enumerate(zip(self.ours(driver), sent, strict=False)) if a != b
-            )
-            raise Failed(f"packet {at} has come back changed, or in the wrong order")
+                raise Failed(f"{len(self.back())} of {len(sent)} packets have come back")
+        if self.checker.echoes:
+            self._compare(sent)
+
+    def _compare(self, sent: list[bytes]) -> None:
+        """All packets are back, each once; those of one queue pair in order."""
+        for driver in self.drivers:
+            numbers = [_number(p) for p in self.ours(driver)]
+            if numbers != sorted(numbers):
+                raise Failed(f"packets have come back in the wrong order on pair {driver.pair}")
+        for at, (packet, original) in enumerate(
+            zip(sorted(self.back(), key=_number), sent, strict=False)
+        ):
+            if packet != original:
+                raise Failed(f"packet {at} has come back changed, or another one twice")
+        if len(self.back()) != len(sent):
+            raise Failed(f"{len(self.back())} packets have come back of {len(sent)}")
 
     def ours(self, driver: NetDriver) -> list[bytes]:
-        """The received packets that this run has sent."""
+        """The packets received on one queue pair that this run has sent."""
         driver.poll()
-        return [p[12:] for p in driver.received if p[24:30] == HEADER[12:18]]
+        return [p[12:] for p in driver.received if p[24:30] == self.header[12:18]]
+
+    def back(self) -> list[bytes]:
+        """The packets received on any queue pair that this run has sent."""
+        return [packet for driver in self.drivers for packet in self.ours(driver)]
 
     def finished(self, driver: NetDriver) -> None:
         """Wait until every transmit chain is returned. :raises Failed: a chain is not returned, or
@@ -227,30 +271,47 @@ class DrivenCard:
         self.memory.close()
 
 
+def _number(packet: bytes) -> int:
+    """The number of a packet of ours."""
+    return int.from_bytes(packet[18:22], "little")
+
+
 class Checker:
     """A back-end under test.
 
-    :param path: of its listening socket. :param timeout: seconds for each answer and each burst.
+    :param subject: how to get sessions with it, lent; or the path of its listening socket.
+    :param timeout: seconds for each answer and each burst.
     :param queues: queue pairs to use at once; default: as many as the back-end has, up to 4.
     :param echo_seconds: time to find out whether the back-end sends packets back.
+    :ivar gone: no back-end answers any more; :ivar reason: says why.
     :ivar echoes: whether the back-end sends packets back. :ivar features: the features that it
         offers, as a mask. :ivar items: results so far.
     """
 
     def __init__(
         self,
-        path: str,
+        subject: Subject | str,
         *,
         timeout: float = 5.0,
         queues: int | None = None,
         echo_seconds: float = 1.0,
     ) -> None:
-        self.path, self.timeout, self.queues = path, timeout, queues
+        if isinstance(subject, str):
+            subject = Subject(subject, timeout=timeout)
+        self.subject, self.timeout, self.queues = subject, timeout, queues
         self.echo_seconds = echo_seconds
         self.features = 0
         self.pairs = 1
         self.echoes = False
         self.items: list[Item] = []
+        self.gone = False
+        self.reason: Gone | None = None
+        self._rings: list[str] = []
+        self._answered = False  # in the present item
+
+    def note_rings(self, drivers: list[NetDriver]) -> None:
+        """Something has gone wrong: keep what is in the rings."""
+        self._rings = [ring.describe() for driver in drivers for ring in driver.rings]
 
     @contextmanager
     def card(self, acked: int = VERSION_1, **options: int) -> Iterator[DrivenCard]:
@@ -259,6 +320,9 @@ class Checker:
         try:
             yield card
             card.stop()
+        except BaseException:
+            self.note_rings(card.drivers)
+            raise
         finally:
             card.close()
 
@@ -266,13 +330,40 @@ class Checker:
     def session(self) -> Iterator[Session]:
         """A session without memory and rings, in a conversation."""
         wanted = 1 << spec.VHOST_USER_PROTOCOL_F_MQ | 1 << spec.VHOST_USER_PROTOCOL_F_REPLY_ACK
-        session = Session(connect(self.path, self.timeout), self.path)
+        session = self.answered(lambda: self._negotiated(wanted))
         try:
             with session.conversation(self.timeout):
-                session.negotiate(wanted)
                 yield session
         finally:
             session.close()
+
+    def _negotiated(self, wanted: int) -> Session:
+        session = Session(self.subject.dial(), self.subject.name)
+        try:
+            with session.conversation(self.timeout):
+                session.negotiate(wanted)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def answered(self, begin: Callable[[], T]) -> T:
+        """Begin a session, again and again until the back-end answers: one that is about to end may
+        accept a connection, and close it.
+
+        :raises Gone: no back-end answers in time.
+        """
+        until = time.monotonic() + self.timeout
+        while True:
+            try:
+                session = begin()
+            except Closed as e:
+                if time.monotonic() >= until:
+                    raise Gone(e.cause, e.hint) from e
+                time.sleep(RETRY_S)
+            else:
+                self._answered = True
+                return session
 
     def all_features(self) -> int:
         """VERSION_1 and the optional features of rings that the back-end offers, as a mask."""
@@ -284,23 +375,55 @@ class Checker:
             raise Skipped(f"{NAMES[bit]} is not offered")
 
     def run(self, report: Callable[[Item], None] = lambda item: None) -> None:
-        """Check every item, in order; ``report`` is called after each. If the first item fails,
-        the others are not checked, because there is no back-end.
+        """Check every item, in order; ``report`` is called after each. If the first item fails, or
+        there is no back-end any more, the others are not checked.
         """
-        for name, check in ITEMS:
-            start = time.monotonic()
-            result: Result
-            try:
-                result, detail = "passed", check(self)
-            except Skipped as e:
-                result, detail = "skipped", str(e)
-            except (Failed, PyvmmError) as e:
-                result, detail = "failed", str(e)
-            item = Item(name, result, detail, time.monotonic() - start)
+        for name, check, clause in ITEMS:
+            item = self._gone_item(name) if self.gone else self._check(name, check, clause)
             self.items.append(item)
             report(item)
-            if check is negotiation and result == "failed":
-                return
+            if check is negotiation:
+                if item.result == "failed":
+                    return
+                self.subject.learn()
+
+    def _check(self, name: str, check: Callable[[Checker], str], clause: str) -> Item:
+        start, self._answered = time.monotonic(), False
+        before = len(self.subject.crashes)
+        self._rings = []
+        result: Result
+        try:
+            result, detail = "passed", check(self)
+        except Skipped as e:
+            result, detail = "skipped", str(e)
+        except Unchecked as e:
+            result, detail = "unchecked", str(e)
+        except Gone as e:
+            self.gone, self.reason = True, e
+            if not self._answered:  # it has not seen anything of this item
+                return self._gone_item(name, time.monotonic() - start)
+            result, detail = "failed", f"the back-end has gone: {e}"
+        except (Failed, PyvmmError) as e:
+            result, detail = "failed", str(e)
+        seconds = time.monotonic() - start
+        self.subject.settle()
+        crashes = self.subject.crashes[before:]
+        if crashes:
+            detail = "; ".join([detail, *crashes] if result == "failed" else crashes)
+            result = "failed"
+        if result != "failed":
+            return Item(name, result, detail, seconds)
+        return Item(name, result, detail, seconds, clause, self._rings)
+
+    def _gone_item(self, name: str, seconds: float = 0.0) -> Item:
+        served = [item for item in self.items if item.result != "unchecked"]
+        text = "no back-end accepts a connection"
+        if served:
+            last = served[-1]
+            text = f"there is no back-end any more since {last.name!r}"
+            if last.result == "passed":
+                text += "; if it serves one session only: --respawn CMD"
+        return Item(name, "unchecked", text, seconds)
 
 
 # --- the items ------------------------------------------------------------------------------------
@@ -308,17 +431,12 @@ class Checker:
 
 def negotiation(checker: Checker) -> str:
     """See what the back-end offers, and whether it sends packets back, for the other items."""
-    with checker.session() as session:
-        checker.features = session.features
-        checker.pairs = session.queue_num or 1
-    if not checker.features & VERSION_1:
-        raise Failed("VERSION_1 is not offered")
-    with checker.card() as card:
-        card.drivers[0].tx.take_used()
+    with checker.card() as card:  # one session only: some back-ends serve no other
+        assert card.path is not None
+        checker.features, pairs = card.path.offer()
+        checker.pairs = pairs or 1
         card.send(1)
-        checker.echoes = wait_for(
-            lambda: card.ours(card.drivers[0]), min(checker.echo_seconds, checker.timeout)
-        )
+        checker.echoes = wait_for(card.back, min(checker.echo_seconds, checker.timeout))
     back = "come back" if checker.echoes else "do not come back: receiving is not checked"
     return f"packets {back}"
 
@@ -355,7 +473,7 @@ def merged(checker: Checker) -> str:
     """A frame may be longer than a receive buffer."""
     checker.need(MRG_RXBUF)
     if not checker.echoes:
-        raise Skipped("packets do not come back")
+        raise Unchecked("packets do not come back")
     with checker.card(VERSION_1 | MRG_RXBUF, rx_size=256) as card:
         card.send(100)
     return "frames over up to six buffers"
@@ -364,13 +482,14 @@ def merged(checker: Checker) -> str:
 def num_buffers(checker: Checker) -> str:
     """num_buffers is 1 if one buffer is enough (5.1.6.4), also without MRG_RXBUF."""
     if not checker.echoes:
-        raise Skipped("packets do not come back")
+        raise Unchecked("packets do not come back")
     for bits in (0, MRG_RXBUF & checker.features):
         with checker.card(VERSION_1 | bits) as card:
             card.send(8)
             counts = {struct.unpack_from("<H", p, 10)[0] for p in card.drivers[0].received}
             if counts != {1}:
-                raise Failed(f"num_buffers is {sorted(counts)}")
+                with_ = "with" if bits else "without"
+                raise Failed(f"num_buffers is {sorted(counts)}, {with_} MRG_RXBUF")
     return ""
 
 
@@ -421,7 +540,7 @@ def called(checker: Checker) -> str:
                         )
                 card.finished(driver)
                 patience = checker.timeout if checker.echoes else 0
-                wait_for(lambda: card.ours(driver), patience)  # noqa: B023
+                wait_for(card.back, patience)
     return "20 times"
 
 
@@ -496,6 +615,7 @@ def malformed_ring(checker: Checker) -> str:
         told = wait_for(
             lambda: path.counters()["ring_errors"] or path.problems, min(1.0, checker.timeout)
         )
+        checker.note_rings(card.drivers)
     finally:
         card.close()
     with checker.card() as other:
@@ -529,7 +649,7 @@ def garbage(checker: Checker) -> str:
         struct.pack(spec.HEADER, 1, 1, 0xFFFFFFFF),
         struct.pack(spec.HEADER, 5, 1, 40) + bytes(7),
     ):
-        channel = connect(checker.path)
+        channel = checker.subject.dial()
         try:
             channel.send_bytes(data)
         finally:
@@ -539,28 +659,36 @@ def garbage(checker: Checker) -> str:
     return ""
 
 
-def _combinations() -> list[tuple[str, Callable[[Checker], str]]]:
+#: Where it is written: sections of virtio 1.2, and of QEMU's docs/interop/vhost-user.rst.
+SERVED = "virtio 1.2, 2.7.8.2"
+FEATURES = {EVENT_IDX: "2.7.7 and 2.7.10", INDIRECT: "2.7.5.3", MRG_RXBUF: "5.1.6.3.1 and 5.1.6.4"}
+
+
+def _combinations() -> list[tuple[str, Callable[[Checker], str], str]]:
     out = []
     for n in range(1 << len(OPTIONAL)):
         bits = [bit for i, bit in enumerate(OPTIONAL) if n >> i & 1]
-        out.append(("features VERSION_1" + "".join(f"+{NAMES[b]}" for b in bits), _with(sum(bits))))
+        name = "features VERSION_1" + "".join(f"+{NAMES[b]}" for b in bits)
+        clause = ", ".join([SERVED, *(FEATURES[b] for b in bits)])
+        out.append((name, _with(sum(bits)), clause))
     return out
 
 
-ITEMS: list[tuple[str, Callable[[Checker], str]]] = [
-    ("negotiation", negotiation),
+#: Name, check, and where it is written what a back-end must do.
+ITEMS: list[tuple[str, Callable[[Checker], str], str]] = [
+    ("negotiation", negotiation, "virtio 1.2, 6.1; vhost-user, Communication"),
     *_combinations(),
-    ("ring sizes", ring_sizes),
-    ("indices wrap", wrap),
-    ("merged receive buffers", merged),
-    ("num_buffers", num_buffers),
-    ("rings stop and start", stop_and_start),
-    ("packets wait for a start", waiting),
-    ("interrupts when asked for", called),
-    ("no interrupts when not asked for", not_called),
-    ("queue pairs", queue_pairs),
-    ("front-end reconnects", reconnect),
-    ("malformed ring", malformed_ring),
-    ("unknown request", unknown_request),
-    ("garbage", garbage),
+    ("ring sizes", ring_sizes, "virtio 1.2, 2.7"),
+    ("indices wrap", wrap, "virtio 1.2, 2.7.6 and 2.7.8"),
+    ("merged receive buffers", merged, "virtio 1.2, 5.1.6.3.1"),
+    ("num_buffers", num_buffers, "virtio 1.2, 5.1.6.4"),
+    ("rings stop and start", stop_and_start, "vhost-user, VHOST_USER_GET_VRING_BASE"),
+    ("packets wait for a start", waiting, "vhost-user, Starting and stopping rings"),
+    ("interrupts when asked for", called, "virtio 1.2, 2.7.7.2"),
+    ("no interrupts when not asked for", not_called, "virtio 1.2, 2.7.7"),
+    ("queue pairs", queue_pairs, "virtio 1.2, 5.1.2; vhost-user, Multiple queue support"),
+    ("front-end reconnects", reconnect, "vhost-user, Backend program conventions"),
+    ("malformed ring", malformed_ring, "vhost-user, VHOST_USER_SET_VRING_ERR"),
+    ("unknown request", unknown_request, "vhost-user, VHOST_USER_PROTOCOL_F_REPLY_ACK"),
+    ("garbage", garbage, "vhost-user, Message Specification"),
 ]

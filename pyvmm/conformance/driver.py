@@ -89,8 +89,11 @@ class Ring:
         self._elems = memory.view(self.used + 4, 8 * size).cast("I")
         self.avail_idx = self.published = self.last_used = start
         self._avail[1] = self._used[1] = start
+        # A device at rest at this position asks for a kick at the next chain (2.7.10).
+        self._used[2 + 4 * size] = start
         self.free = list(range(size - 1, -1, -1))
         self.chains: dict[int, list[int]] = {}
+        self._shapes: dict[int, str] = {}  # by head
         self.kick_fd, self.call_fd = EventFd(), EventFd()
         self.kicks = 0
         if event_idx:
@@ -135,6 +138,9 @@ class Ring:
                 self.set_desc(ids[i], gpa, length, flags, 0 if last else ids[i + 1])
             head = ids[0]
             self.chains[head] = ids
+        self._shapes[head] = "indirect " * (indirect is not None) + "+".join(
+            f"{length}{'w' if write else 'r'}" for _, length, write in segments
+        )
         self.set_avail(self.avail_idx, head)
         self.avail_idx = (self.avail_idx + 1) & 0xFFFF
         return head
@@ -171,6 +177,21 @@ class Ring:
             out.append((head, length))
             self.last_used = (self.last_used + 1) & 0xFFFF
         return out
+
+    def describe(self) -> str:
+        """What is in the ring: for whoever has to find out why it is not served."""
+        available = self._avail[1]
+        text = f"ring {self.index} of {self.size}: available {available}, used {self.used_idx}"
+        if self.event_idx:
+            text += f", avail_event {self._used[2 + 4 * self.size]}"
+            text += f", used_event {self._avail[2 + self.size]}"
+        else:
+            text += f", used flags {self._used[0]}, available flags {self._avail[0]}"
+        text += f", {self.kicks} kicks"
+        if 0 < available - self.used_idx & 0xFFFF <= self.size:
+            head = self._avail[2 + self.used_idx % self.size]
+            text += f"; next head {head}: {self._shapes.get(head, 'no chain of ours')}"
+        return text
 
     @property
     def used_idx(self) -> int:
@@ -235,6 +256,7 @@ class NetDriver:
         rx_size: int = 2048,
         pair: int = 0,
     ) -> None:
+        self.pair = pair
         self.memory, self.indirect, self.mrg_rxbuf, self.rx_size = (
             memory,
             indirect,

@@ -197,6 +197,13 @@ class VhostUserDevice:
         s = self._watcher.connect(wait)
         self._offer = s.features & self.data_features
 
+    def offer(self) -> tuple[int, int | None]:
+        """All virtio features that the present back-end offers, as a mask, and its answer to
+        GET_QUEUE_NUM; 0 and None if there is no back-end.
+        """
+        s = self._watcher.session
+        return (s.features, s.queue_num) if s is not None else (0, None)
+
     def features(self) -> int:
         """The features of ``BACKEND_FEATURES`` that the first back-end offered, as a mask."""
         return self._offer
