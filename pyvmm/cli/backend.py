@@ -1,10 +1,11 @@
 """Serve vhost-user-net: move the packets of a virtual machine that runs in another process.
 
+Keep sockets in a directory DIR that only you can enter, such as $XDG_RUNTIME_DIR.
+
 The front-end is `pyvmm run --net vhost-user,socket=S`, QEMU with a vhost-user netdev and share=on
 memory, or DPDK's virtio-user. Front-end and back-end may end and come back as often as they like.
 
 Examples:
-  DIR=$XDG_RUNTIME_DIR    or another directory that only you can enter
   pyvmm backend --socket $DIR/s --tap tap0
   pyvmm backend --socket $DIR/s --tap tap0 --queues 2 --poll --worker-cpu 2
   pyvmm backend --socket $DIR/a --connect $DIR/b      joins two machines

@@ -95,7 +95,7 @@ class Running:
         client: bool = False,
         poll_us: int = 0,
         service: TagService | None = None,
-        **options: int,
+        **options: Any,
     ) -> None:
         self.log: list[str] = []
         served: Service = service or NetService(port or loop_port(1), poll_us=poll_us)
