@@ -84,6 +84,41 @@ def test_shell_scripts_parse() -> None:
         clean("sh", "-n", script)
 
 
+def test_shared_eventfds_block_nobody() -> None:
+    """A peer can make the eventfds of queues full and blocking. Only cext/event.c and EventFd.nudge
+    cope. Those that are written in another way are nobody's but ours.
+    """
+    own = {
+        "cext/intx.c": ["eventfd_write(stop_fd, 1)"],
+        "cext/net_worker.c": ["write(fd, &(uint64_t)"],  # signal_fd: wake_fd, event_fd, answer_fd
+        "cext/event.c": ["write(fd, &(uint64_t)"],
+    }
+    found = {
+        path: re.findall(r"\b(?:eventfd_)?write\([^)]*\)", (ROOT / path).read_text())
+        for path in C_FILES
+        if path.startswith("cext/")
+    }
+    assert {path: calls for path, calls in found.items() if calls} == own
+    worker = (ROOT / "cext/net_worker.c").read_text()
+    assert set(re.findall(r"\tsignal_fd\(([^)]*)\)", worker)) == {
+        "w->wake_fd",
+        "w->cfg.event_fd",
+        "w->answer_fd",
+    }
+    signalled = {
+        match
+        for path in (ROOT / "pyvmm").rglob("*.py")
+        for match in re.findall(r"([\w.\[\]]+)\.signal\(\)", path.read_text())
+    }
+    assert signalled == {"self._stop", "self._quit", "self._wake", "self._end", "self._relinked"}
+    raw = {
+        path.relative_to(ROOT / "pyvmm").as_posix()
+        for path in (ROOT / "pyvmm").rglob("*.py")
+        if "eventfd_write" in path.read_text() or "eventfd_read" in path.read_text()
+    }
+    assert raw == {"fd.py", "cli/support/terminal.py"}
+
+
 def test_ioctls_are_made_again() -> None:
     """A signal, or a busy host, interrupts KVM's and vhost's ioctls: only ``pv_ioctl`` copes."""
     raw = {
