@@ -191,3 +191,14 @@ def test_switched() -> None:
             net.switched(text)
     with pytest.raises(UsageError):
         net.switched(Net("none"))
+
+
+def test_the_back_end_s_user() -> None:
+    net = Net.parse("vhost-user,socket=/s,peer=4294967294")
+    assert net.peer == 2**32 - 2 and Net.parse("vhost-user,socket=/s").peer is None
+    assert net.switched("vhost-user").peer == 2**32 - 2
+    assert net.switched("vhost-user,peer=7").peer == 7
+    assert net.switched("vhost-user,socket=/t,peer=7").socket == "/t"
+    for text in ("vhost-user,peer=7", "emulated,peer=7", "vhost-user,socket=/s,peer=4294967295"):
+        with pytest.raises(UsageError):
+            Net.parse(text)
