@@ -207,4 +207,4 @@ def test_check(path: str) -> None:
         checker = Checker(path, timeout=PATIENCE, queues=2, echo_seconds=PATIENCE)
         checker.run()
     wrong = [(i.name, i.detail) for i in checker.items if i.result != "passed"]
-    assert wrong == [("num_buffers", "num_buffers is [0]")]
+    assert wrong == [("num_buffers", "num_buffers is [0], without MRG_RXBUF")]
