@@ -136,13 +136,14 @@ def test_dpdk_s_library_as_back_end(path: str, tmp_path: Path) -> None:
     argv = [sys.executable, str(tmp_path / "b.py"), path, f"{home}/"]
 
     def start() -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            argv,
-            stdout=subprocess.PIPE,
-            stderr=(tmp_path / "log").open("a"),
-            text=True,
-            env={**os.environ, "LD_LIBRARY_PATH": str(home)},
-        )
+        with (tmp_path / "log").open("a") as log:
+            process = subprocess.Popen(
+                argv,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, "LD_LIBRARY_PATH": str(home)},
+            )
         assert process.stdout
         while (line := process.stdout.readline()).strip() != "listens":
             assert line, (tmp_path / "log").read_text()
@@ -168,7 +169,8 @@ def test_dpdk_s_library_as_back_end(path: str, tmp_path: Path) -> None:
                 lambda: device.counters()["connections"] == 2 and device.connected, PATIENCE
             ), device.problems
             assert device.stop() == [0, 0]
-            assert len(device.problems) == 1, device.problems  # that the first one has gone
+            # That the first one has gone; it may have died with the next connection in its queue.
+            assert all("closed the connection" in text for text in device.problems), device.problems
         finally:
             device.close()
             backend.kill()
