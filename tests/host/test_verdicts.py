@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm import Machine
+from pyvmm.cli.support.lastwords import ORDERLY_SECONDS
 
 ROOT = Path(__file__).parents[2]
 Guest = Callable[[str], str]
@@ -473,7 +474,7 @@ def test_last_resort(guest: Guest, tmp_path: Path) -> None:
         assert done.returncode == 124
         assert "1 s are over, and it could not be ended in order" in done.stderr
 
-    soon(1 + 2, attempt)
+    soon(1 + ORDERLY_SECONDS + 3, attempt)
 
 
 def test_results_that_cannot_be_written_are_no_success(guest: Guest, tmp_path: Path) -> None:
