@@ -20,7 +20,8 @@ from pyvmm.card.uplink import Uplink
 from pyvmm.devices.console import Console, Spotter, Stream
 from pyvmm.devices.guest_port import GuestPage, GuestPort
 from pyvmm.devices.legacy import Power, PvPanic, Rtc
-from pyvmm.errors import UsageError
+from pyvmm.doctor import can_run_linux_locally
+from pyvmm.errors import KvmUnsuitable, UsageError
 from pyvmm.exits.accounts import MachineAccounts
 from pyvmm.kvm import Kvm
 from pyvmm.kvm.vcpu import Vcpu
@@ -190,6 +191,13 @@ class Parts:
         for index, net in enumerate(want.nets):  # closed before what a switch counts by
             self._add_net(index, net, macs[index])
         self._load()
+        if self.is_linux():
+            good, reason = can_run_linux_locally()
+            if not good:
+                raise KvmUnsuitable(
+                    f"no Linux guest can run here: {reason}",
+                    "use --host testbed; a program of yours: pyvmm testbed -- python3 PROGRAM",
+                )
         self.vcpus[0].set_boot_state(self.boot)
         self.vcpu_threads = VcpuThreads(
             self.vcpus, self.bus, self.lock, flush=self.port.flush, over=wires.end
@@ -200,6 +208,10 @@ class Parts:
 
     def _reset(self) -> None:
         self._wires.end(Outcome("reboot"))
+
+    def is_linux(self) -> bool:
+        """Whether the kernel is Linux."""
+        return "Linux" in self.boot.kind or "bzImage" in self.boot.kind
 
     def _make_agent(self) -> Agent:
         from pyvmm.devices.guest_agent import Agent
@@ -308,7 +320,7 @@ class Parts:
             self.nets,
             self.memory,
             kick=self.vcpu_threads.kick,
-            linux="Linux" in self.boot.kind or "bzImage" in self.boot.kind,
+            linux=self.is_linux(),
             limit=limit,
             found=lambda text: self._wires.end(Outcome("hang", text)),
         )

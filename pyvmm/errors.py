@@ -8,6 +8,20 @@ docs/exit-codes.md has the table.
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """The beginning of a hint, if ``word`` looks like one of ``choices`` with a mistake in it; else
+    empty.
+    """
+    import difflib
+
+    close = difflib.get_close_matches(word, list(choices), 1)
+    return f"did you mean {close[0]}? " if close else ""
+
 
 class PyvmmError(Exception):
     """The base class of all errors. ``str(e)`` is the one line that the user sees.

@@ -8,7 +8,7 @@ import os
 from binascii import crc32
 from socket import AF_INET
 
-from pyvmm.errors import UsageError
+from pyvmm.errors import UsageError, did_you_mean
 from pyvmm.hostnet import TAP_MAX_MTU
 from pyvmm.hostnet.addresses import parse_address
 from pyvmm.spec.ethernet import ETH_MIN_MTU
@@ -131,7 +131,7 @@ class Net:
         switchable: str = "",
     ) -> None:
         if mode not in MODES:
-            raise UsageError(f"--net: unknown mode {mode!r}", f"modes: {', '.join(MODES)}")
+            raise unknown_mode(mode)
         if notify not in ("ioeventfd", "exit"):
             raise UsageError(f"--net: notify={notify}", "use notify=ioeventfd or notify=exit")
         if link not in ("on", "off"):
@@ -198,7 +198,7 @@ class Net:
         """Parse ``MODE[,key=value...]`` as on the command line."""
         mode, _, rest = text.partition(",")
         if mode not in MODES:
-            raise UsageError(f"--net: unknown mode {mode!r}", f"modes: {', '.join(MODES)}")
+            raise unknown_mode(mode)
         own = MODES[mode]
         if "switchable=" in rest:  # then keys of the other modes are allowed, too
             own = tuple({key: 0 for keys in MODES.values() for key in keys})
@@ -213,7 +213,8 @@ class Net:
             key, equals, value = item.partition("=")
             if key not in keys or not equals:
                 raise UsageError(
-                    f"--net {mode}: unknown key {key!r}", f"keys: {', '.join(keys) or 'none'}"
+                    f"--net {mode}: unknown key {key!r}",
+                    f"{did_you_mean(key, keys)}keys: {', '.join(keys) or 'none'}",
                 )
             name = key.replace("-", "_")
             if name in given:
@@ -269,6 +270,13 @@ class Net:
                 bit: int | None = getattr(virtio_net, f"VIRTIO_NET_F_{name}", None)
                 mask |= 1 << (bit if bit is not None else getattr(virtio, f"VIRTIO_RING_F_{name}"))
         return mask
+
+
+def unknown_mode(mode: str) -> UsageError:
+    """The error for a mode that does not exist."""
+    return UsageError(
+        f"--net: unknown mode {mode!r}", f"{did_you_mean(mode, MODES)}modes: {', '.join(MODES)}"
+    )
 
 
 def number(key: str, value: int | str, low: int, high: int) -> int:

@@ -16,7 +16,10 @@ from pyvmm import __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
+
+    from pyvmm.errors import UsageError
 
 #: Command -> its line in ``pyvmm --help``. Its module is pyvmm.cli.COMMAND, with "_" for "-".
 COMMANDS = {
@@ -89,14 +92,22 @@ def _main(args: list[str]) -> int:
             module = importlib.import_module(f"pyvmm.cli.{name.replace('-', '_')}")
             one = sub.add_parser(name, help=text, description=module.__doc__)
             module.add_arguments(one)
-            one.set_defaults(run=module.run)
+            one.set_defaults(run=module.run, known_options=list(one._option_string_actions))
         else:
             sub.add_parser(name, help=text, add_help=False)
     if completing:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    ns = parser.parse_args(args)
+    if chosen is not None and chosen not in COMMANDS:
+        from pyvmm.errors import UsageError, did_you_mean
+
+        raise UsageError(
+            f"there is no command {chosen!r}", f"{did_you_mean(chosen, COMMANDS)}see pyvmm --help"
+        )
+    ns, rest = parser.parse_known_args(args)
+    if rest:
+        raise _unrecognized(args, rest, ns)
     ns.argv = args
     if ns.version:
         print(f"pyvmm {__version__}")
@@ -105,6 +116,23 @@ def _main(args: list[str]) -> int:
         parser.print_help()
         return 2
     return int(ns.run(ns))
+
+
+def _unrecognized(args: list[str], rest: list[str], ns: argparse.Namespace) -> UsageError:
+    """The error for options that the command does not have."""
+    from pyvmm.errors import UsageError, did_you_mean
+
+    guest: list[str] = getattr(ns, "guest_command", None) or []
+    if guest and "--" not in args and rest[0] in args[args.index(guest[0]) :]:
+        import shlex
+
+        at = args.index(guest[0])
+        right = f"pyvmm {shlex.join(args[:at])} -- {shlex.join(args[at:])}"
+        hint = f"put -- before the guest's command: {right}"
+    else:
+        known = getattr(ns, "known_options", ())
+        hint = f"{did_you_mean(rest[0], known)}see pyvmm {ns.command or ''}".rstrip() + " --help"
+    return UsageError(f"unrecognized arguments: {' '.join(rest)}", hint)
 
 
 def guard(body: Callable[[], int]) -> int:

@@ -55,7 +55,21 @@ def _shell(name: str) -> int:
 
     from pyvmm.control.registry import find
 
-    with QMPShell(name if "/" in name else find(name).path, pretty=True) as shell:
+    class Shell(QMPShell):
+        """Its banner and its prompt speak of QEMU, and it has no help."""
+
+        def show_banner(self, msg: str = "") -> None:
+            """Say whose prompt it is."""
+            print(
+                f"This is pyvmm's machine {name}. x-pyvmm-help lists the commands; Ctrl-D leaves."
+            )
+
+        @property
+        def prompt(self) -> str:
+            """The machine's name."""
+            return f"({name}) "
+
+    with Shell(name if "/" in name else find(name).path, pretty=True) as shell:
         shell.connect()
         for _ in shell.repl():
             pass

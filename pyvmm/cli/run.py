@@ -8,8 +8,9 @@ Examples:
   pyvmm run -- ip addr
   pyvmm run --cpus 2 --net emulated,mtu=9000 --report report.json -- ping -c 3 192.168.100.1
   pyvmm run --kernel bzImage --initrd initrd.img --append 'loglevel=7' --timeout 60
-  pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- iperf3 -c 192.168.100.1
-  pyvmm run --net emulated,notify=exit --exits -- iperf3 -c 192.168.100.1
+  pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- ping -q -c 100 -i 0.01 192.168.100.1
+  pyvmm run --net emulated,notify=exit --exits -- ping -q -c 100 -i 0.01 192.168.100.1
+  pyvmm run --detach --name vm0 -- ping 192.168.100.1
   pyvmm run --budget 'notify==0' --budget 'user_exits<=100' -- ping -c 100 -i 0.01 192.168.100.1
   pyvmm run --trace trace.json --net vhost-net -- ping -c 3 192.168.100.1
   pyvmm run --kernel vmlinux --fail-on oops,warning --junit r.xml --log console.log -- run-tests
@@ -55,7 +56,7 @@ import stat
 import sys
 import time
 
-from pyvmm.cli.support.options import count, seconds, trouble_kinds
+from pyvmm.cli.support.options import DETACHED, RUNNING, count, seconds, trouble_kinds
 from pyvmm.errors import HostError, PyvmmError, UsageError
 
 TYPE_CHECKING = False
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from pyvmm.card.nic import Nic
     from pyvmm.cli.support.outputs import Output, Outputs
     from pyvmm.cli.support.pipes import Kept
+    from pyvmm.cli.support.terminal import Terminal
     from pyvmm.cli.support.verdicts import RunFiles
     from pyvmm.cli.support.watchdog import Watchdog
     from pyvmm.devices.console import FdSink, Stream
@@ -183,6 +185,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show the guest's console on stderr while COMMAND runs",
     )
     add(
+        "--detach",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        help="leave the machine running in the background; its output goes to FILE (needs --name)",
+    )
+    add(
         "--console",
         action="store_true",
         help="standard input is the guest's console, also if it is no terminal",
@@ -202,20 +211,37 @@ def run(args: argparse.Namespace) -> int:
 
         args.budget = [Budget(text) for text in args.budget]
     use = _use_of_stdin(args)
+    if args.detach is not None and DETACHED not in os.environ:
+        from pyvmm.cli.support.detach import detach
+
+        if use == "commands":
+            raise UsageError(
+                "--detach: a machine in the background cannot read standard input",
+                "give a command: pyvmm run --detach --name NAME -- COMMAND",
+            )
+        _check(args)
+        return detach(args)
     if use == "nothing":
         raise UsageError(
             "no command, and standard input is empty: nobody could use the guest's console",
             "give a command: pyvmm run -- COMMAND; "
-            "or, for a machine in the background, --name NAME",
+            "or, for a machine in the background, --detach --name NAME",
         )
     args.feed = use == "commands"
     if args.feed:
         args.guest_command = ["sh"]
+    _check(args)
     words = ["run", "--host", "local", *args.argv[args.argv.index("run") + 1 :]]
     vhost = any("vhost-net" in net for net in args.net or ())
+    lasting = args.detach is not None
     if not any(map(_is_pipe, (args.kernel, args.initrd))):
         status = elsewhere(
-            args.host, args.kernel, words, vhost=vhost, note=lambda: _socket_note(args, words)
+            args.host,
+            args.kernel,
+            words,
+            vhost=vhost,
+            note=lambda: _socket_note(args, words),
+            lasting=lasting,
         )
         return orderly(lambda: _boot(args)) if status is None else status
     from pyvmm.cli.support.pipes import Kept
@@ -227,7 +253,7 @@ def run(args: argparse.Namespace) -> int:
             kept.for_others(words)
             return _socket_note(args, words)
 
-        status = elsewhere(args.host, args.kernel, words, vhost=vhost, note=note)
+        status = elsewhere(args.host, args.kernel, words, vhost=vhost, note=note, lasting=lasting)
         return orderly(lambda: _boot(args)) if status is None else status
 
 
@@ -251,6 +277,29 @@ def _keep_pipes(args: argparse.Namespace, kept: Kept) -> None:
     finally:
         if watchdog is not None:
             watchdog.close()
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what no machine can be made of, before a testbed starts for it.
+
+    :raises PyvmmError: the error that the machine would raise.
+    """
+    from pyvmm.assembly import Description
+    from pyvmm.netopt import Net, mac_addresses
+
+    nets = [Net.parse(text) for text in args.net or ["emulated"]]
+    want = Description(
+        args.kernel or "",
+        cpus=args.cpus,
+        memory=args.memory,
+        nets=nets,
+        command=args.guest_command or None,
+    )
+    mac_addresses(want.nets, "")
+    if args.kernel is None:
+        from pyvmm.images import find
+
+        find(args.image or "default")
 
 
 def _use_of_stdin(args: argparse.Namespace) -> str:
@@ -352,6 +401,7 @@ class _Run:
         self.files: RunFiles | None = None
         self.machine: Machine | None = None
         self.sinks: list[FdSink] = []
+        self.terminal: Terminal | None = None
 
     def to_its_end(self, watchdog: Watchdog | None) -> int:
         """Boot the guest, attend it, report the verdict; returns the exit status."""
@@ -432,6 +482,10 @@ class _Run:
         left = None if limit is None else max(0.0, start + limit - time.monotonic())
         for stream in (machine.console, machine.stdout, machine.stderr):
             stream.drain(left)
+        if self.terminal is not None and self.terminal.raw:
+            # The guest may have left the cursor in the middle of a line.
+            end = "" if machine.console.text.endswith((b"\n", b"\r")) else "\n"
+            print(f"{end}pyvmm: the machine has ended", file=sys.stderr)
         return outcome
 
     def _run_guest(self, machine: Machine) -> Outcome:
@@ -451,12 +505,17 @@ class _Run:
             self.sinks.append(FdSink(fd, gone=gone if fd == 1 else lambda: None))
             stream.add_sink(self.sinks[-1])
 
+        def started() -> None:
+            if DETACHED in os.environ:
+                print(f"{RUNNING} {machine.name}", file=sys.stderr, flush=True)
+
         deliver(machine.stdout, 1)
         deliver(machine.stderr, 2)
         if self.commanded and not args.feed:
             if args.verbose:
                 deliver(machine.console, 2)
             machine.start()
+            started()
             return machine.wait(args.timeout, boot_timeout=args.boot_timeout)
         from pyvmm.cli.support.terminal import Terminal
 
@@ -468,9 +527,11 @@ class _Run:
         try:
             terminal.open()
             machine.start()
+            started()
             return machine.wait(args.timeout, boot_timeout=args.boot_timeout)
         finally:
             terminal.close()
+            self.terminal = terminal
 
     def _lost_output(self, machine: Machine, outcome: Outcome) -> int:
         """The exit status of a run that would succeed, if output of the guest has not reached its

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.errors import ImageError
+from pyvmm.errors import ImageError, did_you_mean
 from pyvmm.host.paths import cache_root
 
 #: Kernel parameters for a quick boot. Crypto self-tests take a fifth of the boot of Debian's kernel
@@ -86,7 +86,8 @@ def find(name: str = "default") -> Image:
     if name not in NAMES and not is_series(name):
         raise ImageError(
             f"there is no image '{name}'",
-            f"use {', '.join(NAMES)} or a series of kernels, such as 6.12",
+            f"{did_you_mean(name, NAMES)}use {', '.join(NAMES)} or a series of kernels, such as "
+            "6.12",
         )
     # A build replaces an image by moving a link. Resolve the link, so that kernel and initrd come
     # from the same build.

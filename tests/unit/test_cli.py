@@ -32,7 +32,17 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 
 BAD = {
-    ("frobnicate",): "invalid choice: 'frobnicate'",
+    ("frobnicate",): "there is no command 'frobnicate'; see pyvmm --help",
+    ("swtich", "vm0", "emulated"): "did you mean switch? see pyvmm --help",
+    ("run", "--kernle", "x"): "--kernle; did you mean --kernel? see pyvmm run --help",
+    ("ps", "--jsno"): "did you mean --json? see pyvmm ps --help",
+    ("run", "uname", "-a"): "put -- before the guest's command: pyvmm run -- uname -a",
+    ("run", "--cpus", "2", "ls", "-l", "a b"): "pyvmm run --cpus 2 -- ls -l 'a b'",
+    ("run", "--net", "vhostnet"): "did you mean vhost-net? modes: none",
+    ("run", "--net", "emulated,mtv=3"): "did you mean mtu? keys: tap",
+    ("run", "--net", "none", "--detach", "--", "x"): "--detach without --name",
+    ("run", "--net", "none", "--detach=/nonexistent/x", "--name", "n", "--", "x"): "--detach /non",
+    ("run", "--net", "none", "--detach", "--name", "a/b", "--", "x"): "no name for a machine",
     ("run", "--frobnicate"): "unrecognized arguments: --frobnicate",
     ("run", "--cpu", "2"): "unrecognized arguments: --cpu",  # no abbreviations
     ("run", "--cpus", "two"): "invalid int value: 'two'",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from pyvmm import cli
+from pyvmm.errors import PyvmmError, TestbedError
 from pyvmm.testbed import testbed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +54,8 @@ def run(stdin: Any, *args: str) -> tuple[int, str]:
 
 REFUSED = (
     "pyvmm: no command, and standard input is empty: nobody could use the guest's console; "
-    "give a command: pyvmm run -- COMMAND; or, for a machine in the background, --name NAME\n"
+    "give a command: pyvmm run -- COMMAND; or, for a machine in the background, "
+    "--detach --name NAME\n"
 )
 
 
@@ -154,3 +157,48 @@ def test_nothing_is_said_where_nothing_is_wrong(
     assert cli.main(["run", "--host", "testbed", "--net", net, "--", "true"]) == 7
     assert cli.main(["run", "--host", "testbed", "--", "true"]) == 7
     assert (len(bed), capsys.readouterr().err) == (2, "")
+
+
+# --- mistakes are told before a testbed starts ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--net", "vhostnet"], "did you mean vhost-net?"),
+        (["--net", "emulated,mac=2:0:0:0:0:1", "--net", "emulated,mac=2:0:0:0:0:1"], "cards 0 and"),
+        (["--image", "ubuntu"], "there is no image 'ubuntu'"),
+        (["--cpus", "0"], "--cpus 0"),
+        (["--memory", "lots"], "write 256M or 4G"),
+        (["--budget", "no<=1"], "nothing is called 'no'"),
+    ],
+)
+def test_a_mistake_is_told_at_once(bed: list[list[str]], args: list[str], said: str) -> None:
+    with pytest.raises(PyvmmError, match=re.escape(said)):
+        cli._main(["run", "--host", "testbed", *args, "--", "true"])
+    assert bed == []
+
+
+def test_a_machine_in_the_background_needs_a_testbed_that_stays(
+    bed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise no other command would find the machine."""
+    monkeypatch.setenv("PYVMM_DETACHED", "1")
+    argv = ["run", "--host", "testbed", "--kernel", "/dev/null", "--detach", "--name", "n", "--"]
+    monkeypatch.setattr(Bed, "is_up", lambda self: False, raising=False)
+    with pytest.raises(TestbedError, match="start it: pyvmm testbed up"):
+        cli._main([*argv, "true"])
+    monkeypatch.setattr(Bed, "is_up", lambda self: True, raising=False)
+    assert cli._main([*argv, "true"]) == 7
+    assert "--detach" in bed[0]
+
+
+def test_commands_from_a_pipe_do_not_go_into_the_background() -> None:
+    done = subprocess.run(
+        [*PYVMM, "run", "--detach", "--name", "n"],
+        cwd=ROOT,
+        input="echo lost",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "cannot read standard input" in done.stderr

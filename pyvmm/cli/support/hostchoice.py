@@ -19,6 +19,7 @@ def elsewhere(
     *,
     vhost: bool = False,
     note: Callable[[], str] | None = None,
+    lasting: bool = False,
 ) -> int | None:
     """Run ``pyvmm ARGV`` in the testbed if ``host`` or this machine asks for it.
 
@@ -27,6 +28,7 @@ def elsewhere(
     :param vhost: the machine wants /dev/vhost-net.
     :param note: called if the guest will run in the testbed, before it boots: what the user must
         know then; may be empty.
+    :param lasting: the machine is to be found by other commands, for which the testbed must be up.
     :returns: the exit status from the testbed, or None to go on here.
     """
     if host == "local" or (host == "testbed" and "PYVMM_IN_TESTBED" in os.environ):
@@ -53,6 +55,10 @@ def elsewhere(
                 f"no Linux guest can run here: {reason}", "set the testbed up: pyvmm testbed setup"
             )
         print(f"pyvmm: {reason}; running in the testbed", file=sys.stderr)
+    if lasting and not testbed.is_up():
+        raise TestbedError(
+            "a machine in the background needs a testbed that stays", "start it: pyvmm testbed up"
+        )
     text = note() if note is not None else ""
     if text:
         print(f"pyvmm: {text}", file=sys.stderr, flush=True)

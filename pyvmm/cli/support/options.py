@@ -62,6 +62,9 @@ def _width() -> int:
 
 _columns = 0  # 0: the terminal has not been asked yet
 
+#: In the environment of a machine in the background (``detach``), which says RUNNING and its name
+#: on stderr as soon as it runs.
+DETACHED, RUNNING = "PYVMM_DETACHED", "pyvmm: running in the background:"
 #: The bounds below only prevent failures of arithmetic; messages do not name them.
 ENDLESS = 1e6
 

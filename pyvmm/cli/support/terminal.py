@@ -5,6 +5,7 @@ restores it.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 TYPE_CHECKING = False
@@ -42,9 +43,15 @@ class Terminal:
             import termios
             import tty
 
+            print("pyvmm: this is the guest's console; Ctrl-A x ends the machine", file=sys.stderr)
             self._saved = termios.tcgetattr(0)
             tty.setraw(0)
         self._thread.start()
+
+    @property
+    def raw(self) -> bool:
+        """Whether stdin is a terminal, which is raw until ``close``."""
+        return self._saved is not None
 
     def close(self) -> None:
         """Stop reading and restore the terminal. A second call does nothing."""

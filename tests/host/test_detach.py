@@ -1,0 +1,62 @@
+"""``pyvmm run --detach``: the machine goes on in the background, and is found by its name."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pyvmm.control.client import connect
+from pyvmm.control.registry import machines
+
+Guest = Callable[[str], str]
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 60
+RUN = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none", "--memory", "8M"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "pyvmm"
+
+
+def test_a_machine_in_the_background(guest: Guest, cache: Path) -> None:
+    """Started at a terminal, which it leaves alone: job control cannot stop it."""
+    ours, theirs = pty.openpty()
+    run = [*RUN, "--kernel", guest("serial"), "--append", "echo=1", "--detach", "--name", "bg"]
+    done = subprocess.run(run, cwd=ROOT, stdin=theirs, capture_output=True, timeout=PATIENCE)
+    os.close(theirs)
+    os.close(ours)
+    log = cache / "logs" / "bg.log"
+    assert done.returncode == 0, done
+    assert done.stderr.decode() == (
+        f"pyvmm: bg runs in the background; its output goes to {log}; pyvmm quit bg ends it\n"
+    )
+    (machine,) = [m for m in machines() if m.name == "bg"]
+    status = Path(f"/proc/{machine.pid}/stat").read_text().rpartition(")")[2].split()
+    assert status[4] == "0", "it has no terminal"
+    assert int(status[3]) == machine.pid, "it leads a session of its own"
+    with connect("bg") as client:
+        assert client.command("query-status")["status"] == "running"
+        end = os.pidfd_open(machine.pid)
+        client.command("quit")
+    # It is no child of ours, so only the descriptor tells its end.
+    assert select.select([end], [], [], PATIENCE)[0]
+    os.close(end)
+    assert "serial: ready" in log.read_text()
+
+
+def test_what_goes_wrong_is_told_here(guest: Guest, tmp_path: Path) -> None:
+    run = [*RUN, "--kernel", "/nonexistent", f"--detach={tmp_path}/log", "--name", "bg", "--", "x"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 105
+    assert done.stderr.startswith("pyvmm: kernel '/nonexistent' cannot be opened")
+    assert done.stderr.count("\n") == 1
