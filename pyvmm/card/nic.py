@@ -39,6 +39,7 @@ class Nic:
         owns. :param thread: runs the transitions of ``device``; owned from here on.
     :param lock: the machine's I/O lock. :param ledger: gives the exits so far.
     :param emit: sends an event to the machine's observers; see ``Machine.emit``.
+    :ivar tap_created: whether the tap was made for this card.
     :ivar namespace: pyvmm's own network namespace with the tap in it; None if the user gave a tap.
     :ivar host, guest: IPv4 addresses with prefix length; None if pyvmm did not choose any.
     :ivar net: the card as it was described at the start; see ``mode`` for the mode in force.
@@ -70,6 +71,7 @@ class Nic:
         self._ledger = ledger
         self.namespace = uplink.namespace
         self.tap = uplink.tap.name if uplink.tap is not None else ""
+        self.tap_created = uplink.tap is not None and uplink.tap.created
         self.host: str | None = None
         self.guest: str | None = None
         self.switches: list[SwitchReport] = []

@@ -447,6 +447,7 @@ class _Run:
         ) as machine:
             self.machine = machine
             for nic in machine.nets:
+                _tell_tap(nic)
                 if nic.net.switchable:
                     _tell_offer(nic)
             if self.files is not None:
@@ -603,6 +604,16 @@ def _qmp(args: argparse.Namespace) -> str | None:
             print(f"pyvmm: no control socket: {e}", file=sys.stderr)
             return None
     return args.qmp or "auto"
+
+
+def _tell_tap(nic: Nic) -> None:
+    """Say that the tap that the user names did not exist: it may be misspelt."""
+    if nic.net.tap is not None and nic.tap_created:
+        print(
+            f"pyvmm: {nic.name}: there was no tap {nic.tap}; it has been made, and goes with the "
+            "machine",
+            file=sys.stderr,
+        )
 
 
 def _tell_offer(nic: Nic) -> None:

@@ -495,6 +495,9 @@ def _connected(sock: socket.socket, path: str) -> bool:
         return False
     except OSError as e:
         hint = "start the other side first" if e.errno else ""
+        if hint and "PYVMM_IN_TESTBED" in os.environ:
+            # A socket does not reach from one kernel into another, though its file is seen.
+            hint += ", in the testbed as well: pyvmm testbed -- sh -c 'BACKEND & pyvmm run ...'"
         if isinstance(e, PermissionError):
             hint = "its owner or directory keeps this user out"
         raise VhostUserError(f"cannot connect to {path}: {e.strerror}", hint) from e

@@ -78,6 +78,8 @@ def test_terminal_by_hand(host: Host) -> None:
         assert result["restored"]
         assert result["status"] is not None  # it was not killed for taking a minute
         assert "Traceback" not in result["output"]
+        assert "pyvmm: this is the guest's console; Ctrl-A x ends the machine" in result["output"]
+        assert result["output"].endswith("\npyvmm: the machine has ended\r\n")
 
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}

@@ -105,3 +105,16 @@ def test_a_default_address_avoids_those_that_are_given(guest: Guest) -> None:
     with Machine(guest("hello"), nets=nets, name="one", qmp="auto") as machine:
         assert [nic.device.mac for nic in machine.nets][1] == first
         assert machine.nets[0].device.mac != first
+
+
+def test_a_tap_that_did_not_exist_is_told(guest: Guest) -> None:
+    """It may be a misspelt name; what is made has no address and nobody at its other end."""
+    argv = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "emulated,tap=typo0"]
+    command = [*argv, "--kernel", guest("hello"), "--", "x"]
+    done = subprocess.run(
+        ["unshare", "--net", *command], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done
+    assert done.stderr == (
+        "pyvmm: net0: there was no tap typo0; it has been made, and goes with the machine\n"
+    )

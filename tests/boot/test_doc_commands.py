@@ -1,0 +1,205 @@
+"""The command blocks of the pages are run as they are written, in a shell on a terminal, in an
+empty directory beside the checkout's. A block that cannot be run is in ``REASONS``.
+
+``tests/unit/test_pages.py`` looks at the options, files and names of all blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from pyvmm.images import find
+from tests.boot.guest import PATIENCE, Host
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["README.md", "CONTRIBUTING.md", "guest/README.md"]
+PAGES += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))
+
+#: (page, beginning of the block's first command) -> why the block is not run.
+REASONS = {
+    ("README.md", "make demo"): "takes minutes, and `make check` is what runs this test",
+    ("README.md", "make setup image"): "installs packages, which needs root and a network",
+    ("README.md", "pytest --pyvmm-host auto"): "the same as in docs/pytest.md, see test_plugin",
+    ("CONTRIBUTING.md", "tools/setup.sh"): "installs packages, which needs root and a network",
+    ("docs/compare.md", "pyvmm compare"): "takes minutes per command, see test_compare",
+    ("docs/flows.md", "pyvmm run --net MODE"): "MODE is a placeholder",
+    ("docs/images.md", "pyvmm image build"): "downloads a kernel",
+    ("docs/images.md", "I=~/.cache"): "a console of QEMU, see tests/unit/test_images.py",
+    ("docs/matrix.md", "pyvmm image build"): "downloads a kernel, and boots eight guests",
+    ("docs/matrix.md", "pyvmm matrix ["): "is a synopsis",
+    ("docs/performance.md", "make bench"): "takes half an hour",
+    ("docs/pytest.md", "pytest -v"): "needs an image of another kernel, see test_plugin",
+    ("docs/pytest.md", "cd docs/examples"): "needs a kernel of the reader's, see test_ci",
+    ("docs/report.md", "pyvmm run --report"): "needs jq, which the set-up does not install",
+    ("docs/run.md", "pyvmm run"): "is typed at a console, see test_console",
+    ("docs/test-kernels.md", "pyvmm test --config"): "needs a checkout of kvm-unit-tests",
+    ("docs/testbed.md", "pyvmm testbed up"): "would stop the testbed of this session",
+    ("docs/vhost-user.md", "DIR=$(mktemp -d)"): "needs a KVM here that runs Linux",
+    ("docs/vhost-user.md", "sleep 600 |"): "needs DPDK, see test_dpdk",
+    ("docs/vhost-user.md", "dpdk-testpmd"): "needs DPDK, see test_dpdk",
+}
+VM0 = (
+    "pyvmm run --detach=vm0.log --name vm0 --net emulated,switchable=vhost-net+vhost-user"
+    " -- ping -i 0.2 192.168.100.1"
+)
+#: What an earlier block, or the text, has done before this one.
+BEFORE = {
+    ("docs/control.md", "pyvmm rings"): VM0,
+    ("docs/top.md", "pyvmm top"): VM0,
+    ("docs/switch.md", "pyvmm switch --json"): VM0,
+    ("docs/vhost-user.md", "pyvmm backend --quiet"): "DIR=$(mktemp -d)",
+    ("docs/vhost-user.md", "pyvmm vhost-user check"): (
+        "DIR=$(mktemp -d); pyvmm backend --quiet --loopback --socket $DIR/s & sleep 2"
+    ),
+    ("docs/trace.md", "grep"): (
+        "pyvmm run --trace trace.json --net emulated -- ping -c 3 192.168.100.1"
+    ),
+}
+#: Programs whose status is not that of a success, although the page does not print it.
+STATUS = {"pyvmm doctor": {0, 3}}
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    #: (command, the lines that the page shows as its output)
+    steps: list[tuple[str, list[str]]]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.page, self.steps[0][0]
+
+
+def in_table(block: Block, table: dict[tuple[str, str], str]) -> str | None:
+    """The entry for a block."""
+    page, command = block.key
+    found = [start for where, start in table if where == page and command.startswith(start)]
+    # "pyvmm run" alone stands for exactly this command.
+    found = [s for s in found if s != "pyvmm run" or command == s]
+    return table[page, max(found, key=len)] if found else None
+
+
+def blocks() -> Iterator[Block]:
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for match in re.finditer(r"(?ms)^ *```(sh|console)\n(.*?)^ *```", text):
+            steps: list[tuple[str, list[str]]] = []
+            for line in match[2].splitlines():
+                starts = line.startswith("$ ") if match[1] == "console" else True
+                open_quote = bool(steps) and steps[-1][0].count("'") % 2 == 1
+                if steps and not steps[-1][1] and (steps[-1][0].endswith("\\") or open_quote):
+                    steps[-1] = (f"{steps[-1][0]}\n{line}", [])
+                elif starts:
+                    steps.append((line.removeprefix("$ ").partition("  #")[0].rstrip(), []))
+                else:
+                    steps[-1][1].append(line)
+            yield Block(page, text[: match.start()].count("\n") + 1, steps)
+
+
+BLOCKS = list(blocks())
+RUN = [block for block in BLOCKS if in_table(block, REASONS) is None]
+
+
+class Shell:
+    """An interactive bash on a terminal of its own, so that job control is what a user has."""
+
+    def __init__(self, directory: Path, env: dict[str, str]) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", "bash", "--norc", "--noediting", "-i"],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            cwd=directory,
+            env={**env, "PS1": "", "PS2": "", "TERM": "dumb"},
+        )
+        os.close(slave)
+        self.text = ""
+        self.do("stty -echo")
+
+    def do(self, command: str) -> tuple[int, str]:
+        """Run a command; its status and its output."""
+        start = len(self.text)
+        # In one piece, because a command that reads the terminal would take what comes later.
+        os.write(self.master, f'{{ {command}\n}}; echo "@@$?"@@\n'.encode())
+        until = time.monotonic() + PATIENCE
+        while not (found := re.search(r"@@(\d+)@@", self.text[start:])):
+            left = until - time.monotonic()
+            assert left > 0 and select.select([self.master], [], [], left)[0], (
+                f"{command!r} does not end: {self.text[start:]}"
+            )
+            self.text += os.read(self.master, 65536).decode(errors="replace").replace("\r", "")
+        return int(found[1]), self.text[start : start + found.start()]
+
+    def close(self) -> None:
+        try:
+            self.do("kill $(jobs -p) 2>/dev/null; wait")
+        finally:
+            self.process.kill()
+            self.process.wait()
+            os.close(self.master)
+
+
+@pytest.fixture(scope="module")
+def directory(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages say that the reader has: the checkout's files, a program, a kernel."""
+    place = tmp_path_factory.mktemp("reader")
+    for name in ("guest", "docs"):
+        (place / name).symlink_to(ROOT / name)
+    (place / "mytest.c").write_text(
+        '#include <stdio.h>\nint main(void) { puts("hello from my program"); return 0; }\n'
+    )
+    subprocess.run(["gcc", "-static", "-o", place / "mytest", place / "mytest.c"], check=True)
+    (place / "arch/x86/boot").mkdir(parents=True)
+    shutil.copy(find("default").bzimage, place / "arch/x86/boot/bzImage")
+    home = place / "home" / ".cache"
+    home.mkdir(parents=True)
+    (home / "pyvmm").symlink_to(Path(find("default").directory).parents[2])
+    return place
+
+
+@pytest.fixture
+def shell(host: Host, directory: Path) -> Iterator[Shell]:
+    env = {**os.environ, "PYVMM_TESTBED": host.testbed.name, "HOME": str(directory / "home")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    shell = Shell(directory, env)
+    try:
+        yield shell
+        shell.do("pyvmm quit vm0 2>/dev/null")
+    finally:
+        shell.close()
+
+
+def test_tables_have_no_dead_entries() -> None:
+    for table in (REASONS, BEFORE):
+        for page, start in table:
+            assert any(b.page == page and b.key[1].startswith(start) for b in BLOCKS), (page, start)
+    assert len(RUN) > 30
+
+
+@pytest.mark.parametrize("block", RUN, ids=lambda b: f"{b.page}:{b.line}")
+def test_a_block_runs_as_it_is_written(shell: Shell, block: Block) -> None:
+    before = in_table(block, BEFORE)
+    if before is not None:
+        status, text = shell.do(before)
+        assert status == 0, text
+    for command, shown in block.steps:
+        status, text = shell.do(command)
+        assert "Traceback" not in text, text
+        assert "Stopped" not in text, "a job in the background was stopped by the terminal"
+        if command.endswith("; echo $?"):
+            assert text.split()[-1:] == shown[-1].split(), f"{command}: {text}"
+        allowed = next((s for c, s in STATUS.items() if command.startswith(c)), {0})
+        assert status in allowed, f"{command}: {status}: {text}"
