@@ -87,6 +87,7 @@ def parse(image: ImageFile) -> ElfKernel:
         raise image.bad(f"has {phnum} program headers (e_phnum), but needs 1 to {PHNUM_MAX}")
     table = image.read(phoff, phnum * phdr_size, "the program header table (e_phoff, e_phnum)")
     segments: list[Segment] = []
+    all_notes: list[tuple[bytes, int]] = []
     pvh_entry: int | None = None
     linux = False
     for i, row in enumerate(struct.iter_unpack(lb.PHDR if wide else lb.PHDR32, table)):
@@ -106,11 +107,18 @@ def parse(image: ImageFile) -> ElfKernel:
             if filesz > NOTES_MAX:
                 raise image.bad(f"segment {i}: {filesz:#x} bytes of notes")
             notes = image.read(offset, filesz, f"note segment {i}")
-            found, is_linux = _read_notes(image, notes, 8 if align == 8 else 4)
-            pvh_entry = found if found is not None else pvh_entry
-            linux = linux or is_linux
+            all_notes.append((notes, 8 if align == 8 else 4))
     if not segments:
         raise image.bad("has no loadable segment (PT_LOAD)")
+    others: int | None = None
+    for notes, pad in all_notes:
+        entry_found, of_xen, is_linux = _read_notes(image, notes, pad, segments)
+        if of_xen:
+            pvh_entry = entry_found
+        else:
+            others = entry_found if entry_found is not None else others
+        linux = linux or is_linux
+    pvh_entry = pvh_entry if pvh_entry is not None else others
     segments.sort(key=lambda s: s.paddr)
     for a, b in pairwise(segments):
         if a.end > b.paddr:
@@ -138,10 +146,15 @@ def _physical(image: ImageFile, segments: list[Segment], entry: int) -> int:
     raise image.bad(f"entry point {entry:#x} (e_entry) is outside every segment")
 
 
-def _read_notes(image: ImageFile, notes: bytes, align: int) -> tuple[int | None, bool]:
-    """The PVH entry point (None if there is none), and whether the notes say that this is Linux."""
+def _read_notes(
+    image: ImageFile, notes: bytes, align: int, segments: list[Segment]
+) -> tuple[int | None, bool, bool]:
+    """The PVH entry point (None if there is none), whether its owner is Xen, and whether the notes
+    say that this is Linux. Some kernels give the note another owner: then it counts if its value
+    lies in a segment.
+    """
     entry: int | None = None
-    linux = False
+    of_xen = linux = False
     at = 0
     while at + lb.NHDR_SIZE <= len(notes):
         namesz, descsz, n_type = struct.unpack_from(lb.NHDR, notes, at)
@@ -153,13 +166,15 @@ def _read_notes(image: ImageFile, notes: bytes, align: int) -> tuple[int | None,
             )
         name = notes[name_at : name_at + namesz]
         linux = linux or name == lb.LINUX_NOTE_NAME
-        if name == lb.XEN_NOTE_NAME:
-            desc = notes[desc_at : desc_at + descsz]
-            if n_type == lb.XEN_ELFNOTE_PHYS32_ENTRY:
-                if descsz not in (4, 8):
-                    raise image.bad(f"PVH note has a {descsz}-byte entry point, not 4 or 8")
-                entry = int.from_bytes(desc, "little")
-            elif n_type == lb.XEN_ELFNOTE_GUEST_OS:
-                linux = linux or desc.rstrip(b"\0") == b"linux"
+        desc = notes[desc_at : desc_at + descsz]
+        xen = name == lb.XEN_NOTE_NAME
+        if n_type == lb.XEN_ELFNOTE_PHYS32_ENTRY and (xen or descsz in (4, 8)):
+            if descsz not in (4, 8):
+                raise image.bad(f"PVH note has a {descsz}-byte entry point, not 4 or 8")
+            value = int.from_bytes(desc, "little")
+            if xen or (not of_xen and any(s.paddr <= value < s.end for s in segments)):
+                entry, of_xen = value, xen
+        elif xen and n_type == lb.XEN_ELFNOTE_GUEST_OS:
+            linux = linux or desc.rstrip(b"\0") == b"linux"
         at = desc_at + -(-descsz // align) * align
-    return entry, linux
+    return entry, of_xen, linux

@@ -216,6 +216,36 @@ def test_elf_is_entered_by_its_pvh_note(memory: GuestMemory, tmp_path: Path) -> 
     assert table == params.memory_map(memory)
 
 
+def pvh_note(owner: bytes, value: bytes) -> bytes:
+    return note(owner, lb.XEN_ELFNOTE_PHYS32_ENTRY, value)
+
+
+@pytest.mark.parametrize("owner", [b"Xen\0", b"Loader\0", b""])
+@pytest.mark.parametrize("size", [4, 8])
+def test_pvh_notes_of_any_owner(
+    memory: GuestMemory, tmp_path: Path, owner: bytes, size: int
+) -> None:
+    path = tmp_path / "kernel"
+    notes = pvh_note(owner, 0x100_0010.to_bytes(size, "little"))
+    path.write_bytes(make_elf([(0x100_0000, CODE, 4096)], notes=notes))
+    assert boot.load(memory, str(path)).entry == 0x100_0010
+
+
+@pytest.mark.parametrize("value", [b"", b"abc", bytes(4), (0x100_1000).to_bytes(8, "little")])
+def test_notes_of_others_that_are_no_entry(
+    memory: GuestMemory, tmp_path: Path, value: bytes
+) -> None:
+    """Another owner's type 18 may mean anything; and Xen's goes first."""
+    path = tmp_path / "kernel"
+    path.write_bytes(make_elf([(0x100_0000, CODE, 4096)], notes=pvh_note(b"GNU\0", value)))
+    assert boot.load(memory, str(path)).mode == "long64"
+    xen, other = pvh_note(b"Xen\0", b"\x20\0\0\1"), pvh_note(b"GNU\0", b"\x10\0\0\1")
+    for notes in (xen + other, other + xen):
+        memory.zero()
+        path.write_bytes(make_elf([(0x100_0000, CODE, 4096)], notes=notes))
+        assert boot.load(memory, str(path)).entry == 0x100_0020
+
+
 @pytest.mark.parametrize("protocol", ["linux64", "elf64"])
 def test_elf_is_entered_at_e_entry(memory: GuestMemory, tmp_path: Path, protocol: str) -> None:
     state = boot.load(memory, save(tmp_path, good_elf()), protocol=protocol)
