@@ -2,7 +2,7 @@
 PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help setup demo image check check-install lint bench soak soak-kills clean
+.PHONY: help setup demo image check check-install lint bench soak soak-kills soak-options clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -37,6 +37,9 @@ soak: image ## switch a guest's data path SWITCHES times (1000) under traffic, c
 KILLS ?= 1000
 soak-kills: image ## kill the vhost-user back-end KILLS times (1000) under a guest that sends: nothing lost, nothing twice
 	@.venv/bin/python -m tests.perf.soak_kills --kills $(KILLS) $(ARGS)
+
+soak-options: image ## boot Linux with each row of docs/kernel-options.md, in the testbed
+	@PYVMM_KERNEL_OPTIONS=all $(PYTEST) -q tests/boot/test_kernel_options.py $(ARGS)
 
 clean: ## remove what was built here (not the caches in ~/.cache/pyvmm)
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis pyvmm/_ext.c pyvmm/_ext*.so *.egg-info

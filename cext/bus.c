@@ -288,6 +288,13 @@ bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uin
 		else
 			data[0] = pv_rtc_read(r->opaque, offset);
 		return true;
+	case PV_REGION_PMTIMER:
+		if (!write) {
+			uint64_t ticks = pv_pmtimer_read() >> 8 * offset;
+
+			memcpy(data, &ticks, size);
+		}
+		return true;
 	case PV_REGION_IGNORE:
 		memset(data, 0, write ? 0 : size);
 		return true;

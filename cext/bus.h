@@ -13,6 +13,7 @@
 
 #include <pthread.h>
 #include "intx.h"
+#include "pmtimer.h"
 #include "rtc.h"
 #include "serial.h"
 #include "types.h"
@@ -31,6 +32,7 @@ enum pv_region_kind {
 	PV_REGION_DEBUGCON, /* the same, but a read gives the port number: guests look for it */
 	PV_REGION_PCI,	    /* opaque: struct pv_pci_latch; ports 0xCF8..0xCFF */
 	PV_REGION_RTC,	    /* opaque: struct pv_rtc; ports 0x70 and 0x71 */
+	PV_REGION_PMTIMER,  /* no opaque: the ACPI timer */
 	PV_REGION_IGNORE    /* reads give zero, writes are lost */
 };
 

@@ -6,15 +6,16 @@
 #include "ioctl.h"
 
 /**
- * pv_pic_mask() - Mask all lines of both 8259s, as firmware leaves them
+ * pv_pic_set_up() - Leave both 8259s as firmware does
  * @vm_fd:	The VM's descriptor
+ * @level:	The lines that are level-triggered, as a mask: PCI's
  *
- * After reset all lines are open and begin with vector 0. A kernel that never programs the 8259s
- * would get the timer's tick as a divide error.
+ * All lines are masked. After reset they are open and begin with vector 0, and a kernel that never
+ * programs the 8259s would get the timer's tick as a divide error.
  *
  * Return: 0 or -errno
  */
-int pv_pic_mask(int vm_fd)
+int pv_pic_set_up(int vm_fd, uint32_t level)
 {
 	for (unsigned int chip = KVM_IRQCHIP_PIC_MASTER; chip <= KVM_IRQCHIP_PIC_SLAVE; chip++) {
 		struct kvm_irqchip state = {.chip_id = chip};
@@ -22,6 +23,7 @@ int pv_pic_mask(int vm_fd)
 		int error = pv_ioctl(vm_fd, KVM_GET_IRQCHIP, &state);
 
 		state.chip.pic.imr = 0xff;
+		state.chip.pic.elcr = (uint8_t)(chip == KVM_IRQCHIP_PIC_SLAVE ? level >> 8 : level);
 		if (!error)
 			error = pv_ioctl(vm_fd, KVM_SET_IRQCHIP, &state);
 		if (error)

@@ -3,8 +3,10 @@
 #ifndef PV_PIC_H
 #define PV_PIC_H
 
+#include "types.h"
+
 /* cffi: begin */
-int pv_pic_mask(int vm_fd);
+int pv_pic_set_up(int vm_fd, uint32_t level);
 /* cffi: end */
 
 #endif

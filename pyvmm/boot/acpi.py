@@ -1,9 +1,11 @@
 """The smallest ACPI 6.4 tables by which Linux finds every CPU, the IO-APIC, PCI and the serial
 ports.
 
-The tables describe a hardware-reduced machine (4.1). Such a machine needs no PM timer, no SCI and
-no PM1 block: power-off and reset are one I/O port each. Linux then skips the PIT, the 8259 and the
-check of the timer's wiring, which would cost boot time under nested virtualisation.
+The tables describe a PC: both 8259s, the PIT, the PM1 registers and the PM timer are there. On a
+hardware-reduced machine (4.1) Linux would not look at the 8259s and the PIT, so that a kernel
+without kvm-clock could not find out how fast the TSC counts, and a kernel that is told to leave the
+local or the IO-APIC alone would get no interrupt at all (docs/kernel-options.md). There is no SMI:
+ACPI is always on. No event is ever reported by the SCI; the power button is a device.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pyvmm.spec import platform as pf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from pyvmm.memory import GuestMemory
 
@@ -31,7 +33,8 @@ def build(
     com2: bool = True,
     ecam: bool = False,
 ) -> int:
-    """Write RSDP, DSDT, FADT, MADT, MCFG (with ``ecam``) and XSDT from FIRMWARE_BASE up.
+    """Write RSDP, FACS, DSDT, FADT, MADT, MCFG (with ``ecam``), RSDT and XSDT from FIRMWARE_BASE
+    up. The RSDT is for kernels that know ACPI 1.0 only.
 
     :param cpus: 1..MAX_CPUS; their local APIC ids are 0..cpus-1.
     :param pci_slots: the slots of bus 0 whose INTA is routed.
@@ -43,20 +46,23 @@ def build(
     blob = bytearray(acpi.RSDP_SIZE)
     addresses = []
 
-    def add_table(table: bytes) -> int:
-        blob.extend(bytes(-len(blob) % 16))
+    def add_table(table: bytes, align: int = 16) -> int:
+        blob.extend(bytes(-len(blob) % align))
         address = pf.FIRMWARE_BASE + len(blob)
         blob.extend(table)
         return address
 
+    facs = struct.pack(acpi.FACS, b"FACS", struct.calcsize(acpi.FACS), 0, 0, 0, 0, 0, 2)
+    facs_at = add_table(facs, acpi.FACS_ALIGN)
     dsdt_at = add_table(dsdt(pci_slots, com2=com2, ecam=ecam))
-    addresses.append(add_table(_fadt(dsdt_at)))
+    addresses.append(add_table(_fadt(facs_at, dsdt_at)))
     addresses.append(add_table(_madt(cpus)))
     if ecam:
         addresses.append(add_table(_mcfg()))
+    rsdt = add_table(_sdt(b"RSDT", 1, struct.pack(f"<{len(addresses)}I", *addresses)))
     xsdt = add_table(_sdt(b"XSDT", 1, struct.pack(f"<{len(addresses)}Q", *addresses)))
     rsdp = bytearray(
-        struct.pack(acpi.RSDP, b"RSD PTR ", 0, acpi.OEM_ID, 2, 0, acpi.RSDP_SIZE, xsdt, 0)
+        struct.pack(acpi.RSDP, b"RSD PTR ", 0, acpi.OEM_ID, 2, rsdt, acpi.RSDP_SIZE, xsdt, 0)
     )
     rsdp[acpi.RSDP_CHECKSUM] = -sum(rsdp[: acpi.RSDP_V1_SIZE]) & 0xFF
     rsdp[acpi.RSDP_EXT_CHECKSUM] = -sum(rsdp) & 0xFF
@@ -86,7 +92,7 @@ def _sdt(signature: bytes, revision: int, body: bytes) -> bytes:
     return bytes(table)
 
 
-def _fadt(dsdt_at: int) -> bytes:
+def _fadt(facs_at: int, dsdt_at: int) -> bytes:
     body = bytearray(acpi.FADT_SIZE - acpi.SDT_HEADER_SIZE)
 
     def put(fmt: str, offset: int, *values: int | bytes) -> None:
@@ -95,6 +101,41 @@ def _fadt(dsdt_at: int) -> bytes:
     def register(offset: int, port: int) -> None:
         put(acpi.GAS, offset, acpi.GAS_SYSTEM_IO, 8, 0, acpi.GAS_BYTE, port)
 
+    def block(offset: int, x_offset: int, length_at: int, port: int, length: int) -> None:
+        put("<I", offset, port)
+        put("<B", length_at, length)
+        put(acpi.GAS, x_offset, acpi.GAS_SYSTEM_IO, 8 * length, 0, 0, port)
+
+    put("<H", acpi.FADT_SCI_INT, pf.IRQ_SCI)
+    for offset, x_offset, length_at, port, length in (
+        (
+            acpi.FADT_PM1A_EVENT,
+            acpi.FADT_X_PM1A_EVENT,
+            acpi.FADT_PM1_EVENT_LENGTH,
+            pf.PORT_ACPI_PM1_EVENT,
+            4,
+        ),
+        (
+            acpi.FADT_PM1A_CONTROL,
+            acpi.FADT_X_PM1A_CONTROL,
+            acpi.FADT_PM1_CONTROL_LENGTH,
+            pf.PORT_ACPI_PM1_CONTROL,
+            2,
+        ),
+        (
+            acpi.FADT_PM_TIMER,
+            acpi.FADT_X_PM_TIMER,
+            acpi.FADT_PM_TIMER_LENGTH,
+            pf.PORT_ACPI_PM_TIMER,
+            4,
+        ),
+    ):
+        put("<I", offset, port)
+        put("<B", length_at, length)
+        put(acpi.GAS, x_offset, acpi.GAS_SYSTEM_IO, 8 * length, 0, 0, port)
+    put("<HH", acpi.FADT_C2_LATENCY, 0xFFFF, 0xFFFF)  # there are no such states
+    put("<B", acpi.FADT_CENTURY, 0x32)
+    put("<I", acpi.FADT_FIRMWARE_CTRL, facs_at)
     put("<I", acpi.FADT_DSDT, dsdt_at)
     put("<Q", acpi.FADT_X_DSDT, dsdt_at)
     put("<H", acpi.FADT_IAPC_BOOT_ARCH, acpi.IAPC_LEGACY_DEVICES | acpi.IAPC_NO_VGA)
@@ -106,7 +147,7 @@ def _fadt(dsdt_at: int) -> bytes:
         | acpi.FADT_F_PWR_BUTTON
         | acpi.FADT_F_SLP_BUTTON
         | acpi.FADT_F_RESET_REG_SUP
-        | acpi.FADT_F_HW_REDUCED,
+        | acpi.FADT_F_TIMER_32_BITS,
     )
     register(acpi.FADT_RESET_REG, pf.PORT_ACPI_RESET)
     put("<B", acpi.FADT_RESET_VALUE, pf.ACPI_RESET_VALUE)
@@ -135,17 +176,21 @@ def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool 
 
     The parameters are those of ``build``.
     """
-    routes = [
-        aml.package(
-            [
-                aml.integer(slot << 16 | 0xFFFF),
-                aml.integer(0),  # INTA
-                aml.integer(0),  # no link device: the next item is a level, active-low GSI
-                aml.integer(pf.GSI_PCI_BASE + slot % pf.GSI_PCI_COUNT),
-            ]
+
+    def routes(lines: Sequence[int]) -> bytes:
+        return aml.package(
+            aml.package(
+                [
+                    aml.integer(slot << 16 | 0xFFFF),
+                    aml.integer(0),  # INTA
+                    aml.integer(0),  # no link device: the next item is a level, active-low GSI
+                    aml.integer(lines[slot % pf.GSI_PCI_COUNT]),
+                ]
+            )
+            for slot in pci_slots
         )
-        for slot in pci_slots
-    ]
+
+    apic_lines = range(pf.GSI_PCI_BASE, pf.GSI_PCI_BASE + pf.GSI_PCI_COUNT)
     pci = aml.device(
         "PCI0",
         # PNP0A03 and not PNP0A08 (PCI Express): the latter would need an _OSC to negotiate with.
@@ -158,7 +203,12 @@ def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool 
             aml.word_space(acpi.RES_TYPE_IO, acpi.RES_IO_ENTIRE_RANGE, 0x1000, 0xFFFF),
             aml.dword_memory(pf.PCI_MMIO_BASE, pf.PCI_MMIO_BASE + pf.PCI_MMIO_SIZE - 1),
         ),
-        aml.name("_PRT", aml.package(routes)),
+        aml.method(
+            "_PRT",
+            0,
+            aml.if_name("PICM", aml.give(routes(apic_lines))),
+            aml.give(routes(pf.PIC_PCI_LINES)),
+        ),
     )
     devices = [pci, _serial("COM1", 1, pf.PORT_COM1, pf.IRQ_COM1)]
     if com2:
@@ -191,7 +241,9 @@ def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool 
             )
         )
     s5 = aml.name("_S5", aml.package([aml.integer(pf.ACPI_S5_TYPE)] + 3 * [aml.integer(0)]))
-    return _sdt(b"DSDT", 2, s5 + aml.scope("\\_SB", *devices))
+    # The kernel says by \_PIC whether it uses the IO-APIC (5.8.1).
+    mode = aml.name("PICM", aml.integer(0)) + aml.method("_PIC", 1, aml.store_argument("PICM"))
+    return _sdt(b"DSDT", 2, s5 + mode + aml.scope("\\_SB", *devices))
 
 
 def _serial(text: str, uid: int, port: int, irq: int) -> bytes:

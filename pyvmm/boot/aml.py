@@ -96,6 +96,21 @@ def method(text: str, arguments: int, *terms: bytes) -> bytes:
     return _package(bytes([acpi.AML_METHOD]), path(text) + flags + b"".join(terms))
 
 
+def store_argument(text: str) -> bytes:
+    """Store (Arg0, text)."""
+    return bytes([acpi.AML_STORE, acpi.AML_ARG0]) + path(text)
+
+
+def if_name(text: str, *terms: bytes) -> bytes:
+    """If (text) {...}: unless the named integer is zero."""
+    return _package(bytes([acpi.AML_IF]), path(text) + b"".join(terms))
+
+
+def give(value: bytes) -> bytes:
+    """Return (value)."""
+    return bytes([acpi.AML_RETURN]) + value
+
+
 def notify(text: str, value: int) -> bytes:
     """Notify (text, value)."""
     return bytes([acpi.AML_NOTIFY]) + path(text) + integer(value)

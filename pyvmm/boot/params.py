@@ -22,9 +22,8 @@ GDT = struct.pack("<4Q", 0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)
 PTE_TABLE = 0x03  # present, writable
 PTE_LARGE = 0x83  # present, writable, PS (a 2 MiB page)
 
-# The code at F000:FFF0. On hardware-reduced ACPI, Linux reboots through EFI (efi_reboot_required)
-# and, if there is no EFI, by a jump to the BIOS. The code is: mov dx, PORT_ACPI_RESET; mov al,
-# ACPI_RESET_VALUE; out dx, al; hlt; jmp back to the hlt.
+# The code at F000:FFF0, to which a kernel may jump to reboot (reboot=bios). The code is: mov dx,
+# PORT_ACPI_RESET; mov al, ACPI_RESET_VALUE; out dx, al; hlt; jmp back to the hlt.
 RESET_CODE = struct.pack(
     "<BHBBBBBb", 0xBA, pf.PORT_ACPI_RESET, 0xB0, pf.ACPI_RESET_VALUE, 0xEE, 0xF4, 0xEB, -3
 )

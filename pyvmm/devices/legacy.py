@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pyvmm._ext import ffi, lib
 from pyvmm.bus import PIO, Bus, Registers
+from pyvmm.spec import acpi
 from pyvmm.spec.platform import (
     ACPI_RESET_VALUE,
     ACPI_S5_TYPE,
+    PORT_ACPI_PM1_EVENT,
+    PORT_ACPI_PM_TIMER,
     PORT_ACPI_SLEEP_CONTROL,
     PORT_I8042,
     PORT_POST,
@@ -17,6 +20,11 @@ from pyvmm.spec.platform import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+#: The bits of the PM1 control register that make the machine sleep, and the value that powers off.
+PM1_SLEEP = acpi.PM1_SLP_EN | 7 << acpi.PM1_SLP_TYPE_SHIFT
+PM1_OFF = acpi.PM1_SLP_EN | ACPI_S5_TYPE << acpi.PM1_SLP_TYPE_SHIFT
 
 
 class Rtc:
@@ -45,6 +53,10 @@ class Power:
         self._on_off, self._on_reset = on_off, on_reset
         power = bus.add(PIO, PORT_ACPI_SLEEP_CONTROL, 3, "acpi-power", self)
         power.names = Registers({0: "sleep control", 1: "sleep status", 2: "reset"})
+        pm1 = bus.add(PIO, PORT_ACPI_PM1_EVENT, 6, "acpi-pm1", Pm1(on_off))
+        pm1.names = Registers({0: "status", 2: "enable", 4: "control"})
+        timer = bus.add(PIO, PORT_ACPI_PM_TIMER, 4, "acpi-timer", kind=lib.PV_REGION_PMTIMER)
+        timer.names = Registers({0: "value"})
         keyboard = bus.add(PIO, PORT_I8042, 5, "i8042", Keyboard(on_reset))
         keyboard.names = Registers({0: "data", 1: "", 4: ("status", "command")})
         bus.add(PIO, PORT_POST, 1, "post", kind=lib.PV_REGION_IGNORE)
@@ -59,6 +71,27 @@ class Power:
             self._on_off()
         elif offset == 2 and value == ACPI_RESET_VALUE:
             self._on_reset()
+
+
+class Pm1:
+    """The PM1 event and control registers of ACPI hardware that is not reduced (ACPI 6.4, 4.8.3).
+    No event ever happens: the power button is a device of its own.
+    """
+
+    def __init__(self, on_off: Callable[[], object]) -> None:
+        self._on_off = on_off
+        self._enable = 0
+
+    def read(self, offset: int, size: int) -> int:
+        """Status, enable, and the control register, which says that ACPI is on."""
+        return (self._enable << 16 | acpi.PM1_SCI_EN << 32) >> 8 * offset
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Take the enable bits, or power off."""
+        if offset == 2:
+            self._enable = value & 0xFFFF
+        elif offset == 4 and value & PM1_SLEEP == PM1_OFF:
+            self._on_off()
 
 
 class Keyboard:

@@ -9,7 +9,13 @@ from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, MemoryShort
 from pyvmm.fd import EventFd, Fd
 from pyvmm.kvm import Kvm, ioctl
-from pyvmm.spec.platform import GSI_MSI_BASE, KVM_IDENTITY_MAP, KVM_TSS_BASE
+from pyvmm.spec.platform import (
+    GSI_MSI_BASE,
+    GSI_PCI_BASE,
+    KVM_IDENTITY_MAP,
+    KVM_TSS_BASE,
+    PIC_PCI_LINES,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,9 +68,9 @@ class Vm:
             identity = ffi.new("uint64_t *", KVM_IDENTITY_MAP)
             ioctl(fd.fileno(), "KVM_SET_IDENTITY_MAP_ADDR", identity)
             ioctl(fd.fileno(), "KVM_CREATE_IRQCHIP")
-            error = lib.pv_pic_mask(fd.fileno())
+            error = lib.pv_pic_set_up(fd.fileno(), sum(1 << line for line in PIC_PCI_LINES))
             if error:
-                raise HostError(f"cannot mask the 8259s: {os.strerror(-error)}")
+                raise HostError(f"cannot set up the 8259s: {os.strerror(-error)}")
             pit = ffi.new("struct kvm_pit_config *")
             # KVM answers port 0x61, too, through which Linux calibrates the TSC.
             pit.flags = lib.KVM_PIT_SPEAKER_DUMMY
@@ -115,6 +121,10 @@ class Vm:
             if pin != 2:
                 target = 2 if pin == 0 else pin
                 routes.append((pin, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_IOAPIC, target, 0))
+        for slot, line in enumerate(PIC_PCI_LINES):
+            chip = lib.KVM_IRQCHIP_PIC_SLAVE if line > 7 else lib.KVM_IRQCHIP_PIC_MASTER
+            gsi = GSI_PCI_BASE + slot
+            routes.append((gsi, lib.KVM_IRQ_ROUTING_IRQCHIP, chip, line % 8, 0))
         for gsi, (address, data) in self._msi.items():
             routes.append((gsi, lib.KVM_IRQ_ROUTING_MSI, address & 0xFFFFFFFF, address >> 32, data))
         table = ffi.new("struct kvm_irq_routing *", {"entries": len(routes)})

@@ -33,6 +33,7 @@ from pyvmm.spec.platform import (
     PCI_ECAM_SIZE,
     PCI_MMIO_BASE,
     PCI_MMIO_SIZE,
+    PIC_PCI_LINES,
     PORT_PCI_ADDRESS,
 )
 
@@ -279,7 +280,7 @@ class PciBus:
             at = PCI_BASE_ADDRESS_0 + 4 * index
             function.put(at, function.get(at, 4) | start, 4)
         if function.config[PCI_INTERRUPT_PIN]:
-            function.put(PCI_INTERRUPT_LINE, gsi_of(slot), 1)
+            function.put(PCI_INTERRUPT_LINE, line_of(slot), 1)
         function.power_on()
         function.plugged()
         return slot
@@ -383,6 +384,11 @@ def dwords(at: int, size: int) -> Iterator[tuple[int, int]]:
         n = min(end, (at | 3) + 1) - at
         yield at, n
         at += n
+
+
+def line_of(slot: int) -> int:
+    """The line of the 8259s to which INTA of ``slot`` is routed as well."""
+    return PIC_PCI_LINES[slot % GSI_PCI_COUNT]
 
 
 def gsi_of(slot: int) -> int:

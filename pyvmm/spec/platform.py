@@ -56,6 +56,9 @@ TESTDEV_MMIO = 0xFF00_0000  # memory whose every access exits
 TESTDEV_MMIO_SIZE = 0x1_0000
 PORT_ACPI_SLEEP_CONTROL = 0x600  # ACPI 6.4, 4.8.3.7: bits 2..4 SLP_TYP, bit 5 SLP_EN
 PORT_ACPI_SLEEP_STATUS = 0x601
+PORT_ACPI_PM1_EVENT = 0x608  # 4 bytes: status, enable (4.8.3.1)
+PORT_ACPI_PM1_CONTROL = 0x60C  # 2 bytes (4.8.3.2)
+PORT_ACPI_PM_TIMER = 0x610  # 4 bytes (4.8.2.1)
 PORT_ACPI_RESET = 0x602  # write ACPI_RESET_VALUE
 ACPI_RESET_VALUE = 0x01
 ACPI_S5_TYPE = 5
@@ -89,10 +92,14 @@ REQUEST_INPUT_MAX = 1 << 20  # bytes
 IRQ_COM2 = 3
 IRQ_COM1 = 4
 IRQ_RTC = 8
+IRQ_SCI = 13  # never raised; a number of its own, since nothing else uses it
 IRQ_GED = 9  # ACPI generic event device: an edge means that the power button was pressed
 IOAPIC_PIN_TIMER = 2  # a PC wires the PIT (ISA IRQ 0) to this pin; so do our GSI routes
 GSI_PCI_BASE = 16  # INTA of slot n is GSI_PCI_BASE + n % GSI_PCI_COUNT, level, active low
 GSI_PCI_COUNT = 8
+# INTA of slot n also reaches the 8259s, for kernels without an IO-APIC: line PIC_PCI_LINES[n % 8],
+# which no other device has. Two slots on one line would need counting who raises it.
+PIC_PCI_LINES = (15, 11, 10, 5, 7, 6, 12, 14)
 GSI_MSI_BASE = 24  # MSI routes start here
 
 MAX_CPUS = 64

@@ -21,6 +21,8 @@ from pyvmm.kvm import Kvm
 from pyvmm.kvm.vcpu import STOP_ERROR, Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory import GuestMemory
+from pyvmm.pci import gsi_of, line_of
+from pyvmm.spec.platform import IRQ_COM1, IRQ_COM2, IRQ_GED, IRQ_SCI, PIC_PCI_LINES
 from pyvmm.vcpus import abnormal
 
 Guest = Callable[[str], str]
@@ -125,6 +127,21 @@ def vm() -> Iterator[Vm]:
     memory.close()
 
 
+def test_each_slot_reaches_the_8259s_by_a_line_of_its_own(vm: Vm) -> None:
+    """So nobody has to count who raises a line."""
+    for slot in range(1, 9):
+        vm.irq_line(gsi_of(slot), 1)
+        high = 0
+        for number in (0, 1):
+            chip = bytearray(520)
+            struct.pack_into("=I", chip, 0, number)
+            fcntl.ioctl(vm.fileno(), KVM_GET_IRQCHIP, chip)
+            high |= chip[8 + 1] << 8 * number
+        vm.irq_line(gsi_of(slot), 0)
+        assert high & ~(1 << 2) == 1 << line_of(slot)  # line 2 is the cascade
+    assert not {line_of(slot) for slot in range(8)} & {0, 2, IRQ_COM1, IRQ_COM2, IRQ_GED, IRQ_SCI}
+
+
 def test_both_8259s_are_masked(vm: Vm) -> None:
     """Also in the VM of a machine that starts over."""
     for _ in range(2):
@@ -133,6 +150,8 @@ def test_both_8259s_are_masked(vm: Vm) -> None:
             struct.pack_into("=I", chip, 0, number)
             fcntl.ioctl(vm.fileno(), KVM_GET_IRQCHIP, chip)
             assert chip[8 + 2] == 0xFF  # struct kvm_pic_state: last_irr, irr, imr
+            level = sum(1 << line for line in PIC_PCI_LINES)
+            assert chip[8 + 14] == level >> 8 * number & 0xFF  # elcr: PCI's lines are levels
         vm.recreate()
 
 

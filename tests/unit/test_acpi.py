@@ -41,7 +41,14 @@ def tables(memory: GuestMemory, rsdp: int) -> dict[str, bytes]:
     xsdt = table(struct.unpack_from("<Q", root, 24)[0])
     assert xsdt[:4] == b"XSDT"
     found = [table(a) for (a,) in struct.iter_unpack("<Q", xsdt[36:])]
+    rsdt = table(struct.unpack_from("<I", root, 16)[0])  # for kernels of ACPI 1.0
+    assert [a for (a,) in struct.iter_unpack("<I", rsdt[36:])] == [
+        a for (a,) in struct.iter_unpack("<Q", xsdt[36:])
+    ]
     fadt = next(t for t in found if t[:4] == b"FACP")
+    facs_at = struct.unpack_from("<I", fadt, 36)[0]
+    facs = memory.read(facs_at, 64)
+    assert facs_at % 64 == 0 and facs[:8] == b"FACS" + struct.pack("<I", 64)
     found.append(table(struct.unpack_from("<Q", fadt, 140)[0]))
     return {t[:4].decode(): t for t in found}
 
@@ -55,7 +62,14 @@ def test_tables_are_found_by_the_old_search(memory: GuestMemory) -> None:
 def test_fadt_says_how_to_leave(memory: GuestMemory) -> None:
     fadt = tables(memory, acpi.build(memory))["FACP"]
     assert len(fadt) == 276
-    assert struct.unpack_from("<I", fadt, 112)[0] & (1 << 20)  # HW_REDUCED_ACPI
+    assert not struct.unpack_from("<I", fadt, 112)[0] & (1 << 20)  # HW_REDUCED_ACPI
+    for at, x_at, port in (
+        (56, 148, pf.PORT_ACPI_PM1_EVENT),
+        (64, 172, pf.PORT_ACPI_PM1_CONTROL),
+        (76, 208, pf.PORT_ACPI_PM_TIMER),
+    ):
+        assert struct.unpack_from("<I", fadt, at)[0] == port
+        assert struct.unpack_from("<Q", fadt, x_at + 4)[0] == port
     assert struct.unpack_from("<BBBBQ", fadt, 116) == (1, 8, 0, 1, pf.PORT_ACPI_RESET)
     assert fadt[128] == pf.ACPI_RESET_VALUE
     assert struct.unpack_from("<Q", fadt, 248)[0] == pf.PORT_ACPI_SLEEP_CONTROL

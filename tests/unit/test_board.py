@@ -14,6 +14,9 @@ from pyvmm.devices.legacy import Power, PvPanic, Rtc
 from pyvmm.spec.platform import (
     ACPI_RESET_VALUE,
     ACPI_S5_TYPE,
+    PORT_ACPI_PM1_CONTROL,
+    PORT_ACPI_PM1_EVENT,
+    PORT_ACPI_PM_TIMER,
     PORT_ACPI_SLEEP_CONTROL,
     PORT_PVPANIC,
 )
@@ -138,3 +141,32 @@ def test_the_clock_needs_no_python(board: Any) -> None:
     assert board.read(PIO, 0x70, 2) == 0xFF
     assert board.access(PIO, 0x71, 1, count=3) == bytes([cmos(board, 0x22)] * 3)
     assert board.exits == before
+
+
+def test_pm1_says_that_acpi_is_on_and_powers_off(board: Any) -> None:
+    """ACPI 6.4, 4.8.3: no SMI command switches ACPI on, so it is on."""
+    assert board.read(PIO, PORT_ACPI_PM1_CONTROL, 2) == 1
+    assert board.read(PIO, PORT_ACPI_PM1_EVENT, 2) == 0
+    board.write(PIO, PORT_ACPI_PM1_EVENT, 2, 0xFFFF)
+    board.write(PIO, PORT_ACPI_PM1_EVENT + 2, 2, 0x120)
+    assert board.read(PIO, PORT_ACPI_PM1_EVENT + 2, 2) == 0x120
+    assert board.read(PIO, PORT_ACPI_PM1_EVENT, 4) == 0x120_0000
+    for value in (1, 1 << 13, 5 << 10, 4 << 10 | 1 << 13):
+        board.write(PIO, PORT_ACPI_PM1_CONTROL, 2, value)
+    assert board.events == []
+    board.write(PIO, PORT_ACPI_PM1_CONTROL, 2, ACPI_S5_TYPE << 10 | 1 << 13)
+    assert board.events == ["off"]
+
+
+def test_the_acpi_timer_counts_at_its_rate(board: Any) -> None:
+    """3.579545 MHz of CLOCK_MONOTONIC, in C."""
+    exits = board.exits
+    for _ in range(50):
+        before = time.monotonic_ns()
+        ticks = board.read(PIO, PORT_ACPI_PM_TIMER, 4)
+        after = time.monotonic_ns()
+        low, high = (ns * 3579545 // 10**9 for ns in (before, after))
+        assert ticks - low & 0xFFFFFFFF <= high - low + 1
+    assert board.exits == exits
+    assert board.read(PIO, PORT_ACPI_PM_TIMER + 2, 2) - (ticks >> 16) & 0xFFFF <= 0x7F
+    board.write(PIO, PORT_ACPI_PM_TIMER, 4, 0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pyvmm.bus import MMIO, PIO
 from pyvmm.errors import UsageError
-from pyvmm.pci import BAR_IO_MIN, Bar, PciFunction, gsi_of
+from pyvmm.pci import BAR_IO_MIN, Bar, PciFunction, gsi_of, line_of
 from pyvmm.spec import pci
 from pyvmm.spec.platform import PCI_ECAM_BASE, PCI_MMIO_BASE, PCI_MMIO_SIZE
 from tests.pci_guest import Board
@@ -87,7 +87,7 @@ def test_what_a_driver_finds(board: Any, cards: Any) -> None:
     assert board.config_read(1, pci.PCI_HEADER_TYPE, 1) == 0
     assert board.config_read(1, pci.PCI_SUBSYSTEM_VENDOR_ID) == 0x00011234
     assert board.config_read(1, pci.PCI_INTERRUPT_PIN, 1) == 1
-    assert board.config_read(1, pci.PCI_INTERRUPT_LINE, 1) == gsi_of(1)
+    assert board.config_read(1, pci.PCI_INTERRUPT_LINE, 1) == line_of(1) < 16
     assert board.capabilities(1) == [(9, 0x40), (9, 0x48)]
     assert board.config_read(1, 0x40) == 0x01074809
     assert board.config_read(0, pci.PCI_STATUS, 2) == 0  # the host bridge has none
