@@ -21,12 +21,12 @@ def open_standard_descriptors() -> None:
     thing that a process of ours does: otherwise a file, a socket or a pipe that it opens gets the
     number, and what is printed goes there.
     """
-    while True:
-        fd = os.open(os.devnull, os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            break
-        os.set_inheritable(fd, True)
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free is this one: those below are open.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for the rest of the process
     if sys.stdout is None:

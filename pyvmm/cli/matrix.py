@@ -143,9 +143,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _is_linux(kernel: str) -> bool:
     from pyvmm.boot import is_linux
-    from pyvmm.images import NAMES
+    from pyvmm.images import is_name
 
-    if kernel in NAMES:
+    if is_name(kernel):
         return True
     try:
         return is_linux(kernel)

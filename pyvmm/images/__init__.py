@@ -72,6 +72,11 @@ def remedy(name: str) -> str:
     return f"build it with: pyvmm image build{options}"
 
 
+def is_name(name: str) -> bool:
+    """Whether ``name`` is one of an image, built or not, and no path of a kernel."""
+    return name in NAMES or is_series(name)
+
+
 def is_series(name: str) -> bool:
     """Whether ``name`` is a series of Linux kernels, such as 6.12."""
     major, dot, minor = name.partition(".")
@@ -83,7 +88,7 @@ def find(name: str = "default") -> Image:
 
     :raises ImageError: the name is unknown, or the image is not built.
     """
-    if name not in NAMES and not is_series(name):
+    if not is_name(name):
         raise ImageError(
             f"there is no image '{name}'",
             f"{did_you_mean(name, NAMES)}use {', '.join(NAMES)} or a series of kernels, such as "

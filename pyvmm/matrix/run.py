@@ -18,7 +18,7 @@ from pyvmm.errors import (
     PyvmmError,
     UsageError,
 )
-from pyvmm.images import NAMES, find
+from pyvmm.images import NAMES, find, is_name
 from pyvmm.netopt import Net
 from pyvmm.outcome import Outcome
 from pyvmm.spec.platform import MAX_CPUS
@@ -157,13 +157,13 @@ def check_kernels(cells: Sequence[Cell]) -> None:
     :raises ImageError: an image is not built, or there is no such file.
     """
     for kernel in dict.fromkeys(cell.kernel for cell in cells):
-        if kernel in NAMES:
+        if is_name(kernel):
             find(kernel)
             continue
         try:
             Path(kernel).stat()
         except OSError as e:
-            known = ", ".join(NAMES)
+            known = ", ".join((*NAMES, "6.12 and the like"))
             raise ImageError(
                 f"kernel {kernel!r}: {e.strerror}", f"name a file, or an image: {known}"
             ) from e

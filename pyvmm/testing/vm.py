@@ -8,7 +8,7 @@ from pyvmm.boot import is_linux
 from pyvmm.errors import ImageError
 from pyvmm.exits.budget import Budget
 from pyvmm.exits.phases import Phase
-from pyvmm.images import CMDLINE, NAMES, find
+from pyvmm.images import CMDLINE, find, is_name
 from pyvmm.machine import Machine
 from pyvmm.testing.console import audible
 
@@ -176,7 +176,7 @@ def resolve(kernel: str | None) -> tuple[str, str | None, str]:
 
     :raises ImageError: there is no such image or file.
     """
-    if kernel is None or kernel in NAMES:
+    if kernel is None or is_name(kernel):
         image = find(kernel or "default")
         return image.kernel, image.initrd, CMDLINE
     if not is_linux(kernel):
