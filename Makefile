@@ -2,7 +2,7 @@
 PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help setup demo image check check-install lint bench soak soak-kills soak-options clean
+.PHONY: help setup demo image check check-install check-docs lint bench soak soak-kills soak-options clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -23,6 +23,10 @@ check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed)
 check-install: ## the README's commands in bare trees of Debian 12 and 13 (root, debootstrap, minutes)
 	@tools/setup.sh --tests --no-testbed
 	@$(PYTEST) tests/install $(ARGS)
+
+check-docs: SETUP = --tests
+check-docs: image ## run every command block of README and docs as it is written (a quiet machine, minutes)
+	@$(PYTEST) tests/docs $(ARGS)
 
 lint: setup ## style, types, C warnings, sanitizer build, import rule
 	@$(PYTEST) -q tests/lint $(ARGS)

@@ -15,6 +15,7 @@ PLACES: dict[str, str] = {
     "unit": "this machine, no KVM",
     "fuzz": "this machine, no KVM",
     "install": "trees of Debian in namespaces",
+    "docs": "testbed",
 }
 _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 

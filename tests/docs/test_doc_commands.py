@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import pytest
 
+from pyvmm.control.registry import machines
 from pyvmm.images import find
 from tests.boot.guest import PATIENCE, Host
 
@@ -172,12 +173,14 @@ def directory(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shell(host: Host, directory: Path) -> Iterator[Shell]:
+    taken = [entry.name for entry in machines() if entry.name == "vm0"]
+    assert not taken, "a machine named vm0 runs here, which the pages' commands would end"
     env = {**os.environ, "PYVMM_TESTBED": host.testbed.name, "HOME": str(directory / "home")}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     shell = Shell(directory, env)
     try:
         yield shell
-        shell.do("pyvmm quit vm0 2>/dev/null")
+        shell.do("pyvmm quit --host testbed vm0 2>/dev/null")
     finally:
         shell.close()
 
