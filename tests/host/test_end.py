@@ -114,7 +114,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("module", "name", "said"),
     [
-        ("netopt", "Net.parse", ["hangs", "refuses"]),  # before there is a machine
+        ("machine", "Machine.__init__", ["hangs", "refuses"]),  # before there is a machine
         ("assembly", "Parts._load", ["hangs", "refuses"]),  # while it is being made
         ("machine", "Machine._shut_down", ["reset: by hang", "hangs"]),
         ("machine", "Machine.close", ["reset: by hang", "hangs"]),
