@@ -199,8 +199,8 @@ class Backend:
         """Another front-end connects while one is served: it shall not wait for an answer."""
         channel = self._accept(listener)
         if channel is not None:
+            self._counts["busy"] += 1  # first: who sees the end of the connection is counted
             channel.close()
-            self._counts["busy"] += 1
             self._log("busy: another front-end is served, and a second one was sent away")
 
     def _sleep(self, seconds: float | None, fd: int = -1) -> None:

@@ -169,7 +169,7 @@ def test_nothing_is_said_where_nothing_is_wrong(
         (["--net", "emulated,mac=2:0:0:0:0:1", "--net", "emulated,mac=2:0:0:0:0:1"], "cards 0 and"),
         (["--image", "ubuntu"], "there is no image 'ubuntu'"),
         (["--cpus", "0"], "--cpus 0"),
-        (["--memory", "lots"], "write 256M or 4G"),
+        (["--memory", "lots"], "write 256M, 4G or 1T"),
         (["--budget", "no<=1"], "nothing is called 'no'"),
     ],
 )

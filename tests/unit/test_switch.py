@@ -74,6 +74,8 @@ class NoLink:
 class Place(Cable):
     """A cable in place of the card's tap; it announces nothing and nothing waits in it."""
 
+    created = True  # as a tap of pyvmm's own
+
     def link(self) -> NoLink:
         return NoLink()
 
