@@ -78,8 +78,8 @@ class Code:
         return bytes(self._code + self._data)
 
 
-def _spin(c: Code, seconds: float, *, inside: str = "") -> None:
-    """Run for some seconds of the guest's clock without giving way; rbx is used."""
+def _repeat(c: Code, seconds: float, inside: str) -> None:
+    """Run ``inside`` for some seconds of the guest's clock; rbx is used."""
     c.raw("53")  # push rbx
     c.call("ktime_get")
     c.load(RCX, int(seconds * 1e9))
@@ -124,7 +124,7 @@ def _use_after_free(c: Code) -> None:
     inner.raw("50 48 89 c7")
     inner.call("kfree")
     inner.raw("58 8b 00")
-    _spin(c, 0.3, inside=inner._code.hex())
+    _repeat(c, 0.3, inner._code.hex())
 
 
 def _pages(c: Code) -> None:
@@ -183,8 +183,8 @@ BREAKS: dict[str, Callable[[Code], None]] = {
     "guard-page": _raw("50 eb fd"),
     "double-fault": _steps(_load(RAX, HOLE), _raw("48 89 c4 50")),
     "warning": _call("__warn", args=("drivers/net/breaker.c", 42, IMAGE + 0x100_0000, 9, 0, 0)),
-    "spin": lambda c: _spin(c, 5),
-    "uninterruptible": _call("schedule_timeout_uninterruptible", args=(3 * HZ,)),
+    "spin": _raw("f3 90 eb fc"),  # until release() has changed the jump's distance
+    "uninterruptible": _call("schedule_timeout_uninterruptible", args=(6 * HZ,)),
     "locked-sleep": _locked_sleep,
     "list": _list,
     "refcount": _steps(
@@ -241,3 +241,8 @@ def write(guest: Guest, virtual: int, data: bytes) -> None:
         "sh", "-c", script, "sh", str(guest.pid), str(virtual - IMAGE), input=data
     )
     assert done.status == 0, done
+
+
+def release(guest: Guest, where: dict[str, int]) -> None:
+    """Let a guest go on that runs BREAKS["spin"]; by one byte, which a CPU sees old or new."""
+    write(guest, where[VICTIM] + 3, b"\0")
