@@ -2,7 +2,8 @@
 PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help setup demo image check check-install check-docs lint bench soak soak-kills soak-options clean
+.PHONY: help setup demo image check check-install check-docs lint bench clean
+.PHONY: soak soak-kills soak-options
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -20,12 +21,12 @@ check lint bench soak soak-kills: SETUP = --tests
 check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed)
 	@$(PYTEST) tests/lint tests/unit tests/fuzz tests/host tests/boot $(ARGS)
 
-check-install: ## the README's commands in bare trees of Debian 12 and 13 (root, debootstrap, minutes)
+check-install: ## the README's commands in bare trees of Debian 12 and 13 (root, debootstrap)
 	@tools/setup.sh --tests --no-testbed
 	@$(PYTEST) tests/install $(ARGS)
 
 check-docs: SETUP = --tests
-check-docs: image ## run every command block of README and docs as it is written (a quiet machine, minutes)
+check-docs: image ## run the command blocks of README and docs as written (on a quiet machine)
 	@$(PYTEST) tests/docs $(ARGS)
 
 lint: setup ## style, types, C warnings, sanitizer build, import rule

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: MIT */
 #include "vcpu.h"
-#include "ioctl.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -11,6 +10,7 @@
 #include <linux/kvm.h>
 
 #include "event.h"
+#include "ioctl.h"
 
 #ifndef KVM_EXIT_MEMORY_FAULT /* Linux 6.8 */
 #define KVM_EXIT_MEMORY_FAULT 39

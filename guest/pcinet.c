@@ -3,8 +3,8 @@
  * Asks by ARP over virtio-net who has target=A.B.C.D (default 192.168.100.1), count=N times
  * (default 1), and waits for each answer. irq=msix (default), intx or poll chooses how it learns
  * that a frame has come. steps=book (default), joined, bare or queues-first chooses how the driver
- * sets up the card. After the N requests, bus mastering goes off and on masters=N times (default 0):
- * meanwhile a request has to wait.
+ * sets up the card. After the N requests, bus mastering goes off and on masters=N times (default
+ * 0): meanwhile a request has to wait.
  */
 #include "virtnet.h"
 

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Set up what pyvmm needs on this machine: system packages, .venv, the C extension; and the testbed where
-# this machine's KVM runs no Linux. Quick where all is there; needs root (or sudo without a password) only
-# for missing system packages.
+# Set up what pyvmm needs on this machine: system packages, .venv, the C extension; and the testbed
+# where this machine's KVM runs no Linux. Quick where all is there; needs root (or sudo without a
+# password) only for missing system packages.
 #
 #   tools/setup.sh [--tests] [--testbed | --no-testbed]
 #
@@ -11,8 +11,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-PACKAGES="python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev make busybox-static kmod iproute2 iputils-ping iperf3
-ca-certificates"
+PACKAGES="python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev make busybox-static kmod
+iproute2 iputils-ping iperf3 ca-certificates"
 TESTBED_PACKAGES="qemu-system-x86"
 TEST_PACKAGES="ethtool acpica-tools cpio util-linux procps chromium"
 testbed=auto tests=no
@@ -64,7 +64,8 @@ install() {
 	}
 	missing=" $(echo "$@") "
 	# One query for all; what it prints is there.
-	for p in $(dpkg-query -W -f '${db:Status-Status} ${Package}\n' "$@" 2>/dev/null | sed -n 's/^installed //p'); do
+	for p in $(dpkg-query -W -f '${db:Status-Status} ${Package}\n' "$@" 2>/dev/null |
+		sed -n 's/^installed //p'); do
 		missing=$(printf '%s' "$missing" | sed "s/ $p / /")
 	done
 	missing=$(echo $missing)

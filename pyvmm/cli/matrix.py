@@ -29,7 +29,7 @@ from __future__ import annotations
 import sys
 import time
 
-from pyvmm.cli.support.options import count, seconds, trouble_kinds
+from pyvmm.cli.support.options import TROUBLE_KINDS, count, seconds, trouble_kinds
 from pyvmm.cli.support.outputs import Outputs
 from pyvmm.errors import ImageError, UsageError
 
@@ -95,8 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         type=trouble_kinds,
         default=[],
-        help="as in `pyvmm run`: panic,oops,bug,lockup,sanitizer,"
-        "warning,hung-task,rcu-stall,lockdep,oom,alloc,irq,network or all (docs/verdicts.md)",
+        help=f"as in `pyvmm run`: {TROUBLE_KINDS}",
     )
     add("--json", metavar="FILE", help="write each cell as JSON as soon as it has ended")
     add("--resume", action="store_true", help="take the cells that --json FILE has, run the others")

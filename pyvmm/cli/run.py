@@ -55,8 +55,16 @@ import os
 import stat
 import sys
 import time
+from contextlib import ExitStack
 
-from pyvmm.cli.support.options import DETACHED, RUNNING, count, seconds, trouble_kinds
+from pyvmm.cli.support.options import (
+    DETACHED,
+    RUNNING,
+    TROUBLE_KINDS,
+    count,
+    seconds,
+    trouble_kinds,
+)
 from pyvmm.errors import HostError, PyvmmError, UsageError
 
 TYPE_CHECKING = False
@@ -117,8 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-on",
         metavar="LIST",
         type=trouble_kinds,
-        help="exit with 118 if the kernel reports one of these: panic,oops,bug,lockup,sanitizer,"
-        "warning,hung-task,rcu-stall,lockdep,oom,alloc,irq,network or all (docs/verdicts.md)",
+        help=f"exit with 118 if the kernel reports one of these: {TROUBLE_KINDS}",
     )
     add(
         "--junit",
@@ -233,27 +240,27 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     words = ["run", "--host", "local", *args.argv[args.argv.index("run") + 1 :]]
     vhost = any("vhost-net" in net for net in args.net or ())
-    lasting = args.detach is not None
-    if not any(map(_is_pipe, (args.kernel, args.initrd))):
+    kept: Kept | None = None
+
+    def note() -> str:
+        if kept is not None:
+            kept.for_others(words)
+        return _socket_note(args, words)
+
+    with ExitStack() as stack:
+        if any(map(_is_pipe, (args.kernel, args.initrd))):
+            from pyvmm.cli.support.pipes import Kept
+
+            kept = stack.enter_context(Kept())
+            _keep_pipes(args, kept)
         status = elsewhere(
             args.host,
             args.kernel,
             words,
             vhost=vhost,
-            note=lambda: _socket_note(args, words),
-            lasting=lasting,
+            note=note,
+            lasting=args.detach is not None,
         )
-        return orderly(lambda: _boot(args)) if status is None else status
-    from pyvmm.cli.support.pipes import Kept
-
-    with Kept() as kept:
-        _keep_pipes(args, kept)
-
-        def note() -> str:
-            kept.for_others(words)
-            return _socket_note(args, words)
-
-        status = elsewhere(args.host, args.kernel, words, vhost=vhost, note=note, lasting=lasting)
         return orderly(lambda: _boot(args)) if status is None else status
 
 

@@ -7,16 +7,17 @@ cext=$here/../../cext
 seconds=${1:-10}
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT INT TERM
-# -Wno-tsan: ThreadSanitizer takes no notice of fences. They order no plain memory accesses here, so it misses nothing by that.
-flags="-std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Wshadow -Wvla -Wconversion -Werror -Wno-tsan -fno-omit-frame-pointer
--fno-sanitize-recover=all -I$cext -pthread"
+# -Wno-tsan: ThreadSanitizer takes no notice of fences. They order no plain memory accesses here, so
+# it misses nothing by that.
+flags="-std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Wshadow -Wvla -Wconversion -Werror -Wno-tsan
+-fno-omit-frame-pointer -fno-sanitize-recover=all -I$cext -pthread"
 # Older runtimes of ThreadSanitizer refuse more random address bits than 28 (vm.mmap_rnd_bits).
 fixed="setarch -R"
 $fixed true 2>/dev/null || fixed=
 for sanitizer in thread address,undefined; do
     # shellcheck disable=SC2086
-    ${CC:-gcc} $flags "-fsanitize=$sanitizer" -o "$out/race_net-$sanitizer" "$here/race_net.c" "$cext/net_worker.c" "$cext/thread.c" "$cext/event.c" \
-        "$cext/inflight.c" "$cext/vring.c"
+    ${CC:-gcc} $flags "-fsanitize=$sanitizer" -o "$out/race_net-$sanitizer" "$here/race_net.c" \
+        "$cext/net_worker.c" "$cext/thread.c" "$cext/event.c" "$cext/inflight.c" "$cext/vring.c"
 done
 for sanitizer in thread address,undefined; do
     # shellcheck disable=SC2086

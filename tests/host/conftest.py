@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.kvm import Kvm
+from pyvmm.kvm.vm import Vm
+from pyvmm.memory import GuestMemory
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -26,6 +30,17 @@ def guest() -> Callable[[str], str]:
     """The path of a bare-metal guest by its name, built once."""
     subprocess.run(["make", "-s", "-C", str(ROOT / "guest")], check=True)
     return lambda name: str(ROOT / "guest" / "build" / f"{name}.elf")
+
+
+@pytest.fixture
+def vm() -> Iterator[Vm]:
+    """A VM with 16 MiB of memory and no vCPU."""
+    memory = GuestMemory(16 << 20)
+    with Kvm() as kvm:
+        made = Vm(kvm, memory)
+        yield made
+        made.close()
+    memory.close()
 
 
 @pytest.fixture(autouse=True)

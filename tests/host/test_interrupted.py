@@ -9,7 +9,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,8 @@ import pytest
 from pyvmm._ext import lib
 from pyvmm.boot import BootState
 from pyvmm.bus import Bus
-from pyvmm.kvm import Kvm
 from pyvmm.kvm.vcpu import STOP_ERROR, Vcpu
 from pyvmm.kvm.vm import Vm
-from pyvmm.memory import GuestMemory
 from pyvmm.pci import gsi_of, line_of
 from pyvmm.spec.platform import IRQ_COM1, IRQ_COM2, IRQ_GED, IRQ_SCI, PIC_PCI_LINES
 from pyvmm.vcpus import abnormal
@@ -115,16 +113,6 @@ def test_a_call_that_is_always_interrupted_fails(
 
 
 # --- the VM as firmware leaves it, and memory that is not there -----------------------------------
-
-
-@pytest.fixture
-def vm() -> Iterator[Vm]:
-    memory = GuestMemory(16 << 20)
-    with Kvm() as kvm:
-        v = Vm(kvm, memory)
-        yield v
-        v.close()
-    memory.close()
 
 
 def test_each_slot_reaches_the_8259s_by_a_line_of_its_own(vm: Vm) -> None:

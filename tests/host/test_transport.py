@@ -23,10 +23,8 @@ from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.devices.console import Console
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
-from pyvmm.kvm import Kvm
 from pyvmm.kvm.vcpu import STOP_ASKED, Vcpu
 from pyvmm.kvm.vm import Vm
-from pyvmm.memory import GuestMemory
 from pyvmm.pci import gsi_of
 from pyvmm.pci.msix import Msix
 from pyvmm.spec import pci
@@ -50,16 +48,6 @@ def lines(vm: Vm) -> int:
     struct.pack_into("=I", chip, 0, IOAPIC)
     fcntl.ioctl(vm.fileno(), KVM_GET_IRQCHIP, chip)
     return int(struct.unpack_from("=I", chip, 8 + 16)[0])
-
-
-@pytest.fixture
-def vm() -> Iterator[Vm]:
-    memory = GuestMemory(16 << 20)
-    with Kvm() as kvm:
-        v = Vm(kvm, memory)
-        yield v
-        v.close()
-    memory.close()
 
 
 class Rig:

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
+#: For help texts: what ``--fail-on`` takes, written out so that help needs no other module.
+TROUBLE_KINDS = (
+    "panic,oops,bug,lockup,sanitizer,warning,hung-task,rcu-stall,lockdep,oom,alloc,irq,network "
+    "or all (docs/verdicts.md)"
+)
+
 
 class Parser(ArgumentParser):
     """Prints the description as it is laid out, takes no abbreviations, and raises bad usage as an

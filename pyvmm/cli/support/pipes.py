@@ -10,20 +10,15 @@ import os
 import stat
 
 from pyvmm.errors import ImageError
-from pyvmm.fd import Fd
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
+from pyvmm.fd import Closing, Fd
 
 #: The most bytes that are kept.
 MOST = 4 << 30
 CHUNK = 1 << 20
 
 
-class Kept:
-    """What came through pipes; a context manager that releases it."""
+class Kept(Closing):
+    """What came through pipes."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Fd] = {}
@@ -87,14 +82,3 @@ class Kept:
             os.unlink(self._files.pop())  # noqa: PTH108
         while self._kept:
             self._kept.popitem()[1].close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
