@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from pyvmm.devices.guest_agent import Agent
     from pyvmm.hang import HangWatch
+    from pyvmm.kvm.cpu import Cpu
     from pyvmm.kvm.recorder import Recorder
 
 #: Parameters of every guest; ``append`` comes later and so wins.
@@ -89,6 +90,7 @@ class Description:
         trace: int = 0,
         hang_timeout: float | None = None,
         agent: bool = False,
+        cpu: str | None = None,
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
@@ -101,6 +103,11 @@ class Description:
         self.nets = [net for net in nets if net.mode != "none"]
         self.test_devices, self.agent = test_devices, agent
         self.trace, self.hang_timeout = trace, hang_timeout
+        self.cpu: Cpu | None = None
+        if cpu is not None:
+            from pyvmm.kvm.cpu import Cpu
+
+            self.cpu = Cpu(cpu)
 
 
 class Wires:
@@ -178,7 +185,7 @@ class Parts:
         self.nets: list[Nic] = []
         self.vcpus: list[Vcpu] = []
         for index in range(want.cpus):
-            vcpu = Vcpu(self.vm, index, want.cpus, self.bus)
+            vcpu = Vcpu(self.vm, index, want.cpus, self.bus, want.cpu)
             closing(vcpu.close)
             self.vcpus.append(vcpu)
             if self.recorder is not None:
@@ -198,7 +205,7 @@ class Parts:
                     f"no Linux guest can run here: {reason}",
                     "use --host testbed; a program of yours: pyvmm testbed -- python3 PROGRAM",
                 )
-        self.vcpus[0].set_boot_state(self.boot)
+        self._set_boot_state()
         self.vcpu_threads = VcpuThreads(
             self.vcpus, self.bus, self.lock, flush=self.port.flush, over=wires.end
         )
@@ -348,6 +355,12 @@ class Parts:
             archive=command_archive(want),
         )
 
+    def _set_boot_state(self) -> None:
+        """Leave everything but memory as the boot loader does."""
+        if self.boot.bios:
+            self.vm.start_as_bios()
+        self.vcpus[0].set_boot_state(self.boot)
+
     def restart(self) -> None:
         """Reset the machine: devices, memory and the VM itself start over; consoles and accounts go
         on. No vCPU may run.
@@ -368,7 +381,7 @@ class Parts:
         self._load()
         for vcpu in self.vcpus:
             vcpu.reattach()
-        self.vcpus[0].set_boot_state(self.boot)
+        self._set_boot_state()
 
 
 def command_bytes(command: Sequence[str]) -> bytes:

@@ -65,6 +65,7 @@ class Machine:
     :param hang_timeout: seconds after which a guest is ended that makes no progress and never will
         (docs/verdicts.md).
     :param agent: the guest is an image of pyvmm's and takes commands while it runs (``run``).
+    :param cpu: how the CPU differs from the host's, such as ``"host,-x2apic"`` (docs/cpu.md).
     :raises PyvmmError: the machine cannot be made; nothing is left behind.
 
     ::
@@ -95,6 +96,7 @@ class Machine:
         trace: int = 0,
         hang_timeout: float | None = None,
         agent: bool = False,
+        cpu: str | None = None,
     ) -> None:
         if on_reboot not in ("exit", "restart"):
             raise UsageError(f"--on-reboot {on_reboot}", "use exit or restart")
@@ -113,9 +115,10 @@ class Machine:
             trace=trace,
             hang_timeout=hang_timeout,
             agent=agent,
+            cpu=cpu,
         )
         began = time.monotonic_ns()
-        self.cpus = cpus
+        self.cpus, self._cpu = cpus, cpu or "host"
         self.on_reboot = on_reboot
         self.command_status: int | None = None
         #: Set when init runs (our init or the kernel's last words report it), and at the end.
@@ -583,6 +586,7 @@ class Machine:
             self.accounts,
             self._outcome,
             memory_bytes=self.memory.size,
+            cpu=self._cpu,
             boot=self.boot,
             cmdline=self.cmdline(),
             streams=(self.console, self.stdout, self.stderr),

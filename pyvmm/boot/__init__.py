@@ -50,12 +50,23 @@ class BootState:
     :ivar kind: the format that was found and how it is entered, for people to read, such as
         ``bzImage by 64-bit entry``.
     :ivar entry: guest-physical address of the first instruction.
+    :ivar bios: whether interrupt controllers, timer and vectors are as a PC's BIOS leaves them.
     """
 
-    __slots__ = ("cr3", "entry", "gdt_base", "kind", "mode", "regs")
+    __slots__ = ("bios", "cr3", "entry", "gdt_base", "kind", "mode", "regs")
 
-    def __init__(self, mode: Mode, kind: str, entry: int, regs: dict[str, int], cr3: int) -> None:
+    def __init__(
+        self,
+        mode: Mode,
+        kind: str,
+        entry: int,
+        regs: dict[str, int],
+        cr3: int,
+        *,
+        bios: bool = False,
+    ) -> None:
         self.mode, self.kind, self.entry, self.cr3 = mode, kind, entry, cr3
+        self.bios = bios
         self.gdt_base = pf.BOOT_GDT
         self.regs = {"rip": entry, "rflags": RFLAGS_FIXED, **regs}
 
@@ -228,17 +239,20 @@ def _load_elf(
             "has no PVH note (XEN_ELFNOTE_PHYS32_ENTRY)",
             "use protocol auto, or build with CONFIG_PVH",
         )
-    for s in kernel.segments:
-        _check_range(memory, image, f"segment {s.index} (p_paddr, p_memsz)", s.paddr, s.end)
-    low = [s for s in kernel.segments if s.end <= memory.low_size]
     by_note = kernel.pvh_entry if protocol in ("auto", "pvh") else None
+    rooms = pf.LOW_ROOMS["long64" if by_note is None else "protected32"]
+    for s in kernel.segments:
+        _check_range(memory, image, f"segment {s.index} (p_paddr, p_memsz)", s.paddr, s.end, rooms)
+    low = [s for s in kernel.segments if s.end <= memory.low_size]
     entry = kernel.entry if by_note is None else by_note
     if not any(s.paddr <= entry < s.end for s in low):
         raise image.bad(f"entry point {entry:#x} is above 4 GiB")
     line = params.check_cmdline(
         cmdline, lb.COMMAND_LINE_SIZE - 1 if kernel.linux else pf.BOOT_CMDLINE_MAX - 1
     )
-    disk = _load_initrd(memory, initrd, low[-1].end, memory.low_size - 1, archive)
+    disk = _load_initrd(
+        memory, initrd, max(low[-1].end, pf.KERNEL_BASE), memory.low_size - 1, archive
+    )
     for s in kernel.segments:
         image.load(memory, s.paddr, s.offset, s.filesz, f"segment {s.index}")
     params.write_common(memory, line)
@@ -270,8 +284,9 @@ def _load_multiboot(
     kind = "multiboot ELF"
     if kernel is None or header.flags & mb.AOUT_KLUDGE:
         kernel, kind = multiboot.by_addresses(image, header), "multiboot by addresses"
+    rooms = pf.LOW_ROOMS["protected32"]
     for s in kernel.segments:
-        _check_range(memory, image, f"segment {s.index} (p_paddr, p_memsz)", s.paddr, s.end)
+        _check_range(memory, image, f"segment {s.index} (p_paddr, p_memsz)", s.paddr, s.end, rooms)
     if kernel.segments[-1].end > memory.low_size:
         raise image.bad(
             f"segment {kernel.segments[-1].index} ends above 4 GiB, but multiboot 1 has 32-bit"
@@ -282,7 +297,7 @@ def _load_multiboot(
     with ExitStack() as stack:
         modules: list[tuple[int, int, bytes]] = []
         files: list[ImageFile] = []
-        end = kernel.segments[-1].end
+        end = max(kernel.segments[-1].end, pf.KERNEL_BASE)
         for path, text in multiboot.split_modules(initrd) if initrd is not None else []:
             module = stack.enter_context(ImageFile(path, "initrd"))
             start = -(-end // params.PAGE) * params.PAGE
@@ -302,8 +317,10 @@ def _load_multiboot(
             module.load(memory, start, 0, module.size, "the module")
     params.write_common(memory, line)
     params.write_gdt(memory)
+    params.write_bios(memory)
     memory.write(at, information)
-    return BootState("protected32", kind, kernel.entry, {"rax": mb.BOOTLOADER_MAGIC, "rbx": at}, 0)
+    regs = {"rax": mb.BOOTLOADER_MAGIC, "rbx": at}
+    return BootState("protected32", kind, kernel.entry, regs, 0, bios=True)
 
 
 def _load_flat(
@@ -319,11 +336,11 @@ def _load_flat(
     if mode not in FLAT_MODES:
         raise UsageError(f"unknown load mode {mode!r}", f"use one of {', '.join(FLAT_MODES)}")
     end = address + image.size
+    rooms = list(pf.LOW_ROOMS[mode])
     if mode == "real16":
-        rooms = [(pf.FLAT_REAL_BASE, pf.BOOT_CMDLINE)]
         fits = address < 0x10000  # CS is 0
     else:
-        rooms = [(pf.FLAT_BASE, pf.EBDA_BASE), (pf.KERNEL_BASE, memory.low_size)]
+        rooms.append((pf.KERNEL_BASE, memory.low_size))
         fits = True
     if not fits or not any(a <= address and end <= b for a, b in rooms):
         where = " or ".join(f"{a:#x}..{b:#x}" for a, b in rooms)
@@ -346,7 +363,9 @@ def _load_flat(
         return _enter_linux64(memory, "flat binary", params.synthetic_header(), address, rsdp, disk)
     if mode == "protected32":
         return _enter_pvh(memory, "flat binary in 32-bit mode", address, rsdp, disk)
-    return BootState("real16", "flat binary in real mode", address, {"rsp": address & ~15}, 0)
+    params.write_bios(memory)
+    regs = {"rsp": address & ~15}
+    return BootState("real16", "flat binary in real mode", address, regs, 0, bios=True)
 
 
 def _enter_pvh(
@@ -368,12 +387,25 @@ def _enter_linux64(
     return BootState("long64", f"{name} by 64-bit entry", entry, regs, pf.BOOT_PAGE_TABLES)
 
 
-def _check_range(memory: GuestMemory, image: ImageFile, field: str, start: int, end: int) -> None:
-    """Raise ImageError unless [start, end) is RAM at or above 1 MiB: the memory below belongs to
-    the loader and the firmware tables.
+def _check_range(
+    memory: GuestMemory,
+    image: ImageFile,
+    field: str,
+    start: int,
+    end: int,
+    rooms: tuple[tuple[int, int], ...] = (),
+) -> None:
+    """Raise ImageError unless [start, end) is RAM at or above 1 MiB, or in one of the ``rooms``
+    below: the other memory there belongs to the loader and the firmware tables.
     """
     if start < pf.KERNEL_BASE:
-        raise image.bad(f"{field} starts at {start:#x}, below {pf.KERNEL_BASE:#x}")
+        if any(low <= start and end <= high for low, high in rooms):
+            return
+        free = " and ".join(f"{low:#x}..{high:#x}" for low, high in rooms)
+        raise image.bad(
+            f"{field} takes {start:#x}..{end:#x}; below {pf.KERNEL_BASE:#x}"
+            + (f", only {free} are free" if free else " is no place for this kernel")
+        )
     if any(r.gpa <= start and end <= r.gpa + r.size for r in memory.regions):
         return
     fits = end <= pf.RAM_LOW_MAX

@@ -24,6 +24,17 @@ PTE_LARGE = 0x83  # present, writable, PS (a 2 MiB page)
 
 # The code at F000:FFF0, to which a kernel may jump to reboot (reboot=bios). The code is: mov dx,
 # PORT_ACPI_RESET; mov al, ACPI_RESET_VALUE; out dx, al; hlt; jmp back to the hlt.
+#: Interrupt handlers for real mode. The timer's counts in the BIOS data area at 0040:006C and calls
+#: vector 0x1C, as on every PC since the first.
+BIOS_HANDLERS = {
+    "return": bytes.fromhex("cf"),
+    "timer": bytes.fromhex(
+        "1e 50 b8 40 00 8e d8 66 ff 06 6c 00"  # push ds, ax; inc dword [0x40:0x6c]
+        " cd 1c b0 20 e6 20 58 1f cf"  # int 0x1c; out 0x20, 0x20; pop ax, ds; iret
+    ),
+    "master": bytes.fromhex("50 b0 20 e6 20 58 cf"),
+    "slave": bytes.fromhex("50 b0 20 e6 a0 e6 20 58 cf"),
+}
 RESET_CODE = struct.pack(
     "<BHBBBBBb", 0xBA, pf.PORT_ACPI_RESET, 0xB0, pf.ACPI_RESET_VALUE, 0xEE, 0xF4, 0xEB, -3
 )
@@ -103,6 +114,25 @@ def write_common(memory: GuestMemory, cmdline: bytes) -> None:
     memory.write(lb.BDA_EBDA_SEGMENT, struct.pack("<H", pf.EBDA_BASE >> 4))
     memory.write(lb.BDA_BASE_MEMORY_KIB, struct.pack("<H", pf.EBDA_BASE >> 10))
     memory.write(lb.RESET_VECTOR, RESET_CODE)
+
+
+def write_bios(memory: GuestMemory) -> None:
+    """Write the real-mode interrupt vectors, and handlers that acknowledge the interrupts of a PC.
+    There are no BIOS calls: every other vector returns at once.
+    """
+    offsets = {}
+    code = bytearray()
+    for name, piece in BIOS_HANDLERS.items():
+        offsets[name] = len(code)
+        code += piece
+    memory.write(pf.BIOS_CODE, code)
+    names = ["return"] * 256
+    names[8] = "timer"
+    names[9:16] = ["master"] * 7
+    names[0x70:0x78] = ["slave"] * 8
+    base = pf.BIOS_CODE & 0xF_0000
+    vectors = [(base >> 4) << 16 | pf.BIOS_CODE - base + offsets[name] for name in names]
+    memory.write(0, struct.pack("<256I", *vectors))
 
 
 def write_zero_page(memory: GuestMemory, header: bytes, rsdp: int, initrd: tuple[int, int]) -> None:

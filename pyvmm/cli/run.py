@@ -58,10 +58,12 @@ import time
 from contextlib import ExitStack
 
 from pyvmm.cli.support.options import (
+    CPU_HELP,
     DETACHED,
     RUNNING,
     TROUBLE_KINDS,
     count,
+    cpu_model,
     seconds,
     trouble_kinds,
 )
@@ -95,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image", metavar="NAME", help="an image of `pyvmm image list` (default)")
     add("--append", metavar="S", default="", help="more kernel command line")
     add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 64 (1)")
+    add("--cpu", metavar="CPU", type=cpu_model, help=CPU_HELP)
     add("--memory", metavar="SIZE", default="256M", help="guest memory, as 256M or 4G (256M)")
     add(
         "--memory-backing",
@@ -444,6 +447,7 @@ class _Run:
             cpus=args.cpus,
             memory=args.memory,
             huge=args.memory_backing == "huge",
+            cpu=args.cpu,
             nets=nets,
             command=args.guest_command or None,
             on_reboot=args.on_reboot,

@@ -9,6 +9,7 @@ Examples:
   pyvmm test --append 'verbose' --cpus 2 --timeout 10 kernel.elf
   pyvmm test --config x86/unittests.cfg --jobs 2 --junit results.xml
   pyvmm test --config x86/unittests.cfg --group vmexit smptest
+  pyvmm test --cpu host,-x2apic,-pcid apic.elf
   pyvmm test --load-address 0x7c00 --load-mode real16 boot.bin
 
 With --config, KERNEL is the name of a test in the file. An option here applies to all tests whose
@@ -25,7 +26,7 @@ import sys
 import time
 
 from pyvmm import __version__
-from pyvmm.cli.support.options import count, seconds
+from pyvmm.cli.support.options import CPU_HELP, count, cpu_model, seconds
 from pyvmm.cli.support.outputs import Outputs
 from pyvmm.errors import ImageError, UsageError
 
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="multiboot modules, FILE [ARGS][,FILE ...], or an initial RAM disk",
     )
     add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 64 (1)")
+    add("--cpu", metavar="CPU", type=cpu_model, help=CPU_HELP)
     add("--memory", metavar="SIZE", default="128M", help="guest memory, as 256M or 4G (128M)")
     add(
         "--timeout", metavar="S", type=seconds(0, 1e7), default=90.0, help="seconds per kernel (90)"
@@ -152,6 +154,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
             load_address=address,
             load_mode=args.load_mode,
             hang_timeout=args.hang_timeout,
+            cpu=args.cpu,
         )
         for kernel in args.kernels
     ]
@@ -196,6 +199,7 @@ def _configured(args: argparse.Namespace) -> list[Case]:
                 skip=skip,
                 notes=t.notes,
                 hang_timeout=args.hang_timeout,
+                cpu=t.cpu or args.cpu,
             )
         )
     if not cases:

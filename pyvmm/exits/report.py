@@ -22,6 +22,7 @@ def build(
     outcome: Outcome | None,
     *,
     memory_bytes: int,
+    cpu: str,
     boot: BootState,
     cmdline: str,
     streams: Iterable[Stream],
@@ -29,6 +30,7 @@ def build(
     """Make the report of a machine, which must not be closed yet.
 
     :param outcome: None while the machine runs. :param streams: the guest's output.
+    :param cpu: as ``Machine`` takes it.
     """
     phases = dict(accounts.phases)
     firsts = [v.c.first_run for v in accounts.vcpus if v.c.first_run]
@@ -46,6 +48,7 @@ def build(
         else {"kind": outcome.kind, "status": outcome.status, "detail": outcome.detail},
         "cpus": len(accounts.vcpus),
         "memory_bytes": memory_bytes,
+        "cpu": cpu,
         "boot": {"kind": boot.kind, "cmdline": cmdline},
         "reboots": accounts.reboots,
         "phases_s": {

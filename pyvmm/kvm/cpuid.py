@@ -7,6 +7,10 @@ for KVM's own leaves, in Documentation/virt/kvm/x86/cpuid.rst.
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.kvm.cpu import Cpu
+
 TSC_DEADLINE = 1 << 24
 HYPERVISOR = 1 << 31
 HTT = 1 << 28
@@ -20,14 +24,21 @@ def shift_for(cpus: int) -> int:
 
 
 def for_vcpu(
-    supported: list[list[int]], index: int, cpus: int, tsc_deadline: bool
+    supported: list[list[int]],
+    index: int,
+    cpus: int,
+    tsc_deadline: bool,
+    cpu: Cpu | None = None,
 ) -> list[list[int]]:
     """The CPUID of vCPU ``index`` of a machine with ``cpus`` vCPUs.
 
     :param supported: the rows that ``Kvm.supported_cpuid`` returns.
     :param tsc_deadline: whether the local APIC's timer has the TSC deadline mode.
+    :param cpu: how the CPU differs from the host's; None: in nothing.
     :returns: rows of function, index, flags, eax, ebx, ecx, edx.
+    :raises UsageError: ``cpu`` demands a feature that the host lacks.
     """
+    counters = cpu is not None and cpu.counters
     rows = []
     for function, sub, flags, eax, ebx, ecx, edx in supported:
         if function in (0xB, 0x1F):
@@ -40,8 +51,8 @@ def for_vcpu(
             level = (eax >> 5) & 7
             sharing = cpus - 1 if level >= 3 else 0
             eax = (eax & 0x3FFF) | (cpus - 1) << 26 | sharing << 14
-        elif function == 0xA:
-            eax = ebx = ecx = edx = 0  # no PMU: setting it up would cost the guest time at boot
+        elif function == 0xA and not counters:
+            eax = ebx = ecx = edx = 0  # to set up counters would cost the guest time at boot
         elif function == 0x80000008:
             ecx = (ecx & ~0xF0FF) | (cpus - 1) | shift_for(cpus) << 12
         elif function == 0x8000001D and eax & 31:
@@ -53,4 +64,6 @@ def for_vcpu(
     if any(row[0] >= 0xB for row in supported if row[0] < 0x40000000):
         rows.append([0xB, 0, SIGNIFICANT_INDEX, 0, 1, 0x100, index])
         rows.append([0xB, 1, SIGNIFICANT_INDEX, shift_for(cpus), cpus, 0x201, index])
+    if cpu is not None:
+        cpu.apply(rows)
     return rows

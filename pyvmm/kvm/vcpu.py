@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pyvmm.boot import BootState
     from pyvmm.bus import Bus
+    from pyvmm.kvm.cpu import Cpu
     from pyvmm.kvm.vm import Vm
 
     State = Literal[
@@ -126,7 +127,9 @@ class Vcpu:
     :param index: the vCPU's number, 0 to ``cpus`` - 1.
     :param cpus: how many vCPUs the machine has.
     :param bus: lent. It decides which exits C answers and which come to Python.
+    :param cpu: how the CPU differs from the host's; None: in nothing.
     :raises HostError: KVM cannot create the vCPU.
+    :raises UsageError: the host cannot give this CPU.
     :ivar thread_id: the system's id of the thread that runs the vCPU; 0 until it runs.
     """
 
@@ -134,8 +137,9 @@ class Vcpu:
     #: thread may kick late. One lock for all vCPUs is enough: kicks are short and rare.
     _kicking = threading.Lock()
 
-    def __init__(self, vm: Vm, index: int, cpus: int, bus: Bus) -> None:
+    def __init__(self, vm: Vm, index: int, cpus: int, bus: Bus, cpu: Cpu | None = None) -> None:
         self.index = index
+        self._cpu = cpu
         self.thread_id = 0
         self._vm = vm
         self._cpus = cpus
@@ -158,6 +162,7 @@ class Vcpu:
                 self.index,
                 self._cpus,
                 bool(kvm.extension("KVM_CAP_TSC_DEADLINE_TIMER")),
+                self._cpu,
             )
             table = ffi.new("struct kvm_cpuid2 *", {"entries": len(rows)})
             table.nent = len(rows)

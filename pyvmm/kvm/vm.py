@@ -101,6 +101,16 @@ class Vm:
         self._msi.clear()
         self._create()
 
+    def start_as_bios(self) -> None:
+        """Leave the 8259s and the timer as a BIOS does for a boot sector. Only before the guest
+        starts.
+
+        :raises HostError: KVM refuses.
+        """
+        error = lib.pv_pic_as_bios(self.fileno())
+        if error:
+            raise HostError(f"cannot set up the 8259s and the timer: {os.strerror(-error)}")
+
     def close(self) -> None:
         """Close the VM. KVM destroys it when its vCPUs are closed, too. A second call does
         nothing.

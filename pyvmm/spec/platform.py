@@ -28,12 +28,19 @@ BOOT_CMDLINE_MAX = 0x1000
 EBDA_BASE = 0x9_FC00  # the MP floating pointer
 FIRMWARE_BASE = 0xE_0000  # ACPI tables, RSDP first; reserved in e820
 FIRMWARE_END = 0x10_0000
+BIOS_CODE = 0xF_F000  # the interrupt handlers of a machine that starts as by a BIOS
 KERNEL_BASE = 0x10_0000
-# A flat binary that starts in real mode may be loaded from FLAT_REAL_BASE up to BOOT_CMDLINE.
-FLAT_REAL_BASE = 0x500
-# A flat binary that starts in protected or long mode may be loaded from FLAT_BASE up to EBDA_BASE,
-# or from KERNEL_BASE up.
-FLAT_BASE = 0x3_0000
+# Where a kernel may lie below KERNEL_BASE, for each mode in which it starts: where the loader puts
+# nothing that the kernel needs.
+LOW_ROOMS = {
+    "real16": ((0x500, BOOT_CMDLINE),),
+    "protected32": (
+        (0x1000, MULTIBOOT_INFO),
+        (MULTIBOOT_INFO + 0x1000, BOOT_CMDLINE),
+        (BOOT_CMDLINE + BOOT_CMDLINE_MAX, EBDA_BASE),
+    ),
+    "long64": ((BOOT_CMDLINE + BOOT_CMDLINE_MAX, EBDA_BASE),),
+}
 
 # --- I/O ports ------------------------------------------------------------------------------------
 PORT_RTC = 0x70  # index, data

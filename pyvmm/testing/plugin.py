@@ -24,7 +24,7 @@ HOSTS = ("local", "testbed", "auto")
 SCOPES = ("function", "class", "module", "package", "session")
 #: The marker's keywords: parameters of ``TestMachine``, and how the test gets the machine.
 MARKER = (
-    "append", "command", "cpus", "fail_on", "hang_timeout", "huge", "initrd", "kernel",
+    "append", "command", "cpu", "cpus", "fail_on", "hang_timeout", "huge", "initrd", "kernel",
     "load_address", "load_mode", "memory",
     "net", "on_reboot", "start", "test_devices", "timeout",
 )  # fmt: skip

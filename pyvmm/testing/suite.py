@@ -49,12 +49,13 @@ class Case:
         skip: str = "",
         notes: Sequence[str] = (),
         hang_timeout: float | None = None,
+        cpu: str | None = None,
     ) -> None:
         self.name, self.kernel, self.append, self.initrd = name, kernel, append, initrd
         self.cpus, self.memory, self.timeout = cpus, memory, timeout
         self.load_address, self.load_mode = load_address, load_mode
         self.skip, self.notes = skip, list(notes)
-        self.hang_timeout = hang_timeout
+        self.hang_timeout, self.cpu = hang_timeout, cpu
 
 
 class Result:
@@ -82,6 +83,7 @@ class Result:
             "append": case.append,
             "cpus": case.cpus,
             "memory": case.memory,
+            "cpu": case.cpu,
             "verdict": verdict.kind,
             "status": verdict.status,
             "message": verdict.message,
@@ -171,6 +173,7 @@ class Suite:
                 load_mode=case.load_mode,
                 test_devices=True,
                 hang_timeout=case.hang_timeout,
+                cpu=case.cpu,
             ) as machine:
                 result = self._attend(case, machine)
         except (KvmMissing, KvmForbidden, KvmUnsuitable):

@@ -1,9 +1,9 @@
 """Reads unittests.cfg of kvm-unit-tests, which says in QEMU's words what to boot and how, and maps
 it to machines of pyvmm.
 
-A test that needs something that a machine of pyvmm cannot have (a device, a CPU model without some
-feature, a check that fails) is skipped with the reason. An option that does not change the meaning
-of a test is left out with a note.
+A test that needs something that a machine of pyvmm cannot have (a device, Hyper-V, a check that
+fails) is skipped with the reason. An option that does not change the meaning of a test is left out
+with a note.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from pyvmm.errors import UsageError
+from pyvmm.kvm.cpu import Cpu
 
 ARCH = "x86_64"
 CHECK_MAX = 4096  # bytes of a file that a check looks at; a longer file holds no single value
@@ -27,6 +28,11 @@ KEYS = {
 MET = {"-enable-kvm", "-no-reboot", "-nodefaults", "-nographic", "-no-user-config"}
 MET_VALUE = {"-display", "-vnc", "-serial", "-monitor", "-overcommit", "-global", "-name"}
 MET_DEVICES = {"pc-testdev", "testdev", "isa-debug-exit", "isa-debugcon", "pvpanic"}
+#: Options of -machine that make no difference to a test, and why.
+NO_MATTER = {"pit=off": "the PIT is there, and does not keep KVM from using AVIC"}
+#: Of a CPU's options, those that every machine meets, and those that KVM gives no guest.
+MET_CPU = {"host-phys-bits", "migratable"}
+NOBODY_HAS = {"vmx-mbec"}
 MET_MACHINE = {"accel=kvm", "pc", "kernel_irqchip=on", "kernel-irqchip=on", "acpi=on", "vmport=off"}
 
 
@@ -35,6 +41,7 @@ class Test:
 
     :ivar kernel: path.
     :ivar append: command line.
+    :ivar cpu: as ``--cpu`` takes it, or None.
     :ivar memory: as ``--memory`` takes it, or None.
     :ivar timeout: seconds, or None for the default.
     :ivar skip: why the test is not run; empty if it is run.
@@ -48,6 +55,7 @@ class Test:
         self.append = ""
         self.initrd: str | None = None
         self.cpus = 1
+        self.cpu: str | None = None
         self.memory: str | None = None
         self.timeout: float | None = None
         self.groups: list[str] = []
@@ -218,9 +226,7 @@ def _parameters(test: Test, text: str, max_cpus: int) -> None:
         elif option == "-cpu":
             _cpu(test, value)
         elif option in ("-machine", "-M"):
-            wrong = [p for p in value.split(",") if p.removeprefix("type=") not in MET_MACHINE]
-            if wrong:
-                raise _NotHere(f"needs a machine with {','.join(wrong)}")
+            _machine(test, value)
         elif option == "-device":
             if value.partition(",")[0] not in MET_DEVICES:
                 raise _NotHere(f"needs the device {value.partition(',')[0]}")
@@ -230,19 +236,50 @@ def _parameters(test: Test, text: str, max_cpus: int) -> None:
             raise _NotHere(f"needs QEMU's {word} {value}")
 
 
+def _machine(test: Test, value: str) -> None:
+    wrong = []
+    for part in value.split(","):
+        if part in NO_MATTER:
+            test.notes.append(f"-machine {part} was left out: {NO_MATTER[part]}")
+        elif part.removeprefix("type=") not in MET_MACHINE:
+            wrong.append(part)
+    if wrong:
+        raise _NotHere(f"needs a machine with {','.join(wrong)}")
+
+
 def _cpu(test: Test, value: str) -> None:
-    """Check the test's CPU. The CPU is always the host's. More features than the test needs do no
-    harm, but a test that needs another feature, or the absence of one, is skipped.
+    """The test's CPU: always the host's, without the features that are to be missing. More
+    features than the model's do no harm, and neither does it if the host has no such feature: QEMU
+    warns, and the test finds out.
     """
-    _, *features = value.split(",")
+    model, *features = value.split(",")
+    parts = ["host"]
+    # With QEMU, only these two models have the host's performance counters.
+    pmu = model in ("host", "max")
     for feature in features:
-        if feature.startswith("-") or feature.endswith("=off"):
-            raise _NotHere(f"needs a CPU without {feature.strip('-').removesuffix('=off')}")
-        if "=" in feature and not feature.endswith(("=on", "migratable=no")):
-            raise _NotHere(f"needs a CPU with {feature}")
-        if feature.startswith("hv"):
+        name, equals, setting = feature.lstrip("+-").partition("=")
+        hide = feature.startswith("-") or setting == "off"
+        if name.startswith(("hv-", "hv_")):
             raise _NotHere(f"needs Hyper-V's {feature}")
-    test.notes.append(f"-cpu {value}: the CPU is the host's")
+        if name in MET_CPU or (hide and name in NOBODY_HAS):
+            continue
+        if name in ("vendor", "phys-bits"):
+            parts.append(feature)
+        elif equals and setting not in ("on", "off"):
+            raise _NotHere(f"needs a CPU with {feature}")
+        elif name == "pmu":
+            pmu = not hide
+        elif hide:
+            parts.append(f"-{name}")
+    if pmu:
+        parts.append("+pmu")
+    text = ",".join(parts)
+    try:
+        Cpu(text)
+    except UsageError as e:
+        raise _NotHere(f"needs -cpu {value}: {e}") from e
+    test.cpu = text if text != "host" else None
+    test.notes.append(f"-cpu {value}: the CPU is {text}")
 
 
 def seconds(text: str, name: str) -> float | None:

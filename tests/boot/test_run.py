@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyvmm.images import find
-from tests.boot.guest import Guest, exits_by_device, run_all
+from tests.boot.guest import Guest, Run, exits_by_device, run_all
 
 if TYPE_CHECKING:
     from tests.boot.guest import Host
@@ -110,3 +110,16 @@ print(sum(int(line.split()[1]) for line in lines))
     run = host.run(sys.executable, "-c", code)
     assert run.status == 0, run
     assert int(run.stdout) == 64 << 10, run
+
+
+def test_cpu(host: Host) -> None:
+    """Linux sees the CPU that --cpu describes, and does without kvm-clock."""
+    look = (
+        "grep -m 3 -e ^vendor -e ^address -e '^flags.* sse4_2' /proc/cpuinfo;"
+        " dmesg | grep -c -i kvm-clock"
+    )
+    cpu = "host,vendor=AuthenticAMD,phys-bits=36,-sse4_2,kvm=off"
+    with Run(host, "--net", "none", "--cpu", cpu, "--", "sh", "-c", look) as run:
+        run.wait()
+    width = "address sizes\t: 36 bits physical, 48 bits virtual"
+    assert run.out.splitlines() == ["vendor_id\t: AuthenticAMD", width, "0"], repr(run)

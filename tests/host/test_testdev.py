@@ -79,7 +79,8 @@ EXIT_WITH_0X15 = bytes([0xB0, 0x15, 0xE6, 0xF4, 0xF4])
 
 
 @pytest.mark.parametrize(
-    ("mode", "address"), [("real16", 0x7C00), ("protected32", 0x3_0000), ("long64", 0x20_0000)]
+    ("mode", "address"),
+    [("real16", 0x7C00), ("protected32", 0x1000), ("protected32", 0x3_0000), ("long64", 0x20_0000)],
 )
 def test_flat_binary(tmp_path: Path, mode: str, address: int) -> None:
     path = tmp_path / "flat"
@@ -89,6 +90,46 @@ def test_flat_binary(tmp_path: Path, mode: str, address: int) -> None:
     ) as vm:
         vm.start()
         assert vm.wait(TIMEOUT).status == 0x15 << 1 | 1
+
+
+def boot_flat(tmp_path: Path, code: str, mode: str, cpu: str | None = None) -> int | None:
+    """Boot machine code at 0x7C00; the value that it writes to debug-exit."""
+    path = tmp_path / "flat"
+    path.write_bytes(bytes.fromhex(code))
+    with Machine(
+        str(path), memory="4M", load_address=0x7C00, load_mode=mode, test_devices=True, cpu=cpu
+    ) as vm:
+        vm.start()
+        status = vm.wait(TIMEOUT).status
+        return status >> 1 if status is not None else None
+
+
+def test_a_boot_sector_finds_the_timer_running(tmp_path: Path) -> None:
+    """It waits for two ticks of the BIOS' clock, and makes a BIOS call, which returns."""
+    code = """
+        fb cd 10               # sti; int 0x10
+        f4                     # again: hlt
+        83 3e 6c 04 02 72 f8   # cmp word [0x46c], 2; jb again
+        a0 6c 04 e6 f4 f4      # mov al, [0x46c]; out 0xf4, al
+    """
+    code = "".join(line.partition("#")[0] for line in code.splitlines())
+    assert boot_flat(tmp_path, code, "real16") == 2
+
+
+@pytest.mark.parametrize(
+    ("cpu", "want"),
+    [(None, 3), ("host,-hypervisor", 2), ("host,-x2apic", 1), ("max,-hypervisor,x2apic=off", 0)],
+)
+def test_cpu(tmp_path: Path, cpu: str | None, want: int) -> None:
+    """Bit 0 of the answer: whether CPUID says that this is a virtual machine; bit 1: x2APIC."""
+    code = """
+        b8 01 00 00 00 0f a2   # mov eax, 1; cpuid
+        89 c8 c1 e8 1f         # eax = ecx >> 31
+        c1 e9 14 83 e1 02      # ecx = ecx >> 20 & 2
+        09 c8 e6 f4 f4         # or eax, ecx; out 0xf4, al
+    """
+    code = "".join(line.partition("#")[0] for line in code.splitlines())
+    assert boot_flat(tmp_path, code, "protected32", cpu) == want
 
 
 def test_flat_binary_of_a_whole_guest(guest: Guest) -> None:

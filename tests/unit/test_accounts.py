@@ -77,6 +77,7 @@ class Rig:
             self.accounts,
             outcome,
             memory_bytes=1 << 20,
+            cpu="host",
             boot=BootState("long64", "nothing", 0, {}, 0),
             cmdline="quiet",
             streams=(),

@@ -372,7 +372,16 @@ BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
         lambda: make_elf([(0xD000_0000, CODE, 4096)], entry=0xD000_0000),
         "outside guest",
     ),
-    "below 1 MiB": (lambda: make_elf([(0x7000, CODE, 4096)], entry=0x7000), "below 0x100000"),
+    "on the zero page": (
+        lambda: make_elf([(0x7000, CODE, 4096)], entry=0x7000),
+        "below 0x100000, only 0x21000..0x9fc00 are free",
+    ),
+    "on the PVH start info": (
+        lambda: make_elf(
+            [(0x100_0000, CODE, 4096), (0x6000, CODE, 4096)], entry=0x6000, notes=PVH_NOTE
+        ),
+        "below 0x100000, only 0x1000..0x6000 and",
+    ),
     "entry outside": (lambda: make_elf([(0x100_0000, CODE, 4096)], entry=0x123), "e_entry"),
     "PVH entry outside": (
         lambda: make_elf([(0x110_0000, CODE, 4096)], entry=0x110_0000, notes=PVH_NOTE),
@@ -410,7 +419,7 @@ BAD_KERNELS: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     "long header": (lambda: make_bzimage(header_end=0xFF), "setup header that ends"),
     "alignment zero": (lambda: make_bzimage(alignment=0), "kernel_alignment"),
     "pref_address unaligned": (lambda: make_bzimage(pref_address=0x100_1000), "pref_address"),
-    "pref_address low": (lambda: make_bzimage(pref_address=0), "below 0x100000"),
+    "pref_address low": (lambda: make_bzimage(pref_address=0), "below 0x100000 is no place"),
     "pref_address wild": (
         lambda: make_bzimage(pref_address=(1 << 64) - (1 << 21)),
         "outside guest memory",

@@ -228,7 +228,9 @@ def test_header_at_the_end_of_the_search(memory: GuestMemory, tmp_path: Path) ->
     [
         ("protected32", 0x10_0000),
         ("protected32", 0x3_0000),
+        ("protected32", 0x7C00),
         ("long64", 0x20_0000),
+        ("long64", 0x2_1000),
         ("real16", 0x7C00),
     ],
 )
@@ -250,9 +252,11 @@ def test_flat(memory: GuestMemory, tmp_path: Path, mode: str, address: int) -> N
 @pytest.mark.parametrize(
     ("mode", "address"),
     [
-        ("protected32", 0x7C00),
+        ("protected32", 0x6000),
+        ("protected32", pf.BOOT_CMDLINE),
         ("protected32", pf.EBDA_BASE - 16),
         ("protected32", 0xF_0000),
+        ("long64", 0x7C00),
         ("long64", 16 * MIB - 16),
         ("long64", 1 << 63),
         ("long64", 0x1_0000_0000),
@@ -267,6 +271,47 @@ def test_flat_at_a_bad_address(
     with pytest.raises(ImageError, match=f"load address {address:#x}"):
         boot.load(memory, save(tmp_path, CODE), load_address=address, load_mode=mode)
     assert not pages_written(memory)
+
+
+@pytest.mark.parametrize("mode", boot.FLAT_MODES)
+def test_the_loader_leaves_low_rooms_alone(memory: GuestMemory, tmp_path: Path, mode: str) -> None:
+    """Whatever else it writes: with the longest command line, and for multiboot with modules."""
+    disk = str(tmp_path / "disk")
+    Path(disk).write_bytes(b"disk")
+    flat = (CODE, 0x7C00 if mode == "real16" else 0x10_0000, None if mode == "real16" else disk)
+    others: dict[str, tuple[bytes, int | None, str | None]] = {
+        "long64": (bytes(make_elf([(0x10_0000, CODE, 4096)], entry=0x10_0000)), None, disk),
+        "protected32": (bytes(good_flat()), None, f"{disk},{disk}"),
+    }
+    for image, address, initrd in [flat, *([others[mode]] if mode in others else [])]:
+        memory.zero()
+        boot.load(
+            memory,
+            save(tmp_path, image),
+            initrd=initrd,
+            cmdline="x" * 2000,
+            load_address=address,
+            load_mode=mode,
+        )
+        for low, high in pf.LOW_ROOMS[mode]:
+            data = bytearray(memory.read(low, high - low))
+            if mode == "real16":  # the kernel itself
+                data[0x7C00 - low : 0x7C00 - low + len(CODE)] = bytes(len(CODE))
+            assert not any(data), f"{mode}: {low:#x}"
+
+
+def test_a_low_multiboot_kernel(memory: GuestMemory, tmp_path: Path) -> None:
+    """Its modules lie above 1 MiB; vectors and handlers of a BIOS are there."""
+    disk = str(tmp_path / "disk")
+    Path(disk).write_bytes(b"disk")
+    image = good_flat(load=0x8000, header=0x8010, entry=0x8000)
+    state = boot.load(memory, save(tmp_path, image), initrd=disk)
+    assert (state.entry, state.bios) == (0x8000, True)
+    assert memory.read(0x8000, 16) == b"\x90" * 16
+    assert Info(memory, state).modules[0][:2] == (0x10_0000, b"disk")
+    for vector, begin in ((8, b"\x1e\x50"), (0x10, b"\xcf"), (0x70, b"\x50\xb0\x20\xe6\xa0")):
+        offset, segment = struct.unpack("<HH", memory.read(4 * vector, 4))
+        assert memory.read(segment * 16 + offset, len(begin)) == begin
 
 
 def test_flat_in_a_bad_mode(memory: GuestMemory, tmp_path: Path) -> None:
@@ -293,7 +338,10 @@ BAD: dict[str, tuple[Callable[[], bytes | bytearray], str]] = {
     "bss_end_addr": (lambda: good_flat(bss=BASE + 16), "bss_end_addr 0x100010"),
     "bss beyond RAM": (lambda: good_flat(bss=0xFFFF_FFFF), "outside guest memory"),
     "entry_addr": (lambda: good_flat(entry=BASE - 1), "entry_addr 0xfffff"),
-    "below 1 MiB": (lambda: good_flat(load=0x8000, header=0x8010, entry=0x8000), "below 0x100000"),
+    "on the boot information": (
+        lambda: good_flat(load=0x5800, header=0x5810, entry=0x5800),
+        "below 0x100000, only 0x1000..0x6000 and 0x7000..0x20000 and",
+    ),
     "no header": (lambda: make_elf32([(BASE, CODE, 0x2000)]), "neither a multiboot header"),
     "e_entry": (lambda: make_elf32([(BASE, header(0) + CODE, 0x2000)], entry=5), "e_entry"),
     "cut": (lambda: good_elf32()[:2000], "truncated: segment 0"),

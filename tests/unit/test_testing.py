@@ -317,8 +317,9 @@ SKIPPED = {
     "extra_params = -machine kernel_irqchip=split": "kernel_irqchip=split",
     "extra_params = -M q35,kernel-irqchip=on": "machine with q35",
     "extra_params = -device intel-iommu,intremap=on": "device intel-iommu",
-    "extra_params = -cpu qemu64,-pcid": "without pcid",
-    "extra_params = -cpu IvyBridge,phys-bits=36,host-phys-bits=off": "phys-bits=36",
+    "extra_params = -cpu qemu64,-monoid": "unknown feature 'monoid'",
+    "extra_params = -cpu max,vendor=Nobody": "vendor=Nobody",
+    "extra_params = -cpu max,level=7": "with level=7",
     "extra_params = -cpu kvm64,hv_vpindex": "hv_vpindex",
     "extra_params = -append `cat /etc/passwd`": "needs a shell",
     "extra_params = -append 'open": "No closing quotation",
@@ -346,13 +347,39 @@ def test_configuration(tmp_path: Path) -> None:
     assert tests["max"].cpus == 8
     args = tests["args"]
     assert (args.append, args.memory, args.cpus, args.timeout) == ('cpuid "a b"', "2048M", 3, 180.0)
-    assert args.notes == ["-cpu qemu64,+x2apic: the CPU is the host's"]
+    assert args.notes == ["-cpu qemu64,+x2apic: the CPU is host"] and args.cpu is None
     new = tests["new-style"]
     assert (new.append, new.memory) == ("one two", "4G")
     assert "key 'novelty' is not known and was left out" in new.notes
     first, second = tests["clock"].append.split()
     assert first == "10000000" and abs(int(second) - time.time()) < 600
     assert [t.name for t in tests.values() if t.manual] == ["manual"]
+
+
+#: -cpu of QEMU -> --cpu of ours, None for the host's.
+CPUS = {
+    "host": "host,+pmu",
+    "max,host-phys-bits": "host,+pmu",
+    "max,pmu=off": None,
+    "qemu64": None,
+    "qemu64,+x2apic,-pcid,-invpcid": "host,-pcid,-invpcid",
+    "max,+svm,-rdtscp": "host,-rdtscp,+pmu",
+    "Opteron_G1,vendor=AuthenticAMD": "host,vendor=AuthenticAMD",
+    "IvyBridge,phys-bits=36,host-phys-bits=off,+vmx": "host,phys-bits=36",
+    "Skylake-Server,-vmx-mbec,+vmx-mbec": None,
+    "host,migratable=no,smap=off": "host,-smap,+pmu",
+}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_cpus(tmp_path: Path, cpu: str) -> None:
+    test = config(tmp_path, f"[t]\nfile = t.flat\nqemu_params = -cpu {cpu}\n")["t"]
+    assert (test.cpu, test.skip) == (CPUS[cpu], "")
+
+
+def test_options_that_make_no_difference(tmp_path: Path) -> None:
+    test = config(tmp_path, "[t]\nfile = t.flat\nqemu_params = -machine pit=off\n")["t"]
+    assert not test.skip and "AVIC" in test.notes[0]
 
 
 @pytest.mark.parametrize("line", SKIPPED)

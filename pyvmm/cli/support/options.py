@@ -23,6 +23,10 @@ TROUBLE_KINDS = (
 )
 
 
+#: For help texts: what ``--cpu`` takes.
+CPU_HELP = "the CPU: host, and what differs, as in host,-x2apic,vendor=GenuineIntel (docs/cpu.md)"
+
+
 class Parser(ArgumentParser):
     """Prints the description as it is laid out, takes no abbreviations, and raises bad usage as an
     error of one line, like every other error.
@@ -118,3 +122,11 @@ def trouble_kinds(text: str) -> list[str]:
         return parse_kinds(text)
     except ValueError as e:
         raise ArgumentTypeError(f"{e}; use {', '.join(KINDS)} or all") from e
+
+
+def cpu_model(text: str) -> str:
+    """A type for ``--cpu``: the text, checked as far as that goes without a host."""
+    from pyvmm.kvm.cpu import Cpu
+
+    Cpu(text)
+    return text
