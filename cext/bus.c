@@ -284,9 +284,8 @@ bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uin
 	case PV_REGION_RTC: /* one byte, at the port addressed, whatever the width */
 		memset(data, 0, write ? 0 : size);
 		if (write)
-			pv_rtc_write(r->opaque, offset, data[0]);
-		else
-			data[0] = pv_rtc_read(r->opaque, offset);
+			return pv_rtc_write(r->opaque, offset, data[0]);
+		data[0] = pv_rtc_read(r->opaque, offset);
 		return true;
 	case PV_REGION_PMTIMER:
 		if (!write) {

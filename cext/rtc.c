@@ -4,12 +4,32 @@
 #include <time.h>
 
 /* Registers of the data sheet, table 3, and the century where the ACPI FADT has it. */
-enum { SECONDS = 0, MINUTES = 2, HOURS = 4, WEEKDAY = 6, DAY, MONTH, YEAR, A, B, C, D };
+enum {
+	SECONDS,
+	ALARM_SECONDS,
+	MINUTES,
+	ALARM_MINUTES,
+	HOURS,
+	ALARM_HOURS,
+	WEEKDAY,
+	DAY,
+	MONTH,
+	YEAR,
+	A,
+	B,
+	C,
+	D
+};
 #define CENTURY 0x32
 
-#define REG_A 0x26 /* 32.768 kHz, a rate of 1024 Hz, no update in progress */
-#define REG_B 0x02 /* BCD, 24 hours */
-#define REG_D 0x80 /* the battery is good */
+#define REG_A	  0x26 /* 32.768 kHz, a rate of 1024 Hz */
+#define REG_A_UIP 0x80 /* update in progress */
+#define REG_B	  0x02 /* BCD, 24 hours */
+#define REG_B_AIE 0x20 /* the alarm interrupts */
+#define REG_D	  0x80 /* the battery is good */
+
+/* The chip updates its registers for 1984 us, and says so from 244 us before on (figure 10). */
+#define UPDATE_NS ((244 + 1984) * 1000)
 
 static uint8_t bcd(int value)
 {
@@ -24,15 +44,16 @@ static uint8_t bcd(int value)
  * Several vCPUs may use the clock at the same time, so the bytes are read atomically. A guest that
  * selects on one vCPU and reads on another has to lock, as on a real machine.
  */
-uint8_t pv_rtc_read(const struct pv_rtc *rtc, uint64_t offset)
+uint8_t pv_rtc_read(struct pv_rtc *rtc, uint64_t offset)
 {
 	uint8_t index = __atomic_load_n(&rtc->index, __ATOMIC_RELAXED);
-	time_t now = time(NULL);
+	struct timespec now;
 	struct tm t;
 
 	if (offset == 0)
 		return 0xff;
-	gmtime_r(&now, &t);
+	clock_gettime(CLOCK_REALTIME, &now);
+	gmtime_r(&now.tv_sec, &t);
 	switch (index) {
 	case SECONDS:
 		return bcd(t.tm_sec);
@@ -51,11 +72,11 @@ uint8_t pv_rtc_read(const struct pv_rtc *rtc, uint64_t offset)
 	case CENTURY:
 		return bcd((t.tm_year + 1900) / 100);
 	case A:
-		return REG_A;
+		return now.tv_nsec >= 1000000000 - UPDATE_NS ? REG_A | REG_A_UIP : REG_A;
 	case B:
-		return REG_B;
+		return REG_B | (__atomic_load_n(&rtc->ram[B], __ATOMIC_RELAXED) & REG_B_AIE);
 	case C:
-		return 0;
+		return __atomic_exchange_n(&rtc->flags, 0, __ATOMIC_RELAXED);
 	case D:
 		return REG_D;
 	}
@@ -69,12 +90,21 @@ uint8_t pv_rtc_read(const struct pv_rtc *rtc, uint64_t offset)
  * @value: the byte
  *
  * The clock cannot be set: what is stored at its registers is never read.
+ *
+ * Return: false if the write may change the alarm, so that Python has to look
  */
-void pv_rtc_write(struct pv_rtc *rtc, uint64_t offset, uint8_t value)
+bool pv_rtc_write(struct pv_rtc *rtc, uint64_t offset, uint8_t value)
 {
-	if (offset == 0)
+	uint8_t index, old;
+
+	if (offset == 0) {
 		__atomic_store_n(&rtc->index, value & 0x7f, __ATOMIC_RELAXED);
-	else
-		__atomic_store_n(&rtc->ram[__atomic_load_n(&rtc->index, __ATOMIC_RELAXED)], value,
-				 __ATOMIC_RELAXED);
+		return true;
+	}
+	index = __atomic_load_n(&rtc->index, __ATOMIC_RELAXED);
+	old = __atomic_exchange_n(&rtc->ram[index], value, __ATOMIC_RELAXED);
+	if (index == B)
+		return !((old ^ value) & REG_B_AIE);
+	return index > HOURS + 1 || !(index & 1) ||
+	       !(__atomic_load_n(&rtc->ram[B], __ATOMIC_RELAXED) & REG_B_AIE);
 }

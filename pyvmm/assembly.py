@@ -10,8 +10,9 @@ import os
 import threading
 from contextlib import ExitStack
 
-from pyvmm.boot import load
+from pyvmm.boot import BootState, load
 from pyvmm.boot.acpi import build as build_acpi
+from pyvmm.boot.acpi import waking_vector
 from pyvmm.boot.mptable import build as build_mptable
 from pyvmm.bus import Bus
 from pyvmm.card.nic import Nic
@@ -19,7 +20,8 @@ from pyvmm.card.thread import CardThread
 from pyvmm.card.uplink import Uplink
 from pyvmm.devices.console import Console, Spotter, Stream
 from pyvmm.devices.guest_port import GuestPage, GuestPort
-from pyvmm.devices.legacy import Power, PvPanic, Rtc
+from pyvmm.devices.legacy import Power, PvPanic
+from pyvmm.devices.rtc import Rtc
 from pyvmm.doctor import can_run_linux_locally
 from pyvmm.errors import KvmUnsuitable, UsageError
 from pyvmm.exits.accounts import MachineAccounts
@@ -31,8 +33,11 @@ from pyvmm.netopt import Net, mac_addresses, mac_text
 from pyvmm.outcome import Outcome
 from pyvmm.panics import PanicWatch
 from pyvmm.pci import PciBus
+from pyvmm.spec import acpi
 from pyvmm.spec.platform import (
     IRQ_COM1,
+    IRQ_RTC,
+    IRQ_SCI,
     MAX_CPUS,
     PORT_COM1,
     PORT_GUEST_STDERR,
@@ -120,9 +125,10 @@ class Wires:
     :param command_ended: the guest's command has ended with this exit status, or a test kernel has
         reported its own.
     :param emit: send this event with its data to the clients of the control socket.
+    :param wake: something has happened that ends a sleep of the machine.
     """
 
-    __slots__ = ("command_ended", "emit", "end", "init_runs", "reached")
+    __slots__ = ("command_ended", "emit", "end", "init_runs", "reached", "wake")
 
     def __init__(
         self,
@@ -132,9 +138,11 @@ class Wires:
         init_runs: Callable[[], None],
         command_ended: Callable[[int], None],
         emit: Callable[..., None],
+        wake: Callable[[], None],
     ) -> None:
         self.end, self.reached, self.init_runs = end, reached, init_runs
         self.command_ended, self.emit = command_ended, emit
+        self.wake = wake
 
 
 class Parts:
@@ -216,6 +224,15 @@ class Parts:
     def _reset(self) -> None:
         self._wires.end(Outcome("reboot"))
 
+    def _alarm(self) -> None:
+        """The clock's alarm has come: an interrupt, and an event of ACPI."""
+        with self.lock:
+            for level in (1, 0):
+                self.vm.irq_line(IRQ_RTC, level)
+            self.power.pm1.event(acpi.PM1_RTC)
+        if self.power.pm1.wakes:
+            self._wires.wake()
+
     def is_linux(self) -> bool:
         """Whether the kernel is Linux."""
         return "Linux" in self.boot.kind or "bzImage" in self.boot.kind
@@ -243,8 +260,15 @@ class Parts:
             ended=wires.command_ended,
             agent=self.agent,
         )
-        Rtc(bus)
-        Power(bus, lambda: wires.end(Outcome("poweroff")), self._reset)
+        self.rtc = Rtc(bus, self._alarm)
+        self._stack.callback(self.rtc.close)
+        self.power = Power(
+            bus,
+            lambda: wires.end(Outcome("poweroff")),
+            self._reset,
+            lambda: wires.end(Outcome("suspend")),
+            lambda level: self.vm.irq_line(IRQ_SCI, level),
+        )
         PvPanic(bus, self.panics.pvpanic)
         if self._want.test_devices:
             from pyvmm.devices.testdev import add_test_devices
@@ -366,22 +390,52 @@ class Parts:
         on. No vCPU may run.
         """
         self.accounts.restart()
-        self.pci.reset()
-        self.console.reset()
+        self._reset_devices()
+        self.power.pm1.reset()
+        self.rtc.reset()
         self.panics.restart()
         self._page.name(0)
         if self.agent is not None:
             self.agent.reset()
+        self.memory.zero()
+        self._renew_vm(keep_clock=False)
+        self._load()
+        self._set_boot_state()
+
+    def wake(self) -> bool:
+        """End a sleep (S3): as ``restart``, but memory is kept, and the guest goes on at its waking
+        vector. No vCPU may run.
+
+        :returns: False if the guest has named no waking vector; nothing has changed.
+        """
+        vector = waking_vector(self.memory)
+        if not vector:
+            return False
+        self.accounts.renew("sleep")
+        self._reset_devices()
+        if self.agent is not None:
+            self.agent.bell.reset()
+        self._renew_vm(keep_clock=True)
+        regs = {"rip": vector & 15}
+        self.vcpus[0].set_boot_state(
+            BootState("real16", "waking vector", vector, regs, 0, segment=vector >> 4)
+        )
+        self.power.pm1.woken()
+        return True
+
+    def _reset_devices(self) -> None:
+        self.pci.reset()
+        self.console.reset()
+
+    def _renew_vm(self, *, keep_clock: bool) -> None:
+        """Make the VM and its vCPUs new; their memory stays as it is."""
         for stream in self.streams:
             stream.release(False)
         for vcpu in self.vcpus:
             vcpu.detach()
-        self.memory.zero()
-        self.vm.recreate()
-        self._load()
+        self.vm.recreate(keep_clock=keep_clock)
         for vcpu in self.vcpus:
             vcpu.reattach()
-        self._set_boot_state()
 
 
 def command_bytes(command: Sequence[str]) -> bytes:

@@ -129,6 +129,8 @@ class Machine:
         #: Guards the request for an end. Held for a moment only, and never by a thread that waits.
         self._asking = threading.Lock()
         self._request: Outcome | None = None
+        self._asleep = False
+        self._stir = threading.Event()  # something has come that ends a sleep
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
         self._done = threading.Event()
@@ -142,6 +144,7 @@ class Machine:
             init_runs=self.booted.set,
             command_ended=self._command_ended,
             emit=self.emit,
+            wake=self._stir.set,
         )
         self._stack = ExitStack()
         try:
@@ -312,8 +315,8 @@ class Machine:
 
     @property
     def state(self) -> str:
-        """``prelaunch``, ``running``, ``paused``, ``shutdown`` or ``guest-panicked``: QEMU's
-        RunState.
+        """``prelaunch``, ``running``, ``paused``, ``suspended``, ``shutdown`` or
+        ``guest-panicked``: QEMU's RunState.
         """
         if self._done.is_set():
             return (
@@ -321,6 +324,8 @@ class Machine:
             )
         if self._supervisor is None:
             return "prelaunch"
+        if self._asleep:
+            return "suspended"
         return "paused" if self.vcpu_threads.paused else "running"
 
     def pause(self) -> bool:
@@ -386,16 +391,30 @@ class Machine:
 
     def powerdown(self) -> None:
         """Press the power button (ACPI): the guest powers off if it has a driver for the button
-        (docs/control.md).
+        (docs/control.md). A guest that is suspended to memory wakes up.
 
         :raises HostError: the machine has ended.
         """
+        if self._asleep:
+            self.wake()
+            return
         with self._parts.lock:
             if self._done.is_set():
                 raise HostError("the machine has ended")
             for level in (1, 0):
                 self.vm.irq_line(IRQ_GED, level)
         self.emit("POWERDOWN")
+
+    def wake(self) -> None:
+        """Wake up a guest that is suspended to memory (S3).
+
+        :raises HostError: it is not suspended, or the machine has ended.
+        """
+        if self._done.is_set():
+            raise HostError("the machine has ended")
+        if not self._asleep:
+            raise HostError("the guest is not suspended")
+        self._stir.set()
 
     def emit(self, event: str, **data: object) -> None:
         """Send an event to the clients of the control socket. Any thread; never waits."""
@@ -417,18 +436,21 @@ class Machine:
 
     def _finish(self, outcome: Outcome, *, final: bool = False) -> bool:
         """Ask for the end with ``outcome``. The first reason stands, unless it is a reboot and the
-        new reason is final. Any thread; never waits, whatever else the machine is doing.
+        new reason is final, or a sleep. Any thread; never waits, whatever else the machine is
+        doing.
 
         :returns: whether ``outcome`` is now the reason.
         """
         with self._asking:
-            if self._request is not None and not (final and self._request.kind == "reboot"):
+            first = self._request.kind if self._request is not None else "suspend"
+            if first != "suspend" and not (final and first == "reboot"):
                 return False
             outcome.status = self.command_status
             self._request = outcome
             for stream in self._parts.streams:
                 stream.release()
             self.vcpu_threads.halt()
+            self._stir.set()
             if self.nets and not self._will_restart(outcome) and self._parting.ident is None:
                 self._parting.start()
             return True
@@ -450,6 +472,8 @@ class Machine:
         self.command_status = status
 
     def _will_restart(self, request: Outcome) -> bool:
+        if request.kind == "suspend":
+            return True
         return request.kind == "reboot" and (request.asked or self.on_reboot == "restart")
 
     def _supervise(self) -> None:
@@ -492,6 +516,9 @@ class Machine:
                 if self._request is request:
                     raise
                 continue  # stopped for good meanwhile
+            if request.kind == "suspend":
+                self._sleep(request)
+                continue
             with self._parts.lock:
                 if self._request is not request:
                     continue  # meanwhile the machine has been stopped
@@ -506,6 +533,33 @@ class Machine:
                 guest=not request.asked,
                 reason="host-qmp-system-reset" if request.asked else "guest-reset",
             )
+
+    def _sleep(self, request: Outcome) -> None:
+        """Suspended to memory (S3): wait until something wakes the guest, or the machine is to end
+        or to start over. No vCPU runs, and the cards are as after a reset.
+        """
+        with self._asking:
+            if self._request is not request:
+                return
+            self._request = None
+            self._stir.clear()
+            self._asleep = True
+        self.emit("SUSPEND")
+        if not self._parts.power.pm1.wakes:  # an alarm may have come before
+            self._stir.wait()
+        with self._parts.lock:
+            with self._asking:
+                self._asleep = False
+                if self._request is not None:
+                    return
+            woken = self._parts.wake()
+        if not woken:
+            self._finish(Outcome("reboot", "the guest slept without a waking vector"))
+            return
+        with self._asking:
+            if self._request is None:
+                self.vcpu_threads.rearm()
+        self.emit("WAKEUP")
 
     def _shut_down(self, outcome: Outcome) -> None:
         """After the last vCPU has stopped: note where each one was, then stop the other parts."""

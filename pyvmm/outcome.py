@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
     #: Kinds of ends that are errors: ``Outcome.error`` makes the exception of each.
     Abnormal = Literal["panic", "reboot", "triple-fault", "kvm-error", "timeout", "hang"]
-    Kind = Literal[Abnormal, "poweroff", "stopped", "debug-exit"]
+    Kind = Literal[Abnormal, "poweroff", "stopped", "debug-exit", "suspend"]
 
 
 class Outcome:
     """How a machine ended.
 
     :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout``,
-        ``hang``, ``stopped`` or ``debug-exit``.
+        ``hang``, ``stopped`` or ``debug-exit``; inside the machine also ``suspend``, which ends
+        nothing.
     :ivar status: exit status of the guest's command, or of a test kernel at the debug-exit port,
         0..255; None if there was no status.
     :ivar detail: one more line about the end; may be empty.

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
-from pyvmm.conformance.driver import NetDriver, Ring, align, fence, wait_for
+from pyvmm.conformance import driver
+from pyvmm.conformance.driver import NetDriver, Ring, align, fence
 from pyvmm.datapath.base import RxFilter
 from pyvmm.fd import Fd
 from pyvmm.spec import virtio, virtio_net
 
 __all__ = ["Cable", "Events", "NetDriver", "Ring", "align", "bits", "fence", "wait_for"]
+
+#: Seconds for what must come; a busy machine may stand still for some.
+PATIENCE = 60.0
+
+
+def wait_for(condition: Callable[[], object], timeout: float = PATIENCE) -> bool:
+    """Poll until ``condition()`` holds; False on time-out."""
+    return driver.wait_for(condition, timeout)
 
 
 def bits(*names: str) -> int:
@@ -66,7 +76,7 @@ class Cable:
             fd.close()
         self.far.close()
 
-    def receive(self, timeout: float = 5.0) -> bytes:
+    def receive(self, timeout: float = PATIENCE) -> bytes:
         self.far.settimeout(timeout)
         try:
             return self.far.recv(1 << 17)

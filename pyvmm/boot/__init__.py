@@ -50,10 +50,11 @@ class BootState:
     :ivar kind: the format that was found and how it is entered, for people to read, such as
         ``bzImage by 64-bit entry``.
     :ivar entry: guest-physical address of the first instruction.
+    :ivar segment: CS in real mode.
     :ivar bios: whether interrupt controllers, timer and vectors are as a PC's BIOS leaves them.
     """
 
-    __slots__ = ("bios", "cr3", "entry", "gdt_base", "kind", "mode", "regs")
+    __slots__ = ("bios", "cr3", "entry", "gdt_base", "kind", "mode", "regs", "segment")
 
     def __init__(
         self,
@@ -64,9 +65,10 @@ class BootState:
         cr3: int,
         *,
         bios: bool = False,
+        segment: int = 0,
     ) -> None:
         self.mode, self.kind, self.entry, self.cr3 = mode, kind, entry, cr3
-        self.bios = bios
+        self.bios, self.segment = bios, segment
         self.gdt_base = pf.BOOT_GDT
         self.regs = {"rip": entry, "rflags": RFLAGS_FIXED, **regs}
 

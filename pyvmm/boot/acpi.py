@@ -5,7 +5,7 @@ The tables describe a PC: both 8259s, the PIT, the PM1 registers and the PM time
 hardware-reduced machine (4.1) Linux would not look at the 8259s and the PIT, so that a kernel
 without kvm-clock could not find out how fast the TSC counts, and a kernel that is told to leave the
 local or the IO-APIC alone would get no interrupt at all (docs/kernel-options.md). There is no SMI:
-ACPI is always on. No event is ever reported by the SCI; the power button is a device.
+ACPI is always on. The SCI reports the clock's alarm only; the power button is a device.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyvmm.memory import GuestMemory
 
 ALL_SLOTS = range(1, 32)
+FACS_OFFSET = acpi.FACS_ALIGN  # from the RSDP: the next place where a FACS may be
 
 
 def build(
@@ -54,6 +55,7 @@ def build(
 
     facs = struct.pack(acpi.FACS, b"FACS", struct.calcsize(acpi.FACS), 0, 0, 0, 0, 0, 2)
     facs_at = add_table(facs, acpi.FACS_ALIGN)
+    assert facs_at == pf.FIRMWARE_BASE + FACS_OFFSET
     dsdt_at = add_table(dsdt(pci_slots, com2=com2, ecam=ecam))
     addresses.append(add_table(_fadt(facs_at, dsdt_at)))
     addresses.append(add_table(_madt(cpus)))
@@ -69,6 +71,15 @@ def build(
     blob[: acpi.RSDP_SIZE] = rsdp
     memory.write(pf.FIRMWARE_BASE, blob)
     return pf.FIRMWARE_BASE
+
+
+def waking_vector(memory: GuestMemory) -> int:
+    """The guest-physical address at which the guest wants to go on in real mode after a sleep (the
+    FACS, 5.2.10); 0 if it has named none, or one where real mode does not reach.
+    """
+    table = pf.FIRMWARE_BASE + FACS_OFFSET
+    vector = int.from_bytes(memory.read(table + acpi.FACS_WAKING_VECTOR, 4), "little")
+    return vector if vector < pf.KERNEL_BASE else 0
 
 
 def _sdt(signature: bytes, revision: int, body: bytes) -> bytes:
@@ -240,10 +251,13 @@ def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool 
                 aml.resources(aml.memory32_fixed(pf.PCI_ECAM_BASE, pf.PCI_ECAM_SIZE)),
             )
         )
-    s5 = aml.name("_S5", aml.package([aml.integer(pf.ACPI_S5_TYPE)] + 3 * [aml.integer(0)]))
+    sleeps = b"".join(
+        aml.name(name, aml.package([aml.integer(kind)] + 3 * [aml.integer(0)]))
+        for name, kind in (("_S3", pf.ACPI_S3_TYPE), ("_S5", pf.ACPI_S5_TYPE))
+    )
     # The kernel says by \_PIC whether it uses the IO-APIC (5.8.1).
     mode = aml.name("PICM", aml.integer(0)) + aml.method("_PIC", 1, aml.store_argument("PICM"))
-    return _sdt(b"DSDT", 2, s5 + mode + aml.scope("\\_SB", *devices))
+    return _sdt(b"DSDT", 2, sleeps + mode + aml.scope("\\_SB", *devices))
 
 
 def _serial(text: str, uid: int, port: int, irq: int) -> bytes:

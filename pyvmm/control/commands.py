@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         def resume(self) -> bool: ...
         def reset(self) -> None: ...
         def powerdown(self) -> None: ...
+        def wake(self) -> None: ...
         def quit(self) -> None: ...
         def emit(self, event: str, **data: object) -> None: ...
         def report(self) -> dict[str, object]: ...
@@ -208,6 +209,11 @@ def _cont(machine: Controlled, given: Given) -> object:
 
 def _reset(machine: Controlled, given: Given) -> object:
     machine.reset()
+    return {}
+
+
+def _wakeup(machine: Controlled, given: Given) -> object:
+    machine.wake()
     return {}
 
 
@@ -382,6 +388,7 @@ COMMANDS: dict[str, Command] = {
     "cont": WaitingCommand(_cont, "let a paused machine go on"),
     "system_reset": Command(_reset, "press the reset button"),
     "system_powerdown": Command(_powerdown, "press the power button"),
+    "system_wakeup": Command(_wakeup, "wake up a guest that is suspended to memory"),
     "quit": Command(_quit, "end the machine at once"),
     "set_link": WaitingCommand(_set_link, "plug or pull a card's cable", name="str", up="bool"),
     "x-pyvmm-help": Command(_help, "all commands with a line of help and their arguments"),

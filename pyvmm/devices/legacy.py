@@ -1,12 +1,13 @@
-"""Clock, power, reset and panic: devices of the board that are too small for files of their own."""
+"""Power, reset and panic: devices of the board that are too small for files of their own."""
 
 from __future__ import annotations
 
-from pyvmm._ext import ffi, lib
+from pyvmm._ext import lib
 from pyvmm.bus import PIO, Bus, Registers
 from pyvmm.spec import acpi
 from pyvmm.spec.platform import (
     ACPI_RESET_VALUE,
+    ACPI_S3_TYPE,
     ACPI_S5_TYPE,
     PORT_ACPI_PM1_EVENT,
     PORT_ACPI_PM_TIMER,
@@ -14,7 +15,6 @@ from pyvmm.spec.platform import (
     PORT_I8042,
     PORT_POST,
     PORT_PVPANIC,
-    PORT_RTC,
 )
 
 TYPE_CHECKING = False
@@ -22,38 +22,33 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-#: The bits of the PM1 control register that make the machine sleep, and the value that powers off.
-PM1_SLEEP = acpi.PM1_SLP_EN | 7 << acpi.PM1_SLP_TYPE_SHIFT
-PM1_OFF = acpi.PM1_SLP_EN | ACPI_S5_TYPE << acpi.PM1_SLP_TYPE_SHIFT
-
-
-class Rtc:
-    """MC146818 clock and CMOS RAM, which answer in C (cext/rtc.c)."""
-
-    def __init__(self, bus: Bus) -> None:
-        region = bus.add(
-            PIO, PORT_RTC, 2, "rtc", kind=lib.PV_REGION_RTC, opaque=ffi.new("struct pv_rtc *")
-        )
-        region.names = Registers({0: "index", 1: "data"})
-
-
 class Power:
-    """The ACPI sleep control and reset registers (ACPI 6.4, 4.8.3.6 and 4.8.3.7), the keyboard
-    controller, and the POST port, which ignores all writes.
+    """The ACPI sleep control and reset registers (ACPI 6.4, 4.8.3.6 and 4.8.3.7), the PM1
+    registers, the PM timer, the keyboard controller, and the POST port, which ignores all writes.
 
     :param on_off: called when the guest powers off.
     :param on_reset: called when the guest asks for a reset.
+    :param on_suspend: called when the guest suspends to memory (S3).
+    :param sci: sets the level of the system control interrupt, 0 or 1.
+    :ivar pm1: the PM1 registers.
     """
 
     SLP_EN = 1 << 5
 
     def __init__(
-        self, bus: Bus, on_off: Callable[[], object], on_reset: Callable[[], object]
+        self,
+        bus: Bus,
+        on_off: Callable[[], object],
+        on_reset: Callable[[], object],
+        on_suspend: Callable[[], object],
+        sci: Callable[[int], object],
     ) -> None:
-        self._on_off, self._on_reset = on_off, on_reset
+        self._sleeps = {ACPI_S5_TYPE: on_off, ACPI_S3_TYPE: on_suspend}
+        self._on_reset = on_reset
         power = bus.add(PIO, PORT_ACPI_SLEEP_CONTROL, 3, "acpi-power", self)
         power.names = Registers({0: "sleep control", 1: "sleep status", 2: "reset"})
-        pm1 = bus.add(PIO, PORT_ACPI_PM1_EVENT, 6, "acpi-pm1", Pm1(on_off))
+        self.pm1 = Pm1(self.sleep, sci)
+        pm1 = bus.add(PIO, PORT_ACPI_PM1_EVENT, 6, "acpi-pm1", self.pm1)
         pm1.names = Registers({0: "status", 2: "enable", 4: "control"})
         timer = bus.add(PIO, PORT_ACPI_PM_TIMER, 4, "acpi-timer", kind=lib.PV_REGION_PMTIMER)
         timer.names = Registers({0: "value"})
@@ -61,37 +56,76 @@ class Power:
         keyboard.names = Registers({0: "data", 1: "", 4: ("status", "command")})
         bus.add(PIO, PORT_POST, 1, "post", kind=lib.PV_REGION_IGNORE)
 
+    def sleep(self, kind: int) -> None:
+        """Enter the sleep state whose SLP_TYP this is. Other types do nothing."""
+        self._sleeps.get(kind, lambda: None)()
+
     def read(self, offset: int, size: int) -> int:
         """All registers read as zero: the sleep status never has anything to report."""
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Offset 0 is sleep control, offset 2 is the reset register."""
-        if offset == 0 and value & self.SLP_EN and value >> 2 & 7 == ACPI_S5_TYPE:
-            self._on_off()
+        if offset == 0 and value & self.SLP_EN:
+            self.sleep(value >> 2 & 7)
         elif offset == 2 and value == ACPI_RESET_VALUE:
             self._on_reset()
 
 
 class Pm1:
     """The PM1 event and control registers of ACPI hardware that is not reduced (ACPI 6.4, 4.8.3).
-    No event ever happens: the power button is a device of its own.
+    The events are the clock's alarm and the end of a sleep: the power button is a device of its
+    own. The machine's I/O lock is held in every method.
+
+    :param sleep: called with SLP_TYP when the guest sets SLP_EN.
+    :param sci: sets the level of the system control interrupt, 0 or 1.
     """
 
-    def __init__(self, on_off: Callable[[], object]) -> None:
-        self._on_off = on_off
-        self._enable = 0
+    def __init__(self, sleep: Callable[[int], object], sci: Callable[[int], object]) -> None:
+        self._sleep, self._sci = sleep, sci
+        self._status = self._enable = self._level = 0
+
+    @property
+    def wakes(self) -> bool:
+        """Whether an event has come that ends a sleep."""
+        return bool(self._status & self._enable)
+
+    def event(self, bit: int) -> None:
+        """An event has come: set its status bit, and the interrupt if the guest wants it."""
+        self._status |= bit
+        self._update()
+
+    def woken(self) -> None:
+        """The machine wakes up from a sleep, with interrupt controllers that were reset."""
+        self._level = 0
+        self.event(acpi.PM1_WAK)
+
+    def reset(self) -> None:
+        """As after power-on."""
+        self._status = self._enable = self._level = 0
+
+    def _update(self) -> None:
+        level = int(self.wakes)
+        if level != self._level:
+            self._level = level
+            self._sci(level)
 
     def read(self, offset: int, size: int) -> int:
         """Status, enable, and the control register, which says that ACPI is on."""
-        return (self._enable << 16 | acpi.PM1_SCI_EN << 32) >> 8 * offset
+        value: int = self._status | self._enable << 16 | acpi.PM1_SCI_EN << 32
+        return value >> 8 * offset
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Take the enable bits, or power off."""
-        if offset == 2:
+        """Clear status bits, take the enable bits, or go to sleep."""
+        if offset < 2:
+            self._status &= ~(value << 8 * offset)
+            if offset == 0 and size == 4:
+                self._enable = value >> 16
+        elif offset == 2:
             self._enable = value & 0xFFFF
-        elif offset == 4 and value & PM1_SLEEP == PM1_OFF:
-            self._on_off()
+        elif offset == 4 and value & acpi.PM1_SLP_EN:
+            self._sleep(value >> acpi.PM1_SLP_TYPE_SHIFT & 7)
+        self._update()
 
 
 class Keyboard:

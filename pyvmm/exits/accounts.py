@@ -121,10 +121,14 @@ class MachineAccounts:
     def restart(self) -> None:
         """Keep what the VM has counted, because the machine starts over with a new VM."""
         self.reboots += 1
+        self.renew("reboot")
+
+    def renew(self, why: str) -> None:
+        """Keep what the VM has counted, because a new VM takes its place."""
         stats = self.kvm_stats()
         if stats is not None:  # the list is bounded: a guest may reboot forever
             self.old_stats = [*self.old_stats[1 - OLD_STATS :], stats]
-        self._past = self.snapshot("reboot").stats or {}
+        self._past = self.snapshot(why).stats or {}
         self.close()
 
     def close(self) -> None:

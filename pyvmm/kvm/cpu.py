@@ -47,7 +47,9 @@ class Cpu:
         if base not in BASES:
             raise UsageError(
                 f"--cpu {base}: the CPU is always the host's",
-                "write host or max, then what differs, as in --cpu host,-x2apic",
+                f"did you mean --cpus {base}?"
+                if base.isdecimal()
+                else "write host or max, then what differs, as in --cpu host,-x2apic",
             )
         for part in parts:
             self._take(part)

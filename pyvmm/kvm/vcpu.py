@@ -241,7 +241,7 @@ class Vcpu:
                 sregs.cr0 |= CR0_PG
                 sregs.efer = EFER_LME | EFER_LMA
         else:  # at reset all segments are 0 except CS, whose base makes the reset vector
-            sregs.cs.base = sregs.cs.selector = 0
+            sregs.cs.selector, sregs.cs.base = boot.segment, boot.segment << 4
         ioctl(self.fileno(), "KVM_SET_SREGS", sregs)
         regs = ffi.new("struct kvm_regs *")
         regs.rflags = 2

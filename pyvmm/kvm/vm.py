@@ -89,17 +89,25 @@ class Vm:
         """The VM's descriptor."""
         return self._fd.fileno()
 
-    def recreate(self) -> None:
+    def recreate(self, *, keep_clock: bool = False) -> None:
         """Replace the VM by a new one with the same memory, for a machine reset.
+
+        :param keep_clock: kvm-clock goes on, for a guest that was asleep. Else it begins at 0.
 
         The caller has stopped and detached all vCPUs, and removed every irqfd, ioeventfd and MSI
         route.
 
         :raises HostError: KVM cannot create the VM.
         """
+        clock = ffi.new("struct kvm_clock_data *")
+        if keep_clock:
+            ioctl(self.fileno(), "KVM_GET_CLOCK", clock)
         self.close()
         self._msi.clear()
         self._create()
+        if keep_clock:
+            clock.flags = 0
+            ioctl(self.fileno(), "KVM_SET_CLOCK", clock)
 
     def start_as_bios(self) -> None:
         """Leave the 8259s and the timer as a BIOS does for a boot sector. Only before the guest

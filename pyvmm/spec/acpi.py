@@ -64,7 +64,10 @@ FADT_F_RESET_REG_SUP = 1 << 10
 # vector, version ---
 FACS = "<4sIIIIIQB31x"
 FACS_ALIGN = 64
+FACS_WAKING_VECTOR = 12
 # PM1 status and control registers (4.8.3)
+PM1_RTC = 1 << 10
+PM1_WAK = 1 << 15
 PM1_SCI_EN = 1 << 0
 PM1_SLP_TYPE_SHIFT = 10
 PM1_SLP_EN = 1 << 13

@@ -188,7 +188,7 @@ def test_quit_tells_before_it_goes(vm: Machine, client: Client) -> None:
     outcome = vm.wait(PATIENCE)
     assert (outcome.kind, outcome.asked) == ("stopped", True)
     assert client.command("query-status")["status"] == "shutdown"
-    for command in ("stop", "cont", "system_reset", "system_powerdown"):
+    for command in ("stop", "cont", "system_reset", "system_powerdown", "system_wakeup"):
         with pytest.raises(ControlError, match="has ended"):
             client.command(command)
     assert client.command("x-pyvmm-report")["outcome"]["kind"] == "stopped"

@@ -44,7 +44,8 @@ BAD = {
     ("run", "--net", "none", "--detach=/nonexistent/x", "--name", "n", "--", "x"): "--detach /non",
     ("run", "--net", "none", "--detach", "--name", "a/b", "--", "x"): "no name for a machine",
     ("run", "--frobnicate"): "unrecognized arguments: --frobnicate",
-    ("run", "--cpu", "2"): "unrecognized arguments: --cpu",  # no abbreviations
+    ("run", "--cpu", "2"): "the host's; did you mean --cpus 2?",
+    ("run", "--cp", "2"): "unrecognized arguments: --cp",  # no abbreviations
     ("run", "--cpus", "two"): "invalid int value: 'two'",
     ("run", "--cpus"): "expected one argument",
     ("run", "--host", "moon"): "choose from auto, local, testbed",
