@@ -37,16 +37,15 @@ def next_alarm(now: int, hours: int, minutes: int, seconds: int) -> int | None:
     second does.
     """
     day, today = now - now % DAY, now % DAY
-    times = [
-        (h * 60 + m) * 60 + s
-        for h in matching(hours, 24)
-        for m in matching(minutes, 60)
-        for s in matching(seconds, 60)
-    ]
-    if not times:
-        return None
-    later = next((t for t in times if t > today), None)
-    return day + later if later is not None else day + DAY + times[0]
+    for start in (today + 1, 0):  # the rest of today, then tomorrow
+        for h in matching(hours, 24):
+            for m in matching(minutes, 60) if h >= start // 3600 else ():
+                if (h * 60 + m) * 60 + 59 >= start:
+                    for s in matching(seconds, 60):
+                        if (h * 60 + m) * 60 + s >= start:
+                            return day + (h * 60 + m) * 60 + s
+        day += DAY
+    return None
 
 
 class Rtc:

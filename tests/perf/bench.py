@@ -55,14 +55,7 @@ def stage_files(image: Any) -> tuple[str, str, list[str], list[str]]:
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir()
     kernel, initrd = (str(shutil.copy(path, STAGE)) for path in (image.kernel, image.initrd))
-    package = Path(pyvmm.__file__).parent
-    shutil.copytree(package, STAGE / "pyvmm")
-    backend = importlib.util.find_spec("_cffi_backend")
-    assert backend and backend.origin
-    shutil.copy(backend.origin, STAGE)
-    script = STAGE / "run.py"
-    script.write_text("import sys\nfrom pyvmm.cli import main\nsys.exit(main())\n")
-    mine = [sys.executable, str(script)]  # Python finds what lies beside the script first
+    mine = stage_pyvmm(Path(pyvmm.__file__).parent, STAGE)
     try:
         best = qemu.newest()
     except HostError:
@@ -78,6 +71,18 @@ def stage_files(image: Any) -> tuple[str, str, list[str], list[str]]:
                 shutil.copy(source, staged / part)
         best = qemu.Qemu.unpacked(str(staged), best.version)
     return kernel, initrd, mine, best.argv
+
+
+def stage_pyvmm(package: Path, to: Path) -> list[str]:
+    """Copy a built package to memory; the command that runs it."""
+    to.mkdir(exist_ok=True)
+    shutil.copytree(package, to / "pyvmm")
+    backend = importlib.util.find_spec("_cffi_backend")
+    assert backend and backend.origin
+    shutil.copy(backend.origin, to)
+    script = to / "run.py"
+    script.write_text("import sys\nfrom pyvmm.cli import main\nsys.exit(main())\n")
+    return [sys.executable, str(script)]  # Python finds what lies beside the script first
 
 
 class Contestant:
@@ -101,23 +106,29 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
     base = f"console=ttyS0 panic=-1 pyvmm.port=0 {line}"
     cpus, memory = str(args.cpus), "256M"
     kernel, initrd, mine, q = stage_files(image)
-    backend = [*mine, "backend", "--quiet", "--socket", SOCKET, "--tap", TAP]
-    mine += ["run", "--host", "local", "-v", "--cpus", cpus, "--memory", memory]
-    mine += ["--kernel", kernel, "--initrd", initrd]
+    guest = ["--host", "local", "-v", "--cpus", cpus, "--memory", memory]
+    guest += ["--kernel", kernel, "--initrd", initrd, "--append", line]
     card = f"emulated,tap={TAP},mac={MAC}"
-    out = [
-        Contestant("pyvmm", [*mine, "--net", card, "--append", line]),
-        Contestant("pyvmm notify=exit", [*mine, "--net", f"{card},notify=exit", "--append", line]),
-        Contestant(
-            "pyvmm vhost-net",
-            [*mine, "--net", card.replace("emulated", "vhost-net"), "--append", line],
-        ),
-        Contestant(
-            "pyvmm vhost-user",
-            [*mine, "--net", f"vhost-user,socket={SOCKET},mac={MAC}", "--append", line],
-            backend=backend,
-        ),
-    ]
+    cards = {
+        "": card,
+        " notify=exit": f"{card},notify=exit",
+        " vhost-net": card.replace("emulated", "vhost-net"),
+        " vhost-user": f"vhost-user,socket={SOCKET},mac={MAC}",
+    }
+    ours = {"pyvmm": mine}
+    if args.beside:
+        ours["other"] = stage_pyvmm(Path(args.beside, "pyvmm"), STAGE / "other")
+    out = []
+    for kind, net in cards.items():
+        for name, start in ours.items():
+            served = [*start, "backend", "--quiet", "--socket", SOCKET, "--tap", TAP]
+            out.append(
+                Contestant(
+                    name + kind,
+                    [*start, "run", "--net", net, *guest],
+                    backend=served if "vhost-user" in kind else None,
+                )
+            )
     if q:
         common = peers.qemu_guest(
             q, kernel=kernel, initrd=initrd, cmdline=base, cpus=args.cpus, memory=memory
@@ -138,7 +149,7 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
             f"virtio-net-pci,netdev=n,mac={MAC},romfile=",
         ]
         user = ["-chardev", f"socket,id=c,path={SOCKET}", "-netdev", "vhost-user,id=n,chardev=c"]
-        out.append(Contestant("qemu q35 vhost-user", [*common, *user, *q35], backend=backend))
+        out.append(Contestant("qemu q35 vhost-user", [*common, *user, *q35], backend=served))
     return [c for c in out if not args.only or c.name in args.only.split(",")]
 
 
@@ -296,6 +307,9 @@ def main() -> int:
         dest="pin",
         action="store_false",
         help="leave to the scheduler where threads run during transfers",
+    )
+    parser.add_argument(
+        "--beside", metavar="DIR", help="a built checkout that takes part, too, as 'other'"
     )
     parser.add_argument("--only", help="contestants by name, joined by commas")
     parser.add_argument("--json", metavar="FILE")
