@@ -8,6 +8,7 @@ empty.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -194,16 +195,21 @@ class PythonPort(SocketPort):
             raise self._error
 
 
+PCAP_MAX = 1 << 30  # bytes
+
+
 class PcapWriter:
     """Writes frames to a file in pcap format (Ethernet, microseconds). For one thread.
 
-    :ivar lost: frames that could not be written because the disk is full. The file ends after the
-        last whole frame.
+    :param limit: the most bytes of the file, so that no guest can fill the disk.
+    :ivar lost: frames that could not be written. The file ends after the last whole frame.
+    :ivar problem: why; empty if nothing was lost.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, limit: int = PCAP_MAX) -> None:
         self._file = file
-        self.lost = 0
+        self._left = limit
+        self.lost, self.problem = 0, ""
         file.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, FRAME_MAX, 1))
         file.flush()
 
@@ -214,8 +220,11 @@ class PcapWriter:
             return
         now = time.time_ns() // 1000
         record = struct.pack("<IIII", now // 1000000, now % 1000000, len(frame), len(frame)) + frame
+        self._left -= len(record)
         try:
+            if self._left < 0:
+                raise OSError(errno.EFBIG, "the file has reached its largest size")
             self._file.write(record)
             self._file.flush()
-        except OSError:
-            self.lost += 1
+        except OSError as e:
+            self.lost, self.problem = 1, e.strerror or str(e)

@@ -19,13 +19,16 @@ from __future__ import annotations
 import sys
 
 from pyvmm.cli.support.options import count
-from pyvmm.errors import UsageError
+from pyvmm.errors import HostError, UsageError
 from pyvmm.netopt import UID_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from contextlib import ExitStack
     from typing import Any
+
+    from pyvmm.backend.ports import PcapWriter
 
 #: Microseconds, practically forever: the worker checks in each round whether it must end.
 POLL_US = 0xFFFFFFFF
@@ -93,6 +96,7 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
     from pyvmm.backend.server import Backend
 
     errors: list[BaseException] = []
+    capture: PcapWriter | None = None
 
     def log(line: str) -> None:
         if not args.quiet:
@@ -106,6 +110,8 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
         done.set()
 
     with ExitStack() as stack:
+        if args.pcap:
+            capture = _capture(args.pcap, stack)
         backends = [
             stack.enter_context(
                 Backend(
@@ -118,7 +124,7 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
                     unsealed=args.unsealed,
                 )
             )
-            for path, port in _ports(args, stack)
+            for path, port in _ports(args, capture)
         ]
         threads = [
             threading.Thread(target=one, args=(backend, path), name=path)
@@ -142,6 +148,11 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
                 print(json.dumps(backend.counters(), indent=2))
         for error in errors:
             raise error
+    if capture is not None and capture.lost:
+        raise HostError(
+            f"--pcap {args.pcap}: {capture.lost} packets are missing: {capture.problem}",
+            "capture less, or onto another disk",
+        )
     return 0
 
 
@@ -149,10 +160,21 @@ def _named(log: Any, path: str) -> Any:
     return lambda line: log(f"{path}: {line}")
 
 
-def _ports(args: argparse.Namespace, stack: Any) -> list[tuple[str, Any]]:
-    """Open the ports of the back-ends; (socket, port) of each."""
+def _capture(path: str, stack: ExitStack) -> PcapWriter:
+    """The file for the packets."""
     from pathlib import Path
 
+    from pyvmm.backend.ports import PcapWriter
+
+    try:
+        # Without a buffer: what cannot be written is noticed, and not written once more at the end.
+        return PcapWriter(stack.enter_context(Path(path).open("wb", buffering=0)))
+    except OSError as e:
+        raise UsageError(f"--pcap {path}: {e.strerror}", "name a file that can be written") from e
+
+
+def _ports(args: argparse.Namespace, capture: PcapWriter | None) -> list[tuple[str, Any]]:
+    """Open the ports of the back-ends; (socket, port) of each."""
     from pyvmm.backend import ports as vu_ports
 
     if args.tap:
@@ -165,11 +187,5 @@ def _ports(args: argparse.Namespace, stack: Any) -> list[tuple[str, Any]]:
         return list(
             zip((args.socket, args.connect), vu_ports.joined_ports(args.queues), strict=True)
         )
-    try:
-        file = stack.enter_context(Path(args.pcap).open("wb"))  # noqa: SIM115 - it is one
-        writer = vu_ports.PcapWriter(file)
-    except OSError as e:
-        raise UsageError(
-            f"--pcap {args.pcap}: {e.strerror}", "name a file that can be written"
-        ) from e
-    return [(args.socket, vu_ports.PythonPort(writer.write, args.queues, name="pcap"))]
+    assert capture is not None
+    return [(args.socket, vu_ports.PythonPort(capture.write, args.queues, name="pcap"))]

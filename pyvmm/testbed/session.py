@@ -57,6 +57,10 @@ class Output:
         return n
 
 
+#: The most bytes of a stream that are collected.
+OUTPUT_MAX = 1 << 30
+
+
 class Session:
     """One command, which ``wait`` runs to its end.
 
@@ -277,6 +281,8 @@ class Session:
                     self.owed += len(payload)
                     if stream in self.output:
                         self.output[stream] += payload
+                        if len(self.output[stream]) > OUTPUT_MAX:
+                            return f"the command wrote more than {OUTPUT_MAX >> 20} MiB"
             elif kind == p.CREDIT:
                 self.credit += int(payload)
             elif kind == p.EXIT:

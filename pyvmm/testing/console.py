@@ -257,20 +257,31 @@ def phase(phases: Mapping[str, int], said: bool) -> Phase:
     return "kernel" if said else "no-output"
 
 
+LOG_MAX = 1 << 30  # bytes
+
+
 class Log:
     """A sink of the console that writes each line with the seconds since the start: ``[ 12.345678]
     text``.
 
     :param write: takes the bytes. Its errors are raised unchanged.
+    :param limit: the most bytes of the console, so that no guest can fill the disk.
     """
 
-    def __init__(self, write: Callable[[bytes], object]) -> None:
+    def __init__(self, write: Callable[[bytes], object], limit: int = LOG_MAX) -> None:
         self._write = write
+        self._left = limit
         self._begin = time.monotonic()
         self._at_start = True
 
     def __call__(self, data: bytes) -> None:
         """Take the next piece. The time of a line is the time of its first byte."""
+        if self._left < 0:
+            return
+        self._left -= len(data)
+        if self._left < 0:
+            self.note("the log has reached its largest size; the console goes on")
+            return
         stamp = b"[%12.6f] " % (time.monotonic() - self._begin)
         out = bytearray()
         for line in data.replace(b"\r\n", b"\n").splitlines(keepends=True):

@@ -12,6 +12,7 @@ import pytest
 from pyvmm.kvm import Kvm
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory import GuestMemory
+from tests.descriptors import open_fds
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,10 +48,10 @@ def vm() -> Iterator[Vm]:
 def nothing_left_behind() -> Iterator[None]:
     """No descriptor, child process or tap may outlive a test."""
 
-    def state() -> tuple[int, str, list[str]]:
+    def state() -> tuple[str, list[str]]:
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-        return len(os.listdir("/proc/self/fd")), children, sorted(os.listdir("/sys/class/net"))  # noqa: PTH208
+        return children, sorted(p.name for p in Path("/sys/class/net").iterdir())
 
-    before = state()
+    before, fds = state(), open_fds()
     yield
-    assert state() == before
+    assert state() == before and not open_fds() - fds

@@ -411,5 +411,13 @@ def test_log() -> None:
         log(piece)
     lines = bytes(out).split(b"\n")
     assert [line.partition(b"] ")[2] for line in lines] == [b"one", b"two", b"", b"end"]
+    full = bytearray()
+    log = Log(full.extend, limit=10)
+    for piece in (b"four\n", b"five\n", b"eleven", b"more\n"):
+        log(piece)
+    log.note("verdict")
+    said = [line.partition(b"] ")[2] for line in bytes(full).splitlines()]
+    assert said[:2] == [b"four", b"five"] and said[3:] == [b"pyvmm: verdict"]
+    assert b"largest size" in said[2]
     stamps = [float(re.match(rb"\[ *(\d+\.\d{6})\] ", line)[1]) for line in lines]  # type: ignore[index]
     assert stamps == sorted(stamps)

@@ -16,12 +16,9 @@ from pyvmm._ext import ffi, lib
 from pyvmm.errors import MemoryShort, UsageError
 from pyvmm.memory import SIZE_MAX, GuestMemory, parse_size
 from pyvmm.spec.platform import RAM_HIGH_BASE, RAM_LOW_MAX
+from tests.descriptors import open_fds
 
 MIB = 1 << 20
-
-
-def open_fds() -> set[str]:
-    return {p.name for p in Path("/proc/self/fd").iterdir()}
 
 
 @pytest.fixture
@@ -148,7 +145,7 @@ def test_no_huge_pages_is_told_plainly() -> None:
 
 def test_no_descriptors_is_told_plainly() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = max(map(int, open_fds()))
+    used = max(fd for fd, _ in open_fds())
     resource.setrlimit(resource.RLIMIT_NOFILE, (used - 1, hard))
     spare = []
     try:
@@ -206,10 +203,10 @@ def test_nothing_is_left_of_many() -> None:
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count("pyvmm-ram")
 
-    before = len(open_fds()), mapped()
+    before, maps = open_fds(), mapped()
     for _ in range(20):
         GuestMemory(MIB).close()
-    assert (len(open_fds()), mapped()) == before
+    assert not open_fds() - before and mapped() == maps
 
 
 def test_c_sees_the_same_memory(memory: GuestMemory) -> None:

@@ -26,7 +26,7 @@ from pyvmm.errors import HostError, TestbedError, UsageError
 from pyvmm.host import paths, qemu
 from pyvmm.host.qemu import Qemu
 from pyvmm.host.tether import tethered
-from pyvmm.testbed import assets, testbed
+from pyvmm.testbed import assets, session, testbed
 from pyvmm.testbed import protocol as p
 from pyvmm.testbed.session import Session, TestbedTimeout
 from pyvmm.testbed.supervisor import Client, Supervisor
@@ -218,6 +218,15 @@ def test_session_tells_that_the_reader_has_gone() -> None:
     r.agent.send(p.EXIT, b"13")
     assert r.end() == 128 + 13
     os.close(inn)
+
+
+def test_a_session_collects_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "OUTPUT_MAX", 1 << 20)
+    r = Running()
+    for _ in range(3):
+        r.agent.send(p.DATA, b"x" * (500 << 10), p.STDOUT)
+    error = r.end()
+    assert isinstance(error, TestbedError) and "more than 1 MiB" in str(error)
 
 
 def test_session_timeout() -> None:

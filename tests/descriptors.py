@@ -1,0 +1,20 @@
+"""Which descriptors this process has: what a test leaves open is found by comparing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def open_fds() -> set[tuple[int, str]]:
+    """The descriptors and what they refer to.
+
+    Compare by difference, not by number: the garbage collector may at any time close what an
+    earlier test has left.
+    """
+    found = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            found.add((int(fd.name), str(fd.readlink())))
+        except FileNotFoundError:
+            pass  # it was that of the directory
+    return found
