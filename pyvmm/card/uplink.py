@@ -5,7 +5,7 @@ data path runs.
 from __future__ import annotations
 
 import threading
-import weakref
+from _weakrefset import WeakSet  # as threading takes it: the module weakref has much else
 from contextlib import ExitStack
 
 from pyvmm.errors import UsageError
@@ -65,7 +65,7 @@ class Uplink:
         self.namespace: Any = None
         self._backend: BackendProcess | None = None
         self._state = threading.Lock()  # held for a moment only; guards:
-        self._paths: weakref.WeakSet[DataPath] = weakref.WeakSet()  # all that may be cut
+        self._paths: WeakSet[DataPath] = WeakSet()  # all that may be cut
         self._cut = False
         if not net.has_tap:
             return

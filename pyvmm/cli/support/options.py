@@ -6,6 +6,7 @@ line, such as ``--jobs 0; use 1 to 256``.
 
 from __future__ import annotations
 
+import argparse
 import os
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 
@@ -15,6 +16,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
+
+# argparse would look for translations, and load the locale's module for that: a millisecond of each
+# start. There are none.
+vars(argparse)["_"] = str
 
 #: For help texts: what ``--fail-on`` takes, written out so that help needs no other module.
 TROUBLE_KINDS = (
