@@ -97,7 +97,10 @@ def check(memory: GuestMemory, image: bytes, initrd_size: int, cmdline: str, pro
             assert "\n" not in str(e)
             assert not recorder.written, "something was written before the refusal"
             return
-    assert pf.KERNEL_BASE <= state.entry < memory.low_size
+    rooms = pf.LOW_ROOMS[state.mode]
+    if state.entry < pf.KERNEL_BASE:
+        assert any(low <= state.entry < high for low, high in rooms)
+    assert state.entry < memory.low_size
     line = memory.read(pf.BOOT_CMDLINE, pf.BOOT_CMDLINE_MAX).split(b"\0")[0].decode()
     if state.kind.startswith("multiboot"):
         assert line == f"{Path(kernel.name).name} {cmdline}".rstrip()
@@ -106,8 +109,8 @@ def check(memory: GuestMemory, image: bytes, initrd_size: int, cmdline: str, pro
     ranges = sorted(recorder.written)
     for (_, end), (start, _) in pairwise(ranges):
         assert end <= start, "two loads overlap"
-    # Nothing but the loader's own areas below 1 MiB, all of them RAM that the map gives away after
-    # boot or the firmware's own.
+    # Below 1 MiB, the kernel lies in its rooms. All else are the loader's own areas: RAM that the
+    # map gives away after boot, or the firmware's own.
     own = [
         (lb.BDA_EBDA_SEGMENT, lb.BDA_BASE_MEMORY_KIB + 2),
         (pf.BOOT_GDT, pf.BOOT_GDT + len(params.GDT)),
@@ -116,7 +119,10 @@ def check(memory: GuestMemory, image: bytes, initrd_size: int, cmdline: str, pro
         (pf.BOOT_PAGE_TABLES, pf.BOOT_PAGE_TABLES + 0x6000),
         (pf.BOOT_CMDLINE, pf.BOOT_CMDLINE + pf.BOOT_CMDLINE_MAX),
         (lb.RESET_VECTOR, pf.FIRMWARE_END),
+        *rooms,
     ]
+    if state.bios:
+        own += [(0, 4 * 256), (pf.BIOS_CODE, pf.BIOS_CODE + 0x1000)]
     for start, end in ranges:
         assert start >= pf.KERNEL_BASE or any(a <= start and end <= b for a, b in own)
 
