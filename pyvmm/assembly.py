@@ -173,6 +173,11 @@ class Parts:
         closing(self.memory.close)
         self.kvm = Kvm()
         closing(self.kvm.close)
+        most = self.kvm.extension("KVM_CAP_MAX_VCPUS")
+        if want.cpus > most > 0:
+            raise UsageError(
+                f"--cpus {want.cpus}: this host's KVM has at most {most} vCPUs", f"use 1 to {most}"
+            )
         self.vm = Vm(self.kvm, self.memory)
         closing(self.vm.close)
         if self.recorder is not None:

@@ -22,7 +22,7 @@ BASES = ("host", "max")
 ON, OFF = ("on", "yes", "true", "y"), ("off", "no", "false", "n")
 #: What the machine decides and KVM keeps.
 FIXED = ("apic", "ht")
-#: Names that stand for whole leaves: KVM's own, and Intel's performance counters.
+#: Names that stand for whole leaves: KVM's own, and those of the performance counters.
 KVM, PMU = "kvm", "pmu"
 
 
@@ -94,7 +94,7 @@ class Cpu:
 
     @property
     def counters(self) -> bool:
-        """Whether the guest gets Intel's performance counters."""
+        """Whether the guest's CPUID tells of performance counters."""
         return PMU in self.wanted
 
     def apply(self, rows: list[list[int]]) -> None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 TSC_DEADLINE = 1 << 24
 HYPERVISOR = 1 << 31
 HTT = 1 << 28
+PDCM = 1 << 15  # IA32_PERF_CAPABILITIES
+AMD_COUNTERS = 1 << 23 | 1 << 24 | 1 << 28  # of the core, of the north bridge, of the last cache
+PMU_LEAVES = (0xA, 0x80000022)  # Intel's counters, and AMD's from version 2 on
 
 SIGNIFICANT_INDEX = 1
 
@@ -45,14 +48,18 @@ def for_vcpu(
             continue  # rebuilt below
         if function == 1:
             ebx = (ebx & 0xFFFF) | (index << 24) | (cpus << 16)
+            if not counters:
+                ecx &= ~PDCM
             ecx |= HYPERVISOR | (TSC_DEADLINE if tsc_deadline else 0)
             edx = edx | HTT if cpus > 1 else edx & ~HTT
         elif function == 4 and eax & 31:
             level = (eax >> 5) & 7
             sharing = cpus - 1 if level >= 3 else 0
             eax = (eax & 0x3FFF) | (cpus - 1) << 26 | sharing << 14
-        elif function == 0xA and not counters:
+        elif function in PMU_LEAVES and not counters:
             eax = ebx = ecx = edx = 0  # to set up counters would cost the guest time at boot
+        elif function == 0x80000001 and not counters:
+            ecx &= ~AMD_COUNTERS
         elif function == 0x80000008:
             ecx = (ecx & ~0xF0FF) | (cpus - 1) | shift_for(cpus) << 12
         elif function == 0x8000001D and eax & 31:

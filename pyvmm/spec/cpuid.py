@@ -28,7 +28,7 @@ NAMES = {
     (0xD, 1, EAX): "xsaveopt xsavec xgetbv1 xsaves xfd",
     (0x80000001, 0, ECX): "lahf-lm cmp-legacy svm extapic cr8legacy abm sse4a misalignsse"
     " 3dnowprefetch osvw ibs xop skinit wdt - lwp fma4 tce - nodeid-msr - tbm topoext perfctr-core"
-    " perfctr-nb",
+    " perfctr-nb - - - perfctr-llc",
     (0x80000001, 0, EDX): "- - - - - - - - - - - syscall - - - - - - - - nx - mmxext - -"
     " fxsr-opt pdpe1gb rdtscp - lm 3dnowext 3dnow",
     (0x80000007, 0, EDX): "- - - - - - - - invtsc",

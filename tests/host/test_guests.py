@@ -14,8 +14,16 @@ from typing import Any
 import pytest
 
 from pyvmm import Machine, Net
-from pyvmm.errors import GuestPanic, GuestReboot, GuestTimeout, KvmRunError, TripleFault
+from pyvmm.errors import (
+    GuestPanic,
+    GuestReboot,
+    GuestTimeout,
+    KvmRunError,
+    TripleFault,
+    UsageError,
+)
 from pyvmm.exits.trace import write
+from pyvmm.kvm import Kvm
 from pyvmm.outcome import Outcome
 from pyvmm.spec import linux_boot as lb
 from pyvmm.spec.platform import PORT_ACPI_SLEEP_CONTROL, PORT_GUEST_CONTROL
@@ -43,6 +51,17 @@ def test_hello(guest: Guest) -> None:
         assert vm.boot.kind == "ELF by PVH note"
         assert vm.stdout.text == b"hello, stdout\n"
         assert vm.console.text == b"hello, console\r\n"
+
+
+def test_more_vcpus_than_kvm_has(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Kvm.extension
+
+    def few(self: Kvm, name: str) -> int:
+        return 2 if name == "KVM_CAP_MAX_VCPUS" else real(self, name)
+
+    monkeypatch.setattr(Kvm, "extension", few)
+    with pytest.raises(UsageError, match=r"--cpus 3: this host's KVM has at most 2 vCPUs"):
+        Machine(guest("hello"), memory="2M", cpus=3)
 
 
 def test_entry_in_long_mode(guest: Guest, tmp_path: Path) -> None:

@@ -29,12 +29,16 @@ def table(vendor: str = "GenuineIntel") -> list[list[int]]:
     rows.append([0xD, 0, 1, 7, 832, 832, 0])
     rows.append([0x40000000, 0, 0, 0x40000001, 0x4B4D564B, 0x564B4D56, 0x4D])
     rows.append([0xA, 0, 0, 0x07300802, 0, 0, 0x603])
+    rows.append([0x80000022, 0, 0, 1, 6, 0, 0])
     return [*rows, vendor_row(0, vendor), vendor_row(0x80000000, vendor)]
 
 
 def seen(text: str, vendor: str = "GenuineIntel") -> list[list[int]]:
     """What a guest of one vCPU sees."""
     return cpuid.for_vcpu(table(vendor), 0, 1, True, Cpu(text))
+
+
+COUNTERS = {"pdcm", "perfctr-core", "perfctr-nb", "perfctr-llc"}
 
 
 def cell(rows: list[list[int]], function: int, column: int, index: int = 0) -> int:
@@ -58,10 +62,11 @@ def test_the_names() -> None:
 
 @pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
 def test_each_feature_can_be_hidden_alone(vendor: str) -> None:
-    everything = present(seen("host", vendor))
-    assert everything == {*every_name(), *FIXED} - {"ht"}, "one vCPU has no other thread"
+    everything = present(seen("host,pmu=on", vendor))
+    # One vCPU has no other thread.
+    assert everything == {*every_name(), *FIXED} - {"ht"}
     for name in every_name():
-        rows = seen(f"max,-{name}", vendor)
+        rows = seen(f"max,pmu=on,-{name}", vendor)
         gone = everything - present(rows)
         # With XSAVE goes its leaf, which has the variants of the instruction.
         also = {"xsaveopt", "xsavec", "xgetbv1", "xsaves", "xfd"} if name == "xsave" else set()
@@ -85,8 +90,14 @@ def test_vendor_width_hypervisor_and_counters() -> None:
     assert cell(rows, 0x80000008, EAX) == 0x3024
     assert not [row for row in rows if row[0] >> 16 == 0x4000]
     assert not cell(rows, 1, ECX) >> 31
-    assert cell(seen("host"), 0xA, EAX) == 0
-    assert cell(seen("host,pmu=on"), 0xA, EAX) == 0x07300802
+
+
+def test_counters() -> None:
+    """All or none of them, wherever CPUID tells of them."""
+    without, with_them = seen("host"), seen("host,pmu=on")
+    assert cell(without, 0xA, EAX) == 0 and cell(with_them, 0xA, EAX) == 0x07300802
+    assert cell(without, 0x80000022, EAX) == 0 and cell(with_them, 0x80000022, EAX) == 1
+    assert present(with_them) - present(without) == COUNTERS
 
 
 def test_the_last_word_counts() -> None:
