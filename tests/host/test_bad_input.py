@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.spec import linux_boot as lb
+from tests.strangers import BECOME, need_readable_checkout
 
 ROOT = Path(__file__).parents[2]
 Guest = Callable[[str], str]
@@ -169,11 +170,8 @@ def as_nobody() -> list[str]:
     """Run what follows as nobody."""
     if os.geteuid():
         pytest.skip("needs root to become somebody else")
-    prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    probe = [*prefix, sys.executable, "-c", "import pyvmm._ext"]
-    if subprocess.run(probe, cwd=ROOT, capture_output=True).returncode:
-        pytest.skip("nobody may not read this checkout or its Python")
-    return prefix
+    need_readable_checkout()
+    return BECOME
 
 
 def test_forbidden_kvm(guest: Guest) -> None:

@@ -32,6 +32,7 @@ from pyvmm.hostnet.tap import Interface, Tap
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import virtio, virtio_net
 from tests.driver import Events, NetDriver, wait_for
+from tests.strangers import need_readable_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 GSO = [
@@ -229,6 +230,7 @@ def test_a_child_that_cannot_answer_says_why(
 
 def test_an_ordinary_user_gets_a_namespace(tun_for_all: Any) -> None:
     """In a child that gives up root, from a process with threads."""
+    need_readable_checkout()
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait, daemon=True)
     thread.start()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.strangers import BECOME, need_readable_checkout
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -21,8 +23,8 @@ def child(code: str, *prefix: str) -> str:
 
 
 def test_an_ordinary_user_becomes_root_inside() -> None:
-    become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    prefix = become if os.geteuid() == 0 else []
+    need_readable_checkout()
+    prefix = BECOME if os.geteuid() == 0 else []
     out = child("become_root(); print(os.getuid(), open('/proc/self/uid_map').read())", *prefix)
     if "PermissionError" in out:
         pytest.skip(f"not allowed here: {out.splitlines()[-1]}")

@@ -77,6 +77,10 @@ class Disk:
         pass
 
 
+#: The in-flight region is as large as the device's queue size says.
+BLK = "chardev=c,num-queues=1,queue-size=256,disable-legacy=on"
+
+
 @pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="QEMU is not installed")
 def test_qemu_as_front_end(path: str, tmp_path: Path) -> None:
     """The firmware drives the disk. QEMU has us make an in-flight region and gives it back, with
@@ -90,7 +94,7 @@ def test_qemu_as_front_end(path: str, tmp_path: Path) -> None:
         argv = ["qemu-system-x86_64", "-machine", "q35,accel=tcg,memory-backend=m", "-nodefaults"]
         argv += ["-object", "memory-backend-memfd,id=m,size=64M,share=on", "-m", "64"]
         argv += ["-chardev", f"socket,id=c,path={path}", "-display", "none"]
-        argv += ["-device", "vhost-user-blk-pci,chardev=c,num-queues=1,disable-legacy=on"]
+        argv += ["-device", f"vhost-user-blk-pci,{BLK}"]
         with (tmp_path / "log").open("w") as out, subprocess.Popen(argv, stderr=out) as qemu:
             try:
                 assert wait_for(lambda: disk.started, PATIENCE), (log, Path(out.name).read_text())
@@ -98,16 +102,17 @@ def test_qemu_as_front_end(path: str, tmp_path: Path) -> None:
                 qemu.kill()
         backend.stop()
         thread.join(PATIENCE)
-        assert disk.started[0] == [(128, True)], log
+        # A newer firmware makes larger rings than an older one.
+        assert disk.started[0] in ([(128, True)], [(256, True)]), log
         assert backend.counters()["refused"] == 0, log
 
 
 #: Arguments: the socket, the directory of DPDK's libraries.
 RTE_VHOST = """
-import ctypes, sys, threading
+import ctypes, glob, sys, threading
 path, where = sys.argv[1].encode(), sys.argv[2]
-library = lambda name: ctypes.CDLL(where + name, ctypes.RTLD_GLOBAL)
-eal, vhost = library("librte_eal.so.23"), library("librte_vhost.so.23")
+library = lambda name: ctypes.CDLL(glob.glob(where + name + ".so.[0-9]*")[0], ctypes.RTLD_GLOBAL)
+eal, vhost = library("librte_eal"), library("librte_vhost")
 words = [b"x", b"--no-huge", b"-m", b"64", b"--no-shconf", b"--no-pci", b"--no-telemetry",
          b"--lcores", b"0@0"]
 assert eal.rte_eal_init(len(words), (ctypes.c_char_p * len(words))(*words)) >= 0

@@ -228,6 +228,7 @@ def test_the_remedy_is_named(files: dict[str, int]) -> None:
 # --- who is at the other end ----------------------------------------------------------------------
 
 STRANGER = 65534
+PYTHON = os.path.realpath(sys.executable)  # which others may run, wherever the checkout lies
 CONNECT = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.recv(1)"
 LISTEN = """
 import os, socket, sys
@@ -270,7 +271,7 @@ def test_a_stranger_s_listener_is_refused(public: str) -> None:
     """It would get all of the guest's memory."""
     path = f"{public}/s"
     with subprocess.Popen(
-        [sys.executable, "-c", LISTEN, path], user=STRANGER, stdout=subprocess.PIPE
+        [PYTHON, "-c", LISTEN, path], user=STRANGER, stdout=subprocess.PIPE
     ) as squatter:
         assert squatter.stdout is not None
         squatter.stdout.readline()
@@ -289,12 +290,12 @@ def test_a_stranger_is_not_served(public: str) -> None:
     with Running(path) as running:
         assert wait_for(lambda: listening(path), PATIENCE)
         Path(path).chmod(0o666)  # the mode keeps nobody out who has come by another way
-        subprocess.run([sys.executable, "-c", CONNECT, path], user=STRANGER, timeout=60, check=True)
+        subprocess.run([PYTHON, "-c", CONNECT, path], user=STRANGER, timeout=60, check=True)
         assert running.backend.counters()["strangers"] == 1
         assert f"user with id {STRANGER}" in running.log[0]
         with Guest(path) as guest:
             echo(guest.start(), range(10))
-            stranger = subprocess.Popen([sys.executable, "-c", CONNECT, path], user=STRANGER)
+            stranger = subprocess.Popen([PYTHON, "-c", CONNECT, path], user=STRANGER)
             assert stranger.wait(PATIENCE) == 0
             echo(guest, range(10))
         assert running.backend.counters()["strangers"] == 2
@@ -317,7 +318,7 @@ def test_a_stranger_does_not_become_the_back_end(public: str) -> None:
 
     thread = threading.Thread(target=wait)
     thread.start()
-    subprocess.run([sys.executable, "-c", CONNECT, path], user=STRANGER, timeout=60, check=True)
+    subprocess.run([PYTHON, "-c", CONNECT, path], user=STRANGER, timeout=60, check=True)
     os.eventfd_write(end, 1)
     thread.join(PATIENCE)
     assert len(got) == 1 and isinstance(got[0], Stopped)
