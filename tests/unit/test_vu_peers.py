@@ -316,7 +316,7 @@ def test_a_stranger_does_not_become_the_back_end(public: str) -> None:
         except Stopped as e:
             got.append(e)
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     subprocess.run([PYTHON, "-c", CONNECT, path], user=STRANGER, timeout=60, check=True)
     os.eventfd_write(end, 1)
