@@ -148,8 +148,10 @@ def guard(body: Callable[[], int]) -> int:
         except PyvmmError as e:
             print(f"pyvmm: {e}", file=sys.stderr)
             status = e.exit_code
-        if sys.stdout is not None:  # it is None in a program that was started without one
-            sys.stdout.flush()
+        except SystemExit:  # --help; argparse of Python 3.13 does not say that it cannot print
+            _flush()
+            raise
+        _flush()
         return status
     except KeyboardInterrupt:
         return 130
@@ -162,6 +164,11 @@ def guard(body: Callable[[], int]) -> int:
         _give_up_stdout()
         print(f"pyvmm: cannot write all of the output: {e.strerror}", file=sys.stderr)
         return status or 101
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # it is None in a program that was started without one
+        sys.stdout.flush()
 
 
 def _give_up_stdout() -> None:

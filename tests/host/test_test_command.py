@@ -148,11 +148,12 @@ def test_flat(tmp_path: Path) -> None:
     (tmp_path / "sector.bin").write_bytes(
         bytes([0x31, 0xC0, 0xE6, 0xF4, 0xF4])
     )  # xor ax, ax; out 0xf4, al
-    at = ("--load-address", "0x7c00")
-    status, out, err = run(*at, "--load-mode", "real16", str(tmp_path / "sector.bin"))
-    assert (status, err) == (0, ""), out
-    status, out, _ = run(*at, str(tmp_path / "sector.bin"))
-    assert status == 1 and "load address 0x7c00" in out
+    sector = str(tmp_path / "sector.bin")
+    for mode in ("real16", "protected32"):
+        status, out, err = run("--load-address", "0x7c00", "--load-mode", mode, sector)
+        assert (status, err) == (0, ""), out
+    status, out, _ = run("--load-address", "0x6000", sector)
+    assert status == 1 and "load address 0x6000" in out
 
 
 def test_configuration(guest: Guest, tmp_path: Path) -> None:
