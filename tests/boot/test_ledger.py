@@ -76,7 +76,9 @@ def test_what_a_kick_costs(host: Host, backend: None) -> None:
         assert metrics["user_exits"] == kicks + CONTROL + 1 + others, mode
         assert (metrics["kicks"] is None) == mode.startswith("vhost"), mode
         if mode == "emulated":
-            assert 0 < metrics["kicks"] <= KICKS  # wake-ups of the worker
+            # Wake-ups of the worker. On a busy host all kicks may be over before the first one.
+            assert metrics["kicks"] <= KICKS
+            assert run.report["nets"][0]["counters"]["tx_kicks"] > 0
         (nic,) = run.report["nets"]
         # What wakes up the VMM is its workers' threads, and with vhost there are none of ours.
         assert [w["name"].startswith("vhost-") for w in nic["workers"]] in ([], [True])
@@ -168,7 +170,8 @@ def check_timeline(path: Path, mode: str, report: dict[str, Any]) -> None:
     )
     assert bool(kicks) == (mode == "notify=exit")
     worker = names(trace, "net0", "worker 0")
-    assert (worker.count("kick of queue 1") >= 40) == (not mode.startswith("vhost"))
+    # A worker that is late finds several kicks at once.
+    assert ("kick of queue 1" in worker) == (not mode.startswith("vhost"))
     assert ("interrupt for queue 0" in worker) == (not mode.startswith("vhost"))
     assert ("KVM_IOEVENTFD" in names(trace, "KVM", "")) == (mode != "notify=exit")
 
