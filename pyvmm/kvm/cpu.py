@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.errors import UsageError
+from pyvmm.errors import UsageError, did_you_mean
 from pyvmm.spec.cpuid import (
     ALIASES,
     AMD_EDX_COPIES,
@@ -30,7 +30,6 @@ class Cpu:
     """The guest's CPU: the host's, with features hidden. Text form: ``host[,-FEATURE][,+FEATURE]
     [,FEATURE=on|off][,vendor=NAME][,phys-bits=N]``.
 
-    :ivar text: as given.
     :ivar hidden: names of features that the guest must not see.
     :ivar wanted: names of features that it must see.
     :ivar vendor: twelve characters; empty: the host's.
@@ -39,7 +38,6 @@ class Cpu:
     """
 
     def __init__(self, text: str = "host") -> None:
-        self.text = text
         self.hidden: set[str] = set()
         self.wanted: set[str] = set()
         self.vendor, self.phys_bits = "", 0
@@ -65,27 +63,24 @@ class Cpu:
                 raise UsageError(f"--cpu {part}", "use 32 to 52")
             self.phys_bits = int(value)
         elif name[:1] in "+-" and len(name) > 1 and not equals:
-            self.set(name[1:], name[0] == "+")
+            self._set(name[1:], name[0] == "+")
         elif equals and value in ON + OFF:
-            self.set(name, value in ON)
+            self._set(name, value in ON)
         else:
             raise UsageError(
                 f"--cpu: {part!r} says nothing", "write -FEATURE, +FEATURE or FEATURE=on|off"
             )
 
-    def set(self, name: str, on: bool) -> None:
+    def _set(self, name: str, on: bool) -> None:
         """Hide a feature, or demand it.
 
         :raises UsageError: there is no such feature, or the machine decides about it.
         """
         name = canonical(name)
         if name not in _places() and name not in (KVM, PMU):
-            from difflib import get_close_matches
-
-            near = get_close_matches(name, [*_places(), KVM, PMU], 3)
+            meant = did_you_mean(name, [*_places(), KVM, PMU])
             raise UsageError(
-                f"--cpu: unknown feature {name!r}",
-                f"did you mean {' or '.join(near)}?" if near else "docs/cpu.md has the names",
+                f"--cpu: unknown feature {name!r}", f"{meant}docs/cpu.md says which there are"
             )
         if name in FIXED:
             raise UsageError(f"--cpu: {name} is the machine's own", "leave it out")

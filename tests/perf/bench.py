@@ -118,10 +118,11 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
     ours = {"pyvmm": mine}
     if args.beside:
         ours["other"] = stage_pyvmm(Path(args.beside, "pyvmm"), STAGE / "other")
-    out = []
+    out: list[Contestant] = []
+    backend = [*mine, "backend", "--quiet", "--socket", SOCKET, "--tap", TAP]
     for kind, net in cards.items():
         for name, start in ours.items():
-            served = [*start, "backend", "--quiet", "--socket", SOCKET, "--tap", TAP]
+            served = [*start, *backend[len(mine) :]]
             out.append(
                 Contestant(
                     name + kind,
@@ -149,7 +150,7 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
             f"virtio-net-pci,netdev=n,mac={MAC},romfile=",
         ]
         user = ["-chardev", f"socket,id=c,path={SOCKET}", "-netdev", "vhost-user,id=n,chardev=c"]
-        out.append(Contestant("qemu q35 vhost-user", [*common, *user, *q35], backend=served))
+        out.append(Contestant("qemu q35 vhost-user", [*common, *user, *q35], backend=backend))
     return [c for c in out if not args.only or c.name in args.only.split(",")]
 
 
