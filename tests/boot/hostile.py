@@ -1,7 +1,7 @@
 """Misbehaves as a vhost-user back-end to a pyvmm that looks for one; runs in the testbed: `python
 -m tests.boot.hostile SOCKET`.
 
-One connection for each kind of malice, then it ends. Prints the names of those that were tried.
+One connection for each kind of malice, then it ends. Prints the names of those that were met.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pyvmm.spec import vhost_user as spec
 from pyvmm.vhostuser.wire import Listener
-from tests.vu_fake import HOSTILE, Fake, raw
+from tests.vu_fake import HOSTILE, REPLY_ACK, Fake, raw
 
 if TYPE_CHECKING:
     from pyvmm.vhostuser.wire import Message
@@ -43,24 +43,32 @@ MALICE: dict[str, tuple[int, Answer]] = {
 }
 
 
+class Able(Fake):
+    """Offers whatever a guest may use, so that no front-end leaves before it has met the malice."""
+
+    FEATURES = (1 << 64) - 1
+    PROTOCOL = REPLY_ACK | 1 << spec.VHOST_USER_PROTOCOL_F_MTU
+
+
 def comes(fake: Fake, name: str) -> bool:
-    """Wait for a connection, which meets ``name``, and for its end."""
+    """Wait for a connection, which must meet ``name``, and for its end."""
     before, until = fake.connections, time.monotonic() + PATIENCE
     while fake.connections == before or not fake.idle:
         time.sleep(0.01)
         if time.monotonic() > until:
             print(f"no connection for {name}", flush=True)
             return False
-    if name in MALICE:
-        print(name, flush=True)
-    return True
+    met = MALICE[name][0] in fake.seen
+    print(name if met else f"{name} was not met: {fake.seen}", flush=True)
+    return met
 
 
 def main() -> int:
     listener = Listener(sys.argv[1])
-    with Fake(listener) as fake:
+    with Able(listener, Able.PROTOCOL) as fake:
         for name, (request, answer) in MALICE.items():
             fake.answers = {request: answer}
+            fake.seen.clear()
             if not comes(fake, name):
                 return 1
     listener.close()
