@@ -7,6 +7,7 @@ import pty
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,21 @@ def test_a_machine_in_the_background(guest: Guest, cache: Path) -> None:
     assert select.select([end], [], [], PATIENCE)[0]
     os.close(end)
     assert "serial: ready" in log.read_text()
+
+
+def test_another_may_still_write_to_the_file(guest: Guest, cache: Path, tmp_path: Path) -> None:
+    """A machine that is just ending does not hide what the new one says."""
+    log, written = tmp_path / "log", 0
+    run = [*RUN, "--kernel", guest("serial"), "--append", "echo=1", f"--detach={log}"]
+    with log.open("ab", buffering=0) as other:
+        new = subprocess.Popen([*run, "--name", "bg"], cwd=ROOT, stdin=subprocess.DEVNULL)
+        until = time.monotonic() + PATIENCE
+        while new.poll() is None and time.monotonic() < until:
+            written += other.write(b"still here\n")
+            time.sleep(0.01)
+    assert new.returncode == 0 and written
+    with connect("bg") as client:
+        client.command("quit")
 
 
 def test_what_goes_wrong_is_told_here(guest: Guest, tmp_path: Path) -> None:

@@ -155,6 +155,23 @@ def test_errors_have_their_status(fake: Fake, capsys: pytest.CaptureFixture[str]
         assert status == 2 and err.count("\n") == 1, argv
 
 
+def test_the_button_is_pressed_until_the_guest_reacts(
+    fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that still boots takes no notice of it."""
+    monkeypatch.setattr("pyvmm.cli.powerdown.AGAIN_S", 0.01)
+
+    def press(machine: Fake, given: object) -> object:
+        machine.calls.append(("press", {}))
+        if len(machine.calls) == 3:
+            machine.server.emit("SHUTDOWN", {})
+        return {}
+
+    monkeypatch.setitem(COMMANDS, "system_powerdown", Command(press, ""))
+    assert run(capsys, "powerdown", "--wait", "60", "box") == (0, "", "")
+    assert fake.calls == [("press", {})] * 3
+
+
 def test_ps(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "ps")
     head, line = out.splitlines()

@@ -38,7 +38,9 @@ def detach(args: argparse.Namespace) -> int:
         directory.mkdir(0o700, parents=True, exist_ok=True)
         path = str(directory / f"{args.name}.log")
     try:
-        log = open(path, "wb")  # noqa: SIM115 - closed below
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+        # At the end: a machine of that name that is just ending may still write to the file.
+        log = os.fdopen(os.open(path, flags, 0o666), "wb")
     except OSError as e:
         raise UsageError(f"--detach {path}: {e.strerror}", "name a file of yours") from e
     with log:

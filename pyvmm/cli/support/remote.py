@@ -6,8 +6,10 @@ command itself is therefore run there, as `pyvmm run` is. Names are looked up on
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
 
 from pyvmm.errors import MachineMissing
 from pyvmm.programs import module
@@ -143,20 +145,34 @@ def with_client(
         return body(client)
 
 
-def tell(args: argparse.Namespace, command: str, event: str = "", timeout: float = TIMEOUT) -> int:
+def tell(
+    args: argparse.Namespace,
+    command: str,
+    event: str = "",
+    timeout: float = TIMEOUT,
+    *,
+    again: float = math.inf,
+) -> int:
     """Send one command; then wait for ``event``, unless that is empty.
 
+    :param timeout: seconds for the event. :param again: send the command again after so many
+        seconds without the event.
     :returns: 0, or 124 if the event did not come.
     """
 
     def body(client: Client) -> int:
         client.command(command)
-        if event:
+        until = time.monotonic() + timeout
+        while event:
             try:
-                client.wait_event(event, timeout)
+                client.wait_event(event, max(0, min(again, until - time.monotonic())))
             except TimeoutError:
-                print(f"pyvmm: {args.name}: no {event} within {timeout:g} s", file=sys.stderr)
-                return 124
+                if time.monotonic() >= until:
+                    print(f"pyvmm: {args.name}: no {event} within {timeout:g} s", file=sys.stderr)
+                    return 124
+                client.command(command)
+            else:
+                break
         return 0
 
     return with_client(args, body)
