@@ -1,34 +1,43 @@
 /* SPDX-License-Identifier: MIT */
 #include "inflight.h"
 
+#include <linux/virtio_ring.h>
+#include <stddef.h>
 #include <string.h>
+
+#include "vring_packed.h"
 
 /*
  * Was the packet in writev() sent before the process was killed? The file's counter tells if the
- * file counts the packets that it takes and takes them from us alone: pv_inflight_desc.counter
- * holds the counter's value from before the call (GIVEN_COUNTED). Otherwise nobody can know
- * (GIVEN).
+ * file counts the packets that it takes and takes them from us alone: "counter" holds the counter's
+ * value from before the call (GIVEN_COUNTED). Otherwise nobody can know (GIVEN).
  */
 enum { GIVEN = 1, GIVEN_COUNTED };
 
 _Static_assert(sizeof(struct pv_inflight_desc) == 16 && sizeof(struct pv_inflight_region) == 16,
 	       "QueueRegionSplit");
+_Static_assert(sizeof(struct pv_inflight_packed_desc) == 32 &&
+		       sizeof(struct pv_inflight_packed) == 32 &&
+		       offsetof(struct pv_inflight_packed, place) == 16,
+	       "QueueRegionPacked");
 
-/**
- * pv_inflight_recover() - Take over the notes that another process may have left behind
- * @in:		With its region and ring; the ring's used index has been read
- *
- * Sets the ring's position to its used index if the region has been in use; else the ring stays
- * where it is and the region becomes a used one.
- */
-void pv_inflight_recover(struct pv_inflight *in)
+/* Both formats begin a descriptor's notes alike, and have a counter. */
+struct mark {
+	uint8_t *inflight;
+	uint8_t *given;
+	uint64_t *counter;
+};
+
+/* --- split ring ------------------------------------------------------------------------------- */
+
+static void split_recover(struct pv_inflight *in)
 {
 	struct pv_inflight_region *r = in->region;
 	struct pv_vring *vr = in->vr;
 	uint16_t head, used = vr->used_idx, done;
 
 	if (__atomic_load_n(&r->version, __ATOMIC_ACQUIRE) != 1 || r->desc_num != vr->size) {
-		memset(r, 0, PV_INFLIGHT_SIZE(vr->size));
+		memset(r, 0, sizeof(*r) + sizeof(r->desc[0]) * vr->size);
 		r->desc_num = (uint16_t)vr->size;
 		r->used_idx = used;
 		__atomic_store_n(&r->version, 1, __ATOMIC_RELEASE);
@@ -45,48 +54,7 @@ void pv_inflight_recover(struct pv_inflight *in)
 	vr->last_avail = vr->avail_idx = used;
 }
 
-/**
- * pv_inflight_begin() - Note that a packet is about to be sent
- * @in:		With a region
- * @head:	The packet's chain, from the ring
- *
- * Return: whether the process before us noted the same and may have sent the packet
- */
-bool pv_inflight_begin(struct pv_inflight *in, uint16_t head)
-{
-	struct pv_inflight_desc *d = &in->region->desc[head];
-	bool counted = in->taken != PV_INFLIGHT_UNCOUNTED;
-	uint8_t given;
-	bool again;
-
-	given = __atomic_load_n(&d->given, __ATOMIC_RELAXED);
-	again = __atomic_load_n(&d->inflight, __ATOMIC_RELAXED) && given;
-	if (again && counted && given == GIVEN_COUNTED)
-		again = __atomic_load_n(&d->counter, __ATOMIC_RELAXED) != in->taken;
-	__atomic_store_n(&d->counter, counted ? in->taken : in->order++, __ATOMIC_RELAXED);
-	__atomic_store_n(&d->given, counted ? GIVEN_COUNTED : GIVEN, __ATOMIC_RELAXED);
-	__atomic_store_n(&d->inflight, 1, __ATOMIC_RELEASE);
-	return again;
-}
-
-/**
- * pv_inflight_cancel() - Note that the file did not take the packet
- * @in:		With a region
- * @head:	As for pv_inflight_begin()
- */
-void pv_inflight_cancel(struct pv_inflight *in, uint16_t head)
-{
-	__atomic_store_n(&in->region->desc[head].inflight, 0, __ATOMIC_RELEASE);
-}
-
-/**
- * pv_inflight_end() - Publish a packet's chain and note that the packet is done
- * @in:		With a region
- * @head:	The chain that was pushed last
- *
- * A batch of one packet, with the stores in the order that the specification gives.
- */
-void pv_inflight_end(struct pv_inflight *in, uint16_t head)
+static void split_end(struct pv_inflight *in, uint16_t head)
 {
 	struct pv_inflight_region *r = in->region;
 
@@ -97,11 +65,194 @@ void pv_inflight_end(struct pv_inflight *in, uint16_t head)
 	__atomic_store_n(&r->used_idx, in->vr->used_next, __ATOMIC_RELEASE);
 }
 
-/**
- * pv_inflight_flushed() - Note that the ring's batch has been published
- * @in:		With a region
- */
-void pv_inflight_flushed(struct pv_inflight *in)
+/* --- packed ring ------------------------------------------------------------------------------ */
+
+/* The places as the notes have them: from old to next. */
+static void packed_note(struct pv_inflight *in, uint16_t old, uint16_t next)
 {
-	__atomic_store_n(&in->region->used_idx, in->vr->used_idx, __ATOMIC_RELEASE);
+	struct pv_inflight_packed *r = in->region;
+	uint16_t from = pv_packed_outside(in->vr, old), to = pv_packed_outside(in->vr, next);
+	union pv_inflight_place place = {.word = 0};
+
+	place.used_idx = to & PV_PACKED_INDEX;
+	place.old_used_idx = from & PV_PACKED_INDEX;
+	place.used_wrap_counter = (uint8_t)(to >> 15);
+	place.old_used_wrap_counter = (uint8_t)(from >> 15);
+	__atomic_store_n(&r->place.word, place.word, __ATOMIC_RELEASE);
+}
+
+/* No packet is noted any more. */
+static void packed_clear(struct pv_inflight_packed *r)
+{
+	__atomic_store_n(&r->desc[0].inflight, 0, __ATOMIC_RELEASE);
+	__atomic_store_n(&r->free_head, 0, __ATOMIC_RELAXED);
+	__atomic_store_n(&r->old_free_head, 0, __ATOMIC_RELAXED);
+}
+
+static void packed_recover(struct pv_inflight *in)
+{
+	struct pv_inflight_packed *r = in->region;
+	struct pv_vring *vr = in->vr;
+	union pv_inflight_place place;
+	uint16_t old, next;
+
+	place.word = __atomic_load_n(&r->place.word, __ATOMIC_ACQUIRE);
+	old = (uint16_t)(place.old_used_idx | (place.old_used_wrap_counter & 1) << 15);
+	next = (uint16_t)(place.used_idx | (place.used_wrap_counter & 1) << 15);
+	if (__atomic_load_n(&r->version, __ATOMIC_ACQUIRE) != 1 || r->desc_num != vr->size ||
+	    !pv_packed_inside(vr, old, &old) || !pv_packed_inside(vr, next, &next)) {
+		memset(r, 0, sizeof(*r) + sizeof(r->desc[0]) * vr->size);
+		for (uint32_t i = 0; i < vr->size; i++)
+			r->desc[i].next = (uint16_t)(i + 1);
+		r->desc_num = (uint16_t)vr->size;
+		packed_note(in, vr->used_idx, vr->used_idx);
+		__atomic_store_n(&r->version, 1, __ATOMIC_RELEASE);
+		return;
+	}
+	vr->last_avail = vr->used_idx = vr->used_next = old;
+	if (old != next && !pv_packed_available(vr)) {
+		vr->last_avail = vr->used_idx = vr->used_next = next; /* it was published */
+		packed_clear(r);
+	}
+	packed_note(in, vr->used_idx, vr->used_idx);
+}
+
+/* Copy the chain that was taken last: an heir that is not ours repeats it from there. */
+static void packed_copy(struct pv_inflight *in, const struct pv_chain *chain)
+{
+	struct pv_inflight_packed *r = in->region;
+	const struct vring_packed_desc *ring = (const void *)in->vr->desc;
+	uint32_t at = pv_packed_outside(in->vr, in->vr->used_next) & PV_PACKED_INDEX;
+
+	for (uint32_t i = 0; i < chain->slots; i++) {
+		struct pv_inflight_packed_desc *d = &r->desc[i];
+
+		d->id = ring[at].id;
+		d->flags = ring[at].flags;
+		d->len = ring[at].len;
+		d->addr = ring[at].addr;
+		at = at + 1 == in->vr->size ? 0 : at + 1;
+	}
+	r->desc[0].last = (uint16_t)(chain->slots - 1);
+	r->desc[0].num = chain->slots;
+	r->free_head = r->old_free_head = chain->slots;
+}
+
+static void packed_end(struct pv_inflight *in)
+{
+	struct pv_vring *vr = in->vr;
+	uint16_t next = vr->used_next;
+
+	packed_note(in, vr->used_idx, next);
+	pv_vring_publish(vr);
+	packed_clear(in->region);
+	packed_note(in, next, next);
+}
+
+/* --- both ------------------------------------------------------------------------------------- */
+
+static struct mark mark_of(const struct pv_inflight *in, uint16_t head)
+{
+	if (in->vr->packed) {
+		struct pv_inflight_packed *r = in->region;
+
+		return (struct mark){&r->desc[0].inflight, &r->desc[0].given, &r->desc[0].counter};
+	} else {
+		struct pv_inflight_desc *d = &((struct pv_inflight_region *)in->region)->desc[head];
+
+		return (struct mark){&d->inflight, &d->given, &d->counter};
+	}
+}
+
+/**
+ * pv_inflight_recover() - Take over the notes that another process may have left behind
+ * @in:		With its region and ring; the ring's used index has been read
+ *
+ * Sets the ring's position to its used index if the region has been in use; else the ring stays
+ * where it is and the region becomes a used one.
+ */
+void pv_inflight_recover(struct pv_inflight *in)
+{
+	if (in->vr->fault)
+		return;
+	if (in->vr->packed)
+		packed_recover(in);
+	else
+		split_recover(in);
+}
+
+/**
+ * pv_inflight_begin() - Note that a packet is about to be sent
+ * @in:		With a region
+ * @chain:	The packet's, taken last; all before it were published
+ *
+ * Return: whether the process before us noted the same and may have sent the packet
+ */
+bool pv_inflight_begin(struct pv_inflight *in, const struct pv_chain *chain)
+{
+	struct mark m = mark_of(in, chain->head);
+	bool counted = in->taken != PV_INFLIGHT_UNCOUNTED;
+	uint8_t given;
+	bool again;
+
+	given = __atomic_load_n(m.given, __ATOMIC_RELAXED);
+	again = __atomic_load_n(m.inflight, __ATOMIC_RELAXED) && given;
+	if (again && counted && given == GIVEN_COUNTED)
+		again = __atomic_load_n(m.counter, __ATOMIC_RELAXED) != in->taken;
+	if (in->vr->packed)
+		packed_copy(in, chain);
+	__atomic_store_n(m.counter, counted ? in->taken : in->order++, __ATOMIC_RELAXED);
+	__atomic_store_n(m.given, counted ? GIVEN_COUNTED : GIVEN, __ATOMIC_RELAXED);
+	__atomic_store_n(m.inflight, 1, __ATOMIC_RELEASE);
+	return again;
+}
+
+/**
+ * pv_inflight_cancel() - Note that the file did not take the packet
+ * @in:		With a region
+ * @chain:	As for pv_inflight_begin()
+ */
+void pv_inflight_cancel(struct pv_inflight *in, const struct pv_chain *chain)
+{
+	if (in->vr->packed)
+		packed_clear(in->region);
+	else
+		__atomic_store_n(mark_of(in, chain->head).inflight, 0, __ATOMIC_RELEASE);
+}
+
+/**
+ * pv_inflight_end() - Publish a packet's chain and note that the packet is done
+ * @in:		With a region
+ * @chain:	The one that was pushed last
+ *
+ * A batch of one packet, with the stores in the order that the specification gives.
+ */
+void pv_inflight_end(struct pv_inflight *in, const struct pv_chain *chain)
+{
+	if (in->vr->packed)
+		packed_end(in);
+	else
+		split_end(in, chain->head);
+}
+
+/**
+ * pv_inflight_flush() - Publish the ring's batch, and note that
+ * @in:		With a region
+ *
+ * Return: as pv_vring_flush()
+ */
+bool pv_inflight_flush(struct pv_inflight *in)
+{
+	struct pv_vring *vr = in->vr;
+	bool call;
+
+	if (vr->packed)
+		packed_note(in, vr->used_idx, vr->used_next);
+	call = pv_vring_flush(vr);
+	if (vr->packed)
+		packed_note(in, vr->used_idx, vr->used_idx);
+	else
+		__atomic_store_n(&((struct pv_inflight_region *)in->region)->used_idx, vr->used_idx,
+				 __ATOMIC_RELEASE);
+	return call;
 }

@@ -1,17 +1,21 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * In-flight notes of a split ring (vhost-user, INFLIGHT_SHMFD): they tell a back-end where its
- * predecessor was when that was killed.
+ * In-flight notes of a ring (vhost-user, INFLIGHT_SHMFD): they tell a back-end where its predecessor
+ * was when that was killed.
  *
  * Theory of operation
  *
  * The front-end keeps the memory of the notes while back-ends come and go, so the notes outlive a
  * back-end that is killed: the next back-end repeats what was not done, and no packet is lost.
  *
- * Rings are served in order. If the used index is published for each packet, that index alone says
- * which chains are done. Only for the packet that was in writev() it does not say whether the
- * packet was sent. So the packet's descriptor is marked before writev(), and the next process takes
- * a marked packet as sent, unless the counter of the file that took it shows the opposite.
+ * Rings are served in order, so where the used descriptors end says which chains are done. A split
+ * ring has that place in its memory, as the used index. A packed ring has not: the notes have it,
+ * before a batch and after. As the specification says, the flags of the batch's first descriptor
+ * tell whether the batch was published.
+ *
+ * Transmits are published one by one, and only for the packet that was in writev() the place does
+ * not say whether the packet was sent. So the packet is marked before writev(), and the next process
+ * takes a marked packet as sent, unless the counter of the file that took it shows the opposite.
  *
  * Receive chains are never marked: a chain that was taken ahead holds nothing yet.
  *
@@ -28,7 +32,10 @@
 #define PV_INFLIGHT_UNCOUNTED 0xffffffffffffffffull
 /* cffi: end */
 
-/* The layout is the vhost-user specification's (QueueRegionSplit); "given" uses its padding. */
+/*
+ * The layouts are the vhost-user specification's (QueueRegionSplit and QueueRegionPacked); "given"
+ * uses their padding.
+ */
 struct pv_inflight_desc {
 	uint8_t inflight;
 	uint8_t given; /* to writev(): GIVEN or GIVEN_COUNTED, see inflight.c */
@@ -46,13 +53,49 @@ struct pv_inflight_region {
 	struct pv_inflight_desc desc[];
 };
 
-/* Bytes of the region of a ring with size entries. */
+struct pv_inflight_packed_desc {
+	uint8_t inflight;
+	uint8_t given;
+	uint16_t next;
+	uint16_t last;
+	uint16_t num;
+	uint64_t counter;
+	uint16_t id;
+	uint16_t flags;
+	uint32_t len;
+	uint64_t addr;
+};
+
+/* Where the used descriptors end; "old" until the latest batch is known to be published. */
+union pv_inflight_place {
+	struct {
+		uint16_t used_idx;
+		uint16_t old_used_idx;
+		uint8_t used_wrap_counter;
+		uint8_t old_used_wrap_counter;
+	};
+	uint64_t word; /* so that one store changes all, and a kill finds no halves */
+};
+
+struct pv_inflight_packed {
+	uint64_t features;
+	uint16_t version; /* 0: new */
+	uint16_t desc_num;
+	uint16_t free_head;
+	uint16_t old_free_head;
+	union pv_inflight_place place;
+	uint8_t padding[8];
+	struct pv_inflight_packed_desc desc[];
+};
+
+/* Bytes of the largest region of a ring with size entries: that of a packed one. */
 #define PV_INFLIGHT_SIZE(size)                                                                     \
-	(sizeof(struct pv_inflight_region) + sizeof(struct pv_inflight_desc) * (size_t)(size))
+	(sizeof(struct pv_inflight_packed) +                                                       \
+	 sizeof(struct pv_inflight_packed_desc) * (size_t)(size))
 
 /* The notes of one ring. One thread owns them, as it owns the ring. */
 struct pv_inflight {
-	struct pv_inflight_region *region; /* lent; NULL: no notes are kept */
+	void *region; /* lent; NULL: no notes are kept */
 	struct pv_vring *vr;
 	/* Packets that the file has taken so far, from all its senders; PV_INFLIGHT_UNCOUNTED. */
 	uint64_t taken;
@@ -60,9 +103,9 @@ struct pv_inflight {
 };
 
 void pv_inflight_recover(struct pv_inflight *in);
-bool pv_inflight_begin(struct pv_inflight *in, uint16_t head);
-void pv_inflight_cancel(struct pv_inflight *in, uint16_t head);
-void pv_inflight_end(struct pv_inflight *in, uint16_t head);
-void pv_inflight_flushed(struct pv_inflight *in);
+bool pv_inflight_begin(struct pv_inflight *in, const struct pv_chain *chain);
+void pv_inflight_cancel(struct pv_inflight *in, const struct pv_chain *chain);
+void pv_inflight_end(struct pv_inflight *in, const struct pv_chain *chain);
+bool pv_inflight_flush(struct pv_inflight *in);
 
 #endif

@@ -50,6 +50,7 @@ struct slot {
 	uint64_t len;
 	uint32_t niov;
 	uint16_t head;
+	uint16_t slots;
 };
 
 /*
@@ -69,6 +70,7 @@ struct window {
 	uint32_t slot_at, slot_end;
 	uint32_t iov_at, iov_end;
 	uint64_t bytes;
+	uint32_t slots; /* of all its chains */
 	uint32_t large; /* reads left with the whole window */
 	struct slot slot[WINDOW_IOV];
 	struct iovec iov[WINDOW_IOV + 1];
@@ -187,7 +189,7 @@ static void trace_event(struct pv_net_worker *w, uint16_t kind, int q, uint32_t 
 static void flush(struct pv_net_worker *w, int q)
 {
 	struct pv_vring *vr = &w->ring[q];
-	uint32_t n = (uint16_t)(vr->used_next - vr->used_idx);
+	uint32_t n = vr->pushed;
 	uint64_t *bins = q == RX ? w->count.rx_batch_size : w->count.tx_batch_size;
 	uint32_t bin;
 	bool call;
@@ -197,7 +199,7 @@ static void flush(struct pv_net_worker *w, int q)
 	bin = 31u - (uint32_t)__builtin_clz(n);
 	add(&bins[bin < PV_NET_BATCH_BINS ? bin : PV_NET_BATCH_BINS - 1], 1);
 	add(q == RX ? &w->count.rx_batches : &w->count.tx_batches, 1);
-	call = pv_vring_flush(vr);
+	call = w->inflight[q].region ? pv_inflight_flush(&w->inflight[q]) : pv_vring_flush(vr);
 	if (w->cfg.trace)
 		trace_event(w, PV_TRACE_BATCH, q, n, call);
 	if (call) {
@@ -206,8 +208,6 @@ static void flush(struct pv_net_worker *w, int q)
 	} else {
 		add(q == RX ? &w->count.rx_calls_suppressed : &w->count.tx_calls_suppressed, 1);
 	}
-	if (w->inflight[q].region)
-		pv_inflight_flushed(&w->inflight[q]);
 }
 
 static uint32_t window_chains(const struct window *win)
@@ -219,7 +219,7 @@ static uint32_t window_chains(const struct window *win)
 static void window_clear(struct window *win)
 {
 	win->slot_at = win->slot_end = win->iov_at = win->iov_end = 0;
-	win->bytes = 0;
+	win->bytes = win->slots = 0;
 }
 
 /* The held frame was placed or dropped. */
@@ -234,7 +234,7 @@ static void rx_abandon(struct pv_net_worker *w)
 	if (w->held.len)
 		add(&w->count.rx_drop_held, 1);
 	held_clear(&w->held);
-	pv_vring_unpop(&w->ring[RX], (uint16_t)window_chains(&w->window));
+	pv_vring_unpop(&w->ring[RX], w->window.slots);
 	window_clear(&w->window);
 }
 
@@ -354,7 +354,7 @@ static enum pv_step rx_fill(struct pv_net_worker *w, size_t want)
 		if (step == PV_DONE)
 			return PV_DONE;
 		if (step == PV_MORE && (c.out_num || c.in_len < w->cfg.hdr_len)) {
-			pv_vring_unpop(vr, 1);
+			pv_vring_unpop(vr, c.slots);
 			vr->fault = c.out_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
 			step = PV_BAD;
 		}
@@ -362,10 +362,11 @@ static enum pv_step rx_fill(struct pv_net_worker *w, size_t want)
 			ring_fault(w, RX, vr->fault);
 			return PV_BAD;
 		}
-		win->slot[win->slot_end++] =
-			(struct slot){.len = c.in_len, .niov = c.in_num, .head = c.head};
+		win->slot[win->slot_end++] = (struct slot){
+			.len = c.in_len, .niov = c.in_num, .head = c.head, .slots = c.slots};
 		win->iov_end += c.in_num;
 		win->bytes += c.in_len;
+		win->slots += c.slots;
 	}
 	return PV_MORE;
 }
@@ -415,7 +416,7 @@ static bool rx_place(struct pv_net_worker *w)
 		if (step == PV_BAD)
 			return false;
 		if (win->bytes < len) {
-			if (step == PV_DONE && w->cfg.mrg_rxbuf && window_chains(win) < vr->size) {
+			if (step == PV_DONE && w->cfg.mrg_rxbuf && win->slots < vr->size) {
 				if (!held->since)
 					held->since = now_us();
 				w->rx_waiting = true;
@@ -449,10 +450,11 @@ static bool rx_place(struct pv_net_worker *w)
 		const struct slot *s = &win->slot[win->slot_at];
 		size_t n = s->len < left ? s->len : left;
 
-		pv_vring_push(vr, s->head, (uint32_t)n);
+		pv_vring_push(vr, s->head, s->slots, (uint32_t)n);
 		left -= n;
 		win->iov_at += s->niov;
 		win->bytes -= s->len;
+		win->slots -= s->slots;
 	}
 	if (!window_chains(win))
 		window_clear(win);
@@ -548,7 +550,7 @@ static bool tx_turn(struct pv_net_worker *w)
 			break;
 		}
 		if (step == PV_MORE && (c.in_num || c.out_len < w->cfg.hdr_len)) {
-			pv_vring_unpop(vr, 1);
+			pv_vring_unpop(vr, c.slots);
 			vr->fault = c.in_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
 			step = PV_BAD;
 		}
@@ -559,7 +561,7 @@ static bool tx_turn(struct pv_net_worker *w)
 		pv_vring_disable_notify(vr);
 		if (w->link_down) {
 			add(&w->count.tx_drop_link, 1);
-		} else if (w->inflight[TX].region && pv_inflight_begin(&w->inflight[TX], c.head)) {
+		} else if (w->inflight[TX].region && pv_inflight_begin(&w->inflight[TX], &c)) {
 			add(&w->count.tx_in_doubt, 1);
 		} else {
 			do {
@@ -572,9 +574,9 @@ static bool tx_turn(struct pv_net_worker *w)
 				if (w->inflight[TX].taken != PV_INFLIGHT_UNCOUNTED)
 					w->inflight[TX].taken++;
 			} else if (errno == EAGAIN) {
-				pv_vring_unpop(vr, 1);
+				pv_vring_unpop(vr, c.slots);
 				if (w->inflight[TX].region)
-					pv_inflight_cancel(&w->inflight[TX], c.head);
+					pv_inflight_cancel(&w->inflight[TX], &c);
 				w->tx_blocked = true;
 				add(&w->count.tx_blocks, 1);
 				more = false;
@@ -587,9 +589,9 @@ static bool tx_turn(struct pv_net_worker *w)
 				add(&w->count.tx_drop_error, 1);
 			}
 		}
-		pv_vring_push(vr, c.head, 0);
+		pv_vring_push(vr, c.head, c.slots, 0);
 		if (w->inflight[TX].region)
-			pv_inflight_end(&w->inflight[TX], c.head);
+			pv_inflight_end(&w->inflight[TX], &c);
 		packets++;
 		/* A frame longer than 64 KiB was refused, but counts as work. */
 		n = c.out_len < TURN_BYTES ? (ssize_t)c.out_len : (ssize_t)TURN_BYTES;
@@ -863,7 +865,7 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 			continue;
 		}
 		fault = pv_vring_init(&w->ring[q], mem, r->size, r->desc, r->avail, r->used,
-				      r->base, cfg->indirect, cfg->event_idx);
+				      r->base, cfg->format);
 
 		if (fault) {
 			*why = (struct pv_net_event){
@@ -876,8 +878,7 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 		w->inflight[q].vr = &w->ring[q];
 		w->inflight[q].taken = cfg->taken;
 		if (cfg->ring[q].size)
-			w->inflight[q].region =
-				(struct pv_inflight_region *)(void *)cfg->ring[q].inflight;
+			w->inflight[q].region = cfg->ring[q].inflight;
 	}
 	w->attach = -1;
 	w->rx_ready = true;
@@ -1111,15 +1112,15 @@ uint64_t pv_net_worker_cpu_ns(const struct pv_net_worker *w)
 }
 
 /**
- * pv_net_worker_base() - Next available index of a ring
+ * pv_net_worker_base() - Position of a ring
  * @w:		Joined, or never told to go
  * @queue:	0 receive, 1 transmit
  *
  * Return: where the next data path has to start
  */
-uint16_t pv_net_worker_base(const struct pv_net_worker *w, int queue)
+uint32_t pv_net_worker_base(const struct pv_net_worker *w, int queue)
 {
-	return w->ring[queue].last_avail;
+	return pv_vring_base(&w->ring[queue]);
 }
 
 /**

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The emulated data path of one queue pair: moves packets between a tap and two split rings.
+ * The emulated data path of one queue pair: moves packets between a tap and two rings.
  *
  * Theory of operation
  *
@@ -69,16 +69,16 @@ struct pv_net_event {
 
 struct pv_net_ring {
 	uint32_t size; /* 0: the driver left the queue out */
-	uint16_t base;
+	uint32_t base; /* see vring.h */
 	uint64_t desc;
 	uint64_t avail;
 	uint64_t used;
 	int kick; /* lent, as are all descriptors */
 	int call;
 	/*
-	 * In-flight region of PV_INFLIGHT_SIZE(size) bytes, shared with an untrusted peer;
-	 * NULL: none. The ring then starts at the used index: base is not looked at where the
-	 * region has been in use.
+	 * In-flight region of pv_inflight_size() bytes, shared with an untrusted peer; NULL: none.
+	 * The ring then starts at the used index: base is not looked at where the region has been
+	 * in use.
 	 */
 	uint8_t *inflight;
 };
@@ -99,8 +99,7 @@ struct pv_net_config {
 	 */
 	bool guest_csum;
 	bool mrg_rxbuf;
-	bool indirect;
-	bool event_idx;
+	struct pv_vring_format format;
 	int event_fd;		/* eventfd: 1 is added when pv_net_worker_event has something */
 	int cpu;		/* to pin the thread to; -1: none */
 	char name[16];		/* of the thread */
@@ -166,7 +165,7 @@ void pv_net_worker_stop(struct pv_net_worker *w, bool finish);
 void pv_net_worker_join(struct pv_net_worker *w);
 void pv_net_worker_attach(struct pv_net_worker *w, int fd);
 uint64_t pv_net_worker_cpu_ns(const struct pv_net_worker *w);
-uint16_t pv_net_worker_base(const struct pv_net_worker *w, int queue);
+uint32_t pv_net_worker_base(const struct pv_net_worker *w, int queue);
 void pv_net_worker_counters(const struct pv_net_worker *w, struct pv_net_counters *out);
 /* cffi: end */
 

@@ -2,7 +2,7 @@
 #include <linux/virtio_ring.h>
 #include <string.h>
 
-#include "vring.h"
+#include "vring_packed.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
 	       "virtio 1.x is little-endian and so are we");
@@ -13,7 +13,7 @@ enum { FLAGS = 0, IDX = 1, RING = 2 };
 
 static const char *const fault_text[] = {
 	[PV_FAULT_NONE] = "no fault",
-	[PV_FAULT_SIZE] = "queue size is not a power of two from 1 to 32768",
+	[PV_FAULT_SIZE] = "queue size is not from 1 to 32768, or not a power of two",
 	[PV_FAULT_ALIGN] = "ring area is misaligned",
 	[PV_FAULT_AREA] = "ring area is not in guest memory",
 	[PV_FAULT_AVAIL_IDX] = "available index is ahead by more than the queue size",
@@ -32,6 +32,8 @@ static const char *const fault_text[] = {
 	[PV_FAULT_DIRECTION] = "descriptor of the wrong direction",
 	[PV_FAULT_SHORT] = "descriptor chain is shorter than the packet header",
 	[PV_FAULT_TOO_LONG] = "descriptor chain of too many bytes",
+	[PV_FAULT_BASE] = "position is outside of the ring",
+	[PV_FAULT_AGAIN] = "descriptor is available again before it was used",
 };
 _Static_assert(sizeof(fault_text) / sizeof(fault_text[0]) == PV_FAULT_COUNT,
 	       "every fault has its text");
@@ -51,49 +53,71 @@ const char *pv_fault_text(enum pv_fault fault)
  * pv_vring_init() - Take over a ring
  * @vr:		Filled in
  * @mem:	Guest memory; must outlive the ring
- * @size:	Entries, a power of two up to 32768
- * @desc:	Guest-physical address of the descriptor table, 16-byte aligned
- * @avail:	Address of the available ring, 2-byte aligned
- * @used:	Address of the used ring, 4-byte aligned
- * @base:	Index of the next available entry to take
- * @indirect:	INDIRECT_DESC was negotiated
- * @event_idx:	EVENT_IDX was negotiated
+ * @size:	Entries, up to 32768; of a split ring, a power of two
+ * @desc:	Guest-physical address of the descriptor area, 16-byte aligned
+ * @avail:	Address of the driver area, 2-byte aligned; packed: 4-byte
+ * @used:	Address of the device area, 4-byte aligned
+ * @base:	Position; see vring.h
+ * @format:	What was negotiated
  *
- * Each area, the event fields included, must lie within one memory region. The function reads
- * used->idx and writes nothing, so that a refused ring is left as it was.
+ * Each area, the event fields included, must lie within one memory region. The function reads at
+ * most used->idx and writes nothing, so that a refused ring is left as it was.
  *
- * Return: PV_FAULT_NONE, _SIZE, _ALIGN or _AREA
+ * Return: PV_FAULT_NONE, _SIZE, _ALIGN, _AREA or _BASE
  */
 enum pv_fault pv_vring_init(struct pv_vring *vr, const struct pv_memory *mem, uint32_t size,
-			    uint64_t desc, uint64_t avail, uint64_t used, uint16_t base,
-			    bool indirect, bool event_idx)
+			    uint64_t desc, uint64_t avail, uint64_t used, uint32_t base,
+			    struct pv_vring_format format)
 {
+	uint64_t avail_len = format.packed ? 4 : 6 + 2ull * size;
+	uint64_t used_len = format.packed ? 4 : 6 + 8ull * size;
+
 	memset(vr, 0, sizeof(*vr));
-	if (!size || size > PV_VRING_SIZE_MAX || (size & (size - 1)))
+	if (!size || size > PV_VRING_SIZE_MAX || (!format.packed && (size & (size - 1))))
 		return vr->fault = PV_FAULT_SIZE;
-	if (desc % VRING_DESC_ALIGN_SIZE || avail % VRING_AVAIL_ALIGN_SIZE ||
-	    used % VRING_USED_ALIGN_SIZE)
+	if (desc % VRING_DESC_ALIGN_SIZE || used % VRING_USED_ALIGN_SIZE ||
+	    avail % (format.packed ? 4 : VRING_AVAIL_ALIGN_SIZE))
 		return vr->fault = PV_FAULT_ALIGN;
 	vr->mem = mem;
 	vr->size = size;
 	vr->mask = (uint16_t)(size - 1);
 	vr->desc = pv_mem_host(mem, desc, 16ull * size);
-	vr->avail = (uint16_t *)(void *)pv_mem_host(mem, avail, 6 + 2ull * size);
-	vr->used = (uint16_t *)(void *)pv_mem_host(mem, used, 6 + 8ull * size);
+	vr->avail = (uint16_t *)(void *)pv_mem_host(mem, avail, avail_len);
+	vr->used = (uint16_t *)(void *)pv_mem_host(mem, used, used_len);
 	if (!vr->desc || !vr->avail || !vr->used)
 		return vr->fault = PV_FAULT_AREA;
+	vr->packed = format.packed;
+	vr->indirect = format.indirect;
+	vr->event_idx = format.event_idx;
+	vr->notify_on = true;
+	if (vr->packed)
+		return vr->fault = pv_packed_init(vr, base);
 	vr->used_event = vr->avail + RING + size;
 	vr->avail_event = vr->used + RING + 4 * size;
-	vr->indirect = indirect;
-	vr->event_idx = event_idx;
-	vr->last_avail = vr->avail_idx = base;
+	vr->last_avail = vr->avail_idx = (uint16_t)base;
 	vr->used_idx = vr->used_next = __atomic_load_n(&vr->used[IDX], __ATOMIC_RELAXED);
-	vr->notify_on = true;
 	return PV_FAULT_NONE;
 }
 
-/* Copy descriptor i of table once; the guest may change the original while we look. */
-static struct vring_desc desc_copy(const uint8_t *table, uint32_t i)
+/**
+ * pv_vring_base() - Where the next owner of the ring has to start
+ * @vr:		The ring
+ *
+ * Return: the position as pv_vring_init() takes it
+ */
+uint32_t pv_vring_base(const struct pv_vring *vr)
+{
+	if (!vr->packed)
+		return vr->last_avail;
+	return pv_packed_outside(vr, vr->last_avail) | (uint32_t)pv_packed_outside(vr, vr->used_idx)
+							       << 16;
+}
+
+/*
+ * Copy descriptor i of table once; the guest may change the original while we look. The last two
+ * fields of a packed descriptor are id and flags (2.8.13), those of a split one flags and next.
+ */
+static struct vring_desc desc_copy(const uint8_t *table, uint32_t i, bool packed)
 {
 	struct vring_desc d;
 
@@ -102,6 +126,12 @@ static struct vring_desc desc_copy(const uint8_t *table, uint32_t i)
 	 * Without this, the compiler may fetch a field from guest memory again after the check.
 	 */
 	__asm__ volatile("" : "+m"(d));
+	if (packed) {
+		uint16_t id = d.flags;
+
+		d.flags = d.next;
+		d.next = id;
+	}
 	return d;
 }
 
@@ -116,7 +146,7 @@ static enum pv_step walk_bad(struct pv_walk *w, enum pv_fault fault)
  * pv_walk_begin() - Start walking a chain
  * @w:		Filled in
  * @vr:		The ring
- * @head:	Index of the first descriptor; any value
+ * @head:	Index of the first descriptor; any value; packed: in the ring
  */
 void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head)
 {
@@ -142,6 +172,7 @@ void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head)
  */
 enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
 {
+	bool packed = w->vr->packed;
 	struct vring_desc d;
 
 	if (w->ended)
@@ -155,12 +186,16 @@ enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
 		if (!w->ttl)
 			return walk_bad(w, PV_FAULT_LOOP);
 		w->ttl--;
-		d = desc_copy(w->table, w->next);
+		d = desc_copy(w->table, w->next, packed);
+		if (packed && !w->indirect) {
+			w->slots++;
+			w->id = d.next;
+		}
 		if (!(d.flags & VRING_DESC_F_INDIRECT))
 			break;
 		/*
-		 * 2.7.5.3: the last descriptor of a chain may refer to a table with the rest of the
-		 * chain. The device must ignore its WRITE flag.
+		 * 2.7.5.3, 2.8.7: the last descriptor of a chain may refer to a table with the rest
+		 * of the chain. The device must ignore its WRITE flag.
 		 */
 		if (w->indirect)
 			return walk_bad(w, PV_FAULT_INDIRECT_NESTED);
@@ -187,10 +222,16 @@ enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
 	seg->host = pv_mem_host(w->vr->mem, d.addr, d.len);
 	if (!seg->host)
 		return walk_bad(w, PV_FAULT_RANGE);
-	if (d.flags & VRING_DESC_F_NEXT)
-		w->next = d.next;
-	else
+	if (packed && w->indirect) {
+		/* 2.8.7: the entries are in order, and the only valid flag is WRITE. */
+		w->ended = ++w->next == w->count;
+	} else if (!(d.flags & VRING_DESC_F_NEXT)) {
 		w->ended = true;
+	} else if (packed) {
+		w->next = w->next + 1 == w->count ? 0 : w->next + 1;
+	} else {
+		w->next = d.next;
+	}
 	return PV_MORE;
 }
 
@@ -227,19 +268,24 @@ enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,
 
 	if (vr->fault)
 		return PV_BAD;
-	if (vr->avail_idx == vr->last_avail) {
-		if (!avail_refresh(vr)) {
-			vr->fault = PV_FAULT_AVAIL_IDX;
-			return PV_BAD;
-		}
-		if (vr->avail_idx == vr->last_avail)
+	*chain = (struct pv_chain){.slots = 1};
+	if (vr->packed) {
+		if (!pv_packed_available(vr))
 			return PV_DONE;
+		pv_walk_begin(&w, vr, pv_packed_outside(vr, vr->last_avail) & PV_PACKED_INDEX);
+	} else {
+		if (vr->avail_idx == vr->last_avail) {
+			if (!avail_refresh(vr)) {
+				vr->fault = PV_FAULT_AVAIL_IDX;
+				return PV_BAD;
+			}
+			if (vr->avail_idx == vr->last_avail)
+				return PV_DONE;
+		}
+		chain->head = __atomic_load_n(&vr->avail[RING + (vr->last_avail & vr->mask)],
+					      __ATOMIC_RELAXED);
+		pv_walk_begin(&w, vr, chain->head);
 	}
-	*chain = (struct pv_chain){
-		.head = __atomic_load_n(&vr->avail[RING + (vr->last_avail & vr->mask)],
-					__ATOMIC_RELAXED),
-	};
-	pv_walk_begin(&w, vr, chain->head);
 	while ((step = pv_walk_next(&w, &seg)) == PV_MORE) {
 		if (n == max) {
 			vr->fault = PV_FAULT_SEGMENTS;
@@ -260,33 +306,52 @@ enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,
 		vr->fault = w.fault;
 		return PV_BAD;
 	}
-	vr->last_avail++;
+	if (vr->packed) {
+		chain->head = w.id;
+		chain->slots = w.slots;
+		if (!pv_packed_take(vr, w.slots)) {
+			vr->fault = PV_FAULT_AGAIN;
+			return PV_BAD;
+		}
+	} else {
+		vr->last_avail++;
+	}
 	return PV_MORE;
 }
 
 /**
  * pv_vring_unpop() - Give back the chains taken last
  * @vr:		The ring
- * @n:		How many; they must not have been pushed
+ * @slots:	Their slots, added up; none of them has been pushed
  */
-void pv_vring_unpop(struct pv_vring *vr, uint16_t n)
+void pv_vring_unpop(struct pv_vring *vr, uint32_t slots)
 {
-	vr->last_avail = (uint16_t)(vr->last_avail - n);
+	if (vr->packed)
+		pv_packed_unpop(vr, slots);
+	else
+		vr->last_avail = (uint16_t)(vr->last_avail - slots);
 }
 
 /**
  * pv_vring_push() - Put a chain on the used ring without publishing it
  * @vr:		The ring
  * @head:	From the chain
+ * @slots:	From the chain
  * @len:	Bytes that the device wrote
  *
- * At most as many chains may be pushed as were popped. The guest sees them after
- * pv_vring_flush().
+ * Chains are pushed in the order in which they were popped. The guest sees them after
+ * pv_vring_flush(), all at once.
  */
-void pv_vring_push(struct pv_vring *vr, uint16_t head, uint32_t len)
+void pv_vring_push(struct pv_vring *vr, uint16_t head, uint16_t slots, uint32_t len)
 {
-	uint32_t *elem = (uint32_t *)(void *)(vr->used + RING) + 2 * (vr->used_next & vr->mask);
+	uint32_t *elem;
 
+	vr->pushed++;
+	if (vr->packed) {
+		pv_packed_push(vr, head, slots, len);
+		return;
+	}
+	elem = (uint32_t *)(void *)(vr->used + RING) + 2 * (vr->used_next & vr->mask);
 	__atomic_store_n(&elem[0], head, __ATOMIC_RELAXED);
 	__atomic_store_n(&elem[1], len, __ATOMIC_RELAXED);
 	vr->used_next++;
@@ -301,6 +366,10 @@ void pv_vring_push(struct pv_vring *vr, uint16_t head, uint32_t len)
  */
 void pv_vring_publish(struct pv_vring *vr)
 {
+	if (vr->packed) {
+		pv_packed_publish(vr);
+		return;
+	}
 	/* Release: see pv_vring_flush(). */
 	__atomic_store_n(&vr->used[IDX], vr->used_next, __ATOMIC_RELEASE);
 }
@@ -316,8 +385,11 @@ bool pv_vring_flush(struct pv_vring *vr)
 	uint16_t old = vr->signalled_used;
 	bool valid = vr->signalled_valid;
 
-	if (vr->used_next == vr->used_idx)
+	if (!vr->pushed)
 		return false;
+	vr->pushed = 0;
+	if (vr->packed)
+		return pv_packed_flush(vr);
 	vr->used_idx = vr->used_next;
 	/*
 	 * Release: buffers and used elements are visible before the index that hands them over
@@ -349,7 +421,9 @@ bool pv_vring_flush(struct pv_vring *vr)
 bool pv_vring_enable_notify(struct pv_vring *vr)
 {
 	vr->notify_on = true;
-	if (vr->event_idx)
+	if (vr->packed)
+		pv_packed_notify(vr, true);
+	else if (vr->event_idx)
 		__atomic_store_n(vr->avail_event, vr->last_avail, __ATOMIC_RELAXED);
 	else
 		__atomic_store_n(&vr->used[FLAGS], 0, __ATOMIC_RELAXED);
@@ -365,15 +439,17 @@ bool pv_vring_enable_notify(struct pv_vring *vr)
  * pv_vring_disable_notify() - Tell the guest that no kicks are needed
  * @vr:		The ring
  *
- * This is a hint only (2.7.10). With EVENT_IDX nothing is written: once the guest's index has
- * passed avail_event, there are no more kicks.
+ * This is a hint only (2.7.10). With EVENT_IDX nothing is written to a split ring: once the
+ * guest's index has passed avail_event, there are no more kicks.
  */
 void pv_vring_disable_notify(struct pv_vring *vr)
 {
 	if (!vr->notify_on)
 		return;
 	vr->notify_on = false;
-	if (!vr->event_idx)
+	if (vr->packed)
+		pv_packed_notify(vr, false);
+	else if (!vr->event_idx)
 		__atomic_store_n(&vr->used[FLAGS], VRING_USED_F_NO_NOTIFY, __ATOMIC_RELAXED);
 }
 
@@ -381,9 +457,12 @@ void pv_vring_disable_notify(struct pv_vring *vr)
  * pv_vring_pending() - Whether chains are available
  * @vr:		The ring
  *
- * Return: true if the available index differs from the index of the next entry to take
+ * Return: true if the available index differs from the index of the next entry to take; packed: if
+ * the next descriptor is available
  */
 bool pv_vring_pending(const struct pv_vring *vr)
 {
+	if (vr->packed)
+		return pv_packed_available(vr);
 	return __atomic_load_n(&vr->avail[IDX], __ATOMIC_ACQUIRE) != vr->last_avail;
 }

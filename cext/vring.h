@@ -1,20 +1,33 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Device side of the split virtqueue (virtio 1.2, section 2.7).
+ * Device side of a virtqueue, split (virtio 1.2, section 2.7) or packed (section 2.8).
  *
  * Theory of operation
+ *
+ * Whoever moves packets sees one kind of ring: it takes chains, gives some back, pushes them and
+ * flushes. Each call looks once at the format, which never changes, so that the branch costs
+ * nothing. vring.c has the split format, vring_packed.c the packed one.
  *
  * The guest owns all of the ring's memory and may change it at any time, so nothing in it is
  * trusted and nothing is read twice: each descriptor is copied once and every decision is taken on
  * the copy. A mistake of the guest is reported as a PV_FAULT_* and never makes us touch memory
  * outside guest RAM; the caller then stops the queue.
  *
- * Positions run freely modulo 65536 (2.7.6, 2.7.8):
+ * Positions of a split ring run freely modulo 65536 (2.7.6, 2.7.8):
  *
  *   used_idx      published to the guest in used->idx
  *   used_next     entries written to the used ring; pv_vring_flush publishes them
  *   last_avail    next available entry to take; pv_vring_unpop gives entries back
  *   avail_idx     available index as last read
+ *
+ * A chain takes one entry of either ring, however many descriptors it has. In a packed ring it
+ * takes as many as it has outside of an indirect table: its "slots". Positions of a packed ring of
+ * n entries run modulo 2n: those below n are of the laps with the wrap counter at 1, the others of
+ * the laps with 0. The guest writes no available index, so avail_idx is not used.
+ *
+ * To the outside, and as vhost and vhost-user write it, the position of a packed ring is 32 bits:
+ * that of the available descriptors in the lower half, that of the used ones in the upper, each
+ * with its wrap counter in bit 15. A split ring's is last_avail; the other index is in memory.
  *
  * A ring has one owning thread. It knows nothing of KVM, taps or eventfds: notifying the guest is
  * the caller's job.
@@ -49,6 +62,8 @@ enum pv_fault {
 	PV_FAULT_DIRECTION,
 	PV_FAULT_SHORT,
 	PV_FAULT_TOO_LONG,
+	PV_FAULT_BASE,
+	PV_FAULT_AGAIN,
 	PV_FAULT_COUNT
 };
 
@@ -65,10 +80,10 @@ enum pv_step {
 struct pv_vring {
 	const struct pv_memory *mem;
 	uint8_t *desc;
-	uint16_t *avail;
-	uint16_t *used;
-	uint16_t *used_event;  /* the guest writes it: interrupt after this entry */
-	uint16_t *avail_event; /* we write it: kick after this entry */
+	uint16_t *avail;       /* packed: the driver's event suppression */
+	uint16_t *used;	       /* packed: the device's event suppression */
+	uint16_t *used_event;  /* split: the guest writes it: interrupt after this entry */
+	uint16_t *avail_event; /* split: we write it: kick after this entry */
 	uint32_t size;
 	uint16_t mask;
 	uint16_t last_avail;
@@ -76,7 +91,10 @@ struct pv_vring {
 	uint16_t used_idx;
 	uint16_t used_next;
 	uint16_t signalled_used; /* used_idx at the latest decision on an interrupt */
+	uint16_t held_flags;	 /* packed: of the batch's first used descriptor, not stored yet */
+	uint32_t pushed;	 /* chains pushed and not flushed */
 	bool signalled_valid;
+	bool packed;
 	bool indirect;
 	bool event_idx;
 	bool notify_on;
@@ -97,6 +115,8 @@ struct pv_walk {
 	uint32_t count;	      /* entries of table */
 	uint32_t ttl;	      /* entries of table that may still be read */
 	uint32_t next;	      /* the entry to read next */
+	uint16_t slots;	      /* packed: descriptors read outside of an indirect table */
+	uint16_t id;	      /* packed: buffer id, of the latest of these descriptors */
 	bool indirect;
 	bool written; /* a segment that the device writes was seen */
 	bool ended;
@@ -108,22 +128,31 @@ struct pv_walk {
  * the device reads first.
  */
 struct pv_chain {
-	uint16_t head;
+	uint16_t head;	  /* index of the first descriptor; packed: the buffer id, any value */
+	uint16_t slots;	  /* entries of the ring that it takes; split: 1 */
 	uint16_t out_num; /* segments that the device reads */
 	uint16_t in_num;  /* segments that the device writes */
 	uint64_t out_len;
 	uint64_t in_len;
 };
 
+/* What the driver and the device have agreed on for all rings. */
+struct pv_vring_format {
+	bool packed;	/* RING_PACKED */
+	bool indirect;	/* INDIRECT_DESC */
+	bool event_idx; /* EVENT_IDX */
+};
+
 enum pv_fault pv_vring_init(struct pv_vring *vr, const struct pv_memory *mem, uint32_t size,
-			    uint64_t desc, uint64_t avail, uint64_t used, uint16_t base,
-			    bool indirect, bool event_idx);
+			    uint64_t desc, uint64_t avail, uint64_t used, uint32_t base,
+			    struct pv_vring_format format);
+uint32_t pv_vring_base(const struct pv_vring *vr);
 void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head);
 enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg);
 enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,
 			  struct pv_chain *chain);
-void pv_vring_unpop(struct pv_vring *vr, uint16_t n);
-void pv_vring_push(struct pv_vring *vr, uint16_t head, uint32_t len);
+void pv_vring_unpop(struct pv_vring *vr, uint32_t slots);
+void pv_vring_push(struct pv_vring *vr, uint16_t head, uint16_t slots, uint32_t len);
 void pv_vring_publish(struct pv_vring *vr);
 bool pv_vring_flush(struct pv_vring *vr);
 bool pv_vring_enable_notify(struct pv_vring *vr);

@@ -301,11 +301,13 @@ class Parts:
             for mode in net.switchable:
                 trial = uplink.open(net.switched(mode), mac).path
                 try:
+                    net.check_offer(mode, trial.features())
                     offer &= trial.features()
                 finally:
                     trial.close()
             route = uplink.open(net, mac)
             undo.callback(route.path.close)
+            net.check_offer(net.mode, route.path.features())
             thread = CardThread(f"net{index}")
             undo.callback(thread.end)
             device = NetDevice(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import time
 
+from pyvmm.datapath.ringformat import ring_format
 from pyvmm.kvm.vcpu import ALIVE, HALTED_OFF, NOT_STARTED, RUNS_OFF
 from pyvmm.threads import Thread
 
@@ -137,14 +138,13 @@ class HangWatch:
                 return
 
     def _rings(self) -> list[bytes]:
-        """The available index of each ring in use. It moves if a driver polls, even if its kicks
-        cause no exits.
-        """
+        """What moves in each ring in use if a driver polls, even if its kicks cause no exits."""
         out = []
         for nic in self._nets:
+            form = ring_format(nic.device.negotiated)
             for queue in nic.device.queues:
                 try:
-                    out.append(self._memory.read(queue.avail + 2, 2) if queue.enabled else b"")
+                    out.append(form.traces(self._memory, queue) if queue.enabled else b"")
                 except IndexError:
                     out.append(b"")
         return out

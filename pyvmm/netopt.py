@@ -15,7 +15,7 @@ from pyvmm.spec.ethernet import ETH_MIN_MTU
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
 #: Mode -> the keys of this mode, in addition to COMMON_KEYS.
@@ -35,11 +35,13 @@ COMMON_KEYS = (
     "queue-size",
     "link",
     "without",
+    "with",
     "switchable",
 )
 #: Keys of a data path, which a switch may change; all other keys belong to the card.
 PATH_KEYS = ("poll", "worker-cpu", "socket", "server", "peer")
-#: Names for ``without=``, joined by "+": feature groups that the card does not offer.
+#: Names for ``without=`` and ``with=``, joined by "+": feature groups that the card does not offer,
+#: or that it offers although they are in ``ON_REQUEST``.
 GROUPS = {
     "offloads": "CSUM GUEST_CSUM GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 "
     "HOST_ECN HOST_UFO",
@@ -49,7 +51,10 @@ GROUPS = {
     "event-idx": "EVENT_IDX",
     "ctrl-vq": "CTRL_VQ CTRL_RX CTRL_RX_EXTRA CTRL_VLAN CTRL_MAC_ADDR CTRL_GUEST_OFFLOADS "
     "GUEST_ANNOUNCE MQ",
+    "packed": "RING_PACKED",
 }
+#: Groups that the card offers only if ``with=`` names them: not every data path can honour them.
+ON_REQUEST = ("packed",)
 #: The most queue pairs of a card.
 MAX_QUEUES = 16
 MAC_PREFIX = bytes((0x52, 0x54, 0))  # the customary one of virtual machines: administered locally
@@ -72,7 +77,8 @@ class Net:
     :param host, guest: addresses with prefix length of the tap and of the guest's interface (IPv4);
         default 192.168.(100 + n).1/24 and .2/24 unless ``tap`` is given.
     :param queue_size: entries per queue, a power of two, 2 to 32768. :param without: feature groups
-        that the card does not offer.
+        that the card does not offer. :param with_: feature groups that it offers on request only
+        (``with=`` in an option).
     :param queues: queue pairs, 1 to 16. :param link: ``on`` or ``off``: whether the cable is
         plugged in at the start.
     :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
@@ -105,6 +111,7 @@ class Net:
         "socket",
         "switchable",
         "tap",
+        "with_",
         "without",
         "worker_cpu",
     )
@@ -122,6 +129,7 @@ class Net:
         queue_size: int | str = 256,
         link: str = "on",
         without: str = "",
+        with_: str = "",
         notify: str = "ioeventfd",
         poll: int | str = 0,
         worker_cpu: int | str | None = None,
@@ -186,12 +194,11 @@ class Net:
         self.poll = number("poll", poll, 0, 1000)
         self.host = ipv4("host", host) if host else None
         self.guest = ipv4("guest", guest) if guest else None
-        for name in filter(None, without.split("+")):
-            if name not in GROUPS:
-                raise UsageError(
-                    f"--net: without={name}", f"groups, joined by +: {', '.join(GROUPS)}"
-                )
-        self.without = [g for g in without.split("+") if g]
+        self.without = groups("without", without, GROUPS)
+        self.with_ = groups("with", with_, ON_REQUEST)
+        both = set(self.without) & set(self.with_)
+        if both:
+            raise UsageError(f"--net: with={with_},without={without}", "leave one of them away")
 
     @classmethod
     def parse(cls, text: str) -> Net:
@@ -216,7 +223,7 @@ class Net:
                     f"--net {mode}: unknown key {key!r}",
                     f"{did_you_mean(key, keys)}keys: {', '.join(keys) or 'none'}",
                 )
-            name = key.replace("-", "_")
+            name = "with_" if key == "with" else key.replace("-", "_")
             if name in given:
                 raise UsageError(f"--net {mode}: {key} is given twice", "give it once")
             given[name] = value
@@ -261,15 +268,21 @@ class Net:
         )
 
     def excluded(self) -> int:
-        """The feature bits of ``without`` as a mask."""
-        from pyvmm.spec import virtio, virtio_net
+        """The feature bits that the card does not offer, whatever its data paths can honour, as a
+        mask.
+        """
+        return mask(self.without) | mask(set(ON_REQUEST) - set(self.with_))
 
-        mask = 0
-        for group in self.without:
-            for name in GROUPS[group].split():
-                bit: int | None = getattr(virtio_net, f"VIRTIO_NET_F_{name}", None)
-                mask |= 1 << (bit if bit is not None else getattr(virtio, f"VIRTIO_RING_F_{name}"))
-        return mask
+    def check_offer(self, mode: str, features: int) -> None:
+        """:raises UsageError: the data path ``mode``, which has ``features``, cannot honour what
+        ``with_`` asks for.
+        """
+        for group in self.with_:
+            if mask([group]) & ~features:
+                raise UsageError(
+                    f"--net: with={group}: the data path {mode} cannot honour it here",
+                    f"leave out with={group}, or {mode}",
+                )
 
 
 def unknown_mode(mode: str) -> UsageError:
@@ -287,6 +300,35 @@ def number(key: str, value: int | str, low: int, high: int) -> int:
     if not good or not low <= int(text) <= high:
         raise UsageError(f"--net: {key}={value}", f"use {low} to {high}")
     return int(text)
+
+
+def groups(key: str, text: str, known: Sequence[str] | Mapping[str, str]) -> list[str]:
+    """The names in ``text``, joined by "+". :raises UsageError: one is not among ``known``."""
+    names = [name for name in text.split("+") if name]
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"--net: {key}={name}",
+                f"{did_you_mean(name, list(known))}groups, joined by +: {', '.join(known)}",
+            )
+    return names
+
+
+def mask(names: Iterable[str]) -> int:
+    """The feature bits of groups."""
+    from pyvmm.spec import virtio, virtio_net
+
+    out = 0
+    for group in names:
+        for name in GROUPS[group].split():
+            places = (virtio_net, "VIRTIO_NET_F"), (virtio, "VIRTIO_RING_F"), (virtio, "VIRTIO_F")
+            (bit,) = (
+                vars(module)[f"{prefix}_{name}"]
+                for module, prefix in places
+                if f"{prefix}_{name}" in vars(module)
+            )
+            out |= 1 << bit
+    return out
 
 
 def parse_mac(text: str | bytes) -> bytes:

@@ -6,12 +6,22 @@ import socket
 from collections.abc import Callable
 
 from pyvmm.conformance import driver
-from pyvmm.conformance.driver import NetDriver, Ring, align, fence
+from pyvmm.conformance.driver import NetDriver, PackedRing, Ring, align, fence
 from pyvmm.datapath.base import RxFilter
 from pyvmm.fd import Fd
 from pyvmm.spec import virtio, virtio_net
 
-__all__ = ["Cable", "Events", "NetDriver", "Ring", "align", "bits", "fence", "wait_for"]
+__all__ = [
+    "Cable",
+    "Events",
+    "NetDriver",
+    "PackedRing",
+    "Ring",
+    "align",
+    "bits",
+    "fence",
+    "wait_for",
+]
 
 #: Seconds for what must come; a busy machine may stand still for some.
 PATIENCE = 60.0

@@ -31,7 +31,8 @@ from pyvmm.spec.virtio import (
     VIRTIO_CONFIG_S_NEEDS_RESET,
 )
 from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
-from tests.driver import NetDriver, Ring, wait_for
+from tests.driver import NetDriver, PackedRing, Ring, wait_for
+from tests.ringforms import Form
 
 ACK, DRIVER = VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER
 FEATURES_OK, DRIVER_OK = VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_DRIVER_OK
@@ -393,23 +394,29 @@ class NetGuest:
         fill: bool = True,
         pairs: int = 1,
         control: bool = False,
-        **rings: int,
+        **rings: Any,
     ) -> None:
-        from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
+        from pyvmm.spec.virtio import (
+            VIRTIO_F_RING_PACKED,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_RING_F_INDIRECT_DESC,
+        )
         from pyvmm.spec.virtio_net import VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF
 
         self.board = board
         self.pci = VirtioPciDriver(board, slot)
         self.pci.enable()
-        self.features = features & self.pci.offered()
+        self.features = Form.features(features) & self.pci.offered()
         self.msix = msix
         if msix:
             self.pci.use_msix()
         assert self.pci.negotiate(self.features)
+        packed = bool(self.features >> VIRTIO_F_RING_PACKED & 1)
         event_idx = bool(self.features >> VIRTIO_RING_F_EVENT_IDX & 1)
         self.nets = [
             NetDriver(
                 board.memory,
+                packed=packed,
                 event_idx=event_idx,
                 indirect=bool(self.features >> VIRTIO_RING_F_INDIRECT_DESC & 1),
                 mrg_rxbuf=bool(self.features >> VIRTIO_NET_F_MRG_RXBUF & 1),
@@ -424,7 +431,8 @@ class NetGuest:
         self.control: Ring | None = None
         if control:
             index = self.pci.get("num_queues") - 1 if self.features >> VIRTIO_NET_F_MQ & 1 else 2
-            self.control = Ring(board.memory, 64, 0x4000, index=index, event_idx=event_idx)
+            kind: type[Ring] = PackedRing if packed else Ring
+            self.control = kind(board.memory, 64, 0x4000, index=index, event_idx=event_idx)
             all_rings.append(self.control)
         if msix:
             self.pci.set("config_msix_vector", 0)

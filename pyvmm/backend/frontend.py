@@ -21,6 +21,7 @@ import threading
 
 from pyvmm.backend.memory import SLOTS_MAX, FileMapping, InflightRegions, MemoryTable
 from pyvmm.datapath.base import Vring
+from pyvmm.datapath.ringformat import PACKED, SPLIT, ring_format
 from pyvmm.errors import HostError, VhostUserError
 from pyvmm.fd import Fd, memfd, nudge
 from pyvmm.hostnet.rights import close_all
@@ -131,7 +132,7 @@ class FrontendRing:
     def forget(self) -> None:
         """Forget all but whether the ring is enabled."""
         self.size = 0
-        self.base = 0
+        self.base: int | None = None  # the front-end has not said
         self.addresses: tuple[int, int, int] | None = None
         for name in ("kick", "call", "err"):
             self.set_fd(name, None)
@@ -237,22 +238,26 @@ class Frontend:
     def _vring(self, ring: FrontendRing) -> Vring:
         """The ring as a data path takes it."""
         assert ring.addresses is not None
-        parts = ("descriptor table", "used ring", "available ring")
+        form = ring_format(self.acked)
+        first, second, third = form.areas(ring.size)
         desc, used, avail = (
-            self.memory.gpa(user, f"ring {ring.index}: {part}")
-            for user, part in zip(ring.addresses, parts, strict=True)
+            self.memory.gpa(user, f"ring {ring.index}: {area.name}")
+            for user, area in zip(ring.addresses, (first, third, second), strict=True)
         )
-        if self.service.in_order:
+        ring.base = form.start if ring.base is None else form.whole(ring.base)
+        if self.service.in_order and form is SPLIT:
             self._correct_base(ring, used)
         call: Any = ring.call or NoEventFd()
         kick: Any = ring.kick
-        vring = Vring(ring.index, ring.size, desc, avail, used, ring.base, kick, call)
+        vring = Vring(ring.index, ring.size, desc, avail, used, ring.base, kick, call, form)
         if self.inflight is not None:
-            vring.inflight = self.inflight.region(ring.index, ring.size)
+            packed = form is PACKED
+            vring.inflight = self.inflight.region(ring.index, ring.size, packed=packed)
         return vring
 
     def _correct_base(self, ring: FrontendRing, used: int) -> None:
-        """Start at the used index. If chains are finished in order, it alone is the position.
+        """Start at the used index of a split ring. If chains are finished in order, it alone is the
+        position. (Only the in-flight notes tell that of a packed ring.)
 
         After a back-end has died, front-ends may say another one: DPDK's virtio-user always says 0.
         """
@@ -414,7 +419,7 @@ class Frontend:
     def _set_vring_num(self, m: Message) -> None:
         index, num = m.unpack(VRING_STATE)
         ring = self._ring(index, m)
-        if not 0 < num <= VRING_SIZE_MAX or num & (num - 1):
+        if num > VRING_SIZE_MAX or not ring_format(self.acked).allows(num):
             raise ProtocolError(f"ring {index} of {num} entries")
         self.park()
         ring.size = num
@@ -433,7 +438,7 @@ class Frontend:
     def _set_vring_base(self, m: Message) -> None:
         index, base = m.unpack(VRING_STATE)
         ring = self._ring(index, m)
-        if base > 0xFFFF:
+        if base > 0xFFFF and ring_format(self.acked) is SPLIT:
             raise ProtocolError(f"ring {index} with base {base:#x}")
         self.park()
         ring.base = base
@@ -446,7 +451,8 @@ class Frontend:
         with self._mutex:
             ring.forget()
         ring.base = base
-        return struct.pack(VRING_STATE, index, base), []
+        said = ring_format(self.acked).start if base is None else base
+        return struct.pack(VRING_STATE, index, said), []
 
     def _set_vring_fd(self, m: Message, name: str) -> None:
         value = m.u64
@@ -521,13 +527,14 @@ class Frontend:
     def _inflight_size(self, queues: int, queue_size: int) -> int:
         if not 0 < queues <= len(self.rings) or not 0 < queue_size <= VRING_SIZE_MAX:
             raise ProtocolError(f"in-flight regions for {queues} queues of {queue_size}")
-        return queues * InflightRegions.stride(queue_size)
+        packed = ring_format(self.acked) is PACKED
+        return queues * InflightRegions.stride(queue_size, packed=packed)
 
     def _use_inflight(self, fd: int, size: int, offset: int, queues: int, queue_size: int) -> None:
         mapping = FileMapping(fd, offset + size, unsealed=self._unsealed)
         if self.inflight is not None:
             self.inflight.close()
-        self.inflight = InflightRegions(mapping, offset, queues, queue_size)
+        self.inflight = InflightRegions(mapping, size, offset, queues, queue_size)
 
     def _set_status(self, m: Message) -> None:
         self.status = m.u64 & 0xFF

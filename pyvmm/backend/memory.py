@@ -14,7 +14,12 @@ import mmap
 import struct
 
 from pyvmm._ext import ffi, lib
-from pyvmm.spec.vhost_user import INFLIGHT_DESC, INFLIGHT_REGION
+from pyvmm.spec.vhost_user import (
+    INFLIGHT_DESC,
+    INFLIGHT_PACKED_DESC,
+    INFLIGHT_PACKED_HEAD_SIZE,
+    INFLIGHT_REGION,
+)
 from pyvmm.vhostuser.wire import ProtocolError
 
 TYPE_CHECKING = False
@@ -166,28 +171,34 @@ class InflightRegions:
     file, too, and keeps it while there is no back-end.
 
     :param mapping: of the file; owned from here on.
-    :param offset: of the first region in the file, in bytes.
+    :param size: bytes of all regions. :param offset: of the first region in the file, in bytes.
     :param queues: regions in the file. :param queue_size: entries of each.
     """
 
-    def __init__(self, mapping: FileMapping, offset: int, queues: int, queue_size: int) -> None:
-        self._mapping, self._offset = mapping, offset
+    def __init__(
+        self, mapping: FileMapping, size: int, offset: int, queues: int, queue_size: int
+    ) -> None:
+        self._mapping, self._size, self._offset = mapping, size, offset
         self.queues, self.queue_size = queues, queue_size
 
     @staticmethod
-    def stride(queue_size: int) -> int:
+    def stride(queue_size: int, *, packed: bool) -> int:
         """Bytes from one queue's region to the next."""
-        size = struct.calcsize(INFLIGHT_REGION) + struct.calcsize(INFLIGHT_DESC) * queue_size
-        return -(-size // INFLIGHT_ALIGN) * INFLIGHT_ALIGN
+        if packed:
+            head, entry = INFLIGHT_PACKED_HEAD_SIZE, struct.calcsize(INFLIGHT_PACKED_DESC)
+        else:
+            head, entry = struct.calcsize(INFLIGHT_REGION), struct.calcsize(INFLIGHT_DESC)
+        return -(-(head + entry * queue_size) // INFLIGHT_ALIGN) * INFLIGHT_ALIGN
 
-    def region(self, ring: int, size: int) -> Any:
-        """The region of one ring as ``uint8_t *``; None for a ring that has none, or that has more
-        entries (``size``) than its region.
+    def region(self, ring: int, size: int, *, packed: bool) -> Any:
+        """The region of one ring as ``uint8_t *``; None for a ring that has none, that has more
+        entries (``size``) than its region, or whose format makes the region larger than the file.
         """
-        if ring >= self.queues or size > self.queue_size:
+        stride = self.stride(self.queue_size, packed=packed)
+        fits = (ring + 1) * stride <= self._size
+        if ring >= self.queues or size > self.queue_size or not fits:
             return None
-        at = self._mapping.host + self._offset + ring * self.stride(self.queue_size)
-        return ffi.cast("uint8_t *", at)
+        return ffi.cast("uint8_t *", self._mapping.host + self._offset + ring * stride)
 
     def close(self) -> None:
         """Unmap the file."""

@@ -99,7 +99,7 @@ class NetService:
         self._path.start(acked, memory, rings, events)
 
     def stop(self) -> list[int]:
-        """Stop the workers; returns each ring's next available index."""
+        """Stop the workers; returns each ring's position."""
         return self._path.stop()
 
     def counters(self) -> dict[str, int]:

@@ -3,9 +3,10 @@
 
 Theory of operation. Every path leaves a ring with its position equal to the used index: no chain is
 in anybody's hands. So the used index in guest memory is also where to go on after a path that
-failed, and ``start`` of one path after ``stop`` of another is the whole hand-over. The guest sees a
-pause. The steps are: move (only if frames are to enter elsewhere), park, start; if the new path
-does not start, roll back to the old one; if that does not start either, fall back to emulation.
+failed (a packed ring has no such index: then the guest has to reset the device), and ``start`` of
+one path after ``stop`` of another is the whole hand-over. The guest sees a pause. The steps are:
+move (only if frames are to enter elsewhere), park, start; if the new path does not start, roll back
+to the old one; if that does not start either, fall back to emulation.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class HandOver:
         self._device, self._old, self._new, self._spare = device, old, new, spare
         self._report, self._patience = report, patience
         self._indices: list[int] = []  # of the virtqueues that change hands
+        self._lost = False  # nobody knows the rings' positions
 
     def run(self) -> Route:
         """Have the new path serve the rings from where the old one left them.
@@ -105,12 +107,13 @@ class HandOver:
 
     def _drain(self) -> None:
         """Wait until the old place is silent."""
-        tap = self._old.tap
+        tap, memory = self._old.tap, self._device.memory
         enough = UNSEEN_S if tap is None else QUIET_S
         start = quiet = time.monotonic()
-        before: list[int] = []
+        receive = [self._device.ring(index) for index in self._indices if index % 2 == 0]
+        before: list[bytes] = []
         while (now := time.monotonic()) < start + MOVE_S and now < quiet + enough:
-            after = [self._used_index(index) for index in self._indices if index % 2 == 0]
+            after = [ring.format.traces(memory, ring) for ring in receive]
             if after != before or (tap is not None and tap.waiting()):
                 before, quiet = after, now
             time.sleep(0.001)
@@ -119,14 +122,16 @@ class HandOver:
 
     def _park(self) -> str:
         """Take the rings from the old path. Returns why it did not let go of them in order, or
-        nothing; then the used indices are the positions.
+        nothing; then the used indices are the positions. Without these the rings are lost.
         """
         trouble = ""
         try:
             self._device.park(finish=True, patience=self._patience)
         except Exception as e:  # whatever it is: the rings are at rest all the same
             trouble = self._noted(e)
-            self._take_used_indices()
+            if not self._take_used_indices():
+                self._device.failed("hand-over", e)
+                self._lost = True
         for index in self._indices:
             trouble = trouble or self._check_position(index)
             self._ask_for_kicks(index)
@@ -137,41 +142,42 @@ class HandOver:
         pending = {}
         for index in self._indices:
             ring = self._device.ring(index)
-            pending[index] = self._index(ring.avail) - ring.base & 0xFFFF
+            pending[index] = ring.format.pending(self._device.memory, ring, ring.base)
         return pending
 
-    def _index(self, area: int) -> int:
-        """The index of an available or used ring (2.7.6, 2.7.8)."""
-        return int.from_bytes(self._device.memory.read(area + 2, 2), "little")
-
-    def _used_index(self, index: int) -> int:
-        return self._index(self._device.ring(index).used)
-
-    def _take_used_indices(self) -> None:
-        """Make the used indices the positions: a path that failed leaves these behind, too."""
+    def _take_used_indices(self) -> bool:
+        """Make the used indices the positions: a path that failed leaves these behind, too. False
+        for packed rings, which have none: they keep the positions that a path gave back last.
+        """
         for index in self._indices:
-            self._device.set_position(index, self._used_index(index))
+            ring = self._device.ring(index)
+            used = ring.format.returned(self._device.memory, ring)
+            if used is None:
+                return False
+            self._device.set_position(index, used)
+        return True
 
     def _check_position(self, index: int) -> str:
         """Returns what is wrong if the old path still had chains in its hands. Receive chains may
         be taken back: they are empty.
         """
-        base, used = self._device.ring(index).base, self._used_index(index)
-        if base == used:
+        ring, memory = self._device.ring(index), self._device.memory
+        if not ring.format.held(memory, ring, ring.base):
             return ""
+        used = ring.format.give_back(memory, ring, ring.base)
         if index % 2 == 0:
             self._device.set_position(index, used)
             return ""
-        return f"queue {index} stopped at {base} with {used} returned"
+        words = ring.format.words
+        return f"queue {index} stopped at {words(ring.base)} with {words(used)} returned"
 
     def _ask_for_kicks(self, index: int) -> None:
         """Have the driver kick (virtio 1.2, 2.7.8 and 2.7.10), whatever the old path told it: kicks
         gather in the eventfd until the next path looks.
         """
         ring, memory = self._device.ring(index), self._device.memory
-        memory.write(ring.used, bytes(2))
-        if self._device.in_force >> VIRTIO_RING_F_EVENT_IDX & 1:
-            memory.write(ring.used + 4 + 8 * ring.size, ring.base.to_bytes(2, "little"))
+        event_idx = bool(self._device.in_force >> VIRTIO_RING_F_EVENT_IDX & 1)
+        ring.format.ask_for_kicks(memory, ring, ring.base, event_idx=event_idx)
 
     # --- start, roll back, fall back --------------------------------------------------------------
 
@@ -179,13 +185,16 @@ class HandOver:
         """Start the new path; if the old one did not stop in order, or the new one does not start,
         roll back; if that fails, fall back to emulation. Returns the route in force.
         """
+        self._report.reason = trouble
+        if self._lost:
+            self._report.outcome = "failed"
+            return self._old
         tries: list[tuple[SwitchOutcome, Callable[[], Route]]] = []
         if not trouble:
             tries.append(("switched", lambda: self._new))
         tries.append(("rolled-back", lambda: self._old))
         if self._spare is not None:
             tries.append(("fallback", self._spare))
-        self._report.reason = trouble
         for outcome, make in tries:
             route: Route | None = None
             try:

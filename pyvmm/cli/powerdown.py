@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import argparse
 
 
-#: Seconds between two presses while a guest does not react; longer than ours takes to end a command.
+#: Seconds between two presses. A guest of ours ends its command within less.
 AGAIN_S = 5.0
 
 

@@ -9,6 +9,8 @@ Exit status: 0.
 
 from __future__ import annotations
 
+import time
+
 from pyvmm.cli.support import remote
 from pyvmm.errors import PyvmmError
 
@@ -31,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the machines; returns the exit status."""
-    import time
 
     rows = remote.listing(args.host)
     for row in rows:

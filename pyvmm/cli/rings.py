@@ -18,6 +18,7 @@ Exit status: 0, 113 no such machine, 114 no such card or queue.
 from __future__ import annotations
 
 import sys
+import time
 
 from pyvmm.cli.support import remote
 from pyvmm.cli.support.options import seconds
@@ -72,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
 
     def body(client: Client) -> int:
         import json
-        import time
 
         wanted = {"nic": args.nic, "chains": args.chains}
         if args.queue is not None:
@@ -104,14 +104,15 @@ def draw(snapshot: dict[str, Any]) -> list[str]:
 def _queue(q: dict[str, Any]) -> list[str]:
     vector = "no vector" if q["vector"] == VIRTIO_MSI_NO_VECTOR else f"vector {q['vector']}"
     head = f"queue {q['index']}  {q['role']}  {q['size']} entries  {vector}"
-    if "avail" not in q:
+    if "format" not in q:
         return [
             head + ("  not enabled" if not q["enabled"] else ""),
             *(f"  ! {p}" for p in q.get("problems", ())),
         ]
+    if q["format"] == "packed":
+        return _packed(head, q)
     avail, used = q["avail"], q["used"]
-    filled = min(q["outstanding"], q["size"]) * 40 // q["size"]
-    bar = "#" * filled + "." * (40 - filled)
+    bar = _bar(q["outstanding"], q["size"])
     lines = [
         head,
         (
@@ -122,25 +123,77 @@ def _queue(q: dict[str, Any]) -> list[str]:
         f"  device  used idx      {used['idx']:5}   {_asks(q)}",
     ]
     owned = set(q["device-owned"])
-    shown = min(q["size"], MAP_MAX)
     lines.append(
         f"  descriptors: {len(owned)} the device's (D), {q['size'] - len(owned)} the driver's (.)"
     )
-    for start in range(0, shown, WIDTH):
-        row = "".join("D" if i in owned else "." for i in range(start, min(start + WIDTH, shown)))
-        lines.append(f"    {start:5}  {row}")
-    if shown < q["size"]:
-        lines.append(f"    ...    {q['size'] - shown} more")
+    lines += _map("".join("D" if i in owned else "." for i in range(q["size"])))
+    return lines + _chains(q, "head")
+
+
+def _packed(head: str, q: dict[str, Any]) -> list[str]:
+    driver, device, states = q["driver"], q["device"], q["map"]
+    own = sum(states.upper().count(letter) for letter in "U.")
+    return [
+        f"{head}  packed",
+        (
+            f"  descriptor ring {q['desc-addr']:#x}   event suppression: driver"
+            f" {q['avail-addr']:#x}, device {q['used-addr']:#x}"
+        ),
+        (
+            f"  driver  next {driver['next']:5}, wrap counter {driver['wrap']}"
+            f"  [{_bar(q['outstanding'], q['size'])}] {q['outstanding']} chains with the device"
+        ),
+        f"  device  next {device['next']:5}, wrap counter {device['wrap']}  {_wishes(q)}",
+        (
+            f"  descriptors: {q['size'] - own} the device's (D), {own} the driver's (U used, ."
+            " behind it in its chain); small letters: written with wrap counter 0"
+        ),
+        *_map(states),
+        *_chains(q, "buffer"),
+    ]
+
+
+def _wishes(q: dict[str, Any]) -> str:
+    """The notifications that each side of a packed ring asks for, in words."""
+    words = []
+    for side, what in (("device", "kick"), ("driver", "interrupt")):
+        event = q[side]["event"]
+        if event["flags"] == "desc":
+            text = f"{what} at {event['offset']}, wrap counter {event['wrap']}"
+        else:
+            text = {"enable": f"{what}s", "disable": f"no {what}s"}.get(event["flags"], "reserved")
+        words.append(f"{side}: {text}")
+    return "; ".join(words)
+
+
+def _bar(filled: int, size: int) -> str:
+    part = min(filled, size) * 40 // size
+    return "#" * part + "." * (40 - part)
+
+
+def _map(states: str) -> list[str]:
+    """One letter per descriptor, in rows."""
+    shown = states[:MAP_MAX]
+    lines = [f"    {at:5}  {shown[at : at + WIDTH]}" for at in range(0, len(shown), WIDTH)]
+    if len(shown) < len(states):
+        lines.append(f"    ...    {len(states) - len(shown)} more")
+    return lines
+
+
+def _chains(q: dict[str, Any], what: str) -> list[str]:
+    """The chains that the device has, and those that it has returned. :param what: names them."""
+    lines = []
     if q["available"]:
         lines.append("  the device has, next first:")
     for chain in q["available"]:
-        lines.append(f"    [{chain['at']:5}] head {chain['head']}: {_chain(chain)}")
+        ident = chain["id" if what == "buffer" else what]
+        lines.append(f"    [{chain['at']:5}] {what} {ident}: {_chain(chain)}")
     if q["outstanding"] > len(q["available"]):
         lines.append(f"    ... {q['outstanding'] - len(q['available'])} more")
     if q["returned"]:
         lines.append("  returned last:")
     for entry in q["returned"]:
-        lines.append(f"    [{entry['at']:5}] head {entry['id']}, {entry['len']} bytes written")
+        lines.append(f"    [{entry['at']:5}] {what} {entry['id']}, {entry['len']} bytes written")
     return lines + [f"  ! {problem}" for problem in q["problems"]]
 
 

@@ -38,7 +38,13 @@ VERSION_1 = 1 << virtio.VIRTIO_F_VERSION_1
 EVENT_IDX = 1 << virtio.VIRTIO_RING_F_EVENT_IDX
 INDIRECT = 1 << virtio.VIRTIO_RING_F_INDIRECT_DESC
 MRG_RXBUF = 1 << virtio_net.VIRTIO_NET_F_MRG_RXBUF
-NAMES = {EVENT_IDX: "EVENT_IDX", INDIRECT: "INDIRECT_DESC", MRG_RXBUF: "MRG_RXBUF"}
+RING_PACKED = 1 << virtio.VIRTIO_F_RING_PACKED
+NAMES = {
+    EVENT_IDX: "EVENT_IDX",
+    INDIRECT: "INDIRECT_DESC",
+    MRG_RXBUF: "MRG_RXBUF",
+    RING_PACKED: "RING_PACKED",
+}
 OPTIONAL = (EVENT_IDX, INDIRECT, MRG_RXBUF)
 MAC = bytes.fromhex("525400ba5e01")
 #: The frames' header: to no host, from us, an EtherType for local experiments. A random number per
@@ -96,7 +102,7 @@ class DrivenCard:
         acked: int,
         *,
         size: int = 256,
-        start: int = 0,
+        start: int | None = None,
         pairs: int = 1,
         rx_size: int = 2048,
     ) -> None:
@@ -114,6 +120,7 @@ class DrivenCard:
                     base=at,
                     size=size,
                     start=start,
+                    packed=bool(acked & RING_PACKED),
                     event_idx=bool(acked & EVENT_IDX),
                     indirect=bool(acked & INDIRECT),
                     mrg_rxbuf=bool(acked & MRG_RXBUF),
@@ -147,9 +154,9 @@ class DrivenCard:
         return path
 
     def start(self) -> None:
-        """Hand over the rings, each from its used index."""
+        """Hand over the rings, each from where the device has returned everything."""
         assert self.path is not None
-        rings = [r.vring(r.used_idx) for d in self.drivers for r in d.rings]
+        rings = [r.vring(r.position) for d in self.drivers for r in d.rings]
         self.path.start(self.acked, self.memory, rings, self)
         self.healthy()
 
@@ -169,15 +176,16 @@ class DrivenCard:
             raise Failed(self.path.problems[-1])
 
     def stop(self) -> None:
-        """Take the rings back. :raises Failed: GET_VRING_BASE differs from the used index."""
+        """Take the rings back. :raises Failed: GET_VRING_BASE differs from what was returned."""
         assert self.path is not None
         bases = self.path.stop()
         self.healthy()
         for ring, base in zip((r for d in self.drivers for r in d.rings), bases, strict=True):
-            if self.path.counters()["bad_bases"] or base != ring.used_idx:
+            if self.path.counters()["bad_bases"] or base != ring.position:
+                words = ring.vring().format.words
                 raise Failed(
-                    f"ring {ring.index}: GET_VRING_BASE gives {base}, its used index is "
-                    f"{ring.used_idx}"
+                    f"ring {ring.index}: GET_VRING_BASE gives {words(base)}, its used index is "
+                    f"{words(ring.position)}"
                 )
 
     def frame(self, length: int) -> bytes:
@@ -315,7 +323,7 @@ class Checker:
 
     def note_rings(self, drivers: list[NetDriver]) -> None:
         """Something has gone wrong: keep what is in the rings."""
-        self._rings = [ring.describe() for driver in drivers for ring in driver.rings]
+        self._rings += [ring.describe() for driver in drivers for ring in driver.rings]
 
     @contextmanager
     def card(self, acked: int = VERSION_1, **options: int) -> Iterator[DrivenCard]:
@@ -370,8 +378,20 @@ class Checker:
                 return session
 
     def all_features(self) -> int:
-        """VERSION_1 and the optional features of rings that the back-end offers, as a mask."""
+        """VERSION_1 and the optional features of split rings that the back-end offers, as a
+        mask.
+        """
         return VERSION_1 | sum(bit for bit in OPTIONAL if self.features & bit)
+
+    def formats(self) -> list[int]:
+        """RING_PACKED where the back-end offers it, for an item that is to hold on both formats of
+        rings: 0 is the split one.
+        """
+        return [0, RING_PACKED] if self.features & RING_PACKED else [0]
+
+    def suppressions(self) -> list[int]:
+        """Both formats, without and with EVENT_IDX, as far as the back-end offers them."""
+        return [form | bit for form in self.formats() for bit in {0, EVENT_IDX & self.features}]
 
     def need(self, bit: int) -> None:
         """:raises Skipped: the back-end does not offer feature ``bit``."""
@@ -450,7 +470,7 @@ def negotiation(checker: Checker) -> str:
 
 def _with(bits: int) -> Callable[[Checker], str]:
     def check(checker: Checker) -> str:
-        for bit in OPTIONAL:
+        for bit in NAMES:
             if bits & bit:
                 checker.need(bit)
         with checker.card(VERSION_1 | bits) as card:
@@ -461,18 +481,24 @@ def _with(bits: int) -> Callable[[Checker], str]:
 
 
 def ring_sizes(checker: Checker) -> str:
-    """Rings of two to 1024 entries work."""
-    sizes = (2, 64, 1024)
-    for size in sizes:
-        with checker.card(checker.all_features(), size=size) as card:
-            card.send(2 * size, longest=200)
-    return " ".join(str(size) for size in sizes)
+    """Rings of two to 1024 entries work; packed ones of any number between."""
+    seen = []
+    for form in checker.formats():
+        sizes = (2, 64, 100, 1024) if form else (2, 64, 1024)
+        for size in sizes:
+            with checker.card(checker.all_features() | form, size=size) as card:
+                card.send(2 * size, longest=200)
+        seen.append(" ".join(str(size) for size in sizes))
+    return "; packed ".join(seen)
 
 
 def wrap(checker: Checker) -> str:
-    """Indices wrap around at 65535."""
-    with checker.card(checker.all_features(), start=0xFF80) as card:
-        card.send(600)
+    """Indices wrap around at 65535, and the laps of a packed ring at its end."""
+    for form in checker.formats():
+        # A packed ring of 256 entries: index 200, wrap counter 0, for both sides.
+        start = 200 | 200 << 16 if form else 0xFF80
+        with checker.card(checker.all_features() | form, start=start) as card:
+            card.send(600)
     return "both indices passed 65535"
 
 
@@ -502,11 +528,12 @@ def num_buffers(checker: Checker) -> str:
 
 def stop_and_start(checker: Checker) -> str:
     """Rings stop and start ten times, with packets in between."""
-    with checker.card(checker.all_features()) as card:
-        for _ in range(10):
-            card.send(40)
-            card.stop()
-            card.start()
+    for form in checker.formats():
+        with checker.card(checker.all_features() | form) as card:
+            for _ in range(10):
+                card.send(40)
+                card.stop()
+                card.start()
     return "10 times"
 
 
@@ -514,21 +541,28 @@ def waiting(checker: Checker) -> str:
     """Chains that became available while the rings were stopped are served after the start,
     without a kick by the driver.
     """
-    with checker.card(checker.all_features()) as card:
-        driver = card.drivers[0]
-        card.send(10)
-        card.stop()
-        for _ in range(20):
-            driver.queue(card.frame(100))
-        driver.tx.publish(kick=False)
-        card.start()
-        card.finished(driver)
+    for form in checker.formats():
+        with checker.card(checker.all_features() | form) as card:
+            driver = card.drivers[0]
+            card.send(10)
+            card.stop()
+            for _ in range(20):
+                driver.queue(card.frame(100))
+            driver.tx.publish(kick=False)
+            card.start()
+            card.finished(driver)
     return "20 packets"
+
+
+def _ways(bits: int) -> str:
+    """What was negotiated, in words."""
+    form = "packed ring, " if bits & RING_PACKED else ""
+    return f"{form}{'with' if bits & EVENT_IDX else 'without'} EVENT_IDX"
 
 
 def called(checker: Checker) -> str:
     """The back-end interrupts a driver that asks for it, on each ring."""
-    for bits in (0, EVENT_IDX & checker.features):
+    for bits in checker.suppressions():
         with checker.card(VERSION_1 | bits) as card:
             driver = card.drivers[0]
             rings = [driver.tx] + ([driver.rx] if checker.echoes else [])
@@ -540,10 +574,9 @@ def called(checker: Checker) -> str:
                 driver.tx.publish()
                 for ring in rings:
                     if not select.select([ring.call_fd.fileno()], [], [], checker.timeout)[0]:
-                        with_ = "with" if bits else "without"
                         raise Failed(
-                            f"ring {ring.index}: no interrupt in {checker.timeout:g} s, {with_} "
-                            "EVENT_IDX"
+                            f"ring {ring.index}: no interrupt in {checker.timeout:g} s, "
+                            f"{_ways(bits)}"
                         )
                 card.finished(driver)
                 patience = checker.timeout if checker.echoes else 0
@@ -555,7 +588,7 @@ def not_called(checker: Checker) -> str:
     """The back-end does not interrupt a driver that does not ask. The specification allows such
     interrupts; users do not.
     """
-    for bits in (0, EVENT_IDX & checker.features):
+    for bits in checker.suppressions():
         with checker.card(VERSION_1 | bits) as card:
             driver = card.drivers[0]
             card.send(40)  # the signals of a start are over
@@ -563,9 +596,7 @@ def not_called(checker: Checker) -> str:
             driver.tx.call_fd.drain()
             card.send(40)
             if select.select([driver.tx.call_fd.fileno()], [], [], 0)[0]:
-                raise Failed(
-                    f"interrupts nobody asked for, {'with' if bits else 'without'} EVENT_IDX"
-                )
+                raise Failed(f"interrupts nobody asked for, {_ways(bits)}")
     return ""
 
 
@@ -574,9 +605,9 @@ def queue_pairs(checker: Checker) -> str:
     pairs = checker.queues or min(checker.pairs, 4)
     if pairs < 2:
         raise Skipped("there is one queue pair")
-    with checker.card(checker.all_features(), pairs=pairs) as card:
-        for _ in range(3):
-            for pair in range(pairs):
+    for form in checker.formats():
+        with checker.card(checker.all_features() | form, pairs=pairs) as card:
+            for pair in 3 * [*range(pairs)]:
                 try:
                     card.send(40, pair=pair)
                 except Failed as e:
@@ -587,47 +618,58 @@ def queue_pairs(checker: Checker) -> str:
 
 
 def reconnect(checker: Checker) -> str:
-    """The front-end vanishes and returns: five times, with the same rings and memory."""
-    with checker.card(checker.all_features()) as card:
-        path = card.path
-        assert path is not None
-        for times in range(2, 7):
-            card.send(40)
-            path.drop()
+    """The front-end vanishes and returns: five times, with the same rings and memory. How far a
+    packed ring is, only a back-end with in-flight notes can tell.
+    """
+    seen = "5 times"
+    for form in checker.formats():
+        with checker.card(checker.all_features() | form) as card:
+            assert card.path is not None
+            if form and not card.path.report()["inflight"]:
+                return f"{seen}; packed rings not, which takes INFLIGHT_SHMFD"
+            _reconnect(checker, card, card.path)
+    return seen
 
-            def back(times: int = times) -> bool:
-                return path.counters()["connections"] >= times and path.connected
 
-            if not wait_for(back, checker.timeout):
-                raise Failed(
-                    f"it does not serve a front-end that comes again: {path.problems[-1:]}"
-                )
-            path.problems.clear()
-            for driver in card.drivers:
-                driver.tx.publish()
+def _reconnect(checker: Checker, card: DrivenCard, path: VhostUserNet) -> None:
+    for times in range(2, 7):
         card.send(40)
-    return "5 times"
+        path.drop()
+
+        def back(times: int = times) -> bool:
+            return path.counters()["connections"] >= times and path.connected
+
+        if not wait_for(back, checker.timeout):
+            raise Failed(f"it does not serve a front-end that comes again: {path.problems[-1:]}")
+        path.problems.clear()
+        for driver in card.drivers:
+            driver.tx.publish()
+    card.send(40)
 
 
 def malformed_ring(checker: Checker) -> str:
-    """A head outside of the table stops a ring, but does not end the back-end."""
-    card = DrivenCard(checker, checker.all_features())
-    try:
-        ring = card.drivers[0].tx
-        ring.set_avail(ring.published, 0xFFFF)
-        ring.set_avail_idx(ring.published + 1)
-        ring.kick()
-        assert card.path is not None
-        path = card.path
-        told = wait_for(
-            lambda: path.counters()["ring_errors"] or path.problems, min(1.0, checker.timeout)
-        )
-        checker.note_rings(card.drivers)
-    finally:
-        card.close()
-    with checker.card() as other:
-        other.send(40)
-    return "ERR was signalled" if told else "in silence"
+    """A head outside of the table, or a packed descriptor outside of memory, stops a ring, but does
+    not end the back-end.
+    """
+    told = []
+    for form in checker.formats():
+        card = DrivenCard(checker, checker.all_features() | form)
+        try:
+            card.drivers[0].tx.spoil()
+            assert card.path is not None
+            path = card.path
+            told.append(
+                wait_for(
+                    lambda: path.counters()["ring_errors"] or path.problems,  # noqa: B023
+                    min(1.0, checker.timeout),
+                )
+            )
+            checker.note_rings(card.drivers)
+        finally:
+            card.close()
+        with checker.card() as other:
+            other.send(40)
+    return "ERR was signalled" if all(told) else "in silence"
 
 
 def unknown_request(checker: Checker) -> str:
@@ -668,13 +710,18 @@ def garbage(checker: Checker) -> str:
 
 #: Where it is written: sections of virtio 1.2, and of QEMU's docs/interop/vhost-user.rst.
 SERVED = "virtio 1.2, 2.7.8.2"
-FEATURES = {EVENT_IDX: "2.7.7 and 2.7.10", INDIRECT: "2.7.5.3", MRG_RXBUF: "5.1.6.3.1 and 5.1.6.4"}
+FEATURES = {
+    EVENT_IDX: "2.7.7 and 2.7.10",
+    INDIRECT: "2.7.5.3",
+    MRG_RXBUF: "5.1.6.3.1 and 5.1.6.4",
+    RING_PACKED: "2.8",
+}
 
 
 def _combinations() -> list[tuple[str, Callable[[Checker], str], str]]:
     out = []
-    for n in range(1 << len(OPTIONAL)):
-        bits = [bit for i, bit in enumerate(OPTIONAL) if n >> i & 1]
+    for n in range(1 << len(NAMES)):
+        bits = [bit for i, bit in enumerate(NAMES) if n >> i & 1]
         name = "features VERSION_1" + "".join(f"+{NAMES[b]}" for b in bits)
         clause = ", ".join([SERVED, *(FEATURES[b] for b in bits)])
         out.append((name, _with(sum(bits)), clause))

@@ -326,7 +326,8 @@ def _report(machine: Controlled, given: Given) -> object:
 
 
 def _rings(machine: Controlled, given: Given) -> object:
-    from pyvmm.virtio.rings import RingSnapshot
+    from pyvmm.datapath.ringformat import ring_format
+    from pyvmm.virtio.rings import ring_snapshot
 
     nic = _numbered(machine, given)
     chains = given.get("chains", 16)
@@ -351,11 +352,10 @@ def _rings(machine: Controlled, given: Given) -> object:
                 "avail-addr": q.avail,
                 "used-addr": q.used,
             }
-            if q.enabled and device.active and not q.problem(machine.memory):
+            acked = device.driver_features
+            if q.enabled and device.active and not q.problem(machine.memory, ring_format(acked)):
                 try:
-                    row |= RingSnapshot(
-                        machine.memory, q, device.driver_features, chains=chains
-                    ).as_dict()
+                    row |= ring_snapshot(machine.memory, q, acked, chains=chains)
                 except IndexError as e:
                     row["problems"] = [str(e)]
             queues.append(row)

@@ -8,11 +8,14 @@ replaced under a running guest.
 
 from __future__ import annotations
 
+from pyvmm.datapath.ringformat import SPLIT
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, Protocol
 
+    from pyvmm.datapath.ringformat import RingFormat
     from pyvmm.fd import EventFd, Fd
     from pyvmm.hostnet.rtnetlink import Link
     from pyvmm.memory import GuestMemory
@@ -24,15 +27,27 @@ class Vring:
     """One virtqueue as handed to a data path; immutable by convention.
 
     :ivar index: queue number in the device (net: 2k receive, 2k + 1 transmit).
-    :ivar size: entries, a power of two up to 32768 (virtio 1.2, 2.7).
-    :ivar desc, avail, used: guest-physical addresses.
-    :ivar base: next available index, 0..65535 (split ring).
+    :ivar size: entries, up to 32768; of a split ring, a power of two (virtio 1.2, 2.7, 2.8).
+    :ivar desc, avail, used: guest-physical addresses of the descriptor, driver and device areas.
+    :ivar base: the position to start at (``datapath.ringformat``).
+    :ivar format: split or packed.
     :ivar kick: guest to device, lent. :ivar call: device to guest, lent.
     :ivar inflight: cdata ``uint8_t *`` of a vhost-user in-flight region for the emulated path, or
         None.
     """
 
-    __slots__ = ("avail", "base", "call", "desc", "index", "inflight", "kick", "size", "used")
+    __slots__ = (
+        "avail",
+        "base",
+        "call",
+        "desc",
+        "format",
+        "index",
+        "inflight",
+        "kick",
+        "size",
+        "used",
+    )
 
     def __init__(
         self,
@@ -44,17 +59,17 @@ class Vring:
         base: int,
         kick: EventFd,
         call: EventFd,
+        form: RingFormat = SPLIT,
     ) -> None:
-        self.index, self.size, self.base = index, size, base
+        self.index, self.size, self.base, self.format = index, size, base, form
         self.desc, self.avail, self.used = desc, avail, used
         self.kick, self.call = kick, call
         self.inflight: Any = None
 
     def at(self, base: int) -> Vring:
         """The same ring at another position."""
-        return Vring(
-            self.index, self.size, self.desc, self.avail, self.used, base, self.kick, self.call
-        )
+        place = self.index, self.size, self.desc, self.avail, self.used
+        return Vring(*place, base, self.kick, self.call, self.format)
 
 
 class HandOverTimes:

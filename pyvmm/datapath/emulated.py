@@ -16,7 +16,11 @@ from pyvmm.datapath.base import HandOverTimes, bug, by_pair
 from pyvmm.errors import HostError, RingFault
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import Reopener
-from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
+from pyvmm.spec.virtio import (
+    VIRTIO_F_RING_PACKED,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_RING_F_INDIRECT_DESC,
+)
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
     VIRTIO_NET_F_GUEST_CSUM,
@@ -37,7 +41,12 @@ if TYPE_CHECKING:
     from pyvmm.kvm.recorder import Scope
     from pyvmm.memory import GuestMemory
 
-RING_FEATURES = (VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_NET_F_MRG_RXBUF)
+RING_FEATURES = (
+    VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_F_RING_PACKED,
+    VIRTIO_NET_F_MRG_RXBUF,
+)
 GSO = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6 | 1 << VIRTIO_NET_F_GUEST_UFO
 #: Ethernet header and a VLAN tag, on top of the MTU or of the 64 KiB of a GSO packet.
 FRAME_EXTRA = 14 + 4
@@ -222,8 +231,9 @@ class EmulatedNet:
         headers = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
         config.guest_csum = bool(acked & headers)
         config.mrg_rxbuf = bool(acked >> VIRTIO_NET_F_MRG_RXBUF & 1)
-        config.indirect = bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1)
-        config.event_idx = bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1)
+        config.format.packed = bool(acked >> VIRTIO_F_RING_PACKED & 1)
+        config.format.indirect = bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1)
+        config.format.event_idx = bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1)
         config.event_fd = self._told.fileno()
         config.cpu = -1 if self._worker_cpu is None else self._worker_cpu + number
         config.name = f"{self._port.name[:11]}-{number}".encode()[:15]
@@ -319,7 +329,7 @@ class EmulatedNet:
             self._events.fault(queue, problem)
 
     def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
-        """Stop the workers; returns each ring's next available index, in the order of ``start``."""
+        """Stop the workers; returns each ring's position, in the order of ``start``."""
         self._reopener.stop()
         for pair in self._pairs:
             now = time.monotonic_ns()

@@ -112,9 +112,10 @@ class Vhost(Fd):
         self._state("VHOST_SET_VRING_BASE", ring, vring.base)
         addr = ffi.new("struct vhost_vring_addr *")
         addr.index = ring
-        addr.desc_user_addr = memory.host_address(vring.desc, 16 * size)
-        addr.avail_user_addr = memory.host_address(vring.avail, 6 + 2 * size)
-        addr.used_user_addr = memory.host_address(vring.used, 6 + 8 * size)
+        desc, avail, used = vring.format.areas(size)
+        addr.desc_user_addr = memory.host_address(vring.desc, desc.length)
+        addr.avail_user_addr = memory.host_address(vring.avail, avail.length)
+        addr.used_user_addr = memory.host_address(vring.used, used.length)
         self._ioctl("VHOST_SET_VRING_ADDR", addr)
         self._file("VHOST_SET_VRING_ERR", ring, err.fileno())
         self._file("VHOST_SET_VRING_CALL", ring, vring.call.fileno())

@@ -493,7 +493,7 @@ class _Trace:
             rings: Args = {
                 f"queue {r.index}": (
                     f"{r.size} entries, desc {r.desc:#x} avail {r.avail:#x} used {r.used:#x}, "
-                    f"base {r.base}"
+                    f"base {r.format.words(r.base)}"
                 )
                 for r in args["rings"]
             }

@@ -112,4 +112,10 @@ VHOST_USER_BACKEND_SHARED_OBJECT_LOOKUP = 8
 # In-flight I/O tracking of a split queue: QueueRegionSplit, then one DescStateSplit per descriptor
 INFLIGHT_REGION = "<QHHHH"  # features, version, desc_num, last_batch_head, used_idx
 INFLIGHT_DESC = "<B5xHQ"  # inflight, next, counter
+#: QueueRegionPacked: features, version, desc_num, free_head, old_free_head, used_idx, old_used_idx,
+#: used_wrap_counter, old_used_wrap_counter; and how many bytes come before the descriptors.
+INFLIGHT_PACKED_HEAD = "<QHHHHHHBB"
+INFLIGHT_PACKED_HEAD_SIZE = 32
+#: DescStatePacked: inflight, next, last, num, counter, id, flags, len, addr.
+INFLIGHT_PACKED_DESC = "<BxHHHQHHIQ"
 INFLIGHT_VERSION = 1

@@ -1,4 +1,4 @@
-"""Virtio 1.2 constants common to all devices: feature bits, device status, split virtqueue. Kernel
+"""Virtio 1.2 constants common to all devices: feature bits, device status, virtqueues. Kernel
 spellings.
 
 Section numbers are those of the OASIS virtio specification, version 1.2. Feature constants are bit
@@ -45,3 +45,13 @@ VRING_DESC_F_INDIRECT = 4
 # 2.7.7 and 2.7.10: notification suppression without EVENT_IDX
 VRING_AVAIL_F_NO_INTERRUPT = 1
 VRING_USED_F_NO_NOTIFY = 1
+
+# 2.8: packed virtqueues: the areas' alignment in bytes, bit numbers of a descriptor's flags, and
+# flags of the event suppression areas
+PACKED_EVENT_ALIGN_SIZE = 4
+VRING_PACKED_DESC_F_AVAIL = 7
+VRING_PACKED_DESC_F_USED = 15
+VRING_PACKED_EVENT_FLAG_ENABLE = 0
+VRING_PACKED_EVENT_FLAG_DISABLE = 1
+VRING_PACKED_EVENT_FLAG_DESC = 2
+VRING_PACKED_EVENT_F_WRAP_CTR = 15

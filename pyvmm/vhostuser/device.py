@@ -19,10 +19,10 @@ and its silence end at most its connection.
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from pyvmm.errors import PyvmmError, VhostUserError
-from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
+from pyvmm.spec.virtio import VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1
 from pyvmm.vhostuser.history import BackendHistory
 from pyvmm.vhostuser.rings import RingSet
 from pyvmm.vhostuser.session import PROTOCOL_FEATURES, Refused
@@ -91,6 +91,7 @@ class VhostUserDevice:
         self._stopping = False  # ``stop`` is about to take the rings back
         self._events: FaultEvents | None = None
         self._faulted: set[int] = set()
+        self._lost: VhostUserError | None = None  # why nobody knows the rings' positions
 
         try:
             self._rings = RingSet(rings, times, self._history)
@@ -139,8 +140,11 @@ class VhostUserDevice:
     def _introduce(self, s: Session, acked: int, memory: GuestMemory, size: int) -> None:
         """Agree on everything but the rings. No ring has more than ``size`` entries."""
         self.introduce(s, acked)
+        chosen = acked & s.features & self.data_features
+        if chosen >> VIRTIO_F_RING_PACKED & 1:
+            s.choose_features(chosen)  # the size of the notes depends on it
         self._rings.share_inflight(s, size)
-        s.choose_features(acked & s.features & self.data_features)
+        s.choose_features(chosen)
         s.share_memory(memory)
 
     def _give(self, s: Session, bases: Sequence[int]) -> None:
@@ -171,9 +175,20 @@ class VhostUserDevice:
         """No back-end serves the rings until one comes back, which may serve ``pending`` chains
         again.
         """
-        if self._rings.rings:
-            self._history.parked()
-            self._history.count("possible_repeats", pending)
+        if not self._rings.rings:
+            return
+        try:
+            self._rings.from_used()
+        except VhostUserError as e:
+            self._lost = e
+            self._rings.rest()
+            with self._state:
+                events = self._events
+            if events is not None:
+                events.fault(-1, str(e))
+            return
+        self._history.parked()
+        self._history.count("possible_repeats", pending)
 
     def _pending(self) -> int:
         """How many chains the next back-end may serve again: the available ones, unless an
@@ -245,6 +260,7 @@ class VhostUserDevice:
             return
         with self._turn:
             self._rings.use(acked, memory, rings)
+            self._lost = None
             self._required = acked & self.features()
             with self._state:
                 self._events, self._faulted = events, set()
@@ -274,6 +290,7 @@ class VhostUserDevice:
         are then the positions.
 
         :returns: the rings' positions, in the order of ``start``; empty if no ring was started.
+        :raises VhostUserError: a back-end has gone, and nobody knows how far it was.
         """
         with self._state:
             self._stopping = True
@@ -282,24 +299,27 @@ class VhostUserDevice:
         with self._turn:
             with self._state:
                 self._stopping = False
-            if not self._rings.rings:
+            if not self._rings.rings and self._lost is None:
                 return []
             s = self._watcher.session
             bases: list[int] = []
-            if s is not None:
+            if s is not None and self._rings.rings:
                 try:
                     with self._talking(s, patience):
                         bases = self._rings.take(s)
                         s.reset()
                 except PyvmmError:
                     bases = []
-            if not bases:
+            lost, self._lost = self._lost, None
+            if lost is None and not bases:
                 bases = self._rings.from_used()
             self._rings.rest()
             self._required = 0
             self._history.served()
             with self._state:
                 self._events = None
+            if lost is not None:
+                raise lost
         return bases
 
     def converse(self, say: Callable[[Session], None]) -> bool:
@@ -341,7 +361,8 @@ class VhostUserDevice:
         if self._closed:
             return
         self._closed = True
-        self.stop()
+        with suppress(VhostUserError):
+            self.stop()
         self._watcher.close()
         self._rings.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from pyvmm.errors import VhostUserError
 from pyvmm.fd import eventfds
 
 TYPE_CHECKING = False
@@ -45,11 +46,13 @@ class RingSet:
         self.inflight: InflightFile | None = None
         self._history = history
         self._stopped_at: dict[int, int] = {}  # positions of rings that ``stop_some`` stopped
+        self._served = False  # a back-end has had the rings since ``use``
         self.errs = eventfds(count)
 
     def use(self, acked: int, memory: GuestMemory, rings: Sequence[Virtqueue]) -> None:
         """Use these rings from now on."""
         self.acked, self.memory, self.rings = acked, memory, list(rings)
+        self._served = False
         self.times.began, self._stopped_at = {}, {}
         for err in self.errs:
             err.drain()
@@ -64,19 +67,35 @@ class RingSet:
         """Entries of the largest ring."""
         return max(ring.size for ring in self.rings)
 
-    def _avail(self, ring: Virtqueue) -> int:
-        return int.from_bytes(self.memory.read(ring.avail + 2, 2), "little")
-
-    def _used(self, ring: Virtqueue) -> int:
-        return int.from_bytes(self.memory.read(ring.used + 2, 2), "little")
-
     def pending(self, ring: Virtqueue) -> int:
-        """How many chains of a ring were made available and not returned."""
-        return self._avail(ring) - self._used(ring) & 0xFFFF
+        """How many chains of a ring were made available and not returned; 0 for a ring that does
+        not tell.
+        """
+        at = ring.format.returned(self.memory, ring)
+        return ring.format.pending(self.memory, ring, at) if at is not None else 0
 
     def from_used(self) -> list[int]:
-        """The used indices, which are the positions if a back-end cannot be asked."""
-        return [self._used(ring) for ring in self.rings]
+        """The positions behind the last chains that were returned, if a back-end cannot be asked.
+
+        :raises VhostUserError: the rings do not tell, and the back-end has kept no notes.
+        """
+        return [self._from_used(ring) for ring in self.rings]
+
+    def _from_used(self, ring: Virtqueue) -> int:
+        at = ring.format.returned(self.memory, ring)
+        if at is None and not self._served:
+            at = ring.base
+        if at is None and self.inflight is not None:
+            places = self.inflight.places(ring.index, ring.size)
+            if places is not None:
+                at = ring.format.from_notes(self.memory, ring, *places)
+        if at is None:
+            raise VhostUserError(
+                f"ring {ring.index} is packed, and the back-end, which has kept no notes, is gone:"
+                " nobody knows how far it was",
+                "the guest has to reset its card; a back-end with INFLIGHT_SHMFD keeps notes",
+            )
+        return at
 
     # --- with a back-end --------------------------------------------------------------------------
 
@@ -102,6 +121,7 @@ class RingSet:
         for ring in self.rings:
             ring.kick.nudge()  # for chains that were made available before
             self.times.began[ring.index] = now
+        self._served = True
 
     def take(self, s: Session) -> list[int]:
         """Take all rings back; returns the positions."""
@@ -117,13 +137,13 @@ class RingSet:
 
     def _take(self, s: Session, ring: Virtqueue) -> int:
         if ring.index not in s.sharing:
-            return self._used(ring)
+            return self._from_used(ring)
         self.times.asked[ring.index] = time.monotonic_ns()
-        base = s.stop_ring(ring.index)
-        used, avail = self._used(ring), self._avail(ring)
-        if base > 0xFFFF or avail - base & 0xFFFF > ring.size or base - used & 0xFFFF > ring.size:
+        base = ring.format.whole(s.stop_ring(ring.index))
+        place = self.memory, ring, base
+        if max(ring.format.held(*place), ring.format.pending(*place)) > ring.size:
             self._history.count("bad_bases")
-            return used
+            return self._from_used(ring)
         return base
 
     def lost(self) -> None:

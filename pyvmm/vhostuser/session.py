@@ -11,6 +11,7 @@ mere refusal does not. ``cut`` ends the session from any other thread, at once.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import time
@@ -46,15 +47,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from typing import Any, Protocol
 
+    from pyvmm.datapath.ringformat import RingFormat
     from pyvmm.fd import EventFd
     from pyvmm.memory import GuestMemory
     from pyvmm.vhostuser.wire import Message
 
     class Virtqueue(Protocol):
-        """A split virtqueue that back-ends are to serve; ``datapath.base.Vring`` is one.
+        """A virtqueue that back-ends are to serve; ``datapath.base.Vring`` is one.
 
         :ivar size: entries. :ivar desc, avail, used: guest-physical addresses.
-        :ivar base: position to start at: the next available index. :ivar kick, call: lent.
+        :ivar base: position to start at (``datapath.ringformat``). :ivar kick, call: lent.
         """
 
         index: int
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
         used: int
         kick: EventFd
         call: EventFd
+        format: RingFormat
 
 
 #: Protocol features that a session can use for any kind of device.
@@ -106,6 +109,30 @@ class InflightFile:
 
     def __init__(self, fd: Fd, description: bytes) -> None:
         self.fd, self.description = fd, description
+
+    def places(self, index: int, size: int) -> tuple[int, int] | None:
+        """Where the used descriptors of a packed ring ended before the latest batch, and where
+        with it (QueueRegionPacked): index, and wrap counter in bit 15.
+
+        :param index, size: of the ring. :returns: None if there are no notes of it. Nothing that
+            is read is to be trusted.
+        """
+        length, offset, queues, _ = struct.unpack(spec.INFLIGHT, self.description)
+        path = f"/proc/self/fd/{self.fd.fileno()}"
+        try:
+            # No other file is read: it could keep us waiting.
+            if index >= queues or not os.readlink(path).startswith("/memfd:"):  # noqa: PTH115
+                return None
+            at = offset + index * (length // queues)
+            length = struct.calcsize(spec.INFLIGHT_PACKED_HEAD)
+            head = os.pread(self.fd.fileno(), length, at)
+            _, version, entries, _, _, *parts = struct.unpack(spec.INFLIGHT_PACKED_HEAD, head)
+        except (OSError, OverflowError, struct.error):
+            return None
+        if version != spec.INFLIGHT_VERSION or entries != size:
+            return None
+        used, old, wrap, old_wrap = parts
+        return old & 0x7FFF | (old_wrap & 1) << 15, used & 0x7FFF | (wrap & 1) << 15
 
     def close(self) -> None:
         """Close the file, and with it the notes."""
@@ -323,9 +350,10 @@ class Session:
         self.tell(spec.VHOST_USER_SET_VRING_NUM, state)
         # BASE goes before ADDR: some back-ends compare it with the used index there.
         self.tell(spec.VHOST_USER_SET_VRING_BASE, struct.pack(VRING_STATE, i, base))
-        parts = (ring.desc, 16 * size), (ring.used, 6 + 8 * size), (ring.avail, 6 + 2 * size)
+        desc, avail, used = ring.format.areas(size)
+        parts = (ring.desc, desc), (ring.used, used), (ring.avail, avail)
         try:
-            addresses = [memory.host_address(gpa, length) for gpa, length in parts]
+            addresses = [memory.host_address(gpa, area.length) for gpa, area in parts]
         except IndexError as e:
             raise VhostUserError(f"ring {i}: {e}") from e
         self.tell(spec.VHOST_USER_SET_VRING_ADDR, struct.pack(spec.VRING_ADDR, i, 0, *addresses, 0))

@@ -36,7 +36,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_MQ,
     VIRTIO_NET_OK,
 )
-from pyvmm.virtio.queue import SplitQueue
+from pyvmm.virtio.queue import ServedQueue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Control:
         self._device = device
         self._call = vring.call
         self._acked = acked
-        self._queue = SplitQueue(device.memory, vring, acked, limit=COMMAND_MAX)
+        self._queue = ServedQueue(device.memory, vring, acked, limit=COMMAND_MAX)
         self._limit = vring.size
 
     def serve(self) -> bool:

@@ -19,6 +19,7 @@ import threading
 import time
 
 from pyvmm.datapath.base import Vring
+from pyvmm.datapath.ringformat import ring_format
 from pyvmm.errors import PyvmmError
 from pyvmm.fd import EventFd, eventfds
 from pyvmm.spec.virtio import (
@@ -29,9 +30,6 @@ from pyvmm.spec.virtio import (
     VIRTIO_CONFIG_S_FEATURES_OK,
     VIRTIO_CONFIG_S_NEEDS_RESET,
     VIRTIO_F_VERSION_1,
-    VRING_AVAIL_ALIGN_SIZE,
-    VRING_DESC_ALIGN_SIZE,
-    VRING_USED_ALIGN_SIZE,
 )
 from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
 
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Protocol
 
+    from pyvmm.datapath.ringformat import RingFormat
     from pyvmm.memory import GuestMemory
 else:
     Protocol = object  # `typing` costs as much as all else that a run imports
@@ -68,6 +67,7 @@ class Queue:
     """One virtqueue's registers, and its eventfds (owned by the device), which a data path borrows.
 
     :ivar max_size: entries, a power of two; ``size`` starts there.
+    :ivar desc, avail, used: guest-physical addresses of the descriptor, driver and device areas.
     """
 
     __slots__ = (
@@ -96,20 +96,20 @@ class Queue:
         self.enabled = False
         self.vector = VIRTIO_MSI_NO_VECTOR
 
-    def problem(self, memory: GuestMemory) -> str:
-        """What is wrong with the driver's set-up; empty if nothing (2.7: sizes and alignments)."""
-        if not self.size or self.size & (self.size - 1) or self.size > self.max_size:
+    def problem(self, memory: GuestMemory, form: RingFormat) -> str:
+        """What is wrong with the driver's set-up; empty if nothing (2.7, 2.8: sizes and
+        alignments).
+        """
+        if not form.allows(self.size) or self.size > self.max_size:
             return f"queue {self.index}: size {self.size}"
-        areas = (
-            ("descriptor table", self.desc, 16 * self.size, VRING_DESC_ALIGN_SIZE),
-            ("available ring", self.avail, 6 + 2 * self.size, VRING_AVAIL_ALIGN_SIZE),
-            ("used ring", self.used, 6 + 8 * self.size, VRING_USED_ALIGN_SIZE),
-        )
-        for name, gpa, length, align in areas:
-            if gpa % align:
-                return f"queue {self.index}: {name} at {gpa:#x} is not aligned to {align}"
-            if not any(r.gpa <= gpa and gpa + length <= r.gpa + r.size for r in memory.regions):
-                return f"queue {self.index}: {name} at {gpa:#x} is outside RAM"
+        places = (self.desc, self.avail, self.used)
+        for gpa, area in zip(places, form.areas(self.size), strict=True):
+            what = f"queue {self.index}: {area.name} at {gpa:#x}"
+            if gpa % area.align:
+                return f"{what} is not aligned to {area.align}"
+            end = gpa + area.length
+            if not any(r.gpa <= gpa and end <= r.gpa + r.size for r in memory.regions):
+                return f"{what} is outside RAM"
         return ""
 
 
@@ -366,14 +366,16 @@ class VirtioDevice:
                 "driver set DRIVER_OK while bus mastering is off: until bit 2 of the PCI command"
                 " register is set, no virtqueue is served (PCI 3.0, 6.2.2)"
             )
+        form = ring_format(self.negotiated)
         enabled = [q for q in self.queues if q.enabled]
         for q in enabled:
-            problem = q.problem(self.memory)
+            problem = q.problem(self.memory, form)
             if problem:
                 self.fault(q.index, problem)
                 return
         rings = [
-            Vring(q.index, q.size, q.desc, q.avail, q.used, 0, q.kick, q.call) for q in enabled
+            Vring(q.index, q.size, q.desc, q.avail, q.used, form.start, q.kick, q.call, form)
+            for q in enabled
         ]
         self.post("start", lambda: self.activate(rings))
 
@@ -522,8 +524,8 @@ class VirtioDevice:
             return f"of queue {index}, which is enabled", "4.1.4.3.2"
         if field == "enabled" and value != 1:
             return "but only a reset disables a queue", "4.1.4.3.2"
-        if field == "size" and (not value or value & (value - 1)):
-            return "which is no power of two", "4.1.4.3.2"
+        if field == "size" and not ring_format(self.driver_features).allows(value):
+            return "which is no power of two" if value else "which is no size", "4.1.4.3.2"
         if field == "size" and value > q.max_size:
             return f"which is more than queue {index} has", "4.1.4.3"
         return "", ""

@@ -1,4 +1,4 @@
-"""A split virtqueue served from Python: for queues of a few commands (the control queue), and for
+"""A virtqueue served from Python: for queues of a few commands (the control queue), and for
 looking at rings.
 
 Packet queues never come here: their workers use the same C code (cext/vring.c) without Python.
@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import RingFault
-from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
+from pyvmm.spec.virtio import (
+    VIRTIO_F_RING_PACKED,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_RING_F_INDIRECT_DESC,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,18 +22,30 @@ if TYPE_CHECKING:
     from pyvmm.memory import GuestMemory
 
 
+def ring_features(acked: int) -> dict[str, bool]:
+    """What ``struct pv_vring_format`` says of negotiated features."""
+    return {
+        "packed": bool(acked >> VIRTIO_F_RING_PACKED & 1),
+        "indirect": bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1),
+        "event_idx": bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1),
+    }
+
+
 class Chain:
     """One descriptor chain taken from the queue.
 
-    :ivar head: its identity for ``SplitQueue.push``.
+    :ivar head: its identity for the driver: the first descriptor, or a packed ring's buffer id.
+    :ivar slots: entries of the ring that it takes.
     :ivar request: a copy of the device-readable bytes.
     :ivar room: how many bytes the device may write.
     """
 
-    __slots__ = ("_writable", "head", "request", "room")
+    __slots__ = ("_writable", "head", "request", "room", "slots")
 
-    def __init__(self, head: int, request: bytes, writable: list[tuple[Any, int]]) -> None:
-        self.head, self.request, self._writable = head, request, writable
+    def __init__(
+        self, head: int, slots: int, request: bytes, writable: list[tuple[Any, int]]
+    ) -> None:
+        self.head, self.slots, self.request, self._writable = head, slots, request, writable
         self.room = sum(size for _, size in writable)
 
     def reply(self, data: bytes) -> int:
@@ -44,9 +60,10 @@ class Chain:
         return at
 
 
-class SplitQueue:
-    """Device side of a split virtqueue (virtio 1.2, 2.7); one thread at a time.
+class ServedQueue:
+    """Device side of a virtqueue (virtio 1.2, 2.7 and 2.8); one thread at a time.
 
+    :param acked: the negotiated features, which say what the ring looks like.
     :param limit: longest request taken, in bytes; more is a fault.
     :raises RingFault: size, alignment or addresses are wrong; the ring is untouched.
     """
@@ -67,8 +84,7 @@ class SplitQueue:
             vring.avail,
             vring.used,
             vring.base,
-            bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1),
-            bool(acked >> VIRTIO_RING_F_EVENT_IDX & 1),
+            ring_features(acked),
         )
         self._check(fault)
 
@@ -78,8 +94,8 @@ class SplitQueue:
 
     @property
     def base(self) -> int:
-        """The next available index."""
-        return int(self.c.last_avail)
+        """The position (``datapath.ringformat``)."""
+        return int(lib.pv_vring_base(self.c))
 
     def pop(self) -> Chain | None:
         """The next chain, or None where the queue is empty.
@@ -91,7 +107,7 @@ class SplitQueue:
             return None
         c = self._chain
         if step == lib.PV_MORE and c.out_len > self._limit:
-            lib.pv_vring_unpop(self.c, 1)
+            lib.pv_vring_unpop(self.c, c.slots)
             self.c.fault = lib.PV_FAULT_TOO_LONG
         self._check(self.c.fault)
         iov = self._iov
@@ -101,13 +117,13 @@ class SplitQueue:
         writable = [
             (iov[i].iov_base, iov[i].iov_len) for i in range(c.out_num, c.out_num + c.in_num)
         ]
-        return Chain(c.head, request, writable)
+        return Chain(c.head, c.slots, request, writable)
 
     def push(self, chain: Chain, written: int) -> None:
         """Return a chain of which the device has written the first ``written`` bytes; ``flush``
         publishes it.
         """
-        lib.pv_vring_push(self.c, chain.head, written)
+        lib.pv_vring_push(self.c, chain.head, chain.slots, written)
 
     def flush(self) -> bool:
         """Publish what was pushed; returns whether the guest wants an interrupt for it."""

@@ -25,6 +25,19 @@
 #define FUZZ_IMAGE    0x1800u /* bytes of memory that the input gives */
 #define FUZZ_HEADER   16u     /* bytes of input before the image: see the programs */
 #define FUZZ_INPUT    (FUZZ_HEADER + FUZZ_IMAGE)
+/* Whether an input is of packed rings, and the position of both then: its first two bytes. */
+#define FUZZ_PACKED(data)   ((data)[15] & 1)
+#define FUZZ_PLACE(base)    (((base)&0x8000u) | (base) % FUZZ_SIZE)
+#define FUZZ_POSITION(base) (FUZZ_PLACE(base) | FUZZ_PLACE(base) << 16)
+
+/* A guest makes descriptors of a packed ring available again, or takes that back. */
+static inline void fuzz_toggle(uint8_t *ring, uint8_t which)
+{
+	for (uint32_t i = which & 3; i < FUZZ_SIZE; i += 1 + (which >> 5)) {
+		ring[16 * i + 14] ^= 0x80;
+		ring[16 * i + 15] ^= 0x80;
+	}
+}
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

@@ -93,6 +93,37 @@ static void make_table(uint32_t at, uint32_t entries, uint32_t limit, bool write
 	}
 }
 
+/* Make a packed table of one made above: id and flags change places. */
+static void pack_table(uint32_t at, uint32_t entries)
+{
+	for (uint32_t i = 0; i < entries; i++) {
+		uint8_t *d = &input[FUZZ_HEADER + at + 16 * i + 12];
+		uint8_t id[2] = {d[2], d[3]};
+
+		memmove(d + 2, d, 2);
+		memcpy(d, id, 2);
+	}
+}
+
+/* A packed ring with n available descriptors from where the device is. */
+static void pack_ring(uint32_t q, uint16_t base, uint32_t n)
+{
+	pack_table(FUZZ_DESC(q), FUZZ_SIZE);
+	for (uint32_t k = 0; k < FUZZ_SIZE; k++) {
+		uint32_t at = base % FUZZ_SIZE + k;
+		bool wrap = !(base & 0x8000) == (at >= FUZZ_SIZE), avail = k < n;
+		uint8_t *flags = &input[FUZZ_HEADER + FUZZ_DESC(q) + 16 * (at % FUZZ_SIZE) + 14];
+
+		/* The others were used in the lap before. */
+		flags[0] = (uint8_t)((flags[0] & 7) | (wrap == avail ? 0x80 : 0));
+		flags[1] = (uint8_t)(wrap ? 0 : 0x80);
+		if (one_in(64))
+			flags[rnd(2)] = (uint8_t)rnd(256);
+	}
+	put(FUZZ_AVAIL(q), one_in(2) ? rnd(65536) : FUZZ_PLACE(base + rnd(8)), 2);
+	put(FUZZ_AVAIL(q) + 2, rnd(4), 2);
+}
+
 static void make_input(void)
 {
 	uint16_t base = one_in(2) ? 0 : (uint16_t)rnd(65536);
@@ -111,8 +142,12 @@ static void make_input(void)
 			put(FUZZ_AVAIL(q) + 4 + 2 * i, one_in(64) ? rnd(65536) : rnd(FUZZ_SIZE), 2);
 		put(FUZZ_AVAIL(q) + 4 + 2 * FUZZ_SIZE, rnd(65536), 2);
 		put(FUZZ_USED(q) + 2, base, 2);
+		if (FUZZ_PACKED(input))
+			pack_ring(q, base, n);
 	}
 	make_table(FUZZ_TABLE, 64, 24, one_in(2), one_in(8));
+	if (FUZZ_PACKED(input))
+		pack_table(FUZZ_TABLE, 64);
 	for (uint32_t n = one_in(4) ? rnd(16) : 0; n; n--)
 		input[rnd(FUZZ_INPUT)] = (uint8_t)rnd(256);
 }

@@ -61,7 +61,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	for (uint32_t q = 0; q < 2; q++)
 		cfg.ring[q] = (struct pv_net_ring){
 			.size = FUZZ_SIZE,
-			.base = base,
+			.base = FUZZ_PACKED(data) ? FUZZ_POSITION(base) : base,
 			.desc = FUZZ_DESC(q),
 			.avail = FUZZ_AVAIL(q),
 			.used = FUZZ_USED(q),
@@ -80,8 +80,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	cfg.hdr_len = data[2] & 8 ? 10 : 12;
 	cfg.max_frame = data[2] & 16 ? 65565 : 1530;
 	cfg.poll_us = data[2] & 32 ? 1 : 0;
-	cfg.indirect = data[2] & 1;
-	cfg.event_idx = data[2] & 2;
+	cfg.format.packed = FUZZ_PACKED(data);
+	cfg.format.indirect = data[2] & 1;
+	cfg.format.event_idx = data[2] & 2;
 	cfg.mrg_rxbuf = data[2] & 4;
 	cfg.guest_csum = data[2] & 64;
 	w = pv_net_worker_new(&cfg, &mem, &ev);
@@ -107,8 +108,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			while (read(pair[1], packet, sizeof(packet)) > 0)
 				;
 			/* The guest goes on: more of what there is; sometimes it kicks. */
-			low[FUZZ_AVAIL(i / 4 & 1) + 2] =
-				(uint8_t)(low[FUZZ_AVAIL(i / 4 & 1) + 2] + (data[i] & 7));
+			if (FUZZ_PACKED(data))
+				fuzz_toggle(low + FUZZ_DESC(i / 4 & 1), data[i]);
+			else
+				low[FUZZ_AVAIL(i / 4 & 1) + 2] =
+					(uint8_t)(low[FUZZ_AVAIL(i / 4 & 1) + 2] + (data[i] & 7));
 			if (data[i] & 64)
 				(void)!write(event[i / 4 & 1], &(uint64_t){1}, sizeof(uint64_t));
 			/*

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Fuzzes the device side of a split ring (cext/vring.c): memory of two regions is filled from the
+ * Fuzzes the device side of a ring of either format (cext/vring.c, vring_packed.c): memory of two regions is filled from the
  * input, then chains are popped and pushed in an order that the input gives. Checks what must hold
  * whatever the guest writes.
  *
@@ -34,7 +34,11 @@ static bool in_ram(const void *p, size_t len)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	static struct iovec iov[PV_CHAIN_MAX];
-	uint16_t base, ahead, taken = 0, heads[65];
+	struct pv_vring_format format = {
+		.packed = FUZZ_PACKED(data), .indirect = data[2] & 1, .event_idx = data[2] & 2};
+	uint32_t ahead, span = format.packed ? 2 * FUZZ_SIZE : 65536, slots = 0;
+	struct pv_chain chains[65];
+	uint16_t base, taken = 0;
 	struct pv_memory mem = {.count = 2};
 	struct pv_vring vr;
 	enum pv_fault fault;
@@ -52,11 +56,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	mem.region[0] = (struct pv_mem_region){.gpa = 0, .size = FUZZ_REGION, .host = low};
 	mem.region[1] = (struct pv_mem_region){.gpa = FUZZ_HIGH, .size = FUZZ_REGION, .host = high};
 	memcpy(&base, data, sizeof(base));
-	fault = pv_vring_init(&vr, &mem, FUZZ_SIZE, FUZZ_DESC(0), FUZZ_AVAIL(0), FUZZ_USED(0), base,
-			      data[2] & 1, data[2] & 2);
+	fault = pv_vring_init(&vr, &mem, FUZZ_SIZE, FUZZ_DESC(0), FUZZ_AVAIL(0), FUZZ_USED(0),
+			      format.packed ? FUZZ_POSITION(base) : base, format);
 	CHECK(fault == PV_FAULT_NONE);
 	/* A guest may have scribbled over the used index; then the difference stays. */
-	ahead = (uint16_t)(vr.last_avail - vr.used_next);
+	ahead = (vr.last_avail + span - vr.used_next) % span;
+	CHECK(!format.packed || !ahead);
 	for (uint32_t i = 3; i < FUZZ_HEADER; i++) {
 		struct pv_chain c;
 		enum pv_step step;
@@ -67,23 +72,28 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			CHECK((step == PV_BAD) == (vr.fault != PV_FAULT_NONE));
 			if (step != PV_MORE)
 				break;
-			CHECK(c.head < FUZZ_SIZE);
+			CHECK(format.packed || (c.head < FUZZ_SIZE && c.slots == 1));
+			slots += c.slots;
+			CHECK(!format.packed || slots <= FUZZ_SIZE);
 			CHECK(c.out_num + c.in_num >= 1);
 			for (uint32_t k = 0; k < (uint32_t)c.out_num + c.in_num; k++) {
 				CHECK(iov[k].iov_len);
 				CHECK(in_ram(iov[k].iov_base, iov[k].iov_len));
 			}
-			heads[taken++] = c.head;
+			chains[taken++] = c;
 			break;
 		case 1:
 		case 2:
-			while (taken && taken > (data[i] >> 5))
-				pv_vring_push(&vr, heads[--taken], data[i]);
+			while (taken && taken > (data[i] >> 5)) {
+				c = chains[--taken];
+				pv_vring_push(&vr, c.head, c.slots, data[i]);
+				slots -= c.slots;
+			}
 			break;
 		case 3:
 			if (taken) {
-				pv_vring_unpop(&vr, 1);
-				taken--;
+				pv_vring_unpop(&vr, chains[--taken].slots);
+				slots -= chains[taken].slots;
 			}
 			break;
 		case 4:
@@ -95,14 +105,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		case 6:
 			pv_vring_disable_notify(&vr);
 			/* The guest goes on meanwhile. */
-			memcpy(low + FUZZ_AVAIL(0) + 2, &data[i], 1);
+			if (format.packed)
+				fuzz_toggle(low + FUZZ_DESC(0), data[i]);
+			else
+				memcpy(low + FUZZ_AVAIL(0) + 2, &data[i], 1);
 			break;
 		}
-		CHECK((uint16_t)(vr.last_avail - vr.used_next) == (uint16_t)(ahead + taken));
+		CHECK((vr.last_avail + span - vr.used_next) % span == (ahead + slots) % span);
 	}
 	CHECK(pv_vring_init(&vr, &mem, data[3] * 257u, (uint64_t)data[4] << (data[5] & 63),
 			    (uint64_t)data[6] << (data[7] & 63),
-			    (uint64_t)data[8] << (data[9] & 63), base, true,
-			    true) < PV_FAULT_COUNT);
+			    (uint64_t)data[8] << (data[9] & 63), base | (uint32_t)base << 16,
+			    format) < PV_FAULT_COUNT);
 	return 0;
 }

@@ -221,7 +221,7 @@ static void life(uint32_t number)
 		.hold_ms = 10,
 		.taken = PV_INFLIGHT_UNCOUNTED,
 		.mrg_rxbuf = true,
-		.event_idx = number % 2,
+		.format.event_idx = number % 2,
 		.event_fd = event_fd,
 		.cpu = number % 8 ? -1 : 0,
 		.name = "race",

@@ -95,7 +95,7 @@ def check(name: str, source: str) -> list[str]:
         elif (
             own == "virtio"
             and other in ("backend", "datapath", "hostnet", "vhostuser")
-            and inner != "datapath.base"
+            and inner not in ("datapath.base", "datapath.ringformat")
         ):
             wrong.append(f"pyvmm.{name} picks a backend: {target}")
         elif other not in RANK:

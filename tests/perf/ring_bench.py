@@ -1,7 +1,8 @@
 """How fast one worker moves packets between its rings and a real tap, without a guest: for
 profiling.
 
-    python tests/perf/ring_bench.py [--frames N] [--size BYTES] [--repeat N] [--profile] [--trace]
+    python tests/perf/ring_bench.py [--frames N] [--size BYTES] [--repeat N] [--packed] [--profile]
+        [--trace]
 
 The mock driver prepares a full ring, then the worker alone is timed: transmit into a tap whose host
 end drops the frames, receive from a tap queue filled beforehand. Prints packets per second,
@@ -33,9 +34,11 @@ from tests.driver import Events, NetDriver
 RING = 16384
 
 
-def acked(gso: bool) -> int:
+def acked(gso: bool, packed: bool) -> int:
     """Negotiated features; with GSO the worker must be ready for frames of 64 KiB."""
+    form = [virtio.VIRTIO_F_RING_PACKED] if packed else []
     bits = [
+        *form,
         virtio.VIRTIO_F_VERSION_1,
         virtio.VIRTIO_RING_F_EVENT_IDX,
         virtio_net.VIRTIO_NET_F_MRG_RXBUF,
@@ -46,16 +49,22 @@ def acked(gso: bool) -> int:
 
 
 def one(
-    direction: str, frames: int, size: int, gso: bool, pause: Any, recorder: Any = None
+    direction: str,
+    frames: int,
+    size: int,
+    gso: bool,
+    packed: bool,
+    pause: Any,
+    recorder: Any = None,
 ) -> tuple[float, dict[str, int]]:
     """Seconds for ``frames`` packets of ``size`` bytes, and the worker's counters."""
     with Namespace(address="192.168.92.1/24", mtu=max(1500, size)) as ns:
         memory = GuestMemory(64 << 20)
         for gpa in range(0, memory.size, 4096):
             memory.write(gpa, b"\1")  # a guest that runs has touched its memory
-        driver = NetDriver(
-            memory, size=RING, rx_size=1536, rx_buffers=min(RING, frames * (1 + size // 1536) + 64)
-        )
+        buffers = min(RING, frames * (1 + size // 1536) + 64)
+        form: dict[str, Any] = {"packed": True} if packed else {}
+        driver = NetDriver(memory, size=RING, rx_size=1536, rx_buffers=buffers, **form)
         path = EmulatedNet(ns.tap, recorder=recorder)
         # An unknown protocol: the host's stack drops it first thing.
         frame = b"\x02" * 6 + b"\x52" * 6 + b"\x88\xb5" + bytes(size - 14)
@@ -69,12 +78,11 @@ def one(
             for _ in range(frames):
                 driver.queue(frame)
             driver.tx.publish(kick=False)
-        ring = driver.rx if direction == "rx" else driver.tx
         pause(direction)
         start = time.perf_counter()
-        ns.tap.set_offloads(acked(gso))
-        path.start(acked(gso), memory, [r.vring() for r in driver.rings], Events())
-        while ring.used_idx < frames and time.perf_counter() - start < 5:
+        ns.tap.set_offloads(acked(gso, packed))
+        path.start(acked(gso, packed), memory, [r.vring() for r in driver.rings], Events())
+        while path.counters()[f"{direction}_packets"] < frames and time.perf_counter() - start < 5:
             time.sleep(0.0002)
         seconds = time.perf_counter() - start
         path.stop()
@@ -93,6 +101,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=10000, help=f"at most {RING}")
     parser.add_argument("--size", type=int, nargs="*", default=[64, 1514])
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--packed", action="store_true", help="packed rings")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--trace", action="store_true", help="record kicks and batches")
     args = parser.parse_args()
@@ -109,7 +118,7 @@ def main() -> None:
         for direction, gso in (("tx", False), ("rx", False), ("rx", True)):
             times = []
             for _ in range(args.repeat):
-                seconds, c = one(direction, args.frames, size, gso, pause, scope)
+                seconds, c = one(direction, args.frames, size, gso, args.packed, pause, scope)
                 if c[f"{direction}_packets"] < args.frames:
                     raise SystemExit(
                         f"{direction}: only {c[f'{direction}_packets']} of "

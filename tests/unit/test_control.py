@@ -40,6 +40,9 @@ from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import VirtioPci
 from tests.driver import Cable, bits, wait_for
 from tests.pci_guest import Board, NetGuest, frame
+from tests.ringforms import form, pytest_generate_tests
+
+__all__ = ["form", "pytest_generate_tests"]
 
 if TYPE_CHECKING:
     from pyvmm.kvm.vm import Vm

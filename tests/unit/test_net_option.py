@@ -24,7 +24,7 @@ def test_defaults() -> None:
         "ioeventfd",
         0,
         [],
-        0,
+        bits("VIRTIO_F_RING_PACKED"),
     )
     assert Net.parse("none").mode == "none" and Net().mode == "emulated"
 
@@ -104,6 +104,10 @@ BAD = {
     "emulated,tap=\udcff": "no interface name",
     "emulated,tap=a\nb": "no interface name",
     "emulated,without=all": "groups, joined by +",
+    "emulated,with=packet": "did you mean packed?",
+    "emulated,with=tso": "groups, joined by +: packed",
+    "emulated,with=packed,without=packed": "leave one of them away",
+    "emulated,with=packed,with=packed": "given twice",
 }
 
 

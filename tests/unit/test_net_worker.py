@@ -21,15 +21,19 @@ import pytest
 from pyvmm._ext import ffi, lib
 from pyvmm.conformance.driver import Ring
 from pyvmm.datapath.emulated import EmulatedNet
+from pyvmm.datapath.ringformat import PACKED, SPLIT, RingFormat
 from pyvmm.errors import RingFault
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.memory import GuestMemory
 from pyvmm.spec.virtio import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 from tests.driver import Cable, Events, NetDriver, bits, fence, wait_for
+from tests.ringforms import Form, form, only, pytest_generate_tests
 
 NEXT, WRITE, INDIRECT = VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_DESC_F_INDIRECT
 
+
+__all__ = ["form", "pytest_generate_tests"]
 
 VERSION_1 = bits("VIRTIO_F_VERSION_1")
 EVENT_IDX = bits("VIRTIO_RING_F_EVENT_IDX")
@@ -43,6 +47,25 @@ PATIENCE = 60.0
 #: Longer than any test takes: for frames that are to be held for as long as they must be.
 LONG_MS = 60_000
 ALL = VERSION_1 | EVENT_IDX | INDIRECT_DESC | MRG
+
+
+def start_near_wrap(start: int = 65530) -> int:
+    """A position shortly before one where something turns over: the indices of a split ring at
+    65536, the lap of a packed one of 256 entries at its end.
+    """
+    if Form.now is SPLIT:
+        return start
+    place = (start % 256) | (1 << 15 if start else 0)
+    return place | place << 16
+
+
+def positions(start: int, count: int, ring: Ring) -> int:
+    """The position of a ring after so many chains of one descriptor each."""
+    if Form.now is SPLIT:
+        return start + count & 0xFFFF
+    at = (start & 0x7FFF) + (0 if start >> 15 & 1 else ring.size) + count
+    place = at % ring.size | (1 << 15 if at % (2 * ring.size) < ring.size else 0)
+    return place | place << 16
 
 
 class Rig:
@@ -59,7 +82,7 @@ class Rig:
         fill: bool = True,
         **driver: Any,
     ) -> None:
-        self.acked = acked
+        self.acked = acked = Form.features(acked)
         self.memory = GuestMemory(16 << 20)
         self.cable = Cable(mtu)
         self.path = EmulatedNet(self.cable, poll_us=poll_us, hold_ms=hold_ms, worker_cpu=worker_cpu)
@@ -70,6 +93,7 @@ class Rig:
             event_idx=bool(acked & EVENT_IDX),
             indirect=bool(acked & INDIRECT_DESC),
             mrg_rxbuf=bool(acked & MRG),
+            packed=Form.now is PACKED,
             **driver,
         )
         if fill:
@@ -106,10 +130,11 @@ FEATURE_SETS = [
 
 
 @pytest.mark.parametrize("acked", FEATURE_SETS)
-@pytest.mark.parametrize("start", [0, 65500])
-def test_packets_pass_both_ways_in_order(acked: int, start: int) -> None:
+@pytest.mark.parametrize("near_wrap", [False, True])
+def test_packets_pass_both_ways_in_order(acked: int, near_wrap: bool, form: RingFormat) -> None:
+    start = start_near_wrap(65500) if near_wrap else form.start
     with Rig(acked, start=start) as rig:
-        rig.start([start, start])
+        rig.start()
         sent = [frame(i, 60 + i % 1400) for i in range(600)]
         got = []
         for at in range(0, 600, 50):
@@ -125,8 +150,8 @@ def test_packets_pass_both_ways_in_order(acked: int, start: int) -> None:
         bases = rig.path.stop()
         assert (
             bases
-            == [rig.driver.rx.used_idx, rig.driver.tx.used_idx]
-            == [(start + 600) & 0xFFFF] * 2
+            == [ring.position for ring in rig.driver.rings]
+            == [positions(start, 600, rig.driver.rx)] * 2
         )
         c = rig.path.counters()
         assert (c["rx_packets"], c["tx_packets"]) == (600, 600)
@@ -154,9 +179,9 @@ def test_pending_before_start_is_served_without_a_kick() -> None:
 
 
 def test_a_restart_goes_on_where_the_last_one_stopped() -> None:
-    with Rig(start=65530) as rig:
+    with Rig(start=start_near_wrap()) as rig:
         sent, got = 0, []
-        bases: tuple[int, ...] = (65530, 65530)
+        bases = tuple(ring.start for ring in rig.driver.rings)
         for _ in range(40):
             rig.start(bases)
             for _ in range(20):
@@ -166,7 +191,7 @@ def test_a_restart_goes_on_where_the_last_one_stopped() -> None:
             rig.driver.poll()
             assert wait_for(lambda: rig.driver.tx.outstanding < 200)
             bases = tuple(rig.path.stop())
-            assert bases == (rig.driver.rx.used_idx, rig.driver.tx.used_idx)
+            assert bases == tuple(ring.position for ring in rig.driver.rings)
             with pytest.raises(BlockingIOError):
                 while True:
                     got.append(rig.cable.far.recv(2048))
@@ -183,13 +208,12 @@ def test_a_parked_ring_asks_for_kicks(acked: int) -> None:
     """So that they gather in the eventfd, for whoever takes over."""
     with Rig(acked) as rig:
         for n in range(1, 4):
-            rig.start((rig.driver.rx.used_idx, rig.driver.tx.used_idx))
+            rig.start([ring.position for ring in rig.driver.rings])
             rig.driver.send(frame(n), frame(n))
             rig.cable.far.send(bytes(12) + frame(n))
             assert wait_for(lambda: rig.driver.tx.outstanding == 0)
             rig.path.stop()
-            for ring in rig.driver.rings:
-                assert ring._used[0] == 0
+            assert rig.driver.tx.asked
             rig.driver.tx.kick_fd.drain()
             rig.driver.send(frame(n))
             assert rig.driver.tx.kick_fd.drain() == 1
@@ -199,7 +223,7 @@ def test_a_parked_ring_asks_for_kicks(acked: int) -> None:
 def test_transmit_batches_need_few_kicks_and_calls(acked: int) -> None:
     with Rig(acked) as rig:
         rig.start()
-        assert wait_for(lambda: rig.driver.tx._used[0] == 0)
+        assert wait_for(lambda: rig.driver.tx.asked)
         for at in range(0, 4000, 100):
             rig.driver.send(*(frame(i) for i in range(at, at + 100)))
             for _ in range(100):
@@ -236,8 +260,7 @@ def test_a_guest_that_goes_on_sending_gets_by_without_kicks(acked: int) -> None:
 
         def asked() -> bool:
             """Whether the guest is to kick for its next packet."""
-            at = tx._used[2 + 4 * tx.size] == tx.used_idx if acked & EVENT_IDX else not tx._used[0]
-            return tx.outstanding == 0 and at
+            return tx.outstanding == 0 and tx.asked
 
         # A guest that sends one packet and waits is asked to kick for each.
         assert wait_for(asked)
@@ -305,6 +328,7 @@ def os_poll(fds: list[EventFd]) -> None:
     assert p.poll(PATIENCE * 1000), "a notification was lost"
 
 
+@only(SPLIT)
 @pytest.mark.parametrize("acked", [ALL, VERSION_1])
 def test_no_kick_is_lost_to_a_guest_that_answers_at_once(acked: int) -> None:
     """Each packet is made available the moment the last one is done, right when the worker decides
@@ -363,7 +387,8 @@ def test_stopping_while_the_tap_is_full_gives_the_chains_back() -> None:
             rig.driver.send(*(frame(0, 1400) for _ in range(50)))
             assert wait_for(lambda: rig.driver.tx.outstanding == 0 or rig.counter("tx_blocks"))
         base = rig.path.stop()[1]
-        assert base == rig.driver.tx.used_idx != rig.driver.tx.published
+        assert base == rig.driver.tx.position
+        assert rig.driver.tx.outstanding > 0
 
 
 def test_receive_without_buffers_waits_quietly_and_resumes() -> None:
@@ -405,7 +430,7 @@ def test_long_frames_are_merged(rx_size: int) -> None:
         assert rig.counter("rx_overflows") > 0
         # Once long frames have been seen, they are read in place.
         assert rig.counter("rx_overflows") < 5
-        assert rig.path.stop()[0] == rig.driver.rx.used_idx
+        assert rig.path.stop()[0] == rig.driver.rx.position
 
 
 def test_a_frame_that_lacks_buffers_is_held_until_they_come() -> None:
@@ -416,10 +441,10 @@ def test_a_frame_that_lacks_buffers_is_held_until_they_come() -> None:
         rig.cable.far.send(bytes(12) + frame(2))
         assert wait_for(lambda: rig.counter("fd_reads") > 0)
         time.sleep(0.02)
-        assert rig.driver.rx.used_idx == 0
+        assert rig.driver.rx.returned == 0
         rig.driver.fill(10)
         time.sleep(0.02)
-        assert rig.driver.rx.used_idx == 0
+        assert rig.driver.rx.returned == 0
         rig.driver.fill()
         assert [p[12:] for p in rig.driver.wait_packets(2)] == [frame(1, 65000), frame(2)]
         assert rig.counter("rx_drop_held") == 0
@@ -515,7 +540,7 @@ def test_the_header_may_be_split_anywhere(split: list[int], indirect: int, csum:
         d.tx.publish()
         assert rig.cable.receive() == header + frame(7, 500)
         rig.cable.far.send(header[:10] + b"\xff\xff" + frame(8, 500))
-        assert wait_for(lambda: d.rx.used_idx == 1)
+        assert wait_for(lambda: d.rx.returned == 1)
         data = b"".join(rig.memory.read(a, n) for a, n, _ in segments)[:512]
         assert data == expected + b"\1\0" + frame(8, 500)
         assert [n for _, n in d.rx.take_used()] == [512]
@@ -545,7 +570,7 @@ def test_many_frames_in_chains_of_several_buffers() -> None:
             rx.publish()
             for i in range(at, at + 20):
                 rig.cable.far.send(bytes(12) + frame(i, 100 + i % 50))
-            assert wait_for(lambda n=at + 20: rx.used_idx == n)  # type: ignore[misc]
+            assert wait_for(lambda n=at + 20: rx.returned == n)  # type: ignore[misc]
             for i, (head, length) in enumerate(rx.take_used(), at):
                 gpa = where.pop(head)
                 data = b"".join(rig.memory.read(gpa + 700 * k, 20 + k) for k in range(4))
@@ -556,14 +581,14 @@ def test_many_frames_in_chains_of_several_buffers() -> None:
 
 def test_only_one_queue_enabled() -> None:
     with Rig() as rig:
-        rig.path.start(ALL, rig.memory, [rig.driver.tx.vring()], rig.events)
+        rig.path.start(rig.acked, rig.memory, [rig.driver.tx.vring()], rig.events)
         rig.driver.send(frame(1))
         assert rig.cable.receive()[12:] == frame(1)
         rig.cable.far.send(bytes(12) + frame(2))
         used = cpu_seconds(rig)
         time.sleep(0.1)
         assert cpu_seconds(rig) - used < 0.05
-        assert rig.path.stop() == [1]
+        assert rig.path.stop() == [rig.driver.tx.position] and rig.driver.tx.returned == 1
         assert not rig.faults
 
 
@@ -571,17 +596,19 @@ def test_two_queue_pairs() -> None:
     with Rig() as rig:
         other = Cable()
         rig.cable.fds.append(other.fds[0])
-        second = NetDriver(rig.memory, base=8 << 20, pair=1)
+        second = NetDriver(rig.memory, base=8 << 20, pair=1, packed=Form.now is PACKED)
         second.fill()
-        rings = [r.vring() for r in [*rig.driver.rings, *second.rings]]
-        rig.path.start(ALL, rig.memory, rings, rig.events)
+        rings = [*rig.driver.rings, *second.rings]
+        vrings = [r.vring() for r in rings]
+        rig.path.start(rig.acked, rig.memory, vrings, rig.events)
         rig.driver.send(frame(1))
         second.send(frame(2))
         assert rig.cable.receive()[12:] == frame(1)
         assert other.receive()[12:] == frame(2)
         other.far.send(bytes(12) + frame(3))
         assert second.wait_packets(1)[0][12:] == frame(3)
-        assert rig.path.stop() == [0, 1, 1, 1]
+        assert [ring.returned for ring in rings] == [0, 1, 1, 1]
+        assert rig.path.stop() == [ring.position for ring in rings]
         second.close()
         other.far.close()
 
@@ -593,13 +620,13 @@ def test_stop_is_quick_under_load_and_idempotent() -> None:
         for _ in range(8):
             for _i in range(300):
                 rig.driver.queue(frame(0))
-            rig.start((rig.driver.rx.used_idx, rig.driver.tx.used_idx))
+            rig.start([ring.position for ring in rig.driver.rings])
             rig.driver.tx.publish()
             t = time.monotonic()
             rig.path.stop()
             delays.append(time.monotonic() - t)
-            while len(rig.driver.tx.free) < 300:
-                rig.start((rig.driver.rx.used_idx, rig.driver.tx.used_idx))
+            while rig.driver.tx.room < 300:
+                rig.start([ring.position for ring in rig.driver.rings])
                 rig.cable.receive()
                 rig.driver.tx.take_used()
                 rig.path.stop()
@@ -668,16 +695,16 @@ def test_a_worker_never_waits_for_python() -> None:
         sys.setswitchinterval(60)
         try:
             end = time.monotonic() + 10
-            tx.set_avail_idx(tx.avail_idx + 1000)
+            tx.spoil(kick=False)
             libc.write(kick, one, 8)
-            while not (ours := rx.used_idx) and time.monotonic() < end:
+            while not (ours := rx.returned) and time.monotonic() < end:
                 libc.write(far, data, len(data))
             told = list(rig.faults)
         finally:
             sys.setswitchinterval(interval)
         assert ours and not told
         assert wait_for(lambda: rig.faults)
-        assert "available index" in rig.faults[0][1]
+        assert rig.faults[0][0] == 1
 
 
 def flap(rig: Rig, cables: list[Cable], times: int) -> None:
@@ -709,8 +736,7 @@ def test_a_slow_supervisor_misses_no_fault_and_not_the_latest_link_state() -> No
         try:
             flap(rig, cables, 20)
             for ring in rig.driver.rings:
-                ring.set_avail_idx(ring.avail_idx + 1000)
-                ring.kick()
+                ring.spoil()
             cables[-1].far.send(bytes(12) + frame(20))
             assert wait_for(lambda: rig.counter("ring_faults") == 2)
             cables[-1].far.close()
@@ -749,13 +775,13 @@ with Rig() as rig:
         used = int(f.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + stack * stacks + stack // 2, -1))
     try:
-        rig.path.start(ALL, rig.memory, rings, rig.events)
+        rig.path.start(rig.acked, rig.memory, rings, rig.events)
     except HostError as e:
         print(e)
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
     assert rig.memory.read(0, 16 << 20) == before
     assert threading.active_count() == 1 and rig.path.stop() == []
-    rig.path.start(ALL, rig.memory, rings, rig.events)
+    rig.path.start(rig.acked, rig.memory, rings, rig.events)
     assert rig.cable.receive()[12:] == frame(1) and other.receive()[12:] == frame(2)
 """
 
@@ -845,6 +871,7 @@ HOSTILE = {
 }
 
 
+@only(SPLIT)
 @pytest.mark.parametrize("queue", [0, 1])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_ring_is_stopped_and_the_other_goes_on(name: str, queue: int) -> None:
@@ -858,7 +885,7 @@ def test_a_hostile_ring_is_stopped_and_the_other_goes_on(name: str, queue: int) 
             d.send(frame(1))
             assert rig.cable.receive()[12:] == frame(1)
             assert wait_for(lambda: victim.outstanding == 0)
-        before = victim.used_idx
+        before = victim.position
         act(victim, rig.memory, queue == 0)
         victim.kick()
         if queue == 0:
@@ -878,7 +905,7 @@ def test_a_hostile_ring_is_stopped_and_the_other_goes_on(name: str, queue: int) 
         time.sleep(0.03)
         assert cpu_seconds(rig) - used < 0.03
         assert len(rig.faults) == 1
-        assert rig.path.stop()[queue] == before == victim.used_idx
+        assert rig.path.stop()[queue] == before == victim.position
 
 
 @pytest.mark.parametrize("queue", [0, 1])
@@ -918,14 +945,12 @@ def test_chains_before_the_bad_one_are_finished() -> None:
     with Rig() as rig:
         rig.driver.send(*(frame(i) for i in range(10)), kick=False)
         tx = rig.driver.tx
-        tx.set_desc(200, 0x200000, 0, 0, 0)
-        tx.set_avail(10, 200)
-        tx.set_avail_idx(11)
+        tx.spoil()
         rig.start()
         assert wait_for(lambda: rig.faults)
         assert [rig.cable.receive()[12:] for _ in range(10)] == [frame(i) for i in range(10)]
-        assert wait_for(lambda: rig.driver.tx.used_idx == 10)
-        assert rig.path.stop()[1] == 10
+        assert wait_for(lambda: rig.driver.tx.returned == 10)
+        assert rig.path.stop()[1] == tx.position
 
 
 BAD_PLACES = [
@@ -943,6 +968,7 @@ BAD_PLACES = [
 ]
 
 
+@only(SPLIT)
 @pytest.mark.parametrize(("change", "words"), BAD_PLACES)
 @pytest.mark.parametrize("queue", [0, 1])
 def test_a_bad_ring_is_refused_and_nothing_touched(
@@ -956,7 +982,7 @@ def test_a_bad_ring_is_refused_and_nothing_touched(
         fds = len(list(Path("/proc/self/fd").iterdir()))
         threads = threading.active_count()
         with pytest.raises(RingFault, match=words):
-            rig.path.start(ALL, rig.memory, rings, rig.events)
+            rig.path.start(rig.acked, rig.memory, rings, rig.events)
         assert rig.memory.read(0, 1 << 20) == before
         assert len(list(Path("/proc/self/fd").iterdir())) == fds
         assert threading.active_count() == threads
@@ -967,7 +993,7 @@ def test_ring_areas_that_end_with_the_memory_are_fine() -> None:
     with Rig() as rig:
         v = rig.driver.tx.vring()
         v.used = (TOP - 6 - 8 * 256) & ~3
-        rig.path.start(ALL, rig.memory, [v], rig.events)
+        rig.path.start(rig.acked, rig.memory, [v], rig.events)
         rig.path.stop()
 
 
@@ -1025,6 +1051,7 @@ def test_arp_over_a_tap(namespace: Namespace) -> None:
         assert reply[40:44] == HOST_IP
 
 
+@only(SPLIT)
 def test_both_directions_get_their_turn(namespace: Namespace) -> None:
     """A guest that transmits without end starves neither receive nor stop (CVE-2019-3900)."""
     with TapRig(namespace, size=32768, rx_buffers=64) as rig:
@@ -1057,6 +1084,7 @@ def test_both_directions_get_their_turn(namespace: Namespace) -> None:
             thread.join()
 
 
+@only(SPLIT)
 @pytest.mark.parametrize(
     ("given", "before", "taken", "sent"),
     [(2, 7, 7, True), (2, 7, 8, False), (2, 7, 9, False), (1, 7, 7, False), (2, 7, None, False)],

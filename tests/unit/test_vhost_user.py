@@ -51,6 +51,7 @@ VERSION_1 = bits("VIRTIO_F_VERSION_1")
 EVENT_IDX = bits("VIRTIO_RING_F_EVENT_IDX")
 INDIRECT_DESC = bits("VIRTIO_RING_F_INDIRECT_DESC")
 MRG = bits("VIRTIO_NET_F_MRG_RXBUF")
+RING_PACKED = bits("VIRTIO_F_RING_PACKED")
 MTU = bits("VIRTIO_NET_F_MTU")
 ALL = VERSION_1 | EVENT_IDX | INDIRECT_DESC | MRG
 REPLY_ACK = 1 << spec.VHOST_USER_PROTOCOL_F_REPLY_ACK
@@ -160,6 +161,7 @@ class Guest:
                 event_idx=bool(self.acked & EVENT_IDX),
                 indirect=bool(self.acked & INDIRECT_DESC),
                 mrg_rxbuf=bool(self.acked & MRG),
+                packed=bool(self.acked & RING_PACKED),
                 pair=pair,
             )
             driver.end = at + (4 << 20)
@@ -252,8 +254,8 @@ def test_packets_pass(path: str, server: bool, protocol: int) -> None:
             assert guest.path.features() & ALL == ALL
             guest.start()
             echo(guest, range(300))
-            assert guest.path.stop() == [guest.driver.rx.used_idx, guest.driver.tx.used_idx]
-            bases = [guest.driver.rx.used_idx, guest.driver.tx.used_idx]
+            bases = [ring.position for ring in guest.driver.rings]
+            assert guest.path.stop() == bases
             guest.start(bases)
             echo(guest, range(300, 400))
             assert not guest.path.problems and not guest.faults
@@ -309,7 +311,7 @@ def test_queue_pairs(path: str) -> None:
             echo(guest, range(100 * pair, 100 * pair + 100), driver)
         guest.path.stop()
         # One pair less, as after VQ_PAIRS_SET.
-        rings = [r.vring(r.used_idx) for d in guest.drivers[:2] for r in d.rings]
+        rings = [r.vring(r.position) for d in guest.drivers[:2] for r in d.rings]
         guest.path.start(guest.acked, guest.memory, rings, guest.events)
         for driver in guest.drivers[:2]:
             echo(guest, range(50), driver)
@@ -631,8 +633,12 @@ def child(path: str, far: socket.socket, protocol: int = -1) -> Iterator[subproc
         process.wait(PATIENCE)
 
 
-@pytest.mark.parametrize("protocol", [-1, ~INFLIGHT], ids=["inflight", "used"])
-def test_kills_under_traffic(path: str, protocol: int) -> None:
+@pytest.mark.parametrize(
+    ("protocol", "acked"),
+    [(-1, ALL), (~INFLIGHT, ALL), (-1, ALL | RING_PACKED)],
+    ids=["inflight", "used", "inflight packed"],
+)
+def test_kills_under_traffic(path: str, protocol: int, acked: int) -> None:
     """With an in-flight region a kill repeats no transmit, and loses at most the one in the
     kernel's hands.
     """
@@ -654,7 +660,7 @@ def test_kills_under_traffic(path: str, protocol: int) -> None:
         with ExitStack() as stack:
             killer = stack.enter_context(ExitStack())
             killer.enter_context(child(path, far, protocol))
-            guest = stack.enter_context(Guest(path))
+            guest = stack.enter_context(Guest(path, acked=acked))
             guest.start()
             for kill in range(kills):
                 assert guest.connected(kill + 1), guest.path.problems
@@ -662,7 +668,7 @@ def test_kills_under_traffic(path: str, protocol: int) -> None:
                 while len(got) < goal:
                     assert time.monotonic() < end, (len(got), guest.path.counters())
                     guest.driver.tx.take_used()
-                    if len(guest.driver.tx.free) > 32:
+                    if guest.driver.tx.room > 32:
                         guest.driver.send(*[frame(sent + i) for i in range(8)])
                         sent += 8
                     collect()
@@ -689,7 +695,8 @@ def test_kills_under_traffic(path: str, protocol: int) -> None:
                 )
 
 
-def test_kills_under_traffic_to_a_tap(path: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("acked", [ALL, ALL | RING_PACKED], ids=["split", "packed"])
+def test_kills_under_traffic_to_a_tap(path: str, tmp_path: Path, acked: int) -> None:
     """What the back-end does between write and publication is in doubt after a kill: each datagram
     comes once all the same.
     """
@@ -714,12 +721,12 @@ def test_kills_under_traffic_to_a_tap(path: str, tmp_path: Path) -> None:
         ended: list[str] = []
         watcher = threading.Thread(target=lambda: ended.append(revived.readline()), daemon=True)
         watcher.start()
-        with Guest(path) as guest:
+        with Guest(path, acked=acked) as guest:
             guest.start()
             sent, end = 0, time.monotonic() + PATIENCE
             while not ended and time.monotonic() < end:
                 guest.driver.tx.take_used()
-                if len(guest.driver.tx.free) > 64:
+                if guest.driver.tx.room > 64:
                     guest.driver.send(*[datagram(sent + i) for i in range(16)])
                     sent += 16
             assert wait_for(lambda: guest.driver.tx.outstanding == 0, PATIENCE)
@@ -728,6 +735,32 @@ def test_kills_under_traffic_to_a_tap(path: str, tmp_path: Path) -> None:
         counter.terminate()
         account = json.loads(counter.stdout.read())
         assert account["received"] == account["next"] == sent and not account["late"], account
+
+
+def test_without_notes_the_driver_of_packed_rings_has_to_reset(path: str) -> None:
+    """Nothing says how far the back-end was. The rings are lost until the driver starts anew."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near.setblocking(False)
+    far.setblocking(False)
+    with near, far, ExitStack() as stack:
+        killer = stack.enter_context(ExitStack())
+        killer.enter_context(child(path, far, ~INFLIGHT))
+        guest = stack.enter_context(Guest(path, acked=ALL | RING_PACKED))
+        guest.start()
+        guest.driver.send(frame(1))
+        assert wait_for(lambda: guest.driver.tx.outstanding == 0, PATIENCE)
+        killer.close()
+        assert wait_for(lambda: guest.faults, PATIENCE)
+        assert "nobody knows how far" in guest.faults[0][1] and guest.faults[0][0] == -1
+        with pytest.raises(VhostUserError, match="nobody knows how far"):
+            guest.path.stop()
+        assert guest.path.stop() == []
+        killer.enter_context(child(path, far, ~INFLIGHT))
+        assert guest.connected(2)
+        guest.start([ring.position for ring in guest.driver.rings])  # as the driver knows them
+        guest.driver.send(frame(2))
+        assert wait_for(lambda: guest.driver.tx.outstanding == 0, PATIENCE)
+        assert len(guest.faults) == 1
 
 
 def test_a_kill_is_noticed_at_once(path: str) -> None:

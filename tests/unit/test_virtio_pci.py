@@ -244,7 +244,7 @@ def test_features_in_windows_of_32_bits(rig: Rig) -> None:
 def test_negotiation_fails_where_it_must(rig: Rig) -> None:
     d = rig.driver()
     assert not d.negotiate(d.offered() & ~VERSION_1)
-    assert not d.negotiate(d.offered() | 1 << 34)  # packed
+    assert not d.negotiate(d.offered() | 1 << 35)  # IN_ORDER
     d.set("driver_feature_select", 5)
     assert d.negotiate(VERSION_1)
 

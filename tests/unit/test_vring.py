@@ -24,7 +24,7 @@ from pyvmm.spec.virtio import (
     VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE,
 )
-from pyvmm.virtio.queue import SplitQueue
+from pyvmm.virtio.queue import ServedQueue
 from tests.driver import Ring
 
 INDIRECT = 1 << VIRTIO_RING_F_INDIRECT_DESC
@@ -38,7 +38,7 @@ def memory() -> Iterator[GuestMemory]:
     m.close()
 
 
-def push_next(queue: SplitQueue) -> None:
+def push_next(queue: ServedQueue) -> None:
     """Take the next chain, which there is, and return it with nothing written."""
     chain = queue.pop()
     assert chain is not None
@@ -47,9 +47,9 @@ def push_next(queue: SplitQueue) -> None:
 
 def make(
     memory: GuestMemory, size: int = 8, acked: int = INDIRECT, start: int = 0, **kw: Any
-) -> tuple[Ring, SplitQueue]:
+) -> tuple[Ring, ServedQueue]:
     ring = Ring(memory, size, 0x1000, start=start, event_idx=bool(acked & EVENT_IDX), **kw)
-    return ring, SplitQueue(memory, ring.vring(start), acked)
+    return ring, ServedQueue(memory, ring.vring(start), acked)
 
 
 segments = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, max_size=8).map(
@@ -208,7 +208,7 @@ def test_descriptors_that_cross_the_hole_are_bad() -> None:
         v = ring.vring()
         v.desc = RAM_LOW_MAX - 64
         with pytest.raises(RingFault, match="not in guest memory"):
-            SplitQueue(memory, v, 0)
+            ServedQueue(memory, v, 0)
         ring.close()
     finally:
         memory.close()
@@ -249,7 +249,7 @@ def test_a_chain_through_direct_descriptors_may_end_in_a_table(memory: GuestMemo
 
 def test_a_request_beyond_the_limit_is_a_fault(memory: GuestMemory) -> None:
     ring = Ring(memory, 8, 0x1000)
-    queue = SplitQueue(memory, ring.vring(), 0, limit=100)
+    queue = ServedQueue(memory, ring.vring(), 0, limit=100)
     ring.add([(0x100000, 100, False), (0x100000, 5000, True)])
     ring.add([(0x100000, 101, False)])
     ring.publish()
@@ -318,7 +318,7 @@ def test_starting_reads_the_used_index_and_writes_nothing(memory: GuestMemory) -
     ring, _ = make(memory)
     ring._used[1] = 77
     before = memory.read(0x1000, ring.end - 0x1000)
-    queue = SplitQueue(
+    queue = ServedQueue(
         memory, Vring(0, 8, ring.desc, ring.avail, ring.used, 77, ring.kick_fd, ring.call_fd), 0
     )
     assert memory.read(0x1000, ring.end - 0x1000) == before

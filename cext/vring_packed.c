@@ -1,0 +1,231 @@
+/* SPDX-License-Identifier: MIT */
+#include <linux/virtio_ring.h>
+
+#include "vring_packed.h"
+
+/*
+ * Device side of the packed virtqueue (virtio 1.2, section 2.8); vring.h has the theory. The buffer
+ * id is the guest's and any value: it is handed back and never used as an index.
+ */
+
+_Static_assert(sizeof(struct vring_packed_desc) == 16 &&
+		       sizeof(struct vring_packed_desc_event) == 4,
+	       "2.8.10.1");
+
+#define F_AVAIL (1u << VRING_PACKED_DESC_F_AVAIL)
+#define F_USED	(1u << VRING_PACKED_DESC_F_USED)
+
+/* Index into the event suppression areas, in 16-bit units. */
+enum { OFF_WRAP = 0, EVENT_FLAGS = 1 };
+
+static struct vring_packed_desc *desc_at(const struct pv_vring *vr, uint16_t at)
+{
+	uint32_t index = at >= vr->size ? at - vr->size : at;
+
+	return (struct vring_packed_desc *)(void *)vr->desc + index;
+}
+
+/**
+ * pv_packed_inside() - A position that others have written
+ * @vr:		The ring
+ * @from:	The index, and the wrap counter in bit 15
+ * @at:		Filled in: one of the ring's positions
+ *
+ * Return: false if there is no such place
+ */
+bool pv_packed_inside(const struct pv_vring *vr, uint16_t from, uint16_t *at)
+{
+	uint32_t index = from & PV_PACKED_INDEX;
+
+	if (index >= vr->size)
+		return false;
+	*at = (uint16_t)(from & PV_PACKED_WRAP ? index : index + vr->size);
+	return true;
+}
+
+/**
+ * pv_packed_outside() - A position as others write it
+ * @vr:		The ring
+ * @at:		One of its positions
+ *
+ * Return: the index, and the wrap counter in bit 15
+ */
+uint16_t pv_packed_outside(const struct pv_vring *vr, uint16_t at)
+{
+	return (uint16_t)(at >= vr->size ? at - vr->size : at | PV_PACKED_WRAP);
+}
+
+/**
+ * pv_packed_advance() - Go on from a position
+ * @vr:		The ring
+ * @at:		One of its positions
+ * @slots:	At most the ring's size
+ *
+ * Return: the position so many descriptors further
+ */
+uint16_t pv_packed_advance(const struct pv_vring *vr, uint16_t at, uint32_t slots)
+{
+	uint32_t to = at + slots;
+
+	return (uint16_t)(to >= 2 * vr->size ? to - 2 * vr->size : to);
+}
+
+/* From one position forwards to another. */
+static uint32_t distance(const struct pv_vring *vr, uint32_t from, uint32_t to)
+{
+	return to >= from ? to - from : to + 2 * vr->size - from;
+}
+
+/**
+ * pv_packed_init() - The part of pv_vring_init() for packed rings
+ * @vr:		With everything but its positions
+ * @base:	Position from outside
+ *
+ * Return: PV_FAULT_NONE or _BASE
+ */
+enum pv_fault pv_packed_init(struct pv_vring *vr, uint32_t base)
+{
+	if (!pv_packed_inside(vr, (uint16_t)base, &vr->last_avail) ||
+	    !pv_packed_inside(vr, (uint16_t)(base >> 16), &vr->used_idx) ||
+	    distance(vr, vr->used_idx, vr->last_avail) > vr->size)
+		return PV_FAULT_BASE;
+	vr->used_next = vr->used_idx;
+	return PV_FAULT_NONE;
+}
+
+/**
+ * pv_packed_available() - Whether the next descriptor is available (2.8.1)
+ * @vr:		The ring
+ *
+ * Return: true if its AVAIL bit is the wrap counter and its USED bit is not
+ */
+bool pv_packed_available(const struct pv_vring *vr)
+{
+	/*
+	 * Acquire: this pairs with the driver's barrier between writing a chain and storing the
+	 * flags of its first descriptor (2.8.6).
+	 */
+	uint16_t flags = __atomic_load_n(&desc_at(vr, vr->last_avail)->flags, __ATOMIC_ACQUIRE);
+
+	return (flags & (F_AVAIL | F_USED)) == (vr->last_avail >= vr->size ? F_USED : F_AVAIL);
+}
+
+/**
+ * pv_packed_take() - Take a chain from the ring
+ * @vr:		The ring
+ * @slots:	Of the chain
+ *
+ * A driver that makes descriptors available again before they were used would let us go around the
+ * ring and ahead of ourselves.
+ *
+ * Return: false if not so many can be available
+ */
+bool pv_packed_take(struct pv_vring *vr, uint16_t slots)
+{
+	if (distance(vr, vr->used_next, vr->last_avail) + slots > vr->size)
+		return false;
+	vr->last_avail = pv_packed_advance(vr, vr->last_avail, slots);
+	return true;
+}
+
+/**
+ * pv_packed_unpop() - See pv_vring_unpop()
+ * @vr:		The ring
+ * @slots:	At most the ring's size
+ */
+void pv_packed_unpop(struct pv_vring *vr, uint32_t slots)
+{
+	vr->last_avail = pv_packed_advance(vr, vr->last_avail, 2 * vr->size - slots);
+}
+
+/**
+ * pv_packed_push() - See pv_vring_push()
+ * @vr:		The ring
+ * @id:		Buffer id of the chain
+ * @slots:	Of the chain
+ * @len:	Bytes that the device wrote
+ *
+ * The flags of a batch's first descriptor are stored when the batch is published, and the driver
+ * looks at no other before: so buffers that belong together appear together (2.8.9).
+ */
+void pv_packed_push(struct pv_vring *vr, uint16_t id, uint16_t slots, uint32_t len)
+{
+	struct vring_packed_desc *d = desc_at(vr, vr->used_next);
+	uint16_t flags = (uint16_t)(vr->used_next >= vr->size ? 0 : F_AVAIL | F_USED);
+
+	if (len)
+		flags |= VRING_DESC_F_WRITE;
+	__atomic_store_n(&d->id, id, __ATOMIC_RELAXED);
+	__atomic_store_n(&d->len, len, __ATOMIC_RELAXED);
+	if (vr->used_next == vr->used_idx)
+		vr->held_flags = flags;
+	else
+		__atomic_store_n(&d->flags, flags, __ATOMIC_RELAXED);
+	vr->used_next = pv_packed_advance(vr, vr->used_next, slots);
+}
+
+/**
+ * pv_packed_publish() - See pv_vring_publish()
+ * @vr:		The ring
+ */
+void pv_packed_publish(struct pv_vring *vr)
+{
+	if (vr->used_next == vr->used_idx)
+		return;
+	/* Release: buffers and all of the batch's descriptors are visible before (2.8.8). */
+	__atomic_store_n(&desc_at(vr, vr->used_idx)->flags, vr->held_flags, __ATOMIC_RELEASE);
+	vr->used_idx = vr->used_next;
+}
+
+/**
+ * pv_packed_flush() - See pv_vring_flush()
+ * @vr:		The ring; something has been pushed since the latest flush
+ *
+ * Return: whether the guest wants an interrupt
+ */
+bool pv_packed_flush(struct pv_vring *vr)
+{
+	uint16_t old = vr->signalled_used, flags, off_wrap;
+	bool valid = vr->signalled_valid;
+	uint32_t event;
+
+	pv_packed_publish(vr);
+	vr->signalled_used = vr->used_idx;
+	vr->signalled_valid = true;
+	/* Full barrier between publishing and reading what the driver wants: see pv_vring_flush(). */
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	flags = __atomic_load_n(&vr->avail[EVENT_FLAGS], __ATOMIC_ACQUIRE) & 3;
+	if (flags != VRING_PACKED_EVENT_FLAG_DESC || !vr->event_idx)
+		return flags != VRING_PACKED_EVENT_FLAG_DISABLE;
+	/*
+	 * Acquire above: a driver that writes the place, then the flags, is understood. The place
+	 * may be anywhere, then nothing is asked for.
+	 */
+	off_wrap = __atomic_load_n(&vr->avail[OFF_WRAP], __ATOMIC_RELAXED);
+	event = off_wrap & PV_PACKED_INDEX;
+	if (event >= vr->size)
+		return false;
+	if (!(off_wrap & PV_PACKED_WRAP))
+		event += vr->size;
+	return !valid || distance(vr, old, event) < distance(vr, old, vr->used_idx);
+}
+
+/**
+ * pv_packed_notify() - Ask the guest for kicks, or tell that none are needed
+ * @vr:		The ring
+ * @on:		Ask for them
+ */
+void pv_packed_notify(struct pv_vring *vr, bool on)
+{
+	uint16_t flags = VRING_PACKED_EVENT_FLAG_DISABLE;
+
+	if (on && vr->event_idx) {
+		__atomic_store_n(&vr->used[OFF_WRAP], pv_packed_outside(vr, vr->last_avail),
+				 __ATOMIC_RELAXED);
+		flags = VRING_PACKED_EVENT_FLAG_DESC;
+	} else if (on) {
+		flags = VRING_PACKED_EVENT_FLAG_ENABLE;
+	}
+	/* Release: the place is there before the flags that refer to it (2.8.10). */
+	__atomic_store_n(&vr->used[EVENT_FLAGS], flags, __ATOMIC_RELEASE);
+}
