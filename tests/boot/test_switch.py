@@ -46,6 +46,11 @@ def test_queue_pairs(host: Host, flow: str) -> None:
     soak(host, flow, "--switches", "12", "--queues", "2", "--cpus", "2")
 
 
+def test_packed_rings(host: Host, flow: str) -> None:
+    """Positions of packed rings are handed over, with two queue pairs."""
+    soak(host, flow, "--switches", "24", "--packed", "--queues", "2")
+
+
 def test_faults_in_the_hand_over(host: Host, flow: str) -> None:
     """Every other switch fails at the worst moment; traffic goes on, and the next one succeeds."""
     last = soak(host, flow, "--switches", "12", "--faults")

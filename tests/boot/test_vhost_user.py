@@ -112,13 +112,13 @@ def tap_space(host: Host) -> Iterator[None]:
 
 
 @contextmanager
-def one_guest(host: Host, program: Path) -> Iterator[OutsideGuest]:
+def one_guest(host: Host, program: Path, *, packed: bool = False) -> Iterator[OutsideGuest]:
     """A guest with seqnet in it, whose back-end has just gone; SPACE with TAP is there as long as
     it is.
     """
     with tap_space(host):
         backend = tap_backend(host).start()
-        net = f"vhost-user,socket={SOCKET},mtu={MTU}"
+        net = f"vhost-user,socket={SOCKET},mtu={MTU}{',with=packed' if packed else ''}"
         with OutsideGuest(host, "--name", NAME, "--net", net) as guest:
             seqnet.install(guest, program)
             backend.stop()

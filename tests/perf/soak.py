@@ -191,7 +191,9 @@ class Soak:
         initrd = Path(directory, "initrd")
         initrd.write_bytes(Path(image.initrd).read_bytes() + extra.pack())
         self.elsewhere = Elsewhere(args.backend, directory) if args.backend else None
-        keys: dict[str, Any] = {"switchable": "vhost-net+vhost-user", "queues": args.queues}
+        keys: dict[str, Any] = {"switchable": "+".join(args.modes), "queues": args.queues}
+        if args.packed:
+            keys["with_"] = "packed"
         if self.elsewhere is not None:
             args.modes = [
                 f"{m},socket={self.elsewhere.socket}" if m == "vhost-user" else m
@@ -435,7 +437,8 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--switches", type=int, default=1000)
-    add("--modes", default="emulated+vhost-net+vhost-user", help="modes to go round, joined by +")
+    add("--modes", help="modes to go round, joined by + (all; with --packed, not vhost-net)")
+    add("--packed", action="store_true", help="with packed virtqueues")
     add(
         "--faults",
         nargs="?",
@@ -458,6 +461,8 @@ def parse() -> argparse.Namespace:
     add("--verbose", action="store_true")
     add("--flow", help=argparse.SUPPRESS)  # built already
     args = parser.parse_args()
+    if args.modes is None:
+        args.modes = "emulated+vhost-user" if args.packed else "emulated+vhost-net+vhost-user"
     args.modes, args.faults = args.modes.split("+"), [f for f in args.faults.split("+") if f]
     return args
 

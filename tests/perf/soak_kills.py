@@ -23,13 +23,14 @@ from tests.boot.test_vhost_user import kill_under_traffic, one_guest, tap_backen
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--packed", action="store_true", help="with packed virtqueues")
     parser.add_argument("--seed", type=int, default=1, help="of the moments of the kills")
     args = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as directory, Testbed() as bed:
         host = Host(bed)
         program = seqnet.build(Path(directory))
-        with one_guest(host, program) as guest:
+        with one_guest(host, program, packed=args.packed) as guest:
             patience = 60 + 10 * args.kills
             account = kill_under_traffic(
                 host, guest, program, args.kills, seed=args.seed, patience=patience
