@@ -321,6 +321,7 @@ class Parts:
                 queue_size=net.queue_size,
                 offer=offer,
                 without=net.excluded(),
+                speed=net.speed,
                 link=net.link,
                 jobs=thread,
                 lock=self.lock,

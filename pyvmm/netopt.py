@@ -34,6 +34,7 @@ COMMON_KEYS = (
     "queues",
     "queue-size",
     "link",
+    "speed",
     "without",
     "with",
     "switchable",
@@ -51,10 +52,15 @@ GROUPS = {
     "event-idx": "EVENT_IDX",
     "ctrl-vq": "CTRL_VQ CTRL_RX CTRL_RX_EXTRA CTRL_VLAN CTRL_MAC_ADDR CTRL_GUEST_OFFLOADS "
     "GUEST_ANNOUNCE MQ",
+    "ring-reset": "RING_RESET",
+    "in-order": "IN_ORDER",
+    "speed": "SPEED_DUPLEX",
     "packed": "RING_PACKED",
 }
 #: Groups that the card offers only if ``with=`` names them: not every data path can honour them.
 ON_REQUEST = ("packed",)
+#: Mbit/s: the largest number in struct virtio_net_config.
+SPEED_MAX = 0x7FFFFFFF
 #: The most queue pairs of a card.
 MAX_QUEUES = 16
 MAC_PREFIX = bytes((0x52, 0x54, 0))  # the customary one of virtual machines: administered locally
@@ -81,6 +87,7 @@ class Net:
         (``with=`` in an option).
     :param queues: queue pairs, 1 to 16. :param link: ``on`` or ``off``: whether the cable is
         plugged in at the start.
+    :param speed: of the cable in Mbit/s, as the guest is told.
     :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
     :param poll: microseconds for which the worker looks for more work before it sleeps, 0 to 1000.
     :param worker_cpu: CPU for the worker of the first queue pair; the worker of the next pair gets
@@ -109,6 +116,7 @@ class Net:
         "queues",
         "server",
         "socket",
+        "speed",
         "switchable",
         "tap",
         "with_",
@@ -128,6 +136,7 @@ class Net:
         queues: int | str = 1,
         queue_size: int | str = 256,
         link: str = "on",
+        speed: int | str = 10_000,
         without: str = "",
         with_: str = "",
         notify: str = "ioeventfd",
@@ -183,6 +192,7 @@ class Net:
         self.mtu = number("mtu", mtu, ETH_MIN_MTU, TAP_MAX_MTU) if mtu is not None else None
         self.queues = number("queues", queues, 1, MAX_QUEUES)
         self.link = link == "on"
+        self.speed = number("speed", speed, 1, SPEED_MAX)
         self.socket, self.server = socket or "", server == "on"
         self.peer = number("peer", peer, 0, UID_MAX) if peer is not None else None
         self.worker_cpu = (

@@ -230,6 +230,7 @@ COMMON = {
     "queue_desc": (virtio_pci.VIRTIO_PCI_COMMON_Q_DESCLO, 8),
     "queue_driver": (virtio_pci.VIRTIO_PCI_COMMON_Q_AVAILLO, 8),
     "queue_device": (virtio_pci.VIRTIO_PCI_COMMON_Q_USEDLO, 8),
+    "queue_reset": (virtio_pci.VIRTIO_PCI_COMMON_Q_RESET, 2),
 }
 
 

@@ -6,8 +6,9 @@ there is one, and powers off. Its row has the verdict, the features that kernel 
 the throughput both ways, and the exits to the VMM per 1000 packets.
 
 Modes are those of `pyvmm run --net`, their keys joined by colons (emulated:notify=exit). Feature
-sets are `all`, or the groups that are not offered, joined by +: no-mrg-rxbuf,
-no-offloads+no-event-idx. Kernels are files or names of images (default, 6.12, tiny, host).
+sets are `all`, or the groups that are not offered and those that are offered on request only,
+joined by +: no-mrg-rxbuf, no-offloads+packed. Kernels are files or names of images (default, 6.12,
+tiny, host).
 
 With --json FILE each cell is written as soon as it has ended. --resume goes on after an
 interruption, a crash or the loss of a machine: results in FILE are kept, unless their kernel or the

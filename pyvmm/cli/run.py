@@ -30,10 +30,12 @@ Network cards: --net MODE[,key=value...], once per card
       queues=N        queue pairs, 1 to 16 (1); with several pairs tap= must be a multi-queue tap
       queue-size=N    entries per queue (256)
       link=off        start with the cable pulled (on)
+      speed=N         of the cable in Mbit/s, for `ethtool` in the guest (10000)
       worker-cpu=N    the worker of queue pair k runs on CPU N + k only
       switchable=A+B  the data path may later be switched to the modes A and B (docs/switch.md): the
                       card offers what all modes can honour, and takes the keys of all modes
-      without=A+B     do not offer: offloads, tso, mrg-rxbuf, indirect, event-idx, ctrl-vq
+      without=A+B     do not offer: offloads, tso, mrg-rxbuf, indirect, event-idx, ctrl-vq,
+                      ring-reset, in-order, speed
       with=packed     offer packed virtqueues, which vhost-net cannot serve
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
   Key of emulated only:

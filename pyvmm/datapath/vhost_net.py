@@ -176,9 +176,10 @@ class VhostNet:
 
         :raises HostError: the kernel refuses.
         """
-        for ring in self._rings[1::2]:
-            self._halt(ring, [])
-            self._held.add(ring.index)
+        for ring in self._rings:
+            if ring.index % 2:
+                self._halt(ring, [])
+                self._held.add(ring.index)
 
     def _halt(self, ring: Vring, bases: list[int]) -> None:
         if ring.index in self._held:

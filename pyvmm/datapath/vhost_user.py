@@ -40,6 +40,7 @@ DATA_FEATURES = (
     virtio.VIRTIO_RING_F_EVENT_IDX,
     virtio.VIRTIO_F_VERSION_1,
     virtio.VIRTIO_F_RING_PACKED,
+    virtio.VIRTIO_F_IN_ORDER,
     virtio_net.VIRTIO_NET_F_CSUM,
     virtio_net.VIRTIO_NET_F_GUEST_CSUM,
     virtio_net.VIRTIO_NET_F_GUEST_TSO4,

@@ -19,7 +19,7 @@ from pyvmm.errors import (
     UsageError,
 )
 from pyvmm.images import NAMES, find, is_name
-from pyvmm.netopt import Net
+from pyvmm.netopt import ON_REQUEST, Net
 from pyvmm.outcome import Outcome
 from pyvmm.spec.platform import MAX_CPUS
 from pyvmm.testing.console import Watch
@@ -83,7 +83,8 @@ class Settings:
 
 class Cell:
     """One boot: a kernel (a file, or the name of an image), a mode with its keys joined by colons,
-    a number of processors, and a set of features: ``all``, or ``no-GROUP+no-GROUP``.
+    a number of processors, and a set of features: ``all``, or ``no-GROUP+GROUP``: without
+        the one, with the other (``netopt.ON_REQUEST``).
     """
 
     def __init__(self, kernel: str, mode: str, cpus: int, features: str) -> None:
@@ -103,8 +104,12 @@ class Cell:
         """The card, as ``--net`` takes it."""
         words = self.mode.split(":")
         if self.features != "all" and self.mode != "none":
-            groups = [part.removeprefix("no-") for part in self.features.split("+")]
-            words.append(f"without={'+'.join(groups)}")
+            parts = self.features.split("+")
+            without = [part.removeprefix("no-") for part in parts if part.startswith("no-")]
+            given = [part for part in parts if not part.startswith("no-")]
+            for key, groups in (("without", without), ("with", given)):
+                if groups:
+                    words.append(f"{key}={'+'.join(groups)}")
         return ",".join(words)
 
     def as_dict(self) -> dict[str, object]:
@@ -141,8 +146,9 @@ def _words(option: str, text: str) -> list[str]:
 def _checked(kernel: str, mode: str, cpus: str, features: str) -> Cell:
     if not cpus.isascii() or not cpus.isdecimal() or not 1 <= int(cpus) <= MAX_CPUS:
         raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
-    if features != "all" and not all(part.startswith("no-") for part in features.split("+")):
-        raise UsageError(f"--features {features}", "write all, or no-mrg-rxbuf+no-event-idx")
+    parts = features.split("+")
+    if features != "all" and not all(p.startswith("no-") or p in ON_REQUEST for p in parts):
+        raise UsageError(f"--features {features}", "write all, or no-mrg-rxbuf+packed")
     cell = Cell(kernel, mode, int(cpus), features)
     net = Net.parse(cell.net())
     if net.tap or net.socket:

@@ -42,6 +42,8 @@ CONFIG_NAMES: dict[int, str | tuple[str, str]] = {
     6: "status",
     8: "max_virtqueue_pairs",
     10: "mtu",
+    12: "speed",
+    16: "duplex",
 }
 # 5.1.4: bits of its status field
 VIRTIO_NET_S_LINK_UP = 1

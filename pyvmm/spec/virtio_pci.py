@@ -31,6 +31,8 @@ VIRTIO_PCI_COMMON_Q_AVAILLO = 40
 VIRTIO_PCI_COMMON_Q_AVAILHI = 44
 VIRTIO_PCI_COMMON_Q_USEDLO = 48
 VIRTIO_PCI_COMMON_Q_USEDHI = 52
+VIRTIO_PCI_COMMON_Q_NDATA = 56
+VIRTIO_PCI_COMMON_Q_RESET = 58
 
 # The names of the same registers in the specification.
 COMMON_NAMES = {
@@ -53,6 +55,8 @@ COMMON_NAMES = {
     VIRTIO_PCI_COMMON_Q_AVAILHI: "queue_driver high",
     VIRTIO_PCI_COMMON_Q_USEDLO: "queue_device low",
     VIRTIO_PCI_COMMON_Q_USEDHI: "queue_device high",
+    VIRTIO_PCI_COMMON_Q_NDATA: "queue_notif_config_data",
+    VIRTIO_PCI_COMMON_Q_RESET: "queue_reset",
 }
 
 VIRTIO_MSI_NO_VECTOR = 0xFFFF

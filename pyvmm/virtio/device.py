@@ -29,6 +29,7 @@ from pyvmm.spec.virtio import (
     VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK,
     VIRTIO_CONFIG_S_NEEDS_RESET,
+    VIRTIO_F_RING_RESET,
     VIRTIO_F_VERSION_1,
 )
 from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
@@ -60,6 +61,7 @@ QUEUE_REGISTERS = {
     "desc": "queue_desc",
     "avail": "queue_driver",
     "used": "queue_device",
+    "resetting": "queue_reset",
 }
 
 
@@ -68,6 +70,7 @@ class Queue:
 
     :ivar max_size: entries, a power of two; ``size`` starts there.
     :ivar desc, avail, used: guest-physical addresses of the descriptor, driver and device areas.
+    :ivar resetting: the driver has asked for a reset of this virtqueue alone, which is not done.
     """
 
     __slots__ = (
@@ -78,6 +81,7 @@ class Queue:
         "index",
         "kick",
         "max_size",
+        "resetting",
         "size",
         "used",
         "vector",
@@ -93,7 +97,7 @@ class Queue:
         """The registers after reset."""
         self.size = self.max_size
         self.desc = self.avail = self.used = 0
-        self.enabled = False
+        self.enabled = self.resetting = False
         self.vector = VIRTIO_MSI_NO_VECTOR
 
     def problem(self, memory: GuestMemory, form: RingFormat) -> str:
@@ -141,6 +145,9 @@ class Transport(Protocol):
     def device_reset(self) -> None:
         """The device is back in the state after power-on; the I/O lock is held."""
 
+    def queue_reset(self, q: Queue) -> None:
+        """A virtqueue is about to be cleared, and the device goes on; the I/O lock is held."""
+
     def interrupt_config(self) -> None:
         """Tell the driver that the configuration has changed. Any thread."""
 
@@ -152,6 +159,9 @@ class Unplugged:
         """Nobody kicks."""
 
     def device_reset(self) -> None:
+        """Nothing to do."""
+
+    def queue_reset(self, q: Queue) -> None:
         """Nothing to do."""
 
     def interrupt_config(self) -> None:
@@ -236,6 +246,18 @@ class VirtioDevice:
     def deactivate(self) -> None:
         """In a job after a reset was asked for: stop; no access to guest memory happens after it
         returns or raises.
+        """
+
+    def stop_ring(self, index: int) -> None:
+        """In a job: let go of one virtqueue while the device goes on (2.6.1).
+
+        :raises PyvmmError: the data path did not stop in order, or does not start again.
+        """
+
+    def start_ring(self, ring: Vring) -> None:
+        """In a job: the driver has enabled a virtqueue again.
+
+        :raises PyvmmError: as ``activate``.
         """
 
     def config_space(self) -> bytes:
@@ -366,18 +388,25 @@ class VirtioDevice:
                 "driver set DRIVER_OK while bus mastering is off: until bit 2 of the PCI command"
                 " register is set, no virtqueue is served (PCI 3.0, 6.2.2)"
             )
-        form = ring_format(self.negotiated)
-        enabled = [q for q in self.queues if q.enabled]
-        for q in enabled:
-            problem = q.problem(self.memory, form)
-            if problem:
-                self.fault(q.index, problem)
-                return
-        rings = [
-            Vring(q.index, q.size, q.desc, q.avail, q.used, form.start, q.kick, q.call, form)
-            for q in enabled
-        ]
+        rings = []
+        for q in self.queues:
+            if q.enabled:
+                ring = self._vring(q)
+                if ring is None:
+                    return
+                rings.append(ring)
         self.post("start", lambda: self.activate(rings))
+
+    def _vring(self, q: Queue) -> Vring | None:
+        """An enabled virtqueue at its start; None if the driver set it up wrongly, which is a
+        fault.
+        """
+        form = ring_format(self.negotiated)
+        problem = q.problem(self.memory, form)
+        if problem:
+            self.fault(q.index, problem)
+            return None
+        return Vring(q.index, q.size, q.desc, q.avail, q.used, form.start, q.kick, q.call, form)
 
     def reset(self) -> None:
         """Back to the state after power-on: at once if the device was not active; else the device
@@ -509,17 +538,58 @@ class VirtioDevice:
         if wrong:
             self.refuse(QUEUE_REGISTERS[field], value, wrong, clause)
         elif field == "enabled":
-            self.queues[index].enabled = True
+            self._enable(self.queues[index])
+        elif field == "resetting":
+            self._reset_queue(self.queues[index])
         else:
             setattr(self.queues[index], field, value)
 
+    def _enable(self, q: Queue) -> None:
+        """Before DRIVER_OK it is noted; after a reset of the virtqueue the device goes on with
+        it.
+        """
+        q.enabled = True
+        if self.active:
+            ring = self._vring(q)
+            if ring is not None:
+                self.post(f"start of queue {q.index}", lambda: self.start_ring(ring))
+
+    def _reset_queue(self, q: Queue) -> None:
+        """Reset one virtqueue (2.6.1, 4.1.4.3.1): queue_reset reads 1 until it is done."""
+        q.resetting = True
+
+        def job() -> None:
+            if not q.resetting:
+                return  # the whole device was reset meanwhile
+            try:
+                self.stop_ring(q.index)
+            finally:
+                with self._lock:
+                    self._transport.queue_reset(q)
+                    q.clear()
+                    q.kick.drain()
+                    q.call.drain()
+
+        self.post(f"reset of queue {q.index}", job)
+
     def _queue_problem(self, index: int, field: str, value: int) -> tuple[str, str]:
         """What is wrong with the write of a queue register, and the clause; empty if nothing is."""
-        if self.status != CONFIGURING:
-            return self._untimely(FEATURES_OK, DRIVER_OK)
+        alone = bool(self.driver_features >> VIRTIO_F_RING_RESET & 1)
+        running = alone and self.status == CONFIGURING | DRIVER_OK and not self.stopping
+        if field == "resetting" and not alone:
+            return "without VIRTIO_F_RING_RESET", "4.1.4.3.2"
+        if not running and (self.status != CONFIGURING or field == "resetting"):
+            return self._untimely(DRIVER_OK if field == "resetting" else FEATURES_OK, DRIVER_OK)
         if index >= len(self.queues):
             return f"of queue {index}, which does not exist", "4.1.4.3"
         q = self.queues[index]
+        if field == "resetting":
+            if value != 1:
+                return "which is not 1", "4.1.4.3.2"
+            if q.resetting or not q.enabled:
+                why = "being reset" if q.resetting else "not enabled"
+                return f"of queue {index}, which is {why}", "4.1.4.3.2"
+            return "", ""
         if q.enabled:
             return f"of queue {index}, which is enabled", "4.1.4.3.2"
         if field == "enabled" and value != 1:

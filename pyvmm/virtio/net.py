@@ -10,7 +10,7 @@ import time
 
 from pyvmm.datapath.base import RxFilter, by_pair
 from pyvmm.errors import PyvmmError, RingFault, UsageError
-from pyvmm.spec.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_NET
+from pyvmm.spec.virtio import VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1, VIRTIO_ID_NET
 from pyvmm.spec.virtio_net import (
     CONFIG_NAMES,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MIN,
@@ -29,6 +29,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_MAC,
     VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_SPEED_DUPLEX,
     VIRTIO_NET_F_STATUS,
     VIRTIO_NET_S_ANNOUNCE,
     VIRTIO_NET_S_LINK_UP,
@@ -51,9 +52,19 @@ PCI_CLASS_NETWORK_ETHERNET = 0x020000
 #: Entries a queue, as QEMU's default, and of the control queue.
 QUEUE_SIZE = 256
 CONTROL_SIZE = 64
+#: Mbit/s, as a tap says of itself.
+SPEED = 10_000
+FULL_DUPLEX = 1
 
 #: Features that need nothing of the data path, and those among them that live on the control queue.
-OWN = (VIRTIO_F_VERSION_1, VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_CTRL_VQ)
+OWN = (
+    VIRTIO_F_VERSION_1,
+    VIRTIO_F_RING_RESET,
+    VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_SPEED_DUPLEX,
+    VIRTIO_NET_F_CTRL_VQ,
+)
 CONTROLLED = (
     VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_RX_EXTRA,
@@ -95,6 +106,7 @@ class NetDevice(VirtioDevice):
     :param offer: mask of the feature bits that every data path which it may be switched to can
         honour.
     :param without: feature bits (a mask) not to offer although the data path could.
+    :param speed: of the cable, in Mbit/s, as the driver is told.
     :param link: whether the cable is plugged in at the start.
     :param jobs, lock: see ``VirtioDevice``.
     :ivar datapath: in force. :ivar pairs: in use; the driver chooses.
@@ -120,6 +132,7 @@ class NetDevice(VirtioDevice):
         queue_size: int = QUEUE_SIZE,
         offer: int = -1,
         without: int = 0,
+        speed: int = SPEED,
         link: bool = True,
         jobs: Jobs | None = None,
         lock: threading.RLock | None = None,
@@ -130,6 +143,7 @@ class NetDevice(VirtioDevice):
         self._uplink = uplink
         self._own_mac = self.mac = mac
         self.mtu = mtu
+        self._speed = speed
         self.max_pairs = pairs
         self.pairs = 1
         self.rx = RxFilter(mac)
@@ -201,6 +215,8 @@ class NetDevice(VirtioDevice):
                 status.to_bytes(2, "little"),
                 self.max_pairs.to_bytes(2, "little"),
                 (self.mtu or 0).to_bytes(2, "little"),
+                self._speed.to_bytes(4, "little"),
+                bytes([FULL_DUPLEX]),
             )
         )
 
@@ -349,6 +365,26 @@ class NetDevice(VirtioDevice):
         self.resume()
         self._serve_control()
 
+    def stop_ring(self, index: int) -> None:
+        """Take all rings from the data path, and give it the others back."""
+        if index == self._control_index():
+            self._control = None
+            return
+        self.park()
+        self._rings.pop(index, None)
+        self.resume()
+
+    def start_ring(self, ring: Vring) -> None:
+        """Take all rings from the data path, and give it one more."""
+        acked = self.driver_features
+        if ring.index == self._control_index() and acked >> VIRTIO_NET_F_CTRL_VQ & 1:
+            self._control = Control(self, ring, acked)
+            self._serve_control()
+            return
+        self.park()
+        self._rings[ring.index] = ring
+        self.resume()
+
     def deactivate(self) -> None:
         """Take the rings back, and forget what the driver had set."""
         try:
@@ -373,7 +409,7 @@ class NetDevice(VirtioDevice):
         rings, acked = self.rings, self.in_force
         begin = time.monotonic_ns()
         listener = PathListener(self, hold=hold)
-        self._uplink.set_queues(max(1, len(by_pair(rings))))
+        self._uplink.set_queues(1 + max(by_pair(rings), default=0))
         self._uplink.set_offloads(acked)
         self.datapath.start(acked, self.memory, rings, listener, patience=patience)
         self._serving = [ring.index for ring in rings]

@@ -4,6 +4,7 @@ interrupting.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -176,6 +177,27 @@ def test_card(cards: dict[str, Any], card: str) -> None:
     else:
         assert notifies <= nic["control_commands"]
         assert counters["tx_kicks"] > 0
+
+
+RESIZED = ("emulated", "emulated,with=packed", "vhost-net", "vhost-user", "emulated,queues=2")
+
+
+def test_virtqueues_of_another_size(host: Host) -> None:
+    """`ethtool -G` resets each virtqueue and sets it up anew (RING_RESET) on each data path, while
+    the card goes on; and `ethtool` shows the cable's speed (SPEED_DUPLEX).
+    """
+    with Guest(host, *(arg for net in RESIZED for arg in ("--net", net)), "--cpus", "2") as guest:
+        for nic in range(len(RESIZED)):
+            for rx, tx in ((64, 32), (256, 256)):
+                guest.do(f"ethtool -G eth{nic} rx {rx} tx {tx}")
+                now = guest.do(f"ethtool -g eth{nic} | sed '1,/^Current/d'")
+                assert re.findall(r"^[RT]X:\s+(\d+)", now, re.M) == [str(rx), str(tx)], now
+                check_traffic(guest, nic)
+            link = guest.do(f"ethtool eth{nic}")
+            assert "Speed: 10000Mb/s" in link and "Duplex: Full" in link, link
+        guest.leave()
+        for nic in guest.report["nets"]:
+            assert not nic["faults"] and not nic["driver_mistakes"] and not nic["resets"]
 
 
 def test_jumbo_frames(host: Host) -> None:

@@ -108,7 +108,7 @@ def test_bad_kernel(elf: bytes, tmp_path: Path, name: str) -> None:
         (["--timeout", "soon"], 2, "--timeout"),
         (["--report", "/nonexistent/report"], 2, "--report"),
         (["--net", "teleport"], 2, "unknown mode 'teleport'"),
-        (["--net", "emulated,speed=1"], 2, "unknown key 'speed'"),
+        (["--net", "emulated,wings=1"], 2, "unknown key 'wings'"),
         (["--net", "emulated,mac=01:00:00:00:00:00"], 2, "no unicast MAC"),
         (["--net", "emulated,mtu=5"], 2, "mtu=5"),
         (["--net", "emulated,queue-size=100"], 2, "power of two"),

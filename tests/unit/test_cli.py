@@ -69,7 +69,7 @@ BAD = {
     ("backend", "--queues", "33", "--socket", "s", "--loopback"): "--queues 33; use 1 to 32",
     ("compare", "--cpus", "65"): "--cpus 65; use 1 to 64",
     ("run", "--net", "bridge"): "modes: none, emulated",
-    ("run", "--net", "emulated,speed=1"): "unknown key 'speed'",
+    ("run", "--net", "emulated,wings=1"): "unknown key 'wings'",
     ("run", "--net", "emulated,mtu=1,mtu=2"): "mtu is given twice",
     ("run", "--net", "emulated,mac=nonsense"): "52:54:00:12:34:56",
     ("run", "--net", "emulated,mtu=10"): "use 68 to 65521",

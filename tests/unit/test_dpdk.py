@@ -18,7 +18,7 @@ from pyvmm.conformance.check import Checker
 from pyvmm.conformance.probe import Probe
 from pyvmm.hostnet.netns import Namespace
 from tests.dpdk import TestPmd, command
-from tests.driver import wait_for
+from tests.driver import bits, wait_for
 from tests.unit.test_vhost_user import PATIENCE, Guest, Running, frame
 
 if TYPE_CHECKING:
@@ -48,14 +48,30 @@ def forwarded(pmd: TestPmd) -> tuple[int, int]:
     return tuple(int(re.search(rf"{way}-packets: (\d+)", section)[1]) for way in ("RX", "TX"))  # type: ignore[index, return-value]
 
 
+RING_PACKED, IN_ORDER = bits("VIRTIO_F_RING_PACKED"), bits("VIRTIO_F_IN_ORDER")
+
+
 # --- DPDK is the front-end ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("queues", [1, 2])
-def test_virtio_user_drives_our_loop(path: str, queues: int) -> None:
-    """Bursts go round and round; every packet is somewhere at the end."""
+@pytest.mark.parametrize(
+    ("queues", "keys", "features"),
+    [
+        (1, "", 0),
+        (2, "", 0),
+        (2, "packed_vq=1", RING_PACKED),
+        (1, "in_order=1", IN_ORDER),
+        (2, "packed_vq=1,in_order=1", RING_PACKED | IN_ORDER),
+        (1, "in_order=1,mrg_rxbuf=0,vectorized=1", IN_ORDER),
+        (1, "packed_vq=1,in_order=1,mrg_rxbuf=0,vectorized=1", RING_PACKED | IN_ORDER),
+    ],
+)
+def test_virtio_user_drives_our_loop(path: str, queues: int, keys: str, features: int) -> None:
+    """Bursts go round and round; every packet is somewhere at the end. DPDK has a driver for each
+    kind of ring.
+    """
     with Running(path, loop_port(queues), unsealed=True) as running:
-        vdev = f"net_virtio_user0,path={path},queues={queues},queue_size=256"
+        vdev = f"net_virtio_user0,path={path},queues={queues},queue_size=256,{keys}".rstrip(",")
         with TestPmd(
             vdev, options=("--forward-mode=io", f"--rxq={queues}", f"--txq={queues}")
         ) as pmd:
@@ -63,6 +79,7 @@ def test_virtio_user_drives_our_loop(path: str, queues: int) -> None:
             assert wait_for(
                 lambda: running.backend.counters().get("rx_packets", 0) > 20000, PATIENCE
             )
+            assert running.acked & (RING_PACKED | (IN_ORDER & features)) == features
             received, sent = forwarded(pmd)
             # What it sent last our worker may not have taken yet.
             wait_for(lambda: running.backend.counters()["rx_packets"] >= sent, PATIENCE)

@@ -59,7 +59,7 @@ BAD = {
     "": "unknown mode ''",
     "bridge": "unknown mode 'bridge'",
     "Emulated": "modes: none, emulated",
-    "emulated,speed=1": "unknown key 'speed'",
+    "emulated,wings=1": "unknown key 'wings'",
     "emulated,mtu": "unknown key 'mtu'",
     "none,tap=x": "keys: none",
     "emulated,mtu=1500,mtu=1500": "mtu is given twice",

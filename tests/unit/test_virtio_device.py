@@ -20,6 +20,7 @@ from pyvmm.virtio.device import (
     DRIVER_OK,
     FAILED,
     NEEDS_RESET,
+    Queue,
     VirtioDevice,
 )
 
@@ -45,6 +46,9 @@ class Device(VirtioDevice):
 
     def device_reset(self) -> None:
         pass
+
+    def queue_reset(self, q: Queue) -> None:
+        self.log.append(f"queue {q.index} reset")
 
     def offered(self) -> int:
         return OFFERED

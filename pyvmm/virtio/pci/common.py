@@ -18,7 +18,9 @@ from pyvmm.spec.virtio_pci import (
     VIRTIO_PCI_COMMON_Q_DESCLO,
     VIRTIO_PCI_COMMON_Q_ENABLE,
     VIRTIO_PCI_COMMON_Q_MSIX,
+    VIRTIO_PCI_COMMON_Q_NDATA,
     VIRTIO_PCI_COMMON_Q_NOFF,
+    VIRTIO_PCI_COMMON_Q_RESET,
     VIRTIO_PCI_COMMON_Q_SELECT,
     VIRTIO_PCI_COMMON_Q_SIZE,
     VIRTIO_PCI_COMMON_Q_USEDHI,
@@ -98,6 +100,9 @@ class CommonConfig:
             VIRTIO_PCI_COMMON_Q_AVAILHI: half("avail", 32),
             VIRTIO_PCI_COMMON_Q_USEDLO: half("used", 0),
             VIRTIO_PCI_COMMON_Q_USEDHI: half("used", 32),
+            # NOTIF_CONFIG_DATA is not offered.
+            VIRTIO_PCI_COMMON_Q_NDATA: Register(2, lambda: 0),
+            VIRTIO_PCI_COMMON_Q_RESET: queue("resetting"),
         }
 
     # --- the table's rows -------------------------------------------------------------------------

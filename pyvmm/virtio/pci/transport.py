@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 # BAR 0: one page a structure, so that a data path could map the notification page alone.
 COMMON, ISR, DEVICE, NOTIFY, TABLE, PBA = 0x0000, 0x1000, 0x2000, 0x3000, 0x4000, 0x5000
 BAR_SIZE = 0x8000
-COMMON_SIZE = 56
+COMMON_SIZE = 60
 NOTIFY_STRIDE = 4  # notify_off_multiplier: a queue has its own address, hence its own ioeventfd
 
 
@@ -300,6 +300,10 @@ class VirtioPci(PciFunction):
     def set_config_vector(self, value: int) -> None:
         """config_msix_vector, which reads back as the vector in force."""
         self.config_vector = self._move(self._config_event, self.config_vector, value)
+
+    def queue_reset(self, q: Queue) -> None:
+        """The virtqueue is back in its state after power-on."""
+        self.set_queue_vector(q, VIRTIO_MSI_NO_VECTOR)
 
     def set_queue_vector(self, q: Queue, value: int) -> None:
         """queue_msix_vector; drivers change it while the queue runs, too."""
