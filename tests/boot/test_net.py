@@ -197,7 +197,8 @@ def test_virtqueues_of_another_size(host: Host) -> None:
             assert "Speed: 10000Mb/s" in link and "Duplex: Full" in link, link
         guest.leave()
         for nic in guest.report["nets"]:
-            assert not nic["faults"] and not nic["driver_mistakes"] and not nic["resets"]
+            assert not nic["faults"] and not nic["driver_mistakes"]
+            assert nic["resets"] <= 1  # that of the shutdown
 
 
 def test_jumbo_frames(host: Host) -> None:
