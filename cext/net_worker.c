@@ -45,6 +45,13 @@ enum { RX, TX };
 enum { HOLD_NO, HOLD_ASKED, HOLD_DONE };
 enum { EV_RX_KICK, EV_TX_KICK, EV_FD, EV_WAKE };
 
+/* Batches that the guest sees already, and of which nobody has told it yet. */
+struct delayed {
+	uint32_t chains;  /* 0: nothing waits */
+	uint64_t packets; /* the ring's counter when the guest was told, or asked, last */
+	uint64_t since;	  /* when the first of them came, in microseconds */
+};
+
 /* A chain of the receive window. */
 struct slot {
 	uint64_t len;
@@ -118,6 +125,7 @@ struct pv_net_worker {
 	bool link_down;	   /* atomic */
 	uint32_t interest; /* of fd, as epoll has it */
 	struct burst burst;
+	struct delayed delayed[2];
 	struct pv_net_counters count;
 	uint64_t traced; /* time of the latest event of the trace */
 	struct window window;
@@ -185,20 +193,18 @@ static void trace_event(struct pv_net_worker *w, uint16_t kind, int q, uint32_t 
 		pv_trace_put(w->cfg.trace, &e);
 }
 
-/* Publish a batch and interrupt the guest where it wants it. */
-static void flush(struct pv_net_worker *w, int q)
+static uint64_t packets_of(const struct pv_net_worker *w, int q)
+{
+	return q == RX ? w->count.rx_packets : w->count.tx_packets;
+}
+
+/* Interrupt the guest where it wants it. n chains have been published since it was last asked. */
+static void decide(struct pv_net_worker *w, int q, uint32_t n)
 {
 	struct pv_vring *vr = &w->ring[q];
-	uint32_t n = vr->pushed;
-	uint64_t *bins = q == RX ? w->count.rx_batch_size : w->count.tx_batch_size;
-	uint32_t bin;
 	bool call;
 
-	if (!n)
-		return;
-	bin = 31u - (uint32_t)__builtin_clz(n);
-	add(&bins[bin < PV_NET_BATCH_BINS ? bin : PV_NET_BATCH_BINS - 1], 1);
-	add(q == RX ? &w->count.rx_batches : &w->count.tx_batches, 1);
+	w->delayed[q] = (struct delayed){.packets = packets_of(w, q)};
 	call = w->inflight[q].region ? pv_inflight_flush(&w->inflight[q]) : pv_vring_flush(vr);
 	if (w->cfg.trace)
 		trace_event(w, PV_TRACE_BATCH, q, n, call);
@@ -208,6 +214,72 @@ static void flush(struct pv_net_worker *w, int q)
 	} else {
 		add(q == RX ? &w->count.rx_calls_suppressed : &w->count.tx_calls_suppressed, 1);
 	}
+}
+
+/* Microseconds that the interrupt of ring q may still wait; 0: its time has come, or none waits. */
+static uint64_t delay_left(const struct pv_net_worker *w, int q)
+{
+	const struct delayed *d = &w->delayed[q];
+	uint64_t waited;
+
+	if (!d->chains)
+		return 0;
+	waited = now_us() - d->since;
+	return waited < w->cfg.ring[q].coalesce_us ? w->cfg.ring[q].coalesce_us - waited : 0;
+}
+
+/* Tell the guest of what has waited for long enough. Returns how long the others may sleep. */
+static uint64_t decide_delayed(struct pv_net_worker *w)
+{
+	uint64_t left, min = UINT64_MAX;
+
+	for (int q = RX; q <= TX; q++) {
+		if (!w->delayed[q].chains)
+			continue;
+		left = delay_left(w, q);
+		if (!left)
+			decide(w, q, w->delayed[q].chains);
+		else if (left < min)
+			min = left;
+	}
+	return min;
+}
+
+/* Publish a batch. Returns whether the interrupt is to wait for more packets. */
+static bool delay(struct pv_net_worker *w, int q)
+{
+	const struct pv_net_ring *ring = &w->cfg.ring[q];
+	struct pv_vring *vr = &w->ring[q];
+	struct delayed *d = &w->delayed[q];
+
+	if (!ring->coalesce_us || vr->fault)
+		return false;
+	pv_vring_publish(vr);
+	if (!d->chains)
+		d->since = now_us();
+	d->chains = vr->pushed;
+	if ((ring->coalesce_packets && packets_of(w, q) - d->packets >= ring->coalesce_packets) ||
+	    vr->undecided >= vr->size)
+		return false;
+	add(q == RX ? &w->count.rx_calls_delayed : &w->count.tx_calls_delayed, 1);
+	return true;
+}
+
+/* Publish a batch and interrupt the guest where it wants it. */
+static void flush(struct pv_net_worker *w, int q)
+{
+	struct pv_vring *vr = &w->ring[q];
+	uint32_t n = vr->pushed - w->delayed[q].chains;
+	uint64_t *bins = q == RX ? w->count.rx_batch_size : w->count.tx_batch_size;
+	uint32_t bin;
+
+	if (!n)
+		return;
+	bin = 31u - (uint32_t)__builtin_clz(n);
+	add(&bins[bin < PV_NET_BATCH_BINS ? bin : PV_NET_BATCH_BINS - 1], 1);
+	add(q == RX ? &w->count.rx_batches : &w->count.tx_batches, 1);
+	if (!delay(w, q))
+		decide(w, q, vr->pushed);
 }
 
 static uint32_t window_chains(const struct window *win)
@@ -627,6 +699,7 @@ static bool net_round(struct pv_net_worker *w)
 		__atomic_store_n(&w->hold, HOLD_DONE, __ATOMIC_RELEASE);
 		signal_fd(w->answer_fd);
 	}
+	(void)decide_delayed(w);
 	if (tx_possible(w))
 		more = tx_turn(w);
 	/* While we are busy nobody polls fd for us. */
@@ -719,6 +792,7 @@ static int spin(struct pv_net_worker *w)
 			return -1;
 		if (stopping(w) || (tx_possible(w) && pv_vring_pending(&w->ring[TX])))
 			return 1;
+		(void)decide_delayed(w);
 		if (!rx_possible(w))
 			continue;
 		if (w->rx_waiting && pv_vring_pending(&w->ring[RX]))
@@ -743,7 +817,7 @@ static int linger(struct pv_net_worker *w)
 {
 	struct burst *b = &w->burst;
 	uint32_t packets = b->packets, bytes = b->bytes;
-	uint64_t max = bytes >= LINGER_BULK ? LINGER_BULK_US : LINGER_MAX_US;
+	uint64_t max = bytes >= LINGER_BULK ? LINGER_BULK_US : LINGER_MAX_US, left;
 
 	if (!packets)
 		return 0;
@@ -758,7 +832,8 @@ static int linger(struct pv_net_worker *w)
 		return 0;
 	if (b->linger_us < LINGER_MIN_US)
 		b->linger_us = LINGER_MIN_US;
-	if (set_interest(w) || net_poll(w, (int64_t)b->linger_us))
+	left = decide_delayed(w);
+	if (set_interest(w) || net_poll(w, (int64_t)(left < b->linger_us ? left : b->linger_us)))
 		return -1;
 	b->lingered = pv_vring_pending(&w->ring[TX]);
 	if (b->lingered)
@@ -801,6 +876,7 @@ static int net_sleep(struct pv_net_worker *w)
 {
 	int64_t timeout = -1;
 	int found = 0;
+	uint64_t left;
 
 	if (w->cfg.poll_us)
 		found = spin(w);
@@ -828,6 +904,9 @@ static int net_sleep(struct pv_net_worker *w)
 			}
 		}
 	}
+	left = decide_delayed(w);
+	if (left != UINT64_MAX && (timeout < 0 || left < (uint64_t)timeout))
+		timeout = (int64_t)left;
 	if (set_interest(w) || net_poll(w, timeout))
 		return -1;
 	add(&w->count.wakeups, 1);
@@ -938,9 +1017,12 @@ static void serve_begin(struct pv_net_worker *w)
 static void serve_end(struct pv_net_worker *w)
 {
 	rx_abandon(w);
-	for (int q = RX; q <= TX; q++)
+	for (int q = RX; q <= TX; q++) {
+		if (w->delayed[q].chains)
+			decide(w, q, w->delayed[q].chains);
 		if (!w->ring[q].fault)
 			(void)pv_vring_enable_notify(&w->ring[q]);
+	}
 }
 
 /* What the thread does. */

@@ -81,6 +81,12 @@ struct pv_net_ring {
 	 * in use.
 	 */
 	uint8_t *inflight;
+	/*
+	 * Coalescing (5.1.6.5.7): an interrupt waits until so many packets are done, or for so long
+	 * after the first of them; no microseconds: it does not wait. Not together with inflight.
+	 */
+	uint32_t coalesce_packets; /* 0: however many */
+	uint32_t coalesce_us;
 };
 
 #define PV_NET_HOLD_MS 200 /* a good value for hold_ms */
@@ -116,6 +122,7 @@ struct pv_net_counters {
 	uint64_t rx_kicks;
 	uint64_t rx_calls;
 	uint64_t rx_calls_suppressed; /* batches for which the guest wanted no interrupt */
+	uint64_t rx_calls_delayed;    /* batches whose interrupt waited for more packets */
 	uint64_t rx_batches;	      /* publications of the used index */
 	uint64_t rx_waits;	      /* times without a buffer from the guest */
 	uint64_t rx_overflows;	      /* frames that needed a copy from the scratch buffer */
@@ -128,6 +135,7 @@ struct pv_net_counters {
 	uint64_t tx_kicks;
 	uint64_t tx_calls;
 	uint64_t tx_calls_suppressed;
+	uint64_t tx_calls_delayed;
 	uint64_t tx_batches;
 	uint64_t tx_blocks;	/* times that fd took no more */
 	uint64_t tx_drop_error; /* frames that fd refused: bad header, interface down */

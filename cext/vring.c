@@ -347,6 +347,7 @@ void pv_vring_push(struct pv_vring *vr, uint16_t head, uint16_t slots, uint32_t 
 	uint32_t *elem;
 
 	vr->pushed++;
+	vr->undecided += slots;
 	if (vr->packed) {
 		pv_packed_push(vr, head, slots, len);
 		return;
@@ -361,8 +362,9 @@ void pv_vring_push(struct pv_vring *vr, uint16_t head, uint16_t slots, uint32_t 
  * pv_vring_publish() - Let the guest see the pushed chains, without deciding on an interrupt yet
  * @vr:		The ring
  *
- * A caller that may be killed at any time publishes each chain at once, so that no chain is lost or
- * returned twice. pv_vring_flush() must still follow.
+ * For a caller that may be killed at any time, so that no chain is lost or returned twice, and for
+ * one that has the guest wait for its interrupt. pv_vring_flush() must still follow, before
+ * "undecided" is more than the ring has: the driver's wish is a place in the ring.
  */
 void pv_vring_publish(struct pv_vring *vr)
 {
@@ -387,7 +389,7 @@ bool pv_vring_flush(struct pv_vring *vr)
 
 	if (!vr->pushed)
 		return false;
-	vr->pushed = 0;
+	vr->pushed = vr->undecided = 0;
 	if (vr->packed)
 		return pv_packed_flush(vr);
 	vr->used_idx = vr->used_next;

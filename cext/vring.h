@@ -92,6 +92,7 @@ struct pv_vring {
 	uint16_t used_next;
 	uint16_t signalled_used; /* used_idx at the latest decision on an interrupt */
 	uint16_t held_flags;	 /* packed: of the batch's first used descriptor, not stored yet */
+	uint32_t undecided;	 /* slots pushed since the latest decision on an interrupt */
 	uint32_t pushed;	 /* chains pushed and not flushed */
 	bool signalled_valid;
 	bool packed;

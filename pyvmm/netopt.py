@@ -51,14 +51,17 @@ GROUPS = {
     "indirect": "INDIRECT_DESC",
     "event-idx": "EVENT_IDX",
     "ctrl-vq": "CTRL_VQ CTRL_RX CTRL_RX_EXTRA CTRL_VLAN CTRL_MAC_ADDR CTRL_GUEST_OFFLOADS "
-    "GUEST_ANNOUNCE MQ",
+    "GUEST_ANNOUNCE MQ NOTF_COAL VQ_NOTF_COAL",
+    "coalescing": "NOTF_COAL VQ_NOTF_COAL",
     "ring-reset": "RING_RESET",
     "in-order": "IN_ORDER",
+    "notification-data": "NOTIFICATION_DATA",
     "speed": "SPEED_DUPLEX",
     "packed": "RING_PACKED",
 }
-#: Groups that the card offers only if ``with=`` names them: not every data path can honour them.
-ON_REQUEST = ("packed",)
+#: Groups that the card offers only if ``with=`` names them. Not every data path can honour them,
+#: and a guest that uses them could not be switched to the others.
+ON_REQUEST = ("packed", "in-order", "coalescing")
 #: Mbit/s: the largest number in struct virtio_net_config.
 SPEED_MAX = 0x7FFFFFFF
 #: The most queue pairs of a card.

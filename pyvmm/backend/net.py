@@ -53,6 +53,11 @@ FRONT_END_FEATURES = (
 OWN_FEATURES = 1 << VIRTIO_F_VERSION_1 | sum(1 << bit for bit in FRONT_END_FEATURES)
 
 
+#: Features of the worker for which a front-end would have to pass on a driver's command: the
+#: protocol has no message for them.
+NOT_OURS = 1 << virtio_net.VIRTIO_NET_F_NOTF_COAL | 1 << virtio_net.VIRTIO_NET_F_VQ_NOTF_COAL
+
+
 class NetService:
     """Implements ``Service`` (backend.frontend) for a network card.
 
@@ -78,7 +83,7 @@ class NetService:
 
     def features(self) -> int:
         """The features of the worker and of the port, and those that front-ends serve."""
-        return self._path.features() | OWN_FEATURES
+        return self._path.features() & ~NOT_OURS | OWN_FEATURES
 
     def check_features(self, acked: int) -> None:
         """:raises ProtocolError: they mean the header of 10 bytes (virtio 1.2, 5.1.6)."""

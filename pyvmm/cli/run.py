@@ -35,8 +35,9 @@ Network cards: --net MODE[,key=value...], once per card
       switchable=A+B  the data path may later be switched to the modes A and B (docs/switch.md): the
                       card offers what all modes can honour, and takes the keys of all modes
       without=A+B     do not offer: offloads, tso, mrg-rxbuf, indirect, event-idx, ctrl-vq,
-                      ring-reset, in-order, speed
-      with=packed     offer packed virtqueues, which vhost-net cannot serve
+                      ring-reset, notification-data, speed
+      with=A+B        offer, too: packed (virtqueues), in-order, coalescing (of interrupts, emulated
+                      only); vhost-net has none of them
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
   Key of emulated only:
       poll=USEC       look for more packets for this many microseconds before sleeping (0)

@@ -32,6 +32,8 @@ class Vring:
     :ivar base: the position to start at (``datapath.ringformat``).
     :ivar format: split or packed.
     :ivar kick: guest to device, lent. :ivar call: device to guest, lent.
+    :ivar coalesce: (packets, microseconds) for which the driver lets its interrupt wait
+        (5.1.6.5.7); no microseconds: it does not wait.
     :ivar inflight: cdata ``uint8_t *`` of a vhost-user in-flight region for the emulated path, or
         None.
     """
@@ -40,6 +42,7 @@ class Vring:
         "avail",
         "base",
         "call",
+        "coalesce",
         "desc",
         "format",
         "index",
@@ -64,12 +67,15 @@ class Vring:
         self.index, self.size, self.base, self.format = index, size, base, form
         self.desc, self.avail, self.used = desc, avail, used
         self.kick, self.call = kick, call
+        self.coalesce = (0, 0)
         self.inflight: Any = None
 
     def at(self, base: int) -> Vring:
         """The same ring at another position."""
         place = self.index, self.size, self.desc, self.avail, self.used
-        return Vring(*place, base, self.kick, self.call, self.format)
+        ring = Vring(*place, base, self.kick, self.call, self.format)
+        ring.coalesce = self.coalesce
+        return ring
 
 
 class HandOverTimes:

@@ -29,6 +29,8 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_GUEST_UFO,
     VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_NOTF_COAL,
+    VIRTIO_NET_F_VQ_NOTF_COAL,
     VIRTIO_NET_HDR_V1_SIZE,
 )
 from pyvmm.threads import Thread, report_bug
@@ -48,6 +50,8 @@ RING_FEATURES = (
     VIRTIO_F_RING_PACKED,
     VIRTIO_F_IN_ORDER,
     VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_NOTF_COAL,
+    VIRTIO_NET_F_VQ_NOTF_COAL,
 )
 GSO = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6 | 1 << VIRTIO_NET_F_GUEST_UFO
 #: Ethernet header and a VLAN tag, on top of the MTU or of the 64 KiB of a GSO packet.
@@ -223,6 +227,7 @@ class EmulatedNet:
             )
             c.kick, c.call = ring.kick.fileno(), ring.call.fileno()
             c.inflight = ring.inflight or ffi.NULL
+            c.coalesce_packets, c.coalesce_us = ring.coalesce
         config.fd = self._port.fds[number].fileno()
         config.hdr_len = VIRTIO_NET_HDR_V1_SIZE
         payload = GSO_MAX if acked & GSO else self._port.mtu

@@ -21,6 +21,11 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_CTRL_MAC_TABLE_SET,
     VIRTIO_NET_CTRL_MQ,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+    VIRTIO_NET_CTRL_NOTF_COAL,
+    VIRTIO_NET_CTRL_NOTF_COAL_RX_SET,
+    VIRTIO_NET_CTRL_NOTF_COAL_TX_SET,
+    VIRTIO_NET_CTRL_NOTF_COAL_VQ_GET,
+    VIRTIO_NET_CTRL_NOTF_COAL_VQ_SET,
     VIRTIO_NET_CTRL_RX,
     VIRTIO_NET_CTRL_RX_ALLUNI,
     VIRTIO_NET_CTRL_VLAN,
@@ -34,6 +39,8 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CTRL_VLAN,
     VIRTIO_NET_F_GUEST_ANNOUNCE,
     VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_NOTF_COAL,
+    VIRTIO_NET_F_VQ_NOTF_COAL,
     VIRTIO_NET_OK,
 )
 from pyvmm.virtio.queue import ServedQueue
@@ -92,6 +99,15 @@ class Controlled(Protocol):
         :raises PyvmmError: the host refuses.
         """
 
+    def set_coalescing(self, which: Callable[[int], bool], packets: int, usecs: int) -> bool:
+        """Let interrupts of the virtqueues that ``which`` tells wait; False if there are none.
+
+        :raises PyvmmError: the data path does not start again.
+        """
+
+    def coalescing(self, index: int) -> tuple[int, int] | None:
+        """Packets and microseconds of a virtqueue; None if there is no such virtqueue."""
+
 
 class Control:
     """Serves the control queue of ``device``. Guest memory is touched in ``serve`` only.
@@ -121,21 +137,23 @@ class Control:
             if not chain.room:
                 raise RingFault("a control command without room for the answer")
             begin = time.monotonic_ns()
-            good = self._execute(chain.request)
+            result = self._execute(chain.request)
+            good = result is not None
             if self._device.recorder is not None:
                 args: dict[str, object] = {"request": chain.request, "good": good}
                 self._device.recorder.step("control command", begin, args)
-            queue.push(chain, chain.reply(bytes([VIRTIO_NET_OK if good else VIRTIO_NET_ERR])))
+            status = VIRTIO_NET_ERR if result is None else VIRTIO_NET_OK
+            queue.push(chain, chain.reply(bytes([status]) + (result or b"")))
         if queue.flush():
             self._call.nudge()
         return queue.enable_notify()
 
-    def _execute(self, request: bytes) -> bool:
-        """One command; whether it was understood and done."""
+    def _execute(self, request: bytes) -> bytes | None:
+        """One command: what it returns; None if it was not understood or not done."""
         device = self._device
         device.commands += 1
         if len(request) < 2:
-            return False
+            return None
         known = self._COMMANDS.get((request[0], request[1]))
         if known is None and request[0] == VIRTIO_NET_CTRL_RX and request[1] < len(RxFilter.FLAGS):
             extra = request[1] >= VIRTIO_NET_CTRL_RX_ALLUNI
@@ -144,14 +162,17 @@ class Control:
                 Control._rx_mode,
             )
         if known is None or not self._acked >> known[0] & 1:
-            return False
+            return None
         try:
-            return known[1](self, request[1], request[2:])
+            answer = known[1](self, request[1], request[2:])
         except (struct.error, IndexError):
-            return False
+            return None
         except PyvmmError as e:
             device.fault(-1, str(e))
-            return False
+            return None
+        if isinstance(answer, bytes):
+            return answer
+        return b"" if answer else None
 
     def _rx_mode(self, command: int, data: bytes) -> bool:
         flag = RxFilter.FLAGS[command]
@@ -212,9 +233,42 @@ class Control:
         (offloads,) = struct.unpack("<Q", data)
         return self._device.set_offloads(offloads)
 
+    def _coalesce_all(self, command: int, data: bytes) -> bool:
+        """5.1.6.5.7: the virtqueues of one direction."""
+        way = int(command == VIRTIO_NET_CTRL_NOTF_COAL_TX_SET)
+        packets, usecs = struct.unpack("<II", data)
+        return self._device.set_coalescing(lambda index: index % 2 == way, packets, usecs)
+
+    def _coalesce_one(self, command: int, data: bytes) -> bool:
+        """5.1.6.5.7: one virtqueue."""
+        queue, packets, usecs = struct.unpack("<H2xII", data)
+        return self._device.set_coalescing(lambda index: index == queue, packets, usecs)
+
+    def _coalescing(self, command: int, data: bytes) -> bytes | bool:
+        """5.1.6.5.7: what is in force; the driver sends a structure of which the queue counts."""
+        queue, _, _ = struct.unpack("<H2xII", data)
+        found = self._device.coalescing(queue)
+        return struct.pack("<H2xII", queue, *found) if found is not None else False
+
     #: (class, command) -> (feature that it needs, what does it); VIRTIO_NET_CTRL_RX is in
     #: ``_execute``.
-    _COMMANDS: dict[tuple[int, int], tuple[int, Callable[[Control, int, bytes], bool]]] = {
+    _COMMANDS: dict[tuple[int, int], tuple[int, Callable[[Control, int, bytes], bytes | bool]]] = {
+        (VIRTIO_NET_CTRL_NOTF_COAL, VIRTIO_NET_CTRL_NOTF_COAL_TX_SET): (
+            VIRTIO_NET_F_NOTF_COAL,
+            _coalesce_all,
+        ),
+        (VIRTIO_NET_CTRL_NOTF_COAL, VIRTIO_NET_CTRL_NOTF_COAL_RX_SET): (
+            VIRTIO_NET_F_NOTF_COAL,
+            _coalesce_all,
+        ),
+        (VIRTIO_NET_CTRL_NOTF_COAL, VIRTIO_NET_CTRL_NOTF_COAL_VQ_SET): (
+            VIRTIO_NET_F_VQ_NOTF_COAL,
+            _coalesce_one,
+        ),
+        (VIRTIO_NET_CTRL_NOTF_COAL, VIRTIO_NET_CTRL_NOTF_COAL_VQ_GET): (
+            VIRTIO_NET_F_VQ_NOTF_COAL,
+            _coalescing,
+        ),
         (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET): (VIRTIO_NET_F_CTRL_RX, _mac_table),
         (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET): (
             VIRTIO_NET_F_CTRL_MAC_ADDR,

@@ -10,7 +10,12 @@ import time
 
 from pyvmm.datapath.base import RxFilter, by_pair
 from pyvmm.errors import PyvmmError, RingFault, UsageError
-from pyvmm.spec.virtio import VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1, VIRTIO_ID_NET
+from pyvmm.spec.virtio import (
+    VIRTIO_F_NOTIFICATION_DATA,
+    VIRTIO_F_RING_RESET,
+    VIRTIO_F_VERSION_1,
+    VIRTIO_ID_NET,
+)
 from pyvmm.spec.virtio_net import (
     CONFIG_NAMES,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MIN,
@@ -40,6 +45,7 @@ from pyvmm.virtio.listener import PathListener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Protocol
 
     from pyvmm.datapath.base import DataPath, HostSide, Vring
@@ -55,11 +61,14 @@ CONTROL_SIZE = 64
 #: Mbit/s, as a tap says of itself.
 SPEED = 10_000
 FULL_DUPLEX = 1
+#: An interrupt may wait for so many microseconds; a driver that asks for more gets this.
+COALESCE_US_MAX = 1_000_000
 
 #: Features that need nothing of the data path, and those among them that live on the control queue.
 OWN = (
     VIRTIO_F_VERSION_1,
     VIRTIO_F_RING_RESET,
+    VIRTIO_F_NOTIFICATION_DATA,  # a kick's value may be anything: the address says which virtqueue
     VIRTIO_NET_F_MAC,
     VIRTIO_NET_F_STATUS,
     VIRTIO_NET_F_SPEED_DUPLEX,
@@ -527,6 +536,27 @@ class NetDevice(VirtioDevice):
             self.park()
             self.resume()
         return True
+
+    def set_coalescing(self, which: Callable[[int], bool], packets: int, usecs: int) -> bool:
+        """Let interrupts of virtqueues wait for so many packets, or for so many microseconds after
+        the first; False if the driver has set up none of them.
+
+        :param which: tells for an index whether that virtqueue is meant.
+        :raises PyvmmError: the data path does not start again.
+        """
+        chosen = [ring for index, ring in self._rings.items() if which(index)]
+        new = packets, min(usecs, COALESCE_US_MAX)
+        if any(ring.coalesce != new for ring in chosen):
+            self.park()  # positions make new rings of them: not before
+            for index in [ring.index for ring in chosen]:
+                self._rings[index].coalesce = new
+            self.resume()
+        return bool(chosen)
+
+    def coalescing(self, index: int) -> tuple[int, int] | None:
+        """Packets and microseconds of a virtqueue; None if the driver has not set it up."""
+        ring = self._rings.get(index)
+        return ring.coalesce if ring is not None else None
 
     def rx_changed(self) -> None:
         """``rx`` has been changed by the driver."""

@@ -201,6 +201,22 @@ def test_virtqueues_of_another_size(host: Host) -> None:
             assert nic["resets"] <= 1  # that of the shutdown
 
 
+def test_coalescing(host: Host) -> None:
+    """`ethtool -C` in the guest lets interrupts wait: an answer to a ping is late by that."""
+    with Guest(host, "--net", "emulated,with=coalescing") as guest:
+        for usecs, frames in ((50_000, 128), (0, 0)):
+            # tx-frames 0 would mean another kind of driver to Linux 6.1.
+            guest.do(f"ethtool -C eth0 rx-usecs {usecs} rx-frames {frames} tx-usecs 9 tx-frames 4")
+            text = guest.do("ping -c 3 192.168.100.1")
+            found = re.search(r"min/avg/max = ([\d.]+)/", text)
+            assert found is not None and float(found[1]) * 1000 >= usecs, text
+        check_traffic(guest)
+        guest.leave()
+        nic = guest.report["nets"][0]
+        assert nic["counters"]["rx_calls_delayed"] >= 3 and nic["counters"]["tx_calls_delayed"]
+        assert not nic["faults"] and not nic["driver_mistakes"]
+
+
 def test_jumbo_frames(host: Host) -> None:
     """With mtu=9000 a packet of that size goes through whole, both ways, also without mergeable
     buffers.

@@ -80,6 +80,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	cfg.hdr_len = data[2] & 8 ? 10 : 12;
 	cfg.max_frame = data[2] & 16 ? 65565 : 1530;
 	cfg.poll_us = data[2] & 32 ? 1 : 0;
+	for (uint32_t q = 0; q < 2 && data[14] & 1 && !(data[2] & 64); q++) {
+		cfg.ring[q].coalesce_packets = data[14] >> 4;
+		cfg.ring[q].coalesce_us = 1u << (data[14] >> 1 & 7);
+	}
 	cfg.format.packed = FUZZ_PACKED(data);
 	cfg.format.indirect = data[2] & 1;
 	cfg.format.event_idx = data[2] & 2;

@@ -237,6 +237,8 @@ static void life(uint32_t number)
 	for (int q = RX; q <= TX; q++)
 		cfg.ring[q] = (struct pv_net_ring){
 			.size = SIZE,
+			.coalesce_packets = number % 3 ? 0 : 8,
+			.coalesce_us = number % 3 ? 0 : 50,
 			.desc = RING(q) + offsetof(struct ring, desc),
 			.avail = RING(q) + offsetof(struct ring, avail_flags),
 			.used = RING(q) + offsetof(struct ring, used_flags),

@@ -290,6 +290,8 @@ def test_a_hand_over_holds_no_vcpu_up(rig: SlowRig) -> None:
 
 def test_reports_of_a_path_that_has_stopped_are_of_no_interest(rig: SlowRig) -> None:
     rig.exchange()
+    # Frames may pass before the start of the path has returned in the card's thread.
+    assert wait_for(lambda: rig.device._listener is not None)
     listener = rig.device._listener
     assert listener is not None
     listener.fault(0, "now")

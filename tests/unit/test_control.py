@@ -25,6 +25,11 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_CTRL_MAC_TABLE_SET,
     VIRTIO_NET_CTRL_MQ,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+    VIRTIO_NET_CTRL_NOTF_COAL,
+    VIRTIO_NET_CTRL_NOTF_COAL_RX_SET,
+    VIRTIO_NET_CTRL_NOTF_COAL_TX_SET,
+    VIRTIO_NET_CTRL_NOTF_COAL_VQ_GET,
+    VIRTIO_NET_CTRL_NOTF_COAL_VQ_SET,
     VIRTIO_NET_CTRL_RX,
     VIRTIO_NET_CTRL_RX_ALLMULTI,
     VIRTIO_NET_CTRL_RX_NOBCAST,
@@ -36,7 +41,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_OK,
 )
 from pyvmm.virtio.control import MAC_TABLE
-from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
+from pyvmm.virtio.net import COALESCE_US_MAX, PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import VirtioPci
 from tests.driver import Cable, bits, wait_for
 from tests.pci_guest import Board, NetGuest, frame
@@ -327,6 +332,29 @@ def test_without_mq_the_control_queue_is_the_third() -> None:
         assert rig.guest.control and rig.guest.control.index == 2
         assert set_pairs(rig, 2) == VIRTIO_NET_ERR
         assert rig.command(VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, b"\0") == VIRTIO_NET_OK
+
+
+def test_coalescing(rig: Rig) -> None:
+    """5.1.6.5.7: per direction and per virtqueue; what is set is in force, and comes back."""
+
+    def command(kind: int, data: bytes) -> bool:
+        return rig.command(VIRTIO_NET_CTRL_NOTF_COAL, kind, data) == VIRTIO_NET_OK
+
+    def get(queue: int) -> tuple[int, ...] | None:
+        kind, data = VIRTIO_NET_CTRL_NOTF_COAL_VQ_GET, struct.pack("<H2xII", queue, 0, 0)
+        answer = rig.command(VIRTIO_NET_CTRL_NOTF_COAL, kind, data, room=13)
+        return struct.unpack("<H2xII", rig.guest.result) if answer == VIRTIO_NET_OK else None
+
+    assert command(VIRTIO_NET_CTRL_NOTF_COAL_RX_SET, struct.pack("<II", 9, 70))
+    assert (get(0), get(1)) == ((0, 9, 70), (1, 0, 0))
+    assert command(VIRTIO_NET_CTRL_NOTF_COAL_TX_SET, struct.pack("<II", 3, 50))
+    assert command(VIRTIO_NET_CTRL_NOTF_COAL_VQ_SET, struct.pack("<H2xII", 0, 1, 2**32 - 1))
+    assert (get(0), get(1)) == ((0, 1, COALESCE_US_MAX), (1, 3, 50))
+    for data in (b"", bytes(7), struct.pack("<H2xII", 77, 1, 1)):
+        assert not command(VIRTIO_NET_CTRL_NOTF_COAL_VQ_SET, data)
+    assert get(77) is None
+    exchange(rig, 0, 1)
+    assert not rig.device.faults
 
 
 def test_commands_without_their_feature() -> None:

@@ -24,7 +24,12 @@ def test_defaults() -> None:
         "ioeventfd",
         0,
         [],
-        bits("VIRTIO_F_RING_PACKED"),
+        bits(
+            "VIRTIO_F_RING_PACKED",
+            "VIRTIO_F_IN_ORDER",
+            "VIRTIO_NET_F_NOTF_COAL",
+            "VIRTIO_NET_F_VQ_NOTF_COAL",
+        ),
     )
     assert Net.parse("none").mode == "none" and Net().mode == "emulated"
 
@@ -105,7 +110,7 @@ BAD = {
     "emulated,tap=a\nb": "no interface name",
     "emulated,without=all": "groups, joined by +",
     "emulated,with=packet": "did you mean packed?",
-    "emulated,with=tso": "groups, joined by +: packed",
+    "emulated,with=tso": "groups, joined by +: packed, in-order, coalescing",
     "emulated,with=packed,without=packed": "leave one of them away",
     "emulated,with=packed,with=packed": "given twice",
 }

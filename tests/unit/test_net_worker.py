@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 
 from pyvmm._ext import ffi, lib
 from pyvmm.conformance.driver import Ring
+from pyvmm.datapath.base import Vring
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.datapath.ringformat import PACKED, SPLIT, RingFormat
 from pyvmm.errors import RingFault
@@ -320,8 +322,6 @@ def test_no_wakeup_is_lost(acked: int, poll_us: int) -> None:
 
 
 def os_poll(fds: list[EventFd]) -> None:
-    import select
-
     p = select.poll()
     for fd in fds:
         p.register(fd.fileno(), select.POLLIN)
@@ -799,6 +799,89 @@ def test_all_threads_or_none(stacks: int) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert "cannot start a network thread" in run.stdout
+
+
+# --- coalescing -----------------------------------------------------------------------------------
+
+
+def coalesced(rig: Rig, packets: int, usecs: int) -> list[Vring]:
+    """The rings, whose interrupts wait."""
+    vrings = [r.vring(r.position) for r in rig.driver.rings]
+    for vring in vrings:
+        vring.coalesce = (packets, usecs)
+    return vrings
+
+
+def interrupted(ring: Ring, patience: float = PATIENCE) -> bool:
+    """Whether an interrupt comes."""
+    return bool(select.select([ring.call_fd.fileno()], [], [], patience)[0])
+
+
+@pytest.mark.parametrize("acked", [ALL, VERSION_1 | MRG])
+def test_an_interrupt_waits_for_so_many_packets(acked: int) -> None:
+    """5.1.6.5.7: a guest that polls sees each packet at once; an interrupt comes with the fifth."""
+    with Rig(acked) as rig:
+        rig.path.start(rig.acked, rig.memory, coalesced(rig, 5, LONG_MS * 1000), rig.events)
+        for round in range(3):
+            for ring in rig.driver.rings:
+                ring.enable_interrupts()
+                ring.call_fd.drain()
+            for n in range(5):
+                assert not interrupted(rig.driver.rx, 0) and not interrupted(rig.driver.tx, 0)
+                rig.driver.queue(frame(n))
+                rig.driver.tx.publish()
+                rig.cable.far.send(bytes(12) + frame(n))
+                assert rig.cable.receive()[12:] == frame(n)
+                assert wait_for(lambda: rig.driver.tx.outstanding == 0)
+                rig.driver.tx.take_used()
+                assert len(rig.driver.wait_packets(5 * round + n + 1)) == 5 * round + n + 1
+            assert interrupted(rig.driver.rx) and interrupted(rig.driver.tx)
+        rig.path.stop()
+        c = rig.path.counters()
+        assert c["rx_calls_delayed"] == c["tx_calls_delayed"] == 12
+        assert c["rx_calls"] + c["rx_calls_suppressed"] == 3
+
+
+def test_an_interrupt_waits_for_so_long() -> None:
+    """And no longer, whether or not more packets come."""
+    with Rig() as rig:
+        rig.path.start(rig.acked, rig.memory, coalesced(rig, 0, 50_000), rig.events)
+        for ring in rig.driver.rings:
+            ring.enable_interrupts()
+            ring.call_fd.drain()
+        begin = time.monotonic()
+        rig.driver.send(frame(1))
+        rig.cable.far.send(bytes(12) + frame(1))
+        assert interrupted(rig.driver.tx)
+        assert time.monotonic() - begin >= 0.05
+        assert interrupted(rig.driver.rx)
+        assert rig.counter("tx_calls_delayed") == 1
+
+
+def test_no_interrupt_is_owed_when_the_worker_stops() -> None:
+    with Rig() as rig:
+        rig.path.start(rig.acked, rig.memory, coalesced(rig, 0, LONG_MS * 1000), rig.events)
+        rig.driver.tx.enable_interrupts()
+        rig.driver.tx.call_fd.drain()
+        rig.driver.send(frame(1))
+        rig.driver.tx.enable_interrupts()
+        assert rig.cable.receive()[12:] == frame(1)
+        assert wait_for(lambda: rig.counter("tx_calls_delayed"))
+        assert not interrupted(rig.driver.tx, 0)
+        rig.path.stop()
+        assert interrupted(rig.driver.tx, 0)
+
+
+def test_a_full_ring_does_not_wait() -> None:
+    """A driver's wish is a place in the ring, so the worker asks at least once per ring."""
+    with Rig(size=16, rx_buffers=16) as rig:
+        rig.path.start(rig.acked, rig.memory, coalesced(rig, 0, LONG_MS * 1000), rig.events)
+        for n in range(16):
+            rig.driver.tx.enable_interrupts() if not n else None
+            rig.driver.queue(frame(n))
+        rig.driver.tx.call_fd.drain()
+        rig.driver.tx.publish()
+        assert interrupted(rig.driver.tx)
 
 
 # --- what a hostile guest tries -------------------------------------------------------------------

@@ -182,6 +182,7 @@ class Rig:
             self.wires,
             MAC,
             pairs=pairs,
+            without=self.net.excluded() & ~bits("VIRTIO_F_RING_PACKED"),
             jobs=thread,
             lock=self.lock,
         )

@@ -244,7 +244,7 @@ def test_features_in_windows_of_32_bits(rig: Rig) -> None:
 def test_negotiation_fails_where_it_must(rig: Rig) -> None:
     d = rig.driver()
     assert not d.negotiate(d.offered() & ~VERSION_1)
-    assert not d.negotiate(d.offered() | 1 << 35)  # IN_ORDER
+    assert not d.negotiate(d.offered() | 1 << 36)  # ORDER_PLATFORM
     d.set("driver_feature_select", 5)
     assert d.negotiate(VERSION_1)
 
@@ -257,7 +257,8 @@ def test_the_configuration_space_and_its_generation() -> None:
         assert d.config(6, 2) == 1 and d.config(10, 2) == 9000
         at = d.place(virtio_pci.VIRTIO_PCI_CAP_DEVICE_CFG)
         assert rig.board.read(MMIO, at + 0xFFC, 4) == 0  # far beyond
-        assert rig.board.read(MMIO, at + 9, 8) == 9000 << 8
+        assert d.config(12, 4) == 10_000 and d.config(16, 1) == 1  # full duplex
+        assert rig.board.read(MMIO, at + 15, 4) == 1 << 8  # beyond the end
         rig.board.write(MMIO, at, 1, 0xAA)
         assert d.config(0, 1) == MAC[0] and rig.device.refused == 1
         before = d.get("config_generation")
