@@ -3,7 +3,8 @@
  * A hostile virtio-net driver. Each case sets the device up anew and breaks one rule. The device
  * must answer with NEEDS_RESET and a configuration interrupt in bounded time, or, after writes to
  * locked registers, with nothing at all. After each case the card must work again: reset, set-up,
- * one ARP exchange. fault=NAME on the command line runs this case only.
+ * one ARP exchange. fault=NAME on the command line runs this case only; packed=1 adds the cases of
+ * packed virtqueues, which the card must offer.
  */
 #include "virtnet.h"
 
@@ -159,6 +160,68 @@ static void indirect_loops(void)
 	queue_publish(&transmit, 0);
 }
 
+/* --- packed virtqueues (2.8), of which only the misuse is played here ------------------------- */
+
+/* Make a descriptor, whose last two fields are id and flags: its flags are stored last. */
+static void packed(unsigned int i, uint64_t address, uint32_t length, uint16_t flags)
+{
+	transmit.desc[i] = (struct descriptor){address, length, 1, 0};
+	__atomic_store_n(&transmit.desc[i].next, flags, __ATOMIC_RELEASE);
+}
+
+static void packed_driver_unaligned(void)
+{
+	net_queue_at(&transmit, 1, at(transmit.desc), at(&transmit.avail) + 2, at(&transmit.used));
+}
+
+static void packed_device_nowhere(void)
+{
+	net_queue_at(&transmit, 1, at(transmit.desc), at(&transmit.avail), PCI_MMIO_BASE - 4);
+}
+
+static void packed_chain_has_no_end(void)
+{
+	for (unsigned int i = QUEUE_SIZE; i--;)
+		packed(i, at(transmit.buffer), TX_FRAME, DESC_AVAIL | DESC_NEXT);
+}
+
+static void packed_length_zero(void)
+{
+	packed(0, at(transmit.buffer), 0, DESC_AVAIL);
+}
+
+static void packed_address_nowhere(void)
+{
+	packed(0, ~0ull - 8, TX_FRAME, DESC_AVAIL);
+}
+
+static void packed_shorter_than_header(void)
+{
+	packed(0, at(transmit.buffer), NET_HEADER - 1, DESC_AVAIL);
+}
+
+static void packed_writable_before_readable(void)
+{
+	packed(1, at(transmit.buffer), TX_FRAME, DESC_AVAIL);
+	packed(0, at(transmit.buffer), TX_FRAME, DESC_AVAIL | DESC_NEXT | DESC_WRITE);
+}
+
+static void packed_indirect_not_negotiated(void)
+{
+	packed(0, at(indirect), sizeof(indirect), DESC_AVAIL | DESC_INDIRECT);
+}
+
+static void packed_indirect_odd_size(void)
+{
+	packed(0, at(indirect), sizeof(indirect) + 1, DESC_AVAIL | DESC_INDIRECT);
+}
+
+static void packed_indirect_nested(void)
+{
+	indirect[0] = (struct descriptor){at(indirect), sizeof(indirect), 0, DESC_INDIRECT};
+	packed(0, at(indirect), sizeof(indirect[0]), DESC_AVAIL | DESC_INDIRECT);
+}
+
 /* --- writes that must be ignored -------------------------------------------------------------- */
 
 static void registers_after_driver_ok(void)
@@ -215,6 +278,16 @@ static const struct fault {
 	FAULT(indirect_odd_size, RING, FEATURES | F_INDIRECT_DESC),
 	FAULT(indirect_loops, RING, FEATURES | F_INDIRECT_DESC),
 	FAULT(registers_after_driver_ok, IGNORED, FEATURES),
+	FAULT(packed_driver_unaligned, ADDRESSES, FEATURES | F_RING_PACKED),
+	FAULT(packed_device_nowhere, ADDRESSES, FEATURES | F_RING_PACKED),
+	FAULT(packed_chain_has_no_end, RING, FEATURES | F_RING_PACKED),
+	FAULT(packed_length_zero, RING, FEATURES | F_RING_PACKED),
+	FAULT(packed_address_nowhere, RING, FEATURES | F_RING_PACKED),
+	FAULT(packed_shorter_than_header, RING, FEATURES | F_RING_PACKED),
+	FAULT(packed_writable_before_readable, RING, FEATURES | F_RING_PACKED),
+	FAULT(packed_indirect_not_negotiated, RING, FEATURES | F_RING_PACKED),
+	FAULT(packed_indirect_odd_size, RING, FEATURES | F_RING_PACKED | F_INDIRECT_DESC),
+	FAULT(packed_indirect_nested, RING, FEATURES | F_RING_PACKED | F_INDIRECT_DESC),
 };
 
 /* Wait for seconds: on a busy host, the device's worker may have to wait for a processor. */
@@ -276,6 +349,8 @@ int main(void)
 {
 	char wanted[32];
 	bool one = option("fault", wanted, sizeof(wanted));
+	char yes[2];
+	bool all = option("packed", yes, sizeof(yes));
 	int bad = 0, tried = 0;
 
 	irq_init();
@@ -285,6 +360,8 @@ int main(void)
 		const struct fault *f = &faults[i];
 		const char *what;
 
+		if (f->features & F_RING_PACKED && !all)
+			continue;
 		if (one &&
 		    (strlen(wanted) != strlen(f->name) || memcmp(wanted, f->name, strlen(wanted))))
 			continue;

@@ -33,6 +33,7 @@
 #define F_NET_MAC	(1ull << 5)
 #define F_INDIRECT_DESC (1ull << 28)
 #define F_VERSION_1	(1ull << 32)
+#define F_RING_PACKED	(1ull << 34)
 
 #define NO_VECTOR     0xffff
 #define VECTOR_QUEUE  0x50 /* the vector of MSI-X entry 0, or of INTx */
@@ -44,6 +45,7 @@
 #define DESC_NEXT     1
 #define DESC_WRITE    2
 #define DESC_INDIRECT 4
+#define DESC_AVAIL    0x80 /* of a packed virtqueue in its first lap (2.8.1) */
 #define AVAIL_NO_IRQ  1
 #define USED_NO_KICK  1
 

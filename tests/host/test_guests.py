@@ -342,9 +342,11 @@ def test_mistakes_are_told_at_the_end(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize("notify", ["ioeventfd", "exit"])
-def test_bad_rings(guest: Guest, notify: str) -> None:
-    with Machine(guest("badring"), memory="4M", nets=[Net("emulated", notify=notify)]) as vm:
+@pytest.mark.parametrize(("append", "tried"), [("", 23), ("packed=1", 33)])
+def test_bad_rings(guest: Guest, notify: str, append: str, tried: int) -> None:
+    net = Net("emulated", notify=notify, with_="packed" if append else "")
+    with Machine(guest("badring"), append=append, memory="4M", nets=[net]) as vm:
         outcome = run(vm)
-        assert "23 tried, 0 bad" in vm.stdout.text.decode()
+        assert f"{tried} tried, 0 bad" in vm.stdout.text.decode()
         assert (outcome.kind, outcome.status) == ("poweroff", 0)
         assert vm.nets[0].device.refused > 0
