@@ -144,7 +144,7 @@ class HangWatch:
             form = ring_format(nic.device.negotiated)
             for queue in nic.device.queues:
                 try:
-                    out.append(form.traces(self._memory, queue) if queue.enabled else b"")
+                    out.append(form.offers(self._memory, queue) if queue.enabled else b"")
                 except IndexError:
                     out.append(b"")
         return out

@@ -113,7 +113,7 @@ class HandOver:
         receive = [self._device.ring(index) for index in self._indices if index % 2 == 0]
         before: list[bytes] = []
         while (now := time.monotonic()) < start + MOVE_S and now < quiet + enough:
-            after = [ring.format.traces(memory, ring) for ring in receive]
+            after = [ring.format.returns(memory, ring) for ring in receive]
             if after != before or (tap is not None and tap.waiting()):
                 before, quiet = after, now
             time.sleep(0.001)

@@ -112,10 +112,12 @@ class RingFormat:
         """
         raise NotImplementedError
 
-    def traces(self, memory: GuestMemory, ring: Placed) -> bytes:
-        """Bytes that change whenever the driver makes a chain available or the device returns
-        one.
-        """
+    def offers(self, memory: GuestMemory, ring: Placed) -> bytes:
+        """Bytes that change when the driver makes a chain available, and only then."""
+        raise NotImplementedError
+
+    def returns(self, memory: GuestMemory, ring: Placed) -> bytes:
+        """Bytes that change when the device returns a chain."""
         raise NotImplementedError
 
     def ask_for_kicks(
@@ -167,9 +169,13 @@ class SplitFormat(RingFormat):
         """By the available index."""
         return _index(memory, ring.avail) - base & 0xFFFF
 
-    def traces(self, memory: GuestMemory, ring: Placed) -> bytes:
-        """Both indices."""
-        return memory.read(ring.avail + 2, 2) + memory.read(ring.used + 2, 2)
+    def offers(self, memory: GuestMemory, ring: Placed) -> bytes:
+        """The available index."""
+        return memory.read(ring.avail + 2, 2)
+
+    def returns(self, memory: GuestMemory, ring: Placed) -> bytes:
+        """The used index."""
+        return memory.read(ring.used + 2, 2)
 
     def ask_for_kicks(
         self, memory: GuestMemory, ring: Placed, base: int, *, event_idx: bool
@@ -251,7 +257,12 @@ class PackedFormat(RingFormat):
             at = (at + 1) % (2 * ring.size)
         return chains
 
-    def traces(self, memory: GuestMemory, ring: Placed) -> bytes:
+    def offers(self, memory: GuestMemory, ring: Placed) -> bytes:
+        """The AVAIL bits, which a device leaves as they are (2.8.1)."""
+        flags = memory.read(ring.desc, 16 * ring.size)[14::16]
+        return bytes(byte & 1 << VRING_PACKED_DESC_F_AVAIL for byte in flags)
+
+    def returns(self, memory: GuestMemory, ring: Placed) -> bytes:
         """The descriptor ring."""
         return memory.read(ring.desc, 16 * ring.size)
 

@@ -99,8 +99,14 @@ class Controlled(Protocol):
         :raises PyvmmError: the host refuses.
         """
 
-    def set_coalescing(self, which: Callable[[int], bool], packets: int, usecs: int) -> bool:
-        """Let interrupts of the virtqueues that ``which`` tells wait; False if there are none.
+    def coalesce_way(self, way: int, packets: int, usecs: int) -> None:
+        """Let interrupts of all receive (0) or transmit virtqueues (1) wait.
+
+        :raises PyvmmError: the data path does not start again.
+        """
+
+    def coalesce_queue(self, index: int, packets: int, usecs: int) -> bool:
+        """Let interrupts of one virtqueue wait; False if there is no such virtqueue.
 
         :raises PyvmmError: the data path does not start again.
         """
@@ -236,13 +242,12 @@ class Control:
     def _coalesce_all(self, command: int, data: bytes) -> bool:
         """5.1.6.5.7: the virtqueues of one direction."""
         way = int(command == VIRTIO_NET_CTRL_NOTF_COAL_TX_SET)
-        packets, usecs = struct.unpack("<II", data)
-        return self._device.set_coalescing(lambda index: index % 2 == way, packets, usecs)
+        self._device.coalesce_way(way, *struct.unpack("<II", data))
+        return True
 
     def _coalesce_one(self, command: int, data: bytes) -> bool:
         """5.1.6.5.7: one virtqueue."""
-        queue, packets, usecs = struct.unpack("<H2xII", data)
-        return self._device.set_coalescing(lambda index: index == queue, packets, usecs)
+        return self._device.coalesce_queue(*struct.unpack("<H2xII", data))
 
     def _coalescing(self, command: int, data: bytes) -> bytes | bool:
         """5.1.6.5.7: what is in force; the driver sends a structure of which the queue counts."""

@@ -45,7 +45,6 @@ from pyvmm.virtio.listener import PathListener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Protocol
 
     from pyvmm.datapath.base import DataPath, HostSide, Vring
@@ -169,6 +168,7 @@ class NetDevice(VirtioDevice):
         self._rings: dict[int, Vring] = {}
         self._serving: list[int] = []
         self._offloads = 0
+        self._coalesce = [(0, 0), (0, 0)]  # packets and microseconds, receive and transmit
         self._offered = self._most = self._offer(datapath.features() & offer) & ~without
         if not link:
             uplink.set_carrier(False)
@@ -364,6 +364,7 @@ class NetDevice(VirtioDevice):
         self._rings = {ring.index: ring for ring in rings if ring.index < control}
         self._driven = True
         self._offloads = acked & GUEST_OFFLOADS
+        self._coalesce = [(0, 0), (0, 0)]
         self.pairs = 1
         self.rx = RxFilter(self.mac)
         self._uplink.set_rx_filter(self.rx)
@@ -391,6 +392,7 @@ class NetDevice(VirtioDevice):
             self._serve_control()
             return
         self.park()
+        ring.coalesce = self._coalesce[ring.index % 2]
         self._rings[ring.index] = ring
         self.resume()
 
@@ -537,21 +539,32 @@ class NetDevice(VirtioDevice):
             self.resume()
         return True
 
-    def set_coalescing(self, which: Callable[[int], bool], packets: int, usecs: int) -> bool:
-        """Let interrupts of virtqueues wait for so many packets, or for so many microseconds after
-        the first; False if the driver has set up none of them.
+    def coalesce_way(self, way: int, packets: int, usecs: int) -> None:
+        """Let interrupts of all receive (0) or transmit virtqueues (1) wait for so many packets, or
+        for so many microseconds after the first; also those of virtqueues to come.
 
-        :param which: tells for an index whether that virtqueue is meant.
         :raises PyvmmError: the data path does not start again.
         """
-        chosen = [ring for index, ring in self._rings.items() if which(index)]
-        new = packets, min(usecs, COALESCE_US_MAX)
-        if any(ring.coalesce != new for ring in chosen):
-            self.park()  # positions make new rings of them: not before
-            for index in [ring.index for ring in chosen]:
+        self._coalesce[way] = packets, min(usecs, COALESCE_US_MAX)
+        self._coalesce_now({i: self._coalesce[way] for i in self._rings if i % 2 == way})
+
+    def coalesce_queue(self, index: int, packets: int, usecs: int) -> bool:
+        """The same for one virtqueue, until the virtqueue is reset; False if the driver has not set
+        it up.
+
+        :raises PyvmmError: the data path does not start again.
+        """
+        if index not in self._rings:
+            return False
+        self._coalesce_now({index: (packets, min(usecs, COALESCE_US_MAX))})
+        return True
+
+    def _coalesce_now(self, wanted: dict[int, tuple[int, int]]) -> None:
+        if any(self._rings[index].coalesce != new for index, new in wanted.items()):
+            self.park()  # which makes other rings of them
+            for index, new in wanted.items():
                 self._rings[index].coalesce = new
             self.resume()
-        return bool(chosen)
 
     def coalescing(self, index: int) -> tuple[int, int] | None:
         """Packets and microseconds of a virtqueue; None if the driver has not set it up."""

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyvmm._ext import ffi, lib
-from pyvmm.conformance.driver import PackedRing
+from pyvmm.conformance.driver import PackedRing, Ring
 from pyvmm.datapath.emulated import EmulatedNet
-from pyvmm.datapath.ringformat import PACKED, available
+from pyvmm.datapath.ringformat import PACKED, SPLIT, RingFormat, available
 from pyvmm.errors import RingFault
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
@@ -201,6 +201,28 @@ def test_chains_that_are_given_back_are_taken_again(memory: GuestMemory) -> None
     lib.pv_vring_unpop(queue.c, 0)
     assert queue.base == place(1, 1)
     assert PACKED.pending(memory, ring.vring(), queue.base) == 1
+    ring.close()
+
+
+@pytest.mark.parametrize("form", [SPLIT, PACKED], ids=["split", "packed"])
+def test_who_has_moved(memory: GuestMemory, form: RingFormat) -> None:
+    """A guest that hangs is told from one that works by what the driver does: what the device does
+    for frames from outside does not count.
+    """
+    kind = PackedRing if form is PACKED else Ring
+    ring = kind(memory, 4, RING)
+    queue = ServedQueue(memory, ring.vring(), RING_PACKED if form is PACKED else 0)
+    for _ in range(9):
+        before = form.offers(memory, ring), form.returns(memory, ring)
+        ring.add([(BUFFER, 16, True)])
+        ring.publish()
+        offered = form.offers(memory, ring), form.returns(memory, ring)
+        assert offered[0] != before[0]
+        use(queue, written=1)
+        queue.flush()
+        assert form.offers(memory, ring) == offered[0]
+        assert form.returns(memory, ring) != offered[1]
+        ring.take_used()
     ring.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,11 +11,19 @@ import pytest
 
 from pyvmm.conformance.driver import PackedRing, Ring
 from pyvmm.datapath.ringformat import PACKED
-from pyvmm.spec.virtio_net import VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_OK
+from pyvmm.spec.virtio_net import (
+    VIRTIO_NET_CTRL_NOTF_COAL,
+    VIRTIO_NET_CTRL_NOTF_COAL_TX_SET,
+    VIRTIO_NET_CTRL_RX,
+    VIRTIO_NET_CTRL_RX_PROMISC,
+    VIRTIO_NET_OK,
+)
+from pyvmm.spec.virtio_net import VIRTIO_NET_CTRL_NOTF_COAL_VQ_SET as VQ_SET
 from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
 from tests.driver import bits, wait_for
 from tests.pci_guest import frame
 from tests.ringforms import Form, form, pytest_generate_tests
+from tests.unit.test_control import Rig as ControlRig
 from tests.unit.test_switch import Rig
 
 if TYPE_CHECKING:
@@ -84,6 +93,22 @@ def test_a_larger_receive_ring(rig: Rig) -> None:
     assert [p[12:] for p in net.wait_packets(1)] == [frame(7)]
     rig.exchange()
     assert rig.healthy
+
+
+def test_coalescing_survives() -> None:
+    """5.1.6.5.7: a virtqueue that is enabled again has what was set for its direction."""
+    with ControlRig() as rig:
+        for kind, data in (
+            (VIRTIO_NET_CTRL_NOTF_COAL_TX_SET, struct.pack("<II", 2, 30)),
+            (VQ_SET, struct.pack("<H2xII", 1, 2, 40)),
+        ):
+            assert rig.command(VIRTIO_NET_CTRL_NOTF_COAL, kind, data) == VIRTIO_NET_OK
+        assert rig.device.coalescing(1) == (2, 40)
+        reset(rig.guest, 1)
+        assert rig.device.coalescing(1) is None
+        rig.guest.net.tx = renew(rig.guest, 1, 32, 0x800000)
+        assert wait_for(lambda: rig.device.coalescing(1) == (2, 30))
+        assert rig.device.coalescing(0) == (0, 0)
 
 
 def test_the_control_queue(rig: Rig) -> None:
