@@ -6,7 +6,7 @@
  * The main thread plays the guest of one life of a worker after the other: it sends, receives,
  * and in the end holds and stops the worker. Meanwhile one thread plays the outside and cuts the
  * link at times, one takes events and gives the worker a new link, and one reads what can be read
- * at any time. Each life must end with all chains given back.
+ * at any time. Each life must end with all chains given back. Every other life has packed rings.
  */
 #include <errno.h>
 #include <poll.h>
@@ -39,7 +39,10 @@ enum { RX, TX };
 #define MEMORY	0x100000u
 #define FRAMES	400u /* sent per life */
 
-/* A ring as its driver sees it (virtio 1.2, 2.7). */
+/*
+ * A ring as its driver sees it (virtio 1.2, 2.7). Of a packed one (2.8) only desc is used, whose last
+ * two fields then are the buffer id and the flags.
+ */
 struct ring {
 	struct {
 		uint64_t addr;
@@ -63,6 +66,8 @@ static int link_fd[2]; /* near, far; the outside changes them under the lock */
 static pthread_mutex_t link_lock = PTHREAD_MUTEX_INITIALIZER;
 static bool life_over; /* atomic */
 static uint64_t faults, losses;
+static bool packed;
+static uint32_t next[2], seen[2]; /* places of the guest; packed: in two laps of the ring */
 
 static struct ring *ring(int q)
 {
@@ -83,11 +88,43 @@ static void new_link(void)
 
 /* --- the guest -------------------------------------------------------------------------------- */
 
+/* What a packed descriptor's AVAIL and USED bits are in the lap of a place (2.8.1). */
+static uint16_t lap(uint32_t place, bool used)
+{
+	bool wrap = place < SIZE;
+
+	return (uint16_t)((wrap ? 0x80 : 0) | (wrap == used ? 0x8000 : 0));
+}
+
+static uint32_t after(uint32_t place)
+{
+	return (place + 1) % (packed ? 2 * SIZE : 65536);
+}
+
+static void offer_packed(int q, uint16_t id)
+{
+	uint32_t i = next[q] % SIZE;
+	struct ring *r = ring(q);
+	uint16_t flags = (uint16_t)(lap(next[q], false) | (q == TX ? 0 : 2));
+
+	__atomic_store_n(&r->desc[i].addr, BUFFERS + BUFFER * ((uint64_t)q * SIZE + id),
+			 __ATOMIC_RELAXED);
+	__atomic_store_n(&r->desc[i].len, q == TX ? FRAME : BUFFER, __ATOMIC_RELAXED);
+	__atomic_store_n(&r->desc[i].flags, id, __ATOMIC_RELAXED);
+	__atomic_store_n(&r->desc[i].next, flags, __ATOMIC_RELEASE);
+	next[q] = after(next[q]);
+	CHECK(eventfd_write(kick[q], 1) == 0);
+}
+
 static void offer(int q, uint16_t head)
 {
 	struct ring *r = ring(q);
 	uint16_t idx = r->avail_idx;
 
+	if (packed) {
+		offer_packed(q, head);
+		return;
+	}
 	r->desc[head].addr = BUFFERS + BUFFER * ((uint64_t)q * SIZE + head);
 	r->desc[head].len = q == TX ? FRAME : BUFFER;
 	r->desc[head].flags = q == TX ? 0 : 2; /* VRING_DESC_F_WRITE */
@@ -96,15 +133,27 @@ static void offer(int q, uint16_t head)
 	CHECK(eventfd_write(kick[q], 1) == 0);
 }
 
-/* Take back what is done; returns how many. Received frames are given to the worker again. */
-static uint32_t reap(int q, uint16_t *seen)
+/* Whether the device has returned a chain that was not taken back. */
+static bool returned(int q)
 {
 	struct ring *r = ring(q);
-	uint16_t used = __atomic_load_n(&r->used_idx, __ATOMIC_ACQUIRE);
+
+	if (!packed)
+		return __atomic_load_n(&r->used_idx, __ATOMIC_ACQUIRE) != seen[q];
+	return (__atomic_load_n(&r->desc[seen[q] % SIZE].next, __ATOMIC_ACQUIRE) & 0x8080) ==
+	       lap(seen[q], true);
+}
+
+/* Take back what is done; returns how many. Received frames are given to the worker again. */
+static uint32_t reap(int q)
+{
+	struct ring *r = ring(q);
 	uint32_t n = 0;
 
-	for (; *seen != used; (*seen)++, n++) {
-		uint32_t head = __atomic_load_n(&r->used[*seen % SIZE].id, __ATOMIC_RELAXED);
+	for (; returned(q); seen[q] = after(seen[q]), n++) {
+		uint32_t i = seen[q] % SIZE;
+		uint32_t head = packed ? __atomic_load_n(&r->desc[i].flags, __ATOMIC_RELAXED)
+				       : __atomic_load_n(&r->used[i].id, __ATOMIC_RELAXED);
 		uint8_t *buffer = memory + BUFFERS + BUFFER * ((uint32_t)q * SIZE + head);
 
 		CHECK(head < SIZE);
@@ -119,10 +168,10 @@ static uint32_t reap(int q, uint16_t *seen)
 
 static void guest(void)
 {
-	uint16_t seen[2] = {0, 0};
-	uint32_t sent = 0, done = 0;
-	uint16_t last;
+	uint32_t sent = 0, done = 0, place;
 
+	memset(next, 0, sizeof(next));
+	memset(seen, 0, sizeof(seen));
 	for (uint16_t i = 0; i < SIZE; i++)
 		offer(RX, i);
 	while (done < FRAMES) {
@@ -130,17 +179,22 @@ static void guest(void)
 			memset(memory + BUFFERS + BUFFER * (SIZE + sent % SIZE), 0, FRAME);
 			offer(TX, (uint16_t)(sent % SIZE));
 		}
-		done += reap(TX, &seen[TX]);
-		reap(RX, &seen[RX]);
+		done += reap(TX);
+		reap(RX);
 	}
 	CHECK(pv_net_worker_hold(worker, 10000) == 0);
-	last = __atomic_load_n(&ring(TX)->used_idx, __ATOMIC_ACQUIRE);
+	done += reap(TX);
 	offer(TX, 0); /* is not taken any more */
 	pv_net_worker_stop(worker, done % 2);
 	pv_net_worker_join(worker);
-	for (int q = RX; q <= TX; q++)
-		CHECK(pv_net_worker_base(worker, q) == ring(q)->used_idx);
-	CHECK(ring(TX)->used_idx == last);
+	CHECK(!returned(TX));
+	reap(RX);
+	for (int q = RX; q <= TX; q++) {
+		place = seen[q];
+		if (packed)
+			place = (place % SIZE | (place < SIZE ? 0x8000 : 0)) * 0x10001u;
+		CHECK(pv_net_worker_base(worker, q) == place);
+	}
 }
 
 /* --- the other threads ------------------------------------------------------------------------ */
@@ -231,12 +285,15 @@ static void life(uint32_t number)
 	pthread_t pthread[3];
 	uint64_t value;
 
+	packed = number / 2 % 2;
+	cfg.format.packed = packed;
 	memset(memory, 0, MEMORY);
 	new_link();
 	cfg.fd = link_fd[0];
 	for (int q = RX; q <= TX; q++)
 		cfg.ring[q] = (struct pv_net_ring){
 			.size = SIZE,
+			.base = packed ? 0x80008000 : 0,
 			.coalesce_packets = number % 3 ? 0 : 8,
 			.coalesce_us = number % 3 ? 0 : 50,
 			.desc = RING(q) + offsetof(struct ring, desc),
