@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MODES: dict[str, tuple[str, ...]] = {
     "none": (),
     "emulated": ("notify", "poll", "worker-cpu"),
-    "vhost-net": ("notify", "worker-cpu"),
+    "vhost-net": ("notify", "poll", "worker-cpu"),
     "vhost-user": ("notify", "socket", "server", "peer"),
 }
 COMMON_KEYS = (

@@ -126,6 +126,9 @@ class FakeVhost:
         own = self._rings[ring]
         own.vring, own.err, own.position = vring, err, vring.base
 
+    def set_poll(self, ring: int, usecs: int) -> None:
+        self._check("set_poll")
+
     def clear_ring(self, ring: int) -> None:
         self._rings[ring].vring = self._rings[ring].err = None
 

@@ -171,7 +171,7 @@ class Uplink:
                 for _ in range(net.queues):
                     devices.append(Vhost(recorder=self._recorder))
                     undo.callback(devices[-1].close)
-                path = VhostNet(tap, devices, worker_cpu=net.worker_cpu)
+                path = VhostNet(tap, devices, worker_cpu=net.worker_cpu, poll_us=net.poll)
                 undo.pop_all()
                 return path
         from pyvmm.datapath.emulated import EmulatedNet

@@ -39,7 +39,7 @@ Network cards: --net MODE[,key=value...], once per card
       with=A+B        offer, too: packed (virtqueues), in-order, coalescing (of interrupts, emulated
                       only); vhost-net has none of them
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
-  Key of emulated only:
+  Key of emulated and vhost-net only:
       poll=USEC       look for more packets for this many microseconds before sleeping (0)
   Keys of vhost-user only, which has no worker-cpu=, and no tap= together with socket=:
       socket=PATH     where the back-end listens (default: start pyvmm's own, on a tap as above)

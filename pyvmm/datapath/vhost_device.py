@@ -121,6 +121,12 @@ class Vhost(Fd):
         self._file("VHOST_SET_VRING_CALL", ring, vring.call.fileno())
         self._file("VHOST_SET_VRING_KICK", ring, vring.kick.fileno())
 
+    def set_poll(self, ring: int, usecs: int) -> None:
+        """VHOST_SET_VRING_BUSYLOOP_TIMEOUT: let the worker look for more work for so long before it
+        sleeps.
+        """
+        self._state("VHOST_SET_VRING_BUSYLOOP_TIMEOUT", ring, usecs)
+
     def clear_ring(self, ring: int) -> None:
         """Let go of a stopped ring's eventfds: its kicks would wake the worker for nothing."""
         for name in ("VHOST_SET_VRING_KICK", "VHOST_SET_VRING_CALL", "VHOST_SET_VRING_ERR"):

@@ -43,16 +43,25 @@ class VhostNet:
     :param devices: one per queue pair,
         closed by ``close``.
     :param worker_cpu: pin worker k to CPU worker_cpu + k.
+    :param poll_us: the kernel's worker looks for work this long, in microseconds, before it sleeps.
     """
 
     name = "vhost-net"
     restarts_for_offloads = False
 
-    def __init__(self, port: Tap, devices: list[Vhost], *, worker_cpu: int | None = None) -> None:
+    def __init__(
+        self,
+        port: Tap,
+        devices: list[Vhost],
+        *,
+        worker_cpu: int | None = None,
+        poll_us: int = 0,
+    ) -> None:
         self.times = HandOverTimes()
         self._events: PathEvents | None = None
         self._port = port
         self._devices = devices
+        self._poll_us = poll_us
         self._rings: list[Vring] = []
         self._held: set[int] = set()
         self._errors = [EventFd() for _ in range(2 * len(devices))]
@@ -110,6 +119,8 @@ class VhostNet:
                     self._errors[ring.index].drain()
                     self._rings.append(ring)
                     device.set_ring(ring.index % 2, ring, memory, self._errors[ring.index])
+                    if self._poll_us:
+                        device.set_poll(ring.index % 2, self._poll_us)
             with self._lock:
                 self._set_backends()
             self._stop.drain()

@@ -270,6 +270,17 @@ def test_link(host: Host) -> None:
         host.sh("ip link del vh0")
 
 
+def test_the_kernel_polls(host: Host) -> None:
+    """poll=: the worker looks for work before it sleeps (VHOST_SET_VRING_BUSYLOOP_TIMEOUT)."""
+    trace = "/tmp/vhost-poll.json"
+    net = "vhost-net,poll=50"
+    with Guest(host, "--net", net, "--trace", trace) as guest:
+        check_traffic(guest)
+        guest.leave()
+    name = "VHOST_SET_VRING_BUSYLOOP_TIMEOUT"
+    assert int(host.sh(f"grep -o {name} {trace} | wc -l; rm {trace}")) == 2
+
+
 def test_pinned_workers(host: Host) -> None:
     """worker-cpu= confines the kernel's threads."""
     with Guest(host, "--cpus", "2", "--net", "vhost-net,queues=2,worker-cpu=0") as guest:

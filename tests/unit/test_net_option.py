@@ -193,7 +193,7 @@ def test_switched() -> None:
         "none",
         "vdpa",
         "emulated,mac=52:54:00:00:00:09",
-        "vhost-net,poll=1",
+        "vhost-user,poll=1",
         "vhost-user,socket=",
     ):
         with pytest.raises(UsageError):
