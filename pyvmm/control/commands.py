@@ -254,7 +254,7 @@ def _rx_info(nic: Nic) -> dict[str, object]:
         "promiscuous": "promisc" in rx.flags,
         "multicast": state("nomulti", "allmulti"),
         "unicast": state("nouni", "alluni"),
-        "vlan": "normal" if rx.vlans else "all",
+        "vlan": "normal" if rx.filters_vlans else "all",
         "broadcast-allowed": "nobcast" not in rx.flags,
         "multicast-overflow": "multicast-overflow" in rx.flags,
         "unicast-overflow": "unicast-overflow" in rx.flags,

@@ -119,17 +119,18 @@ class RxFilter:
     everything.
 
     :ivar unicast, multicast: addresses beside the card's own, 6 bytes each. :ivar vlans: ids 0 to
-        4095.
+        4095. :ivar filters_vlans: the driver names the VLANs that it wants (CTRL_VLAN).
     """
 
-    __slots__ = ("flags", "mac", "multicast", "unicast", "vlans")
+    __slots__ = ("filters_vlans", "flags", "mac", "multicast", "unicast", "vlans")
 
     #: VIRTIO_NET_CTRL_RX_* by command number. ``flags`` may also hold ``unicast-overflow`` and
     #: ``multicast-overflow``.
     FLAGS = ("promisc", "allmulti", "alluni", "nomulti", "nouni", "nobcast")
 
-    def __init__(self, mac: bytes) -> None:
+    def __init__(self, mac: bytes, *, filters_vlans: bool = False) -> None:
         self.mac = mac
+        self.filters_vlans = filters_vlans
         self.flags = {"promisc"}
         self.unicast: list[bytes] = []
         self.multicast: list[bytes] = []
@@ -141,8 +142,9 @@ class RxFilter:
         return bool(self.flags & {"allmulti", "multicast-overflow"})
 
     def addresses(self) -> list[bytes] | None:
-        """Destinations to let through, those of multicast last; None for all. VLANs and *no* flags
-        are not applied: filtering is best effort (5.1.6.5.1.2)."""
+        """Destinations to let through, those of multicast last; None for all. For VLANs and *no*
+        flags see ``hostnet.framefilter``; filtering is best effort (5.1.6.5.1.2).
+        """
         if self.flags & {"promisc", "alluni", "unicast-overflow"}:
             return None
         return [self.mac, *self.unicast, b"\xff" * 6, *self.multicast]

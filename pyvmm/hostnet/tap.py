@@ -12,11 +12,12 @@ import struct
 from fcntl import ioctl
 from socket import AF_INET, AF_INET6, SOCK_CLOEXEC, SOCK_DGRAM, socket
 
-from pyvmm._ext import lib
+from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
 from pyvmm.fd import Fd
 from pyvmm.hostnet import TAP_MAX_MTU
 from pyvmm.hostnet.addresses import parse_address
+from pyvmm.hostnet.framefilter import frame_filter
 from pyvmm.hostnet.rtnetlink import Link
 from pyvmm.spec.ethernet import ETH_MIN_MTU
 from pyvmm.spec.virtio_net import (
@@ -198,12 +199,13 @@ NO_FILTER = bytes(4)
 class _Wanted:
     """The settings that a tap was given, for a tap that replaces it."""
 
-    __slots__ = ("carrier", "filter", "offloads", "queues")
+    __slots__ = ("carrier", "filter", "frames", "offloads", "queues")
 
     def __init__(self, queues: int) -> None:
         self.queues = queues
         self.offloads = 0
         self.filter = NO_FILTER
+        self.frames = b""  # a program of ``framefilter``
         self.carrier = True
 
 
@@ -245,6 +247,7 @@ class Tap:
         self.name = name
         self.fds: list[Fd] = []
         self._wanted = _Wanted(queues)
+        self._program: object = None  # of the frame filter in force, as cdata
         self._link: Link | None = None
         self._adopted = adopted is not None
         self._features: int | None = None
@@ -385,17 +388,35 @@ class Tap:
             if (i < count) != (i < self._wanted.queues):
                 flag = lib.IFF_ATTACH_QUEUE if i < count else lib.IFF_DETACH_QUEUE
                 self._set(lib.TUNSETQUEUE, struct.pack("16xH22x", flag), f"{count} queues", fd)
-        self._wanted.queues = count
+        more, self._wanted.queues = count > self._wanted.queues, count
+        if more and self._wanted.frames:
+            self._filter_frames(self._wanted.frames)  # a queue that comes back has none
 
     def set_rx_filter(self, rx: RxFilter) -> None:
-        """Have the host drop frames that the guest does not want, by destination (TUNSETTXFILTER).
+        """Have the host drop frames that the guest does not want: by destination (TUNSETTXFILTER);
+        and by VLAN and kind if the tap is ours. The kernel lets a program for frames outlive the
+        process that has set it, so that a tap of the user's would be spoilt by SIGKILL.
 
         :raises HostError: the tap refuses.
         """
+        if self.created:
+            self._filter_frames(frame_filter(rx))
         addresses = rx.addresses() or []
         flags = lib.TUN_FLT_ALLMULTI if rx.all_multicast and addresses else 0
         self._wanted.filter = struct.pack("=HH", flags, len(addresses)) + b"".join(addresses)
         self._set(lib.TUNSETTXFILTER, self._wanted.filter, "a filter")
+
+    def _filter_frames(self, program: bytes) -> None:
+        """Attach the program to all queues in use, in place of the one before; none if empty."""
+        old, self._wanted.frames = self._wanted.frames, program
+        if program:
+            # The kernel looks at the program again when a queue is opened: keep it where it is.
+            self._program = ffi.new("uint8_t[]", program)
+            place = int(ffi.cast("uintptr_t", self._program))
+            arg = struct.pack("=H6xQ", len(program) // 8, place)
+            self._set(lib.TUNATTACHFILTER, arg, "a filter of frames")
+        elif old:
+            self._set(lib.TUNDETACHFILTER, bytes(16), "no filter of frames")
 
     def set_carrier(self, up: bool) -> None:
         """Show the host a link that is up or down.
@@ -413,6 +434,8 @@ class Tap:
             self._set(lib.TUNSETTXFILTER, wanted.filter, "a filter")
         if not wanted.carrier:
             self.set_carrier(False)
+        if wanted.frames:
+            self._filter_frames(wanted.frames)
         self.set_queues(wanted.queues)
         self._wanted = wanted
 

@@ -81,9 +81,6 @@ class Controlled(Protocol):
     def rx_changed(self) -> None:
         """``rx`` is to be put into force."""
 
-    def filter_changed(self) -> None:
-        """``rx`` has changed in a way that the host's side does not apply."""
-
     def announced(self) -> bool:
         """The driver acknowledges an announcement; whether it had been asked for one."""
 
@@ -225,7 +222,7 @@ class Control:
         rx = self._device.rx
         add = command == VIRTIO_NET_CTRL_VLAN_ADD
         rx.vlans = rx.vlans | {vlan} if add else rx.vlans - {vlan}
-        self._device.filter_changed()
+        self._device.rx_changed()
         return True
 
     def _announced(self, command: int, data: bytes) -> bool:

@@ -366,7 +366,7 @@ class NetDevice(VirtioDevice):
         self._offloads = acked & GUEST_OFFLOADS
         self._coalesce = [(0, 0), (0, 0)]
         self.pairs = 1
-        self.rx = RxFilter(self.mac)
+        self.rx = RxFilter(self.mac, filters_vlans=bool(acked >> VIRTIO_NET_F_CTRL_VLAN & 1))
         self._uplink.set_rx_filter(self.rx)
         if acked >> VIRTIO_NET_F_CTRL_VQ & 1:
             for ring in rings:
@@ -577,10 +577,6 @@ class NetDevice(VirtioDevice):
             self._uplink.set_rx_filter(self.rx)
         except PyvmmError:
             pass  # best effort: without a filter the guest sees more than it asked for
-        self.filter_changed()
-
-    def filter_changed(self) -> None:
-        """Tell the observer that ``rx`` has been changed."""
         if self._observer is not None:
             self._observer.rx_changed()
 

@@ -4,7 +4,9 @@ interrupting.
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -215,6 +217,31 @@ def test_coalescing(host: Host) -> None:
         nic = guest.report["nets"][0]
         assert nic["counters"]["rx_calls_delayed"] >= 3 and nic["counters"]["tx_calls_delayed"]
         assert not nic["faults"] and not nic["driver_mistakes"]
+
+
+def test_vlans(host: Host) -> None:
+    """Frames of a VLAN that the guest has not asked for stay in the host, with each data path;
+    without the control queue all come.
+    """
+    nets = ("emulated", "vhost-net", "vhost-user", "emulated,without=ctrl-vq")
+    with Guest(host, *(arg for net in nets for arg in ("--net", net))) as guest:
+        host.sh("modprobe 8021q")
+        for nic in range(len(nets)):
+            check_ping(guest, nic)
+            inside = shlex.join(guest.inside(nic))
+            script = f"""
+                tap=$(ip -o link | grep -o 'tap[0-9]*' | head -n 1)
+                ip link add link $tap name vlan7 type vlan id 7
+                ip addr add 10.7.{nic}.1/24 dev vlan7
+                ip link set vlan7 up
+                ping -c 3 -i 0.2 -W 1 10.7.{nic}.9 >/dev/null || true
+                ip link del vlan7
+                ip -j -s link show dev $tap"""
+            text = host.sh(f"{inside} sh -ec {shlex.quote(script)}")
+            dropped = json.loads(text)[0]["stats64"]["tx"]["dropped"]
+            assert dropped == 0 if "without" in nets[nic] else dropped >= 3
+            check_ping(guest, nic)
+        guest.leave()
 
 
 def test_jumbo_frames(host: Host) -> None:
