@@ -105,7 +105,7 @@ SET_UP = [
     "write common device_status: ACKNOWLEDGE DRIVER",
     "write common driver_feature_select: 0x0",
     "write common driver_feature_select: 0x1",
-    "write common driver_feature: VERSION_1",
+    "write common driver_feature: VERSION_1 RING_RESET SPEED_DUPLEX",
     "write common device_status: ACKNOWLEDGE DRIVER FEATURES_OK",
     "write common queue_select: 0",
     "write common queue_enable: 1",
