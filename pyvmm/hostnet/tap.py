@@ -384,13 +384,18 @@ class Tap:
 
         :raises HostError: the tap refuses.
         """
+        program = self._wanted.frames if count > self._wanted.queues else b""
+        if program:
+            # Else the kernel gives the filter to a queue that comes back, and forgets the queue
+            # (tun_attach).
+            self._filter_frames(b"")
         for i, fd in enumerate(self.fds):
             if (i < count) != (i < self._wanted.queues):
                 flag = lib.IFF_ATTACH_QUEUE if i < count else lib.IFF_DETACH_QUEUE
                 self._set(lib.TUNSETQUEUE, struct.pack("16xH22x", flag), f"{count} queues", fd)
-        more, self._wanted.queues = count > self._wanted.queues, count
-        if more and self._wanted.frames:
-            self._filter_frames(self._wanted.frames)  # a queue that comes back has none
+        self._wanted.queues = count
+        if program:
+            self._filter_frames(program)
 
     def set_rx_filter(self, rx: RxFilter) -> None:
         """Have the host drop frames that the guest does not want: by destination (TUNSETTXFILTER);

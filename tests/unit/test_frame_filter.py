@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator
@@ -105,19 +106,27 @@ def test_a_tap_of_the_user_s_gets_no_program() -> None:
 
 
 def test_queues_that_come_back_filter_as_well() -> None:
+    """And they do come back."""
     rx = wanted("allmulti", "nobcast")
-    with Namespace(address="192.168.95.1/24", queues=2) as namespace:
+    with Namespace(address="192.168.95.1/24", queues=4) as namespace:
         tap = namespace.tap
-        tap.set_queues(1)
         tap.set_rx_filter(rx)
-        tap.set_queues(2)
+        for count in (1, 2, 1, 4, 2, 3, 1, 4):
+            tap.set_queues(count)
         with namespace.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
             s.bind((tap.name, 0))
-            for i in range(64):  # spread by their addresses and ports
-                head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 28, 0, 0, 9, 17, 0, bytes(4), bytes(4))
-                s.send(ALL + MAC + b"\x08\0" + head + struct.pack(">HHHH", i, i, 8, 0) + bytes(30))
-        before = tap.link().stats()["tx_dropped"]
-        assert wait_for(lambda: tap.link().stats()["tx_dropped"] >= 64), before
+            for to in (ALL, MAC):
+                for i in range(256):  # spread over the queues by their ports
+                    head = struct.pack(">BBHHHBBH8x", 0x45, 0, 28, 0, 0, 9, 17, 0)
+                    head += struct.pack(">HHHH", i, i, 8, 0)
+                    s.send(to + MAC + b"\x08\0" + head + bytes(30))
+        assert wait_for(lambda: tap.link().stats()["tx_dropped"] >= 256)
+
+        def waiting() -> bool:
+            return all(select.select([fd.fileno()], [], [], 0)[0] for fd in tap.fds)
+
+        assert wait_for(waiting), "each queue has got frames of ours"
+        assert tap.link().stats()["tx_dropped"] == 256
 
 
 def test_no_program_where_everything_passes() -> None:
