@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * In-flight notes of a ring (vhost-user, INFLIGHT_SHMFD): they tell a back-end where its predecessor
- * was when that was killed.
+ * In-flight notes of a ring (vhost-user, INFLIGHT_SHMFD): they tell a back-end where its
+ * predecessor was when that was killed.
  *
  * Theory of operation
  *
@@ -14,8 +14,8 @@
  * tell whether the batch was published.
  *
  * Transmits are published one by one, and only for the packet that was in writev() the place does
- * not say whether the packet was sent. So the packet is marked before writev(), and the next process
- * takes a marked packet as sent, unless the counter of the file that took it shows the opposite.
+ * not say whether the packet was sent. So the packet is marked before writev(), and the next
+ * process takes a marked packet as sent, unless the counter of the file that took it shows the opposite.
  *
  * Receive chains are never marked: a chain that was taken ahead holds nothing yet.
  *

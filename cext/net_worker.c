@@ -216,15 +216,11 @@ static void decide(struct pv_net_worker *w, int q, uint32_t n)
 	}
 }
 
-/* Microseconds that the interrupt of ring q may still wait; 0: its time has come, or none waits. */
+/* Microseconds that the waiting interrupt of ring q may still wait; 0: its time has come. */
 static uint64_t delay_left(const struct pv_net_worker *w, int q)
 {
-	const struct delayed *d = &w->delayed[q];
-	uint64_t waited;
+	uint64_t waited = now_us() - w->delayed[q].since;
 
-	if (!d->chains)
-		return 0;
-	waited = now_us() - d->since;
 	return waited < w->cfg.ring[q].coalesce_us ? w->cfg.ring[q].coalesce_us - waited : 0;
 }
 

@@ -76,7 +76,7 @@ struct pv_net_ring {
 	int kick; /* lent, as are all descriptors */
 	int call;
 	/*
-	 * In-flight region of pv_inflight_size() bytes, shared with an untrusted peer; NULL: none.
+	 * In-flight region of PV_INFLIGHT_SIZE() bytes, shared with an untrusted peer; NULL: none.
 	 * The ring then starts at the used index: base is not looked at where the region has been
 	 * in use.
 	 */

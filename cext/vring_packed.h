@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What the calls of vring.h do with a packed ring, for vring.c and the in-flight notes alone. Whoever
- * moves packets sees one kind of ring.
+ * What the calls of vring.h do with a packed ring, for vring.c and the in-flight notes alone.
+ * Whoever moves packets sees one kind of ring.
  */
 #ifndef PV_VRING_PACKED_H
 #define PV_VRING_PACKED_H

@@ -397,10 +397,6 @@ class PackedRing(Ring):
             self.kick()
         return kick and needed
 
-    def kick(self) -> None:
-        self.kicks += 1
-        self.kick_fd.nudge()  # the back-end shares it
-
     def take_used(self) -> list[tuple[int, int]]:
         """The (buffer id, written length) pairs that the device has returned since the last
         call. Without the WRITE flag the length is no length.
@@ -422,10 +418,10 @@ class PackedRing(Ring):
     def describe(self) -> str:
         """What is in the ring: for whoever has to find out why it is not served."""
         text = f"packed ring {self.index} of {self.size}: {self.outstanding} chains with the device"
-        for who, at in (("driver next", self._next), ("device next", self._returned()[0])):
-            text += f", {who} {PACKED.words(self._outside(at))}"
-        for who, area in (("driver", self._ours), ("device", self._theirs)):
-            text += f", {who} event {PACKED.words(area[0])} flags {area[1]}"
+        for side, at in (("driver next", self._next), ("device next", self._returned()[0])):
+            text += f", {side} {PACKED.words(self._outside(at))}"
+        for side, area in (("driver", self._ours), ("device", self._theirs)):
+            text += f", {side} event {PACKED.words(area[0])} flags {area[1]}"
         text += f", {self.kicks} kicks"
         if self.outstanding:
             ident = self._order[-self.outstanding]

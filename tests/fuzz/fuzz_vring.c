@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Fuzzes the device side of a ring of either format (cext/vring.c, vring_packed.c): memory of two regions is filled from the
- * input, then chains are popped and pushed in an order that the input gives. Checks what must hold
- * whatever the guest writes.
+ * Fuzzes the device side of a ring of either format (cext/vring.c, vring_packed.c): memory of two
+ * regions is filled from the input, then chains are popped and pushed in an order that the input
+ * gives. Checks what must hold whatever the guest writes.
  *
  * Input: base (2 bytes), features (1), operations (13), then the image of the low region.
  */

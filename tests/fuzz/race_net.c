@@ -40,8 +40,8 @@ enum { RX, TX };
 #define FRAMES	400u /* sent per life */
 
 /*
- * A ring as its driver sees it (virtio 1.2, 2.7). Of a packed one (2.8) only desc is used, whose last
- * two fields then are the buffer id and the flags.
+ * A ring as its driver sees it (virtio 1.2, 2.7). Of a packed one (2.8) only desc is used, whose
+ * last two fields then are the buffer id and the flags.
  */
 struct ring {
 	struct {
