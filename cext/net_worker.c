@@ -28,6 +28,8 @@
 #define READV_SMALL  7
 #define LARGE_CREDIT 64 /* reads with the whole window after a frame that needed it */
 #define LEGACY_HDR   10 /* struct virtio_net_hdr; all headers begin with it */
+#define V1_HDR	     12 /* struct virtio_net_hdr_v1 */
+#define HASH_HDR     20 /* struct virtio_net_hdr_v1_hash */
 /* See linger(). */
 #define LINGER_MIN_US  10
 #define LINGER_MAX_US  200
@@ -402,6 +404,44 @@ static void window_store(struct window *win, size_t at, const uint8_t *from, siz
 	}
 }
 
+/* Load bytes from an offset of the window, which is long enough. */
+static void window_load(const struct window *win, size_t at, uint8_t *to, size_t len)
+{
+	for (const struct iovec *iov = &win->iov[win->iov_at]; len; iov++) {
+		size_t n = iov->iov_len;
+
+		if (at >= n) {
+			at -= n;
+			continue;
+		}
+		n = n - at < len ? n - at : len;
+		memcpy(to, (const uint8_t *)iov->iov_base + at, n);
+		to += n;
+		len -= n;
+		at = 0;
+	}
+}
+
+/* 5.1.6.4.4: tell the driver the hash of the frame in the window. */
+static void rx_hash(struct pv_net_worker *w, size_t len)
+{
+	struct {
+		uint32_t value;
+		uint16_t report;
+		uint16_t padding;
+	} hash = {0};
+	uint8_t head[PV_FLOW_HEAD_MAX];
+
+	len -= w->cfg.hdr_len;
+	if (len > sizeof(head))
+		len = sizeof(head);
+	if (w->cfg.hash.types) {
+		window_load(&w->window, w->cfg.hdr_len, head, len);
+		hash.value = pv_flow_hash(&w->cfg.hash, head, len, &hash.report);
+	}
+	window_store(&w->window, V1_HDR, (const uint8_t *)&hash, sizeof(hash));
+}
+
 /*
  * Take chains until the window holds want bytes (one without MRG_RXBUF). PV_DONE: the guest has no
  * more.
@@ -511,9 +551,11 @@ static bool rx_place(struct pv_net_worker *w)
 	/*
 	 * 5.1.6.4: always 1 without MRG_RXBUF. The field follows the legacy header.
 	 */
-	if (w->cfg.hdr_len >= 12)
+	if (w->cfg.hdr_len >= V1_HDR)
 		window_store(win, LEGACY_HDR,
 			     (uint8_t[]){(uint8_t)buffers, (uint8_t)(buffers >> 8)}, 2);
+	if (w->cfg.hdr_len >= HASH_HDR)
+		rx_hash(w, len);
 	for (left = len; left; win->slot_at++) {
 		const struct slot *s = &win->slot[win->slot_at];
 		size_t n = s->len < left ? s->len : left;

@@ -44,6 +44,7 @@
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H
 
+#include "flow_hash.h"
 #include "inflight.h"
 #include "trace.h"
 #include "vring.h"
@@ -94,10 +95,11 @@ struct pv_net_ring {
 struct pv_net_config {
 	struct pv_net_ring ring[2]; /* 0 receive, 1 transmit */
 	int fd;			    /* non-blocking tap, or a socket that keeps packet boundaries */
-	uint32_t hdr_len;	    /* virtio_net_hdr: 12, or 10 without VERSION_1 and MRG_RXBUF */
-	uint32_t max_frame;	    /* longest frame expected from fd, header included */
-	uint32_t poll_us;	    /* look for work this long before sleeping */
-	uint32_t hold_ms;	    /* how long a frame waits for the guest to add buffers */
+	/* virtio_net_hdr: 12, 20 with a hash, or 10 without VERSION_1 and MRG_RXBUF; of fd, too */
+	uint32_t hdr_len;
+	uint32_t max_frame; /* longest frame expected from fd, header included */
+	uint32_t poll_us;   /* look for work this long before sleeping */
+	uint32_t hold_ms;   /* how long a frame waits for the guest to add buffers */
 	uint64_t taken; /* frames that fd has taken so far, of all senders; PV_INFLIGHT_UNCOUNTED */
 	/*
 	 * Frames from fd may need the driver to know what their header says: GUEST_CSUM is
@@ -105,6 +107,7 @@ struct pv_net_config {
 	 */
 	bool guest_csum;
 	bool mrg_rxbuf;
+	struct pv_flow_hash hash; /* if hdr_len is 20 */
 	struct pv_vring_format format;
 	int event_fd;		/* eventfd: 1 is added when pv_net_worker_event has something */
 	int cpu;		/* to pin the thread to; -1: none */

@@ -45,23 +45,26 @@ PATH_KEYS = ("poll", "worker-cpu", "socket", "server", "peer")
 #: or that it offers although they are in ``ON_REQUEST``.
 GROUPS = {
     "offloads": "CSUM GUEST_CSUM GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 "
-    "HOST_ECN HOST_UFO",
+    "HOST_ECN HOST_UFO GUEST_USO4 GUEST_USO6 HOST_USO",
     "tso": "GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 HOST_ECN HOST_UFO",
+    "uso": "GUEST_USO4 GUEST_USO6 HOST_USO",
     "mrg-rxbuf": "MRG_RXBUF",
     "indirect": "INDIRECT_DESC",
     "event-idx": "EVENT_IDX",
     "ctrl-vq": "CTRL_VQ CTRL_RX CTRL_RX_EXTRA CTRL_VLAN CTRL_MAC_ADDR CTRL_GUEST_OFFLOADS "
-    "GUEST_ANNOUNCE MQ NOTF_COAL VQ_NOTF_COAL",
+    "GUEST_ANNOUNCE MQ NOTF_COAL VQ_NOTF_COAL RSS HASH_REPORT",
     "coalescing": "NOTF_COAL VQ_NOTF_COAL",
     "ring-reset": "RING_RESET",
     "in-order": "IN_ORDER",
     "notification-data": "NOTIFICATION_DATA",
     "speed": "SPEED_DUPLEX",
     "packed": "RING_PACKED",
+    "rss": "RSS",
+    "hash-report": "HASH_REPORT",
 }
 #: Groups that the card offers only if ``with=`` names them. Not every data path can honour them,
 #: and a guest that uses them could not be switched to the others.
-ON_REQUEST = ("packed", "in-order", "coalescing")
+ON_REQUEST = ("packed", "in-order", "coalescing", "rss", "hash-report")
 #: Mbit/s: the largest number in struct virtio_net_config.
 SPEED_MAX = 0x7FFFFFFF
 #: The most queue pairs of a card.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from pyvmm.conformance import driver
 from pyvmm.conformance.driver import NetDriver, PackedRing, Ring, align, fence
-from pyvmm.datapath.base import RxFilter
+from pyvmm.datapath.base import RxFilter, Steering
 from pyvmm.fd import Fd
 from pyvmm.spec import virtio, virtio_net
 
@@ -71,6 +71,12 @@ class Cable:
 
     def set_queues(self, count: int) -> None:
         pass
+
+    def set_header(self, size: int) -> None:
+        self.header = size
+
+    def set_steering(self, steering: Steering | None) -> None:
+        self.steering = steering
 
     def set_offloads(self, acked: int) -> None:
         pass

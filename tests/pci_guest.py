@@ -409,7 +409,8 @@ class NetGuest:
             VIRTIO_RING_F_EVENT_IDX,
             VIRTIO_RING_F_INDIRECT_DESC,
         )
-        from pyvmm.spec.virtio_net import VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF
+        from pyvmm.spec.virtio_net import VIRTIO_NET_F_MRG_RXBUF
+        from pyvmm.virtio.net import MULTIQUEUE
 
         self.board = board
         self.pci = VirtioPciDriver(board, slot)
@@ -438,7 +439,7 @@ class NetGuest:
         all_rings = [ring for net in self.nets for ring in net.rings]
         self.control: Ring | None = None
         if control:
-            index = self.pci.get("num_queues") - 1 if self.features >> VIRTIO_NET_F_MQ & 1 else 2
+            index = self.pci.get("num_queues") - 1 if self.features & MULTIQUEUE else 2
             kind: type[Ring] = PackedRing if packed else Ring
             self.control = kind(board.memory, 64, 0x4000, index=index, event_idx=event_idx)
             all_rings.append(self.control)

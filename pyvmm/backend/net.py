@@ -55,7 +55,14 @@ OWN_FEATURES = 1 << VIRTIO_F_VERSION_1 | sum(1 << bit for bit in FRONT_END_FEATU
 
 #: Features of the worker for which a front-end would have to pass on a driver's command: the
 #: protocol has no message for them.
-NOT_OURS = 1 << virtio_net.VIRTIO_NET_F_NOTF_COAL | 1 << virtio_net.VIRTIO_NET_F_VQ_NOTF_COAL
+NOT_OURS = sum(
+    1 << bit
+    for bit in (
+        virtio_net.VIRTIO_NET_F_NOTF_COAL,
+        virtio_net.VIRTIO_NET_F_VQ_NOTF_COAL,
+        virtio_net.VIRTIO_NET_F_HASH_REPORT,
+    )
+)
 
 
 class NetService:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.backend.process import BackendProcess
-    from pyvmm.datapath.base import DataPath, RxFilter
+    from pyvmm.datapath.base import DataPath, RxFilter, Steering
     from pyvmm.hostnet.tap import Tap
     from pyvmm.kvm.recorder import Scope
     from pyvmm.netopt import Net
@@ -81,6 +81,8 @@ class Uplink:
             self.tap = self.namespace.tap
         else:
             self.tap = Tap(net.tap, address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
+        if "rss" in net.with_:
+            self.tap.offer_steering()
 
     # --- what a device programs -------------------------------------------------------------------
 
@@ -91,6 +93,22 @@ class Uplink:
         """
         if self.tap is not None:
             self.tap.set_queues(count)
+
+    def set_header(self, size: int) -> None:
+        """Have the tap put a header of so many bytes before each frame.
+
+        :raises HostError: the tap refuses.
+        """
+        if self.tap is not None:
+            self.tap.set_header(size)
+
+    def set_steering(self, steering: Steering | None) -> None:
+        """Steer frames in the tap.
+
+        :raises HostError: the tap refuses.
+        """
+        if self.tap is not None:
+            self.tap.set_steering(steering)
 
     def set_offloads(self, acked: int) -> None:
         """Program the tap's offloads from the GUEST_* bits of ``acked``.

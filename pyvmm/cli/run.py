@@ -34,10 +34,10 @@ Network cards: --net MODE[,key=value...], once per card
       worker-cpu=N    the worker of queue pair k runs on CPU N + k only
       switchable=A+B  the data path may later be switched to the modes A and B (docs/switch.md): the
                       card offers what all modes can honour, and takes the keys of all modes
-      without=A+B     do not offer: offloads, tso, mrg-rxbuf, indirect, event-idx, ctrl-vq,
+      without=A+B     do not offer: offloads, tso, uso, mrg-rxbuf, indirect, event-idx, ctrl-vq,
                       ring-reset, notification-data, speed
-      with=A+B        offer, too: packed (virtqueues), in-order, coalescing (of interrupts, emulated
-                      only); vhost-net has none of them
+      with=A+B        offer, too: packed (virtqueues), in-order (neither with vhost-net), coalescing
+                      (of interrupts), hash-report (these two with emulated only), rss (docs/rss.md)
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
   Key of emulated and vhost-net only:
       poll=USEC       look for more packets for this many microseconds before sleeping (0)

@@ -9,6 +9,11 @@ replaced under a running guest.
 from __future__ import annotations
 
 from pyvmm.datapath.ringformat import SPLIT
+from pyvmm.spec.virtio_net import (
+    VIRTIO_NET_F_HASH_REPORT,
+    VIRTIO_NET_HDR_V1_HASH_SIZE,
+    VIRTIO_NET_HDR_V1_SIZE,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +28,32 @@ else:
     Protocol = object  # `typing` costs as much as all else that a run imports
 
 
+class Hashing:
+    """What flows are told apart by (virtio 1.3, 5.1.6.4.3); immutable.
+
+    :ivar types: VIRTIO_NET_RSS_HASH_TYPE_* bits. :ivar key: of the Toeplitz hash, up to 40 bytes.
+    """
+
+    __slots__ = ("key", "types")
+
+    def __init__(self, types: int, key: bytes) -> None:
+        self.types, self.key = types, key
+
+
+class Steering:
+    """Which queue pair a frame for the guest goes to (virtio 1.3, 5.1.6.5.7); immutable.
+
+    :ivar hashing: what makes the hash of a frame. :ivar table: queue pairs by the low bits of the
+        hash; its length is a power of two, up to 128. :ivar unclassified: the queue pair of frames
+        without a hash.
+    """
+
+    __slots__ = ("hashing", "table", "unclassified")
+
+    def __init__(self, hashing: Hashing, table: Sequence[int], unclassified: int) -> None:
+        self.hashing, self.table, self.unclassified = hashing, table, unclassified
+
+
 class Vring:
     """One virtqueue as handed to a data path; immutable by convention.
 
@@ -34,6 +65,7 @@ class Vring:
     :ivar kick: guest to device, lent. :ivar call: device to guest, lent.
     :ivar coalesce: (packets, microseconds) for which the driver lets its interrupt wait
         (5.1.6.5.7); no microseconds: it does not wait.
+    :ivar hashing: of the frames of a receive queue, for their headers; None: their hash is 0.
     :ivar inflight: cdata ``uint8_t *`` of a vhost-user in-flight region for the emulated path, or
         None.
     """
@@ -45,6 +77,7 @@ class Vring:
         "coalesce",
         "desc",
         "format",
+        "hashing",
         "index",
         "inflight",
         "kick",
@@ -68,13 +101,14 @@ class Vring:
         self.desc, self.avail, self.used = desc, avail, used
         self.kick, self.call = kick, call
         self.coalesce = (0, 0)
+        self.hashing: Hashing | None = None
         self.inflight: Any = None
 
     def at(self, base: int) -> Vring:
         """The same ring at another position."""
         place = self.index, self.size, self.desc, self.avail, self.used
         ring = Vring(*place, base, self.kick, self.call, self.format)
-        ring.coalesce = self.coalesce
+        ring.coalesce, ring.hashing = self.coalesce, self.hashing
         return ring
 
 
@@ -90,6 +124,13 @@ class HandOverTimes:
     def __init__(self) -> None:
         self.asked: dict[int, int] = {}
         self.began: dict[int, int] = {}
+
+
+def header_size(acked: int) -> int:
+    """Bytes of the header before each frame, by the negotiated features (virtio 1.3, 5.1.6)."""
+    if acked >> VIRTIO_NET_F_HASH_REPORT & 1:
+        return VIRTIO_NET_HDR_V1_HASH_SIZE
+    return VIRTIO_NET_HDR_V1_SIZE
 
 
 def by_pair(rings: Sequence[Vring]) -> dict[int, list[Vring]]:
@@ -166,7 +207,8 @@ class NetInterface(Protocol):
 class Frames(Protocol):
     """Where a worker of the emulated path reads and writes frames: a tap, or sockets in its place.
 
-    Each descriptor keeps frame boundaries; each frame follows a 12-byte virtio-net header.
+    Each descriptor keeps frame boundaries; each frame follows a virtio-net header. The header has
+    12 bytes unless the driver has negotiated another (``header_size``).
 
     :ivar fds: one descriptor per queue pair, owned by the implementer and lent to the data path.
     :ivar mtu: bytes; decides how large a receive buffer must be.
@@ -193,8 +235,20 @@ class HostSide(Protocol):
         :raises PyvmmError: the host refuses.
         """
 
+    def set_header(self, size: int) -> None:
+        """Have the host put a header of so many bytes before each frame. No data path runs.
+
+        :raises PyvmmError: the host refuses.
+        """
+
     def set_offloads(self, acked: int) -> None:
         """Let the host send what the GUEST_* bits of ``acked`` allow; at any time.
+
+        :raises PyvmmError: the host refuses.
+        """
+
+    def set_steering(self, steering: Steering | None) -> None:
+        """Have the host choose the queue pair of each frame this way; None: its own.
 
         :raises PyvmmError: the host refuses.
         """

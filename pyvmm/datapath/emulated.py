@@ -12,7 +12,7 @@ import threading
 import time
 
 from pyvmm._ext import ffi, lib
-from pyvmm.datapath.base import HandOverTimes, bug, by_pair
+from pyvmm.datapath.base import HandOverTimes, bug, by_pair, header_size
 from pyvmm.errors import HostError, RingFault
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import Reopener
@@ -28,10 +28,11 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6,
     VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_F_NOTF_COAL,
     VIRTIO_NET_F_VQ_NOTF_COAL,
-    VIRTIO_NET_HDR_V1_SIZE,
 )
 from pyvmm.threads import Thread, report_bug
 
@@ -53,7 +54,17 @@ RING_FEATURES = (
     VIRTIO_NET_F_NOTF_COAL,
     VIRTIO_NET_F_VQ_NOTF_COAL,
 )
-GSO = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6 | 1 << VIRTIO_NET_F_GUEST_UFO
+#: With one of these, a frame for the guest may be as long as ``GSO_MAX``.
+GSO = sum(
+    1 << bit
+    for bit in (
+        VIRTIO_NET_F_GUEST_TSO4,
+        VIRTIO_NET_F_GUEST_TSO6,
+        VIRTIO_NET_F_GUEST_UFO,
+        VIRTIO_NET_F_GUEST_USO4,
+        VIRTIO_NET_F_GUEST_USO6,
+    )
+)
 #: Ethernet header and a VLAN tag, on top of the MTU or of the 64 KiB of a GSO packet.
 FRAME_EXTRA = 14 + 4
 GSO_MAX = 65535
@@ -228,10 +239,13 @@ class EmulatedNet:
             c.kick, c.call = ring.kick.fileno(), ring.call.fileno()
             c.inflight = ring.inflight or ffi.NULL
             c.coalesce_packets, c.coalesce_us = ring.coalesce
+            if ring.hashing is not None:
+                types, key = ring.hashing.types, ring.hashing.key
+                lib.pv_flow_hash_init(ffi.addressof(config, "hash"), types, key, len(key))
         config.fd = self._port.fds[number].fileno()
-        config.hdr_len = VIRTIO_NET_HDR_V1_SIZE
+        config.hdr_len = header_size(acked)
         payload = GSO_MAX if acked & GSO else self._port.mtu
-        config.max_frame = VIRTIO_NET_HDR_V1_SIZE + payload + FRAME_EXTRA
+        config.max_frame = config.hdr_len + payload + FRAME_EXTRA
         config.poll_us, config.hold_ms = self._poll_us, self._hold_ms
         config.taken = self._taken(rings)
         # With CTRL_GUEST_OFFLOADS the driver may switch the feature on at any time.

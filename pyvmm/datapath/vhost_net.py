@@ -16,7 +16,7 @@ from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import PacketCount, Reopener
 from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
-from pyvmm.spec.virtio_net import VIRTIO_NET_F_MRG_RXBUF
+from pyvmm.spec.virtio_net import VIRTIO_NET_F_HASH_REPORT, VIRTIO_NET_F_MRG_RXBUF
 from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
@@ -77,8 +77,9 @@ class VhostNet:
                 device.pin(worker_cpu + number)
 
     def features(self) -> int:
-        """What kernel and tap can honour."""
-        return self._port.features() | self._devices[0].features & RING_FEATURES
+        """What kernel and tap can honour. The kernel hashes no frames for their headers."""
+        port = self._port.features() & ~(1 << VIRTIO_NET_F_HASH_REPORT)
+        return port | self._devices[0].features & RING_FEATURES
 
     # --- start and stop ---------------------------------------------------------------------------
 

@@ -52,6 +52,10 @@ DATA_FEATURES = (
     virtio_net.VIRTIO_NET_F_HOST_ECN,
     virtio_net.VIRTIO_NET_F_HOST_UFO,
     virtio_net.VIRTIO_NET_F_MRG_RXBUF,
+    virtio_net.VIRTIO_NET_F_GUEST_USO4,
+    virtio_net.VIRTIO_NET_F_GUEST_USO6,
+    virtio_net.VIRTIO_NET_F_HOST_USO,
+    virtio_net.VIRTIO_NET_F_RSS,
 )
 DATA_MASK = sum(1 << bit for bit in DATA_FEATURES)
 #: Protocol features of network cards.
@@ -69,6 +73,9 @@ REQUIRES = (
     (virtio_net.VIRTIO_NET_F_GUEST_TSO4, (virtio_net.VIRTIO_NET_F_GUEST_CSUM,)),
     (virtio_net.VIRTIO_NET_F_GUEST_TSO6, (virtio_net.VIRTIO_NET_F_GUEST_CSUM,)),
     (virtio_net.VIRTIO_NET_F_GUEST_UFO, (virtio_net.VIRTIO_NET_F_GUEST_CSUM,)),
+    (virtio_net.VIRTIO_NET_F_GUEST_USO4, (virtio_net.VIRTIO_NET_F_GUEST_CSUM,)),
+    (virtio_net.VIRTIO_NET_F_GUEST_USO6, (virtio_net.VIRTIO_NET_F_GUEST_CSUM,)),
+    (virtio_net.VIRTIO_NET_F_HOST_USO, (virtio_net.VIRTIO_NET_F_CSUM,)),
     (
         virtio_net.VIRTIO_NET_F_GUEST_ECN,
         (virtio_net.VIRTIO_NET_F_GUEST_TSO4, virtio_net.VIRTIO_NET_F_GUEST_TSO6),
@@ -154,8 +161,11 @@ class VhostUserNet(VhostUserDevice):
     # --- DataPath ---------------------------------------------------------------------------------
 
     def features(self) -> int:
-        """The features of a data path that the back-end offers."""
-        return consistent(super().features())
+        """The features of a data path that the back-end offers. The protocol has no message for
+        steering, so that the tap has to be ours.
+        """
+        features = consistent(super().features())
+        return features & ~(1 << virtio_net.VIRTIO_NET_F_RSS if self._packets is None else 0)
 
     def start(
         self,

@@ -19,6 +19,7 @@ from pyvmm.hostnet import TAP_MAX_MTU
 from pyvmm.hostnet.addresses import parse_address
 from pyvmm.hostnet.framefilter import frame_filter
 from pyvmm.hostnet.rtnetlink import Link
+from pyvmm.hostnet.steering import load, may_steer, steering_program
 from pyvmm.spec.ethernet import ETH_MIN_MTU
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CSUM,
@@ -27,16 +28,21 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6,
+    VIRTIO_NET_F_HASH_REPORT,
     VIRTIO_NET_F_HOST_ECN,
     VIRTIO_NET_F_HOST_TSO4,
     VIRTIO_NET_F_HOST_TSO6,
     VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_HOST_USO,
+    VIRTIO_NET_F_RSS,
     VIRTIO_NET_HDR_V1_SIZE,
 )
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.datapath.base import RxFilter
+    from pyvmm.datapath.base import RxFilter, Steering
 
     #: The descriptors, the MTU and the link of an open tap.
     Adopted = tuple[list[Fd], int, Link]
@@ -57,14 +63,18 @@ OFFLOADS = {
     VIRTIO_NET_F_GUEST_TSO6: lib.TUN_F_TSO6,
     VIRTIO_NET_F_GUEST_ECN: lib.TUN_F_TSO_ECN,
     VIRTIO_NET_F_GUEST_UFO: lib.TUN_F_UFO,
+    VIRTIO_NET_F_GUEST_USO4: lib.TUN_F_USO4,
+    VIRTIO_NET_F_GUEST_USO6: lib.TUN_F_USO6,
 }
-#: The offloads that any tap with IFF_VNET_HDR accepts from us.
+USO = lib.TUN_F_USO4 | lib.TUN_F_USO6  # the kernel takes both or none
+#: What any tap with IFF_VNET_HDR accepts from us: offloads, and headers with room for a hash.
 HOST_FEATURES = (
     VIRTIO_NET_F_CSUM,
     VIRTIO_NET_F_HOST_TSO4,
     VIRTIO_NET_F_HOST_TSO6,
     VIRTIO_NET_F_HOST_ECN,
     VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_HASH_REPORT,
 )
 
 
@@ -199,18 +209,20 @@ NO_FILTER = bytes(4)
 class _Wanted:
     """The settings that a tap was given, for a tap that replaces it."""
 
-    __slots__ = ("carrier", "filter", "frames", "offloads", "queues")
+    __slots__ = ("carrier", "filter", "frames", "header", "offloads", "queues", "steering")
 
     def __init__(self, queues: int) -> None:
         self.queues = queues
+        self.header = VIRTIO_NET_HDR_V1_SIZE
         self.offloads = 0
+        self.steering: Steering | None = None
         self.filter = NO_FILTER
         self.frames = b""  # a program of ``framefilter``
         self.carrier = True
 
 
 class Tap:
-    """A tap interface with 12-byte virtio-net headers; owns its descriptors.
+    """A tap interface with virtio-net headers, of 12 bytes at first; owns its descriptors.
 
     If the interface does not exist, it is made, and it vanishes with the last descriptor, even
     after SIGKILL. An interface that the user made stays, and ``close`` undoes our changes of it.
@@ -251,6 +263,7 @@ class Tap:
         self._link: Link | None = None
         self._adopted = adopted is not None
         self._features: int | None = None
+        self._steers = False
         self._interface = Interface(name)
         if adopted is not None:
             self.fds, self.mtu, self._link = adopted
@@ -345,16 +358,25 @@ class Tap:
             mask = sum(1 << bit for bit in HOST_FEATURES)
             flags = 0
             # One feature more each time: a kernel refuses a set with one unknown member.
-            for bit, flag in OFFLOADS.items():
+            for flag in sorted({USO if flag & USO else flag for flag in OFFLOADS.values()}):
                 try:
                     ioctl(self.fileno(), lib.TUNSETOFFLOAD, flags | flag)
                 except OSError:
                     continue
                 flags |= flag
-                mask |= 1 << bit
             ioctl(self.fileno(), lib.TUNSETOFFLOAD, 0)
+            mask |= sum(1 << bit for bit, flag in OFFLOADS.items() if flags & flag)
+            if flags & USO:
+                mask |= 1 << VIRTIO_NET_F_HOST_USO
             self._features = mask
-        return self._features
+        return self._features | (1 << VIRTIO_NET_F_RSS if self._steers else 0)
+
+    def offer_steering(self) -> None:
+        """Have ``features`` name VIRTIO_NET_F_RSS from now on if the tap can be programmed so: a
+        trial takes a millisecond. A tap of the user's is left alone, because the kernel lets the
+        program outlive the process that has set the program.
+        """
+        self._steers = self.created and may_steer()
 
     def _set(self, request: int, arg: int | bytes, what: str, fd: Fd | None = None) -> None:
         try:
@@ -363,6 +385,31 @@ class Tap:
             if e.errno == errno.EBADFD:
                 return  # the interface was deleted: when it returns, it gets all these settings
             raise HostError(f"tap {self.name} refuses {what}: {e.strerror}") from e
+
+    def set_header(self, size: int) -> None:
+        """Have the host put a header of so many bytes before each frame, and expect one of us.
+
+        :raises HostError: the tap refuses.
+        """
+        if size != self._wanted.header:
+            self._wanted.header = size
+            self._set(lib.TUNSETVNETHDRSZ, struct.pack("=i", size), f"headers of {size} bytes")
+
+    def set_steering(self, steering: Steering | None) -> None:
+        """Have the host choose the queue of each frame this way; None: as it likes.
+
+        :raises HostError: the kernel or the tap refuses.
+        """
+        if steering is None is self._wanted.steering:
+            return
+        program = load(steering_program(steering)) if steering is not None else None
+        try:
+            number = program.fileno() if program is not None else -1
+            self._set(lib.TUNSETSTEERINGEBPF, struct.pack("=i", number), "steering")
+        finally:
+            if program is not None:
+                program.close()  # the tap keeps what it needs
+        self._wanted.steering = steering
 
     def set_offloads(self, acked: int) -> None:
         """Let the host send what the GUEST_* bits of ``acked`` allow. Any thread, at any time.
@@ -376,6 +423,8 @@ class Tap:
             flags = 0
         if not flags & (lib.TUN_F_TSO4 | lib.TUN_F_TSO6):
             flags &= ~lib.TUN_F_TSO_ECN
+        if flags & USO != USO:
+            flags &= ~USO
         self._wanted.offloads = flags
         self._set(lib.TUNSETOFFLOAD, flags, f"offloads {flags:#x}")
 
@@ -434,7 +483,9 @@ class Tap:
     def _restore(self) -> None:
         """Give a tap that was opened again the settings of the old one."""
         wanted, self._wanted = self._wanted, _Wanted(len(self.fds))
+        self.set_header(wanted.header)
         self._set(lib.TUNSETOFFLOAD, wanted.offloads, "offloads")
+        self.set_steering(wanted.steering)
         if wanted.filter != NO_FILTER:
             self._set(lib.TUNSETTXFILTER, wanted.filter, "a filter")
         if not wanted.carrier:
@@ -493,10 +544,10 @@ class Tap:
 
     def announce(self, mac: bytes) -> bool:
         """Send the frame that tells the network that ``mac`` is here; whether it was sent."""
-        from pyvmm.hostnet.frames import HEADER, rarp
+        from pyvmm.hostnet.frames import rarp
 
         try:
-            os.write(self.fileno(), HEADER + rarp(mac))
+            os.write(self.fileno(), bytes(self._wanted.header) + rarp(mac))
         except OSError:
             return False
         return True

@@ -45,6 +45,9 @@ CONFIG_NAMES: dict[int, str | tuple[str, str]] = {
     10: "mtu",
     12: "speed",
     16: "duplex",
+    17: "rss_max_key_size",
+    18: "rss_max_indirection_table_length",
+    20: "supported_hash_types",
 }
 # 5.1.4: bits of its status field
 VIRTIO_NET_S_LINK_UP = 1
@@ -52,6 +55,7 @@ VIRTIO_NET_S_ANNOUNCE = 2
 
 # 5.1.6: packet header, flags and gso_type; 12 bytes with VERSION_1 (num_buffers included)
 VIRTIO_NET_HDR_V1_SIZE = 12
+VIRTIO_NET_HDR_V1_HASH_SIZE = 20  # with HASH_REPORT
 VIRTIO_NET_HDR_F_NEEDS_CSUM = 1
 VIRTIO_NET_HDR_F_DATA_VALID = 2
 VIRTIO_NET_HDR_F_RSC_INFO = 4
@@ -61,6 +65,21 @@ VIRTIO_NET_HDR_GSO_UDP = 3
 VIRTIO_NET_HDR_GSO_TCPV6 = 4
 VIRTIO_NET_HDR_GSO_UDP_L4 = 5
 VIRTIO_NET_HDR_GSO_ECN = 0x80
+
+# 5.1.6.4.3: bits of the hash types, and of the types what a header reports
+VIRTIO_NET_RSS_HASH_TYPE_IPv4 = 1 << 0
+VIRTIO_NET_RSS_HASH_TYPE_TCPv4 = 1 << 1
+VIRTIO_NET_RSS_HASH_TYPE_UDPv4 = 1 << 2
+VIRTIO_NET_RSS_HASH_TYPE_IPv6 = 1 << 3
+VIRTIO_NET_RSS_HASH_TYPE_TCPv6 = 1 << 4
+VIRTIO_NET_RSS_HASH_TYPE_UDPv6 = 1 << 5
+VIRTIO_NET_HASH_REPORT_NONE = 0
+VIRTIO_NET_HASH_REPORT_IPv4 = 1
+VIRTIO_NET_HASH_REPORT_TCPv4 = 2
+VIRTIO_NET_HASH_REPORT_UDPv4 = 3
+VIRTIO_NET_HASH_REPORT_IPv6 = 4
+VIRTIO_NET_HASH_REPORT_TCPv6 = 5
+VIRTIO_NET_HASH_REPORT_UDPv6 = 6
 
 # 5.1.6.5: control queue: acknowledgements, then each class with its commands
 VIRTIO_NET_OK = 0

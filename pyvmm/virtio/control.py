@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import time
 
-from pyvmm.datapath.base import RxFilter
+from pyvmm.datapath.base import Hashing, RxFilter, Steering
 from pyvmm.errors import PyvmmError, RingFault
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_CTRL_ANNOUNCE,
@@ -20,6 +20,8 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_CTRL_MAC_ADDR_SET,
     VIRTIO_NET_CTRL_MAC_TABLE_SET,
     VIRTIO_NET_CTRL_MQ,
+    VIRTIO_NET_CTRL_MQ_HASH_CONFIG,
+    VIRTIO_NET_CTRL_MQ_RSS_CONFIG,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
     VIRTIO_NET_CTRL_NOTF_COAL,
     VIRTIO_NET_CTRL_NOTF_COAL_RX_SET,
@@ -38,10 +40,18 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CTRL_RX_EXTRA,
     VIRTIO_NET_F_CTRL_VLAN,
     VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_HASH_REPORT,
     VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_NOTF_COAL,
+    VIRTIO_NET_F_RSS,
     VIRTIO_NET_F_VQ_NOTF_COAL,
     VIRTIO_NET_OK,
+    VIRTIO_NET_RSS_HASH_TYPE_IPv4,
+    VIRTIO_NET_RSS_HASH_TYPE_IPv6,
+    VIRTIO_NET_RSS_HASH_TYPE_TCPv4,
+    VIRTIO_NET_RSS_HASH_TYPE_TCPv6,
+    VIRTIO_NET_RSS_HASH_TYPE_UDPv4,
+    VIRTIO_NET_RSS_HASH_TYPE_UDPv6,
 )
 from pyvmm.virtio.queue import ServedQueue
 
@@ -58,6 +68,17 @@ else:
 
 #: Entries of each table kept; with more, everything of that kind is received.
 MAC_TABLE = 64
+#: What the card can hash, and the longest key and table: what Linux expects.
+HASH_TYPES = (
+    VIRTIO_NET_RSS_HASH_TYPE_IPv4
+    | VIRTIO_NET_RSS_HASH_TYPE_TCPv4
+    | VIRTIO_NET_RSS_HASH_TYPE_UDPv4
+    | VIRTIO_NET_RSS_HASH_TYPE_IPv6
+    | VIRTIO_NET_RSS_HASH_TYPE_TCPv6
+    | VIRTIO_NET_RSS_HASH_TYPE_UDPv6
+)
+HASH_KEY_MAX = 40
+HASH_TABLE_MAX = 128
 #: Longest command: class, command and two full address tables as a driver may send them.
 COMMAND_MAX = 2 + 2 * (4 + 6 * 4096)
 
@@ -86,6 +107,19 @@ class Controlled(Protocol):
 
     def set_pairs(self, pairs: int) -> bool:
         """Use so many queue pairs; False if there are not as many.
+
+        :raises PyvmmError: the data path does not start again.
+        """
+
+    def steer(self, pairs: int, steering: Steering) -> bool:
+        """Use at least so many queue pairs, and choose the one of a frame by its hash; False if
+        there are not as many.
+
+        :raises PyvmmError: the host refuses, or the data path does not start again.
+        """
+
+    def set_hashing(self, hashing: Hashing) -> None:
+        """Put the hash of each frame into its header.
 
         :raises PyvmmError: the data path does not start again.
         """
@@ -232,6 +266,26 @@ class Control:
         (pairs,) = struct.unpack("<H", data)
         return self._device.set_pairs(pairs)
 
+    def _rss(self, command: int, data: bytes) -> bool:
+        """5.1.6.5.7.1: struct virtio_net_rss_config."""
+        types, most, unclassified = struct.unpack_from("<IHH", data)
+        if most & most + 1 or most >= HASH_TABLE_MAX:
+            return False
+        table = struct.unpack_from(f"<{most + 1}H", data, 8)
+        (pairs,) = struct.unpack_from("<H", data, 10 + 2 * most)
+        hashing = _hashing(types, data[12 + 2 * most :])
+        if hashing is None or pairs == 0:
+            return False
+        return self._device.steer(pairs, Steering(hashing, table, unclassified))
+
+    def _hash(self, command: int, data: bytes) -> bool:
+        """5.1.6.5.6.4: struct virtio_net_hash_config."""
+        (types,) = struct.unpack_from("<I8x", data)
+        hashing = _hashing(types, data[12:])
+        if hashing is not None:
+            self._device.set_hashing(hashing)
+        return hashing is not None
+
     def _offloads(self, command: int, data: bytes) -> bool:
         (offloads,) = struct.unpack("<Q", data)
         return self._device.set_offloads(offloads)
@@ -283,8 +337,19 @@ class Control:
             _announced,
         ),
         (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET): (VIRTIO_NET_F_MQ, _pairs),
+        (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_RSS_CONFIG): (VIRTIO_NET_F_RSS, _rss),
+        (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_HASH_CONFIG): (VIRTIO_NET_F_HASH_REPORT, _hash),
         (VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET): (
             VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
             _offloads,
         ),
     }
+
+
+def _hashing(types: int, rest: bytes) -> Hashing | None:
+    """What the types and the end of a command, the key and its length, mean; None if they may not
+    be so.
+    """
+    if types & ~HASH_TYPES or rest[0] > HASH_KEY_MAX or len(rest) != 1 + rest[0]:
+        return None
+    return Hashing(types, rest[1:])

@@ -5,10 +5,11 @@ It does not know which data path moves its packets.
 
 from __future__ import annotations
 
+import struct
 import threading
 import time
 
-from pyvmm.datapath.base import RxFilter, by_pair
+from pyvmm.datapath.base import RxFilter, by_pair, header_size
 from pyvmm.errors import PyvmmError, RingFault, UsageError
 from pyvmm.spec.virtio import (
     VIRTIO_F_NOTIFICATION_DATA,
@@ -31,15 +32,19 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6,
+    VIRTIO_NET_F_HASH_REPORT,
     VIRTIO_NET_F_MAC,
     VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_RSS,
     VIRTIO_NET_F_SPEED_DUPLEX,
     VIRTIO_NET_F_STATUS,
     VIRTIO_NET_S_ANNOUNCE,
     VIRTIO_NET_S_LINK_UP,
 )
-from pyvmm.virtio.control import Control
+from pyvmm.virtio.control import HASH_KEY_MAX, HASH_TABLE_MAX, HASH_TYPES, Control
 from pyvmm.virtio.device import DRIVER, FEATURES_OK, VirtioDevice
 from pyvmm.virtio.listener import PathListener
 
@@ -47,7 +52,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 
-    from pyvmm.datapath.base import DataPath, HostSide, Vring
+    from pyvmm.datapath.base import DataPath, Hashing, HostSide, Steering, Vring
     from pyvmm.memory import GuestMemory
     from pyvmm.virtio.device import Jobs
 else:
@@ -89,8 +94,14 @@ GUEST_OFFLOADS = sum(
         VIRTIO_NET_F_GUEST_TSO6,
         VIRTIO_NET_F_GUEST_ECN,
         VIRTIO_NET_F_GUEST_UFO,
+        VIRTIO_NET_F_GUEST_USO4,
+        VIRTIO_NET_F_GUEST_USO6,
     )
 )
+#: Features that bring the last fields of the configuration space, and flows told apart.
+HASHED = 1 << VIRTIO_NET_F_RSS | 1 << VIRTIO_NET_F_HASH_REPORT
+#: Features of which each brings more than one queue pair.
+MULTIQUEUE = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_RSS
 
 
 class Observer(Protocol):
@@ -169,6 +180,7 @@ class NetDevice(VirtioDevice):
         self._serving: list[int] = []
         self._offloads = 0
         self._coalesce = [(0, 0), (0, 0)]  # packets and microseconds, receive and transmit
+        self._hashing: Hashing | None = None
         self._offered = self._most = self._offer(datapath.features() & offer) & ~without
         if not link:
             uplink.set_carrier(False)
@@ -226,6 +238,9 @@ class NetDevice(VirtioDevice):
                 (self.mtu or 0).to_bytes(2, "little"),
                 self._speed.to_bytes(4, "little"),
                 bytes([FULL_DUPLEX]),
+                struct.pack("<BHI", HASH_KEY_MAX, HASH_TABLE_MAX, HASH_TYPES)
+                if self._offered & HASHED
+                else b"",
             )
         )
 
@@ -314,7 +329,7 @@ class NetDevice(VirtioDevice):
 
     def _control_index(self) -> int:
         """5.1.2: behind the queue pairs that the driver knows of."""
-        return 2 * self.max_pairs if self.driver_features >> VIRTIO_NET_F_MQ & 1 else 2
+        return 2 * self.max_pairs if self.driver_features & MULTIQUEUE else 2
 
     def queue_role(self, index: int) -> str:
         """``receive``, ``transmit`` or ``control``."""
@@ -326,7 +341,7 @@ class NetDevice(VirtioDevice):
         """By what was negotiated last. Kicks of the control queue are told apart: they are exits in
         every mode.
         """
-        control = 2 * self.max_pairs if self.negotiated >> VIRTIO_NET_F_MQ & 1 else 2
+        control = 2 * self.max_pairs if self.negotiated & MULTIQUEUE else 2
         has = self.negotiated >> VIRTIO_NET_F_CTRL_VQ & 1
         return "control" if has and index == control else "notify"
 
@@ -365,9 +380,11 @@ class NetDevice(VirtioDevice):
         self._driven = True
         self._offloads = acked & GUEST_OFFLOADS
         self._coalesce = [(0, 0), (0, 0)]
+        self._hashing = None
         self.pairs = 1
         self.rx = RxFilter(self.mac, filters_vlans=bool(acked >> VIRTIO_NET_F_CTRL_VLAN & 1))
         self._uplink.set_rx_filter(self.rx)
+        self._uplink.set_steering(None)
         if acked >> VIRTIO_NET_F_CTRL_VQ & 1:
             for ring in rings:
                 if ring.index == control:
@@ -392,7 +409,7 @@ class NetDevice(VirtioDevice):
             self._serve_control()
             return
         self.park()
-        ring.coalesce = self._coalesce[ring.index % 2]
+        ring.coalesce, ring.hashing = self._coalesce[ring.index % 2], self._hashing
         self._rings[ring.index] = ring
         self.resume()
 
@@ -421,6 +438,7 @@ class NetDevice(VirtioDevice):
         begin = time.monotonic_ns()
         listener = PathListener(self, hold=hold)
         self._uplink.set_queues(1 + max(by_pair(rings), default=0))
+        self._uplink.set_header(header_size(acked))
         self._uplink.set_offloads(acked)
         self.datapath.start(acked, self.memory, rings, listener, patience=patience)
         self._serving = [ring.index for ring in rings]
@@ -509,19 +527,49 @@ class NetDevice(VirtioDevice):
     # --- what the driver commands -----------------------------------------------------------------
 
     def set_pairs(self, pairs: int) -> bool:
-        """Use the first ``pairs`` queue pairs; False where there are not as many.
+        """Use the first ``pairs`` queue pairs, of which the host chooses one for each frame
+        (5.1.6.5.6); False where there are not as many.
 
-        :raises PyvmmError: the data path does not start again.
+        :raises PyvmmError: the host's side refuses, or the data path does not start again.
         """
+        return self._use_pairs(pairs, None)
+
+    def _use_pairs(self, pairs: int, steering: Steering | None) -> bool:
         if not VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MIN <= pairs <= self.max_pairs:
             return False
         if any(2 * k + way not in self._rings for k in range(pairs) for way in (0, 1)):
             return False  # 5.1.6.5.5.1: the driver has not set them up
+        self._uplink.set_steering(steering)
         if pairs != self.pairs:
             self.park()
             self.pairs = pairs
             self.resume()
         return True
+
+    def steer(self, pairs: int, steering: Steering) -> bool:
+        """Choose the queue pair of each frame by ``steering`` (5.1.6.5.7), and use as many as that
+        needs, or ``pairs`` if these are more; False where there are not as many.
+
+        :raises PyvmmError: as ``set_pairs``.
+        """
+        highest = max(*steering.table, steering.unclassified)
+        if not self._use_pairs(max(pairs, 1 + highest), steering):
+            return False
+        self.set_hashing(steering.hashing)
+        return True
+
+    def set_hashing(self, hashing: Hashing) -> None:
+        """Put this hash into the headers of frames, if the driver has negotiated such headers.
+
+        :raises PyvmmError: the data path does not start again.
+        """
+        if not self.driver_features >> VIRTIO_NET_F_HASH_REPORT & 1:
+            return
+        self.park()
+        self._hashing = hashing
+        for ring in self._rings.values():
+            ring.hashing = hashing
+        self.resume()
 
     def set_offloads(self, offloads: int) -> bool:
         """Have the host send what ``offloads`` (GUEST_* bits) allows; False if that was not

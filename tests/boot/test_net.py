@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.boot.guest import (
+    PYVMM,
     Guest,
     check_iperf,
     check_ping,
@@ -217,6 +218,53 @@ def test_coalescing(host: Host) -> None:
         nic = guest.report["nets"][0]
         assert nic["counters"]["rx_calls_delayed"] >= 3 and nic["counters"]["tx_calls_delayed"]
         assert not nic["faults"] and not nic["driver_mistakes"]
+
+
+STEERED = ("emulated", "vhost-net", "vhost-user", "emulated,with=hash-report+rss+packed")
+
+
+def test_rss(host: Host) -> None:
+    """`ethtool -X` in the guest says which queue pairs frames come in by, on each data path, and a
+    live switch keeps that.
+    """
+    nets = [f"{net},queues=2" + ("" if "with=" in net else ",with=rss") for net in STEERED]
+    nets[0] += ",switchable=vhost-net"
+    cards = [arg for net in nets for arg in ("--net", net)]
+    with Guest(host, "--name", "steered", "--cpus", "2", *cards) as guest:
+
+        def received(nic: int) -> list[int]:
+            text = guest.do(f"ethtool -S eth{nic}")
+            return [int(n) for n in re.findall(r"rx_queue_\d+_packets: (\d+)", text)]
+
+        def traffic(nic: int) -> list[int]:
+            before = received(nic)
+            check_tcp(guest, nic)
+            return [b - a for a, b in zip(before, received(nic), strict=True)]
+
+        def check(nic: int, pair: int) -> None:
+            guest.do(f"ethtool -X eth{nic} weight {1 - pair} {pair}")
+            by_queue = traffic(nic)
+            # What is not IP, such as ARP, comes in by the first.
+            assert by_queue[pair] > 100 and by_queue[1 - pair] < 20, (nic, pair, by_queue)
+
+        for nic in range(len(nets)):
+            text = guest.do(f"ethtool -x eth{nic}")
+            assert "toeplitz: on" in text or "RSS hash key:" in text, text
+            check(nic, 1)
+            check(nic, 0)
+        guest.do("ethtool -K eth3 rxhash on && ethtool -N eth3 rx-flow-hash udp4 sdfn")
+        check_traffic(guest, 3)
+        check(0, 1)
+        for mode in ("vhost-net", "emulated"):
+            result = host.run(*PYVMM, "switch", "--host", "local", "steered", mode)
+            assert result.status == 0, result
+            by_queue = traffic(0)
+            assert by_queue[1] > 100 and by_queue[0] < 20, (mode, by_queue)
+        guest.leave()
+        for nic, net in zip(guest.report["nets"], nets, strict=True):
+            assert not nic["faults"] and not nic["driver_mistakes"], net
+            assert "RSS" in nic["negotiated"] and nic["queue_pairs"]["used"] == 2
+        assert "HASH_REPORT" in guest.report["nets"][3]["negotiated"]
 
 
 def test_vlans(host: Host) -> None:

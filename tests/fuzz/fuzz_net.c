@@ -77,7 +77,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	}
 	cfg.fd = pair[0];
 	cfg.event_fd = event[4];
-	cfg.hdr_len = data[2] & 8 ? 10 : 12;
+	cfg.hdr_len = data[2] & 8 ? 10 : data[12] & 1 ? HASH_HDR : V1_HDR;
+	if (cfg.hdr_len == HASH_HDR) {
+		pv_flow_hash_init(&cfg.hash, data[13] >> 2, data, FUZZ_HEADER);
+		memcpy(packet, low, FUZZ_IMAGE);
+		packet[HASH_HDR + 12] = data[13] & 1 ? 0x08 : data[13] & 2 ? 0x81 : 0x86;
+		packet[HASH_HDR + 13] = data[13] & 1 || data[13] & 2 ? 0x00 : 0xdd;
+	}
 	cfg.max_frame = data[2] & 16 ? 65565 : 1530;
 	cfg.poll_us = data[2] & 32 ? 1 : 0;
 	for (uint32_t q = 0; q < 2 && data[14] & 1 && !(data[2] & 64); q++) {

@@ -13,7 +13,8 @@ for name in vring net; do
     # shellcheck disable=SC2086
     ${CC:-gcc} $flags -o "$out/fuzz_$name" "$here/fuzz_$name.c" "$here/fuzz_main.c" "$here/../../cext/vring.c" \
         "$here/../../cext/vring_packed.c" \
-        "$here/../../cext/inflight.c" "$here/../../cext/thread.c" "$here/../../cext/event.c"
+        "$here/../../cext/inflight.c" "$here/../../cext/thread.c" "$here/../../cext/event.c" \
+        "$here/../../cext/flow_hash.c"
 done
 for name in vring net; do
     cd "$out"

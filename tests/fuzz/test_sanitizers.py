@@ -18,6 +18,7 @@ SECONDS = os.environ.get("PYVMM_FUZZ_SECONDS", "20")
 SUITES = [
     "tests/unit/test_vring.py",
     "tests/unit/test_net_worker.py",
+    "tests/unit/test_steering.py",
     "tests/unit/test_vhost_user.py",
 ]
 

@@ -24,6 +24,8 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_CTRL_MAC_ADDR_SET,
     VIRTIO_NET_CTRL_MAC_TABLE_SET,
     VIRTIO_NET_CTRL_MQ,
+    VIRTIO_NET_CTRL_MQ_HASH_CONFIG,
+    VIRTIO_NET_CTRL_MQ_RSS_CONFIG,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
     VIRTIO_NET_CTRL_NOTF_COAL,
     VIRTIO_NET_CTRL_NOTF_COAL_RX_SET,
@@ -39,8 +41,9 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_CTRL_VLAN_DEL,
     VIRTIO_NET_ERR,
     VIRTIO_NET_OK,
+    VIRTIO_NET_HASH_REPORT_UDPv4,
 )
-from pyvmm.virtio.control import MAC_TABLE
+from pyvmm.virtio.control import HASH_TYPES, MAC_TABLE
 from pyvmm.virtio.net import COALESCE_US_MAX, PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import VirtioPci
 from tests.driver import Cable, bits, wait_for
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
 MAC = bytes.fromhex("525400123456")
 ALL = (1 << 64) - 1
 MQ = bits("VIRTIO_NET_F_MQ")
+RSS, HASH_REPORT = bits("VIRTIO_NET_F_RSS"), bits("VIRTIO_NET_F_HASH_REPORT")
 OFFLOADS = bits("VIRTIO_NET_F_GUEST_CSUM", "VIRTIO_NET_F_GUEST_TSO4")
 
 
@@ -69,9 +73,10 @@ class Bundle(Cable):
         self.queues: list[int] = []
         self.offloads: list[int] = []
         self.refuse = False
+        self.more = 0
 
     def features(self) -> int:
-        return OFFLOADS
+        return OFFLOADS | self.more
 
     def set_queues(self, count: int) -> None:
         if self.refuse:
@@ -88,11 +93,14 @@ class Bundle(Cable):
 
 
 class Rig:
-    """A card with ``pairs`` queue pairs, and a guest that drives it."""
+    """A card with ``pairs`` queue pairs, and a guest that drives it. :param more: features of the
+    host's side beside its offloads.
+    """
 
-    def __init__(self, pairs: int = 1, features: int = ALL, **guest: Any) -> None:
+    def __init__(self, pairs: int = 1, features: int = ALL, *, more: int = 0, **guest: Any) -> None:
         self.board = Board(memory=32 << 20)
         self.cable = Bundle(pairs)
+        self.cable.more = more
         self.path = EmulatedNet(self.cable)
         self.device = NetDevice("net0", self.board.memory, self.path, self.cable, MAC, pairs=pairs)
         self.board.add(
@@ -105,7 +113,12 @@ class Rig:
             )
         )
         self.guest = NetGuest(
-            self.board, 1, features, pairs=pairs if features & MQ else 1, control=True, **guest
+            self.board,
+            1,
+            features,
+            pairs=pairs if features & (MQ | more & RSS) else 1,
+            control=True,
+            **guest,
         )
         self.command = self.guest.command
 
@@ -355,6 +368,99 @@ def test_coalescing(rig: Rig) -> None:
     assert get(77) is None
     exchange(rig, 0, 1)
     assert not rig.device.faults
+
+
+def rss_config(
+    table: list[int],
+    *,
+    types: int = HASH_TYPES,
+    unclassified: int = 0,
+    pairs: int = 1,
+    key: bytes = bytes(range(40)),
+) -> bytes:
+    """struct virtio_net_rss_config (5.1.6.5.7.1)."""
+    out = struct.pack("<IHH", types, (len(table) - 1) & 0xFFFF, unclassified)
+    return out + struct.pack(f"<{len(table)}HHB", *table, pairs, len(key)) + key
+
+
+@pytest.mark.parametrize("features", [ALL, ALL & ~MQ], ids=["mq", "rss alone"])
+def test_rss(features: int) -> None:
+    """5.1.6.5.7: which queue pairs are used, and what the host's side is told."""
+    with Rig(4, features, more=RSS) as rig:
+        assert rig.guest.pci.config(17, 1) == 40
+        assert rig.guest.pci.config(18, 2) == 128 and rig.guest.pci.config(20, 4) == HASH_TYPES
+        assert rig.device.pairs == 1 and rig.cable.steering is None
+
+        def rss(data: bytes) -> int | None:
+            return rig.command(VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_RSS_CONFIG, data)
+
+        assert rss(rss_config([2, 1], pairs=1)) == VIRTIO_NET_OK
+        assert rig.device.pairs == 3 and rig.cable.queues[-1] == 3
+        s = rig.cable.steering
+        assert s is not None and list(s.table) == [2, 1] and s.unclassified == 0
+        assert s.hashing.types == HASH_TYPES and s.hashing.key == bytes(range(40))
+        exchange(rig, 2, 1)
+        assert rss(rss_config([0] * 128, unclassified=1, pairs=4, key=b"")) == VIRTIO_NET_OK
+        assert rig.device.pairs == 4
+        kept = rig.cable.steering
+        good = rss_config([0, 1], pairs=2)
+        for bad in (
+            rss_config([4, 0]),
+            rss_config([0x8001]),
+            rss_config([0, 0, 0]),
+            rss_config([0] * 256),
+            rss_config([]),
+            rss_config([0], unclassified=4),
+            rss_config([0], pairs=5),
+            rss_config([0], pairs=0),
+            rss_config([0], key=bytes(41)),
+            rss_config([0], types=HASH_TYPES + 1 + max(HASH_TYPES, 63)),
+            good + b"\0",
+            *(good[:n] for n in range(len(good))),
+        ):
+            assert rss(bad) == VIRTIO_NET_ERR
+        assert rig.cable.steering is kept and rig.device.pairs == 4
+        exchange(rig, 3, 60)
+        if features & MQ:  # back to what the host likes (5.1.6.5.6)
+            assert set_pairs(rig, 2) == VIRTIO_NET_OK
+            assert rig.cable.steering is None and rig.device.pairs == 2
+        rig.guest.pci.set("device_status", 0)
+        assert not rig.device.faults
+
+
+def test_hash_report() -> None:
+    """5.1.6.5.6.4: the headers have room for a hash from the start, and the hash once asked for."""
+    with Rig(1, more=HASH_REPORT) as rig:
+        assert rig.cable.header == 20
+        hello = frame(1)
+        header = b"\0" * 20
+
+        def arrives() -> bytes:
+            rig.guest.net.received.clear()
+            rig.cable.far.send(header + hello)
+            (packet,) = rig.guest.net.wait_packets(1)
+            assert packet[20:] == hello and packet[:10] == bytes(10)
+            return packet[12:20]
+
+        assert arrives() == bytes(8)
+        hello = (
+            bytes(12) + b"\x08\0\x45" + bytes(8) + b"\x11" + bytes(2) + bytes(range(12)) + bytes(40)
+        )
+
+        def ask(data: bytes) -> int | None:
+            return rig.command(VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_HASH_CONFIG, data)
+
+        types = struct.pack("<I8x", HASH_TYPES)
+        for bad in (types, types + b"\x28" + bytes(39), types + b"\x29" + bytes(41), b"\xff" * 53):
+            assert ask(bad) == VIRTIO_NET_ERR
+        assert arrives() == bytes(8)
+        assert ask(types + b"\x28" + bytes(range(40))) == VIRTIO_NET_OK
+        value, report = struct.unpack("<IH2x", arrives())
+        assert value and report == VIRTIO_NET_HASH_REPORT_UDPv4
+        assert ask(bytes(12) + b"\0") == VIRTIO_NET_OK
+        assert arrives() == bytes(8)
+        rig.guest.net.send(hello)
+        assert rig.cable.receive()[12:] == hello and not rig.device.faults
 
 
 def test_commands_without_their_feature() -> None:

@@ -29,6 +29,8 @@ def test_defaults() -> None:
             "VIRTIO_F_IN_ORDER",
             "VIRTIO_NET_F_NOTF_COAL",
             "VIRTIO_NET_F_VQ_NOTF_COAL",
+            "VIRTIO_NET_F_RSS",
+            "VIRTIO_NET_F_HASH_REPORT",
         ),
     )
     assert Net.parse("none").mode == "none" and Net().mode == "emulated"
@@ -110,7 +112,7 @@ BAD = {
     "emulated,tap=a\nb": "no interface name",
     "emulated,without=all": "groups, joined by +",
     "emulated,with=packet": "did you mean packed?",
-    "emulated,with=tso": "groups, joined by +: packed, in-order, coalescing",
+    "emulated,with=tso": "groups, joined by +: packed, in-order, coalescing, rss, hash-report",
     "emulated,with=packed,without=packed": "leave one of them away",
     "emulated,with=packed,with=packed": "given twice",
 }

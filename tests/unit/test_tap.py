@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -22,7 +23,8 @@ from typing import Any
 
 import pytest
 
-from pyvmm.datapath.base import Vring
+from pyvmm._ext import ffi, lib
+from pyvmm.datapath.base import Hashing, Vring, header_size
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
 from pyvmm.hostnet import ALLOW_USER_NAMESPACES, netns, tap, userns
@@ -35,6 +37,13 @@ from tests.driver import Events, NetDriver, wait_for
 from tests.strangers import need_readable_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
+#: linux/udp.h
+UDP_SEGMENT = 103
+USO = [
+    virtio_net.VIRTIO_NET_F_GUEST_USO4,
+    virtio_net.VIRTIO_NET_F_GUEST_USO6,
+    virtio_net.VIRTIO_NET_F_HOST_USO,
+]
 GSO = [
     virtio_net.VIRTIO_NET_F_GUEST_CSUM,
     virtio_net.VIRTIO_NET_F_GUEST_TSO4,
@@ -439,8 +448,90 @@ def test_offloads_that_lack_what_they_require_are_not_asked_for(namespace: Names
 
 def test_the_tap_has_all_offloads(namespace: Namespace) -> None:
     features = namespace.tap.features()
-    assert features >> virtio_net.VIRTIO_NET_F_CSUM & 1 and not features & ~mask(*range(15))
+    assert features >> virtio_net.VIRTIO_NET_F_CSUM & 1
+    assert not features & ~mask(*range(15), *USO, virtio_net.VIRTIO_NET_F_HASH_REPORT)
     assert not mask(*GSO) & ~features
+    assert features & mask(*USO) in (0, mask(*USO))
+
+
+def test_datagrams_in_segments(namespace: Namespace) -> None:
+    """UDP_SEGMENT both ways: one frame with VIRTIO_NET_HDR_GSO_UDP_L4 for several datagrams."""
+    if not namespace.tap.features() & mask(*USO):
+        pytest.skip("this kernel's taps have no USO (Linux 6.2)")
+    with contextlib.ExitStack() as stack:
+        guest = Guest(namespace, mask(*GSO, *USO[:2]))
+        stack.callback(guest.close)
+        s = stack.enter_context(namespace.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        s.bind(("192.168.91.1", 5000))
+        s.settimeout(5)
+        s.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 700)
+        data = os.urandom(7000)
+        s.sendto(data, ("192.168.91.2", 4000))
+        packet = guest.udp_received(4000)[0]
+        assert packet[1] == virtio_net.VIRTIO_NET_HDR_GSO_UDP_L4
+        assert struct.unpack_from("<H", packet, 4)[0] == 700
+        assert packet[54:] == data
+        # With one of the two features only, the host cuts: the kernel knows no such tap.
+        namespace.tap.set_offloads(guest.acked & ~mask(virtio_net.VIRTIO_NET_F_GUEST_USO6))
+        s.sendto(data, ("192.168.91.2", 4001))
+        assert b"".join(p[54:] for p in guest.udp_received(4001, 10)) == data
+        udp = struct.pack(">HHHH", 4000, 5000, 8 + len(data), 0)
+        ip = (
+            struct.pack(">BBHHHBBH", 0x45, 0, 28 + len(data), 1, 0, 64, 17, 0)
+            + Guest.IP
+            + Guest.HOST
+        )
+        pseudo = ip[12:20] + struct.pack(">BBH", 0, 17, 8 + len(data))
+        udp = udp[:6] + struct.pack(">H", ~checksum(pseudo) & 0xFFFF)
+        ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
+        needs = virtio_net.VIRTIO_NET_HDR_F_NEEDS_CSUM
+        gso = virtio_net.VIRTIO_NET_HDR_GSO_UDP_L4
+        header = struct.pack("<BBHHHHH", needs, gso, 42, 700, 34, 6, 0)
+        guest.driver.queue(
+            mac_of(namespace) + Guest.MAC + b"\x08\0" + ip + udp + data, header=header
+        )
+        guest.driver.tx.publish()
+        got = [s.recv(2000) for _ in range(10)]
+        assert [len(d) for d in got] == [700] * 10 and b"".join(got) == data
+
+
+def test_a_hash_before_each_frame(namespace: Namespace) -> None:
+    """Headers of 20 bytes, both ways, and the hash of what the host sends."""
+    g = Guest(namespace, 0)
+    g.path.stop()
+    try:
+        g.acked |= mask(virtio_net.VIRTIO_NET_F_HASH_REPORT)
+        namespace.tap.set_header(header_size(g.acked))
+        bases = [g.driver.rx.used_idx, g.driver.tx.used_idx]
+        rings = [r.vring(b) for r, b in zip(g.driver.rings, bases, strict=True)]
+        rings[0].hashing = Hashing(virtio_net.VIRTIO_NET_RSS_HASH_TYPE_UDPv4, bytes(range(40)))
+        g.start(rings)
+        with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            s.bind(("192.168.91.1", 5000))
+            s.settimeout(5)
+            s.sendto(b"hello", ("192.168.91.2", 4000))
+
+            def find() -> list[bytes]:
+                g.driver.poll()
+                return [p for p in g.driver.received if p.endswith(b"hello")]
+
+            assert wait_for(lambda: len(find()) == 1)
+            (packet,) = find()
+            value, report, padding = struct.unpack_from("<IHH", packet, 12)
+            assert (report, padding) == (virtio_net.VIRTIO_NET_HASH_REPORT_UDPv4, 0)
+            state, kind = ffi.new("struct pv_flow_hash *"), ffi.new("uint16_t *")
+            lib.pv_flow_hash_init(state, 1 << 2, bytes(range(40)), 40)
+            frame = packet[20:]
+            assert value == lib.pv_flow_hash(state, frame, len(frame), kind) != 0
+            udp = struct.pack(">HHHH", 4000, 5000, 8 + 5, 0) + b"hello"
+            ip = struct.pack(">BBHHHBBH", 0x45, 0, 33, 1, 0, 64, 17, 0) + Guest.IP + Guest.HOST
+            ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
+            good = mac_of(namespace) + Guest.MAC + b"\x08\0" + ip + udp
+            g.driver.queue(good, header=bytes(20))
+            g.driver.tx.publish()
+            assert s.recvfrom(100) == (b"hello", ("192.168.91.2", 4000))
+    finally:
+        g.close()
 
 
 def test_udp_to_the_host_and_what_the_tap_refuses(namespace: Namespace, guest: Guest) -> None:
