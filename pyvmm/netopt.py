@@ -65,6 +65,14 @@ GROUPS = {
 #: Groups that the card offers only if ``with=`` names them. Not every data path can honour them,
 #: and a guest that uses them could not be switched to the others.
 ON_REQUEST = ("packed", "in-order", "coalescing", "rss", "hash-report")
+#: Those of them that each mode can honour on a tap of pyvmm's own, if the user may load eBPF
+#: programs.
+HONOURED: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "emulated": ON_REQUEST,
+    "vhost-net": ("rss",),
+    "vhost-user": ("packed", "in-order", "rss"),
+}
 #: Mbit/s: the largest number in struct virtio_net_config.
 SPEED_MAX = 0x7FFFFFFF
 #: The most queue pairs of a card.

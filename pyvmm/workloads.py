@@ -7,8 +7,11 @@ other end of the card; the guest has an iperf3 server where one is needed.
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import subprocess
+import threading
 import time
 
 from pyvmm.errors import HostError
@@ -96,6 +99,52 @@ def tcp_mbit(
                 raise
             time.sleep(PAUSE)
     raise ValueError(f"{attempts} attempts")
+
+
+def check_echo(space: Namespace, server: tuple[str, int], count: int, timeout: float) -> None:
+    """Send random bytes by TCP from the namespace to a server that returns them, and compare each.
+
+    :param count: of bytes. :param timeout: seconds in all, also for a server that does not listen
+        yet.
+    :raises ToolFailed: another byte came back, or not all of them in time.
+    """
+    end = time.monotonic() + timeout
+    while True:
+        s = space.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            s.settimeout(max(0.1, end - time.monotonic()))
+            s.connect(server)
+            break
+        except OSError as e:
+            s.close()
+            if time.monotonic() > end:
+                raise ToolFailed(f"the guest's echo cannot be reached: {e}") from e
+            time.sleep(PAUSE)
+    sent, got = os.urandom(count), bytearray()
+    with s:
+        sender = threading.Thread(target=_send, args=(s, sent), daemon=True)
+        sender.start()
+        try:
+            while len(got) < count:
+                s.settimeout(max(0.1, end - time.monotonic()))
+                part = s.recv(1 << 16)
+                if not part:
+                    break
+                got += part
+        except OSError as e:
+            raise ToolFailed(f"{len(got)} of {count} bytes came back: {e}") from e
+    if got != sent:
+        wrong = next((i for i, (a, b) in enumerate(zip(got, sent, strict=False)) if a != b), None)
+        what = f"{len(got)} of {count} bytes" if wrong is None else f"another byte {wrong}"
+        raise ToolFailed(f"{what} came back from the guest's echo")
+
+
+def _send(s: socket.socket, data: bytes) -> None:
+    try:
+        s.sendall(data)
+        s.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # the receiver tells
 
 
 def reason(text: str) -> str:

@@ -1,14 +1,16 @@
 """Boot each kernel on each data path, with each number of processors and set of features, and show
 how each boot went.
 
-A cell is one boot: the guest comes up, pings, receives and sends by TCP (iperf3), runs COMMAND if
-there is one, and powers off. Its row has the verdict, the features that kernel and card agreed on,
-the throughput both ways, and the exits to the VMM per 1000 packets.
+A cell is one boot: the guest comes up, pings, returns 1 MiB that is compared byte by byte, receives
+and sends by TCP (iperf3), runs COMMAND if there is one, and powers off. Its row has the verdict,
+the features that kernel and card agreed on, the throughput both ways, and the exits to the VMM per
+1000 packets.
 
 Modes are those of `pyvmm run --net`, their keys joined by colons (emulated:notify=exit). Feature
 sets are `all`, or the groups that are not offered and those that are offered on request only,
-joined by +: no-mrg-rxbuf, no-offloads+packed. Kernels are files or names of images (default, 6.12,
-tiny, host).
+joined by +: no-mrg-rxbuf, no-offloads+packed. `each` stands for `all`, each group alone, and all
+those on request that the data path has; `pairs` for each kind of ring with each kind of offload.
+Kernels are files or names of images (default, 6.12, tiny, host).
 
 With --json FILE each cell is written as soon as it has ended. --resume goes on after an
 interruption, a crash or the loss of a machine: results in FILE are kept, unless their kernel or the
@@ -18,6 +20,7 @@ Examples:
   pyvmm matrix
   pyvmm matrix --kernels default,6.12 --cpus 1,2 --features all,no-mrg-rxbuf --json matrix.json
   pyvmm matrix --kernels default,6.12 --json matrix.json --resume
+  pyvmm matrix --modes emulated,vhost-net,vhost-user --features each,pairs --seconds 0
   pyvmm matrix --kernels old/bzImage,new/bzImage --modes vhost-user --junit m.xml -- ethtool -k eth0
 
 Exit status: 0 all cells passed, 1 some did not, 2 bad usage, 101 a result could not be written,

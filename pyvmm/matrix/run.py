@@ -19,7 +19,7 @@ from pyvmm.errors import (
     UsageError,
 )
 from pyvmm.images import NAMES, find, is_name
-from pyvmm.netopt import ON_REQUEST, Net
+from pyvmm.netopt import GROUPS, HONOURED, ON_REQUEST, Net
 from pyvmm.outcome import Outcome
 from pyvmm.spec.platform import MAX_CPUS
 from pyvmm.testing.console import Watch
@@ -27,7 +27,7 @@ from pyvmm.testing.judge import judge
 from pyvmm.testing.verdict import Verdict, last_lines, of_error
 from pyvmm.testing.vm import TestMachine
 from pyvmm.virtio.features import names
-from pyvmm.workloads import ToolFailed, tcp_mbit
+from pyvmm.workloads import ToolFailed, check_echo, tcp_mbit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ COUNTED = (
 )
 POWER_OFF_S = 20.0  # seconds for the guest's init to end the machine
 ATTEMPTS = 20  # attempts to reach the guest's iperf3 server, which needs a moment until it listens
+#: In ``--features pairs``, each of these with each of those.
+RINGS = ("packed", "in-order", "no-indirect", "no-event-idx", "no-mrg-rxbuf")
+OFFLOADS = ("no-offloads", "no-tso", "no-uso")
+ECHO_PORT = 7001
+ECHO_BYTES = 1 << 20
 TOOL_S = 30.0  # seconds for a tool beyond the time that it is told to run
 OUTPUT_MAX = 4000  # characters of a command's output that are kept
 CONSOLE_LINES = 30  # lines of the console that are kept of a cell that did not pass
@@ -132,8 +137,26 @@ def combine(kernels: str, modes: str, cpus: str, features: str) -> list[Cell]:
         for kernel in _words("--kernels", kernels)
         for mode in _words("--modes", modes)
         for count in _words("--cpus", cpus)
-        for groups in _words("--features", features)
+        for groups in _feature_sets(mode.partition(":")[0], features)
     ]
+
+
+def _feature_sets(mode: str, features: str) -> list[str]:
+    """The sets that the words of ``--features`` mean with a mode."""
+    honoured = HONOURED.get(mode, ())
+    sets = []
+    for word in _words("--features", features):
+        if word == "each":
+            without = [f"no-{group}" for group in GROUPS if group not in ON_REQUEST]
+            sets += ["all", *without, *honoured]
+            if len(honoured) > 1:
+                sets.append("+".join(honoured))
+        elif word == "pairs":
+            rings = [ring for ring in RINGS if ring.startswith("no-") or ring in honoured]
+            sets += [f"{ring}+{offload}" for ring in rings for offload in OFFLOADS]
+        else:
+            sets.append(word)
+    return list(dict.fromkeys(sets))
 
 
 def _words(option: str, text: str) -> list[str]:
@@ -148,7 +171,7 @@ def _checked(kernel: str, mode: str, cpus: str, features: str) -> Cell:
         raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
     parts = features.split("+")
     if features != "all" and not all(p.startswith("no-") or p in ON_REQUEST for p in parts):
-        raise UsageError(f"--features {features}", "write all, or no-mrg-rxbuf+packed")
+        raise UsageError(f"--features {features}", "write all, each, pairs, or no-mrg-rxbuf+packed")
     cell = Cell(kernel, mode, int(cpus), features)
     net = Net.parse(cell.net())
     if net.tap or net.socket:
@@ -250,8 +273,8 @@ def _machine(cell: Cell, settings: Settings, stack: ExitStack) -> TestMachine:
 
 
 def _measure(machine: TestMachine, settings: Settings, result: dict[str, Any]) -> str:
-    """Boot, ping, TCP both ways, the command: the figures go to ``result``. Returns why the cell
-    fails, in one line; empty if it does not fail.
+    """Boot, ping, bytes there and back, TCP both ways, the command: the figures go to ``result``.
+    Returns why the cell fails, in one line; empty if it does not fail.
     """
     machine.ready(settings.timeout + 30)  # the time-out of the cell comes first
     if machine.agent is None:  # a test kernel, or another init: its end is the only result
@@ -261,6 +284,9 @@ def _measure(machine: TestMachine, settings: Settings, result: dict[str, Any]) -
         assert nic.host is not None and nic.guest is not None
         host, guest = nic.host.partition("/")[0], nic.guest.partition("/")[0]
         machine.run(["ping", "-c", "3", "-i", "0.2", host], timeout=30).check()
+        echo = f"nc -l -p {ECHO_PORT} -e cat </dev/null >/dev/null 2>&1 &"
+        machine.run(["sh", "-c", echo]).check()
+        check_echo(nic.namespace, (guest, ECHO_PORT), ECHO_BYTES, TOOL_S)
         if settings.seconds:
             machine.run(["iperf3", "-s", "-D"]).check()
             for way, options in (("to_guest_mbit", ()), ("from_guest_mbit", ("-R",))):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ import pytest
 from pyvmm import workloads
 from pyvmm.errors import HostError
 from pyvmm.hostnet.netns import Namespace
-from pyvmm.workloads import ToolFailed, run_tool, tcp_mbit
+from pyvmm.matrix.run import combine
+from pyvmm.workloads import ToolFailed, check_echo, run_tool, tcp_mbit
 
 PATIENCE = 60.0
 
@@ -117,3 +120,58 @@ def test_a_missing_tool_is_not_tried_again(
 def test_nonsense_is_an_error(read: Any, text: str) -> None:
     with pytest.raises(ToolFailed, match="cannot read its result: "):
         read(text)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda data: data, ""),
+        (lambda data: data[:-1], "99999 of 100000 bytes came back"),
+        (lambda data: data[:777] + bytes([data[777] ^ 1]) + data[778:], "another byte 777"),
+        (None, "bytes came back: timed out"),
+    ],
+)
+def test_bytes_there_and_back(space: Namespace, spoil: Any, problem: str) -> None:
+    """Each byte counts, and so does a server that keeps them."""
+    with space.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        kept: list[socket.socket] = []
+
+        def serve() -> None:
+            s, _ = server.accept()
+            kept.append(s)
+            data = b""
+            while len(data) < 100_000:
+                data += s.recv(1 << 16)
+            if spoil is not None:
+                s.sendall(spoil(data))
+                s.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        timeout = PATIENCE if spoil is not None else 1.0
+        try:
+            check_echo(space, server.getsockname(), 100_000, timeout)
+            assert not problem
+        except ToolFailed as e:
+            assert problem and problem in str(e)
+        thread.join()
+        for s in kept:
+            s.close()
+
+
+def test_words_for_sets_of_features() -> None:
+    """Each data path gets the sets that it can have, none twice."""
+
+    def sets(modes: str, features: str) -> list[str]:
+        return [f"{c.mode} {c.features}" for c in combine("tiny", modes, "1", features)]
+
+    each = sets("emulated,vhost-net", "each,packed")
+    assert len(set(each)) == len(each)
+    assert "emulated packed" in each and "emulated no-uso" in each and "vhost-net rss" in each
+    assert "emulated packed+in-order+coalescing+rss+hash-report" in each
+    assert "vhost-net hash-report" not in each
+    pairs = sets("vhost-user", "pairs")
+    assert len(pairs) == 15 and "vhost-user packed+no-tso" in pairs
+    assert len(sets("vhost-net:notify=exit", "pairs")) == 9
