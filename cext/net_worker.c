@@ -6,6 +6,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "event.h"
@@ -38,10 +39,10 @@
 
 /*
  * Slots of the ring of events, a power of two, and how many of them are kept for what comes once:
- * a fault of each ring, NOT_PINNED and ERROR.
+ * a fault of each ring, NOT_PINNED, STOPPED and ERROR.
  */
 #define EVENTS	    16
-#define EVENTS_ONCE 4
+#define EVENTS_ONCE 5
 
 enum { RX, TX };
 enum { HOLD_NO, HOLD_ASKED, HOLD_DONE };
@@ -1063,12 +1064,25 @@ static void serve_end(struct pv_net_worker *w)
 	}
 }
 
+/* What remains to the thread: see the theory of operation. */
+static const uint16_t calls[] = {
+	SYS_epoll_pwait2,  SYS_epoll_ctl, SYS_readv,	      SYS_writev,	SYS_read, SYS_write,
+	SYS_clock_gettime, SYS_madvise,	  SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_exit,
+};
+
+/* The thread has made another call, as if somebody else were in control of it. */
+static void stopped(void *arg, int call)
+{
+	report(arg, (struct pv_net_event){.kind = PV_NET_STOPPED, .error = call});
+}
+
 /* What the thread does. */
 static void serve(void *arg)
 {
 	struct pv_net_worker *w = arg;
 
 	serve_begin(w);
+	pv_thread_confine(&w->thread, calls, sizeof(calls) / sizeof(calls[0]), stopped);
 	while (!stopping(w)) {
 		if (net_round(w) || !net_sleep(w))
 			continue;

@@ -33,13 +33,13 @@
  * error, since each of them comes once and has its slot kept free; of link changes, which have no
  * such bound, it may lose some in the middle, but not the latest state.
  *
- * Twelve system calls remain to the thread once it serves its rings, so that it can be confined to
- * them. The loop uses epoll_pwait2, epoll_ctl, readv, writev, read (wake_fd), write (the call
+ * Once it serves its rings, the thread is confined to thirteen system calls (confine.h). The loop
+ * uses epoll_pwait2, epoll_ctl, readv, writev, read (wake_fd), write (the call
  * eventfds, event_fd and answer_fd), poll (before a write to a call eventfd, which a peer may
  * share: event.h) and, if the vDSO cannot tell the time, clock_gettime. Its end adds clock_gettime
  * (CPU time), rt_sigprocmask, madvise and exit, the last three from the C library; if it has to be
- * interrupted, rt_sigreturn. Name, CPU and timer slack are set before. strace -f on
- * tests/fuzz/race_net shows it.
+ * interrupted, rt_sigreturn; if it is stopped (SIGSTOP), restart_syscall. Name, CPU and timer slack
+ * are set before. strace -f on tests/fuzz/race_net shows it.
  */
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H
@@ -58,7 +58,9 @@ enum pv_net_event_kind {
 	PV_NET_LINK_DOWN,
 	PV_NET_LINK_UP,	   /* the tap given to pv_net_worker_attach is in use */
 	PV_NET_NOT_PINNED, /* error; the thread runs on any CPU */
-	PV_NET_ERROR	   /* error; epoll failed, which should not happen: the thread has ended */
+	/* error: number of a system call that the thread may not make; it does nothing any more */
+	PV_NET_STOPPED,
+	PV_NET_ERROR /* error; epoll failed, which should not happen: the thread has ended */
 };
 
 struct pv_net_event {

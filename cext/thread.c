@@ -9,6 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "confine.h"
 #include "event.h"
 #include "trace.h"
 
@@ -36,13 +37,22 @@ static int pin(int cpu)
 	return sched_setaffinity(0, sizeof(mask), (cpu_set_t *)mask) ? errno : 0;
 }
 
+/**
+ * pv_thread_name() - Give the calling thread the name that the system shows
+ * @name:	Cut after 15 bytes
+ */
+void pv_thread_name(const char *name)
+{
+	prctl(PR_SET_NAME, name);
+}
+
 static void *thread_main(void *arg)
 {
 	struct pv_thread *t = arg;
 	struct timespec used;
 
 	if (t->name[0])
-		prctl(PR_SET_NAME, t->name);
+		pv_thread_name(t->name);
 	if (t->cpu >= 0)
 		t->pin_error = pin(t->cpu);
 	t->tid = gettid();
@@ -76,6 +86,8 @@ int pv_thread_start(struct pv_thread *t, const char *name, int cpu, void (*run)(
 	sigset_t all, old;
 	int error = pv_interrupt_init();
 
+	if (!error)
+		error = pv_confine_init();
 	if (error)
 		return error;
 	*t = (struct pv_thread){.run = run, .arg = arg, .cpu = cpu};
@@ -85,6 +97,7 @@ int pv_thread_start(struct pv_thread *t, const char *name, int cpu, void (*run)(
 	/* A new thread inherits the signal mask of the thread that makes it. */
 	sigfillset(&all);
 	sigdelset(&all, pv_interrupt_signal());
+	sigdelset(&all, SIGSYS);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	error = pthread_create(&t->pthread, NULL, thread_main, t);
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -113,6 +126,30 @@ void pv_thread_await(struct pv_thread *t)
 	sem_take(&t->ready);
 }
 
+static __thread struct pv_thread *confined;
+
+static void on_stopped(int call)
+{
+	confined->stopped(confined->arg, call);
+	__atomic_store_n(&confined->parked, true, __ATOMIC_RELEASE);
+}
+
+/**
+ * pv_thread_confine() - Leave the calling thread these system calls alone, for good
+ * @t:		The thread itself
+ * @calls:	See pv_confine_thread(); a kernel without such filters leaves the thread as it is
+ * @count:	How many
+ * @stopped:	Called in the thread with the thread's argument if it makes another call. It does
+ *		nothing any more then, and pv_thread_join() does not wait for its end.
+ */
+void pv_thread_confine(struct pv_thread *t, const uint16_t *calls, size_t count,
+		       void (*stopped)(void *arg, int call))
+{
+	confined = t;
+	t->stopped = stopped;
+	(void)pv_confine_thread(calls, count, on_stopped);
+}
+
 /**
  * pv_thread_join() - Wait until the thread has ended
  * @t:		Asked to end, or its gate is still closed, or there is no thread
@@ -138,6 +175,11 @@ void pv_thread_join(struct pv_thread *t)
 		until.tv_sec += until.tv_nsec / 1000000000;
 		until.tv_nsec %= 1000000000;
 		error = pthread_timedjoin_np(t->pthread, NULL, &until);
+		if (error == ETIMEDOUT && __atomic_load_n(&t->parked, __ATOMIC_ACQUIRE)) {
+			/* It never ends, and touches nothing but its stack. */
+			pthread_detach(t->pthread);
+			break;
+		}
 		if (error == ETIMEDOUT)
 			pv_interrupt(t->pthread);
 	} while (error == ETIMEDOUT);

@@ -31,6 +31,7 @@
 /* If the structure is zeroed, or pv_thread_join() has returned, there is no thread. */
 struct pv_thread {
 	pthread_t pthread;
+	void (*stopped)(void *arg, int call); /* see pv_thread_confine() */
 	void (*run)(void *arg);
 	void *arg;
 	char name[PV_THREAD_NAME];
@@ -45,12 +46,18 @@ struct pv_thread {
 	uint64_t began;
 	clockid_t clock;
 	uint64_t cpu_ns; /* atomic; 0 until the thread has ended */
+	bool parked; /* atomic; it made a call that it must not make, and does nothing any more */
 };
 
+/* cffi: begin */
+void pv_thread_name(const char *name);
+/* cffi: end */
 int pv_thread_start(struct pv_thread *t, const char *name, int cpu, void (*run)(void *arg),
 		    void *arg);
 void pv_thread_go(struct pv_thread *t);
 void pv_thread_await(struct pv_thread *t);
+void pv_thread_confine(struct pv_thread *t, const uint16_t *calls, size_t count,
+		       void (*stopped)(void *arg, int call));
 void pv_thread_join(struct pv_thread *t);
 uint64_t pv_thread_cpu_ns(const struct pv_thread *t);
 

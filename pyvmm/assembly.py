@@ -284,6 +284,10 @@ class Parts:
 
             add_test_devices(bus, self.vm, self.memory, self._want.cpus, self.console, debug_exit)
 
+    def _thread_stopped(self, problem: str) -> None:
+        """A worker was no longer ours: end the machine."""
+        self._wires.end(Outcome("thread-stopped", problem))
+
     def _add_net(self, index: int, net: Net, mac: bytes) -> None:
         """Plug in a network card."""
         from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
@@ -295,7 +299,7 @@ class Parts:
             guest = guest or f"192.168.{100 + index}.2/24"
         scope = self.recorder.scope(f"net{index}") if self.recorder is not None else None
         with ExitStack() as undo:
-            uplink = Uplink(net, host, scope)
+            uplink = Uplink(net, host, scope, self._thread_stopped)
             undo.callback(uplink.close)
             offer = -1
             for mode in net.switchable:

@@ -214,3 +214,11 @@ class GuestTimeout(PyvmmError):
     """The run did not end within --timeout."""
 
     exit_code = 124
+
+
+class ThreadStopped(PyvmmError):
+    """A thread of pyvmm's made a system call that it never makes by itself: somebody else may have
+    been in control of the thread.
+    """
+
+    exit_code = 128

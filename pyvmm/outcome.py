@@ -9,6 +9,7 @@ from pyvmm.errors import (
     GuestTimeout,
     KvmRunError,
     PyvmmError,
+    ThreadStopped,
     TripleFault,
 )
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from pyvmm.kvm.vcpu import State
 
     #: Kinds of ends that are errors: ``Outcome.error`` makes the exception of each.
-    Abnormal = Literal["panic", "reboot", "triple-fault", "kvm-error", "timeout", "hang"]
+    Abnormal = Literal[
+        "panic", "reboot", "triple-fault", "kvm-error", "timeout", "hang", "thread-stopped"
+    ]
     Kind = Literal[Abnormal, "poweroff", "stopped", "debug-exit", "suspend"]
 
 
@@ -27,8 +30,8 @@ class Outcome:
     """How a machine ended.
 
     :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout``,
-        ``hang``, ``stopped`` or ``debug-exit``; inside the machine also ``suspend``, which ends
-        nothing.
+        ``hang``, ``thread-stopped``, ``stopped`` or ``debug-exit``; inside the machine also
+        ``suspend``, which ends nothing.
     :ivar status: exit status of the guest's command, or of a test kernel at the debug-exit port,
         0..255; None if there was no status.
     :ivar detail: one more line about the end; may be empty.
@@ -45,6 +48,7 @@ class Outcome:
         "kvm-error": (KvmRunError, "KVM_RUN failed"),
         "timeout": (GuestTimeout, "the guest did not end in time"),
         "hang": (GuestHang, "the guest hangs"),
+        "thread-stopped": (ThreadStopped, "a thread of pyvmm's was stopped"),
     }
 
     def __init__(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import threading
 
+from pyvmm._ext import lib
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
-
-NAME_MAX = 15  # TASK_COMM_LEN less the terminating null
 
 
 class Thread(threading.Thread):
     """A thread that ``top -H`` shows by its own name, and that tools which pin threads can find.
 
     Python sets the system's name itself from 3.14 on. Before, a thread keeps the name of the thread
-    that started it.
+    that started it. The system keeps the first 15 bytes.
 
     :param failed: is told, in the thread, of the exception that ends it; the traceback goes where
         ``report_bug`` says. None: the exception only ends the thread.
@@ -29,11 +29,7 @@ class Thread(threading.Thread):
         self._failed = failed
 
     def run(self) -> None:
-        try:
-            with open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as comm:
-                comm.write(self.name[:NAME_MAX])
-        except OSError:
-            pass  # without /proc the thread runs without a name
+        lib.pv_thread_name(self.name.encode())
         try:
             super().run()
         except Exception as e:

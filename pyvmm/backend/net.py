@@ -18,7 +18,7 @@ from pyvmm.vhostuser.wire import ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any, Protocol
 
     from pyvmm.backend.frontend import Frontend, Handler
@@ -72,12 +72,20 @@ class NetService:
         on.
     :param poll_us: a worker looks for work for this long, in microseconds, before it sleeps.
     :param worker_cpu: pin the worker of queue pair k to CPU ``worker_cpu`` + k.
+    :param stopped: see ``EmulatedNet``.
     """
 
     in_order = True
     protocol_features = 1 << VHOST_USER_PROTOCOL_F_MTU | 1 << VHOST_USER_PROTOCOL_F_RARP
 
-    def __init__(self, port: Port, *, poll_us: int = 0, worker_cpu: int | None = None) -> None:
+    def __init__(
+        self,
+        port: Port,
+        *,
+        poll_us: int = 0,
+        worker_cpu: int | None = None,
+        stopped: Callable[[str], object] | None = None,
+    ) -> None:
         self.name: str = port.name
         self.queue_num = len(port.fds)
         self.rings = 2 * self.queue_num
@@ -86,7 +94,7 @@ class NetService:
             spec.VHOST_USER_NET_SET_MTU: self._set_mtu,
         }
         self._port = port
-        self._path = EmulatedNet(port, poll_us=poll_us, worker_cpu=worker_cpu)
+        self._path = EmulatedNet(port, poll_us=poll_us, worker_cpu=worker_cpu, stopped=stopped)
 
     def features(self) -> int:
         """The features of the worker and of the port, and those that front-ends serve."""

@@ -13,13 +13,16 @@ its log, one line per datagram. The lines about a session come before the next `
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections import deque
 
-from pyvmm.errors import PyvmmError, VhostUserError
+from pyvmm._ext import lib
+from pyvmm.errors import PyvmmError, ThreadStopped, VhostUserError
 from pyvmm.fd import Fd
 from pyvmm.hostnet.rights import recv_fds, send_fds
 from pyvmm.programs import module
@@ -29,6 +32,7 @@ from pyvmm.vhostuser.wire import Channel, Stopped, readable
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable
 
     from pyvmm.hostnet.tap import Tap
 
@@ -37,6 +41,8 @@ NAME = "pyvmm's own back-end"
 #: Seconds for an interpreter to start, and for a child to take a session.
 START_S, TAKE_S = 30.0, 2.0
 READY = b"\0"
+#: What the child imports when it first needs it, which is too late once it is confined.
+LATE = ("traceback", "linecache", "tokenize")
 #: Bytes of a line of the child's log, and lines that are kept for ``complaints``.
 LINE_MAX, LINES_MAX = 1024, 32
 
@@ -196,7 +202,7 @@ class BackendProcess:
         child, self._child = self._child, None
         if child is not None:
             if child.poll() is not None:
-                self._lines.append(f"ended with status {child.returncode}")
+                self._lines.append(_end_of(child.returncode))
             child.kill()
             child.wait()
         self._drain()
@@ -235,9 +241,37 @@ def _take(control: socket.socket) -> Channel | None:
     return Channel(socket.socket(fileno=fds[0])) if data else None
 
 
-def serve(control_fd: int, name: str, mtu: int, features: int, fds: list[int]) -> None:
+def _end_of(status: int) -> str:
+    """How the child ended, in words."""
+    if status == -signal.SIGSYS:
+        return "it was killed (SIGSYS): it asked for a system call that it may not have"
+    return f"ended with status {status}"
+
+
+def confine(log: Callable[[str], None]) -> None:
+    """Leave this process what it needs to serve sessions on the descriptors that it has or is
+    given: no file, no socket of its own, no program, no capability. Everything that it will run
+    has been imported.
+    """
+    for name in LATE:
+        __import__(name)
+    done = lib.pv_confine_process()
+    if done < 0:
+        log(f"it cannot be confined: {os.strerror(-done)}")
+
+
+def serve(
+    control_fd: int,
+    name: str,
+    mtu: int,
+    features: int,
+    fds: list[int],
+    prepare: Callable[[Callable[[str], None]], None] | None = None,
+) -> None:
     """The child's main function: serve on the tap of descriptors ``fds`` until the control socket
     is closed.
+
+    :param prepare: called, with the log, when everything has been imported and made.
     """
     from pyvmm.backend.net import NetService
     from pyvmm.backend.ports import LentTap
@@ -252,7 +286,14 @@ def serve(control_fd: int, name: str, mtu: int, features: int, fds: list[int]) -
             pass  # the parent has not taken a socketful of lines: it may do without another
 
     port = LentTap(name, [Fd(fd) for fd in fds], mtu, features)
-    with Backend(NetService(port), log=log) as backend:
+
+    def stopped(problem: str) -> None:
+        log(problem)
+        os._exit(ThreadStopped.exit_code)  # at once: who knows what else is not ours any more
+
+    with Backend(NetService(port, stopped=stopped), log=log) as backend:
+        if prepare is not None:
+            prepare(log)
         control.send(READY)
         while True:
             channel = _take(control)
@@ -275,4 +316,5 @@ if __name__ == "__main__":
         int(sys.argv[3]),
         int(sys.argv[4]),
         [int(a) for a in sys.argv[5:]],
+        confine,
     )

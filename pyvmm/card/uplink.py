@@ -55,12 +55,20 @@ class Uplink:
     A tap keeps what was programmed also while a back-end with a host side of its own serves the
     card, so that coming back to the tap needs nothing.
 
+    :param stopped: see ``EmulatedNet``.
     :ivar tap: None if only a vhost-user back-end has one; then there is nothing to program.
     :ivar namespace: pyvmm's own network namespace with the tap in it; None if the user gave a tap.
     """
 
-    def __init__(self, net: Net, host: str | None, recorder: Scope | None = None) -> None:
+    def __init__(
+        self,
+        net: Net,
+        host: str | None,
+        recorder: Scope | None = None,
+        stopped: Callable[[str], object] | None = None,
+    ) -> None:
         self.tap: Tap | None = None
+        self._stopped = stopped
         self._recorder = recorder
         self.namespace: Any = None
         self._backend: BackendProcess | None = None
@@ -195,7 +203,11 @@ class Uplink:
         from pyvmm.datapath.emulated import EmulatedNet
 
         return EmulatedNet(
-            tap, poll_us=net.poll, worker_cpu=net.worker_cpu, recorder=self._recorder
+            tap,
+            poll_us=net.poll,
+            worker_cpu=net.worker_cpu,
+            recorder=self._recorder,
+            stopped=self._stopped,
         )
 
     def _need_tap(self, net: Net) -> Tap:

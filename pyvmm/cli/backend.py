@@ -11,7 +11,8 @@ Examples:
   pyvmm backend --socket $DIR/a --connect $DIR/b      joins two machines
   pyvmm backend --socket $DIR/s --pcap dump.pcap      writes the guest's packets to a file
 
-The command ends at SIGINT or SIGTERM, with exit status 0.
+The command ends at SIGINT or SIGTERM, with exit status 0; with 128 if one of its threads makes a
+system call that it may not make.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import sys
 
 from pyvmm.cli.support.options import count
-from pyvmm.errors import HostError, UsageError
+from pyvmm.errors import HostError, ThreadStopped, UsageError
 from pyvmm.netopt import UID_MAX
 
 TYPE_CHECKING = False
@@ -109,6 +110,10 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
             errors.append(e)
         done.set()
 
+    def stopped(problem: str) -> None:
+        errors.append(ThreadStopped(problem))
+        done.set()
+
     with ExitStack() as stack:
         if args.pcap:
             capture = _capture(args.pcap, stack)
@@ -119,6 +124,7 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
                         port,
                         poll_us=POLL_US if args.poll else 0,
                         worker_cpu=args.worker_cpu,
+                        stopped=stopped,
                     ),
                     log=_named(log, path),
                     unsealed=args.unsealed,

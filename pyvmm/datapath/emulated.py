@@ -38,7 +38,7 @@ from pyvmm.threads import Thread, report_bug
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from pyvmm.datapath.base import Frames, PathEvents, Vring
@@ -103,6 +103,8 @@ class EmulatedNet:
     :param recorder: for traces, or None.
     :param hold_ms: a frame that was read from the tap waits this long, in milliseconds, for the
         guest to add buffers, and as long from a ``stop(finish=True)`` on; then it is dropped.
+    :param stopped: told, in words, if a worker makes a system call that it may not make. From then
+        on the worker does nothing, and its rings are lost. Without it, that is a fault.
     """
 
     name = "emulated"
@@ -116,10 +118,12 @@ class EmulatedNet:
         worker_cpu: int | None = None,
         recorder: Scope | None = None,
         hold_ms: int = lib.PV_NET_HOLD_MS,
+        stopped: Callable[[str], object] | None = None,
     ) -> None:
         self.times = HandOverTimes()
         self._port = port
         self._events: PathEvents | None = None
+        self._stopped = stopped
         self._recorder = recorder
         self._poll_us = poll_us
         self._worker_cpu = worker_cpu
@@ -323,6 +327,14 @@ class EmulatedNet:
         elif event.kind == lib.PV_NET_NOT_PINNED:
             cpu = (self._worker_cpu or 0) + pair.number
             self._report(-1, f"worker-cpu={cpu}: {os.strerror(event.error)}")
+        elif event.kind == lib.PV_NET_STOPPED:
+            name = lib.pv_call_name(event.error)
+            call = f"{ffi.string(name).decode()}()" if name else f"system call {event.error}"
+            problem = f"worker {pair.name} asked for {call}, which it may not have"
+            if self._stopped is not None:
+                self._stopped(problem)
+            else:
+                self._report(-1, problem)
         else:
             self._report(-1, f"emulated data path: {os.strerror(event.error)}")
 

@@ -48,6 +48,8 @@ EXTENSION = (
     "pci",
     "testbed.isolate",
     "backend.memory",
+    "backend.process",
+    "threads",
     "virtio.pci",
     "virtio.queue",
 )

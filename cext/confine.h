@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A thread, or the whole process, that gives up what it does not need.
+ *
+ * Theory of operation
+ *
+ * A hostile guest attacks first what reads its memory: the worker. A thread that pv_thread.c makes
+ * with a list of system calls can make no others from its gate on (seccomp; PR_SET_NO_NEW_PRIVS, of
+ * this thread alone). The first other one does not happen: the kernel sends SIGSYS instead, whose
+ * handler notes the call, tells the thread's owner, and parks the thread for good. It does not end
+ * the process: the owner has a machine to end in order, and a terminal to give back.
+ *
+ * A process that has opened all that it needs, such as our own vhost-user back-end, can be confined
+ * as a whole: no capabilities, no files, no sockets, no programs (Landlock, seccomp). What it may
+ * not do kills it with SIGSYS, which its parent reports. The lists are in confine.c.
+ */
+#ifndef PV_CONFINE_H
+#define PV_CONFINE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+int pv_confine_init(void);
+int pv_confine_thread(const uint16_t *calls, size_t count, void (*stopped)(int call));
+
+/* cffi: begin */
+/* What pv_confine_process() has put into force. */
+enum { PV_CONFINED_FILES = 1, PV_CONFINED_CALLS = 2 };
+
+int pv_confine_process(void);
+const char *pv_call_name(int call);
+/* cffi: end */
+
+#endif

@@ -1,0 +1,130 @@
+"""Threads and processes that somebody else controls: what they may not do does not happen, and is
+told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.driver import wait_for
+from tests.inject import EXECVE, OPENAT, PTRACE, SENDMSG, SOCKET, inject
+
+ROOT = Path(__file__).parents[2]
+Guest = Callable[[str], str]
+PATIENCE = 60.0
+PYVMM = [sys.executable, "-m", "pyvmm"]
+NAMES = {OPENAT: "openat", SOCKET: "socket", EXECVE: "execve", PTRACE: "ptrace"}
+
+
+def threads(pid: int) -> dict[str, int]:
+    out = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            out[(task / "comm").read_text().strip()] = int(task.name)
+    return out
+
+
+def status_of(tid: int, field: str) -> str:
+    text = Path(f"/proc/{tid}/status").read_text()
+    return next(line.split()[1] for line in text.splitlines() if line.startswith(f"{field}:"))
+
+
+def confined_worker(pid: int, filters: int) -> int:
+    """The thread that moves the packets, once it has so many filters; else 0: workers come and go,
+    and each has its own a moment after its start.
+    """
+    with contextlib.suppress(OSError):
+        for name, tid in threads(pid).items():
+            if name.endswith("-0") and status_of(tid, "Seccomp_filters") == str(filters):
+                return tid
+    return 0
+
+
+def ask(pid: int, filters: int, call: int) -> bool:
+    """Have the worker ask for a call; whether it did."""
+    tid = confined_worker(pid, filters)
+    with contextlib.suppress(OSError):
+        return tid != 0 and inject(tid, call)
+    return False
+
+
+@pytest.mark.parametrize("call", NAMES, ids=NAMES.values())
+def test_a_worker_is_stopped(guest: Guest, tmp_path: Path, call: int) -> None:
+    """The machine ends in order, with its own status, and says which thread asked for what."""
+    report = tmp_path / "r.json"
+    argv = [*PYVMM, "run", "--host", "local", "--kernel", guest("pcinet")]
+    argv += [
+        "--memory",
+        "4M",
+        "--net",
+        "emulated",
+        "--append",
+        "count=1000000000",
+        "--json",
+        str(report),
+    ]
+    with subprocess.Popen(
+        argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as vm:
+        try:
+            assert wait_for(lambda: ask(vm.pid, 1, call))
+            assert status_of(vm.pid, "Seccomp_filters") == "0", "the others are as they were"
+            assert status_of(vm.pid, "NoNewPrivs") == "0"
+            _, err = vm.communicate(timeout=PATIENCE)
+        finally:
+            vm.kill()
+    assert vm.returncode == 128, err
+    assert f"worker tap0-0 asked for {NAMES[call]}(), which it may not have" in err, err
+    told = json.loads(report.read_text())
+    assert told["verdict"] == "thread-stopped", told
+
+
+def test_our_own_backend_is_confined(guest: Guest, tmp_path: Path) -> None:
+    """It has no capability, no path and few system calls, and serves all the same. What it may not
+    do kills it; the machine gets another one, and says why.
+    """
+    report = tmp_path / "r.json"
+    argv = [*PYVMM, "run", "--host", "local", "--kernel", guest("pcinet")]
+    argv += ["--memory", "4M", "--net", "vhost-user", "--append", "count=1000000000"]
+    name = f"confined-{os.getpid()}"
+    argv += ["--report", str(report), "--name", name]
+    with subprocess.Popen(
+        argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as vm:
+        try:
+
+            def backend() -> int:
+                """The child's id, once its worker runs; else 0."""
+                for children in Path(f"/proc/{vm.pid}/task").glob("*/children"):
+                    with contextlib.suppress(OSError):
+                        for pid in map(int, children.read_text().split()):
+                            if any(name.endswith("-0") for name in threads(pid)):
+                                return pid
+                return 0
+
+            assert wait_for(lambda: confined_worker(backend(), 2) != 0)
+            first = backend()
+            assert status_of(first, "Seccomp_filters") == "1"
+            assert status_of(first, "NoNewPrivs") == "1"
+            assert int(status_of(first, "CapEff"), 16) == int(status_of(first, "CapBnd"), 16) == 0
+            assert wait_for(lambda: inject(first, SOCKET))
+            assert wait_for(lambda: backend() not in (0, first)), "another one serves"
+            second = backend()
+            # The process may, the worker may not.
+            assert wait_for(lambda: ask(second, 2, SENDMSG))
+            assert wait_for(lambda: backend() not in (0, first, second))
+            subprocess.run([*PYVMM, "quit", "--host", "local", name], cwd=ROOT, check=True)
+            vm.communicate(timeout=PATIENCE)
+        finally:
+            vm.kill()
+    (nic,) = json.loads(report.read_text())["nets"]
+    log = json.dumps(nic["vhost_user"])
+    assert "killed (SIGSYS)" in log and "asked for sendmsg(), which it may not have" in log, nic

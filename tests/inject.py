@@ -1,0 +1,43 @@
+"""Make a thread of another process ask for a system call, as an attacker would who controls the
+thread. With ptrace(2), so that the product needs no hook for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+ATTACH, DETACH, GETREGS, SETREGS = 16, 17, 12, 13
+#: struct user_regs_struct of x86-64, by index.
+RAX, RDX, RSI, RDI, ORIG_RAX, RIP = 10, 12, 13, 14, 15, 16
+OPENAT, SOCKET, SENDMSG, EXECVE, PTRACE = 257, 41, 46, 59, 101
+WALL = 0x40000000
+
+
+def _ptrace(request: int, tid: int, data: object = None) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.ptrace(request, tid, None, data) < 0:
+        raise OSError(ctypes.get_errno(), f"ptrace {request}")
+
+
+def inject(tid: int, call: int) -> bool:
+    """Have thread ``tid`` ask for a system call whose arguments are zeros. The caller may trace the
+    thread's process (its parent, or root).
+
+    :returns: False if the thread is in no system call now, in whose place to ask.
+    """
+    # Of one thread: the caller has to stay the same.
+    _ptrace(ATTACH, tid)
+    _, status = os.waitpid(tid, WALL)
+    assert os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGSTOP, status
+    regs = (ctypes.c_ulong * 27)()
+    _ptrace(GETREGS, tid, regs)
+    waits = ctypes.c_long(regs[ORIG_RAX]).value >= 0
+    if waits:
+        regs[RIP] -= 2  # back to the instruction `syscall`
+        regs[RAX], regs[ORIG_RAX] = call, 2**64 - 1
+        regs[RDI] = regs[RSI] = regs[RDX] = 0
+        _ptrace(SETREGS, tid, regs)
+    _ptrace(DETACH, tid)
+    return waits
