@@ -69,13 +69,14 @@ def test_kernel_formats(host: Host, tmp_path: Path) -> None:
         assert exits_by_device(report, "serial0") > 0
 
 
-def test_a_tap_of_the_users_and_sigkill(host: Host) -> None:
+@pytest.mark.parametrize("mode", ["emulated", "vhost-net"])
+def test_a_tap_of_the_users_and_sigkill(host: Host, mode: str) -> None:
     """It can be used again at once after pyvmm was killed, and is at the end what it was before."""
     look = (
         "ip -o -d link show dev boot0 | grep -oE 'mtu [0-9]+|ether [0-9a-f:]+|tun type.*vnet_hdr'; "
         "ip -o -4 addr show dev boot0"
     )
-    args = ("--net", "emulated,tap=boot0,guest=192.168.170.2/24")
+    args = ("--net", f"{mode},tap=boot0,guest=192.168.170.2/24")
     host.sh(
         "ip tuntap add dev boot0 mode tap vnet_hdr; ip addr add 192.168.170.1/24 dev boot0; "
         "ip link set boot0 up"

@@ -15,7 +15,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Pages that keep the rules: files, and directories with all pages below.
-PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs", "guest/README.md")
+PAGES = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs",
+    "guest/README.md",
+)
 #: Code that keeps them, with all Python and C files below.
 CODE = ("cext", "docs", "guest", "pyvmm", "tests")
 

@@ -393,6 +393,39 @@ def test_interrupts_masked_during_the_switch(rig: Rig) -> None:
     rig.exchange()
 
 
+def test_vectors_changed_during_switches(rig: Rig) -> None:
+    """The driver gives its receive virtqueue another vector all the time: each interrupt comes by
+    the one in force, or by the one before.
+    """
+    switching = Switching(rig, ["vhost-user", "emulated"] * 6)
+    pci, vector, count = rig.guest.pci, 1, 0
+    pci.set("queue_select", 0)
+    while switching.running:
+        before, vector = vector, 1 + vector % 2
+        pci.set("queue_msix_vector", vector)
+        assert pci.get("queue_msix_vector") == vector
+        rig.board.vm.delivered()
+        rig.cable.far.send(bytes(12) + frame(count))
+        count += 1
+        assert len(rig.guest.net.wait_packets(count)) == count
+        told = {0xFEE00000: {0x30 + before, 0x30 + vector}}
+        assert all(data in told[address] for address, data in rig.board.vm.delivered(1))
+    switching.done()
+    assert count > 6 and rig.healthy
+    rig.exchange()
+
+
+def test_two_switches_at_once(rig: Rig) -> None:
+    """One waits for the other; each is whole."""
+    both = [Switching(rig, modes) for modes in (["vhost-user", "emulated"] * 5, ["emulated"] * 10)]
+    while any(one.running for one in both):
+        rig.exchange()
+    reports = [report for one in both for report in one.done()]
+    assert len(reports) == 20 and {report.outcome for report in reports} == {"switched"}
+    assert rig.healthy
+    rig.exchange()
+
+
 def test_a_guest_that_has_not_driven_it() -> None:
     with Rig(drive=False) as rig:
         report = rig.nic.switch("vhost-user")
