@@ -8,8 +8,9 @@ the features that kernel and card agreed on, the throughput both ways, and the e
 
 Modes are those of `pyvmm run --net`, their keys joined by colons (emulated:notify=exit). Feature
 sets are `all`, or the groups that are not offered and those that are offered on request only,
-joined by +: no-mrg-rxbuf, no-offloads+packed. `each` stands for `all`, each group alone, and all
-those on request that the data path has; `pairs` for each kind of ring with each kind of offload.
+joined by +: no-mrg-rxbuf, no-offloads+packed. `most` stands for all those on request that the data
+path has; `each` for `all`, each group alone, and `most`; `pairs` for each kind of ring with each
+kind of offload.
 Kernels are files or names of images (default, 6.12, tiny, host).
 
 With --json FILE each cell is written as soon as it has ended. --resume goes on after an
@@ -21,6 +22,8 @@ Examples:
   pyvmm matrix --kernels default,6.12 --cpus 1,2 --features all,no-mrg-rxbuf --json matrix.json
   pyvmm matrix --kernels default,6.12 --json matrix.json --resume
   pyvmm matrix --modes emulated,vhost-net,vhost-user --features each,pairs --seconds 0
+  pyvmm matrix --kernels default,6.12 --shard 3/10 --json part3.json
+  pyvmm matrix --merge part*.json --json all.json --junit all.xml
   pyvmm matrix --kernels old/bzImage,new/bzImage --modes vhost-user --junit m.xml -- ethtool -k eth0
 
 Exit status: 0 all cells passed, 1 some did not, 2 bad usage, 101 a result could not be written,
@@ -33,7 +36,15 @@ from __future__ import annotations
 import sys
 import time
 
-from pyvmm.cli.support.options import TROUBLE_KINDS, count, seconds, trouble_kinds
+from pyvmm.cli.support.options import (
+    SHARD_HELP,
+    TROUBLE_KINDS,
+    count,
+    part_of,
+    seconds,
+    shard,
+    trouble_kinds,
+)
 from pyvmm.cli.support.outputs import Outputs
 from pyvmm.errors import ImageError, UsageError
 
@@ -102,6 +113,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"as in `pyvmm run`: {TROUBLE_KINDS}",
     )
     add("--json", metavar="FILE", help="write each cell as JSON as soon as it has ended")
+    add("--shard", metavar="K/N", type=shard, help=SHARD_HELP)
+    add(
+        "--merge",
+        metavar="FILE",
+        nargs="+",
+        help="run nothing: put the --json files of shards together",
+    )
     add("--resume", action="store_true", help="take the cells that --json FILE has, run the others")
     add("--junit", metavar="FILE", help="write JUnit XML, one test case per cell")
     add("--quiet", "-q", action="store_true", help="no progress on stderr")
@@ -120,11 +138,13 @@ def run(args: argparse.Namespace) -> int:
     from pyvmm.cli.support.signals import orderly
     from pyvmm.matrix.run import Settings, check_kernels, combine
 
+    if args.merge:
+        return orderly(lambda: _merge(args))
     if args.seconds > args.timeout:
         raise UsageError(f"--seconds {args.seconds}", f"use less than --timeout {args.timeout:g}")
     if args.resume and not args.json:
         raise UsageError("--resume without --json", "name the file that has the cells")
-    cells = combine(args.kernels, args.modes, args.cpus, args.features)
+    cells = part_of(combine(args.kernels, args.modes, args.cpus, args.features), args.shard)
     settings = Settings(
         seconds=args.seconds,
         memory=args.memory,
@@ -142,6 +162,37 @@ def run(args: argparse.Namespace) -> int:
     vhost = any(cell.mode.partition(":")[0] == "vhost-net" for cell in cells)
     status = elsewhere(host, None, ["matrix", "--host", "local", *args.argv[at:]], vhost=vhost)
     return orderly(lambda: _sweep(args, cells, settings)) if status is None else status
+
+
+def _merge(args: argparse.Namespace) -> int:
+    """Show the cells of several files as one sweep; returns the exit status."""
+    from pyvmm.matrix.run import Cell
+    from pyvmm.matrix.store import document, load
+
+    results: dict[str, dict[str, Any]] = {}
+    origin: dict[str, str] = {}
+    for path in args.merge:
+        for name, result in load(path).items():
+            if name in results:
+                raise UsageError(
+                    f"{name} is in {origin[name]} and in {path}", "name each part once"
+                )
+            results[name], origin[name] = result, path
+    cells = [
+        Cell(*(r[k] for k in ("kernel", "mode", "cpus", "features"))) for r in results.values()
+    ]
+    with Outputs({"--json": args.json, "--junit": args.junit}) as outputs:
+        table = _Table(cells)
+        for cell in cells:
+            table.row(cell, results[cell.name])
+        took = sum(float(r["seconds"]) for r in results.values())
+        if "--json" in outputs:
+            outputs.write("--json", document(results.values()))
+        if "--junit" in outputs:
+            outputs.write("--junit", _junit(cells, results, took))
+        good = sum(r["verdict"] == "passed" for r in results.values())
+        print(f"{len(cells)} cells in {took:.0f} s: {good} passed, {len(cells) - good} failed")
+        return outputs.status(int(good != len(cells)))
 
 
 def _is_linux(kernel: str) -> bool:

@@ -9,6 +9,7 @@ Examples:
   pyvmm test --append 'verbose' --cpus 2 --timeout 10 kernel.elf
   pyvmm test --config x86/unittests.cfg --jobs 2 --junit results.xml
   pyvmm test --config x86/unittests.cfg --group vmexit smptest
+  pyvmm test --config x86/unittests.cfg --shard 3/10 --junit part3.xml
   pyvmm test --cpu host,-x2apic,-pcid apic.elf
   pyvmm test --load-address 0x7c00 --load-mode real16 boot.bin
 
@@ -26,7 +27,15 @@ import sys
 import time
 
 from pyvmm import __version__
-from pyvmm.cli.support.options import CPU_HELP, count, cpu_model, seconds
+from pyvmm.cli.support.options import (
+    CPU_HELP,
+    SHARD_HELP,
+    count,
+    cpu_model,
+    part_of,
+    seconds,
+    shard,
+)
 from pyvmm.cli.support.outputs import Outputs
 from pyvmm.errors import ImageError, UsageError
 
@@ -85,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="protected32",
         help="the processor's mode in which flat binaries start",
     )
+    add("--shard", metavar="K/N", type=shard, help=SHARD_HELP)
     add("--tap", action="store_true", help="TAP on stdout")
     add("--junit", metavar="FILE", help="write JUnit XML")
     add("--json", metavar="FILE", help="write everything as JSON ('-': stdout)")
@@ -106,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--json - and --tap both write to stdout", "give --json a file")
     if not args.kernels and not args.config:
         raise UsageError("no kernel", "name one, or a --config file")
-    cases = _cases(args)
+    cases = part_of(_cases(args), args.shard)
     at = args.argv.index("test") + 1
     linux = _linux(cases) if args.host == "auto" else None
     host = "local" if args.host == "auto" and linux is None else args.host

@@ -144,13 +144,14 @@ def combine(kernels: str, modes: str, cpus: str, features: str) -> list[Cell]:
 def _feature_sets(mode: str, features: str) -> list[str]:
     """The sets that the words of ``--features`` mean with a mode."""
     honoured = HONOURED.get(mode, ())
+    most = ["+".join(honoured)] if honoured else []
     sets = []
     for word in _words("--features", features):
         if word == "each":
             without = [f"no-{group}" for group in GROUPS if group not in ON_REQUEST]
-            sets += ["all", *without, *honoured]
-            if len(honoured) > 1:
-                sets.append("+".join(honoured))
+            sets += ["all", *without, *honoured, *most]
+        elif word == "most":
+            sets += most or ["all"]
         elif word == "pairs":
             rings = [ring for ring in RINGS if ring.startswith("no-") or ring in honoured]
             sets += [f"{ring}+{offload}" for ring in rings for offload in OFFLOADS]
@@ -171,7 +172,8 @@ def _checked(kernel: str, mode: str, cpus: str, features: str) -> Cell:
         raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
     parts = features.split("+")
     if features != "all" and not all(p.startswith("no-") or p in ON_REQUEST for p in parts):
-        raise UsageError(f"--features {features}", "write all, each, pairs, or no-mrg-rxbuf+packed")
+        hint = "write all, most, each, pairs, or no-mrg-rxbuf+packed"
+        raise UsageError(f"--features {features}", hint)
     cell = Cell(kernel, mode, int(cpus), features)
     net = Net.parse(cell.net())
     if net.tap or net.socket:

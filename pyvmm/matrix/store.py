@@ -15,7 +15,7 @@ from pyvmm.testing.vm import resolve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
     from pyvmm.matrix.run import Cell, Settings
@@ -41,8 +41,8 @@ class Store(Closing):
         self._done: dict[str, dict[str, Any]] = {}
         if path is None:
             return
-        if resume:
-            self._old = _load(path)
+        if resume and Path(path).exists():
+            self._old = load(path)
         self._part = Path(f"{path}.part")
         try:
             self._part.touch()
@@ -84,9 +84,8 @@ class Store(Closing):
         if self._path is None:
             return
         cells = {**self._old, **self._done}
-        data = {"schema": SCHEMA, "pyvmm": __version__, "cells": list(cells.values())}
         try:
-            self._part.write_text(json.dumps(data, indent=2) + "\n")
+            self._part.write_text(document(cells.values()))
             self._part.rename(self._path)
         except OSError as e:
             raise HostError(
@@ -99,17 +98,28 @@ class Store(Closing):
             self._part.unlink(missing_ok=True)
 
 
-def _load(path: str) -> dict[str, dict[str, Any]]:
-    """The results in a file, by name; empty if there is no file yet."""
+def document(cells: Iterable[dict[str, Any]]) -> str:
+    """A file of results."""
+    data = {"schema": SCHEMA, "pyvmm": __version__, "cells": list(cells)}
+    return json.dumps(data, indent=2) + "\n"
+
+
+def load(path: str) -> dict[str, dict[str, Any]]:
+    """The results in a file, by name.
+
+    :raises UsageError: the file cannot be read, or is not a file of results.
+    """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         if data.get("schema") != SCHEMA:
             raise ValueError(f"its schema is not {SCHEMA}")
         return {str(cell["name"]): cell for cell in data["cells"]}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UsageError(f"--json {path} --resume: {e}", "leave --resume out to begin anew") from e
+    except OSError as e:
+        raise UsageError(f"{path}: {e.strerror}", "name a file that `--json` has written") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UsageError(
+            f"{path} has no results of a sweep: {e}", "name a file that `--json` has written"
+        ) from e
 
 
 def key(cell: Cell, settings: Settings) -> str:

@@ -76,6 +76,35 @@ def test_rows_verdicts_and_resumption(guest: Guest, tmp_path: Path) -> None:
     assert "8 passed, 8 failed" in text and "the command's exit status is 3" in text
 
 
+def test_shards(guest: Guest, tmp_path: Path) -> None:
+    """Two machines share a sweep, and their results make one."""
+    common = ["--kernels", f"{guest('hello')},{guest('timer')}", "--modes", "emulated,none"]
+    common += ["--cpus", "1,2", "--quiet"]
+    parts = [tmp_path / f"part{k}.json" for k in (1, 2, 3)]
+    for k, part in enumerate(parts, 1):
+        status, text, err = run(*common, "--shard", f"{k}/3", "--json", str(part))
+        assert (status, err) == (0, "") and text.count(" passed ") >= 2, text
+    assert [len(cells(part)) for part in parts] == [3, 3, 2]
+    whole, junit = tmp_path / "all.json", tmp_path / "all.xml"
+    names = [str(part) for part in parts]
+    status, text, err = run("--merge", *names, "--json", str(whole), "--junit", str(junit))
+    assert (status, err) == (0, "") and text.splitlines()[-1].endswith("8 passed, 0 failed")
+    assert cells(whole) == cells(parts[0]) | cells(parts[1]) | cells(parts[2])
+    assert len(ET.parse(junit).getroot().findall("testsuite/testcase")) == 8
+    # What was merged can be resumed as if it had been run here.
+    status, text, err = run(*common, "--json", str(whole), "--resume")
+    assert (status, err) == (0, "") and "8 passed" in text and len(cells(whole)) == 8
+
+    status, text, err = run("--merge", names[0], names[0])
+    assert status == 2 and err.count("\n") == 1 and " is in " in err
+    for wrong in ("/nonexistent", str(junit)):
+        status, text, err = run("--merge", names[0], wrong)
+        assert status == 2 and err.startswith(f"pyvmm: {wrong}") and err.count("\n") == 1, err
+    for wrong in ("0/3", "4/3", "3", "a/b", "1/"):
+        status, text, err = run(*common, "--shard", wrong)
+        assert status == 2 and err.startswith(f"pyvmm: --shard {wrong}; write K/N"), err
+
+
 @pytest.mark.parametrize(
     ("append", "verdict"),
     [
@@ -204,7 +233,7 @@ def test_interrupted_and_resumed(guest: Guest, tmp_path: Path) -> None:
         (["--modes", "bridge"], "unknown mode 'bridge'"),
         (["--modes", "emulated:tap=tap0"], "makes its own tap"),
         (["--cpus", "0"], "--cpus 0; use 1 to 64"),
-        (["--features", "mrg-rxbuf"], "write all, or no-mrg-rxbuf+packed"),
+        (["--features", "mrg-rxbuf"], "write all, most, each, pairs, or no-mrg-rxbuf+packed"),
         (["--features", "no-wings"], "without=wings"),
         (["--resume"], "--resume without --json"),
         (["--json", "/nonexistent/x"], "--json /nonexistent/x"),

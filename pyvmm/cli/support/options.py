@@ -15,7 +15,9 @@ from pyvmm.errors import UsageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, NoReturn
+    from typing import Any, NoReturn, TypeVar
+
+    Item = TypeVar("Item")
 
 # argparse would look for translations, and load the locale's module for that: a millisecond of each
 # start. There are none.
@@ -135,3 +137,23 @@ def cpu_model(text: str) -> str:
 
     Cpu(text)
     return text
+
+
+def shard(text: str) -> tuple[int, int]:
+    """``K/N``: part K of N, from 1/N to N/N. See ``part_of``."""
+    part, slash, parts = text.partition("/")
+    good = slash and all(
+        word.isascii() and word.isdecimal() and len(word) < 5 for word in (part, parts)
+    )
+    if not good or not 1 <= int(part) <= int(parts):
+        raise ArgumentTypeError(f"{text}; write K/N, the part and the number of parts, as 3/10")
+    return int(part), int(parts)
+
+
+#: For help texts: what ``--shard`` takes.
+SHARD_HELP = "only part K of N, of equal sizes: for machines or jobs side by side"
+
+
+def part_of(items: list[Item], which: tuple[int, int] | None) -> list[Item]:
+    """Part K of N: every N-th item, so that neighbours, which take alike long, are spread."""
+    return items if which is None else items[which[0] - 1 :: which[1]]
