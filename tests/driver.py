@@ -9,6 +9,7 @@ from pyvmm.conformance import driver
 from pyvmm.conformance.driver import NetDriver, PackedRing, Ring, align, fence
 from pyvmm.datapath.base import RxFilter, Steering
 from pyvmm.fd import Fd
+from pyvmm.hostnet.tap import HEADERS
 from pyvmm.spec import virtio, virtio_net
 
 __all__ = [
@@ -57,6 +58,7 @@ class Cable:
 
     name = "cable"
     interface = None
+    headers: tuple[int, ...] = HEADERS
 
     def __init__(self, mtu: int = 1500, buffer: int = 1 << 20) -> None:
         near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.datapath.base import by_pair
+from pyvmm.datapath.base import by_pair, header_size
 from pyvmm.datapath.emulated import EmulatedNet
-from pyvmm.hostnet.frames import HEADER, rarp
+from pyvmm.hostnet.frames import rarp
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec import virtio_net
 from pyvmm.spec.ethernet import ETH_MAX_MTU, ETH_MIN_MTU
 from pyvmm.spec.vhost_user import VHOST_USER_PROTOCOL_F_MTU, VHOST_USER_PROTOCOL_F_RARP
 from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
+from pyvmm.spec.virtio_net import VIRTIO_NET_HDR_V1_SIZE
 from pyvmm.vhostuser.wire import ProtocolError
 
 TYPE_CHECKING = False
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 
         def accept_mtu(self, mtu: int) -> bool:
             """Whether frames of this MTU pass."""
+
+        @property
+        def headers(self) -> tuple[int, ...]:
+            """The sizes of virtio-net headers that ``set_header`` takes, in bytes."""
+
+        def set_header(self, size: int) -> None:
+            """Have a header of so many bytes before each frame."""
 
         def set_queues(self, count: int) -> None:
             """Have frames spread over the first ``count`` queue pairs only."""
@@ -94,6 +102,7 @@ class NetService:
             spec.VHOST_USER_NET_SET_MTU: self._set_mtu,
         }
         self._port = port
+        self._header = VIRTIO_NET_HDR_V1_SIZE
         self._path = EmulatedNet(port, poll_us=poll_us, worker_cpu=worker_cpu, stopped=stopped)
 
     def features(self) -> int:
@@ -101,19 +110,19 @@ class NetService:
         return self._path.features() & ~NOT_OURS | OWN_FEATURES
 
     def check_features(self, acked: int) -> None:
-        """:raises ProtocolError: they mean the header of 10 bytes (virtio 1.2, 5.1.6)."""
-        if (
-            not acked >> VIRTIO_F_VERSION_1 & 1
-            and not acked >> virtio_net.VIRTIO_NET_F_MRG_RXBUF & 1
-        ):
+        """:raises ProtocolError: they mean a header that the port cannot have."""
+        if header_size(acked) not in self._port.headers:
             raise ProtocolError(
-                "SET_FEATURES without VERSION_1 and MRG_RXBUF: the short header is not supported"
+                f"SET_FEATURES without VERSION_1 and MRG_RXBUF: {self._port.name} cannot have the"
+                " short header of legacy drivers"
             )
 
     def start(self, acked: int, memory: Any, rings: Sequence[Vring], events: PathEvents) -> None:
         """Start one worker per queue pair. :raises PyvmmError: a ring is malformed, or the host has
         no descriptors, memory or threads.
         """
+        self._header = header_size(acked)
+        self._port.set_header(self._header)
         self._port.set_queues(len(by_pair(rings)))
         self._port.set_offloads(acked)
         self._path.start(acked, memory, rings, events)
@@ -136,7 +145,7 @@ class NetService:
             raise ProtocolError(f"SEND_RARP with {len(m.payload)} bytes")
         frontend.park()  # a worker counts on being the only sender
         try:
-            os.write(self._port.fds[0].fileno(), HEADER + rarp(m.payload[:6]))
+            os.write(self._port.fds[0].fileno(), bytes(self._header) + rarp(m.payload[:6]))
         except OSError as e:
             frontend.log(f"no RARP: {e.strerror}")
 

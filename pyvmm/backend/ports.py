@@ -2,7 +2,7 @@
 back-end, a Python function, and a tap that another process has opened.
 
 Each port has what the emulated data path needs of a ``Port``: descriptors of sockets that keep
-packet boundaries, with 12-byte virtio-net headers. Sockets have no offloads, so the headers are
+packet boundaries, with virtio-net headers of 12 bytes. Sockets have no offloads, so the headers are
 empty.
 """
 
@@ -19,6 +19,8 @@ import time
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd, Fd
 from pyvmm.hostnet.frames import HEADER
+from pyvmm.hostnet.tap import HEADERS
+from pyvmm.spec.virtio_net import VIRTIO_NET_HDR_V1_SIZE
 from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
@@ -36,6 +38,8 @@ class SocketPort:
 
     #: No network interface is behind the sockets.
     interface = None
+    #: Another header would be taken for a part of the frame at the other end.
+    headers: tuple[int, ...] = (VIRTIO_NET_HDR_V1_SIZE,)
 
     def __init__(self, name: str, fds: list[Fd]) -> None:
         self.name = name
@@ -53,6 +57,9 @@ class SocketPort:
         self.mtu = mtu
         return True
 
+    def set_header(self, size: int) -> None:
+        """Do nothing."""
+
     def set_queues(self, count: int) -> None:
         """Do nothing."""
 
@@ -66,10 +73,13 @@ class SocketPort:
 
 
 class LentTap(SocketPort):
-    """A tap that another process has opened. That process sets queues, offloads and filters.
+    """A tap that another process has opened. That process sets headers, queues, offloads and
+    filters.
 
     :param fds: one per queue pair, owned from here on. :param features: what the tap can honour.
     """
+
+    headers = HEADERS
 
     def __init__(self, name: str, fds: list[Fd], mtu: int, features: int) -> None:
         super().__init__(name, fds)

@@ -9,8 +9,11 @@ replaced under a running guest.
 from __future__ import annotations
 
 from pyvmm.datapath.ringformat import SPLIT
+from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_HASH_REPORT,
+    VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_HDR_SIZE,
     VIRTIO_NET_HDR_V1_HASH_SIZE,
     VIRTIO_NET_HDR_V1_SIZE,
 )
@@ -130,6 +133,8 @@ def header_size(acked: int) -> int:
     """Bytes of the header before each frame, by the negotiated features (virtio 1.3, 5.1.6)."""
     if acked >> VIRTIO_NET_F_HASH_REPORT & 1:
         return VIRTIO_NET_HDR_V1_HASH_SIZE
+    if not acked & (1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_NET_F_MRG_RXBUF):
+        return VIRTIO_NET_HDR_SIZE
     return VIRTIO_NET_HDR_V1_SIZE
 
 

@@ -37,6 +37,8 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_HOST_UFO,
     VIRTIO_NET_F_HOST_USO,
     VIRTIO_NET_F_RSS,
+    VIRTIO_NET_HDR_SIZE,
+    VIRTIO_NET_HDR_V1_HASH_SIZE,
     VIRTIO_NET_HDR_V1_SIZE,
 )
 
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 TUN = "/dev/net/tun"
 IFNAMSIZ = 16
 INT_MAX = 0x7FFFFFFF
+#: Sizes of virtio-net headers in bytes.
+HEADERS = (VIRTIO_NET_HDR_SIZE, VIRTIO_NET_HDR_V1_SIZE, VIRTIO_NET_HDR_V1_HASH_SIZE)
 #: Frames that may wait for the guest. The kernel's default for a tap, 500, drops some of a TCP
 #: burst.
 TXQUEUELEN = 1000
@@ -236,6 +240,8 @@ class Tap:
     :raises NetError: the tap is busy or not a tap, or the kernel has no tun driver.
     :raises NetForbidden: the tap belongs to another user, or this user may not make one.
     """
+
+    headers: tuple[int, ...] = HEADERS
 
     def __init__(
         self,

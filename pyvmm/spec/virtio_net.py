@@ -53,9 +53,11 @@ CONFIG_NAMES: dict[int, str | tuple[str, str]] = {
 VIRTIO_NET_S_LINK_UP = 1
 VIRTIO_NET_S_ANNOUNCE = 2
 
-# 5.1.6: packet header, flags and gso_type; 12 bytes with VERSION_1 (num_buffers included)
+# 5.1.6: packet header, flags and gso_type; 12 bytes with VERSION_1 (num_buffers included). Without
+# VERSION_1 the header has 10 bytes, or 12 with MRG_RXBUF (5.1.6.1).
 VIRTIO_NET_HDR_V1_SIZE = 12
 VIRTIO_NET_HDR_V1_HASH_SIZE = 20  # with HASH_REPORT
+VIRTIO_NET_HDR_SIZE = 10
 VIRTIO_NET_HDR_F_NEEDS_CSUM = 1
 VIRTIO_NET_HDR_F_DATA_VALID = 2
 VIRTIO_NET_HDR_F_RSC_INFO = 4

@@ -13,6 +13,7 @@ NOT_IN_HEADERS = {
     "VRING_SIZE_MAX",
     "VIRTIO_F_NOTIFICATION_DATA",
     "VIRTIO_F_NOTIF_CONFIG_DATA",
+    "VIRTIO_NET_HDR_SIZE",
     "VIRTIO_NET_HDR_V1_SIZE",
     "VIRTIO_NET_HDR_V1_HASH_SIZE",
     "VIRTIO_NET_F_GUEST_USO4",
@@ -43,6 +44,7 @@ def test_constants_match_the_kernel_headers(tmp_path: Path) -> None:
     for name in ours:
         lines += [f"#ifdef {name}", f'printf("{name} %lld\\n", (long long)({name}));', "#endif"]
     lines += [
+        'printf("VIRTIO_NET_HDR_SIZE %zu\\n", sizeof(struct virtio_net_hdr));',
         'printf("VIRTIO_NET_HDR_V1_SIZE %zu\\n", sizeof(struct virtio_net_hdr_v1));',
         'printf("VIRTIO_NET_HDR_V1_HASH_SIZE %zu\\n", sizeof(struct virtio_net_hdr_v1_hash));',
         "return 0; }",

@@ -36,7 +36,7 @@ from pyvmm.hostnet.tap import Tap
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
 from pyvmm.vhostuser.connect import Connector, ListeningConnector
-from pyvmm.vhostuser.wire import Channel, Listener, Message, TimedOut
+from pyvmm.vhostuser.wire import Channel, Listener, Message, ProtocolError, TimedOut
 from tests.boot.seqnet import build, datagram
 from tests.descriptors import open_fds
 from tests.driver import Events, NetDriver, bits, wait_for
@@ -269,6 +269,17 @@ def test_feature_sets(path: str, acked: int) -> None:
         guest.start()
         echo(guest, range(100))
         assert running.acked & ALL == acked
+
+
+def test_sockets_cannot_have_the_short_header() -> None:
+    """The frames of a legacy driver without MRG_RXBUF would be two bytes off at the other end."""
+    service = NetService(loop_port(1))
+    try:
+        service.check_features(MRG)
+        with pytest.raises(ProtocolError, match="loop cannot have the short header"):
+            service.check_features(0)
+    finally:
+        service.close()
 
 
 def test_features_that_lack_what_they_require_are_not_offered(
