@@ -1,39 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 #include "virtnet.h"
 
-#define PCI_COMMAND	    0x04
-#define PCI_BAR0	    0x10
-#define PCI_CAPABILITIES    0x34
-#define PCI_COMMAND_MEMORY  2
-#define PCI_COMMAND_MASTER  4
-#define PCI_STATUS_CAP_LIST 0x10
-#define PCI_CAP_ID_VNDR	    0x09
-#define PCI_CAP_ID_MSIX	    0x11
-#define PCI_ID_VIRTIO_NET   0x10411af4
-#define GSI_PCI_BASE	    16
-#define GSI_PCI_COUNT	    8
+#include "pci.h"
 
 struct virtnet net;
 struct queue receive, transmit;
 
 /* --- PCI -------------------------------------------------------------------------------------- */
-
-static uint32_t pci_read(unsigned int reg)
-{
-	outl(PORT_PCI_ADDRESS, 1u << 31 | net.slot << 11 | (reg & 0xfc));
-	return inl(PORT_PCI_DATA);
-}
-
-static void pci_write(unsigned int reg, uint32_t value)
-{
-	outl(PORT_PCI_ADDRESS, 1u << 31 | net.slot << 11 | (reg & 0xfc));
-	outl(PORT_PCI_DATA, value);
-}
-
-static uint8_t pci_read8(unsigned int reg)
-{
-	return (uint8_t)(pci_read(reg) >> 8 * (reg & 3));
-}
 
 /* Find each memory BAR's size and give it a naturally aligned address from PCI_MMIO_BASE up. */
 static void place_bars(void)
@@ -44,37 +17,38 @@ static void place_bars(void)
 		unsigned int reg = PCI_BAR0 + 4 * i;
 		uint32_t mask, size;
 
-		pci_write(reg, ~0u);
-		mask = pci_read(reg);
+		pci_write(net.slot, reg, ~0u);
+		mask = pci_read(net.slot, reg);
 		size = ~(mask & ~0xfu) + 1;
 		if (mask & 1 || !size)
 			continue;
 		next = (next + size - 1) & ~(size - 1);
 		net.bars[i] = next;
-		pci_write(reg, next);
+		pci_write(net.slot, reg, next);
 		next += size;
 		if ((mask & 6) == 4) /* a 64-bit BAR: the next register is its upper half */
-			pci_write(PCI_BAR0 + 4 * ++i, 0);
+			pci_write(net.slot, PCI_BAR0 + 4 * ++i, 0);
 	}
 	net_master(true);
 }
 
 void net_master(bool on)
 {
-	pci_write(PCI_COMMAND, PCI_COMMAND_MEMORY | (on ? PCI_COMMAND_MASTER : 0));
+	pci_write(net.slot, PCI_COMMAND, PCI_COMMAND_MEMORY | (on ? PCI_COMMAND_MASTER : 0));
 }
 
 /* Read the MSI-X capability and virtio's own (virtio 1.2, 4.1.4). */
 static void read_capabilities(void)
 {
-	if (!(pci_read(PCI_COMMAND) >> 16 & PCI_STATUS_CAP_LIST))
+	if (!(pci_read(net.slot, PCI_COMMAND) >> 16 & PCI_STATUS_CAP_LIST))
 		fail("net: no capability list");
-	for (unsigned int at = pci_read8(PCI_CAPABILITIES), left = 48; at && left;
-	     at = pci_read8(at + 1), left--) {
-		uint8_t id = pci_read8(at), type = pci_read8(at + 3), bar = pci_read8(at + 4);
+	for (unsigned int at = pci_read8(net.slot, PCI_CAPABILITIES), left = 48; at && left;
+	     at = pci_read8(net.slot, at + 1), left--) {
+		uint8_t id = pci_read8(net.slot, at), type = pci_read8(net.slot, at + 3),
+			bar = pci_read8(net.slot, at + 4);
 
 		if (id == PCI_CAP_ID_MSIX) {
-			uint32_t table = pci_read(at + 4);
+			uint32_t table = pci_read(net.slot, at + 4);
 
 			net.msix = at;
 			net.msix_table = net.bars[table & 7] + (table & ~7u);
@@ -82,9 +56,9 @@ static void read_capabilities(void)
 		if (id != PCI_CAP_ID_VNDR || !type || type >= CAP_COUNT || net.caps[type] ||
 		    bar > 5)
 			continue;
-		net.caps[type] = net.bars[bar] + pci_read(at + 8);
+		net.caps[type] = net.bars[bar] + pci_read(net.slot, at + 8);
 		if (type == CAP_NOTIFY)
-			net.notify_multiplier = pci_read(at + 16);
+			net.notify_multiplier = pci_read(net.slot, at + 16);
 	}
 	for (int type = CAP_COMMON; type < CAP_COUNT; type++)
 		if (!net.caps[type])
@@ -112,22 +86,14 @@ static void on_intx(unsigned int vector)
 	lapic_eoi();
 }
 
-static void msix_entry(unsigned int entry, uint8_t vector)
-{
-	uint64_t at = net.msix_table + 16 * entry;
-
-	mmio_write32(at, LAPIC_BASE);
-	mmio_write32(at + 4, 0);
-	mmio_write32(at + 8, vector);
-	mmio_write32(at + 12, 0);
-}
-
 void net_probe(enum net_irq irq)
 {
 	net.irq = irq;
-	while (pci_read(0) != PCI_ID_VIRTIO_NET)
-		if (++net.slot == 32)
-			fail("net: no virtio-net card");
+	net.slot = pci_find(PCI_ID_NET);
+	if (net.slot == PCI_SLOTS)
+		net.slot = pci_find(PCI_ID_NET_LEGACY);
+	if (net.slot == PCI_SLOTS)
+		fail("net: no virtio-net card");
 	place_bars();
 	read_capabilities();
 	irq_set(VECTOR_QUEUE, irq == IRQ_INTX ? on_intx : on_msix);
@@ -138,9 +104,9 @@ void net_probe(enum net_irq irq)
 		return;
 	if (!net.msix)
 		fail("net: no MSI-X");
-	msix_entry(0, VECTOR_QUEUE);
-	msix_entry(1, VECTOR_CONFIG);
-	pci_write(net.msix, pci_read(net.msix) | 1u << 31);
+	msix_entry(net.msix_table, 0, VECTOR_QUEUE);
+	msix_entry(net.msix_table, 1, VECTOR_CONFIG);
+	pci_write(net.slot, net.msix, pci_read(net.slot, net.msix) | 1u << 31);
 }
 
 /* --- the device (4.1.4.3, 3.1.1) -------------------------------------------------------------- */
@@ -283,58 +249,14 @@ bool queue_used(struct queue *q, uint16_t *i, uint32_t *length)
 
 /* --- ARP -------------------------------------------------------------------------------------- */
 
-struct arp {
-	uint8_t to[6], from[6], type[2];
-	uint8_t hardware[2], protocol[2], sizes[2], operation[2];
-	uint8_t sender[6], sender_ip[4], target[6], target_ip[4];
-};
-
-void parse_ip(const char *text, uint8_t *ip)
-{
-	for (int i = 0; i < 4; i++) {
-		unsigned int part = 0;
-
-		for (; *text >= '0' && *text <= '9'; text++)
-			part = part * 10 + (unsigned int)(*text - '0');
-		ip[i] = (uint8_t)part;
-		if (*text == '.')
-			text++;
-	}
-}
-
-static uint32_t make_request(uint8_t *buffer, const uint8_t *own, const uint8_t *target)
-{
-	struct arp *a = (struct arp *)(buffer + NET_HEADER);
-
-	memset(buffer, 0, NET_HEADER + 60);
-	*a = (struct arp){.type = {8, 6},
-			  .hardware = {0, 1},
-			  .protocol = {8, 0},
-			  .sizes = {6, 4},
-			  .operation = {0, 1}};
-	memset(a->to, 0xff, 6);
-	memcpy(a->from, net.mac, 6);
-	memcpy(a->sender, net.mac, 6);
-	memcpy(a->sender_ip, own, 4);
-	memcpy(a->target_ip, target, 4);
-	return NET_HEADER + 60;
-}
-
-static bool is_answer(const uint8_t *buffer, uint32_t length, const uint8_t *target)
-{
-	static const uint8_t reply[10] = {8, 6, 0, 1, 8, 0, 6, 4, 0, 2};
-	const struct arp *a = (const struct arp *)(buffer + NET_HEADER);
-
-	return length >= NET_HEADER + sizeof(*a) && !memcmp(a->type, reply, sizeof(reply)) &&
-	       !memcmp(a->to, net.mac, 6) && !memcmp(a->sender_ip, target, 4);
-}
-
 void arp_send(const uint8_t *own, const uint8_t *target)
 {
 	static uint16_t sent;
 	uint16_t i = sent++ % QUEUE_SIZE;
 
-	queue_offer(&transmit, i, make_request(transmit.buffer[i], own, target), 0);
+	memset(transmit.buffer[i], 0, NET_HEADER);
+	arp_request(transmit.buffer[i] + NET_HEADER, net.mac, own, target);
+	queue_offer(&transmit, i, NET_HEADER + ARP_FRAME, 0);
 	queue_kick(&transmit);
 }
 
@@ -350,7 +272,9 @@ void arp_wait(const uint8_t *target)
 		 * interrupt is missed.
 		 */
 		if (queue_used(&receive, &i, &length)) {
-			answered = is_answer(receive.buffer[i], length, target);
+			answered = length > NET_HEADER &&
+				   arp_answers(receive.buffer[i] + NET_HEADER, length - NET_HEADER,
+					       net.mac, target);
 			queue_offer(&receive, i, BUFFER, DESC_WRITE);
 			queue_kick(&receive);
 		} else if (net.irq != IRQ_POLL) {

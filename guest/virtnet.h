@@ -7,6 +7,7 @@
 #ifndef PYVMM_VIRTNET_H
 #define PYVMM_VIRTNET_H
 
+#include "arp.h"
 #include "guest.h"
 
 #define COMMON_DEVICE_FEATURE_SELECT 0
@@ -140,7 +141,5 @@ void arp_ask(const uint8_t *own, const uint8_t *target);
 /* The two parts of arp_ask(): kick and go on; wait for an answer. */
 void arp_send(const uint8_t *own, const uint8_t *target);
 void arp_wait(const uint8_t *target);
-/* Convert A.B.C.D to four bytes. */
-void parse_ip(const char *text, uint8_t *ip);
 
 #endif
