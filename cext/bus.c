@@ -159,16 +159,35 @@ static bool serial_access(struct pv_serial *s, uint64_t offset, bool write, uint
 	return true;
 }
 
-static bool notify_access(const struct pv_notify *n, uint64_t offset, bool write, uint8_t *data,
+/* The queue that a write kicks, or PV_REG_NO_QUEUE. */
+static uint32_t kicked_queue(const struct pv_bus_region *r, uint64_t offset, const uint8_t *data,
+			     uint32_t size)
+{
+	const struct pv_notify *n = r->opaque;
+	uint64_t queue = 0;
+
+	if (r->kind == PV_REGION_NOTIFY) {
+		if (offset % n->stride)
+			return PV_REG_NO_QUEUE;
+		queue = offset / n->stride;
+	} else {
+		memcpy(&queue, data, size);
+	}
+	return queue < n->count ? (uint32_t)queue : PV_REG_NO_QUEUE;
+}
+
+static bool notify_access(const struct pv_bus_region *r, uint64_t offset, bool write, uint8_t *data,
 			  uint32_t size)
 {
-	uint64_t queue = offset / n->stride;
+	const struct pv_notify *n = r->opaque;
+	uint32_t queue;
 
 	if (!write) {
 		memset(data, 0, size);
 		return true;
 	}
-	if (offset % n->stride || queue >= n->count)
+	queue = kicked_queue(r, offset, data, size);
+	if (queue == PV_REG_NO_QUEUE)
 		return true;
 	if (n->fd[queue] < 0)
 		return false;
@@ -226,12 +245,16 @@ static uint32_t pci_register(const struct pv_pci_latch *l, uint32_t offset)
  * pv_bus_register() - The number of a register, for the ledger
  * @r:		The region
  * @addr:	Address of the access
+ * @write:	Whether the guest writes
+ * @data:	The bytes that the guest writes
+ * @size:	1, 2, 4 or 8 bytes
  *
  * Call this before the access, which may change the number.
  *
  * Return: the number, see PV_REG_PCI
  */
-uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr)
+uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr, bool write,
+			 const uint8_t *data, uint32_t size)
 {
 	uint32_t offset = (uint32_t)(addr - r->base);
 
@@ -240,6 +263,8 @@ uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr)
 		return pci_register(r->opaque, offset);
 	case PV_REGION_SERIAL:
 		return offset < 2 && pv_serial_dlab(r->opaque) ? PV_REG_DLAB | offset : offset;
+	case PV_REGION_NOTIFY_VALUE:
+		return write ? kicked_queue(r, offset, data, size) : PV_REG_NO_QUEUE;
 	default:
 		return offset;
 	}
@@ -266,7 +291,8 @@ bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uin
 	case PV_REGION_SERIAL:
 		return serial_access(r->opaque, offset, write, data, size);
 	case PV_REGION_NOTIFY:
-		return notify_access(r->opaque, offset, write, data, size);
+	case PV_REGION_NOTIFY_VALUE:
+		return notify_access(r, offset, write, data, size);
 	case PV_REGION_ISR:
 		memset(data, 0, write ? 0 : size);
 		if (!write && offset == 0)

@@ -25,26 +25,29 @@ enum pv_space { PV_PIO, PV_MMIO, PV_SPACES };
 
 enum pv_region_kind {
 	PV_REGION_PYTHON,
-	PV_REGION_SERIAL,   /* opaque: struct pv_serial */
-	PV_REGION_NOTIFY,   /* opaque: struct pv_notify */
-	PV_REGION_ISR,	    /* opaque: struct pv_intx */
-	PV_REGION_STREAM,   /* opaque: struct pv_pipe, which gets the bytes that are written */
-	PV_REGION_DEBUGCON, /* the same, but a read gives the port number: guests look for it */
-	PV_REGION_PCI,	    /* opaque: struct pv_pci_latch; ports 0xCF8..0xCFF */
-	PV_REGION_RTC,	    /* opaque: struct pv_rtc; ports 0x70 and 0x71 */
-	PV_REGION_PMTIMER,  /* no opaque: the ACPI timer */
-	PV_REGION_IGNORE    /* reads give zero, writes are lost */
+	PV_REGION_SERIAL,	/* opaque: struct pv_serial */
+	PV_REGION_NOTIFY,	/* opaque: struct pv_notify; the address is the queue's */
+	PV_REGION_NOTIFY_VALUE, /* the same, but the value written is the queue's number */
+	PV_REGION_ISR,		/* opaque: struct pv_intx */
+	PV_REGION_STREAM,	/* opaque: struct pv_pipe, which gets the bytes that are written */
+	PV_REGION_DEBUGCON,	/* the same, but a read gives the port number: guests look for it */
+	PV_REGION_PCI,		/* opaque: struct pv_pci_latch; ports 0xCF8..0xCFF */
+	PV_REGION_RTC,		/* opaque: struct pv_rtc; ports 0x70 and 0x71 */
+	PV_REGION_PMTIMER,	/* no opaque: the ACPI timer */
+	PV_REGION_IGNORE	/* reads give zero, writes are lost */
 };
 
 /*
  * The number of a register, which pv_bus_register() makes of an access, is the offset in the region
  * with these exceptions. In the PCI data window it is PV_REG_PCI | bus, device and function << 8 |
  * offset in configuration space, or PV_REG_PCI_NOBODY if no function is there. In a serial port it
- * is PV_REG_DLAB | offset for the divisor latch.
+ * is PV_REG_DLAB | offset for the divisor latch. In a region of kind PV_REGION_NOTIFY_VALUE it is the
+ * number of the queue that a write kicks, or PV_REG_NO_QUEUE.
  */
 #define PV_REG_PCI	  0x1000000
 #define PV_REG_PCI_NOBODY 0x2000000
 #define PV_REG_DLAB	  0x100
+#define PV_REG_NO_QUEUE	  0x10000
 
 struct pv_bus;
 struct pv_bus *pv_bus_new(void);
@@ -54,8 +57,8 @@ int pv_bus_add(struct pv_bus *bus, enum pv_space space, uint64_t base, uint64_t 
 int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32_t id);
 
 /*
- * The kick registers of virtqueues whose kicks come without ioeventfd. A write at offset q * stride
- * kicks queue q by adding 1 to the eventfd fd[q].
+ * The kick registers of virtqueues whose kicks come without ioeventfd. A write at offset q * stride,
+ * or of the value q, kicks queue q by adding 1 to the eventfd fd[q].
  */
 struct pv_notify {
 	uint32_t count;
@@ -89,7 +92,8 @@ struct pv_bus_region {
 
 bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_t size,
 		 struct pv_bus_region *out);
-uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr);
+uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr, bool write,
+			 const uint8_t *data, uint32_t size);
 bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data,
 		   uint32_t size);
 

@@ -259,7 +259,7 @@ bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space)
 
 	v->region = r.id;
 	if (found)
-		key.reg = pv_bus_register(&r, v->addr);
+		key.reg = pv_bus_register(&r, v->addr, v->write, v->data, v->size);
 	account(v, &key, v->count);
 	if (!found) {
 		if (!v->write)

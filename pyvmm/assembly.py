@@ -290,6 +290,7 @@ class Parts:
 
     def _add_net(self, index: int, net: Net, mac: bytes) -> None:
         """Plug in a network card."""
+        from pyvmm.spec.virtio_pci import VIRTIO_TRANS_ID_NET
         from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
         from pyvmm.virtio.pci.transport import VirtioPci
 
@@ -333,7 +334,12 @@ class Parts:
             undo.callback(device.close)
             device.recorder = scope
             transport = VirtioPci(
-                self.vm, self.bus, device, PCI_CLASS_NETWORK_ETHERNET, notify=net.notify
+                self.vm,
+                self.bus,
+                device,
+                PCI_CLASS_NETWORK_ETHERNET,
+                notify=net.notify,
+                transitional=VIRTIO_TRANS_ID_NET if net.legacy else None,
             )
             undo.callback(transport.close)
             self.pci.add(transport)

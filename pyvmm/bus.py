@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError
@@ -154,6 +155,7 @@ class Bus:
         if self.c == ffi.NULL:
             raise MemoryError
         self._regions: dict[int, Region] = {}
+        self._held: threading.Event | None = None
 
     def close(self) -> None:
         """Free the table once no vCPU runs any more. A second call does nothing."""
@@ -228,10 +230,19 @@ class Bus:
         """The name and the prefix of each region."""
         return {(r.name, r.prefix) for r in self._regions.values()}
 
-    def dispatch(self, c: Any) -> None:
+    def hold(self, until: threading.Event) -> None:
+        """For a handler that answers an access: the vCPU is not to enter the guest before
+        ``until``.
+        """
+        self._held = until
+
+    def dispatch(self, c: Any) -> threading.Event | None:
         """Answer the access that ``c`` (``struct pv_vcpu *``) describes after PV_STOP_PIO or
         PV_STOP_MMIO.
+
+        :returns: what the vCPU has to wait for before it enters the guest; usually None.
         """
+        self._held = None
         r = self._regions[c.region]
         offset, size, data = c.addr - (r.base or 0), c.size, c.data
         handler = r.handler
@@ -243,3 +254,4 @@ class Bus:
             else:
                 value = handler.read(offset, size) & ((1 << 8 * size) - 1)
                 ffi.memmove(data + i, value.to_bytes(size, "little"), size)
+        return self._held

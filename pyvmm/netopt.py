@@ -34,6 +34,7 @@ COMMON_KEYS = (
     "queues",
     "queue-size",
     "link",
+    "legacy",
     "speed",
     "without",
     "with",
@@ -101,6 +102,8 @@ class Net:
         (``with=`` in an option).
     :param queues: queue pairs, 1 to 16. :param link: ``on`` or ``off``: whether the cable is
         plugged in at the start.
+    :param legacy: ``on`` for a transitional card, which drivers from before virtio 1.0 can use, too
+        (docs/legacy.md), else ``off``.
     :param speed: of the cable in Mbit/s, as the guest is told.
     :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
     :param poll: microseconds for which the worker looks for more work before it sleeps, 0 to 1000.
@@ -119,6 +122,7 @@ class Net:
     __slots__ = (
         "guest",
         "host",
+        "legacy",
         "link",
         "mac",
         "mode",
@@ -150,6 +154,7 @@ class Net:
         queues: int | str = 1,
         queue_size: int | str = 256,
         link: str = "on",
+        legacy: str = "off",
         speed: int | str = 10_000,
         without: str = "",
         with_: str = "",
@@ -167,6 +172,8 @@ class Net:
             raise UsageError(f"--net: notify={notify}", "use notify=ioeventfd or notify=exit")
         if link not in ("on", "off"):
             raise UsageError(f"--net: link={link}", "use link=on or link=off")
+        if legacy not in ("on", "off"):
+            raise UsageError(f"--net: legacy={legacy}", "use legacy=on or legacy=off")
         if server not in ("on", "off"):
             raise UsageError(f"--net: server={server}", "use server=on or server=off")
         self.switchable = [m for m in switchable.split("+") if m and m != mode]
@@ -205,7 +212,7 @@ class Net:
         self.mac = parse_mac(mac) if mac is not None else None
         self.mtu = number("mtu", mtu, ETH_MIN_MTU, TAP_MAX_MTU) if mtu is not None else None
         self.queues = number("queues", queues, 1, MAX_QUEUES)
-        self.link = link == "on"
+        self.link, self.legacy = link == "on", legacy == "on"
         self.speed = number("speed", speed, 1, SPEED_MAX)
         self.socket, self.server = socket or "", server == "on"
         self.peer = number("peer", peer, 0, UID_MAX) if peer is not None else None

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 EHWPOISON = 133  # asm-generic/errno.h; Python has no name for it
 #: Seconds that a vCPU's thread may take to leave the guest before it is kicked again.
 KICK_AGAIN_S = 0.2
+#: Seconds after which a vCPU that a device holds (``Bus.hold``) looks whether it is to leave.
+HELD_LOOK_S = 0.1
 
 
 class VcpuThreads:
@@ -183,8 +185,10 @@ class VcpuThreads:
                 stop = run()
                 if stop in (STOP_PIO, STOP_MMIO):
                     with lock:
-                        dispatch(c)
+                        held = dispatch(c)
                     flush()
+                    while held is not None and not self._halted and not held.wait(HELD_LOOK_S):
+                        pass
                 elif stop != STOP_ASKED:
                     self._over(abnormal(vcpu, stop))
                 elif self.kicked is not None:

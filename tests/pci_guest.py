@@ -49,7 +49,8 @@ class FakeVm:
     def __init__(self) -> None:
         self.c_fd = ffi.new("int *", -1)
         self.irqfds: dict[EventFd, int] = {}
-        self.kicks: dict[int, EventFd] = {}
+        #: By address, or for a port by port and value.
+        self.kicks: dict[int | tuple[int, int], EventFd] = {}
         self.routes: dict[int, tuple[int, int]] = {}
         self.refuse: set[str] = set()
         self.gsis: set[int] = set()
@@ -85,14 +86,22 @@ class FakeVm:
             assert self.irqfds.pop(event, gsi) == gsi
 
     def ioeventfd(
-        self, event: EventFd, addr: int, *, pio: bool, assign: bool = True, length: int = 2
+        self,
+        event: EventFd,
+        addr: int,
+        *,
+        pio: bool,
+        assign: bool = True,
+        length: int = 2,
+        value: int | None = None,
     ) -> None:
-        assert not pio
+        assert pio == (value is not None)
+        key = addr if value is None else (addr, value)
         if assign:
-            self._check("ioeventfd", errno.EEXIST if addr in self.kicks else 0)
-            self.kicks[addr] = event
-        elif self.kicks.get(addr) is event:
-            del self.kicks[addr]
+            self._check("ioeventfd", errno.EEXIST if key in self.kicks else 0)
+            self.kicks[key] = event
+        elif self.kicks.get(key) is event:
+            del self.kicks[key]
 
     def _collect(self) -> None:
         """What KVM does the moment that an eventfd with an irqfd is signalled."""
@@ -160,7 +169,8 @@ class Board:
         return int.from_bytes(self.access(space, addr, size), "little")
 
     def write(self, space: int, addr: int, size: int, value: int) -> None:
-        kick = getattr(self.vm, "kicks", {}).get(addr) if space == MMIO else None
+        key = addr if space == MMIO else (addr, value)
+        kick = getattr(self.vm, "kicks", {}).get(key) if size == 2 or space == MMIO else None
         if kick is not None:  # the kernel is faster
             kick.signal()
         else:
@@ -262,7 +272,14 @@ class VirtioPciDriver:
     # --- PCI --------------------------------------------------------------------------------------
     @property
     def bar(self) -> int:
-        return self.board.config_read(self.slot, pci.PCI_BASE_ADDRESS_0) & ~0xF
+        """The address of the memory BAR."""
+        index = self.caps[virtio_pci.VIRTIO_PCI_CAP_COMMON_CFG][0]
+        return self.board.config_read(self.slot, pci.PCI_BASE_ADDRESS_0 + 4 * index) & ~0xF
+
+    @property
+    def ports(self) -> int:
+        """The first port of the legacy interface of a transitional device."""
+        return self.board.config_read(self.slot, pci.PCI_BASE_ADDRESS_0) & ~3
 
     def command(self, value: int) -> None:
         self.board.config_write(self.slot, pci.PCI_COMMAND, 2, value)

@@ -290,6 +290,7 @@ class Nic:
             "tap": self.tap,
             "host": self.host,
             "guest": self.guest,
+            "interface": self.device.interface,
             "offered": names(self.device.offered()),
             "negotiated": names(self.device.negotiated),
             "queue_pairs": {"max": self.device.max_pairs, "used": self.device.pairs},

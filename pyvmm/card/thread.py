@@ -48,14 +48,18 @@ class CardThread:
                 f"cannot start the thread of {name}: {e}", "raise the limit of processes"
             ) from e
 
-    def post(self, job: Callable[[], None]) -> None:
+    def post(self, job: Callable[[], None]) -> bool:
         """Run ``job`` after all jobs that were posted before; it raises nothing. Any thread; never
         waits. After ``end`` nothing happens.
+
+        :returns: whether the job will be run.
         """
         with self._changed:
-            if not self._ended:
-                self._jobs.append(job)
-                self._changed.notify_all()
+            if self._ended:
+                return False
+            self._jobs.append(job)
+            self._changed.notify_all()
+            return True
 
     def call(self, job: Callable[[], T]) -> T:
         """Run ``job`` likewise, and wait for it. Not for a vCPU's thread, nor for one that holds

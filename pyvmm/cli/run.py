@@ -30,6 +30,7 @@ Network cards: --net MODE[,key=value...], once per card
       queues=N        queue pairs, 1 to 16 (1); with several pairs tap= must be a multi-queue tap
       queue-size=N    entries per queue (256)
       link=off        start with the cable pulled (on)
+      legacy=on       also for drivers from before virtio 1.0 (docs/legacy.md)
       speed=N         of the cable in Mbit/s, for `ethtool` in the guest (10000)
       worker-cpu=N    the worker of queue pair k runs on CPU N + k only
       switchable=A+B  the data path may later be switched to the modes A and B (docs/switch.md): the

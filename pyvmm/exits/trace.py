@@ -207,16 +207,16 @@ class _Trace:
         self._bus = self._accounts.bus
         self._zero = self._accounts.phases["vmm"]
         self._dropped: dict[str, int] = {}
-        #: Bus region -> (card, offset in BAR 0), and PCI slot -> card.
-        self._parts: dict[int, tuple[int, int]] = {}
+        #: Bus region -> card, and PCI slot -> card.
+        self._parts: dict[int, int] = {}
         self._slots: dict[int, int] = {}
         self._eventfds: dict[int, str] = {}
         for index, nic in enumerate(self._nets):
-            for offset, region in nic.transport.bars[0].parts:
-                self._parts[region.id] = (index, offset)
+            for region in nic.transport.regions():
+                self._parts[region.id] = index
             self._slots[nic.transport.slot] = index
             self._eventfds.update(nic.transport.eventfds())
-        self._selects: dict[tuple[int, int], int] = {}  # (card, select register) -> value
+        self._selects: dict[tuple[int, str], int] = {}  # (region, select register) -> value
         self._cards: list[list[Args]] = [[] for _ in self._nets]
 
     def about(self) -> Args:
@@ -383,16 +383,16 @@ class _Trace:
 
     def _set_up(self, event: Event) -> None:
         """Put an access to a card's registers on the card's own track, with its meaning."""
+        _, register, name = self._bus.describe(event.region, event.reg, event.write)
         if event.region in self._parts:
-            card, offset = self._parts[event.region]
+            card = self._parts[event.region]
             if self._bus.role(event.region, event.reg) == "notify":
                 return  # a kick belongs to the traffic
-            text = self._common(card, event) if offset == 0 else ""
+            text = self._meaning(register, event)
         elif event.reg & PCI_DATA and event.reg >> 11 & 31 in self._slots:
             card, text = self._slots[event.reg >> 11 & 31], self._config(event)
         else:
             return
-        _, register, name = self._bus.describe(event.region, event.reg, event.write)
         name = name.removeprefix("pci-config ").removeprefix(f"{self._nets[card].name} ")
         args: Args = {"register": register, "value": hex(event.value)}
         if text:
@@ -403,26 +403,20 @@ class _Trace:
             self._moment(f"{way} {name}: {value}", "set-up", event.ts, NETS + card, SETUP, args)
         )
 
-    def _common(self, card: int, event: Event) -> str:
-        at, value = event.reg, event.value
-        selects = {
-            vp.VIRTIO_PCI_COMMON_DF: vp.VIRTIO_PCI_COMMON_DFSELECT,
-            vp.VIRTIO_PCI_COMMON_GF: vp.VIRTIO_PCI_COMMON_GFSELECT,
-        }
-        if event.write and at in selects.values():
-            self._selects[card, at] = value
-        if at == vp.VIRTIO_PCI_COMMON_STATUS:
+    def _meaning(self, register: str, event: Event) -> str:
+        """Of a value in a virtio register: of the common configuration, or of the legacy
+        interface, which has no selectors of features.
+        """
+        value, select = event.value, (event.region, f"{register}_select")
+        if event.write and register in ("device_feature_select", "driver_feature_select"):
+            self._selects[event.region, register] = value
+        if register == "device_status":
             return bits_of(value, STATUS_BITS)
-        if at in selects:
-            return feature_text(value << 32 * min(self._selects.get((card, selects[at]), 0), 2))
-        if at in (vp.VIRTIO_PCI_COMMON_Q_MSIX, vp.VIRTIO_PCI_COMMON_MSIX):
+        if register in ("device_feature", "driver_feature"):
+            return feature_text(value << 32 * min(self._selects.get(select, 0), 2))
+        if register in ("queue_msix_vector", "config_msix_vector"):
             return "none" if value == vp.VIRTIO_MSI_NO_VECTOR else f"vector {value}"
-        if at in (
-            vp.VIRTIO_PCI_COMMON_Q_SIZE,
-            vp.VIRTIO_PCI_COMMON_NUMQ,
-            vp.VIRTIO_PCI_COMMON_Q_SELECT,
-            vp.VIRTIO_PCI_COMMON_Q_ENABLE,
-        ):
+        if register in ("queue_size", "num_queues", "queue_select", "queue_enable"):
             return str(value)
         return ""
 

@@ -224,22 +224,33 @@ class Vm:
     # --- kicks ------------------------------------------------------------------------------------
 
     def ioeventfd(
-        self, event: EventFd, addr: int, *, pio: bool, assign: bool = True, length: int = 2
+        self,
+        event: EventFd,
+        addr: int,
+        *,
+        pio: bool,
+        assign: bool = True,
+        length: int = 2,
+        value: int | None = None,
     ) -> None:
         """Let KVM signal ``event`` for each write to ``addr``, without an exit to userspace; or,
         without ``assign``, stop that.
 
         :param pio: whether ``addr`` is a port and not a guest-physical address.
         :param length: the length of the writes in bytes. It is ignored if the kernel can match
-            writes of any length (KVM_CAP_IOEVENTFD_ANY_LENGTH).
+            writes of any length (KVM_CAP_IOEVENTFD_ANY_LENGTH) and ``value`` is None.
+        :param value: signal only for writes of this value.
         :raises HostError: KVM does not take the ioeventfd.
         """
         arg = ffi.new("struct kvm_ioeventfd *")
         arg.addr, arg.fd = addr, event.fileno()
-        arg.len = 0 if self.any_length else length
+        arg.len = 0 if self.any_length and value is None else length
         arg.flags = (lib.KVM_IOEVENTFD_FLAG_PIO if pio else 0) | (
             0 if assign else lib.KVM_IOEVENTFD_FLAG_DEASSIGN
         )
+        if value is not None:
+            arg.flags |= lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+            arg.datamatch = value
         begin = time.monotonic_ns()
         try:
             ioctl(self.fileno(), "KVM_IOEVENTFD", arg)

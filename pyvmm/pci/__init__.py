@@ -97,6 +97,7 @@ class PciFunction:
     :param class_code: base class, sub-class and programming interface, 24 bits.
     :param subsystem: the subsystem id; the subsystem vendor id equals ``vendor``.
     :param pin: the interrupt pin, 1 for INTA or 0 for none.
+    :param revision: the revision id.
     :ivar config: the configuration space. C answers reads from these bytes.
     :ivar live: offsets of doublewords whose value is more than the bytes in ``config``, so that
         Python answers reads of them.
@@ -112,6 +113,7 @@ class PciFunction:
         *,
         subsystem: int = 0,
         pin: int = 0,
+        revision: int = 1,
     ) -> None:
         self.name = name
         self.config = bytearray(CONFIG_SIZE)
@@ -123,7 +125,7 @@ class PciFunction:
         self._names: dict[int, str | tuple[str, str]] = {**HEADER_NAMES, 0x40: ""}
         self._cap_link = PCI_CAPABILITY_LIST
         self.put(0, vendor | device << 16, 4)
-        self.put(PCI_CLASS_PROG - 1, class_code << 8 | 1, 4)  # revision 1
+        self.put(PCI_CLASS_PROG - 1, class_code << 8 | revision, 4)
         self.put(PCI_SUBSYSTEM_VENDOR_ID, vendor | subsystem << 16, 4)
         self.put(PCI_INTERRUPT_PIN, pin, 1)
         self.allow(PCI_COMMAND, COMMAND_BITS, 2)

@@ -3,6 +3,7 @@
 # 4.1.2
 PCI_VENDOR_ID_REDHAT_QUMRANET = 0x1AF4
 VIRTIO_PCI_DEVICE_ID_BASE = 0x1040  # plus the virtio device id
+VIRTIO_TRANS_ID_NET = 0x1000  # a transitional network card (linux/virtio_ids.h)
 
 # 4.1.4
 VIRTIO_PCI_CAP_COMMON_CFG = 1
@@ -64,6 +65,33 @@ VIRTIO_MSI_NO_VECTOR = 0xFFFF
 # 4.1.4.5
 VIRTIO_PCI_ISR_QUEUE = 0x1
 VIRTIO_PCI_ISR_CONFIG = 0x2
+
+# 4.1.4.10: the legacy interface, in BAR 0, an I/O BAR
+VIRTIO_PCI_HOST_FEATURES = 0
+VIRTIO_PCI_GUEST_FEATURES = 4
+VIRTIO_PCI_QUEUE_PFN = 8
+VIRTIO_PCI_QUEUE_NUM = 12
+VIRTIO_PCI_QUEUE_SEL = 14
+VIRTIO_PCI_QUEUE_NOTIFY = 16
+VIRTIO_PCI_STATUS = 18
+VIRTIO_PCI_ISR = 19
+# While MSI-X is enabled; the device configuration begins behind them, or else in their place.
+VIRTIO_MSI_CONFIG_VECTOR = 20
+VIRTIO_MSI_QUEUE_VECTOR = 22
+VIRTIO_PCI_QUEUE_ADDR_SHIFT = 12
+VIRTIO_PCI_VRING_ALIGN = 4096
+
+# The names of the same registers, those of the modern ones with the same meaning.
+LEGACY_NAMES: dict[int, str | tuple[str, str]] = {
+    VIRTIO_PCI_HOST_FEATURES: "device_feature",
+    VIRTIO_PCI_GUEST_FEATURES: "driver_feature",
+    VIRTIO_PCI_QUEUE_PFN: "queue_address",
+    VIRTIO_PCI_QUEUE_NUM: "queue_size",
+    VIRTIO_PCI_QUEUE_SEL: "queue_select",
+    VIRTIO_PCI_STATUS: "device_status",
+    VIRTIO_MSI_CONFIG_VECTOR: "config_msix_vector",
+    VIRTIO_MSI_QUEUE_VECTOR: "queue_msix_vector",
+}
 
 # struct virtio_pci_cap: names of the fields by offset
 CAP_NAMES = {2: "cap_len", 3: "cfg_type", 4: "bar", 5: "id", 8: "offset", 12: "length"}

@@ -29,10 +29,15 @@ from pyvmm.spec.virtio import (
     VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK,
     VIRTIO_CONFIG_S_NEEDS_RESET,
+    VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_RING_RESET,
     VIRTIO_F_VERSION_1,
 )
-from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
+from pyvmm.spec.virtio_pci import (
+    VIRTIO_MSI_NO_VECTOR,
+    VIRTIO_PCI_QUEUE_ADDR_SHIFT,
+    VIRTIO_PCI_VRING_ALIGN,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,6 +68,8 @@ QUEUE_REGISTERS = {
     "used": "queue_device",
     "resetting": "queue_reset",
 }
+#: What is wrong with a write by a driver that uses both interfaces without a reset in between.
+MIXED = "while the driver uses the {} interface"
 
 
 class Queue:
@@ -100,6 +107,12 @@ class Queue:
         self.enabled = self.resetting = False
         self.vector = VIRTIO_MSI_NO_VECTOR
 
+    def place(self, gpa: int) -> None:
+        """Set the three areas as a legacy driver lays them out from ``gpa`` on (2.7.2)."""
+        self.desc, self.avail = gpa, gpa + 16 * self.size
+        end = self.avail + 6 + 2 * self.size
+        self.used = end + -end % VIRTIO_PCI_VRING_ALIGN
+
     def problem(self, memory: GuestMemory, form: RingFormat) -> str:
         """What is wrong with the driver's set-up; empty if nothing (2.7, 2.8: sizes and
         alignments).
@@ -120,8 +133,10 @@ class Queue:
 class Jobs(Protocol):
     """Runs a device's transitions one after another."""
 
-    def post(self, job: Callable[[], None]) -> None:
-        """Run ``job`` after all jobs that were posted before. Any thread; never waits."""
+    def post(self, job: Callable[[], None]) -> bool:
+        """Run ``job`` after all jobs that were posted before; whether that will happen. Any thread;
+        never waits.
+        """
 
 
 class Inline:
@@ -129,9 +144,10 @@ class Inline:
     nobody else.
     """
 
-    def post(self, job: Callable[[], None]) -> None:
+    def post(self, job: Callable[[], None]) -> bool:
         """Run it."""
         job()
+        return True
 
 
 class Transport(Protocol):
@@ -177,6 +193,8 @@ class VirtioDevice:
 
     :param jobs: runs transitions; by default they happen in the thread that asks for them.
     :param lock: the machine's I/O lock; by default a lock of the device's own.
+    :ivar legacy: the driver uses the transport's legacy interface; from its first write there until
+        a reset. :ivar interface: ``legacy`` or ``modern``, of the latest DRIVER_OK; empty before.
     :ivar mastering: the bus lets the device access memory.
     :ivar stopping: the driver has written 0 to the status, and the device is still being stopped.
     :ivar negotiated: the features of the latest DRIVER_OK; a reset keeps them, for reports.
@@ -206,7 +224,8 @@ class VirtioDevice:
         self.status = 0
         self.mastering = True
         self._mastering_asked = False  # a job that looks at ``mastering`` has been posted
-        self.stopping = False
+        self.stopping = self.legacy = False
+        self.interface = ""
         self.driver_features = self.negotiated = 0
         self.generation = 0
         self._jobs: Jobs = jobs if jobs is not None else Inline()
@@ -264,6 +283,10 @@ class VirtioDevice:
         """The device-specific configuration as it reads now."""
         return b""
 
+    def legacy_config_written(self, offset: int, data: bytes) -> bool:
+        """A legacy driver writes to the device-specific configuration; whether it may."""
+        return False
+
     def own_queues(self) -> frozenset[int]:
         """Queues that the device serves itself, by ``notified``; asked at DRIVER_OK."""
         return frozenset()
@@ -320,6 +343,8 @@ class VirtioDevice:
         new = want & ~now
         if self.stopping:
             return "before a reset was complete, for which the driver reads until 0", "4.1.4.3.2"
+        if self.legacy:
+            return MIXED.format("legacy"), "4.1.4.10"
         if now & ~want:
             return f"which clears bits of {now:#x}", "2.1.1"
         if new and now & FAILED:
@@ -382,6 +407,7 @@ class VirtioDevice:
     def _begin(self) -> None:
         """DRIVER_OK: start the device, unless the driver set up its queues wrongly."""
         self.negotiated = self.driver_features
+        self.interface = "legacy" if self.legacy else "modern"
         self._transport.set_active(True)
         if not self.mastering:
             self.mistake(
@@ -456,11 +482,12 @@ class VirtioDevice:
         self.driver_features = 0
         with self._mutex:
             self.status = 0
-        self.stopping = False
+        self.stopping = self.legacy = False
         self._transport.device_reset()
 
-    def post(self, what: str, job: Callable[[], None]) -> None:
-        """Post a job. If anything goes wrong in it, the driver sees NEEDS_RESET.
+    def post(self, what: str, job: Callable[[], None]) -> bool:
+        """Post a job; whether it will be run. If anything goes wrong in it, the driver sees
+        NEEDS_RESET.
 
         :param what: names the job, for faults that are bugs of pyvmm.
         """
@@ -471,7 +498,7 @@ class VirtioDevice:
             except Exception as e:  # the thread that runs the jobs must live
                 self.failed(what, e)
 
-        self._jobs.post(attempt)
+        return self._jobs.post(attempt)
 
     def fault(self, queue: int, problem: str) -> None:
         """Something that only a reset cures: tell the guest (2.1.2). Any thread; takes no lock that
@@ -525,7 +552,7 @@ class VirtioDevice:
 
     def set_features(self, shift: int, value: int) -> None:
         """The driver writes 32 feature bits at ``shift``; only between DRIVER and FEATURES_OK."""
-        if self.status != ACK | DRIVER:
+        if self.legacy or self.status != ACK | DRIVER:
             self.refuse("driver_feature", value, *self._untimely(DRIVER, FEATURES_OK))
             return
         self.driver_features = (self.driver_features & ~(0xFFFFFFFF << shift)) | value << shift
@@ -565,12 +592,16 @@ class VirtioDevice:
                 self.stop_ring(q.index)
             finally:
                 with self._lock:
-                    self._transport.queue_reset(q)
-                    q.clear()
-                    q.kick.drain()
-                    q.call.drain()
+                    self._clear(q)
 
         self.post(f"reset of queue {q.index}", job)
+
+    def _clear(self, q: Queue) -> None:
+        """Let a virtqueue, which nobody serves, be as after power-on."""
+        self._transport.queue_reset(q)
+        q.clear()
+        q.kick.drain()
+        q.call.drain()
 
     def _queue_problem(self, index: int, field: str, value: int) -> tuple[str, str]:
         """What is wrong with the write of a queue register, and the clause; empty if nothing is."""
@@ -604,11 +635,112 @@ class VirtioDevice:
         """Why a register that may be written between two steps may not be written now."""
         if self.stopping:
             return "before a reset was complete, for which the driver reads until 0", "4.1.4.3.2"
+        if self.legacy:
+            return MIXED.format("legacy"), "4.1.4.10"
         if self.status & (NEEDS_RESET | FAILED):
             return f"in status {self.status:#x}, which only a reset leads out of", "2.1"
         if not self.status & after:
             return f"before {STEPS[after]}", "3.1.1"
         return f"after {STEPS[before]}", "3.1.1"
+
+    # --- the legacy interface (2.2.3, 3.1.2, 4.1.4.10) --------------------------------------------
+
+    # Legacy drivers precede the specification: some set up their queues first, and some leave out
+    # status bits. So there is no order of steps. The first write decides which interface the driver
+    # uses until the next reset.
+
+    @property
+    def engaged(self) -> bool:
+        """A driver may have looked at the offer since the latest reset."""
+        return self.legacy or bool(self.status & DRIVER)
+
+    @property
+    def settled(self) -> bool:
+        """The driver has chosen its features for good."""
+        return bool(self.status & (DRIVER_OK if self.legacy else FEATURES_OK))
+
+    def legacy_features(self) -> int:
+        """The offer to a legacy driver: bits 0 to 31, ANY_LAYOUT among them because we never
+        care.
+        """
+        return self.offered() & 0xFFFF_FFFF | 1 << VIRTIO_F_ANY_LAYOUT
+
+    def _may_use_legacy(self, register: str, value: int) -> bool:
+        """Whether a write to the legacy interface counts; such a write chooses it."""
+        if self.stopping:
+            self.refuse(register, value, "before a reset was complete", "4.1.4.3.2")
+        elif self.status and not self.legacy:
+            self.refuse(register, value, MIXED.format("modern"), "4.1.4.10")
+        else:
+            self.legacy = True
+            return True
+        return False
+
+    def set_legacy_status(self, value: int) -> None:
+        """A legacy driver writes the status: 0 to reset, else bits that are kept."""
+        if value == 0:
+            self.reset()
+        elif self._may_use_legacy("device_status", value):
+            new = value & (ACK | DRIVER | DRIVER_OK | FAILED)
+            if self.active and not new & DRIVER_OK:
+                self.refuse("device_status", value, "which clears DRIVER_OK", "2.1.1")
+                return
+            begins = new & DRIVER_OK and not self.active
+            with self._mutex:
+                self.status = self.status & NEEDS_RESET | new
+            if begins:
+                self._begin()
+
+    def set_legacy_features(self, value: int) -> None:
+        """A legacy driver writes its features, bits 0 to 31."""
+        if not self._may_use_legacy("driver_feature", value):
+            return
+        if self.active:
+            self.refuse("driver_feature", value, "after DRIVER_OK", "3.1.2")
+            return
+        unknown = value & ~self.legacy_features()
+        if unknown:
+            wrong = f"with features that were not offered: {unknown:#x}"
+            self.refuse("driver_feature", value, wrong, "2.2.1")
+        self.driver_features = value & ~unknown
+
+    def legacy_queue(self, index: int) -> int:
+        """The page number of a virtqueue; 0 if the driver has not set it up."""
+        if not self.legacy or index >= len(self.queues) or not self.queues[index].enabled:
+            return 0
+        return self.queues[index].desc >> VIRTIO_PCI_QUEUE_ADDR_SHIFT
+
+    def set_legacy_queue(self, index: int, page: int) -> None:
+        """A legacy driver sets up a virtqueue at a page, or lets go of it with page 0."""
+        if page == 0 and not self.legacy_queue(index):
+            return  # drivers do so after a reset, too
+        if not self._may_use_legacy("queue_address", page):
+            return
+        wrong = ""
+        if index >= len(self.queues):
+            wrong = f"of queue {index}, which does not exist"
+        elif self.queues[index].resetting:
+            wrong = f"of queue {index}, which is being reset"
+        elif page and self.queues[index].enabled:
+            wrong = f"of queue {index}, which is enabled"
+        if wrong:
+            self.refuse("queue_address", page, wrong, "4.1.5.1.3")
+        elif page:
+            self.queues[index].place(page << VIRTIO_PCI_QUEUE_ADDR_SHIFT)
+            self._enable(self.queues[index])
+        elif self.active:
+            self._reset_queue(self.queues[index])
+        else:
+            self._clear(self.queues[index])
+
+    def write_legacy_config(self, field: str, offset: int, data: bytes) -> None:
+        """A legacy driver writes to the device-specific configuration.
+
+        :param field: what it writes to, in the words of messages.
+        """
+        value = int.from_bytes(data, "little")
+        if self._may_use_legacy(field, value) and not self.legacy_config_written(offset, data):
+            self.refuse(field, value, "which is read-only", "5.1.4")
 
     # --- the end ----------------------------------------------------------------------------------
 

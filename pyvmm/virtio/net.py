@@ -12,6 +12,7 @@ import time
 from pyvmm.datapath.base import RxFilter, by_pair, header_size
 from pyvmm.errors import PyvmmError, RingFault, UsageError
 from pyvmm.spec.virtio import (
+    VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_NOTIFICATION_DATA,
     VIRTIO_F_RING_RESET,
     VIRTIO_F_VERSION_1,
@@ -45,7 +46,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_S_LINK_UP,
 )
 from pyvmm.virtio.control import HASH_KEY_MAX, HASH_TABLE_MAX, HASH_TYPES, Control
-from pyvmm.virtio.device import DRIVER, FEATURES_OK, VirtioDevice
+from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.listener import PathListener
 
 TYPE_CHECKING = False
@@ -85,6 +86,9 @@ CONTROLLED = (
     VIRTIO_NET_F_CTRL_MAC_ADDR,
     VIRTIO_NET_F_GUEST_ANNOUNCE,
 )
+#: Every data path honours it, so none is told. vhost-net would take the bit for another one of its
+#: own, VHOST_NET_F_VIRTIO_NET_HDR (linux/vhost_types.h).
+LEGACY_ONLY = 1 << VIRTIO_F_ANY_LAYOUT
 #: What VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET may switch (5.1.6.5.6).
 GUEST_OFFLOADS = sum(
     1 << bit
@@ -173,6 +177,7 @@ class NetDevice(VirtioDevice):
         self._announce = False
         self._control: Control | None = None
         self._control_asked = False  # a job to serve the control queue has been posted
+        self._mac_asked = False  # a job to look at a MAC address that was written has been posted
         self._driven = False  # from activate to deactivate
         self._listener: PathListener | None = None
         self._observer: Observer | None = None
@@ -221,7 +226,7 @@ class NetDevice(VirtioDevice):
         """The negotiated features as a data path gets them: of GUEST_* only those that the driver
         has left on; CTRL_GUEST_OFFLOADS if it may switch GUEST_CSUM on.
         """
-        acked = self.driver_features & ~GUEST_OFFLOADS | self._offloads
+        acked = self.driver_features & ~(GUEST_OFFLOADS | LEGACY_ONLY) | self._offloads
         if not self.driver_features >> VIRTIO_NET_F_GUEST_CSUM & 1:
             acked &= ~(1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
         return acked
@@ -243,6 +248,24 @@ class NetDevice(VirtioDevice):
                 else b"",
             )
         )
+
+    def legacy_config_written(self, offset: int, data: bytes) -> bool:
+        """The MAC address, unless a command changes it (5.1.4.3). One job serves however many
+        writes: drivers write byte by byte.
+        """
+        end = offset + len(data)
+        if end > len(self.mac) or self.driver_features >> VIRTIO_NET_F_CTRL_MAC_ADDR & 1:
+            return False
+        self.mac = self.mac[:offset] + data + self.mac[end:]
+        if self.active and not self._mac_asked:
+            self._mac_asked = True
+            self.post("MAC address", self._look_at_mac)
+        return True
+
+    def _look_at_mac(self) -> None:
+        self._mac_asked = False  # before looking: a write from now on posts another job
+        self.rx.mac = self.mac
+        self.rx_changed()
 
     # --- link -------------------------------------------------------------------------------------
 
@@ -422,7 +445,6 @@ class NetDevice(VirtioDevice):
             self._control = None
             self._rings = {}
             self._announce = False
-            self.mac = self._own_mac
 
     def resume(self, *, hold: bool = False, patience: float | None = None) -> None:
         """In a job: start the data path on the rings of the pairs in use, from where they are;
@@ -486,8 +508,8 @@ class NetDevice(VirtioDevice):
 
     def lacks(self, path: DataPath) -> int:
         """Feature bits that the driver uses, or may yet choose, and ``path`` cannot honour."""
-        chosen = self.driver_features if self.status & FEATURES_OK else self._offered
-        return chosen & ~self._offer(path.features()) if self.status & DRIVER else 0
+        chosen = self.driver_features & ~LEGACY_ONLY if self.settled else self._offered
+        return chosen & ~self._offer(path.features()) if self.engaged else 0
 
     def check(self, path: DataPath) -> None:
         """:raises UsageError: ``path`` lacks features that are in use; it names them."""
@@ -512,7 +534,7 @@ class NetDevice(VirtioDevice):
         with self._lock:  # between the check and the new offer, the driver must not choose
             self.check(path)
             self.datapath = path
-            if not self.status & DRIVER:
+            if not self.engaged:
                 self._reoffer()
         self.link(True)  # the path says so if its interface is gone
 
@@ -520,8 +542,9 @@ class NetDevice(VirtioDevice):
         self._offered = self._most & self._offer(self.datapath.features())
 
     def _reset_done(self) -> None:
-        """Offer what the present data path can."""
+        """Offer what the present data path can; the MAC address is the card's own again."""
         super()._reset_done()
+        self.mac = self._own_mac
         self._reoffer()
 
     # --- what the driver commands -----------------------------------------------------------------

@@ -27,6 +27,8 @@ from pyvmm.kvm import Kvm
 from pyvmm.outcome import Outcome
 from pyvmm.spec import linux_boot as lb
 from pyvmm.spec.platform import PORT_ACPI_SLEEP_CONTROL, PORT_GUEST_CONTROL
+from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
+from tests.dpdk import TestPmd
 
 Guest = Callable[[str], str]
 #: Seconds. The guests need a tenth of one, and many times as long if the processors are busy.
@@ -339,6 +341,64 @@ def test_mistakes_are_told_at_the_end(guest: Guest) -> None:
     assert len(told) == 16
     done = subprocess.run([*argv, "steps=joined"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("mode", "notify", "append"),
+    [
+        ("emulated", "ioeventfd", "irq=msix count=20"),
+        ("emulated", "exit", "irq=intx mrg=1 count=20"),
+        ("emulated", "ioeventfd", "early=1 mac=1"),  # as iPXE sets up a card
+        ("vhost-user", "ioeventfd", "irq=msix count=5"),
+        ("vhost-user", "exit", "mrg=1"),
+    ],
+)
+def test_legacy_driver(guest: Guest, mode: str, notify: str, append: str) -> None:
+    """docs/legacy.md: headers of 10 and 12 bytes, both kinds of interrupt, both ways of kicks."""
+    net = Net(mode, notify=notify, legacy="on")
+    with Machine(guest("legacynet"), memory="4M", append=append, nets=[net]) as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        nic = vm.nets[0].report()
+        assert nic["interface"] == "legacy"
+        assert nic["negotiated"] == ["MAC"] + ["MRG_RXBUF"] * ("mrg" in append) + ["ANY_LAYOUT"]
+        assert not nic["driver_mistakes"] and not nic["faults"] and not nic["kvm_refusals"]
+        kicks = int(vm.stdout.text.decode().rsplit(",", 1)[1].split()[0])
+        devices = vm.ledger().by_device()
+        assert devices.get("net0 notify", 0) == (kicks if notify == "exit" else 0)
+
+
+def test_legacy_driver_on_dpdk(guest: Guest, tmp_path: Path) -> None:
+    """A foreign back-end that takes the short header; testpmd answers ARP itself."""
+    path = str(tmp_path / "s")
+    with TestPmd(f"net_vhost0,iface={path}", options=("--forward-mode=icmpecho",)) as pmd:
+        pmd.say("start")
+        pmd.expect("icmpecho packet forwarding", TIMEOUT)
+        net = Net("vhost-user", socket=path, legacy="on")
+        with Machine(guest("legacynet"), memory="4M", append="count=20", nets=[net]) as vm:
+            assert run(vm).status == 0
+            assert vm.nets[0].report()["interface"] == "legacy"
+
+
+def test_hostile_legacy_driver(guest: Guest) -> None:
+    """Queues beyond memory, both interfaces in one life, registers of any width: each time, the
+    card works again after a reset.
+    """
+    net = Net("emulated", legacy="on")
+    with Machine(guest("legacynet"), memory="4M", append="hostile=1", nets=[net]) as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        device = vm.nets[0].device
+        assert device.refused > 100 and not device.tracebacks
+        assert any("is outside RAM" in fault for fault in device.faults)
+
+
+def test_a_modern_driver_on_a_transitional_card(guest: Guest) -> None:
+    net = Net("emulated", legacy="on")
+    with Machine(guest("pcinet"), memory="4M", append="count=5", nets=[net]) as vm:
+        assert run(vm).status == 0
+        assert vm.nets[0].device.interface == "modern"
+        assert vm.nets[0].device.negotiated >> VIRTIO_F_VERSION_1 & 1
 
 
 @pytest.mark.parametrize("notify", ["ioeventfd", "exit"])

@@ -44,6 +44,24 @@ DISCOVERY = [
     "write common device_status: ACKNOWLEDGE DRIVER FEATURES_OK DRIVER_OK",
 ]
 
+#: The same of a legacy driver (4.1.4.10).
+LEGACY = [
+    "read vendor id: 0x10001af4",
+    "write BAR 0: 0xc800",
+    "write command: IO MEMORY MASTER",
+    "write legacy device_status: 0",
+    "write legacy device_status: ACKNOWLEDGE",
+    "write legacy device_status: ACKNOWLEDGE DRIVER",
+    "write legacy driver_feature: MAC ANY_LAYOUT",
+    "read legacy config mac: 0x52",
+    "write legacy queue_select: 0",
+    "read legacy queue_size: 256",
+    "write legacy queue_msix_vector: vector 0",
+    "write legacy queue_select: 1",
+    "write legacy queue_msix_vector: none",
+    "write legacy device_status: ACKNOWLEDGE DRIVER DRIVER_OK",
+]
+
 
 def traced(vm: Machine, path: Path) -> dict[str, Any]:
     """Run to the end, write the trace, check it."""
@@ -85,6 +103,16 @@ def test_what_a_driver_and_its_packets_do(guest: Guest, tmp_path: Path, notify: 
         assert len(kicks) == counters[f"{way}_kicks"]
     phases = names(trace, "guest", "phases")
     assert {"boot", "shutdown", "vmm", "end"} <= set(phases)
+
+
+def test_a_legacy_driver_s_registers_have_names(guest: Guest, tmp_path: Path) -> None:
+    """With MSI-X enabled, the vectors precede the device configuration."""
+    net = Net("emulated", notify="exit", legacy="on")
+    append = "count=5 irq=msix"
+    with Machine(guest("legacynet"), memory="4M", append=append, nets=[net], trace=1 << 12) as vm:
+        trace = traced(vm, tmp_path / "trace")
+    assert in_order(LEGACY, names(trace, "net0", "driver"))
+    assert names(trace, "vCPUs", "vcpu0").count("write net0 queue 1 notify") == 5
 
 
 def test_the_latest_exits_are_kept(guest: Guest, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ BAD = {
     "emulated,queue-size=0": "use 2 to 32768",
     "emulated,queue-size=3": "power of two",
     "emulated,queue-size=65536": "use 2 to 32768",
+    "emulated,legacy=maybe": "use legacy=on or legacy=off",
     "emulated,poll=1001": "use 0 to 1000",
     "emulated,notify=never": "notify=ioeventfd or notify=exit",
     "emulated,mac=": "no unicast MAC",

@@ -79,6 +79,7 @@ class Rig:
         self.lock = threading.RLock()
         self.served: list[Any] = []
         self.flushes: list[bool] = []  # whether somebody else could have had the lock
+        self.held: threading.Event | None = None  # what a device wants a vCPU to wait for
         self.ends: list[Outcome] = []
         bus = SimpleNamespace(dispatch=self._serve)
         self.threads = VcpuThreads(
@@ -104,9 +105,10 @@ class Rig:
         thread.join()
         return got[0]
 
-    def _serve(self, c: Any) -> None:
+    def _serve(self, c: Any) -> threading.Event | None:
         assert not self._free()
         self.served.append(c)
+        return self.held
 
     def _flush(self) -> None:
         self.flushes.append(self._free())
@@ -134,6 +136,25 @@ def rig() -> Iterator[Rig]:
     made.threads.halt()
     if made._runner.ident is not None:
         made.join()
+
+
+def test_a_device_holds_a_vcpu(rig: Rig) -> None:
+    """The vCPU enters the guest when the device lets it, the other vCPU goes on, and the lock is
+    free; an end does not wait for the device.
+    """
+    rig.held = threading.Event()
+    rig.vcpus[0].stops = [STOP_PIO]
+    rig.start()
+    until(lambda: rig.flushes == [True] and rig.vcpus[1].inside)
+    assert rig._free() and rig.vcpus[0].entries == 1
+    rig.held.set()
+    until(rig.in_guest)
+    rig.held = threading.Event()  # which nobody sets
+    rig.vcpus[0].stops = [STOP_PIO]
+    rig.vcpus[0].kick()
+    until(lambda: len(rig.served) == 2)
+    rig.threads.halt()
+    rig.join()
 
 
 def test_run_until_halted(rig: Rig) -> None:

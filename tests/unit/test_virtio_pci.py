@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from pyvmm.backend.net import NetService
 from pyvmm.backend.server import Backend
-from pyvmm.bus import MMIO
+from pyvmm.bus import MMIO, PIO
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.datapath.vhost_net import VhostNet
 from pyvmm.datapath.vhost_user import VhostUserNet
@@ -101,6 +101,7 @@ class Rig:
         vm: Any = None,
         queue_size: int = 256,
         mode: str = "emulated",
+        legacy: bool = False,
     ) -> None:
         self.board = Board(vm)
         self.stack = ExitStack()
@@ -126,6 +127,7 @@ class Rig:
                 self.device,
                 PCI_CLASS_NETWORK_ETHERNET,
                 notify=notify,
+                transitional=virtio_pci.VIRTIO_TRANS_ID_NET if legacy else None,
             )
         )
         self.vm = self.board.vm
@@ -977,6 +979,9 @@ ACTION = st.one_of(
     st.tuples(st.just("msix"), st.sampled_from([0, 0x4000, 0x8000, 0xC000]), SIZES, VALUE),
     st.tuples(st.just("packet"), st.integers(1, 1600), SIZES, VALUE),
     st.tuples(st.just("up"), st.integers(0, 1), SIZES, VALUE),
+    st.tuples(st.just("port"), st.integers(0, 0x40), SIZES, VALUE),
+    st.tuples(st.just("legacy status"), st.sampled_from([0, 1, 3, 7, 7, 7]), SIZES, VALUE),
+    st.tuples(st.just("legacy queue"), st.integers(0, 3), SIZES, VALUE),
     st.tuples(
         st.just("refuse"),
         st.sampled_from(["", "ioeventfd", "irqfd", "set_msi_route"]),
@@ -1001,6 +1006,14 @@ def act(rig: Rig, d: VirtioPciDriver, action: tuple[Any, ...]) -> None:
         window_read(board, d, a, size)
     elif kind == "status":
         d.set("device_status", a)
+    elif kind == "port":
+        board.write(PIO, d.ports + a, min(size, 4), value)
+        board.read(PIO, d.ports + a, min(size, 4))
+    elif kind == "legacy status":
+        board.write(PIO, d.ports + virtio_pci.VIRTIO_PCI_STATUS, 1, a)
+    elif kind == "legacy queue":
+        board.write(PIO, d.ports + virtio_pci.VIRTIO_PCI_QUEUE_SEL, 2, a)
+        board.write(PIO, d.ports + virtio_pci.VIRTIO_PCI_QUEUE_PFN, 4, value)
     elif kind == "msix":
         d.msix_flags(a)
     elif kind == "packet":
@@ -1011,7 +1024,8 @@ def act(rig: Rig, d: VirtioPciDriver, action: tuple[Any, ...]) -> None:
     elif kind == "refuse":
         rig.vm.refuse = {a} - {""}
     elif not rig.vm.refuse:
-        board.config_write(1, pci.PCI_BASE_ADDRESS_0, 4, PCI_MMIO_BASE + 0x200000)
+        place = pci.PCI_BASE_ADDRESS_0 + 4 * d.caps[virtio_pci.VIRTIO_PCI_CAP_COMMON_CFG][0]
+        board.config_write(1, place, 4, PCI_MMIO_BASE + 0x200000)
         rig.guest(msix=bool(a)).close()
         rig.guests.pop()
 
@@ -1021,13 +1035,14 @@ MODES = ("emulated", "vhost-net", "vhost-user")
 
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=120, deadline=None)
-@given(st.lists(ACTION, max_size=40))
-def test_no_guest_can_make_it_raise(mode: str, actions: list[Any]) -> None:
+@given(st.lists(ACTION, max_size=40), st.booleans())
+def test_no_guest_can_make_it_raise(mode: str, actions: list[Any], legacy: bool) -> None:
     """Any accesses in any order, with a running data path or without; then a well-behaved guest
     finds a working card.
     """
-    with Rig(mode=mode) as rig:
+    with Rig(mode=mode, legacy=legacy) as rig:
         d = rig.driver()
+        d.enable(pci.PCI_COMMAND_IO)
         for action in actions:
             act(rig, d, action)
         rig.vm.refuse = set()

@@ -1,8 +1,9 @@
-"""The modern virtio-pci transport (virtio 1.2, 4.1).
+"""The virtio-pci transport (virtio 1.2, 4.1).
 
-BAR 0, memory: common configuration, ISR, device configuration, notifications, MSI-X table and
-pending bits. Kicks reach the data path as eventfds: by ioeventfd, inside the kernel, or with
-``notify="exit"`` through an exit of the vCPU.
+A BAR in memory space has the common configuration, ISR, device configuration, notifications, MSI-X
+table and pending bits. A transitional device has the legacy interface, too (``pci.legacy``). Kicks
+reach the data path as eventfds: by ioeventfd, inside the kernel, or with ``notify="exit"`` through
+an exit of the vCPU.
 """
 
 from __future__ import annotations
@@ -39,35 +40,22 @@ from pyvmm.spec.virtio_pci import (
     VIRTIO_PCI_DEVICE_ID_BASE,
     VIRTIO_PCI_ISR_CONFIG,
     VIRTIO_PCI_ISR_QUEUE,
+    VIRTIO_PCI_QUEUE_NOTIFY,
 )
-from pyvmm.virtio.pci.common import CommonConfig
+from pyvmm.virtio.pci.common import CommonConfig, DeviceConfig
+from pyvmm.virtio.pci.legacy import LegacyBar
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.bus import Region
     from pyvmm.kvm.vm import Vm
     from pyvmm.virtio.device import Queue, VirtioDevice
 
-# BAR 0: one page a structure, so that a data path could map the notification page alone.
+# The memory BAR: one page a structure, so that a data path could map the notification page alone.
 COMMON, ISR, DEVICE, NOTIFY, TABLE, PBA = 0x0000, 0x1000, 0x2000, 0x3000, 0x4000, 0x5000
 BAR_SIZE = 0x8000
 COMMON_SIZE = 60
 NOTIFY_STRIDE = 4  # notify_off_multiplier: a queue has its own address, hence its own ioeventfd
-
-
-class DeviceConfig:
-    """The device-specific configuration; the guest writes none of it."""
-
-    def __init__(self, device: VirtioDevice) -> None:
-        self._device = device
-
-    def read(self, offset: int, size: int) -> int:
-        """Any width, any alignment; zero beyond the end."""
-        return int.from_bytes(self._device.config_space()[offset : offset + size], "little")
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """Ignored, counted and told."""
-        field = Registers(self._device.config_names)(offset, True) or f"+ {offset:#x}"
-        self._device.refuse(f"device configuration {field}", value, "which is read-only", "5.1.4")
 
 
 class Notify:
@@ -92,6 +80,9 @@ class VirtioPci(PciFunction):
     eventfds.
 
     :param vm, bus: lent. :param notify: "ioeventfd" or "exit".
+    :param transitional: the device id of a device that drivers of the legacy interface can use,
+        too; then BAR 0 is in I/O space and has that interface, and BAR 1 is the memory BAR. None
+        for a modern device, whose BAR 0 is the memory BAR.
     """
 
     def __init__(
@@ -102,15 +93,19 @@ class VirtioPci(PciFunction):
         class_code: int,
         *,
         notify: str = "ioeventfd",
+        transitional: int | None = None,
     ) -> None:
+        modern = transitional is None
         super().__init__(
             device.name,
             PCI_VENDOR_ID_REDHAT_QUMRANET,
-            VIRTIO_PCI_DEVICE_ID_BASE + device.device_id,
+            VIRTIO_PCI_DEVICE_ID_BASE + device.device_id if transitional is None else transitional,
             class_code,
-            subsystem=0x1100,
+            subsystem=0x1100 if modern else device.device_id,  # 4.1.2.3: the legacy driver's id
             pin=1,
+            revision=1 if modern else 0,
         )
+        self._memory_bar = 0 if modern else 1
         self.device = device
         self._vm = vm
         self._use_ioeventfd = notify == "ioeventfd"
@@ -120,14 +115,19 @@ class VirtioPci(PciFunction):
         self._intx = lib.pv_intx_new(vm.c_fd)
         if self._intx == ffi.NULL:
             raise MemoryError
-        self._kicks_at: int | None = None
+        self._kicks_at: tuple[bool, int] | None = None  # at ports, and the BAR's base
         self._kicked: list[Queue] = []  # those with an eventfd, while the device runs
         self._running = False
         self._errors = 0
         vectors = len(device.queues) + 1
         self.msix = Msix(vm, vectors)
         device.plug(self)
+        self._legacy: LegacyBar | None = None
         self._add_bars(bus, vectors)
+        if not modern:
+            self._legacy = LegacyBar(bus, device, self, self._intx, self._notify)
+            self._legacy.on_move = self._bar_moved
+            self.add_bar(0, self._legacy)
 
     def _add_bars(self, bus: Bus, vectors: int) -> None:
         name, device = self.name, self.device
@@ -167,7 +167,8 @@ class VirtioPci(PciFunction):
             (PBA, bus.region(MMIO, (vectors + 63) // 64 * 8, f"{name} msix-pba", self.msix.pba)),
         ]
         bar.on_move = self._bar_moved
-        self.add_bar(0, bar)
+        index = self._memory_bar
+        self.add_bar(index, bar)
         for text, kind, at, length, extra in (
             ("common-cfg", VIRTIO_PCI_CAP_COMMON_CFG, COMMON, COMMON_SIZE, b""),
             ("isr-cfg", VIRTIO_PCI_CAP_ISR_CFG, ISR, 1, b""),
@@ -182,7 +183,7 @@ class VirtioPci(PciFunction):
         ):
             fields = {**CAP_NAMES, **({16: "notify_off_multiplier"} if extra else {})}
             self.add_capability(
-                PCI_CAP_ID_VNDR, virtio_cap(kind, 0, at, length, extra), text, fields
+                PCI_CAP_ID_VNDR, virtio_cap(kind, index, at, length, extra), text, fields
             )
         # 4.1.4.9: a window on the BAR through configuration space; bar, offset, length and data are
         # the driver's.
@@ -196,7 +197,7 @@ class VirtioPci(PciFunction):
         self.allow(self._window + 4, 0xFF, 1)
         self.allow(self._window + 8, (1 << 96) - 1, 12)
         self._msix_cap = self.add_capability(
-            PCI_CAP_ID_MSIX, Msix.capability(vectors, 0, TABLE, PBA), "MSI-X", MSIX_NAMES
+            PCI_CAP_ID_MSIX, Msix.capability(vectors, index, TABLE, PBA), "MSI-X", MSIX_NAMES
         )
         self.allow(
             self._msix_cap + PCI_MSIX_FLAGS, PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL, 2
@@ -215,30 +216,42 @@ class VirtioPci(PciFunction):
         return self.device.queue_name(index) + (f"+{rest}" if rest else "")
 
     def _bar_moved(self, base: int | None) -> None:
-        self._set_kicks(base if self._running else None)
+        self._set_kicks()
 
-    def _set_kicks(self, base: int | None) -> None:
-        """Let the kernel answer kicks at BAR ``base``, or nowhere: then they are exits, which the
-        bus answers.
+    def _set_kicks(self) -> None:
+        """Let the kernel answer the kicks of a driver that runs, at the interface that it uses. If
+        that decodes nowhere or KVM refuses, kicks are exits, which the bus answers.
         """
-        if not self._use_ioeventfd or base == self._kicks_at:
+        place = None
+        bar = self.bars[0 if self.device.legacy else self._memory_bar]
+        if self._use_ioeventfd and self._running and bar.base is not None:
+            place = bar.io, bar.base
+        if place == self._kicks_at:
             return
         old, self._kicks_at = self._kicks_at, None
         if old is not None:
-            self._assign_kicks(old, False)
-        if base is None:
+            self._assign_kicks(*old, assign=False)
+        if place is None:
             return
         try:
-            self._assign_kicks(base, True)
-            self._kicks_at = base
+            self._assign_kicks(*place, assign=True)
+            self._kicks_at = place
         except HostError:
             self._errors += 1  # the guest chose the place: no reason to end the machine
-            self._assign_kicks(base, False)
+            self._assign_kicks(*place, assign=False)
 
-    def _assign_kicks(self, base: int, assign: bool) -> None:
+    def _assign_kicks(self, legacy: bool, base: int, *, assign: bool) -> None:
         for q in self._kicked:
-            at = base + NOTIFY + NOTIFY_STRIDE * q.index
-            self._vm.ioeventfd(q.kick, at, pio=False, assign=assign)
+            if legacy:  # all queues have one register, and the value says which
+                at, value = base + VIRTIO_PCI_QUEUE_NOTIFY, q.index
+            else:
+                at, value = base + NOTIFY + NOTIFY_STRIDE * q.index, None
+            self._vm.ioeventfd(q.kick, at, pio=legacy, assign=assign, value=value)
+
+    def regions(self) -> list[Region]:
+        """All regions of the function's BARs."""
+        parts = [region for _, region in self.bars[self._memory_bar].parts]
+        return parts + (self._legacy.regions() if self._legacy is not None else [])
 
     def eventfds(self) -> dict[int, str]:
         """What the function's eventfds are for, by descriptor: ``net0 queue 1 kick``."""
@@ -263,7 +276,7 @@ class VirtioPci(PciFunction):
             self._kicked = [q for q in self.device.queues if q.index not in own]
             for q in self.device.queues:
                 self._notify.fd[q.index] = -1 if q.index in own else q.kick.fileno()
-        self._set_kicks(self.bars[0].base if active else None)
+        self._set_kicks()
         self._use_intx(active and not self.msix.enabled)
 
     def _use_intx(self, want: bool) -> None:
@@ -347,8 +360,13 @@ class VirtioPci(PciFunction):
         if flags & PCI_MSIX_FLAGS_ENABLE:
             self._use_intx(False)
         self.msix.set_flags(flags)
+        self._arrange_legacy()
         self._use_intx(self._running and not self.msix.enabled)
         self._show_intx()
+
+    def _arrange_legacy(self) -> None:
+        if self._legacy is not None:
+            self._legacy.arrange(msix=self.msix.enabled)
 
     def config_read(self, at: int, size: int) -> int:
         """As the base class, but the data window reads from the BAR, and the status register shows
@@ -368,10 +386,12 @@ class VirtioPci(PciFunction):
     def _window_access(self, *, write: bool) -> None:
         w = self._window
         bar, offset, length = self.config[w + 4], self.get(w + 8, 4), self.get(w + 12, 4)
-        if bar != 0 or length not in (1, 2, 4) or offset % length or offset + length > BAR_SIZE:
+        if bar != self._memory_bar or length not in (1, 2, 4):
+            return
+        if offset % length or offset + length > BAR_SIZE:
             return
         value = self.get(w + 16, length)
-        for start, region in self.bars[0].parts:
+        for start, region in self.bars[bar].parts:
             at = offset - start
             if not 0 <= at <= region.length - length:
                 continue
@@ -401,6 +421,8 @@ class VirtioPci(PciFunction):
         self.config_vector = VIRTIO_MSI_NO_VECTOR
         self._config_event.drain()
         self.common.reset()
+        if self._legacy is not None:
+            self._legacy.registers.reset()
         lib.pv_intx_reset(self._intx)
 
     def _drop_sources(self, event: EventFd) -> None:
@@ -417,6 +439,7 @@ class VirtioPci(PciFunction):
         assert not self.device.active
         self.msix.reset()
         super().reset()
+        self._arrange_legacy()
 
     def close(self) -> None:
         """Stop the device and release the plumbing; no vCPU runs any more. A second call does
@@ -427,7 +450,8 @@ class VirtioPci(PciFunction):
         self.device.shut_down()
         self.device_reset()
         self.msix.reset()
-        self._set_kicks(None)
+        self._running = False
+        self._set_kicks()
         self.device.close()
         self._config_event.close()
         lib.pv_intx_free(self._intx)
