@@ -130,7 +130,7 @@ def test_exits_seen_from_outside(host: Host) -> None:
     """What the tracepoint's histogram counts of a guest is what our own ledger does, to the last
     exit.
     """
-    subprocess.run(["make", "-s", "-C", str(ROOT / "guest")], check=True)
+    subprocess.run(["flock", ROOT / "guest", "make", "-s", "-C", ROOT / "guest"], check=True)
     kernel = str(ROOT / "guest" / "build" / "exits.elf")
     result = host.run(sys.executable, "-c", EXITS, kernel)
     assert result.status == 0, result

@@ -40,7 +40,7 @@ def backend(host: Host) -> Iterator[None]:
 
 def guest_kernel(name: str) -> list[str]:
     """The options that boot a bare-metal guest."""
-    subprocess.run(["make", "-s", "-C", str(ROOT / "guest")], check=True)
+    subprocess.run(["flock", ROOT / "guest", "make", "-s", "-C", ROOT / "guest"], check=True)
     return ["--kernel", str(ROOT / "guest" / "build" / f"{name}.elf"), "--memory", "4M"]
 
 

@@ -29,7 +29,7 @@ def kvm() -> None:
 @pytest.fixture(scope="session")
 def guest() -> Callable[[str], str]:
     """The path of a bare-metal guest by its name, built once."""
-    subprocess.run(["make", "-s", "-C", str(ROOT / "guest")], check=True)
+    subprocess.run(["flock", ROOT / "guest", "make", "-s", "-C", ROOT / "guest"], check=True)
     return lambda name: str(ROOT / "guest" / "build" / f"{name}.elf")
 
 
