@@ -14,12 +14,14 @@ its log, one line per datagram. The lines about a session come before the next `
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 
 from pyvmm._ext import lib
 from pyvmm.errors import PyvmmError, ThreadStopped, VhostUserError
@@ -43,6 +45,8 @@ START_S, TAKE_S = 30.0, 2.0
 READY = b"\0"
 #: What the child imports when it first needs it, which is too late once it is confined.
 LATE = ("traceback", "linecache", "tokenize")
+#: Seconds for a child that has closed its control socket to be gone.
+DEATH_S = 1.0
 #: Bytes of a line of the child's log, and lines that are kept for ``complaints``.
 LINE_MAX, LINES_MAX = 1024, 32
 
@@ -199,9 +203,15 @@ class BackendProcess:
 
     def _end(self) -> None:
         """End the child, which holds nothing that is worth an orderly end."""
+        import subprocess
+
         child, self._child = self._child, None
         if child is not None:
-            if child.poll() is not None:
+            # A process that dies closes its sockets first, and can be waited for a moment later.
+            dying = self._control is not None and hung_up(self._control)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(DEATH_S if dying else 0)
+            if child.returncode is not None:
                 self._lines.append(_end_of(child.returncode))
             child.kill()
             child.wait()
@@ -239,6 +249,13 @@ def _take(control: socket.socket) -> Channel | None:
     """The child's side: the next session, None at the end."""
     data, fds = recv_fds(control, 1, 1)
     return Channel(socket.socket(fileno=fds[0])) if data else None
+
+
+def hung_up(s: socket.socket) -> bool:
+    """Whether the other end has gone, whatever can still be read."""
+    poll = select.poll()
+    poll.register(s.fileno(), 0)  # POLLHUP comes unasked
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
 def _end_of(status: int) -> str:
