@@ -21,9 +21,15 @@ struct pv_bus {
 struct pv_bus *pv_bus_new(void)
 {
 	struct pv_bus *bus = calloc(1, sizeof(*bus));
+	pthread_rwlockattr_t attr;
 
-	if (bus)
-		pthread_rwlock_init(&bus->lock, NULL);
+	if (!bus)
+		return NULL;
+	/* vCPUs that access devices all the time must not keep out who moves a region. */
+	pthread_rwlockattr_init(&attr);
+	pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+	pthread_rwlock_init(&bus->lock, &attr);
+	pthread_rwlockattr_destroy(&attr);
 	return bus;
 }
 
@@ -86,6 +92,9 @@ int pv_bus_add(struct pv_bus *bus, enum pv_space space, uint64_t base, uint64_t 
  * @base:	The region's base
  * @id:		The region's id
  *
+ * When this returns, no vCPU uses the region's object any more, if the region is of a kind that
+ * pv_bus_find() pins.
+ *
  * Return: 0, or -ENOENT if there is no such region
  */
 int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32_t id)
@@ -106,13 +115,20 @@ int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32
 	return ret;
 }
 
+/* Whether the region's object belongs to a card, which may be unplugged, and no access waits. */
+static bool pinned(const struct pv_bus_region *r)
+{
+	return r->kind == PV_REGION_NOTIFY || r->kind == PV_REGION_NOTIFY_VALUE ||
+	       r->kind == PV_REGION_ISR;
+}
+
 /**
  * pv_bus_find() - Look up the region of an access
  * @bus:	The bus
  * @space:	PV_PIO or PV_MMIO
  * @addr:	First port or guest-physical address of the access
  * @size:	Bytes
- * @out:	Gets a copy of the region
+ * @out:	Gets a copy of the region, which pv_bus_put() takes back
  *
  * Return: true if a region contains the whole access
  */
@@ -140,8 +156,23 @@ bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_
 			found = true;
 		}
 	}
-	pthread_rwlock_unlock(&bus->lock);
+	if (!found || !pinned(out))
+		pthread_rwlock_unlock(&bus->lock);
 	return found;
+}
+
+/**
+ * pv_bus_put() - The access is over
+ * @bus:	The bus
+ * @r:		From pv_bus_find(), which has found a region
+ *
+ * Until then the object of a pinned region is not released: the read lock is held. Objects of other
+ * kinds live as long as the bus.
+ */
+void pv_bus_put(struct pv_bus *bus, const struct pv_bus_region *r)
+{
+	if (pinned(r))
+		pthread_rwlock_unlock(&bus->lock);
 }
 
 /* --- accesses --------------------------------------------------------------------------------- */

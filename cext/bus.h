@@ -3,8 +3,8 @@
  * The two I/O spaces: which region answers at a port or address, and the devices that are simple or
  * busy enough to be in C.
  *
- * Python adds and removes regions while vCPUs run (a guest may move a BAR), so a look-up takes a
- * read lock. The vCPU loop hands accesses to a region of kind PV_REGION_PYTHON to Python; accesses
+ * Python adds and removes regions while vCPUs run (a guest may move a BAR, or a card is unplugged),
+ * so a look-up takes a read lock. The vCPU loop hands accesses to a region of kind PV_REGION_PYTHON to Python; accesses
  * to all other kinds are answered here. If no region contains an access entirely, a read gives all
  * ones and a write is lost, as on a bus without a device.
  */
@@ -20,6 +20,7 @@
 
 /* cffi: begin */
 #define PV_BUS_REGIONS 256 /* per space: enough for 31 PCI functions of 6 regions and the board */
+#define PV_QUEUES      129 /* of one card: 64 pairs and the control queue */
 
 enum pv_space { PV_PIO, PV_MMIO, PV_SPACES };
 
@@ -63,7 +64,7 @@ int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32
 struct pv_notify {
 	uint32_t count;
 	uint32_t stride;
-	int32_t fd[64]; /* lent; -1: Python answers */
+	int32_t fd[PV_QUEUES]; /* lent; -1: Python answers */
 };
 
 /*
@@ -92,6 +93,7 @@ struct pv_bus_region {
 
 bool pv_bus_find(struct pv_bus *bus, enum pv_space space, uint64_t addr, uint32_t size,
 		 struct pv_bus_region *out);
+void pv_bus_put(struct pv_bus *bus, const struct pv_bus_region *r);
 uint32_t pv_bus_register(const struct pv_bus_region *r, uint64_t addr, bool write,
 			 const uint8_t *data, uint32_t size);
 bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uint8_t *data,

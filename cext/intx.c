@@ -12,10 +12,16 @@
 #include "ioctl.h"
 #include "thread.h"
 
-struct pv_intx {
+struct pv_line {
 	pthread_mutex_t lock;
 	const int *vm_fd;
 	uint32_t gsi;
+	uint32_t high; /* how many functions hold the input high */
+};
+
+struct pv_intx {
+	pthread_mutex_t lock;
+	struct pv_line *line;
 	uint8_t isr;
 	bool disabled, level;
 	/* These belong to the thread and do not change while it runs. */
@@ -26,26 +32,66 @@ struct pv_intx {
 };
 
 /**
- * pv_intx_new() - Make a line
+ * pv_line_new() - Make an input of the interrupt controller, which functions share
  * @vm_fd:	Address of the VM's descriptor, lent; a machine reset replaces the descriptor, -1
  *		stands for no VM
+ * @gsi:	Number of the input
+ *
+ * Return: the input, to be freed by pv_line_free(); NULL if memory is short
+ */
+struct pv_line *pv_line_new(const int *vm_fd, uint32_t gsi)
+{
+	struct pv_line *line = calloc(1, sizeof(*line));
+
+	if (!line)
+		return NULL;
+	pthread_mutex_init(&line->lock, NULL);
+	line->vm_fd = vm_fd;
+	line->gsi = gsi;
+	return line;
+}
+
+/**
+ * pv_line_free() - Free an input
+ * @line:	From pv_line_new(), which no function uses any more; or NULL
+ */
+void pv_line_free(struct pv_line *line)
+{
+	if (!line)
+		return;
+	pthread_mutex_destroy(&line->lock);
+	free(line);
+}
+
+/* One function more, or one less, holds the input high. */
+static void line_drive(struct pv_line *line, bool level)
+{
+	struct kvm_irq_level irq = {.irq = line->gsi, .level = level};
+
+	pthread_mutex_lock(&line->lock);
+	if (level ? !line->high++ : !--line->high)
+		if (*line->vm_fd >= 0)
+			pv_ioctl(*line->vm_fd, KVM_IRQ_LINE, &irq);
+	pthread_mutex_unlock(&line->lock);
+}
+
+/**
+ * pv_intx_new() - Make a line
  *
  * Return: the line, to be freed by pv_intx_free(); NULL if memory is short
  */
-struct pv_intx *pv_intx_new(const int *vm_fd)
+struct pv_intx *pv_intx_new(void)
 {
 	struct pv_intx *x = calloc(1, sizeof(*x));
 
-	if (!x)
-		return NULL;
-	pthread_mutex_init(&x->lock, NULL);
-	x->vm_fd = vm_fd;
+	if (x)
+		pthread_mutex_init(&x->lock, NULL);
 	return x;
 }
 
 /**
  * pv_intx_free() - Free a line
- * @x:		From pv_intx_new(), without a thread; or NULL
+ * @x:		From pv_intx_new(), low and without a thread; or NULL
  */
 void pv_intx_free(struct pv_intx *x)
 {
@@ -58,23 +104,21 @@ void pv_intx_free(struct pv_intx *x)
 /**
  * pv_intx_wire() - Choose the input of the interrupt controller, before the line is first raised
  * @x:		The line
- * @gsi:	Number of the input, which nobody else may raise
+ * @line:	The input, lent until pv_intx_free()
  */
-void pv_intx_wire(struct pv_intx *x, uint32_t gsi)
+void pv_intx_wire(struct pv_intx *x, struct pv_line *line)
 {
-	x->gsi = gsi;
+	x->line = line;
 }
 
 static void intx_update(struct pv_intx *x)
 {
 	bool level = x->isr && !x->disabled;
-	struct kvm_irq_level line = {.irq = x->gsi, .level = level};
 
-	if (level == x->level)
+	if (level == x->level || !x->line)
 		return;
 	x->level = level;
-	if (*x->vm_fd >= 0)
-		pv_ioctl(*x->vm_fd, KVM_IRQ_LINE, &line);
+	line_drive(x->line, level);
 }
 
 /**

@@ -5,7 +5,9 @@
  * Theory of operation
  *
  * pv_intx_raise() sets bits of the register. The line is high while any bit is set and the line is
- * not disabled. The guest's read of the register clears it and lowers the line.
+ * not disabled. The guest's read of the register clears it and lowers the line. The functions of
+ * several slots share an input of the interrupt controller (struct pv_line): the input is high while
+ * any of them wants it so.
  *
  * While MSI-X is off, a thread in C (thread.h) raises the line whenever a call eventfd of a queue
  * is signalled. Every interrupt passes through this thread, so it never waits for Python. The
@@ -17,12 +19,16 @@
 #include "types.h"
 
 /* cffi: begin */
-#define PV_INTX_EVENTS 64
+#define PV_INTX_EVENTS 130 /* of one card: 129 virtqueues and the configuration */
+
+struct pv_line;
+struct pv_line *pv_line_new(const int *vm_fd, uint32_t gsi);
+void pv_line_free(struct pv_line *line);
 
 struct pv_intx;
-struct pv_intx *pv_intx_new(const int *vm_fd);
+struct pv_intx *pv_intx_new(void);
 void pv_intx_free(struct pv_intx *x);
-void pv_intx_wire(struct pv_intx *x, uint32_t gsi);
+void pv_intx_wire(struct pv_intx *x, struct pv_line *line);
 void pv_intx_raise(struct pv_intx *x, uint8_t bits);
 void pv_intx_disable(struct pv_intx *x, bool disabled);
 void pv_intx_reset(struct pv_intx *x);

@@ -271,10 +271,10 @@ bool pv_vcpu_access(struct pv_vcpu *v, enum pv_space space)
 		pv_pipe_write(r.opaque, v->data, v->size * v->count, -1);
 		return true;
 	}
-	for (uint32_t i = 0; i < v->count; i++)
-		if (!pv_bus_access(&r, v->addr, v->write, v->data + i * v->size, v->size))
-			return false;
-	return true;
+	for (uint32_t i = 0; i < v->count && found; i++)
+		found = pv_bus_access(&r, v->addr, v->write, v->data + i * v->size, v->size);
+	pv_bus_put(v->priv->bus, &r);
+	return found;
 }
 
 static enum pv_stop other_exit(struct pv_vcpu *v, const struct kvm_run *run)

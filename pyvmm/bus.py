@@ -156,6 +156,7 @@ class Bus:
             raise MemoryError
         self._regions: dict[int, Region] = {}
         self._held: threading.Event | None = None
+        self._retired: dict[tuple[int, str], int] = {}  # (space, name) -> the region's id
 
     def close(self) -> None:
         """Free the table once no vCPU runs any more. A second call does nothing."""
@@ -178,11 +179,20 @@ class Bus:
         :param space: PIO or MMIO.
         :param handler: the device that answers in Python, if ``kind`` is PV_REGION_PYTHON.
         :param kind: PV_REGION_*: which C code answers (cext/bus.h).
-        :param opaque: the C object that this code needs; lent until the bus is closed.
+        :param opaque: the C object that this code needs; lent until the bus is closed, or until
+            ``unmap`` for the kinds that ``pv_bus_find`` pins.
         """
-        r = Region(self, len(self._regions) + 1, space, length, name, handler, kind, opaque)
+        number = self._retired.pop((space, name), len(self._regions) + 1)
+        r = Region(self, number, space, length, name, handler, kind, opaque)
         self._regions[r.id] = r
         return r
+
+    def retire(self, region: Region) -> None:
+        """Unmap ``region`` for good. The ledger still knows its id and its names, until a region
+        with the same name takes the id over.
+        """
+        region.unmap()
+        self._retired[region.space, region.name] = region.id
 
     def add(
         self,

@@ -54,6 +54,7 @@ class FakeVm:
         self.routes: dict[int, tuple[int, int]] = {}
         self.refuse: set[str] = set()
         self.gsis: set[int] = set()
+        self._lines: dict[int, Any] = {}
         self._messages: list[tuple[int, int]] = []
 
     def _check(self, name: str, error: int = 0) -> None:
@@ -84,6 +85,11 @@ class FakeVm:
             self._check("irqfd-deassign")
             self._collect()
             assert self.irqfds.pop(event, gsi) == gsi
+
+    def shared_line(self, gsi: int) -> Any:
+        return self._lines.setdefault(
+            gsi, ffi.gc(lib.pv_line_new(self.c_fd, gsi), lib.pv_line_free)
+        )
 
     def ioeventfd(
         self,

@@ -46,6 +46,7 @@ class Vm:
         self._free_gsis: list[int] = []
         self._next_gsi = GSI_MSI_BASE
         self._msi: dict[int, tuple[int, int]] = {}
+        self._lines: dict[int, Any] = {}
         #: For traces: a ``kvm.recorder.Scope`` that gets ioeventfds, irqfds and routes, or None.
         self.recorder: Any = None
         self._create()
@@ -211,6 +212,15 @@ class Vm:
         begin = time.monotonic_ns()
         ioctl(self.fileno(), "KVM_IRQFD", arg)
         self._record("KVM_IRQFD", begin, {"eventfd": event.fileno(), "gsi": gsi, "assign": assign})
+
+    def shared_line(self, gsi: int) -> Any:
+        """The input ``gsi`` for functions that share it: ``struct pv_line *``, owned by the VM."""
+        if gsi not in self._lines:
+            line = lib.pv_line_new(self.c_fd, gsi)
+            if line == ffi.NULL:
+                raise MemoryError
+            self._lines[gsi] = ffi.gc(line, lib.pv_line_free)
+        return self._lines[gsi]
 
     def irq_line(self, gsi: int, level: int) -> None:
         """Set interrupt line ``gsi`` to ``level``, 0 or 1.

@@ -40,12 +40,9 @@ from pyvmm.spec.platform import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any
 
 CONFIG_SIZE = 256
-#: The host bridge, which has no interrupt, and as many functions as have an interrupt line of their
-#: own. To share a line, we would have to count who raises it.
-SLOTS = 1 + GSI_PCI_COUNT
+SLOTS = 32  # the host bridge, and 31 devices that may come and go
 RST_CPU = 4  # bit 2 of port 0xCF9: reset now
 PCI_IO_BASE = 0xC000  # we place BARs in I/O space from here on
 BAR_IO_MIN = 0x1000  # the guest may move them down to here; below are the board's own ports
@@ -116,7 +113,7 @@ class PciFunction:
         revision: int = 1,
     ) -> None:
         self.name = name
-        self.config = bytearray(CONFIG_SIZE)
+        self.config = memoryview(bytearray(CONFIG_SIZE))
         self._writable = bytearray(CONFIG_SIZE)
         self.bars: dict[int, Bar] = {}
         self.slot = -1
@@ -200,9 +197,13 @@ class PciFunction:
         """Let each BAR decode where its register says, unless another region is there already."""
         command = self.get(PCI_COMMAND, 2)
         for index, bar in self.bars.items():
-            base = self.get(PCI_BASE_ADDRESS_0 + 4 * index, 4) & ~(bar.size - 1)
+            base = self.bar_address(index)
             enabled = command & (PCI_COMMAND_IO if bar.io else PCI_COMMAND_MEMORY)
             bar.move(base if enabled and _may_decode(base, bar) else None)
+
+    def bar_address(self, index: int) -> int:
+        """The address that the register of BAR ``index`` holds."""
+        return self.get(PCI_BASE_ADDRESS_0 + 4 * index, 4) & ~(self.bars[index].size - 1)
 
     def plugged(self) -> None:
         """Called after the function has got its slot; for subclasses."""
@@ -241,7 +242,8 @@ def _may_decode(base: int, bar: Bar) -> bool:
 class PciBus:
     """Bus 0 with its host bridge. It answers at ports 0xCF8 to 0xCFF and in the ECAM window.
 
-    It assigns slots in the order of ``add``, and gives each BAR its first address.
+    It gives each function its slot and each BAR its first address. Functions may come and go while
+    the guest runs, under the I/O lock.
 
     :param on_reset: called when the guest resets the machine through port 0xCF9.
     """
@@ -249,9 +251,11 @@ class PciBus:
     def __init__(self, bus: Bus, on_reset: Callable[[], None]) -> None:
         self._on_reset = on_reset
         self._functions: dict[int, PciFunction] = {}
-        self._next = {True: PCI_IO_BASE, False: PCI_MMIO_BASE}
         self._latch = ffi.new("struct pv_pci_latch *")
-        self._shadows: list[Any] = []  # keeps alive the buffers that C reads
+        # The registers of all slots, which C reads at any time, also those of a function that has
+        # just been unplugged.
+        self._registers = memoryview(bytearray(SLOTS * CONFIG_SIZE))
+        self._c_registers = ffi.from_buffer("uint8_t[]", self._registers)
         ports = bus.add(
             PIO, PORT_PCI_ADDRESS, 8, "pci-config", self, kind=lib.PV_REGION_PCI, opaque=self._latch
         )
@@ -259,33 +263,73 @@ class PciBus:
         bus.add(MMIO, PCI_ECAM_BASE, PCI_ECAM_SIZE, "pci-ecam", Ecam(self)).names = self._ecam_name
         self.add(PciFunction("host-bridge", 0x1B36, 0x0008, 0x060000))
 
-    def add(self, function: PciFunction) -> int:
-        """Plug ``function`` into the next free slot; returns the slot.
+    def add(self, function: PciFunction, slot: int | None = None) -> int:
+        """Plug ``function`` into a slot; returns the slot.
 
-        :raises UsageError: all slots are taken.
+        :param slot: a free one; by default the first.
+        :raises UsageError: all slots are taken, or no address is left for a BAR.
         """
-        slot = len(self._functions)
-        if slot >= SLOTS:
+        free = [n for n in range(SLOTS) if n not in self._functions]
+        if not free:
             raise UsageError(
                 f"no PCI slot is left for {function.name}", f"use at most {SLOTS - 1} devices"
             )
-        function.slot = slot
-        self._functions[slot] = function
-        self._shadows.append(ffi.from_buffer(function.config))
-        self._latch.config[slot] = self._shadows[-1]
-        self._latch.live[slot] = sum(1 << at // 4 for at in function.live)
-        self._latch.present |= 1 << slot
+        slot = free[0] if slot is None else slot
+        assert slot in free
         for index, bar in function.bars.items():
-            start = (self._next[bar.io] + bar.size - 1) & ~(bar.size - 1)
-            self._next[bar.io] = start + bar.size
-            bar.start = start
+            bar.start = self._room(bar, function)
             at = PCI_BASE_ADDRESS_0 + 4 * index
-            function.put(at, function.get(at, 4) | start, 4)
+            function.put(at, function.get(at, 4) | bar.start, 4)
         if function.config[PCI_INTERRUPT_PIN]:
             function.put(PCI_INTERRUPT_LINE, line_of(slot), 1)
+        function.slot = slot
+        registers = self._registers[slot * CONFIG_SIZE : (slot + 1) * CONFIG_SIZE]
+        registers[:] = function.config
+        function.config = registers
         function.power_on()
+        self._functions[slot] = function
+        self._latch.config[slot] = self._c_registers + slot * CONFIG_SIZE
+        self._latch.live[slot] = sum(1 << at // 4 for at in function.live)
+        self._latch.present |= 1 << slot
         function.plugged()
         return slot
+
+    def _room(self, bar: Bar, function: PciFunction) -> int:
+        """The first address for ``bar``: nobody decodes there after a reset, or has been told to
+        by the guest.
+        """
+        taken = sorted(
+            (at, at + other.size)
+            for owner in (*self._functions.values(), function)
+            for index, other in owner.bars.items()
+            if other.io == bar.io and other is not bar
+            for at in {other.start, owner.bar_address(index)}
+        )
+        start = PCI_IO_BASE if bar.io else PCI_MMIO_BASE
+        for begin, end in taken:
+            if begin < start + bar.size and start < end:
+                start = (end + bar.size - 1) & ~(bar.size - 1)
+        if not _may_decode(start, bar):
+            raise UsageError(
+                f"no address is left for a BAR of {function.name}", "use fewer devices"
+            )
+        return start
+
+    def remove(self, slot: int) -> None:
+        """Unplug the function in ``slot``: nothing answers there any more. The function itself is
+        the caller's.
+        """
+        function = self._functions.pop(slot)
+        self._latch.present &= ~(1 << slot)
+        function.config = memoryview(bytearray(function.config))
+        for bar in function.bars.values():
+            bar.move(None)
+        self._decode_all()
+
+    def _decode_all(self) -> None:
+        """A BAR may have left an address at which another BAR wants to decode."""
+        for function in self._functions.values():
+            function.decode()
 
     def reset(self) -> None:
         """Reset every function and the address latch."""
@@ -315,9 +359,7 @@ class PciBus:
         for start, n in dwords(at, size):
             function.config_write(start, n, value >> 8 * (start - at) & (1 << 8 * n) - 1)
             if start < PCI_BASE_ADDRESS_0 + 24:
-                # This BAR may have left an address at which another BAR wants to decode.
-                for other in self._functions.values():
-                    other.decode()
+                self._decode_all()
 
     def _register_name(self, device: int, function: int, at: int, write: bool) -> str:
         known = self._functions.get(device) if not function else None

@@ -232,7 +232,7 @@ def test_streams_and_ignored_ports(board: Any) -> None:
 
 
 def test_reading_the_isr_clears_it(board: Any) -> None:
-    x = lib.pv_intx_new(board.vm.c_fd)
+    x = lib.pv_intx_new()
     board.bus.add(MMIO, 0xD0000000, 4, "isr", kind=lib.PV_REGION_ISR, opaque=x)
     assert not lib.pv_intx_pending(x)
     lib.pv_intx_raise(x, 1)
@@ -250,10 +250,10 @@ def test_reading_the_isr_clears_it(board: Any) -> None:
 
 def test_a_thread_turns_eventfds_into_isr_bits(board: Any) -> None:
     """A thread of C's own, which Python does not know."""
-    x = lib.pv_intx_new(board.vm.c_fd)
+    x = lib.pv_intx_new()
     with EventFd() as queue, EventFd() as config:
         fds, known = [queue.fileno(), config.fileno()], threading.enumerate()
-        assert lib.pv_intx_start(x, b"net0 intx", fds * 33, [1] * 66, 66) == -errno.EINVAL
+        assert lib.pv_intx_start(x, b"net0 intx", fds * 66, [1] * 132, 132) == -errno.EINVAL
         lib.pv_intx_stop(x)  # there is none
         for _ in range(3):
             assert lib.pv_intx_start(x, b"net0 intx", fds, [1, 2], 2) == 0

@@ -252,12 +252,38 @@ def test_reset_goes_back_to_power_on(board: Any, cards: Any) -> None:
     assert board.read(MMIO, base, 2) == 0x100
 
 
-def test_every_function_has_a_line_of_its_own(board: Any) -> None:
-    for n in range(8):
-        board.add(Card(board, n))
-    assert len({gsi_of(slot) for slot in range(1, 9)}) == 8
-    with pytest.raises(UsageError, match="at most 8"):
-        board.pci.add(PciFunction("ninth", 1, 2, 3))
+def test_31_functions(board: Any) -> None:
+    cards = [board.add(Card(board, n)) for n in range(31)]
+    assert [card.slot for card in cards] == list(range(1, 32))
+    assert len({card.bars[0].start for card in cards}) == 31
+    assert {gsi_of(card.slot) for card in cards} == set(range(16, 24))
+    with pytest.raises(UsageError, match="at most 31"):
+        board.pci.add(PciFunction("one more", 1, 2, 3))
+
+
+def test_a_function_is_unplugged_and_another_takes_its_place(board: Any, cards: Any) -> None:
+    """Nothing answers any more. A BAR that the guest has moved is not in the way."""
+    first, second = cards[0], cards[1]
+    base = board.config_read(1, 0x10)
+    board.config_write(1, pci.PCI_COMMAND, 2, MEMORY)
+    board.config_write(2, 0x10, 4, PCI_MMIO_BASE + 0x400000)
+    board.config_write(2, pci.PCI_COMMAND, 2, MEMORY)
+    assert board.read(MMIO, base, 2) == 0x100
+    registers = bytes(first.config)
+    board.pci.remove(1)
+    assert board.config_read(1, 0) == 0xFFFFFFFF and board.read(MMIO, base, 2) == 0xFFFF
+    assert board.read(MMIO, board.ecam(1, 0), 4) == 0xFFFFFFFF
+    assert bytes(first.config) == registers and first.bars[0].base is None
+    board.write(PIO, 0xCF8, 4, 1 << 31 | 1 << 11)
+    board.write(PIO, 0xCFC, 4, 0)
+    other = Card(board, 9)
+    board.pci.add(other, 1)
+    places = {second.bars[0].start, PCI_MMIO_BASE + 0x400000}
+    assert board.config_read(1, 0) != 0xFFFFFFFF
+    assert other.bars[0].start not in places and bytes(first.config) == registers
+    board.pci.remove(1)
+    board.pci.add(first)
+    assert first.slot == 1
 
 
 # --- hostile --------------------------------------------------------------------------------------

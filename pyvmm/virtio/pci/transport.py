@@ -112,7 +112,7 @@ class VirtioPci(PciFunction):
         self.config_vector = VIRTIO_MSI_NO_VECTOR
         self._line_driven = False
         self._config_event = EventFd()
-        self._intx = lib.pv_intx_new(vm.c_fd)
+        self._intx = lib.pv_intx_new()
         if self._intx == ffi.NULL:
             raise MemoryError
         self._kicks_at: tuple[bool, int] | None = None  # at ports, and the BAR's base
@@ -205,7 +205,7 @@ class VirtioPci(PciFunction):
 
     def plugged(self) -> None:
         """The function has its slot, hence its interrupt line."""
-        lib.pv_intx_wire(self._intx, gsi_of(self.slot))
+        lib.pv_intx_wire(self._intx, self._vm.shared_line(gsi_of(self.slot)))
         self.command_written(self.get(PCI_COMMAND, 2))
 
     # --- kicks ------------------------------------------------------------------------------------
@@ -442,8 +442,8 @@ class VirtioPci(PciFunction):
         self._arrange_legacy()
 
     def close(self) -> None:
-        """Stop the device and release the plumbing; no vCPU runs any more. A second call does
-        nothing.
+        """Stop the device and release the plumbing. The function is unplugged, or no vCPU runs any
+        more. A second call does nothing.
         """
         if self._config_event.closed:
             return
@@ -452,6 +452,8 @@ class VirtioPci(PciFunction):
         self.msix.reset()
         self._running = False
         self._set_kicks()
+        for region in self.regions():
+            region.bus.retire(region)
         self.device.close()
         self._config_event.close()
         lib.pv_intx_free(self._intx)
