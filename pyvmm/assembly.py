@@ -20,6 +20,7 @@ from pyvmm.card.thread import CardThread
 from pyvmm.card.uplink import Uplink
 from pyvmm.devices.console import Console, Spotter, Stream
 from pyvmm.devices.guest_port import GuestPage, GuestPort
+from pyvmm.devices.hotplug import PciHotplug
 from pyvmm.devices.legacy import Power, PvPanic
 from pyvmm.devices.rtc import Rtc
 from pyvmm.doctor import can_run_linux_locally
@@ -29,12 +30,14 @@ from pyvmm.kvm import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory import GuestMemory, parse_size
-from pyvmm.netopt import Net, mac_addresses, mac_text
+from pyvmm.netopt import MAX_CARDS, MacAddresses, Net, mac_text
 from pyvmm.outcome import Outcome
 from pyvmm.panics import PanicWatch
 from pyvmm.pci import PciBus
+from pyvmm.plugs import Plugs
 from pyvmm.spec import acpi
 from pyvmm.spec.platform import (
+    GPE_PCI_HOTPLUG,
     IRQ_COM1,
     IRQ_RTC,
     IRQ_SCI,
@@ -106,6 +109,8 @@ class Description:
         self.load_address, self.load_mode = load_address, load_mode
         self.cpus, self.memory, self.huge = cpus, parse_size(memory), huge
         self.nets = [net for net in nets if net.mode != "none"]
+        if len(self.nets) > MAX_CARDS:
+            raise UsageError(f"--net: {len(self.nets)} cards", f"use at most {MAX_CARDS}")
         self.test_devices, self.agent = test_devices, agent
         self.trace, self.hang_timeout = trace, hang_timeout
         self.cpu: Cpu | None = None
@@ -195,7 +200,18 @@ class Parts:
         self.agent = self._make_agent() if want.agent else None
         self.pci = PciBus(self.bus, self._reset)
         self._add_board()
-        self.nets: list[Nic] = []
+        self.plugs = Plugs(
+            self.pci,
+            self.lock,
+            self._make_net,
+            MacAddresses(name),
+            removed=lambda nic: self.accounts.removed(nic),
+            emit=wires.emit,
+        )
+        self.plugs.hotplug = PciHotplug(
+            self.bus, lambda: self.power.gpe0.event(GPE_PCI_HOTPLUG), self.plugs.ejected
+        )
+        self.nets = self.plugs.nets
         self.vcpus: list[Vcpu] = []
         for index in range(want.cpus):
             vcpu = Vcpu(self.vm, index, want.cpus, self.bus, want.cpu)
@@ -207,9 +223,8 @@ class Parts:
             self.kvm, self.vm, self.bus, self.vcpus, self.nets, self.lock, began
         )
         closing(self.accounts.close)
-        macs = mac_addresses(want.nets, name)
-        for index, net in enumerate(want.nets):  # closed before what a switch counts by
-            self._add_net(index, net, macs[index])
+        closing(self.plugs.close)  # before what a switch counts by
+        self.plugs.begin(want.nets)
         self._load()
         if self.is_linux():
             good, reason = can_run_linux_locally()
@@ -288,8 +303,8 @@ class Parts:
         """A worker was no longer ours: end the machine."""
         self._wires.end(Outcome("thread-stopped", problem))
 
-    def _add_net(self, index: int, net: Net, mac: bytes) -> None:
-        """Plug in a network card."""
+    def _make_net(self, index: int, net: Net, mac: bytes) -> tuple[Nic, ExitStack]:
+        """Make a network card, which is not plugged in, and the stack that releases it."""
         from pyvmm.spec.virtio_pci import VIRTIO_TRANS_ID_NET
         from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
         from pyvmm.virtio.pci.transport import VirtioPci
@@ -302,6 +317,7 @@ class Parts:
         with ExitStack() as undo:
             uplink = Uplink(net, host, scope, self._thread_stopped)
             undo.callback(uplink.close)
+            self.plugs.making(uplink)
             offer = -1
             for mode in net.switchable:
                 trial = uplink.open(net.switched(mode), mac).path
@@ -342,7 +358,6 @@ class Parts:
                 transitional=VIRTIO_TRANS_ID_NET if net.legacy else None,
             )
             undo.callback(transport.close)
-            self.pci.add(transport)
             nic = Nic(
                 index,
                 net,
@@ -355,11 +370,12 @@ class Parts:
                 lambda: self.accounts.ledger(),
                 self._wires.emit,
             )
-            for close in (uplink.close, transport.close, nic.close):
-                self._stack.callback(close)
+            nic.host, nic.guest = host, guest
             undo.pop_all()
-        nic.host, nic.guest = host, guest
-        self.nets.append(nic)
+        release = ExitStack()
+        for close in (uplink.close, transport.close, nic.close):
+            release.callback(close)
+        return nic, release
 
     def _make_hang_watch(self, limit: float) -> HangWatch:
         from pyvmm.hang import HangWatch
@@ -382,10 +398,9 @@ class Parts:
         want = self._want
         # ECAM is not advertised: Linux would look at it and then use 0xCF8 for the registers that
         # exist.
-        slots = range(1, 1 + len(self.nets))
-        rsdp = build_acpi(self.memory, cpus=want.cpus, pci_slots=slots, com2=want.agent)
-        build_mptable(self.memory, cpus=want.cpus, pci_slots=slots)
-        self.cmdline = cmdline(want, self.nets)
+        rsdp = build_acpi(self.memory, cpus=want.cpus, com2=want.agent)
+        build_mptable(self.memory, cpus=want.cpus)
+        self.cmdline = cmdline(want, [nic for nic in self.nets if not nic.leaving])
         self.boot = load(
             self.memory,
             want.kernel,
@@ -409,7 +424,8 @@ class Parts:
         """
         self.accounts.restart()
         self._reset_devices()
-        self.power.pm1.reset()
+        self.power.reset()
+        self.plugs.hotplug.reset()
         self.rtc.reset()
         self.panics.restart()
         self._page.name(0)
@@ -438,7 +454,7 @@ class Parts:
         self.vcpus[0].set_boot_state(
             BootState("real16", "waking vector", vector, regs, 0, segment=vector >> 4)
         )
-        self.power.pm1.woken()
+        self.power.woken()
         return True
 
     def _reset_devices(self) -> None:

@@ -12,8 +12,9 @@ import time
 from contextlib import ExitStack
 
 from pyvmm.assembly import Description, Parts, Wires
-from pyvmm.errors import CommandFailed, HostError, PyvmmError, UsageError
+from pyvmm.errors import CommandFailed, GuestTimeout, HostError, PyvmmError, UsageError
 from pyvmm.kvm.vcpu import RUNS_OFF
+from pyvmm.netopt import Net
 from pyvmm.outcome import Outcome
 from pyvmm.spec.platform import IRQ_GED
 from pyvmm.threads import Thread
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from pyvmm.boot import BootState
+    from pyvmm.card.nic import Nic
     from pyvmm.control.server import Server
     from pyvmm.devices.guest_agent import CommandResult
     from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.phases import Phase
-    from pyvmm.netopt import Net
+    from pyvmm.plugs import Removal
 
 #: Seconds for which pause() waits for vCPUs that are outside of the guest because the pipe of a
 #: console is full.
@@ -46,7 +48,7 @@ class Machine:
 
     :param kernel: bzImage, vmlinux, PVH ELF or multiboot file. :param initrd: initial RAM disk,
         optional; for multiboot the modules: ``FILE [ARGUMENTS][,FILE ...]``.
-    :param append: more kernel command line. :param cpus: 1 to 64. :param memory: ``"256M"`` or
+    :param append: more kernel command line. :param cpus: 1 to 255. :param memory: ``"256M"`` or
         bytes.
     :param nets: network cards, in PCI order. :param command: an argv for our init (images built by
         pyvmm).
@@ -405,6 +407,77 @@ class Machine:
                 self.vm.irq_line(IRQ_GED, level)
         self.emit("POWERDOWN")
 
+    def add_nic(self, net: Net | str, *, name: str | None = None) -> Nic:
+        """Plug in a network card; also while the guest runs (docs/hotplug.md). Any thread but a
+        vCPU's.
+
+        :param net: the card, as in ``nets``, or as with ``--net``. :param name: ``net0`` to
+            ``net30``; by default the first that is free.
+        :returns: the card, whose driver the guest may not have loaded yet.
+        :raises PyvmmError: the card cannot be made, or the machine takes none; nothing is left
+            behind.
+        """
+        self._check_plugs()
+        if isinstance(net, str):
+            net = Net.parse(net)
+        nic = self._parts.plugs.add(net, name)
+        with self._pausing:
+            if self.vcpu_threads.paused:
+                nic.set_paused(True)
+        return nic
+
+    def ask_removal(self, nic: Nic | str) -> Removal:
+        """Ask the guest to let go of a card, and do not wait. Any thread but a vCPU's.
+
+        :param nic: the card or its name.
+        :raises PyvmmError: there is no such card, or the machine cannot lose it.
+        """
+        self._check_plugs()
+        if isinstance(nic, str):
+            found = next((n for n in self.nets if n.name == nic), None)
+            if found is None:
+                names = ", ".join(n.name for n in self.nets) or "none"
+                raise UsageError(f"there is no card {nic!r}", f"cards: {names}")
+            nic = found
+        return self._parts.plugs.ask(nic)
+
+    def remove_nic(self, nic: Nic | str, *, timeout: float = 30.0) -> None:
+        """Remove a network card: the guest lets go of it, then everything that the card held is
+        given back (docs/hotplug.md). Any thread but a vCPU's.
+
+        :param nic: the card or its name. :param timeout: seconds for the guest. The request stands
+            after them, and another call repeats it.
+        :raises GuestTimeout: the guest has not let go of the card in time.
+        :raises PyvmmError: there is no such card, the machine cannot lose it or has ended, or
+            something could not be given back in order.
+        """
+        removal = self.ask_removal(nic)
+        if not removal.done.wait(timeout):
+            raise GuestTimeout(
+                f"the guest has not let go of {removal.nic.name} within {timeout:g} s",
+                "the request stands; repeat it, or reset the machine",
+            )
+        if removal.error is not None:
+            raise removal.error
+        if not removal.gone:
+            raise HostError("the machine has ended")
+
+    def nic_state(self, nic: Nic) -> str:
+        """``added`` until the guest has read of a card, ``removing`` while it is to let go of the
+        card, else ``present``.
+        """
+        return self._parts.plugs.state(nic)
+
+    def _check_plugs(self) -> None:
+        """:raises HostError: no card can come or go."""
+        if self._done.is_set():
+            raise HostError("the machine has ended")
+        if not self._parts.is_linux():
+            raise HostError(
+                f"this guest ({self.boot.kind}) does not know of cards that come and go",
+                "only Linux does; give the cards by --net at the start",
+            )
+
     def wake(self) -> None:
         """Wake up a guest that is suspended to memory (S3).
 
@@ -456,9 +529,10 @@ class Machine:
             return True
 
     def _cut(self) -> None:
-        """End the cards' conversations with other processes. Any thread; takes no lock."""
-        for nic in self.nets:
-            nic.cut()
+        """End the cards' conversations with other processes. Any thread; takes no lock that a
+        conversation holds.
+        """
+        self._parts.plugs.cut()
 
     def _reached(self, point: str) -> None:
         """The guest's init has come to ``point``."""

@@ -76,8 +76,10 @@ HONOURED: dict[str, tuple[str, ...]] = {
 }
 #: Mbit/s: the largest number in struct virtio_net_config.
 SPEED_MAX = 0x7FFFFFFF
-#: The most queue pairs of a card.
-MAX_QUEUES = 16
+#: The most queue pairs of a card (PV_QUEUES in cext/bus.h).
+MAX_QUEUES = 64
+#: The most cards of a machine: slots of PCI bus 0, less the host bridge.
+MAX_CARDS = 31
 MAC_PREFIX = bytes((0x52, 0x54, 0))  # the customary one of virtual machines: administered locally
 #: The largest user id (2^32 - 1 means none).
 UID_MAX = 2**32 - 2
@@ -93,14 +95,14 @@ class Net:
         makes a tap in a network namespace of its own, sets the addresses of both ends, and removes
         the tap at the end.
     :param mac: as ``52:54:00:xx:xx:xx``; the default follows from the machine's name
-        (``mac_addresses``).
+        (``MacAddresses``).
     :param mtu: 68 to 65521 bytes (a tap's limit), offered to the guest and set on the tap.
     :param host, guest: addresses with prefix length of the tap and of the guest's interface (IPv4);
         default 192.168.(100 + n).1/24 and .2/24 unless ``tap`` is given.
     :param queue_size: entries per queue, a power of two, 2 to 32768. :param without: feature groups
         that the card does not offer. :param with_: feature groups that it offers on request only
         (``with=`` in an option).
-    :param queues: queue pairs, 1 to 16. :param link: ``on`` or ``off``: whether the cable is
+    :param queues: queue pairs, 1 to 64. :param link: ``on`` or ``off``: whether the cable is
         plugged in at the start.
     :param legacy: ``on`` for a transitional card, which drivers from before virtio 1.0 can use, too
         (docs/legacy.md), else ``off``.
@@ -388,41 +390,53 @@ def ipv4(key: str, text: str) -> str:
     return text
 
 
-def mac_addresses(nets: Sequence[Net], name: str) -> list[bytes]:
-    """The MAC address of each card. A card without ``mac`` gets one that follows from the machine's
-    name, the number of the card, and this boot of this host: it is the same each time that a
-    machine of this name starts, and other machines have others.
+class MacAddresses:
+    """Chooses the MAC addresses of a machine's cards. A card without ``mac`` gets one that follows
+    from the machine's name, the number of the card, and this boot of this host: it is the same each
+    time that a machine of this name starts, and other machines have others.
 
     :param name: of the machine; empty for a machine without a name, whose addresses are random.
-    :raises UsageError: two cards have the same ``mac``.
     """
-    taken: dict[bytes, int] = {}
-    for index, net in enumerate(nets):
-        if net.mac is not None:
-            if net.mac in taken:
+
+    def __init__(self, name: str) -> None:
+        if name:
+            with open("/proc/sys/kernel/random/boot_id", "rb") as f:
+                seed = f.read() + f"{os.uname().nodename}/{os.getuid()}/{name}".encode()
+        else:
+            seed = os.urandom(16)
+        self._first = crc32(seed)
+
+    def choose(
+        self, nets: Mapping[int, Net], taken: Mapping[int, bytes] | None = None
+    ) -> dict[int, bytes]:
+        """The address of each new card.
+
+        :param nets: the new cards by their numbers. :param taken: the addresses of the cards that
+            are there, likewise.
+        :raises UsageError: two cards have the same ``mac``.
+        """
+        used = {mac: index for index, mac in (taken or {}).items()}
+        out: dict[int, bytes] = {}
+        for index, net in nets.items():
+            if net.mac is None:
+                continue
+            if net.mac in used:
                 raise UsageError(
-                    f"--net: mac={mac_text(net.mac)} is the address of cards {taken[net.mac]} and "
+                    f"--net: mac={mac_text(net.mac)} is the address of cards {used[net.mac]} and "
                     f"{index}: the guest's network would mix up their packets",
                     "give each card its own, or leave mac= out",
                 )
-            taken[net.mac] = index
-    if name:
-        with open("/proc/sys/kernel/random/boot_id", "rb") as f:
-            seed = f.read() + f"{os.uname().nodename}/{os.getuid()}/{name}".encode()
-    else:
-        seed = os.urandom(16)
-    number = crc32(seed)
-    out: list[bytes] = []
-    for net in nets:
-        mac = net.mac
-        while mac is None:
-            mac = MAC_PREFIX + (number & 0xFFFFFF).to_bytes(3, "big")
-            number += 1
-            if mac in taken:
-                mac = None
-        taken[mac] = len(out)
-        out.append(mac)
-    return out
+            used[net.mac] = index
+            out[index] = net.mac
+        for index in nets:
+            number = self._first + index
+            while index not in out:
+                mac = MAC_PREFIX + (number & 0xFFFFFF).to_bytes(3, "big")
+                number += 1
+                if mac not in used:
+                    out[index] = mac
+                    used[mac] = index
+        return out
 
 
 def mac_text(mac: bytes) -> str:

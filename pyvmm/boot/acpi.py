@@ -5,7 +5,12 @@ The tables describe a PC: both 8259s, the PIT, the PM1 registers and the PM time
 hardware-reduced machine (4.1) Linux would not look at the 8259s and the PIT, so that a kernel
 without kvm-clock could not find out how fast the TSC counts, and a kernel that is told to leave the
 local or the IO-APIC alone would get no interrupt at all (docs/kernel-options.md). There is no SMI:
-ACPI is always on. The SCI reports the clock's alarm only; the power button is a device.
+ACPI is always on. The SCI reports the clock's alarm and PCI hot plug; the power button is a device.
+
+PCI hot plug: event 1 of block GPE0 says that the registers at PORT_PCI_HOTPLUG name slots. The
+method of the event notifies the devices of these slots (ACPI 6.4, 5.6.4 and 6.3): a device check
+for a new function, an eject request for one that is to go. ``_EJ0`` of a slot's device says that
+the guest has let go of the function.
 """
 
 from __future__ import annotations
@@ -38,7 +43,8 @@ def build(
     up. The RSDT is for kernels that know ACPI 1.0 only.
 
     :param cpus: 1..MAX_CPUS; their local APIC ids are 0..cpus-1.
-    :param pci_slots: the slots of bus 0 whose INTA is routed.
+    :param pci_slots: the slots of bus 0 whose INTA is routed, and whose functions may come and go
+        while the guest runs.
     :param com2: whether the machine has the second serial port.
     :param ecam: whether configuration space is also mapped at PCI_ECAM_BASE. Linux accesses the
         first 256 bytes through port 0xCF8 in any case.
@@ -112,11 +118,6 @@ def _fadt(facs_at: int, dsdt_at: int) -> bytes:
     def register(offset: int, port: int) -> None:
         put(acpi.GAS, offset, acpi.GAS_SYSTEM_IO, 8, 0, acpi.GAS_BYTE, port)
 
-    def block(offset: int, x_offset: int, length_at: int, port: int, length: int) -> None:
-        put("<I", offset, port)
-        put("<B", length_at, length)
-        put(acpi.GAS, x_offset, acpi.GAS_SYSTEM_IO, 8 * length, 0, 0, port)
-
     put("<H", acpi.FADT_SCI_INT, pf.IRQ_SCI)
     for offset, x_offset, length_at, port, length in (
         (
@@ -140,6 +141,7 @@ def _fadt(facs_at: int, dsdt_at: int) -> bytes:
             pf.PORT_ACPI_PM_TIMER,
             4,
         ),
+        (acpi.FADT_GPE0, acpi.FADT_X_GPE0, acpi.FADT_GPE0_LENGTH, pf.PORT_ACPI_GPE0, 2),
     ):
         put("<I", offset, port)
         put("<B", length_at, length)
@@ -220,6 +222,32 @@ def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool 
             aml.if_name("PICM", aml.give(routes(apic_lines))),
             aml.give(routes(pf.PIC_PCI_LINES)),
         ),
+        aml.io_fields("PHPR", pf.PORT_PCI_HOTPLUG, ("PCUP", "PCDN", "PCEJ")),
+        *(
+            aml.device(
+                _slot_name(slot),
+                aml.name("_ADR", aml.integer(slot << 16)),
+                aml.name("_SUN", aml.integer(slot)),
+                aml.method("_EJ0", 1, aml.store(aml.integer(1 << slot), aml.path("PCEJ"))),
+            )
+            for slot in pci_slots
+        ),
+    )
+
+    def notices(register: str, value: int) -> bytes:
+        return aml.store(aml.path(f"\\_SB.PCI0.{register}"), aml.LOCAL0) + b"".join(
+            aml.if_bits(aml.LOCAL0, 1 << slot, aml.notify(f"\\_SB.PCI0.{_slot_name(slot)}", value))
+            for slot in pci_slots
+        )
+
+    event = aml.scope(
+        "\\_GPE",
+        aml.method(
+            f"_E{pf.GPE_PCI_HOTPLUG:02X}",
+            0,
+            notices("PCUP", acpi.NOTIFY_DEVICE_CHECK),
+            notices("PCDN", acpi.NOTIFY_EJECT_REQUEST),
+        ),
     )
     devices = [pci, _serial("COM1", 1, pf.PORT_COM1, pf.IRQ_COM1)]
     if com2:
@@ -257,7 +285,12 @@ def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool 
     )
     # The kernel says by \_PIC whether it uses the IO-APIC (5.8.1).
     mode = aml.name("PICM", aml.integer(0)) + aml.method("_PIC", 1, aml.store_argument("PICM"))
-    return _sdt(b"DSDT", 2, sleeps + mode + aml.scope("\\_SB", *devices))
+    return _sdt(b"DSDT", 2, sleeps + mode + aml.scope("\\_SB", *devices) + event)
+
+
+def _slot_name(slot: int) -> str:
+    """The name of the device that stands for a slot of bus 0."""
+    return f"S{slot:02X}"
 
 
 def _serial(text: str, uid: int, port: int, irq: int) -> bytes:

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def path(text: str) -> bytes:
-    """A NameString of one or two segments. It is absolute if it starts with a backslash."""
+    """A NameString. It is absolute if it starts with a backslash."""
     root = b"\\" if text.startswith("\\") else b""
     segments = [part.ljust(4, "_").encode("ascii") for part in text.lstrip("\\").split(".")]
     if len(segments) == 1:
         return root + segments[0]
-    if len(segments) != 2:
-        raise ValueError(f"path {text!r} has more than two segments")
-    return root + bytes([acpi.AML_DUAL_NAME]) + segments[0] + segments[1]
+    if len(segments) == 2:
+        return root + bytes([acpi.AML_DUAL_NAME]) + segments[0] + segments[1]
+    return root + bytes([acpi.AML_MULTI_NAME, len(segments)]) + b"".join(segments)
 
 
 def _package(op: bytes, body: bytes) -> bytes:
@@ -99,6 +99,33 @@ def method(text: str, arguments: int, *terms: bytes) -> bytes:
 def store_argument(text: str) -> bytes:
     """Store (Arg0, text)."""
     return bytes([acpi.AML_STORE, acpi.AML_ARG0]) + path(text)
+
+
+def store(source: bytes, target: bytes) -> bytes:
+    """Store (source, target)."""
+    return bytes([acpi.AML_STORE]) + source + target
+
+
+#: Local0
+LOCAL0 = bytes([acpi.AML_LOCAL0])
+
+
+def if_bits(value: bytes, bits: int, *terms: bytes) -> bytes:
+    """If (value & bits) {...}"""
+    both = (
+        bytes([acpi.AML_AND]) + value + integer(bits) + bytes([0])
+    )  # the result goes nowhere else
+    return _package(bytes([acpi.AML_IF]), both + b"".join(terms))
+
+
+def io_fields(text: str, port: int, names: Iterable[str]) -> bytes:
+    """OperationRegion (text, SystemIO, port, ...) with one field of 32 bits for each name."""
+    fields = b"".join(path(name) + bytes([32]) for name in names)
+    size = 4 * (len(fields) // 5)
+    region = bytes([acpi.AML_EXT, acpi.AML_EXT_REGION]) + path(text)
+    region += bytes([acpi.AML_SYSTEM_IO]) + integer(port) + integer(size)
+    body = path(text) + bytes([acpi.AML_FIELD_DWORD]) + fields
+    return region + _package(bytes([acpi.AML_EXT, acpi.AML_EXT_FIELD]), body)
 
 
 def if_name(text: str, *terms: bytes) -> bytes:

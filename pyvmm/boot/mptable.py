@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # The floating pointer is in the EBDA, where every kernel looks for it. The table itself is not
 # because it would be larger than the EBDA with many CPUs.
-TABLE_BASE = pf.FIRMWARE_END - 0x1000
+TABLE_BASE = pf.BIOS_CODE - 0x2000
 BUS_PCI = 0
 BUS_ISA = 1
 IOAPIC_ID = 0

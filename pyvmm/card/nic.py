@@ -78,6 +78,8 @@ class Nic:
         self.switch_count = 0
         self._switching = threading.Lock()
         self._over = self._stuck = False
+        #: The card is off the bus and on its way out.
+        self.leaving = False
         self._books = threading.Lock()  # what follows; nothing is waited for under it
         self._modes: dict[str, ModeTotals] = {}
         self._serving: DataPath = route.path  # whose counters are not in ``_modes`` yet
@@ -110,7 +112,7 @@ class Nic:
 
         :raises PyvmmError: the data path does not start again, or the machine ends.
         """
-        self._thread.call(lambda: self.device.set_paused(on))
+        self._last_call(lambda: self.device.set_paused(on))
 
     def reset(self) -> None:
         """The machine starts over: back to the state after power-on. No vCPU runs; threads as with
@@ -119,8 +121,14 @@ class Nic:
         :raises HostError: the machine ends.
         """
         with self._lock:
-            self.device.reset()
-        self._thread.call(lambda: None)  # which comes after the reset
+            if not self.leaving:
+                self.device.reset()
+        self._last_call(lambda: None)  # which comes after the reset
+
+    def leave(self) -> None:
+        """The card is off the bus: its data path is about to stop. The I/O lock is held."""
+        self.leaving = True
+        self.device.reset()
 
     def stop(self) -> None:
         """The machine ends: take the rings from the data path, for good. No vCPU runs any more;
@@ -128,7 +136,17 @@ class Nic:
 
         :raises PyvmmError: the data path did not stop in order.
         """
-        self._thread.call(self.device.park)
+        self._last_call(self.device.park)
+
+    def _last_call(self, job: Callable[[], None]) -> None:
+        """A transition of the whole machine, which finds a card at rest whose removal has come
+        first.
+        """
+        try:
+            self._thread.call(job)
+        except HostError:
+            if not self.leaving:
+                raise
 
     def cut(self) -> None:
         """The machine ends: no conversation with another process goes on, and none begins. Any
@@ -191,7 +209,9 @@ class Nic:
         net = self.net.switched(to)
         with self._switching:
             if self._over:
-                raise HostError("the machine is ending")
+                raise HostError(
+                    f"{self.name} is being removed" if self.leaving else "the machine is ending"
+                )
             report = SwitchReport(self.name, self.mode, net.mode)
             try:
                 self._switch(net, report)

@@ -37,6 +37,7 @@ COMMANDS = {
     "top": "show a running machine's rates: exits by cause, packets, interrupts",
     "rings": "draw the virtqueues of a running machine",
     "switch": "change the data path of a running machine's card",
+    "nic": "add and remove cards of a running machine, and list them",
     "stop": "pause a running machine",
     "cont": "let a paused machine go on",
     "reset": "press a running machine's reset button",

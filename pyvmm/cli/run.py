@@ -27,7 +27,7 @@ Network cards: --net MODE[,key=value...], once per card
       mac=, mtu=      the guest's MAC address; the MTU offered to it, 68..65521
       host=, guest=   addresses with prefix length (default 192.168.100.1/24 and .2/24; the next
                       card has 192.168.101.1/24, ...)
-      queues=N        queue pairs, 1 to 16 (1); with several pairs tap= must be a multi-queue tap
+      queues=N        queue pairs, 1 to 64 (1); with several pairs tap= must be a multi-queue tap
       queue-size=N    entries per queue (256)
       link=off        start with the cable pulled (on)
       legacy=on       also for drivers from before virtio 1.0 (docs/legacy.md)
@@ -300,7 +300,7 @@ def _check(args: argparse.Namespace) -> None:
     :raises PyvmmError: the error that the machine would raise.
     """
     from pyvmm.assembly import Description
-    from pyvmm.netopt import Net, mac_addresses
+    from pyvmm.netopt import MacAddresses, Net
 
     nets = [Net.parse(text) for text in args.net or ["emulated"]]
     want = Description(
@@ -310,7 +310,7 @@ def _check(args: argparse.Namespace) -> None:
         nets=nets,
         command=args.guest_command or None,
     )
-    mac_addresses(want.nets, "")
+    MacAddresses("").choose(dict(enumerate(want.nets)))
     if args.kernel is None:
         from pyvmm.images import find
 

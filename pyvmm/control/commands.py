@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyvmm.exits.accounts import MachineAccounts
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.memory import GuestMemory
+    from pyvmm.netopt import Net
 
     Given = dict[str, Any]
 
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
         def resume(self) -> bool: ...
         def reset(self) -> None: ...
         def powerdown(self) -> None: ...
+        def add_nic(self, net: Net, *, name: str | None = None) -> Nic: ...
+        def ask_removal(self, nic: Nic) -> object: ...
+        def nic_state(self, nic: Nic) -> str: ...
         def wake(self) -> None: ...
         def quit(self) -> None: ...
         def emit(self, event: str, **data: object) -> None: ...
@@ -76,11 +80,11 @@ def _nic(machine: Controlled, name: str) -> Nic:
 
 def _numbered(machine: Controlled, given: Given) -> Nic:
     index = given.get("nic", 0)
-    if not 0 <= index < len(machine.nets):
-        raise QmpError(
-            f"there is no card {index}: the machine has {len(machine.nets)}", "DeviceNotFound"
-        )
-    return machine.nets[index]
+    nets = machine.nets
+    for nic in nets:
+        if nic.index == index:
+            return nic
+    raise QmpError(f"there is no card {index}: the machine has {len(nets)}", "DeviceNotFound")
 
 
 # --- about the machine ----------------------------------------------------------------------------
@@ -118,7 +122,17 @@ def _machine(machine: Controlled, given: Given) -> object:
         "reboots": machine.accounts.reboots,
         "kernel": machine.boot.kind,
         "nets": [
-            {"name": n.name, "mode": n.mode, "tap": n.tap, "link": n.device.link_up}
+            {
+                "name": n.name,
+                "mode": n.mode,
+                "tap": n.tap,
+                "link": n.device.link_up,
+                "slot": n.transport.slot,
+                "mac": n.device.mac.hex(":"),
+                "host": n.host,
+                "guest": n.guest,
+                "state": machine.nic_state(n),
+            }
             for n in machine.nets
         ],
     }
@@ -228,6 +242,21 @@ def _quit(machine: Controlled, given: Given) -> object:
 
 
 # --- network --------------------------------------------------------------------------------------
+
+
+def _device_add(machine: Controlled, given: Given) -> object:
+    from pyvmm.netopt import Net
+
+    if given["driver"] not in ("virtio-net-pci", "virtio-net"):
+        raise QmpError(f"'{given['driver']}' is not a valid device model name")
+    mac = f",mac={given['mac']}" if "mac" in given else ""
+    nic = machine.add_nic(Net.parse(given.get("net", "emulated") + mac), name=given.get("id"))
+    return {"id": nic.name}
+
+
+def _device_del(machine: Controlled, given: Given) -> object:
+    machine.ask_removal(_nic(machine, given["id"]))
+    return {}
 
 
 def _set_link(machine: Controlled, given: Given) -> object:
@@ -390,6 +419,12 @@ COMMANDS: dict[str, Command] = {
     "system_powerdown": Command(_powerdown, "press the power button"),
     "system_wakeup": Command(_wakeup, "wake up a guest that is suspended to memory"),
     "quit": Command(_quit, "end the machine at once"),
+    "device_add": WaitingCommand(
+        _device_add, "plug in a card", driver="str", id="str?", net="str?", mac="str?"
+    ),
+    "device_del": Command(
+        _device_del, "ask the guest to let go of a card; DEVICE_DELETED tells the end", id="str"
+    ),
     "set_link": WaitingCommand(_set_link, "plug or pull a card's cable", name="str", up="bool"),
     "x-pyvmm-help": Command(_help, "all commands with a line of help and their arguments"),
     "x-pyvmm-ledger": Command(_ledger, "exits, interrupts and packets so far"),

@@ -9,6 +9,7 @@ from pyvmm.spec.platform import (
     ACPI_RESET_VALUE,
     ACPI_S3_TYPE,
     ACPI_S5_TYPE,
+    PORT_ACPI_GPE0,
     PORT_ACPI_PM1_EVENT,
     PORT_ACPI_PM_TIMER,
     PORT_ACPI_SLEEP_CONTROL,
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
 
 class Power:
     """The ACPI sleep control and reset registers (ACPI 6.4, 4.8.3.6 and 4.8.3.7), the PM1
-    registers, the PM timer, the keyboard controller, and the POST port, which ignores all writes.
+    and GPE0 registers, the PM timer, the keyboard controller, and the POST port, which ignores all
+    writes.
 
     :param on_off: called when the guest powers off.
     :param on_reset: called when the guest asks for a reset.
     :param on_suspend: called when the guest suspends to memory (S3).
     :param sci: sets the level of the system control interrupt, 0 or 1.
-    :ivar pm1: the PM1 registers.
+    :ivar pm1: the PM1 registers. :ivar gpe0: the GPE0 registers.
     """
 
     SLP_EN = 1 << 5
@@ -47,14 +49,30 @@ class Power:
         self._on_reset = on_reset
         power = bus.add(PIO, PORT_ACPI_SLEEP_CONTROL, 3, "acpi-power", self)
         power.names = Registers({0: "sleep control", 1: "sleep status", 2: "reset"})
-        self.pm1 = Pm1(self.sleep, sci)
+        self._sci = Sci(sci)
+        self.pm1 = Pm1(self.sleep, lambda level: self._sci.drive("pm1", level))
         pm1 = bus.add(PIO, PORT_ACPI_PM1_EVENT, 6, "acpi-pm1", self.pm1)
         pm1.names = Registers({0: "status", 2: "enable", 4: "control"})
+        self.gpe0 = Gpe(lambda level: self._sci.drive("gpe0", level))
+        gpe0 = bus.add(PIO, PORT_ACPI_GPE0, 2, "acpi-gpe0", self.gpe0)
+        gpe0.names = Registers({0: "status", 1: "enable"})
         timer = bus.add(PIO, PORT_ACPI_PM_TIMER, 4, "acpi-timer", kind=lib.PV_REGION_PMTIMER)
         timer.names = Registers({0: "value"})
         keyboard = bus.add(PIO, PORT_I8042, 5, "i8042", Keyboard(on_reset))
         keyboard.names = Registers({0: "data", 1: "", 4: ("status", "command")})
         bus.add(PIO, PORT_POST, 1, "post", kind=lib.PV_REGION_IGNORE)
+
+    def reset(self) -> None:
+        """As after power-on, with interrupt controllers that were reset."""
+        self._sci.reset()
+        self.pm1.reset()
+        self.gpe0.reset()
+
+    def woken(self) -> None:
+        """The machine wakes up from a sleep, with interrupt controllers that were reset."""
+        self._sci.reset()
+        self.gpe0.woken()
+        self.pm1.woken()
 
     def sleep(self, kind: int) -> None:
         """Enter the sleep state whose SLP_TYP this is. Other types do nothing."""
@@ -70,6 +88,73 @@ class Power:
             self.sleep(value >> 2 & 7)
         elif offset == 2 and value == ACPI_RESET_VALUE:
             self._on_reset()
+
+
+class Sci:
+    """The system control interrupt, whose line is high while PM1 or GPE0 wants it.
+
+    :param line: sets the line's level, 0 or 1.
+    """
+
+    def __init__(self, line: Callable[[int], object]) -> None:
+        self._line = line
+        self._high: set[str] = set()
+
+    def drive(self, source: str, level: int) -> None:
+        """``source`` wants this level."""
+        if level:
+            self._high.add(source)
+        else:
+            self._high.discard(source)
+        self._line(int(bool(self._high)))
+
+    def reset(self) -> None:
+        """The line has gone down, because the interrupt controllers were reset."""
+        self._high.clear()
+
+
+class Gpe:
+    """The general-purpose event block GPE0 (ACPI 6.4, 4.8.4.1): one byte of status and one of
+    enable bits. The machine's I/O lock is held in every method.
+
+    :param sci: sets the level that the block wants of the system control interrupt, 0 or 1.
+    """
+
+    def __init__(self, sci: Callable[[int], object]) -> None:
+        self._sci = sci
+        self._status = self._enable = self._level = 0
+
+    def event(self, bit: int) -> None:
+        """Event number ``bit`` has come, which the guest hears of now, or once it wants to."""
+        self._status |= 1 << bit
+        self._update()
+
+    def woken(self) -> None:
+        """The machine wakes up from a sleep, with interrupt controllers that were reset."""
+        self._level = 0
+        self._update()
+
+    def reset(self) -> None:
+        """As after power-on."""
+        self._status = self._enable = self._level = 0
+
+    def _update(self) -> None:
+        level = int(bool(self._status & self._enable))
+        if level != self._level:
+            self._level = level
+            self._sci(level)
+
+    def read(self, offset: int, size: int) -> int:
+        """Status and enable."""
+        return (self._status | self._enable << 8) >> 8 * offset
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Clear status bits, or take the enable bits."""
+        if offset == 0:
+            self._status &= ~value
+        if offset + size == 2:
+            self._enable = value >> 8 * (size - 1) & 0xFF
+        self._update()
 
 
 class Pm1:

@@ -81,6 +81,7 @@ class MachineAccounts:
         self.old_stats: list[dict[str, Any]] = []
         self._stats: Stats | None = None  # the present VM's, opened by the first request
         self._past: Numbers = {}  # the sums of the VMs before a restart
+        self._removed: Numbers = {}  # the counters of cards that have been removed, by name
 
     def reach(self, point: str) -> None:
         """Note that the guest has come to ``point``; only the first time counts."""
@@ -109,8 +110,22 @@ class MachineAccounts:
                 self.vcpus,
                 self._vm_stats(),
                 self._past,
-                [nic.counters() for nic in self.nets],
+                self._counters(),
             )
+
+    def _counters(self) -> Numbers:
+        """What each card has counted, and the cards of its name before it."""
+        out = {name: dict(counters) for name, counters in self._removed.items()}
+        for nic in self.nets:
+            now = out.setdefault(nic.name, {})
+            _add(now, nic.counters())
+        return out
+
+    def removed(self, nic: Card) -> None:
+        """Keep what a card has counted, which is about to leave ``nets``. The caller holds the
+        lock.
+        """
+        _add(self._removed.setdefault(nic.name, {}), nic.counters())
 
     def ledger(self) -> Ledger:
         """The exits up to now. Any thread."""
@@ -169,3 +184,9 @@ class MachineAccounts:
         if self._stats is None and self.vcpus[0].stats is not None:
             self._stats = Stats(self._vm.fileno())
         return self._stats
+
+
+def _add(total: dict[str, int], counters: dict[str, int]) -> None:
+    """Add counters to others of the same names."""
+    for key, value in counters.items():
+        total[key] = total.get(key, 0) + value

@@ -53,13 +53,14 @@ class Phase:
             self.kvm = {
                 group: {name: n for name, n in v.items() if n} for group, v in increase.items()
             }
-        self.counters = [
-            {
-                key: _increase(begin.counters[i].get(key, 0) if begin else 0, value)
+        before = begin.counters if begin else {}
+        self.counters = {
+            name: {
+                key: _increase(before.get(name, {}).get(key, 0), value)
                 for key, value in now.items()
             }
-            for i, now in enumerate(end.counters)
-        ]
+            for name, now in end.counters.items()
+        }
 
     def metrics(self) -> dict[str, int | None]:
         """The figures that budgets limit, by name; None if nothing counts a figure
@@ -75,8 +76,9 @@ class Phase:
         for theirs, ours in KVM_METRICS.items():
             out[ours] = None if vcpus is None else sum(v.get(theirs, 0) for v in vcpus)
         for ours, names in COUNTER_METRICS.items():
-            counted = self.counters and all(name in c for c in self.counters for name in names)
-            out[ours] = sum(c[name] for c in self.counters for name in names) if counted else None
+            cards = self.counters.values()
+            counted = self.counters and all(name in c for c in cards for name in names)
+            out[ours] = sum(c[name] for c in cards for name in names) if counted else None
         return out
 
     def as_dict(self, accounts: MachineAccounts) -> dict[str, object]:
@@ -90,8 +92,8 @@ class Phase:
             "exits": self.ledger.as_dict(),
             "kvm": self.kvm,
             "nets": {
-                nic.name: {key: n for key, n in counters.items() if n}
-                for nic, counters in zip(accounts.nets, self.counters, strict=True)
+                card: {key: n for key, n in counters.items() if n}
+                for card, counters in self.counters.items()
             },
         }
 

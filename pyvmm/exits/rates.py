@@ -57,8 +57,12 @@ def rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]
             }
         )
     nets = []
-    for new, old in zip(after["nets"], before["nets"], strict=True):
+    past = {net["name"]: net for net in before["nets"]}
+    for new in after["nets"]:
+        old = past.get(new["name"], new)  # a card that has just been added has no rates yet
         now, then = new["counters"], old["counters"]
+        if any(n < then.get(key, 0) for key, n in now.items()):
+            then = now  # another card has taken the name meanwhile
         used = {worker["tid"]: worker["cpu_s"] for worker in old["workers"]}
         nets.append(
             {

@@ -16,7 +16,7 @@ class Snapshot:
     """All counters at one moment.
 
     :param time: CLOCK_MONOTONIC, ns. :param vm: the VM's statistics; None if KVM has none.
-    :param past: the sums of the VMs before a reboot. :param counters: of each card.
+    :param past: the sums of the VMs before a reboot. :param counters: of each card, by its name.
     :ivar ledgers: the exits of each vCPU.
     """
 
@@ -29,7 +29,7 @@ class Snapshot:
         vcpus: Sequence[Vcpu],
         vm: Stats | None,
         past: Numbers,
-        counters: list[dict[str, int]],
+        counters: Numbers,
     ) -> None:
         self.name, self.time, self.counters = name, time, counters
         self.ledgers = [vcpu.snapshot() for vcpu in vcpus]

@@ -66,6 +66,7 @@ PORT_ACPI_SLEEP_STATUS = 0x601
 PORT_ACPI_PM1_EVENT = 0x608  # 4 bytes: status, enable (4.8.3.1)
 PORT_ACPI_PM1_CONTROL = 0x60C  # 2 bytes (4.8.3.2)
 PORT_ACPI_PM_TIMER = 0x610  # 4 bytes (4.8.2.1)
+PORT_ACPI_GPE0 = 0x614  # 2 bytes: status, enable (4.8.4.1)
 PORT_ACPI_RESET = 0x602  # write ACPI_RESET_VALUE
 ACPI_RESET_VALUE = 0x01
 ACPI_S3_TYPE = 1  # as in QEMU; test kernels know no other
@@ -79,6 +80,12 @@ PORT_GUEST_STDOUT = 0x624  # 8-bit writes, also rep outsb
 PORT_GUEST_STDERR = 0x625
 # A 32-bit read makes the VMM copy the next bytes of its requests to the page of GUEST_PAGE.
 PORT_GUEST_REQUEST = 0x628
+# Hot plug of PCI functions, one bit per slot of bus 0. UP, which a read clears, names slots that
+# have got a function; DOWN names slots that are to lose theirs. A write to EJECT tells which slots'
+# functions the guest has let go.
+PORT_PCI_HOTPLUG = 0x630
+PCI_HOTPLUG_UP, PCI_HOTPLUG_DOWN, PCI_HOTPLUG_EJECT = 0, 4, 8
+PCI_HOTPLUG_SIZE = 12
 
 GUEST_INIT = 1  # init runs
 GUEST_COMMAND = 2  # the command is about to start
@@ -100,13 +107,14 @@ REQUEST_INPUT_MAX = 1 << 20  # bytes
 IRQ_COM2 = 3
 IRQ_COM1 = 4
 IRQ_RTC = 8
-IRQ_SCI = 13  # level; the clock's alarm as an event of ACPI
+IRQ_SCI = 13  # level; the clock's alarm and PCI hot plug as events of ACPI
+GPE_PCI_HOTPLUG = 1  # the bit in GPE0 of PCI hot plug
 IRQ_GED = 9  # ACPI generic event device: an edge means that the power button was pressed
 IOAPIC_PIN_TIMER = 2  # a PC wires the PIT (ISA IRQ 0) to this pin; so do our GSI routes
 GSI_PCI_BASE = 16  # INTA of slot n is GSI_PCI_BASE + n % GSI_PCI_COUNT, level, active low
 GSI_PCI_COUNT = 8
 # INTA of slot n also reaches the 8259s, for kernels without an IO-APIC: line PIC_PCI_LINES[n % 8],
-# which no other device has. Two slots on one line would need counting who raises it.
+# which no other device has.
 PIC_PCI_LINES = (15, 11, 10, 5, 7, 6, 12, 14)
 GSI_MSI_BASE = 24  # MSI routes start here
 

@@ -28,7 +28,7 @@ LAYERS = (
         "workloads",
     },
     {"card", "doctor"},
-    {"hang", "panics", "vcpus"},
+    {"hang", "panics", "plugs", "vcpus"},
     {"assembly"},
     {"machine"},
     {"testing.suite"},

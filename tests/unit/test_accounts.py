@@ -109,6 +109,20 @@ def test_only_the_first_time_counts(rig: Rig) -> None:
     assert rig.accounts.phases["init"] == first and len(rig.accounts.snapshots) == 1
 
 
+def test_a_removed_card_and_the_next_of_its_name_are_counted(rig: Rig) -> None:
+    """The sums of a name never shrink, so that no phase loses packets."""
+    rig.work(0, 5)
+    rig.accounts.reach("init")
+    rig.work(0, 3)
+    rig.accounts.removed(rig.card)
+    cards = rig.accounts.nets
+    rig.accounts.nets = []
+    assert rig.phases() == {"boot": (0, 5), "init": (0, 3)}
+    rig.card.packets = 2
+    rig.accounts.nets = cards
+    assert rig.phases() == {"boot": (0, 5), "init": (0, 5)}
+
+
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), HostError("no counters")])
 def test_a_snapshot_that_cannot_be_made_is_told(rig: Rig, error: Exception) -> None:
     rig.accounts.reach("init")

@@ -210,12 +210,17 @@ def test_phases_of_a_card_whose_data_path_was_replaced(board: Any) -> None:
     vcpu.index, vcpu.stats = 0, None
     accounts = SimpleNamespace(bus=board.bus, phases={"vmm": 0})
     begin = Snapshot(
-        "command", 10, [vcpu], None, {}, [{"rx_packets": 100, "rx_kicks": 9, "parked_ms": 5}]
+        "command",
+        10,
+        [vcpu],
+        None,
+        {},
+        {"net0": {"rx_packets": 100, "rx_kicks": 9, "parked_ms": 5}},
     )
     end = Snapshot(
-        "end", 20, [vcpu], None, {}, [{"rx_packets": 30, "tx_packets": 4, "parked_ms": 7}]
+        "end", 20, [vcpu], None, {}, {"net0": {"rx_packets": 30, "tx_packets": 4, "parked_ms": 7}}
     )
     phase = Phase("command", cast("MachineAccounts", accounts), begin, end)
-    assert phase.counters == [{"rx_packets": 30, "tx_packets": 4, "parked_ms": 2}]
+    assert phase.counters == {"net0": {"rx_packets": 30, "tx_packets": 4, "parked_ms": 2}}
     metrics = phase.metrics()
     assert metrics["packets"] == 34 and metrics["kicks"] is None and metrics["kvm_exits"] is None

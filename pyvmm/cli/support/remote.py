@@ -126,8 +126,9 @@ def there(args: argparse.Namespace) -> int | None:
     bed = testbed_up()
     if bed is None:
         return None  # the connection attempt here reports that there is no such machine
-    at = args.argv.index(args.command) + 1
-    return bed.run_attached(module("pyvmm", args.command, "--host", "local", *args.argv[at:]))
+    words = [args.command, *([args.action] if "action" in args else [])]
+    at = args.argv.index(words[-1], args.argv.index(args.command)) + 1
+    return bed.run_attached(module("pyvmm", *words, "--host", "local", *args.argv[at:]))
 
 
 def with_client(

@@ -1,0 +1,282 @@
+"""Cards come and go: at the machine's start and end, and while the guest runs.
+
+Theory of operation. A card is made in the thread of whoever wants it, which may wait for a
+back-end; ``cut`` ends such a wait. Then the card gets its slot, under the I/O lock. To remove a
+card, the guest is asked to let go of it. A thread waits for that, so that it does not matter
+whether the client that wanted the removal still waits. When the guest ejects the card, its vCPU
+only takes the function off the bus, which ends all accesses; the thread does what may wait for
+another process: it stops the data path and gives back what the card held.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+
+from pyvmm.card.cards import Cards
+from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.netopt import MAX_CARDS, MacAddresses, Net
+from pyvmm.threads import Thread, report_bug
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pyvmm.card.nic import Nic
+    from pyvmm.card.uplink import Uplink
+    from pyvmm.devices.hotplug import PciHotplug
+    from pyvmm.pci import PciBus
+
+    #: Makes a card of this number, this description and this MAC address, which is not plugged in;
+    #: closing the stack releases the card.
+    Maker = Callable[[int, Net, bytes], tuple[Nic, ExitStack]]
+
+
+class Removal:
+    """A card that is to go. :ivar done: set when the card has gone and given everything back, or
+    when the machine ends before. :ivar error: what went wrong meanwhile.
+    """
+
+    def __init__(self, nic: Nic) -> None:
+        self.nic = nic
+        self.error: PyvmmError | None = None
+        self.done = threading.Event()
+        self.gone = False
+        self._cancelled = False
+        self._let_go = threading.Event()
+
+    def let_go(self, *, cancelled: bool = False) -> None:
+        """The card is off the bus; or ``cancelled``, nobody waits for that any more."""
+        self._cancelled = self._cancelled or cancelled
+        self._let_go.set()
+
+    def wait(self) -> bool:
+        """Wait for ``let_go``; whether the card is off the bus."""
+        self._let_go.wait()
+        return not self._cancelled
+
+
+class Plugs:
+    """Owns the cards of a machine.
+
+    :param lock: the machine's I/O lock. :param make: makes a card. :param macs: chooses addresses.
+    :param removed: is told, with the lock held, of a card that is about to leave ``nets``.
+    :param emit: sends an event to the machine's observers; see ``Machine.emit``.
+    :ivar nets: the cards that are there.
+    """
+
+    def __init__(
+        self,
+        pci: PciBus,
+        lock: threading.RLock,
+        make: Maker,
+        macs: MacAddresses,
+        *,
+        removed: Callable[[Nic], object],
+        emit: Callable[..., None],
+    ) -> None:
+        self._pci, self._lock, self._make, self._macs = pci, lock, make, macs
+        self._removed, self._emit = removed, emit
+        self.hotplug: PciHotplug
+        self.nets = Cards()
+        self._adding = threading.Lock()  # one card at a time
+        self._state = threading.Lock()  # held for a moment only; guards what follows
+        self._over = False
+        self._making: Uplink | None = None
+        self._removals: dict[str, Removal] = {}
+        self._stacks: dict[str, ExitStack] = {}
+
+    def begin(self, nets: Sequence[Net]) -> None:
+        """Make the cards that the machine has from its start.
+
+        :raises PyvmmError: one cannot be made; ``close`` releases the others.
+        """
+        macs = self._macs.choose(dict(enumerate(nets)))
+        for index, net in enumerate(nets):
+            self._plug(*self._make(index, net, macs[index]))
+
+    def add(self, net: Net, name: str | None = None) -> Nic:
+        """Plug in a card while the guest runs. Any thread but a vCPU's.
+
+        :param name: ``net0`` to ``net30``; by default the first that is free.
+        :raises PyvmmError: the card cannot be made; nothing is left behind.
+        """
+        if net.mode == "none":
+            raise UsageError("a card with the mode none is no card", "name a data path")
+        with self._adding:
+            index = self._number(name)
+            taken = {nic.index: nic.device.mac for nic in self.nets}
+            mac = self._macs.choose({index: net}, taken)[index]
+            try:
+                nic, stack = self._make(index, net, mac)
+            except OSError as e:  # a module cannot be loaded without a descriptor
+                raise HostError(f"cannot make net{index}: {e.strerror or e}") from e
+            finally:
+                with self._state:
+                    self._making = None
+            try:
+                with self._lock:
+                    self._plug(nic, stack)
+                    self.hotplug.added(nic.transport.slot)
+            except BaseException:
+                stack.close()
+                raise
+            if self._over:
+                nic.cut()
+            return nic
+
+    def _number(self, name: str | None) -> int:
+        """The number of a new card."""
+        with self._state:
+            if self._over:
+                raise HostError("the machine is ending")
+            busy = {nic.index for nic in self.nets}
+            busy |= {removal.nic.index for removal in self._removals.values()}
+        if name is None:
+            free = [n for n in range(MAX_CARDS) if n not in busy]
+            if not free:
+                raise UsageError(
+                    f"the machine has {MAX_CARDS} cards, and no PCI slot is left", "remove one"
+                )
+            return free[0]
+        index = next((n for n in range(MAX_CARDS) if name == f"net{n}"), None)
+        if index is None:
+            raise UsageError(f"{name!r} is no card's name", f"use net0 to net{MAX_CARDS - 1}")
+        if index in busy:
+            raise UsageError(
+                f"Duplicate device ID '{name}'", "remove that card, or leave out the name"
+            )
+        return index
+
+    def making(self, uplink: Uplink) -> None:
+        """The host side of the card that is being made: have ``cut`` apply to it."""
+        with self._state:
+            self._making = uplink
+            over = self._over
+        if over:
+            uplink.cut()
+
+    def _plug(self, nic: Nic, stack: ExitStack) -> None:
+        """Give a card its slot."""
+        self._stacks[nic.name] = stack
+        try:
+            self._pci.add(nic.transport, 1 + nic.index)
+        except BaseException:
+            del self._stacks[nic.name]
+            raise
+        self.nets.add(nic)
+
+    def state(self, nic: Nic) -> str:
+        """``added`` until the guest has read of the card, ``removing`` from the request to the end
+        of a removal, else ``present``.
+        """
+        with self._lock:
+            if nic.leaving or self.hotplug.asked(nic.transport.slot):
+                return "removing"
+            return "present" if self.hotplug.seen(nic.transport.slot) else "added"
+
+    # --- removal ----------------------------------------------------------------------------------
+
+    def ask(self, nic: Nic) -> Removal:
+        """Ask the guest to let go of a card; once more, if it was asked before. Any thread.
+
+        :raises PyvmmError: the card has gone, the machine ends, or there can be no more threads.
+        """
+        with self._state:
+            if self._over:
+                raise HostError("the machine is ending")
+            if nic not in self.nets:
+                raise UsageError(f"{nic.name} has been removed", "see: pyvmm nic list")
+            removal = self._removals.get(nic.name)
+            if removal is None:
+                removal = Removal(nic)
+                thread = Thread(
+                    target=self._remove, args=(removal,), name=f"{nic.name} removal", daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError as e:
+                    raise HostError(
+                        f"cannot start a thread for {nic.name}: {e}",
+                        "raise the limit of processes",
+                    ) from e
+                self._removals[nic.name] = removal
+        with self._lock:
+            if not nic.leaving:
+                self.hotplug.ask(nic.transport.slot)
+        return removal
+
+    def ejected(self, slot: int) -> None:
+        """The guest, or a reset of the machine, has let go of the card in ``slot``, which somebody
+        had asked for. The I/O lock is held.
+        """
+        nic = next(nic for nic in self.nets if nic.transport.slot == slot)
+        self._pci.remove(slot)
+        nic.leave()
+        with self._state:
+            self._removals[nic.name].let_go()
+
+    def _remove(self, removal: Removal) -> None:
+        """The thread of a removal."""
+        try:
+            if removal.wait():
+                self._release(removal)
+        except PyvmmError as e:
+            removal.error = e
+        except Exception as e:
+            report_bug(e)
+            removal.error = HostError(f"{removal.nic.name}: {type(e).__name__}: {e}")
+        finally:
+            with self._state:
+                del self._removals[removal.nic.name]
+            removal.done.set()
+        if removal.gone:
+            name = removal.nic.name
+            self._emit("DEVICE_DELETED", device=name, path=f"/machine/peripheral/{name}")
+
+    def _release(self, removal: Removal) -> None:
+        """Stop the data path of a card that is off the bus, and give back what the card held.
+
+        :raises PyvmmError: the data path does not let go, and the machine is ending; or something
+            could not be given back in order.
+        """
+        nic = removal.nic
+        nic.reset()
+        if nic.device.active:
+            raise HostError(f"{nic.name}: the data path does not let go")
+        with self._lock:
+            nic.transport.reset()  # which gives back its interrupts
+            self._removed(nic)
+            self.nets.remove(nic)
+        stack = self._stacks.pop(nic.name)
+        removal.gone = True
+        stack.close()
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def cut(self) -> None:
+        """The machine ends: no conversation of a card with another process goes on, and none
+        begins. Any thread; takes no lock that a conversation holds.
+        """
+        with self._state:
+            self._over = True
+            making = self._making
+        if making is not None:
+            making.cut()
+        for nic in self.nets:
+            nic.cut()
+
+    def close(self) -> None:
+        """Release all cards. No vCPU runs any more. A second call does nothing."""
+        with self._state:
+            self._over = True
+            removals = list(self._removals.values())
+        with self._adding:
+            pass
+        for removal in removals:
+            removal.let_go(cancelled=True)
+        for removal in removals:
+            removal.done.wait()
+        with ExitStack() as closing:
+            while self._stacks:
+                closing.callback(self._stacks.popitem()[1].close)

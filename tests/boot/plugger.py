@@ -1,0 +1,135 @@
+"""Plugs cards into a running guest and removes them; runs in the testbed: `python -m
+tests.boot.plugger ROUNDS`. Prints one JSON object.
+
+The first card's traffic goes on all the while: a ping from the host, whose every echo counts. After
+each mode has been used once, what this process holds must not grow any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from pyvmm import Machine, Net
+from pyvmm.card.nic import Nic
+from pyvmm.errors import GuestTimeout
+from pyvmm.images import find
+from tests.descriptors import open_fds
+
+#: One data path after another.
+MODES = ("emulated", "vhost-net,queues=2", "vhost-user")
+IN_GUEST = r"""
+for _ in $(seq 200); do
+  for dir in /sys/class/net/*; do
+    [ "$(cat $dir/address)" != {mac} ] || iface=${{dir##*/}}
+  done
+  [ -z "$iface" ] || break
+  sleep 0.05
+done
+ip link set $iface up && ip addr add {guest} dev $iface && ping -q -c 3 -i 0.05 -W 5 {host}
+"""
+
+
+def held() -> dict[str, int]:
+    """What this process has: descriptors, threads, children, network namespaces."""
+    fds = [target for _, target in open_fds()]
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return {
+        "fds": len(fds),
+        "namespaces": sum(fd.startswith("net:") for fd in fds),
+        "threads": sum(1 for _ in Path("/proc/self/task").iterdir()),
+        "children": len(children),
+    }
+
+
+def use(vm: Machine, nic: Nic) -> None:
+    """Ping through a card from the guest."""
+    assert nic.host and nic.guest
+    address = nic.host.partition("/")[0]
+    script = IN_GUEST.format(mac=nic.device.mac.hex(":"), guest=nic.guest, host=address)
+    result = vm.run(script)
+    assert result.status == 0 and b" 0% packet loss" in result.stdout, result
+
+
+def gone(vm: Machine, nic: Nic) -> None:
+    """The guest has no such interface any more, and the machine no such card."""
+    addresses = vm.run("cat /sys/class/net/*/address").stdout.decode().split()
+    assert nic.device.mac.hex(":") not in addresses, addresses
+    assert nic not in vm.nets
+
+
+def rounds(vm: Machine, count: int) -> None:
+    first = None
+    for number in range(count):
+        nic = vm.add_nic(MODES[number % len(MODES)])
+        assert (nic.name, nic.transport.slot) == ("net1", 2)
+        use(vm, nic)
+        assert any("net1 " in line.what for line in vm.ledger().lines)
+        vm.remove_nic("net1")
+        gone(vm, nic)
+        if number == len(MODES) - 1:
+            first = held(), len(vm.vm._msi), vm.vm._next_gsi, len(vm.bus._regions)
+    now = held(), len(vm.vm._msi), vm.vm._next_gsi, len(vm.bus._regions)
+    assert first == now, f"{first} became {now}"
+
+
+def stubborn(vm: Machine) -> None:
+    """A guest that does not react: the request stands, and is met later, or by a reset."""
+    gpe = "/sys/firmware/acpi/interrupts/gpe01"
+    nic = vm.add_nic("emulated")
+    use(vm, nic)
+    for again in (False, True):
+        vm.run(f"echo disable >{gpe}")
+        for _ in range(2):
+            try:
+                vm.remove_nic(nic, timeout=0.5)
+                raise AssertionError("the guest has reacted")
+            except GuestTimeout:
+                assert vm.nic_state(nic) == "removing"
+        if again:
+            removal = vm.ask_removal(nic)
+            vm.reset()
+            assert removal.done.wait(60) and removal.gone
+        else:
+            vm.run(f"echo enable >{gpe}")
+            vm.remove_nic(nic)
+            gone(vm, nic)
+            nic = vm.add_nic("emulated", name="net7")
+            use(vm, nic)
+    assert [n.name for n in vm.nets] == ["net0"] and "pyvmm.net=" in vm.cmdline()
+    gone(vm, nic)
+
+
+def main() -> int:
+    image = find("default")
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        Machine(image.kernel, initrd=image.initrd, nets=[Net("emulated")], agent=True) as vm,
+    ):
+        vm.start()
+        assert vm.run("true").status == 0
+        first = vm.nets[0]
+        assert first.guest and first.namespace
+        target = first.guest.partition("/")[0]
+        ping = first.namespace.popen(["ping", "-q", "-i", "0.02", "-W", "30", target], stdout=log)
+        try:
+            rounds(vm, int(sys.argv[1]))
+        finally:
+            ping.send_signal(signal.SIGINT)
+            ping.wait()
+        log.seek(0)
+        match = re.search(r"(\d+) packets transmitted, (\d+) received", log.read())
+        assert match is not None
+        stubborn(vm)
+        end = vm.power_off()
+    print(json.dumps({"sent": int(match[1]), "received": int(match[2]), "end": end.kind}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
