@@ -7,7 +7,7 @@
 #include "guest.h"
 
 #define COUNT	 100
-#define MAX_CPUS 64
+#define MAX_CPUS 255
 #define STACK	 2048
 
 static uint8_t stacks[MAX_CPUS][STACK] __attribute__((aligned(16)));

@@ -66,6 +66,10 @@ EARLY_CONSOLE = "earlyprintk=ttyS0,115200"
 #: The most bytes of a command on the kernel command line. Base64 makes them longer, and Linux takes
 #: 2047 bytes for everything (COMMAND_LINE_SIZE). Longer commands go into an archive.
 COMMAND_WORD_MAX = 1200
+#: What each card takes of that: the word with its addresses has about 50 characters.
+NET_WORD = 40
+#: Bytes of all cards' words, beyond which the MTU is left out: Linux has it from the device, too.
+NET_WORDS_MAX = 1500
 #: What execve(2) takes: the bytes of one argument with its NUL (MAX_ARG_STRLEN), and of all of them
 #: with their pointers: a quarter of the stack's limit of 8 MiB (ARG_MAX), less the environment's.
 ARGUMENT_MAX = 128 << 10
@@ -101,7 +105,9 @@ class Description:
         cpu: str | None = None,
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
-            raise UsageError(f"--cpus {cpus}", f"use 1 to {MAX_CPUS}")
+            raise UsageError(
+                f"--cpus {cpus}", f"use 1 to {MAX_CPUS}: the id of a local APIC has 8 bits"
+            )
         if agent and command is not None:
             raise UsageError("agent and command", "run commands by Machine.run")
         self.raw_command = command_bytes(command) if command is not None else None
@@ -110,7 +116,10 @@ class Description:
         self.cpus, self.memory, self.huge = cpus, parse_size(memory), huge
         self.nets = [net for net in nets if net.mode != "none"]
         if len(self.nets) > MAX_CARDS:
-            raise UsageError(f"--net: {len(self.nets)} cards", f"use at most {MAX_CARDS}")
+            raise UsageError(
+                f"--net: {len(self.nets)} cards",
+                f"use at most {MAX_CARDS}: PCI bus 0 has no more slots",
+            )
         self.test_devices, self.agent = test_devices, agent
         self.trace, self.hang_timeout = trace, hang_timeout
         self.cpu: Cpu | None = None
@@ -400,7 +409,8 @@ class Parts:
         # exist.
         rsdp = build_acpi(self.memory, cpus=want.cpus, com2=want.agent)
         build_mptable(self.memory, cpus=want.cpus)
-        self.cmdline = cmdline(want, [nic for nic in self.nets if not nic.leaving])
+        cards = [nic for nic in self.nets if not nic.leaving]
+        self.cmdline = cmdline(want, cards)
         self.boot = load(
             self.memory,
             want.kernel,
@@ -409,7 +419,7 @@ class Parts:
             rsdp=rsdp,
             load_address=want.load_address,
             load_mode=want.load_mode,
-            archive=command_archive(want),
+            archive=command_archive(want, len(cards)),
         )
 
     def _set_boot_state(self) -> None:
@@ -495,17 +505,38 @@ def command_bytes(command: Sequence[str]) -> bytes:
     return raw
 
 
-def command_archive(want: Description) -> bytes:
+def fits_the_line(raw: bytes, cards: int) -> bool:
+    """Whether a command goes on the kernel command line, beside the words of so many cards."""
+    return len(raw) <= COMMAND_WORD_MAX - NET_WORD * max(0, cards - 1)
+
+
+def command_archive(want: Description, cards: int = 1) -> bytes:
     """An archive with the command, if it is too long for the kernel command line; else empty.
     Linux unpacks it after the initrd.
     """
-    if want.raw_command is None or len(want.raw_command) <= COMMAND_WORD_MAX:
+    if want.raw_command is None or fits_the_line(want.raw_command, cards):
         return b""
     from pyvmm.images.cpio import Archive
 
     archive = Archive()
     archive.file(COMMAND_FILE, want.raw_command)
     return archive.pack()
+
+
+def net_words(nets: Sequence[Nic]) -> list[str]:
+    """The words by which our init configures the cards. The first gateway is the default route; to
+    name others would do nothing.
+    """
+    words, mtus, routed = [], [], False
+    for nic in nets:
+        if nic.guest:
+            gateway = f",gw={nic.host.partition('/')[0]}" if nic.host and not routed else ""
+            routed = routed or bool(gateway)
+            words.append(f"pyvmm.net={mac_text(nic.device.mac)},{nic.guest}{gateway}")
+            mtus.append(f",mtu={nic.net.mtu}" if nic.net.mtu else "")
+    if sum(map(len, words + mtus)) <= NET_WORDS_MAX:
+        words = [word + mtu for word, mtu in zip(words, mtus, strict=True)]
+    return words
 
 
 def cmdline(want: Description, nets: Sequence[Nic]) -> str:
@@ -516,13 +547,9 @@ def cmdline(want: Description, nets: Sequence[Nic]) -> str:
     parts = [] if want.test_devices else [BASE_CMDLINE]
     if want.agent:
         parts.append("pyvmm.agent")
-    for nic in nets:
-        if nic.guest:
-            gateway = f",gw={nic.host.partition('/')[0]}" if nic.host else ""
-            mtu = f",mtu={nic.net.mtu}" if nic.net.mtu else ""
-            parts.append(f"pyvmm.net={mac_text(nic.device.mac)},{nic.guest}{gateway}{mtu}")
+    parts += net_words(nets)
     raw = want.raw_command
-    if raw is not None and len(raw) <= COMMAND_WORD_MAX:
+    if raw is not None and fits_the_line(raw, len(nets)):
         import base64
 
         parts.append("pyvmm.cmd=" + base64.urlsafe_b64encode(raw).decode().rstrip("="))

@@ -76,10 +76,12 @@ HONOURED: dict[str, tuple[str, ...]] = {
 }
 #: Mbit/s: the largest number in struct virtio_net_config.
 SPEED_MAX = 0x7FFFFFFF
-#: The most queue pairs of a card (PV_QUEUES in cext/bus.h).
-MAX_QUEUES = 64
 #: The most cards of a machine: slots of PCI bus 0, less the host bridge.
 MAX_CARDS = 31
+#: The most queue pairs of a card, and what stops it: KVM_MAX_IRQ_ROUTES is 4096, and 31 cards with
+#: 2 * 64 + 2 vectors each need 4030 of them (PV_QUEUES in cext/bus.h).
+MAX_QUEUES = 64
+WHY_QUEUES = "KVM routes 4096 interrupts, hardly more than 31 such cards have"
 MAC_PREFIX = bytes((0x52, 0x54, 0))  # the customary one of virtual machines: administered locally
 #: The largest user id (2^32 - 1 means none).
 UID_MAX = 2**32 - 2
@@ -213,7 +215,7 @@ class Net:
         self.mode, self.tap, self.notify = mode, tap, notify
         self.mac = parse_mac(mac) if mac is not None else None
         self.mtu = number("mtu", mtu, ETH_MIN_MTU, TAP_MAX_MTU) if mtu is not None else None
-        self.queues = number("queues", queues, 1, MAX_QUEUES)
+        self.queues = number("queues", queues, 1, MAX_QUEUES, WHY_QUEUES)
         self.link, self.legacy = link == "on", legacy == "on"
         self.speed = number("speed", speed, 1, SPEED_MAX)
         self.socket, self.server = socket or "", server == "on"
@@ -325,13 +327,17 @@ def unknown_mode(mode: str) -> UsageError:
     )
 
 
-def number(key: str, value: int | str, low: int, high: int) -> int:
-    """Parse ``value`` as an integer in [low, high]. :raises UsageError: it is not."""
+def number(key: str, value: int | str, low: int, high: int, why: str = "") -> int:
+    """Parse ``value`` as an integer in [low, high]. :raises UsageError: it is not.
+
+    :param why: what the limit comes from.
+    """
     text = str(value)
     # int() alone would take "1_0", " 7" and other scripts' digits.
     good = text.isascii() and text.isdecimal() and len(text) <= 10
     if not good or not low <= int(text) <= high:
-        raise UsageError(f"--net: {key}={value}", f"use {low} to {high}")
+        reason = f": {why}" if why else ""
+        raise UsageError(f"--net: {key}={value}", f"use {low} to {high}{reason}")
     return int(text)
 
 

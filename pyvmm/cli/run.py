@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--initrd", metavar="I", help="initial RAM disk")
     add("--image", metavar="NAME", help="an image of `pyvmm image list` (default)")
     add("--append", metavar="S", default="", help="more kernel command line")
-    add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 64 (1)")
+    add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 255 (1)")
     add("--cpu", metavar="CPU", type=cpu_model, help=CPU_HELP)
     add("--memory", metavar="SIZE", default="256M", help="guest memory, as 256M or 4G (256M)")
     add(

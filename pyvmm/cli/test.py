@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I",
         help="multiboot modules, FILE [ARGS][,FILE ...], or an initial RAM disk",
     )
-    add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 64 (1)")
+    add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 255 (1)")
     add("--cpu", metavar="CPU", type=cpu_model, help=CPU_HELP)
     add("--memory", metavar="SIZE", default="128M", help="guest memory, as 256M or 4G (128M)")
     add(

@@ -55,7 +55,8 @@ def for_vcpu(
         elif function == 4 and eax & 31:
             level = (eax >> 5) & 7
             sharing = cpus - 1 if level >= 3 else 0
-            eax = (eax & 0x3FFF) | (cpus - 1) << 26 | sharing << 14
+            # Six bits: leaf 0xB has the number of cores where they are more.
+            eax = (eax & 0x3FFF) | min(cpus - 1, 63) << 26 | sharing << 14
         elif function in PMU_LEAVES and not counters:
             eax = ebx = ecx = edx = 0  # to set up counters would cost the guest time at boot
         elif function == 0x80000001 and not counters:

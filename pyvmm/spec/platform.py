@@ -118,4 +118,4 @@ GSI_PCI_COUNT = 8
 PIC_PCI_LINES = (15, 11, 10, 5, 7, 6, 12, 14)
 GSI_MSI_BASE = 24  # MSI routes start here
 
-MAX_CPUS = 64
+MAX_CPUS = 255  # local APIC ids of 8 bits, of which 255 means all (SDM 3A, 11.6.1)

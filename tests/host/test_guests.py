@@ -206,9 +206,9 @@ def test_kernel_devices_do_not_exit(guest: Guest) -> None:
 # --- processors and the serial port ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cpus", [1, 2, 3, 8])
+@pytest.mark.parametrize("cpus", [1, 2, 3, 8, 255])
 def test_processors(guest: Guest, cpus: int) -> None:
-    with Machine(guest("smp"), memory="4M", cpus=cpus, append=f"cpus={cpus}") as vm:
+    with Machine(guest("smp"), memory="8M", cpus=cpus, append=f"cpus={cpus}") as vm:
         outcome = run(vm)
         assert (outcome.kind, outcome.status) == ("poweroff", 0)
         assert (

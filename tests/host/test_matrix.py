@@ -232,7 +232,7 @@ def test_interrupted_and_resumed(guest: Guest, tmp_path: Path) -> None:
         (["--kernels", "a,a"], "without repetitions"),
         (["--modes", "bridge"], "unknown mode 'bridge'"),
         (["--modes", "emulated:tap=tap0"], "makes its own tap"),
-        (["--cpus", "0"], "--cpus 0; use 1 to 64"),
+        (["--cpus", "0"], "--cpus 0; use 1 to 255"),
         (["--features", "mrg-rxbuf"], "write all, most, each, pairs, or no-mrg-rxbuf+packed"),
         (["--features", "no-wings"], "without=wings"),
         (["--resume"], "--resume without --json"),

@@ -25,6 +25,7 @@ from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
 from pyvmm.kvm.vcpu import STOP_ASKED, Vcpu
 from pyvmm.kvm.vm import Vm
+from pyvmm.netopt import MAX_CARDS, MAX_QUEUES
 from pyvmm.pci import gsi_of
 from pyvmm.pci.msix import Msix
 from pyvmm.spec import pci
@@ -263,6 +264,41 @@ def test_intx_line_in_the_io_apic(rig: Rig) -> None:
     assert high()
     g.pci.set("device_status", 0)
     assert not high() and g.pci.isr() == 0
+
+
+def test_cards_share_a_line(vm: Vm) -> None:
+    """The input is high while any of them holds it so, whatever the others do."""
+    gsi = gsi_of(9)
+    cards = [lib.pv_intx_new() for _ in range(3)]
+    for card in cards:
+        lib.pv_intx_wire(card, vm.shared_line(gsi))
+    assert vm.shared_line(gsi) is vm.shared_line(gsi_of(17))
+    held: set[int] = set()
+    rng = random.Random(3)
+    for _ in range(300):
+        which = rng.randrange(3)
+        if which in held:
+            assert lib.pv_intx_read(cards[which])
+        else:
+            lib.pv_intx_raise(cards[which], 1)
+        held ^= {which}
+        assert lines(vm) >> gsi & 1 == bool(held)
+    for card in cards:
+        lib.pv_intx_reset(card)
+        lib.pv_intx_free(card)
+    assert lines(vm) == 0
+
+
+def test_kvm_has_a_route_for_every_vector_of_31_large_cards(vm: Vm) -> None:
+    """64 queue pairs, the control queue and the configuration: KVM_MAX_IRQ_ROUTES is 4096. The
+    routes are made at once here, as each change makes all of them again.
+    """
+    gsis = [vm.alloc_gsi() for _ in range(MAX_CARDS * (2 * MAX_QUEUES + 2))]
+    vm._msi.update({gsi: (0xFEE00000, gsi & 0xFF) for gsi in gsis[:-1]})
+    vm.set_msi_route(gsis[-1], 0xFEE00000, 0x30)
+    with EventFd() as event:
+        vm.irqfd(event, gsis[-1])
+        vm.irqfd(event, gsis[-1], assign=False)
 
 
 def test_a_machine_reset_replaces_the_vm(rig: Rig) -> None:

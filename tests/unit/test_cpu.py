@@ -50,6 +50,15 @@ def every_name() -> list[str]:
     return sorted(names - {"-", *FIXED})
 
 
+def test_255_cpus() -> None:
+    """APIC ids of 8 bits; leaf 4 has six bits for the cores, so leaf 0xB has their number."""
+    rows = {(r[0], r[1]): r[3:] for r in cpuid.for_vcpu(table("GenuineIntel"), 254, 255, True)}
+    assert rows[1, 0][1] >> 16 == 254 << 8 | 255
+    assert all(row[0] >> 26 == 63 for key, row in rows.items() if key[0] == 4 and row[0] & 31)
+    assert rows[0xB, 1][0] == 8 and rows[0xB, 1][1] == 255 and rows[0xB, 1][3] == 254
+    assert all(0 <= n < 1 << 32 for row in rows.values() for n in row)
+
+
 def test_the_names() -> None:
     for text in NAMES.values():
         assert len(text.split()) <= 32
