@@ -161,7 +161,8 @@ def test_a_card_in_use_is_pulled_out(box: Box, how: str) -> None:
         assert not box.board.vm.irqfds and not box.board.vm.gsis
         with pytest.raises(UsageError, match="has been removed"):
             box.plugs.ask(nic)
-        for late in (nic.reset, nic.stop, lambda n=nic: n.set_paused(True)):  # by who looked before
+        # As by whoever has looked at the cards before.
+        for late in (nic.reset, nic.stop, lambda n=nic: n.set_paused(True)):
             late()
         assert wait_for(lambda n=number: len(box.events) == n + 1)  # type: ignore[misc]
         if not number:

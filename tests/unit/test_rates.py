@@ -61,6 +61,15 @@ def test_a_reset_starts_kvms_counters_over() -> None:
     assert now["exits"] == 1100
 
 
+def test_cards_that_come_and_go() -> None:
+    """A new card has no rates yet, be its name new or that of a card that has gone."""
+    before, after = answer(10, 100), answer(11, 20)
+    after["nets"].append({**after["nets"][0], "name": "net3"})
+    nets = rates(before, after)["nets"]
+    assert [(net["name"], net["rx_packets"]) for net in nets] == [("net0", 0), ("net3", 0)]
+    assert [net["name"] for net in rates(after, before)["nets"]] == ["net0"]
+
+
 def test_no_time_and_other_workers() -> None:
     now = rates(answer(10, 100), answer(10, 100))
     assert now["exits"] is None and now["by_name"] == {}
