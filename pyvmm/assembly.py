@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
     from pyvmm.devices.guest_agent import Agent
     from pyvmm.hang import HangWatch
+    from pyvmm.images.cpio import Archive
     from pyvmm.kvm.cpu import Cpu
     from pyvmm.kvm.recorder import Recorder
 
@@ -81,7 +82,8 @@ INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's las
 class Description:
     """The description of a machine: the parameters of ``Machine``, checked.
 
-    :ivar memory: in bytes. :ivar raw_command: the command as init takes it; None without one.
+    :ivar memory: in bytes. :ivar initrds: paths, in order.
+    :ivar raw_command: the command as init takes it; None without one.
     :raises UsageError: a value is out of range, or two do not go together.
     """
 
@@ -89,7 +91,7 @@ class Description:
         self,
         kernel: str,
         *,
-        initrd: str | None = None,
+        initrd: str | os.PathLike[str] | Sequence[str] | None = None,
         append: str = "",
         cpus: int = 1,
         memory: str | int = "256M",
@@ -103,6 +105,8 @@ class Description:
         hang_timeout: float | None = None,
         agent: bool = False,
         cpu: str | None = None,
+        add: Sequence[str] = (),
+        modules: str | None = None,
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
             raise UsageError(
@@ -110,8 +114,13 @@ class Description:
             )
         if agent and command is not None:
             raise UsageError("agent and command", "run commands by Machine.run")
+        if isinstance(add, str):
+            raise UsageError(f"add={add!r}", "give a list: add=[...]")
         self.raw_command = command_bytes(command) if command is not None else None
-        self.kernel, self.initrd, self.append, self.command = kernel, initrd, append, command
+        self.kernel, self.append, self.command = kernel, append, command
+        several = [initrd] if isinstance(initrd, str | os.PathLike) else initrd or ()
+        self.initrds = [os.fspath(path) for path in several]
+        self.add, self.modules = list(add), modules
         self.load_address, self.load_mode = load_address, load_mode
         self.cpus, self.memory, self.huge = cpus, parse_size(memory), huge
         self.nets = [net for net in nets if net.mode != "none"]
@@ -167,6 +176,7 @@ class Parts:
     :param began: when the description was read; CLOCK_MONOTONIC, ns.
     :param name: of the machine; may be empty.
     :ivar lock: the I/O lock, under which devices in Python answer.
+    :ivar notes: what the user should know of what is added to the initrd.
     :ivar boot: how the guest starts. :ivar cmdline: the kernel command line that it has got.
     :raises PyvmmError: a part cannot be made.
     """
@@ -411,15 +421,16 @@ class Parts:
         build_mptable(self.memory, cpus=want.cpus)
         cards = [nic for nic in self.nets if not nic.leaving]
         self.cmdline = cmdline(want, cards)
+        archive, self.notes = extra_archive(want, len(cards))
         self.boot = load(
             self.memory,
             want.kernel,
-            initrd=want.initrd,
+            initrd=want.initrds,
             cmdline=self.cmdline,
             rsdp=rsdp,
             load_address=want.load_address,
             load_mode=want.load_mode,
-            archive=command_archive(want, len(cards)),
+            archive=archive,
         )
 
     def _set_boot_state(self) -> None:
@@ -510,17 +521,26 @@ def fits_the_line(raw: bytes, cards: int) -> bool:
     return len(raw) <= COMMAND_WORD_MAX - NET_WORD * max(0, cards - 1)
 
 
-def command_archive(want: Description, cards: int = 1) -> bytes:
-    """An archive with the command, if it is too long for the kernel command line; else empty.
-    Linux unpacks it after the initrd.
-    """
-    if want.raw_command is None or fits_the_line(want.raw_command, cards):
-        return b""
-    from pyvmm.images.cpio import Archive
+def extra_archive(want: Description, cards: int = 1) -> tuple[Archive | None, list[str]]:
+    """What Linux unpacks after the initrd: what the user adds, and the command, if it is too long
+    for the kernel command line. None if there is neither. With it, what the user should know of it.
 
-    archive = Archive()
-    archive.file(COMMAND_FILE, want.raw_command)
-    return archive.pack()
+    :raises PyvmmError: something cannot be added.
+    """
+    archive: Archive | None = None
+    notes: list[str] = []
+    if want.add or want.modules is not None:
+        from pyvmm.boot.release import release
+        from pyvmm.images.additions import Additions
+
+        added = Additions(want.add, want.modules, want.initrds, lambda: release(want.kernel))
+        archive, notes = added.archive, added.notes
+    if want.raw_command is not None and not fits_the_line(want.raw_command, cards):
+        from pyvmm.images.cpio import Archive
+
+        archive = archive or Archive()
+        archive.file(COMMAND_FILE, want.raw_command)
+    return archive, notes
 
 
 def net_words(nets: Sequence[Nic]) -> list[str]:

@@ -47,7 +47,7 @@ class Machine:
     behind.
 
     :param kernel: bzImage, vmlinux, PVH ELF or multiboot file. :param initrd: initial RAM disk,
-        optional; for multiboot the modules: ``FILE [ARGUMENTS][,FILE ...]``.
+        optional, or several in order; for multiboot the modules: ``FILE [ARGUMENTS][,FILE ...]``.
     :param append: more kernel command line. :param cpus: 1 to 255. :param memory: ``"256M"`` or
         bytes.
     :param nets: network cards, in PCI order. :param command: an argv for our init (images built by
@@ -68,6 +68,8 @@ class Machine:
         (docs/verdicts.md).
     :param agent: the guest is an image of pyvmm's and takes commands while it runs (``run``).
     :param cpu: how the CPU differs from the host's, such as ``"host,-x2apic"`` (docs/cpu.md).
+    :param add: files and directories for the guest, each ``FILE|DIR[:PATH]``, and
+    :param modules: a tree of kernel modules: what Linux unpacks after the initrd (docs/add.md).
     :raises PyvmmError: the machine cannot be made; nothing is left behind.
 
     ::
@@ -82,7 +84,7 @@ class Machine:
         self,
         kernel: str,
         *,
-        initrd: str | None = None,
+        initrd: str | Sequence[str] | None = None,
         append: str = "",
         cpus: int = 1,
         memory: str | int = "256M",
@@ -99,6 +101,8 @@ class Machine:
         hang_timeout: float | None = None,
         agent: bool = False,
         cpu: str | None = None,
+        add: Sequence[str] = (),
+        modules: str | None = None,
     ) -> None:
         if on_reboot not in ("exit", "restart"):
             raise UsageError(f"--on-reboot {on_reboot}", "use exit or restart")
@@ -118,6 +122,8 @@ class Machine:
             hang_timeout=hang_timeout,
             agent=agent,
             cpu=cpu,
+            add=add,
+            modules=modules,
         )
         began = time.monotonic_ns()
         self.cpus, self._cpu = cpus, cpu or "host"
@@ -177,6 +183,11 @@ class Machine:
     def boot(self) -> BootState:
         """How the guest starts."""
         return self._parts.boot
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of what is added to the initrd, one line each."""
+        return self._parts.notes
 
     def cmdline(self) -> str:
         """The kernel command line."""

@@ -15,13 +15,29 @@ from pyvmm.spec import platform as pf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Literal
+    from collections.abc import Sequence
+    from typing import Literal, Protocol
 
     from pyvmm.boot.bzimage import BzImage
     from pyvmm.boot.elf import ElfKernel
     from pyvmm.memory import GuestMemory
 
     Mode = Literal["long64", "protected32", "real16"]
+
+    class Archive(Protocol):
+        """A cpio archive that Linux unpacks after the initrd.
+
+        :ivar size: in bytes. :ivar unpacked: bytes of guest memory that its files take.
+        """
+
+        @property
+        def size(self) -> int: ...
+
+        @property
+        def unpacked(self) -> int: ...
+
+        def load(self, memory: GuestMemory, gpa: int) -> None: ...
+
 
 __all__ = ["FLAT_MODES", "PROTOCOLS", "BootState", "is_linux", "load"]
 
@@ -80,26 +96,27 @@ def load(
     memory: GuestMemory,
     kernel: str,
     *,
-    initrd: str | None = None,
+    initrd: str | Sequence[str] | None = None,
     cmdline: str = "",
     rsdp: int = 0,
     protocol: str = "auto",
     load_address: int | None = None,
     load_mode: str = "protected32",
-    archive: bytes = b"",
+    archive: Archive | None = None,
 ) -> BootState:
     """Put kernel, initrd, command line and boot parameters into ``memory``.
 
     Everything is checked before the first byte is written.
 
     :param memory: must read as zero (it is new, or ``zero`` has been called).
-    :param kernel: the path of the kernel; ``initrd`` likewise.
+    :param kernel: the path of the kernel; ``initrd`` likewise, or several in order. Linux unpacks
+        one archive after the other; for a multiboot kernel they are modules.
     :param rsdp: guest-physical address of the ACPI root pointer (``acpi.build``); 0 for none.
     :param protocol: one of PROTOCOLS.
     :param load_address: load the file as a flat binary at this guest-physical address, whatever its
         format.
     :param load_mode: one of FLAT_MODES: how a flat binary starts.
-    :param archive: a cpio archive that Linux unpacks after the initrd; it holds a command that is
+    :param archive: what Linux unpacks after the initrd: files of the user's, and a command that is
         too long for the command line.
     :raises ImageError: a file cannot be used; the error names the file, the field and the remedy.
     :raises UsageError: the protocol or the mode is unknown, or the kernel takes no archive.
@@ -108,28 +125,32 @@ def load(
         raise UsageError(
             f"unknown boot protocol {protocol!r}", f"use one of {', '.join(PROTOCOLS)}"
         )
+    disks = [] if initrd is None else [initrd] if isinstance(initrd, str) else list(initrd)
     with ImageFile(kernel, "kernel") as image:
         found = "flat" if load_address is not None else _format(image)
-        if archive and found not in ("elf", "bzimage"):
+        if archive is not None and found not in ("elf", "bzimage"):
             raise _no_archive("flat binary" if found == "flat" else "multiboot kernel")
         if load_address is not None:
-            return _load_flat(memory, image, initrd, cmdline, rsdp, load_address, load_mode)
+            return _load_flat(memory, image, disks, cmdline, rsdp, load_address, load_mode)
         if found == "multiboot" and protocol in ("auto", "multiboot"):
-            return _load_multiboot(memory, image, None, initrd, cmdline)
+            return _load_multiboot(memory, image, None, disks, cmdline)
         if found == "elf":
             if protocol == "bzimage":
                 raise image.bad("is an ELF, not a bzImage", "use protocol auto")
-            return _load_elf(memory, image, initrd, cmdline, rsdp, protocol, archive)
+            return _load_elf(memory, image, disks, cmdline, rsdp, protocol, archive)
         if found == "multiboot" or protocol not in ("auto", "linux64", "bzimage"):
             name = "bzImage" if found == "bzimage" else "multiboot kernel"
             raise image.bad(
                 f"is a {name}, which protocol {protocol} cannot enter", "use protocol auto"
             )
-        return _load_bzimage(memory, image, initrd, cmdline, rsdp, archive)
+        return _load_bzimage(memory, image, disks, cmdline, rsdp, archive)
 
 
 def _no_archive(kind: str) -> UsageError:
-    return UsageError(f"a {kind} takes no COMMAND as long as this one", "shorten it")
+    return UsageError(
+        f"a {kind} unpacks no archive: it takes neither --add nor --modules nor a long COMMAND",
+        "leave them out, or boot Linux",
+    )
 
 
 def is_linux(kernel: str) -> bool:
@@ -184,10 +205,10 @@ def _format(image: ImageFile) -> str:
 def _load_bzimage(
     memory: GuestMemory,
     image: ImageFile,
-    initrd: str | None,
+    disks: list[str],
     cmdline: str,
     rsdp: int,
-    archive: bytes,
+    archive: Archive | None,
 ) -> BootState:
     from pyvmm.boot.bzimage import BzImage
 
@@ -197,7 +218,7 @@ def _load_bzimage(
     if end > memory.low_size:
         raise image.bad(f"pref_address {bz.address:#x} is above 4 GiB")
     line = params.check_cmdline(cmdline, bz.cmdline_max)
-    disk = _load_initrd(memory, initrd, end, bz.initrd_max, archive)
+    disk = _load_initrd(memory, disks, end, bz.initrd_max, archive)
     image.load(memory, bz.address, bz.offset, bz.length, "the kernel code")
     params.write_common(memory, line)
     return _enter_linux64(memory, "bzImage", bz.header, bz.address + lb.ENTRY_64, rsdp, disk)
@@ -206,11 +227,11 @@ def _load_bzimage(
 def _load_elf(
     memory: GuestMemory,
     image: ImageFile,
-    initrd: str | None,
+    disks: list[str],
     cmdline: str,
     rsdp: int,
     protocol: str,
-    archive: bytes,
+    archive: Archive | None,
 ) -> BootState:
     from pyvmm.boot import elf
 
@@ -224,9 +245,9 @@ def _load_elf(
         from pyvmm.boot import multiboot
 
         if multiboot.find(image) is not None:
-            if archive:
+            if archive is not None:
                 raise _no_archive("multiboot kernel")
-            return _load_multiboot(memory, image, kernel, initrd, cmdline)
+            return _load_multiboot(memory, image, kernel, disks, cmdline)
         if asked:
             raise image.bad("has no multiboot header in its first 8 KiB", "use protocol auto")
     if kernel.bits == 32 and (kernel.pvh_entry is None or protocol not in ("auto", "pvh")):
@@ -253,7 +274,7 @@ def _load_elf(
         cmdline, lb.COMMAND_LINE_SIZE - 1 if kernel.linux else pf.BOOT_CMDLINE_MAX - 1
     )
     disk = _load_initrd(
-        memory, initrd, max(low[-1].end, pf.KERNEL_BASE), memory.low_size - 1, archive
+        memory, disks, max(low[-1].end, pf.KERNEL_BASE), memory.low_size - 1, archive
     )
     for s in kernel.segments:
         image.load(memory, s.paddr, s.offset, s.filesz, f"segment {s.index}")
@@ -268,12 +289,12 @@ def _load_multiboot(
     memory: GuestMemory,
     image: ImageFile,
     kernel: ElfKernel | None,
-    initrd: str | None,
+    disks: list[str],
     cmdline: str,
 ) -> BootState:
     """Load a kernel that has a multiboot header.
 
-    The modules that ``initrd`` names (``multiboot.split_modules``) go behind the kernel; each
+    The modules that ``disks`` name (``multiboot.split_modules``) go behind the kernel; each
     starts on a page boundary.
 
     :param kernel: the parsed ELF; None if the file is no ELF and only the header says what to load.
@@ -300,7 +321,7 @@ def _load_multiboot(
         modules: list[tuple[int, int, bytes]] = []
         files: list[ImageFile] = []
         end = max(kernel.segments[-1].end, pf.KERNEL_BASE)
-        for path, text in multiboot.split_modules(initrd) if initrd is not None else []:
+        for path, text in multiboot.split_modules(",".join(disks)) if disks else []:
             module = stack.enter_context(ImageFile(path, "initrd"))
             start = -(-end // params.PAGE) * params.PAGE
             end = start + module.size
@@ -328,7 +349,7 @@ def _load_multiboot(
 def _load_flat(
     memory: GuestMemory,
     image: ImageFile,
-    initrd: str | None,
+    disks: list[str],
     cmdline: str,
     rsdp: int,
     address: int,
@@ -353,12 +374,12 @@ def _load_flat(
             if mode == "real16"
             else "use another --load-address, or raise --memory",
         )
-    if mode == "real16" and initrd is not None:
+    if mode == "real16" and disks:
         raise UsageError(
             "a flat binary in mode real16 has no use for an initrd", "leave --initrd out"
         )
     line = params.check_cmdline(cmdline, pf.BOOT_CMDLINE_MAX - 1)
-    disk = _load_initrd(memory, initrd, max(end, pf.KERNEL_BASE), memory.low_size - 1)
+    disk = _load_initrd(memory, disks, max(end, pf.KERNEL_BASE), memory.low_size - 1)
     image.load(memory, address, 0, image.size, "the binary")
     params.write_common(memory, line)
     if mode == "long64":
@@ -418,23 +439,34 @@ def _check_range(
 
 
 def _load_initrd(
-    memory: GuestMemory, path: str | None, bottom: int, highest: int, archive: bytes = b""
+    memory: GuestMemory,
+    paths: list[str],
+    bottom: int,
+    highest: int,
+    archive: Archive | None = None,
 ) -> tuple[int, int]:
-    """Load the initrd, and behind it ``archive``, between ``bottom`` and ``highest``
+    """Load the initrds, and behind them ``archive``, between ``bottom`` and ``highest``
     (``params.place_initrd``); returns their address and their size in bytes, or (0, 0) if there is
-    neither.
+    none.
     """
-    if path is None and not archive:
-        return 0, 0
     with ExitStack() as stack:
-        image = stack.enter_context(ImageFile(path, "initrd")) if path is not None else None
-        size = image.size if image is not None else 0
+        files = [stack.enter_context(ImageFile(path, "initrd")) for path in paths]
         # Linux looks for the next archive at multiples of four bytes (init/initramfs.c).
-        offset = -(-size // ARCHIVE_ALIGN) * ARCHIVE_ALIGN
-        total = offset + len(archive) if archive else size
+        offsets: list[int] = []
+        total = 0
+        for file in files:
+            offsets.append(-(-total // ARCHIVE_ALIGN) * ARCHIVE_ALIGN)
+            total = offsets[-1] + file.size
+        behind = -(-total // ARCHIVE_ALIGN) * ARCHIVE_ALIGN
+        if archive is not None:
+            packed = behind + archive.size
+            params.check_room(memory, bottom, packed, total + archive.unpacked)
+            total = packed
+        if not total:
+            return 0, 0
         address = params.place_initrd(total, memory, bottom, highest)
-        if image is not None:
-            image.load(memory, address, 0, size, "the archive")
-        if archive:
-            memory.write(address + offset, archive)
+        for offset, file in zip(offsets, files, strict=True):
+            file.load(memory, address + offset, 0, file.size, "the archive")
+        if archive is not None:
+            archive.load(memory, address + behind)
         return address, total

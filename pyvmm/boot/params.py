@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pyvmm.memory import GuestMemory
 
 PAGE = 4096
+PAGE_STRUCT = 64  # bytes for which Linux describes one page (struct page)
+#: What a guest needs at least to do something, once its files are unpacked.
+ROOM_TO_RUN = 16 << 20
 
 # Segment descriptors: selector 0x10 is 64-bit code and 0x18 is data, as the 64-bit boot protocol
 # demands. Both are flat, and their accessed bits are set.
@@ -101,9 +104,31 @@ def place_initrd(size: int, memory: GuestMemory, bottom: int, highest: int) -> i
         raise ImageError(
             f"the initrd of {size} bytes does not fit: {room} bytes are free between the kernel's"
             f" end {bottom:#x} and {top:#x}",
-            "raise --memory or use a smaller initrd",
+            "raise --memory or use a smaller initrd"
+            if top == memory.low_size < pf.RAM_LOW_MAX
+            else "use a smaller initrd: this kernel takes no larger one in any memory",
         )
     return address
+
+
+def check_room(memory: GuestMemory, kernel_end: int, packed: int, unpacked: int) -> None:
+    """Check that Linux can unpack an initrd. It would not fail, but leave out what does not fit.
+
+    Linux keeps the archives until all are unpacked, to a tmpfs, which takes at most half of the
+    memory that is free when it is mounted (init/do_mounts.c, mm/shmem.c).
+
+    :param kernel_end: the end of the kernel in memory. :param packed: bytes of all archives.
+    :param unpacked: bytes of memory that the files take.
+    :raises ImageError: the guest's memory is too small; says what is needed.
+    """
+    need = (2 * unpacked + packed + kernel_end) * PAGE // (PAGE - PAGE_STRUCT) + ROOM_TO_RUN
+    if need > memory.size:
+        raise ImageError(
+            f"the initrd with what is added to it has {packed >> 20} MiB, {unpacked >> 20} MiB"
+            f" unpacked; Linux needs {need >> 20} MiB to unpack it, but the guest has"
+            f" {memory.size >> 20} MiB",
+            f"give it --memory {-(-need >> 20)}M, or add less",
+        )
 
 
 def write_common(memory: GuestMemory, cmdline: bytes) -> None:

@@ -24,6 +24,7 @@ Examples:
   pyvmm matrix --modes emulated,vhost-net,vhost-user --features each,pairs --seconds 0
   pyvmm matrix --kernels default,6.12 --shard 3/10 --json part3.json
   pyvmm matrix --merge part*.json --json all.json --junit all.xml
+  pyvmm matrix --kernels default,6.12 --add build/mytest -- mytest --quick
   pyvmm matrix --kernels old/bzImage,new/bzImage --modes vhost-user --junit m.xml -- ethtool -k eth0
 
 Exit status: 0 all cells passed, 1 some did not, 2 bad usage, 101 a result could not be written,
@@ -37,6 +38,8 @@ import sys
 import time
 
 from pyvmm.cli.support.options import (
+    ADD_HELP,
+    MODULES_HELP,
     SHARD_HELP,
     TROUBLE_KINDS,
     count,
@@ -91,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--memory", metavar="SIZE", default="256M", help="guest memory (256M)")
     add("--append", metavar="S", default="", help="more kernel command line")
+    add("--add", metavar="F[:PATH]", action="append", default=[], help=ADD_HELP)
+    add(
+        "--modules",
+        metavar="DIR",
+        help=f"{MODULES_HELP}; each kernel gets those of its release",
+    )
     add(
         "--timeout",
         metavar="S",
@@ -136,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     """Choose the host, then run the cells there."""
     from pyvmm.cli.support.hostchoice import elsewhere
     from pyvmm.cli.support.signals import orderly
-    from pyvmm.matrix.run import Settings, check_kernels, combine
+    from pyvmm.matrix.run import Settings, check_added, check_kernels, combine
 
     if args.merge:
         return orderly(lambda: _merge(args))
@@ -153,11 +162,14 @@ def run(args: argparse.Namespace) -> int:
         hang_timeout=args.hang_timeout,
         fail_on=args.fail_on,
         command=args.guest_command,
+        add=args.add,
+        modules=args.modules,
     )
     linux = any(_is_linux(cell.kernel) for cell in cells)
     host = "local" if args.host == "auto" and not linux else args.host
     if host != "local":
         check_kernels(cells)  # before the testbed is started
+        check_added(settings)
     at = args.argv.index("matrix") + 1
     vhost = any(cell.mode.partition(":")[0] == "vhost-net" for cell in cells)
     status = elsewhere(host, None, ["matrix", "--host", "local", *args.argv[at:]], vhost=vhost)
@@ -209,7 +221,7 @@ def _is_linux(kernel: str) -> bool:
 
 def _sweep(args: argparse.Namespace, cells: list[Cell], settings: Settings) -> int:
     """Run the cells here; returns the exit status."""
-    from pyvmm.matrix.run import check_kernels
+    from pyvmm.matrix.run import check_added, check_kernels
     from pyvmm.matrix.store import Store
 
     with (
@@ -217,6 +229,7 @@ def _sweep(args: argparse.Namespace, cells: list[Cell], settings: Settings) -> i
         Store(args.json, cells, settings, resume=args.resume) as store,
     ):
         check_kernels(cells)
+        check_added(settings)
         store.begin()
         return outputs.status(_run_cells(args, cells, settings, store, outputs))
 
@@ -237,6 +250,7 @@ def _run_cells(
     begin = time.monotonic()
     ended = 0
     results: dict[str, dict[str, Any]] = {}
+    told: set[str] = set()
     try:
         for number, cell in enumerate(cells, 1):
             result = store.find(cell)
@@ -245,6 +259,10 @@ def _run_cells(
                     progress = f"pyvmm: [{number}/{len(cells)}] {cell.name}"
                     print(progress, file=sys.stderr, flush=True)
                 result = boot(cell, settings)
+                for note in result.get("notes", []):
+                    if note not in told:
+                        print(f"pyvmm: {note}", file=sys.stderr)
+                        told.add(note)
                 if result["verdict"] != "passed":
                     annotate(f"pyvmm {result['verdict']}", f"{cell.name}: {result['message']}")
             results[cell.name] = result

@@ -15,6 +15,8 @@ Examples:
   pyvmm run --trace trace.json --net vhost-net -- ping -c 3 192.168.100.1
   pyvmm run --kernel vmlinux --fail-on oops,warning --junit r.xml --log console.log -- run-tests
   pyvmm run --kernel vmlinux --timeout 300 --hang-timeout 10 --json verdict.json -- run-tests
+  pyvmm run --add build/mytest --add data:/data -- mytest /data/cases
+  pyvmm run --kernel bzImage --initrd default --modules . -- modprobe btrfs
 
 Network cards: --net MODE[,key=value...], once per card
   emulated    the data path in this process
@@ -63,8 +65,10 @@ import time
 from contextlib import ExitStack
 
 from pyvmm.cli.support.options import (
+    ADD_HELP,
     CPU_HELP,
     DETACHED,
+    MODULES_HELP,
     RUNNING,
     TROUBLE_KINDS,
     count,
@@ -98,7 +102,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="bzImage, vmlinux, PVH ELF or multiboot kernel (default: of the image, see --image)",
     )
-    add("--initrd", metavar="I", help="initial RAM disk")
+    add(
+        "--initrd",
+        metavar="I",
+        action="append",
+        help="initial RAM disk, or the name of an image to take its; repeatable",
+    )
+    add("--add", metavar="F[:PATH]", action="append", default=[], help=ADD_HELP)
+    add("--modules", metavar="DIR", help=MODULES_HELP)
     add("--image", metavar="NAME", help="an image of `pyvmm image list` (default)")
     add("--append", metavar="S", default="", help="more kernel command line")
     add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 255 (1)")
@@ -234,6 +245,7 @@ def run(args: argparse.Namespace) -> int:
                 "--detach: a machine in the background cannot read standard input",
                 "give a command: pyvmm run --detach --name NAME -- COMMAND",
             )
+        args.initrd = [_initrd(name) for name in args.initrd or ()]
         _check(args)
         return detach(args)
     if use == "nothing":
@@ -245,6 +257,7 @@ def run(args: argparse.Namespace) -> int:
     args.feed = use == "commands"
     if args.feed:
         args.guest_command = ["sh"]
+    args.initrd = [_initrd(name) for name in args.initrd or ()]
     _check(args)
     words = ["run", "--host", "local", *args.argv[args.argv.index("run") + 1 :]]
     vhost = any("vhost-net" in net for net in args.net or ())
@@ -256,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
         return _socket_note(args, words)
 
     with ExitStack() as stack:
-        if any(map(_is_pipe, (args.kernel, args.initrd))):
+        if any(map(_is_pipe, (args.kernel, *args.initrd))):
             from pyvmm.cli.support.pipes import Kept
 
             kept = stack.enter_context(Kept())
@@ -270,6 +283,13 @@ def run(args: argparse.Namespace) -> int:
             lasting=args.detach is not None,
         )
         return orderly(lambda: _boot(args)) if status is None else status
+
+
+def _initrd(name: str) -> str:
+    """The path of an initrd, which may be that of an image."""
+    from pyvmm.images import find, is_name
+
+    return find(name).initrd if is_name(name) and not os.path.exists(name) else name  # noqa: PTH110
 
 
 def _is_pipe(path: str | None) -> bool:
@@ -288,7 +308,7 @@ def _keep_pipes(args: argparse.Namespace, kept: Kept) -> None:
         watchdog = Watchdog(args.timeout)
     try:
         args.kernel = kept.keep(args.kernel, "kernel")
-        args.initrd = kept.keep(args.initrd, "initrd")
+        args.initrd = [kept.keep(path, "initrd") for path in args.initrd]
     finally:
         if watchdog is not None:
             watchdog.close()
@@ -299,22 +319,34 @@ def _check(args: argparse.Namespace) -> None:
 
     :raises PyvmmError: the error that the machine would raise.
     """
-    from pyvmm.assembly import Description
+    from pyvmm.assembly import Description, extra_archive
     from pyvmm.netopt import MacAddresses, Net
 
+    kernel, initrd = _files(args)
     nets = [Net.parse(text) for text in args.net or ["emulated"]]
     want = Description(
-        args.kernel or "",
+        kernel,
+        initrd=initrd,
         cpus=args.cpus,
         memory=args.memory,
         nets=nets,
         command=args.guest_command or None,
+        add=args.add,
+        modules=args.modules,
     )
     MacAddresses("").choose(dict(enumerate(want.nets)))
-    if args.kernel is None:
-        from pyvmm.images import find
+    if args.host != "local":  # else the machine is made here, and checks it
+        extra_archive(want)
 
-        find(args.image or "default")
+
+def _files(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The kernel and the initrds: those that the user names, or the image's."""
+    if args.kernel is not None:
+        return args.kernel, args.initrd
+    from pyvmm.images import find
+
+    image = find(args.image or "default")
+    return image.kernel, args.initrd or [image.initrd]
 
 
 def _use_of_stdin(args: argparse.Namespace) -> str:
@@ -432,12 +464,11 @@ class _Run:
             if watchdog is not None:
                 watchdog.files = self.files
         nets = [Net.parse(text) for text in args.net or ["emulated"]]
-        kernel, initrd, append = args.kernel, args.initrd, args.append
-        if kernel is None:
-            from pyvmm.images import CMDLINE, find
+        append = args.append
+        kernel, initrd = _files(args)
+        if args.kernel is None:
+            from pyvmm.images import CMDLINE
 
-            image = find(args.image or "default")
-            kernel, initrd = image.kernel, initrd or image.initrd
             append = f"{CMDLINE} {append}".rstrip()
         if args.fail_on:
             from pyvmm.testing.console import audible
@@ -460,8 +491,12 @@ class _Run:
             qmp=_qmp(args),
             trace=args.trace_events if args.trace is not None else 0,
             hang_timeout=args.hang_timeout,
+            add=args.add,
+            modules=args.modules,
         ) as machine:
             self.machine = machine
+            for note in machine.notes:
+                print(f"pyvmm: {note}", file=sys.stderr)
             for nic in machine.nets:
                 _tell_tap(nic)
                 if nic.net.switchable:

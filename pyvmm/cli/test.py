@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--initrd",
         metavar="I",
-        help="multiboot modules, FILE [ARGS][,FILE ...], or an initial RAM disk",
+        action="append",
+        help="multiboot modules, FILE [ARGS][,FILE ...], or an initial RAM disk; repeatable",
     )
     add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs, 1 to 255 (1)")
     add("--cpu", metavar="CPU", type=cpu_model, help=CPU_HELP)
@@ -202,7 +203,7 @@ def _configured(args: argparse.Namespace) -> list[Case]:
                 t.name,
                 t.kernel,
                 append=f"{t.append} {args.append}".strip(),
-                initrd=t.initrd or args.initrd,
+                initrd=[t.initrd] if t.initrd else args.initrd,
                 cpus=t.cpus,
                 memory=t.memory or args.memory,
                 timeout=t.timeout or args.timeout,

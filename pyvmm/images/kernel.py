@@ -119,8 +119,16 @@ def _lz4(data: bytes, size: int) -> bytes:
 
 
 def _zstd(data: bytes, size: int) -> bytes:
+    decompressor = zstandard.ZstdDecompressor()
+    unknown = (0, zstandard.CONTENTSIZE_UNKNOWN)
     try:
-        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+        if size or zstandard.get_frame_parameters(data).content_size not in unknown:
+            return decompressor.decompress(data, max_output_size=size)
+        stream = decompressor.decompressobj()
+        out = stream.decompress(data)
+        if not stream.eof:
+            raise ValueError("zstd frame is cut off")
+        return out
     except zstandard.ZstdError as e:
         raise ValueError(f"broken zstd frame: {e}") from e
 
@@ -149,10 +157,10 @@ class Modules:
         self._root = root
         self._files: dict[str, Path] = {}
         for path in root.glob("kernel/**/*.ko*"):
-            self._files[_name(path.name)] = path
+            self._files[module_name(path.name)] = path
         builtin = root / "modules.builtin"
         self._builtin = (
-            {_name(Path(x).name) for x in builtin.read_text().split()}
+            {module_name(Path(x).name) for x in builtin.read_text().split()}
             if builtin.exists()
             else set()
         )
@@ -168,7 +176,7 @@ class Modules:
         found: dict[str, tuple[str, list[str], bytes]] = {}
 
         def add(name: str, wanted_by: str) -> None:
-            name = _name(name)
+            name = module_name(name)
             if name in found or name in self._builtin:
                 return
             if name not in self._files:
@@ -182,7 +190,7 @@ class Modules:
                 data = decompress(data)
             # Cut off the signature: an emulated guest takes 60 ms to check ten of them.
             data = data[: elf_size(data)]
-            needs = [_name(n) for n in modinfo(data).get("depends", "").split(",") if n]
+            needs = [module_name(n) for n in modinfo(data).get("depends", "").split(",") if n]
             for need in needs:
                 add(need, f", which {name} needs")
             inside = path.relative_to(self._root)
@@ -201,12 +209,31 @@ def modinfo(module: bytes) -> dict[str, str]:
     """The ``.modinfo`` section of a kernel module as a dict. If a key is repeated, its last value
     counts.
     """
-    from elftools.elf.elffile import ELFFile
-
-    section = ELFFile(io.BytesIO(module)).get_section_by_name(".modinfo")
-    text = section.data().decode("utf-8", "replace") if section else ""
-    return dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
+    return dict(modinfo_items(module))
 
 
-def _name(file_name: str) -> str:
+def modinfo_items(module: bytes) -> list[tuple[str, str]]:
+    """The ``.modinfo`` section of a 64-bit kernel module; empty if there is none.
+
+    :raises ValueError: the file is no sound module.
+    """
+    try:
+        if module[:5] != b"\x7fELF\2":
+            raise ValueError("no 64-bit ELF file")
+        table: int = struct.unpack_from("<Q", module, 40)[0]
+        size, count, names = struct.unpack_from("<3H", module, 58)
+        sections = [struct.unpack_from("<2I4Q", module, table + i * size) for i in range(count)]
+        base = sections[names][4]
+        for name, _, _, _, offset, length in sections:
+            if module.startswith(b".modinfo\0", base + name):
+                text = module[offset : offset + length].decode("utf-8", "replace")
+                pairs = (item.partition("=") for item in text.split("\0") if "=" in item)
+                return [(key, value) for key, _, value in pairs]
+    except (struct.error, IndexError) as e:
+        raise ValueError(f"no sound ELF file: {e}") from None
+    return []
+
+
+def module_name(file_name: str) -> str:
+    """The name of a module by its file's, which may be compressed."""
     return file_name.partition(".ko")[0].replace("-", "_")

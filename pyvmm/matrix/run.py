@@ -19,6 +19,7 @@ from pyvmm.errors import (
     UsageError,
 )
 from pyvmm.images import NAMES, find, is_name
+from pyvmm.images.additions import Additions
 from pyvmm.netopt import GROUPS, HONOURED, ON_REQUEST, Net
 from pyvmm.outcome import Outcome
 from pyvmm.spec.platform import MAX_CPUS
@@ -64,6 +65,7 @@ class Settings:
     :param timeout, hang_timeout: seconds for one cell, and seconds without progress that end it.
     :param fail_on: reports of the kernel that fail a cell: kinds of ``testing.phrases.KINDS``.
     :param command: what each guest runs at the end; empty for nothing.
+    :param add, modules: what each guest gets besides, as ``Machine`` takes it.
     """
 
     def __init__(
@@ -76,14 +78,18 @@ class Settings:
         hang_timeout: float = 30.0,
         fail_on: Sequence[str] = (),
         command: Sequence[str] = (),
+        add: Sequence[str] = (),
+        modules: str | None = None,
     ) -> None:
+        self.add, self.modules = list(add), modules
         self.seconds, self.memory, self.append = seconds, memory, append
         self.timeout, self.hang_timeout = timeout, hang_timeout
         self.fail_on, self.command = list(fail_on), list(command)
 
     def key(self) -> list[object]:
         """The settings on which the result of a cell depends."""
-        return [self.seconds, self.memory, self.append, self.fail_on, self.command]
+        added = [self.add, self.modules] if self.add or self.modules else []
+        return [self.seconds, self.memory, self.append, self.fail_on, self.command, *added]
 
 
 class Cell:
@@ -200,6 +206,15 @@ def check_kernels(cells: Sequence[Cell]) -> None:
             ) from e
 
 
+def check_added(settings: Settings) -> None:
+    """Check before the first boot that what each guest gets besides can be packed.
+
+    :raises PyvmmError: something cannot be added.
+    """
+    if settings.add:
+        Additions(settings.add, None, (), str)
+
+
 # --- one cell -------------------------------------------------------------------------------------
 
 
@@ -263,6 +278,8 @@ def _machine(cell: Cell, settings: Settings, stack: ExitStack) -> TestMachine:
             memory=settings.memory,
             nets=[Net.parse(cell.net())],
             hang_timeout=settings.hang_timeout,
+            add=settings.add,
+            modules=settings.modules,
         )
     )
     over = Outcome("timeout", f"{settings.timeout:g} s are over")
@@ -322,6 +339,8 @@ def _facts(machine: TestMachine) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "phases_s": {name: round((at - start) / 1e9, 3) for name, at in in_order}
     }
+    if machine.notes:
+        facts["notes"] = machine.notes
     if machine.nets:
         device = machine.nets[0].device
         facts |= {"negotiated": names(device.negotiated), "offered": names(device.offered())}

@@ -24,8 +24,8 @@ HOSTS = ("local", "testbed", "auto")
 SCOPES = ("function", "class", "module", "package", "session")
 #: The marker's keywords: parameters of ``TestMachine``, and how the test gets the machine.
 MARKER = (
-    "append", "command", "cpu", "cpus", "fail_on", "hang_timeout", "huge", "initrd", "kernel",
-    "load_address", "load_mode", "memory",
+    "add", "append", "command", "cpu", "cpus", "fail_on", "hang_timeout", "huge", "initrd",
+    "kernel", "load_address", "load_mode", "memory", "modules",
     "net", "on_reboot", "start", "test_devices", "timeout",
 )  # fmt: skip
 CONSOLE_LINES = 200
@@ -56,6 +56,7 @@ class Record:
                 f"pyvmm console of {self.name} ({state})",
                 "\n".join(last_lines(machine.console.text, CONSOLE_LINES)),
             ),
+            (f"pyvmm notes on {self.name}", "\n".join(machine.notes)),
             (f"pyvmm exits of {self.name}", machine.summary()),
         ]
         return [(title, text) for title, text in out if text]
@@ -79,6 +80,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run each test of `vm` with this kernel, a file or the name of an image; repeatable",
     )
     group.addoption("--pyvmm-initrd", metavar="I", help="initial RAM disk (default: pyvmm's image)")
+    group.addoption(
+        "--pyvmm-add",
+        metavar="F[:PATH]",
+        action="append",
+        default=[],
+        help="a file or directory for all guests, as for `pyvmm run --add`; repeatable",
+    )
+    group.addoption("--pyvmm-modules", metavar="DIR", help="kernel modules for all guests")
     group.addoption(
         "--pyvmm-append", metavar="S", default="", help="more kernel command line, for all"
     )
@@ -260,6 +269,17 @@ def _make(
         wishes["append"] = f"{config.getoption('pyvmm_append')} {wishes.get('append', '')}".strip()
         if wishes["initrd"] is None:
             del wishes["initrd"]
+        added = wishes.pop("add", ())
+        added = [added] if isinstance(added, str | os.PathLike) else added
+        # Paths of a marker are below the root, as the kernel's; those of options are the shell's.
+        wishes["add"] = [
+            *(str(config.rootpath / add) for add in added),
+            *config.getoption("pyvmm_add"),
+        ]
+        modules = wishes.pop("modules", None)
+        wishes["modules"] = (
+            config.getoption("pyvmm_modules") if modules is None else str(config.rootpath / modules)
+        )
         _check_host(resolve(kernel)[0])
         made = TestMachine(kernel, **wishes)
     except (PyvmmError, ValueError) as e:

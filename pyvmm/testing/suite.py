@@ -40,7 +40,7 @@ class Case:
         kernel: str,
         *,
         append: str = "",
-        initrd: str | None = None,
+        initrd: Sequence[str] | None = None,
         cpus: int = 1,
         memory: str = MEMORY,
         timeout: float = TIMEOUT,

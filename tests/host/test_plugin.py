@@ -234,7 +234,9 @@ def test_three(vm):
     [
         ('kernel="no-such-image/x"', "no-such-image/x' cannot be opened"),
         ('memory="lots"', "write 256M, 4G or 1T"),
-        ("speed=3", "pyvmm(speed=...): it takes append, command, cpu, cpus"),
+        ("speed=3", "pyvmm(speed=...): it takes add, append, command, cpu"),
+        ('add=["nothing:/x"]', "nothing': No such file"),
+        ('modules="nothing"', "nothing' cannot be read"),
         ('net="bridge"', "unknown mode 'bridge'"),
         ('fail_on="ooops"', "ooops"),
     ],

@@ -18,10 +18,11 @@ from pyvmm.assembly import (
     COMMAND_WORD_MAX,
     Description,
     cmdline,
-    command_archive,
+    extra_archive,
 )
 from pyvmm.boot import ARCHIVE_ALIGN, load
 from pyvmm.errors import ImageError, UsageError
+from pyvmm.images.cpio import Archive
 from pyvmm.memory import GuestMemory
 from tests.unit.test_boot import PVH_NOTE, make_elf
 
@@ -31,6 +32,12 @@ INIT = ROOT / "guest" / "init.c"
 
 def description(*command: str) -> Description:
     return Description("kernel", command=command)
+
+
+def command_archive(want: Description) -> Archive:
+    archive, notes = extra_archive(want)
+    assert archive is not None and not notes
+    return archive
 
 
 def unpacked(archive: bytes) -> dict[str, bytes]:
@@ -50,7 +57,7 @@ def unpacked(archive: bytes) -> dict[str, bytes]:
 
 def test_a_short_command_is_a_word_of_the_command_line() -> None:
     want = description("sh", "-c", "echo $#", "", "a b", "\udcff")
-    assert command_archive(want) == b""
+    assert extra_archive(want) == (None, [])
     (word,) = re.findall(r"pyvmm\.cmd=(\S+)", cmdline(want, []))
     raw = base64.urlsafe_b64decode(word + "=" * (-len(word) % 4))
     assert raw == b"sh\0-c\0echo $#\0\0a b\0\xff\0"
@@ -63,7 +70,7 @@ def test_a_long_command_is_a_file_behind_the_initrd(command: list[str]) -> None:
     want = description(*command)
     assert "pyvmm.cmd" not in cmdline(want, [])
     raw = b"".join(arg.encode() + b"\0" for arg in command)
-    assert unpacked(command_archive(want)) == {"etc": b"", COMMAND_FILE.strip("/"): raw}
+    assert unpacked(command_archive(want).pack()) == {"etc": b"", COMMAND_FILE.strip("/"): raw}
 
 
 @pytest.mark.parametrize(
@@ -104,21 +111,43 @@ def test_an_archive_goes_behind_the_initrd(tmp_path: Path, size: int) -> None:
         entry = memory.read(int.from_bytes(info[16:24], "little"), 16)
         address, total = (int.from_bytes(entry[i : i + 8], "little") for i in (0, 8))
         offset = -(-size // ARCHIVE_ALIGN) * ARCHIVE_ALIGN
-        assert total == offset + len(archive)
+        assert total == offset + archive.size
         assert memory.read(address, size) == b"I" * size
         assert memory.read(address + size, offset - size) == bytes(offset - size)
-        assert memory.read(address + offset, len(archive)) == archive
+        assert memory.read(address + offset, archive.size) == archive.pack()
 
 
 def test_an_archive_needs_room(tmp_path: Path) -> None:
+    """Linux would leave out what does not fit. The message gives the memory that suffices."""
     kernel = tmp_path / "k"
     kernel.write_bytes(make_elf([(0x100_0000, b"\x90" * 64, 64)], notes=PVH_NOTE))
-    with closing(GuestMemory(18 << 20)) as memory, pytest.raises(ImageError, match="does not fit"):
-        load(memory, str(kernel), archive=bytes(2 << 20))
+    archive = Archive()
+    archive.file("/a", bytes(20 << 20))
+    with (
+        closing(GuestMemory(64 << 20)) as memory,
+        pytest.raises(ImageError, match=r"--memory (\d+)M") as caught,
+    ):
+        load(memory, str(kernel), archive=archive)
+    enough = re.search(r"--memory (\d+)M", str(caught.value))
+    assert enough
+    with closing(GuestMemory(int(enough[1]) << 20)) as memory:
+        load(memory, str(kernel), archive=archive)
+
+
+def test_several_initrds_in_order(tmp_path: Path) -> None:
+    kernel, one, two = tmp_path / "k", tmp_path / "1", tmp_path / "2"
+    kernel.write_bytes(make_elf([(0x100_0000, b"\x90" * 64, 64)], notes=PVH_NOTE))
+    one.write_bytes(b"1" * 700)
+    two.write_bytes(b"2" * 30)
+    with closing(GuestMemory(64 << 20)) as memory:
+        boot = load(memory, str(kernel), initrd=[str(one), str(two)])
+        module = int.from_bytes(memory.read(boot.regs["rbx"] + 16, 8), "little")
+        address, size = (int.from_bytes(memory.read(module + i, 8), "little") for i in (0, 8))
+        assert memory.read(address, size) == b"1" * 700 + bytes(324) + b"2" * 30
 
 
 def test_a_flat_binary_takes_no_archive(tmp_path: Path) -> None:
     kernel = tmp_path / "k"
     kernel.write_bytes(b"\x90" * 64)
     with closing(GuestMemory(4 << 20)) as memory, pytest.raises(UsageError, match="flat binary"):
-        load(memory, str(kernel), load_address=0x10_0000, archive=b"x")
+        load(memory, str(kernel), load_address=0x10_0000, archive=Archive())

@@ -79,6 +79,15 @@ def _width() -> int:
 
 _columns = 0  # 0: the terminal has not been asked yet
 
+#: For help texts: what ``--add`` and ``--modules`` take.
+ADD_HELP = (
+    "a file or directory for the guest; repeatable. Without PATH, a program is found by its name, "
+    "and anything else is in the command's working directory (docs/add.md)"
+)
+MODULES_HELP = (
+    "kernel modules for the guest: what `make modules_install` makes, or a kernel's build tree"
+)
+
 #: In the environment of a machine in the background (``detach``), which says RUNNING and its name
 #: on stderr as soon as it runs.
 DETACHED, RUNNING = "PYVMM_DETACHED", "pyvmm: running in the background:"
