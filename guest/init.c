@@ -12,6 +12,7 @@
  *                               NIC is a MAC address, a name such as eth0, or an interface index
  *   pyvmm.cmd=BASE64URL         argv; a NUL ends each argument. Without it, the command is in the
  *                               file /etc/pyvmm.cmd; without that, it is a shell
+ *   pyvmm.stdin=port            the command's input comes by the guest port
  *   pyvmm.stdin=console         the command's input is the raw console, in which DLE EOT ends the
  *                               input and DLE DLE stands for one DLE
  *   pyvmm.hostname=NAME  pyvmm.term=TERM  pyvmm.tty=COLSxROWS  pyvmm.port=0|1  pyvmm.verbose
@@ -83,7 +84,7 @@ static bool verbose;
 static char *command; /* argv; a NUL ends each argument, and one more the whole */
 static size_t command_size;
 static char **argv_out;
-static bool stdin_console;
+static bool stdin_console, stdin_port;
 static bool agent_wanted;
 static bool pressed; /* whether the power button has been pressed */
 static const char *hostname = "guest";
@@ -373,6 +374,7 @@ static const char *parse_cmdline(void)
 			window = v;
 		} else if ((v = value_of(word, "pyvmm.stdin"))) {
 			stdin_console = !strcmp(v, "console");
+			stdin_port = !strcmp(v, "port");
 		} else if ((v = value_of(word, "pyvmm.port"))) {
 			port = v;
 		} else if ((v = value_of(word, "pyvmm.panic"))) {
@@ -906,6 +908,95 @@ static bool relay(int fd, unsigned short port)
 	return n > 0;
 }
 
+/* The command's standard input on its way from the port to the command. */
+static struct {
+	int pipe;	 /* the write end, which does not block; -1 if there is no input any more */
+	int bell;	 /* the serial port that tells of new input */
+	bool waiting;	 /* the VMM has nothing, and will ring */
+	size_t at, have; /* the part of bytes that the command has not got yet */
+	char bytes[PAGE_SIZE]; /* a copy, because output uses the page as well */
+} feed = {.pipe = -1, .bell = -1};
+
+static void end_input(void)
+{
+	close(feed.pipe);
+	feed.pipe = -1;
+}
+
+/* Open a serial port on which the VMM rings; -1 if there is none. */
+static int open_bell(void)
+{
+	int bell = open("/dev/ttyS1", O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
+	struct termios mode;
+
+	if (bell >= 0 && tcgetattr(bell, &mode)) {
+		close(bell);
+		return -1;
+	}
+	if (bell >= 0) {
+		cfmakeraw(&mode);
+		tcsetattr(bell, TCSANOW, &mode);
+	}
+	return bell;
+}
+
+static void silence(int bell)
+{
+	char bytes[64];
+
+	while (read(bell, bytes, sizeof(bytes)) > 0)
+		;
+}
+
+/* Begin the command's input; returns the end that the command reads. */
+static int start_input(void)
+{
+	int ends[2];
+
+	if (!page || (feed.bell = open_bell()) < 0 || pipe2(ends, O_CLOEXEC)) {
+		say("no input for the command: %s", page ? strerror(errno) : "the VMM has no port");
+		return open("/dev/null", O_RDONLY | O_CLOEXEC);
+	}
+	fcntl(ends[1], F_SETFL, O_NONBLOCK);
+	feed.pipe = ends[1];
+	return ends[0];
+}
+
+/* Fetch the next input if the command has got the last one. */
+static void fetch_input(void)
+{
+	unsigned int n;
+
+	if (feed.pipe < 0 || feed.have || feed.waiting)
+		return;
+	n = inl(PORT_GUEST_INPUT);
+	if (n > PAGE_SIZE) { /* INPUT_ENDS */
+		end_input();
+		return;
+	}
+	memcpy(feed.bytes, page, n);
+	feed.at = 0;
+	feed.have = n;
+	feed.waiting = !n;
+}
+
+/* Pass input on as the command takes it. @events: what poll() says of the pipe. */
+static void pass_input(short events)
+{
+	ssize_t n = 0;
+
+	if (events & POLLOUT)
+		n = write(feed.pipe, feed.bytes + feed.at, feed.have);
+	if (n < 0 ? errno != EAGAIN : events & POLLERR) { /* the command has closed its input */
+		end_input();
+		return;
+	}
+	if (n > 0) {
+		feed.at += (size_t)n;
+		feed.have -= (size_t)n;
+	}
+}
+
 static void __attribute__((noreturn)) leave(int how)
 {
 	if (how == RB_POWER_OFF)
@@ -953,11 +1044,10 @@ static void agent_interrupted(int bell, pid_t child);
  */
 static int supervise(pid_t child, int signals, int out, int err, int buttons, int bell)
 {
-	struct pollfd fds[] = {{.fd = signals, .events = POLLIN},
-			       {.fd = out, .events = POLLIN},
-			       {.fd = err, .events = POLLIN},
-			       {.fd = buttons, .events = POLLIN},
-			       {.fd = bell, .events = POLLIN}};
+	struct pollfd fds[] = {{.fd = signals, .events = POLLIN}, {.fd = out, .events = POLLIN},
+			       {.fd = err, .events = POLLIN},	  {.fd = buttons, .events = POLLIN},
+			       {.fd = bell, .events = POLLIN},	  {.fd = -1},
+			       {.fd = -1, .events = POLLIN}};
 	long deadline = 0, patience = 0;
 	int status = 0;
 
@@ -977,7 +1067,11 @@ static int supervise(pid_t child, int signals, int out, int err, int buttons, in
 
 		if (deadline && fds[1].fd < 0 && fds[2].fd < 0)
 			break;
-		if (poll(fds, 5, (int)wait) < 0)
+		fetch_input();
+		fds[5].fd = feed.pipe;
+		fds[5].events = feed.have ? POLLOUT : 0;
+		fds[6].fd = feed.pipe >= 0 && feed.waiting ? feed.bell : -1;
+		if (poll(fds, 7, (int)wait) < 0)
 			continue;
 		if (deadline && !fds[1].revents && !fds[2].revents && now_ms() >= deadline)
 			break;
@@ -991,6 +1085,12 @@ static int supervise(pid_t child, int signals, int out, int err, int buttons, in
 		}
 		if (fds[4].revents)
 			agent_interrupted(bell, child);
+		if (fds[6].revents) {
+			silence(feed.bell);
+			feed.waiting = false;
+		}
+		if (fds[5].revents)
+			pass_input(fds[5].revents);
 		if (fds[0].revents) {
 			struct signalfd_siginfo info;
 
@@ -1050,6 +1150,10 @@ static int run(int signals)
 		say("pipe: %s", strerror(errno));
 	if (out[0] >= 0)
 		share_page();
+	if (!interactive && stdin_port) {
+		close(in);
+		in = start_input();
+	}
 	tell(GUEST_COMMAND, 0);
 	if (verbose)
 		say("command %s", argv_out[0]);
@@ -1082,11 +1186,9 @@ static unsigned int agent_id; /* the id of the running command */
 /* Take all that the VMM has to send. */
 static void agent_pull(int bell)
 {
-	char bytes[64];
 	unsigned int n;
 
-	while (read(bell, bytes, sizeof(bytes)) > 0)
-		;
+	silence(bell);
 	do {
 		n = inl(PORT_GUEST_REQUEST);
 		if (n > PAGE_SIZE || n > sizeof(agent_in) - agent_have) {
@@ -1185,21 +1287,18 @@ static int agent_run(const struct pyvmm_request *r, int signals, int buttons, in
 
 static void __attribute__((noreturn)) agent(int signals)
 {
-	int bell = open("/dev/ttyS1", O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
+	int bell = open_bell();
 	int buttons = open_buttons();
 	struct pollfd fds[] = {{.fd = bell, .events = POLLIN},
 			       {.fd = signals, .events = POLLIN},
 			       {.fd = buttons, .events = POLLIN}};
 	struct pyvmm_request r;
-	struct termios mode;
 	int status;
 
-	if (bell < 0 || tcgetattr(bell, &mode)) {
+	if (bell < 0) {
 		say("no agent: /dev/ttyS1: %s", strerror(errno));
 		leave(RB_POWER_OFF);
 	}
-	cfmakeraw(&mode);
-	tcsetattr(bell, TCSANOW, &mode);
 	if (have_port)
 		share_page();
 	if (!page) {

@@ -14,6 +14,10 @@
  *   PORT_GUEST_REQUEST  A 32-bit read makes the VMM copy the next bytes of its requests (see
  *                       below), at most 4096, to the page of GUEST_PAGE. The read gives the number
  *                       of bytes.
+ *   PORT_GUEST_INPUT    A 32-bit read makes the VMM copy the next bytes of the command's standard
+ *                       input, at most 4096, to the page of GUEST_PAGE. The read gives the number
+ *                       of bytes; 0 if there are none yet, and a byte of any value on the second
+ *                       serial port then tells that there are; or INPUT_ENDS.
  *
  * KVM exits once per byte, also with rep outsb (em_out in arch/x86/kvm/emulate.c). This is good
  * enough for the few words of a test program. For longer output, GUEST_PAGE names a page of guest
@@ -41,7 +45,8 @@
 #define PORT_GUEST_STDOUT  0x624
 #define PORT_GUEST_STDERR  0x625
 #define PORT_GUEST_REQUEST 0x628
-#define PORT_GUEST_COUNT   12
+#define PORT_GUEST_INPUT   0x62c
+#define PORT_GUEST_COUNT   16
 
 /* Kernels without ACPI power off by writing SLP_EN and the S5 type to this register. */
 #define PORT_ACPI_SLEEP_CONTROL 0x600
@@ -62,6 +67,8 @@
 #define GUEST_ANSWERS 0x534e4150 /* "PANS" */
 #define GONE_STDOUT   1
 #define GONE_STDERR   2
+
+#define INPUT_ENDS 0xffffffff
 
 #define REQUEST_RUN   1 /* run argv */
 #define REQUEST_KILL  2 /* kill the command with this id */

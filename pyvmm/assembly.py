@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pyvmm.devices.guest_agent import Agent
+    from pyvmm.devices.guest_input import GuestInput
     from pyvmm.hang import HangWatch
     from pyvmm.images.cpio import Archive
     from pyvmm.kvm.cpu import Cpu
@@ -107,6 +108,7 @@ class Description:
         cpu: str | None = None,
         add: Sequence[str] = (),
         modules: str | None = None,
+        stdin: int | None = None,
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
             raise UsageError(
@@ -114,13 +116,15 @@ class Description:
             )
         if agent and command is not None:
             raise UsageError("agent and command", "run commands by Machine.run")
+        if stdin is not None and command is None:
+            raise UsageError("stdin without a command", "name the command that reads it")
         if isinstance(add, str):
             raise UsageError(f"add={add!r}", "give a list: add=[...]")
         self.raw_command = command_bytes(command) if command is not None else None
         self.kernel, self.append, self.command = kernel, append, command
         several = [initrd] if isinstance(initrd, str | os.PathLike) else initrd or ()
         self.initrds = [os.fspath(path) for path in several]
-        self.add, self.modules = list(add), modules
+        self.add, self.modules, self.stdin = list(add), modules, stdin
         self.load_address, self.load_mode = load_address, load_mode
         self.cpus, self.memory, self.huge = cpus, parse_size(memory), huge
         self.nets = [net for net in nets if net.mode != "none"]
@@ -217,6 +221,7 @@ class Parts:
         for stream in self.streams:
             closing(stream.close)
         self.agent = self._make_agent() if want.agent else None
+        self.input = self._make_input(want.stdin) if want.stdin is not None else None
         self.pci = PciBus(self.bus, self._reset)
         self._add_board()
         self.plugs = Plugs(
@@ -283,6 +288,14 @@ class Parts:
         self._stack.callback(agent.bell.close)
         self.streams.append(agent.bell)
         return agent
+
+    def _make_input(self, fd: int) -> GuestInput:
+        from pyvmm.devices.guest_input import GuestInput
+
+        source = GuestInput(self.bus, self.vm, self._page.store, fd)
+        self._stack.callback(source.close)
+        self.streams.append(source.bell)
+        return source
 
     def _add_board(self) -> None:
         """Put the devices with fixed ports on the bus."""
@@ -417,7 +430,8 @@ class Parts:
         want = self._want
         # ECAM is not advertised: Linux would look at it and then use 0xCF8 for the registers that
         # exist.
-        rsdp = build_acpi(self.memory, cpus=want.cpus, com2=want.agent)
+        com2 = want.agent or want.stdin is not None
+        rsdp = build_acpi(self.memory, cpus=want.cpus, com2=com2)
         build_mptable(self.memory, cpus=want.cpus)
         cards = [nic for nic in self.nets if not nic.leaving]
         self.cmdline = cmdline(want, cards)
@@ -452,6 +466,8 @@ class Parts:
         self._page.name(0)
         if self.agent is not None:
             self.agent.reset()
+        if self.input is not None:
+            self.input.reset()
         self.memory.zero()
         self._renew_vm(keep_clock=False)
         self._load()
@@ -470,6 +486,8 @@ class Parts:
         self._reset_devices()
         if self.agent is not None:
             self.agent.bell.reset()
+        if self.input is not None:
+            self.input.bell.reset()
         self._renew_vm(keep_clock=True)
         regs = {"rip": vector & 15}
         self.vcpus[0].set_boot_state(
@@ -567,6 +585,8 @@ def cmdline(want: Description, nets: Sequence[Nic]) -> str:
     parts = [] if want.test_devices else [BASE_CMDLINE]
     if want.agent:
         parts.append("pyvmm.agent")
+    if want.stdin is not None:
+        parts.append("pyvmm.stdin=port")
     parts += net_words(nets)
     raw = want.raw_command
     if raw is not None and fits_the_line(raw, len(nets)):

@@ -70,6 +70,8 @@ class Machine:
     :param cpu: how the CPU differs from the host's, such as ``"host,-x2apic"`` (docs/cpu.md).
     :param add: files and directories for the guest, each ``FILE|DIR[:PATH]``, and
     :param modules: a tree of kernel modules: what Linux unpacks after the initrd (docs/add.md).
+    :param stdin: a descriptor from which the command's standard input is read while the machine
+        runs; it is lent. By default the command reads nothing.
     :raises PyvmmError: the machine cannot be made; nothing is left behind.
 
     ::
@@ -103,6 +105,7 @@ class Machine:
         cpu: str | None = None,
         add: Sequence[str] = (),
         modules: str | None = None,
+        stdin: int | None = None,
     ) -> None:
         if on_reboot not in ("exit", "restart"):
             raise UsageError(f"--on-reboot {on_reboot}", "use exit or restart")
@@ -124,6 +127,7 @@ class Machine:
             cpu=cpu,
             add=add,
             modules=modules,
+            stdin=stdin,
         )
         began = time.monotonic_ns()
         self.cpus, self._cpu = cpus, cpu or "host"
@@ -131,8 +135,6 @@ class Machine:
         self.command_status: int | None = None
         #: Set when init runs (our init or the kernel's last words report it), and at the end.
         self.booted = threading.Event()
-        #: Set when our init starts the command, which can take its input then, and at the end.
-        self.command_started = threading.Event()
         self._pausing = threading.Lock()  # one pause or resume at a time
         #: Guards the request for an end. Held for a moment only, and never by a thread that waits.
         self._asking = threading.Lock()
@@ -188,6 +190,11 @@ class Machine:
     def notes(self) -> list[str]:
         """What the user should know of what is added to the initrd, one line each."""
         return self._parts.notes
+
+    @property
+    def input_error(self) -> OSError | None:
+        """Why the command's standard input could not be read to its end; None if it could."""
+        return self._parts.input.error if self._parts.input is not None else None
 
     def cmdline(self) -> str:
         """The kernel command line."""
@@ -296,7 +303,6 @@ class Machine:
             self._outcome = self._outcome or self._request
             self._done.set()
             self.booted.set()
-            self.command_started.set()
 
     def close(self) -> None:
         """Stop, and release everything. A second call does nothing."""
@@ -550,8 +556,6 @@ class Machine:
         self.accounts.reach(point)
         if point == "init":
             self.booted.set()
-        elif point == "command":
-            self.command_started.set()
 
     def _command_ended(self, status: int) -> None:
         self.command_status = status
@@ -580,7 +584,6 @@ class Machine:
                 self.emit(event, **data)
         self._done.set()
         self.booted.set()
-        self.command_started.set()
         if self.agent is not None:
             self.agent.gone(f"the guest has ended ({outcome.kind})")
 

@@ -2,7 +2,8 @@
 
 With COMMAND the guest runs it, its output is printed here, and pyvmm exits with its status. Without
 COMMAND this terminal is the guest's console: Ctrl-A x ends the machine, Ctrl-A Ctrl-A types Ctrl-A.
-If standard input is a file or a pipe, a shell in the guest reads its commands from there.
+If standard input is a file or a pipe, COMMAND reads it; without COMMAND, a shell in the guest reads
+its commands from there.
 
 Examples:
   pyvmm run -- ip addr
@@ -17,6 +18,7 @@ Examples:
   pyvmm run --kernel vmlinux --timeout 300 --hang-timeout 10 --json verdict.json -- run-tests
   pyvmm run --add build/mytest --add data:/data -- mytest /data/cases
   pyvmm run --kernel bzImage --initrd default --modules . -- modprobe btrfs
+  tar c results | pyvmm run -- tar x
 
 Network cards: --net MODE[,key=value...], once per card
   emulated    the data path in this process
@@ -254,8 +256,8 @@ def run(args: argparse.Namespace) -> int:
             "give a command: pyvmm run -- COMMAND; "
             "or, for a machine in the background, --detach --name NAME",
         )
-    args.feed = use == "commands"
-    if args.feed:
+    args.feed = use in ("commands", "input")
+    if use == "commands":
         args.guest_command = ["sh"]
     args.initrd = [_initrd(name) for name in args.initrd or ()]
     _check(args)
@@ -350,15 +352,18 @@ def _files(args: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 def _use_of_stdin(args: argparse.Namespace) -> str:
-    """What standard input is to the guest: ``none`` if it has a command, ``console``,
-    ``commands`` for a shell that reads them to their end, as from a file or a pipe; or ``nothing``
+    """What standard input is to the guest: ``input`` of its command, if it is a file or a pipe;
+    ``none`` for a command without one; without a command ``console``, or ``commands`` for a shell
+    that reads them to their end, as from a file or a pipe; or ``nothing``
     if the guest would wait forever at a prompt: nobody can type a command, no time-out ends it, and
     it has no name by which another process could end it.
 
     Only the images of pyvmm are known to have a shell. All other guests get the console.
     """
     if args.guest_command:
-        return "none"
+        mode = os.fstat(0).st_mode
+        given = stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+        return "input" if given else "none"
     if args.console or args.kernel or args.initrd or os.isatty(0):
         return "console"
     status = os.fstat(0)
@@ -474,8 +479,6 @@ class _Run:
             from pyvmm.testing.console import audible
 
             append = audible(append)
-        if args.feed:
-            append = f"pyvmm.stdin=console {append}"
         with Machine(
             kernel,
             initrd=initrd,
@@ -493,6 +496,7 @@ class _Run:
             hang_timeout=args.hang_timeout,
             add=args.add,
             modules=args.modules,
+            stdin=0 if args.feed else None,
         ) as machine:
             self.machine = machine
             for note in machine.notes:
@@ -563,7 +567,7 @@ class _Run:
 
         deliver(machine.stdout, 1)
         deliver(machine.stderr, 2)
-        if self.commanded and not args.feed:
+        if self.commanded:
             if args.verbose:
                 deliver(machine.console, 2)
             machine.start()
@@ -571,11 +575,8 @@ class _Run:
             return machine.wait(args.timeout, boot_timeout=args.boot_timeout)
         from pyvmm.cli.support.terminal import Terminal
 
-        if not self.commanded:
-            deliver(machine.console, 1)
-        elif args.verbose:
-            deliver(machine.console, 2)
-        terminal = Terminal(machine, commands=args.feed)
+        deliver(machine.console, 1)
+        terminal = Terminal(machine)
         try:
             terminal.open()
             machine.start()
@@ -586,9 +587,15 @@ class _Run:
             self.terminal = terminal
 
     def _lost_output(self, machine: Machine, outcome: Outcome) -> int:
-        """The exit status of a run that would succeed, if output of the guest has not reached its
-        reader: 141 if the reader has gone, as for any command; 0 if nothing is lost.
+        """The exit status of a run that would succeed, if input or output of the guest is lost: 141
+        if the reader has gone, as for any command; 0 if nothing is lost.
         """
+        if machine.input_error is not None:
+            print(
+                f"pyvmm: standard input could not be read: {machine.input_error.strerror}",
+                file=sys.stderr,
+            )
+            return HostError.exit_code
         errors = [sink.error for sink in self.sinks if sink.error is not None]
         if any(isinstance(error, BrokenPipeError) for error in errors):
             return 141

@@ -80,6 +80,8 @@ PORT_GUEST_STDOUT = 0x624  # 8-bit writes, also rep outsb
 PORT_GUEST_STDERR = 0x625
 # A 32-bit read makes the VMM copy the next bytes of its requests to the page of GUEST_PAGE.
 PORT_GUEST_REQUEST = 0x628
+# A 32-bit read makes the VMM copy the next bytes of the command's standard input there.
+PORT_GUEST_INPUT = 0x62C
 # Hot plug of PCI functions, one bit per slot of bus 0. UP, which a read clears, names slots that
 # have got a function; DOWN names slots that are to lose theirs. A write to EJECT tells which slots'
 # functions the guest has let go.
@@ -99,6 +101,8 @@ GUEST_RESULT = 9  # a command has ended: bits 0..7 of value are its status, 8..2
 #: The first word of the page after GUEST_PAGE; after each GUEST_WRITE, a mask of GONE_*.
 GUEST_ANSWERS = 0x534E4150
 GONE_STDOUT, GONE_STDERR = 1, 2
+#: What PORT_GUEST_INPUT gives at the end of the input.
+INPUT_ENDS = 0xFFFF_FFFF
 REQUEST_RUN, REQUEST_KILL, REQUEST_LEAVE = 1, 2, 3
 REQUEST_ARGV_MAX = 65535  # bytes
 REQUEST_INPUT_MAX = 1 << 20  # bytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import stat
 import time
 
 from pyvmm.errors import TestbedError
@@ -450,7 +451,7 @@ class Testbed:
                     argv,
                     cwd=os.getcwd(),
                     env=self._env(None),
-                    stdin=0 if _is_open(0) else None,
+                    stdin=0 if _is_open(0) and not _is_null(0) else None,
                     stdout=1 if _is_open(1) else None,
                     stderr=2 if _is_open(2) else None,
                     terminal=0 if _is_open(0) and os.isatty(0) else None,
@@ -477,6 +478,12 @@ class Testbed:
 def is_below(path: str, directory: str) -> bool:
     """Whether ``path`` is ``directory`` or below it. Both are absolute, without symbolic links."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def _is_null(fd: int) -> bool:
+    """Whether a descriptor is /dev/null, which the command then gets there as well, and no pipe."""
+    status = os.fstat(fd)
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev
 
 
 def _is_open(fd: int) -> bool:

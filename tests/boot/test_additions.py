@@ -1,5 +1,5 @@
-"""What `--add` and `--modules` bring into a guest: one boot checks many things, because each
-boot takes seconds.
+"""What `--add` and `--modules` bring into a guest, and a command's standard input: one boot checks
+many things, because each boot takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 from pyvmm.host.paths import cache_root
 from pyvmm.images import find
-from tests.boot.guest import Host, Run
+from tests.boot.guest import PATIENCE, PYVMM, Host, Run
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -101,6 +101,30 @@ def prepared(top: Path) -> Path:
     (top / "root/sub").mkdir(parents=True)
     (top / "root/sub/second").write_text("second\n")
     return top
+
+
+def test_a_command_reads_standard_input(host: Host) -> None:
+    """Every byte arrives, and the end; the command reads no further than it wants; and while there
+    is nothing to read, its output goes on.
+    """
+    data = random.Random(1).randbytes(1_000_000)
+    script = "head -c 5 | od -An -c; echo ready; sha256sum; echo no input left; cat"
+    argv = [*PYVMM, "run", "--host", "local", "--net", "none", "--", "sh", "-c", script]
+    with subprocess.Popen(
+        [*PYVMM, "testbed", "-q", "--name", host.testbed.name, "--", *argv],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as run:
+        assert run.stdin is not None and run.stdout is not None
+        run.stdin.write(b"\x10\x04\x00\xff\n")
+        run.stdin.flush()
+        assert run.stdout.readline().split() == [b"020", b"004", b"\\0", b"377", b"\\n"]
+        assert run.stdout.readline() == b"ready\n"
+        run.stdin.write(data)
+        run.stdin.close()
+        assert run.stdout.readline().split()[0].decode() == hashlib.sha256(data).hexdigest()
+        assert run.stdout.read() == b"no input left\n"
+        assert run.wait(PATIENCE) == 0
 
 
 def test_what_does_not_fit_is_told_before_the_boot(host: Host, tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ def test_linux_by_register(host: Host, backend: None, tmp_path: Path) -> None:
         }
         assert nameless <= {
             "guest-control",
+            "guest-input",
             "guest-stdout",
             "guest-stderr",
             "post",

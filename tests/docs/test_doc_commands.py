@@ -35,6 +35,7 @@ REASONS = {
     ("README.md", "pytest --pyvmm-host auto"): "the same as in docs/pytest.md, see test_plugin",
     ("CONTRIBUTING.md", "tools/setup.sh"): "installs packages, which needs root and a network",
     ("docs/add.md", "make modules_install"): "needs the source of a kernel, see test_additions",
+    ("docs/add.md", "tar c tests"): "needs tests of the reader's, see test_additions",
     ("docs/compare.md", "pyvmm compare"): "takes minutes per command, see test_compare",
     ("docs/flows.md", "pyvmm run --net MODE"): "MODE is a placeholder",
     ("docs/images.md", "pyvmm image build"): "downloads a kernel",

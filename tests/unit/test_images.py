@@ -44,7 +44,7 @@ HEADER = INIT.parent / "pyvmm_port.h"
 
 def test_port_header_matches_platform() -> None:
     text = HEADER.read_text()
-    names = r"(?:(?:PORT_)?GUEST|GONE|REQUEST)_\w+"
+    names = r"(?:(?:PORT_)?GUEST|GONE|REQUEST|INPUT)_\w+"
     stated = {
         n: int(v, 0) for n, v in re.findall(rf"^#define\s+({names})\s+(\w+)", text, re.MULTILINE)
     }
@@ -55,7 +55,7 @@ def test_port_header_matches_platform() -> None:
     power_off = re.search(r"ACPI_POWER_OFF\s+(\w+)", text)
     assert power_off and int(power_off[1], 0) == 1 << 5 | platform.ACPI_S5_TYPE << 2
     assert magic.to_bytes(4, "little") == b"PVMM"
-    assert platform.PORT_GUEST_CONTROL + count == platform.PORT_GUEST_REQUEST + 4
+    assert platform.PORT_GUEST_CONTROL + count == platform.PORT_GUEST_INPUT + 4
 
 
 def test_init_compiles_without_warnings(tmp_path: Path) -> None:

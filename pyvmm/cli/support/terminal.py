@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine
 
 CTRL_A = 0x01
-#: How a command's input travels over the console (``pyvmm.stdin=console``, guest/init.c).
-DLE, END = b"\x10", b"\x10\x04"
 PENDING_MAX = 1 << 16  # the most bytes that were typed and that the guest has not read
 
 
@@ -25,13 +23,10 @@ class Terminal:
 
     ``close`` undoes what ``open`` has done up to then. Call it in a ``finally`` that is entered
     before ``open``, so that no signal can leave a raw terminal behind.
-
-    :param commands: stdin is no terminal but the input of a shell in the guest, which gets all of
-        it and then its end.
     """
 
-    def __init__(self, machine: Machine, *, commands: bool = False) -> None:
-        self._machine, self._commands = machine, commands
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
         self._saved: Any = None
         self._escaped = False
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
@@ -39,7 +34,7 @@ class Terminal:
 
     def open(self) -> None:
         """Make a terminal raw and start reading."""
-        if os.isatty(0) and not self._commands:
+        if os.isatty(0):
             import termios
             import tty
 
@@ -75,17 +70,11 @@ class Terminal:
     def _pump(self) -> None:
         import select
 
-        pending, ended = bytearray(), False
-        if self._commands:  # before, init has not made the console raw
-            while not self._machine.command_started.wait(0.02):
-                if select.select([self._stop], [], [], 0)[0]:
-                    return
+        pending = bytearray()
         while True:
             # A terminal is always read, because Ctrl-A x may come. A file or pipe is read on when
             # the guest has read everything so far.
-            reading = self._saved is not None or not (pending or ended)
-            if ended and not pending:
-                return
+            reading = self._saved is not None or not pending
             sources = [0, self._stop] if reading else [self._stop]
             ready, _, _ = select.select(sources, [], [], 0.01 if pending else None)
             if self._stop in ready:
@@ -95,10 +84,7 @@ class Terminal:
                     data = os.read(0, 1024)
                 except OSError:
                     data = b""
-                if self._commands:
-                    pending += data.replace(DLE, DLE + DLE) if data else END
-                    ended = not data
-                elif not data or not self._typed(data, pending):
+                if not data or not self._typed(data, pending):
                     return
             del pending[: self._machine.console.feed(bytes(pending))]
 
