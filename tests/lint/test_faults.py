@@ -29,7 +29,7 @@ def test_named_tests_exist(page: str, count: int) -> None:
 
 def test_every_fault_has_a_test() -> None:
     rows = re.findall(r"^\| (\d+) \|(.*)", (ROOT / "docs/faults.md").read_text(), re.M)
-    assert [int(number) for number, _ in rows] == list(range(1, 24))
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1)) and len(rows) > 20
     assert all(NAMED.search(row) for _, row in rows)
 
 
