@@ -196,6 +196,13 @@ class Machine:
         """Why the command's standard input could not be read to its end; None if it could."""
         return self._parts.input.error if self._parts.input is not None else None
 
+    @property
+    def input_ignored(self) -> bool:
+        """Whether there is standard input for the command, and the guest has not asked for it: its
+        init is of an image that an older pyvmm has built.
+        """
+        return self._parts.input is not None and not self._parts.input.asked
+
     def cmdline(self) -> str:
         """The kernel command line."""
         return self._parts.cmdline

@@ -596,6 +596,12 @@ class _Run:
                 file=sys.stderr,
             )
             return HostError.exit_code
+        if machine.input_ignored and outcome.status is not None:
+            print(
+                "pyvmm: the command got no standard input: the image is older than this pyvmm; "
+                "build it again: pyvmm image build",
+                file=sys.stderr,
+            )
         errors = [sink.error for sink in self.sinks if sink.error is not None]
         if any(isinstance(error, BrokenPipeError) for error in errors):
             return 141

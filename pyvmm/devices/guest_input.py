@@ -36,11 +36,13 @@ class GuestInput(Closing):
     :param source: a descriptor of the host to read from. It is lent: nobody else may close it
         before ``close``.
     :ivar error: why reading failed, at which the input ends; None if it did not fail.
+    :ivar asked: whether the guest has asked for input. Init does so before the command can read.
     """
 
     def __init__(self, bus: Bus, vm: Vm, store: Callable[[bytes], bool], source: int) -> None:
         self._store, self._source = store, source
         self.error: OSError | None = None
+        self.asked = False
         self.bell = Console("input", vm, IRQ_COM2)
         self.bell.plug(bus, PORT_COM2, "serial1")
         bus.add(PIO, PORT_GUEST_INPUT, 4, "guest-input", self)
@@ -60,6 +62,7 @@ class GuestInput(Closing):
         """
         if offset or size != 4:
             return 0
+        self.asked = True
         with self._lock:
             piece = bytes(self._ahead[:PAGE])
             if piece and not self._store(piece):

@@ -88,7 +88,8 @@ def close(pipe: list[int], end: int) -> None:
 
 
 def test_the_bell_rings_when_there_is_something(init: Init, pipe: list[int]) -> None:
-    assert init.fetch() == 0
+    assert not init.input.asked
+    assert init.fetch() == 0 and init.input.asked
     os.write(pipe[1], b"\x10\x04\x00")
     init.await_bell()
     assert init.fetch() == 3 and init.page == b"\x10\x04\x00"
