@@ -134,7 +134,8 @@ def kernels() -> list[Kernel]:
     """All cloud kernels that are installed or unpacked in the cache, the newest first."""
     found = {}
     base = cache_dir("kernel")
-    for root in [*(f"{base}/{name}" for name in sorted(os.listdir(base))), ""]:
+    # The cache comes last: a kernel there may have modules that were built for it.
+    for root in ["", *(f"{base}/{name}" for name in sorted(os.listdir(base)))]:
         boot = f"{root}/boot"
         for name in os.listdir(boot) if os.path.isdir(boot) else ():
             version = name.removeprefix("vmlinuz-")
@@ -209,7 +210,7 @@ def _fetch(progress: Callable[[str], None], version: str | None) -> None:
     try:
         find_kernel(version)
     except TestbedError:
-        _fetch_kernel(version, progress)
+        fetch_kernel(version, progress)
 
 
 def _fetch_qemu(progress: Callable[[str], None]) -> None:
@@ -236,7 +237,7 @@ def _fetch_qemu(progress: Callable[[str], None]) -> None:
         progress(f"QEMU {number[1]} does not start here ({e}): the testbed has one vCPU")
 
 
-def _fetch_kernel(version: str | None, progress: Callable[[str], None]) -> None:
+def fetch_kernel(version: str | None, progress: Callable[[str], None]) -> None:
     """Unpack the newest cloud kernel of ``version`` into the cache. It comes from this Debian
     release or from backports; None for the release's own.
     """
