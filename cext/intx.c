@@ -2,15 +2,11 @@
 #include "intx.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 #include <linux/kvm.h>
 
-#include "event.h"
 #include "ioctl.h"
-#include "thread.h"
+#include "relay.h"
 
 struct pv_line {
 	pthread_mutex_t lock;
@@ -24,11 +20,8 @@ struct pv_intx {
 	struct pv_line *line;
 	uint8_t isr;
 	bool disabled, level;
-	/* These belong to the thread and do not change while it runs. */
-	struct pv_thread thread;
-	uint32_t count;
-	uint8_t bits[PV_INTX_EVENTS];
-	struct pollfd poll[PV_INTX_EVENTS + 1]; /* the last one stops the thread */
+	uint8_t bits[PV_INTX_EVENTS]; /* the thread's; they do not change while it runs */
+	struct pv_relay relay;
 };
 
 /**
@@ -195,22 +188,11 @@ uint8_t pv_intx_read(struct pv_intx *x)
 	return isr;
 }
 
-/* The thread's function: raise the line whenever an eventfd is signalled. */
-static void listen_to_events(void *arg)
+static void raise_line(void *arg, uint32_t number)
 {
 	struct pv_intx *x = arg;
 
-	while (!x->poll[x->count].revents) {
-		if (poll(x->poll, x->count + 1, -1) < 0) {
-			if (errno != EINTR)
-				break;
-			continue;
-		}
-		for (uint32_t i = 0; i < x->count; i++) {
-			if (x->poll[i].revents && pv_event_take(x->poll[i].fd))
-				pv_intx_raise(x, x->bits[i]);
-		}
-	}
+	pv_intx_raise(x, x->bits[number]);
 }
 
 /**
@@ -226,26 +208,11 @@ static void listen_to_events(void *arg)
 int pv_intx_start(struct pv_intx *x, const char *name, const int32_t *fds, const uint8_t *bits,
 		  uint32_t count)
 {
-	int stop_fd, error;
-
 	if (count > PV_INTX_EVENTS)
 		return -EINVAL;
-	stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (stop_fd < 0)
-		return -errno;
-	for (uint32_t i = 0; i < count; i++) {
-		x->poll[i] = (struct pollfd){.fd = fds[i], .events = POLLIN};
+	for (uint32_t i = 0; i < count; i++)
 		x->bits[i] = bits[i];
-	}
-	x->poll[count] = (struct pollfd){.fd = stop_fd, .events = POLLIN};
-	x->count = count;
-	error = pv_thread_start(&x->thread, name, -1, listen_to_events, x);
-	if (error) {
-		close(stop_fd);
-		return error;
-	}
-	pv_thread_go(&x->thread);
-	return 0;
+	return pv_relay_start(&x->relay, name, fds, count, raise_line, x);
 }
 
 /**
@@ -254,11 +221,5 @@ int pv_intx_start(struct pv_intx *x, const char *name, const int32_t *fds, const
  */
 void pv_intx_stop(struct pv_intx *x)
 {
-	int stop_fd = x->poll[x->count].fd;
-
-	if (!x->thread.made)
-		return;
-	eventfd_write(stop_fd, 1);
-	pv_thread_join(&x->thread);
-	close(stop_fd);
+	pv_relay_stop(&x->relay);
 }

@@ -9,7 +9,7 @@
  * several slots share an input of the interrupt controller (struct pv_line): the input is high while
  * any of them wants it so.
  *
- * While MSI-X is off, a thread in C (thread.h) raises the line whenever a call eventfd of a queue
+ * While MSI-X is off, a thread in C (relay.h) raises the line whenever a call eventfd of a queue
  * is signalled. Every interrupt passes through this thread, so it never waits for Python. The
  * thread's system calls are poll, read, ioctl (KVM_IRQ_LINE) and futex (for the lock).
  */
