@@ -350,12 +350,16 @@ class Parts:
             uplink = Uplink(net, host, scope, self._thread_stopped)
             undo.callback(uplink.close)
             self.plugs.making(uplink)
-            offer = -1
+            own_mac, own_mtu = uplink.given(net)
+            if net.mac is None and own_mac is not None:
+                mac = own_mac
+            offer, without = -1, net.excluded()
             for mode in net.switchable:
                 trial = uplink.open(net.switched(mode), mac).path
                 try:
                     net.check_offer(mode, trial.features())
                     offer &= trial.features()
+                    without |= trial.withholds
                 finally:
                     trial.close()
             route = uplink.open(net, mac)
@@ -369,11 +373,11 @@ class Parts:
                 route.path,
                 uplink,
                 mac,
-                mtu=net.mtu,
+                mtu=net.mtu or own_mtu,
                 pairs=net.queues,
                 queue_size=net.queue_size,
                 offer=offer,
-                without=net.excluded(),
+                without=without,
                 speed=net.speed,
                 link=net.link,
                 jobs=thread,

@@ -82,6 +82,7 @@ def examine() -> list[Finding]:
             "--net vhost-net runs only in the testbed",
             "modprobe vhost_net",
         ),
+        *_vdpa(),
         _device("tun", "/dev/net/tun", "no tap devices, so no network cards", "modprobe tun"),
         *_namespaces(),
         _huge_pages(),
@@ -162,6 +163,38 @@ def _device(name: str, path: str, without: str, load: str) -> Finding:
             name, NOTE, f"no permission for {path}: {without}", "join its group, or use the testbed"
         )
     return Finding(name, OK, path)
+
+
+def _vdpa() -> Iterator[Finding]:
+    """Each vDPA device, and whether pyvmm can make one itself."""
+    without = "--net vhost-vdpa runs only in the testbed, with --kernel-version 6.12"
+    if not os.path.isdir("/sys/bus/vdpa"):
+        yield Finding(
+            "vdpa", NOTE, f"no vDPA in the kernel: {without}", "run as root: modprobe vhost_vdpa"
+        )
+        return
+    from pyvmm.datapath.vdpa_device import find, names
+    from pyvmm.errors import PyvmmError
+
+    for name in names():
+        try:
+            path = find(name)[0]
+        except PyvmmError as e:
+            yield Finding("vdpa", NOTE, e.cause, e.hint)
+            continue
+        allowed = os.access(path, os.R_OK | os.W_OK)
+        yield Finding(
+            "vdpa",
+            OK if allowed else NOTE,
+            f"{name}: {path}" if allowed else f"{name}: no permission for {path}",
+            "" if allowed else f"run as root: chown $USER {path}",
+        )
+    yield _device(
+        "vduse",
+        "/dev/vduse/control",
+        "--net vhost-vdpa needs device=",
+        "modprobe vduse",
+    )
 
 
 def _namespaces() -> Iterator[Finding]:

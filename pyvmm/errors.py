@@ -216,6 +216,14 @@ class GuestTimeout(PyvmmError):
     exit_code = 124
 
 
+class VdpaError(PyvmmError):
+    """A vDPA device is missing, forbidden, in use or no network card; or it cannot do what the
+    machine needs.
+    """
+
+    exit_code = 125
+
+
 class ThreadStopped(PyvmmError):
     """A thread of pyvmm's made a system call that it never makes by itself: somebody else may have
     been in control of the thread.

@@ -24,6 +24,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "emulated": ("notify", "poll", "worker-cpu"),
     "vhost-net": ("notify", "poll", "worker-cpu"),
     "vhost-user": ("notify", "socket", "server", "peer"),
+    "vhost-vdpa": ("notify", "device"),
 }
 COMMON_KEYS = (
     "tap",
@@ -41,7 +42,7 @@ COMMON_KEYS = (
     "switchable",
 )
 #: Keys of a data path, which a switch may change; all other keys belong to the card.
-PATH_KEYS = ("poll", "worker-cpu", "socket", "server", "peer")
+PATH_KEYS = ("poll", "worker-cpu", "socket", "server", "peer", "device")
 #: Names for ``without=`` and ``with=``, joined by "+": feature groups that the card does not offer,
 #: or that it offers although they are in ``ON_REQUEST``.
 GROUPS = {
@@ -91,8 +92,8 @@ HEX = frozenset("0123456789abcdefABCDEF")
 class Net:
     """One network card.
 
-    :param mode: data path: ``emulated``, ``vhost-net`` or ``vhost-user``; ``none`` for no card at
-        all.
+    :param mode: data path: ``emulated``, ``vhost-net``, ``vhost-user`` or ``vhost-vdpa``; ``none``
+        for no card at all.
     :param tap: an existing tap, or the name of a tap to make, if the user may. Without it pyvmm
         makes a tap in a network namespace of its own, sets the addresses of both ends, and removes
         the tap at the end.
@@ -118,12 +119,15 @@ class Net:
     :param server: ``on`` if the back-end connects and pyvmm listens, else ``off``.
     :param peer: user id of the back-end at ``socket``. Without it, a back-end must be root's or
         of pyvmm's own user.
+    :param device: the vDPA device of vhost-vdpa: its path, such as /dev/vhost-vdpa-0, or its name
+        as ``vdpa dev show`` has it; without it pyvmm makes one on the card's tap (VDUSE).
     :param switchable: modes to which the data path may be switched later, joined by "+"
         (docs/switch.md). The device offers what all of them can honour.
     :raises UsageError: a value is not allowed, or two do not go together.
     """
 
     __slots__ = (
+        "device",
         "guest",
         "host",
         "legacy",
@@ -168,6 +172,7 @@ class Net:
         socket: str | None = None,
         server: str = "off",
         peer: int | str | None = None,
+        device: str | None = None,
         switchable: str = "",
     ) -> None:
         if mode not in MODES:
@@ -178,6 +183,10 @@ class Net:
             raise UsageError(f"--net: link={link}", "use link=on or link=off")
         if legacy not in ("on", "off"):
             raise UsageError(f"--net: legacy={legacy}", "use legacy=on or legacy=off")
+        if legacy == "on" and "vhost-vdpa" in (mode, *switchable.split("+")):
+            raise UsageError(
+                "--net: legacy=on and vhost-vdpa", "vDPA devices are modern: leave one of them out"
+            )
         if server not in ("on", "off"):
             raise UsageError(f"--net: server={server}", "use server=on or server=off")
         self.switchable = [m for m in switchable.split("+") if m and m != mode]
@@ -198,6 +207,15 @@ class Net:
             )
         if peer is not None and not socket:
             raise UsageError(f"--net {mode}: peer= without socket=", "our own back-end is ours")
+        if device == "" or (device and "vhost-vdpa" not in modes):
+            raise UsageError(
+                f"--net {mode}: device={device}",
+                "vhost-vdpa needs a vDPA device there (see: vdpa dev show), others none",
+            )
+        if device and tap is not None and modes == {"vhost-vdpa"}:
+            raise UsageError(
+                f"--net vhost-vdpa: device={device} and tap={tap}", "frames leave at the device"
+            )
         if socket and tap is not None and modes == {"vhost-user"}:
             raise UsageError(
                 f"--net vhost-user: socket= and tap={tap}",
@@ -213,6 +231,7 @@ class Net:
                 f"--net: tap={tap!r} is no interface name", "use 1 to 15 letters and digits"
             )
         self.mode, self.tap, self.notify = mode, tap, notify
+        self.device = device or ""
         self.mac = parse_mac(mac) if mac is not None else None
         self.mtu = number("mtu", mtu, ETH_MIN_MTU, TAP_MAX_MTU) if mtu is not None else None
         self.queues = number("queues", queues, 1, MAX_QUEUES, WHY_QUEUES)
@@ -266,10 +285,11 @@ class Net:
 
     @property
     def has_tap(self) -> bool:
-        """Whether the card has a tap of ours. Only a vhost-user back-end with a socket has its own
-        port.
+        """Whether the card has a tap of ours. A vhost-user back-end with a socket has its own port,
+        and so has a vDPA device of somebody else's.
         """
-        return any(m != "vhost-user" or not self.socket for m in (self.mode, *self.switchable))
+        own = {"vhost-user": self.socket, "vhost-vdpa": self.device}
+        return any(not own.get(mode) for mode in (self.mode, *self.switchable))
 
     def switched(self, to: str | Net) -> Net:
         """This card with another data path.
@@ -282,7 +302,7 @@ class Net:
             mode = to.mode
             given: dict[str, Any] = {"poll": to.poll, "worker_cpu": to.worker_cpu}
             given |= {"socket": to.socket or None, "server": "on" if to.server else "off"}
-            given |= {"peer": to.peer}
+            given |= {"peer": to.peer, "device": to.device or None}
         else:
             mode, _, rest = to.partition(",")
             if mode not in MODES or mode == "none":
@@ -291,6 +311,8 @@ class Net:
             if mode == "vhost-user" and "socket" not in given and self.socket:
                 given |= {"socket": self.socket, "server": "on" if self.server else "off"}
                 given.setdefault("peer", self.peer)
+            if mode == "vhost-vdpa" and "device" not in given and self.device:
+                given["device"] = self.device
         if mode == "none" or self.mode == "none":
             raise UsageError("a card cannot be switched to none", "pull the cable: set_link(False)")
         return Net(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import struct
+from os import readlink
 
 from pyvmm._ext import ffi, lib
 from pyvmm.spec.vhost_user import (
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 SLOTS_MAX = int(lib.PV_MEM_REGIONS)
 #: Total bytes that a front-end may have us map.
 MEMORY_MAX = 1 << 46
+#: The file of the memory through which the kernel passes buffers of drivers to a VDUSE device.
+VDUSE_MEMORY = "anon_inode:[vduse-domain]"
 #: Bytes to which each queue's in-flight region is aligned. Other back-ends do the same.
 INFLIGHT_ALIGN = 64
 
@@ -68,6 +71,8 @@ def check_file(fd: int, *, unsealed: bool) -> None:
     :raises ProtocolError: it is not possible, or the file is not in memory.
     """
     info = ffi.new("struct statfs *")
+    if readlink(f"/proc/self/fd/{fd}") == VDUSE_MEMORY:  # noqa: PTH115
+        return  # the kernel's own
     if lib.fstatfs(fd, info) or info.f_type not in (lib.TMPFS_MAGIC, lib.HUGETLBFS_MAGIC):
         raise ProtocolError(
             "a memory file that is neither in tmpfs nor in hugetlbfs",

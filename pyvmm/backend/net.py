@@ -109,6 +109,10 @@ class NetService:
         """The features of the worker and of the port, and those that front-ends serve."""
         return self._path.features() & ~NOT_OURS | OWN_FEATURES
 
+    def ring_features(self) -> int:
+        """The features of the worker and of the port that need no control queue."""
+        return self._path.features() & ~NOT_OURS & ~(1 << virtio_net.VIRTIO_NET_F_RSS)
+
     def check_features(self, acked: int) -> None:
         """:raises ProtocolError: they mean a header that the port cannot have."""
         if header_size(acked) not in self._port.headers:

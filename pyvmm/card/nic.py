@@ -232,6 +232,13 @@ class Nic:
             raise UsageError(
                 f"{self.name} is on that vhost-user back-end", "switch to another mode, or socket="
             )
+        if net.mode == "vhost-vdpa" == old.net.mode and net.device == old.net.device:
+            raise UsageError(f"{self.name} is on that vDPA device", "switch to another mode")
+        bound = old.path.bound()
+        if bound:
+            raise UsageError(
+                f"{self.name} cannot leave {old.path.name}: {bound}", "reset the device first"
+            )
         spare = self._spare if self._uplink.tap is not None else None
         with ExitStack() as undo:
             with report.step("open"):
@@ -334,5 +341,9 @@ class Nic:
             "switch_count": self.switch_count,
             "switches": [report.as_dict() for report in self.switches],
             "workers": self.device.datapath.workers(),
-            **({"vhost_user": peer} if (peer := self.device.datapath.report()) else {}),
+            **(
+                {self.mode.replace("-", "_"): peer}
+                if (peer := self.device.datapath.report())
+                else {}
+            ),
         }

@@ -1,5 +1,5 @@
-"""The card's host side: the tap, its namespace and our own vhost-user back-end. Lent to whichever
-data path runs.
+"""The card's host side: the tap, its namespace and our own back-ends. Lent to whichever data path
+runs. A vhost-user back-end or a vDPA device of somebody else's is a host side of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.backend.process import BackendProcess
+    from pyvmm.backend.vduse_process import VduseProcess
     from pyvmm.datapath.base import DataPath, RxFilter, Steering
     from pyvmm.hostnet.tap import Tap
     from pyvmm.kvm.recorder import Scope
@@ -56,7 +57,8 @@ class Uplink:
     card, so that coming back to the tap needs nothing.
 
     :param stopped: see ``EmulatedNet``.
-    :ivar tap: None if only a vhost-user back-end has one; then there is nothing to program.
+    :ivar tap: None if frames enter and leave at a vhost-user back-end or a vDPA device only; then
+        there is nothing to program.
     :ivar namespace: pyvmm's own network namespace with the tap in it; None if the user gave a tap.
     """
 
@@ -72,6 +74,7 @@ class Uplink:
         self._recorder = recorder
         self.namespace: Any = None
         self._backend: BackendProcess | None = None
+        self._vduse: VduseProcess | None = None
         self._state = threading.Lock()  # held for a moment only; guards:
         self._paths: WeakSet[DataPath] = WeakSet()  # all that may be cut
         self._cut = False
@@ -152,6 +155,8 @@ class Uplink:
         """
         if net.mode == "vhost-user":
             return self._open_vhost_user(net, mac, wait)
+        if net.mode == "vhost-vdpa":
+            return self._open_vdpa(net, mac)
         tap = self._need_tap(net)
         path = self._open_on(tap, net)
         self.register(path)
@@ -186,6 +191,42 @@ class Uplink:
             path.close()
             raise
         return Route(path, net, tap, tap.announce if tap is not None else path.send_rarp)
+
+    def _open_vdpa(self, net: Net, mac: bytes) -> Route:
+        from pyvmm.datapath.vdpa_device import Vdpa
+        from pyvmm.datapath.vhost_vdpa import VhostVdpa
+
+        tap = None if net.device else self._need_tap(net)
+        if tap is not None and self._vduse is None:
+            from pyvmm.backend.vduse_process import VduseProcess
+
+            self._vduse = VduseProcess(tap)
+        where = net.device if self._vduse is None or tap is None else self._vduse.device()
+        path = VhostVdpa(
+            Vdpa(where, self._recorder),
+            queues=net.queues,
+            mac=mac,
+            mtu=net.mtu,
+            link=tap.link if tap is not None else None,
+        )
+        self.register(path)
+        return Route(path, net, tap, tap.announce if tap is not None else lambda mac: False)
+
+    def given(self, net: Net) -> tuple[bytes | None, int | None]:
+        """The MAC address and the MTU of the card's vDPA device; None for each that it leaves to
+        the card.
+
+        :raises VdpaError: there is no such device, or it cannot be had.
+        """
+        for mode in (net.mode, *net.switchable):
+            if mode == "vhost-vdpa" and net.device:
+                from pyvmm.datapath.vdpa_device import Vdpa
+                from pyvmm.datapath.vhost_vdpa import facts
+
+                with Vdpa(net.device) as device:
+                    mac, mtu, _ = facts(device)
+                return mac, mtu
+        return None, None
 
     def _open_on(self, tap: Tap, net: Net) -> DataPath:
         if net.mode == "vhost-net":
@@ -237,6 +278,6 @@ class Uplink:
 
     def close(self) -> None:
         """Release tap, namespace and back-end. A second call does nothing."""
-        for one in (self._backend, self.tap, self.namespace):
+        for one in (self._backend, self._vduse, self.tap, self.namespace):
             if one is not None:
                 one.close()

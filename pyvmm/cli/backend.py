@@ -1,4 +1,5 @@
-"""Serve vhost-user-net: move the packets of a virtual machine that runs in another process.
+"""Serve vhost-user-net: move the packets of a virtual machine that runs in another process. Or
+serve a vDPA network card from user space (VDUSE).
 
 Keep sockets in a directory DIR that only you can enter, such as $XDG_RUNTIME_DIR.
 
@@ -10,6 +11,7 @@ Examples:
   pyvmm backend --socket $DIR/s --tap tap0 --queues 2 --poll --worker-cpu 2
   pyvmm backend --socket $DIR/a --connect $DIR/b      joins two machines
   pyvmm backend --socket $DIR/s --pcap dump.pcap      writes the guest's packets to a file
+  pyvmm backend --vduse card0 --tap tap0              makes the vDPA device card0
 
 The command ends at SIGINT or SIGTERM, with exit status 0; with 128 if one of its threads makes a
 system call that it may not make.
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.backend.ports import PcapWriter
+    from pyvmm.backend.vduse import VduseBackend
 
 #: Microseconds, practically forever: the worker checks in each round whether it must end.
 POLL_US = 0xFFFFFFFF
@@ -38,7 +41,11 @@ POLL_US = 0xFFFFFFFF
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
-    add("--socket", metavar="S", required=True, help="the front-end's socket")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--socket", metavar="S", help="the front-end's socket")
+    place.add_argument(
+        "--vduse", metavar="NAME", help="make the vDPA device NAME instead (root, module vduse)"
+    )
     add(
         "--client",
         action="store_true",
@@ -78,6 +85,10 @@ def run(args: argparse.Namespace) -> int:
     import signal
     import threading
 
+    if args.vduse and (args.connect or args.client or args.peer is not None or args.unsealed):
+        raise UsageError(
+            "--vduse with --connect, --client, --peer or --unsealed", "they belong to --socket"
+        )
     if args.address and not args.tap:
         raise UsageError("--address without --tap", "only a tap has an address")
     done = threading.Event()
@@ -98,14 +109,30 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
 
     errors: list[BaseException] = []
     capture: PcapWriter | None = None
+    service: dict[str, Any] = {
+        "poll_us": POLL_US if args.poll else 0,
+        "worker_cpu": args.worker_cpu,
+    }
 
     def log(line: str) -> None:
         if not args.quiet:
             print(f"pyvmm backend: {line}", file=sys.stderr, flush=True)
 
-    def one(backend: Backend, path: str) -> None:
+    def make(path: str, port: Any) -> Backend | VduseBackend:
+        if args.vduse:
+            from pyvmm.backend.vduse import VduseBackend
+
+            own = NetService(port, **service)
+            return VduseBackend(path, own, mtu=port.mtu, log=_named(log, path))
+        own = NetService(port, **service)
+        return Backend(own, log=_named(log, path), unsealed=args.unsealed)
+
+    def one(backend: Backend | VduseBackend, path: str) -> None:
         try:
-            backend.run(path, client=args.client, peer=args.peer)
+            if isinstance(backend, Backend):
+                backend.run(path, client=args.client, peer=args.peer)
+            else:
+                backend.run()
         except BaseException as e:
             errors.append(e)
         done.set()
@@ -114,28 +141,18 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
         errors.append(ThreadStopped(problem))
         done.set()
 
+    service["stopped"] = stopped
     with ExitStack() as stack:
         if args.pcap:
             capture = _capture(args.pcap, stack)
-        backends = [
-            stack.enter_context(
-                Backend(
-                    NetService(
-                        port,
-                        poll_us=POLL_US if args.poll else 0,
-                        worker_cpu=args.worker_cpu,
-                        stopped=stopped,
-                    ),
-                    log=_named(log, path),
-                    unsealed=args.unsealed,
-                )
-            )
-            for path, port in _ports(args, capture)
-        ]
+        backends: list[Backend | VduseBackend] = []
+        for path, port in _ports(args, capture):
+            backends.append(make(path, port))
+            stack.callback(backends[-1].close)
         threads = [
             threading.Thread(target=one, args=(backend, path), name=path)
             for backend, path in zip(
-                backends, filter(None, (args.socket, args.connect)), strict=True
+                backends, filter(None, (args.socket or args.vduse, args.connect)), strict=True
             )
         ]
         for thread in threads:
@@ -186,12 +203,15 @@ def _ports(args: argparse.Namespace, capture: PcapWriter | None) -> list[tuple[s
     if args.tap:
         from pyvmm.hostnet.tap import Tap
 
-        return [(args.socket, Tap(args.tap, queues=args.queues, address=args.address))]
+        return [
+            (args.socket or args.vduse, Tap(args.tap, queues=args.queues, address=args.address))
+        ]
     if args.loopback:
-        return [(args.socket, vu_ports.loop_port(args.queues))]
+        return [(args.socket or args.vduse, vu_ports.loop_port(args.queues))]
     if args.connect:
         return list(
             zip((args.socket, args.connect), vu_ports.joined_ports(args.queues), strict=True)
         )
     assert capture is not None
-    return [(args.socket, vu_ports.PythonPort(capture.write, args.queues, name="pcap"))]
+    port = vu_ports.PythonPort(capture.write, args.queues, name="pcap")
+    return [(args.socket or args.vduse, port)]

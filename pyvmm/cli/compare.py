@@ -175,6 +175,7 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
             args.kernel,
             ["compare", "--host", "local", *own, "--handover", path],
             vhost=vhost,
+            vdpa="vhost-vdpa" in args.modes,
         )
         if status is None:
             return None, None

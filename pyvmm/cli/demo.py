@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
     argv = ["demo", "--host", "local", "--cpus", str(args.cpus), "--net", args.net]
     vhost = args.net.partition(",")[0] == "vhost-net"
-    status = elsewhere(args.host, None, argv, vhost=vhost)
+    vdpa = args.net.partition(",")[0] == "vhost-vdpa"
+    status = elsewhere(args.host, None, argv, vhost=vhost, vdpa=vdpa)
     return _demo(args) if status is None else status
 
 

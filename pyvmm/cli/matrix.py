@@ -172,7 +172,9 @@ def run(args: argparse.Namespace) -> int:
         check_added(settings)
     at = args.argv.index("matrix") + 1
     vhost = any(cell.mode.partition(":")[0] == "vhost-net" for cell in cells)
-    status = elsewhere(host, None, ["matrix", "--host", "local", *args.argv[at:]], vhost=vhost)
+    vdpa = any(cell.mode.partition(":")[0] == "vhost-vdpa" for cell in cells)
+    argv = ["matrix", "--host", "local", *args.argv[at:]]
+    status = elsewhere(host, None, argv, vhost=vhost, vdpa=vdpa)
     return orderly(lambda: _sweep(args, cells, settings)) if status is None else status
 
 

@@ -25,6 +25,8 @@ Network cards: --net MODE[,key=value...], once per card
   vhost-net   the data path in the kernel: no packet wakes this process up; needs /dev/vhost-net
   vhost-user  the data path in another process, such as `pyvmm backend` or DPDK's
               (docs/vhost-user.md)
+  vhost-vdpa  the data path in a device, a SmartNIC or pyvmm's own in software; needs vDPA
+              (docs/vhost-vdpa.md)
   none        no card
   Keys of all modes:
       tap=NAME        an existing tap (default: pyvmm makes one, in a network namespace of its own)
@@ -50,12 +52,16 @@ Network cards: --net MODE[,key=value...], once per card
       socket=PATH     where the back-end listens (default: start pyvmm's own, on a tap as above)
       server=on       pyvmm listens at socket=, and the back-end connects (off)
       peer=UID        the back-end's user, if it is neither root nor the user of pyvmm
+  Key of vhost-vdpa only, which has no worker-cpu=, and no tap= together with device=:
+      device=D        the vDPA device: its path, such as /dev/vhost-vdpa-0, or its name (default:
+                      pyvmm makes one, on a tap as above; that needs root)
 
 Exit status: the command's; or 2 bad usage, 101 a result or the output could not be written,
 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no vhost-net, 112 no fitting
 vhost-user back-end, 116 the guest hangs (--hang-timeout), 117 a --budget is broken, 118 the kernel
 reported what --fail-on names, 119 the guest ended before COMMAND did, 120 panic, 121 reboot, 122
-triple fault, 123 KVM error, 124 time-out, 130 Ctrl-C, 141 nobody reads the output, 143 SIGTERM.
+triple fault, 123 KVM error, 124 time-out, 125 no fitting vDPA device, 130 Ctrl-C, 141 nobody reads
+the output, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -281,6 +287,7 @@ def run(args: argparse.Namespace) -> int:
             args.kernel,
             words,
             vhost=vhost,
+            vdpa=any("vhost-vdpa" in net for net in args.net or ()),
             note=note,
             lasting=args.detach is not None,
         )

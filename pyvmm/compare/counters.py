@@ -48,7 +48,8 @@ BY_REASON = {
 ROLES = ("vcpu", "worker", "vhost", "backend", "vmm")
 KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 TRACEFS = Path("/sys/kernel/tracing")
-BACKEND = "pyvmm.backend.process"  # the module that the process of our own back-end runs
+#: The modules that the processes of our own back-ends run, for vhost-user and for vhost-vdpa.
+BACKENDS = {"pyvmm.backend.process", "pyvmm.backend.vduse_process"}
 #: KVM's statistics that are levels or peaks, and so do not only grow.
 NO_COUNTS = (
     "max_mmu_rmap_size",
@@ -241,11 +242,11 @@ def vhost_threads(pid: int) -> list[int]:
 
 
 def backends_of(pid: int) -> list[int]:
-    """The processes that are vhost-user back-ends of pyvmm's own, started by process ``pid``."""
+    """The processes that are back-ends of pyvmm's own, started by process ``pid``."""
     out = []
     for child in psutil.Process(pid).children():
         try:
-            if BACKEND in child.cmdline():
+            if BACKENDS.intersection(child.cmdline()):
                 out.append(child.pid)
         except psutil.Error:
             continue  # the process has ended, or has not called exec() yet

@@ -1,5 +1,5 @@
-"""What a data path is: the one interface behind which emulation, vhost-net and vhost-user are
-alike.
+"""What a data path is: the one interface behind which emulation, vhost-net, vhost-user and
+vhost-vdpa are alike.
 
 A data path borrows everything: the transport owns the kick and call eventfds, the machine owns
 guest memory, and ring positions come in at ``start`` and go back at ``stop``. That is why it can be
@@ -271,6 +271,21 @@ class HostSide(Protocol):
         """
 
 
+class OnUplink:
+    """What a data path has of ``DataPath`` if it leaves the host's side to the card, or to another
+    process.
+    """
+
+    withholds = 0
+
+    def set_rx_filter(self, rx: RxFilter) -> None:
+        """Not this path's business."""
+
+    def bound(self) -> str:
+        """Nothing binds the rings."""
+        return ""
+
+
 class PathEvents(Protocol):
     """Takes what a data path reports while it serves rings. Any thread; neither method waits."""
 
@@ -295,11 +310,14 @@ class DataPath(Protocol):
     :ivar times: of the latest start and stop.
     :ivar restarts_for_offloads: whether other offloads than at ``start`` need a stop and a start;
         otherwise it suffices to program the host's side.
+    :ivar withholds: feature bits of the card's own that the driver must not be offered, because
+        frames enter and leave where the card cannot program them; 0 for most.
     """
 
     name: str
     times: HandOverTimes
     restarts_for_offloads: bool
+    withholds: int
 
     def features(self) -> int:
         """The virtio feature bits that this data path can honour."""
@@ -328,6 +346,16 @@ class DataPath(Protocol):
             CTRL_GUEST_OFFLOADS only if GUEST_CSUM may come into force later.
         :param events: told of faults and of the link until ``stop`` returns.
         :raises PyvmmError: nothing was started and the rings are untouched.
+        """
+
+    def set_rx_filter(self, rx: RxFilter) -> None:
+        """What the driver wants to receive has changed; told before each ``start``, too. Best
+        effort. Paths on the card's tap leave it to the tap.
+        """
+
+    def bound(self) -> str:
+        """Why no other data path can take over the rings that this one serves; empty if one
+        can.
         """
 
     def problem(self) -> str:

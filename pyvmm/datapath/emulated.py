@@ -12,7 +12,7 @@ import threading
 import time
 
 from pyvmm._ext import ffi, lib
-from pyvmm.datapath.base import HandOverTimes, bug, by_pair, header_size
+from pyvmm.datapath.base import HandOverTimes, OnUplink, bug, by_pair, header_size
 from pyvmm.errors import HostError, RingFault
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import Reopener
@@ -93,7 +93,7 @@ def _no_thread(why: str) -> HostError:
     return HostError(f"cannot start a network thread: {why}", "raise the limit of processes")
 
 
-class EmulatedNet:
+class EmulatedNet(OnUplink):
     """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one
     thread at a time.
 

@@ -1,5 +1,5 @@
-"""One vhost device in the kernel, by its ioctls (linux/vhost.h): owner, features, memory, rings,
-worker.
+"""vhost devices of the kernel, by their ioctls (linux/vhost.h): owner, features, memory, rings,
+worker. ``datapath.vdpa_device`` has those of vhost-vdpa.
 """
 
 from __future__ import annotations
@@ -23,7 +23,58 @@ if TYPE_CHECKING:
 VHOST_NET = "/dev/vhost-net"
 
 
-class Vhost(Fd):
+class VhostFd(Fd):
+    """A vhost device of the kernel: its ioctls, and those that all kinds of devices have.
+
+    :param recorder: a ``kvm.recorder.Scope`` for every ioctl, or None.
+    :raises OSError: the device cannot be opened.
+    """
+
+    def __init__(self, path: str, recorder: Any = None) -> None:
+        self._recorder = recorder
+        super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+
+    def ioctl(self, name: str, arg: Any = ffi.NULL) -> Any:
+        """Make an ioctl; returns ``arg``.
+
+        :raises HostError: the kernel refuses.
+        """
+        begin = time.monotonic_ns() if self._recorder is not None else 0
+        ret = lib.pv_ioctl(self.fileno(), getattr(lib, name), arg)
+        if begin:
+            self._recorder.step(name, begin, {**_fields(arg), "returns": int(ret)})
+        if ret < 0:
+            raise HostError(f"{name} failed: {os.strerror(-ret)}")
+        return arg
+
+    def number(self, name: str, kind: str = "uint64_t") -> int:
+        """Make an ioctl that returns one number of the C type ``kind``.
+
+        :raises HostError: as ``ioctl``.
+        """
+        return int(self.ioctl(name, ffi.new(f"{kind} *"))[0])
+
+    def state(self, name: str, ring: int, value: int) -> int:
+        """Make an ioctl with ``struct vhost_vring_state``; returns its number after the call.
+
+        :raises HostError: as ``ioctl``.
+        """
+        arg = ffi.new("struct vhost_vring_state *", {"index": ring, "num": value})
+        return int(self.ioctl(name, arg).num)
+
+    def file(self, name: str, ring: int, fd: int) -> None:
+        """Make an ioctl with ``struct vhost_vring_file``.
+
+        :raises HostError: as ``ioctl``.
+        """
+        self.ioctl(name, ffi.new("struct vhost_vring_file *", {"index": ring, "fd": fd}))
+
+    def base(self, ring: int) -> int:
+        """VHOST_GET_VRING_BASE of a stopped ring: the position."""
+        return self.state("VHOST_GET_VRING_BASE", ring, 0)
+
+
+class Vhost(VhostFd):
     """A device of vhost-net: one queue pair, ring 0 receives, ring 1 transmits. Owned by the
     process that opened it.
 
@@ -35,9 +86,8 @@ class Vhost(Fd):
     """
 
     def __init__(self, path: str = VHOST_NET, recorder: Any = None) -> None:
-        self._recorder = recorder
         try:
-            super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+            super().__init__(path, recorder)
         except PermissionError as e:
             raise VhostMissing(
                 f"no permission to open {path}",
@@ -50,22 +100,12 @@ class Vhost(Fd):
             ) from e
         try:
             before = _tasks()
-            self._ioctl("VHOST_SET_OWNER")
+            self.ioctl("VHOST_SET_OWNER")
             self.worker, self.worker_name = _worker(_tasks() - before)
-            features = ffi.new("uint64_t *")
-            self._ioctl("VHOST_GET_FEATURES", features)
-            self.features = int(features[0])
+            self.features = self.number("VHOST_GET_FEATURES")
         except BaseException:
             self.close()
             raise
-
-    def _ioctl(self, name: str, arg: object = ffi.NULL) -> None:
-        begin = time.monotonic_ns() if self._recorder is not None else 0
-        ret = lib.pv_ioctl(self.fileno(), getattr(lib, name), arg)
-        if begin:
-            self._recorder.step(name, begin, {**_fields(arg), "returns": int(ret)})
-        if ret < 0:
-            raise HostError(f"{name} failed: {os.strerror(-ret)}")
 
     def pin(self, cpu: int) -> None:
         """Let the worker run on ``cpu`` only.
@@ -92,7 +132,7 @@ class Vhost(Fd):
 
     def set_features(self, acked: int) -> None:
         """VHOST_SET_FEATURES: of the negotiated bits those that are the kernel's."""
-        self._ioctl("VHOST_SET_FEATURES", ffi.new("uint64_t *", acked & self.features))
+        self.ioctl("VHOST_SET_FEATURES", ffi.new("uint64_t *", acked & self.features))
 
     def set_memory(self, memory: GuestMemory) -> None:
         """VHOST_SET_MEM_TABLE: all of the guest's RAM, by our addresses."""
@@ -100,7 +140,7 @@ class Vhost(Fd):
         table.nregions = len(memory.regions)
         for entry, r in zip(table.regions[0 : table.nregions], memory.regions, strict=True):
             entry.guest_phys_addr, entry.memory_size, entry.userspace_addr = r.gpa, r.size, r.host
-        self._ioctl("VHOST_SET_MEM_TABLE", table)
+        self.ioctl("VHOST_SET_MEM_TABLE", table)
 
     def set_ring(self, ring: int, vring: Vring, memory: GuestMemory, err: EventFd) -> None:
         """Everything of a ring but its backend. NUM and BASE first: ADDR is checked against them.
@@ -108,47 +148,35 @@ class Vhost(Fd):
         :param err: signalled when the worker finds the ring malformed; lent.
         """
         size = vring.size
-        self._state("VHOST_SET_VRING_NUM", ring, size)
-        self._state("VHOST_SET_VRING_BASE", ring, vring.base)
+        self.state("VHOST_SET_VRING_NUM", ring, size)
+        self.state("VHOST_SET_VRING_BASE", ring, vring.base)
         addr = ffi.new("struct vhost_vring_addr *")
         addr.index = ring
         desc, avail, used = vring.format.areas(size)
         addr.desc_user_addr = memory.host_address(vring.desc, desc.length)
         addr.avail_user_addr = memory.host_address(vring.avail, avail.length)
         addr.used_user_addr = memory.host_address(vring.used, used.length)
-        self._ioctl("VHOST_SET_VRING_ADDR", addr)
-        self._file("VHOST_SET_VRING_ERR", ring, err.fileno())
-        self._file("VHOST_SET_VRING_CALL", ring, vring.call.fileno())
-        self._file("VHOST_SET_VRING_KICK", ring, vring.kick.fileno())
+        self.ioctl("VHOST_SET_VRING_ADDR", addr)
+        self.file("VHOST_SET_VRING_ERR", ring, err.fileno())
+        self.file("VHOST_SET_VRING_CALL", ring, vring.call.fileno())
+        self.file("VHOST_SET_VRING_KICK", ring, vring.kick.fileno())
 
     def set_poll(self, ring: int, usecs: int) -> None:
         """VHOST_SET_VRING_BUSYLOOP_TIMEOUT: let the worker look for more work for so long before it
         sleeps.
         """
-        self._state("VHOST_SET_VRING_BUSYLOOP_TIMEOUT", ring, usecs)
+        self.state("VHOST_SET_VRING_BUSYLOOP_TIMEOUT", ring, usecs)
 
     def clear_ring(self, ring: int) -> None:
         """Let go of a stopped ring's eventfds: its kicks would wake the worker for nothing."""
         for name in ("VHOST_SET_VRING_KICK", "VHOST_SET_VRING_CALL", "VHOST_SET_VRING_ERR"):
-            self._file(name, ring, lib.VHOST_FILE_UNBIND)
+            self.file(name, ring, lib.VHOST_FILE_UNBIND)
 
     def set_backend(self, ring: int, fd: int) -> None:
         """VHOST_NET_SET_BACKEND: start the ring on a tap; -1 stops it and waits for what the worker
         is doing.
         """
-        self._file("VHOST_NET_SET_BACKEND", ring, fd)
-
-    def base(self, ring: int) -> int:
-        """VHOST_GET_VRING_BASE of a stopped ring: the next available index."""
-        return int(self._state("VHOST_GET_VRING_BASE", ring, 0).num)
-
-    def _state(self, name: str, ring: int, value: int) -> Any:
-        state = ffi.new("struct vhost_vring_state *", {"index": ring, "num": value})
-        self._ioctl(name, state)
-        return state
-
-    def _file(self, name: str, ring: int, fd: int) -> None:
-        self._ioctl(name, ffi.new("struct vhost_vring_file *", {"index": ring, "fd": fd}))
+        self.file("VHOST_NET_SET_BACKEND", ring, fd)
 
 
 def _fields(arg: Any) -> dict[str, object]:
@@ -159,7 +187,9 @@ def _fields(arg: Any) -> dict[str, object]:
         return {}
     item = ffi.typeof(arg).item
     if item.kind != "struct":
-        return {"value": int(arg[0])}
+        return {"fd" if item.cname == "int" else "value": int(arg[0])}
+    if item.cname == "struct vhost_vdpa_config":
+        return {"off": int(arg.off), "len": int(arg.len), "buf": bytes(arg.buf[0 : arg.len]).hex()}
 
     def of(struct: Any, fields: Any) -> dict[str, object]:
         out: dict[str, object] = {}

@@ -11,7 +11,7 @@ import select
 import threading
 import time
 
-from pyvmm.datapath.base import HandOverTimes, bug, by_pair, cpu_ns
+from pyvmm.datapath.base import HandOverTimes, OnUplink, bug, by_pair, cpu_ns
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import PacketCount, Reopener
@@ -35,7 +35,7 @@ RING_FEATURES = (
 )
 
 
-class VhostNet:
+class VhostNet(OnUplink):
     """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one
     thread at a time.
 

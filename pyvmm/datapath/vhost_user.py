@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.datapath.base import HandOverTimes
+from pyvmm.datapath.base import HandOverTimes, OnUplink
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.hostnet.rtnetlink import PacketCount
 from pyvmm.spec import vhost_user as spec
@@ -83,7 +83,7 @@ REQUIRES = (
 )
 
 
-class VhostUserNet(VhostUserDevice):
+class VhostUserNet(OnUplink, VhostUserDevice):
     """Implements ``DataPath`` (datapath.base). ``connect`` comes before everything else.
 
     :param connector: makes connections to the back-end; owned from here on.

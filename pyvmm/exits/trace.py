@@ -494,6 +494,10 @@ class _Trace:
             return "start data path", rings
         if name == "stop":
             return "stop data path", {"bases": str(args["bases"])}
+        if name.endswith("_STATUS"):
+            return name, {**args, "status": bits_of(args["value"], STATUS_BITS)}
+        if name.endswith("_BACKEND_FEATURES"):
+            return name, {**args, "value": hex(args["value"])}
         if name.endswith("_FEATURES"):
             return name, {
                 **args,

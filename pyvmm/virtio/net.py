@@ -186,7 +186,8 @@ class NetDevice(VirtioDevice):
         self._offloads = 0
         self._coalesce = [(0, 0), (0, 0)]  # packets and microseconds, receive and transmit
         self._hashing: Hashing | None = None
-        self._offered = self._most = self._offer(datapath.features() & offer) & ~without
+        own = self._offer(datapath.features() & offer, datapath.withholds)
+        self._offered = self._most = own & ~without
         if not link:
             uplink.set_carrier(False)
 
@@ -199,8 +200,11 @@ class NetDevice(VirtioDevice):
         if self._observer is not None:
             self._observer.problem_found(problem)
 
-    def _offer(self, path: int) -> int:
-        """The device's own features and what the data path can honour."""
+    def _offer(self, path: int, withheld: int) -> int:
+        """The device's own features and what the data path can honour.
+
+        :param withheld: own features that the data path stands in the way of.
+        """
         own = sum(1 << bit for bit in (*OWN, *CONTROLLED))
         if self.mtu is not None:
             own |= 1 << VIRTIO_NET_F_MTU
@@ -208,7 +212,7 @@ class NetDevice(VirtioDevice):
             own |= 1 << VIRTIO_NET_F_MQ
         if path & GUEST_OFFLOADS:
             own |= 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
-        return own | path
+        return own & ~withheld | path
 
     def offered(self) -> int:
         """Fixed from reset to reset: less than at creation where a data path that can do less has
@@ -462,6 +466,7 @@ class NetDevice(VirtioDevice):
         self._uplink.set_queues(1 + max(by_pair(rings), default=0))
         self._uplink.set_header(header_size(acked))
         self._uplink.set_offloads(acked)
+        self.datapath.set_rx_filter(self.rx)
         self.datapath.start(acked, self.memory, rings, listener, patience=patience)
         self._serving = [ring.index for ring in rings]
         self._listener = listener
@@ -509,7 +514,8 @@ class NetDevice(VirtioDevice):
     def lacks(self, path: DataPath) -> int:
         """Feature bits that the driver uses, or may yet choose, and ``path`` cannot honour."""
         chosen = self.driver_features & ~LEGACY_ONLY if self.settled else self._offered
-        return chosen & ~self._offer(path.features()) if self.engaged else 0
+        can = self._offer(path.features(), path.withholds)
+        return chosen & ~can if self.engaged else 0
 
     def check(self, path: DataPath) -> None:
         """:raises UsageError: ``path`` lacks features that are in use; it names them."""
@@ -539,7 +545,8 @@ class NetDevice(VirtioDevice):
         self.link(True)  # the path says so if its interface is gone
 
     def _reoffer(self) -> None:
-        self._offered = self._most & self._offer(self.datapath.features())
+        path = self.datapath
+        self._offered = self._most & self._offer(path.features(), path.withholds)
 
     def _reset_done(self) -> None:
         """Offer what the present data path can; the MAC address is the card's own again."""
@@ -644,6 +651,7 @@ class NetDevice(VirtioDevice):
 
     def rx_changed(self) -> None:
         """``rx`` has been changed by the driver."""
+        self.datapath.set_rx_filter(self.rx)
         try:
             self._uplink.set_rx_filter(self.rx)
         except PyvmmError:

@@ -50,6 +50,8 @@ REASONS = {
     ("docs/test-kernels.md", "pyvmm test --config"): "needs a checkout of kvm-unit-tests",
     ("docs/testbed.md", "pyvmm testbed up"): "would stop the testbed of this session",
     ("docs/vhost-user.md", "DIR=$(mktemp -d)"): "needs a KVM here that runs Linux",
+    ("docs/vhost-vdpa.md", "pyvmm"): "needs a testbed with Linux 6.12, see test_vdpa",
+    ("docs/vhost-vdpa.md", "modprobe"): "needs Linux 6.12, see test_vdpa",
     ("docs/vhost-user.md", "sleep 600 |"): "needs DPDK, see test_dpdk",
     ("docs/vhost-user.md", "dpdk-testpmd"): "needs DPDK, see test_dpdk",
 }

@@ -50,6 +50,7 @@ EXTENSION = (
     "backend.memory",
     "backend.process",
     "threads",
+    "backend.vduse",
     "virtio.pci",
     "virtio.queue",
 )

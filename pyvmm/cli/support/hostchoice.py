@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 VHOST_NET = "/dev/vhost-net"
+#: The series of the testbed's kernel that has vDPA, and its modules.
+VDPA_KERNEL, VDPA_MODULES = "6.12", "vhost_vdpa vduse"
 
 
 def elsewhere(
@@ -18,6 +20,7 @@ def elsewhere(
     argv: list[str],
     *,
     vhost: bool = False,
+    vdpa: bool = False,
     note: Callable[[], str] | None = None,
     lasting: bool = False,
 ) -> int | None:
@@ -25,7 +28,7 @@ def elsewhere(
 
     :param host: ``auto``, ``local`` or ``testbed``.
     :param kernel: None for an image of Linux.
-    :param vhost: the machine wants /dev/vhost-net.
+    :param vhost: the machine wants /dev/vhost-net. :param vdpa: it wants vDPA.
     :param note: called if the guest will run in the testbed, before it boots: what the user must
         know then; may be empty.
     :param lasting: the machine is to be found by other commands, for which the testbed must be up.
@@ -48,7 +51,10 @@ def elsewhere(
             good = not Testbed().is_set_up()  # then the machine's own error says what to do
         if good:
             return None
-    testbed = Testbed(progress=lambda text: print(f"testbed: {text}", file=sys.stderr))
+    testbed = Testbed(
+        kernel=VDPA_KERNEL if vdpa else None,
+        progress=lambda text: print(f"testbed: {text}", file=sys.stderr),
+    )
     if host == "auto":
         if not testbed.is_set_up():
             raise TestbedError(
@@ -62,4 +68,7 @@ def elsewhere(
     text = note() if note is not None else ""
     if text:
         print(f"pyvmm: {text}", file=sys.stderr, flush=True)
-    return testbed.run_attached(module("pyvmm", *argv))
+    command = module("pyvmm", *argv)
+    if vdpa:  # nothing but us would load the modules there
+        command = ["sh", "-c", f'modprobe -a {VDPA_MODULES}; exec "$@"', "sh", *command]
+    return testbed.run_attached(command)

@@ -1,0 +1,197 @@
+"""vhost-vdpa with the kernel's real devices: our own one in user space (VDUSE) on a tap, and the
+kernel's simulator, which sends each frame back that is addressed to itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pyvmm.testbed import simulator
+from pyvmm.testbed.testbed import Testbed
+from tests.boot.guest import (
+    PYVMM,
+    Guest,
+    Host,
+    check_ping,
+    check_traffic,
+    exits_by_device,
+    nic_address,
+)
+from tests.boot.test_net import reload_driver
+from tests.boot.test_switch import flow, soak
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["flow"]
+
+#: The simulator compares MAC addresses as strings, so a byte of 0 would end the comparison.
+SIM_MAC, OTHER_MAC = "52:54:11:22:33:44", "52:54:11:22:33:55"
+STATISTICS = (
+    "cat /sys/class/net/eth0/statistics/tx_packets /sys/class/net/eth0/statistics/rx_packets"
+)
+DEVICES = "ls /dev/vduse /sys/bus/vdpa/devices"
+
+
+@pytest.fixture(scope="module")
+def vdpa() -> Iterator[Host]:
+    """A second testbed, with Linux 6.12 and its vDPA modules."""
+    version = simulator.setup(print)
+    name = f"{os.environ.get('PYVMM_TESTBED', 'default')}-vdpa"
+    with Testbed(name, kernel=version) as bed:
+        host = Host(bed)
+        host.sh(
+            "modprobe -a vhost_vdpa vduse vdpa_sim_net; vdpa dev show sim0 2>/dev/null ||"
+            f" vdpa dev add mgmtdev vdpasim_net name sim0 mac {SIM_MAC}"
+        )
+        yield host
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(vdpa: Host) -> Iterator[None]:
+    """Fail a test that leaves a process, an interface, a namespace, a VM or a vDPA device
+    behind.
+    """
+    before = [*vdpa.leftovers(), vdpa.sh(DEVICES)]
+
+    def now() -> list[str]:
+        return [*vdpa.leftovers(), vdpa.sh(DEVICES)]
+
+    yield
+    vdpa.wait_until(lambda: now() == before, lambda: f"{before} became {now()}")
+
+
+def come_back(guest: Guest) -> bool:
+    """Whether pings come back, or are lost: all or none of them, as the packets of eth0 tell. Linux
+    may send a few multicast frames meanwhile.
+    """
+    before = [int(word) for word in guest.do(STATISTICS).split()]
+    guest.sh("ping -c 20 -i 0.05 -W 1 192.168.100.9")
+    sent, received = (
+        int(word) - old for word, old in zip(guest.do(STATISTICS).split(), before, strict=True)
+    )
+    assert 20 <= sent <= 30 and (received >= 20 or received <= 10), (sent, received)
+    return received >= 20
+
+
+def test_own_device(vdpa: Host) -> None:
+    """Guest, vhost-vdpa, VDUSE, tap: traffic, queue pairs, another driver, a reboot; and no packet
+    makes KVM_RUN return.
+    """
+    options = "--cpus 2 --on-reboot restart --net vhost-vdpa,queues=2"
+    with Guest(vdpa, *options.split()) as guest:
+        check_traffic(guest)
+        for pairs in (1, 2):
+            guest.do(f"ethtool -L eth0 combined {pairs}")
+            check_ping(guest)
+        reload_driver(guest)
+        check_ping(guest)
+        guest.type("echo b >/proc/sysrq-trigger\n")
+        guest.log_in(len(guest.stdout))
+        check_ping(guest)
+        guest.leave()
+        nic = guest.report["nets"][0]
+        assert nic["vhost_vdpa"]["queue_pairs"] == 2 and not nic["vhost_vdpa"]["suspend"]
+        counters = nic["counters"]
+        assert counters["rx_packets"] > 100 < counters["tx_packets"]
+        assert counters["tx_possible_repeats"] == 0
+        assert exits_by_device(guest.report, "net0 notify") <= nic["control_commands"]
+        assert exits_by_device(guest.report, "net0 isr") == 0
+
+
+def test_switches(vdpa: Host, flow: str) -> None:
+    """Round all four modes under numbered datagrams and TCP both ways."""
+    modes = "emulated+vhost-net+vhost-user+vhost-vdpa"
+    last = soak(vdpa, flow, "--switches", "12", "--modes", modes)
+    assert "12 switches (12 switched, 0 refused)" in last, last
+
+
+def test_simulator(vdpa: Host, tmp_path: Path) -> None:
+    """A device with a MAC address and a control queue of its own that can be suspended. The card
+    takes its address, and a live switch takes it away and back.
+    """
+    keys = "vhost-vdpa,device=sim0,switchable=emulated"
+    trace = tmp_path / "trace"
+    with Guest(vdpa, "--name", "sim", "--net", keys, "--trace", str(trace)) as guest:
+        assert guest.do("cat /sys/class/net/eth0/address").strip() == SIM_MAC
+        guest.do(f"arp -s 192.168.100.9 {SIM_MAC}")
+        assert come_back(guest)
+        # The device hears of another address by its own control queue.
+        guest.do(f"ip link set eth0 address {OTHER_MAC}; arp -s 192.168.100.9 {SIM_MAC}")
+        assert not come_back(guest)
+        again = vdpa.run(
+            *PYVMM, *["run", "--host", "local", "--net", "vhost-vdpa,device=sim0", "--", "true"]
+        )
+        assert again.status == 125 and "in use by another process" in again.err, again
+        guest.do(f"arp -s 192.168.100.9 {OTHER_MAC}")
+        for old, new in (("vhost-vdpa", "emulated"), ("emulated", "vhost-vdpa")):
+            result = vdpa.run(*PYVMM, "switch", "--host", "local", "sim", new)
+            assert result.status == 0 and f"net0: {old} -> {new}, gap " in result.out, result
+            assert come_back(guest) == (new == "vhost-vdpa"), new
+        guest.do(f"ip link set eth0 address {SIM_MAC}")  # the simulator keeps it
+        guest.leave()
+        nic = guest.report["nets"][0]
+        assert nic["counters"]["filter_errors"] == 0 < nic["counters"]["filters"]
+        assert nic["vhost_vdpa"]["suspend"] and nic["vhost_vdpa"]["address_spaces"] == 2
+        assert "CTRL_RX" not in nic["offered"]
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    doctor = vdpa.run(*PYVMM, "doctor").out
+    assert "sim0: /dev/vhost-vdpa-0" in doctor and "/dev/vduse/control" in doctor, doctor
+    steps = [e["name"] for e in events if e["name"].startswith("VHOST_")]
+    updates = [e["args"] for e in events if e["name"] == "VHOST_IOTLB_UPDATE"]
+    assert {u["asid"] for u in updates} == {0, 1} and "VHOST_VDPA_SUSPEND" in steps
+
+
+def test_back_end(vdpa: Host, tmp_path: Path) -> None:
+    """`pyvmm backend --vduse`: a VMM uses the device, which cannot leave it; then the host itself
+    does (virtio_vdpa).
+    """
+    log = tmp_path / "log"
+    log.touch()
+    command = " ".join(PYVMM) + " backend --vduse card0 --tap tapv --address 192.168.100.1/24"
+    vdpa.sh(f"{command} >/dev/null 2>{log} & echo $! >{tmp_path}/pid")
+    vdpa.wait_until(lambda: "ready: /dev/vhost-vdpa-" in log.read_text(), log.read_text)
+    keys = "vhost-vdpa,device=card0,switchable=emulated"
+    with Guest(vdpa, "--name", "bound", "--net", keys) as guest:
+        text = guest.do(f"ping -c 3 -i 0.3 {nic_address(0, 'host')}")
+        assert "3 packets received" in text, text
+        result = vdpa.run(*PYVMM, "switch", "--host", "local", "bound", "emulated")
+        assert result.status == 114 and "card0 cannot be suspended" in result.err, result
+        for command in ("stop", "cont"):
+            vdpa.sh(" ".join((*PYVMM, command, "--host", "local", "bound")))
+        text = guest.do(f"ping -c 3 -i 0.3 {nic_address(0, 'host')}")
+        assert "3 packets received" in text, text
+        guest.leave()
+    vdpa.sh(
+        """
+        modprobe -a virtio_vdpa virtio_net
+        cd /sys/bus/vdpa/drivers
+        echo card0 >vhost_vdpa/unbind; echo card0 >virtio_vdpa/bind
+        card=$(ls /sys/bus/vdpa/devices/card0/virtio*/net)
+        ip netns add v; ip link set $card netns v
+        ip netns exec v ip addr add 192.168.100.5/24 dev $card
+        ip netns exec v ip link set $card up
+        ip netns exec v ping -q -c 3 -i 0.2 192.168.100.1
+        ip netns del v
+        """
+    )
+    vdpa.sh(f"kill -INT $(cat {tmp_path}/pid)")
+    vdpa.wait_until(lambda: "card0" not in vdpa.sh(DEVICES), log.read_text)
+
+
+def test_no_device(vdpa: Host) -> None:
+    """One line with the cause, and exit status 125."""
+    for device, words in (
+        ("nosuch", "there is no vDPA device nosuch; devices: "),
+        ("/dev/vhost-vdpa-77", "there is no vDPA device /dev/vhost-vdpa-77"),
+        ("/dev/null", "is it a vhost-vdpa device?"),
+    ):
+        net = f"vhost-vdpa,device={device}"
+        result = vdpa.run(*PYVMM, *f"run --host local --net {net} -- true".split())
+        assert result.status == 125 and words in result.err, result
+        assert result.err.count("\n") == 1, result
