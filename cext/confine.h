@@ -26,7 +26,7 @@ int pv_confine_thread(const uint16_t *calls, size_t count, void (*stopped)(int c
 
 /* cffi: begin */
 /* What pv_confine_process() has put into force. */
-enum { PV_CONFINED_FILES = 1, PV_CONFINED_CALLS = 2 };
+enum pv_confined { PV_CONFINED_FILES = 1, PV_CONFINED_CALLS = 2 };
 
 int pv_confine_process(void);
 const char *pv_call_name(int call);
