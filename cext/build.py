@@ -66,7 +66,9 @@ def make_ffi() -> FFI:
             *GENERATED,
             *sanitize,
         ],
-        extra_link_args=["-pthread", *sanitize],
+        # A confined thread must not look up a symbol at its first use: if another thread loads a
+        # library meanwhile, that is a call of futex(2).
+        extra_link_args=["-pthread", "-Wl,-z,now", *sanitize],
         depends=[os.path.relpath(p, HERE.parent) for p in headers],
         py_limited_api=True,
     )
