@@ -7,10 +7,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pyvmm.netopt import GROUPS, HONOURED
 from tests.boot.guest import (
     PYVMM,
     Guest,
@@ -265,6 +267,31 @@ def test_rss(host: Host) -> None:
             assert not nic["faults"] and not nic["driver_mistakes"], net
             assert "RSS" in nic["negotiated"] and nic["queue_pairs"]["used"] == 2
         assert "HASH_REPORT" in guest.report["nets"][3]["negotiated"]
+
+
+def test_the_table_of_features(host: Host) -> None:
+    """docs/features.md says what each data path offers, and what Linux 6.1 uses."""
+    page = (Path(__file__).parents[2] / "docs/features.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    heads = rows[0]
+    table = {row[0]: dict(zip(heads, row, strict=True)) for row in rows if len(row) == len(heads)}
+    of_the_host = set(GROUPS["uso"].split())
+    nets = [
+        f"{mode},queues=2,mtu=1500,with={'+'.join(HONOURED[mode])}"
+        for mode in ("emulated", "vhost-net", "vhost-user")
+    ]
+    used = set()
+    with Guest(host, *(arg for net in nets for arg in ("--net", net))) as guest:
+        for nic in range(len(nets)):
+            check_ping(guest, nic)
+        guest.leave()
+        for nic in guest.report["nets"]:
+            column = f"`{nic['mode']}`"
+            told = {n for n, row in table.items() if row.get(column) in ("yes", "on request")}
+            assert set(nic["offered"]) - of_the_host == told - of_the_host, nic["mode"]
+            used |= set(nic["negotiated"])
+    told = {n for n, row in table.items() if row["used by Linux 6.1"] == "yes"}
+    assert used - of_the_host == told - of_the_host
 
 
 def test_vlans(host: Host) -> None:

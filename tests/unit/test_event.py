@@ -99,8 +99,8 @@ def races() -> None:
 def test_a_counter_that_is_filled_just_before_we_write(tmp_path: Path) -> None:
     (tmp_path / "shim.c").write_text(SHIM)
     shim = tmp_path / "shim.so"
-    build = ["gcc", "-shared", "-fPIC", "-Wl,-z,now", "-o", shim, tmp_path / "shim.c"]
-    subprocess.run(build, check=True)
+    options = ["-shared", "-fPIC", "-Wl,-z,now"]
+    subprocess.run(["gcc", *options, "-o", shim, tmp_path / "shim.c"], check=True)
     subprocess.run(
         [sys.executable, "-c", "from tests.unit.test_event import races; races()"],
         env={**os.environ, "LD_PRELOAD": str(shim)},
