@@ -7,7 +7,9 @@
 #include <linux/filter.h>
 #include <linux/landlock.h>
 #include <linux/seccomp.h>
+#include <malloc.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -28,15 +30,22 @@ struct landlock_rules {
 	uint64_t scoped;
 };
 
-static __thread void (*thread_stopped)(int call);
+/*
+ * Without this model, the C library would allocate memory for the variable in each thread, and free
+ * it when the thread ends, which takes calls that it may not make.
+ */
+static __thread __attribute__((tls_model("initial-exec"))) void (*thread_stopped)(int call);
 
 /* A confined thread has asked for a call that it may not make: it ends here. */
 static void on_violation(int sig, siginfo_t *info, void *context)
 {
-	(void)sig;
 	(void)context;
-	if (thread_stopped)
-		thread_stopped(info->si_syscall);
+	if (!thread_stopped) { /* not ours: as without this handler */
+		signal(sig, SIG_DFL);
+		raise(sig);
+		return;
+	}
+	thread_stopped(info->si_syscall);
 	for (;;)
 		poll(NULL, 0, -1);
 }
@@ -69,6 +78,18 @@ static struct sock_filter answer(uint32_t action)
 static struct sock_filter unless(uint32_t value, uint8_t skip)
 {
 	return (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, 0, skip);
+}
+
+/* Allow a call if the lower half of its first argument passes a test. */
+static size_t allow_if(struct sock_filter *f, size_t n, uint32_t call, uint16_t test,
+		       uint32_t value)
+{
+	f[n++] = unless(call, 4);
+	f[n++] = load(offsetof(struct seccomp_data, args[0]));
+	f[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | test | BPF_K, value, 0, 1);
+	f[n++] = answer(SECCOMP_RET_ALLOW);
+	f[n++] = answer(SECCOMP_RET_KILL_PROCESS);
+	return n;
 }
 
 /* Begin a filter: calls of another kind of program are no calls at all. */
@@ -146,15 +167,14 @@ static const uint16_t process_calls[] = {
 	/* memory */
 	SYS_mmap, SYS_munmap, SYS_mprotect, SYS_mremap, SYS_madvise, SYS_brk,
 	/* threads, signals, time */
-	SYS_clone3, SYS_clone, SYS_set_robust_list, SYS_rseq, SYS_futex, SYS_gettid, SYS_getpid,
-	SYS_prctl, SYS_seccomp, SYS_sched_setaffinity, SYS_sched_getaffinity, SYS_sched_yield,
-	SYS_tgkill, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sigaltstack,
+	SYS_set_robust_list, SYS_rseq, SYS_futex, SYS_gettid, SYS_getpid,
+	SYS_prctl, SYS_seccomp, SYS_sched_yield, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sigaltstack,
 	SYS_restart_syscall, SYS_clock_gettime, SYS_clock_nanosleep, SYS_timer_create,
-	SYS_timer_settime, SYS_timer_delete, SYS_getrandom, SYS_prlimit64, SYS_exit, SYS_exit_group,
+	SYS_timer_settime, SYS_timer_delete, SYS_getrandom, SYS_exit, SYS_exit_group,
 };
 /* clang-format on */
-/* Refused without harm: Python looks for source lines when it prints a traceback. */
-static const uint16_t refused_calls[] = {SYS_newfstatat, SYS_stat};
+/* Refused without harm: fstat() of older C libraries, and whoever looks for files or limits. */
+static const uint16_t refused_calls[] = {SYS_newfstatat, SYS_stat, SYS_prlimit64};
 static const uint32_t process_ioctls[] = {FIOCLEX, FIONBIO, FIONREAD};
 
 /* No path, no TCP port, no abstract socket, no process outside. Returns whether that is in force. */
@@ -206,6 +226,7 @@ int pv_confine_process(void)
 
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 		return -errno;
+	mallopt(M_ARENA_MAX, 1); /* to trim another arena, the C library opens a file */
 	if (confine_files())
 		done |= PV_CONFINED_FILES;
 	drop_capabilities();
@@ -218,12 +239,21 @@ int pv_confine_process(void)
 		f[n++] = unless(refused_calls[i], 1);
 		f[n++] = answer(SECCOMP_RET_ERRNO | EACCES);
 	}
-	f[n++] = unless(SYS_ioctl, (uint8_t)(1 + 2 * ioctls));
+	f[n++] = unless(SYS_ioctl, (uint8_t)(2 + 2 * ioctls));
 	f[n++] = load(offsetof(struct seccomp_data, args[1]));
 	for (size_t i = 0; i < ioctls; i++) {
 		f[n++] = unless(process_ioctls[i], 1);
 		f[n++] = answer(SECCOMP_RET_ALLOW);
 	}
+	f[n++] = answer(SECCOMP_RET_KILL_PROCESS);
+	/* Threads, but no processes; the C library makes do without clone3, which has no flags to look at. */
+	f[n++] = unless(SYS_clone3, 1);
+	f[n++] = answer(SECCOMP_RET_ERRNO | ENOSYS);
+	n = allow_if(f, n, SYS_clone, BPF_JSET, CLONE_THREAD);
+	/* Only of this process. */
+	n = allow_if(f, n, SYS_sched_setaffinity, BPF_JEQ, 0);
+	n = allow_if(f, n, SYS_sched_getaffinity, BPF_JEQ, 0);
+	n = allow_if(f, n, SYS_tgkill, BPF_JEQ, (uint32_t)getpid());
 	f[n++] = answer(SECCOMP_RET_KILL_PROCESS);
 	error = filter_install(f, n, SECCOMP_FILTER_FLAG_TSYNC);
 	if (error)

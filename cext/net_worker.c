@@ -1031,6 +1031,19 @@ void pv_net_worker_free(struct pv_net_worker *w)
 	free(w);
 }
 
+/* What remains to the thread: see the theory of operation. */
+static const uint16_t calls[] = {
+	SYS_epoll_pwait2, SYS_epoll_ctl, SYS_readv,	     SYS_writev,
+	SYS_read,	  SYS_write,	 SYS_clock_gettime,  SYS_futex,
+	SYS_madvise,	  SYS_exit,	 SYS_rt_sigprocmask, SYS_rt_sigreturn,
+};
+
+/* The thread has made another call, as if somebody else were in control of it. */
+static void stopped(void *arg, int call)
+{
+	report(arg, (struct pv_net_event){.kind = PV_NET_STOPPED, .error = call});
+}
+
 /* Before the first round: what is pending is served then, kicked or not. */
 static void serve_begin(struct pv_net_worker *w)
 {
@@ -1041,6 +1054,7 @@ static void serve_begin(struct pv_net_worker *w)
 						.error = w->thread.pin_error});
 	if (w->cfg.trace)
 		trace_event(w, PV_TRACE_NONE, 0, 0, false);
+	pv_thread_confine(&w->thread, calls, sizeof(calls) / sizeof(calls[0]), stopped);
 	for (int q = RX; q <= TX; q++) {
 		if (!w->ring[q].fault)
 			pv_vring_disable_notify(&w->ring[q]);
@@ -1064,25 +1078,12 @@ static void serve_end(struct pv_net_worker *w)
 	}
 }
 
-/* What remains to the thread: see the theory of operation. */
-static const uint16_t calls[] = {
-	SYS_epoll_pwait2,  SYS_epoll_ctl, SYS_readv,	      SYS_writev,	SYS_read, SYS_write,
-	SYS_clock_gettime, SYS_madvise,	  SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_exit,
-};
-
-/* The thread has made another call, as if somebody else were in control of it. */
-static void stopped(void *arg, int call)
-{
-	report(arg, (struct pv_net_event){.kind = PV_NET_STOPPED, .error = call});
-}
-
 /* What the thread does. */
 static void serve(void *arg)
 {
 	struct pv_net_worker *w = arg;
 
 	serve_begin(w);
-	pv_thread_confine(&w->thread, calls, sizeof(calls) / sizeof(calls[0]), stopped);
 	while (!stopping(w)) {
 		if (net_round(w) || !net_sleep(w))
 			continue;

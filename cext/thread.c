@@ -126,7 +126,7 @@ void pv_thread_await(struct pv_thread *t)
 	sem_take(&t->ready);
 }
 
-static __thread struct pv_thread *confined;
+static __thread __attribute__((tls_model("initial-exec"))) struct pv_thread *confined;
 
 static void on_stopped(int call)
 {

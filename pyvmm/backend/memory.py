@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import struct
-from os import readlink
+from os import SEEK_END, lseek, readlink
 
 from pyvmm._ext import ffi, lib
 from pyvmm.spec.vhost_user import (
@@ -50,6 +50,14 @@ class FileMapping:
 
     def __init__(self, fd: int, size: int, *, unsealed: bool = False) -> None:
         check_file(fd, unsealed=unsealed)
+        try:
+            # mmap asks fstat(2), which a confined process may not have, and takes no answer for
+            # one.
+            end = lseek(fd, 0, SEEK_END)
+        except OSError:
+            end = size  # of the kernel's own file for VDUSE, which has no place
+        if end < size:
+            raise ProtocolError(f"cannot map {size} bytes of a memory file of {end}")
         try:
             self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
         except (OSError, ValueError, OverflowError) as e:

@@ -35,6 +35,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
+    from typing import Any
 
     from pyvmm.hostnet.tap import Tap
 
@@ -43,8 +44,6 @@ NAME = "pyvmm's own back-end"
 #: Seconds for an interpreter to start, and for a child to take a session.
 START_S, TAKE_S = 30.0, 2.0
 READY = b"\0"
-#: What the child imports when it first needs it, which is too late once it is confined.
-LATE = ("traceback", "linecache", "tokenize")
 #: Seconds for a child that has closed its control socket to be gone.
 DEATH_S = 1.0
 #: Bytes of a line of the child's log, and lines that are kept for ``complaints``.
@@ -270,8 +269,17 @@ def confine(log: Callable[[str], None]) -> None:
     given: no file, no socket of its own, no program, no capability. Everything that it will run
     has been imported.
     """
-    for name in LATE:
-        __import__(name)
+
+    def tell(kind: type[BaseException], error: BaseException | None, frames: Any) -> None:
+        """In place of Python's own words, for which it would open the sources."""
+        log(f"{kind.__name__}: {error}")
+        while frames is not None:
+            code = frames.tb_frame.f_code
+            log(f"  at {code.co_filename}:{frames.tb_lineno}, {code.co_qualname}")
+            frames = frames.tb_next
+
+    sys.excepthook = tell
+    threading.excepthook = lambda args: tell(*args[:3])
     done = lib.pv_confine_process()
     if done < 0:
         log(f"it cannot be confined: {os.strerror(-done)}")

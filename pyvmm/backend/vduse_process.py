@@ -15,8 +15,9 @@ import os
 import socket
 import sys
 import threading
+from contextlib import suppress
 
-from pyvmm.errors import PyvmmError, VdpaError
+from pyvmm.errors import PyvmmError, ThreadStopped, VdpaError
 from pyvmm.fd import Fd
 from pyvmm.programs import module
 from pyvmm.vhostuser.wire import readable
@@ -130,13 +131,22 @@ def serve(name: str, control_fd: int, tap: str, mtu: int, features: int, fds: li
 
     def log(line: str) -> None:
         nonlocal path
-        if line.startswith("ready: /"):
-            path = line.removeprefix("ready: ")
-            control.send(path.encode())
+        if line.startswith("ready: "):
+            said = line.removeprefix("ready: ")
+            path = said if said.startswith("/") else ""
+            tell(said)
+
+    def tell(what: str) -> None:
+        with suppress(OSError):  # the parent has gone: ``wait`` sees that
+            control.send(what.encode()[:LINE_MAX])
+
+    def stopped(problem: str) -> None:
+        os._exit(ThreadStopped.exit_code)  # at once: who knows what else is not ours any more
 
     try:
         port = LentTap(tap, [Fd(fd) for fd in fds], mtu, features)
-        with VduseBackend(name, NetService(port), mtu=mtu, log=log) as backend:
+        service = NetService(port, stopped=stopped)
+        with VduseBackend(name, service, mtu=mtu, log=log) as backend:
 
             def wait() -> None:
                 readable([control.fileno()], None)
@@ -146,7 +156,7 @@ def serve(name: str, control_fd: int, tap: str, mtu: int, features: int, fds: li
             backend.run()
     except PyvmmError as e:
         if not path:
-            control.send(str(e).encode()[:LINE_MAX])
+            tell(str(e))
 
 
 if __name__ == "__main__":
