@@ -254,8 +254,11 @@ class PciBus:
         self._latch = ffi.new("struct pv_pci_latch *")
         # The registers of all slots, which C reads at any time, also those of a function that has
         # just been unplugged.
-        self._registers = memoryview(bytearray(SLOTS * CONFIG_SIZE))
-        self._c_registers = ffi.from_buffer("uint8_t[]", self._registers)
+        # C has the bytes themselves: Python crashes if the garbage collector finds a memoryview
+        # whose buffer somebody else holds.
+        registers = bytearray(SLOTS * CONFIG_SIZE)
+        self._c_registers = ffi.from_buffer("uint8_t[]", registers)
+        self._registers = memoryview(registers)
         ports = bus.add(
             PIO, PORT_PCI_ADDRESS, 8, "pci-config", self, kind=lib.PV_REGION_PCI, opaque=self._latch
         )
