@@ -222,7 +222,7 @@ static bool notify_access(const struct pv_bus_region *r, uint64_t offset, bool w
 		return true;
 	if (n->fd[queue] < 0)
 		return false;
-	pv_event_add(n->fd[queue]);
+	pv_event_nudge(n->fd[queue]); /* a peer may have spoilt it, and the bus is locked */
 	return true;
 }
 

@@ -15,6 +15,8 @@ struct pv_line {
 	uint32_t high; /* how many functions hold the input high */
 };
 
+_Static_assert(PV_INTX_EVENTS <= PV_RELAY_EVENTS, "a card has more events than a relay takes");
+
 struct pv_intx {
 	pthread_mutex_t lock;
 	struct pv_line *line;

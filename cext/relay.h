@@ -12,8 +12,8 @@
 
 #include "thread.h"
 
-/* Of a card with 32 queue pairs, a control queue and the configuration. */
-#define PV_RELAY_EVENTS 66
+/* Of a card with 64 queue pairs, a control queue and the configuration. */
+#define PV_RELAY_EVENTS 130
 
 /* If the structure is zeroed, or pv_relay_stop() has returned, there is no thread. */
 struct pv_relay {
