@@ -669,12 +669,14 @@ class Machine:
             outcome.rips = [r["rip"] for r in registers]
             stuck = [i for i, state in enumerate(outcome.states) if state == RUNS_OFF]
             outcome.registers = registers[stuck[0] if stuck else 0]
-        for nic in self.nets:
-            nic.stop()
-        self._parting.cancel()
-        for stream in self._parts.streams:
-            stream.finish()
-        self._name_panic(outcome)
+        self._parts.plugs.give_up()
+        with ExitStack() as rest:  # the others, too, if a card's data path does not stop in order
+            rest.callback(self._name_panic, outcome)
+            for stream in reversed(self._parts.streams):
+                rest.callback(stream.finish)
+            rest.callback(self._parting.cancel)
+            for nic in reversed(list(self.nets)):
+                rest.callback(nic.stop)
 
     def _name_panic(self, request: Outcome) -> None:
         """Report an end as a panic, if a panic has led to it."""

@@ -266,15 +266,22 @@ class Plugs:
         for nic in self.nets:
             nic.cut()
 
-    def close(self) -> None:
-        """Release all cards. No vCPU runs any more. A second call does nothing."""
+    def give_up(self) -> list[Removal]:
+        """The guest has ended: nobody lets go of a card any more, and none is added. Returns the
+        removals that were going on.
+        """
         with self._state:
             self._over = True
             removals = list(self._removals.values())
-        with self._adding:
-            pass
         for removal in removals:
             removal.let_go(cancelled=True)
+        return removals
+
+    def close(self) -> None:
+        """Release all cards. No vCPU runs any more. A second call does nothing."""
+        removals = self.give_up()
+        with self._adding:
+            pass
         for removal in removals:
             removal.done.wait()
         with ExitStack() as closing:

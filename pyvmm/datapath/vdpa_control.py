@@ -9,7 +9,6 @@ memory. What the device writes there is not trusted.
 from __future__ import annotations
 
 import mmap
-import select
 import struct
 import time
 
@@ -34,6 +33,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CTRL_VLAN,
     VIRTIO_NET_OK,
 )
+from pyvmm.vhostuser.wire import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class ControlQueue:
             left = until - time.monotonic()
             if left <= 0:
                 raise HostError(f"{what}: no answer within {ANSWER_S:g} s")
-            select.select([self._call.fileno()], [], [], left)
+            readable([self._call.fileno()], left)
             self._call.drain()
         if memory[ANSWER] != VIRTIO_NET_OK:
             raise HostError(f"{what}: the device refuses it")

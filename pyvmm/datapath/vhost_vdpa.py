@@ -230,19 +230,21 @@ class VhostVdpa:
         try:
             with self._lock:
                 self._start(acked, memory, rings)
-            self._watcher = Thread(
+            watcher = Thread(
                 target=self._watch,
                 name=f"{self._device.name}-vdpa",
                 daemon=True,
                 failed=self._failed,
             )
-            self._watcher.start()
+            watcher.start()
         except BaseException:
             self._rings = list(rings)
-            self._let_go(keep=False)
-            self._rings = []
+            try:
+                self._let_go(keep=False)
+            finally:
+                self._rings = []
             raise
-        self._rings = list(rings)
+        self._rings, self._watcher = list(rings), watcher
 
     def _start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
         device = self._device
@@ -325,10 +327,12 @@ class VhostVdpa:
             if self._tells:
                 bases = [self._device.base(ring.index) for ring in rings]
         finally:
-            self._let_go(keep=finish)
-            self._rings = []
-            if self._packets is not None:
-                self._packets.stop()
+            try:
+                self._let_go(keep=finish)
+            finally:  # a device that has died refuses the reset, too
+                self._rings = []
+                if self._packets is not None:
+                    self._packets.stop()
         return [
             self._position(ring, bases[i] if bases else None, memory, finish)
             for i, ring in enumerate(rings)

@@ -8,6 +8,7 @@ import errno
 import os
 import resource
 import struct
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -204,6 +205,27 @@ def test_what_a_device_stands_for() -> None:
     path.close()
     path = VhostVdpa(PipeDevice(bits("VIRTIO_F_VERSION_1")))  # one that does not filter
     assert path.withholds == 0
+    path.close()
+
+
+def test_a_device_that_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses its reset as well; the path has let go of the rings all the same."""
+    path = VhostVdpa(PipeDevice(NET, config=CONFIG))
+    ring = cast("Any", SimpleNamespace(index=0))
+
+    def refuse(*args: object) -> None:
+        raise VdpaError("it is gone")
+
+    monkeypatch.setattr(path._device, "set_status", refuse)
+    monkeypatch.setattr(path, "_device", path._device)
+    for name in ("call_for_config", "clear_ring"):
+        monkeypatch.setattr(path._device, name, lambda *args: None)
+    monkeypatch.setattr(path, "_unmap", lambda: None)
+    path._rings, path._memory = [ring], cast("Any", object())
+    with pytest.raises(VdpaError, match="it is gone"):
+        path.stop()
+    assert path.stop() == []
+    path._memory = None
     path.close()
 
 
