@@ -156,7 +156,8 @@ class Bus:
             raise MemoryError
         self._regions: dict[int, Region] = {}
         self._held: threading.Event | None = None
-        self._retired: dict[tuple[int, str], int] = {}  # (space, name) -> the region's id
+        # (space, name) -> the ids of regions, in the order in which they were retired
+        self._retired: dict[tuple[int, str], list[int]] = {}
 
     def close(self) -> None:
         """Free the table once no vCPU runs any more. A second call does nothing."""
@@ -182,17 +183,18 @@ class Bus:
         :param opaque: the C object that this code needs; lent until the bus is closed, or until
             ``unmap`` for the kinds that ``pv_bus_find`` pins.
         """
-        number = self._retired.pop((space, name), len(self._regions) + 1)
+        retired = self._retired.get((space, name))
+        number = retired.pop(0) if retired else len(self._regions) + 1
         r = Region(self, number, space, length, name, handler, kind, opaque)
         self._regions[r.id] = r
         return r
 
     def retire(self, region: Region) -> None:
         """Unmap ``region`` for good. The ledger still knows its id and its names, until a region
-        with the same name takes the id over.
+        with the same name takes the id over: of several, the first one that was retired.
         """
         region.unmap()
-        self._retired[region.space, region.name] = region.id
+        self._retired.setdefault((region.space, region.name), []).append(region.id)
 
     def add(
         self,
@@ -238,7 +240,7 @@ class Bus:
 
     def region_names(self) -> set[tuple[str, str]]:
         """The name and the prefix of each region."""
-        return {(r.name, r.prefix) for r in self._regions.values()}
+        return {(r.name, r.prefix) for r in list(self._regions.values())}
 
     def hold(self, until: threading.Event) -> None:
         """For a handler that answers an access: the vCPU is not to enter the guest before

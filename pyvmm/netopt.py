@@ -74,6 +74,7 @@ HONOURED: dict[str, tuple[str, ...]] = {
     "emulated": ON_REQUEST,
     "vhost-net": ("rss",),
     "vhost-user": ("packed", "in-order", "rss"),
+    "vhost-vdpa": ("packed",),
 }
 #: Mbit/s: the largest number in struct virtio_net_config.
 SPEED_MAX = 0x7FFFFFFF

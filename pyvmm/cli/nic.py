@@ -111,7 +111,11 @@ def _remove(client: Client, args: argparse.Namespace) -> int:
         except TimeoutError:
             if left <= AGAIN_S:
                 break
-            client.command("device_del", id=args.card)
+            try:
+                client.command("device_del", id=args.card)
+            except ControlError as e:
+                if e.kind != "DeviceNotFound":  # else it has let go, and its event is on the way
+                    raise
         except MachineMissing as e:
             raise MachineMissing(f"the machine ended before {args.card} had gone: {e.cause}") from e
         else:

@@ -2,7 +2,8 @@
 reads it (``guest/pyvmm_port.h`` has the protocol).
 
 Theory of operation: a read of PORT_GUEST_INPUT copies up to 4096 bytes to the page that init has
-named. If there are none yet, a byte on the second serial port tells init when there are. A thread
+named. If there are none yet, a byte on the second serial port tells init when there are; one more
+each second until init comes, because a sleep of the machine loses what is in the port. A thread
 reads ahead from the host's descriptor, at most ``AHEAD`` bytes, and only once the guest has asked:
 what the command does not read stays there, but for what is on the way.
 """
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 AHEAD = 1 << 16
+RING_MS = 1000
 
 
 class GuestInput(Closing):
@@ -50,6 +52,7 @@ class GuestInput(Closing):
         self._ahead = bytearray()
         self._ended = False
         self._hungry = False  # the guest has found nothing, and waits for the bell
+        self._rung = False  # the bell has rung since the guest came last
         self._wanted, self._stop = eventfds(2)
         self._thread = Thread(target=self._pump, name="input", daemon=True)
         self._thread.start()
@@ -64,6 +67,7 @@ class GuestInput(Closing):
             return 0
         self.asked = True
         with self._lock:
+            self._rung = False
             piece = bytes(self._ahead[:PAGE])
             if piece and not self._store(piece):
                 return INPUT_ENDS
@@ -83,7 +87,7 @@ class GuestInput(Closing):
     def reset(self) -> None:
         """The guest starts over: its next command goes on with what is left of the input."""
         with self._lock:
-            self._hungry = False
+            self._hungry = self._rung = False
         self.bell.reset()
 
     def close(self) -> None:
@@ -110,11 +114,27 @@ class GuestInput(Closing):
                 self._ended = not data
                 hungry, self._hungry = self._hungry, False
             if hungry:
-                self.bell.feed(b"!")
+                self._ring()
+        while self._rung and self._ready():
+            pass
 
-    def _ready(self, fd: int) -> bool:
-        """Wait until ``fd`` can be read; returns False if ``close`` has been called."""
+    def _ring(self) -> None:
+        self._rung = True
+        self.bell.feed(b"!")
+
+    def _ready(self, fd: int = -1) -> bool:
+        """Wait until ``fd`` can be read, or once for ``RING_MS`` without one; returns False if
+        ``close`` has been called. Rings again while the guest does not come.
+        """
         poll = select.poll()
-        poll.register(fd, select.POLLIN)
+        if fd >= 0:
+            poll.register(fd, select.POLLIN)
         poll.register(self._stop.fileno(), select.POLLIN)
-        return all(ready != self._stop.fileno() for ready, _ in poll.poll())
+        while True:
+            ready = poll.poll(RING_MS if self._rung else None)
+            if ready:
+                return all(one != self._stop.fileno() for one, _ in ready)
+            if self._rung:
+                self._ring()
+            if fd < 0:
+                return True

@@ -202,7 +202,7 @@ class _Trace:
     """Makes trace events from the recorded numbers: one list per track, in the order of time."""
 
     def __init__(self, machine: Traced, recorder: Recorder) -> None:
-        self._accounts, self._nets, self._recorder = machine.accounts, machine.nets, recorder
+        self._accounts, self._nets, self._recorder = machine.accounts, tuple(machine.nets), recorder
         self._cmdline = machine.cmdline()
         self._bus = self._accounts.bus
         self._zero = self._accounts.phases["vmm"]

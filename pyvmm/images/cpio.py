@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"070701"
 HEADER = 110  # bytes, followed by the name
+HEX = frozenset(b"0123456789abcdefABCDEF")
 TRAILER = "TRAILER!!!"
 ALIGN = 512  # bytes; the length of an archive is a multiple of them
 #: The longest path and the longest target of a symbolic link, in bytes; Linux skips longer ones.
@@ -309,6 +310,9 @@ class Listing:
                     return
                 at += 4
                 continue
+            head = data[at + 6 : at + HEADER]
+            if len(head) != HEADER - 6 or set(head) - HEX:  # int() alone would take a sign
+                raise ValueError("no header of an archive")
             fields = [int(data[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]
             mode, length, named = fields[1], fields[6], fields[11]
             name = data[at + HEADER : at + HEADER + named - 1]

@@ -59,7 +59,9 @@ def setup(progress: Callable[[str], None]) -> str:
 
 
 def _built(root: str) -> bool:
-    return bool(root) and any(Path(root).glob(f"lib/modules/*/extra/{MODULES[-1]}.ko"))
+    """Whether depmod, which comes last, has found the modules."""
+    found = Path(root).glob("lib/modules/*/modules.dep") if root else []
+    return any(f"extra/{MODULES[-1]}.ko:" in path.read_text() for path in found)
 
 
 def _headers(apt: Apt, version: str, into: Path) -> Path:

@@ -284,6 +284,21 @@ def test_a_compressed_initrd_cannot_be_listed(tmp_path: Path) -> None:
     assert listing.read("b") == b"b" and listing.complete
 
 
+@pytest.mark.parametrize("length", [b"-0000070", b"+0000001", b"0x000001", b" 0000001"])
+def test_an_archive_with_a_length_that_is_none(tmp_path: Path, length: bytes) -> None:
+    """Each field has eight hexadecimal digits; a sign would lead back to the same header."""
+    archive = Archive()
+    archive.file("/a", b"a")
+    raw = bytearray(archive.pack())
+    (at,) = (i for i in range(len(raw)) if raw[i : i + 6] == b"070701" and raw[i + 110] == ord("a"))
+    raw[at + 54 : at + 62] = length
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(raw)
+    listing = Listing()
+    listing.add(str(initrd))
+    assert not listing.complete
+
+
 # --- modules --------------------------------------------------------------------------------------
 
 MODULE = """

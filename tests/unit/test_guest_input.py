@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from pyvmm.bus import PIO
+from pyvmm.devices import guest_input
 from pyvmm.devices.guest_input import AHEAD, GuestInput
 from pyvmm.spec.platform import INPUT_ENDS, PORT_COM2, PORT_GUEST_INPUT
 from tests.pci_guest import Board
@@ -142,3 +143,19 @@ def test_it_ends_while_it_waits(init: Init) -> None:
     assert init.fetch() == 0
     init.input.close()
     init.input.close()
+
+
+def test_the_bell_rings_again(init: Init, pipe: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sleep of the machine empties the port; the guest learns of its input all the same."""
+    monkeypatch.setattr(guest_input, "RING_MS", 10)
+    assert init.fetch() == 0
+    os.write(pipe[1], b"one")
+    init.await_bell()
+    init.input.bell.reset()
+    init.await_bell()
+    assert init.fetch() == 3 and init.fetch() == 0
+    close(pipe, 1)  # the end counts, too
+    init.await_bell()
+    init.input.bell.reset()
+    init.await_bell()
+    assert init.fetch() == INPUT_ENDS
