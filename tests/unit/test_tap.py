@@ -403,7 +403,7 @@ class Guest:
         return find()
 
     def close(self) -> None:
-        self.path.stop()
+        self.path.close()
         self.driver.close()
         self.memory.close()
 
