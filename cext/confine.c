@@ -167,9 +167,9 @@ static const uint16_t process_calls[] = {
 	/* memory */
 	SYS_mmap, SYS_munmap, SYS_mprotect, SYS_mremap, SYS_madvise, SYS_brk,
 	/* threads, signals, time */
-	SYS_set_robust_list, SYS_rseq, SYS_futex, SYS_gettid, SYS_getpid,
-	SYS_prctl, SYS_seccomp, SYS_sched_yield, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sigaltstack,
-	SYS_restart_syscall, SYS_clock_gettime, SYS_clock_nanosleep, SYS_timer_create,
+	SYS_set_robust_list, SYS_rseq, SYS_futex, SYS_gettid, SYS_getpid, SYS_prctl, SYS_seccomp,
+	SYS_sched_yield, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn,
+	SYS_sigaltstack, SYS_restart_syscall, SYS_clock_gettime, SYS_clock_nanosleep, SYS_timer_create,
 	SYS_timer_settime, SYS_timer_delete, SYS_getrandom, SYS_exit, SYS_exit_group,
 };
 /* clang-format on */
@@ -246,7 +246,7 @@ int pv_confine_process(void)
 		f[n++] = answer(SECCOMP_RET_ALLOW);
 	}
 	f[n++] = answer(SECCOMP_RET_KILL_PROCESS);
-	/* Threads, but no processes; the C library makes do without clone3, which has no flags to look at. */
+	/* Threads, but no processes. A filter cannot see the flags of clone3. */
 	f[n++] = unless(SYS_clone3, 1);
 	f[n++] = answer(SECCOMP_RET_ERRNO | ENOSYS);
 	n = allow_if(f, n, SYS_clone, BPF_JSET, CLONE_THREAD);

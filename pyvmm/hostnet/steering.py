@@ -15,6 +15,7 @@ from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError
 from pyvmm.fd import Fd
 from pyvmm.spec.virtio_net import (
+    RSS_TABLE_MAX,
     VIRTIO_NET_RSS_HASH_TYPE_IPv4,
     VIRTIO_NET_RSS_HASH_TYPE_IPv6,
     VIRTIO_NET_RSS_HASH_TYPE_TCPv4,
@@ -57,8 +58,6 @@ V6 = (
     VIRTIO_NET_RSS_HASH_TYPE_TCPv6,
     VIRTIO_NET_RSS_HASH_TYPE_UDPv6,
 )
-#: Table entries at most: a power of two, what Linux expects.
-TABLE_MAX = 128
 
 
 class _Program:
@@ -107,7 +106,7 @@ def _program(types: int, key: bytes, table: Sequence[int], unclassified: int) ->
     p = _Program()
     key = key.ljust(lib.PV_FLOW_KEY_MAX, b"\0")
     for i, queue in enumerate(table):
-        p.add(STORE_BYTE, STACK, off=i - TABLE_MAX, value=queue)
+        p.add(STORE_BYTE, STACK, off=i - RSS_TABLE_MAX, value=queue)
     p.add(MOV, SKB, R1)
     p.add(LOAD_WORD, END, SKB, SKB_LEN)
     p.jump("whole", IF_LESS, END, value=lib.PV_FLOW_HEAD_MAX)
@@ -140,7 +139,7 @@ def _program(types: int, key: bytes, table: Sequence[int], unclassified: int) ->
         p.add(AND_VALUE, HASH, value=len(table) - 1)
         p.add(MOV, R1, STACK)
         p.add(ADD, R1, HASH)
-        p.add(LOAD_BYTE, R0, R1, -TABLE_MAX)
+        p.add(LOAD_BYTE, R0, R1, -RSS_TABLE_MAX)
         p.add(EXIT)
     p.label("none")
     p.add(MOV_VALUE, R0, value=unclassified)

@@ -12,6 +12,9 @@ import time
 from pyvmm.datapath.base import Hashing, RxFilter, Steering
 from pyvmm.errors import PyvmmError, RingFault
 from pyvmm.spec.virtio_net import (
+    RSS_HASH_TYPES,
+    RSS_KEY_MAX,
+    RSS_TABLE_MAX,
     VIRTIO_NET_CTRL_ANNOUNCE,
     VIRTIO_NET_CTRL_ANNOUNCE_ACK,
     VIRTIO_NET_CTRL_GUEST_OFFLOADS,
@@ -46,12 +49,6 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_RSS,
     VIRTIO_NET_F_VQ_NOTF_COAL,
     VIRTIO_NET_OK,
-    VIRTIO_NET_RSS_HASH_TYPE_IPv4,
-    VIRTIO_NET_RSS_HASH_TYPE_IPv6,
-    VIRTIO_NET_RSS_HASH_TYPE_TCPv4,
-    VIRTIO_NET_RSS_HASH_TYPE_TCPv6,
-    VIRTIO_NET_RSS_HASH_TYPE_UDPv4,
-    VIRTIO_NET_RSS_HASH_TYPE_UDPv6,
 )
 from pyvmm.virtio.queue import ServedQueue
 
@@ -68,17 +65,6 @@ else:
 
 #: Entries of each table kept; with more, everything of that kind is received.
 MAC_TABLE = 64
-#: What the card can hash, and the longest key and table: what Linux expects.
-HASH_TYPES = (
-    VIRTIO_NET_RSS_HASH_TYPE_IPv4
-    | VIRTIO_NET_RSS_HASH_TYPE_TCPv4
-    | VIRTIO_NET_RSS_HASH_TYPE_UDPv4
-    | VIRTIO_NET_RSS_HASH_TYPE_IPv6
-    | VIRTIO_NET_RSS_HASH_TYPE_TCPv6
-    | VIRTIO_NET_RSS_HASH_TYPE_UDPv6
-)
-HASH_KEY_MAX = 40
-HASH_TABLE_MAX = 128
 #: Longest command: class, command and two full address tables as a driver may send them.
 COMMAND_MAX = 2 + 2 * (4 + 6 * 4096)
 
@@ -269,7 +255,7 @@ class Control:
     def _rss(self, command: int, data: bytes) -> bool:
         """5.1.6.5.7.1: struct virtio_net_rss_config."""
         types, most, unclassified = struct.unpack_from("<IHH", data)
-        if most & most + 1 or most >= HASH_TABLE_MAX:
+        if most & most + 1 or most >= RSS_TABLE_MAX:
             return False
         table = struct.unpack_from(f"<{most + 1}H", data, 8)
         (pairs,) = struct.unpack_from("<H", data, 10 + 2 * most)
@@ -350,6 +336,6 @@ def _hashing(types: int, rest: bytes) -> Hashing | None:
     """What the types and the end of a command, the key and its length, mean; None if they may not
     be so.
     """
-    if types & ~HASH_TYPES or rest[0] > HASH_KEY_MAX or len(rest) != 1 + rest[0]:
+    if types & ~RSS_HASH_TYPES or rest[0] > RSS_KEY_MAX or len(rest) != 1 + rest[0]:
         return None
     return Hashing(types, rest[1:])

@@ -20,6 +20,9 @@ from pyvmm.spec.virtio import (
 )
 from pyvmm.spec.virtio_net import (
     CONFIG_NAMES,
+    RSS_HASH_TYPES,
+    RSS_KEY_MAX,
+    RSS_TABLE_MAX,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MIN,
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
     VIRTIO_NET_F_CTRL_MAC_ADDR,
@@ -45,7 +48,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_S_ANNOUNCE,
     VIRTIO_NET_S_LINK_UP,
 )
-from pyvmm.virtio.control import HASH_KEY_MAX, HASH_TABLE_MAX, HASH_TYPES, Control
+from pyvmm.virtio.control import Control
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.listener import PathListener
 
@@ -247,7 +250,7 @@ class NetDevice(VirtioDevice):
                 (self.mtu or 0).to_bytes(2, "little"),
                 self._speed.to_bytes(4, "little"),
                 bytes([FULL_DUPLEX]),
-                struct.pack("<BHI", HASH_KEY_MAX, HASH_TABLE_MAX, HASH_TYPES)
+                struct.pack("<BHI", RSS_KEY_MAX, RSS_TABLE_MAX, RSS_HASH_TYPES)
                 if self._offered & HASHED
                 else b"",
             )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError
 from pyvmm.spec.virtio import VIRTIO_CONFIG_S_NEEDS_RESET
+from pyvmm.spec.virtio_net import RSS_HASH_TYPES as HASH_TYPES
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_CTRL_ANNOUNCE,
     VIRTIO_NET_CTRL_ANNOUNCE_ACK,
@@ -43,7 +44,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_OK,
     VIRTIO_NET_HASH_REPORT_UDPv4,
 )
-from pyvmm.virtio.control import HASH_TYPES, MAC_TABLE
+from pyvmm.virtio.control import MAC_TABLE
 from pyvmm.virtio.net import COALESCE_US_MAX, PCI_CLASS_NETWORK_ETHERNET, NetDevice
 from pyvmm.virtio.pci.transport import VirtioPci
 from tests.driver import Cable, bits, wait_for

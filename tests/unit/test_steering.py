@@ -18,7 +18,7 @@ from pyvmm.datapath.base import Hashing, Steering
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.steering import may_steer, steering_program
 from pyvmm.spec import virtio_net as vn
-from pyvmm.virtio.control import HASH_TYPES
+from pyvmm.spec.virtio_net import RSS_HASH_TYPES as HASH_TYPES
 from tests.driver import wait_for
 
 #: The key and the results with which drivers and devices are checked: Microsoft's "Verifying the
