@@ -41,6 +41,7 @@ REASONS = {
     ("docs/images.md", "pyvmm image build"): "downloads a kernel",
     ("docs/images.md", "I=~/.cache"): "a console of QEMU, see tests/unit/test_images.py",
     ("docs/matrix.md", "pyvmm image build"): "downloads a kernel, and boots eight guests",
+    ("docs/features.md", "pyvmm image build"): "boots fourteen guests, on Linux 6.12",
     ("docs/matrix.md", "pyvmm matrix ["): "is a synopsis",
     ("docs/performance.md", "make bench"): "takes half an hour",
     ("docs/pytest.md", "pytest -v"): "needs an image of another kernel, see test_plugin",
