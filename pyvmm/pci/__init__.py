@@ -10,9 +10,16 @@ from pyvmm._ext import ffi, lib
 from pyvmm.bus import MMIO, PIO, Bus, Region, Registers
 from pyvmm.errors import UsageError
 from pyvmm.spec.pci import (
+    AF_NAMES,
     HEADER_NAMES,
+    PCI_AF_CAP_TP_FLR,
+    PCI_AF_CTRL,
+    PCI_AF_CTRL_FLR,
     PCI_BASE_ADDRESS_0,
     PCI_BASE_ADDRESS_SPACE_IO,
+    PCI_CAP_AF_SIZEOF,
+    PCI_CAP_ID_AF,
+    PCI_CAP_ID_PM,
     PCI_CAPABILITY_LIST,
     PCI_CLASS_PROG,
     PCI_COMMAND,
@@ -20,11 +27,17 @@ from pyvmm.spec.pci import (
     PCI_COMMAND_IO,
     PCI_COMMAND_MASTER,
     PCI_COMMAND_MEMORY,
+    PCI_D0,
+    PCI_D3HOT,
     PCI_INTERRUPT_LINE,
     PCI_INTERRUPT_PIN,
+    PCI_PM_CTRL,
+    PCI_PM_CTRL_NO_SOFT_RESET,
+    PCI_PM_CTRL_STATE_MASK,
     PCI_STATUS,
     PCI_STATUS_CAP_LIST,
     PCI_SUBSYSTEM_VENDOR_ID,
+    PM_NAMES,
 )
 from pyvmm.spec.platform import (
     GSI_PCI_BASE,
@@ -128,6 +141,8 @@ class PciFunction:
         self.allow(PCI_COMMAND, COMMAND_BITS, 2)
         self.allow(PCI_INTERRUPT_LINE, 0xFF, 1)
         self._initial = b""
+        self._pm_cap = self._af_cap = 0  # none
+        self._power = PCI_D0
 
     def put(self, at: int, value: int, size: int) -> None:
         """Set a register from the device's side, also one that the guest may not write."""
@@ -169,6 +184,33 @@ class PciFunction:
         self.put(PCI_STATUS, PCI_STATUS_CAP_LIST, 2)
         return at
 
+    def add_power_management(self) -> None:
+        """Let the driver put the function to sleep (D3hot), from which it wakes as it was, and
+        reset it alone (FLR).
+        """
+        control = PCI_PM_CTRL_NO_SOFT_RESET.to_bytes(2, "little")
+        # Version 3 of the interface; no D1, D2 or power management events.
+        self._pm_cap = self.add_capability(
+            PCI_CAP_ID_PM, b"\x03\x00" + control + bytes(2), "power management", PM_NAMES
+        )
+        self.allow(self._pm_cap + PCI_PM_CTRL, PCI_PM_CTRL_STATE_MASK, 2)
+        body = bytes([PCI_CAP_AF_SIZEOF, PCI_AF_CAP_TP_FLR, 0, 0])
+        self._af_cap = self.add_capability(PCI_CAP_ID_AF, body, "advanced features", AF_NAMES)
+        self.allow(self._af_cap + PCI_AF_CTRL, PCI_AF_CTRL_FLR, 1)
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the function is in D3hot: it answers in configuration space only, and does not
+        access memory or interrupt.
+        """
+        return self._power == PCI_D3HOT
+
+    @property
+    def command(self) -> int:
+        """The command register as far as it is in force."""
+        off = PCI_COMMAND_IO | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER if self.asleep else 0
+        return self.get(PCI_COMMAND, 2) & ~off
+
     def register_name(self, at: int, write: bool) -> str:
         """The name in the ledger of the register at ``at``."""
         return Registers(self._names)(at, write) or f"register {at:#x}"
@@ -187,15 +229,30 @@ class PciFunction:
             value >>= 8
         if at < PCI_COMMAND + 2 and at + size > PCI_COMMAND:
             self.decode()
-            self.command_written(self.get(PCI_COMMAND, 2))
+            self.command_written(self.command)
         elif PCI_BASE_ADDRESS_0 <= at < PCI_BASE_ADDRESS_0 + 24:
             self.decode()
         else:
+            self._power_written()
             self.config_written(at, size)
+
+    def _power_written(self) -> None:
+        """After a write to any capability: what it asks of power management."""
+        if self._pm_cap:
+            at = self._pm_cap + PCI_PM_CTRL
+            state = self.get(at, 2) & PCI_PM_CTRL_STATE_MASK
+            if state not in (PCI_D0, PCI_D3HOT):  # 3.2.4: not supported, so it stays as it was
+                self.put(at, PCI_PM_CTRL_NO_SOFT_RESET | self._power, 2)
+            elif state != self._power:
+                self._power = state
+                self.decode()
+                self.command_written(self.command)
+        if self._af_cap and self.config[self._af_cap + PCI_AF_CTRL]:
+            self.function_reset()  # which clears the bit, too
 
     def decode(self) -> None:
         """Let each BAR decode where its register says, unless another region is there already."""
-        command = self.get(PCI_COMMAND, 2)
+        command = self.command
         for index, bar in self.bars.items():
             base = self.bar_address(index)
             enabled = command & (PCI_COMMAND_IO if bar.io else PCI_COMMAND_MEMORY)
@@ -220,11 +277,16 @@ class PciFunction:
         """Remember the present registers: ``reset`` restores them."""
         self._initial = bytes(self.config)
 
+    def function_reset(self) -> None:
+        """The driver resets the function alone (FLR); for subclasses that hold more."""
+        self.reset()
+
     def reset(self) -> None:
         """Restore the registers as ``power_on`` saw them. The BARs decode nothing any more."""
         self.config[:] = self._initial
+        self._power = PCI_D0
         self.decode()
-        self.command_written(self.get(PCI_COMMAND, 2))
+        self.command_written(self.command)
 
 
 COMMAND_BITS = PCI_COMMAND_IO | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | PCI_COMMAND_INTX_DISABLE

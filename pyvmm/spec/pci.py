@@ -24,6 +24,24 @@ PCI_CAPABILITY_LIST = 0x34
 PCI_INTERRUPT_LINE = 0x3C
 PCI_INTERRUPT_PIN = 0x3D
 
+# PCI Power Management 1.2, 3.2
+PCI_CAP_ID_PM = 0x01
+PCI_PM_PMC = 2
+PCI_PM_CTRL = 4
+PCI_PM_CTRL_STATE_MASK = 0x3
+PCI_PM_CTRL_NO_SOFT_RESET = 0x8
+PCI_D0 = 0
+PCI_D3HOT = 3
+PM_NAMES = {2: "capabilities", 4: "control"}
+
+# ECN "Advanced Capabilities for Conventional PCI"
+PCI_CAP_ID_AF = 0x13
+PCI_AF_CTRL = 4
+PCI_AF_CTRL_FLR = 0x1
+PCI_AF_CAP_TP_FLR = 0x3
+PCI_CAP_AF_SIZEOF = 6
+AF_NAMES = {2: "length", 3: "capabilities", 4: "control", 5: "status"}
+
 # 6.8.2, MSI-X capability
 PCI_CAP_ID_VNDR = 0x09
 PCI_CAP_ID_MSIX = 0x11

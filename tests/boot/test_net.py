@@ -294,6 +294,26 @@ def test_the_table_of_features(host: Host) -> None:
     assert used - of_the_host == told - of_the_host
 
 
+def test_function_reset(host: Host) -> None:
+    """Linux resets a card alone (FLR), as before it gives the card away, and binds it again."""
+    nets = ("emulated", "vhost-net", "emulated,legacy=on")
+    with Guest(host, *(arg for net in nets for arg in ("--net", net))) as guest:
+        for nic in range(len(nets)):
+            check_ping(guest, nic)
+            card, bind = f"0000:00:{nic + 1:02x}.0", "/sys/bus/pci/drivers/virtio-pci"
+            there = f"/sys/bus/pci/devices/{card}"
+            assert "af_flr" in guest.do(f"cat {there}/reset_method")
+            guest.do(f"echo {card} >{bind}/unbind")
+            guest.do(f"echo 1 >{there}/reset && echo {card} >{bind}/bind")
+            name = guest.do(f"ls {there}/virtio*/net").strip()
+            address = nic_address(nic, "guest")
+            guest.do(f"ip link set {name} up && ip addr add {address}/24 dev {name}")
+            check_ping(guest, nic)
+        guest.leave()
+        for nic in guest.report["nets"]:
+            assert not nic["faults"] and not nic["driver_mistakes"]
+
+
 def test_vlans(host: Host) -> None:
     """Frames of a VLAN that the guest has not asked for stay in the host, with each data path;
     without the control queue all come.

@@ -1,4 +1,4 @@
-"""Linux suspends to memory (ACPI S3) and goes on, with its processors, its clock and its cards."""
+"""Linux suspends to memory (ACPI S3) and goes on: processors, clock, cards (in D3hot)."""
 
 from __future__ import annotations
 
@@ -52,5 +52,8 @@ def test_suspend(host: Host) -> None:
     assert all(b - a > -1 for a, b in itertools.pairwise(stamps)) and stamps[-1] < 3600
     report = guest.report
     assert report["reboots"] == 0
+    exits = report["exits"]["by_name"]
+    for nic in range(len(MODES)):  # to D3hot and back, each time
+        assert exits[f"pci-config net{nic} power management control"] >= 2 * len(WAYS)
     for nic in report["nets"]:
         assert not nic["faults"] and not nic["driver_mistakes"] and not nic["kvm_refusals"]

@@ -788,6 +788,59 @@ def test_without_bus_mastering_memory_stays_as_it_is(rig: Rig, msix: bool) -> No
     assert not rig.device.faults
 
 
+def capability(rig: Rig, cap: int) -> int:
+    return next(at for kind, at in rig.board.capabilities(1) if kind == cap)
+
+
+@pytest.mark.parametrize("msix", [True, False])
+def test_asleep_it_does_nothing_and_wakes_as_it_was(rig: Rig, msix: bool) -> None:
+    """D3hot (PCI PM 1.2, 5.4.1): configuration space answers, and nothing else."""
+    g = rig.guest(msix=msix)
+    echo(rig, g)
+    control = capability(rig, pci.PCI_CAP_ID_PM) + pci.PCI_PM_CTRL
+    rig.vm.delivered()
+    g.net.received.clear()
+    rig.board.config_write(1, control, 2, pci.PCI_D3HOT)
+    assert rig.board.config_read(1, control, 2) == pci.PCI_PM_CTRL_NO_SOFT_RESET | pci.PCI_D3HOT
+    assert rig.board.config_read(1, 0) == 0x10411AF4 and g.pci.status == 0xFF
+    before = memory_of(rig)
+    assert rig.path.workers() == []
+    rig.cable.far.send(bytes(12) + frame(1))
+    g.pci.enable()  # stays without effect
+    rig.board.config_write(1, control, 2, 1)  # D1: not supported, and ignored
+    assert rig.board.config_read(1, control, 2) & pci.PCI_PM_CTRL_STATE_MASK == pci.PCI_D3HOT
+    assert memory_of(rig) == before and rig.vm.delivered() == [] and rig.path.workers() == []
+    rig.board.config_write(1, control, 2, pci.PCI_D0)
+    assert [p[12:] for p in g.net.wait_packets(1)] == [frame(1)]
+    echo(rig, g)
+    assert not rig.device.faults and g.pci.status & DRIVER_OK
+
+
+@pytest.mark.parametrize("msix", [True, False])
+def test_a_reset_of_the_function_alone(rig: Rig, msix: bool) -> None:
+    """FLR under traffic: registers, BARs, MSI-X and device as after power-on; the driver begins
+    anew.
+    """
+    g = rig.guest(msix=msix)
+    echo(rig, g)
+    control = capability(rig, pci.PCI_CAP_ID_AF) + pci.PCI_AF_CTRL
+    rig.board.config_write(1, control, 1, pci.PCI_AF_CTRL_FLR)
+    assert rig.board.config_read(1, control, 1) == 0
+    assert rig.board.config_read(1, pci.PCI_COMMAND, 2) == 0 and g.pci.status == 0xFF
+    assert rig.board.config_read(1, g.pci.msix_cap + pci.PCI_MSIX_FLAGS, 2) >> 15 == 0
+    rig.vm.delivered()
+    rig.cable.far.send(bytes(12) + frame(1))
+    g.pci.enable()
+    assert wait_for(lambda: g.pci.status == 0)
+    before = memory_of(rig)
+    assert rig.vm.delivered() == [] and memory_of(rig) == before
+    g.close()
+    g = rig.guest(msix=msix)
+    assert [p[12:] for p in g.net.wait_packets(1)] == [frame(1)]  # it has waited in the tap
+    echo(rig, g)
+    assert not rig.device.faults
+
+
 def test_a_driver_without_bus_mastering_is_told(rig: Rig) -> None:
     d = rig.driver()
     d.command(MASTER_OFF)

@@ -202,11 +202,12 @@ class VirtioPci(PciFunction):
         self.allow(
             self._msix_cap + PCI_MSIX_FLAGS, PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL, 2
         )
+        self.add_power_management()
 
     def plugged(self) -> None:
         """The function has its slot, hence its interrupt line."""
         lib.pv_intx_wire(self._intx, self._vm.shared_line(gsi_of(self.slot)))
-        self.command_written(self.get(PCI_COMMAND, 2))
+        self.command_written(self.command)
 
     # --- kicks ------------------------------------------------------------------------------------
 
@@ -299,7 +300,7 @@ class VirtioPci(PciFunction):
 
     def _show_intx(self) -> None:
         """The line is hidden by command bit 10 and while MSI-X is in use (PCI 3.0, 6.8.3.3)."""
-        hidden = bool(self.get(PCI_COMMAND, 2) & PCI_COMMAND_INTX_DISABLE) or self.msix.enabled
+        hidden = bool(self.command & PCI_COMMAND_INTX_DISABLE) or self.msix.enabled or self.asleep
         lib.pv_intx_disable(self._intx, hidden)
 
     def interrupt_config(self) -> None:
@@ -437,6 +438,16 @@ class VirtioPci(PciFunction):
         """
         self.device.reset()
         assert not self.device.active
+        self._reset_function()
+
+    def function_reset(self) -> None:
+        """FLR: as a reset by the driver, which a job completes if the device runs; the PCI side is
+        reset at once, so that nothing interrupts any more.
+        """
+        self.device.reset()
+        self._reset_function()
+
+    def _reset_function(self) -> None:
         self.msix.reset()
         super().reset()
         self._arrange_legacy()
