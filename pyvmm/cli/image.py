@@ -1,7 +1,7 @@
 """Build and list guest images: a kernel and an initramfs that `pyvmm run` boots.
 
   pyvmm image build                         the prebuilt cloud kernel of this Debian release
-  pyvmm image build --kernel-version 6.12   that kernel, also if only backports have it
+  pyvmm image build --kernel-version 6.12   that kernel, also if only a newer Debian has it
   pyvmm image build --from-host             this machine's own kernel and programs
   pyvmm image build --tiny                  a small kernel built from Debian's source
   pyvmm image list                          the images that are built

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+#: Where a kernel is looked for, in this order (see ``Apt``): the newer Debian's backports have had
+#: each series since 6.16.
+KERNEL_RELEASES = ("", "backports", "trixie-backports", "sid")
 LISTS_AGE = 86400.0  # seconds after which the lists in our cache are fetched again
 
 
@@ -57,7 +60,7 @@ class Apt:
     missing or fails.
 
     :param release: ``""`` for the packages that the system itself would install; ``"backports"``
-        for the backports of the system's release.
+        for the backports of the system's release; else the name of a suite of Debian's archive.
     :param progress: called with one line before each step that may take seconds.
     """
 
@@ -83,6 +86,10 @@ class Apt:
         return [
             x for line in lines for x in re.findall(r"(?:^|[,|]) *([a-z0-9][a-z0-9.+-]+)", line)
         ]
+
+    def names(self, prefix: str) -> set[str]:
+        """The names of all packages that begin with ``prefix``."""
+        return set(self._attempt(lambda: self._apt("apt-cache", "pkgnames", prefix)).split())
 
     def closure(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Per package that ``names`` need, directly or not: the names of the packages on which the
@@ -250,43 +257,60 @@ class Apt:
                 )
             signed = f"Signed-By: {KEYRING}\n" if Path(KEYRING).exists() else ""
             path.parent.mkdir(parents=True, exist_ok=True)
+            suite = f"{base}-backports" if self._release == "backports" else self._release
             path.write_text(
-                f"Types: deb\nURIs: {mirrors[0]}\nSuites: {base}-{self._release}\n"
-                f"Components: main\n{signed}"
+                f"Types: deb\nURIs: {mirrors[0]}\nSuites: {suite}\nComponents: main\n{signed}"
             )
         return path
 
 
 def find_kernel_package(
     meta: str, releases: Iterable[str], series: str | None, progress: Callable[[str], None]
-) -> tuple[Apt, str]:
-    """The newest kernel package of ``series`` that one of ``releases`` has, and the ``Apt`` that
-    has it.
+) -> tuple[Apt, list[str]]:
+    """The newest kernel of ``series`` that one of ``releases`` has.
 
+    :returns: the ``Apt`` that has the kernel, and the packages with its files, the one with its
+        name first.
     :param meta: the package that depends on the newest kernel of a release.
     :param series: such as "6.12"; None for the kernel of the first release that has any.
     :raises HostError: none of them has one.
     """
+    prefix = "linux-image-"
     failure: HostError | None = None
     for release in releases:
         apt = Apt(release, progress)
         try:
-            names = apt.depends(meta)
+            names = [name for name in apt.depends(meta) if name.startswith(prefix)]
+            if series is not None:
+                first = f"{prefix}{series}."
+                names = [n for n in names if n == first[:-1] or n.startswith(first)] or sorted(
+                    (n for n in apt.names(first) if n.endswith(meta.removeprefix(prefix[:-1]))),
+                    key=lambda n: [int(x) for x in re.findall(r"\d+", n)],
+                    reverse=True,
+                )
+            for name in names:
+                if packages := _files_of(apt, name, name.removeprefix(prefix)):
+                    return apt, packages
         except HostError as e:
             failure = failure or e
-            continue
-        for name in names:
-            number = name.removeprefix("linux-image-")
-            if number != name and (
-                series is None or number == series or number.startswith(f"{series}.")
-            ):
-                return apt, name
     if failure is not None:
         raise failure
     raise HostError(
-        f"this Debian release and its backports have no cloud kernel {series or ''}".rstrip(),
-        "choose another --kernel-version",
+        f"Debian has no cloud kernel {series or ''}".rstrip(), "choose another --kernel-version"
     )
+
+
+def _files_of(apt: Apt, name: str, number: str) -> list[str]:
+    """The packages with the files of the kernel package ``name``, itself first; empty if the
+    release has some of them no longer.
+    """
+    # Since 7.0 the files are in packages of their own; base has the list of what is built in.
+    base, *needed = (f"linux-{part}-{number}" for part in ("base", "binary", "modules"))
+    parts = set(apt.depends(name)) & {base, *needed}
+    there = apt.names("linux-") if parts else set()
+    if parts & set(needed) - there:
+        return []
+    return [name, *sorted(parts & there)]
 
 
 @contextlib.contextmanager

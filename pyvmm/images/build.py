@@ -216,17 +216,18 @@ def _package_kernel(
     ``root``.
     """
     entry = recipe["kernel"]
-    apt, name = find_kernel_package(entry["package"], entry["releases"], series, progress)
-    package = apt.resolve([name])[0]
-    unpack(apt.download([package])[0], root)
-    inputs.append(_input(package))
-    bzimage = next((root / "boot").glob("vmlinuz-*"))
-    release = bzimage.name.removeprefix("vmlinuz-")
+    apt, names = find_kernel_package(entry["package"], entry["releases"], series, progress)
+    packages = apt.resolve(names)
+    for deb in apt.download(packages):
+        unpack(deb, root)
+    inputs += map(_input, packages)
+    modules = next(p for where in ("usr/lib", "lib") for p in root.glob(f"{where}/modules/*"))
+    release = modules.name
+    bzimage = root / "boot" / f"vmlinuz-{release}"
+    if not bzimage.exists():
+        bzimage = modules / "vmlinuz"  # where Debian 14 has it
     progress(f"extracting vmlinux {release}")
     data = bzimage.read_bytes()
-    modules = (
-        next(p for p in (root / "usr/lib/modules", root / "lib/modules") if p.exists()) / release
-    )
     return Kernel(release, data, trim_zeros(extract_vmlinux(data)), Modules(modules))
 
 

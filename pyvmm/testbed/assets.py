@@ -239,20 +239,24 @@ def _fetch_qemu(progress: Callable[[str], None]) -> None:
 
 def fetch_kernel(version: str | None, progress: Callable[[str], None]) -> None:
     """Unpack the newest cloud kernel of ``version`` into the cache. It comes from this Debian
-    release or from backports; None for the release's own.
+    release, from backports or from a newer release; None for the release's own.
     """
     import subprocess
     from pathlib import Path
 
-    from pyvmm.host.apt import find_kernel_package
+    from pyvmm.host.apt import KERNEL_RELEASES, find_kernel_package
 
-    apt, name = find_kernel_package(KERNEL_PACKAGE, ("", "backports"), version, progress)
-    number = name.removeprefix("linux-image-")
+    apt, names = find_kernel_package(KERNEL_PACKAGE, KERNEL_RELEASES, version, progress)
+    number = names[0].removeprefix("linux-image-")
     target = f"{cache_dir('kernel')}/{number}"
-    apt.install([name], Path(target))
+    apt.install(names, Path(target))
     if os.path.isdir(f"{target}/usr/lib/modules"):  # packages of a merged /usr have no /lib
         os.makedirs(f"{target}/lib", exist_ok=True)
         os.rename(f"{target}/usr/lib/modules", f"{target}/lib/modules")
+    image = f"{target}/lib/modules/{number}/vmlinuz"
+    if os.path.exists(image):  # where Debian 14 has it
+        os.makedirs(f"{target}/boot", exist_ok=True)
+        os.rename(image, f"{target}/boot/vmlinuz-{number}")
     depmod = which("depmod", "/usr/sbin:/sbin") or "/sbin/depmod"
     if subprocess.run([depmod, "-b", target, number], capture_output=True).returncode:
         shutil.rmtree(target)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from pyvmm.errors import TestbedError
-from pyvmm.host.apt import find_kernel_package, unpack
+from pyvmm.host.apt import KERNEL_RELEASES, find_kernel_package, unpack
 from pyvmm.host.paths import cache_dir
 from pyvmm.programs import program, which
 from pyvmm.testbed import assets
@@ -42,8 +42,8 @@ def setup(progress: Callable[[str], None]) -> str:
     if have:
         return have[0].version
     assets.fetch_kernel(SERIES, progress)
-    apt, name = find_kernel_package(assets.KERNEL_PACKAGE, ("", "backports"), SERIES, progress)
-    version = name.removeprefix("linux-image-")
+    apt, names = find_kernel_package(assets.KERNEL_PACKAGE, KERNEL_RELEASES, SERIES, progress)
+    version = names[0].removeprefix("linux-image-")
     root = f"{cache_dir('kernel')}/{version}"
     with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
         headers = _headers(apt, version, Path(scratch))

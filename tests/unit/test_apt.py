@@ -103,3 +103,40 @@ def test_lists_are_taken_over(monkeypatch: pytest.MonkeyPatch, cache: Path) -> N
     fake(monkeypatch, {"b_Packages": b"3"})
     own._update(force=True)
     assert {p.name for p in lists.iterdir()} == {"b_Packages"}
+
+
+def test_the_newest_whole_kernel_is_found(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """As Debian's archive is: a release keeps kernels whose parts have gone; newer kernels are in
+    several packages.
+    """
+    meta = "linux-image-cloud-amd64"
+    new, old = "7.1.13+deb13-cloud-amd64", "7.1.8+deb13-cloud-amd64"
+    archive = {
+        "": {meta: ["linux-image-6.1.0-56-cloud-amd64"], "linux-image-6.1.0-56-cloud-amd64": []},
+        "next": {
+            meta: ["linux-image-7.3.4-cloud-amd64"],
+            "linux-image-7.3.4-cloud-amd64": [],
+            f"linux-image-{new}": [f"linux-modules-{new}", "kmod"],
+            f"linux-image-{old}": [f"linux-base-{old}", f"linux-binary-{old}", "kmod"],
+            "linux-image-7.1.8+deb13-amd64": [],
+            f"linux-binary-{old}": [],
+        },
+    }
+
+    def depends(self: Apt, name: str) -> list[str]:
+        return archive[self._release][name]
+
+    def names(self: Apt, prefix: str) -> set[str]:
+        return {name for name in archive[self._release] if name.startswith(prefix)}
+
+    monkeypatch.setattr(Apt, "depends", depends)
+    monkeypatch.setattr(Apt, "names", names)
+
+    def found(series: str | None) -> list[str]:
+        return apt.find_kernel_package(meta, ("", "next"), series, lambda _: None)[1]
+
+    assert found(None) == found("6.1") == ["linux-image-6.1.0-56-cloud-amd64"]
+    assert found("7.3") == ["linux-image-7.3.4-cloud-amd64"]
+    assert found("7.1") == [f"linux-image-{old}", f"linux-binary-{old}"]
+    with pytest.raises(HostError, match=r"Debian has no cloud kernel 7\.2"):
+        found("7.2")
