@@ -63,18 +63,22 @@ GROUPS = {
     "packed": "RING_PACKED",
     "rss": "RSS",
     "hash-report": "HASH_REPORT",
+    "access-platform": "ACCESS_PLATFORM",
 }
 #: Groups that the card offers only if ``with=`` names them. Not every data path can honour them,
-#: and a guest that uses them could not be switched to the others.
-ON_REQUEST = ("packed", "in-order", "coalescing", "rss", "hash-report")
+#: and a guest that uses them could not be switched to the others; ACCESS_PLATFORM costs the guest
+#: time for each buffer.
+ON_REQUEST = ("packed", "in-order", "coalescing", "rss", "hash-report", "access-platform")
+#: Those of them that are the card's own affair, whatever its data path.
+OF_THE_CARD = ("access-platform",)
 #: Those of them that each mode can honour on a tap of pyvmm's own, if the user may load eBPF
 #: programs.
 HONOURED: dict[str, tuple[str, ...]] = {
     "none": (),
     "emulated": ON_REQUEST,
-    "vhost-net": ("rss",),
-    "vhost-user": ("packed", "in-order", "rss"),
-    "vhost-vdpa": ("packed",),
+    "vhost-net": ("rss", "access-platform"),
+    "vhost-user": ("packed", "in-order", "rss", "access-platform"),
+    "vhost-vdpa": ("packed", "access-platform"),
 }
 #: Mbit/s: the largest number in struct virtio_net_config.
 SPEED_MAX = 0x7FFFFFFF
@@ -336,7 +340,7 @@ class Net:
         ``with_`` asks for.
         """
         for group in self.with_:
-            if mask([group]) & ~features:
+            if mask([group]) & ~features and group not in OF_THE_CARD:
                 raise UsageError(
                     f"--net: with={group}: the data path {mode} cannot honour it here",
                     f"leave out with={group}, or {mode}",

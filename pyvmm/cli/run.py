@@ -44,7 +44,8 @@ Network cards: --net MODE[,key=value...], once per card
       without=A+B     do not offer: offloads, tso, uso, mrg-rxbuf, indirect, event-idx, ctrl-vq,
                       ring-reset, notification-data, speed
       with=A+B        offer, too: packed (virtqueues), in-order (neither with vhost-net), coalescing
-                      (of interrupts), hash-report (these two with emulated only), rss (docs/rss.md)
+                      (of interrupts), hash-report (these two with emulated only), rss
+                      (docs/rss.md), access-platform (Linux maps buffers, as AF_XDP needs)
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
   Key of emulated and vhost-net only:
       poll=USEC       look for more packets for this many microseconds before sleeping (0)

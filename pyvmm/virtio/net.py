@@ -12,6 +12,7 @@ import time
 from pyvmm.datapath.base import RxFilter, by_pair, header_size
 from pyvmm.errors import PyvmmError, RingFault, UsageError
 from pyvmm.spec.virtio import (
+    VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_NOTIFICATION_DATA,
     VIRTIO_F_RING_RESET,
@@ -75,6 +76,7 @@ COALESCE_US_MAX = 1_000_000
 #: Features that need nothing of the data path, and those among them that live on the control queue.
 OWN = (
     VIRTIO_F_VERSION_1,
+    VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_RING_RESET,
     VIRTIO_F_NOTIFICATION_DATA,  # a kick's value may be anything: the address says which virtqueue
     VIRTIO_NET_F_MAC,
@@ -92,6 +94,9 @@ CONTROLLED = (
 #: Every data path honours it, so none is told. vhost-net would take the bit for another one of its
 #: own, VHOST_NET_F_VIRTIO_NET_HDR (linux/vhost_types.h).
 LEGACY_ONLY = 1 << VIRTIO_F_ANY_LAYOUT
+#: Features that no data path is told of. ACCESS_PLATFORM would have vhost-net ask for translations
+#: of addresses; there is no IOMMU, so that all addresses are those of guest memory.
+OF_THE_CARD = LEGACY_ONLY | 1 << VIRTIO_F_ACCESS_PLATFORM
 #: What VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET may switch (5.1.6.5.6).
 GUEST_OFFLOADS = sum(
     1 << bit
@@ -233,7 +238,7 @@ class NetDevice(VirtioDevice):
         """The negotiated features as a data path gets them: of GUEST_* only those that the driver
         has left on; CTRL_GUEST_OFFLOADS if it may switch GUEST_CSUM on.
         """
-        acked = self.driver_features & ~(GUEST_OFFLOADS | LEGACY_ONLY) | self._offloads
+        acked = self.driver_features & ~(GUEST_OFFLOADS | OF_THE_CARD) | self._offloads
         if not self.driver_features >> VIRTIO_NET_F_GUEST_CSUM & 1:
             acked &= ~(1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
         return acked

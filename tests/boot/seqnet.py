@@ -1,4 +1,4 @@
-"""seqnet.c: numbered datagrams from one place, accounted for at another."""
+"""seqnet.c and xsk.c: numbered datagrams from one place, accounted for at another."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PROGRAM = "/tmp/seqnet"
 LENGTH = 256  # bytes of a frame
 
 
-def build(directory: Path) -> Path:
+def build(directory: Path, name: str = "seqnet") -> Path:
     """Compile it into ``directory``: a static program, which runs in any Linux."""
-    program = directory / "seqnet"
-    source = Path(__file__).with_name("seqnet.c")
+    program = directory / name
+    source = Path(__file__).with_name(f"{name}.c")
     argv = [
         "gcc",
         "-std=gnu11",

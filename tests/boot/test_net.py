@@ -7,12 +7,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pyvmm.netopt import GROUPS, HONOURED
+from tests.boot import seqnet
 from tests.boot.guest import (
     PYVMM,
     Guest,
@@ -312,6 +314,42 @@ def test_function_reset(host: Host) -> None:
         guest.leave()
         for nic in guest.report["nets"]:
             assert not nic["faults"] and not nic["driver_mistakes"]
+
+
+def build_image(series: str) -> None:
+    """A guest image with Debian's kernel of ``series``, if Debian has one."""
+    done = subprocess.run(
+        [*PYVMM, "image", "build", "--kernel-version", series], capture_output=True, text=True
+    )
+    if "Debian has no cloud kernel" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+
+
+def test_af_xdp_without_copies(host: Host, tmp_path: Path) -> None:
+    """A socket of AF_XDP gets frames that the device has written into its memory: Linux (since
+    6.13) resets the virtqueue alone, and gives the socket's frames as buffers. Without
+    ACCESS_PLATFORM Linux refuses.
+    """
+    build_image("6.18")
+    programs = [seqnet.build(tmp_path), seqnet.build(tmp_path, "xsk")]
+    nets = [f"{mode},with=access-platform" for mode in ("emulated", "vhost-net", "vhost-user")]
+    args = [arg for net in (*nets, "emulated") for arg in ("--net", net)]
+    count = 500
+    with Guest(host, "--image", "6.18", "--add", f"{programs[1]}:/bin/xsk", *args) as guest:
+        for nic in range(len(nets)):
+            guest.do(f"xsk eth{nic} {count} >/tmp/xsk & until grep ready /tmp/xsk; do :; done")
+            tap = re.findall(r"^(?!lo)\w+", guest.host_run(nic, "ip", "-br", "link").out, re.M)
+            send = [str(programs[0]), "send", tap[0], str(count), "500"]
+            assert guest.host_run(nic, *send).status == 0
+            text = guest.do("until grep received /tmp/xsk; do sleep 0.1; done")
+            found = json.loads(text)
+            assert found == {"received": count, "out_of_order": 0, "zero_copy": True}, nets[nic]
+            check_ping(guest, nic)  # the queue has its own buffers again
+        assert "Invalid argument" in guest.sh(f"xsk eth{len(nets)} 1").text
+        guest.leave()
+        for nic in guest.report["nets"]:
+            assert not nic["faults"] and not nic["driver_mistakes"], nic["mode"]
 
 
 def test_vlans(host: Host) -> None:

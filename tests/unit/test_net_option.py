@@ -25,6 +25,7 @@ def test_defaults() -> None:
         0,
         [],
         bits(
+            "VIRTIO_F_ACCESS_PLATFORM",
             "VIRTIO_F_RING_PACKED",
             "VIRTIO_F_IN_ORDER",
             "VIRTIO_NET_F_NOTF_COAL",
