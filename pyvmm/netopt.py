@@ -60,6 +60,7 @@ GROUPS = {
     "in-order": "IN_ORDER",
     "notification-data": "NOTIFICATION_DATA",
     "speed": "SPEED_DUPLEX",
+    "hdrlen": "GUEST_HDRLEN",
     "packed": "RING_PACKED",
     "rss": "RSS",
     "hash-report": "HASH_REPORT",

@@ -42,7 +42,7 @@ Network cards: --net MODE[,key=value...], once per card
       switchable=A+B  the data path may later be switched to the modes A and B (docs/switch.md): the
                       card offers what all modes can honour, and takes the keys of all modes
       without=A+B     do not offer: offloads, tso, uso, mrg-rxbuf, indirect, event-idx, ctrl-vq,
-                      ring-reset, notification-data, speed
+                      ring-reset, notification-data, speed, hdrlen
       with=A+B        offer, too: packed (virtqueues), in-order (neither with vhost-net), coalescing
                       (of interrupts), hash-report (these two with emulated only), rss
                       (docs/rss.md), access-platform (Linux maps buffers, as AF_XDP needs)

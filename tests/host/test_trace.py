@@ -31,7 +31,7 @@ DISCOVERY = [
     "write common device_status: ACKNOWLEDGE",
     "write common device_status: ACKNOWLEDGE DRIVER",
     "write common driver_feature: MAC",
-    "read common device_feature: VERSION_1 NOTIFICATION_DATA RING_RESET SPEED_DUPLEX",
+    "read common device_feature: VERSION_1 NOTIFICATION_DATA RING_RESET GUEST_HDRLEN SPEED_DUPLEX",
     "write common driver_feature: VERSION_1",
     "write common device_status: ACKNOWLEDGE DRIVER FEATURES_OK",
     "write common queue_select: 0",
