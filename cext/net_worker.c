@@ -111,6 +111,7 @@ struct pv_net_worker {
 	struct pv_thread thread;
 	struct pv_vring ring[2];
 	struct pv_inflight inflight[2];
+	struct pv_dirty_log log; /* bits: NULL if there is none */
 	struct pv_net_config cfg;
 	struct events events;
 	int epoll_fd;
@@ -423,6 +424,25 @@ static void window_load(const struct window *win, size_t at, uint8_t *to, size_t
 	}
 }
 
+/* Mark the first len bytes of the window, which have been written. */
+static void window_mark(struct pv_net_worker *w, size_t len)
+{
+	for (const struct iovec *iov = &w->window.iov[w->window.iov_at]; len; iov++) {
+		size_t n = iov->iov_len < len ? iov->iov_len : len;
+
+		pv_dirty_mark_host(&w->log, w->ring[RX].mem, iov->iov_base, n);
+		len -= n;
+	}
+}
+
+/* Tell whoever wants to know that something was marked. */
+static void tell_log(struct pv_net_worker *w)
+{
+	w->log.marked = false;
+	__atomic_store_n(&w->count.log_missed, w->log.missed, __ATOMIC_RELAXED);
+	pv_event_add(w->cfg.log_call);
+}
+
 /* 5.1.6.4.4: tell the driver the hash of the frame in the window. */
 static void rx_hash(struct pv_net_worker *w, size_t len)
 {
@@ -504,6 +524,13 @@ static ssize_t rx_read(struct pv_net_worker *w)
 	iov[n] = saved;
 	add(&w->count.fd_reads, 1);
 	held->direct = got > 0 && (size_t)got > size ? size : got > 0 ? (size_t)got : 0;
+	if (w->log.bits) {
+		/* A frame that the host could not write (EFAULT) may be there in part. */
+		if (got < 0 && errno == EFAULT)
+			window_mark(w, size < SCRATCH_SIZE ? size : SCRATCH_SIZE);
+		else
+			window_mark(w, held->direct);
+	}
 	return got;
 }
 
@@ -557,6 +584,8 @@ static bool rx_place(struct pv_net_worker *w)
 			     (uint8_t[]){(uint8_t)buffers, (uint8_t)(buffers >> 8)}, 2);
 	if (w->cfg.hdr_len >= HASH_HDR)
 		rx_hash(w, len);
+	if (w->log.bits)
+		window_mark(w, len);
 	for (left = len; left; win->slot_at++) {
 		const struct slot *s = &win->slot[win->slot_at];
 		size_t n = s->len < left ? s->len : left;
@@ -739,6 +768,8 @@ static bool net_round(struct pv_net_worker *w)
 		signal_fd(w->answer_fd);
 	}
 	(void)decide_delayed(w);
+	if (w->log.marked)
+		tell_log(w);
 	if (tx_possible(w))
 		more = tx_turn(w);
 	/* While we are busy nobody polls fd for us. */
@@ -779,8 +810,11 @@ static int net_poll(struct pv_net_worker *w, int64_t timeout)
 {
 	struct timespec ts = {.tv_sec = timeout / 1000000, .tv_nsec = timeout % 1000000 * 1000};
 	struct epoll_event evs[4];
-	int n = epoll_pwait2(w->epoll_fd, evs, 4, timeout < 0 ? NULL : &ts, NULL);
+	int n;
 
+	if (w->log.marked)
+		tell_log(w);
+	n = epoll_pwait2(w->epoll_fd, evs, 4, timeout < 0 ? NULL : &ts, NULL);
 	if (n < 0)
 		return errno == EINTR ? 0 : -1;
 	if (w->cfg.trace && n)
@@ -998,6 +1032,7 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 		if (cfg->ring[q].size)
 			w->inflight[q].region = cfg->ring[q].inflight;
 	}
+	w->log = (struct pv_dirty_log){.bits = cfg->log, .size = cfg->log_size};
 	w->attach = -1;
 	w->rx_ready = true;
 	w->interest = EPOLLIN | EPOLLET | EPOLLPRI;
@@ -1056,6 +1091,10 @@ static void serve_begin(struct pv_net_worker *w)
 		trace_event(w, PV_TRACE_NONE, 0, 0, false);
 	pv_thread_confine(&w->thread, calls, sizeof(calls) / sizeof(calls[0]), stopped);
 	for (int q = RX; q <= TX; q++) {
+		const struct pv_net_ring *r = &w->cfg.ring[q];
+
+		if (w->log.bits && r->log_used)
+			pv_vring_log(&w->ring[q], &w->log, r->log_addr, r->desc);
 		if (!w->ring[q].fault)
 			pv_vring_disable_notify(&w->ring[q]);
 		if (w->inflight[q].region)
@@ -1076,6 +1115,8 @@ static void serve_end(struct pv_net_worker *w)
 		if (!w->ring[q].fault)
 			(void)pv_vring_enable_notify(&w->ring[q]);
 	}
+	if (w->log.marked)
+		tell_log(w);
 }
 
 /* What the thread does. */

@@ -25,6 +25,8 @@
  * last_avail == used index. A frame that is held then is lost, unless the worker was told to
  * finish: then it first waits for the buffers, as long as a frame may wait while the worker runs.
  *
+ * With a log (dirty_log.h), the buffers of received frames are marked, as the rings' own areas are.
+ *
  * A malformed ring stops that direction only.
  *
  * Other threads ask the worker for something by an atomic field and a write to wake_fd, and may
@@ -91,6 +93,8 @@ struct pv_net_ring {
 	 */
 	uint32_t coalesce_packets; /* 0: however many */
 	uint32_t coalesce_us;
+	bool log_used;	   /* if there is a log: mark the used ring, too */
+	uint64_t log_addr; /* under this address */
 };
 
 #define PV_NET_HOLD_MS 200 /* a good value for hold_ms */
@@ -112,6 +116,13 @@ struct pv_net_config {
 	bool mrg_rxbuf;
 	struct pv_flow_hash hash; /* if hdr_len is 20 */
 	struct pv_vring_format format;
+	/*
+	 * Bitmap of log_size bytes in which the pages of guest memory are marked that the worker
+	 * has written, shared with an untrusted peer; NULL: none.
+	 */
+	uint8_t *log;
+	uint64_t log_size;
+	int log_call;		/* eventfd: 1 is added when something was marked; -1: none */
 	int event_fd;		/* eventfd: 1 is added when pv_net_worker_event has something */
 	int cpu;		/* to pin the thread to; -1: none */
 	char name[16];		/* of the thread */
@@ -148,6 +159,7 @@ struct pv_net_counters {
 	uint64_t tx_drop_link;	/* frames sent after fd was gone */
 	uint64_t tx_lingers;  /* short sleeps, before asking for kicks, that brought more to send */
 	uint64_t tx_in_doubt; /* frames that a killed process was sending: taken as sent */
+	uint64_t log_missed;  /* pages that could not be marked: the log is too small */
 	uint64_t link_losses;
 	uint64_t ring_faults;
 	uint64_t events_missed; /* link changes that nobody was told of one by one */

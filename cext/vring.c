@@ -100,6 +100,43 @@ enum pv_fault pv_vring_init(struct pv_vring *vr, const struct pv_memory *mem, ui
 }
 
 /**
+ * pv_vring_log() - Mark from now on what is written to the ring's areas
+ * @vr:		The ring; nothing is pushed
+ * @dirty:	The log, lent
+ * @used:	Address to mark for the first byte of the device area; any value
+ * @desc:	Guest-physical address of the descriptor area
+ */
+void pv_vring_log(struct pv_vring *vr, struct pv_dirty_log *dirty, uint64_t used, uint64_t desc)
+{
+	vr->log = (struct pv_vring_log){.dirty = dirty, .used = used, .desc = desc};
+}
+
+/* Mark the latest n elements of the used ring, at most all of them, and the index. */
+static void mark_used(struct pv_vring *vr, uint32_t n)
+{
+	uint32_t at = (vr->used_idx - n) & vr->mask;
+	uint32_t first = n < vr->size - at ? n : vr->size - at;
+	uint64_t elements = vr->log.used + 2 * RING;
+
+	pv_dirty_mark(vr->log.dirty, elements + 8ull * at, 8ull * first);
+	pv_dirty_mark(vr->log.dirty, elements, 8ull * (n - first));
+	pv_dirty_mark(vr->log.dirty, vr->log.used, 2 * RING);
+}
+
+/* Mark the field that asks for kicks, which has just been written. */
+static void mark_notify(struct pv_vring *vr)
+{
+	uint64_t at = vr->log.used;
+
+	if (vr->packed)
+		pv_dirty_mark(vr->log.dirty, at, 4);
+	else if (vr->event_idx)
+		pv_dirty_mark(vr->log.dirty, at + 2 * RING + 8ull * vr->size, 2);
+	else
+		pv_dirty_mark(vr->log.dirty, at, 2);
+}
+
+/**
  * pv_vring_base() - Where the next owner of the ring has to start
  * @vr:		The ring
  *
@@ -376,22 +413,12 @@ void pv_vring_publish(struct pv_vring *vr)
 	__atomic_store_n(&vr->used[IDX], vr->used_next, __ATOMIC_RELEASE);
 }
 
-/**
- * pv_vring_flush() - Publish the pushed chains
- * @vr:		The ring
- *
- * Return: whether the guest wants an interrupt for them
- */
-bool pv_vring_flush(struct pv_vring *vr)
+/* pv_vring_flush() of a split ring. */
+static bool split_flush(struct pv_vring *vr)
 {
 	uint16_t old = vr->signalled_used;
 	bool valid = vr->signalled_valid;
 
-	if (!vr->pushed)
-		return false;
-	vr->pushed = vr->undecided = 0;
-	if (vr->packed)
-		return pv_packed_flush(vr);
 	vr->used_idx = vr->used_next;
 	/*
 	 * Release: buffers and used elements are visible before the index that hands them over
@@ -414,6 +441,28 @@ bool pv_vring_flush(struct pv_vring *vr)
 }
 
 /**
+ * pv_vring_flush() - Publish the pushed chains
+ * @vr:		The ring
+ *
+ * Return: whether the guest wants an interrupt for them
+ */
+bool pv_vring_flush(struct pv_vring *vr)
+{
+	uint32_t slots = vr->undecided < vr->size ? vr->undecided : vr->size;
+	bool call;
+
+	if (!vr->pushed)
+		return false;
+	vr->pushed = vr->undecided = 0;
+	call = vr->packed ? pv_packed_flush(vr) : split_flush(vr);
+	if (vr->log.dirty && vr->packed)
+		pv_packed_mark_used(vr, slots);
+	else if (vr->log.dirty)
+		mark_used(vr, slots);
+	return call;
+}
+
+/**
  * pv_vring_enable_notify() - Ask the guest for kicks
  * @vr:		The ring
  *
@@ -429,6 +478,8 @@ bool pv_vring_enable_notify(struct pv_vring *vr)
 		__atomic_store_n(vr->avail_event, vr->last_avail, __ATOMIC_RELAXED);
 	else
 		__atomic_store_n(&vr->used[FLAGS], 0, __ATOMIC_RELAXED);
+	if (vr->log.dirty)
+		mark_notify(vr);
 	/*
 	 * Full barrier between asking and looking. The driver stores the index, then reads whether
 	 * to kick: if it did not see our request, we see its index now.
@@ -453,6 +504,10 @@ void pv_vring_disable_notify(struct pv_vring *vr)
 		pv_packed_notify(vr, false);
 	else if (!vr->event_idx)
 		__atomic_store_n(&vr->used[FLAGS], VRING_USED_F_NO_NOTIFY, __ATOMIC_RELAXED);
+	else
+		return;
+	if (vr->log.dirty)
+		mark_notify(vr);
 }
 
 /**

@@ -29,6 +29,9 @@
  * that of the available descriptors in the lower half, that of the used ones in the upper, each
  * with its wrap counter in bit 15. A split ring's is last_avail; the other index is in memory.
  *
+ * With a log (dirty_log.h), what the ring writes to its own areas is marked once per flush and once
+ * per change of the notification; buffers are the caller's to mark.
+ *
  * A ring has one owning thread. It knows nothing of KVM, taps or eventfds: notifying the guest is
  * the caller's job.
  */
@@ -37,7 +40,7 @@
 
 #include <sys/uio.h>
 
-#include "types.h"
+#include "dirty_log.h"
 
 /* cffi: begin */
 /* Why a ring was refused or stopped; pv_fault_text() says it in words. */
@@ -77,6 +80,13 @@ enum pv_step {
 #define PV_VRING_SIZE_MAX 32768
 #define PV_CHAIN_MAX	  1024 /* segments per chain: IOV_MAX, as in vhost and QEMU */
 
+/* Where a ring marks what it writes to its areas. */
+struct pv_vring_log {
+	struct pv_dirty_log *dirty; /* lent; NULL: nothing is marked */
+	uint64_t used;		    /* address to mark for the device area (used ring) */
+	uint64_t desc;		    /* packed: of the descriptor ring */
+};
+
 struct pv_vring {
 	const struct pv_memory *mem;
 	uint8_t *desc;
@@ -100,6 +110,7 @@ struct pv_vring {
 	bool event_idx;
 	bool notify_on;
 	enum pv_fault fault; /* the first fault found */
+	struct pv_vring_log log;
 };
 
 /* One segment of a chain. It has been checked to lie in guest RAM. */
@@ -147,6 +158,7 @@ struct pv_vring_format {
 enum pv_fault pv_vring_init(struct pv_vring *vr, const struct pv_memory *mem, uint32_t size,
 			    uint64_t desc, uint64_t avail, uint64_t used, uint32_t base,
 			    struct pv_vring_format format);
+void pv_vring_log(struct pv_vring *vr, struct pv_dirty_log *dirty, uint64_t used, uint64_t desc);
 uint32_t pv_vring_base(const struct pv_vring *vr);
 void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head);
 enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg);

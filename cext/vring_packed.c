@@ -59,7 +59,7 @@ uint16_t pv_packed_outside(const struct pv_vring *vr, uint16_t at)
  * pv_packed_advance() - Go on from a position
  * @vr:		The ring
  * @at:		One of its positions
- * @slots:	At most the ring's size
+ * @slots:	At most twice the ring's size
  *
  * Return: the position so many descriptors further
  */
@@ -208,6 +208,23 @@ bool pv_packed_flush(struct pv_vring *vr)
 	if (!(off_wrap & PV_PACKED_WRAP))
 		event += vr->size;
 	return !valid || distance(vr, old, event) < distance(vr, old, vr->used_idx);
+}
+
+/**
+ * pv_packed_mark_used() - Mark the descriptors that were used last
+ * @vr:		The ring, with a log
+ * @slots:	How many, at most the ring's size
+ *
+ * Of a chain, only the first descriptor was written; to mark the others does no harm.
+ */
+void pv_packed_mark_used(struct pv_vring *vr, uint32_t slots)
+{
+	uint16_t from = pv_packed_advance(vr, vr->used_idx, 2 * vr->size - slots);
+	uint32_t at = pv_packed_outside(vr, from) & PV_PACKED_INDEX;
+	uint32_t first = slots < vr->size - at ? slots : vr->size - at;
+
+	pv_dirty_mark(vr->log.dirty, vr->log.desc + 16ull * at, 16ull * first);
+	pv_dirty_mark(vr->log.dirty, vr->log.desc, 16ull * (slots - first));
 }
 
 /**

@@ -19,6 +19,7 @@ void pv_packed_unpop(struct pv_vring *vr, uint32_t slots);
 void pv_packed_push(struct pv_vring *vr, uint16_t id, uint16_t slots, uint32_t len);
 void pv_packed_publish(struct pv_vring *vr);
 bool pv_packed_flush(struct pv_vring *vr);
+void pv_packed_mark_used(struct pv_vring *vr, uint32_t slots);
 void pv_packed_notify(struct pv_vring *vr, bool on);
 bool pv_packed_inside(const struct pv_vring *vr, uint16_t from, uint16_t *at);
 uint16_t pv_packed_outside(const struct pv_vring *vr, uint16_t at);

@@ -19,23 +19,26 @@ import os
 import struct
 import threading
 
-from pyvmm.backend.memory import SLOTS_MAX, FileMapping, InflightRegions, MemoryTable
-from pyvmm.datapath.base import Vring
+from pyvmm.backend.memory import SLOTS_MAX, DirtyLog, FileMapping, InflightRegions, MemoryTable
+from pyvmm.datapath.base import RingLog, Vring
 from pyvmm.datapath.ringformat import PACKED, SPLIT, ring_format
 from pyvmm.errors import HostError, VhostUserError
 from pyvmm.fd import Fd, memfd, nudge
 from pyvmm.hostnet.rights import close_all
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec.vhost_user import (
+    VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES,
     VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
     VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+    VHOST_USER_PROTOCOL_F_LOG_SHMFD,
     VHOST_USER_PROTOCOL_F_MQ,
     VHOST_USER_PROTOCOL_F_REPLY_ACK,
     VHOST_USER_PROTOCOL_F_RESET_DEVICE,
     VHOST_USER_PROTOCOL_F_STATUS,
     VHOST_USER_VRING_IDX_MASK,
     VHOST_USER_VRING_NOFD_MASK,
+    VHOST_VRING_F_LOG,
     VRING_STATE,
 )
 from pyvmm.spec.virtio import VRING_SIZE_MAX
@@ -103,6 +106,8 @@ PROTOCOL_FEATURES = (
     VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
     VHOST_USER_PROTOCOL_F_STATUS,
 )
+#: The largest file of an in-flight region or a log, and the largest offset in it, in bytes.
+FILE_MAX = 1 << 32
 COUNTERS = ("messages", "refused", "faults", "bases_corrected")
 
 
@@ -119,6 +124,8 @@ class FrontendRing:
 
     :ivar addresses: of the descriptor table, the used ring and the available ring, as the
         front-end has them mapped.
+    :ivar log: the guest-physical address under which writes to the used ring are marked in the log;
+        None: they are not.
     """
 
     def __init__(self, index: int) -> None:
@@ -134,6 +141,7 @@ class FrontendRing:
         self.size = 0
         self.base: int | None = None  # the front-end has not said
         self.addresses: tuple[int, int, int] | None = None
+        self.log: int | None = None
         for name in ("kick", "call", "err"):
             self.set_fd(name, None)
 
@@ -190,6 +198,8 @@ class Frontend:
         self._unsealed = unsealed
         self.memory = MemoryTable(unsealed=unsealed)
         self.inflight: InflightRegions | None = None
+        self.log_map: DirtyLog | None = None
+        self._log_call: Fd | None = None
         self.rings = [FrontendRing(i) for i in range(service.rings)]
         self._served: list[FrontendRing] = []
         self._changed = True  # since the rings were last started
@@ -230,6 +240,8 @@ class Frontend:
             return
         self._changed = False
         ready = [ring for ring in self.rings if ring.ready and self.memory.regions]
+        if self._must_log and ready and not self._can_log():
+            ready = []
         vrings = [self._vring(ring) for ring in ready]
         if vrings:
             self.service.start(self.acked, self.memory, vrings, self)
@@ -253,7 +265,29 @@ class Frontend:
         if self.inflight is not None:
             packed = form is PACKED
             vring.inflight = self.inflight.region(ring.index, ring.size, packed=packed)
+        if self._must_log and self.log_map is not None:
+            dirty = self.log_map
+            vring.log = RingLog(dirty.bits, dirty.size, ring.log, self._log_call)
         return vring
+
+    @property
+    def _must_log(self) -> bool:
+        """Whether each page that is written has to be marked, because the guest migrates."""
+        return bool(self.acked >> VHOST_F_LOG_ALL & 1)
+
+    def _can_log(self) -> bool:
+        """Whether there is a log. A front-end that starts the rings while its guest migrates gives
+        us the log last (QEMU's vhost_dev_start); until then a write would be missed.
+        """
+        if self.log_map is None:
+            self.log("migration: the rings wait for the log (SET_LOG_BASE)")
+            return False
+        if self.log_map.end < self.memory.end:
+            self.log(
+                f"migration: the log ends at {self.log_map.end:#x}, the memory at"
+                f" {self.memory.end:#x}: pages in between are not marked"
+            )
+        return True
 
     def _correct_base(self, ring: FrontendRing, used: int) -> None:
         """Start at the used index of a split ring. If chains are finished in order, it alone is the
@@ -307,6 +341,8 @@ class Frontend:
         if self.inflight is not None:
             self.inflight.close()
             self.inflight = None
+        self._use_log(None)
+        self._use_log_call(None)
         self.channel.close()
 
     def _handle(self, message: Message) -> None:
@@ -425,15 +461,16 @@ class Frontend:
         ring.size = num
 
     def _set_vring_addr(self, m: Message) -> None:
-        index, flags, desc, used, avail, _log = m.unpack(spec.VRING_ADDR)
+        index, flags, desc, used, avail, log = m.unpack(spec.VRING_ADDR)
         ring = self._ring(index, m)
-        if flags:
-            raise ProtocolError(f"ring {index} with flags {flags:#x}: logging is not supported")
+        if flags & ~(1 << VHOST_VRING_F_LOG) or (flags and not self._logs):
+            raise ProtocolError(f"ring {index} with flags {flags:#x}")
         if self.memory.regions:
             for user in (desc, used, avail):
                 self.memory.gpa(user, f"ring {index}")
         self.park()
         ring.addresses = (desc, used, avail)
+        ring.log = log if flags else None
 
     def _set_vring_base(self, m: Message) -> None:
         index, base = m.unpack(VRING_STATE)
@@ -514,8 +551,8 @@ class Frontend:
         with Fd(fd):
             if (
                 size < self._inflight_size(queues, queue_size)
-                or size > 1 << 32
-                or offset > 1 << 32
+                or size > FILE_MAX
+                or offset > FILE_MAX
                 or offset % 8
             ):
                 raise ProtocolError(
@@ -536,10 +573,56 @@ class Frontend:
             self.inflight.close()
         self.inflight = InflightRegions(mapping, size, offset, queues, queue_size)
 
+    @property
+    def _logs(self) -> bool:
+        """Whether the front-end may have us log, for which it needs a log that can be shared."""
+        return bool(self.protocol >> VHOST_USER_PROTOCOL_F_LOG_SHMFD & 1)
+
+    def _set_log_base(self, m: Message) -> Answer:
+        size, offset = m.unpack(spec.LOG)
+        if not self._logs:
+            raise ProtocolError("SET_LOG_BASE without LOG_SHMFD")
+        (fd,) = m.take_fds(1, 1)
+        with Fd(fd):
+            if not 0 < size <= FILE_MAX or offset > FILE_MAX:
+                raise ProtocolError(f"a log of {size} bytes at {offset}")
+            mapping = FileMapping(fd, offset + size, unsealed=self._unsealed)
+        self.park()
+        self._use_log(DirtyLog(mapping, size, offset))
+        return bytes(8), []  # answered without NEED_REPLY, too
+
+    def _set_log_fd(self, m: Message) -> None:
+        (fd,) = m.take_fds(1, 1)
+        call = Fd(fd)
+        try:
+            if not self._logs or not is_eventfd(fd):
+                raise ProtocolError("SET_LOG_FD without LOG_SHMFD, or without an eventfd")
+            self.park()
+        except BaseException:
+            call.close()
+            raise
+        self._use_log_call(call)
+
+    def _use_log(self, log: DirtyLog | None) -> None:
+        """Mark pages there from now on; the rings are parked."""
+        old, self.log_map = self.log_map, log
+        if old is not None:
+            old.close()
+
+    def _use_log_call(self, call: Fd | None) -> None:
+        old, self._log_call = self._log_call, call
+        if old is not None:
+            old.close()
+
     def _set_status(self, m: Message) -> None:
         self.status = m.u64 & 0xFF
         if not self.status:
+            self.park()
+            # QEMU resets the status first and then asks for the positions, which it migrates.
+            bases = [ring.base for ring in self.rings]
             self._reset()
+            for ring, base in zip(self.rings, bases, strict=True):
+                ring.base = base
 
     def _get_status(self, m: Message) -> Answer:
         return struct.pack("<Q", self.status), []
@@ -571,6 +654,8 @@ HANDLERS: dict[int, Handler] = {
     spec.VHOST_USER_GET_QUEUE_NUM: Frontend._get_queue_num,
     spec.VHOST_USER_GET_INFLIGHT_FD: Frontend._get_inflight_fd,
     spec.VHOST_USER_SET_INFLIGHT_FD: Frontend._set_inflight_fd,
+    spec.VHOST_USER_SET_LOG_BASE: Frontend._set_log_base,
+    spec.VHOST_USER_SET_LOG_FD: Frontend._set_log_fd,
     spec.VHOST_USER_SET_STATUS: Frontend._set_status,
     spec.VHOST_USER_GET_STATUS: Frontend._get_status,
     spec.VHOST_USER_RESET_DEVICE: Frontend._reset_device,

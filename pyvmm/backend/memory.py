@@ -1,4 +1,5 @@
-"""A front-end's memory as the back-end maps it: the memory table and the in-flight regions.
+"""A front-end's memory as the back-end maps it: the memory table, the in-flight regions and the log
+of a migration.
 
 A front-end names its memory by files and offsets, and each file is mapped no further than the
 front-end said. A file that gets shorter under us would end this process by SIGBUS, and with it the
@@ -20,6 +21,7 @@ from pyvmm.spec.vhost_user import (
     INFLIGHT_PACKED_DESC,
     INFLIGHT_PACKED_HEAD_SIZE,
     INFLIGHT_REGION,
+    VHOST_LOG_PAGE,
 )
 from pyvmm.vhostuser.wire import ProtocolError
 
@@ -171,6 +173,11 @@ class MemoryTable:
                 return int(ffi.cast("uint16_t *", mapping.host + r.offset + gpa - r.gpa)[0])
         return None
 
+    @property
+    def end(self) -> int:
+        """The guest-physical address behind the last region; 0 without memory."""
+        return max((r.gpa + r.size for r, _ in self.regions), default=0)
+
     def clear(self) -> None:
         """Unmap everything."""
         regions, self.regions = self.regions, []
@@ -212,6 +219,26 @@ class InflightRegions:
         if ring >= self.queues or size > self.queue_size or not fits:
             return None
         return ffi.cast("uint8_t *", self._mapping.host + self._offset + ring * stride)
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._mapping.close()
+
+
+class DirtyLog:
+    """The bitmap in which the pages of guest memory are marked that were written, from
+    guest-physical address 0 on.
+
+    :param mapping: of its file; owned from here on. :param size: bytes of the bitmap.
+    :param offset: where it begins in the file, in bytes.
+    :ivar bits: cdata ``uint8_t *``, valid until ``close``. :ivar end: the first address for which
+        there is no bit.
+    """
+
+    def __init__(self, mapping: FileMapping, size: int, offset: int) -> None:
+        self._mapping = mapping
+        self.size, self.end = size, 8 * size * VHOST_LOG_PAGE
+        self.bits = ffi.cast("uint8_t *", mapping.host + offset)
 
     def close(self) -> None:
         """Unmap the file."""

@@ -12,7 +12,12 @@ from pyvmm.hostnet.frames import rarp
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec import virtio_net
 from pyvmm.spec.ethernet import ETH_MAX_MTU, ETH_MIN_MTU
-from pyvmm.spec.vhost_user import VHOST_USER_PROTOCOL_F_MTU, VHOST_USER_PROTOCOL_F_RARP
+from pyvmm.spec.vhost_user import (
+    VHOST_F_LOG_ALL,
+    VHOST_USER_PROTOCOL_F_LOG_SHMFD,
+    VHOST_USER_PROTOCOL_F_MTU,
+    VHOST_USER_PROTOCOL_F_RARP,
+)
 from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
 from pyvmm.spec.virtio_net import VIRTIO_NET_HDR_V1_SIZE
 from pyvmm.vhostuser.wire import ProtocolError
@@ -84,7 +89,11 @@ class NetService:
     """
 
     in_order = True
-    protocol_features = 1 << VHOST_USER_PROTOCOL_F_MTU | 1 << VHOST_USER_PROTOCOL_F_RARP
+    protocol_features = (
+        1 << VHOST_USER_PROTOCOL_F_MTU
+        | 1 << VHOST_USER_PROTOCOL_F_RARP
+        | 1 << VHOST_USER_PROTOCOL_F_LOG_SHMFD
+    )
 
     def __init__(
         self,
@@ -106,8 +115,10 @@ class NetService:
         self._path = EmulatedNet(port, poll_us=poll_us, worker_cpu=worker_cpu, stopped=stopped)
 
     def features(self) -> int:
-        """The features of the worker and of the port, and those that front-ends serve."""
-        return self._path.features() & ~NOT_OURS | OWN_FEATURES
+        """The features of the worker and of the port, those that front-ends serve, and the log of
+        a migration.
+        """
+        return self._path.features() & ~NOT_OURS | OWN_FEATURES | 1 << VHOST_F_LOG_ALL
 
     def ring_features(self) -> int:
         """The features of the worker and of the port that need no control queue."""

@@ -143,7 +143,7 @@ def _junit(checker: Checker) -> str:
 
 def _probe(args: argparse.Namespace) -> int:
     from pyvmm.conformance.probe import Probe
-    from pyvmm.vhostuser.wire import protocol_names
+    from pyvmm.vhostuser.wire import OWN_FEATURES, protocol_names
     from pyvmm.virtio.features import names
 
     error: VhostUserError | None = None
@@ -152,7 +152,8 @@ def _probe(args: argparse.Namespace) -> int:
             probe.run()
         except VhostUserError as e:
             error = e
-    features = [n if n != "bit-30" else "PROTOCOL_FEATURES" for n in names(probe.features)]
+    own = {f"bit-{bit}": name for bit, name in OWN_FEATURES.items()}
+    features = [own.get(n, n) for n in names(probe.features)]
     if args.json:
         import json
 

@@ -71,6 +71,7 @@ class Vring:
     :ivar hashing: of the frames of a receive queue, for their headers; None: their hash is 0.
     :ivar inflight: cdata ``uint8_t *`` of a vhost-user in-flight region for the emulated path, or
         None.
+    :ivar log: where the emulated path marks the pages that it writes, or None.
     """
 
     __slots__ = (
@@ -84,6 +85,7 @@ class Vring:
         "index",
         "inflight",
         "kick",
+        "log",
         "size",
         "used",
     )
@@ -106,6 +108,7 @@ class Vring:
         self.coalesce = (0, 0)
         self.hashing: Hashing | None = None
         self.inflight: Any = None
+        self.log: RingLog | None = None
 
     def at(self, base: int) -> Vring:
         """The same ring at another position."""
@@ -113,6 +116,21 @@ class Vring:
         ring = Vring(*place, base, self.kick, self.call, self.format)
         ring.coalesce, ring.hashing = self.coalesce, self.hashing
         return ring
+
+
+class RingLog:
+    """The bitmap in which a data path marks the pages of guest memory that it writes while the
+    guest migrates (``cext/dirty_log.h``). All rings of a device have the same.
+
+    :ivar bits: cdata ``uint8_t *``, shared with an untrusted process. :ivar size: its bytes.
+    :ivar used: the address that the used ring is marked under; None: it is not marked.
+    :ivar call: an eventfd, lent, to signal when something was marked; None: nobody wants to know.
+    """
+
+    __slots__ = ("bits", "call", "size", "used")
+
+    def __init__(self, bits: Any, size: int, used: int | None, call: Fd | None) -> None:
+        self.bits, self.size, self.used, self.call = bits, size, used, call
 
 
 class HandOverTimes:

@@ -231,6 +231,7 @@ class EmulatedNet(OnUplink):
 
     def _new_worker(self, acked: int, memory: GuestMemory, number: int, rings: list[Vring]) -> Any:
         config = ffi.new("struct pv_net_config *")
+        config.log_call = -1
         for ring in rings:
             c = config.ring[ring.index % 2]
             c.size, c.base, c.desc, c.avail, c.used = (
@@ -243,6 +244,11 @@ class EmulatedNet(OnUplink):
             c.kick, c.call = ring.kick.fileno(), ring.call.fileno()
             c.inflight = ring.inflight or ffi.NULL
             c.coalesce_packets, c.coalesce_us = ring.coalesce
+            if ring.log is not None:
+                config.log, config.log_size = ring.log.bits, ring.log.size
+                c.log_used, c.log_addr = ring.log.used is not None, ring.log.used or 0
+                if ring.log.call is not None:
+                    config.log_call = ring.log.call.fileno()
             if ring.hashing is not None:
                 types, key = ring.hashing.types, ring.hashing.key
                 lib.pv_flow_hash_init(ffi.addressof(config, "hash"), types, key, len(key))

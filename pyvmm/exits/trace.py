@@ -19,7 +19,7 @@ from pyvmm.spec import pci, virtio
 from pyvmm.spec import vhost_user as vu
 from pyvmm.spec import virtio_net as vn
 from pyvmm.spec import virtio_pci as vp
-from pyvmm.vhostuser.wire import protocol_names, request_name, unpack_regions
+from pyvmm.vhostuser.wire import OWN_FEATURES, protocol_names, request_name, unpack_regions
 from pyvmm.virtio.features import names
 
 TYPE_CHECKING = False
@@ -159,10 +159,9 @@ def vhost_user_args(request: int, payload: bytes) -> Args:
         return {"payload": payload.hex()} if payload else {}
     (value,) = struct.unpack("<Q", payload)
     if request in VU_FEATURES:
-        own = 1 << vu.VHOST_USER_F_PROTOCOL_FEATURES
-        return {
-            "features": feature_text(value & ~own) + (" PROTOCOL_FEATURES" if value & own else "")
-        }
+        own = sum(1 << bit for bit in OWN_FEATURES)
+        words = [name for bit, name in OWN_FEATURES.items() if value >> bit & 1]
+        return {"features": " ".join([feature_text(value & ~own), *words])}
     if request in VU_PROTOCOL:
         return {"protocol_features": " ".join(protocol_names(value))}
     if request in VU_FILES:

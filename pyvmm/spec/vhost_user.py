@@ -23,12 +23,19 @@ MEM_SINGLE = "<QQQQQ"  # padding, then a region
 # its padding: 24 bytes. The specification's text counts 20.
 INFLIGHT = "<QQHH4x"
 INFLIGHT_UNPADDED = "<QQHH"
+LOG = "<QQ"  # mmap size, mmap offset
 
 # SET_VRING_KICK, _CALL, _ERR: the bits of the 64-bit payload
 VHOST_USER_VRING_IDX_MASK = 0xFF
 VHOST_USER_VRING_NOFD_MASK = 1 << 8
 
 VHOST_MEMORY_BASELINE_NREGIONS = 8
+
+# Migration: the virtio feature bit that starts it, the flag of SET_VRING_ADDR, and the bytes for
+# which one bit of the log stands. The kernel's linux/vhost_types.h and linux/vhost.h have them too.
+VHOST_F_LOG_ALL = 26
+VHOST_VRING_F_LOG = 0
+VHOST_LOG_PAGE = 0x1000
 
 # The virtio feature bit with which a back-end says that it has protocol features
 VHOST_USER_F_PROTOCOL_FEATURES = 30
@@ -53,6 +60,9 @@ VHOST_USER_PROTOCOL_F_STATUS = 16
 VHOST_USER_PROTOCOL_F_XEN_MMAP = 17
 VHOST_USER_PROTOCOL_F_SHARED_OBJECT = 18
 VHOST_USER_PROTOCOL_F_DEVICE_STATE = 19
+VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT = 20
+VHOST_USER_PROTOCOL_F_GPA_ADDRESSES = 21
+VHOST_USER_PROTOCOL_F_SHMEM_MAP = 22
 
 # Front-end message types
 VHOST_USER_GET_FEATURES = 1
@@ -98,6 +108,7 @@ VHOST_USER_GET_STATUS = 40
 VHOST_USER_GET_SHARED_OBJECT = 41
 VHOST_USER_SET_DEVICE_STATE_FD = 42
 VHOST_USER_CHECK_DEVICE_STATE = 43
+VHOST_USER_GET_SHMEM_CONFIG = 44
 
 # Back-end message types, on the channel of SET_BACKEND_REQ_FD
 VHOST_USER_BACKEND_IOTLB_MSG = 1
@@ -108,6 +119,8 @@ VHOST_USER_BACKEND_VRING_ERR = 5
 VHOST_USER_BACKEND_SHARED_OBJECT_ADD = 6
 VHOST_USER_BACKEND_SHARED_OBJECT_REMOVE = 7
 VHOST_USER_BACKEND_SHARED_OBJECT_LOOKUP = 8
+VHOST_USER_BACKEND_SHMEM_MAP = 9
+VHOST_USER_BACKEND_SHMEM_UNMAP = 10
 
 # In-flight I/O tracking of a split queue: QueueRegionSplit, then one DescStateSplit per descriptor
 INFLIGHT_REGION = "<QHHHH"  # features, version, desc_num, last_batch_head, used_idx

@@ -45,6 +45,11 @@ FULL_RETRY_S = 0.01
 MESSAGE_S = 5.0
 #: Connections that may wait until a listener accepts them.
 BACKLOG = 16
+#: Virtio feature bits with a meaning for vhost-user alone, and their names.
+OWN_FEATURES = {
+    spec.VHOST_F_LOG_ALL: "LOG_ALL",
+    spec.VHOST_USER_F_PROTOCOL_FEATURES: "PROTOCOL_FEATURES",
+}
 FLAGS_KNOWN = VHOST_USER_VERSION_MASK | VHOST_USER_REPLY | VHOST_USER_NEED_REPLY
 
 

@@ -22,7 +22,9 @@
 		}                                                                                  \
 	} while (0)
 
-static uint8_t *low, *high, *inflight[2];
+#define LOG_BYTES 3 /* for less than there is of either region */
+
+static uint8_t *low, *high, *inflight[2], *log_bits;
 static int pair[2] = {-1, -1}, event[5];
 
 static void set_up(void)
@@ -31,7 +33,9 @@ static void set_up(void)
 	high = aligned_alloc(4096, FUZZ_REGION);
 	for (int q = 0; q < 2; q++)
 		inflight[q] = malloc(PV_INFLIGHT_SIZE(FUZZ_SIZE));
-	CHECK(low && high && inflight[0] && inflight[1]);
+	log_bits = malloc(LOG_BYTES);
+	CHECK(low && high && inflight[0] && inflight[1] && log_bits);
+	memset(log_bits, 0, LOG_BYTES);
 	memset(low, 0, FUZZ_REGION);
 	memset(high, 0, FUZZ_REGION);
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair));
@@ -90,6 +94,19 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		cfg.ring[q].coalesce_packets = data[14] >> 4;
 		cfg.ring[q].coalesce_us = 1u << (data[14] >> 1 & 7);
 	}
+	cfg.log_call = -1;
+	if (data[14] & 8) {
+		/* Addresses are the input's, as a hostile peer may choose them. */
+		cfg.log = log_bits;
+		cfg.log_size = 1 + data[13] % LOG_BYTES;
+		cfg.log_call = event[data[14] >> 5 & 3];
+		for (uint32_t q = 0; q < 2; q++) {
+			cfg.ring[q].log_used = data[14] & 16;
+			memcpy(&cfg.ring[q].log_addr, data + 3 + q, sizeof(uint64_t));
+			if (data[14] & 128)
+				cfg.ring[q].log_addr = FUZZ_USED(q);
+		}
+	}
 	cfg.format.packed = FUZZ_PACKED(data);
 	cfg.format.indirect = data[2] & 1;
 	cfg.format.event_idx = data[2] & 2;
@@ -97,9 +114,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	cfg.guest_csum = data[2] & 64;
 	w = pv_net_worker_new(&cfg, &mem, &ev);
 	CHECK(w);
-	for (int q = RX; q <= TX; q++)
+	for (uint32_t q = RX; q <= TX; q++) {
 		if (w->inflight[q].region)
 			pv_inflight_recover(&w->inflight[q]);
+		if (cfg.log && cfg.ring[q].log_used)
+			pv_vring_log(&w->ring[q], &w->log, cfg.ring[q].log_addr, FUZZ_DESC(q));
+	}
 	for (int q = RX; q <= TX; q++)
 		ahead[q] = (uint16_t)(w->ring[q].last_avail - w->ring[q].used_next);
 	for (uint32_t i = 3; i < FUZZ_HEADER; i++) {

@@ -60,6 +60,7 @@ struct ring {
 };
 
 static uint8_t *memory;
+static uint8_t log_bits[MEMORY / 4096 / 8]; /* shared with a front-end */
 static struct pv_net_worker *worker;
 static int kick[2], call[2], event_fd;
 static int link_fd[2]; /* near, far; the outside changes them under the lock */
@@ -254,6 +255,9 @@ static void *observer(void *arg)
 
 	(void)arg;
 	while (!over()) {
+		/* As a front-end does that copies the marked pages. */
+		for (size_t i = 0; i < sizeof(log_bits); i++)
+			(void)__atomic_exchange_n(&log_bits[i], 0, __ATOMIC_ACQUIRE);
 		pv_net_worker_counters(worker, &c);
 		CHECK(c.tx_packets + c.tx_drop_link >= packets);
 		packets = c.tx_packets + c.tx_drop_link;
@@ -276,6 +280,9 @@ static void life(uint32_t number)
 		.taken = PV_INFLIGHT_UNCOUNTED,
 		.mrg_rxbuf = true,
 		.format.event_idx = number % 2,
+		.log = number % 5 ? log_bits : NULL,
+		.log_size = sizeof(log_bits),
+		.log_call = -1,
 		.event_fd = event_fd,
 		.cpu = number % 8 ? -1 : 0,
 		.name = "race",
@@ -299,6 +306,8 @@ static void life(uint32_t number)
 			.desc = RING(q) + offsetof(struct ring, desc),
 			.avail = RING(q) + offsetof(struct ring, avail_flags),
 			.used = RING(q) + offsetof(struct ring, used_flags),
+			.log_used = true,
+			.log_addr = RING(q) + offsetof(struct ring, used_flags),
 			.kick = kick[q],
 			.call = call[q],
 		};

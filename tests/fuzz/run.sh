@@ -12,7 +12,7 @@ flags="-std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Wshadow -Wvla -Wconversion
 for name in vring net; do
     # shellcheck disable=SC2086
     ${CC:-gcc} $flags -o "$out/fuzz_$name" "$here/fuzz_$name.c" "$here/fuzz_main.c" "$here/../../cext/vring.c" \
-        "$here/../../cext/vring_packed.c" \
+        "$here/../../cext/vring_packed.c" "$here/../../cext/dirty_log.c" \
         "$here/../../cext/inflight.c" "$here/../../cext/thread.c" "$here/../../cext/event.c" \
         "$here/../../cext/flow_hash.c" "$here/../../cext/confine.c"
 done

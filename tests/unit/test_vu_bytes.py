@@ -92,8 +92,10 @@ class Line:
 CHOSEN = 1 << 32 | 1 << 30 | 1 << 15
 MEMORY = 1 << 20
 USER = 0x7F0000000000  # where the front-end has its memory mapped
-#: Of protocol features: MQ, RARP, REPLY_ACK, MTU, INFLIGHT_SHMFD, RESET_DEVICE, MEM_SLOTS, STATUS.
-PROTOCOL = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16
+#: Of protocol features: MQ, LOG_SHMFD, RARP, REPLY_ACK, MTU, INFLIGHT_SHMFD, RESET_DEVICE,
+#: CONFIGURE_MEM_SLOTS, STATUS.
+PROTOCOL = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16
+LOG_ALL = 1 << 26
 #: 16 bytes per queue and 16 per entry, in multiples of 64: two queues of 256 entries.
 INFLIGHT = 2 * (64 + 16 * 256)
 
@@ -147,12 +149,30 @@ BACK_END: list[tuple[int, bytes, str, bytes, int]] = [
     (39, u64(15), "", DONE, 0),  # SET_STATUS: ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
     (40, b"", "", u64(15), 0),  # GET_STATUS
     (19, bytes.fromhex("5254001234560000"), "", DONE, 0),  # SEND_RARP: a MAC address in 8 bytes
-    (11, state(1, 0), "", state(1, 0), 0),  # GET_VRING_BASE
+    # Migration, in QEMU's order: SET_LOG_BASE (size, offset; here for 1 MiB), features, addresses
+    # with VHOST_VRING_F_LOG and the guest address of the used ring.
+    (6, u64(32) + u64(8), "m", DONE, 0),
+    (7, b"", "e", DONE, 0),  # SET_LOG_FD
+    (2, u64(CHOSEN | LOG_ALL), "", DONE, 0),
+    (
+        9,
+        u32(1)
+        + u32(1)
+        + u64(USER + 0x1000)
+        + u64(USER + 0x3000)
+        + u64(USER + 0x2000)
+        + u64(0x3000),
+        "",
+        DONE,
+        0,
+    ),
+    (18, state(1, 0), "", DONE, 0),  # SET_VRING_ENABLE: no
+    (10, state(1, 7), "", DONE, 0),  # SET_VRING_BASE
+    (39, u64(0), "", DONE, 0),  # SET_STATUS: reset; QEMU asks for positions only then
+    (11, state(1, 0), "", state(1, 7), 0),  # GET_VRING_BASE
     (4, b"", "", DONE, 0),  # RESET_OWNER
     (34, b"", "", DONE, 0),  # RESET_DEVICE
     # What we do not offer, is refused in an orderly way.
-    (6, u64(4096) + u64(0), "m", REFUSED, 0),  # SET_LOG_BASE: size, offset
-    (7, b"", "e", REFUSED, 0),  # SET_LOG_FD
     (21, b"", "e", REFUSED, 0),  # SET_BACKEND_REQ_FD
     (22, u64(0) + u64(4096) + u64(USER) + bytes([3, 2]) + bytes(6), "", REFUSED, 0),  # IOTLB_MSG
     (23, state(0, 0), "", REFUSED, 0),  # SET_VRING_ENDIAN
@@ -168,6 +188,7 @@ BACK_END: list[tuple[int, bytes, str, bytes, int]] = [
     (41, bytes(16), "", REFUSED, 0),  # GET_SHARED_OBJECT: a UUID
     (42, u32(0) + u32(0), "e", REFUSED, 0),  # SET_DEVICE_STATE_FD: direction, phase
     (43, b"", "", REFUSED, 0),  # CHECK_DEVICE_STATE
+    (44, b"", "", REFUSED, 0),  # GET_SHMEM_CONFIG
 ]
 #: Those are sent first, without NEED_REPLY: REPLY_ACK is not agreed on yet.
 FIRST = {15, 16}
@@ -225,6 +246,60 @@ def test_our_back_end_answers_in_these_bytes(tmp_path: Path) -> None:
                 for fd in got:
                     os.close(fd)
     os.close(event)
+
+
+def addresses(flags: int, log: int) -> bytes:
+    """SET_VRING_ADDR of ring 1."""
+    ring = u64(USER + 0x1000) + u64(USER + 0x3000) + u64(USER + 0x2000)
+    return u32(1) + u32(flags) + ring + u64(log)
+
+
+#: request, payload, descriptors (m: memory of 1 MiB, s: memory that can be made shorter and not be
+#: sealed, f: a file on a disk, e: eventfd), whether it is refused.
+HOSTILE_LOGS: list[tuple[int, bytes, str, bool]] = [
+    (6, u64(4096), "m", True),  # too short
+    (6, u64(4096) + u64(0) + u64(0), "m", True),  # too long
+    (6, u64(4096) + u64(0), "", True),
+    (6, u64(4096) + u64(0), "mm", True),
+    (6, u64(0) + u64(0), "m", True),
+    (6, u64(MEMORY + 1) + u64(0), "m", True),  # the file is shorter
+    (6, u64(4096) + u64(MEMORY), "m", True),
+    (6, u64(4096) + u64((1 << 64) - 4096), "m", True),  # the sum overflows
+    (6, u64((1 << 64) - 1) + u64(0), "m", True),
+    (6, u64((1 << 64) - 1) + u64((1 << 64) - 1), "m", True),
+    (6, u64(4096) + u64(0), "e", True),
+    (6, u64(4096) + u64(0), "s", True),
+    (6, u64(4096) + u64(0), "f", True),
+    (6, u64(1) + u64(MEMORY - 1), "m", False),
+    (7, b"", "", True),
+    (7, b"", "ee", True),
+    (7, b"", "m", True),
+    (9, addresses(2, 0), "", True),  # an unknown flag
+    (9, addresses(3, 0), "", True),
+    (9, addresses(1, (1 << 64) - 1), "", False),  # such pages are counted, and not marked
+]
+
+
+def test_hostile_logs(tmp_path: Path) -> None:
+    """They are refused one by one, and the session goes on; without LOG_SHMFD all are."""
+    event, short = os.eventfd(0, os.EFD_NONBLOCK), os.memfd_create("short")
+    os.ftruncate(short, MEMORY)
+    disk = os.open(Path(__file__), os.O_RDONLY)
+    for protocol in (PROTOCOL, PROTOCOL & ~2):
+        with memfd("test", MEMORY) as memory, our_backend(str(tmp_path / "s")) as line:
+            lent = {"m": memory.fileno(), "s": short, "f": disk, "e": event}
+            line.say(u32(16) + u32(1) + u32(8) + u64(protocol))  # SET_PROTOCOL_FEATURES
+            for request, payload, kinds, refused in HOSTILE_LOGS:
+                line.say(head(request, 9, payload), [lent[kind] for kind in kinds])
+                answer = REFUSED if refused or protocol != PROTOCOL else DONE
+                assert line.hear() == (head(request, 5, answer), []), (request, payload.hex(" "))
+            if protocol == PROTOCOL:  # QEMU wants an answer that it has not asked for
+                line.say(head(6, 1, u64(4096) + u64(0)), [memory.fileno()])
+                assert line.hear() == (head(6, 5, DONE), [])
+            line.say(head(17, 1, b""))  # GET_QUEUE_NUM
+            assert line.hear() == (head(17, 5, u64(1)), [])
+    for fd in (event, short, disk):
+        os.close(fd)
 
 
 # --- our front-end --------------------------------------------------------------------------------
@@ -297,6 +372,10 @@ OF_BACK_ENDS = [
     (6, bytes(16), REFUSED),  # SHARED_OBJECT_ADD: a UUID
     (7, bytes(16), REFUSED),  # SHARED_OBJECT_REMOVE
     (8, bytes(16), REFUSED),  # SHARED_OBJECT_LOOKUP
+    # SHMEM_MAP, SHMEM_UNMAP: shared memory id, padding, offsets in the file and the region, length,
+    # flags
+    (9, bytes(8) + u64(0) + u64(0) + u64(4096) + u64(1), REFUSED),
+    (10, bytes(8) + u64(0) + u64(0) + u64(4096) + u64(0), REFUSED),
 ]
 
 
