@@ -16,6 +16,7 @@ import struct
 import time
 from contextlib import contextmanager
 
+from pyvmm.conformance.dirty_log import FrontendLog, page
 from pyvmm.conformance.driver import NetDriver, wait_for
 from pyvmm.conformance.subject import RETRY_S, Gone, Subject
 from pyvmm.datapath.vhost_user import VhostUserNet
@@ -39,6 +40,7 @@ EVENT_IDX = 1 << virtio.VIRTIO_RING_F_EVENT_IDX
 INDIRECT = 1 << virtio.VIRTIO_RING_F_INDIRECT_DESC
 MRG_RXBUF = 1 << virtio_net.VIRTIO_NET_F_MRG_RXBUF
 RING_PACKED = 1 << virtio.VIRTIO_F_RING_PACKED
+LOG_ALL = 1 << spec.VHOST_F_LOG_ALL
 NAMES = {
     EVENT_IDX: "EVENT_IDX",
     INDIRECT: "INDIRECT_DESC",
@@ -93,6 +95,12 @@ class Item:
         self.clause, self.rings = clause, rings or []
 
 
+class LoggedNet(VhostUserNet):
+    """A front-end that can migrate its guest."""
+
+    protocol_features = VhostUserNet.protocol_features | 1 << spec.VHOST_USER_PROTOCOL_F_LOG_SHMFD
+
+
 class DrivenCard:
     """A network card on the back-end, driven by this process: memory, drivers and front-end."""
 
@@ -112,6 +120,7 @@ class DrivenCard:
         self.path: VhostUserNet | None = None
         self.number = 0
         self.header = HEADER + os.urandom(4)
+        self._at: dict[int, int] = {}  # how many chains each ring had returned at ``log``
         try:
             at = 0x10000
             for pair in range(pairs):
@@ -143,9 +152,7 @@ class DrivenCard:
             raise
 
     def _connect(self, pairs: int) -> VhostUserNet:
-        path = VhostUserNet(
-            self.checker.subject, queues=pairs, mac=MAC, timeout=self.checker.timeout
-        )
+        path = LoggedNet(self.checker.subject, queues=pairs, mac=MAC, timeout=self.checker.timeout)
         try:
             path.connect(0)  # the subject has a time limit of its own
         except BaseException:
@@ -187,6 +194,42 @@ class DrivenCard:
                     f"ring {ring.index}: GET_VRING_BASE gives {words(base)}, its used index is "
                     f"{words(ring.position)}"
                 )
+
+    def log(self, log: FrontendLog) -> bool:
+        """Have the back-end mark what it writes from now on; whether it can."""
+        assert self.path is not None
+        rings = [r.vring() for d in self.drivers for r in d.rings]
+        able = False
+
+        def ask(s: Session) -> None:
+            nonlocal able
+            able = s.has(spec.VHOST_USER_PROTOCOL_F_LOG_SHMFD)
+            if able:
+                log.start(s, self.acked, rings)
+
+        self.path.converse(ask)
+        for driver in self.drivers:
+            driver.filled.clear()
+        self._at = {ring.index: ring.returned for d in self.drivers for ring in d.rings}
+        return able
+
+    def written(self) -> dict[int, str]:
+        """The pages that the back-end has certainly written since ``log``, and what is there. The
+        rings have 256 entries, so that each area lies in one page.
+        """
+        pages = {}
+        for driver in self.drivers:
+            for ring in driver.rings:
+                if ring.returned == self._at[ring.index]:
+                    continue  # nothing has come back
+                if self.acked & RING_PACKED:
+                    pages[page(ring.desc)] = f"the descriptors of ring {ring.index}"
+                else:
+                    pages[page(ring.used)] = f"the used ring of ring {ring.index}"
+            for gpa, length in driver.filled:
+                for at in range(page(gpa), gpa + length, spec.VHOST_LOG_PAGE):
+                    pages[at] = "a receive buffer"
+        return pages
 
     def frame(self, length: int) -> bytes:
         """The next frame, of ``length`` bytes or a few more."""
@@ -647,6 +690,34 @@ def _reconnect(checker: Checker, card: DrivenCard, path: VhostUserNet) -> None:
     card.send(40)
 
 
+def dirty_log(checker: Checker) -> str:
+    """While a guest migrates, the back-end marks each page that it writes; also if that begins
+    while the rings are served.
+    """
+    if not checker.features & LOG_ALL:
+        raise Skipped("LOG_ALL is not offered")
+    seen = []
+    for form in checker.formats():
+        with checker.card(checker.all_features() | form) as card, FrontendLog(card.memory) as log:
+            card.send(40)
+            if not card.log(log):
+                raise Skipped("LOG_SHMFD is not offered")
+            card.send(60)
+            card.stop()  # nothing is written, and so marked, any more
+            written, marked = card.written(), log.pages()
+            missing = [f"{what} at {at:#x}" for at, what in written.items() if at not in marked]
+            if missing:
+                kind = "packed: " if form else ""
+                raise Failed(
+                    f"{kind}{len(missing)} of {len(written)} pages that it has written are not"
+                    f" marked: {', '.join(missing[:3])}"
+                )
+            seen.append(f"{len(written)}")
+            card.start()
+            card.send(40)
+    return f"{'; packed '.join(seen)} pages"
+
+
 def malformed_ring(checker: Checker) -> str:
     """A head outside of the table, or a packed descriptor outside of memory, stops a ring, but does
     not end the back-end.
@@ -742,6 +813,7 @@ ITEMS: list[tuple[str, Callable[[Checker], str], str]] = [
     ("no interrupts when not asked for", not_called, "virtio 1.2, 2.7.7"),
     ("queue pairs", queue_pairs, "virtio 1.2, 5.1.2; vhost-user, Multiple queue support"),
     ("front-end reconnects", reconnect, "vhost-user, Backend program conventions"),
+    ("pages are marked for a migration", dirty_log, "vhost-user, Migration"),
     ("malformed ring", malformed_ring, "vhost-user, VHOST_USER_SET_VRING_ERR"),
     ("unknown request", unknown_request, "vhost-user, VHOST_USER_PROTOCOL_F_REPLY_ACK"),
     ("garbage", garbage, "vhost-user, Message Specification"),

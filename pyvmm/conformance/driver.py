@@ -543,6 +543,7 @@ class NetDriver:
         self._tx_at = self._tx_start = at + count * rx_size
         self.end = memory.low_size
         self.received: list[bytes] = []
+        self.filled: list[tuple[int, int]] = []  # buffers that ``poll`` has read: address, length
 
     @property
     def rings(self) -> list[Ring]:
@@ -597,20 +598,21 @@ class NetDriver:
         packets = []
         used = self.rx.take_used()
         while used:
-            head, length = used.pop(0)
-            gpa = self._rx_busy.pop(head)
-            data = self.memory.read(gpa, length)
-            self._rx_free.append(gpa)
+            data = self._take(*used.pop(0))
             for _ in range(struct.unpack_from("<H", data, 10)[0] - 1):
-                head, length = used.pop(0)
-                gpa = self._rx_busy.pop(head)
-                data += self.memory.read(gpa, length)
-                self._rx_free.append(gpa)
+                data += self._take(*used.pop(0))
             packets.append(data)
         if refill and packets:
             self.fill()
         self.received += packets
         return packets
+
+    def _take(self, head: int, length: int) -> bytes:
+        """The bytes of a receive buffer, which is free again."""
+        gpa = self._rx_busy.pop(head)
+        self._rx_free.append(gpa)
+        self.filled.append((gpa, length))
+        return self.memory.read(gpa, length)
 
     def wait_packets(self, count: int, timeout: float = 10.0) -> list[bytes]:
         """Poll until ``count`` packets have arrived; returns all packets that arrived meanwhile."""

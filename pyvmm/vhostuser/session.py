@@ -350,13 +350,7 @@ class Session:
         self.tell(spec.VHOST_USER_SET_VRING_NUM, state)
         # BASE goes before ADDR: some back-ends compare it with the used index there.
         self.tell(spec.VHOST_USER_SET_VRING_BASE, struct.pack(VRING_STATE, i, base))
-        desc, avail, used = ring.format.areas(size)
-        parts = (ring.desc, desc), (ring.used, used), (ring.avail, avail)
-        try:
-            addresses = [memory.host_address(gpa, area.length) for gpa, area in parts]
-        except IndexError as e:
-            raise VhostUserError(f"ring {i}: {e}") from e
-        self.tell(spec.VHOST_USER_SET_VRING_ADDR, struct.pack(spec.VRING_ADDR, i, 0, *addresses, 0))
+        self.place_ring(ring, memory)
         self.sharing.add(i)
         for request, event in (
             (spec.VHOST_USER_SET_VRING_ERR, err),
@@ -364,6 +358,22 @@ class Session:
             (spec.VHOST_USER_SET_VRING_CALL, ring.call),
         ):
             self.tell(request, struct.pack("<Q", i), [event.fileno()])
+
+    def place_ring(self, ring: Virtqueue, memory: GuestMemory, *, log: int | None = None) -> None:
+        """Tell the back-end where a ring is.
+
+        :param log: the guest-physical address under which the back-end marks writes to the used
+            ring in the log of a migration; None: it does not.
+        """
+        desc, avail, used = ring.format.areas(ring.size)
+        parts = (ring.desc, desc), (ring.used, used), (ring.avail, avail)
+        try:
+            addresses = [memory.host_address(gpa, area.length) for gpa, area in parts]
+        except IndexError as e:
+            raise VhostUserError(f"ring {ring.index}: {e}") from e
+        flags = 0 if log is None else 1 << spec.VHOST_VRING_F_LOG
+        payload = struct.pack(spec.VRING_ADDR, ring.index, flags, *addresses, log or 0)
+        self.tell(spec.VHOST_USER_SET_VRING_ADDR, payload)
 
     def enable_rings(self, indices: Iterable[int]) -> None:
         """Let the back-end serve these rings. When this returns, the back-end has taken all

@@ -7,15 +7,19 @@ import signal
 import socket
 import struct
 import threading
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pyvmm.backend.process import LINES_MAX, READY, BackendProcess, serve
 from pyvmm.backend.server import Backend
+from pyvmm.conformance.check import LoggedNet
+from pyvmm.conformance.dirty_log import FrontendLog, page
 from pyvmm.errors import VhostUserError
+from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
-from tests.driver import Cable, wait_for
+from tests.driver import Cable, Events, NetDriver, bits, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +60,26 @@ def test_why_a_session_ended(process: BackendProcess) -> None:
     assert wait_for(told, PATIENCE), said
     process.dial().close()  # the same child
     assert process.complaints() == []
+
+
+def test_the_confined_child_marks_pages(process: BackendProcess) -> None:
+    """The log of a migration needs no system call that the child may not have."""
+    acked, tap = bits("VIRTIO_F_VERSION_1"), process._tap
+    assert isinstance(tap, Cable)
+    with closing(GuestMemory(1 << 20)) as memory, FrontendLog(memory) as log:
+        driver, net = NetDriver(memory, size=16, event_idx=False), LoggedNet(process.connector())
+        driver.fill()
+        net.connect(PATIENCE)
+        rings = [ring.vring() for ring in driver.rings]
+        net.start(acked, memory, rings, Events())
+        assert net.converse(lambda s: log.start(s, acked, rings))
+        tap.far.send(bytes(12) + b"\x55" * 60)
+        assert driver.wait_packets(1, PATIENCE)
+        net.stop()
+        assert not net.problems and process.complaints() == []
+        assert {page(driver.filled[0][0]), page(driver.rx.used)} <= log.pages()
+        net.close()
+        driver.close()
 
 
 def test_the_lines_come_before_the_next_session(process: BackendProcess) -> None:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import select
+import threading
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pyvmm._ext import ffi, lib
+from pyvmm.backend.net import NetService
+from pyvmm.backend.ports import loop_port
+from pyvmm.backend.server import Backend
+from pyvmm.conformance.check import LoggedNet
+from pyvmm.conformance.dirty_log import FrontendLog
 from pyvmm.datapath.base import RingLog
 from pyvmm.datapath.ringformat import PACKED
 from pyvmm.fd import EventFd
 from pyvmm.memory import GuestMemory
-from tests.driver import PackedRing, Ring, wait_for
+from pyvmm.spec.vhost_user import VHOST_F_LOG_ALL
+from pyvmm.vhostuser.connect import Connector
+from tests.driver import Events, NetDriver, PackedRing, Ring, wait_for
 from tests.ringforms import Form, form, pytest_generate_tests
 from tests.unit.test_net_worker import ALL, EVENT_IDX, MRG, PATIENCE, VERSION_1, Rig, frame
 
@@ -224,3 +233,43 @@ def test_what_a_ring_marks(event_idx: bool, place: int) -> None:
                 assert marked() == ([0, 1] if place == 600 else [0, 1, 2])
         finally:
             ring.close()
+
+
+def test_rings_wait_for_the_log(tmp_path: Path) -> None:
+    """A front-end that starts the rings while its guest migrates gives the log last. A log that is
+    too small for the memory is reported.
+    """
+    lines: list[str] = []
+    with Backend(NetService(loop_port(1)), log=lines.append) as backend:
+        thread = threading.Thread(target=backend.run, args=(str(tmp_path / "s"),))
+        thread.start()
+        try:
+            with closing(GuestMemory(1 << 20)) as memory, FrontendLog(memory) as log:
+                assert wait_for((tmp_path / "s").exists, PATIENCE)
+                acked, packed = Form.features(VERSION_1), Form.now is PACKED
+                driver = NetDriver(memory, size=16, event_idx=False, packed=packed)
+                net = LoggedNet(Connector(str(tmp_path / "s")), timeout=PATIENCE)
+                rings = [ring.vring() for ring in driver.rings]
+                driver.fill()
+                net.connect(PATIENCE)
+                net.start(acked, memory, rings, Events())
+                net.converse(lambda s: s.choose_features(acked | 1 << VHOST_F_LOG_ALL))
+                waits = "migration: the rings wait for the log (SET_LOG_BASE)"
+                assert wait_for(lambda: waits in lines, PATIENCE), lines
+                driver.send(frame(1))
+                net.converse(lambda s: s.settle())
+                assert driver.tx.outstanding == 1
+                net.converse(lambda s: log.start(s, acked, rings))
+                assert driver.wait_packets(1, PATIENCE)
+                assert lines[-1] == waits, lines
+                log.size = 16  # for 512 KiB
+                net.converse(lambda s: log.start(s, acked, rings))
+                ends = (
+                    "migration: the log ends at 0x80000, the memory at 0x100000: pages in between"
+                )
+                assert wait_for(lambda: ends in lines[-1], PATIENCE), lines
+                net.close()
+                driver.close()
+        finally:
+            backend.stop()
+            thread.join(PATIENCE)
