@@ -14,10 +14,11 @@ import stat
 import time
 
 from pyvmm.errors import TestbedError
+from pyvmm.host.attended import attend
 from pyvmm.host.paths import cache_dir, cache_root, runtime_dir
 from pyvmm.programs import module
 from pyvmm.testbed import protocol as p
-from pyvmm.testbed.session import Session, TestbedTimeout, interactive
+from pyvmm.testbed.session import Session, TestbedTimeout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -456,7 +457,7 @@ class Testbed:
                     stderr=2 if _is_open(2) else None,
                     terminal=0 if _is_open(0) and os.isatty(0) else None,
                 )
-                return interactive(session, timeout, self.progress)
+                return attend(session, timeout, self.progress)
 
     def _session(self) -> socket.socket:
         sock = self._connect()
