@@ -17,8 +17,7 @@
  *                               input and DLE DLE stands for one DLE
  *   pyvmm.hostname=NAME  pyvmm.term=TERM  pyvmm.tty=COLSxROWS  pyvmm.port=0|1  pyvmm.verbose
  *   pyvmm.panic=init
- *   pyvmm.agent                 run no command of its own, but take requests of the VMM
- *                               (pyvmm_port.h)
+ *   pyvmm.agent                 run no command of its own, but wait for sessions
  *
  * No error here is fatal: init reports each failure in one line on the console and goes on to the
  * command.
@@ -28,6 +27,9 @@
  * the port (on another VMM), they are the console, and the line "pyvmm-init: status N" reports the
  * status.
  *
+ * If the VMM has a channel (pyvmm_port.h), it starts further commands at any time: sessions. Init
+ * carries their streams in the same loop, and never waits for any of them.
+ *
  * The power button (ACPI, kernel driver "button") ends the command by SIGTERM, and by SIGKILL after
  * BUTTON_MS, and then powers off. A shell on the console ends at once.
  */
@@ -35,6 +37,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <limits.h>
 #include <linux/genetlink.h>
 #include <linux/if_addr.h>
@@ -72,14 +75,18 @@
 /* After the command's end, init waits so long for more output of processes that it left behind. */
 #define DRAIN_MS     1000
 #define BUTTON_MS    3000 /* after the power button, the command has so long to end itself */
+#define HANGUP_MS    1000 /* a session's command that nobody waits for has so long after SIGHUP */
 #define COMMAND_FILE "/etc/pyvmm.cmd"
 #define PAGE_SIZE    4096
+#define CHANNEL_SIZE (CHANNEL_PAGES * PAGE_SIZE)
 #define DLE	     0x10
 #define EOT	     0x04
 
 static bool have_port;
-static char *page;   /* the page of GUEST_PAGE; NULL: output goes by bytes */
-static bool answers; /* whether the VMM answers each GUEST_WRITE */
+static char *page;    /* the page of GUEST_PAGE; NULL: output goes by bytes */
+static bool answers;  /* whether the VMM answers each GUEST_WRITE */
+static char *channel; /* the pages of GUEST_CHANNEL; NULL: the VMM has no channel */
+static int bell = -1; /* the serial port on which the VMM rings */
 static bool verbose;
 static char *command; /* argv; a NUL ends each argument, and one more the whole */
 static size_t command_size;
@@ -207,38 +214,55 @@ static void open_port(const char *choice)
 }
 
 /*
- * Name a page of this process to the VMM. The page must keep its physical address. It is mapped
- * shared so that fork() does not copy it, and a pipe that nobody reads holds a reference to it so
- * that the kernel does not move it.
+ * Make @count pages that can be named to the VMM, and put their page frame numbers into @frames;
+ * returns NULL if this is impossible. The pages must keep their physical addresses. They are mapped
+ * shared so that fork() does not copy them, and a pipe that nobody reads holds references to them
+ * so that the kernel does not move them.
  */
-static void share_page(void)
+static char *share(size_t count, uint32_t *frames)
 {
-	char *p = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE,
+	char *p = mmap(NULL, count * PAGE_SIZE, PROT_READ | PROT_WRITE,
 		       MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-	struct iovec piece = {.iov_base = p, .iov_len = PAGE_SIZE};
-	uint64_t entry = 0;
+	struct iovec piece = {.iov_base = p, .iov_len = count * PAGE_SIZE};
+	uint64_t entries[CHANNEL_PAGES] = {0};
 	int ends[2], map;
 
 	if (p == MAP_FAILED || pipe2(ends, O_CLOEXEC))
-		return;
-	*p = 0;
-	if (vmsplice(ends[1], &piece, 1, 0) != PAGE_SIZE)
-		return;
+		return NULL;
+	memset(p, 0, count * PAGE_SIZE);
+	if (vmsplice(ends[1], &piece, 1, 0) != (ssize_t)piece.iov_len)
+		return NULL;
 	/*
 	 * Documentation/admin-guide/mm/pagemap.rst: bit 63 says that the page is present, bits
 	 * 0..54 are its frame number.
 	 */
 	map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	if (map < 0)
-		return;
-	if (pread(map, &entry, sizeof(entry), (off_t)((uintptr_t)p / PAGE_SIZE * sizeof(entry))) ==
-		    sizeof(entry) &&
-	    entry >> 63 && (entry &= (1ULL << 55) - 1) && entry < 1 << 24) {
-		page = p;
-		tell(GUEST_PAGE, (unsigned int)entry);
-		answers = *(unsigned int *)page == GUEST_ANSWERS;
-	}
+		return NULL;
+	if (pread(map, entries, count * sizeof(*entries),
+		  (off_t)((uintptr_t)p / PAGE_SIZE * sizeof(*entries))) < 0)
+		p = NULL;
 	close(map);
+	for (size_t i = 0; i < count; i++) {
+		uint64_t frame = entries[i] & ((1ULL << 55) - 1);
+
+		if (!(entries[i] >> 63) || !frame || frame >= 1 << 24)
+			return NULL;
+		frames[i] = (uint32_t)frame;
+	}
+	return p;
+}
+
+/* Name a page to the VMM for the output and the input of the command. */
+static void share_page(void)
+{
+	uint32_t frame;
+
+	page = share(1, &frame);
+	if (!page)
+		return;
+	tell(GUEST_PAGE, frame);
+	answers = *(volatile unsigned int *)page == GUEST_ANSWERS;
 }
 
 /*
@@ -780,11 +804,10 @@ static void set_environment(void)
 		setenv("PYVMM_PEER", peer, 1);
 }
 
-/* Become the command, in the child process. */
-static void __attribute__((noreturn)) become(int in, int out, int err, int tty)
+/* Take over the descriptors of a command, in the child process. */
+static void take(int in, int out, int err, int tty)
 {
 	sigset_t none;
-	int error;
 
 	if (have_port)
 		ioperm(PORT_GUEST_CONTROL, PORT_GUEST_COUNT, 0);
@@ -798,12 +821,26 @@ static void __attribute__((noreturn)) become(int in, int out, int err, int tty)
 	dup2(in, STDIN_FILENO);
 	dup2(out, STDOUT_FILENO);
 	dup2(err, STDERR_FILENO);
+}
+
+/* Become the program of @argv. */
+static void __attribute__((noreturn)) become(char **argv)
+{
+	int error;
+
+	execvp(argv[0], argv);
+	error = errno;
+	say("cannot run '%.200s': %s", argv[0], strerror(error));
+	_exit(error == ENOENT || error == ENOTDIR ? 127 : 126);
+}
+
+/* Run the command, in the child process. */
+static void __attribute__((noreturn)) run_command(int in, int out, int err, int tty)
+{
+	take(in, out, err, tty);
 	if (chdir("/root"))
 		say("cannot enter /root: %s", strerror(errno));
-	execvp(argv_out[0], argv_out);
-	error = errno;
-	say("cannot run '%.200s': %s", argv_out[0], strerror(error));
-	_exit(error == ENOENT || error == ENOTDIR ? 127 : 126);
+	become(argv_out);
 }
 
 /* Write all of @data to @fd, which may be a pipe; returns false after an error. */
@@ -911,11 +948,10 @@ static bool relay(int fd, unsigned short port)
 /* The command's standard input on its way from the port to the command. */
 static struct {
 	int pipe;	 /* the write end, which does not block; -1 if there is no input any more */
-	int bell;	 /* the serial port that tells of new input */
 	bool waiting;	 /* the VMM has nothing, and will ring */
 	size_t at, have; /* the part of bytes that the command has not got yet */
 	char bytes[PAGE_SIZE]; /* a copy, because output uses the page as well */
-} feed = {.pipe = -1, .bell = -1};
+} feed = {.pipe = -1};
 
 static void end_input(void)
 {
@@ -923,29 +959,36 @@ static void end_input(void)
 	feed.pipe = -1;
 }
 
-/* Open a serial port on which the VMM rings; -1 if there is none. */
-static int open_bell(void)
+/* Open the serial port on which the VMM rings. */
+static void open_bell(void)
 {
-	int bell = open("/dev/ttyS1", O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
 	struct termios mode;
 
+	bell = open("/dev/ttyS1", O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
 	if (bell >= 0 && tcgetattr(bell, &mode)) {
 		close(bell);
-		return -1;
+		bell = -1;
 	}
 	if (bell >= 0) {
 		cfmakeraw(&mode);
 		tcsetattr(bell, TCSANOW, &mode);
 	}
-	return bell;
 }
 
-static void silence(int bell)
+/* Read what the bell says. Returns whether the channel has frames; there may be input as well. */
+static bool silence(void)
 {
 	char bytes[64];
+	bool frames = false;
+	ssize_t n;
 
-	while (read(bell, bytes, sizeof(bytes)) > 0)
-		;
+	while ((n = read(bell, bytes, sizeof(bytes))) > 0) {
+		for (ssize_t i = 0; i < n; i++) {
+			frames = frames || bytes[i] == BELL_CHANNEL;
+			feed.waiting = feed.waiting && bytes[i] != BELL_INPUT;
+		}
+	}
+	return frames;
 }
 
 /* Begin the command's input; returns the end that the command reads. */
@@ -953,8 +996,10 @@ static int start_input(void)
 {
 	int ends[2];
 
-	if (!page || (feed.bell = open_bell()) < 0 || pipe2(ends, O_CLOEXEC)) {
-		say("no input for the command: %s", page ? strerror(errno) : "the VMM has no port");
+	if (!page || bell < 0 || pipe2(ends, O_CLOEXEC)) {
+		say("no input for the command: %s", !page      ? "the VMM has no port"
+						    : bell < 0 ? "no /dev/ttyS1"
+							       : strerror(errno));
 		return open("/dev/null", O_RDONLY | O_CLOEXEC);
 	}
 	fcntl(ends[1], F_SETFL, O_NONBLOCK);
@@ -1012,6 +1057,591 @@ static void __attribute__((noreturn)) leave(int how)
 		pause();
 }
 
+/* --- sessions: commands that the VMM starts (pyvmm_port.h) --- */
+
+struct session {
+	struct session *next;
+	unsigned int id;
+	char *described; /* what FRAME_OPEN has brought so far; a NUL follows */
+	size_t described_size;
+	pid_t pid; /* 0: the command has not been started, or has ended */
+	bool over; /* the command has ended, with this status */
+	int status;
+	bool closed; /* nobody waits for the command any more */
+	bool tty;
+	bool has_input;
+	int in, streams[2]; /* our ends of the pipes, or descriptors of the terminal; or -1 */
+	char *input;	    /* input that the command has not taken yet; CHANNEL_WINDOW bytes */
+	size_t at, have;
+	bool input_ends;
+	bool quiet;		/* poll() has just found no output */
+	unsigned int taken;	/* input for which the VMM has got no credit yet */
+	unsigned int credit[2]; /* for standard output and standard error */
+	long drained;		/* when to wait no longer for more output; 0: not yet known */
+	long hanged;		/* when to end the command by SIGKILL; 0: never */
+};
+
+static struct session *sessions;
+static size_t session_count;
+static size_t frames_size; /* bytes of frames in the channel's pages that are for the VMM */
+
+static void flush_frames(void)
+{
+	if (frames_size)
+		outl((unsigned int)frames_size, PORT_GUEST_CHANNEL);
+	frames_size = 0;
+}
+
+/* Begin a frame whose payload has at most @room bytes; returns where the payload goes. */
+static char *begin_frame(size_t room)
+{
+	if (frames_size + sizeof(struct pyvmm_frame) + room > CHANNEL_SIZE)
+		flush_frames();
+	return channel + frames_size + sizeof(struct pyvmm_frame);
+}
+
+static void end_frame(const struct session *s, unsigned int type, size_t size)
+{
+	struct pyvmm_frame f = {type, s->id, (unsigned int)size};
+
+	memcpy(channel + frames_size, &f, sizeof(f));
+	frames_size += sizeof(f) + size;
+}
+
+static void send_frame(const struct session *s, unsigned int type, const void *data, size_t size)
+{
+	memcpy(begin_frame(size), data, size);
+	end_frame(s, type, size);
+}
+
+/* Send what init has to say about a session as its command's standard error. */
+static void complain(struct session *s, const char *what)
+{
+	char line[300];
+	int n = snprintf(line, sizeof(line), "pyvmm-init: %s: %s\n", what, strerror(errno));
+
+	if (!s->closed)
+		send_frame(s, FRAME_ERROR, line, (size_t)n);
+}
+
+/*
+ * Find the line of @key, a name or a number, in the text @at of /etc/passwd or /etc/group. Returns
+ * whether there is one; its first @count fields are in @fields then.
+ */
+static bool find_account(char *at, const char *key, char **fields, size_t count)
+{
+	char *line;
+
+	while ((line = strsep(&at, "\n"))) {
+		size_t n = 0;
+
+		while (n < count && (fields[n] = strsep(&line, ":")))
+			n++;
+		if (n == count && (!strcmp(fields[0], key) || !strcmp(fields[2], key)))
+			return true;
+	}
+	memset(fields, 0, count * sizeof(*fields));
+	return false;
+}
+
+/* Add the groups of which @name is a member; returns their number. */
+static size_t find_groups(const char *name, gid_t *groups, size_t room)
+{
+	char *at = read_file("/etc/group", NULL), *line;
+	size_t n = 0;
+
+	while ((line = strsep(&at, "\n")) && n < room) {
+		char *fields[4], *member;
+
+		for (size_t i = 0; i < 4; i++)
+			fields[i] = strsep(&line, ":");
+		while (fields[3] && n < room && (member = strsep(&fields[3], ",")))
+			if (!strcmp(member, name))
+				groups[n++] = (gid_t)strtoul(fields[2], NULL, 10);
+	}
+	return n;
+}
+
+static bool is_number(const char *text)
+{
+	return *text && !text[strspn(text, "0123456789")];
+}
+
+/*
+ * Become USER[:GROUP], with the environment of a login; in the child process. Returns the directory
+ * to begin in, and the user's shell in @shell, NULL if it is unknown.
+ */
+static const char *become_user(char *user, int tty, const char **shell)
+{
+	char *group = strchr(user, ':');
+	char *fields[7] = {0};
+	gid_t groups[65], gid = 0;
+	size_t count = 1;
+	uid_t uid;
+
+	if (group)
+		*group++ = 0;
+	if (find_account(read_file("/etc/passwd", NULL), user, fields, 7)) {
+		uid = (uid_t)strtoul(fields[2], NULL, 10);
+		gid = (gid_t)strtoul(fields[3], NULL, 10);
+		count += find_groups(fields[0], groups + 1, 64);
+	} else if (is_number(user) || !strcmp(user, "root")) {
+		uid = (uid_t)strtoul(user, NULL, 10);
+	} else {
+		say("no user '%.100s' in the guest's /etc/passwd", user);
+		_exit(126);
+	}
+	if (group) {
+		char *found[3];
+
+		count = 1;
+		if (find_account(read_file("/etc/group", NULL), group, found, 3))
+			group = found[2];
+		if (!is_number(group)) {
+			say("no group '%.100s' in the guest's /etc/group", group);
+			_exit(126);
+		}
+		gid = (gid_t)strtoul(group, NULL, 10);
+	}
+	groups[0] = gid;
+	if (tty >= 0)
+		fchown(tty, uid, (gid_t)-1);
+	if (setgroups(count, groups) || setgid(gid) || setuid(uid)) {
+		say("cannot become user '%.100s': %s", user, strerror(errno));
+		_exit(126);
+	}
+	*shell = fields[6] && *fields[6] ? fields[6] : NULL;
+	setenv("USER", fields[0] ? fields[0] : user, 1);
+	setenv("LOGNAME", fields[0] ? fields[0] : user, 1);
+	setenv("HOME", fields[5] ? fields[5] : uid ? "/" : "/root", 1);
+	return getenv("HOME");
+}
+
+/* Run the command of @s, in the child process. */
+static void __attribute__((noreturn)) run_session(struct session *s, int in, int out, int err)
+{
+	char *end = s->described + s->described_size, *directory = NULL, *user = NULL, **argv;
+	const char *home = "/root", *shell = NULL;
+	size_t argc = 0;
+
+	take(in, out, err, s->tty ? out : -1);
+	argv = resize(NULL, (s->described_size + 3) * sizeof(*argv));
+	for (char *at = s->described; at < end; at += strlen(at) + 1) {
+		if (*at == 'a')
+			argv[argc++] = at + 1;
+		else if (*at == 'd')
+			directory = at + 1;
+		else if (*at == 'u')
+			user = at + 1;
+	}
+	if (user)
+		home = become_user(user, s->tty ? STDIN_FILENO : -1, &shell);
+	for (char *at = s->described; at < end; at += strlen(at) + 1)
+		if (*at == 'e' && at[1])
+			putenv(at + 1);
+	if (!argc) {
+		if (!shell || access(shell, X_OK))
+			shell = access("/bin/ash", X_OK) ? "sh" : "ash";
+		argv[argc++] = strdup(shell);
+	}
+	argv[argc] = NULL;
+	if (directory && chdir(directory)) {
+		say("cannot enter '%.200s': %s", directory, strerror(errno));
+		_exit(126);
+	}
+	if (!directory && chdir(home) && chdir("/"))
+		say("cannot enter /: %s", strerror(errno));
+	become(argv);
+}
+
+/* Make a terminal of @size ("COLSxROWS"); returns its slave, and the master in @master, or -1. */
+static int make_terminal(const char *size, int *master)
+{
+	struct winsize cells = {0};
+	int unlocked = 0, slave;
+
+	*master = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
+	if (*master < 0)
+		return -1;
+	if (sscanf(size, "%hux%hu", &cells.ws_col, &cells.ws_row) == 2)
+		ioctl(*master, TIOCSWINSZ, &cells);
+	if (ioctl(*master, TIOCSPTLCK, &unlocked) ||
+	    (slave = ioctl(*master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC)) < 0) {
+		close(*master);
+		*master = -1;
+		return -1;
+	}
+	return slave;
+}
+
+static void start_session(struct session *s)
+{
+	char *end = s->described + s->described_size, *size = NULL;
+	int in[2] = {-1, -1}, out[2] = {-1, -1}, err[2] = {-1, -1};
+	bool good;
+
+	for (char *at = s->described; at < end; at += strlen(at) + 1) {
+		if (*at == 't')
+			size = at + 1;
+		s->has_input = s->has_input || *at == 'i';
+	}
+	if (size) {
+		out[1] = make_terminal(size, &out[0]);
+		good = out[1] >= 0 && (in[1] = fcntl(out[0], F_DUPFD_CLOEXEC, 3)) >= 0;
+		in[0] = err[1] = out[1];
+		s->tty = true;
+	} else {
+		good = !pipe2(out, O_CLOEXEC) && !pipe2(err, O_CLOEXEC);
+		if (s->has_input)
+			good = good && !pipe2(in, O_CLOEXEC) && !fcntl(in[1], F_SETFL, O_NONBLOCK);
+		else
+			good = good && (in[0] = open("/dev/null", O_RDONLY | O_CLOEXEC)) >= 0;
+	}
+	s->pid = good ? fork() : -1;
+	if (!s->pid)
+		run_session(s, in[0], out[1], err[1]);
+	if (s->pid < 0) {
+		complain(s, size ? "no terminal for a command" : "cannot start a command");
+		s->pid = 0;
+		s->over = true;
+		s->status = 126;
+	}
+	close(out[1]);
+	if (!size) {
+		close(in[0]);
+		close(err[1]);
+	}
+	s->in = in[1];
+	s->streams[0] = out[0];
+	s->streams[1] = err[0];
+	free(s->described);
+	s->described = NULL;
+}
+
+static void end_session_input(struct session *s)
+{
+	close(s->in);
+	s->in = -1;
+	s->taken += (unsigned int)s->have;
+	s->have = 0;
+}
+
+static void take_input(struct session *s, const char *data, size_t size)
+{
+	if (!size) {
+		s->input_ends = true;
+		return;
+	}
+	if (s->in < 0) { /* the command has closed its input: the rest is for nobody */
+		s->taken += (unsigned int)size;
+		return;
+	}
+	if (!s->input)
+		s->input = resize(NULL, CHANNEL_WINDOW);
+	if (size > CHANNEL_WINDOW - s->have)
+		size = CHANNEL_WINDOW - s->have; /* the VMM does not do this */
+	memmove(s->input, s->input + s->at, s->have);
+	memcpy(s->input + s->have, data, size);
+	s->at = 0;
+	s->have += size;
+}
+
+/* Nobody waits for the command any more: hang up. */
+static void close_session(struct session *s)
+{
+	s->closed = true;
+	for (int i = 0; i < 2; i++) {
+		close(s->streams[i]);
+		s->streams[i] = -1;
+	}
+	if (s->in >= 0)
+		end_session_input(s);
+	if (s->pid) {
+		if (kill(-s->pid, SIGHUP))
+			kill(s->pid, SIGHUP);
+		kill(-s->pid, SIGCONT);
+		s->hanged = now_ms() + HANGUP_MS;
+	} else {
+		s->over = true;
+	}
+}
+
+static void describe(struct session *s, const char *data, size_t size)
+{
+	s->described = resize(s->described, s->described_size + size + 1);
+	memcpy(s->described + s->described_size, data, size);
+	s->described_size += size;
+	s->described[s->described_size] = 0;
+}
+
+static void take_frame(const struct pyvmm_frame *f, const char *data)
+{
+	struct session *s;
+	uint32_t words[2] = {0};
+
+	memcpy(words, data, f->size < sizeof(words) ? f->size : sizeof(words));
+	if (f->type == FRAME_LEAVE) {
+		if (agent_wanted)
+			tell(GUEST_STATUS, 0);
+		leave(RB_POWER_OFF);
+	}
+	for (s = sessions; s && s->id != f->session; s = s->next)
+		;
+	if (!s && f->type == FRAME_OPEN) {
+		s = resize(NULL, sizeof(*s));
+		*s = (struct session){.next = sessions,
+				      .id = f->session,
+				      .in = -1,
+				      .streams = {-1, -1},
+				      .credit = {CHANNEL_WINDOW, CHANNEL_WINDOW}};
+		describe(s, "", 0);
+		sessions = s;
+		session_count++;
+	}
+	if (!s)
+		return;
+	switch (f->type) {
+	case FRAME_OPEN:
+		if (s->described)
+			describe(s, data, f->size);
+		break;
+	case FRAME_START:
+		if (s->described)
+			start_session(s);
+		break;
+	case FRAME_INPUT:
+		take_input(s, data, f->size);
+		break;
+	case FRAME_CREDIT:
+		if (words[0] == FRAME_OUTPUT || words[0] == FRAME_ERROR)
+			s->credit[words[0] - FRAME_OUTPUT] += words[1];
+		if (s->over)
+			s->drained = now_ms() + DRAIN_MS;
+		break;
+	case FRAME_OUTPUT: /* nobody reads this stream any more */
+	case FRAME_ERROR:
+		close(s->streams[f->type - FRAME_OUTPUT]);
+		s->streams[f->type - FRAME_OUTPUT] = -1;
+		if (s->tty && s->in >= 0)
+			end_session_input(s);
+		break;
+	case FRAME_SIGNAL:
+		/* A child that has just been made leads no group yet. */
+		if (s->pid && words[0] < NSIG && kill(-s->pid, (int)words[0]))
+			kill(s->pid, (int)words[0]);
+		break;
+	case FRAME_SIZE:
+		if (s->tty && s->streams[0] >= 0) {
+			struct winsize cells = {.ws_col = (unsigned short)words[0],
+						.ws_row = (unsigned short)words[1]};
+
+			ioctl(s->streams[0], TIOCSWINSZ, &cells);
+		}
+		break;
+	case FRAME_CLOSE:
+		close_session(s);
+		break;
+	}
+}
+
+/* Take all frames that the VMM has. */
+static void fetch_frames(void)
+{
+	static char frames[CHANNEL_SIZE]; /* a copy, because what init sends uses the same pages */
+	unsigned int n;
+
+	flush_frames();
+	while ((n = inl(PORT_GUEST_CHANNEL)) && n <= CHANNEL_SIZE) {
+		struct pyvmm_frame f;
+
+		memcpy(frames, channel, n);
+		for (size_t at = 0; at + sizeof(f) <= n; at += f.size) {
+			memcpy(&f, frames + at, sizeof(f));
+			at += sizeof(f);
+			if (f.size > n - at)
+				break;
+			take_frame(&f, frames + at);
+		}
+		flush_frames();
+	}
+}
+
+/* Pass the input on as the command takes it. @events: what poll() says of its end. */
+static void feed_session(struct session *s, short events)
+{
+	ssize_t n = 0;
+
+	if (events & POLLOUT && s->have)
+		n = write(s->in, s->input + s->at, s->have);
+	/* A pipe or terminal that nobody reads any more: the command has closed its input. */
+	if (n < 0 ? errno != EAGAIN : events & (POLLERR | POLLHUP)) {
+		end_session_input(s);
+	} else if (n > 0) {
+		s->at += (size_t)n;
+		s->have -= (size_t)n;
+		s->taken += (unsigned int)n;
+	}
+}
+
+/* What becomes of a session's input without poll(): its end, and credit for what has been taken. */
+static void settle_input(struct session *s)
+{
+	if (s->input_ends && !s->have && s->in >= 0) {
+		struct termios mode;
+
+		/* A terminal's input does not end, but programs read its end-of-file character so. */
+		if (!s->tty || tcgetattr(s->in, &mode) || write(s->in, &mode.c_cc[VEOF], 1) >= 0 ||
+		    errno != EAGAIN)
+			end_session_input(s);
+	}
+	if (s->taken >= CHANNEL_WINDOW / 4 && !s->closed) {
+		uint32_t words[2] = {FRAME_INPUT, s->taken};
+
+		send_frame(s, FRAME_CREDIT, words, sizeof(words));
+		s->taken = 0;
+	}
+}
+
+/* Relay one piece of output. @which: 0 is standard output, 1 is standard error. */
+static void relay_session(struct session *s, int which)
+{
+	unsigned int type = which ? FRAME_ERROR : FRAME_OUTPUT;
+	size_t room = CHANNEL_SIZE - frames_size;
+	char *piece = begin_frame(room < 2 * PAGE_SIZE ? CHANNEL_SIZE / 2 : PAGE_SIZE);
+	ssize_t n;
+
+	room = CHANNEL_SIZE - frames_size - sizeof(struct pyvmm_frame);
+	n = read(s->streams[which], piece, room < s->credit[which] ? room : s->credit[which]);
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (n <= 0) { /* a terminal that nobody has open any more gives EIO */
+		n = 0;
+		close(s->streams[which]);
+		s->streams[which] = -1;
+	}
+	s->credit[which] -= (unsigned int)n;
+	end_frame(s, type, (size_t)n);
+	if (s->over)
+		s->drained = now_ms() + DRAIN_MS;
+}
+
+/* Say what poll() is to look at: three entries of @fds per session. */
+static void watch_sessions(struct pollfd *fds)
+{
+	for (struct session *s = sessions; s; s = s->next) {
+		settle_input(s);
+		*fds++ = (struct pollfd){.fd = s->tty && !s->have ? -1 : s->in,
+					 .events = s->have ? POLLOUT : 0};
+		for (int i = 0; i < 2; i++)
+			*fds++ = (struct pollfd){.fd = s->credit[i] ? s->streams[i] : -1,
+						 .events = POLLIN};
+	}
+}
+
+/* Do what poll() has found; @fds as in watch_sessions(). */
+static void serve_sessions(const struct pollfd *fds)
+{
+	for (struct session *s = sessions; s; s = s->next, fds += 3) {
+		if (fds[0].revents && s->in >= 0)
+			feed_session(s, fds[0].revents);
+		for (int i = 0; i < 2; i++)
+			if (fds[1 + i].revents && s->streams[i] >= 0)
+				relay_session(s, i);
+		s->quiet = !fds[1].revents && !fds[2].revents;
+	}
+}
+
+/*
+ * When to wait no longer for more output of a session whose command has ended: processes that it
+ * has left behind may hold the pipes open for ever. 0: there is no such time, because the VMM does
+ * not take the output now; -1: all output has been relayed.
+ */
+static long drain_end(const struct session *s)
+{
+	long end = -1;
+
+	for (int i = 0; i < 2; i++) {
+		if (s->streams[i] >= 0 && !s->credit[i])
+			return 0;
+		if (s->streams[i] >= 0)
+			end = s->drained;
+	}
+	return end;
+}
+
+/* Do what time brings: end the sessions that are over, and commands that nobody waits for. */
+static void age_sessions(void)
+{
+	struct session **at = &sessions, *s;
+
+	while ((s = *at)) {
+		long end;
+
+		if (s->hanged && s->pid && now_ms() >= s->hanged) {
+			kill(-s->pid, SIGKILL);
+			s->hanged = 0;
+		}
+		end = s->over ? drain_end(s) : 0;
+		if (!end || end > now_ms() || (end > 0 && !s->quiet)) {
+			at = &s->next;
+			continue;
+		}
+		if (!s->closed)
+			send_frame(s, FRAME_EXIT, &(uint32_t){(uint32_t)s->status}, 4);
+		for (int i = 0; i < 2; i++)
+			close(s->streams[i]);
+		close(s->in);
+		*at = s->next;
+		session_count--;
+		free(s->described);
+		free(s->input);
+		free(s);
+	}
+}
+
+/* The earlier of two times, of which 0 is never. */
+static long earlier(long a, long b)
+{
+	return !a || (b && b < a) ? b : a;
+}
+
+/* When age_sessions() has something to do; 0: never. */
+static long next_age(void)
+{
+	long when = 0;
+
+	for (struct session *s = sessions; s; s = s->next) {
+		when = earlier(when, s->pid ? s->hanged : 0);
+		when = earlier(when, s->over ? drain_end(s) : 0);
+	}
+	return when;
+}
+
+/* Begin to take sessions, if the VMM has a channel and there is a serial port for its bell. */
+static void open_channel(void)
+{
+	uint32_t list[1 + CHANNEL_PAGES] = {CHANNEL_PAGES};
+	char *p;
+
+	if (!have_port || inl(PORT_GUEST_CHANNEL) == ~0U)
+		return;
+	if (bell < 0)
+		open_bell();
+	if (bell < 0 || !(p = share(CHANNEL_PAGES, list + 1)))
+		return;
+	memcpy(p, list, sizeof(list));
+	tell(GUEST_CHANNEL, list[1]);
+	if (*(volatile unsigned int *)p != GUEST_ANSWERS)
+		return;
+	channel = p;
+	fetch_frames(); /* for those the bell may have rung too early */
+}
+
+static int status_of(int raw)
+{
+	return WIFSIGNALED(raw) ? 128 + WTERMSIG(raw) : WEXITSTATUS(raw);
+}
+
 /*
  * Reap all children that have ended. Returns whether @child is among them, with its status as a
  * shell gives it in @status.
@@ -1023,75 +1653,82 @@ static bool reap(pid_t child, int *status)
 	pid_t pid;
 
 	while ((pid = waitpid(-1, &raw, WNOHANG)) > 0) {
-		if (pid != child)
-			continue;
-		ended = true;
-		*status = WIFSIGNALED(raw) ? 128 + WTERMSIG(raw) : WEXITSTATUS(raw);
+		if (pid == child) {
+			ended = true;
+			*status = status_of(raw);
+		}
+		for (struct session *s = sessions; s; s = s->next) {
+			if (s->pid == pid) {
+				s->pid = 0;
+				s->over = true;
+				s->status = status_of(raw);
+				s->drained = now_ms() + DRAIN_MS;
+			}
+		}
 	}
 	return ended;
 }
 
-static void agent_interrupted(int bell, pid_t child);
-
 /*
  * Relay output and reap children until @child has ended and all of its output has been relayed;
- * returns its status. @out and @err are closed then. @bell is the agent's serial port, or -1
- * without an agent.
+ * returns its status. @out and @err are closed then. If @child is 0, there are only sessions, until
+ * the VMM or somebody at the power button wants the end.
  *
  * Processes that the command has left behind may hold the pipes open for ever. After the command's
  * end, init therefore waits for DRAIN_MS for more output, but only while there is nothing to read:
  * however long the VMM takes for the output, every byte in the pipes reaches it.
  */
-static int supervise(pid_t child, int signals, int out, int err, int buttons, int bell)
+static int supervise(pid_t child, int signals, int out, int err)
 {
-	struct pollfd fds[] = {{.fd = signals, .events = POLLIN}, {.fd = out, .events = POLLIN},
-			       {.fd = err, .events = POLLIN},	  {.fd = buttons, .events = POLLIN},
-			       {.fd = bell, .events = POLLIN},	  {.fd = -1},
-			       {.fd = -1, .events = POLLIN}};
+	enum { SIGNALS, OUT, ERR, BUTTONS, BELL, INPUT, FIXED };
+	int buttons = open_buttons();
 	long deadline = 0, patience = 0;
+	struct pollfd *fds = NULL;
+	bool has_output = out >= 0;
 	int status = 0;
 
 	for (;;) {
-		long wait = -1;
+		long until, wait = -1;
 
 		if (patience && now_ms() >= patience) {
 			kill(-1, SIGKILL);
 			patience = 0;
 		}
-		if (deadline || patience) {
-			wait = (deadline && (!patience || deadline < patience) ? deadline
-									       : patience) -
-			       now_ms();
-			wait = wait < 0 ? 0 : wait;
-		}
-
-		if (deadline && fds[1].fd < 0 && fds[2].fd < 0)
+		age_sessions();
+		if (deadline && out < 0 && err < 0)
 			break;
+		if (!child && pressed && !sessions)
+			leave(RB_POWER_OFF);
 		fetch_input();
-		fds[5].fd = feed.pipe;
-		fds[5].events = feed.have ? POLLOUT : 0;
-		fds[6].fd = feed.pipe >= 0 && feed.waiting ? feed.bell : -1;
-		if (poll(fds, 7, (int)wait) < 0)
+		fds = resize(fds, (FIXED + 3 * session_count) * sizeof(*fds));
+		fds[SIGNALS] = (struct pollfd){.fd = signals, .events = POLLIN};
+		fds[OUT] = (struct pollfd){.fd = out, .events = POLLIN};
+		fds[ERR] = (struct pollfd){.fd = err, .events = POLLIN};
+		fds[BUTTONS] = (struct pollfd){.fd = buttons, .events = POLLIN};
+		fds[BELL] = (struct pollfd){.fd = bell, .events = POLLIN};
+		fds[INPUT] = (struct pollfd){.fd = feed.pipe, .events = feed.have ? POLLOUT : 0};
+		watch_sessions(fds + FIXED);
+		flush_frames();
+		until = earlier(earlier(deadline, patience), next_age());
+		if (until)
+			wait = until > now_ms() ? until - now_ms() : 0;
+		if (poll(fds, FIXED + 3 * session_count, (int)wait) < 0)
 			continue;
-		if (deadline && !fds[1].revents && !fds[2].revents && now_ms() >= deadline)
+		if (deadline && !fds[OUT].revents && !fds[ERR].revents && now_ms() >= deadline)
 			break;
-		if (fds[3].revents && power_button(buttons)) {
-			if (out < 0) /* an interactive shell, which ignores SIGTERM */
+		serve_sessions(fds + FIXED);
+		flush_frames();
+		if (fds[BUTTONS].revents && power_button(buttons)) {
+			if (child && !has_output) /* an interactive shell, which ignores SIGTERM */
 				leave(RB_POWER_OFF);
 			kill(-1, SIGTERM);
 			kill(-1, SIGCONT);
 			patience = patience ? patience : now_ms() + BUTTON_MS;
 			pressed = true;
 		}
-		if (fds[4].revents)
-			agent_interrupted(bell, child);
-		if (fds[6].revents) {
-			silence(feed.bell);
-			feed.waiting = false;
-		}
-		if (fds[5].revents)
-			pass_input(fds[5].revents);
-		if (fds[0].revents) {
+		if (fds[INPUT].revents)
+			pass_input(fds[INPUT].revents);
+		if (fds[SIGNALS].revents) {
 			struct signalfd_siginfo info;
 
 			if (read(signals, &info, sizeof(info)) == sizeof(info)) {
@@ -1107,21 +1744,25 @@ static int supervise(pid_t child, int signals, int out, int err, int buttons, in
 			if (reap(child, &status))
 				deadline = now_ms() + DRAIN_MS;
 		}
-		/* A closed pipe ends whoever writes to it by SIGPIPE. */
-		if (fds[1].revents && !relay(out, PORT_GUEST_STDOUT)) {
-			close(out);
-			fds[1].fd = -1;
-		}
-		if (fds[2].revents && !relay(err, PORT_GUEST_STDERR)) {
-			close(err);
-			fds[2].fd = -1;
-		}
-		if (deadline && (fds[1].revents || fds[2].revents))
+		if (fds[BELL].revents && silence() && channel)
+			fetch_frames();
+		if (deadline && (fds[OUT].revents || fds[ERR].revents))
 			deadline = now_ms() + DRAIN_MS;
+		/* A closed pipe ends whoever writes to it by SIGPIPE. */
+		if (fds[OUT].revents && !relay(out, PORT_GUEST_STDOUT)) {
+			close(out);
+			out = -1;
+		}
+		if (fds[ERR].revents && !relay(err, PORT_GUEST_STDERR)) {
+			close(err);
+			err = -1;
+		}
 	}
-	for (int i = 1; i <= 2; i++)
-		if (fds[i].fd >= 0)
-			close(fds[i].fd);
+	free(fds);
+	if (out >= 0)
+		close(out);
+	if (err >= 0)
+		close(err);
 	return status;
 }
 
@@ -1164,178 +1805,17 @@ static int run(int signals)
 	}
 	if (!child) {
 		if (interactive && tty >= 0)
-			become(tty, tty, tty, tty);
-		become(in, out[1] >= 0 ? out[1] : STDERR_FILENO,
-		       err[1] >= 0 ? err[1] : STDERR_FILENO, -1);
+			run_command(tty, tty, tty, tty);
+		run_command(in, out[1] >= 0 ? out[1] : STDERR_FILENO,
+			    err[1] >= 0 ? err[1] : STDERR_FILENO, -1);
 	}
 	close(in);
 	close(out[1]);
 	close(err[1]);
-	status = supervise(child, signals, out[0], err[0], open_buttons(), -1);
+	status = supervise(child, signals, out[0], err[0]);
 	if (!have_port)
 		say("status %d", status);
 	return status;
-}
-
-/* --- the agent --- */
-
-static char agent_in[sizeof(struct pyvmm_request) + REQUEST_ARGV_MAX + REQUEST_INPUT_MAX];
-static size_t agent_have;
-static unsigned int agent_id; /* the id of the running command */
-
-/* Take all that the VMM has to send. */
-static void agent_pull(int bell)
-{
-	unsigned int n;
-
-	silence(bell);
-	do {
-		n = inl(PORT_GUEST_REQUEST);
-		if (n > PAGE_SIZE || n > sizeof(agent_in) - agent_have) {
-			say("a request that makes no sense is dropped");
-			agent_have = 0;
-			return;
-		}
-		memcpy(agent_in + agent_have, page, n);
-		agent_have += n;
-	} while (n == PAGE_SIZE);
-}
-
-/* Look at the next request; returns whether it has arrived completely. */
-static bool agent_next(struct pyvmm_request *r)
-{
-	if (agent_have < sizeof(*r))
-		return false;
-	memcpy(r, agent_in, sizeof(*r));
-	if (r->argv_size > REQUEST_ARGV_MAX || r->input_size > REQUEST_INPUT_MAX) {
-		say("a request of %u and %u bytes is dropped", r->argv_size, r->input_size);
-		agent_have = 0;
-		return false;
-	}
-	return agent_have >= sizeof(*r) + r->argv_size + r->input_size;
-}
-
-static void agent_drop(const struct pyvmm_request *r)
-{
-	size_t size = sizeof(*r) + r->argv_size + r->input_size;
-
-	agent_have -= size;
-	memmove(agent_in, agent_in + size, agent_have);
-}
-
-/*
- * Handle the requests that come while @child runs, up to the next REQUEST_RUN. The child leads a
- * session; its process group is killed together with it.
- */
-static void agent_interrupted(int bell, pid_t child)
-{
-	struct pyvmm_request r;
-
-	agent_pull(bell);
-	while (agent_next(&r) && r.type != REQUEST_RUN) {
-		if (r.type == REQUEST_KILL && r.id == agent_id) {
-			kill(-child, SIGKILL);
-			kill(child, SIGKILL);
-		} else if (r.type == REQUEST_LEAVE) {
-			leave(RB_POWER_OFF);
-		}
-		agent_drop(&r);
-	}
-}
-
-/* Run the command of @r to its end; returns its status. */
-static int agent_run(const struct pyvmm_request *r, int signals, int buttons, int bell)
-{
-	const char *argv = agent_in + sizeof(*r), *input = argv + r->argv_size;
-	int in = memfd_create("input", MFD_CLOEXEC);
-	int out[2], err[2];
-	pid_t child;
-
-	command = resize(command, r->argv_size + 1);
-	memcpy(command, argv, r->argv_size);
-	command_size = r->argv_size;
-	command[command_size] = 0;
-	if (in < 0 || !write_all(in, input, r->input_size) || lseek(in, 0, SEEK_SET)) {
-		say("no input for a command: %s", strerror(errno));
-		return 126;
-	}
-	agent_drop(r);
-	if (!split_command() || pipe2(out, O_CLOEXEC)) {
-		close(in);
-		return 126;
-	}
-	if (pipe2(err, O_CLOEXEC)) {
-		close(in);
-		close(out[0]);
-		close(out[1]);
-		return 126;
-	}
-	child = fork();
-	if (!child)
-		become(in, out[1], err[1], -1);
-	close(in);
-	close(out[1]);
-	close(err[1]);
-	if (child < 0) {
-		say("fork: %s", strerror(errno));
-		close(out[0]);
-		close(err[0]);
-		return 126;
-	}
-	return supervise(child, signals, out[0], err[0], buttons, bell);
-}
-
-static void __attribute__((noreturn)) agent(int signals)
-{
-	int bell = open_bell();
-	int buttons = open_buttons();
-	struct pollfd fds[] = {{.fd = bell, .events = POLLIN},
-			       {.fd = signals, .events = POLLIN},
-			       {.fd = buttons, .events = POLLIN}};
-	struct pyvmm_request r;
-	int status;
-
-	if (bell < 0) {
-		say("no agent: /dev/ttyS1: %s", strerror(errno));
-		leave(RB_POWER_OFF);
-	}
-	if (have_port)
-		share_page();
-	if (!page) {
-		say("no agent: the VMM has no port, or no page of ours");
-		leave(RB_POWER_OFF);
-	}
-	tell(GUEST_AGENT, 0);
-	for (;;) {
-		struct signalfd_siginfo info;
-
-		agent_pull(bell);
-		while (agent_next(&r)) {
-			if (r.type == REQUEST_LEAVE) {
-				tell(GUEST_STATUS, 0);
-				leave(RB_POWER_OFF);
-			}
-			if (r.type != REQUEST_RUN) { /* the command to kill has ended already */
-				agent_drop(&r);
-				continue;
-			}
-			agent_id = r.id;
-			status = agent_run(&r, signals, buttons, bell);
-			tell(GUEST_RESULT, (r.id & 0xffff) << 8 | ((unsigned int)status & 0xff));
-		}
-		if (pressed)
-			leave(RB_POWER_OFF);
-		poll(fds, 3, -1);
-		if (fds[2].revents && power_button(buttons))
-			leave(RB_POWER_OFF);
-		if (fds[1].revents && read(signals, &info, sizeof(info)) == sizeof(info)) {
-			if (info.ssi_signo == SIGUSR2 || info.ssi_signo == SIGUSR1)
-				leave(RB_POWER_OFF);
-			if (info.ssi_signo == SIGTERM)
-				leave(RB_AUTOBOOT);
-			reap(0, &status);
-		}
-	}
 }
 
 int main(void)
@@ -1385,8 +1865,17 @@ int main(void)
 	load_modules();
 	configure_network();
 	set_environment();
-	if (agent_wanted)
-		agent(signals);
+	if (stdin_port)
+		open_bell();
+	open_channel();
+	if (agent_wanted) {
+		if (!channel) {
+			say("no agent: no /dev/ttyS1, or the VMM has no channel");
+			leave(RB_POWER_OFF);
+		}
+		tell(GUEST_AGENT, 0);
+		supervise(0, signals, -1, -1);
+	}
 	tell(GUEST_STATUS, (unsigned int)run(signals));
 	leave(RB_POWER_OFF);
 }

@@ -10,7 +10,7 @@ import os
 import threading
 from contextlib import ExitStack
 
-from pyvmm.boot import BootState, load
+from pyvmm.boot import BootState, is_linux, load
 from pyvmm.boot.acpi import build as build_acpi
 from pyvmm.boot.acpi import waking_vector
 from pyvmm.boot.mptable import build as build_mptable
@@ -19,6 +19,7 @@ from pyvmm.card.nic import Nic
 from pyvmm.card.thread import CardThread
 from pyvmm.card.uplink import Uplink
 from pyvmm.devices.console import Console, Spotter, Stream
+from pyvmm.devices.guest_frames import command_bytes
 from pyvmm.devices.guest_port import GuestPage, GuestPort
 from pyvmm.devices.hotplug import PciHotplug
 from pyvmm.devices.legacy import Power, PvPanic
@@ -39,10 +40,12 @@ from pyvmm.spec import acpi
 from pyvmm.spec.platform import (
     GPE_PCI_HOTPLUG,
     IRQ_COM1,
+    IRQ_COM2,
     IRQ_RTC,
     IRQ_SCI,
     MAX_CPUS,
     PORT_COM1,
+    PORT_COM2,
     PORT_GUEST_STDERR,
     PORT_GUEST_STDOUT,
 )
@@ -52,7 +55,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pyvmm.devices.guest_agent import Agent
+    from pyvmm.devices.guest_channel import Channel
     from pyvmm.devices.guest_input import GuestInput
     from pyvmm.hang import HangWatch
     from pyvmm.images.cpio import Archive
@@ -72,10 +75,6 @@ COMMAND_WORD_MAX = 1200
 NET_WORD = 40
 #: Bytes of all cards' words, beyond which the MTU is left out: Linux has it from the device, too.
 NET_WORDS_MAX = 1500
-#: What execve(2) takes: the bytes of one argument with its NUL (MAX_ARG_STRLEN), and of all of them
-#: with their pointers: a quarter of the stack's limit of 8 MiB (ARG_MAX), less the environment's.
-ARGUMENT_MAX = 128 << 10
-COMMAND_MAX = (2 << 20) - (16 << 10)
 COMMAND_FILE = "/etc/pyvmm.cmd"
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word before init
 
@@ -220,7 +219,10 @@ class Parts:
         self._page = GuestPage(self.memory)
         for stream in self.streams:
             closing(stream.close)
-        self.agent = self._make_agent() if want.agent else None
+        # Our init may run in any Linux, and takes commands at any time.
+        linux = not want.test_devices and want.load_address is None and is_linux(want.kernel)
+        self.bell = self._make_bell() if linux or want.stdin is not None else None
+        self.channel = self._make_channel() if linux else None
         self.input = self._make_input(want.stdin) if want.stdin is not None else None
         self.pci = PciBus(self.bus, self._reset)
         self._add_board()
@@ -281,20 +283,26 @@ class Parts:
         """Whether the kernel is Linux."""
         return "Linux" in self.boot.kind or "bzImage" in self.boot.kind
 
-    def _make_agent(self) -> Agent:
-        from pyvmm.devices.guest_agent import Agent
+    def _make_bell(self) -> Console:
+        """The second serial port, by which the VMM interrupts init."""
+        bell = Console("bell", self.vm, IRQ_COM2)
+        self._stack.callback(bell.close)
+        bell.plug(self.bus, PORT_COM2, "serial1")
+        self.streams.append(bell)
+        return bell
 
-        agent = Agent(self.bus, self.vm, self._page.store)
-        self._stack.callback(agent.bell.close)
-        self.streams.append(agent.bell)
-        return agent
+    def _make_channel(self) -> Channel:
+        from pyvmm.devices.guest_channel import Channel, Pages
+
+        assert self.bell is not None
+        return Channel(self.bus, self.bell.feed, Pages(self.memory))
 
     def _make_input(self, fd: int) -> GuestInput:
         from pyvmm.devices.guest_input import GuestInput
 
-        source = GuestInput(self.bus, self.vm, self._page.store, fd)
+        assert self.bell is not None
+        source = GuestInput(self.bus, self.bell.feed, self._page.store, fd)
         self._stack.callback(source.close)
-        self.streams.append(source.bell)
         return source
 
     def _add_board(self) -> None:
@@ -310,7 +318,7 @@ class Parts:
             self.stderr,
             reached=wires.reached,
             ended=wires.command_ended,
-            agent=self.agent,
+            channel=self.channel,
         )
         self.rtc = Rtc(bus, self._alarm)
         self._stack.callback(self.rtc.close)
@@ -434,8 +442,7 @@ class Parts:
         want = self._want
         # ECAM is not advertised: Linux would look at it and then use 0xCF8 for the registers that
         # exist.
-        com2 = want.agent or want.stdin is not None
-        rsdp = build_acpi(self.memory, cpus=want.cpus, com2=com2)
+        rsdp = build_acpi(self.memory, cpus=want.cpus, com2=self.bell is not None)
         build_mptable(self.memory, cpus=want.cpus)
         cards = [nic for nic in self.nets if not nic.leaving]
         self.cmdline = cmdline(want, cards)
@@ -468,8 +475,8 @@ class Parts:
         self.rtc.reset()
         self.panics.restart()
         self._page.name(0)
-        if self.agent is not None:
-            self.agent.reset()
+        if self.channel is not None:
+            self.channel.reset()
         if self.input is not None:
             self.input.reset()
         self.memory.zero()
@@ -488,10 +495,6 @@ class Parts:
             return False
         self.accounts.renew("sleep")
         self._reset_devices()
-        if self.agent is not None:
-            self.agent.bell.reset()
-        if self.input is not None:
-            self.input.bell.reset()
         self._renew_vm(keep_clock=True)
         regs = {"rip": vector & 15}
         self.vcpus[0].set_boot_state(
@@ -503,6 +506,8 @@ class Parts:
     def _reset_devices(self) -> None:
         self.pci.reset()
         self.console.reset()
+        if self.bell is not None:
+            self.bell.reset()
 
     def _renew_vm(self, *, keep_clock: bool) -> None:
         """Make the VM and its vCPUs new; their memory stays as it is."""
@@ -513,29 +518,6 @@ class Parts:
         self.vm.recreate(keep_clock=keep_clock)
         for vcpu in self.vcpus:
             vcpu.reattach()
-
-
-def command_bytes(command: Sequence[str]) -> bytes:
-    """A command as init takes it: a NUL ends each argument.
-
-    :raises UsageError: the guest could not run it with these arguments.
-    """
-    args = [os.fsencode(arg) for arg in command]
-    for arg in args:
-        if b"\0" in arg:
-            raise UsageError(f"COMMAND has a NUL in its argument {arg[:40]!r}", "leave it out")
-        if len(arg) >= ARGUMENT_MAX:
-            raise UsageError(
-                f"COMMAND has an argument of {len(arg)} bytes, more than {ARGUMENT_MAX - 1}",
-                "put it into a file of the initrd",
-            )
-    raw = b"".join(arg + b"\0" for arg in args)
-    if len(raw) + 8 * len(args) > COMMAND_MAX:
-        raise UsageError(
-            f"COMMAND has {len(args)} arguments with {len(raw)} bytes, more than Linux can start",
-            "put them into a file of the initrd",
-        )
-    return raw
 
 
 def fits_the_line(raw: bytes, cards: int) -> bool:

@@ -12,7 +12,14 @@ import time
 from contextlib import ExitStack
 
 from pyvmm.assembly import Description, Parts, Wires
-from pyvmm.errors import CommandFailed, GuestTimeout, HostError, PyvmmError, UsageError
+from pyvmm.errors import (
+    CommandFailed,
+    GuestEnded,
+    GuestTimeout,
+    HostError,
+    PyvmmError,
+    UsageError,
+)
 from pyvmm.kvm.vcpu import RUNS_OFF
 from pyvmm.netopt import Net
 from pyvmm.outcome import Outcome
@@ -21,7 +28,7 @@ from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
     from typing import Any, Self
 
@@ -66,7 +73,8 @@ class Machine:
         track; 0: none.
     :param hang_timeout: seconds after which a guest is ended that makes no progress and never will
         (docs/verdicts.md).
-    :param agent: the guest is an image of pyvmm's and takes commands while it runs (``run``).
+    :param agent: the guest's init, of an image of pyvmm's, runs no command of its own, but waits
+        for those of ``run`` until ``power_off``.
     :param cpu: how the CPU differs from the host's, such as ``"host,-x2apic"`` (docs/cpu.md).
     :param add: files and directories for the guest, each ``FILE|DIR[:PATH]``, and
     :param modules: a tree of kernel modules: what Linux unpacks after the initrd (docs/add.md).
@@ -170,7 +178,8 @@ class Machine:
             self.memory, self.kvm, self.vm, self.bus = parts.memory, parts.kvm, parts.vm, parts.bus
             self.pci, self.nets, self.vcpus = parts.pci, parts.nets, parts.vcpus
             self.console, self.stdout, self.stderr = parts.console, parts.stdout, parts.stderr
-            self.agent, self.recorder = parts.agent, parts.recorder
+            self.channel, self.recorder = parts.channel, parts.recorder
+            self.waits_for_commands = agent
             self.accounts, self.vcpu_threads = parts.accounts, parts.vcpu_threads
             if claim is not None:
                 from pyvmm.control import serve
@@ -249,20 +258,35 @@ class Machine:
         input: bytes = b"",
         timeout: float = 60.0,
         ready_timeout: float = 120.0,
+        user: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
     ) -> CommandResult:
-        """Run a command in the running guest, to its end; the machine was made with ``agent=True``.
+        """Run a command in the running guest, to its end; beside the guest's own command, or one
+        after another with ``agent=True``. The guest runs an image of pyvmm's.
 
         :param command: for ``sh -c``, or an argv. :param input: its standard input. :param timeout:
             seconds; after them the command is killed.
         :param ready_timeout: seconds that the guest may take until it takes commands.
+        :param user: ``NAME[:GROUP]`` or numbers (root). :param env: more environment. :param cwd:
+            working directory (the user's home).
         :raises PyvmmError: the guest ended (``Outcome.error``), or the command did not end in
             time.
         """
-        if self.agent is None:
-            raise UsageError("this machine takes no commands", "make it with agent=True")
+        if self.channel is None:
+            raise UsageError("this machine takes no commands", "it needs Linux as its kernel")
+        from pyvmm.devices.guest_agent import run
+
         try:
-            return self.agent.run(
-                command, input=input, timeout=timeout, ready_timeout=ready_timeout
+            return run(
+                self.channel,
+                command,
+                input=input,
+                timeout=timeout,
+                ready_timeout=ready_timeout,
+                user=user,
+                env=env,
+                cwd=cwd,
             )
         except CommandFailed as e:
             error = self._outcome.error() if self._outcome is not None else None
@@ -271,12 +295,12 @@ class Machine:
             raise
 
     def power_off(self, timeout: float = 60.0) -> Outcome:
-        """Let the guest's init power off (``agent=True``); returns how the guest ended.
+        """Let the guest's init power off; returns how the guest ended.
 
         :param timeout: seconds, as in ``wait``.
         """
-        if self.agent is not None:
-            self.agent.leave()
+        if self.channel is not None:
+            self.channel.leave()
         return self.wait(timeout)
 
     @property
@@ -310,6 +334,7 @@ class Machine:
             self._outcome = self._outcome or self._request
             self._done.set()
             self.booted.set()
+            self._end_sessions(outcome)
 
     def close(self) -> None:
         """Stop, and release everything. A second call does nothing."""
@@ -591,8 +616,16 @@ class Machine:
                 self.emit(event, **data)
         self._done.set()
         self.booted.set()
-        if self.agent is not None:
-            self.agent.gone(f"the guest has ended ({outcome.kind})")
+        self._end_sessions(outcome)
+
+    def _end_sessions(self, outcome: Outcome) -> None:
+        """Tell those who wait for commands in the guest that it has ended."""
+        if self.channel is not None:
+            error = outcome.error()
+            self.channel.gone(
+                f"the guest has ended ({outcome.kind})",
+                error.exit_code if error is not None else GuestEnded.exit_code,
+            )
 
     def _run_guest(self) -> Outcome:
         """Run the vCPUs, and start the guest over after a reset, until a final end; returns it."""

@@ -96,6 +96,16 @@ class Client(Closing):
                 raise ControlError(f"{name}: {desc}", kind=str(error.get("class")), desc=desc)
             self.events.append(answer)
 
+    def take_over(self, name: str, /, **arguments: Any) -> tuple[socket, bytes]:
+        """Run a command after which the connection speaks another protocol.
+
+        :returns: the socket, which is the caller's from now on, and what has come on it already.
+        :raises PyvmmError: as ``command``; the connection stays as it was.
+        """
+        self.command(name, **arguments)
+        sock, self._sock = self._sock, socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+        return sock, bytes(self._buf)
+
     def wait_event(self, name: str, timeout: float | None = None) -> dict[str, Any]:
         """Wait for the next event ``name``; events before it are dropped.
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 import time
 
 from pyvmm import __version__
-from pyvmm.control.server import Command, QmpError, WaitingCommand
+from pyvmm.control.server import Command, QmpError, TakingCommand, WaitingCommand
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from socket import socket
     from typing import Any, Protocol
 
     from pyvmm.boot import BootState
     from pyvmm.card.nic import Nic
+    from pyvmm.devices.guest_channel import Channel
     from pyvmm.exits.accounts import MachineAccounts
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.memory import GuestMemory
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
         """A machine, as the commands see it; ``pyvmm.machine.Machine`` describes the members."""
 
         accounts: MachineAccounts
+        channel: Channel | None
         memory: GuestMemory
 
         @property
@@ -132,6 +135,7 @@ def _machine(machine: Controlled, given: Given) -> object:
                 "host": n.host,
                 "guest": n.guest,
                 "state": machine.nic_state(n),
+                "enter": n.namespace.command() if n.namespace is not None else None,
             }
             for n in machine.nets
         ],
@@ -349,6 +353,19 @@ def _ledger(machine: Controlled, given: Given) -> object:
         }
 
 
+def _exec(machine: Controlled, given: Given) -> Callable[[socket], None]:
+    from pyvmm.control.sessions import READY_S, carry
+
+    channel, patience = machine.channel, given.get("timeout", READY_S)
+    if channel is None:
+        raise QmpError(
+            f"this guest ({machine.boot.kind}) takes no commands: it is not Linux", "DeviceNotFound"
+        )
+    if patience < 0:
+        raise QmpError("Parameter 'timeout' expects seconds")
+    return lambda sock: carry(sock, channel, patience)
+
+
 def _report(machine: Controlled, given: Given) -> object:
     with machine.io_lock:
         return machine.report()
@@ -426,6 +443,9 @@ COMMANDS: dict[str, Command] = {
         _device_del, "ask the guest to let go of a card; DEVICE_DELETED tells the end", id="str"
     ),
     "set_link": WaitingCommand(_set_link, "plug or pull a card's cable", name="str", up="bool"),
+    "x-pyvmm-exec": TakingCommand(
+        _exec, "make this connection a command's streams (docs/exec.md)", timeout="int?"
+    ),
     "x-pyvmm-help": Command(_help, "all commands with a line of help and their arguments"),
     "x-pyvmm-ledger": Command(_ledger, "exits, interrupts and packets so far"),
     "x-pyvmm-machine": Command(_machine, "what the machine is made of"),

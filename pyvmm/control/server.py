@@ -69,7 +69,7 @@ class Command:
     __slots__ = ("arguments", "help", "run")
 
     def __init__(
-        self, run: Callable[[Any, dict[str, Any]], object], help: str, **arguments: str
+        self, run: Callable[[Any, dict[str, Any]], Any], help: str, **arguments: str
     ) -> None:
         self.run, self.help = run, help
         self.arguments = {name.replace("_", "-"): kind for name, kind in arguments.items()}
@@ -93,12 +93,29 @@ class WaitingCommand(Command):
     """A command that may wait for another process. It may run while others do."""
 
 
-class Client:
-    """A connection. :ivar out: bytes to be sent. :ivar pending: commands that have not run yet;
-    None stands for text that is not JSON. :ivar busy: a command of the client runs in a thread.
+class TakingCommand(Command):
+    """A command whose ``run`` gives a function that takes the connection over, once the answer, an
+    empty object, has been sent. The function runs in a thread of its own; it closes the socket.
     """
 
-    __slots__ = ("busy", "ended", "framer", "mask", "negotiated", "out", "pending", "sock")
+
+class Client:
+    """A connection. :ivar taker: takes the connection over when ``out`` is empty.
+    :ivar out: bytes to be sent. :ivar pending: commands that have not run yet; None stands for text
+        that is not JSON. :ivar busy: a command of the client runs in a thread.
+    """
+
+    __slots__ = (
+        "busy",
+        "ended",
+        "framer",
+        "mask",
+        "negotiated",
+        "out",
+        "pending",
+        "sock",
+        "taker",
+    )
 
     def __init__(self, sock: socket, framer: Framer) -> None:
         self.sock, self.framer = sock, framer
@@ -107,6 +124,7 @@ class Client:
         self.negotiated = self.busy = False
         self.ended = False  # it sends no more, or may not: it is dropped after its last answer
         self.mask = 0
+        self.taker: Callable[[socket], None] | None = None
 
 
 class Server:
@@ -134,6 +152,7 @@ class Server:
         self._late: deque[tuple[Client, dict[str, object]]] = deque()  # answers of waiting commands
         self._mutex = threading.Lock()
         self._wake = EventFd()
+        self._taken: list[Thread] = []  # they carry connections that have been taken over
         self._open = True
         self._poll = select.poll()
         self._accept_at = 0.0  # monotonic time from which connections are accepted
@@ -171,6 +190,9 @@ class Server:
             self._open = False
             self._wake.signal()
         self._thread.join()
+        until = time.monotonic() + LINGER
+        for thread in self._taken:
+            thread.join(max(0.0, until - time.monotonic()))
         self._wake.close()
         self._claim.close()
 
@@ -234,11 +256,15 @@ class Server:
         """Tell poll(2) what matters now; drop a client that is done."""
         if client.sock.fileno() < 0:
             return
+        if client.taker is not None and not client.out:
+            self._hand_over(client, client.taker)
+            return
         if client.ended and not client.out and not client.pending and not client.busy:
             self._drop(client)
             return
         mask = select.POLLOUT if client.out else 0
-        if not client.ended and not client.pending and len(client.out) < HIGH_WATER:
+        reading = not client.ended and client.taker is None
+        if reading and not client.pending and len(client.out) < HIGH_WATER:
             mask |= select.POLLIN
         if mask != client.mask:
             client.mask = mask
@@ -266,6 +292,19 @@ class Server:
             self._send(client, _error(QmpError(f"{CLIENTS} clients are connected already")))
         else:
             self._send(client, {"QMP": self._greeting})
+
+    def _hand_over(self, client: Client, taker: Callable[[socket], None]) -> None:
+        """Give the connection away: from now on it has nothing to do with the protocol."""
+        self._poll.unregister(client.sock.fileno())
+        del self._clients[client.sock.fileno()]
+        self._taken = [thread for thread in self._taken if thread.is_alive()]
+        thread = Thread(target=lambda: taker(client.sock), name="exec", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # there can be no more threads
+            client.sock.close()
+            return
+        self._taken.append(thread)
 
     def _drop(self, client: Client) -> None:
         fd = client.sock.fileno()
@@ -330,14 +369,14 @@ class Server:
                 message["data"] = data
             message["timestamp"] = {"seconds": at // 10**9, "microseconds": at // 1000 % 10**6}
             for client in list(self._clients.values()):
-                if client.negotiated:
+                if client.negotiated and client.taker is None:
                     self._send(client, message)
 
     # --- commands ---------------------------------------------------------------------------------
 
     def _work(self, client: Client) -> None:
         for _ in range(BURST):
-            if client.busy or not client.pending or len(client.out) >= HIGH_WATER:
+            if client.busy or client.taker or not client.pending or len(client.out) >= HIGH_WATER:
                 return
             text = client.pending.popleft()
             ident: dict[str, object] = {}
@@ -387,6 +426,9 @@ class Server:
         def run() -> object:
             return command.run(self._machine, arguments)
 
+        if isinstance(command, TakingCommand):
+            client.taker = command.run(self._machine, arguments)
+            return {}
         if isinstance(command, WaitingCommand) and self._run_apart(client, run, ident):
             return None
         return run()

@@ -2,10 +2,10 @@
 reads it (``guest/pyvmm_port.h`` has the protocol).
 
 Theory of operation: a read of PORT_GUEST_INPUT copies up to 4096 bytes to the page that init has
-named. If there are none yet, a byte on the second serial port tells init when there are; one more
-each second until init comes, because a sleep of the machine loses what is in the port. A thread
-reads ahead from the host's descriptor, at most ``AHEAD`` bytes, and only once the guest has asked:
-what the command does not read stays there, but for what is on the way.
+named. If there are none yet, BELL_INPUT on the second serial port tells init when there are; once
+more each second until init comes, because a sleep of the machine loses what is in the port. A
+thread reads ahead from the host's descriptor, at most ``AHEAD`` bytes, and only once the guest has
+asked: what the command does not read stays there, but for what is on the way.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ import select
 import threading
 
 from pyvmm.bus import PIO, Bus
-from pyvmm.devices.console import Console
 from pyvmm.fd import Closing, eventfds
-from pyvmm.spec.platform import INPUT_ENDS, IRQ_COM2, PORT_COM2, PORT_GUEST_INPUT
+from pyvmm.spec.platform import BELL_INPUT, INPUT_ENDS, PORT_GUEST_INPUT
 from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from pyvmm.kvm.vm import Vm
 
 PAGE = 4096
 AHEAD = 1 << 16
@@ -34,6 +31,7 @@ RING_MS = 1000
 class GuestInput(Closing):
     """The machine's end of the command's standard input.
 
+    :param ring: writes a byte to the second serial port.
     :param store: writes bytes into the page that the guest has named; returns whether it could.
     :param source: a descriptor of the host to read from. It is lent: nobody else may close it
         before ``close``.
@@ -41,12 +39,16 @@ class GuestInput(Closing):
     :ivar asked: whether the guest has asked for input. Init does so before the command can read.
     """
 
-    def __init__(self, bus: Bus, vm: Vm, store: Callable[[bytes], bool], source: int) -> None:
-        self._store, self._source = store, source
+    def __init__(
+        self,
+        bus: Bus,
+        ring: Callable[[bytes], object],
+        store: Callable[[bytes], bool],
+        source: int,
+    ) -> None:
+        self._bell, self._store, self._source = ring, store, source
         self.error: OSError | None = None
         self.asked = False
-        self.bell = Console("input", vm, IRQ_COM2)
-        self.bell.plug(bus, PORT_COM2, "serial1")
         bus.add(PIO, PORT_GUEST_INPUT, 4, "guest-input", self)
         self._lock = threading.Lock()
         self._ahead = bytearray()
@@ -88,7 +90,6 @@ class GuestInput(Closing):
         """The guest starts over: its next command goes on with what is left of the input."""
         with self._lock:
             self._hungry = self._rung = False
-        self.bell.reset()
 
     def close(self) -> None:
         """Stop reading. A second call does nothing."""
@@ -97,7 +98,6 @@ class GuestInput(Closing):
             self._thread.join()
         self._stop.close()
         self._wanted.close()
-        self.bell.close()
 
     def _pump(self) -> None:
         while not self._ended and self._ready(self._wanted.fileno()) and self._ready(self._source):
@@ -120,7 +120,7 @@ class GuestInput(Closing):
 
     def _ring(self) -> None:
         self._rung = True
-        self.bell.feed(b"!")
+        self._bell(bytes([BELL_INPUT]))
 
     def _ready(self, fd: int = -1) -> bool:
         """Wait until ``fd`` can be read, or once for ``RING_MS`` without one; returns False if

@@ -1,5 +1,5 @@
-"""The guest port: our init reports the points of the run, hands over output and answers requests
-for the agent (``guest/pyvmm_port.h`` has the protocol).
+"""The guest port: our init reports the points of the run, hands over output and names pages
+(``guest/pyvmm_port.h`` has the protocol).
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pyvmm.spec.platform import (
     GONE_STDOUT,
     GUEST_AGENT,
     GUEST_ANSWERS,
+    GUEST_CHANNEL,
     GUEST_COMMAND,
     GUEST_INIT,
     GUEST_NET_UP,
     GUEST_PAGE,
     GUEST_POWEROFF,
-    GUEST_RESULT,
     GUEST_STATUS,
     GUEST_WRITE,
     PORT_GUEST_CONTROL,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.devices.console import Stream
-    from pyvmm.devices.guest_agent import Agent
+    from pyvmm.devices.guest_channel import Channel
     from pyvmm.memory import GuestMemory
 
 MAGIC = 0x4D4D5650  # "PVMM", little-endian
@@ -86,7 +86,7 @@ class GuestPort:
     :param stdout, stderr: take the output of the guest's command.
     :param reached: called with a name of ``PHASES`` each time the guest reports this point.
     :param ended: called with the exit status of the guest's command, 0 to 255.
-    :param agent: gets the opcodes for requests; None if the machine sends no requests.
+    :param channel: is told of its pages; None if the machine has no channel.
     :ivar answers: whether the guest has named a page, so that it is told if nobody reads its output
         any more.
     """
@@ -100,10 +100,10 @@ class GuestPort:
         *,
         reached: Callable[[str], None],
         ended: Callable[[int], None],
-        agent: Agent | None = None,
+        channel: Channel | None = None,
     ) -> None:
         self._page, self._stdout, self._stderr = page, stdout, stderr
-        self._reached, self._ended, self._agent = reached, ended, agent
+        self._reached, self._ended, self._channel = reached, ended, channel
         self.answers = False
         #: Thread -> the output that it writes to its stream once it has released the lock.
         self._writes: dict[int, tuple[Stream, bytes]] = {}
@@ -130,16 +130,14 @@ class GuestPort:
             data = self._page.read(min(value & 0xFFFF, WRITE_MAX))
             if data is not None:
                 self._output(data, error=bool(value >> 16 & 1))
-        elif opcode == GUEST_AGENT and self._agent is not None:
-            self._agent.became_ready()
-        elif opcode == GUEST_RESULT and self._agent is not None:
-            self._agent.ended(value)
+        elif self._channel is not None and opcode == GUEST_CHANNEL:
+            self._channel.name(value)
+        elif self._channel is not None and opcode in (GUEST_COMMAND, GUEST_AGENT):
+            self._channel.started_without()
 
     def _output(self, data: bytes, *, error: bool) -> None:
         stream = self._stderr if error else self._stdout
         self._writes[threading.get_ident()] = stream, data
-        if self._agent is not None:
-            self._agent.output(data, error=error)
 
     def flush(self) -> None:
         """Pass on what the calling vCPU thread has just written, and tell the guest whose reader

@@ -296,7 +296,7 @@ def _measure(machine: TestMachine, settings: Settings, result: dict[str, Any]) -
     Returns why the cell fails, in one line; empty if it does not fail.
     """
     machine.ready(settings.timeout + 30)  # the time-out of the cell comes first
-    if machine.agent is None:  # a test kernel, or another init: its end is the only result
+    if not machine.waits_for_commands:  # a test kernel, or another init: its end is the only result
         machine.wait(settings.timeout)
         return ""
     for nic in machine.nets:

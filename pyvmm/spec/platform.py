@@ -78,9 +78,10 @@ PORT_PCI_DATA = 0xCFC
 PORT_GUEST_CONTROL = 0x620  # 32-bit write: GUEST_* << 24 | value
 PORT_GUEST_STDOUT = 0x624  # 8-bit writes, also rep outsb
 PORT_GUEST_STDERR = 0x625
-# A 32-bit read makes the VMM copy the next bytes of its requests to the page of GUEST_PAGE.
-PORT_GUEST_REQUEST = 0x628
-# A 32-bit read makes the VMM copy the next bytes of the command's standard input there.
+# A 32-bit read or write carries frames in the pages of GUEST_CHANNEL.
+PORT_GUEST_CHANNEL = 0x628
+# A 32-bit read makes the VMM copy the next bytes of the command's standard input to the page of
+# GUEST_PAGE.
 PORT_GUEST_INPUT = 0x62C
 # Hot plug of PCI functions, one bit per slot of bus 0. UP, which a read clears, names slots that
 # have got a function; DOWN names slots that are to lose theirs. A write to EJECT tells which slots'
@@ -94,18 +95,21 @@ GUEST_COMMAND = 2  # the command is about to start
 GUEST_STATUS = 3  # the command has ended; value is its exit status, 0..255
 GUEST_POWEROFF = 4  # init is about to power off
 GUEST_NET_UP = 5  # the network interfaces are configured; value is their number
-GUEST_PAGE = 6  # value is the page frame number of the page for output and requests
+GUEST_PAGE = 6  # value is the page frame number of the page for output and input
 GUEST_WRITE = 7  # output: bits 0..15 of value are the length, at most 4096; bit 16: standard error
-GUEST_AGENT = 8  # init takes requests
-GUEST_RESULT = 9  # a command has ended: bits 0..7 of value are its status, 8..23 the request's id
+GUEST_AGENT = 8  # init runs no command of its own, but waits for sessions
+GUEST_CHANNEL = 9  # value is the page frame number of the page with the channel's list
 #: The first word of the page after GUEST_PAGE; after each GUEST_WRITE, a mask of GONE_*.
 GUEST_ANSWERS = 0x534E4150
 GONE_STDOUT, GONE_STDERR = 1, 2
 #: What PORT_GUEST_INPUT gives at the end of the input.
 INPUT_ENDS = 0xFFFF_FFFF
-REQUEST_RUN, REQUEST_KILL, REQUEST_LEAVE = 1, 2, 3
-REQUEST_ARGV_MAX = 65535  # bytes
-REQUEST_INPUT_MAX = 1 << 20  # bytes
+#: What the second serial port tells init.
+BELL_INPUT, BELL_CHANNEL = 0x3C, 0x21
+CHANNEL_PAGES = 16  # the most pages of the channel
+CHANNEL_WINDOW = 256 << 10  # bytes that the sender of a stream may send without further credit
+FRAME_OPEN, FRAME_START, FRAME_INPUT, FRAME_OUTPUT, FRAME_ERROR, FRAME_CREDIT = 1, 2, 3, 4, 5, 6
+FRAME_SIGNAL, FRAME_SIZE, FRAME_EXIT, FRAME_CLOSE, FRAME_LEAVE, FRAME_FAILED = 7, 8, 9, 10, 11, 12
 
 # --- interrupt lines (GSIs of the one IO-APIC) ----------------------------------------------------
 IRQ_COM2 = 3

@@ -164,7 +164,7 @@ class TestMachine(Machine):
         :raises PyvmmError: the guest does not come up.
         """
         self.start()
-        if self.agent is not None:
+        if self.waits_for_commands:
             self.run(["true"], ready_timeout=timeout)
         self.exits.reset()
         return self

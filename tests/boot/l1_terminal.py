@@ -6,6 +6,7 @@ A scenario is {"argv": [...], "steps": [[what, value], ...]} with the steps
   type TEXT       press keys
   sleep SECONDS
   signal NUMBER   to the command
+  resize [COLUMNS, ROWS]
   hangup 0        close the terminal's other end
 and a result is {"status", "seconds" from the last step to the end, "raw" whether the terminal's
 modes differed at the last step, "restored" whether they are as before, "output", "late" what was
@@ -99,6 +100,8 @@ def play(scenario: dict[str, object]) -> dict[str, object]:
         elif what == "signal":
             raw = termios.tcgetattr(terminal.slave) != terminal.before
             os.kill(terminal.pid, value)
+        elif what == "resize":
+            termios.tcsetwinsize(terminal.slave, tuple(reversed(value)))
         elif what == "hangup":
             os.close(terminal.master)
             os.close(terminal.slave)

@@ -236,6 +236,7 @@ def test_linux_by_register(host: Host, backend: None, tmp_path: Path) -> None:
             if line.get("device") and not line["register"]
         }
         assert nameless <= {
+            "guest-channel",
             "guest-control",
             "guest-input",
             "guest-stdout",

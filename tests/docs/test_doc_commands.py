@@ -62,6 +62,7 @@ VM0 = (
 )
 #: What an earlier block, or the text, has done before this one.
 BEFORE = {
+    ("docs/exec.md", "pyvmm exec --net"): "pyvmm run --detach --name vm0 -- sleep 3600",
     ("docs/control.md", "pyvmm rings"): VM0,
     ("docs/packed-rings.md", "pyvmm rings"): VM0.replace(
         "switchable=vhost-net+vhost-user", "with=packed"

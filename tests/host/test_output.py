@@ -41,6 +41,13 @@ def test_a_run_ends_whose_descriptors_are_closed(
     assert done.stderr == "", done
 
 
+def test_a_guest_without_our_init_gets_no_input(guest: Guest) -> None:
+    argv = [*RUN, "--kernel", guest("hello"), "--", "x"]
+    done = subprocess.run(argv, cwd=ROOT, input=b"y", capture_output=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (0, b"hello, stdout\n"), done
+    assert done.stderr.startswith(b"pyvmm: the command got no standard input"), done
+
+
 @pytest.mark.parametrize("args", [["ps"], ["doctor"], ["--help"], ["--version"], ["stop", "vm99"]])
 def test_every_command_minds_its_descriptors(args: list[str]) -> None:
     argv = [sys.executable, "-m", "pyvmm", *args]

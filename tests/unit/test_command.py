@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 
 from pyvmm.assembly import (
-    ARGUMENT_MAX,
     COMMAND_FILE,
-    COMMAND_MAX,
     COMMAND_WORD_MAX,
     Description,
     cmdline,
     extra_archive,
 )
 from pyvmm.boot import ARCHIVE_ALIGN, load
+from pyvmm.devices.guest_frames import ARGUMENT_MAX, COMMAND_MAX
 from pyvmm.errors import ImageError, UsageError
 from pyvmm.images.cpio import Archive
 from pyvmm.memory import GuestMemory
@@ -92,7 +91,10 @@ def test_init_has_no_limit_of_its_own() -> None:
     (``test_images.test_port_header_matches_platform``).
     """
     text = INIT.read_text()
-    assert set(re.findall(r"#define\s+(MAX_\w+|\w+_MAX|\w+_SIZE)", text)) == {"PAGE_SIZE"}
+    assert set(re.findall(r"#define\s+(MAX_\w+|\w+_MAX|\w+_SIZE)", text)) == {
+        "PAGE_SIZE",
+        "CHANNEL_SIZE",
+    }
     assert f'#define COMMAND_FILE "{COMMAND_FILE}"' in text
     assert not re.search(r"(?i)\b(is|are) (cut|left out|dropped)\b", text.split("--- the agent")[0])
 

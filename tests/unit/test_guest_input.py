@@ -14,8 +14,9 @@ import pytest
 
 from pyvmm.bus import PIO
 from pyvmm.devices import guest_input
+from pyvmm.devices.console import Console
 from pyvmm.devices.guest_input import AHEAD, GuestInput
-from pyvmm.spec.platform import INPUT_ENDS, PORT_COM2, PORT_GUEST_INPUT
+from pyvmm.spec.platform import BELL_INPUT, INPUT_ENDS, IRQ_COM2, PORT_COM2, PORT_GUEST_INPUT
 from tests.pci_guest import Board
 
 if TYPE_CHECKING:
@@ -30,8 +31,14 @@ class Init:
 
     def __init__(self, board: Board, source: int) -> None:
         self.board, self.page, self.has_page = board, bytearray(), True
-        self.input = GuestInput(board.bus, cast("Vm", board.vm), self._store, source)
-        self.input.bell.start()
+        self.bell = Console("bell", cast("Vm", board.vm), IRQ_COM2)
+        self.bell.plug(board.bus, PORT_COM2, "serial1")
+        self.bell.start()
+        self.input = GuestInput(board.bus, self.bell.feed, self._store, source)
+
+    def close(self) -> None:
+        self.input.close()
+        self.bell.close()
 
     def _store(self, data: bytes) -> bool:
         self.page[:] = data
@@ -45,7 +52,7 @@ class Init:
         while not self.board.read(PIO, LSR, 1) & DATA_READY:
             assert time.monotonic() < until
             time.sleep(0.001)
-        self.board.read(PIO, PORT_COM2, 1)
+        assert self.board.read(PIO, PORT_COM2, 1) == BELL_INPUT
 
     def all(self) -> bytes:
         """What comes until the end of the input."""
@@ -80,7 +87,7 @@ def pipe() -> Iterator[list[int]]:
 def init(board: Board, pipe: list[int]) -> Iterator[Init]:
     made = Init(board, pipe[0])
     yield made
-    made.input.close()
+    made.close()
 
 
 def close(pipe: list[int], end: int) -> None:
@@ -113,7 +120,7 @@ def test_every_byte_arrives_and_little_is_read_ahead(board: Board) -> None:
     got = bytes(init.page)
     assert os.lseek(fd, 0, os.SEEK_CUR) <= AHEAD + 4096
     assert got + init.all() == data
-    init.input.close()
+    init.close()
     os.close(fd)
 
 
@@ -122,7 +129,7 @@ def test_input_that_cannot_be_read_ends(board: Board, tmp_path: os.PathLike[str]
     init = Init(board, fd)
     assert init.all() == b""
     assert init.input.error is not None and "directory" in str(init.input.error.strerror)
-    init.input.close()
+    init.close()
     os.close(fd)
 
 
@@ -141,8 +148,8 @@ def test_guests_that_do_what_they_should_not(init: Init, pipe: list[int]) -> Non
 
 def test_it_ends_while_it_waits(init: Init) -> None:
     assert init.fetch() == 0
-    init.input.close()
-    init.input.close()
+    init.close()
+    init.close()
 
 
 def test_the_bell_rings_again(init: Init, pipe: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,11 +158,11 @@ def test_the_bell_rings_again(init: Init, pipe: list[int], monkeypatch: pytest.M
     assert init.fetch() == 0
     os.write(pipe[1], b"one")
     init.await_bell()
-    init.input.bell.reset()
+    init.bell.reset()
     init.await_bell()
     assert init.fetch() == 3 and init.fetch() == 0
     close(pipe, 1)  # the end counts, too
     init.await_bell()
-    init.input.bell.reset()
+    init.bell.reset()
     init.await_bell()
     assert init.fetch() == INPUT_ENDS
