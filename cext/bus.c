@@ -119,7 +119,7 @@ int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32
 static bool pinned(const struct pv_bus_region *r)
 {
 	return r->kind == PV_REGION_NOTIFY || r->kind == PV_REGION_NOTIFY_VALUE ||
-	       r->kind == PV_REGION_ISR;
+	       r->kind == PV_REGION_ISR || r->kind == PV_REGION_ISR_ACK;
 }
 
 /**
@@ -226,6 +226,19 @@ static bool notify_access(const struct pv_bus_region *r, uint64_t offset, bool w
 	return true;
 }
 
+/* InterruptStatus, which a driver only reads, and InterruptACK, which it only writes (4.2.2). */
+static void isr_ack_access(struct pv_intx *x, uint64_t offset, bool write, uint8_t *data,
+			   uint32_t size)
+{
+	if (!write) {
+		memset(data, 0, size);
+		if (offset == 0)
+			data[0] = pv_intx_peek(x);
+	} else if (offset == 4 && size == 4) {
+		pv_intx_ack(x, data[0]);
+	}
+}
+
 static bool pci_access(struct pv_pci_latch *l, uint64_t offset, bool write, uint8_t *data,
 		       uint32_t size)
 {
@@ -328,6 +341,9 @@ bool pv_bus_access(const struct pv_bus_region *r, uint64_t addr, bool write, uin
 		memset(data, 0, write ? 0 : size);
 		if (!write && offset == 0)
 			data[0] = pv_intx_read(r->opaque);
+		return true;
+	case PV_REGION_ISR_ACK:
+		isr_ack_access(r->opaque, offset, write, data, size);
 		return true;
 	case PV_REGION_STREAM:
 	case PV_REGION_DEBUGCON:

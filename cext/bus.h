@@ -30,6 +30,7 @@ enum pv_region_kind {
 	PV_REGION_NOTIFY,	/* opaque: struct pv_notify; the address is the queue's */
 	PV_REGION_NOTIFY_VALUE, /* the same, but the value written is the queue's number */
 	PV_REGION_ISR,		/* opaque: struct pv_intx */
+	PV_REGION_ISR_ACK,	/* the same for virtio over MMIO: InterruptStatus, InterruptACK */
 	PV_REGION_STREAM,	/* opaque: struct pv_pipe, which gets the bytes that are written */
 	PV_REGION_DEBUGCON,	/* the same, but a read gives the port number: guests look for it */
 	PV_REGION_PCI,		/* opaque: struct pv_pci_latch; ports 0xCF8..0xCFF */

@@ -157,19 +157,19 @@ void pv_intx_reset(struct pv_intx *x)
 }
 
 /**
- * pv_intx_pending() - Whether a bit is set, even if the line is disabled
+ * pv_intx_peek() - Look at the register, and leave it as it is
  * @x:		The line; any thread may call this
  *
- * Return: bit 3 of the PCI status register
+ * Return: the bits, also while the line is disabled
  */
-bool pv_intx_pending(struct pv_intx *x)
+uint8_t pv_intx_peek(struct pv_intx *x)
 {
-	bool pending;
+	uint8_t isr;
 
 	pthread_mutex_lock(&x->lock);
-	pending = x->isr;
+	isr = x->isr;
 	pthread_mutex_unlock(&x->lock);
-	return pending;
+	return isr;
 }
 
 /**
@@ -188,6 +188,19 @@ uint8_t pv_intx_read(struct pv_intx *x)
 	intx_update(x);
 	pthread_mutex_unlock(&x->lock);
 	return isr;
+}
+
+/**
+ * pv_intx_ack() - Do the guest's write to InterruptACK: clear bits of the register
+ * @x:		The line; any thread may call this
+ * @bits:	These bits; others that have been set meanwhile keep the line high
+ */
+void pv_intx_ack(struct pv_intx *x, uint8_t bits)
+{
+	pthread_mutex_lock(&x->lock);
+	x->isr &= (uint8_t)~bits;
+	intx_update(x);
+	pthread_mutex_unlock(&x->lock);
 }
 
 static void raise_line(void *arg, uint32_t number)

@@ -5,11 +5,12 @@
  * Theory of operation
  *
  * pv_intx_raise() sets bits of the register. The line is high while any bit is set and the line is
- * not disabled. The guest's read of the register clears it and lowers the line. The functions of
- * several slots share an input of the interrupt controller (struct pv_line): the input is high while
- * any of them wants it so.
+ * not disabled. Over PCI, the guest's read of the register clears it and lowers the line. Over MMIO,
+ * where the register is called InterruptStatus (4.2.2), a read changes nothing, and the guest writes
+ * the bits that it has seen to InterruptACK. The cards that have the same line number share an input
+ * of the interrupt controller (struct pv_line): the input is high while any of them wants it so.
  *
- * While MSI-X is off, a thread in C (relay.h) raises the line whenever a call eventfd of a queue
+ * While a card has no MSI-X, or MSI-X is off, a thread in C (relay.h) raises the line whenever a call eventfd of a queue
  * is signalled. Every interrupt passes through this thread, so it never waits for Python. The
  * thread's system calls are poll, read, ioctl (KVM_IRQ_LINE) and futex (for the lock).
  */
@@ -32,8 +33,9 @@ void pv_intx_wire(struct pv_intx *x, struct pv_line *line);
 void pv_intx_raise(struct pv_intx *x, uint8_t bits);
 void pv_intx_disable(struct pv_intx *x, bool disabled);
 void pv_intx_reset(struct pv_intx *x);
-bool pv_intx_pending(struct pv_intx *x);
+uint8_t pv_intx_peek(struct pv_intx *x);
 uint8_t pv_intx_read(struct pv_intx *x);
+void pv_intx_ack(struct pv_intx *x, uint8_t bits);
 int pv_intx_start(struct pv_intx *x, const char *name, const int32_t *fds, const uint8_t *bits,
 		  uint32_t count);
 void pv_intx_stop(struct pv_intx *x);

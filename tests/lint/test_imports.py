@@ -51,6 +51,9 @@ EXTENSION = (
     "backend.process",
     "threads",
     "backend.vduse",
+    "virtio.isr",
+    "virtio.kicks",
+    "virtio.mmio",
     "virtio.pci",
     "virtio.queue",
 )

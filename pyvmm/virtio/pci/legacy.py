@@ -8,8 +8,6 @@ device, or lets go of a virtqueue, enters the guest again only when that is done
 
 from __future__ import annotations
 
-import threading
-
 from pyvmm._ext import lib
 from pyvmm.bus import PIO, Bus, Registers
 from pyvmm.pci import Bar
@@ -26,7 +24,8 @@ from pyvmm.spec.virtio_pci import (
     VIRTIO_PCI_QUEUE_SEL,
     VIRTIO_PCI_STATUS,
 )
-from pyvmm.virtio.pci.common import DeviceConfig, Register, RegisterTable
+from pyvmm.virtio.pci.common import VectorRows
+from pyvmm.virtio.registers import DeviceConfig, Register
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
     from pyvmm.bus import Region
     from pyvmm.virtio.device import VirtioDevice
+    from pyvmm.virtio.kicks import Kicks
     from pyvmm.virtio.pci.common import Vectors
 
 BAR_SIZE = 64
@@ -41,7 +41,7 @@ BAR_SIZE = 64
 CONFIG_SIZE = BAR_SIZE - VIRTIO_MSI_QUEUE_VECTOR - 2
 
 
-class LegacyRegisters(RegisterTable):
+class LegacyRegisters(VectorRows):
     """The registers but the notification and the ISR, which C answers.
 
     :param bus: keeps a vCPU out of the guest.
@@ -50,10 +50,10 @@ class LegacyRegisters(RegisterTable):
     section, where = "4.1.4.10", "legacy registers"
 
     def __init__(self, device: VirtioDevice, vectors: Vectors, bus: Bus) -> None:
-        self._bus = bus
+        self._vectors = vectors
         super().__init__(
             device,
-            vectors,
+            bus,
             LEGACY_NAMES,
             {
                 VIRTIO_PCI_HOST_FEATURES: Register(4, device.legacy_features),
@@ -88,12 +88,6 @@ class LegacyRegisters(RegisterTable):
         if page == 0:
             self._hold()
 
-    def _hold(self) -> None:
-        """Keep the vCPU out of the guest until the jobs that the device has posted are done."""
-        done = threading.Event()
-        if self._device.post("legacy driver", done.set) and not done.is_set():
-            self._bus.hold(done)
-
 
 class _Part:
     """Some of the registers, from ``start`` on, as a region of its own."""
@@ -125,13 +119,13 @@ class LegacyBar(Bar):
     While MSI-X is enabled, two vectors precede the device configuration. So the regions behind the
     BAR change, and the ledger and a trace tell the registers apart.
 
-    :param isr: ``struct pv_intx *``, lent. :param notify: ``struct pv_notify *``, lent.
+    :param isr: ``struct pv_intx *``, lent. :param kicks: lent.
     """
 
     __slots__ = ("_always", "_config", "_vectors", "kicks", "registers")
 
     def __init__(
-        self, bus: Bus, device: VirtioDevice, vectors: Vectors, isr: Any, notify: Any
+        self, bus: Bus, device: VirtioDevice, vectors: Vectors, isr: Any, kicks: Kicks
     ) -> None:
         super().__init__(BAR_SIZE, io=True)
         name = device.name
@@ -144,21 +138,7 @@ class LegacyBar(Bar):
             )
             return region
 
-        self.kicks = bus.region(
-            PIO,
-            2,
-            f"{name} notify",
-            _Kicks(device),
-            kind=lib.PV_REGION_NOTIFY_VALUE,
-            opaque=notify,
-        )
-        self.kicks.names = lambda queue, write: (
-            device.queue_name(queue) if queue < len(device.queues) else "no queue notify"
-        )
-        self.kicks.prefix = name
-        self.kicks.role = lambda queue: (
-            device.kick_role(queue) if queue < len(device.queues) else ""
-        )
+        self.kicks = kicks.by_value(bus, PIO, 2)
         isr_region = bus.region(PIO, 1, f"{name} isr", kind=lib.PV_REGION_ISR, opaque=isr)
         self._always = [
             (0, part(0, VIRTIO_PCI_QUEUE_NOTIFY)),
@@ -190,19 +170,3 @@ class LegacyBar(Bar):
     def regions(self) -> list[Region]:
         """All regions, also those that are not shown now."""
         return [*(region for _, region in self._always), self._vectors, self._config]
-
-
-class _Kicks:
-    """Kicks of the queues that the device serves itself; the others become eventfds in C."""
-
-    def __init__(self, device: VirtioDevice) -> None:
-        self._device = device
-
-    def read(self, offset: int, size: int) -> int:
-        """Nothing to read."""
-        return 0
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """A kick of the queue with this number."""
-        if value in self._device.own_queues():
-            self._device.notified(value)

@@ -8,9 +8,8 @@ an exit of the vCPU.
 
 from __future__ import annotations
 
-from pyvmm._ext import ffi, lib
+from pyvmm._ext import lib
 from pyvmm.bus import MMIO, Bus, Registers
-from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
 from pyvmm.pci import Bar, PciFunction, gsi_of
 from pyvmm.pci.msix import Msix, entry_name
@@ -42,8 +41,11 @@ from pyvmm.spec.virtio_pci import (
     VIRTIO_PCI_ISR_QUEUE,
     VIRTIO_PCI_QUEUE_NOTIFY,
 )
-from pyvmm.virtio.pci.common import CommonConfig, DeviceConfig
+from pyvmm.virtio.isr import Isr
+from pyvmm.virtio.kicks import Kicks
+from pyvmm.virtio.pci.common import CommonConfig
 from pyvmm.virtio.pci.legacy import LegacyBar
+from pyvmm.virtio.registers import DeviceConfig
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,23 +58,6 @@ COMMON, ISR, DEVICE, NOTIFY, TABLE, PBA = 0x0000, 0x1000, 0x2000, 0x3000, 0x4000
 BAR_SIZE = 0x8000
 COMMON_SIZE = 60
 NOTIFY_STRIDE = 4  # notify_off_multiplier: a queue has its own address, hence its own ioeventfd
-
-
-class Notify:
-    """Kicks of the queues that the device serves itself; the others become eventfds in C."""
-
-    def __init__(self, device: VirtioDevice) -> None:
-        self._device = device
-
-    def read(self, offset: int, size: int) -> int:
-        """Nothing to read."""
-        return 0
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """A kick, by the address alone."""
-        index, rest = divmod(offset, NOTIFY_STRIDE)
-        if not rest and index in self._device.own_queues():
-            self._device.notified(index)
 
 
 class VirtioPci(PciFunction):
@@ -108,56 +93,35 @@ class VirtioPci(PciFunction):
         self._memory_bar = 0 if modern else 1
         self.device = device
         self._vm = vm
-        self._use_ioeventfd = notify == "ioeventfd"
+        self._kicks = Kicks(vm, device, NOTIFY_STRIDE, ioeventfd=notify == "ioeventfd")
         self.config_vector = VIRTIO_MSI_NO_VECTOR
-        self._line_driven = False
         self._config_event = EventFd()
-        self._intx = lib.pv_intx_new()
-        if self._intx == ffi.NULL:
-            raise MemoryError
-        self._kicks_at: tuple[bool, int] | None = None  # at ports, and the BAR's base
-        self._kicked: list[Queue] = []  # those with an eventfd, while the device runs
-        self._running = False
-        self._errors = 0
+        self._isr = Isr(f"{self.name} intx")
         vectors = len(device.queues) + 1
         self.msix = Msix(vm, vectors)
         device.plug(self)
         self._legacy: LegacyBar | None = None
         self._add_bars(bus, vectors)
         if not modern:
-            self._legacy = LegacyBar(bus, device, self, self._intx, self._notify)
+            self._legacy = LegacyBar(bus, device, self, self._isr.c, self._kicks)
             self._legacy.on_move = self._bar_moved
             self.add_bar(0, self._legacy)
 
     def _add_bars(self, bus: Bus, vectors: int) -> None:
         name, device = self.name, self.device
-        self.common = CommonConfig(device, self)
+        self.common = CommonConfig(device, self, bus)
         self._device_config = DeviceConfig(device)
-        self._notify = ffi.new("struct pv_notify *")
-        self._notify.count, self._notify.stride = len(device.queues), NOTIFY_STRIDE
-        for q in device.queues:
-            self._notify.fd[q.index] = q.kick.fileno()
         bar = Bar(BAR_SIZE)
         self._isr_region = bus.region(
-            MMIO, 4, f"{name} isr", kind=lib.PV_REGION_ISR, opaque=self._intx
+            MMIO, 4, f"{name} isr", kind=lib.PV_REGION_ISR, opaque=self._isr.c
         )
-        self._notify_region = bus.region(
-            MMIO,
-            NOTIFY_STRIDE * len(device.queues),
-            f"{name} notify",
-            Notify(device),
-            kind=lib.PV_REGION_NOTIFY,
-            opaque=self._notify,
-        )
+        self._notify_region = self._kicks.by_address(bus, MMIO)
         common = bus.region(MMIO, COMMON_SIZE, f"{name} common", self.common)
         common.names = Registers(COMMON_NAMES)
         config = bus.region(MMIO, 0x1000, f"{name} config", self._device_config)
         config.names = Registers(device.config_names)
         table = bus.region(MMIO, 16 * vectors, f"{name} msix-table", self.msix.table)
         table.names = entry_name
-        self._notify_region.names = self._kick_name
-        self._notify_region.prefix = name
-        self._notify_region.role = lambda offset: device.kick_role(offset // NOTIFY_STRIDE)
         bar.parts = [
             (COMMON, common),
             (ISR, self._isr_region),
@@ -206,48 +170,24 @@ class VirtioPci(PciFunction):
 
     def plugged(self) -> None:
         """The function has its slot, hence its interrupt line."""
-        lib.pv_intx_wire(self._intx, self._vm.shared_line(gsi_of(self.slot)))
+        self._isr.wire(self._vm.shared_line(gsi_of(self.slot)))
         self.command_written(self.command)
 
     # --- kicks ------------------------------------------------------------------------------------
-
-    def _kick_name(self, offset: int, write: bool) -> str:
-        """``queue 1 notify``, for the ledger."""
-        index, rest = divmod(offset, NOTIFY_STRIDE)
-        return self.device.queue_name(index) + (f"+{rest}" if rest else "")
 
     def _bar_moved(self, base: int | None) -> None:
         self._set_kicks()
 
     def _set_kicks(self) -> None:
-        """Let the kernel answer the kicks of a driver that runs, at the interface that it uses. If
-        that decodes nowhere or KVM refuses, kicks are exits, which the bus answers.
-        """
-        place = None
-        bar = self.bars[0 if self.device.legacy else self._memory_bar]
-        if self._use_ioeventfd and self._running and bar.base is not None:
-            place = bar.io, bar.base
-        if place == self._kicks_at:
-            return
-        old, self._kicks_at = self._kicks_at, None
-        if old is not None:
-            self._assign_kicks(*old, assign=False)
-        if place is None:
-            return
-        try:
-            self._assign_kicks(*place, assign=True)
-            self._kicks_at = place
-        except HostError:
-            self._errors += 1  # the guest chose the place: no reason to end the machine
-            self._assign_kicks(*place, assign=False)
-
-    def _assign_kicks(self, legacy: bool, base: int, *, assign: bool) -> None:
-        for q in self._kicked:
-            if legacy:  # all queues have one register, and the value says which
-                at, value = base + VIRTIO_PCI_QUEUE_NOTIFY, q.index
-            else:
-                at, value = base + NOTIFY + NOTIFY_STRIDE * q.index, None
-            self._vm.ioeventfd(q.kick, at, pio=legacy, assign=assign, value=value)
+        """Kicks come at the interface that the driver uses."""
+        legacy = self.device.legacy
+        base = self.bars[0 if legacy else self._memory_bar].base
+        if base is None:
+            self._kicks.move(None)
+        elif legacy:
+            self._kicks.move((True, base + VIRTIO_PCI_QUEUE_NOTIFY, 0, 2))
+        else:
+            self._kicks.move((False, base + NOTIFY, NOTIFY_STRIDE, 2))
 
     def regions(self) -> list[Region]:
         """All regions of the function's BARs."""
@@ -256,59 +196,39 @@ class VirtioPci(PciFunction):
 
     def eventfds(self) -> dict[int, str]:
         """What the function's eventfds are for, by descriptor: ``net0 queue 1 kick``."""
-        names = {self._config_event.fileno(): f"{self.name} configuration change"}
-        for q in self.device.queues:
-            names[q.kick.fileno()] = f"{self.name} queue {q.index} kick"
-            names[q.call.fileno()] = f"{self.name} queue {q.index} call"
-        return names
+        return self._kicks.eventfds() | {
+            self._config_event.fileno(): f"{self.name} configuration change"
+        }
 
     @property
     def errors(self) -> int:
         """Times that KVM or the host refused what the guest had asked of the transport."""
-        return self._errors + self.msix.errors
+        return self._kicks.errors + self._isr.errors + self.msix.errors
 
     # --- interrupts -------------------------------------------------------------------------------
 
     def set_active(self, active: bool) -> None:
         """Take kicks by eventfd, and drive the interrupt line; or stop both."""
-        self._running = active
-        if active:
-            own = self.device.own_queues()
-            self._kicked = [q for q in self.device.queues if q.index not in own]
-            for q in self.device.queues:
-                self._notify.fd[q.index] = -1 if q.index in own else q.kick.fileno()
+        self._kicks.set_running(active)
         self._set_kicks()
         self._use_intx(active and not self.msix.enabled)
 
     def _use_intx(self, want: bool) -> None:
         """Without MSI-X, a thread in C turns the eventfds into the interrupt line."""
-        if want == self._line_driven:
-            return
-        if not want:
-            lib.pv_intx_stop(self._intx)
-            self._line_driven = False
-            return
         events = [(q.call, VIRTIO_PCI_ISR_QUEUE) for q in self.device.queues]
-        events.append((self._config_event, VIRTIO_PCI_ISR_CONFIG))
-        fds = [event.fileno() for event, _ in events]
-        bits = [bit for _, bit in events]
-        name = f"{self.name} intx".encode()
-        if lib.pv_intx_start(self._intx, name, fds, bits, len(events)):
-            self._errors += 1  # no more threads or descriptors
-        else:
-            self._line_driven = True
+        self._isr.drive(want, [*events, (self._config_event, VIRTIO_PCI_ISR_CONFIG)])
 
     def _show_intx(self) -> None:
         """The line is hidden by command bit 10 and while MSI-X is in use (PCI 3.0, 6.8.3.3)."""
         hidden = bool(self.command & PCI_COMMAND_INTX_DISABLE) or self.msix.enabled or self.asleep
-        lib.pv_intx_disable(self._intx, hidden)
+        self._isr.hide(hidden)
 
     def interrupt_config(self) -> None:
         """Tell that the configuration has changed; the ISR bit is set even with MSI-X (4.1.4.5.1).
         Any thread.
         """
         if self.msix.enabled:
-            lib.pv_intx_raise(self._intx, VIRTIO_PCI_ISR_CONFIG)
+            self._isr.set(VIRTIO_PCI_ISR_CONFIG)
         self._config_event.nudge()
 
     def set_config_vector(self, value: int) -> None:
@@ -362,7 +282,7 @@ class VirtioPci(PciFunction):
             self._use_intx(False)
         self.msix.set_flags(flags)
         self._arrange_legacy()
-        self._use_intx(self._running and not self.msix.enabled)
+        self._use_intx(self._kicks.running and not self.msix.enabled)
         self._show_intx()
 
     def _arrange_legacy(self) -> None:
@@ -376,11 +296,7 @@ class VirtioPci(PciFunction):
         if self._window + 16 <= at < self._window + 20:
             self._window_access(write=False)
         value = super().config_read(at, size)
-        if (
-            at <= PCI_STATUS < at + size
-            and not self.msix.enabled
-            and lib.pv_intx_pending(self._intx)
-        ):
+        if at <= PCI_STATUS < at + size and not self.msix.enabled and self._isr.peek():
             value |= PCI_STATUS_INTERRUPT << 8 * (PCI_STATUS - at)
         return value
 
@@ -404,7 +320,7 @@ class VirtioPci(PciFunction):
                     self.device.queues[index].kick.nudge()
             elif region is self._isr_region:
                 if not write:
-                    self.put(w + 16, 0 if at else lib.pv_intx_read(self._intx), 4)
+                    self.put(w + 16, 0 if at else self._isr.take(), 4)
             elif region.handler is not None and write:
                 region.handler.write(at, length, value)
             elif region.handler is not None:
@@ -424,7 +340,7 @@ class VirtioPci(PciFunction):
         self.common.reset()
         if self._legacy is not None:
             self._legacy.registers.reset()
-        lib.pv_intx_reset(self._intx)
+        self._isr.reset()
 
     def _drop_sources(self, event: EventFd) -> None:
         for v in self.msix.vectors:
@@ -461,14 +377,12 @@ class VirtioPci(PciFunction):
         self.device.shut_down()
         self.device_reset()
         self.msix.reset()
-        self._running = False
+        self._kicks.set_running(False)
         self._set_kicks()
         for region in self.regions():
             region.bus.retire(region)
         self.device.close()
         self._config_event.close()
-        lib.pv_intx_free(self._intx)
-        self._intx = ffi.NULL
 
 
 def virtio_cap(kind: int, bar: int, offset: int, length: int, extra: bytes) -> bytes:
