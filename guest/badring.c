@@ -226,19 +226,18 @@ static void packed_indirect_nested(void)
 
 static void registers_after_driver_ok(void)
 {
-	uint64_t base = net.caps[CAP_COMMON];
-
 	for (uint16_t q = 0; q < 2; q++) {
-		mmio_write16(base + COMMON_QUEUE_SELECT, q);
-		mmio_write16(base + COMMON_QUEUE_SIZE, 2);
-		mmio_write32(base + COMMON_QUEUE_DESC, 0x1000);
-		mmio_write32(base + COMMON_QUEUE_DRIVER + 4, 0x1000);
-		mmio_write32(base + COMMON_QUEUE_DEVICE, 0x3000);
-		mmio_write16(base + COMMON_QUEUE_ENABLE, 0);
+		net_write(NET_QUEUE_SELECT, q);
+		net_write(NET_QUEUE_SIZE, 2);
+		net_write(NET_QUEUE_DESC, 0x1000);
+		net_write(NET_QUEUE_DRIVER_HIGH, 0x1000);
+		net_write(NET_QUEUE_DEVICE, 0x3000);
+		if (!net.window) /* over MMIO, this takes the queue back */
+			net_write(NET_QUEUE_ENABLE, 0);
 	}
-	mmio_write16(base + COMMON_QUEUE_SELECT, 0xffff);
-	mmio_write16(base + COMMON_QUEUE_SIZE, 1);
-	mmio_write32(base + COMMON_DRIVER_FEATURE, 0);
+	net_write(NET_QUEUE_SELECT, 0xffff);
+	net_write(NET_QUEUE_SIZE, 1);
+	net_write(NET_DRIVER_FEATURE, 0);
 }
 
 /* --- running them ----------------------------------------------------------------------------- */

@@ -38,9 +38,9 @@ int main(void)
 	net_go();
 	pyvmm_control(GUEST_COMMAND, 0);
 	for (unsigned long i = 0; i < count; i++)
-		mmio_write16(transmit.notify, transmit.number);
+		queue_notify(&transmit);
 	for (unsigned long i = 0; i < control; i++)
-		mmio_write16(commands.notify, commands.number);
+		queue_notify(&commands);
 	/*
 	 * The timer is one-shot and is not set again before its interrupt has come. So there is one
 	 * halt per interrupt, however slow the host is.

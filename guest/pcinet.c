@@ -65,7 +65,11 @@ int main(void)
 	 */
 	for (int i = 0; i < 1000000 && irq != IRQ_POLL && !net.queue_interrupts; i++)
 		irq_take();
-	say("pcinet: slot %u, %lu asked and answered, %s, %u kicks\n", net.slot, count,
+	if (net.window)
+		say("pcinet: window %lx, ", net.window);
+	else
+		say("pcinet: slot %u, ", net.slot);
+	say("%lu asked and answered, %s, %u kicks\n", count,
 	    irq == IRQ_POLL	   ? "polling"
 	    : net.queue_interrupts ? "by interrupts"
 				   : "without interrupts",

@@ -6,6 +6,88 @@
 struct virtnet net;
 struct queue receive, transmit;
 
+/* --- registers -------------------------------------------------------------------------------- */
+
+/* Offset in the common configuration (4.1.4.3) with the width in bytes, and in the window (4.2.2). */
+static const struct {
+	uint8_t pci, width;
+	uint16_t mmio;
+} places[] = {
+	[NET_DEVICE_FEATURE_SELECT] = {0, 4, 0x014},
+	[NET_DEVICE_FEATURE] = {4, 4, 0x010},
+	[NET_DRIVER_FEATURE_SELECT] = {8, 4, 0x024},
+	[NET_DRIVER_FEATURE] = {12, 4, 0x020},
+	[NET_STATUS] = {20, 1, 0x070},
+	[NET_QUEUE_SELECT] = {22, 2, 0x030},
+	[NET_QUEUE_SIZE_MAX] = {24, 2, 0x034},
+	[NET_QUEUE_SIZE] = {24, 2, 0x038},
+	[NET_QUEUE_ENABLE] = {28, 2, 0x044},
+	[NET_QUEUE_DESC] = {32, 4, 0x080},
+	[NET_QUEUE_DESC_HIGH] = {36, 4, 0x084},
+	[NET_QUEUE_DRIVER] = {40, 4, 0x090},
+	[NET_QUEUE_DRIVER_HIGH] = {44, 4, 0x094},
+	[NET_QUEUE_DEVICE] = {48, 4, 0x0a0},
+	[NET_QUEUE_DEVICE_HIGH] = {52, 4, 0x0a4},
+};
+
+uint32_t net_read(enum net_register reg)
+{
+	uint64_t at = net.caps[CAP_COMMON] + places[reg].pci;
+
+	if (net.window)
+		return mmio_read32(net.window + places[reg].mmio);
+	return places[reg].width == 1	? mmio_read8(at)
+	       : places[reg].width == 2 ? mmio_read16(at)
+					: mmio_read32(at);
+}
+
+void net_write(enum net_register reg, uint32_t value)
+{
+	uint64_t at = net.caps[CAP_COMMON] + places[reg].pci;
+
+	if (net.window)
+		mmio_write32(net.window + places[reg].mmio, value);
+	else if (places[reg].width == 1)
+		mmio_write8(at, (uint8_t)value);
+	else if (places[reg].width == 2)
+		mmio_write16(at, (uint16_t)value);
+	else
+		mmio_write32(at, value);
+}
+
+/* --- MMIO ------------------------------------------------------------------------------------- */
+
+static uint64_t number(const char **at, unsigned int base)
+{
+	uint64_t value = 0;
+
+	for (;; (*at)++) {
+		char c = **at;
+		unsigned int digit = c >= '0' && c <= '9'   ? (unsigned int)(c - '0')
+				     : c >= 'a' && c <= 'f' ? (unsigned int)(c - 'a' + 10)
+							    : base;
+
+		if (digit >= base)
+			return value;
+		value = value * base + digit;
+	}
+}
+
+/* "4K@0xfeb00000:17": where the window is; returns the interrupt line. */
+static unsigned int place_window(const char *text)
+{
+	const char *at = text;
+
+	while (*at && *at++ != '@')
+		;
+	at += memcmp(at, "0x", 2) ? 0 : 2;
+	net.window = number(&at, 16);
+	if (!net.window || *at++ != ':')
+		fail("net: virtio_mmio.device=%s", text);
+	net.caps[CAP_DEVICE] = net.window + MMIO_CONFIG;
+	return (unsigned int)number(&at, 10);
+}
+
 /* --- PCI -------------------------------------------------------------------------------------- */
 
 /* Find each memory BAR's size and give it a naturally aligned address from PCI_MMIO_BASE up. */
@@ -86,9 +168,37 @@ static void on_intx(unsigned int vector)
 	lapic_eoi();
 }
 
+static void on_line(unsigned int vector)
+{
+	uint32_t isr = mmio_read32(net.window + MMIO_INTERRUPT_STATUS);
+
+	(void)vector;
+	mmio_write32(net.window + MMIO_INTERRUPT_ACK, isr); /* lowers the line */
+	net.queue_interrupts += isr & 1;
+	net.config_interrupts += isr >> 1 & 1;
+	lapic_eoi();
+}
+
+static void probe_window(const char *text)
+{
+	unsigned int gsi = place_window(text);
+
+	if (mmio_read32(net.window + MMIO_MAGIC_VALUE) != 0x74726976 ||
+	    mmio_read32(net.window + MMIO_VERSION) != 2 ||
+	    mmio_read32(net.window + MMIO_DEVICE_ID) != 1)
+		fail("net: no virtio-net card at %lx", net.window);
+	irq_set(VECTOR_QUEUE, on_line);
+	if (net.irq != IRQ_POLL)
+		ioapic_route_level_low(gsi, VECTOR_QUEUE);
+}
+
 void net_probe(enum net_irq irq)
 {
+	char text[40];
+
 	net.irq = irq;
+	if (option("virtio_mmio.device", text, sizeof(text)))
+		return probe_window(text);
 	net.slot = pci_find(PCI_ID_NET);
 	if (net.slot == PCI_SLOTS)
 		net.slot = pci_find(PCI_ID_NET_LEGACY);
@@ -111,19 +221,14 @@ void net_probe(enum net_irq irq)
 
 /* --- the device (4.1.4.3, 3.1.1) -------------------------------------------------------------- */
 
-static uint64_t common(unsigned int reg)
-{
-	return net.caps[CAP_COMMON] + reg;
-}
-
 uint8_t net_status(void)
 {
-	return mmio_read8(common(COMMON_STATUS));
+	return (uint8_t)net_read(NET_STATUS);
 }
 
 void net_reset(void)
 {
-	mmio_write8(common(COMMON_STATUS), 0);
+	net_write(NET_STATUS, 0);
 	/* Each read is an exit, and the device needs the processor, too. */
 	while (net_status())
 		for (int i = 0; i < 100; i++)
@@ -133,7 +238,7 @@ void net_reset(void)
 /* Take one step: write its bit, and those of the steps before it unless the driver forgets them. */
 static void take_step(uint8_t before, uint8_t step)
 {
-	mmio_write8(common(COMMON_STATUS), net.steps == STEPS_BARE ? step : before | step);
+	net_write(NET_STATUS, net.steps == STEPS_BARE ? step : before | step);
 }
 
 void net_negotiate(uint64_t features)
@@ -145,10 +250,10 @@ void net_negotiate(uint64_t features)
 		take_step(0, STATUS_ACKNOWLEDGE);
 	take_step(STATUS_ACKNOWLEDGE, STATUS_DRIVER);
 	for (uint32_t i = 0; i < 2; i++) {
-		mmio_write32(common(COMMON_DEVICE_FEATURE_SELECT), i);
-		offered |= (uint64_t)mmio_read32(common(COMMON_DEVICE_FEATURE)) << 32 * i;
-		mmio_write32(common(COMMON_DRIVER_FEATURE_SELECT), i);
-		mmio_write32(common(COMMON_DRIVER_FEATURE), (uint32_t)(features >> 32 * i));
+		net_write(NET_DEVICE_FEATURE_SELECT, i);
+		offered |= (uint64_t)net_read(NET_DEVICE_FEATURE) << 32 * i;
+		net_write(NET_DRIVER_FEATURE_SELECT, i);
+		net_write(NET_DRIVER_FEATURE, (uint32_t)(features >> 32 * i));
 	}
 	if (features & ~offered)
 		fail("net: offered %lx, want %lx", offered, features);
@@ -159,14 +264,28 @@ void net_negotiate(uint64_t features)
 		fail("net: features %lx refused", features);
 	for (unsigned int i = 0; i < 6; i++)
 		net.mac[i] = mmio_read8(net.caps[CAP_DEVICE] + i);
-	mmio_write16(common(COMMON_MSIX_CONFIG), net.irq == IRQ_MSIX ? 1 : NO_VECTOR);
+	if (!net.window)
+		mmio_write16(net.caps[CAP_COMMON] + COMMON_MSIX_CONFIG,
+			     net.irq == IRQ_MSIX ? 1 : NO_VECTOR);
 }
 
-static void write_address(unsigned int reg, uint64_t address)
+static void write_address(enum net_register low, uint64_t address)
 {
 	/* The driver writes 64-bit registers in two halves (4.1.3.1). */
-	mmio_write32(common(reg), (uint32_t)address);
-	mmio_write32(common(reg + 4), (uint32_t)(address >> 32));
+	net_write(low, (uint32_t)address);
+	net_write(low + 1, (uint32_t)(address >> 32));
+}
+
+/* The vector of the selected queue, and the address of its kick register. */
+static void pci_queue(struct queue *q, uint16_t vector)
+{
+	uint64_t common = net.caps[CAP_COMMON];
+
+	mmio_write16(common + COMMON_QUEUE_MSIX_VECTOR, vector);
+	if (mmio_read16(common + COMMON_QUEUE_MSIX_VECTOR) != vector)
+		fail("net: queue %u gets no vector %u", q->number, vector);
+	q->notify = net.caps[CAP_NOTIFY] +
+		    (uint64_t)mmio_read16(common + COMMON_QUEUE_NOTIFY_OFF) * net.notify_multiplier;
 }
 
 void net_queue_at(struct queue *q, uint16_t number, uint64_t desc, uint64_t driver, uint64_t device)
@@ -178,19 +297,17 @@ void net_queue_at(struct queue *q, uint16_t number, uint64_t desc, uint64_t driv
 	memset(q, 0, offsetof(struct queue, buffer));
 	q->number = number;
 	q->avail.flags = interrupts ? 0 : AVAIL_NO_IRQ;
-	mmio_write16(common(COMMON_QUEUE_SELECT), number);
-	if (mmio_read16(common(COMMON_QUEUE_SIZE)) < QUEUE_SIZE)
+	net_write(NET_QUEUE_SELECT, number);
+	if (net_read(NET_QUEUE_SIZE_MAX) < QUEUE_SIZE)
 		fail("net: queue %u is too small", number);
-	mmio_write16(common(COMMON_QUEUE_SIZE), QUEUE_SIZE);
-	write_address(COMMON_QUEUE_DESC, desc);
-	write_address(COMMON_QUEUE_DRIVER, driver);
-	write_address(COMMON_QUEUE_DEVICE, device);
-	mmio_write16(common(COMMON_QUEUE_MSIX_VECTOR), vector);
-	if (mmio_read16(common(COMMON_QUEUE_MSIX_VECTOR)) != vector)
-		fail("net: queue %u gets no vector %u", number, vector);
-	q->notify = net.caps[CAP_NOTIFY] +
-		    (uint64_t)mmio_read16(common(COMMON_QUEUE_NOTIFY_OFF)) * net.notify_multiplier;
-	mmio_write16(common(COMMON_QUEUE_ENABLE), 1);
+	net_write(NET_QUEUE_SIZE, QUEUE_SIZE);
+	write_address(NET_QUEUE_DESC, desc);
+	write_address(NET_QUEUE_DRIVER, driver);
+	write_address(NET_QUEUE_DEVICE, device);
+	q->notify = net.window + MMIO_QUEUE_NOTIFY;
+	if (!net.window)
+		pci_queue(q, vector);
+	net_write(NET_QUEUE_ENABLE, 1);
 }
 
 void net_queues(void)
@@ -232,7 +349,15 @@ void queue_kick(struct queue *q)
 	if (__atomic_load_n(&q->used.flags, __ATOMIC_ACQUIRE) & USED_NO_KICK)
 		return;
 	net.kicks++;
-	mmio_write16(q->notify, q->number);
+	queue_notify(q);
+}
+
+void queue_notify(struct queue *q)
+{
+	if (net.window)
+		mmio_write32(q->notify, q->number);
+	else
+		mmio_write16(q->notify, q->number);
 }
 
 bool queue_used(struct queue *q, uint16_t *i, uint32_t *length)

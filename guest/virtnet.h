@@ -1,8 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * A minimal virtio-net driver for the bare-metal guests (virtio 1.2: 2.7 split virtqueues, 4.1
- * virtio over PCI, 5.1 network device). It has one card, one queue pair and one descriptor per
- * packet. All its parts are accessible, so that a guest can misuse them.
+ * virtio over PCI, 4.2 virtio over MMIO, 5.1 network device). It has one card, one queue pair and
+ * one descriptor per packet. All its parts are accessible, so that a guest can misuse them.
+ *
+ * The card is the window that virtio_mmio.device=4K@ADDRESS:GSI on the command line names, as for
+ * Linux, or else the first one on the PCI bus.
  */
 #ifndef PYVMM_VIRTNET_H
 #define PYVMM_VIRTNET_H
@@ -10,20 +13,38 @@
 #include "arp.h"
 #include "guest.h"
 
-#define COMMON_DEVICE_FEATURE_SELECT 0
-#define COMMON_DEVICE_FEATURE	     4
-#define COMMON_DRIVER_FEATURE_SELECT 8
-#define COMMON_DRIVER_FEATURE	     12
-#define COMMON_MSIX_CONFIG	     16
-#define COMMON_STATUS		     20
-#define COMMON_QUEUE_SELECT	     22
-#define COMMON_QUEUE_SIZE	     24
-#define COMMON_QUEUE_MSIX_VECTOR     26
-#define COMMON_QUEUE_ENABLE	     28
-#define COMMON_QUEUE_NOTIFY_OFF	     30
-#define COMMON_QUEUE_DESC	     32
-#define COMMON_QUEUE_DRIVER	     40
-#define COMMON_QUEUE_DEVICE	     48
+/* The registers that both transports have; of 64-bit registers, each half. */
+enum net_register {
+	NET_DEVICE_FEATURE_SELECT,
+	NET_DEVICE_FEATURE,
+	NET_DRIVER_FEATURE_SELECT,
+	NET_DRIVER_FEATURE,
+	NET_STATUS,
+	NET_QUEUE_SELECT,
+	NET_QUEUE_SIZE_MAX, /* over PCI the same register as the size */
+	NET_QUEUE_SIZE,
+	NET_QUEUE_ENABLE,
+	NET_QUEUE_DESC,
+	NET_QUEUE_DESC_HIGH,
+	NET_QUEUE_DRIVER,
+	NET_QUEUE_DRIVER_HIGH,
+	NET_QUEUE_DEVICE,
+	NET_QUEUE_DEVICE_HIGH,
+};
+
+/* Over PCI only. */
+#define COMMON_MSIX_CONFIG	 16
+#define COMMON_QUEUE_MSIX_VECTOR 26
+#define COMMON_QUEUE_NOTIFY_OFF	 30
+
+/* Over MMIO only (4.2.2). */
+#define MMIO_MAGIC_VALUE      0x000
+#define MMIO_VERSION	      0x004
+#define MMIO_DEVICE_ID	      0x008
+#define MMIO_QUEUE_NOTIFY     0x050
+#define MMIO_INTERRUPT_STATUS 0x060
+#define MMIO_INTERRUPT_ACK    0x064
+#define MMIO_CONFIG	      0x100
 
 #define STATUS_ACKNOWLEDGE 1
 #define STATUS_DRIVER	   2
@@ -87,6 +108,7 @@ struct queue {
 };
 
 struct virtnet {
+	uint64_t window; /* guest-physical; 0 for a card on the PCI bus */
 	unsigned int slot;
 	uint64_t bars[6], caps[CAP_COUNT]; /* guest-physical */
 	uint32_t notify_multiplier;
@@ -103,8 +125,8 @@ extern struct virtnet net;
 extern struct queue receive, transmit;
 
 /*
- * Find the first card, place its BARs, read its capabilities and set up interrupts. If there is no
- * card, fail().
+ * Find the card and set up interrupts; on the PCI bus, place its BARs and read its capabilities. If
+ * there is no card, fail(). Over MMIO there is no MSI-X: IRQ_MSIX means the interrupt line there.
  */
 void net_probe(enum net_irq irq);
 /* Switch bus mastering (bit 2 of the command register). net_probe() has switched it on. */
@@ -124,12 +146,17 @@ void net_go(void);
 /* Write 0 to the status and wait until it reads as 0. */
 void net_reset(void);
 uint8_t net_status(void);
+/* Access a register, with its width. */
+uint32_t net_read(enum net_register reg);
+void net_write(enum net_register reg, uint32_t value);
 
 /* Offer buffer i of the queue, without a kick. */
 void queue_offer(struct queue *q, uint16_t i, uint32_t length, uint16_t flags);
 /* Make the descriptor head available without checking it. */
 void queue_publish(struct queue *q, uint16_t head);
 void queue_kick(struct queue *q);
+/* Kick whether the device wants it or not. */
+void queue_notify(struct queue *q);
 /* Take the next used buffer and its length; returns false if there is none. */
 bool queue_used(struct queue *q, uint16_t *i, uint32_t *length);
 

@@ -61,6 +61,9 @@ if TYPE_CHECKING:
     from pyvmm.images.cpio import Archive
     from pyvmm.kvm.cpu import Cpu
     from pyvmm.kvm.recorder import Recorder
+    from pyvmm.virtio.mmio import VirtioMmio
+    from pyvmm.virtio.net import NetDevice
+    from pyvmm.virtio.pci.transport import VirtioPci
 
 #: Parameters of every guest; ``append`` comes later and so wins.
 BASE_CMDLINE = "console=ttyS0 panic=-1"
@@ -345,9 +348,7 @@ class Parts:
 
     def _make_net(self, index: int, net: Net, mac: bytes) -> tuple[Nic, ExitStack]:
         """Make a network card, which is not plugged in, and the stack that releases it."""
-        from pyvmm.spec.virtio_pci import VIRTIO_TRANS_ID_NET
-        from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET, NetDevice
-        from pyvmm.virtio.pci.transport import VirtioPci
+        from pyvmm.virtio.net import NetDevice
 
         host, guest = net.host, net.guest
         if net.tap is None:
@@ -393,14 +394,7 @@ class Parts:
             )
             undo.callback(device.close)
             device.recorder = scope
-            transport = VirtioPci(
-                self.vm,
-                self.bus,
-                device,
-                PCI_CLASS_NETWORK_ETHERNET,
-                notify=net.notify,
-                transitional=VIRTIO_TRANS_ID_NET if net.legacy else None,
-            )
+            transport = self._make_transport(index, net, device)
             undo.callback(transport.close)
             nic = Nic(
                 index,
@@ -420,6 +414,24 @@ class Parts:
         for close in (uplink.close, transport.close, nic.close):
             release.callback(close)
         return nic, release
+
+    def _make_transport(self, index: int, net: Net, device: NetDevice) -> VirtioPci | VirtioMmio:
+        if net.transport == "mmio":
+            from pyvmm.virtio.mmio import VirtioMmio
+
+            return VirtioMmio(self.vm, self.bus, device, index, notify=net.notify)
+        from pyvmm.spec.virtio_pci import VIRTIO_TRANS_ID_NET
+        from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET
+        from pyvmm.virtio.pci.transport import VirtioPci
+
+        return VirtioPci(
+            self.vm,
+            self.bus,
+            device,
+            PCI_CLASS_NETWORK_ETHERNET,
+            notify=net.notify,
+            transitional=VIRTIO_TRANS_ID_NET if net.legacy else None,
+        )
 
     def _make_hang_watch(self, limit: float) -> HangWatch:
         from pyvmm.hang import HangWatch
@@ -442,9 +454,10 @@ class Parts:
         want = self._want
         # ECAM is not advertised: Linux would look at it and then use 0xCF8 for the registers that
         # exist.
-        rsdp = build_acpi(self.memory, cpus=want.cpus, com2=self.bell is not None)
-        build_mptable(self.memory, cpus=want.cpus)
         cards = [nic for nic in self.nets if not nic.leaving]
+        com2 = self.bell is not None
+        rsdp = build_acpi(self.memory, cpus=want.cpus, com2=com2, windows=windows(cards))
+        build_mptable(self.memory, cpus=want.cpus)
         self.cmdline = cmdline(want, cards)
         archive, self.notes = extra_archive(want, len(cards))
         self.boot = load(
@@ -505,6 +518,9 @@ class Parts:
 
     def _reset_devices(self) -> None:
         self.pci.reset()
+        for nic in self.nets:
+            if nic.slot is None:
+                nic.transport.reset()
         self.console.reset()
         if self.bell is not None:
             self.bell.reset()
@@ -563,6 +579,16 @@ def net_words(nets: Sequence[Nic]) -> list[str]:
     return words
 
 
+def windows(nets: Sequence[Nic]) -> list[tuple[int, int]]:
+    """The address of the window and the GSI of each card of virtio over MMIO."""
+    cards = [nic.index for nic in nets if nic.slot is None]
+    if not cards:
+        return []
+    from pyvmm.virtio.mmio import line_of, window_of
+
+    return [(window_of(index), line_of(index)) for index in cards]
+
+
 def cmdline(want: Description, nets: Sequence[Nic]) -> str:
     """The kernel command line.
 
@@ -574,6 +600,9 @@ def cmdline(want: Description, nets: Sequence[Nic]) -> str:
     if want.stdin is not None:
         parts.append("pyvmm.stdin=port")
     parts += net_words(nets)
+    if "acpi=off" in want.append.split():
+        # Not besides ACPI's tables, by which Linux would take the same window a second time.
+        parts += [f"virtio_mmio.device=4K@{base:#x}:{gsi}" for base, gsi in windows(nets)]
     raw = want.raw_command
     if raw is not None and fits_the_line(raw, len(nets)):
         import base64

@@ -35,6 +35,7 @@ COMMON_KEYS = (
     "queues",
     "queue-size",
     "link",
+    "transport",
     "legacy",
     "speed",
     "without",
@@ -113,6 +114,7 @@ class Net:
         (``with=`` in an option).
     :param queues: queue pairs, 1 to 64. :param link: ``on`` or ``off``: whether the cable is
         plugged in at the start.
+    :param transport: ``pci``, or ``mmio`` for a card that a guest without PCI finds (docs/mmio.md).
     :param legacy: ``on`` for a transitional card, which drivers from before virtio 1.0 can use, too
         (docs/legacy.md), else ``off``.
     :param speed: of the cable in Mbit/s, as the guest is told.
@@ -151,6 +153,7 @@ class Net:
         "speed",
         "switchable",
         "tap",
+        "transport",
         "with_",
         "without",
         "worker_cpu",
@@ -168,6 +171,7 @@ class Net:
         queues: int | str = 1,
         queue_size: int | str = 256,
         link: str = "on",
+        transport: str = "pci",
         legacy: str = "off",
         speed: int | str = 10_000,
         without: str = "",
@@ -187,11 +191,18 @@ class Net:
             raise UsageError(f"--net: notify={notify}", "use notify=ioeventfd or notify=exit")
         if link not in ("on", "off"):
             raise UsageError(f"--net: link={link}", "use link=on or link=off")
+        if transport not in ("pci", "mmio"):
+            raise UsageError(f"--net: transport={transport}", "use transport=pci or transport=mmio")
         if legacy not in ("on", "off"):
             raise UsageError(f"--net: legacy={legacy}", "use legacy=on or legacy=off")
         if legacy == "on" and "vhost-vdpa" in (mode, *switchable.split("+")):
             raise UsageError(
                 "--net: legacy=on and vhost-vdpa", "vDPA devices are modern: leave one of them out"
+            )
+        if legacy == "on" and transport == "mmio":
+            raise UsageError(
+                "--net: legacy=on and transport=mmio",
+                "a window has either interface, and this one is modern: leave one of them out",
             )
         if server not in ("on", "off"):
             raise UsageError(f"--net: server={server}", "use server=on or server=off")
@@ -241,7 +252,7 @@ class Net:
         self.mac = parse_mac(mac) if mac is not None else None
         self.mtu = number("mtu", mtu, ETH_MIN_MTU, TAP_MAX_MTU) if mtu is not None else None
         self.queues = number("queues", queues, 1, MAX_QUEUES, WHY_QUEUES)
-        self.link, self.legacy = link == "on", legacy == "on"
+        self.link, self.legacy, self.transport = link == "on", legacy == "on", transport
         self.speed = number("speed", speed, 1, SPEED_MAX)
         self.socket, self.server = socket or "", server == "on"
         self.peer = number("peer", peer, 0, UID_MAX) if peer is not None else None
@@ -332,9 +343,11 @@ class Net:
 
     def excluded(self) -> int:
         """The feature bits that the card does not offer, whatever its data paths can honour, as a
-        mask.
+        mask. Over MMIO, KVM tells the kicks of different virtqueues apart by the whole value that
+        is written, so that the value has no room for data.
         """
-        return mask(self.without) | mask(set(ON_REQUEST) - set(self.with_))
+        transport = ["notification-data"] if self.transport == "mmio" else []
+        return mask([*self.without, *transport]) | mask(set(ON_REQUEST) - set(self.with_))
 
     def check_offer(self, mode: str, features: int) -> None:
         """:raises UsageError: the data path ``mode``, which has ``features``, cannot honour what

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pyvmm.card.cards import Cards
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.netopt import MAX_CARDS, MacAddresses, Net
+from pyvmm.pci import PciFunction
 from pyvmm.threads import Thread, report_bug
 
 TYPE_CHECKING = False
@@ -103,6 +104,11 @@ class Plugs:
         """
         if net.mode == "none":
             raise UsageError("a card with the mode none is no card", "name a data path")
+        if net.transport != "pci":
+            raise UsageError(
+                "transport=mmio has no hot plug: a guest looks for windows once, when it boots",
+                "leave out transport=mmio, or name the card at the machine's start",
+            )
         with self._adding:
             index = self._number(name)
             taken = {nic.index: nic.device.mac for nic in self.nets}
@@ -117,7 +123,7 @@ class Plugs:
             try:
                 with self._lock:
                     self._plug(nic, stack)
-                    self.hotplug.added(nic.transport.slot)
+                    self.hotplug.added(1 + nic.index)
             except BaseException:
                 stack.close()
                 raise
@@ -157,10 +163,11 @@ class Plugs:
             uplink.cut()
 
     def _plug(self, nic: Nic, stack: ExitStack) -> None:
-        """Give a card its slot."""
+        """Give a card its slot, unless it is in a window of its own."""
         self._stacks[nic.name] = stack
         try:
-            self._pci.add(nic.transport, 1 + nic.index)
+            if isinstance(nic.transport, PciFunction):
+                self._pci.add(nic.transport, 1 + nic.index)
         except BaseException:
             del self._stacks[nic.name]
             raise
@@ -170,18 +177,25 @@ class Plugs:
         """``added`` until the guest has read of the card, ``removing`` from the request to the end
         of a removal, else ``present``.
         """
+        slot = nic.slot
+        if slot is None:
+            return "present"
         with self._lock:
-            if nic.leaving or self.hotplug.asked(nic.transport.slot):
+            if nic.leaving or self.hotplug.asked(slot):
                 return "removing"
-            return "present" if self.hotplug.seen(nic.transport.slot) else "added"
+            return "present" if self.hotplug.seen(slot) else "added"
 
     # --- removal ----------------------------------------------------------------------------------
 
     def ask(self, nic: Nic) -> Removal:
         """Ask the guest to let go of a card; once more, if it was asked before. Any thread.
 
-        :raises PyvmmError: the card has gone, the machine ends, or there can be no more threads.
+        :raises PyvmmError: the card has gone, cannot go, the machine ends, or there can be no more
+            threads.
         """
+        slot = nic.slot
+        if slot is None:
+            raise UsageError(f"{nic.name} has transport=mmio, which has no hot plug")
         with self._state:
             if self._over:
                 raise HostError("the machine is ending")
@@ -203,14 +217,14 @@ class Plugs:
                 self._removals[nic.name] = removal
         with self._lock:
             if not nic.leaving:
-                self.hotplug.ask(nic.transport.slot)
+                self.hotplug.ask(slot)
         return removal
 
     def ejected(self, slot: int) -> None:
         """The guest, or a reset of the machine, has let go of the card in ``slot``, which somebody
         had asked for. The I/O lock is held.
         """
-        nic = next(nic for nic in self.nets if nic.transport.slot == slot)
+        nic = next(nic for nic in self.nets if nic.slot == slot)
         self._pci.remove(slot)
         nic.leave()
         with self._state:

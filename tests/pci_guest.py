@@ -49,7 +49,7 @@ class FakeVm:
     def __init__(self) -> None:
         self.c_fd = ffi.new("int *", -1)
         self.irqfds: dict[EventFd, int] = {}
-        #: By address, or for a port by port and value.
+        #: By address, or by port or address and value.
         self.kicks: dict[int | tuple[int, int], EventFd] = {}
         self.routes: dict[int, tuple[int, int]] = {}
         self.refuse: set[str] = set()
@@ -101,7 +101,7 @@ class FakeVm:
         length: int = 2,
         value: int | None = None,
     ) -> None:
-        assert pio == (value is not None)
+        assert value is not None if pio else (length == 4) == (value is not None)
         key = addr if value is None else (addr, value)
         if assign:
             self._check("ioeventfd", errno.EEXIST if key in self.kicks else 0)
@@ -152,8 +152,12 @@ class Board:
     def add(self, function: Any) -> Any:
         """Plug in a function that ``close`` is to close."""
         self.pci.add(function)
-        self._opened.append(function)
-        return function
+        return self.own(function)
+
+    def own(self, thing: Any) -> Any:
+        """``close`` is to close it."""
+        self._opened.append(thing)
+        return thing
 
     def access(
         self, space: int, addr: int, size: int, data: bytes | None = None, *, count: int = 1
@@ -175,8 +179,10 @@ class Board:
         return int.from_bytes(self.access(space, addr, size), "little")
 
     def write(self, space: int, addr: int, size: int, value: int) -> None:
-        key = addr if space == MMIO else (addr, value)
-        kick = getattr(self.vm, "kicks", {}).get(key) if size == 2 or space == MMIO else None
+        kicks = getattr(self.vm, "kicks", {})
+        kick = kicks.get(addr) if space == MMIO else None
+        if kick is None and size == (4 if space == MMIO else 2):
+            kick = kicks.get((addr, value))
         if kick is not None:  # the kernel is faster
             kick.signal()
         else:

@@ -38,6 +38,7 @@ def build(
     pci_slots: Iterable[int] = ALL_SLOTS,
     com2: bool = True,
     ecam: bool = False,
+    windows: Sequence[tuple[int, int]] = (),
 ) -> int:
     """Write RSDP, FACS, DSDT, FADT, MADT, MCFG (with ``ecam``), RSDT and XSDT from FIRMWARE_BASE
     up. The RSDT is for kernels that know ACPI 1.0 only.
@@ -48,6 +49,7 @@ def build(
     :param com2: whether the machine has the second serial port.
     :param ecam: whether configuration space is also mapped at PCI_ECAM_BASE. Linux accesses the
         first 256 bytes through port 0xCF8 in any case.
+    :param windows: the address and the GSI of each device of virtio over MMIO.
     :returns: the guest-physical address of the RSDP.
     """
     blob = bytearray(acpi.RSDP_SIZE)
@@ -62,7 +64,7 @@ def build(
     facs = struct.pack(acpi.FACS, b"FACS", struct.calcsize(acpi.FACS), 0, 0, 0, 0, 0, 2)
     facs_at = add_table(facs, acpi.FACS_ALIGN)
     assert facs_at == pf.FIRMWARE_BASE + FACS_OFFSET
-    dsdt_at = add_table(dsdt(pci_slots, com2=com2, ecam=ecam))
+    dsdt_at = add_table(dsdt(pci_slots, com2=com2, ecam=ecam, windows=windows))
     addresses.append(add_table(_fadt(facs_at, dsdt_at)))
     addresses.append(add_table(_madt(cpus)))
     if ecam:
@@ -184,7 +186,13 @@ def _mcfg() -> bytes:
     return _sdt(b"MCFG", 1, struct.pack(acpi.MCFG_ENTRY, pf.PCI_ECAM_BASE, 0, 0, 0))
 
 
-def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool = False) -> bytes:
+def dsdt(
+    pci_slots: Iterable[int] = ALL_SLOTS,
+    *,
+    com2: bool = True,
+    ecam: bool = False,
+    windows: Sequence[tuple[int, int]] = (),
+) -> bytes:
     """The DSDT: the devices that the guest cannot enumerate, and the routes of PCI's INTA.
 
     The parameters are those of ``build``.
@@ -279,6 +287,7 @@ def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool 
                 aml.resources(aml.memory32_fixed(pf.PCI_ECAM_BASE, pf.PCI_ECAM_SIZE)),
             )
         )
+    devices += [_virtio(n, base, gsi) for n, (base, gsi) in enumerate(windows)]
     sleeps = b"".join(
         aml.name(name, aml.package([aml.integer(kind)] + 3 * [aml.integer(0)]))
         for name, kind in (("_S3", pf.ACPI_S3_TYPE), ("_S5", pf.ACPI_S5_TYPE))
@@ -291,6 +300,19 @@ def dsdt(pci_slots: Iterable[int] = ALL_SLOTS, *, com2: bool = True, ecam: bool 
 def _slot_name(slot: int) -> str:
     """The name of the device that stands for a slot of bus 0."""
     return f"S{slot:02X}"
+
+
+def _virtio(number: int, base: int, gsi: int) -> bytes:
+    """A device of virtio over MMIO, with the id by which Linux' driver knows one. Cards may
+    share a line, so it is level-triggered.
+    """
+    flags = acpi.RES_IRQ_ACTIVE_LOW | acpi.RES_IRQ_SHARED
+    return aml.device(
+        f"VR{number:02X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(number)),
+        aml.resources(aml.memory32_fixed(base, pf.VIRTIO_MMIO_SIZE), aml.interrupt(gsi, flags)),
+    )
 
 
 def _serial(text: str, uid: int, port: int, irq: int) -> bytes:

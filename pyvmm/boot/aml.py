@@ -160,11 +160,12 @@ def irq(line: int) -> bytes:
     return struct.pack("<BH", acpi.RES_IRQ_NO_FLAGS, 1 << line)
 
 
-def interrupt(gsi: int) -> bytes:
-    """Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {gsi}."""
-    return struct.pack(
-        "<BHBBI", acpi.RES_INTERRUPT, 6, acpi.RES_IRQ_CONSUMER | acpi.RES_IRQ_EDGE, 1, gsi
-    )
+def interrupt(gsi: int, flags: int = acpi.RES_IRQ_EDGE) -> bytes:
+    """Interrupt (ResourceConsumer, ...) {gsi}.
+
+    :param flags: RES_IRQ_*; by default Edge, ActiveHigh, Exclusive.
+    """
+    return struct.pack("<BHBBI", acpi.RES_INTERRUPT, 6, acpi.RES_IRQ_CONSUMER | flags, 1, gsi)
 
 
 def memory32_fixed(base: int, size: int) -> bytes:

@@ -56,8 +56,12 @@ def build(memory: GuestMemory, *, cpus: int = 1, pci_slots: Iterable[int] = rang
     for line in range(16):
         if line != 2:  # line 2 is the PIC's cascade; its IO-APIC pin is the timer's
             pin = line or pf.IOAPIC_PIN_TIMER
+            # The lines of PCI are also those of devices of virtio over MMIO.
+            flags = acpi.MP_ACTIVE_LOW_LEVEL if line in pf.PIC_PCI_LINES else 0
             entries.append(
-                struct.pack(acpi.MP_IO_INTERRUPT, 3, acpi.MP_INT, 0, BUS_ISA, line, IOAPIC_ID, pin)
+                struct.pack(
+                    acpi.MP_IO_INTERRUPT, 3, acpi.MP_INT, flags, BUS_ISA, line, IOAPIC_ID, pin
+                )
             )
     for slot in pci_slots:
         gsi = pf.GSI_PCI_BASE + slot % pf.GSI_PCI_COUNT

@@ -12,6 +12,7 @@ from pyvmm.card.handover import HandOver
 from pyvmm.card.report import ModeTotals, SwitchReport
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.netopt import Net, mac_text
+from pyvmm.pci import PciFunction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.card.uplink import Route, Uplink
     from pyvmm.datapath.base import DataPath
     from pyvmm.exits.ledger import Ledger
+    from pyvmm.virtio.mmio import VirtioMmio
     from pyvmm.virtio.net import NetDevice
     from pyvmm.virtio.pci.transport import VirtioPci
 
@@ -52,7 +54,7 @@ class Nic:
         index: int,
         net: Net,
         device: NetDevice,
-        transport: VirtioPci,
+        transport: VirtioPci | VirtioMmio,
         uplink: Uplink,
         route: Route,
         thread: CardThread,
@@ -90,6 +92,11 @@ class Nic:
     def name(self) -> str:
         """``net0``, ``net1``, ..."""
         return self.device.name
+
+    @property
+    def slot(self) -> int | None:
+        """The card's slot of PCI bus 0; None for a card over MMIO."""
+        return self.transport.slot if isinstance(self.transport, PciFunction) else None
 
     # --- transitions, in the card's thread --------------------------------------------------------
 
@@ -312,6 +319,7 @@ class Nic:
         return {
             "name": self.name,
             "mode": self.mode,
+            "transport": self.net.transport,
             "notify": self.net.notify,
             "mac": mac_text(self.device.mac),
             "tap": self.tap,

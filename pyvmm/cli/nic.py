@@ -139,7 +139,8 @@ def _list(client: Client, args: argparse.Namespace) -> int:
     table = [["CARD", "MODE", "SLOT", "STATE", "LINK", "MAC", "TAP", "GUEST"]]
     for card in cards:
         link = "up" if card["link"] else "down"
-        row = [card["name"], card["mode"], str(card["slot"]), card["state"], link, card["mac"]]
+        slot = "-" if card["slot"] is None else str(card["slot"])
+        row = [card["name"], card["mode"], slot, card["state"], link, card["mac"]]
         table.append([*row, card["tap"] or "-", card["guest"] or "-"])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:

@@ -36,6 +36,7 @@ Network cards: --net MODE[,key=value...], once per card
       queues=N        queue pairs, 1 to 64 (1); with several pairs tap= must be a multi-queue tap
       queue-size=N    entries per queue (256)
       link=off        start with the cable pulled (on)
+      transport=mmio  virtio over MMIO, for kernels without PCI (docs/mmio.md); no legacy=on (pci)
       legacy=on       also for drivers from before virtio 1.0 (docs/legacy.md)
       speed=N         of the cable in Mbit/s, for `ethtool` in the guest (10000)
       worker-cpu=N    the worker of queue pair k runs on CPU N + k only

@@ -19,6 +19,7 @@ from pyvmm.spec import pci, virtio
 from pyvmm.spec import vhost_user as vu
 from pyvmm.spec import virtio_net as vn
 from pyvmm.spec import virtio_pci as vp
+from pyvmm.spec.virtio_mmio import MMIO_COMMON
 from pyvmm.vhostuser.wire import OWN_FEATURES, protocol_names, request_name, unpack_regions
 from pyvmm.virtio.features import names
 
@@ -213,7 +214,8 @@ class _Trace:
         for index, nic in enumerate(self._nets):
             for region in nic.transport.regions():
                 self._parts[region.id] = index
-            self._slots[nic.transport.slot] = index
+            if nic.slot is not None:
+                self._slots[nic.slot] = index
             self._eventfds.update(nic.transport.eventfds())
         self._selects: dict[tuple[int, str], int] = {}  # (region, select register) -> value
         self._cards: list[list[Args]] = [[] for _ in self._nets]
@@ -403,9 +405,10 @@ class _Trace:
         )
 
     def _meaning(self, register: str, event: Event) -> str:
-        """Of a value in a virtio register: of the common configuration, or of the legacy
-        interface, which has no selectors of features.
+        """Of a value in a virtio register: of the common configuration, of a window over MMIO, or
+        of the legacy interface, which has no selectors of features.
         """
+        register = MMIO_COMMON.get(register, register)
         value, select = event.value, (event.region, f"{register}_select")
         if event.write and register in ("device_feature_select", "driver_feature_select"):
             self._selects[event.region, register] = value

@@ -12,6 +12,8 @@ PCI_MMIO_BASE = 0xC000_0000  # the 32-bit window for BARs
 PCI_MMIO_SIZE = 0x2000_0000
 PCI_ECAM_BASE = 0xE000_0000  # bus 0 only
 PCI_ECAM_SIZE = 0x0010_0000
+VIRTIO_MMIO_BASE = 0xFEB0_0000  # as in QEMU's microvm: card n has the nth window
+VIRTIO_MMIO_SIZE = 0x1000  # of one window; 31 cards at most
 IOAPIC_BASE = 0xFEC0_0000
 LAPIC_BASE = 0xFEE0_0000
 KVM_IDENTITY_MAP = 0xFFFB_C000  # one page for KVM on Intel hosts without "unrestricted guest"
@@ -122,7 +124,7 @@ IOAPIC_PIN_TIMER = 2  # a PC wires the PIT (ISA IRQ 0) to this pin; so do our GS
 GSI_PCI_BASE = 16  # INTA of slot n is GSI_PCI_BASE + n % GSI_PCI_COUNT, level, active low
 GSI_PCI_COUNT = 8
 # INTA of slot n also reaches the 8259s, for kernels without an IO-APIC: line PIC_PCI_LINES[n % 8],
-# which no other device has.
+# which no other device has but those of virtio over MMIO, whose GSIs the same lines are.
 PIC_PCI_LINES = (15, 11, 10, 5, 7, 6, 12, 14)
 GSI_MSI_BASE = 24  # MSI routes start here
 

@@ -41,7 +41,7 @@ from pyvmm.spec.virtio_pci import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any, Protocol
 
     from pyvmm.datapath.ringformat import RingFormat
@@ -232,6 +232,7 @@ class VirtioDevice:
         self._lock = lock if lock is not None else threading.RLock()
         self._mutex = threading.Lock()  # status and generation against a data path's threads
         self._transport: Transport = Unplugged()
+        self._words: Mapping[str, str] = {}
         events = eventfds(2 * len(queue_sizes))
         self.queues = [
             Queue(i, size, events[2 * i], events[2 * i + 1]) for i, size in enumerate(queue_sizes)
@@ -246,9 +247,12 @@ class VirtioDevice:
         self.tracebacks: list[str] = []
         self._abandoned = False
 
-    def plug(self, transport: Transport) -> None:
-        """The device is on a bus from now on."""
-        self._transport = transport
+    def plug(self, transport: Transport, words: Mapping[str, str] | None = None) -> None:
+        """The device is on a bus from now on.
+
+        :param words: what this bus calls registers and clauses that have other names over PCI.
+        """
+        self._transport, self._words = transport, words or {}
 
     # --- for subclasses ---------------------------------------------------------------------------
 
@@ -389,10 +393,11 @@ class VirtioDevice:
     def refuse(self, register: str, value: int, wrong: str, clause: str) -> None:
         """Ignore a write of the driver: count it and tell of it.
 
-        :param register: its name in the specification. :param wrong: completes "driver wrote
-            REGISTER = VALUE ...". :param clause: the section of the specification.
+        :param register: its name in the specification of virtio over PCI. :param wrong: completes
+            "driver wrote REGISTER = VALUE ...". :param clause: the section of the specification.
         """
         self.refused += 1
+        register, clause = self._words.get(register, register), self._words.get(clause, clause)
         comma = "," if wrong.startswith(("which", "but")) else ""
         self.mistake(f"driver wrote {register} = {value:#x}{comma} {wrong} ({clause})")
 
@@ -596,6 +601,25 @@ class VirtioDevice:
 
         self.post(f"reset of queue {q.index}", job)
 
+    def release_queue(self, index: int) -> bool:
+        """The driver takes a virtqueue back, over MMIO without a feature (QueueReady, 4.2.2.1);
+        whether there is anything to take back.
+        """
+        if self.stopping or index >= len(self.queues):
+            return False
+        q = self.queues[index]
+        if not q.enabled or q.resetting:
+            return False
+        self._release(q)
+        return True
+
+    def _release(self, q: Queue) -> None:
+        """Let go of an enabled virtqueue: at once, or by a job if the device uses it."""
+        if self.active:
+            self._reset_queue(q)
+        else:
+            self._clear(q)
+
     def _clear(self, q: Queue) -> None:
         """Let a virtqueue, which nobody serves, be as after power-on."""
         self._transport.queue_reset(q)
@@ -728,10 +752,8 @@ class VirtioDevice:
         elif page:
             self.queues[index].place(page << VIRTIO_PCI_QUEUE_ADDR_SHIFT)
             self._enable(self.queues[index])
-        elif self.active:
-            self._reset_queue(self.queues[index])
         else:
-            self._clear(self.queues[index])
+            self._release(self.queues[index])
 
     def write_legacy_config(self, field: str, offset: int, data: bytes) -> None:
         """A legacy driver writes to the device-specific configuration.

@@ -67,7 +67,7 @@ def rounds(vm: Machine, count: int) -> None:
     first = None
     for number in range(count):
         nic = vm.add_nic(MODES[number % len(MODES)])
-        assert (nic.name, nic.transport.slot) == ("net1", 2)
+        assert (nic.name, nic.slot) == ("net1", 2)
         use(vm, nic)
         assert any("net1 " in line.what for line in vm.ledger().lines)
         vm.remove_nic("net1")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-MODES = ("emulated", "vhost-net", "vhost-user")
+MODES = ("emulated", "vhost-net,transport=mmio", "vhost-user")
 NAME = f"sleeper-{os.getpid()}"
 SLEEP = "echo mem >/sys/power/state"
 #: Who wakes the guest up: the alarm, a command, the power button.

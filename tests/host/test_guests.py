@@ -273,6 +273,47 @@ def test_network(guest: Guest, irq: str, notify: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mode", "irq", "notify"),
+    [
+        ("emulated", "intx", "ioeventfd"),
+        ("emulated", "poll", "exit"),
+        ("vhost-user", "intx", "exit"),
+        ("vhost-user", "poll", "ioeventfd"),
+    ],
+)
+def test_network_over_mmio(guest: Guest, mode: str, irq: str, notify: str) -> None:
+    """The guest has no ACPI, and finds the first window by the kernel command line."""
+    count = 20
+    nets = [Net("emulated"), Net(mode, notify=notify, transport="mmio"), Net(transport="mmio")]
+    append = f"acpi=off count={count} irq={irq}"
+    with Machine(
+        guest("pcinet"), memory="4M", append=f"{append} target=192.168.101.1", nets=nets
+    ) as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        text = vm.stdout.text.decode()
+        assert f"window feb01000, {count} asked and answered" in text
+        kicks = int(text.rsplit(",", 1)[1].split()[0])
+        exits: dict[str, int] = {}
+        for line in vm.ledger().lines:
+            exits[f"{'write' if line.write else 'read'} {line.name}"] = line.count
+        sent = sum(exits.get(f"write net1 queue {queue} notify", 0) for queue in (0, 1))
+        assert sent == (kicks if notify == "exit" else 0)
+        looks = exits.get("read net1 mmio InterruptStatus", 0)
+        assert looks == exits.get("write net1 mmio InterruptACK", 0)
+        assert bool(looks) == (irq != "poll")
+        nic = vm.nets[1].report()
+        assert not nic["driver_mistakes"] and not nic["faults"] and not nic["kvm_refusals"]
+
+
+def test_a_machine_of_31_windows(guest: Guest) -> None:
+    nets = [Net(transport="mmio") for _ in range(31)]
+    with Machine(guest("pcinet"), memory="4M", append="acpi=off", nets=nets) as vm:
+        assert run(vm).status == 0
+        assert "window feb00000, 1 asked and answered" in vm.stdout.text.decode()
+
+
+@pytest.mark.parametrize(
     ("steps", "works", "mistakes"),
     [
         ("book", True, []),
@@ -402,9 +443,12 @@ def test_a_modern_driver_on_a_transitional_card(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize("notify", ["ioeventfd", "exit"])
-@pytest.mark.parametrize(("append", "tried"), [("", 23), ("packed=1", 33)])
+@pytest.mark.parametrize(
+    ("append", "tried"), [("", 23), ("packed=1", 33), ("packed=1 acpi=off", 33)]
+)
 def test_bad_rings(guest: Guest, notify: str, append: str, tried: int) -> None:
-    net = Net("emulated", notify=notify, with_="packed" if append else "")
+    transport = "mmio" if "acpi=off" in append else "pci"
+    net = Net("emulated", notify=notify, with_="packed" if append else "", transport=transport)
     with Machine(guest("badring"), append=append, memory="4M", nets=[net]) as vm:
         outcome = run(vm)
         assert f"{tried} tried, 0 bad" in vm.stdout.text.decode()

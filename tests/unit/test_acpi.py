@@ -104,7 +104,8 @@ def test_mcfg_only_with_ecam(memory: GuestMemory) -> None:
 )
 @pytest.mark.parametrize("ecam", [False, True])
 def test_iasl_takes_the_tables(memory: GuestMemory, tmp_path: Path, ecam: bool) -> None:
-    for name, data in tables(memory, acpi.build(memory, cpus=2, ecam=ecam)).items():
+    rsdp = acpi.build(memory, cpus=2, ecam=ecam, windows=[(0xFEB0_0000, 11)] if ecam else [])
+    for name, data in tables(memory, rsdp).items():
         (tmp_path / f"{name}.dat").write_bytes(data)
         out = subprocess.run(
             ["iasl", "-d", f"{name}.dat"], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -130,8 +131,20 @@ def test_iasl_takes_the_tables(memory: GuestMemory, tmp_path: Path, ecam: bool) 
     ):
         assert text in source
     assert ("PNP0C02" in source) == ecam
+    assert ("LNRO0005" in source) == ecam
+    if ecam:
+        window = source[source.index("LNRO0005") :]
+        assert "0xFEB00000,         // Address Base" in window
+        assert "Interrupt (ResourceConsumer, Level, ActiveLow, Shared" in window
+        assert "0x0000000B," in window
     for name in ("FACP", "APIC"):
         assert "Invalid" not in (tmp_path / f"{name}.dsl").read_text()
+
+
+def test_room_for_31_windows(memory: GuestMemory) -> None:
+    windows = [(pf.VIRTIO_MMIO_BASE + n * pf.VIRTIO_MMIO_SIZE, 16 + n % 8) for n in range(31)]
+    dsdt = tables(memory, acpi.build(memory, cpus=pf.MAX_CPUS, windows=windows))["DSDT"]
+    assert dsdt.count(b"LNRO0005") == 31
 
 
 def test_dsdt_routes_inta() -> None:
@@ -198,6 +211,8 @@ def test_mp_tables(memory: GuestMemory, cpus: int) -> None:
     assert struct.unpack_from("<I", seen[2][0], 4)[0] == pf.IOAPIC_BASE
     isa = {e[5]: e[7] for e in seen[3] if e[4] == mptable.BUS_ISA}
     assert isa == {0: pf.IOAPIC_PIN_TIMER} | {n: n for n in range(1, 16) if n != 2}
+    levels = {e[5] for e in seen[3] if e[4] == mptable.BUS_ISA and e[2] == 0xF}
+    assert levels == set(pf.PIC_PCI_LINES)
     pci = {e[5] >> 2: e[7] for e in seen[3] if e[4] == mptable.BUS_PCI}
     assert pci == {n: pf.GSI_PCI_BASE + n % pf.GSI_PCI_COUNT for n in range(1, 32)}
     assert [e[1] for e in seen[4]] == [3, 1]

@@ -58,6 +58,13 @@ def test_every_key() -> None:
     assert (same.mac, same.mtu, same.queue_size) == (net.mac, 9000, 1024)
 
 
+def test_transport() -> None:
+    """A kick over MMIO has no room for data; all else is offered as over PCI."""
+    net, pci = Net.parse("vhost-net,transport=mmio"), Net("vhost-net")
+    assert (net.transport, pci.transport) == ("mmio", "pci")
+    assert net.excluded() ^ pci.excluded() == bits("VIRTIO_F_NOTIFICATION_DATA")
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_group_names_bits_that_exist(group: str) -> None:
     assert Net(without=group).excluded()
@@ -86,6 +93,8 @@ BAD = {
     "emulated,queue-size=3": "power of two",
     "emulated,queue-size=65536": "use 2 to 32768",
     "emulated,legacy=maybe": "use legacy=on or legacy=off",
+    "emulated,transport=isa": "use transport=pci or transport=mmio",
+    "emulated,transport=mmio,legacy=on": "leave one of them out",
     "emulated,poll=1001": "use 0 to 1000",
     "emulated,notify=never": "notify=ioeventfd or notify=exit",
     "emulated,mac=": "no unicast MAC",

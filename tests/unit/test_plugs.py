@@ -114,7 +114,7 @@ class Box:
 
     def drive(self, nic: Nic) -> NetGuest:
         """A guest that uses the card."""
-        guest = NetGuest(self.board, nic.transport.slot, ALL, control=True)
+        guest = NetGuest(self.board, 1 + nic.index, ALL, control=True)
         guest.nets[0].send(frame(1))
         assert self.cables[nic.name].cables[0].receive()[12:] == frame(1)
         return guest
@@ -192,7 +192,9 @@ def test_names(box: Box) -> None:
         box.plugs.add(Net(mac="52:54:00:00:00:01"))
     with pytest.raises(UsageError, match="no card"):
         box.plugs.add(Net("none"))
-    assert box.plugs.add(Net(), "net30").transport.slot == 31
+    with pytest.raises(UsageError, match=r"has no hot plug.*leave out transport=mmio"):
+        box.plugs.add(Net(transport="mmio"))
+    assert box.plugs.add(Net(), "net30").slot == 31
     assert [nic.name for nic in box.plugs.nets] == ["net0", "net1", "net30"]
     while len(box.plugs.nets) < MAX_CARDS:
         box.plugs.add(Net())
