@@ -8,11 +8,11 @@ import threading
 import time
 from contextlib import ExitStack
 
+from pyvmm.card.card import Card
 from pyvmm.card.handover import HandOver
 from pyvmm.card.report import ModeTotals, SwitchReport
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.netopt import Net, mac_text
-from pyvmm.pci import PciFunction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ SWITCH_WAIT_S = 2.0
 HANDOVER_S = 2.0
 
 
-class Nic:
+class Nic(Card):
     """A network card of the machine: its device, its transport, its host side, and the hand-over
     between data paths.
 
@@ -41,6 +41,7 @@ class Nic:
         owns. :param thread: runs the transitions of ``device``; owned from here on.
     :param lock: the machine's I/O lock. :param ledger: gives the exits so far.
     :param emit: sends an event to the machine's observers; see ``Machine.emit``.
+    :ivar name: ``net0``, ``net1``, ...
     :ivar tap_created: whether the tap was made for this card.
     :ivar namespace: pyvmm's own network namespace with the tap in it; None if the user gave a tap.
     :ivar host, guest: IPv4 addresses with prefix length; None if pyvmm did not choose any.
@@ -48,6 +49,8 @@ class Nic:
     :ivar switches: reports of the latest switches, ``KEPT_SWITCHES`` at most; ``switch_count``
         counts all.
     """
+
+    device: NetDevice
 
     def __init__(
         self,
@@ -62,11 +65,10 @@ class Nic:
         ledger: Callable[[], Ledger],
         emit: Callable[..., None],
     ) -> None:
-        self.index, self.net, self.device, self.transport = index, net, device, transport
+        super().__init__(index, device, transport, thread, lock)
+        self.net = net
         self._uplink = uplink
         self._route = route
-        self._thread = thread
-        self._lock = lock
         self._emit = emit
         #: Whether NIC_RX_FILTER_CHANGED has been sent since the filter was last asked for.
         self.rx_told = False
@@ -79,24 +81,11 @@ class Nic:
         self.switches: list[SwitchReport] = []
         self.switch_count = 0
         self._switching = threading.Lock()
-        self._over = self._stuck = False
-        #: The card is off the bus and on its way out.
-        self.leaving = False
         self._books = threading.Lock()  # what follows; nothing is waited for under it
         self._modes: dict[str, ModeTotals] = {}
         self._serving: DataPath = route.path  # whose counters are not in ``_modes`` yet
         self._since: tuple[int, Ledger | None] = time.monotonic_ns(), None
         device.observe(self)
-
-    @property
-    def name(self) -> str:
-        """``net0``, ``net1``, ..."""
-        return self.device.name
-
-    @property
-    def slot(self) -> int | None:
-        """The card's slot of PCI bus 0; None for a card over MMIO."""
-        return self.transport.slot if isinstance(self.transport, PciFunction) else None
 
     # --- transitions, in the card's thread --------------------------------------------------------
 
@@ -113,71 +102,23 @@ class Nic:
         """
         return self._thread.call(self.device.announce)
 
-    def set_paused(self, on: bool) -> None:
-        """The machine is paused: nothing of the card writes to guest memory until it goes on.
-        Threads as with ``set_link``.
-
-        :raises PyvmmError: the data path does not start again, or the machine ends.
-        """
-        self._last_call(lambda: self.device.set_paused(on))
-
-    def reset(self) -> None:
-        """The machine starts over: back to the state after power-on. No vCPU runs; threads as with
-        ``set_link``.
-
-        :raises HostError: the machine ends.
-        """
-        with self._lock:
-            if not self.leaving:
-                self.device.reset()
-        self._last_call(lambda: None)  # which comes after the reset
-
-    def leave(self) -> None:
-        """The card is off the bus: its data path is about to stop. The I/O lock is held."""
-        self.leaving = True
-        self.device.reset()
-
-    def stop(self) -> None:
-        """The machine ends: take the rings from the data path, for good. No vCPU runs any more;
-        threads as with ``set_link``.
-
-        :raises PyvmmError: the data path did not stop in order.
-        """
-        self._last_call(self.device.park)
-
-    def _last_call(self, job: Callable[[], None]) -> None:
-        """A transition of the whole machine, which finds a card at rest whose removal has come
-        first.
-        """
-        try:
-            self._thread.call(job)
-        except HostError:
-            if not self.leaving:
-                raise
-
     def cut(self) -> None:
         """The machine ends: no conversation with another process goes on, and none begins. Any
         thread; takes no lock that a conversation holds.
         """
-        self._over = True
         self._uplink.cut()
-        self.device.datapath.cut()
-        self._thread.cut()
+        super().cut()
 
     def close(self) -> None:
         """Wait for a switch that is going on, refuse all others, and end the card's thread. A
         second call does nothing.
 
-        :raises HostError: a job of the card goes on although its conversations have been cut. Then
-            the data path is left alone for good.
+        :raises HostError: as ``Card.close``.
         """
         self._over = True
         with self._switching:
             pass
-        if not self._thread.end() and not self._stuck:
-            self._stuck = True
-            self.device.abandon()
-            raise HostError(f"{self.name}: the data path does not let go")
+        super().close()
 
     # --- what the device tells (Observer) ---------------------------------------------------------
 

@@ -317,13 +317,65 @@ class PathEvents(Protocol):
         """The interface behind the path has been deleted (False) or is back (True)."""
 
 
-class DataPath(Protocol):
+class RingServer(Protocol):
+    """Serves the rings of a device of any kind.
+
+    ``start``, ``stop`` and ``close`` are called by one thread at a time; the other members by any
+    thread. ``patience`` is the number of seconds that another process may take for its part, None
+    for the path's own limit; a path that asks no other process does not use it.
+    """
+
+    name: str
+
+    def start(
+        self,
+        acked: int,
+        memory: GuestMemory,
+        rings: Sequence[Vring],
+        events: PathEvents,
+        *,
+        patience: float | None = None,
+    ) -> None:
+        """Take over the rings, lowest index first, all or nothing.
+
+        :param acked: the negotiated feature bits. :param events: told of faults and of the link
+            until ``stop`` returns.
+        :raises PyvmmError: nothing was started and the rings are untouched.
+        """
+
+    def problem(self) -> str:
+        """Why the rings of the latest ``start`` are not being served; empty if they are."""
+
+    def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
+        """Finish what was taken from the rings; return each ring's position in ``start``'s order.
+
+        No access to guest memory happens after it returns. A path that is not running returns [].
+
+        :param finish: another data path goes on: what was read from the host's side goes to the
+            guest, too, even if the guest has to add buffers first, for which it gets a fifth of a
+            second.
+        :raises PyvmmError: the path did not stop in order; it has let go of the rings all the same.
+        """
+
+    def counters(self) -> dict[str, int]:
+        """Counts since creation, by name; a key ends in its unit unless the value is a count."""
+
+    def report(self) -> dict[str, object]:
+        """What is known of another process that serves the rings, for JSON; empty without one."""
+
+    def cut(self) -> None:
+        """End every conversation with another process at once, and allow no other: the machine
+        ends. Takes no lock that a conversation holds.
+        """
+
+    def close(self) -> None:
+        """Stop, and release everything that is not lent. A second call does nothing."""
+
+
+class DataPath(RingServer, Protocol):
     """A way to move packets between the rings and the host's side of the card.
 
-    ``prepare``, ``start``, ``stop``, ``stop_transmit`` and ``close`` are called by one thread at a
-    time; the other members by any thread. ``patience`` is the number of seconds that another
-    process may take for its part, None for the path's own limit; a path that asks no other process
-    does not use it.
+    ``prepare`` and ``stop_transmit`` are called by the thread that calls ``start`` and ``stop``.
 
     :ivar times: of the latest start and stop.
     :ivar restarts_for_offloads: whether other offloads than at ``start`` need a stop and a start;
@@ -332,7 +384,6 @@ class DataPath(Protocol):
         frames enter and leave where the card cannot program them; 0 for most.
     """
 
-    name: str
     times: HandOverTimes
     restarts_for_offloads: bool
     withholds: int
@@ -376,20 +427,6 @@ class DataPath(Protocol):
         can.
         """
 
-    def problem(self) -> str:
-        """Why the rings of the latest ``start`` are not being served; empty if they are."""
-
-    def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
-        """Finish what was taken from the rings; return each ring's position in ``start``'s order.
-
-        No access to guest memory happens after it returns. A path that is not running returns [].
-
-        :param finish: another data path goes on: a frame that was read from the host's side goes to
-            the guest, too, even if the guest has to add buffers first, for which it gets a fifth of
-            a second.
-        :raises PyvmmError: the path did not stop in order; it has let go of the rings all the same.
-        """
-
     def stop_transmit(self, *, patience: float | None = None) -> None:
         """Take nothing more from the transmit rings, but go on receiving; ``stop`` comes next.
 
@@ -405,14 +442,3 @@ class DataPath(Protocol):
         """The threads that move packets now: ``name``, ``tid``, and ``cpu_s``, seconds of CPU that
         the thread has used.
         """
-
-    def report(self) -> dict[str, object]:
-        """What is known of another process that moves the packets, for JSON; empty without one."""
-
-    def cut(self) -> None:
-        """End every conversation with another process at once, and allow no other: the machine
-        ends. Takes no lock that a conversation holds.
-        """
-
-    def close(self) -> None:
-        """Stop, and release everything that is not lent. A second call does nothing."""

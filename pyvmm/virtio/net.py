@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 import threading
-import time
 
 from pyvmm.datapath.base import RxFilter, by_pair, header_size
 from pyvmm.errors import PyvmmError, RingFault, UsageError
@@ -51,11 +50,11 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_S_LINK_UP,
 )
 from pyvmm.virtio.control import Control
-from pyvmm.virtio.device import VirtioDevice
-from pyvmm.virtio.listener import PathListener
+from pyvmm.virtio.served import ServedDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Protocol
 
     from pyvmm.datapath.base import DataPath, Hashing, HostSide, Steering, Vring
@@ -128,7 +127,7 @@ class Observer(Protocol):
         """The driver has changed its receive filter or the MAC address."""
 
 
-class NetDevice(VirtioDevice):
+class NetDevice(ServedDevice):
     """A network card: ``pairs`` queue pairs (2k receives, 2k + 1 transmits) and the control queue
     behind them.
 
@@ -151,6 +150,7 @@ class NetDevice(VirtioDevice):
 
     device_id = VIRTIO_ID_NET
     config_names = CONFIG_NAMES
+    datapath: DataPath
 
     def __init__(
         self,
@@ -171,8 +171,7 @@ class NetDevice(VirtioDevice):
         lock: threading.RLock | None = None,
     ) -> None:
         sizes = [queue_size] * (2 * pairs) + [CONTROL_SIZE]
-        super().__init__(name, memory, sizes, jobs=jobs, lock=lock)
-        self.datapath = datapath
+        super().__init__(name, memory, sizes, datapath, jobs=jobs, lock=lock)
         self._uplink = uplink
         self._own_mac = self.mac = mac
         self.mtu = mtu
@@ -183,16 +182,11 @@ class NetDevice(VirtioDevice):
         self.commands = 0
         self._plugged = link
         self._path_up = True
-        self._held: set[str] = set()  # why nothing may touch guest memory
         self._announce = False
         self._control: Control | None = None
         self._control_asked = False  # a job to serve the control queue has been posted
         self._mac_asked = False  # a job to look at a MAC address that was written has been posted
-        self._driven = False  # from activate to deactivate
-        self._listener: PathListener | None = None
         self._observer: Observer | None = None
-        self._rings: dict[int, Vring] = {}
-        self._serving: list[int] = []
         self._offloads = 0
         self._coalesce = [(0, 0), (0, 0)]  # packets and microseconds, receive and transmit
         self._hashing: Hashing | None = None
@@ -314,39 +308,6 @@ class NetDevice(VirtioDevice):
             raise
         self.config_changed()
 
-    def set_paused(self, on: bool) -> None:
-        """In a job: the machine is paused, so park the rings, and nothing writes to guest memory;
-        or it goes on, and so do the rings.
-
-        :raises PyvmmError: as ``set_link``.
-        """
-        try:
-            self._hold("the machine is paused", on)
-        except Exception as e:
-            self.failed("pause", e)
-            raise
-
-    def mastering_changed(self) -> None:
-        """Park the rings while the bus does not let the card access memory (PCI 3.0, 6.2.2)."""
-        self._hold("bus mastering is off", not self.mastering)
-
-    def _hold(self, reason: str, on: bool) -> None:
-        """Park the rings for a reason, the control queue included; or take the reason back. The
-        rings go on from where they are once no reason is left.
-
-        :raises PyvmmError: the path did not stop in order, or does not start again.
-        """
-        if on == (reason in self._held):
-            return
-        if on:
-            self._held.add(reason)
-            self.park()
-            return
-        self._held.remove(reason)
-        if self._driven:
-            self.resume()
-            self._serve_control()
-
     def announce(self) -> bool:
         """In a job: ask the guest to tell the network where it is (5.1.6.5.4.1); whether its driver
         can.
@@ -413,8 +374,6 @@ class NetDevice(VirtioDevice):
         """
         acked = self.driver_features
         control = self._control_index()
-        self._rings = {ring.index: ring for ring in rings if ring.index < control}
-        self._driven = True
         self._offloads = acked & GUEST_OFFLOADS
         self._coalesce = [(0, 0), (0, 0)]
         self._hashing = None
@@ -426,17 +385,14 @@ class NetDevice(VirtioDevice):
             for ring in rings:
                 if ring.index == control:
                     self._control = Control(self, ring, acked)
-        self.resume()
-        self._serve_control()
+        super().activate([ring for ring in rings if ring.index < control])
 
     def stop_ring(self, index: int) -> None:
         """Take all rings from the data path, and give it the others back."""
         if index == self._control_index():
             self._control = None
             return
-        self.park()
-        self._rings.pop(index, None)
-        self.resume()
+        super().stop_ring(index)
 
     def start_ring(self, ring: Vring) -> None:
         """Take all rings from the data path, and give it one more."""
@@ -445,79 +401,32 @@ class NetDevice(VirtioDevice):
             self._control = Control(self, ring, acked)
             self._serve_control()
             return
-        self.park()
         ring.coalesce, ring.hashing = self._coalesce[ring.index % 2], self._hashing
-        self._rings[ring.index] = ring
-        self.resume()
+        super().start_ring(ring)
 
     def deactivate(self) -> None:
         """Take the rings back, and forget what the driver had set."""
         try:
-            self.park()
+            super().deactivate()
         finally:
-            self._driven = False
             self._control = None
-            self._rings = {}
             self._announce = False
 
     def resume(self, *, hold: bool = False, patience: float | None = None) -> None:
-        """In a job: start the data path on the rings of the pairs in use, from where they are;
-        unless the cable is pulled or something holds the rings.
+        """As ``ServedDevice.resume``, unless the cable is pulled."""
+        if self._plugged:
+            super().resume(hold=hold, patience=patience)
 
-        :param hold: keep the path's faults until ``release_faults``.
-        :param patience: seconds that another process may take for it.
-        :raises PyvmmError: the host's side or the data path refuses.
-        """
-        if not self._plugged or self._held:
-            return
-        rings, acked = self.rings, self.in_force
-        begin = time.monotonic_ns()
-        listener = PathListener(self, hold=hold)
+    def before_start(self, rings: Sequence[Vring], acked: int) -> None:
+        """Program the host's side for the rings of the pairs in use."""
         self._uplink.set_queues(1 + max(by_pair(rings), default=0))
         self._uplink.set_header(header_size(acked))
         self._uplink.set_offloads(acked)
         self.datapath.set_rx_filter(self.rx)
-        self.datapath.start(acked, self.memory, rings, listener, patience=patience)
-        self._serving = [ring.index for ring in rings]
-        self._listener = listener
-        if self.recorder is not None:
-            self.recorder.step("start", begin, {"rings": rings})
 
-    def release_faults(self) -> None:
-        """Pass on the faults that ``resume(hold=True)`` keeps."""
-        if self._listener is not None:
-            self._listener.release()
-
-    def park(self, *, finish: bool = False, patience: float | None = None) -> None:
-        """In a job: stop the data path; the rings remember their positions. See ``DataPath.stop``.
-
-        :raises PyvmmError: the path did not stop in order; positions are as they were at the start.
-        """
-        serving, self._serving = self._serving, []
-        listener, self._listener = self._listener, None
-        begin = time.monotonic_ns()
-        try:
-            bases = self.datapath.stop(finish=finish, patience=patience)
-        finally:
-            if listener is not None:
-                listener.end()
-        if self.recorder is not None and serving:
-            self.recorder.step("stop", begin, {"bases": bases})
-        for index, base in zip(serving, bases, strict=False):
-            self.set_position(index, base)
-
-    @property
-    def serving(self) -> list[int]:
-        """Indices of the virtqueues that the data path has been started on, pair 0 first."""
-        return list(self._serving)
-
-    def ring(self, index: int) -> Vring:
-        """Virtqueue ``index`` at its latest position at rest."""
-        return self._rings[index]
-
-    def set_position(self, index: int, base: int) -> None:
-        """Let the next start of virtqueue ``index`` be from ``base`` on."""
-        self._rings[index] = self._rings[index].at(base)
+    def gone_on(self) -> None:
+        """The control queue may have been kicked meanwhile."""
+        self._serve_control()
 
     # --- another data path ------------------------------------------------------------------------
 
@@ -668,9 +577,3 @@ class NetDevice(VirtioDevice):
             pass  # best effort: without a filter the guest sees more than it asked for
         if self._observer is not None:
             self._observer.rx_changed()
-
-    def close(self) -> None:
-        """Stop and release the data path, too."""
-        super().close()
-        if not self._abandoned:
-            self.datapath.close()
