@@ -1,7 +1,7 @@
 """pyvmm: a small KVM hypervisor built around one device, virtio-net.
 
-The public names are ``Machine``, ``Net``, ``Outcome``, ``SwitchReport`` and the errors in
-``pyvmm.errors``::
+The public names are ``Machine``, ``Net``, ``Device``, ``Outcome``, ``SwitchReport`` and the errors
+in ``pyvmm.errors``::
 
     import pyvmm
 
@@ -15,11 +15,12 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-__all__ = ["Machine", "Net", "Outcome", "PyvmmError", "SwitchReport", "__version__"]
+__all__ = ["Device", "Machine", "Net", "Outcome", "PyvmmError", "SwitchReport", "__version__"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.card.report import SwitchReport
+    from pyvmm.devopt import Device
     from pyvmm.errors import PyvmmError
     from pyvmm.machine import Machine
     from pyvmm.netopt import Net
@@ -29,6 +30,7 @@ _HOMES = {
     "Machine": "pyvmm.machine",
     "Outcome": "pyvmm.outcome",
     "Net": "pyvmm.netopt",
+    "Device": "pyvmm.devopt",
     "PyvmmError": "pyvmm.errors",
     "SwitchReport": "pyvmm.card.report",
 }

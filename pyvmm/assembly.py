@@ -55,8 +55,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from pyvmm.card.peripheral import Peripheral
     from pyvmm.devices.guest_channel import Channel
     from pyvmm.devices.guest_input import GuestInput
+    from pyvmm.devopt import Device
     from pyvmm.hang import HangWatch
     from pyvmm.images.cpio import Archive
     from pyvmm.kvm.cpu import Cpu
@@ -99,6 +101,7 @@ class Description:
         cpus: int = 1,
         memory: str | int = "256M",
         nets: Sequence[Net] = (),
+        devices: Sequence[Device] = (),
         command: Sequence[str] | None = None,
         huge: bool = False,
         load_address: int | None = None,
@@ -130,9 +133,11 @@ class Description:
         self.load_address, self.load_mode = load_address, load_mode
         self.cpus, self.memory, self.huge = cpus, parse_size(memory), huge
         self.nets = [net for net in nets if net.mode != "none"]
-        if len(self.nets) > MAX_CARDS:
+        self.devices = list(devices)
+        if len(self.nets) + len(self.devices) > MAX_CARDS:
+            others = f" and {len(self.devices)} other devices" if self.devices else ""
             raise UsageError(
-                f"--net: {len(self.nets)} cards",
+                f"--net: {len(self.nets)} cards{others}",
                 f"use at most {MAX_CARDS}: PCI bus 0 has no more slots",
             )
         self.test_devices, self.agent = test_devices, agent
@@ -249,11 +254,19 @@ class Parts:
             if self.recorder is not None:
                 vcpu.trace(self.recorder.ring("vcpus", f"vcpu{index}"))
         self.accounts = MachineAccounts(
-            self.kvm, self.vm, self.bus, self.vcpus, self.nets, self.lock, began
+            self.kvm,
+            self.vm,
+            self.bus,
+            self.vcpus,
+            self.nets,
+            self.lock,
+            began,
+            devices=self.plugs.devices,
         )
         closing(self.accounts.close)
         closing(self.plugs.close)  # before what a switch counts by
         self.plugs.begin(want.nets)
+        self.plugs.begin_devices(want.devices, self._make_device)
         self._load()
         if self.is_linux():
             good, reason = can_run_linux_locally()
@@ -433,12 +446,33 @@ class Parts:
             transitional=VIRTIO_TRANS_ID_NET if net.legacy else None,
         )
 
+    def _make_device(
+        self, index: int, number: int, options: Device
+    ) -> tuple[Peripheral, ExitStack]:
+        """Make a device with a vhost-user back-end, which is not plugged in, and the stack that
+        releases it.
+        """
+        from pyvmm.card.peripheral import make
+
+        name = f"dev{number}"
+        return make(
+            index,
+            name,
+            options,
+            self.vm,
+            self.bus,
+            self.memory,
+            self.lock,
+            recorder=self.recorder.scope(name) if self.recorder is not None else None,
+            emit=self._wires.emit,
+        )
+
     def _make_hang_watch(self, limit: float) -> HangWatch:
         from pyvmm.hang import HangWatch
 
         watch = HangWatch(
             self.vcpus,
-            self.nets,
+            self.plugs.cards,
             self.memory,
             kick=self.vcpu_threads.kick,
             linux=self.is_linux(),

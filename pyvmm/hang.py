@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pyvmm.card.nic import Nic
+    from pyvmm.card.card import Card
     from pyvmm.kvm.vcpu import State, Vcpu
     from pyvmm.memory import GuestMemory
 
@@ -55,7 +55,7 @@ def stuck_too_long(
 class HangWatch:
     """Watches a guest, and calls ``found`` once, with one line of text, when the guest hangs.
 
-    :param vcpus, nets, memory: of the machine, lent. :param kick: makes the vCPUs leave the guest
+    :param vcpus, cards, memory: of the machine, lent. :param kick: makes the vCPUs leave the guest
         for a moment; the thread of each vCPU then calls ``looked_at``.
     :param linux: whether the guest is Linux (``stuck_too_long``). :param limit: seconds without
         progress.
@@ -64,7 +64,7 @@ class HangWatch:
     def __init__(
         self,
         vcpus: Sequence[Vcpu],
-        nets: Sequence[Nic],
+        cards: Sequence[Card],
         memory: GuestMemory,
         *,
         kick: Callable[[], None],
@@ -72,7 +72,7 @@ class HangWatch:
         limit: float,
         found: Callable[[str], object],
     ) -> None:
-        self._vcpus, self._nets, self._memory = vcpus, nets, memory
+        self._vcpus, self._cards, self._memory = vcpus, cards, memory
         self._kick, self._linux, self._limit, self._found = kick, linux, limit, found
         self._period = min(limit / LOOKS, PERIOD_MAX)
         self._end = threading.Event()
@@ -140,9 +140,9 @@ class HangWatch:
     def _rings(self) -> list[bytes]:
         """What moves in each ring in use if a driver polls, even if its kicks cause no exits."""
         out = []
-        for nic in self._nets:
-            form = ring_format(nic.device.negotiated)
-            for queue in nic.device.queues:
+        for card in self._cards:
+            form = ring_format(card.device.negotiated)
+            for queue in card.device.queues:
                 try:
                     out.append(form.offers(self._memory, queue) if queue.enabled else b"")
                 except IndexError:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pyvmm.card.nic import Nic
     from pyvmm.control.server import Server
     from pyvmm.devices.guest_agent import CommandResult
+    from pyvmm.devopt import Device
     from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.phases import Phase
@@ -57,8 +58,9 @@ class Machine:
         optional, or several in order; for multiboot the modules: ``FILE [ARGUMENTS][,FILE ...]``.
     :param append: more kernel command line. :param cpus: 1 to 255. :param memory: ``"256M"`` or
         bytes.
-    :param nets: network cards, in PCI order. :param command: an argv for our init (images built by
-        pyvmm).
+    :param nets: network cards, in PCI order. :param devices: other devices, each with a vhost-user
+        back-end (docs/devices.md).
+    :param command: an argv for our init (images built by pyvmm).
     :param on_reboot: ``"exit"`` or ``"restart"``.
     :param name: of the machine among the running ones (default: ``vm0``, ``vm1``, ...); only with a
         control socket.
@@ -99,6 +101,7 @@ class Machine:
         cpus: int = 1,
         memory: str | int = "256M",
         nets: Sequence[Net] = (),
+        devices: Sequence[Device] = (),
         command: Sequence[str] | None = None,
         on_reboot: str = "exit",
         name: str | None = None,
@@ -124,6 +127,7 @@ class Machine:
             cpus=cpus,
             memory=memory,
             nets=nets,
+            devices=devices,
             command=command,
             huge=huge,
             load_address=load_address,
@@ -177,6 +181,7 @@ class Machine:
             )
             self.memory, self.kvm, self.vm, self.bus = parts.memory, parts.kvm, parts.vm, parts.bus
             self.pci, self.nets, self.vcpus = parts.pci, parts.nets, parts.vcpus
+            self.devices, self._cards = parts.plugs.devices, parts.plugs.cards
             self.console, self.stdout, self.stderr = parts.console, parts.stdout, parts.stderr
             self.channel, self.recorder = parts.channel, parts.recorder
             self.waits_for_commands = agent
@@ -396,8 +401,8 @@ class Machine:
             if self.vcpu_threads.paused:
                 return False
             self.vcpu_threads.pause(PAUSE_PATIENCE)
-            for nic in self.nets:
-                nic.set_paused(True)
+            for card in self._cards:
+                card.set_paused(True)
             self.emit("STOP")
             return True
 
@@ -414,9 +419,9 @@ class Machine:
             if not self.vcpu_threads.paused:
                 return False
             failed: PyvmmError | None = None
-            for nic in self.nets:
+            for card in self._cards:
                 try:
-                    nic.set_paused(False)
+                    card.set_paused(False)
                 except PyvmmError as e:
                     failed = e
             self.vcpu_threads.resume()
@@ -573,7 +578,7 @@ class Machine:
                 stream.release()
             self.vcpu_threads.halt()
             self._stir.set()
-            if self.nets and not self._will_restart(outcome) and self._parting.ident is None:
+            if self._cards and not self._will_restart(outcome) and self._parting.ident is None:
                 self._parting.start()
             return True
 
@@ -638,8 +643,8 @@ class Machine:
             if not self._will_restart(request):
                 return request
             try:
-                for nic in self.nets:  # without the I/O lock: other processes have a part in it
-                    nic.reset()
+                for card in self._cards:  # without the I/O lock: other processes have a part in it
+                    card.reset()
             except HostError:
                 if self._request is request:
                     raise
@@ -708,8 +713,8 @@ class Machine:
             for stream in reversed(self._parts.streams):
                 rest.callback(stream.finish)
             rest.callback(self._parting.cancel)
-            for nic in reversed(list(self.nets)):
-                rest.callback(nic.stop)
+            for card in reversed(list(self._cards)):
+                rest.callback(card.stop)
 
     def _name_panic(self, request: Outcome) -> None:
         """Report an end as a panic, if a panic has led to it."""

@@ -368,17 +368,19 @@ def unknown_mode(mode: str) -> UsageError:
     )
 
 
-def number(key: str, value: int | str, low: int, high: int, why: str = "") -> int:
+def number(
+    key: str, value: int | str, low: int, high: int, why: str = "", *, option: str = "--net"
+) -> int:
     """Parse ``value`` as an integer in [low, high]. :raises UsageError: it is not.
 
-    :param why: what the limit comes from.
+    :param why: what the limit comes from. :param option: the option that has the key.
     """
     text = str(value)
     # int() alone would take "1_0", " 7" and other scripts' digits.
     good = text.isascii() and text.isdecimal() and len(text) <= 10
     if not good or not low <= int(text) <= high:
         reason = f": {why}" if why else ""
-        raise UsageError(f"--net: {key}={value}", f"use {low} to {high}{reason}")
+        raise UsageError(f"{option}: {key}={value}", f"use {low} to {high}{reason}")
     return int(text)
 
 

@@ -23,14 +23,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from pyvmm.card.card import Card
     from pyvmm.card.nic import Nic
+    from pyvmm.card.peripheral import Peripheral
     from pyvmm.card.uplink import Uplink
     from pyvmm.devices.hotplug import PciHotplug
+    from pyvmm.devopt import Device
     from pyvmm.pci import PciBus
 
     #: Makes a card of this number, this description and this MAC address, which is not plugged in;
     #: closing the stack releases the card.
     Maker = Callable[[int, Net, bytes], tuple[Nic, ExitStack]]
+    #: Makes a device of this place on the bus, this number and this description, likewise.
+    DeviceMaker = Callable[[int, int, Device], tuple[Peripheral, ExitStack]]
 
 
 class Removal:
@@ -63,7 +68,8 @@ class Plugs:
     :param lock: the machine's I/O lock. :param make: makes a card. :param macs: chooses addresses.
     :param removed: is told, with the lock held, of a card that is about to leave ``nets``.
     :param emit: sends an event to the machine's observers; see ``Machine.emit``.
-    :ivar nets: the cards that are there.
+    :ivar nets: the network cards that are there. :ivar devices: the other devices, which stay as
+        long as the machine. :ivar cards: all of them.
     """
 
     def __init__(
@@ -79,7 +85,9 @@ class Plugs:
         self._pci, self._lock, self._make, self._macs = pci, lock, make, macs
         self._removed, self._emit = removed, emit
         self.hotplug: PciHotplug
-        self.nets = Cards()
+        self.nets: Cards[Nic] = Cards()
+        self.devices: Cards[Peripheral] = Cards()
+        self.cards: Cards[Card] = Cards()
         self._adding = threading.Lock()  # one card at a time
         self._state = threading.Lock()  # held for a moment only; guards what follows
         self._over = False
@@ -94,7 +102,20 @@ class Plugs:
         """
         macs = self._macs.choose(dict(enumerate(nets)))
         for index, net in enumerate(nets):
-            self._plug(*self._make(index, net, macs[index]))
+            nic, stack = self._make(index, net, macs[index])
+            self._plug(nic, stack)
+            self.nets.add(nic)
+
+    def begin_devices(self, devices: Sequence[Device], make: DeviceMaker) -> None:
+        """Make the machine's other devices, from the highest slot down, so that network cards have
+        the slots of their numbers.
+
+        :raises PyvmmError: as ``begin``.
+        """
+        for number, options in enumerate(devices):
+            device, stack = make(MAX_CARDS - 1 - number, number, options)
+            self._plug(device, stack)
+            self.devices.add(device)
 
     def add(self, net: Net, name: str | None = None) -> Nic:
         """Plug in a card while the guest runs. Any thread but a vCPU's.
@@ -123,6 +144,7 @@ class Plugs:
             try:
                 with self._lock:
                     self._plug(nic, stack)
+                    self.nets.add(nic)
                     self.hotplug.added(1 + nic.index)
             except BaseException:
                 stack.close()
@@ -136,18 +158,24 @@ class Plugs:
         with self._state:
             if self._over:
                 raise HostError("the machine is ending")
-            busy = {nic.index for nic in self.nets}
+            busy = {card.index for card in self.cards}
             busy |= {removal.nic.index for removal in self._removals.values()}
         if name is None:
             free = [n for n in range(MAX_CARDS) if n not in busy]
             if not free:
                 raise UsageError(
-                    f"the machine has {MAX_CARDS} cards, and no PCI slot is left", "remove one"
+                    f"the machine has {len(self.cards)} cards, and no PCI slot is left",
+                    "remove one",
                 )
             return free[0]
         index = next((n for n in range(MAX_CARDS) if name == f"net{n}"), None)
         if index is None:
             raise UsageError(f"{name!r} is no card's name", f"use net0 to net{MAX_CARDS - 1}")
+        if any(card.index == index for card in self.devices):
+            raise UsageError(
+                f"{name} has no PCI slot: the machine has {len(self.devices)} other devices",
+                "name a lower number, or none",
+            )
         if index in busy:
             raise UsageError(
                 f"Duplicate device ID '{name}'", "remove that card, or leave out the name"
@@ -162,16 +190,16 @@ class Plugs:
         if over:
             uplink.cut()
 
-    def _plug(self, nic: Nic, stack: ExitStack) -> None:
+    def _plug(self, card: Card, stack: ExitStack) -> None:
         """Give a card its slot, unless it is in a window of its own."""
-        self._stacks[nic.name] = stack
+        self._stacks[card.name] = stack
         try:
-            if isinstance(nic.transport, PciFunction):
-                self._pci.add(nic.transport, 1 + nic.index)
+            if isinstance(card.transport, PciFunction):
+                self._pci.add(card.transport, 1 + card.index)
         except BaseException:
-            del self._stacks[nic.name]
+            del self._stacks[card.name]
             raise
-        self.nets.add(nic)
+        self.cards.add(card)
 
     def state(self, nic: Nic) -> str:
         """``added`` until the guest has read of the card, ``removing`` from the request to the end
@@ -262,6 +290,7 @@ class Plugs:
             nic.transport.reset()  # which gives back its interrupts
             self._removed(nic)
             self.nets.remove(nic)
+            self.cards.remove(nic)
         stack = self._stacks.pop(nic.name)
         removal.gone = True
         stack.close()
@@ -277,8 +306,8 @@ class Plugs:
             making = self._making
         if making is not None:
             making.cut()
-        for nic in self.nets:
-            nic.cut()
+        for card in self.cards:
+            card.cut()
 
     def give_up(self) -> list[Removal]:
         """The guest has ended: nobody lets go of a card any more, and none is added. Returns the

@@ -87,6 +87,11 @@ class Nic(Card):
         self._since: tuple[int, Ledger | None] = time.monotonic_ns(), None
         device.observe(self)
 
+    @property
+    def notify(self) -> str:
+        """How kicks come: ``ioeventfd`` or ``exit``."""
+        return self.net.notify
+
     # --- transitions, in the card's thread --------------------------------------------------------
 
     def set_link(self, up: bool) -> None:

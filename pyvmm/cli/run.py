@@ -19,6 +19,7 @@ Examples:
   pyvmm run --add build/mytest --add data:/data -- mytest /data/cases
   pyvmm run --kernel bzImage --initrd default --modules . -- modprobe btrfs
   tar c results | pyvmm run -- tar x
+  pyvmm run --device vhost-user,id=rng,socket=/run/rng.sock -- head -c 8 /dev/hwrng
 
 Network cards: --net MODE[,key=value...], once per card
   emulated    the data path in this process
@@ -58,6 +59,16 @@ Network cards: --net MODE[,key=value...], once per card
       device=D        the vDPA device: its path, such as /dev/vhost-vdpa-0, or its name (default:
                       pyvmm makes one, on a tap as above; that needs root)
 
+Other devices: --device vhost-user,id=KIND,socket=PATH[,key=value...], once per device
+  A back-end at PATH serves the device (docs/devices.md). KIND is block, console, fs, gpio, i2c,
+  rng, scmi, scsi, sound, vsock, or the number of another kind.
+  Keys:
+      queues=N        virtqueues in all (of the kind)
+      queue-size=N    entries per virtqueue (256)
+      config-size=N   bytes of the device's configuration (of the kind)
+      tag=NAME        of a file system, for back-ends that have none
+      notify=exit, server=on, peer=UID: as for network cards
+
 Exit status: the command's; or 2 bad usage, 101 a result or the output could not be written,
 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no vhost-net, 112 no fitting
 vhost-user back-end, 116 the guest hangs (--hang-timeout), 117 a --budget is broken, 118 the kernel
@@ -93,6 +104,7 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
+    from pyvmm.card.card import Card
     from pyvmm.card.nic import Nic
     from pyvmm.cli.support.outputs import Output, Outputs
     from pyvmm.cli.support.pipes import Kept
@@ -132,6 +144,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a memfd, or a memfd of reserved huge pages (memfd)",
     )
     add("--net", metavar="MODE[,K=V]", action="append", help="a network card, see below (emulated)")
+    add(
+        "--device",
+        metavar="vhost-user,K=V",
+        action="append",
+        default=[],
+        help="a device with a vhost-user back-end, see below",
+    )
     add(
         "--timeout",
         metavar="S",
@@ -331,6 +350,7 @@ def _check(args: argparse.Namespace) -> None:
     :raises PyvmmError: the error that the machine would raise.
     """
     from pyvmm.assembly import Description, extra_archive
+    from pyvmm.devopt import Device
     from pyvmm.netopt import MacAddresses, Net
 
     kernel, initrd = _files(args)
@@ -341,6 +361,7 @@ def _check(args: argparse.Namespace) -> None:
         cpus=args.cpus,
         memory=args.memory,
         nets=nets,
+        devices=[Device.parse(text) for text in args.device],
         command=args.guest_command or None,
         add=args.add,
         modules=args.modules,
@@ -393,6 +414,7 @@ def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
     """
     import shlex
 
+    from pyvmm.devopt import Device
     from pyvmm.netopt import Net
 
     notes = []
@@ -407,6 +429,11 @@ def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
                 f"socket={net.socket}: the guest runs in the testbed, so the back-end must, too: "
                 f"pyvmm testbed -- sh -c {shlex.quote(both)}"
             )
+    for device in map(Device.parse, args.device):
+        notes.append(
+            f"socket={device.socket}: the guest runs in the testbed, so the back-end must, too: "
+            f"pyvmm testbed -- sh -c 'BACKEND & {shlex.join(['pyvmm', *words])}; kill $!'"
+        )
     return "\n".join(notes)
 
 
@@ -466,6 +493,7 @@ class _Run:
 
     def to_its_end(self, watchdog: Watchdog | None) -> int:
         """Boot the guest, attend it, report the verdict; returns the exit status."""
+        from pyvmm.devopt import Device
         from pyvmm.machine import Machine
         from pyvmm.netopt import Net
 
@@ -497,6 +525,7 @@ class _Run:
             huge=args.memory_backing == "huge",
             cpu=args.cpu,
             nets=nets,
+            devices=[Device.parse(text) for text in args.device],
             command=args.guest_command or None,
             on_reboot=args.on_reboot,
             name=args.name,
@@ -536,8 +565,8 @@ class _Run:
                 from pyvmm.cli.support.tables import exits_table
 
                 print(exits_table(machine), file=sys.stderr)
-            for nic in machine.nets:
-                _tell_mistakes(nic)
+            for card in (*machine.nets, *machine.devices):
+                _tell_mistakes(card)
         return int(verdict["code"]) or self._lost_output(machine, outcome)
 
     def _attend(self, machine: Machine) -> Outcome:
@@ -698,13 +727,13 @@ def _tell_offer(nic: Nic) -> None:
     print(f"pyvmm: {nic.name} can be switched between {modes}; offers {offer}", file=sys.stderr)
 
 
-def _tell_mistakes(nic: Nic) -> None:
+def _tell_mistakes(card: Card) -> None:
     """Print what the card's driver did wrong (docs/drivers.md)."""
-    device = nic.device
+    device = card.device
     for text in device.mistakes:
-        print(f"pyvmm: {nic.name}: {text}", file=sys.stderr)
+        print(f"pyvmm: {card.name}: {text}", file=sys.stderr)
     if device.refused > len(device.mistakes):
-        print(f"pyvmm: {nic.name}: {device.refused} writes refused in all", file=sys.stderr)
+        print(f"pyvmm: {card.name}: {device.refused} writes refused in all", file=sys.stderr)
 
 
 def _write_trace(machine: Machine, output: Output) -> None:

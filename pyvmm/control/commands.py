@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pyvmm.boot import BootState
     from pyvmm.card.nic import Nic
+    from pyvmm.card.peripheral import Peripheral
     from pyvmm.devices.guest_channel import Channel
     from pyvmm.exits.accounts import MachineAccounts
     from pyvmm.kvm.vcpu import Vcpu
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
         def io_lock(self) -> threading.RLock: ...
         @property
         def nets(self) -> Sequence[Nic]: ...
+        @property
+        def devices(self) -> Sequence[Peripheral]: ...
         @property
         def vcpus(self) -> Sequence[Vcpu]: ...
         def pause(self) -> bool: ...
@@ -139,6 +142,15 @@ def _machine(machine: Controlled, given: Given) -> object:
                 "enter": n.namespace.command() if n.namespace is not None else None,
             }
             for n in machine.nets
+        ],
+        "devices": [
+            {
+                "name": d.name,
+                "kind": d.kind,
+                "slot": d.transport.slot,
+                "connected": d.connected,
+            }
+            for d in machine.devices
         ],
     }
 

@@ -43,6 +43,12 @@ if TYPE_CHECKING:
         def report(self) -> dict[str, object]:
             """The card's part of the report, for JSON (docs/report.md)."""
 
+    class Device(Protocol):
+        """A device that is no network card, as the accounts see it."""
+
+        def report(self) -> dict[str, object]:
+            """The device's part of the report, likewise."""
+
 
 #: A point in the run that begins a phase -> the phase. The guest's init reports the points
 #: (guest/pyvmm_port.h); the first point is the machine's start.
@@ -71,9 +77,11 @@ class MachineAccounts:
         nets: Sequence[Card],
         lock: threading.RLock,
         began: int,
+        *,
+        devices: Sequence[Device] = (),
     ) -> None:
         self._kvm, self._vm, self._lock = kvm, vm, lock
-        self.bus, self.vcpus, self.nets = bus, vcpus, nets
+        self.bus, self.vcpus, self.nets, self.devices = bus, vcpus, nets, devices
         self.phases = {"vmm": began}
         self.snapshots: list[Snapshot] = []
         self.notes: list[str] = []

@@ -60,6 +60,7 @@ def build(
         "kvm": accounts.kvm_stats(),
         "kvm_before_reboots": accounts.old_stats,
         "nets": [nic.report() for nic in accounts.nets],
+        "devices": [device.report() for device in accounts.devices],
         "streams": {s.name: {"dropped_bytes": s.dropped} for s in streams},
         "notes": list(accounts.notes),
     }

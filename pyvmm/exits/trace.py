@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from pyvmm.card.nic import Nic
+    from pyvmm.card.peripheral import Peripheral
     from pyvmm.exits.accounts import MachineAccounts
     from pyvmm.kvm.recorder import Event, Recorder
 
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
         @property
         def nets(self) -> Sequence[Nic]:
             """The machine's network cards."""
+
+        @property
+        def devices(self) -> Sequence[Peripheral]:
+            """The machine's other devices."""
 
         def cmdline(self) -> str:
             """The guest's kernel command line."""
@@ -193,16 +198,17 @@ def control_name(request: bytes) -> str:
     return f"{group} command {request[1]}"
 
 
-def _how(nic: Nic) -> str:
+def _how(nic: Nic | Peripheral) -> str:
     """The data paths that a card has had, and the way of its kicks."""
-    return f"{', '.join(nic.by_mode())}, notify={nic.net.notify}"
+    return f"{', '.join(nic.by_mode())}, notify={nic.notify}"
 
 
 class _Trace:
     """Makes trace events from the recorded numbers: one list per track, in the order of time."""
 
     def __init__(self, machine: Traced, recorder: Recorder) -> None:
-        self._accounts, self._nets, self._recorder = machine.accounts, tuple(machine.nets), recorder
+        self._accounts, self._recorder = machine.accounts, recorder
+        self._all: tuple[Nic | Peripheral, ...] = (*machine.nets, *machine.devices)
         self._cmdline = machine.cmdline()
         self._bus = self._accounts.bus
         self._zero = self._accounts.phases["vmm"]
@@ -211,14 +217,14 @@ class _Trace:
         self._parts: dict[int, int] = {}
         self._slots: dict[int, int] = {}
         self._eventfds: dict[int, str] = {}
-        for index, nic in enumerate(self._nets):
+        for index, nic in enumerate(self._all):
             for region in nic.transport.regions():
                 self._parts[region.id] = index
             if nic.slot is not None:
                 self._slots[nic.slot] = index
             self._eventfds.update(nic.transport.eventfds())
         self._selects: dict[tuple[int, str], int] = {}  # (region, select register) -> value
-        self._cards: list[list[Args]] = [[] for _ in self._nets]
+        self._cards: list[list[Args]] = [[] for _ in self._all]
 
     def about(self) -> Args:
         """What a reader has to know about the whole file."""
@@ -226,7 +232,7 @@ class _Trace:
             "pyvmm": __version__,
             "clock": "CLOCK_MONOTONIC, from the start of the VMM",
             "cmdline": self._cmdline,
-            "cards": [f"{nic.name}: {_how(nic)}" for nic in self._nets],
+            "cards": [f"{nic.name}: {_how(nic)}" for nic in self._all],
             "dropped": self._dropped,
         }
 
@@ -305,7 +311,7 @@ class _Trace:
             (VCPUS, i + 1): f"vcpu{v.index}: time in the VMM"
             for i, v in enumerate(self._accounts.vcpus)
         }
-        for index, nic in enumerate(self._nets):
+        for index, nic in enumerate(self._all):
             pid = NETS + index
             processes[pid] = f"{nic.name} ({_how(nic)})"
             threads[pid, SETUP] = "driver's set-up"
@@ -350,7 +356,7 @@ class _Trace:
         return out
 
     def _worker_track(self, group: str, name: str) -> tuple[int, int] | None:
-        for index, nic in enumerate(self._nets):
+        for index, nic in enumerate(self._all):
             if group == nic.name:
                 return NETS + index, WORKERS + int(name.rpartition(" ")[2])
         return None
@@ -394,7 +400,7 @@ class _Trace:
             card, text = self._slots[event.reg >> 11 & 31], self._config(event)
         else:
             return
-        name = name.removeprefix("pci-config ").removeprefix(f"{self._nets[card].name} ")
+        name = name.removeprefix("pci-config ").removeprefix(f"{self._all[card].name} ")
         args: Args = {"register": register, "value": hex(event.value)}
         if text:
             args["meaning"] = text
@@ -432,7 +438,7 @@ class _Trace:
     # --- the data paths ---------------------------------------------------------------------------
 
     def _workers(self, index: int) -> Iterator[list[Args]]:
-        nic: Nic = self._nets[index]
+        nic = self._all[index]
         for group, name in self._recorder.tracks():
             where = self._worker_track(group, name) if group == nic.name else None
             if where is None:
@@ -463,7 +469,7 @@ class _Trace:
         tracks: dict[tuple[int, int], list[Args]] = {}
         for group, name, begin, end, args in steps:
             pid, tid = KVM, 1
-            for index, nic in enumerate(self._nets):
+            for index, nic in enumerate(self._all):
                 if group == nic.name:
                     pid, tid = NETS + index, PATH
             shown, details = self._step(name, args)

@@ -24,6 +24,8 @@ MEM_SINGLE = "<QQQQQ"  # padding, then a region
 INFLIGHT = "<QQHH4x"
 INFLIGHT_UNPADDED = "<QQHH"
 LOG = "<QQ"  # mmap size, mmap offset
+CONFIG = "<III"  # offset, size, flags; then size bytes of the configuration
+VHOST_USER_MAX_CONFIG_SIZE = 256
 
 # SET_VRING_KICK, _CALL, _ERR: the bits of the 64-bit payload
 VHOST_USER_VRING_IDX_MASK = 0xFF

@@ -115,6 +115,9 @@ class VhostUserDevice:
     def resumed(self, s: Session) -> None:
         """Called in a conversation: a new back-end has taken the rings of the one before."""
 
+    def reconfigured(self, s: Session) -> None:
+        """Called in a conversation: the back-end says that its configuration has changed."""
+
     def repeats(self, ring: Virtqueue) -> bool:
         """Whether a driver may notice that a chain of this ring is served twice."""
         return True
@@ -459,6 +462,19 @@ class VhostUserDevice:
                     s.check_silence()
                 except PyvmmError as e:
                     self._lose(s, e)
+
+    def config_changes(self, s: Session) -> None:
+        """The back-end says that the configuration has changed."""
+        with self._turn:
+            if self._watcher.session is not s:
+                return
+            try:
+                with s.conversation(self.timeout):
+                    self.reconfigured(s)
+            except Refused as e:
+                self._history.note(str(e))
+            except PyvmmError as e:
+                self._lose(s, e)
 
     def failed(self, error: Exception) -> None:
         """A bug in the watcher's thread; the session is lost."""

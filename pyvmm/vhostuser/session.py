@@ -336,6 +336,42 @@ class Session:
         finally:
             answer.close()
 
+    # --- the device's configuration (protocol feature CONFIG) -------------------------------------
+
+    def get_config(self, size: int) -> bytes:
+        """The first ``size`` bytes of the device-specific configuration, at most
+        VHOST_USER_MAX_CONFIG_SIZE.
+
+        :raises Refused: the back-end has no configuration of this size.
+        :raises ProtocolError: the answer is not what was asked for.
+        """
+        ask = struct.pack(spec.CONFIG, 0, size, 0)
+        answer = self.ask(spec.VHOST_USER_GET_CONFIG, ask + bytes(size))
+        try:
+            payload = answer.payload
+        finally:
+            answer.close()
+        head = struct.calcsize(spec.CONFIG)
+        if not payload:  # as the specification has it, "error"
+            raise Refused(f"the back-end at {self.name} has no configuration of {size} bytes")
+        told = struct.unpack_from(spec.CONFIG, payload)[:2] if len(payload) >= head else None
+        if told == (0, 0) and size:  # libvhost-user's way
+            raise Refused(f"the back-end at {self.name} has no configuration of {size} bytes")
+        if told != (0, size) or len(payload) != head + size:
+            raise ProtocolError(
+                f"GET_CONFIG of {size} bytes was answered with {max(0, len(payload) - head)} bytes"
+                f" that are said to be {told[1] if told else 'nothing'}"
+            )
+        return payload[head:]
+
+    def set_config(self, offset: int, data: bytes) -> None:
+        """Write to the device-specific configuration, as the driver has done.
+
+        :raises Refused: the back-end does not take it.
+        """
+        payload = struct.pack(spec.CONFIG, offset, len(data), 0) + data
+        self.order(spec.VHOST_USER_SET_CONFIG, "a write to the configuration", payload)
+
     # --- rings ------------------------------------------------------------------------------------
 
     def share_ring(self, ring: Virtqueue, base: int, memory: GuestMemory, err: EventFd) -> None:
@@ -438,8 +474,11 @@ class Session:
         finally:
             theirs.close()
 
-    def serve_request(self) -> None:
-        """Answer a request of the back-end. :raises VhostUserError: its channel has ended."""
+    def serve_request(self) -> int:
+        """Answer a request of the back-end; returns which it was.
+
+        :raises VhostUserError: its channel has ended.
+        """
         requests = self.requests
         assert requests is not None
         message = requests.receive(REQUEST_S)
@@ -447,6 +486,7 @@ class Session:
             if message.need_reply:
                 refused = message.request not in BACKEND_REQUESTS
                 requests.reply(message, struct.pack("<Q", refused), timeout=REQUEST_S)
+            return message.request
         finally:
             message.close()
 

@@ -16,6 +16,7 @@ import time
 
 from pyvmm.errors import HostError, PyvmmError, VhostUserError
 from pyvmm.fd import EventFd
+from pyvmm.spec.vhost_user import VHOST_USER_BACKEND_CONFIG_CHANGE_MSG
 from pyvmm.threads import Thread, report_bug
 from pyvmm.vhostuser.session import Session
 from pyvmm.vhostuser.wire import Closed, Stopped, Stranger, readable
@@ -50,6 +51,11 @@ if TYPE_CHECKING:
 
         def ring_error(self, ring: int) -> None:
             """The back-end has found a ring malformed."""
+
+        def config_changes(self, s: Session) -> None:
+            """The back-end says that the device's configuration has changed. Call ``lose`` if what
+            follows ends the session.
+            """
 
         def failed(self, error: Exception) -> None:
             """A bug: the watcher's thread has met an exception, and goes on without a session."""
@@ -242,13 +248,17 @@ class Watcher:
     def _serve_request(self, s: Session) -> None:
         """Answer a request of the back-end. A bad request ends the channel for requests only."""
         try:
-            s.serve_request()
+            request = s.serve_request()
             self._history.count("backend_requests")
         except Closed:
             s.close_requests()
         except PyvmmError as e:
             self._history.note(f"the back-end's own channel is closed: {e}")
             s.close_requests()
+        else:
+            # Only now: a back-end that waits for the answer does not serve our questions meanwhile.
+            if request == VHOST_USER_BACKEND_CONFIG_CHANGE_MSG:
+                self._owner.config_changes(s)
 
     def _reconnect(self) -> Session | None:
         """Try once to have a session again, and to resume with it."""

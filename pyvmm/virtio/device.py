@@ -291,6 +291,12 @@ class VirtioDevice:
         """A legacy driver writes to the device-specific configuration; whether it may."""
         return False
 
+    def config_written(self, offset: int, data: bytes) -> bool:
+        """A modern driver writes to the device-specific configuration; whether it may. Most devices
+        have nothing to write there.
+        """
+        return False
+
     def own_queues(self) -> frozenset[int]:
         """Queues that the device serves itself, by ``notified``; asked at DRIVER_OK."""
         return frozenset()

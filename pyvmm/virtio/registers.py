@@ -173,7 +173,7 @@ class ModernRegisters(RegisterTable):
 
 
 class DeviceConfig:
-    """The device-specific configuration; a modern driver writes none of it."""
+    """The device-specific configuration."""
 
     def __init__(self, device: VirtioDevice) -> None:
         self._device = device
@@ -188,5 +188,6 @@ class DeviceConfig:
         return f"device configuration {name or f'+ {offset:#x}'}"
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Ignored, counted and told."""
-        self._device.refuse(self.field(offset), value, "which is read-only", "5.1.4")
+        """The device's to take; else ignored, counted and told."""
+        if not self._device.config_written(offset, value.to_bytes(size, "little")):
+            self._device.refuse(self.field(offset), value, "which is read-only", "5.1.4")

@@ -22,6 +22,7 @@ LAYERS = (
         "exits",
         "host",
         "images",
+        "devopt",
         "netopt",
         "testbed",
         "testing",

@@ -133,10 +133,12 @@ class VirtioPci(PciFunction):
         bar.on_move = self._bar_moved
         index = self._memory_bar
         self.add_bar(index, bar)
+        own = len(device.config_space())
         for text, kind, at, length, extra in (
             ("common-cfg", VIRTIO_PCI_CAP_COMMON_CFG, COMMON, COMMON_SIZE, b""),
             ("isr-cfg", VIRTIO_PCI_CAP_ISR_CFG, ISR, 1, b""),
-            ("device-cfg", VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE, len(device.config_space()), b""),
+            # 4.1.4.6: only a device that has a configuration has the structure.
+            *([("device-cfg", VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE, own, b"")] if own else []),
             (
                 "notify-cfg",
                 VIRTIO_PCI_CAP_NOTIFY_CFG,
