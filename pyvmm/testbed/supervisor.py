@@ -24,7 +24,8 @@ from pyvmm.errors import PyvmmError, TestbedError
 from pyvmm.host.paths import cache_root
 from pyvmm.host.qemu import Qemu, newest
 from pyvmm.host.tether import tethered
-from pyvmm.testbed import assets, isolate
+from pyvmm.hostnet import isolate
+from pyvmm.testbed import assets
 from pyvmm.testbed import protocol as p
 
 TYPE_CHECKING = False

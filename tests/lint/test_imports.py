@@ -47,7 +47,6 @@ EXTENSION = (
     "kvm",
     "memory",
     "pci",
-    "testbed.isolate",
     "backend.memory",
     "backend.process",
     "threads",

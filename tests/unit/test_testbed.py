@@ -524,7 +524,7 @@ def test_protect_leaves_only_the_given_directories_writable(
         for directory in directories:
             os.chown(directory, 65534, 65534)
     code = (
-        "import sys\nfrom pyvmm.testbed import isolate\n"
+        "import sys\nfrom pyvmm.hostnet import isolate\n"
         "isolate.protect([sys.argv[1]])\nopen(sys.argv[1] + '/x', 'w').close()\n"
         "try: open(sys.argv[2] + '/x', 'w')\nexcept OSError as e: print(e.strerror)"
     )

@@ -1,5 +1,5 @@
-"""Confines virtiofsd to the directories that the testbed may write: in its mount namespace,
-everything else is read-only.
+"""Confines virtiofsd to the directories that it may write: in its mount namespace, everything else
+is read-only.
 
 util-linux' mount(8) can do this from 2.39 on (``mount -o bind,ro=recursive``), but Debian 12 has
 2.38.
