@@ -77,6 +77,8 @@
 #define BUTTON_MS    3000 /* after the power button, the command has so long to end itself */
 #define HANGUP_MS    1000 /* a session's command that nobody waits for has so long after SIGHUP */
 #define COMMAND_FILE "/etc/pyvmm.cmd"
+#define SHARES_FILE  "/etc/pyvmm.shares"
+#define PLACE_FILE   "/etc/pyvmm.place"
 #define PAGE_SIZE    4096
 #define CHANNEL_SIZE (CHANNEL_PAGES * PAGE_SIZE)
 #define DLE	     0x10
@@ -101,6 +103,7 @@ static const char *window = "";
 static char **nic_specs;
 static size_t nic_count;
 static const char *peer;
+static const char *directory = "/root"; /* in which the command begins */
 
 static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -266,12 +269,12 @@ static void share_page(void)
 }
 
 /*
- * Load the modules that /etc/modules lists by their paths below /lib/modules/RELEASE. The list has
- * each module after the modules that it needs.
+ * Load the modules that the file @file lists by their paths below /lib/modules/RELEASE. The list
+ * has each module after the modules that it needs.
  */
-static void load_modules(void)
+static void load_modules(const char *file)
 {
-	char *list = read_file("/etc/modules", NULL);
+	char *list = read_file(file, NULL);
 	struct utsname uts;
 	char path[PATH_MAX], *save;
 
@@ -290,6 +293,73 @@ static void load_modules(void)
 		close(fd);
 	}
 	free(list);
+}
+
+/* --- directories of the host --- */
+
+/* Make the directory @path, which is absolute, and those above it; returns 0 or an errno. */
+static int make_directories(char *path)
+{
+	for (char *slash = path; slash;) {
+		struct stat s;
+
+		slash = strchr(slash + 1, '/');
+		if (slash)
+			*slash = 0;
+		if (mkdir(path, 0755) && (stat(path, &s) || !S_ISDIR(s.st_mode)))
+			return errno ? errno : ENOTDIR;
+		if (slash)
+			*slash = '/';
+	}
+	return 0;
+}
+
+static void no_share(unsigned int number, const char *path, int error)
+{
+	say("cannot mount %.200s: %s", path, strerror(error));
+	tell(GUEST_NO_SHARE, number << 16 | (unsigned int)error);
+}
+
+/*
+ * Mount the file systems that SHARES_FILE lists: for each the tag, the path and the options "ro" or
+ * "rw", and a NUL after each word. The VMM learns whether that has succeeded.
+ */
+static void mount_shares(void)
+{
+	size_t size;
+	char *list = read_file(SHARES_FILE, &size), *at = list;
+	unsigned int number = 0, mounted = 0;
+
+	if (size)
+		load_modules("/etc/modules.shares");
+	for (; at < list + size; number++) {
+		char *tag = at, *path = tag + strlen(tag) + 1, *options;
+		unsigned long flags = MS_NOSUID | MS_NODEV;
+		int error = EINVAL;
+
+		if (path < list + size) {
+			options = path + strlen(path) + 1;
+			at = options < list + size ? options + strlen(options) + 1 : list + size;
+			if (options < list + size && !strcmp(options, "ro"))
+				flags |= MS_RDONLY;
+			error = make_directories(path);
+			if (!error && mount(tag, path, "virtiofs", flags, NULL))
+				error = errno;
+		} else {
+			at = list + size;
+			path = list;
+		}
+		if (error)
+			no_share(number, path, error);
+		else
+			mounted++;
+	}
+	if (size)
+		tell(GUEST_SHARES, mounted);
+	free(list);
+	list = read_file(PLACE_FILE, &size);
+	if (size)
+		directory = list;
 }
 
 static int base64_value(char c)
@@ -838,8 +908,8 @@ static void __attribute__((noreturn)) become(char **argv)
 static void __attribute__((noreturn)) run_command(int in, int out, int err, int tty)
 {
 	take(in, out, err, tty);
-	if (chdir("/root"))
-		say("cannot enter /root: %s", strerror(errno));
+	if (chdir(directory) && chdir("/root"))
+		say("cannot enter %.200s: %s", directory, strerror(errno));
 	become(argv_out);
 }
 
@@ -1220,8 +1290,8 @@ static const char *become_user(char *user, int tty, const char **shell)
 /* Run the command of @s, in the child process. */
 static void __attribute__((noreturn)) run_session(struct session *s, int in, int out, int err)
 {
-	char *end = s->described + s->described_size, *directory = NULL, *user = NULL, **argv;
-	const char *home = "/root", *shell = NULL;
+	char *end = s->described + s->described_size, *chosen = NULL, *user = NULL, **argv;
+	const char *home = directory, *shell = NULL;
 	size_t argc = 0;
 
 	take(in, out, err, s->tty ? out : -1);
@@ -1230,7 +1300,7 @@ static void __attribute__((noreturn)) run_session(struct session *s, int in, int
 		if (*at == 'a')
 			argv[argc++] = at + 1;
 		else if (*at == 'd')
-			directory = at + 1;
+			chosen = at + 1;
 		else if (*at == 'u')
 			user = at + 1;
 	}
@@ -1245,11 +1315,11 @@ static void __attribute__((noreturn)) run_session(struct session *s, int in, int
 		argv[argc++] = strdup(shell);
 	}
 	argv[argc] = NULL;
-	if (directory && chdir(directory)) {
-		say("cannot enter '%.200s': %s", directory, strerror(errno));
+	if (chosen && chdir(chosen)) {
+		say("cannot enter '%.200s': %s", chosen, strerror(errno));
 		_exit(126);
 	}
-	if (!directory && chdir(home) && chdir("/"))
+	if (!chosen && chdir(home) && chdir("/root") && chdir("/"))
 		say("cannot enter /: %s", strerror(errno));
 	become(argv);
 }
@@ -1862,7 +1932,8 @@ int main(void)
 
 	if (sethostname(hostname, strlen(hostname)))
 		say("cannot set host name '%s': %s", hostname, strerror(errno));
-	load_modules();
+	load_modules("/etc/modules");
+	mount_shares();
 	configure_network();
 	set_environment();
 	if (stdin_port)

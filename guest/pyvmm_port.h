@@ -88,6 +88,11 @@
 #define GUEST_WRITE    7 /* output: bits 0..15 of value are the length, at most 4096; 16: stderr */
 #define GUEST_AGENT    8 /* init runs no command of its own, but waits for sessions */
 #define GUEST_CHANNEL  9 /* value is the page frame number of the page with the channel's list */
+#define GUEST_SHARES   10 /* the shares of SHARES_FILE are mounted; value is their number */
+/* A share is not mounted: bits 0..15 of value are the error, 16..23 the share's number in the file,
+ * or SHARE_OVERLAY for the overlay of the root. */
+#define GUEST_NO_SHARE 11
+#define SHARE_OVERLAY  255
 
 #define GUEST_ANSWERS 0x534e4150 /* "PANS" */
 #define GONE_STDOUT   1

@@ -1,7 +1,7 @@
 """pyvmm: a small KVM hypervisor built around one device, virtio-net.
 
-The public names are ``Machine``, ``Net``, ``Device``, ``Outcome``, ``SwitchReport`` and the errors
-in ``pyvmm.errors``::
+The public names are ``Machine``, ``Net``, ``Device``, ``Share``, ``Outcome``, ``SwitchReport`` and
+the errors in ``pyvmm.errors``::
 
     import pyvmm
 
@@ -15,7 +15,16 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-__all__ = ["Device", "Machine", "Net", "Outcome", "PyvmmError", "SwitchReport", "__version__"]
+__all__ = [
+    "Device",
+    "Machine",
+    "Net",
+    "Outcome",
+    "PyvmmError",
+    "Share",
+    "SwitchReport",
+    "__version__",
+]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine
     from pyvmm.netopt import Net
     from pyvmm.outcome import Outcome
+    from pyvmm.shareopt import Share
 
 _HOMES = {
     "Machine": "pyvmm.machine",
@@ -32,6 +42,7 @@ _HOMES = {
     "Net": "pyvmm.netopt",
     "Device": "pyvmm.devopt",
     "PyvmmError": "pyvmm.errors",
+    "Share": "pyvmm.shareopt",
     "SwitchReport": "pyvmm.card.report",
 }
 

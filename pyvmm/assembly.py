@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from pyvmm.images.cpio import Archive
     from pyvmm.kvm.cpu import Cpu
     from pyvmm.kvm.recorder import Recorder
+    from pyvmm.shareopt import Share
     from pyvmm.virtio.mmio import VirtioMmio
     from pyvmm.virtio.net import NetDevice
     from pyvmm.virtio.pci.transport import VirtioPci
@@ -81,6 +82,8 @@ NET_WORD = 40
 #: Bytes of all cards' words, beyond which the MTU is left out: Linux has it from the device, too.
 NET_WORDS_MAX = 1500
 COMMAND_FILE = "/etc/pyvmm.cmd"
+#: What init mounts, and where the command begins (guest/init.c).
+SHARES_FILE, PLACE_FILE = "/etc/pyvmm.shares", "/etc/pyvmm.place"
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word before init
 
 
@@ -102,6 +105,7 @@ class Description:
         memory: str | int = "256M",
         nets: Sequence[Net] = (),
         devices: Sequence[Device] = (),
+        shares: Sequence[Share] = (),
         command: Sequence[str] | None = None,
         huge: bool = False,
         load_address: int | None = None,
@@ -133,7 +137,14 @@ class Description:
         self.load_address, self.load_mode = load_address, load_mode
         self.cpus, self.memory, self.huge = cpus, parse_size(memory), huge
         self.nets = [net for net in nets if net.mode != "none"]
-        self.devices = list(devices)
+        self.shares = list(shares)
+        for number, share in enumerate(self.shares):
+            share.number(number)
+            if any(share.path == other.path for other in self.shares[:number]):
+                raise UsageError(
+                    f"--share: two directories at {share.path}", "name another path for one"
+                )
+        self.devices = [*devices, *self.shares]
         if len(self.nets) + len(self.devices) > MAX_CARDS:
             others = f" and {len(self.devices)} other devices" if self.devices else ""
             raise UsageError(
@@ -225,6 +236,7 @@ class Parts:
         self.console.add_sink(Spotter(INIT_TEXT, wires.init_runs))
         self.panics = PanicWatch(self.console, lambda: wires.end(Outcome("panic")))
         self._page = GuestPage(self.memory)
+        self._mounted = False  # the guest has mounted the shares
         for stream in self.streams:
             closing(stream.close)
         # Our init may run in any Linux, and takes commands at any time.
@@ -332,8 +344,9 @@ class Parts:
             self._page,
             self.stdout,
             self.stderr,
-            reached=wires.reached,
+            reached=self._reached,
             ended=wires.command_ended,
+            no_share=self._no_share,
             channel=self.channel,
         )
         self.rtc = Rtc(bus, self._alarm)
@@ -354,6 +367,27 @@ class Parts:
                 wires.end(Outcome("debug-exit"))
 
             add_test_devices(bus, self.vm, self.memory, self._want.cpus, self.console, debug_exit)
+
+    def _reached(self, point: str) -> None:
+        """The guest's init has come to ``point``."""
+        if point == "shares":
+            self._mounted = True
+        elif point in ("command", "agent") and self._want.shares and not self._mounted:
+            self._wires.end(
+                Outcome(
+                    "share",
+                    "its init knows of none; if the image is older than this pyvmm: "
+                    "pyvmm image build",
+                )
+            )
+        self._wires.reached(point)
+
+    def _no_share(self, number: int, error: int) -> None:
+        """The guest cannot mount a share."""
+        from pyvmm.shareopt import reason
+
+        if self._want.shares:
+            self._wires.end(Outcome("share", reason(self._want.shares, number, error)))
 
     def _thread_stopped(self, problem: str) -> None:
         """A worker was no longer ours: end the machine."""
@@ -522,6 +556,7 @@ class Parts:
         self.rtc.reset()
         self.panics.restart()
         self._page.name(0)
+        self._mounted = False
         if self.channel is not None:
             self.channel.reset()
         if self.input is not None:
@@ -576,8 +611,9 @@ def fits_the_line(raw: bytes, cards: int) -> bool:
 
 
 def extra_archive(want: Description, cards: int = 1) -> tuple[Archive | None, list[str]]:
-    """What Linux unpacks after the initrd: what the user adds, and the command, if it is too long
-    for the kernel command line. None if there is neither. With it, what the user should know of it.
+    """What Linux unpacks after the initrd: what the user adds, the list of shares, and the command,
+    if it is too long for the kernel command line. None if there is nothing of these. With it, what
+    the user should know of it.
 
     :raises PyvmmError: something cannot be added.
     """
@@ -594,6 +630,13 @@ def extra_archive(want: Description, cards: int = 1) -> tuple[Archive | None, li
 
         archive = archive or Archive()
         archive.file(COMMAND_FILE, want.raw_command)
+    if want.shares:
+        from pyvmm.images.cpio import Archive
+        from pyvmm.shareopt import place, words
+
+        archive = archive or Archive()
+        archive.file(SHARES_FILE, words(want.shares))
+        archive.file(PLACE_FILE, place(want.shares, os.path.realpath(os.curdir)))
     return archive, notes
 
 

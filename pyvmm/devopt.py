@@ -11,8 +11,9 @@ from pyvmm.spec.vhost_user import VHOST_USER_MAX_CONFIG_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from pyvmm.datapath.base import RingServer
     from pyvmm.vhostuser.connect import Connector
 
 #: As many virtqueues as a device may have.
@@ -209,6 +210,16 @@ class Device:
 
         kind = ListeningConnector if self.server else Connector
         return kind(self.socket, self.peer)
+
+    def substitute(self) -> RingServer | None:
+        """What serves the virtqueues once the back-end has gone, if none can take its place; owned
+        by the caller. None: wait for the next back-end.
+        """
+        return None
+
+    def lament(self, problems: Sequence[str]) -> str:
+        """Says why the back-end has gone for good. :param problems: of its connections."""
+        return f"{self.socket}: {problems[-1] if problems else 'gone'}"
 
     def own_config(self) -> bytes | None:
         """The device's configuration, if it is not the back-end's."""

@@ -230,3 +230,9 @@ class ThreadStopped(PyvmmError):
     """
 
     exit_code = 128
+
+
+class ShareError(PyvmmError):
+    """A directory of the host cannot be shared with the guest, or the sharing has broken off."""
+
+    exit_code = 131

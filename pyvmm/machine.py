@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.phases import Phase
     from pyvmm.plugs import Removal
+    from pyvmm.shareopt import Share
 
 #: Seconds for which pause() waits for vCPUs that are outside of the guest because the pipe of a
 #: console is full.
@@ -60,6 +61,8 @@ class Machine:
         bytes.
     :param nets: network cards, in PCI order. :param devices: other devices, each with a vhost-user
         back-end (docs/devices.md).
+    :param shares: directories of the host that the guest mounts (docs/share.md); like ``command``,
+        only with images built by pyvmm.
     :param command: an argv for our init (images built by pyvmm).
     :param on_reboot: ``"exit"`` or ``"restart"``.
     :param name: of the machine among the running ones (default: ``vm0``, ``vm1``, ...); only with a
@@ -102,6 +105,7 @@ class Machine:
         memory: str | int = "256M",
         nets: Sequence[Net] = (),
         devices: Sequence[Device] = (),
+        shares: Sequence[Share] = (),
         command: Sequence[str] | None = None,
         on_reboot: str = "exit",
         name: str | None = None,
@@ -128,6 +132,7 @@ class Machine:
             memory=memory,
             nets=nets,
             devices=devices,
+            shares=shares,
             command=command,
             huge=huge,
             load_address=load_address,

@@ -9,6 +9,7 @@ from pyvmm.errors import (
     GuestTimeout,
     KvmRunError,
     PyvmmError,
+    ShareError,
     ThreadStopped,
     TripleFault,
 )
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     #: Kinds of ends that are errors: ``Outcome.error`` makes the exception of each.
     Abnormal = Literal[
-        "panic", "reboot", "triple-fault", "kvm-error", "timeout", "hang", "thread-stopped"
+        "panic", "reboot", "triple-fault", "kvm-error", "timeout", "hang", "thread-stopped", "share"
     ]
     Kind = Literal[Abnormal, "poweroff", "stopped", "debug-exit", "suspend"]
 
@@ -30,8 +31,8 @@ class Outcome:
     """How a machine ended.
 
     :ivar kind: ``poweroff``, ``reboot``, ``panic``, ``triple-fault``, ``kvm-error``, ``timeout``,
-        ``hang``, ``thread-stopped``, ``stopped`` or ``debug-exit``; inside the machine also
-        ``suspend``, which ends nothing.
+        ``hang``, ``thread-stopped``, ``share``, ``stopped`` or ``debug-exit``; inside the machine
+        also ``suspend``, which ends nothing.
     :ivar status: exit status of the guest's command, or of a test kernel at the debug-exit port,
         0..255; None if there was no status.
     :ivar detail: one more line about the end; may be empty.
@@ -49,6 +50,7 @@ class Outcome:
         "timeout": (GuestTimeout, "the guest did not end in time"),
         "hang": (GuestHang, "the guest hangs"),
         "thread-stopped": (ThreadStopped, "a thread of pyvmm's was stopped"),
+        "share": (ShareError, "the guest cannot mount what is shared with it"),
     }
 
     def __init__(

@@ -42,6 +42,35 @@ class Peripheral(Card):
     ) -> None:
         super().__init__(index, device, transport, thread, lock)
         self.options, self._path = options, path
+        self._substitute = options.substitute()
+        #: Why the device does not work any more; empty if it does.
+        self.broken = ""
+        if self._substitute is not None:
+            path.gone = self._gone
+
+    def _gone(self) -> None:
+        """The back-end has gone, and there will be no other."""
+        self.device.post("end of the back-end", self._give_up)
+
+    def _give_up(self) -> None:
+        """The job: answer the guest in the place of the back-end."""
+        assert self._substitute is not None
+        if self._over or self.broken:
+            return
+        self.broken = self.options.lament(self._path.problems)
+        self.device.replace(self._substitute)
+
+    def cut(self) -> None:
+        """As ``Card.cut``, also of a back-end that is not in force any more."""
+        self._path.cut()
+        super().cut()
+
+    def close(self) -> None:
+        """As ``Card.close``; releases a data path that is not in force, too."""
+        super().close()
+        self._path.close()
+        if self._substitute is not None:
+            self._substitute.close()
 
     @property
     def kind(self) -> str:

@@ -19,6 +19,8 @@ Examples:
   pyvmm run --add build/mytest --add data:/data -- mytest /data/cases
   pyvmm run --kernel bzImage --initrd default --modules . -- modprobe btrfs
   tar c results | pyvmm run -- tar x
+  pyvmm run --share .:rw -- ./run-my-test.sh
+  pyvmm run --share ~/cases:/cases --share out:/out:rw -- sh -c 'ls /cases >/out/list'
   pyvmm run --device vhost-user,id=rng,socket=/run/rng.sock -- head -c 8 /dev/hwrng
 
 Network cards: --net MODE[,key=value...], once per card
@@ -73,8 +75,8 @@ Exit status: the command's; or 2 bad usage, 101 a result or the output could not
 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no vhost-net, 112 no fitting
 vhost-user back-end, 116 the guest hangs (--hang-timeout), 117 a --budget is broken, 118 the kernel
 reported what --fail-on names, 119 the guest ended before COMMAND did, 120 panic, 121 reboot, 122
-triple fault, 123 KVM error, 124 time-out, 125 no fitting vDPA device, 130 Ctrl-C, 141 nobody reads
-the output, 143 SIGTERM.
+triple fault, 123 KVM error, 124 time-out, 125 no fitting vDPA device, 130 Ctrl-C, 131 a --share
+that cannot be had or broke off, 141 nobody reads the output, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ from pyvmm.cli.support.options import (
     DETACHED,
     MODULES_HELP,
     RUNNING,
+    SHARE_HELP,
     TROUBLE_KINDS,
     count,
     cpu_model,
@@ -131,6 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="initial RAM disk, or the name of an image to take its; repeatable",
     )
     add("--add", metavar="F[:PATH]", action="append", default=[], help=ADD_HELP)
+    add("--share", metavar="DIR[:PATH][:rw]", action="append", default=[], help=SHARE_HELP)
     add("--modules", metavar="DIR", help=MODULES_HELP)
     add("--image", metavar="NAME", help="an image of `pyvmm image list` (default)")
     add("--append", metavar="S", default="", help="more kernel command line")
@@ -352,6 +356,7 @@ def _check(args: argparse.Namespace) -> None:
     from pyvmm.assembly import Description, extra_archive
     from pyvmm.devopt import Device
     from pyvmm.netopt import MacAddresses, Net
+    from pyvmm.shareopt import Share
 
     kernel, initrd = _files(args)
     nets = [Net.parse(text) for text in args.net or ["emulated"]]
@@ -362,6 +367,7 @@ def _check(args: argparse.Namespace) -> None:
         memory=args.memory,
         nets=nets,
         devices=[Device.parse(text) for text in args.device],
+        shares=[Share.parse(text) for text in args.share],
         command=args.guest_command or None,
         add=args.add,
         modules=args.modules,
@@ -496,6 +502,7 @@ class _Run:
         from pyvmm.devopt import Device
         from pyvmm.machine import Machine
         from pyvmm.netopt import Net
+        from pyvmm.shareopt import Share
 
         args, outputs = self.args, self.outputs
         assert outputs is not None
@@ -526,6 +533,7 @@ class _Run:
             cpu=args.cpu,
             nets=nets,
             devices=[Device.parse(text) for text in args.device],
+            shares=[Share.parse(text) for text in args.share],
             command=args.guest_command or None,
             on_reboot=args.on_reboot,
             name=args.name,
@@ -660,7 +668,8 @@ class _Run:
         budgets = [budget.check(machine.accounts) for budget in args.budget or ()]
         held = all(result.held for result in budgets)
         checked = {"budgets": [result.as_dict() for result in budgets]} if budgets else {}
-        clean = outcome.error() is None and (outcome.status == 0 or not self.commanded)
+        lost = [device.broken for device in machine.devices if device.broken]
+        clean = not lost and outcome.error() is None and (outcome.status == 0 or not self.commanded)
         if files is None and held and clean:
             return {"kind": "passed", "code": outcome.status or 0, "message": "", **checked}
         from pyvmm.cli.support.verdicts import tell
@@ -675,6 +684,7 @@ class _Run:
             watch=files.watch if files is not None else None,
             symbols=args.vmlinux or kernel,
             budgets=budgets,
+            lost=lost,
         )
         tell(machine, verdict, shown=not self.commanded or args.verbose)
         if files is not None:

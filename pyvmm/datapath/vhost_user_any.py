@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.errors import PyvmmError
     from pyvmm.vhostuser.connect import Connector
     from pyvmm.vhostuser.session import Session
 
@@ -52,6 +53,7 @@ class VhostUserAny(VhostUserDevice):
     :param config_size: bytes of the configuration, at most VHOST_USER_MAX_CONFIG_SIZE.
     :param own_config: the configuration, if it is not the back-end's.
     :param recorder: a ``kvm.recorder.Scope`` for every message, or None.
+    :ivar gone: called when the back-end has gone; any thread, must not wait.
     :ivar config: as the back-end has last told it.
     """
 
@@ -75,6 +77,7 @@ class VhostUserAny(VhostUserDevice):
         if self._asks:
             self.protocol_features |= 1 << VHOST_USER_PROTOCOL_F_CONFIG
         self.config = own_config if own_config is not None else bytes(config_size)
+        self.gone: Callable[[], None] = lambda: None
         self._changed: Callable[[bytes], None] | None = None
         self._telling = threading.Lock()  # held while ``config`` changes and is told
         super().__init__(connector, queues, HandOverTimes(), timeout=timeout, recorder=recorder)
@@ -125,6 +128,10 @@ class VhostUserAny(VhostUserDevice):
                 self.config = config
                 if self._changed is not None:
                     self._changed(config)
+
+    def went(self, reason: PyvmmError) -> None:
+        """Pass it on."""
+        self.gone()
 
     # --- RingServer -------------------------------------------------------------------------------
 

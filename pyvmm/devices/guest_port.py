@@ -16,8 +16,10 @@ from pyvmm.spec.platform import (
     GUEST_COMMAND,
     GUEST_INIT,
     GUEST_NET_UP,
+    GUEST_NO_SHARE,
     GUEST_PAGE,
     GUEST_POWEROFF,
+    GUEST_SHARES,
     GUEST_STATUS,
     GUEST_WRITE,
     PORT_GUEST_CONTROL,
@@ -38,6 +40,7 @@ WRITE_MAX = 4096  # bytes of one GUEST_WRITE
 PHASES = {
     GUEST_INIT: "init",
     GUEST_NET_UP: "net_up",
+    GUEST_SHARES: "shares",
     GUEST_COMMAND: "command",
     GUEST_STATUS: "command_end",
     GUEST_AGENT: "agent",
@@ -86,6 +89,7 @@ class GuestPort:
     :param stdout, stderr: take the output of the guest's command.
     :param reached: called with a name of ``PHASES`` each time the guest reports this point.
     :param ended: called with the exit status of the guest's command, 0 to 255.
+    :param no_share: called with a share's number and an errno if the guest cannot mount the share.
     :param channel: is told of its pages; None if the machine has no channel.
     :ivar answers: whether the guest has named a page, so that it is told if nobody reads its output
         any more.
@@ -100,10 +104,12 @@ class GuestPort:
         *,
         reached: Callable[[str], None],
         ended: Callable[[int], None],
+        no_share: Callable[[int, int], None],
         channel: Channel | None = None,
     ) -> None:
         self._page, self._stdout, self._stderr = page, stdout, stderr
         self._reached, self._ended, self._channel = reached, ended, channel
+        self._no_share = no_share
         self.answers = False
         #: Thread -> the output that it writes to its stream once it has released the lock.
         self._writes: dict[int, tuple[Stream, bytes]] = {}
@@ -123,6 +129,8 @@ class GuestPort:
             self._reached(PHASES[opcode])
         if opcode == GUEST_STATUS:
             self._ended(value & 0xFF)
+        elif opcode == GUEST_NO_SHARE:
+            self._no_share(value >> 16, value & 0xFFFF)
         elif opcode == GUEST_PAGE:
             self._page.name(value)
             self.answers = self._page.store(GUEST_ANSWERS.to_bytes(4, "little"))

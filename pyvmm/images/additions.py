@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 PROGRAMS, HOME = "usr/local/bin", "root"
 #: The directories of PATH in the guest (guest/init.c).
 PATH = ("usr/local/sbin", "usr/local/bin", "usr/sbin", "usr/bin", "sbin", "bin")
-INIT_MODULES = "etc/modules"  # what init loads (guest/init.c)
+#: The lists of modules that init loads (guest/init.c): always, and for shares of directories.
+INIT_MODULES = ("etc/modules", "etc/modules.shares")
 SHOWN = 3  # names that one note shows
 
 
@@ -238,11 +239,12 @@ class Additions:
             self.archive,
             os.fsdecode(beneath),
         )
-        wanted = os.fsdecode(self._guest.read(INIT_MODULES) or b"").split()
-        order = tree.load_order([module_name(os.path.basename(path)) for path in wanted])
-        if order and INIT_MODULES not in self._origin:
-            listed = os.fsencode("".join(f"{path}\n" for path in order))
-            self.archive.file(self._claim(INIT_MODULES, directory), listed)
+        for name in INIT_MODULES:
+            wanted = os.fsdecode(self._guest.read(name) or b"").split()
+            order = tree.load_order([module_name(os.path.basename(path)) for path in wanted])
+            if order and name not in self._origin:
+                listed = os.fsencode("".join(f"{path}\n" for path in order))
+                self.archive.file(self._claim(name, directory), listed)
 
 
 class _LibraryCache:

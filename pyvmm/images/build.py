@@ -340,21 +340,26 @@ def _initramfs(
         if f"/bin/{applet}" not in taken:
             archive.symlink(f"/bin/{applet}", "busybox")
     loaded: list[str] = []
+    shares: list[str] = []
     if kernel.modules is not None:
-        loaded = _add_modules(archive, kernel, kernel.modules, recipe["modules"])
+        loaded, shares = _add_modules(archive, kernel, kernel.modules, recipe["modules"])
     archive.file("/etc/modules", "".join(f"{path}\n" for path in loaded).encode())
+    archive.file("/etc/modules.shares", "".join(f"{path}\n" for path in shares).encode())
     return archive.pack(), loaded
 
 
 def _add_modules(
     archive: Archive, kernel: Kernel, modules: Modules, wanted: dict[str, list[str]]
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Add the modules, and the list by which modprobe finds them, to the archive.
 
-    :param wanted: names of modules: ``load`` for those that init loads, ``extra`` for others.
-    :returns: the paths of the modules that init loads, in order.
+    :param wanted: names of modules: ``load`` for those that init loads, ``shares`` for those that
+        it loads for shares, which are left out if the kernel does not have them; ``extra`` for
+        others.
+    :returns: the paths of the modules that init loads, in order; always, and for shares.
     """
-    found = modules.closure(wanted["load"] + wanted["extra"])
+    shares = [name for name in wanted["shares"] if modules.has(name)]
+    found = modules.closure(wanted["load"] + wanted["extra"] + shares)
     root = f"/lib/modules/{kernel.release}"
     depends = []
     for name, (path, _, data) in found.items():
@@ -363,7 +368,8 @@ def _add_modules(
         needs = list(modules.closure([name]))[:-1]
         depends.append(f"{path}:{''.join(' ' + found[n][0] for n in reversed(needs))}\n")
     archive.file(f"{root}/modules.dep", "".join(sorted(depends)).encode())
-    return [found[name][0] for name in modules.closure(wanted["load"])]
+    always, later = (modules.closure(names) for names in (wanted["load"], shares))
+    return [found[n][0] for n in always], [found[n][0] for n in later if n not in always]
 
 
 def _applets(busybox: Path) -> list[str]:

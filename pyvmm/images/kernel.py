@@ -165,6 +165,10 @@ class Modules:
             else set()
         )
 
+    def has(self, name: str) -> bool:
+        """Whether the kernel has this module, built in or as a file."""
+        return module_name(name) in self._builtin or module_name(name) in self._files
+
     def closure(self, names: list[str]) -> dict[str, tuple[str, list[str], bytes]]:
         """The modules ``names`` and all modules on which they depend, dependencies first. Modules
         that are built into the kernel are left out.

@@ -101,6 +101,9 @@ GUEST_PAGE = 6  # value is the page frame number of the page for output and inpu
 GUEST_WRITE = 7  # output: bits 0..15 of value are the length, at most 4096; bit 16: standard error
 GUEST_AGENT = 8  # init runs no command of its own, but waits for sessions
 GUEST_CHANNEL = 9  # value is the page frame number of the page with the channel's list
+GUEST_SHARES = 10  # the shares are mounted; value is their number
+GUEST_NO_SHARE = 11  # a share is not mounted: bits 0..15 of value are the errno, 16..23 its number
+SHARE_OVERLAY = 255  # that number for the overlay of the root
 #: The first word of the page after GUEST_PAGE; after each GUEST_WRITE, a mask of GONE_*.
 GUEST_ANSWERS = 0x534E4150
 GONE_STDOUT, GONE_STDERR = 1, 2

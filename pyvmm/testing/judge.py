@@ -7,7 +7,7 @@ reported.
 
 from __future__ import annotations
 
-from pyvmm.errors import GuestEnded, GuestTrouble
+from pyvmm.errors import GuestEnded, GuestTrouble, ShareError
 from pyvmm.kvm.vcpu import ALIVE, NOT_STARTED
 from pyvmm.testing import console as says
 from pyvmm.testing.symbols import Symbols
@@ -34,6 +34,7 @@ def judge(
     watch: says.Watch | None = None,
     symbols: str | None = None,
     budgets: Sequence[Result] = (),
+    lost: Sequence[str] = (),
 ) -> Verdict:
     """The verdict of a run. The machine's end comes first, then the reports of the kernel, then the
     status of the command, then the budgets.
@@ -44,6 +45,7 @@ def judge(
     :param phases: ``Machine.phases``.
     :param commanded: whether the guest was given a command.
     :param watch: has searched the console for reports that must not be in it.
+    :param lost: shares that have broken off during the run, in words.
     :param symbols: path of a kernel that may have symbols, to name the vCPUs' addresses.
     """
     kind, abnormal, error = outcome.kind, outcome.abnormal, outcome.error()
@@ -64,6 +66,10 @@ def judge(
             first = watch.troubles[0]
             trouble = GuestTrouble(f"{says.headline(first, watch.count)}: {first.message}")
             return Verdict("trouble", str(trouble), status=outcome.status, details=first.lines)
+    if lost:  # before the command's status, which may follow from it
+        return Verdict(
+            "share", str(ShareError(lost[0])), status=outcome.status, details=list(lost[1:])
+        )
     if kind == "stopped" and commanded and outcome.asked and outcome.status is None:
         return Verdict(
             "ended", str(GuestEnded("the machine was told to quit before the command ended"))

@@ -45,6 +45,7 @@ CODES: dict[Kind, int | None] = {
     "kvm-error": 123,
     "timeout": 124,
     "thread-stopped": 128,
+    "share": 131,
     "interrupted": 130,
 }
 SKIP_STATUS = 77  # as in autotools; a test kernel ends with it by a debug-exit with 77 >> 1

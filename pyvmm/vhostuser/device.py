@@ -118,6 +118,9 @@ class VhostUserDevice:
     def reconfigured(self, s: Session) -> None:
         """Called in a conversation: the back-end says that its configuration has changed."""
 
+    def went(self, reason: PyvmmError) -> None:
+        """The back-end has gone. Any thread; must not wait."""
+
     def repeats(self, ring: Virtqueue) -> bool:
         """Whether a driver may notice that a chain of this ring is served twice."""
         return True
@@ -173,6 +176,8 @@ class VhostUserDevice:
             self._history.note(str(reason))
         self._rings.lost()
         self._park(pending)
+        if not isinstance(reason, Stopped):
+            self.went(reason)
 
     def _park(self, pending: int) -> None:
         """No back-end serves the rings until one comes back, which may serve ``pending`` chains

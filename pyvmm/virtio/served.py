@@ -181,6 +181,17 @@ class ServedDevice(VirtioDevice):
         for index, base in zip(serving, bases, strict=False):
             self.set_position(index, base)
 
+    def replace(self, path: RingServer) -> None:
+        """In a job: have another data path go on where the present one, which the caller owns, has
+        left the rings.
+
+        :raises PyvmmError: nobody knows where that is, or ``path`` does not start.
+        """
+        self.park()
+        self.datapath = path
+        if self._driven:
+            self.resume()
+
     @property
     def serving(self) -> list[int]:
         """Indices of the virtqueues that the data path has been started on, lowest first."""

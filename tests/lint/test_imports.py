@@ -23,6 +23,7 @@ LAYERS = (
         "host",
         "images",
         "devopt",
+        "shareopt",
         "netopt",
         "testbed",
         "testing",

@@ -58,12 +58,14 @@ class Rig:
             stream.start()
         self.reached: list[str] = []
         self.ended: list[int] = []
+        self.no_shares: list[tuple[int, int]] = []
         self.port = GuestPort(
             board.bus,
             self.page,
             *self.streams,
             reached=self.reached.append,
             ended=self.ended.append,
+            no_share=lambda number, error: self.no_shares.append((number, error)),
             channel=channel,  # type: ignore[arg-type]
         )
 

@@ -84,6 +84,10 @@ ADD_HELP = (
     "a file or directory for the guest; repeatable. Without PATH, a program is found by its name, "
     "and anything else is in the command's working directory (docs/add.md)"
 )
+SHARE_HELP = (
+    "a directory of this machine for the guest, at the same path or at PATH, read-only without rw; "
+    "repeatable. The command begins in the same directory as pyvmm if it is shared (docs/share.md)"
+)
 MODULES_HELP = (
     "kernel modules for the guest: what `make modules_install` makes, or a kernel's build tree"
 )

@@ -1,0 +1,273 @@
+"""Shares of directories (`--share`): what is taken, how virtiofsd is started, and the answers to
+the guest once virtiofsd has gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import struct
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pyvmm.assembly import Description
+from pyvmm.devices.guest_port import PHASES
+from pyvmm.errors import ShareError, UsageError
+from pyvmm.host import virtiofsd
+from pyvmm.memory import GuestMemory
+from pyvmm.outcome import Outcome
+from pyvmm.shareopt import Share, place, reason, words
+from pyvmm.spec import vhost_user as spec
+from pyvmm.spec.platform import GUEST_NO_SHARE, GUEST_SHARES, SHARE_OVERLAY
+from pyvmm.testing.judge import judge
+from pyvmm.vhostuser.connect import Connector
+from pyvmm.vhostuser.wire import Listener
+from pyvmm.virtio.dead_fs import DeadFs
+from tests.driver import Events, Ring, wait_for
+from tests.unit.test_guest_port import Agent, Rig, agent, rig
+from tests.unit.test_vhost_user import no_leak, path
+from tests.unit.test_vu_any import Guest
+from tests.vu_fake import Fake
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["Agent", "agent", "no_leak", "path", "rig"]  # fixtures
+
+PATIENCE = 60.0
+LOOKUP, FORGET = 1, 2
+
+
+# --- the option -----------------------------------------------------------------------------------
+
+
+def test_what_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / "a:b,c"
+    odd.mkdir()
+    (tmp_path / "link").symlink_to(odd)
+    (tmp_path / "x:rw").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for text, directory, inside, writable in (
+        (".", tmp_path, str(tmp_path), False),
+        (".:rw", tmp_path, str(tmp_path), True),
+        ("link:ro", odd, str(odd), False),
+        (f"{odd}:/data", odd, "/data", False),
+        (f"{odd}:/data/../x//y/:rw", odd, "/x/y", True),
+        ("x:rw:ro", tmp_path / "x:rw", str(tmp_path / "x:rw"), False),
+    ):
+        share = Share.parse(text)
+        assert (share.directory, share.path) == (str(directory), inside)
+        assert share.writable == writable
+    want = Description("k", shares=[Share("."), Share(odd, "/d", writable=True)])
+    own = os.fsencode(tmp_path)
+    assert words(want.shares) == b"pyvmm0\0" + own + b"\0ro\0pyvmm1\0/d\0rw\0"
+    config = want.shares[1].own_config()
+    assert config == b"pyvmm1".ljust(36, b"\0") + b"\1\0\0\0"
+    assert place(want.shares, str(odd)) == own + b"/a:b,c"
+    assert place(want.shares[1:], f"{odd}/deep") == b"/d/deep"
+    assert place(want.shares[1:], f"{odd}2") == b""
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "problem"),
+    [
+        ("", UsageError, "write DIR"),
+        ("/no/such", ShareError, "No such file or directory"),
+        ("file", ShareError, "is no directory; name a directory; a file: --add FILE"),
+        (".:rw:x", ShareError, "No such file"),
+        (".:/:rw", UsageError, "cannot mount"),
+        ("/", UsageError, "cannot mount / at /"),
+        (".:/proc", UsageError, "name another place"),
+        ("a\0b", UsageError, "write DIR"),
+        (".:/a\0b", UsageError, "no path in the guest"),
+    ],
+)
+def test_what_is_refused(
+    text: str,
+    error: type[Exception],
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error) as e:
+        Share.parse(text)
+    assert problem in str(e.value) and "\n" not in str(e.value)
+
+
+def test_two_shares_at_one_place(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="two directories at /x"):
+        Description("k", shares=[Share(tmp_path, "/x"), Share(tmp_path, "/x/")])
+
+
+# --- what init reports ----------------------------------------------------------------------------
+
+
+def test_init_reports_shares(rig: Rig) -> None:
+    rig.tell(GUEST_SHARES, 2)
+    assert rig.reached == ["shares"] and GUEST_SHARES in PHASES
+    rig.tell(GUEST_NO_SHARE, 3 << 16 | errno.ENODEV)
+    assert rig.no_shares == [(3, errno.ENODEV)]
+
+
+def test_why_a_guest_mounts_nothing(tmp_path: Path) -> None:
+    shares = [Share(tmp_path, "/data")]
+    assert "CONFIG_VIRTIO_FS and CONFIG_FUSE_FS" in reason(shares, 0, errno.ENODEV)
+    assert reason(shares, 0, errno.ENODEV).startswith("/data: ")
+    assert "CONFIG_OVERLAY_FS" in reason(shares, SHARE_OVERLAY, errno.ENODEV)
+    assert "CONFIG_VIRTIO_PCI" in reason(shares, 0, errno.EINVAL)
+    assert reason(shares, 7, 0xFFFF)  # a hostile guest's
+    outcome = Outcome("share", "/data: why")
+    error = outcome.error()
+    assert isinstance(error, ShareError) and "/data: why" in str(error)
+    ended = Outcome("poweroff")
+    ended.status = 1
+    boot: Any = None
+    verdict = judge(
+        ended, console=b"", boot=boot, phases={}, commanded=True, lost=["it broke off", "so did it"]
+    )
+    assert (verdict.kind, verdict.code, verdict.message) == ("share", 131, "it broke off")
+
+
+# --- virtiofsd ------------------------------------------------------------------------------------
+
+
+def test_commands(tmp_path: Path) -> None:
+    c = virtiofsd.command(virtiofsd.C, 5, "/a,b\\c", writable=True, root=True)
+    assert c[1] == "--fd=5" and c[-1].startswith("source=/a\\,b\\\\c,sandbox=namespace,")
+    rust = virtiofsd.command(virtiofsd.RUST, 5, "/a,b", writable=False, root=False)
+    assert {"--fd=5", "--shared-dir=/a,b", "--sandbox=chroot", "--readonly"} <= set(rust)
+    rust = virtiofsd.command(virtiofsd.RUST, 5, "/a,b", writable=True, root=True)
+    assert "--readonly" not in rust and "--sandbox=namespace" in rust
+
+
+def test_no_virtiofsd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtiofsd, "RUST", "/no/rust")
+    monkeypatch.setattr(virtiofsd, "C", "/no/c")
+    monkeypatch.setattr(virtiofsd, "PACKAGES", {"/no/rust": "r", "/no/c": "c"})
+    with pytest.raises(ShareError, match="virtiofsd, which is missing; as root: apt-get install"):
+        virtiofsd.FsConnector(str(tmp_path), writable=False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, or user namespaces and gcc")
+def test_a_virtiofsd_that_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last words are in the error, and how it ended."""
+    program = tmp_path / "virtiofsd"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        "try: open(sys.argv[0] + '.new', 'w')\n"
+        "except OSError as e: print('cannot', e.strerror, file=sys.stderr)\n"
+        "sys.exit(3)\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(virtiofsd, "find", lambda: str(program))
+    with closing(virtiofsd.FsConnector(str(tmp_path), writable=False)) as connector:
+        how = connector.end()
+        assert how == "virtiofsd has ended with status 3: cannot Read-only file system"
+    with closing(virtiofsd.FsConnector(str(tmp_path), writable=True)) as connector:
+        assert connector.end() == "virtiofsd has ended with status 3"
+    assert (tmp_path / "virtiofsd.new").exists()
+
+
+# --- once virtiofsd has gone ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    with closing(GuestMemory(4 << 20)) as one:
+        yield one
+
+
+def request(memory: GuestMemory, ring: Ring, unique: int, *, opcode: int = LOOKUP) -> None:
+    """Queue a FUSE request, with room for an answer unless it has none."""
+    at = 0x10_0000 + unique * 256
+    memory.write(at, struct.pack("<IIQQ", 40, opcode, unique, 1).ljust(40, b"\0"))
+    memory.write(at + 64, b"\xff" * 64)
+    answer = [] if opcode == FORGET else [(at + 64, 16, True), (at + 80, 48, True)]
+    ring.add([(at, 40, False), *answer])
+
+
+def answered(memory: GuestMemory, unique: int) -> tuple[int, ...]:
+    return struct.unpack("<IiQ", memory.read(0x10_0000 + unique * 256 + 64, 16))
+
+
+def test_every_request_fails(memory: GuestMemory) -> None:
+    ring, urgent, dead, events = (
+        Ring(memory, 64, 0x1000),
+        Ring(memory, 64, 0x9000),
+        DeadFs(),
+        Events(),
+    )
+    urgent.index = 1
+    with closing(ring), closing(urgent), closing(dead):
+        request(memory, ring, 1)  # under way when virtiofsd died
+        ring.publish(kick=False)
+        dead.start(1 << 32, memory, [urgent.vring(), ring.vring()], events)
+        assert wait_for(lambda: len(ring.take_used()) == 1, PATIENCE)
+        assert answered(memory, 1) == (16, -errno.EIO, 1)
+        for ask in (2, 3):
+            request(memory, ring, ask)
+        request(memory, urgent, 4, opcode=FORGET)
+        ring.publish()
+        urgent.publish()
+        used: list[tuple[int, int]] = []
+        assert wait_for(lambda: used.extend(ring.take_used()) or len(used) == 2, PATIENCE)  # type: ignore[func-returns-value]
+        assert [length for _, length in used] == [16, 16]
+        assert answered(memory, 3) == (16, -errno.EIO, 3)
+        assert wait_for(lambda: urgent.take_used() and True, PATIENCE)
+        assert ring.call_fd.drain() and not events.faults
+        assert dead.stop() == [1, 3] and dead.counters() == {"refused_requests": 4}
+        dead.start(1 << 32, memory, [urgent.vring(1), ring.vring(3)], events)  # a pause is over
+        request(memory, ring, 5)
+        ring.publish()
+        assert wait_for(lambda: ring.take_used(), PATIENCE)
+
+
+def test_a_guest_that_writes_nonsense_to_a_dead_file_system(memory: GuestMemory) -> None:
+    random_ = random.Random(7)
+    for _ in range(50):
+        ring, dead, events = Ring(memory, 16, 0x1000), DeadFs(), Events()
+        with closing(ring), closing(dead):
+            memory.write(ring.desc, random_.randbytes(16 * 16))
+            memory.write(ring.avail, random_.randbytes(4 + 2 * 16))
+            dead.start(1 << 32, memory, [ring.vring()], events)
+            ring.kick_fd.nudge()
+            assert len(dead.stop()) == 1
+
+
+def test_a_back_end_that_dies_is_replaced(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device goes on without it, and its owner learns why."""
+    share = Share(tmp_path)
+    share.number(0)
+    monkeypatch.setattr(share, "connector", lambda: Connector(path))
+    monkeypatch.setattr(share, "lament", lambda problems: f"dead: {problems[-1]}")
+    with closing(Listener(path)) as listener, Fake(listener) as fake, Guest(share) as guest:
+        ring = guest.start()
+        memory = guest.board.memory
+        request(memory, ring, 1)
+        ring.publish()
+        fake.deaf = True
+        fake.drop()
+        assert wait_for(lambda: ring.take_used(), PATIENCE)
+        assert answered(memory, 1) == (16, -errno.EIO, 1)
+        assert guest.card.broken.startswith("dead: vhost-user peer")
+        assert guest.card.report()["counters"]["disconnections"] == 1  # type: ignore[index]
+        guest.card.set_paused(True)
+        request(memory, ring, 2)
+        ring.publish()
+        guest.card.set_paused(False)
+        assert wait_for(lambda: ring.take_used(), PATIENCE)
+        guest.pci.reset()
+        ring = guest.start()
+        request(memory, ring, 3)
+        ring.publish()
+        assert wait_for(lambda: ring.take_used(), PATIENCE)
+        assert fake.seen.count(spec.VHOST_USER_SET_OWNER) == 1
