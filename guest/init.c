@@ -19,6 +19,10 @@
  *   pyvmm.panic=init
  *   pyvmm.agent                 run no command of its own, but wait for sessions
  *
+ * What the kernel command line has no room for is in files, which the VMM packs behind the initrd:
+ * the command; the directories of the host to mount (SHARES_FILE), of which one may become the root;
+ * the directory in which the command begins (PLACE_FILE); and whose process it is (USER_FILE).
+ *
  * No error here is fatal: init reports each failure in one line on the console and goes on to the
  * command.
  *
@@ -79,6 +83,8 @@
 #define COMMAND_FILE "/etc/pyvmm.cmd"
 #define SHARES_FILE  "/etc/pyvmm.shares"
 #define PLACE_FILE   "/etc/pyvmm.place"
+#define USER_FILE    "/etc/pyvmm.user"
+#define GROUPS_MAX   65536
 #define PAGE_SIZE    4096
 #define CHANNEL_SIZE (CHANNEL_PAGES * PAGE_SIZE)
 #define DLE	     0x10
@@ -95,6 +101,7 @@ static size_t command_size;
 static char **argv_out;
 static bool stdin_console, stdin_port;
 static bool agent_wanted;
+static bool rooted;  /* whether the root is a tree of the host's */
 static bool pressed; /* whether the power button has been pressed */
 static const char *hostname = "guest";
 static const char *term = "vt100";
@@ -104,6 +111,7 @@ static char **nic_specs;
 static size_t nic_count;
 static const char *peer;
 static const char *directory = "/root"; /* in which the command begins */
+static char *command_user = "";		/* who runs the command: USER_FILE; empty: root */
 
 static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -321,20 +329,70 @@ static void no_share(unsigned int number, const char *path, int error)
 }
 
 /*
- * Mount the file systems that SHARES_FILE lists: for each the tag, the path and the options "ro" or
- * "rw", and a NUL after each word. The VMM learns whether that has succeeded.
+ * Make the file system with tag @tag the root: read-only, below an overlay in memory, which takes
+ * what the guest writes. The file systems of mount_all() move there. Returns 0 or an errno, with
+ * @number set to SHARE_OVERLAY if the overlay has failed.
+ */
+static int enter_root(const char *tag, unsigned int *number)
+{
+	static const char *const moved[] = {"proc", "sys", "dev", "tmp", "run"};
+	struct utsname uts;
+	char from[128], to[256];
+
+	mkdir("/.pyvmm", 0700);
+	mkdir("/.pyvmm/lower", 0755);
+	mkdir("/.pyvmm/upper", 0755);
+	mkdir("/.pyvmm/root", 0755);
+	if (mount(tag, "/.pyvmm/lower", "virtiofs", MS_RDONLY, NULL))
+		return errno;
+	*number = SHARE_OVERLAY;
+	if (mount("tmpfs", "/.pyvmm/upper", "tmpfs", 0, "mode=755") ||
+	    mkdir("/.pyvmm/upper/u", 0755) || mkdir("/.pyvmm/upper/w", 0755) ||
+	    mount("overlay", "/.pyvmm/root", "overlay", 0,
+		  "lowerdir=/.pyvmm/lower,upperdir=/.pyvmm/upper/u,workdir=/.pyvmm/upper/w"))
+		return errno;
+	uname(&uts);
+	snprintf(from, sizeof(from), "/lib/modules/%s", uts.release);
+	snprintf(to, sizeof(to), "/.pyvmm/root%s", from);
+	if (!access(from, F_OK) && !make_directories(to))
+		mount(from, to, NULL, MS_BIND, NULL); /* without it, modprobe finds none */
+	for (size_t i = 0; i < sizeof(moved) / sizeof(*moved); i++) {
+		snprintf(from, sizeof(from), "/%s", moved[i]);
+		snprintf(to, sizeof(to), "/.pyvmm/root/%s", moved[i]);
+		mkdir(to, 0755);
+		if (mount(from, to, NULL, MS_MOVE, NULL))
+			return errno;
+	}
+	if (chdir("/.pyvmm/root") || mount(".", "/", NULL, MS_MOVE, NULL) || chroot("."))
+		return errno;
+	rooted = true;
+	mkdir("/dev/shm", 0755);
+	if (mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777"))
+		say("cannot mount /dev/shm: %s", strerror(errno));
+	return 0;
+}
+
+/*
+ * Mount the file systems that SHARES_FILE lists: for each the tag, the path and one of "ro", "rw"
+ * and "root", with a NUL after each word. The VMM learns whether that has succeeded. The root comes
+ * first.
  */
 static void mount_shares(void)
 {
-	size_t size;
+	size_t size, place;
 	char *list = read_file(SHARES_FILE, &size), *at = list;
 	unsigned int number = 0, mounted = 0;
 
+	directory = read_file(PLACE_FILE, &place);
+	if (!place)
+		directory = "/root";
+	command_user = read_file(USER_FILE, NULL);
 	if (size)
 		load_modules("/etc/modules.shares");
 	for (; at < list + size; number++) {
 		char *tag = at, *path = tag + strlen(tag) + 1, *options;
 		unsigned long flags = MS_NOSUID | MS_NODEV;
+		unsigned int which = number;
 		int error = EINVAL;
 
 		if (path < list + size) {
@@ -342,24 +400,23 @@ static void mount_shares(void)
 			at = options < list + size ? options + strlen(options) + 1 : list + size;
 			if (options < list + size && !strcmp(options, "ro"))
 				flags |= MS_RDONLY;
-			error = make_directories(path);
-			if (!error && mount(tag, path, "virtiofs", flags, NULL))
+			if (options < list + size && !strcmp(options, "root"))
+				error = enter_root(tag, &which);
+			else if (!(error = make_directories(path)) &&
+				 mount(tag, path, "virtiofs", flags, NULL))
 				error = errno;
 		} else {
 			at = list + size;
 			path = list;
 		}
 		if (error)
-			no_share(number, path, error);
+			no_share(which, path, error);
 		else
 			mounted++;
 	}
 	if (size)
 		tell(GUEST_SHARES, mounted);
 	free(list);
-	list = read_file(PLACE_FILE, &size);
-	if (size)
-		directory = list;
 }
 
 static int base64_value(char c)
@@ -870,8 +927,47 @@ static void set_environment(void)
 	setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 1);
 	setenv("HOME", "/root", 1);
 	setenv("TERM", term, 1);
+	if (rooted) { /* a distribution's programs want more than busybox does */
+		setenv("USER", "root", 1);
+		setenv("LOGNAME", "root", 1);
+		setenv("SHELL", "/bin/sh", 1);
+		setenv("LANG", "C.UTF-8", 1);
+	}
 	if (peer)
 		setenv("PYVMM_PEER", peer, 1);
+}
+
+/*
+ * Become the user of the command, as USER_FILE says: "UID GID GROUP,... NAME HOME SHELL", in lines.
+ * If that fails, the command does not run.
+ */
+static void become_command_user(void)
+{
+	char *lines[6], *save, *text = strdup(command_user);
+	gid_t *groups = NULL;
+	size_t count = 0;
+
+	if (!text || !*text)
+		return;
+	for (int i = 0; i < 6; i++)
+		if (!(lines[i] = strtok_r(i ? NULL : text, "\n", &save))) {
+			say("%s is cut off", USER_FILE);
+			_exit(126);
+		}
+	for (char *group = strtok_r(lines[2], ",", &save); group && count < GROUPS_MAX;
+	     group = strtok_r(NULL, ",", &save)) {
+		groups = resize(groups, (count + 1) * sizeof(*groups));
+		groups[count++] = (gid_t)strtoul(group, NULL, 10);
+	}
+	setenv("USER", lines[3], 1);
+	setenv("LOGNAME", lines[3], 1);
+	setenv("HOME", lines[4], 1);
+	setenv("SHELL", lines[5], 1);
+	if (setgroups(count, groups) || setgid((gid_t)strtoul(lines[1], NULL, 10)) ||
+	    setuid((uid_t)strtoul(lines[0], NULL, 10))) {
+		say("cannot become %.200s: %s", lines[3], strerror(errno));
+		_exit(126);
+	}
 }
 
 /* Take over the descriptors of a command, in the child process. */
@@ -908,7 +1004,8 @@ static void __attribute__((noreturn)) become(char **argv)
 static void __attribute__((noreturn)) run_command(int in, int out, int err, int tty)
 {
 	take(in, out, err, tty);
-	if (chdir(directory) && chdir("/root"))
+	become_command_user();
+	if (chdir(directory) && chdir(getenv("HOME")) && chdir("/"))
 		say("cannot enter %.200s: %s", directory, strerror(errno));
 	become(argv_out);
 }

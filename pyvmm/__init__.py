@@ -21,6 +21,7 @@ __all__ = [
     "Net",
     "Outcome",
     "PyvmmError",
+    "Root",
     "Share",
     "SwitchReport",
     "__version__",
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine
     from pyvmm.netopt import Net
     from pyvmm.outcome import Outcome
-    from pyvmm.shareopt import Share
+    from pyvmm.shareopt import Root, Share
 
 _HOMES = {
     "Machine": "pyvmm.machine",
@@ -42,6 +43,7 @@ _HOMES = {
     "Net": "pyvmm.netopt",
     "Device": "pyvmm.devopt",
     "PyvmmError": "pyvmm.errors",
+    "Root": "pyvmm.shareopt",
     "Share": "pyvmm.shareopt",
     "SwitchReport": "pyvmm.card.report",
 }

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from pyvmm.images.cpio import Archive
     from pyvmm.kvm.cpu import Cpu
     from pyvmm.kvm.recorder import Recorder
-    from pyvmm.shareopt import Share
+    from pyvmm.shareopt import Root, Share
     from pyvmm.virtio.mmio import VirtioMmio
     from pyvmm.virtio.net import NetDevice
     from pyvmm.virtio.pci.transport import VirtioPci
@@ -82,8 +82,9 @@ NET_WORD = 40
 #: Bytes of all cards' words, beyond which the MTU is left out: Linux has it from the device, too.
 NET_WORDS_MAX = 1500
 COMMAND_FILE = "/etc/pyvmm.cmd"
-#: What init mounts, and where the command begins (guest/init.c).
+#: What init mounts, where the command begins, and whose it is (guest/init.c).
 SHARES_FILE, PLACE_FILE = "/etc/pyvmm.shares", "/etc/pyvmm.place"
+USER_FILE = "/etc/pyvmm.user"
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word before init
 
 
@@ -106,6 +107,7 @@ class Description:
         nets: Sequence[Net] = (),
         devices: Sequence[Device] = (),
         shares: Sequence[Share] = (),
+        root: Root | None = None,
         command: Sequence[str] | None = None,
         huge: bool = False,
         load_address: int | None = None,
@@ -137,7 +139,8 @@ class Description:
         self.load_address, self.load_mode = load_address, load_mode
         self.cpus, self.memory, self.huge = cpus, parse_size(memory), huge
         self.nets = [net for net in nets if net.mode != "none"]
-        self.shares = list(shares)
+        self.shares = [*([root] if root is not None else []), *shares]
+        self.root = root
         for number, share in enumerate(self.shares):
             share.number(number)
             if any(share.path == other.path for other in self.shares[:number]):
@@ -636,6 +639,8 @@ def extra_archive(want: Description, cards: int = 1) -> tuple[Archive | None, li
 
         archive = archive or Archive()
         archive.file(SHARES_FILE, words(want.shares))
+        if want.root is not None and want.root.account:
+            archive.file(USER_FILE, want.root.account, 0o600)
         archive.file(PLACE_FILE, place(want.shares, os.path.realpath(os.curdir)))
     return archive, notes
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pyvmm.datapath.base import RingServer
+    from pyvmm.errors import PyvmmError, VhostUserError
     from pyvmm.vhostuser.connect import Connector
 
 #: As many virtqueues as a device may have.
@@ -216,6 +217,10 @@ class Device:
         by the caller. None: wait for the next back-end.
         """
         return None
+
+    def failure(self, error: VhostUserError) -> PyvmmError:
+        """What to raise if the first conversation with the back-end fails."""
+        return error
 
     def lament(self, problems: Sequence[str]) -> str:
         """Says why the back-end has gone for good. :param problems: of its connections."""

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.phases import Phase
     from pyvmm.plugs import Removal
-    from pyvmm.shareopt import Share
+    from pyvmm.shareopt import Root, Share
 
 #: Seconds for which pause() waits for vCPUs that are outside of the guest because the pipe of a
 #: console is full.
@@ -62,7 +62,8 @@ class Machine:
     :param nets: network cards, in PCI order. :param devices: other devices, each with a vhost-user
         back-end (docs/devices.md).
     :param shares: directories of the host that the guest mounts (docs/share.md); like ``command``,
-        only with images built by pyvmm.
+        only with images built by pyvmm. :param root: a tree of the host for the guest's root
+        (docs/root.md), likewise.
     :param command: an argv for our init (images built by pyvmm).
     :param on_reboot: ``"exit"`` or ``"restart"``.
     :param name: of the machine among the running ones (default: ``vm0``, ``vm1``, ...); only with a
@@ -106,6 +107,7 @@ class Machine:
         nets: Sequence[Net] = (),
         devices: Sequence[Device] = (),
         shares: Sequence[Share] = (),
+        root: Root | None = None,
         command: Sequence[str] | None = None,
         on_reboot: str = "exit",
         name: str | None = None,
@@ -133,6 +135,7 @@ class Machine:
             nets=nets,
             devices=devices,
             shares=shares,
+            root=root,
             command=command,
             huge=huge,
             load_address=load_address,

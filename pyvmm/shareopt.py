@@ -11,12 +11,14 @@ import stat
 from pyvmm.devopt import Device
 from pyvmm.errors import ShareError, UsageError
 from pyvmm.spec.platform import SHARE_OVERLAY
+from pyvmm.vhostuser.wire import Closed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyvmm.datapath.base import RingServer
+    from pyvmm.errors import PyvmmError, VhostUserError
     from pyvmm.host.virtiofsd import FsConnector
     from pyvmm.vhostuser.connect import Connector
 
@@ -44,6 +46,7 @@ class Share(Device):
         if not given or "\0" in given:
             raise UsageError(f"--share {given!r}", "write DIR, DIR:/PATH or DIR:/PATH:rw")
         self.directory, self.writable = os.path.realpath(given), writable
+        self.access = b"rw" if writable else b"ro"
         try:
             good = stat.S_ISDIR(os.stat(self.directory).st_mode)  # noqa: PTH116 - pathlib is slow
             what = "is no directory"
@@ -97,6 +100,14 @@ class Share(Device):
 
         return DeadFs()
 
+    def failure(self, error: VhostUserError) -> PyvmmError:
+        """Says how virtiofsd has ended."""
+        assert self._connector is not None
+        how = self._connector.end() if isinstance(error, Closed) else error.cause
+        return ShareError(
+            f"{self.directory} cannot be shared: {how}", "share another directory, or run as root"
+        )
+
     def lament(self, problems: Sequence[str]) -> str:
         """Says how virtiofsd has ended."""
         assert self._connector is not None
@@ -107,26 +118,70 @@ class Share(Device):
         )
 
 
+class Root(Share):
+    """A tree of the host that is the guest's root: read-only, below an overlay in the guest's
+    memory, which takes what the guest writes and ends with it.
+
+    :param directory: ``/``, or the root of another system's tree.
+    :param user: who runs the command: a name of the tree's /etc/passwd. By default root.
+    :ivar account: what init reads of the user (guest/init.c, USER_FILE); empty for root.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, user: str | None = None) -> None:
+        super().__init__(directory, "/root")
+        self.path, self.access = "/", b"root"
+        self.account = account(self.directory, user) if user is not None else b""
+
+
+def account(tree: str, user: str) -> bytes:
+    """A user of a tree, as init reads it: user id, group id, groups, name, home, shell.
+
+    :param tree: without symbolic links. The files of the running system are read as they are.
+    :raises UsageError: the tree has no such user.
+    """
+    entries = [line.split(":") for line in _lines(f"{tree}/etc/passwd")]
+    found = next((e for e in entries if len(e) == 7 and e[0] == user), None)
+    if found is None or not (found[2].isdecimal() and found[3].isdecimal()):
+        raise UsageError(
+            f"--user {user!r}: {tree.rstrip('/')}/etc/passwd has no such user", "name another"
+        )
+    groups = [found[3]]
+    for line in _lines(f"{tree}/etc/group"):
+        entry = line.split(":")
+        if len(entry) == 4 and user in entry[3].split(",") and entry[2].isdecimal():
+            groups.append(entry[2])
+    words = [*found[2:4], ",".join(groups), user, found[5] or "/", found[6] or "/bin/sh"]
+    return b"".join(os.fsencode(word) + b"\n" for word in words)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as f:
+            return f.read().splitlines()
+    except OSError:
+        return []
+
+
 def words(shares: Sequence[Share]) -> bytes:
     """What init reads of them (guest/init.c, SHARES_FILE)."""
     out = b""
     for share in shares:
         assert share.tag is not None
-        access = b"rw" if share.writable else b"ro"
-        out += b"".join(w + b"\0" for w in (share.tag.encode(), os.fsencode(share.path), access))
+        line = share.tag.encode(), os.fsencode(share.path), share.access
+        out += b"".join(word + b"\0" for word in line)
     return out
 
 
 def place(shares: Sequence[Share], directory: str) -> bytes:
     """The directory in which the guest's command begins: that of the host, if a share has it; else
-    empty, for init's own choice.
+    empty, for init's own choice. Of several shares, the innermost counts.
 
     :param directory: of the host, without symbolic links.
     """
-    for share in shares:
-        if directory == share.directory or directory.startswith(share.directory.rstrip("/") + "/"):
+    for share in sorted(shares, key=lambda share: -len(share.directory)):
+        if f"{directory}/".startswith(share.directory.rstrip("/") + "/"):
             inside = os.path.relpath(directory, share.directory)
-            return os.fsencode(os.path.normpath(f"{share.path}/{inside}"))
+            return os.fsencode("/" + os.path.normpath(f"{share.path}/{inside}").lstrip("/"))
     return b""
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pyvmm.card.card import Card
 from pyvmm.card.thread import CardThread
 from pyvmm.datapath.vhost_user_any import VhostUserAny
+from pyvmm.errors import VhostUserError
 from pyvmm.virtio.generic import GenericDevice
 from pyvmm.virtio.pci.transport import VirtioPci
 
@@ -155,7 +156,10 @@ def make(
             recorder=recorder,
         )
         undo.callback(path.close)
-        path.connect()
+        try:
+            path.connect()
+        except VhostUserError as e:
+            raise options.failure(e) from e
         thread = CardThread(name)
         undo.callback(thread.end)
         device = GenericDevice(

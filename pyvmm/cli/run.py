@@ -19,6 +19,7 @@ Examples:
   pyvmm run --add build/mytest --add data:/data -- mytest /data/cases
   pyvmm run --kernel bzImage --initrd default --modules . -- modprobe btrfs
   tar c results | pyvmm run -- tar x
+  pyvmm run --root / -- python3 -m pytest -q
   pyvmm run --share .:rw -- ./run-my-test.sh
   pyvmm run --share ~/cases:/cases --share out:/out:rw -- sh -c 'ls /cases >/out/list'
   pyvmm run --device vhost-user,id=rng,socket=/run/rng.sock -- head -c 8 /dev/hwrng
@@ -92,6 +93,7 @@ from pyvmm.cli.support.options import (
     CPU_HELP,
     DETACHED,
     MODULES_HELP,
+    ROOT_HELP,
     RUNNING,
     SHARE_HELP,
     TROUBLE_KINDS,
@@ -117,6 +119,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.console import FdSink, Stream
     from pyvmm.machine import Machine
     from pyvmm.outcome import Outcome
+    from pyvmm.shareopt import Root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +138,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--add", metavar="F[:PATH]", action="append", default=[], help=ADD_HELP)
     add("--share", metavar="DIR[:PATH][:rw]", action="append", default=[], help=SHARE_HELP)
+    add("--root", metavar="DIR", help=ROOT_HELP)
+    add("--user", metavar="NAME", help="with --root: the user of DIR who runs COMMAND (root)")
     add("--modules", metavar="DIR", help=MODULES_HELP)
     add("--image", metavar="NAME", help="an image of `pyvmm image list` (default)")
     add("--append", metavar="S", default="", help="more kernel command line")
@@ -368,6 +373,7 @@ def _check(args: argparse.Namespace) -> None:
         nets=nets,
         devices=[Device.parse(text) for text in args.device],
         shares=[Share.parse(text) for text in args.share],
+        root=_root(args),
         command=args.guest_command or None,
         add=args.add,
         modules=args.modules,
@@ -375,6 +381,17 @@ def _check(args: argparse.Namespace) -> None:
     MacAddresses("").choose(dict(enumerate(want.nets)))
     if args.host != "local":  # else the machine is made here, and checks it
         extra_archive(want)
+
+
+def _root(args: argparse.Namespace) -> Root | None:
+    """The tree for the guest's root."""
+    if args.root is None:
+        if args.user is not None:
+            raise UsageError(f"--user {args.user} without --root", "the image has only root")
+        return None
+    from pyvmm.shareopt import Root
+
+    return Root(args.root, user=args.user)
 
 
 def _files(args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -534,6 +551,7 @@ class _Run:
             nets=nets,
             devices=[Device.parse(text) for text in args.device],
             shares=[Share.parse(text) for text in args.share],
+            root=_root(args),
             command=args.guest_command or None,
             on_reboot=args.on_reboot,
             name=args.name,

@@ -51,7 +51,8 @@ def command(program: str, fd: int, directory: str, *, writable: bool, root: bool
 
     :param fd: the listening socket. :param root: whether it is started by root.
     """
-    sandbox = "namespace" if root else "chroot"
+    # With the root directory itself, virtiofsd's pivot_root(2) fails, and there is nothing outside.
+    sandbox = "namespace" if root and directory != "/" else "chroot"
     if program == RUST:
         return [
             program,

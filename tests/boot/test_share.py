@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pyvmm.images import find
 from tests.boot.guest import Run
 
 if TYPE_CHECKING:
@@ -85,3 +86,38 @@ def test_files_in_and_out_and_a_virtiofsd_that_dies(host: Host, tmp_path: Path) 
     devices = run.report["devices"]
     assert [d["kind"] for d in devices] == ["fs", "fs"]
     assert not processes(host, str(cases))
+
+
+ROOT_SCRIPT = r"""
+pwd; id -un; echo $HOME $USER
+python3 -c 'import os; print(os.uname().release, os.getgroups())'
+cat /etc/shadow >/dev/null && echo read
+echo new >/var/tmp/$1 && cat /var/tmp/$1
+mount | grep -c "^overlay on / "
+test -d /lib/modules/$(uname -r) && echo modules
+cat >&2
+exit 7
+"""
+
+
+def test_the_host_s_root_for_one_of_its_users(host: Host, tmp_path: Path) -> None:
+    name = tmp_path.name
+    command = ["bash", "-c", ROOT_SCRIPT, "script", name]
+    args = ["--net", "none", "--root", "/", "--user", "nobody", "--", *command]
+    with Run(host, *args, wrapper=["sh", "-c", 'cd /usr/share && exec "$@"', "sh"]) as run:
+        run.type("input\n")
+        assert run.process.stdin
+        run.process.stdin.close()
+        assert run.wait() == 7, run.out + run.err
+    release = find("default").version
+    assert run.out.splitlines() == [
+        "/usr/share",
+        "nobody",
+        "/nonexistent nobody",
+        f"{release} [65534]",
+        "new",
+        "1",
+        "modules",
+    ]
+    assert "Permission denied" in run.err and "input" in run.err
+    assert host.run("test", "-e", f"/var/tmp/{name}").status == 1

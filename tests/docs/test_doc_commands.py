@@ -42,6 +42,7 @@ REASONS = {
     ("docs/images.md", "I=~/.cache"): "a console of QEMU, see tests/unit/test_images.py",
     ("docs/matrix.md", "pyvmm image build"): "downloads a kernel, and boots eight guests",
     ("docs/devices.md", "qemu-storage-daemon"): "runs in the testbed only, see test_vu_any",
+    ("docs/root.md", "pyvmm run --kernel"): "needs the source of a kernel",
     ("docs/share.md", "pyvmm run --share ~/cases"): "needs the reader's files, see test_share",
     ("docs/features.md", "pyvmm image build"): "boots fourteen guests, on Linux 6.12",
     ("docs/matrix.md", "pyvmm matrix ["): "is a synopsis",

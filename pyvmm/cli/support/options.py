@@ -88,6 +88,10 @@ SHARE_HELP = (
     "a directory of this machine for the guest, at the same path or at PATH, read-only without rw; "
     "repeatable. The command begins in the same directory as pyvmm if it is shared (docs/share.md)"
 )
+ROOT_HELP = (
+    "a tree of this machine, such as /, as the guest's root: read-only, below an overlay that ends "
+    "with the guest. COMMAND begins in the same directory as pyvmm (docs/root.md)"
+)
 MODULES_HELP = (
     "kernel modules for the guest: what `make modules_install` makes, or a kernel's build tree"
 )
