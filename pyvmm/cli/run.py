@@ -117,9 +117,10 @@ if TYPE_CHECKING:
     from pyvmm.cli.support.verdicts import RunFiles
     from pyvmm.cli.support.watchdog import Watchdog
     from pyvmm.devices.console import FdSink, Stream
+    from pyvmm.devopt import Device
     from pyvmm.machine import Machine
     from pyvmm.outcome import Outcome
-    from pyvmm.shareopt import Root
+    from pyvmm.shareopt import Root, Share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -318,6 +319,7 @@ def run(args: argparse.Namespace) -> int:
             words,
             vhost=vhost,
             vdpa=any("vhost-vdpa" in net for net in args.net or ()),
+            writable=[s.directory for s in _shares(args) if s.writable],
             note=note,
             lasting=args.detach is not None,
         )
@@ -359,9 +361,7 @@ def _check(args: argparse.Namespace) -> None:
     :raises PyvmmError: the error that the machine would raise.
     """
     from pyvmm.assembly import Description, extra_archive
-    from pyvmm.devopt import Device
     from pyvmm.netopt import MacAddresses, Net
-    from pyvmm.shareopt import Share
 
     kernel, initrd = _files(args)
     nets = [Net.parse(text) for text in args.net or ["emulated"]]
@@ -371,8 +371,8 @@ def _check(args: argparse.Namespace) -> None:
         cpus=args.cpus,
         memory=args.memory,
         nets=nets,
-        devices=[Device.parse(text) for text in args.device],
-        shares=[Share.parse(text) for text in args.share],
+        devices=_devices(args),
+        shares=_shares(args),
         root=_root(args),
         command=args.guest_command or None,
         add=args.add,
@@ -381,6 +381,24 @@ def _check(args: argparse.Namespace) -> None:
     MacAddresses("").choose(dict(enumerate(want.nets)))
     if args.host != "local":  # else the machine is made here, and checks it
         extra_archive(want)
+
+
+def _devices(args: argparse.Namespace) -> list[Device]:
+    """The devices of ``--device``."""
+    if not args.device:
+        return []
+    from pyvmm.devopt import Device
+
+    return [Device.parse(text) for text in args.device]
+
+
+def _shares(args: argparse.Namespace) -> list[Share]:
+    """The directories of ``--share``."""
+    if not args.share:
+        return []
+    from pyvmm.shareopt import Share
+
+    return [Share.parse(text) for text in args.share]
 
 
 def _root(args: argparse.Namespace) -> Root | None:
@@ -437,7 +455,6 @@ def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
     """
     import shlex
 
-    from pyvmm.devopt import Device
     from pyvmm.netopt import Net
 
     notes = []
@@ -452,7 +469,7 @@ def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
                 f"socket={net.socket}: the guest runs in the testbed, so the back-end must, too: "
                 f"pyvmm testbed -- sh -c {shlex.quote(both)}"
             )
-    for device in map(Device.parse, args.device):
+    for device in _devices(args):
         notes.append(
             f"socket={device.socket}: the guest runs in the testbed, so the back-end must, too: "
             f"pyvmm testbed -- sh -c 'BACKEND & {shlex.join(['pyvmm', *words])}; kill $!'"
@@ -516,10 +533,8 @@ class _Run:
 
     def to_its_end(self, watchdog: Watchdog | None) -> int:
         """Boot the guest, attend it, report the verdict; returns the exit status."""
-        from pyvmm.devopt import Device
         from pyvmm.machine import Machine
         from pyvmm.netopt import Net
-        from pyvmm.shareopt import Share
 
         args, outputs = self.args, self.outputs
         assert outputs is not None
@@ -549,8 +564,8 @@ class _Run:
             huge=args.memory_backing == "huge",
             cpu=args.cpu,
             nets=nets,
-            devices=[Device.parse(text) for text in args.device],
-            shares=[Share.parse(text) for text in args.share],
+            devices=_devices(args),
+            shares=_shares(args),
             root=_root(args),
             command=args.guest_command or None,
             on_reboot=args.on_reboot,

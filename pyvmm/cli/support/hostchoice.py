@@ -7,7 +7,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 VHOST_NET = "/dev/vhost-net"
 #: The series of the testbed's kernel that has vDPA, and its modules.
@@ -21,6 +21,7 @@ def elsewhere(
     *,
     vhost: bool = False,
     vdpa: bool = False,
+    writable: Sequence[str] = (),
     note: Callable[[], str] | None = None,
     lasting: bool = False,
 ) -> int | None:
@@ -29,6 +30,7 @@ def elsewhere(
     :param host: ``auto``, ``local`` or ``testbed``.
     :param kernel: None for an image of Linux.
     :param vhost: the machine wants /dev/vhost-net. :param vdpa: it wants vDPA.
+    :param writable: directories that the guest may write.
     :param note: called if the guest will run in the testbed, before it boots: what the user must
         know then; may be empty.
     :param lasting: the machine is to be found by other commands, for which the testbed must be up.
@@ -53,6 +55,7 @@ def elsewhere(
             return None
     testbed = Testbed(
         kernel=VDPA_KERNEL if vdpa else None,
+        writable=writable,
         progress=lambda text: print(f"testbed: {text}", file=sys.stderr),
     )
     if host == "auto":
