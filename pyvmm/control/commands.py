@@ -147,7 +147,7 @@ def _machine(machine: Controlled, given: Given) -> object:
             {
                 "name": d.name,
                 "kind": d.kind,
-                "slot": d.transport.slot,
+                "slot": d.slot,
                 "connected": d.connected,
             }
             for d in machine.devices

@@ -28,7 +28,7 @@ from pyvmm.vhostuser.connect import Connector
 from pyvmm.vhostuser.wire import Listener
 from pyvmm.virtio.dead_fs import DeadFs
 from tests.driver import Events, Ring, wait_for
-from tests.unit.test_guest_port import Agent, Rig, agent, rig
+from tests.unit.test_guest_port import Channel, Rig, channel, rig
 from tests.unit.test_vhost_user import no_leak, path
 from tests.unit.test_vu_any import Guest
 from tests.vu_fake import Fake
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Agent", "agent", "no_leak", "path", "rig"]  # fixtures
+__all__ = ["Channel", "channel", "no_leak", "path", "rig"]  # fixtures
 
 PATIENCE = 60.0
 LOOKUP, FORGET = 1, 2

@@ -20,6 +20,7 @@ from pyvmm.bus import MMIO
 from pyvmm.card.peripheral import Peripheral, make
 from pyvmm.devopt import KINDS, Device
 from pyvmm.errors import UsageError, VhostUserError
+from pyvmm.pci import PciFunction
 from pyvmm.spec import vhost_user as spec
 from pyvmm.spec.virtio import VIRTIO_CONFIG_S_NEEDS_RESET
 from pyvmm.vhostuser.wire import Listener
@@ -65,6 +66,7 @@ class Guest:
         except BaseException:
             self.board.close()
             raise
+        assert isinstance(self.card.transport, PciFunction)
         self.board.pci.add(self.card.transport, SLOT)
         self.pci = VirtioPciDriver(self.board, SLOT)
         self.pci.enable()
