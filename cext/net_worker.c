@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include <errno.h>
+#include <linux/virtio_net.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -406,10 +407,10 @@ static void window_store(struct window *win, size_t at, const uint8_t *from, siz
 	}
 }
 
-/* Load bytes from an offset of the window, which is long enough. */
-static void window_load(const struct window *win, size_t at, uint8_t *to, size_t len)
+/* Load bytes from an offset of segments, which are long enough. */
+static void load(const struct iovec *iov, size_t at, uint8_t *to, size_t len)
 {
-	for (const struct iovec *iov = &win->iov[win->iov_at]; len; iov++) {
+	for (; len; iov++) {
 		size_t n = iov->iov_len;
 
 		if (at >= n) {
@@ -443,6 +444,45 @@ static void tell_log(struct pv_net_worker *w)
 	pv_event_add(w->cfg.log_call);
 }
 
+/* The segments of the window that nothing has been placed in. */
+static const struct iovec *window_iov(const struct window *win)
+{
+	return &win->iov[win->iov_at];
+}
+
+/* Count a packet in the window by what its header says. */
+static void rx_count_header(struct pv_net_worker *w, size_t len)
+{
+	struct pv_net_counters *c = &w->count;
+	uint8_t head[2]; /* flags and gso_type */
+
+	load(window_iov(&w->window), 0, head, sizeof(head));
+	if (head[0] & VIRTIO_NET_HDR_F_NEEDS_CSUM)
+		add(&c->rx_csum_needed, 1);
+	if (head[0] & VIRTIO_NET_HDR_F_DATA_VALID)
+		add(&c->rx_csum_valid, 1);
+	if (!(head[0] & (VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID)))
+		add(&c->rx_csum_none, 1);
+	if (head[1] != VIRTIO_NET_HDR_GSO_NONE) {
+		add(&c->rx_gso_packets, 1);
+		add(&c->rx_gso_bytes, len);
+	}
+}
+
+/* Count a packet that was sent by what its header says. */
+static void tx_count_header(struct pv_net_worker *w, size_t len)
+{
+	struct pv_net_counters *c = &w->count;
+	uint8_t head[2];
+
+	load(w->tx_iov, 0, head, sizeof(head));
+	add(head[0] & VIRTIO_NET_HDR_F_NEEDS_CSUM ? &c->tx_csum_needed : &c->tx_csum_none, 1);
+	if (head[1] != VIRTIO_NET_HDR_GSO_NONE) {
+		add(&c->tx_gso_packets, 1);
+		add(&c->tx_gso_bytes, len);
+	}
+}
+
 /* 5.1.6.4.4: tell the driver the hash of the frame in the window. */
 static void rx_hash(struct pv_net_worker *w, size_t len)
 {
@@ -457,7 +497,7 @@ static void rx_hash(struct pv_net_worker *w, size_t len)
 	if (len > sizeof(head))
 		len = sizeof(head);
 	if (w->cfg.hash.types) {
-		window_load(&w->window, w->cfg.hdr_len, head, len);
+		load(window_iov(&w->window), w->cfg.hdr_len, head, len);
 		hash.value = pv_flow_hash(&w->cfg.hash, head, len, &hash.report);
 	}
 	window_store(&w->window, V1_HDR, (const uint8_t *)&hash, sizeof(hash));
@@ -586,6 +626,7 @@ static bool rx_place(struct pv_net_worker *w)
 		rx_hash(w, len);
 	if (w->log.bits)
 		window_mark(w, len);
+	rx_count_header(w, len - w->cfg.hdr_len);
 	for (left = len; left; win->slot_at++) {
 		const struct slot *s = &win->slot[win->slot_at];
 		size_t n = s->len < left ? s->len : left;
@@ -711,6 +752,7 @@ static bool tx_turn(struct pv_net_worker *w)
 			if (n >= 0) {
 				add(&w->count.tx_packets, 1);
 				add(&w->count.tx_bytes, c.out_len - w->cfg.hdr_len);
+				tx_count_header(w, c.out_len - w->cfg.hdr_len);
 				if (w->inflight[TX].taken != PV_INFLIGHT_UNCOUNTED)
 					w->inflight[TX].taken++;
 			} else if (errno == EAGAIN) {

@@ -147,6 +147,12 @@ struct pv_net_counters {
 	uint64_t rx_drop_short;	      /* frames without a full header */
 	uint64_t rx_drop_error;	      /* frames lost in reading */
 	uint64_t rx_drop_held; /* frames for which no buffers came in time, or held at stop */
+	/* Packets by what their header says; both flags count, none of them is csum_none. */
+	uint64_t rx_csum_valid;
+	uint64_t rx_csum_needed;
+	uint64_t rx_csum_none;
+	uint64_t rx_gso_packets; /* gso_type is not 0 */
+	uint64_t rx_gso_bytes;	 /* without the virtio_net_hdr */
 	uint64_t tx_packets;
 	uint64_t tx_bytes;
 	uint64_t tx_kicks;
@@ -160,6 +166,10 @@ struct pv_net_counters {
 	uint64_t tx_lingers;  /* short sleeps, before asking for kicks, that brought more to send */
 	uint64_t tx_in_doubt; /* frames that a killed process was sending: taken as sent */
 	uint64_t log_missed;  /* pages that could not be marked: the log is too small */
+	uint64_t tx_csum_needed; /* of those sent */
+	uint64_t tx_csum_none;
+	uint64_t tx_gso_packets;
+	uint64_t tx_gso_bytes;
 	uint64_t link_losses;
 	uint64_t ring_faults;
 	uint64_t events_missed; /* link changes that nobody was told of one by one */

@@ -55,7 +55,7 @@ GROUPS = {
     "indirect": "INDIRECT_DESC",
     "event-idx": "EVENT_IDX",
     "ctrl-vq": "CTRL_VQ CTRL_RX CTRL_RX_EXTRA CTRL_VLAN CTRL_MAC_ADDR CTRL_GUEST_OFFLOADS "
-    "GUEST_ANNOUNCE MQ NOTF_COAL VQ_NOTF_COAL RSS HASH_REPORT",
+    "GUEST_ANNOUNCE MQ NOTF_COAL VQ_NOTF_COAL RSS HASH_REPORT DEVICE_STATS",
     "coalescing": "NOTF_COAL VQ_NOTF_COAL",
     "ring-reset": "RING_RESET",
     "in-order": "IN_ORDER",
@@ -65,12 +65,21 @@ GROUPS = {
     "packed": "RING_PACKED",
     "rss": "RSS",
     "hash-report": "HASH_REPORT",
+    "device-stats": "DEVICE_STATS",
     "access-platform": "ACCESS_PLATFORM",
 }
 #: Groups that the card offers only if ``with=`` names them. Not every data path can honour them,
 #: and a guest that uses them could not be switched to the others; ACCESS_PLATFORM costs the guest
 #: time for each buffer.
-ON_REQUEST = ("packed", "in-order", "coalescing", "rss", "hash-report", "access-platform")
+ON_REQUEST = (
+    "packed",
+    "in-order",
+    "coalescing",
+    "rss",
+    "hash-report",
+    "device-stats",
+    "access-platform",
+)
 #: Those of them that are the card's own affair, whatever its data path.
 OF_THE_CARD = ("access-platform",)
 #: Those of them that each mode can honour on a tap of pyvmm's own, if the user may load eBPF

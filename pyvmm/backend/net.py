@@ -74,6 +74,7 @@ NOT_OURS = sum(
         virtio_net.VIRTIO_NET_F_NOTF_COAL,
         virtio_net.VIRTIO_NET_F_VQ_NOTF_COAL,
         virtio_net.VIRTIO_NET_F_HASH_REPORT,
+        virtio_net.VIRTIO_NET_F_DEVICE_STATS,
     )
 )
 

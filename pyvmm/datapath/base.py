@@ -303,6 +303,10 @@ class OnUplink:
         """Nothing binds the rings."""
         return ""
 
+    def ring_counters(self) -> dict[int, dict[str, int]]:
+        """Nobody counts by ring."""
+        return {}
+
 
 class PathEvents(Protocol):
     """Takes what a data path reports while it serves rings. Any thread; neither method waits."""
@@ -436,6 +440,13 @@ class DataPath(RingServer, Protocol):
     def counters(self) -> dict[str, int]:
         """Packets, bytes, kicks, calls and drops since creation; a key ends in its unit unless the
         value is a count.
+        """
+
+    def ring_counters(self) -> dict[int, dict[str, int]]:
+        """What each virtqueue has done since the latest ``start``, by index; also after ``stop``,
+        until the next ``start``. A path with VIRTIO_NET_F_DEVICE_STATS counts ``packets``,
+        ``bytes``, ``kicks``, ``calls``, ``drop_*`` by reason, ``csum_*`` and ``gso_*`` (cext/
+        net_worker.h); others return nothing.
         """
 
     def workers(self) -> list[dict[str, object]]:

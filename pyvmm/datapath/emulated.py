@@ -24,6 +24,7 @@ from pyvmm.spec.virtio import (
 )
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_F_DEVICE_STATS,
     VIRTIO_NET_F_GUEST_CSUM,
     VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6,
@@ -53,6 +54,7 @@ RING_FEATURES = (
     VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_F_NOTF_COAL,
     VIRTIO_NET_F_VQ_NOTF_COAL,
+    VIRTIO_NET_F_DEVICE_STATS,
 )
 #: With one of these, a frame for the guest may be as long as ``GSO_MAX``.
 GSO = sum(
@@ -149,6 +151,7 @@ class EmulatedNet(OnUplink):
         self._fields = [(n, f.type.kind) for n, f in ffi.typeof("struct pv_net_counters").fields]
         self._totals: dict[str, int] = {"worker_cpu_ns": 0}
         self._totals |= {name: 0 for name, kind in self._fields if kind != "array"}
+        self._by_ring: dict[int, dict[str, int]] = {}  # of the workers of the latest start
 
     def features(self) -> int:
         """What the rings and the tap can honour."""
@@ -195,6 +198,7 @@ class EmulatedNet(OnUplink):
 
     def _begin(self, acked: int, memory: GuestMemory, pairs: dict[int, list[Vring]]) -> None:
         """Make all workers and threads; only then let the workers touch the rings."""
+        self._by_ring = {}
         for number, own in pairs.items():
             worker = self._new_worker(acked, memory, number, own)
             with self._lock:
@@ -226,6 +230,7 @@ class EmulatedNet(OnUplink):
             pairs, self._pairs = self._pairs, []
             for pair in pairs:
                 self._count(pair, self._totals)
+                self._by_ring |= self._count_by_ring(pair)
                 lib.pv_net_worker_free(pair.worker)
         return bases
 
@@ -409,6 +414,19 @@ class EmulatedNet(OnUplink):
                 into[name] = into.get(name, 0) + value
         into["worker_cpu_ns"] += self._cpu_ns(pair)
 
+    def _count_by_ring(self, pair: _Pair) -> dict[int, dict[str, int]]:
+        """The counters of a pair's worker that belong to one of its rings."""
+        c = ffi.new("struct pv_net_counters *")
+        lib.pv_net_worker_counters(pair.worker, c)
+        return {
+            2 * pair.number + way: {
+                name[3:]: int(getattr(c, name))
+                for name, kind in self._fields
+                if name.startswith(prefix) and kind != "array"
+            }
+            for way, prefix in enumerate(("rx_", "tx_"))
+        }
+
     def _cpu_ns(self, pair: _Pair) -> int:
         """CPU time that a pair's worker has used."""
         return int(lib.pv_net_worker_cpu_ns(pair.worker)) if pair.tid else 0
@@ -423,6 +441,14 @@ class EmulatedNet(OnUplink):
             out = dict(self._totals)
             for pair in self._pairs:
                 self._count(pair, out)
+        return out
+
+    def ring_counters(self) -> dict[int, dict[str, int]]:
+        """See ``DataPath``. Any thread."""
+        with self._lock:
+            out = dict(self._by_ring)
+            for pair in self._pairs:
+                out |= self._count_by_ring(pair)
         return out
 
     def workers(self) -> list[dict[str, object]]:

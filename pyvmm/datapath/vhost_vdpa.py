@@ -438,6 +438,10 @@ class VhostVdpa:
         packets = self._packets.read() if self._packets is not None else {}
         return {**packets, **self._totals}
 
+    def ring_counters(self) -> dict[int, dict[str, int]]:
+        """None: the device counts."""
+        return {}
+
     def workers(self) -> list[dict[str, object]]:
         """None: the device moves the packets."""
         return []

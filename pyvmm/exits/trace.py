@@ -75,6 +75,8 @@ COMMAND_BITS = {
     pci.PCI_COMMAND_MASTER: "MASTER",
     pci.PCI_COMMAND_INTX_DISABLE: "INTX_DISABLE",
 }
+#: Classes of control commands.
+CONTROL_CLASSES = ("RX", "MAC", "VLAN", "ANNOUNCE", "MQ", "GUEST_OFFLOADS", "NOTF_COAL", "STATS")
 #: vhost-user requests by the meaning of their 64-bit value.
 VU_FEATURES = (vu.VHOST_USER_GET_FEATURES, vu.VHOST_USER_SET_FEATURES)
 VU_PROTOCOL = (vu.VHOST_USER_GET_PROTOCOL_FEATURES, vu.VHOST_USER_SET_PROTOCOL_FEATURES)
@@ -182,11 +184,7 @@ def control_name(request: bytes) -> str:
     if len(request) < 2:
         return "cut off"
     group = next(
-        (
-            name
-            for name in ("RX", "MAC", "VLAN", "ANNOUNCE", "MQ", "GUEST_OFFLOADS", "NOTF_COAL")
-            if getattr(vn, f"VIRTIO_NET_CTRL_{name}") == request[0]
-        ),
+        (name for name in CONTROL_CLASSES if getattr(vn, f"VIRTIO_NET_CTRL_{name}") == request[0]),
         None,
     )
     if group is None:

@@ -33,6 +33,9 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_CTRL_NOTF_COAL_VQ_SET,
     VIRTIO_NET_CTRL_RX,
     VIRTIO_NET_CTRL_RX_ALLUNI,
+    VIRTIO_NET_CTRL_STATS,
+    VIRTIO_NET_CTRL_STATS_GET,
+    VIRTIO_NET_CTRL_STATS_QUERY,
     VIRTIO_NET_CTRL_VLAN,
     VIRTIO_NET_CTRL_VLAN_ADD,
     VIRTIO_NET_CTRL_VLAN_DEL,
@@ -42,6 +45,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_RX_EXTRA,
     VIRTIO_NET_F_CTRL_VLAN,
+    VIRTIO_NET_F_DEVICE_STATS,
     VIRTIO_NET_F_GUEST_ANNOUNCE,
     VIRTIO_NET_F_HASH_REPORT,
     VIRTIO_NET_F_MQ,
@@ -51,6 +55,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_OK,
 )
 from pyvmm.virtio.queue import ServedQueue
+from pyvmm.virtio.statistics import supported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,6 +65,7 @@ if TYPE_CHECKING:
     from pyvmm.datapath.base import Vring
     from pyvmm.kvm.recorder import Scope
     from pyvmm.memory import GuestMemory
+    from pyvmm.virtio.statistics import Statistics
 else:
     Protocol = object  # `typing` costs as much as all else that a run imports
 
@@ -74,6 +80,7 @@ class Controlled(Protocol):
 
     :ivar rx: what the driver wants to receive. Other threads look at it, so its sets are replaced,
         never changed. :ivar commands: how many have been taken.
+    :ivar statistics: what the driver is told of.
     """
 
     memory: GuestMemory
@@ -81,6 +88,7 @@ class Controlled(Protocol):
     mac: bytes
     rx: RxFilter
     commands: int
+    statistics: Statistics
 
     def fault(self, queue: int, problem: str) -> None:
         """A command has failed in a way that only a reset cures."""
@@ -131,6 +139,11 @@ class Controlled(Protocol):
     def coalescing(self, index: int) -> tuple[int, int] | None:
         """Packets and microseconds of a virtqueue; None if there is no such virtqueue."""
 
+    def records(self, wanted: list[tuple[int, int]]) -> bytes | None:
+        """The statistics of virtqueues, each with a mask of types; None if there is no such
+        virtqueue, or it has no such type.
+        """
+
 
 class Control:
     """Serves the control queue of ``device``. Guest memory is touched in ``serve`` only.
@@ -162,6 +175,7 @@ class Control:
             begin = time.monotonic_ns()
             result = self._execute(chain.request)
             good = result is not None
+            self._device.statistics.succeeded += good
             if self._device.recorder is not None:
                 args: dict[str, object] = {"request": chain.request, "good": good}
                 self._device.recorder.step("control command", begin, args)
@@ -175,6 +189,7 @@ class Control:
         """One command: what it returns; None if it was not understood or not done."""
         device = self._device
         device.commands += 1
+        device.statistics.commands += 1
         if len(request) < 2:
             return None
         known = self._COMMANDS.get((request[0], request[1]))
@@ -292,6 +307,15 @@ class Control:
         found = self._device.coalescing(queue)
         return struct.pack("<H2xII", queue, *found) if found is not None else False
 
+    def _statistics_known(self, command: int, data: bytes) -> bytes | bool:
+        """5.1.6.5.10.1: the types that there are."""
+        return struct.pack("<Q", supported(self._acked)) if not data else False
+
+    def _statistics(self, command: int, data: bytes) -> bytes | bool:
+        """5.1.6.5.10.2: an array of struct virtio_net_ctrl_queue_stats; wholly or not at all."""
+        found = self._device.records(list(struct.iter_unpack("<H6xQ", data)))
+        return found if found is not None else False
+
     #: (class, command) -> (feature that it needs, what does it); VIRTIO_NET_CTRL_RX is in
     #: ``_execute``.
     _COMMANDS: dict[tuple[int, int], tuple[int, Callable[[Control, int, bytes], bytes | bool]]] = {
@@ -310,6 +334,14 @@ class Control:
         (VIRTIO_NET_CTRL_NOTF_COAL, VIRTIO_NET_CTRL_NOTF_COAL_VQ_GET): (
             VIRTIO_NET_F_VQ_NOTF_COAL,
             _coalescing,
+        ),
+        (VIRTIO_NET_CTRL_STATS, VIRTIO_NET_CTRL_STATS_QUERY): (
+            VIRTIO_NET_F_DEVICE_STATS,
+            _statistics_known,
+        ),
+        (VIRTIO_NET_CTRL_STATS, VIRTIO_NET_CTRL_STATS_GET): (
+            VIRTIO_NET_F_DEVICE_STATS,
+            _statistics,
         ),
         (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET): (VIRTIO_NET_F_CTRL_RX, _mac_table),
         (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET): (

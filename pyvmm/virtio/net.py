@@ -51,6 +51,7 @@ from pyvmm.spec.virtio_net import (
 )
 from pyvmm.virtio.control import Control
 from pyvmm.virtio.served import ServedDevice
+from pyvmm.virtio.statistics import TYPES, Statistics, supported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class NetDevice(ServedDevice):
     :param jobs, lock: see ``VirtioDevice``.
     :ivar datapath: in force. :ivar pairs: in use; the driver chooses.
     :ivar rx: what the driver wants to receive. :ivar commands: taken from the control queue.
+    :ivar statistics: what the driver can ask for of it.
 
     What is said to the data path and to the uplink is said in jobs, so that rings, positions and
     ``datapath`` belong to the thread that runs jobs. Other threads may look at the attributes.
@@ -180,6 +182,7 @@ class NetDevice(ServedDevice):
         self.pairs = 1
         self.rx = RxFilter(mac)
         self.commands = 0
+        self.statistics = Statistics()
         self._plugged = link
         self._path_up = True
         self._announce = False
@@ -377,6 +380,7 @@ class NetDevice(ServedDevice):
         self._offloads = acked & GUEST_OFFLOADS
         self._coalesce = [(0, 0), (0, 0)]
         self._hashing = None
+        self.statistics = Statistics()
         self.pairs = 1
         self.rx = RxFilter(self.mac, filters_vlans=bool(acked >> VIRTIO_NET_F_CTRL_VLAN & 1))
         self._uplink.set_rx_filter(self.rx)
@@ -427,6 +431,10 @@ class NetDevice(ServedDevice):
     def gone_on(self) -> None:
         """The control queue may have been kicked meanwhile."""
         self._serve_control()
+
+    def stopped(self) -> None:
+        """What the virtqueues have counted stays."""
+        self.statistics.add(self.datapath.ring_counters())
 
     # --- another data path ------------------------------------------------------------------------
 
@@ -567,6 +575,19 @@ class NetDevice(ServedDevice):
         """Packets and microseconds of a virtqueue; None if the driver has not set it up."""
         ring = self._rings.get(index)
         return ring.coalesce if ring is not None else None
+
+    def records(self, wanted: list[tuple[int, int]]) -> bytes | None:
+        """What the card has done on virtqueues, each with a mask of VIRTIO_NET_STATS_TYPE_* bits
+        (virtio 1.4, 5.1.6.5.10); None if there is no such virtqueue, or it has no such type.
+        """
+        now = self.datapath.ring_counters() if self._serving else {}
+        known, out = supported(self.driver_features), []
+        for index, kinds in wanted:
+            role = self.queue_role(index)
+            if index > self._control_index() or kinds & ~(known & sum(TYPES[role])):
+                return None
+            out.append(self.statistics.records(index, role, kinds, now.get(index, {})))
+        return b"".join(out)
 
     def rx_changed(self) -> None:
         """``rx`` has been changed by the driver."""

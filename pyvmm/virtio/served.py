@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 class ServedDevice(VirtioDevice):
-    """Base of devices with a data path. A subclass may override ``before_start`` and ``gone_on``.
+    """Base of devices with a data path. A subclass may override ``before_start``, ``stopped``
+    and ``gone_on``.
 
     :param datapath: serves the virtqueues; owned from here on.
     :param queue_sizes, jobs, lock: see ``VirtioDevice``. :ivar datapath: in force.
@@ -64,6 +65,9 @@ class ServedDevice(VirtioDevice):
 
         :raises PyvmmError: it cannot.
         """
+
+    def stopped(self) -> None:
+        """The data path has let go of the virtqueues."""
 
     def gone_on(self) -> None:
         """The device goes on after its start, or after something has held the rings."""
@@ -176,6 +180,8 @@ class ServedDevice(VirtioDevice):
         finally:
             if listener is not None:
                 listener.end()
+            if serving:
+                self.stopped()
         if self.recorder is not None and serving:
             self.recorder.step("stop", begin, {"bases": bases})
         for index, base in zip(serving, bases, strict=False):

@@ -224,6 +224,43 @@ def test_coalescing(host: Host) -> None:
         assert not nic["faults"] and not nic["driver_mistakes"]
 
 
+def test_device_statistics(host: Host) -> None:
+    """`ethtool -S` in a guest with Linux 6.12: what the card has counted is what the driver has
+    counted, also after a live switch.
+    """
+    net = "emulated,queues=2,with=device-stats"
+    with Guest(host, "--image", "6.12", "--cpus", "2", "--name", "told", "--net", net) as guest:
+
+        def told() -> dict[str, int]:
+            text = guest.do("ethtool -S eth0; cd /sys/class/net/eth0/statistics; grep . [rt]x_*")
+            return {key: int(n) for key, n in re.findall(r"(\w+): ?(\d+)", text)}
+
+        def differences() -> list[str]:
+            now, names = told(), ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes")
+            both = ((name, now[name], now[name.replace("_", "_hw_")]) for name in names)
+            return [f"{name}: {own}, the card {card}" for name, own, card in both if own != card]
+
+        def check() -> dict[str, int]:
+            check_traffic(guest)
+            host.wait_until(lambda: not differences(), lambda: "; ".join(differences()))
+            return told()
+
+        before = check()
+        assert 0 < before["tx_hw_notifications"] <= before["tx_kicks"]
+        result = host.run(*PYVMM, "switch", "--host", "local", "told", "emulated,poll=50")
+        assert result.status == 0, result
+        after = check()
+        assert all(after[key] >= n for key, n in before.items()), (before, after)
+        for key in ("rx{}_hw_bytes", "tx{}_hw_bytes"):
+            assert after[key.format("")] == after[key.format(0)] + after[key.format(1)], after
+        for key in ("rx_hw_needs_csum", "rx_hw_interrupts", "tx_hw_gso_packets_noseg"):
+            assert after[key] > before[key] > 0, key
+        assert after["cq_hw_command_num"] == after["cq_hw_ok_num"] > before["cq_hw_ok_num"]
+        guest.leave()
+        nic = guest.report["nets"][0]
+        assert "DEVICE_STATS" in nic["negotiated"] and not nic["faults"]
+
+
 STEERED = ("emulated", "vhost-net", "vhost-user", "emulated,with=hash-report+rss+packed")
 
 

@@ -44,6 +44,7 @@ REASONS = {
     ("docs/devices.md", "qemu-storage-daemon"): "runs in the testbed only, see test_vu_any",
     ("docs/root.md", "pyvmm run --kernel"): "needs the source of a kernel",
     ("docs/share.md", "pyvmm run --share ~/cases"): "needs the reader's files, see test_share",
+    ("docs/device-stats.md", "pyvmm run --image 6.12"): "needs another image, see test_net",
     ("docs/features.md", "pyvmm image build"): "boots fourteen guests, on Linux 6.12",
     ("docs/matrix.md", "pyvmm matrix ["): "is a synopsis",
     ("docs/performance.md", "make bench"): "takes half an hour",

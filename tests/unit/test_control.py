@@ -524,7 +524,7 @@ def test_a_command_that_comes_when_the_queue_seems_empty(
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     commands=st.lists(
-        st.tuples(st.integers(0, 6), st.integers(0, 7), st.binary(max_size=40)), max_size=12
+        st.tuples(st.integers(0, 8), st.integers(0, 7), st.binary(max_size=40)), max_size=12
     )
 )
 def test_any_command_gets_an_answer(commands: list[tuple[int, int, bytes]]) -> None:

@@ -32,6 +32,7 @@ def test_defaults() -> None:
             "VIRTIO_NET_F_VQ_NOTF_COAL",
             "VIRTIO_NET_F_RSS",
             "VIRTIO_NET_F_HASH_REPORT",
+            "VIRTIO_NET_F_DEVICE_STATS",
         ),
     )
     assert Net.parse("none").mode == "none" and Net().mode == "emulated"
@@ -123,7 +124,7 @@ BAD = {
     "emulated,tap=a\nb": "no interface name",
     "emulated,without=all": "groups, joined by +",
     "emulated,with=packet": "did you mean packed?",
-    "emulated,with=tso": "groups, joined by +: packed, in-order, coalescing, rss, hash-report",
+    "emulated,with=tso": "by +: packed, in-order, coalescing, rss, hash-report, device-stats",
     "emulated,with=packed,without=packed": "leave one of them away",
     "emulated,with=packed,with=packed": "given twice",
 }

@@ -140,6 +140,7 @@ def test_words() -> None:
     assert bits_of(7, {1: "A", 4: "C"}) == "A C 0x2"
     assert control_name(bytes([4, 0, 2, 0])) == "MQ VQ_PAIRS_SET"
     assert control_name(bytes([0, 1])) == "RX ALLMULTI"
+    assert control_name(bytes([8, 1])) == "STATS GET"
     assert control_name(bytes([200, 1])) == "class 200 command 1"
     assert control_name(bytes([1, 77])) == "MAC command 77"
     assert control_name(b"") == "cut off"

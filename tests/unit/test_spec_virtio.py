@@ -28,6 +28,16 @@ NOT_IN_HEADERS = {
     "VIRTIO_NET_F_VQ_NOTF_COAL",
     "VIRTIO_NET_CTRL_NOTF_COAL_VQ_SET",
     "VIRTIO_NET_CTRL_NOTF_COAL_VQ_GET",
+    "VIRTIO_NET_F_DEVICE_STATS",
+    "VIRTIO_NET_CTRL_STATS",
+    "VIRTIO_NET_CTRL_STATS_QUERY",
+    "VIRTIO_NET_CTRL_STATS_GET",
+    *(
+        f"VIRTIO_NET_STATS_TYPE_{way}_{kind}"
+        for way in ("RX", "TX")
+        for kind in ("BASIC", "CSUM", "GSO")
+    ),
+    "VIRTIO_NET_STATS_TYPE_CVQ",
 }
 
 

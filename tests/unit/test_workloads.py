@@ -170,7 +170,9 @@ def test_words_for_sets_of_features() -> None:
     each = sets("emulated,vhost-net", "each,packed")
     assert len(set(each)) == len(each)
     assert "emulated packed" in each and "emulated no-uso" in each and "vhost-net rss" in each
-    assert "emulated packed+in-order+coalescing+rss+hash-report" in each
+    assert (
+        "emulated packed+in-order+coalescing+rss+hash-report+device-stats+access-platform" in each
+    )
     assert "vhost-net hash-report" not in each
     pairs = sets("vhost-user", "pairs")
     assert len(pairs) == 15 and "vhost-user packed+no-tso" in pairs
