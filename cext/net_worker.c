@@ -32,6 +32,9 @@
 #define LEGACY_HDR   10 /* struct virtio_net_hdr; all headers begin with it */
 #define V1_HDR	     12 /* struct virtio_net_hdr_v1 */
 #define HASH_HDR     20 /* struct virtio_net_hdr_v1_hash */
+#define TUNNEL_HDR   24 /* struct virtio_net_hdr_v1_hash_tunnel */
+/* gso_type of segments in a UDP tunnel over IPv4 or IPv6; linux/virtio_net.h since Linux 6.17 */
+#define GSO_TUNNEL 0x60
 /* See linger(). */
 #define LINGER_MIN_US  10
 #define LINGER_MAX_US  200
@@ -450,6 +453,20 @@ static const struct iovec *window_iov(const struct window *win)
 	return &win->iov[win->iov_at];
 }
 
+/*
+ * The offsets of a frame's tunnel are 0 if it has none: some taps leave there what was in the
+ * kernel's memory (tun_put_user() before Linux commit 7f2fcff15e99).
+ */
+static void rx_tunnel(struct pv_net_worker *w)
+{
+	uint8_t gso_type;
+
+	load(window_iov(&w->window), 1, &gso_type, 1);
+	if (!(gso_type & GSO_TUNNEL))
+		window_store(&w->window, HASH_HDR, (const uint8_t[TUNNEL_HDR - HASH_HDR]){0},
+			     TUNNEL_HDR - HASH_HDR);
+}
+
 /* Count a packet in the window by what its header says. */
 static void rx_count_header(struct pv_net_worker *w, size_t len)
 {
@@ -624,6 +641,8 @@ static bool rx_place(struct pv_net_worker *w)
 			     (uint8_t[]){(uint8_t)buffers, (uint8_t)(buffers >> 8)}, 2);
 	if (w->cfg.hdr_len >= HASH_HDR)
 		rx_hash(w, len);
+	if (w->cfg.hdr_len >= TUNNEL_HDR)
+		rx_tunnel(w);
 	if (w->log.bits)
 		window_mark(w, len);
 	rx_count_header(w, len - w->cfg.hdr_len);

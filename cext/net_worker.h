@@ -102,7 +102,10 @@ struct pv_net_ring {
 struct pv_net_config {
 	struct pv_net_ring ring[2]; /* 0 receive, 1 transmit */
 	int fd;			    /* non-blocking tap, or a socket that keeps packet boundaries */
-	/* virtio_net_hdr: 12, 20 with a hash, or 10 without VERSION_1 and MRG_RXBUF; of fd, too */
+	/*
+	 * virtio_net_hdr: 12, 20 with a hash, 24 with tunnels, or 10 without VERSION_1 and
+	 * MRG_RXBUF; of fd, too
+	 */
 	uint32_t hdr_len;
 	uint32_t max_frame; /* longest frame expected from fd, header included */
 	uint32_t poll_us;   /* look for work this long before sleeping */
@@ -114,7 +117,7 @@ struct pv_net_config {
 	 */
 	bool guest_csum;
 	bool mrg_rxbuf;
-	struct pv_flow_hash hash; /* if hdr_len is 20 */
+	struct pv_flow_hash hash; /* if hdr_len is 20 or 24 */
 	struct pv_vring_format format;
 	/*
 	 * Bitmap of log_size bytes in which the pages of guest memory are marked that the worker

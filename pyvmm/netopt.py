@@ -48,8 +48,10 @@ PATH_KEYS = ("poll", "worker-cpu", "socket", "server", "peer", "device")
 #: or that it offers although they are in ``ON_REQUEST``.
 GROUPS = {
     "offloads": "CSUM GUEST_CSUM GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 "
-    "HOST_ECN HOST_UFO GUEST_USO4 GUEST_USO6 HOST_USO",
-    "tso": "GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 HOST_ECN HOST_UFO",
+    "HOST_ECN HOST_UFO GUEST_USO4 GUEST_USO6 HOST_USO GUEST_UDP_TUNNEL_GSO "
+    "GUEST_UDP_TUNNEL_GSO_CSUM HOST_UDP_TUNNEL_GSO HOST_UDP_TUNNEL_GSO_CSUM",
+    "tso": "GUEST_TSO4 GUEST_TSO6 GUEST_ECN GUEST_UFO HOST_TSO4 HOST_TSO6 HOST_ECN HOST_UFO "
+    "GUEST_UDP_TUNNEL_GSO GUEST_UDP_TUNNEL_GSO_CSUM HOST_UDP_TUNNEL_GSO HOST_UDP_TUNNEL_GSO_CSUM",
     "uso": "GUEST_USO4 GUEST_USO6 HOST_USO",
     "mrg-rxbuf": "MRG_RXBUF",
     "indirect": "INDIRECT_DESC",
@@ -66,6 +68,8 @@ GROUPS = {
     "rss": "RSS",
     "hash-report": "HASH_REPORT",
     "device-stats": "DEVICE_STATS",
+    "tunnel-gso": "GUEST_UDP_TUNNEL_GSO GUEST_UDP_TUNNEL_GSO_CSUM HOST_UDP_TUNNEL_GSO "
+    "HOST_UDP_TUNNEL_GSO_CSUM",
     "access-platform": "ACCESS_PLATFORM",
 }
 #: Groups that the card offers only if ``with=`` names them. Not every data path can honour them,
@@ -78,15 +82,18 @@ ON_REQUEST = (
     "rss",
     "hash-report",
     "device-stats",
+    "tunnel-gso",
     "access-platform",
 )
 #: Those of them that are the card's own affair, whatever its data path.
 OF_THE_CARD = ("access-platform",)
-#: Those of them that each mode can honour on a tap of pyvmm's own, if the user may load eBPF
-#: programs.
+#: Those of them that need a newer kernel than pyvmm itself: Linux 6.17.
+OF_NEW_HOSTS = ("tunnel-gso",)
+#: Those of them that each mode can honour on a tap of pyvmm's own with any kernel, if the user may
+#: load eBPF programs.
 HONOURED: dict[str, tuple[str, ...]] = {
     "none": (),
-    "emulated": ON_REQUEST,
+    "emulated": tuple(group for group in ON_REQUEST if group not in OF_NEW_HOSTS),
     "vhost-net": ("rss", "access-platform"),
     "vhost-user": ("packed", "in-order", "rss", "access-platform"),
     "vhost-vdpa": ("packed", "access-platform"),
@@ -364,9 +371,11 @@ class Net:
         """
         for group in self.with_:
             if mask([group]) & ~features and group not in OF_THE_CARD:
+                new = group in OF_NEW_HOSTS
                 raise UsageError(
                     f"--net: with={group}: the data path {mode} cannot honour it here",
-                    f"leave out with={group}, or {mode}",
+                    f"leave out with={group}, "
+                    + ("which emulated has on Linux 6.17 or later" if new else f"or {mode}"),
                 )
 
 

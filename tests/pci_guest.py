@@ -375,13 +375,13 @@ class VirtioPciDriver:
     # --- the way to DRIVER_OK (3.1.1) -------------------------------------------------------------
     def offered(self) -> int:
         bits = 0
-        for select_ in (0, 1):
+        for select_ in range(4):
             self.set("device_feature_select", select_)
             bits |= self.get("device_feature") << 32 * select_
         return bits
 
     def accept(self, features: int) -> None:
-        for select_ in (0, 1):
+        for select_ in range(4):
             self.set("driver_feature_select", select_)
             self.set("driver_feature", features >> 32 * select_ & 0xFFFFFFFF)
 

@@ -67,8 +67,8 @@ OWN_FEATURES = 1 << VIRTIO_F_VERSION_1 | sum(1 << bit for bit in FRONT_END_FEATU
 
 
 #: Features of the worker for which a front-end would have to pass on a driver's command: the
-#: protocol has no message for them.
-NOT_OURS = sum(
+#: protocol has no message for them. Nor has it for features beyond the first 64.
+NOT_OURS = ~((1 << 64) - 1) | sum(
     1 << bit
     for bit in (
         virtio_net.VIRTIO_NET_F_NOTF_COAL,

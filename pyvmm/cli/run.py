@@ -50,8 +50,9 @@ Network cards: --net MODE[,key=value...], once per card
                       ring-reset, notification-data, speed, hdrlen
       with=A+B        offer, too: packed (virtqueues), in-order (neither with vhost-net), coalescing
                       (of interrupts), hash-report, device-stats (counters for `ethtool -S` in the
-                      guest; these three with emulated only), rss (docs/rss.md), access-platform
-                      (Linux maps buffers, as AF_XDP needs)
+                      guest), tunnel-gso (segments in VXLAN tunnels: Linux 6.17; these four with
+                      emulated only), rss (docs/rss.md), access-platform (Linux maps buffers, as
+                      AF_XDP needs)
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
   Key of emulated and vhost-net only:
       poll=USEC       look for more packets for this many microseconds before sleeping (0)

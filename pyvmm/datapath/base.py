@@ -11,10 +11,13 @@ from __future__ import annotations
 from pyvmm.datapath.ringformat import SPLIT
 from pyvmm.spec.virtio import VIRTIO_F_VERSION_1
 from pyvmm.spec.virtio_net import (
+    VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO,
     VIRTIO_NET_F_HASH_REPORT,
+    VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO,
     VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_HDR_SIZE,
     VIRTIO_NET_HDR_V1_HASH_SIZE,
+    VIRTIO_NET_HDR_V1_HASH_TUNNEL_SIZE,
     VIRTIO_NET_HDR_V1_SIZE,
 )
 
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
     from pyvmm.memory import GuestMemory
 else:
     Protocol = object  # `typing` costs as much as all else that a run imports
+
+
+#: Features with which a header says where the headers inside of a UDP tunnel are.
+TUNNELS = 1 << VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO | 1 << VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO
 
 
 class Hashing:
@@ -149,6 +156,8 @@ class HandOverTimes:
 
 def header_size(acked: int) -> int:
     """Bytes of the header before each frame, by the negotiated features (virtio 1.3, 5.1.6)."""
+    if acked & TUNNELS:
+        return VIRTIO_NET_HDR_V1_HASH_TUNNEL_SIZE
     if acked >> VIRTIO_NET_F_HASH_REPORT & 1:
         return VIRTIO_NET_HDR_V1_HASH_SIZE
     if not acked & (1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_NET_F_MRG_RXBUF):

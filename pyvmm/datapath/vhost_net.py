@@ -34,6 +34,8 @@ RING_FEATURES = (
     1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_NET_F_MRG_RXBUF
 )
 
+FIRST_64 = (1 << 64) - 1
+
 
 class VhostNet(OnUplink):
     """Implements ``DataPath`` (datapath.base). ``start``, ``stop`` and ``close`` are called by one
@@ -77,8 +79,10 @@ class VhostNet(OnUplink):
                 device.pin(worker_cpu + number)
 
     def features(self) -> int:
-        """What kernel and tap can honour. The kernel hashes no frames for their headers."""
-        port = self._port.features() & ~(1 << VIRTIO_NET_F_HASH_REPORT)
+        """What kernel and tap can honour. The kernel hashes no frames for their headers, and we do
+        not tell it of features beyond the first 64 (VHOST_SET_FEATURES_ARRAY, Linux 6.17).
+        """
+        port = self._port.features() & FIRST_64 & ~(1 << VIRTIO_NET_F_HASH_REPORT)
         return port | self._devices[0].features & RING_FEATURES
 
     # --- start and stop ---------------------------------------------------------------------------

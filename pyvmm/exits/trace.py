@@ -419,7 +419,7 @@ class _Trace:
         if register == "device_status":
             return bits_of(value, STATUS_BITS)
         if register in ("device_feature", "driver_feature"):
-            return feature_text(value << 32 * min(self._selects.get(select, 0), 2))
+            return feature_text(value << 32 * min(self._selects.get(select, 0), 4))
         if register in ("queue_msix_vector", "config_msix_vector"):
             return "none" if value == vp.VIRTIO_MSI_NO_VECTOR else f"vector {value}"
         if register in ("queue_size", "num_queues", "queue_select", "queue_enable"):

@@ -27,6 +27,8 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_GUEST_ECN,
     VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO,
+    VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_CSUM,
     VIRTIO_NET_F_GUEST_UFO,
     VIRTIO_NET_F_GUEST_USO4,
     VIRTIO_NET_F_GUEST_USO6,
@@ -34,6 +36,8 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_HOST_ECN,
     VIRTIO_NET_F_HOST_TSO4,
     VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO,
+    VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO_CSUM,
     VIRTIO_NET_F_HOST_UFO,
     VIRTIO_NET_F_HOST_USO,
     VIRTIO_NET_F_RSS,
@@ -69,8 +73,11 @@ OFFLOADS = {
     VIRTIO_NET_F_GUEST_UFO: lib.TUN_F_UFO,
     VIRTIO_NET_F_GUEST_USO4: lib.TUN_F_USO4,
     VIRTIO_NET_F_GUEST_USO6: lib.TUN_F_USO6,
+    VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO: lib.TUN_F_UDP_TUNNEL_GSO,
+    VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_CSUM: lib.TUN_F_UDP_TUNNEL_GSO_CSUM,
 }
 USO = lib.TUN_F_USO4 | lib.TUN_F_USO6  # the kernel takes both or none
+TUNNEL = lib.TUN_F_UDP_TUNNEL_GSO | lib.TUN_F_UDP_TUNNEL_GSO_CSUM
 #: What any tap with IFF_VNET_HDR accepts from us: offloads, and headers with room for a hash.
 HOST_FEATURES = (
     VIRTIO_NET_F_CSUM,
@@ -374,6 +381,9 @@ class Tap:
             mask |= sum(1 << bit for bit, flag in OFFLOADS.items() if flags & flag)
             if flags & USO:
                 mask |= 1 << VIRTIO_NET_F_HOST_USO
+            if flags & TUNNEL:
+                mask |= 1 << VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO
+                mask |= 1 << VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO_CSUM
             self._features = mask
         return self._features | (1 << VIRTIO_NET_F_RSS if self._steers else 0)
 
@@ -431,6 +441,9 @@ class Tap:
             flags &= ~lib.TUN_F_TSO_ECN
         if flags & USO != USO:
             flags &= ~USO
+        plain = lib.TUN_F_TSO4 | lib.TUN_F_TSO6 | USO
+        if not (flags & plain and flags & lib.TUN_F_UDP_TUNNEL_GSO):
+            flags &= ~TUNNEL
         self._wanted.offloads = flags
         self._set(lib.TUNSETOFFLOAD, flags, f"offloads {flags:#x}")
 

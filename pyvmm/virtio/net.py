@@ -36,6 +36,10 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_GUEST_HDRLEN,
     VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO,
+    VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_CSUM,
+    VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_CSUM_MAPPED,
+    VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_MAPPED,
     VIRTIO_NET_F_GUEST_UFO,
     VIRTIO_NET_F_GUEST_USO4,
     VIRTIO_NET_F_GUEST_USO6,
@@ -110,8 +114,15 @@ GUEST_OFFLOADS = sum(
         VIRTIO_NET_F_GUEST_UFO,
         VIRTIO_NET_F_GUEST_USO4,
         VIRTIO_NET_F_GUEST_USO6,
+        VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO,
+        VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_CSUM,
     )
 )
+#: Bits of that command which stand for features beyond the first 64.
+MAPPED_OFFLOADS = {
+    VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_MAPPED: VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO,
+    VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_CSUM_MAPPED: VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_CSUM,
+}
 #: Features that bring the last fields of the configuration space, and flows told apart.
 HASHED = 1 << VIRTIO_NET_F_RSS | 1 << VIRTIO_NET_F_HASH_REPORT
 #: Features of which each brings more than one queue pair.
@@ -529,11 +540,14 @@ class NetDevice(ServedDevice):
         self.resume()
 
     def set_offloads(self, offloads: int) -> bool:
-        """Have the host send what ``offloads`` (GUEST_* bits) allows; False if that was not
-        negotiated.
+        """Have the host send what ``offloads`` allows, GUEST_* bits as the command has them; False
+        if that was not negotiated.
 
         :raises PyvmmError: the host's side refuses, or the data path does not start again.
         """
+        for bit, feature in MAPPED_OFFLOADS.items():
+            if offloads >> bit & 1:
+                offloads += (1 << feature) - (1 << bit)
         if offloads & ~(self.driver_features & GUEST_OFFLOADS):
             return False
         changed, self._offloads = offloads != self._offloads, offloads

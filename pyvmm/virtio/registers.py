@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pyvmm.virtio.device import Queue, VirtioDevice
 
 WORD = 0xFFFFFFFF
+#: Words of 32 feature bits that there are; the others read as 0.
+FEATURE_WORDS = 4
 
 
 class Register:
@@ -152,14 +154,14 @@ class ModernRegisters(RegisterTable):
 
     def _offered_word(self) -> int:
         select = self._device_select
-        return self._device.offered() >> 32 * select & WORD if select < 2 else 0
+        return self._device.offered() >> 32 * select & WORD if select < FEATURE_WORDS else 0
 
     def _chosen_word(self) -> int:
         select = self._driver_select
-        return self._device.driver_features >> 32 * select & WORD if select < 2 else 0
+        return self._device.driver_features >> 32 * select & WORD if select < FEATURE_WORDS else 0
 
     def _choose_word(self, value: int) -> None:
-        if self._driver_select < 2:
+        if self._driver_select < FEATURE_WORDS:
             self._device.set_features(32 * self._driver_select, value)
 
     # --- the selected virtqueue -------------------------------------------------------------------

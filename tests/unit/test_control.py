@@ -236,6 +236,26 @@ def test_offloads_reach_the_port(rig: Rig) -> None:
     assert rig.cable.offloads == [OFFLOADS, csum, csum]  # what is in force, not what was negotiated
 
 
+def test_offloads_beyond_the_first_64_features() -> None:
+    """GUEST_UDP_TUNNEL_GSO is bit 65; the command has 64 bits, in which 46 stands for it."""
+    tunnel, csum = bits("VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO"), bits("VIRTIO_NET_F_GUEST_CSUM")
+    mapped = bits("VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_MAPPED")
+    more = bits("VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_CSUM_MAPPED")
+    command = VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET
+    for features in (ALL | tunnel, ALL):
+        with Rig(features=features, more=tunnel) as rig:
+            chosen = tunnel & features
+            assert rig.device.in_force & tunnel == chosen
+            assert rig.cable.header == (24 if chosen else 12)
+            for offloads, answer in (
+                (0, VIRTIO_NET_OK),
+                (csum | mapped, VIRTIO_NET_OK if chosen else VIRTIO_NET_ERR),
+                (mapped | more, VIRTIO_NET_ERR),
+            ):
+                assert rig.command(*command, struct.pack("<Q", offloads)) == answer
+            assert rig.device.in_force & (tunnel | csum) == (tunnel | csum if chosen else 0)
+
+
 @pytest.mark.parametrize("negotiated", [True, False])
 def test_headers_pass_if_the_driver_may_switch_checksums_on(negotiated: bool) -> None:
     """Without a stop of the data path, and also for frames that have been in the tap since

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pyvmm.errors import UsageError
-from pyvmm.netopt import GROUPS, Net, mac_text, parse_mac
+from pyvmm.netopt import GROUPS, Net, mac_text, mask, parse_mac
 from tests.driver import bits
 
 
@@ -33,6 +33,10 @@ def test_defaults() -> None:
             "VIRTIO_NET_F_RSS",
             "VIRTIO_NET_F_HASH_REPORT",
             "VIRTIO_NET_F_DEVICE_STATS",
+            "VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO",
+            "VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_CSUM",
+            "VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO",
+            "VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO_CSUM",
         ),
     )
     assert Net.parse("none").mode == "none" and Net().mode == "emulated"
@@ -225,3 +229,10 @@ def test_the_back_end_s_user() -> None:
     for text in ("vhost-user,peer=7", "emulated,peer=7", "vhost-user,socket=/s,peer=4294967295"):
         with pytest.raises(UsageError):
             Net.parse(text)
+
+
+def test_a_host_that_is_too_old() -> None:
+    net = Net.parse("emulated,with=tunnel-gso")
+    with pytest.raises(UsageError, match=r"emulated has on Linux 6\.17 or later"):
+        net.check_offer("emulated", bits("VIRTIO_NET_F_HOST_TSO4"))
+    net.check_offer("emulated", mask(["tunnel-gso"]))

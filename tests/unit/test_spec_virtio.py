@@ -38,6 +38,15 @@ NOT_IN_HEADERS = {
         for kind in ("BASIC", "CSUM", "GSO")
     ),
     "VIRTIO_NET_STATS_TYPE_CVQ",
+    *(
+        f"VIRTIO_NET_F_{way}_UDP_TUNNEL_GSO{kind}"
+        for way in ("GUEST", "HOST")
+        for kind in ("", "_CSUM", "_MAPPED", "_CSUM_MAPPED")
+    ),
+    "VIRTIO_NET_HDR_V1_HASH_TUNNEL_SIZE",
+    "VIRTIO_NET_HDR_F_UDP_TUNNEL_CSUM",
+    "VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV4",
+    "VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV6",
 }
 
 

@@ -44,6 +44,12 @@ USO = [
     virtio_net.VIRTIO_NET_F_GUEST_USO6,
     virtio_net.VIRTIO_NET_F_HOST_USO,
 ]
+TUNNELS = [
+    virtio_net.VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO,
+    virtio_net.VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO_CSUM,
+    virtio_net.VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO,
+    virtio_net.VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO_CSUM,
+]
 GSO = [
     virtio_net.VIRTIO_NET_F_GUEST_CSUM,
     virtio_net.VIRTIO_NET_F_GUEST_TSO4,
@@ -449,9 +455,11 @@ def test_offloads_that_lack_what_they_require_are_not_asked_for(namespace: Names
 def test_the_tap_has_all_offloads(namespace: Namespace) -> None:
     features = namespace.tap.features()
     assert features >> virtio_net.VIRTIO_NET_F_CSUM & 1
-    assert not features & ~mask(*range(15), *USO, virtio_net.VIRTIO_NET_F_HASH_REPORT)
+    known = mask(*range(15), *USO, *TUNNELS, virtio_net.VIRTIO_NET_F_HASH_REPORT)
+    assert not features & ~known
     assert not mask(*GSO) & ~features
     assert features & mask(*USO) in (0, mask(*USO))
+    assert features & mask(*TUNNELS) in (0, mask(*TUNNELS))
 
 
 def test_datagrams_in_segments(namespace: Namespace) -> None:
@@ -493,6 +501,74 @@ def test_datagrams_in_segments(namespace: Namespace) -> None:
         guest.driver.tx.publish()
         got = [s.recv(2000) for _ in range(10)]
         assert [len(d) for d in got] == [700] * 10 and b"".join(got) == data
+
+
+def test_segments_in_a_tunnel(namespace: Namespace) -> None:
+    """VXLAN both ways: one frame for several datagrams, with a header that tells where the inner
+    headers are. A header whose offsets are nowhere is dropped.
+    """
+    tap = namespace.tap
+    if not tap.features() & mask(*TUNNELS):
+        pytest.skip("this kernel's taps have no segments in tunnels (Linux 6.17)")
+    script = """
+        ip link add vx0 address 02:00:00:00:09:01 type vxlan id 7 remote 192.168.91.2 \\
+            dstport 4789 dev tap0 udpcsum
+        ip addr add 10.9.0.1/24 dev vx0 && ip link set vx0 up
+        ip neigh replace 10.9.0.2 lladdr 02:00:00:00:09:02 dev vx0"""
+    namespace.run(["sh", "-ec", script], check=True)
+    with contextlib.ExitStack() as stack:
+        acked = mask(*GSO, *USO[:2], *TUNNELS)
+        tap.set_header(header_size(acked))
+        guest = Guest(namespace, acked)
+        stack.callback(guest.close)
+        s = stack.enter_context(namespace.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        s.bind(("10.9.0.1", 5000))
+        s.settimeout(5)
+        s.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 700)
+        data = os.urandom(7000)
+
+        def tunnelled() -> list[bytes]:
+            guest.driver.poll()
+            return [p for p in guest.driver.received if data[-700:] in p]
+
+        s.sendto(data, ("10.9.0.2", 4000))
+        assert wait_for(lambda: len(tunnelled()) == 1)
+        (packet,) = tunnelled()
+        kind = virtio_net.VIRTIO_NET_HDR_GSO_UDP_L4 | virtio_net.VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV4
+        flags = virtio_net.VIRTIO_NET_HDR_F_NEEDS_CSUM | virtio_net.VIRTIO_NET_HDR_F_UDP_TUNNEL_CSUM
+        assert packet[:2] == bytes([flags, kind]) and packet[4:6] == struct.pack("<H", 700)
+        # 14 + 20 to the outer UDP header, 8 + 8 + 14 more to the inner IP header.
+        assert packet[12:24] == bytes(8) + struct.pack("<HH", 34, 64) and packet[-7000:] == data
+        # Without the offload, the host cuts, and there is no tunnel to point at.
+        tap.set_offloads(guest.acked & ~mask(*TUNNELS[:2]))
+        guest.driver.received.clear()
+        s.sendto(data, ("10.9.0.2", 4000))
+        assert wait_for(lambda: tunnelled() and len(guest.driver.received) >= 10)
+        assert all(len(p) < 1500 and p[12:24] == bytes(12) for p in guest.driver.received)
+
+        def datagram(source: bytes, target: bytes, ports: tuple[int, int], body: bytes) -> bytes:
+            udp = struct.pack(">HHHH", *ports, 8 + len(body), 0)
+            ip = struct.pack(">BBHHHBBH", 0x45, 0, 28 + len(body), 1, 0, 64, 17, 0)
+            ip += source + target
+            pseudo = ip[12:20] + struct.pack(">BBH", 0, 17, 8 + len(body))
+            udp = udp[:6] + struct.pack(">H", ~checksum(pseudo) & 0xFFFF)
+            return ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:] + udp + body
+
+        inner = bytes.fromhex("020000000901 020000000902 0800")
+        inner += datagram(bytes([10, 9, 0, 2]), bytes([10, 9, 0, 1]), (4000, 5000), data)
+        vxlan = struct.pack(">II", 0x08000000, 7 << 8) + inner
+        outer = mac_of(namespace) + Guest.MAC + b"\x08\0"
+        outer += datagram(Guest.IP, Guest.HOST, (4789, 4789), vxlan)
+        outer = outer[:40] + bytes(2) + outer[42:]  # no checksum outside
+        needs, dropped = virtio_net.VIRTIO_NET_HDR_F_NEEDS_CSUM, [(34, 9000), (60000, 64), (64, 34)]
+        for offsets in (*dropped, (0, 0), (34, 64)):
+            header = struct.pack("<BBHHHHH", needs, kind, 92, 700, 84, 6, 0)
+            guest.driver.queue(outer, header=header + bytes(8) + struct.pack("<HH", *offsets))
+        guest.driver.tx.publish()
+        got = [s.recv(2000) for _ in range(10)]
+        assert [len(d) for d in got] == [700] * 10 and b"".join(got) == data
+        assert wait_for(lambda: guest.path.counters()["tx_packets"] >= 1)
+        assert guest.path.counters()["tx_drop_error"] == len(dropped) + 1
 
 
 def test_a_hash_before_each_frame(namespace: Namespace) -> None:

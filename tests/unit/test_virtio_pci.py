@@ -247,6 +247,7 @@ def test_negotiation_fails_where_it_must(rig: Rig) -> None:
     d = rig.driver()
     assert not d.negotiate(d.offered() & ~VERSION_1)
     assert not d.negotiate(d.offered() | 1 << 36)  # ORDER_PLATFORM
+    assert not d.negotiate(d.offered() | 1 << 127)
     d.set("driver_feature_select", 5)
     assert d.negotiate(VERSION_1)
 
