@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 SIZE = 4
 PAGE = 4096
 DESC, AVAIL, USED, COMMAND, ANSWER = 0, 256, 512, PAGE, PAGE - 8
+USED_EVENT = AVAIL + 4 + 2 * SIZE
 #: Bytes of our memory: the ring's page, and the longest command.
 MEMORY = 2 * PAGE
 #: Seconds that a device has for one command.
@@ -130,6 +131,8 @@ class ControlQueue:
         )
         self._next = self._next + 1 & 0xFFFF
         memory[AVAIL + 4 : AVAIL + 4 + 2 * SIZE] = bytes(2 * SIZE)  # each entry: chain 0
+        # used_event, by which a device with EVENT_IDX knows that this answer is waited for
+        memory[USED_EVENT : USED_EVENT + 2] = (self._next - 1 & 0xFFFF).to_bytes(2, "little")
         memory[AVAIL + 2 : AVAIL + 4] = self._next.to_bytes(2, "little")
         self._kick.nudge()
         until = time.monotonic() + ANSWER_S

@@ -19,7 +19,7 @@ from pyvmm._ext import ffi, lib
 from pyvmm.backend import vduse
 from pyvmm.datapath import vdpa_device
 from pyvmm.datapath.base import RxFilter
-from pyvmm.datapath.vdpa_control import MEMORY, commands, free_address
+from pyvmm.datapath.vdpa_control import MEMORY, ControlQueue, commands, free_address
 from pyvmm.datapath.vdpa_device import Vdpa
 from pyvmm.datapath.vhost_vdpa import VhostVdpa, facts
 from pyvmm.errors import UsageError, VdpaError
@@ -156,6 +156,29 @@ def test_what_the_control_queue_is_told() -> None:
         (2, 0, b"\1\0"),
         (2, 1, b"\x09\0"),
     ]
+
+
+def test_the_control_queue_asks_for_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With EVENT_IDX a device interrupts for the answer that used_event names, and no other."""
+    device = PipeDevice()
+    monkeypatch.setattr(device, "set_ring", lambda index, ring: None)
+    queue = ControlQueue(device, [])
+    queue.attach(2, 0)
+    waited_for = []
+
+    def answer() -> None:
+        """The device's part: AVAIL at 256, used_event behind its ring, USED at 512."""
+        ring = queue._map
+        waited_for.append(struct.unpack_from("<H", ring, 256 + 4 + 2 * 4)[0])
+        ring[512 + 2 : 512 + 4] = ring[256 + 2 : 256 + 4]
+        ring[4096 - 8] = 0
+
+    monkeypatch.setattr(queue, "_kick", SimpleNamespace(nudge=answer, close=queue._kick.close))
+    for _ in range(3):
+        queue.command(0, 0, b"\1")
+    assert waited_for == [0, 1, 2]
+    queue.close()
+    device.close()
 
 
 NET = bits("VIRTIO_F_VERSION_1", "VIRTIO_NET_F_MAC", "VIRTIO_NET_F_MTU")
