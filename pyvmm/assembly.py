@@ -480,6 +480,7 @@ class Parts:
             device,
             PCI_CLASS_NETWORK_ETHERNET,
             notify=net.notify,
+            notify_pages=net.may_offload,
             transitional=VIRTIO_TRANS_ID_NET if net.legacy else None,
         )
 

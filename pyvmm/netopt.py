@@ -324,6 +324,13 @@ class Net:
         own = {"vhost-user": self.socket, "vhost-vdpa": self.device}
         return any(not own.get(mode) for mode in (self.mode, *self.switchable))
 
+    @property
+    def may_offload(self) -> bool:
+        """Whether a vDPA device of somebody else's may serve the card, which may have pages for
+        kicks.
+        """
+        return bool(self.device) and "vhost-vdpa" in (self.mode, *self.switchable)
+
     def switched(self, to: str | Net) -> Net:
         """This card with another data path.
 

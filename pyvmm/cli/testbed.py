@@ -72,7 +72,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vdpa-sim",
         action="store_true",
-        help="with setup: build the module vdpa_sim_net, for which 170 MB are fetched",
+        help="with setup: build vdpa_sim_net and vp_vdpa, for which 170 MB are fetched",
+    )
+    parser.add_argument(
+        "--vdpa-card",
+        action="store_true",
+        help="an IOMMU, and a PCI network card for the driver vp_vdpa with a cable to another card",
     )
     parser.add_argument(
         "--name", help="name of the testbed (default: $PYVMM_TESTBED, else default)"
@@ -112,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         memory=_size(args.memory),
         kernel=args.kernel_version,
         writable=args.writable,
+        vdpa_card=args.vdpa_card,
         watchdog=args.watchdog,
         progress=_progress(args.quiet),
     )

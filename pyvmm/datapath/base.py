@@ -308,6 +308,10 @@ class OnUplink:
     def set_rx_filter(self, rx: RxFilter) -> None:
         """Not this path's business."""
 
+    def doorbells(self) -> dict[int, int]:
+        """There are none."""
+        return {}
+
     def bound(self) -> str:
         """Nothing binds the rings."""
         return ""
@@ -433,6 +437,12 @@ class DataPath(RingServer, Protocol):
     def set_rx_filter(self, rx: RxFilter) -> None:
         """What the driver wants to receive has changed; told before each ``start``, too. Best
         effort. Paths on the card's tap leave it to the tap.
+        """
+
+    def doorbells(self) -> dict[int, int]:
+        """The notification pages of the rings that are being served: by virtqueue, our address of
+        a page (4096 bytes) to which the guest may write its kicks in place of the eventfd. Valid
+        until ``stop`` is called; empty for most paths.
         """
 
     def bound(self) -> str:

@@ -8,6 +8,7 @@ addresses, which the device translates by the mappings that it has been told (IO
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import resource
 import time
@@ -15,6 +16,7 @@ import time
 from pyvmm._ext import ffi, lib
 from pyvmm.datapath.vhost_device import VhostFd
 from pyvmm.errors import HostError, VdpaError
+from pyvmm.memory import PAGE
 from pyvmm.spec.virtio import (
     VIRTIO_CONFIG_S_ACKNOWLEDGE,
     VIRTIO_CONFIG_S_DRIVER,
@@ -234,6 +236,17 @@ class Vdpa(VhostFd):
             return 0
         self.state("VHOST_VDPA_SET_GROUP_ASID", group, 1)
         return 1
+
+    def doorbell(self, index: int) -> mmap.mmap | None:
+        """The page of ring ``index`` to which kicks may be written, if the device has one for it
+        alone; owned by the caller. The kernel lets nobody read it.
+        """
+        try:
+            return mmap.mmap(
+                self.fileno(), PAGE, mmap.MAP_SHARED, mmap.PROT_WRITE, offset=PAGE * index
+            )
+        except OSError:  # no such pages, or several rings share one
+            return None
 
     # --- memory -----------------------------------------------------------------------------------
 

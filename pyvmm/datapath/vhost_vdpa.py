@@ -9,11 +9,12 @@ each start, and a receive filter at each change (``datapath.vdpa_control``).
 
 from __future__ import annotations
 
+import mmap
 import select
 import threading
 import time
 
-from pyvmm._ext import lib
+from pyvmm._ext import ffi, lib
 from pyvmm.datapath.base import HandOverTimes, bug, by_pair
 from pyvmm.datapath.vdpa_control import ControlQueue
 from pyvmm.datapath.vhost_user import DATA_MASK, consistent
@@ -111,6 +112,7 @@ class VhostVdpa:
         self._control_index = -1  # while the device serves its control queue
         self._memory: GuestMemory | None = None  # mapped
         self._rings: list[Vring] = []
+        self._doorbells: dict[int, mmap.mmap] = {}  # by ring, once they were needed
         self._events: PathEvents | None = None
         self._watcher: threading.Thread | None = None
         self._totals = {
@@ -171,6 +173,21 @@ class VhostVdpa:
     def _tells(self) -> bool:
         """Whether the device tells exact positions of its rings."""
         return self._device.suspends or self._packets is not None
+
+    def doorbells(self) -> dict[int, int]:
+        """The device's own, if it has them."""
+        out = {}
+        for ring in self._rings:
+            page = self._doorbells.get(ring.index) or self._device.doorbell(ring.index)
+            if page is None:
+                return {}
+            self._doorbells[ring.index] = page
+            with ffi.from_buffer(page) as buffer:
+                out[ring.index] = int(ffi.cast("uintptr_t", buffer))
+            # A kick to no purpose makes the page present. KVM could not fault it in for a guest
+            # that reads, as we may only write there.
+            ffi.cast("volatile uint16_t *", out[ring.index])[0] = ring.index
+        return out
 
     def bound(self) -> str:
         """See ``DataPath``: without SUSPEND nobody knows which packets were sent."""
@@ -460,6 +477,7 @@ class VhostVdpa:
             "queue_size_max": device.size_max,
             "iova": list(device.iova),
             "address_spaces": device.spaces,
+            "notification_pages": len(self._doorbells),
         }
 
     def cut(self) -> None:
@@ -472,6 +490,8 @@ class VhostVdpa:
         try:
             self.stop()
         finally:
+            for page in self._doorbells.values():
+                page.close()
             self._device.close()  # which takes the memory from it
             if self._control is not None:
                 self._control.close()

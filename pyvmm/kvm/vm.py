@@ -9,6 +9,7 @@ from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, MemoryShort
 from pyvmm.fd import EventFd, Fd
 from pyvmm.kvm import Kvm, ioctl
+from pyvmm.memory import PAGE
 from pyvmm.spec.platform import (
     GSI_MSI_BASE,
     GSI_PCI_BASE,
@@ -47,6 +48,8 @@ class Vm:
         self._next_gsi = GSI_MSI_BASE
         self._msi: dict[int, tuple[int, int]] = {}
         self._lines: dict[int, Any] = {}
+        self._free_slots: list[int] = []
+        self._next_slot = len(memory.regions)
         #: For traces: a ``kvm.recorder.Scope`` that gets ioeventfds, irqfds and routes, or None.
         self.recorder: Any = None
         self._create()
@@ -230,6 +233,42 @@ class Vm:
         arg = ffi.new("struct kvm_irq_level *")
         arg.irq, arg.level = gsi, level
         ioctl(self.fileno(), "KVM_IRQ_LINE", arg)
+
+    # --- pages of devices ---------------------------------------------------------------------
+
+    def map_page(self, gpa: int, host: int) -> int:
+        """Let the guest reach a page of ours (4096 bytes) at ``gpa`` without an exit; returns the
+        memory slot, for ``unmap_page``.
+
+        :raises HostError: KVM refuses; memory of the guest's may be in the way.
+        """
+        slot = self._free_slots.pop() if self._free_slots else self._next_slot
+        try:
+            self._set_page(slot, gpa, host, PAGE)
+        except HostError:
+            if slot != self._next_slot:
+                self._free_slots.append(slot)
+            raise
+        self._next_slot = max(self._next_slot, slot + 1)
+        return slot
+
+    def unmap_page(self, slot: int) -> None:
+        """Take a page back. No vCPU reaches it any more when this returns.
+
+        :raises HostError: KVM refuses.
+        """
+        self._set_page(slot, 0, 0, 0)
+        self._free_slots.append(slot)
+
+    def _set_page(self, slot: int, gpa: int, host: int, size: int) -> None:
+        region = ffi.new("struct kvm_userspace_memory_region *")
+        region.slot, region.guest_phys_addr = slot, gpa
+        region.memory_size, region.userspace_addr = size, host
+        begin = time.monotonic_ns()
+        ioctl(self.fileno(), "KVM_SET_USER_MEMORY_REGION", region)
+        self._record(
+            "KVM_SET_USER_MEMORY_REGION", begin, {"slot": slot, "address": gpa, "size": size}
+        )
 
     # --- kicks ------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
-"""The kernel's vDPA simulator (vdpa_sim_net), which Debian does not ship: built from Debian's
-source for a 6.12 kernel in our cache, where modprobe finds it in L1.
+"""The kernel's vDPA simulator (vdpa_sim_net) and its driver for PCI cards (vp_vdpa), which Debian
+does not ship: built from Debian's source for a 6.12 kernel in our cache, where modprobe finds them
+in L1.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 
 #: The series whose cloud kernel has vDPA, vhost_vdpa and VDUSE.
 SERIES = "6.12"
-#: The modules, in load order: the simulator needs vringh, which Debian's configuration leaves out.
-MODULES = ("vringh", "vdpa_sim", "vdpa_sim_net")
+#: The modules; each comes after those that it needs: the simulator needs vringh, which Debian's
+#: configuration leaves out.
+MODULES = ("vringh", "vdpa_sim", "vdpa_sim_net", "vp_vdpa")
 SOURCES = {
     "drivers/vhost": ("vringh.c",),
     "drivers/vdpa/vdpa_sim": ("vdpa_sim.c", "vdpa_sim.h", "vdpa_sim_net.c"),
+    "drivers/vdpa/virtio_pci": ("vp_vdpa.c",),
 }
 
 
@@ -86,7 +89,7 @@ def _source(apt: Apt, into: Path) -> Path:
     members = [f"{name}/{place}/{file}" for place, files in SOURCES.items() for file in files]
     archive = str(into / "usr" / "src" / f"{name}.tar.xz")
     _run(["tar", "-xJf", archive, "-C", str(work), "--strip-components=3", *members])
-    for nested in work.glob("vdpa_sim/*"):
+    for nested in work.glob("*/*.[ch]"):
         nested.rename(work / nested.name)
     objects = " ".join(f"{module}.o" for module in MODULES)
     (work / "Makefile").write_text(f"obj-m := {objects}\n")

@@ -40,6 +40,15 @@ CPU = (
 # Without tsc=reliable, L1's clock would fall back to the HPET. loglevel=4 keeps the console short
 # because each character on it is an exit to QEMU.
 CMDLINE = "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable cryptomgr.notests"
+# A card that the driver vp_vdpa can take: behind an IOMMU that snoops, without which vhost-vdpa
+# refuses it, and with a page per virtqueue for kicks. It has a cable to a card of L1's own.
+VDPA_CARD = [
+    "-device", "intel-iommu,intremap=off,snoop-control=on",
+    "-netdev", "hubport,id=cable0,hubid=0", "-netdev", "hubport,id=cable1,hubid=0",
+    "-device", ("virtio-net-pci,netdev=cable0,mac=52:54:11:22:44:01,addr=1c.0,romfile=,"
+                "iommu_platform=on,disable-legacy=on,page-per-vq=on"),
+    "-device", "virtio-net-pci,netdev=cable1,mac=52:54:11:22:44:02,addr=1d.0,romfile=",
+]  # fmt: skip
 BOOT_TIMEOUT = 120.0  # seconds
 PING_EVERY = 1.0  # seconds
 CONSOLE_KEPT = 64 << 10  # bytes of L1's console that are kept for the log
@@ -164,6 +173,7 @@ class Supervisor:
         if any(c.isspace() for c in python):
             python = "/usr/bin/python3"
         memory = self.options["memory"] >> 20
+        cards, more = (VDPA_CARD, " intel_iommu=on") if self.options["vdpa_card"] else ([], "")
         argv = [
             *self.qemu.argv, "-nodefaults", "-no-user-config",
             "-display", "none", "-no-reboot", "-name", "pyvmm-testbed",
@@ -180,7 +190,8 @@ class Supervisor:
             "-chardev", f"socket,id=console,fd={console_qemu.fileno()}",
             "-serial", "chardev:console",
             "-chardev", f"socket,id=qmp,fd={qmp_qemu.fileno()}", "-mon", "chardev=qmp,mode=control",
-            "-kernel", vmlinux, "-initrd", initrd, "-append", f"{CMDLINE} l1python={python}",
+            "-kernel", vmlinux, "-initrd", initrd, "-append", f"{CMDLINE} l1python={python}{more}",
+            *cards,
         ]  # fmt: skip
         fds = [s.fileno() for s in (root, work, port_qemu, console_qemu, qmp_qemu)]
         self.vm = self.spawn(argv, fds, None)
@@ -529,6 +540,7 @@ class Supervisor:
             "cpus": self.cpus,
             "memory": self.options["memory"],
             "writable": self.options["writable"],
+            "vdpa_card": self.options["vdpa_card"],
             "running": len(self.channels),
             "commands": self.commands,
             "notes": self.notes,

@@ -92,6 +92,8 @@ class Testbed:
     :param kernel: a prefix of the version of Debian's cloud kernel, such as "6.1" or "6.12".
     :param writable: directories that commands may write besides ``default_writable``. The root
         directory is ignored.
+    :param vdpa_card: L1 has an IOMMU and two network cards that are joined by a cable: one for its
+        driver vp_vdpa, and the other one as the peer.
     :param watchdog: seconds without a sign of life after which L1 counts as hung.
     :param progress: called with each line of progress.
     :raises TestbedError: the name is not a valid one.
@@ -107,6 +109,7 @@ class Testbed:
         memory: int = 0,
         kernel: str | None = None,
         writable: Sequence[str] = (),
+        vdpa_card: bool = False,
         watchdog: float = 30.0,
         progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -117,6 +120,7 @@ class Testbed:
             )
         self.cpus, self.memory, self.kernel, self.watchdog = cpus, memory, kernel, watchdog
         self.writable = list(writable)
+        self.vdpa_card = vdpa_card
         self.progress = progress or (lambda text: None)
         self._tether = -1
         self._child: subprocess.Popen[bytes] | None = None
@@ -248,6 +252,7 @@ class Testbed:
             "memory": self.memory or DEFAULT_MEMORY,
             "kernel": self.kernel,
             "writable": writable,
+            "vdpa_card": self.vdpa_card,
             "watchdog": self.watchdog,
             "tether": None,
         }
@@ -391,6 +396,8 @@ class Testbed:
                 raise TestbedError(f"the running testbed has {has} {what}", hint)
         if self.kernel and not f"{status['kernel']}.".startswith(f"{self.kernel}."):
             raise TestbedError(f"the running testbed has Linux {status['kernel']}", hint)
+        if self.vdpa_card and not status["vdpa_card"]:
+            raise TestbedError("the running testbed has no card for vp_vdpa", hint)
         shared = status["writable"]
         for path in self.writable:
             if not any(is_below(os.path.realpath(path), d) for d in shared):

@@ -164,6 +164,11 @@ class Transport(Protocol):
     def queue_reset(self, q: Queue) -> None:
         """A virtqueue is about to be cleared, and the device goes on; the I/O lock is held."""
 
+    def set_doorbells(self, pages: dict[int, int]) -> None:
+        """Map these pages (``DataPath.doorbells``) where the driver kicks, and no others: once this
+        has returned, the guest reaches no page of before. The I/O lock is held.
+        """
+
     def interrupt_config(self) -> None:
         """Tell the driver that the configuration has changed. Any thread."""
 
@@ -179,6 +184,9 @@ class Unplugged:
 
     def queue_reset(self, q: Queue) -> None:
         """Nothing to do."""
+
+    def set_doorbells(self, pages: dict[int, int]) -> None:
+        """Nobody kicks."""
 
     def interrupt_config(self) -> None:
         """Nobody listens."""

@@ -249,6 +249,9 @@ class VirtioMmio:
     def queue_reset(self, q: Queue) -> None:
         """A virtqueue has nothing in the transport that a reset would change."""
 
+    def set_doorbells(self, pages: dict[int, int]) -> None:
+        """None: one register takes the kicks of all virtqueues. They go on by the eventfds."""
+
     def device_reset(self) -> None:
         """The driver reset the device: selectors and InterruptStatus go back (4.2.2.1)."""
         self.registers.reset()

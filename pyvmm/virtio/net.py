@@ -443,9 +443,21 @@ class NetDevice(ServedDevice):
         """The control queue may have been kicked meanwhile."""
         self._serve_control()
 
+    def started(self) -> None:
+        """A device of the host's may take the kicks itself."""
+        self._map_doorbells(self.datapath.doorbells())
+
+    def before_stop(self) -> None:
+        """Kicks gather in the eventfds from now on."""
+        self._map_doorbells({})
+
     def stopped(self) -> None:
         """What the virtqueues have counted stays."""
         self.statistics.add(self.datapath.ring_counters())
+
+    def _map_doorbells(self, pages: dict[int, int]) -> None:
+        with self._lock:
+            self._transport.set_doorbells(pages)
 
     # --- another data path ------------------------------------------------------------------------
 

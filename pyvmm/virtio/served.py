@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class ServedDevice(VirtioDevice):
-    """Base of devices with a data path. A subclass may override ``before_start``, ``stopped``
-    and ``gone_on``.
+    """Base of devices with a data path. A subclass may override ``before_start``, ``started``,
+    ``before_stop``, ``stopped`` and ``gone_on``.
 
     :param datapath: serves the virtqueues; owned from here on.
     :param queue_sizes, jobs, lock: see ``VirtioDevice``. :ivar datapath: in force.
@@ -65,6 +65,12 @@ class ServedDevice(VirtioDevice):
 
         :raises PyvmmError: it cannot.
         """
+
+    def started(self) -> None:
+        """The data path serves the virtqueues."""
+
+    def before_stop(self) -> None:
+        """The data path is about to be stopped, if it runs."""
 
     def stopped(self) -> None:
         """The data path has let go of the virtqueues."""
@@ -156,6 +162,7 @@ class ServedDevice(VirtioDevice):
         listener = PathListener(self, hold=hold)
         self.before_start(rings, acked)
         self.datapath.start(acked, self.memory, rings, listener, patience=patience)
+        self.started()
         self._serving = [ring.index for ring in rings]
         self._listener = listener
         if self.recorder is not None:
@@ -175,6 +182,7 @@ class ServedDevice(VirtioDevice):
         serving, self._serving = self._serving, []
         listener, self._listener = self._listener, None
         begin = time.monotonic_ns()
+        self.before_stop()
         try:
             bases = self.datapath.stop(finish=finish, patience=patience)
         finally:

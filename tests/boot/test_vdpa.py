@@ -13,11 +13,13 @@ import pytest
 
 from pyvmm.testbed import simulator
 from pyvmm.testbed.testbed import Testbed
+from pyvmm.virtio.pci.transport import NOTIFY_PAGES
 from tests.boot.guest import (
     PYVMM,
     Guest,
     Host,
     check_ping,
+    check_tcp,
     check_traffic,
     exits_by_device,
     nic_address,
@@ -36,6 +38,19 @@ STATISTICS = (
     "cat /sys/class/net/eth0/statistics/tx_packets /sys/class/net/eth0/statistics/rx_packets"
 )
 DEVICES = "ls /dev/vduse /sys/bus/vdpa/devices"
+#: By number as ``nic_address`` has it: no address of a tap here.
+CABLE = 40
+#: A card on L1's PCI bus becomes a vDPA device; the other end of its cable gets an address.
+CARD = f"""
+card=0000:00:1c.0
+echo $card >/sys/bus/pci/devices/$card/driver/unbind
+echo vp-vdpa >/sys/bus/pci/devices/$card/driver_override
+echo $card >/sys/bus/pci/drivers_probe
+vdpa dev add name card1 mgmtdev pci/$card
+peer=$(ls /sys/bus/pci/devices/0000:00:1d.0/virtio*/net)
+ip addr add {nic_address(CABLE, "host")}/24 dev $peer; ip link set $peer up
+"""
+KICKS = "/sys/kernel/tracing/instances/kicks"
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +58,13 @@ def vdpa() -> Iterator[Host]:
     """A second testbed, with Linux 6.12 and its vDPA modules."""
     version = simulator.setup(print)
     name = f"{os.environ.get('PYVMM_TESTBED', 'default')}-vdpa"
-    with Testbed(name, kernel=version) as bed:
+    with Testbed(name, kernel=version, vdpa_card=True) as bed:
         host = Host(bed)
         host.sh(
-            "modprobe -a vhost_vdpa vduse vdpa_sim_net; vdpa dev show sim0 2>/dev/null ||"
-            f" vdpa dev add mgmtdev vdpasim_net name sim0 mac {SIM_MAC}"
+            "modprobe -a vhost_vdpa vduse vdpa_sim_net vp_vdpa virtio_net; vdpa dev show sim0"
+            f" 2>/dev/null || vdpa dev add mgmtdev vdpasim_net name sim0 mac {SIM_MAC}"
         )
+        host.sh(f"vdpa dev show card1 2>/dev/null && exit; {CARD}")
         yield host
 
 
@@ -145,6 +161,48 @@ def test_simulator(vdpa: Host, tmp_path: Path) -> None:
     steps = [e["name"] for e in events if e["name"].startswith("VHOST_")]
     updates = [e["args"] for e in events if e["name"] == "VHOST_IOTLB_UPDATE"]
     assert {u["asid"] for u in updates} == {0, 1} and "VHOST_VDPA_SUSPEND" in steps
+
+
+class CardGuest(Guest):
+    """A guest whose peer is in the testbed's own network namespace."""
+
+    def inside(self, nic: int) -> list[str]:
+        """Any command is there."""
+        return ["env"]
+
+
+def test_card(vdpa: Host) -> None:
+    """A PCI card with a control queue and with pages for kicks, which then cause no exit at all;
+    also after a reboot, and whatever a hostile guest reads and writes there.
+    """
+    keys = f"vhost-vdpa,device=card1,guest={nic_address(CABLE, 'guest')}/24"
+    options = "--on-reboot", "restart", "--append", "iomem=relaxed"  # devmem reaches the card
+    with CardGuest(vdpa, *options, "--net", keys) as guest:
+        for megabytes in (2, 1):
+            bar = int(guest.do("head -n 1 /sys/class/net/eth0/device/../resource").split()[0], 16)
+            receive, transmit, control = (bar + NOTIFY_PAGES + 4096 * n for n in range(3))
+            vdpa.sh(
+                f"""
+                mkdir {KICKS}; cd {KICKS}/events/kvm/kvm_mmio
+                echo 'gpa >= {receive:#x} && gpa <= {control:#x}' >filter; echo 1 >enable
+                """
+            )
+            check_tcp(guest, CABLE, megabytes=megabytes)
+            guest.do("ip link set eth0 promisc on")  # a kick of the control queue
+            seen = vdpa.sh(f"grep -o 'gpa 0x[0-9a-f]*' {KICKS}/trace; rmdir {KICKS}").split("\n")
+            assert set(seen) == {f"gpa {control:#x}", ""}, seen
+            for at in (receive, receive + 2, transmit + 0xFF8):
+                for width in (8, 16, 32):
+                    guest.do(f"devmem {at:#x} {width}; devmem {at:#x} {width} 0xff")
+            reload_driver(guest)
+            guest.do(f"ip addr add {nic_address(CABLE, 'guest')}/24 dev eth0")
+            check_ping(guest, CABLE)
+            guest.type("echo b >/proc/sysrq-trigger\n")
+            guest.log_in(len(guest.stdout))
+        guest.leave()
+        nic = guest.report["nets"][0]
+        assert nic["vhost_vdpa"]["notification_pages"] == 2, nic["vhost_vdpa"]
+        assert nic["counters"]["filter_errors"] == 0 < nic["counters"]["filters"]
 
 
 def test_back_end(vdpa: Host, tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ class Device(VirtioDevice):
     def device_reset(self) -> None:
         pass
 
+    def set_doorbells(self, pages: dict[int, int]) -> None:
+        pass
+
     def queue_reset(self, q: Queue) -> None:
         self.log.append(f"queue {q.index} reset")
 

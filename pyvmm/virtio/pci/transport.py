@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from pyvmm._ext import lib
 from pyvmm.bus import MMIO, Bus, Registers
+from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
+from pyvmm.memory import PAGE
 from pyvmm.pci import Bar, PciFunction, gsi_of
 from pyvmm.pci.msix import Msix, entry_name
 from pyvmm.spec.pci import (
@@ -57,7 +59,9 @@ if TYPE_CHECKING:
 COMMON, ISR, DEVICE, NOTIFY, TABLE, PBA = 0x0000, 0x1000, 0x2000, 0x3000, 0x4000, 0x5000
 BAR_SIZE = 0x8000
 COMMON_SIZE = 60
-NOTIFY_STRIDE = 4  # notify_off_multiplier: a queue has its own address, hence its own ioeventfd
+#: notify_off_multiplier: a queue has its own address, hence its own ioeventfd. With a page for
+#: each, behind the rest of the BAR, a device of the host's can take the kicks there.
+NOTIFY_STRIDE, NOTIFY_PAGES = 4, BAR_SIZE
 
 
 class VirtioPci(PciFunction):
@@ -65,6 +69,8 @@ class VirtioPci(PciFunction):
     eventfds.
 
     :param vm, bus: lent. :param notify: "ioeventfd" or "exit".
+    :param notify_pages: each virtqueue has a page of the BAR for its kicks, which ``set_doorbells``
+        can fill; else a few bytes.
     :param transitional: the device id of a device that drivers of the legacy interface can use,
         too; then BAR 0 is in I/O space and has that interface, and BAR 1 is the memory BAR. None
         for a modern device, whose BAR 0 is the memory BAR.
@@ -78,6 +84,7 @@ class VirtioPci(PciFunction):
         class_code: int,
         *,
         notify: str = "ioeventfd",
+        notify_pages: bool = False,
         transitional: int | None = None,
     ) -> None:
         modern = transitional is None
@@ -93,7 +100,15 @@ class VirtioPci(PciFunction):
         self._memory_bar = 0 if modern else 1
         self.device = device
         self._vm = vm
-        self._kicks = Kicks(vm, device, NOTIFY_STRIDE, ioeventfd=notify == "ioeventfd")
+        self._stride, self._notify_at = NOTIFY_STRIDE, NOTIFY
+        if notify_pages:
+            self._stride, self._notify_at = PAGE, NOTIFY_PAGES
+        self._use_ioeventfd = notify == "ioeventfd"
+        self._kicks = Kicks(vm, device, self._stride, ioeventfd=self._use_ioeventfd)
+        self._doorbells: dict[int, int] = {}
+        self._doorbells_at: int | None = None  # the BAR's base
+        self._slots: list[int] = []  # of KVM, for the doorbells
+        self._refused = 0  # doorbells, by KVM
         self.config_vector = VIRTIO_MSI_NO_VECTOR
         self._config_event = EventFd()
         self._isr = Isr(f"{self.name} intx")
@@ -111,7 +126,8 @@ class VirtioPci(PciFunction):
         name, device = self.name, self.device
         self.common = CommonConfig(device, self, bus)
         self._device_config = DeviceConfig(device)
-        bar = Bar(BAR_SIZE)
+        kicks = self._stride * len(device.queues)
+        bar = Bar(1 << (max(BAR_SIZE, self._notify_at + kicks) - 1).bit_length())
         self._isr_region = bus.region(
             MMIO, 4, f"{name} isr", kind=lib.PV_REGION_ISR, opaque=self._isr.c
         )
@@ -126,7 +142,7 @@ class VirtioPci(PciFunction):
             (COMMON, common),
             (ISR, self._isr_region),
             (DEVICE, config),
-            (NOTIFY, self._notify_region),
+            (self._notify_at, self._notify_region),
             (TABLE, table),
             (PBA, bus.region(MMIO, (vectors + 63) // 64 * 8, f"{name} msix-pba", self.msix.pba)),
         ]
@@ -142,9 +158,9 @@ class VirtioPci(PciFunction):
             (
                 "notify-cfg",
                 VIRTIO_PCI_CAP_NOTIFY_CFG,
-                NOTIFY,
-                NOTIFY_STRIDE * len(device.queues),
-                NOTIFY_STRIDE.to_bytes(4, "little"),
+                self._notify_at,
+                kicks,
+                self._stride.to_bytes(4, "little"),
             ),
         ):
             fields = {**CAP_NAMES, **({16: "notify_off_multiplier"} if extra else {})}
@@ -179,6 +195,7 @@ class VirtioPci(PciFunction):
 
     def _bar_moved(self, base: int | None) -> None:
         self._set_kicks()
+        self._place_doorbells()
 
     def _set_kicks(self) -> None:
         """Kicks come at the interface that the driver uses."""
@@ -189,7 +206,35 @@ class VirtioPci(PciFunction):
         elif legacy:
             self._kicks.move((True, base + VIRTIO_PCI_QUEUE_NOTIFY, 0, 2))
         else:
-            self._kicks.move((False, base + NOTIFY, NOTIFY_STRIDE, 2))
+            self._kicks.move((False, base + self._notify_at, self._stride, 2))
+
+    def set_doorbells(self, pages: dict[int, int]) -> None:
+        """Map pages of the host's device where the driver kicks. The ioeventfds stay: they take the
+        kicks wherever no page is.
+        """
+        if pages != self._doorbells:
+            self._take_doorbells()
+            self._doorbells = pages
+            self._place_doorbells()
+
+    def _place_doorbells(self) -> None:
+        base = self.bars[self._memory_bar].base
+        if base == self._doorbells_at:
+            return
+        self._take_doorbells()
+        if base is None or self._stride != PAGE or not self._use_ioeventfd:
+            return
+        self._doorbells_at = base
+        for index, host in self._doorbells.items():
+            try:
+                self._slots.append(self._vm.map_page(base + self._notify_at + PAGE * index, host))
+            except HostError:
+                self._refused += 1  # as with the ioeventfds: the guest chose the place
+
+    def _take_doorbells(self) -> None:
+        self._doorbells_at = None
+        while self._slots:
+            self._vm.unmap_page(self._slots.pop())
 
     def regions(self) -> list[Region]:
         """All regions of the function's BARs."""
@@ -205,7 +250,7 @@ class VirtioPci(PciFunction):
     @property
     def errors(self) -> int:
         """Times that KVM or the host refused what the guest had asked of the transport."""
-        return self._kicks.errors + self._isr.errors + self.msix.errors
+        return self._kicks.errors + self._refused + self._isr.errors + self.msix.errors
 
     # --- interrupts -------------------------------------------------------------------------------
 
@@ -307,7 +352,7 @@ class VirtioPci(PciFunction):
         bar, offset, length = self.config[w + 4], self.get(w + 8, 4), self.get(w + 12, 4)
         if bar != self._memory_bar or length not in (1, 2, 4):
             return
-        if offset % length or offset + length > BAR_SIZE:
+        if offset % length or offset + length > self.bars[bar].size:
             return
         value = self.get(w + 16, length)
         for start, region in self.bars[bar].parts:
@@ -315,7 +360,7 @@ class VirtioPci(PciFunction):
             if not 0 <= at <= region.length - length:
                 continue
             if region is self._notify_region:
-                index, rest = divmod(at, NOTIFY_STRIDE)
+                index, rest = divmod(at, self._stride)
                 if write and not rest and index in self.device.own_queues():
                     self.device.notified(index)
                 elif write and not rest:
