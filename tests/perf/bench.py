@@ -31,7 +31,8 @@ import psutil
 import pyvmm
 from pyvmm.compare import counters
 from pyvmm.compare.pinning import pinned, possible
-from pyvmm.errors import HostError
+from pyvmm.datapath.vdpa_device import find as find_vdpa
+from pyvmm.errors import HostError, VdpaError
 from pyvmm.host import peers, qemu
 from pyvmm.images import find
 
@@ -42,6 +43,8 @@ BOOT_LIMIT = 40.0  # seconds
 COUNTS = ("exits", "irq_injections")
 STAGE = Path("/dev/shm/pyvmm-bench")
 SOCKET = "/run/pyvmm-bench.sock"
+#: The vDPA device that both use, and what stands for its path in a command until there is one.
+CARD, NODE = "pvbench0", "@vhost-vdpa@"
 
 
 def sh(*argv: str, check: bool = True) -> str:
@@ -88,7 +91,8 @@ def stage_pyvmm(package: Path, to: Path) -> list[str]:
 class Contestant:
     """One way to run the guest.
 
-    :param backend: a vhost-user back-end that listens at SOCKET and is started first, or nothing.
+    :param backend: a back-end, which listens at SOCKET or serves CARD, and is started first; or
+        nothing.
     """
 
     def __init__(
@@ -115,20 +119,21 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
         " vhost-net": card.replace("emulated", "vhost-net"),
         " vhost-user": f"vhost-user,socket={SOCKET},mac={MAC}",
     }
+    if args.vdpa:
+        cards[" vhost-vdpa"] = f"vhost-vdpa,device={CARD},mac={MAC}"
     ours = {"pyvmm": mine}
     if args.beside:
         ours["other"] = stage_pyvmm(Path(args.beside, "pyvmm"), STAGE / "other")
     out: list[Contestant] = []
-    backend = [*mine, "backend", "--quiet", "--socket", SOCKET, "--tap", TAP]
+    served = {
+        " vhost-user": ["backend", "--quiet", "--socket", SOCKET, "--tap", TAP],
+        " vhost-vdpa": ["backend", "--quiet", "--vduse", CARD, "--tap", TAP],
+    }
     for kind, net in cards.items():
         for name, start in ours.items():
-            served = [*start, *backend[len(mine) :]]
+            backend = [*start, *served[kind]] if kind in served else None
             out.append(
-                Contestant(
-                    name + kind,
-                    [*start, "run", "--net", net, *guest],
-                    backend=served if "vhost-user" in kind else None,
-                )
+                Contestant(name + kind, [*start, "run", "--net", net, *guest], backend=backend)
             )
     if q:
         common = peers.qemu_guest(
@@ -150,22 +155,35 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
             f"virtio-net-pci,netdev=n,mac={MAC},romfile=",
         ]
         user = ["-chardev", f"socket,id=c,path={SOCKET}", "-netdev", "vhost-user,id=n,chardev=c"]
-        out.append(Contestant("qemu q35 vhost-user", [*common, *user, *q35], backend=backend))
+        netdevs = {" vhost-user": user}
+        if args.vdpa:
+            netdevs[" vhost-vdpa"] = ["-netdev", f"vhost-vdpa,id=n,vhostdev={NODE}"]
+        for kind, netdev in netdevs.items():
+            backend = [*mine, *served[kind]]
+            out.append(Contestant(f"qemu q35{kind}", [*common, *netdev, *q35], backend=backend))
     return [c for c in out if not args.only or c.name in args.only.split(",")]
+
+
+def node() -> str:
+    """The path of CARD; empty if there is none."""
+    try:
+        return find_vdpa(CARD)[0]
+    except VdpaError:
+        return ""
 
 
 @contextmanager
 def serving(argv: list[str] | None) -> Iterator[int | None]:
-    """The back-end, listening, where there is to be one; yields its process id."""
+    """The back-end, ready, where there is to be one; yields its process id."""
     if argv is None:
         yield None
         return
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + BOOT_LIMIT
-        while not Path(SOCKET).exists():
+        while not (node() if CARD in argv else Path(SOCKET).exists()):
             if child.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the back-end does not listen")
+                raise RuntimeError("the back-end is not ready")
             time.sleep(0.05)
         yield child.pid
     finally:
@@ -179,7 +197,7 @@ def running(contestant: Contestant, log: Path) -> Iterator[tuple[subprocess.Pope
     with log.open("wb") as sink:
         start = time.monotonic()
         child = subprocess.Popen(
-            contestant.argv,
+            [word.replace(NODE, node()) for word in contestant.argv],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -312,12 +330,19 @@ def main() -> int:
     parser.add_argument(
         "--beside", metavar="DIR", help="a built checkout that takes part, too, as 'other'"
     )
+    parser.add_argument(
+        "--vdpa",
+        action="store_true",
+        help="vhost-vdpa, too, with a VDUSE device of pyvmm's: needs Linux 6.12",
+    )
     parser.add_argument("--only", help="contestants by name, joined by commas")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--log-dir", default="/tmp", help="consoles of the guests")
     args = parser.parse_args()
     if args.pin and not possible(args.cpus):
         parser.error(f"no CPU is left beside {args.cpus} vCPUs: --no-pin")
+    if args.vdpa and not Path("/dev/vduse/control").exists():
+        parser.error("--vdpa: there is no /dev/vduse/control; as root: modprobe vduse vhost_vdpa")
     image = find("default")
     runners = contestants(args, image)
     sh("ip", "link", "del", TAP, check=False)
