@@ -17,7 +17,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define CALLS_MAX 64
+#define CALLS_MAX  64
+#define IOCTLS_MAX 16
 /* The filter's instructions that are neither a call's nor the last. */
 #define HEAD 4
 
@@ -209,21 +210,35 @@ static void drop_capabilities(void)
 	(void)syscall(SYS_capset, &head, none);
 }
 
+/* Allow ioctls; the request is in the accumulator. */
+static size_t allow_requests(struct sock_filter *f, size_t n, const uint32_t *ioctls, size_t count)
+{
+	for (size_t i = 0; i < count; i++) {
+		f[n++] = unless(ioctls[i], 1);
+		f[n++] = answer(SECCOMP_RET_ALLOW);
+	}
+	return n;
+}
+
 /**
  * pv_confine_process() - Leave this process what its descriptors are good for, for good
+ * @ioctls:	Requests that it may make besides those of all such processes
+ * @count:	How many, at most IOCTLS_MAX
  *
  * All its threads are confined, and those to come. A call that is not allowed kills the process.
  *
  * Return: PV_CONFINED_* bits, where the kernel knows these means; -errno if it knows them and
  * refuses
  */
-int pv_confine_process(void)
+int pv_confine_process(const uint32_t *ioctls, size_t count)
 {
-	struct sock_filter f[128 + 2 * CALLS_MAX];
-	size_t n, count = sizeof(process_calls) / sizeof(process_calls[0]);
-	size_t ioctls = sizeof(process_ioctls) / sizeof(process_ioctls[0]);
+	struct sock_filter f[128 + 2 * (CALLS_MAX + IOCTLS_MAX)];
+	size_t n, calls = sizeof(process_calls) / sizeof(process_calls[0]);
+	size_t common = sizeof(process_ioctls) / sizeof(process_ioctls[0]);
 	int error, done = 0;
 
+	if (count > IOCTLS_MAX)
+		return -E2BIG;
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 		return -errno;
 	mallopt(M_ARENA_MAX, 1); /* to trim another arena, the C library opens a file */
@@ -231,7 +246,7 @@ int pv_confine_process(void)
 		done |= PV_CONFINED_FILES;
 	drop_capabilities();
 	n = filter_head(f);
-	for (size_t i = 0; i < count; i++) {
+	for (size_t i = 0; i < calls; i++) {
 		f[n++] = unless(process_calls[i], 1);
 		f[n++] = answer(SECCOMP_RET_ALLOW);
 	}
@@ -239,12 +254,10 @@ int pv_confine_process(void)
 		f[n++] = unless(refused_calls[i], 1);
 		f[n++] = answer(SECCOMP_RET_ERRNO | EACCES);
 	}
-	f[n++] = unless(SYS_ioctl, (uint8_t)(2 + 2 * ioctls));
+	f[n++] = unless(SYS_ioctl, (uint8_t)(2 + 2 * (common + count)));
 	f[n++] = load(offsetof(struct seccomp_data, args[1]));
-	for (size_t i = 0; i < ioctls; i++) {
-		f[n++] = unless(process_ioctls[i], 1);
-		f[n++] = answer(SECCOMP_RET_ALLOW);
-	}
+	n = allow_requests(f, n, process_ioctls, common);
+	n = allow_requests(f, n, ioctls, count);
 	f[n++] = answer(SECCOMP_RET_KILL_PROCESS);
 	/* Threads, but no processes. A filter cannot see the flags of clone3. */
 	f[n++] = unless(SYS_clone3, 1);

@@ -34,7 +34,7 @@ from pyvmm.vhostuser.wire import Channel, Stopped, readable
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from pyvmm.hostnet.tap import Tap
@@ -211,7 +211,7 @@ class BackendProcess:
             with suppress(subprocess.TimeoutExpired):
                 child.wait(DEATH_S if dying else 0)
             if child.returncode is not None:
-                self._lines.append(_end_of(child.returncode))
+                self._lines.append(end_of(child.returncode))
             child.kill()
             child.wait()
         self._drain()
@@ -257,17 +257,21 @@ def hung_up(s: socket.socket) -> bool:
     return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
-def _end_of(status: int) -> str:
-    """How the child ended, in words."""
+def end_of(status: int) -> str:
+    """How a child ended, in words."""
     if status == -signal.SIGSYS:
         return "it was killed (SIGSYS): it asked for a system call that it may not have"
+    if status < 0:
+        return f"it was killed ({signal.Signals(-status).name})"
     return f"ended with status {status}"
 
 
-def confine(log: Callable[[str], None]) -> None:
-    """Leave this process what it needs to serve sessions on the descriptors that it has or is
-    given: no file, no socket of its own, no program, no capability. Everything that it will run
-    has been imported.
+def confine(log: Callable[[str], None], ioctls: Sequence[int] = ()) -> None:
+    """Leave this process what it needs to serve on the descriptors that it has or is given: no
+    file, no socket of its own, no program, no capability. Everything that it will run has been
+    imported.
+
+    :param ioctls: requests that it makes of its devices.
     """
 
     def tell(kind: type[BaseException], error: BaseException | None, frames: Any) -> None:
@@ -280,7 +284,7 @@ def confine(log: Callable[[str], None]) -> None:
 
     sys.excepthook = tell
     threading.excepthook = lambda args: tell(*args[:3])
-    done = lib.pv_confine_process()
+    done = lib.pv_confine_process(list(ioctls), len(ioctls))
     if done < 0:
         log(f"it cannot be confined: {os.strerror(-done)}")
 

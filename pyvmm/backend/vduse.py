@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from pyvmm.backend.net import NetService
 
 CONTROL = "/dev/vduse/control"
+#: A run's own devices: PREFIX PID - NUMBER.
+OWN_PREFIX = "pyvmm-"
 #: Entries that a ring may have.
 SIZE_MAX = 1024
 #: Seconds after which the kernel gives up a request that nobody answers; its default of 30 makes
@@ -68,6 +70,16 @@ OWN_FEATURES = sum(
         VIRTIO_NET_F_STATUS,
         VIRTIO_NET_F_MTU,
     )
+)
+#: What is asked of a device that has been made: all that a confined server needs.
+REQUESTS = (
+    lib.VDUSE_IOTLB_GET_FD,
+    lib.VDUSE_DEV_GET_FEATURES,
+    lib.VDUSE_DEV_SET_CONFIG,
+    lib.VDUSE_DEV_INJECT_CONFIG_IRQ,
+    lib.VDUSE_VQ_GET_INFO,
+    lib.VDUSE_VQ_SETUP_KICKFD,
+    lib.VDUSE_VQ_INJECT_IRQ,
 )
 COUNTERS = ("requests", "refused", "starts", "faults")
 
@@ -101,8 +113,7 @@ class Vduse(Fd):
             super().__init__(
                 os.open(f"/dev/vduse/{name}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
             )
-            with suppress(OSError), open(f"/sys/class/vduse/{name}/msg_timeout", "w") as f:
-                f.write(str(TIMEOUT_S))
+            set_timeout(name, TIMEOUT_S)
             for index in range(rings):
                 vq = {"index": index, "max_size": SIZE_MAX}
                 self.ioctl("VDUSE_VQ_SETUP", ffi.new("struct vduse_vq_config *", vq))
@@ -179,6 +190,12 @@ class Vduse(Fd):
                 f"the VDUSE device {self.name} is in use",
                 f"end its user, then: vdpa dev del {self.name}",
             )
+
+
+def set_timeout(name: str, seconds: int) -> None:
+    """Have the kernel give up a request to the device after so long, if it can."""
+    with suppress(OSError), open(f"/sys/class/vduse/{name}/msg_timeout", "w") as f:
+        f.write(str(seconds))
 
 
 def _control() -> Fd:
@@ -284,24 +301,22 @@ class VduseBackend:
         name = self._device.name
         # Answers also while the framework adds or removes the device, which asks for a reset.
         server = Thread(
-            target=self._serve, name=f"{name}-vduse", daemon=True, failed=lambda e: self.stop()
+            target=self.serve, name=f"{name}-vduse", daemon=True, failed=lambda e: self.stop()
         )
         server.start()
         try:
-            vdpa_tool("add", "name", name, "mgmtdev", "vduse")
-            self._log("ready: " + _user(name))
+            self._log("ready: " + offer(name))
             select.select([self._quit.fileno()], [], [])
-            if not _released(name):
-                raise HostError(
-                    f"a machine still uses {name}, which has no service from now on",
-                    f"end the machine, then: vdpa dev del {name}",
-                )
-            vdpa_tool("del", name)
+            take_back(name)
         finally:
             self._end.signal()
             server.join()
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
+        """Answer the kernel; ``run`` does it in a thread. Without ``run``, whoever has the process
+        confined gives the device to the framework: then this returns when the kernel has given the
+        device up.
+        """
         device = self._device.fileno()
         while True:
             poll = select.poll()
@@ -511,14 +526,32 @@ def _half(half: int) -> tuple[int, int]:
     return half & 0x7FFF, half >> 15 & 1
 
 
-def _user(name: str) -> str:
-    """Which driver has the device, in words."""
+def offer(name: str) -> str:
+    """Give a device that is being served to the kernel's framework; returns its path, or in words
+    which driver has it.
+
+    :raises VdpaError: the framework does not take it.
+    """
+    vdpa_tool("add", "name", name, "mgmtdev", "vduse")
     from pyvmm.datapath.vdpa_device import driver, find
 
     bound = driver(name)
     if bound == "vhost_vdpa":
         return find(name)[0]
     return f"driver {bound}" if bound else "no driver has it: modprobe vhost_vdpa"
+
+
+def take_back(name: str) -> None:
+    """Take a device from the framework, which asks its server for a reset.
+
+    :raises HostError: a VMM still uses the device. :raises VdpaError: the framework refuses.
+    """
+    if not _released(name):
+        raise HostError(
+            f"a machine still uses {name}, which has no service from now on",
+            f"end the machine, then: vdpa dev del {name}",
+        )
+    vdpa_tool("del", name)
 
 
 def _released(name: str) -> bool:
@@ -544,9 +577,19 @@ def _released(name: str) -> bool:
 
 
 def remove(name: str) -> None:
-    """Remove the device of a back-end that was killed, as far as that is possible."""
+    """Remove the device of a server that has ended, as far as that is possible."""
     if os.path.exists(f"/dev/vduse/{name}"):
+        set_timeout(name, 1)  # nobody answers
         with suppress(PyvmmError):
-            vdpa_tool("del", name)
+            take_back(name)
         with suppress(PyvmmError), _control() as control:
             _destroy(control, name)
+
+
+def remove_orphans() -> None:
+    """Remove the devices of runs that were killed together with all their processes."""
+    with suppress(OSError):
+        for name in os.listdir("/dev/vduse"):
+            pid = name.removeprefix(OWN_PREFIX).partition("-")[0]
+            if name.startswith(OWN_PREFIX) and not os.path.exists(f"/proc/{pid}"):
+                remove(name)

@@ -208,6 +208,7 @@ class Uplink:
             mac=mac,
             mtu=net.mtu,
             link=tap.link if tap is not None else None,
+            server=self._vduse if tap is not None else None,
         )
         self.register(path)
         return Route(path, net, tap, tap.announce if tap is not None else lambda mac: False)

@@ -49,7 +49,7 @@ ROLES = ("vcpu", "worker", "vhost", "backend", "vmm")
 KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 TRACEFS = Path("/sys/kernel/tracing")
 #: The modules that the processes of our own back-ends run, for vhost-user and for vhost-vdpa.
-BACKENDS = {"pyvmm.backend.process", "pyvmm.backend.vduse_process"}
+BACKENDS = {"pyvmm.backend.process", "pyvmm.backend.vduse_keeper"}
 #: KVM's statistics that are levels or peaks, and so do not only grow.
 NO_COUNTS = (
     "max_mmu_rmap_size",
@@ -244,7 +244,7 @@ def vhost_threads(pid: int) -> list[int]:
 def backends_of(pid: int) -> list[int]:
     """The processes that are back-ends of pyvmm's own, started by process ``pid``."""
     out = []
-    for child in psutil.Process(pid).children():
+    for child in psutil.Process(pid).children(recursive=True):
         try:
             if BACKENDS.intersection(child.cmdline()):
                 out.append(child.pid)

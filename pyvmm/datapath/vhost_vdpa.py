@@ -18,7 +18,7 @@ from pyvmm._ext import ffi, lib
 from pyvmm.datapath.base import HandOverTimes, bug, by_pair
 from pyvmm.datapath.vdpa_control import ControlQueue
 from pyvmm.datapath.vhost_user import DATA_MASK, consistent
-from pyvmm.errors import PyvmmError, UsageError, VdpaError
+from pyvmm.errors import HostError, PyvmmError, UsageError, VdpaError
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import PacketCount
 from pyvmm.spec.virtio import (
@@ -51,6 +51,19 @@ if TYPE_CHECKING:
     from pyvmm.hostnet.rtnetlink import Link
     from pyvmm.memory import GuestMemory
 
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Mortal(Protocol):
+        """The server of our own device (``backend.vduse_process.VduseProcess``)."""
+
+        def fileno(self) -> int:
+            """Readable once it has ended."""
+
+        def obituary(self) -> str:
+            """How it ended, in words; empty while it lives. Any thread."""
+
+
 #: Features of the device that we accept for ourselves.
 BASICS = sum(
     1 << bit
@@ -81,6 +94,7 @@ class VhostVdpa:
     :param link: gives the link of the tap on which our own back-end serves the device, and whose
         packets are counted there. Such a device tells exact positions, and then touches nothing.
         None for all other devices.
+    :param server: of such a device, which may end before its user does; lent.
     :param mac: of the card, 6 bytes. :param mtu: bytes, of the card, or None.
     :ivar withholds: see ``DataPath``.
     :raises VdpaError: the device has too few queue pairs, another MAC address that cannot be
@@ -98,9 +112,11 @@ class VhostVdpa:
         mac: bytes | None = None,
         mtu: int | None = None,
         link: Callable[[], Link] | None = None,
+        server: Mortal | None = None,
     ) -> None:
         self.times = HandOverTimes()
         self._device = device
+        self._server = server
         self._packets: PacketCount | None = None
         if link is not None:
             link()  # now, while there is one
@@ -170,6 +186,12 @@ class VhostVdpa:
         return consistent(self._device.features & mask)
 
     @property
+    def _death(self) -> str:
+        """How our own device lost its server, in words; empty if it has one."""
+        how = self._server.obituary() if self._server is not None else ""
+        return f"our own vDPA device has lost its server: {how}" if how else ""
+
+    @property
     def _tells(self) -> bool:
         """Whether the device tells exact positions of its rings."""
         return self._device.suspends or self._packets is not None
@@ -205,6 +227,8 @@ class VhostVdpa:
 
         :raises VdpaError: the device cannot use that memory, or has smaller rings.
         """
+        if self._death:
+            raise VdpaError(self._death, "switch the card to another data path")
         if not acked >> VIRTIO_F_VERSION_1 & 1:
             raise VdpaError(
                 f"{self._device.name} takes no legacy driver, which accepts no VERSION_1",
@@ -336,16 +360,20 @@ class VhostVdpa:
         if not rings or memory is None:
             return []
         bases: list[int] = []
+        dead = self._death
         try:
             now = time.monotonic_ns()
             self.times.asked = {ring.index: now for ring in rings}
             if self._device.suspends:
                 self._device.suspend()
-            if self._tells:
+            if self._tells and not dead:
                 bases = [self._device.base(ring.index) for ring in rings]
         finally:
             try:
                 self._let_go(keep=finish)
+            except HostError:
+                if not dead:
+                    raise
             finally:  # a device that has died refuses the reset, too
                 self._rings = []
                 if self._packets is not None:
@@ -362,7 +390,10 @@ class VhostVdpa:
         form = ring.format
         if base is None:
             used = form.returned(memory, ring)
-            assert used is not None  # features() keeps packed rings away
+            if used is None:  # a packed ring, and our own device is dead
+                raise VdpaError(
+                    f"nobody knows where queue {ring.index} stopped", "reset the device"
+                )
             self._totals["tx_possible_repeats"] += ring.index % 2
             return used
         if form.held(memory, ring, base) and not (finish and ring.index % 2):
@@ -421,11 +452,19 @@ class VhostVdpa:
         poll = select.poll()
         for event in (self._stop, self._changed):
             poll.register(event.fileno(), select.POLLIN)
+        server = self._server.fileno() if self._server is not None else -1
+        if server >= 0:
+            poll.register(server, select.POLLIN)
         up = True
         while True:
             up = self._look(up)
-            if any(fd == self._stop.fileno() for fd, _ in poll.poll()):
+            found = [fd for fd, _ in poll.poll()]
+            if self._stop.fileno() in found:
                 return
+            if server in found:
+                poll.unregister(server)
+                if self._events is not None:
+                    self._events.fault(-1, self._death)
             self._changed.drain()
 
     def _look(self, was_up: bool) -> bool:

@@ -120,6 +120,43 @@ def test_own_device(vdpa: Host) -> None:
         assert exits_by_device(guest.report, "net0 isr") == 0
 
 
+def processes(guest: Guest) -> list[str]:
+    """The ids of the run, of its device's keeper, and of the confined server."""
+    keeper = guest.host.sh(f"pgrep -P {guest.pid} -f vduse_keeper").strip()
+    return [str(guest.pid), keeper, guest.host.sh(f"pgrep -P {keeper}").strip()]
+
+
+def test_own_device_dies(vdpa: Host, tmp_path: Path) -> None:
+    """Its server is confined. If that is killed while the guest sends, this is a fault with a name;
+    the card goes on after a switch, and another device serves it after the next. If all processes
+    are killed, the next run removes what is left; if only the run is, the keeper does.
+    """
+    keys = ["--net", "vhost-vdpa,switchable=emulated", "--name", "mortal", "--report"]
+    with Guest(vdpa, *keys, str(tmp_path / "report"), report=False) as guest:
+        server = processes(guest)[2]
+        status = vdpa.sh(f"grep -E '^(CapEff|NoNewPrivs|Seccomp_filters):' /proc/{server}/status")
+        assert status.split()[1::2] == ["0" * 16, "1", "1"], status
+        guest.start(f"ping -i 0.05 {nic_address(0, 'host')}")
+        vdpa.sh(f"kill -KILL {server}")
+        see = "cat /sys/class/net/eth0/device/status"
+        vdpa.wait_until(lambda: int(guest.do(see), 16) & 0x40 != 0, lambda: guest.do(see))
+        for mode in ("emulated", "vhost-vdpa"):
+            result = vdpa.run(*PYVMM, "switch", "--host", "local", "mortal", mode)
+            assert result.status == 0 and f"-> {mode}, gap " in result.out, result
+            check_ping(guest)
+        guest.leave()
+        nic = json.loads((tmp_path / "report").read_text())["nets"][0]
+        assert nic["faults"] == ["our own vDPA device has lost its server: it was killed (SIGKILL)"]
+    with Guest(vdpa, "--net", "vhost-vdpa", report=False) as guest:
+        left = f"pyvmm-{guest.pid}-0"
+        vdpa.sh(f"kill -KILL {' '.join(processes(guest))}")
+    assert left in vdpa.sh(DEVICES)
+    with Guest(vdpa, "--net", "vhost-vdpa", report=False) as guest:
+        assert left not in vdpa.sh(DEVICES)
+        check_ping(guest)
+        vdpa.sh(f"kill -KILL {guest.pid}")
+
+
 def test_switches(vdpa: Host, flow: str) -> None:
     """Round all four modes under numbered datagrams and TCP both ways."""
     modes = "emulated+vhost-net+vhost-user+vhost-vdpa"

@@ -103,7 +103,7 @@ def test_how_the_child_ended(process: BackendProcess) -> None:
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     process.dial().close()
     assert process.pid != pid
-    assert process.complaints() == ["our own back-end: ended with status -9"]
+    assert process.complaints() == ["our own back-end: it was killed (SIGKILL)"]
 
 
 def test_a_bug_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
