@@ -49,6 +49,7 @@ from pyvmm.spec.platform import (
     PORT_GUEST_STDERR,
     PORT_GUEST_STDOUT,
 )
+from pyvmm.spec.virtio import VIRTIO_F_NOTIFICATION_DATA
 from pyvmm.vcpus import VcpuThreads
 
 TYPE_CHECKING = False
@@ -413,6 +414,8 @@ class Parts:
             if net.mac is None and own_mac is not None:
                 mac = own_mac
             offer, without = -1, net.excluded()
+            if net.may_offload:  # kicks may go to a device that has not agreed to data in them
+                without |= 1 << VIRTIO_F_NOTIFICATION_DATA
             for mode in net.switchable:
                 trial = uplink.open(net.switched(mode), mac).path
                 try:

@@ -239,6 +239,7 @@ def test_card(vdpa: Host) -> None:
         guest.leave()
         nic = guest.report["nets"][0]
         assert nic["vhost_vdpa"]["notification_pages"] == 2, nic["vhost_vdpa"]
+        assert "NOTIFICATION_DATA" not in nic["offered"]
         assert nic["counters"]["filter_errors"] == 0 < nic["counters"]["filters"]
 
 
