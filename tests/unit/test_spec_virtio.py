@@ -11,6 +11,9 @@ HEADERS = ["virtio_ids", "virtio_config", "virtio_ring", "virtio_net", "virtio_p
 # Constants of our own, and those that the headers of Linux 6.1 lack.
 NOT_IN_HEADERS = {
     "VRING_SIZE_MAX",
+    "PCI_D0",
+    "PCI_D3HOT",
+    "PCI_AF_CAP_TP_FLR",
     "VIRTIO_F_NOTIFICATION_DATA",
     "VIRTIO_F_NOTIF_CONFIG_DATA",
     "VIRTIO_NET_HDR_SIZE",
