@@ -8,7 +8,7 @@
  * -------------------
  * The kernel command line tells init what to do (docs/images.md has the list):
  *
- *   pyvmm.net=NIC,ADDR/PREFIX[,ADDR/PREFIX]...[,gw=ADDR][,mtu=N][,peer=ADDR]
+ *   pyvmm.net=NIC,ADDR/PREFIX[,ADDR/PREFIX]...[,gw=ADDR][,mtu=N][,peer=ADDR][,dns=ADDR]
  *                               NIC is a MAC address, a name such as eth0, or an interface index
  *   pyvmm.cmd=BASE64URL         argv; a NUL ends each argument. Without it, the command is in the
  *                               file /etc/pyvmm.cmd; without that, it is a shell
@@ -693,6 +693,15 @@ static int find_link(const char *name)
 	return found;
 }
 
+/* Have programs ask @address for names, too. */
+static void name_server(const char *address)
+{
+	FILE *f = fopen("/etc/resolv.conf", "ae");
+
+	if (!f || fprintf(f, "nameserver %s\n", address) < 0 || fclose(f))
+		say("cannot write /etc/resolv.conf: %s", strerror(errno));
+}
+
 /* Configure one interface by @spec, a value of pyvmm.net; returns whether the interface exists. */
 static bool configure_nic(char *spec, long deadline)
 {
@@ -713,6 +722,8 @@ static bool configure_nic(char *spec, long deadline)
 			gateway = word + 3;
 		else if (!strncmp(word, "mtu=", 4))
 			mtu = (unsigned int)strtoul(word + 4, NULL, 10);
+		else if (!strncmp(word, "dns=", 4))
+			name_server(word + 4);
 		else if (!strncmp(word, "peer=", 5))
 			peer = peer ? peer : word + 5;
 		else

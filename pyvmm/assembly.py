@@ -71,6 +71,8 @@ if TYPE_CHECKING:
 
 #: Parameters of every guest; ``append`` comes later and so wins.
 BASE_CMDLINE = "console=ttyS0 panic=-1"
+#: The host's and the guest's address of a card with a tap of ours; its number comes in.
+OWN_ADDRESSES = ("192.168.{}.1/24", "192.168.{}.2/24")
 #: With this parameter the kernel reports a crash that happens before it has the real console, which
 #: takes over. It comes last: the kernel reads its parameters in order, and a ``quiet`` after it
 #: would find the early console busy with earlier output, with an exit or two per character.
@@ -403,11 +405,12 @@ class Parts:
 
         host, guest = net.host, net.guest
         if net.tap is None:
-            host = host or f"192.168.{100 + index}.1/24"
-            guest = guest or f"192.168.{100 + index}.2/24"
+            own = ("10.0.{}.2/24", "10.0.{}.15/24") if net.mode == "user" else OWN_ADDRESSES
+            number = index + (2 if net.mode == "user" else 100)
+            host, guest = host or own[0].format(number), guest or own[1].format(number)
         scope = self.recorder.scope(f"net{index}") if self.recorder is not None else None
         with ExitStack() as undo:
-            uplink = Uplink(net, host, scope, self._thread_stopped)
+            uplink = Uplink(net, host, guest, scope, self._thread_stopped)
             undo.callback(uplink.close)
             self.plugs.making(uplink)
             own_mac, own_mtu = uplink.given(net)
@@ -658,6 +661,10 @@ def net_words(nets: Sequence[Nic]) -> list[str]:
         if nic.guest:
             gateway = f",gw={nic.host.partition('/')[0]}" if nic.host and not routed else ""
             routed = routed or bool(gateway)
+            if nic.host and nic.net.mode == "user":
+                from pyvmm.hostnet.slirp import name_server
+
+                gateway += f",dns={name_server(nic.host)}"
             words.append(f"pyvmm.net={mac_text(nic.device.mac)},{nic.guest}{gateway}")
             mtus.append(f",mtu={nic.net.mtu}" if nic.net.mtu else "")
     if sum(map(len, words + mtus)) <= NET_WORDS_MAX:

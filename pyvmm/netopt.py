@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
+    from pyvmm.hostnet.slirp import Forward
+
 #: Mode -> the keys of this mode, in addition to COMMON_KEYS.
 MODES: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -25,6 +27,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "vhost-net": ("notify", "poll", "worker-cpu"),
     "vhost-user": ("notify", "socket", "server", "peer"),
     "vhost-vdpa": ("notify", "device"),
+    "user": ("notify", "poll", "worker-cpu", "loopback", "hostfwd"),
 }
 COMMON_KEYS = (
     "tap",
@@ -97,6 +100,7 @@ HONOURED: dict[str, tuple[str, ...]] = {
     "vhost-net": ("rss", "access-platform"),
     "vhost-user": ("packed", "in-order", "rss", "access-platform"),
     "vhost-vdpa": ("packed", "access-platform"),
+    "user": ("packed", "in-order", "coalescing", "hash-report", "access-platform"),
 }
 #: Mbit/s: the largest number in struct virtio_net_config.
 SPEED_MAX = 0x7FFFFFFF
@@ -115,8 +119,8 @@ HEX = frozenset("0123456789abcdefABCDEF")
 class Net:
     """One network card.
 
-    :param mode: data path: ``emulated``, ``vhost-net``, ``vhost-user`` or ``vhost-vdpa``; ``none``
-        for no card at all.
+    :param mode: data path: ``emulated``, ``vhost-net``, ``vhost-user`` or ``vhost-vdpa``; ``user``
+        for emulation without a tap; ``none`` for no card at all.
     :param tap: an existing tap, or the name of a tap to make, if the user may. Without it pyvmm
         makes a tap in a network namespace of its own, sets the addresses of both ends, and removes
         the tap at the end.
@@ -145,6 +149,10 @@ class Net:
         of pyvmm's own user.
     :param device: the vDPA device of vhost-vdpa: its path, such as /dev/vhost-vdpa-0, or its name
         as ``vdpa dev show`` has it; without it pyvmm makes one on the card's tap (VDUSE).
+    :param loopback: of mode ``user``: ``on`` if the gateway's address stands for the host's
+        127.0.0.1, too, else ``off``.
+    :param hostfwd: of mode ``user``: ports of the host that lead into the guest, joined by "+":
+        ``[tcp:|udp:][ADDR:]PORT-[ADDR:]PORT`` (docs/user-network.md).
     :param switchable: modes to which the data path may be switched later, joined by "+"
         (docs/switch.md). The device offers what all of them can honour.
     :raises UsageError: a value is not allowed, or two do not go together.
@@ -152,10 +160,12 @@ class Net:
 
     __slots__ = (
         "device",
+        "forwards",
         "guest",
         "host",
         "legacy",
         "link",
+        "loopback",
         "mac",
         "mode",
         "mtu",
@@ -199,6 +209,8 @@ class Net:
         server: str = "off",
         peer: int | str | None = None,
         device: str | None = None,
+        loopback: str = "on",
+        hostfwd: str = "",
         switchable: str = "",
     ) -> None:
         if mode not in MODES:
@@ -230,6 +242,15 @@ class Net:
                     f"modes, joined by +: {', '.join(list(MODES)[1:])}",
                 )
         modes = {mode, *self.switchable}
+        if "user" in modes and modes != {"user"}:
+            raise UsageError(
+                f"--net {mode}: switchable={switchable}",
+                "mode user has no tap: leave one of them out",
+            )
+        if loopback not in ("on", "off"):
+            raise UsageError(f"--net: loopback={loopback}", "use loopback=on or loopback=off")
+        self.loopback = loopback == "on"
+        self.forwards = forwards(hostfwd)
         if socket == "" or (socket and "vhost-user" not in modes):
             raise UsageError(
                 f"--net {mode}: socket={socket}", "vhost-user needs a path there, others none"
@@ -281,11 +302,31 @@ class Net:
         self.poll = number("poll", poll, 0, 1000)
         self.host = ipv4("host", host) if host else None
         self.guest = ipv4("guest", guest) if guest else None
+        if mode == "user":
+            self._check_user()
         self.without = groups("without", without, GROUPS)
         self.with_ = groups("with", with_, ON_REQUEST)
         both = set(self.without) & set(self.with_)
         if both:
             raise UsageError(f"--net: with={with_},without={without}", "leave one of them away")
+
+    def _check_user(self) -> None:
+        """:raises UsageError: mode ``user`` cannot have what is asked for."""
+        if self.tap is not None:
+            raise UsageError(f"--net user: tap={self.tap}", "with a tap, use --net emulated,tap=")
+        if self.queues != 1:
+            raise UsageError(f"--net user: queues={self.queues}", "mode user has one queue pair")
+        if bool(self.host) != bool(self.guest):
+            raise UsageError("--net user: host= or guest= alone", "give both, of one network")
+        if self.host and self.guest:
+            (_, a, length), (_, b, other) = parse_address(self.host), parse_address(self.guest)
+            shift = 32 - length
+            host, guest = int.from_bytes(a, "big"), int.from_bytes(b, "big")
+            if length != other or host >> shift != guest >> shift or guest in (host, host + 1):
+                raise UsageError(
+                    f"--net user: host={self.host} and guest={self.guest}",
+                    "give two addresses of one network; the one after the host's serves names",
+                )
 
     @classmethod
     def parse(cls, text: str) -> Net:
@@ -321,7 +362,7 @@ class Net:
         """Whether the card has a tap of ours. A vhost-user back-end with a socket has its own port,
         and so has a vDPA device of somebody else's.
         """
-        own = {"vhost-user": self.socket, "vhost-vdpa": self.device}
+        own = {"vhost-user": self.socket, "vhost-vdpa": self.device, "user": "libslirp"}
         return any(not own.get(mode) for mode in (self.mode, *self.switchable))
 
     @property
@@ -355,6 +396,10 @@ class Net:
                 given["device"] = self.device
         if mode == "none" or self.mode == "none":
             raise UsageError("a card cannot be switched to none", "pull the cable: set_link(False)")
+        if (mode == "user") != (self.mode == "user"):
+            raise UsageError(
+                f"a card of mode {self.mode} cannot be switched to {mode}", "mode user has no tap"
+            )
         return Net(
             mode,
             mac=self.mac,
@@ -451,6 +496,23 @@ def parse_mac(text: str | bytes) -> bytes:
             f"--net: mac={text!r} is no unicast MAC address", "write it as 52:54:00:12:34:56"
         )
     return raw
+
+
+def forwards(text: str) -> list[Forward]:
+    """The ports of the host that ``hostfwd=`` names."""
+    if not text:
+        return []
+    from pyvmm.hostnet.slirp import Forward
+
+    found = []
+    for part in text.split("+"):
+        try:
+            found.append(Forward(part))
+        except ValueError:
+            raise UsageError(
+                f"--net user: hostfwd={part}", "write it as [tcp:|udp:][ADDR:]PORT-[ADDR:]PORT"
+            ) from None
+    return found
 
 
 def ipv4(key: str, text: str) -> str:

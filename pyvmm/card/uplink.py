@@ -9,6 +9,7 @@ from _weakrefset import WeakSet  # as threading takes it: the module weakref has
 from contextlib import ExitStack
 
 from pyvmm.errors import UsageError
+from pyvmm.spec.ethernet import ETH_DATA_LEN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
     from pyvmm.backend.process import BackendProcess
     from pyvmm.backend.vduse_process import VduseProcess
-    from pyvmm.datapath.base import DataPath, RxFilter, Steering
+    from pyvmm.datapath.base import DataPath, Frames, RxFilter, Steering
+    from pyvmm.hostnet.slirp import UserStack
     from pyvmm.hostnet.tap import Tap
     from pyvmm.kvm.recorder import Scope
     from pyvmm.netopt import Net
@@ -56,6 +58,7 @@ class Uplink:
     A tap keeps what was programmed also while a back-end with a host side of its own serves the
     card, so that coming back to the tap needs nothing.
 
+    :param host, guest: the addresses with prefix length of the tap and of the guest; None for none.
     :param stopped: see ``EmulatedNet``.
     :ivar tap: None if frames enter and leave at a vhost-user back-end or a vDPA device only; then
         there is nothing to program.
@@ -66,6 +69,7 @@ class Uplink:
         self,
         net: Net,
         host: str | None,
+        guest: str | None = None,
         recorder: Scope | None = None,
         stopped: Callable[[str], object] | None = None,
     ) -> None:
@@ -75,9 +79,16 @@ class Uplink:
         self.namespace: Any = None
         self._backend: BackendProcess | None = None
         self._vduse: VduseProcess | None = None
+        self._user: UserStack | None = None
         self._state = threading.Lock()  # held for a moment only; guards:
         self._paths: WeakSet[DataPath] = WeakSet()  # all that may be cut
         self._cut = False
+        if net.mode == "user":
+            from pyvmm.hostnet.slirp import UserStack
+
+            assert host is not None and guest is not None
+            mtu, loopback, ports = net.mtu or ETH_DATA_LEN, net.loopback, net.forwards
+            self._user = UserStack(host, guest, mtu, loopback=loopback, forwards=ports)
         if not net.has_tap:
             return
         from pyvmm.hostnet.tap import TXQUEUELEN, Tap
@@ -157,6 +168,10 @@ class Uplink:
             return self._open_vhost_user(net, mac, wait)
         if net.mode == "vhost-vdpa":
             return self._open_vdpa(net, mac)
+        if self._user is not None:
+            path = self._emulated(self._user, net)
+            self.register(path)
+            return Route(path, net, None, lambda mac: False)
         tap = self._need_tap(net)
         path = self._open_on(tap, net)
         self.register(path)
@@ -242,10 +257,13 @@ class Uplink:
                 path = VhostNet(tap, devices, worker_cpu=net.worker_cpu, poll_us=net.poll)
                 undo.pop_all()
                 return path
+        return self._emulated(tap, net)
+
+    def _emulated(self, port: Frames, net: Net) -> DataPath:
         from pyvmm.datapath.emulated import EmulatedNet
 
         return EmulatedNet(
-            tap,
+            port,
             poll_us=net.poll,
             worker_cpu=net.worker_cpu,
             recorder=self._recorder,
@@ -279,6 +297,6 @@ class Uplink:
 
     def close(self) -> None:
         """Release tap, namespace and back-end. A second call does nothing."""
-        for one in (self._backend, self._vduse, self.tap, self.namespace):
+        for one in (self._backend, self._vduse, self._user, self.tap, self.namespace):
             if one is not None:
                 one.close()

@@ -31,6 +31,8 @@ Network cards: --net MODE[,key=value...], once per card
               (docs/vhost-user.md)
   vhost-vdpa  the data path in a device, a SmartNIC or pyvmm's own in software; needs vDPA
               (docs/vhost-vdpa.md)
+  user        as emulated, without tap or privileges: the guest reaches what you can reach, and
+              the host at 10.0.2.2 (docs/user-network.md)
   none        no card
   Keys of all modes:
       tap=NAME        an existing tap (default: pyvmm makes one, in a network namespace of its own)
@@ -63,6 +65,9 @@ Network cards: --net MODE[,key=value...], once per card
   Key of vhost-vdpa only, which has no worker-cpu=, and no tap= together with device=:
       device=D        the vDPA device: its path, such as /dev/vhost-vdpa-0, or its name (default:
                       pyvmm makes one, on a tap as above; that needs root)
+  Keys of user only, which has neither tap= nor switchable=, and one queue pair:
+      hostfwd=A+B     ports that lead into the guest: [tcp:|udp:][ADDR:]PORT-[ADDR:]PORT
+      loopback=off    10.0.2.2 does not stand for the host's 127.0.0.1 (on)
 
 Other devices: --device vhost-user,id=KIND,socket=PATH[,key=value...], once per device
   A back-end at PATH serves the device (docs/devices.md). KIND is block, console, fs, gpio, i2c,

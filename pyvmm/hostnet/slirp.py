@@ -1,0 +1,230 @@
+"""A card's way out without privileges: libslirp in a child process, for ``--net user``.
+
+libslirp reads what the guest sends, so it has a process of its own. The card's worker and the child
+share a pair of sockets that keep packet boundaries; the child's loop is ``cext/slirp.c``. The
+child's first message says whether the stack is there. The child ends when the card's end of the
+pair closes, also if this process is killed.
+
+In the guest's network, the gateway (``host``) stands for the host itself, the address after it is a
+name server that asks the host's, and DHCP gives away the guest's address.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+from contextlib import suppress
+
+from pyvmm.errors import NetError
+from pyvmm.fd import Fd
+from pyvmm.hostnet.addresses import parse_address
+from pyvmm.programs import module
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterable, Sequence
+
+#: Seconds for the child to start, and to end when its card has gone.
+START_S, END_S = 30.0, 2.0
+#: The child's first message if all is well; else the message is an error and its remedy, a line
+#: each.
+READY = b"\0"
+LINE_MAX = 1024
+#: Bytes that may wait in each direction.
+BUFFER = 1 << 20
+INSTALL = "as root: apt-get install libslirp0"
+
+
+class Forward:
+    """A port of the host that leads to one of the guest: ``[tcp:|udp:][ADDR:]PORT-[ADDR:]PORT``.
+
+    :ivar udp: else TCP. :ivar host: the address to listen at, the host's loopback by default.
+    :ivar guest: the address to connect to, empty for the guest's own.
+    :raises ValueError: the text means nothing.
+    """
+
+    __slots__ = ("guest", "guest_port", "host", "host_port", "udp")
+
+    def __init__(self, text: str) -> None:
+        kind, colon, rest = text.partition(":")
+        if not colon or kind not in ("tcp", "udp"):
+            kind, rest = "tcp", text
+        here, dash, there = rest.partition("-")
+        if not dash:
+            raise ValueError(text)
+        self.udp = kind == "udp"
+        self.host, self.host_port = _place(here)
+        self.host = self.host or "127.0.0.1"
+        self.guest, self.guest_port = _place(there)
+
+    def __str__(self) -> str:
+        kind = "udp" if self.udp else "tcp"
+        return f"{kind}:{self.host}:{self.host_port}-{self.guest}:{self.guest_port}"
+
+
+def _place(text: str) -> tuple[str, int]:
+    """``[ADDR:]PORT``: the address, empty if there is none, and the port."""
+    address, _, port = text.rpartition(":")
+    if address:
+        try:
+            socket.inet_pton(socket.AF_INET, address)
+        except OSError:
+            raise ValueError(text) from None
+    if not (port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536):
+        raise ValueError(text)
+    return address, int(port)
+
+
+def name_server(host: str) -> str:
+    """The address of the name server in the network of the gateway ``host``, which has a prefix
+    length.
+    """
+    _, packed, _ = parse_address(host)
+    return socket.inet_ntoa((int.from_bytes(packed, "big") + 1).to_bytes(4, "big"))
+
+
+class UserStack:
+    """The child; implements ``Frames`` (datapath.base) with one queue pair.
+
+    :param host, guest: the IPv4 addresses of the gateway and of the guest, with prefix length, of
+        one network. :param mtu: bytes.
+    :param loopback: whether the gateway's address also stands for the host's 127.0.0.1.
+    :ivar fds: the card's end of the sockets.
+    :raises NetError: there is no libslirp, or a port of the host cannot be had.
+    """
+
+    #: No network interface is behind the sockets.
+    interface = None
+
+    def __init__(
+        self, host: str, guest: str, mtu: int, *, loopback: bool, forwards: Iterable[Forward] = ()
+    ) -> None:
+        import subprocess
+
+        self.name, self.mtu = "user", mtu
+        self._child: subprocess.Popen[bytes] | None = None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.fds = [Fd(ours.detach())]
+        try:
+            words = [str(theirs.fileno()), host, guest, str(mtu), str(int(loopback))]
+            self._child = subprocess.Popen(
+                module("pyvmm.hostnet.slirp", *words, *map(str, forwards)),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for us
+            )
+            theirs.close()
+            self._hear()
+        except OSError as e:
+            raise NetError(f"cannot start the user network: {e.strerror}") from e
+        finally:
+            theirs.close()
+
+    def _hear(self) -> None:
+        """Wait for the child's first message.
+
+        :raises NetError: it is an error, or does not come.
+        """
+        fd = self.fds[0].fileno()
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        said = os.read(fd, LINE_MAX) if poll.poll(START_S * 1000) else b""
+        if said != READY:
+            self.close()
+            cause, _, remedy = said.decode(errors="replace").partition("\n")
+            raise NetError(cause or "the user network does not start", remedy)
+        os.set_blocking(fd, False)
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id."""
+        return self._child.pid if self._child is not None else None
+
+    def features(self) -> int:
+        """0, because sockets have no offloads."""
+        return 0
+
+    def close(self) -> None:
+        """End the child and all its connections. A second call does nothing."""
+        import subprocess
+
+        for fd in self.fds:
+            fd.close()
+        child, self._child = self._child, None
+        if child is not None:
+            try:
+                child.wait(END_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def serve(fd: int, host: str, guest: str, mtu: int, loopback: bool, texts: Sequence[str]) -> None:
+    """The child's main function: move packets until the card's end of ``fd`` closes."""
+    from pyvmm._ext import ffi, lib
+
+    frames = socket.socket(fileno=fd)
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        with suppress(OSError):
+            frames.setsockopt(socket.SOL_SOCKET, option, BUFFER)
+
+    def number(address: str) -> int:
+        return int.from_bytes(socket.inet_aton(address), sys.byteorder)
+
+    _, gateway, prefix = parse_address(host)
+    mask = ((1 << prefix) - 1) << (32 - prefix)
+    network = int.from_bytes(gateway, "big") & mask
+    own = guest.partition("/")[0]
+    why = ffi.new("char[256]")
+    config = ffi.new(
+        "struct pv_slirp_config *",
+        {
+            "fd": fd,
+            "network": int.from_bytes(network.to_bytes(4, "big"), sys.byteorder),
+            "netmask": int.from_bytes(mask.to_bytes(4, "big"), sys.byteorder),
+            "host": int.from_bytes(gateway, sys.byteorder),
+            "nameserver": number(name_server(host)),
+            "guest": number(own),
+            "mtu": mtu,
+            "loopback": loopback,
+        },
+    )
+    stack = lib.pv_slirp_new(config, why, len(why))
+    if not stack:
+        error = ffi.string(why).decode(errors="replace")
+        frames.send(f"--net user: {error}\n{INSTALL}".encode()[:LINE_MAX])
+        return
+    for text in texts:
+        forward = Forward(text)
+        error = lib.pv_slirp_forward(
+            stack,
+            ffi.new(
+                "struct pv_slirp_forward *",
+                {
+                    "udp": forward.udp,
+                    "host": number(forward.host),
+                    "host_port": forward.host_port,
+                    "guest": number(forward.guest or own),
+                    "guest_port": forward.guest_port,
+                },
+            ),
+        )
+        if error:
+            frames.send(
+                f"--net user: cannot listen at {forward.host} port {forward.host_port}:"
+                f" {os.strerror(-error)}\nchoose another port for hostfwd=".encode()
+            )
+            return
+    frames.send(READY)
+    lib.pv_slirp_serve(stack)
+    lib.pv_slirp_free(stack)
+
+
+if __name__ == "__main__":
+    a = sys.argv
+    serve(int(a[1]), a[2], a[3], int(a[4]), a[5] == "1", a[6:])

@@ -1,0 +1,271 @@
+"""A card's way out by libslirp, without a guest: this side speaks the frames of one."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pyvmm.errors import NetError, UsageError
+from pyvmm.hostnet.frames import HEADER
+from pyvmm.hostnet.slirp import Forward, UserStack, name_server
+from pyvmm.netopt import Net
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MAC, GATEWAY_MAC = b"\x52\x54\0\0\0\1", b"\x52\x55\x0a\0\2\2"
+HOST, GUEST, DNS = "10.0.2.2", "10.0.2.15", "10.0.2.3"
+FIN, SYN, PSH, ACK = 1, 2, 8, 16
+
+
+def checksum(data: bytes) -> int:
+    data += bytes(len(data) % 2)
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+class Card:
+    """The guest's side of a stack."""
+
+    def __init__(self, **more: object) -> None:
+        self.stack = UserStack(
+            f"{HOST}/24",
+            f"{GUEST}/24",
+            1500,
+            **{"loopback": True, **more},  # type: ignore[arg-type]
+        )
+        self.fd = self.stack.fds[0].fileno()
+        self.identity = 0
+
+    def send(self, frame: bytes) -> None:
+        """What comes meanwhile is lost if the stack takes no frame before its own are taken."""
+        while True:
+            try:
+                os.write(self.fd, HEADER + frame)
+            except BlockingIOError:
+                select.select([self.fd], [self.fd], [], 20)
+                with suppress(BlockingIOError):
+                    os.read(self.fd, 70000)
+            else:
+                return
+
+    def receive(self, wanted: Callable[[bytes], bool], seconds: float = 20) -> bytes:
+        """The next frame that is wanted; requests for the guest's MAC address are answered."""
+        until = time.monotonic() + seconds
+        while True:
+            left = until - time.monotonic()
+            assert left > 0 and select.select([self.fd], [], [], left)[0], "nothing came"
+            frame = os.read(self.fd, 70000)
+            assert frame[:12] == bytes(12), "a header that is not empty"
+            frame = frame[12:]
+            if frame[12:14] == b"\x08\x06" and frame[20:22] == b"\0\1":
+                self.send(self.arp(2, frame[28:32]))
+            elif wanted(frame):
+                return frame
+
+    def arp(self, operation: int, target: bytes) -> bytes:
+        to = b"\xff" * 6 if operation == 1 else GATEWAY_MAC
+        head = to + MAC + b"\x08\x06" + struct.pack("!HHBBH", 1, 0x800, 6, 4, operation)
+        return head + MAC + socket.inet_aton(GUEST) + to + target
+
+    def ip(self, protocol: int, payload: bytes, target: str = HOST) -> None:
+        ends = socket.inet_aton(GUEST) + socket.inet_aton(target)
+        self.identity += 1
+        head = struct.pack(
+            "!BBHHHBBH", 0x45, 0, 20 + len(payload), self.identity, 0, 64, protocol, 0
+        )
+        head = head[:10] + struct.pack("!H", checksum(head + ends)) + ends
+        self.send(GATEWAY_MAC + MAC + b"\x08\0" + head + payload)
+
+    def tcp(self, port: int, own: int, flags: int, seq: int, ack: int, data: bytes = b"") -> None:
+        segment = struct.pack("!HHIIBBHHH", own, port, seq, ack, 0x50, flags, 65535, 0, 0) + data
+        ends = socket.inet_aton(GUEST) + socket.inet_aton(HOST)
+        total = checksum(ends + struct.pack("!HH", 6, len(segment)) + segment)
+        self.ip(6, segment[:16] + struct.pack("!H", total) + segment[18:])
+
+    def ping(self) -> None:
+        """The gateway answers."""
+        echo = struct.pack("!BBHHH", 8, 0, 0, 7, 1) + b"ping"
+        self.ip(1, echo[:2] + struct.pack("!H", checksum(echo)) + echo[4:])
+        answer = self.receive(lambda frame: frame[12:14] == b"\x08\0" and frame[23] == 1)
+        assert answer[34] == 0 and answer[42:46] == b"ping"
+
+    def udp(self, port: int, own: int, data: bytes) -> None:
+        self.ip(17, struct.pack("!HHHH", own, port, 8 + len(data), 0) + data)
+
+
+def segment(frame: bytes) -> tuple[int, int, int, int, int, bytes]:
+    """Source and destination port, sequence and acknowledgement number, flags, data."""
+    total = int.from_bytes(frame[16:18], "big")
+    ip = frame[14 : 14 + total]
+    source, target, seq, ack, offset, flags = struct.unpack_from("!HHIIBB", ip, 20)
+    return source, target, seq, ack, flags, ip[20 + (offset >> 4) * 4 :]
+
+
+def is_tcp(frame: bytes) -> bool:
+    return frame[12:14] == b"\x08\0" and frame[23] == 6
+
+
+@pytest.fixture
+def card() -> Iterator[Card]:
+    one = Card()
+    yield one
+    one.stack.close()
+
+
+def test_the_gateway_is_there(card: Card) -> None:
+    card.send(card.arp(1, socket.inet_aton(HOST)))
+    answer = card.receive(lambda frame: frame[12:14] == b"\x08\x06")
+    assert answer[22:32] == GATEWAY_MAC + socket.inet_aton(HOST)
+    card.ping()
+
+
+def test_dhcp_gives_the_guests_address(card: Card) -> None:
+    ask = struct.pack("!BBBBIHH", 1, 1, 6, 0, 7, 0, 0) + bytes(16) + MAC.ljust(16, b"\0")
+    ask += bytes(192) + b"\x63\x82\x53\x63\x35\x01\x01\xff"
+    data = struct.pack("!HHHH", 68, 67, 8 + len(ask), 0) + ask
+    head = struct.pack("!BBHHHBBHII", 0x45, 0, 20 + len(data), 1, 0, 64, 17, 0, 0, 0xFFFFFFFF)
+    head = head[:10] + struct.pack("!H", checksum(head)) + head[12:]
+    card.send(b"\xff" * 6 + MAC + b"\x08\0" + head + data)
+    offer = card.receive(lambda frame: frame[12:14] == b"\x08\0" and frame[34:36] == b"\0\x43")
+    assert offer[42 + 16 : 42 + 20] == socket.inet_aton(GUEST)
+    assert b"\x06\x04" + socket.inet_aton(name_server(f"{HOST}/24")) in offer
+    assert name_server(f"{HOST}/24") == DNS
+
+
+def test_tcp_to_the_hosts_loopback(card: Card) -> None:
+    """A whole connection: data both ways, then the end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        card.tcp(port, 1000, SYN, 99, 0)
+        _, _, seq, ack, flags, _ = segment(card.receive(is_tcp))
+        assert (flags, ack) == (SYN | ACK, 100)
+        card.tcp(port, 1000, ACK, 100, seq + 1)
+        card.tcp(port, 1000, PSH | ACK, 100, seq + 1, b"from the guest")
+        peer, _ = server.accept()
+        with peer:
+            assert peer.recv(100) == b"from the guest"
+            peer.sendall(b"from the host")
+            answer = segment(card.receive(lambda f: is_tcp(f) and bool(segment(f)[5])))
+            assert answer[5] == b"from the host"
+        assert segment(card.receive(lambda f: is_tcp(f) and bool(segment(f)[4] & FIN)))
+
+
+def test_udp_and_silence_without_loopback(card: Card) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(20)
+        port = server.getsockname()[1]
+        card.udp(port, 2000, b"question")
+        data, peer = server.recvfrom(100)
+        server.sendto(b"answer", peer)
+        answer = card.receive(lambda frame: frame[12:14] == b"\x08\0" and frame[23] == 17)
+        assert (data, answer[42:48]) == (b"question", b"answer")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        other = Card(loopback=False)
+        other.tcp(listening.getsockname()[1], 1000, SYN, 99, 0)
+        answer = other.receive(lambda frame: frame[12:14] == b"\x08\0" and frame[23] == 1)
+        assert answer[34] == 3, "no ICMP destination unreachable"
+        listening.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+        other.stack.close()
+
+
+def test_a_port_of_the_host_leads_into_the_guest() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+        with pytest.raises(
+            NetError, match=f"cannot listen at 127.0.0.1 port {port}: Address alrea"
+        ):
+            Card(forwards=[Forward(f"{port}-22")])
+    card = Card(forwards=[Forward(f"{port}-22")])
+    with socket.create_connection(("127.0.0.1", port), 20):
+        source, target, seq, _, flags, _ = segment(card.receive(is_tcp))
+        assert (target, flags) == (22, SYN)
+        card.tcp(source, 22, SYN | ACK, 5, seq + 1)
+        assert segment(card.receive(is_tcp))[3] == 6
+    card.stack.close()
+
+
+def test_frames_that_mean_nothing(card: Card) -> None:
+    """Neither too short nor too long a frame, nor many of them, disturb the stack."""
+    for frame in (b"", b"\0", bytes(14), bytes(65000), MAC * 300):
+        card.send(frame)
+    with pytest.raises(OSError, match="too long"):
+        card.send(bytes(1 << 23))
+    for number in range(3000):
+        card.tcp(number + 1, number + 1, SYN, 1, 0)
+    card.send(card.arp(1, socket.inet_aton(HOST)))
+    card.receive(lambda frame: frame[12:14] == b"\x08\x06")
+
+
+def test_the_child_ends_with_its_card() -> None:
+    card = Card()
+    pid = card.stack.pid
+    assert pid is not None
+    card.stack.close()
+    card.stack.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    card = Card()
+    assert card.stack.pid is not None
+    os.kill(card.stack.pid, signal.SIGKILL)
+    assert select.select([card.fd], [], [], 20)[0] and os.read(card.fd, 100) == b""
+    card.stack.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "means"),
+    [
+        ("8022-22", "tcp:127.0.0.1:8022-:22"),
+        ("udp:53-53", "udp:127.0.0.1:53-:53"),
+        ("tcp:0.0.0.0:80-10.0.2.15:8080", "tcp:0.0.0.0:80-10.0.2.15:8080"),
+        ("tcp::8022-:22", "tcp:127.0.0.1:8022-:22"),  # as QEMU has it
+    ],
+)
+def test_ports_as_users_write_them(text: str, means: str) -> None:
+    assert str(Forward(text)) == means
+    assert [str(f) for f in Net.parse(f"user,hostfwd={text}+{text}").forwards] == [means, means]
+
+
+BAD = {
+    "user,hostfwd=22": "write it as",
+    "user,hostfwd=0-22": "write it as",
+    "user,hostfwd=65536-22": "write it as",
+    "user,hostfwd=sctp:1-2": "write it as",
+    "user,hostfwd=tcp:here:1-2": "write it as",
+    "user,hostfwd=1-\u0662": "write it as",
+    "user,hostfwd=1-2+": "write it as",
+    "user,loopback=maybe": "loopback=on or loopback=off",
+    "user,tap=t": "with a tap, use --net emulated",
+    "user,queues=2": "one queue pair",
+    "user,host=10.1.1.1/24": "give both",
+    "user,host=10.1.1.1/24,guest=10.1.2.5/24": "two addresses of one network",
+    "user,host=10.1.1.1/24,guest=10.1.1.2/24": "serves names",
+    "user,switchable=emulated": "mode user has no tap",
+    "emulated,hostfwd=1-2": "unknown key",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_options(text: str) -> None:
+    with pytest.raises(UsageError) as e:
+        Net.parse(text)
+    assert BAD[text] in str(e.value), str(e.value)
+
+
+def test_no_switch_to_or_from_it() -> None:
+    for card, to in (("user", "emulated"), ("emulated", "user")):
+        with pytest.raises(UsageError, match="cannot be switched"):
+            Net.parse(card).switched(to)
