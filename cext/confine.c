@@ -2,6 +2,7 @@
 #include "confine.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/audit.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
@@ -14,6 +15,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -178,8 +180,43 @@ static const uint16_t process_calls[] = {
 static const uint16_t refused_calls[] = {SYS_newfstatat, SYS_stat, SYS_prlimit64};
 static const uint32_t process_ioctls[] = {FIOCLEX, FIONBIO, FIONREAD};
 
-/* No path, no TCP port, no abstract socket, no process outside. Returns whether that is in force. */
-static bool confine_files(void)
+/*
+ * What libslirp needs, in a process of one thread: sockets of IPv4, and the names that it looks up by
+ * /etc/resolv.conf.
+ */
+/* clang-format off */
+static const uint16_t network_calls[] = {
+	/* sockets */
+	SYS_connect, SYS_bind, SYS_accept, SYS_accept4, SYS_sendmsg, SYS_recvmsg, SYS_sendto,
+	SYS_recvfrom, SYS_shutdown, SYS_getsockopt, SYS_setsockopt, SYS_getsockname, SYS_getpeername,
+	/* descriptors, one file */
+	SYS_read, SYS_write, SYS_writev, SYS_close, SYS_fstat, SYS_newfstatat, SYS_stat, SYS_lseek,
+	SYS_fcntl, SYS_poll, SYS_open, SYS_openat,
+	/* memory, time, the end */
+	SYS_mmap, SYS_munmap, SYS_mprotect, SYS_mremap, SYS_madvise, SYS_brk, SYS_futex,
+	SYS_clock_gettime, SYS_gettimeofday, SYS_getrandom, SYS_getpid, SYS_rt_sigprocmask,
+	SYS_rt_sigreturn, SYS_restart_syscall, SYS_exit_group,
+};
+/* clang-format on */
+static const uint32_t network_ioctls[] = {FIONBIO, FIONREAD};
+
+/* Let a file be read, whatever else @ruleset takes away. */
+static void allow_file(int ruleset, const char *path)
+{
+	struct landlock_path_beneath_attr rule = {.allowed_access = LANDLOCK_ACCESS_FS_READ_FILE};
+
+	rule.parent_fd = open(path, O_PATH | O_CLOEXEC);
+	if (rule.parent_fd < 0)
+		return;
+	(void)syscall(SYS_landlock_add_rule, ruleset, LANDLOCK_RULE_PATH_BENEATH, &rule, 0);
+	close(rule.parent_fd);
+}
+
+/*
+ * No path but @readable, no abstract socket, no process outside, and without @readable no TCP port.
+ * Returns whether that is in force.
+ */
+static bool confine_files(const char *readable)
 {
 	static const size_t sizes[] = {8, 8, 8, 16, 16, 24}; /* of the structure, by ABI */
 	static const uint8_t rights[] = {13, 14, 15, 15, 16, 16};
@@ -192,9 +229,13 @@ static bool confine_files(void)
 	if (abi > 6)
 		abi = 6;
 	rules.fs = (1ull << rights[abi - 1]) - 1;
+	if (readable)
+		rules.net = 0;
 	fd = (int)syscall(SYS_landlock_create_ruleset, &rules, sizes[abi - 1], 0);
 	if (fd < 0)
 		return false;
+	if (readable)
+		allow_file(fd, readable);
 	error = (int)syscall(SYS_landlock_restrict_self, fd, 0);
 	close(fd);
 	return !error;
@@ -242,7 +283,7 @@ int pv_confine_process(const uint32_t *ioctls, size_t count)
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 		return -errno;
 	mallopt(M_ARENA_MAX, 1); /* to trim another arena, the C library opens a file */
-	if (confine_files())
+	if (confine_files(NULL))
 		done |= PV_CONFINED_FILES;
 	drop_capabilities();
 	n = filter_head(f);
@@ -269,6 +310,43 @@ int pv_confine_process(const uint32_t *ioctls, size_t count)
 	n = allow_if(f, n, SYS_tgkill, BPF_JEQ, (uint32_t)getpid());
 	f[n++] = answer(SECCOMP_RET_KILL_PROCESS);
 	error = filter_install(f, n, SECCOMP_FILTER_FLAG_TSYNC);
+	if (error)
+		return error == -ENOSYS || error == -EINVAL ? done : error;
+	return done | PV_CONFINED_CALLS;
+}
+
+/**
+ * pv_confine_network() - Leave this thread, which is all of its process, sockets of IPv4
+ * @readable:	The one file that may be read from now on
+ *
+ * A call that is not allowed kills the process.
+ *
+ * Return: as pv_confine_process()
+ */
+int pv_confine_network(const char *readable)
+{
+	struct sock_filter f[64 + 2 * CALLS_MAX];
+	size_t n, calls = sizeof(network_calls) / sizeof(network_calls[0]);
+	size_t ioctls = sizeof(network_ioctls) / sizeof(network_ioctls[0]);
+	int error, done = 0;
+
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+		return -errno;
+	if (confine_files(readable))
+		done |= PV_CONFINED_FILES;
+	drop_capabilities();
+	n = filter_head(f);
+	for (size_t i = 0; i < calls; i++) {
+		f[n++] = unless(network_calls[i], 1);
+		f[n++] = answer(SECCOMP_RET_ALLOW);
+	}
+	f[n++] = unless(SYS_ioctl, (uint8_t)(2 + 2 * ioctls));
+	f[n++] = load(offsetof(struct seccomp_data, args[1]));
+	n = allow_requests(f, n, network_ioctls, ioctls);
+	f[n++] = answer(SECCOMP_RET_ERRNO | ENOTTY); /* of a message: is there a terminal? */
+	n = allow_if(f, n, SYS_socket, BPF_JEQ, AF_INET);
+	f[n++] = answer(SECCOMP_RET_KILL_PROCESS);
+	error = filter_install(f, n, 0);
 	if (error)
 		return error == -ENOSYS || error == -EINVAL ? done : error;
 	return done | PV_CONFINED_CALLS;

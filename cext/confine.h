@@ -29,6 +29,7 @@ int pv_confine_thread(const uint16_t *calls, size_t count, void (*stopped)(int c
 enum pv_confined { PV_CONFINED_FILES = 1, PV_CONFINED_CALLS = 2 };
 
 int pv_confine_process(const uint32_t *ioctls, size_t count);
+int pv_confine_network(const char *readable);
 const char *pv_call_name(int call);
 /* cffi: end */
 

@@ -65,7 +65,6 @@ enum { SLIRP_IN = 1, SLIRP_OUT = 2, SLIRP_PRI = 4, SLIRP_ERR = 8, SLIRP_HUP = 16
 
 struct library {
 	void *(*new)(const struct slirp_config *, const struct slirp_callbacks *, void *);
-	void (*cleanup)(void *);
 	void (*pollfds_fill)(void *, uint32_t *, int (*)(int, int, void *), void *);
 	void (*pollfds_poll)(void *, int, int (*)(int, void *), void *);
 	void (*input)(void *, const uint8_t *, int);
@@ -204,7 +203,6 @@ static int look_up(struct pv_slirp *s)
 	if (!s->handle)
 		return -1;
 	s->lib.new = symbol(s, "slirp_new", &missing);
-	s->lib.cleanup = symbol(s, "slirp_cleanup", &missing);
 	s->lib.pollfds_fill = symbol(s, "slirp_pollfds_fill", &missing);
 	s->lib.pollfds_poll = symbol(s, "slirp_pollfds_poll", &missing);
 	s->lib.input = symbol(s, "slirp_input", &missing);
@@ -218,7 +216,8 @@ static int look_up(struct pv_slirp *s)
  * @why:	Gets, on failure, what is wrong; at most @size bytes with the final NUL
  * @size:	Bytes of @why
  *
- * Return: the stack, which pv_slirp_free() ends; NULL if the library is missing, or out of memory
+ * Return: the stack, which lives as long as the process; NULL if the library is missing, or out of
+ * memory
  */
 struct pv_slirp *pv_slirp_new(const struct pv_slirp_config *config, char *why, size_t size)
 {
@@ -250,7 +249,9 @@ struct pv_slirp *pv_slirp_new(const struct pv_slirp_config *config, char *why, s
 			return s;
 		snprintf(why, size, "libslirp refuses this network");
 	}
-	pv_slirp_free(s);
+	if (s)
+		free(s->fds);
+	free(s);
 	return NULL;
 }
 
@@ -321,20 +322,4 @@ int pv_slirp_serve(struct pv_slirp *s)
 		}
 	}
 	return 0;
-}
-
-/**
- * pv_slirp_free() - End a stack and all its connections
- * @s:	The stack, or NULL
- */
-void pv_slirp_free(struct pv_slirp *s)
-{
-	if (!s)
-		return;
-	if (s->slirp)
-		s->lib.cleanup(s->slirp);
-	if (s->handle)
-		dlclose(s->handle);
-	free(s->fds);
-	free(s);
 }

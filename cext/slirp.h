@@ -44,7 +44,6 @@ struct pv_slirp;
 struct pv_slirp *pv_slirp_new(const struct pv_slirp_config *config, char *why, size_t size);
 int pv_slirp_forward(struct pv_slirp *s, const struct pv_slirp_forward *forward);
 int pv_slirp_serve(struct pv_slirp *s);
-void pv_slirp_free(struct pv_slirp *s);
 /* cffi: end */
 
 #endif

@@ -220,9 +220,12 @@ def serve(fd: int, host: str, guest: str, mtu: int, loopback: bool, texts: Seque
                 f" {os.strerror(-error)}\nchoose another port for hostfwd=".encode()
             )
             return
+    done = lib.pv_confine_network(b"/etc/resolv.conf")
+    if done < 0:
+        frames.send(f"--net user: cannot be confined: {os.strerror(-done)}\n".encode())
+        return
     frames.send(READY)
-    lib.pv_slirp_serve(stack)
-    lib.pv_slirp_free(stack)
+    os._exit(-lib.pv_slirp_serve(stack))  # the interpreter's own end would need other calls
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ def test_the_back_end_s_calls() -> None:
     assert in_page("process") == in_source("confine.c", "process_calls")
 
 
+def test_the_user_network_s_calls() -> None:
+    assert in_page("network") == in_source("confine.c", "network_calls")
+
+
 def test_the_requests_of_a_vdpa_device() -> None:
     source = (ROOT / "pyvmm/backend/vduse.py").read_text()
     block = source.split("REQUESTS = (", 1)[1].split("\n)", 1)[0]

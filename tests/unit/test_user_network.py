@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +21,8 @@ from pyvmm.errors import NetError, UsageError
 from pyvmm.hostnet.frames import HEADER
 from pyvmm.hostnet.slirp import Forward, UserStack, name_server
 from pyvmm.netopt import Net
+from tests.driver import wait_for
+from tests.inject import EXECVE, PTRACE, SOCKET, inject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -223,6 +229,46 @@ def test_the_child_ends_with_its_card() -> None:
     os.kill(card.stack.pid, signal.SIGKILL)
     assert select.select([card.fd], [], [], 20)[0] and os.read(card.fd, 100) == b""
     card.stack.close()
+
+
+@pytest.mark.parametrize("call", [SOCKET, EXECVE, PTRACE])
+def test_the_child_is_confined(call: int) -> None:
+    """Somebody who controls the child gets no Unix socket, no file and no program."""
+    card = Card()
+    pid = card.stack.pid
+    assert pid is not None
+    status = Path(f"/proc/{pid}/status").read_text()
+    assert re.search(r"^Seccomp_filters:\t1$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
+    assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
+    assert wait_for(lambda: inject(pid, call))
+    assert select.select([card.fd], [], [], 20)[0] and os.read(card.fd, 100) == b""
+    card.stack.close()
+
+
+@pytest.mark.parametrize(
+    ("deed", "how"),
+    [
+        ("open('/etc/resolv.conf').read()", 0),
+        ("socket.socket()", 0),
+        ("open('/etc/hostname')", "PermissionError"),
+        ("os.mkdir('/tmp/x')", -signal.SIGSYS),
+        ("socket.socket(socket.AF_UNIX)", -signal.SIGSYS),
+        ("socket.socket(socket.AF_INET6)", -signal.SIGSYS),
+        ("os.fork()", -signal.SIGSYS),
+    ],
+)
+def test_what_the_child_may_do(deed: str, how: int | str) -> None:
+    code = "import os, socket; from pyvmm._ext import lib\n"
+    code += "done = lib.pv_confine_network(b'/etc/resolv.conf')\n"
+    code += "assert done & lib.PV_CONFINED_CALLS\n"
+    code += "if not done & lib.PV_CONFINED_FILES: os._exit(77)\n"
+    code += f"try: {deed}\nexcept Exception as e: os.write(1, type(e).__name__.encode())\n"
+    run = subprocess.run([sys.executable, "-c", code + "os._exit(0)"], capture_output=True)
+    if run.returncode == 77:
+        pytest.skip("this kernel has no Landlock")
+    assert run.returncode == (how if isinstance(how, int) else 0), run
+    assert run.stdout.decode() == ("" if isinstance(how, int) else how), run
 
 
 @pytest.mark.parametrize(
