@@ -84,7 +84,6 @@
 #define SHARES_FILE  "/etc/pyvmm.shares"
 #define PLACE_FILE   "/etc/pyvmm.place"
 #define USER_FILE    "/etc/pyvmm.user"
-#define GROUPS_MAX   65536
 #define PAGE_SIZE    4096
 #define CHANNEL_SIZE (CHANNEL_PAGES * PAGE_SIZE)
 #define DLE	     0x10
@@ -962,10 +961,10 @@ static void become_command_user(void)
 		return;
 	for (int i = 0; i < 6; i++)
 		if (!(lines[i] = strtok_r(i ? NULL : text, "\n", &save))) {
-			say("%s is cut off", USER_FILE);
+			say("%s is incomplete", USER_FILE);
 			_exit(126);
 		}
-	for (char *group = strtok_r(lines[2], ",", &save); group && count < GROUPS_MAX;
+	for (char *group = strtok_r(lines[2], ",", &save); group;
 	     group = strtok_r(NULL, ",", &save)) {
 		groups = resize(groups, (count + 1) * sizeof(*groups));
 		groups[count++] = (gid_t)strtoul(group, NULL, 10);

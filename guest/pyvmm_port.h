@@ -79,15 +79,15 @@
 
 #define GUEST_MAGIC 0x4d4d5650 /* "PVMM" */
 
-#define GUEST_INIT     1 /* init runs */
-#define GUEST_COMMAND  2 /* the command is about to start */
-#define GUEST_STATUS   3 /* the command has ended; value is its exit status, 0..255 */
-#define GUEST_POWEROFF 4 /* init is about to power off */
-#define GUEST_NET_UP   5 /* the network interfaces are configured; value is their number */
-#define GUEST_PAGE     6 /* value is the page frame number of the page for output and input */
-#define GUEST_WRITE    7 /* output: bits 0..15 of value are the length, at most 4096; 16: stderr */
-#define GUEST_AGENT    8 /* init runs no command of its own, but waits for sessions */
-#define GUEST_CHANNEL  9 /* value is the page frame number of the page with the channel's list */
+#define GUEST_INIT     1  /* init runs */
+#define GUEST_COMMAND  2  /* the command is about to start */
+#define GUEST_STATUS   3  /* the command has ended; value is its exit status, 0..255 */
+#define GUEST_POWEROFF 4  /* init is about to power off */
+#define GUEST_NET_UP   5  /* the network interfaces are configured; value is their number */
+#define GUEST_PAGE     6  /* value is the page frame number of the page for output and input */
+#define GUEST_WRITE    7  /* output: bits 0..15 of value are the length, at most 4096; 16: stderr */
+#define GUEST_AGENT    8  /* init runs no command of its own, but waits for sessions */
+#define GUEST_CHANNEL  9  /* value is the page frame number of the page with the channel's list */
 #define GUEST_SHARES   10 /* the shares of SHARES_FILE are mounted; value is their number */
 /* A share is not mounted: bits 0..15 of value are the error, 16..23 the share's number in the file,
  * or SHARE_OVERLAY for the overlay of the root. */

@@ -99,6 +99,7 @@ def request_name(request: int, *, backend: bool = False) -> str:
 
 
 NOT_REQUESTS = (
+    "VHOST_USER_MAX_",
     "VHOST_USER_PROTOCOL_F_",
     "VHOST_USER_F_",
     "VHOST_USER_VERSION",
