@@ -82,11 +82,14 @@ def test_what_a_driver_and_its_packets_do(guest: Guest, tmp_path: Path, notify: 
         trace = traced(vm, tmp_path / "trace")
         returns = vm.ledger().total
         counters = vm.nets[0].device.datapath.counters()
+        said = vm.stdout.expect(r"(\d+) kicks", TIMEOUT)
     assert trace["otherData"]["dropped"] == {}
     exits = names(trace, "vCPUs", "vcpu0")
     assert len(exits) == returns, "every return of KVM_RUN is there"
     assert in_order(DISCOVERY, names(trace, "net0", "driver"))
-    assert exits.count("write net0 queue 1 notify") == (count if notify == "exit" else 0)
+    # The guest knows how often it kicked: seldom, a worker that is awake takes a chain without.
+    kicked = [exits.count(f"write net0 queue {queue} notify") for queue in (0, 1)]
+    assert sum(kicked) == (int(said[1]) if notify == "exit" else 0)
     kvm = names(trace, "KVM", "")
     assert ("KVM_IOEVENTFD" in kvm) == (notify == "ioeventfd")
     assert in_order(["KVM_SET_GSI_ROUTING", "KVM_IRQFD"], kvm)
