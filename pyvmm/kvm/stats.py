@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError
@@ -49,6 +50,8 @@ class Stats(Fd):
             raise HostError(f"KVM_GET_STATS_FD failed: {os.strerror(-got)}")
         super().__init__(got)
         self._data_offset = 0
+        # One thread reads the table: another one would find the descriptor closed by the first.
+        self._reading = threading.Lock()
         #: (name, offset in the data block, number of 64-bit values)
         self._rows: list[tuple[str, int, int]] = []
         self._schema: list[dict[str, object]] = []
@@ -58,9 +61,13 @@ class Stats(Fd):
         """A description of each statistic, as QEMU's StatsSchemaValue: name, type, ``unit``,
         ``base`` and ``exponent``. The value in that unit is number * base ** exponent.
         """
-        if not self._rows:
-            self._read_table()
+        self._need_table()
         return self._schema
+
+    def _need_table(self) -> None:
+        with self._reading:
+            if not self._rows:
+                self._read_table()
 
     def _read_table(self) -> None:
         got = self.fileno()
@@ -118,8 +125,7 @@ class Stats(Fd):
         """Decode the bytes of ``raw`` into values by KVM's names. After ``close`` this works only
         if the table of names has been read before.
         """
-        if not self._rows:
-            self._read_table()
+        self._need_table()
         out: dict[str, Value] = {}
         for name, offset, count in self._rows:
             values = [

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import pytest
 
 from pyvmm import Machine, Net
 from pyvmm.exits.trace import write
+from pyvmm.kvm.stats import Stats
+from pyvmm.kvm.vm import Vm
+from tests.driver import wait_for
 from tests.trace_format import check_trace, in_order, names
 
 ROOT = Path(__file__).parents[2]
@@ -207,3 +212,31 @@ def test_bad_use_is_told_before_the_guest_runs(guest: Guest) -> None:
     for args in (("--trace", "/nowhere/trace"), ("--trace", "x", "--trace-events", "3")):
         done = run(guest, *args)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done
+
+
+def test_one_thread_reads_the_names_of_statistics(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace is written while the guest restarts: whoever waits for the names of the old VM's
+    statistics gets them, although the descriptor is closed as soon as the first thread has them.
+    """
+    stats = Stats(vm.fileno())
+    reads, hold = [], threading.Event()
+    read = Stats._read_table
+
+    def slow(self: Stats) -> None:
+        reads.append(threading.get_ident())
+        assert hold.wait(TIMEOUT)
+        read(self)
+
+    def read_and_close() -> list[dict[str, object]]:
+        schema = stats.schema
+        stats.close()
+        return schema
+
+    monkeypatch.setattr(Stats, "_read_table", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(read_and_close)
+        assert wait_for(lambda: bool(reads))
+        second = pool.submit(lambda: stats.schema)
+        hold.set()
+        assert first.result() == second.result() != []
+    assert len(reads) == 1
