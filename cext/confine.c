@@ -344,7 +344,12 @@ int pv_confine_network(const char *readable)
 	f[n++] = load(offsetof(struct seccomp_data, args[1]));
 	n = allow_requests(f, n, network_ioctls, ioctls);
 	f[n++] = answer(SECCOMP_RET_ERRNO | ENOTTY); /* of a message: is there a terminal? */
-	n = allow_if(f, n, SYS_socket, BPF_JEQ, AF_INET);
+	/* The C library asks for others to learn of interfaces, as for the scope of fe80::1%eth0. */
+	f[n++] = unless(SYS_socket, 4);
+	f[n++] = load(offsetof(struct seccomp_data, args[0]));
+	f[n++] = unless(AF_INET, 1);
+	f[n++] = answer(SECCOMP_RET_ALLOW);
+	f[n++] = answer(SECCOMP_RET_ERRNO | EAFNOSUPPORT);
 	f[n++] = answer(SECCOMP_RET_KILL_PROCESS);
 	error = filter_install(f, n, 0);
 	if (error)

@@ -20,6 +20,9 @@
 #define ETH_MIN	  14
 /* Frames that are taken before the stack's sockets are looked at again. */
 #define BURST 64
+/* After so many rounds in which no frame moves, the next ones wait. */
+#define IDLE_MAX 64
+#define IDLE_MS	 10
 
 /* What follows is the library's interface (slirp/libslirp.h), as of version 1 of its settings. */
 
@@ -77,6 +80,7 @@ struct pv_slirp {
 	void *slirp;
 	int fd;
 	bool gone;	    /* the card has closed its end */
+	bool moved;	    /* a frame, in this round */
 	struct pollfd *fds; /* the card's first */
 	size_t count, room;
 	uint8_t frame[HEADER + FRAME_MAX];
@@ -95,6 +99,7 @@ static ssize_t send_packet(const void *frame, size_t len, void *opaque)
 	while (sent < 0 && errno == EINTR);
 	if (sent < 0)
 		s->gone = true;
+	s->moved = true;
 	return sent < 0 ? -1 : (ssize_t)len;
 }
 
@@ -285,6 +290,7 @@ static void take_frames(struct pv_slirp *s)
 			s->gone = true;
 			return;
 		}
+		s->moved = true;
 		/* Too long a frame was cut off, and is dropped. */
 		if (len >= HEADER + ETH_MIN && (size_t)len <= sizeof(s->frame))
 			s->lib.input(s->slirp, s->frame + HEADER, (int)len - HEADER);
@@ -299,7 +305,7 @@ static void take_frames(struct pv_slirp *s)
  */
 int pv_slirp_serve(struct pv_slirp *s)
 {
-	bool took = false;
+	unsigned int idle = 0;
 
 	while (!s->gone) {
 		uint32_t timeout = UINT32_MAX;
@@ -309,17 +315,19 @@ int pv_slirp_serve(struct pv_slirp *s)
 		s->count = 1;
 		s->lib.pollfds_fill(s->slirp, &timeout, add_poll, s);
 		/* A frame may let others go that wait in the stack: it sends them in the next round. */
-		if (took)
+		if (s->moved)
 			timeout = 0;
-		took = false;
+		s->moved = false;
 		ready = poll(s->fds, s->count, timeout > INT_MAX ? -1 : (int)timeout);
 		if (ready < 0 && errno != EINTR)
 			return -errno;
 		s->lib.pollfds_poll(s->slirp, ready < 0, get_revents, s);
-		if (ready > 0 && s->fds[0].revents) {
+		if (ready > 0 && s->fds[0].revents)
 			take_frames(s);
-			took = true;
-		}
+		/* Without descriptors, the stack cannot take the connection that wakes it up. */
+		idle = ready > 0 && !s->moved ? idle + 1 : 0;
+		if (idle > IDLE_MAX)
+			poll(NULL, 0, IDLE_MS);
 	}
 	return 0;
 }

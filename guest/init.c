@@ -947,6 +947,16 @@ static void set_environment(void)
 		setenv("PYVMM_PEER", peer, 1);
 }
 
+/* Let @uid open /dev/stdin, /dev/stdout and /dev/stderr, where they are pipes. */
+static void give_streams(uid_t uid)
+{
+	struct stat s;
+
+	for (int i = 0; i < 3; i++)
+		if (!fstat(i, &s) && S_ISFIFO(s.st_mode))
+			fchown(i, uid, (gid_t)-1);
+}
+
 /*
  * Become the user of the command, as USER_FILE says: "UID GID GROUP,... NAME HOME SHELL", in lines.
  * If that fails, the command does not run.
@@ -969,6 +979,7 @@ static void become_command_user(void)
 		groups = resize(groups, (count + 1) * sizeof(*groups));
 		groups[count++] = (gid_t)strtoul(group, NULL, 10);
 	}
+	give_streams((uid_t)strtoul(lines[0], NULL, 10));
 	setenv("USER", lines[3], 1);
 	setenv("LOGNAME", lines[3], 1);
 	setenv("HOME", lines[4], 1);
@@ -1383,6 +1394,7 @@ static const char *become_user(char *user, int tty, const char **shell)
 	groups[0] = gid;
 	if (tty >= 0)
 		fchown(tty, uid, (gid_t)-1);
+	give_streams(uid);
 	if (setgroups(count, groups) || setgid(gid) || setuid(uid)) {
 		say("cannot become user '%.100s': %s", user, strerror(errno));
 		_exit(126);

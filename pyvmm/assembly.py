@@ -648,7 +648,11 @@ def extra_archive(want: Description, cards: int = 1) -> tuple[Archive | None, li
         archive.file(SHARES_FILE, words(want.shares))
         if want.root is not None and want.root.account:
             archive.file(USER_FILE, want.root.account, 0o600)
-        archive.file(PLACE_FILE, place(want.shares, os.path.realpath(os.curdir)))
+        try:
+            here = os.path.realpath(os.curdir)
+        except OSError:  # it has been removed
+            here = ""
+        archive.file(PLACE_FILE, place(want.shares, here))
     return archive, notes
 
 

@@ -320,9 +320,11 @@ class Net:
             raise UsageError("--net user: host= or guest= alone", "give both, of one network")
         if self.host and self.guest:
             (_, a, length), (_, b, other) = parse_address(self.host), parse_address(self.guest)
-            shift = 32 - length
             host, guest = int.from_bytes(a, "big"), int.from_bytes(b, "big")
-            if length != other or host >> shift != guest >> shift or guest in (host, host + 1):
+            net = host >> 32 - length << 32 - length
+            last = net + (1 << 32 - length) - 1  # for broadcasts
+            fits = net < host and host + 1 < last and net < guest < last
+            if length != other or not fits or guest in (host, host + 1):
                 raise UsageError(
                     f"--net user: host={self.host} and guest={self.guest}",
                     "give two addresses of one network; the one after the host's serves names",

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 TAKEN = ("/", "/proc", "/sys", "/dev")
 #: Bytes of a path in the guest (PATH_MAX of Linux, with the NUL).
 PATH_MAX = 4095
+#: Characters of /etc/passwd and /etc/group that are read.
+ACCOUNTS_MAX = 16 << 20
 
 
 class Share(Device):
@@ -45,9 +47,10 @@ class Share(Device):
         given = os.fspath(directory)
         if not given or "\0" in given:
             raise UsageError(f"--share {given!r}", "write DIR, DIR:/PATH or DIR:/PATH:rw")
-        self.directory, self.writable = os.path.realpath(given), writable
+        self.directory, self.writable = given, writable
         self.access = b"rw" if writable else b"ro"
         try:
+            self.directory = os.path.realpath(given)  # which fails in a directory that has gone
             good = stat.S_ISDIR(os.stat(self.directory).st_mode)  # noqa: PTH116 - pathlib is slow
             what = "is no directory"
         except OSError as e:
@@ -139,27 +142,37 @@ def account(tree: str, user: str) -> bytes:
     :param tree: without symbolic links. The files of the running system are read as they are.
     :raises UsageError: the tree has no such user.
     """
-    entries = [line.split(":") for line in _lines(f"{tree}/etc/passwd")]
+    entries = [line.split(":") for line in _lines(tree, "etc/passwd")]
     found = next((e for e in entries if len(e) == 7 and e[0] == user), None)
-    if found is None or not (found[2].isdecimal() and found[3].isdecimal()):
+    if found is None or not (_is_id(found[2]) and _is_id(found[3])):
         raise UsageError(
             f"--user {user!r}: {tree.rstrip('/')}/etc/passwd has no such user", "name another"
         )
     groups = [found[3]]
-    for line in _lines(f"{tree}/etc/group"):
+    for line in _lines(tree, "etc/group"):
         entry = line.split(":")
-        if len(entry) == 4 and user in entry[3].split(",") and entry[2].isdecimal():
+        if len(entry) == 4 and user in entry[3].split(",") and _is_id(entry[2]):
             groups.append(entry[2])
     words = [*found[2:4], ",".join(groups), user, found[5] or "/", found[6] or "/bin/sh"]
     return b"".join(os.fsencode(word) + b"\n" for word in words)
 
 
-def _lines(path: str) -> list[str]:
+def _is_id(text: str) -> bool:
+    """Whether ``text`` is a user or group id; 2**32 - 1 means none."""
+    return text.isascii() and text.isdecimal() and len(text) < 11 and int(text) < 2**32 - 1
+
+
+def _lines(tree: str, name: str) -> list[str]:
+    """The lines of a file of the tree: none if it is no plain file, or if links lead out of it."""
+    path = os.path.realpath(f"{tree}/{name}")
+    if not path.startswith(tree.rstrip("/") + "/"):
+        return []
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as f:
-            return f.read().splitlines()
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return []
+    with open(fd, encoding="utf-8", errors="surrogateescape") as f:
+        return f.read(ACCOUNTS_MAX).splitlines() if stat.S_ISREG(os.fstat(fd).st_mode) else []
 
 
 def words(shares: Sequence[Share]) -> bytes:
@@ -176,8 +189,10 @@ def place(shares: Sequence[Share], directory: str) -> bytes:
     """The directory in which the guest's command begins: that of the host, if a share has it; else
     empty, for init's own choice. Of several shares, the innermost counts.
 
-    :param directory: of the host, without symbolic links.
+    :param directory: of the host, without symbolic links; empty if there is none.
     """
+    if not directory:
+        return b""
     for share in sorted(shares, key=lambda share: -len(share.directory)):
         if f"{directory}/".startswith(share.directory.rstrip("/") + "/"):
             inside = os.path.relpath(directory, share.directory)

@@ -48,6 +48,8 @@ class Peripheral(Card):
         self.broken = ""
         if self._substitute is not None:
             path.gone = self._gone
+            if not path.connected:  # it went before somebody listened
+                self._gone()
 
     def _gone(self) -> None:
         """The back-end has gone, and there will be no other."""

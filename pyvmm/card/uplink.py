@@ -169,7 +169,8 @@ class Uplink:
         if net.mode == "vhost-vdpa":
             return self._open_vdpa(net, mac)
         if self._user is not None:
-            path = self._emulated(self._user, net)
+            self._user.need()
+            path = self._emulated(self._user, net, self._user.gone)
             self.register(path)
             return Route(path, net, None, lambda mac: False)
         tap = self._need_tap(net)
@@ -259,7 +260,7 @@ class Uplink:
                 return path
         return self._emulated(tap, net)
 
-    def _emulated(self, port: Frames, net: Net) -> DataPath:
+    def _emulated(self, port: Frames, net: Net, gone: Callable[[], str] | None = None) -> DataPath:
         from pyvmm.datapath.emulated import EmulatedNet
 
         return EmulatedNet(
@@ -268,6 +269,7 @@ class Uplink:
             worker_cpu=net.worker_cpu,
             recorder=self._recorder,
             stopped=self._stopped,
+            gone=gone,
         )
 
     def _need_tap(self, net: Net) -> Tap:
@@ -292,6 +294,8 @@ class Uplink:
         with self._state:
             self._cut = True
             paths = list(self._paths)
+        if self._user is not None:
+            self._user.cut()
         for path in paths:
             path.cut()
 

@@ -107,6 +107,8 @@ class EmulatedNet(OnUplink):
         guest to add buffers, and as long from a ``stop(finish=True)`` on; then it is dropped.
     :param stopped: told, in words, if a worker makes a system call that it may not make. From then
         on the worker does nothing, and its rings are lost. Without it, that is a fault.
+    :param gone: asked why the port's descriptors have come to their end, which is a fault then;
+        empty if they may come back.
     """
 
     name = "emulated"
@@ -121,11 +123,12 @@ class EmulatedNet(OnUplink):
         recorder: Scope | None = None,
         hold_ms: int = lib.PV_NET_HOLD_MS,
         stopped: Callable[[str], object] | None = None,
+        gone: Callable[[], str] | None = None,
     ) -> None:
         self.times = HandOverTimes()
         self._port = port
         self._events: PathEvents | None = None
-        self._stopped = stopped
+        self._stopped, self._gone = stopped, gone
         self._recorder = recorder
         self._poll_us = poll_us
         self._worker_cpu = worker_cpu
@@ -356,7 +359,11 @@ class EmulatedNet(OnUplink):
             pair.link_up = False
             if any(p.link_up for p in self._pairs):
                 return
-        self._reopener.start()
+        why = self._gone() if self._gone is not None else ""
+        if why:
+            self._report(-1, why)
+        else:
+            self._reopener.start()
 
     def _link_back(self) -> None:
         """The tap has been opened again: give it to the workers."""

@@ -124,7 +124,8 @@ class FsConnector(Connector):
         import subprocess
 
         root = not os.geteuid()
-        argv = command(find(), fd, self._directory, writable=writable, root=root)
+        where = self._directory if self._directory == "/" else isolate.SHARED
+        argv = command(find(), fd, where, writable=writable, root=root)
         environment = dict(os.environ)
         if not root:
             from pyvmm.testbed.assets import shim
@@ -135,7 +136,10 @@ class FsConnector(Connector):
         def confine() -> None:
             """In the child, before it becomes virtiofsd."""
             try:
-                isolate.protect([self._directory] if writable else [])
+                if self._directory == "/":
+                    isolate.protect(["/"] if writable else [])
+                else:
+                    isolate.stage(self._directory, writable=writable)
             except OSError as e:
                 os.write(write, str(e).encode())
                 raise

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import sys
 from contextlib import suppress
@@ -35,6 +36,8 @@ READY = b"\0"
 LINE_MAX = 1024
 #: Bytes that may wait in each direction.
 BUFFER = 1 << 20
+#: Connections that a guest may have at once.
+SOCKETS_MAX = 4096
 INSTALL = "as root: apt-get install libslirp0"
 
 
@@ -92,8 +95,8 @@ class UserStack:
     :param host, guest: the IPv4 addresses of the gateway and of the guest, with prefix length, of
         one network. :param mtu: bytes.
     :param loopback: whether the gateway's address also stands for the host's 127.0.0.1.
-    :ivar fds: the card's end of the sockets.
-    :raises NetError: there is no libslirp, or a port of the host cannot be had.
+    :ivar fds: the card's end of the sockets. ``need`` comes before their use.
+    :raises NetError: the child cannot be started.
     """
 
     #: No network interface is behind the sockets.
@@ -105,40 +108,65 @@ class UserStack:
         import subprocess
 
         self.name, self.mtu = "user", mtu
+        self.fds: list[Fd] = []
         self._child: subprocess.Popen[bytes] | None = None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.fds = [Fd(ours.detach())]
+        self._said: bytes | None = None
         try:
-            words = [str(theirs.fileno()), host, guest, str(mtu), str(int(loopback))]
-            self._child = subprocess.Popen(
-                module("pyvmm.hostnet.slirp", *words, *map(str, forwards)),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for us
-            )
-            theirs.close()
-            self._hear()
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                with suppress(OSError):  # the more, the longer a guest may send at once
+                    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+                self.fds.append(Fd(ours.detach()))
+                words = [str(theirs.fileno()), host, guest, str(mtu), str(int(loopback))]
+                self._child = subprocess.Popen(
+                    module("pyvmm.hostnet.slirp", *words, *map(str, forwards)),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # Ctrl-C is for us
+                )
         except OSError as e:
+            self.close()
             raise NetError(f"cannot start the user network: {e.strerror}") from e
-        finally:
-            theirs.close()
 
-    def _hear(self) -> None:
-        """Wait for the child's first message.
+    def need(self) -> None:
+        """Wait until the stack is there; ``cut`` ends the wait.
 
-        :raises NetError: it is an error, or does not come.
+        :raises NetError: there is no libslirp, or a port of the host cannot be had.
         """
+        if self._said == READY:
+            return
         fd = self.fds[0].fileno()
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        said = os.read(fd, LINE_MAX) if poll.poll(START_S * 1000) else b""
-        if said != READY:
-            self.close()
-            cause, _, remedy = said.decode(errors="replace").partition("\n")
+        try:
+            self._said = os.read(fd, LINE_MAX) if poll.poll(START_S * 1000) else b""
+        except OSError:
+            self._said = b""
+        if self._said != READY:
+            cause, _, remedy = self._said.decode(errors="replace").partition("\n")
             raise NetError(cause or "the user network does not start", remedy)
         os.set_blocking(fd, False)
+
+    def cut(self) -> None:
+        """End the wait of ``need``, and the stack. Any thread."""
+        with suppress(OSError), socket.socket(fileno=os.dup(self.fds[0].fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
+
+    def gone(self) -> str:
+        """Why nothing comes from the stack any more, in words; empty at our own end."""
+        import subprocess
+
+        child = self._child
+        if child is None:
+            return ""
+        try:
+            status = child.wait(END_S)
+        except subprocess.TimeoutExpired:
+            return "the user network has closed its socket"
+        how = f"was killed ({signal.Signals(-status).name})" if status < 0 else "has ended"
+        return f"the user network {how}"
 
     @property
     def pid(self) -> int | None:
@@ -166,12 +194,17 @@ class UserStack:
 
 def serve(fd: int, host: str, guest: str, mtu: int, loopback: bool, texts: Sequence[str]) -> None:
     """The child's main function: move packets until the card's end of ``fd`` closes."""
+    import resource
+
     from pyvmm._ext import ffi, lib
 
     frames = socket.socket(fileno=fd)
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        with suppress(OSError):
-            frames.setsockopt(socket.SOL_SOCKET, option, BUFFER)
+    with suppress(OSError):
+        frames.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < SOCKETS_MAX:
+        most = SOCKETS_MAX if hard == resource.RLIM_INFINITY else min(hard, SOCKETS_MAX)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
     def number(address: str) -> int:
         return int.from_bytes(socket.inet_aton(address), sys.byteorder)

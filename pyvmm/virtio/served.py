@@ -201,8 +201,10 @@ class ServedDevice(VirtioDevice):
 
         :raises PyvmmError: nobody knows where that is, or ``path`` does not start.
         """
-        self.park()
-        self.datapath = path
+        try:
+            self.park()
+        finally:
+            self.datapath = path
         if self._driven:
             self.resume()
 

@@ -18,6 +18,7 @@ from pyvmm.assembly import Description
 from pyvmm.devices.guest_port import PHASES
 from pyvmm.errors import ShareError, UsageError
 from pyvmm.host import virtiofsd
+from pyvmm.hostnet import isolate
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Outcome
 from pyvmm.shareopt import Root, Share, place, reason, words
@@ -186,7 +187,7 @@ def test_a_virtiofsd_that_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     program = tmp_path / "virtiofsd"
     program.write_text(
         f"#!{sys.executable}\nimport sys\n"
-        "try: open(sys.argv[0] + '.new', 'w')\n"
+        f"try: open({isolate.SHARED + '/virtiofsd.new'!r}, 'w')\n"
         "except OSError as e: print('cannot', e.strerror, file=sys.stderr)\n"
         "sys.exit(3)\n"
     )
@@ -198,6 +199,43 @@ def test_a_virtiofsd_that_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     with closing(virtiofsd.FsConnector(str(tmp_path), writable=True)) as connector:
         assert connector.end() == "virtiofsd has ended with status 3"
     assert (tmp_path / "virtiofsd.new").exists()
+
+
+@pytest.mark.parametrize("which", ["the directory", "the one above"])
+def test_the_directory_that_was_named_is_shared(tmp_path: Path, which: str) -> None:
+    """Whoever owns a directory above puts a link in its place before virtiofsd starts."""
+    named = tmp_path / "above" / "named"
+    named.mkdir(parents=True)
+    share = Share(str(named))
+    if which == "the directory":
+        named.rmdir()
+        named.symlink_to("/etc")
+    else:
+        named.parent.rename(tmp_path / "moved")
+        (tmp_path / "above").symlink_to("moved")
+    with pytest.raises(ShareError, match="cannot be confined"):
+        share.connector()
+
+
+def test_accounts_of_a_tree_are_plain_files_in_the_tree(tmp_path: Path) -> None:
+    """No pipe is waited for, no link leads to the host's, and only numbers are ids."""
+    etc = tmp_path / "etc"
+    etc.mkdir()
+    line = "ann:x:{}:100::/home/ann:/bin/sh\n"
+    for id_ in ("\u0661", "-1", "4294967295", "99999999999", ""):
+        (etc / "passwd").write_text(line.format(id_))
+        with pytest.raises(UsageError, match="no such user"):
+            Root(tmp_path, user="ann")
+    (etc / "passwd").write_text(line.format("1000"))
+    assert Root(tmp_path, user="ann").account.startswith(b"1000\n100\n")
+    (etc / "passwd").unlink()
+    os.mkfifo(etc / "passwd")
+    with pytest.raises(UsageError, match="no such user"):
+        Root(tmp_path, user="ann")
+    (etc / "passwd").unlink()
+    (etc / "passwd").symlink_to("/etc/passwd")
+    with pytest.raises(UsageError, match="no such user"):
+        Root(tmp_path, user="root")
 
 
 # --- once virtiofsd has gone ----------------------------------------------------------------------

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from pyvmm.hostnet.frames import HEADER
 from pyvmm.hostnet.slirp import Forward, UserStack, name_server
 from pyvmm.netopt import Net
 from tests.driver import wait_for
-from tests.inject import EXECVE, PTRACE, SOCKET, inject
+from tests.inject import EXECVE, PTRACE, inject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,6 +51,11 @@ class Card:
             1500,
             **{"loopback": True, **more},  # type: ignore[arg-type]
         )
+        try:
+            self.stack.need()
+        except NetError:
+            self.stack.close()
+            raise
         self.fd = self.stack.fds[0].fileno()
         self.identity = 0
 
@@ -106,8 +112,8 @@ class Card:
         answer = self.receive(lambda frame: frame[12:14] == b"\x08\0" and frame[23] == 1)
         assert answer[34] == 0 and answer[42:46] == b"ping"
 
-    def udp(self, port: int, own: int, data: bytes) -> None:
-        self.ip(17, struct.pack("!HHHH", own, port, 8 + len(data), 0) + data)
+    def udp(self, port: int, own: int, data: bytes, target: str = HOST) -> None:
+        self.ip(17, struct.pack("!HHHH", own, port, 8 + len(data), 0) + data, target)
 
 
 def segment(frame: bytes) -> tuple[int, int, int, int, int, bytes]:
@@ -228,10 +234,54 @@ def test_the_child_ends_with_its_card() -> None:
     assert card.stack.pid is not None
     os.kill(card.stack.pid, signal.SIGKILL)
     assert select.select([card.fd], [], [], 20)[0] and os.read(card.fd, 100) == b""
+    assert card.stack.gone() == "the user network was killed (SIGKILL)"
     card.stack.close()
 
 
-@pytest.mark.parametrize("call", [SOCKET, EXECVE, PTRACE])
+def test_the_wait_for_the_child_can_be_cut() -> None:
+    """By the end of the machine, from another thread, while the child is still starting."""
+    stack = UserStack(f"{HOST}/24", f"{GUEST}/24", 1500, loopback=True)
+    assert stack.pid is not None
+    os.kill(stack.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(stack.need)
+        stack.cut()
+        with pytest.raises(NetError, match="does not start"):
+            waiting.result(20)
+    os.kill(stack.pid, signal.SIGKILL)
+    stack.close()
+
+
+def survives(text: str, tmp_path: Path) -> bool:
+    """Whether a stack survives a query for a name with this /etc/resolv.conf."""
+    file = tmp_path / "resolv.conf"
+    file.write_text(text)
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path.cwd())!r})
+from tests.unit.test_user_network import Card, HOST
+import socket
+card = Card()
+card.udp(53, 4000, bytes.fromhex("0007010000010000000000000161000001" "0001"), "10.0.2.3")
+card.send(card.arp(1, socket.inet_aton(HOST)))
+card.receive(lambda frame: frame[12:14] == bytes((8, 6)))
+card.stack.close()
+"""
+    mount = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
+    run = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mount, str(file), sys.executable, "-c", code],
+        capture_output=True,
+    )
+    return run.returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file")
+@pytest.mark.parametrize("server", ["fe80::1%lo", "127.0.0.53", "::1", ""])
+def test_any_name_server_of_the_host(tmp_path: Path, server: str) -> None:
+    assert survives(f"nameserver {server}\n" if server else "", tmp_path)
+
+
+@pytest.mark.parametrize("call", [EXECVE, PTRACE])
 def test_the_child_is_confined(call: int) -> None:
     """Somebody who controls the child gets no Unix socket, no file and no program."""
     card = Card()
@@ -253,8 +303,8 @@ def test_the_child_is_confined(call: int) -> None:
         ("socket.socket()", 0),
         ("open('/etc/hostname')", "PermissionError"),
         ("os.mkdir('/tmp/x')", -signal.SIGSYS),
-        ("socket.socket(socket.AF_UNIX)", -signal.SIGSYS),
-        ("socket.socket(socket.AF_INET6)", -signal.SIGSYS),
+        ("socket.socket(socket.AF_UNIX)", "OSError"),
+        ("socket.socket(socket.AF_INET6)", "OSError"),
         ("os.fork()", -signal.SIGSYS),
     ],
 )
@@ -299,6 +349,11 @@ BAD = {
     "user,host=10.1.1.1/24": "give both",
     "user,host=10.1.1.1/24,guest=10.1.2.5/24": "two addresses of one network",
     "user,host=10.1.1.1/24,guest=10.1.1.2/24": "serves names",
+    "user,host=10.1.1.0/24,guest=10.1.1.9/24": "two addresses of one network",
+    "user,host=10.1.1.254/24,guest=10.1.1.9/24": "two addresses of one network",
+    "user,host=10.1.1.1/24,guest=10.1.1.255/24": "two addresses of one network",
+    "user,host=255.255.255.255/24,guest=255.255.255.1/24": "two addresses of one network",
+    "user,host=10.1.1.1/32,guest=10.1.1.1/32": "two addresses of one network",
     "user,switchable=emulated": "mode user has no tap",
     "emulated,hostfwd=1-2": "unknown key",
 }
