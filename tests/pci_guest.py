@@ -133,6 +133,7 @@ class Board:
     """Memory, bus and PCI, and one vCPU's way to them. Devices are plugged in by ``pci.add``.
 
     :ivar exits: accesses that Python was asked for. :ivar lock: the I/O lock, held for these.
+    :ivar held: what the vCPU would have to wait for after the latest of them, or None.
     """
 
     def __init__(self, vm: Any = None, *, memory: int = 16 << 20) -> None:
@@ -143,6 +144,7 @@ class Board:
         self.pci = PciBus(self.bus, self._reset)
         self.vcpu = lib.pv_vcpu_new(-1, 0, self.bus.c)
         self.exits = 0
+        self.held: threading.Event | None = None
         self.lock = threading.RLock()
         self._opened: list[Any] = []
 
@@ -172,7 +174,7 @@ class Board:
         if not lib.pv_vcpu_access(c, space):
             self.exits += 1
             with self.lock:
-                self.bus.dispatch(c)
+                self.held = self.bus.dispatch(c)
         return bytes(ffi.buffer(area))
 
     def read(self, space: int, addr: int, size: int) -> int:

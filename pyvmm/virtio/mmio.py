@@ -138,7 +138,7 @@ class MmioRegisters(ModernRegisters):
     def _set_status(self, value: int) -> None:
         self._device.set_status(value)
         if value == 0:
-            self._hold()
+            self.hold()
 
     def _set_queue_ready(self, value: int) -> None:
         """1 gives the virtqueue to the device; 0 takes it back, and then the device leaves it alone
@@ -147,7 +147,7 @@ class MmioRegisters(ModernRegisters):
         if value:
             self._set_queue("enabled", value)
         elif self._device.release_queue(self._queue_select):
-            self._hold()
+            self.hold()
 
 
 def write_only(register: Register) -> Register:

@@ -106,7 +106,7 @@ class RegisterTable:
         queues = self._device.queues
         return queues[self._queue_select] if self._queue_select < len(queues) else None
 
-    def _hold(self) -> None:
+    def hold(self) -> None:
         """Keep the vCPU out of the guest until the jobs that the device has posted are done: for
         drivers that do not wait for what they have asked for.
         """

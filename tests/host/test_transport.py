@@ -11,8 +11,8 @@ import random
 import struct
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -37,6 +37,9 @@ from pyvmm.virtio.pci.transport import NOTIFY, VirtioPci
 from tests.driver import Cable, wait_for
 from tests.pci_guest import Board, NetGuest, frame
 
+if TYPE_CHECKING:
+    from pyvmm.virtio.device import Jobs
+
 KVM_GET_IRQCHIP = 0xC208AE62  # linux/kvm.h: _IOWR(KVMIO, 0x62, struct kvm_irqchip)
 IOAPIC = 2
 VERSION_1 = 1 << VIRTIO_F_VERSION_1
@@ -51,14 +54,30 @@ def lines(vm: Vm) -> int:
     return int(struct.unpack_from("=I", chip, 8 + 16)[0])
 
 
+class Later:
+    """Keeps jobs until ``run``: a device whose transitions take long."""
+
+    def __init__(self) -> None:
+        self._jobs: list[Callable[[], None]] = []
+
+    def post(self, job: Callable[[], None]) -> bool:
+        self._jobs.append(job)
+        return True
+
+    def run(self) -> None:
+        while self._jobs:
+            self._jobs.pop(0)()
+
+
 class Rig:
     """A card on a cable in slot 1, with KVM behind."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Vm, jobs: Jobs | None = None) -> None:
         self.vm = vm
         self.board = Board(vm)
         self.cable = Cable()
-        self.device = NetDevice("net0", self.board.memory, EmulatedNet(self.cable), self.cable, MAC)
+        path = EmulatedNet(self.cable)
+        self.device = NetDevice("net0", self.board.memory, path, self.cable, MAC, jobs=jobs)
         self.card = self.board.add(
             VirtioPci(vm, self.board.bus, self.device, PCI_CLASS_NETWORK_ETHERNET)
         )
@@ -264,6 +283,39 @@ def test_intx_line_in_the_io_apic(rig: Rig) -> None:
     assert high()
     g.pci.set("device_status", 0)
     assert not high() and g.pci.isr() == 0
+
+
+@pytest.mark.parametrize("msix", [True, False])
+def test_a_function_that_is_being_reset_keeps_its_line_low(vm: Vm, msix: bool) -> None:
+    """FLR while the device takes its time. With MSI-X, whose reset shows the line, the ISR has kept
+    the bit of a configuration change.
+    """
+    later = Later()
+    rig = Rig(vm, later)
+
+    def high() -> bool:
+        return bool(lines(vm) & 1 << gsi_of(1))
+
+    g = rig.guest(msix=msix)
+    later.run()
+    rig.device.config_changed()
+    assert msix or wait_for(high)
+    at = next(at for cap, at in rig.board.capabilities(1) if cap == pci.PCI_CAP_ID_AF)
+    rig.board.config_write(1, at + pci.PCI_AF_CTRL, 1, pci.PCI_AF_CTRL_FLR)
+    held = rig.board.held
+    assert held is not None and not held.is_set() and not high()
+    rig.device.queues[0].call.signal()  # the relay goes on until the job
+    assert msix or wait_for(lambda: bool(rig.card._isr.peek() & 1))
+    assert not high()
+    later.run()
+    assert held.is_set() and not high() and rig.device.status == 0
+    g.close()
+    g = rig.guest(msix=False)
+    later.run()
+    assert not high()
+    rig.device.config_changed()
+    assert wait_for(high) and g.pci.isr() == 2 and not high()
+    rig.close()
 
 
 def test_cards_share_a_line(vm: Vm) -> None:

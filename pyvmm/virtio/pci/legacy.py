@@ -81,12 +81,12 @@ class LegacyRegisters(VectorRows):
     def _set_status(self, value: int) -> None:
         self._device.set_legacy_status(value)
         if value == 0:
-            self._hold()
+            self.hold()
 
     def _set_queue(self, page: int) -> None:
         self._device.set_legacy_queue(self._queue_select, page)
         if page == 0:
-            self._hold()
+            self.hold()
 
 
 class _Part:

@@ -266,9 +266,11 @@ class VirtioPci(PciFunction):
         self._isr.drive(want, [*events, (self._config_event, VIRTIO_PCI_ISR_CONFIG)])
 
     def _show_intx(self) -> None:
-        """The line is hidden by command bit 10 and while MSI-X is in use (PCI 3.0, 6.8.3.3)."""
-        hidden = bool(self.command & PCI_COMMAND_INTX_DISABLE) or self.msix.enabled or self.asleep
-        self._isr.hide(hidden)
+        """The line is hidden by command bit 10 and while MSI-X is in use (PCI 3.0, 6.8.3.3), and
+        until a reset of the device is done: a function that has been reset interrupts nobody.
+        """
+        off = bool(self.command & PCI_COMMAND_INTX_DISABLE) or self.asleep
+        self._isr.hide(off or self.msix.enabled or self.device.stopping)
 
     def interrupt_config(self) -> None:
         """Tell that the configuration has changed; the ISR bit is set even with MSI-X (4.1.4.5.1).
@@ -388,6 +390,7 @@ class VirtioPci(PciFunction):
         if self._legacy is not None:
             self._legacy.registers.reset()
         self._isr.reset()
+        self._show_intx()
 
     def _drop_sources(self, event: EventFd) -> None:
         for v in self.msix.vectors:
@@ -405,10 +408,12 @@ class VirtioPci(PciFunction):
 
     def function_reset(self) -> None:
         """FLR: as a reset by the driver, which a job completes if the device runs; the PCI side is
-        reset at once, so that nothing interrupts any more.
+        reset at once, so that nothing interrupts any more. A driver takes the function for quiet
+        after 100 ms, so the vCPU enters the guest again when the job is done.
         """
         self.device.reset()
         self._reset_function()
+        self.common.hold()
 
     def _reset_function(self) -> None:
         self.msix.reset()
