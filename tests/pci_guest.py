@@ -52,6 +52,7 @@ class FakeVm:
         #: By address, or by port or address and value.
         self.kicks: dict[int | tuple[int, int], EventFd] = {}
         self.routes: dict[int, tuple[int, int]] = {}
+        self.pages: dict[int, tuple[int, int]] = {}  # by memory slot: where the guest sees which
         self.refuse: set[str] = set()
         self.gsis: set[int] = set()
         self._lines: dict[int, Any] = {}
@@ -108,6 +109,17 @@ class FakeVm:
             self.kicks[key] = event
         elif self.kicks.get(key) is event:
             del self.kicks[key]
+
+    def map_page(self, gpa: int, host: int) -> int:
+        self._check("map_page")
+        slot = len(self.pages) + 1
+        assert slot not in self.pages
+        self.pages[slot] = (gpa, host)
+        return slot
+
+    def unmap_page(self, slot: int) -> None:
+        self._check("unmap_page")
+        del self.pages[slot]
 
     def _collect(self) -> None:
         """What KVM does the moment that an eventfd with an irqfd is signalled."""

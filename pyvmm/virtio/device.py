@@ -167,6 +167,8 @@ class Transport(Protocol):
     def set_doorbells(self, pages: dict[int, int]) -> None:
         """Map these pages (``DataPath.doorbells``) where the driver kicks, and no others: once this
         has returned, the guest reaches no page of before. The I/O lock is held.
+
+        :raises HostError: KVM does not take back a page of before.
         """
 
     def interrupt_config(self) -> None:

@@ -162,9 +162,13 @@ class ServedDevice(VirtioDevice):
         listener = PathListener(self, hold=hold)
         self.before_start(rings, acked)
         self.datapath.start(acked, self.memory, rings, listener, patience=patience)
-        self.started()
         self._serving = [ring.index for ring in rings]
         self._listener = listener
+        try:
+            self.started()
+        except BaseException:
+            self.park(patience=patience)  # the path runs, and knows where the rings are by now
+            raise
         if self.recorder is not None:
             self.recorder.step("start", begin, {"rings": rings})
 
@@ -182,9 +186,13 @@ class ServedDevice(VirtioDevice):
         serving, self._serving = self._serving, []
         listener, self._listener = self._listener, None
         begin = time.monotonic_ns()
-        self.before_stop()
         try:
-            bases = self.datapath.stop(finish=finish, patience=patience)
+            try:
+                self.before_stop()
+            finally:  # whatever it raises, nothing may touch guest memory from here on
+                bases = self.datapath.stop(finish=finish, patience=patience)
+                for index, base in zip(serving, bases, strict=False):
+                    self.set_position(index, base)
         finally:
             if listener is not None:
                 listener.end()
@@ -192,8 +200,6 @@ class ServedDevice(VirtioDevice):
                 self.stopped()
         if self.recorder is not None and serving:
             self.recorder.step("stop", begin, {"bases": bases})
-        for index, base in zip(serving, bases, strict=False):
-            self.set_position(index, base)
 
     def replace(self, path: RingServer) -> None:
         """In a job: have another data path go on where the present one, which the caller owns, has

@@ -102,6 +102,7 @@ class Rig:
         queue_size: int = 256,
         mode: str = "emulated",
         legacy: bool = False,
+        pages: bool = False,
     ) -> None:
         self.board = Board(vm)
         self.stack = ExitStack()
@@ -127,6 +128,7 @@ class Rig:
                 self.device,
                 PCI_CLASS_NETWORK_ETHERNET,
                 notify=notify,
+                notify_pages=pages,
                 transitional=virtio_pci.VIRTIO_TRANS_ID_NET if legacy else None,
             )
         )
@@ -1202,6 +1204,56 @@ def test_a_bug_in_a_data_path_s_thread_is_a_fault_with_a_name(
         again = rig.guest(VERSION_1)
         again.net.send(frame(5))
         assert rig.cable.receive()[12:] == frame(5)
+
+
+PAGES = {0: 0x1000, 1: 0x2000}
+
+
+def test_a_page_that_kvm_keeps_keeps_no_data_path_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KVM does not take back a page of the notifications: the rings are at rest all the same, and
+    the page goes at the next occasion.
+    """
+    with Rig(pages=True) as rig:
+        monkeypatch.setattr(rig.path, "doorbells", lambda: PAGES)
+        g = rig.guest()
+        echo(rig, g)
+        assert sorted(host for _, host in rig.vm.pages.values()) == [0x1000, 0x2000]
+        rig.vm.refuse = {"unmap_page"}
+        errors = rig.card.errors
+        rig.board.config_write(1, pci.PCI_BASE_ADDRESS_0, 4, PCI_MMIO_BASE + 0x100000)
+        assert rig.card.errors == errors + 1 and len(rig.vm.pages) == 2
+        with pytest.raises(HostError, match="unmap_page"):
+            rig.device.set_paused(True)
+        assert rig.path.workers() == []
+        assert [rig.device.ring(index).base for index in (0, 1)] == [50, 50]
+        rig.vm.refuse = set()
+        g.pci.reset()
+        assert not rig.vm.pages
+        rig.device.set_paused(False)
+        echo(rig, rig.guest())
+        assert all(gpa > PCI_MMIO_BASE + 0x100000 for gpa, _ in rig.vm.pages.values())
+
+
+def test_a_start_that_fails_late_leaves_nothing_running(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data path serves the rings already when its pages are asked for; nothing that has been
+    sent by then is sent again.
+    """
+    g = rig.guest()
+    echo(rig, g)
+    rig.device.set_paused(True)
+
+    def doorbells() -> dict[int, int]:
+        g.net.send(frame(7))
+        assert rig.cable.receive()[12:] == frame(7)
+        raise HostError("no page")
+
+    monkeypatch.setattr(rig.path, "doorbells", doorbells)
+    with pytest.raises(HostError, match="no page"):
+        rig.device.set_paused(False)
+    assert rig.path.workers() == [] and rig.device.serving == []
+    assert rig.device.ring(1).base == 51 and g.pci.status & NEEDS_RESET
 
 
 def test_two_vcpus_fight_over_one_card(rig: Rig) -> None:

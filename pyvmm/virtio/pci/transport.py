@@ -221,7 +221,11 @@ class VirtioPci(PciFunction):
         base = self.bars[self._memory_bar].base
         if base == self._doorbells_at:
             return
-        self._take_doorbells()
+        try:
+            self._take_doorbells()
+        except HostError:  # the guest moves the BAR when it likes; the next change tries again
+            self._refused += 1
+            return
         if base is None or self._stride != PAGE or not self._use_ioeventfd:
             return
         self._doorbells_at = base
@@ -232,9 +236,11 @@ class VirtioPci(PciFunction):
                 self._refused += 1  # as with the ioeventfds: the guest chose the place
 
     def _take_doorbells(self) -> None:
-        self._doorbells_at = None
+        """:raises HostError: KVM keeps a page, which stays in ``_slots``."""
         while self._slots:
-            self._vm.unmap_page(self._slots.pop())
+            self._vm.unmap_page(self._slots[-1])
+            self._slots.pop()
+        self._doorbells_at = None
 
     def regions(self) -> list[Region]:
         """All regions of the function's BARs."""
