@@ -312,7 +312,9 @@ class Control:
         return struct.pack("<Q", supported(self._acked)) if not data else False
 
     def _statistics(self, command: int, data: bytes) -> bytes | bool:
-        """5.1.6.5.10.2: an array of struct virtio_net_ctrl_queue_stats; wholly or not at all."""
+        """5.1.6.5.10.2: an array of struct virtio_net_ctrl_queue_stats; an error in one fails all.
+        Too little room is no error: the driver's buffer "may be smaller", and is filled.
+        """
         found = self._device.records(list(struct.iter_unpack("<H6xQ", data)))
         return found if found is not None else False
 
