@@ -164,11 +164,11 @@ class MachineAccounts:
 
     def kvm_stats(self) -> dict[str, Any] | None:
         """KVM's binary statistics of the VM (``vm``) and its vCPUs (``vcpus``); None if the kernel
-        has no such statistics.
+        has no such statistics. Any thread.
         """
         if not self._has_stats():
             return None
-        with Stats(self._vm.fileno()) as vm:
+        with self._lock, Stats(self._vm.fileno()) as vm:  # a restart replaces both
             return {
                 "vm": vm.read(),
                 "vcpus": [v.stats.read() for v in self.vcpus if v.stats is not None],
@@ -176,12 +176,12 @@ class MachineAccounts:
 
     def kvm_stats_schemas(self) -> dict[str, list[dict[str, object]]] | None:
         """The meaning of each statistic, for ``vm`` and ``vcpu``, in QEMU's schema
-        (``Stats.schema``).
+        (``Stats.schema``). Any thread.
         """
         if not self._has_stats():
             return None
-        vcpu = self.vcpus[0].stats
-        with Stats(self._vm.fileno()) as vm:
+        with self._lock, Stats(self._vm.fileno()) as vm:
+            vcpu = self.vcpus[0].stats
             return {"vm": vm.schema, "vcpu": vcpu.schema if vcpu is not None else []}
 
     def _has_stats(self) -> bool:

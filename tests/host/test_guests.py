@@ -128,6 +128,19 @@ def test_restart(guest: Guest) -> None:
         assert ledger.total == sum(line.count for line in ledger.lines)
 
 
+def test_statistics_while_the_guest_restarts(guest: Guest) -> None:
+    """The statistics of a VM end with the VM, and whoever asks gets those of the next one."""
+    with Machine(guest("reset"), memory="4M", append="how=acpi", on_reboot="restart") as vm:
+        vm.start()
+        end = time.monotonic() + TIMEOUT
+        while vm.reboots < 10:
+            assert time.monotonic() < end
+            stats = vm.kvm_stats()
+            assert stats is None or len(stats["vcpus"]) == 1
+            vm.report()
+        vm.stop()
+
+
 def test_threads_end(guest: Guest) -> None:
     before = threading.active_count()
     for _ in range(3):
