@@ -170,7 +170,7 @@ static const uint16_t process_calls[] = {
 	/* memory */
 	SYS_mmap, SYS_munmap, SYS_mprotect, SYS_mremap, SYS_madvise, SYS_brk,
 	/* threads, signals, time */
-	SYS_set_robust_list, SYS_rseq, SYS_futex, SYS_gettid, SYS_getpid, SYS_prctl, SYS_seccomp,
+	SYS_set_robust_list, SYS_rseq, SYS_futex, SYS_gettid, SYS_getpid, SYS_seccomp,
 	SYS_sched_yield, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn,
 	SYS_sigaltstack, SYS_restart_syscall, SYS_clock_gettime, SYS_clock_nanosleep, SYS_timer_create,
 	SYS_timer_settime, SYS_timer_delete, SYS_getrandom, SYS_exit, SYS_exit_group,
@@ -304,6 +304,8 @@ int pv_confine_process(const uint32_t *ioctls, size_t count)
 	f[n++] = unless(SYS_clone3, 1);
 	f[n++] = answer(SECCOMP_RET_ERRNO | ENOSYS);
 	n = allow_if(f, n, SYS_clone, BPF_JSET, CLONE_THREAD);
+	/* What pv_follow_parent() has arranged stays, PR_SET_PDEATHSIG being the first request. */
+	n = allow_if(f, n, SYS_prctl, BPF_JGT, PR_SET_PDEATHSIG);
 	/* Only of this process. */
 	n = allow_if(f, n, SYS_sched_setaffinity, BPF_JEQ, 0);
 	n = allow_if(f, n, SYS_sched_getaffinity, BPF_JEQ, 0);
@@ -313,6 +315,21 @@ int pv_confine_process(const uint32_t *ioctls, size_t count)
 	if (error)
 		return error == -ENOSYS || error == -EINVAL ? done : error;
 	return done | PV_CONFINED_CALLS;
+}
+
+/**
+ * pv_follow_parent() - Have the kernel kill this process when the thread that has made it ends
+ * @parent:	Process id of that thread's process
+ *
+ * To be called by the child of fork(2), before anything that others may influence.
+ *
+ * Return: 0; -ESRCH if the parent has ended already
+ */
+int pv_follow_parent(int32_t parent)
+{
+	if (prctl(PR_SET_PDEATHSIG, SIGKILL))
+		return -errno;
+	return getppid() == parent ? 0 : -ESRCH;
 }
 
 /**

@@ -266,6 +266,13 @@ def end_of(status: int) -> str:
     return f"ended with status {status}"
 
 
+def follow(parent: int) -> bool:
+    """In a process that ``parent`` has just forked: have the kernel kill this process when the
+    parent ends. False if the parent has ended already, or the kernel refuses.
+    """
+    return not lib.pv_follow_parent(parent)
+
+
 def confine(log: Callable[[str], None], ioctls: Sequence[int] = ()) -> None:
     """Leave this process what it needs to serve on the descriptors that it has or is given: no
     file, no socket of its own, no program, no capability. Everything that it will run has been

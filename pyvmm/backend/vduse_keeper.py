@@ -8,13 +8,14 @@ forks, answers the kernel and moves the packets, and is confined.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from contextlib import suppress
 
 from pyvmm.backend.net import NetService
 from pyvmm.backend.ports import LentTap
-from pyvmm.backend.process import READY, confine, end_of
+from pyvmm.backend.process import READY, confine, end_of, follow
 from pyvmm.backend.vduse import REQUESTS, VduseBackend, offer, remove, set_timeout, take_back
 from pyvmm.backend.vduse_process import LINE_MAX, START_S
 from pyvmm.errors import PyvmmError, ThreadStopped
@@ -22,18 +23,24 @@ from pyvmm.fd import Fd
 from pyvmm.threads import Thread
 from pyvmm.vhostuser.wire import readable
 
+#: Seconds for the server to end by itself. The parent of the keeper waits longer (``END_S``).
+SERVER_END_S = 2.0
+
 
 class Server:
     """The confined process, forked from the keeper: it alone touches the guest's memory.
 
     It tells its keeper READY when the device is made and it is confined, before that why there is
-    no device, and after that one line about its end.
+    no device, and after that one line about its end. It ends with its keeper, whatever it does.
     """
 
     def __init__(self, name: str, control: socket.socket, port: LentTap) -> None:
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        keeper = os.getpid()
         self.pid = os.fork()  # this process has no other thread
         if not self.pid:
+            if not follow(keeper):
+                os._exit(1)
             self._link.close()
             control.close()
             _serve(name, port, theirs)
@@ -52,9 +59,14 @@ class Server:
         return self._link.recv(LINE_MAX)
 
     def end(self) -> str:
-        """End it, if it has not ended; how it ended, in words."""
+        """End it, if it has not ended; how it ended, in words. A server that a guest has taken over
+        need not end because it is asked to.
+        """
         word = self.hear(0)
         self._link.close()
+        with Fd(os.pidfd_open(self.pid)) as process:
+            if not readable([process.fileno()], SERVER_END_S):
+                os.kill(self.pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return word.decode(errors="replace") or end_of(status)
 

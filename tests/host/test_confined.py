@@ -161,6 +161,8 @@ confine(lines.append)
         ("open('/etc/hostname')", "killed"),
         ("resource.prlimit(parent, resource.RLIMIT_NOFILE)", "PermissionError"),
         ("os.stat('/')", "PermissionError"),
+        ("libc.prctl(1, 0)", "killed"),  # not to end with the parent (PR_SET_PDEATHSIG)
+        ("libc.prctl(15, b'name')", ""),
         ("os.sched_setaffinity(0, {0})", ""),
         ("libc.syscall(234, here, threading.get_native_id(), 0)", ""),
         ("1 / 0", "ZeroDivisionError"),
