@@ -286,6 +286,8 @@ class VhostVdpa:
                 self._rings = []
             raise
         self._rings, self._watcher = list(rings), watcher
+        for ring in rings:  # for chains that were made available before
+            ring.kick.nudge()
 
     def _start(self, acked: int, memory: GuestMemory, rings: Sequence[Vring]) -> None:
         device = self._device

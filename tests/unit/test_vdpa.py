@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from pyvmm._ext import ffi, lib
 from pyvmm.backend import vduse
 from pyvmm.datapath import vdpa_device
-from pyvmm.datapath.base import RxFilter
+from pyvmm.datapath.base import RxFilter, Vring
 from pyvmm.datapath.vdpa_control import MEMORY, ControlQueue, commands, free_address
 from pyvmm.datapath.vdpa_device import Vdpa
 from pyvmm.datapath.vhost_vdpa import VhostVdpa, facts
 from pyvmm.errors import UsageError, VdpaError
+from pyvmm.fd import EventFd
 from pyvmm.netopt import Net
 from tests.driver import bits
 
@@ -250,6 +251,23 @@ def test_a_device_that_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path.stop() == []
     path._memory = None
     path.close()
+
+
+def test_a_start_kicks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains may have been made available while nobody served the rings; a device need not look for
+    them at its start, and takes a kick of before DRIVER_OK for none.
+    """
+    path = VhostVdpa(PipeDevice(NET, config=CONFIG))
+    with EventFd() as kick, EventFd() as call:
+        kicked: list[int] = []
+        monkeypatch.setattr(path, "_start", lambda *args: kicked.append(kick.drain()))
+        monkeypatch.setattr(path, "_map", lambda memory: None)
+        monkeypatch.setattr(path, "_watch", lambda: None)
+        ring = Vring(1, 256, 0, 0, 0, 7, kick, call)
+        nothing = cast("Any", object())
+        path.start(bits("VIRTIO_F_VERSION_1"), nothing, [ring], nothing)
+        assert kicked == [0] and kick.drain() == 1
+        path.close()
 
 
 def test_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
