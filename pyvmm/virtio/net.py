@@ -44,6 +44,7 @@ from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_GUEST_USO4,
     VIRTIO_NET_F_GUEST_USO6,
     VIRTIO_NET_F_HASH_REPORT,
+    VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO,
     VIRTIO_NET_F_MAC,
     VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MTU,
@@ -246,9 +247,13 @@ class NetDevice(ServedDevice):
     @property
     def in_force(self) -> int:
         """The negotiated features as a data path gets them: of GUEST_* only those that the driver
-        has left on; CTRL_GUEST_OFFLOADS if it may switch GUEST_CSUM on.
+        has left on; CTRL_GUEST_OFFLOADS if it may switch GUEST_CSUM on. Headers keep the size that
+        was negotiated (5.1.6): if no other bit says so any more, HOST_UDP_TUNNEL_GSO does, which
+        only lets the driver do more.
         """
         acked = self.driver_features & ~(GUEST_OFFLOADS | OF_THE_CARD) | self._offloads
+        if header_size(acked) != header_size(self.driver_features):
+            acked |= 1 << VIRTIO_NET_F_HOST_UDP_TUNNEL_GSO
         if not self.driver_features >> VIRTIO_NET_F_GUEST_CSUM & 1:
             acked &= ~(1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
         return acked

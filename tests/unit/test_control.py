@@ -256,6 +256,24 @@ def test_offloads_beyond_the_first_64_features() -> None:
             assert rig.device.in_force & (tunnel | csum) == (tunnel | csum if chosen else 0)
 
 
+def test_headers_keep_their_size_without_the_offload_that_made_them_long() -> None:
+    """The driver goes on with the size that it has negotiated, and the data path starts again."""
+    tunnel = bits("VIRTIO_NET_F_GUEST_UDP_TUNNEL_GSO")
+    command = VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET
+    with Rig(features=ALL | tunnel, more=tunnel) as rig:
+        assert rig.command(*command, bytes(8)) == VIRTIO_NET_OK
+        rig.device.set_link(False)
+        rig.device.set_link(True)
+        assert not rig.device.in_force & tunnel and rig.cable.header == 24
+        net = rig.guest.nets[0]
+        net.queue(frame(1), header=bytes(24))
+        net.tx.publish()
+        assert rig.cable.receive() == bytes(24) + frame(1)
+        rig.cable.far.send(bytes(24) + frame(2))
+        (packet,) = net.wait_packets(1)
+        assert packet[24:] == frame(2)
+
+
 @pytest.mark.parametrize("negotiated", [True, False])
 def test_headers_pass_if_the_driver_may_switch_checksums_on(negotiated: bool) -> None:
     """Without a stop of the data path, and also for frames that have been in the tap since
