@@ -9,7 +9,8 @@
 #include "relay.h"
 
 struct pv_line {
-	pthread_mutex_t lock;
+	pthread_mutex_t own, *lock; /* the lock of a pair is that of one of them */
+	struct pv_line *twin;	    /* drives the same pin of the 8259s */
 	const int *vm_fd;
 	uint32_t gsi;
 	uint32_t high; /* how many functions hold the input high */
@@ -40,34 +41,58 @@ struct pv_line *pv_line_new(const int *vm_fd, uint32_t gsi)
 
 	if (!line)
 		return NULL;
-	pthread_mutex_init(&line->lock, NULL);
+	pthread_mutex_init(&line->own, NULL);
+	line->lock = &line->own;
 	line->vm_fd = vm_fd;
 	line->gsi = gsi;
 	return line;
 }
 
 /**
+ * pv_line_pair() - Say that two inputs drive the same pin of the 8259s
+ * @a:		From pv_line_new(); no function uses the input yet
+ * @b:		Likewise
+ */
+void pv_line_pair(struct pv_line *a, struct pv_line *b)
+{
+	a->twin = b;
+	b->twin = a;
+	b->lock = a->lock;
+}
+
+/**
  * pv_line_free() - Free an input
- * @line:	From pv_line_new(), which no function uses any more; or NULL
+ * @line:	From pv_line_new(); no function uses the input, or its twin, any more; or NULL
  */
 void pv_line_free(struct pv_line *line)
 {
 	if (!line)
 		return;
-	pthread_mutex_destroy(&line->lock);
+	pthread_mutex_destroy(&line->own);
 	free(line);
 }
 
-/* One function more, or one less, holds the input high. */
-static void line_drive(struct pv_line *line, bool level)
+static void line_set(const struct pv_line *line, bool level)
 {
 	struct kvm_irq_level irq = {.irq = line->gsi, .level = level};
 
-	pthread_mutex_lock(&line->lock);
-	if (level ? !line->high++ : !--line->high)
-		if (*line->vm_fd >= 0)
-			pv_ioctl(*line->vm_fd, KVM_IRQ_LINE, &irq);
-	pthread_mutex_unlock(&line->lock);
+	if (*line->vm_fd >= 0)
+		pv_ioctl(*line->vm_fd, KVM_IRQ_LINE, &irq);
+}
+
+/*
+ * One function more, or one less, holds the input high. KVM counts nobody: at a pin of the 8259s
+ * the latest call counts, whichever input it was for.
+ */
+static void line_drive(struct pv_line *line, bool level)
+{
+	pthread_mutex_lock(line->lock);
+	if (level ? !line->high++ : !--line->high) {
+		line_set(line, level);
+		if (!level && line->twin && line->twin->high)
+			line_set(line->twin, true);
+	}
+	pthread_mutex_unlock(line->lock);
 }
 
 /**

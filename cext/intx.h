@@ -8,7 +8,9 @@
  * not disabled. Over PCI, the guest's read of the register clears it and lowers the line. Over MMIO,
  * where the register is called InterruptStatus (4.2.2), a read changes nothing, and the guest writes
  * the bits that it has seen to InterruptACK. The cards that have the same line number share an input
- * of the interrupt controller (struct pv_line): the input is high while any of them wants it so.
+ * of the interrupt controller (struct pv_line): the input is high while any of them wants it so. For
+ * a kernel without an IO-APIC, each line of PCI is wired to a pin of the 8259s which is the line of a
+ * card over MMIO, too. Such inputs are a pair, and the pin is high while any of the two is.
  *
  * While a card has no MSI-X, or MSI-X is off, a thread in C (relay.h) raises the line whenever a call eventfd of a queue
  * is signalled. Every interrupt passes through this thread, so it never waits for Python. The
@@ -24,6 +26,7 @@
 
 struct pv_line;
 struct pv_line *pv_line_new(const int *vm_fd, uint32_t gsi);
+void pv_line_pair(struct pv_line *a, struct pv_line *b);
 void pv_line_free(struct pv_line *line);
 
 struct pv_intx;

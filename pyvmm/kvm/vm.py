@@ -219,11 +219,17 @@ class Vm:
     def shared_line(self, gsi: int) -> Any:
         """The input ``gsi`` for functions that share it: ``struct pv_line *``, owned by the VM."""
         if gsi not in self._lines:
-            line = lib.pv_line_new(self.c_fd, gsi)
-            if line == ffi.NULL:
-                raise MemoryError
-            self._lines[gsi] = ffi.gc(line, lib.pv_line_free)
+            made = {one: self._new_line(one) for one in _same_pin(gsi)}
+            if len(made) == 2:
+                lib.pv_line_pair(*made.values())
+            self._lines |= made
         return self._lines[gsi]
+
+    def _new_line(self, gsi: int) -> Any:
+        line = lib.pv_line_new(self.c_fd, gsi)
+        if line == ffi.NULL:
+            raise MemoryError
+        return ffi.gc(line, lib.pv_line_free)
 
     def irq_line(self, gsi: int, level: int) -> None:
         """Set interrupt line ``gsi`` to ``level``, 0 or 1.
@@ -312,3 +318,12 @@ class Vm:
             if assign:
                 raise
             # Removing an ioeventfd fails only if it is gone already, together with its VM.
+
+
+def _same_pin(gsi: int) -> tuple[int, ...]:
+    """``gsi``, and the other GSI that is routed to the same pin of the 8259s if there is one."""
+    if gsi in PIC_PCI_LINES:
+        return gsi, GSI_PCI_BASE + PIC_PCI_LINES.index(gsi)
+    if 0 <= gsi - GSI_PCI_BASE < len(PIC_PCI_LINES):
+        return gsi, PIC_PCI_LINES[gsi - GSI_PCI_BASE]
+    return (gsi,)

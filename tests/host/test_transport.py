@@ -26,7 +26,7 @@ from pyvmm.fd import EventFd
 from pyvmm.kvm.vcpu import STOP_ASKED, Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.netopt import MAX_CARDS, MAX_QUEUES
-from pyvmm.pci import gsi_of
+from pyvmm.pci import gsi_of, line_of
 from pyvmm.pci.msix import Msix
 from pyvmm.spec import pci
 from pyvmm.spec.pci import PCI_MSIX_FLAGS_ENABLE as ENABLE
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.device import Jobs
 
 KVM_GET_IRQCHIP = 0xC208AE62  # linux/kvm.h: _IOWR(KVMIO, 0x62, struct kvm_irqchip)
-IOAPIC = 2
+MASTER, SLAVE, IOAPIC = 0, 1, 2
 VERSION_1 = 1 << VIRTIO_F_VERSION_1
 MAC = bytes.fromhex("525400123456")
 
@@ -52,6 +52,17 @@ def lines(vm: Vm) -> int:
     struct.pack_into("=I", chip, 0, IOAPIC)
     fcntl.ioctl(vm.fileno(), KVM_GET_IRQCHIP, chip)
     return int(struct.unpack_from("=I", chip, 8 + 16)[0])
+
+
+def pins(vm: Vm) -> int:
+    """The pending inputs of both 8259s as a mask (struct kvm_pic_state, irr)."""
+    out = 0
+    for number in (MASTER, SLAVE):
+        chip = bytearray(520)
+        struct.pack_into("=I", chip, 0, number)
+        fcntl.ioctl(vm.fileno(), KVM_GET_IRQCHIP, chip)
+        out |= chip[8 + 1] << 8 * number
+    return out
 
 
 class Later:
@@ -339,6 +350,26 @@ def test_cards_share_a_line(vm: Vm) -> None:
         lib.pv_intx_reset(card)
         lib.pv_intx_free(card)
     assert lines(vm) == 0
+
+
+@pytest.mark.parametrize("slot", range(1, 9))
+def test_a_card_over_mmio_and_one_over_pci_share_a_pin(vm: Vm, slot: int) -> None:
+    """Of the 8259s, for kernels without an IO-APIC; whoever falls first leaves the pin high."""
+    gsis = gsi_of(slot), line_of(slot)
+    cards = [lib.pv_intx_new() for _ in gsis]
+    for card, gsi in zip(cards, gsis, strict=True):
+        lib.pv_intx_wire(card, vm.shared_line(gsi))
+    pin = 1 << line_of(slot)
+    for first, second in (cards, cards[::-1]):
+        lib.pv_intx_raise(cards[0], 1)
+        lib.pv_intx_raise(cards[1], 1)
+        assert pins(vm) & pin and lines(vm) == sum(1 << gsi for gsi in gsis)
+        lib.pv_intx_read(first)
+        assert pins(vm) & pin
+        lib.pv_intx_read(second)
+        assert not pins(vm) & pin and lines(vm) == 0
+    for card in cards:
+        lib.pv_intx_free(card)
 
 
 def test_kvm_has_a_route_for_every_vector_of_31_large_cards(vm: Vm) -> None:
