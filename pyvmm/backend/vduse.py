@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from pyvmm.backend.net import NetService
 
 CONTROL = "/dev/vduse/control"
-#: A run's own devices: PREFIX PID - NUMBER.
+#: A run's own devices: PREFIX PID - START - PID NAMESPACE - NUMBER.
 OWN_PREFIX = "pyvmm-"
 #: Entries that a ring may have.
 SIZE_MAX = 1024
@@ -586,10 +586,43 @@ def remove(name: str) -> None:
             _destroy(control, name)
 
 
+def own_name(number: int) -> str:
+    """The name of a device of this process's own, from which ``remove_orphans`` of another process
+    learns whether the owner still runs.
+    """
+    pid = os.getpid()
+    return f"{OWN_PREFIX}{pid}-{_start_of(pid)}-{_pid_namespace()}-{number}"
+
+
 def remove_orphans() -> None:
     """Remove the devices of runs that were killed together with all their processes."""
     with suppress(OSError):
         for name in os.listdir("/dev/vduse"):
-            pid = name.removeprefix(OWN_PREFIX).partition("-")[0]
-            if name.startswith(OWN_PREFIX) and not os.path.exists(f"/proc/{pid}"):
+            if _is_orphan(name):
                 remove(name)
+
+
+def _is_orphan(name: str) -> bool:
+    """Whether the owner of a device has ended. Of a process in another PID namespace nobody here
+    knows, and a device of the user's may have any name.
+    """
+    words = name.removeprefix(OWN_PREFIX).split("-")
+    if not name.startswith(OWN_PREFIX) or len(words) != 4 or not words[0].isdigit():
+        return False
+    pid, start, namespace, _ = words
+    return namespace == _pid_namespace() and _start_of(int(pid)) != start
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, in clock ticks (proc(5), stat, field 22): ids are used again. Empty if
+    there is no such process.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            return f.read().rpartition(b")")[2].split()[19].decode()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    return str(os.stat("/proc/self/ns/pid").st_ino)

@@ -13,12 +13,11 @@ how the server ended, if it does so by itself.
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import subprocess
 import threading
 
-from pyvmm.backend.vduse import OWN_PREFIX, remove, remove_orphans
+from pyvmm.backend.vduse import own_name, remove, remove_orphans
 from pyvmm.errors import VdpaError
 from pyvmm.programs import module
 from pyvmm.vhostuser.wire import readable
@@ -41,7 +40,7 @@ class VduseProcess:
 
     def __init__(self, tap: Tap) -> None:
         self._tap = tap
-        self._name = f"{OWN_PREFIX}{os.getpid()}-{next(_numbers)}"
+        self._name = own_name(next(_numbers))
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None

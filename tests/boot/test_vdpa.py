@@ -148,7 +148,7 @@ def test_own_device_dies(vdpa: Host, tmp_path: Path) -> None:
         nic = json.loads((tmp_path / "report").read_text())["nets"][0]
         assert nic["faults"] == ["our own vDPA device has lost its server: it was killed (SIGKILL)"]
     with Guest(vdpa, "--net", "vhost-vdpa", report=False) as guest:
-        left = f"pyvmm-{guest.pid}-0"
+        left = vdpa.sh(f"ls /dev/vduse | grep ^pyvmm-{guest.pid}-").strip()
         vdpa.sh(f"kill -KILL {' '.join(processes(guest))}")
     assert left in vdpa.sh(DEVICES)
     with Guest(vdpa, "--net", "vhost-vdpa", report=False) as guest:

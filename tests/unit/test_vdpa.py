@@ -8,6 +8,7 @@ import errno
 import os
 import resource
 import struct
+import subprocess
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -297,6 +298,22 @@ def test_option() -> None:
     for text in ("emulated,device=x", "vhost-vdpa,device=", "vhost-vdpa,device=x,tap=t"):
         with pytest.raises(UsageError):
             Net.parse(text)
+
+
+def test_orphans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is removed is a run's own device whose owner has ended for sure."""
+    live = vduse.own_name(0)
+    assert len(live) < lib.VDUSE_NAME_MAX
+    _, pid, start, namespace, _ = live.split("-")
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    orphans = [f"pyvmm-{pid}-1{start}-{namespace}-0", f"pyvmm-{ended.pid}-7-{namespace}-2"]
+    others = ["control", "card0", "pyvmm-card", f"pyvmm-{ended.pid}-7-1-0", f"pyvmm-{pid}", live]
+    monkeypatch.setattr(os, "listdir", lambda path: [*others, *orphans])
+    removed: list[str] = []
+    monkeypatch.setattr(vduse, "remove", removed.append)
+    vduse.remove_orphans()
+    assert removed == orphans
 
 
 class Requests(vduse.VduseBackend):
