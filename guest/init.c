@@ -695,17 +695,26 @@ static int find_link(const char *name)
 /* Have programs ask @address for names, too. */
 static void name_server(const char *address)
 {
-	FILE *f = fopen("/etc/resolv.conf", "ae");
+	static bool ours;
+	FILE *f;
 
-	if (!f || fprintf(f, "nameserver %s\n", address) < 0 || fclose(f))
+	/* The host's file may be a link into its /run, and names servers of the host's network. */
+	if (rooted && !ours)
+		unlink("/etc/resolv.conf"); /* in the overlay only */
+	ours = true;
+	f = fopen("/etc/resolv.conf", "ae");
+	if (f)
+		fprintf(f, "nameserver %s\n", address);
+	if (!f || fclose(f)) /* which writes the line */
 		say("cannot write /etc/resolv.conf: %s", strerror(errno));
 }
 
 /* Configure one interface by @spec, a value of pyvmm.net; returns whether the interface exists. */
 static bool configure_nic(char *spec, long deadline)
 {
-	char *save, *name = strtok_r(spec, ",", &save), *gateway = NULL;
+	/* Before strtok_r() cuts the text: of two bytes at most one begins an address. */
 	char **addresses = resize(NULL, (strlen(spec) / 2 + 1) * sizeof(*addresses));
+	char *save, *name = strtok_r(spec, ",", &save), *gateway = NULL;
 	unsigned int count = 0, mtu = 0;
 	unsigned char binary[16];
 	int index, error;
@@ -1262,6 +1271,7 @@ struct session {
 	char *input;	    /* input that the command has not taken yet; CHANNEL_WINDOW bytes */
 	size_t at, have;
 	bool input_ends;
+	bool midline;		/* what the command's input has got ends within a line */
 	bool quiet;		/* poll() has just found no output */
 	unsigned int taken;	/* input for which the VMM has got no credit yet */
 	unsigned int credit[2]; /* for standard output and standard error */
@@ -1411,6 +1421,7 @@ static void __attribute__((noreturn)) run_session(struct session *s, int in, int
 {
 	char *end = s->described + s->described_size, *chosen = NULL, *user = NULL, **argv;
 	const char *home = directory, *shell = NULL;
+	char *fields[7];
 	size_t argc = 0;
 
 	take(in, out, err, s->tty ? out : -1);
@@ -1425,6 +1436,10 @@ static void __attribute__((noreturn)) run_session(struct session *s, int in, int
 	}
 	if (user)
 		home = become_user(user, s->tty ? STDIN_FILENO : -1, &shell);
+	else if (!argc && find_account(read_file("/etc/passwd", NULL), "root", fields, 7))
+		shell = fields[6];
+	if (shell)
+		setenv("SHELL", shell, 1);
 	for (char *at = s->described; at < end; at += strlen(at) + 1)
 		if (*at == 'e' && at[1])
 			putenv(at + 1);
@@ -1666,24 +1681,37 @@ static void feed_session(struct session *s, short events)
 	if (n < 0 ? errno != EAGAIN : events & (POLLERR | POLLHUP)) {
 		end_session_input(s);
 	} else if (n > 0) {
+		s->midline = s->input[s->at + (size_t)n - 1] != '\n';
 		s->at += (size_t)n;
 		s->have -= (size_t)n;
 		s->taken += (unsigned int)n;
 	}
 }
 
+/*
+ * A terminal's input does not end, but programs read its end-of-file character so. Behind a part of
+ * a line, the first one only lets them read that part. Returns false if the terminal has no room.
+ */
+static bool end_terminal_input(struct session *s)
+{
+	struct termios mode;
+
+	if (tcgetattr(s->in, &mode))
+		return true;
+	while (write(s->in, &mode.c_cc[VEOF], 1) >= 0) {
+		if (!s->midline || !(mode.c_lflag & ICANON))
+			return true;
+		s->midline = false;
+	}
+	return errno != EAGAIN;
+}
+
 /* What becomes of a session's input without poll(): its end, and credit for what has been taken. */
 static void settle_input(struct session *s)
 {
-	if (s->input_ends && !s->have && s->in >= 0) {
-		struct termios mode;
-
-		/* A terminal's input does not end, but programs read its end-of-file character so. */
-		if (!s->tty || tcgetattr(s->in, &mode) || write(s->in, &mode.c_cc[VEOF], 1) >= 0 ||
-		    errno != EAGAIN)
-			end_session_input(s);
-	}
-	if (s->taken >= CHANNEL_WINDOW / 4 && !s->closed) {
+	if (s->input_ends && !s->have && s->in >= 0 && (!s->tty || end_terminal_input(s)))
+		end_session_input(s);
+	if (s->taken >= CHANNEL_WINDOW / 4) {
 		uint32_t words[2] = {FRAME_INPUT, s->taken};
 
 		send_frame(s, FRAME_CREDIT, words, sizeof(words));
@@ -1714,29 +1742,44 @@ static void relay_session(struct session *s, int which)
 		s->drained = now_ms() + DRAIN_MS;
 }
 
-/* Say what poll() is to look at: three entries of @fds per session. */
-static void watch_sessions(struct pollfd *fds)
+/*
+ * Say what poll() is to look at: three entries of @fds per session; returns their number. Sessions
+ * that are closed have none: their number has no bound, and poll() refuses more entries than
+ * RLIMIT_NOFILE.
+ */
+static size_t watch_sessions(struct pollfd *fds)
 {
+	struct pollfd *to = fds;
+
 	for (struct session *s = sessions; s; s = s->next) {
+		bool waits;
+
+		if (s->closed)
+			continue;
 		settle_input(s);
-		*fds++ = (struct pollfd){.fd = s->tty && !s->have ? -1 : s->in,
-					 .events = s->have ? POLLOUT : 0};
+		waits = s->have || s->input_ends; /* for room for input, or for its end */
+		*to++ = (struct pollfd){.fd = s->tty && !waits ? -1 : s->in,
+					.events = waits ? POLLOUT : 0};
 		for (int i = 0; i < 2; i++)
-			*fds++ = (struct pollfd){.fd = s->credit[i] ? s->streams[i] : -1,
-						 .events = POLLIN};
+			*to++ = (struct pollfd){.fd = s->credit[i] ? s->streams[i] : -1,
+						.events = POLLIN};
 	}
+	return (size_t)(to - fds);
 }
 
 /* Do what poll() has found; @fds as in watch_sessions(). */
 static void serve_sessions(const struct pollfd *fds)
 {
-	for (struct session *s = sessions; s; s = s->next, fds += 3) {
+	for (struct session *s = sessions; s; s = s->next) {
+		if (s->closed)
+			continue;
 		if (fds[0].revents && s->in >= 0)
 			feed_session(s, fds[0].revents);
 		for (int i = 0; i < 2; i++)
 			if (fds[1 + i].revents && s->streams[i] >= 0)
 				relay_session(s, i);
 		s->quiet = !fds[1].revents && !fds[2].revents;
+		fds += 3;
 	}
 }
 
@@ -1871,22 +1914,25 @@ static int supervise(pid_t child, int signals, int out, int err)
 {
 	enum { SIGNALS, OUT, ERR, BUTTONS, BELL, INPUT, FIXED };
 	int buttons = open_buttons();
-	long deadline = 0, patience = 0;
+	long deadline = 0, patience = 0, farewell = 0;
 	struct pollfd *fds = NULL;
 	bool has_output = out >= 0;
 	int status = 0;
 
 	for (;;) {
 		long until, wait = -1;
+		size_t entries;
 
 		if (patience && now_ms() >= patience) {
 			kill(-1, SIGKILL);
 			patience = 0;
+			farewell = now_ms() + DRAIN_MS;
 		}
 		age_sessions();
 		if (deadline && out < 0 && err < 0)
 			break;
-		if (!child && pressed && !sessions)
+		/* A session whose reader takes nothing does not hold the machine. */
+		if (!child && pressed && (!sessions || (farewell && now_ms() >= farewell)))
 			leave(RB_POWER_OFF);
 		fetch_input();
 		fds = resize(fds, (FIXED + 3 * session_count) * sizeof(*fds));
@@ -1896,12 +1942,13 @@ static int supervise(pid_t child, int signals, int out, int err)
 		fds[BUTTONS] = (struct pollfd){.fd = buttons, .events = POLLIN};
 		fds[BELL] = (struct pollfd){.fd = bell, .events = POLLIN};
 		fds[INPUT] = (struct pollfd){.fd = feed.pipe, .events = feed.have ? POLLOUT : 0};
-		watch_sessions(fds + FIXED);
+		entries = FIXED + watch_sessions(fds + FIXED);
 		flush_frames();
 		until = earlier(earlier(deadline, patience), next_age());
+		until = earlier(until, child ? 0 : farewell);
 		if (until)
 			wait = until > now_ms() ? until - now_ms() : 0;
-		if (poll(fds, FIXED + 3 * session_count, (int)wait) < 0)
+		if (poll(fds, entries, (int)wait) < 0)
 			continue;
 		if (deadline && !fds[OUT].revents && !fds[ERR].revents && now_ms() >= deadline)
 			break;

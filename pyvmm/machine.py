@@ -282,7 +282,7 @@ class Machine:
             seconds; after them the command is killed.
         :param ready_timeout: seconds that the guest may take until it takes commands.
         :param user: ``NAME[:GROUP]`` or numbers (root). :param env: more environment. :param cwd:
-            working directory (the user's home).
+            working directory (the home of ``user``, or that of the guest's own command).
         :raises PyvmmError: the guest ended (``Outcome.error``), or the command did not end in
             time.
         """

@@ -81,7 +81,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="environment variable; without a value that of pyvmm's environment",
     )
     parser.add_argument(
-        "-C", "--cwd", metavar="DIR", help="working directory (default: the user's home)"
+        "-C",
+        "--cwd",
+        metavar="DIR",
+        help="working directory (default: the home of --user, or that of the guest's own command)",
     )
     parser.add_argument(
         "--timeout", metavar="S", type=seconds(0.001, 1e6), help="kill the command after S seconds"

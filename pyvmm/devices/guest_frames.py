@@ -109,7 +109,8 @@ def describe(
 
     :param command: an argv; empty for the user's shell. :param input: whether input will come.
     :param user: ``NAME[:GROUP]``, names or numbers of the guest; root by default.
-    :param cwd: the working directory; by default the user's home.
+    :param cwd: the working directory; by default the home of ``user``, or that of the guest's
+        own command.
     :param terminal: columns and rows; without it, the streams are pipes.
     :raises UsageError: the guest could not run it so.
     """

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("nothing_left")
 NAME = f"exec-{os.getpid()}"
 EXEC = [*PYVMM, "exec", "--host", "local", NAME, "--"]
+TERMINAL = [*EXEC[:-2], "-t", *EXEC[-2:]]
 
-#: $E runs a command in the guest. What fails is said on standard output.
+#: $E runs a command in the guest, $T with a terminal there. What fails is said on standard output.
 SCRIPT = r"""
 cd "$(mktemp -d)"
 check() { [ "$2" = "$3" ] || echo "$1: '$2', not '$3'"; }
@@ -64,6 +65,9 @@ wait $client 2>/dev/null
 $E sh -c 'while ps | grep -q "sleep [4]321"; do sleep 0.1; done'
 check "the end of the orphan" $? 0
 
+# On a terminal, input ends behind a part of a line, too.
+check "a part of a line" "$(printf abc | $T sh -c 'cat; echo ended' | grep -c ended)" 1
+
 check "no reader" "$($E sh -c 'yes; echo $? >/tmp/yes' | head -1)" y
 $E nonsense 2>err
 check "not found" "$?: $(cat err)" \
@@ -83,7 +87,7 @@ def test_commands_beside_the_guests_own(host: Host) -> None:
             *EXEC[:-2], "--net", NAME, "--", "ip", "-o", "-4", "addr", "show", "dev", "tap0"
         )
         assert beside.status == 0 and " 192.168.100.1/24 " in beside.out, beside
-        script = f"E='{' '.join(EXEC)}'\n{SCRIPT}"
+        script = f"E='{' '.join(EXEC)}'\nT='{' '.join(TERMINAL)}'\n{SCRIPT}"
         assert host.run("sh", "-c", script).out == ""
         argv = [*PYVMM, "shell", "--host", "local", "-u", "1000:5", "-C", "/tmp", NAME]
         shell, left = play(
