@@ -81,8 +81,19 @@ class Attached:
         self._out += frame(kind, payload)
 
     def signal(self, number: int) -> None:
-        """Send a signal to the command's process group."""
+        """Send a signal to the command's process group. With SIGKILL, output that this process
+        cannot get rid of is given up: the guest reports the end of a command behind its output.
+        """
         self._send(FRAME_SIGNAL, number.to_bytes(4, "little"))
+        if number == SIGKILL:
+            for kind, sink in self._sinks.items():
+                if sink is not None and sink.data:
+                    self._forget(kind)
+
+    def _forget(self, kind: int) -> None:
+        """Take no more of a stream: the command then gets SIGPIPE."""
+        self._sinks[kind] = None
+        self._send(kind)
 
     def resized(self) -> None:
         """Give the command's terminal the size of this one."""
@@ -192,8 +203,7 @@ class Attached:
         except OSError as e:
             if not isinstance(e, BrokenPipeError):
                 self.lost = e
-            self._sinks[kind] = None
-            self._send(kind)  # the command then gets SIGPIPE
+            self._forget(kind)
             return
         self._owed[kind] += taken
         if self._owed[kind] >= CHANNEL_WINDOW // 4:
@@ -244,7 +254,7 @@ class Attached:
 
     def _kill(self) -> None:
         """Kill the command, and give the guest a moment to do so."""
-        self.signal(SIGKILL)
+        self._send(FRAME_SIGNAL, SIGKILL.to_bytes(4, "little"))
         self._stdin = None
         until = time.monotonic() + KILL_S
         while self._status is None and self._failure is None:

@@ -367,15 +367,15 @@ def _ledger(machine: Controlled, given: Given) -> object:
 
 
 def _exec(machine: Controlled, given: Given) -> Callable[[socket], None]:
-    from pyvmm.control.sessions import READY_S, carry
+    from pyvmm.control.sessions import READY_MAX, READY_S, carry
 
     channel, patience = machine.channel, given.get("timeout", READY_S)
     if channel is None:
         raise QmpError(
             f"this guest ({machine.boot.kind}) takes no commands: it is not Linux", "DeviceNotFound"
         )
-    if patience < 0:
-        raise QmpError("Parameter 'timeout' expects seconds")
+    if not 0 <= patience <= READY_MAX:
+        raise QmpError(f"Parameter 'timeout' expects seconds, at most {READY_MAX}")
     return lambda sock: carry(sock, channel, patience)
 
 

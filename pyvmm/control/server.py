@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pyvmm.control.framer import Framer
 
 CLIENTS = 32
+TAKEN_MAX = 96  # connections that commands have taken over
 OUTPUT_MAX = 8 << 20  # bytes that may wait for a client
 HIGH_WATER = 64 << 10  # if more bytes wait for a client, its commands wait, too
 READ_SIZE = 64 << 10
@@ -297,7 +298,6 @@ class Server:
         """Give the connection away: from now on it has nothing to do with the protocol."""
         self._poll.unregister(client.sock.fileno())
         del self._clients[client.sock.fileno()]
-        self._taken = [thread for thread in self._taken if thread.is_alive()]
         thread = Thread(target=lambda: taker(client.sock), name="exec", daemon=True)
         try:
             thread.start()
@@ -427,6 +427,9 @@ class Server:
             return command.run(self._machine, arguments)
 
         if isinstance(command, TakingCommand):
+            self._taken = [thread for thread in self._taken if thread.is_alive()]
+            if len(self._taken) >= TAKEN_MAX:
+                raise QmpError(f"{TAKEN_MAX} connections are taken over by commands already")
             client.taker = command.run(self._machine, arguments)
             return {}
         if isinstance(command, WaitingCommand) and self._run_apart(client, run, ident):

@@ -20,14 +20,13 @@ from pyvmm.spec.platform import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from pyvmm.devices.guest_channel import Channel, Session
 
 OUTPUT_MAX = 16 << 20  # bytes kept of each stream of one command
 KILL_GRACE = 10.0  # seconds that init may take to kill a command
 TAIL = 2000  # how many characters of output an error quotes
-REMIND_MS = 1000
 SIGKILL = 9
 
 
@@ -113,7 +112,7 @@ def run(
     begin = time.monotonic()
     with channel.open() as session:
         send_description(session.send, description)
-        run = _Run(session, result, input, channel.remind)
+        run = _Run(session, result, input)
         if not run.wait(timeout):
             session.send(FRAME_SIGNAL, SIGKILL.to_bytes(4, "little"))
             run.wait(KILL_GRACE)
@@ -125,10 +124,8 @@ def run(
 class _Run:
     """The opener's end of a session whose output goes into a result."""
 
-    def __init__(
-        self, session: Session, result: CommandResult, input: bytes, remind: Callable[[], None]
-    ) -> None:
-        self._session, self._result, self._remind = session, result, remind
+    def __init__(self, session: Session, result: CommandResult, input: bytes) -> None:
+        self._session, self._result = session, result
         self._input, self._at, self._room = input, 0, CHANNEL_WINDOW
         self._owed = {FRAME_OUTPUT: 0, FRAME_ERROR: 0}  # bytes taken, for which no credit was given
         self._poll = select.poll()
@@ -145,8 +142,7 @@ class _Run:
             left = until - time.monotonic()
             if left <= 0:
                 return False
-            if not self._poll.poll(min(REMIND_MS, left * 1000 + 1)):
-                self._remind()
+            self._poll.poll(left * 1000 + 1)
             for kind, payload in self._session.take():
                 self._take(kind, payload)
         return True

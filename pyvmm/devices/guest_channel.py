@@ -5,8 +5,10 @@ Theory of operation: a session has two ends, the guest and whoever has opened it
 or a client of the control socket). Both send frames. A frame for the guest waits here in a form
 that cannot grow: a counter, a flag, or bytes for which the guest has given credit. A byte on the
 second serial port tells init that there is something, and the next reads of the register fetch it,
-up to 64 KiB with one exit. What the guest sends waits likewise, within the credit that its reader
-has given. So each stream of each session stands still by itself if nobody takes it.
+up to 64 KiB with one exit. A sleep of the machine loses what is in the port, so a thread rings
+again each second until init comes, and then ends. What the guest sends waits likewise, within the
+credit that its reader has given. So each stream of each session stands still by itself if nobody
+takes it.
 
 The guest is not trusted. Who sends more than it has credit for loses the session; a frame that
 makes no sense is ignored.
@@ -41,6 +43,7 @@ from pyvmm.spec.platform import (
     GUEST_ANSWERS,
     PORT_GUEST_CHANNEL,
 )
+from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ DESCRIPTION_MAX = 4 << 20  # bytes
 SESSIONS_MAX = 64
 SIGNALS_MAX = 64  # signals that wait for the guest; further ones are dropped
 SIGNAL_MAX = 64  # the largest number of a signal
-REMIND_S = 1.0
+REMIND_S = CHECK_S = 1.0
 STREAMS = (FRAME_OUTPUT, FRAME_ERROR)
 
 
@@ -338,6 +341,7 @@ class Channel:
     :param ring: writes a byte to the second serial port.
     :param pages: those that the guest will name.
     :ivar lock: guards the sessions; held for moments only.
+    :ivar ended: whether the machine has ended.
     """
 
     def __init__(self, bus: Bus, ring: Callable[[bytes], object], pages: Pages) -> None:
@@ -349,7 +353,8 @@ class Channel:
         self._leaving = False
         self._number = 0
         self._rung = 0.0  # when the bell has rung for what waits; 0: the guest knows of nothing
-        self._ready = False
+        self._reminding = False  # a thread does
+        self._ready = self.ended = False
         self._problem: CommandFailed | GuestReboot | None = None
         bus.add(PIO, PORT_GUEST_CHANNEL, 4, "guest-channel", self)
 
@@ -429,20 +434,29 @@ class Channel:
         if self._ready and not self._rung and self._waits():
             self._rung = time.monotonic()
             self._bell(bytes([BELL_CHANNEL]))
+            if not self._reminding:
+                try:
+                    Thread(target=self._remind, name="channel", daemon=True).start()
+                    self._reminding = True
+                except RuntimeError:  # there can be no more threads
+                    pass
 
     def _waits(self) -> bool:
         return (
             self._leaving or bool(self._closing) or any(s.pending for s in self._sessions.values())
         )
 
-    def remind(self) -> None:
-        """Ring again if the guest has not come since ``REMIND_S``: a sleep of the machine loses
-        what is in the serial port. Whoever waits for a session calls this from time to time.
-        """
+    def _remind(self) -> None:
+        """Ring again each ``REMIND_S`` until the guest has come and has got all."""
         with self.lock:
-            if self._rung and time.monotonic() - self._rung >= REMIND_S:
+            while self._rung:
+                left = self._rung + REMIND_S - time.monotonic()
+                if left > 0:
+                    self._changed.wait(left)
+                    continue
                 self._rung = 0.0
                 self.ring()
+            self._reminding = False
 
     def open(self) -> Session:
         """Open a session. Its opener sends FRAME_OPEN with the description, then FRAME_START.
@@ -474,15 +488,26 @@ class Channel:
             self._leaving = True
             self.ring()
 
-    def wait_ready(self, timeout: float) -> None:
+    def wait_ready(self, timeout: float, check: Callable[[], None] | None = None) -> None:
         """Wait until the guest takes commands.
 
-        :raises PyvmmError: the guest takes none within ``timeout`` seconds, or has ended.
+        :param check: is called meanwhile, each second, and may raise to end the wait.
+        :raises PyvmmError: the guest takes none within ``timeout`` seconds, or has ended; then the
+            exit code is that of its end.
         """
+        until = time.monotonic() + timeout
         with self.lock:
-            self._changed.wait_for(lambda: self._ready or self._problem is not None, timeout)
+            while not self._ready and self._problem is None:
+                left = until - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(min(left, CHECK_S))
+                if check is not None:
+                    check()
             if self._problem is not None:
-                raise type(self._problem)(self._problem.cause, self._problem.hint)
+                error = type(self._problem)(self._problem.cause, self._problem.hint)
+                error.exit_code = self._problem.exit_code
+                raise error
             if not self._ready:
                 raise CommandFailed(
                     f"the guest takes no commands after {timeout:g} s",
@@ -493,7 +518,8 @@ class Channel:
         """The guest has ended: so have its sessions."""
         with self.lock:
             self._problem = CommandFailed(f"no command can run in the guest: {why}")
-            self._ready = False
+            self._problem.exit_code = code
+            self._ready, self.ended, self._rung = False, True, 0.0
             for session in self._sessions.values():
                 session.fail(code, why)
             self._changed.notify_all()
@@ -506,6 +532,7 @@ class Channel:
             self._leaving = False
             self._pages.forget()
             self._lose_known("the guest rebooted")
+            self._changed.notify_all()
 
     def _lose_known(self, why: str) -> None:
         for session in self._sessions.values():

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import stat
+from contextlib import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def attend(session: Attended, timeout: float | None, progress: Progress | None =
     terminal raw until the command ends.
 
     A second SIGINT, SIGTERM, SIGHUP or SIGQUIT kills the command. So does a SIGKILL of the client.
+    A signal that this process ignores (``nohup``) stays ignored.
     """
     import termios
     import tty
@@ -88,7 +90,8 @@ def attend(session: Attended, timeout: float | None, progress: Progress | None =
         nonlocal asked
         for number in os.read(r, 4096):
             if number == signal.SIGWINCH:
-                session.resized()
+                with suppress(OSError):  # the terminal has been hung up
+                    session.resized()
             elif number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
                 asked += 1
                 session.signal(number if asked < 2 else signal.SIGKILL)
@@ -98,14 +101,17 @@ def attend(session: Attended, timeout: float | None, progress: Progress | None =
     modes = None
     try:
         for which in (*FORWARDED, signal.SIGWINCH):
-            before[which] = signal.signal(which, lambda number, at: None)
+            if signal.getsignal(which) is not signal.SIG_IGN:
+                before[which] = signal.signal(which, lambda number, at: None)
         if session.terminal is not None:
-            modes = termios.tcgetattr(session.terminal)
-            tty.setraw(session.terminal, termios.TCSADRAIN)
+            with suppress(termios.error):  # the terminal has been hung up
+                modes = termios.tcgetattr(session.terminal)
+                tty.setraw(session.terminal, termios.TCSADRAIN)
         return session.wait(timeout, wakeup=r, woken=woken, progress=progress)
     finally:
         if modes is not None and session.terminal is not None:
-            termios.tcsetattr(session.terminal, termios.TCSADRAIN, modes)
+            with suppress(termios.error):
+                termios.tcsetattr(session.terminal, termios.TCSADRAIN, modes)
         signal.set_wakeup_fd(old_wakeup)
         for old, handler in before.items():
             signal.signal(old, handler)

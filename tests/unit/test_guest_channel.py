@@ -4,7 +4,9 @@ control socket of both kinds. Linux has it in tests/boot/test_exec.py.
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import socket
 import struct
 import subprocess
@@ -17,10 +19,11 @@ import pytest
 
 from pyvmm.boot import BootState
 from pyvmm.bus import PIO
+from pyvmm.control import sessions
 from pyvmm.control.commands import COMMANDS
 from pyvmm.control.registry import Claim
 from pyvmm.control.server import Command, QmpError, Server
-from pyvmm.control.sessions import carry
+from pyvmm.control.sessions import READY_MAX, carry
 from pyvmm.devices import guest_agent, guest_channel
 from pyvmm.devices.guest_agent import CommandResult, run
 from pyvmm.devices.guest_channel import SESSIONS_MAX, Channel, Pages
@@ -287,17 +290,22 @@ def test_leave(init: Init) -> None:
 
 
 def test_a_lost_bell_rings_again(init: Init, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else waits: the channel rings by itself until the guest comes."""
+    monkeypatch.setattr(guest_channel, "REMIND_S", 0.05)
     assert init.name()
     init.channel.leave()
-    assert init.rung.acquire(blocking=False)
-    init.channel.remind()
-    assert not init.rung.acquire(blocking=False), "too early"
-    monkeypatch.setattr(guest_channel, "REMIND_S", 0.0)
-    init.channel.remind()
-    assert init.rung.acquire(blocking=False)
+    for _ in range(3):
+        assert init.rung.acquire(timeout=PATIENCE)
     init.fetch()
-    init.channel.remind()
-    assert not init.rung.acquire(blocking=False), "the guest has come"
+    assert init.got == [(0, FRAME_LEAVE, b"")]
+    while any(thread.name == "channel" for thread in threading.enumerate()):
+        time.sleep(0.01)
+    while init.rung.acquire(blocking=False):
+        pass
+    init.channel.leave()
+    assert init.rung.acquire(timeout=PATIENCE), "and so for the next frame"
+    assert init.rung.acquire(timeout=PATIENCE)
+    init.channel.gone("the guest has ended (poweroff)")
 
 
 # --- a hostile guest ------------------------------------------------------------------------------
@@ -389,12 +397,15 @@ def box(init: Init, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     server.close()
 
 
-def pyvmm(*args: str) -> subprocess.Popen[bytes]:
+def pyvmm(
+    *args: str, stdin: int = subprocess.PIPE, before: Callable[[], object] | None = None
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [*module("pyvmm", "exec", "--host", "local"), *args],
-        stdin=subprocess.PIPE,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=before,
     )
 
 
@@ -432,12 +443,61 @@ def test_exec_without_a_reader(box: Init) -> None:
 def test_exec_forwards_signals_and_the_second_kills(box: Init) -> None:
     client = pyvmm("box", "--", "sleep")
     session, _ = box.started()
-    for sent, comes in ((15, 15), (2, 9)):
-        client.send_signal(sent)
+    for comes in (15, 9):
+        client.send_signal(15)
         assert box.next() == (session, FRAME_SIGNAL, struct.pack("<I", comes))
     box.exit(session, 137)
     client.communicate(timeout=PATIENCE)
     assert client.returncode == 137
+
+
+def test_exec_lets_go_of_output_when_it_kills(box: Init) -> None:
+    """Nobody reads the output, so that the guest cannot report the end behind it."""
+    client = pyvmm("box", "--", "yes")
+    session, _ = box.started()
+    for _ in range(CHANNEL_WINDOW // 4096):
+        box.send(session, FRAME_OUTPUT, bytes(4096))
+    assert client.stdout is not None
+    assert client.stdout.read(1) == b"\0"
+
+    def next() -> tuple[int, bytes]:
+        while (found := box.next())[1] == FRAME_CREDIT:
+            pass
+        return found[1:]
+
+    client.send_signal(15)
+    assert next() == (FRAME_SIGNAL, struct.pack("<I", 15))
+    client.send_signal(15)
+    assert {next(), next()} == {(FRAME_SIGNAL, struct.pack("<I", 9)), (FRAME_OUTPUT, b"")}
+    box.exit(session, 137)
+    assert client.wait(PATIENCE) == 137
+
+
+def test_exec_ignores_what_nohup_ignores(box: Init) -> None:
+    client = pyvmm("box", "--", "sleep", before=lambda: signal.signal(1, signal.SIG_IGN))
+    session, _ = box.started()
+    client.send_signal(1)
+    for comes in (15, 10):
+        client.send_signal(comes)
+        assert box.next() == (session, FRAME_SIGNAL, struct.pack("<I", comes))
+    box.exit(session, 143)
+    client.communicate(timeout=PATIENCE)
+
+
+def test_exec_when_its_terminal_hangs_up(box: Init) -> None:
+    """The command gets SIGHUP, and its status is the client's, without a word of Python's."""
+    ours, theirs = os.openpty()
+    client = pyvmm("-it", "box", "--", "sleep", stdin=theirs)
+    os.close(theirs)
+    session, _ = box.started()
+    os.close(ours)
+    while box.next() != (session, FRAME_INPUT, b""):
+        pass
+    client.send_signal(signal.SIGWINCH)
+    client.send_signal(signal.SIGHUP)
+    assert box.next() == (session, FRAME_SIGNAL, struct.pack("<I", 1))
+    box.exit(session, 129)
+    assert client.communicate(timeout=PATIENCE)[1] == b"" and client.returncode == 129
 
 
 def test_exec_when_the_time_is_over(box: Init) -> None:
@@ -579,6 +639,66 @@ def test_the_end_of_the_machine_reaches_the_client(init: Init, client: Client) -
     assert client.next() == (FRAME_OUTPUT, b"last words")
     kind, payload = client.next()
     assert (kind, payload) == (FRAME_FAILED, b"\x77\0\0\0the guest has ended (poweroff)")
+
+
+def test_a_client_that_waits_learns_how_the_machine_ended(init: Init, client: Client) -> None:
+    """The guest has not come as far as to take commands."""
+    init.channel.gone("the guest has ended (panic)", 120)
+    kind, payload = client.next()
+    assert (kind, payload[0]) == (FRAME_FAILED, 120)
+    with pytest.raises(CommandFailed) as found:
+        init.channel.wait_ready(PATIENCE)
+    assert found.value.exit_code == 120
+
+
+def test_a_client_that_goes_while_it_waits(init: Init, client: Client) -> None:
+    client.close()
+
+
+@pytest.mark.parametrize("timeout", [-1, READY_MAX + 1, 10**12])
+def test_a_wait_without_bounds_is_refused(init: Init, timeout: int) -> None:
+    with pytest.raises(QmpError, match=f"seconds, at most {READY_MAX}"):
+        COMMANDS["x-pyvmm-exec"].run(Machine(init), {"timeout": timeout})
+
+
+def test_a_client_that_stands_still_gets_all(
+    init: Init, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the machine runs; its place is free meanwhile."""
+    monkeypatch.setattr(sessions, "LINGER", 0.0)
+    monkeypatch.setattr(sessions, "CHECK_MS", 10)
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    assert init.name()
+    send_description(client.send, describe(["yes"]))
+    session, _ = init.started()
+    for _ in range(CHANNEL_WINDOW // 4096):
+        init.send(session, FRAME_OUTPUT, bytes(4096))
+    init.exit(session, 3)
+    until = time.monotonic() + PATIENCE
+    while init.channel._sessions and time.monotonic() < until:
+        time.sleep(0.01)
+    client.thread.join(0.2)
+    assert client.thread.is_alive()
+    size = 0
+    while (found := client.next())[0] == FRAME_OUTPUT:
+        size += len(found[1])
+    assert (size, found) == (CHANNEL_WINDOW, (FRAME_EXIT, struct.pack("<I", 3)))
+
+
+def test_a_client_that_stands_still_does_not_outlive_the_machine(
+    init: Init, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "LINGER", 0.0)
+    monkeypatch.setattr(sessions, "CHECK_MS", 10)
+    assert init.name()
+    send_description(client.send, describe(["yes"]))
+    session, _ = init.started()
+    for _ in range(CHANNEL_WINDOW // 4096):
+        init.send(session, FRAME_OUTPUT, bytes(4096))
+    init.exit(session, 3)
+    init.channel.gone("the guest has ended (poweroff)", 119)
+    client.thread.join(PATIENCE)
+    assert not client.thread.is_alive()
 
 
 def test_a_guest_that_reboots_ends_sessions_by_its_code(init: Init, client: Client) -> None:

@@ -30,7 +30,7 @@ from pyvmm.control import framer, registry, server
 from pyvmm.control.client import Client, connect
 from pyvmm.control.framer import Framer, TooMuch
 from pyvmm.control.registry import Claim
-from pyvmm.control.server import Command, QmpError, Server, WaitingCommand
+from pyvmm.control.server import Command, QmpError, Server, TakingCommand, WaitingCommand
 from pyvmm.errors import ControlError, HostError, MachineMissing, PyvmmError, UsageError
 
 PATIENCE = 30.0
@@ -64,6 +64,13 @@ def wait(machine: Fake, given: dict[Any, Any]) -> dict[Any, Any]:
     return {}
 
 
+def hold(sock: socket.socket) -> None:
+    """Take a connection over until its client goes."""
+    with sock:
+        sock.setblocking(True)
+        assert not sock.recv(1)
+
+
 COMMANDS = {
     "echo": Command(echo, "", text="str?", n="int?", flag="bool?", rows="list?", big_thing="dict?"),
     "need": Command(echo, "", text="str"),
@@ -71,6 +78,7 @@ COMMANDS = {
     "wait": Command(wait, ""),
     "apart": WaitingCommand(wait, ""),
     "apart-fail": WaitingCommand(fail, "", how="str"),
+    "take": TakingCommand(lambda machine, given: hold, ""),
     "large": Command(lambda machine, given: "x" * given["size"], "", size="int"),
 }
 
@@ -505,6 +513,26 @@ def test_many_clients_and_one_too_many(srv: Server) -> None:
                 if "QMP" in c.greeting:
                     break
             assert time.monotonic() < until
+
+
+def test_connections_taken_over_are_bounded(srv: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And do not take the place of clients."""
+    monkeypatch.setattr(server, "TAKEN_MAX", 2)
+    monkeypatch.setattr(server, "CLIENTS", 1)
+    taken = [connect(srv.path).take_over("take")[0] for _ in range(2)]
+    with connect(srv.path) as client:
+        with pytest.raises(ControlError, match="2 connections are taken over by commands already"):
+            client.take_over("take")
+        assert client.command("echo") == {}
+        for sock in taken:
+            sock.close()
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                client.take_over("take")[0].close()
+                break
+            except ControlError:
+                assert time.monotonic() < until
 
 
 def test_no_descriptors_left(srv: Server, monkeypatch: pytest.MonkeyPatch) -> None:
