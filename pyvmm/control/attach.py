@@ -214,9 +214,8 @@ class Attached:
         gone = MachineMissing("the machine has ended, or does not answer any more")
         try:
             if mask & select.POLLOUT:
-                view = memoryview(self._out)[: 1 << 17]
-                sent = self._sock.send(view, MSG_DONTWAIT | MSG_NOSIGNAL)
-                view.release()
+                with memoryview(self._out)[: 1 << 17] as view:
+                    sent = self._sock.send(view, MSG_DONTWAIT | MSG_NOSIGNAL)
                 del self._out[:sent]
         except BlockingIOError:
             pass

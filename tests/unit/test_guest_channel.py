@@ -20,6 +20,7 @@ import pytest
 from pyvmm.boot import BootState
 from pyvmm.bus import PIO
 from pyvmm.control import sessions
+from pyvmm.control.attach import Attached
 from pyvmm.control.commands import COMMANDS
 from pyvmm.control.registry import Claim
 from pyvmm.control.server import Command, QmpError, Server
@@ -449,6 +450,16 @@ def test_exec_forwards_signals_and_the_second_kills(box: Init) -> None:
     box.exit(session, 137)
     client.communicate(timeout=PATIENCE)
     assert client.returncode == 137
+
+
+def test_the_end_comes_while_there_is_something_to_send() -> None:
+    """The machine has closed the connection behind the status."""
+    ours, theirs = socket.socketpair()
+    theirs.sendall(frame(FRAME_EXIT, struct.pack("<I", 3)))
+    theirs.close()
+    with ours:
+        attached = Attached(ours, b"", describe(["true"]), stdin=None, terminal=None)
+        assert attached.wait(PATIENCE) == 3
 
 
 def test_exec_lets_go_of_output_when_it_kills(box: Init) -> None:
