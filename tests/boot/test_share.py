@@ -41,10 +41,11 @@ ls /again
 """
 
 
-def processes(host: Host, source: str) -> str:
-    """The ids of the processes that serve a directory, in the spelling of their options."""
-    script = 'for p in $(pidof virtiofsd); do grep -qF "$0" /proc/$p/cmdline && echo $p; done; true'
-    return " ".join(host.run("sh", "-c", script, f"source={source},").out.split())
+def processes(host: Host, directory: Path) -> str:
+    """The ids of the processes that serve a directory, which is their root."""
+    script = """
+        for p in $(pidof virtiofsd); do [ /proc/$p/root/. -ef "$0" ] && echo $p; done; true"""
+    return " ".join(host.run("sh", "-c", script, str(directory)).out.split())
 
 
 def test_files_in_and_out_and_a_virtiofsd_that_dies(host: Host, tmp_path: Path) -> None:
@@ -64,9 +65,8 @@ def test_files_in_and_out_and_a_virtiofsd_that_dies(host: Host, tmp_path: Path) 
     args = ["--net", "none", "--share", f"{cases}:/cases", "--share", f"{work}:rw"]
     with Run(host, *args, "--json", str(verdict), "--", "sh", "-c", SCRIPT, wrapper=enter) as run:
         host.wait_until((here / "ready").exists, lambda: run.out + run.err, 120)
-        assert processes(host, str(cases))
-        escaped = str(work).replace("\\", "\\\\").replace(",", "\\,")
-        host.sh(f"kill -9 {processes(host, escaped)}")
+        assert processes(host, cases)
+        host.sh(f"kill -9 {processes(host, work)}")
         assert run.wait() == 131, run.out + run.err
 
     lines = run.out.splitlines()
@@ -85,7 +85,7 @@ def test_files_in_and_out_and_a_virtiofsd_that_dies(host: Host, tmp_path: Path) 
     assert f"the share of {work} has broken off: virtiofsd was killed by SIGKILL" in run.err
     devices = run.report["devices"]
     assert [d["kind"] for d in devices] == ["fs", "fs"]
-    assert not processes(host, str(cases))
+    assert not processes(host, cases)
 
 
 ROOT_SCRIPT = r"""
