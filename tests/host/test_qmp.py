@@ -459,7 +459,8 @@ def spawn(*args: str) -> subprocess.Popen[str]:
 def test_signals_end_a_paused_run(guest: Guest) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         with spawn("--kernel", guest("reset"), "--append", BUSY, "--name", "p") as run:
-            until(lambda: bool(machines()))
+            # A machine has its name a moment before its socket.
+            until(lambda: any(os.access(e.path, os.F_OK) for e in machines()))
             with connect("p") as c:
                 until(lambda: c.command("query-status")["running"])
                 c.command("stop")
