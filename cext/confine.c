@@ -95,6 +95,16 @@ static size_t allow_if(struct sock_filter *f, size_t n, uint32_t call, uint16_t 
 	return n;
 }
 
+/* Allow calls; the number is in the accumulator. */
+static size_t allow_calls(struct sock_filter *f, size_t n, const uint16_t *calls, size_t count)
+{
+	for (size_t i = 0; i < count; i++) {
+		f[n++] = unless(calls[i], 1);
+		f[n++] = answer(SECCOMP_RET_ALLOW);
+	}
+	return n;
+}
+
 /* Begin a filter: calls of another kind of program are no calls at all. */
 static size_t filter_head(struct sock_filter *f)
 {
@@ -137,10 +147,7 @@ int pv_confine_thread(const uint16_t *calls, size_t count, void (*stopped)(int c
 
 	if (count > CALLS_MAX)
 		return -E2BIG;
-	for (size_t i = 0; i < count; i++) {
-		f[n++] = unless(calls[i], 1);
-		f[n++] = answer(SECCOMP_RET_ALLOW);
-	}
+	n = allow_calls(f, n, calls, count);
 	f[n++] = unless(SYS_poll, 1);
 	f[n++] = answer(SECCOMP_RET_ALLOW);
 	/* A stop (SIGSTOP) interrupts poll and the like, and this goes on with them. */
@@ -181,8 +188,8 @@ static const uint16_t refused_calls[] = {SYS_newfstatat, SYS_stat, SYS_prlimit64
 static const uint32_t process_ioctls[] = {FIOCLEX, FIONBIO, FIONREAD};
 
 /*
- * What libslirp needs, in a process of one thread: sockets of IPv4, and the names that it looks up by
- * /etc/resolv.conf.
+ * What libslirp needs, in a process of one thread: sockets of IPv4, and the host's name servers,
+ * which /etc/resolv.conf names.
  */
 /* clang-format off */
 static const uint16_t network_calls[] = {
@@ -287,10 +294,7 @@ int pv_confine_process(const uint32_t *ioctls, size_t count)
 		done |= PV_CONFINED_FILES;
 	drop_capabilities();
 	n = filter_head(f);
-	for (size_t i = 0; i < calls; i++) {
-		f[n++] = unless(process_calls[i], 1);
-		f[n++] = answer(SECCOMP_RET_ALLOW);
-	}
+	n = allow_calls(f, n, process_calls, calls);
 	for (size_t i = 0; i < sizeof(refused_calls) / sizeof(refused_calls[0]); i++) {
 		f[n++] = unless(refused_calls[i], 1);
 		f[n++] = answer(SECCOMP_RET_ERRNO | EACCES);
@@ -353,15 +357,12 @@ int pv_confine_network(const char *readable)
 		done |= PV_CONFINED_FILES;
 	drop_capabilities();
 	n = filter_head(f);
-	for (size_t i = 0; i < calls; i++) {
-		f[n++] = unless(network_calls[i], 1);
-		f[n++] = answer(SECCOMP_RET_ALLOW);
-	}
+	n = allow_calls(f, n, network_calls, calls);
 	f[n++] = unless(SYS_ioctl, (uint8_t)(2 + 2 * ioctls));
 	f[n++] = load(offsetof(struct seccomp_data, args[1]));
 	n = allow_requests(f, n, network_ioctls, ioctls);
 	f[n++] = answer(SECCOMP_RET_ERRNO | ENOTTY); /* of a message: is there a terminal? */
-	/* The C library asks for others to learn of interfaces, as for the scope of fe80::1%eth0. */
+	/* The C library asks for others, too: to learn of the interface in fe80::1%eth0. */
 	f[n++] = unless(SYS_socket, 4);
 	f[n++] = load(offsetof(struct seccomp_data, args[0]));
 	f[n++] = unless(AF_INET, 1);

@@ -8,13 +8,14 @@
  * not disabled. Over PCI, the guest's read of the register clears it and lowers the line. Over MMIO,
  * where the register is called InterruptStatus (4.2.2), a read changes nothing, and the guest writes
  * the bits that it has seen to InterruptACK. The cards that have the same line number share an input
- * of the interrupt controller (struct pv_line): the input is high while any of them wants it so. For
- * a kernel without an IO-APIC, each line of PCI is wired to a pin of the 8259s which is the line of a
- * card over MMIO, too. Such inputs are a pair, and the pin is high while any of the two is.
+ * of the interrupt controller (struct pv_line): the input is high while any of them wants it so.
+ * Without an IO-APIC, a PCI line and the line of a card over MMIO end at the same pin of the 8259s.
+ * Such lines are a pair: the pin is high while one of the two is.
  *
- * While a card has no MSI-X, or MSI-X is off, a thread in C (relay.h) raises the line whenever a call eventfd of a queue
- * is signalled. Every interrupt passes through this thread, so it never waits for Python. The
- * thread's system calls are poll, read, ioctl (KVM_IRQ_LINE) and futex (for the lock).
+ * While a card has no MSI-X, or MSI-X is off, a thread in C (relay.h) raises the line whenever a
+ * call eventfd of a queue is signalled. Every interrupt passes through this thread, so it never
+ * waits for Python. The thread's system calls are poll, read, ioctl (KVM_IRQ_LINE) and futex (for
+ * the lock).
  */
 #ifndef PV_INTX_H
 #define PV_INTX_H

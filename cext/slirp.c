@@ -314,7 +314,7 @@ int pv_slirp_serve(struct pv_slirp *s)
 		s->fds[0] = (struct pollfd){.fd = s->fd, .events = POLLIN};
 		s->count = 1;
 		s->lib.pollfds_fill(s->slirp, &timeout, add_poll, s);
-		/* A frame may let others go that wait in the stack: it sends them in the next round. */
+		/* A frame may free others that wait in the stack, which the next round sends. */
 		if (s->moved)
 			timeout = 0;
 		s->moved = false;

@@ -20,8 +20,8 @@
  *   pyvmm.agent                 run no command of its own, but wait for sessions
  *
  * What the kernel command line has no room for is in files, which the VMM packs behind the initrd:
- * the command; the directories of the host to mount (SHARES_FILE), of which one may become the root;
- * the directory in which the command begins (PLACE_FILE); and whose process it is (USER_FILE).
+ * the command; the directories of the host to mount (SHARES_FILE), of which one may become the
+ * root; the directory in which the command begins (PLACE_FILE); the user who runs it (USER_FILE).
  *
  * No error here is fatal: init reports each failure in one line on the console and goes on to the
  * command.
@@ -967,6 +967,25 @@ static void give_streams(uid_t uid)
 }
 
 /*
+ * Become user @uid with these groups, the first of which is @gid, and with the environment of a
+ * login; @shell may be unknown (NULL). If that fails, the command does not run.
+ */
+static void become_id(uid_t uid, gid_t gid, const gid_t *groups, size_t count, const char *name,
+		      const char *home, const char *shell)
+{
+	give_streams(uid);
+	if (setgroups(count, groups) || setgid(gid) || setuid(uid)) {
+		say("cannot become user '%.200s': %s", name, strerror(errno));
+		_exit(126);
+	}
+	setenv("USER", name, 1);
+	setenv("LOGNAME", name, 1);
+	setenv("HOME", home, 1);
+	if (shell)
+		setenv("SHELL", shell, 1);
+}
+
+/*
  * Become the user of the command, as USER_FILE says: "UID GID GROUP,... NAME HOME SHELL", in lines.
  * If that fails, the command does not run.
  */
@@ -988,16 +1007,8 @@ static void become_command_user(void)
 		groups = resize(groups, (count + 1) * sizeof(*groups));
 		groups[count++] = (gid_t)strtoul(group, NULL, 10);
 	}
-	give_streams((uid_t)strtoul(lines[0], NULL, 10));
-	setenv("USER", lines[3], 1);
-	setenv("LOGNAME", lines[3], 1);
-	setenv("HOME", lines[4], 1);
-	setenv("SHELL", lines[5], 1);
-	if (setgroups(count, groups) || setgid((gid_t)strtoul(lines[1], NULL, 10)) ||
-	    setuid((uid_t)strtoul(lines[0], NULL, 10))) {
-		say("cannot become %.200s: %s", lines[3], strerror(errno));
-		_exit(126);
-	}
+	become_id((uid_t)strtoul(lines[0], NULL, 10), (gid_t)strtoul(lines[1], NULL, 10), groups,
+		  count, lines[3], lines[4], lines[5]);
 }
 
 /* Take over the descriptors of a command, in the child process. */
@@ -1404,15 +1415,12 @@ static const char *become_user(char *user, int tty, const char **shell)
 	groups[0] = gid;
 	if (tty >= 0)
 		fchown(tty, uid, (gid_t)-1);
-	give_streams(uid);
-	if (setgroups(count, groups) || setgid(gid) || setuid(uid)) {
-		say("cannot become user '%.100s': %s", user, strerror(errno));
-		_exit(126);
-	}
 	*shell = fields[6] && *fields[6] ? fields[6] : NULL;
-	setenv("USER", fields[0] ? fields[0] : user, 1);
-	setenv("LOGNAME", fields[0] ? fields[0] : user, 1);
-	setenv("HOME", fields[5] ? fields[5] : uid ? "/" : "/root", 1);
+	become_id(uid, gid, groups, count, fields[0] ? fields[0] : user,
+		  fields[5] ? fields[5]
+		  : uid	    ? "/"
+			    : "/root",
+		  *shell);
 	return getenv("HOME");
 }
 

@@ -8,7 +8,7 @@ struct queue receive, transmit;
 
 /* --- registers -------------------------------------------------------------------------------- */
 
-/* Offset in the common configuration (4.1.4.3) with the width in bytes, and in the window (4.2.2). */
+/* Offset and width in bytes in the common configuration (4.1.4.3), offset in the window (4.2.2). */
 static const struct {
 	uint8_t pci, width;
 	uint16_t mmio;

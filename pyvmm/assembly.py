@@ -49,7 +49,6 @@ from pyvmm.spec.platform import (
     PORT_GUEST_STDERR,
     PORT_GUEST_STDOUT,
 )
-from pyvmm.spec.virtio import VIRTIO_F_NOTIFICATION_DATA
 from pyvmm.vcpus import VcpuThreads
 
 TYPE_CHECKING = False
@@ -71,8 +70,10 @@ if TYPE_CHECKING:
 
 #: Parameters of every guest; ``append`` comes later and so wins.
 BASE_CMDLINE = "console=ttyS0 panic=-1"
-#: The host's and the guest's address of a card with a tap of ours; its number comes in.
-OWN_ADDRESSES = ("192.168.{}.1/24", "192.168.{}.2/24")
+#: The host's and the guest's address of a card whose host side is ours: with a tap, and in mode
+#: ``user``. The card's number comes in, and begins with the third word.
+TAP_ADDRESSES = ("192.168.{}.1/24", "192.168.{}.2/24", 100)
+USER_ADDRESSES = ("10.0.{}.2/24", "10.0.{}.15/24", 2)
 #: With this parameter the kernel reports a crash that happens before it has the real console, which
 #: takes over. It comes last: the kernel reads its parameters in order, and a ``quiet`` after it
 #: would find the early console busy with earlier output, with an exit or two per character.
@@ -405,9 +406,8 @@ class Parts:
 
         host, guest = net.host, net.guest
         if net.tap is None:
-            own = ("10.0.{}.2/24", "10.0.{}.15/24") if net.mode == "user" else OWN_ADDRESSES
-            number = index + (2 if net.mode == "user" else 100)
-            host, guest = host or own[0].format(number), guest or own[1].format(number)
+            ours, own, first = USER_ADDRESSES if net.mode == "user" else TAP_ADDRESSES
+            host, guest = host or ours.format(first + index), guest or own.format(first + index)
         scope = self.recorder.scope(f"net{index}") if self.recorder is not None else None
         with ExitStack() as undo:
             uplink = Uplink(net, host, guest, scope, self._thread_stopped)
@@ -417,8 +417,6 @@ class Parts:
             if net.mac is None and own_mac is not None:
                 mac = own_mac
             offer, without = -1, net.excluded()
-            if net.may_offload:  # kicks may go to a device that has not agreed to data in them
-                without |= 1 << VIRTIO_F_NOTIFICATION_DATA
             for mode in net.switchable:
                 trial = uplink.open(net.switched(mode), mac).path
                 try:

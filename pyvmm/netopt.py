@@ -319,12 +319,9 @@ class Net:
         if bool(self.host) != bool(self.guest):
             raise UsageError("--net user: host= or guest= alone", "give both, of one network")
         if self.host and self.guest:
-            (_, a, length), (_, b, other) = parse_address(self.host), parse_address(self.guest)
-            host, guest = int.from_bytes(a, "big"), int.from_bytes(b, "big")
-            net = host >> 32 - length << 32 - length
-            last = net + (1 << 32 - length) - 1  # for broadcasts
-            fits = net < host and host + 1 < last and net < guest < last
-            if length != other or not fits or guest in (host, host + 1):
+            from pyvmm.hostnet.slirp import fits
+
+            if not fits(self.host, self.guest):
                 raise UsageError(
                     f"--net user: host={self.host} and guest={self.guest}",
                     "give two addresses of one network; the one after the host's serves names",
@@ -413,11 +410,11 @@ class Net:
 
     def excluded(self) -> int:
         """The feature bits that the card does not offer, whatever its data paths can honour, as a
-        mask. Over MMIO, KVM tells the kicks of different virtqueues apart by the whole value that
-        is written, so that the value has no room for data.
+        mask. A kick has no room for data over MMIO, where KVM tells the virtqueues apart by the
+        whole value that is written, nor if it may go to a device that has not agreed to data.
         """
-        transport = ["notification-data"] if self.transport == "mmio" else []
-        return mask([*self.without, *transport]) | mask(set(ON_REQUEST) - set(self.with_))
+        plain = ["notification-data"] if self.transport == "mmio" or self.may_offload else []
+        return mask([*self.without, *plain]) | mask(set(ON_REQUEST) - set(self.with_))
 
     def check_offer(self, mode: str, features: int) -> None:
         """:raises UsageError: the data path ``mode``, which has ``features``, cannot honour what

@@ -39,9 +39,7 @@ def stage(directory: str, *, writable: bool) -> None:
     found, flags = f"/proc/self/fd/{fd}".encode(), lib.MS_BIND | lib.MS_REC
     userns.check(lib.mount(found, SHARED.encode(), ffi.NULL, flags, ffi.NULL), f"bind {directory}")
     os.close(fd)
-    _set_attr("/", {"attr_set": lib.MOUNT_ATTR_RDONLY}, lib.AT_RECURSIVE)
-    if writable:
-        _set_attr(SHARED, {"attr_clr": lib.MOUNT_ATTR_RDONLY}, 0)
+    _write_protect(but=[SHARED] if writable else [])
 
 
 def protect(writable: Sequence[str]) -> None:
@@ -58,9 +56,7 @@ def protect(writable: Sequence[str]) -> None:
         name = os.fsencode(path)
         flags = lib.MS_BIND | lib.MS_REC
         userns.check(lib.mount(name, name, ffi.NULL, flags, ffi.NULL), f"bind {path}")
-    _set_attr("/", {"attr_set": lib.MOUNT_ATTR_RDONLY}, lib.AT_RECURSIVE)
-    for path in writable:
-        _set_attr(path, {"attr_clr": lib.MOUNT_ATTR_RDONLY}, 0)
+    _write_protect(but=writable)
 
 
 def _enter() -> None:
@@ -69,6 +65,12 @@ def _enter() -> None:
         userns.become_root()
     userns.unshare(lib.CLONE_NEWNS)
     _set_attr("/", {"propagation": lib.MS_PRIVATE}, lib.AT_RECURSIVE)
+
+
+def _write_protect(*, but: Sequence[str]) -> None:
+    _set_attr("/", {"attr_set": lib.MOUNT_ATTR_RDONLY}, lib.AT_RECURSIVE)
+    for path in but:
+        _set_attr(path, {"attr_clr": lib.MOUNT_ATTR_RDONLY}, 0)
 
 
 def _set_attr(path: str, attr: dict[str, int], flags: int) -> None:

@@ -17,10 +17,10 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from ipaddress import IPv4Interface
 
 from pyvmm.errors import NetError
 from pyvmm.fd import Fd
-from pyvmm.hostnet.addresses import parse_address
 from pyvmm.programs import module
 
 TYPE_CHECKING = False
@@ -85,8 +85,15 @@ def name_server(host: str) -> str:
     """The address of the name server in the network of the gateway ``host``, which has a prefix
     length.
     """
-    _, packed, _ = parse_address(host)
-    return socket.inet_ntoa((int.from_bytes(packed, "big") + 1).to_bytes(4, "big"))
+    return str(IPv4Interface(host).ip + 1)
+
+
+def fits(host: str, guest: str) -> bool:
+    """Whether gateway, name server and guest are three hosts of one network."""
+    gateway, own = IPv4Interface(host), IPv4Interface(guest)
+    network, last = gateway.network, gateway.network.broadcast_address
+    hosts = {gateway.ip, gateway.ip + 1, own.ip} if gateway.ip < last else set()
+    return own.network == network and len(hosts - {network.network_address, last}) == 3
 
 
 class UserStack:
@@ -111,6 +118,7 @@ class UserStack:
         self.fds: list[Fd] = []
         self._child: subprocess.Popen[bytes] | None = None
         self._said: bytes | None = None
+        self._cut = False
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
@@ -151,6 +159,7 @@ class UserStack:
 
     def cut(self) -> None:
         """End the wait of ``need``, and the stack. Any thread."""
+        self._cut = True
         with suppress(OSError), socket.socket(fileno=os.dup(self.fds[0].fileno())) as end:
             end.shutdown(socket.SHUT_RDWR)
 
@@ -159,7 +168,7 @@ class UserStack:
         import subprocess
 
         child = self._child
-        if child is None:
+        if child is None or self._cut:
             return ""
         try:
             status = child.wait(END_S)
@@ -209,18 +218,15 @@ def serve(fd: int, host: str, guest: str, mtu: int, loopback: bool, texts: Seque
     def number(address: str) -> int:
         return int.from_bytes(socket.inet_aton(address), sys.byteorder)
 
-    _, gateway, prefix = parse_address(host)
-    mask = ((1 << prefix) - 1) << (32 - prefix)
-    network = int.from_bytes(gateway, "big") & mask
-    own = guest.partition("/")[0]
+    gateway, own = IPv4Interface(host), str(IPv4Interface(guest).ip)
     why = ffi.new("char[256]")
     config = ffi.new(
         "struct pv_slirp_config *",
         {
             "fd": fd,
-            "network": int.from_bytes(network.to_bytes(4, "big"), sys.byteorder),
-            "netmask": int.from_bytes(mask.to_bytes(4, "big"), sys.byteorder),
-            "host": int.from_bytes(gateway, sys.byteorder),
+            "network": number(str(gateway.network.network_address)),
+            "netmask": number(str(gateway.netmask)),
+            "host": number(str(gateway.ip)),
             "nameserver": number(name_server(host)),
             "guest": number(own),
             "mtu": mtu,

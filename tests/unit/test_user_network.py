@@ -248,6 +248,7 @@ def test_the_wait_for_the_child_can_be_cut() -> None:
         stack.cut()
         with pytest.raises(NetError, match="does not start"):
             waiting.result(20)
+    assert not stack.gone(), "our own end is no fault"
     os.kill(stack.pid, signal.SIGKILL)
     stack.close()
 
