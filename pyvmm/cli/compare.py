@@ -12,6 +12,7 @@ Modes are those of `pyvmm run --net`, their keys joined by colons:
   emulated               the same, kicks by ioeventfd
   vhost-net              the data path in the kernel
   vhost-user             the data path in a back-end process of pyvmm's own
+  vhost-vdpa             the data path in a vDPA device of pyvmm's own (Linux 6.12)
 
 Workloads: ping, tcp-tx (from the guest), tcp-rx (to the guest), udp-small (64 bytes, 1000 per
 second, from the guest), idle

@@ -181,7 +181,7 @@ def serving(argv: list[str] | None) -> Iterator[int | None]:
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + BOOT_LIMIT
-        while not (node() if CARD in argv else Path(SOCKET).exists()):
+        while not (node() if "--vduse" in argv else Path(SOCKET).exists()):
             if child.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the back-end is not ready")
             time.sleep(0.05)
