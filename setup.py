@@ -1,9 +1,37 @@
-"""Builds the C extension; everything else is in pyproject.toml."""
+"""Builds the C extension, and fills ``pyvmm/share`` of the package; everything else is in
+pyproject.toml.
+"""
+
+import sys
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pyvmm.images import sources
+
+
+class BuildWithShare(build_py):
+    """Also packs what guest images are made of."""
+
+    def run(self) -> None:
+        """Build the modules, then the directory."""
+        super().run()
+        if not self.editable_mode:
+            sources.fill(Path(self.build_lib, "pyvmm", "share"))
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        """All files, those of the directory among them."""
+        share = Path(self.build_lib, "pyvmm", "share")
+        more = [str(path) for path in sorted(share.rglob("*")) if path.is_file()]
+        return [*super().get_outputs(include_bytecode), *more]
+
 
 setup(
     cffi_modules=["cext/build.py:ffi"],
+    cmdclass={"build_py": BuildWithShare},
     # The extension keeps to the stable ABI: one wheel for every Python from 3.11 on.
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -23,13 +23,14 @@ from pathlib import Path
 from pyvmm import images
 from pyvmm.errors import BuildError, HostError, ImageError
 from pyvmm.host.apt import Apt, find_kernel_package, unpack
-from pyvmm.images import FILES, Image
+from pyvmm.images import FILES, Image, sources
 from pyvmm.images.cpio import Archive
 from pyvmm.images.elf import libraries, needed
 from pyvmm.images.kernel import Kernel, Modules, extract_vmlinux, trim_zeros
 from pyvmm.images.packages import gather
+from pyvmm.images.sources import RECIPE
 from pyvmm.images.tiny import tiny_kernel
-from pyvmm.programs import program, which
+from pyvmm.programs import which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,17 +42,6 @@ if TYPE_CHECKING:
     Progress = Callable[[str], None]
 
 FORMAT = 1  # the version of image.json
-PROJECT = Path(__file__).resolve().parents[2]
-RECIPE = PROJECT / "images" / "default.toml"
-INIT = PROJECT / "guest" / "init.c"
-CFLAGS = (
-    "-std=gnu11",
-    "-Os",
-    "-static",
-    "-s",
-    "-fno-asynchronous-unwind-tables",
-    "-Wl,--build-id=none",
-)
 
 
 @dataclass(slots=True)
@@ -99,13 +89,12 @@ def build(
         raise BuildError(
             "only one of --tiny, --from-host and --kernel-version can be chosen", "give one of them"
         )
-    for path in (RECIPE, INIT):
-        if not path.exists():
-            raise BuildError(f"{path} is missing", "images are built in a checkout of pyvmm")
+    if not RECIPE.exists():
+        raise BuildError(f"{RECIPE} is missing", "install pyvmm again")
     recipe = tomllib.loads(RECIPE.read_text())
     name = image_name(series, from_host=from_host, tiny=tiny)
     store = Path(images.directory())
-    compiler = _compiler()
+    compiler = sources.compiler() if tiny else ""
     with _lock(store):
         key = _key(series, from_host, tiny, compiler)
         image = None if force else _current(name, key)
@@ -119,9 +108,7 @@ def build(
                     recipe, series, from_host, tiny, compiler, Path(scratch), inputs, progress
                 )
                 progress("packing the initramfs")
-                initrd, loaded = _initramfs(
-                    recipe, kernel, userland, _compile_init(compiler, Path(scratch))
-                )
+                initrd, loaded = _initramfs(recipe, kernel, userland, sources.init(Path(scratch)))
                 files = {"vmlinux": kernel.vmlinux, "bzImage": kernel.bzimage, "initrd": initrd}
                 info = {
                     "format": FORMAT,
@@ -173,16 +160,13 @@ def _gather(
 def _key(series: str | None, from_host: bool, tiny: bool, compiler: str) -> str:
     """A hash of all inputs of an image except the versions of packages."""
     kernel = _host_release() if from_host else "tiny" if tiny else series or ""
-    digest = hashlib.sha256(f"{FORMAT} {kernel} {from_host} {compiler}\n".encode())
-    sources = [
-        *(p for p in sorted(RECIPE.parent.iterdir()) if p.is_file()),
-        INIT,
-        INIT.with_name("pyvmm_port.h"),
-    ]
-    sources += sorted(Path(__file__).parent.glob("*.py"))
+    made_of = f"{FORMAT} {kernel} {from_host} {compiler} {sources.init_identity()}\n"
+    digest = hashlib.sha256(made_of.encode())
+    files = [p for p in sorted(RECIPE.parent.iterdir()) if p.is_file()]
+    files += sorted(Path(__file__).parent.glob("*.py"))
     if tiny:
-        sources += sorted((PROJECT / "images" / "tiny").iterdir())
-    for path in sources:
+        files += sorted(sources.TINY.iterdir())
+    for path in files:
         data = path.read_bytes()
         digest.update(f"{path.name} {len(data)}\n".encode() + data)
     return digest.hexdigest()[:32]
@@ -378,46 +362,6 @@ def _applets(busybox: Path) -> list[str]:
     except (OSError, subprocess.CalledProcessError) as e:
         raise BuildError(f"busybox does not run: {e}", "build on an x86-64 machine") from None
     return done.stdout.split()
-
-
-# --- init -----------------------------------------------------------------------------------------
-
-
-def _compiler() -> str:
-    """One line that identifies compiler and C library."""
-    try:
-        version = subprocess.run(
-            [program("gcc"), "--version"], capture_output=True, text=True, check=True
-        ).stdout
-        libc = subprocess.run(
-            [program("gcc"), "-print-file-name=libc.a"], capture_output=True, text=True, check=True
-        ).stdout
-        return f"{version.splitlines()[0]}, libc.a {_sha256(Path(libc.strip()))[:16]}"
-    except (OSError, subprocess.CalledProcessError):
-        raise BuildError(
-            "gcc or its static C library is missing", "run: sudo apt-get install gcc libc6-dev"
-        ) from None
-
-
-def _compile_init(compiler: str, scratch: Path) -> bytes:
-    out = scratch / "init"
-    command = [
-        program("gcc"),
-        *CFLAGS,
-        f"-ffile-prefix-map={INIT.parent}=.",
-        "-o",
-        str(out),
-        str(INIT),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        line = next(
-            (x for x in done.stderr.splitlines() if "error" in x), done.stderr.strip()[-200:]
-        )
-        raise BuildError(
-            f"guest/init.c does not compile with {compiler.split(',')[0]}: {line}", "correct it"
-        )
-    return out.read_bytes()
 
 
 # --- the store ------------------------------------------------------------------------------------

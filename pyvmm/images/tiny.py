@@ -20,6 +20,7 @@ from pyvmm.errors import BuildError
 from pyvmm.host.apt import unpack
 from pyvmm.host.paths import cache_root
 from pyvmm.images.kernel import Kernel, extract_vmlinux
+from pyvmm.images.sources import TINY
 from pyvmm.programs import program, which
 
 TYPE_CHECKING = False
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.host.apt import Apt, Package
 
 PACKAGE = "linux-source-6.1"
-CONFIG = Path(__file__).resolve().parents[2] / "images" / "tiny" / "config"
+CONFIG = TINY / "config"
 JOBS = 2  # compile in so many processes at most, so that a small machine stays usable
 #: Fixed values for everything in the kernel that would depend on user, host and time.
 FIXED = {

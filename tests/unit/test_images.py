@@ -26,10 +26,11 @@ from pyvmm.cli import main
 from pyvmm.errors import BuildError, ImageError
 from pyvmm.host.paths import cache_root
 from pyvmm.images import Image, kernel
-from pyvmm.images.build import INIT, build
+from pyvmm.images.build import build
 from pyvmm.images.cpio import Archive
 from pyvmm.images.elf import libraries
 from pyvmm.images.kernel import Modules, extract_vmlinux
+from pyvmm.images.sources import INIT
 from pyvmm.images.tiny import check_config
 from pyvmm.spec import platform
 

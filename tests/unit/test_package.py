@@ -1,12 +1,16 @@
 """What an installation gets of pyvmm: a wheel, built and used outside of the checkout."""
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from pyvmm.images import sources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,7 +67,44 @@ def test_one_wheel_for_every_python(wheel: Path) -> None:
 
 
 def test_every_file_is_installed(installed: Path) -> None:
-    assert files(installed) == files(ROOT)
+    share = {f"pyvmm/share/{directory}" for directory in ("images", "guest")}
+    shared = {path for path in files(installed) if path.startswith("pyvmm/share/")}
+    assert files(installed) - shared == files(ROOT)
+    assert {path.rpartition("/")[0] for path in shared} == {*share, "pyvmm/share/images/tiny"}
+
+
+def test_an_installed_pyvmm_needs_no_compiler_for_its_images(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """init is a static program in the package: the bytes that a checkout would compile."""
+    compiled = sources.init(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = pyvmm(installed, "image", "build", "--tiny")
+    assert done.returncode == 111 and "gcc" in done.stderr, done
+    code = (
+        "import hashlib; from pathlib import Path; from pyvmm.images import sources\n"
+        "print(sources.RECIPE, sources.init_identity())\n"
+        "print(hashlib.sha256(sources.init(Path('/nonexistent'))).hexdigest())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=installed, capture_output=True, text=True, check=True
+    ).stdout.split()
+    digest = hashlib.sha256(compiled).hexdigest()
+    assert out == [str(installed / "pyvmm/share/images/default.toml"), "init", digest, digest]
+
+
+def test_a_source_distribution_is_whole(tmp_path: Path) -> None:
+    """A wheel can be made of it."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    (made,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(made, tmp_path)
+    root = tmp_path / made.name.removesuffix(".tar.gz")
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
+    subprocess.run(command, cwd=root, capture_output=True, check=True)
+    assert list((tmp_path / "build").glob("lib*/pyvmm/share/guest/init"))
+    assert list((tmp_path / "build").glob("lib*/pyvmm/_ext.abi3.so"))
 
 
 def test_an_installed_pyvmm_runs_outside_of_the_checkout(installed: Path) -> None:
