@@ -126,11 +126,13 @@ class FsConnector(Connector):
         root = not os.geteuid()
         where = self._directory if self._directory == "/" else isolate.SHARED
         argv = command(find(), fd, where, writable=writable, root=root)
-        environment = dict(os.environ)
+        environment, lent, shim = dict(os.environ), [fd], None
         if not root:
-            from pyvmm.testbed.assets import shim
+            from pyvmm.host.shim import open_shim
 
-            environment["LD_PRELOAD"] = shim()
+            shim, more = open_shim()
+            environment |= more
+            lent.append(shim.fileno())
         words, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # a full pipe loses words: no matter
 
         def confine() -> None:
@@ -150,7 +152,7 @@ class FsConnector(Connector):
                 stdin=subprocess.DEVNULL,
                 stdout=write,
                 stderr=write,
-                pass_fds=[fd],
+                pass_fds=lent,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for us
                 preexec_fn=confine,
@@ -164,6 +166,8 @@ class FsConnector(Connector):
             ) from e
         finally:
             os.close(write)
+            if shim is not None:
+                shim.close()
         return child, words
 
     def connect(self, seconds: float | None, end: int) -> Channel:

@@ -1,8 +1,8 @@
 """The files of which images are made: recipes, init and the configuration of the tiny kernel.
 
 A checkout has them in ``images/`` and ``guest/``. An installed package has them in ``pyvmm/share``,
-with an init that is compiled already, so that its user needs no compiler; setup.py calls
-``fill`` to make that directory.
+where init and the library of ``host.shim`` are compiled already: its user needs no compiler.
+setup.py calls ``fill`` to make that directory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 from pyvmm.errors import BuildError
+from pyvmm.host import shim
 from pyvmm.programs import program
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -98,6 +99,8 @@ def fill(share: Path) -> None:
     for path in (INIT, *INIT_HEADERS):
         shutil.copy(path, share / "guest")
     _compile(INIT, share / "guest" / "init")
+    (share / "testbed").mkdir()
+    shim.compile_shim(shim.SOURCE, str(share / "testbed" / "shim.so"))
 
 
 def _sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ import sys
 from pyvmm.errors import HostError, TestbedError
 from pyvmm.host import qemu
 from pyvmm.host.paths import cache_dir
-from pyvmm.programs import program, which
+from pyvmm.programs import which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -303,30 +303,6 @@ def boot_files(kernel: Kernel, progress: Callable[[str], None]) -> tuple[str, st
                 shutil.rmtree(f"{base}/{old}", ignore_errors=True)
     os.utime(target)
     return f"{target}/vmlinux", f"{target}/initrd"
-
-
-def shim() -> str:
-    """The path of the library that lets an ordinary user run virtiofsd (shim.c). It is compiled at
-    first use.
-
-    :raises TestbedError: it does not compile.
-    """
-    import hashlib
-    import subprocess
-
-    source = f"{os.path.dirname(os.path.abspath(__file__))}/shim.c"
-    target = f"{cache_dir()}/shim-{hashlib.sha256(_bytes(source)).hexdigest()[:12]}.so"
-    if not os.path.exists(target):
-        work = f"{target}.{os.getpid()}"
-        done = subprocess.run(
-            [program("gcc"), "-D_GNU_SOURCE", "-O2", "-shared", "-fPIC", "-o", work, source],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise TestbedError(f"gcc cannot compile {source}", "install gcc and libc6-dev")
-        os.rename(work, target)
-    return target
 
 
 def initramfs(kernel: Kernel) -> bytes:

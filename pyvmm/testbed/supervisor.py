@@ -23,6 +23,7 @@ import time
 from pyvmm.errors import PyvmmError, TestbedError
 from pyvmm.host.paths import cache_root
 from pyvmm.host.qemu import Qemu, newest
+from pyvmm.host.shim import open_shim
 from pyvmm.host.tether import tethered
 from pyvmm.hostnet import isolate
 from pyvmm.testbed import assets
@@ -228,10 +229,11 @@ class Supervisor:
     def spawn(
         self, argv: list[str], fds: list[int], writable: list[str] | None
     ) -> subprocess.Popen[bytes]:
-        env = dict(os.environ)
+        env, lent, shim = dict(os.environ), list(fds), None
         if writable is not None and os.geteuid():
-            env["LD_PRELOAD"] = assets.shim()
-
+            shim, more = open_shim()
+            env |= more
+            lent.append(shim.fileno())
         told, tell = os.pipe()
 
         def protect() -> None:
@@ -244,10 +246,12 @@ class Supervisor:
             tethered(argv),
             stdin=subprocess.DEVNULL,
             env=env,
-            pass_fds=fds,
+            pass_fds=lent,
             preexec_fn=protect if writable is not None else None,
         )
         os.close(tell)
+        if shim is not None:
+            shim.close()
         with os.fdopen(told) as f:
             failure = f.read()
         if failure:

@@ -67,10 +67,10 @@ def test_one_wheel_for_every_python(wheel: Path) -> None:
 
 
 def test_every_file_is_installed(installed: Path) -> None:
-    share = {f"pyvmm/share/{directory}" for directory in ("images", "guest")}
+    share = {f"pyvmm/share/{name}" for name in ("images", "images/tiny", "guest", "testbed")}
     shared = {path for path in files(installed) if path.startswith("pyvmm/share/")}
     assert files(installed) - shared == files(ROOT)
-    assert {path.rpartition("/")[0] for path in shared} == {*share, "pyvmm/share/images/tiny"}
+    assert {path.rpartition("/")[0] for path in shared} == share
 
 
 def test_an_installed_pyvmm_needs_no_compiler_for_its_images(
