@@ -162,6 +162,11 @@ def guard(body: Callable[[], int]) -> int:
         _give_up_stdout()
         return status or 141
     except OSError as e:
+        from pyvmm.host.paths import cache_trouble
+
+        if line := cache_trouble(e):
+            print(f"pyvmm: {line}", file=sys.stderr)
+            return status or 101
         if e.errno not in NO_ROOM:
             raise
         _give_up_stdout()

@@ -31,6 +31,16 @@ def cache_root() -> str:
     return os.path.realpath(os.path.join(base, "pyvmm"))
 
 
+def cache_trouble(e: OSError) -> str:
+    """The one line for an error about a file or a directory of the cache; empty if the error is
+    about something else.
+    """
+    name, root = e.filename, cache_root()
+    if not isinstance(name, str) or not (name.startswith(root) or root.startswith(f"{name}/")):
+        return ""
+    return f"{name}: {e.strerror}; set XDG_CACHE_HOME to a directory of your own that has room"
+
+
 def runtime_dir() -> str:
     """The user's own directory for sockets, mode 0700, below $XDG_RUNTIME_DIR, /run/user/UID or
     /tmp. It is created if necessary.

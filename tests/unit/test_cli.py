@@ -224,3 +224,20 @@ def test_a_run_loads_nothing_heavy() -> None:
     )
     assert "pyvmm._ext" in modules
     assert not modules & HEAVY
+
+
+@pytest.mark.parametrize("command", [("testbed", "setup"), ("image", "build"), ("image", "list")])
+def test_a_cache_that_cannot_be_written(
+    command: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    status, out, err = run(capsys, *command)
+    if command[-1] == "list":
+        assert (status, err) == (0, "")
+    else:
+        assert status in (101, 111) and err.count("\n") == 1 and "XDG_CACHE_HOME" in err, err
+        assert f"{tmp_path}/file" in err
