@@ -428,6 +428,8 @@ class Parts:
             route = uplink.open(net, mac)
             undo.callback(route.path.close)
             net.check_offer(net.mode, route.path.features())
+            if net.may_offload:
+                self.memory.settle()
             thread = CardThread(f"net{index}")
             undo.callback(thread.end)
             device = NetDevice(

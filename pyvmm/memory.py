@@ -9,7 +9,7 @@ import errno
 import mmap
 import os
 
-from pyvmm._ext import ffi
+from pyvmm._ext import ffi, lib
 from pyvmm.errors import MemoryShort, UsageError
 from pyvmm.fd import memfd
 from pyvmm.spec.platform import RAM_HIGH_BASE, RAM_LOW_MAX
@@ -72,6 +72,7 @@ class GuestMemory:
             )
         self.size = size
         self.huge = huge
+        self._settled = False
         try:
             self.fd = memfd("pyvmm-ram", size, huge=huge)
             try:
@@ -191,9 +192,36 @@ class GuestMemory:
         start = self._offset(gpa & ~(unit - 1), unit)
         self._map.madvise(mmap.MADV_DONTNEED, start, unit)
 
+    def settle(self) -> None:
+        """Take all pages from the host now, in the order of their addresses, and keep them until
+        close(). A device that reaches the memory by DMA then finds it in as few physical ranges as
+        the host can give: the kernel limits their number (vhost's max_iotlb_entries), and pages
+        that a guest has touched in an order of its own lie apart.
+
+        :raises MemoryShort: the host has not enough memory.
+        """
+        if self._settled:
+            return
+        try:
+            self._map.madvise(lib.MADV_POPULATE_WRITE)
+        except OSError as e:
+            if e.errno != errno.EINVAL:  # not before Linux 5.14, where the order is the guest's
+                raise MemoryShort(
+                    f"cannot get {self.size >> 20} MiB for the guest at once: {e.strerror}",
+                    "lower --memory",
+                ) from e
+            return
+        self._settled = True
+
     def zero(self) -> None:
-        """Drop all pages, so that RAM reads as zero again (for a machine reset)."""
-        self._map.madvise(mmap.MADV_REMOVE)
+        """Make RAM read as zero again (for a machine reset): drop all pages, or clear those that
+        are to stay.
+        """
+        if self._settled:
+            for r in self.regions:
+                lib.memset(ffi.cast("void *", r.host), 0, r.size)
+        else:
+            self._map.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
         """Unmap the memory and close the memfd. A second call does nothing.

@@ -12,6 +12,7 @@ import mmap
 import os
 import resource
 import time
+from contextlib import suppress
 
 from pyvmm._ext import ffi, lib
 from pyvmm.datapath.vhost_device import VhostFd
@@ -269,6 +270,9 @@ class Vdpa(VhostFd):
         try:
             self._batch(lib.VHOST_IOTLB_UPDATE, mappings, space)
         except OSError as e:
+            # What is mapped already must go: the kernel maps no address twice (EEXIST).
+            with suppress(OSError):
+                self._batch(lib.VHOST_IOTLB_INVALIDATE, mappings, space)
             # The kernel says EFAULT, whatever is wrong.
             limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
             if limit != resource.RLIM_INFINITY and limit < size:
@@ -278,8 +282,9 @@ class Vdpa(VhostFd):
                     "raise the limit: ulimit -l unlimited",
                 ) from e
             raise VdpaError(
-                f"the kernel does not map the guest's memory for {self.name}: {e.strerror}",
-                "lower --memory, or raise the limit: ulimit -l unlimited",
+                f"the kernel does not map the guest's memory for {self.name}: {e.strerror}; the"
+                f" memory may lie in more physical ranges than vhost maps ({_ranges_max()})",
+                "--memory-backing huge, lower --memory, or load vhost with max_iotlb_entries=65536",
             ) from e
 
     def unmap(self, mappings: Sequence[Mapping], space: int = 0) -> None:
@@ -335,6 +340,15 @@ MESSAGES = {
         "VHOST_IOTLB_BATCH_END",
     )
 }
+
+
+def _ranges_max() -> str:
+    """How many ranges of physical memory the kernel maps for a device, if known."""
+    try:
+        with open("/sys/module/vhost/parameters/max_iotlb_entries") as file:
+            return file.read().strip()
+    except OSError:
+        return "max_iotlb_entries"
 
 
 def _raise_memlock(size: int) -> None:

@@ -237,7 +237,6 @@ def test_card(vdpa: Host) -> None:
         assert nic["counters"]["filter_errors"] == 0 < nic["counters"]["filters"]
 
 
-@pytest.mark.xfail(run=False, reason="a PCI card's rings stand still after a reboot of the guest")
 def test_card_after_a_reload_and_a_reboot(vdpa: Host) -> None:
     """The rings go on after the driver has been loaded again, and after a reboot."""
     keys = f"vhost-vdpa,device=card1,guest={nic_address(CABLE, 'guest')}/24"

@@ -216,3 +216,18 @@ def test_c_sees_the_same_memory(memory: GuestMemory) -> None:
     assert memory.read(0x3000, 6) == b"from C"
     assert int(ffi.cast("uintptr_t", region.host)) % mmap.PAGESIZE == 0
     assert len(memory.regions) <= lib.PV_MEM_REGIONS
+
+
+def test_settled_pages_stay(memory: GuestMemory) -> None:
+    """All pages are there at once, and a reset clears them without giving them back."""
+
+    def blocks() -> int:
+        return os.fstat(memory.fd.fileno()).st_blocks * 512
+
+    memory.write(0x3000, b"old")
+    assert blocks() < memory.size
+    memory.settle()
+    assert blocks() == memory.size and memory.read(0x3000, 3) == b"old"
+    memory.zero()
+    assert blocks() == memory.size and memory.read(0, memory.size) == bytes(memory.size)
+    memory.settle()
