@@ -181,8 +181,14 @@ def missing() -> list[tuple[str, str]]:
     if not _busybox():
         lacks.append(("a static busybox", install + "busybox-static"))
     if not kernels():
+        if not _depmod():
+            lacks.append(("depmod", install + "kmod"))
         lacks.append(("Debian's cloud kernel", SETUP_HINT))
     return lacks
+
+
+def _depmod() -> str | None:
+    return which("depmod", "/usr/sbin:/sbin")
 
 
 def setup(progress: Callable[[str], None], version: str | None = None) -> None:
@@ -192,13 +198,13 @@ def setup(progress: Callable[[str], None], version: str | None = None) -> None:
     :param version: a prefix of the kernel's version, such as "6.1" or "6.12".
     :raises TestbedError: a system package is missing, or a download failed.
     """
+    lacks = [f"{what} is missing ({hint})" for what, hint in missing() if hint != SETUP_HINT]
+    if lacks:
+        raise TestbedError("; ".join(lacks))
     try:
         _fetch(progress, version)
     except HostError as e:
         raise TestbedError(e.cause, e.hint) from None
-    lacks = missing()
-    if lacks:
-        raise TestbedError(f"{lacks[0][0]} is missing", lacks[0][1])
     boot_files(find_kernel(version), progress)
 
 
@@ -257,10 +263,10 @@ def fetch_kernel(version: str | None, progress: Callable[[str], None]) -> None:
     if os.path.exists(image):  # where Debian 14 has it
         os.makedirs(f"{target}/boot", exist_ok=True)
         os.rename(image, f"{target}/boot/vmlinuz-{number}")
-    depmod = which("depmod", "/usr/sbin:/sbin") or "/sbin/depmod"
-    if subprocess.run([depmod, "-b", target, number], capture_output=True).returncode:
+    depmod = _depmod()
+    if not depmod or subprocess.run([depmod, "-b", target, number], capture_output=True).returncode:
         shutil.rmtree(target)
-        raise TestbedError("depmod failed", "install kmod")
+        raise TestbedError("depmod is missing, or it failed", "install kmod")
 
 
 def boot_files(kernel: Kernel, progress: Callable[[str], None]) -> tuple[str, str]:

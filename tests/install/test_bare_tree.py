@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -112,6 +113,46 @@ def test_the_demo(tmp_path: Path, release: str) -> None:
     assert not (tree.directory / "root/.cache/pyvmm/dpdk").exists()
     again = tree.run("cd /root/pyvmm && make setup")
     assert "installing" not in again and "fetching" not in again, again
+
+
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+def test_a_wheel_for_an_ordinary_user(tmp_path: Path, release: str) -> None:
+    """Without a compiler, in a home directory whose name no list could hold: what is missing is
+    said in a line, then a guest runs with a directory of the user's.
+    """
+    subprocess.run(
+        ["git", "-c", "safe.directory=*", "clone", "-q", str(ROOT), str(tmp_path / "clone")],
+        check=True,
+    )
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path)]
+    subprocess.run([*wheel, str(tmp_path / "clone")], check=True)
+    (made,) = tmp_path.glob("*.whl")
+    tree = plant(release, tmp_path / "tree", "python3-venv", "ca-certificates")
+    shutil.rmtree(tree.directory / "root/pyvmm")
+    shutil.copy(made, tree.directory / "srv")
+    begin = """
+        cd; python3 -m venv env; env/bin/pip install -q /srv/*.whl
+        env/bin/pyvmm run -- true || echo "status $?"
+        env/bin/pyvmm testbed setup || echo "status $?"
+    """
+    end = """
+        cd; env/bin/pyvmm testbed setup; env/bin/pyvmm image build
+        mkdir 'to: share'; echo words >'to: share/file'; cd 'to: share'
+        ../env/bin/pyvmm run --share . -- sh -c 'cat file; id -u; pwd'
+    """
+    (tree.directory / "srv/begin").write_text(begin)
+    (tree.directory / "srv/end").write_text(end)
+    as_her = "su her -c 'export LANG=C.UTF-8; exec sh -eu /srv/{}'"
+    out = tree.run("useradd -m -d '/home/of, her é' her\n" + as_her.format("begin"))
+    assert "status 105" in out and "status 110" in out and "Traceback" not in out, out
+    for packages in re.findall(r"apt-get install --no-install-recommends ([^)]+)\)", out):
+        one = " || ".join(
+            f"apt-get install -q -y --no-install-recommends {name}"
+            for name in packages.split(" or ")
+        )
+        tree.run(f"export DEBIAN_FRONTEND=noninteractive; {one}")
+    out = tree.run(as_her.format("end"))
+    assert "words\n0\n/home/of, her é/to: share\n" in out, out
 
 
 def steps(workflow: str) -> dict[str, str]:

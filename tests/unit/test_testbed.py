@@ -434,6 +434,12 @@ def test_what_is_missing_is_named_with_its_remedy(
     assert not Testbed.is_set_up()
     with pytest.raises(TestbedError, match="not set up"):
         Testbed().up()
+    monkeypatch.setattr(assets, "_depmod", lambda: None)
+    monkeypatch.delattr(assets, "_fetch")  # all is named before anything is downloaded
+    with pytest.raises(TestbedError) as e:
+        assets.setup(print)
+    for what in ("qemu-system-x86_64", "virtiofsd", "depmod"):
+        assert f"{what} is missing (run as root: apt-get install" in str(e.value)
 
 
 def test_a_bug_in_the_agents_child_is_told() -> None:
