@@ -235,7 +235,7 @@ def test_a_cache_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    status, out, err = run(capsys, *command)
+    status, _out, err = run(capsys, *command)
     if command[-1] == "list":
         assert (status, err) == (0, "")
     else:
