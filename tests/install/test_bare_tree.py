@@ -19,7 +19,8 @@ MIRROR = os.environ.get("PYVMM_MIRROR", "http://deb.debian.org/debian")
 
 #: Runs the rest of its arguments in the tree $1, in namespaces of its own: whatever the commands
 #: leave behind ends with the first process. pip reaches its index by what this machine is
-#: configured for, certificates among it.
+#: configured for, certificates among it. pivot_root and not chroot: nobody may make a user namespace
+#: in a chroot.
 ENTER = """
 set -eu
 tree=$1; shift
@@ -36,7 +37,10 @@ if [ -e /etc/ssl/certs/ca-certificates.crt ]; then
     export PIP_CERT=/run/certificates
 fi
 cp /etc/resolv.conf "$tree/etc/resolv.conf"
-exec chroot "$tree" "$@"
+cd "$tree"
+pivot_root . .
+umount -l .
+exec "$@"
 """
 
 
