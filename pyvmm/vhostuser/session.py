@@ -388,10 +388,12 @@ class Session:
         self.tell(spec.VHOST_USER_SET_VRING_BASE, struct.pack(VRING_STATE, i, base))
         self.place_ring(ring, memory)
         self.sharing.add(i)
+        # KICK comes last: some back-ends serve the ring from then on, enabled or not, and those of
+        # QEMU 7.2 give up the connection if they have nothing to call by then.
         for request, event in (
             (spec.VHOST_USER_SET_VRING_ERR, err),
-            (spec.VHOST_USER_SET_VRING_KICK, ring.kick),
             (spec.VHOST_USER_SET_VRING_CALL, ring.call),
+            (spec.VHOST_USER_SET_VRING_KICK, ring.kick),
         ):
             self.tell(request, struct.pack("<Q", i), [event.fileno()])
 

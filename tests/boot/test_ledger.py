@@ -140,8 +140,8 @@ PATHS = {
         "send SET_VRING_NUM",
         "send SET_VRING_BASE",
         "send SET_VRING_ADDR",
-        "send SET_VRING_KICK",
         "send SET_VRING_CALL",
+        "send SET_VRING_KICK",
         "send SET_VRING_ENABLE",
     ],
 }

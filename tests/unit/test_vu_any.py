@@ -316,6 +316,15 @@ def test_features_are_the_back_end_s_without_what_no_device_has(
         assert offered & bits("VIRTIO_F_IN_ORDER", "VIRTIO_RING_F_INDIRECT_DESC")
 
 
+def test_a_back_end_can_call_before_it_sees_a_kick(path: str, listener: Listener) -> None:
+    """Some serve the ring as soon as they have the kick's eventfd."""
+    with Fake(listener) as fake, Guest(Device(id="rng", socket=path)) as guest:
+        guest.start()
+        assert wait_for(lambda: guest.card.device.serving, PATIENCE)
+        call, kick = spec.VHOST_USER_SET_VRING_CALL, spec.VHOST_USER_SET_VRING_KICK
+        assert [request for request in fake.seen if request in (call, kick)] == [call, kick]
+
+
 def test_a_tag_of_our_own_and_a_device_without_configuration(path: str, listener: Listener) -> None:
     with Fake(listener):
         with Guest(Device(id="fs", socket=path, tag="x")) as guest:
