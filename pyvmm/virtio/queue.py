@@ -48,6 +48,13 @@ class Chain:
         self.head, self.slots, self.request, self._writable = head, slots, request, writable
         self.room = sum(size for _, size in writable)
 
+    def reply_last(self, byte: int) -> None:
+        """Store ``byte`` at the end of the device-writable part, if there is one."""
+        for host, size in reversed(self._writable):
+            if size:
+                ffi.cast("uint8_t *", host)[size - 1] = byte
+                return
+
     def reply(self, data: bytes) -> int:
         """Store ``data`` in the device-writable part, cut to what fits; returns the bytes
         written.
@@ -64,12 +71,13 @@ class ServedQueue:
     """Device side of a virtqueue (virtio 1.2, 2.7 and 2.8); one thread at a time.
 
     :param acked: the negotiated features, which say what the ring looks like.
-    :param limit: longest request taken, in bytes; more is a fault.
+    :param limit: longest request taken, in bytes; more is a fault. None: requests may be as long as
+        they like, because nobody looks at them, and ``Chain.request`` is empty.
     :raises RingFault: size, alignment or addresses are wrong; the ring is untouched.
     """
 
     def __init__(
-        self, memory: GuestMemory, vring: Vring, acked: int, *, limit: int = 1 << 16
+        self, memory: GuestMemory, vring: Vring, acked: int, *, limit: int | None = 1 << 16
     ) -> None:
         self._memory = memory  # keeps what C points into
         self._limit = limit
@@ -106,13 +114,15 @@ class ServedQueue:
         if step == lib.PV_DONE:
             return None
         c = self._chain
-        if step == lib.PV_MORE and c.out_len > self._limit:
+        limit = self._limit
+        if step == lib.PV_MORE and limit is not None and c.out_len > limit:
             lib.pv_vring_unpop(self.c, c.slots)
             self.c.fault = lib.PV_FAULT_TOO_LONG
         self._check(self.c.fault)
         iov = self._iov
+        wanted = c.out_num if limit is not None else 0
         request = b"".join(
-            bytes(ffi.buffer(iov[i].iov_base, iov[i].iov_len)) for i in range(c.out_num)
+            bytes(ffi.buffer(iov[i].iov_base, iov[i].iov_len)) for i in range(wanted)
         )
         writable = [
             (iov[i].iov_base, iov[i].iov_len) for i in range(c.out_num, c.out_num + c.in_num)
