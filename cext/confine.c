@@ -14,6 +14,7 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -248,13 +249,20 @@ static bool confine_files(const char *readable)
 	return !error;
 }
 
+/* Take capabilities, but those of the mask @keep, from all programs that this thread executes. */
+static void bound_capabilities(uint64_t keep)
+{
+	for (int cap = 0; cap < 64; cap++)
+		if (!(keep >> cap & 1))
+			prctl(PR_CAPBSET_DROP, cap, 0, 0, 0);
+}
+
 static void drop_capabilities(void)
 {
 	struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
 	struct __user_cap_data_struct none[2] = {0};
 
-	for (int cap = 0; cap < 64; cap++)
-		prctl(PR_CAPBSET_DROP, cap, 0, 0, 0);
+	bound_capabilities(0);
 	(void)syscall(SYS_capset, &head, none);
 }
 
@@ -334,6 +342,32 @@ int pv_follow_parent(int32_t parent)
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL))
 		return -errno;
 	return getppid() == parent ? 0 : -ESRCH;
+}
+
+/**
+ * pv_enter_root() - Make a directory the root of this process, and let go of the old root
+ * @root:	A mount point of this process's own mount namespace
+ *
+ * Return: 0; -errno
+ */
+int pv_enter_root(const char *root)
+{
+	if (chdir(root) || syscall(SYS_pivot_root, ".", ".") || umount2(".", MNT_DETACH) ||
+	    chdir("/"))
+		return -errno;
+	return 0;
+}
+
+/**
+ * pv_confine_program() - Leave the program that this process executes next only a few capabilities
+ * @keep:	Mask of CAP_* that it gets if its user is root
+ *
+ * Return: 0; -errno
+ */
+int pv_confine_program(uint64_t keep)
+{
+	bound_capabilities(keep);
+	return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ? -errno : 0;
 }
 
 /**

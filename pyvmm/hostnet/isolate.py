@@ -1,5 +1,6 @@
-"""Confines virtiofsd to the directories that it may write: in its mount namespace, everything else
-is read-only.
+"""Confines back-ends to the files that they serve. In the mount namespace of virtiofsd, everything
+but the directories that it may write is read-only. That of qemu-storage-daemon, which does not
+confine itself any further, has little else than its images.
 
 util-linux' mount(8) can do this from 2.39 on (``mount -o bind,ro=recursive``), but Debian 12 has
 2.38.
@@ -14,12 +15,88 @@ from pyvmm.hostnet import userns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 #: Where a directory to be shared is in the new namespace: on a file system of its own, in the place
 #: of one that virtiofsd does not need.
 STAGE, SHARED = "/sys", "/sys/share"
+
+
+#: What a program of the system needs of the root directory, to begin: links stay links.
+SYSTEM = ("usr", "lib", "lib64", "etc/ld.so.cache", "dev/null")
+
+
+def enclose(
+    files: Mapping[str, tuple[str, bool]], made: Mapping[str, tuple[str, bytes]], *, owned: bool
+) -> None:
+    """Move this process, which executes another program next, to namespaces of its own. Its root
+    directory is in memory, and has the system's programs and libraries, read-only, and ``files``.
+    There is no other file, no process and no network. Of root's capabilities, the program gets at
+    most the one to open others' files.
+
+    :param files: by their names in the new root: a file, by its path without symbolic links, and
+        whether it may be written.
+    :param made: by their names in the new root: a directory in which a file is made that ends with
+        the process, and what is in the file at first.
+    :param owned: all files belong to this user, so that no capability is needed.
+    :raises OSError: a file has been replaced by a link; or as ``protect``.
+    """
+    _enter()
+    found = {name: _open(path) for name, (path, _) in files.items()}
+    userns.check(lib.mount(b"none", STAGE.encode(), b"tmpfs", 0, b"mode=755"), f"mount {STAGE}")
+    for name in SYSTEM:
+        source, target = f"/{name}", f"{STAGE}/{name}"
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if os.path.islink(source):
+            os.symlink(os.readlink(source), target)
+        elif os.path.isdir(source):
+            os.mkdir(target)
+            _bind(source, target)
+        elif os.path.exists(source):
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+            _bind(source, target)
+    for name, fd in found.items():
+        _show(fd, f"{STAGE}/{name}")
+    for name, (directory, data) in made.items():
+        # A file that has no name any more cannot be bound.
+        path = f"{directory}/pyvmm-{os.urandom(8).hex()}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, data)
+            _show(fd, f"{STAGE}/{name}")
+        finally:
+            os.unlink(path)
+    writable = [name for name, (_, may) in files.items() if may] + list(made)
+    _write_protect(but=[f"{STAGE}/{name}" for name in writable], root=STAGE)
+    userns.unshare(lib.CLONE_NEWNET | lib.CLONE_NEWIPC)
+    for failed in (
+        lib.pv_enter_root(STAGE.encode()),
+        lib.pv_confine_program(0 if owned else 1 << lib.CAP_DAC_OVERRIDE),
+    ):
+        if failed:
+            raise OSError(-failed, f"enter {STAGE}: {os.strerror(-failed)}")
+
+
+def _open(path: str) -> int:
+    """A descriptor that names the file at ``path``, through no symbolic link."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if os.readlink(f"/proc/self/fd/{fd}") != path:
+        raise OSError(f"{path} has been replaced")
+    return fd
+
+
+def _show(fd: int, target: str) -> None:
+    """Bind an open file to a new name, and close it."""
+    os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+    _bind(f"/proc/self/fd/{fd}", target)
+    os.close(fd)
+
+
+def _bind(source: str, target: str) -> None:
+    flags = lib.MS_BIND | lib.MS_REC
+    result = lib.mount(os.fsencode(source), os.fsencode(target), ffi.NULL, flags, ffi.NULL)
+    userns.check(result, f"bind {source}")
 
 
 def stage(directory: str, *, writable: bool) -> None:
@@ -31,13 +108,10 @@ def stage(directory: str, *, writable: bool) -> None:
     :raises OSError: it has changed meanwhile; or as ``protect``.
     """
     _enter()
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if os.readlink(f"/proc/self/fd/{fd}") != directory:
-        raise OSError(f"{directory} has been replaced")
+    fd = _open(directory)
     userns.check(lib.mount(b"none", STAGE.encode(), b"tmpfs", 0, b"mode=755"), f"mount {STAGE}")
     os.mkdir(SHARED)
-    found, flags = f"/proc/self/fd/{fd}".encode(), lib.MS_BIND | lib.MS_REC
-    userns.check(lib.mount(found, SHARED.encode(), ffi.NULL, flags, ffi.NULL), f"bind {directory}")
+    _bind(f"/proc/self/fd/{fd}", SHARED)
     os.close(fd)
     _write_protect(but=[SHARED] if writable else [])
 
@@ -53,9 +127,7 @@ def protect(writable: Sequence[str]) -> None:
     """
     _enter()
     for path in writable:
-        name = os.fsencode(path)
-        flags = lib.MS_BIND | lib.MS_REC
-        userns.check(lib.mount(name, name, ffi.NULL, flags, ffi.NULL), f"bind {path}")
+        _bind(path, path)
     _write_protect(but=writable)
 
 
@@ -67,8 +139,8 @@ def _enter() -> None:
     _set_attr("/", {"propagation": lib.MS_PRIVATE}, lib.AT_RECURSIVE)
 
 
-def _write_protect(*, but: Sequence[str]) -> None:
-    _set_attr("/", {"attr_set": lib.MOUNT_ATTR_RDONLY}, lib.AT_RECURSIVE)
+def _write_protect(*, but: Sequence[str], root: str = "/") -> None:
+    _set_attr(root, {"attr_set": lib.MOUNT_ATTR_RDONLY}, lib.AT_RECURSIVE)
     for path in but:
         _set_attr(path, {"attr_clr": lib.MOUNT_ATTR_RDONLY}, 0)
 
