@@ -39,6 +39,7 @@
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -84,6 +85,7 @@
 #define SHARES_FILE  "/etc/pyvmm.shares"
 #define PLACE_FILE   "/etc/pyvmm.place"
 #define USER_FILE    "/etc/pyvmm.user"
+#define VIRTIO_BLOCK "0x0002\n" /* the id of disks, in sysfs */
 #define PAGE_SIZE    4096
 #define CHANNEL_SIZE (CHANNEL_PAGES * PAGE_SIZE)
 #define DLE	     0x10
@@ -300,6 +302,25 @@ static void load_modules(const char *file)
 		close(fd);
 	}
 	free(list);
+}
+
+/* Whether there is a virtio device of the kind @id, as sysfs spells it with a newline. */
+static bool has_device(const char *id)
+{
+	DIR *devices = opendir("/sys/bus/virtio/devices");
+	bool found = false;
+
+	for (struct dirent *entry; !found && devices && (entry = readdir(devices));) {
+		char path[PATH_MAX], *text;
+
+		snprintf(path, sizeof(path), "/sys/bus/virtio/devices/%.64s/device", entry->d_name);
+		text = read_file(path, NULL);
+		found = !strcmp(text, id);
+		free(text);
+	}
+	if (devices)
+		closedir(devices);
+	return found;
 }
 
 /* --- directories of the host --- */
@@ -2107,6 +2128,8 @@ int main(void)
 	if (sethostname(hostname, strlen(hostname)))
 		say("cannot set host name '%s': %s", hostname, strerror(errno));
 	load_modules("/etc/modules");
+	if (has_device(VIRTIO_BLOCK))
+		load_modules("/etc/modules.disks");
 	mount_shares();
 	configure_network();
 	set_environment();

@@ -1,7 +1,7 @@
 """pyvmm: a small KVM hypervisor built around one device, virtio-net.
 
-The public names are ``Machine``, ``Net``, ``Device``, ``Share``, ``Outcome``, ``SwitchReport`` and
-the errors in ``pyvmm.errors``::
+The public names are ``Machine``, ``Net``, ``Device``, ``Disk``, ``Share``, ``Outcome``,
+``SwitchReport`` and the errors in ``pyvmm.errors``::
 
     import pyvmm
 
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Device",
+    "Disk",
     "Machine",
     "Net",
     "Outcome",
@@ -31,6 +32,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.card.report import SwitchReport
     from pyvmm.devopt import Device
+    from pyvmm.diskopt import Disk
     from pyvmm.errors import PyvmmError
     from pyvmm.machine import Machine
     from pyvmm.netopt import Net
@@ -42,6 +44,7 @@ _HOMES = {
     "Outcome": "pyvmm.outcome",
     "Net": "pyvmm.netopt",
     "Device": "pyvmm.devopt",
+    "Disk": "pyvmm.diskopt",
     "PyvmmError": "pyvmm.errors",
     "Root": "pyvmm.shareopt",
     "Share": "pyvmm.shareopt",

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.guest_channel import Channel
     from pyvmm.devices.guest_input import GuestInput
     from pyvmm.devopt import Device
+    from pyvmm.diskopt import Disk
     from pyvmm.hang import HangWatch
     from pyvmm.images.cpio import Archive
     from pyvmm.kvm.cpu import Cpu
@@ -96,6 +97,7 @@ class Description:
     """The description of a machine: the parameters of ``Machine``, checked.
 
     :ivar memory: in bytes. :ivar initrds: paths, in order.
+    :ivar devices: those that are no network cards; the last ``disks`` of them are disks.
     :ivar raw_command: the command as init takes it; None without one.
     :raises UsageError: a value is out of range, or two do not go together.
     """
@@ -111,6 +113,7 @@ class Description:
         nets: Sequence[Net] = (),
         devices: Sequence[Device] = (),
         shares: Sequence[Share] = (),
+        disks: Sequence[Disk] = (),
         root: Root | None = None,
         command: Sequence[str] | None = None,
         huge: bool = False,
@@ -151,7 +154,8 @@ class Description:
                 raise UsageError(
                     f"--share: two directories at {share.path}", "name another path for one"
                 )
-        self.devices = [*devices, *self.shares]
+        self.devices = [*devices, *self.shares, *disks]
+        self.disks = len(disks)
         if len(self.nets) + len(self.devices) > MAX_CARDS:
             others = f" and {len(self.devices)} other devices" if self.devices else ""
             raise UsageError(
@@ -285,7 +289,7 @@ class Parts:
         closing(self.accounts.close)
         closing(self.plugs.close)  # before what a switch counts by
         self.plugs.begin(want.nets)
-        self.plugs.begin_devices(want.devices, self._make_device)
+        self.plugs.begin_devices(want.devices, self._make_device, ascending=want.disks)
         self._load()
         if self.is_linux():
             good, reason = can_run_linux_locally()

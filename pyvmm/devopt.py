@@ -4,7 +4,7 @@ Python ``pyvmm.Device("vhost-user", id="rng", socket="/run/rng.sock")``.
 
 from __future__ import annotations
 
-from pyvmm.errors import UsageError, did_you_mean
+from pyvmm.errors import UsageError, VhostUserError, did_you_mean
 from pyvmm.netopt import UID_MAX, number
 from pyvmm.spec import virtio, virtio_config
 from pyvmm.spec.vhost_user import VHOST_USER_MAX_CONFIG_SIZE
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pyvmm.datapath.base import RingServer
-    from pyvmm.errors import PyvmmError, VhostUserError
+    from pyvmm.errors import PyvmmError
     from pyvmm.vhostuser.connect import Connector
 
 #: As many virtqueues as a device may have.
@@ -125,6 +125,9 @@ class Device:
     :raises UsageError: a value is not allowed, or two do not go together.
     """
 
+    #: Seconds for a whole conversation with the back-end, such as a start or a stop.
+    timeout = 5.0
+
     def __init__(
         self,
         mode: str = "vhost-user",
@@ -222,9 +225,9 @@ class Device:
         """What to raise if the first conversation with the back-end fails."""
         return error
 
-    def lament(self, problems: Sequence[str]) -> str:
+    def lament(self, problems: Sequence[str]) -> PyvmmError:
         """Says why the back-end has gone for good. :param problems: of its connections."""
-        return f"{self.socket}: {problems[-1] if problems else 'gone'}"
+        return VhostUserError(f"{self.socket}: {problems[-1] if problems else 'gone'}")
 
     def own_config(self) -> bytes | None:
         """The device's configuration, if it is not the back-end's."""

@@ -236,3 +236,9 @@ class ShareError(PyvmmError):
     """A directory of the host cannot be shared with the guest, or the sharing has broken off."""
 
     exit_code = 131
+
+
+class DiskError(PyvmmError):
+    """An image of the host cannot be a disk of the guest, or the disk has broken off."""
+
+    exit_code = 133

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pyvmm.control.server import Server
     from pyvmm.devices.guest_agent import CommandResult
     from pyvmm.devopt import Device
+    from pyvmm.diskopt import Disk
     from pyvmm.exits.budget import Result
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.phases import Phase
@@ -64,6 +65,7 @@ class Machine:
     :param shares: directories of the host that the guest mounts (docs/share.md); like ``command``,
         only with images built by pyvmm. :param root: a tree of the host for the guest's root
         (docs/root.md), likewise.
+    :param disks: images of the host, in the order of the guest's names for them (docs/disk.md).
     :param command: an argv for our init (images built by pyvmm).
     :param on_reboot: ``"exit"`` or ``"restart"``.
     :param name: of the machine among the running ones (default: ``vm0``, ``vm1``, ...); only with a
@@ -107,6 +109,7 @@ class Machine:
         nets: Sequence[Net] = (),
         devices: Sequence[Device] = (),
         shares: Sequence[Share] = (),
+        disks: Sequence[Disk] = (),
         root: Root | None = None,
         command: Sequence[str] | None = None,
         on_reboot: str = "exit",
@@ -135,6 +138,7 @@ class Machine:
             nets=nets,
             devices=devices,
             shares=shares,
+            disks=disks,
             root=root,
             command=command,
             huge=huge,

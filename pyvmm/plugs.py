@@ -106,14 +106,21 @@ class Plugs:
             self._plug(nic, stack)
             self.nets.add(nic)
 
-    def begin_devices(self, devices: Sequence[Device], make: DeviceMaker) -> None:
+    def begin_devices(
+        self, devices: Sequence[Device], make: DeviceMaker, *, ascending: int = 0
+    ) -> None:
         """Make the machine's other devices, from the highest slot down, so that network cards have
         the slots of their numbers.
 
+        :param ascending: the last so many devices have their slots in the other order, in which
+            Linux looks for them and gives names to disks.
         :raises PyvmmError: as ``begin``.
         """
+        places = [MAX_CARDS - 1 - number for number in range(len(devices))]
+        plain = len(devices) - ascending
+        places[plain:] = reversed(places[plain:])
         for number, options in enumerate(devices):
-            device, stack = make(MAX_CARDS - 1 - number, number, options)
+            device, stack = make(places[number], number, options)
             self._plug(device, stack)
             self.devices.add(device)
 

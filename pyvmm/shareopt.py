@@ -111,11 +111,11 @@ class Share(Device):
             f"{self.directory} cannot be shared: {how}", "share another directory, or run as root"
         )
 
-    def lament(self, problems: Sequence[str]) -> str:
+    def lament(self, problems: Sequence[str]) -> PyvmmError:
         """Says how virtiofsd has ended."""
         assert self._connector is not None
         how = self._connector.end() or (problems[-1] if problems else "it has gone")
-        return (
+        return ShareError(
             f"the share of {self.directory} has broken off: {how}; every access of the guest has"
             " failed with EIO since"
         )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pyvmm.bus import Bus
     from pyvmm.devopt import Device
+    from pyvmm.errors import PyvmmError
     from pyvmm.kvm.vm import Vm
     from pyvmm.memory import GuestMemory
 
@@ -44,8 +45,8 @@ class Peripheral(Card):
         super().__init__(index, device, transport, thread, lock)
         self.options, self._path = options, path
         self._substitute = options.substitute()
-        #: Why the device does not work any more; empty if it does.
-        self.broken = ""
+        #: Why the device does not work any more; None if it does.
+        self.broken: PyvmmError | None = None
         if self._substitute is not None:
             path.gone = self._gone
             if not path.connected:  # it went before somebody listened
@@ -58,7 +59,7 @@ class Peripheral(Card):
     def _give_up(self) -> None:
         """The job: answer the guest in the place of the back-end."""
         assert self._substitute is not None
-        if self._over or self.broken:
+        if self._over or self.broken is not None:
             return
         self.broken = self.options.lament(self._path.problems)
         self.device.replace(self._substitute)
@@ -155,6 +156,7 @@ def make(
             queues=options.queues,
             config_size=options.config_size,
             own_config=options.own_config(),
+            timeout=options.timeout,
             recorder=recorder,
         )
         undo.callback(path.close)

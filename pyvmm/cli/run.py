@@ -22,6 +22,8 @@ Examples:
   pyvmm run --root / -- python3 -m pytest -q
   pyvmm run --share .:rw -- ./run-my-test.sh
   pyvmm run --share ~/cases:/cases --share out:/out:rw -- sh -c 'ls /cases >/out/list'
+  pyvmm run --disk scratch.qcow2 -- sh -c 'mke2fs /dev/vda && mount /dev/vda /mnt && run-tests'
+  pyvmm run --disk base.qcow2,snapshot=on --disk input.img,format=raw,ro=on -- run-tests
   pyvmm run --device vhost-user,id=rng,socket=/run/rng.sock -- head -c 8 /dev/hwrng
 
 Network cards: --net MODE[,key=value...], once per card
@@ -69,6 +71,13 @@ Network cards: --net MODE[,key=value...], once per card
       hostfwd=A+B     ports that lead into the guest: [tcp:|udp:][ADDR:]PORT-[ADDR:]PORT
       loopback=off    10.0.2.2 does not stand for the host's 127.0.0.1 (on)
 
+Disks: --disk FILE[,key=value...], once per disk: /dev/vda, /dev/vdb, ... (docs/disk.md)
+  FILE is an image or a block device; a comma in its name is written twice. Keys:
+      format=F        raw or qcow2; needed unless FILE ends in .raw or .qcow2
+      ro=on           the guest may only read (off)
+      snapshot=on     what the guest writes is thrown away (off)
+      notify=exit     as for network cards
+
 Other devices: --device vhost-user,id=KIND,socket=PATH[,key=value...], once per device
   A back-end at PATH serves the device (docs/devices.md). KIND is block, console, fs, gpio, i2c,
   rng, scmi, scsi, sound, vsock, or the number of another kind.
@@ -84,7 +93,7 @@ Exit status: the command's; or 2 bad usage, 101 a result or the output could not
 vhost-user back-end, 116 the guest hangs (--hang-timeout), 117 a --budget is broken, 118 the kernel
 reported what --fail-on names, 119 the guest ended before COMMAND did, 120 panic, 121 reboot, 122
 triple fault, 123 KVM error, 124 time-out, 125 no fitting vDPA device, 130 Ctrl-C, 131 a --share
-that cannot be had or broke off, 141 nobody reads the output, 143 SIGTERM.
+that cannot be had or broke off, 133 a --disk likewise, 141 nobody reads the output, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -118,6 +127,7 @@ if TYPE_CHECKING:
 
     from pyvmm.card.card import Card
     from pyvmm.card.nic import Nic
+    from pyvmm.card.peripheral import Peripheral
     from pyvmm.cli.support.outputs import Output, Outputs
     from pyvmm.cli.support.pipes import Kept
     from pyvmm.cli.support.terminal import Terminal
@@ -125,6 +135,7 @@ if TYPE_CHECKING:
     from pyvmm.cli.support.watchdog import Watchdog
     from pyvmm.devices.console import FdSink, Stream
     from pyvmm.devopt import Device
+    from pyvmm.diskopt import Disk
     from pyvmm.machine import Machine
     from pyvmm.outcome import Outcome
     from pyvmm.shareopt import Root, Share
@@ -146,6 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--add", metavar="F[:PATH]", action="append", default=[], help=ADD_HELP)
     add("--share", metavar="DIR[:PATH][:rw]", action="append", default=[], help=SHARE_HELP)
+    add("--disk", metavar="FILE[,K=V]", action="append", default=[], help="a disk, see below")
     add("--root", metavar="DIR", help=ROOT_HELP)
     add("--user", metavar="NAME", help="with --root: the user of DIR who runs COMMAND (root)")
     add("--modules", metavar="DIR", help=MODULES_HELP)
@@ -326,7 +338,10 @@ def run(args: argparse.Namespace) -> int:
             words,
             vhost=vhost,
             vdpa=any("vhost-vdpa" in net for net in args.net or ()),
-            writable=[s.directory for s in _shares(args) if s.writable],
+            writable=[
+                *(s.directory for s in _shares(args) if s.writable),
+                *(d.directory for d in _disks(args) if d.writable and not d.snapshot),
+            ],
             note=note,
             lasting=args.detach is not None,
         )
@@ -380,6 +395,7 @@ def _check(args: argparse.Namespace) -> None:
         nets=nets,
         devices=_devices(args),
         shares=_shares(args),
+        disks=_disks(args),
         root=_root(args),
         command=args.guest_command or None,
         add=args.add,
@@ -397,6 +413,15 @@ def _devices(args: argparse.Namespace) -> list[Device]:
     from pyvmm.devopt import Device
 
     return [Device.parse(text) for text in args.device]
+
+
+def _disks(args: argparse.Namespace) -> list[Disk]:
+    """The disks of ``--disk``."""
+    if not args.disk:
+        return []
+    from pyvmm.diskopt import Disk
+
+    return [Disk.parse(text) for text in args.disk]
 
 
 def _shares(args: argparse.Namespace) -> list[Share]:
@@ -573,6 +598,7 @@ class _Run:
             nets=nets,
             devices=_devices(args),
             shares=_shares(args),
+            disks=_disks(args),
             root=_root(args),
             command=args.guest_command or None,
             on_reboot=args.on_reboot,
@@ -615,6 +641,8 @@ class _Run:
                 print(exits_table(machine), file=sys.stderr)
             for card in (*machine.nets, *machine.devices):
                 _tell_mistakes(card)
+            for device in machine.devices if "init" in machine.phases else ():
+                _tell_unused(device)
         return int(verdict["code"]) or self._lost_output(machine, outcome)
 
     def _attend(self, machine: Machine) -> Outcome:
@@ -708,7 +736,7 @@ class _Run:
         budgets = [budget.check(machine.accounts) for budget in args.budget or ()]
         held = all(result.held for result in budgets)
         checked = {"budgets": [result.as_dict() for result in budgets]} if budgets else {}
-        lost = [device.broken for device in machine.devices if device.broken]
+        lost = [device.broken for device in machine.devices if device.broken is not None]
         clean = not lost and outcome.error() is None and (outcome.status == 0 or not self.commanded)
         if files is None and held and clean:
             return {"kind": "passed", "code": outcome.status or 0, "message": "", **checked}
@@ -784,6 +812,17 @@ def _tell_mistakes(card: Card) -> None:
         print(f"pyvmm: {card.name}: {text}", file=sys.stderr)
     if device.refused > len(device.mistakes):
         print(f"pyvmm: {card.name}: {device.refused} writes refused in all", file=sys.stderr)
+
+
+def _tell_unused(device: Peripheral) -> None:
+    """Print that the guest has no driver of a disk."""
+    if device.kind == "block" and not device.device.negotiated:
+        print(
+            f"pyvmm: {device.name}: the guest has not used the disk: its kernel needs"
+            " CONFIG_VIRTIO_BLK and CONFIG_VIRTIO_PCI; if the image is older than this pyvmm:"
+            " pyvmm image build",
+            file=sys.stderr,
+        )
 
 
 def _write_trace(machine: Machine, output: Output) -> None:

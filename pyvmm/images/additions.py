@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 PROGRAMS, HOME = "usr/local/bin", "root"
 #: The directories of PATH in the guest (guest/init.c).
 PATH = ("usr/local/sbin", "usr/local/bin", "usr/sbin", "usr/bin", "sbin", "bin")
-#: The lists of modules that init loads (guest/init.c): always, and for shares of directories.
-INIT_MODULES = ("etc/modules", "etc/modules.shares")
+#: The lists of modules that init loads (guest/init.c): always, for shares of directories, and for
+#: disks.
+INIT_MODULES = ("etc/modules", "etc/modules.shares", "etc/modules.disks")
 SHOWN = 3  # names that one note shows
 
 

@@ -24,6 +24,7 @@ from pyvmm import images
 from pyvmm.errors import BuildError, HostError, ImageError
 from pyvmm.host.apt import Apt, find_kernel_package, unpack
 from pyvmm.images import FILES, Image, sources
+from pyvmm.images.additions import INIT_MODULES
 from pyvmm.images.cpio import Archive
 from pyvmm.images.elf import libraries, needed
 from pyvmm.images.kernel import Kernel, Modules, extract_vmlinux, trim_zeros
@@ -323,27 +324,26 @@ def _initramfs(
     for applet in _applets(userland.programs["busybox"]):
         if f"/bin/{applet}" not in taken:
             archive.symlink(f"/bin/{applet}", "busybox")
-    loaded: list[str] = []
-    shares: list[str] = []
+    lists: list[list[str]] = [[] for _ in INIT_MODULES]
     if kernel.modules is not None:
-        loaded, shares = _add_modules(archive, kernel, kernel.modules, recipe["modules"])
-    archive.file("/etc/modules", "".join(f"{path}\n" for path in loaded).encode())
-    archive.file("/etc/modules.shares", "".join(f"{path}\n" for path in shares).encode())
-    return archive.pack(), loaded
+        lists = _add_modules(archive, kernel, kernel.modules, recipe["modules"])
+    for path, names in zip(INIT_MODULES, lists, strict=True):
+        archive.file(f"/{path}", "".join(f"{name}\n" for name in names).encode())
+    return archive.pack(), lists[0]
 
 
 def _add_modules(
     archive: Archive, kernel: Kernel, modules: Modules, wanted: dict[str, list[str]]
-) -> tuple[list[str], list[str]]:
+) -> list[list[str]]:
     """Add the modules, and the list by which modprobe finds them, to the archive.
 
-    :param wanted: names of modules: ``load`` for those that init loads, ``shares`` for those that
-        it loads for shares, which are left out if the kernel does not have them; ``extra`` for
-        others.
-    :returns: the paths of the modules that init loads, in order; always, and for shares.
+    :param wanted: names of modules: ``load`` for those that init loads; ``shares`` and ``disks``
+        for those that it loads for shares and for disks, which are left out if the kernel does not
+        have them; ``extra`` for others.
+    :returns: the paths of the modules of each of INIT_MODULES, in order.
     """
-    shares = [name for name in wanted["shares"] if modules.has(name)]
-    found = modules.closure(wanted["load"] + wanted["extra"] + shares)
+    later = [[name for name in wanted[key] if modules.has(name)] for key in ("shares", "disks")]
+    found = modules.closure(wanted["load"] + wanted["extra"] + later[0] + later[1])
     root = f"/lib/modules/{kernel.release}"
     depends = []
     for name, (path, _, data) in found.items():
@@ -352,8 +352,9 @@ def _add_modules(
         needs = list(modules.closure([name]))[:-1]
         depends.append(f"{path}:{''.join(' ' + found[n][0] for n in reversed(needs))}\n")
     archive.file(f"{root}/modules.dep", "".join(sorted(depends)).encode())
-    always, later = (modules.closure(names) for names in (wanted["load"], shares))
-    return [found[n][0] for n in always], [found[n][0] for n in later if n not in always]
+    always = modules.closure(wanted["load"])
+    others = [[n for n in modules.closure(names) if n not in always] for names in later]
+    return [[found[n][0] for n in names] for names in ([*always], *others)]
 
 
 def _applets(busybox: Path) -> list[str]:

@@ -7,17 +7,18 @@ reported.
 
 from __future__ import annotations
 
-from pyvmm.errors import GuestEnded, GuestTrouble, ShareError
+from pyvmm.errors import GuestEnded, GuestTrouble
 from pyvmm.kvm.vcpu import ALIVE, NOT_STARTED
 from pyvmm.testing import console as says
 from pyvmm.testing.symbols import Symbols
-from pyvmm.testing.verdict import Verdict, register_lines
+from pyvmm.testing.verdict import LOSSES, Verdict, register_lines
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pyvmm.boot import BootState
+    from pyvmm.errors import PyvmmError
     from pyvmm.exits.budget import Result
     from pyvmm.outcome import Outcome
 
@@ -34,7 +35,7 @@ def judge(
     watch: says.Watch | None = None,
     symbols: str | None = None,
     budgets: Sequence[Result] = (),
-    lost: Sequence[str] = (),
+    lost: Sequence[PyvmmError] = (),
 ) -> Verdict:
     """The verdict of a run. The machine's end comes first, then the reports of the kernel, then the
     status of the command, then the budgets.
@@ -45,7 +46,7 @@ def judge(
     :param phases: ``Machine.phases``.
     :param commanded: whether the guest was given a command.
     :param watch: has searched the console for reports that must not be in it.
-    :param lost: shares that have broken off during the run, in words.
+    :param lost: of shares and disks that have broken off during the run.
     :param symbols: path of a kernel that may have symbols, to name the vCPUs' addresses.
     """
     kind, abnormal, error = outcome.kind, outcome.abnormal, outcome.error()
@@ -67,9 +68,9 @@ def judge(
             trouble = GuestTrouble(f"{says.headline(first, watch.count)}: {first.message}")
             return Verdict("trouble", str(trouble), status=outcome.status, details=first.lines)
     if lost:  # before the command's status, which may follow from it
-        return Verdict(
-            "share", str(ShareError(lost[0])), status=outcome.status, details=list(lost[1:])
-        )
+        kinds = [kind for error, kind in LOSSES.items() if isinstance(lost[0], error)]
+        others = [str(error) for error in lost[1:]]
+        return Verdict(kinds[0], str(lost[0]), status=outcome.status, details=others)
     if kind == "stopped" and commanded and outcome.asked and outcome.status is None:
         return Verdict(
             "ended", str(GuestEnded("the machine was told to quit before the command ended"))

@@ -24,7 +24,7 @@ HOSTS = ("local", "testbed", "auto")
 SCOPES = ("function", "class", "module", "package", "session")
 #: The marker's keywords: parameters of ``TestMachine``, and how the test gets the machine.
 MARKER = (
-    "add", "append", "command", "cpu", "cpus", "fail_on", "hang_timeout", "huge", "initrd",
+    "add", "append", "command", "cpu", "cpus", "disk", "fail_on", "hang_timeout", "huge", "initrd",
     "kernel", "load_address", "load_mode", "memory", "modules",
     "net", "on_reboot", "start", "test_devices", "timeout",
 )  # fmt: skip
@@ -238,6 +238,7 @@ def _refuse(text: str) -> NoReturn:
 def _make(
     request: pytest.FixtureRequest, wishes: dict[str, Any], name: str, records: list[Record]
 ) -> TestMachine:
+    from pyvmm.diskopt import Disk
     from pyvmm.errors import PyvmmError
     from pyvmm.netopt import Net
     from pyvmm.testing.console import Watch, parse_kinds
@@ -264,6 +265,11 @@ def _make(
         wishes["nets"] = [
             n if isinstance(n, Net) else Net.parse(n)
             for n in ([nets] if isinstance(nets, str | Net) else nets)
+        ]
+        disks = wishes.pop("disk", ())
+        wishes["disks"] = [
+            d if isinstance(d, Disk) else Disk.parse(str(config.rootpath / d))
+            for d in ([disks] if isinstance(disks, str | Disk) else disks)
         ]
         wishes.setdefault("initrd", config.getoption("pyvmm_initrd"))
         wishes["append"] = f"{config.getoption('pyvmm_append')} {wishes.get('append', '')}".strip()

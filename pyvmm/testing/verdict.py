@@ -6,7 +6,7 @@ A verdict is made of how the machine ended and, for Linux, of the reports on the
 
 from __future__ import annotations
 
-from pyvmm.errors import BuildError, ImageError, PyvmmError, UsageError
+from pyvmm.errors import BuildError, DiskError, ImageError, PyvmmError, ShareError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         "host-problem",
         "trouble",
         "ended",
+        "disk",
         "interrupted",
     ]
 
@@ -46,8 +47,11 @@ CODES: dict[Kind, int | None] = {
     "timeout": 124,
     "thread-stopped": 128,
     "share": 131,
+    "disk": 133,
     "interrupted": 130,
 }
+#: What has broken off during the run -> verdict.
+LOSSES: dict[type[PyvmmError], Kind] = {ShareError: "share", DiskError: "disk"}
 SKIP_STATUS = 77  # as in autotools; a test kernel ends with it by a debug-exit with 77 >> 1
 
 

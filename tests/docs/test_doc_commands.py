@@ -42,6 +42,7 @@ REASONS = {
     ("docs/images.md", "I=~/.cache"): "a console of QEMU, see tests/unit/test_images.py",
     ("docs/matrix.md", "pyvmm image build"): "downloads a kernel, and boots eight guests",
     ("docs/devices.md", "qemu-storage-daemon"): "runs in the testbed only, see test_vu_any",
+    ("docs/disk.md", "pyvmm run --disk base"): "needs the reader's images, see test_disk",
     ("docs/root.md", "pyvmm run --kernel"): "needs the source of a kernel",
     ("docs/share.md", "pyvmm run --share ~/cases"): "needs the reader's files, see test_share",
     ("docs/device-stats.md", "pyvmm run --image 6.12"): "needs another image, see test_net",

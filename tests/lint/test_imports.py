@@ -23,6 +23,7 @@ LAYERS = (
         "host",
         "images",
         "devopt",
+        "diskopt",
         "shareopt",
         "netopt",
         "testbed",

@@ -16,7 +16,7 @@ import pytest
 
 from pyvmm.assembly import Description
 from pyvmm.devices.guest_port import PHASES
-from pyvmm.errors import ShareError, UsageError
+from pyvmm.errors import DiskError, ShareError, UsageError
 from pyvmm.host import virtiofsd
 from pyvmm.hostnet import isolate
 from pyvmm.memory import GuestMemory
@@ -155,10 +155,10 @@ def test_why_a_guest_mounts_nothing(tmp_path: Path) -> None:
     ended = Outcome("poweroff")
     ended.status = 1
     boot: Any = None
-    verdict = judge(
-        ended, console=b"", boot=boot, phases={}, commanded=True, lost=["it broke off", "so did it"]
-    )
+    lost = [ShareError("it broke off"), DiskError("so did it")]
+    verdict = judge(ended, console=b"", boot=boot, phases={}, commanded=True, lost=lost)
     assert (verdict.kind, verdict.code, verdict.message) == ("share", 131, "it broke off")
+    assert verdict.details == ["so did it"]
 
 
 # --- virtiofsd ------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_a_back_end_that_dies_is_replaced(
     share = Share(tmp_path)
     share.number(0)
     monkeypatch.setattr(share, "connector", lambda: Connector(path))
-    monkeypatch.setattr(share, "lament", lambda problems: f"dead: {problems[-1]}")
+    monkeypatch.setattr(share, "lament", lambda problems: ShareError(f"dead: {problems[-1]}"))
     with closing(Listener(path)) as listener, Fake(listener) as fake, Guest(share) as guest:
         ring = guest.start()
         memory = guest.board.memory
@@ -322,7 +322,7 @@ def test_a_back_end_that_dies_is_replaced(
         fake.drop()
         assert wait_for(lambda: ring.take_used(), PATIENCE)
         assert answered(memory, 1) == (16, -errno.EIO, 1)
-        assert "vhost-user peer" in guest.card.broken
+        assert "vhost-user peer" in str(guest.card.broken)
         assert guest.card.report()["counters"]["disconnections"] == 1  # type: ignore[index]
         guest.card.set_paused(True)
         request(memory, ring, 2)

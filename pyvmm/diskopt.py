@@ -1,0 +1,161 @@
+"""How users describe a disk: ``--disk FILE[,key=value...]``, in Python
+``pyvmm.Disk("image.qcow2", snapshot=True)``.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm.devopt import Device
+from pyvmm.errors import DiskError, UsageError, did_you_mean
+from pyvmm.vhostuser.wire import Closed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyvmm.datapath.base import RingServer
+    from pyvmm.errors import PyvmmError, VhostUserError
+    from pyvmm.host.storage_daemon import DiskConnector
+    from pyvmm.vhostuser.connect import Connector
+
+FORMATS = ("qcow2", "raw")
+KEYS = ("format", "ro", "snapshot", "notify")
+
+
+class Disk(Device):
+    """A disk image of the host, served by a qemu-storage-daemon that pyvmm starts, confines and
+    ends.
+
+    :param file: an image, or a block device. :param format: ``raw`` or ``qcow2``; without it, the
+        name must end in .raw or .qcow2. The contents never decide, because a guest may have written
+        them.
+    :param readonly: the guest may only read. :param snapshot: what the guest writes is thrown away
+        at the end.
+    :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
+    :ivar file: its path without symbolic links. :ivar directory: where it is.
+    :raises UsageError: a value is not allowed, or two do not go together.
+    :raises DiskError: there is no such image, or it is not one that can be served.
+    """
+
+    #: Seconds: a disk that has much to write is no silent back-end.
+    timeout = 30.0
+
+    def __init__(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        format: str | None = None,
+        readonly: bool = False,
+        snapshot: bool = False,
+        notify: str = "ioeventfd",
+    ) -> None:
+        given = os.fspath(file)
+        if not given or "\0" in given:
+            raise UsageError(f"--disk {given!r}", "write FILE[,key=value...]")
+        if format is None:
+            format = next((name for name in FORMATS if given.endswith(f".{name}")), None)
+            if format is None:
+                raise UsageError(
+                    f"--disk {given}: its name does not say what it is",
+                    "add format=raw or format=qcow2 (the contents may be a guest's)",
+                )
+        if format not in FORMATS:
+            raise UsageError(f"--disk {given}: format={format}", "use format=raw or format=qcow2")
+        if readonly and snapshot:
+            raise UsageError(
+                f"--disk {given}: ro=on and snapshot=on", "leave one of them out: ro is enough"
+            )
+        if notify not in ("ioeventfd", "exit"):
+            raise UsageError(
+                f"--disk {given}: notify={notify}", "use notify=ioeventfd or notify=exit"
+            )
+        self.format, self.writable, self.snapshot = format, not readonly, snapshot
+        self.file = os.path.realpath(given)
+        self.directory = self.file.rpartition("/")[0] or "/"
+        self._check(given)
+        super().__init__(id="block", socket=self.file, notify=notify)
+        self._connector: DiskConnector | None = None
+
+    def _check(self, given: str) -> None:
+        """:raises DiskError: the image cannot be opened, or names other files."""
+        from pyvmm.host import qcow2
+        from pyvmm.host.storage_daemon import Image
+
+        try:
+            image = Image(self.file, writable=self.writable and not self.snapshot)
+        except OSError as e:
+            writes = self.writable and not self.snapshot and os.access(self.file, os.R_OK)
+            raise DiskError(
+                f"--disk {given}: {e.strerror}",
+                "allow it by chmod, or add ro=on or snapshot=on" if writes else "name an image",
+            ) from e
+        if self.format == "qcow2":
+            what, remedy = qcow2.problem(image.head)
+            if what:
+                raise DiskError(f"--disk {given} {what}", remedy)
+
+    @classmethod
+    def parse(cls, text: str) -> Disk:
+        """Parse ``FILE[,key=value...]`` as on the command line. In FILE, a comma is written
+        twice.
+        """
+        if "\0" in text:
+            raise UsageError(f"--disk {text!r}", "write FILE[,key=value...]")
+        file, *rest = text.replace(",,", "\0").split(",")
+        given: dict[str, str] = {}
+        for item in filter(None, rest):
+            key, equals, value = item.partition("=")
+            if key not in KEYS or not equals:
+                raise UsageError(
+                    f"--disk: unknown key {key!r}",
+                    f"{did_you_mean(key, KEYS)}keys: {', '.join(KEYS)}; "
+                    "a comma in a file's name is written twice",
+                )
+            if key in given:
+                raise UsageError(f"--disk: {key} is given twice", "give it once")
+            if key in ("ro", "snapshot") and value not in ("on", "off"):
+                raise UsageError(f"--disk: {key}={value}", f"use {key}=on or {key}=off")
+            given[key] = value
+        return cls(
+            file.replace("\0", ","),
+            format=given.get("format"),
+            readonly=given.get("ro") == "on",
+            snapshot=given.get("snapshot") == "on",
+            notify=given.get("notify", "ioeventfd"),
+        )
+
+    def connector(self) -> Connector:
+        """Starts qemu-storage-daemon, and connects to it once.
+
+        :raises DiskError: there is no qemu-storage-daemon, or it cannot be started.
+        """
+        from pyvmm.host.storage_daemon import DiskConnector
+
+        self._connector = DiskConnector(
+            self.file, self.format, writable=self.writable, snapshot=self.snapshot
+        )
+        return self._connector
+
+    def substitute(self) -> RingServer:
+        """Answers the guest once qemu-storage-daemon has gone."""
+        from pyvmm.virtio.dead_disk import DeadDisk
+
+        return DeadDisk()
+
+    def failure(self, error: VhostUserError) -> PyvmmError:
+        """Says how qemu-storage-daemon has ended."""
+        assert self._connector is not None
+        how = self._connector.end() if isinstance(error, Closed) else error.cause
+        return DiskError(
+            f"{self.file} cannot be a disk: {how}", "stop what uses it, or name another image"
+        )
+
+    def lament(self, problems: Sequence[str]) -> PyvmmError:
+        """Says how qemu-storage-daemon has ended."""
+        assert self._connector is not None
+        how = self._connector.end() or (problems[-1] if problems else "it has gone")
+        return DiskError(
+            f"the disk {self.file} has broken off: {how}; every access of the guest has failed"
+            " with EIO since"
+        )

@@ -1,0 +1,78 @@
+"""As much of qcow2 as it takes to refuse an image that names other files, and to make an empty one
+that lies above another image.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm.spec.qcow2 import HEADER, HEADER_V3, QCOW2_INCOMPAT_DATA_FILE, QCOW_MAGIC
+
+#: Bytes of an image that ``problem`` and ``virtual_size`` look at.
+HEAD_SIZE = struct.calcsize(HEADER) + struct.calcsize(HEADER_V3)
+CLUSTER_BITS = 16
+CLUSTER = 1 << CLUSTER_BITS
+#: A number of 16 bits per cluster.
+REFCOUNT_ORDER = 4
+
+
+def problem(head: bytes) -> tuple[str, str]:
+    """Why an image is not taken, and what to do about it; empty if it is taken.
+
+    :param head: its first bytes.
+    """
+    if len(head) < struct.calcsize(HEADER) or not head.startswith(QCOW_MAGIC):
+        return "is no qcow2 image", "say what it is: format=raw"
+    (_, version, backing, *_) = struct.unpack_from(HEADER, head)
+    if version not in (2, 3):
+        return f"is of version {version} of qcow2", "convert it: qemu-img convert -O qcow2"
+    if backing:
+        return (
+            "has a backing file, and an image may not name other files of the host",
+            "make it complete: qemu-img convert -O qcow2 OLD NEW",
+        )
+    if version == 3:
+        if len(head) < HEAD_SIZE:
+            return "is no qcow2 image: it is too short", "say what it is: format=raw"
+        (incompatible, *_) = struct.unpack_from(HEADER_V3, head, struct.calcsize(HEADER))
+        if incompatible >> QCOW2_INCOMPAT_DATA_FILE & 1:
+            return (
+                "has its data in another file, and an image may not name other files of the host",
+                "make it complete: qemu-img convert -O qcow2 OLD NEW",
+            )
+    return "", ""
+
+
+def virtual_size(head: bytes) -> int:
+    """The size of the disk in an image, in bytes. :param head: its first bytes."""
+    return int(struct.unpack_from(HEADER, head)[5])
+
+
+def empty(size: int) -> bytes:
+    """An image without data, which names no backing file.
+
+    :param size: of the disk, in bytes.
+    """
+    by_l1 = CLUSTER // 8 << CLUSTER_BITS  # what one entry of the first table stands for
+    entries = max(1, -(-size // by_l1))
+    l1_clusters = -(-entries * 8 // CLUSTER)
+    used = 3 + l1_clusters  # header, table of reference counts, a block of them, first table
+    head = struct.pack(
+        HEADER,
+        QCOW_MAGIC,
+        3,
+        0,
+        0,
+        CLUSTER_BITS,
+        size,
+        0,
+        entries,
+        3 * CLUSTER,
+        CLUSTER,
+        1,
+        0,
+        0,
+    )
+    head += struct.pack(HEADER_V3, 0, 0, 0, REFCOUNT_ORDER, HEAD_SIZE)
+    clusters = (head, struct.pack(">Q", 2 * CLUSTER), b"\0\1" * used, bytes(l1_clusters * CLUSTER))
+    return b"".join(part.ljust(CLUSTER, b"\0") for part in clusters)

@@ -1,0 +1,12 @@
+"""The head of a qcow2 image (docs/interop/qcow2.txt of QEMU). All numbers are big-endian."""
+
+QCOW_MAGIC = b"QFI\xfb"
+#: magic, version, backing_file_offset, backing_file_size, cluster_bits, size, crypt_method,
+#: l1_size, l1_table_offset, refcount_table_offset, refcount_table_clusters, nb_snapshots,
+#: snapshots_offset
+HEADER = ">4sIQIIQIIQQIIQ"
+#: Of version 3, behind it: incompatible_features, compatible_features, autoclear_features,
+#: refcount_order, header_length
+HEADER_V3 = ">QQQII"
+#: Bit of incompatible_features: the guest's data are in another file.
+QCOW2_INCOMPAT_DATA_FILE = 2

@@ -1,0 +1,515 @@
+"""Disks (`--disk`): what is taken, how qemu-storage-daemon is confined and ended, and the answers
+to the guest once it has gone. The daemon is a real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import pyvmm
+from pyvmm.assembly import Description
+from pyvmm.diskopt import Disk
+from pyvmm.errors import DiskError, UsageError
+from pyvmm.host import qcow2, storage_daemon
+from pyvmm.memory import GuestMemory
+from pyvmm.outcome import Outcome
+from pyvmm.spec.qcow2 import HEADER, HEADER_V3
+from pyvmm.testing.judge import judge
+from pyvmm.virtio.dead_disk import DeadDisk
+from tests.driver import Events, Ring, wait_for
+from tests.unit.test_vhost_user import no_leak
+from tests.unit.test_vu_any import Guest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.host.child import ChildConnector
+
+__all__ = ["no_leak"]  # a fixture
+
+PATIENCE = 60.0
+SECTOR = 512
+SECTORS = 2048
+VIRTIO_BLK_F_RO = 5
+IN, OUT = 0, 1  # VIRTIO_BLK_T_*
+needs_daemon = pytest.mark.skipif(
+    shutil.which("qemu-storage-daemon") is None, reason="needs qemu-system-common"
+)
+
+
+def content(sector: int) -> bytes:
+    return struct.pack("<Q", sector) * (SECTOR // 8)
+
+
+def raw_image(path: Path) -> Path:
+    """An image whose sectors say their numbers."""
+    path.write_bytes(b"".join(map(content, range(SECTORS))))
+    return path
+
+
+def qcow2_image(path: Path, change: Callable[[bytearray], None] = lambda image: None) -> Path:
+    image = bytearray(qcow2.empty(SECTORS * SECTOR))
+    change(image)
+    path.write_bytes(image)
+    return path
+
+
+def with_backing(name: bytes) -> Callable[[bytearray], None]:
+    """Have a qcow2 image name a backing file."""
+
+    def change(image: bytearray) -> None:
+        place = 1024
+        image[place : place + len(name)] = name
+        struct.pack_into(">QI", image, 8, place, len(name))
+
+    return change
+
+
+def with_data_file(name: bytes) -> Callable[[bytearray], None]:
+    """Have a qcow2 image name the file of its data, in a header extension."""
+
+    def change(image: bytearray) -> None:
+        at = struct.calcsize(HEADER)
+        image[at : at + 8] = struct.pack(">Q", 1 << 2)
+        padded = name.ljust(-(-len(name) // 8) * 8, b"\0")
+        extension = struct.pack(">II", 0x44415441, len(name)) + padded + bytes(8)
+        end = at + struct.calcsize(HEADER_V3)
+        image[end : end + len(extension)] = extension
+
+    return change
+
+
+class Asking:
+    """A guest whose driver asks a disk one thing at a time."""
+
+    def __init__(self, disk: Disk) -> None:
+        self.guest = Guest(disk)
+        self.offered = self.guest.pci.offered()
+        self.ring = self.guest.start()
+        self.memory = self.guest.board.memory
+        connector = disk._connector
+        assert connector is not None
+        self.connector: ChildConnector = connector
+
+    def __enter__(self) -> Asking:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.guest.__exit__()
+
+    def put(self, kind: int, sector: int, data: bytes = b"") -> None:
+        """Ask for one sector (virtio 1.2, 5.2.6)."""
+        self.memory.write(0x20000, struct.pack("<IIQ", kind, 0, sector))
+        self.memory.write(0x21000, data or b"\xaa" * SECTOR)
+        self.memory.write(0x22000, b"\xff")
+        middle = (0x21000, SECTOR, kind == IN)
+        self.ring.add([(0x20000, 16, False), middle, (0x22000, 1, True)])
+        self.ring.publish()
+
+    def status(self) -> int:
+        """The answer to the request that was put."""
+        assert wait_for(self.ring.take_used, PATIENCE)
+        return self.memory.read(0x22000, 1)[0]
+
+    def read(self, sector: int) -> bytes:
+        self.put(IN, sector)
+        assert self.status() == 0
+        return bytes(self.memory.read(0x21000, SECTOR))
+
+    def write(self, sector: int, data: bytes) -> int:
+        self.put(OUT, sector, data)
+        return self.status()
+
+
+# --- the option -----------------------------------------------------------------------------------
+
+
+def test_what_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, odd = raw_image(tmp_path / "a.raw"), raw_image(tmp_path / "b,c")
+    qcow2_image(tmp_path / "d.qcow2")
+    (tmp_path / "link.raw").symlink_to(raw)
+    monkeypatch.chdir(tmp_path)
+    for text, file, form, writable, snapshot in (
+        ("a.raw", raw, "raw", True, False),
+        ("link.raw,ro=on", raw, "raw", False, False),
+        ("b,,c,format=raw,ro=off,snapshot=on", odd, "raw", True, True),
+        ("d.qcow2", tmp_path / "d.qcow2", "qcow2", True, False),
+        ("d.qcow2,format=raw", tmp_path / "d.qcow2", "raw", True, False),
+    ):
+        disk = Disk.parse(text)
+        assert (disk.file, disk.format) == (str(file), form)
+        assert (disk.writable, disk.snapshot) == (writable, snapshot)
+        assert disk.kind.name == "block" and disk.directory == str(tmp_path)
+    assert Disk.parse("a.raw,notify=exit").notify == "exit" and pyvmm.Disk is Disk
+    both = [Disk(raw), Disk(tmp_path / "d.qcow2", readonly=True)]
+    want = Description("k", disks=both)
+    assert want.devices == both and want.disks == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "problem"),
+    [
+        ("", UsageError, "write FILE"),
+        ("a\0b", UsageError, "write FILE"),
+        ("plain", UsageError, "its name does not say what it is; add format=raw or format=qcow2"),
+        ("plain.img", UsageError, "add format=raw"),
+        ("plain,format=vmdk", UsageError, "use format=raw or format=qcow2"),
+        ("plain,format=raw,format=raw", UsageError, "given twice"),
+        ("plain,format=raw,ro=yes", UsageError, "use ro=on or ro=off"),
+        ("plain,formt=raw", UsageError, "format"),
+        ("a,b.raw", UsageError, "a comma in a file's name is written twice"),
+        ("plain,format=raw,ro=on,snapshot=on", UsageError, "leave one of them out"),
+        ("plain,format=raw,notify=no", UsageError, "--disk plain: notify=no"),
+        ("/no/such.raw", DiskError, "No such file or directory"),
+        (".,format=raw", DiskError, "directory"),
+        ("fifo,format=raw,ro=on", DiskError, "it is neither a file nor a block device"),
+        ("/dev/null,format=raw", DiskError, "it is neither a file nor a block device"),
+        ("plain,format=qcow2", DiskError, "is no qcow2 image; say what it is: format=raw"),
+        ("backing.qcow2", DiskError, "has a backing file"),
+        ("data.qcow2", DiskError, "has its data in another file"),
+        ("old.qcow2", DiskError, "is of version 1 of qcow2"),
+        ("short.qcow2", DiskError, "is too short"),
+    ],
+)
+def test_what_is_refused(
+    text: str,
+    error: type[Exception],
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw_image(tmp_path / "plain")
+    qcow2_image(tmp_path / "backing.qcow2", with_backing(b"/etc/passwd"))
+    qcow2_image(tmp_path / "data.qcow2", with_data_file(b"/etc/passwd"))
+    qcow2_image(tmp_path / "old.qcow2", lambda image: struct.pack_into(">I", image, 4, 1))
+    short = qcow2_image(tmp_path / "short.qcow2")
+    os.truncate(short, struct.calcsize(HEADER))
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error) as e:
+        Disk.parse(text)
+    assert problem in str(e.value) and "\n" not in str(e.value)
+
+
+def test_an_image_that_may_not_be_written_names_the_way_out(tmp_path: Path) -> None:
+    script = "import sys; from pyvmm.diskopt import Disk; Disk(sys.argv[1])"
+    image = raw_image(tmp_path / "a.raw")
+    image.chmod(0o444)
+    for directory in (tmp_path, *tmp_path.parents[:2]):
+        directory.chmod(directory.stat().st_mode | 0o055)
+    drop = (
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if not os.geteuid() else []
+    )
+    done = subprocess.run(
+        [*drop, sys.executable, "-c", script, str(image)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(pyvmm.__file__).parents[1])},
+        check=False,
+    )
+    assert "Permission denied; allow it by chmod, or add ro=on or snapshot=on" in done.stderr
+
+
+def test_a_disk_that_breaks_off_is_the_verdict() -> None:
+    ended = Outcome("poweroff")
+    ended.status = 0
+    boot: Any = None
+    lost = [DiskError("it broke off")]
+    verdict = judge(ended, console=b"", boot=boot, phases={}, commanded=True, lost=lost)
+    assert (verdict.kind, verdict.code, verdict.message) == ("disk", 133, "it broke off")
+
+
+# --- qemu-storage-daemon --------------------------------------------------------------------------
+
+
+def test_no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_daemon, "PLACES", ("/no/such",))
+    with pytest.raises(DiskError, match=r"which is missing; as root: apt-get install .*-common"):
+        Disk(raw_image(tmp_path / "a.raw")).connector()
+
+
+@needs_daemon
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_reading_and_writing(tmp_path: Path, form: str) -> None:
+    make: Callable[[Path], Path] = raw_image if form == "raw" else qcow2_image
+    image = make(tmp_path / "disk")
+    with Asking(Disk(image, format=form)) as disk:
+        assert disk.guest.config(0, 8) == SECTORS and not disk.offered >> VIRTIO_BLK_F_RO & 1
+        assert disk.read(7) == (content(7) if form == "raw" else bytes(SECTOR))
+        assert disk.write(9, b"new!" * 128) == 0
+        disk.guest.card.set_paused(True)
+        disk.put(IN, 9)
+        disk.guest.card.set_paused(False)
+        assert disk.status() == 0 and disk.memory.read(0x21000, SECTOR) == b"new!" * 128
+        report = disk.guest.card.report()
+        assert report["kind"] == "block" and not report["faults"]
+        process = disk.connector._child
+    assert process.returncode == 0
+    with Asking(Disk(image, format=form, readonly=True)) as disk:
+        assert disk.read(9) == b"new!" * 128
+
+
+@needs_daemon
+def test_what_is_only_read(tmp_path: Path) -> None:
+    image = raw_image(tmp_path / "a.raw")
+    image.chmod(0o444)
+    before = image.read_bytes()
+    with Asking(Disk(image, readonly=True)) as disk:
+        assert disk.offered >> VIRTIO_BLK_F_RO & 1
+        assert disk.write(3, b"no" * 256) == 1  # VIRTIO_BLK_S_IOERR: an evil driver's
+        assert disk.read(3) == content(3)
+    assert image.read_bytes() == before
+
+
+@needs_daemon
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_a_snapshot_leaves_the_image_alone(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make: Callable[[Path], Path] = raw_image if form == "raw" else qcow2_image
+    image, scratch = make(tmp_path / "disk"), tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    before = image.read_bytes()
+    with Asking(Disk(image, format=form, snapshot=True)) as disk:
+        assert disk.guest.config(0, 8) == SECTORS
+        assert disk.write(3, b"temp" * 128) == 0
+        assert disk.read(3) == b"temp" * 128
+        assert disk.read(4) == (content(4) if form == "raw" else bytes(SECTOR))
+        assert not list(scratch.iterdir())
+        with Asking(Disk(image, format=form, snapshot=True)) as other:
+            assert other.read(3) == (content(3) if form == "raw" else bytes(SECTOR))
+    assert image.read_bytes() == before
+
+
+@needs_daemon
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_an_image_has_one_writer_or_several_readers(tmp_path: Path, form: str) -> None:
+    make: Callable[[Path], Path] = raw_image if form == "raw" else qcow2_image
+    image = make(tmp_path / "disk")
+    writer = Disk(image, format=form)
+    reader, passer = (
+        Disk(image, format=form, readonly=True),
+        Disk(image, format=form, snapshot=True),
+    )
+    with Asking(writer):
+        for other in (Disk(image, format=form), reader, passer):
+            with pytest.raises(DiskError, match="cannot be a disk: another process uses it") as e:
+                Asking(other)
+            text = str(e.value)
+            assert "\n" not in text and "{" not in text and str(image) in text
+    with Asking(reader), Asking(passer), pytest.raises(DiskError, match="another process"):
+        Asking(writer)
+
+
+@needs_daemon
+def test_the_daemon_sees_the_image_only(tmp_path: Path) -> None:
+    image = raw_image(tmp_path / "a.raw")
+    (tmp_path / "other").touch()
+    with Asking(Disk(image)) as disk:
+        proc = Path(f"/proc/{disk.connector._child.pid}")
+        root = proc / "root"
+        seen = {str(p.relative_to(root)) for p in root.iterdir()}
+        assert seen - {"lib", "lib64", "usr"} == {"dev", "etc", "image"}
+        assert [p.name for p in (root / "dev").iterdir()] == ["null"]
+        assert [p.name for p in (root / "etc").iterdir()] == ["ld.so.cache"]
+        with pytest.raises(OSError, match="Read-only file system"):
+            (root / "usr" / "new").touch()
+        with pytest.raises(OSError, match="Read-only file system"):
+            (root / "new").touch()
+        for space in ("mnt", "net", "ipc"):
+            assert (proc / "ns" / space).readlink() != Path(f"/proc/self/ns/{space}").readlink()
+        status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
+        assert int(status["CapBnd"], 16) == 0 and status["NoNewPrivs"] == "1"
+        links = [str(link.readlink()) for link in (proc / "fd").iterdir()]
+        files = {link for link in links if link.startswith("/")}
+        assert files <= {"/image", "/dev/null"}, links
+
+
+# --- hostile images -------------------------------------------------------------------------------
+
+
+@needs_daemon
+def test_a_raw_image_stays_raw_whatever_the_guest_writes(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret" * 1000)
+    image = raw_image(tmp_path / "a.raw")
+    evil = qcow2_image(tmp_path / "evil", with_backing(str(secret).encode())).read_bytes()
+    with Asking(Disk(image)) as disk:
+        for sector in range(8):
+            assert disk.write(sector, evil[sector * SECTOR :][:SECTOR]) == 0
+    with Asking(Disk(image)) as disk:
+        assert disk.guest.config(0, 8) == SECTORS
+        assert disk.read(0) == evil[:SECTOR]
+    with pytest.raises(UsageError, match="its name does not say"):
+        Disk(shutil.copy(image, tmp_path / "renamed"))
+
+
+@needs_daemon
+@pytest.mark.parametrize("follows", [False, True])
+def test_an_image_that_names_another_file_after_it_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follows: bool
+) -> None:
+    """The name of the backing file is not used; if it were, there would be no such file."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret" * 1000)
+    image = qcow2_image(tmp_path / "a.qcow2", with_backing(str(secret).encode()))
+    monkeypatch.setattr(qcow2, "problem", lambda head: ("", ""))
+    if follows:
+        real = storage_daemon.nodes
+
+        def nodes(form: str, **options: bool) -> dict[str, Any]:
+            graph = real(form, **options)
+            del graph["backing"]
+            return graph
+
+        monkeypatch.setattr(storage_daemon, "nodes", nodes)
+        with pytest.raises(DiskError, match="Could not open backing file") as e:
+            Asking(Disk(image))
+        assert "No such file or directory" in str(e.value)
+        return
+    with Asking(Disk(image)) as disk:
+        assert disk.read(0) == bytes(SECTOR)
+
+
+@needs_daemon
+def test_an_image_whose_data_are_in_another_file_after_it_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret" * 1000)
+    image = qcow2_image(tmp_path / "a.qcow2", with_data_file(str(secret).encode()))
+    monkeypatch.setattr(qcow2, "problem", lambda head: ("", ""))
+    with pytest.raises(DiskError, match="No such file or directory") as e:
+        Asking(Disk(image))
+    assert "\n" not in str(e.value)
+
+
+@needs_daemon
+def test_nonsense_in_a_qcow2_image_is_one_line(tmp_path: Path) -> None:
+    image = qcow2_image(
+        tmp_path / "a.qcow2", lambda image: struct.pack_into(">Q", image, 40, 1 << 63)
+    )
+    with pytest.raises(DiskError, match="cannot be a disk: qemu-storage-daemon has ended") as e:
+        Asking(Disk(image))
+    assert "\n" not in str(e.value) and "{" not in str(e.value)
+
+
+@needs_daemon
+def test_an_image_that_is_replaced_by_a_link(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret" * 1000)
+    disk = Disk(raw_image(tmp_path / "a.raw"))
+    (tmp_path / "a.raw").unlink()
+    (tmp_path / "a.raw").symlink_to(tmp_path / "secret")
+    with pytest.raises(DiskError, match="cannot be confined"):
+        disk.connector()
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+@needs_daemon
+def test_once_the_daemon_is_dead_every_request_fails(tmp_path: Path) -> None:
+    image = raw_image(tmp_path / "a.raw")
+    with Asking(Disk(image)) as disk:
+        assert disk.read(1) == content(1)
+        disk.connector._child.kill()
+        disk.put(IN, 2)
+        assert disk.status() == 1
+        assert wait_for(lambda: disk.guest.card.broken, PATIENCE)
+        assert "qemu-storage-daemon was killed by SIGKILL" in str(disk.guest.card.broken)
+        assert disk.write(3, b"x" * SECTOR) == 1
+        disk.guest.pci.reset()
+        disk.ring = disk.guest.start()
+        disk.put(IN, 2)
+        assert disk.status() == 1
+        assert disk.guest.card.report()["counters"]["disconnections"] == 1  # type: ignore[index]
+
+
+@needs_daemon
+def test_a_daemon_that_is_told_to_end_writes_what_it_has(tmp_path: Path) -> None:
+    """Whoever ends it."""
+    image = qcow2_image(tmp_path / "a.qcow2")
+    with Asking(Disk(image)) as disk:
+        assert disk.write(5, b"kept" * 128) == 0
+        disk.connector._child.send_signal(signal.SIGTERM)
+        assert wait_for(lambda: disk.guest.card.broken, PATIENCE)
+        assert "qemu-storage-daemon has ended" in str(disk.guest.card.broken)
+    with Asking(Disk(image)) as disk:
+        assert disk.read(5) == b"kept" * 128
+
+
+@needs_daemon
+def test_the_daemon_ends_with_us(tmp_path: Path) -> None:
+    """Also if this process is killed."""
+    image = raw_image(tmp_path / "a.raw")
+    script = (
+        "import os, sys; from pyvmm.diskopt import Disk\n"
+        "connector = Disk(sys.argv[1]).connector()\n"
+        "print(connector._child.pid, flush=True); sys.stdin.read()"
+    )
+    argv = [sys.executable, "-c", script, str(image)]
+    where = {**os.environ, "PYTHONPATH": str(Path(pyvmm.__file__).parents[1])}
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=where
+    ) as us:
+        assert us.stdout is not None
+        pid = int(us.stdout.readline())
+        watch = os.pidfd_open(pid)
+        try:
+            us.kill()
+            assert wait_for(lambda: select_readable(watch), PATIENCE)
+        finally:
+            os.close(watch)
+
+
+def select_readable(fd: int) -> bool:
+    import select
+
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def test_every_request_to_a_dead_disk_fails() -> None:
+    with closing(GuestMemory(4 << 20)) as memory, closing(Ring(memory, 64, 0x1000)) as ring:
+        dead, events = DeadDisk(), Events()
+        with closing(dead):
+            long = [(0x20000 + n * 0x10000, 0x10000, False) for n in range(30)]
+            for at, middle in (
+                (0x300000, [(0x310000, 0x8000, True)]),
+                (0x300100, long),
+                (0x300200, []),
+            ):
+                memory.write(at, b"\xff" * 32)
+                ring.add([(at, 16, False), *middle, (at + 16, 1, True)])
+            ring.add([(0x300000, 16, False)])  # no room for a status
+            ring.publish(kick=False)
+            dead.start(1 << 32, memory, [ring.vring()], events)
+            used: list[tuple[int, int]] = []
+            assert wait_for(lambda: used.extend(ring.take_used()) or len(used) == 4, PATIENCE)  # type: ignore[func-returns-value]
+            assert [length for _, length in used] == [0, 1, 1, 0] and not events.faults
+            for at in (0x300000, 0x300100, 0x300200):
+                assert memory.read(at + 16, 1) == b"\1"
+            assert dead.counters() == {"refused_requests": 4}
+
+
+def test_what_the_daemon_is_told_names_no_other_file() -> None:
+    for form in ("raw", "qcow2"):
+        for snapshot in (False, True):
+            text = json.dumps(
+                storage_daemon.nodes(form, device=False, writable=not snapshot, snapshot=snapshot)
+            )
+            assert text.count("filename") == 1 + snapshot
+            assert ('"backing": null' in text) == (form == "qcow2")
