@@ -409,7 +409,7 @@ class Parts:
         from pyvmm.virtio.net import NetDevice
 
         host, guest = net.host, net.guest
-        if net.tap is None:
+        if net.own_network:
             ours, own, first = USER_ADDRESSES if net.mode == "user" else TAP_ADDRESSES
             host, guest = host or ours.format(first + index), guest or own.format(first + index)
         scope = self.recorder.scope(f"net{index}") if self.recorder is not None else None

@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 #: Mode -> the keys of this mode, in addition to COMMON_KEYS.
 MODES: dict[str, tuple[str, ...]] = {
     "none": (),
-    "emulated": ("notify", "poll", "worker-cpu"),
-    "vhost-net": ("notify", "poll", "worker-cpu"),
+    "emulated": ("notify", "poll", "worker-cpu", "fd"),
+    "vhost-net": ("notify", "poll", "worker-cpu", "fd"),
     "vhost-user": ("notify", "socket", "server", "peer"),
     "vhost-vdpa": ("notify", "device"),
     "user": ("notify", "poll", "worker-cpu", "loopback", "hostfwd"),
 }
 COMMON_KEYS = (
     "tap",
+    "bridge",
     "mac",
     "mtu",
     "host",
@@ -113,6 +114,8 @@ WHY_QUEUES = "KVM routes 4096 interrupts, hardly more than 31 such cards have"
 MAC_PREFIX = bytes((0x52, 0x54, 0))  # the customary one of virtual machines: administered locally
 #: The largest user id (2^32 - 1 means none).
 UID_MAX = 2**32 - 2
+#: As many descriptors as a process may have at most (fs.nr_open).
+FD_MAX = (1 << 20) - 1
 HEX = frozenset("0123456789abcdefABCDEF")
 
 
@@ -124,11 +127,16 @@ class Net:
     :param tap: an existing tap, or the name of a tap to make, if the user may. Without it pyvmm
         makes a tap in a network namespace of its own, sets the addresses of both ends, and removes
         the tap at the end.
+    :param bridge: an existing bridge, which the tap becomes a port of: the tap ``tap``, or one that
+        pyvmm makes for it. That needs root.
+    :param fd: of emulated and vhost-net: the number of an open tap that this process has got, which
+        is used in the place of ``tap``; for several queue pairs several numbers, joined by "+". The
+        descriptors are lent.
     :param mac: as ``52:54:00:xx:xx:xx``; the default follows from the machine's name
         (``MacAddresses``).
     :param mtu: 68 to 65521 bytes (a tap's limit), offered to the guest and set on the tap.
     :param host, guest: addresses with prefix length of the tap and of the guest's interface (IPv4);
-        default 192.168.(100 + n).1/24 and .2/24 unless ``tap`` is given.
+        default 192.168.(100 + n).1/24 and .2/24 unless ``tap``, ``bridge`` or ``fd`` is given.
     :param queue_size: entries per queue, a power of two, 2 to 32768. :param without: feature groups
         that the card does not offer. :param with_: feature groups that it offers on request only
         (``with=`` in an option).
@@ -159,7 +167,9 @@ class Net:
     """
 
     __slots__ = (
+        "bridge",
         "device",
+        "fds",
         "forwards",
         "guest",
         "host",
@@ -190,6 +200,8 @@ class Net:
         mode: str = "emulated",
         *,
         tap: str | None = None,
+        bridge: str | None = None,
+        fd: int | str | None = None,
         mac: str | bytes | None = None,
         mtu: int | str | None = None,
         host: str | None = None,
@@ -275,20 +287,16 @@ class Net:
                 f"--net vhost-user: socket= and tap={tap}",
                 "the tap is the back-end's: pyvmm backend --tap",
             )
-        if tap is not None and (
-            not 0 < len(tap) < 16
-            or not tap.isascii()
-            or not tap.isprintable()
-            or set(tap) & set(" /:%")
-        ):
-            raise UsageError(
-                f"--net: tap={tap!r} is no interface name", "use 1 to 15 letters and digits"
-            )
-        self.mode, self.tap, self.notify = mode, tap, notify
+        interface_name("tap", tap)
+        interface_name("bridge", bridge)
+        self.mode, self.tap, self.bridge, self.notify = mode, tap, bridge, notify
+        self.fds = descriptors(fd) if fd is not None else []
         self.device = device or ""
         self.mac = parse_mac(mac) if mac is not None else None
         self.mtu = number("mtu", mtu, ETH_MIN_MTU, TAP_MAX_MTU) if mtu is not None else None
         self.queues = number("queues", queues, 1, MAX_QUEUES, WHY_QUEUES)
+        if self.fds and self.queues == 1:
+            self.queues = len(self.fds)
         self.link, self.legacy, self.transport = link == "on", legacy == "on", transport
         self.speed = number("speed", speed, 1, SPEED_MAX)
         self.socket, self.server = socket or "", server == "on"
@@ -304,11 +312,43 @@ class Net:
         self.guest = ipv4("guest", guest) if guest else None
         if mode == "user":
             self._check_user()
+        self._check_tap()
         self.without = groups("without", without, GROUPS)
         self.with_ = groups("with", with_, ON_REQUEST)
         both = set(self.without) & set(self.with_)
         if both:
             raise UsageError(f"--net: with={with_},without={without}", "leave one of them away")
+
+    def _check_tap(self) -> None:
+        """:raises UsageError: the tap that is asked for makes no sense."""
+        if self.bridge is not None and (self.mode == "none" or not self.has_tap):
+            raise UsageError(
+                f"--net {self.mode}: bridge={self.bridge} for a card without a tap",
+                "leave it out: frames leave elsewhere",
+            )
+        if self.bridge is not None and self.host is not None:
+            raise UsageError(
+                f"--net {self.mode}: bridge={self.bridge} and host={self.host}",
+                f"give the address to the bridge: ip addr add {self.host} dev {self.bridge}",
+            )
+        if not self.fds:
+            return
+        what = f"--net {self.mode}: fd={'+'.join(map(str, self.fds))}"
+        others = {self.mode, *self.switchable} - {"emulated", "vhost-net"}
+        if others:
+            raise UsageError(
+                f"{what} and {others.pop()}", "an open tap is for emulated and vhost-net"
+            )
+        for key, value in (("tap", self.tap), ("bridge", self.bridge), ("host", self.host)):
+            if value is not None:
+                raise UsageError(
+                    f"{what} and {key}={value}",
+                    f"leave out {key}=: whoever has made the tap does so",
+                )
+        if len(self.fds) != self.queues:
+            raise UsageError(
+                f"{what} and queues={self.queues}", "give one descriptor per queue pair"
+            )
 
     def _check_user(self) -> None:
         """:raises UsageError: mode ``user`` cannot have what is asked for."""
@@ -363,6 +403,11 @@ class Net:
         """
         own = {"vhost-user": self.socket, "vhost-vdpa": self.device, "user": "libslirp"}
         return any(not own.get(mode) for mode in (self.mode, *self.switchable))
+
+    @property
+    def own_network(self) -> bool:
+        """Whether pyvmm makes the network behind the card, and chooses addresses for both ends."""
+        return self.tap is None and self.bridge is None and not self.fds
 
     @property
     def may_offload(self) -> bool:
@@ -428,6 +473,27 @@ class Net:
                     f"leave out with={group}, "
                     + ("which emulated has on Linux 6.17 or later" if new else f"or {mode}"),
                 )
+
+
+def interface_name(key: str, name: str | None) -> None:
+    """:raises UsageError: ``name`` is not None, and no interface can have that name."""
+    if name is not None and (
+        not 0 < len(name) < 16
+        or not name.isascii()
+        or not name.isprintable()
+        or set(name) & set(" /:%")
+    ):
+        raise UsageError(
+            f"--net: {key}={name!r} is no interface name", "use 1 to 15 letters and digits"
+        )
+
+
+def descriptors(text: int | str) -> list[int]:
+    """The descriptors that ``fd=`` names."""
+    found = [number("fd", part, 3, FD_MAX) for part in str(text).split("+")]
+    if len(set(found)) < len(found):
+        raise UsageError(f"--net: fd={text}", "give one descriptor per queue pair")
+    return found
 
 
 def unknown_mode(mode: str) -> UsageError:

@@ -94,7 +94,15 @@ class Uplink:
         from pyvmm.hostnet.tap import TXQUEUELEN, Tap
 
         frames = SWITCH_TXQUEUELEN if net.switchable else TXQUEUELEN
-        if net.tap is None:
+        if net.fds:
+            self.tap = Tap.inherited(net.fds, mtu=net.mtu)
+        elif net.bridge is not None:
+            from pyvmm.hostnet.bridge import tap_of
+
+            self.tap = tap_of(
+                net.bridge, net.tap, mtu=net.mtu, queues=net.queues, txqueuelen=frames
+            )
+        elif net.tap is None:
             from pyvmm.hostnet.netns import Namespace
 
             self.namespace = Namespace(
@@ -230,11 +238,13 @@ class Uplink:
         return Route(path, net, tap, tap.announce if tap is not None else lambda mac: False)
 
     def given(self, net: Net) -> tuple[bytes | None, int | None]:
-        """The MAC address and the MTU of the card's vDPA device; None for each that it leaves to
-        the card.
+        """The MAC address and the MTU of the card's vDPA device, and the MTU of its bridge; None
+        for each that they leave to the card.
 
         :raises VdpaError: there is no such device, or it cannot be had.
         """
+        if net.bridge is not None and self.tap is not None and self.tap.mtu != ETH_DATA_LEN:
+            return None, self.tap.mtu
         for mode in (net.mode, *net.switchable):
             if mode == "vhost-vdpa" and net.device:
                 from pyvmm.datapath.vdpa_device import Vdpa

@@ -83,7 +83,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     story = Story()
     net = Net.parse(args.net)
-    if net.mode == "none" or net.tap is not None:
+    if net.mode == "none" or not net.own_network:
         raise UsageError(
             f"pyvmm demo --net {args.net}", "the demo wants a card with a tap of its own"
         )

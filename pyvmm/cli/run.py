@@ -10,6 +10,7 @@ Examples:
   pyvmm run --cpus 2 --net emulated,mtu=9000 --report report.json -- ping -c 3 192.168.100.1
   pyvmm run --kernel bzImage --initrd initrd.img --append 'loglevel=7' --timeout 60
   pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- ping -q -c 100 -i 0.01 192.168.100.1
+  pyvmm run --net vhost-net,bridge=br0 -- sh -c 'udhcpc -i eth0 -q && ping -c 3 example.com'
   pyvmm run --net emulated,notify=exit --exits -- ping -q -c 100 -i 0.01 192.168.100.1
   pyvmm run --detach --name vm0 -- ping 192.168.100.1
   pyvmm run --budget 'notify==0' --budget 'user_exits<=100' -- ping -c 100 -i 0.01 192.168.100.1
@@ -38,6 +39,7 @@ Network cards: --net MODE[,key=value...], once per card
   none        no card
   Keys of all modes:
       tap=NAME        an existing tap (default: pyvmm makes one, in a network namespace of its own)
+      bridge=NAME     the tap is a port of this bridge of the host (needs root)
       mac=, mtu=      the guest's MAC address; the MTU offered to it, 68..65521
       host=, guest=   addresses with prefix length (default 192.168.100.1/24 and .2/24; the next
                       card has 192.168.101.1/24, ...)
@@ -58,7 +60,8 @@ Network cards: --net MODE[,key=value...], once per card
                       emulated only), rss (docs/rss.md), access-platform (Linux maps buffers, as
                       AF_XDP needs)
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
-  Key of emulated and vhost-net only:
+  Keys of emulated and vhost-net only:
+      fd=N+M          an open tap that pyvmm inherits, one descriptor per queue pair
       poll=USEC       look for more packets for this many microseconds before sleeping (0)
   Keys of vhost-user only, which has no worker-cpu=, and no tap= together with socket=:
       socket=PATH     where the back-end listens (default: start pyvmm's own, on a tap as above)
@@ -484,6 +487,8 @@ def _use_of_stdin(args: argparse.Namespace) -> str:
 def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
     """What the user of ``socket=`` must know if the guest runs in the testbed; empty without
     ``socket=``.
+
+    :raises UsageError: there is ``fd=``, and descriptors do not get there.
     """
     import shlex
 
@@ -491,6 +496,12 @@ def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
 
     notes = []
     for net in map(Net.parse, args.net or ()):
+        if net.fds:
+            raise UsageError(
+                f"--net {net.mode}: fd={net.fds[0]}: the guest runs in the testbed, and descriptors"
+                " do not get there",
+                "start the program that opens the tap there: pyvmm testbed -- PROGRAM",
+            )
         if net.socket:
             client = " --client" if net.server else ""
             backend = f"pyvmm backend --socket {shlex.quote(net.socket)}{client} --tap tap0"

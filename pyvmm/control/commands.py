@@ -267,7 +267,10 @@ def _device_add(machine: Controlled, given: Given) -> object:
     if given["driver"] not in ("virtio-net-pci", "virtio-net"):
         raise QmpError(f"'{given['driver']}' is not a valid device model name")
     mac = f",mac={given['mac']}" if "mac" in given else ""
-    nic = machine.add_nic(Net.parse(given.get("net", "emulated") + mac), name=given.get("id"))
+    net = Net.parse(given.get("net", "emulated") + mac)
+    if net.fds:
+        raise QmpError("fd= names a descriptor of this machine's process: name a tap by tap=")
+    nic = machine.add_nic(net, name=given.get("id"))
     return {"id": nic.name}
 
 

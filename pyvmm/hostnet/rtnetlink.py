@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import threading
 from socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
 
@@ -72,6 +73,20 @@ class Link:
 
     def stats(self) -> dict[str, int]:
         """The counters of ``STATS``; empty if the interface is gone. Any thread."""
+        found = self._attributes().get(lib.IFLA_STATS64)
+        if found is None:
+            return {}
+        return dict(zip(STATS, struct.unpack_from(f"={len(STATS)}Q", found), strict=True))
+
+    def master(self) -> int:
+        """The number of the interface, such as a bridge, that this one is a port of; 0 if there is
+        none.
+        """
+        found = self._attributes().get(lib.IFLA_MASTER)
+        return int.from_bytes(found[:4], sys.byteorder) if found else 0
+
+    def _attributes(self) -> dict[int, bytes]:
+        """What the kernel tells of the interface, by IFLA_*; empty if it is gone."""
         ask = IFINFO.pack(0, 0, self.index, 0, 0)
         ask = HEADER.pack(HEADER.size + len(ask), lib.RTM_GETLINK, lib.NLM_F_REQUEST, 1, 0) + ask
         with self._lock:
@@ -83,14 +98,14 @@ class Link:
             if kind != lib.RTM_NEWLINK:
                 continue
             at = IFINFO.size
+            found = {}
             while at + ATTRIBUTE.size <= len(payload):
                 length, what = ATTRIBUTE.unpack_from(payload, at)
                 if length < ATTRIBUTE.size:
                     break
-                if what == lib.IFLA_STATS64:
-                    values = struct.unpack_from(f"={len(STATS)}Q", payload, at + ATTRIBUTE.size)
-                    return dict(zip(STATS, values, strict=True))
+                found[what] = payload[at + ATTRIBUTE.size : at + length]
                 at += length + 3 & ~3
+            return found
         return {}
 
     def gone(self) -> bool:

@@ -8,9 +8,19 @@ from __future__ import annotations
 import errno
 import os
 import select
+import stat
 import struct
-from fcntl import ioctl
-from socket import AF_INET, AF_INET6, SOCK_CLOEXEC, SOCK_DGRAM, socket
+from contextlib import suppress
+from fcntl import F_DUPFD_CLOEXEC, fcntl, ioctl
+from socket import (
+    AF_INET,
+    AF_INET6,
+    SOCK_CLOEXEC,
+    SOCK_DGRAM,
+    SOCK_SEQPACKET,
+    SOCK_STREAM,
+    socket,
+)
 
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
@@ -20,7 +30,7 @@ from pyvmm.hostnet.addresses import parse_address
 from pyvmm.hostnet.framefilter import frame_filter
 from pyvmm.hostnet.rtnetlink import Link
 from pyvmm.hostnet.steering import load, may_steer, steering_program
-from pyvmm.spec.ethernet import ETH_MIN_MTU
+from pyvmm.spec.ethernet import ETH_DATA_LEN, ETH_MIN_MTU
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CSUM,
     VIRTIO_NET_F_GUEST_CSUM,
@@ -48,10 +58,12 @@ from pyvmm.spec.virtio_net import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pyvmm.datapath.base import RxFilter, Steering
 
-    #: The descriptors, the MTU and the link of an open tap.
-    Adopted = tuple[list[Fd], int, Link]
+    #: The descriptors, the MTU and the link of an open tap; no link if it is elsewhere.
+    Adopted = tuple[list[Fd], int, Link | None]
 
 TUN = "/dev/net/tun"
 IFNAMSIZ = 16
@@ -141,6 +153,10 @@ class Interface:
         new = struct.pack("=H", struct.unpack_from("=H", old)[0] | lib.IFF_UP)
         self._change(lib.SIOCSIFFLAGS, old, new, "state", f"ip link set {self.name} up")
 
+    def hardware_address(self) -> bytes:
+        """The MAC address. :raises OSError: there is no such interface."""
+        return self._ioctl(lib.SIOCGIFHWADDR)[2:8]
+
     @property
     def index(self) -> int:
         """The interface's number in the network namespace."""
@@ -203,6 +219,13 @@ class Interface:
         finally:
             s.close()
 
+    def port(self, request: int, index: int) -> None:
+        """Give this bridge a port, or take one away (SIOCBRADDIF, SIOCBRDELIF).
+
+        :raises OSError: from ioctl(2).
+        """
+        self._ioctl(request, struct.pack("=i", index))
+
     def restore(self) -> None:
         """Undo the changes if the interface still exists. IPv6 addresses stay."""
         undo, self._undo = self._undo, []
@@ -215,6 +238,66 @@ class Interface:
 
 #: A struct tun_filter without addresses: every frame passes.
 NO_FILTER = bytes(4)
+
+
+def _settle(fd: Fd) -> None:
+    """Have a tap use headers of 12 bytes and no offloads. :raises OSError: it refuses."""
+    ioctl(fd.fileno(), lib.TUNSETVNETHDRSZ, struct.pack("=i", VIRTIO_NET_HDR_V1_SIZE))
+    ioctl(fd.fileno(), lib.TUNSETSNDBUF, struct.pack("=i", INT_MAX))
+    ioctl(fd.fileno(), lib.TUNSETOFFLOAD, 0)
+
+
+def _duplicate(number: int) -> Fd:
+    """A descriptor of our own for what the descriptor ``number`` is.
+
+    :raises NetError: it is not open.
+    """
+    try:
+        return Fd(fcntl(number, F_DUPFD_CLOEXEC, 0))
+    except OSError as e:
+        raise NetError(
+            f"fd={number} is not open", "open it in the program that starts pyvmm, inheritable"
+        ) from e
+
+
+def _tap_behind(fd: Fd, number: int, *, multi: bool) -> tuple[str, bytes]:
+    """Name and MAC address of the tap that a descriptor is a queue of.
+
+    :param number: what the user calls the descriptor. :raises NetError: it is no usable tap.
+    """
+    try:
+        answer = ioctl(fd.fileno(), lib.TUNGETIFF, bytes(40))
+        address = ioctl(fd.fileno(), lib.SIOCGIFHWADDR, bytes(40))[18:24]
+    except OSError as e:
+        what = "a tap whose interface is gone" if e.errno == errno.EBADFD else _kind(fd)
+        raise NetError(
+            f"fd={number} is {what}", "open /dev/net/tun with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
+        ) from e
+    name = answer[:IFNAMSIZ].partition(b"\0")[0].decode(errors="replace")
+    # IFF_NO_PI is not there to be asked for: its bit here says that there is no filter.
+    flags = struct.unpack_from("=H", answer, IFNAMSIZ)[0]
+    for good, what in (
+        (flags & lib.IFF_TAP, "is a tun and no tap: it has no Ethernet frames"),
+        (flags & lib.IFF_VNET_HDR, "has no virtio-net headers (no IFF_VNET_HDR)"),
+        (flags & lib.IFF_MULTI_QUEUE or not multi, "has one queue (no IFF_MULTI_QUEUE)"),
+    ):
+        if not good:
+            raise NetError(
+                f"fd={number}, {name}, {what}",
+                "open it with IFF_TAP, IFF_NO_PI, IFF_VNET_HDR and, for several queue pairs, "
+                "IFF_MULTI_QUEUE",
+            )
+    return name, address
+
+
+def _kind(fd: Fd) -> str:
+    """What a descriptor that is no tap is, in words."""
+    mode = os.fstat(fd.fileno()).st_mode
+    if stat.S_ISSOCK(mode):
+        with socket(fileno=os.dup(fd.fileno())) as s:
+            kind = {SOCK_STREAM: "stream", SOCK_DGRAM: "datagram", SOCK_SEQPACKET: "seqpacket"}
+            return f"a {kind.get(s.type, 'strange')} socket and no tap"
+    return "a pipe and no tap" if stat.S_ISFIFO(mode) else "no tap"
 
 
 class _Wanted:
@@ -275,11 +358,14 @@ class Tap:
         self._program: object = None  # of the frame filter in force, as cdata
         self._link: Link | None = None
         self._adopted = adopted is not None
+        self._elsewhere = False
+        self._bridge = ""
         self._features: int | None = None
         self._steers = False
         self._interface = Interface(name)
         if adopted is not None:
             self.fds, self.mtu, self._link = adopted
+            self._elsewhere = self._link is None
             self.created = True
             return
         self.created = not self._interface.exists()
@@ -306,6 +392,71 @@ class Tap:
         """
         return cls(name, queues=len(fds), adopted=(fds, mtu, link))
 
+    @classmethod
+    def inherited(cls, numbers: Sequence[int], *, mtu: int | None = None) -> Tap:
+        """Make the object of a tap that whoever has started this process has opened, with the state
+        and the addresses that it has.
+
+        :param numbers: of its descriptors, one per queue pair, which stay as they are. Whoever else
+            has them shares what is programmed there.
+        :param mtu: in bytes, if the tap is in a namespace of which nothing is known: 1500.
+        :raises NetError: one is no tap that can be used.
+        """
+        fds: list[Fd] = []
+        try:
+            for number in numbers:
+                fds.append(_duplicate(number))
+            name, address = _tap_behind(fds[0], numbers[0], multi=len(fds) > 1)
+            for fd, number in zip(fds[1:], numbers[1:], strict=True):
+                if _tap_behind(fd, number, multi=True) != (name, address):
+                    raise NetError(f"fd={number} is not of tap {name}", "give queues of one tap")
+            for fd in fds:
+                os.set_blocking(fd.fileno(), False)
+                _settle(fd)
+            interface = Interface(name)
+            link: Link | None = None
+            try:
+                if interface.hardware_address() == address:
+                    link = Link(interface.index)
+                    mtu = mtu or interface.mtu
+            except OSError:
+                pass  # its namespace is another one, and so would be an interface of its name
+            tap = cls(name, queues=len(fds), adopted=(fds, mtu or ETH_DATA_LEN, link))
+        except BaseException:
+            for fd in fds:
+                fd.close()
+            raise
+        tap.created = False
+        return tap
+
+    def join(self, bridge: str) -> None:
+        """Become a port of a bridge, until ``close``; nothing if the tap is one already.
+
+        :raises NetError: this is no bridge, or the tap is a port of another one.
+        :raises NetForbidden: this user may not do so.
+        """
+        try:
+            Interface(bridge).port(lib.SIOCBRADDIF, self._interface.index)
+        except PermissionError as e:
+            raise NetForbidden(
+                f"may not put tap {self.name} into the bridge {bridge}",
+                f"as root: ip link set {self.name} master {bridge}; then leave out bridge=",
+            ) from e
+        except OSError as e:
+            if e.errno != errno.EBUSY:
+                raise NetError(
+                    f"cannot put tap {self.name} into {bridge}: "
+                    + ("it is no bridge" if e.errno == errno.EOPNOTSUPP else str(e.strerror)),
+                    "name a bridge: ip link show type bridge",
+                ) from e
+            if self.link().master() != Interface(bridge).index:
+                raise NetError(
+                    f"tap {self.name} is a port of something else already",
+                    f"as root: ip link set {self.name} nomaster",
+                ) from e
+        else:
+            self._bridge = bridge
+
     def _open(self, multi: bool) -> Fd:
         try:
             fd = Fd(os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
@@ -325,9 +476,7 @@ class Tap:
                 | (lib.IFF_MULTI_QUEUE if multi else 0)
             )
             ioctl(fd.fileno(), lib.TUNSETIFF, struct.pack("16sH22x", self.name.encode(), flags))
-            ioctl(fd.fileno(), lib.TUNSETVNETHDRSZ, struct.pack("=i", VIRTIO_NET_HDR_V1_SIZE))
-            ioctl(fd.fileno(), lib.TUNSETSNDBUF, struct.pack("=i", INT_MAX))
-            ioctl(fd.fileno(), lib.TUNSETOFFLOAD, 0)
+            _settle(fd)
         except OSError as e:
             fd.close()
             raise self._explain(e) from e
@@ -357,9 +506,11 @@ class Tap:
         return mtu <= self.mtu
 
     @property
-    def interface(self) -> Tap:
-        """The tap itself, because a tap can be deleted and made again."""
-        return self
+    def interface(self) -> Tap | None:
+        """The tap itself, because a tap can be deleted and made again; None if it is in another
+        network namespace.
+        """
+        return None if self._elsewhere else self
 
     def fileno(self) -> int:
         """The descriptor of the first queue pair."""
@@ -519,6 +670,11 @@ class Tap:
 
         :raises NetError: the interface was deleted before the first call.
         """
+        if self._elsewhere:
+            raise NetError(
+                f"tap {self.name} is in another network namespace",
+                "use --net emulated, or start pyvmm in that namespace",
+            )
         if self._link is None:
             try:
                 self._link = Link(self._interface.index)
@@ -609,6 +765,9 @@ class Tap:
         """
         if not self.created and self.fds:
             self._unfilter()
+            if self._bridge:
+                with suppress(OSError):  # it has gone, or somebody has taken the tap out
+                    Interface(self._bridge).port(lib.SIOCBRDELIF, self._interface.index)
             self._interface.restore()
         if self._link is not None:
             self._link.close()

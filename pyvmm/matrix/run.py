@@ -182,7 +182,7 @@ def _checked(kernel: str, mode: str, cpus: str, features: str) -> Cell:
         raise UsageError(f"--features {features}", hint)
     cell = Cell(kernel, mode, int(cpus), features)
     net = Net.parse(cell.net())
-    if net.tap or net.socket or net.device:
+    if not net.own_network or net.socket or net.device:
         raise UsageError(f"--modes {mode}", "each cell makes its own tap and its own back-end")
     return cell
 
