@@ -19,8 +19,8 @@ MIRROR = os.environ.get("PYVMM_MIRROR", "http://deb.debian.org/debian")
 
 #: Runs the rest of its arguments in the tree $1, in namespaces of its own: whatever the commands
 #: leave behind ends with the first process. pip reaches its index by what this machine is
-#: configured for, certificates among it. pivot_root and not chroot: nobody may make a user namespace
-#: in a chroot.
+#: configured for, certificates among it. pivot_root and not chroot: in a chroot nobody may make a
+#: user namespace.
 ENTER = """
 set -eu
 tree=$1; shift
