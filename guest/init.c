@@ -21,7 +21,13 @@
  *
  * What the kernel command line has no room for is in files, which the VMM packs behind the initrd:
  * the command; the directories of the host to mount (SHARES_FILE), of which one may become the
- * root; the directory in which the command begins (PLACE_FILE); the user who runs it (USER_FILE).
+ * root; the directory in which the command begins (PLACE_FILE); the user who runs it (USER_FILE);
+ * the root's own init (INIT_FILE).
+ *
+ * If the root has an init of its own, this program becomes that init once everything is mounted. It
+ * comes back as another process then: systemd runs it as the unit UNIT, which runs the command and
+ * takes sessions in the same way as process 1 does otherwise. Beside any other init it only takes
+ * sessions, in a process that it leaves behind.
  *
  * No error here is fatal: init reports each failure in one line on the console and goes on to the
  * command.
@@ -81,10 +87,14 @@
 #define DRAIN_MS     1000
 #define BUTTON_MS    3000 /* after the power button, the command has so long to end itself */
 #define HANGUP_MS    1000 /* a session's command that nobody waits for has so long after SIGHUP */
-#define COMMAND_FILE "/etc/pyvmm.cmd"
 #define SHARES_FILE  "/etc/pyvmm.shares"
-#define PLACE_FILE   "/etc/pyvmm.place"
-#define USER_FILE    "/etc/pyvmm.user"
+#define INIT_FILE    "/etc/pyvmm.init"
+#define COMMAND_FILE "pyvmm.cmd" /* this and the next two are in /etc; for the unit, UNIT_NEEDS */
+#define PLACE_FILE   "pyvmm.place"
+#define USER_FILE    "pyvmm.user"
+#define UNIT	     "pyvmm-command.service" /* of systemd, which runs the command */
+#define UNITS	     "/run/systemd/system"
+#define UNIT_NEEDS   "/run/pyvmm" /* the directory of what the unit needs */
 #define VIRTIO_BLOCK "0x0002\n" /* the id of disks, in sysfs */
 #define PAGE_SIZE    4096
 #define CHANNEL_SIZE (CHANNEL_PAGES * PAGE_SIZE)
@@ -113,6 +123,10 @@ static size_t nic_count;
 static const char *peer;
 static const char *directory = "/root"; /* in which the command begins */
 static char *command_user = "";		/* who runs the command: USER_FILE; empty: root */
+static char *tree_init = "";		/* the root's own init: INIT_FILE; empty: none */
+static bool tree_systemd;		/* whether that is systemd */
+static bool in_unit;			/* whether this is the unit, which systemd has started */
+static bool beside;			/* whether another program is process 1 */
 
 static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -179,6 +193,15 @@ static char *read_file(const char *path, size_t *length)
 	if (length)
 		*length = have;
 	return data;
+}
+
+/* Read the file @name of those that the VMM has packed, as read_file() does. */
+static char *read_packed(const char *name, size_t *length)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "%s/%s", in_unit ? UNIT_NEEDS : "/etc", name);
+	return read_file(path, length);
 }
 
 /* --- set-up --- */
@@ -399,14 +422,10 @@ static int enter_root(const char *tag, unsigned int *number)
  */
 static void mount_shares(void)
 {
-	size_t size, place;
+	size_t size;
 	char *list = read_file(SHARES_FILE, &size), *at = list;
 	unsigned int number = 0, mounted = 0;
 
-	directory = read_file(PLACE_FILE, &place);
-	if (!place)
-		directory = "/root";
-	command_user = read_file(USER_FILE, NULL);
 	if (size)
 		load_modules("/etc/modules.shares");
 	for (; at < list + size; number++) {
@@ -557,7 +576,7 @@ static const char *parse_cmdline(void)
 		}
 	}
 	if (!cmd_given)
-		command = read_file(COMMAND_FILE, &command_size);
+		command = read_packed(COMMAND_FILE, &command_size);
 	return port;
 }
 
@@ -1275,6 +1294,8 @@ static void __attribute__((noreturn)) leave(int how)
 {
 	if (how == RB_POWER_OFF)
 		tell(GUEST_POWEROFF, 0);
+	if (in_unit)
+		_exit(0); /* at which systemd powers off */
 	sync();
 	/* Without ACPI the kernel can only halt, but the machine has the register all the same. */
 	if (how == RB_POWER_OFF && have_port && access("/sys/firmware/acpi", F_OK) &&
@@ -1942,7 +1963,7 @@ static bool reap(pid_t child, int *status)
 static int supervise(pid_t child, int signals, int out, int err)
 {
 	enum { SIGNALS, OUT, ERR, BUTTONS, BELL, INPUT, FIXED };
-	int buttons = open_buttons();
+	int buttons = beside ? -1 : open_buttons();
 	long deadline = 0, patience = 0, farewell = 0;
 	struct pollfd *fds = NULL;
 	bool has_output = out >= 0;
@@ -1996,7 +2017,8 @@ static int supervise(pid_t child, int signals, int out, int err)
 		if (fds[SIGNALS].revents) {
 			struct signalfd_siginfo info;
 
-			if (read(signals, &info, sizeof(info)) == sizeof(info)) {
+			/* Beside another init, SIGTERM is for the command, whose end is awaited. */
+			if (read(signals, &info, sizeof(info)) == sizeof(info) && !beside) {
 				/*
 				 * Without -f, busybox's poweroff sends SIGUSR2, halt SIGUSR1 and
 				 * reboot SIGTERM.
@@ -2083,11 +2105,153 @@ static int run(int signals)
 	return status;
 }
 
-int main(void)
+/* --- another init --- */
+
+/* Write @size bytes to the new file @path. Returns whether that has succeeded. */
+static bool write_file(const char *path, mode_t mode, const char *data, size_t size)
+{
+	int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
+	bool good = fd >= 0 && write_all(fd, data, size);
+
+	if (fd >= 0 && close(fd))
+		good = false;
+	if (!good)
+		say("cannot write %s: %s", path, strerror(errno));
+	return good;
+}
+
+/* Have no getty wait at the console, on which nobody could log in. */
+static void mask_getty(void)
+{
+	char *names = read_file("/sys/class/tty/console/active", NULL), *last;
+	char path[PATH_MAX];
+
+	names[strcspn(names, "\n")] = 0;
+	last = strrchr(names, ' ');
+	snprintf(path, sizeof(path), UNITS "/serial-getty@%s.service", last ? last + 1 : names);
+	if (symlink("/dev/null", path))
+		say("cannot make %s: %s", path, strerror(errno));
+	free(names);
+}
+
+/*
+ * Describe the unit for systemd, which looks for units of this boot in UNITS. The command runs when
+ * the boot is over, also if parts of the boot have failed. When it has ended, systemd powers off.
+ *
+ * Returns whether that has succeeded. The console has an error.
+ */
+static bool make_unit(void)
+{
+	char path[] = UNITS "/default.target.wants", text[1024];
+	size_t size;
+	char *self = read_file("/proc/self/exe", &size);
+	bool good;
+
+	snprintf(
+		text, sizeof(text),
+		"[Unit]\n"
+		"Description=Command of pyvmm run\n"
+		"DefaultDependencies=no\n" /* a boot that fails in part does not stop the command */
+		"After=default.target\n"
+		"Conflicts=shutdown.target\n"
+		"Before=shutdown.target\n"
+		"SuccessAction=poweroff\n"
+		"FailureAction=poweroff\n"
+		"[Service]\n"
+		"ExecStart=" UNIT_NEEDS "/init unit\n"
+		"%s%.100s\n"
+		"StandardOutput=tty\n"
+		"StandardError=tty\n"
+		"TasksMax=infinity\n"
+		"SendSIGHUP=yes\n" /* for a shell on the console, which ignores SIGTERM */
+		"TimeoutStopSec=10\n",
+		peer ? "Environment=PYVMM_PEER=" : "", peer ? peer : "");
+	good = !mkdir(UNIT_NEEDS, 0700) && write_file(UNIT_NEEDS "/init", 0700, self, size) &&
+	       write_file(UNIT_NEEDS "/" COMMAND_FILE, 0600, command, command_size) &&
+	       write_file(UNIT_NEEDS "/" PLACE_FILE, 0600, directory, strlen(directory)) &&
+	       write_file(UNIT_NEEDS "/" USER_FILE, 0600, command_user, strlen(command_user)) &&
+	       !make_directories(path) && write_file(UNITS "/" UNIT, 0644, text, strlen(text)) &&
+	       !symlink("../" UNIT, UNITS "/default.target.wants/" UNIT);
+	free(self);
+	mask_getty();
+	return good;
+}
+
+/*
+ * Become the root's own init. @argv: the arguments of this one, of which the kernel has taken those
+ * behind "--" from its command line. If that fails, the run ends as if a command had failed.
+ */
+static void __attribute__((noreturn)) become_tree_init(int signals, char **argv)
+{
+	sigset_t none;
+
+	if (!tree_systemd) {
+		tell(GUEST_COMMAND, 0); /* which is this init: nobody can tell it to run another */
+		if (!fork()) {
+			setsid();
+			beside = true;
+			open_channel();
+			if (channel)
+				supervise(0, signals, -1, -1);
+			_exit(0);
+		}
+	} else if (!make_unit()) {
+		say("cannot make the unit of the command");
+		tell(GUEST_STATUS, 126);
+		leave(RB_POWER_OFF);
+	}
+	if (have_port)
+		ioperm(PORT_GUEST_CONTROL, PORT_GUEST_COUNT, 0);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	signal(SIGPIPE, SIG_DFL);
+	clearenv();
+	setenv("TERM", term, 1);
+	argv[0] = tree_init;
+	execv(tree_init, argv);
+	say("cannot run '%.200s': %s", tree_init, strerror(errno));
+	if (have_port)
+		ioperm(PORT_GUEST_CONTROL, PORT_GUEST_COUNT, 1);
+	tell(GUEST_STATUS, 126);
+	leave(RB_POWER_OFF);
+}
+
+/* --- main --- */
+
+static int open_signals(void)
+{
+	sigset_t set;
+
+	signal(SIGPIPE, SIG_IGN);
+	sigemptyset(&set);
+	sigaddset(&set, SIGCHLD);
+	sigaddset(&set, SIGUSR1);
+	sigaddset(&set, SIGUSR2);
+	sigaddset(&set, SIGTERM);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	return signalfd(-1, &set, SFD_CLOEXEC);
+}
+
+/* Read what the VMM says of the command and of the root, while it can be read. */
+static void read_wishes(void)
+{
+	size_t size;
+
+	directory = read_packed(PLACE_FILE, &size);
+	if (!size)
+		directory = "/root";
+	command_user = read_packed(USER_FILE, NULL);
+	tree_init = in_unit ? "" : read_file(INIT_FILE, &size);
+	tree_systemd = *tree_init && strlen(tree_init) + 1 < size;
+}
+
+/*
+ * Do what the machine's first process has to do. Returns a descriptor for signals; -1 if the kernel
+ * is to panic.
+ */
+static int begin(char **argv)
 {
 	struct timespec boot;
-	const char *port;
-	sigset_t set;
 	int fd, signals;
 
 	clock_gettime(CLOCK_BOOTTIME, &boot);
@@ -2108,30 +2272,47 @@ int main(void)
 		close(fd);
 
 	mount_all();
-	port = parse_cmdline();
-	open_port(port);
+	open_port(parse_cmdline());
 	tell(GUEST_INIT, 0);
 	if (verbose)
 		say("start at %ld.%06ld s", (long)boot.tv_sec, boot.tv_nsec / 1000);
 	if (!strcmp(panic_how, "init"))
-		return 1;
+		return -1;
 
-	signal(SIGPIPE, SIG_IGN);
-	sigemptyset(&set);
-	sigaddset(&set, SIGCHLD);
-	sigaddset(&set, SIGUSR1);
-	sigaddset(&set, SIGUSR2);
-	sigaddset(&set, SIGTERM);
-	sigprocmask(SIG_BLOCK, &set, NULL);
-	signals = signalfd(-1, &set, SFD_CLOEXEC);
-
+	signals = open_signals();
 	if (sethostname(hostname, strlen(hostname)))
 		say("cannot set host name '%s': %s", hostname, strerror(errno));
 	load_modules("/etc/modules");
 	if (has_device(VIRTIO_BLOCK))
 		load_modules("/etc/modules.disks");
+	read_wishes();
 	mount_shares();
 	configure_network();
+	if (rooted && *tree_init)
+		become_tree_init(signals, argv);
+	return signals;
+}
+
+/* The same for the unit of systemd. */
+static int begin_unit(void)
+{
+	const char *text = getenv("PYVMM_PEER");
+
+	beside = rooted = true;
+	peer = text ? strdup(text) : NULL;
+	open_port(parse_cmdline());
+	read_wishes();
+	return open_signals();
+}
+
+int main(int argc, char **argv)
+{
+	int signals;
+
+	in_unit = argc == 2 && getpid() != 1 && !strcmp(argv[1], "unit");
+	signals = in_unit ? begin_unit() : begin(argv);
+	if (signals < 0)
+		return 1;
 	set_environment();
 	if (stdin_port)
 		open_bell();

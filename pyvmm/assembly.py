@@ -89,7 +89,10 @@ NET_WORDS_MAX = 1500
 COMMAND_FILE = "/etc/pyvmm.cmd"
 #: What init mounts, where the command begins, and whose it is (guest/init.c).
 SHARES_FILE, PLACE_FILE = "/etc/pyvmm.shares", "/etc/pyvmm.place"
-USER_FILE = "/etc/pyvmm.user"
+USER_FILE, INIT_FILE = "/etc/pyvmm.user", "/etc/pyvmm.init"
+#: Parameters for systemd as the guest's init: the tree's disks are not there, and nobody answers
+#: the questions of a first boot.
+SYSTEMD_CMDLINE = "fstab=no systemd.firstboot=no"
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word before init
 
 
@@ -148,6 +151,11 @@ class Description:
         self.nets = [net for net in nets if net.mode != "none"]
         self.shares = [*([root] if root is not None else []), *shares]
         self.root = root
+        if root is not None and root.init and not root.systemd and command is not None:
+            raise UsageError(
+                f"--init {root.init} with a command: only systemd can be told to run it",
+                "leave it out, and run it by pyvmm exec",
+            )
         for number, share in enumerate(self.shares):
             share.number(number)
             if any(share.path == other.path for other in self.shares[:number]):
@@ -652,6 +660,8 @@ def extra_archive(want: Description, cards: int = 1) -> tuple[Archive | None, li
         archive.file(SHARES_FILE, words(want.shares))
         if want.root is not None and want.root.account:
             archive.file(USER_FILE, want.root.account, 0o600)
+        if want.root is not None and want.root.init:
+            archive.file(INIT_FILE, want.root.init_words)
         try:
             here = os.path.realpath(os.curdir)
         except OSError:  # it has been removed
@@ -696,6 +706,8 @@ def cmdline(want: Description, nets: Sequence[Nic]) -> str:
     :raises UsageError: the command is too long for it.
     """
     parts = [] if want.test_devices else [BASE_CMDLINE]
+    if want.root is not None and want.root.systemd:
+        parts.append(SYSTEMD_CMDLINE)
     if want.agent:
         parts.append("pyvmm.agent")
     if want.stdin is not None:

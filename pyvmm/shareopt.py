@@ -28,6 +28,10 @@ TAKEN = ("/", "/proc", "/sys", "/dev")
 PATH_MAX = 4095
 #: Characters of /etc/passwd and /etc/group that are read.
 ACCOUNTS_MAX = 16 << 20
+#: Where trees have systemd.
+SYSTEMD = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd")
+#: Links in a path that are followed (path_resolution(7)).
+LINKS_MAX = 40
 
 
 class Share(Device):
@@ -127,13 +131,83 @@ class Root(Share):
 
     :param directory: ``/``, or the root of another system's tree.
     :param user: who runs the command: a name of the tree's /etc/passwd. By default root.
+    :param init: the tree's program that becomes process 1: ``systemd``, which runs the command as a
+        unit, or an absolute path in the tree. By default pyvmm's own.
     :ivar account: what init reads of the user (guest/init.c, USER_FILE); empty for root.
+    :ivar init: the path of ``init`` in the tree; empty for pyvmm's own.
+    :ivar systemd: whether that is systemd.
+    :raises UsageError: the tree has no such user, or no such program.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, user: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        user: str | None = None,
+        init: str | None = None,
+    ) -> None:
         super().__init__(directory, "/root")
         self.path, self.access = "/", b"root"
         self.account = account(self.directory, user) if user is not None else b""
+        self.init, self.systemd = (
+            find_init(self.directory, init) if init is not None else ("", False)
+        )
+
+    @property
+    def init_words(self) -> bytes:
+        """What our init reads of the tree's (guest/init.c, INIT_FILE)."""
+        return os.fsencode(self.init) + (b"\0systemd\0" if self.systemd else b"\0")
+
+
+def find_init(tree: str, name: str) -> tuple[str, bool]:
+    """The path in the tree of the init that the user names, and whether it is systemd.
+
+    :param tree: without symbolic links. :param name: ``systemd``, or an absolute path in the tree.
+    :raises UsageError: the tree has no such program. What the guest finds may be another one, if
+        somebody changes the tree.
+    """
+    if name != "systemd" and (not name.startswith("/") or "\0" in name):
+        raise UsageError(f"--init {name!r}", "use systemd, or an absolute path in the tree")
+    for path in SYSTEMD if name == "systemd" else (name,):
+        program = _resolve(tree, path)
+        if program is not None:
+            return path, program.endswith("/systemd")
+    where = tree.rstrip("/") or "/"
+    if name == "systemd":
+        raise UsageError(
+            f"--init systemd: {where} has no {SYSTEMD[0].lstrip('/')}",
+            "install systemd in the tree (debootstrap --include=systemd,dbus), or leave --init out",
+        )
+    raise UsageError(f"--init {name}: {where} has no such program", "name a program of the tree")
+
+
+def _resolve(tree: str, path: str) -> str | None:
+    """The path of a program in the tree, from the tree's root on, without symbolic links, each of
+    which is followed as in the guest; None if there is no such program.
+    """
+    links, todo, done = 0, path.split("/"), ""
+    while todo:
+        part = todo.pop(0)
+        if part in ("", "."):
+            continue
+        if part == "..":
+            done = done.rpartition("/")[0]
+            continue
+        try:
+            target = os.readlink(f"{tree}{done}/{part}")  # noqa: PTH115 - pathlib is slow
+        except OSError:  # no link, or nothing at all
+            done += f"/{part}"
+            continue
+        links += 1
+        if links > LINKS_MAX:
+            return None
+        done = "" if target.startswith("/") else done
+        todo = target.split("/") + todo
+    try:
+        status = os.lstat(f"{tree}{done}")
+    except OSError:
+        return None
+    return done if stat.S_ISREG(status.st_mode) and status.st_mode & 0o111 else None
 
 
 def account(tree: str, user: str) -> bytes:

@@ -21,6 +21,7 @@ Examples:
   pyvmm run --kernel bzImage --initrd default --modules . -- modprobe btrfs
   tar c results | pyvmm run -- tar x
   pyvmm run --root / -- python3 -m pytest -q
+  pyvmm run --root tree --init systemd --memory 512M -- systemctl is-system-running --wait
   pyvmm run --share .:rw -- ./run-my-test.sh
   pyvmm run --share ~/cases:/cases --share out:/out:rw -- sh -c 'ls /cases >/out/list'
   pyvmm run --disk scratch.qcow2 -- sh -c 'mke2fs /dev/vda && mount /dev/vda /mnt && run-tests'
@@ -111,6 +112,7 @@ from pyvmm.cli.support.options import (
     ADD_HELP,
     CPU_HELP,
     DETACHED,
+    INIT_HELP,
     MODULES_HELP,
     ROOT_HELP,
     RUNNING,
@@ -163,6 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--disk", metavar="FILE[,K=V]", action="append", default=[], help="a disk, see below")
     add("--root", metavar="DIR", help=ROOT_HELP)
     add("--user", metavar="NAME", help="with --root: the user of DIR who runs COMMAND (root)")
+    add("--init", metavar="PROGRAM", help=INIT_HELP)
     add("--modules", metavar="DIR", help=MODULES_HELP)
     add("--image", metavar="NAME", help="an image of `pyvmm image list` (default)")
     add("--append", metavar="S", default="", help="more kernel command line")
@@ -441,10 +444,14 @@ def _root(args: argparse.Namespace) -> Root | None:
     if args.root is None:
         if args.user is not None:
             raise UsageError(f"--user {args.user} without --root", "the image has only root")
+        if args.init is not None:
+            raise UsageError(
+                f"--init {args.init} without --root", "name the tree: --root DIR --init PROGRAM"
+            )
         return None
     from pyvmm.shareopt import Root
 
-    return Root(args.root, user=args.user)
+    return Root(args.root, user=args.user, init=args.init)
 
 
 def _files(args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -470,7 +477,8 @@ def _use_of_stdin(args: argparse.Namespace) -> str:
         mode = os.fstat(0).st_mode
         given = stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
         return "input" if given else "none"
-    if args.console or args.kernel or args.initrd or os.isatty(0):
+    other = args.init not in (None, "systemd")  # which may have no shell for us
+    if args.console or args.kernel or args.initrd or other or os.isatty(0):
         return "console"
     status = os.fstat(0)
     if stat.S_ISREG(status.st_mode):

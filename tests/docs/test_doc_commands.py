@@ -43,6 +43,7 @@ REASONS = {
     ("docs/matrix.md", "pyvmm image build"): "downloads a kernel, and boots eight guests",
     ("docs/devices.md", "qemu-storage-daemon"): "runs in the testbed only, see test_vu_any",
     ("docs/disk.md", "pyvmm run --disk base"): "needs the reader's images, see test_disk",
+    ("docs/root.md", "debootstrap"): "fetches a Debian, see tests/boot/test_tree.py",
     ("docs/root.md", "pyvmm run --kernel"): "needs the source of a kernel",
     ("docs/share.md", "pyvmm run --share ~/cases"): "needs the reader's files, see test_share",
     ("docs/device-stats.md", "pyvmm run --image 6.12"): "needs another image, see test_net",

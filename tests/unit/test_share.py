@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pyvmm.assembly import Description
+from pyvmm.assembly import Description, cmdline, extra_archive
 from pyvmm.devices.guest_port import PHASES
 from pyvmm.errors import DiskError, ShareError, UsageError
 from pyvmm.host import virtiofsd
@@ -130,6 +130,58 @@ def test_the_root_and_its_user(tmp_path: Path) -> None:
     assert virtiofsd.command(virtiofsd.C, 5, "/", writable=False, root=True)[-1].startswith(
         "source=/,sandbox=chroot,"
     )
+
+
+def tree_with(root: Path, program: str) -> None:
+    path = root / program
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(0o755)
+
+
+def test_the_tree_s_own_init(tmp_path: Path) -> None:
+    """Links are followed as in the guest, never to the host's files."""
+    with pytest.raises(UsageError, match=r"has no usr/lib/systemd/systemd; install systemd"):
+        Root(tmp_path, init="systemd")
+    (tmp_path / "sbin").symlink_to("usr/sbin")
+    (tmp_path / "usr/sbin").mkdir(parents=True)
+    (tmp_path / "sbin/init").symlink_to("/lib/systemd/systemd")
+    with pytest.raises(UsageError, match="has no such program"):
+        Root(tmp_path, init="/sbin/init")  # the host has systemd there
+    (tmp_path / "lib").symlink_to("../../../../usr/lib")
+    tree_with(tmp_path, "usr/lib/systemd/systemd")
+    for name, found in (
+        ("systemd", "/usr/lib/systemd/systemd"),
+        ("/sbin/init", "/sbin/init"),
+        ("/sbin/../sbin/./init", "/sbin/../sbin/./init"),
+    ):
+        root = Root(tmp_path, init=name)
+        assert (root.init, root.systemd) == (found, True)
+        assert root.init_words == found.encode() + b"\0systemd\0"
+    tree_with(tmp_path, "usr/sbin/openrc-init")
+    other = Root(tmp_path, init="/sbin/openrc-init")
+    assert not other.systemd and other.init_words == b"/sbin/openrc-init\0"
+    (tmp_path / "usr/sbin/data").touch(0o644)
+    (tmp_path / "usr/sbin/loop").symlink_to("loop")
+    for name in ("/usr/sbin/data", "/usr/sbin", "/", "/usr/sbin/loop", "/no/such", "/sbin/init/x"):
+        with pytest.raises(UsageError, match="has no such program"):
+            Root(tmp_path, init=name)
+    for name in ("", "init", "/a\0b"):
+        with pytest.raises(UsageError, match="use systemd, or an absolute path"):
+            Root(tmp_path, init=name)
+
+
+def test_what_the_guest_gets_of_the_tree_s_init(tmp_path: Path) -> None:
+    tree_with(tmp_path, "lib/systemd/systemd")
+    tree_with(tmp_path, "sbin/other")
+    want = Description("k", root=Root(tmp_path, init="systemd"), command=["true"])
+    archive, _ = extra_archive(want)
+    assert archive is not None
+    assert archive.entries["etc/pyvmm.init"].data == b"/lib/systemd/systemd\0systemd\0"
+    assert "fstab=no" in cmdline(want, []).split()
+    other = Root(tmp_path, init="/sbin/other")
+    with pytest.raises(UsageError, match="only systemd can be told to run it; leave it out"):
+        Description("k", root=other, command=["true"])
+    assert "fstab=no" not in cmdline(Description("k", root=other), []).split()
 
 
 # --- what init reports ----------------------------------------------------------------------------

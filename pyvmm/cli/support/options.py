@@ -92,6 +92,10 @@ ROOT_HELP = (
     "a tree of this machine, such as /, as the guest's root: read-only, below an overlay that ends "
     "with the guest. COMMAND begins in the same directory as pyvmm (docs/root.md)"
 )
+INIT_HELP = (
+    "with --root: the program of DIR that becomes the guest's process 1: systemd, which boots DIR "
+    "as usual and runs COMMAND as a unit; or the path of another init (docs/root.md)"
+)
 MODULES_HELP = (
     "kernel modules for the guest: what `make modules_install` makes, or a kernel's build tree"
 )
