@@ -43,8 +43,10 @@ REASONS = {
     ("docs/matrix.md", "pyvmm image build"): "downloads a kernel, and boots eight guests",
     ("docs/devices.md", "qemu-storage-daemon"): "runs in the testbed only, see test_vu_any",
     ("docs/disk.md", "pyvmm run --disk base"): "needs the reader's images, see test_disk",
+    ("docs/kunit.md", "export PATH"): "compiles a kernel, see tests/unit/test_kunit.py",
     ("docs/root.md", "debootstrap"): "fetches a Debian, see tests/boot/test_tree.py",
     ("docs/root.md", "pyvmm run --kernel"): "needs the source of a kernel",
+    ("docs/virtme-ng.md", "pyvmm run --share"): "needs the source of a kernel",
     ("docs/share.md", "pyvmm run --share ~/cases"): "needs the reader's files, see test_share",
     ("docs/device-stats.md", "pyvmm run --image 6.12"): "needs another image, see test_net",
     ("docs/features.md", "pyvmm image build"): "boots fourteen guests, on Linux 6.12",
@@ -130,6 +132,20 @@ def blocks() -> Iterator[Block]:
             yield Block(page, text[: match.start()].count("\n") + 1, steps)
 
 
+#: Commands in the table of docs/virtme-ng.md that are not run, and why.
+VNG_REASONS = {
+    "pyvmm run BZ --modules . --root / -- true": "needs a kernel's build tree",
+    "pyvmm run --root /": "is typed at a console",
+}
+BZ = "--kernel arch/x86/boot/bzImage --initrd default"
+
+
+def vng_rows() -> list[str]:
+    """The commands in the second column of the table of docs/virtme-ng.md."""
+    text = (ROOT / "docs/virtme-ng.md").read_text()
+    return re.findall(r"(?m)^\|[^|]*\| `([^`|]+)` \|", text)
+
+
 BLOCKS = list(blocks())
 RUN = [block for block in BLOCKS if in_table(block, REASONS) is None]
 
@@ -211,6 +227,17 @@ def test_tables_have_no_dead_entries() -> None:
         for page, start in table:
             assert any(b.page == page and b.key[1].startswith(start) for b in BLOCKS), (page, start)
     assert len(RUN) > 30
+
+
+@pytest.mark.parametrize("command", [row for row in vng_rows() if row not in VNG_REASONS])
+def test_an_equivalent_of_vng_runs(shell: Shell, command: str) -> None:
+    status, text = shell.do(command.replace(" BZ ", f" {BZ} "))
+    assert status == 0, f"{command}: {text}"
+
+
+def test_the_table_of_vng_is_read() -> None:
+    rows = vng_rows()
+    assert len(rows) > 20 and set(VNG_REASONS) <= set(rows)
 
 
 @pytest.mark.parametrize("block", RUN, ids=lambda b: f"{b.page}:{b.line}")

@@ -35,9 +35,15 @@ def blocks(page: Path, *languages: str) -> Iterator[str]:
             yield code
 
 
+def spans(page: Path) -> Iterator[str]:
+    """The code in a page's tables."""
+    for row in re.findall(r"(?m)^\|.*\|$", page.read_text()):
+        yield from re.findall(r"`([^`]+)`", row)
+
+
 def commands(page: Path) -> Iterator[list[str]]:
     """The calls of pyvmm in a page's examples, as argv from the subcommand on."""
-    for code in blocks(page, "sh", "console"):
+    for code in (*blocks(page, "sh", "console"), *spans(page)):
         for line in code.replace("\\\n", " ").split("\n"):
             for call in re.findall(r"\bpyvmm ((?!up\b)[a-z][^;&|#<>]*)", line.replace('"', " ")):
                 try:
