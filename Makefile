@@ -3,7 +3,7 @@ PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
 .PHONY: help setup demo image check check-install check-docs lint bench clean
-.PHONY: soak soak-kills soak-options
+.PHONY: soak soak-kills soak-options soak-share
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -17,7 +17,7 @@ image: setup ## build the guest image
 demo: image ## boot a Linux guest with a virtio-net card, show what it does, leave nothing behind
 	@$(PYVMM) demo
 
-check lint bench soak soak-kills: SETUP = --tests
+check lint bench soak soak-kills soak-share: SETUP = --tests
 check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed)
 	@$(PYTEST) tests/lint tests/unit tests/fuzz tests/host tests/boot $(ARGS)
 
@@ -45,6 +45,9 @@ soak-kills: image ## kill the vhost-user back-end KILLS times (1000) under a gue
 
 soak-options: image ## boot Linux with each row of docs/kernel-options.md, in the testbed
 	@PYVMM_KERNEL_OPTIONS=all $(PYTEST) -q tests/boot/test_kernel_options.py $(ARGS)
+
+soak-share: image ## shares at their limits, the Rust virtiofsd, a whole Debian with systemd (root, debootstrap)
+	@PYVMM_SHARE=all $(PYTEST) -q tests/boot/test_share.py tests/boot/test_tree.py $(ARGS)
 
 clean: ## remove what was built here (not the caches in ~/.cache/pyvmm)
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis pyvmm/_ext.c pyvmm/_ext*.so *.egg-info

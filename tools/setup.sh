@@ -142,9 +142,10 @@ fi
 # Bytecode at once: where PYTHONDONTWRITEBYTECODE is set, or for a user who may not write here, every run would compile.
 .venv/bin/python -m compileall -q pyvmm
 
-# --- DPDK's testpmd, a foreign vhost-user peer for the tests: unpacked into the cache, 6 MB -------
+# --- for the tests, unpacked into the cache: DPDK's testpmd, a foreign vhost-user peer, 6 MB; a tree with systemd, 10 MB
 if [ $tests = yes ] && command -v apt-get >/dev/null; then
 	.venv/bin/python -m tests.dpdk
+	.venv/bin/python -m tests.tree
 fi
 
 # --- the testbed ----------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Directories of the host in the guest (`--share`): one boot looks at many things, because each
 boot takes seconds.
+
+With PYVMM_SHARE=all, as `make soak-share` sets it, the Rust virtiofsd serves the same directories,
+and another one has 100,000 files.
 """
 
 from __future__ import annotations
@@ -8,28 +11,44 @@ import hashlib
 import json
 import os
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from pyvmm.host import virtiofsd
+from pyvmm.host.apt import Apt
+from pyvmm.host.paths import cache_root
 from pyvmm.images import find
 from tests.boot.guest import Run
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from tests.boot.guest import Host
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
+ALL = os.environ.get("PYVMM_SHARE") == "all"
 SIZE = (1 << 20) + 1
+SPARSE = 10 << 30
+MANY = 100_000
+#: Names with each byte that a name can have, and one of the greatest length.
+NAMES = [*(bytes([b]) * 2 for b in range(1, 256) if b != ord("/")), b"\xff" * 255]
 #: The shell that waits ends by itself once virtiofsd has gone. What it prints is what the test
 #: looks at.
 SCRIPT = r"""
 pwd
 cat given | sha256sum
 cat "$(printf 'odd\n\377\1 *')"
-cat leak; cat /cases/leak
+cat leak; cat /cases/leak; ls outside/; cat ../../secret
+cp -r names copies
+stat -c %s sparse; dd if=sparse bs=1M skip=10239 2>/dev/null | tail -c 4; echo
+printf END. | dd of=sparse bs=4 seek=2684354559 conv=notrunc 2>/dev/null
+exec 3<changing; ls directory
+echo >ask; until test -e changed; do sleep 0.1; done
+cat <&3; until grep new changing; do sleep 0.1; done
+until test -L directory; do sleep 0.1; done; ls directory/
 cat given >taken; printf x >"$(printf 'made\n\376')"
 echo no >/cases/new; mkdir /again; mount -t virtiofs pyvmm0 /again && echo no >/again/new
 mount -o bind /again /cases && echo no >/cases/case; rm /again/case; cat /again/case
@@ -60,10 +79,25 @@ def test_files_in_and_out_and_a_virtiofsd_that_dies(host: Host, tmp_path: Path) 
     (here / os.fsdecode(b"odd\n\xff\1 *")).write_text("odd name\n")
     for directory in (cases, here):
         (directory / "leak").symlink_to(outside)
+    (here / "outside").symlink_to("../..")
+    (here / "names").mkdir()
+    for name in NAMES:
+        (here / "names" / os.fsdecode(name)).touch()
+    with (here / "sparse").open("wb") as f:
+        f.seek(SPARSE - 4)
+        f.write(b"end.")
+    (here / "changing").write_text("old\n")
+    (here / "directory").mkdir()
+    (here / "directory/inside").touch()
+    change = """
+        cd "$0"; echo new >other; mv other changing
+        mv directory gone; ln -s .. directory; echo >changed"""
     enter = ["sh", "-c", 'cd "$0" && exec "$@"', str(here)]
     verdict = tmp_path / "verdict"
     args = ["--net", "none", "--share", f"{cases}:/cases", "--share", f"{work}:rw"]
     with Run(host, *args, "--json", str(verdict), "--", "sh", "-c", SCRIPT, wrapper=enter) as run:
+        host.wait_until((here / "ask").exists, lambda: run.out + run.err, 120)
+        assert host.run("sh", "-ec", change, str(here)).status == 0
         host.wait_until((here / "ready").exists, lambda: run.out + run.err, 120)
         assert processes(host, cases)
         host.sh(f"kill -9 {processes(host, work)}")
@@ -71,7 +105,15 @@ def test_files_in_and_out_and_a_virtiofsd_that_dies(host: Host, tmp_path: Path) 
 
     lines = run.out.splitlines()
     digest = hashlib.sha256(data).hexdigest()
-    assert lines == [str(here), f"{digest}  -", "odd name", "case", "4755", "case", "leak"]
+    assert lines == [
+        *(str(here), f"{digest}  -", "odd name"),
+        *(str(SPARSE), "end.", "inside", "old", "new"),
+        *("case", "4755", "case", "leak"),
+    ]
+    assert {os.fsencode(path.name) for path in (here / "copies").iterdir()} == set(NAMES)
+    with (here / "sparse").open("rb") as f:
+        assert f.seek(-4, os.SEEK_END) == SPARSE - 4 and f.read() == b"END."
+    assert (here / "sparse").stat().st_blocks * 512 < 1 << 20
     assert (here / "taken").read_bytes() == data
     assert (here / "taken").stat().st_mode & 0o7777 == 0o4755
     assert (here / os.fsdecode(b"made\n\xfe")).read_text() == "x"
@@ -95,6 +137,8 @@ cat /etc/shadow >/dev/null && echo read
 echo new >/var/tmp/$1 && cat /var/tmp/$1
 mount | grep -c "^overlay on / "
 test -d /lib/modules/$(uname -r) && echo modules
+dd if=/dev/zero of=/var/tmp/full bs=1M 2>&1 | grep -o "No space left on device"
+rm /var/tmp/full; echo again >/var/tmp/$1 && cat /var/tmp/$1
 cat >&2
 exit 7
 """
@@ -118,6 +162,53 @@ def test_the_host_s_root_for_one_of_its_users(host: Host, tmp_path: Path) -> Non
         "new",
         "1",
         "modules",
+        "No space left on device",
+        "again",
     ]
     assert "Permission denied" in run.err and "input" in run.err
     assert host.run("test", "-e", f"/var/tmp/{name}").status == 1
+
+
+# --- what takes longer: make soak-share -----------------------------------------------------------
+
+
+@pytest.fixture
+def rust(host: Host) -> Iterator[str]:
+    """The virtiofsd in Rust, of Debian 13 with its own libraries, at its place in the testbed."""
+    root = Path(cache_root()) / "tree" / "virtiofsd"
+    if not root.is_dir():
+        apt = Apt("trixie")
+        names = ["virtiofsd", *(n for n in apt.closure(["virtiofsd"]) if n.startswith("lib"))]
+        apt.install(names, root)
+    libraries = f"{root}/usr/lib/x86_64-linux-gnu"
+    loader = f"{libraries}/ld-linux-x86-64.so.2 --library-path {libraries}"
+    script = f'#!/bin/sh\nexec {loader} {root}{virtiofsd.RUST} "$@"\n'
+    install = (
+        'mkdir -p "$(dirname "$0")" && printf %s "$1" >"$0" && chmod 755 "$0" && "$0" --version'
+    )
+    told = host.run("sh", "-ec", install, virtiofsd.RUST, script)
+    assert told.status == 0, told
+    yield told.out + told.err
+    host.sh(f"rm {virtiofsd.RUST}")
+
+
+@pytest.mark.skipif(not ALL, reason="fetches Debian 13's virtiofsd: make soak-share")
+def test_the_virtiofsd_in_rust(host: Host, tmp_path: Path, rust: str) -> None:
+    assert "virtiofsd" in rust
+    test_files_in_and_out_and_a_virtiofsd_that_dies(host, tmp_path)
+
+
+@pytest.mark.skipif(not ALL, reason="takes minutes: make soak-share")
+def test_a_hundred_thousand_files(host: Host) -> None:
+    directory = "/dev/shm/pyvmm-many"
+    host.sh(f"mkdir {directory}; cd {directory}; seq {MANY} | xargs touch", 600)
+    script = "ls -f | wc -l; ls -l | wc -l; rm -r [1-4]*; find . -type f | wc -l"
+    try:
+        args = ["--net", "none", "--memory", "512M", "--share", f"{directory}:/many:rw"]
+        with Run(host, *args, "--", "sh", "-c", f"cd /many; {script}") as run:
+            assert run.wait(1800) == 0, run.out + run.err
+        gone = sum(str(number)[0] in "1234" for number in range(1, MANY + 1))
+        assert run.out.split() == [str(MANY + 2), str(MANY + 1), str(MANY - gone)]
+        assert host.sh(f"ls -f {directory} | wc -l").strip() == str(MANY - gone + 2)
+    finally:
+        host.sh(f"rm -r {directory}", 600)
