@@ -9,7 +9,7 @@ from pyvmm.doctor import can_run_linux_locally
 from pyvmm.errors import TestbedError
 from pyvmm.testbed.testbed import Testbed
 
-BENCH = Path(__file__).with_name("bench.py")
+BENCH = Path(__file__).with_name("bench_share.py" if "--share" in sys.argv else "bench.py")
 
 
 def main() -> int:
