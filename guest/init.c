@@ -979,6 +979,43 @@ static void set_window(int tty)
 		ioctl(tty, TIOCSWINSZ, &size);
 }
 
+/*
+ * Find the line of @key, a name or a number, in the text @at of /etc/passwd or /etc/group. Returns
+ * whether there is one; its first @count fields are in @fields then.
+ */
+static bool find_account(char *at, const char *key, char **fields, size_t count)
+{
+	char *line;
+
+	while ((line = strsep(&at, "\n"))) {
+		size_t n = 0;
+
+		while (n < count && (fields[n] = strsep(&line, ":")))
+			n++;
+		if (n == count && (!strcmp(fields[0], key) || !strcmp(fields[2], key)))
+			return true;
+	}
+	memset(fields, 0, count * sizeof(*fields));
+	return false;
+}
+
+/* The shell of the command's user, in a root of the host's. */
+static char *own_shell(void)
+{
+	static char sh[] = "/bin/sh";
+	char *fields[7], *shell = NULL, *save, *text;
+
+	if (*command_user) {
+		text = strdup(command_user);
+		for (char *line = strtok_r(text, "\n", &save); line;
+		     line = strtok_r(NULL, "\n", &save))
+			shell = line;
+	} else if (find_account(read_file("/etc/passwd", NULL), "root", fields, 7)) {
+		shell = fields[6];
+	}
+	return shell && !access(shell, X_OK) ? shell : sh;
+}
+
 static void set_environment(void)
 {
 	clearenv();
@@ -989,7 +1026,7 @@ static void set_environment(void)
 	if (rooted) { /* a distribution's programs want more than busybox does */
 		setenv("USER", "root", 1);
 		setenv("LOGNAME", "root", 1);
-		setenv("SHELL", "/bin/sh", 1);
+		setenv("SHELL", own_shell(), 1);
 		setenv("LANG", "C.UTF-8", 1);
 	}
 	if (peer)
@@ -1373,26 +1410,6 @@ static void complain(struct session *s, const char *what)
 
 	if (!s->closed)
 		send_frame(s, FRAME_ERROR, line, (size_t)n);
-}
-
-/*
- * Find the line of @key, a name or a number, in the text @at of /etc/passwd or /etc/group. Returns
- * whether there is one; its first @count fields are in @fields then.
- */
-static bool find_account(char *at, const char *key, char **fields, size_t count)
-{
-	char *line;
-
-	while ((line = strsep(&at, "\n"))) {
-		size_t n = 0;
-
-		while (n < count && (fields[n] = strsep(&line, ":")))
-			n++;
-		if (n == count && (!strcmp(fields[0], key) || !strcmp(fields[2], key)))
-			return true;
-	}
-	memset(fields, 0, count * sizeof(*fields));
-	return false;
 }
 
 /* Add the groups of which @name is a member; returns their number. */
@@ -2066,7 +2083,7 @@ static int run(int signals)
 	int status;
 
 	if (interactive) {
-		argv_out[0] = access("/bin/ash", X_OK) ? sh : ash;
+		argv_out[0] = rooted ? own_shell() : access("/bin/ash", X_OK) ? sh : ash;
 		if (tty < 0)
 			say("no terminal behind the console: %s", strerror(errno));
 		else
