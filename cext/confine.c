@@ -1,33 +1,40 @@
 /* SPDX-License-Identifier: MIT */
 #include "confine.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/audit.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
+#include <linux/if_tun.h>
 #include <linux/landlock.h>
 #include <linux/seccomp.h>
 #include <malloc.h>
 #include <poll.h>
 #include <sched.h>
+#include <semaphore.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <termios.h>
+#include <time.h>
 #include <unistd.h>
 
-#define CALLS_MAX  64
+#define CALLS_MAX  160
 #define IOCTLS_MAX 16
 /* The filter's instructions that are neither a call's nor the last. */
 #define HEAD 4
 
 /* Landlock's newer scopes, which the headers of Linux 6.1 lack. */
-#define LANDLOCK_NET	(1ull << 0 | 1ull << 1) /* bind and connect TCP; ABI 4 */
-#define LANDLOCK_SCOPED (1ull << 0 | 1ull << 1) /* abstract sockets, signals; ABI 6 */
+#define LANDLOCK_NET	  (1ull << 0 | 1ull << 1)	  /* bind and connect TCP; ABI 4 */
+#define LANDLOCK_ABSTRACT (1ull << 0)			  /* abstract sockets; ABI 6 */
+#define LANDLOCK_SCOPED	  (LANDLOCK_ABSTRACT | 1ull << 1) /* and signals */
 struct landlock_rules {
 	uint64_t fs;
 	uint64_t net;
@@ -40,10 +47,82 @@ struct landlock_rules {
  */
 static __thread __attribute__((tls_model("initial-exec"))) void (*thread_stopped)(int call);
 
+/* The confined process: what its handler of SIGSYS needs. */
+static struct {
+	bool armed;
+	int event;    /* eventfd that is told */
+	int status;   /* exit status */
+	int patience; /* for an orderly end, s: whoever has the interpreter's lock never allows it */
+	bool terminal;
+	struct termios modes; /* of standard input, before the guest had it */
+	int stopped;	      /* atomic: a call has been noted */
+	int call;
+	char thread[16];
+} process;
+
+static size_t append(char *line, size_t n, const char *text)
+{
+	size_t len = strlen(text);
+
+	memcpy(line + n, text, len);
+	return n + len;
+}
+
+/* The end of a process in which a thread was not ours any more. Calls signal-safe functions only. */
+static void last_words(int call)
+{
+	const char *name = pv_call_name(call);
+	char digits[12], line[160];
+	size_t n, first = sizeof(digits);
+	unsigned int left = (unsigned int)call;
+
+	digits[--first] = '\0';
+	do
+		digits[--first] = (char)('0' + left % 10);
+	while (left /= 10);
+	if (process.terminal)
+		tcsetattr(0, TCSANOW, &process.modes);
+	n = append(line, 0, "pyvmm: a thread of pyvmm's was stopped: ");
+	n = append(line, n, process.thread);
+	n = append(line, n, " asked for ");
+	n = append(line, n, name ? name : "system call ");
+	n = append(line, n, name ? "()" : digits + first);
+	n = append(line, n, ", which it may not have\n");
+	if (write(STDERR_FILENO, line, n) < 0) {
+		/* Nobody can be told. */
+	}
+	_exit(process.status);
+}
+
+/* A thread of the confined process has asked for a call that no thread of the process may make. */
+static void process_stopped(int call)
+{
+	struct timespec now, end;
+	uint64_t one = 1;
+
+	if (!__atomic_exchange_n(&process.stopped, 1, __ATOMIC_ACQ_REL)) {
+		process.call = call;
+		prctl(PR_GET_NAME, process.thread);
+		if (write(process.event, &one, sizeof(one)) < 0) {
+			/* The eventfd has gone, with the machine. */
+		}
+	}
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	end.tv_sec += process.patience;
+	do {
+		poll(NULL, 0, 100);
+		clock_gettime(CLOCK_MONOTONIC, &now);
+	} while (now.tv_sec < end.tv_sec ||
+		 (now.tv_sec == end.tv_sec && now.tv_nsec < end.tv_nsec));
+	last_words(process.call);
+}
+
 /* A confined thread has asked for a call that it may not make: it ends here. */
 static void on_violation(int sig, siginfo_t *info, void *context)
 {
 	(void)context;
+	if (!thread_stopped && process.armed)
+		process_stopped(info->si_syscall);
 	if (!thread_stopped) { /* not ours: as without this handler */
 		signal(sig, SIG_DFL);
 		raise(sig);
@@ -93,6 +172,39 @@ static size_t allow_if(struct sock_filter *f, size_t n, uint32_t call, uint16_t 
 	f[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | test | BPF_K, value, 0, 1);
 	f[n++] = answer(SECCOMP_RET_ALLOW);
 	f[n++] = answer(SECCOMP_RET_KILL_PROCESS);
+	return n;
+}
+
+/* Refuse calls without harm; the number is in the accumulator. */
+static size_t refuse_calls(struct sock_filter *f, size_t n, const uint16_t *calls, size_t count)
+{
+	for (size_t i = 0; i < count; i++) {
+		f[n++] = unless(calls[i], 1);
+		f[n++] = answer(SECCOMP_RET_ERRNO | EACCES);
+	}
+	return n;
+}
+
+/* As allow_if(), but report the call instead of ending the process. */
+static size_t trap_unless(struct sock_filter *f, size_t n, uint32_t call, uint16_t test,
+			  uint32_t value)
+{
+	n = allow_if(f, n, call, test, value);
+	f[n - 1] = answer(SECCOMP_RET_TRAP);
+	return n;
+}
+
+/* Allow a call unless the lower half of its second argument is one of @denied. */
+static size_t allow_but(struct sock_filter *f, size_t n, uint32_t call, const uint32_t *denied,
+			size_t count)
+{
+	f[n++] = unless(call, (uint8_t)(2 + 2 * count));
+	f[n++] = load(offsetof(struct seccomp_data, args[1]));
+	for (size_t i = 0; i < count; i++) {
+		f[n++] = unless(denied[i], 1);
+		f[n++] = answer(SECCOMP_RET_TRAP);
+	}
+	f[n++] = answer(SECCOMP_RET_ALLOW);
 	return n;
 }
 
@@ -208,16 +320,41 @@ static const uint16_t network_calls[] = {
 /* clang-format on */
 static const uint32_t network_ioctls[] = {FIONBIO, FIONREAD};
 
-/* Let a file be read, whatever else @ruleset takes away. */
-static void allow_file(int ruleset, const char *path)
+/* Let what is at @path be used in the ways of @rights, whatever else @ruleset takes away. */
+static void allow_path(int ruleset, const char *path, uint64_t rights)
 {
-	struct landlock_path_beneath_attr rule = {.allowed_access = LANDLOCK_ACCESS_FS_READ_FILE};
+	struct landlock_path_beneath_attr rule = {.allowed_access = rights};
 
 	rule.parent_fd = open(path, O_PATH | O_CLOEXEC);
 	if (rule.parent_fd < 0)
 		return;
-	(void)syscall(SYS_landlock_add_rule, ruleset, LANDLOCK_RULE_PATH_BENEATH, &rule, 0);
+	if (syscall(SYS_landlock_add_rule, ruleset, LANDLOCK_RULE_PATH_BENEATH, &rule, 0) &&
+	    errno == EINVAL) { /* a right to directories, and this is a file */
+		rule.allowed_access &= ~LANDLOCK_ACCESS_FS_READ_DIR;
+		(void)syscall(SYS_landlock_add_rule, ruleset, LANDLOCK_RULE_PATH_BENEATH, &rule, 0);
+	}
 	close(rule.parent_fd);
+}
+
+/*
+ * Make a ruleset that takes away all that the kernel knows, but TCP if @tcp, and signals to other
+ * domains if @signals: threads that confine themselves one by one have domains of their own, and
+ * before Linux 6.15 could send no signals to each other. Returns its descriptor or -1.
+ */
+static int make_ruleset(bool tcp, bool signals)
+{
+	static const size_t sizes[] = {8, 8, 8, 16, 16, 24}; /* of the structure, by ABI */
+	static const uint8_t rights[] = {13, 14, 15, 15, 16, 16};
+	long abi = pv_landlock_abi();
+	struct landlock_rules rules = {.net = tcp ? 0 : LANDLOCK_NET,
+				       .scoped = signals ? LANDLOCK_ABSTRACT : LANDLOCK_SCOPED};
+
+	if (abi < 1)
+		return -1;
+	if (abi > 6)
+		abi = 6;
+	rules.fs = (1ull << rights[abi - 1]) - 1;
+	return (int)syscall(SYS_landlock_create_ruleset, &rules, sizes[abi - 1], 0);
 }
 
 /*
@@ -226,24 +363,12 @@ static void allow_file(int ruleset, const char *path)
  */
 static bool confine_files(const char *readable)
 {
-	static const size_t sizes[] = {8, 8, 8, 16, 16, 24}; /* of the structure, by ABI */
-	static const uint8_t rights[] = {13, 14, 15, 15, 16, 16};
-	long abi = syscall(SYS_landlock_create_ruleset, NULL, 0, LANDLOCK_CREATE_RULESET_VERSION);
-	struct landlock_rules rules = {.net = LANDLOCK_NET, .scoped = LANDLOCK_SCOPED};
-	int fd, error;
+	int fd = make_ruleset(readable, false), error;
 
-	if (abi < 1)
-		return false;
-	if (abi > 6)
-		abi = 6;
-	rules.fs = (1ull << rights[abi - 1]) - 1;
-	if (readable)
-		rules.net = 0;
-	fd = (int)syscall(SYS_landlock_create_ruleset, &rules, sizes[abi - 1], 0);
 	if (fd < 0)
 		return false;
 	if (readable)
-		allow_file(fd, readable);
+		allow_path(fd, readable, LANDLOCK_ACCESS_FS_READ_FILE);
 	error = (int)syscall(SYS_landlock_restrict_self, fd, 0);
 	close(fd);
 	return !error;
@@ -303,10 +428,7 @@ int pv_confine_process(const uint32_t *ioctls, size_t count)
 	drop_capabilities();
 	n = filter_head(f);
 	n = allow_calls(f, n, process_calls, calls);
-	for (size_t i = 0; i < sizeof(refused_calls) / sizeof(refused_calls[0]); i++) {
-		f[n++] = unless(refused_calls[i], 1);
-		f[n++] = answer(SECCOMP_RET_ERRNO | EACCES);
-	}
+	n = refuse_calls(f, n, refused_calls, sizeof(refused_calls) / sizeof(refused_calls[0]));
 	f[n++] = unless(SYS_ioctl, (uint8_t)(2 + 2 * (common + count)));
 	f[n++] = load(offsetof(struct seccomp_data, args[1]));
 	n = allow_requests(f, n, process_ioctls, common);
@@ -407,6 +529,363 @@ int pv_confine_network(const char *readable)
 	if (error)
 		return error == -ENOSYS || error == -EINVAL ? done : error;
 	return done | PV_CONFINED_CALLS;
+}
+
+/*
+ * What a VMM needs once its guest runs: files and devices as far as Landlock lets it have them, no
+ * socket that is not there, no process, no program. The helper (pyvmm/helper.py) does the rest.
+ */
+/* clang-format off */
+static const uint16_t machine_calls[] = {
+	/* descriptors */
+	SYS_read, SYS_write, SYS_readv, SYS_writev, SYS_pread64, SYS_pwrite64, SYS_preadv, SYS_pwritev,
+	SYS_preadv2, SYS_pwritev2, SYS_sendfile, SYS_close, SYS_fstat, SYS_fstatfs, SYS_lseek, SYS_ftruncate,
+	SYS_fallocate, SYS_flock, SYS_dup, SYS_dup2, SYS_dup3, SYS_pipe2, SYS_poll,
+	SYS_ppoll, SYS_select, SYS_pselect6, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_wait,
+	SYS_epoll_pwait, SYS_epoll_pwait2, SYS_eventfd2, SYS_memfd_create, SYS_fsync,
+	/* files */
+	SYS_openat, SYS_newfstatat, SYS_stat, SYS_lstat, SYS_statx, SYS_access, SYS_faccessat,
+	SYS_faccessat2, SYS_readlink, SYS_readlinkat, SYS_getdents64, SYS_getcwd, SYS_statfs,
+	/* sockets that are there */
+	SYS_sendmsg, SYS_recvmsg, SYS_sendto, SYS_recvfrom, SYS_shutdown, SYS_getsockopt,
+	SYS_setsockopt, SYS_getsockname, SYS_getpeername, SYS_accept, SYS_accept4, SYS_socketpair,
+	/* memory */
+	SYS_mmap, SYS_munmap, SYS_mprotect, SYS_mremap, SYS_madvise, SYS_msync, SYS_mincore, SYS_brk,
+	/* itself */
+	SYS_getpid, SYS_getppid, SYS_gettid, SYS_getuid, SYS_geteuid, SYS_getgid, SYS_getegid,
+	SYS_getpgrp, SYS_getpgid, SYS_getsid, SYS_umask, SYS_getcpu, SYS_uname, SYS_sysinfo, SYS_getrusage, SYS_getrandom, SYS_times,
+	/* threads, children that end, signals, time */
+	SYS_set_robust_list, SYS_rseq, SYS_futex, SYS_membarrier, SYS_seccomp, SYS_sched_yield,
+	SYS_sched_setaffinity, SYS_sched_getaffinity, SYS_wait4, SYS_waitid, SYS_pidfd_open,
+	SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_rt_sigtimedwait, SYS_sigaltstack,
+	SYS_restart_syscall, SYS_clock_gettime, SYS_clock_getres, SYS_clock_nanosleep, SYS_nanosleep,
+	SYS_gettimeofday, SYS_time, SYS_timer_create, SYS_timer_settime, SYS_timer_delete,
+	SYS_setitimer, SYS_exit, SYS_exit_group,
+};
+/* Refused without harm: what Python tries for its caches, and what is tried for tidiness. */
+static const uint16_t machine_refused[] = {
+	SYS_mkdir, SYS_rename, SYS_unlink, SYS_rmdir, SYS_chmod, SYS_fchmod, SYS_utimensat,
+};
+/* What `pyvmm backend` needs besides process_calls: it listens, and waits for its helper's end. */
+static const uint16_t backend_calls[] = {SYS_accept4, SYS_wait4, SYS_geteuid, SYS_flock};
+static const uint32_t backend_ioctls[] = {
+	FIOCLEX, FIONBIO, FIONREAD,
+	/* of taps */
+	TUNGETIFF, TUNSETVNETHDRSZ, TUNSETSNDBUF, TUNSETOFFLOAD, TUNSETQUEUE, TUNSETTXFILTER,
+	TUNATTACHFILTER, TUNDETACHFILTER, TUNSETSTEERINGEBPF, TUNSETCARRIER,
+};
+/*
+ * Input that a terminal would take from its user, or from the screen; and signals to other
+ * processes, by a descriptor that becomes ready, as below.
+ */
+static const uint32_t machine_denied_ioctls[] = {TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP};
+static const uint32_t machine_denied_fcntls[] = {F_SETOWN, F_SETOWN_EX, F_SETSIG};
+/* clang-format on */
+
+/*
+ * Landlock and capabilities belong to a thread, and a new thread has those of the thread that makes
+ * it. So each thread that is there gives them up itself, in the handler of a signal.
+ */
+static struct {
+	int ruleset;
+	struct __user_cap_data_struct keep[2];
+	sem_t done;
+	int error; /* atomic: of whichever thread */
+} sandbox;
+
+/**
+ * pv_confine_signal() - The signal at which a thread gives up files and capabilities
+ *
+ * Return: its number, which no thread may block
+ */
+int pv_confine_signal(void)
+{
+	return SIGRTMIN + 5;
+}
+
+static void confine_caller(void)
+{
+	struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
+	int error = 0;
+
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+		error = errno;
+	for (int cap = 0; cap < 64; cap++)
+		prctl(PR_CAPBSET_DROP, cap, 0, 0, 0);
+	prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
+	if (syscall(SYS_capset, &head, sandbox.keep))
+		error = errno;
+	if (sandbox.ruleset >= 0 && syscall(SYS_landlock_restrict_self, sandbox.ruleset, 0))
+		error = errno;
+	if (error)
+		__atomic_store_n(&sandbox.error, error, __ATOMIC_RELEASE);
+}
+
+static void on_confine(int sig)
+{
+	int saved = errno;
+
+	(void)sig;
+	confine_caller();
+	sem_post(&sandbox.done);
+	errno = saved;
+}
+
+/* Have the other threads confine themselves; 0 or -errno. */
+static int confine_others(void)
+{
+	struct sigaction sa = {.sa_handler = on_confine, .sa_flags = SA_RESTART};
+	DIR *tasks = opendir("/proc/self/task");
+	struct timespec until;
+	struct dirent *task;
+	int asked = 0;
+
+	if (!tasks)
+		return -errno;
+	sem_init(&sandbox.done, 0, 0);
+	sigaction(pv_confine_signal(), &sa, NULL);
+	while ((task = readdir(tasks))) {
+		long tid = atol(task->d_name);
+
+		if (tid > 0 && tid != gettid() &&
+		    !syscall(SYS_tgkill, getpid(), tid, pv_confine_signal()))
+			asked++;
+	}
+	closedir(tasks);
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_sec += 10;
+	while (asked) {
+		if (!sem_timedwait(&sandbox.done, &until))
+			asked--;
+		else if (errno != EINTR)
+			return -errno;
+	}
+	/* The handler stays: a thread that was about to end may still have the signal. */
+	return 0;
+}
+
+/**
+ * pv_landlock_abi() - Which Landlock this kernel has
+ *
+ * Return: the version of its ABI; 0 if there is none
+ */
+int pv_landlock_abi(void)
+{
+	long abi = syscall(SYS_landlock_create_ruleset, NULL, 0, LANDLOCK_CREATE_RULESET_VERSION);
+
+	return abi < 1 ? 0 : (int)abi;
+}
+
+/**
+ * pv_has_seccomp() - Whether this kernel has filters of system calls that report a call
+ *
+ * Return: false also in a build with sanitizers, whose runtimes make calls of their own
+ */
+bool pv_has_seccomp(void)
+{
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+	return false;
+#else
+	uint32_t action = SECCOMP_RET_TRAP;
+
+	return !syscall(SYS_seccomp, SECCOMP_GET_ACTION_AVAIL, 0, &action);
+#endif
+}
+
+/*
+ * Have all threads give up capabilities but @keep, and what @ruleset takes away, which may be -1;
+ * closes it. Returns 0 or -errno.
+ */
+static int confine_threads(int ruleset, uint64_t keep)
+{
+	int error;
+
+	sandbox.ruleset = ruleset;
+	sandbox.keep[0].effective = sandbox.keep[0].permitted = (uint32_t)keep;
+	sandbox.keep[1].effective = sandbox.keep[1].permitted = (uint32_t)(keep >> 32);
+	sandbox.error = 0;
+	error = confine_others();
+	confine_caller();
+	if (ruleset >= 0)
+		close(ruleset);
+	return error ? error : -sandbox.error;
+}
+
+/*
+ * End a filter that reports what it does not allow, and install it for all threads. Returns 0 or
+ * -errno.
+ */
+static int confine_calls(struct sock_filter *f, size_t n, int event, int status, int patience)
+{
+	struct sock_fprog prog = {.filter = f};
+	int error = pv_confine_init();
+
+	if (error)
+		return error;
+	process.event = event;
+	process.status = status;
+	process.patience = patience;
+	process.terminal = !tcgetattr(0, &process.modes);
+	process.armed = true;
+	/* Threads, but no processes. A filter cannot see the flags of clone3. */
+	f[n++] = unless(SYS_clone3, 1);
+	f[n++] = answer(SECCOMP_RET_ERRNO | ENOSYS);
+	n = trap_unless(f, n, SYS_clone, BPF_JSET, CLONE_THREAD);
+	n = trap_unless(f, n, SYS_tgkill, BPF_JEQ, (uint32_t)getpid());
+	n = trap_unless(f, n, SYS_kill, BPF_JEQ, (uint32_t)getpid());
+	/* Limits of this process only. */
+	n = trap_unless(f, n, SYS_prlimit64, BPF_JEQ, 0);
+	/* The name of a thread, and PR_SET_NO_NEW_PRIVS before a thread's own filter. */
+	n = trap_unless(f, n, SYS_prctl, BPF_JGE, PR_SET_NAME);
+	f[n++] = answer(SECCOMP_RET_TRAP);
+	prog.len = (uint16_t)n;
+	error = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC,
+			     &prog);
+	if (error)
+		return error < 0 ? -errno : -EBUSY; /* a thread has another filter */
+	return 0;
+}
+
+/**
+ * pv_confine_machine() - Leave this process, a VMM whose machine has been made, what it needs
+ * @files:	Files and directories that it may read
+ * @devices:	Devices that it may open; a path that is not there does not matter
+ * @keep:	Capabilities that it keeps, a bit each
+ * @event:	An eventfd that is told when a thread has asked for a call that none may make; lent
+ *		for the life of the process. See pv_machine_stopped().
+ * @status:	The exit status if the process does not end in order
+ * @patience:	within so many seconds after that
+ *
+ * All threads are confined, and those to come. No thread may be made meanwhile.
+ *
+ * Return: PV_CONFINED_* bits, where the kernel knows these means; -errno if the process cannot be
+ * confined: then it may be in part
+ */
+int pv_confine_machine(const char *const *files, size_t file_count, const char *const *devices,
+		       size_t device_count, uint64_t keep, int event, int status, int patience)
+{
+	const uint64_t read = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR;
+	uint64_t device = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE;
+	struct sock_filter f[128 + 2 * (CALLS_MAX + IOCTLS_MAX)];
+	int ruleset = make_ruleset(false, true), error;
+	size_t n;
+
+	_Static_assert(sizeof(machine_calls) / sizeof(machine_calls[0]) <= CALLS_MAX, "CALLS_MAX");
+	if (pv_landlock_abi() >= 5)
+		device |= 1ull << 15; /* LANDLOCK_ACCESS_FS_IOCTL_DEV */
+	for (size_t i = 0; ruleset >= 0 && i < file_count; i++)
+		allow_path(ruleset, files[i], read);
+	for (size_t i = 0; ruleset >= 0 && i < device_count; i++)
+		allow_path(ruleset, devices[i], device);
+	error = confine_threads(ruleset, keep);
+	if (error)
+		return error;
+	n = filter_head(f);
+	n = allow_calls(f, n, machine_calls, sizeof(machine_calls) / sizeof(machine_calls[0]));
+	n = refuse_calls(f, n, machine_refused,
+			 sizeof(machine_refused) / sizeof(machine_refused[0]));
+	n = allow_but(f, n, SYS_ioctl, machine_denied_ioctls,
+		      sizeof(machine_denied_ioctls) / sizeof(machine_denied_ioctls[0]));
+	n = allow_but(f, n, SYS_fcntl, machine_denied_fcntls,
+		      sizeof(machine_denied_fcntls) / sizeof(machine_denied_fcntls[0]));
+	error = confine_calls(f, n, event, status, patience);
+	if (error)
+		return error;
+	return ruleset >= 0 ? PV_CONFINED_FILES | PV_CONFINED_CALLS : PV_CONFINED_CALLS;
+}
+
+/**
+ * pv_confine_backend() - Leave this process, a vhost-user back-end, what its descriptors are good for
+ * @event:	As for pv_confine_machine(), and so are @status and @patience
+ *
+ * As pv_confine_process(), but it also accepts connections, has taps of its own, and reports what it
+ * may not do.
+ *
+ * Return: as pv_confine_machine()
+ */
+int pv_confine_backend(int event, int status, int patience)
+{
+	struct sock_filter f[128 + 2 * (2 * CALLS_MAX + IOCTLS_MAX)];
+	const size_t ioctls = sizeof(backend_ioctls) / sizeof(backend_ioctls[0]);
+	int ruleset = make_ruleset(false, false), error;
+	size_t n;
+
+	mallopt(M_ARENA_MAX, 1); /* to trim another arena, the C library opens a file */
+	error = confine_threads(ruleset, 0);
+	if (error)
+		return error;
+	n = filter_head(f);
+	n = allow_calls(f, n, process_calls, sizeof(process_calls) / sizeof(process_calls[0]));
+	n = allow_calls(f, n, backend_calls, sizeof(backend_calls) / sizeof(backend_calls[0]));
+	n = refuse_calls(f, n, refused_calls, sizeof(refused_calls) / sizeof(refused_calls[0]));
+	f[n++] = unless(SYS_ioctl, (uint8_t)(2 + 2 * ioctls));
+	f[n++] = load(offsetof(struct seccomp_data, args[1]));
+	n = allow_requests(f, n, backend_ioctls, ioctls);
+	f[n++] = answer(SECCOMP_RET_TRAP);
+	error = confine_calls(f, n, event, status, patience);
+	if (error)
+		return error;
+	return ruleset >= 0 ? PV_CONFINED_FILES | PV_CONFINED_CALLS : PV_CONFINED_CALLS;
+}
+
+/**
+ * pv_machine_stopped() - What has stopped a thread of the confined process
+ * @thread:	Room for 16 bytes: gets the thread's name
+ *
+ * Return: the number of the system call; -1: none was stopped
+ */
+int pv_machine_stopped(char *thread)
+{
+	if (!__atomic_load_n(&process.stopped, __ATOMIC_ACQUIRE))
+		return -1;
+	memcpy(thread, process.thread, sizeof(process.thread));
+	return process.call;
+}
+
+/**
+ * pv_spawn_sibling() - Run a program in a new child of this process's parent
+ * @argv:	The program's path and arguments, with a NULL at the end
+ * @from:	Descriptors that the child gets
+ * @to:		Their numbers in the child, at least 3
+ * @count:	How many
+ *
+ * The child has a session of its own, and /dev/null in the place of standard input and output. All
+ * signals have their default actions.
+ *
+ * Return: the child's id, or -errno
+ */
+int pv_spawn_sibling(char *const *argv, const int *from, const int *to, size_t count)
+{
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC), room = null + 1;
+	long pid;
+
+	for (size_t i = 0; i < count; i++) { /* behind every number that is used */
+		room = from[i] >= room ? from[i] + 1 : room;
+		room = to[i] >= room ? to[i] + 1 : room;
+	}
+	if (null < 0)
+		return -errno;
+	/* CLONE_VFORK without CLONE_VM: the parent goes on when the program runs or has failed. */
+	pid = syscall(SYS_clone, CLONE_PARENT | CLONE_VFORK | SIGCHLD, NULL, NULL, NULL, NULL);
+	if (pid) {
+		int error = pid < 0 ? -errno : 0;
+
+		close(null);
+		return error ? error : (int)pid;
+	}
+	for (int sig = 1; sig < _NSIG; sig++)
+		signal(sig, SIG_DFL);
+	setsid();
+	dup2(null, 0);
+	dup2(null, 1);
+	for (size_t i = 0; i < count; i++)
+		if (dup3(from[i], room + (int)i, O_CLOEXEC) < 0)
+			_exit(127);
+	for (size_t i = 0; i < count; i++)
+		if (dup2(room + (int)i, to[i]) < 0)
+			_exit(127);
+	execv(argv[0], argv);
+	_exit(127);
 }
 
 /**

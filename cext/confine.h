@@ -13,6 +13,10 @@
  * A process that has opened all that it needs, such as our own vhost-user back-end, can be confined
  * as a whole: no capabilities, no files, no sockets, no programs (Landlock, seccomp). What it may
  * not do kills it with SIGSYS, which its parent reports. The lists are in confine.c.
+ *
+ * A VMM gives up the same once its machine is made, but for files and devices that its command line
+ * names; and so does `pyvmm backend`, without any file. A thread that asks for more is stopped like a worker, the owner has some seconds to end the
+ * machine in order, and then the handler itself says what happened and ends the process.
  */
 #ifndef PV_CONFINE_H
 #define PV_CONFINE_H
@@ -22,6 +26,7 @@
 #include <stdint.h>
 
 int pv_confine_init(void);
+int pv_confine_signal(void);
 int pv_confine_thread(const uint16_t *calls, size_t count, void (*stopped)(int call));
 
 /* cffi: begin */
@@ -34,6 +39,13 @@ int pv_follow_parent(int32_t parent);
 int pv_enter_root(const char *root);
 int pv_confine_program(uint64_t keep);
 const char *pv_call_name(int call);
+int pv_landlock_abi(void);
+bool pv_has_seccomp(void);
+int pv_confine_machine(const char *const *files, size_t file_count, const char *const *devices,
+		       size_t device_count, uint64_t keep, int event, int status, int patience);
+int pv_confine_backend(int event, int status, int patience);
+int pv_machine_stopped(char *thread);
+int pv_spawn_sibling(char *const *argv, const int *from, const int *to, size_t count);
 /* cffi: end */
 
 #endif

@@ -98,6 +98,7 @@ int pv_thread_start(struct pv_thread *t, const char *name, int cpu, void (*run)(
 	sigfillset(&all);
 	sigdelset(&all, pv_interrupt_signal());
 	sigdelset(&all, SIGSYS);
+	sigdelset(&all, pv_confine_signal());
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	error = pthread_create(&t->pthread, NULL, thread_main, t);
 	pthread_sigmask(SIG_SETMASK, &old, NULL);

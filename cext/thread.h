@@ -12,7 +12,7 @@
  * The thread first names and pins itself, then waits at a gate until pv_thread_go(). So a caller
  * can make several threads, all of them or none, before the first of them does anything. The thread
  * has all signals blocked, because signals belong to the main thread, but for the one that gets it
- * out of a system call (event.h).
+ * out of a system call (event.h) and those that confine it (confine.h).
  *
  * After fork(2), the child process has no such thread. It must not join the thread, nor touch the
  * thread's data.

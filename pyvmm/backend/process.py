@@ -23,20 +23,20 @@ import time
 from collections import deque
 from contextlib import suppress
 
+from pyvmm import helper
 from pyvmm._ext import lib
 from pyvmm.errors import PyvmmError, ThreadStopped, VhostUserError
 from pyvmm.fd import Fd
 from pyvmm.hostnet.rights import recv_fds, send_fds
-from pyvmm.programs import module
 from pyvmm.vhostuser.connect import Connector
 from pyvmm.vhostuser.wire import Channel, Stopped, readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from pyvmm.helper import Child
     from pyvmm.hostnet.tap import Tap
 
 #: In place of a socket's path.
@@ -59,7 +59,7 @@ class BackendProcess:
     def __init__(self, tap: Tap) -> None:
         self._tap = tap
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._control: socket.socket | None = None
         self._fds: list[Fd] = []
         self._lines: deque[str] = deque(maxlen=LINES_MAX)
@@ -169,8 +169,6 @@ class BackendProcess:
         return word
 
     def _start(self, end: int) -> None:
-        import subprocess
-
         if self._closed:
             raise VhostUserError("our own back-end has been closed")
         tap, fds = self._tap, self._tap.fds
@@ -183,13 +181,7 @@ class BackendProcess:
         lent = [theirs.fileno(), *(fd.fileno() for fd in fds)]
         words = [str(lent[0]), tap.name, str(tap.mtu), str(tap.features()), *map(str, lent[1:])]
         try:
-            self._child = subprocess.Popen(
-                module("pyvmm.backend.process", *words),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=lent,
-                start_new_session=True,  # Ctrl-C is for us
-            )
+            self._child = helper.start_module("pyvmm.backend.process", words, lent)
         except OSError as e:
             ours.close()
             raise VhostUserError(f"cannot start our own back-end: {e.strerror}") from e
@@ -212,7 +204,7 @@ class BackendProcess:
                 child.wait(DEATH_S if dying else 0)
             if child.returncode is not None:
                 self._lines.append(end_of(child.returncode))
-            child.kill()
+            helper.kill(child)
             child.wait()
         self._drain()
         control, self._control = self._control, None
@@ -273,16 +265,12 @@ def follow(parent: int) -> bool:
     return not lib.pv_follow_parent(parent)
 
 
-def confine(log: Callable[[str], None], ioctls: Sequence[int] = ()) -> None:
-    """Leave this process what it needs to serve on the descriptors that it has or is given: no
-    file, no socket of its own, no program, no capability. Everything that it will run has been
-    imported.
-
-    :param ioctls: requests that it makes of its devices.
+def tell_errors(log: Callable[[str], None]) -> None:
+    """Log what ends a thread, in place of Python's own words, for which it would open the
+    sources.
     """
 
     def tell(kind: type[BaseException], error: BaseException | None, frames: Any) -> None:
-        """In place of Python's own words, for which it would open the sources."""
         log(f"{kind.__name__}: {error}")
         while frames is not None:
             code = frames.tb_frame.f_code
@@ -291,6 +279,16 @@ def confine(log: Callable[[str], None], ioctls: Sequence[int] = ()) -> None:
 
     sys.excepthook = tell
     threading.excepthook = lambda args: tell(*args[:3])
+
+
+def confine(log: Callable[[str], None], ioctls: Sequence[int] = ()) -> None:
+    """Leave this process what it needs to serve on the descriptors that it has or is given: no
+    file, no socket of its own, no program, no capability. Everything that it will run has been
+    imported.
+
+    :param ioctls: requests that it makes of its devices.
+    """
+    tell_errors(log)
     done = lib.pv_confine_process(list(ioctls), len(ioctls))
     if done < 0:
         log(f"it cannot be confined: {os.strerror(-done)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
+from pyvmm import helper
 from pyvmm.errors import ImageError
 from pyvmm.fd import Closing
 
@@ -33,8 +34,7 @@ class ImageFile(Closing):
         self.path, self.what = path, what
         self.fd = -1
         try:
-            # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = helper.open_to_read(path)
         except (OSError, ValueError) as e:
             cause = (e.strerror or str(e)) if isinstance(e, OSError) else str(e)
             raise self.bad(f"cannot be opened: {cause}") from e

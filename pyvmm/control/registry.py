@@ -170,8 +170,13 @@ class Claim:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             # Before the lock is released: afterwards the file may be another machine's.
-            _unlink(self._file)
+            mine = os.fstat(fd)
+            sockets.remove(self._file, (mine.st_dev, mine.st_ino))
             os.close(fd)
+
+    def files(self) -> list[str]:
+        """The paths that ``close`` removes."""
+        return [self.path, self._file]
 
 
 def _unlink(path: str) -> None:

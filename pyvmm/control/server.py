@@ -174,6 +174,10 @@ class Server:
         """The socket's path."""
         return self._claim.path
 
+    def files(self) -> list[str]:
+        """The paths that ``close`` removes."""
+        return self._claim.files()
+
     def emit(self, event: str, data: dict[str, object] | None = None) -> None:
         """Queue an event for every client that has negotiated. Any thread; never waits."""
         with self._mutex:

@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 
+from pyvmm import helper
 from pyvmm.errors import PyvmmError, VhostUserError
 from pyvmm.vhostuser.connect import Connector
 from pyvmm.vhostuser.wire import Channel, Stopped, readable
@@ -137,7 +138,7 @@ class ChildConnector(Connector):
             try:
                 status = self._child.wait(self.end_s)
             except subprocess.TimeoutExpired:
-                self._child.kill()
+                helper.kill(self._child)
                 self._child.wait()
             self._hear()
         said = self._said.decode(errors="replace").strip().rpartition("\n")[2]

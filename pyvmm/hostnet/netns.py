@@ -13,12 +13,12 @@ import socket
 import sys
 import threading
 
-from pyvmm import errors
+from pyvmm import helper
 from pyvmm._ext import lib
-from pyvmm.errors import HostError, NetForbidden, PyvmmError
+from pyvmm.errors import HostError, NetForbidden
 from pyvmm.fd import Closing, Fd
 from pyvmm.hostnet import userns
-from pyvmm.hostnet.rights import FDS_MAX, recv_fds, send_fds
+from pyvmm.hostnet.rights import FDS_MAX, recv_fds
 from pyvmm.hostnet.rtnetlink import Link, route_socket
 from pyvmm.hostnet.tap import TXQUEUELEN, Interface, Tap
 from pyvmm.programs import program
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
     #: A function that runs inside: returns a few words, and descriptors that the caller owns.
     Inside = Callable[[], tuple[list[str], list[int]]]
-
-#: The size of the longest answer from the child, in bytes: a traceback.
-ANSWER_MAX = 1 << 16
 
 
 def _in_thread(body: Inside) -> tuple[list[str], list[int]]:
@@ -66,7 +63,7 @@ def _in_child(body: Inside) -> tuple[list[str], list[int]]:
     if not pid:
         status = 1
         try:
-            status = _answer(theirs, body)
+            status = helper.answer(theirs, body)
         except BaseException:
             sys.excepthook(*sys.exc_info())  # the answer could not be sent
         finally:
@@ -74,43 +71,16 @@ def _in_child(body: Inside) -> tuple[list[str], list[int]]:
     theirs.close()
     status = 0
     try:
-        data, fds = recv_fds(ours, ANSWER_MAX, FDS_MAX)
+        data, fds = recv_fds(ours, helper.MESSAGE_MAX, FDS_MAX)
     finally:
         ours.close()
         try:
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         except ChildProcessError:
             pass  # the program that uses this library ignores SIGCHLD
-    kind, *words = data.decode(errors="surrogateescape").split("\0")
-    if kind == "ok":
-        return words, fds
-    if kind == "os":
-        raise OSError(int(words[0]), words[1])
-    if kind == "bug":
-        raise RuntimeError(f"in the child that makes a network namespace:\n{words[0]}")
-    if kind:
-        raise getattr(errors, kind)(*words)
-    raise HostError(f"the child that makes a network namespace died, status {status}")
-
-
-def _answer(channel: socket.socket, body: Inside) -> int:
-    """The child's side of ``_in_child``: run ``body`` and send the result; the exit status."""
-    fds: list[int] = []
-    status = 0
-    try:
-        words, fds = body()
-        words = ["ok", *words]
-    except PyvmmError as e:
-        words = [type(e).__name__, e.cause, e.hint]
-    except OSError as e:
-        words = ["os", str(e.errno or 0), e.strerror or str(e)]
-    except BaseException:
-        import traceback
-
-        words = ["bug", traceback.format_exc()[-ANSWER_MAX // 4 :]]  # up to 4 bytes each
-        status = 1
-    send_fds(channel, "\0".join(words).encode(errors="surrogateescape"), fds)
-    return status
+    if not data:
+        raise HostError(f"the child that makes a network namespace died, status {status}")
+    return helper.heard(data, fds, "the child that makes a network namespace")
 
 
 def why_no_user_namespace() -> str:
@@ -125,6 +95,51 @@ def why_no_user_namespace() -> str:
     except OSError as e:
         return e.strerror or str(e)
     return ""
+
+
+def make_inside(words: list[str]) -> tuple[list[str], list[int]]:
+    """Make a network namespace with a tap; an operation of ``helper``.
+
+    :param words: name, queues and queue length of the tap; its addresses and its MTU, each of which
+        may be empty.
+    :returns: ``root`` if the namespace has no user namespace of its own, the tap's MTU and index;
+        descriptors of the namespace, of its user namespace if there is one, of two rtnetlink
+        sockets, of the tap.
+    :raises NetForbidden: see ``Namespace``.
+    """
+    name, queues, txqueuelen, address, address6, mtu = words
+
+    def make() -> tuple[list[str], list[int]]:
+        if not root:
+            userns.become_root()
+        userns.unshare(lib.CLONE_NEWNET)
+        Interface("lo").up()
+        tap = Tap(
+            name,
+            queues=int(queues),
+            address=address or None,
+            address6=address6 or None,
+            mtu=int(mtu) if mtu else None,
+            txqueuelen=int(txqueuelen),
+        )
+        fds = [os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)]
+        if not root:
+            fds.append(os.open("/proc/thread-self/ns/user", os.O_RDONLY | os.O_CLOEXEC))
+        sockets = [route_socket(), route_socket(lib.RTMGRP_LINK)]
+        said = ["root" if root else "user", str(tap.mtu), str(Interface(name).index)]
+        return said, fds + [fd.fileno() for fd in (*sockets, *tap.fds)]
+
+    for root in (True, False) if os.geteuid() == 0 else (False,):
+        try:
+            return (_in_thread if root else _in_child)(make)
+        except OSError as e:
+            if root:
+                continue  # root without CAP_SYS_ADMIN: try it as an ordinary user
+            raise NetForbidden(
+                f"may not make a network namespace ({e.strerror})",
+                f"run as root, allow user namespaces ({userns.remedy()}), or give tap=NAME",
+            ) from e
+    raise AssertionError
 
 
 class Namespace(Closing):
@@ -150,45 +165,14 @@ class Namespace(Closing):
         name: str = "tap0",
         txqueuelen: int = TXQUEUELEN,
     ) -> None:
-        def make() -> tuple[list[str], list[int]]:
-            if not root:
-                userns.become_root()
-            userns.unshare(lib.CLONE_NEWNET)
-            Interface("lo").up()
-            tap = Tap(
-                name,
-                queues=queues,
-                address=address,
-                address6=address6,
-                mtu=mtu,
-                txqueuelen=txqueuelen,
-            )
-            fds = [os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)]
-            if not root:
-                fds.append(os.open("/proc/thread-self/ns/user", os.O_RDONLY | os.O_CLOEXEC))
-            sockets = [route_socket(), route_socket(lib.RTMGRP_LINK)]
-            words = [str(tap.mtu), str(Interface(name).index)]
-            return words, fds + [fd.fileno() for fd in (*sockets, *tap.fds)]
-
-        self._fds: list[Fd] = []
-        words: list[str] = []
-        raw: list[int] = []
-        for root in (True, False) if os.geteuid() == 0 else (False,):
-            try:
-                words, raw = (_in_thread if root else _in_child)(make)
-                break
-            except OSError as e:
-                if root:
-                    continue  # root without CAP_SYS_ADMIN: try it as an ordinary user
-                raise NetForbidden(
-                    f"may not make a network namespace ({e.strerror})",
-                    f"run as root, allow user namespaces ({userns.remedy()}), or give tap=NAME",
-                ) from e
+        asked = (name, queues, txqueuelen, address or "", address6 or "", mtu or "")
+        words, raw = helper.do("namespace", *map(str, asked))
+        root = words[0] == "root"
         fds = [Fd(fd) for fd in raw]
         self.net = fds.pop(0)
         self.user = None if root else fds.pop(0)
-        link = Link(int(words[1]), fds.pop(0), fds.pop(0))
-        self.tap = Tap.adopt(name, fds, int(words[0]), link)
+        link = Link(int(words[2]), fds.pop(0), fds.pop(0))
+        self.tap = Tap.adopt(name, fds, int(words[1]), link)
 
     def command(self, argv: Sequence[str] = ()) -> list[str]:
         """A command that runs ``argv`` inside. It works from any process of this user, for as long

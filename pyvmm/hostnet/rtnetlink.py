@@ -10,6 +10,7 @@ import sys
 import threading
 from socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
 
+from pyvmm import helper
 from pyvmm._ext import lib
 from pyvmm.errors import PyvmmError
 from pyvmm.fd import Fd
@@ -46,6 +47,16 @@ def route_socket(groups: int = 0) -> Fd:
         return Fd(s.detach())
 
 
+def route_sockets(words: list[str]) -> tuple[list[str], list[int]]:
+    """The two sockets of a ``Link``: for queries, and for events; an operation of ``helper``."""
+    query = route_socket()
+    try:
+        return [], [query.fileno(), route_socket(lib.RTMGRP_LINK).fileno()]
+    except BaseException:
+        query.close()
+        raise
+
+
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
     """The type and the payload of each netlink message in ``data``."""
     while len(data) >= HEADER.size:
@@ -63,8 +74,9 @@ class Link:
 
     def __init__(self, index: int, query: Fd | None = None, events: Fd | None = None) -> None:
         self.index = index
-        self._query = query or route_socket()
-        self._events = events or route_socket(lib.RTMGRP_LINK)
+        if query is None or events is None:
+            query, events = (Fd(fd) for fd in helper.do("route")[1])
+        self._query, self._events = query, events
         self._lock = threading.Lock()
 
     def fileno(self) -> int:

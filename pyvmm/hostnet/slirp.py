@@ -19,14 +19,16 @@ import sys
 from contextlib import suppress
 from ipaddress import IPv4Interface
 
+from pyvmm import helper
+from pyvmm._ext import ffi, lib
 from pyvmm.errors import NetError
 from pyvmm.fd import Fd
-from pyvmm.programs import module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Iterable, Sequence
+
+    from pyvmm.helper import Child
 
 #: Seconds for the child to start, and to end when its card has gone.
 START_S, END_S = 30.0, 2.0
@@ -112,11 +114,9 @@ class UserStack:
     def __init__(
         self, host: str, guest: str, mtu: int, *, loopback: bool, forwards: Iterable[Forward] = ()
     ) -> None:
-        import subprocess
-
         self.name, self.mtu = "user", mtu
         self.fds: list[Fd] = []
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._said: bytes | None = None
         self._cut = False
         try:
@@ -126,13 +126,9 @@ class UserStack:
                     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
                 self.fds.append(Fd(ours.detach()))
                 words = [str(theirs.fileno()), host, guest, str(mtu), str(int(loopback))]
-                self._child = subprocess.Popen(
-                    module("pyvmm.hostnet.slirp", *words, *map(str, forwards)),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # Ctrl-C is for us
+                words += map(str, forwards)
+                self._child = helper.start_module(
+                    "pyvmm.hostnet.slirp", words, [theirs.fileno()], silent=True
                 )
         except OSError as e:
             self.close()
@@ -197,15 +193,13 @@ class UserStack:
             try:
                 child.wait(END_S)
             except subprocess.TimeoutExpired:
-                child.kill()
+                helper.kill(child)
                 child.wait()
 
 
 def serve(fd: int, host: str, guest: str, mtu: int, loopback: bool, texts: Sequence[str]) -> None:
     """The child's main function: move packets until the card's end of ``fd`` closes."""
     import resource
-
-    from pyvmm._ext import ffi, lib
 
     frames = socket.socket(fileno=fd)
     with suppress(OSError):

@@ -6,6 +6,8 @@ import os
 import stat
 from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket
 
+from pyvmm import helper
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
@@ -66,10 +68,53 @@ def let_in(path: str, identity: Identity) -> None:
 
 
 def remove(path: str, identity: Identity) -> None:
-    """Remove the socket at ``path``, unless somebody has replaced or removed it."""
+    """Remove the file at ``path``, unless somebody has replaced or removed it. Never raises for
+    what the file system refuses: there is nothing more to do then.
+    """
+    helper.do("remove", path, *map(str, identity))
+
+
+def remove_named(words: list[str]) -> tuple[list[str], list[int]]:
+    """``remove``, as an operation of ``helper``.
+
+    :param words: the path, device and inode of the file.
+    """
+    path, device, inode = words
     try:
         info = os.lstat(path)
-        if (info.st_dev, info.st_ino) == identity:
+        if (info.st_dev, info.st_ino) == (int(device), int(inode)):
             os.unlink(path)
     except OSError:
-        pass  # it is gone, or may not be removed: there is nothing more to do
+        pass  # it is gone, or may not be removed
+    return [], []
+
+
+def connect_once(words: list[str]) -> tuple[list[str], list[int]]:
+    """A non-blocking stream socket that is connected; an operation of ``helper``.
+
+    :param words: the path of the socket that listens.
+    :raises OSError: from connect(2); EAGAIN if that socket's queue is full; EMFILE or ENFILE if
+        there is no descriptor.
+    """
+    with socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK) as sock:
+        sock.connect(words[0])
+        return [], [sock.detach()]
+
+
+def listen_at(words: list[str]) -> tuple[list[str], list[int]]:
+    """A non-blocking stream socket that listens; an operation of ``helper``. An abandoned socket at
+    the path is replaced. Only our own user may connect, whatever the umask is.
+
+    :param words: the path; a word that is not empty if anybody may connect; how many connections
+        may wait.
+    :returns: device and inode of the socket's file; the socket.
+    :raises OSError: there can be no socket at the path.
+    """
+    path, anybody, backlog = words
+    with socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK) as sock:
+        os.fchmod(sock.fileno(), 0o600)  # bind(2) gives the file this mode
+        identity = bind(sock, path)
+        if anybody:
+            let_in(path, identity)
+        sock.listen(int(backlog))
+        return [str(number) for number in identity], [sock.detach()]

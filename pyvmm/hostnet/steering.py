@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 
+from pyvmm import helper
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError
 from pyvmm.fd import Fd
@@ -251,6 +252,31 @@ def load(code: bytes) -> Fd:
     if fd < 0:
         raise HostError(f"the kernel takes no program for steering: {os.strerror(-fd)}")
     return Fd(fd)
+
+
+def load_described(words: list[str]) -> tuple[list[str], list[int]]:
+    """As ``load``, of the program that these words describe; an operation of ``helper``.
+
+    :param words: types, the key in hexadecimal, the queue for frames without a hash; then the
+        table.
+    :returns: the program's descriptor.
+    """
+    types, key, unclassified, *table = words
+    queues = [int(queue) for queue in table]
+    code = _program(int(types), bytes.fromhex(key), queues, int(unclassified))
+    return [], [load(code).fileno()]
+
+
+def load_steering(steering: Steering) -> Fd:
+    """Give the kernel the program for this steering; the caller owns the descriptor.
+
+    :raises HostError: as ``load``.
+    """
+    if not helper.sealed():
+        return load(steering_program(steering))
+    hashing = steering.hashing
+    words = (hashing.types, hashing.key.hex(), steering.unclassified, *steering.table)
+    return Fd(helper.do("steering", *map(str, words))[1][0])
 
 
 def may_steer() -> bool:

@@ -22,6 +22,7 @@ from socket import (
     socket,
 )
 
+from pyvmm import helper
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, NetError, NetForbidden, UsageError
 from pyvmm.fd import Fd
@@ -29,7 +30,7 @@ from pyvmm.hostnet import TAP_MAX_MTU
 from pyvmm.hostnet.addresses import parse_address
 from pyvmm.hostnet.framefilter import frame_filter
 from pyvmm.hostnet.rtnetlink import Link
-from pyvmm.hostnet.steering import load, may_steer, steering_program
+from pyvmm.hostnet.steering import load_steering, may_steer
 from pyvmm.spec.ethernet import ETH_DATA_LEN, ETH_MIN_MTU
 from pyvmm.spec.virtio_net import (
     VIRTIO_NET_F_CSUM,
@@ -110,6 +111,69 @@ def index_of(name: str, sock: socket) -> int:
     return int(struct.unpack_from("=i", answer, IFNAMSIZ)[0])
 
 
+#: What a program of ours asks of an interface, and changes.
+REQUESTS = (
+    lib.SIOCGIFINDEX,
+    lib.SIOCGIFFLAGS,
+    lib.SIOCSIFFLAGS,
+    lib.SIOCGIFMTU,
+    lib.SIOCSIFMTU,
+    lib.SIOCGIFTXQLEN,
+    lib.SIOCSIFTXQLEN,
+    lib.SIOCGIFADDR,
+    lib.SIOCSIFADDR,
+    lib.SIOCGIFNETMASK,
+    lib.SIOCSIFNETMASK,
+    lib.SIOCGIFHWADDR,
+    lib.SIOCBRADDIF,
+    lib.SIOCBRDELIF,
+)
+
+
+def interface_request(words: list[str]) -> tuple[list[str], list[int]]:
+    """Make a request of ``REQUESTS``; an operation of ``helper``.
+
+    :param words: the interface's name, the request, and the union of ``struct ifreq`` in
+        hexadecimal.
+    :returns: the union. :raises OSError: from ioctl(2).
+    """
+    name, number, data = words
+    request = int(number)
+    if request not in REQUESTS:
+        raise HostError(f"no request of ours: {request:#x}")
+    with socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0) as s:
+        out = ioctl(s.fileno(), request, struct.pack("16s24s", name.encode(), bytes.fromhex(data)))
+    return [out[IFNAMSIZ:].hex()], []
+
+
+def open_named(words: list[str]) -> tuple[list[str], list[int]]:
+    """Open one queue of a tap, which is made if there is none; an operation of ``helper``.
+
+    :param words: the tap's name; a word that is empty unless the tap has several queues.
+    :returns: the queue's descriptor. :raises NetError: ``TUN`` cannot be opened. :raises OSError:
+        it can, but the kernel does not open the tap.
+    """
+    name, multi = words
+    try:
+        fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NetError(
+            f"there is no {TUN}", "load the tun module, or give the container that device"
+        ) from None
+    except PermissionError:
+        raise NetForbidden(f"may not open {TUN}", f"as root: chmod 666 {TUN}") from None
+    except OSError as e:
+        raise NetError(f"cannot open {TUN}: {e.strerror}", "load the tun module") from e
+    try:
+        flags = lib.IFF_TAP | lib.IFF_NO_PI | lib.IFF_VNET_HDR
+        flags |= lib.IFF_MULTI_QUEUE if multi else 0
+        ioctl(fd, lib.TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    except BaseException:
+        os.close(fd)
+        raise
+    return [], [fd]
+
+
 class Interface:
     """A network interface by name, in the calling thread's network namespace.
 
@@ -121,11 +185,10 @@ class Interface:
         self.name = name
         self._undo: list[tuple[int, bytes]] = []
 
-    def _ioctl(self, request: int, data: bytes = b"", family: int = AF_INET) -> bytes:
+    def _ioctl(self, request: int, data: bytes = b"") -> bytes:
         """Make the request with ``data`` as the union of ``struct ifreq``; returns the union."""
-        with socket(family, SOCK_DGRAM | SOCK_CLOEXEC, 0) as s:
-            out = ioctl(s.fileno(), request, struct.pack("16s24s", self.name.encode(), data))
-        return out[IFNAMSIZ:]
+        (out,), _ = helper.do("interface", self.name, str(request), data.hex())
+        return bytes.fromhex(out)
 
     def _change(self, put: int, old: bytes, new: bytes, what: str, command: str) -> None:
         if old[: len(new)] == new:
@@ -160,8 +223,7 @@ class Interface:
     @property
     def index(self) -> int:
         """The interface's number in the network namespace."""
-        with socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC) as s:
-            return index_of(self.name, s)
+        return int(struct.unpack_from("=i", self._ioctl(lib.SIOCGIFINDEX))[0])
 
     @property
     def mtu(self) -> int:
@@ -459,23 +521,10 @@ class Tap:
 
     def _open(self, multi: bool) -> Fd:
         try:
-            fd = Fd(os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
-        except FileNotFoundError:
-            raise NetError(
-                f"there is no {TUN}", "load the tun module, or give the container that device"
-            ) from None
-        except PermissionError:
-            raise NetForbidden(f"may not open {TUN}", f"as root: chmod 666 {TUN}") from None
+            fd = Fd(helper.do("tap", self.name, "multi" if multi else "")[1][0])
         except OSError as e:
-            raise NetError(f"cannot open {TUN}: {e.strerror}", "load the tun module") from e
+            raise self._explain(e) from e
         try:
-            flags = (
-                lib.IFF_TAP
-                | lib.IFF_NO_PI
-                | lib.IFF_VNET_HDR
-                | (lib.IFF_MULTI_QUEUE if multi else 0)
-            )
-            ioctl(fd.fileno(), lib.TUNSETIFF, struct.pack("16sH22x", self.name.encode(), flags))
             _settle(fd)
         except OSError as e:
             fd.close()
@@ -569,7 +618,7 @@ class Tap:
         """
         if steering is None is self._wanted.steering:
             return
-        program = load(steering_program(steering)) if steering is not None else None
+        program = load_steering(steering) if steering is not None else None
         try:
             number = program.fileno() if program is not None else -1
             self._set(lib.TUNSETSTEERINGEBPF, struct.pack("=i", number), "steering")

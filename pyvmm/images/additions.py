@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import stat
 
+from pyvmm import helper
 from pyvmm.errors import ImageError, UsageError
 from pyvmm.images.cpio import Archive, HostFile, Listing
 from pyvmm.images.elf import LIBRARY_DIRS, Dynamic
+from pyvmm.programs import which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -328,11 +330,17 @@ class _LibraryCache:
         return found is not None and found.bits == bits
 
 
-def _loader_cache() -> dict[tuple[str, int], str]:
-    """What ``ldconfig -p`` lists: paths by name and word size."""
-    import subprocess
+_listed: dict[tuple[str, int], str] = {}
 
-    from pyvmm.programs import which
+
+def _loader_cache() -> dict[tuple[str, int], str]:
+    """What ``ldconfig -p`` lists: paths by name and word size. In the sandbox, which has no
+    programs, what it listed last: a reset packs again what was packed before.
+    """
+    global _listed
+    if helper.sealed():
+        return _listed
+    import subprocess
 
     tool = which("ldconfig", "/usr/sbin:/sbin:/usr/bin:/bin")
     if tool is None:
@@ -346,6 +354,7 @@ def _loader_cache() -> dict[tuple[str, int], str]:
         name, _, kind = name.partition(" ")
         if arrow:
             known.setdefault((name, 64 if "x86-64" in kind else 32), path)
+    _listed = known
     return known
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import stat
 
+from pyvmm import helper
 from pyvmm.errors import ImageError
 
 TYPE_CHECKING = False
@@ -52,8 +53,7 @@ class HostFile:
         :raises ImageError: the file cannot be read, or has changed since it was found.
         """
         try:
-            # Without O_NONBLOCK, opening a FIFO that has replaced the file would wait for a writer.
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = helper.open_to_read(self.path)
             try:
                 same = _identity(os.fstat(fd)) == self.identity
                 if same:

@@ -8,6 +8,7 @@ receiver of a message owns its descriptors, and no error leaves a descriptor ope
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -15,7 +16,8 @@ import struct
 import threading
 import time
 
-from pyvmm.errors import HostError, VhostUserError
+from pyvmm import helper
+from pyvmm.errors import HostError, UsageError, VhostUserError
 from pyvmm.hostnet import sockets
 from pyvmm.hostnet.rights import RightsLost, close_all, recv_fds, send_fds
 from pyvmm.spec import vhost_user as spec
@@ -471,21 +473,16 @@ def connect(path: str, timeout: float = 5.0, end: int = -1, *, peer: int | None 
     """
     until = time.monotonic() + timeout
     _address(path)
-    kind = socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    while (sock := _connected(path)) is None:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimedOut(
+                f"cannot connect to {path}: nobody accepts connections",
+                "look whether the other side hangs",
+            )
+        if readable([end], min(FULL_RETRY_S, left)):
+            raise Stopped(f"connecting to {path}: stopped")
     try:
-        sock = socket.socket(socket.AF_UNIX, kind)
-    except OSError as e:
-        raise VhostUserError(f"cannot make a socket: {e.strerror}", "ulimit -n") from e
-    try:
-        while not _connected(sock, path):
-            left = until - time.monotonic()
-            if left <= 0:
-                raise TimedOut(
-                    f"cannot connect to {path}: nobody accepts connections",
-                    "look whether the other side hangs",
-                )
-            if readable([end], min(FULL_RETRY_S, left)):
-                raise Stopped(f"connecting to {path}: stopped")
         check_peer(sock, path, peer)
     except BaseException:
         sock.close()
@@ -493,13 +490,19 @@ def connect(path: str, timeout: float = 5.0, end: int = -1, *, peer: int | None 
     return Channel(sock)
 
 
-def _connected(sock: socket.socket, path: str) -> bool:
-    """Try to connect; False if the queue of connections is full (EAGAIN of connect(2))."""
+def _connected(path: str) -> socket.socket | None:
+    """Try to connect; None if the queue of connections is full (EAGAIN of connect(2))."""
     try:
-        sock.connect(path)
+        sock = socket.socket(fileno=helper.do("connect", path)[1][0])
+        sock.setblocking(False)  # as it is; the object does not know
+        return sock
     except BlockingIOError:
-        return False
+        return None
+    except UsageError as e:  # of the sandbox
+        raise VhostUserError(e.cause, e.hint) from e
     except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            raise VhostUserError(f"cannot make a socket: {e.strerror}", "ulimit -n") from e
         hint = "start the other side first" if e.errno else ""
         if hint and "PYVMM_IN_TESTBED" in os.environ:
             # A socket does not reach from one kernel into another, though its file is seen.
@@ -507,7 +510,6 @@ def _connected(sock: socket.socket, path: str) -> bool:
         if isinstance(e, PermissionError):
             hint = "its owner or directory keeps this user out"
         raise VhostUserError(f"cannot connect to {path}: {e.strerror}", hint) from e
-    return True
 
 
 class Listener:
@@ -524,18 +526,15 @@ class Listener:
         which no process listens is replaced.
         """
         self.path, self._peer = _address(path), peer
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            os.fchmod(self._sock.fileno(), 0o600)  # bind(2) gives the file this mode
-            self._identity = sockets.bind(self._sock, path)
-            if peer is not None:
-                sockets.let_in(path, self._identity)
-            self._sock.listen(BACKLOG)
-            self._sock.setblocking(False)
+            anybody = "anybody" if peer is not None else ""
+            made, fds = helper.do("listen", path, anybody, str(BACKLOG))
         except OSError as e:
-            self._sock.close()
             hint = "stop the program that listens there, or name another path"
             raise VhostUserError(f"cannot listen on {path}: {e.strerror}", hint) from e
+        self._sock = socket.socket(fileno=fds[0])
+        self._sock.setblocking(False)
+        self._identity = int(made[0]), int(made[1])
 
     def fileno(self) -> int:
         """The socket's descriptor, for poll(2)."""

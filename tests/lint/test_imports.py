@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     {"errors", "fd", "programs", "spec", "threads", "__version__"},
-    {"memory", "kvm", "hostnet", "outcome", "vhostuser"},
+    {"memory", "kvm", "hostnet", "outcome", "vhostuser", "helper"},
     {"bus", "pci"},
     {"boot", "datapath", "devices", "virtio"},
     {
@@ -31,7 +31,7 @@ LAYERS = (
         "workloads",
     },
     {"card", "doctor"},
-    {"hang", "panics", "plugs", "vcpus"},
+    {"hang", "panics", "plugs", "vcpus", "sandbox"},
     {"assembly"},
     {"machine"},
     {"testing.suite"},
@@ -45,12 +45,14 @@ EXTENSION = (
     "datapath",
     "devices",
     "fd",
+    "helper",
     "hostnet",
     "kvm",
     "memory",
     "pci",
     "backend.memory",
     "backend.process",
+    "sandbox",
     "threads",
     "backend.vduse",
     "virtio.isr",

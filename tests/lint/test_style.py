@@ -92,6 +92,10 @@ def test_shared_eventfds_block_nobody() -> None:
         "cext/relay.c": ["eventfd_write(stop_fd, 1)"],
         "cext/net_worker.c": ["write(fd, &(uint64_t)"],  # signal_fd: wake_fd, event_fd, answer_fd
         "cext/event.c": ["write(fd, &(uint64_t)"],
+        "cext/confine.c": [
+            "write(STDERR_FILENO, line, n)",
+            "write(process.event, &one, sizeof(one)",
+        ],
     }
     found = {
         path: re.findall(r"\b(?:eventfd_)?write\([^)]*\)", (ROOT / path).read_text())

@@ -42,6 +42,10 @@ class Output:
             else:
                 self._fd = self._open(0 if keep else os.O_TRUNC)
                 self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+            if self._made:
+                from pyvmm import helper
+
+                helper.permit("remove", path)  # see ``close``
         except (OSError, ValueError) as e:
             reason = e.strerror if isinstance(e, OSError) else str(e)
             raise UsageError(f"{option} {path}: {reason}", "name a file that can be written") from e
@@ -89,9 +93,10 @@ class Output:
         fd, self._fd = self._fd, -1
         try:
             mine = os.fstat(fd)
-            now = os.stat(self.path)  # noqa: PTH116 - pathlib takes longer than all the rest
-            if self._made and not mine.st_size and os.path.samestat(mine, now):
-                os.unlink(self.path)  # noqa: PTH108
+            if self._made and not mine.st_size:
+                from pyvmm.hostnet import sockets
+
+                sockets.remove(self.path, (mine.st_dev, mine.st_ino))
         except OSError:
             pass  # somebody else has removed it
         try:

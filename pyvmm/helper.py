@@ -1,0 +1,424 @@
+"""The helper: a process of ours that does what a confined VMM cannot do any more (``sandbox``).
+
+Theory of operation. The helper is forked before the VMM has a thread, a file or the guest's memory.
+It waits at a socket, and ends with the VMM. Each request names an operation of ``OPERATIONS`` with
+its words and descriptors; the answer has words and descriptors, too, or an error. A process that it
+starts becomes a child of the VMM (CLONE_PARENT), which waits for it as for any child.
+
+The VMM may be somebody else's by the time it asks. So an operation does what its words say only in
+the ways that the code of the operation knows: it starts our own modules, it connects to sockets and
+removes files that were permitted before ``seal``, it makes taps in namespaces of their own.
+
+Without a helper, and before ``seal``, the same operations run in this process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+
+from pyvmm import errors
+from pyvmm._ext import ffi, lib
+from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.fd import Closing
+from pyvmm.hostnet.rights import FDS_MAX, recv_fds, send_fds
+from pyvmm.programs import module
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Protocol
+
+    #: What an operation returns: a few words, and descriptors that the caller owns.
+    Result = tuple[list[str], list[int]]
+    Operation = Callable[[list[str]], Result]
+
+    class Child(Protocol):
+        """A process that ``start_module`` has started: what is used of ``subprocess.Popen``."""
+
+        pid: int
+        returncode: int | None
+
+        def wait(self, timeout: float | None = None) -> int: ...
+        def poll(self) -> int | None: ...
+        def kill(self) -> None: ...
+
+
+#: The size of the longest message, in bytes: a traceback.
+MESSAGE_MAX = 1 << 16
+#: The modules that may be started.
+MODULES = ("pyvmm.backend.process", "pyvmm.hostnet.slirp")
+#: Name -> the function that does it: of a module that is imported when it is needed.
+OPERATIONS = {
+    "namespace": "pyvmm.hostnet.netns:make_inside",
+    "steering": "pyvmm.hostnet.steering:load_described",
+    "tap": "pyvmm.hostnet.tap:open_named",
+    "interface": "pyvmm.hostnet.tap:interface_request",
+    "route": "pyvmm.hostnet.rtnetlink:route_sockets",
+    "connect": "pyvmm.hostnet.sockets:connect_once",
+    "listen": "pyvmm.hostnet.sockets:listen_at",
+    "remove": "pyvmm.hostnet.sockets:remove_named",
+    "open": "pyvmm.helper:_open_to_read",
+}
+#: Operations whose first word has to be permitted.
+NAMED = ("connect", "listen", "remove", "tap", "interface", "open")
+
+
+def answer(channel: socket.socket, body: Callable[[], Result]) -> int:
+    """Run ``body`` and send its result, or its error, for ``heard``; returns an exit status. The
+    descriptors stay open.
+    """
+    fds: list[int] = []
+    status = 0
+    try:
+        words, fds = body()
+        words = ["ok", *words]
+    except PyvmmError as e:
+        kind = next(k.__name__ for k in type(e).__mro__ if hasattr(errors, k.__name__))
+        words = [kind, e.cause, e.hint]
+    except OSError as e:
+        words = ["os", str(e.errno or 0), e.strerror or str(e)]
+    except BaseException:
+        import traceback
+
+        words = ["bug", traceback.format_exc()[-MESSAGE_MAX // 4 :]]  # up to 4 bytes each
+        status = 1
+    send_fds(channel, "\0".join(words).encode(errors="surrogateescape"), fds)
+    for fd in fds:
+        os.close(fd)
+    return status
+
+
+def heard(data: bytes, fds: list[int], what: str) -> Result:
+    """The result that ``answer`` has sent.
+
+    :param what: has sent it, for messages.
+    :raises PyvmmError, OSError: this was the error. :raises RuntimeError: another one; the text is
+        the traceback.
+    """
+    kind, *words = data.decode(errors="surrogateescape").split("\0")
+    if kind == "ok":
+        return words, fds
+    if kind == "os":
+        raise OSError(int(words[0]), words[1])
+    if kind == "bug":
+        raise RuntimeError(f"in {what}:\n{words[0]}")
+    raise getattr(errors, kind)(*words)
+
+
+class Helper(Closing):
+    """The client's side. ``close`` ends the process.
+
+    :ivar pid: of the process.
+    """
+
+    def __init__(self, pid: int, channel: socket.socket) -> None:
+        self.pid, self._channel = pid, channel
+        self._lock = threading.Lock()
+        self.sealed = False
+
+    def ask(self, words: Sequence[str], fds: Sequence[int] = ()) -> Result:
+        """Have the helper do something. Any thread; takes as long as the operation.
+
+        :raises HostError: it has ended; or whatever the operation raises.
+        """
+        data = "\0".join(words).encode(errors="surrogateescape")
+        if len(data) > MESSAGE_MAX:
+            raise HostError(f"{len(data)} bytes are too many for {words[0]}")
+        with self._lock:
+            try:
+                send_fds(self._channel, data, fds)
+                answered, got = recv_fds(self._channel, MESSAGE_MAX, FDS_MAX)
+            except OSError as e:
+                raise HostError(f"pyvmm's helper does not answer: {e.strerror}") from e
+        if not answered:
+            raise HostError("pyvmm's helper has ended")
+        return heard(answered, got, "pyvmm's helper")
+
+    def close(self) -> None:
+        """End the process. A second call does nothing."""
+        global _current
+        if self.pid:
+            self._channel.close()
+            pid, self.pid = self.pid, 0
+            try:
+                os.waitpid(pid, 0)
+            except ChildProcessError:
+                pass  # whoever uses this library ignores SIGCHLD
+        if _current is self:
+            _current = None
+
+
+_current: Helper | None = None
+
+
+def current() -> Helper | None:
+    """The helper of this process; None if there is none."""
+    return _current
+
+
+def start() -> Helper:
+    """Fork the helper of this process, which has one thread only, and has none yet.
+
+    :raises HostError: there can be no process.
+    """
+    global _current
+    assert _current is None
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+    except OSError as e:
+        raise HostError(f"cannot start pyvmm's helper: {e.strerror}") from e
+    if not pid:
+        status = 1
+        try:
+            ours.close()
+            _serve(theirs)
+            status = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(status)
+    theirs.close()
+    _current = Helper(pid, ours)
+    return _current
+
+
+def sealed() -> bool:
+    """Whether this process has given up what the helper does."""
+    return _current is not None and _current.sealed
+
+
+def do(operation: str, *words: str) -> Result:
+    """Do an operation of ``OPERATIONS``: in this process, or after ``seal`` in the helper."""
+    if _current is not None and _current.sealed:
+        return _current.ask([operation, *words])
+    return _operation(operation)(list(words))
+
+
+def permit(operation: str, *names: str) -> None:
+    """Allow an operation of ``NAMED`` these names after ``seal``. Nothing without a helper."""
+    if _current is not None and not _current.sealed:
+        for name in names:
+            _current.ask(["permit", operation, name])
+
+
+def seal() -> None:
+    """Have the helper do all operations from now on, those of ``NAMED`` with permitted names
+    only.
+    """
+    if _current is not None:
+        _current.ask(["seal"])
+        _current.sealed = True
+
+
+def open_to_read(path: str) -> int:
+    """Open a file that may be a pipe by now, and that may have been replaced since the sandbox is
+    in force, which knows files and not their names; returns a descriptor.
+
+    :raises OSError: from open(2).
+    """
+    try:
+        return _open_to_read([path])[1][0]
+    except PermissionError:
+        if not sealed():
+            raise
+        return do("open", path)[1][0]
+
+
+def _open_to_read(words: list[str]) -> Result:
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+    return [], [os.open(words[0], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)]
+
+
+# --- children -------------------------------------------------------------------------------------
+
+
+class _Sibling:
+    """A child of this process that the helper has started; implements ``Child``."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._lock = threading.Lock()
+
+    def poll(self) -> int | None:
+        """The exit status; None while it runs."""
+        with self._lock:
+            if self.returncode is None:
+                try:
+                    pid, status = os.waitpid(self.pid, os.WNOHANG)
+                except ChildProcessError:
+                    pid, status = self.pid, 0  # as subprocess does
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(status)
+            return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end. :raises subprocess.TimeoutExpired: after ``timeout`` seconds."""
+        if self.poll() is None:
+            fd = os.pidfd_open(self.pid)
+            try:
+                waiting = select.poll()
+                waiting.register(fd, select.POLLIN)
+                waiting.poll(None if timeout is None else timeout * 1000)
+            finally:
+                os.close(fd)
+        status = self.poll()
+        if status is None:
+            import subprocess
+
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
+        return status
+
+    def kill(self) -> None:
+        """End it now."""
+        kill(self)
+
+
+def start_module(
+    name: str, words: Sequence[str], fds: Sequence[int], *, silent: bool = False
+) -> Child:
+    """Run a module of ours in a child of this process, in a session of its own, without standard
+    input and output.
+
+    :param name: one of ``MODULES``. :param words: its arguments. :param fds: descriptors that it
+        has under the same numbers.
+    :param silent: without standard error, too.
+    :raises OSError: it cannot be started.
+    """
+    if _current is not None and _current.sealed:
+        numbers = ",".join(map(str, fds))
+        answered, _ = _current.ask(["start", name, str(int(silent)), numbers, *words], fds)
+        return _Sibling(int(answered[0]))
+    import subprocess
+
+    return subprocess.Popen(
+        module(name, *words),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL if silent else None,
+        pass_fds=fds,
+        start_new_session=True,  # Ctrl-C is for us
+    )
+
+
+def kill(child: Child) -> None:
+    """Kill a child of this process, unless it has been waited for."""
+    if _current is None or not _current.sealed:
+        child.kill()
+    elif child.poll() is None:
+        _current.ask(["kill", str(child.pid)])
+
+
+# --- the helper itself ----------------------------------------------------------------------------
+
+
+def _operation(name: str) -> Operation:
+    where, _, function = OPERATIONS[name].partition(":")
+    found: Operation = getattr(importlib.import_module(where), function)
+    return found
+
+
+class _Rules:
+    """What may be asked for."""
+
+    def __init__(self) -> None:
+        self._permitted: set[tuple[str, str]] = set()
+        self.sealed = False
+
+    def permit(self, operation: str, name: str) -> None:
+        if self.sealed:
+            raise HostError("pyvmm's helper has been sealed")
+        self._permitted.add((operation, name))
+
+    def check(self, operation: str, name: str) -> None:
+        if (operation, name) not in self._permitted:
+            raise UsageError(
+                f"{name}: the sandbox has only what the command line names",
+                "name it at the start, or start with --sandbox off",
+            )
+
+
+def _serve(channel: socket.socket) -> None:
+    """The helper's life: do what is asked, until the VMM closes its end."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are for the VMM, which ends this process
+    os.setsid()
+    lib.pv_thread_name(b"pyvmm-helper")
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in (0, 1):
+        os.dup2(null, fd)  # nobody waits for the end of the output because of this process
+    os.close(null)
+    rules, parent = _Rules(), os.getppid()
+    while True:
+        data, fds = recv_fds(channel, MESSAGE_MAX, FDS_MAX)
+        if not data:
+            return
+        words = data.decode(errors="surrogateescape").split("\0")
+        try:
+            answer(channel, lambda: _do(rules, parent, words, fds))  # noqa: B023 - called at once
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _do(rules: _Rules, parent: int, words: list[str], fds: list[int]) -> Result:
+    operation, *rest = words
+    if operation in OPERATIONS:
+        if operation in NAMED:
+            rules.check(operation, rest[0])
+        return _operation(operation)(rest)
+    if operation == "permit":
+        rules.permit(rest[0], rest[1])
+    elif operation == "seal":
+        rules.sealed = True
+    elif operation == "start":
+        return [str(_spawn(rest[0], rest[1] == "1", rest[2], rest[3:], fds))], []
+    elif operation == "kill":
+        _kill(int(rest[0]), parent)
+    else:
+        raise HostError(f"pyvmm's helper does not know {operation!r}")
+    return [], []
+
+
+def _spawn(name: str, silent: bool, numbers: str, words: list[str], fds: list[int]) -> int:
+    """Start a module of ours as a child of the VMM; its process id."""
+    if name not in MODULES:
+        raise HostError(f"pyvmm's helper does not start {name}")
+    to = [int(number) for number in numbers.split(",") if number]
+    if len(to) != len(fds) or min(to, default=3) < 3:
+        raise HostError(f"{len(fds)} descriptors for {len(to)} numbers")
+    argv = [ffi.new("char[]", os.fsencode(word)) for word in module(name, *words)]
+    null = -1
+    if silent:
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        fds, to = [*fds, null], [*to, 2]
+    try:
+        pid = lib.pv_spawn_sibling(ffi.new("char *[]", [*argv, ffi.NULL]), fds, to, len(fds))
+    finally:
+        if null >= 0:
+            os.close(null)
+    if pid < 0:
+        raise OSError(-pid, os.strerror(-pid))
+    return int(pid)
+
+
+def _kill(pid: int, parent: int) -> None:
+    """Kill a child of the VMM's, which is a child until the VMM has waited for it."""
+    fd = os.pidfd_open(pid)
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            fields = f.read().rpartition(b")")[2].split()
+        if int(fields[1]) != parent:
+            raise HostError(f"process {pid} is no child of process {parent}")
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+    finally:
+        os.close(fd)
