@@ -550,6 +550,8 @@ class Parts:
         build_mptable(self.memory, cpus=want.cpus)
         self.cmdline = cmdline(want, cards)
         archive, self.notes = extra_archive(want, len(cards))
+        entries = archive.entries.values() if archive is not None else ()
+        self._packed = {entry.source.path for entry in entries if entry.source is not None}
         self.boot = load(
             self.memory,
             want.kernel,
@@ -560,6 +562,15 @@ class Parts:
             load_mode=want.load_mode,
             archive=archive,
         )
+
+    def sources(self) -> list[str]:
+        """The files and directories that a reset reads again."""
+        want = self._want
+        added = [text.rpartition(":/")[0] or text for text in want.add]
+        modules = [want.modules] if want.modules is not None else []
+        # Of multiboot's, each is FILE [ARGUMENTS][,FILE ...].
+        parts = [part.split(" ")[0] for text in want.initrds for part in text.split(",")]
+        return [want.kernel, *want.initrds, *parts, *added, *modules, *self._packed]
 
     def _set_boot_state(self) -> None:
         """Leave everything but memory as the boot loader does."""

@@ -232,6 +232,12 @@ class ThreadStopped(PyvmmError):
     exit_code = 128
 
 
+class SandboxError(PyvmmError):
+    """The process cannot be confined as ``--sandbox on`` wants it (docs/sandbox.md)."""
+
+    exit_code = 132
+
+
 class ShareError(PyvmmError):
     """A directory of the host cannot be shared with the guest, or the sharing has broken off."""
 

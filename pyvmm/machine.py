@@ -23,6 +23,7 @@ from pyvmm.errors import (
 from pyvmm.kvm.vcpu import RUNS_OFF
 from pyvmm.netopt import Net
 from pyvmm.outcome import Outcome
+from pyvmm.sandbox import CHOICES, Sandbox
 from pyvmm.spec.platform import IRQ_GED
 from pyvmm.threads import Thread
 
@@ -88,6 +89,9 @@ class Machine:
     :param modules: a tree of kernel modules: what Linux unpacks after the initrd (docs/add.md).
     :param stdin: a descriptor from which the command's standard input is read while the machine
         runs; it is lent. By default the command reads nothing.
+    :param sandbox: ``off``, ``auto`` or ``on``: whether ``start`` confines this process, for good
+        (docs/sandbox.md). It is off here because the process is the caller's: afterwards it can
+        open hardly a file, start no program and make no other machine.
     :raises PyvmmError: the machine cannot be made; nothing is left behind.
 
     ::
@@ -126,7 +130,10 @@ class Machine:
         add: Sequence[str] = (),
         modules: str | None = None,
         stdin: int | None = None,
+        sandbox: str = "off",
     ) -> None:
+        if sandbox not in CHOICES:
+            raise UsageError(f"--sandbox {sandbox}", f"use {', '.join(CHOICES)}")
         if on_reboot not in ("exit", "restart"):
             raise UsageError(f"--on-reboot {on_reboot}", "use exit or restart")
         description = Description(
@@ -181,6 +188,9 @@ class Machine:
             wake=self._stir.set,
         )
         self._stack = ExitStack()
+        self._sandbox = Sandbox(sandbox, nets, devices)
+        self._stack.callback(self._sandbox.close)
+        self._confined = False
         try:
             claim = None
             if qmp is not None:  # the name is taken first, because addresses follow from it
@@ -235,10 +245,36 @@ class Machine:
 
     # --- running ----------------------------------------------------------------------------------
 
+    @property
+    def sandbox(self) -> str:
+        """``on`` or ``off``, and the reason if ``auto`` has not made it whole."""
+        return self._sandbox.state
+
+    def confine(self, files: Sequence[str] = ()) -> None:
+        """Confine this process now, if ``sandbox`` asks for it; ``start`` does so otherwise. Call
+        it before ``start``.
+
+        :param files: files and directories that may be read afterwards, besides the machine's own.
+        :raises SandboxError: the kernel refuses.
+        """
+        if not self._sandbox.wanted or self._confined:
+            return
+        self._confined = True
+        removable = self._control.files() if self._control is not None else []
+        with self._parts.lock:
+            readable = [*self._parts.sources(), *files]
+            self._sandbox.enter(readable, removable, self._thread_stopped)
+
+    def _thread_stopped(self, thread: str, problem: str) -> None:
+        """A thread of this process is not ours any more: end the machine, without that thread."""
+        self.vcpu_threads.lose(thread)
+        self._finish(Outcome("thread-stopped", problem), final=True)
+
     def start(self) -> None:
         """Let the guest run; returns at once."""
         if self._supervisor is not None:
             raise HostError("the machine has been started already")
+        self.confine()
         for stream in self._parts.streams:
             stream.start()
         if self._parts.hang_watch is not None:
@@ -791,4 +827,5 @@ class Machine:
             boot=self.boot,
             cmdline=self.cmdline(),
             streams=(self.console, self.stdout, self.stderr),
+            sandbox=self.sandbox,
         )

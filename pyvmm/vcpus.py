@@ -69,6 +69,7 @@ class VcpuThreads:
         self._halted = self._paused = False
         self._parked = 0
         self._left = 0  # threads that have left the guest for good
+        self._lost: set[str] = set()  # names of threads that will never do anything again
 
     def run(self) -> None:
         """Run all vCPUs until ``halt``; returns at once if ``halt`` has been called before."""
@@ -85,7 +86,7 @@ class VcpuThreads:
             self._changed.wait_for(lambda: self._halted or self._left == len(threads))
         for thread in threads:
             thread.join(KICK_AGAIN_S)
-            while thread.is_alive():
+            while thread.is_alive() and thread.name not in self._lost:
                 # It may have been about to kick by an exit, and now wait for a back-end that keeps
                 # the eventfd full (cext/event.h).
                 self.kick()
@@ -99,6 +100,10 @@ class VcpuThreads:
             self._halted = True
             self._kick()
             self._changed.notify_all()
+
+    def lose(self, thread: str) -> None:
+        """Wait no more for the thread of this name, if it is a vCPU's: it has been stopped."""
+        self._lost.add(thread)
 
     def rearm(self) -> None:
         """Allow another ``run`` after a ``halt``."""

@@ -13,8 +13,9 @@ Examples:
   pyvmm backend --socket $DIR/s --pcap dump.pcap      writes the guest's packets to a file
   pyvmm backend --vduse card0 --tap tap0              makes the vDPA device card0
 
+Once its descriptors are open, the process confines itself (docs/sandbox.md), but not with --vduse.
 The command ends at SIGINT or SIGTERM, with exit status 0; with 128 if one of its threads makes a
-system call that it may not make.
+system call that it may not make; with 132 if --sandbox on is impossible.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import sys
 
 from pyvmm.cli.support.options import count
-from pyvmm.errors import HostError, ThreadStopped, UsageError
+from pyvmm.errors import HostError, SandboxError, ThreadStopped, UsageError
 from pyvmm.netopt import UID_MAX
 
 TYPE_CHECKING = False
@@ -77,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pin the first pair's worker to CPU C, the next to C+1, ...",
     )
     add("--quiet", "-q", action="store_true", help="say nothing about connections")
+    add(
+        "--sandbox",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="confine this process once its descriptors are open: on if the host can (auto); "
+        "not with --vduse",
+    )
     add("--counters", action="store_true", help="print the counters at the end, as JSON")
 
 
@@ -94,7 +102,12 @@ def run(args: argparse.Namespace) -> int:
     done = threading.Event()
     before = {n: signal.signal(n, lambda *_: done.set()) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _serve(args, done)
+        if args.vduse or args.sandbox == "off":
+            return _serve(args, done)
+        from pyvmm import helper
+
+        with helper.start():  # before there is a thread
+            return _serve(args, done)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -155,6 +168,8 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
                 backends, filter(None, (args.socket or args.vduse, args.connect)), strict=True
             )
         ]
+        if not args.vduse and args.sandbox != "off":
+            _confine(args, log, stopped)
         for thread in threads:
             thread.start()
         try:
@@ -177,6 +192,24 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
             "capture less, or onto another disk",
         )
     return 0
+
+
+def _confine(args: argparse.Namespace, log: Any, stopped: Any) -> None:
+    """Give up what this process does not need any more (docs/sandbox.md)."""
+    import json  # noqa: F401 - here, because afterwards nothing can be imported
+
+    from pyvmm import sandbox
+    from pyvmm.backend.process import tell_errors
+
+    names = [("interface", args.tap), ("tap", args.tap)] if args.tap else []
+    for path in filter(None, (args.socket, args.connect)):
+        names += [("connect" if args.client else "listen", path), ("remove", path)]
+    tell_errors(lambda line: print(f"pyvmm: {line}", file=sys.stderr, flush=True))
+    why = sandbox.confine_backend(names, lambda thread, problem: stopped(problem))
+    if why and args.sandbox == "on":
+        raise SandboxError(f"--sandbox on: {why}", "use --sandbox auto, or off")
+    if why:
+        log(f"not wholly confined: {why}")
 
 
 def _named(log: Any, path: str) -> Any:

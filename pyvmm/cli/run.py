@@ -27,6 +27,7 @@ Examples:
   pyvmm run --disk scratch.qcow2 -- sh -c 'mke2fs /dev/vda && mount /dev/vda /mnt && run-tests'
   pyvmm run --disk base.qcow2,snapshot=on --disk input.img,format=raw,ro=on -- run-tests
   pyvmm run --device vhost-user,id=rng,socket=/run/rng.sock -- head -c 8 /dev/hwrng
+  pyvmm run --sandbox on --kernel bzImage --initrd untrusted.img --timeout 60
 
 Network cards: --net MODE[,key=value...], once per card
   emulated    the data path in this process
@@ -96,8 +97,9 @@ Exit status: the command's; or 2 bad usage, 101 a result or the output could not
 102..104 no usable KVM, 105 bad kernel or initrd, 106..107 network, 108 no vhost-net, 112 no fitting
 vhost-user back-end, 116 the guest hangs (--hang-timeout), 117 a --budget is broken, 118 the kernel
 reported what --fail-on names, 119 the guest ended before COMMAND did, 120 panic, 121 reboot, 122
-triple fault, 123 KVM error, 124 time-out, 125 no fitting vDPA device, 130 Ctrl-C, 131 a --share
-that cannot be had or broke off, 133 a --disk likewise, 141 nobody reads the output, 143 SIGTERM.
+triple fault, 123 KVM error, 124 time-out, 125 no fitting vDPA device, 128 a thread of pyvmm's was
+stopped, 130 Ctrl-C, 131 a --share that cannot be had or broke off, 132 --sandbox on is impossible,
+133 a --disk that cannot be had or broke off, 141 nobody reads the output, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -269,6 +271,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
     add(
+        "--sandbox",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="confine this process before the guest runs: on if the host can (auto); see "
+        "docs/sandbox.md",
+    )
+    add(
         "--verbose",
         "-v",
         action="store_true",
@@ -351,7 +360,13 @@ def run(args: argparse.Namespace) -> int:
             note=note,
             lasting=args.detach is not None,
         )
-        return orderly(lambda: _boot(args)) if status is None else status
+        if status is not None:
+            return status
+        if args.sandbox != "off":
+            from pyvmm import helper
+
+            stack.enter_context(helper.start())  # before there is a thread
+        return orderly(lambda: _boot(args))
 
 
 def _initrd(name: str) -> str:
@@ -628,6 +643,7 @@ class _Run:
             add=args.add,
             modules=args.modules,
             stdin=0 if args.feed else None,
+            sandbox=args.sandbox,
         ) as machine:
             self.machine = machine
             for note in machine.notes:
@@ -643,6 +659,9 @@ class _Run:
             if watchdog is not None:
                 watchdog.close()
                 watchdog.arm()
+            machine.confine([args.vmlinux] if args.vmlinux is not None else [])
+            if args.verbose:
+                print(f"pyvmm: sandbox: {machine.sandbox}", file=sys.stderr)
             try:
                 outcome = self._attend(machine)
                 if watchdog is not None:

@@ -26,11 +26,12 @@ def build(
     boot: BootState,
     cmdline: str,
     streams: Iterable[Stream],
+    sandbox: str = "off",
 ) -> dict[str, object]:
     """Make the report of a machine, which must not be closed yet.
 
     :param outcome: None while the machine runs. :param streams: the guest's output.
-    :param cpu: as ``Machine`` takes it.
+    :param cpu: as ``Machine`` takes it. :param sandbox: ``Machine.sandbox``.
     """
     phases = dict(accounts.phases)
     firsts = [v.c.first_run for v in accounts.vcpus if v.c.first_run]
@@ -49,6 +50,7 @@ def build(
         "cpus": len(accounts.vcpus),
         "memory_bytes": memory_bytes,
         "cpu": cpu,
+        "sandbox": sandbox,
         "boot": {"kind": boot.kind, "cmdline": cmdline},
         "reboots": accounts.reboots,
         "phases_s": {

@@ -97,6 +97,7 @@ class RunFiles:
                 "status": machine.command_status,
                 "phase": says.phase(machine.phases, bool(machine.console.text)),
                 "cmdline": machine.cmdline(),
+                "sandbox": machine.sandbox,
                 "cpus": machine.cpus,
                 "memory_bytes": machine.memory.size,
                 "vcpus": [

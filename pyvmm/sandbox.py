@@ -1,0 +1,204 @@
+"""What the process of ``pyvmm run`` gives up once its machine is made (docs/sandbox.md).
+
+Capabilities go, but for the one by which root reads the kernel again at a reset; files, but for
+those that the machine is made of and those of Python; devices, but for /dev/vhost-net; and system
+calls, but for a list (``cext/confine.c``). What the machine may need later of all that, the helper
+does (``helper``), which has been started before. For the process there is no way back.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+
+from pyvmm import helper
+from pyvmm._ext import ffi, lib
+from pyvmm.errors import SandboxError, ThreadStopped
+from pyvmm.fd import EventFd
+from pyvmm.threads import Thread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from pyvmm.devopt import Device
+    from pyvmm.netopt import Net
+
+CHOICES = ("auto", "on", "off")
+#: What a program needs to run: libraries, Python, /proc, the time zone.
+SYSTEM = (
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/proc",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/sys/devices/system/cpu",
+)
+DEVICES = ("/dev/vhost-net", "/dev/null")
+CAP_DAC_READ_SEARCH = 2
+_NO_SECCOMP = "this kernel has no filters of system calls (seccomp)"
+_confined = False  # this process, for good
+#: Seconds for an orderly end after a thread was stopped.
+ORDERLY_S = 5 if "PYVMM_IN_TESTBED" not in os.environ else 20
+
+
+class Sandbox:
+    """The confinement of this process, for one machine.
+
+    :param want: of ``CHOICES``. :param nets, devices: of the machine.
+    :ivar state: ``on`` or ``off``, and for ``auto`` the reason if it is not whole; for people.
+    :raises SandboxError: ``on``, and this process cannot be confined.
+    """
+
+    def __init__(self, want: str, nets: Sequence[Net], devices: Sequence[Device]) -> None:
+        self._nets, self._devices = nets, devices
+        self._wake: EventFd | None = None
+        why = _why_not(nets)
+        without = "" if why else _why_no_files()
+        if want == "on" and (why or without):
+            raise SandboxError(f"--sandbox on: {why or without}", "use --sandbox auto, or off")
+        self.wanted = want != "off" and not why
+        self.state = "off"
+        if self.wanted:
+            self.state = f"on, but for files: {without}" if without else "on"
+        elif why and want == "auto":
+            self.state = f"off: {why}"
+        self._own = None
+        if self.wanted and helper.current() is None:
+            self._own = helper.start()
+
+    def enter(
+        self, files: Iterable[str], removable: Iterable[str], stopped: Callable[[str, str], None]
+    ) -> None:
+        """Confine this process, for good. No other thread may start a thread meanwhile.
+
+        :param files: files and directories that it may read. :param removable: files that it will
+            remove.
+        :param stopped: is told, in a thread of its own, the name of the thread that was stopped,
+            and why.
+        :raises SandboxError: the kernel refuses. Then the process may be confined in part.
+        """
+        global _confined
+        assert self.wanted and self._wake is None
+        _confined = True
+        for net in self._nets:
+            if net.socket:
+                helper.permit("listen" if net.server else "connect", net.socket)
+                helper.permit("remove", net.socket)
+            if net.tap:
+                helper.permit("tap", net.tap)
+                helper.permit("interface", net.tap)
+        for device in self._devices:
+            if device.socket:
+                helper.permit("listen" if device.server else "connect", device.socket)
+                helper.permit("remove", device.socket)
+        helper.permit("remove", *removable)
+        files = list(files)
+        helper.permit("open", *files)
+        helper.seal()
+        sys.dont_write_bytecode = True
+        self._wake = event = EventFd()
+        keep = 1 << CAP_DAC_READ_SEARCH & _capabilities()
+        readable = [ffi.new("char[]", os.fsencode(p)) for p in (*SYSTEM, *_own_places(), *files)]
+        devices = [ffi.new("char[]", os.fsencode(p)) for p in DEVICES]
+        _check(
+            lib.pv_confine_machine(
+                readable,
+                len(readable),
+                devices,
+                len(devices),
+                keep,
+                event.fileno(),
+                ThreadStopped.exit_code,
+                ORDERLY_S,
+            )
+        )
+        _watch(event, stopped)
+
+    def close(self) -> None:
+        """End a helper of our own. The process stays confined. A second call does nothing."""
+        if self._wake is not None:
+            self._wake.signal()  # not closed: the handler of a stopped thread may write to it
+        if self._own is not None:
+            self._own.close()
+
+
+def confine_backend(names: Sequence[tuple[str, str]], stopped: Callable[[str, str], None]) -> str:
+    """Confine this process, a vhost-user back-end that has its descriptors and a helper, for good.
+
+    :param names: operations of the helper and the names that it may use later.
+    :param stopped: as for ``Sandbox.enter``.
+    :returns: why the process is not confined, or not wholly; empty if it is.
+    :raises SandboxError: the kernel refuses.
+    """
+    if not lib.pv_has_seccomp():
+        return _NO_SECCOMP
+    without = _why_no_files()
+    for operation, name in names:
+        helper.permit(operation, name)
+    helper.seal()
+    event = EventFd()
+    _check(lib.pv_confine_backend(event.fileno(), ThreadStopped.exit_code, ORDERLY_S))
+    _watch(event, stopped)
+    return without
+
+
+def _check(done: int) -> None:
+    if done < 0:
+        raise SandboxError(
+            f"this process cannot be confined: {os.strerror(-done)}", "use --sandbox off"
+        )
+
+
+def _watch(event: EventFd, stopped: Callable[[str, str], None]) -> None:
+    """Wait in a thread for the eventfd, and tell which thread was stopped, if there is one."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(event.fileno(), select.POLLIN)
+        poll.poll()
+        name = ffi.new("char[16]")
+        call = lib.pv_machine_stopped(name)
+        if call < 0:
+            return  # ``Sandbox.close``
+        thread = ffi.string(name).decode(errors="replace")
+        known = lib.pv_call_name(call)
+        asked = f"{ffi.string(known).decode()}()" if known else f"system call {call}"
+        stopped(thread, f"{thread} asked for {asked}, which it may not have")
+
+    Thread(target=watch, name="sandbox", daemon=True).start()
+
+
+def _why_not(nets: Sequence[Net]) -> str:
+    """Why this process cannot be confined; empty if it can."""
+    if not lib.pv_has_seccomp():
+        return _NO_SECCOMP
+    if _confined:
+        return "this process is confined already, for another machine"
+    if any("vhost-vdpa" in (net.mode, *net.switchable) for net in nets):
+        return "vhost-vdpa makes and maps devices while the guest runs"
+    return ""
+
+
+def _why_no_files() -> str:
+    return "" if lib.pv_landlock_abi() else "this kernel has no Landlock"
+
+
+def _own_places() -> list[str]:
+    """Where Python and pyvmm have their modules. Never the whole of a file system."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    places = [f"{here}/pyvmm", *sys.path]
+    for prefix in {sys.prefix, sys.base_prefix, sys.exec_prefix}:
+        places += [f"{prefix}/lib", f"{prefix}/lib64"]
+    return [place for place in places if place.startswith("/") and place != "/"]
+
+
+def _capabilities() -> int:
+    """The capabilities that this thread may use, as bits."""
+    with open("/proc/thread-self/status", "rb") as f:
+        for line in f:
+            if line.startswith(b"CapPrm:"):
+                return int(line.split()[1], 16)
+    return 0

@@ -1,0 +1,304 @@
+"""The process of ``pyvmm run`` and of ``pyvmm backend`` once they are confined: what they can still
+do, and what happens to a thread that asks for more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pyvmm import helper
+from tests.driver import wait_for
+from tests.host.test_confined import status_of, threads
+from tests.inject import EXECVE, OPENAT, PTRACE, SOCKET, inject
+
+ROOT = Path(__file__).parents[2]
+Guest = Callable[[str], str]
+PATIENCE = 60.0
+PYVMM = [sys.executable, "-m", "pyvmm"]
+NAMES = {OPENAT: "openat", SOCKET: "socket", EXECVE: "execve", PTRACE: "ptrace"}
+#: Without openat, which the process may ask for: Landlock answers.
+VMM_CALLS = {call: name for call, name in NAMES.items() if call != OPENAT}
+
+
+@contextlib.contextmanager
+def running(*args: str, command: str = "run") -> Iterator[subprocess.Popen[str]]:
+    host = ["--host", "local"] if command == "run" else []
+    with subprocess.Popen(
+        [*PYVMM, command, *host, *args],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def busy(guest: Guest, *args: str) -> list[str]:
+    """The options of a machine whose guest sends packets without end."""
+    return ["--kernel", guest("pcinet"), "--memory", "4M", "--append", "count=1000000000", *args]
+
+
+def ask(pid: int, thread: str, call: int) -> bool:
+    """Have a confined thread ask for a call; whether it did."""
+    with contextlib.suppress(OSError):
+        tid = threads(pid).get(thread, 0)
+        return tid != 0 and status_of(tid, "Seccomp") == "2" and inject(tid, call)
+    return False
+
+
+@pytest.mark.parametrize("call", VMM_CALLS, ids=VMM_CALLS.values())
+@pytest.mark.parametrize("thread", ["vcpu0", "supervisor", "net0"])
+def test_a_thread_of_the_vmm_is_stopped(
+    guest: Guest, tmp_path: Path, thread: str, call: int
+) -> None:
+    """The machine ends with its own status, and says which thread asked for what."""
+    report = tmp_path / "r.json"
+    with running(*busy(guest, "--sandbox", "on", "--json", str(report))) as vm:
+        assert wait_for(lambda: ask(vm.pid, thread, call))
+        _, err = vm.communicate(timeout=PATIENCE)
+    assert vm.returncode == 128, err
+    assert f"was stopped: {thread} asked for {NAMES[call]}(), which it may not have" in err, err
+    if thread == "vcpu0":  # the others are needed for an orderly end
+        told = json.loads(report.read_text())
+        assert (told["verdict"], told["sandbox"]) == ("thread-stopped", "on"), told
+
+
+def test_the_main_thread_is_stopped(guest: Guest) -> None:
+    """Nobody is left who could end the machine in order: the handler says why, and ends it."""
+    with running(*busy(guest, "--sandbox", "on")) as vm:
+
+        def stopped() -> bool:
+            with contextlib.suppress(OSError):
+                return status_of(vm.pid, "Seccomp") == "2" and inject(vm.pid, EXECVE)
+            return False
+
+        assert wait_for(stopped)
+        _, err = vm.communicate(timeout=PATIENCE)
+    assert vm.returncode == 128, err
+    assert "asked for execve(), which it may not have" in err, err
+
+
+@pytest.mark.parametrize("call", NAMES, ids=NAMES.values())
+def test_a_back_end_is_stopped(tmp_path: Path, call: int) -> None:
+    """``pyvmm backend`` has no file, socket or program, and says what it was made to ask for."""
+    path = tmp_path / "s"
+    with running("--socket", str(path), "--loopback", command="backend") as backend:
+        assert wait_for(path.exists)
+        status = {f: status_of(backend.pid, f) for f in ("Seccomp", "NoNewPrivs", "CapEff")}
+        assert status == {"Seccomp": "2", "NoNewPrivs": "1", "CapEff": "0" * 16}
+        assert wait_for(lambda: inject(backend.pid, call))
+        _, err = backend.communicate(timeout=PATIENCE)
+    assert backend.returncode == 128, err
+    assert f"asked for {NAMES[call]}(), which it may not have" in err, err
+    path.unlink(missing_ok=True)  # the main thread, which is stopped, would remove it
+
+
+def test_a_back_end_goes_on(guest: Guest, tmp_path: Path) -> None:
+    """A confined back-end serves one front-end after another, and removes its socket."""
+    path = tmp_path / "s"
+    card = f"vhost-user,socket={path}"
+    with running("--socket", str(path), "--loopback", "-q", command="backend") as backend:
+        assert wait_for(path.exists)
+        for _ in range(2):
+            argv = ["run", "--host", "local", "--kernel", guest("hello"), "--memory", "4M"]
+            subprocess.run(
+                [*PYVMM, *argv, "--net", card], cwd=ROOT, check=True, capture_output=True
+            )
+        backend.send_signal(signal.SIGTERM)
+        _, err = backend.communicate(timeout=PATIENCE)
+    assert (backend.returncode, err) == (0, "")
+    assert not path.exists()
+
+
+def test_a_confined_machine_is_as_any_other(guest: Guest, tmp_path: Path) -> None:
+    """Live switches, a back-end that dies and comes back, a reset with a kernel that has replaced
+    the first one: what needs a process, a socket or a file, the helper does.
+    """
+    kernel, other = tmp_path / "kernel", tmp_path / "other"
+    shutil.copy(guest("pcinet"), kernel)
+    shutil.copy(guest("pcinet"), other)
+    name, report = f"sandbox-{os.getpid()}", tmp_path / "r.json"
+    args = busy(guest, "--sandbox", "on", "--name", name, "--report", str(report))
+    args[1] = str(kernel)
+    args += ["--net", "emulated,switchable=vhost-user"]
+    with running(*args) as vm:
+
+        def do(command: str, *words: str) -> None:
+            argv = [*PYVMM, command, "--host", "local", name, *words]
+            subprocess.run(argv, cwd=ROOT, capture_output=True, check=True)
+
+        assert wait_for(lambda: "sandbox" in threads(vm.pid) and "tap0-0" in threads(vm.pid))
+        do("switch", "vhost-user")
+
+        def child() -> int:
+            """The process of our own back-end, once it serves; else 0."""
+            for children in Path(f"/proc/{vm.pid}/task").glob("*/children"):
+                with contextlib.suppress(OSError):
+                    for pid in map(int, children.read_text().split()):
+                        if "tap0-0" in threads(pid):
+                            return pid
+            return 0
+
+        first = child()
+        assert first
+        os.kill(first, signal.SIGKILL)
+        assert wait_for(lambda: child() not in (0, first)), "another one has come"
+        do("switch", "emulated")
+        other.replace(kernel)
+        do("reset")
+        assert wait_for(lambda: "tap0-0" in threads(vm.pid))
+        do("quit")
+        _, err = vm.communicate(timeout=PATIENCE)
+    assert vm.returncode == 0, err
+    told = json.loads(report.read_text())
+    assert (told["sandbox"], told["reboots"]) == ("on", 1), told
+    assert [s["outcome"] for s in told["nets"][0]["switches"]] == ["switched"] * 2, told
+
+
+CONFINED = """
+import os, resource, socket, sys
+from pyvmm import Machine, Net
+with Machine(sys.argv[1], memory="4M", sandbox=sys.argv[2]) as vm:
+    vm.start()
+    assert vm.wait(60).kind == "poweroff"
+    print(vm.sandbox, flush=True)
+    {}
+"""
+
+
+def confined(guest: Guest, deed: str, sandbox: str = "on") -> subprocess.CompletedProcess[str]:
+    """Run a machine to its end in a process, and then a statement in that process."""
+    return subprocess.run(
+        [sys.executable, "-c", CONFINED.format(deed), guest("hello"), sandbox],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("deed", "answer"),
+    [
+        ("open('/etc/hostname')", "PermissionError"),
+        ("open('/tmp/x', 'w')", "PermissionError"),
+        ("os.listdir('/')", "PermissionError"),
+        ("os.unlink(sys.argv[1])", "PermissionError"),
+        ("open('/dev/kvm', 'r+b', buffering=0)", "PermissionError"),
+        ("open(os.__file__).close(); print('read')", "read"),
+        ("import xml.dom.minidom, ssl; print('imported')", "imported"),
+        ("open(sys.argv[1], 'rb').close(); print('kernel')", "kernel"),
+        ("os.fork()", "asked for clone()"),
+        ("os.system('true')", "killed"),  # it blocks signals, SIGSYS among them
+        ("os.execv('/bin/true', ['true'])", "asked for execve()"),
+        ("os.kill(os.getppid(), 0)", "asked for kill()"),
+        ("socket.socket()", "asked for socket()"),
+        ("resource.prlimit(os.getppid(), resource.RLIMIT_CORE)", "asked for system call 302"),
+        ("import fcntl; fcntl.ioctl(0, 0x5412, b'x')", "asked for ioctl()"),  # TIOCSTI
+    ],
+)
+def test_what_the_process_may_do(guest: Guest, deed: str, answer: str) -> None:
+    run = confined(guest, deed)
+    assert run.stdout.startswith("on\n"), run
+    if answer == "killed":
+        assert run.returncode == -signal.SIGSYS, run
+        return
+    assert answer in run.stdout + run.stderr, run
+    if answer.startswith("asked for"):
+        assert run.returncode == 128, run
+
+
+def test_capabilities(guest: Guest) -> None:
+    """Of those that root has, one is left, by which the kernel is read again."""
+    deed = "print(*(line.split()[1] for line in open('/proc/self/status') if line[:3] == 'Cap'))"
+    inheritable, permitted, effective, bounding, ambient = confined(guest, deed).stdout.split()[1:]
+    assert int(permitted, 16) == int(effective, 16)
+    assert int(permitted, 16) & ~(1 << 2) == 0  # CAP_DAC_READ_SEARCH
+    assert int(inheritable, 16) == int(ambient, 16) == 0
+    assert os.geteuid() or int(bounding, 16) == 0
+
+
+def test_one_machine_per_process(guest: Guest) -> None:
+    """Of a process that is confined, another machine cannot be made; it says so."""
+    again = "vm.close(); Machine(sys.argv[1], memory='4M', sandbox='on')"
+    assert "SandboxError: --sandbox on: this process is confined already" in (
+        confined(guest, again).stderr
+    )
+
+
+def test_all_threads_are_confined(guest: Guest) -> None:
+    """Also those that were there before, and those that come."""
+    with running(*busy(guest, "--sandbox", "on", "--timeout", "600")) as vm:
+        assert wait_for(lambda: "vcpu0" in threads(vm.pid) and "tap0-0" in threads(vm.pid))
+        tids = threads(vm.pid)
+        assert {"control", "net0", "supervisor", "sandbox"} <= set(tids)
+        for name, tid in tids.items():
+            assert status_of(tid, "Seccomp") == "2", name
+            assert status_of(tid, "NoNewPrivs") == "1", name
+            assert int(status_of(tid, "CapEff"), 16) & ~(1 << 2) == 0, name
+
+
+def test_what_is_said(guest: Guest, tmp_path: Path) -> None:
+    """The report, the verdict and -v say whether the process was confined; a refusal has a
+    status of its own.
+    """
+    report, verdict = tmp_path / "r.json", tmp_path / "v.json"
+    argv = [*PYVMM, "run", "--host", "local", "--kernel", guest("hello"), "--memory", "4M"]
+    files = ["--report", str(report), "--json", str(verdict), "--net", "none", "-v"]
+    for want, said in (("on", "on"), ("auto", "on"), ("off", "off")):
+        run = subprocess.run(
+            [*argv, *files, "--sandbox", want], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert f"pyvmm: sandbox: {said}\n" in run.stderr
+        assert json.loads(report.read_text())["sandbox"] == said
+        assert json.loads(verdict.read_text())["sandbox"] == said
+    run = subprocess.run(
+        [*argv, "--sandbox", "on", "--net", "vhost-vdpa"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 132
+    assert run.stderr.startswith("pyvmm: --sandbox on: vhost-vdpa makes"), run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_nothing_is_left(guest: Guest) -> None:
+    """The helper ends with the machine, also if the machine is killed."""
+    with running(*busy(guest, "--sandbox", "on")) as vm:
+        assert wait_for(lambda: "vcpu0" in threads(vm.pid))
+        (pid,) = (
+            int(pid)
+            for pid in Path(f"/proc/{vm.pid}/task/{vm.pid}/children").read_text().split()
+            if "pyvmm-helper" in threads(int(pid))
+        )
+        vm.kill()
+        vm.wait()
+        assert wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_what_the_helper_makes() -> None:
+    """A tap in a namespace, steering, a user network: as without the helper."""
+    from pyvmm.hostnet.netns import Namespace
+    from pyvmm.hostnet.slirp import UserStack
+
+    with helper.start():
+        helper.seal()
+        with Namespace(address="192.168.7.1/24", queues=2) as inside:
+            assert len(inside.tap.fds) == 2
+            assert inside.tap.link().stats()
+        stack = UserStack("10.0.2.2/24", "10.0.2.15/24", 1500, loopback=False)
+        try:
+            stack.need()
+        finally:
+            stack.close()
