@@ -545,7 +545,7 @@ static const uint16_t machine_calls[] = {
 	SYS_epoll_pwait, SYS_epoll_pwait2, SYS_eventfd2, SYS_memfd_create, SYS_fsync,
 	/* files */
 	SYS_openat, SYS_newfstatat, SYS_stat, SYS_lstat, SYS_statx, SYS_access, SYS_faccessat,
-	SYS_faccessat2, SYS_readlink, SYS_readlinkat, SYS_getdents64, SYS_getcwd, SYS_statfs,
+	SYS_faccessat2, SYS_readlink, SYS_readlinkat, SYS_getdents64, SYS_getcwd, SYS_chdir, SYS_fchdir, SYS_statfs,
 	/* sockets that are there */
 	SYS_sendmsg, SYS_recvmsg, SYS_sendto, SYS_recvfrom, SYS_shutdown, SYS_getsockopt,
 	SYS_setsockopt, SYS_getsockname, SYS_getpeername, SYS_accept, SYS_accept4, SYS_socketpair,

@@ -353,7 +353,10 @@ def _serve(channel: socket.socket) -> None:
         signal.signal(number, signal.SIG_IGN)  # they are for the VMM, which ends this process
     os.setsid()
     lib.pv_thread_name(b"pyvmm-helper")
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # then no machine can be made, which the VMM will say
+        null = os.eventfd(0)
     for fd in (0, 1):
         os.dup2(null, fd)  # nobody waits for the end of the output because of this process
     os.close(null)

@@ -90,6 +90,8 @@ class Sandbox:
             if net.tap:
                 helper.permit("tap", net.tap)
                 helper.permit("interface", net.tap)
+            if net.bridge:
+                helper.permit("interface", net.bridge)
         for device in self._devices:
             if device.socket:
                 helper.permit("listen" if device.server else "connect", device.socket)

@@ -26,7 +26,7 @@ SCOPES = ("function", "class", "module", "package", "session")
 MARKER = (
     "add", "append", "command", "cpu", "cpus", "disk", "fail_on", "hang_timeout", "huge", "initrd",
     "kernel", "load_address", "load_mode", "memory", "modules",
-    "net", "on_reboot", "start", "test_devices", "timeout",
+    "net", "on_reboot", "sandbox", "start", "test_devices", "timeout",
 )  # fmt: skip
 CONSOLE_LINES = 200
 

@@ -80,7 +80,9 @@ def preload(tmp_path_factory: pytest.TempPathFactory) -> str:
 def interrupted(
     preload: str, seen: Path, times: int, kernel: str, append: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--qmp", "none"]
+    # The library writes a file, which a confined process may not.
+    argv = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--sandbox", "off"]
+    argv += ["--qmp", "none"]
     env = {"LD_PRELOAD": preload, "SEEN": str(seen), "INTERRUPTIONS": str(times)}
     return subprocess.run(
         [*argv, "--kernel", kernel, "--net", "emulated", "--append", append],

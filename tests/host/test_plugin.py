@@ -284,3 +284,20 @@ def test_bad_configuration(tmp_path: Path) -> None:
     assert (
         session.status == 4 and "pyvmm_scope = forever: use one of function, class" in session.out
     )
+
+
+def test_a_session_that_is_confined(guest: Guest, tmp_path: Path) -> None:
+    """It can still report, but write no file."""
+    (tmp_path / "test_it.py").write_text(f"""
+import pytest
+
+@pytest.mark.pyvmm(kernel={guest("hello")!r}, sandbox="on")
+def test_it(vm):
+    assert vm.wait(60).kind == "poweroff"
+    assert vm.sandbox == "on"
+    with pytest.raises(PermissionError):
+        open("file", "w")
+""")
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done
