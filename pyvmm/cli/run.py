@@ -24,7 +24,7 @@ Examples:
   pyvmm run --root tree --init systemd --memory 512M -- systemctl is-system-running --wait
   pyvmm run --share .:rw -- ./run-my-test.sh
   pyvmm run --share ~/cases:/cases --share out:/out:rw -- sh -c 'ls /cases >/out/list'
-  pyvmm run --disk scratch.qcow2 -- sh -c 'mke2fs /dev/vda && mount /dev/vda /mnt && run-tests'
+  pyvmm run --disk scratch.raw -- sh -c 'mke2fs /dev/vda && mount /dev/vda /mnt && run-tests'
   pyvmm run --disk base.qcow2,snapshot=on --disk input.img,format=raw,ro=on -- run-tests
   pyvmm run --device vhost-user,id=rng,socket=/run/rng.sock -- head -c 8 /dev/hwrng
   pyvmm run --sandbox on --kernel bzImage --initrd untrusted.img --timeout 60

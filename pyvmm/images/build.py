@@ -304,7 +304,7 @@ def _initramfs(
 ) -> tuple[bytes, list[str]]:
     """The initramfs as a cpio archive, and the paths of the modules that init loads, in order."""
     archive = Archive()
-    for path in ("/dev", "/proc", "/sys", "/tmp", "/run", "/root", "/sbin"):
+    for path in ("/dev", "/proc", "/sys", "/tmp", "/run", "/root", "/mnt", "/sbin"):
         archive.directory(path)
     archive.device("/dev/console", 5, 1)
     archive.device("/dev/null", 1, 3, 0o666)

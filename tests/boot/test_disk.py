@@ -21,9 +21,10 @@ MIB = 1 << 20
 SCRIPT = r"""
 awk '$4 ~ /^vd/ {print $4, $3}' /proc/partitions
 cat /sys/block/vd?/ro
-mke2fs -q /dev/vda && mount /dev/vda /mnt && echo kept >/mnt/file && umount /mnt && echo made
+mke2fs /dev/vda >/dev/null && mount /dev/vda /mnt && echo kept >/mnt/file
+umount /mnt && echo made
 printf thrown >/dev/vdb && sync && head -c 6 /dev/vdb; echo
-printf no >/dev/vdc; head -c 5 /dev/vdc; echo
+printf no | dd of=/dev/vdc conv=notrunc; head -c 5 /dev/vdc; echo
 echo ready
 read_again() { echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda of=/dev/null count=1; }
 while read_again; do sleep 0.1; done 2>/dev/null
