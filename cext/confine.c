@@ -631,37 +631,64 @@ static void on_confine(int sig)
 	errno = saved;
 }
 
-/* Have the other threads confine themselves; 0 or -errno. */
-static int confine_others(void)
+/*
+ * Have the other threads that are not in @known confine themselves, and note them there. Returns how
+ * many there were, or -errno.
+ */
+static int confine_new(int *known, size_t *count, size_t room)
 {
-	struct sigaction sa = {.sa_handler = on_confine, .sa_flags = SA_RESTART};
 	DIR *tasks = opendir("/proc/self/task");
 	struct timespec until;
 	struct dirent *task;
-	int asked = 0;
+	int asked = 0, left;
 
 	if (!tasks)
 		return -errno;
-	sem_init(&sandbox.done, 0, 0);
-	sigaction(pv_confine_signal(), &sa, NULL);
 	while ((task = readdir(tasks))) {
-		long tid = atol(task->d_name);
+		int tid = atoi(task->d_name);
+		size_t i = 0;
 
-		if (tid > 0 && tid != gettid() &&
-		    !syscall(SYS_tgkill, getpid(), tid, pv_confine_signal()))
+		while (i < *count && known[i] != tid)
+			i++;
+		if (tid <= 0 || tid == gettid() || i < *count)
+			continue;
+		if (*count == room) {
+			closedir(tasks);
+			return -E2BIG;
+		}
+		known[(*count)++] = tid;
+		if (!syscall(SYS_tgkill, getpid(), tid, pv_confine_signal()))
 			asked++;
 	}
 	closedir(tasks);
 	clock_gettime(CLOCK_REALTIME, &until);
 	until.tv_sec += 10;
-	while (asked) {
+	for (left = asked; left;) {
 		if (!sem_timedwait(&sandbox.done, &until))
-			asked--;
+			left--;
 		else if (errno != EINTR)
 			return -errno;
 	}
+	return asked;
+}
+
+/*
+ * Have the other threads confine themselves; 0 or -errno. A thread that one of them makes meanwhile
+ * is found the next time, until there is no new one.
+ */
+static int confine_others(void)
+{
+	struct sigaction sa = {.sa_handler = on_confine, .sa_flags = SA_RESTART};
+	int known[4096], found;
+	size_t count = 0;
+
+	sem_init(&sandbox.done, 0, 0);
+	sigaction(pv_confine_signal(), &sa, NULL);
+	do
+		found = confine_new(known, &count, sizeof(known) / sizeof(known[0]));
+	while (found > 0);
 	/* The handler stays: a thread that was about to end may still have the signal. */
-	return 0;
+	return found;
 }
 
 /**
@@ -756,7 +783,7 @@ static int confine_calls(struct sock_filter *f, size_t n, int event, int status,
  * @status:	The exit status if the process does not end in order
  * @patience:	within so many seconds after that
  *
- * All threads are confined, and those to come. No thread may be made meanwhile.
+ * All threads are confined, and those to come.
  *
  * Return: PV_CONFINED_* bits, where the kernel knows these means; -errno if the process cannot be
  * confined: then it may be in part

@@ -53,7 +53,7 @@ class Sandbox:
     """
 
     def __init__(self, want: str, nets: Sequence[Net], devices: Sequence[Device]) -> None:
-        self._nets, self._devices = nets, devices
+        self._want, self._nets, self._devices = want, nets, devices
         self._wake: EventFd | None = None
         why = _why_not(nets)
         without = "" if why else _why_no_files()
@@ -72,13 +72,14 @@ class Sandbox:
     def enter(
         self, files: Iterable[str], removable: Iterable[str], stopped: Callable[[str, str], None]
     ) -> None:
-        """Confine this process, for good. No other thread may start a thread meanwhile.
+        """Confine this process, for good. If the kernel refuses in spite of what it has said of
+        itself, ``state`` says so, or with ``on`` an error.
 
         :param files: files and directories that it may read. :param removable: files that it will
             remove.
         :param stopped: is told, in a thread of its own, the name of the thread that was stopped,
             and why.
-        :raises SandboxError: the kernel refuses. Then the process may be confined in part.
+        :raises SandboxError: the kernel refuses ``on``. The process may be confined in part.
         """
         global _confined
         assert self.wanted and self._wake is None
@@ -105,18 +106,20 @@ class Sandbox:
         keep = 1 << CAP_DAC_READ_SEARCH & _capabilities()
         readable = [ffi.new("char[]", os.fsencode(p)) for p in (*SYSTEM, *_own_places(), *files)]
         devices = [ffi.new("char[]", os.fsencode(p)) for p in DEVICES]
-        _check(
-            lib.pv_confine_machine(
-                readable,
-                len(readable),
-                devices,
-                len(devices),
-                keep,
-                event.fileno(),
-                ThreadStopped.exit_code,
-                ORDERLY_S,
-            )
+        done = lib.pv_confine_machine(
+            readable,
+            len(readable),
+            devices,
+            len(devices),
+            keep,
+            event.fileno(),
+            ThreadStopped.exit_code,
+            ORDERLY_S,
         )
+        if done < 0 and self._want == "auto":
+            self.state = f"on in part: {os.strerror(-done)}"
+        else:
+            _check(done)
         _watch(event, stopped)
 
     def close(self) -> None:

@@ -262,6 +262,11 @@ class Interface:
             self._change(lib.SIOCSIFNETMASK, b"", head + mask, f"netmask ({text})", command)
             self._undo[-2:] = [(lib.SIOCSIFADDR, old[0]), (lib.SIOCSIFNETMASK, old[1])]
             return
+        if helper.sealed():
+            raise UsageError(
+                f"{text}: a confined machine gives a tap no IPv6 address",
+                f"as root: {command}; or start with --sandbox off",
+            )
         try:
             with open(f"/proc/sys/net/ipv6/conf/{self.name}/accept_dad", "w") as f:
                 f.write("0")

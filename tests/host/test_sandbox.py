@@ -16,7 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm import helper
+from pyvmm import Net, helper
+from pyvmm.card.uplink import Uplink
+from pyvmm.errors import UsageError
+from pyvmm.hostnet.netns import Namespace
+from pyvmm.hostnet.slirp import UserStack
 from tests.driver import wait_for
 from tests.host.test_confined import status_of, threads
 from tests.inject import EXECVE, OPENAT, PTRACE, SOCKET, inject
@@ -289,11 +293,12 @@ def test_nothing_is_left(guest: Guest) -> None:
 
 def test_what_the_helper_makes() -> None:
     """A tap in a namespace, steering, a user network: as without the helper."""
-    from pyvmm.hostnet.netns import Namespace
-    from pyvmm.hostnet.slirp import UserStack
-
     with helper.start():
         helper.seal()
+        with pytest.raises(UsageError, match="vhost-vdpa: a confined machine"):
+            Uplink(Net("vhost-vdpa"), None)
+        with pytest.raises(UsageError, match="only what the command line names"):
+            Uplink(Net("emulated", tap="lo"), None)
         with Namespace(address="192.168.7.1/24", queues=2) as inside:
             assert len(inside.tap.fds) == 2
             assert inside.tap.link().stats()
