@@ -175,6 +175,22 @@ void pv_bus_put(struct pv_bus *bus, const struct pv_bus_region *r)
 		pthread_rwlock_unlock(&bus->lock);
 }
 
+/**
+ * pv_notify_take() - Have kicks of a virtqueue taken in the vCPU's thread, or by the eventfd again
+ * @bus:	The bus that the registers are on; vCPUs may use it meanwhile
+ * @n:		The kick registers
+ * @queue:	Number of the virtqueue, less than PV_QUEUES
+ * @t:		Takes its kicks, lent until this is called again; NULL: none
+ *
+ * When this returns, no vCPU is in the taker of before: the bus is locked during an access.
+ */
+void pv_notify_take(struct pv_bus *bus, struct pv_notify *n, uint32_t queue, struct pv_taker *t)
+{
+	pthread_rwlock_wrlock(&bus->lock);
+	n->taker[queue] = t;
+	pthread_rwlock_unlock(&bus->lock);
+}
+
 /* --- accesses --------------------------------------------------------------------------------- */
 
 static bool serial_access(struct pv_serial *s, uint64_t offset, bool write, uint8_t *data,
@@ -220,6 +236,10 @@ static bool notify_access(const struct pv_bus_region *r, uint64_t offset, bool w
 	queue = kicked_queue(r, offset, data, size);
 	if (queue == PV_REG_NO_QUEUE)
 		return true;
+	if (n->taker[queue]) {
+		n->taker[queue]->take(n->taker[queue]);
+		return true;
+	}
 	if (n->fd[queue] < 0)
 		return false;
 	pv_event_nudge(n->fd[queue]); /* a peer may have spoilt it, and the bus is locked */

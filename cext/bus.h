@@ -65,8 +65,11 @@ int pv_bus_remove(struct pv_bus *bus, enum pv_space space, uint64_t base, uint32
 struct pv_notify {
 	uint32_t count;
 	uint32_t stride;
-	int32_t fd[PV_QUEUES]; /* lent; -1: Python answers */
+	int32_t fd[PV_QUEUES];		   /* lent; -1: Python answers */
+	struct pv_taker *taker[PV_QUEUES]; /* lent; in place of the eventfd; NULL: none */
 };
+
+void pv_notify_take(struct pv_bus *bus, struct pv_notify *n, uint32_t queue, struct pv_taker *t);
 
 /*
  * The PCI configuration address latch (PCI 3.0, 3.2.2.3.2). C answers accesses to functions that do

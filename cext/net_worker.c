@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <linux/virtio_net.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -29,10 +30,12 @@
 /* With the scratch buffer, what readv takes without allocating (UIO_FASTIOV). */
 #define READV_SMALL  7
 #define LARGE_CREDIT 64 /* reads with the whole window after a frame that needed it */
-#define LEGACY_HDR   10 /* struct virtio_net_hdr; all headers begin with it */
-#define V1_HDR	     12 /* struct virtio_net_hdr_v1 */
-#define HASH_HDR     20 /* struct virtio_net_hdr_v1_hash */
-#define TUNNEL_HDR   24 /* struct virtio_net_hdr_v1_hash_tunnel */
+/* How long a vCPU waits for the thread at most, before it leaves its kick to the thread. */
+#define LOCK_MS	   100
+#define LEGACY_HDR 10 /* struct virtio_net_hdr; all headers begin with it */
+#define V1_HDR	   12 /* struct virtio_net_hdr_v1 */
+#define HASH_HDR   20 /* struct virtio_net_hdr_v1_hash */
+#define TUNNEL_HDR 24 /* struct virtio_net_hdr_v1_hash_tunnel */
 /* gso_type of segments in a UDP tunnel over IPv4 or IPv6; linux/virtio_net.h since Linux 6.17 */
 #define GSO_TUNNEL 0x60
 /* See linger(). */
@@ -112,7 +115,14 @@ struct events {
 };
 
 struct pv_net_worker {
+	struct pv_taker taker; /* first: take_kick() makes a worker of it */
 	struct pv_thread thread;
+	/* With in_exit: held by the thread while it is not in epoll, and by the vCPU that kicks. */
+	pthread_mutex_t lock;
+	bool owed;	/* with in_exit: the thread is to transmit; else always true */
+	bool by_kicker; /* a vCPU, not the thread, has the lock */
+	uint32_t turn;	/* packets per turn of the thread */
+	uint32_t batch; /* packets per publication */
 	struct pv_vring ring[2];
 	struct pv_inflight inflight[2];
 	struct pv_dirty_log log; /* bits: NULL if there is none */
@@ -206,6 +216,17 @@ static uint64_t packets_of(const struct pv_net_worker *w, int q)
 	return q == RX ? w->count.rx_packets : w->count.tx_packets;
 }
 
+/* Interrupt the guest. */
+static void interrupt(struct pv_net_worker *w, const struct pv_net_ring *ring)
+{
+	if (ring->inject)
+		pv_inject(ring->inject);
+	else if (w->by_kicker)
+		pv_event_nudge(ring->call); /* a peer may have spoilt it, and the bus is locked */
+	else
+		pv_event_add(ring->call);
+}
+
 /* Interrupt the guest where it wants it. n chains have been published since it was last asked. */
 static void decide(struct pv_net_worker *w, int q, uint32_t n)
 {
@@ -217,7 +238,7 @@ static void decide(struct pv_net_worker *w, int q, uint32_t n)
 	if (w->cfg.trace)
 		trace_event(w, PV_TRACE_BATCH, q, n, call);
 	if (call) {
-		pv_event_add(w->cfg.ring[q].call);
+		interrupt(w, &w->cfg.ring[q]);
 		add(q == RX ? &w->count.rx_calls : &w->count.tx_calls, 1);
 	} else {
 		add(q == RX ? &w->count.rx_calls_suppressed : &w->count.tx_calls_suppressed, 1);
@@ -670,7 +691,7 @@ static bool rx_turn(struct pv_net_worker *w)
 	uint32_t packets = 0, bytes = 0, batch_packets = 0, batch_bytes = 0;
 	bool more = true;
 
-	while (packets < TURN_PACKETS && bytes < TURN_BYTES) {
+	while (packets < w->turn && bytes < TURN_BYTES) {
 		size_t len;
 
 		if (!w->held.len) {
@@ -723,7 +744,7 @@ static bool rx_turn(struct pv_net_worker *w)
 		}
 		bytes += (uint32_t)len;
 		batch_bytes += (uint32_t)len;
-		if (++batch_packets >= BATCH_PACKETS || batch_bytes >= BATCH_BYTES) {
+		if (++batch_packets >= w->batch || batch_bytes >= BATCH_BYTES) {
 			flush(w, RX);
 			batch_packets = batch_bytes = 0;
 		}
@@ -732,15 +753,15 @@ static bool rx_turn(struct pv_net_worker *w)
 	return more;
 }
 
-/* Transmit: from the guest to fd. Returns whether more may be waiting. */
-static bool tx_turn(struct pv_net_worker *w)
+/* Transmit: up to max frames from the guest to fd. Returns whether more may be waiting. */
+static bool tx_turn(struct pv_net_worker *w, uint32_t max)
 {
 	struct pv_vring *vr = &w->ring[TX];
 	uint32_t packets = 0, bytes = 0, batch_packets = 0, batch_bytes = 0;
 	uint64_t begun = w->burst.packets ? 0 : now_us();
 	bool more = true;
 
-	while (packets < TURN_PACKETS && bytes < TURN_BYTES) {
+	while (packets < max && bytes < TURN_BYTES) {
 		struct pv_chain c;
 		enum pv_step step = pv_vring_pop(vr, w->tx_iov, PV_CHAIN_MAX, &c);
 		ssize_t n;
@@ -798,7 +819,7 @@ static bool tx_turn(struct pv_net_worker *w)
 		n = c.out_len < TURN_BYTES ? (ssize_t)c.out_len : (ssize_t)TURN_BYTES;
 		bytes += (uint32_t)n;
 		batch_bytes += (uint32_t)n;
-		if (++batch_packets >= BATCH_PACKETS || batch_bytes >= BATCH_BYTES) {
+		if (++batch_packets >= w->batch || batch_bytes >= BATCH_BYTES) {
 			flush(w, TX);
 			batch_packets = batch_bytes = 0;
 		}
@@ -831,8 +852,8 @@ static bool net_round(struct pv_net_worker *w)
 	(void)decide_delayed(w);
 	if (w->log.marked)
 		tell_log(w);
-	if (tx_possible(w))
-		more = tx_turn(w);
+	if (tx_possible(w) && w->owed)
+		more = tx_turn(w, w->turn);
 	/* While we are busy nobody polls fd for us. */
 	if (more)
 		w->rx_ready = true;
@@ -866,6 +887,17 @@ static int set_interest(struct pv_net_worker *w)
 	return epoll_ctl(w->epoll_fd, EPOLL_CTL_MOD, w->cfg.fd, &ev);
 }
 
+/* Let vCPUs transmit, while the thread has nothing in its hands; or no more. */
+static void let_kickers(struct pv_net_worker *w, bool let)
+{
+	if (!w->cfg.in_exit)
+		return;
+	if (let)
+		pthread_mutex_unlock(&w->lock);
+	else
+		pthread_mutex_lock(&w->lock);
+}
+
 /* Wait for events for up to timeout microseconds (negative: for ever) and note them. */
 static int net_poll(struct pv_net_worker *w, int64_t timeout)
 {
@@ -875,7 +907,9 @@ static int net_poll(struct pv_net_worker *w, int64_t timeout)
 
 	if (w->log.marked)
 		tell_log(w);
+	let_kickers(w, true);
 	n = epoll_pwait2(w->epoll_fd, evs, 4, timeout < 0 ? NULL : &ts, NULL);
+	let_kickers(w, false);
 	if (n < 0)
 		return errno == EINTR ? 0 : -1;
 	if (w->cfg.trace && n)
@@ -890,6 +924,7 @@ static int net_poll(struct pv_net_worker *w, int64_t timeout)
 				trace_event(w, PV_TRACE_KICK, RX, 1, false);
 			break;
 		case EV_TX_KICK:
+			w->owed = true;
 			add(&w->count.tx_kicks, 1);
 			if (w->cfg.trace)
 				trace_event(w, PV_TRACE_KICK, TX, 1, false);
@@ -897,8 +932,10 @@ static int net_poll(struct pv_net_worker *w, int64_t timeout)
 		case EV_FD:
 			if (e & (EPOLLERR | EPOLLHUP))
 				fd_gone(w);
-			if (e & EPOLLOUT)
+			if (e & EPOLLOUT) {
 				w->tx_blocked = false;
+				w->owed = true;
+			}
 			if (e & EPOLLIN) {
 				w->rx_ready = true;
 				/* Frames that we cannot take: no wake-up for each of them. */
@@ -956,6 +993,8 @@ static int linger(struct pv_net_worker *w)
 	if (!packets)
 		return 0;
 	b->packets = b->bytes = 0;
+	if (w->cfg.in_exit || w->cfg.unbatched)
+		return 0;
 	b->idle_since = now_us();
 	if (!b->lingered)
 		b->linger_us = b->gap_us <= max / 2 ? 2 * b->gap_us : 0;
@@ -1005,6 +1044,13 @@ static void rx_finish(struct pv_net_worker *w)
 	flush(w, RX);
 }
 
+/* Between two rounds of one frame each: see what else has come. */
+static int net_look(struct pv_net_worker *w)
+{
+	add(&w->count.wakeups, 1);
+	return set_interest(w) || net_poll(w, 0) ? -1 : 0;
+}
+
 /* Sleep until there is something to do. */
 static int net_sleep(struct pv_net_worker *w)
 {
@@ -1021,8 +1067,11 @@ static int net_sleep(struct pv_net_worker *w)
 	/* Spinning or lingering may have taken the wake-up that came with it. */
 	if (__atomic_load_n(&w->hold, __ATOMIC_RELAXED) == HOLD_ASKED)
 		return 0;
-	if (tx_possible(w) && pv_vring_enable_notify(&w->ring[TX]))
-		return 0;
+	if (tx_possible(w) && w->owed) {
+		if (pv_vring_enable_notify(&w->ring[TX]))
+			return 0;
+		w->owed = !w->cfg.in_exit;
+	}
 	if (w->rx_waiting && rx_possible(w)) {
 		if (pv_vring_enable_notify(&w->ring[RX])) {
 			rx_resume(w);
@@ -1045,6 +1094,47 @@ static int net_sleep(struct pv_net_worker *w)
 		return -1;
 	add(&w->count.wakeups, 1);
 	return 0;
+}
+
+/* Have the lock; false if the thread does not let go of it in time. */
+static bool lock_as_kicker(struct pv_net_worker *w)
+{
+	struct timespec until;
+
+	if (!pthread_mutex_trylock(&w->lock))
+		return true;
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_nsec += LOCK_MS * 1000000;
+	until.tv_sec += until.tv_nsec / 1000000000;
+	until.tv_nsec %= 1000000000;
+	return !pthread_mutex_timedlock(&w->lock, &until);
+}
+
+/* A transmit kick, in the thread of the vCPU: see the theory of operation. */
+static void take_kick(struct pv_taker *t)
+{
+	struct pv_net_worker *w = (struct pv_net_worker *)t;
+	bool wake;
+
+	if (!lock_as_kicker(w)) {
+		pv_event_nudge(w->cfg.ring[TX].kick);
+		return;
+	}
+	w->by_kicker = true;
+	add(&w->count.tx_kicks, 1);
+	if (w->cfg.trace) {
+		trace_event(w, PV_TRACE_NONE, 0, 0, false);
+		trace_event(w, PV_TRACE_KICK, TX, 1, false);
+	}
+	if (tx_possible(w) && (tx_turn(w, TURN_PACKETS) || (!w->tx_blocked && !w->ring[TX].fault &&
+							    pv_vring_enable_notify(&w->ring[TX]))))
+		w->owed = true;
+	/* For the thread to wait for the tap, or for the time of an interrupt. */
+	wake = w->owed || w->tx_blocked || w->delayed[TX].chains;
+	w->by_kicker = false;
+	pthread_mutex_unlock(&w->lock);
+	if (wake)
+		signal_fd(w->wake_fd);
 }
 
 /**
@@ -1070,6 +1160,11 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 	w->cfg = *cfg;
 	w->cfg.name[sizeof(w->cfg.name) - 1] = 0;
 	w->epoll_fd = w->wake_fd = w->answer_fd = -1;
+	w->taker.take = take_kick;
+	w->owed = true;
+	w->turn = cfg->unbatched ? 1 : TURN_PACKETS;
+	w->batch = cfg->unbatched ? 1 : BATCH_PACKETS;
+	pthread_mutex_init(&w->lock, NULL);
 	for (int q = RX; q <= TX; q++) {
 		const struct pv_net_ring *r = &cfg->ring[q];
 
@@ -1083,7 +1178,7 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 		if (fault) {
 			*why = (struct pv_net_event){
 				.kind = PV_NET_RING_FAULT, .queue = q, .fault = fault};
-			free(w);
+			pv_net_worker_free(w);
 			return NULL;
 		}
 	}
@@ -1093,6 +1188,7 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 		if (cfg->ring[q].size)
 			w->inflight[q].region = cfg->ring[q].inflight;
 	}
+	w->ring[TX].notify_stays = cfg->in_exit || cfg->unbatched;
 	w->log = (struct pv_dirty_log){.bits = cfg->log, .size = cfg->log_size};
 	w->attach = -1;
 	w->rx_ready = true;
@@ -1124,6 +1220,7 @@ void pv_net_worker_free(struct pv_net_worker *w)
 		close(w->wake_fd);
 	if (w->answer_fd >= 0)
 		close(w->answer_fd);
+	pthread_mutex_destroy(&w->lock);
 	free(w);
 }
 
@@ -1140,6 +1237,24 @@ static void stopped(void *arg, int call)
 	report(arg, (struct pv_net_event){.kind = PV_NET_STOPPED, .error = call});
 }
 
+/* What it needs beside these to raise interrupts by an ioctl. */
+static const uint16_t inject_calls[] = {SYS_ioctl, SYS_clock_nanosleep};
+
+/* Confine the thread to its calls. */
+static void confine(struct pv_net_worker *w)
+{
+	uint16_t all[sizeof(calls) / sizeof(calls[0]) +
+		     sizeof(inject_calls) / sizeof(inject_calls[0])];
+	size_t count = sizeof(calls) / sizeof(calls[0]);
+
+	memcpy(all, calls, sizeof(calls));
+	if (w->cfg.ring[RX].inject || w->cfg.ring[TX].inject) {
+		memcpy(&all[count], inject_calls, sizeof(inject_calls));
+		count = sizeof(all) / sizeof(all[0]);
+	}
+	pv_thread_confine(&w->thread, all, count, stopped);
+}
+
 /* Before the first round: what is pending is served then, kicked or not. */
 static void serve_begin(struct pv_net_worker *w)
 {
@@ -1150,7 +1265,7 @@ static void serve_begin(struct pv_net_worker *w)
 						.error = w->thread.pin_error});
 	if (w->cfg.trace)
 		trace_event(w, PV_TRACE_NONE, 0, 0, false);
-	pv_thread_confine(&w->thread, calls, sizeof(calls) / sizeof(calls[0]), stopped);
+	confine(w);
 	for (int q = RX; q <= TX; q++) {
 		const struct pv_net_ring *r = &w->cfg.ring[q];
 
@@ -1185,9 +1300,14 @@ static void serve(void *arg)
 {
 	struct pv_net_worker *w = arg;
 
+	let_kickers(w, false);
 	serve_begin(w);
 	while (!stopping(w)) {
-		if (net_round(w) || !net_sleep(w))
+		bool more = net_round(w);
+
+		if (more && !w->cfg.unbatched)
+			continue;
+		if (more ? !net_look(w) : !net_sleep(w))
 			continue;
 		report(w, (struct pv_net_event){.kind = PV_NET_ERROR, .error = errno});
 		break;
@@ -1195,6 +1315,7 @@ static void serve(void *arg)
 	if (w->held.len && __atomic_load_n(&w->finish, __ATOMIC_RELAXED))
 		rx_finish(w);
 	serve_end(w);
+	let_kickers(w, true);
 }
 
 /**
@@ -1298,6 +1419,19 @@ int pv_net_worker_hold(struct pv_net_worker *w, int timeout_ms)
 		poll(&answer, 1, (int)((until - now + 999999) / 1000000));
 	}
 	return 0;
+}
+
+/**
+ * pv_net_worker_taker() - What takes the worker's transmit kicks in the vCPUs' threads
+ * @w:		Configured with in_exit
+ *
+ * Kicks that come by the eventfd are served nevertheless, by the thread.
+ *
+ * Return: the taker, to be used from pv_net_worker_go() until before pv_net_worker_stop()
+ */
+struct pv_taker *pv_net_worker_taker(struct pv_net_worker *w)
+{
+	return &w->taker;
 }
 
 /**

@@ -29,6 +29,18 @@
  *
  * A malformed ring stops that direction only.
  *
+ * The textbook device is the same code with parts left out:
+ *
+ * - in_exit: a transmit kick is an exit, and the vCPU that kicks sends the frames itself, in
+ *   take_kick(). The thread receives. One lock is between them, as QEMU's big lock was; the thread
+ *   has it while it is not in epoll. The thread also transmits what no kick comes for ("owed"): what
+ *   was pending at the start, after a tap that was full, and beyond a turn. A vCPU waits for the
+ *   lock for LOCK_MS at most, then leaves its kick to the thread.
+ * - unbatched: a turn is one frame, which is published and interrupts the guest at once. The thread
+ *   goes back to epoll for each, does not linger, and never turns transmit kicks off. With EVENT_IDX
+ *   the driver gets by without kicks while the worker has not asked for more, though.
+ * - inject: the thread that moves the frame raises the interrupt by an ioctl.
+ *
  * Other threads ask the worker for something by an atomic field and a write to wake_fd, and may
  * read the counters at any time. The worker tells them what happens by a ring of events, which one
  * thread reads, and an eventfd. It never waits for the reader. The ring cannot lose a fault or an
@@ -42,13 +54,15 @@
  * (CPU time), rt_sigprocmask, madvise, exit and, against pthread_kill() in the thread that joins it,
  * futex, the last four from the C library; if it has to be interrupted, rt_sigreturn; if it is
  * stopped (SIGSTOP), restart_syscall. Name, CPU and timer slack
- * are set before. strace -f on tests/fuzz/race_net shows it.
+ * are set before. strace -f on tests/fuzz/race_net shows it. With interrupts by ioctl, the thread has
+ * ioctl and clock_nanosleep (pv_ioctl()), too.
  */
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H
 
 #include "flow_hash.h"
 #include "inflight.h"
+#include "inject.h"
 #include "trace.h"
 #include "vring.h"
 
@@ -81,6 +95,8 @@ struct pv_net_ring {
 	uint64_t used;
 	int kick; /* lent, as are all descriptors */
 	int call;
+	/* Raises the interrupt in the place of call, by an ioctl; lent; NULL: call does. */
+	struct pv_inject *inject;
 	/*
 	 * In-flight region of PV_INFLIGHT_SIZE() bytes, shared with an untrusted peer; NULL: none.
 	 * The ring then starts at the used index: base is not looked at where the region has been
@@ -109,7 +125,13 @@ struct pv_net_config {
 	uint32_t hdr_len;
 	uint32_t max_frame; /* longest frame expected from fd, header included */
 	uint32_t poll_us;   /* look for work this long before sleeping */
-	uint32_t hold_ms;   /* how long a frame waits for the guest to add buffers */
+	/*
+	 * The textbook device: pv_net_worker_taker() takes transmit kicks in the vCPU's thread. Not
+	 * together with poll_us or inflight.
+	 */
+	bool in_exit;
+	bool unbatched;	  /* one frame at a time, and a kick is wanted for each */
+	uint32_t hold_ms; /* how long a frame waits for the guest to add buffers */
 	uint64_t taken; /* frames that fd has taken so far, of all senders; PV_INFLIGHT_UNCOUNTED */
 	/*
 	 * Frames from fd may need the driver to know what their header says: GUEST_CSUM is
@@ -200,6 +222,7 @@ void pv_net_worker_go(struct pv_net_worker *w);
 void pv_net_worker_await(struct pv_net_worker *w, struct pv_net_thread *out);
 bool pv_net_worker_event(struct pv_net_worker *w, struct pv_net_event *ev);
 int pv_net_worker_hold(struct pv_net_worker *w, int timeout_ms);
+struct pv_taker *pv_net_worker_taker(struct pv_net_worker *w);
 void pv_net_worker_stop(struct pv_net_worker *w, bool finish);
 void pv_net_worker_join(struct pv_net_worker *w);
 void pv_net_worker_attach(struct pv_net_worker *w, int fd);

@@ -28,7 +28,16 @@ struct pv_memory {
 	struct pv_mem_region region[PV_MEM_REGIONS];
 };
 
+struct pv_taker;
 /* cffi: end */
+
+/*
+ * Takes the kicks of one virtqueue in the thread of the vCPU that kicks. The call is bounded and
+ * never waits for Python; several vCPUs may call at once.
+ */
+struct pv_taker {
+	void (*take)(struct pv_taker *t);
+};
 
 /*
  * The host address of the guest range [gpa, gpa + len); NULL if the range is not inside one region.

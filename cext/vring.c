@@ -497,7 +497,7 @@ bool pv_vring_enable_notify(struct pv_vring *vr)
  */
 void pv_vring_disable_notify(struct pv_vring *vr)
 {
-	if (!vr->notify_on)
+	if (!vr->notify_on || vr->notify_stays)
 		return;
 	vr->notify_on = false;
 	if (vr->packed)

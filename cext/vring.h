@@ -109,6 +109,7 @@ struct pv_vring {
 	bool indirect;
 	bool event_idx;
 	bool notify_on;
+	bool notify_stays;   /* pv_vring_disable_notify() does nothing */
 	enum pv_fault fault; /* the first fault found */
 	struct pv_vring_log log;
 };

@@ -3,8 +3,9 @@
  * Asks by ARP over virtio-net who has target=A.B.C.D (default 192.168.100.1), count=N times
  * (default 1), and waits for each answer. irq=msix (default), intx or poll chooses how it learns
  * that a frame has come. steps=book (default), joined, bare or queues-first chooses how the driver
- * sets up the card. After the N requests, bus mastering goes off and on masters=N times (default
- * 0): meanwhile a request has to wait.
+ * sets up the card. With burst=N (default 1, at most 16), N requests share a kick. After the
+ * requests, bus mastering goes off and on masters=N times (default 0): meanwhile a request has to
+ * wait.
  */
 #include "virtnet.h"
 
@@ -32,11 +33,27 @@ static void master_off_and_on(const uint8_t *own, const uint8_t *target)
 		pause();
 }
 
+/* Make requests available, kick once, and wait for all answers and for the buffers. */
+static void ask(const uint8_t *own, const uint8_t *target, unsigned long count)
+{
+	uint16_t i;
+	uint32_t length;
+
+	for (unsigned long n = 0; n < count; n++)
+		arp_offer(own, target);
+	queue_kick(&transmit);
+	for (unsigned long n = 0; n < count; n++)
+		arp_wait(target);
+	for (unsigned long n = 0; n < count; n++)
+		while (!queue_used(&transmit, &i, &length))
+			pause();
+}
+
 int main(void)
 {
 	char text[24];
 	uint8_t target[4], own[4];
-	unsigned long count = option_number("count", 1);
+	unsigned long count = option_number("count", 1), burst = option_number("burst", 1);
 	enum net_irq irq = IRQ_MSIX;
 
 	if (option("irq", text, sizeof(text)))
@@ -55,8 +72,10 @@ int main(void)
 	net_negotiate(F_VERSION_1 | F_NET_MAC);
 	net_queues();
 	net_go();
-	for (unsigned long n = 0; n < count; n++)
-		arp_ask(own, target);
+	if (!burst || burst > QUEUE_SIZE)
+		fail("pcinet: burst=%lu", burst);
+	for (unsigned long n = 0; n < count; n += burst)
+		ask(own, target, count - n < burst ? count - n : burst);
 	for (unsigned long n = option_number("masters", 0); n; n--)
 		master_off_and_on(own, target);
 	/*

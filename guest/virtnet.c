@@ -374,7 +374,7 @@ bool queue_used(struct queue *q, uint16_t *i, uint32_t *length)
 
 /* --- ARP -------------------------------------------------------------------------------------- */
 
-void arp_send(const uint8_t *own, const uint8_t *target)
+void arp_offer(const uint8_t *own, const uint8_t *target)
 {
 	static uint16_t sent;
 	uint16_t i = sent++ % QUEUE_SIZE;
@@ -382,6 +382,11 @@ void arp_send(const uint8_t *own, const uint8_t *target)
 	memset(transmit.buffer[i], 0, NET_HEADER);
 	arp_request(transmit.buffer[i] + NET_HEADER, net.mac, own, target);
 	queue_offer(&transmit, i, NET_HEADER + ARP_FRAME, 0);
+}
+
+void arp_send(const uint8_t *own, const uint8_t *target)
+{
+	arp_offer(own, target);
 	queue_kick(&transmit);
 }
 

@@ -167,6 +167,8 @@ bool queue_used(struct queue *q, uint16_t *i, uint32_t *length);
 void arp_ask(const uint8_t *own, const uint8_t *target);
 /* The two parts of arp_ask(): kick and go on; wait for an answer. */
 void arp_send(const uint8_t *own, const uint8_t *target);
+/* Make the request available without a kick. */
+void arp_offer(const uint8_t *own, const uint8_t *target);
 void arp_wait(const uint8_t *target);
 
 #endif

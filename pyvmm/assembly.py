@@ -487,7 +487,9 @@ class Parts:
         if net.transport == "mmio":
             from pyvmm.virtio.mmio import VirtioMmio
 
-            return VirtioMmio(self.vm, self.bus, device, index, notify=net.notify)
+            return VirtioMmio(
+                self.vm, self.bus, device, index, notify=net.notify, interrupt=net.interrupt
+            )
         from pyvmm.spec.virtio_pci import VIRTIO_TRANS_ID_NET
         from pyvmm.virtio.net import PCI_CLASS_NETWORK_ETHERNET
         from pyvmm.virtio.pci.transport import VirtioPci
@@ -498,6 +500,7 @@ class Parts:
             device,
             PCI_CLASS_NETWORK_ETHERNET,
             notify=net.notify,
+            interrupt=net.interrupt,
             notify_pages=net.may_offload,
             transitional=VIRTIO_TRANS_ID_NET if net.legacy else None,
         )

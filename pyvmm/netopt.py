@@ -23,11 +23,25 @@ if TYPE_CHECKING:
 #: Mode -> the keys of this mode, in addition to COMMON_KEYS.
 MODES: dict[str, tuple[str, ...]] = {
     "none": (),
-    "emulated": ("notify", "poll", "worker-cpu", "fd"),
+    "emulated": ("notify", "interrupt", "worker", "batch", "poll", "worker-cpu", "fd"),
     "vhost-net": ("notify", "poll", "worker-cpu", "fd"),
-    "vhost-user": ("notify", "socket", "server", "peer"),
+    "vhost-user": ("notify", "poll", "socket", "server", "peer"),
     "vhost-vdpa": ("notify", "device"),
     "user": ("notify", "poll", "worker-cpu", "loopback", "hostfwd"),
+}
+#: Name -> the mode that it stands for, and its keys, as far as the user gives no others.
+PRESETS: dict[str, tuple[str, dict[str, str]]] = {
+    # The device as the first VMMs had it (docs/ladder.md).
+    "classic": (
+        "emulated",
+        {
+            "worker": "vcpu",
+            "notify": "exit",
+            "interrupt": "ioctl",
+            "batch": "off",
+            "without": "event-idx+indirect+offloads",
+        },
+    ),
 }
 COMMON_KEYS = (
     "tap",
@@ -47,7 +61,19 @@ COMMON_KEYS = (
     "switchable",
 )
 #: Keys of a data path, which a switch may change; all other keys belong to the card.
-PATH_KEYS = ("poll", "worker-cpu", "socket", "server", "peer", "device")
+PATH_KEYS = ("poll", "worker-cpu", "worker", "batch", "socket", "server", "peer", "device")
+#: Of a key that has few values: these values, of the first four keys the usual one first.
+CHOICES = {
+    "notify": ("ioeventfd", "exit"),
+    "interrupt": ("irqfd", "ioctl"),
+    "worker": ("thread", "vcpu"),
+    "batch": ("on", "off"),
+    "link": ("on", "off"),
+    "transport": ("pci", "mmio"),
+    "legacy": ("on", "off"),
+    "server": ("on", "off"),
+    "loopback": ("on", "off"),
+}
 #: Names for ``without=`` and ``with=``, joined by "+": feature groups that the card does not offer,
 #: or that it offers although they are in ``ON_REQUEST``.
 GROUPS = {
@@ -123,7 +149,7 @@ class Net:
     """One network card.
 
     :param mode: data path: ``emulated``, ``vhost-net``, ``vhost-user`` or ``vhost-vdpa``; ``user``
-        for emulation without a tap; ``none`` for no card at all.
+        for emulation without a tap; ``none`` for no card at all; or a name of ``PRESETS``.
     :param tap: an existing tap, or the name of a tap to make, if the user may. Without it pyvmm
         makes a tap in a network namespace of its own, sets the addresses of both ends, and removes
         the tap at the end.
@@ -147,7 +173,12 @@ class Net:
         (docs/legacy.md), else ``off``.
     :param speed: of the cable in Mbit/s, as the guest is told.
     :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
-    :param poll: microseconds for which the worker looks for more work before it sleeps, 0 to 1000.
+    :param interrupt: ``irqfd``, or ``ioctl``: each interrupt is a call of the thread that has moved
+        the frame.
+    :param worker: ``thread``, or ``vcpu``: the vCPU that kicks sends the guest's frames itself.
+    :param batch: ``on``, or ``off``: one frame at a time, with an interrupt for each.
+    :param poll: microseconds for which the worker looks for more work before it sleeps, 0 to 1000;
+        not with ``socket``.
     :param worker_cpu: CPU for the worker of the first queue pair; the worker of the next pair gets
         the next CPU, and so on.
     :param socket: of the vhost-user back-end; without it pyvmm starts a back-end of its own on the
@@ -167,12 +198,14 @@ class Net:
     """
 
     __slots__ = (
+        "batch",
         "bridge",
         "device",
         "fds",
         "forwards",
         "guest",
         "host",
+        "interrupt",
         "legacy",
         "link",
         "loopback",
@@ -192,6 +225,7 @@ class Net:
         "transport",
         "with_",
         "without",
+        "worker",
         "worker_cpu",
     )
 
@@ -212,9 +246,12 @@ class Net:
         transport: str = "pci",
         legacy: str = "off",
         speed: int | str = 10_000,
-        without: str = "",
+        without: str | None = None,
         with_: str = "",
-        notify: str = "ioeventfd",
+        notify: str | None = None,
+        interrupt: str | None = None,
+        worker: str | None = None,
+        batch: str | None = None,
         poll: int | str = 0,
         worker_cpu: int | str | None = None,
         socket: str | None = None,
@@ -225,16 +262,24 @@ class Net:
         hostfwd: str = "",
         switchable: str = "",
     ) -> None:
+        mode, preset = PRESETS.get(mode, (mode, {}))
         if mode not in MODES:
             raise unknown_mode(mode)
-        if notify not in ("ioeventfd", "exit"):
-            raise UsageError(f"--net: notify={notify}", "use notify=ioeventfd or notify=exit")
-        if link not in ("on", "off"):
-            raise UsageError(f"--net: link={link}", "use link=on or link=off")
-        if transport not in ("pci", "mmio"):
-            raise UsageError(f"--net: transport={transport}", "use transport=pci or transport=mmio")
-        if legacy not in ("on", "off"):
-            raise UsageError(f"--net: legacy={legacy}", "use legacy=on or legacy=off")
+
+        def choice(key: str, value: str | None) -> str:
+            value = preset.get(key, CHOICES[key][0]) if value is None else value
+            if value not in CHOICES[key]:
+                raise UsageError(
+                    f"--net: {key}={value}", f"use {key}={f' or {key}='.join(CHOICES[key])}"
+                )
+            return value
+
+        if without is None:
+            without = preset.get("without", "")
+        self.notify, self.worker = choice("notify", notify), choice("worker", worker)
+        self.interrupt, self.batch = choice("interrupt", interrupt), choice("batch", batch) == "on"
+        for key, value in (("link", link), ("transport", transport), ("legacy", legacy)):
+            choice(key, value)
         if legacy == "on" and "vhost-vdpa" in (mode, *switchable.split("+")):
             raise UsageError(
                 "--net: legacy=on and vhost-vdpa", "vDPA devices are modern: leave one of them out"
@@ -244,8 +289,7 @@ class Net:
                 "--net: legacy=on and transport=mmio",
                 "a window has either interface, and this one is modern: leave one of them out",
             )
-        if server not in ("on", "off"):
-            raise UsageError(f"--net: server={server}", "use server=on or server=off")
+        choice("server", server)
         self.switchable = [m for m in switchable.split("+") if m and m != mode]
         for other in self.switchable:
             if other not in MODES or "none" in (mode, other):
@@ -259,8 +303,7 @@ class Net:
                 f"--net {mode}: switchable={switchable}",
                 "mode user has no tap: leave one of them out",
             )
-        if loopback not in ("on", "off"):
-            raise UsageError(f"--net: loopback={loopback}", "use loopback=on or loopback=off")
+        choice("loopback", loopback)
         self.loopback = loopback == "on"
         self.forwards = forwards(hostfwd)
         if socket == "" or (socket and "vhost-user" not in modes):
@@ -289,7 +332,7 @@ class Net:
             )
         interface_name("tap", tap)
         interface_name("bridge", bridge)
-        self.mode, self.tap, self.bridge, self.notify = mode, tap, bridge, notify
+        self.mode, self.tap, self.bridge = mode, tap, bridge
         self.fds = descriptors(fd) if fd is not None else []
         self.device = device or ""
         self.mac = parse_mac(mac) if mac is not None else None
@@ -308,6 +351,8 @@ class Net:
         if self.queue_size & (self.queue_size - 1):
             raise UsageError(f"--net: queue-size={queue_size}", "use a power of two")
         self.poll = number("poll", poll, 0, 1000)
+        self._check_poll()
+        self._check_steps()
         self.host = ipv4("host", host) if host else None
         self.guest = ipv4("guest", guest) if guest else None
         if mode == "user":
@@ -350,6 +395,33 @@ class Net:
                 f"{what} and queues={self.queues}", "give one descriptor per queue pair"
             )
 
+    def _check_poll(self) -> None:
+        """:raises UsageError: whoever looks for work is not ours."""
+        if self.poll and self.mode == "vhost-user" and self.socket:
+            raise UsageError(
+                f"--net vhost-user: poll={self.poll} and socket=",
+                "that is for the back-end there to decide, as pyvmm backend --poll does",
+            )
+
+    def _check_steps(self) -> None:
+        """:raises UsageError: two steps from the textbook device on do not go together."""
+        if self.worker == "vcpu" and self.notify != "exit":
+            raise UsageError(
+                f"--net: worker=vcpu and notify={self.notify}",
+                "a vCPU's thread sees a kick only if it is an exit: notify=exit, or worker=thread",
+            )
+        if self.worker == "vcpu" and self.poll:
+            raise UsageError(
+                f"--net: worker=vcpu and poll={self.poll}",
+                "there is no thread that could look for work: leave one of them out",
+            )
+        others = [m for m in (self.mode, *self.switchable) if m != "emulated"]
+        if self.interrupt == "ioctl" and others:
+            raise UsageError(
+                f"--net: interrupt=ioctl and {others[0]}",
+                "the interrupts of other data paths than emulated come by irqfd: leave one out",
+            )
+
     def _check_user(self) -> None:
         """:raises UsageError: mode ``user`` cannot have what is asked for."""
         if self.tap is not None:
@@ -371,9 +443,10 @@ class Net:
     def parse(cls, text: str) -> Net:
         """Parse ``MODE[,key=value...]`` as on the command line."""
         mode, _, rest = text.partition(",")
-        if mode not in MODES:
+        plain = PRESETS[mode][0] if mode in PRESETS else mode
+        if plain not in MODES:
             raise unknown_mode(mode)
-        own = MODES[mode]
+        own = MODES[plain]
         if "switchable=" in rest:  # then keys of the other modes are allowed, too
             own = tuple({key: 0 for keys in MODES.values() for key in keys})
         keys = (*COMMON_KEYS, *own) if mode != "none" else ()
@@ -426,10 +499,16 @@ class Net:
         if isinstance(to, Net):
             mode = to.mode
             given: dict[str, Any] = {"poll": to.poll, "worker_cpu": to.worker_cpu}
+            given |= {"worker": to.worker, "batch": "on" if to.batch else "off"}
             given |= {"socket": to.socket or None, "server": "on" if to.server else "off"}
             given |= {"peer": to.peer, "device": to.device or None}
         else:
             mode, _, rest = to.partition(",")
+            if mode in PRESETS:
+                raise UsageError(
+                    f"{mode} is chosen at the start: features and notify= belong to the card",
+                    "switch to emulated,worker=vcpu,batch=off",
+                )
             if mode not in MODES or mode == "none":
                 raise UsageError(f"unknown mode {mode!r}", f"modes: {', '.join(list(MODES)[1:])}")
             given = dict(self._pairs(mode, rest, [k for k in MODES[mode] if k in PATH_KEYS]))
@@ -450,6 +529,8 @@ class Net:
             mtu=self.mtu,
             queues=self.queues,
             queue_size=self.queue_size,
+            notify=self.notify,
+            interrupt=self.interrupt,
             **given,
         )
 
@@ -499,7 +580,8 @@ def descriptors(text: int | str) -> list[int]:
 def unknown_mode(mode: str) -> UsageError:
     """The error for a mode that does not exist."""
     return UsageError(
-        f"--net: unknown mode {mode!r}", f"{did_you_mean(mode, MODES)}modes: {', '.join(MODES)}"
+        f"--net: unknown mode {mode!r}",
+        f"{did_you_mean(mode, [*MODES, *PRESETS])}modes: {', '.join([*MODES, *PRESETS])}",
     )
 
 

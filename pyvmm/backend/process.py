@@ -54,10 +54,11 @@ class BackendProcess:
     """The child. It is made when it is first needed, and again after its death.
 
     :param tap: lent to the child; offloads, filters and queues are set on this side.
+    :ivar poll_us: a worker looks for work this long, in microseconds, before it sleeps.
     """
 
-    def __init__(self, tap: Tap) -> None:
-        self._tap = tap
+    def __init__(self, tap: Tap, poll_us: int = 0) -> None:
+        self._tap, self.poll_us = tap, poll_us
         self._lock = threading.Lock()
         self._child: Child | None = None
         self._control: socket.socket | None = None
@@ -179,7 +180,8 @@ class BackendProcess:
         except OSError as e:
             raise VhostUserError(f"cannot start our own back-end: {e.strerror}") from e
         lent = [theirs.fileno(), *(fd.fileno() for fd in fds)]
-        words = [str(lent[0]), tap.name, str(tap.mtu), str(tap.features()), *map(str, lent[1:])]
+        facts = (tap.mtu, tap.features(), self.poll_us)
+        words = [str(lent[0]), tap.name, *map(str, facts), *map(str, lent[1:])]
         try:
             self._child = helper.start_module("pyvmm.backend.process", words, lent)
         except OSError as e:
@@ -299,12 +301,14 @@ def serve(
     name: str,
     mtu: int,
     features: int,
+    poll_us: int,
     fds: list[int],
     prepare: Callable[[Callable[[str], None]], None] | None = None,
 ) -> None:
     """The child's main function: serve on the tap of descriptors ``fds`` until the control socket
     is closed.
 
+    :param poll_us: see ``BackendProcess``.
     :param prepare: called, with the log, when everything has been imported and made.
     """
     from pyvmm.backend.net import NetService
@@ -325,7 +329,7 @@ def serve(
         log(problem)
         os._exit(ThreadStopped.exit_code)  # at once: who knows what else is not ours any more
 
-    with Backend(NetService(port, stopped=stopped), log=log) as backend:
+    with Backend(NetService(port, poll_us=poll_us, stopped=stopped), log=log) as backend:
         if prepare is not None:
             prepare(log)
         control.send(READY)
@@ -349,6 +353,7 @@ if __name__ == "__main__":
         sys.argv[2],
         int(sys.argv[3]),
         int(sys.argv[4]),
-        [int(a) for a in sys.argv[5:]],
+        int(sys.argv[5]),
+        [int(a) for a in sys.argv[6:]],
         confine,
     )

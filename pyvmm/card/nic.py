@@ -12,6 +12,7 @@ from pyvmm.card.card import Card
 from pyvmm.card.handover import HandOver
 from pyvmm.card.report import ModeTotals, SwitchReport
 from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.kvm.inject import Injection
 from pyvmm.netopt import Net, mac_text
 
 TYPE_CHECKING = False
@@ -267,6 +268,10 @@ class Nic(Card):
             "mode": self.mode,
             "transport": self.net.transport,
             "notify": self.net.notify,
+            "interrupt": self.net.interrupt,
+            "interrupt_calls": sum(
+                q.call.raised for q in self.device.queues if isinstance(q.call, Injection)
+            ),
             "mac": mac_text(self.device.mac),
             "tap": self.tap,
             "host": self.host,

@@ -201,10 +201,13 @@ class Uplink:
             kind = ListeningConnector if net.server else Connector
             connector = kind(net.socket, net.peer)
         else:
+            if self._backend is not None and self._backend.poll_us != net.poll:
+                self._backend.close()  # serves nobody: a card on it is not switched to it
+                self._backend = None
             if self._backend is None:
                 from pyvmm.backend.process import BackendProcess
 
-                self._backend = BackendProcess(tap)
+                self._backend = BackendProcess(tap, net.poll)
             connector = self._backend.connector()
         path = VhostUserNet(
             connector,
@@ -283,6 +286,8 @@ class Uplink:
             port,
             poll_us=net.poll,
             worker_cpu=net.worker_cpu,
+            in_exit=net.worker == "vcpu",
+            batch=net.batch,
             recorder=self._recorder,
             stopped=self._stopped,
             gone=gone,

@@ -15,7 +15,12 @@ Modes are those of `pyvmm run --net`, their keys joined by colons:
   vhost-vdpa             the data path in a vDPA device of pyvmm's own (Linux 6.12)
 
 Workloads: ping, tcp-tx (from the guest), tcp-rx (to the guest), udp-small (64 bytes, 1000 per
-second, from the guest), idle
+second, from the guest), pps-tx and pps-rx (64 bytes, as many as possible), idle
+
+--ladder climbs from the textbook device to the offloaded one, a step per rung, and says what each
+step gained over the rung below (docs/ladder.md):
+  pio, mmio, thread, ioeventfd, irqfd, event-idx, indirect, offloads, batch, huge, vhost-net,
+  vhost-user, vhost-vdpa
 
 Examples:
   pyvmm compare
@@ -23,6 +28,8 @@ Examples:
   pyvmm compare --modes emulated,emulated:without=offloads --workload tcp-rx --html report.html
   pyvmm compare --peers qemu --reasons --json result.json
   pyvmm compare --from result.json --html report.html      shows it again, runs nothing
+  pyvmm compare --ladder --rounds 5 --json ladder.json --svg ladder.svg
+  pyvmm compare --ladder --rungs mmio,thread,ioeventfd,irqfd --seconds 1
 
 Exit status: 0 everything was measured; 1 something could not be measured (the table says what and
 why); 2 bad usage; 101 a result could not be written; 102..105, 109 no usable KVM, image or memory;
@@ -56,18 +63,22 @@ MAX_WIDTH = 300
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    from pyvmm.compare.plan import DEFAULT_MODES, WORKLOADS
+    from pyvmm.compare.plan import DEFAULT_MODES, DEFAULT_WORKLOADS, WORKLOADS
 
     add = parser.add_argument
-    add("--modes", metavar="LIST", default=DEFAULT_MODES, help=f"data paths ({DEFAULT_MODES})")
+    add("--modes", metavar="LIST", help=f"data paths ({DEFAULT_MODES})")
+    add(
+        "--ladder", action="store_true", help="each step from the textbook device to vhost, instead"
+    )
+    add("--rungs", metavar="LIST", help="these steps of the ladder only (all)")
     add("--peers", metavar="LIST", default="", help="other programs to compare: qemu, kvmtool")
     add(
         "--workload",
         metavar="LIST",
-        default=",".join(WORKLOADS),
-        help=f"workloads to run ({','.join(WORKLOADS)})",
+        help=f"of {','.join(WORKLOADS)} ({','.join(DEFAULT_WORKLOADS)}; with --ladder, all but "
+        "udp-small and idle)",
     )
-    add("--repeat", metavar="N", type=int, default=3, help="boots of each mode (3)")
+    add("--repeat", "--rounds", metavar="N", type=int, default=3, help="boots of each mode (3)")
     add("--seconds", metavar="S", type=float, default=3.0, help="per workload, 0.2 to 3600 (3)")
     add("--cpus", metavar="N", type=count(1, MAX_CPUS), default=1, help="virtual CPUs (1)")
     add("--memory", metavar="SIZE", default="256M", help="guest memory (256M)")
@@ -124,14 +135,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    from pyvmm.compare.plan import Plan
+    from pyvmm.compare import ladder
+    from pyvmm.compare.plan import DEFAULT_MODES, DEFAULT_WORKLOADS, Plan
     from pyvmm.memory import parse_size
 
+    if args.rungs is not None and not args.ladder:
+        raise UsageError(f"--rungs {args.rungs} without --ladder", "add --ladder")
+    if args.ladder and (args.modes is not None or args.peers):
+        raise UsageError(
+            "--ladder and --modes or --peers", "the rungs are the modes: leave one out"
+        )
     parse_size(args.memory)
+    workloads = ladder.WORKLOADS if args.ladder else DEFAULT_WORKLOADS
     return Plan(
-        modes=args.modes,
+        modes=args.modes if args.modes is not None else DEFAULT_MODES,
         peers=args.peers,
-        workloads=args.workload,
+        rungs=ladder.choose(args.rungs or "") if args.ladder else (),
+        workloads=args.workload if args.workload is not None else ",".join(workloads),
         repeat=args.repeat,
         seconds=args.seconds,
         cpus=args.cpus,
@@ -151,16 +171,12 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
 
     if args.host == "local":
         return None, None
-    own = [
-        "--modes",
-        args.modes,
-        "--peers",
-        args.peers,
-        "--workload",
-        args.workload,
-        "--memory",
-        args.memory,
-    ]
+    own = ["--workload", ",".join(plan.workloads), "--memory", args.memory]
+    if args.ladder:
+        own += ["--ladder", "--rungs", ",".join(mode.name for mode in plan.modes)]
+    else:
+        own += ["--modes", ",".join(m.name for m in plan.modes if m.kind == "pyvmm")]
+        own += ["--peers", args.peers]
     own += ["--repeat", str(args.repeat), "--seconds", str(args.seconds), "--cpus", str(args.cpus)]
     own += [f"--append={args.append}", *(["--quiet"] if args.quiet else [])]
     own += ["--reasons"] if args.reasons else []
@@ -176,7 +192,7 @@ def _forwarded(args: argparse.Namespace, plan: Plan) -> tuple[int | None, dict[s
             args.kernel,
             ["compare", "--host", "local", *own, "--handover", path],
             vhost=vhost,
-            vdpa="vhost-vdpa" in args.modes,
+            vdpa=any(mode.net.startswith("vhost-vdpa") for mode in plan.modes),
         )
         if status is None:
             return None, None
@@ -218,6 +234,7 @@ def _load(path: str) -> dict[str, Any]:
     import json
     from pathlib import Path
 
+    from pyvmm.compare.ladder import steps
     from pyvmm.compare.schema import check
     from pyvmm.compare.stats import summarise
 
@@ -234,6 +251,8 @@ def _load(path: str) -> dict[str, Any]:
     assert isinstance(document, dict)
     # This pyvmm may know more measures than the one that measured.
     document["summary"] = summarise(document)
+    if "ladder" in document:
+        document["ladder"] = steps(document)
     return document
 
 
@@ -267,9 +286,9 @@ def _show(args: argparse.Namespace, outputs: Outputs, document: dict[str, Any]) 
 
         outputs.write("--html", page(document))
     if "--svg" in outputs:
-        from pyvmm.compare.html import figure
+        from pyvmm.compare.html import figure, ladder_figure
 
-        outputs.write("--svg", figure(document))
+        outputs.write("--svg", (ladder_figure if "ladder" in document else figure)(document))
     if args.json != STDOUT:
         _print_table(document, full=args.full)
     return status
@@ -280,9 +299,11 @@ def _print_table(document: dict[str, Any], *, full: bool) -> None:
     from rich.measure import Measurement
     from rich.text import Text
 
+    from pyvmm.compare import ladder
     from pyvmm.compare.stats import remarks
 
-    table = _table(document, full=full)
+    climb = "ladder" in document
+    table = _ladder(document) if climb else _table(document, full=full)
     console = Console(highlight=False)
     if not console.is_terminal:
         wide = Console(width=MAX_WIDTH, highlight=False)
@@ -291,8 +312,44 @@ def _print_table(document: dict[str, Any], *, full: bool) -> None:
             width=min(max(width, len(str(table.title)) + 2, 80), MAX_WIDTH), highlight=False
         )
     console.print(table)
-    for line in remarks(document):
+    for line in [*([ladder.remark(document)] if climb else ()), *remarks(document)]:
         console.print(Text(line), soft_wrap=True)
+
+
+def _title(document: dict[str, Any]) -> str:
+    settings = document["settings"]
+    return (
+        f"{document['guest']['image'] or document['guest']['kernel']}, "
+        f"{document['guest']['cpus']} vCPU(s), "
+        f"{settings['repeat']} x {settings['seconds']:g} s: median (lowest..highest)"
+    )
+
+
+def _ladder(document: dict[str, Any]) -> Table:
+    """One line per rung, and what the step to it gained."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from pyvmm.compare import ladder
+    from pyvmm.compare.stats import BY_KEY
+
+    title = _title(document)
+    table = Table(
+        title=title,
+        min_width=min(len(title) + 2, 78),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        header_style="bold",
+    )
+    table.add_column("")
+    for workload, key, _ in ladder.COLUMNS:
+        measure = BY_KEY[key]
+        unit = f", {measure.unit}" if measure.unit else ""
+        table.add_column(Text(f"{workload}\n{measure.title}{unit}"), justify="right")
+    for name, row in ladder.cells(document):
+        table.add_row(Text(name), *(Text(f"{figure}\n{step}") for figure, step in row))
+    return table
 
 
 def _table(document: dict[str, Any], *, full: bool) -> Table:
@@ -304,12 +361,7 @@ def _table(document: dict[str, Any], *, full: bool) -> Table:
 
     figures = Figures(document)
     names = [mode["name"] for mode in document["modes"]]
-    settings = document["settings"]
-    title = (
-        f"{document['guest']['image'] or document['guest']['kernel']}, "
-        f"{document['guest']['cpus']} vCPU(s), "
-        f"{settings['repeat']} x {settings['seconds']:g} s: median (lowest..highest)"
-    )
+    settings, title = document["settings"], _title(document)
     table = Table(
         title=title,
         min_width=min(len(title) + 2, 78),

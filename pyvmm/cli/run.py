@@ -31,6 +31,8 @@ Examples:
 
 Network cards: --net MODE[,key=value...], once per card
   emulated    the data path in this process
+  classic     emulated as the first VMMs had it, each step since undone: worker=vcpu,notify=exit,
+              interrupt=ioctl,batch=off,without=event-idx+indirect+offloads (docs/ladder.md)
   vhost-net   the data path in the kernel: no packet wakes this process up; needs /dev/vhost-net
   vhost-user  the data path in another process, such as `pyvmm backend` or DPDK's
               (docs/vhost-user.md)
@@ -64,6 +66,11 @@ Network cards: --net MODE[,key=value...], once per card
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
   Keys of emulated and vhost-net only:
       fd=N+M          an open tap that pyvmm inherits, one descriptor per queue pair
+  Keys of emulated only:
+      interrupt=ioctl each interrupt is a call of the thread that has moved the frame (irqfd)
+      worker=vcpu     the vCPU that kicks sends the frames itself; needs notify=exit (thread)
+      batch=off       one frame at a time, each with an interrupt of its own (on)
+  Key of emulated, vhost-net, and vhost-user without socket= only:
       poll=USEC       look for more packets for this many microseconds before sleeping (0)
   Keys of vhost-user only, which has no worker-cpu=, and no tap= together with socket=:
       socket=PATH     where the back-end listens (default: start pyvmm's own, on a tap as above)

@@ -115,9 +115,10 @@ class OwnGuest:
             Machine(
                 p.kernel,
                 initrd=p.initrd,
-                append=p.append,
+                append=f"{p.append} {self._mode.append}".rstrip(),
                 cpus=p.cpus,
                 memory=p.memory,
+                huge=self._mode.huge,
                 nets=[Net.parse(f"{self._mode.net},mac={plan.MAC}")],
                 command=guest_command(p),
             )

@@ -136,7 +136,9 @@ def measure_plot(
         if entry is None:
             rows.append(svg.Bar(mode["name"], [], "", missing=_missing(mode)))
             continue
-        text = number(entry["median"]) + noise_sign(entry)
+        # Of a ladder the step from one rung to the next counts, not that from the first.
+        sign = "" if "ladder" in document else noise_sign(entry)
+        text = number(entry["median"]) + sign
         parts = [(kind, entry["median"], f"{cell(entry)} {measure.unit}")]
         rows.append(svg.Bar(mode["name"], parts, text, (entry["min"], entry["max"])))
     return svg.bars(f"{measure.title}, {workload}", measure.unit, rows, width)
@@ -283,7 +285,6 @@ def page(document: dict[str, Any]) -> str:
 
 def figure(document: dict[str, Any]) -> str:
     """The stacked plots of all workloads, and their speeds, as one SVG file."""
-    gap, pad = 36, 24
     plots = []
     for workload in document["settings"]["workloads"]:
         name = workload["name"]
@@ -296,9 +297,35 @@ def figure(document: dict[str, Any]) -> str:
             plots.append(
                 (title, measure_plot(document, workload["name"], fast, "speed", svg.WIDTH))
             )
+    return _sheet(document, "What each data path costs", plots)
+
+
+def ladder_figure(document: dict[str, Any]) -> str:
+    """The ladder as one SVG file: speeds, exits by cause and CPU time, one bar per rung."""
+    from pyvmm.compare.ladder import COLUMNS
+
+    plots = []
+    ran = {workload["name"] for workload in document["settings"]["workloads"]}
+    for workload, key, more in COLUMNS:
+        if workload not in ran or key in ("kvm_exits_per_kpacket", "interrupts_per_kpacket"):
+            continue
+        if key == "user_exits_per_kpacket":
+            plots.append((f"{workload}: exits per 1,000 packets", exits_plot(document, workload)))
+            continue
+        measure = BY_KEY[key]
+        unit = f", {measure.unit}" if measure.unit else ""
+        title = f"{workload}: {measure.title}{unit} ({'more' if more else 'less'} is better)"
+        kind = "speed" if more or key == "rtt_ms" else "r-worker"
+        plots.append((title, measure_plot(document, workload, key, kind, svg.WIDTH)))
+    return _sheet(document, "From the textbook device to the offloaded one", plots)
+
+
+def _sheet(document: dict[str, Any], head: str, plots: list[tuple[str, str]]) -> str:
+    """Plots with their titles in columns, below a heading and the legend of exits, as one SVG."""
+    gap, pad = 36, 24
     columns = min(3, len(plots))
     width = 2 * pad + columns * svg.WIDTH + (columns - 1) * gap
-    body = [f'<text class="h1" x="{pad}" y="{pad + 16}">What each data path costs</text>']
+    body = [f'<text class="h1" x="{pad}" y="{pad + 16}">{escape(head)}</text>']
     y = pad + 44.0
     items = [(part, words.partition(" (")[0]) for part, words in legend(document)]
     column = 196
@@ -318,7 +345,7 @@ def figure(document: dict[str, Any]) -> str:
     height = y - gap + pad
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:g}" width="{width}" '
-        f'height="{height:g}" role="img"><title>What each data path costs</title>'
+        f'height="{height:g}" role="img"><title>{escape(head)}</title>'
         f"<style>{style()}</style>"
         f'<rect class="paper" width="100%" height="100%"/>{"".join(body)}</svg>\n'
     )

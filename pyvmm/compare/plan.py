@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pyvmm.errors import UsageError
-from pyvmm.netopt import MODES, Net
+from pyvmm.netopt import MODES, PRESETS, Net
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Literal, TypeVar
 
     Word = TypeVar("Word", bound=str)
@@ -19,6 +20,8 @@ FORBIDDEN = ("tap", "bridge", "fd", "mac", "host", "guest", "socket", "device", 
 HOST, GUEST, PREFIX, MAC = "192.168.100.1", "192.168.100.2", 24, "52:54:00:12:34:56"
 #: Datagrams of ``udp-small``: payload bytes, and bits per second (1000 datagrams).
 UDP_BYTES, UDP_RATE = 64, 512_000
+#: Workloads of datagrams, and their bits per second; 0: as many as can be had.
+UDP = {"udp-small": UDP_RATE, "pps-tx": 0, "pps-rx": 0}
 PING_INTERVAL = 0.05  # seconds
 MAX_REPEAT, MAX_SECONDS = 1000, 3600
 
@@ -28,8 +31,12 @@ WORKLOADS = {
     "tcp-tx": "one TCP stream from the guest (iperf3 -R)",
     "tcp-rx": "one TCP stream to the guest (iperf3)",
     "udp-small": "64-byte UDP from the guest, 1,000 per second (iperf3 -u)",
+    "pps-tx": "64-byte UDP from the guest, as much as it can (iperf3 -u -b 0 -R)",
+    "pps-rx": "64-byte UDP to the guest, as much as the host can (iperf3 -u -b 0)",
     "idle": "nothing",
 }
+#: What a comparison runs if it is not told.
+DEFAULT_WORKLOADS = ("ping", "tcp-tx", "tcp-rx", "udp-small", "idle")
 PEERS: tuple[Kind, ...] = ("qemu", "kvmtool")
 
 
@@ -40,14 +47,23 @@ class Mode:
     :ivar kind: ``pyvmm``, ``qemu`` or ``kvmtool``.
     :ivar net: the card's ``MODE[,key=value...]``; empty for other programs.
     :ivar vhost: the mode needs /dev/vhost-net.
+    :ivar append: more kernel command line. :ivar huge: guest memory in huge pages.
     """
 
-    __slots__ = ("kind", "name", "net", "vhost")
+    __slots__ = ("append", "huge", "kind", "name", "net", "vhost")
 
     def __init__(
-        self, name: str, kind: Kind = "pyvmm", net: str = "", *, vhost: bool = False
+        self,
+        name: str,
+        kind: Kind = "pyvmm",
+        net: str = "",
+        *,
+        vhost: bool = False,
+        append: str = "",
+        huge: bool = False,
     ) -> None:
         self.name, self.kind, self.net, self.vhost = name, kind, net, vhost
+        self.append, self.huge = append, huge
 
 
 def parse_mode(text: str) -> Mode:
@@ -56,8 +72,8 @@ def parse_mode(text: str) -> Mode:
     :raises UsageError: an unknown mode or key, or a key that the comparison itself sets.
     """
     mode, *keys = text.split(":")
-    if mode not in MODES or mode == "none":
-        known = ", ".join(m for m in MODES if m != "none")
+    if mode not in (*MODES, *PRESETS) or mode == "none":
+        known = ", ".join(m for m in (*MODES, *PRESETS) if m != "none")
         raise UsageError(
             f"--modes: unknown mode {mode!r}", f"modes: {known}; keys follow after colons"
         )
@@ -89,6 +105,7 @@ def parse_list(option: str, text: str, known: tuple[Word, ...]) -> list[Word]:
 class Plan:
     """A whole comparison.
 
+    :param rungs: these modes in place of ``modes`` and ``peers``: a ladder, lowest first.
     :param repeat: boots of each mode, 1 to 1000.
     :param seconds: of each workload, 0.2 to 3600.
     :param kernel, initrd: files of the guest.
@@ -105,7 +122,8 @@ class Plan:
         *,
         modes: str = DEFAULT_MODES,
         peers: str = "",
-        workloads: str = ",".join(WORKLOADS),
+        rungs: Sequence[Mode] = (),
+        workloads: str = ",".join(DEFAULT_WORKLOADS),
         repeat: int = 3,
         seconds: float = 3.0,
         cpus: int = 1,
@@ -118,7 +136,10 @@ class Plan:
         reasons: bool = False,
         pin: bool = True,
     ) -> None:
-        self.modes = [parse_mode(text.strip()) for text in modes.split(",") if text.strip()]
+        self.ladder = bool(rungs)
+        self.modes = list(rungs) or [
+            parse_mode(text.strip()) for text in modes.split(",") if text.strip()
+        ]
         if peers:
             for peer in parse_list("--peers", peers, PEERS):
                 self.modes.append(Mode(peer, peer))

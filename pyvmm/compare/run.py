@@ -16,6 +16,7 @@ from subprocess import SubprocessError
 from pyvmm import __version__
 from pyvmm.compare import counters, plan
 from pyvmm.compare.guests import TOOL_LIMIT, open_guest
+from pyvmm.compare.ladder import steps
 from pyvmm.compare.pinning import pinned, possible
 from pyvmm.compare.stats import summarise
 from pyvmm.doctor import flavour
@@ -70,6 +71,7 @@ class Comparison:
             m.name: {
                 "name": m.name,
                 "kind": m.kind,
+                "net": m.net,
                 "problem": None,
                 "notes": [],
                 "version": "",
@@ -132,8 +134,11 @@ class Comparison:
                         done = self._workload(guest, workload)
                         run["workloads"].append(done)
                         self._progress(f"  {outcome(done)}")
-        except FOR_ALL:
-            raise
+        except FOR_ALL as e:
+            if not (mode.huge and isinstance(e, MemoryShort)):
+                raise
+            facts["problem"] = str(e)
+            self._progress(f"  {mode.name}: {e}")
         except (PyvmmError, OSError, SubprocessError) as e:
             if run in self._runs:
                 run["error"] = str(e)
@@ -189,10 +194,10 @@ class Comparison:
                 guest, ["ping", "-q", "-c", str(count), "-i", str(plan.PING_INTERVAL), plan.GUEST]
             )
         argv = ["iperf3", "-c", plan.GUEST, "-p", p.port(name), "-J", "-t", f"{p.seconds:g}"]
-        if name != "tcp-rx":
+        if not name.endswith("-rx"):
             argv.append("-R")
-        if name == "udp-small":
-            argv += ["-u", "-l", str(plan.UDP_BYTES), "-b", str(plan.UDP_RATE)]
+        if name in plan.UDP:
+            argv += ["-u", "-l", str(plan.UDP_BYTES), "-b", str(plan.UDP[name])]
         return self._tool(guest, argv)
 
     def _tool(self, guest: Guest, argv: list[str]) -> str:
@@ -231,6 +236,8 @@ class Comparison:
             "runs": self._runs,
         }
         document["summary"] = summarise(document)
+        if p.ladder:
+            document["ladder"] = steps(document)
         return document
 
 
@@ -339,7 +346,7 @@ def read_result(name: str, text: str) -> dict[str, float | None]:
         if name == "ping":
             rtt, loss = read_ping(text)
             return {"rtt_ms": rtt, "loss_percent": loss}
-        if name == "udp-small":
+        if name in plan.UDP:
             rate, loss = read_udp(text)
             return {"throughput_mbit_s": round(rate, 3), "loss_percent": round(loss, 2)}
         return {"throughput_mbit_s": round(received_mbit(text), 3)}

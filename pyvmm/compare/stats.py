@@ -14,7 +14,7 @@ from pyvmm.compare.counters import CAUSES, ROLES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any, Final, Literal
 
     Difference = Literal["noise", "differs", "unknown"]
@@ -45,6 +45,28 @@ ROLE_WORDS = {
 }
 
 
+def _per(count: float | None, base: float | None, scale: float) -> float | None:
+    return scale * count / base if count is not None and base else None
+
+
+def _moved(workload: dict[str, Any], what: str) -> int:
+    return int(workload["packets"][f"{what}_to_guest"] + workload["packets"][f"{what}_from_guest"])
+
+
+def _cpu(workload: dict[str, Any]) -> float | None:
+    """Seconds of CPU time of all threads that have to do with the guest, its vCPUs included."""
+    used = [role["cpu_s"] for role in workload["threads"].values()]
+    return sum(used) if used else None
+
+
+#: Measures that are made of others.
+DERIVED: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "packets_per_s": lambda w: _per(_moved(w, "packets"), w["seconds"], 1),
+    "cpu_us_per_packet": lambda w: _per(_cpu(w), _moved(w, "packets"), 1e6),
+    "cpu_ns_per_byte": lambda w: _per(_cpu(w), _moved(w, "bytes"), 1e9),
+}
+
+
 class Measure:
     """One row of the table: its path in a workload's figures, its words, its unit."""
 
@@ -65,6 +87,8 @@ class Measure:
                 if r in workload["threads"]
             ]
             return sum(found) if found else None
+        if self.key in DERIVED:
+            return DERIVED[self.key](workload)
         value: Any = workload
         for name in self.path:
             value = value.get(name) if isinstance(value, dict) else None
@@ -103,6 +127,9 @@ MEASURES = [
         Measure(f"cpu_s.{r}", f"CPU time: {w}", "s", "threads", r, "cpu_s")
         for r, w in ROLE_WORDS.items()
     ),
+    Measure("packets_per_s", "packets per second", ""),
+    Measure("cpu_us_per_packet", "CPU time per packet", "us"),
+    Measure("cpu_ns_per_byte", "CPU time per byte", "ns"),
     *(
         Measure(f"switches.{r}.{k}", f"{k} switches: {w}", "", "threads", r, k)
         for r, w in ROLE_WORDS.items()
@@ -115,6 +142,7 @@ DETAILS = (
     *(f"switches.{role}.involuntary" for role in ROLE_WORDS),
     "switches.vmm.voluntary",
     "interrupts_per_kpacket",
+    *DERIVED,
 )
 #: Measures that are shown even if all values are zero, because zero is a result.
 ALWAYS = ("user_exits", "vmm_wakeups")
@@ -247,7 +275,9 @@ def remarks(document: dict[str, Any]) -> list[str]:
         if run["error"]:
             out.append(f"{at} failed: {run['error']}")
         out += [f"{at}, {w['name']} failed: {w['error']}" for w in run["workloads"] if w["error"]]
-    if document["settings"]["repeat"] < 2:
+    if "ladder" in document:
+        pass  # whose steps have signs of their own
+    elif document["settings"]["repeat"] < 2:
         out.append("One repeat: how much of a difference is noise is not known.")
     else:
         out.append(

@@ -72,7 +72,8 @@ class Vring:
     :ivar desc, avail, used: guest-physical addresses of the descriptor, driver and device areas.
     :ivar base: the position to start at (``datapath.ringformat``).
     :ivar format: split or packed.
-    :ivar kick: guest to device, lent. :ivar call: device to guest, lent.
+    :ivar kick: guest to device, lent. :ivar call: device to guest, lent; if that is
+        a ``kvm.inject.Injection``, the emulated path raises the interrupt by an ioctl.
     :ivar coalesce: (packets, microseconds) for which the driver lets its interrupt wait
         (5.1.6.5.7); no microseconds: it does not wait.
     :ivar hashing: of the frames of a receive queue, for their headers; None: their hash is 0.
@@ -312,6 +313,10 @@ class OnUplink:
         """There are none."""
         return {}
 
+    def takers(self) -> dict[int, Any]:
+        """Kicks come by the eventfds."""
+        return {}
+
     def bound(self) -> str:
         """Nothing binds the rings."""
         return ""
@@ -443,6 +448,12 @@ class DataPath(RingServer, Protocol):
         """The notification pages of the rings that are being served: by virtqueue, our address of
         a page (4096 bytes) to which the guest may write its kicks in place of the eventfd. Valid
         until ``stop`` is called; empty for most paths.
+        """
+
+    def takers(self) -> dict[int, Any]:
+        """What takes kicks in the thread of the vCPU that kicks, in the place of the eventfd: by
+        virtqueue, ``struct pv_taker *``. Valid until ``stop`` is called; empty for most paths. A
+        kick that comes by the eventfd counts all the same.
         """
 
     def bound(self) -> str:

@@ -16,6 +16,7 @@ from pyvmm.datapath.base import HandOverTimes, OnUplink, bug, by_pair, header_si
 from pyvmm.errors import HostError, RingFault
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import Reopener
+from pyvmm.kvm.inject import Injection
 from pyvmm.spec.virtio import (
     VIRTIO_F_IN_ORDER,
     VIRTIO_F_RING_PACKED,
@@ -102,6 +103,9 @@ class EmulatedNet(OnUplink):
     :param port: the tap, lent; the caller programs its queues and offloads before ``start``.
     :param poll_us: a worker looks for work this long, in microseconds, before it sleeps.
     :param worker_cpu: pin worker k to CPU worker_cpu + k.
+    :param in_exit: frames of the guest are sent in the thread of the vCPU that kicks, if its kick
+        is an exit; the worker receives. Not together with ``poll_us`` or in-flight regions.
+    :param batch: without it, one frame at a time, each with a kick and an interrupt of its own.
     :param recorder: for traces, or None.
     :param hold_ms: a frame that was read from the tap waits this long, in milliseconds, for the
         guest to add buffers, and as long from a ``stop(finish=True)`` on; then it is dropped.
@@ -120,6 +124,8 @@ class EmulatedNet(OnUplink):
         *,
         poll_us: int = 0,
         worker_cpu: int | None = None,
+        in_exit: bool = False,
+        batch: bool = True,
         recorder: Scope | None = None,
         hold_ms: int = lib.PV_NET_HOLD_MS,
         stopped: Callable[[str], object] | None = None,
@@ -132,6 +138,7 @@ class EmulatedNet(OnUplink):
         self._recorder = recorder
         self._poll_us = poll_us
         self._worker_cpu = worker_cpu
+        self._in_exit, self._batch = in_exit, batch
         self._hold_ms = hold_ms
         self._pairs: list[_Pair] = []
         self._queues: list[int] = []
@@ -250,6 +257,7 @@ class EmulatedNet(OnUplink):
                 ring.used,
             )
             c.kick, c.call = ring.kick.fileno(), ring.call.fileno()
+            c.inject = ring.call.inject if isinstance(ring.call, Injection) else ffi.NULL
             c.inflight = ring.inflight or ffi.NULL
             c.coalesce_packets, c.coalesce_us = ring.coalesce
             if ring.log is not None:
@@ -265,6 +273,7 @@ class EmulatedNet(OnUplink):
         payload = GSO_MAX if acked & GSO else self._port.mtu
         config.max_frame = config.hdr_len + payload + FRAME_EXTRA
         config.poll_us, config.hold_ms = self._poll_us, self._hold_ms
+        config.in_exit, config.unbatched = self._in_exit, not self._batch
         config.taken = self._taken(rings)
         # With CTRL_GUEST_OFFLOADS the driver may switch the feature on at any time.
         headers = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
@@ -378,6 +387,12 @@ class EmulatedNet(OnUplink):
     def _report(self, queue: int, problem: str) -> None:
         if self._events is not None:
             self._events.fault(queue, problem)
+
+    def takers(self) -> dict[int, Any]:
+        """See ``DataPath``: of the transmit queues, if the vCPUs' threads are to send."""
+        if not self._in_exit:
+            return {}
+        return {2 * p.number + 1: lib.pv_net_worker_taker(p.worker) for p in self._pairs}
 
     def stop(self, *, finish: bool = False, patience: float | None = None) -> list[int]:
         """Stop the workers; returns each ring's position, in the order of ``start``."""

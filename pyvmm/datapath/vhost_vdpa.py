@@ -45,6 +45,7 @@ from pyvmm.threads import Thread
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from pyvmm.datapath.base import PathEvents, RxFilter, Vring
     from pyvmm.datapath.vdpa_device import Mapping, Vdpa
@@ -195,6 +196,10 @@ class VhostVdpa:
     def _tells(self) -> bool:
         """Whether the device tells exact positions of its rings."""
         return self._device.suspends or self._packets is not None
+
+    def takers(self) -> dict[int, Any]:
+        """Kicks come by the eventfds, or the device has a page for them."""
+        return {}
 
     def doorbells(self) -> dict[int, int]:
         """The device's own, if it has them."""

@@ -1,10 +1,11 @@
-"""MSI-X (PCI Local Bus 3.0, 6.8.2) over irqfds.
+"""MSI-X (PCI Local Bus 3.0, 6.8.2) over irqfds, or by an ioctl per interrupt.
 
 A source is an eventfd that the transport lends. While a vector can deliver, its sources are wired:
 an irqfd connects each of them to the vector's GSI. While the vector is masked, the irqfds are
 removed, so that the eventfd itself keeps a pending interrupt. The pending bit is a poll of the
 eventfd, and KVM delivers the interrupt when the irqfd is made again. All this works the same
-whoever signals the eventfd.
+whoever signals the eventfd. A source that is an ``Injection`` needs neither irqfd nor GSI: whoever
+raises it sends the vector's message itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import select
 
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
+from pyvmm.kvm.inject import Injection
 from pyvmm.spec.pci import (
     MSIX_ENTRY_NAMES,
     PCI_CAP_MSIX_SIZEOF,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 class Vector:
     """One entry of the MSI-X table and its sources.
 
-    :ivar wired: the sources that have an irqfd now.
+    :ivar wired: the sources that deliver now: those that have an irqfd, or send messages.
     :ivar gsi: the GSI of the vector's message; -1 until the vector first delivers.
     """
 
@@ -138,6 +140,13 @@ class Msix:
         self._unwire(v, [s for s in v.wired if s not in want])
         if not want:
             return
+        for source in want:
+            if isinstance(source, Injection):
+                source.to_message(v.address, v.data)
+                if source not in v.wired:
+                    v.wired.append(source)
+        if all(isinstance(source, Injection) for source in want):
+            return
         try:
             if v.gsi < 0:
                 v.gsi = self._vm.alloc_gsi()
@@ -155,6 +164,9 @@ class Msix:
     def _unwire(self, v: Vector, sources: list[EventFd]) -> None:
         for source in sources:
             v.wired.remove(source)
+            if isinstance(source, Injection):
+                source.hold()
+                continue
             try:
                 self._vm.irqfd(source, v.gsi, assign=False)
             except HostError:

@@ -171,6 +171,12 @@ class Transport(Protocol):
         :raises HostError: KVM does not take back a page of before.
         """
 
+    def set_takers(self, takers: dict[int, Any]) -> None:
+        """Have kicks of these virtqueues taken in the thread of the vCPU that kicks
+        (``DataPath.takers``), and no others: once this has returned, no vCPU is in a taker of
+        before. The I/O lock is held.
+        """
+
     def interrupt_config(self) -> None:
         """Tell the driver that the configuration has changed. Any thread."""
 
@@ -188,6 +194,9 @@ class Unplugged:
         """Nothing to do."""
 
     def set_doorbells(self, pages: dict[int, int]) -> None:
+        """Nobody kicks."""
+
+    def set_takers(self, takers: dict[int, Any]) -> None:
         """Nobody kicks."""
 
     def interrupt_config(self) -> None:

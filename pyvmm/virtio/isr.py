@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyvmm._ext import ffi, lib
+from pyvmm.kvm.inject import Injection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -10,10 +11,24 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.fd import EventFd
+    from pyvmm.kvm.vm import Vm
+    from pyvmm.virtio.device import VirtioDevice
+
+
+def inject_calls(vm: Vm, device: VirtioDevice) -> None:
+    """Have the interrupts of a device's virtqueues raised by ioctls instead of eventfds, which
+    nobody uses yet.
+
+    :param vm: lent.
+    """
+    for q in device.queues:
+        q.call.close()
+        q.call = Injection(vm)
 
 
 class Isr:
-    """The register and its line, which is driven by a thread in C while ``drive`` says so.
+    """The register and its line, which is driven by a thread in C while ``drive`` says so, or by
+    whoever raises an ``Injection``.
 
     :param name: of the thread.
     :ivar c: ``struct pv_intx *``, lent to the bus. :ivar errors: how often there could be no more
@@ -28,6 +43,7 @@ class Isr:
         self.c: Any = ffi.gc(made, lib.pv_intx_free)
         self._line: Any = None
         self._driven = False
+        self._direct: list[Injection] = []  # those that drive the line themselves
         self.errors = 0
 
     def wire(self, line: Any) -> None:
@@ -44,14 +60,22 @@ class Isr:
             return
         if not want:
             lib.pv_intx_stop(self.c)
+            for direct in self._direct:
+                direct.hold()
+            self._direct = []
             self._driven = False
             return
-        fds = [event.fileno() for event, _ in events]
-        bits = [bit for _, bit in events]
-        if lib.pv_intx_start(self.c, self._name, fds, bits, len(events)):
+        told = [(event, bit) for event, bit in events if not isinstance(event, Injection)]
+        fds = [event.fileno() for event, _ in told]
+        bits = [bit for _, bit in told]
+        if told and lib.pv_intx_start(self.c, self._name, fds, bits, len(told)):
             self.errors += 1
-        else:
-            self._driven = True
+            return
+        self._driven = True
+        for event, bit in events:
+            if isinstance(event, Injection):
+                event.to_line(self.c, bit)
+                self._direct.append(event)
 
     def set(self, bits: int) -> None:
         """Set bits, which raises the line. Any thread."""

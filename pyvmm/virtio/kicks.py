@@ -2,8 +2,8 @@
 the virtqueue's eventfd.
 
 By ioeventfd, KVM signals the eventfd, and the vCPU goes on. Else, or while a place has no
-ioeventfds, the kick is an exit, and the bus signals the eventfd in C. Only kicks of the virtqueues
-that the device serves itself reach Python.
+ioeventfds, the kick is an exit, and the bus signals the eventfd in C, or lets a data path take the
+kick in the vCPU's thread. Only kicks of the virtqueues that the device serves itself reach Python.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ if TYPE_CHECKING:
 class Kicks:
     """Turns kicks into eventfds; lent to the regions of a transport.
 
-    :param vm: lent. :param stride: of registers of which each virtqueue has its own.
+    :param vm, bus: lent. :param stride: of registers of which each virtqueue has its own.
     :param ioeventfd: whether to use ioeventfds at all.
     :ivar c: ``struct pv_notify *``. :ivar running: the device is between DRIVER_OK and a reset.
     :ivar errors: how often KVM has refused.
     """
 
     def __init__(
-        self, vm: Vm, device: VirtioDevice, stride: int = 1, *, ioeventfd: bool = True
+        self, vm: Vm, bus: Bus, device: VirtioDevice, stride: int = 1, *, ioeventfd: bool = True
     ) -> None:
-        self._vm, self._device, self._ioeventfd = vm, device, ioeventfd
+        self._vm, self._bus, self._device, self._ioeventfd = vm, bus, device, ioeventfd
+        self._takers: dict[int, Any] = {}
         self.running = False
         self.errors = 0
         self._place: Place | None = None  # which has ioeventfds
@@ -54,6 +55,17 @@ class Kicks:
             self._kicked = [q for q in self._device.queues if q.index not in own]
             for q in self._device.queues:
                 self.c.fd[q.index] = -1 if q.index in own else q.kick.fileno()
+
+    def set_takers(self, takers: dict[int, Any]) -> None:
+        """Have kicks of these virtqueues taken in the thread of the vCPU that kicks, and all others
+        go to the eventfds. On return no vCPU is in a taker of before.
+
+        :param takers: ``struct pv_taker *`` by virtqueue (``DataPath.takers``), lent until the next
+            call.
+        """
+        for index in {*self._takers, *takers}:
+            lib.pv_notify_take(self._bus.c, self.c, index, takers.get(index, ffi.NULL))
+        self._takers = takers
 
     def move(self, place: Place | None) -> None:
         """Let KVM answer the kicks of a driver that runs, at the place where it kicks; None if that

@@ -57,12 +57,14 @@ from pyvmm.spec.virtio_pci import (
     VIRTIO_PCI_ISR_CONFIG,
     VIRTIO_PCI_ISR_QUEUE,
 )
-from pyvmm.virtio.isr import Isr
+from pyvmm.virtio.isr import Isr, inject_calls
 from pyvmm.virtio.kicks import Kicks
 from pyvmm.virtio.registers import WORD, DeviceConfig, ModernRegisters, Register
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyvmm.bus import Region
     from pyvmm.kvm.vm import Vm
     from pyvmm.virtio.device import Queue, VirtioDevice
@@ -174,18 +176,28 @@ class VirtioMmio:
     """A virtio device in a window of its own; it is on the bus from the beginning to ``close``.
 
     :param vm, bus: lent. :param index: the card's number, which decides where the window is and
-        which line the device has. :param notify: "ioeventfd" or "exit".
+        which line the device has. :param notify: "ioeventfd" or "exit". :param interrupt: "irqfd",
+        or "ioctl"; over MMIO no irqfd is used, but the eventfds are.
     :ivar window: the guest-physical address.
     :ivar gsi: of the interrupt line, which is level-triggered, active low and shared.
     :raises HostError: another device is there.
     """
 
     def __init__(
-        self, vm: Vm, bus: Bus, device: VirtioDevice, index: int, *, notify: str = "ioeventfd"
+        self,
+        vm: Vm,
+        bus: Bus,
+        device: VirtioDevice,
+        index: int,
+        *,
+        notify: str = "ioeventfd",
+        interrupt: str = "irqfd",
     ) -> None:
         self.name, self.device = device.name, device
         self.window, self.gsi = window_of(index), line_of(index)
-        self._kicks = Kicks(vm, device, ioeventfd=notify == "ioeventfd")
+        if interrupt == "ioctl":
+            inject_calls(vm, device)
+        self._kicks = Kicks(vm, bus, device, ioeventfd=notify == "ioeventfd")
         self._isr = Isr(f"{self.name} irq")
         self._isr.wire(vm.shared_line(self.gsi))
         self._closed = False
@@ -251,6 +263,10 @@ class VirtioMmio:
 
     def set_doorbells(self, pages: dict[int, int]) -> None:
         """None: one register takes the kicks of all virtqueues. They go on by the eventfds."""
+
+    def set_takers(self, takers: dict[int, Any]) -> None:
+        """Have kicks of these virtqueues taken in the vCPU's thread, and no others."""
+        self._kicks.set_takers(takers)
 
     def device_reset(self) -> None:
         """The driver reset the device: selectors and InterruptStatus go back (4.2.2.1)."""

@@ -449,11 +449,15 @@ class NetDevice(ServedDevice):
         self._serve_control()
 
     def started(self) -> None:
-        """A device of the host's may take the kicks itself."""
+        """A device of the host's may take the kicks itself, or the vCPUs' threads do."""
         self._map_doorbells(self.datapath.doorbells())
+        with self._lock:
+            self._transport.set_takers(self.datapath.takers())
 
     def before_stop(self) -> None:
         """Kicks gather in the eventfds from now on."""
+        with self._lock:
+            self._transport.set_takers({})
         self._map_doorbells({})
 
     def stopped(self) -> None:

@@ -112,8 +112,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	cfg.format.event_idx = data[2] & 2;
 	cfg.mrg_rxbuf = data[2] & 4;
 	cfg.guest_csum = data[2] & 64;
+	cfg.unbatched = data[11] & 1;
+	cfg.in_exit = data[11] & 2 && !cfg.poll_us && !(data[2] & 64);
 	w = pv_net_worker_new(&cfg, &mem, &ev);
 	CHECK(w);
+	let_kickers(w, false);
 	for (uint32_t q = RX; q <= TX; q++) {
 		if (w->inflight[q].region)
 			pv_inflight_recover(&w->inflight[q]);
@@ -145,6 +148,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 					(uint8_t)(low[FUZZ_AVAIL(i / 4 & 1) + 2] + (data[i] & 7));
 			if (data[i] & 64)
 				(void)!write(event[i / 4 & 1], &(uint64_t){1}, sizeof(uint64_t));
+			if (data[i] & 32 && cfg.in_exit) {
+				let_kickers(w, true);
+				w->taker.take(&w->taker);
+				let_kickers(w, false);
+			}
 			/*
 			 * Awake, so that net_sleep never sleeps; spinning and lingering take that
 			 * from it.
@@ -161,6 +169,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (w->held.len && data[3] & 1)
 		rx_finish(w);
 	serve_end(w);
+	let_kickers(w, true);
 	for (int q = RX; q <= TX; q++) {
 		/* Nothing taken is left: what was popped was pushed and published. */
 		CHECK((uint16_t)(w->ring[q].last_avail - w->ring[q].used_next) == ahead[q]);

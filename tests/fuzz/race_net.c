@@ -6,7 +6,9 @@
  * The main thread plays the guest of one life of a worker after the other: it sends, receives,
  * and in the end holds and stops the worker. Meanwhile one thread plays the outside and cuts the
  * link at times, one takes events and gives the worker a new link, and one reads what can be read
- * at any time. Each life must end with all chains given back. Every other life has packed rings.
+ * at any time. In every third life, transmit kicks are taken by whoever kicks, as vCPUs do, and one
+ * more thread kicks all the time. Each life must end with all chains given back. Every other life has
+ * packed rings.
  */
 #include <errno.h>
 #include <poll.h>
@@ -62,6 +64,7 @@ struct ring {
 static uint8_t *memory;
 static uint8_t log_bits[MEMORY / 4096 / 8]; /* shared with a front-end */
 static struct pv_net_worker *worker;
+static struct pv_taker *taker; /* NULL: kicks come by the eventfd */
 static int kick[2], call[2], event_fd;
 static int link_fd[2]; /* near, far; the outside changes them under the lock */
 static pthread_mutex_t link_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -102,6 +105,15 @@ static uint32_t after(uint32_t place)
 	return (place + 1) % (packed ? 2 * SIZE : 65536);
 }
 
+/* Kick: by the eventfd, or as a vCPU does whose kick is an exit. */
+static void notify(int q)
+{
+	if (taker && q == TX)
+		taker->take(taker);
+	else
+		CHECK(eventfd_write(kick[q], 1) == 0);
+}
+
 static void offer_packed(int q, uint16_t id)
 {
 	uint32_t i = next[q] % SIZE;
@@ -114,7 +126,7 @@ static void offer_packed(int q, uint16_t id)
 	__atomic_store_n(&r->desc[i].flags, id, __ATOMIC_RELAXED);
 	__atomic_store_n(&r->desc[i].next, flags, __ATOMIC_RELEASE);
 	next[q] = after(next[q]);
-	CHECK(eventfd_write(kick[q], 1) == 0);
+	notify(q);
 }
 
 static void offer(int q, uint16_t head)
@@ -131,7 +143,7 @@ static void offer(int q, uint16_t head)
 	r->desc[head].flags = q == TX ? 0 : 2; /* VRING_DESC_F_WRITE */
 	__atomic_store_n(&r->avail[idx % SIZE], head, __ATOMIC_RELAXED);
 	__atomic_store_n(&r->avail_idx, (uint16_t)(idx + 1), __ATOMIC_RELEASE);
-	CHECK(eventfd_write(kick[q], 1) == 0);
+	notify(q);
 }
 
 /* Whether the device has returned a chain that was not taken back. */
@@ -266,16 +278,29 @@ static void *observer(void *arg)
 	return NULL;
 }
 
+/* Another vCPU, which kicks without having anything to send. */
+static void *kicker(void *arg)
+{
+	(void)arg;
+	while (!over()) {
+		notify(TX);
+		usleep(100);
+	}
+	return NULL;
+}
+
 /* --- lives ------------------------------------------------------------------------------------ */
 
 static void life(uint32_t number)
 {
-	void *(*const others[])(void *) = {outside, supervisor, observer};
+	void *(*const others[])(void *) = {outside, supervisor, observer, kicker};
 	struct pv_memory mem = {.count = 1, .region[0] = {.size = MEMORY, .host = memory}};
 	struct pv_net_config cfg = {
 		.hdr_len = 12,
 		.max_frame = 1530,
 		.poll_us = number % 4 == 3 ? 20 : 0,
+		.in_exit = number % 3 == 2 && number % 4 != 3,
+		.unbatched = number % 7 > 3,
 		.hold_ms = 10,
 		.taken = PV_INFLIGHT_UNCOUNTED,
 		.mrg_rxbuf = true,
@@ -289,7 +314,7 @@ static void life(uint32_t number)
 	};
 	struct pv_net_event why = {0};
 	struct pv_net_thread thread;
-	pthread_t pthread[3];
+	pthread_t pthread[4];
 	uint64_t value;
 
 	packed = number / 2 % 2;
@@ -319,15 +344,16 @@ static void life(uint32_t number)
 		CHECK(!ring(RX)->used_flags && !ring(TX)->used_flags);
 		CHECK(!pv_net_worker_start(worker));
 	}
+	taker = cfg.in_exit ? pv_net_worker_taker(worker) : NULL;
 	pv_net_worker_go(worker);
 	pv_net_worker_await(worker, &thread);
 	CHECK(thread.tid > 0 && thread.began > 0);
 	__atomic_store_n(&life_over, false, __ATOMIC_RELEASE);
-	for (int i = 0; i < 3; i++)
+	for (int i = 0; i < 4; i++)
 		CHECK(!pthread_create(&pthread[i], NULL, others[i], NULL));
 	guest();
 	__atomic_store_n(&life_over, true, __ATOMIC_RELEASE);
-	for (int i = 0; i < 3; i++)
+	for (int i = 0; i < 4; i++)
 		pthread_join(pthread[i], NULL);
 	pv_net_worker_free(worker);
 	close(link_fd[0]);

@@ -24,6 +24,7 @@ from pyvmm.errors import (
 )
 from pyvmm.exits.trace import write
 from pyvmm.kvm import Kvm
+from pyvmm.kvm.vm import Vm
 from pyvmm.outcome import Outcome
 from pyvmm.spec import linux_boot as lb
 from pyvmm.spec.platform import PORT_ACPI_SLEEP_CONTROL, PORT_GUEST_CONTROL
@@ -283,6 +284,63 @@ def test_network(guest: Guest, irq: str, notify: str) -> None:
         counters = vm.nets[0].device.datapath.counters()
         assert counters["tx_packets"] == count
         assert counters["rx_packets"] >= count
+
+
+@pytest.mark.parametrize(
+    ("net", "options"),
+    [
+        ("classic", "irq=msix"),
+        ("classic", "irq=intx"),
+        ("classic,transport=mmio", "irq=intx acpi=off"),
+        ("classic", "irq=msix burst=8"),
+        ("classic,batch=on", "irq=msix burst=8"),
+        ("classic,worker=thread", "irq=msix"),
+    ],
+)
+def test_the_textbook_device(
+    guest: Guest, net: str, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """n kicks are n exits, in which the frames are sent one by one; n frames to the guest are n
+    calls; and there is neither ioeventfd nor irqfd.
+    """
+    made: list[str] = []
+    for name in ("irqfd", "ioeventfd"):
+        monkeypatch.setattr(Vm, name, lambda *args, name=name, **keys: made.append(name))
+    count, burst = 64, 8 if "burst" in options else 1
+    with Machine(
+        guest("pcinet"), memory="4M", append=f"count={count} {options}", nets=[Net.parse(net)]
+    ) as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        text = vm.stdout.text.decode()
+        assert f"{count} asked and answered, by interrupts" in text
+        kicks = int(text.rsplit(",", 1)[1].split()[0])
+        assert not made
+        lines = {line.name: line.count for line in vm.ledger().lines if line.role == "notify"}
+        assert lines["net0 queue 1 notify"] == count / burst
+        assert sum(lines.values()) == kicks
+        c = vm.nets[0].device.datapath.counters()
+        assert c["tx_packets"] == count <= c["rx_packets"]
+        if "thread" not in net:
+            assert c["tx_kicks"] == count / burst
+        assert c["tx_batches"] == (count / burst if "batch=on" in net else count)
+        if "batch=on" not in net:
+            assert c["rx_batches"] == c["rx_packets"] == c["rx_calls"]
+        # Interrupts for the transmit queue are off in this guest.
+        assert vm.nets[0].report()["interrupt_calls"] == c["rx_calls"] and not c["tx_calls"]
+
+
+def test_the_textbook_device_by_a_port(guest: Guest) -> None:
+    """The kick of the articles: an OUT to the legacy interface."""
+    net = Net.parse("classic,legacy=on")
+    with Machine(guest("legacynet"), memory="4M", append="irq=msix count=20", nets=[net]) as vm:
+        outcome = run(vm)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        kicks = [line for line in vm.ledger().lines if line.name == "net0 queue 1 notify"]
+        assert [(line.reason, line.count) for line in kicks] == [("io", 20)]
+        nic = vm.nets[0].report()
+        assert nic["interface"] == "legacy" and not nic["faults"]
+        assert nic["interrupt_calls"] == nic["counters"]["rx_packets"] >= 20
 
 
 @pytest.mark.parametrize(

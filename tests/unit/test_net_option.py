@@ -102,6 +102,18 @@ BAD = {
     "emulated,transport=mmio,legacy=on": "leave one of them out",
     "emulated,poll=1001": "use 0 to 1000",
     "emulated,notify=never": "notify=ioeventfd or notify=exit",
+    "emulated,worker=me": "use worker=thread or worker=vcpu",
+    "emulated,interrupt=msi": "use interrupt=irqfd or interrupt=ioctl",
+    "emulated,batch=maybe": "use batch=on or batch=off",
+    "emulated,worker=vcpu": "only if it is an exit: notify=exit, or worker=thread",
+    "classic,notify=ioeventfd": "only if it is an exit: notify=exit, or worker=thread",
+    "classic,poll=50": "no thread that could look for work",
+    "classic,switchable=vhost-net": "interrupt=ioctl and vhost-net; the interrupts of other data",
+    "vhost-net,worker=vcpu": "unknown key 'worker'",
+    "vhost-net,switchable=emulated,interrupt=ioctl": "interrupt=ioctl and vhost-net",
+    "emulated,switchable=classic": "modes, joined by +",
+    "vhost-user,socket=/s,poll=50": "pyvmm backend --poll",
+    "clasic": "did you mean classic?",
     "emulated,mac=": "no unicast MAC",
     "emulated,mac=52:54:00:12:34": "no unicast MAC",
     "emulated,mac=52:54:00:12:34:56:78": "no unicast MAC",
@@ -211,7 +223,7 @@ def test_switched() -> None:
         "none",
         "vdpa",
         "emulated,mac=52:54:00:00:00:09",
-        "vhost-user,poll=1",
+        "vhost-user,worker-cpu=1",
         "vhost-user,socket=",
     ):
         with pytest.raises(UsageError):
@@ -236,3 +248,38 @@ def test_a_host_that_is_too_old() -> None:
     with pytest.raises(UsageError, match=r"emulated has on Linux 6\.17 or later"):
         net.check_offer("emulated", bits("VIRTIO_NET_F_HOST_TSO4"))
     net.check_offer("emulated", mask(["tunnel-gso"]))
+
+
+def test_classic_is_a_name_for_keys_of_emulated() -> None:
+    keys = "worker=vcpu,notify=exit,interrupt=ioctl,batch=off,without=event-idx+indirect+offloads"
+    for one in (Net.parse("classic"), Net("classic"), Net.parse(f"emulated,{keys}")):
+        assert (one.mode, one.worker, one.notify, one.interrupt) == (
+            "emulated",
+            "vcpu",
+            "exit",
+            "ioctl",
+        )
+        assert not one.batch
+        assert one.without == ["event-idx", "indirect", "offloads"]
+    usual = Net("emulated")
+    assert (usual.worker, usual.notify, usual.interrupt) == ("thread", "ioeventfd", "irqfd")
+    assert usual.batch and usual.without == []
+    step = Net.parse("classic,worker=thread,notify=ioeventfd,without=offloads,batch=on")
+    assert (step.worker, step.notify, step.interrupt) == ("thread", "ioeventfd", "ioctl")
+    assert step.batch and step.without == ["offloads"]
+
+
+def test_a_switch_between_the_steps() -> None:
+    """What belongs to the card stays, and decides what its data path may be."""
+    card = Net("emulated", notify="exit")
+    assert card.switched("emulated,worker=vcpu,batch=off").worker == "vcpu"
+    assert card.switched(Net("emulated", notify="exit", worker="vcpu")).worker == "vcpu"
+    assert card.switched("vhost-net").notify == "exit"
+    for start, to, why in (
+        (Net("emulated"), "emulated,worker=vcpu", "only if it is an exit"),
+        (Net("classic"), "vhost-net", "interrupt=ioctl and vhost-net"),
+        (card, "classic", "switch to emulated,worker=vcpu,batch=off"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            start.switched(to)
+    assert Net("classic").switched("emulated,batch=on").interrupt == "ioctl"

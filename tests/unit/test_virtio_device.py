@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,9 @@ class Device(VirtioDevice):
         pass
 
     def set_doorbells(self, pages: dict[int, int]) -> None:
+        pass
+
+    def set_takers(self, takers: dict[int, Any]) -> None:
         pass
 
     def queue_reset(self, q: Queue) -> None:

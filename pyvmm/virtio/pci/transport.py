@@ -3,7 +3,8 @@
 A BAR in memory space has the common configuration, ISR, device configuration, notifications, MSI-X
 table and pending bits. A transitional device has the legacy interface, too (``pci.legacy``). Kicks
 reach the data path as eventfds: by ioeventfd, inside the kernel, or with ``notify="exit"`` through
-an exit of the vCPU.
+an exit of the vCPU. Interrupts reach the guest by irqfds, or with ``interrupt="ioctl"`` by a call
+of whoever moves the packets.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pyvmm._ext import lib
 from pyvmm.bus import MMIO, Bus, Registers
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd
+from pyvmm.kvm.inject import Injection
 from pyvmm.memory import PAGE
 from pyvmm.pci import Bar, PciFunction, gsi_of
 from pyvmm.pci.msix import Msix, entry_name
@@ -43,7 +45,7 @@ from pyvmm.spec.virtio_pci import (
     VIRTIO_PCI_ISR_QUEUE,
     VIRTIO_PCI_QUEUE_NOTIFY,
 )
-from pyvmm.virtio.isr import Isr
+from pyvmm.virtio.isr import Isr, inject_calls
 from pyvmm.virtio.kicks import Kicks
 from pyvmm.virtio.pci.common import CommonConfig
 from pyvmm.virtio.pci.legacy import LegacyBar
@@ -51,6 +53,8 @@ from pyvmm.virtio.registers import DeviceConfig
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyvmm.bus import Region
     from pyvmm.kvm.vm import Vm
     from pyvmm.virtio.device import Queue, VirtioDevice
@@ -69,6 +73,7 @@ class VirtioPci(PciFunction):
     eventfds.
 
     :param vm, bus: lent. :param notify: "ioeventfd" or "exit".
+    :param interrupt: "irqfd" or "ioctl".
     :param notify_pages: each virtqueue has a page of the BAR for its kicks, which ``set_doorbells``
         can fill; else a few bytes.
     :param transitional: the device id of a device that drivers of the legacy interface can use,
@@ -84,6 +89,7 @@ class VirtioPci(PciFunction):
         class_code: int,
         *,
         notify: str = "ioeventfd",
+        interrupt: str = "irqfd",
         notify_pages: bool = False,
         transitional: int | None = None,
     ) -> None:
@@ -104,13 +110,15 @@ class VirtioPci(PciFunction):
         if notify_pages:
             self._stride, self._notify_at = PAGE, NOTIFY_PAGES
         self._use_ioeventfd = notify == "ioeventfd"
-        self._kicks = Kicks(vm, device, self._stride, ioeventfd=self._use_ioeventfd)
+        self._kicks = Kicks(vm, bus, device, self._stride, ioeventfd=self._use_ioeventfd)
         self._doorbells: dict[int, int] = {}
         self._doorbells_at: int | None = None  # the BAR's base
         self._slots: list[int] = []  # of KVM, for the doorbells
         self._refused = 0  # doorbells, by KVM
         self.config_vector = VIRTIO_MSI_NO_VECTOR
-        self._config_event = EventFd()
+        self._config_event = Injection(vm) if interrupt == "ioctl" else EventFd()
+        if interrupt == "ioctl":
+            inject_calls(vm, device)
         self._isr = Isr(f"{self.name} intx")
         vectors = len(device.queues) + 1
         self.msix = Msix(vm, vectors)
@@ -207,6 +215,10 @@ class VirtioPci(PciFunction):
             self._kicks.move((True, base + VIRTIO_PCI_QUEUE_NOTIFY, 0, 2))
         else:
             self._kicks.move((False, base + self._notify_at, self._stride, 2))
+
+    def set_takers(self, takers: dict[int, Any]) -> None:
+        """Have kicks of these virtqueues taken in the vCPU's thread, and no others."""
+        self._kicks.set_takers(takers)
 
     def set_doorbells(self, pages: dict[int, int]) -> None:
         """Map pages of the host's device where the driver kicks. The ioeventfds stay: they take the
