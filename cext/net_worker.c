@@ -753,15 +753,15 @@ static bool rx_turn(struct pv_net_worker *w)
 	return more;
 }
 
-/* Transmit: up to max frames from the guest to fd. Returns whether more may be waiting. */
-static bool tx_turn(struct pv_net_worker *w, uint32_t max)
+/* Transmit: from the guest to fd. Returns whether more may be waiting. */
+static bool tx_turn(struct pv_net_worker *w)
 {
 	struct pv_vring *vr = &w->ring[TX];
 	uint32_t packets = 0, bytes = 0, batch_packets = 0, batch_bytes = 0;
 	uint64_t begun = w->burst.packets ? 0 : now_us();
 	bool more = true;
 
-	while (packets < max && bytes < TURN_BYTES) {
+	while (packets < w->turn && bytes < TURN_BYTES) {
 		struct pv_chain c;
 		enum pv_step step = pv_vring_pop(vr, w->tx_iov, PV_CHAIN_MAX, &c);
 		ssize_t n;
@@ -839,7 +839,7 @@ static void rx_resume(struct pv_net_worker *w)
 	w->rx_waiting = w->fd_muted = false;
 }
 
-/* Give each direction a turn. Returns whether there is more to do now. */
+/* Give each direction a turn; a vCPU that kicks only transmits. Returns whether there is more to do. */
 static bool net_round(struct pv_net_worker *w)
 {
 	bool more = false;
@@ -853,7 +853,9 @@ static bool net_round(struct pv_net_worker *w)
 	if (w->log.marked)
 		tell_log(w);
 	if (tx_possible(w) && w->owed)
-		more = tx_turn(w, w->turn);
+		more = tx_turn(w);
+	if (w->by_kicker)
+		return more;
 	/* While we are busy nobody polls fd for us. */
 	if (more)
 		w->rx_ready = true;
@@ -1120,17 +1122,17 @@ static void take_kick(struct pv_taker *t)
 		pv_event_nudge(w->cfg.ring[TX].kick);
 		return;
 	}
-	w->by_kicker = true;
+	w->by_kicker = w->owed = true;
+	w->turn = TURN_PACKETS;
 	add(&w->count.tx_kicks, 1);
 	if (w->cfg.trace) {
 		trace_event(w, PV_TRACE_NONE, 0, 0, false);
 		trace_event(w, PV_TRACE_KICK, TX, 1, false);
 	}
-	if (tx_possible(w) && (tx_turn(w, TURN_PACKETS) || (!w->tx_blocked && !w->ring[TX].fault &&
-							    pv_vring_enable_notify(&w->ring[TX]))))
-		w->owed = true;
+	w->owed = net_round(w) || (tx_possible(w) && pv_vring_enable_notify(&w->ring[TX]));
 	/* For the thread to wait for the tap, or for the time of an interrupt. */
 	wake = w->owed || w->tx_blocked || w->delayed[TX].chains;
+	w->turn = w->cfg.unbatched ? 1 : TURN_PACKETS;
 	w->by_kicker = false;
 	pthread_mutex_unlock(&w->lock);
 	if (wake)

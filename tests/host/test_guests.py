@@ -323,8 +323,11 @@ def test_the_textbook_device(
         assert c["tx_packets"] == count <= c["rx_packets"]
         if "thread" not in net:
             assert c["tx_kicks"] == count / burst
-        assert c["tx_batches"] == (count / burst if "batch=on" in net else count)
-        if "batch=on" not in net:
+        if "batch=on" in net:
+            # The thread looks once at the start, and may see the first burst half published.
+            assert count / burst <= c["tx_batches"] < count / burst + burst
+        else:
+            assert c["tx_batches"] == count
             assert c["rx_batches"] == c["rx_packets"] == c["rx_calls"]
         # Interrupts for the transmit queue are off in this guest.
         assert vm.nets[0].report()["interrupt_calls"] == c["rx_calls"] and not c["tx_calls"]
