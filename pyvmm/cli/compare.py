@@ -332,7 +332,6 @@ def _ladder(document: dict[str, Any]) -> Table:
     from rich.text import Text
 
     from pyvmm.compare import ladder
-    from pyvmm.compare.stats import BY_KEY
 
     title = _title(document)
     table = Table(
@@ -343,10 +342,8 @@ def _ladder(document: dict[str, Any]) -> Table:
         header_style="bold",
     )
     table.add_column("")
-    for workload, key, _ in ladder.COLUMNS:
-        measure = BY_KEY[key]
-        unit = f", {measure.unit}" if measure.unit else ""
-        table.add_column(Text(f"{workload}\n{measure.title}{unit}"), justify="right")
+    for *_, head in ladder.COLUMNS:
+        table.add_column(Text(head), justify="right")
     for name, row in ladder.cells(document):
         table.add_row(Text(name), *(Text(f"{figure}\n{step}") for figure, step in row))
     return table

@@ -306,7 +306,7 @@ def ladder_figure(document: dict[str, Any]) -> str:
 
     plots = []
     ran = {workload["name"] for workload in document["settings"]["workloads"]}
-    for workload, key, more in COLUMNS:
+    for workload, key, more, _ in COLUMNS:
         if workload not in ran or key in ("kvm_exits_per_kpacket", "interrupts_per_kpacket"):
             continue
         if key == "user_exits_per_kpacket":

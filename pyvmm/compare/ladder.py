@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 #: What each rung is measured by; see ``plan.WORKLOADS``.
 WORKLOADS = ("ping", "tcp-tx", "tcp-rx", "pps-tx", "pps-rx")
-#: The columns of the table, and the plots of the picture: workload and measure, and whether more
-#: is better.
+#: The columns of the table, and the plots of the picture: workload and measure, whether more is
+#: better, and the column's head.
 COLUMNS = (
-    ("ping", "rtt_ms", False),
-    ("tcp-tx", "throughput_mbit_s", True),
-    ("tcp-rx", "throughput_mbit_s", True),
-    ("pps-tx", "packets_per_s", True),
-    ("pps-rx", "packets_per_s", True),
-    ("tcp-tx", "user_exits_per_kpacket", False),
-    ("tcp-tx", "kvm_exits_per_kpacket", False),
-    ("tcp-tx", "interrupts_per_kpacket", False),
-    ("pps-tx", "cpu_us_per_packet", False),
-    ("tcp-tx", "cpu_ns_per_byte", False),
+    ("ping", "rtt_ms", False, "round trip\nms"),
+    ("tcp-tx", "throughput_mbit_s", True, "TCP from guest\nMbit/s"),
+    ("tcp-rx", "throughput_mbit_s", True, "TCP to guest\nMbit/s"),
+    ("pps-tx", "packets_per_s", True, "from guest\npackets/s"),
+    ("pps-rx", "packets_per_s", True, "to guest\npackets/s"),
+    ("tcp-tx", "user_exits_per_kpacket", False, "to userspace\nexits/1000"),
+    ("tcp-tx", "kvm_exits_per_kpacket", False, "in KVM\nexits/1000"),
+    ("tcp-tx", "interrupts_per_kpacket", False, "interrupts\n/1000"),
+    ("pps-tx", "cpu_us_per_packet", False, "CPU time\nus/packet"),
+    ("tcp-tx", "cpu_ns_per_byte", False, "CPU time\nns/byte"),
 )
 
 
@@ -96,7 +96,7 @@ def steps(document: dict[str, Any]) -> list[dict[str, Any]]:
     """
     figures = Figures(document)
     out: list[dict[str, Any]] = []
-    for workload, key, more in COLUMNS:
+    for workload, key, more, _ in COLUMNS:
         before: tuple[str, dict[str, Any]] | None = None
         for mode in document["modes"]:
             entry = figures.get(workload, mode["name"], key)
@@ -134,7 +134,7 @@ def cells(document: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     rows = []
     for mode in document["modes"]:
         row = []
-        for workload, key, _ in COLUMNS:
+        for workload, key, *_ in COLUMNS:
             entry = figures.get(workload, mode["name"], key)
             # The summary's sign compares with the first rung; here the one below counts.
             plain = cell({**entry, "verdict": None}) if entry else "-"

@@ -121,7 +121,7 @@ def test_a_bug_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def child() -> None:
         try:
-            serve(theirs.detach(), "cable", 1500, 0, [os.dup(port.fds[0].fileno())])
+            serve(theirs.detach(), "cable", 1500, 0, 0, [os.dup(port.fds[0].fileno())])
         except TypeError as e:
             died.append(e)
 

@@ -56,7 +56,7 @@ def test_defaults() -> None:
     ]
     assert p.modes[0].net == "emulated,notify=exit"
     assert [m.vhost for m in p.modes] == [False, False, True, False]
-    assert p.workloads == list(plan.WORKLOADS) and p.repeat == 3
+    assert p.workloads == list(plan.DEFAULT_WORKLOADS) and p.repeat == 3
     assert p.servers() == ["tcp-tx", "tcp-rx", "udp-small"] and p.port("udp-small") == "5203"
 
 
