@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pyvmm.compare import svg
 from pyvmm.compare.counters import CAUSES, ROLES
+from pyvmm.compare.ladder import COLUMNS
 from pyvmm.compare.stats import (
     BY_KEY,
     DIFFERS,
@@ -302,8 +303,6 @@ def figure(document: dict[str, Any]) -> str:
 
 def ladder_figure(document: dict[str, Any]) -> str:
     """The ladder as one SVG file: speeds, exits by cause and CPU time, one bar per rung."""
-    from pyvmm.compare.ladder import COLUMNS
-
     plots = []
     ran = {workload["name"] for workload in document["settings"]["workloads"]}
     for workload, key, more, _ in COLUMNS:

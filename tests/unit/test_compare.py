@@ -81,7 +81,7 @@ def test_peers_are_columns() -> None:
         {"modes": "emulated:tap=tap0"},
         {"modes": "vhost-user:socket=/tmp/s"},
         {"modes": "emulated:notify=maybe"},
-        {"modes": "vhost-user:poll=5"},
+        {"modes": "vhost-user:worker-cpu=5"},
         {"peers": "xen"},
         {"peers": "qemu,qemu"},
         {"workloads": "ping,sleep"},
