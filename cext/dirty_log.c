@@ -41,13 +41,8 @@ void pv_dirty_mark(struct pv_dirty_log *log, uint64_t addr, uint64_t len)
 void pv_dirty_mark_host(struct pv_dirty_log *log, const struct pv_memory *mem, const void *host,
 			uint64_t len)
 {
-	for (uint32_t i = 0; i < mem->count; i++) {
-		const struct pv_mem_region *r = &mem->region[i];
-		uint64_t at = (uint64_t)((uintptr_t)host - (uintptr_t)r->host);
+	uint64_t gpa;
 
-		if (at < r->size) {
-			pv_dirty_mark(log, r->gpa + at, len);
-			return;
-		}
-	}
+	if (pv_mem_gpa(mem, host, &gpa))
+		pv_dirty_mark(log, gpa, len);
 }

@@ -68,6 +68,7 @@ struct slot {
 	uint32_t niov;
 	uint16_t head;
 	uint16_t slots;
+	uint16_t at; /* position in the available ring, as struct pv_vring has it */
 };
 
 /*
@@ -101,6 +102,7 @@ struct held {
 	size_t len; /* 0: none */
 	size_t direct;
 	uint64_t since; /* when the guest was found to lack buffers, in microseconds; 0: not yet */
+	uint64_t read_at, read_end; /* for the trace: of the system call, in nanoseconds */
 	uint8_t scratch[SCRATCH_SIZE];
 };
 
@@ -203,8 +205,15 @@ static void trace_event(struct pv_net_worker *w, uint16_t kind, int q, uint32_t 
 		.kind = kind, .reg = (uint32_t)q, .count = count, .write = call, .ts = now};
 
 	if (kind == PV_TRACE_BATCH) {
+		const struct pv_vring *vr = &w->ring[q];
+
 		e.ts = w->traced;
 		e.dur = now - w->traced;
+		e.value = pv_vring_position(vr, vr->used_idx);
+		if (vr->event_idx && !vr->packed) {
+			e.reason = 1;
+			e.addr = __atomic_load_n(vr->used_event, __ATOMIC_RELAXED);
+		}
 	}
 	w->traced = now;
 	if (kind)
@@ -488,6 +497,52 @@ static void rx_tunnel(struct pv_net_worker *w)
 			     TUNNEL_HDR - HASH_HDR);
 }
 
+/*
+ * For the trace: a packet of len bytes lies in iov; head and at are those of its first chain, which
+ * is to be pushed next.
+ */
+static void trace_packet(struct pv_net_worker *w, int q, const struct iovec *iov, uint32_t niov,
+			 size_t len, uint16_t head, uint16_t at, uint64_t begin, uint64_t end,
+			 bool moved)
+{
+	const struct pv_vring *vr = &w->ring[q];
+	struct pv_trace *t = w->cfg.trace;
+	uint8_t first[PV_TRACE_HEAD];
+	size_t have = len < sizeof(first) ? len : sizeof(first);
+	struct pv_trace_event e = {
+		.kind = PV_TRACE_PACKET,
+		.ts = begin,
+		.dur = end - begin,
+		.addr = vr->packed ? 0 : vr->avail_idx,
+		.value = len,
+		.reason = pv_vring_position(vr, at),
+		.region = pv_vring_position(vr, vr->used_next),
+		.reg = (uint32_t)q,
+		.count = niov,
+		.size = head,
+		.write = moved,
+	};
+
+	pv_trace_put(t, &e);
+	for (uint32_t i = 0; i < niov && i < PV_TRACE_SEGMENTS; i++) {
+		e = (struct pv_trace_event){
+			.kind = PV_TRACE_SEGMENT, .ts = begin, .value = iov[i].iov_len};
+		(void)pv_mem_gpa(vr->mem, iov[i].iov_base, &e.addr);
+		pv_trace_put(t, &e);
+	}
+	load(iov, 0, first, have);
+	for (size_t from = 0; from < have; from += PV_TRACE_DATA) {
+		size_t n = have - from < PV_TRACE_DATA ? have - from : PV_TRACE_DATA;
+
+		e = (struct pv_trace_event){.kind = PV_TRACE_BYTES,
+					    .ts = begin,
+					    .size = (uint16_t)n,
+					    .write = (uint8_t)w->cfg.hdr_len};
+		memcpy(e.bytes, first + from, n);
+		pv_trace_put(t, &e);
+	}
+}
+
 /* Count a packet in the window by what its header says. */
 static void rx_count_header(struct pv_net_worker *w, size_t len)
 {
@@ -553,6 +608,8 @@ static enum pv_step rx_fill(struct pv_net_worker *w, size_t want)
 	enum pv_step step;
 
 	while (win->bytes < want && win->iov_end - win->iov_at < READV_MAX) {
+		uint16_t at = vr->last_avail;
+
 		if (!w->cfg.mrg_rxbuf && window_chains(win))
 			break;
 		if (win->iov_end + PV_CHAIN_MAX > WINDOW_IOV || win->slot_end == WINDOW_IOV)
@@ -569,8 +626,11 @@ static enum pv_step rx_fill(struct pv_net_worker *w, size_t want)
 			ring_fault(w, RX, vr->fault);
 			return PV_BAD;
 		}
-		win->slot[win->slot_end++] = (struct slot){
-			.len = c.in_len, .niov = c.in_num, .head = c.head, .slots = c.slots};
+		win->slot[win->slot_end++] = (struct slot){.len = c.in_len,
+							   .niov = c.in_num,
+							   .head = c.head,
+							   .slots = c.slots,
+							   .at = at};
 		win->iov_end += c.in_num;
 		win->bytes += c.in_len;
 		win->slots += c.slots;
@@ -598,7 +658,11 @@ static ssize_t rx_read(struct pv_net_worker *w)
 		size += iov[n++].iov_len;
 	saved = iov[n];
 	iov[n] = (struct iovec){.iov_base = held->scratch, .iov_len = SCRATCH_SIZE};
+	if (w->cfg.trace)
+		held->read_at = pv_now_ns();
 	got = readv(w->cfg.fd, iov, (int)n + 1);
+	if (w->cfg.trace)
+		held->read_end = pv_now_ns();
 	iov[n] = saved;
 	add(&w->count.fd_reads, 1);
 	held->direct = got > 0 && (size_t)got > size ? size : got > 0 ? (size_t)got : 0;
@@ -622,6 +686,7 @@ static bool rx_place(struct pv_net_worker *w)
 	struct window *win = &w->window;
 	struct held *held = &w->held;
 	size_t len = held->len, left = len;
+	uint32_t segments = 0;
 	uint16_t buffers = 0;
 
 	if (win->bytes < len) {
@@ -652,8 +717,10 @@ static bool rx_place(struct pv_net_worker *w)
 	 */
 	if (!w->cfg.guest_csum)
 		window_store(win, 0, (const uint8_t[LEGACY_HDR]){0}, LEGACY_HDR);
-	for (uint32_t i = win->slot_at; left; i++, buffers++)
+	for (uint32_t i = win->slot_at; left; i++, buffers++) {
 		left -= win->slot[i].len < left ? win->slot[i].len : left;
+		segments += win->slot[i].niov;
+	}
 	/*
 	 * 5.1.6.4: always 1 without MRG_RXBUF. The field follows the legacy header.
 	 */
@@ -667,6 +734,9 @@ static bool rx_place(struct pv_net_worker *w)
 	if (w->log.bits)
 		window_mark(w, len);
 	rx_count_header(w, len - w->cfg.hdr_len);
+	if (w->cfg.trace)
+		trace_packet(w, RX, window_iov(win), segments, len, win->slot[win->slot_at].head,
+			     win->slot[win->slot_at].at, held->read_at, held->read_end, true);
 	for (left = len; left; win->slot_at++) {
 		const struct slot *s = &win->slot[win->slot_at];
 		size_t n = s->len < left ? s->len : left;
@@ -763,8 +833,10 @@ static bool tx_turn(struct pv_net_worker *w)
 
 	while (packets < w->turn && bytes < TURN_BYTES) {
 		struct pv_chain c;
+		uint64_t sent_at = 0;
+		uint16_t at = vr->last_avail;
 		enum pv_step step = pv_vring_pop(vr, w->tx_iov, PV_CHAIN_MAX, &c);
-		ssize_t n;
+		ssize_t n = -1;
 
 		if (step == PV_DONE) {
 			more = false;
@@ -780,6 +852,8 @@ static bool tx_turn(struct pv_net_worker *w)
 			return false;
 		}
 		pv_vring_disable_notify(vr);
+		if (w->cfg.trace)
+			sent_at = pv_now_ns();
 		if (w->link_down) {
 			add(&w->count.tx_drop_link, 1);
 		} else if (w->inflight[TX].region && pv_inflight_begin(&w->inflight[TX], &c)) {
@@ -811,6 +885,9 @@ static bool tx_turn(struct pv_net_worker *w)
 				add(&w->count.tx_drop_error, 1);
 			}
 		}
+		if (w->cfg.trace)
+			trace_packet(w, TX, w->tx_iov, c.out_num, c.out_len, c.head, at, sent_at,
+				     pv_now_ns(), n >= 0);
 		pv_vring_push(vr, c.head, c.slots, 0);
 		if (w->inflight[TX].region)
 			pv_inflight_end(&w->inflight[TX], &c);

@@ -16,23 +16,47 @@
 /* cffi: begin */
 enum pv_trace_kind {
 	PV_TRACE_NONE,
-	PV_TRACE_EXIT, /* KVM_RUN returned at ts; the guest ran again dur later */
-	PV_TRACE_KICK, /* a kick of queue reg woke a worker up */
-	PV_TRACE_BATCH /* a worker returned count chains of queue reg; write: it interrupted */
+	PV_TRACE_EXIT,	/* KVM_RUN returned at ts; the guest ran again dur later */
+	PV_TRACE_KICK,	/* a kick of queue reg woke a worker up */
+	PV_TRACE_BATCH, /* a worker returned count chains of queue reg; write: it interrupted */
+	/*
+	 * A packet went through queue reg: ts and dur are those of the system call on the tap. The
+	 * packet's segments and first bytes follow as events of their own.
+	 */
+	PV_TRACE_PACKET,
+	PV_TRACE_SEGMENT, /* of the packet: guest-physical address addr, value bytes */
+	/* of the packet: size bytes; the first write bytes of the packet are its virtio_net_hdr */
+	PV_TRACE_BYTES
 };
+
+#define PV_TRACE_DATA	  40 /* bytes per PV_TRACE_BYTES */
+#define PV_TRACE_SEGMENTS 4  /* at most so many segments of a packet are traced */
+#define PV_TRACE_HEAD	  80 /* and so many bytes */
 
 /*
  * For PV_TRACE_EXIT, addr, reason, region, reg, size and write are those of struct pv_exit_slot.
+ * For PV_TRACE_BATCH, value is the used index that was published, and addr the used_event that was
+ * found then, reason 1 if there is such a field (split, EVENT_IDX).
+ * For PV_TRACE_PACKET, value is its length with the header, size the head (packed: the buffer id),
+ * count its segments, reason the position in the available ring and region that in the used ring
+ * (packed: of the descriptor, bit 15 the wrap counter), addr the available index as last seen
+ * (split), write whether the tap took or gave the packet.
  */
 struct pv_trace_event {
-	uint64_t ts;  /* CLOCK_MONOTONIC, nanoseconds */
-	uint64_t dur; /* nanoseconds; 0 for an event without duration */
-	uint64_t addr;
-	uint64_t value; /* the first element that the guest wrote or read, at most 8 bytes */
-	uint32_t reason;
-	uint32_t region;
-	uint32_t reg;
-	uint32_t count; /* elements of a string instruction, or chains of a batch */
+	uint64_t ts; /* CLOCK_MONOTONIC, nanoseconds */
+	union {
+		struct {
+			uint64_t dur; /* nanoseconds; 0 for an event without duration */
+			uint64_t addr;
+			/* the first element that the guest wrote or read, at most 8 bytes */
+			uint64_t value;
+			uint32_t reason;
+			uint32_t region;
+			uint32_t reg;
+			uint32_t count; /* elements of a string instruction, or chains of a batch */
+		};
+		uint8_t bytes[PV_TRACE_DATA];
+	};
 	uint16_t kind;
 	uint16_t size;
 	uint8_t write;

@@ -54,6 +54,21 @@ static inline uint8_t *pv_mem_host(const struct pv_memory *mem, uint64_t gpa, ui
 	return NULL;
 }
 
+/* Find the guest-physical address of what lies at host. False if that is no guest RAM. */
+static inline bool pv_mem_gpa(const struct pv_memory *mem, const void *host, uint64_t *gpa)
+{
+	for (uint32_t i = 0; i < mem->count; i++) {
+		const struct pv_mem_region *r = &mem->region[i];
+		uint64_t at = (uint64_t)((uintptr_t)host - (uintptr_t)r->host);
+
+		if (at < r->size) {
+			*gpa = r->gpa + at;
+			return true;
+		}
+	}
+	return false;
+}
+
 static inline uint64_t pv_ns(const struct timespec *t)
 {
 	return (uint64_t)t->tv_sec * 1000000000u + (uint64_t)t->tv_nsec;

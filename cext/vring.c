@@ -150,6 +150,18 @@ uint32_t pv_vring_base(const struct pv_vring *vr)
 							       << 16;
 }
 
+/**
+ * pv_vring_position() - An index of the ring as the specification has it, for reports
+ * @vr:		The ring
+ * @index:	One of last_avail, used_next and used_idx, or an earlier value of these
+ *
+ * Return: split: the index; packed: the descriptor's place, with the wrap counter in bit 15
+ */
+uint16_t pv_vring_position(const struct pv_vring *vr, uint16_t index)
+{
+	return vr->packed ? pv_packed_outside(vr, index) : index;
+}
+
 /*
  * Copy descriptor i of table once; the guest may change the original while we look. The last two
  * fields of a packed descriptor are id and flags (2.8.13), those of a split one flags and next.

@@ -175,6 +175,8 @@ bool pv_vring_pending(const struct pv_vring *vr);
 const char *pv_fault_text(enum pv_fault fault);
 /* cffi: end */
 
+uint16_t pv_vring_position(const struct pv_vring *vr, uint16_t index);
+
 /*
  * Whether an index that moves from old to new passes the event index at which the other side wants
  * a notification (2.7.7.1, 2.7.10.1). All arithmetic is modulo 65536, as in vring_need_event() of

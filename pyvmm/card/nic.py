@@ -178,7 +178,20 @@ class Nic(Card):
             finally:
                 self.switch_count += 1
                 self.switches = [*self.switches[1 - KEPT_SWITCHES :], report]
+                self._record(report)
             return report
+
+    def _record(self, report: SwitchReport) -> None:
+        """Put a switch and its steps into the trace, if there is one."""
+        recorder = self.device.recorder
+        if recorder is None:
+            return
+        for step in report.steps:
+            name = {"step": step.name}
+            recorder.step("hand-over step", step.at_ns, name, end=step.at_ns + step.ns)
+        told = report.as_dict()
+        keys = ("from", "to", "mode", "outcome", "reason", "gap_ns", "pending", "stale", "exits")
+        recorder.step("hand-over", report.at_ns, {key: told[key] for key in keys})
 
     def _switch(self, net: Net, report: SwitchReport) -> None:
         device, mac, old = self.device, self.device.mac, self._route

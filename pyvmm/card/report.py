@@ -19,22 +19,25 @@ WAYS = ("rx", "tx")
 
 
 class Step:
-    """One step; a context manager that notes how long it took, also if it fails."""
+    """One step; a context manager that notes how long it took, also if it fails.
 
-    __slots__ = ("_start", "name", "ns")
+    :ivar at_ns: when the step began, monotonic. :ivar ns: how long it took.
+    """
+
+    __slots__ = ("at_ns", "name", "ns")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.ns = 0
+        self.at_ns = self.ns = 0
 
     def begin(self) -> Step:
         """The step begins now."""
-        self._start = time.monotonic_ns()
+        self.at_ns = time.monotonic_ns()
         return self
 
     def end(self) -> None:
         """The step is over. Any thread."""
-        self.ns = time.monotonic_ns() - self._start
+        self.ns = time.monotonic_ns() - self.at_ns
 
     def __enter__(self) -> Step:
         return self.begin()

@@ -31,7 +31,7 @@ class VhostFd(Fd):
     """
 
     def __init__(self, path: str, recorder: Any = None) -> None:
-        self._recorder = recorder
+        self._recorder, self._name = recorder, path.rpartition("/")[2]
         super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
 
     def ioctl(self, name: str, arg: Any = ffi.NULL) -> Any:
@@ -42,7 +42,8 @@ class VhostFd(Fd):
         begin = time.monotonic_ns() if self._recorder is not None else 0
         ret = lib.pv_ioctl(self.fileno(), getattr(lib, name), arg)
         if begin:
-            self._recorder.step(name, begin, {**_fields(arg), "returns": int(ret)})
+            args = {**_fields(arg), "device": self._name, "returns": int(ret)}
+            self._recorder.step(name, begin, args)
         if ret < 0:
             raise HostError(f"{name} failed: {os.strerror(-ret)}")
         return arg

@@ -13,7 +13,7 @@ import struct
 from pyvmm import __version__
 from pyvmm.bus import PCI_DATA
 from pyvmm.exits.phases import phases_of
-from pyvmm.kvm.recorder import BATCH, EXIT, KICK
+from pyvmm.kvm.recorder import BATCH, BYTES, EXIT, KICK, PACKET, SEGMENT
 from pyvmm.kvm.vcpu import REASONS
 from pyvmm.spec import pci, virtio
 from pyvmm.spec import vhost_user as vu
@@ -59,7 +59,8 @@ if TYPE_CHECKING:
 
 
 GUEST, VCPUS, KVM, NETS = 1, 2, 3, 10  # process numbers of the tracks; card n is NETS + n
-SETUP, PATH, WORKERS = 1, 2, 10  # threads of a card; worker k is WORKERS + k
+#: Threads of a card; worker k is WORKERS + k, and its packets are on a track of their own.
+SETUP, PATH, SWITCHES, WORKERS, PACKETS = 1, 2, 3, 10, 100
 
 STATUS_BITS = {
     virtio.VIRTIO_CONFIG_S_ACKNOWLEDGE: "ACKNOWLEDGE",
@@ -77,6 +78,8 @@ COMMAND_BITS = {
 }
 #: Classes of control commands.
 CONTROL_CLASSES = ("RX", "MAC", "VLAN", "ANNOUNCE", "MQ", "GUEST_OFFLOADS", "NOTF_COAL", "STATS")
+#: Steps of the control plane that are on the track of hand-overs.
+HAND_OVER = ("hand-over", "hand-over step")
 #: vhost-user requests by the meaning of their 64-bit value.
 VU_FEATURES = (vu.VHOST_USER_GET_FEATURES, vu.VHOST_USER_SET_FEATURES)
 VU_PROTOCOL = (vu.VHOST_USER_GET_PROTOCOL_FEATURES, vu.VHOST_USER_SET_PROTOCOL_FEATURES)
@@ -131,6 +134,14 @@ def write(machine: Traced, put: Callable[[bytes], object]) -> None:
             put(f"{separator}{lines}".encode())
             separator = ",\n"
     put(f'\n],\n"otherData": {json.dumps(trace.about())}}}\n'.encode())
+
+
+def document(machine: Traced) -> dict[str, Any]:
+    """The content of the trace's file, for code that reads it at once. See ``write``."""
+    assert machine.recorder is not None
+    trace = _Trace(machine, machine.recorder)
+    events = [event for track in trace.tracks() for event in track]
+    return {"displayTimeUnit": "ns", "traceEvents": events, "otherData": trace.about()}
 
 
 def bits_of(value: int, names: dict[int, str]) -> str:
@@ -231,6 +242,10 @@ class _Trace:
             "clock": "CLOCK_MONOTONIC, from the start of the VMM",
             "cmdline": self._cmdline,
             "cards": [f"{nic.name}: {_how(nic)}" for nic in self._all],
+            "nics": [
+                {"name": nic.name, "paths": list(nic.by_mode()), "notify": nic.notify}
+                for nic in self._all
+            ],
             "dropped": self._dropped,
         }
 
@@ -314,10 +329,12 @@ class _Trace:
             processes[pid] = f"{nic.name} ({_how(nic)})"
             threads[pid, SETUP] = "driver's set-up"
             threads[pid, PATH] = "data path control"
+            threads[pid, SWITCHES] = "hand-overs"
         for group, name in self._recorder.tracks():
             where = self._worker_track(group, name)
             if where:
                 threads[where] = f"{name}: batches, kicks, interrupts"
+                threads[where[0], where[1] - WORKERS + PACKETS] = f"{name}: packets"
         out: list[Args] = []
         for pid, name in processes.items():
             out.append(
@@ -443,15 +460,28 @@ class _Trace:
                 continue
             pair = where[1] - WORKERS
             out: list[Args] = []
+            packets: list[Args] = []
             for e in self._ring(group, name):
                 queue = 2 * pair + e.reg
-                if e.kind == KICK:
+                if e.kind == PACKET:
+                    packets.append(self._packet(e, queue, where[0], PACKETS + pair))
+                elif e.kind in (SEGMENT, BYTES):
+                    if packets:  # else the packet's own event has been overwritten
+                        _more(packets[-1], e)
+                elif e.kind == KICK:
                     out.append(self._moment(f"kick of queue {queue}", "kick", e.ts, *where))
                 elif e.kind == BATCH:
                     way = "transmit" if e.reg else "receive"
-                    packets = f"{e.count} chain{'s' if e.count > 1 else ''}"
-                    args: Args = {"queue": queue, "chains": e.count, "interrupt": e.write}
-                    out.append(self._span(f"{way} {packets}", "batch", e.ts, e.dur, *where, args))
+                    chains = f"{e.count} chain{'s' if e.count > 1 else ''}"
+                    args: Args = {
+                        "queue": queue,
+                        "chains": e.count,
+                        "interrupt": bool(e.write),
+                        "used_idx": e.value,
+                    }
+                    if e.reason:
+                        args["used_event"] = e.addr
+                    out.append(self._span(f"{way} {chains}", "batch", e.ts, e.dur, *where, args))
                     if e.write:
                         out.append(
                             self._moment(
@@ -459,6 +489,26 @@ class _Trace:
                             )
                         )
             yield out
+            yield sorted(packets, key=_order)  # a held frame was read before others were sent
+
+    def _packet(self, e: Event, queue: int, pid: int, tid: int) -> Args:
+        """A packet that the worker moved; ``_more`` adds its segments and first bytes."""
+        args: Args = {
+            "queue": queue,
+            "length": e.value,
+            "head": e.size,
+            "avail_at": e.reason,
+            "avail_idx": e.addr,
+            "used_at": e.region,
+            "descriptors": e.count,
+            "segments": [],
+            "bytes": "",
+        }
+        if not e.write:
+            args["dropped"] = True
+        way = "send" if e.reg else "receive"
+        name = f"{way} {e.value} bytes"
+        return self._span(name, "packet", e.ts, e.dur, pid, tid, args)
 
     def _steps(self) -> Iterator[list[Args]]:
         steps, lost = self._recorder.steps()
@@ -469,7 +519,7 @@ class _Trace:
             pid, tid = KVM, 1
             for index, nic in enumerate(self._all):
                 if group == nic.name:
-                    pid, tid = NETS + index, PATH
+                    pid, tid = NETS + index, SWITCHES if name in HAND_OVER else PATH
             shown, details = self._step(name, args)
             event = self._span(shown, "control", begin, end - begin, pid, tid, details)
             tracks.setdefault((pid, tid), []).append(event)
@@ -489,6 +539,10 @@ class _Trace:
             request = args["request"]
             data = request[2:34].hex()
             return control_name(request), {"data": data, "answer": "OK" if args["good"] else "ERR"}
+        if name == "hand-over step":
+            return f"hand-over: {args['step']}", args
+        if name == "hand-over":
+            return f"hand-over: {args['from']} to {args['to']}", args
         if name == "start":
             rings: Args = {
                 f"queue {r.index}": (
@@ -523,6 +577,16 @@ class _Trace:
             else:
                 out[key] = str(value) if isinstance(value, list) else value
         return name, out
+
+
+def _more(packet: dict[str, Any], e: Event) -> None:
+    """Add a segment, or bytes, to the arguments of their packet."""
+    args = packet["args"]
+    if e.kind == SEGMENT:
+        args["segments"].append(f"{e.addr:#x}+{e.value}")
+    else:
+        args["bytes"] = f"{args['bytes']}{e.bytes.hex()}"
+        args["header"] = e.header
 
 
 def _order(event: dict[str, Any]) -> tuple[float, float]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 RING, STEPS = 1 << 15, 1 << 14
 
 EXIT, KICK, BATCH = lib.PV_TRACE_EXIT, lib.PV_TRACE_KICK, lib.PV_TRACE_BATCH
+PACKET, SEGMENT, BYTES = lib.PV_TRACE_PACKET, lib.PV_TRACE_SEGMENT, lib.PV_TRACE_BYTES
 
 
 class Event:
@@ -29,8 +30,10 @@ class Event:
 
     __slots__ = (
         "addr",
+        "bytes",
         "count",
         "dur",
+        "header",
         "kind",
         "reason",
         "reg",
@@ -45,6 +48,8 @@ class Event:
         self.ts, self.dur, self.addr, self.value = c.ts, c.dur, c.addr, c.value
         self.reason, self.region, self.reg, self.count = c.reason, c.region, c.reg, c.count
         self.kind, self.size, self.write = c.kind, c.size, bool(c.write)
+        self.bytes = bytes(c.bytes)[: c.size] if c.kind == BYTES else b""
+        self.header = int(c.write) if c.kind == BYTES else 0
 
 
 class Recorder:
@@ -131,9 +136,12 @@ class Scope:
         """See ``Recorder.ring``."""
         return self._recorder.ring(self._group, name)
 
-    def step(self, name: str, begin: int, args: dict[str, object]) -> None:
-        """Record a step that ends now.
+    def step(
+        self, name: str, begin: int, args: dict[str, object], *, end: int | None = None
+    ) -> None:
+        """Record a step.
 
-        :param begin: when it began: CLOCK_MONOTONIC in ns.
+        :param begin: when it began: CLOCK_MONOTONIC in ns. :param end: when it ended (now).
         """
-        self._recorder.step(self._group, name, begin, time.monotonic_ns(), args)
+        end = time.monotonic_ns() if end is None else end
+        self._recorder.step(self._group, name, begin, end, args)

@@ -109,6 +109,15 @@ def test_what_a_driver_and_its_packets_do(guest: Guest, tmp_path: Path, notify: 
         assert len(interrupts) == counters[f"{way}_calls"]
         kicks = [e for e in worker if e["name"] == f"kick of queue {queue}"]
         assert len(kicks) == counters[f"{way}_kicks"]
+    packets = [e for (p, t), es in trace["tracks"].items() if t.endswith("packets") for e in es]
+    for queue, way, key in ((0, "receive", "rx"), (1, "send", "tx")):
+        mine = [e for e in packets if e["args"]["queue"] == queue]
+        assert len(mine) == counters[f"{key}_packets"]
+        assert all(e["name"] == f"{way} {e['args']['length']} bytes" for e in mine)
+        assert (
+            sum(e["args"]["length"] - e["args"]["header"] for e in mine) == counters[f"{key}_bytes"]
+        )
+        assert all(e["args"]["segments"] and len(e["args"]["bytes"]) > 100 for e in mine)
     phases = names(trace, "guest", "phases")
     assert {"boot", "shutdown", "vmm", "end"} <= set(phases)
 

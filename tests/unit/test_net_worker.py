@@ -27,6 +27,7 @@ from pyvmm.datapath.ringformat import PACKED, SPLIT, RingFormat
 from pyvmm.errors import RingFault
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.netns import Namespace
+from pyvmm.kvm.recorder import BATCH, PACKET, SEGMENT, Recorder
 from pyvmm.memory import GuestMemory
 from pyvmm.spec.virtio import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 from tests.driver import Cable, Events, NetDriver, bits, fence, wait_for
@@ -81,13 +82,20 @@ class Rig:
         poll_us: int = 0,
         hold_ms: int = 200,
         worker_cpu: int | None = None,
+        recorder: Recorder | None = None,
         fill: bool = True,
         **driver: Any,
     ) -> None:
         self.acked = acked = Form.features(acked)
         self.memory = GuestMemory(16 << 20)
         self.cable = Cable(mtu)
-        self.path = EmulatedNet(self.cable, poll_us=poll_us, hold_ms=hold_ms, worker_cpu=worker_cpu)
+        self.path = EmulatedNet(
+            self.cable,
+            poll_us=poll_us,
+            hold_ms=hold_ms,
+            worker_cpu=worker_cpu,
+            recorder=recorder.scope("net0") if recorder is not None else None,
+        )
         self.events = Events()
         self.faults, self.links = self.events.faults, self.events.links
         self.driver = NetDriver(
@@ -159,6 +167,63 @@ def test_packets_pass_both_ways_in_order(acked: int, near_wrap: bool, form: Ring
         assert (c["rx_packets"], c["tx_packets"]) == (600, 600)
         assert c["rx_bytes"] == c["tx_bytes"] == sum(map(len, sent))
         assert not rig.faults
+
+
+@pytest.mark.parametrize("near_wrap", [False, True])
+def test_a_trace_has_every_packet(near_wrap: bool, form: RingFormat) -> None:
+    """Its place in both rings, its segments and its first bytes, in the order of the tap."""
+    start = start_near_wrap() if near_wrap else form.start
+    recorder, count = Recorder(1 << 12), 20
+    try:
+        with Rig(recorder=recorder, start=start) as rig:
+            rig.start()
+            for i in range(count):
+                rig.driver.send(frame(i, 60 + i))
+                rig.cable.receive()
+                rig.cable.far.send(bytes(12) + frame(i, 60 + i))
+                rig.driver.wait_packets(i + 1)
+            rig.path.stop()
+            size = rig.driver.tx.size
+        events, lost = recorder.events("net0", "worker 0")
+    finally:
+        recorder.close()
+    assert not lost
+    for queue in (0, 1):
+        packets = [e for e in events if e.kind == PACKET and e.reg == queue]
+        assert [e.value for e in packets] == [12 + 60 + i for i in range(count)]
+        assert all(e.write for e in packets)
+        places = [e.reason for e in packets]
+        # Where a chain is taken it is returned, in either form.
+        assert places == [e.region for e in packets]
+        if form is SPLIT:
+            assert places == [(start + i) & 0xFFFF for i in range(count)]
+        else:
+            assert len({p & 0x7FFF for p in places}) > 1 and max(p & 0x7FFF for p in places) < size
+        for e in packets:
+            at = events.index(e)
+            inside = events[at + 1 : at + 1 + e.count]
+            assert e.count >= 1 and all(s.kind == SEGMENT and s.addr for s in inside)
+            assert sum(s.value for s in inside) >= e.value
+            data = b"".join(b.bytes for b in events[at + 1 + e.count : at + 3 + e.count])
+            want = frame(e.value - 72, e.value - 12)[:68]
+            assert data[12:] == want and events[at + 1 + e.count].header == 12
+    batches = [e for e in events if e.kind == BATCH]
+    assert sum(e.count for e in batches) == 2 * count
+
+
+def test_a_trace_tells_of_dropped_packets() -> None:
+    recorder = Recorder(1 << 10)
+    try:
+        with Rig(recorder=recorder) as rig:
+            rig.start()
+            rig.cable.far.close()
+            rig.driver.send(frame(1))
+            assert wait_for(lambda: rig.counter("tx_drop_link") == 1)
+            rig.path.stop()
+        packets = [e for e in recorder.events("net0", "worker 0")[0] if e.kind == PACKET]
+        assert [(e.reg, e.write) for e in packets] == [(1, False)]
+    finally:
+        recorder.close()
 
 
 # --- what a well-behaved guest may do -------------------------------------------------------------

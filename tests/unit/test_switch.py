@@ -35,6 +35,7 @@ from pyvmm.datapath.vhost_user import VhostUserNet
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.exits.ledger import Ledger
 from pyvmm.hostnet.frames import rarp
+from pyvmm.kvm.recorder import Recorder
 from pyvmm.memory import GuestMemory
 from pyvmm.netopt import Net
 from pyvmm.spec.virtio import VIRTIO_CONFIG_S_NEEDS_RESET
@@ -434,6 +435,23 @@ def test_a_guest_that_has_not_driven_it() -> None:
         rig.exchange()
         assert rig.nic.switch("emulated").outcome == "switched"
         rig.exchange()
+
+
+def test_a_trace_has_the_hand_over_and_its_steps(rig: Rig) -> None:
+    recorder = Recorder()
+    rig.nic.device.recorder = recorder.scope("net0")
+    report = rig.nic.switch("vhost-user")
+    steps = {
+        (name, args.get("step")): (begin, end, args)
+        for _, name, begin, end, args in recorder.steps()[0]
+    }
+    begin, end, told = steps["hand-over", None]
+    assert (told["from"], told["to"], told["outcome"]) == ("emulated", "vhost-user", "switched")
+    assert {step.name for step in report.steps} == {s for n, s in steps if n == "hand-over step"}
+    for name in ("park", "start vhost-user"):
+        since, until, _ = steps["hand-over step", name]
+        assert begin <= since < until <= end
+    recorder.close()
 
 
 def test_with_the_cable_pulled(rig: Rig) -> None:
