@@ -13,6 +13,7 @@ import psutil
 
 from pyvmm.datapath.base import cpu_ns
 from pyvmm.errors import HostError
+from pyvmm.exits.kernel_trace import TRACEFS
 from pyvmm.fd import Closing, Fd
 from pyvmm.hostnet.rtnetlink import Link
 from pyvmm.hostnet.tap import index_of
@@ -47,7 +48,6 @@ BY_REASON = {
 #: process. ``vmm``: all other threads of the VMM.
 ROLES = ("vcpu", "worker", "vhost", "backend", "vmm")
 KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
-TRACEFS = Path("/sys/kernel/tracing")
 #: The modules that the processes of our own back-ends run, for vhost-user and for vhost-vdpa.
 BACKENDS = {"pyvmm.backend.process", "pyvmm.backend.vduse_keeper"}
 #: KVM's statistics that are levels or peaks, and so do not only grow.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import deque
 
 from pyvmm import __version__
 from pyvmm.bus import PCI_DATA
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
     from pyvmm.card.nic import Nic
     from pyvmm.card.peripheral import Peripheral
     from pyvmm.exits.accounts import MachineAccounts
+    from pyvmm.exits.kernel_trace import KernelEvent
     from pyvmm.kvm.recorder import Event, Recorder
 
     Args = dict[str, object]
+    Kernel = tuple[list[KernelEvent], int]
 
     class Traced(Protocol):
         """A machine, as a trace sees it: its accounts and its recorder."""
@@ -60,7 +63,7 @@ if TYPE_CHECKING:
 
 GUEST, VCPUS, KVM, NETS = 1, 2, 3, 10  # process numbers of the tracks; card n is NETS + n
 #: Threads of a card; worker k is WORKERS + k, and its packets are on a track of their own.
-SETUP, PATH, SWITCHES, WORKERS, PACKETS = 1, 2, 3, 10, 100
+SETUP, PATH, SWITCHES, KERNEL, WORKERS, PACKETS = 1, 2, 3, 4, 10, 100
 
 STATUS_BITS = {
     virtio.VIRTIO_CONFIG_S_ACKNOWLEDGE: "ACKNOWLEDGE",
@@ -119,13 +122,14 @@ ADDRESSES = {
 }
 
 
-def write(machine: Traced, put: Callable[[bytes], object]) -> None:
+def write(machine: Traced, put: Callable[[bytes], object], kernel: Kernel | None = None) -> None:
     """Write the trace of ``machine``, which was made with ``trace=`` and is not closed yet.
 
     :param put: called with each piece of the file. Its errors are raised unchanged.
+    :param kernel: what ``KernelTrace.stop`` has returned.
     """
     assert machine.recorder is not None
-    trace = _Trace(machine, machine.recorder)
+    trace = _Trace(machine, machine.recorder, kernel)
     put(b'{"displayTimeUnit": "ns",\n"traceEvents": [\n')
     separator = ""
     for events in trace.tracks():
@@ -136,10 +140,10 @@ def write(machine: Traced, put: Callable[[bytes], object]) -> None:
     put(f'\n],\n"otherData": {json.dumps(trace.about())}}}\n'.encode())
 
 
-def document(machine: Traced) -> dict[str, Any]:
+def document(machine: Traced, kernel: Kernel | None = None) -> dict[str, Any]:
     """The content of the trace's file, for code that reads it at once. See ``write``."""
     assert machine.recorder is not None
-    trace = _Trace(machine, machine.recorder)
+    trace = _Trace(machine, machine.recorder, kernel)
     events = [event for track in trace.tracks() for event in track]
     return {"displayTimeUnit": "ns", "traceEvents": events, "otherData": trace.about()}
 
@@ -215,8 +219,9 @@ def _how(nic: Nic | Peripheral) -> str:
 class _Trace:
     """Makes trace events from the recorded numbers: one list per track, in the order of time."""
 
-    def __init__(self, machine: Traced, recorder: Recorder) -> None:
+    def __init__(self, machine: Traced, recorder: Recorder, kernel: Kernel | None) -> None:
         self._accounts, self._recorder = machine.accounts, recorder
+        self._kernel = kernel
         self._all: tuple[Nic | Peripheral, ...] = (*machine.nets, *machine.devices)
         self._cmdline = machine.cmdline()
         self._bus = self._accounts.bus
@@ -265,6 +270,7 @@ class _Trace:
             yield events
             yield from self._workers(index)
         yield from self._steps()
+        yield from self._by_kernel()
 
     def _ring(self, group: str, name: str) -> list[Event]:
         events, dropped = self._recorder.events(group, name)
@@ -330,6 +336,7 @@ class _Trace:
             threads[pid, SETUP] = "driver's set-up"
             threads[pid, PATH] = "data path control"
             threads[pid, SWITCHES] = "hand-overs"
+            threads[pid, KERNEL] = "kernel: kicks, frames, interrupts"
         for group, name in self._recorder.tracks():
             where = self._worker_track(group, name)
             if where:
@@ -525,6 +532,33 @@ class _Trace:
             tracks.setdefault((pid, tid), []).append(event)
         for events in tracks.values():
             yield sorted(events, key=_order)
+
+    def _by_kernel(self) -> Iterator[list[Args]]:
+        """The kernel's events that belong to a card."""
+        if self._kernel is None:
+            return
+        from pyvmm.exits.kernel_trace import Owners
+
+        events, lost = self._kernel
+        if lost:
+            self._dropped["kernel"] = lost
+        steps = deque(step for step in self._recorder.steps()[0] if step[0] == "kvm")
+        taps = {tap: nic.name for nic in self._all if (tap := getattr(nic, "tap", ""))}
+        owners = Owners(self._eventfds, taps)
+        numbers = {nic.name: index for index, nic in enumerate(self._all)}
+        tracks: dict[int, list[Args]] = {}
+        for e in events:
+            while steps and steps[0][2] <= e.at:
+                step = steps.popleft()
+                owners.note(step[1], step[4])
+            card, text = owners.of(e)
+            if card not in numbers:
+                continue
+            args: Args = {"thread": e.thread, "tracepoint": e.event, **e.args()}
+            pid = NETS + numbers[card]
+            moment = self._moment(text, "kernel", e.at, pid, KERNEL, args)
+            tracks.setdefault(pid, []).append(moment)
+        yield from tracks.values()
 
     def _step(self, name: str, args: dict[str, Any]) -> tuple[str, Args]:
         """Name and arguments of a step, decoded."""

@@ -1,0 +1,164 @@
+"""What the kernel does for a machine's cards: kicks, frames and interrupts, by its tracepoints.
+
+With vhost-net, vhost-user and vhost-vdpa no packet wakes pyvmm, so its own trace has none. KVM and
+the network stack have tracepoints. They are read from a tracing instance of our own, whose clock is
+that of the trace (CLOCK_MONOTONIC), so they cost nobody else anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pyvmm.errors import HostError
+from pyvmm.fd import Closing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+TRACEFS = Path("/sys/kernel/tracing")
+#: Kilobytes per CPU; an event takes about 60 bytes.
+BUFFER_KB = 8192
+KVM_EVENTS = ("kvm_mmio", "kvm_msi_set_irq")
+NET_EVENTS = ("netif_receive_skb", "net_dev_start_xmit")
+#: A line of the file ``trace``: thread, CPU, flags, seconds, event, fields.
+LINE = re.compile(r"\s*(.+)-(\d+)\s+\[\d+\]\s+\S+\s+(\d+)\.(\d{6}): (\w+): (.*)")
+WRITTEN = re.compile(r"entries-in-buffer/entries-written: (\d+)/(\d+)")
+MMIO = re.compile(r"mmio write len \d+ gpa (0x[0-9a-f]+)")
+MSI = re.compile(r"dst ([0-9a-f]+) vec ([0-9a-f]+)")
+FRAME = re.compile(r"dev=(\S+) .*\blen=(\d+)")
+
+
+class KernelEvent:
+    """One event of the kernel.
+
+    :ivar at: CLOCK_MONOTONIC in ns, exact to a microsecond. :ivar thread: its name and number.
+    :ivar event: the tracepoint. :ivar key: of ``kvm_mmio`` the address; of ``kvm_msi_set_irq`` the
+        destination and the vector; of a frame the interface. :ivar length: of a frame, in bytes.
+    """
+
+    __slots__ = ("at", "event", "key", "length", "thread")
+
+    def __init__(self, at: int, thread: str, event: str, key: object, length: int = 0) -> None:
+        self.at, self.thread, self.event, self.key, self.length = at, thread, event, key, length
+
+    def args(self) -> dict[str, object]:
+        """For the trace."""
+        if self.event == "kvm_mmio":
+            return {"address": hex(self.key) if isinstance(self.key, int) else ""}
+        if self.event in NET_EVENTS:
+            return {"tap": str(self.key), "length": self.length}
+        return {}
+
+
+def parse(text: str) -> tuple[list[KernelEvent], int]:
+    """The events of a ``trace`` file in its order, and the number of older ones that were lost."""
+    out = []
+    found = WRITTEN.search(text)
+    for line in text.splitlines():
+        match = LINE.match(line)
+        if match is None:
+            continue
+        name, pid, seconds, us, event, fields = match.groups()
+        at = int(seconds) * 1_000_000_000 + int(us) * 1000
+        thread = f"{name} ({pid})"
+        if event == "kvm_mmio":
+            if mmio := MMIO.match(fields):
+                out.append(KernelEvent(at, thread, event, int(mmio[1], 16)))
+        elif event == "kvm_msi_set_irq":
+            if msi := MSI.match(fields):
+                out.append(KernelEvent(at, thread, event, (int(msi[1], 16), int(msi[2], 16))))
+        elif event in NET_EVENTS and (frame := FRAME.match(fields)):
+            out.append(KernelEvent(at, thread, event, frame[1], int(frame[2])))
+    return out, max(int(found[2]) - int(found[1]), 0) if found else 0
+
+
+class Owners:
+    """Says to whom an event of the kernel belongs, by the ioeventfds, routes and irqfds of that
+    time.
+
+    :param eventfds: what each eventfd is for, such as ``net0 queue 1 kick``.
+    :param taps: interface -> card.
+    """
+
+    def __init__(self, eventfds: Mapping[int, str], taps: Mapping[str, str]) -> None:
+        self._eventfds, self._taps = eventfds, taps
+        self._kicks: dict[object, str] = {}  # address -> whose eventfd
+        self._routes: dict[int, tuple[int, int]] = {}  # GSI -> destination and vector
+        self._calls: dict[int, str] = {}  # GSI -> whose eventfd
+
+    def note(self, step: str, args: Mapping[str, Any]) -> None:
+        """A step of KVM's set-up, as the recorder has it."""
+        whose = self._eventfds.get(args.get("eventfd", -1), "")
+        if step == "KVM_IOEVENTFD" and args["assign"]:
+            self._kicks[args["address"]] = whose
+        elif step == "KVM_SET_GSI_ROUTING" and "data" in args:
+            self._routes[args["gsi"]] = (args["address"] >> 12 & 0xFF, args["data"] & 0xFF)
+        elif step == "KVM_IRQFD":
+            self._calls[args["gsi"]] = whose if args["assign"] else ""
+
+    def of(self, event: KernelEvent) -> tuple[str, str]:
+        """The card, or nothing, and the event in words."""
+        if event.event in NET_EVENTS:
+            way = "send" if event.event == NET_EVENTS[0] else "receive"
+            return self._taps.get(str(event.key), ""), f"{way}: {event.length} bytes"
+        if event.event == "kvm_mmio":
+            whose, what = self._kicks.get(event.key, ""), "kick"
+        else:
+            found = [self._calls.get(g, "") for g, to in self._routes.items() if to == event.key]
+            whose, what = next(filter(None, found), ""), "interrupt"
+        card, _, rest = whose.partition(" ")
+        return card, f"{what}: {rest.removesuffix(' kick').removesuffix(' call')}"
+
+
+class KernelTrace(Closing):
+    """Traces from now on until ``stop``. Owns its tracing instance.
+
+    :param taps: names of the interfaces whose frames are traced.
+    :raises HostError: no tracefs, or no permission.
+    """
+
+    def __init__(self, taps: Sequence[str]) -> None:
+        self._dir = TRACEFS / "instances" / f"pyvmm-{os.getpid()}"
+        names = [name for name in taps if name and '"' not in name]
+        try:
+            self._dir.mkdir()
+            (self._dir / "trace_clock").write_text("mono")
+            (self._dir / "buffer_size_kb").write_text(str(BUFFER_KB))
+            for event in KVM_EVENTS:
+                (self._dir / "events/kvm" / event / "enable").write_text("1")
+            for event in NET_EVENTS if names else ():
+                place = self._dir / "events/net" / event
+                wanted = " || ".join(f'name == "{name}"' for name in names)
+                (place / "filter").write_text(wanted)
+                (place / "enable").write_text("1")
+        except OSError as e:
+            self.close()
+            raise HostError(
+                f"--trace-kernel: no tracepoints: {e.strerror}", "be root, with tracefs mounted"
+            ) from e
+
+    def stop(self) -> tuple[list[KernelEvent], int]:
+        """End; returns the events in the order of time, and how many older ones were lost.
+
+        :raises HostError: they cannot be read.
+        """
+        try:
+            (self._dir / "tracing_on").write_text("0")
+            events, lost = parse((self._dir / "trace").read_text(errors="replace"))
+        except OSError as e:
+            raise HostError(f"--trace-kernel: cannot read the trace: {e.strerror}") from e
+        finally:
+            self.close()
+        return sorted(events, key=lambda e: e.at), lost
+
+    def close(self) -> None:
+        """Remove the instance. A second call does nothing."""
+        try:
+            (self._dir / "events/enable").write_text("0")
+            self._dir.rmdir()
+        except OSError:
+            pass
