@@ -27,6 +27,7 @@ COMMANDS = {
     "test": "boot test kernels, with a verdict for each, TAP and JUnit",
     "compare": "run the same workload on several data paths, and say what each costs",
     "matrix": "boot kernels on each data path with each set of features, one row per boot",
+    "trace": "explain the trace of a run: a page with sequence diagrams",
     "demo": "show a guest's virtio-net card at work, from discovery to the count of exits",
     "doctor": "say what this machine can do, and how to get what is missing",
     "image": "build and list guest images",

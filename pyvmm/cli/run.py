@@ -15,6 +15,7 @@ Examples:
   pyvmm run --detach --name vm0 -- ping 192.168.100.1
   pyvmm run --budget 'notify==0' --budget 'user_exits<=100' -- ping -c 100 -i 0.01 192.168.100.1
   pyvmm run --trace trace.json --net vhost-net -- ping -c 3 192.168.100.1
+  pyvmm run --explain page.html --net emulated -- ping -c 3 192.168.100.1
   pyvmm run --kernel vmlinux --fail-on oops,warning --junit r.xml --log console.log -- run-tests
   pyvmm run --kernel vmlinux --timeout 300 --hang-timeout 10 --json verdict.json -- run-tests
   pyvmm run --add build/mytest --add data:/data -- mytest /data/cases
@@ -142,7 +143,7 @@ if TYPE_CHECKING:
     from pyvmm.card.card import Card
     from pyvmm.card.nic import Nic
     from pyvmm.card.peripheral import Peripheral
-    from pyvmm.cli.support.outputs import Output, Outputs
+    from pyvmm.cli.support.outputs import Outputs
     from pyvmm.cli.support.pipes import Kept
     from pyvmm.cli.support.terminal import Terminal
     from pyvmm.cli.support.verdicts import RunFiles
@@ -150,6 +151,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.console import FdSink, Stream
     from pyvmm.devopt import Device
     from pyvmm.diskopt import Disk
+    from pyvmm.exits.kernel_trace import KernelTrace
     from pyvmm.machine import Machine
     from pyvmm.outcome import Outcome
     from pyvmm.shareopt import Root, Share
@@ -246,11 +248,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a timeline of exits, kicks, interrupts for ui.perfetto.dev (docs/trace.md)",
     )
     add(
+        "--explain",
+        metavar="FILE",
+        help="write a page with sequence diagrams of set-up and packets (docs/explain.md)",
+    )
+    add(
         "--trace-events",
         metavar="N",
         type=count(16, 1 << 24),
         default=32768,
-        help="how many events the trace keeps per vCPU or worker, 56 bytes each (32768)",
+        help="how many events --trace and --explain keep per vCPU or worker, 56 bytes each (32768)",
+    )
+    add(
+        "--trace-kernel",
+        action="store_true",
+        help="with --trace or --explain: also kicks, frames and interrupts by the kernel's "
+        "tracepoints (root)",
     )
     add("--exits", action="store_true", help="print the guest's exits by cause at the end")
     add(
@@ -310,6 +323,8 @@ def run(args: argparse.Namespace) -> int:
     from pyvmm.cli.support.hostchoice import elsewhere
     from pyvmm.cli.support.signals import orderly
 
+    if args.trace_kernel and args.trace is None and args.explain is None:
+        raise UsageError("--trace-kernel without --trace or --explain", "add one of them")
     if args.json == "-" and args.report == "-":
         raise UsageError("--json - and --report - both write to stdout", "give one a file")
     if args.budget:
@@ -564,7 +579,7 @@ def _boot(args: argparse.Namespace) -> int:
         run.outputs = Outputs(
             {
                 f"--{name}": getattr(args, name)
-                for name in ("log", "junit", "json", "report", "trace")
+                for name in ("log", "junit", "json", "report", "trace", "explain")
             }
         )
         status = run.to_its_end(watchdog)
@@ -645,7 +660,7 @@ class _Run:
             on_reboot=args.on_reboot,
             name=args.name,
             qmp=_qmp(args),
-            trace=args.trace_events if args.trace is not None else 0,
+            trace=args.trace_events if args.trace or args.explain else 0,
             hang_timeout=args.hang_timeout,
             add=args.add,
             modules=args.modules,
@@ -666,6 +681,7 @@ class _Run:
             if watchdog is not None:
                 watchdog.close()
                 watchdog.arm()
+            tracing = _trace_kernel(machine) if args.trace_kernel else None
             machine.confine([args.vmlinux] if args.vmlinux is not None else [])
             if args.verbose:
                 print(f"pyvmm: sandbox: {machine.sandbox}", file=sys.stderr)
@@ -674,8 +690,7 @@ class _Run:
                 if watchdog is not None:
                     watchdog.judging()
             finally:
-                if "--trace" in outputs:
-                    _write_trace(machine, outputs["--trace"])
+                _write_traces(machine, outputs, tracing)
             verdict = self._verdict(machine, outcome, kernel)
             if "--report" in outputs:
                 report = {**machine.report(), "verdict": verdict}
@@ -870,14 +885,42 @@ def _tell_unused(device: Peripheral) -> None:
         )
 
 
-def _write_trace(machine: Machine, output: Output) -> None:
-    """Write the timeline. If this fails, the output reports it later, and the verdict stands."""
-    from pyvmm.exits.trace import write
+def _trace_kernel(machine: Machine) -> KernelTrace:
+    """Trace what the kernel does for the machine's cards; ``_write_traces`` ends that."""
+    from pyvmm.exits.kernel_trace import KernelTrace
 
-    try:
-        write(machine, output.write)
-    except OSError:
-        pass
+    return KernelTrace([nic.tap for nic in machine.nets])
+
+
+def _write_traces(machine: Machine, outputs: Outputs, tracing: KernelTrace | None) -> None:
+    """Write the timeline, and the page made of it. If this fails, the output reports it later, and
+    the verdict stands.
+    """
+    kernel = None
+    if tracing is not None:
+        try:
+            kernel = tracing.stop()
+        except HostError as e:
+            print(f"pyvmm: {e}", file=sys.stderr)
+    if "--trace" in outputs:
+        from pyvmm.exits.trace import write
+
+        try:
+            write(machine, outputs["--trace"].write, kernel)
+        except OSError:
+            pass
+    if "--explain" in outputs:
+        from pyvmm.exits.trace import document
+        from pyvmm.explain.arrows import Diagram
+        from pyvmm.explain.page import page
+        from pyvmm.explain.read import take
+
+        name = outputs["--explain"].path
+        try:
+            trace = take(document(machine, kernel), name)
+            outputs.write("--explain", page([(name, Diagram(trace, trace.card(None)))]))
+        except UsageError as e:
+            outputs["--explain"].problem = str(e)
 
 
 def _json(data: dict[str, Any]) -> str:

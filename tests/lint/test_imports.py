@@ -20,6 +20,7 @@ LAYERS = (
         "conformance",
         "control",
         "exits",
+        "explain",
         "host",
         "images",
         "devopt",

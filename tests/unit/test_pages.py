@@ -71,6 +71,7 @@ def known_options(*names: str) -> set[str]:
 SUBCOMMANDS = {
     "image": ("build", "list"),
     "testbed": ("up", "down", "status", "setup"),
+    "trace": ("explain",),
     "vhost-user": ("check", "probe"),
 }
 
