@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 TRACEFS = Path("/sys/kernel/tracing")
 #: Kilobytes per CPU; an event takes about 60 bytes.
 BUFFER_KB = 8192
-KVM_EVENTS = ("kvm_mmio", "kvm_msi_set_irq")
+#: An irqfd sends most messages on a fast path without ``kvm_msi_set_irq``; all reach a local APIC.
+KVM_EVENTS = ("kvm_mmio", "kvm_apic_accept_irq")
 NET_EVENTS = ("netif_receive_skb", "net_dev_start_xmit")
 #: A line of the file ``trace``: thread, CPU, flags, seconds, event, fields.
 LINE = re.compile(r"\s*(.+)-(\d+)\s+\[\d+\]\s+\S+\s+(\d+)\.(\d{6}): (\w+): (.*)")
 WRITTEN = re.compile(r"entries-in-buffer/entries-written: (\d+)/(\d+)")
 MMIO = re.compile(r"mmio write len \d+ gpa (0x[0-9a-f]+)")
-MSI = re.compile(r"dst ([0-9a-f]+) vec ([0-9a-f]+)")
+ACCEPT = re.compile(r"apicid ([0-9a-f]+) vec (\d+) ")
 FRAME = re.compile(r"dev=(\S+) .*\blen=(\d+)")
 
 
@@ -36,8 +37,8 @@ class KernelEvent:
     """One event of the kernel.
 
     :ivar at: CLOCK_MONOTONIC in ns, exact to a microsecond. :ivar thread: its name and number.
-    :ivar event: the tracepoint. :ivar key: of ``kvm_mmio`` the address; of ``kvm_msi_set_irq`` the
-        destination and the vector; of a frame the interface. :ivar length: of a frame, in bytes.
+    :ivar event: the tracepoint. :ivar key: of ``kvm_mmio`` the address; of ``kvm_apic_accept_irq``
+        the APIC and the vector; of a frame the interface. :ivar length: of a frame, in bytes.
     """
 
     __slots__ = ("at", "event", "key", "length", "thread")
@@ -68,9 +69,10 @@ def parse(text: str) -> tuple[list[KernelEvent], int]:
         if event == "kvm_mmio":
             if mmio := MMIO.match(fields):
                 out.append(KernelEvent(at, thread, event, int(mmio[1], 16)))
-        elif event == "kvm_msi_set_irq":
-            if msi := MSI.match(fields):
-                out.append(KernelEvent(at, thread, event, (int(msi[1], 16), int(msi[2], 16))))
+        elif event == "kvm_apic_accept_irq":
+            if found_irq := ACCEPT.match(fields):
+                key = int(found_irq[1], 16), int(found_irq[2])
+                out.append(KernelEvent(at, thread, event, key))
         elif event in NET_EVENTS and (frame := FRAME.match(fields)):
             out.append(KernelEvent(at, thread, event, frame[1], int(frame[2])))
     return out, max(int(found[2]) - int(found[1]), 0) if found else 0
@@ -87,7 +89,7 @@ class Owners:
     def __init__(self, eventfds: Mapping[int, str], taps: Mapping[str, str]) -> None:
         self._eventfds, self._taps = eventfds, taps
         self._kicks: dict[object, str] = {}  # address -> whose eventfd
-        self._routes: dict[int, tuple[int, int]] = {}  # GSI -> destination and vector
+        self._routes: dict[int, tuple[int, int]] = {}  # GSI -> message address and vector
         self._calls: dict[int, str] = {}  # GSI -> whose eventfd
 
     def note(self, step: str, args: Mapping[str, Any]) -> None:
@@ -96,7 +98,7 @@ class Owners:
         if step == "KVM_IOEVENTFD" and args["assign"]:
             self._kicks[args["address"]] = whose
         elif step == "KVM_SET_GSI_ROUTING" and "data" in args:
-            self._routes[args["gsi"]] = (args["address"] >> 12 & 0xFF, args["data"] & 0xFF)
+            self._routes[args["gsi"]] = (args["address"], args["data"] & 0xFF)
         elif step == "KVM_IRQFD":
             self._calls[args["gsi"]] = whose if args["assign"] else ""
 
@@ -108,10 +110,25 @@ class Owners:
         if event.event == "kvm_mmio":
             whose, what = self._kicks.get(event.key, ""), "kick"
         else:
-            found = [self._calls.get(g, "") for g, to in self._routes.items() if to == event.key]
-            whose, what = next(filter(None, found), ""), "interrupt"
+            whose, what = self._interrupt(event.key), "interrupt"
         card, _, rest = whose.partition(" ")
         return card, f"{what}: {rest.removesuffix(' kick').removesuffix(' call')}"
+
+    def _interrupt(self, key: object) -> str:
+        """Whose message an APIC has got. Vectors are those of a CPU: with several, the destination
+        in the message's address decides (Intel SDM 3A, 11.11.1).
+        """
+        apic, vector = key if isinstance(key, tuple) else (0, 0)
+        found = [
+            (address, self._calls[gsi])
+            for gsi, (address, wanted) in self._routes.items()
+            if wanted == vector and self._calls.get(gsi)
+        ]
+        for address, whose in found:
+            destination, logical = address >> 12 & 0xFF, address >> 2 & 1
+            if len(found) == 1 or destination == (1 << apic if logical else apic):
+                return whose
+        return ""
 
 
 class KernelTrace(Closing):

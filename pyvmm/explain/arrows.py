@@ -207,7 +207,7 @@ class _Maker:
         self._topics: set[str] = set()
         self._modes: list[tuple[float, str]] = [(-1.0, self._card.paths[0])]
         self._exits: dict[float, Event] = {}
-        self._irqfd = False
+        self._irqfd = self._kernel_kicks = False
 
     def run(self) -> None:
         events, mine = self._diagram.trace.events, self._card
@@ -215,6 +215,8 @@ class _Maker:
         for event in own:
             if event.name.startswith("hand-over: start "):
                 self._modes.append((event.at, event.name.removeprefix("hand-over: start ")))
+        # Whether the kernel has seen the kicks; else the worker's wake-up stands for them.
+        self._kernel_kicks = any(e.category == "kernel" and e.name[:5] == "kick:" for e in own)
         others = 0
         for event in events:
             if event.category == "exit":
@@ -390,14 +392,15 @@ class _Maker:
     def _kick(self, event: Event) -> Iterator[Arrow]:
         """The guest kicks: an exit to the VMM, or a worker that its eventfd wakes."""
         if event.pid != self._card.pid:
+            control = event.name.endswith("(control)")
             yield Arrow(
                 event,
                 DRIVER,
                 VMM,
                 f"kick: {event.name}",
                 kind="kick",
-                flow=PACKETS,
-                group="kick: exit to the VMM",
+                flow=CONTROL if control else PACKETS,
+                group=f"kick{' of the control queue' if control else ''}: exit to the VMM",
                 via=(KVM,),
                 dur=event.dur,
                 details=[
@@ -413,15 +416,16 @@ class _Maker:
             return
         direct = self._card.notify == "exit"
         why = "KVM" if not direct else "The VMM's vCPU thread"
+        src = VMM if direct else KVM if self._kernel_kicks else DRIVER
         yield Arrow(
             event,
-            VMM if direct else DRIVER,
+            src,
             self._path(event.at),
             f"{event.name} wakes the worker",
             kind="kick",
             flow=PACKETS,
             group="kick: the eventfd wakes the data path",
-            via=() if direct else (KVM,),
+            via=(KVM,) if src == DRIVER else (),
             details=[
                 *told(event.args),
                 ("why", f"{why} added 1 to the kick eventfd of the queue.", False),
@@ -526,7 +530,9 @@ class _Maker:
             details.append(("clause", "virtio 4.1.5.3; KVM_IRQFD", False))
         else:
             out = what == "send"
-            src, dst, kind, via = (path, HOST, "frame", (TAP,)) if out else (HOST, TAP, "frame", ())
+            kind, src, dst = "frame", HOST, TAP
+            if out:  # the worker's own arrow ends at the tap's other side already
+                src, dst, via = (TAP, HOST, ()) if path == "worker" else (path, HOST, (TAP,))
             group = "frame from the tap to the host" if out else "frame from the host to the tap"
             label = f"{what}: {rest}, by {thread}"
             if path != "worker":  # whose packets are events of their own

@@ -9,6 +9,19 @@ const SVG = "http://www.w3.org/2000/svg";
 const ROW = 36, FONT = 12;
 const ruler = document.createElement("canvas").getContext("2d");
 
+/* Put the texts back in the place of their numbers. */
+function inflate(row) {
+  for (const arrow of row.n === undefined ? [row] : [...row.first, ...(row.more || [])]) {
+    if (arrow.i === undefined) continue;
+    const numbers = arrow.x;
+    arrow.l = DATA.texts[arrow.l];
+    arrow.x = [];
+    for (let at = 0; at < numbers.length; at += 3)
+      arrow.x.push([DATA.texts[numbers[at]], DATA.texts[numbers[at + 1]], numbers[at + 2]]);
+  }
+}
+DATA.traces.forEach((trace) => trace.rows.forEach(inflate));
+
 function el(name, attributes, ...children) {
   const node = document.createElement(name);
   for (const [key, value] of Object.entries(attributes || {})) node.setAttribute(key, value);

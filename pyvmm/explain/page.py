@@ -32,7 +32,8 @@ def page(diagrams: list[tuple[str, Diagram]], keep: int = KEEP) -> str:
     :param keep: about how many arrows the page has in all.
     """
     diagrams = [(clean(os.path.basename(path), 80), one) for path, one in diagrams]  # noqa: PTH119
-    data = [_data(name, diagram, keep // len(diagrams)) for name, diagram in diagrams]
+    texts = _Texts()
+    data = [_data(name, diagram, keep // len(diagrams), texts) for name, diagram in diagrams]
     style = (HERE / "page.css").read_text(encoding="utf-8")
     script = (HERE / "page.js").read_text(encoding="utf-8")
     title = " and ".join(_paths(d) for _, d in diagrams)
@@ -46,11 +47,21 @@ def page(diagrams: list[tuple[str, Diagram]], keep: int = KEEP) -> str:
         "LEAD": escape(_lead(diagrams)),
         "SAVES": difference(diagrams[0][1], diagrams[1][1]) if len(diagrams) == 2 else "",
         "TABLES": "".join(_table(name, diagram) for name, diagram in diagrams),
-        "DATA": _script_safe({"traces": data}),
+        "DATA": _script_safe({"texts": list(texts.numbers), "traces": data}),
     }
     pieces = (HERE / "page.html").read_text(encoding="utf-8").split("@")
     # Every second piece is a name: nothing that was put in is looked at again.
     return "".join(parts[p] if i % 2 else p for i, p in enumerate(pieces))
+
+
+class _Texts:
+    """The texts of a page, each of them once: an arrow has their numbers."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        return self.numbers.setdefault(text, len(self.numbers))
 
 
 def _hash(text: str) -> str:
@@ -79,7 +90,7 @@ def _lead(diagrams: list[tuple[str, Diagram]]) -> str:
     return "; ".join(said) + ". Each arrow is an event of the trace. Press ? for the keys."
 
 
-def _data(name: str, diagram: Diagram, keep: int) -> dict[str, Any]:
+def _data(name: str, diagram: Diagram, keep: int, texts: _Texts) -> dict[str, Any]:
     """A diagram for the script."""
     places = {line[0]: at for at, line in enumerate(diagram.lifelines)}
     rows = fold(diagram.arrows, keep)
@@ -90,7 +101,7 @@ def _data(name: str, diagram: Diagram, keep: int) -> dict[str, Any]:
         while headers and headers[0][0] <= begin:
             at, text = headers.pop(0)
             out.append({"h": text, "t": at})
-        out.append(_row(row, places))
+        out.append(_row(row, places, texts))
     out += [{"h": text, "t": at} for at, text in headers]
     trace = diagram.trace
     notes = [f"{diagram.card.name}, notify={diagram.card.notify}"]
@@ -145,7 +156,7 @@ def left_out(rows: list[Arrow | Fold | Gap]) -> int:
     return gaps + sum(len(r.inner) for r in rows if isinstance(r, Fold) and not r.kept)
 
 
-def _row(row: Arrow | Fold | Gap, places: dict[str, int]) -> dict[str, Any]:
+def _row(row: Arrow | Fold | Gap, places: dict[str, int], texts: _Texts) -> dict[str, Any]:
     if isinstance(row, Gap):
         return {"gap": len(row.arrows), "t": row.arrows[0].at, "t1": row.arrows[-1].at}
     if isinstance(row, Fold):
@@ -155,8 +166,8 @@ def _row(row: Arrow | Fold | Gap, places: dict[str, int]) -> dict[str, Any]:
             "t": row.arrows[0].at,
             "t1": row.arrows[-1].at,
             "spread": row.spread(),
-            "first": [_row(arrow, places) for arrow in row.arrows[: row.period]],
-            "more": [_row(arrow, places) for arrow in row.inner] if row.kept else None,
+            "first": [_row(arrow, places, texts) for arrow in row.arrows[: row.period]],
+            "more": [_row(arrow, places, texts) for arrow in row.inner] if row.kept else None,
         }
     out: dict[str, Any] = {
         "i": row.event,
@@ -165,9 +176,10 @@ def _row(row: Arrow | Fold | Gap, places: dict[str, int]) -> dict[str, Any]:
         "e": places[row.dst],
         "v": [places[via] for via in row.via],
         "k": row.kind,
-        "l": row.label,
+        "l": texts(row.label),
         "f": "hand-over" if row.kind == "hand-over" else row.flow,
-        "x": [[name, value, 1] if new else [name, value] for name, value, new in row.details],
+        # Name, value and whether it has changed, of each.
+        "x": [n for name, value, new in row.details for n in (texts(name), texts(value), int(new))],
     }
     if row.dur:
         out["d"] = round(row.dur, 3)

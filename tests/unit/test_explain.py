@@ -44,7 +44,10 @@ def embedded(html: str) -> list[dict[str, Any]]:
     """The diagrams in a page."""
     found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)
     assert len(found) == 1
-    traces: list[dict[str, Any]] = json.loads(found[0])["traces"]
+    data = json.loads(found[0])
+    traces: list[dict[str, Any]] = data["traces"]
+    for arrow in (arrow for one in traces for arrow in arrows_of(one)):
+        arrow["l"] = data["texts"][arrow["l"]]
     return traces
 
 

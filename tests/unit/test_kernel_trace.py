@@ -14,7 +14,7 @@ from pyvmm.exits.kernel_trace import KernelEvent, KernelTrace, Owners, parse
 
 #: As Linux 6.1 writes it.
 TEXT = (Path(__file__).parents[1] / "data" / "explain" / "kernel-6.1.txt").read_text()
-FDS = {17: "net0 queue 1 kick", 16: "net0 queue 0 call"}
+FDS = {17: "net0 queue 1 kick", 16: "net0 queue 0 call", 18: "net0 queue 2 call"}
 
 
 def test_the_file_is_read() -> None:
@@ -24,7 +24,7 @@ def test_the_file_is_read() -> None:
         (103_000_007_000, "vcpu0 (4243)", "kvm_mmio", 0xC0003004, 0),
         (103_000_190_000, "a b-7 [1] x (4250)", "netif_receive_skb", "tap0", 84),
         (103_000_300_000, "ping (4260)", "net_dev_start_xmit", "tap0", 98),
-        (103_000_320_000, "vhost-4242 (4250)", "kvm_msi_set_irq", (0, 0x51), 0),
+        (103_000_320_000, "vhost-4242 (4250)", "kvm_apic_accept_irq", (0, 0x51), 0),
     ]
 
 
@@ -46,6 +46,15 @@ def test_events_find_their_card() -> None:
     assert owners.of(sent) == ("net0", "send: 84 bytes")
     assert owners.of(received) == ("net0", "receive: 98 bytes")
     assert owners.of(call) == ("net0", "interrupt: queue 0")
+    # The same vector on another CPU, with a physical and with a logical destination.
+    owners.note("KVM_SET_GSI_ROUTING", {"gsi": 26, "address": 0xFEE01000, "data": 0x51})
+    owners.note("KVM_IRQFD", {"eventfd": 18, "gsi": 26, "assign": True})
+    for apic, queue in ((0, 0), (1, 2)):
+        event = KernelEvent(1, "t", "kvm_apic_accept_irq", (apic, 0x51))
+        assert owners.of(event) == ("net0", f"interrupt: queue {queue}")
+    owners.note("KVM_SET_GSI_ROUTING", {"gsi": 26, "address": 0xFEE02004, "data": 0x51})
+    assert owners.of(event) == ("net0", "interrupt: queue 2")
+    owners.note("KVM_IRQFD", {"eventfd": 18, "gsi": 26, "assign": False})
     owners.note("KVM_IRQFD", {"eventfd": 16, "gsi": 25, "assign": False})
     assert owners.of(call)[0] == ""
     assert owners.of(KernelEvent(1, "t", "netif_receive_skb", "tap9", 1))[0] == ""
