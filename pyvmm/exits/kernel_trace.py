@@ -141,6 +141,7 @@ class KernelTrace(Closing):
     def __init__(self, taps: Sequence[str]) -> None:
         self._dir = TRACEFS / "instances" / f"pyvmm-{os.getpid()}"
         names = [name for name in taps if name and '"' not in name]
+        _remove_orphans()
         try:
             self._dir.mkdir()
             (self._dir / "trace_clock").write_text("mono")
@@ -174,8 +175,19 @@ class KernelTrace(Closing):
 
     def close(self) -> None:
         """Remove the instance. A second call does nothing."""
-        try:
-            (self._dir / "events/enable").write_text("0")
-            self._dir.rmdir()
-        except OSError:
-            pass
+        _remove(self._dir)
+
+
+def _remove(instance: Path) -> None:
+    try:
+        (instance / "events/enable").write_text("0")
+        instance.rmdir()
+    except OSError:
+        pass
+
+
+def _remove_orphans() -> None:
+    """Remove the instances of runs that were killed: nothing else ends these."""
+    for instance in TRACEFS.glob("instances/pyvmm-[0-9]*"):
+        if not Path("/proc", instance.name.removeprefix("pyvmm-")).exists():
+            _remove(instance)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 
 from pyvmm.explain import frames, words
 
@@ -57,6 +58,8 @@ class Arrow:
     :ivar event: number of the event behind it. :ivar at, dur: microseconds.
     :ivar via: lifelines that it passes. :ivar kind: its colour. :ivar group: its row in the sums.
     :ivar packet: the packet's number, from 1 on per direction, negative for one to the guest; or 0.
+    :ivar same: finds the same packet in another trace: direction, length without Ethernet header,
+        and how many such packets there were.
     :ivar details: name, value, and whether the value has changed here.
     :ivar ring: of the rings at that moment, for arrows at a virtqueue; or None.
     """
@@ -75,6 +78,7 @@ class Arrow:
         "label",
         "packet",
         "ring",
+        "same",
         "src",
         "topic",
         "via",
@@ -95,13 +99,14 @@ class Arrow:
         dur: float = 0.0,
         topic: str = "",
         packet: int = 0,
+        same: str = "",
         details: Details | None = None,
         ring: dict[str, Any] | None = None,
     ) -> None:
         self.event, self.src, self.dst, self.via = event.number, src, dst, via
         self.label, self.kind, self.flow, self.group = label, kind, flow, group
         self.at = event.at if at is None else round(at, 3)
-        self.dur, self.topic, self.packet = dur, topic, packet
+        self.dur, self.topic, self.packet, self.same = dur, topic, packet, same
         self.details = details if details is not None else told(event.args)
         self.ring = ring
         #: Whether something new begins: the driver kicks.
@@ -207,7 +212,8 @@ class _Maker:
         self._topics: set[str] = set()
         self._modes: list[tuple[float, str]] = [(-1.0, self._card.paths[0])]
         self._exits: dict[float, Event] = {}
-        self._irqfd = self._kernel_kicks = False
+        self._irqfd = self._kernel_kicks = self._kernel_calls = False
+        self._lengths: Counter[str] = Counter()
 
     def run(self) -> None:
         events, mine = self._diagram.trace.events, self._card
@@ -217,6 +223,7 @@ class _Maker:
                 self._modes.append((event.at, event.name.removeprefix("hand-over: start ")))
         # Whether the kernel has seen the kicks; else the worker's wake-up stands for them.
         self._kernel_kicks = any(e.category == "kernel" and e.name[:5] == "kick:" for e in own)
+        self._kernel_calls = any(e.category == "kernel" and e.name[:9] == "interrupt" for e in own)
         others = 0
         for event in events:
             if event.category == "exit":
@@ -387,6 +394,12 @@ class _Maker:
             if match and number.isdecimal() and len(number) < 5:
                 self._queues[int(number)] = (int(match[1][:6]), "wrap" in str(text))
 
+    def _same(self, out: bool, length: int) -> str:
+        """``Arrow.same`` of a packet whose IP packet, or the like, has ``length`` bytes."""
+        key = f"{'out' if out else 'in'} {length}"
+        self._lengths[key] += 1
+        return f"{key} {self._lengths[key]}"
+
     # --- packets ----------------------------------------------------------------------------------
 
     def _kick(self, event: Event) -> Iterator[Arrow]:
@@ -460,6 +473,7 @@ class _Maker:
             "descriptors": descriptors,
         }
         data, header = _bytes(args), min(_number(args, "header"), 24)
+        same = self._same(out, length - header - 14)
         said, fields = frames.explain(data, header)
         way = "to the host" if out else "to the guest"
         common: Details = [("packet", f"{abs(packet)} {way}, queue {queue}", False)]
@@ -473,6 +487,7 @@ class _Maker:
             flow=PACKETS,
             group="chain taken from the available ring",
             packet=packet,
+            same=same,
             details=[*common, ("clause", "virtio 2.8.6" if packed else "virtio 2.7.6", False)],
             ring=ring | {"moment": "taken"},
         )
@@ -496,6 +511,7 @@ class _Maker:
             via=(TAP,),
             dur=event.dur,
             packet=packet,
+            same=same,
             details=frame,
         )
         yield Arrow(
@@ -509,6 +525,7 @@ class _Maker:
             group="chain returned to the used ring",
             at=event.at + event.dur,
             packet=packet,
+            same=same,
             details=[*common, ("clause", "virtio 2.8.7" if packed else "virtio 2.7.8", False)],
             ring=ring | {"moment": "returned"},
         )
@@ -517,7 +534,7 @@ class _Maker:
         """What the kernel's tracepoints have seen: a kick, a frame at the tap, an interrupt."""
         what, _, rest = event.name.partition(": ")
         path, thread = self._path(event.at), str(event.args.get("thread", ""))
-        details, packet = told(event.args), 0
+        details, packet, same = told(event.args), 0, ""
         via: tuple[str, ...] = ()
         if what == "kick":
             src, dst, kind, group = DRIVER, KVM, "kick", "kick: KVM signals the ioeventfd"
@@ -538,6 +555,8 @@ class _Maker:
             if path != "worker":  # whose packets are events of their own
                 self._sent, self._received = self._sent + out, self._received + (not out)
                 packet = self._sent if out else -self._received
+                # A frame that the host has received has lost its Ethernet header by then.
+                same = self._same(out, _number(event.args, "length") - (0 if out else 14))
         yield Arrow(
             event,
             src,
@@ -548,6 +567,7 @@ class _Maker:
             group=group,
             via=via,
             packet=packet,
+            same=same,
             details=details,
         )
 
@@ -589,15 +609,16 @@ class _Maker:
     def _interrupt(self, event: Event) -> Iterator[Arrow]:
         """The call eventfd is signalled."""
         how = "irqfd: MSI-X" if self._irqfd else "a thread raises the interrupt line"
+        apart = self._irqfd and self._kernel_calls  # KVM's part is an event of its own
         yield Arrow(
             event,
             self._path(event.at),
-            DRIVER,
-            f"{event.name}: call eventfd, {how}",
+            KVM if apart else DRIVER,
+            f"{event.name}: call eventfd" + ("" if apart else f", {how}"),
             kind="irq",
             flow=PACKETS,
-            group="interrupt",
-            via=(KVM,),
+            group="interrupt: the data path signals the call eventfd",
+            via=() if apart else (KVM,),
             details=[
                 *told(event.args),
                 ("clause", "virtio 4.1.5.3; KVM_IRQFD", False),

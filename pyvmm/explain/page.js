@@ -497,8 +497,9 @@ function pair(diagram, row) {
   if (!row.p) return;
   for (const other of diagrams) {
     if (other === diagram) continue;
-    const at = other.rows.findIndex((r) => r.p === row.p && r.k === row.k);
-    if (at >= 0) other.select(at, true);
+    const same = (r) => r.m === row.m;
+    const at = other.rows.findIndex((r) => same(r) && r.k === row.k);
+    other.select(at >= 0 ? at : other.rows.findIndex(same), true);
   }
 }
 

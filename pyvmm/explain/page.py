@@ -185,6 +185,7 @@ def _row(row: Arrow | Fold | Gap, places: dict[str, int], texts: _Texts) -> dict
         out["d"] = round(row.dur, 3)
     if row.packet:
         out["p"] = row.packet
+        out["m"] = row.same
     if row.ring is not None:
         out["r"] = row.ring
     return out

@@ -4,15 +4,21 @@ where Linux' exits go.
 
 from __future__ import annotations
 
+import json
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pyvmm.explain.arrows import Diagram
+from pyvmm.explain.page import page
+from pyvmm.explain.read import load
 from tests.boot.guest import run_all
 from tests.boot.test_vhost_user import SOCKET, tap_backend, tap_space
 from tests.trace_format import check_trace, in_order, names
+from tests.unit.test_explain import check, embedded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -174,6 +180,14 @@ def check_timeline(path: Path, mode: str, report: dict[str, Any]) -> None:
     assert ("kick of queue 1" in worker) == (not mode.startswith("vhost"))
     assert ("interrupt for queue 0" in worker) == (not mode.startswith("vhost"))
     assert ("KVM_IOEVENTFD" in names(trace, "KVM", "")) == (mode != "notify=exit")
+    seen = Counter(name.partition(" ")[0] for name in names(trace, "net0", "kernel"))
+    assert (seen["kick:"] > 0) == (mode != "notify=exit"), seen
+    assert seen["interrupt:"] > 0
+    # The socket's back-end has a tap of its own.
+    assert (seen["send:"] >= 40 and seen["receive:"] >= 40) == (mode != "vhost-user"), seen
+    one = load(str(path))
+    (data,) = embedded(page([(mode, Diagram(one, one.card(None)))]))
+    check(json.loads(path.read_text()), data)
 
 
 def test_linux_by_register(host: Host, backend: None, tmp_path: Path) -> None:
@@ -202,7 +216,16 @@ def test_linux_by_register(host: Host, backend: None, tmp_path: Path) -> None:
         "vhost-user": ["--budget", "notify==0", "--budget", "command.irq_injections>=40"],
     }
     runs = {
-        mode: ["--net", net, "--trace", str(tmp_path / mode), *budget[mode], "--", *ping]
+        mode: [
+            "--net",
+            net,
+            "--trace",
+            str(tmp_path / mode),
+            "--trace-kernel",
+            *budget[mode],
+            "--",
+            *ping,
+        ]
         for mode, net in MODES.items()
     }
     for mode, run in run_all(host, runs).items():

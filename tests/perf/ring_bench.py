@@ -6,7 +6,7 @@ profiling.
 
 The mock driver prepares a full ring, then the worker alone is timed: transmit into a tap whose host
 end drops the frames, receive from a tap queue filled beforehand. Prints packets per second,
-nanoseconds and system calls a packet, with the spread. With --profile it waits for `perf record -p
+nanoseconds, system calls and CPU time a packet, with the spread. With --profile it waits for `perf record -p
 PID` before each direction. Numbers depend on the machine: compare, do not gate.
 """
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--packed", action="store_true", help="packed rings")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--trace", action="store_true", help="record kicks and batches")
+    parser.add_argument("--trace", action="store_true", help="record kicks, batches and packets")
     args = parser.parse_args()
 
     def pause(direction: str) -> None:
@@ -116,7 +116,7 @@ def main() -> None:
     Interface.set_txqueuelen = lambda self, frames: original(self, args.frames + 100)  # type: ignore[method-assign]
     for size in args.size:
         for direction, gso in (("tx", False), ("rx", False), ("rx", True)):
-            times = []
+            times, cpu = [], []
             for _ in range(args.repeat):
                 seconds, c = one(direction, args.frames, size, gso, args.packed, pause, scope)
                 if c[f"{direction}_packets"] < args.frames:
@@ -125,6 +125,7 @@ def main() -> None:
                         f"{args.frames} frames passed"
                     )
                 times.append(seconds)
+                cpu.append(c["worker_cpu_ns"] / args.frames)
             median = statistics.median(times)
             calls = c["fd_reads"] + c["fd_writes"] + c["rx_calls"] + c["tx_calls"] + c["wakeups"]
             label = f"{direction}{' big window' if gso else ''}"
@@ -132,7 +133,8 @@ def main() -> None:
                 f"{label:14} {size:5} bytes: {args.frames / median / 1e3:7.0f} kpps, "
                 f"{median / args.frames * 1e9:5.0f} ns "
                 f"({min(times) / args.frames * 1e9:.0f} to {max(times) / args.frames * 1e9:.0f}), "
-                f"{calls / args.frames:.3f} system calls a packet"
+                f"{calls / args.frames:.3f} system calls a packet, worker's CPU "
+                f"{statistics.median(cpu):.0f} ns ({min(cpu):.0f} to {max(cpu):.0f})"
             )
 
 

@@ -104,6 +104,38 @@ def click(browser: Browser, selector: str) -> None:
         browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
 
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_the_stored_pages(browser: Browser, path: Path) -> None:
+    """Those of docs/explain.md: the flows on each data path, opened and used."""
+    opened(browser, path)
+    assert browser.requests == [path.as_uri()] and browser.console == []
+    press(browser, "/", *"features_ok")
+    assert "FEATURES_OK" in browser.evaluate(CHOSEN)
+    press(browser, "Escape", "3")
+    assert browser.evaluate("active.flow") == "packets"
+    press(browser, "Home", "n", "n")
+    assert browser.evaluate("active.rows[active.selected].p")
+    press(browser, "1", "u")
+    assert browser.evaluate(OVER) == []
+    for number in range(browser.evaluate("diagrams.length")):
+        one = f"diagrams[{number}]"
+        browser.evaluate(f"{one}.paint(true)")
+        drawn = browser.evaluate(
+            f'[...{one}.body.querySelectorAll("[data-event]")].map(e => e.dataset.event)'
+        )
+        data = browser.evaluate(f"DATA.traces[{number}]")
+        total = sum(c["arrows"] for c in data["counts"].values())
+        assert len(drawn) + data["left"] == total > 200
+        events = sum(c["events"] for c in data["counts"].values())
+        assert data["left"] or len(set(drawn)) == events, "each arrow has an event behind it"
+
+
+def test_there_are_stored_pages() -> None:
+    names = {path.stem for path in STORED}
+    assert names >= {"emulated", "vhost-net", "vhost-user", "exit-and-ioeventfd", "switch"}
+    assert all(path.stat().st_size < 350_000 for path in STORED)
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1300, 800, 390])
 @pytest.mark.parametrize("which", ["one", "two"])
@@ -261,7 +293,7 @@ def test_the_same_packet_on_two_data_paths(browser: Browser, two: Path) -> None:
     click(browser, '[data-flow="packets"]')
     for _ in range(3):
         press(browser, "n")
-        chosen = browser.evaluate("diagrams.map(d => (d.rows[d.selected] || {}).p)")
+        chosen = browser.evaluate("diagrams.map(d => (d.rows[d.selected] || {}).m)")
         assert chosen[0] and chosen[0] == chosen[1]
     gone = browser.evaluate('document.querySelector("#difference tr.gone").innerText')
     assert "kick: exit to the VMM" in gone and "vanishes; saves" in gone

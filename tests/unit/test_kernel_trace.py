@@ -4,6 +4,7 @@ finds its card.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def test_events_find_their_card() -> None:
     owners.note("KVM_IRQFD", {"eventfd": 16, "gsi": 25, "assign": False})
     assert owners.of(call)[0] == ""
     assert owners.of(KernelEvent(1, "t", "netif_receive_skb", "tap9", 1))[0] == ""
+
+
+def test_what_a_killed_run_has_left_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernel_trace, "TRACEFS", tmp_path)
+    monkeypatch.setattr(kernel_trace, "_remove", lambda instance: removed.append(instance.name))
+    removed: list[str] = []
+    for name in (f"pyvmm-{os.getpid()}x", "pyvmm-999999999", "pyvmm-1", "pyvmm-compare-7", "other"):
+        (tmp_path / "instances" / name).mkdir(parents=True)
+    kernel_trace._remove_orphans()
+    assert sorted(removed) == sorted(["pyvmm-999999999", f"pyvmm-{os.getpid()}x"])
 
 
 def test_without_tracefs_there_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
