@@ -47,6 +47,16 @@ FIXED = {
 }
 #: What an arrow shows; the page has a filter for each.
 SETUP, PACKETS, CONTROL = "set-up", "packets", "control"
+#: Groups of arrows: what a data path does for a packet, and pyvmm sees only of its own worker.
+WAKE, TAKE, WRITE, READ, RETURN, PUBLISH, CALL = WORK = (
+    "kick: the eventfd wakes the data path",
+    "chain taken from the available ring",
+    "frame to the tap (writev)",
+    "frame from the tap (readv)",
+    "chain returned to the used ring",
+    "used index published",
+    "interrupt: the data path signals the call eventfd",
+)
 DIGITS = re.compile(r"0x[0-9a-f]+|\d+")
 SIZE = re.compile(r"(\d+) entries")
 Details = list[tuple[str, str, bool]]
@@ -163,15 +173,19 @@ class Diagram:
         sent = sum(number > 0 for number in events.values())
         return {"sent": sent, "received": len(events) - sent}
 
+    def elsewhere(self) -> str:
+        """Whatever moves packets and is no part of pyvmm; empty if pyvmm moves all of them."""
+        path = next((p for p in self.card.paths if p not in ("emulated", "user")), "")
+        _, name, where = PATHS.get(path, UNKNOWN)
+        return f"{name} ({where})" if path else ""
+
     def quiet(self) -> str:
         """Says why there is no packet, if there is none; empty if there are some."""
         if any(self.packets().values()):
             return ""
-        path = next((p for p in self.card.paths if p not in ("emulated", "user")), "")
-        if not path:
+        who = self.elsewhere()
+        if not who:
             return "The trace has no packet of this card."
-        _, name, where = PATHS.get(path, UNKNOWN)
-        who = f"{name} ({where})"
         return (
             f"No event of pyvmm for any packet: the kick's eventfd wakes {who}, which reads "
             "the rings, uses the tap and signals the call eventfd; KVM's irqfd interrupts the "
@@ -437,7 +451,7 @@ class _Maker:
             f"{event.name} wakes the worker",
             kind="kick",
             flow=PACKETS,
-            group="kick: the eventfd wakes the data path",
+            group=WAKE,
             via=(KVM,) if src == DRIVER else (),
             details=[
                 *told(event.args),
@@ -485,7 +499,7 @@ class _Maker:
             f"take {_what(packed)} {head} at {place}: {_plural(descriptors, 'descriptor')}",
             kind="ring",
             flow=PACKETS,
-            group="chain taken from the available ring",
+            group=TAKE,
             packet=packet,
             same=same,
             details=[*common, ("clause", "virtio 2.8.6" if packed else "virtio 2.7.6", False)],
@@ -507,7 +521,7 @@ class _Maker:
             f"{'writev' if out else 'readv'}: {said}, {length} bytes",
             kind="frame",
             flow=PACKETS,
-            group="frame to the tap (writev)" if out else "frame from the tap (readv)",
+            group=WRITE if out else READ,
             via=(TAP,),
             dur=event.dur,
             packet=packet,
@@ -522,7 +536,7 @@ class _Maker:
             f"{0 if out else length} bytes written",
             kind="ring",
             flow=PACKETS,
-            group="chain returned to the used ring",
+            group=RETURN,
             at=event.at + event.dur,
             packet=packet,
             same=same,
@@ -591,7 +605,7 @@ class _Maker:
             f"used index {index & 0x7FFF if packed else index}, {wants}",
             kind="publish",
             flow=PACKETS,
-            group="used index published",
+            group=PUBLISH,
             at=event.at + event.dur,
             dur=event.dur,
             details=details,
@@ -617,7 +631,7 @@ class _Maker:
             f"{event.name}: call eventfd" + ("" if apart else f", {how}"),
             kind="irq",
             flow=PACKETS,
-            group="interrupt: the data path signals the call eventfd",
+            group=CALL,
             via=() if apart else (KVM,),
             details=[
                 *told(event.args),

@@ -53,6 +53,7 @@ class Diagram {
     this.zoom = 1;
     this.selected = -1;
     this.mark = "";
+    this.whole = false;
     this.head = draw("svg", { class: "head" });
     this.body = draw("svg", { class: "body" });
     this.space = el("div", { class: "space" }, this.body);
@@ -124,17 +125,18 @@ class Diagram {
       const group = draw("g", { class: "life " + line.id + (line.seen ? "" : " unseen") });
       group.append(
         draw("rect", { x: this.x[i] - box / 2, y: 3, width: box, height: 38, rx: 6 }),
-        draw("text", { x: this.x[i], y: wide ? 19 : 26, "text-anchor": "middle",
+        draw("text", { x: this.x[i], y: step > 112 ? 19 : 26, "text-anchor": "middle",
           "font-size": step < 50 ? 10 : wide ? 13 : 11 }, line.name),
         draw("title", {}, `${line.name}: ${line.where}${line.seen ? "" : "; no event of this trace"}`));
-      if (wide) group.append(draw("text", { class: "where", x: this.x[i], y: 34,
+      if (step > 112) group.append(draw("text", { class: "where", x: this.x[i], y: 34,
         "text-anchor": "middle", "font-size": 10.5 }, line.where));
       this.head.append(group);
     });
   }
 
   /* Draw the rows in sight; all of them for paper. */
-  paint(all) {
+  paint() {
+    const all = this.whole;
     const from = all ? 0 : Math.max(Math.floor(this.scroll.scrollTop / this.row) - 8, 0);
     const shown = this.scroll.clientHeight || 600;
     const to = all ? this.rows.length
@@ -576,8 +578,9 @@ document.addEventListener("keydown", (event) => {
 });
 
 new ResizeObserver(() => diagrams.forEach((d) => d.resize())).observe(document.body);
-window.addEventListener("beforeprint", () => diagrams.forEach((d) => d.paint(true)));
-window.addEventListener("afterprint", () => diagrams.forEach((d) => d.paint()));
+const paper = (whole) => diagrams.forEach((d) => { d.whole = whole; d.paint(); });
+window.addEventListener("beforeprint", () => paper(true));
+window.addEventListener("afterprint", () => paper(false));
 const first = active.rows.findIndex((row) => row.l !== undefined);
 if (first >= 0) active.select(first, false);
 active.scroll.scrollTop = 0;

@@ -14,7 +14,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from pyvmm.explain.arrows import PER_EVENT, Arrow, Diagram
+from pyvmm.explain.arrows import PER_EVENT, WORK, Arrow, Diagram
 from pyvmm.explain.fold import KEEP, Fold, Gap, fold
 from pyvmm.explain.read import clean
 
@@ -234,7 +234,10 @@ def difference(one: Diagram, other: Diagram) -> str:
     for group in [*first, *(g for g in second if g not in first)]:
         a, b = first.get(group), second.get(group)
         said, kind = "", ""
-        if a is None or b is None:
+        lacks = one if a is None else other
+        if (a is None or b is None) and group in WORK and lacks.elsewhere():
+            said = f"not seen: {lacks.elsewhere()} does it"
+        elif a is None or b is None:
             there = a or b
             assert there is not None
             kind = ' class="gone"'

@@ -134,6 +134,12 @@ STEPS = {
     "VHOST_IOTLB_INVALIDATE": "Unmaps memory of the device.",
     "start data path": "The data path serves the rings from these positions on.",
     "stop data path": "The data path has let go of the rings, at these positions.",
+    "hand-over: open": "Opens the new data path, beside the old one.",
+    "hand-over: prepare": "Agrees with the new data path on all that needs no rings.",
+    "hand-over: wait": "Waits for the card's thread.",
+    "hand-over: move": "Tells the network of the new place, and empties the old one.",
+    "hand-over: park": "The old data path finishes its chains, and lets go of the rings.",
+    "hand-over: close": "Closes the old data path.",
     "GET_FEATURES": "What the back-end can do.",
     "SET_FEATURES": "What guest and back-end have agreed on.",
     "GET_PROTOCOL_FEATURES": "Which messages the back-end knows.",
@@ -165,4 +171,6 @@ def register(name: str) -> Meaning:
 
 def step(name: str) -> str:
     """What a step of the control plane is for, in a sentence; empty if it is not known."""
+    if name.startswith("hand-over: start "):
+        return "The new data path takes the rings at the positions where the old one stopped."
     return STEPS.get(name) or STEPS.get(name.removeprefix("send ").removeprefix("receive "), "")

@@ -37,6 +37,7 @@ REASONS = {
     ("docs/add.md", "make modules_install"): "needs the source of a kernel, see test_additions",
     ("docs/add.md", "tar c tests"): "needs tests of the reader's, see test_additions",
     ("docs/compare.md", "pyvmm compare"): "takes minutes per command, see test_compare",
+    ("docs/explain.md", "pyvmm run --net MODE"): "MODE is a placeholder",
     ("docs/flows.md", "pyvmm run --net MODE"): "MODE is a placeholder",
     ("docs/images.md", "pyvmm image build"): "downloads a kernel",
     ("docs/images.md", "I=~/.cache"): "a console of QEMU, see tests/unit/test_images.py",

@@ -6,8 +6,8 @@ profiling.
 
 The mock driver prepares a full ring, then the worker alone is timed: transmit into a tap whose host
 end drops the frames, receive from a tap queue filled beforehand. Prints packets per second,
-nanoseconds, system calls and CPU time a packet, with the spread. With --profile it waits for `perf record -p
-PID` before each direction. Numbers depend on the machine: compare, do not gate.
+nanoseconds, system calls and CPU time a packet, with the spread. With --profile it waits for
+`perf record -p PID` before each direction. Numbers depend on the machine: compare, do not gate.
 """
 
 from __future__ import annotations

@@ -150,6 +150,16 @@ def test_an_ioeventfd_makes_an_arrow_vanish() -> None:
     assert len(embedded(html)) == 2
 
 
+def test_what_another_does_has_not_vanished() -> None:
+    document = raw("ioeventfd")
+    document["otherData"]["nics"][0]["paths"] = ["vhost-net"]
+    document["traceEvents"] = [e for e in document["traceEvents"] if e.get("cat") != "packet"]
+    one = take(document, "x")
+    html = page([("a", diagram("ioeventfd")), ("b", Diagram(one, one.card(None)))])
+    row = re.search(r"<tr[^>]*><th[^>]*>chain taken from the available ring</th>.*?</tr>", html)
+    assert row and "not seen: vhost (a kernel thread) does it" in row[0] and "gone" not in row[0]
+
+
 def test_a_data_path_elsewhere_has_no_packet_and_says_so() -> None:
     document = raw("ioeventfd")
     document["otherData"]["nics"][0]["paths"] = ["vhost-net"]

@@ -117,9 +117,9 @@ def test_the_stored_pages(browser: Browser, path: Path) -> None:
     assert browser.evaluate("active.rows[active.selected].p")
     press(browser, "1", "u")
     assert browser.evaluate(OVER) == []
+    browser.evaluate("paper(true)")
     for number in range(browser.evaluate("diagrams.length")):
         one = f"diagrams[{number}]"
-        browser.evaluate(f"{one}.paint(true)")
         drawn = browser.evaluate(
             f'[...{one}.body.querySelectorAll("[data-event]")].map(e => e.dataset.event)'
         )
@@ -255,7 +255,7 @@ def test_every_arrow_can_be_reached(browser: Browser, one: Path) -> None:
     )
     counts = browser.evaluate("DATA.traces[0].counts")
     assert total == sum(c["arrows"] for c in counts.values())
-    browser.evaluate("active.paint(true)")
+    browser.evaluate("paper(true)")
     drawn = browser.evaluate(
         '[...document.querySelectorAll("[data-event]")].map(e => Number(e.dataset.event))'
     )
@@ -310,7 +310,7 @@ def test_a_hostile_trace_is_only_text(browser: Browser, tmp_path: Path) -> None:
     opened(browser, path)
     press(browser, "u", "j", "n", "j", "j")
     browser.evaluate("active.rows.forEach((_, i) => active.select(i))")
-    browser.evaluate("active.paint(true)")
+    browser.evaluate("paper(true)")
     assert browser.evaluate("typeof window.pwned") == "undefined"
     assert browser.evaluate('document.querySelectorAll("img, iframe, object").length') == 0
     assert browser.evaluate("document.scripts.length") == 2
