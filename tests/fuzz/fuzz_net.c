@@ -26,6 +26,8 @@
 
 static uint8_t *low, *high, *inflight[2], *log_bits;
 static int pair[2] = {-1, -1}, event[5];
+static struct pv_trace_event traced[16];
+static struct pv_trace trace = {.mask = 15, .event = traced};
 
 static void set_up(void)
 {
@@ -114,6 +116,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	cfg.guest_csum = data[2] & 64;
 	cfg.unbatched = data[11] & 1;
 	cfg.in_exit = data[11] & 2 && !cfg.poll_us && !(data[2] & 64);
+	if (data[12] & 2)
+		cfg.trace = &trace;
 	w = pv_net_worker_new(&cfg, &mem, &ev);
 	CHECK(w);
 	let_kickers(w, false);
