@@ -665,7 +665,10 @@ def _summary(args: dict[str, Any]) -> str:
         if name in ("returns", "device"):
             continue
         text = ", ".join(value) if isinstance(value, list) else _text(value)
-        parts.append(f"{name} {text}" if name not in ("features", "status") else text)
+        if name == "descriptors" and isinstance(value, int):
+            parts.append(_plural(value, "file descriptor"))
+        else:
+            parts.append(text if name in ("features", "status") else f"{name} {text}")
     return ", ".join(parts)[:200]
 
 

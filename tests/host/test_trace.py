@@ -4,6 +4,7 @@ written.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from pyvmm.kvm.stats import Stats
 from pyvmm.kvm.vm import Vm
 from tests.driver import wait_for
 from tests.trace_format import check_trace, in_order, names
+from tests.unit.test_explain import check, embedded
 
 ROOT = Path(__file__).parents[2]
 Guest = Callable[[str], str]
@@ -210,6 +212,24 @@ def test_command_line(guest: Guest, tmp_path: Path) -> None:
     assert "write serial0 THR" in names(check_trace(tmp_path / "trace"), "vCPUs", "vcpu0")
 
 
+def test_the_page_of_a_run(guest: Guest, tmp_path: Path) -> None:
+    """``--explain`` draws what ``--trace`` writes: every event, each with its arrows."""
+    trace, made = tmp_path / "trace", tmp_path / "page.html"
+    options = ("--net", "emulated", "--append", "count=5 irq=msix", "--kernel", guest("pcinet"))
+    done = run(guest, *options, "--trace", str(trace), "--explain", str(made))
+    assert (done.returncode, done.stderr) == (0, "")
+    check_trace(trace)
+    (data,) = embedded(made.read_text())
+    check(json.loads(trace.read_text()), data)
+    assert data["left"] == 0 and data["counts"]["packet"]["events"] >= 10
+
+
+def test_a_page_without_a_card(guest: Guest, tmp_path: Path) -> None:
+    done = run(guest, "--explain", str(tmp_path / "page.html"))
+    assert done.returncode == 7 and not (tmp_path / "page.html").exists()
+    assert done.stderr.endswith("is lost: the trace has no card; trace a run with a network card\n")
+
+
 def test_disk_full_does_not_harm_the_run(guest: Guest) -> None:
     done = run(guest, "--trace", "/dev/full")
     assert done.returncode == 7
@@ -218,7 +238,12 @@ def test_disk_full_does_not_harm_the_run(guest: Guest) -> None:
 
 
 def test_bad_use_is_told_before_the_guest_runs(guest: Guest) -> None:
-    for args in (("--trace", "/nowhere/trace"), ("--trace", "x", "--trace-events", "3")):
+    for args in (
+        ("--trace", "/nowhere/trace"),
+        ("--explain", "/nowhere/page"),
+        ("--trace", "x", "--trace-events", "3"),
+        ("--trace-kernel",),
+    ):
         done = run(guest, *args)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done
 
