@@ -7,6 +7,8 @@ for KVM's own leaves, in Documentation/virt/kvm/x86/cpuid.rst.
 
 from __future__ import annotations
 
+import struct
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.kvm.cpu import Cpu
@@ -16,6 +18,8 @@ HYPERVISOR = 1 << 31
 HTT = 1 << 28
 PDCM = 1 << 15  # IA32_PERF_CAPABILITIES
 AMD_COUNTERS = 1 << 23 | 1 << 24 | 1 << 28  # of the core, of the north bridge, of the last cache
+BRAND_LEAVES = (0x80000002, 0x80000003, 0x80000004)  # 16 characters each
+BRAND_MAX = 47  # characters of a brand string; a zero byte follows
 PMU_LEAVES = (0xA, 0x80000022)  # Intel's counters, and AMD's from version 2 on
 
 SIGNIFICANT_INDEX = 1
@@ -75,3 +79,35 @@ def for_vcpu(
     if cpu is not None:
         cpu.apply(rows)
     return rows
+
+
+def with_brand(supported: list[list[int]], brand: str) -> list[list[int]]:
+    """The rows that KVM supports with ``brand`` as the name of the CPU, unless they have a name.
+
+    KVM supports the leaves of the brand string, but leaves them empty for the VMM to fill.
+    """
+    if any(any(row[3:]) for row in supported if row[0] in BRAND_LEAVES):
+        return supported
+    text = brand.encode("ascii", "replace")[:BRAND_MAX].ljust(BRAND_MAX + 1, b"\0")
+    words = struct.unpack("<12I", text)
+    rows = []
+    for row in supported:
+        if row[0] in BRAND_LEAVES:
+            at = 4 * BRAND_LEAVES.index(row[0])
+            row = [*row[:3], *words[at : at + 4]]
+        rows.append(row)
+    return rows
+
+
+def host_brand() -> str:
+    """The name of this machine's CPU as Linux has it; empty if it has none."""
+    try:
+        with open("/proc/cpuinfo", "rb", buffering=0) as f:
+            head = f.read(1024)  # the first processor; all of them would take long
+    except OSError:
+        return ""
+    for line in head.decode(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return ""

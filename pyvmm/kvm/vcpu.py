@@ -9,7 +9,7 @@ from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError
 from pyvmm.fd import Fd
 from pyvmm.kvm import ioctl
-from pyvmm.kvm.cpuid import for_vcpu
+from pyvmm.kvm.cpuid import for_vcpu, host_brand, with_brand
 from pyvmm.kvm.stats import Stats
 
 TYPE_CHECKING = False
@@ -33,7 +33,7 @@ FAST_STRINGS = 1
 #: The values that ``Vcpu.run`` returns (enum pv_stop, cext/vcpu.h).
 STOP_ASKED, STOP_PIO, STOP_MMIO = lib.PV_STOP_ASKED, lib.PV_STOP_PIO, lib.PV_STOP_MMIO
 STOP_OTHER, STOP_ERROR = lib.PV_STOP_OTHER, lib.PV_STOP_ERROR
-EXIT_SHUTDOWN = lib.KVM_EXIT_SHUTDOWN
+EXIT_SHUTDOWN, EXIT_FAIL_ENTRY = lib.KVM_EXIT_SHUTDOWN, lib.KVM_EXIT_FAIL_ENTRY
 
 #: What ``Vcpu.state`` says. Only an ALIVE vCPU can take an interrupt, and only a start-up interrupt
 #: wakes a NOT_STARTED one.
@@ -377,8 +377,12 @@ _cpuid_cache: list[list[int]] | None = None
 
 
 def supported_cpuid(kvm: object) -> list[list[int]]:
-    """The CPUID that KVM supports (``Kvm.supported_cpuid``). KVM is asked once per process."""
+    """The CPUID that KVM supports (``Kvm.supported_cpuid``), with the name of the host's CPU.
+
+    KVM is asked once per process.
+    """
     global _cpuid_cache
     if _cpuid_cache is None:
-        _cpuid_cache = kvm.supported_cpuid()  # type: ignore[attr-defined]
+        rows = kvm.supported_cpuid()  # type: ignore[attr-defined]
+        _cpuid_cache = with_brand(rows, host_brand())
     return _cpuid_cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +147,28 @@ def test_bad_texts(text: str) -> None:
         Cpu(text)
     assert BAD[text] in str(caught.value)
     assert caught.value.hint
+
+
+BRANDS = (0x80000002, 0x80000003, 0x80000004)
+
+
+def name_of(rows: list[list[int]]) -> bytes:
+    return b"".join(
+        n.to_bytes(4, "little") for leaf in BRANDS for r in rows if r[0] == leaf for n in r[3:]
+    )
+
+
+@pytest.mark.parametrize("brand", ["", "A", "Intel(R) Core(TM) i7-4770 CPU @ 3.40GHz", "x" * 99])
+def test_the_cpu_gets_the_hosts_name(brand: str) -> None:
+    """KVM has the leaves, but leaves them empty."""
+    poor = [[leaf, 0, 0, 0, 0, 0, 0] for leaf in (1, *BRANDS, 0x80000005)]
+    rows = cpuid.with_brand(poor, brand)
+    assert name_of(rows) == brand[:47].encode().ljust(48, b"\0")
+    assert [row for row in rows if row[0] not in BRANDS] == [poor[0], poor[-1]]
+    assert cpuid.with_brand(rows, "another") == rows if brand else True, "a name stays"
+
+
+def test_the_hosts_name_is_that_of_linux() -> None:
+    text = Path("/proc/cpuinfo").read_text()
+    names = re.findall(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    assert cpuid.host_brand() == (names[0].strip() if names else "")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pyvmm._ext import lib
+from pyvmm.kvm.entry import INTEL, entry_failure
 from pyvmm.kvm.vcpu import EXIT_SHUTDOWN, STOP_ASKED, STOP_ERROR, STOP_MMIO, STOP_OTHER, STOP_PIO
 from pyvmm.outcome import Outcome
 from pyvmm.vcpus import EHWPOISON, VcpuThreads, abnormal
@@ -21,6 +22,7 @@ PATIENCE = 30.0
 
 
 AT_5000 = "(the host cannot give the page of guest memory at 0x5000)"
+SEVEN = "VM-instruction error 7: VM entry with invalid control fields"
 POISONED = os.strerror(EHWPOISON)
 
 
@@ -300,6 +302,12 @@ def test_a_fault_of_ours_ends_all_and_is_kept(rig: Rig) -> None:
             "kvm-error",
             "vCPU 0: exit internal_error, detail 1 0x2 0xff, rip 0x1000",
         ),
+        (
+            STOP_OTHER,
+            {"reason": lib.KVM_EXIT_FAIL_ENTRY, "info": [7], "info_count": 1},
+            "kvm-error",
+            f"vCPU 0: exit fail_entry, detail 0 0x7: {SEVEN} ({INTEL}), rip 0x1000",
+        ),
         (STOP_OTHER, {"reason": 999}, "kvm-error", "vCPU 0: exit 999, detail 0, rip 0x1000"),
         (
             STOP_ERROR,
@@ -314,3 +322,20 @@ def test_abnormal_ends(stop: int, state: dict[str, Any], kind: str, detail: str)
     vars(vcpu.c).update(state)
     outcome = abnormal(vcpu, stop)  # type: ignore[arg-type]
     assert (outcome.kind, outcome.detail) == (kind, detail)
+
+
+@pytest.mark.parametrize(
+    ("reason", "words", "module"),
+    [
+        (8, "error 8: VM entry with invalid host-state fields", "kvm_intel"),
+        (0x80000021, "invalid guest state", "kvm_intel"),
+        (0x80000022, "machine-specific register", "kvm_intel"),
+        (0x80000099, "the manual does not have", "kvm_intel"),
+        (0xFFFFFFFF, "VMRUN with an invalid control block", "kvm_amd"),
+        (0xFFFFFFFF_FFFFFFFF, "VMRUN with an invalid control block", "kvm_amd"),
+        (14, "no manual has", "dmesg"),
+    ],
+)
+def test_a_failed_entry_in_words(reason: int, words: str, module: str) -> None:
+    said = entry_failure(reason)
+    assert words in said and module in said
