@@ -2,7 +2,7 @@
 PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help setup demo image check check-install check-docs lint bench clean
+.PHONY: help setup demo image check check-intel check-install check-docs lint bench clean
 .PHONY: soak soak-kills soak-options soak-share
 
 help: ## show this
@@ -20,6 +20,12 @@ demo: image ## boot a Linux guest with a virtio-net card, show what it does, lea
 check lint bench soak soak-kills soak-share: SETUP = --tests
 check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed)
 	@$(PYTEST) tests/lint tests/unit tests/fuzz tests/host tests/boot $(ARGS)
+
+check-intel: SETUP = --tests
+check-intel: image ## pyvmm's tests under kvm_intel, on an emulated Intel processor (ARGS="-m intel_quick": the shortest)
+	@$(PYVMM) testbed setup --cpu intel
+	@$(PYVMM) testbed setup --cpu intel --kernel-version 6.12
+	@$(PYTEST) tests/intel --durations=0 $(ARGS)
 
 check-install: ## the README's commands in bare trees of Debian 12 and 13 (root, debootstrap)
 	@tools/setup.sh --tests --no-testbed

@@ -269,6 +269,7 @@ def _tools() -> Iterator[Finding]:
 
 
 def _testbed() -> Iterator[Finding]:
+    from pyvmm.host.bochs import find
     from pyvmm.host.qemu import newest
     from pyvmm.testbed import assets
     from pyvmm.testbed.testbed import Testbed
@@ -289,6 +290,10 @@ def _testbed() -> Iterator[Finding]:
             f"{qemu} hangs with two vCPUs, so the testbed has one",
             "run: pyvmm testbed setup",
         )
+    bochs = find()
+    if bochs is not None:
+        up = "up" if Testbed(cpu="intel").is_up() else "down"
+        yield Finding("testbed", OK, f"set up with --cpu intel: {bochs}; {up}")
 
 
 def _read(path: str) -> str:

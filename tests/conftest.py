@@ -16,6 +16,7 @@ PLACES: dict[str, str] = {
     "fuzz": "this machine, no KVM",
     "install": "trees of Debian in namespaces",
     "docs": "testbed",
+    "intel": "testbed with an Intel processor (Bochs)",
 }
 _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 

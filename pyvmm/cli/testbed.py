@@ -6,12 +6,21 @@ vhost-net.
   pyvmm testbed up [OPTIONS]                start a testbed and keep it running
   pyvmm testbed down                        stop the testbed, with everything that runs in it
   pyvmm testbed status [--json]             show whether it runs, and how; exit status 1 if not
+  pyvmm testbed doctor                      run `pyvmm doctor` there
   pyvmm testbed setup [--kernel-version V]  fetch and build its parts (no root; quick when done);
                       [--vdpa-sim]          with the kernel's vDPA simulator, for Linux 6.12
+  pyvmm testbed --cpu intel ...             the same with an Intel processor (slower; one vCPU)
 
 COMMAND sees this machine's files. It can change the checkout (else the working directory), the
 directories of -w, pyvmm's cache and the temporary directory. Other changes go to an overlay that is
-thrown away. Input, output, terminal, signals, environment and exit status pass through.
+thrown away. With --cpu intel, it has pyvmm, Python, the built guest images, and what --add and -w
+name; what it writes in a directory of -w comes back when it ends. Input, output, terminal, signals,
+environment and exit status pass through.
+
+Examples:
+  pyvmm testbed -- pyvmm run --net vhost-net -- ping -c 3 192.168.100.1
+  pyvmm testbed --cpu intel doctor
+  pyvmm testbed --cpu intel -w out --add tests -- pytest tests --junitxml=out/junit.xml
 
 Exit status: the command's; 124 if --timeout ended it, 110 if the testbed failed.
 """
@@ -31,7 +40,7 @@ if TYPE_CHECKING:
 
     from pyvmm.testbed.testbed import Testbed
 
-ACTIONS = ("up", "down", "status", "setup")
+ACTIONS = ("up", "down", "status", "doctor", "setup")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,12 +49,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words",
         nargs=argparse.REMAINDER,
-        metavar="up|down|status|setup|-- COMMAND",
+        metavar="up|down|status|doctor|setup|-- COMMAND",
         help=argparse.SUPPRESS,
     )
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cpu",
+        choices=("auto", "amd", "intel"),
+        default="auto",
+        help="the processor: AMD by QEMU (auto, quicker), or Intel by Bochs",
+    )
+    parser.add_argument(
+        "--kvm",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an option of the module kvm_amd or kvm_intel, such as npt=0 or ept=0",
+    )
+    parser.add_argument(
+        "--add",
+        metavar="FILE|DIR[:PATH]",
+        action="append",
+        default=[],
+        help="with --cpu intel: a file or directory that COMMAND needs",
+    )
     parser.add_argument(
         "-w",
         "--writable",
@@ -58,9 +87,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--cpus",
         type=count(1, 8),
         default=0,
-        help="vCPUs, 1 to 8 (default: 2; 1 if QEMU is older than 8.1)",
+        help="vCPUs, 1 to 8 (default: 2; 1 with --cpu intel or a QEMU older than 8.1)",
     )
-    parser.add_argument("--memory", metavar="SIZE", default="", help="memory (default: 4G)")
+    parser.add_argument(
+        "--memory", metavar="SIZE", default="", help="memory (4G; 1G with --cpu intel)"
+    )
     parser.add_argument(
         "--timeout", metavar="S", type=seconds(0, 1e7), help="kill COMMAND after S seconds"
     )
@@ -86,8 +117,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--watchdog",
         metavar="S",
         type=seconds(0, 1e7),
-        default=30.0,
-        help="seconds of silence that count as a hang (30)",
+        default=0.0,
+        help="seconds of silence that count as a hang (30; 60 with --cpu intel)",
     )
     parser.add_argument("--json", action="store_true", help="status as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -96,6 +127,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what the words say; returns the exit status."""
     from pyvmm.testbed import testbed
+    from pyvmm.testbed.machines import CPUS
 
     words = args.words
     action, command = "", []
@@ -111,12 +143,16 @@ def run(args: argparse.Namespace) -> int:
         more = Parser(prog=f"pyvmm testbed {action}")
         _options(more)
         args = more.parse_args(words[1:], args)
+    cpu = CPUS[0] if args.cpu == "auto" else args.cpu
     bed = testbed.Testbed(
         args.name,
+        cpu=cpu,
         cpus=args.cpus,
         memory=_size(args.memory),
         kernel=args.kernel_version,
+        kvm=[_option(text) for text in args.kvm],
         writable=args.writable,
+        add=args.add,
         vdpa_card=args.vdpa_card,
         watchdog=args.watchdog,
         progress=_progress(args.quiet),
@@ -130,12 +166,16 @@ def run(args: argparse.Namespace) -> int:
     if action == "status":
         return _status(bed, args.json)
     if action == "setup":
-        bed.setup(_progress(args.quiet), args.kernel_version)
+        bed.setup(_progress(args.quiet), args.kernel_version, cpu)
         if args.vdpa_sim:
             from pyvmm.testbed import simulator
 
             simulator.setup(_progress(args.quiet))
         return 0
+    if action == "doctor":
+        from pyvmm.programs import module
+
+        command = module("pyvmm", "doctor", *(["--json"] if args.json else []))
     return _command(bed, command, args.timeout)
 
 
@@ -155,27 +195,34 @@ def _status(bed: Testbed, as_json: bool) -> int:
     if as_json:
         print(
             json.dumps(
-                {"up": status is not None, "missing": bed.missing(), **(status or {})}, indent=2
+                {"up": status is not None, "missing": bed.missing(bed.cpu), **(status or {})},
+                indent=2,
             )
         )
     elif status is None:
-        lacks = bed.missing()
+        lacks = bed.missing(bed.cpu)
         print(f"down, and not set up: {lacks}" if lacks else "down")
     else:
         print("up" if status["ready"] else "starting")
         print(
             f"  Linux {status['kernel']} on {status['cpus']} vCPU(s), "
-            f"{status['memory'] >> 20} MiB, {status['qemu']}"
+            f"{status['memory'] >> 20} MiB, {status['emulator']}"
         )
-        if status["cpus"] < 2 and status["max_cpus"] < 2:
+        if status["cpus"] < 2 and status.get("max_cpus", 2) < 2:
             print("  one vCPU: this QEMU hangs with more (pyvmm testbed setup fetches a newer one)")
         print(
             f"  process {status['pid']}, for {status['up_s']:.0f} s, "
             f"ready after {status['ready_after_s']:.1f} s"
         )
         print(f"  {status['running']} command(s) running, {status['commands']} so far")
+        if status["resting"]:
+            print("  stopped until the next command")
+        for option in status["kvm"]:
+            print(f"  KVM: {option}")
+        for text in status["add"]:
+            print(f"  added: {text}")
         for path in status["writable"]:
-            print(f"  writable: {path}")
+            print(f"  {'writable' if status['shares'] else 'comes back'}: {path}")
         for note in status["notes"]:
             print(f"  {note}")
     return 0 if status else 1
@@ -198,6 +245,14 @@ def _progress(quiet: bool) -> Callable[[str], None]:
             print(f"testbed: {text}", file=sys.stderr, flush=True)
 
     return show
+
+
+def _option(text: str) -> str:
+    """An option of a kernel module as insmod takes it."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or not value.isalnum():
+        raise UsageError(f"--kvm {text}", "write NAME=VALUE, for example ept=0")
+    return text
 
 
 def _size(text: str) -> int:

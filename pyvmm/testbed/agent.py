@@ -1,7 +1,8 @@
 """The agent: process 1 of L1. It starts commands for the testbed's clients and carries their input,
 output and status.
 
-It speaks ``pyvmm.testbed.protocol`` on the virtio-serial port ``agent``. It stays resident because
+It speaks ``pyvmm.testbed.protocol`` on the virtio-serial port ``agent``, or on the serial ports
+that its arguments name: one for input, one for output. It stays resident because
 starting Python takes about a second under emulation, while fork and exec take tens of milliseconds.
 For the same reason it imports only modules that are built in or tiny. The initramfs holds a copy of
 it. The copy imports nothing of pyvmm, so editing pyvmm cannot break a running testbed.
@@ -58,8 +59,8 @@ class Command:
 class Agent:
     """The event loop: the port, the commands' descriptors and SIGCHLD."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, source: int, sink: int) -> None:
+        self.source, self.sink = source, sink
         self.framer = p.Framer()
         self.queue: list[bytes] = []
         self.commands: dict[int, Command] = {}
@@ -68,8 +69,8 @@ class Agent:
         self.watched: dict[int, tuple[Command, int]] = {}
         self.lingering: list[Command] = []
         self.epoll = select.epoll()
-        self.epoll.register(port, select.EPOLLIN)
-        self.port_events = select.EPOLLIN
+        self.epoll.register(source, select.EPOLLIN)
+        self.sink_watched = False
         r, w = os.pipe()
         for fd in (r, w):
             os.set_blocking(fd, False)
@@ -94,24 +95,25 @@ class Agent:
                 data += self.queue[n]
                 n += 1
             try:
-                done = os.write(self.port, data)
+                done = os.write(self.sink, data)
             except BlockingIOError:
                 done = 0
             self.queue[:n] = [data[done:]] if done < len(data) else []
             if not done:
                 break
-        want = select.EPOLLIN | (select.EPOLLOUT if self.queue else 0)
-        if want != self.port_events:
-            self.epoll.modify(self.port, want)
-            self.port_events = want
+        if self.queue and not self.sink_watched:
+            self.epoll.register(self.sink, select.EPOLLOUT)
+        elif self.sink_watched and not self.queue:
+            self.epoll.unregister(self.sink)
+        self.sink_watched = bool(self.queue)
 
     def loop(self) -> None:
         while True:
             self.flush()
             for fd, _events in self.epoll.poll(TTY_LINGER if self.lingering else None):
-                if fd == self.port:
+                if fd == self.source:
                     try:
-                        data = os.read(self.port, 65536)
+                        data = os.read(self.source, 65536)
                     except BlockingIOError:
                         continue
                     for kind, channel, stream, payload in self.framer.feed(data):
@@ -510,20 +512,46 @@ def keep_off_cpu_0() -> None:
         os.sched_setaffinity(0, cpus - {0})
 
 
-def main() -> None:
-    """Find the port by its name and serve it until power-off."""
-    keep_off_cpu_0()
+def virtio_port() -> tuple[int, int]:
+    """The virtio-serial port for the agent, twice: for input and for output."""
     for name in os.listdir("/sys/class/virtio-ports"):
         with open(f"/sys/class/virtio-ports/{name}/name") as f:
             if f.read().strip() == "agent":
                 port = os.open(f"/dev/{name}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-                break
+                return port, os.dup(port)
+    sys.exit("L1: no virtio-serial port named agent")
+
+
+def serial_port(path: str) -> int:
+    """A serial port that passes all bytes on as they are."""
+    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    cc = termios.tcgetattr(fd)[6]
+    cflag = termios.CS8 | termios.CREAD | termios.CLOCAL | termios.B115200
+    modes = [0, 0, cflag, 0, termios.B115200, termios.B115200, cc]
+    termios.tcsetattr(fd, termios.TCSANOW, modes)
+    return fd
+
+
+def interrupt_at_once(path: str) -> None:
+    """Let a serial port interrupt for its first byte: no byte is lost then, unless the kernel is
+    deaf until 15 more have come (1.3 ms at 115,200 baud). A lost byte would not go unnoticed: no
+    frame would be in its place any more.
+    """
+    write_file(f"/sys/class/tty/{os.path.basename(path)}/rx_trig_bytes", "1")
+
+
+def main() -> None:
+    """Open the port and serve it until power-off."""
+    keep_off_cpu_0()
+    if len(sys.argv) > 1:
+        source, sink = map(serial_port, sys.argv[1:3])
+        interrupt_at_once(sys.argv[1])
     else:
-        sys.exit("L1: no virtio-serial port named agent")
+        source, sink = virtio_port()
     # vhost-vdpa counts pinned guest memory against RLIMIT_MEMLOCK, and fails with EFAULT above it.
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
-    agent = Agent(port)
+    agent = Agent(source, sink)
     agent.send(p.HELLO, 0, b"%d" % p.VERSION)
     agent.loop()
 

@@ -19,13 +19,14 @@ from pyvmm.programs import which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 #: Modules in the initramfs; each is loaded after the modules that it needs. EARLY ones are loaded
 #: first because mounting the root needs them, LATE ones while the agent starts. Any other module
 #: comes by modprobe from the shared root.
 EARLY = ["virtio_pci", "virtiofs", "overlay", "virtio_console"]
-LATE = ["kvm_amd", "tun", "vhost_net", "vhost_vsock"]
+KVM = "kvm_amd"
+LATE = [KVM, "tun", "vhost_net", "vhost_vsock"]
 #: The kernel whose figures the documentation quotes; preferred to others that are there.
 DEFAULT_KERNEL = "6.1"
 #: Debian's package that depends on the newest cloud kernel of a release.
@@ -89,7 +90,19 @@ VIRTIOFSDS = (
     ),
 )
 
-# The script that busybox runs as /init. At its end it executes the agent.
+# What every /init does at its end; $n is the directory of the new root.
+MOUNTS = """\
+$b ln -s /proc/self/fd $n/dev/fd
+for i in 0:stdin 1:stdout 2:stderr; do $b ln -s fd/${i%:*} $n/dev/${i#*:}; done
+$b mkdir -p $n/dev/pts $n/dev/shm
+$b mount -t devpts -o ptmxmode=666 devpts $n/dev/pts; $b mount -t tmpfs shm $n/dev/shm
+$b mount -t debugfs debugfs $n/sys/kernel/debug
+$b mount -t tracefs tracefs $n/sys/kernel/tracing
+$b mount -t cgroup2 cgroup2 $n/sys/fs/cgroup
+$b ip link set lo up; $b hostname l1
+"""
+
+# The script that busybox runs as /init under QEMU. At its end it executes the agent.
 INIT = """\
 #!/busybox sh
 b=/busybox r=/run/pyvmm
@@ -103,20 +116,15 @@ o=lowerdir=/lo,upperdir=/ov/u,workdir=/ov/w
 $b mount -t overlay -o $o root /new || $b echo "L1: cannot mount the overlay"
 $b mount -t tmpfs run /new/run; $b mkdir /new$r /new/run/lock
 $b cp /busybox /m/* /late.sh /agent.pyc /protocol.pyc /new$r/
-$b chroot /new $r/busybox sh $r/late.sh &
+for k in $($b cat /proc/cmdline); do case $k in l1kvm=*) q=${k#l1kvm=};; esac; done
+$b chroot /new $r/busybox sh $r/late.sh $($b echo $q | $b tr , ' ') &
 for d in proc sys dev; do $b mount --move /$d /new/$d; done
 $b mkdir -p /new/.work; $b mount --move /work /new/.work
-$b ln -s /proc/self/fd /new/dev/fd
-for n in 0:stdin 1:stdout 2:stderr; do $b ln -s fd/${n%:*} /new/dev/${n#*:}; done
-$b mkdir -p /new/dev/pts /new/dev/shm
-$b mount -t devpts -o ptmxmode=666 devpts /new/dev/pts; $b mount -t tmpfs shm /new/dev/shm
-$b mount -t debugfs debugfs /new/sys/kernel/debug
-$b mount -t tracefs tracefs /new/sys/kernel/tracing
-$b mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
-$b ip link set lo up; $b hostname l1
+n=/new
+""" + MOUNTS + """\
 for k in $($b cat /new/proc/cmdline); do case $k in l1python=*) p=${k#l1python=};; esac; done
 exec $b switch_root /new $p -I -S -B $r/agent.pyc
-"""
+"""  # fmt: skip
 
 
 class Kernel:
@@ -178,7 +186,7 @@ def missing() -> list[tuple[str, str]]:
     if not virtiofsd():
         packages = (one.package for one in VIRTIOFSDS)
         lacks.append(("virtiofsd", f"{install}{' or '.join(packages)}"))
-    if not _busybox():
+    if not busybox():
         lacks.append(("a static busybox", install + "busybox-static"))
     if not kernels():
         if not _depmod():
@@ -274,29 +282,51 @@ def boot_files(kernel: Kernel, progress: Callable[[str], None]) -> tuple[str, st
 
     :raises PyvmmError: a tool is missing, or the kernel image is not in the expected form.
     """
+
+    def build(into: str) -> None:
+        with open(f"{into}/vmlinux", "wb") as f:
+            f.write(vmlinux(kernel))
+        with open(f"{into}/initrd", "wb") as f:
+            f.write(initramfs(kernel))
+
+    inputs = [INIT, EARLY, LATE, sys.version, stamp(kernel.image), *map(content, agent_sources())]
+    target = kept(kernel.version, inputs, build, progress)
+    return f"{target}/vmlinux", f"{target}/initrd"
+
+
+def vmlinux(kernel: Kernel) -> bytes:
+    """The kernel as ELF. Unpacking it here is faster than letting it unpack itself under emulation.
+
+    :raises BuildError: the kernel image is not in the expected form.
+    """
+    from pyvmm.images.kernel import extract_vmlinux
+
+    return extract_vmlinux(content(kernel.image))
+
+
+def kept(
+    name: str,
+    inputs: Iterable[object],
+    build: Callable[[str], None],
+    progress: Callable[[str], None],
+) -> str:
+    """A directory in the cache whose files are made of ``inputs``. It is built if necessary.
+
+    :param name: the beginning of the directory's name, which a hash of the inputs follows.
+    :param build: called with an empty directory, into which it writes the files.
+    """
     import hashlib
     import time
 
-    h = hashlib.sha256(repr((INIT, EARLY, LATE, sys.version)).encode())
-    for source in _sources():
-        h.update(_bytes(source))
-    info = os.stat(kernel.image)
-    h.update(f"{kernel.image} {info.st_size} {info.st_mtime_ns}".encode())
-    name = f"{kernel.version}-{h.hexdigest()[:12]}"
+    digest = hashlib.sha256(repr(list(inputs)).encode()).hexdigest()
     base = cache_dir("boot")
-    target = f"{base}/{name}"
+    target = f"{base}/{name}-{digest[:12]}"
     if not os.path.isdir(target):
-        progress(f"preparing {kernel.version}")
+        progress(f"preparing {name}")
         work = f"{target}.{os.getpid()}"
         os.mkdir(work)
         try:
-            from pyvmm.images.kernel import extract_vmlinux
-
-            # Unpacking the kernel here is faster than letting it unpack itself under emulation.
-            with open(f"{work}/vmlinux", "wb") as f:
-                f.write(extract_vmlinux(_bytes(kernel.image)))
-            with open(f"{work}/initrd", "wb") as f:
-                f.write(initramfs(kernel))
+            build(work)
             try:
                 os.rename(work, target)
             except OSError:  # another process was faster
@@ -308,15 +338,19 @@ def boot_files(kernel: Kernel, progress: Callable[[str], None]) -> tuple[str, st
             if time.time() - os.stat(f"{base}/{old}").st_mtime > UNUSED:
                 shutil.rmtree(f"{base}/{old}", ignore_errors=True)
     os.utime(target)
-    return f"{target}/vmlinux", f"{target}/initrd"
+    return target
+
+
+def stamp(path: str) -> str:
+    """A text by which a changed file is known."""
+    info = os.stat(path)
+    return f"{path} {info.st_size} {info.st_mtime_ns}"
 
 
 def initramfs(kernel: Kernel) -> bytes:
     """L1's initramfs as a cpio archive: busybox, the modules in load order, the agent, and an init
     that starts the agent.
     """
-    import py_compile
-    import tempfile
     from pathlib import Path
 
     from pyvmm.images.cpio import Archive
@@ -325,7 +359,7 @@ def initramfs(kernel: Kernel) -> bytes:
     archive = Archive()
     for path in ("/proc", "/sys", "/dev"):
         archive.directory(path)
-    archive.file("/busybox", _bytes(_busybox()), 0o755)
+    archive.file("/busybox", content(busybox()), 0o755)
     archive.file("/init", INIT.encode(), 0o755)
     modules = Modules(Path(f"{kernel.root}/lib/modules/{kernel.version}"))
     early = modules.closure(EARLY)
@@ -333,22 +367,36 @@ def initramfs(kernel: Kernel) -> bytes:
     for name, (_, _, data) in {**early, **late}.items():
         archive.file(f"/m/{name}.ko", data)
     archive.file("/early", "".join(f"{name}.ko\n" for name in early).encode())
-    load = "".join(f"$r/busybox insmod $r/{name}.ko\n" for name in late)
+    load = "".join(
+        f"$r/busybox insmod $r/{name}.ko{' $*' if name == KVM else ''}\n" for name in late
+    )
     archive.file("/late.sh", f"r=/run/pyvmm\n{load}$r/busybox touch $r/loaded\n".encode())
-    with tempfile.TemporaryDirectory() as work:
-        for source in _sources():
-            name = os.path.basename(source)
-            py_compile.compile(source, f"{work}/{name}c", dfile=name, doraise=True)
-            archive.file(f"/{name}c", _bytes(f"{work}/{name}c"))
+    for name, data in agent_files():
+        archive.file(f"/{name}", data)
     return archive.pack()
 
 
-def _sources() -> list[str]:
+def agent_sources() -> list[str]:
+    """The paths of the agent's modules."""
     here = os.path.dirname(os.path.abspath(__file__))
     return [f"{here}/agent.py", f"{here}/protocol.py"]
 
 
-def _busybox() -> str:
+def agent_files() -> list[tuple[str, bytes]]:
+    """The agent's modules as bytecode, each with the name of its file."""
+    import py_compile
+    import tempfile
+
+    files = []
+    with tempfile.TemporaryDirectory() as work:
+        for source in agent_sources():
+            name = os.path.basename(source)
+            py_compile.compile(source, f"{work}/{name}c", dfile=name, doraise=True)
+            files.append((f"{name}c", content(f"{work}/{name}c")))
+    return files
+
+
+def busybox() -> str:
     """The path of a statically linked busybox; empty if there is none."""
     for path in (which("busybox"), "/bin/busybox"):
         if path and os.access(path, os.R_OK):
@@ -364,6 +412,7 @@ def _busybox() -> str:
     return ""
 
 
-def _bytes(path: str) -> bytes:
+def content(path: str) -> bytes:
+    """The bytes of a file."""
     with open(path, "rb") as f:
         return f.read()

@@ -22,6 +22,30 @@ class TestbedTimeout(TestbedError):
     exit_code = 124
 
 
+class Result:
+    """The result of a command.
+
+    :ivar status: as a shell gives it: the exit status, or 128 + n if signal n killed the command.
+    :ivar stdout: its output; ``stderr`` likewise.
+    """
+
+    def __init__(self, status: int, stdout: bytes, stderr: bytes) -> None:
+        self.status, self.stdout, self.stderr = status, stdout, stderr
+
+    @property
+    def out(self) -> str:
+        """stdout as text."""
+        return self.stdout.decode(errors="replace")
+
+    @property
+    def err(self) -> str:
+        """stderr as text."""
+        return self.stderr.decode(errors="replace")
+
+    def __repr__(self) -> str:
+        return f"Result({self.status}, {self.stdout!r}, {self.stderr!r})"
+
+
 #: The most bytes of a stream that are collected.
 OUTPUT_MAX = 1 << 30
 

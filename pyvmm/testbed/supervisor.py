@@ -1,9 +1,9 @@
 """The supervisor: the process on the host that owns one L1 and connects clients to the agent in L1.
 
 The process takes its options as a JSON object on stdin (see
-``Supervisor``). The supervisor starts virtiofsd and QEMU, listens on a socket, renumbers channels
-and asks the agent for a sign of life every second. If L1 hangs or dies, the supervisor tells every
-client why, and ends. Its child processes die with it.
+``Supervisor``). The supervisor starts the emulator (``machine``), listens on a socket, renumbers
+channels and asks the agent for a sign of life every second. If L1 hangs or dies, the supervisor
+tells every client why, and ends. Its child processes die with it.
 """
 
 from __future__ import annotations
@@ -16,50 +16,24 @@ import re
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
 
 from pyvmm.errors import PyvmmError, TestbedError
 from pyvmm.host.paths import cache_root
-from pyvmm.host.qemu import Qemu, newest
-from pyvmm.host.shim import open_shim
-from pyvmm.host.tether import tethered
-from pyvmm.hostnet import isolate
-from pyvmm.testbed import assets
 from pyvmm.testbed import protocol as p
+from pyvmm.testbed.machines import machine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# An EPYC without the features that TCG does not emulate or gets wrong under nested SVM.
-CPU = (
-    "EPYC,+svm,+npt,-x2apic,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,"
-    "-nrip-save,-xsavec"
-)
-# Without tsc=reliable, L1's clock would fall back to the HPET. loglevel=4 keeps the console short
-# because each character on it is an exit to QEMU.
-CMDLINE = "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable cryptomgr.notests"
-# A card that the driver vp_vdpa can take: behind an IOMMU that snoops, without which vhost-vdpa
-# refuses it, and with a page per virtqueue for kicks. It has a cable to a card of L1's own.
-VDPA_CARD = [
-    "-device", "intel-iommu,intremap=off,snoop-control=on",
-    "-netdev", "hubport,id=cable0,hubid=0", "-netdev", "hubport,id=cable1,hubid=0",
-    "-device", ("virtio-net-pci,netdev=cable0,mac=52:54:11:22:44:01,addr=1c.0,romfile=,"
-                "iommu_platform=on,disable-legacy=on,page-per-vq=on"),
-    "-device", "virtio-net-pci,netdev=cable1,mac=52:54:11:22:44:02,addr=1d.0,romfile=",
-]  # fmt: skip
-BOOT_TIMEOUT = 120.0  # seconds
+    from pyvmm.testbed.machine import Machine
+
 PING_EVERY = 1.0  # seconds
+REST_AFTER = 2.0  # seconds without a command until a machine that never rests is stopped
+CHATTER_KEPT = 4096  # bytes of what the emulator prints on its terminal
 CONSOLE_KEPT = 64 << 10  # bytes of L1's console that are kept for the log
-
-
-def l1_cpus(cpus: int) -> int:
-    """How many vCPUs L1 needs so that commands can use ``cpus`` of them (see
-    ``agent.keep_off_cpu_0``).
-    """
-    return cpus + 1 if cpus > 1 else 1
 
 
 class Client:
@@ -84,11 +58,17 @@ class Supervisor:
 
     - socket, lock: paths of the socket to listen on and of the lock file;
     - log_later: the path at which the log is found after the end, for messages;
-    - cpus: the number of vCPUs for commands, or 0 for as many as QEMU supports, at most two;
-    - memory: bytes;
+    - cpu: the processor, as in ``machines.CPUS``;
+    - cpus: the number of vCPUs for commands, or 0 for as many as there can be, at most two;
+    - memory: bytes, or 0 for the machine's own default;
     - kernel: a prefix of the kernel's version, or None;
+    - kvm: options of L1's KVM module, each as NAME=VALUE;
     - writable: the directories that commands may write;
-    - watchdog: seconds without a sign of life after which L1 counts as hung;
+    - add: what travels into a machine that does not share files, each as FILE|DIR[:PATH];
+    - directories: directories that exist in such a machine;
+    - vdpa_card: whether L1 has a card for vp_vdpa;
+    - watchdog: seconds without a sign of life after which L1 counts as hung, or None for the
+      machine's own default;
     - tether: a descriptor, or None; the supervisor stops when its other end is closed.
     """
 
@@ -100,9 +80,9 @@ class Supervisor:
         #: None stands for a client that has gone while its command's EXIT is still to come.
         self.channels: dict[int, Client | None] = {}
         self.next_channel = 1
-        #: For so many seconds L1 may cache a name or an attribute in a writable directory. A
-        #: command starts so long after its client asked for it: by then every older entry has
-        #: expired, and the command sees every change that was made before the client asked.
+        #: As ``Machine.fresh``. A command starts so long after its client asked for it: by then
+        #: every older entry has expired, and the command sees every change that was made before the
+        #: client asked.
         self.fresh = 0.0
         self.waiting: list[Client] = []
         self.console = bytearray()
@@ -111,13 +91,15 @@ class Supervisor:
         self.ready = False
         self.notes: list[str] = []
         self.stopping = 0.0
-        self.children: list[subprocess.Popen[bytes]] = []
-        self.last_pong = 0.0
+        self.last_life = 0.0
         self.last_ping = 0.0
+        self.answered = True
+        self.busy_until = 0.0
+        self.resting = False
+        self.chatter = bytearray()
         self.commands = 0
-        self.qemu: Qemu
-        self.kernel: assets.Kernel
-        self.cpus = 0
+        self.machine: Machine
+        self.watchdog = 0.0
         self.ready_after = 0.0
 
     # --- start ------------------------------------------------------------------------------------
@@ -147,117 +129,26 @@ class Supervisor:
             self.selector.register(tether, selectors.EVENT_READ, self.untethered)
 
     def boot(self) -> None:
-        """Start virtiofsd and QEMU.
+        """Start the machine.
 
-        :raises TestbedError: something that they need is missing.
+        :raises PyvmmError: something that it needs is missing.
         """
-        lacks = assets.missing()
-        if lacks:
-            raise TestbedError(f"{lacks[0][0]} is missing", lacks[0][1])
-        self.kernel = assets.find_kernel(self.options["kernel"])
-        self.qemu = newest()
-        wanted = self.options["cpus"] or min(2, os.cpu_count() or 1)
-        self.cpus = wanted if self.options["cpus"] else min(wanted, self.qemu.max_cpus)
-        if self.cpus > self.qemu.max_cpus:
-            raise TestbedError(
-                f"{self.qemu} hangs with more than one vCPU",
-                "run: pyvmm testbed setup, or use --cpus 1",
-            )
-        vmlinux, initrd = assets.boot_files(self.kernel, self.say)
-        self.say(f"starting Linux {self.kernel.version} on {self.cpus} vCPU(s) under {self.qemu}")
-        root = self.share("root", None)
-        work = self.share("work", self.options["writable"])
-        port, port_qemu = socket.socketpair()
-        console, console_qemu = socket.socketpair()
-        qmp, qmp_qemu = socket.socketpair()
-        python = os.path.realpath(sys.executable)
-        if any(c.isspace() for c in python):
-            python = "/usr/bin/python3"
-        memory = self.options["memory"] >> 20
-        cards, more = (VDPA_CARD, " intel_iommu=on") if self.options["vdpa_card"] else ([], "")
-        argv = [
-            *self.qemu.argv, "-nodefaults", "-no-user-config",
-            "-display", "none", "-no-reboot", "-name", "pyvmm-testbed",
-            "-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi", "-cpu", CPU,
-            "-smp", str(l1_cpus(self.cpus)), "-m", f"{memory}M",
-            "-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on",
-            "-chardev", f"socket,id=root,fd={root.fileno()}",
-            "-device", "vhost-user-fs-pci,chardev=root,tag=root,queue-size=1024",
-            "-chardev", f"socket,id=work,fd={work.fileno()}",
-            "-device", "vhost-user-fs-pci,chardev=work,tag=work,queue-size=1024",
-            "-device", "virtio-serial-pci",
-            "-chardev", f"socket,id=agent,fd={port_qemu.fileno()}",
-            "-device", "virtserialport,chardev=agent,name=agent",
-            "-chardev", f"socket,id=console,fd={console_qemu.fileno()}",
-            "-serial", "chardev:console",
-            "-chardev", f"socket,id=qmp,fd={qmp_qemu.fileno()}", "-mon", "chardev=qmp,mode=control",
-            "-kernel", vmlinux, "-initrd", initrd, "-append", f"{CMDLINE} l1python={python}{more}",
-            *cards,
-        ]  # fmt: skip
-        fds = [s.fileno() for s in (root, work, port_qemu, console_qemu, qmp_qemu)]
-        self.vm = self.spawn(argv, fds, None)
-        for s in (root, work, port_qemu, console_qemu, qmp_qemu):
-            s.close()
-        self.port, self.qmp = port, qmp
-        for s, handler in ((port, self.from_port), (console, self.from_console)):
-            s.setblocking(False)
-            self.selector.register(s, selectors.EVENT_READ, handler)
-        self.console_socket = console
-
-    def share(self, tag: str, writable: list[str] | None) -> socket.socket:
-        """Start one virtiofsd that exports the root directory; returns the connection for QEMU.
-
-        :param writable: the directories that virtiofsd may write, in which files change; None if
-            L1 may take it that none does.
-        """
-        path = f"{self.options['socket']}.{tag}"
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(path)
-        listener.listen(1)
-        client = socket.socket(socket.AF_UNIX)
-        client.connect(path)
-        os.unlink(path)
-        server = assets.virtiofsd()
-        assert server is not None
-        argv = server.argv(listener.fileno(), changing=writable is not None)
-        if writable is not None:
-            self.fresh = server.fresh
-        self.spawn(argv, [listener.fileno()], writable or [])
-        listener.close()
-        return client
-
-    def spawn(
-        self, argv: list[str], fds: list[int], writable: list[str] | None
-    ) -> subprocess.Popen[bytes]:
-        env, lent, shim = dict(os.environ), list(fds), None
-        if writable is not None and os.geteuid():
-            shim, more = open_shim()
-            env |= more
-            lent.append(shim.fileno())
-        told, tell = os.pipe()
-
-        def protect() -> None:
-            try:
-                isolate.protect(writable or [])
-            except OSError as e:
-                os.write(tell, str(e).encode())
-
-        child = subprocess.Popen(
-            tethered(argv),
-            stdin=subprocess.DEVNULL,
-            env=env,
-            pass_fds=lent,
-            preexec_fn=protect if writable is not None else None,
+        self.machine = made = machine(self.options["cpu"])(self.options, self.say)
+        self.watchdog = self.options["watchdog"] or made.WATCHDOG
+        made.start()
+        self.notes += made.notes
+        self.fresh = made.fresh
+        self.started = time.monotonic()
+        self.say(
+            f"starting Linux {made.kernel.version} on {made.cpus} vCPU(s) under {made.emulator()}"
         )
-        os.close(tell)
-        if shim is not None:
-            shim.close()
-        with os.fdopen(told) as f:
-            failure = f.read()
-        if failure:
-            self.notes.append(f"the host's files are not write-protected: {failure}")
-        self.children.append(child)
-        return child
+        for fd, handler in (
+            (made.port.source, self.from_port),
+            (made.console, self.from_console),
+            (made.screen, self.from_screen),
+        ):
+            if fd >= 0:
+                self.selector.register(fd, selectors.EVENT_READ, handler)
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -274,10 +165,12 @@ class Supervisor:
             self.fail(f"the testbed's supervisor failed: {e!r}; {self.hint()}")
             raise
         finally:
-            for child in self.children:
-                if child.poll() is None:
-                    child.kill()
-                child.wait()
+            if hasattr(self, "machine"):
+                for child in self.machine.processes:
+                    if child.poll() is None:
+                        child.kill()
+                    child.wait()
+                self.machine.close()
             for client in list(self.clients.values()):
                 client.sock.setblocking(True)
                 client.sock.settimeout(1)
@@ -287,6 +180,7 @@ class Supervisor:
                     pass
 
     def loop(self) -> int:
+        l1 = self.machine
         last = time.monotonic()
         while True:
             for key, _mask in self.selector.select(self.fresh / 4 if self.waiting else 0.25):
@@ -295,29 +189,61 @@ class Supervisor:
             if self.ready and self.waiting:
                 self.open_due(now)
             if now - last > 5:  # this process was suspended: L1's silence means nothing
-                self.last_pong = now
+                self.last_life = now
             last = now
-            if not self.stopping and any(child.poll() is not None for child in self.children):
+            if not self.stopping and any(child.poll() is not None for child in l1.processes):
                 raise TestbedError(self.obituary(), self.hint())
+            trouble = l1.trouble(self.console)
+            if trouble and not self.stopping:
+                raise TestbedError(f"L1 died: {trouble}", self.hint())
             if self.stopping:
-                if self.vm.poll() is not None or now - self.stopping > 5:
+                if l1.vm.poll() is not None or now - self.stopping > 5:
                     self.tell("the testbed was stopped")
                     return 0
             elif self.ready:
-                if now - self.last_ping >= PING_EVERY:
-                    self.last_ping = now
-                    self.to_port(p.frame(p.PING))
-                if now - self.last_pong > self.options["watchdog"]:
-                    raise TestbedError(
-                        f"L1 hung: no sign of life for {self.options['watchdog']:g} s"
-                        f"{self.registers()}",
-                        self.hint(),
-                    )
-            elif now - self.started > BOOT_TIMEOUT:
+                self.watch(now)
+            elif now - self.started > l1.BOOT_TIMEOUT:
                 raise TestbedError(
-                    f"L1 did not start within {BOOT_TIMEOUT:g} s{self.last_words(failed=False)}",
+                    f"L1 did not start within {l1.BOOT_TIMEOUT:g} s{self.last_words(failed=False)}",
                     self.hint(),
                 )
+
+    def watch(self, now: float) -> None:
+        """Ask L1 for a sign of life, or let it rest.
+
+        :raises TestbedError: L1 hangs.
+        """
+        if self.channels or self.waiting:
+            self.busy_until = now + REST_AFTER
+        if self.machine.RESTLESS and now > self.busy_until and not self.port_out:
+            self.rest(True)
+            return
+        self.rest(False)
+        if self.answered and now - self.last_ping >= PING_EVERY:
+            self.last_ping = now
+            self.answered = False
+            self.to_port(p.frame(p.PING))
+        if now - self.last_life > self.watchdog:
+            raise TestbedError(
+                f"L1 hung: no sign of life for {self.watchdog:g} s{self.registers()}",
+                self.hint(),
+            )
+
+    def registers(self) -> str:
+        """Write the registers of L1's vCPUs to the log; returns their instruction pointers as text
+        for a message.
+        """
+        text = self.machine.registers()
+        print(text, file=sys.stderr)
+        rips = re.findall(r"RIP=([0-9a-f]+)", text)
+        return f" (RIP {', '.join(rips)})" if rips else ""
+
+    def rest(self, on: bool) -> None:
+        """Stop a machine that has nothing to do, or let it go on."""
+        if self.resting != on:
+            self.resting = on
+            self.machine.rest(on)
+            self.last_life = time.monotonic()
 
     def hint(self) -> str:
         return f"see {self.options['log_later']}"
@@ -348,20 +274,22 @@ class Supervisor:
         """Why L1 died: which program was the first to end, how, and its last words."""
         time.sleep(0.3)  # each child ends when another one has; those that fail do so by themselves
         self.take_console()
-        ended = [child for child in self.children if child.poll() is not None]
-        child = next((c for c in ended if c is not self.vm and c.returncode), None)
-        what = "QEMU" if child is None and self.vm in ended else "virtiofsd"
-        status = (child or (self.vm if self.vm in ended else ended[0])).returncode
+        names = self.machine.processes
+        ended = [child for child in names if child.poll() is not None]
+        # The emulator comes first: it is the cause unless another one has failed.
+        child = next((c for c in ended if c is not self.machine.vm and c.returncode), ended[0])
+        status = child.returncode
         how = signal.Signals(-status).name if status < 0 else str(status)
-        return f"L1 died: {what} ended with {how}{self.last_words(failed=bool(status))}"
+        return f"L1 died: {names[child]} ended with {how}{self.last_words(failed=bool(status))}"
 
     def take_console(self) -> None:
-        """Read what QEMU still wrote to L1's console before it ended."""
-        try:
-            while data := self.console_socket.recv(65536):
-                self.console += data
-        except OSError:
-            pass  # all is read
+        """Read what the emulator still wrote before it ended."""
+        for fd, kept in ((self.machine.console, self.console), (self.machine.screen, self.chatter)):
+            try:
+                while fd >= 0 and (data := os.read(fd, 65536)):
+                    kept += data
+            except OSError:
+                pass  # all is read
 
     def last_words(self, *, failed: bool) -> str:
         """The line that best explains why L1 died, in brackets.
@@ -370,6 +298,8 @@ class Supervisor:
             first line of L1's console that names a panic or the like, or its last line.
         """
         said = "" if failed else self.console.decode(errors="replace")
+        if not said:
+            said = printable(self.chatter)
         if not said:
             with open("/proc/self/fd/2", encoding="utf-8", errors="replace") as log:
                 said = log.read()
@@ -381,29 +311,6 @@ class Supervisor:
         ]
         return f" ({(telling or lines)[-1 if not telling else 0]})" if lines else ""
 
-    def registers(self) -> str:
-        """Write the registers of L1's vCPUs to the log; returns their instruction pointers as text
-        for a message.
-        """
-        self.qmp.settimeout(2)
-        said = b""
-        try:
-            self.qmp.sendall(
-                b'{"execute":"qmp_capabilities"}{"execute":"human-monitor-command",'
-                b'"arguments":{"command-line":"info registers -a"},"id":1}'
-            )
-            while b'"id": 1' not in said:
-                data = self.qmp.recv(65536)
-                if not data:
-                    break
-                said += data
-        except OSError:
-            pass
-        text = said.decode(errors="replace").replace("\\r\\n", "\n")
-        print(text, file=sys.stderr)
-        rips = re.findall(r"RIP=([0-9a-f]+)", text)
-        return f" (RIP {', '.join(rips)})" if rips else ""
-
     def say(self, text: str) -> None:
         """Write a line of progress to the log and to all clients."""
         print(text, file=sys.stderr, flush=True)
@@ -413,10 +320,10 @@ class Supervisor:
     def stop(self) -> None:
         if not self.stopping:
             self.stopping = time.monotonic()
-            if self.ready:
+            if self.ready and self.machine.ORDERLY:
                 self.to_port(p.frame(p.STOP))
             else:
-                self.vm.kill()
+                self.machine.vm.kill()
 
     def signalled(self, fd: int) -> None:
         numbers = os.read(fd, 4096)
@@ -532,22 +439,28 @@ class Supervisor:
 
     def status(self) -> dict[str, Any]:
         """The facts that ``pyvmm testbed status`` shows."""
+        l1 = self.machine
         return {
             "protocol": p.VERSION,
             "pid": os.getpid(),
             "ready": self.ready,
             "ready_after_s": round(self.ready_after, 2),
             "up_s": round(time.monotonic() - self.started, 1),
-            "kernel": self.kernel.version,
-            "qemu": str(self.qemu),
-            "max_cpus": self.qemu.max_cpus,
-            "cpus": self.cpus,
-            "memory": self.options["memory"],
+            "cpu": self.options["cpu"],
+            "emulator": l1.emulator(),
+            "kernel": l1.kernel.version,
+            "cpus": l1.cpus,
+            "memory": l1.memory,
+            "shares": l1.SHARES,
+            "resting": self.resting,
+            "add": self.options["add"],
+            "kvm": self.options["kvm"],
             "writable": self.options["writable"],
             "vdpa_card": self.options["vdpa_card"],
             "running": len(self.channels),
             "commands": self.commands,
             "notes": self.notes,
+            **l1.facts(),
         }
 
     # --- L1 ---------------------------------------------------------------------------------------
@@ -557,48 +470,62 @@ class Supervisor:
         self.push_port()
 
     def push_port(self) -> None:
+        port = self.machine.port
         try:
             while self.port_out:
-                n = self.port.send(memoryview(self.port_out)[: 1 << 16])
+                n = port.send(memoryview(self.port_out)[: 1 << 16])
                 del self.port_out[:n]
         except BlockingIOError:
             pass
         except OSError:
-            return  # QEMU has gone; the loop finds out and reports it
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.port_out else 0)
-        self.selector.modify(self.port, events, self.from_port)
+            return  # the emulator has gone; the loop finds out and reports it
+        write = selectors.EVENT_WRITE if self.port_out else 0
+        if port.sink == port.source:
+            self.selector.modify(port.source, selectors.EVENT_READ | write, self.from_port)
+        elif write and port.sink not in self.selector.get_map():
+            self.selector.register(port.sink, write, self.push_port)
+        elif not write and port.sink in self.selector.get_map():
+            self.selector.unregister(port.sink)
 
     def from_console(self) -> None:
+        self.take(self.machine.console, self.console, CONSOLE_KEPT)
+
+    def from_screen(self) -> None:
+        self.take(self.machine.screen, self.chatter, CHATTER_KEPT)
+
+    def take(self, fd: int, kept: bytearray, most: int) -> None:
+        """Read from ``fd``, and keep the last ``most`` bytes of all."""
         try:
-            data = self.console_socket.recv(65536)
+            data = os.read(fd, 65536)
         except BlockingIOError:
             return
         except OSError:
             data = b""
         if not data:
-            self.selector.unregister(self.console_socket)
+            self.selector.unregister(fd)
             return
-        self.console += data
-        del self.console[:-CONSOLE_KEPT]
+        kept += data
+        del kept[:-most]
 
     def from_port(self) -> None:
+        port = self.machine.port
         if self.port_out:
             self.push_port()
         try:
-            data = self.port.recv(1 << 18)
+            data = port.recv()
         except BlockingIOError:
             return
-        except OSError:
-            data = b""
         if not data:
-            self.selector.unregister(self.port)
+            self.selector.unregister(port.source)
             return
+        self.last_life = time.monotonic()
         for kind, channel, stream, payload in self.framer.feed(data):
             if kind == p.PONG:
-                self.last_pong = time.monotonic()
+                self.answered = True
             elif kind == p.HELLO:
+                self.machine.started()
                 self.say(f"the agent runs ({time.monotonic() - self.started:.1f} s)")
-                self.to_port(p.frame(p.CONFIG, 0, marshal.dumps(self.config(), 2)))
+                self.to_port(p.frame(p.CONFIG, 0, marshal.dumps(self.machine.config(), 2)))
             elif kind == p.READY:
                 self.became_ready(payload.decode(errors="replace"))
             elif channel in self.channels:
@@ -609,21 +536,11 @@ class Supervisor:
                     client.closing = kind == p.EXIT
                     self.to(client, p.frame(kind, 0, payload, stream))
 
-    def config(self) -> dict[str, Any]:
-        binds = [(f"/.work{d}", d) for d in self.options["writable"]]
-        if self.kernel.root:
-            binds.append((f"{self.kernel.root}/lib/modules", "/lib/modules"))
-        files = [
-            ("/proc/sys/kernel/perf_event_paranoid", "-1"),
-            # With huge pages for shared memory, a guest boots in a fifth less time.
-            ("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "advise"),
-        ]
-        return {"binds": binds, "files": files}
-
     def became_ready(self, notes: str) -> None:
         self.ready = True
-        self.last_pong = time.monotonic()
-        self.ready_after = self.last_pong - self.started
+        self.last_life = time.monotonic()
+        self.busy_until = self.last_life + REST_AFTER
+        self.ready_after = self.last_life - self.started
         self.notes += notes.splitlines()
         for note in self.notes:
             self.say(f"L1: {note}")
@@ -631,6 +548,12 @@ class Supervisor:
         for client in list(self.clients.values()):
             if not client.early:
                 self.to(client, p.frame(p.READY))
+
+
+def printable(screen: bytes | bytearray) -> str:
+    """What a program has printed on its terminal, without the terminal's commands."""
+    text = re.sub(rb"\x1b(\[[0-9;?]*[a-zA-Z]|[()].|[=>78])", b"\n", bytes(screen))
+    return "".join(c for c in text.decode(errors="replace") if c.isprintable() or c == "\n")
 
 
 def main() -> int:

@@ -1,12 +1,15 @@
 """The testbed's client: start and stop a testbed, and run commands in it.
 
 ``Testbed().run(["pyvmm", "run", ...])`` runs a command in the testbed that is up;
-``with Testbed() as t:`` starts a temporary one if none is up. L1 sees the host's files. Writes to
-the writable directories reach the host; all other writes go into an overlay that is thrown away.
+``with Testbed() as t:`` starts a temporary one if none is up. L1 with an AMD processor sees the
+host's files: writes to the writable directories reach the host, all other writes go into an overlay
+that is thrown away. Into L1 with an Intel processor, files travel when it starts; what a command
+writes in the writable directories is fetched when the command has ended (``travel``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -18,12 +21,13 @@ from pyvmm.host.attended import attend
 from pyvmm.host.paths import cache_dir, cache_root, runtime_dir
 from pyvmm.programs import module
 from pyvmm.testbed import protocol as p
-from pyvmm.testbed.session import Session, TestbedTimeout
+from pyvmm.testbed.machines import CPUS, machine
+from pyvmm.testbed.session import Result, Session, TestbedTimeout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Any, Self
 
@@ -31,32 +35,7 @@ __all__ = ["Result", "Testbed", "TestbedTimeout"]
 
 #: Set in the environment of every command in L1.
 INSIDE = "PYVMM_IN_TESTBED"
-DEFAULT_MEMORY = 4 << 30
 _numbers = itertools.count()
-
-
-class Result:
-    """The result of a command.
-
-    :ivar status: as a shell gives it: the exit status, or 128 + n if signal n killed the command.
-    :ivar stdout: its output; ``stderr`` likewise.
-    """
-
-    def __init__(self, status: int, stdout: bytes, stderr: bytes) -> None:
-        self.status, self.stdout, self.stderr = status, stdout, stderr
-
-    @property
-    def out(self) -> str:
-        """stdout as text."""
-        return self.stdout.decode(errors="replace")
-
-    @property
-    def err(self) -> str:
-        """stderr as text."""
-        return self.stderr.decode(errors="replace")
-
-    def __repr__(self) -> str:
-        return f"Result({self.status}, {self.stdout!r}, {self.stderr!r})"
 
 
 def inside() -> bool:
@@ -86,17 +65,23 @@ class Testbed:
 
     :param name: several testbeds can be up at once under different names. The default is
         $PYVMM_TESTBED or "default".
-    :param cpus: the number of vCPUs that commands can use; 0 for two if QEMU supports them, else
-        one.
-    :param memory: L1's memory in bytes; 0 for 4 GiB.
+    :param cpu: the processor, "amd" or "intel". Testbeds of different processors can be up under
+        one name.
+    :param cpus: the number of vCPUs that commands can use; 0 for two if the emulator supports them,
+        else one.
+    :param memory: L1's memory in bytes; 0 for 4 GiB with an AMD and 1 GiB with an Intel processor.
     :param kernel: a prefix of the version of Debian's cloud kernel, such as "6.1" or "6.12".
+    :param kvm: options of L1's KVM module, each as NAME=VALUE.
     :param writable: directories that commands may write besides ``default_writable``. The root
-        directory is ignored.
+        directory is ignored. With an Intel processor these directories only; they travel.
+    :param add: what travels besides, each as FILE, DIR, FILE:/PATH or DIR:/PATH. Nothing needs to
+        travel with an AMD processor.
     :param vdpa_card: L1 has an IOMMU and two network cards that are joined by a cable: one for its
         driver vp_vdpa, and the other one as the peer.
-    :param watchdog: seconds without a sign of life after which L1 counts as hung.
+    :param watchdog: seconds without a sign of life after which L1 counts as hung; 0 for 30 with an
+        AMD and 60 with an Intel processor.
     :param progress: called with each line of progress.
-    :raises TestbedError: the name is not a valid one.
+    :raises TestbedError: the name is not a valid one, or there is no such processor.
     """
 
     __test__ = False  # not a pytest class
@@ -105,12 +90,15 @@ class Testbed:
         self,
         name: str | None = None,
         *,
+        cpu: str = "amd",
         cpus: int = 0,
         memory: int = 0,
         kernel: str | None = None,
+        kvm: Sequence[str] = (),
         writable: Sequence[str] = (),
+        add: Sequence[str] = (),
         vdpa_card: bool = False,
-        watchdog: float = 30.0,
+        watchdog: float = 0.0,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         self.name = name or os.environ.get("PYVMM_TESTBED") or "default"
@@ -118,8 +106,11 @@ class Testbed:
             raise TestbedError(
                 f"testbed name {self.name!r}", "use up to 32 letters, digits, - and _"
             )
+        if cpu not in CPUS:
+            raise TestbedError(f"no testbed has the processor {cpu!r}", f"use {' or '.join(CPUS)}")
+        self.cpu = cpu
         self.cpus, self.memory, self.kernel, self.watchdog = cpus, memory, kernel, watchdog
-        self.writable = list(writable)
+        self.kvm, self.writable, self.add = list(kvm), list(writable), list(add)
         self.vdpa_card = vdpa_card
         self.progress = progress or (lambda text: None)
         self._tether = -1
@@ -132,33 +123,31 @@ class Testbed:
         """The directory of the run-time files: socket, lock and log. It is made when the testbed
         starts.
         """
-        return f"{runtime_dir()}/testbed-{self.name}"
+        kind = "" if self.cpu == CPUS[0] else f".{self.cpu}"
+        return f"{runtime_dir()}/testbed-{self.name}{kind}"
 
     @staticmethod
-    def is_set_up() -> bool:
-        """Whether a testbed can be started on this machine."""
-        return not Testbed.missing()
+    def is_set_up(cpu: str = "amd") -> bool:
+        """Whether a testbed with that processor can be started on this machine."""
+        return not Testbed.missing(cpu)
 
     @staticmethod
-    def missing() -> str:
-        """The things that a testbed still needs on this machine, each with its remedy, as one line;
-        empty if nothing is missing.
+    def missing(cpu: str = "amd") -> str:
+        """The things that a testbed with that processor still needs on this machine, each with its
+        remedy, as one line; empty if nothing is missing.
         """
-        from pyvmm.testbed import assets
-
-        return "; ".join(f"{what} is missing ({remedy})" for what, remedy in assets.missing())
+        lacks = machine(cpu).missing()
+        return "; ".join(f"{what} is missing ({remedy})" for what, remedy in lacks)
 
     @staticmethod
-    def setup(progress: Callable[[str], None], kernel: str | None = None) -> None:
+    def setup(progress: Callable[[str], None], kernel: str | None = None, cpu: str = "amd") -> None:
         """Fetch and build all that a testbed needs and that can be had without root. This is quick
         if nothing is missing.
 
-        :param kernel: see ``Testbed``.
+        :param kernel: see ``Testbed``; ``cpu`` likewise.
         :raises TestbedError: a system package is missing, or a download failed.
         """
-        from pyvmm.testbed import assets
-
-        assets.setup(progress, kernel)
+        machine(cpu).setup(progress, kernel)
 
     def _connect(self) -> socket.socket | None:
         sock = socket.socket(socket.AF_UNIX)
@@ -222,7 +211,7 @@ class Testbed:
         import json
         import subprocess
 
-        lacks = self.missing()
+        lacks = self.missing(self.cpu)
         if lacks:
             raise TestbedError(f"the testbed is not set up: {lacks}")
         directory = self.dir
@@ -232,7 +221,8 @@ class Testbed:
             pass
         os.makedirs(cache_root(), exist_ok=True)
         writable = []
-        for path in [*default_writable(os.getcwd()), *self.writable]:
+        shares = machine(self.cpu).SHARES
+        for path in [*(default_writable(os.getcwd()) if shares else ()), *self.writable]:
             real = os.path.realpath(path)
             if not os.path.isdir(real):
                 raise TestbedError(f"{path} is not a directory", "make it first")
@@ -248,10 +238,14 @@ class Testbed:
             "socket": f"{directory}/socket",
             "lock": f"{directory}/lock",
             "log_later": f"{cache_dir()}/last.log" if self._shared else f"{directory}/log",
+            "cpu": self.cpu,
             "cpus": self.cpus,
-            "memory": self.memory or DEFAULT_MEMORY,
+            "memory": self.memory,
             "kernel": self.kernel,
+            "kvm": self.kvm,
             "writable": writable,
+            "add": [] if shares else [_absolute(text) for text in self.add],
+            "directories": [os.getcwd(), os.path.expanduser("~")],
             "vdpa_card": self.vdpa_card,
             "watchdog": self.watchdog,
             "tether": None,
@@ -387,7 +381,7 @@ class Testbed:
         status = self.status()
         if status is None or not status["ready"]:
             return ""
-        hint = "stop it (pyvmm testbed down) or use another --name"
+        hint = f"stop it (pyvmm testbed{self._option} down) or use another --name"
         for what, wanted, has in (
             ("vCPUs", self.cpus, status["cpus"]),
             ("bytes of memory", self.memory, status["memory"]),
@@ -398,11 +392,18 @@ class Testbed:
             raise TestbedError(f"the running testbed has Linux {status['kernel']}", hint)
         if self.vdpa_card and not status["vdpa_card"]:
             raise TestbedError("the running testbed has no card for vp_vdpa", hint)
+        for option in self.kvm:
+            if option not in status["kvm"]:
+                raise TestbedError(f"the running testbed has its KVM without {option}", hint)
+        if not status["shares"]:
+            for text in map(_absolute, self.add):
+                if text not in status["add"]:
+                    raise TestbedError(f"{text} has not travelled into the testbed", hint)
         shared = status["writable"]
         for path in self.writable:
             if not any(is_below(os.path.realpath(path), d) for d in shared):
                 raise TestbedError(f"the running testbed cannot write {path}", hint)
-        if not any(is_below(os.path.realpath(cwd), d) for d in shared):
+        if not any(is_below(os.path.realpath(cwd), d) for d in shared) and status["shares"]:
             return f"the running testbed cannot write {cwd}: files written there are lost"
         return ""
 
@@ -424,18 +425,42 @@ class Testbed:
         :raises TestbedTimeout: the command was killed because the time was over.
         :raises TestbedError: the testbed is down, or ended before the command did.
         """
+        with self._round_trip():
+            return self._collect(argv, cwd or os.getcwd(), self._env(env), input, timeout)
+
+    def _collect(
+        self,
+        argv: Sequence[str],
+        cwd: str,
+        env: dict[str, str],
+        input: bytes | None = None,
+        timeout: float | None = None,
+    ) -> Result:
+        """One command as ``run`` has it, without its files."""
         with self._session() as sock:
-            session = Session(
-                sock,
-                argv,
-                cwd=cwd or os.getcwd(),
-                env=self._env(env),
-                stdin=input,
-                stdout=None,
-                stderr=None,
-            )
+            session = Session(sock, argv, cwd=cwd, env=env, stdin=input, stdout=None, stderr=None)
             status = session.wait(timeout, progress=self.progress)
             return Result(status, bytes(session.output[p.STDOUT]), bytes(session.output[p.STDERR]))
+
+    @contextlib.contextmanager
+    def _round_trip(self) -> Iterator[None]:
+        """While a command runs: afterwards, fetch the files that it has written in writable
+        directories, unless it has been seen to write them here.
+        """
+        status = None if machine(self.cpu).SHARES else self.status()
+        if status is None or not status["writable"]:
+            yield
+            return
+        from pyvmm.testbed import travel
+
+        def run(argv: Sequence[str]) -> Result:
+            return self._collect(argv, "/", {"PATH": os.defpath})
+
+        mark = f"{os.getpid()}-{next(_numbers)}"
+        travel.departure(run, mark)
+        yield
+        for path in travel.arrival(run, mark, status["writable"]):
+            self.progress(f"came back: {path}")
 
     def run_attached(self, argv: Sequence[str], *, timeout: float | None = None) -> int:
         """Run a command that uses the stdin, stdout, stderr and terminal of this process and gets
@@ -453,7 +478,7 @@ class Testbed:
                 warning = self.check(os.getcwd())
                 if warning:
                     self.progress(warning)
-            with self._session() as sock:
+            with self._round_trip(), self._session() as sock:
                 session = Session(
                     sock,
                     argv,
@@ -469,8 +494,13 @@ class Testbed:
     def _session(self) -> socket.socket:
         sock = self._connect()
         if sock is None:
-            raise TestbedError("the testbed is down", "run: pyvmm testbed up")
+            raise TestbedError("the testbed is down", f"run: pyvmm testbed{self._option} up")
         return sock
+
+    @property
+    def _option(self) -> str:
+        """What names this kind of testbed on a command line."""
+        return "" if self.cpu == CPUS[0] else f" --cpu {self.cpu}"
 
     @staticmethod
     def _env(env: Mapping[str, str] | None) -> dict[str, str]:
@@ -481,6 +511,12 @@ class Testbed:
             [path, *(d for d in ("/usr/sbin", "/sbin") if d not in path.split(":"))]
         )
         return env
+
+
+def _absolute(text: str) -> str:
+    """An addition as the supervisor takes it, whose working directory is another one."""
+    host, colon, inside = text.rpartition(":/")
+    return f"{os.path.abspath(host)}:/{inside}" if colon else os.path.abspath(text)
 
 
 def is_below(path: str, directory: str) -> bool:

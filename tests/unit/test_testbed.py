@@ -28,8 +28,9 @@ from pyvmm.host.qemu import Qemu
 from pyvmm.host.tether import tethered
 from pyvmm.testbed import assets, session, testbed
 from pyvmm.testbed import protocol as p
+from pyvmm.testbed.machine import Machine
 from pyvmm.testbed.session import Session, TestbedTimeout
-from pyvmm.testbed.supervisor import Client, Supervisor
+from pyvmm.testbed.supervisor import REST_AFTER, Client, Supervisor
 from pyvmm.testbed.testbed import Testbed
 from tests.strangers import BECOME, need_readable_checkout
 
@@ -253,7 +254,7 @@ class Clients(Supervisor):
     """A supervisor whose L1 only remembers the frames that it is sent."""
 
     def __init__(self) -> None:
-        super().__init__({"tether": None})
+        super().__init__({"tether": None, "log_later": "log"})
         self.sent: list[tuple[int, int, int, bytes]] = []
         self.ready = True
 
@@ -334,6 +335,55 @@ def test_garbage_ends_the_connection(clients: Clients) -> None:
     far.sendall(b"\xff" * 64)
     clients.from_client(client)
     assert far.recv(1) == b""
+
+
+class Sleeper(Machine):
+    """A machine that uses a processor even if it has nothing to do."""
+
+    RESTLESS = True
+
+    def __init__(self) -> None:
+        super().__init__({"memory": 0}, print)
+        self.told: list[bool] = []
+
+    def rest(self, on: bool) -> None:
+        self.told.append(on)
+
+
+@pytest.fixture
+def watched(clients: Clients) -> Clients:
+    """A supervisor with a machine that is to rest, at the time 100."""
+    clients.machine = Sleeper()
+    clients.watchdog = 30.0
+    clients.last_life = clients.busy_until = 100.0
+    return clients
+
+
+def test_a_restless_machine_rests_between_commands(watched: Clients) -> None:
+    machine = watched.machine
+    assert isinstance(machine, Sleeper)
+    watched.channels[1] = None  # a command runs
+    watched.watch(101.0)
+    assert (machine.told, watched.sent) == ([], [(p.PING, 0, 0, b"")])
+    del watched.channels[1]
+    watched.watch(101.0 + REST_AFTER)
+    assert machine.told == [], "not at once"
+    watched.watch(101.1 + REST_AFTER)
+    watched.watch(900.0)
+    assert machine.told == [True], "its silence is no hang, and it is not asked"
+    assert len(watched.sent) == 1
+    watched.channels[2] = None
+    watched.watch(time.monotonic())
+    assert machine.told == [True, False]
+
+
+def test_silence_is_a_hang(watched: Clients) -> None:
+    watched.channels[1] = None
+    watched.watch(101.0)
+    watched.watch(130.0)
+    assert len(watched.sent) == 1, "it is asked again only when it has answered"
+    with pytest.raises(TestbedError, match="L1 hung: no sign of life for 30 s"):
+        watched.watch(130.1)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -605,13 +655,27 @@ def test_check_compares_with_what_runs(home: Path, monkeypatch: pytest.MonkeyPat
         "memory": 4 << 30,
         "kernel": "6.1.0-9-cloud-amd64",
         "writable": ["/srv/x"],
+        "shares": True,
+        "kvm": ["npt=0"],
+        "add": [],
     }
     monkeypatch.setattr(Testbed, "status", lambda self: status)
     assert Testbed(cpus=2, kernel="6.1", writable=["/srv/x/y"]).check("/srv/x") == ""
     assert "lost" in Testbed().check("/srv")
-    for wanted in ({"cpus": 1}, {"memory": 1 << 30}, {"kernel": "6.12"}, {"writable": ["/srv"]}):
+    assert Testbed(kvm=["npt=0"], add=["/srv/y"]).check("/srv/x") == ""
+    for wanted in (
+        {"cpus": 1},
+        {"memory": 1 << 30},
+        {"kernel": "6.12"},
+        {"writable": ["/srv"]},
+        {"kvm": ["npt=1"]},
+    ):
         with pytest.raises(TestbedError, match="running testbed"):
             Testbed(**wanted).check("/srv/x")
+    status |= {"shares": False, "add": ["/srv/y"]}
+    assert Testbed(cpu="intel", add=["/srv/x/../y"]).check("/") == ""
+    with pytest.raises(TestbedError, match="has not travelled"):
+        Testbed(cpu="intel", add=["/srv/z"]).check("/")
 
 
 def command_line(*argv: str) -> int:
@@ -640,6 +704,9 @@ def test_status_when_down(home: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("--cpus", "9", "--", "true"),
         ("--memory", "1", "--", "true"),
         ("--memory", "4X", "up"),
+        ("--cpu", "via", "up"),
+        ("--kvm", "ept", "up"),
+        ("--kvm", "ept=0 x=1", "up"),
     ],
 )
 def test_bad_usage(argv: tuple[str, ...], home: Path) -> None:

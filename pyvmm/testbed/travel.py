@@ -1,0 +1,120 @@
+"""Files that come back from an L1 that does not see this machine's files.
+
+Before a command, L1 notes the time in the modification time of a file. After it, L1 packs the
+regular files in the writable directories that are newer, and they are written here. L1 is not
+trusted: nothing is written outside of those directories, and no link is followed or made.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+import zlib
+
+from pyvmm.errors import TestbedError
+from pyvmm.images.cpio import Listing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pyvmm.testbed.session import Result
+
+    Run = Callable[[Sequence[str]], Result]
+
+MARK = "/run/pyvmm/mark"
+#: Bytes of the files of one command, unpacked.
+MOST = 1 << 30
+# busybox' tar takes no list of names.
+PACK = """
+for d; do [ ! -d "$d" ] || find "$d" -type f -newer {mark}; done >{mark}.names
+[ -s {mark}.names ] || exit 0
+cpio -o -H newc <{mark}.names >{mark}.cpio 2>{mark}.err || {{ cat {mark}.err >&2; exit 1; }}
+gzip -c {mark}.cpio
+"""
+
+
+def departure(run: Run, mark: str) -> None:
+    """Note the time in L1.
+
+    :param run: runs a command in L1. :param mark: a word that no other command has.
+    """
+    run(["touch", f"{MARK}.{mark}"])
+
+
+def arrival(run: Run, mark: str, directories: Sequence[str]) -> list[str]:
+    """Fetch the files in ``directories`` that are newer than the mark; returns their paths.
+
+    :raises TestbedError: L1 does not pack them, or they cannot be written here.
+    """
+    packed = run(["sh", "-c", PACK.format(mark=f"{MARK}.{mark}"), "sh", *directories])
+    run(["sh", "-c", f"rm -f {MARK}.{mark}*"])
+    if packed.status:
+        raise TestbedError(f"L1 cannot send its files back: {packed.err.strip()[-200:]}")
+    return unpack(packed.stdout, directories)
+
+
+def unpack(packed: bytes, directories: Sequence[str]) -> list[str]:
+    """Write the files of a compressed archive, whose names are absolute paths.
+
+    :param directories: without symbolic links in their paths.
+    :returns: the paths of the files.
+    :raises TestbedError: the archive is damaged or too large, or a file is not in ``directories``
+        or cannot be written.
+    """
+    if not packed:
+        return []
+    paths = []
+    try:
+        stream = zlib.decompressobj(31)  # gzip
+        data = stream.decompress(packed, MOST + 1)
+        if len(data) > MOST:
+            raise TestbedError(f"L1 sends more than {MOST >> 20} MiB", "let less come back")
+        if not stream.eof:
+            raise TestbedError("the files of L1 do not come back: they are cut off")
+        with tempfile.NamedTemporaryFile() as archive:
+            archive.write(data)
+            archive.flush()
+            listing = Listing()
+            listing.add(archive.name)
+            if not listing.complete:
+                raise TestbedError("the files of L1 do not come back: they are damaged")
+            for name, mode in listing.modes.items():
+                path = f"/{name}"
+                _check(path, mode, directories)
+                content = listing.read(name)
+                assert content is not None
+                _write(path, content, mode)
+                paths.append(path)
+    except (zlib.error, OSError) as e:
+        raise TestbedError(f"the files of L1 do not come back: {e}") from e
+    return paths
+
+
+def _check(path: str, mode: int, directories: Sequence[str]) -> None:
+    """:raises TestbedError: L1 may not write this file here."""
+    if not stat.S_ISREG(mode) or "\0" in path:
+        raise TestbedError(f"L1 sends what is no plain file: {path!r}")
+    parent = os.path.realpath(os.path.dirname(path))
+    if not _inside(path, directories) or not _inside(f"{parent}/", directories):
+        raise TestbedError(f"L1 sends a file for another directory: {path!r}")
+
+
+def _write(path: str, data: bytes, mode: int) -> None:
+    """Put a new file in the place of ``path``."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    fresh = f"{path}.{os.getpid()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(fresh, flags, mode & 0o777 | 0o600)
+    try:
+        with open(fd, "wb") as f:
+            f.write(data)
+        os.rename(fresh, path)
+    except BaseException:
+        os.unlink(fresh)
+        raise
+
+
+def _inside(path: str, directories: Sequence[str]) -> bool:
+    return any(path.startswith(directory.rstrip("/") + "/") for directory in directories)
