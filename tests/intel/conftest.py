@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,17 +28,28 @@ class L1:
 
     def __init__(self, name: str, **options: object) -> None:
         self.bed = Testbed(
-            f"check-{name}-{os.getpid()}",
+            f"check-{name}",
             cpu="intel",
             add=[str(ROOT / name) for name in TRAVELS],
             progress=lambda line: print(line, file=sys.stderr, flush=True),
             **options,  # type: ignore[arg-type]
         )
 
+        self._started = False
+
     def up(self) -> L1:
         """Start it, unless it is up."""
-        self.bed.up(tethered=True)
+        if not self._started or not self.bed.is_up():
+            self.down()
+            self.bed.__enter__()
+            self._started = True
         return self
+
+    def down(self) -> None:
+        """Stop it."""
+        if self._started:
+            self._started = False
+            self.bed.__exit__(None, None, None)
 
     def run(self, *argv: str, timeout: float = PATIENCE) -> Result:
         """A command."""
@@ -80,14 +90,14 @@ def l1_of(built: None) -> Iterator[Callable[..., L1]]:
     def get(name: str = "6.1", **options: object) -> L1:
         for other, l1 in made.items():
             if other != name:
-                l1.bed.down()
+                l1.down()
         if name not in made:
             made[name] = L1(name.replace(".", "-"), **options)
         return made[name].up()
 
     yield get
     for l1 in made.values():
-        l1.bed.down()
+        l1.down()
 
 
 @pytest.fixture
