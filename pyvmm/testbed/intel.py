@@ -35,7 +35,7 @@ from pyvmm.errors import HostError, TestbedError
 from pyvmm.host import bochs
 from pyvmm.host.paths import cache_dir
 from pyvmm.programs import which
-from pyvmm.testbed import assets, disk
+from pyvmm.testbed import assets, disk, layers
 from pyvmm.testbed.machine import Machine, Port
 
 TYPE_CHECKING = False
@@ -139,11 +139,10 @@ class Intel(Machine):
         if lacks:
             raise TestbedError(f"{lacks[0][0]} is missing", lacks[0][1])
         disk.loader()
+        layers.lower(assets.find_kernel(version), progress)
 
     def start(self) -> None:
         """Make the disk and start Bochs."""
-        from pyvmm.testbed import layers
-
         _sweep()
         self._work = work = tempfile.mkdtemp(prefix=f"run-{os.getpid()}-", dir=cache_dir())
         add = [*self.options["add"], *(f"{d}:{d}" for d in self.options["writable"])]

@@ -89,8 +89,28 @@ def archives(
     :param top: the path of the top layer, a file that is written.
     :raises PyvmmError: something is missing, or a file cannot be read.
     """
+    beneath = lower(kernel, progress)
+    archive = Archive()
+    for path in ("/tmp", "/var/tmp"):
+        archive.directory(path, 0o1777)
+    for path in directories:
+        archive.directory(_place(path))
+    _images(archive)
+    write(archive, top)
+    beneath.append(top)
+    if not add:
+        return beneath
+    added = Additions([_absolute(text) for text in add], None, beneath, str)
+    for note in added.notes:
+        progress(note)
+    write(added.archive, f"{top}.added")
+    return [*beneath, f"{top}.added"]
+
+
+def lower(kernel: assets.Kernel, progress: Callable[[str], None]) -> list[str]:
+    """The paths of the lower layers, which are made if necessary."""
     python = f"python-{sys.version_info[0]}.{sys.version_info[1]}"
-    lower = [
+    return [
         _cached(python, _python, progress, [sys.prefix, *map(assets.stamp, _python_inputs())]),
         _cached("pyvmm", _pyvmm, progress, map(assets.stamp, _files(_package(), ()))),
         _cached(
@@ -105,21 +125,6 @@ def archives(
             ],
         ),
     ]
-    archive = Archive()
-    for path in ("/tmp", "/var/tmp"):
-        archive.directory(path, 0o1777)
-    for path in directories:
-        archive.directory(_place(path))
-    _images(archive)
-    write(archive, top)
-    if not add:
-        return [*lower, top]
-    beneath = [*lower, top]
-    added = Additions([_absolute(text) for text in add], None, beneath, str)
-    for note in added.notes:
-        progress(note)
-    write(added.archive, f"{top}.added")
-    return [*beneath, f"{top}.added"]
 
 
 def _absolute(text: str) -> str:
