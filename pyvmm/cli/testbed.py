@@ -118,7 +118,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         type=seconds(0, 1e7),
         default=0.0,
-        help="seconds of silence that count as a hang (30; 60 with --cpu intel)",
+        help="seconds of silence that count as a hang (30; with --cpu intel 60 of processor time)",
     )
     parser.add_argument("--json", action="store_true", help="status as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")

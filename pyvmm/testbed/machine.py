@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,9 +61,10 @@ class Machine:
     :ivar cpus: vCPUs for commands. :ivar memory: bytes.
     """
 
-    #: Seconds until the agent must have started.
+    #: Seconds by ``clock`` until the agent must have started.
     BOOT_TIMEOUT = 120.0
-    #: Seconds without a sign of life after which L1 counts as hung, unless the user says otherwise.
+    #: Seconds by ``clock`` without a sign of life after which L1 counts as hung, unless the user
+    #: says otherwise.
     WATCHDOG = 30.0
     MEMORY = 4 << 30
     #: Whether L1 sees this machine's files.
@@ -139,6 +141,10 @@ class Machine:
     def registers(self) -> str:
         """The registers of L1's vCPUs for the log; empty if they cannot be had."""
         return ""
+
+    def clock(self) -> float:
+        """The time in seconds by which L1's silence is measured, since any moment."""
+        return time.monotonic()
 
     def rest(self, on: bool) -> None:
         """Stop the emulator, or let it go on. Only for a RESTLESS machine."""

@@ -139,6 +139,7 @@ class Supervisor:
         self.notes += made.notes
         self.fresh = made.fresh
         self.started = time.monotonic()
+        self.last_life = made.clock()
         self.say(
             f"starting Linux {made.kernel.version} on {made.cpus} vCPU(s) under {made.emulator()}"
         )
@@ -189,7 +190,7 @@ class Supervisor:
             if self.ready and self.waiting:
                 self.open_due(now)
             if now - last > 5:  # this process was suspended: L1's silence means nothing
-                self.last_life = now
+                self.last_life = l1.clock()
             last = now
             if not self.stopping and any(child.poll() is not None for child in l1.processes):
                 raise TestbedError(self.obituary(), self.hint())
@@ -202,7 +203,7 @@ class Supervisor:
                     return 0
             elif self.ready:
                 self.watch(now)
-            elif now - self.started > l1.BOOT_TIMEOUT:
+            elif l1.clock() - self.last_life > l1.BOOT_TIMEOUT:
                 raise TestbedError(
                     f"L1 did not start within {l1.BOOT_TIMEOUT:g} s{self.last_words(failed=False)}",
                     self.hint(),
@@ -223,7 +224,7 @@ class Supervisor:
             self.last_ping = now
             self.answered = False
             self.to_port(p.frame(p.PING))
-        if now - self.last_life > self.watchdog:
+        if self.machine.clock() - self.last_life > self.watchdog:
             raise TestbedError(
                 f"L1 hung: no sign of life for {self.watchdog:g} s{self.registers()}",
                 self.hint(),
@@ -243,7 +244,7 @@ class Supervisor:
         if self.resting != on:
             self.resting = on
             self.machine.rest(on)
-            self.last_life = time.monotonic()
+            self.last_life = self.machine.clock()
 
     def hint(self) -> str:
         return f"see {self.options['log_later']}"
@@ -518,7 +519,7 @@ class Supervisor:
         if not data:
             self.selector.unregister(port.source)
             return
-        self.last_life = time.monotonic()
+        self.last_life = self.machine.clock()
         for kind, channel, stream, payload in self.framer.feed(data):
             if kind == p.PONG:
                 self.answered = True
@@ -538,9 +539,9 @@ class Supervisor:
 
     def became_ready(self, notes: str) -> None:
         self.ready = True
-        self.last_life = time.monotonic()
-        self.busy_until = self.last_life + REST_AFTER
-        self.ready_after = self.last_life - self.started
+        now = time.monotonic()
+        self.busy_until = now + REST_AFTER
+        self.ready_after = now - self.started
         self.notes += notes.splitlines()
         for note in self.notes:
             self.say(f"L1: {note}")

@@ -79,7 +79,7 @@ class Testbed:
     :param vdpa_card: L1 has an IOMMU and two network cards that are joined by a cable: one for its
         driver vp_vdpa, and the other one as the peer.
     :param watchdog: seconds without a sign of life after which L1 counts as hung; 0 for 30 with an
-        AMD and 60 with an Intel processor.
+        AMD processor, and for 60 of processor time with an Intel processor.
     :param progress: called with each line of progress.
     :raises TestbedError: the name is not a valid one, or there is no such processor.
     """

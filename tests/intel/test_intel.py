@@ -15,7 +15,7 @@ import pytest
 
 from pyvmm.errors import TestbedError
 from pyvmm.testbed.testbed import Testbed
-from tests.intel.conftest import L1, ROOT
+from tests.intel.conftest import L1, PATIENCE, ROOT
 
 PYVMM = f"{sys.executable} -m pyvmm"
 #: Guests that spin with interrupts disabled: Bochs freezes L1.
@@ -48,7 +48,7 @@ def test_streams_status_and_files(l1: L1, tmp_path: Path) -> None:
     assert l1.run("no-such-command").status == 127
     # Every byte arrives, both ways, also more than any buffer holds.
     data = bytes(range(256)) * 256
-    assert l1.bed.run(["cat"], input=data, timeout=300).stdout == data
+    assert l1.bed.run(["cat"], input=data, timeout=PATIENCE).stdout == data
 
 
 def test_files_travel_and_come_back(tmp_path: Path, built: None) -> None:
@@ -61,7 +61,7 @@ def test_files_travel_and_come_back(tmp_path: Path, built: None) -> None:
         sha256sum <d/new; echo changed >given"""
     said: list[str] = []
     with Testbed(cpu="intel", writable=[str(out)], progress=said.append) as bed:
-        result = bed.run(["sh", "-ec", script], timeout=300)
+        result = bed.run(["sh", "-ec", script], timeout=PATIENCE)
         assert result.status == 0, result
         status = bed.status()
         assert status and not status["shares"] and status["writable"] == [str(out)]
@@ -86,7 +86,7 @@ def test_an_idle_l1_costs_nothing(l1: L1) -> None:
 def test_a_frozen_l1_is_ended(built: None) -> None:
     """The kernel of L1 panics: no agent answers any more, and no time-out inside fires."""
     with Testbed(cpu="intel") as bed, pytest.raises(TestbedError, match="Kernel panic"):
-        bed.run(["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000"], timeout=300)
+        bed.run(["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000"], timeout=PATIENCE)
 
 
 # --- bare-metal guests ----------------------------------------------------------------------------
@@ -165,7 +165,6 @@ def test_ten_switches_under_tcp_and_ping(l1: L1) -> None:
         done
         {PYVMM} exec --host local sw -- killall -INT ping
         """,
-        timeout=1800,
     )
     out = l1.sh("cd /tmp; until grep 'packet loss' log; do sleep 0.2; done; cat log")
     assert re.search(r"(\d+) packets transmitted, \1 packets received", out), out

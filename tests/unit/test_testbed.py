@@ -345,6 +345,10 @@ class Sleeper(Machine):
     def __init__(self) -> None:
         super().__init__({"memory": 0}, print)
         self.told: list[bool] = []
+        self.time = 100.0
+
+    def clock(self) -> float:
+        return self.time
 
     def rest(self, on: bool) -> None:
         self.told.append(on)
@@ -378,12 +382,16 @@ def test_a_restless_machine_rests_between_commands(watched: Clients) -> None:
 
 
 def test_silence_is_a_hang(watched: Clients) -> None:
+    machine = watched.machine
+    assert isinstance(machine, Sleeper)
     watched.channels[1] = None
     watched.watch(101.0)
-    watched.watch(130.0)
+    machine.time = 130.0
+    watched.watch(1000.0)
     assert len(watched.sent) == 1, "it is asked again only when it has answered"
+    machine.time = 130.1
     with pytest.raises(TestbedError, match="L1 hung: no sign of life for 30 s"):
-        watched.watch(130.1)
+        watched.watch(1000.0)
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,31 @@ def test_a_panic_ends_l1() -> None:
     assert l1.trouble(said) == "", "the call trace is still to come"
     said += b"[ 1.0] ---[ end Kernel panic - not syncing: No init found. ]---"
     assert l1.trouble(said) == "Kernel panic - not syncing: No init found."
+
+
+@pytest.mark.usefixtures("there")
+def test_its_silence_is_measured_in_processor_time() -> None:
+    l1 = Intel(OPTIONS, print)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    idle = subprocess.Popen(["sleep", "1000"])
+    try:
+        for process, name in ((busy, "Bochs"), (idle, "Bochs")):
+            l1.processes = {process: name}
+            start, until = l1.clock(), time.monotonic() + 60
+            if process is idle:
+                time.sleep(0.5)
+                assert l1.clock() - start < 0.25, "a twentieth"
+            while process is busy and l1.clock() - start < 0.5:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        busy.kill()
+        busy.wait()
+        l1.processes = {busy: "Bochs"}
+        assert l1.clock() > 0, "also when it has ended"
+    finally:
+        for process in (busy, idle):
+            process.kill()
+            process.wait()
 
 
 def test_what_is_missing_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
