@@ -325,6 +325,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.trace_kernel and args.trace is None and args.explain is None:
         raise UsageError("--trace-kernel without --trace or --explain", "add one of them")
+    if args.trace_kernel and args.sandbox == "on":
+        raise UsageError(
+            "--trace-kernel and --sandbox on", "the kernel's trace is read at the end: leave one out"
+        )
     if args.json == "-" and args.report == "-":
         raise UsageError("--json - and --report - both write to stdout", "give one a file")
     if args.budget:
@@ -665,7 +669,7 @@ class _Run:
             add=args.add,
             modules=args.modules,
             stdin=0 if args.feed else None,
-            sandbox=args.sandbox,
+            sandbox="off" if args.trace_kernel else args.sandbox,
         ) as machine:
             self.machine = machine
             for note in machine.notes:
