@@ -327,7 +327,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--trace-kernel without --trace or --explain", "add one of them")
     if args.trace_kernel and args.sandbox == "on":
         raise UsageError(
-            "--trace-kernel and --sandbox on", "the kernel's trace is read at the end: leave one out"
+            "--trace-kernel and --sandbox on",
+            "the kernel's trace is read at the end: leave one out",
         )
     if args.json == "-" and args.report == "-":
         raise UsageError("--json - and --report - both write to stdout", "give one a file")
