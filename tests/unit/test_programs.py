@@ -78,10 +78,10 @@ def test_our_own_back_end(enemys: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pyvmm.netopt import Net\n"
-        "import subprocess, pyvmm.backend.process as p\n"
-        "from pyvmm.programs import distrust_current_directory\n"
+        "import subprocess\n"
+        "from pyvmm.programs import distrust_current_directory, module\n"
         "distrust_current_directory()\n"
-        "sys.exit(subprocess.run(p.module('pyvmm.backend.process')).returncode)\n"
+        "sys.exit(subprocess.run(module('pyvmm.backend.process')).returncode)\n"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, str(ROOT)], capture_output=True, text=True, timeout=60
