@@ -41,6 +41,8 @@ REASONS = {
     ("docs/flows.md", "pyvmm run --net MODE"): "MODE is a placeholder",
     ("docs/images.md", "pyvmm image build"): "downloads a kernel",
     ("docs/images.md", "I=~/.cache"): "a console of QEMU, see tests/unit/test_images.py",
+    ("docs/ladder.md", "pyvmm compare"): "takes minutes per command, see test_ladder",
+    ("docs/ladder.md", "sudo tools/measure-here.sh"): "measures a real machine, as root",
     ("docs/matrix.md", "pyvmm image build"): "downloads a kernel, and boots eight guests",
     ("docs/devices.md", "qemu-storage-daemon"): "runs in the testbed only, see test_vu_any",
     ("docs/disk.md", "pyvmm run --disk base"): "needs the reader's images, see test_disk",
