@@ -29,7 +29,11 @@ class Injection(EventFd):
         self.inject: Any = ffi.gc(made, lib.pv_inject_free)
 
     def nudge(self) -> None:
-        """Raise the interrupt. Any thread."""
+        """Raise the interrupt. Any thread.
+
+        :raises ValueError: it has been closed.
+        """
+        self.fileno()
         lib.pv_inject(self.inject)
 
     def to_message(self, address: int, data: int) -> None:
