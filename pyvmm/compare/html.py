@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pyvmm.compare import svg
 from pyvmm.compare.counters import CAUSES, ROLES
-from pyvmm.compare.ladder import COLUMNS
+from pyvmm.compare.ladder import COLUMNS, step_text
 from pyvmm.compare.stats import (
     BY_KEY,
     DIFFERS,
@@ -131,6 +131,7 @@ def measure_plot(
 ) -> str:
     """One measure of each mode, with its range."""
     figures, measure = Figures(document), BY_KEY[key]
+    gained = {(s["rung"], s["workload"], s["measure"]): s for s in document.get("ladder", ())}
     rows = []
     for mode in document["modes"]:
         entry = figures.get(workload, mode["name"], key)
@@ -138,7 +139,8 @@ def measure_plot(
             rows.append(svg.Bar(mode["name"], [], "", missing=_missing(mode)))
             continue
         # Of a ladder the step from one rung to the next counts, not that from the first.
-        sign = "" if "ladder" in document else noise_sign(entry)
+        step = gained.get((mode["name"], workload, key))
+        sign = f"  {step_text(step)}" if gained else noise_sign(entry)
         text = number(entry["median"]) + sign
         parts = [(kind, entry["median"], f"{cell(entry)} {measure.unit}")]
         rows.append(svg.Bar(mode["name"], parts, text, (entry["min"], entry["max"])))
