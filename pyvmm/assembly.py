@@ -91,8 +91,8 @@ COMMAND_FILE = "/etc/pyvmm.cmd"
 SHARES_FILE, PLACE_FILE = "/etc/pyvmm.shares", "/etc/pyvmm.place"
 USER_FILE, INIT_FILE = "/etc/pyvmm.user", "/etc/pyvmm.init"
 #: Parameters for systemd as the guest's init: the tree's disks are not there, and nobody answers
-#: the questions of a first boot.
-SYSTEMD_CMDLINE = "fstab=no systemd.firstboot=no"
+#: the questions of a first boot. The images' ``quiet`` is not for systemd.
+SYSTEMD_CMDLINE = "fstab=no systemd.firstboot=no systemd.show_status=yes"
 INIT_TEXT = b" as init process"  # "Run /init as init process": the kernel's last word before init
 
 

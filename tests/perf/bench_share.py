@@ -154,19 +154,21 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--memory", type=int, default=512, help="of the guest, in MB")
+    parser.add_argument("--no-boots", dest="boots", action="store_false", help="only the share")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {}
 
     def note(name: str, figures: dict[str, float]) -> None:
         results.setdefault(name, []).append(figures)
+        told = ", ".join(f"{step} {value:.2f} s" for step, value in figures.items())
+        print(f"{name}: {told}", file=sys.stderr, flush=True)
 
     try:
         runners = contestants(args)
         mine = runners["pyvmm"][: runners["pyvmm"].index("run")]
-        for number in range(args.rounds):
+        for _ in range(args.rounds):
             for name, argv in runners.items():
-                print(f"round {number + 1}/{args.rounds}: {name}", file=sys.stderr, flush=True)
                 if name == "qemu":
                     with served():
                         note(name, timed(argv))
@@ -174,8 +176,7 @@ def main() -> int:
                     note(name, timed(argv))
                 for path in SHARED.iterdir():
                     path.unlink()
-            for name, argv in boots(mine).items():
-                print(f"round {number + 1}/{args.rounds}: {name}", file=sys.stderr, flush=True)
+            for name, argv in boots(mine).items() if args.boots else ():
                 began = time.monotonic()
                 subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, capture_output=True)
                 note(name, {"run": time.monotonic() - began})
