@@ -95,7 +95,7 @@
 #define UNIT	     "pyvmm-command.service" /* of systemd, which runs the command */
 #define UNITS	     "/run/systemd/system"
 #define UNIT_NEEDS   "/run/pyvmm" /* the directory of what the unit needs */
-#define VIRTIO_BLOCK "0x0002\n" /* the id of disks, in sysfs */
+#define VIRTIO_BLOCK "0x0002\n"	  /* the id of disks, in sysfs */
 #define PAGE_SIZE    4096
 #define CHANNEL_SIZE (CHANNEL_PAGES * PAGE_SIZE)
 #define DLE	     0x10

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 from pyvmm.errors import TestbedError
@@ -328,8 +329,6 @@ def _python_inputs() -> Iterator[str]:
 
 def _distributions() -> Iterator[list[str]]:
     """The files of each package in ``PACKAGES``, and of those that they need."""
-    from importlib import metadata
-
     left, seen = list(PACKAGES), set()
     while left:
         name = re.sub(r"[-_.]+", "-", left.pop()).lower()
