@@ -9,7 +9,7 @@
 # Exit status: that of pyvmm compare; 2 for bad usage.
 set -eu
 
-rounds=5 seconds=1.5 host=local dry='' out=''
+rounds=4 seconds=1.5 host=local dry='' out=''
 usage() {
     sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
+import subprocess
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from pyvmm import cli
+from pyvmm.cli import compare
 from pyvmm.compare import html, ladder, plan, schema, stats
 from pyvmm.errors import UsageError
 from pyvmm.netopt import Net
@@ -161,3 +164,30 @@ def test_a_plan_of_rungs_runs_what_the_ladder_measures() -> None:
     p = plan.Plan(rungs=ladder.choose("mmio,batch"), workloads=",".join(ladder.WORKLOADS))
     assert p.ladder and [m.name for m in p.modes] == ["mmio", "batch"]
     assert p.servers() == ["tcp-tx", "tcp-rx", "pps-tx", "pps-rx"]
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools/measure-here.sh"
+
+
+def test_the_script_for_a_real_machine_shows_what_it_would_do(tmp_path: Path) -> None:
+    """It runs this checkout's pyvmm wherever the shell stands, with options that exist."""
+    done = subprocess.run(
+        [SCRIPT, "--dry-run", "--rounds", "2", "here"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "") and not list(tmp_path.iterdir())
+    lines = done.stderr.splitlines()
+    assert lines[0] == "+ mkdir here" and "+ modprobe -q vhost_net" in lines
+    words = lines[-1].split(" -m pyvmm ")[1].split()
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    args = parser.parse_args(words[1:])
+    assert words[0] == "compare" and args.ladder and (args.repeat, args.host) == (2, "local")
+    assert (args.json, args.svg) == ("here/ladder.json", "here/ladder.svg")
+
+
+@pytest.mark.parametrize("argv", [["--host", "mars"], ["--fast"], ["a", "b"], ["."]])
+def test_the_script_refuses_nonsense(argv: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [SCRIPT, "--dry-run", *argv], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr and not list(tmp_path.iterdir())
