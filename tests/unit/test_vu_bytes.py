@@ -437,8 +437,8 @@ def test_our_front_end_says_these_bytes(tmp_path: Path, padded: bool) -> None:
             + u64(0),
         ),
         head(14, 1, u64(1)),  # SET_VRING_ERR
-        head(12, 1, u64(1)),  # SET_VRING_KICK
         head(13, 1, u64(1)),  # SET_VRING_CALL
+        head(12, 1, u64(1)),  # SET_VRING_KICK
         head(18, 9, state(1, 1)),  # SET_VRING_ENABLE
         head(39, 1, u64(15)),  # SET_STATUS
         *ask,
