@@ -186,7 +186,7 @@ def main() -> int:
         {name: rows for name, rows in results.items() if name in ("pyvmm", "qemu")},
         {name: rows for name, rows in results.items() if name not in ("pyvmm", "qemu")},
     ]
-    for part in report:
+    for part in filter(None, report):
         show(part)
     if args.json:
         Path(args.json).write_text(json.dumps({"argv": runners, "rounds": results}, indent=1))
