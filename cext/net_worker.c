@@ -916,7 +916,7 @@ static void rx_resume(struct pv_net_worker *w)
 	w->rx_waiting = w->fd_muted = false;
 }
 
-/* Give each direction a turn; a vCPU that kicks only transmits. Returns whether there is more to do. */
+/* Give each direction a turn; a vCPU that kicks only transmits. Returns whether there is more. */
 static bool net_round(struct pv_net_worker *w)
 {
 	bool more = false;
