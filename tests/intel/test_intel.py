@@ -20,7 +20,7 @@ from tests.intel.conftest import L1, PATIENCE, ROOT
 PYVMM = f"{sys.executable} -m pyvmm"
 #: Guests that spin with interrupts disabled: Bochs freezes L1.
 FREEZE = (
-    "tests/host/test_guests.py::test_every_kick_is_answered_and_none_leaves_a_busy_loop[spinning]",
+    "tests/host/test_transport.py::test_every_kick_is_answered_and_none_leaves_a_busy_loop[spinning]",
 )
 DESELECT = [f"--deselect={name}" for name in FREEZE]
 #: What says most in a minute: long mode, every end, several processors, timers, counted exits.
@@ -94,11 +94,11 @@ def test_a_frozen_l1_is_ended(built: None) -> None:
 
 @pytest.mark.intel_quick
 def test_some_guests(l1: L1) -> None:
-    l1.pytest("tests/host/test_guests.py", "-k", SOME, *DESELECT)
+    l1.pytest("tests/host/test_guests.py", "-k", SOME)
 
 
 def test_guests(l1: L1) -> None:
-    l1.pytest("tests/host/test_guests.py", "-k", "not dpdk", *DESELECT)  # no DPDK has travelled
+    l1.pytest("tests/host/test_guests.py", "-k", "not dpdk")  # no DPDK has travelled
 
 
 @pytest.mark.parametrize("name", ["ledger", "testdev", "trace", "transport", "verdicts"])
@@ -112,13 +112,13 @@ def test_guests_without(l1_of: Callable[..., L1], option: str) -> None:
     l1 = l1_of(option, kvm=[option])
     name = option.partition("=")[0]
     assert l1.sh(f"cat /sys/module/kvm_intel/parameters/{name}") == "N\n"
-    l1.pytest("tests/host/test_guests.py", "-k", SOME, *DESELECT)
+    l1.pytest("tests/host/test_guests.py", "-k", SOME)
 
 
 def test_guests_under_linux_6_12(l1_of: Callable[..., L1]) -> None:
     l1 = l1_of("6.12", kernel="6.12")
     assert l1.sh("uname -r").startswith("6.12.")
-    l1.pytest("tests/host/test_guests.py", "-k", SOME, *DESELECT)
+    l1.pytest("tests/host/test_guests.py", "-k", SOME)
     ping(l1, "vhost-net")
 
 
