@@ -760,8 +760,10 @@ static int confine_calls(struct sock_filter *f, size_t n, int event, int status,
 	n = trap_unless(f, n, SYS_clone, BPF_JSET, CLONE_THREAD);
 	n = trap_unless(f, n, SYS_tgkill, BPF_JEQ, (uint32_t)getpid());
 	n = trap_unless(f, n, SYS_kill, BPF_JEQ, (uint32_t)getpid());
-	/* Limits of this process only. */
+	/* Of this process only. A VMM also pins the kernel's threads, by its list. */
 	n = trap_unless(f, n, SYS_prlimit64, BPF_JEQ, 0);
+	n = trap_unless(f, n, SYS_sched_setaffinity, BPF_JEQ, 0);
+	n = trap_unless(f, n, SYS_sched_getaffinity, BPF_JEQ, 0);
 	/* The name of a thread, and PR_SET_NO_NEW_PRIVS before a thread's own filter. */
 	n = trap_unless(f, n, SYS_prctl, BPF_JGE, PR_SET_NAME);
 	f[n++] = answer(SECCOMP_RET_TRAP);
