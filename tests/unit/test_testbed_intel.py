@@ -74,7 +74,9 @@ def test_an_untrusted_l1_writes_nowhere_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"x", gzip.compress(b"no archive" * 200), packed(("a", REGULAR))[:-20]]
+    "data",
+    [b"x", gzip.compress(b"no archive" * 200), packed(("a", REGULAR))[:-20]],
+    ids=["no gzip", "no archive", "cut"],  # the bytes have the time in them
 )
 def test_a_damaged_archive_is_told(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(TestbedError):
