@@ -202,15 +202,16 @@ class GuestMemory:
         """
         if self._settled:
             return
-        try:
-            self._map.madvise(lib.MADV_POPULATE_WRITE)
-        except OSError as e:
-            if e.errno != errno.EINVAL:  # not before Linux 5.14, where the order is the guest's
+        for r in self.regions:
+            # Not by ``mmap``, which would have all threads of Python wait.
+            if lib.madvise(ffi.cast("void *", r.host), r.size, lib.MADV_POPULATE_WRITE):
+                if ffi.errno == errno.EINVAL:
+                    return  # before Linux 5.14: the order is the guest's
                 raise MemoryShort(
-                    f"cannot get {self.size >> 20} MiB for the guest at once: {e.strerror}",
+                    f"cannot get {self.size >> 20} MiB for the guest at once:"
+                    f" {os.strerror(ffi.errno)}",
                     "lower --memory",
-                ) from e
-            return
+                )
         self._settled = True
 
     def zero(self) -> None:
