@@ -273,8 +273,20 @@ def _header(path: str, inode: int, links: int, size: int, entry: Entry) -> bytes
 # --- what an initrd holds -------------------------------------------------------------------------
 
 
+class _Content:
+    """Where the content of a file is: a file of the host, the offset there, and bytes."""
+
+    __slots__ = ("at", "path", "size")
+
+    def __init__(self, path: str) -> None:
+        self.path, self.at, self.size = path, 0, 0
+
+
 class Listing:
     """What is in the archives of an initrd, as far as they are not compressed.
+
+    Names of one inode have the same content, as Linux unpacks them: that of the last one that has
+    any. GNU cpio and busybox write it once.
 
     :ivar modes: type and permissions by path, without the first slash.
     :ivar links: the targets of symbolic links. :ivar complete: whether everything could be read.
@@ -284,7 +296,7 @@ class Listing:
         self.modes: dict[str, int] = {}
         self.links: dict[str, str] = {}
         self.complete = True
-        self._data: dict[str, tuple[str, int, int]] = {}  # file of the host, offset, size
+        self._data: dict[str, _Content] = {}  # of regular files
 
     def add(self, path: str) -> None:
         """List the archives in one file of the host. A file that cannot be read, or is no archive,
@@ -303,6 +315,7 @@ class Listing:
 
     def _scan(self, path: str, data: mmap.mmap) -> None:
         at, size = 0, len(data)
+        inodes: dict[tuple[int, ...], _Content] = {}  # of the archive, if they may have more names
         while at < size:
             if data[at : at + 6] != MAGIC:
                 if any(data[at : at + 4]):  # compressed from here on
@@ -315,32 +328,48 @@ class Listing:
                 raise ValueError("no header of an archive")
             fields = [int(data[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]
             mode, length, named = fields[1], fields[6], fields[11]
+            inode = fields[0], fields[7], fields[8]  # with the numbers of the device
             name = data[at + HEADER : at + HEADER + named - 1]
             at += -(-(HEADER + named) // 4) * 4
-            if name != TRAILER.encode():
-                self._entry(path, data, at, os.fsdecode(name), mode, length)
+            if at + length > size:
+                raise ValueError("the content of a file is cut off")
+            if name == TRAILER.encode():
+                inodes.clear()
+            else:
+                content = _Content(path)
+                if fields[4] > 1 and stat.S_ISREG(mode):
+                    content = inodes.setdefault(inode, content)
+                self._entry(content, data, at, os.fsdecode(name), mode, length)
             at += -(-length // 4) * 4
 
     def _entry(
-        self, path: str, data: mmap.mmap, at: int, name: str, mode: int, length: int
+        self, content: _Content, data: mmap.mmap, at: int, name: str, mode: int, length: int
     ) -> None:
         name = os.path.normpath("/" + name).lstrip("/")
         self.modes[name] = mode
         self.links.pop(name, None)
+        self._data.pop(name, None)
         if stat.S_ISLNK(mode):
             self.links[name] = os.fsdecode(data[at : at + length])
         elif stat.S_ISREG(mode):
-            self._data[name] = path, at, length
+            if length:
+                content.at, content.size = at, length
+            self._data[name] = content
+
+    def size(self, path: str) -> int:
+        """Bytes of a file; 0 if there is none."""
+        path = self.resolve(path)
+        return self._data[path].size if path in self._data else 0
 
     def read(self, path: str) -> bytes | None:
         """The content of a file; None if there is none."""
         path = self.resolve(path)
-        if path not in self._data or not stat.S_ISREG(self.modes[path]):
+        if path not in self._data:
             return None
-        file, at, length = self._data[path]
-        with open(file, "rb") as f:
-            f.seek(at)
-            return f.read(length)
+        content = self._data[path]
+        with open(content.path, "rb") as f:
+            f.seek(content.at)
+            return f.read(content.size)
 
     def has(self, path: str) -> bool:
         """Whether there is something at ``path``."""

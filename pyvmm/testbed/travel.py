@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 MARK = "/run/pyvmm/mark"
 #: Bytes of the files of one command, unpacked.
 MOST = 1 << 30
+# busybox' find compares whole seconds: we wait until a new file counts as newer than the mark. The
+# clock of L1's files decides, which lags behind other clocks.
+DEPART = """
+touch {mark} || exit
+until touch {mark}.now || exit; [ -n "$(find {mark}.now -newer {mark})" ]; do sleep 0.1; done
+"""
 # busybox' tar takes no list of names.
 PACK = """
 for d; do [ ! -d "$d" ] || find "$d" -type f -newer {mark}; done >{mark}.names
@@ -36,11 +42,15 @@ gzip -c {mark}.cpio
 
 
 def departure(run: Run, mark: str) -> None:
-    """Note the time in L1.
+    """Note the time in L1. This takes up to a second, so that every file that is written
+    afterwards comes back, and none that was written before.
 
     :param run: runs a command in L1. :param mark: a word that no other command has.
+    :raises TestbedError: L1 cannot note it.
     """
-    run(["touch", f"{MARK}.{mark}"])
+    noted = run(["sh", "-c", DEPART.format(mark=f"{MARK}.{mark}")])
+    if noted.status:
+        raise TestbedError(f"L1 cannot note the time: {noted.err.strip()[-200:]}")
 
 
 def arrival(run: Run, mark: str, directories: Sequence[str]) -> list[str]:
@@ -60,8 +70,8 @@ def unpack(packed: bytes, directories: Sequence[str]) -> list[str]:
 
     :param directories: without symbolic links in their paths.
     :returns: the paths of the files.
-    :raises TestbedError: the archive is damaged or too large, or a file is not in ``directories``
-        or cannot be written.
+    :raises TestbedError: the archive is damaged, the files are too large, or one of them is not in
+        ``directories`` or cannot be written.
     """
     if not packed:
         return []
@@ -70,7 +80,7 @@ def unpack(packed: bytes, directories: Sequence[str]) -> list[str]:
         stream = zlib.decompressobj(31)  # gzip
         data = stream.decompress(packed, MOST + 1)
         if len(data) > MOST:
-            raise TestbedError(f"L1 sends more than {MOST >> 20} MiB", "let less come back")
+            raise _too_much()
         if not stream.eof:
             raise TestbedError("the files of L1 do not come back: they are cut off")
         with tempfile.NamedTemporaryFile() as archive:
@@ -81,15 +91,22 @@ def unpack(packed: bytes, directories: Sequence[str]) -> list[str]:
             if not listing.complete:
                 raise TestbedError("the files of L1 do not come back: they are damaged")
             for name, mode in listing.modes.items():
-                path = f"/{name}"
-                _check(path, mode, directories)
+                _check(f"/{name}", mode, directories)
+            # Each name of a hard link becomes a file of its own.
+            if sum(map(listing.size, listing.modes)) > MOST:
+                raise _too_much()
+            for name, mode in listing.modes.items():
                 content = listing.read(name)
-                assert content is not None
-                _write(path, content, mode)
-                paths.append(path)
+                assert content is not None  # there are only regular files
+                _write(f"/{name}", content, mode)
+                paths.append(f"/{name}")
     except (zlib.error, OSError) as e:
         raise TestbedError(f"the files of L1 do not come back: {e}") from e
     return paths
+
+
+def _too_much() -> TestbedError:
+    return TestbedError(f"L1 sends more than {MOST >> 20} MiB", "let less come back")
 
 
 def _check(path: str, mode: int, directories: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ def test_an_untrusted_l1_writes_nowhere_else(tmp_path: Path) -> None:
     ):
         with pytest.raises(TestbedError, match="L1 sends"):
             travel.unpack(packed((name, mode)), [str(out)])
+    # Also a link that comes behind the file whose path leads over it.
+    late = packed((f"{out}/a/x", REGULAR), (f"{out}/b/../a", stat.S_IFLNK | 0o777))
+    with pytest.raises(TestbedError, match="L1 sends"):
+        travel.unpack(late, [str(out)])
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["other", "out", "way"]
 
 
@@ -89,28 +94,85 @@ def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         travel.unpack(packed((f"{tmp_path}/a", REGULAR)), [str(tmp_path)])
 
 
-def test_only_what_a_command_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script of L1, run here, by its busybox."""
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], Result]:
+    """Runs the scripts of L1 here, by its busybox."""
     monkeypatch.setattr(travel, "MARK", str(tmp_path / "mark"))
+    applets = tmp_path / "applets"
+    applets.mkdir()
+    for name in ("sh", "touch", "find", "sleep", "cpio", "gzip", "cat", "rm"):
+        (applets / name).symlink_to(assets.busybox())
+
+    def call(argv: Sequence[str]) -> Result:
+        done = subprocess.run(
+            [str(applets / argv[0]), *argv[1:]], env={"PATH": str(applets)}, capture_output=True
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+def test_only_what_a_command_has_changed(
+    tmp_path: Path, run: Callable[[Sequence[str]], Result]
+) -> None:
+    """Files of the same second before the mark stay, and those behind the mark come back."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "before").write_text("as it was")
-    os.utime(out / "before", (1, 1))
-
-    def run(argv: object) -> Result:
-        command = [assets.busybox(), *argv]  # type: ignore[misc]
-        done = subprocess.run(command, capture_output=True)
-        return Result(done.returncode, done.stdout, done.stderr)
-
+    before = (out / "before").stat()
     travel.departure(run, "7")
-    mark = tmp_path / "mark.7"
-    os.utime(mark, (1e9, 1e9))
     (out / "by the command").write_text("result")
     (out / "by the command").chmod(0o640)
     missing = str(tmp_path / "nowhere")
     assert travel.arrival(run, "7", [str(out), missing]) == [str(out / "by the command")]
     assert not list(tmp_path.glob("mark*"))
-    assert (out / "before").read_text() == "as it was"
+    assert (out / "before").stat().st_ino == before.st_ino
+
+
+def test_a_mark_that_cannot_be_made_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[[Sequence[str]], Result]
+) -> None:
+    monkeypatch.setattr(travel, "MARK", str(tmp_path / "nowhere/mark"))
+    with pytest.raises(TestbedError, match="cannot note the time"):
+        travel.departure(run, "7")
+
+
+def test_all_names_of_a_hard_link_come_back(
+    tmp_path: Path, run: Callable[[Sequence[str]], Result]
+) -> None:
+    """busybox packs the content with one of them."""
+    out = tmp_path / "out"
+    out.mkdir()
+    travel.departure(run, "7")
+    (out / "a").write_text("content")
+    for name in ("b", "c"):
+        (out / name).hardlink_to(out / "a")
+    (out / "empty").touch()
+    (out / "nothing").hardlink_to(out / "empty")
+    assert len(travel.arrival(run, "7", [str(out)])) == 5
+    assert {p.name: p.read_text() for p in out.iterdir()} == {
+        **dict.fromkeys("abc", "content"),
+        **dict.fromkeys(("empty", "nothing"), ""),
+    }
+
+
+def test_names_of_a_hard_link_are_not_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small archive would fill this machine's disk."""
+    source = tmp_path / "source"
+    source.write_bytes(bytes(100_000))
+    for i in range(9):
+        (tmp_path / f"link{i}").hardlink_to(source)
+    archive = Archive()
+    for i in range(10):
+        entry = Entry(REGULAR, source=HostFile(str(source)))
+        archive.entries[f"{tmp_path}/out/{i}".lstrip("/")] = entry
+    layers.write(archive, str(tmp_path / "archive"))
+    monkeypatch.setattr(travel, "MOST", 500_000)
+    with pytest.raises(TestbedError, match="more than"):
+        travel.unpack(gzip.compress((tmp_path / "archive").read_bytes()), [str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 # --- what travels ---------------------------------------------------------------------------------
