@@ -5,14 +5,12 @@ debootstrap with systemd alone. Of systemd's own units, it starts those of basic
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from pathlib import Path
 
 from pyvmm.errors import PyvmmError
 from pyvmm.host.apt import Apt, unpack
-from pyvmm.host.paths import cache_root
+from pyvmm.testbed import assets
 
 PACKAGES = ("systemd", "busybox-static")
 DIRECTORIES = (
@@ -46,22 +44,28 @@ FILES = {
 LINKS = ("sh", "cat", "echo", "sleep", "test", "id", "head", "grep", "mount", "umount", "sulogin")
 
 
-def root() -> Path:
-    """Where it is unpacked."""
-    return Path(cache_root()) / "tree" / "root"
+#: Directories of a merged /usr. Packages of Debian 12 have some of them at the root as well; those
+#: of Debian 13 have none.
+MERGED = ("bin", "sbin", "lib", "lib64")
 
 
 def fetch() -> Path:
-    """Unpack it into the cache, unless it is there; returns its root.
+    """Unpack it into the cache, unless it is there; returns its root. It is removed when no test
+    has used it for some time.
 
     :raises PyvmmError: apt fails.
     """
-    if root().is_dir():
-        return root()
-    fresh = root().with_name(f"root.{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
+    inputs = [PACKAGES, DIRECTORIES, FILES, LINKS, MERGED]
+    kept = assets.kept("tree", inputs, lambda into: _make(Path(into, "root")), _say)
+    return Path(kept, "root")
 
-    apt = Apt(progress=lambda line: print(f"tree: {line}", file=sys.stderr))
+
+def _say(line: str) -> None:
+    print(f"tree: {line}", file=sys.stderr)
+
+
+def _make(fresh: Path) -> None:
+    apt = Apt(progress=_say)
     # All libraries, because those that lie in a directory of systemd's need others.
     libraries = [name for name in apt.closure(PACKAGES) if name.startswith(("lib", "zlib"))]
     for deb in apt.download(apt.resolve([*PACKAGES, *libraries])):
@@ -78,10 +82,9 @@ def fetch() -> Path:
         link = busybox.with_name(name)
         if not link.exists():
             link.symlink_to("busybox")
-    if not (fresh / "bin").exists():
-        (fresh / "bin").symlink_to("usr/bin")
-    fresh.rename(root())
-    return root()
+    for name in MERGED:
+        if not (fresh / name).exists() and (fresh / "usr" / name).is_dir():
+            (fresh / name).symlink_to(f"usr/{name}")
 
 
 if __name__ == "__main__":

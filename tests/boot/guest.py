@@ -192,6 +192,13 @@ class Run:
         check_report(report)
         return report
 
+    def wait_for(self, path: Path, timeout: float = PATIENCE) -> None:
+        """Wait for a file, which the guest or its machine makes; fail if the run ends before."""
+        self.host.wait_until(
+            lambda: path.exists() or self.status is not None, lambda: repr(self), timeout
+        )
+        assert path.exists(), f"ended before {path} was there: {self!r}"
+
     def __enter__(self) -> Self:
         return self
 

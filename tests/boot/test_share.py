@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,9 +98,9 @@ def test_files_in_and_out_and_a_virtiofsd_that_dies(host: Host, tmp_path: Path) 
     verdict = tmp_path / "verdict"
     args = ["--net", "none", "--share", f"{cases}:/cases", "--share", f"{work}:rw"]
     with Run(host, *args, "--json", str(verdict), "--", "sh", "-c", SCRIPT, wrapper=enter) as run:
-        host.wait_until((here / "ask").exists, lambda: run.out + run.err, LONG)
+        run.wait_for(here / "ask", LONG)
         assert host.run("sh", "-ec", change, str(here)).status == 0
-        host.wait_until((here / "ready").exists, lambda: run.out + run.err, LONG)
+        run.wait_for(here / "ready", LONG)
         assert processes(host, cases)
         host.sh(f"kill -9 {processes(host, work)}")
         assert run.wait(LONG) == 131, run.out + run.err
@@ -176,15 +177,23 @@ def test_the_host_s_root_for_one_of_its_users(host: Host, tmp_path: Path) -> Non
 
 @pytest.fixture
 def rust(host: Host) -> Iterator[str]:
-    """The virtiofsd in Rust, of Debian 13 with its own libraries, at its place in the testbed."""
+    """The virtiofsd in Rust, at its place in the testbed: the one that is there, or else that of
+    Debian 13 with its own libraries.
+    """
+    if host.run("test", "-e", virtiofsd.RUST).status == 0:
+        told = host.run(virtiofsd.RUST, "--version")
+        assert told.status == 0, told
+        yield told.out + told.err
+        return
     root = Path(cache_root()) / "tree" / "virtiofsd"
     if not root.is_dir():
         apt = Apt("trixie")
         names = ["virtiofsd", *(n for n in apt.closure(["virtiofsd"]) if n.startswith("lib"))]
         apt.install(names, root)
     libraries = f"{root}/usr/lib/x86_64-linux-gnu"
-    loader = f"{libraries}/ld-linux-x86-64.so.2 --library-path {libraries}"
-    script = f'#!/bin/sh\nexec {loader} {root}{virtiofsd.RUST} "$@"\n'
+    loader = [f"{libraries}/ld-linux-x86-64.so.2", "--library-path", libraries]
+    command = shlex.join([*loader, f"{root}{virtiofsd.RUST}"])
+    script = f'#!/bin/sh\nexec {command} "$@"\n'
     install = (
         'mkdir -p "$(dirname "$0")" && printf %s "$1" >"$0" && chmod 755 "$0" && "$0" --version'
     )
