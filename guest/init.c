@@ -2207,6 +2207,7 @@ static void __attribute__((noreturn)) become_tree_init(int signals, char **argv)
 		if (!fork()) {
 			setsid();
 			beside = true;
+			set_environment(); /* which the sessions inherit */
 			open_channel();
 			if (channel)
 				supervise(0, signals, -1, -1);

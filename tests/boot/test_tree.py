@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyvmm.host.paths import cache_root
+from pyvmm.testbed.assets import busybox
 from tests.boot.guest import PATIENCE, PYVMM, Run
 from tests.tree import fetch
 
 if TYPE_CHECKING:
+    from pyvmm.testbed.testbed import Result
     from tests.boot.guest import Host
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -102,6 +104,31 @@ def test_a_whole_debian(host: Host, tmp_path: Path) -> None:
     assert run.status == 3, run.out + run.err
     assert run.out.splitlines()[:5] == ["running", "systemd", "/root", "0", "input"], run.out
     assert "ActiveState=active" in run.out
+
+
+def test_a_command_beside_another_init(host: Host, tmp_path: Path) -> None:
+    """It has the same environment as elsewhere."""
+    for name in ("dev", "proc", "sys", "tmp", "run", "sbin", "bin"):
+        (tmp_path / name).mkdir()
+    shutil.copy(busybox(), tmp_path / "bin/busybox")
+    for name in ("sh", "sleep", "env"):
+        (tmp_path / "bin" / name).symlink_to("busybox")
+    (tmp_path / "sbin/init").write_text("#!/bin/sh\nexec sleep 100000\n")
+    (tmp_path / "sbin/init").chmod(0o755)
+    args = ["--net", "none", "--root", str(tmp_path), "--init", "/sbin/init", "--name", "tree1"]
+    told: list[Result] = []
+    with Run(host, *args) as run:
+
+        def answered() -> bool:
+            told.append(host.run(*PYVMM, "exec", "--host", "local", "tree1", "--", "env"))
+            return told[-1].status == 0 or run.status is not None
+
+        host.wait_until(answered, lambda: f"{told[-1]!r}\n{run!r}", BOOT_S)
+        assert told[-1].status == 0, f"{told[-1]!r}\n{run!r}"
+    variables = dict(line.split("=", 1) for line in told[-1].out.splitlines())
+    assert variables["PATH"] == "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    assert (variables["HOME"], variables["USER"]) == ("/root", "root")
+    assert variables["LANG"] == "C.UTF-8"
 
 
 def test_an_init_that_cannot_be_run(host: Host, tmp_path: Path) -> None:
