@@ -157,10 +157,11 @@ def kernels() -> list[Kernel]:
     return sorted(found.values(), key=lambda k: qemu.version(k.version), reverse=True)
 
 
-def find_kernel(version: str | None) -> Kernel:
+def find_kernel(version: str | None, setup: str = SETUP_HINT) -> Kernel:
     """The newest kernel whose version starts with ``version``. If ``version`` is None, 6.1 is
     preferred to other versions.
 
+    :param setup: the remedy, which fetches 6.1.
     :raises TestbedError: there is no such kernel.
     """
     have = kernels()
@@ -168,7 +169,7 @@ def find_kernel(version: str | None) -> Kernel:
         for k in have:
             if k.version == wanted or k.version.startswith(f"{wanted}.") or not wanted:
                 return k
-    hint = f"run: pyvmm testbed setup{f' --kernel-version {version}' if version else ''}"
+    hint = f"{setup}{f' --kernel-version {version}' if version else ''}"
     raise TestbedError(f"there is no Debian cloud kernel{f' {version}' if version else ''}", hint)
 
 

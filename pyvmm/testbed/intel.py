@@ -106,7 +106,7 @@ class Intel(Machine):
             )
         if self.memory > 2 << 30:
             raise TestbedError("Bochs has at most 2 GiB of memory", "use --memory 2G or less")
-        self.kernel = assets.find_kernel(options["kernel"])
+        self.kernel = assets.find_kernel(options["kernel"], SETUP_HINT)
         found = bochs.find()
         assert found is not None
         self.bochs = found

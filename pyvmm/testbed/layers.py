@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 #: Changes whenever this module puts other things into a layer.
-FORMAT = 1
+FORMAT = 2
 #: Modules of L1's kernel, in the order in which they are loaded, after those that they need.
 MODULES = ["kvm_intel", "tun", "vhost_net"]
 #: Programs that pyvmm and its tests run in L1, as far as this machine has them.
@@ -55,7 +56,8 @@ IMAGE_FILES = ("vmlinux", "initrd", "image.json")
 IMAGES = ("default", "tiny")
 #: Directories of a merged /usr: links, so that a program is found by both of its names.
 MERGED = ("bin", "sbin", "lib", "lib64")
-LINKER = "ld-linux-x86-64.so.2"
+#: glibc, its dynamic linker, and what it loads when a thread is cancelled.
+GLIBC = ("libc.so.6", "ld-linux-x86-64.so.2", "libgcc_s.so.1")
 
 # The script that busybox runs as /init. The kernel's messages go to the third serial port without
 # an interrupt; the first two belong to the agent. At its end it executes the agent.
@@ -112,8 +114,13 @@ def lower(kernel: assets.Kernel, progress: Callable[[str], None]) -> list[str]:
     """The paths of the lower layers, which are made if necessary."""
     python = f"python-{sys.version_info[0]}.{sys.version_info[1]}"
     return [
-        _cached(python, _python, progress, [sys.prefix, *map(assets.stamp, _python_inputs())]),
-        _cached("pyvmm", _pyvmm, progress, map(assets.stamp, _files(_package(), ()))),
+        _cached(python, _python, progress, _python_key()),
+        _cached(
+            "pyvmm",
+            _pyvmm,
+            progress,
+            [sysconfig.get_path("purelib"), *map(assets.stamp, _files(_package(), ()))],
+        ),
         _cached(
             kernel.version,
             lambda: _system(kernel),
@@ -121,6 +128,7 @@ def lower(kernel: assets.Kernel, progress: Callable[[str], None]) -> list[str]:
             [
                 INIT,
                 MODULES,
+                os.path.realpath(sys.executable),
                 assets.stamp(kernel.image),
                 *map(assets.content, assets.agent_sources()),
             ],
@@ -186,7 +194,7 @@ def _place(path: str) -> str:
 def _system(kernel: assets.Kernel) -> Archive:
     """init, the modules and the agent."""
     archive = Archive()
-    init = INIT.replace("@PYTHON@", os.path.realpath(sys.executable))
+    init = INIT.replace("@PYTHON@", shlex.quote(os.path.realpath(sys.executable)))
     archive.file("/init", init.encode(), 0o755)
     modules = Modules(Path(f"{kernel.root}/lib/modules/{kernel.version}")).closure(MODULES)
     for name, (_, _, data) in modules.items():
@@ -219,12 +227,9 @@ def _python() -> Archive:
             raise TestbedError(f"busybox has no {name}", "install Debian's busybox-static")
     interpreter = os.path.realpath(sys.executable)
     needs = [interpreter]
-    for name in PROGRAMS:
-        found = which(name, "/usr/sbin:/sbin")
-        if found:
-            real = os.path.realpath(found)
-            archive.host_file(f"/usr/bin/{name}", HostFile(real))
-            needs.append(real)
+    for name, real in _programs().items():
+        archive.host_file(f"/usr/bin/{name}", HostFile(real))
+        needs.append(real)
     _interpreter(archive, interpreter)
     with tempfile.TemporaryDirectory() as scratch:
         compiler = _Compiler(scratch)
@@ -249,9 +254,18 @@ def _interpreter(archive: Archive, interpreter: str) -> None:
     config = f"{sys.prefix}/pyvenv.cfg"
     if os.path.exists(config):
         archive.host_file(_place(config), HostFile(os.path.realpath(config)))
-    script = f"#!{sys.executable}\nimport sys\nfrom pyvmm.cli import main\nsys.exit(main())\n"
+    script = f"{_first(sys.executable)}import sys\nfrom pyvmm.cli import main\nsys.exit(main())\n"
     for directory in {"/usr/local/bin", os.path.dirname(sys.executable)}:
         archive.file(_place(f"{directory}/pyvmm"), script.encode(), 0o755)
+
+
+def _first(interpreter: str) -> str:
+    """The beginning of a script for an interpreter, as pip writes it: after ``#!``, Linux takes no
+    path with blanks, and none of more than 255 bytes. To Python, the other lines are a string.
+    """
+    if any(c.isspace() for c in interpreter) or len(os.fsencode(interpreter)) > 250:
+        return f"#!/bin/sh\n'''exec' {shlex.quote(interpreter)} \"$0\" \"$@\"\n' '''\n"
+    return f"#!{interpreter}\n"
 
 
 def _libraries(archive: Archive, needs: Iterable[str]) -> None:
@@ -318,6 +332,28 @@ def _images(archive: Archive) -> None:
 def _package() -> str:
     """The directory of this package."""
     return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def _python_key() -> list[object]:
+    """What decides on the contents of the layer with programs and Python. Of the shared libraries,
+    it has those of glibc, which are the same for all programs.
+    """
+    interpreter = sys.executable
+    libraries = [f"/{directory}/{name}" for directory in LIBRARY_DIRS for name in GLIBC]
+    files = [
+        *map(os.path.realpath, (interpreter, assets.busybox())),
+        *(os.path.realpath(path) for path in libraries if os.path.exists(path)),
+        *_python_inputs(),
+    ]
+    programs = [(name, assets.stamp(real)) for name, real in _programs().items()]
+    constants = [PROGRAMS, PACKAGES, sorted(UNUSED), MERGED, GLIBC]
+    return [sys.prefix, interpreter, constants, programs, *map(assets.stamp, files)]
+
+
+def _programs() -> dict[str, str]:
+    """The paths of ``PROGRAMS`` that this machine has, without symbolic links."""
+    found = {name: which(name, "/usr/sbin:/sbin") for name in PROGRAMS}
+    return {name: os.path.realpath(path) for name, path in found.items() if path}
 
 
 def _python_inputs() -> Iterator[str]:

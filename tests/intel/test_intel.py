@@ -60,7 +60,7 @@ def test_files_travel_and_come_back(tmp_path: Path, built: None) -> None:
     script = f"""cd {out}; cat given; mkdir d; head -c 70000 /dev/urandom >d/new
         sha256sum <d/new; echo changed >given"""
     said: list[str] = []
-    with Testbed(cpu="intel", writable=[str(out)], progress=said.append) as bed:
+    with Testbed("check-travel", cpu="intel", writable=[str(out)], progress=said.append) as bed:
         result = bed.run(["sh", "-ec", script], timeout=PATIENCE)
         assert result.status == 0, result
         status = bed.status()
@@ -85,7 +85,10 @@ def test_an_idle_l1_costs_nothing(l1: L1) -> None:
 
 def test_a_frozen_l1_is_ended(built: None) -> None:
     """The kernel of L1 panics: no agent answers any more, and no time-out inside fires."""
-    with Testbed(cpu="intel") as bed, pytest.raises(TestbedError, match="Kernel panic"):
+    with (
+        Testbed("check-frozen", cpu="intel") as bed,
+        pytest.raises(TestbedError, match="Kernel panic"),
+    ):
         bed.run(["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000"], timeout=PATIENCE)
 
 

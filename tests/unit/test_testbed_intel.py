@@ -243,6 +243,60 @@ def test_a_written_archive_is_what_linux_unpacks(tmp_path: Path) -> None:
         layers.write(archive, str(tmp_path / "out"))
 
 
+def test_the_key_of_a_layer_has_all_that_goes_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_python_inputs", list)
+    program = tmp_path / "ping"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(layers, "PROGRAMS", ("ping",))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    keys = [layers._python_key()]
+    program.write_text("#!/bin/sh\necho another version\n")
+    keys.append(layers._python_key())
+    for name, value in (
+        ("PROGRAMS", ("ping", "ip")),
+        ("PACKAGES", ("cffi",)),
+        ("UNUSED", frozenset("a")),
+        ("MERGED", ("bin",)),
+    ):
+        monkeypatch.setattr(layers, name, value)
+        keys.append(layers._python_key())
+    assert len({repr(key) for key in keys}) == len(keys)
+    stamped = "\n".join(map(str, keys[0]))
+    for path in (sys.executable, assets.busybox(), "/lib64/ld-linux-x86-64.so.2"):
+        assert f"{os.path.realpath(path)} " in stamped
+    assert "libc.so.6 " in stamped
+
+
+@pytest.mark.parametrize("name", ["python", "a b", "it's $HOME `x`", "l" * 120 + "/" + "o" * 200])
+def test_scripts_find_their_interpreter(tmp_path: Path, name: str) -> None:
+    interpreter = tmp_path / name
+    interpreter.parent.mkdir(exist_ok=True)
+    interpreter.symlink_to(sys.executable)
+    script = tmp_path / "script"
+    script.write_text(f"{layers._first(str(interpreter))}import sys\nprint(sys.argv[1:])\n")
+    script.chmod(0o755)
+    done = subprocess.run([script, "one", "two words"], capture_output=True, text=True)
+    assert done.stdout == "['one', 'two words']\n", done
+
+
+def test_init_finds_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the name of its directory is."""
+    monkeypatch.setattr(sys, "executable", "/opt/it's mine/$python")
+    monkeypatch.setattr(layers, "Modules", lambda path: NoModules())
+    entry = layers._system(assets.Kernel("6.1", "", "")).entries["init"]
+    last = entry.data.decode().splitlines()[-1].partition("-I")[0].replace("exec ", "echo ")
+    said = subprocess.run(["sh", "-c", last], capture_output=True, text=True).stdout
+    assert said == "/opt/it's mine/$python\n"
+
+
+class NoModules:
+    def closure(self, names: list[str]) -> dict[str, Any]:
+        return {}
+
+
 # --- the disk -------------------------------------------------------------------------------------
 
 KERNEL_AT, ENTRY_AT = 0x1000000, 0x1000040
@@ -318,6 +372,13 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_model_is_one_under_which_the_kernel_works() -> None:
     assert Intel(OPTIONS, print).emulator() == "Bochs 3.0, corei7_haswell_4770"
     assert Intel({**OPTIONS, "kernel": "6.12"}, print).model == "broadwell_ult"
+
+
+@pytest.mark.usefixtures("there")
+def test_the_remedy_for_a_lacking_kernel_is_for_this_processor() -> None:
+    with pytest.raises(TestbedError) as e:
+        Intel({**OPTIONS, "kernel": "5.10"}, print)
+    assert e.value.hint == "run: pyvmm testbed setup --cpu intel --kernel-version 5.10"
 
 
 @pytest.mark.usefixtures("there")
