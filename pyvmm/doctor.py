@@ -269,7 +269,18 @@ def _tools() -> Iterator[Finding]:
 
 
 def _testbed() -> Iterator[Finding]:
+    """Both testbeds. The one with an Intel processor is optional, and told if Bochs is there."""
     from pyvmm.host.bochs import find
+    from pyvmm.testbed.testbed import Testbed
+
+    yield from _amd_testbed()
+    bochs = find()
+    if bochs is not None:
+        up = "up" if Testbed(cpu="intel").is_up() else "down"
+        yield Finding("testbed", OK, f"set up with --cpu intel: {bochs}; {up}")
+
+
+def _amd_testbed() -> Iterator[Finding]:
     from pyvmm.host.qemu import newest
     from pyvmm.testbed import assets
     from pyvmm.testbed.testbed import Testbed
@@ -290,10 +301,6 @@ def _testbed() -> Iterator[Finding]:
             f"{qemu} hangs with two vCPUs, so the testbed has one",
             "run: pyvmm testbed setup",
         )
-    bochs = find()
-    if bochs is not None:
-        up = "up" if Testbed(cpu="intel").is_up() else "down"
-        yield Finding("testbed", OK, f"set up with --cpu intel: {bochs}; {up}")
 
 
 def _read(path: str) -> str:

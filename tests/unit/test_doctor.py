@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm import doctor
+from pyvmm.host import bochs
 from pyvmm.hostnet import userns
 from pyvmm.testbed import assets
 from pyvmm.testbed.testbed import Testbed
@@ -90,6 +91,15 @@ def test_every_lack_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     for f in findings:
         assert f.detail
         assert f.state != "missing" or f.remedy, f.name
+
+
+def test_both_testbeds_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the one with an AMD processor is not set up."""
+    monkeypatch.setattr(assets, "missing", lambda: [("virtiofsd", "install it")])
+    monkeypatch.setattr(bochs, "find", lambda: bochs.Bochs("/somewhere/3.0"))
+    details = [f.detail for f in doctor._testbed()]
+    assert details[0] == "virtiofsd is missing"
+    assert details[1].startswith("set up with --cpu intel: Bochs 3.0; ")
 
 
 def test_lacking_extensions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
