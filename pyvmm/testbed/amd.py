@@ -65,6 +65,11 @@ class Amd(Machine):
     missing = staticmethod(assets.missing)
     setup = staticmethod(assets.setup)
 
+    @staticmethod
+    def prepare(progress: Callable[[str], None], version: str | None) -> None:
+        """The boot files."""
+        assets.boot_files(assets.find_kernel(version), progress)
+
     def start(self) -> None:
         """Start virtiofsd and QEMU."""
         vmlinux, initrd = assets.boot_files(self.kernel, self.say)

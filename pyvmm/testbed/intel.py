@@ -144,6 +144,11 @@ class Intel(Machine):
         disk.loader()
         layers.lower(assets.find_kernel(version), progress)
 
+    @staticmethod
+    def prepare(progress: Callable[[str], None], version: str | None) -> None:
+        """The lower layers."""
+        layers.lower(assets.find_kernel(version, SETUP_HINT), progress)
+
     def start(self) -> None:
         """Make the disk and start Bochs."""
         _sweep()

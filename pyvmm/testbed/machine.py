@@ -102,6 +102,16 @@ class Machine:
         """
         raise NotImplementedError
 
+    @staticmethod
+    def prepare(progress: Callable[[str], None], version: str | None) -> None:
+        """Make those files in the cache that are missing and take seconds. This is quick if none is
+        missing.
+
+        :param version: as for ``setup``.
+        :raises PyvmmError: something that they are made of is missing.
+        """
+        raise NotImplementedError
+
     def start(self) -> None:
         """Start the processes.
 

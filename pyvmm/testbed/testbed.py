@@ -16,7 +16,7 @@ import socket
 import stat
 import time
 
-from pyvmm.errors import TestbedError
+from pyvmm.errors import PyvmmError, TestbedError
 from pyvmm.host.attended import attend
 from pyvmm.host.paths import cache_dir, cache_root, runtime_dir
 from pyvmm.programs import module
@@ -250,6 +250,11 @@ class Testbed:
             "watchdog": self.watchdog,
             "tether": None,
         }
+        # Before the supervisor has a socket: while it makes files, it answers nobody.
+        try:
+            machine(self.cpu).prepare(self.progress, self.kernel)
+        except PyvmmError as e:
+            raise TestbedError(e.cause, e.hint) from None
         fds: tuple[int, ...] = ()
         if tethered:
             r, self._tether = os.pipe()

@@ -22,13 +22,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.errors import HostError, TestbedError, UsageError
+from pyvmm.errors import BuildError, HostError, TestbedError, UsageError
 from pyvmm.host import paths, qemu
 from pyvmm.host.qemu import Qemu
 from pyvmm.host.tether import tethered
-from pyvmm.testbed import assets, session, testbed
+from pyvmm.testbed import assets, layers, session, testbed
 from pyvmm.testbed import protocol as p
 from pyvmm.testbed.machine import Machine
+from pyvmm.testbed.machines import machine
 from pyvmm.testbed.session import Session, TestbedTimeout
 from pyvmm.testbed.supervisor import REST_AFTER, Client, Supervisor
 from pyvmm.testbed.testbed import Testbed
@@ -549,6 +550,26 @@ def test_runtime_directory_leaves_room_for_a_socket(
     path = f"{paths.runtime_dir()}/testbed-{'x' * 32}/socket.root"
     assert not path.startswith(str(deep))
     assert len(path) < 108
+
+
+@pytest.mark.parametrize(("cpu", "slow"), [("amd", "boot_files"), ("intel", "lower")])
+def test_what_takes_long_is_made_before_anybody_can_connect(
+    home: Path, monkeypatch: pytest.MonkeyPatch, cpu: str, slow: str
+) -> None:
+    bed = Testbed("slow", cpu=cpu)
+    up = []
+
+    def make(*args: object) -> None:
+        up.append(bed.is_up())
+        raise BuildError("the kernel has no vmlinux", "use another one")
+
+    kernel = assets.Kernel("6.1.0-9-cloud-amd64", "", "")
+    monkeypatch.setattr(machine(cpu), "missing", staticmethod(list))
+    monkeypatch.setattr(assets, "find_kernel", lambda *args: kernel)
+    monkeypatch.setattr(assets if cpu == "amd" else layers, slow, make)
+    with pytest.raises(TestbedError, match="no vmlinux; use another one"):
+        bed.up()
+    assert up == [False] and not bed.is_up()
 
 
 def test_nested_use_ends_with_the_outer_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
