@@ -366,6 +366,7 @@ static void fd_gone(struct pv_net_worker *w)
 	if (w->link_down)
 		return;
 	w->tx_blocked = false;
+	w->owed = true; /* what the tap did not take is to be dropped */
 	epoll_ctl(w->epoll_fd, EPOLL_CTL_DEL, w->cfg.fd, NULL);
 	add(&w->count.link_losses, 1);
 	set_link(w, true);

@@ -4,6 +4,7 @@ one frame at a time. A mock guest on the machine's real buses; tests/host has re
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import pytest
 
 from pyvmm.bus import MMIO
 from pyvmm.datapath.emulated import EmulatedNet
+from pyvmm.fd import Fd
 from pyvmm.kvm.inject import Injection
 from pyvmm.kvm.vm import Vm
 from pyvmm.spec.virtio import VIRTIO_CONFIG_S_NEEDS_RESET
@@ -30,9 +32,17 @@ PACKED = bits("VIRTIO_F_RING_PACKED")
 class Rig:
     """A board with one card in slot 1, on a cable."""
 
-    def __init__(self, features: int = PLAIN, *, interrupt: str = "ioctl", **path: Any) -> None:
+    def __init__(
+        self,
+        features: int = PLAIN,
+        *,
+        interrupt: str = "ioctl",
+        cable: LinkedCable | None = None,
+        fill: bool = True,
+        **path: Any,
+    ) -> None:
         self.board = Board()
-        self.cable = LinkedCable()
+        self.cable = cable or LinkedCable()
         self.path = EmulatedNet(self.cable, **{"in_exit": True, "batch": False, **path})
         self.device = NetDevice("net0", self.board.memory, self.path, self.cable, MAC)
         self.board.add(
@@ -45,7 +55,7 @@ class Rig:
                 interrupt=interrupt,
             )
         )
-        self.guest = NetGuest(self.board, 1, features)
+        self.guest = NetGuest(self.board, 1, features, fill=fill)
 
     def kick(self) -> None:
         """As the driver's write, by the bus; other threads may do so at once."""
@@ -168,6 +178,43 @@ def test_what_a_full_tap_took_not_is_sent_by_the_thread() -> None:
 
         assert wait_for(all_there)
         assert frames == [frame(n) for n in range(total)]
+
+
+class Clogged(LinkedCable):
+    """A cable that takes no frame, and when ``cut`` tells nothing but an error, as a deleted tap
+    does: a full pipe. Nothing can be read from it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        for fd in self.fds:
+            fd.close()
+        self.reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            while True:
+                os.write(writer, bytes(4096))
+        except BlockingIOError:
+            self.fds = [Fd(writer)]
+
+    def cut(self) -> None:
+        os.close(self.reader)
+
+
+def test_what_a_full_tap_took_not_is_dropped_when_the_tap_goes() -> None:
+    """The vCPU found the tap full and asked for no kick, so none comes for that frame."""
+    cable = Clogged()
+    with Rig(PLAIN | EVENT_IDX, cable=cable, fill=False, batch=True) as rig:
+        rig.kick()  # nothing is to be sent, so from here on the thread waits for the next kick
+        rig.guest.net.queue(frame(1))
+        rig.guest.net.tx.publish(kick=False)
+        rig.kick()
+        assert wait_for(lambda: rig.path.counters()["tx_blocks"])
+        cable.cut()
+        assert wait_for(lambda: rig.path.counters()["tx_drop_link"] == 1)
+        rig.guest.net.queue(frame(2))
+        rig.guest.net.tx.publish(kick=False)
+        rig.kick()
+        assert wait_for(lambda: rig.path.counters()["tx_drop_link"] == 2)
 
 
 def test_vcpu_and_thread_take_turns() -> None:
