@@ -40,7 +40,7 @@ enum pv_trace_kind {
  * For PV_TRACE_PACKET, value is its length with the header, size the head (packed: the buffer id),
  * count its segments, reason the position in the available ring and region that in the used ring
  * (packed: of the descriptor, bit 15 the wrap counter), addr the available index as last seen
- * (split), write whether the tap took or gave the packet.
+ * (split), write whether the tap took or gave the packet. One that it did not take has no bytes.
  */
 struct pv_trace_event {
 	uint64_t ts; /* CLOCK_MONOTONIC, nanoseconds */
