@@ -121,10 +121,11 @@ struct pv_net_worker {
 	struct pv_thread thread;
 	/* With in_exit: held by the thread while it is not in epoll, and by the vCPU that kicks. */
 	pthread_mutex_t lock;
-	bool owed;	/* with in_exit: the thread is to transmit; else always true */
-	bool by_kicker; /* a vCPU, not the thread, has the lock */
-	uint32_t turn;	/* packets per turn of the thread */
-	uint32_t batch; /* packets per publication */
+	pthread_mutex_t gate; /* held by the one who waits for lock: see let_kickers() */
+	bool owed;	      /* with in_exit: the thread is to transmit; else always true */
+	bool by_kicker;	      /* a vCPU, not the thread, has the lock */
+	uint32_t turn;	      /* packets per turn of the thread */
+	uint32_t batch;	      /* packets per publication */
 	struct pv_vring ring[2];
 	struct pv_inflight inflight[2];
 	struct pv_dirty_log log; /* bits: NULL if there is none */
@@ -969,15 +970,23 @@ static int set_interest(struct pv_net_worker *w)
 	return epoll_ctl(w->epoll_fd, EPOLL_CTL_MOD, w->cfg.fd, &ev);
 }
 
-/* Let vCPUs transmit, while the thread has nothing in its hands; or no more. */
+/*
+ * Let vCPUs transmit, while the thread has nothing in its hands; or no more. A mutex goes to whoever
+ * comes first, and a thread that unlocks and soon locks again comes before one that has to wake up.
+ * So the thread, and a vCPU that has to wait, go through a gate, and keep the other there until they
+ * have the lock.
+ */
 static void let_kickers(struct pv_net_worker *w, bool let)
 {
 	if (!w->cfg.in_exit)
 		return;
-	if (let)
+	if (let) {
 		pthread_mutex_unlock(&w->lock);
-	else
-		pthread_mutex_lock(&w->lock);
+		return;
+	}
+	pthread_mutex_lock(&w->gate);
+	pthread_mutex_lock(&w->lock);
+	pthread_mutex_unlock(&w->gate);
 }
 
 /* Wait for events for up to timeout microseconds (negative: for ever) and note them. */
@@ -1126,7 +1135,7 @@ static void rx_finish(struct pv_net_worker *w)
 	flush(w, RX);
 }
 
-/* Between two rounds of one frame each: see what else has come. */
+/* Between two rounds of the textbook device: see what else has come. */
 static int net_look(struct pv_net_worker *w)
 {
 	add(&w->count.wakeups, 1);
@@ -1181,15 +1190,18 @@ static int net_sleep(struct pv_net_worker *w)
 /* Have the lock; false if the thread does not let go of it in time. */
 static bool lock_as_kicker(struct pv_net_worker *w)
 {
-	struct timespec until;
+	uint64_t end = pv_now_ns() + LOCK_MS * 1000000u;
+	struct timespec until = {.tv_sec = (time_t)(end / 1000000000),
+				 .tv_nsec = (long)(end % 1000000000)};
+	bool got;
 
 	if (!pthread_mutex_trylock(&w->lock))
 		return true;
-	clock_gettime(CLOCK_REALTIME, &until);
-	until.tv_nsec += LOCK_MS * 1000000;
-	until.tv_sec += until.tv_nsec / 1000000000;
-	until.tv_nsec %= 1000000000;
-	return !pthread_mutex_timedlock(&w->lock, &until);
+	if (pthread_mutex_clocklock(&w->gate, CLOCK_MONOTONIC, &until))
+		return false;
+	got = !pthread_mutex_clocklock(&w->lock, CLOCK_MONOTONIC, &until);
+	pthread_mutex_unlock(&w->gate);
+	return got;
 }
 
 /* A transmit kick, in the thread of the vCPU: see the theory of operation. */
@@ -1247,6 +1259,7 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 	w->turn = cfg->unbatched ? 1 : TURN_PACKETS;
 	w->batch = cfg->unbatched ? 1 : BATCH_PACKETS;
 	pthread_mutex_init(&w->lock, NULL);
+	pthread_mutex_init(&w->gate, NULL);
 	for (int q = RX; q <= TX; q++) {
 		const struct pv_net_ring *r = &cfg->ring[q];
 
@@ -1302,6 +1315,7 @@ void pv_net_worker_free(struct pv_net_worker *w)
 		close(w->wake_fd);
 	if (w->answer_fd >= 0)
 		close(w->answer_fd);
+	pthread_mutex_destroy(&w->gate);
 	pthread_mutex_destroy(&w->lock);
 	free(w);
 }
@@ -1387,7 +1401,8 @@ static void serve(void *arg)
 	while (!stopping(w)) {
 		bool more = net_round(w);
 
-		if (more && !w->cfg.unbatched)
+		/* With in_exit, vCPUs have their turn in between. */
+		if (more && !w->cfg.unbatched && !w->cfg.in_exit)
 			continue;
 		if (more ? !net_look(w) : !net_sleep(w))
 			continue;

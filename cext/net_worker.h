@@ -33,8 +33,9 @@
  *
  * - in_exit: a transmit kick is an exit, and the vCPU that kicks sends the frames itself, in
  *   take_kick(). The thread receives. One lock is between them, as QEMU's big lock was; the thread
- *   has it while it is not in epoll. The thread also transmits what no kick comes for ("owed"): what
- *   was pending at the start, after a tap that was full, and beyond a turn. A vCPU waits for the
+ *   has it while it is not in epoll, where it goes after each round, and a vCPU that waits for the
+ *   lock has it next. The thread also transmits what no kick comes for ("owed"): what was pending
+ *   at the start, after a tap that was full or is gone, and beyond a turn. A vCPU waits for the
  *   lock for LOCK_MS at most, then leaves its kick to the thread.
  * - unbatched: a turn is one frame, which is published and interrupts the guest at once. The thread
  *   goes back to epoll for each, does not linger, and never turns transmit kicks off. With EVENT_IDX

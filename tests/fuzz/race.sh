@@ -10,7 +10,8 @@ trap 'rm -rf "$out"' EXIT INT TERM
 # -Wno-tsan: ThreadSanitizer takes no notice of fences. They order no plain memory accesses here, so
 # it misses nothing by that.
 flags="-std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Wshadow -Wvla -Wconversion -Werror -Wno-tsan
--fno-omit-frame-pointer -fno-sanitize-recover=all -I$cext -pthread"
+-fno-omit-frame-pointer -fno-sanitize-recover=all -I$cext -pthread
+-Dpthread_mutex_clocklock=race_clocklock"
 # Older runtimes of ThreadSanitizer refuse more random address bits than 28 (vm.mmap_rnd_bits).
 fixed="setarch -R"
 $fixed true 2>/dev/null || fixed=
