@@ -185,6 +185,7 @@ class VcpuThreads:
         )
         try:
             vcpu.thread_id = threading.get_native_id()
+            vcpu.threads.add(vcpu.thread_id)
             while not self._halted:
                 if self._paused:
                     self._park(vcpu)

@@ -892,8 +892,15 @@ def _tell_unused(device: Peripheral) -> None:
 
 def _trace_kernel(machine: Machine) -> KernelTrace:
     """Trace what the kernel does for the machine's cards; ``_write_traces`` ends that."""
-    from pyvmm.exits.kernel_trace import KernelTrace
+    from pyvmm.exits.kernel_trace import KernelTrace, other_machines
 
+    others = other_machines()
+    if others:
+        print(
+            f"pyvmm: --trace-kernel: KVM runs {others} other machine{'s' if others > 1 else ''}, "
+            "whose interrupts may be taken for this one's; stop them, or see docs/explain.md",
+            file=sys.stderr,
+        )
     return KernelTrace([nic.tap for nic in machine.nets])
 
 

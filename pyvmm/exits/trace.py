@@ -537,14 +537,15 @@ class _Trace:
         """The kernel's events that belong to a card."""
         if self._kernel is None:
             return
-        from pyvmm.exits.kernel_trace import Owners
+        from pyvmm.exits.kernel_trace import Owners, sees_threads
 
         events, lost = self._kernel
         if lost:
             self._dropped["kernel"] = lost
         steps = deque(step for step in self._recorder.steps()[0] if step[0] == "kvm")
         taps = {tap: nic.name for nic in self._all if (tap := getattr(nic, "tap", ""))}
-        owners = Owners(self._eventfds, taps)
+        threads = {tid for vcpu in self._accounts.vcpus for tid in vcpu.threads}
+        owners = Owners(self._eventfds, taps, threads if sees_threads() else None)
         numbers = {nic.name: index for index, nic in enumerate(self._all)}
         tracks: dict[int, list[Args]] = {}
         for e in events:

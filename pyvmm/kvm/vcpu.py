@@ -131,6 +131,7 @@ class Vcpu:
     :raises HostError: KVM cannot create the vCPU.
     :raises UsageError: the host cannot give this CPU.
     :ivar thread_id: the system's id of the thread that runs the vCPU; 0 until it runs.
+    :ivar threads: of all that have run it: a machine that starts over has new threads.
     """
 
     #: Held by a kick, so that ``close`` does not free what the kick uses: a timer or a user's
@@ -141,6 +142,7 @@ class Vcpu:
         self.index = index
         self._cpu = cpu
         self.thread_id = 0
+        self.threads: set[int] = set()
         self._vm = vm
         self._cpus = cpus
         if lib.pv_vcpu_init():  # one call per process would do; further calls do no harm

@@ -309,11 +309,14 @@ class Vm:
         begin = time.monotonic_ns()
         try:
             ioctl(self.fileno(), "KVM_IOEVENTFD", arg)
-            self._record(
-                "KVM_IOEVENTFD",
-                begin,
-                {"eventfd": event.fileno(), "address": addr, "assign": assign},
-            )
+            args: dict[str, object] = {
+                "eventfd": event.fileno(),
+                "address": addr,
+                "assign": assign,
+            }
+            if value is not None:
+                args["value"] = value
+            self._record("KVM_IOEVENTFD", begin, args)
         except HostError:
             if assign:
                 raise

@@ -32,6 +32,7 @@ class FakeVcpu:
     def __init__(self, index: int) -> None:
         self.index = index
         self.thread_id = 0
+        self.threads: set[int] = set()
         self.c = SimpleNamespace(reason=0, error=0, detail=0, info=[], info_count=0)
         self.stops: list[int] = []
         self.entries = 0
@@ -162,7 +163,7 @@ def test_a_device_holds_a_vcpu(rig: Rig) -> None:
 def test_run_until_halted(rig: Rig) -> None:
     rig.start()
     until(rig.in_guest)
-    assert all(vcpu.thread_id for vcpu in rig.vcpus)
+    assert all(vcpu.thread_id in vcpu.threads for vcpu in rig.vcpus)
     rig.threads.halt()
     rig.join()
     assert [vcpu.settled for vcpu in rig.vcpus] == [1, 1]
