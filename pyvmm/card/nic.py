@@ -93,6 +93,16 @@ class Nic(Card):
         """How kicks come: ``ioeventfd`` or ``exit``."""
         return self.net.notify
 
+    @property
+    def interrupt(self) -> str:
+        """How interrupts are raised: ``irqfd`` or ``ioctl``."""
+        return self.net.interrupt
+
+    @property
+    def worker(self) -> str:
+        """Who sends at the start: ``thread``, or ``vcpu``, the thread of the vCPU that kicks."""
+        return self.net.worker
+
     # --- transitions, in the card's thread --------------------------------------------------------
 
     def set_link(self, up: bool) -> None:
@@ -178,10 +188,10 @@ class Nic(Card):
             finally:
                 self.switch_count += 1
                 self.switches = [*self.switches[1 - KEPT_SWITCHES :], report]
-                self._record(report)
+                self._record(report, net)
             return report
 
-    def _record(self, report: SwitchReport) -> None:
+    def _record(self, report: SwitchReport, net: Net) -> None:
         """Put a switch and its steps into the trace, if there is one."""
         recorder = self.device.recorder
         if recorder is None:
@@ -191,7 +201,10 @@ class Nic(Card):
             recorder.step("hand-over step", step.at_ns, name, end=step.at_ns + step.ns)
         told = report.as_dict()
         keys = ("from", "to", "mode", "outcome", "reason", "gap_ns", "pending", "stale", "exits")
-        recorder.step("hand-over", report.at_ns, {key: told[key] for key in keys})
+        args = {key: told[key] for key in keys}
+        if report.outcome == "switched":
+            args["worker"] = net.worker
+        recorder.step("hand-over", report.at_ns, args)
 
     def _switch(self, net: Net, report: SwitchReport) -> None:
         device, mac, old = self.device, self.device.mac, self._route

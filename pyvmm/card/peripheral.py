@@ -87,6 +87,16 @@ class Peripheral(Card):
         return self.options.notify
 
     @property
+    def interrupt(self) -> str:
+        """How interrupts are raised."""
+        return "irqfd"
+
+    @property
+    def worker(self) -> str:
+        """As of a network card: no vCPU's thread does the back-end's work."""
+        return "thread"
+
+    @property
     def connected(self) -> bool:
         """Whether there is a back-end now."""
         return self._path.connected

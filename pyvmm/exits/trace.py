@@ -248,7 +248,13 @@ class _Trace:
             "cmdline": self._cmdline,
             "cards": [f"{nic.name}: {_how(nic)}" for nic in self._all],
             "nics": [
-                {"name": nic.name, "paths": list(nic.by_mode()), "notify": nic.notify}
+                {
+                    "name": nic.name,
+                    "paths": list(nic.by_mode()),
+                    "notify": nic.notify,
+                    "interrupt": nic.interrupt,
+                    "worker": nic.worker,
+                }
                 for nic in self._all
             ],
             "dropped": self._dropped,

@@ -35,6 +35,8 @@ PATHS = {
     "vhost-user": ("backend", "back-end", "another process"),
     "vhost-vdpa": ("vdpa", "vDPA", "a device"),
 }
+#: Where a worker is that receives, while the vCPUs' threads send.
+SHARED = "its own and the vCPU's thread"
 UNKNOWN = ("path", "path", "the data path")
 DRIVER, RINGS, KVM, VMM, TAP, HOST = "driver", "rings", "kvm", "vmm", "tap", "host"
 FIXED = {
@@ -57,6 +59,14 @@ WAKE, TAKE, WRITE, READ, RETURN, PUBLISH, CALL = WORK = (
     "used index published",
     "interrupt: the data path signals the call eventfd",
 )
+#: The same of a card without worker or without irqfd: seen where they are done.
+TAKEN = "kick: the vCPU's thread sends the frames"
+RAISED = "interrupt: the data path asks KVM by an ioctl"
+SENDS = (
+    "The thread of the vCPU that kicked sends the frames itself, in its exit. Only if it does not "
+    "get the worker's lock in time, the worker does."
+)
+KICKED = re.compile(r"queue (\d{1,4})(?: notify)?$")
 DIGITS = re.compile(r"0x[0-9a-f]+|\d+")
 SIZE = re.compile(r"(\d+) entries")
 Details = list[tuple[str, str, bool]]
@@ -144,6 +154,8 @@ class Diagram:
         used = {arrow.src for arrow in self.arrows} | {arrow.dst for arrow in self.arrows}
         own = [PATHS.get(path, UNKNOWN) for path in card.paths]
         own += [line for line in PATHS.values() if line[0] in used and line not in own]
+        if card.worker == "vcpu":
+            own = [(*line[:2], SHARED) if line[0] == "worker" else line for line in own]
         mine = list(dict.fromkeys(own))
         self.lifelines = [(id_, *FIXED[id_]) for id_ in (DRIVER, RINGS, KVM, VMM)]
         self.lifelines += mine
@@ -225,6 +237,8 @@ class _Maker:
         self._used: dict[int, int] = {}
         self._topics: set[str] = set()
         self._modes: list[tuple[float, str]] = [(-1.0, self._card.paths[0])]
+        self._workers: list[tuple[float, str]] = [(-1.0, self._card.worker)]
+        self._msix: bool | None = None  # None: the trace does not say
         self._exits: dict[float, Event] = {}
         self._irqfd = self._kernel_kicks = self._kernel_calls = False
         self._lengths: Counter[str] = Counter()
@@ -235,6 +249,8 @@ class _Maker:
         for event in own:
             if event.name.startswith("hand-over: start "):
                 self._modes.append((event.at, event.name.removeprefix("hand-over: start ")))
+            elif event.name.startswith("hand-over: ") and "worker" in event.args:
+                self._workers.append((event.at, str(event.args["worker"])))
         # Whether the kernel has seen the kicks; else the worker's wake-up stands for them.
         self._kernel_kicks = any(e.category == "kernel" and e.name[:5] == "kick:" for e in own)
         self._kernel_calls = any(e.category == "kernel" and e.name[:9] == "interrupt" for e in own)
@@ -281,6 +297,13 @@ class _Maker:
         mode = next(mode for since, mode in reversed(self._modes) if since <= at or since < 0)
         return PATHS.get(mode, UNKNOWN)[0]
 
+    def _vcpu_sends(self, event: Event) -> bool:
+        """Whether a kick has the vCPU's thread send: one of a transmit queue, with worker=vcpu."""
+        sender = next(w for since, w in reversed(self._workers) if since <= event.at or since < 0)
+        found = KICKED.search(event.name)
+        queue = int(found[1]) if found else 0
+        return sender == "vcpu" and self._path(event.at) == "worker" and queue % 2 == 1
+
     # --- the control plane ------------------------------------------------------------------------
 
     def _access(self, event: Event) -> Iterator[Arrow]:
@@ -292,12 +315,15 @@ class _Maker:
         if topic == words.STATUS and "DRIVER_OK" in value and way == "write":
             topic = words.GO
         if "device_status" in name and way == "write" and value == "0":
+            self._msix = None
             self._topics -= {words.STATUS, words.QUEUES, words.GO, words.MSIX, words.CONFIG}
         if topic not in self._topics:
             self._topics.add(topic)
             self._diagram.headers.append((event.at, topic))
         if "queue_select" in name and way == "write":
             self._select = f" of queue {value}"
+        if "queue_msix_vector" in name and way == "write":
+            self._msix = self._msix or value != "none"  # a virtqueue may do without a vector
         exit_ = self._exits.get(event.at)
         full = f"{name}{self._select}" if "queue_" in name and "select" not in name else name
         before = self._before.get(full)
@@ -417,7 +443,10 @@ class _Maker:
     # --- packets ----------------------------------------------------------------------------------
 
     def _kick(self, event: Event) -> Iterator[Arrow]:
-        """The guest kicks: an exit to the VMM, or a worker that its eventfd wakes."""
+        """The guest kicks: an exit to the VMM, or a worker that its eventfd wakes. Or the vCPU's
+        thread does the worker's part.
+        """
+        sends = self._vcpu_sends(event)
         if event.pid != self._card.pid:
             control = event.name.endswith("(control)")
             yield Arrow(
@@ -435,9 +464,30 @@ class _Maker:
                     ("clause", "virtio 4.1.5.2", False),
                     (
                         "why",
-                        "The vCPU stands still until the VMM has added 1 to the eventfd.",
+                        "The vCPU stands still until "
+                        + (
+                            "its thread has sent the frames, in this exit."
+                            if sends
+                            else "the VMM has added 1 to the eventfd."
+                        ),
                         False,
                     ),
+                ],
+            )
+            return
+        if sends:
+            yield Arrow(
+                event,
+                VMM,
+                self._path(event.at),
+                f"{event.name}: the vCPU's thread sends",
+                kind="kick",
+                flow=PACKETS,
+                group=TAKEN,
+                details=[
+                    *told(event.args),
+                    ("why", SENDS, False),
+                    ("clause", "virtio 4.1.5.2", False),
                 ],
             )
             return
@@ -456,7 +506,7 @@ class _Maker:
             details=[
                 *told(event.args),
                 ("why", f"{why} added 1 to the kick eventfd of the queue.", False),
-                ("clause", "virtio 4.1.5.2; KVM_IOEVENTFD", False),
+                ("clause", f"virtio 4.1.5.2{'' if direct else '; KVM_IOEVENTFD'}", False),
             ],
         )
 
@@ -616,12 +666,15 @@ class _Maker:
                 "packed": packed,
                 "used_idx": index,
                 "used_before": before,
-                "used_event": args.get("used_event"),
+                "used_event": _number(args, "used_event") if "used_event" in args else None,
             },
         )
 
     def _interrupt(self, event: Event) -> Iterator[Arrow]:
-        """The call eventfd is signalled."""
+        """The call eventfd is signalled, or KVM asked by an ioctl."""
+        if self._card.interrupt == "ioctl":
+            yield self._raised(event)
+            return
         how = "irqfd: MSI-X" if self._irqfd else "a thread raises the interrupt line"
         apart = self._irqfd and self._kernel_calls  # KVM's part is an event of its own
         yield Arrow(
@@ -637,6 +690,27 @@ class _Maker:
                 *told(event.args),
                 ("clause", "virtio 4.1.5.3; KVM_IRQFD", False),
                 ("why", "The data path adds 1 to the eventfd; KVM sends the message.", False),
+            ],
+        )
+
+    def _raised(self, event: Event) -> Arrow:
+        """An interrupt by an ioctl of the thread that has moved the frame."""
+        msi, line = "KVM_SIGNAL_MSI", "KVM_IRQ_LINE"
+        call = f"{msi} or {line}" if self._msix is None else msi if self._msix else line
+        clause = "virtio 4.1.5.3" if self._msix else "virtio 4.1.5"
+        return Arrow(
+            event,
+            self._path(event.at),
+            DRIVER,
+            f"{event.name}: {call}",
+            kind="irq",
+            flow=PACKETS,
+            group=RAISED,
+            via=(KVM,),
+            details=[
+                *told(event.args),
+                ("clause", f"{clause}; {call}", False),
+                ("why", "The thread that has moved the frame calls KVM for it.", False),
             ],
         )
 

@@ -14,9 +14,10 @@ import os
 from html import escape
 from pathlib import Path
 
+from pyvmm.errors import UsageError
 from pyvmm.explain.arrows import PER_EVENT, WORK, Arrow, Diagram
 from pyvmm.explain.fold import KEEP, Fold, Gap, fold
-from pyvmm.explain.read import clean
+from pyvmm.explain.read import REMEDY, clean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def page(diagrams: list[tuple[str, Diagram]], keep: int = KEEP) -> str:
 
     :param diagrams: one or two, each with the path of its trace.
     :param keep: about how many arrows the page has in all.
+    :raises UsageError: the trace has something that no page can have.
     """
     diagrams = [(clean(os.path.basename(path), 80), one) for path, one in diagrams]  # noqa: PTH119
     texts = _Texts()
@@ -69,15 +71,24 @@ def _hash(text: str) -> str:
 
 
 def _script_safe(data: object) -> str:
-    """JSON that cannot end the element that it is in, nor begin another."""
-    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
+    """JSON that cannot end the element that it is in, nor begin another.
+
+    :raises UsageError: a number is none, such as NaN.
+    """
+    try:
+        text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    except ValueError as e:
+        raise UsageError(f"the trace has what no page can have: {e}", REMEDY) from e
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _paths(diagram: Diagram) -> str:
-    """The data paths of a diagram's card, and the way of its kicks if it is not the usual one."""
-    exits = ", notify=exit" if diagram.card.notify == "exit" else ""
-    return f"{', then '.join(diagram.card.paths)}{exits}"
+    """The data paths of a diagram's card, and what of its ways is not the usual one."""
+    card = diagram.card
+    ways = ["notify=exit"] if card.notify == "exit" else []
+    ways += ["worker=vcpu"] if card.worker == "vcpu" else []
+    ways += ["interrupt=ioctl"] if card.interrupt == "ioctl" else []
+    return ", ".join([", then ".join(card.paths), *ways])
 
 
 def _lead(diagrams: list[tuple[str, Diagram]]) -> str:

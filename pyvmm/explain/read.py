@@ -44,12 +44,24 @@ class Event:
 
 
 class Card:
-    """A card of the trace: its name, process number, data paths in order, and way of kicks."""
+    """A card of the trace: its name, process number, data paths in order, and its ways as ``--net``
+    has them: of kicks, of interrupts, and who sends.
+    """
 
-    __slots__ = ("name", "notify", "paths", "pid")
+    __slots__ = ("interrupt", "name", "notify", "paths", "pid", "worker")
 
-    def __init__(self, name: str, pid: int, paths: list[str], notify: str) -> None:
-        self.name, self.pid, self.paths, self.notify = name, pid, paths, notify
+    def __init__(
+        self,
+        name: str,
+        pid: int,
+        paths: list[str],
+        *,
+        notify: str,
+        interrupt: str = "irqfd",
+        worker: str = "thread",
+    ) -> None:
+        self.name, self.pid, self.paths = name, pid, paths
+        self.notify, self.interrupt, self.worker = notify, interrupt, worker
 
 
 class Trace:
@@ -176,8 +188,10 @@ def _time(value: object) -> float | None:
 
 def _value(value: object) -> Any:
     """An argument: a number, a truth, a text, or a list of texts."""
-    if isinstance(value, bool | float):
+    if isinstance(value, bool):
         return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
     if isinstance(value, int):
         return value if abs(value) < 1 << 64 else clean(hex(value))
     if isinstance(value, str):
@@ -208,5 +222,11 @@ def _card(raw: object, pids: dict[str, int]) -> Card | None:
     if name not in pids:
         return None
     paths = [clean(str(path), 20) for path in _list(raw.get("paths"))]
-    notify = clean(str(raw.get("notify")), 20)
-    return Card(name, pids[name], paths or ["?"], notify)
+    return Card(
+        name,
+        pids[name],
+        paths or ["?"],
+        notify=clean(str(raw.get("notify")), 20),
+        interrupt=clean(str(raw.get("interrupt", "irqfd")), 20),
+        worker=clean(str(raw.get("worker", "thread")), 20),
+    )

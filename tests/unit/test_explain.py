@@ -15,10 +15,10 @@ import pytest
 from pyvmm import cli
 from pyvmm.errors import UsageError
 from pyvmm.explain import frames, words
-from pyvmm.explain.arrows import PER_EVENT, Diagram
+from pyvmm.explain.arrows import PER_EVENT, RAISED, SHARED, TAKEN, WORK, Diagram
 from pyvmm.explain.fold import Fold, Gap, fold
 from pyvmm.explain.mermaid import mermaid
-from pyvmm.explain.page import left_out, page
+from pyvmm.explain.page import _script_safe, left_out, page
 from pyvmm.explain.read import Trace, clean, load, take
 
 TRACES = Path(__file__).parents[1] / "data" / "explain"
@@ -148,6 +148,75 @@ def test_an_ioeventfd_makes_an_arrow_vanish() -> None:
     row = re.search(r"<tr[^>]*><th[^>]*>kick: exit to the VMM</th>.*?</tr>", html)
     assert row and 'class="gone"' in row[0] and "vanishes; saves " in row[0]
     assert len(embedded(html)) == 2
+
+
+def textbook(**ways: str) -> Diagram:
+    """The trace with exits, as if the card had other ways; with its MSI-X vectors or without."""
+    document = raw("exit")
+    document["otherData"]["nics"][0] |= ways
+    one = take(document, "x")
+    return Diagram(one, one.card(None))
+
+
+def test_the_textbook_device_in_its_own_words() -> None:
+    """No eventfd wakes anybody: the vCPU's thread sends, and an ioctl is the interrupt."""
+    d = textbook(worker="vcpu", interrupt="ioctl")
+    sent = [a for a in d.arrows if a.label == "kick of queue 1: the vCPU's thread sends"]
+    assert sent and all((a.src, a.dst, a.group) == ("vmm", "worker", TAKEN) for a in sent)
+    assert not any("queue 1 wakes" in a.label for a in d.arrows)
+    received = next(a for a in d.arrows if a.label == "kick of queue 0 wakes the worker")
+    assert received.group in WORK
+    whys = {a.label: v for a in d.arrows for n, v, _ in a.details if n == "why"}
+    assert "has sent the frames" in whys["kick: write net0 queue 1 notify"]
+    assert "1 to the eventfd" in whys["kick: write net0 queue 0 notify"]
+    calls = [a for a in d.arrows if a.kind == "irq"]
+    assert calls and all(a.label.endswith(": KVM_SIGNAL_MSI") for a in calls)
+    assert all(a.group == RAISED and (a.dst, a.via) == ("driver", ("kvm",)) for a in calls)
+    text = " ".join(v for a in calls for _, v, _ in a.details)
+    assert "eventfd" not in text and "IRQFD" not in text
+    assert ("worker", "worker", SHARED) in d.lifelines
+    html = page([("a", d), ("b", diagram("exit"))])
+    assert "emulated, notify=exit, worker=vcpu, interrupt=ioctl" in html
+    row = re.search(r"<tr[^>]*><th[^>]*>interrupt: the data path asks KVM.*?</tr>", html)
+    assert row and "vanishes" in row[0]
+
+
+def test_the_usual_device_has_an_eventfd() -> None:
+    d = textbook(worker="thread", interrupt="irqfd")
+    assert [(a.label, a.details) for a in d.arrows] == [
+        (a.label, a.details) for a in diagram("exit").arrows
+    ]
+    assert any("call eventfd" in a.label for a in d.arrows)
+
+
+@pytest.mark.parametrize(
+    ("vector", "call"), [("none", "KVM_IRQ_LINE"), ("", "KVM_SIGNAL_MSI or KVM_IRQ_LINE")]
+)
+def test_which_ioctl(vector: str, call: str) -> None:
+    """By the vectors that the driver has chosen; a trace may have lost them."""
+    document = raw("exit")
+    document["otherData"]["nics"][0]["interrupt"] = "ioctl"
+    way = "write common queue_msix_vector: "
+    for event in document["traceEvents"]:
+        if event["name"].startswith(way):
+            event["name"] = way + vector if vector else "write common other: 1"
+    one = take(document, "x")
+    calls = [a for a in Diagram(one, one.card(None)).arrows if a.kind == "irq"]
+    assert calls and all(a.label.endswith(f": {call}") for a in calls)
+
+
+def test_a_switch_says_who_sends_from_then_on() -> None:
+    document = raw("exit")
+    document["otherData"]["nics"][0]["worker"] = "vcpu"
+    kicks = [e["ts"] for e in document["traceEvents"] if e["name"] == "kick of queue 1"]
+    base = {"cat": "control", "ph": "X", "pid": 10, "tid": 3, "dur": 0.001}
+    args = {"from": "emulated", "to": "emulated", "worker": "thread"}
+    name = "hand-over: emulated to emulated"
+    document["traceEvents"].append({**base, "name": name, "ts": kicks[1] + 1, "args": args})
+    one = take(document, "x")
+    labels = [a.label for a in Diagram(one, one.card(None)).arrows]
+    assert labels.count("kick of queue 1: the vCPU's thread sends") == 2
+    assert labels.count("kick of queue 1 wakes the worker") == len(kicks) - 2
 
 
 def test_what_another_does_has_not_vanished() -> None:
@@ -328,6 +397,32 @@ def test_malformed_events_are_counted() -> None:
     assert one.malformed == len(bad) and len(one.events) == good
     (data,) = embedded(page([("x", Diagram(one, one.card(None)))]))
     assert f"{len(bad)} malformed events left out" in data["subtitle"]
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name}, which no browser reads")
+
+
+def test_numbers_that_are_none() -> None:
+    """Python reads and writes NaN and Infinity as JSON, and no browser does."""
+    document = raw("ioeventfd")
+    values = (float("nan"), float("inf"), -float("inf"), "nan", 1.5, 7)
+    batches = [e for e in document["traceEvents"] if e.get("cat") == "batch"]
+    assert len(batches) >= len(values)
+    for event, value in zip(batches, values, strict=False):
+        event["args"] = dict.fromkeys(event["args"], value) | {"used_event": value}
+    one = take(json.loads(json.dumps(document)), "x")
+    html = page([("x", Diagram(one, one.card(None)))])
+    found = re.search(r'id="data">(.*?)</script>', html, re.S)
+    assert found
+    json.loads(found[1], parse_constant=no_constant)
+    rings = [a["r"] for a in arrows_of(embedded(html)[0]) if a["k"] == "publish"]
+    assert {ring["used_event"] for ring in rings} <= {None, 0, 7}
+
+
+def test_the_page_has_no_number_that_is_none() -> None:
+    with pytest.raises(UsageError, match="what no page can have"):
+        _script_safe({"x": float("nan")})
 
 
 @pytest.mark.parametrize("value", [1 << 80, -1, "x", None, [], {}, 1.5, True, "9" * 5000])

@@ -447,6 +447,7 @@ def test_a_trace_has_the_hand_over_and_its_steps(rig: Rig) -> None:
     }
     begin, end, told = steps["hand-over", None]
     assert (told["from"], told["to"], told["outcome"]) == ("emulated", "vhost-user", "switched")
+    assert told["worker"] == "thread"
     assert {step.name for step in report.steps} == {s for n, s in steps if n == "hand-over step"}
     for name in ("park", "start vhost-user"):
         since, until, _ = steps["hand-over step", name]
