@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pyvmm.host import qcow2
+from pyvmm.images import find
 from tests.boot.guest import Run
 
 if TYPE_CHECKING:
@@ -74,8 +76,14 @@ def test_disks_and_a_daemon_that_dies(host: Host, tmp_path: Path) -> None:
     host.sh("chmod 666 /dev/kvm")
     for path in (one, *one.parents[:3]):
         path.chmod(path.stat().st_mode | (0o066 if path == one else 0o055))
+    image = find("default")  # in the home directory of another user
+    boot = [tmp_path / "kernel", tmp_path / "initrd"]
+    for source, path in zip((image.bzimage, image.initrd), boot, strict=True):
+        shutil.copyfile(source, path)
+        path.chmod(0o644)
     script = "mount /dev/vda /mnt && cat /mnt/file && echo more >>/mnt/file"
-    args = ["--net", "none", "--disk", disks[0], "--", "sh", "-c", script]
+    args = ["--kernel", str(boot[0]), "--initrd", str(boot[1]), "--net", "none"]
+    args += ["--disk", disks[0], "--", "sh", "-c", script]
     with Run(host, *args, wrapper=AS_NOBODY, report=False) as run:
         assert run.wait() == 0, repr(run)
     assert run.out == "kept\n"
