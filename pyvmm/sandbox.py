@@ -130,22 +130,31 @@ class Sandbox:
             self._own.close()
 
 
-def confine_backend(names: Sequence[tuple[str, str]], stopped: Callable[[str, str], None]) -> str:
+def confine_backend(
+    want: str, names: Sequence[tuple[str, str]], stopped: Callable[[str, str], None]
+) -> str:
     """Confine this process, a vhost-user back-end that has its descriptors and a helper, for good.
 
+    :param want: ``auto`` or ``on``.
     :param names: operations of the helper and the names that it may use later.
     :param stopped: as for ``Sandbox.enter``.
     :returns: why the process is not confined, or not wholly; empty if it is.
-    :raises SandboxError: the kernel refuses.
+    :raises SandboxError: ``on``, and the kernel refuses. The process may be confined in part.
     """
-    if not lib.pv_has_seccomp():
-        return _NO_SECCOMP
-    without = _why_no_files()
+    without = _why_no_files() if lib.pv_has_seccomp() else _NO_SECCOMP
+    if want == "on" and without:
+        raise SandboxError(f"--sandbox on: {without}", "use --sandbox auto, or off")
+    if without == _NO_SECCOMP:
+        return without
     for operation, name in names:
         helper.permit(operation, name)
     helper.seal()
     event = EventFd()
-    _check(lib.pv_confine_backend(event.fileno(), ThreadStopped.exit_code, ORDERLY_S))
+    done = lib.pv_confine_backend(event.fileno(), ThreadStopped.exit_code, ORDERLY_S)
+    if done < 0 and want == "auto":
+        without = f"in part: {os.strerror(-done)}"
+    else:
+        _check(done)
     _watch(event, stopped)
     return without
 

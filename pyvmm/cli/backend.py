@@ -23,7 +23,7 @@ from __future__ import annotations
 import sys
 
 from pyvmm.cli.support.options import count
-from pyvmm.errors import HostError, SandboxError, ThreadStopped, UsageError
+from pyvmm.errors import HostError, ThreadStopped, UsageError
 from pyvmm.netopt import UID_MAX
 
 TYPE_CHECKING = False
@@ -205,11 +205,9 @@ def _confine(args: argparse.Namespace, log: Any, stopped: Any) -> None:
     for path in filter(None, (args.socket, args.connect)):
         names += [("connect" if args.client else "listen", path), ("remove", path)]
     tell_errors(lambda line: print(f"pyvmm: {line}", file=sys.stderr, flush=True))
-    why = sandbox.confine_backend(names, lambda thread, problem: stopped(problem))
-    if why and args.sandbox == "on":
-        raise SandboxError(f"--sandbox on: {why}", "use --sandbox auto, or off")
+    why = sandbox.confine_backend(args.sandbox, names, lambda thread, problem: stopped(problem))
     if why:
-        log(f"not wholly confined: {why}")
+        log(f"confined {why}" if why.startswith("in part") else f"not wholly confined: {why}")
 
 
 def _named(log: Any, path: str) -> Any:

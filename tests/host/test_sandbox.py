@@ -128,6 +128,44 @@ def test_a_back_end_goes_on(guest: Guest, tmp_path: Path) -> None:
     assert not path.exists()
 
 
+REFUSED = """
+import ctypes, struct, sys, threading
+from pyvmm import helper, sandbox
+from pyvmm.errors import SandboxError
+libc = ctypes.CDLL(None)
+allow = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 0x7fff0000))
+program = ctypes.create_string_buffer(struct.pack("@HP", 1, ctypes.addressof(allow)))
+ready, end = threading.Event(), threading.Event()
+def thread():
+    assert libc.prctl(38, 1, 0, 0, 0) == libc.prctl(22, 2, program) == 0
+    ready.set()
+    end.wait()
+with helper.start():
+    other = threading.Thread(target=thread)
+    other.start()
+    ready.wait()
+    try:
+        print(sandbox.confine_backend(sys.argv[1], [], print))
+    except SandboxError as e:
+        print(e.cause)
+    end.set()
+"""
+
+
+@pytest.mark.parametrize(
+    ("want", "answer"),
+    [
+        ("auto", "in part: Device or resource busy\n"),
+        ("on", "this process cannot be confined: Device or resource busy\n"),
+    ],
+)
+def test_a_kernel_that_refuses_a_back_end(want: str, answer: str) -> None:
+    """As it does if a thread has a filter of its own: ``auto`` goes on."""
+    argv = [sys.executable, "-c", REFUSED, want]
+    run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, answer), run
+
+
 def test_a_confined_machine_is_as_any_other(guest: Guest, tmp_path: Path) -> None:
     """Live switches, a back-end that dies and comes back, a reset with a kernel that has replaced
     the first one: what needs a process, a socket or a file, the helper does.
