@@ -30,6 +30,8 @@
 #define IOCTLS_MAX 16
 /* The filter's instructions that are neither a call's nor the last. */
 #define HEAD 4
+/* The first number of a call of the x32 ABI (__X32_SYSCALL_BIT). */
+#define X32_CALLS 0x40000000u
 
 /* Landlock's newer scopes, which the headers of Linux 6.1 lack. */
 #define LANDLOCK_NET	  (1ull << 0 | 1ull << 1)	  /* bind and connect TCP; ABI 4 */
@@ -176,11 +178,12 @@ static size_t allow_if(struct sock_filter *f, size_t n, uint32_t call, uint16_t 
 }
 
 /* Refuse calls without harm; the number is in the accumulator. */
-static size_t refuse_calls(struct sock_filter *f, size_t n, const uint16_t *calls, size_t count)
+static size_t refuse_calls(struct sock_filter *f, size_t n, const uint16_t *calls, size_t count,
+			   uint16_t error)
 {
 	for (size_t i = 0; i < count; i++) {
 		f[n++] = unless(calls[i], 1);
-		f[n++] = answer(SECCOMP_RET_ERRNO | EACCES);
+		f[n++] = answer(SECCOMP_RET_ERRNO | error);
 	}
 	return n;
 }
@@ -196,13 +199,13 @@ static size_t trap_unless(struct sock_filter *f, size_t n, uint32_t call, uint16
 
 /* Allow a call unless the lower half of its second argument is one of @denied. */
 static size_t allow_but(struct sock_filter *f, size_t n, uint32_t call, const uint32_t *denied,
-			size_t count)
+			size_t count, uint32_t action)
 {
 	f[n++] = unless(call, (uint8_t)(2 + 2 * count));
 	f[n++] = load(offsetof(struct seccomp_data, args[1]));
 	for (size_t i = 0; i < count; i++) {
 		f[n++] = unless(denied[i], 1);
-		f[n++] = answer(SECCOMP_RET_TRAP);
+		f[n++] = answer(action);
 	}
 	f[n++] = answer(SECCOMP_RET_ALLOW);
 	return n;
@@ -428,7 +431,8 @@ int pv_confine_process(const uint32_t *ioctls, size_t count)
 	drop_capabilities();
 	n = filter_head(f);
 	n = allow_calls(f, n, process_calls, calls);
-	n = refuse_calls(f, n, refused_calls, sizeof(refused_calls) / sizeof(refused_calls[0]));
+	n = refuse_calls(f, n, refused_calls, sizeof(refused_calls) / sizeof(refused_calls[0]),
+			 EACCES);
 	f[n++] = unless(SYS_ioctl, (uint8_t)(2 + 2 * (common + count)));
 	f[n++] = load(offsetof(struct seccomp_data, args[1]));
 	n = allow_requests(f, n, process_ioctls, common);
@@ -480,16 +484,88 @@ int pv_enter_root(const char *root)
 	return 0;
 }
 
+/*
+ * What a program is refused that confines itself no further (pv_confine_program): to reach other
+ * processes, keys of the user's, mounts, other namespaces, and to make processes.
+ */
+/* clang-format off */
+static const uint16_t program_refused[] = {
+	/* signals, memory and descriptors of other processes */
+	SYS_tkill, SYS_rt_sigqueueinfo, SYS_rt_tgsigqueueinfo, SYS_pidfd_open, SYS_pidfd_send_signal,
+	SYS_pidfd_getfd, SYS_ptrace, SYS_process_vm_readv, SYS_process_vm_writev, SYS_process_madvise,
+	SYS_process_mrelease, SYS_kcmp, SYS_perf_event_open, SYS_bpf,
+	/* how they run */
+	SYS_setpriority, SYS_sched_setscheduler, SYS_sched_setparam, SYS_sched_setattr, SYS_ioprio_set,
+	SYS_migrate_pages, SYS_move_pages,
+	/* keys */
+	SYS_keyctl, SYS_add_key, SYS_request_key,
+	/* mounts and namespaces */
+	SYS_mount, SYS_umount2, SYS_move_mount, SYS_open_tree, SYS_fsopen, SYS_fsmount, SYS_fsconfig,
+	SYS_fspick, SYS_mount_setattr, SYS_pivot_root, SYS_unshare, SYS_setns,
+	/* processes */
+	SYS_fork, SYS_vfork,
+};
+/* clang-format on */
+/* By these, the kernel sends signals to others when a descriptor becomes ready. */
+static const uint32_t program_denied_ioctls[] = {FIOSETOWN, SIOCSPGRP};
+static const uint32_t program_denied_fcntls[] = {F_SETOWN, F_SETOWN_EX, F_SETSIG};
+
+/* Allow a call if the lower half of its first argument is one of @values; else refuse it. */
+static size_t allow_of(struct sock_filter *f, size_t n, uint32_t call, const uint32_t *values,
+		       size_t count)
+{
+	f[n++] = unless(call, (uint8_t)(2 + 2 * count));
+	f[n++] = load(offsetof(struct seccomp_data, args[0]));
+	for (size_t i = 0; i < count; i++) {
+		f[n++] = unless(values[i], 1);
+		f[n++] = answer(SECCOMP_RET_ALLOW);
+	}
+	f[n++] = answer(SECCOMP_RET_ERRNO | EPERM);
+	return n;
+}
+
 /**
- * pv_confine_program() - Leave the program that this process executes next only a few capabilities
+ * pv_confine_program() - Leave the program that this process executes next itself and its files
  * @keep:	Mask of CAP_* that it gets if its user is root
  *
- * Return: 0; -errno
+ * The program, of as many threads as it likes, gets EPERM for what reaches other processes
+ * (program_refused), and can make none. The caller must be the only thread of its process.
+ *
+ * Return: 0, also if this kernel has no filters of system calls; -errno
  */
 int pv_confine_program(uint64_t keep)
 {
+	/* Its id stays when it executes the program. */
+	const uint32_t self[] = {(uint32_t)getpid(), 0};
+	const size_t fcntls = sizeof(program_denied_fcntls) / sizeof(program_denied_fcntls[0]);
+	const size_t ioctls = sizeof(program_denied_ioctls) / sizeof(program_denied_ioctls[0]);
+	struct sock_filter f[64 + 2 * CALLS_MAX];
+	size_t n;
+	int error;
+
 	bound_capabilities(keep);
-	return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ? -errno : 0;
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+		return -errno;
+	n = filter_head(f);
+	/* The numbers of x32 are calls by other names. */
+	f[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, X32_CALLS, 0, 1);
+	f[n++] = answer(SECCOMP_RET_ERRNO | ENOSYS);
+	n = refuse_calls(f, n, program_refused,
+			 sizeof(program_refused) / sizeof(program_refused[0]), EPERM);
+	n = allow_but(f, n, SYS_ioctl, program_denied_ioctls, ioctls, SECCOMP_RET_ERRNO | EPERM);
+	n = allow_but(f, n, SYS_fcntl, program_denied_fcntls, fcntls, SECCOMP_RET_ERRNO | EPERM);
+	n = allow_of(f, n, SYS_kill, self, 1); /* 0 is a group of processes */
+	n = allow_of(f, n, SYS_tgkill, self, 1);
+	n = allow_of(f, n, SYS_prlimit64, self, 2);
+	n = allow_of(f, n, SYS_sched_setaffinity, self, 2);
+	/* Threads, but no processes. A filter cannot see the flags of clone3. */
+	f[n++] = unless(SYS_clone3, 1);
+	f[n++] = answer(SECCOMP_RET_ERRNO | ENOSYS);
+	n = allow_if(f, n, SYS_clone, BPF_JSET, CLONE_THREAD);
+	f[n - 1] = answer(SECCOMP_RET_ERRNO | EPERM);
+	f[n++] = answer(SECCOMP_RET_ALLOW);
+	error = filter_install(f, n, 0);
+	return error == -ENOSYS || error == -EINVAL ? 0 : error;
 }
 
 /**
@@ -812,11 +888,13 @@ int pv_confine_machine(const char *const *files, size_t file_count, const char *
 	n = filter_head(f);
 	n = allow_calls(f, n, machine_calls, sizeof(machine_calls) / sizeof(machine_calls[0]));
 	n = refuse_calls(f, n, machine_refused,
-			 sizeof(machine_refused) / sizeof(machine_refused[0]));
+			 sizeof(machine_refused) / sizeof(machine_refused[0]), EACCES);
 	n = allow_but(f, n, SYS_ioctl, machine_denied_ioctls,
-		      sizeof(machine_denied_ioctls) / sizeof(machine_denied_ioctls[0]));
+		      sizeof(machine_denied_ioctls) / sizeof(machine_denied_ioctls[0]),
+		      SECCOMP_RET_TRAP);
 	n = allow_but(f, n, SYS_fcntl, machine_denied_fcntls,
-		      sizeof(machine_denied_fcntls) / sizeof(machine_denied_fcntls[0]));
+		      sizeof(machine_denied_fcntls) / sizeof(machine_denied_fcntls[0]),
+		      SECCOMP_RET_TRAP);
 	error = confine_calls(f, n, event, status, patience);
 	if (error)
 		return error;
@@ -846,7 +924,8 @@ int pv_confine_backend(int event, int status, int patience)
 	n = filter_head(f);
 	n = allow_calls(f, n, process_calls, sizeof(process_calls) / sizeof(process_calls[0]));
 	n = allow_calls(f, n, backend_calls, sizeof(backend_calls) / sizeof(backend_calls[0]));
-	n = refuse_calls(f, n, refused_calls, sizeof(refused_calls) / sizeof(refused_calls[0]));
+	n = refuse_calls(f, n, refused_calls, sizeof(refused_calls) / sizeof(refused_calls[0]),
+			 EACCES);
 	f[n++] = unless(SYS_ioctl, (uint8_t)(2 + 2 * ioctls));
 	f[n++] = load(offsetof(struct seccomp_data, args[1]));
 	n = allow_requests(f, n, backend_ioctls, ioctls);

@@ -124,10 +124,10 @@ class DiskConnector(ChildConnector):
 
         def confine() -> None:
             files = {IMAGE: (image, writable and not snapshot)}
-            isolate.enclose(files, made, owned=facts.owner == os.geteuid())
-            fcntl.fcntl(leash, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(leash, fcntl.F_SETOWN, os.getpid())  # not allowed any more when enclosed
             fcntl.fcntl(leash, fcntl.F_SETSIG, signal.SIGTERM)
             fcntl.fcntl(leash, fcntl.F_SETFL, os.O_ASYNC)
+            isolate.enclose(files, made, owned=facts.owner == os.geteuid())
             if readable([leash], 0):
                 raise OSError("pyvmm has ended")
 

@@ -32,8 +32,8 @@ def enclose(
 ) -> None:
     """Move this process, which executes another program next, to namespaces of its own. Its root
     directory is in memory, and has the system's programs and libraries, read-only, and ``files``.
-    There is no other file, no process and no network. Of root's capabilities, the program gets at
-    most the one to open others' files.
+    There is no other file and no network. The program makes no process, and reaches none
+    (``pv_confine_program``). Of root's capabilities, it gets at most the one to open others' files.
 
     :param files: by their names in the new root: a file, by its path without symbolic links, and
         whether it may be written.

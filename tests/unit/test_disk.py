@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import pyvmm
+from pyvmm._ext import lib
 from pyvmm.assembly import Description
 from pyvmm.diskopt import Disk
 from pyvmm.errors import DiskError, UsageError
@@ -335,9 +336,60 @@ def test_the_daemon_sees_the_image_only(tmp_path: Path) -> None:
             assert (proc / "ns" / space).readlink() != Path(f"/proc/self/ns/{space}").readlink()
         status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
         assert int(status["CapBnd"], 16) == 0 and status["NoNewPrivs"] == "1"
+        assert status["Seccomp"] == "2"
         links = [str(link.readlink()) for link in (proc / "fd").iterdir()]
         files = {link for link in links if link.startswith("/")}
         assert files <= {"/image", "/dev/null"}, links
+
+
+ENCLOSED = """
+import ctypes, errno, fcntl, os, resource, signal, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+other, own = os.getppid(), os.getpid()
+def call(number, *args):
+    return ctypes.get_errno() if libc.syscall(number, *map(ctypes.c_long, args)) < 0 else 0
+def of(function, *args):
+    try:
+        function(*args)
+    except OSError as e:
+        return e.errno
+    return 0
+r, w = os.pipe()
+refused = {
+    "kill": of(os.kill, other, 0), "group": of(os.kill, 0, 0), "all": of(os.kill, -1, 0),
+    "above 32 bits": call(62, other | 1 << 32, 0),
+    "tgkill": call(234, other, other, 0), "tkill": call(200, other, 0),
+    "queue": call(129, other, 0, 0), "pidfd": of(os.pidfd_open, other),
+    "limit": of(resource.prlimit, other, resource.RLIMIT_CORE),
+    "cpu": of(os.sched_setaffinity, other, os.sched_getaffinity(0)),
+    "priority": of(os.setpriority, os.PRIO_PROCESS, other, 19),
+    "fork": of(os.fork), "vfork": call(58), "clone": call(56, signal.SIGCHLD, 0),
+    "owner": of(fcntl.fcntl, r, fcntl.F_SETOWN, other),
+    "ioctl": of(fcntl.ioctl, r, 0x8901, other.to_bytes(4, "little")),
+    "keyctl": call(250, 0, -3, 0), "unshare": call(272, 0x20000), "ptrace": call(101, 0, 0, 0),
+}
+assert set(refused.values()) == {errno.EPERM}, refused
+assert call(435, 0, 0) == call(1 << 30 | 62, other, 0) == errno.ENOSYS
+os.kill(own, 0)
+resource.prlimit(0, resource.RLIMIT_CORE)
+resource.prlimit(own, resource.RLIMIT_CORE)
+os.sched_setaffinity(0, os.sched_getaffinity(0))
+thread = threading.Thread(target=signal.pthread_kill, args=(threading.get_ident(), 0))
+thread.start()
+thread.join()
+fcntl.fcntl(r, fcntl.F_SETFL, os.O_NONBLOCK)
+os.execv("/bin/echo", ["echo", "done"])
+"""
+
+
+def test_an_enclosed_program_reaches_no_other_process() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", ENCLOSED],
+        preexec_fn=lambda: lib.pv_confine_program(0),
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
 
 
 # --- hostile images -------------------------------------------------------------------------------
