@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Bytes that are kept of a child's last words.
 WORDS_MAX = 400
+#: Looks for words when a child has ended: whoever else has the pipe could go on without end.
+READS_MAX = 32
 
 
 class ChildConnector(Connector):
@@ -151,7 +153,9 @@ class ChildConnector(Connector):
 
     def _hear(self) -> None:
         if self._words >= 0:
-            while readable([self._words], 0):
+            for _ in range(READS_MAX):
+                if not readable([self._words], 0):
+                    break
                 piece = os.read(self._words, 1 << 16)
                 if not piece:
                     break
