@@ -12,6 +12,8 @@ from pyvmm.spec.qcow2 import HEADER, HEADER_V3, QCOW2_INCOMPAT_DATA_FILE, QCOW_M
 HEAD_SIZE = struct.calcsize(HEADER) + struct.calcsize(HEADER_V3)
 CLUSTER_BITS = 16
 CLUSTER = 1 << CLUSTER_BITS
+#: The largest disk in bytes that QEMU takes with our clusters: its first table has at most 32 MiB.
+SIZE_MAX = (32 << 20) // 8 * (CLUSTER // 8) << CLUSTER_BITS
 #: A number of 16 bits per cluster.
 REFCOUNT_ORDER = 4
 
@@ -31,6 +33,8 @@ def problem(head: bytes) -> tuple[str, str]:
             "has a backing file, and an image may not name other files of the host",
             "make it complete: qemu-img convert -O qcow2 OLD NEW",
         )
+    if virtual_size(head) > SIZE_MAX:
+        return too_large(virtual_size(head))
     if version == 3:
         if len(head) < HEAD_SIZE:
             return "is no qcow2 image: it is too short", "say what it is: format=raw"
@@ -43,6 +47,11 @@ def problem(head: bytes) -> tuple[str, str]:
     return "", ""
 
 
+def too_large(size: int) -> tuple[str, str]:
+    """As ``problem``, for a disk of more than ``SIZE_MAX`` bytes."""
+    return f"has {size} bytes, and a disk has at most {SIZE_MAX}", "name a smaller image"
+
+
 def virtual_size(head: bytes) -> int:
     """The size of the disk in an image, in bytes. :param head: its first bytes."""
     return int(struct.unpack_from(HEADER, head)[5])
@@ -51,8 +60,9 @@ def virtual_size(head: bytes) -> int:
 def empty(size: int) -> bytes:
     """An image without data, which names no backing file.
 
-    :param size: of the disk, in bytes.
+    :param size: of the disk, in bytes, at most ``SIZE_MAX``.
     """
+    assert size <= SIZE_MAX
     by_l1 = CLUSTER // 8 << CLUSTER_BITS  # what one entry of the first table stands for
     entries = max(1, -(-size // by_l1))
     l1_clusters = -(-entries * 8 // CLUSTER)

@@ -104,6 +104,9 @@ class DiskConnector(ChildConnector):
         made: dict[str, tuple[str, bytes]] = {}
         if snapshot:
             size = qcow2.virtual_size(facts.head) if form == "qcow2" else facts.size
+            if size > qcow2.SIZE_MAX:
+                what, remedy = qcow2.too_large(size)
+                raise DiskError(f"{image} {what}", remedy)
             scratch = os.environ.get("TMPDIR", "")
             where = scratch if scratch.startswith("/") else "/var/tmp"
             made[OVERLAY] = where, qcow2.empty(-(-size // 512) * 512)

@@ -63,7 +63,9 @@ def enclose(
         path = f"{directory}/pyvmm-{os.urandom(8).hex()}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, data)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
             _show(fd, f"{STAGE}/{name}")
         finally:
             os.unlink(path)

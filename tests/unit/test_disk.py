@@ -24,6 +24,7 @@ from pyvmm.assembly import Description
 from pyvmm.diskopt import Disk
 from pyvmm.errors import DiskError, UsageError
 from pyvmm.host import qcow2, storage_daemon
+from pyvmm.host.child import ChildConnector
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Outcome
 from pyvmm.spec.qcow2 import HEADER, HEADER_V3
@@ -35,8 +36,6 @@ from tests.unit.test_vu_any import Guest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from pyvmm.host.child import ChildConnector
 
 __all__ = ["no_leak"]  # a fixture
 
@@ -182,6 +181,11 @@ def test_what_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("data.qcow2", DiskError, "has its data in another file"),
         ("old.qcow2", DiskError, "is of version 1 of qcow2"),
         ("short.qcow2", DiskError, "is too short"),
+        (
+            "large.qcow2",
+            DiskError,
+            f"has {1 << 62} bytes, and a disk has at most {1 << 51}; name a",
+        ),
     ],
 )
 def test_what_is_refused(
@@ -195,6 +199,7 @@ def test_what_is_refused(
     qcow2_image(tmp_path / "backing.qcow2", with_backing(b"/etc/passwd"))
     qcow2_image(tmp_path / "data.qcow2", with_data_file(b"/etc/passwd"))
     qcow2_image(tmp_path / "old.qcow2", lambda image: struct.pack_into(">I", image, 4, 1))
+    qcow2_image(tmp_path / "large.qcow2", lambda image: struct.pack_into(">Q", image, 24, 1 << 62))
     short = qcow2_image(tmp_path / "short.qcow2")
     os.truncate(short, struct.calcsize(HEADER))
     os.mkfifo(tmp_path / "fifo")
@@ -295,6 +300,34 @@ def test_a_snapshot_leaves_the_image_alone(
         with Asking(Disk(image, format=form, snapshot=True)) as other:
             assert other.read(3) == (content(3) if form == "raw" else bytes(SECTOR))
     assert image.read_bytes() == before
+
+
+@needs_daemon
+def test_a_snapshot_of_the_largest_disk_and_of_a_larger_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size is somebody else's number, also if an image is replaced after a look at it."""
+    image = tmp_path / "a.qcow2"
+
+    def of_size(size: int) -> None:
+        qcow2_image(image, lambda data: struct.pack_into(">Q", data, 24, size))
+
+    of_size(1 << 20)
+    disk = Disk(image, snapshot=True)
+    of_size(qcow2.SIZE_MAX + SECTOR)
+    with pytest.raises(DiskError, match="a disk has at most"):
+        disk.connector()
+    raw = tmp_path / "a.raw"
+    raw.touch()
+    passer = Disk(raw, snapshot=True)
+    monkeypatch.setattr(os, "lseek", lambda *_: 1 << 62)  # few file systems have such files
+    with pytest.raises(DiskError, match="a disk has at most"):
+        passer.connector()
+    monkeypatch.undo()
+    image.write_bytes(qcow2.empty(qcow2.SIZE_MAX))
+    with Asking(Disk(image, snapshot=True)) as asking:
+        assert asking.guest.config(0, 8) == qcow2.SIZE_MAX // SECTOR
+        assert asking.read(1 << 41) == bytes(SECTOR)
 
 
 @needs_daemon
@@ -527,6 +560,18 @@ def test_the_daemon_ends_with_us(tmp_path: Path) -> None:
             assert wait_for(lambda: select_readable(watch), PATIENCE)
         finally:
             os.close(watch)
+
+
+def test_a_grandchild_that_never_falls_silent() -> None:
+    """The words of a child end with the child, whoever else writes them. /dev/zero never ends."""
+    ended = ChildConnector("sh", "x", DiskError)
+    ended.start(lambda fd: ["/bin/sh", "-c", "exit 3"], lambda: None, {})
+    words, ended._words = ended._words, os.open("/dev/zero", os.O_RDONLY)
+    try:
+        assert ended.end().startswith("sh has ended with status 3")
+    finally:
+        ended.close()
+        os.close(words)
 
 
 def select_readable(fd: int) -> bool:
