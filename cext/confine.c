@@ -26,10 +26,13 @@
 #include <time.h>
 #include <unistd.h>
 
-#define CALLS_MAX  160
-#define IOCTLS_MAX 16
+#define CALLS_MAX   160
+#define IOCTLS_MAX  16
+#define THREADS_MAX 4096
 /* The filter's instructions that are neither a call's nor the last. */
 #define HEAD 4
+/* The part of a socket's type that is no flag, as in the kernel. */
+#define SOCK_TYPE_MASK 0xf
 /* The first number of a call of the x32 ABI (__X32_SYSCALL_BIT). */
 #define X32_CALLS 0x40000000u
 
@@ -58,6 +61,7 @@ static struct {
 	bool terminal;
 	struct termios modes; /* of standard input, before the guest had it */
 	int stopped;	      /* atomic: a call has been noted */
+	int holder;	      /* atomic: the thread that goes on without hurry; 0: none */
 	int call;
 	char thread[16];
 } process;
@@ -112,8 +116,14 @@ static void process_stopped(int call)
 	clock_gettime(CLOCK_MONOTONIC, &end);
 	end.tv_sec += process.patience;
 	do {
+		int holder = __atomic_load_n(&process.holder, __ATOMIC_ACQUIRE);
+
 		poll(NULL, 0, 100);
 		clock_gettime(CLOCK_MONOTONIC, &now);
+		if (holder && holder != gettid()) {
+			end = now;
+			end.tv_sec += process.patience;
+		}
 	} while (now.tv_sec < end.tv_sec ||
 		 (now.tv_sec == end.tv_sec && now.tv_nsec < end.tv_nsec));
 	last_words(process.call);
@@ -624,7 +634,7 @@ static const uint16_t machine_calls[] = {
 	SYS_faccessat2, SYS_readlink, SYS_readlinkat, SYS_getdents64, SYS_getcwd, SYS_chdir, SYS_fchdir, SYS_statfs,
 	/* sockets that are there */
 	SYS_sendmsg, SYS_recvmsg, SYS_sendto, SYS_recvfrom, SYS_shutdown, SYS_getsockopt,
-	SYS_setsockopt, SYS_getsockname, SYS_getpeername, SYS_accept, SYS_accept4, SYS_socketpair,
+	SYS_setsockopt, SYS_getsockname, SYS_getpeername, SYS_accept, SYS_accept4,
 	/* memory */
 	SYS_mmap, SYS_munmap, SYS_mprotect, SYS_mremap, SYS_madvise, SYS_msync, SYS_mincore, SYS_brk,
 	/* itself */
@@ -666,7 +676,9 @@ static struct {
 	int ruleset;
 	struct __user_cap_data_struct keep[2];
 	sem_t done;
-	int error; /* atomic: of whichever thread */
+	int asked;		  /* atomic: how many threads have done so */
+	int threads[THREADS_MAX]; /* atomic: which ones */
+	int error;		  /* atomic: of whichever thread */
 } sandbox;
 
 /**
@@ -699,12 +711,52 @@ static void confine_caller(void)
 
 static void on_confine(int sig)
 {
-	int saved = errno;
+	int saved = errno, place;
 
 	(void)sig;
 	confine_caller();
+	place = __atomic_fetch_add(&sandbox.asked, 1, __ATOMIC_ACQ_REL);
+	if (place < THREADS_MAX)
+		__atomic_store_n(&sandbox.threads[place], gettid(), __ATOMIC_RELEASE);
 	sem_post(&sandbox.done);
 	errno = saved;
+}
+
+/* Whether a thread has confined itself, or has ended before. */
+static bool settled(int tid)
+{
+	int count = __atomic_load_n(&sandbox.asked, __ATOMIC_ACQUIRE);
+
+	for (int i = 0; i < count && i < THREADS_MAX; i++)
+		if (__atomic_load_n(&sandbox.threads[i], __ATOMIC_ACQUIRE) == tid)
+			return true;
+	return syscall(SYS_tgkill, getpid(), tid, 0) && errno == ESRCH;
+}
+
+/* Wait for threads to settle; 0, or -ETIMEDOUT after 10 s. */
+static int wait_for(const int *tids, size_t count)
+{
+	struct timespec now, until;
+
+	for (int slices = 0; slices < 100;) {
+		size_t left = 0;
+
+		for (size_t i = 0; i < count; i++)
+			left += !settled(tids[i]);
+		if (!left)
+			return 0;
+		clock_gettime(CLOCK_REALTIME, &now);
+		until = now;
+		until.tv_nsec += 100000000;
+		if (until.tv_nsec >= 1000000000) {
+			until.tv_nsec -= 1000000000;
+			until.tv_sec++;
+		}
+		/* A thread that ends before it gets the signal posts nothing. */
+		if (sem_timedwait(&sandbox.done, &until) && errno == ETIMEDOUT)
+			slices++;
+	}
+	return -ETIMEDOUT;
 }
 
 /*
@@ -714,9 +766,9 @@ static void on_confine(int sig)
 static int confine_new(int *known, size_t *count, size_t room)
 {
 	DIR *tasks = opendir("/proc/self/task");
-	struct timespec until;
+	const size_t first = *count;
 	struct dirent *task;
-	int asked = 0, left;
+	int error;
 
 	if (!tasks)
 		return -errno;
@@ -733,19 +785,11 @@ static int confine_new(int *known, size_t *count, size_t room)
 			return -E2BIG;
 		}
 		known[(*count)++] = tid;
-		if (!syscall(SYS_tgkill, getpid(), tid, pv_confine_signal()))
-			asked++;
+		(void)syscall(SYS_tgkill, getpid(), tid, pv_confine_signal());
 	}
 	closedir(tasks);
-	clock_gettime(CLOCK_REALTIME, &until);
-	until.tv_sec += 10;
-	for (left = asked; left;) {
-		if (!sem_timedwait(&sandbox.done, &until))
-			left--;
-		else if (errno != EINTR)
-			return -errno;
-	}
-	return asked;
+	error = wait_for(known + first, *count - first);
+	return error ? error : (int)(*count - first);
 }
 
 /*
@@ -755,7 +799,7 @@ static int confine_new(int *known, size_t *count, size_t room)
 static int confine_others(void)
 {
 	struct sigaction sa = {.sa_handler = on_confine, .sa_flags = SA_RESTART};
-	int known[4096], found;
+	int known[THREADS_MAX], found;
 	size_t count = 0;
 
 	sem_init(&sandbox.done, 0, 0);
@@ -851,6 +895,24 @@ static int confine_calls(struct sock_filter *f, size_t n, int event, int status,
 	return 0;
 }
 
+/*
+ * Allow pairs of Unix sockets of these types. Others, such as SOCK_DGRAM, could send to any name in
+ * the file system.
+ */
+static size_t allow_pairs(struct sock_filter *f, size_t n)
+{
+	f[n++] = unless(SYS_socketpair, 8);
+	f[n++] = load(offsetof(struct seccomp_data, args[0]));
+	f[n++] = unless(AF_UNIX, 5);
+	f[n++] = load(offsetof(struct seccomp_data, args[1]));
+	f[n++] = (struct sock_filter)BPF_STMT(BPF_ALU | BPF_AND | BPF_K, SOCK_TYPE_MASK);
+	f[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SOCK_STREAM, 1, 0);
+	f[n++] = unless(SOCK_SEQPACKET, 1);
+	f[n++] = answer(SECCOMP_RET_ALLOW);
+	f[n++] = answer(SECCOMP_RET_TRAP);
+	return n;
+}
+
 /**
  * pv_confine_machine() - Leave this process, a VMM whose machine has been made, what it needs
  * @files:	Files and directories that it may read
@@ -895,6 +957,7 @@ int pv_confine_machine(const char *const *files, size_t file_count, const char *
 	n = allow_but(f, n, SYS_fcntl, machine_denied_fcntls,
 		      sizeof(machine_denied_fcntls) / sizeof(machine_denied_fcntls[0]),
 		      SECCOMP_RET_TRAP);
+	n = allow_pairs(f, n);
 	error = confine_calls(f, n, event, status, patience);
 	if (error)
 		return error;
@@ -948,6 +1011,17 @@ int pv_machine_stopped(char *thread)
 		return -1;
 	memcpy(thread, process.thread, sizeof(process.thread));
 	return process.call;
+}
+
+/**
+ * pv_machine_hold() - Whether the calling thread now does what may take long and needs no other
+ * @held:	Then the handler of a stopped thread waits; its patience begins anew with false
+ *
+ * The handler does not wait for the calling thread if that one is stopped itself.
+ */
+void pv_machine_hold(bool held)
+{
+	__atomic_store_n(&process.holder, held ? gettid() : 0, __ATOMIC_RELEASE);
 }
 
 /**
@@ -1008,14 +1082,31 @@ const char *pv_call_name(int call)
 		int call;
 		const char *name;
 	} names[] = {
-		{SYS_open, "open"},	    {SYS_openat, "openat"},   {SYS_socket, "socket"},
-		{SYS_connect, "connect"},   {SYS_execve, "execve"},   {SYS_execveat, "execveat"},
-		{SYS_fork, "fork"},	    {SYS_vfork, "vfork"},     {SYS_clone, "clone"},
-		{SYS_clone3, "clone3"},	    {SYS_ptrace, "ptrace"},   {SYS_mmap, "mmap"},
-		{SYS_mprotect, "mprotect"}, {SYS_ioctl, "ioctl"},     {SYS_kill, "kill"},
-		{SYS_tgkill, "tgkill"},	    {SYS_mount, "mount"},     {SYS_bpf, "bpf"},
-		{SYS_unshare, "unshare"},   {SYS_setns, "setns"},     {SYS_prctl, "prctl"},
-		{SYS_bind, "bind"},	    {SYS_sendmsg, "sendmsg"}, {SYS_setuid, "setuid"},
+		{SYS_open, "open"},
+		{SYS_openat, "openat"},
+		{SYS_socket, "socket"},
+		{SYS_connect, "connect"},
+		{SYS_execve, "execve"},
+		{SYS_execveat, "execveat"},
+		{SYS_fork, "fork"},
+		{SYS_vfork, "vfork"},
+		{SYS_clone, "clone"},
+		{SYS_clone3, "clone3"},
+		{SYS_ptrace, "ptrace"},
+		{SYS_mmap, "mmap"},
+		{SYS_mprotect, "mprotect"},
+		{SYS_ioctl, "ioctl"},
+		{SYS_kill, "kill"},
+		{SYS_tgkill, "tgkill"},
+		{SYS_mount, "mount"},
+		{SYS_bpf, "bpf"},
+		{SYS_unshare, "unshare"},
+		{SYS_setns, "setns"},
+		{SYS_prctl, "prctl"},
+		{SYS_bind, "bind"},
+		{SYS_sendmsg, "sendmsg"},
+		{SYS_setuid, "setuid"},
+		{SYS_socketpair, "socketpair"},
 	};
 
 	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)

@@ -45,6 +45,7 @@ int pv_confine_machine(const char *const *files, size_t file_count, const char *
 		       size_t device_count, uint64_t keep, int event, int status, int patience);
 int pv_confine_backend(int event, int status, int patience);
 int pv_machine_stopped(char *thread);
+void pv_machine_hold(bool held);
 int pv_spawn_sibling(char *const *argv, const int *from, const int *to, size_t count);
 /* cffi: end */
 

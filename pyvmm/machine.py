@@ -298,6 +298,7 @@ class Machine:
                 timeout = max(timeout - (time.monotonic() - begin), 0)
         if not self._done.wait(timeout):
             self.stop(Outcome("timeout", f"{total:g} s are over"))
+        self._sandbox.hold(True)  # the caller may have much to do with a machine that has ended
         failure = self.vcpu_threads.failure or self._failure
         if failure is not None:
             raise failure
@@ -393,6 +394,7 @@ class Machine:
         """Stop, and release everything. A second call does nothing."""
         if not self._done.is_set():
             self.stop()
+        self._sandbox.hold(False)
         if self._supervisor is not None:
             self._supervisor.join()
         self._cut()

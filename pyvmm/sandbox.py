@@ -55,6 +55,7 @@ class Sandbox:
     def __init__(self, want: str, nets: Sequence[Net], devices: Sequence[Device]) -> None:
         self._want, self._nets, self._devices = want, nets, devices
         self._wake: EventFd | None = None
+        self._closed = False
         why = _why_not(nets)
         without = "" if why else _why_no_files()
         if want == "on" and (why or without):
@@ -122,8 +123,18 @@ class Sandbox:
             _check(done)
         _watch(event, stopped)
 
+    def hold(self, held: bool) -> None:
+        """Whether the calling thread has the end of the machine in hand, and no thread that was
+        stopped can hinder it: then it may take longer than ``ORDERLY_S``, which begin anew with
+        False. Nothing after ``close``.
+        """
+        if self._wake is not None and not self._closed:
+            lib.pv_machine_hold(held)
+
     def close(self) -> None:
         """End a helper of our own. The process stays confined. A second call does nothing."""
+        self.hold(True)  # for good: the process is the caller's again
+        self._closed = True
         if self._wake is not None:
             self._wake.signal()  # not closed: the handler of a stopped thread may write to it
         if self._own is not None:

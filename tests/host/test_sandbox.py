@@ -21,6 +21,7 @@ from pyvmm.card.uplink import Uplink
 from pyvmm.errors import UsageError
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.slirp import UserStack
+from pyvmm.sandbox import ORDERLY_S
 from tests.driver import wait_for
 from tests.host.test_confined import status_of, threads
 from tests.inject import EXECVE, OPENAT, PTRACE, SOCKET, inject
@@ -166,6 +167,26 @@ def test_a_kernel_that_refuses_a_back_end(want: str, answer: str) -> None:
     assert (run.returncode, run.stdout) == (0, answer), run
 
 
+DEAF = """
+import signal, threading, time
+from pyvmm import helper, sandbox
+ready = threading.Event()
+def thread():
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(signal.SIGRTMIN, signal.SIGRTMAX))
+    ready.set()
+    time.sleep(1)
+with helper.start():
+    threading.Thread(target=thread).start()
+    ready.wait()
+    print(repr(sandbox.confine_backend("on", [], print)))
+"""
+
+
+def test_a_thread_that_ends_before_it_is_confined() -> None:
+    run = subprocess.run([sys.executable, "-c", DEAF], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "''\n"), run
+
+
 def test_a_confined_machine_is_as_any_other(guest: Guest, tmp_path: Path) -> None:
     """Live switches, a back-end that dies and comes back, a reset with a kernel that has replaced
     the first one: what needs a process, a socket or a file, the helper does.
@@ -211,6 +232,11 @@ def test_a_confined_machine_is_as_any_other(guest: Guest, tmp_path: Path) -> Non
     assert [s["outcome"] for s in told["nets"][0]["switches"]] == ["switched"] * 2, told
 
 
+#: A thread is stopped after the machine has ended: that ends no process that goes on.
+WAIT = (
+    "import threading, time; threading.Thread(target=socket.socket, daemon=True).start(); "
+    f"time.sleep({ORDERLY_S + 3}); vm.close(); time.sleep({ORDERLY_S + 3}); print('waited')"
+)
 CONFINED = """
 import os, resource, socket, sys
 from pyvmm import Machine, Net
@@ -248,6 +274,10 @@ def confined(guest: Guest, deed: str, sandbox: str = "on") -> subprocess.Complet
         ("os.execv('/bin/true', ['true'])", "asked for execve()"),
         ("os.kill(os.getppid(), 0)", "asked for kill()"),
         ("socket.socket()", "asked for socket()"),
+        ("socket.socketpair(type=socket.SOCK_DGRAM)", "asked for socketpair()"),
+        ("socket.socketpair(30, socket.SOCK_SEQPACKET)", "asked for socketpair()"),  # TIPC
+        ("[*map(socket.socketpair, [1] * 2, [1, 5])]; print('pairs')", "pairs"),
+        (WAIT, "waited"),
         ("resource.prlimit(os.getppid(), resource.RLIMIT_CORE)", "asked for system call 302"),
         ("import fcntl; fcntl.ioctl(0, 0x5412, b'x')", "asked for ioctl()"),  # TIOCSTI
     ],
