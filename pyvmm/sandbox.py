@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+from contextlib import suppress
 
 from pyvmm import helper
 from pyvmm._ext import ffi, lib
@@ -87,8 +88,7 @@ class Sandbox:
         _confined = True
         for net in self._nets:
             if net.socket:
-                helper.permit("listen" if net.server else "connect", net.socket)
-                helper.permit("remove", net.socket)
+                _permit_socket(net.socket, listens=net.server)
             if net.tap:
                 helper.permit("tap", net.tap)
                 helper.permit("interface", net.tap)
@@ -96,8 +96,7 @@ class Sandbox:
                 helper.permit("interface", net.bridge)
         for device in self._devices:
             if device.socket:
-                helper.permit("listen" if device.server else "connect", device.socket)
-                helper.permit("remove", device.socket)
+                _permit_socket(device.socket, listens=device.server)
         helper.permit("remove", *removable)
         files = list(files)
         helper.permit("open", *files)
@@ -170,6 +169,12 @@ def confine_backend(
     return without
 
 
+def _permit_socket(path: str, *, listens: bool) -> None:
+    helper.permit("listen" if listens else "connect", path)
+    if listens:  # whoever connects removes nothing
+        helper.permit("remove", path)
+
+
 def _check(done: int) -> None:
     if done < 0:
         raise SandboxError(
@@ -212,12 +217,23 @@ def _why_no_files() -> str:
 
 
 def _own_places() -> list[str]:
-    """Where Python and pyvmm have their modules. Never the whole of a file system."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    places = [f"{here}/pyvmm", *sys.path]
+    """Where Python and pyvmm have their modules. Never the whole of a file system, of the user's
+    home or of the current directory, and not the script's directory, where its owner has much else.
+    """
+    places = [*sys.path] if sys.flags.safe_path else sys.path[1:]
     for prefix in {sys.prefix, sys.base_prefix, sys.exec_prefix}:
         places += [f"{prefix}/lib", f"{prefix}/lib64"]
-    return [place for place in places if place.startswith("/") and place != "/"]
+    private = [os.path.expanduser("~")]
+    with suppress(OSError):  # it has been removed
+        private.append(os.getcwd())
+    places = [p for p in places if p.startswith("/") and not any(_is_in(q, p) for q in private)]
+    return [os.path.dirname(os.path.abspath(__file__)), *places]
+
+
+def _is_in(path: str, place: str) -> bool:
+    """Whether ``path`` is the directory ``place``, or below."""
+    path, place = os.path.realpath(path), os.path.realpath(place)
+    return os.path.commonpath([path, place]) == place
 
 
 def _capabilities() -> int:

@@ -203,7 +203,7 @@ def _confine(args: argparse.Namespace, log: Any, stopped: Any) -> None:
 
     names = [("interface", args.tap), ("tap", args.tap)] if args.tap else []
     for path in filter(None, (args.socket, args.connect)):
-        names += [("connect" if args.client else "listen", path), ("remove", path)]
+        names += [("connect", path)] if args.client else [("listen", path), ("remove", path)]
     tell_errors(lambda line: print(f"pyvmm: {line}", file=sys.stderr, flush=True))
     why = sandbox.confine_backend(args.sandbox, names, lambda thread, problem: stopped(problem))
     if why:

@@ -293,6 +293,31 @@ def test_what_the_process_may_do(guest: Guest, deed: str, answer: str) -> None:
         assert run.returncode == 128, run
 
 
+def test_homes_and_directories_stay_closed(guest: Guest, tmp_path: Path) -> None:
+    """A script's own directory, the user's home and the current directory are places of modules
+    only by accident.
+    """
+    places = {name: tmp_path / name for name in ("script", "home", "here", "modules")}
+    for place in places.values():
+        place.mkdir()
+        (place / "file").touch()
+    script = places["script"] / "run.py"
+    script.write_text(
+        "def tried(path):\n try: return open(path).close()\n except OSError as e: return e.errno\n"
+        + CONFINED.format("print(*map(tried, sys.argv[3:]))")
+    )
+    path = [ROOT, places["home"], places["here"], places["modules"], tmp_path]
+    files = [str(place / "file") for place in places.values()]
+    run = subprocess.run(
+        [sys.executable, str(script), guest("hello"), "on", *files],
+        cwd=places["here"],
+        env={**os.environ, "HOME": str(places["home"]), "PYTHONPATH": ":".join(map(str, path))},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.split() == ["on", "13", "13", "13", "None"], run
+
+
 def test_capabilities(guest: Guest) -> None:
     """Of those that root has, one is left, by which the kernel is read again."""
     deed = "print(*(line.split()[1] for line in open('/proc/self/status') if line[:3] == 'Cap'))"
