@@ -6,7 +6,7 @@ its words and descriptors; the answer has words and descriptors, too, or an erro
 starts becomes a child of the VMM (CLONE_PARENT), which waits for it as for any child.
 
 The VMM may be somebody else's by the time it asks. So an operation does what its words say only in
-the ways that the code of the operation knows: it starts our own modules, it connects to sockets and
+the ways that the code of the operation knows: it starts modules of ours, connects to sockets and
 removes files that were permitted before ``seal``, it makes taps in namespaces of their own.
 
 Without a helper, and before ``seal``, the same operations run in this process.
@@ -51,8 +51,13 @@ if TYPE_CHECKING:
 
 #: The size of the longest message, in bytes: a traceback.
 MESSAGE_MAX = 1 << 16
-#: The modules that may be started.
-MODULES = ("pyvmm.backend.process", "pyvmm.hostnet.slirp")
+BACKEND, USER_NETWORK = "pyvmm.backend.process", "pyvmm.hostnet.slirp"
+#: The modules that may be started -> what messages call them, and how many of their words are free:
+#: the others have to be permitted (``permit_start``).
+MODULES = {
+    BACKEND: ("a back-end of pyvmm's", None),
+    USER_NETWORK: ("a user network with this loopback= and hostfwd=", 4),
+}
 #: Name -> the function that does it: of a module that is imported when it is needed.
 OPERATIONS = {
     "namespace": "pyvmm.hostnet.netns:make_inside",
@@ -65,7 +70,7 @@ OPERATIONS = {
     "remove": "pyvmm.hostnet.sockets:remove_named",
     "open": "pyvmm.helper:_open_to_read",
 }
-#: Operations whose first word has to be permitted.
+#: Operations whose first word has to be permitted; and so has ``start``, see ``MODULES``.
 NAMED = ("connect", "listen", "remove", "tap", "interface", "open")
 
 
@@ -208,6 +213,13 @@ def permit(operation: str, *names: str) -> None:
             _current.ask(["permit", operation, name])
 
 
+def permit_start(module: str, *words: str) -> None:
+    """Allow ``start_module`` a module after ``seal``, with these words in the end. Nothing without
+    a helper.
+    """
+    permit("start", " ".join([module, *words]))
+
+
 def seal() -> None:
     """Have the helper do all operations from now on, those of ``NAMED`` with permitted names
     only.
@@ -338,10 +350,10 @@ class _Rules:
             raise HostError("pyvmm's helper has been sealed")
         self._permitted.add((operation, name))
 
-    def check(self, operation: str, name: str) -> None:
+    def check(self, operation: str, name: str, shown: str = "") -> None:
         if (operation, name) not in self._permitted:
             raise UsageError(
-                f"{name}: the sandbox has only what the command line names",
+                f"{shown or name}: the sandbox has only what the command line names",
                 "name it at the start, or start with --sandbox off",
             )
 
@@ -384,7 +396,13 @@ def _do(rules: _Rules, parent: int, words: list[str], fds: list[int]) -> Result:
     elif operation == "seal":
         rules.sealed = True
     elif operation == "start":
-        return [str(_spawn(rest[0], rest[1] == "1", rest[2], rest[3:], fds))], []
+        name, silent, numbers, *words = rest
+        if name not in MODULES:
+            raise HostError(f"pyvmm's helper does not start {name}")
+        shown, free = MODULES[name]
+        bound = words[free:] if free is not None else []
+        rules.check("start", " ".join([name, *bound]), shown)
+        return [str(_spawn(name, silent == "1", numbers, words, fds))], []
     elif operation == "kill":
         _kill(int(rest[0]), parent)
     else:
@@ -394,8 +412,6 @@ def _do(rules: _Rules, parent: int, words: list[str], fds: list[int]) -> Result:
 
 def _spawn(name: str, silent: bool, numbers: str, words: list[str], fds: list[int]) -> int:
     """Start a module of ours as a child of the VMM; its process id."""
-    if name not in MODULES:
-        raise HostError(f"pyvmm's helper does not start {name}")
     to = [int(number) for number in numbers.split(",") if number]
     if len(to) != len(fds) or min(to, default=3) < 3:
         raise HostError(f"{len(fds)} descriptors for {len(to)} numbers")

@@ -86,7 +86,11 @@ class Sandbox:
         global _confined
         assert self.wanted and self._wake is None
         _confined = True
+        helper.permit_start(helper.BACKEND)
         for net in self._nets:
+            if net.mode == "user":
+                words = [str(int(net.loopback)), *map(str, net.forwards)]
+                helper.permit_start(helper.USER_NETWORK, *words)
             if net.socket:
                 _permit_socket(net.socket, listens=net.server)
             if net.tap:

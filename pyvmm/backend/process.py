@@ -183,7 +183,7 @@ class BackendProcess:
         facts = (tap.mtu, tap.features(), self.poll_us)
         words = [str(lent[0]), tap.name, *map(str, facts), *map(str, lent[1:])]
         try:
-            self._child = helper.start_module("pyvmm.backend.process", words, lent)
+            self._child = helper.start_module(helper.BACKEND, words, lent)
         except OSError as e:
             ours.close()
             raise VhostUserError(f"cannot start our own back-end: {e.strerror}") from e

@@ -105,7 +105,7 @@ class UserStack:
         one network. :param mtu: bytes.
     :param loopback: whether the gateway's address also stands for the host's 127.0.0.1.
     :ivar fds: the card's end of the sockets. ``need`` comes before their use.
-    :raises NetError: the child cannot be started.
+    :raises NetError: the child cannot be started. :raises UsageError: the sandbox has no such one.
     """
 
     #: No network interface is behind the sockets.
@@ -128,11 +128,14 @@ class UserStack:
                 words = [str(theirs.fileno()), host, guest, str(mtu), str(int(loopback))]
                 words += map(str, forwards)
                 self._child = helper.start_module(
-                    "pyvmm.hostnet.slirp", words, [theirs.fileno()], silent=True
+                    helper.USER_NETWORK, words, [theirs.fileno()], silent=True
                 )
         except OSError as e:
             self.close()
             raise NetError(f"cannot start the user network: {e.strerror}") from e
+        except BaseException:
+            self.close()
+            raise
 
     def need(self) -> None:
         """Wait until the stack is there; ``cut`` ends the wait.

@@ -387,6 +387,7 @@ def test_nothing_is_left(guest: Guest) -> None:
 def test_what_the_helper_makes() -> None:
     """A tap in a namespace, steering, a user network: as without the helper."""
     with helper.start():
+        helper.permit_start(helper.USER_NETWORK, "0")
         helper.seal()
         with pytest.raises(UsageError, match="vhost-vdpa: a confined machine"):
             Uplink(Net("vhost-vdpa"), None)

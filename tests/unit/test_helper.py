@@ -14,6 +14,7 @@ import pytest
 
 from pyvmm import helper
 from pyvmm.errors import HostError, UsageError, VhostUserError
+from pyvmm.hostnet.slirp import Forward, UserStack
 from pyvmm.vhostuser.wire import Listener, connect
 from tests.driver import wait_for
 
@@ -63,19 +64,39 @@ def test_only_known_operations_and_modules(made: helper.Helper) -> None:
         made.ask(["execve", "/bin/sh"])
     with pytest.raises(HostError, match="does not start os"):
         made.ask(["start", "os", "0", ""])
+    with pytest.raises(UsageError, match="a back-end of pyvmm's: the sandbox has only what"):
+        made.ask(["start", helper.BACKEND, "0", ""])
+    helper.permit_start(helper.BACKEND)
     with pytest.raises(HostError, match="descriptors for"):
-        made.ask(["start", "pyvmm.hostnet.slirp", "0", "2"])
+        made.ask(["start", helper.BACKEND, "0", "2"])
+
+
+def test_the_user_network_that_was_permitted(made: helper.Helper) -> None:
+    """No other ports of the host, and not its loopback."""
+    forward = Forward("8080-80")
+    helper.permit_start(helper.USER_NETWORK, "0", str(forward))
+    helper.seal()
+    for loopback, forwards in (
+        (True, [forward]),
+        (False, []),
+        (False, [forward, forward]),
+        (False, [Forward("0.0.0.0:8080-80")]),
+    ):
+        with pytest.raises(UsageError, match="a user network with this loopback= and hostfwd="):
+            UserStack("10.0.2.2/24", "10.0.2.15/24", 1500, loopback=loopback, forwards=forwards)
+    UserStack("10.0.2.2/24", "10.0.2.15/24", 1500, loopback=False, forwards=[forward]).close()
 
 
 def test_a_child_is_ours(made: helper.Helper) -> None:
     """A module that the helper starts is a child of this process, has the descriptors under their
     numbers, and can be killed.
     """
+    helper.permit_start(helper.BACKEND)
     helper.seal()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         words = [str(theirs.fileno()), "tap0", "1500", "0", "0"]
-        child = helper.start_module("pyvmm.backend.process", words, [theirs.fileno()])
+        child = helper.start_module(helper.BACKEND, words, [theirs.fileno()])
         theirs.close()  # so that a child that ends is heard
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         assert str(child.pid) in children
