@@ -32,7 +32,7 @@ from pyvmm.programs import module
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Protocol
+    from typing import Any, Protocol
 
     #: What an operation returns: a few words, and descriptors that the caller owns.
     Result = tuple[list[str], list[int]]
@@ -71,7 +71,9 @@ OPERATIONS = {
     "open": "pyvmm.helper:_open_to_read",
 }
 #: Operations whose first word has to be permitted; and so has ``start``, see ``MODULES``.
-NAMED = ("connect", "listen", "remove", "tap", "interface", "open")
+NAMED = ("connect", "listen", "remove", "tap", "open")
+#: Operations that need other permissions -> the function that says which, from the words.
+NEEDS = {"interface": "pyvmm.hostnet.tap:interface_needs"}
 
 
 def answer(channel: socket.socket, body: Callable[[], Result]) -> int:
@@ -207,7 +209,9 @@ def do(operation: str, *words: str) -> Result:
 
 
 def permit(operation: str, *names: str) -> None:
-    """Allow an operation of ``NAMED`` these names after ``seal``. Nothing without a helper."""
+    """Allow an operation of ``NAMED`` these names after ``seal``, or what a function of ``NEEDS``
+    calls so. Nothing without a helper.
+    """
     if _current is not None and not _current.sealed:
         for name in names:
             _current.ask(["permit", operation, name])
@@ -333,9 +337,13 @@ def kill(child: Child) -> None:
 
 
 def _operation(name: str) -> Operation:
-    where, _, function = OPERATIONS[name].partition(":")
-    found: Operation = getattr(importlib.import_module(where), function)
+    found: Operation = _function(OPERATIONS[name])
     return found
+
+
+def _function(place: str) -> Any:
+    where, _, name = place.partition(":")
+    return getattr(importlib.import_module(where), name)
 
 
 class _Rules:
@@ -390,6 +398,9 @@ def _do(rules: _Rules, parent: int, words: list[str], fds: list[int]) -> Result:
     if operation in OPERATIONS:
         if operation in NAMED:
             rules.check(operation, rest[0])
+        if operation in NEEDS:
+            for kind, name in _function(NEEDS[operation])(rest):
+                rules.check(kind, name, f"a change of {rest[0]}" if kind == "setting" else "")
         return _operation(operation)(rest)
     if operation == "permit":
         rules.permit(rest[0], rest[1])

@@ -117,6 +117,8 @@ class Uplink:
             self.tap = self.namespace.tap
         else:
             self.tap = Tap(net.tap, address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
+        if self.namespace is None:
+            self.tap.permit()
         if "rss" in net.with_:
             self.tap.offer_steering()
 

@@ -234,9 +234,9 @@ def _ports(args: argparse.Namespace, capture: PcapWriter | None) -> list[tuple[s
     if args.tap:
         from pyvmm.hostnet.tap import Tap
 
-        return [
-            (args.socket or args.vduse, Tap(args.tap, queues=args.queues, address=args.address))
-        ]
+        tap = Tap(args.tap, queues=args.queues, address=args.address)
+        tap.permit()
+        return [(args.socket or args.vduse, tap)]
     if args.loopback:
         return [(args.socket or args.vduse, vu_ports.loop_port(args.queues))]
     if args.connect:

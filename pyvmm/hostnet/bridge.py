@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.errors import NetError, NetForbidden
+from pyvmm import helper
+from pyvmm.errors import NetError, NetForbidden, UsageError
 from pyvmm.hostnet import TAP_MAX_MTU
 from pyvmm.hostnet.tap import Interface, Tap
 
@@ -40,6 +41,11 @@ def tap_of(bridge: str, name: str | None, *, mtu: int | None, queues: int, txque
 
 
 def _new(bridge: str, *, mtu: int, queues: int, txqueuelen: int) -> Tap:
+    if helper.sealed():
+        raise UsageError(
+            f"bridge={bridge}: a confined machine makes no new port of a bridge",
+            "name a tap of the command line: tap=NAME; or start with --sandbox off",
+        )
     for number in range(TAPS_MAX):
         name = f"pv{os.getpid()}n{number}"
         if Interface(name).exists():
@@ -52,6 +58,7 @@ def _new(bridge: str, *, mtu: int, queues: int, txqueuelen: int) -> Tap:
                 "run as root, or name a tap of yours that is a port of it: tap=NAME",
             ) from e
         if tap.created:
+            helper.permit("interface", name)  # to be asked for its number, by live switches
             return tap
         tap.close()  # somebody else's, made a moment ago
     raise NetError(f"no name is left for a tap of {bridge}", "end other machines")

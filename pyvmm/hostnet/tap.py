@@ -19,6 +19,7 @@ from socket import (
     SOCK_DGRAM,
     SOCK_SEQPACKET,
     SOCK_STREAM,
+    if_indextoname,
     socket,
 )
 
@@ -111,27 +112,46 @@ def index_of(name: str, sock: socket) -> int:
     return int(struct.unpack_from("=i", answer, IFNAMSIZ)[0])
 
 
-#: What a program of ours asks of an interface, and changes.
-REQUESTS = (
+#: What a program of ours asks of an interface.
+GETTERS = (
     lib.SIOCGIFINDEX,
     lib.SIOCGIFFLAGS,
-    lib.SIOCSIFFLAGS,
     lib.SIOCGIFMTU,
-    lib.SIOCSIFMTU,
     lib.SIOCGIFTXQLEN,
-    lib.SIOCSIFTXQLEN,
     lib.SIOCGIFADDR,
-    lib.SIOCSIFADDR,
     lib.SIOCGIFNETMASK,
-    lib.SIOCSIFNETMASK,
     lib.SIOCGIFHWADDR,
-    lib.SIOCBRADDIF,
-    lib.SIOCBRDELIF,
 )
+#: What it changes.
+SETTERS = (lib.SIOCSIFMTU, lib.SIOCSIFTXQLEN, lib.SIOCSIFADDR, lib.SIOCSIFNETMASK)
+#: What it does with the ports of a bridge.
+PORTS = (lib.SIOCBRADDIF, lib.SIOCBRDELIF)
+
+
+def interface_needs(words: list[str]) -> list[tuple[str, str]]:
+    """The permissions of the helper that ``interface_request`` with these words needs: names of
+    ``interface`` to ask; of ``tap`` to set up or down, and to be a port of a bridge; of ``setting``
+    for the rest, which are what this process has set, or found, before it was confined.
+
+    :raises HostError: no request of ours. :raises OSError: no interface has a port's number.
+    """
+    name, number, data = words
+    request = int(number)
+    if request in GETTERS:
+        return [("interface", name)]
+    if request == lib.SIOCSIFFLAGS:
+        return [("tap", name)]
+    if request in SETTERS:
+        return [("setting", " ".join(words))]
+    if request in PORTS:
+        (port,) = struct.unpack_from("=i", bytes.fromhex(data))
+        return [("interface", name), ("tap", if_indextoname(port))]
+    raise HostError(f"no request of ours: {request:#x}")
 
 
 def interface_request(words: list[str]) -> tuple[list[str], list[int]]:
-    """Make a request of ``REQUESTS``; an operation of ``helper``.
+    """Make a request that ``interface_needs`` knows; an operation of ``helper``. Of the flags, only
+    IFF_UP changes.
 
     :param words: the interface's name, the request, and the union of ``struct ifreq`` in
         hexadecimal.
@@ -139,10 +159,18 @@ def interface_request(words: list[str]) -> tuple[list[str], list[int]]:
     """
     name, number, data = words
     request = int(number)
-    if request not in REQUESTS:
+    if request not in (*GETTERS, *SETTERS, *PORTS, lib.SIOCSIFFLAGS):
         raise HostError(f"no request of ours: {request:#x}")
+    union = bytes.fromhex(data)
     with socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0) as s:
-        out = ioctl(s.fileno(), request, struct.pack("16s24s", name.encode(), bytes.fromhex(data)))
+        if request == lib.SIOCSIFFLAGS:
+            old = ioctl(s.fileno(), lib.SIOCGIFFLAGS, struct.pack("16s24x", name.encode()))
+            (now,), (new,) = (
+                struct.unpack_from("=H", old, IFNAMSIZ),
+                struct.unpack_from("=H", union),
+            )
+            union = struct.pack("=H", now & ~lib.IFF_UP | new & lib.IFF_UP)
+        out = ioctl(s.fileno(), request, struct.pack("16s24s", name.encode(), union))
     return [out[IFNAMSIZ:].hex()], []
 
 
@@ -184,6 +212,7 @@ class Interface:
     def __init__(self, name: str) -> None:
         self.name = name
         self._undo: list[tuple[int, bytes]] = []
+        self._settings: set[tuple[int, bytes]] = set()
 
     def _ioctl(self, request: int, data: bytes = b"") -> bytes:
         """Make the request with ``data`` as the union of ``struct ifreq``; returns the union."""
@@ -202,6 +231,14 @@ class Interface:
         except OSError as e:
             raise NetError(f"cannot set the {what} of {self.name}: {e.strerror}") from e
         self._undo.append((put, old))
+        self._settings |= {(put, old), (put, new)}
+
+    def permit(self) -> None:
+        """Allow the changes up to now again when this process is confined: to undo them, and for a
+        card that takes the place of another one.
+        """
+        for put, data in self._settings:
+            helper.permit("setting", f"{self.name} {put} {data.hex()}")
 
     def exists(self) -> bool:
         """Whether there is an interface of that name."""
@@ -261,6 +298,7 @@ class Interface:
             self._change(lib.SIOCSIFADDR, b"", head + packed, f"address ({text})", command)
             self._change(lib.SIOCSIFNETMASK, b"", head + mask, f"netmask ({text})", command)
             self._undo[-2:] = [(lib.SIOCSIFADDR, old[0]), (lib.SIOCSIFNETMASK, old[1])]
+            self._settings |= set(self._undo[-2:])
             return
         if helper.sealed():
             raise UsageError(
@@ -297,10 +335,8 @@ class Interface:
         """Undo the changes if the interface still exists. IPv6 addresses stay."""
         undo, self._undo = self._undo, []
         for put, old in undo:
-            try:
+            with suppress(OSError, UsageError):  # UsageError: the sandbox does not know the value
                 self._ioctl(put, old)
-            except OSError:
-                pass
 
 
 #: A struct tun_filter without addresses: every frame passes.
@@ -495,6 +531,10 @@ class Tap:
             raise
         tap.created = False
         return tap
+
+    def permit(self) -> None:
+        """Allow the helper what this tap, of our own network namespace, was given up to now."""
+        self._interface.permit()
 
     def join(self, bridge: str) -> None:
         """Become a port of a bridge, until ``close``; nothing if the tap is one already.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +16,12 @@ from pathlib import Path
 import pytest
 
 from pyvmm import helper
+from pyvmm._ext import lib
 from pyvmm.errors import HostError, UsageError, VhostUserError
+from pyvmm.hostnet import netns, userns
+from pyvmm.hostnet.bridge import tap_of
 from pyvmm.hostnet.slirp import Forward, UserStack
+from pyvmm.hostnet.tap import Tap
 from pyvmm.vhostuser.wire import Listener, connect
 from tests.driver import wait_for
 
@@ -85,6 +92,77 @@ def test_the_user_network_that_was_permitted(made: helper.Helper) -> None:
         with pytest.raises(UsageError, match="a user network with this loopback= and hostfwd="):
             UserStack("10.0.2.2/24", "10.0.2.15/24", 1500, loopback=loopback, forwards=forwards)
     UserStack("10.0.2.2/24", "10.0.2.15/24", 1500, loopback=False, forwards=[forward]).close()
+
+
+SIOCBRADDBR, IFF_UP, IFF_PROMISC = 0x89A0, 0x1, 0x100
+
+
+def test_what_may_be_done_to_an_interface() -> None:
+    """Of the interfaces of the command line: nothing that this process has not done, or found,
+    before; no flag but IFF_UP; no other ports of the bridge. Of others: nothing. The interfaces
+    are in a network namespace of their own.
+    """
+
+    def body() -> tuple[list[str], list[int]]:
+        if os.geteuid():
+            userns.become_root()
+        userns.unshare(lib.CLONE_NEWNET)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            fcntl.ioctl(s, SIOCBRADDBR, b"br0".ljust(16, b"\0"))
+        with helper.start() as one, contextlib.closing(Tap("o0")):
+            tap = Tap("t0", mtu=1400, address="192.168.9.1/24")
+            tap.join("br0")
+            tap.permit()
+            unnamed = tap_of("br0", None, mtu=None, queues=1, txqueuelen=1000)
+            for operation, name in (("tap", "t0"), ("interface", "t0"), ("interface", "br0")):
+                helper.permit(operation, name)
+            helper.seal()
+
+            def ask(name: str, request: int, data: bytes) -> bytes:
+                (out,), _ = one.ask(["interface", name, str(request), data.hex()])
+                return bytes.fromhex(out)
+
+            def number(value: int) -> bytes:
+                return struct.pack("=i", value)
+
+            address = struct.pack("=HH4s", socket.AF_INET, 0, socket.inet_aton("192.168.9.1"))
+            theirs, port = socket.if_nametoindex("o0"), socket.if_nametoindex("t0")
+            for name, request, data in (
+                ("br0", lib.SIOCSIFADDR, address),
+                ("br0", lib.SIOCSIFFLAGS, struct.pack("=H", IFF_UP)),
+                ("br0", lib.SIOCSIFMTU, number(1400)),
+                ("br0", lib.SIOCBRADDIF, number(theirs)),
+                ("br0", lib.SIOCBRADDIF, number(1)),
+                ("o0", lib.SIOCBRADDIF, number(port)),
+                ("t0", lib.SIOCSIFADDR, address[:4] + bytes([8, 8, 8, 8])),
+                ("t0", lib.SIOCSIFNETMASK, bytes(24)),
+                ("t0", lib.SIOCSIFMTU, number(9000)),
+                ("o0", lib.SIOCGIFMTU, b""),
+                ("o0", lib.SIOCSIFFLAGS, bytes(2)),
+            ):
+                with pytest.raises(UsageError, match="only what the command line names"):
+                    ask(name, request, data)
+            with pytest.raises(OSError, match="No such device"):
+                ask("br0", lib.SIOCBRADDIF, number(9999))
+            ask("br0", lib.SIOCBRDELIF, number(port))
+            ask("br0", lib.SIOCBRADDIF, number(port))
+            ask("t0", lib.SIOCSIFADDR, address)
+            ask("t0", lib.SIOCSIFFLAGS, struct.pack("=H", IFF_PROMISC))
+            (flags,) = struct.unpack_from("=H", ask("t0", lib.SIOCGIFFLAGS, b""))
+            assert not flags & (IFF_UP | IFF_PROMISC)
+            tap._interface.restore()
+            assert tap._interface.mtu == 1500
+            tap._interface.set_mtu(1400)
+            with pytest.raises(UsageError, match="a change of t0: the sandbox has only"):
+                tap._interface.set_mtu(1401)
+            with pytest.raises(UsageError, match="a confined machine makes no new port"):
+                tap_of("br0", None, mtu=None, queues=1, txqueuelen=1000)
+            assert unnamed.link().master() == socket.if_nametoindex("br0")
+            unnamed.close()
+            tap.close()
+        return ["done"], []
+
+    assert netns._in_child(body) == (["done"], [])
 
 
 def test_a_child_is_ours(made: helper.Helper) -> None:
