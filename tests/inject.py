@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 ATTACH, DETACH, GETREGS, SETREGS = 16, 17, 12, 13
 #: struct user_regs_struct of x86-64, by index.
@@ -21,11 +22,19 @@ def _ptrace(request: int, tid: int, data: object = None) -> None:
         raise OSError(ctypes.get_errno(), f"ptrace {request}")
 
 
+def _blocks_sigsys(tid: int) -> bool:
+    status = Path(f"/proc/{tid}/status").read_text()
+    blocked = int(status.split("SigBlk:")[1].split()[0], 16)
+    return bool(blocked >> signal.SIGSYS - 1 & 1)
+
+
 def inject(tid: int, call: int) -> bool:
     """Have thread ``tid`` ask for a system call whose arguments are zeros. The caller may trace the
     thread's process (its parent, or root).
 
-    :returns: False if the thread is in no system call now, in whose place to ask.
+    :returns: False if the thread is in no system call now, in whose place to ask; or if it blocks
+        SIGSYS for a moment, as the C library does around clone(2): the kernel would kill the
+        process, without a handler.
     """
     # Of one thread: the caller has to stay the same.
     _ptrace(ATTACH, tid)
@@ -33,7 +42,7 @@ def inject(tid: int, call: int) -> bool:
     assert os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGSTOP, status
     regs = (ctypes.c_ulong * 27)()
     _ptrace(GETREGS, tid, regs)
-    waits = ctypes.c_long(regs[ORIG_RAX]).value >= 0
+    waits = ctypes.c_long(regs[ORIG_RAX]).value >= 0 and not _blocks_sigsys(tid)
     if waits:
         regs[RIP] -= 2  # back to the instruction `syscall`
         regs[RAX], regs[ORIG_RAX] = call, 2**64 - 1
