@@ -14,6 +14,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <semaphore.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -395,6 +396,24 @@ static void bound_capabilities(uint64_t keep)
 			prctl(PR_CAPBSET_DROP, cap, 0, 0, 0);
 }
 
+static void *leave(void *unused)
+{
+	(void)unused;
+	pthread_exit(NULL);
+}
+
+/*
+ * Do now what the C library does at the first pthread_exit(): it opens libgcc_s. Python calls
+ * pthread_exit() in threads that are still there at the end of the interpreter.
+ */
+static void load_unwinder(void)
+{
+	pthread_t thread;
+
+	if (!pthread_create(&thread, NULL, leave, NULL))
+		pthread_join(thread, NULL);
+}
+
 static void drop_capabilities(void)
 {
 	struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
@@ -436,6 +455,7 @@ int pv_confine_process(const uint32_t *ioctls, size_t count)
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 		return -errno;
 	mallopt(M_ARENA_MAX, 1); /* to trim another arena, the C library opens a file */
+	load_unwinder();
 	if (confine_files(NULL))
 		done |= PV_CONFINED_FILES;
 	drop_capabilities();
@@ -981,6 +1001,7 @@ int pv_confine_backend(int event, int status, int patience)
 	size_t n;
 
 	mallopt(M_ARENA_MAX, 1); /* to trim another arena, the C library opens a file */
+	load_unwinder();
 	error = confine_threads(ruleset, 0);
 	if (error)
 		return error;
