@@ -2203,12 +2203,13 @@ static void __attribute__((noreturn)) become_tree_init(int signals, char **argv)
 	sigset_t none;
 
 	if (!tree_systemd) {
-		tell(GUEST_COMMAND, 0); /* which is this init: nobody can tell it to run another */
 		if (!fork()) {
 			setsid();
 			beside = true;
 			set_environment(); /* which the sessions inherit */
 			open_channel();
+			tell(GUEST_COMMAND,
+			     0); /* which is the tree's init: no channel comes later */
 			if (channel)
 				supervise(0, signals, -1, -1);
 			_exit(0);

@@ -123,7 +123,7 @@ def test_a_command_beside_another_init(host: Host, tmp_path: Path) -> None:
             told.append(host.run(*PYVMM, "exec", "--host", "local", "tree1", "--", "env"))
             return told[-1].status == 0 or run.status is not None
 
-        host.wait_until(answered, lambda: f"{told[-1]!r}\n{run!r}", BOOT_S)
+        host.wait_until(answered, lambda: f"{told[-1]!r}\n{run!r}")
         assert told[-1].status == 0, f"{told[-1]!r}\n{run!r}"
     variables = dict(line.split("=", 1) for line in told[-1].out.splitlines())
     assert variables["PATH"] == "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
