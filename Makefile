@@ -22,7 +22,7 @@ check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed)
 	@$(PYTEST) tests/lint tests/unit tests/fuzz tests/host tests/boot $(ARGS)
 
 check-intel: SETUP = --tests
-check-intel: image ## pyvmm's tests under kvm_intel, on an emulated Intel processor (ARGS="-m intel_quick": the shortest)
+check-intel: image ## tests under kvm_intel on an emulated Intel processor (ARGS="-m intel_quick")
 	@$(PYVMM) testbed setup --cpu intel
 	@$(PYVMM) testbed setup --cpu intel --kernel-version 6.12
 	@$(PYTEST) tests/intel --durations=0 $(ARGS)
@@ -52,7 +52,7 @@ soak-kills: image ## kill the vhost-user back-end KILLS times (1000) under a gue
 soak-options: image ## boot Linux with each row of docs/kernel-options.md, in the testbed
 	@PYVMM_KERNEL_OPTIONS=all $(PYTEST) -q tests/boot/test_kernel_options.py $(ARGS)
 
-soak-share: image ## shares at their limits, the Rust virtiofsd, a whole Debian with systemd (root, debootstrap)
+soak-share: image ## shares at their limits, the Rust virtiofsd, a whole Debian with systemd (root)
 	@PYVMM_SHARE=all $(PYTEST) -q tests/boot/test_share.py tests/boot/test_tree.py $(ARGS)
 
 clean: ## remove what was built here (not the caches in ~/.cache/pyvmm)

@@ -75,7 +75,7 @@ static size_t append(char *line, size_t n, const char *text)
 	return n + len;
 }
 
-/* The end of a process in which a thread was not ours any more. Calls signal-safe functions only. */
+/* The end of a process in which a thread was not ours any more; signal-safe functions only. */
 static void last_words(int call)
 {
 	const char *name = pv_call_name(call);
@@ -289,15 +289,17 @@ int pv_confine_thread(const uint16_t *calls, size_t count, void (*stopped)(int c
 }
 
 /*
- * What a Python program needs that serves sessions on descriptors which it has or is given: threads,
- * memory, time, and no path but those of links: of /proc/self/fd, which tells what a descriptor is.
+ * What a Python program needs that serves sessions on descriptors which it has or is given:
+ * threads, memory, time, and no path but those of links: of /proc/self/fd, which tells what a
+ * descriptor is.
  */
 /* clang-format off */
 static const uint16_t process_calls[] = {
 	/* descriptors */
 	SYS_read, SYS_write, SYS_readv, SYS_writev, SYS_preadv2, SYS_close, SYS_fstat, SYS_fstatfs,
 	SYS_lseek, SYS_ftruncate, SYS_fcntl, SYS_dup, SYS_poll, SYS_ppoll, SYS_epoll_create1,
-	SYS_epoll_ctl, SYS_epoll_wait, SYS_epoll_pwait2, SYS_eventfd2, SYS_memfd_create, SYS_readlink,
+	SYS_epoll_ctl, SYS_epoll_wait, SYS_epoll_pwait2, SYS_eventfd2, SYS_memfd_create,
+	SYS_readlink,
 	/* sockets that are there */
 	SYS_sendmsg, SYS_recvmsg, SYS_sendto, SYS_recvfrom, SYS_shutdown, SYS_getsockopt,
 	SYS_setsockopt, SYS_getsockname, SYS_getpeername,
@@ -305,8 +307,8 @@ static const uint16_t process_calls[] = {
 	SYS_mmap, SYS_munmap, SYS_mprotect, SYS_mremap, SYS_madvise, SYS_brk,
 	/* threads, signals, time */
 	SYS_set_robust_list, SYS_rseq, SYS_futex, SYS_gettid, SYS_getpid, SYS_seccomp,
-	SYS_sched_yield, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn,
-	SYS_sigaltstack, SYS_restart_syscall, SYS_clock_gettime, SYS_clock_nanosleep, SYS_timer_create,
+	SYS_sched_yield, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sigaltstack,
+	SYS_restart_syscall, SYS_clock_gettime, SYS_clock_nanosleep, SYS_timer_create,
 	SYS_timer_settime, SYS_timer_delete, SYS_getrandom, SYS_exit, SYS_exit_group,
 };
 /* clang-format on */
@@ -322,7 +324,8 @@ static const uint32_t process_ioctls[] = {FIOCLEX, FIONBIO, FIONREAD};
 static const uint16_t network_calls[] = {
 	/* sockets */
 	SYS_connect, SYS_bind, SYS_accept, SYS_accept4, SYS_sendmsg, SYS_recvmsg, SYS_sendto,
-	SYS_recvfrom, SYS_shutdown, SYS_getsockopt, SYS_setsockopt, SYS_getsockname, SYS_getpeername,
+	SYS_recvfrom, SYS_shutdown, SYS_getsockopt, SYS_setsockopt, SYS_getsockname,
+	SYS_getpeername,
 	/* descriptors, one file */
 	SYS_read, SYS_write, SYS_writev, SYS_close, SYS_fstat, SYS_newfstatat, SYS_stat, SYS_lseek,
 	SYS_fcntl, SYS_poll, SYS_open, SYS_openat,
@@ -521,17 +524,18 @@ int pv_enter_root(const char *root)
 /* clang-format off */
 static const uint16_t program_refused[] = {
 	/* signals, memory and descriptors of other processes */
-	SYS_tkill, SYS_rt_sigqueueinfo, SYS_rt_tgsigqueueinfo, SYS_pidfd_open, SYS_pidfd_send_signal,
-	SYS_pidfd_getfd, SYS_ptrace, SYS_process_vm_readv, SYS_process_vm_writev, SYS_process_madvise,
-	SYS_process_mrelease, SYS_kcmp, SYS_perf_event_open, SYS_bpf,
+	SYS_tkill, SYS_rt_sigqueueinfo, SYS_rt_tgsigqueueinfo, SYS_pidfd_open,
+	SYS_pidfd_send_signal, SYS_pidfd_getfd, SYS_ptrace, SYS_process_vm_readv,
+	SYS_process_vm_writev, SYS_process_madvise, SYS_process_mrelease, SYS_kcmp,
+	SYS_perf_event_open, SYS_bpf,
 	/* how they run */
-	SYS_setpriority, SYS_sched_setscheduler, SYS_sched_setparam, SYS_sched_setattr, SYS_ioprio_set,
-	SYS_migrate_pages, SYS_move_pages,
+	SYS_setpriority, SYS_sched_setscheduler, SYS_sched_setparam, SYS_sched_setattr,
+	SYS_ioprio_set, SYS_migrate_pages, SYS_move_pages,
 	/* keys */
 	SYS_keyctl, SYS_add_key, SYS_request_key,
 	/* mounts and namespaces */
-	SYS_mount, SYS_umount2, SYS_move_mount, SYS_open_tree, SYS_fsopen, SYS_fsmount, SYS_fsconfig,
-	SYS_fspick, SYS_mount_setattr, SYS_pivot_root, SYS_unshare, SYS_setns,
+	SYS_mount, SYS_umount2, SYS_move_mount, SYS_open_tree, SYS_fsopen, SYS_fsmount,
+	SYS_fsconfig, SYS_fspick, SYS_mount_setattr, SYS_pivot_root, SYS_unshare, SYS_setns,
 	/* processes */
 	SYS_fork, SYS_vfork,
 };
@@ -644,29 +648,33 @@ int pv_confine_network(const char *readable)
 /* clang-format off */
 static const uint16_t machine_calls[] = {
 	/* descriptors */
-	SYS_read, SYS_write, SYS_readv, SYS_writev, SYS_pread64, SYS_pwrite64, SYS_preadv, SYS_pwritev,
-	SYS_preadv2, SYS_pwritev2, SYS_sendfile, SYS_close, SYS_fstat, SYS_fstatfs, SYS_lseek, SYS_ftruncate,
-	SYS_fallocate, SYS_flock, SYS_dup, SYS_dup2, SYS_dup3, SYS_pipe2, SYS_poll,
-	SYS_ppoll, SYS_select, SYS_pselect6, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_wait,
-	SYS_epoll_pwait, SYS_epoll_pwait2, SYS_eventfd2, SYS_memfd_create, SYS_fsync,
+	SYS_read, SYS_write, SYS_readv, SYS_writev, SYS_pread64, SYS_pwrite64, SYS_preadv,
+	SYS_pwritev, SYS_preadv2, SYS_pwritev2, SYS_sendfile, SYS_close, SYS_fstat, SYS_fstatfs,
+	SYS_lseek, SYS_ftruncate, SYS_fallocate, SYS_flock, SYS_dup, SYS_dup2, SYS_dup3, SYS_pipe2,
+	SYS_poll, SYS_ppoll, SYS_select, SYS_pselect6, SYS_epoll_create1, SYS_epoll_ctl,
+	SYS_epoll_wait, SYS_epoll_pwait, SYS_epoll_pwait2, SYS_eventfd2, SYS_memfd_create,
+	SYS_fsync,
 	/* files */
 	SYS_openat, SYS_newfstatat, SYS_stat, SYS_lstat, SYS_statx, SYS_access, SYS_faccessat,
-	SYS_faccessat2, SYS_readlink, SYS_readlinkat, SYS_getdents64, SYS_getcwd, SYS_chdir, SYS_fchdir, SYS_statfs,
+	SYS_faccessat2, SYS_readlink, SYS_readlinkat, SYS_getdents64, SYS_getcwd, SYS_chdir,
+	SYS_fchdir, SYS_statfs,
 	/* sockets that are there */
 	SYS_sendmsg, SYS_recvmsg, SYS_sendto, SYS_recvfrom, SYS_shutdown, SYS_getsockopt,
 	SYS_setsockopt, SYS_getsockname, SYS_getpeername, SYS_accept, SYS_accept4,
 	/* memory */
-	SYS_mmap, SYS_munmap, SYS_mprotect, SYS_mremap, SYS_madvise, SYS_msync, SYS_mincore, SYS_brk,
+	SYS_mmap, SYS_munmap, SYS_mprotect, SYS_mremap, SYS_madvise, SYS_msync, SYS_mincore,
+	SYS_brk,
 	/* itself */
 	SYS_getpid, SYS_getppid, SYS_gettid, SYS_getuid, SYS_geteuid, SYS_getgid, SYS_getegid,
-	SYS_getpgrp, SYS_getpgid, SYS_getsid, SYS_umask, SYS_getcpu, SYS_uname, SYS_sysinfo, SYS_getrusage, SYS_getrandom, SYS_times,
+	SYS_getpgrp, SYS_getpgid, SYS_getsid, SYS_umask, SYS_getcpu, SYS_uname, SYS_sysinfo,
+	SYS_getrusage, SYS_getrandom, SYS_times,
 	/* threads, children that end, signals, time */
 	SYS_set_robust_list, SYS_rseq, SYS_futex, SYS_membarrier, SYS_seccomp, SYS_sched_yield,
 	SYS_sched_setaffinity, SYS_sched_getaffinity, SYS_wait4, SYS_waitid, SYS_pidfd_open,
-	SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_rt_sigtimedwait, SYS_sigaltstack,
-	SYS_restart_syscall, SYS_clock_gettime, SYS_clock_getres, SYS_clock_nanosleep, SYS_nanosleep,
-	SYS_gettimeofday, SYS_time, SYS_timer_create, SYS_timer_settime, SYS_timer_delete,
-	SYS_setitimer, SYS_exit, SYS_exit_group,
+	SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_rt_sigtimedwait,
+	SYS_sigaltstack, SYS_restart_syscall, SYS_clock_gettime, SYS_clock_getres,
+	SYS_clock_nanosleep, SYS_nanosleep, SYS_gettimeofday, SYS_time, SYS_timer_create,
+	SYS_timer_settime, SYS_timer_delete, SYS_setitimer, SYS_exit, SYS_exit_group,
 };
 /* Refused without harm: what Python tries for its caches, and what is tried for tidiness. */
 static const uint16_t machine_refused[] = {
@@ -780,8 +788,8 @@ static int wait_for(const int *tids, size_t count)
 }
 
 /*
- * Have the other threads that are not in @known confine themselves, and note them there. Returns how
- * many there were, or -errno.
+ * Have the other threads that are not in @known confine themselves, and note them there. Returns
+ * how many there were, or -errno.
  */
 static int confine_new(int *known, size_t *count, size_t room)
 {
@@ -985,11 +993,11 @@ int pv_confine_machine(const char *const *files, size_t file_count, const char *
 }
 
 /**
- * pv_confine_backend() - Leave this process, a vhost-user back-end, what its descriptors are good for
+ * pv_confine_backend() - Leave this process, a vhost-user back-end, only what it needs
  * @event:	As for pv_confine_machine(), and so are @status and @patience
  *
- * As pv_confine_process(), but it also accepts connections, has taps of its own, and reports what it
- * may not do.
+ * As pv_confine_process(), but it also accepts connections, has taps of its own, and reports what
+ * it may not do.
  *
  * Return: as pv_confine_machine()
  */

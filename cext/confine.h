@@ -15,8 +15,9 @@
  * not do kills it with SIGSYS, which its parent reports. The lists are in confine.c.
  *
  * A VMM gives up the same once its machine is made, but for files and devices that its command line
- * names; and so does `pyvmm backend`, without any file. A thread that asks for more is stopped like a worker, the owner has some seconds to end the
- * machine in order, and then the handler itself says what happened and ends the process.
+ * names; and so does `pyvmm backend`, without any file. A thread that asks for more is stopped like
+ * a worker, the owner has some seconds to end the machine in order, and then the handler itself
+ * says what happened and ends the process.
  */
 #ifndef PV_CONFINE_H
 #define PV_CONFINE_H

@@ -4,9 +4,10 @@
  *
  * Theory of operation
  *
- * Usually whoever moves packets adds 1 to the virtqueue's call eventfd, and KVM raises the interrupt
- * from there (irqfd). Before Linux 2.6.32 there were no irqfds, and a VMM made a call per interrupt:
- * KVM_IRQ_LINE for the card's line, later KVM_SIGNAL_MSI for a message. A pv_inject does so.
+ * Usually whoever moves packets adds 1 to the virtqueue's call eventfd, and KVM raises the
+ * interrupt from there (irqfd). Before Linux 2.6.32 there were no irqfds, and a VMM made a call per
+ * interrupt: KVM_IRQ_LINE for the card's line, later KVM_SIGNAL_MSI for a message. A pv_inject does
+ * so.
  *
  * Python says where interrupts go at the moment, as the guest programs it: to a message, to the
  * line, or nowhere. Interrupts that go nowhere are kept in the eventfd, as without irqfd, so that

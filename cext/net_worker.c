@@ -971,10 +971,10 @@ static int set_interest(struct pv_net_worker *w)
 }
 
 /*
- * Let vCPUs transmit, while the thread has nothing in its hands; or no more. A mutex goes to whoever
- * comes first, and a thread that unlocks and soon locks again comes before one that has to wake up.
- * So the thread, and a vCPU that has to wait, go through a gate, and keep the other there until they
- * have the lock.
+ * Let vCPUs transmit, while the thread has nothing in its hands; or no more. A mutex goes to
+ * whoever comes first, and a thread that unlocks and soon locks again comes before one that has to
+ * wake up. So the thread, and a vCPU that has to wait, go through a gate, and keep the other there
+ * until they have the lock.
  */
 static void let_kickers(struct pv_net_worker *w, bool let)
 {

@@ -38,8 +38,8 @@
  *   at the start, after a tap that was full or is gone, and beyond a turn. A vCPU waits for the
  *   lock for LOCK_MS at most, then leaves its kick to the thread.
  * - unbatched: a turn is one frame, which is published and interrupts the guest at once. The thread
- *   goes back to epoll for each, does not linger, and never turns transmit kicks off. With EVENT_IDX
- *   the driver gets by without kicks while the worker has not asked for more, though.
+ *   goes back to epoll for each, does not linger, and never turns transmit kicks off. With
+ *   EVENT_IDX the driver gets by without kicks while the worker has not asked for more, though.
  * - inject: the thread that moves the frame raises the interrupt by an ioctl.
  *
  * Other threads ask the worker for something by an atomic field and a write to wake_fd, and may
@@ -48,15 +48,15 @@
  * error, since each of them comes once and has its slot kept free; of link changes, which have no
  * such bound, it may lose some in the middle, but not the latest state.
  *
- * Before it looks at its rings, the thread is confined to fourteen system calls (confine.h). The loop
- * uses epoll_pwait2, epoll_ctl, readv, writev, read (wake_fd), write (the call
- * eventfds, event_fd and answer_fd), poll (before a write to a call eventfd, which a peer may
- * share: event.h) and, if the vDSO cannot tell the time, clock_gettime. Its end adds clock_gettime
- * (CPU time), rt_sigprocmask, madvise, exit and, against pthread_kill() in the thread that joins it,
- * futex, the last four from the C library; if it has to be interrupted, rt_sigreturn; if it is
- * stopped (SIGSTOP), restart_syscall. Name, CPU and timer slack
- * are set before. strace -f on tests/fuzz/race_net shows it. With interrupts by ioctl, the thread has
- * ioctl and clock_nanosleep (pv_ioctl()), too.
+ * Before it looks at its rings, the thread is confined to fourteen system calls (confine.h). The
+ * loop uses epoll_pwait2, epoll_ctl, readv, writev, read (wake_fd), write (the call eventfds,
+ * event_fd and answer_fd), poll (before a write to a call eventfd, which a peer may share: event.h)
+ * and, if the vDSO cannot tell the time, clock_gettime. Its end adds clock_gettime (CPU time),
+ * rt_sigprocmask, madvise, exit and, against pthread_kill() in the thread that joins it, futex, the
+ * last four from the C library; if it has to be interrupted, rt_sigreturn; if it is stopped
+ * (SIGSTOP), restart_syscall. Name, CPU and timer slack are set before. strace -f on
+ * tests/fuzz/race_net shows it. With interrupts by ioctl, the thread has ioctl and clock_nanosleep
+ * (pv_ioctl()), too.
  */
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H

@@ -34,7 +34,7 @@ COMMANDS = {
     "backend": "serve vhost-user-net: move another machine's packets",
     "vhost-user": "try out a vhost-user back-end without a guest",
     "ps": "list the running machines",
-    "exec": "run a command in the guest of a running machine",
+    "exec": "run a command in a running guest",
     "shell": "open a shell in a running machine",
     "stats": "show KVM's statistics of a running machine",
     "top": "show a running machine's rates: exits by cause, packets, interrupts",

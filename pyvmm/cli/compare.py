@@ -325,13 +325,10 @@ def _title(document: dict[str, Any]) -> str:
     )
 
 
-def _ladder(document: dict[str, Any]) -> Table:
-    """One line per rung, and what the step to it gained."""
+def _new_table(document: dict[str, Any]) -> Table:
+    """A table with its title and its first column, of names."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
-
-    from pyvmm.compare import ladder
 
     title = _title(document)
     table = Table(
@@ -342,6 +339,16 @@ def _ladder(document: dict[str, Any]) -> Table:
         header_style="bold",
     )
     table.add_column("")
+    return table
+
+
+def _ladder(document: dict[str, Any]) -> Table:
+    """One line per rung, and what the step to it gained."""
+    from rich.text import Text
+
+    from pyvmm.compare import ladder
+
+    table = _new_table(document)
     for *_, head in ladder.COLUMNS:
         table.add_column(Text(head), justify="right")
     for name, row in ladder.cells(document):
@@ -350,23 +357,13 @@ def _ladder(document: dict[str, Any]) -> Table:
 
 
 def _table(document: dict[str, Any], *, full: bool) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     from pyvmm.compare.stats import DIFFERS, NOISE, Figures, cell
 
     figures = Figures(document)
     names = [mode["name"] for mode in document["modes"]]
-    settings, title = document["settings"], _title(document)
-    table = Table(
-        title=title,
-        min_width=min(len(title) + 2, 78),
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        header_style="bold",
-    )
-    table.add_column("")
+    settings, table = document["settings"], _new_table(document)
     for mode in document["modes"]:
         table.add_column(Text(mode["name"]), justify="right")
     for workload in settings["workloads"]:

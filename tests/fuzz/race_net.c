@@ -7,8 +7,8 @@
  * and in the end holds and stops the worker. Meanwhile one thread plays the outside and cuts the
  * link at times, one takes events and gives the worker a new link, and one reads what can be read
  * at any time. In every third life, transmit kicks are taken by whoever kicks, as vCPUs do, and one
- * more thread kicks all the time. Each life must end with all chains given back. Every other life has
- * packed rings.
+ * more thread kicks all the time. Each life must end with all chains given back. Every other life
+ * has packed rings.
  */
 #include <errno.h>
 #include <poll.h>
