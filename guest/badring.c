@@ -300,17 +300,6 @@ static bool needs_reset(void)
 	return false;
 }
 
-/* Wait for the interrupt, which may still be on its way. */
-static bool config_interrupt(unsigned int before)
-{
-	for (int i = 0; i < 1000000; i++) {
-		irq_take();
-		if (net.config_interrupts != before)
-			return true;
-	}
-	return false;
-}
-
 static const char *try_fault(const struct fault *f)
 {
 	unsigned int before;
@@ -334,7 +323,7 @@ static const char *try_fault(const struct fault *f)
 		queue_kick(&transmit);
 		if (!needs_reset())
 			return "no NEEDS_RESET";
-		if (!config_interrupt(before))
+		if (!irq_await(&net.config_interrupts, before))
 			return "no config interrupt";
 	}
 	net_negotiate(FEATURES);

@@ -206,6 +206,20 @@ static inline void irq_take(void)
 	__asm__ volatile("sti; nop; cli" : : : "memory");
 }
 
+/*
+ * Take interrupts until the handler has counted one more than before; false if none comes. The
+ * interrupt is raised by a thread of the VMM, which a busy host may keep from running for seconds:
+ * the patience is 2^37 cycles, about 45 s.
+ */
+static inline bool irq_await(const volatile unsigned int *count, unsigned int before)
+{
+	uint64_t begin = rdtsc();
+
+	while (*count == before && rdtsc() - begin < 1ull << 37)
+		irq_take();
+	return *count != before;
+}
+
 /* --- local and I/O APIC: KVM answers all accesses in the kernel ------------------------------- */
 
 #define LAPIC_ID	    0x20

@@ -369,8 +369,8 @@ int main(void)
 	bring_up(option_number("mrg", 0), option_number("mac", 0) ? other : NULL);
 	for (unsigned long n = 0; n < count; n++)
 		ask();
-	for (int i = 0; i < 1000000 && irq != POLL && !interrupts; i++)
-		irq_take();
+	if (irq != POLL)
+		irq_await(&interrupts, 0);
 	pyvmm_control(GUEST_COMMAND, 0);
 	begin = rdtsc();
 	for (unsigned long n = 0; n < extra; n++)

@@ -82,8 +82,8 @@ int main(void)
 	 * Every answer may have been there before the driver looked, so that it never waited for an
 	 * interrupt. The interrupt may still be on its way.
 	 */
-	for (int i = 0; i < 1000000 && irq != IRQ_POLL && !net.queue_interrupts; i++)
-		irq_take();
+	if (irq != IRQ_POLL)
+		irq_await(&net.queue_interrupts, 0);
 	if (net.window)
 		say("pcinet: window %lx, ", net.window);
 	else

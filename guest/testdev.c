@@ -131,12 +131,7 @@ static void check_testdev(void)
 	irq_set(IRQ_VECTOR, on_irq);
 	ioapic_route(IRQ_LINE, IRQ_VECTOR);
 	outb(PORT_TESTDEV_IRQ + IRQ_LINE, 1);
-	/*
-	 * On a host that emulates ring 0, the time between sti and cli may be too short for the
-	 * interrupt at first.
-	 */
-	for (int i = 0; i < 1000000 && !interrupts; i++)
-		irq_take();
+	irq_await(&interrupts, 0);
 	point(interrupts == 1, "testdev: interrupt");
 }
 
