@@ -89,6 +89,56 @@ static void packed_clear(struct pv_inflight_packed *r)
 	__atomic_store_n(&r->old_free_head, 0, __ATOMIC_RELAXED);
 }
 
+static void packed_save_count(struct pv_inflight *in, uint16_t count)
+{
+	struct pv_inflight_packed *r = in->region;
+	struct pv_inflight_saved saved = {count, pv_packed_outside(in->vr, in->vr->used_idx)};
+
+	in->saved = count;
+	__atomic_store(&r->saved, &saved, __ATOMIC_RELEASE);
+	/* The notes are there before the ring changes. */
+	__atomic_thread_fence(__ATOMIC_RELEASE);
+}
+
+/* Keep what the next push overwrites. */
+static void packed_save(struct pv_inflight *in, uint16_t slots)
+{
+	struct pv_inflight_packed *r = in->region;
+	uint32_t at = pv_packed_outside(in->vr, in->vr->used_next) & PV_PACKED_INDEX;
+	const struct vring_packed_desc *ring = (const void *)in->vr->desc;
+	struct pv_inflight_packed_desc *d = &r->desc[in->saved];
+
+	d->num = slots;
+	d->id = ring[at].id;
+	d->flags = ring[at].flags;
+	d->len = ring[at].len;
+	packed_save_count(in, (uint16_t)(in->saved + 1));
+}
+
+/* Put back what an unpublished batch has overwritten; the ring is where that batch begins. */
+static void packed_restore(struct pv_inflight *in)
+{
+	const struct pv_inflight_packed *r = in->region;
+	struct vring_packed_desc *ring = (void *)in->vr->desc;
+	struct pv_inflight_saved saved;
+	uint16_t at = in->vr->used_idx;
+
+	__atomic_load(&r->saved, &saved, __ATOMIC_ACQUIRE);
+	if (saved.from != pv_packed_outside(in->vr, at))
+		return; /* of another batch: a foreign back-end has been here since */
+	for (uint32_t i = 0; i < saved.count && i < in->vr->size; i++) {
+		uint32_t index = pv_packed_outside(in->vr, at) & PV_PACKED_INDEX;
+		uint16_t slots = __atomic_load_n(&r->desc[i].num, __ATOMIC_RELAXED);
+
+		if (slots > in->vr->size)
+			return;
+		ring[index].id = r->desc[i].id;
+		ring[index].len = r->desc[i].len;
+		ring[index].flags = r->desc[i].flags;
+		at = pv_packed_advance(in->vr, at, slots);
+	}
+}
+
 static void packed_recover(struct pv_inflight *in)
 {
 	struct pv_inflight_packed *r = in->region;
@@ -110,10 +160,13 @@ static void packed_recover(struct pv_inflight *in)
 		return;
 	}
 	vr->last_avail = vr->used_idx = vr->used_next = old;
-	if (old != next && !pv_packed_available(vr)) {
+	if (pv_packed_available(vr)) {
+		packed_restore(in);
+	} else if (old != next) {
 		vr->last_avail = vr->used_idx = vr->used_next = next; /* it was published */
 		packed_clear(r);
 	}
+	packed_save_count(in, 0);
 	packed_note(in, vr->used_idx, vr->used_idx);
 }
 
@@ -146,6 +199,7 @@ static void packed_end(struct pv_inflight *in)
 	packed_note(in, vr->used_idx, next);
 	pv_vring_publish(vr);
 	packed_clear(in->region);
+	packed_save_count(in, 0);
 	packed_note(in, next, next);
 }
 
@@ -221,6 +275,20 @@ void pv_inflight_cancel(struct pv_inflight *in, const struct pv_chain *chain)
 }
 
 /**
+ * pv_inflight_push() - pv_vring_push(), of which the next process knows
+ * @in:		With a region
+ * @head:	From the chain
+ * @slots:	From the chain
+ * @len:	Bytes that the device wrote
+ */
+void pv_inflight_push(struct pv_inflight *in, uint16_t head, uint16_t slots, uint32_t len)
+{
+	if (in->vr->packed)
+		packed_save(in, slots);
+	pv_vring_push(in->vr, head, slots, len);
+}
+
+/**
  * pv_inflight_end() - Publish a packet's chain and note that the packet is done
  * @in:		With a region
  * @chain:	The one that was pushed last
@@ -249,10 +317,12 @@ bool pv_inflight_flush(struct pv_inflight *in)
 	if (vr->packed)
 		packed_note(in, vr->used_idx, vr->used_next);
 	call = pv_vring_flush(vr);
-	if (vr->packed)
+	if (vr->packed) {
+		packed_save_count(in, 0);
 		packed_note(in, vr->used_idx, vr->used_idx);
-	else
+	} else {
 		__atomic_store_n(&((struct pv_inflight_region *)in->region)->used_idx, vr->used_idx,
 				 __ATOMIC_RELEASE);
+	}
 	return call;
 }

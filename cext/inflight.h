@@ -11,7 +11,8 @@
  * Rings are served in order, so where the used descriptors end says which chains are done. A split
  * ring has that place in its memory, as the used index. A packed ring has not: the notes have it,
  * before a batch and after. As the specification says, the flags of the batch's first descriptor
- * tell whether the batch was published.
+ * tell whether the batch was published. A used descriptor takes the place of an available one, so
+ * the notes also have what the batch has overwritten: the next process puts that back.
  *
  * Transmits are published one by one, and only for the packet that was in writev() the place does
  * not say whether the packet was sent. So the packet is marked before writev(), and the next
@@ -77,6 +78,15 @@ union pv_inflight_place {
 	uint64_t word; /* so that one store changes all, and a kill finds no halves */
 };
 
+/*
+ * How many descriptors, from desc[0] on, hold what the unpublished batch has overwritten in the
+ * ring, and where that batch begins (as "place"). In padding: foreign back-ends leave both alone.
+ */
+struct pv_inflight_saved {
+	uint16_t count;
+	uint16_t from;
+};
+
 struct pv_inflight_packed {
 	uint64_t features;
 	uint16_t version; /* 0: new */
@@ -84,7 +94,8 @@ struct pv_inflight_packed {
 	uint16_t free_head;
 	uint16_t old_free_head;
 	union pv_inflight_place place;
-	uint8_t padding[8];
+	struct pv_inflight_saved saved;
+	uint8_t padding[4];
 	struct pv_inflight_packed_desc desc[];
 };
 
@@ -100,11 +111,13 @@ struct pv_inflight {
 	/* Packets that the file has taken so far, from all its senders; PV_INFLIGHT_UNCOUNTED. */
 	uint64_t taken;
 	uint64_t order; /* of the next chain in flight, if nobody counts */
+	uint16_t saved; /* chains of the batch that is not published */
 };
 
 void pv_inflight_recover(struct pv_inflight *in);
 bool pv_inflight_begin(struct pv_inflight *in, const struct pv_chain *chain);
 void pv_inflight_cancel(struct pv_inflight *in, const struct pv_chain *chain);
+void pv_inflight_push(struct pv_inflight *in, uint16_t head, uint16_t slots, uint32_t len);
 void pv_inflight_end(struct pv_inflight *in, const struct pv_chain *chain);
 bool pv_inflight_flush(struct pv_inflight *in);
 

@@ -317,6 +317,15 @@ static void flush(struct pv_net_worker *w, int q)
 		decide(w, q, vr->pushed);
 }
 
+/* Give a chain back, with the next flush. */
+static void push(struct pv_net_worker *w, int q, uint16_t head, uint16_t slots, uint32_t len)
+{
+	if (w->inflight[q].region)
+		pv_inflight_push(&w->inflight[q], head, slots, len);
+	else
+		pv_vring_push(&w->ring[q], head, slots, len);
+}
+
 static uint32_t window_chains(const struct window *win)
 {
 	return win->slot_end - win->slot_at;
@@ -745,7 +754,7 @@ static bool rx_place(struct pv_net_worker *w)
 		const struct slot *s = &win->slot[win->slot_at];
 		size_t n = s->len < left ? s->len : left;
 
-		pv_vring_push(vr, s->head, s->slots, (uint32_t)n);
+		push(w, RX, s->head, s->slots, (uint32_t)n);
 		left -= n;
 		win->iov_at += s->niov;
 		win->bytes -= s->len;
@@ -892,7 +901,7 @@ static bool tx_turn(struct pv_net_worker *w)
 		if (w->cfg.trace)
 			trace_packet(w, TX, w->tx_iov, c.out_num, c.out_len, c.head, at, sent_at,
 				     pv_now_ns(), n >= 0);
-		pv_vring_push(vr, c.head, c.slots, 0);
+		push(w, TX, c.head, c.slots, 0);
 		if (w->inflight[TX].region)
 			pv_inflight_end(&w->inflight[TX], &c);
 		packets++;

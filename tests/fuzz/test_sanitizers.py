@@ -1,5 +1,6 @@
 """The C code that guests can reach, under ASan and UBSan: fuzzed by itself, then through the unit
-tests. The worker and the threads that call it, under ThreadSanitizer.
+tests. The worker and the threads that call it, under ThreadSanitizer. The notes of chains in
+flight, with a kill after each instruction.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ def test_worker_and_its_callers_do_not_race() -> None:
     run = subprocess.run([ROOT / "tests/fuzz/race.sh", SECONDS], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("no race") == 2
+
+
+def test_killed_at_any_instruction() -> None:
+    """tests/fuzz/kill.sh: a vhost-user back-end's heir loses and repeats no chain."""
+    run = subprocess.run([ROOT / "tests/fuzz/kill.sh"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("killed at each of") == 4
 
 
 def test_unit_tests_on_a_sanitized_build(tmp_path: Path) -> None:
