@@ -18,6 +18,8 @@ PLACES: dict[str, str] = {
     "docs": "testbed",
     "intel": "testbed with an Intel processor (Bochs)",
 }
+#: Tests whose guests run in the testbed.
+TESTBED = Path(__file__).parent / "boot"
 _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 
 
@@ -36,6 +38,15 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         PLACES["host"] = can_run_linux_locally()[1]
     PLACES.setdefault("boot", "testbed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers (pytest -n), one of them has the testbed: a second guest beside its
+    guests would double their times.
+    """
+    for item in items:
+        if item.path.is_relative_to(TESTBED):
+            item.add_marker(pytest.mark.xdist_group("testbed"))
 
 
 @pytest.fixture(scope="session")
