@@ -4,6 +4,7 @@ light.
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from pyvmm import cli, errors
 from pyvmm.cli import guard
+from pyvmm.cli.support.options import Parser
 from pyvmm.errors import PyvmmError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +99,27 @@ def test_bad_usage_is_one_line_and_status_2(
     assert BAD[argv].replace("'", "") in err.replace("'", "")
     assert (status, out) == (2, "")
     assert err.startswith("pyvmm: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "wanted"),
+    [
+        ("qmp vm0 --host local stop", "words", ["stop"]),
+        ("qmp vm0 set_link --host local up=false", "words", ["set_link", "up=false"]),
+        ("nic add vm0 --id net3 vhost-net", "net", "vhost-net"),
+        ("matrix --kernels a --seconds 0", "kernels", "a"),
+        ("test a --timeout 5 b", "kernels", ["a", "b"]),
+        ("run --kernel a -- b --memory 1", "guest_command", ["b", "--memory", "1"]),
+    ],
+)
+def test_an_argument_that_may_be_missing_stands_behind_an_option(
+    line: str, name: str, wanted: object
+) -> None:
+    command, *args = line.split()
+    module = importlib.import_module(f"pyvmm.cli.{command}")
+    parser = Parser()
+    module.add_arguments(parser)
+    assert vars(parser.parse_args(args))[name] == wanted
 
 
 def test_32_cards_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:

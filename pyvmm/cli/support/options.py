@@ -42,6 +42,21 @@ class Parser(ArgumentParser):
     def __init__(self, **options: Any) -> None:
         ours: dict[str, Any] = {"formatter_class": Formatter, "allow_abbrev": False}
         super().__init__(**ours | options)
+        self._mixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but what may be missing may also stand behind an option: until Python 3.13
+        the first positional argument decides for all, so that ``NAME --option WORD`` has no WORD.
+        """
+        optional = any(a.nargs in ("?", "*") for a in self._get_positional_actions())
+        plain = args is None or "--" in args or "_ARGCOMPLETE" in os.environ
+        if plain or not optional or self._mixed:
+            return super().parse_known_args(args, namespace)
+        self._mixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixed = False
 
     def error(self, message: str) -> NoReturn:
         """Raise the error. argparse's own errors are "argument OPTION: problem"; those with a
