@@ -293,8 +293,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--sandbox",
         choices=("auto", "on", "off"),
-        default="off",
-        help="confine this process before the guest runs (off); auto: on if the host can; see "
+        default="auto",
+        help="confine this process before the guest runs (auto: as far as the host can); see "
         "docs/sandbox.md",
     )
     add(
