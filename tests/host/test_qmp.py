@@ -456,11 +456,19 @@ def spawn(*args: str) -> subprocess.Popen[str]:
     )
 
 
+def reachable(name: str) -> bool:
+    """A machine has its name before its socket, and its socket before that listens."""
+    try:
+        connect(name).close()
+    except MachineMissing:
+        return False
+    return True
+
+
 def test_signals_end_a_paused_run(guest: Guest) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         with spawn("--kernel", guest("reset"), "--append", BUSY, "--name", "p") as run:
-            # A machine has its name a moment before its socket.
-            until(lambda: any(os.access(e.path, os.F_OK) for e in machines()))
+            until(lambda: reachable("p"))
             with connect("p") as c:
                 until(lambda: c.command("query-status")["running"])
                 c.command("stop")
@@ -475,7 +483,7 @@ def test_signals_end_a_paused_run(guest: Guest) -> None:
 def test_run_quits_and_leaves_nothing(guest: Guest, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with spawn("--kernel", guest("reset"), "--append", BUSY, "--qmp", path) as run:
-        until(lambda: os.access(path, os.F_OK))
+        until(lambda: reachable(path))
         with connect(path) as c:
             until(lambda: c.command("query-status")["running"])
             assert [(e.name, e.pid, e.path) for e in machines()] == [("vm0", run.pid, path)]
