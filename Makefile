@@ -3,7 +3,7 @@ PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
 .PHONY: help setup demo image check check-intel check-install check-docs lint bench clean
-.PHONY: soak soak-kills soak-options soak-share
+.PHONY: docs soak soak-kills soak-options soak-share
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -36,6 +36,10 @@ check-install: ## the README's commands in bare trees of Debian 12 and 13 (root,
 check-docs: SETUP = --tests
 check-docs: image ## run the command blocks of README and docs as written (on a quiet machine)
 	@$(PYTEST) tests/docs $(ARGS)
+
+docs: ## the documentation as a site: build/site/index.html
+	@tools/setup.sh --tests --no-testbed
+	@.venv/bin/python -m tools.site.build
 
 lint: setup ## style, types, C warnings, sanitizer build, import rule
 	@$(PYTEST) -q tests/lint $(ARGS)

@@ -543,8 +543,9 @@ class Net:
         return mask([*self.without, *plain]) | mask(set(ON_REQUEST) - set(self.with_))
 
     def check_offer(self, mode: str, features: int) -> None:
-        """:raises UsageError: the data path ``mode``, which has ``features``, cannot honour what
-        ``with_`` asks for.
+        """Check that the data path ``mode``, which has ``features``, honours all of ``with_``.
+
+        :raises UsageError: it cannot.
         """
         for group in self.with_:
             if mask([group]) & ~features and group not in OF_THE_CARD:

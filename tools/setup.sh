@@ -106,6 +106,7 @@ if [ "$have" != "$want" ] || ! .venv/bin/python -c '' 2>/dev/null; then
 			wanted += project["optional-dependencies"]["pytest"]
 			if sys.argv[1] == "yes":
 			    wanted += project["optional-dependencies"]["dev"]
+			    wanted += project["optional-dependencies"]["docs"]
 			print("\n".join(r.replace(" ", "") for r in wanted))
 		P
 		)

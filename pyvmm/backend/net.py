@@ -134,8 +134,9 @@ class NetService:
             )
 
     def start(self, acked: int, memory: Any, rings: Sequence[Vring], events: PathEvents) -> None:
-        """Start one worker per queue pair. :raises PyvmmError: a ring is malformed, or the host has
-        no descriptors, memory or threads.
+        """Start one worker per queue pair.
+
+        :raises PyvmmError: a ring is malformed, or the host has no descriptors, memory or threads.
         """
         self._header = header_size(acked)
         self._port.set_header(self._header)

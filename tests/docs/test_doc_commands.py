@@ -27,6 +27,7 @@ from tests.boot.guest import PATIENCE, Host
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "guest/README.md"]
 PAGES += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))
+PAGES += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs/tutorials").glob("*.md"))
 
 #: (page, beginning of the block's first command) -> why the block is not run.
 REASONS = {

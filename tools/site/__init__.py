@@ -1,0 +1,1 @@
+"""The documentation: the site (``make docs``) and the man pages (``make man``)."""
