@@ -48,6 +48,7 @@ COMMANDS = {
     "quit": "end a running machine at once",
     "qmp": "speak the QEMU Machine Protocol with a running machine",
     "testbed": "run a command in a virtual machine that has real KVM and vhost-net",
+    "completion": "print what makes bash, zsh or fish complete commands",
 }
 
 #: The errors of a write to a full or failing disk.
@@ -87,12 +88,16 @@ def _main(args: list[str]) -> int:
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     completing = "_ARGCOMPLETE" in os.environ
+    if completing:
+        from pyvmm.cli.support.completion import complete, typed_words
+
+        args = typed_words()
     chosen = next((a for a in args if not a.startswith("-")), None)
     sub = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, text in COMMANDS.items():
-        if chosen in COMMANDS and name != chosen and not completing:
+        if chosen in COMMANDS and name != chosen:
             continue  # each parser takes a millisecond, and ten under emulation
-        if name == chosen or completing:
+        if name == chosen:
             module = importlib.import_module(f"pyvmm.cli.{name.replace('-', '_')}")
             one = sub.add_parser(name, help=text, description=module.__doc__)
             module.add_arguments(one)
@@ -100,9 +105,7 @@ def _main(args: list[str]) -> int:
         else:
             sub.add_parser(name, help=text, add_help=False)
     if completing:
-        import argcomplete
-
-        argcomplete.autocomplete(parser)
+        complete(parser)
     if chosen is not None and chosen not in COMMANDS:
         from pyvmm.errors import UsageError, did_you_mean
 
