@@ -3,7 +3,7 @@ PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
 .PHONY: help setup demo image check check-intel check-install check-docs lint bench clean
-.PHONY: docs soak soak-kills soak-options soak-share
+.PHONY: docs man soak soak-kills soak-options soak-share
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -40,6 +40,9 @@ check-docs: image ## run the command blocks of README and docs as written (on a 
 docs: ## the documentation as a site: build/site/index.html
 	@tools/setup.sh --tests --no-testbed
 	@.venv/bin/python -m tools.site.build
+
+man: setup ## the man pages: build/man
+	@.venv/bin/python -m tools.site.man build/man
 
 lint: setup ## style, types, C warnings, sanitizer build, import rule
 	@$(PYTEST) -q tests/lint $(ARGS)

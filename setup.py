@@ -1,5 +1,5 @@
-"""Builds the C extension, and fills ``pyvmm/share`` of the package; everything else is in
-pyproject.toml.
+"""Builds the C extension, fills ``pyvmm/share`` of the package, and adds man pages and completions
+of shells to the wheel; everything else is in pyproject.toml.
 """
 
 import sys
@@ -11,16 +11,29 @@ from setuptools.command.build_py import build_py
 sys.path.insert(0, str(Path(__file__).parent))
 
 from pyvmm.images import sources
+from tools.site import man
+
+#: Where shells look for completions, below an installation's prefix -> the file.
+COMPLETIONS = {
+    "share/bash-completion/completions": "tools/completions/pyvmm",
+    "share/zsh/site-functions": "tools/completions/_pyvmm",
+    "share/fish/vendor_completions.d": "tools/completions/pyvmm.fish",
+}
 
 
 class BuildWithShare(build_py):
-    """Also packs what guest images are made of."""
+    """Also packs what guest images are made of, the man pages and the completions."""
 
     def run(self) -> None:
         """Build the modules, then the directory."""
         super().run()
         if not self.editable_mode:
             sources.fill(Path(self.build_lib, "pyvmm", "share"))
+            pages = man.write(Path(self.build_lib).parent / "man")
+            self.distribution.data_files = [
+                ("share/man/man1", [str(page) for page in pages]),
+                *((where, [file]) for where, file in COMPLETIONS.items()),
+            ]
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         """All files, those of the directory among them."""

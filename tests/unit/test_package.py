@@ -73,6 +73,19 @@ def test_every_file_is_installed(installed: Path) -> None:
     assert {path.rpartition("/")[0] for path in shared} == share
 
 
+def test_man_pages_and_completions_are_installed(wheel: Path) -> None:
+    """They are where man and the shells look for them, below the prefix of the installation."""
+    with zipfile.ZipFile(wheel) as archive:
+        (data,) = {name.split("/")[0] for name in archive.namelist() if ".data/data/" in name}
+        names = {n.partition("/data/")[2] for n in archive.namelist() if n.startswith(data)}
+        page = archive.read(f"{data}/data/share/man/man1/pyvmm-run.1").decode()
+    assert {"share/man/man1/pyvmm.1", "share/man/man1/pyvmm-nic.1"} <= names
+    assert "share/bash-completion/completions/pyvmm" in names
+    assert "share/zsh/site-functions/_pyvmm" in names
+    assert "share/fish/vendor_completions.d/pyvmm.fish" in names
+    assert page.startswith('.TH "PYVMM\\-RUN" 1')
+
+
 def test_an_installed_pyvmm_needs_no_compiler_for_its_images(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,7 +90,8 @@ def _command(parser: argparse.ArgumentParser, summary: str) -> Command:
             elif action.help != argparse.SUPPRESS:
                 options.append(_option(action, parser))
         if options:
-            groups.append((group.title or "", tuple(options)))
+            title = (group.title or "").replace("positional arguments", "arguments")
+            groups.append((title, tuple(options)))
     return Command(
         parser.prog,
         summary,
