@@ -3,7 +3,7 @@ PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
 .PHONY: help setup demo image check check-intel check-install check-docs lint bench clean
-.PHONY: docs man soak soak-kills soak-options soak-share
+.PHONY: docs man lock release soak soak-kills soak-options soak-share
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -43,6 +43,13 @@ docs: ## the documentation as a site: build/site/index.html
 
 man: setup ## the man pages: build/man
 	@.venv/bin/python -m tools.site.man build/man
+
+release: ## wheel, source, bill of materials, checksums of this commit: build/release
+	@tools/setup.sh --tests --no-testbed
+	@.venv/bin/python tools/release.py
+
+lock: ## choose the versions of all Python packages anew (tools/requirements)
+	@tools/lock.sh
 
 lint: setup ## style, types, C warnings, sanitizer build, import rule
 	@$(PYTEST) -q tests/lint $(ARGS)

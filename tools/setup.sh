@@ -88,7 +88,7 @@ if [ -z "$python" ]; then
 	python=/usr/bin/python3
 	"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || python=python3
 fi
-sum=$(cat pyproject.toml tools/setup.sh | cksum)
+sum=$(cat tools/requirements/*.txt tools/setup.sh | cksum)
 have=$(cat "$STAMP" 2>/dev/null || true)
 [ "$have" != "$sum for tests" ] || tests=yes # once they are there, they stay
 want=$sum
@@ -96,21 +96,11 @@ want=$sum
 if [ "$have" != "$want" ] || ! .venv/bin/python -c '' 2>/dev/null; then
 	"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "Python 3.11 or newer is needed, not $python"
 	.venv/bin/python -c '' 2>/dev/null || step "making .venv" "$python" -m venv --clear .venv
-	# The extension is built below, in place; pip gets what pyproject.toml names.
+	# The extension is built below, in place. The files are exactly those of tools/requirements.
+	list=run
+	[ $tests = no ] || list=dev
 	step "installing Python packages" .venv/bin/python -m pip install --disable-pip-version-check \
-		$(.venv/bin/python - $tests <<-'P'
-			import sys, tomllib
-			with open("pyproject.toml", "rb") as f:
-			    table = tomllib.load(f)
-			project = table["project"]
-			wanted = [*table["build-system"]["requires"], *project["dependencies"]]
-			wanted += project["optional-dependencies"]["pytest"]
-			if sys.argv[1] == "yes":
-			    wanted += project["optional-dependencies"]["dev"]
-			    wanted += project["optional-dependencies"]["docs"]
-			print("\n".join(r.replace(" ", "") for r in wanted))
-		P
-		)
+		--require-hashes -r tools/requirements/$list.txt
 	# An editable install's import hook, distutils' and the script that pip generates each cost more at
 	# start-up than pyvmm itself; a path and three lines do the same.
 	site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -1,0 +1,127 @@
+"""A release: the same commit gives the same bytes, and the lock files pin what pyproject.toml asks
+for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tools import release
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def pinned(name: str) -> dict[str, str]:
+    """Package -> version of a lock file, each of which has a hash."""
+    text = (ROOT / f"tools/requirements/{name}.txt").read_text()
+    found = re.findall(r"(?m)^([a-z0-9-]+)==(\S+)(?: ;[^\\\n]*)? \\\n    --hash=sha256:", text)
+    assert len(found) == len(re.findall(r"(?m)^\w", text))
+    return dict(found)
+
+
+def test_the_same_commit_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Built twice, side by side: in other places, with another umask, language and time zone."""
+    other = {"LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "1"}
+    builds = []
+    for name, env in (("a", {}), ("b c", other)):
+        place = tmp_path / name
+        place.mkdir()
+        builds.append(
+            subprocess.Popen(
+                [sys.executable, ROOT / "tools/release.py", "--output", place / "out"],
+                cwd=place,
+                env={**os.environ, **env, "TMPDIR": str(place)},
+                umask=0o077 if env else 0o022,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for build in builds:
+        _, err = build.communicate()
+        assert build.returncode == 0, err
+    first, second = tmp_path / "a/out", tmp_path / "b c/out"
+    names = sorted(path.name for path in first.iterdir())
+    assert [re.sub(r"^pyvmm-[^-]+?(?=-|\.tar|\.cdx)", "", name) for name in names] == [
+        "SHA256SUMS",
+        "-cp311-abi3-linux_x86_64.whl",
+        ".cdx.json",
+        ".tar.gz",
+    ]
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    lines = (first / "SHA256SUMS").read_text().splitlines()
+    sums = {name: digest for digest, name in map(str.split, lines)}
+    assert sums == {
+        name: hashlib.sha256((first / name).read_bytes()).hexdigest() for name in names[1:]
+    }
+    wheel, document, sdist = (first / name for name in names[1:])
+    with zipfile.ZipFile(wheel) as archive:
+        init = archive.read("pyvmm/__init__.py").decode()
+    assert f'__version__ = "{wheel.name.split("-")[1]}"' in init
+    with tarfile.open(sdist) as source:
+        members = source.getmembers()
+    assert {(m.uid, m.gid, m.uname, m.mode & ~0o111) for m in members} == {(0, 0, "", 0o644)}
+    material = json.loads(document.read_text())
+    parts = {part["name"]: part["version"] for part in material["components"]}
+    assert material["bomFormat"] == "CycloneDX" and parts == pinned("wheel")
+    assert material["metadata"]["component"]["name"] == "pyvmm"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with one commit."""
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    release.git("init", "-q")
+    who = ("-c", "user.name=x", "-c", "user.email=x@y")
+    release.git(*who, "commit", "-q", "--allow-empty", "-m", "first")
+    return tmp_path
+
+
+def test_the_version_comes_from_git(repository: Path) -> None:
+    source = 'x = 1\n__version__ = "1.2.3"\n'
+    assert re.fullmatch(r"1\.2\.3\.dev1\+g[0-9a-f]{12}", release.version(source))
+    release.git("tag", "v1.2.3")
+    assert release.version(source) == "1.2.3"
+    with pytest.raises(SystemExit, match=r"tag is v1\.2\.3 and .* says 1\.2\.4"):
+        release.version(source.replace("2.3", "2.4"))
+    with pytest.raises(SystemExit, match="has no version"):
+        release.version("__version__ = None")
+
+
+def test_a_release_is_in_the_changelog() -> None:
+    release.changes("## Unreleased\n", "1.2.3.dev1+gabc")
+    release.changes("## Unreleased\n\n## 1.2.3 - 2027-01-01\n", "1.2.3")
+    with pytest.raises(SystemExit, match="no section"):
+        release.changes("## Unreleased\n", "1.2.3")
+
+
+def test_the_lock_files_fit() -> None:
+    """A changed requirement needs `make lock`."""
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"]
+    build = PROJECT["build-system"]["requires"]
+    for name, wanted in {
+        "wheel": project["dependencies"],
+        "run": [*project["dependencies"], *extras["pytest"], *build],
+        "dev": [*project["dependencies"], *build, *(r for e in extras.values() for r in e)],
+    }.items():
+        versions = pinned(name)
+        for text in wanted:
+            need = Requirement(text)
+            key = re.sub(r"[._]", "-", need.name.lower())
+            assert versions[key] in need.specifier, f"{text} in {name}.txt: make lock"
+    assert pinned("wheel").items() <= pinned("run").items() <= pinned("dev").items()
