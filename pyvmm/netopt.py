@@ -156,8 +156,8 @@ class Net:
     :param bridge: an existing bridge, which the tap becomes a port of: the tap ``tap``, or one that
         pyvmm makes for it. That needs root.
     :param fd: of emulated and vhost-net: the number of an open tap that this process has got, which
-        is used in the place of ``tap``; for several queue pairs several numbers, joined by "+". The
-        descriptors are lent.
+        is used in the place of ``tap``; for several queue pairs several numbers, joined by "+". Or,
+        of emulated alone, the number of a connected socket. The descriptors are lent.
     :param mac: as ``52:54:00:xx:xx:xx``; the default follows from the machine's name
         (``MacAddresses``).
     :param mtu: 68 to 65521 bytes (a tap's limit), offered to the guest and set on the tap.
@@ -394,6 +394,15 @@ class Net:
             raise UsageError(
                 f"{what} and queues={self.queues}", "give one descriptor per queue pair"
             )
+
+    def check_socket(self) -> None:
+        """:raises UsageError: ``fd`` is a socket, and the card asks for a tap."""
+        what = f"--net {self.mode}: fd={'+'.join(map(str, self.fds))} is a socket"
+        others = {self.mode, *self.switchable} - {"emulated"}
+        if others:
+            raise UsageError(f"{what}, and {others.pop()} needs a tap", "use emulated alone")
+        if len(self.fds) > 1:
+            raise UsageError(f"{what}", "a card on a socket has one queue pair: give one number")
 
     def _check_poll(self) -> None:
         """:raises UsageError: whoever looks for work is not ours."""

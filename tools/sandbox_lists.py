@@ -41,6 +41,7 @@ def lists() -> dict[str, set[str]]:
         "machine-refused": in_source("confine.c", "machine_refused"),
         "worker": in_source("net_worker.c", "calls") | added(),
         "worker-ioctl": in_source("net_worker.c", "inject_calls"),
+        "socket": in_source("socket_port.c", "calls") | added(),
         "process": in_source("confine.c", "process_calls"),
         "backend": in_source("confine.c", "backend_calls"),
         "vduse": requests(),

@@ -300,6 +300,7 @@ class Nic(Card):
             ),
             "mac": mac_text(self.device.mac),
             "tap": self.tap,
+            **self._uplink.report(),
             "host": self.host,
             "guest": self.guest,
             "interface": self.device.interface,

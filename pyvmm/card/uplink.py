@@ -9,8 +9,9 @@ from _weakrefset import WeakSet  # as threading takes it: the module weakref has
 from contextlib import ExitStack
 
 from pyvmm import helper
-from pyvmm.errors import UsageError
+from pyvmm.errors import HostError, UsageError
 from pyvmm.spec.ethernet import ETH_DATA_LEN
+from pyvmm.spec.virtio_net import VIRTIO_NET_HDR_V1_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pyvmm.backend.process import BackendProcess
     from pyvmm.backend.vduse_process import VduseProcess
     from pyvmm.datapath.base import DataPath, Frames, RxFilter, Steering
+    from pyvmm.hostnet.opensocket import OpenSocket
     from pyvmm.hostnet.slirp import UserStack
     from pyvmm.hostnet.tap import Tap
     from pyvmm.kvm.recorder import Scope
@@ -80,7 +82,8 @@ class Uplink:
         self.namespace: Any = None
         self._backend: BackendProcess | None = None
         self._vduse: VduseProcess | None = None
-        self._user: UserStack | None = None
+        #: Where frames go if there is no tap: their headers have 12 bytes.
+        self._port: UserStack | OpenSocket | None = None
         self._state = threading.Lock()  # held for a moment only; guards:
         self._paths: WeakSet[DataPath] = WeakSet()  # all that may be cut
         self._cut = False
@@ -94,13 +97,19 @@ class Uplink:
 
             assert host is not None and guest is not None
             mtu, loopback, ports = net.mtu or ETH_DATA_LEN, net.loopback, net.forwards
-            self._user = UserStack(host, guest, mtu, loopback=loopback, forwards=ports)
+            self._port = UserStack(host, guest, mtu, loopback=loopback, forwards=ports)
         if not net.has_tap:
             return
         from pyvmm.hostnet.tap import TXQUEUELEN, Tap
 
         frames = SWITCH_TXQUEUELEN if net.switchable else TXQUEUELEN
         if net.fds:
+            from pyvmm.hostnet.opensocket import OpenSocket, is_socket
+
+            if is_socket(net.fds[0]):
+                net.check_socket()
+                self._port = OpenSocket(net.fds[0], net.mtu, stopped)
+                return
             self.tap = Tap.inherited(net.fds, mtu=net.mtu)
         elif net.bridge is not None:
             from pyvmm.hostnet.bridge import tap_of
@@ -139,6 +148,11 @@ class Uplink:
         """
         if self.tap is not None:
             self.tap.set_header(size)
+        if self._port is not None and size != VIRTIO_NET_HDR_V1_SIZE:
+            raise HostError(
+                f"{self._port.name}: the guest's driver wants headers of {size} bytes",
+                "give a card for this driver a tap",
+            )
 
     def set_steering(self, steering: Steering | None) -> None:
         """Steer frames in the tap.
@@ -184,11 +198,11 @@ class Uplink:
             return self._open_vhost_user(net, mac, wait)
         if net.mode == "vhost-vdpa":
             return self._open_vdpa(net, mac)
-        if self._user is not None:
-            self._user.need()
-            path = self._emulated(self._user, net, self._user.gone)
+        if self._port is not None and net.mode in ("user", "emulated"):
+            self._port.need()
+            path = self._emulated(self._port, net, self._port.gone)
             self.register(path)
-            return Route(path, net, None, lambda mac: False)
+            return Route(path, net, None, self._port.announce)
         tap = self._need_tap(net)
         path = self._open_on(tap, net)
         self.register(path)
@@ -317,13 +331,17 @@ class Uplink:
         with self._state:
             self._cut = True
             paths = list(self._paths)
-        if self._user is not None:
-            self._user.cut()
+        if self._port is not None:
+            self._port.cut()
         for path in paths:
             path.cut()
 
+    def report(self) -> dict[str, object]:
+        """What is known of the place where frames leave, for JSON: of a socket's."""
+        return self._port.report() if self._port is not None else {}
+
     def close(self) -> None:
         """Release tap, namespace and back-end. A second call does nothing."""
-        for one in (self._backend, self._vduse, self._user, self.tap, self.namespace):
+        for one in (self._backend, self._vduse, self._port, self.tap, self.namespace):
             if one is not None:
                 one.close()

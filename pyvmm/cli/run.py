@@ -66,7 +66,8 @@ Network cards: --net MODE[,key=value...], once per card
                       AF_XDP needs)
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
   Keys of emulated and vhost-net only:
-      fd=N+M          an open tap that pyvmm inherits, one descriptor per queue pair
+      fd=N+M          an open tap that pyvmm inherits, one descriptor per queue pair; with emulated
+                      also a connected socket, of passt for example (docs/run.md)
   Keys of emulated only:
       interrupt=ioctl each interrupt is a call of the thread that has moved the frame (irqfd)
       worker=vcpu     the vCPU that kicks sends the frames itself; needs notify=exit (thread)
@@ -550,7 +551,7 @@ def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
             raise UsageError(
                 f"--net {net.mode}: fd={net.fds[0]}: the guest runs in the testbed, and descriptors"
                 " do not get there",
-                "start the program that opens the tap there: pyvmm testbed -- PROGRAM",
+                "start the program that opens it there: pyvmm testbed -- PROGRAM",
             )
         if net.socket:
             client = " --client" if net.server else ""

@@ -185,6 +185,14 @@ class UserStack:
         """0, because sockets have no offloads."""
         return 0
 
+    def announce(self, mac: bytes) -> bool:
+        """False, because nobody wants to know where the guest is."""
+        return False
+
+    def report(self) -> dict[str, object]:
+        """Nothing."""
+        return {}
+
     def close(self) -> None:
         """End the child and all its connections. A second call does nothing."""
         import subprocess

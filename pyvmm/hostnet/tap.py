@@ -350,7 +350,7 @@ def _settle(fd: Fd) -> None:
     ioctl(fd.fileno(), lib.TUNSETOFFLOAD, 0)
 
 
-def _duplicate(number: int) -> Fd:
+def duplicate(number: int) -> Fd:
     """A descriptor of our own for what the descriptor ``number`` is.
 
     :raises NetError: it is not open.
@@ -508,7 +508,7 @@ class Tap:
         fds: list[Fd] = []
         try:
             for number in numbers:
-                fds.append(_duplicate(number))
+                fds.append(duplicate(number))
             name, address = _tap_behind(fds[0], numbers[0], multi=len(fds) > 1)
             for fd, number in zip(fds[1:], numbers[1:], strict=True):
                 if _tap_behind(fd, number, multi=True) != (name, address):
