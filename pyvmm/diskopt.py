@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyvmm.vhostuser.connect import Connector
 
 FORMATS = ("qcow2", "raw")
-KEYS = ("format", "ro", "snapshot", "notify")
+KEYS = ("format", "ro", "snapshot", "backing", "notify")
 
 
 class Disk(Device):
@@ -32,6 +32,8 @@ class Disk(Device):
         them.
     :param readonly: the guest may only read. :param snapshot: what the guest writes is thrown away
         at the end.
+    :param backing: the image may name a backing file, that one another, and so on; the guest can
+        read all of them. They are looked for in the directory of the image that names them.
     :param notify: ``ioeventfd``, or ``exit``: each kick is an exit of the vCPU.
     :ivar file: its path without symbolic links. :ivar directory: where it is.
     :raises UsageError: a value is not allowed, or two do not go together.
@@ -48,6 +50,7 @@ class Disk(Device):
         format: str | None = None,
         readonly: bool = False,
         snapshot: bool = False,
+        backing: bool = False,
         notify: str = "ioeventfd",
     ) -> None:
         given = os.fspath(file)
@@ -66,11 +69,17 @@ class Disk(Device):
             raise UsageError(
                 f"--disk {given}: ro=on and snapshot=on", "leave one of them out: ro is enough"
             )
+        if backing and format != "qcow2":
+            raise UsageError(
+                f"--disk {given}: backing=on and format={format}",
+                "only qcow2 has backing files: leave it out",
+            )
         if notify not in ("ioeventfd", "exit"):
             raise UsageError(
                 f"--disk {given}: notify={notify}", "use notify=ioeventfd or notify=exit"
             )
         self.format, self.writable, self.snapshot = format, not readonly, snapshot
+        self.backing = backing
         self.file = os.path.realpath(given)
         self.directory = self.file.rpartition("/")[0] or "/"
         self._check(given)
@@ -79,21 +88,23 @@ class Disk(Device):
 
     def _check(self, given: str) -> None:
         """:raises DiskError: the image cannot be opened, or names other files."""
-        from pyvmm.host import qcow2
-        from pyvmm.host.storage_daemon import Image
+        from pyvmm.host.storage_daemon import layers
 
+        writes = self.writable and not self.snapshot
         try:
-            image = Image(self.file, writable=self.writable and not self.snapshot)
+            layers(
+                self.file,
+                self.format,
+                writable=writes,
+                backing=self.backing,
+                called=f"--disk {given}",
+            )
         except OSError as e:
-            writes = self.writable and not self.snapshot and os.access(self.file, os.R_OK)
+            writes = writes and os.access(self.file, os.R_OK)
             raise DiskError(
                 f"--disk {given}: {e.strerror}",
                 "allow it by chmod, or add ro=on or snapshot=on" if writes else "name an image",
             ) from e
-        if self.format == "qcow2":
-            what, remedy = qcow2.problem(image.head)
-            if what:
-                raise DiskError(f"--disk {given} {what}", remedy)
 
     @classmethod
     def parse(cls, text: str) -> Disk:
@@ -114,7 +125,7 @@ class Disk(Device):
                 )
             if key in given:
                 raise UsageError(f"--disk: {key} is given twice", "give it once")
-            if key in ("ro", "snapshot") and value not in ("on", "off"):
+            if key in ("ro", "snapshot", "backing") and value not in ("on", "off"):
                 raise UsageError(f"--disk: {key}={value}", f"use {key}=on or {key}=off")
             given[key] = value
         return cls(
@@ -122,6 +133,7 @@ class Disk(Device):
             format=given.get("format"),
             readonly=given.get("ro") == "on",
             snapshot=given.get("snapshot") == "on",
+            backing=given.get("backing") == "on",
             notify=given.get("notify", "ioeventfd"),
         )
 
@@ -133,7 +145,11 @@ class Disk(Device):
         from pyvmm.host.storage_daemon import DiskConnector
 
         self._connector = DiskConnector(
-            self.file, self.format, writable=self.writable, snapshot=self.snapshot
+            self.file,
+            self.format,
+            writable=self.writable,
+            snapshot=self.snapshot,
+            backing=self.backing,
         )
         return self._connector
 

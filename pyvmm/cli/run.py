@@ -90,6 +90,7 @@ Disks: --disk FILE[,key=value...], once per disk: /dev/vda, /dev/vdb, ... (docs/
       format=F        raw or qcow2; needed unless FILE ends in .raw or .qcow2
       ro=on           the guest may only read (off)
       snapshot=on     what the guest writes is thrown away (off)
+      backing=on      a qcow2 image may name a backing file, which the guest may read (off)
       notify=exit     as for network cards
 
 Other devices: --device vhost-user,id=KIND,socket=PATH[,key=value...], once per device

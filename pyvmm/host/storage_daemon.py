@@ -2,8 +2,9 @@
 started, confined and ended by us.
 
 Theory of operation. The child (``host.child``) is executed in namespaces whose root directory has
-little else than the image (``hostnet.isolate.enclose``). So an image whose contents name other
-files, which a guest may have written, leads nowhere. The child does not end when its connection
+little else than the image (``hostnet.isolate.enclose``), and, if the user says so, the files of its
+backing chain, which ``layers`` finds before. So an image whose contents name other files, which a
+guest may have written, leads nowhere. The child does not end when its connection
 does. It has one end of a pipe, for which it gets SIGTERM once the other end, which only this
 process has, is closed: also if this process is killed. On SIGTERM it writes what it has in memory,
 and ends.
@@ -15,7 +16,7 @@ import fcntl
 import json
 import os
 import signal
-import stat
+from stat import S_ISBLK, S_ISREG
 
 from pyvmm.errors import DiskError
 from pyvmm.host import qcow2
@@ -25,12 +26,16 @@ from pyvmm.vhostuser.wire import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
 NAME = "qemu-storage-daemon"
 PLACES = (f"/usr/bin/{NAME}", f"/usr/local/bin/{NAME}")
-#: What image and overlay are called in the child's root directory.
+#: What image and overlay are called in the child's root directory. A backing file has the image's
+#: name with its number in the chain.
 IMAGE, OVERLAY = "image", "overlay"
+#: The most files of a chain: each costs a descriptor, and time for each look.
+LAYERS_MAX = 100
 
 
 def find() -> str:
@@ -44,43 +49,67 @@ def find() -> str:
     )
 
 
-def nodes(form: str, *, device: bool, writable: bool, snapshot: bool) -> dict[str, Any]:
-    """The graph of block nodes, for ``--blockdev``. No node takes the name of a file from the
-    image: ``backing`` replaces what the image says.
+def place(number: int) -> str:
+    """What the image ``number`` of a chain is called in the child's root directory."""
+    return f"{IMAGE}{number or ''}"
 
-    :param form: ``raw`` or ``qcow2``. :param device: the image is a block device.
+
+def _node(
+    form: str, name: str, *, device: bool, writable: bool, backing: str | None
+) -> dict[str, Any]:
+    """The node of one image; its backing file is the node ``backing``, whatever the image says. (A
+    description in the place of a node's name would be merged with what the image says, unless it
+    has the key file.filename: bdrv_open_backing_file() of QEMU.)
     """
-    base: dict[str, Any] = {
+    node: dict[str, Any] = {
         "driver": form,
         "read-only": not writable,
         "discard": "unmap",
         "file": {
             "driver": "host_device" if device else "file",
-            "filename": f"/{IMAGE}",
+            "filename": f"/{name}",
             "read-only": not writable,
             "discard": "unmap",
         },
     }
     if form == "qcow2":
-        base["backing"] = None
+        node["backing"] = backing
     else:  # raw alone, unlike qcow2, lets others write to the image, too
-        base["file"] = {
+        node["file"] = {
             "driver": "blkdebug",
             "unshare-child-perms": ["write", "resize"],
             "read-only": not writable,
             "discard": "unmap",
-            "image": base["file"],
+            "image": node["file"],
         }
-    if not snapshot:
-        return {"node-name": "disk", **base}
-    return {
-        "node-name": "disk",
-        "driver": "qcow2",
-        "cache": {"no-flush": True},
-        "discard": "unmap",
-        "file": {"driver": "file", "filename": f"/{OVERLAY}", "discard": "unmap"},
-        "backing": base,
-    }
+    return node
+
+
+def nodes(
+    form: str, *, device: bool, writable: bool, snapshot: bool, below: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The block nodes, in the order of ``--blockdev``; the last one is the disk. No node takes the
+    name of a file from an image.
+
+    :param form: ``raw`` or ``qcow2``. :param device: the image is a block device.
+    :param below: the formats of its backing file, of that one's backing file, and so on.
+    """
+    made: list[dict[str, Any]] = []
+    backing: str | None = None
+    for number, one in reversed(list(enumerate(below, start=1))):
+        node = _node(one, place(number), device=False, writable=False, backing=backing)
+        backing = place(number)
+        made.append({"node-name": backing, **node})
+    top = _node(form, place(0), device=device, writable=writable, backing=backing)
+    if snapshot:
+        top = {
+            "driver": "qcow2",
+            "cache": {"no-flush": True},
+            "discard": "unmap",
+            "file": {"driver": "file", "filename": f"/{OVERLAY}", "discard": "unmap"},
+            "backing": top,
+        }
+    return [*made, {"node-name": "disk", **top}]
 
 
 class DiskConnector(ChildConnector):
@@ -88,19 +117,23 @@ class DiskConnector(ChildConnector):
 
     :param image: without symbolic links. :param form: ``raw`` or ``qcow2``.
     :param snapshot: what the guest writes goes to a file that ends with the child.
+    :param backing: the image may name a backing file, and that one another.
     :raises DiskError: there is no qemu-storage-daemon, or it cannot be started.
     """
 
     #: The child may have much to write.
     end_s = 10.0
 
-    def __init__(self, image: str, form: str, *, writable: bool, snapshot: bool) -> None:
+    def __init__(
+        self, image: str, form: str, *, writable: bool, snapshot: bool, backing: bool = False
+    ) -> None:
         super().__init__(NAME, image, DiskError)
         program = find()
         try:
-            facts = Image(image, writable=writable and not snapshot)
+            chain = layers(image, form, writable=writable and not snapshot, backing=backing)
         except OSError as e:
             raise DiskError(f"{image} cannot be opened: {e.strerror}") from e
+        facts = chain[0].image
         made: dict[str, tuple[str, bytes]] = {}
         if snapshot:
             size = qcow2.virtual_size(facts.head) if form == "qcow2" else facts.size
@@ -111,8 +144,13 @@ class DiskConnector(ChildConnector):
             where = scratch if scratch.startswith("/") else "/var/tmp"
             made[OVERLAY] = where, qcow2.empty(-(-size // 512) * 512)
         graph = nodes(
-            form, device=facts.device, writable=writable and not snapshot, snapshot=snapshot
+            form,
+            device=facts.device,
+            writable=writable and not snapshot,
+            snapshot=snapshot,
+            below=[layer.form for layer in chain[1:]],
         )
+        owned = all(layer.image.owner == os.geteuid() for layer in chain)
         leash, self._leash = os.pipe2(os.O_CLOEXEC)
 
         def argv(fd: int) -> list[str]:
@@ -123,14 +161,16 @@ class DiskConnector(ChildConnector):
                 "addr": {"type": "fd", "str": str(fd)},
                 "writable": writable,
             }
-            return [program, "--blockdev", json.dumps(graph), "--export", json.dumps(export)]
+            blocks = [word for node in graph for word in ("--blockdev", json.dumps(node))]
+            return [program, *blocks, "--export", json.dumps(export)]
 
         def confine() -> None:
-            files = {IMAGE: (image, writable and not snapshot)}
+            may = writable and not snapshot
+            files = {place(n): (layer.path, may and not n) for n, layer in enumerate(chain)}
             fcntl.fcntl(leash, fcntl.F_SETOWN, os.getpid())  # not allowed any more when enclosed
             fcntl.fcntl(leash, fcntl.F_SETSIG, signal.SIGTERM)
             fcntl.fcntl(leash, fcntl.F_SETFL, os.O_ASYNC)
-            isolate.enclose(files, made, owned=facts.owner == os.geteuid())
+            isolate.enclose(files, made, owned=owned)
             if readable([leash], 0):
                 raise OSError("pyvmm has ended")
 
@@ -161,7 +201,7 @@ class Image:
     """What is known of an image before it is served.
 
     :ivar head: its first bytes. :ivar size: in bytes. :ivar owner: user id.
-    :ivar device: whether it is a block device.
+    :ivar device: whether it is a block device. :ivar identity: device and inode of the file.
     :raises OSError: it may not be opened, or is neither a file nor a block device.
     """
 
@@ -170,10 +210,84 @@ class Image:
         fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             status = os.fstat(fd)
-            self.device, self.owner = stat.S_ISBLK(status.st_mode), status.st_uid
-            if not self.device and not stat.S_ISREG(status.st_mode):
+            self.device, self.owner = S_ISBLK(status.st_mode), status.st_uid
+            self.identity = status.st_dev, status.st_ino
+            if not self.device and not S_ISREG(status.st_mode):
                 raise OSError(0, "it is neither a file nor a block device")
-            self.head = os.pread(fd, qcow2.HEAD_SIZE, 0)
+            self.head = os.pread(fd, qcow2.HEAD_READ, 0)
             self.size = os.lseek(fd, 0, os.SEEK_END)
         finally:
             os.close(fd)
+
+
+class Layer:
+    """An image of a chain. :ivar path: without symbolic links. :ivar form: ``raw`` or ``qcow2``."""
+
+    __slots__ = ("form", "image", "path")
+
+    def __init__(self, path: str, form: str, image: Image) -> None:
+        self.path, self.form, self.image = path, form, image
+
+
+def layers(path: str, form: str, *, writable: bool, backing: bool, called: str = "") -> list[Layer]:
+    """The images that a disk consists of: its own, and with ``backing`` its backing file, the
+    backing file of that one, and so on.
+
+    :param path, form: of the disk's own image, the path without symbolic links.
+    :param called: what messages call it. :raises OSError: it cannot be opened.
+    :raises DiskError: an image may not be a part of a disk, or cannot be opened.
+    """
+    chain = [Layer(path, form, Image(path, writable=writable))]
+    called = called or path
+    while chain[-1].form == "qcow2":
+        last = chain[-1]
+        what, remedy = qcow2.problem(last.image.head, backing=backing)
+        if what:
+            raise DiskError(f"{called} {what}", remedy)
+        if not backing:
+            break
+        try:
+            name, form = qcow2.backing_file(last.image.head)
+        except ValueError:
+            raise DiskError(
+                f"{called} names a backing file in a place where no name can be", "make it anew"
+            ) from None
+        if not name:
+            break
+        chain.append(_next(chain, name, form, called))
+        called = f"the backing file {_shown(chain[-1].path)}"
+    return chain
+
+
+def _shown(name: str) -> str:
+    """A name of somebody else's choice, on one line."""
+    return repr(name)
+
+
+def _next(chain: Sequence[Layer], name: bytes, form: str, called: str) -> Layer:
+    """The image that the last one of ``chain`` names."""
+    what = f"{called} has the backing file {_shown(os.fsdecode(name))}"
+    # QEMU takes a word with a colon before the first slash for a protocol (path_has_protocol).
+    if b"\0" in name or b":" in name.partition(b"/")[0]:
+        raise DiskError(f"{what}, which is no path", "only files of the host are taken")
+    if form not in ("raw", "qcow2"):
+        raise DiskError(
+            f"{what}, whose format it {f'calls {form!r}' if form else 'does not say'}",
+            "say raw or qcow2: qemu-img rebase -u -F FORMAT -b FILE IMAGE",
+        )
+    directory = os.path.dirname(chain[-1].path)
+    path = os.path.realpath(os.path.join(directory, os.fsdecode(name)))
+    try:
+        image = Image(path, writable=False)
+    except OSError as e:
+        problem = f"{what}: {_shown(path)}: {e.strerror}"
+        raise DiskError(problem, "put it there, or allow it") from e
+    if image.device:
+        raise DiskError(f"{what}, which is a device", "only files are taken")
+    if any(layer.image.identity == image.identity for layer in chain):
+        raise DiskError(f"{what}, which is above it in the chain", "make the chain anew")
+    if len(chain) >= LAYERS_MAX:
+        raise DiskError(
+            f"{what}, and a chain has at most {LAYERS_MAX} images", "shorten it: qemu-img rebase"
+        )
+    return Layer(path, form, image)

@@ -11,6 +11,7 @@ import pytest
 from pyvmm.host import qcow2
 from pyvmm.images import find
 from tests.boot.guest import Run
+from tests.unit.test_disk import with_backing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +26,7 @@ awk '$4 ~ /^vd/ {print $4, $3}' /proc/partitions
 cat /sys/block/vd?/ro
 mke2fs /dev/vda >/dev/null && mount /dev/vda /mnt && echo kept >/mnt/file
 umount /mnt && echo made
-printf thrown >/dev/vdb && sync && head -c 6 /dev/vdb; echo
+printf thrown >/dev/vdb && sync && head -c 6 /dev/vdb; tail -c 5 /dev/vdb; echo
 printf no | dd of=/dev/vdc conv=notrunc; head -c 5 /dev/vdc; echo
 echo ready
 read_again() { echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda of=/dev/null count=1; }
@@ -48,11 +49,19 @@ def test_disks_and_a_daemon_that_dies(host: Host, tmp_path: Path) -> None:
     one, two, three = tmp_path / "a,b.raw", tmp_path / "two.qcow2", tmp_path / "three"
     one.touch()
     one.open("r+b").truncate(8 * MIB)
-    two.write_bytes(qcow2.empty(16 * MIB))
+    base = tmp_path / "base"
+    base.write_bytes(b"based".rjust(16 * MIB, b"\0"))
+    above_base = bytearray(qcow2.empty(16 * MIB))
+    with_backing(b"base", b"raw")(above_base)
+    two.write_bytes(above_base)
     three.write_bytes(b"three".ljust(4 * MIB, b"\0"))
     before = two.read_bytes()
     verdict = tmp_path / "verdict"
-    disks = (str(one).replace(",", ",,"), f"{two},snapshot=on", f"{three},format=raw,ro=on")
+    disks = (
+        str(one).replace(",", ",,"),
+        f"{two},snapshot=on,backing=on",
+        f"{three},format=raw,ro=on",
+    )
     args = [word for disk in disks for word in ("--disk", disk)]
     command = ["--json", str(verdict), "--", "sh", "-c", SCRIPT]
     with Run(host, "--net", "none", *args, *command) as run:
@@ -63,13 +72,14 @@ def test_disks_and_a_daemon_that_dies(host: Host, tmp_path: Path) -> None:
         assert run.wait() == 133, repr(run)
     lines = run.out.splitlines()
     assert lines[:6] == ["vda 8192", "vdb 16384", "vdc 4096", "0", "0", "1"]
-    assert lines[6:] == ["made", "thrown", "three", "ready", "gone", "three"]
+    assert lines[6:] == ["made", "thrownbased", "three", "ready", "gone", "three"]
     assert "not permitted" in run.err or "Read-only" in run.err
     told = json.loads(verdict.read_text())
     assert told["verdict"] == "disk" and told["status"] == 0
     assert f"the disk {one} has broken off: qemu-storage-daemon was killed by SIGKILL" in run.err
     assert [d["kind"] for d in run.report["devices"]] == ["block"] * 3
-    assert two.read_bytes() == before and three.read_bytes()[:5] == b"three"
+    assert two.read_bytes() == before and base.read_bytes().endswith(b"\0based")
+    assert three.read_bytes()[:5] == b"three"
     assert not daemons(host)
 
     # What the guest has written is there in the next run, of an ordinary user.

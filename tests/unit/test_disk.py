@@ -66,13 +66,15 @@ def qcow2_image(path: Path, change: Callable[[bytearray], None] = lambda image: 
     return path
 
 
-def with_backing(name: bytes) -> Callable[[bytearray], None]:
-    """Have a qcow2 image name a backing file."""
+def with_backing(name: bytes, form: bytes = b"") -> Callable[[bytearray], None]:
+    """Have a qcow2 image name a backing file, and its format in a header extension."""
 
     def change(image: bytearray) -> None:
         place = 1024
         image[place : place + len(name)] = name
         struct.pack_into(">QI", image, 8, place, len(name))
+        if form:
+            struct.pack_into(">II8s", image, qcow2.HEAD_SIZE, 0xE2792ACA, len(form), form)
 
     return change
 
@@ -171,6 +173,8 @@ def test_what_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("plain,formt=raw", UsageError, "format"),
         ("a,b.raw", UsageError, "a comma in a file's name is written twice"),
         ("plain,format=raw,ro=on,snapshot=on", UsageError, "leave one of them out"),
+        ("plain,format=raw,backing=yes", UsageError, "use backing=on or backing=off"),
+        ("plain,format=raw,backing=on", UsageError, "only qcow2 has backing files"),
         ("plain,format=raw,notify=no", UsageError, "--disk plain: notify=no"),
         ("/no/such.raw", DiskError, "No such file or directory"),
         (".,format=raw", DiskError, "directory"),
@@ -178,6 +182,7 @@ def test_what_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("/dev/null,format=raw", DiskError, "it is neither a file nor a block device"),
         ("plain,format=qcow2", DiskError, "is no qcow2 image; say what it is: format=raw"),
         ("backing.qcow2", DiskError, "has a backing file"),
+        ("backing.qcow2,backing=off", DiskError, "allow it by backing=on, or make it complete"),
         ("data.qcow2", DiskError, "has its data in another file"),
         ("old.qcow2", DiskError, "is of version 1 of qcow2"),
         ("short.qcow2", DiskError, "is too short"),
@@ -453,14 +458,14 @@ def test_an_image_that_names_another_file_after_it_was_checked(
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret" * 1000)
     image = qcow2_image(tmp_path / "a.qcow2", with_backing(str(secret).encode()))
-    monkeypatch.setattr(qcow2, "problem", lambda head: ("", ""))
+    monkeypatch.setattr(qcow2, "problem", lambda head, backing: ("", ""))
     if follows:
         real = storage_daemon.nodes
 
-        def nodes(form: str, **options: bool) -> dict[str, Any]:
-            graph = real(form, **options)
-            del graph["backing"]
-            return graph
+        def nodes(form: str, **options: Any) -> list[dict[str, Any]]:
+            (disk,) = real(form, **options)
+            del disk["backing"]
+            return [disk]
 
         monkeypatch.setattr(storage_daemon, "nodes", nodes)
         with pytest.raises(DiskError, match="Could not open backing file") as e:
@@ -478,7 +483,7 @@ def test_an_image_whose_data_are_in_another_file_after_it_was_checked(
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret" * 1000)
     image = qcow2_image(tmp_path / "a.qcow2", with_data_file(str(secret).encode()))
-    monkeypatch.setattr(qcow2, "problem", lambda head: ("", ""))
+    monkeypatch.setattr(qcow2, "problem", lambda head, backing: ("", ""))
     with pytest.raises(DiskError, match="No such file or directory") as e:
         Asking(Disk(image))
     assert "\n" not in str(e.value)
@@ -613,3 +618,113 @@ def test_what_the_daemon_is_told_names_no_other_file() -> None:
             )
             assert text.count("filename") == 1 + snapshot
             assert ('"backing": null' in text) == (form == "qcow2")
+    text = json.dumps(
+        storage_daemon.nodes(
+            "qcow2", device=False, writable=True, snapshot=False, below=["qcow2", "raw"]
+        )
+    )
+    assert text.count("filename") == 3 and "/image1" in text and "/image2" in text
+    assert '"backing": "image1"' in text and '"backing": "image2"' in text and "null" not in text
+
+
+# --- backing files --------------------------------------------------------------------------------
+
+
+def chain(tmp_path: Path) -> Path:
+    """An image above another one, in another directory, above a raw one."""
+    for name in ("top", "low"):
+        (tmp_path / name).mkdir()
+    raw_image(tmp_path / "low" / "base.img")
+    qcow2_image(tmp_path / "low" / "mid,1.qcow2", with_backing(b"base.img", b"raw"))
+    return qcow2_image(tmp_path / "top" / "a.qcow2", with_backing(b"../low/mid,1.qcow2", b"qcow2"))
+
+
+@needs_daemon
+@pytest.mark.parametrize("keys", ["", ",snapshot=on", ",ro=on"])
+def test_a_chain_of_images(tmp_path: Path, keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = chain(tmp_path)
+    below = [tmp_path / "low" / "mid,1.qcow2", tmp_path / "low" / "base.img"]
+    before = [path.read_bytes() for path in (image, *below)]
+    (tmp_path / "link.qcow2").symlink_to(image)
+    monkeypatch.chdir(tmp_path)
+    with Asking(Disk.parse(f"link.qcow2,backing=on{keys}")) as disk:
+        for sector in (0, 1, SECTORS - 1):
+            assert disk.read(sector) == content(sector)
+        assert disk.write(5, b"n" * SECTOR) == (1 if "ro" in keys else 0)
+        assert disk.read(5) == (content(5) if "ro" in keys else b"n" * SECTOR)
+        assert disk.read(6) == content(6)
+        root = Path(f"/proc/{disk.connector._child.pid}/root")
+        seen = {path.name for path in root.iterdir()} - {"lib", "lib64", "usr", "dev", "etc"}
+        assert seen - {"overlay"} == {"image", "image1", "image2"}
+        for name in ("image1", "image2"):
+            with pytest.raises(OSError, match="Read-only file system"):
+                (root / name).open("r+b")
+    after = [path.read_bytes() for path in (image, *below)]
+    assert after[1:] == before[1:] and (after == before) == bool(keys)
+
+
+@needs_daemon
+def test_a_backing_file_has_no_writer(tmp_path: Path) -> None:
+    """QEMU's locks hold that for a chain, too."""
+    image = chain(tmp_path)
+    with Asking(Disk(image, backing=True)):
+        with pytest.raises(DiskError, match="another process uses it"):
+            Asking(Disk(tmp_path / "low" / "base.img", format="raw"))
+        other = qcow2_image(tmp_path / "b.qcow2", with_backing(b"low/base.img", b"raw"))
+        with Asking(Disk(other, backing=True)) as second:
+            assert second.read(7) == content(7)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "problem"),
+    [
+        (b"base.raw", b"", "whose format it does not say; say raw or qcow2: qemu-img rebase"),
+        (b"base.raw", b"vmdk", "whose format it calls 'vmdk'"),
+        (b"base.raw", b"qcow2", "the backing file '{}/base.raw' is no qcow2 image"),
+        (b"gone.raw", b"raw", "'{}/gone.raw': No such file or directory"),
+        (b"a.qcow2", b"qcow2", "which is above it in the chain"),
+        (b"link", b"qcow2", "which is above it in the chain"),
+        (
+            b"below.qcow2",
+            b"qcow2",
+            "{}/below.qcow2' has the backing file 'a.qcow2'",
+        ),
+        (b"/dev/zero", b"raw", "it is neither a file nor a block device"),
+        (b"disk", b"raw", "which is a device; only files are taken"),
+        (b".", b"raw", "it is neither a file nor a block device"),
+        (b"nbd:unix:/s", b"raw", "which is no path"),
+        (b'json:{"driver":"file"}', b"raw", "which is no path"),
+        (b"base.raw\0", b"raw", "which is no path"),
+        (b"a\nb", b"raw", "'a\\nb'"),
+        (b"data.qcow2", b"qcow2", "data.qcow2' has its data in another file"),
+        (b"x" * 1024, b"raw", "names a backing file in a place where no name can be"),
+    ],
+)
+def test_a_chain_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, form: bytes, problem: str
+) -> None:
+    raw_image(tmp_path / "base.raw")
+    qcow2_image(tmp_path / "data.qcow2", with_data_file(b"/etc/passwd"))
+    qcow2_image(tmp_path / "below.qcow2", with_backing(b"a.qcow2", b"qcow2"))
+    image = qcow2_image(tmp_path / "a.qcow2", with_backing(name, form))
+    (tmp_path / "link").symlink_to("a.qcow2")
+    (tmp_path / "disk").touch()
+    (tmp_path / "disk").chmod(0o751)  # by which it is told: not everybody may make a device
+    monkeypatch.setattr(storage_daemon, "S_ISBLK", lambda mode: mode & 0o777 == 0o751)
+    with pytest.raises(DiskError) as e:
+        Disk(image, backing=True)
+    assert problem.format(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_chain_has_an_end(tmp_path: Path) -> None:
+    for number in range(storage_daemon.LAYERS_MAX + 1):
+        below = with_backing(f"{number - 1}.qcow2".encode(), b"qcow2")
+        qcow2_image(tmp_path / f"{number}.qcow2", below if number else lambda image: None)
+    Disk(tmp_path / f"{storage_daemon.LAYERS_MAX - 1}.qcow2", backing=True)
+    with pytest.raises(DiskError, match="a chain has at most 100 images"):
+        Disk(tmp_path / f"{storage_daemon.LAYERS_MAX}.qcow2", backing=True)
+
+
+def test_an_image_without_a_backing_file_may_have_the_key(tmp_path: Path) -> None:
+    assert Disk.parse(f"{qcow2_image(tmp_path / 'a.qcow2')},backing=on").backing
+    assert not Disk(tmp_path / "a.qcow2").backing
