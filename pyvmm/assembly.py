@@ -524,6 +524,7 @@ class Parts:
             self.lock,
             recorder=self.recorder.scope(name) if self.recorder is not None else None,
             emit=self._wires.emit,
+            lost=lambda why: self._wires.end(Outcome("share", why)),
         )
 
     def _make_hang_watch(self, limit: float) -> HangWatch:

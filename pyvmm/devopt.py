@@ -127,6 +127,8 @@ class Device:
 
     #: Seconds for a whole conversation with the back-end, such as a start or a stop.
     timeout = 5.0
+    #: Whether the guest can neither go on nor end in order without the device.
+    vital = False
 
     def __init__(
         self,

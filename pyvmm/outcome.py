@@ -50,7 +50,7 @@ class Outcome:
         "timeout": (GuestTimeout, "the guest did not end in time"),
         "hang": (GuestHang, "the guest hangs"),
         "thread-stopped": (ThreadStopped, "a thread of pyvmm's was stopped"),
-        "share": (ShareError, "the guest cannot mount what is shared with it"),
+        "share": (ShareError, "the guest cannot use what is shared with it"),
     }
 
     def __init__(

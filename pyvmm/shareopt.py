@@ -119,10 +119,12 @@ class Share(Device):
         """Says how virtiofsd has ended."""
         assert self._connector is not None
         how = self._connector.end() or (problems[-1] if problems else "it has gone")
-        return ShareError(
-            f"the share of {self.directory} has broken off: {how}; every access of the guest has"
-            " failed with EIO since"
+        since = (
+            "the guest's init cannot go on without it"
+            if self.vital
+            else "every access of the guest has failed with EIO since"
         )
+        return ShareError(f"the share of {self.directory} has broken off: {how}; {since}")
 
 
 class Root(Share):
@@ -152,6 +154,8 @@ class Root(Share):
         self.init, self.systemd = (
             find_init(self.directory, init) if init is not None else ("", False)
         )
+        # Even to power off, the tree's init has to read.
+        self.vital = bool(self.init)
 
     @property
     def init_words(self) -> bytes:

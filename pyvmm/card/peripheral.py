@@ -28,6 +28,7 @@ class Peripheral(Card):
     """The device on the bus; see ``Card``.
 
     :param options: as the user described it. :param path: its back-end, owned by ``device``.
+    :param lost: called, in the card's thread, once a vital device does not work any more; told why.
     """
 
     device: GenericDevice
@@ -41,9 +42,10 @@ class Peripheral(Card):
         transport: VirtioPci,
         thread: CardThread,
         lock: threading.RLock,
+        lost: Callable[[str], object],
     ) -> None:
         super().__init__(index, device, transport, thread, lock)
-        self.options, self._path = options, path
+        self.options, self._path, self._lost = options, path, lost
         self._substitute = options.substitute()
         #: Why the device does not work any more; None if it does.
         self.broken: PyvmmError | None = None
@@ -63,6 +65,8 @@ class Peripheral(Card):
             return
         self.broken = self.options.lament(self._path.problems)
         self.device.replace(self._substitute)
+        if self.options.vital:
+            self._lost(str(self.broken))
 
     def cut(self) -> None:
         """As ``Card.cut``, also of a back-end that is not in force any more."""
@@ -146,12 +150,14 @@ def make(
     *,
     recorder: Any,
     emit: Callable[..., None],
+    lost: Callable[[str], object],
 ) -> tuple[Peripheral, ExitStack]:
     """Connect to the back-end of a device, and make the device, which is not plugged in yet.
 
     :param index: its place on the bus. :param options: as the user describes it.
     :param recorder: a ``kvm.recorder.Scope``, or None.
     :param emit: sends an event to the machine's observers; see ``Machine.emit``.
+    :param lost: see ``Peripheral``.
     :returns: with the device, the stack that releases it.
     :raises PyvmmError: there is no back-end, or it does not fit; nothing is left behind.
     """
@@ -195,7 +201,7 @@ def make(
         transport = VirtioPci(vm, bus, device, kind.class_code, notify=options.notify)
         undo.callback(transport.close)
         path.watch(device.set_config)
-        card = Peripheral(index, options, device, path, transport, thread, lock)
+        card = Peripheral(index, options, device, path, transport, thread, lock, lost)
         undo.pop_all()
     release = ExitStack()
     for close in (transport.close, card.close):

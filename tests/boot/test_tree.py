@@ -16,6 +16,7 @@ import pytest
 from pyvmm.host.paths import cache_root
 from pyvmm.testbed.assets import busybox
 from tests.boot.guest import PATIENCE, PYVMM, Run
+from tests.boot.test_share import processes
 from tests.tree import fetch
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def test_a_whole_debian(host: Host, tmp_path: Path) -> None:
 
 
 def test_a_command_beside_another_init(host: Host, tmp_path: Path) -> None:
-    """It has the same environment as elsewhere."""
+    """It has the same environment as elsewhere. The death of the tree's virtiofsd ends the run."""
     for name in ("dev", "proc", "sys", "tmp", "run", "sbin", "bin"):
         (tmp_path / name).mkdir()
     shutil.copy(busybox(), tmp_path / "bin/busybox")
@@ -125,6 +126,10 @@ def test_a_command_beside_another_init(host: Host, tmp_path: Path) -> None:
 
         host.wait_until(answered, lambda: f"{told[-1]!r}\n{run!r}")
         assert told[-1].status == 0, f"{told[-1]!r}\n{run!r}"
+        host.sh(f"kill -9 {processes(host, tmp_path)}")
+        assert run.wait() == 131, repr(run)
+    assert f"the share of {tmp_path} has broken off: virtiofsd was killed by SIGKILL" in run.err
+    assert run.report["outcome"]["kind"] == "share"
     variables = dict(line.split("=", 1) for line in told[-1].out.splitlines())
     assert variables["PATH"] == "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     assert (variables["HOME"], variables["USER"]) == ("/root", "root")

@@ -356,11 +356,15 @@ def test_a_guest_that_writes_nonsense_to_a_dead_file_system(memory: GuestMemory)
             assert len(dead.stop()) == 1
 
 
+@pytest.mark.parametrize("vital", [False, True])
 def test_a_back_end_that_dies_is_replaced(
-    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vital: bool
 ) -> None:
-    """The device goes on without it, and its owner learns why."""
+    """The device goes on without it, and its owner learns why; of a root with an init of its own
+    the machine, too, which ends then.
+    """
     share = Share(tmp_path)
+    share.vital = vital
     share.number(0)
     monkeypatch.setattr(share, "connector", lambda: Connector(path))
     monkeypatch.setattr(share, "lament", lambda problems: ShareError(f"dead: {problems[-1]}"))
@@ -376,6 +380,7 @@ def test_a_back_end_that_dies_is_replaced(
         assert answered(memory, 1) == (16, -errno.EIO, 1)
         assert "vhost-user peer" in str(guest.card.broken)
         assert guest.card.report()["counters"]["disconnections"] == 1  # type: ignore[index]
+        assert guest.lost == (["dead: " + guest.card._path.problems[-1]] if vital else [])
         guest.card.set_paused(True)
         request(memory, ring, 2)
         ring.publish()

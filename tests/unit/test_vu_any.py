@@ -50,6 +50,7 @@ class Guest:
     def __init__(self, options: Device) -> None:
         self.board = Board()
         self.events: list[tuple[str, dict[str, object]]] = []
+        self.lost: list[str] = []
         self.card: Peripheral
         try:
             self.card, self._release = make(
@@ -62,6 +63,7 @@ class Guest:
                 self.board.lock,
                 recorder=None,
                 emit=lambda event, **data: self.events.append((event, data)),
+                lost=self.lost.append,
             )
         except BaseException:
             self.board.close()
