@@ -422,7 +422,7 @@ class Parts:
             host, guest = host or ours.format(first + index), guest or own.format(first + index)
         scope = self.recorder.scope(f"net{index}") if self.recorder is not None else None
         with ExitStack() as undo:
-            uplink = Uplink(net, host, guest, scope, self._thread_stopped)
+            uplink = Uplink(net, host, guest, scope, self._thread_stopped, mac)
             undo.callback(uplink.close)
             self.plugs.making(uplink)
             own_mac, own_mtu = uplink.given(net)

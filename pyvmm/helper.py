@@ -61,6 +61,7 @@ MODULES = {
 #: Name -> the function that does it: of a module that is imported when it is needed.
 OPERATIONS = {
     "namespace": "pyvmm.hostnet.netns:make_inside",
+    "macvtap": "pyvmm.hostnet.netns:make_macvtap",
     "steering": "pyvmm.hostnet.steering:load_described",
     "tap": "pyvmm.hostnet.tap:open_named",
     "interface": "pyvmm.hostnet.tap:interface_request",
@@ -71,7 +72,7 @@ OPERATIONS = {
     "open": "pyvmm.helper:_open_to_read",
 }
 #: Operations whose first word has to be permitted; and so has ``start``, see ``MODULES``.
-NAMED = ("connect", "listen", "remove", "tap", "open")
+NAMED = ("connect", "listen", "remove", "tap", "macvtap", "open")
 #: Operations that need other permissions -> the function that says which, from the words.
 NEEDS = {"interface": "pyvmm.hostnet.tap:interface_needs"}
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 #: Mode -> the keys of this mode, in addition to COMMON_KEYS.
 MODES: dict[str, tuple[str, ...]] = {
     "none": (),
-    "emulated": ("notify", "interrupt", "worker", "batch", "poll", "worker-cpu", "fd"),
-    "vhost-net": ("notify", "poll", "worker-cpu", "fd"),
+    "emulated": ("notify", "interrupt", "worker", "batch", "poll", "worker-cpu", "fd", "macvtap"),
+    "vhost-net": ("notify", "poll", "worker-cpu", "fd", "macvtap"),
     "vhost-user": ("notify", "poll", "socket", "server", "peer"),
     "vhost-vdpa": ("notify", "device"),
     "user": ("notify", "poll", "worker-cpu", "loopback", "hostfwd"),
@@ -158,11 +158,14 @@ class Net:
     :param fd: of emulated and vhost-net: the number of an open tap that this process has got, which
         is used in the place of ``tap``; for several queue pairs several numbers, joined by "+". Or,
         of emulated alone, the number of a connected socket. The descriptors are lent.
+    :param macvtap: of emulated and vhost-net: an interface of the host's, which a macvtap shares
+        (bridge mode); pyvmm makes it, which needs root.
     :param mac: as ``52:54:00:xx:xx:xx``; the default follows from the machine's name
         (``MacAddresses``).
     :param mtu: 68 to 65521 bytes (a tap's limit), offered to the guest and set on the tap.
     :param host, guest: addresses with prefix length of the tap and of the guest's interface (IPv4);
-        default 192.168.(100 + n).1/24 and .2/24 unless ``tap``, ``bridge`` or ``fd`` is given.
+        default 192.168.(100 + n).1/24 and .2/24 unless ``tap``, ``bridge``, ``fd`` or ``macvtap``
+        is given.
     :param queue_size: entries per queue, a power of two, 2 to 32768. :param without: feature groups
         that the card does not offer. :param with_: feature groups that it offers on request only
         (``with=`` in an option).
@@ -210,6 +213,7 @@ class Net:
         "link",
         "loopback",
         "mac",
+        "macvtap",
         "mode",
         "mtu",
         "notify",
@@ -236,6 +240,7 @@ class Net:
         tap: str | None = None,
         bridge: str | None = None,
         fd: int | str | None = None,
+        macvtap: str | None = None,
         mac: str | bytes | None = None,
         mtu: int | str | None = None,
         host: str | None = None,
@@ -332,7 +337,8 @@ class Net:
             )
         interface_name("tap", tap)
         interface_name("bridge", bridge)
-        self.mode, self.tap, self.bridge = mode, tap, bridge
+        interface_name("macvtap", macvtap)
+        self.mode, self.tap, self.bridge, self.macvtap = mode, tap, bridge, macvtap or ""
         self.fds = descriptors(fd) if fd is not None else []
         self.device = device or ""
         self.mac = parse_mac(mac) if mac is not None else None
@@ -376,20 +382,25 @@ class Net:
                 f"--net {self.mode}: bridge={self.bridge} and host={self.host}",
                 f"give the address to the bridge: ip addr add {self.host} dev {self.bridge}",
             )
-        if not self.fds:
+        if not self.fds and not self.macvtap:
             return
-        what = f"--net {self.mode}: fd={'+'.join(map(str, self.fds))}"
+        given = f"fd={'+'.join(map(str, self.fds))}" if self.fds else f"macvtap={self.macvtap}"
+        what = f"--net {self.mode}: {given}"
         others = {self.mode, *self.switchable} - {"emulated", "vhost-net"}
         if others:
-            raise UsageError(
-                f"{what} and {others.pop()}", "an open tap is for emulated and vhost-net"
-            )
-        for key, value in (("tap", self.tap), ("bridge", self.bridge), ("host", self.host)):
-            if value is not None:
-                raise UsageError(
-                    f"{what} and {key}={value}",
-                    f"leave out {key}=: whoever has made the tap does so",
-                )
+            kind = "an open tap" if self.fds else "a macvtap"
+            raise UsageError(f"{what} and {others.pop()}", f"{kind} is for emulated and vhost-net")
+        made = "whoever has made the tap does so" if self.fds else "it is no tap of the host's own"
+        for key, value in (
+            ("tap", self.tap),
+            ("bridge", self.bridge),
+            ("host", self.host),
+            ("macvtap", self.macvtap if self.fds else None),
+        ):
+            if value:
+                raise UsageError(f"{what} and {key}={value}", f"leave out {key}=: {made}")
+        if not self.fds:
+            return
         if len(self.fds) != self.queues:
             raise UsageError(
                 f"{what} and queues={self.queues}", "give one descriptor per queue pair"
@@ -489,7 +500,7 @@ class Net:
     @property
     def own_network(self) -> bool:
         """Whether pyvmm makes the network behind the card, and chooses addresses for both ends."""
-        return self.tap is None and self.bridge is None and not self.fds
+        return self.tap is None and self.bridge is None and not self.fds and not self.macvtap
 
     @property
     def may_offload(self) -> bool:

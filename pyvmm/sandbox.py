@@ -98,6 +98,8 @@ class Sandbox:
                 helper.permit("interface", net.tap)
             if net.bridge:
                 helper.permit("interface", net.bridge)
+            if net.macvtap:
+                helper.permit("macvtap", net.macvtap)
         for device in self._devices:
             if device.socket:
                 _permit_socket(device.socket, listens=device.server)

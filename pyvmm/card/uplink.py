@@ -62,7 +62,7 @@ class Uplink:
     card, so that coming back to the tap needs nothing.
 
     :param host, guest: the addresses with prefix length of the tap and of the guest; None for none.
-    :param stopped: see ``EmulatedNet``.
+    :param stopped: see ``EmulatedNet``. :param mac: of the card.
     :ivar tap: None if frames enter and leave at a vhost-user back-end or a vDPA device only; then
         there is nothing to program.
     :ivar namespace: pyvmm's own network namespace with the tap in it; None if the user gave a tap.
@@ -75,6 +75,7 @@ class Uplink:
         guest: str | None = None,
         recorder: Scope | None = None,
         stopped: Callable[[str], object] | None = None,
+        mac: bytes = b"",
     ) -> None:
         self.tap: Tap | None = None
         self._stopped = stopped
@@ -121,7 +122,12 @@ class Uplink:
             from pyvmm.hostnet.netns import Namespace
 
             self.namespace = Namespace(
-                address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames
+                address=host,
+                mtu=net.mtu,
+                queues=net.queues,
+                txqueuelen=frames,
+                lower=net.macvtap,
+                mac=mac,
             )
             self.tap = self.namespace.tap
         else:
@@ -263,12 +269,13 @@ class Uplink:
         return Route(path, net, tap, tap.announce if tap is not None else lambda mac: False)
 
     def given(self, net: Net) -> tuple[bytes | None, int | None]:
-        """The MAC address and the MTU of the card's vDPA device, and the MTU of its bridge; None
-        for each that they leave to the card.
+        """The MAC address and the MTU of the card's vDPA device, and the MTU of its bridge or of
+        the interface that it shares; None for each that they leave to the card.
 
         :raises VdpaError: there is no such device, or it cannot be had.
         """
-        if net.bridge is not None and self.tap is not None and self.tap.mtu != ETH_DATA_LEN:
+        shared = net.bridge is not None or net.macvtap
+        if shared and self.tap is not None and self.tap.mtu != ETH_DATA_LEN:
             return None, self.tap.mtu
         for mode in (net.mode, *net.switchable):
             if mode == "vhost-vdpa" and net.device:

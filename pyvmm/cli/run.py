@@ -66,6 +66,7 @@ Network cards: --net MODE[,key=value...], once per card
                       AF_XDP needs)
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
   Keys of emulated and vhost-net only:
+      macvtap=IFACE   the card shares this interface of the host's: a macvtap (needs root)
       fd=N+M          an open tap that pyvmm inherits, one descriptor per queue pair; with emulated
                       also a connected socket, of passt for example (docs/run.md)
   Keys of emulated only:

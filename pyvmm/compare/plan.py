@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 DEFAULT_MODES = "emulated:notify=exit,emulated,vhost-net,vhost-user"
 #: Keys of --net that the comparison itself sets, or that would change the workload.
-FORBIDDEN = ("tap", "bridge", "fd", "mac", "host", "guest", "socket", "device", "server", "link")
+FORBIDDEN = (
+    *("tap", "bridge", "macvtap", "fd", "mac", "host", "guest", "socket", "device", "server"),
+    "link",
+)
 #: The addresses on every network: the host's end and the guest's.
 HOST, GUEST, PREFIX, MAC = "192.168.100.1", "192.168.100.2", 24, "52:54:00:12:34:56"
 #: Datagrams of ``udp-small``: payload bytes, and bits per second (1000 datagrams).

@@ -17,10 +17,10 @@ from pyvmm import helper
 from pyvmm._ext import lib
 from pyvmm.errors import HostError, NetForbidden
 from pyvmm.fd import Closing, Fd
-from pyvmm.hostnet import userns
+from pyvmm.hostnet import macvtap, userns
 from pyvmm.hostnet.rights import FDS_MAX, recv_fds
 from pyvmm.hostnet.rtnetlink import Link, route_socket
-from pyvmm.hostnet.tap import TXQUEUELEN, Interface, Tap
+from pyvmm.hostnet.tap import TXQUEUELEN, Interface, Tap, index_of
 from pyvmm.programs import program
 
 TYPE_CHECKING = False
@@ -142,14 +142,62 @@ def make_inside(words: list[str]) -> tuple[list[str], list[int]]:
     raise AssertionError
 
 
+def make_macvtap(words: list[str]) -> tuple[list[str], list[int]]:
+    """Make a network namespace with a macvtap on an interface of ours; an operation of ``helper``.
+
+    :param words: the interface; name, queues, queue length, MAC address in hexadecimal and MTU of
+        the macvtap. The last two may be empty.
+    :returns: as ``make_inside``. :raises NetError: it cannot be made. :raises NetForbidden: this
+        user may not make it.
+    """
+    lower, name, queues, txqueuelen, mac, mtu = words
+
+    def make() -> tuple[list[str], list[int]]:
+        fds: list[Fd] = []
+        try:
+            fds.append(route_socket())
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+                below = index_of(lower, s)
+            userns.unshare(lib.CLONE_NEWNET)
+            fds.append(Fd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)))
+            index = macvtap.make(
+                fds[0],
+                below,
+                name,
+                fds[1].fileno(),
+                mac=bytes.fromhex(mac) or None,
+                mtu=int(mtu) if mtu else None,
+                txqueuelen=int(txqueuelen),
+            )
+            fds.pop(0).close()
+            Interface("lo").up()
+            fds += [route_socket(), route_socket(lib.RTMGRP_LINK)]
+            for _ in range(int(queues)):
+                fds.append(macvtap.open_queue(name, index, multi=int(queues) > 1))
+            said = ["root", str(Interface(name).mtu), str(index)]
+        except BaseException:
+            for fd in fds:
+                fd.close()
+            raise
+        return said, [fd.fileno() for fd in fds]
+
+    try:
+        return _in_thread(make)
+    except OSError as e:
+        raise macvtap.explain(lower, e) from e
+
+
 class Namespace(Closing):
     """A network namespace with one tap. Both belong to this object alone.
 
-    It works as root, and as an ordinary user if the kernel allows user namespaces.
+    It works as root, and as an ordinary user if the kernel allows user namespaces; with ``lower``
+    as root only.
 
     :param address, address6: of the host's end of the tap, with prefix length. :param mtu: of the
         tap, in bytes.
     :param queues, txqueuelen: of the tap. :param name: of the tap inside the namespace.
+    :param lower: makes the tap a macvtap on this interface, which is in our own namespace.
+    :param mac: the macvtap's address.
     :ivar tap: the tap. It belongs to the namespace until somebody closes it; a second ``close``
         of it does no harm.
     :raises NetForbidden: this user is not root and may not make user namespaces.
@@ -164,15 +212,22 @@ class Namespace(Closing):
         queues: int = 1,
         name: str = "tap0",
         txqueuelen: int = TXQUEUELEN,
+        lower: str = "",
+        mac: bytes = b"",
     ) -> None:
-        asked = (name, queues, txqueuelen, address or "", address6 or "", mtu or "")
-        words, raw = helper.do("namespace", *map(str, asked))
+        if lower:
+            about = (lower, name, queues, txqueuelen, mac.hex(), mtu or "")
+            words, raw = helper.do("macvtap", *map(str, about))
+        else:
+            asked = (name, queues, txqueuelen, address or "", address6 or "", mtu or "")
+            words, raw = helper.do("namespace", *map(str, asked))
         root = words[0] == "root"
         fds = [Fd(fd) for fd in raw]
         self.net = fds.pop(0)
         self.user = None if root else fds.pop(0)
-        link = Link(int(words[2]), fds.pop(0), fds.pop(0))
-        self.tap = Tap.adopt(name, fds, int(words[1]), link)
+        link = Link(int(words[2]), fds.pop(0), fds.pop(0), mirrored=bool(lower))
+        kind = macvtap.Macvtap if lower else Tap
+        self.tap = kind.adopt(name, fds, int(words[1]), link)
 
     def command(self, argv: Sequence[str] = ()) -> list[str]:
         """A command that runs ``argv`` inside. It works from any process of this user, for as long

@@ -34,6 +34,8 @@ STATS = (
     "rx_dropped",
     "tx_dropped",
 )
+#: Counter -> the same from the other side.
+SWAPPED = {name: f"{'t' if name[0] == 'r' else 'r'}{name[1:]}" for name in STATS}
 #: Seconds between two looks whether a deleted tap is back.
 REOPEN_SECONDS = 0.5
 
@@ -67,13 +69,49 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
         data = data[length + 3 & ~3 :]
 
 
+def attribute(kind: int, value: bytes) -> bytes:
+    """A struct rtattr with its value and padding."""
+    length = ATTRIBUTE.size + len(value)
+    return ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
+
+
+def make_link(sock: Fd, index: int, flags: int, attributes: bytes) -> None:
+    """Make an interface (RTM_NEWLINK).
+
+    :param sock: an rtnetlink socket. :param index: the number that the interface gets.
+    :param flags: IFF_* to set. :param attributes: IFLA_*, as ``attribute`` makes them.
+    :raises OSError: the kernel's answer.
+    """
+    body = IFINFO.pack(0, 0, index, flags, flags) + attributes
+    asked = lib.NLM_F_REQUEST | lib.NLM_F_ACK | lib.NLM_F_CREATE | lib.NLM_F_EXCL
+    os.write(
+        sock.fileno(),
+        HEADER.pack(HEADER.size + len(body), lib.RTM_NEWLINK, asked, 1, 0) + body,
+    )
+    for kind, payload in _messages(os.read(sock.fileno(), 1 << 16)):
+        number = -int.from_bytes(payload[:4], sys.byteorder, signed=True)
+        if kind == lib.NLMSG_ERROR and number:
+            raise OSError(number, os.strerror(number))
+
+
 class Link:
     """One interface, by its index. Owns two sockets, which belong to the interface's network
     namespace.
+
+    :param mirrored: the kernel counts from the other side, as it does for a macvtap: what the guest
+        sends is transmitted, not received.
     """
 
-    def __init__(self, index: int, query: Fd | None = None, events: Fd | None = None) -> None:
+    def __init__(
+        self,
+        index: int,
+        query: Fd | None = None,
+        events: Fd | None = None,
+        *,
+        mirrored: bool = False,
+    ) -> None:
         self.index = index
+        self._names = tuple(SWAPPED[name] for name in STATS) if mirrored else STATS
         if query is None or events is None:
             query, events = (Fd(fd) for fd in helper.do("route")[1])
         self._query, self._events = query, events
@@ -84,11 +122,13 @@ class Link:
         return self._events.fileno()
 
     def stats(self) -> dict[str, int]:
-        """The counters of ``STATS``; empty if the interface is gone. Any thread."""
+        """The counters of ``STATS``, from a tap's side; empty if the interface is gone. Any
+        thread.
+        """
         found = self._attributes().get(lib.IFLA_STATS64)
         if found is None:
             return {}
-        return dict(zip(STATS, struct.unpack_from(f"={len(STATS)}Q", found), strict=True))
+        return dict(zip(self._names, struct.unpack_from(f"={len(STATS)}Q", found), strict=True))
 
     def master(self) -> int:
         """The number of the interface, such as a bridge, that this one is a port of; 0 if there is

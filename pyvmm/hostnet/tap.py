@@ -343,7 +343,7 @@ class Interface:
 NO_FILTER = bytes(4)
 
 
-def _settle(fd: Fd) -> None:
+def settle(fd: Fd) -> None:
     """Have a tap use headers of 12 bytes and no offloads. :raises OSError: it refuses."""
     ioctl(fd.fileno(), lib.TUNSETVNETHDRSZ, struct.pack("=i", VIRTIO_NET_HDR_V1_SIZE))
     ioctl(fd.fileno(), lib.TUNSETSNDBUF, struct.pack("=i", INT_MAX))
@@ -515,7 +515,7 @@ class Tap:
                     raise NetError(f"fd={number} is not of tap {name}", "give queues of one tap")
             for fd in fds:
                 os.set_blocking(fd.fileno(), False)
-                _settle(fd)
+                settle(fd)
             interface = Interface(name)
             link: Link | None = None
             try:
@@ -570,7 +570,7 @@ class Tap:
         except OSError as e:
             raise self._explain(e) from e
         try:
-            _settle(fd)
+            settle(fd)
         except OSError as e:
             fd.close()
             raise self._explain(e) from e

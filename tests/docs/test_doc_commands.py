@@ -47,6 +47,7 @@ REASONS = {
     ("docs/matrix.md", "pyvmm image build"): "downloads a kernel, and boots eight guests",
     ("docs/devices.md", "qemu-storage-daemon"): "runs in the testbed only, see test_vu_any",
     ("docs/disk.md", "pyvmm run --disk base"): "needs the reader's images, see test_disk",
+    ("docs/disk.md", "qemu-img create"): "needs the reader's images, see test_disk",
     ("docs/kunit.md", "export PATH"): "compiles a kernel, see tests/unit/test_kunit.py",
     ("docs/root.md", "debootstrap"): "fetches a Debian, see tests/boot/test_tree.py",
     ("docs/root.md", "pyvmm run --kernel"): "needs the source of a kernel",

@@ -1,13 +1,16 @@
-"""Taps that another program hands over (`fd=`), and taps on bridges (`bridge=`), with the real
-kernel, in network namespaces of the tests' own.
+"""Taps that another program hands over (`fd=`), taps on bridges (`bridge=`), and what macvtaps
+(`macvtap=`) say if they cannot be made, with the real kernel, in network namespaces of the tests'
+own.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from contextlib import closing
 from fcntl import ioctl
+from socket import AF_NETLINK, SOCK_RAW
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +19,10 @@ from pyvmm._ext import lib
 from pyvmm.card.uplink import Uplink
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import NetError, UsageError
+from pyvmm.fd import Fd
+from pyvmm.hostnet.macvtap import explain
 from pyvmm.hostnet.netns import Namespace
+from pyvmm.hostnet.rtnetlink import Link
 from pyvmm.hostnet.tap import TUN, Tap
 from pyvmm.memory import GuestMemory
 from pyvmm.netopt import Net
@@ -45,6 +51,8 @@ def test_what_is_taken() -> None:
     net = Net.parse("vhost-user,bridge=br0,tap=tap1,queues=2")
     assert (net.bridge, net.tap, net.own_network) == ("br0", "tap1", False)
     assert Net.parse("emulated").own_network
+    net = Net.parse("vhost-net,macvtap=eth0,queues=2,switchable=emulated")
+    assert (net.macvtap, net.has_tap, net.own_network) == ("eth0", True, False)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,14 @@ def test_what_is_taken() -> None:
         ("user,fd=5", "unknown key 'fd'"),
         ("emulated,fd=5,switchable=vhost-user", "an open tap is for emulated and vhost-net"),
         ("emulated,bridge=a/b", "no interface name"),
+        ("emulated,macvtap=a/b", "no interface name"),
+        ("emulated,macvtap=", "no interface name"),
+        ("vhost-user,macvtap=eth0", "unknown key 'macvtap'"),
+        ("emulated,macvtap=eth0,switchable=vhost-user", "a macvtap is for emulated and vhost-net"),
+        ("emulated,macvtap=eth0,tap=tap0", "leave out tap="),
+        ("emulated,macvtap=eth0,bridge=br0", "leave out bridge="),
+        ("emulated,macvtap=eth0,host=10.0.0.1/24", "leave out host="),
+        ("emulated,macvtap=eth0,fd=5", "leave out macvtap="),
         ("emulated,bridge=", "no interface name"),
         ("user,bridge=br0", "a card without a tap"),
         ("vhost-user,socket=/s,bridge=br0", "a card without a tap"),
@@ -290,3 +306,51 @@ def test_a_bridge_needs_privileges(elsewhere: Namespace) -> None:
     out = run_inside(elsewhere, source).splitlines()
     assert "may not make a tap for the bridge br0; run as root, or name a tap" in out[0]
     assert "may not put tap mine into the bridge br0; as root: ip link set mine master" in out[1]
+
+
+# --- macvtaps, which boot/test_handed_tap makes ---------------------------------------------------
+
+
+@needs_root
+def test_no_macvtap(elsewhere: Namespace) -> None:
+    source = """
+        from pyvmm.card.uplink import Uplink; from pyvmm.netopt import Net
+        def make(lower):
+            net = Net("emulated", macvtap=lower)
+            try: Uplink(net, None, mac=bytes((2, 0, 0, 0, 0, 1)))
+            except NetError as e: print(type(e).__name__, e)
+        make("noif0")
+        make("lo")
+        os.setgroups([]); os.setgid(65534); os.setuid(65534)
+        make("tap0")
+        """
+    lines = run_inside(elsewhere, source).splitlines()
+    assert lines[0].endswith("macvtap=noif0: there is no such interface; name one of: ip -br link")
+    # A kernel without macvtap says so before it looks at the interface.
+    assert "no Ethernet interface" in lines[1] or "the kernel has no macvtap" in lines[1]
+    assert lines[2].startswith("NetForbidden may not make a macvtap=tap0; run as root")
+
+
+@pytest.mark.parametrize(
+    ("number", "problem"),
+    [
+        (errno.EBUSY, "is a port of a bridge"),
+        (errno.EADDRINUSE, "an interface there has that MAC address"),
+        (errno.EINVAL, "a smaller MTU than mtu="),
+        (errno.ENOBUFS, "cannot make a macvtap=eth0: No buffer space available"),
+    ],
+)
+def test_why_the_kernel_makes_no_macvtap(number: int, problem: str) -> None:
+    error = explain("eth0", OSError(number, os.strerror(number)))
+    assert problem in str(error) and "\n" not in str(error)
+
+
+def test_the_counters_of_a_macvtap_are_turned_round(elsewhere: Namespace) -> None:
+    """The kernel counts what the guest sends as transmitted: a tap's counters say the reverse."""
+    frame = bytes(12) + b"\xff" * 6 + bytes(6) + b"\x08\x06" + bytes(46)
+    os.write(elsewhere.tap.fileno(), frame)
+    fds = [Fd(elsewhere.socket(AF_NETLINK, SOCK_RAW).detach()) for _ in range(2)]
+    with closing(Link(elsewhere.tap.link().index, *fds, mirrored=True)) as link:
+        plain, turned = elsewhere.tap.link().stats(), link.stats()
+    assert plain["rx_packets"] == turned["tx_packets"] >= 1
+    assert plain["tx_packets"] == turned["rx_packets"]
