@@ -59,6 +59,16 @@ def frame(kind: int, channel: int = 0, payload: bytes = b"", stream: int = 0) ->
     return HEADER.pack(len(payload), channel, kind, stream) + payload
 
 
+def number(payload: bytes) -> int:
+    """The decimal number of a CREDIT or EXIT.
+
+    :raises ValueError: it is none, or it has more than nine digits.
+    """
+    if not payload.isdigit() or len(payload) > 9:
+        raise ValueError(f"{payload[:20]!r} is no number")
+    return int(payload)
+
+
 class Framer:
     """Cuts a byte stream into frames."""
 

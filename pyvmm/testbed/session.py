@@ -261,11 +261,27 @@ class Session:
             return lost
         if not data:
             return lost
-        for kind, _channel, stream, payload in self.framer.feed(data):
+        try:
+            return self._take(self.framer.feed(data), progress)
+        except ValueError as e:
+            return f"the testbed broke the protocol: {e}"
+
+    def _take(
+        self,
+        frames: list[tuple[int, int, int, bytes]],
+        progress: Callable[[str], None] | None,
+    ) -> str:
+        """Take frames; returns why the command ended without a status, or an empty string.
+
+        :raises ValueError: a frame makes no sense.
+        """
+        for kind, _channel, stream, payload in frames:
             if kind == p.DATA:
                 sink = self.sinks.get(stream)
                 if sink:
                     sink.data += payload
+                    if sum(len(s.data) for s in self.sinks.values() if s) > p.OUT_WINDOW:
+                        raise ValueError("more output than it has credit for")
                 else:
                     self.owed += len(payload)
                     if stream in self.output:
@@ -273,9 +289,9 @@ class Session:
                         if len(self.output[stream]) > OUTPUT_MAX:
                             return f"the command wrote more than {OUTPUT_MAX >> 20} MiB"
             elif kind == p.CREDIT:
-                self.credit += int(payload)
+                self.credit = min(self.credit + p.number(payload), p.IN_WINDOW)
             elif kind == p.EXIT:
-                self.status = int(payload)
+                self.status = p.number(payload)
             elif kind == p.NOTE and progress:
                 progress(payload.decode(errors="replace"))
             elif kind == p.ERROR:

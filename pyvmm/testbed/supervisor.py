@@ -34,6 +34,11 @@ PING_EVERY = 1.0  # seconds
 REST_AFTER = 2.0  # seconds without a command until a machine that never rests is stopped
 CHATTER_KEPT = 4096  # bytes of what the emulator prints on its terminal
 CONSOLE_KEPT = 64 << 10  # bytes of L1's console that are kept for the log
+#: Bytes that may wait for a client. Credit allows L1 much less, and L1 is not trusted.
+OUT_MAX = 4 << 20
+#: Bytes that may wait for L1, which stops reading when it hangs. An OPEN has 6 MiB at most.
+PORT_MAX = 128 << 20
+NOTES_MAX, NOTE_MAX = 100, 400  # notes of L1's, and characters of one
 
 
 class Client:
@@ -88,7 +93,7 @@ class Supervisor:
         self.console = bytearray()
         self.port_out = bytearray()
         self.framer = p.Framer()
-        self.ready = False
+        self.greeted = self.ready = False
         self.notes: list[str] = []
         self.stopping = 0.0
         self.last_life = 0.0
@@ -364,6 +369,8 @@ class Supervisor:
     def to(self, client: Client, data: bytes) -> None:
         client.out += data
         self.push(client)
+        if len(client.out) > OUT_MAX:
+            self.drop(client)
 
     def push(self, client: Client) -> None:
         try:
@@ -469,6 +476,8 @@ class Supervisor:
     def to_port(self, data: bytes) -> None:
         self.port_out += data
         self.push_port()
+        if len(self.port_out) > PORT_MAX:
+            raise TestbedError(f"L1 takes no more: {PORT_MAX >> 20} MiB wait for it", self.hint())
 
     def push_port(self) -> None:
         port = self.machine.port
@@ -520,10 +529,18 @@ class Supervisor:
             self.selector.unregister(port.source)
             return
         self.last_life = self.machine.clock()
-        for kind, channel, stream, payload in self.framer.feed(data):
+        try:
+            frames = self.framer.feed(data)
+        except ValueError as e:
+            raise TestbedError(f"L1 broke the protocol: {e}", self.hint()) from e
+        for kind, channel, stream, payload in frames:
             if kind == p.PONG:
                 self.answered = True
+            elif (kind == p.HELLO and self.greeted) or (kind == p.READY and self.ready):
+                # Each is a line of the log, which L1 must not be able to fill a disk with.
+                raise TestbedError("L1 broke the protocol: it started twice", self.hint())
             elif kind == p.HELLO:
+                self.greeted = True
                 self.machine.started()
                 self.say(f"the agent runs ({time.monotonic() - self.started:.1f} s)")
                 self.to_port(p.frame(p.CONFIG, 0, marshal.dumps(self.machine.config(), 2)))
@@ -542,7 +559,7 @@ class Supervisor:
         now = time.monotonic()
         self.busy_until = now + REST_AFTER
         self.ready_after = now - self.started
-        self.notes += notes.splitlines()
+        self.notes += [note[:NOTE_MAX] for note in notes.splitlines()[:NOTES_MAX]]
         for note in self.notes:
             self.say(f"L1: {note}")
         self.say(f"ready ({self.ready_after:.1f} s)")

@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -26,7 +28,7 @@ from pyvmm.errors import BuildError, HostError, TestbedError, UsageError
 from pyvmm.host import paths, qemu
 from pyvmm.host.qemu import Qemu
 from pyvmm.host.tether import tethered
-from pyvmm.testbed import assets, layers, session, testbed
+from pyvmm.testbed import assets, layers, session, supervisor, testbed
 from pyvmm.testbed import protocol as p
 from pyvmm.testbed.machine import Machine
 from pyvmm.testbed.machines import machine
@@ -232,6 +234,39 @@ def test_a_session_collects_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(error, TestbedError) and "more than 1 MiB" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        (p.EXIT, b"x"),
+        (p.EXIT, b""),
+        (p.EXIT, b"-1"),
+        (p.EXIT, b"9" * 5000),
+        (p.CREDIT, b"\xff"),
+        (p.CREDIT, b"1e9"),
+    ],
+)
+def test_a_testbed_that_breaks_the_protocol(kind: int, payload: bytes) -> None:
+    r = Running()
+    r.agent.send(kind, payload)
+    error = r.end()
+    assert isinstance(error, TestbedError) and "the testbed broke the protocol" in str(error)
+
+
+def test_a_testbed_that_sends_more_than_its_credit() -> None:
+    """To a reader that reads nothing: what waits for it has a limit."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        r = Running(stdout=writer)
+        for _ in range(p.OUT_WINDOW // p.CHUNK + 5):  # the pipe takes two
+            r.agent.send(p.DATA, bytes(p.CHUNK), p.STDOUT)
+        error = r.end()
+        assert isinstance(error, TestbedError) and "more output than it has credit" in str(error)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 def test_session_timeout() -> None:
     r = Running(timeout=0.2)
     assert isinstance(r.end(), TestbedTimeout)
@@ -329,6 +364,81 @@ def test_a_client_gone_before_its_turn_is_forgotten(clients: Clients) -> None:
     clients.open_due(client.due + 1)
     assert clients.sent == []
     assert clients.waiting == []
+
+
+class Mouth:
+    """L1's port, on which L1 says ``said`` and reads nothing."""
+
+    source = sink = -1
+
+    def __init__(self, said: bytes) -> None:
+        self.said = said
+
+    def recv(self) -> bytes:
+        said, self.said = self.said[:65536], self.said[65536:]
+        return said
+
+    def send(self, data: object) -> int:
+        raise BlockingIOError
+
+
+class Hostile(Clients):
+    """A supervisor whose L1 says what it likes."""
+
+    def hear(self, said: bytes) -> None:
+        port: Any = Mouth(said)
+        self.machine = SimpleNamespace(  # type: ignore[assignment]
+            port=port, clock=lambda: 0.0, started=lambda: None, config=dict
+        )
+        self.selector.close()
+        self.selector = SimpleNamespace(  # type: ignore[assignment]
+            modify=lambda *a: None, unregister=lambda *a: None, close=lambda: None
+        )
+        while port.said:
+            self.from_port()
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b"\xff" * 8, "frame of 4294967295 bytes"),
+        (p.frame(p.HELLO) * 2, "started twice"),
+        (p.frame(p.READY), "started twice"),
+    ],
+)
+def test_an_l1_that_breaks_the_protocol_ends_the_testbed_with_a_line(
+    said: bytes, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of these frames is a line of the log: without this, L1 could fill a disk."""
+    s = Hostile()
+    with pytest.raises(TestbedError, match=f"L1 broke the protocol: .*{why}"):
+        s.hear(said)
+    assert len(capsys.readouterr().err.splitlines()) <= 1
+
+
+def test_an_l1_that_sends_more_than_its_credit_loses_the_client() -> None:
+    s = Hostile()
+    client, far = s.join()
+    client.channel, s.channels[5] = 5, client
+    s.hear(p.frame(p.DATA, 5, bytes(p.CHUNK), p.STDOUT) * (supervisor.OUT_MAX // p.CHUNK + 20))
+    assert client not in s.clients.values() and len(client.out) <= supervisor.OUT_MAX + p.CHUNK + 8
+    far.close()
+
+
+def test_notes_of_an_l1_have_a_limit() -> None:
+    s = Hostile()
+    s.ready = False
+    s.hear(p.frame(p.READY, 0, b"a" * 1000 + b"\nx" * 100000))
+    assert len(s.notes) == supervisor.NOTES_MAX and len(s.notes[0]) == supervisor.NOTE_MAX
+
+
+def test_an_l1_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "PORT_MAX", 1 << 20)
+    s = Hostile()
+    s.hear(b"")
+    with pytest.raises(TestbedError, match="L1 takes no more: 1 MiB"):
+        for _ in range(40):
+            Supervisor.to_port(s, bytes(p.CHUNK))
 
 
 def test_garbage_ends_the_connection(clients: Clients) -> None:
