@@ -81,6 +81,12 @@ static bool has_room(const struct pv_pipe *p, uint32_t len)
 	return p->hurry || p->closed || p->size - (p->head - p->tail) >= len;
 }
 
+/* Counters are written with the lock, and read without it; readers must only not see halves. */
+static void add(uint64_t *counter, uint64_t n)
+{
+	__atomic_store_n(counter, *counter + n, __ATOMIC_RELAXED);
+}
+
 static void wake_reader(struct pv_pipe *p)
 {
 	if (p->reader_waits) {
@@ -107,7 +113,7 @@ uint32_t pv_pipe_write(struct pv_pipe *p, const uint8_t *buf, uint32_t len, int 
 	int error = 0;
 
 	pthread_mutex_lock(&p->lock);
-	p->total += len;
+	add(&p->total, len);
 	while (done < len && !p->closed) {
 		if (p->head - p->tail < p->size) {
 			p->buf[p->head++ & (p->size - 1)] = buf[done++];
@@ -123,7 +129,7 @@ uint32_t pv_pipe_write(struct pv_pipe *p, const uint8_t *buf, uint32_t len, int 
 			error = pthread_cond_timedwait(&p->room, &p->lock, &until);
 		p->writers--;
 	}
-	p->dropped += len - done;
+	add(&p->dropped, len - done);
 	if (done)
 		wake_reader(p);
 	pthread_mutex_unlock(&p->lock);
