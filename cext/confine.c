@@ -27,6 +27,16 @@
 #include <time.h>
 #include <unistd.h>
 
+/* Sanitizers' runtimes make calls of their own, in any thread: gcc says so, and clang. */
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED
+#endif
+
 #define CALLS_MAX   160
 #define IOCTLS_MAX  16
 #define THREADS_MAX 4096
@@ -244,7 +254,7 @@ static size_t filter_head(struct sock_filter *f)
 
 static int filter_install(struct sock_filter *f, size_t len, uint32_t flags)
 {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#ifdef SANITIZED
 	/* The sanitizer's runtime makes calls of its own, in any thread. */
 	(void)f, (void)len, (void)flags;
 	return -ENOSYS;
@@ -858,7 +868,7 @@ int pv_landlock_abi(void)
  */
 bool pv_has_seccomp(void)
 {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#ifdef SANITIZED
 	return false;
 #else
 	uint32_t action = SECCOMP_RET_TRAP;
