@@ -161,7 +161,7 @@ static void account(struct pv_vcpu *v, const struct pv_exit_slot *key, uint32_t 
 		__atomic_store_n(&v->overflow, v->overflow + 1, __ATOMIC_RELAXED);
 		return;
 	}
-	s->units += units;
+	__atomic_store_n(&s->units, s->units + units, __ATOMIC_RELAXED);
 	__atomic_store_n(&s->count, s->count + 1, __ATOMIC_RELEASE);
 }
 
@@ -225,9 +225,18 @@ uint32_t pv_vcpu_ledger(const struct pv_vcpu *v, struct pv_exit_slot *out, uint3
 	for (uint32_t i = 0; i < used && n < max; i++) {
 		const struct pv_exit_slot *s = &v->slot[v->used_slot[i]];
 
-		out[n] = *s;
-		out[n].count = __atomic_load_n(&s->count, __ATOMIC_ACQUIRE);
-		out[n].time = __atomic_load_n(&s->time, __ATOMIC_RELAXED);
+		/* What names the line does not change; the counters do, meanwhile. */
+		out[n] = (struct pv_exit_slot){
+			.addr = s->addr,
+			.count = __atomic_load_n(&s->count, __ATOMIC_ACQUIRE),
+			.time = __atomic_load_n(&s->time, __ATOMIC_RELAXED),
+			.units = __atomic_load_n(&s->units, __ATOMIC_RELAXED),
+			.reason = s->reason,
+			.region = s->region,
+			.reg = s->reg,
+			.size = s->size,
+			.write = s->write,
+		};
 		if (out[n].count)
 			n++;
 	}

@@ -1,6 +1,6 @@
 #!/bin/sh
-# tests/fuzz/race.sh [SECONDS]: build race_net with ThreadSanitizer, and again with ASan and UBSan, and run each for SECONDS/2
-# (default 10 in all). Exit status 0: no race, no memory error.
+# tests/fuzz/race.sh [SECONDS]: build race_net and race_bus with ThreadSanitizer, and again with ASan
+# and UBSan, and run each for SECONDS/4 (default 10 in all). Exit status 0: no race, no memory error.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 cext=$here/../../cext
@@ -18,11 +18,20 @@ $fixed true 2>/dev/null || fixed=
 for sanitizer in thread address,undefined; do
     # shellcheck disable=SC2086
     ${CC:-gcc} $flags "-fsanitize=$sanitizer" -o "$out/race_net-$sanitizer" "$here/race_net.c" \
-        "$cext/net_worker.c" "$cext/thread.c" "$cext/event.c" "$cext/inflight.c" \
+        "$here/clocklock.c" "$cext/net_worker.c" "$cext/thread.c" "$cext/event.c" "$cext/inflight.c" \
         "$cext/vring.c" "$cext/vring_packed.c" "$cext/dirty_log.c" "$cext/flow_hash.c" \
         "$cext/confine.c" "$cext/inject.c" "$cext/intx.c" "$cext/relay.c" "$cext/ioctl.c"
 done
 for sanitizer in thread address,undefined; do
     # shellcheck disable=SC2086
-    TSAN_OPTIONS=halt_on_error=1 $fixed "$out/race_net-$sanitizer" "$((seconds / 2))"
+    ${CC:-gcc} $flags "-fsanitize=$sanitizer" -o "$out/race_bus-$sanitizer" "$here/race_bus.c" \
+        "$cext/bus.c" "$cext/serial.c" "$cext/pipe.c" "$cext/trace.c" "$cext/rtc.c" \
+        "$cext/pmtimer.c" "$cext/intx.c" "$cext/relay.c" "$cext/thread.c" "$cext/event.c" \
+        "$cext/confine.c" "$cext/ioctl.c"
+done
+for sanitizer in thread address,undefined; do
+    # shellcheck disable=SC2086
+    TSAN_OPTIONS=halt_on_error=1 $fixed "$out/race_net-$sanitizer" "$((seconds / 4))"
+    # shellcheck disable=SC2086
+    TSAN_OPTIONS=halt_on_error=1 $fixed "$out/race_bus-$sanitizer" "$((seconds / 4))"
 done

@@ -73,21 +73,6 @@ static uint64_t faults, losses;
 static bool packed;
 static uint32_t next[2], seen[2]; /* places of the guest; packed: in two laps of the ring */
 
-/* GCC 12's ThreadSanitizer does not know pthread_mutex_clocklock(), whose name race.sh changes. */
-int race_clocklock(pthread_mutex_t *lock, clockid_t clock, const struct timespec *until)
-{
-	struct timespec now, end;
-	int64_t left;
-
-	clock_gettime(clock, &now);
-	left = (until->tv_sec - now.tv_sec) * 1000000000 + until->tv_nsec - now.tv_nsec;
-	clock_gettime(CLOCK_REALTIME, &end);
-	left = end.tv_nsec + (left > 0 ? left : 0);
-	end.tv_sec += left / 1000000000;
-	end.tv_nsec = left % 1000000000;
-	return pthread_mutex_timedlock(lock, &end);
-}
-
 static struct ring *ring(int q)
 {
 	return (struct ring *)(void *)(memory + RING(q));
