@@ -727,7 +727,7 @@ class _Run:
         return outcome
 
     def _run_guest(self, machine: Machine) -> Outcome:
-        from pyvmm.devices.console import FdSink
+        from pyvmm.devices.console import BACKGROUND_MAX, FdSink
         from pyvmm.outcome import Outcome
 
         args = self.args
@@ -740,7 +740,9 @@ class _Run:
                 machine.quit(Outcome("stopped", "nobody reads the output"))
 
         def deliver(stream: Stream, fd: int) -> None:
-            self.sinks.append(FdSink(fd, gone=gone if fd == 1 else lambda: None))
+            # In the background nobody looks at the file while the guest fills it.
+            limit = BACKGROUND_MAX if DETACHED in os.environ else None
+            self.sinks.append(FdSink(fd, gone=gone if fd == 1 else lambda: None, limit=limit))
             stream.add_sink(self.sinks[-1])
 
         def started() -> None:
@@ -792,7 +794,13 @@ class _Run:
             dropped += machine.stdout.dropped + machine.stderr.dropped
         if not errors and not dropped:
             return 0
-        why = errors[0].strerror if errors else f"its reader did not take {dropped} bytes in time"
+        beyond = sum(sink.beyond for sink in self.sinks)
+        if errors:
+            why: str | None = errors[0].strerror
+        elif beyond:
+            why = f"the file of --detach has its largest size, {beyond} bytes came after it"
+        else:
+            why = f"its reader did not take {dropped} bytes in time"
         print(f"pyvmm: the guest's output is lost: {why}", file=sys.stderr)
         return HostError.exit_code
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PIPE_SIZE = 1 << 16
 READ_SIZE = 1 << 14
 PATIENCE = 300.0  # seconds that a sink waits while its reader reads nothing at all
+#: Bytes of each stream of the guest's in the file of a machine in the background.
+BACKGROUND_MAX = 1 << 30
 KEEP = 1 << 20  # bytes of output that are kept for expect() and for messages
 
 
@@ -309,19 +311,26 @@ class FdSink:
 
     :param fd: lent.
     :param gone: called if nobody will ever read the descriptor (EPIPE).
+    :param limit: the most bytes that are written, so that no guest can fill a disk; None: any
+        number.
     :ivar patience: in seconds; any thread may lower it while a write waits.
-    :ivar dropped: the number of bytes dropped. :ivar error: why the descriptor takes no more.
+    :ivar dropped: the number of bytes dropped; ``beyond`` of them because of ``limit``.
+    :ivar error: why the descriptor takes no more.
     """
 
     SLICE = 0.05  # seconds after which a waiting write looks at ``patience`` again
 
     def __init__(
-        self, fd: int, patience: float = PATIENCE, gone: Callable[[], object] = lambda: None
+        self,
+        fd: int,
+        patience: float = PATIENCE,
+        gone: Callable[[], object] = lambda: None,
+        limit: int | None = None,
     ) -> None:
-        self._fd, self._gone = fd, gone
+        self._fd, self._gone, self._left = fd, gone, limit
         self.patience = patience
         self._stuck = False
-        self.dropped = 0
+        self.dropped = self.beyond = 0
         self.error: OSError | None = None
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
@@ -339,6 +348,12 @@ class FdSink:
 
     def __call__(self, data: bytes) -> None:
         view = memoryview(data)
+        if self._left is not None:
+            beyond = max(0, len(view) - self._left)
+            self.dropped += beyond
+            self.beyond += beyond
+            view = view[: len(view) - beyond]
+            self._left -= len(view)
         while view:
             self._stuck = not self._wait()
             if self._stuck:

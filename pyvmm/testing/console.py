@@ -266,22 +266,24 @@ class Log:
 
     :param write: takes the bytes. Its errors are raised unchanged.
     :param limit: the most bytes of the console, so that no guest can fill the disk.
+    :ivar dropped: how many bytes came after them.
     """
 
     def __init__(self, write: Callable[[bytes], object], limit: int = LOG_MAX) -> None:
         self._write = write
         self._left = limit
+        self.dropped = 0
         self._begin = time.monotonic()
         self._at_start = True
 
     def __call__(self, data: bytes) -> None:
         """Take the next piece. The time of a line is the time of its first byte."""
-        if self._left < 0:
+        if self.dropped or len(data) > self._left:
+            if not self.dropped:
+                self.note("the log has reached its largest size; the console goes on")
+            self.dropped += len(data)
             return
         self._left -= len(data)
-        if self._left < 0:
-            self.note("the log has reached its largest size; the console goes on")
-            return
         stamp = b"[%12.6f] " % (time.monotonic() - self._begin)
         out = bytearray()
         for line in data.replace(b"\r\n", b"\n").splitlines(keepends=True):

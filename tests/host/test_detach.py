@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.cli import main
+from pyvmm.cli.support.options import DETACHED
 from pyvmm.control.client import connect
 from pyvmm.control.registry import machines
+from pyvmm.devices import console
 
 Guest = Callable[[str], str]
 
@@ -76,3 +79,17 @@ def test_what_goes_wrong_is_told_here(guest: Guest, tmp_path: Path) -> None:
     assert done.returncode == 105
     assert done.stderr.startswith("pyvmm: kernel '/nonexistent' cannot be opened")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_file_has_a_largest_size(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No guest fills the disk; what is left out is counted and said."""
+    monkeypatch.setattr(console, "BACKGROUND_MAX", 20)
+    monkeypatch.setenv(DETACHED, "1")
+    run = ["--kernel", guest("hello"), "--append", "times=100", "--", "true"]
+    assert main([*RUN[3:], *run]) == 101
+    out, err = capfd.readouterr()
+    beyond = 100 * len("hello, stdout\n") - 20
+    assert out == "hello, stdout\nhello,"
+    assert f"the file of --detach has its largest size, {beyond} bytes came after it" in err

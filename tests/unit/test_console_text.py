@@ -418,6 +418,6 @@ def test_log() -> None:
     log.note("verdict")
     said = [line.partition(b"] ")[2] for line in bytes(full).splitlines()]
     assert said[:2] == [b"four", b"five"] and said[3:] == [b"pyvmm: verdict"]
-    assert b"largest size" in said[2]
+    assert b"largest size" in said[2] and log.dropped == 11
     stamps = [float(re.match(rb"\[ *(\d+\.\d{6})\] ", line)[1]) for line in lines]  # type: ignore[index]
     assert stamps == sorted(stamps)

@@ -424,6 +424,17 @@ def test_a_full_disk_is_an_error_of_the_sink_only() -> None:
     os.close(fd)
 
 
+def test_a_file_has_a_largest_size() -> None:
+    r, w = os_pipe()
+    sink = FdSink(w, limit=10)
+    for piece in (b"1234", b"5678", b"9abcd", b"e"):
+        sink(piece)
+    assert (sink.dropped, sink.beyond) == (4, 4)
+    os.close(w)
+    assert os.read(r, 100) == b"123456789a"
+    os.close(r)
+
+
 def test_a_non_blocking_descriptor_will_do() -> None:
     r, w = os_pipe()
     os.set_blocking(w, False)

@@ -68,6 +68,8 @@ class RunFiles:
         if self._log is not None:
             phases = ", ".join(f"{name} {t:.3f} s" for name, t in phase_times(machine).items())
             try:
+                if self._log.dropped:
+                    self._log.note(f"{self._log.dropped} bytes of the console are left out")
                 self._log.note(f"phases: {phases}")
                 self._log.note(
                     f"verdict: {verdict.kind}{verdict.message and ': '}{verdict.message}"
