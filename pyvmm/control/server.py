@@ -150,6 +150,7 @@ class Server:
         )
         self._clients: dict[int, Client] = {}
         self._events: deque[tuple[int, str, dict[str, object] | None]] = deque(maxlen=EVENTS_MAX)
+        self._lost = 0  # events that were dropped, and that clients have not been told of
         self._late: deque[tuple[Client, dict[str, object]]] = deque()  # answers of waiting commands
         self._mutex = threading.Lock()
         self._wake = EventFd()
@@ -182,6 +183,7 @@ class Server:
         """Queue an event for every client that has negotiated. Any thread; never waits."""
         with self._mutex:
             if self._open:
+                self._lost += len(self._events) == EVENTS_MAX
                 self._events.append((time.time_ns(), event, data))
                 self._wake.signal()
 
@@ -363,18 +365,25 @@ class Server:
             self._drop(client)
 
     def _send_events(self) -> None:
+        with self._mutex:
+            lost, self._lost = self._lost, 0
+        if lost:  # they were the oldest
+            self._send_event(time.time_ns(), "X_PYVMM_EVENTS_LOST", {"count": lost})
         while self._events:
             try:
-                at, event, data = self._events.popleft()
+                event = self._events.popleft()
             except IndexError:
                 return
-            message: dict[str, object] = {"event": event}
-            if data is not None:
-                message["data"] = data
-            message["timestamp"] = {"seconds": at // 10**9, "microseconds": at // 1000 % 10**6}
-            for client in list(self._clients.values()):
-                if client.negotiated and client.taker is None:
-                    self._send(client, message)
+            self._send_event(*event)
+
+    def _send_event(self, at: int, event: str, data: dict[str, object] | None) -> None:
+        message: dict[str, object] = {"event": event}
+        if data is not None:
+            message["data"] = data
+        message["timestamp"] = {"seconds": at // 10**9, "microseconds": at // 1000 % 10**6}
+        for client in list(self._clients.values()):
+            if client.negotiated and client.taker is None:
+                self._send(client, message)
 
     # --- commands ---------------------------------------------------------------------------------
 

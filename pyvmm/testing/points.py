@@ -67,12 +67,14 @@ def parse(console: bytes | bytearray) -> list[Point]:
     """Every result in the console, in order. Nested results are named ``outer/inner``, and their
     sum is left out.
 
+    After ``POINTS_MAX`` results, one failure says that the rest is left out.
+
     KTAP counts only after its version line, so that an "ok 1" which a program prints by chance is
     not a result.
     """
     levels: dict[int, _Level] = {}
     lines: list[Point] = []
-    tap = False
+    tap = cut = False
     for raw in bytes(console).decode(errors="replace").splitlines():
         text = STAMP.sub("", clean(raw))
         if VERSION.match(text):
@@ -83,11 +85,14 @@ def parse(console: bytes | bytearray) -> list[Point]:
             _level(levels, len(match[1])).plan = int(match[2])
         elif tap and (match := RESULT.match(text)):
             _result(levels, match)
-        if len(lines) > POINTS_MAX or sum(len(v.points) for v in levels.values()) > POINTS_MAX:
+        if len(lines) + sum(len(v.points) for v in levels.values()) >= POINTS_MAX:
+            cut = True
             break
     out: list[Point] = []
     for depth in sorted(levels, reverse=True):  # their parts came, and their sum never came
-        out += levels[depth].finished()
+        out += levels[depth].points if cut else levels[depth].finished()
+    if cut:
+        lines.append(Point("(results)", "failed", f"{POINTS_MAX} are read, the rest is left out"))
     return out + lines
 
 

@@ -584,6 +584,9 @@ def test_emitting_never_waits_and_is_bounded(srv: Server, fake: Fake) -> None:
         for n in range(5 * server.EVENTS_MAX):
             srv.emit("E", {"n": n})
         fake.leave.set()
+        lost = c.get()
+        assert lost["event"] == "X_PYVMM_EVENTS_LOST"
+        assert lost["data"] == {"count": 4 * server.EVENTS_MAX}
         numbers = [c.get()["data"]["n"] for _ in range(server.EVENTS_MAX)]
         assert numbers == list(range(4 * server.EVENTS_MAX, 5 * server.EVENTS_MAX))
         assert c.get() == {"return": {}}
