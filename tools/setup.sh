@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 PACKAGES="python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev make busybox-static kmod
 iproute2 iputils-ping iperf3 ca-certificates"
 TESTBED_PACKAGES="qemu-system-x86"
-TEST_PACKAGES="ethtool acpica-tools cpio util-linux procps chromium
+TEST_PACKAGES="ethtool acpica-tools cpio util-linux procps chromium openssh-client
 zsh fish mandoc"
 testbed=auto tests=no
 for option in "$@"; do

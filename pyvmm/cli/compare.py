@@ -43,7 +43,7 @@ import argparse
 import os
 import sys
 
-from pyvmm.cli.support.options import count
+from pyvmm.cli.support.options import add_host, count
 from pyvmm.cli.support.outputs import STDOUT, Outputs
 from pyvmm.errors import TestbedError, UsageError
 from pyvmm.spec.platform import MAX_CPUS
@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         help="show results written by --json; run nothing",
     )
-    add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
+    add_host(parser, "where to run (auto)")
     add("--full", action="store_true", help="show all measures, not only the main ones")
     add("--quiet", "-q", action="store_true", help="no progress on stderr")
     # The file in which a comparison in the testbed leaves its results for the process outside.

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import time
 
+from pyvmm.cli.support.options import add_host
+from pyvmm.errors import GuestEnded, GuestTimeout, UsageError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -43,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--net", metavar="MODE", default="emulated", help="as in `pyvmm run` (emulated)"
     )
-    parser.add_argument(
-        "--host", choices=("auto", "local", "testbed"), default="auto", help="where to run"
-    )
+    add_host(parser, "where to run (auto)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +77,6 @@ class Story:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from pyvmm.errors import UsageError
     from pyvmm.images import CMDLINE, find
     from pyvmm.machine import Machine
     from pyvmm.netopt import Net
@@ -125,7 +125,6 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _stage(machine: Machine, name: str, story: Story, limit: float = 180) -> str:
     """Wait until the guest has reached stage ``name``; returns its output of the stage before."""
-    from pyvmm.errors import GuestEnded, GuestTimeout
 
     until = time.monotonic() + limit
     while True:

@@ -42,6 +42,7 @@ from pyvmm.cli.support.options import (
     MODULES_HELP,
     SHARD_HELP,
     TROUBLE_KINDS,
+    add_host,
     count,
     part_of,
     seconds,
@@ -132,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="take the cells that --json FILE has, run the others")
     add("--junit", metavar="FILE", help="write JUnit XML, one test case per cell")
     add("--quiet", "-q", action="store_true", help="no progress on stderr")
-    add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
+    add_host(parser, "where to run (auto)")
     add(
         "guest_command",
         metavar="COMMAND",

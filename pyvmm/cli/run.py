@@ -131,6 +131,7 @@ from pyvmm.cli.support.options import (
     RUNNING,
     SHARE_HELP,
     TROUBLE_KINDS,
+    add_host,
     count,
     cpu_model,
     seconds,
@@ -292,7 +293,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="path of the control socket, or none (default: in the runtime directory)",
     )
-    add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
+    add_host(parser, "where to run (auto)")
     add(
         "--sandbox",
         choices=("auto", "on", "off"),

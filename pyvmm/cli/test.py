@@ -30,6 +30,7 @@ from pyvmm import __version__
 from pyvmm.cli.support.options import (
     CPU_HELP,
     SHARD_HELP,
+    add_host,
     count,
     cpu_model,
     part_of,
@@ -105,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show the console of each kernel, not only of those that fail",
     )
-    add("--host", choices=("auto", "local", "testbed"), default="auto", help="where to run (auto)")
+    add_host(parser, "where to run (auto)")
 
 
 def run(args: argparse.Namespace) -> int:

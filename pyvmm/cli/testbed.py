@@ -1,5 +1,5 @@
 """Run a command in the testbed: a virtual machine, under emulation, that has real KVM and real
-vhost-net.
+vhost-net; or on another machine that has them, by ssh.
 
   pyvmm testbed [OPTIONS] [-- COMMAND...]   run COMMAND (default: a shell) in the running testbed,
                                             or in a testbed that is started and stopped for it
@@ -10,17 +10,21 @@ vhost-net.
   pyvmm testbed setup [--kernel-version V]  fetch and build its parts (no root; quick when done);
                       [--vdpa-sim]          with the kernel's vDPA simulator, for Linux 6.12
   pyvmm testbed --cpu intel ...             the same with an Intel processor (slower; one vCPU)
+  pyvmm testbed --host ssh://NAME ...       the same on another machine, without emulation
 
 COMMAND sees this machine's files. It can change the checkout (else the working directory), the
 directories of -w, pyvmm's cache and the temporary directory. Other changes go to an overlay that is
-thrown away. With --cpu intel, it has pyvmm, Python, the built guest images, and what --add and -w
-name; what it writes in a directory of -w comes back when it ends. Input, output, terminal, signals,
-environment and exit status pass through.
+thrown away. With --cpu intel or --host, it has pyvmm, Python, the built guest images, and what
+--add and -w name; what it writes in a directory of -w comes back when it ends. Input, output,
+terminal, signals, environment and exit status pass through. With --host, nothing needs to be
+installed there, nothing is written to a disk there, and no process stays when the testbed ends.
 
 Examples:
   pyvmm testbed -- pyvmm run --net vhost-net -- ping -c 3 192.168.100.1
   pyvmm testbed --cpu intel doctor
   pyvmm testbed --cpu intel -w out --add tests -- pytest tests --junitxml=out/junit.xml
+  pyvmm testbed --host ssh://me@box doctor
+  pyvmm testbed --host ssh://box -- pyvmm run --net vhost-net -- ping -c 3 192.168.100.1
 
 Exit status: the command's; 124 if --timeout ended it, 110 if the testbed failed.
 """
@@ -62,6 +66,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="the processor: AMD by QEMU (auto, quicker), or Intel by Bochs",
     )
     parser.add_argument(
+        "--host",
+        metavar="ssh://[USER@]NAME[:PORT]",
+        default="",
+        help="another machine with /dev/kvm, which ssh reaches without a question",
+    )
+    parser.add_argument(
         "--kvm",
         metavar="NAME=VALUE",
         action="append",
@@ -73,7 +83,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|DIR[:PATH]",
         action="append",
         default=[],
-        help="with --cpu intel: a file or directory that COMMAND needs",
+        help="with --cpu intel or --host: a file or directory that COMMAND needs",
     )
     parser.add_argument(
         "-w",
@@ -118,7 +128,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         type=seconds(0, 1e7),
         default=0.0,
-        help="seconds of silence that count as a hang (30; with --cpu intel 60 of processor time)",
+        help="seconds of silence that count as a hang (30; with --cpu intel 60 of processor time;"
+        " with --host 60)",
     )
     parser.add_argument("--json", action="store_true", help="status as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -143,10 +154,13 @@ def run(args: argparse.Namespace) -> int:
         more = Parser(prog=f"pyvmm testbed {action}")
         _options(more)
         args = more.parse_args(words[1:], args)
+    if args.host and args.cpu != "auto":
+        raise UsageError("--cpu does not go with --host", "leave one of them out")
     cpu = CPUS[0] if args.cpu == "auto" else args.cpu
     bed = testbed.Testbed(
         args.name,
         cpu=cpu,
+        host=args.host,
         cpus=args.cpus,
         memory=_size(args.memory),
         kernel=args.kernel_version,
@@ -166,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
     if action == "status":
         return _status(bed, args.json)
     if action == "setup":
-        bed.setup(_progress(args.quiet), args.kernel_version, cpu)
+        bed.setup(_progress(args.quiet), args.kernel_version, cpu, args.host)
         if args.vdpa_sim:
             from pyvmm.testbed import simulator
 
@@ -195,12 +209,12 @@ def _status(bed: Testbed, as_json: bool) -> int:
     if as_json:
         print(
             json.dumps(
-                {"up": status is not None, "missing": bed.missing(bed.cpu), **(status or {})},
+                {"up": status is not None, "missing": _missing(bed), **(status or {})},
                 indent=2,
             )
         )
     elif status is None:
-        lacks = bed.missing(bed.cpu)
+        lacks = _missing(bed)
         print(f"down, and not set up: {lacks}" if lacks else "down")
     else:
         print("up" if status["ready"] else "starting")
@@ -226,6 +240,10 @@ def _status(bed: Testbed, as_json: bool) -> int:
         for note in status["notes"]:
             print(f"  {note}")
     return 0 if status else 1
+
+
+def _missing(bed: Testbed) -> str:
+    return bed.missing(bed.cpu, bed.host)
 
 
 def _command(bed: Testbed, command: list[str], timeout: float | None) -> int:

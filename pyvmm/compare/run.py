@@ -34,7 +34,7 @@ from pyvmm.errors import (
     VhostUserError,
 )
 from pyvmm.memory import parse_size
-from pyvmm.testbed.testbed import inside
+from pyvmm.testbed.testbed import emulated
 from pyvmm.workloads import ToolFailed, read_ping, read_udp, received_mbit, run_tool
 
 TYPE_CHECKING = False
@@ -214,7 +214,7 @@ class Comparison:
             "host": {
                 "kernel": os.uname().release,
                 "kvm": flavour(),
-                "testbed": inside(),
+                "testbed": emulated(),
                 "cpus": len(os.sched_getaffinity(0)),
             },
             "guest": {

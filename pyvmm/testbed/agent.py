@@ -2,7 +2,9 @@
 output and status.
 
 It speaks ``pyvmm.testbed.protocol`` on the virtio-serial port ``agent``, or on the serial ports
-that its arguments name: one for input, one for output. It stays resident because
+that its arguments name: one for input, one for output. With the argument ``-``, it uses stdin and
+stdout, and is process 1 of namespaces that share a kernel with others: then it does nothing that
+could be felt outside of them, and ends with its input. It stays resident because
 starting Python takes about a second under emulation, while fork and exec take tens of milliseconds.
 For the same reason it imports only modules that are built in or tiny. The initramfs holds a copy of
 it. The copy imports nothing of pyvmm, so editing pyvmm cannot break a running testbed.
@@ -59,8 +61,13 @@ class Command:
 class Agent:
     """The event loop: the port, the commands' descriptors and SIGCHLD."""
 
-    def __init__(self, source: int, sink: int) -> None:
+    def __init__(self, source: int, sink: int, *, owner: bool = True) -> None:
         self.source, self.sink = source, sink
+        #: Whether this kernel is L1's own.
+        self.owner = owner
+        #: Seconds without a frame after which the agent ends; 0 for never.
+        self.silence = 0.0
+        self.heard = time.monotonic()
         self.framer = p.Framer()
         self.queue: list[bytes] = []
         self.commands: dict[int, Command] = {}
@@ -110,12 +117,16 @@ class Agent:
     def loop(self) -> None:
         while True:
             self.flush()
-            for fd, _events in self.epoll.poll(TTY_LINGER if self.lingering else None):
+            patience = TTY_LINGER if self.lingering else self.silence or None
+            for fd, _events in self.epoll.poll(patience):
                 if fd == self.source:
                     try:
                         data = os.read(self.source, 65536)
                     except BlockingIOError:
                         continue
+                    if not data:
+                        self.power_off()
+                    self.heard = time.monotonic()
                     for kind, channel, stream, payload in self.framer.feed(data):
                         self.handle(kind, channel, stream, payload)
                 elif fd == self.wakeup:
@@ -127,6 +138,8 @@ class Agent:
                         self.pump_in(command)
                     else:
                         self.pump_out(command, stream)
+            if self.silence and time.monotonic() - self.heard > self.silence:
+                self.power_off()
             for command in self.lingering[:]:
                 if time.monotonic() - command.ended > TTY_LINGER:
                     self.drop_output(command, p.TTY)
@@ -188,6 +201,8 @@ class Agent:
                     write_file(f"{command.cgroup}/cgroup.kill", "1")
                 except OSError:
                     pass
+            else:
+                kill_family(command.pid)
             if command.status is None:  # a new child may not have entered its cgroup yet
                 os.kill(command.pid, number)
             return
@@ -248,9 +263,10 @@ class Agent:
                 command.stdin = os.dup(command.tty)
                 opened.append(command.stdin)
             self.started += 1
-            command.cgroup = f"{CGROUPS}/c{self.started}"
+            command.cgroup = f"{CGROUPS}/c{self.started}" if self.owner else ""
             try:
-                os.mkdir(command.cgroup)
+                if command.cgroup:
+                    os.mkdir(command.cgroup)
             except OSError:
                 command.cgroup = ""
             command.pid = os.fork()
@@ -283,7 +299,8 @@ class Agent:
                 os.dup2(fd, n)
             for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (1024, FILES))
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
             os.umask(spec["umask"])
             status = 126
             try:
@@ -430,6 +447,7 @@ class Agent:
         the steps that failed.
         """
         notes = []
+        self.silence = config["silence"]
         for source, target in config["binds"]:
             if not os.path.isdir(target):
                 try:
@@ -465,8 +483,48 @@ class Agent:
             os.kill(-1, signal.SIGKILL)
         except ProcessLookupError:
             pass
+        if not self.owner:
+            os._exit(0)
         busybox("sync")
         busybox("poweroff", "-f")
+
+
+def kill_family(pid: int) -> None:
+    """Kill a command's process and all that descend from it or are in its session, for lack of a
+    cgroup. They are stopped first, so that none has children while we look. A daemon whose parents
+    have all ended escapes.
+    """
+    stopped: set[int] = set()
+    number = signal.SIGSTOP
+    while True:
+        family = {pid}
+        parents = {}
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                try:
+                    with open(f"/proc/{name}/stat") as f:
+                        state, parent, _, session = f.read().rpartition(")")[2].split()[:4]
+                except OSError:
+                    continue  # it has ended
+                if state != "Z":
+                    parents[int(name)] = int(parent)
+                    if int(session) == pid:
+                        family.add(int(name))
+        fresh = family & set(parents)
+        while fresh:
+            family |= fresh
+            fresh = {child for child, parent in parents.items() if parent in fresh} - family
+        left = (family & set(parents)) - stopped
+        if not left:
+            number, left = signal.SIGKILL, stopped
+        for one in left:
+            try:
+                os.kill(one, number)
+            except ProcessLookupError:
+                pass
+        if number == signal.SIGKILL:
+            return
+        stopped |= left
 
 
 def create_vm(kvm: int) -> int:
@@ -540,19 +598,51 @@ def interrupt_at_once(path: str) -> None:
     write_file(f"/sys/class/tty/{os.path.basename(path)}/rx_trig_bytes", "1")
 
 
+def standard_streams() -> tuple[int, int]:
+    """stdin and stdout, in whose places /dev/null and stderr come."""
+    ends = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (0, 1)]
+    for fd in ends:
+        os.set_blocking(fd, False)
+    null = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    os.close(null)
+    return ends[0], ends[1]
+
+
+def raise_limit(kind: int, value: int) -> None:
+    """Raise a limit of resources to a value, or as far as is allowed."""
+    try:
+        resource.setrlimit(kind, (value, value))
+    except (OSError, ValueError):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (hard, hard))
+
+
+def hello() -> bytes:
+    """The version of the protocol, and what L1 is."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cpus = len(os.sched_getaffinity(0))
+    return f"{p.VERSION} {os.uname().release} {cpus} {memory}".encode()
+
+
 def main() -> None:
     """Open the port and serve it until power-off."""
-    keep_off_cpu_0()
-    if len(sys.argv) > 1:
+    owner = sys.argv[1:] != ["-"]
+    if owner:
+        keep_off_cpu_0()
+    if not owner:
+        source, sink = standard_streams()
+    elif len(sys.argv) > 1:
         source, sink = map(serial_port, sys.argv[1:3])
         interrupt_at_once(sys.argv[1])
     else:
         source, sink = virtio_port()
     # vhost-vdpa counts pinned guest memory against RLIMIT_MEMLOCK, and fails with EFAULT above it.
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
-    agent = Agent(source, sink)
-    agent.send(p.HELLO, 0, b"%d" % p.VERSION)
+    raise_limit(resource.RLIMIT_MEMLOCK, resource.RLIM_INFINITY)
+    raise_limit(resource.RLIMIT_NOFILE, FILES)
+    agent = Agent(source, sink, owner=owner)
+    agent.send(p.HELLO, 0, hello())
     agent.loop()
 
 

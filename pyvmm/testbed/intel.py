@@ -190,7 +190,7 @@ class Intel(Machine):
             "Bochs",
             [*self.bochs.argv, "-q", "-f", "config"],
             env=self.bochs.env,
-            terminal=its_screen,
+            stdio=(its_screen, its_screen, its_screen),
             cwd=work,
         )
 
@@ -216,7 +216,7 @@ class Intel(Machine):
         self._kept.append(fd)
         return fd
 
-    def started(self) -> None:
+    def started(self, hello: str) -> None:
         """Bochs has opened all files: their names can go."""
         self.close()
 

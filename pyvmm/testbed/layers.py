@@ -79,7 +79,7 @@ exec @PYTHON@ -I -S -B $r/agent.pyc /dev/ttyS1 /dev/ttyS0 >/dev/kmsg 2>&1
 
 
 def archives(
-    kernel: assets.Kernel,
+    kernel: assets.Kernel | None,
     add: Sequence[str],
     directories: Iterable[str],
     top: str,
@@ -87,6 +87,7 @@ def archives(
 ) -> list[str]:
     """The paths of the archives.
 
+    :param kernel: of an L1 that boots; None for one that shares its kernel with another machine.
     :param add: what the user adds, each as ``FILE|DIR[:PATH]``.
     :param directories: directories that exist in L1, empty if nothing travels in them.
     :param top: the path of the top layer, a file that is written.
@@ -103,25 +104,44 @@ def archives(
     beneath.append(top)
     if not add:
         return beneath
-    added = Additions([_absolute(text) for text in add], None, beneath, str)
-    for note in added.notes:
-        progress(note)
-    write(added.archive, f"{top}.added")
+    write(_added(add, beneath, progress), f"{top}.added")
     return [*beneath, f"{top}.added"]
 
 
-def lower(kernel: assets.Kernel, progress: Callable[[str], None]) -> list[str]:
-    """The paths of the lower layers, which are made if necessary."""
-    python = f"python-{sys.version_info[0]}.{sys.version_info[1]}"
-    return [
-        _cached(python, _python, progress, _python_key()),
-        _cached(
-            "pyvmm",
-            _pyvmm,
-            progress,
-            [sysconfig.get_path("purelib"), *map(assets.stamp, _files(_package(), ()))],
-        ),
-        _cached(
+def later(add: Sequence[str], directories: Iterable[str], path: str) -> None:
+    """Write an archive of what the user adds to an L1 without a kernel of its own, which runs.
+
+    :param add: as in ``archives``; ``directories`` likewise. :param path: of a new file.
+    :raises PyvmmError: something is missing, or a file cannot be read.
+    """
+    archive = _added(add, lower(None, lambda line: None), lambda line: None)
+    for directory in directories:
+        archive.directory(_place(directory))
+    write(archive, path)
+
+
+def _added(add: Sequence[str], beneath: Sequence[str], progress: Callable[[str], None]) -> Archive:
+    added = Additions([_absolute(text) for text in add], None, beneath, str)
+    for note in added.notes:
+        progress(note)
+    return added.archive
+
+
+def quoted(path: str) -> str:
+    """The path in L1 of a program of this machine, as a word for a shell."""
+    return shlex.quote(_place(path))
+
+
+def lower(kernel: assets.Kernel | None, progress: Callable[[str], None]) -> list[str]:
+    """The paths of the lower layers, which are made if necessary.
+
+    :param kernel: as in ``archives``.
+    """
+    if kernel is None:
+        sources = map(assets.content, assets.agent_sources())
+        system = _cached("agent", _agent, progress, sources)
+    else:
+        system = _cached(
             kernel.version,
             lambda: _system(kernel),
             progress,
@@ -132,7 +152,17 @@ def lower(kernel: assets.Kernel, progress: Callable[[str], None]) -> list[str]:
                 assets.stamp(kernel.image),
                 *map(assets.content, assets.agent_sources()),
             ],
+        )
+    python = f"python-{sys.version_info[0]}.{sys.version_info[1]}"
+    return [
+        _cached(python, _python, progress, _python_key()),
+        _cached(
+            "pyvmm",
+            _pyvmm,
+            progress,
+            [sysconfig.get_path("purelib"), *map(assets.stamp, _files(_package(), ()))],
         ),
+        system,
     ]
 
 
@@ -189,6 +219,15 @@ def _place(path: str) -> str:
 
 
 # --- the layers -----------------------------------------------------------------------------------
+
+
+def _agent() -> Archive:
+    """The agent, which has no modules to wait for."""
+    archive = Archive()
+    for name, data in assets.agent_files():
+        archive.file(f"/run/pyvmm/{name}", data)
+    archive.file("/run/pyvmm/loaded", b"")
+    return archive
 
 
 def _system(kernel: assets.Kernel) -> Archive:

@@ -1,5 +1,6 @@
 """What the supervisor wants of the machine that L1 is. ``amd.Amd`` is QEMU and shares this
-machine's files; ``intel.Intel`` is Bochs, into which files travel.
+machine's files; ``intel.Intel`` is Bochs, into which files travel; ``ssh.Ssh`` is a part of another
+machine, into which files travel as well.
 """
 
 from __future__ import annotations
@@ -22,11 +23,21 @@ class Port:
     """The agent's end of its connection, as non-blocking descriptors.
 
     :ivar source: what L1 sends is read there. :ivar sink: what L1 gets is written there; it may be
-        the same descriptor.
+        the same descriptor. :ivar busy: something is still to be sent before any frame.
     """
+
+    busy = False
 
     def __init__(self, source: int, sink: int) -> None:
         self.source, self.sink = source, sink
+
+    def prelude(self) -> bool:
+        """If it is busy, send some of what comes before the frames; returns whether some of it was
+        taken.
+
+        :raises OSError: the machine has ended.
+        """
+        return False
 
     def recv(self) -> bytes:
         """What has come; empty if the machine has ended.
@@ -119,8 +130,27 @@ class Machine:
         """
         raise NotImplementedError
 
-    def started(self) -> None:
-        """The agent runs."""
+    @property
+    def release(self) -> str:
+        """The version of L1's kernel."""
+        return self.kernel.version
+
+    def intent(self) -> str:
+        """What the user reads first."""
+        return f"starting Linux {self.release} on {self.cpus} vCPU(s) under {self.emulator()}"
+
+    def started(self, hello: str) -> None:
+        """The agent runs.
+
+        :param hello: what it says of L1: protocol, kernel's version, vCPUs, bytes of memory.
+        """
+
+    def reason(self, status: int, said: str) -> tuple[str, str] | None:
+        """Why the emulator has ended, with a remedy; None if that is nothing special.
+
+        :param status: its exit status. :param said: what it has printed on ``screen``.
+        """
+        return None
 
     def emulator(self) -> str:
         """Name and version of the emulator."""
@@ -132,14 +162,15 @@ class Machine:
 
     def config(self) -> dict[str, Any]:
         """What the agent is to do first: ``binds``, pairs of directories, the first of which is
-        mounted on the second; and ``files``, pairs of a path and what is written there.
+        mounted on the second; ``files``, pairs of a path and what is written there; and
+        ``silence``, seconds without a frame after which the agent ends, or 0.
         """
         files = [
             ("/proc/sys/kernel/perf_event_paranoid", "-1"),
             # With huge pages for shared memory, a guest boots in a fifth less time.
             ("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "advise"),
         ]
-        return {"binds": [], "files": files}
+        return {"binds": [], "files": files, "silence": 0}
 
     def trouble(self, console: bytes | bytearray) -> str:
         """Why L1 cannot go on although the emulator does; empty if it can.
@@ -174,7 +205,7 @@ class Machine:
         *,
         fds: list[int] | None = None,
         env: dict[str, str] | None = None,
-        terminal: int | None = None,
+        stdio: tuple[int, int, int] | None = None,
         cwd: str | None = None,
         before: Callable[[], None] | None = None,
     ) -> subprocess.Popen[bytes]:
@@ -182,18 +213,19 @@ class Machine:
 
         :param name: for messages. :param fds: descriptors that it inherits.
         :param env: what its environment has besides ours.
-        :param terminal: its input and output; None for /dev/null and the supervisor's log.
+        :param stdio: its stdin, stdout and stderr; None for /dev/null and the supervisor's log.
         :param before: runs in the child, before the program does.
         """
         import subprocess
 
         from pyvmm.host.tether import tethered
 
+        stdin, stdout, stderr = stdio or (subprocess.DEVNULL, None, None)
         child = subprocess.Popen(
             tethered(argv),
-            stdin=subprocess.DEVNULL if terminal is None else terminal,
-            stdout=terminal,
-            stderr=terminal,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
             env={**os.environ, **(env or {})},
             pass_fds=fds or (),
             cwd=cwd,

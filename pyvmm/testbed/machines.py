@@ -1,4 +1,4 @@
-"""The machines that L1 can be, by their processors."""
+"""The machines that L1 can be, by their processors, and by the address of a real one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ if TYPE_CHECKING:
 CPUS = ("amd", "intel")
 
 
-def machine(cpu: str) -> type[Machine]:
-    """The kind of machine with a processor of ``CPUS``."""
+def machine(cpu: str, host: str = "") -> type[Machine]:
+    """The kind of machine with a processor of ``CPUS``, or with an address."""
+    if host:
+        from pyvmm.testbed.ssh import Ssh
+
+        return Ssh
     if cpu == "intel":
         from pyvmm.testbed.intel import Intel
 

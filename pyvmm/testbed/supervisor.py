@@ -64,6 +64,7 @@ class Supervisor:
     - socket, lock: paths of the socket to listen on and of the lock file;
     - log_later: the path at which the log is found after the end, for messages;
     - cpu: the processor, as in ``machines.CPUS``;
+    - host: the machine as ssh://[USER@]NAME[:PORT], or an empty string for an emulated one;
     - cpus: the number of vCPUs for commands, or 0 for as many as there can be, at most two;
     - memory: bytes, or 0 for the machine's own default;
     - kernel: a prefix of the kernel's version, or None;
@@ -138,16 +139,16 @@ class Supervisor:
 
         :raises PyvmmError: something that it needs is missing.
         """
-        self.machine = made = machine(self.options["cpu"])(self.options, self.say)
+        self.machine = made = machine(self.options["cpu"], self.options["host"])(
+            self.options, self.say
+        )
         self.watchdog = self.options["watchdog"] or made.WATCHDOG
         made.start()
         self.notes += made.notes
         self.fresh = made.fresh
         self.started = time.monotonic()
         self.last_life = made.clock()
-        self.say(
-            f"starting Linux {made.kernel.version} on {made.cpus} vCPU(s) under {made.emulator()}"
-        )
+        self.say(made.intent())
         for fd, handler in (
             (made.port.source, self.from_port),
             (made.console, self.from_console),
@@ -155,6 +156,7 @@ class Supervisor:
         ):
             if fd >= 0:
                 self.selector.register(fd, selectors.EVENT_READ, handler)
+        self.push_port()
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -198,7 +200,7 @@ class Supervisor:
                 self.last_life = l1.clock()
             last = now
             if not self.stopping and any(child.poll() is not None for child in l1.processes):
-                raise TestbedError(self.obituary(), self.hint())
+                raise self.obituary()
             trouble = l1.trouble(self.console)
             if trouble and not self.stopping:
                 raise TestbedError(f"L1 died: {trouble}", self.hint())
@@ -276,7 +278,7 @@ class Supervisor:
         for client in list(self.clients.values()):
             self.to(client, p.frame(p.ERROR, 0, why.encode()))
 
-    def obituary(self) -> str:
+    def obituary(self) -> TestbedError:
         """Why L1 died: which program was the first to end, how, and its last words."""
         time.sleep(0.3)  # each child ends when another one has; those that fail do so by themselves
         self.take_console()
@@ -285,8 +287,13 @@ class Supervisor:
         # The emulator comes first: it is the cause unless another one has failed.
         child = next((c for c in ended if c is not self.machine.vm and c.returncode), ended[0])
         status = child.returncode
+        if child is self.machine.vm:
+            reason = self.machine.reason(status, printable(self.chatter))
+            if reason is not None:
+                return TestbedError(*reason)
         how = signal.Signals(-status).name if status < 0 else str(status)
-        return f"L1 died: {names[child]} ended with {how}{self.last_words(failed=bool(status))}"
+        words = self.last_words(failed=bool(status))
+        return TestbedError(f"L1 died: {names[child]} ended with {how}{words}", self.hint())
 
     def take_console(self) -> None:
         """Read what the emulator still wrote before it ended."""
@@ -456,7 +463,7 @@ class Supervisor:
             "up_s": round(time.monotonic() - self.started, 1),
             "cpu": self.options["cpu"],
             "emulator": l1.emulator(),
-            "kernel": l1.kernel.version,
+            "kernel": l1.release,
             "cpus": l1.cpus,
             "memory": l1.memory,
             "shares": l1.SHARES,
@@ -482,14 +489,16 @@ class Supervisor:
     def push_port(self) -> None:
         port = self.machine.port
         try:
-            while self.port_out:
+            if port.busy and port.prelude():
+                self.last_life = self.machine.clock()
+            while self.port_out and not port.busy:
                 n = port.send(memoryview(self.port_out)[: 1 << 16])
                 del self.port_out[:n]
         except BlockingIOError:
             pass
         except OSError:
             return  # the emulator has gone; the loop finds out and reports it
-        write = selectors.EVENT_WRITE if self.port_out else 0
+        write = selectors.EVENT_WRITE if self.port_out or port.busy else 0
         if port.sink == port.source:
             self.selector.modify(port.source, selectors.EVENT_READ | write, self.from_port)
         elif write and port.sink not in self.selector.get_map():
@@ -541,7 +550,7 @@ class Supervisor:
                 raise TestbedError("L1 broke the protocol: it started twice", self.hint())
             elif kind == p.HELLO:
                 self.greeted = True
-                self.machine.started()
+                self.machine.started(payload.decode(errors="replace"))
                 self.say(f"the agent runs ({time.monotonic() - self.started:.1f} s)")
                 self.to_port(p.frame(p.CONFIG, 0, marshal.dumps(self.machine.config(), 2)))
             elif kind == p.READY:

@@ -3,8 +3,9 @@
 ``Testbed().run(["pyvmm", "run", ...])`` runs a command in the testbed that is up;
 ``with Testbed() as t:`` starts a temporary one if none is up. L1 with an AMD processor sees the
 host's files: writes to the writable directories reach the host, all other writes go into an overlay
-that is thrown away. Into L1 with an Intel processor, files travel when it starts; what a command
-writes in the writable directories is fetched when the command has ended (``travel``).
+that is thrown away. Into L1 with an Intel processor, or on another machine, files travel when it
+starts; what a command writes in the writable directories is fetched when the command has ended
+(``travel``).
 """
 
 from __future__ import annotations
@@ -31,16 +32,23 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
+    from pyvmm.testbed.machine import Machine
+
 __all__ = ["Result", "Testbed", "TestbedTimeout"]
 
-#: Set in the environment of every command in L1.
-INSIDE = "PYVMM_IN_TESTBED"
+#: Set in the environment of every command in L1; to ``REAL`` if L1's processor is not emulated.
+INSIDE, REAL = "PYVMM_IN_TESTBED", "ssh"
 _numbers = itertools.count()
 
 
 def inside() -> bool:
     """Whether this process itself runs in a testbed."""
     return INSIDE in os.environ
+
+
+def emulated() -> bool:
+    """Whether this process runs in a testbed whose processor is emulated."""
+    return os.environ.get(INSIDE, REAL) != REAL
 
 
 def default_writable(cwd: str) -> list[str]:
@@ -67,21 +75,24 @@ class Testbed:
         $PYVMM_TESTBED or "default".
     :param cpu: the processor, "amd" or "intel". Testbeds of different processors can be up under
         one name.
+    :param host: another machine with KVM, ``ssh://[USER@]NAME[:PORT]``, instead of an emulated one.
+        Then the options that describe an emulated machine must be left out.
     :param cpus: the number of vCPUs that commands can use; 0 for two if the emulator supports them,
         else one.
     :param memory: L1's memory in bytes; 0 for 4 GiB with an AMD and 1 GiB with an Intel processor.
     :param kernel: a prefix of the version of Debian's cloud kernel, such as "6.1" or "6.12".
     :param kvm: options of L1's KVM module, each as NAME=VALUE.
     :param writable: directories that commands may write besides ``default_writable``. The root
-        directory is ignored. With an Intel processor these directories only; they travel.
+        directory is ignored. If files are not shared, these directories only; they travel.
     :param add: what travels besides, each as FILE, DIR, FILE:/PATH or DIR:/PATH. Nothing needs to
-        travel with an AMD processor.
+        travel into an emulated machine with an AMD processor.
     :param vdpa_card: L1 has an IOMMU and two network cards that are joined by a cable: one for its
         driver vp_vdpa, and the other one as the peer.
     :param watchdog: seconds without a sign of life after which L1 counts as hung; 0 for 30 with an
-        AMD processor, and for 60 of processor time with an Intel processor.
+        AMD processor, 60 of processor time with an Intel processor, and 60 on another machine.
     :param progress: called with each line of progress.
-    :raises TestbedError: the name is not a valid one, or there is no such processor.
+    :raises TestbedError: the name or the host is not a valid one, there is no such processor, or
+        options contradict each other.
     """
 
     __test__ = False  # not a pytest class
@@ -91,6 +102,7 @@ class Testbed:
         name: str | None = None,
         *,
         cpu: str = "amd",
+        host: str = "",
         cpus: int = 0,
         memory: int = 0,
         kernel: str | None = None,
@@ -108,7 +120,17 @@ class Testbed:
             )
         if cpu not in CPUS:
             raise TestbedError(f"no testbed has the processor {cpu!r}", f"use {' or '.join(CPUS)}")
-        self.cpu = cpu
+        if host:
+            from pyvmm.testbed.ssh import Address
+
+            Address(host)
+            if cpus or memory or kernel or kvm or vdpa_card:
+                raise TestbedError(
+                    f"{host} is what it is: no vCPUs, memory, kernel, option of KVM or card can be"
+                    " chosen",
+                    "leave these options out",
+                )
+        self.cpu, self.host = cpu, host
         self.cpus, self.memory, self.kernel, self.watchdog = cpus, memory, kernel, watchdog
         self.kvm, self.writable, self.add = list(kvm), list(writable), list(add)
         self.vdpa_card = vdpa_card
@@ -124,30 +146,43 @@ class Testbed:
         starts.
         """
         kind = "" if self.cpu == CPUS[0] else f".{self.cpu}"
+        if self.host:
+            import hashlib
+
+            kind = f".ssh-{hashlib.sha256(self.host.encode()).hexdigest()[:8]}"
         return f"{runtime_dir()}/testbed-{self.name}{kind}"
 
     @staticmethod
-    def is_set_up(cpu: str = "amd") -> bool:
-        """Whether a testbed with that processor can be started on this machine."""
-        return not Testbed.missing(cpu)
+    def is_set_up(cpu: str = "amd", host: str = "") -> bool:
+        """Whether a testbed with that processor, or on that host, can be started from here."""
+        return not Testbed.missing(cpu, host)
 
     @staticmethod
-    def missing(cpu: str = "amd") -> str:
-        """The things that a testbed with that processor still needs on this machine, each with its
-        remedy, as one line; empty if nothing is missing.
+    def missing(cpu: str = "amd", host: str = "") -> str:
+        """The things that such a testbed still needs on this machine, each with its remedy, as one
+        line; empty if nothing is missing.
         """
-        lacks = machine(cpu).missing()
+        lacks = machine(cpu, host).missing()
         return "; ".join(f"{what} is missing ({remedy})" for what, remedy in lacks)
 
     @staticmethod
-    def setup(progress: Callable[[str], None], kernel: str | None = None, cpu: str = "amd") -> None:
+    def setup(
+        progress: Callable[[str], None],
+        kernel: str | None = None,
+        cpu: str = "amd",
+        host: str = "",
+    ) -> None:
         """Fetch and build all that a testbed needs and that can be had without root. This is quick
         if nothing is missing.
 
-        :param kernel: see ``Testbed``; ``cpu`` likewise.
+        :param kernel: see ``Testbed``; ``cpu`` and ``host`` likewise.
         :raises TestbedError: a system package is missing, or a download failed.
         """
-        machine(cpu).setup(progress, kernel)
+        machine(cpu, host).setup(progress, kernel)
+
+    @property
+    def _kind(self) -> type[Machine]:
+        return machine(self.cpu, self.host)
 
     def _connect(self) -> socket.socket | None:
         sock = socket.socket(socket.AF_UNIX)
@@ -211,7 +246,7 @@ class Testbed:
         import json
         import subprocess
 
-        lacks = self.missing(self.cpu)
+        lacks = self.missing(self.cpu, self.host)
         if lacks:
             raise TestbedError(f"the testbed is not set up: {lacks}")
         directory = self.dir
@@ -221,7 +256,7 @@ class Testbed:
             pass
         os.makedirs(cache_root(), exist_ok=True)
         writable = []
-        shares = machine(self.cpu).SHARES
+        shares = self._kind.SHARES
         for path in [*(default_writable(os.getcwd()) if shares else ()), *self.writable]:
             real = os.path.realpath(path)
             if not os.path.isdir(real):
@@ -239,6 +274,7 @@ class Testbed:
             "lock": f"{directory}/lock",
             "log_later": f"{cache_dir()}/last.log" if self._shared else f"{directory}/log",
             "cpu": self.cpu,
+            "host": self.host,
             "cpus": self.cpus,
             "memory": self.memory,
             "kernel": self.kernel,
@@ -252,7 +288,7 @@ class Testbed:
         }
         # Before the supervisor has a socket: while it makes files, it answers nobody.
         try:
-            machine(self.cpu).prepare(self.progress, self.kernel)
+            self._kind.prepare(self.progress, self.kernel)
         except PyvmmError as e:
             raise TestbedError(e.cause, e.hint) from None
         fds: tuple[int, ...] = ()
@@ -326,13 +362,17 @@ class Testbed:
                     pass
             except OSError as e:
                 raise TestbedError(f"the testbed does not stop: {e}", f"see {self.dir}/log") from e
+        self._reap()
+        return True
+
+    def _reap(self) -> None:
+        """Let the supervisor that this object has started go, and wait for its end."""
         if self._tether >= 0:
             os.close(self._tether)
             self._tether = -1
         if self._child:
             self._child.wait()
             self._child = None
-        return True
 
     def __enter__(self) -> Self:
         self._entered += 1
@@ -344,6 +384,7 @@ class Testbed:
                 self.up(tethered=True)
             except BaseException:
                 self._entered = 0
+                self._reap()
                 self._forget()
                 raise
         return self
@@ -431,7 +472,9 @@ class Testbed:
         :raises TestbedError: the testbed is down, or ended before the command did.
         """
         with self._round_trip():
-            return self._collect(argv, cwd or os.getcwd(), self._env(env), input, timeout)
+            return self._collect(
+                argv, cwd or os.getcwd(), self._env(env, self.host), input, timeout
+            )
 
     def _collect(
         self,
@@ -447,13 +490,37 @@ class Testbed:
             status = session.wait(timeout, progress=self.progress)
             return Result(status, bytes(session.output[p.STDOUT]), bytes(session.output[p.STDERR]))
 
+    def give(self, paths: Sequence[str]) -> None:
+        """Let files travel into a testbed that is up on another machine, to the paths that they
+        have here. The working directory is made there, too.
+
+        :param paths: absolute; of files and directories. If there is none, its directory is made
+            there.
+        :raises PyvmmError: something cannot be read, or does not arrive.
+        """
+        import tempfile
+
+        from pyvmm.testbed import layers
+
+        with tempfile.TemporaryDirectory() as work:
+            have = [path for path in paths if os.path.exists(path)]
+            layers.later(have, [os.getcwd(), *map(os.path.dirname, paths)], f"{work}/given")
+            with open(f"{work}/given", "rb") as f:
+                given = f.read()
+        done = self._collect(["cpio", "-i", "-d", "-u"], "/", {"PATH": os.defpath}, given)
+        if done.status:
+            raise TestbedError(f"files do not arrive in the testbed: {done.err.strip()[-200:]}")
+
     @contextlib.contextmanager
-    def _round_trip(self) -> Iterator[None]:
+    def _round_trip(self, returns: Sequence[str] = ()) -> Iterator[None]:
         """While a command runs: afterwards, fetch the files that it has written in writable
         directories, unless it has been seen to write them here.
+
+        :param returns: files and directories that are fetched as well.
         """
-        status = None if machine(self.cpu).SHARES else self.status()
-        if status is None or not status["writable"]:
+        status = None if self._kind.SHARES else self.status()
+        places = [*returns, *(status["writable"] if status else ())]
+        if status is None or not places:
             yield
             return
         from pyvmm.testbed import travel
@@ -464,16 +531,20 @@ class Testbed:
         mark = f"{os.getpid()}-{next(_numbers)}"
         travel.departure(run, mark)
         yield
-        for path in travel.arrival(run, mark, status["writable"]):
+        for path in travel.arrival(run, mark, places):
             self.progress(f"came back: {path}")
 
-    def run_attached(self, argv: Sequence[str], *, timeout: float | None = None) -> int:
+    def run_attached(
+        self, argv: Sequence[str], *, timeout: float | None = None, returns: Sequence[str] = ()
+    ) -> int:
         """Run a command that uses the stdin, stdout, stderr and terminal of this process and gets
         its signals. Only the main thread may call this.
 
         It uses the testbed that is up, or a temporary one.
 
         :param timeout: seconds after which the command is killed.
+        :param returns: files and directories, by absolute paths without links, that come back if
+            the testbed does not share files.
         :returns: the command's status as in ``Result``.
         :raises TestbedTimeout: the command was killed because the time was over.
         :raises TestbedError: the testbed did not start, or ended before the command did.
@@ -483,12 +554,12 @@ class Testbed:
                 warning = self.check(os.getcwd())
                 if warning:
                     self.progress(warning)
-            with self._round_trip(), self._session() as sock:
+            with self._round_trip(returns), self._session() as sock:
                 session = Session(
                     sock,
                     argv,
                     cwd=os.getcwd(),
-                    env=self._env(None),
+                    env=self._env(None, self.host),
                     stdin=0 if _is_open(0) and not _is_null(0) else None,
                     stdout=1 if _is_open(1) else None,
                     stderr=2 if _is_open(2) else None,
@@ -505,11 +576,13 @@ class Testbed:
     @property
     def _option(self) -> str:
         """What names this kind of testbed on a command line."""
+        if self.host:
+            return f" --host {self.host}"
         return "" if self.cpu == CPUS[0] else f" --cpu {self.cpu}"
 
     @staticmethod
-    def _env(env: Mapping[str, str] | None) -> dict[str, str]:
-        env = {**(os.environ if env is None else env), INSIDE: "1"}
+    def _env(env: Mapping[str, str] | None, host: str) -> dict[str, str]:
+        env = {**(os.environ if env is None else env), INSIDE: REAL if host else "1"}
         path = env.get("PATH", os.defpath)
         # An ordinary user is root in L1 and can use root's programs.
         env["PATH"] = ":".join(

@@ -34,7 +34,7 @@ until touch {mark}.now || exit; [ -n "$(find {mark}.now -newer {mark})" ]; do sl
 """
 # busybox' tar takes no list of names.
 PACK = """
-for d; do [ ! -d "$d" ] || find "$d" -type f -newer {mark}; done >{mark}.names
+for d; do [ ! -e "$d" ] || find "$d" -type f -newer {mark}; done >{mark}.names
 [ -s {mark}.names ] || exit 0
 cpio -o -H newc <{mark}.names >{mark}.cpio 2>{mark}.err || {{ cat {mark}.err >&2; exit 1; }}
 gzip -c {mark}.cpio
@@ -56,6 +56,8 @@ def departure(run: Run, mark: str) -> None:
 def arrival(run: Run, mark: str, directories: Sequence[str]) -> list[str]:
     """Fetch the files in ``directories`` that are newer than the mark; returns their paths.
 
+    :param directories: as in ``unpack``.
+
     :raises TestbedError: L1 does not pack them, or they cannot be written here.
     """
     packed = run(["sh", "-c", PACK.format(mark=f"{MARK}.{mark}"), "sh", *directories])
@@ -65,10 +67,32 @@ def arrival(run: Run, mark: str, directories: Sequence[str]) -> list[str]:
     return unpack(packed.stdout, directories)
 
 
+def named(argv: Sequence[str], more: Sequence[str] = ()) -> list[str]:
+    """The paths that the words of a command line may name, and ``more``: absolute, without links.
+    Each has a parent directory; it need not exist itself. The guest's own command has none.
+    """
+    words = list(argv[: argv.index("--")] if "--" in argv else argv)
+    pieces = [*words, *more]
+    for word in words:  # as in --report=FILE, --disk=PATH,format=raw, --add=FILE:/PATH
+        parts = [part for text in word.split(",") for part in text.split("=")]
+        pieces += [*parts, *(part.rpartition(":/")[0] for part in parts)]
+    found = []
+    for piece in pieces:
+        if not piece or piece.startswith("-") or "\0" in piece or "://" in piece:
+            continue
+        parent, name = os.path.split(os.path.abspath(piece))
+        path = os.path.join(os.path.realpath(parent), name)
+        if os.path.isdir(path):
+            path = os.path.realpath(path)
+        if name and path != "/" and os.path.isdir(os.path.dirname(path)):
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
 def unpack(packed: bytes, directories: Sequence[str]) -> list[str]:
     """Write the files of a compressed archive, whose names are absolute paths.
 
-    :param directories: without symbolic links in their paths.
+    :param directories: without symbolic links in their paths; also paths of single files.
     :returns: the paths of the files.
     :raises TestbedError: the archive is damaged, the files are too large, or one of them is not in
         ``directories`` or cannot be written.
@@ -114,7 +138,8 @@ def _check(path: str, mode: int, directories: Sequence[str]) -> None:
     if not stat.S_ISREG(mode) or "\0" in path:
         raise TestbedError(f"L1 sends what is no plain file: {path!r}")
     parent = os.path.realpath(os.path.dirname(path))
-    if not _inside(path, directories) or not _inside(f"{parent}/", directories):
+    one = path in directories and parent == os.path.dirname(path) and not os.path.isdir(path)
+    if not one and not (_inside(path, directories) and _inside(f"{parent}/", directories)):
         raise TestbedError(f"L1 sends a file for another directory: {path!r}")
 
 

@@ -283,6 +283,9 @@ def test_what_is_only_in_the_testbed_is_asked_there(
     seen = []
 
     class Bed:
+        def __init__(self, host: str = "auto") -> None:
+            self.host = ""
+
         def run_attached(self, argv: list[str]) -> int:
             seen.append(argv)
             return 7

@@ -1,9 +1,12 @@
-"""Where a guest runs: on this machine's KVM, or in the testbed."""
+"""Where a guest runs: on this machine's KVM, in the testbed, or on a machine that ssh reaches."""
 
 from __future__ import annotations
 
 import os
 import sys
+
+from pyvmm.cli.support.options import SSH
+from pyvmm.errors import TestbedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,9 +28,10 @@ def elsewhere(
     note: Callable[[], str] | None = None,
     lasting: bool = False,
 ) -> int | None:
-    """Run ``pyvmm ARGV`` in the testbed if ``host`` or this machine asks for it.
+    """Run ``pyvmm ARGV`` in the testbed, or on another machine, if ``host`` or this machine asks
+    for it.
 
-    :param host: ``auto``, ``local`` or ``testbed``.
+    :param host: as ``options.add_host`` gives it.
     :param kernel: None for an image of Linux.
     :param vhost: the machine wants /dev/vhost-net. :param vdpa: it wants vDPA.
     :param writable: directories that the guest may write.
@@ -36,12 +40,13 @@ def elsewhere(
     :param lasting: the machine is to be found by other commands, for which the testbed must be up.
     :returns: the exit status from the testbed, or None to go on here.
     """
-    if host == "local" or (host == "testbed" and "PYVMM_IN_TESTBED" in os.environ):
+    if host == "local" or (host != "auto" and "PYVMM_IN_TESTBED" in os.environ):
         return None  # this is the place
-    from pyvmm.errors import TestbedError
     from pyvmm.programs import module
     from pyvmm.testbed.testbed import Testbed
 
+    if host.startswith(SSH):
+        return _by_ssh(host, argv, writable, note, lasting)
     if host == "auto":
         from pyvmm.boot import is_linux
         from pyvmm.doctor import can_run_linux_locally
@@ -68,10 +73,43 @@ def elsewhere(
         raise TestbedError(
             "a machine in the background needs a testbed that stays", "start it: pyvmm testbed up"
         )
-    text = note() if note is not None else ""
-    if text:
-        print(f"pyvmm: {text}", file=sys.stderr, flush=True)
+    _tell(note)
     command = module("pyvmm", *argv)
     if vdpa:  # nothing but us would load the modules there
         command = ["sh", "-c", f'modprobe -a {VDPA_MODULES}; exec "$@"', "sh", *command]
     return testbed.run_attached(command)
+
+
+def _tell(note: Callable[[], str] | None) -> None:
+    text = note() if note is not None else ""
+    if text:
+        print(f"pyvmm: {text}", file=sys.stderr, flush=True)
+
+
+def _by_ssh(
+    host: str,
+    argv: list[str],
+    writable: Sequence[str],
+    note: Callable[[], str] | None,
+    lasting: bool,
+) -> int:
+    """Run ``pyvmm ARGV`` on another machine, as in ``elsewhere``. The files and directories that
+    ``argv`` names travel there, and come back if the command has written them.
+    """
+    from pyvmm.programs import module
+    from pyvmm.testbed.testbed import Testbed
+    from pyvmm.testbed.travel import named
+
+    testbed = Testbed(
+        host=host, progress=lambda text: print(f"testbed: {text}", file=sys.stderr, flush=True)
+    )
+    if lasting and not testbed.is_up():
+        raise TestbedError(
+            "a machine in the background needs a testbed that stays",
+            f"start it: pyvmm testbed --host {host} up",
+        )
+    _tell(note)
+    paths = named(argv, writable)
+    with testbed:
+        testbed.give(paths)
+        return testbed.run_attached(module("pyvmm", *argv), returns=paths)

@@ -30,6 +30,8 @@ TROUBLE_KINDS = (
 )
 
 
+#: What ``--host`` takes, and how the address of another machine begins.
+HOSTS, SSH = ("auto", "local", "testbed"), "ssh://"
 #: For help texts: what ``--cpu`` takes.
 CPU_HELP = "the CPU: host, and what differs, as in host,-x2apic,vendor=GenuineIntel (docs/cpu.md)"
 
@@ -193,3 +195,27 @@ SHARD_HELP = "only part K of N, of equal sizes: for machines or jobs side by sid
 def part_of(items: list[Item], which: tuple[int, int] | None) -> list[Item]:
     """Part K of N: every N-th item, so that neighbours, which take alike long, are spread."""
     return items if which is None else items[which[0] - 1 :: which[1]]
+
+
+def add_host(parser: argparse.ArgumentParser, help: str) -> None:
+    """The option ``--host``."""
+    option = parser.add_argument(
+        "--host",
+        type=_host,
+        metavar="auto|local|testbed|ssh://[USER@]NAME[:PORT]",
+        default="auto",
+        help=help,
+    )
+    option.completer = _hosts  # type: ignore[attr-defined]
+
+
+def _host(text: str) -> str:
+    if text.startswith(SSH) or text in HOSTS:
+        return text
+    raise argparse.ArgumentTypeError(
+        f"invalid choice: {text!r} (choose from {', '.join(map(repr, (*HOSTS, SSH + 'NAME')))})"
+    )
+
+
+def _hosts(prefix: str, **kwargs: Any) -> list[str]:
+    return [text for text in (*HOSTS, SSH) if text.startswith(prefix)]

@@ -11,7 +11,8 @@ import os
 import sys
 import time
 
-from pyvmm.errors import MachineMissing
+from pyvmm.cli.support import options
+from pyvmm.errors import MachineMissing, TestbedError
 from pyvmm.programs import module
 
 TYPE_CHECKING = False
@@ -38,11 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_host(parser: argparse.ArgumentParser) -> None:
     """The argument ``--host``."""
-    parser.add_argument(
-        "--host",
-        choices=("auto", "local", "testbed"),
-        default="auto",
-        help="where the machine runs: here, in the testbed, or wherever it is found (auto)",
+    options.add_host(
+        parser,
+        "where the machine runs: here, in the testbed, in the testbed on another machine, or"
+        " wherever it is found here (auto)",
     )
 
 
@@ -58,14 +58,25 @@ def complete(prefix: str, **kwargs: Any) -> list[str]:
         return []
 
 
-def testbed_up() -> Testbed | None:
-    """The testbed, if it is up and this process is outside of it; else None."""
+def testbed_up(host: str = "auto") -> Testbed | None:
+    """The testbed, if it is up and this process is outside of it; else None.
+
+    :param host: as ``--host`` gives it.
+    :raises TestbedError: no testbed is up on another machine.
+    """
     if "PYVMM_IN_TESTBED" in os.environ:
         return None
     from pyvmm.testbed.testbed import Testbed
 
-    bed = Testbed()
-    return bed if bed.is_up() else None
+    elsewhere = host if host.startswith(options.SSH) else ""
+    bed = Testbed(host=elsewhere)
+    if bed.is_up():
+        return bed
+    if elsewhere:
+        raise TestbedError(
+            f"no testbed is up on {host}", f"start it: pyvmm testbed --host {host} up"
+        )
+    return None
 
 
 def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[str, Any]]:
@@ -77,13 +88,13 @@ def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[st
     from pyvmm.control.registry import machines
 
     rows: list[dict[str, Any]] = []
-    if host != "testbed":
+    if host in ("auto", "local"):
         where = "testbed" if "PYVMM_IN_TESTBED" in os.environ else "local"
         rows += [
             {"name": e.name, "host": where, "pid": e.pid, "qmp": e.path, "since": e.since}
             for e in machines()
         ]
-    bed = testbed_up() if host != "local" else None
+    bed = testbed_up(host) if host != "local" else None
     if bed is not None:
         import json
 
@@ -99,7 +110,7 @@ def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[st
             timeout=timeout,
         )
         if result.status == 0:
-            rows += json.loads(result.out)
+            rows += [{**row, "host": bed.host or row["host"]} for row in json.loads(result.out)]
         else:
             print(
                 f"pyvmm: the testbed does not say what runs in it: {result.err.strip()[-200:]}",
@@ -123,7 +134,7 @@ def there(args: argparse.Namespace) -> int | None:
             return None
         except MachineMissing:
             pass
-    bed = testbed_up()
+    bed = testbed_up(args.host)
     if bed is None:
         return None  # the connection attempt here reports that there is no such machine
     words = [args.command, *([args.action] if "action" in args else [])]
