@@ -170,7 +170,7 @@ def test_the_workflow_of_the_example(tmp_path: Path) -> None:
     the example's tests find pytest and the plugin.
     """
     text = (ROOT / "docs/examples/kernel-ci/.github/workflows/kernel.yml").read_text()
-    (release,) = re.findall(r"image: debian:(\d+)", text)
+    (release,) = set(re.findall(r"image: debian:(\d+)", text))
     tree = plant({"12": "bookworm", "13": "trixie"}[release], tmp_path / "tree", "apt")
     run = steps(text)
     clone = re.sub(r"git clone .*", "cp -r /root/pyvmm /opt/pyvmm", run["Install pyvmm"])

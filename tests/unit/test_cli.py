@@ -151,12 +151,15 @@ def test_the_workflow_of_the_example_uses_options_that_exist(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = (ROOT / "docs/examples/kernel-ci/.github/workflows/kernel.yml").read_text()
-    start = text.index("pyvmm run ")
-    command = text[start : text.index("uname", start)]
-    _, out, _ = run(capsys, "run", "--help")
-    options = re.findall(r"--[a-z-]+", command)
-    assert len(options) > 8
-    assert [o for o in options if f"{o} " not in out] == []
+    commands = re.findall(r"pyvmm (run|testbed) (?!setup)((?:.*\\\n)*.*)", text)
+    assert [name for name, _ in commands] == ["run", "testbed"]
+    inner = commands[1][1].split("pyvmm run ")[1]
+    for name, words in (*commands, ("run", inner)):
+        _, out, _ = run(capsys, name, "--help")
+        own = words.split("pyvmm run ")[0] if name == "testbed" else words
+        options = re.findall(r"--[a-z-]+", own)
+        assert len(options) > (8 if words == commands[0][1] else 2)
+        assert [o for o in options if f"{o} " not in out] == []
 
 
 def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
