@@ -186,7 +186,8 @@ class Ssh(Machine):
     def started(self, hello: str) -> None:
         """The machine's own facts."""
         words = hello.split()
-        if len(words) == 4 and words[2].isdigit() and words[3].isdigit():
+        good = len(words) == 4 and words[2].isdecimal() and words[3].isdecimal()
+        if good and words[1].isprintable():  # it will be on the user's terminal
             self._release, self.cpus, self.memory = words[1], int(words[2]), int(words[3])
 
     @property
