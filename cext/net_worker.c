@@ -3,6 +3,7 @@
 #include <linux/virtio_net.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -11,6 +12,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "cable.h"
 #include "event.h"
 #include "net_worker.h"
 #include "thread.h"
@@ -38,6 +40,11 @@
 #define TUNNEL_HDR 24 /* struct virtio_net_hdr_v1_hash_tunnel */
 /* gso_type of segments in a UDP tunnel over IPv4 or IPv6; linux/virtio_net.h since Linux 6.17 */
 #define GSO_TUNNEL 0x60
+/* On a cable: chains that are taken at once, so that the processor fetches what they refer to. */
+#define BURST	   32
+#define BURST_IOV  (2 * PV_CHAIN_MAX)
+#define CABLE_US   50 /* looks for work so long after there was some, where others linger() */
+#define CABLE_LOOK 32 /* in vain, before the worker at the far end may have this processor */
 /* See linger(). */
 #define LINGER_MIN_US  10
 #define LINGER_MAX_US  200
@@ -151,7 +158,10 @@ struct pv_net_worker {
 	uint64_t traced; /* time of the latest event of the trace */
 	struct window window;
 	struct held held;
-	struct iovec tx_iov[PV_CHAIN_MAX];
+	struct iovec tx_iov[BURST_IOV];
+	/* A burst of transmit chains, and the place of each in the ring, for the trace. */
+	struct pv_chain tx_chain[BURST];
+	uint16_t tx_at[BURST];
 };
 
 /* Counters have one writer; readers must only not see halves. */
@@ -576,12 +586,12 @@ static void rx_count_header(struct pv_net_worker *w, size_t len)
 }
 
 /* Count a packet that was sent by what its header says. */
-static void tx_count_header(struct pv_net_worker *w, size_t len)
+static void tx_count_header(struct pv_net_worker *w, const struct iovec *iov, size_t len)
 {
 	struct pv_net_counters *c = &w->count;
 	uint8_t head[2];
 
-	load(w->tx_iov, 0, head, sizeof(head));
+	load(iov, 0, head, sizeof(head));
 	add(head[0] & VIRTIO_NET_HDR_F_NEEDS_CSUM ? &c->tx_csum_needed : &c->tx_csum_none, 1);
 	if (head[1] != VIRTIO_NET_HDR_GSO_NONE) {
 		add(&c->tx_gso_packets, 1);
@@ -609,44 +619,52 @@ static void rx_hash(struct pv_net_worker *w, size_t len)
 	window_store(&w->window, V1_HDR, (const uint8_t *)&hash, sizeof(hash));
 }
 
+/* Take one more chain into the window. PV_DONE: the guest has no more. */
+static enum pv_step rx_take(struct pv_net_worker *w)
+{
+	struct pv_vring *vr = &w->ring[RX];
+	struct window *win = &w->window;
+	uint16_t at = vr->last_avail;
+	struct pv_chain c;
+	enum pv_step step;
+
+	if (win->iov_end + PV_CHAIN_MAX > WINDOW_IOV || win->slot_end == WINDOW_IOV)
+		window_compact(win);
+	step = pv_vring_pop(vr, &win->iov[win->iov_end], PV_CHAIN_MAX, &c);
+	if (step == PV_DONE)
+		return PV_DONE;
+	if (step == PV_MORE && (c.out_num || c.in_len < w->cfg.hdr_len)) {
+		pv_vring_unpop(vr, c.slots);
+		vr->fault = c.out_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
+		step = PV_BAD;
+	}
+	if (step == PV_BAD) {
+		ring_fault(w, RX, vr->fault);
+		return PV_BAD;
+	}
+	win->slot[win->slot_end++] = (struct slot){
+		.len = c.in_len, .niov = c.in_num, .head = c.head, .slots = c.slots, .at = at};
+	win->iov_end += c.in_num;
+	win->bytes += c.in_len;
+	win->slots += c.slots;
+	return PV_MORE;
+}
+
 /*
  * Take chains until the window holds want bytes (one without MRG_RXBUF). PV_DONE: the guest has no
  * more.
  */
 static enum pv_step rx_fill(struct pv_net_worker *w, size_t want)
 {
-	struct pv_vring *vr = &w->ring[RX];
 	struct window *win = &w->window;
-	struct pv_chain c;
 	enum pv_step step;
 
 	while (win->bytes < want && win->iov_end - win->iov_at < READV_MAX) {
-		uint16_t at = vr->last_avail;
-
 		if (!w->cfg.mrg_rxbuf && window_chains(win))
 			break;
-		if (win->iov_end + PV_CHAIN_MAX > WINDOW_IOV || win->slot_end == WINDOW_IOV)
-			window_compact(win);
-		step = pv_vring_pop(vr, &win->iov[win->iov_end], PV_CHAIN_MAX, &c);
-		if (step == PV_DONE)
-			return PV_DONE;
-		if (step == PV_MORE && (c.out_num || c.in_len < w->cfg.hdr_len)) {
-			pv_vring_unpop(vr, c.slots);
-			vr->fault = c.out_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
-			step = PV_BAD;
-		}
-		if (step == PV_BAD) {
-			ring_fault(w, RX, vr->fault);
-			return PV_BAD;
-		}
-		win->slot[win->slot_end++] = (struct slot){.len = c.in_len,
-							   .niov = c.in_num,
-							   .head = c.head,
-							   .slots = c.slots,
-							   .at = at};
-		win->iov_end += c.in_num;
-		win->bytes += c.in_len;
-		win->slots += c.slots;
+		step = rx_take(w);
+		if (step != PV_MORE)
+			return step;
 	}
 	return PV_MORE;
 }
@@ -689,6 +707,52 @@ static ssize_t rx_read(struct pv_net_worker *w)
 	return got;
 }
 
+/* The guest has its frame: the first len bytes of the window, but for what the device fills in. */
+static void rx_hand_over(struct pv_net_worker *w, size_t len)
+{
+	struct pv_vring *vr = &w->ring[RX];
+	struct window *win = &w->window;
+	size_t left = len;
+	uint32_t segments = 0;
+	uint16_t buffers = 0;
+
+	for (uint32_t i = win->slot_at; left; i++, buffers++) {
+		left -= win->slot[i].len < left ? win->slot[i].len : left;
+		segments += win->slot[i].niov;
+	}
+	/*
+	 * 5.1.6.4: always 1 without MRG_RXBUF. The field follows the legacy header.
+	 */
+	if (w->cfg.hdr_len >= V1_HDR)
+		window_store(win, LEGACY_HDR,
+			     (uint8_t[]){(uint8_t)buffers, (uint8_t)(buffers >> 8)}, 2);
+	if (w->cfg.hdr_len >= HASH_HDR)
+		rx_hash(w, len);
+	if (w->cfg.hdr_len >= TUNNEL_HDR)
+		rx_tunnel(w);
+	if (w->log.bits)
+		window_mark(w, len);
+	rx_count_header(w, len - w->cfg.hdr_len);
+	if (w->cfg.trace)
+		trace_packet(w, RX, window_iov(win), segments, len, win->slot[win->slot_at].head,
+			     win->slot[win->slot_at].at, w->held.read_at, w->held.read_end, true);
+	for (left = len; left; win->slot_at++) {
+		const struct slot *s = &win->slot[win->slot_at];
+		size_t n = s->len < left ? s->len : left;
+
+		push(w, RX, s->head, s->slots, (uint32_t)n);
+		left -= n;
+		win->iov_at += s->niov;
+		win->bytes -= s->len;
+		win->slots -= s->slots;
+	}
+	if (!window_chains(win))
+		window_clear(win);
+	add(&w->count.rx_packets, 1);
+	add(&w->count.rx_bytes, len - w->cfg.hdr_len);
+	held_clear(&w->held);
+}
+
 /*
  * Hand the held frame to the guest. False if the guest lacks the buffers: the frame stays held, or
  * was dropped because waiting would be in vain or the ring is malformed.
@@ -698,9 +762,7 @@ static bool rx_place(struct pv_net_worker *w)
 	struct pv_vring *vr = &w->ring[RX];
 	struct window *win = &w->window;
 	struct held *held = &w->held;
-	size_t len = held->len, left = len;
-	uint32_t segments = 0;
-	uint16_t buffers = 0;
+	size_t len = held->len;
 
 	if (win->bytes < len) {
 		enum pv_step step = rx_fill(w, len);
@@ -730,41 +792,7 @@ static bool rx_place(struct pv_net_worker *w)
 	 */
 	if (!w->cfg.guest_csum)
 		window_store(win, 0, (const uint8_t[LEGACY_HDR]){0}, LEGACY_HDR);
-	for (uint32_t i = win->slot_at; left; i++, buffers++) {
-		left -= win->slot[i].len < left ? win->slot[i].len : left;
-		segments += win->slot[i].niov;
-	}
-	/*
-	 * 5.1.6.4: always 1 without MRG_RXBUF. The field follows the legacy header.
-	 */
-	if (w->cfg.hdr_len >= V1_HDR)
-		window_store(win, LEGACY_HDR,
-			     (uint8_t[]){(uint8_t)buffers, (uint8_t)(buffers >> 8)}, 2);
-	if (w->cfg.hdr_len >= HASH_HDR)
-		rx_hash(w, len);
-	if (w->cfg.hdr_len >= TUNNEL_HDR)
-		rx_tunnel(w);
-	if (w->log.bits)
-		window_mark(w, len);
-	rx_count_header(w, len - w->cfg.hdr_len);
-	if (w->cfg.trace)
-		trace_packet(w, RX, window_iov(win), segments, len, win->slot[win->slot_at].head,
-			     win->slot[win->slot_at].at, held->read_at, held->read_end, true);
-	for (left = len; left; win->slot_at++) {
-		const struct slot *s = &win->slot[win->slot_at];
-		size_t n = s->len < left ? s->len : left;
-
-		push(w, RX, s->head, s->slots, (uint32_t)n);
-		left -= n;
-		win->iov_at += s->niov;
-		win->bytes -= s->len;
-		win->slots -= s->slots;
-	}
-	if (!window_chains(win))
-		window_clear(win);
-	add(&w->count.rx_packets, 1);
-	add(&w->count.rx_bytes, len - w->cfg.hdr_len);
-	held_clear(held);
+	rx_hand_over(w, len);
 	return true;
 }
 
@@ -836,6 +864,29 @@ static bool rx_turn(struct pv_net_worker *w)
 	return more;
 }
 
+/* Take a chain to transmit. With PV_BAD, ring_fault() has not been called yet. */
+static enum pv_step tx_take(struct pv_net_worker *w, struct iovec *iov, struct pv_chain *c)
+{
+	struct pv_vring *vr = &w->ring[TX];
+	enum pv_step step = pv_vring_pop(vr, iov, PV_CHAIN_MAX, c);
+
+	if (step == PV_MORE && (c->in_num || c->out_len < w->cfg.hdr_len)) {
+		pv_vring_unpop(vr, c->slots);
+		vr->fault = c->in_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
+		step = PV_BAD;
+	}
+	return step;
+}
+
+/* So many packets were sent in a turn that began at this time, in microseconds. */
+static void tx_note_burst(struct pv_net_worker *w, uint32_t packets, uint32_t bytes, uint64_t begun)
+{
+	if (packets && !w->burst.packets)
+		w->burst.gap_us = begun - w->burst.idle_since;
+	w->burst.packets += packets;
+	w->burst.bytes += bytes;
+}
+
 /* Transmit: from the guest to fd. Returns whether more may be waiting. */
 static bool tx_turn(struct pv_net_worker *w)
 {
@@ -848,17 +899,12 @@ static bool tx_turn(struct pv_net_worker *w)
 		struct pv_chain c;
 		uint64_t sent_at = 0;
 		uint16_t at = vr->last_avail;
-		enum pv_step step = pv_vring_pop(vr, w->tx_iov, PV_CHAIN_MAX, &c);
+		enum pv_step step = tx_take(w, w->tx_iov, &c);
 		ssize_t n = -1;
 
 		if (step == PV_DONE) {
 			more = false;
 			break;
-		}
-		if (step == PV_MORE && (c.in_num || c.out_len < w->cfg.hdr_len)) {
-			pv_vring_unpop(vr, c.slots);
-			vr->fault = c.in_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
-			step = PV_BAD;
 		}
 		if (step == PV_BAD) {
 			ring_fault(w, TX, vr->fault);
@@ -879,7 +925,7 @@ static bool tx_turn(struct pv_net_worker *w)
 			if (n >= 0) {
 				add(&w->count.tx_packets, 1);
 				add(&w->count.tx_bytes, c.out_len - w->cfg.hdr_len);
-				tx_count_header(w, c.out_len - w->cfg.hdr_len);
+				tx_count_header(w, w->tx_iov, c.out_len - w->cfg.hdr_len);
 				if (w->inflight[TX].taken != PV_INFLIGHT_UNCOUNTED)
 					w->inflight[TX].taken++;
 			} else if (errno == EAGAIN) {
@@ -915,11 +961,249 @@ static bool tx_turn(struct pv_net_worker *w)
 		}
 	}
 	flush(w, TX);
-	if (packets && !w->burst.packets)
-		w->burst.gap_us = begun - w->burst.idle_since;
-	w->burst.packets += packets;
-	w->burst.bytes += bytes;
+	tx_note_burst(w, packets, bytes, begun);
 	return more;
+}
+
+/* --- cable ------------------------------------------------------------------------------------ */
+
+/*
+ * Take a burst of transmit chains, at most max. Returns how many there are; more is false if they
+ * are all. If the ring is malformed behind them, its fault is set.
+ */
+static uint32_t cable_tx_take(struct pv_net_worker *w, uint32_t max, bool *more)
+{
+	uint32_t n = 0, segments = 0;
+
+	while (n < max && segments <= BURST_IOV - PV_CHAIN_MAX) {
+		struct iovec *iov = &w->tx_iov[segments];
+
+		w->tx_at[n] = w->ring[TX].last_avail;
+		if (tx_take(w, iov, &w->tx_chain[n]) != PV_MORE) {
+			*more = false;
+			break;
+		}
+		__builtin_prefetch(iov->iov_base);
+		segments += w->tx_chain[n++].out_num;
+	}
+	return n;
+}
+
+/* Send the frame of a chain. Returns whether there was room for it, or it needs none. */
+static bool cable_send(struct pv_net_worker *w, const struct iovec *iov, const struct pv_chain *c,
+		       uint16_t at)
+{
+	uint64_t len = c->out_len - w->cfg.hdr_len, begin = w->cfg.trace ? pv_now_ns() : 0;
+	struct pv_inflight *in = &w->inflight[TX];
+	struct pv_frames *out = w->cfg.cable->out;
+	uint8_t *to = NULL;
+
+	if (len > PV_CABLE_FRAME_MAX) {
+		add(&w->count.tx_drop_error, 1);
+	} else if (in->region && pv_frames_room(out, (uint32_t)len) && pv_inflight_begin(in, c)) {
+		add(&w->count.tx_in_doubt, 1);
+	} else {
+		to = pv_frames_put(out, (uint32_t)len);
+		if (!to)
+			return false;
+		if (iov->iov_len >= c->out_len)
+			memcpy(to, (const uint8_t *)iov->iov_base + w->cfg.hdr_len, (size_t)len);
+		else
+			load(iov, w->cfg.hdr_len, to, (size_t)len);
+		add(&w->count.tx_packets, 1);
+		add(&w->count.tx_bytes, len);
+		tx_count_header(w, iov, (size_t)len);
+	}
+	if (w->cfg.trace)
+		trace_packet(w, TX, iov, c->out_num, c->out_len, c->head, at, begin, pv_now_ns(),
+			     to);
+	push(w, TX, c->head, c->slots, 0);
+	if (in->region)
+		pv_inflight_end(in, c);
+	return true;
+}
+
+/* Transmit: from the guest to the cable. Returns whether more may be waiting. */
+static bool cable_tx_turn(struct pv_net_worker *w)
+{
+	struct pv_vring *vr = &w->ring[TX];
+	uint64_t begun = w->burst.packets ? 0 : now_us();
+	uint32_t packets = 0, bytes = 0;
+	bool more = true;
+
+	while (more && packets < w->turn && bytes < TURN_BYTES) {
+		const struct iovec *iov = w->tx_iov;
+		uint32_t max = w->turn - packets < BURST ? w->turn - packets : BURST;
+		uint32_t n = cable_tx_take(w, max, &more), i;
+
+		if (n)
+			pv_vring_disable_notify(vr);
+		for (i = 0; i < n && cable_send(w, iov, &w->tx_chain[i], w->tx_at[i]); i++) {
+			uint64_t len = w->tx_chain[i].out_len;
+
+			bytes += len < TURN_BYTES ? (uint32_t)len : TURN_BYTES;
+			iov += w->tx_chain[i].out_num;
+		}
+		packets += i;
+		if (i < n) {
+			/* What was malformed behind these is found again. */
+			vr->fault = PV_FAULT_NONE;
+			for (; i < n; i++)
+				pv_vring_unpop(vr, w->tx_chain[i].slots);
+			w->tx_blocked = true;
+			add(&w->count.tx_blocks, 1);
+			more = false;
+		}
+		if (pv_frames_publish(w->cfg.cable->out))
+			pv_cable_ring(w->cfg.cable);
+		flush(w, TX);
+		if (vr->fault) {
+			ring_fault(w, TX, vr->fault);
+			break;
+		}
+	}
+	tx_note_burst(w, packets, bytes, begun);
+	return more;
+}
+
+/*
+ * Place a frame of the cable in the guest's buffers. False if the guest lacks the buffers: the
+ * frame has to wait (held.since), is to be dropped because waiting would be in vain, or the ring is
+ * malformed.
+ */
+static bool cable_place(struct pv_net_worker *w, const uint8_t *frame, uint32_t len)
+{
+	static const uint8_t v1_header[V1_HDR] = {[LEGACY_HDR] = 1}; /* num_buffers */
+	static const uint8_t header[TUNNEL_HDR];
+	struct window *win = &w->window;
+	struct held *held = &w->held;
+	const struct slot *s = &win->slot[win->slot_at];
+	const struct iovec *iov = window_iov(win);
+	uint32_t need = w->cfg.hdr_len + len;
+
+	/* The usual case of what follows below. */
+	if (need <= iov->iov_len && w->cfg.hdr_len == V1_HDR && !w->cfg.trace && !w->log.bits) {
+		memcpy(iov->iov_base, v1_header, V1_HDR);
+		memcpy((uint8_t *)iov->iov_base + V1_HDR, frame, len);
+		push(w, RX, s->head, s->slots, need);
+		win->slot_at++;
+		win->iov_at += s->niov;
+		win->bytes -= s->len;
+		win->slots -= s->slots;
+		add(&w->count.rx_packets, 1);
+		add(&w->count.rx_bytes, len);
+		add(&w->count.rx_csum_none, 1);
+		return true;
+	}
+	if (w->cfg.mrg_rxbuf && win->bytes < need) {
+		enum pv_step step = rx_fill(w, need);
+
+		if (step == PV_BAD)
+			return false;
+		if (step == PV_DONE && win->bytes < need && win->slots < w->ring[RX].size) {
+			if (!held->since)
+				held->since = now_us();
+			w->rx_waiting = true;
+			return false;
+		}
+	}
+	if ((w->cfg.mrg_rxbuf ? win->bytes : s->len) < need) {
+		add(&w->count.rx_drop_long, 1);
+		held_clear(held);
+		return false;
+	}
+	held->read_at = held->read_end = w->cfg.trace ? pv_now_ns() : 0;
+	/* Nothing of another guest's header comes through. */
+	window_store(win, 0, header, w->cfg.hdr_len);
+	window_store(win, w->cfg.hdr_len, frame, len);
+	rx_hand_over(w, need);
+	return true;
+}
+
+/* Take receive chains ahead, if there are none. Returns whether the ring is well. */
+static bool cable_fill(struct pv_net_worker *w)
+{
+	struct window *win = &w->window;
+
+	if (window_chains(win))
+		return true;
+	window_clear(win);
+	while (win->slot_end < BURST && win->iov_end < READV_MAX) {
+		enum pv_step step = rx_take(w);
+
+		if (step == PV_DONE)
+			break;
+		if (step == PV_BAD)
+			return false;
+		__builtin_prefetch(win->iov[win->iov_end - 1].iov_base, 1);
+	}
+	return true;
+}
+
+/* Give back what was read from the cable, and let the guest see what it got. */
+static void cable_flush(struct pv_net_worker *w)
+{
+	if (pv_frames_release(w->cfg.cable->in))
+		pv_cable_ring(w->cfg.cable);
+	flush(w, RX);
+}
+
+/* Receive: from the cable to the guest. Returns whether more may be waiting. */
+static bool cable_rx_turn(struct pv_net_worker *w)
+{
+	struct pv_frames *in = w->cfg.cable->in;
+	uint32_t packets = 0, bytes = 0, len;
+	bool more = true;
+
+	while (packets < w->turn && bytes < TURN_BYTES) {
+		const uint8_t *frame = pv_frames_peek(in, &len);
+
+		if (!frame) {
+			w->rx_ready = more = false;
+			break;
+		}
+		if (!cable_fill(w)) {
+			more = false;
+			break;
+		}
+		if (!window_chains(&w->window)) {
+			w->rx_waiting = true;
+			add(&w->count.rx_waits, 1);
+			more = false;
+			break;
+		}
+		if (!cable_place(w, frame, len) && (w->ring[RX].fault || w->rx_waiting)) {
+			more = false;
+			break;
+		}
+		pv_frames_take(in, len);
+		bytes += len;
+		if (++packets % BURST == 0 || w->batch == 1)
+			cable_flush(w);
+	}
+	cable_flush(w);
+	return more;
+}
+
+/* See what the other end of the cable has done. */
+static void cable_look(struct pv_net_worker *w)
+{
+	w->rx_ready = pv_frames_pending(w->cfg.cable->in);
+	if (w->tx_blocked && pv_frames_again(w->cfg.cable->out))
+		w->tx_blocked = false;
+}
+
+/* Before a sleep: ask the other end for its bell. Returns whether there is something to do. */
+static bool cable_want(struct pv_net_worker *w)
+{
+	const struct pv_cable_end *end = w->cfg.cable;
+	bool rx = rx_possible(w) && !w->rx_waiting, found;
+
+	if (end->loop)
+		return (rx && pv_frames_pending(end->in)) ||
+		       (w->tx_blocked && pv_frames_again(end->out));
+	found = rx && pv_frames_want(end->in);
+	return (w->tx_blocked && pv_frames_want_room(end->out)) || found;
 }
 
 /* The guest has added buffers, or it makes no sense to wait for them any more. */
@@ -942,17 +1226,20 @@ static bool net_round(struct pv_net_worker *w)
 	(void)decide_delayed(w);
 	if (w->log.marked)
 		tell_log(w);
+	if (w->cfg.cable)
+		cable_look(w);
 	if (tx_possible(w) && w->owed)
-		more = tx_turn(w);
+		more = w->cfg.cable ? cable_tx_turn(w) : tx_turn(w);
 	if (w->by_kicker)
 		return more;
-	/* While we are busy nobody polls fd for us. */
-	if (more)
-		w->rx_ready = true;
+	if (w->cfg.cable)
+		cable_look(w); /* a loop has frames now */
+	else if (more)
+		w->rx_ready = true; /* while we are busy, nobody polls fd for us */
 	if (w->rx_waiting && rx_possible(w) && pv_vring_pending(&w->ring[RX]))
 		rx_resume(w);
 	if (rx_possible(w) && !w->rx_waiting && (w->rx_ready || w->held.len))
-		more |= rx_turn(w);
+		more |= w->cfg.cable ? cable_rx_turn(w) : rx_turn(w);
 	return more;
 }
 
@@ -966,7 +1253,7 @@ static int set_interest(struct pv_net_worker *w)
 	 */
 	struct epoll_event ev = {.events = EPOLLET | EPOLLPRI, .data.u32 = EV_FD};
 
-	if (w->link_down)
+	if (w->link_down || w->cfg.cable)
 		return 0;
 	if (!w->fd_muted && !w->ring[RX].fault)
 		ev.events |= EPOLLIN;
@@ -1030,6 +1317,8 @@ static int net_poll(struct pv_net_worker *w, int64_t timeout)
 				trace_event(w, PV_TRACE_KICK, TX, 1, false);
 			break;
 		case EV_FD:
+			if (w->cfg.cable) /* its bell: the next round looks */
+				break;
 			if (e & (EPOLLERR | EPOLLHUP))
 				fd_gone(w);
 			if (e & EPOLLOUT) {
@@ -1049,6 +1338,78 @@ static int net_poll(struct pv_net_worker *w, int64_t timeout)
 		}
 	}
 	return 0;
+}
+
+/* Microseconds that the held frame may still wait for buffers; 0: its time is over. */
+static uint64_t hold_left(const struct pv_net_worker *w)
+{
+	uint64_t all = (uint64_t)w->cfg.hold_ms * 1000, waited = now_us() - w->held.since;
+
+	return waited < all ? all - waited : 0;
+}
+
+/* The frame that waits for buffers has waited for too long. */
+static void rx_give_up(struct pv_net_worker *w)
+{
+	uint32_t len;
+
+	add(&w->count.rx_drop_held, 1);
+	held_clear(&w->held);
+	if (w->cfg.cable && pv_frames_peek(w->cfg.cable->in, &len))
+		pv_frames_take(w->cfg.cable->in, len);
+	rx_resume(w);
+}
+
+/* Whether a round would move something, as far as the rings and the cable tell. */
+static bool cable_work(struct pv_net_worker *w)
+{
+	cable_look(w);
+	if (tx_possible(w) && pv_vring_pending(&w->ring[TX]))
+		return true;
+	if (!rx_possible(w))
+		return false;
+	return w->rx_waiting ? pv_vring_pending(&w->ring[RX]) : w->rx_ready;
+}
+
+/*
+ * Look for work until us microseconds have passed. There is no descriptor to ask, and what other
+ * threads want is in memory, so this makes no system call, but for one: if the worker at the other
+ * end of the cable shares this processor, it can do nothing while we look.
+ */
+static bool cable_spin(struct pv_net_worker *w, uint32_t us)
+{
+	uint64_t end = now_us() + us;
+
+	do {
+		for (uint32_t i = 0; i < CABLE_LOOK; i++) {
+			if (stopping(w) || cable_work(w) ||
+			    __atomic_load_n(&w->hold, __ATOMIC_RELAXED) == HOLD_ASKED)
+				return true;
+			__builtin_ia32_pause();
+		}
+		(void)decide_delayed(w);
+		if (w->log.marked)
+			tell_log(w);
+		if (w->held.since && !hold_left(w)) {
+			rx_give_up(w);
+			return true;
+		}
+		if (!w->cfg.cable->loop)
+			sched_yield();
+	} while (now_us() < end);
+	return false;
+}
+
+/* On a cable, before a sleep: poll as long as is configured, else a while after there was work. */
+static bool cable_wait(struct pv_net_worker *w)
+{
+	uint32_t us = w->cfg.poll_us;
+
+	if (!us && w->burst.packets && !w->cfg.unbatched)
+		us = CABLE_US;
+	w->burst.packets = w->burst.bytes = 0;
+	w->burst.idle_since = now_us();
+	return us && cable_spin(w, us);
 }
 
 /* Look for work until poll_us have passed. Returns whether there is some; -1: epoll failed. */
@@ -1114,14 +1475,6 @@ static int linger(struct pv_net_worker *w)
 	return b->lingered || w->rx_ready || stopping(w);
 }
 
-/* Microseconds that the held frame may still wait for buffers; 0: its time is over. */
-static uint64_t hold_left(const struct pv_net_worker *w)
-{
-	uint64_t all = (uint64_t)w->cfg.hold_ms * 1000, waited = now_us() - w->held.since;
-
-	return waited < all ? all - waited : 0;
-}
-
 /*
  * Stopped, with a frame that has been read but not placed: wait for the guest's buffers as
  * net_sleep() does. The frame's time starts anew: the guest could not know before that this is its
@@ -1158,7 +1511,9 @@ static int net_sleep(struct pv_net_worker *w)
 	int found = 0;
 	uint64_t left;
 
-	if (w->cfg.poll_us)
+	if (w->cfg.cable)
+		found = cable_wait(w);
+	else if (w->cfg.poll_us)
 		found = spin(w);
 	else if (tx_possible(w))
 		found = linger(w);
@@ -1177,16 +1532,16 @@ static int net_sleep(struct pv_net_worker *w)
 			rx_resume(w);
 			return 0;
 		}
-		if (w->held.len) {
+		if (w->held.since) {
 			timeout = (int64_t)hold_left(w);
 			if (!timeout) {
-				add(&w->count.rx_drop_held, 1);
-				held_clear(&w->held);
-				rx_resume(w);
+				rx_give_up(w);
 				return 0;
 			}
 		}
 	}
+	if (w->cfg.cable && cable_want(w))
+		return 0;
 	left = decide_delayed(w);
 	if (left != UINT64_MAX && (timeout < 0 || left < (uint64_t)timeout))
 		timeout = (int64_t)left;
@@ -1349,14 +1704,16 @@ static const uint16_t inject_calls[] = {SYS_ioctl, SYS_clock_nanosleep};
 static void confine(struct pv_net_worker *w)
 {
 	uint16_t all[sizeof(calls) / sizeof(calls[0]) +
-		     sizeof(inject_calls) / sizeof(inject_calls[0])];
+		     sizeof(inject_calls) / sizeof(inject_calls[0]) + 1];
 	size_t count = sizeof(calls) / sizeof(calls[0]);
 
 	memcpy(all, calls, sizeof(calls));
 	if (w->cfg.ring[RX].inject || w->cfg.ring[TX].inject) {
 		memcpy(&all[count], inject_calls, sizeof(inject_calls));
-		count = sizeof(all) / sizeof(all[0]);
+		count += sizeof(inject_calls) / sizeof(inject_calls[0]);
 	}
+	if (w->cfg.cable && !w->cfg.cable->loop)
+		all[count++] = SYS_sched_yield;
 	pv_thread_confine(&w->thread, all, count, stopped);
 }
 

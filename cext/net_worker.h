@@ -29,6 +29,14 @@
  *
  * A malformed ring stops that direction only.
  *
+ * On a cable (cable.h) no system call moves a packet. A turn takes a burst of transmit chains, so
+ * that the processor fetches their buffers together, copies the frames into the cable's queue, and
+ * publishes the queue and the ring once. A frame that comes by the cable has a known length, so
+ * nothing is held or copied twice: the frame stays in the queue until the guest has the buffers for
+ * it. Its header is zero, whatever the sender's said. With in-flight notes, each transmit chain is
+ * published by itself, as always, for no more than one may be in doubt. In the place of linger(),
+ * the worker looks for work a while before it asks for kicks.
+ *
  * The textbook device is the same code with parts left out:
  *
  * - in_exit: a transmit kick is an exit, and the vCPU that kicks sends the frames itself, in
@@ -56,11 +64,12 @@
  * last four from the C library; if it has to be interrupted, rt_sigreturn; if it is stopped
  * (SIGSTOP), restart_syscall. Name, CPU and timer slack are set before. strace -f on
  * tests/fuzz/race_net shows it. With interrupts by ioctl, the thread has ioctl and clock_nanosleep
- * (pv_ioctl()), too.
+ * (pv_ioctl()), too; on a cable with two ends, sched_yield.
  */
 #ifndef PV_NET_WORKER_H
 #define PV_NET_WORKER_H
 
+#include "cable.h"
 #include "flow_hash.h"
 #include "inflight.h"
 #include "inject.h"
@@ -120,8 +129,13 @@ struct pv_net_config {
 	struct pv_net_ring ring[2]; /* 0 receive, 1 transmit */
 	int fd;			    /* non-blocking tap, or a socket that keeps packet boundaries */
 	/*
+	 * One end of a cable, lent: frames go by it, and fd is its bell. NULL: fd takes them. Not
+	 * together with in_exit.
+	 */
+	struct pv_cable_end *cable;
+	/*
 	 * virtio_net_hdr: 12, 20 with a hash, 24 with tunnels, or 10 without VERSION_1 and
-	 * MRG_RXBUF; of fd, too
+	 * MRG_RXBUF; of fd, too; on a cable there are none
 	 */
 	uint32_t hdr_len;
 	uint32_t max_frame; /* longest frame expected from fd, header included */

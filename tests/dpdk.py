@@ -71,12 +71,12 @@ def fetch() -> None:
     fresh.rename(root())
 
 
-def command(*vdevs: str, options: Sequence[str] = (), memory: int = 128) -> list[str]:
+def command(*vdevs: str, options: Sequence[str] = (), memory: int = 128, cpu: int = 0) -> list[str]:
     """argv of testpmd on one core, without huge pages and without a console of its own.
 
     :param vdevs: virtual devices, in the order of their ports. :param options: testpmd's own, as
         ``--forward-mode=io``.
-    :param memory: MiB. :raises HostError: it is not there.
+    :param memory: MiB. :param cpu: its core. :raises HostError: it is not there.
     """
     program, installed = root() / PROGRAM, shutil.which("dpdk-testpmd")
     if (
@@ -97,7 +97,7 @@ def command(*vdevs: str, options: Sequence[str] = (), memory: int = 128) -> list
         "--no-pci",
         "--no-telemetry",
         "--lcores",
-        "0@0,1@0",
+        f"0@{cpu},1@{cpu}",
     ]
     for vdev in vdevs:
         argv += ["--vdev", vdev]
@@ -109,10 +109,10 @@ class TestPmd:
 
     __test__ = False
 
-    def __init__(self, *vdevs: str, options: Sequence[str] = ()) -> None:
+    def __init__(self, *vdevs: str, options: Sequence[str] = (), cpu: int = 0) -> None:
+        argv = command(*vdevs, options=("--interactive", *options), cpu=cpu)
         self.process = subprocess.Popen(
-            # Its output is to a pipe, so that it would come late.
-            ["stdbuf", "-oL", *command(*vdevs, options=("--interactive", *options))],
+            ["stdbuf", "-oL", *argv],  # its output is to a pipe, so that it would come late
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

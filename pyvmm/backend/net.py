@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 
 from pyvmm.datapath.base import by_pair, header_size
+from pyvmm.datapath.cable import CableEnd
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.hostnet.frames import rarp
 from pyvmm.spec import vhost_user as spec
@@ -161,8 +162,12 @@ class NetService:
         if len(m.payload) != 8:
             raise ProtocolError(f"SEND_RARP with {len(m.payload)} bytes")
         frontend.park()  # a worker counts on being the only sender
+        fd, announcement = self._port.fds[0], rarp(m.payload[:6])
         try:
-            os.write(self._port.fds[0].fileno(), bytes(self._header) + rarp(m.payload[:6]))
+            if isinstance(fd, CableEnd):
+                fd.send(announcement)
+            else:
+                os.write(fd.fileno(), bytes(self._header) + announcement)
         except OSError as e:
             frontend.log(f"no RARP: {e.strerror}")
 

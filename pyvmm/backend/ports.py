@@ -1,9 +1,10 @@
 """Ports for our vhost-user back-end other than a tap of its own: a loop, a cable to another
 back-end, a Python function, and a tap that another process has opened.
 
-Each port has what the emulated data path needs of a ``Port``: descriptors of sockets that keep
-packet boundaries, with virtio-net headers of 12 bytes. Sockets have no offloads, so the headers are
-empty.
+Each port has what the emulated data path needs of a ``Port``. Loop and cable go through memory, a
+burst of frames at a time (``datapath.cable``). The others have sockets that keep packet boundaries,
+which costs two system calls per packet, with virtio-net headers of 12 bytes. None of these has
+offloads, so the headers are empty.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import struct
 import threading
 import time
 
+from pyvmm.datapath.cable import cables
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd, Fd
 from pyvmm.hostnet.frames import HEADER
@@ -25,7 +27,7 @@ from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import BinaryIO
 
 #: Bytes that may wait in a socket.
@@ -34,20 +36,23 @@ FRAME_MAX = 1 << 17
 
 
 class SocketPort:
-    """A port of sockets. :param fds: one per queue pair, owned from here on."""
+    """A port of sockets, or of ends of cables.
 
-    #: No network interface is behind the sockets.
+    :param fds: one per queue pair, owned from here on.
+    """
+
+    #: No network interface is behind the descriptors.
     interface = None
     #: Another header would be taken for a part of the frame at the other end.
     headers: tuple[int, ...] = (VIRTIO_NET_HDR_V1_SIZE,)
 
-    def __init__(self, name: str, fds: list[Fd]) -> None:
+    def __init__(self, name: str, fds: Sequence[Fd]) -> None:
         self.name = name
-        self.fds = fds
+        self.fds = list(fds)
         self.mtu = 1500
 
     def features(self) -> int:
-        """0, because sockets have no offloads."""
+        """0, because sockets and cables have no offloads."""
         return 0
 
     def accept_mtu(self, mtu: int) -> bool:
@@ -67,7 +72,7 @@ class SocketPort:
         """Do nothing."""
 
     def close(self) -> None:
-        """Close the sockets; a second call does nothing."""
+        """Close the descriptors; a second call does nothing."""
         for fd in self.fds:
             fd.close()
 
@@ -95,20 +100,13 @@ class LentTap(SocketPort):
         return mtu <= self.mtu
 
 
-def _make(kind: int, count: int) -> list[socket.socket]:
-    """``count`` sockets connected in pairs (or each to itself, with SOCK_DGRAM), non-blocking, with
-    large buffers.
-    """
+def _socket_pairs(count: int) -> list[socket.socket]:
+    """``count`` pairs of connected sockets, non-blocking, with large buffers."""
     made: list[socket.socket] = []
     try:
-        while len(made) < count:
-            if kind == socket.SOCK_DGRAM:
-                one = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
-                made.append(one)
-                one.bind("")  # an abstract name that the kernel chooses
-                one.connect(one.getsockname())
-            else:
-                made += socket.socketpair(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
+        for _ in range(count):
+            kind = socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC
+            made += socket.socketpair(socket.AF_UNIX, kind)
         for one in made:
             one.setblocking(False)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
@@ -120,16 +118,19 @@ def _make(kind: int, count: int) -> list[socket.socket]:
 
 
 def loop_port(queues: int) -> SocketPort:
-    """A port that sends every frame back on its queue pair: a datagram socket that is connected to
-    itself.
+    """A port that sends every frame back on its queue pair. :raises HostError: no descriptors or
+    memory.
     """
-    return SocketPort("loop", [Fd(s.detach()) for s in _make(socket.SOCK_DGRAM, queues)])
+    return SocketPort("loop", [end for (end,) in cables(queues, 1)])
 
 
 def joined_ports(queues: int) -> tuple[SocketPort, SocketPort]:
-    """Two ports: a frame sent into one leaves the other, on the same queue pair."""
-    fds = [Fd(s.detach()) for s in _make(socket.SOCK_SEQPACKET, 2 * queues)]
-    return SocketPort("left", fds[::2]), SocketPort("right", fds[1::2])
+    """Two ports: a frame sent into one leaves the other, on the same queue pair.
+
+    :raises HostError: no descriptors or memory.
+    """
+    ends = cables(queues, 2)
+    return SocketPort("left", [e[0] for e in ends]), SocketPort("right", [e[1] for e in ends])
 
 
 class PythonPort(SocketPort):
@@ -143,7 +144,7 @@ class PythonPort(SocketPort):
     def __init__(
         self, receive: Callable[[bytes, int], None], queues: int = 1, name: str = "python"
     ) -> None:
-        sockets = _make(socket.SOCK_SEQPACKET, 2 * queues)
+        sockets = _socket_pairs(queues)
         super().__init__(name, [Fd(s.detach()) for s in sockets[::2]])
         self._far = sockets[1::2]
         self._receive = receive

@@ -238,10 +238,11 @@ class NetInterface(Protocol):
 
 
 class Frames(Protocol):
-    """Where a worker of the emulated path reads and writes frames: a tap, or sockets in its place.
+    """Where a worker of the emulated path reads and writes frames: a tap, or sockets or ends of
+    cables (``datapath.cable``) in its place.
 
     Each descriptor keeps frame boundaries; each frame follows a virtio-net header. The header has
-    12 bytes unless the driver has negotiated another (``header_size``).
+    12 bytes unless the driver has negotiated another (``header_size``). On a cable there is none.
 
     :ivar fds: one descriptor per queue pair, owned by the implementer and lent to the data path.
     :ivar mtu: bytes; decides how large a receive buffer must be.

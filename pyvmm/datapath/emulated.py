@@ -13,6 +13,7 @@ import time
 
 from pyvmm._ext import ffi, lib
 from pyvmm.datapath.base import HandOverTimes, OnUplink, bug, by_pair, header_size
+from pyvmm.datapath.cable import CableEnd
 from pyvmm.errors import HostError, RingFault
 from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import Reopener
@@ -268,7 +269,9 @@ class EmulatedNet(OnUplink):
             if ring.hashing is not None:
                 types, key = ring.hashing.types, ring.hashing.key
                 lib.pv_flow_hash_init(ffi.addressof(config, "hash"), types, key, len(key))
-        config.fd = self._port.fds[number].fileno()
+        fd = self._port.fds[number]
+        config.fd = fd.fileno()
+        config.cable = fd.c if isinstance(fd, CableEnd) else ffi.NULL
         config.hdr_len = header_size(acked)
         payload = GSO_MAX if acked & GSO else self._port.mtu
         config.max_frame = config.hdr_len + payload + FRAME_EXTRA

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Fuzzes the worker (cext/net_worker.c): both rings of a queue pair are the input's, packets come
- * and go through a socket pair.
+ * and go through a socket pair, or a cable with one or two ends.
  *
  * Input: base (2 bytes), features (1), packet lengths (13), then the image of the low region.
  * In-flight regions are made of the image, too.
@@ -25,7 +25,7 @@
 #define LOG_BYTES 3 /* for less than there is of either region */
 
 static uint8_t *low, *high, *inflight[2], *log_bits;
-static int pair[2] = {-1, -1}, event[5];
+static int pair[2] = {-1, -1}, event[6];
 static struct pv_trace_event traced[16];
 static struct pv_trace trace = {.mask = 15, .event = traced};
 
@@ -41,13 +41,43 @@ static void set_up(void)
 	memset(low, 0, FUZZ_REGION);
 	memset(high, 0, FUZZ_REGION);
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair));
-	for (int i = 0; i < 5; i++)
+	for (int i = 0; i < 6; i++)
 		event[i] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+}
+
+/* The cable of an input, and its far end; NULL: none, or a loop. */
+static struct pv_cable *cable;
+static struct pv_cable_end *far;
+
+/* A packet comes from outside. */
+static void come(const uint8_t *packet, uint32_t len)
+{
+	if (far)
+		(void)pv_cable_send(far, packet, len);
+	else if (!cable)
+		(void)!write(pair[1], packet, len);
+}
+
+/* What the worker has sent leaves. */
+static void leave(uint8_t *packet, size_t max)
+{
+	const uint8_t *frame;
+	uint32_t len;
+
+	while (!cable && read(pair[1], packet, max) > 0)
+		;
+	while (far && (frame = pv_frames_peek(far->in, &len))) {
+		CHECK(len <= PV_CABLE_FRAME_MAX && len <= max);
+		memcpy(packet, frame, len);
+		pv_frames_take(far->in, len);
+	}
+	if (far && pv_frames_release(far->in))
+		pv_cable_ring(far);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	static uint8_t packet[65536];
+	static uint8_t packet[PV_CABLE_FRAME_MAX];
 	struct pv_memory mem = {.count = 2};
 	struct pv_net_config cfg = {0};
 	struct pv_net_event ev = {0};
@@ -82,6 +112,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		cfg.ring[q].inflight = inflight[q];
 	}
 	cfg.fd = pair[0];
+	if (data[12] & 4) {
+		cable = pv_cable_new(event[5], data[12] & 8 ? event[4] : -1);
+		CHECK(cable);
+		far = data[12] & 8 ? pv_cable_end(cable, 1) : NULL;
+		cfg.cable = pv_cable_end(cable, 0);
+		cfg.fd = event[5];
+	}
 	cfg.event_fd = event[4];
 	cfg.hdr_len = data[2] & 8 ? 10 : data[12] & 1 ? HASH_HDR : V1_HDR;
 	if (cfg.hdr_len == HASH_HDR) {
@@ -115,7 +152,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	cfg.mrg_rxbuf = data[2] & 4;
 	cfg.guest_csum = data[2] & 64;
 	cfg.unbatched = data[11] & 1;
-	cfg.in_exit = data[11] & 2 && !cfg.poll_us && !(data[2] & 64);
+	cfg.in_exit = data[11] & 2 && !cfg.poll_us && !(data[2] & 64) && !cable;
 	if (data[12] & 2)
 		cfg.trace = &trace;
 	w = pv_net_worker_new(&cfg, &mem, &ev);
@@ -132,7 +169,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	for (uint32_t i = 3; i < FUZZ_HEADER; i++) {
 		uint32_t len = 1 + (uint32_t)data[i] * (data[i] & 1 ? 8 : 97);
 
-		(void)!write(pair[1], packet, len);
+		come(packet, len);
 		if (i % 4 == 3) {
 			/* As serve() does, but without sleeping. */
 			for (int round = 0; net_round(w); round++)
@@ -142,8 +179,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 				CHECK(!off[ev.queue]);
 				off[ev.queue] = true;
 			}
-			while (read(pair[1], packet, sizeof(packet)) > 0)
-				;
+			if (data[i] & 2 || !cable) /* else the queue becomes full */
+				leave(packet, sizeof(packet));
 			/* The guest goes on: more of what there is; sometimes it kicks. */
 			if (FUZZ_PACKED(data))
 				fuzz_toggle(low + FUZZ_DESC(i / 4 & 1), data[i]);
@@ -162,7 +199,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			 * from it.
 			 */
 			(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
-			CHECK((cfg.poll_us ? spin(w) : linger(w)) >= 0);
+			if (cable)
+				(void)cable_wait(w);
+			else
+				CHECK((cfg.poll_us ? spin(w) : linger(w)) >= 0);
 			(void)!write(w->wake_fd, &(uint64_t){1}, sizeof(uint64_t));
 			if (!cfg.poll_us)
 				CHECK(net_sleep(w) >= 0);
@@ -180,6 +220,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		CHECK(w->ring[q].used_idx == w->ring[q].used_next);
 	}
 	pv_net_worker_free(w);
+	pv_cable_free(cable);
+	cable = NULL;
+	far = NULL;
 	while (read(pair[0], packet, sizeof(packet)) > 0)
 		;
 	while (read(pair[1], packet, sizeof(packet)) > 0)

@@ -8,7 +8,8 @@
  * link at times, one takes events and gives the worker a new link, and one reads what can be read
  * at any time. In every third life, transmit kicks are taken by whoever kicks, as vCPUs do, and one
  * more thread kicks all the time. Each life must end with all chains given back. Every other life
- * has packed rings.
+ * has packed rings. In some lives the worker is on a cable, at whose far end is the outside, or
+ * which is a loop.
  */
 #include <errno.h>
 #include <poll.h>
@@ -36,6 +37,7 @@ enum { RX, TX };
 #define SIZE	64u   /* entries of a ring */
 #define BUFFER	2048u /* bytes of a buffer; one per entry */
 #define FRAME	100u  /* bytes of a frame, header included */
+#define HEADER	12u
 #define RING(q) ((uint64_t)(q)*0x2000u)
 #define BUFFERS 0x8000u /* where they start */
 #define MEMORY	0x100000u
@@ -64,8 +66,10 @@ struct ring {
 static uint8_t *memory;
 static uint8_t log_bits[MEMORY / 4096 / 8]; /* shared with a front-end */
 static struct pv_net_worker *worker;
-static struct pv_taker *taker; /* NULL: kicks come by the eventfd */
-static int kick[2], call[2], event_fd;
+static struct pv_cable *cable;	 /* NULL: frames go by link_fd */
+static struct pv_cable_end *far; /* NULL: it is a loop */
+static struct pv_taker *taker;	 /* NULL: kicks come by the eventfd */
+static int kick[2], call[2], bell[2], event_fd;
 static int link_fd[2]; /* near, far; the outside changes them under the lock */
 static pthread_mutex_t link_lock = PTHREAD_MUTEX_INITIALIZER;
 static bool life_over; /* atomic */
@@ -190,6 +194,7 @@ static void guest(void)
 	while (done < FRAMES) {
 		for (; sent < FRAMES && sent - done < SIZE / 2; sent++) {
 			memset(memory + BUFFERS + BUFFER * (SIZE + sent % SIZE), 0, FRAME);
+			memory[BUFFERS + BUFFER * (SIZE + sent % SIZE) + FRAME - 1] = 0x5a;
 			offer(TX, (uint16_t)(sent % SIZE));
 		}
 		done += reap(TX);
@@ -212,12 +217,35 @@ static void guest(void)
 
 /* --- the other threads ------------------------------------------------------------------------ */
 
+/* The worker at the far end of the cable; it does not sleep. */
+static void far_end(void)
+{
+	uint8_t frame[FRAME - HEADER] = {[FRAME - HEADER - 1] = 0x5a};
+	const uint8_t *got;
+	uint32_t len;
+
+	while (!over()) {
+		while ((got = pv_frames_peek(far->in, &len))) {
+			CHECK(len == sizeof(frame) && got[len - 1] == 0x5a);
+			pv_frames_take(far->in, len);
+		}
+		if (pv_frames_release(far->in))
+			pv_cable_ring(far);
+		for (uint32_t i = 0; i < 50 && pv_cable_send(far, frame, sizeof(frame)); i++)
+			;
+	}
+}
+
 static void *outside(void *arg)
 {
 	uint8_t frame[BUFFER] = {0};
 	uint32_t count = 0;
 
 	(void)arg;
+	if (far)
+		far_end();
+	if (cable)
+		return NULL;
 	frame[FRAME - 1] = 0x5a;
 	while (!over()) {
 		pthread_mutex_lock(&link_lock);
@@ -296,10 +324,10 @@ static void life(uint32_t number)
 	void *(*const others[])(void *) = {outside, supervisor, observer, kicker};
 	struct pv_memory mem = {.count = 1, .region[0] = {.size = MEMORY, .host = memory}};
 	struct pv_net_config cfg = {
-		.hdr_len = 12,
+		.hdr_len = HEADER,
 		.max_frame = 1530,
 		.poll_us = number % 4 == 3 ? 20 : 0,
-		.in_exit = number % 3 == 2 && number % 4 != 3,
+		.in_exit = number % 3 == 2 && number % 4 != 3 && !(number / 4 % 2),
 		.unbatched = number % 7 > 3,
 		.hold_ms = 10,
 		.taken = PV_INFLIGHT_UNCOUNTED,
@@ -322,6 +350,13 @@ static void life(uint32_t number)
 	memset(memory, 0, MEMORY);
 	new_link();
 	cfg.fd = link_fd[0];
+	if (number / 4 % 2) {
+		cable = pv_cable_new(bell[0], number % 2 ? bell[1] : -1);
+		CHECK(cable);
+		far = number % 2 ? pv_cable_end(cable, 1) : NULL;
+		cfg.cable = pv_cable_end(cable, 0);
+		cfg.fd = bell[0];
+	}
 	for (int q = RX; q <= TX; q++)
 		cfg.ring[q] = (struct pv_net_ring){
 			.size = SIZE,
@@ -356,6 +391,9 @@ static void life(uint32_t number)
 	for (int i = 0; i < 4; i++)
 		pthread_join(pthread[i], NULL);
 	pv_net_worker_free(worker);
+	pv_cable_free(cable);
+	cable = NULL;
+	far = NULL;
 	close(link_fd[0]);
 	close(link_fd[1]);
 	for (int q = RX; q <= TX; q++) {
@@ -374,6 +412,7 @@ int main(int argc, char **argv)
 	for (int q = RX; q <= TX; q++) {
 		kick[q] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 		call[q] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+		bell[q] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	}
 	event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	while (pv_now_ns() < end)

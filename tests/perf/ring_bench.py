@@ -2,12 +2,14 @@
 profiling.
 
     python tests/perf/ring_bench.py [--frames N] [--size BYTES] [--repeat N] [--packed] [--profile]
-        [--trace]
+        [--trace] [--only tx|rx|loop]
 
 The mock driver prepares a full ring, then the worker alone is timed: transmit into a tap whose host
-end drops the frames, receive from a tap queue filled beforehand. Prints packets per second,
-nanoseconds, system calls and CPU time a packet, with the spread. With --profile it waits for
-`perf record -p PID` before each direction. Numbers depend on the machine: compare, do not gate.
+end drops the frames, receive from a tap queue filled beforehand, and a loop from one ring to the
+other (cext/cable.h). For instructions per packet, which repeat on a busy machine, run it by
+valgrind --tool=callgrind --toggle-collect=serve, with --only and --repeat 1. Prints packets per
+second, nanoseconds, system calls and CPU time a packet, with the spread. With --profile it waits
+for `perf record -p PID` before each direction. Numbers depend on the machine: compare, do not gate.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pyvmm.backend.ports import loop_port
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.tap import Interface
@@ -65,11 +68,13 @@ def one(
         buffers = min(RING, frames * (1 + size // 1536) + 64)
         form: dict[str, Any] = {"packed": True} if packed else {}
         driver = NetDriver(memory, size=RING, rx_size=1536, rx_buffers=buffers, **form)
-        path = EmulatedNet(ns.tap, recorder=recorder)
+        port = loop_port(1) if direction == "loop" else None
+        path = EmulatedNet(port or ns.tap, recorder=recorder)
         # An unknown protocol: the host's stack drops it first thing.
         frame = b"\x02" * 6 + b"\x52" * 6 + b"\x88\xb5" + bytes(size - 14)
-        if direction == "rx":
+        if direction != "tx":
             driver.fill()
+        if direction == "rx":
             with ns.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
                 s.bind(("tap0", 0))
                 for _ in range(frames):
@@ -82,12 +87,15 @@ def one(
         start = time.perf_counter()
         ns.tap.set_offloads(acked(gso, packed))
         path.start(acked(gso, packed), memory, [r.vring() for r in driver.rings], Events())
-        while path.counters()[f"{direction}_packets"] < frames and time.perf_counter() - start < 5:
+        done = "tx_packets" if direction == "tx" else "rx_packets"
+        while path.counters()[done] < frames and time.perf_counter() - start < 60:
             time.sleep(0.0002)
         seconds = time.perf_counter() - start
         path.stop()
         counters = path.counters()
         path.close()
+        if port is not None:
+            port.close()
         driver.close()
         memory.close()
     return seconds, counters
@@ -104,6 +112,7 @@ def main() -> None:
     parser.add_argument("--packed", action="store_true", help="packed rings")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--trace", action="store_true", help="record kicks, batches and packets")
+    parser.add_argument("--only", choices=("tx", "rx", "loop"), help="one direction")
     args = parser.parse_args()
 
     def pause(direction: str) -> None:
@@ -115,15 +124,15 @@ def main() -> None:
     original = Interface.set_txqueuelen
     Interface.set_txqueuelen = lambda self, frames: original(self, args.frames + 100)  # type: ignore[method-assign]
     for size in args.size:
-        for direction, gso in (("tx", False), ("rx", False), ("rx", True)):
+        for direction, gso in (("tx", False), ("rx", False), ("rx", True), ("loop", False)):
+            if args.only not in (None, direction):
+                continue
+            done = "tx_packets" if direction == "tx" else "rx_packets"
             times, cpu = [], []
             for _ in range(args.repeat):
                 seconds, c = one(direction, args.frames, size, gso, args.packed, pause, scope)
-                if c[f"{direction}_packets"] < args.frames:
-                    raise SystemExit(
-                        f"{direction}: only {c[f'{direction}_packets']} of "
-                        f"{args.frames} frames passed"
-                    )
+                if c[done] < args.frames:
+                    raise SystemExit(f"{direction}: only {c[done]} of {args.frames} frames passed")
                 times.append(seconds)
                 cpu.append(c["worker_cpu_ns"] / args.frames)
             median = statistics.median(times)

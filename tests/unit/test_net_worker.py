@@ -21,7 +21,7 @@ import pytest
 
 from pyvmm._ext import ffi, lib
 from pyvmm.conformance.driver import Ring
-from pyvmm.datapath.base import Vring
+from pyvmm.datapath.base import Frames, Vring
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.datapath.ringformat import PACKED, SPLIT, RingFormat
 from pyvmm.errors import RingFault
@@ -72,7 +72,10 @@ def positions(start: int, count: int, ring: Ring) -> int:
 
 
 class Rig:
-    """Memory, mock driver, cable and data path, put together."""
+    """Memory, mock driver, cable and data path, put together.
+
+    :param port: in the place of the cable.
+    """
 
     def __init__(
         self,
@@ -84,13 +87,14 @@ class Rig:
         worker_cpu: int | None = None,
         recorder: Recorder | None = None,
         fill: bool = True,
+        port: Frames | None = None,
         **driver: Any,
     ) -> None:
         self.acked = acked = Form.features(acked)
         self.memory = GuestMemory(16 << 20)
         self.cable = Cable(mtu)
         self.path = EmulatedNet(
-            self.cable,
+            port or self.cable,
             poll_us=poll_us,
             hold_ms=hold_ms,
             worker_cpu=worker_cpu,
