@@ -3,7 +3,7 @@ PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
 .PHONY: help setup demo image check check-intel check-install check-docs lint bench clean
-.PHONY: docs man lock release soak soak-kills soak-options soak-share
+.PHONY: bench-native docs man lock release soak soak-kills soak-options soak-share
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -17,7 +17,7 @@ image: setup ## build the guest image
 demo: image ## boot a Linux guest with a virtio-net card, show what it does, leave nothing behind
 	@$(PYVMM) demo
 
-check lint bench soak soak-kills soak-share: SETUP = --tests
+check lint bench bench-native soak soak-kills soak-share: SETUP = --tests
 # By two workers in the order of the directories, so that the testbed's tests, which one worker has
 # for itself, come last and run alone.
 check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed)
@@ -56,6 +56,9 @@ lint: setup ## style, types, C warnings, sanitizer build, import rule
 
 bench: image ## measure against QEMU, in the testbed where KVM does not run Linux
 	@.venv/bin/python -m tests.perf $(ARGS)
+
+bench-native: setup ## packets per second of pyvmm backend beside DPDK's net_vhost, without a guest
+	@.venv/bin/python -m tests.perf.bench_native $(ARGS)
 
 SWITCHES ?= 1000
 soak: image ## switch a guest's data path SWITCHES times (1000) under traffic, count what is lost

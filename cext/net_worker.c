@@ -591,7 +591,10 @@ static void tx_count_header(struct pv_net_worker *w, const struct iovec *iov, si
 	struct pv_net_counters *c = &w->count;
 	uint8_t head[2];
 
-	load(iov, 0, head, sizeof(head));
+	if (iov->iov_len >= sizeof(head))
+		memcpy(head, iov->iov_base, sizeof(head));
+	else
+		load(iov, 0, head, sizeof(head));
 	add(head[0] & VIRTIO_NET_HDR_F_NEEDS_CSUM ? &c->tx_csum_needed : &c->tx_csum_none, 1);
 	if (head[1] != VIRTIO_NET_HDR_GSO_NONE) {
 		add(&c->tx_gso_packets, 1);

@@ -162,42 +162,36 @@ uint16_t pv_vring_position(const struct pv_vring *vr, uint16_t index)
 	return vr->packed ? pv_packed_outside(vr, index) : index;
 }
 
+/* Half a descriptor; an indirect table may lie at any address. */
+struct __attribute__((packed, may_alias)) half {
+	uint64_t bits;
+};
+
 /*
  * Copy descriptor i of table once; the guest may change the original while we look. The last two
  * fields of a packed descriptor are id and flags (2.8.13), those of a split one flags and next.
  */
-static struct vring_desc desc_copy(const uint8_t *table, uint32_t i, bool packed)
+static inline struct vring_desc desc_copy(const uint8_t *table, uint32_t i, bool packed)
 {
-	struct vring_desc d;
+	/* Volatile: else the compiler may fetch a field from guest memory again after the check. */
+	const volatile struct half *from = (const volatile void *)(table + 16ull * i);
+	uint64_t addr = from[0].bits, rest = from[1].bits;
+	uint16_t third = (uint16_t)(rest >> 32), fourth = (uint16_t)(rest >> 48);
 
-	memcpy(&d, table + 16ull * i, sizeof(d));
-	/*
-	 * Without this, the compiler may fetch a field from guest memory again after the check.
-	 */
-	__asm__ volatile("" : "+m"(d));
-	if (packed) {
-		uint16_t id = d.flags;
-
-		d.flags = d.next;
-		d.next = id;
-	}
-	return d;
+	return (struct vring_desc){.addr = addr,
+				   .len = (uint32_t)rest,
+				   .flags = packed ? fourth : third,
+				   .next = packed ? third : fourth};
 }
 
-static enum pv_step walk_bad(struct pv_walk *w, enum pv_fault fault)
+static inline enum pv_step walk_bad(struct pv_walk *w, enum pv_fault fault)
 {
 	w->fault = fault;
 	w->ended = true;
 	return PV_BAD;
 }
 
-/**
- * pv_walk_begin() - Start walking a chain
- * @w:		Filled in
- * @vr:		The ring
- * @head:	Index of the first descriptor; any value; packed: in the ring
- */
-void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head)
+static inline void walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head)
 {
 	*w = (struct pv_walk){
 		.vr = vr,
@@ -208,18 +202,9 @@ void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head)
 	};
 }
 
-/**
- * pv_walk_next() - Get the next segment of a chain
- * @w:		From pv_walk_begin()
- * @seg:	Filled in on PV_MORE
- *
- * The walk is bounded: a table of n entries yields at most n descriptors, and at most one indirect
- * table is entered.
- *
- * Return: PV_MORE; PV_DONE after the last segment; PV_BAD with @w->fault set. After PV_DONE or
- * PV_BAD, further calls return the same.
- */
-enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
+/* pv_walk_next(), so that pv_vring_pop() keeps the state in registers. */
+static inline __attribute__((always_inline)) enum pv_step walk_next(struct pv_walk *w,
+								    struct pv_segment *seg)
 {
 	bool packed = w->vr->packed;
 	struct vring_desc d;
@@ -284,6 +269,33 @@ enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
 	return PV_MORE;
 }
 
+/**
+ * pv_walk_begin() - Start walking a chain
+ * @w:		Filled in
+ * @vr:		The ring
+ * @head:	Index of the first descriptor; any value; packed: in the ring
+ */
+void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head)
+{
+	walk_begin(w, vr, head);
+}
+
+/**
+ * pv_walk_next() - Get the next segment of a chain
+ * @w:		From pv_walk_begin()
+ * @seg:	Filled in on PV_MORE
+ *
+ * The walk is bounded: a table of n entries yields at most n descriptors, and at most one indirect
+ * table is entered.
+ *
+ * Return: PV_MORE; PV_DONE after the last segment; PV_BAD with @w->fault set. After PV_DONE or
+ * PV_BAD, further calls return the same.
+ */
+enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg)
+{
+	return walk_next(w, seg);
+}
+
 /* Read the available index; returns false if its value is impossible. */
 static bool avail_refresh(struct pv_vring *vr)
 {
@@ -296,46 +308,61 @@ static bool avail_refresh(struct pv_vring *vr)
 	return (uint16_t)(vr->avail_idx - vr->last_avail) <= vr->size;
 }
 
-/**
- * pv_vring_pop() - Take the next available chain
- * @vr:		The ring
- * @iov:	Gets the segments; those that the device reads come first
- * @max:	Entries of @iov; a chain with more segments is bad
- * @chain:	Filled in on PV_MORE
- *
- * A bad chain is not taken: last_avail stays on it.
- *
- * Return: PV_MORE; PV_DONE if the ring is empty; PV_BAD with @vr->fault set
+/*
+ * Take the chain that begins at an entry, if it is a single good descriptor, as most are; else
+ * pv_vring_pop() looks again, and decides on what it sees then.
  */
-enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,
-			  struct pv_chain *chain)
+static inline bool pop_single(struct pv_vring *vr, uint16_t head, struct iovec *iov,
+			      struct pv_chain *chain)
+{
+	struct vring_desc d;
+	uint8_t *host;
+
+	if (head >= vr->size)
+		return false;
+	d = desc_copy(vr->desc, head, vr->packed);
+	if (d.flags & (VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT) || !d.len)
+		return false;
+	host = pv_mem_host(vr->mem, d.addr, d.len);
+	if (!host)
+		return false;
+	if (!vr->packed)
+		vr->last_avail++;
+	else if (!pv_packed_take(vr, 1))
+		return false;
+	*iov = (struct iovec){.iov_base = host, .iov_len = d.len};
+	chain->head = vr->packed ? d.next : head;
+	chain->slots = 1;
+	if (d.flags & VRING_DESC_F_WRITE) {
+		chain->out_num = 0;
+		chain->in_num = 1;
+		chain->out_len = 0;
+		chain->in_len = d.len;
+	} else {
+		chain->out_num = 1;
+		chain->in_num = 0;
+		chain->out_len = d.len;
+		chain->in_len = 0;
+	}
+	return true;
+}
+
+/*
+ * Take the chain that begins at an entry, whatever it is. Not inlined: it would make pv_vring_pop()
+ * save registers that a single descriptor does not need.
+ */
+static __attribute__((noinline)) enum pv_step pop_chain(struct pv_vring *vr, uint16_t head,
+							struct iovec *iov, uint32_t max,
+							struct pv_chain *chain)
 {
 	struct pv_segment seg;
 	struct pv_walk w;
 	enum pv_step step;
 	uint32_t n = 0;
 
-	if (vr->fault)
-		return PV_BAD;
-	*chain = (struct pv_chain){.slots = 1};
-	if (vr->packed) {
-		if (!pv_packed_available(vr))
-			return PV_DONE;
-		pv_walk_begin(&w, vr, pv_packed_outside(vr, vr->last_avail) & PV_PACKED_INDEX);
-	} else {
-		if (vr->avail_idx == vr->last_avail) {
-			if (!avail_refresh(vr)) {
-				vr->fault = PV_FAULT_AVAIL_IDX;
-				return PV_BAD;
-			}
-			if (vr->avail_idx == vr->last_avail)
-				return PV_DONE;
-		}
-		chain->head = __atomic_load_n(&vr->avail[RING + (vr->last_avail & vr->mask)],
-					      __ATOMIC_RELAXED);
-		pv_walk_begin(&w, vr, chain->head);
-	}
-	while ((step = pv_walk_next(&w, &seg)) == PV_MORE) {
+	*chain = (struct pv_chain){.head = head, .slots = 1};
+	walk_begin(&w, vr, head);
+	while ((step = walk_next(&w, &seg)) == PV_MORE) {
 		if (n == max) {
 			vr->fault = PV_FAULT_SEGMENTS;
 			return PV_BAD;
@@ -366,6 +393,43 @@ enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,
 		vr->last_avail++;
 	}
 	return PV_MORE;
+}
+
+/**
+ * pv_vring_pop() - Take the next available chain
+ * @vr:		The ring
+ * @iov:	Gets the segments; those that the device reads come first
+ * @max:	Entries of @iov, at least one; a chain with more segments is bad
+ * @chain:	Filled in on PV_MORE
+ *
+ * A bad chain is not taken: last_avail stays on it.
+ *
+ * Return: PV_MORE; PV_DONE if the ring is empty; PV_BAD with @vr->fault set
+ */
+enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,
+			  struct pv_chain *chain)
+{
+	uint16_t head;
+
+	if (vr->fault)
+		return PV_BAD;
+	if (vr->packed) {
+		if (!pv_packed_available(vr))
+			return PV_DONE;
+		head = pv_packed_outside(vr, vr->last_avail) & PV_PACKED_INDEX;
+	} else {
+		if (vr->avail_idx == vr->last_avail) {
+			if (!avail_refresh(vr)) {
+				vr->fault = PV_FAULT_AVAIL_IDX;
+				return PV_BAD;
+			}
+			if (vr->avail_idx == vr->last_avail)
+				return PV_DONE;
+		}
+		head = __atomic_load_n(&vr->avail[RING + (vr->last_avail & vr->mask)],
+				       __ATOMIC_RELAXED);
+	}
+	return pop_single(vr, head, iov, chain) ? PV_MORE : pop_chain(vr, head, iov, max, chain);
 }
 
 /**
