@@ -1702,22 +1702,22 @@ static void stopped(void *arg, int call)
 
 /* What it needs beside these to raise interrupts by an ioctl. */
 static const uint16_t inject_calls[] = {SYS_ioctl, SYS_clock_nanosleep};
+/* And on a cable with two ends. */
+static const uint16_t cable_calls[] = {SYS_sched_yield};
 
 /* Confine the thread to its calls. */
 static void confine(struct pv_net_worker *w)
 {
-	uint16_t all[sizeof(calls) / sizeof(calls[0]) +
-		     sizeof(inject_calls) / sizeof(inject_calls[0]) + 1];
-	size_t count = sizeof(calls) / sizeof(calls[0]);
+	uint16_t all[(sizeof(calls) + sizeof(inject_calls) + sizeof(cable_calls)) /
+		     sizeof(calls[0])];
+	uint16_t *end = all;
 
-	memcpy(all, calls, sizeof(calls));
-	if (w->cfg.ring[RX].inject || w->cfg.ring[TX].inject) {
-		memcpy(&all[count], inject_calls, sizeof(inject_calls));
-		count += sizeof(inject_calls) / sizeof(inject_calls[0]);
-	}
+	end = mempcpy(end, calls, sizeof(calls));
+	if (w->cfg.ring[RX].inject || w->cfg.ring[TX].inject)
+		end = mempcpy(end, inject_calls, sizeof(inject_calls));
 	if (w->cfg.cable && !w->cfg.cable->loop)
-		all[count++] = SYS_sched_yield;
-	pv_thread_confine(&w->thread, all, count, stopped);
+		end = mempcpy(end, cable_calls, sizeof(cable_calls));
+	pv_thread_confine(&w->thread, all, (size_t)(end - all), stopped);
 }
 
 /* Before the first round: what is pending is served then, kicked or not. */

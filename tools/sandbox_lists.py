@@ -42,6 +42,7 @@ def lists() -> dict[str, set[str]]:
         "worker": in_source("net_worker.c", "calls") | added(),
         "worker-ioctl": in_source("net_worker.c", "inject_calls"),
         "socket": in_source("socket_port.c", "calls") | added(),
+        "worker-cable": in_source("net_worker.c", "cable_calls"),
         "process": in_source("confine.c", "process_calls"),
         "backend": in_source("confine.c", "backend_calls"),
         "vduse": requests(),
