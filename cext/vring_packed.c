@@ -12,18 +12,8 @@ _Static_assert(sizeof(struct vring_packed_desc) == 16 &&
 		       sizeof(struct vring_packed_desc_event) == 4,
 	       "2.8.10.1");
 
-#define F_AVAIL (1u << VRING_PACKED_DESC_F_AVAIL)
-#define F_USED	(1u << VRING_PACKED_DESC_F_USED)
-
 /* Index into the event suppression areas, in 16-bit units. */
 enum { OFF_WRAP = 0, EVENT_FLAGS = 1 };
-
-static struct vring_packed_desc *desc_at(const struct pv_vring *vr, uint16_t at)
-{
-	uint32_t index = at >= vr->size ? at - vr->size : at;
-
-	return (struct vring_packed_desc *)(void *)vr->desc + index;
-}
 
 /**
  * pv_packed_inside() - A position that others have written
@@ -44,39 +34,6 @@ bool pv_packed_inside(const struct pv_vring *vr, uint16_t from, uint16_t *at)
 }
 
 /**
- * pv_packed_outside() - A position as others write it
- * @vr:		The ring
- * @at:		One of its positions
- *
- * Return: the index, and the wrap counter in bit 15
- */
-uint16_t pv_packed_outside(const struct pv_vring *vr, uint16_t at)
-{
-	return (uint16_t)(at >= vr->size ? at - vr->size : at | PV_PACKED_WRAP);
-}
-
-/**
- * pv_packed_advance() - Go on from a position
- * @vr:		The ring
- * @at:		One of its positions
- * @slots:	At most twice the ring's size
- *
- * Return: the position so many descriptors further
- */
-uint16_t pv_packed_advance(const struct pv_vring *vr, uint16_t at, uint32_t slots)
-{
-	uint32_t to = at + slots;
-
-	return (uint16_t)(to >= 2 * vr->size ? to - 2 * vr->size : to);
-}
-
-/* From one position forwards to another. */
-static uint32_t distance(const struct pv_vring *vr, uint32_t from, uint32_t to)
-{
-	return to >= from ? to - from : to + 2 * vr->size - from;
-}
-
-/**
  * pv_packed_init() - The part of pv_vring_init() for packed rings
  * @vr:		With everything but its positions
  * @base:	Position from outside
@@ -87,45 +44,10 @@ enum pv_fault pv_packed_init(struct pv_vring *vr, uint32_t base)
 {
 	if (!pv_packed_inside(vr, (uint16_t)base, &vr->last_avail) ||
 	    !pv_packed_inside(vr, (uint16_t)(base >> 16), &vr->used_idx) ||
-	    distance(vr, vr->used_idx, vr->last_avail) > vr->size)
+	    pv_packed_distance(vr, vr->used_idx, vr->last_avail) > vr->size)
 		return PV_FAULT_BASE;
 	vr->used_next = vr->used_idx;
 	return PV_FAULT_NONE;
-}
-
-/**
- * pv_packed_available() - Whether the next descriptor is available (2.8.1)
- * @vr:		The ring
- *
- * Return: true if its AVAIL bit is the wrap counter and its USED bit is not
- */
-bool pv_packed_available(const struct pv_vring *vr)
-{
-	/*
-	 * Acquire: this pairs with the driver's barrier between writing a chain and storing the
-	 * flags of its first descriptor (2.8.6).
-	 */
-	uint16_t flags = __atomic_load_n(&desc_at(vr, vr->last_avail)->flags, __ATOMIC_ACQUIRE);
-
-	return (flags & (F_AVAIL | F_USED)) == (vr->last_avail >= vr->size ? F_USED : F_AVAIL);
-}
-
-/**
- * pv_packed_take() - Take a chain from the ring
- * @vr:		The ring
- * @slots:	Of the chain
- *
- * A driver that makes descriptors available again before they were used would let us go around the
- * ring and ahead of ourselves.
- *
- * Return: false if not so many can be available
- */
-bool pv_packed_take(struct pv_vring *vr, uint16_t slots)
-{
-	if (distance(vr, vr->used_next, vr->last_avail) + slots > vr->size)
-		return false;
-	vr->last_avail = pv_packed_advance(vr, vr->last_avail, slots);
-	return true;
 }
 
 /**
@@ -150,8 +72,9 @@ void pv_packed_unpop(struct pv_vring *vr, uint32_t slots)
  */
 void pv_packed_push(struct pv_vring *vr, uint16_t id, uint16_t slots, uint32_t len)
 {
-	struct vring_packed_desc *d = desc_at(vr, vr->used_next);
-	uint16_t flags = (uint16_t)(vr->used_next >= vr->size ? 0 : F_AVAIL | F_USED);
+	struct vring_packed_desc *d = pv_packed_at(vr, vr->used_next);
+	uint16_t flags =
+		(uint16_t)(vr->used_next >= vr->size ? 0 : PV_PACKED_AVAIL | PV_PACKED_USED);
 
 	if (len)
 		flags |= VRING_DESC_F_WRITE;
@@ -173,7 +96,7 @@ void pv_packed_publish(struct pv_vring *vr)
 	if (vr->used_next == vr->used_idx)
 		return;
 	/* Release: buffers and all of the batch's descriptors are visible before (2.8.8). */
-	__atomic_store_n(&desc_at(vr, vr->used_idx)->flags, vr->held_flags, __ATOMIC_RELEASE);
+	__atomic_store_n(&pv_packed_at(vr, vr->used_idx)->flags, vr->held_flags, __ATOMIC_RELEASE);
 	vr->used_idx = vr->used_next;
 }
 
@@ -207,7 +130,8 @@ bool pv_packed_flush(struct pv_vring *vr)
 		return false;
 	if (!(off_wrap & PV_PACKED_WRAP))
 		event += vr->size;
-	return !valid || distance(vr, old, event) < distance(vr, old, vr->used_idx);
+	return !valid ||
+	       pv_packed_distance(vr, old, event) < pv_packed_distance(vr, old, vr->used_idx);
 }
 
 /**

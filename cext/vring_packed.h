@@ -6,15 +6,18 @@
 #ifndef PV_VRING_PACKED_H
 #define PV_VRING_PACKED_H
 
+#include <linux/virtio_ring.h>
+
 #include "vring.h"
 
 /* Of a packed ring's position as it is seen from outside. */
 #define PV_PACKED_INDEX 0x7fffu
 #define PV_PACKED_WRAP	0x8000u
+/* Of a descriptor's flags. */
+#define PV_PACKED_AVAIL (1u << VRING_PACKED_DESC_F_AVAIL)
+#define PV_PACKED_USED	(1u << VRING_PACKED_DESC_F_USED)
 
 enum pv_fault pv_packed_init(struct pv_vring *vr, uint32_t base);
-bool pv_packed_available(const struct pv_vring *vr);
-bool pv_packed_take(struct pv_vring *vr, uint16_t slots);
 void pv_packed_unpop(struct pv_vring *vr, uint32_t slots);
 void pv_packed_push(struct pv_vring *vr, uint16_t id, uint16_t slots, uint32_t len);
 void pv_packed_publish(struct pv_vring *vr);
@@ -22,7 +25,63 @@ bool pv_packed_flush(struct pv_vring *vr);
 void pv_packed_mark_used(struct pv_vring *vr, uint32_t slots);
 void pv_packed_notify(struct pv_vring *vr, bool on);
 bool pv_packed_inside(const struct pv_vring *vr, uint16_t from, uint16_t *at);
-uint16_t pv_packed_outside(const struct pv_vring *vr, uint16_t at);
-uint16_t pv_packed_advance(const struct pv_vring *vr, uint16_t at, uint32_t slots);
+
+/* The descriptor at a position. */
+static inline struct vring_packed_desc *pv_packed_at(const struct pv_vring *vr, uint16_t at)
+{
+	uint32_t index = at >= vr->size ? at - vr->size : at;
+
+	return (struct vring_packed_desc *)(void *)vr->desc + index;
+}
+
+/* A position as others write it: the index, and the wrap counter in bit 15. */
+static inline uint16_t pv_packed_outside(const struct pv_vring *vr, uint16_t at)
+{
+	return (uint16_t)(at >= vr->size ? at - vr->size : at | PV_PACKED_WRAP);
+}
+
+/* The position that is so many descriptors further, at most twice the ring's size. */
+static inline uint16_t pv_packed_advance(const struct pv_vring *vr, uint16_t at, uint32_t slots)
+{
+	uint32_t to = at + slots;
+
+	return (uint16_t)(to >= 2 * vr->size ? to - 2 * vr->size : to);
+}
+
+/* From one position forwards to another. */
+static inline uint32_t pv_packed_distance(const struct pv_vring *vr, uint32_t from, uint32_t to)
+{
+	return to >= from ? to - from : to + 2 * vr->size - from;
+}
+
+/*
+ * Whether the next descriptor is available (2.8.1): its AVAIL bit is the wrap counter and its USED
+ * bit is not.
+ */
+static inline bool pv_packed_available(const struct pv_vring *vr)
+{
+	/*
+	 * Acquire: this pairs with the driver's barrier between writing a chain and storing the
+	 * flags of its first descriptor (2.8.6).
+	 */
+	uint16_t flags =
+		__atomic_load_n(&pv_packed_at(vr, vr->last_avail)->flags, __ATOMIC_ACQUIRE);
+
+	return (flags & (PV_PACKED_AVAIL | PV_PACKED_USED)) ==
+	       (vr->last_avail >= vr->size ? PV_PACKED_USED : PV_PACKED_AVAIL);
+}
+
+/*
+ * Take a chain of so many slots from the ring; false if not so many can be available. A driver that
+ * makes descriptors available again before they were used would let us go around the ring and ahead
+ * of ourselves.
+ */
+static inline bool pv_packed_take(struct pv_vring *vr, uint16_t slots)
+{
+	if (pv_packed_distance(vr, vr->used_next, vr->last_avail) + slots > vr->size)
+		return false;
+	vr->last_avail = pv_packed_advance(vr, vr->last_avail, slots);
+	return true;
+}
 
 #endif
