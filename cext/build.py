@@ -42,7 +42,8 @@ def make_ffi() -> FFI:
     builder = FFI()
     headers = sorted(HERE.glob("*.h"))
     # These first: the others use their names.
-    headers.sort(key=lambda p: (p.name != "types.h", p.name not in ("trace.h", "vring.h")))
+    first = ("trace.h", "vring.h", "capture.h")
+    headers.sort(key=lambda p: (p.name != "types.h", p.name not in first))
     builder.cdef((HERE / "kernel.cdef").read_text())
     for path in headers:
         builder.cdef(declarations(path.read_text()))

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "cable.h"
+#include "capture.h"
 #include "event.h"
 #include "net_worker.h"
 #include "thread.h"
@@ -33,7 +34,9 @@
 #define READV_SMALL  7
 #define LARGE_CREDIT 64 /* reads with the whole window after a frame that needed it */
 /* How long a vCPU waits for the thread at most, before it leaves its kick to the thread. */
-#define LOCK_MS	   100
+#define LOCK_MS 100
+/* The worker copies one packet at most until it has let go of a capture. */
+#define CAPTURE_MS 1000
 #define LEGACY_HDR 10 /* struct virtio_net_hdr; all headers begin with it */
 #define V1_HDR	   12 /* struct virtio_net_hdr_v1 */
 #define HASH_HDR   20 /* struct virtio_net_hdr_v1_hash */
@@ -156,6 +159,10 @@ struct pv_net_worker {
 	struct delayed delayed[2];
 	struct pv_net_counters count;
 	uint64_t traced; /* time of the latest event of the trace */
+	/* Atomic; see pv_net_worker_capture(). */
+	struct pv_capture *capture[PV_CAPTURES];
+	uint32_t captures; /* how many of these there are */
+	bool capturing;	   /* the worker uses one of them */
 	struct window window;
 	struct held held;
 	struct iovec tx_iov[BURST_IOV];
@@ -461,24 +468,6 @@ static void window_store(struct window *win, size_t at, const uint8_t *from, siz
 	}
 }
 
-/* Load bytes from an offset of segments, which are long enough. */
-static void load(const struct iovec *iov, size_t at, uint8_t *to, size_t len)
-{
-	for (; len; iov++) {
-		size_t n = iov->iov_len;
-
-		if (at >= n) {
-			at -= n;
-			continue;
-		}
-		n = n - at < len ? n - at : len;
-		memcpy(to, (const uint8_t *)iov->iov_base + at, n);
-		to += n;
-		len -= n;
-		at = 0;
-	}
-}
-
 /* Mark the first len bytes of the window, which have been written. */
 static void window_mark(struct pv_net_worker *w, size_t len)
 {
@@ -512,7 +501,7 @@ static void rx_tunnel(struct pv_net_worker *w)
 {
 	uint8_t gso_type;
 
-	load(window_iov(&w->window), 1, &gso_type, 1);
+	pv_segments_load(window_iov(&w->window), 1, &gso_type, 1);
 	if (!(gso_type & GSO_TUNNEL))
 		window_store(&w->window, HASH_HDR, (const uint8_t[TUNNEL_HDR - HASH_HDR]){0},
 			     TUNNEL_HDR - HASH_HDR);
@@ -553,7 +542,7 @@ static void trace_packet(struct pv_net_worker *w, int q, const struct iovec *iov
 	}
 	if (!moved) /* the host may have no page there, as the tap found, and this would be SIGBUS */
 		return;
-	load(iov, 0, first, have);
+	pv_segments_load(iov, 0, first, have);
 	for (size_t from = 0; from < have; from += PV_TRACE_DATA) {
 		size_t n = have - from < PV_TRACE_DATA ? have - from : PV_TRACE_DATA;
 
@@ -566,13 +555,38 @@ static void trace_packet(struct pv_net_worker *w, int q, const struct iovec *iov
 	}
 }
 
+/* The time for a packet that is being handed over; 0 if nobody captures. */
+static uint64_t capture_time(const struct pv_net_worker *w)
+{
+	return __atomic_load_n(&w->captures, __ATOMIC_RELAXED) ? pv_real_ns() : 0;
+}
+
+/* Give each capture a packet, which has been handed over: its pages are there. */
+static void capture(struct pv_net_worker *w, int q, uint64_t ts, const struct iovec *iov,
+		    size_t len)
+{
+	const struct pv_capture_packet p = {.ts = ts,
+					    .queue = (uint16_t)(w->cfg.first_queue + (uint32_t)q),
+					    .hdr_len = (uint16_t)w->cfg.hdr_len};
+
+	/* Either this is seen by whoever takes a capture away, or its place is found empty. */
+	__atomic_store_n(&w->capturing, true, __ATOMIC_SEQ_CST);
+	for (int i = 0; i < PV_CAPTURES; i++) {
+		struct pv_capture *c = __atomic_load_n(&w->capture[i], __ATOMIC_SEQ_CST);
+
+		if (c)
+			pv_capture_put(c, &p, iov, len);
+	}
+	__atomic_store_n(&w->capturing, false, __ATOMIC_RELEASE);
+}
+
 /* Count a packet in the window by what its header says. */
 static void rx_count_header(struct pv_net_worker *w, size_t len)
 {
 	struct pv_net_counters *c = &w->count;
 	uint8_t head[2]; /* flags and gso_type */
 
-	load(window_iov(&w->window), 0, head, sizeof(head));
+	pv_segments_load(window_iov(&w->window), 0, head, sizeof(head));
 	if (head[0] & VIRTIO_NET_HDR_F_NEEDS_CSUM)
 		add(&c->rx_csum_needed, 1);
 	if (head[0] & VIRTIO_NET_HDR_F_DATA_VALID)
@@ -594,7 +608,7 @@ static void tx_count_header(struct pv_net_worker *w, const struct iovec *iov, si
 	if (iov->iov_len >= sizeof(head))
 		memcpy(head, iov->iov_base, sizeof(head));
 	else
-		load(iov, 0, head, sizeof(head));
+		pv_segments_load(iov, 0, head, sizeof(head));
 	add(head[0] & VIRTIO_NET_HDR_F_NEEDS_CSUM ? &c->tx_csum_needed : &c->tx_csum_none, 1);
 	if (head[1] != VIRTIO_NET_HDR_GSO_NONE) {
 		add(&c->tx_gso_packets, 1);
@@ -616,7 +630,7 @@ static void rx_hash(struct pv_net_worker *w, size_t len)
 	if (len > sizeof(head))
 		len = sizeof(head);
 	if (w->cfg.hash.types) {
-		load(window_iov(&w->window), w->cfg.hdr_len, head, len);
+		pv_segments_load(window_iov(&w->window), w->cfg.hdr_len, head, len);
 		hash.value = pv_flow_hash(&w->cfg.hash, head, len, &hash.report);
 	}
 	window_store(&w->window, V1_HDR, (const uint8_t *)&hash, sizeof(hash));
@@ -713,11 +727,11 @@ static ssize_t rx_read(struct pv_net_worker *w)
 /* The guest has its frame: the first len bytes of the window, but for what the device fills in. */
 static void rx_hand_over(struct pv_net_worker *w, size_t len)
 {
-	struct pv_vring *vr = &w->ring[RX];
 	struct window *win = &w->window;
 	size_t left = len;
 	uint32_t segments = 0;
 	uint16_t buffers = 0;
+	uint64_t captured;
 
 	for (uint32_t i = win->slot_at; left; i++, buffers++) {
 		left -= win->slot[i].len < left ? win->slot[i].len : left;
@@ -739,6 +753,9 @@ static void rx_hand_over(struct pv_net_worker *w, size_t len)
 	if (w->cfg.trace)
 		trace_packet(w, RX, window_iov(win), segments, len, win->slot[win->slot_at].head,
 			     win->slot[win->slot_at].at, w->held.read_at, w->held.read_end, true);
+	captured = capture_time(w);
+	if (captured)
+		capture(w, RX, captured, window_iov(win), len);
 	for (left = len; left; win->slot_at++) {
 		const struct slot *s = &win->slot[win->slot_at];
 		size_t n = s->len < left ? s->len : left;
@@ -900,7 +917,7 @@ static bool tx_turn(struct pv_net_worker *w)
 
 	while (packets < w->turn && bytes < TURN_BYTES) {
 		struct pv_chain c;
-		uint64_t sent_at = 0;
+		uint64_t sent_at = 0, captured = 0;
 		uint16_t at = vr->last_avail;
 		enum pv_step step = tx_take(w, w->tx_iov, &c);
 		ssize_t n = -1;
@@ -921,6 +938,7 @@ static bool tx_turn(struct pv_net_worker *w)
 		} else if (w->inflight[TX].region && pv_inflight_begin(&w->inflight[TX], &c)) {
 			add(&w->count.tx_in_doubt, 1);
 		} else {
+			captured = capture_time(w);
 			do {
 				n = writev(w->cfg.fd, w->tx_iov, c.out_num);
 				add(&w->count.fd_writes, 1);
@@ -929,6 +947,8 @@ static bool tx_turn(struct pv_net_worker *w)
 				add(&w->count.tx_packets, 1);
 				add(&w->count.tx_bytes, c.out_len - w->cfg.hdr_len);
 				tx_count_header(w, w->tx_iov, c.out_len - w->cfg.hdr_len);
+				if (captured)
+					capture(w, TX, captured, w->tx_iov, c.out_len);
 				if (w->inflight[TX].taken != PV_INFLIGHT_UNCOUNTED)
 					w->inflight[TX].taken++;
 			} else if (errno == EAGAIN) {
@@ -999,6 +1019,7 @@ static bool cable_send(struct pv_net_worker *w, const struct iovec *iov, const s
 	uint64_t len = c->out_len - w->cfg.hdr_len, begin = w->cfg.trace ? pv_now_ns() : 0;
 	struct pv_inflight *in = &w->inflight[TX];
 	struct pv_frames *out = w->cfg.cable->out;
+	uint64_t captured;
 	uint8_t *to = NULL;
 
 	if (len > PV_CABLE_FRAME_MAX) {
@@ -1012,10 +1033,13 @@ static bool cable_send(struct pv_net_worker *w, const struct iovec *iov, const s
 		if (iov->iov_len >= c->out_len)
 			memcpy(to, (const uint8_t *)iov->iov_base + w->cfg.hdr_len, (size_t)len);
 		else
-			load(iov, w->cfg.hdr_len, to, (size_t)len);
+			pv_segments_load(iov, w->cfg.hdr_len, to, (size_t)len);
 		add(&w->count.tx_packets, 1);
 		add(&w->count.tx_bytes, len);
 		tx_count_header(w, iov, (size_t)len);
+		captured = capture_time(w);
+		if (captured)
+			capture(w, TX, captured, iov, c->out_len);
 	}
 	if (w->cfg.trace)
 		trace_packet(w, TX, iov, c->out_num, c->out_len, c->head, at, begin, pv_now_ns(),
@@ -1085,7 +1109,8 @@ static bool cable_place(struct pv_net_worker *w, const uint8_t *frame, uint32_t 
 	uint32_t need = w->cfg.hdr_len + len;
 
 	/* The usual case of what follows below. */
-	if (need <= iov->iov_len && w->cfg.hdr_len == V1_HDR && !w->cfg.trace && !w->log.bits) {
+	if (need <= iov->iov_len && w->cfg.hdr_len == V1_HDR && !w->cfg.trace && !w->log.bits &&
+	    !capture_time(w)) {
 		memcpy(iov->iov_base, v1_header, V1_HDR);
 		memcpy((uint8_t *)iov->iov_base + V1_HDR, frame, len);
 		push(w, RX, s->head, s->slots, need);
@@ -1935,6 +1960,32 @@ void pv_net_worker_attach(struct pv_net_worker *w, int fd)
 {
 	__atomic_store_n(&w->attach, fd, __ATOMIC_RELEASE);
 	signal_fd(w->wake_fd);
+}
+
+/**
+ * pv_net_worker_capture() - Begin a capture, or end one
+ * @w:		The worker, running or not; from one thread at a time
+ * @place:	0 to PV_CAPTURES - 1
+ * @c:		From pv_capture_ring(), lent until its place is taken away; NULL takes away what is
+ *		there
+ *
+ * Return: whether the worker uses nothing any more that was there before. It is false only for a
+ * thread that has been stopped (PV_NET_STOPPED) in the middle of a packet.
+ */
+bool pv_net_worker_capture(struct pv_net_worker *w, uint32_t place, struct pv_capture *c)
+{
+	const struct timespec moment = {.tv_nsec = 10000};
+	uint64_t until = pv_now_ns() + CAPTURE_MS * 1000000ull;
+	struct pv_capture *old = __atomic_exchange_n(&w->capture[place], c, __ATOMIC_SEQ_CST);
+
+	__atomic_fetch_add(&w->captures, (c ? 1u : 0u) - (old ? 1u : 0u), __ATOMIC_SEQ_CST);
+	/* What begins after this finds the place as it is now. */
+	while (old && __atomic_load_n(&w->capturing, __ATOMIC_SEQ_CST)) {
+		if (pv_now_ns() > until)
+			return false;
+		nanosleep(&moment, NULL);
+	}
+	return true;
 }
 
 /**

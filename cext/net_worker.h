@@ -25,6 +25,11 @@
  * last_avail == used index. A frame that is held then is lost, unless the worker was told to
  * finish: then it first waits for the buffers, as long as a frame may wait while the worker runs.
  *
+ * With captures (capture.h), each packet that is handed over is copied to their rings: after writev,
+ * and before the chains of a received frame are used. Without one, that costs a load and a branch
+ * per packet. A capture may come and go at any time: a worker that is about to use captures says
+ * so first, and whoever takes one away waits until the worker has done with its packet.
+ *
  * With a log (dirty_log.h), the buffers of received frames are marked, as the rings' own areas are.
  *
  * A malformed ring stops that direction only.
@@ -138,8 +143,9 @@ struct pv_net_config {
 	 * MRG_RXBUF; of fd, too; on a cable there are none
 	 */
 	uint32_t hdr_len;
-	uint32_t max_frame; /* longest frame expected from fd, header included */
-	uint32_t poll_us;   /* look for work this long before sleeping */
+	uint32_t first_queue; /* index of the receive virtqueue, for captures */
+	uint32_t max_frame;   /* longest frame expected from fd, header included */
+	uint32_t poll_us;     /* look for work this long before sleeping */
 	/*
 	 * The textbook device: pv_net_worker_taker() takes transmit kicks in the vCPU's thread. Not
 	 * together with poll_us or inflight.
@@ -228,6 +234,7 @@ struct pv_net_thread {
 };
 
 struct pv_net_worker;
+struct pv_capture;
 
 struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 					const struct pv_memory *mem, struct pv_net_event *why);
@@ -241,6 +248,7 @@ struct pv_taker *pv_net_worker_taker(struct pv_net_worker *w);
 void pv_net_worker_stop(struct pv_net_worker *w, bool finish);
 void pv_net_worker_join(struct pv_net_worker *w);
 void pv_net_worker_attach(struct pv_net_worker *w, int fd);
+bool pv_net_worker_capture(struct pv_net_worker *w, uint32_t place, struct pv_capture *c);
 uint64_t pv_net_worker_cpu_ns(const struct pv_net_worker *w);
 uint32_t pv_net_worker_base(const struct pv_net_worker *w, int queue);
 void pv_net_worker_counters(const struct pv_net_worker *w, struct pv_net_counters *out);

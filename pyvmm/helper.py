@@ -70,11 +70,15 @@ OPERATIONS = {
     "listen": "pyvmm.hostnet.sockets:listen_at",
     "remove": "pyvmm.hostnet.sockets:remove_named",
     "open": "pyvmm.helper:_open_to_read",
+    "packets": "pyvmm.hostnet.packets:open_described",
 }
 #: Operations whose first word has to be permitted; and so has ``start``, see ``MODULES``.
 NAMED = ("connect", "listen", "remove", "tap", "macvtap", "open")
 #: Operations that need other permissions -> the function that says which, from the words.
-NEEDS = {"interface": "pyvmm.hostnet.tap:interface_needs"}
+NEEDS = {
+    "interface": "pyvmm.hostnet.tap:interface_needs",
+    "packets": "pyvmm.hostnet.packets:needs",
+}
 
 
 def answer(channel: socket.socket, body: Callable[[], Result]) -> int:
@@ -202,11 +206,14 @@ def sealed() -> bool:
     return _current is not None and _current.sealed
 
 
-def do(operation: str, *words: str) -> Result:
-    """Do an operation of ``OPERATIONS``: in this process, or after ``seal`` in the helper."""
+def do(operation: str, *words: str, fds: Sequence[int] = ()) -> Result:
+    """Do an operation of ``OPERATIONS``: in this process, or after ``seal`` in the helper.
+
+    :param fds: descriptors, lent; the operation has their numbers behind ``words``.
+    """
     if _current is not None and _current.sealed:
-        return _current.ask([operation, *words])
-    return _operation(operation)(list(words))
+        return _current.ask([operation, *words], fds)
+    return _operation(operation)([*words, *map(str, fds)])
 
 
 def permit(operation: str, *names: str) -> None:
@@ -397,11 +404,13 @@ def _serve(channel: socket.socket) -> None:
 def _do(rules: _Rules, parent: int, words: list[str], fds: list[int]) -> Result:
     operation, *rest = words
     if operation in OPERATIONS:
+        rest += [str(fd) for fd in fds]
         if operation in NAMED:
             rules.check(operation, rest[0])
         if operation in NEEDS:
             for kind, name in _function(NEEDS[operation])(rest):
-                rules.check(kind, name, f"a change of {rest[0]}" if kind == "setting" else "")
+                words_for = {"setting": f"a change of {rest[0]}", "packets": f"tap {rest[0]}"}
+                rules.check(kind, name, words_for.get(kind, ""))
         return _operation(operation)(rest)
     if operation == "permit":
         rules.permit(rest[0], rest[1])

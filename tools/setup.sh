@@ -15,7 +15,7 @@ PACKAGES="python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev make bus
 iproute2 iputils-ping iperf3 ca-certificates"
 TESTBED_PACKAGES="qemu-system-x86"
 TEST_PACKAGES="ethtool acpica-tools cpio util-linux procps chromium openssh-client
-zsh fish mandoc"
+zsh fish mandoc tshark libpcap0.8"
 testbed=auto tests=no
 for option in "$@"; do
 	case $option in

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from pyvmm.backend.frontend import Frontend, Handler
     from pyvmm.datapath.base import Frames, PathEvents, Vring
+    from pyvmm.datapath.capture import CapturePoint
     from pyvmm.vhostuser.wire import Message
 
     class Port(Frames, Protocol):
@@ -87,7 +88,7 @@ class NetService:
         on.
     :param poll_us: a worker looks for work for this long, in microseconds, before it sleeps.
     :param worker_cpu: pin the worker of queue pair k to CPU ``worker_cpu`` + k.
-    :param stopped: see ``EmulatedNet``.
+    :param stopped: see ``EmulatedNet``. :param captures: of the workers, lent.
     """
 
     in_order = True
@@ -104,6 +105,7 @@ class NetService:
         poll_us: int = 0,
         worker_cpu: int | None = None,
         stopped: Callable[[str], object] | None = None,
+        captures: CapturePoint | None = None,
     ) -> None:
         self.name: str = port.name
         self.queue_num = len(port.fds)
@@ -114,7 +116,9 @@ class NetService:
         }
         self._port = port
         self._header = VIRTIO_NET_HDR_V1_SIZE
-        self._path = EmulatedNet(port, poll_us=poll_us, worker_cpu=worker_cpu, stopped=stopped)
+        self._path = EmulatedNet(
+            port, poll_us=poll_us, worker_cpu=worker_cpu, stopped=stopped, captures=captures
+        )
 
     def features(self) -> int:
         """The features of the worker and of the port, those that front-ends serve, and the log of

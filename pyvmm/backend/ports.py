@@ -1,4 +1,4 @@
-"""Ports for our vhost-user back-end other than a tap of its own: a loop, a cable to another
+"""Ports for our vhost-user back-end other than a tap of its own: a loop, a sink, a cable to another
 back-end, a Python function, and a tap that another process has opened.
 
 Each port has what the emulated data path needs of a ``Port``. Loop and cable go through memory, a
@@ -9,14 +9,12 @@ offloads, so the headers are empty.
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
-import struct
 import threading
-import time
 
+from pyvmm._ext import ffi, lib
 from pyvmm.datapath.cable import cables
 from pyvmm.errors import HostError
 from pyvmm.fd import EventFd, Fd
@@ -27,8 +25,7 @@ from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import BinaryIO
+    from collections.abc import Callable
 
 #: Bytes that may wait in a socket.
 BUFFER = 1 << 20
@@ -124,6 +121,16 @@ def loop_port(queues: int) -> SocketPort:
     return SocketPort("loop", [end for (end,) in cables(queues, 1)])
 
 
+def sink_port(queues: int) -> SocketPort:
+    """A port that takes every frame and sends none. The kernel drops the frames: a filter on the
+    receiving socket wants none of them.
+    """
+    made = _make(socket.SOCK_DGRAM, queues)
+    for one in made:
+        lib.pv_capture_filter(one.fileno(), 0, ffi.NULL, 0)
+    return SocketPort("sink", [Fd(s.detach()) for s in made])
+
+
 def joined_ports(queues: int) -> tuple[SocketPort, SocketPort]:
     """Two ports: a frame sent into one leaves the other, on the same queue pair.
 
@@ -204,38 +211,3 @@ class PythonPort(SocketPort):
             s.close()
         if self._error is not None:
             raise self._error
-
-
-PCAP_MAX = 1 << 30  # bytes
-
-
-class PcapWriter:
-    """Writes frames to a file in pcap format (Ethernet, microseconds). For one thread.
-
-    :param limit: the most bytes of the file, so that no guest can fill the disk.
-    :ivar lost: frames that could not be written. The file ends after the last whole frame.
-    :ivar problem: why; empty if nothing was lost.
-    """
-
-    def __init__(self, file: BinaryIO, limit: int = PCAP_MAX) -> None:
-        self._file = file
-        self._left = limit
-        self.lost, self.problem = 0, ""
-        file.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, FRAME_MAX, 1))
-        file.flush()
-
-    def write(self, frame: bytes, pair: int = 0) -> None:
-        """Write one frame with the present time."""
-        if self.lost:  # the file may end in half a record, and nothing after it could be read
-            self.lost += 1
-            return
-        now = time.time_ns() // 1000
-        record = struct.pack("<IIII", now // 1000000, now % 1000000, len(frame), len(frame)) + frame
-        self._left -= len(record)
-        try:
-            if self._left < 0:
-                raise OSError(errno.EFBIG, "the file has reached its largest size")
-            self._file.write(record)
-            self._file.flush()
-        except OSError as e:
-            self.lost, self.problem = 1, e.strerror or str(e)

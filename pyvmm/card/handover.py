@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from pyvmm.card.report import SwitchOutcome, SwitchReport
     from pyvmm.card.uplink import Route
-    from pyvmm.datapath.base import DataPath
     from pyvmm.virtio.net import NetDevice
 
 #: Moving to another place: wait at most ``MOVE_S`` seconds for frames that are still addressed to
@@ -39,6 +38,7 @@ class HandOver:
         PyvmmError; None if the card has no tap.
     :param report: gets what happened.
     :param patience: seconds that another process has for each of its parts; then it is cut off.
+    :param taking: told of a route a moment before its data path serves the rings.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class HandOver:
         spare: Callable[[], Route] | None,
         report: SwitchReport,
         patience: float,
+        taking: Callable[[Route], None],
     ) -> None:
         self._device, self._old, self._new, self._spare = device, old, new, spare
-        self._report, self._patience = report, patience
+        self._report, self._patience, self._taking = report, patience, taking
         self._indices: list[int] = []  # of the virtqueues that change hands
         self._lost = False  # nobody knows the rings' positions
 
@@ -67,6 +68,7 @@ class HandOver:
         device.check(new.path)
         self._indices, since = device.serving, time.monotonic_ns()
         if not self._indices:  # not driven yet, or the cable is pulled: the rings are at rest
+            self._taking(new)
             device.use(new.path)
             report.outcome, report.mode = "switched", new.path.name
             return new
@@ -200,7 +202,7 @@ class HandOver:
             try:
                 route = make()
                 with self._report.step(f"start {route.path.name}"):
-                    self._take(route.path)
+                    self._take(route)
             except Exception as e:  # whatever it is: first of all somebody has to serve the rings
                 why = self._noted(e)
                 self._report.reason += f"; {why}" if self._report.reason else why
@@ -213,12 +215,13 @@ class HandOver:
         self._report.outcome = self._last_resort()
         return self._old
 
-    def _take(self, path: DataPath) -> None:
-        """Start ``path`` on the rings.
+    def _take(self, route: Route) -> None:
+        """Start the route's path on the rings.
 
         :raises PyvmmError: the path does not serve them; it has let go of them.
         """
-        device = self._device
+        device, path = self._device, route.path
+        self._taking(route)
         device.use(path)
         device.resume(hold=True, patience=self._patience)
         problem = path.problem()
@@ -231,6 +234,7 @@ class HandOver:
         """No path serves the rings. A vhost-user path may yet find a back-end, so start the old one
         and let it look.
         """
+        self._taking(self._old)
         self._device.use(self._old.path)
         try:
             self._device.resume(patience=self._patience)

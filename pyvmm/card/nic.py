@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import ExitStack
 
+from pyvmm.card.capture import CardCaptures
 from pyvmm.card.card import Card
 from pyvmm.card.handover import HandOver
 from pyvmm.card.report import ModeTotals, SwitchReport
@@ -19,6 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyvmm.capture.session import Capture, Member
     from pyvmm.card.thread import CardThread
     from pyvmm.card.uplink import Route, Uplink
     from pyvmm.datapath.base import DataPath
@@ -82,6 +84,7 @@ class Nic(Card):
         self.switches: list[SwitchReport] = []
         self.switch_count = 0
         self._switching = threading.Lock()
+        self._captures = CardCaptures(device.name, uplink, route)
         self._books = threading.Lock()  # what follows; nothing is waited for under it
         self._modes: dict[str, ModeTotals] = {}
         self._serving: DataPath = route.path  # whose counters are not in ``_modes`` yet
@@ -134,7 +137,55 @@ class Nic(Card):
         self._over = True
         with self._switching:
             pass
-        super().close()
+        try:
+            super().close()
+        finally:
+            self._captures.close()
+
+    def stop(self) -> None:
+        """As ``Card.stop``; captures have all packets then, and go on without the card."""
+        try:
+            super().stop()
+        finally:
+            self._captures.close()
+
+    # --- captures (Captured, of capture.session) --------------------------------------------------
+
+    def facts(self) -> tuple[str, bytes]:
+        """The data path and the place of a capture, in words; the MAC address."""
+        return self._captures.where(), self.device.mac
+
+    def attach(self, member: Member) -> None:
+        """Give a capture packets, from now on. Any thread.
+
+        :raises PyvmmError: the card's data path cannot be captured here.
+        """
+        self._captures.attach(member)
+
+    def detach(self, member: Member) -> None:
+        """End that. Any thread; a second call does nothing."""
+        self._captures.detach(member)
+
+    def capture(self, file: str | int, *, snaplen: int | None = None, filter: str = "") -> Capture:
+        """Capture the card's packets into a pcapng file, until the object is closed
+        (docs/capture.md). Any thread.
+
+        :param file: a path, which is made or emptied; or a descriptor, which the capture owns.
+        :param snaplen: bytes to keep of each packet (all). :param filter: an expression of
+            pcap-filter(7); it needs libpcap.
+        :raises PyvmmError: the card cannot be captured, or the filter is wrong.
+        :raises OSError: the file cannot be opened.
+        """
+        from pyvmm.capture.files import open_private
+        from pyvmm.capture.session import SNAPLEN, Capture
+
+        code, snaplen = b"", SNAPLEN if snaplen is None else snaplen
+        if filter:
+            from pyvmm.capture.bpf import compile_filter
+
+            code = compile_filter(filter, snaplen)
+        fd = open_private(file)[0] if isinstance(file, str) else file
+        return Capture([self], fd, snaplen=snaplen, code=code, expression=filter)
 
     # --- what the device tells (Observer) ---------------------------------------------------------
 
@@ -229,8 +280,11 @@ class Nic(Card):
                 rings, acked = self._thread.call(lambda: (device.rings, device.in_force))
                 if rings:
                     new.path.prepare(acked, device.memory, rings)
+            self._captures.prepare(new)
+            undo.callback(self._captures.settle)
             before = self._ledger()
-            hand_over = HandOver(device, old, new, spare, report, HANDOVER_S)
+            taking = self._captures.moved
+            hand_over = HandOver(device, old, new, spare, report, HANDOVER_S, taking)
             waiting = report.step("wait").begin()
 
             def job() -> Route:
@@ -238,6 +292,7 @@ class Nic(Card):
                 return hand_over.run()
 
             self._route = self._thread.call(job)
+            self._captures.settle()
             if self._route is new:
                 undo.pop_all()
         after = self._ledger()

@@ -9,6 +9,7 @@ from _weakrefset import WeakSet  # as threading takes it: the module weakref has
 from contextlib import ExitStack
 
 from pyvmm import helper
+from pyvmm.datapath.capture import CapturePoint
 from pyvmm.errors import HostError, UsageError
 from pyvmm.spec.ethernet import ETH_DATA_LEN
 from pyvmm.spec.virtio_net import VIRTIO_NET_HDR_V1_SIZE
@@ -63,6 +64,7 @@ class Uplink:
 
     :param host, guest: the addresses with prefix length of the tap and of the guest; None for none.
     :param stopped: see ``EmulatedNet``. :param mac: of the card.
+    :ivar captures: the captures of the workers of all emulated data paths.
     :ivar tap: None if frames enter and leave at a vhost-user back-end or a vDPA device only; then
         there is nothing to program.
     :ivar namespace: pyvmm's own network namespace with the tap in it; None if the user gave a tap.
@@ -78,6 +80,7 @@ class Uplink:
         mac: bytes = b"",
     ) -> None:
         self.tap: Tap | None = None
+        self.captures = CapturePoint()
         self._stopped = stopped
         self._recorder = recorder
         self.namespace: Any = None
@@ -314,6 +317,7 @@ class Uplink:
             recorder=self._recorder,
             stopped=self._stopped,
             gone=gone,
+            captures=self.captures,
         )
 
     def _need_tap(self, net: Net) -> Tap:

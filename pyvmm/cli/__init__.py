@@ -38,6 +38,7 @@ COMMANDS = {
     "shell": "open a shell in a running machine",
     "stats": "show KVM's statistics of a running machine",
     "top": "show a running machine's rates: exits by cause, packets, interrupts",
+    "capture": "capture a running machine's packets, for Wireshark",
     "rings": "draw the virtqueues of a running machine",
     "switch": "change the data path of a running machine's card",
     "nic": "add and remove cards of a running machine, and list them",

@@ -10,7 +10,8 @@ Examples:
   pyvmm backend --socket $DIR/s --tap tap0
   pyvmm backend --socket $DIR/s --tap tap0 --queues 2 --poll --worker-cpu 2
   pyvmm backend --socket $DIR/a --connect $DIR/b      joins two machines
-  pyvmm backend --socket $DIR/s --pcap dump.pcap      writes the guest's packets to a file
+  pyvmm backend --socket $DIR/s --tap tap0 --pcap x.pcapng   captures (docs/capture.md)
+  pyvmm backend --socket $DIR/s --pcap x.pcapng       takes the guest's packets, and sends none
   pyvmm backend --vduse card0 --tap tap0              makes the vDPA device card0
 
 Once its descriptors are open, the process confines itself (docs/sandbox.md), but not with --vduse.
@@ -29,11 +30,11 @@ from pyvmm.netopt import UID_MAX
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from contextlib import ExitStack
     from typing import Any
 
-    from pyvmm.backend.ports import PcapWriter
     from pyvmm.backend.vduse import VduseBackend
+    from pyvmm.capture.session import Capture
+    from pyvmm.datapath.capture import CapturePoint
 
 #: Microseconds, practically forever: the worker checks in each round whether it must end.
 POLL_US = 0xFFFFFFFF
@@ -63,11 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take memory that cannot be sealed (DPDK): the front-end can then end this process",
     )
-    port = parser.add_mutually_exclusive_group(required=True)
+    port = parser.add_mutually_exclusive_group()
     port.add_argument("--tap", metavar="T", help="a tap: an existing one, or one to make")
     port.add_argument("--loopback", action="store_true", help="send every packet back")
-    port.add_argument("--pcap", metavar="F", help="write the packets to a file, and send none")
     port.add_argument("--connect", metavar="S2", help="join S with the front-end at another socket")
+    add(
+        "--pcap",
+        metavar="F",
+        help="capture all packets as pcapng; without --tap and the like, send none",
+    )
     add("--address", metavar="A", help="address with prefix length for the tap")
     add("--queues", metavar="N", type=count(1, 32), default=1, help="queue pairs, 1 to 32 (1)")
     add("--poll", action="store_true", help="busy-poll: never sleep, take no kicks")
@@ -97,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--vduse with --connect, --client, --peer or --unsealed", "they belong to --socket"
         )
+    if not (args.tap or args.loopback or args.connect or args.pcap):
+        raise UsageError("no place for packets", "add --tap, --loopback, --connect or --pcap")
     if args.address and not args.tap:
         raise UsageError("--address without --tap", "only a tap has an address")
     done = threading.Event()
@@ -119,9 +126,10 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
 
     from pyvmm.backend.net import NetService
     from pyvmm.backend.server import Backend
+    from pyvmm.datapath.capture import CapturePoint
 
     errors: list[BaseException] = []
-    capture: PcapWriter | None = None
+    points: list[tuple[str, CapturePoint]] = []
     service: dict[str, Any] = {
         "poll_us": POLL_US if args.poll else 0,
         "worker_cpu": args.worker_cpu,
@@ -132,12 +140,12 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
             print(f"pyvmm backend: {line}", file=sys.stderr, flush=True)
 
     def make(path: str, port: Any) -> Backend | VduseBackend:
+        points.append((path, CapturePoint()))
+        own = NetService(port, **service, captures=points[-1][1])
         if args.vduse:
             from pyvmm.backend.vduse import VduseBackend
 
-            own = NetService(port, **service)
             return VduseBackend(path, own, mtu=port.mtu, log=_named(log, path))
-        own = NetService(port, **service)
         return Backend(own, log=_named(log, path), unsealed=args.unsealed)
 
     def one(backend: Backend | VduseBackend, path: str) -> None:
@@ -156,10 +164,9 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
 
     service["stopped"] = stopped
     with ExitStack() as stack:
-        if args.pcap:
-            capture = _capture(args.pcap, stack)
+        file = _open(args.pcap) if args.pcap else -1
         backends: list[Backend | VduseBackend] = []
-        for path, port in _ports(args, capture):
+        for path, port in _ports(args):
             backends.append(make(path, port))
             stack.callback(backends[-1].close)
         threads = [
@@ -170,6 +177,7 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
         ]
         if not args.vduse and args.sandbox != "off":
             _confine(args, log, stopped)
+        capture = _capture(file, points) if args.pcap else None
         for thread in threads:
             thread.start()
         try:
@@ -179,6 +187,8 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
                 backend.stop()
             for thread in threads:
                 thread.join()
+            if capture is not None:
+                capture.close()
         if args.counters:
             import json
 
@@ -186,9 +196,9 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
                 print(json.dumps(backend.counters(), indent=2))
         for error in errors:
             raise error
-    if capture is not None and capture.lost:
+    if capture is not None and (capture.lost or capture.problem):
         raise HostError(
-            f"--pcap {args.pcap}: {capture.lost} packets are missing: {capture.problem}",
+            f"--pcap {args.pcap}: {capture.problem or f'{capture.lost} packets are missing'}",
             "capture less, or onto another disk",
         )
     return 0
@@ -214,20 +224,28 @@ def _named(log: Any, path: str) -> Any:
     return lambda line: log(f"{path}: {line}")
 
 
-def _capture(path: str, stack: ExitStack) -> PcapWriter:
-    """The file for the packets."""
-    from pathlib import Path
-
-    from pyvmm.backend.ports import PcapWriter
+def _open(path: str) -> int:
+    """The file for the packets, which ``_capture`` owns. What this imports is there for the
+    confined process, too.
+    """
+    from pyvmm.capture import session  # noqa: F401
+    from pyvmm.capture.files import open_private
 
     try:
-        # Without a buffer: what cannot be written is noticed, and not written once more at the end.
-        return PcapWriter(stack.enter_context(Path(path).open("wb", buffering=0)))
+        return open_private(path)[0]
     except OSError as e:
         raise UsageError(f"--pcap {path}: {e.strerror}", "name a file that can be written") from e
 
 
-def _ports(args: argparse.Namespace, capture: PcapWriter | None) -> list[tuple[str, Any]]:
+def _capture(file: int, points: list[tuple[str, CapturePoint]]) -> Capture:
+    """Capture what all back-ends move."""
+    from pyvmm.capture.session import Capture
+    from pyvmm.datapath.capture import PointCard
+
+    return Capture([PointCard(name, "pyvmm's back-end", point) for name, point in points], file)
+
+
+def _ports(args: argparse.Namespace) -> list[tuple[str, Any]]:
     """Open the ports of the back-ends; (socket, port) of each."""
     from pyvmm.backend import ports as vu_ports
 
@@ -243,6 +261,4 @@ def _ports(args: argparse.Namespace, capture: PcapWriter | None) -> list[tuple[s
         return list(
             zip((args.socket, args.connect), vu_ports.joined_ports(args.queues), strict=True)
         )
-    assert capture is not None
-    port = vu_ports.PythonPort(capture.write, args.queues, name="pcap")
-    return [(args.socket or args.vduse, port)]
+    return [(args.socket or args.vduse, vu_ports.sink_port(args.queues))]

@@ -16,6 +16,7 @@ Examples:
   pyvmm run --budget 'notify==0' --budget 'user_exits<=100' -- ping -c 100 -i 0.01 192.168.100.1
   pyvmm run --trace trace.json --net vhost-net -- ping -c 3 192.168.100.1
   pyvmm run --explain page.html --net emulated -- ping -c 3 192.168.100.1
+  pyvmm run --pcap dump.pcapng -- ping -c 3 192.168.100.1
   pyvmm run --kernel vmlinux --fail-on oops,warning --junit r.xml --log console.log -- run-tests
   pyvmm run --kernel vmlinux --timeout 300 --hang-timeout 10 --json verdict.json -- run-tests
   pyvmm run --add build/mytest --add data:/data -- mytest /data/cases
@@ -144,10 +145,11 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
+    from pyvmm.capture.session import Capture
     from pyvmm.card.card import Card
     from pyvmm.card.nic import Nic
     from pyvmm.card.peripheral import Peripheral
-    from pyvmm.cli.support.outputs import Outputs
+    from pyvmm.cli.support.outputs import Output, Outputs
     from pyvmm.cli.support.pipes import Kept
     from pyvmm.cli.support.terminal import Terminal
     from pyvmm.cli.support.verdicts import RunFiles
@@ -269,6 +271,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --trace or --explain: also kicks, frames and interrupts by the kernel's "
         "tracepoints (root)",
     )
+    add("--pcap", metavar="FILE", help="capture all cards' packets as pcapng (docs/capture.md)")
     add("--exits", action="store_true", help="print the guest's exits by cause at the end")
     add(
         "--budget",
@@ -333,6 +336,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--trace-kernel and --sandbox on",
             "the kernel's trace is read at the end: leave one out",
+        )
+    if args.pcap == "-":
+        raise UsageError(
+            "--pcap - would mix packets with the guest's output",
+            "name a file, or: pyvmm capture NAME - | wireshark -k -i -",
         )
     if args.json == "-" and args.report == "-":
         raise UsageError("--json - and --report - both write to stdout", "give one a file")
@@ -588,8 +596,9 @@ def _boot(args: argparse.Namespace) -> int:
         run.outputs = Outputs(
             {
                 f"--{name}": getattr(args, name)
-                for name in ("log", "junit", "json", "report", "trace", "explain")
-            }
+                for name in ("log", "junit", "json", "report", "trace", "explain", "pcap")
+            },
+            private=("--pcap",),
         )
         status = run.to_its_end(watchdog)
     except BaseException as e:
@@ -691,6 +700,7 @@ class _Run:
                 watchdog.close()
                 watchdog.arm()
             tracing = _trace_kernel(machine) if args.trace_kernel else None
+            capture = _capture(machine, outputs) if "--pcap" in outputs else None
             machine.confine([args.vmlinux] if args.vmlinux is not None else [])
             if args.verbose:
                 print(f"pyvmm: sandbox: {machine.sandbox}", file=sys.stderr)
@@ -699,6 +709,8 @@ class _Run:
                 if watchdog is not None:
                     watchdog.judging()
             finally:
+                if capture is not None:
+                    _end_capture(capture, outputs["--pcap"])
                 _write_traces(machine, outputs, tracing)
             verdict = self._verdict(machine, outcome, kernel)
             if "--report" in outputs:
@@ -898,6 +910,27 @@ def _tell_unused(device: Peripheral) -> None:
             f"pyvmm: {device.name}: the guest has not used the disk: its kernel needs"
             " CONFIG_VIRTIO_BLK and CONFIG_VIRTIO_PCI; if the image is older than this pyvmm:"
             " pyvmm image build",
+            file=sys.stderr,
+        )
+
+
+def _capture(machine: Machine, outputs: Outputs) -> Capture:
+    """Capture all cards; ``_end_capture`` ends that."""
+    from pyvmm.capture.session import Capture
+
+    if not machine.nets:
+        raise UsageError("--pcap without a network card", "leave out --net none")
+    return Capture(machine.nets, outputs["--pcap"].duplicate())
+
+
+def _end_capture(capture: Capture, output: Output) -> None:
+    """Complete the file, and say what it lacks."""
+    capture.close()
+    output.problem = capture.problem
+    if capture.lost:
+        print(
+            f"pyvmm: --pcap {output.path}: {capture.lost} of {capture.packets} packets are lost: "
+            "the file was too slow",
             file=sys.stderr,
         )
 

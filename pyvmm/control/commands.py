@@ -11,6 +11,7 @@ import time
 
 from pyvmm import __version__
 from pyvmm.control.server import Command, QmpError, TakingCommand, WaitingCommand
+from pyvmm.errors import PyvmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -382,6 +383,25 @@ def _exec(machine: Controlled, given: Given) -> Callable[[socket], None]:
     return lambda sock: carry(sock, channel, patience)
 
 
+def _capture(machine: Controlled, given: Given) -> Callable[[socket], None]:
+    from pyvmm.capture.bpf import of_rows
+    from pyvmm.capture.session import SNAPLEN
+    from pyvmm.control.captures import carry
+
+    nets = list(machine.nets) if "nic" not in given else [_numbered(machine, given)]
+    if not nets:
+        raise QmpError("the machine has no card", "DeviceNotFound")
+    snaplen = given.get("snaplen", SNAPLEN)
+    if not 1 <= snaplen <= SNAPLEN:
+        raise QmpError(f"Parameter 'snaplen' expects 1 to {SNAPLEN}")
+    try:
+        code = of_rows(given["filter"]) if "filter" in given else b""
+    except PyvmmError as e:
+        raise QmpError(f"Parameter 'filter': {e}") from e
+    expression = given.get("expression", "")
+    return lambda sock: carry(sock, nets, snaplen, code, expression)
+
+
 def _report(machine: Controlled, given: Given) -> object:
     with machine.io_lock:
         return machine.report()
@@ -459,6 +479,14 @@ COMMANDS: dict[str, Command] = {
         _device_del, "ask the guest to let go of a card; DEVICE_DELETED tells the end", id="str"
     ),
     "set_link": WaitingCommand(_set_link, "plug or pull a card's cable", name="str", up="bool"),
+    "x-pyvmm-capture": TakingCommand(
+        _capture,
+        "make this connection a stream of packets (docs/capture.md)",
+        nic="int?",
+        snaplen="int?",
+        filter="list?",
+        expression="str?",
+    ),
     "x-pyvmm-exec": TakingCommand(
         _exec, "make this connection a command's streams (docs/exec.md)", timeout="int?"
     ),

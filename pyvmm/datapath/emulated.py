@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.datapath.base import Frames, PathEvents, Vring
+    from pyvmm.datapath.capture import CapturePoint
     from pyvmm.kvm.recorder import Scope
     from pyvmm.memory import GuestMemory
 
@@ -112,6 +113,7 @@ class EmulatedNet(OnUplink):
         guest to add buffers, and as long from a ``stop(finish=True)`` on; then it is dropped.
     :param stopped: told, in words, if a worker makes a system call that it may not make. From then
         on the worker does nothing, and its rings are lost. Without it, that is a fault.
+    :param captures: of the card, lent; None if there never are any.
     :param gone: asked why the port's descriptors have come to their end, which is a fault then;
         empty if they may come back.
     """
@@ -131,11 +133,13 @@ class EmulatedNet(OnUplink):
         hold_ms: int = lib.PV_NET_HOLD_MS,
         stopped: Callable[[str], object] | None = None,
         gone: Callable[[], str] | None = None,
+        captures: CapturePoint | None = None,
     ) -> None:
         self.times = HandOverTimes()
         self._port = port
         self._events: PathEvents | None = None
         self._stopped, self._gone = stopped, gone
+        self._captures = captures
         self._recorder = recorder
         self._poll_us = poll_us
         self._worker_cpu = worker_cpu
@@ -214,6 +218,8 @@ class EmulatedNet(OnUplink):
             worker = self._new_worker(acked, memory, number, own)
             with self._lock:
                 self._pairs.append(_Pair(worker, number, f"{self._port.name}-{number}"))
+            if self._captures is not None:
+                self._captures.enter(number, worker)
         for pair in self._pairs:
             error = lib.pv_net_worker_start(pair.worker)
             if error:
@@ -237,6 +243,9 @@ class EmulatedNet(OnUplink):
             for queue in (0, 1):
                 bases[2 * pair.number + queue] = int(lib.pv_net_worker_base(pair.worker, queue))
         self._pass_on()
+        if self._captures is not None:
+            for pair in self._pairs:
+                self._captures.leave(pair.number)
         with self._telling, self._lock:
             pairs, self._pairs = self._pairs, []
             for pair in pairs:
@@ -272,7 +281,7 @@ class EmulatedNet(OnUplink):
         fd = self._port.fds[number]
         config.fd = fd.fileno()
         config.cable = fd.c if isinstance(fd, CableEnd) else ffi.NULL
-        config.hdr_len = header_size(acked)
+        config.hdr_len, config.first_queue = header_size(acked), 2 * number
         payload = GSO_MAX if acked & GSO else self._port.mtu
         config.max_frame = config.hdr_len + payload + FRAME_EXTRA
         config.poll_us, config.hold_ms = self._poll_us, self._hold_ms

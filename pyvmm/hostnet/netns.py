@@ -83,6 +83,31 @@ def _in_child(body: Inside) -> tuple[list[str], list[int]]:
     return helper.heard(data, fds, "the child that makes a network namespace")
 
 
+#: The numbers of the network namespaces that this process has made.
+_made: set[int] = set()
+
+
+def ours(net: int) -> bool:
+    """Whether this process has made the network namespace of a descriptor."""
+    return os.fstat(net).st_ino in _made
+
+
+def enter_and(body: Inside, net: int, user: int | None = None) -> tuple[list[str], list[int]]:
+    """Run ``body`` in a network namespace, in a thread or a child.
+
+    :param net, user: descriptors of the namespace and of its user namespace, lent.
+    :raises OSError: from setns(2), or ``body`` raised this error.
+    """
+
+    def inside() -> tuple[list[str], list[int]]:
+        if user is not None:
+            userns.check(lib.setns(user, lib.CLONE_NEWUSER), "setns")
+        userns.check(lib.setns(net, lib.CLONE_NEWNET), "setns")
+        return body()
+
+    return (_in_thread if user is None else _in_child)(inside)
+
+
 def why_no_user_namespace() -> str:
     """Why this user may not be root in a user namespace; empty if the user may. A child tries."""
 
@@ -131,7 +156,9 @@ def make_inside(words: list[str]) -> tuple[list[str], list[int]]:
 
     for root in (True, False) if os.geteuid() == 0 else (False,):
         try:
-            return (_in_thread if root else _in_child)(make)
+            said, made = (_in_thread if root else _in_child)(make)
+            _made.add(os.fstat(made[0]).st_ino)
+            return said, made
         except OSError as e:
             if root:
                 continue  # root without CAP_SYS_ADMIN: try it as an ordinary user
@@ -228,6 +255,7 @@ class Namespace(Closing):
         link = Link(int(words[2]), fds.pop(0), fds.pop(0), mirrored=bool(lower))
         kind = macvtap.Macvtap if lower else Tap
         self.tap = kind.adopt(name, fds, int(words[1]), link)
+        helper.permit("packets", str(os.fstat(self.net.fileno()).st_ino))
 
     def command(self, argv: Sequence[str] = ()) -> list[str]:
         """A command that runs ``argv`` inside. It works from any process of this user, for as long
@@ -256,12 +284,10 @@ class Namespace(Closing):
         """
 
         def make() -> tuple[list[str], list[int]]:
-            if self.user:
-                userns.check(lib.setns(self.user.fileno(), lib.CLONE_NEWUSER), "setns")
-            userns.check(lib.setns(self.net.fileno(), lib.CLONE_NEWNET), "setns")
             return [], [socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol).detach()]
 
-        _words, fds = (_in_child if self.user else _in_thread)(make)
+        user = self.user.fileno() if self.user else None
+        _words, fds = enter_and(make, self.net.fileno(), user)
         return socket.socket(family, kind, protocol, fileno=fds[0])
 
     def close(self) -> None:

@@ -14,7 +14,8 @@ for name in vring net; do
     ${CC:-gcc} $flags -o "$out/fuzz_$name" "$here/fuzz_$name.c" "$here/fuzz_main.c" "$here/../../cext/vring.c" \
         "$here/../../cext/vring_packed.c" "$here/../../cext/dirty_log.c" \
         "$here/../../cext/inflight.c" "$here/../../cext/thread.c" "$here/../../cext/event.c" \
-        "$here/../../cext/flow_hash.c" "$here/../../cext/cable.c" "$here/../../cext/confine.c" "$here/../../cext/inject.c" \
+        "$here/../../cext/flow_hash.c" "$here/../../cext/cable.c" "$here/../../cext/capture.c" \
+        "$here/../../cext/filter.c" "$here/../../cext/confine.c" "$here/../../cext/inject.c" \
         "$here/../../cext/intx.c" "$here/../../cext/relay.c" "$here/../../cext/ioctl.c"
 done
 for name in vring net; do

@@ -17,6 +17,7 @@ LAYERS = (
     {"boot", "datapath", "devices", "virtio"},
     {
         "backend",
+        "capture",
         "conformance",
         "control",
         "exits",
@@ -43,6 +44,8 @@ LAYERS = (
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 EXTENSION = (
     "bus",
+    "capture.bpf",
+    "capture.session",
     "datapath",
     "devices",
     "fd",
@@ -52,6 +55,7 @@ EXTENSION = (
     "memory",
     "pci",
     "backend.memory",
+    "backend.ports",
     "backend.process",
     "sandbox",
     "threads",

@@ -91,6 +91,7 @@ def test_shared_eventfds_block_nobody() -> None:
     own = {
         "cext/cable.c": ["write(end->far_bell, &(uint64_t)"],  # between our own workers
         "cext/relay.c": ["eventfd_write(stop_fd, 1)"],
+        "cext/capture.c": ["write(c->wake_fd, &(uint64_t)"],
         "cext/net_worker.c": ["write(fd, &(uint64_t)"],  # signal_fd: wake_fd, event_fd, answer_fd
         "cext/event.c": ["write(fd, &(uint64_t)"],
         "cext/confine.c": [

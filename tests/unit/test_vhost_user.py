@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from hypothesis import strategies as st
 
 from pyvmm.backend.memory import MemoryTable
 from pyvmm.backend.net import NetService
-from pyvmm.backend.ports import PcapWriter, PythonPort, SocketPort, joined_ports, loop_port
+from pyvmm.backend.ports import PythonPort, SocketPort, joined_ports, loop_port, sink_port
 from pyvmm.backend.server import Backend
 from pyvmm.conformance.probe import Probe
 from pyvmm.datapath.base import Vring
@@ -443,30 +442,16 @@ def test_a_python_function_that_fails_says_so() -> None:
     port.close()
 
 
-def test_a_capture(path: str, tmp_path: Path) -> None:
-    with (tmp_path / "x.pcap").open("wb") as file:
-        writer = PcapWriter(file)
-        with Running(path, PythonPort(writer.write)), Guest(path) as guest:
-            guest.start()
-            guest.driver.send(frame(1), frame(2, 1000))
-            assert wait_for(lambda: file.tell() == 24 + 16 + 60 + 16 + 1000, PATIENCE)
-    data = (tmp_path / "x.pcap").read_bytes()
-    assert (
-        data[:4] == b"\xd4\xc3\xb2\xa1"
-        and data[40:100] == frame(1)
-        and data[116:] == frame(2, 1000)
-    )
-    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError):
-        PcapWriter(full)
-
-
-def test_a_capture_has_a_largest_size() -> None:
-    file = io.BytesIO()
-    writer = PcapWriter(file, limit=2 * (16 + 60))
-    for n in range(4):
-        writer.write(frame(n))
-    assert len(file.getvalue()) == 24 + 2 * (16 + 60)
-    assert (writer.lost, writer.problem) == (2, "the file has reached its largest size")
+def test_a_sink_takes_everything_and_waits_for_nothing(path: str) -> None:
+    """More than any socket could hold."""
+    with Running(path, sink_port(1)), Guest(path) as guest:
+        guest.start()
+        for n in range(40):
+            guest.driver.send(*[frame(n, 1500)] * 100)
+            assert wait_for(
+                lambda: not guest.driver.tx.take_used() and not guest.driver.tx.outstanding
+            )
+        assert not guest.driver.received
 
 
 def test_over_a_tap(path: str) -> None:

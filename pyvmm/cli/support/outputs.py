@@ -16,7 +16,7 @@ from pyvmm.fd import Closing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 STDOUT = "-"
 
@@ -27,11 +27,14 @@ class Output:
     :param option: the option that asks for the file, for messages.
     :param path: of the file; ``-`` is standard output.
     :param keep: an older file keeps its content until ``replace``, instead of losing it now.
+    :param private: only this user may read it, and no other user's file is taken.
     :ivar problem: why something could not be written; empty if everything was written.
     :raises UsageError: the file cannot be opened.
     """
 
-    def __init__(self, option: str, path: str, *, keep: bool = False) -> None:
+    def __init__(
+        self, option: str, path: str, *, keep: bool = False, private: bool = False
+    ) -> None:
         self.option, self.path = option, path
         self.problem = ""
         self._made = False
@@ -40,7 +43,12 @@ class Output:
                 self._fd = os.dup(1)
                 self._regular = False  # what else is in that file is not ours, so it is not removed
             else:
-                self._fd = self._open(0 if keep else os.O_TRUNC)
+                if private:
+                    from pyvmm.capture.files import open_private
+
+                    self._fd, self._made = open_private(path)
+                else:
+                    self._fd = self._open(0 if keep else os.O_TRUNC)
                 self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
             if self._made:
                 from pyvmm import helper
@@ -73,6 +81,13 @@ class Output:
         except OSError as e:
             self.problem = e.strerror or str(e)
             raise
+
+    def duplicate(self) -> int:
+        """The file, for somebody else to write: a descriptor of the caller's.
+
+        :raises OSError: this process has no free descriptor.
+        """
+        return os.dup(self._fd)
 
     def replace(self, data: bytes) -> None:
         """Write ``data`` as the file's whole content; a pipe or a terminal gets it as well.
@@ -109,17 +124,19 @@ class Outputs(Closing):
     """The outputs of one command, by option; a context manager.
 
     :param wanted: option -> path; None if the user does not ask for this output.
-    :param keep: as in ``Output``.
+    :param keep: as in ``Output``. :param private: the options whose files are private.
     :raises UsageError: an output cannot be opened; the others have been closed.
     """
 
-    def __init__(self, wanted: Mapping[str, str | None], *, keep: bool = False) -> None:
+    def __init__(
+        self, wanted: Mapping[str, str | None], *, keep: bool = False, private: Collection[str] = ()
+    ) -> None:
         self._all: dict[str, Output] = {}
         self._told = False
         try:
             for option, path in wanted.items():
                 if path is not None:
-                    self._all[option] = Output(option, path, keep=keep)
+                    self._all[option] = Output(option, path, keep=keep, private=option in private)
         except BaseException:
             self.close()
             raise
