@@ -25,7 +25,7 @@ from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 #: Bytes that may wait in a socket.
 BUFFER = 1 << 20
@@ -122,13 +122,23 @@ def loop_port(queues: int) -> SocketPort:
 
 
 def sink_port(queues: int) -> SocketPort:
-    """A port that takes every frame and sends none. The kernel drops the frames: a filter on the
-    receiving socket wants none of them.
+    """A port that takes every frame and sends none: a datagram socket that is connected to itself.
+    The kernel drops the frames, because the socket's filter wants none of them.
     """
-    made = _make(socket.SOCK_DGRAM, queues)
-    for one in made:
-        lib.pv_capture_filter(one.fileno(), 0, ffi.NULL, 0)
-    return SocketPort("sink", [Fd(s.detach()) for s in made])
+    fds: list[Fd] = []
+    try:
+        for _ in range(queues):
+            kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            with socket.socket(socket.AF_UNIX, kind) as one:
+                one.bind("")  # an abstract name that the kernel chooses
+                one.connect(one.getsockname())
+                lib.pv_capture_filter(one.fileno(), 0, ffi.NULL, 0)
+                fds.append(Fd(one.detach()))
+    except OSError as e:
+        for fd in fds:
+            fd.close()
+        raise HostError(f"cannot make a socket: {e.strerror}", "raise the limit: ulimit -n") from e
+    return SocketPort("sink", fds)
 
 
 def joined_ports(queues: int) -> tuple[SocketPort, SocketPort]:
