@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -31,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["PYVMM_CONFIG"] = ""  # the developer's own settings change no test
     from pyvmm.doctor import can_run_linux_locally, flavour
 
     if Path("/dev/kvm").exists():

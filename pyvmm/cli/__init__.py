@@ -49,6 +49,7 @@ COMMANDS = {
     "quit": "end a running machine at once",
     "qmp": "speak the QEMU Machine Protocol with a running machine",
     "testbed": "run a command in a virtual machine that has real KVM and vhost-net",
+    "config": "show the configuration file's settings",
     "completion": "print what makes bash, zsh or fish complete commands",
 }
 
@@ -79,6 +80,7 @@ def _main(args: list[str]) -> int:
     import importlib
 
     from pyvmm.cli.support.options import Parser
+    from pyvmm.errors import UsageError
 
     parser = Parser(
         prog="pyvmm",
@@ -88,12 +90,20 @@ def _main(args: list[str]) -> int:
         "Exit codes are listed in docs/exit-codes.md.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        dest="config_file",
+        help="the configuration file, before COMMAND; empty: none",
+    )
     completing = "_ARGCOMPLETE" in os.environ
     if completing:
         from pyvmm.cli.support.completion import complete, typed_words
 
         args = typed_words()
+    named, args = _config_file(args)
     chosen = next((a for a in args if not a.startswith("-")), None)
+    one = None
     sub = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, text in COMMANDS.items():
         if chosen in COMMANDS and name != chosen:
@@ -108,15 +118,43 @@ def _main(args: list[str]) -> int:
     if completing:
         complete(parser)
     if chosen is not None and chosen not in COMMANDS:
-        from pyvmm.errors import UsageError, did_you_mean
+        from pyvmm.errors import did_you_mean
 
         raise UsageError(
             f"there is no command {chosen!r}", f"{did_you_mean(chosen, COMMANDS)}see pyvmm --help"
         )
+    origins: dict[str, str] = {}
+    own = args[: args.index("--") if "--" in args else None]
+    if one is not None and chosen != "config" and not {"-h", "--help"} & set(own):
+        from pyvmm.cli.support.settings import applied
+
+        args, origins = applied(args, one, COMMANDS, named)
+    try:
+        return _run(parser, args, named)
+    except UsageError as e:
+        if not origins:
+            raise
+        from pyvmm.cli.support.settings import blamed
+
+        raise blamed(e, origins) from e
+
+
+def _config_file(args: list[str]) -> tuple[str | None, list[str]]:
+    """The file of ``--config`` before the command, or None, and the other words."""
+    if args and args[0].startswith("--config="):
+        return args[0].partition("=")[2], args[1:]
+    if len(args) > 1 and args[0] == "--config":
+        return args[1], args[2:]
+    return None, args
+
+
+def _run(parser: argparse.ArgumentParser, args: list[str], named: str | None) -> int:
+    """Parse a command line that is complete, and run its command; returns the exit status."""
     ns, rest = parser.parse_known_args(args)
     if rest:
         raise _unrecognized(args, rest, ns)
     ns.argv = args
+    ns.config_file = named
     if ns.version:
         print(f"pyvmm {__version__}")
         return 0

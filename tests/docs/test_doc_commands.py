@@ -218,6 +218,7 @@ def shell(host: Host, directory: Path) -> Iterator[Shell]:
     taken = [entry.name for entry in machines() if entry.name == "vm0"]
     assert not taken, "a machine named vm0 runs here, which the pages' commands would end"
     env = {**os.environ, "PYVMM_TESTBED": host.testbed.name, "HOME": str(directory / "home")}
+    env.pop("PYVMM_CONFIG", None)  # a page shows the reader's own
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     shell = Shell(directory, env)
     try:

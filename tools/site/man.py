@@ -22,10 +22,12 @@ network card. It boots a guest, runs a command in it and returns the exit status
 its packets are moved by pyvmm, by the kernel, by another process or by a device, and every VM exit
 is counted."""
 ENVIRONMENT = {
+    "PYVMM_CONFIG": "The configuration file, by its absolute path; empty: none.",
     "PYVMM_TESTBED": "The name of the testbed to use, instead of default.",
     "XDG_CACHE_HOME": "Guest images and the testbed are in its directory pyvmm (~/.cache).",
     "XDG_RUNTIME_DIR": "Control sockets of running machines are in its directory pyvmm.",
 }
+CONFIG = "Defaults for the options of each command; see `pyvmm config --help`."
 STATUSES = """\
 Each command's page has its exit statuses. pyvmm's own are 2, for bad usage, and 101 to 143, so that
 they stay clear of those that tests use. Each comes with one line, which says the cause and the
@@ -109,12 +111,14 @@ def pages() -> dict[str, str]:
     for name, command in zip(files, found, strict=True):
         made[f"{name}.1"] = _page(command.name, command.summary, [*_sections(command)], ["pyvmm"])
     body = [
-        ".SH SYNOPSIS\n.B pyvmm\n.I COMMAND\n[\\fIOPTION\\fR]...\n.br",
+        ".SH SYNOPSIS\n.B pyvmm\n[\\fB\\-\\-config\\fR \\fIFILE\\fR]",
+        "\\fICOMMAND\\fR\n[\\fIOPTION\\fR]...\n.br",
         ".B pyvmm \\-\\-version",
     ]
     body += [".SH DESCRIPTION", prose(ABOUT), ".SH COMMANDS"]
     for command in found:
         body.append(f".TP\n{bold(command.name)}\n{prose(command.summary)}")
+    body += [".SH FILES", f".TP\n.I {text('~/.config/pyvmm/config.toml')}", prose(CONFIG)]
     body += ['.SH "EXIT STATUS"', prose(STATUSES), ".SH ENVIRONMENT"]
     body += [f".TP\n.B {name}\n{prose(words)}" for name, words in ENVIRONMENT.items()]
     summary = "run guests on KVM, and measure and test their virtio network cards"
