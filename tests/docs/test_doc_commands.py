@@ -86,6 +86,11 @@ BEFORE = {
     ("docs/vhost-user.md", "pyvmm vhost-user check"): (
         "DIR=$(mktemp -d); pyvmm backend --quiet --loopback --socket $DIR/s & sleep 2"
     ),
+    ("docs/tutorials/learn-virtio.md", "pyvmm stop"): VM0,
+    ("docs/tutorials/learn-virtio.md", "pyvmm switch"): VM0,
+    ("docs/tutorials/write-a-back-end.md", "pyvmm vhost-user probe"): (
+        "DIR=$(mktemp -d); python3 mirror.py $DIR/s & sleep 2"
+    ),
     ("docs/trace.md", "grep"): (
         "pyvmm run --trace trace.json --net emulated -- ping -c 3 192.168.100.1"
     ),

@@ -80,7 +80,7 @@ def test_c_functions_are_described_where_they_are_defined() -> None:
 
 
 def test_shell_scripts_parse() -> None:
-    for script in ("tools/setup.sh", "tools/measure-here.sh", ".ci/run"):
+    for script in ("tools/setup.sh", "tools/lock.sh", "tools/measure-here.sh", ".ci/run"):
         clean("sh", "-n", script)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from pyvmm.cli import COMMANDS
 from tools.site import man
 from tools.site.commands import commands
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,15 @@ def test_one_page_per_command(pages: list[Path]) -> None:
     assert names == {"pyvmm.1", *(f"pyvmm-{command}.1" for command in COMMANDS)}
     first = shown(next(page for page in pages if page.name == "pyvmm.1"))
     assert all(f"pyvmm {command} {line}" in first for command, line in COMMANDS.items())
+
+
+def test_a_build_needs_no_other_package() -> None:
+    """The pages are made while a wheel is built, where little is installed."""
+    code = "from tools.site import man; print(len(man.pages()))"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == (f"{len(COMMANDS) + 1}\n", "")
 
 
 def test_no_warnings(pages: list[Path]) -> None:

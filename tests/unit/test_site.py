@@ -82,6 +82,7 @@ def test_links_of_pages() -> None:
     assert linked("[a](examples/kernel-ci/) [b](run.md#x)", page) == (
         "[a](examples/kernel-ci/README.md) [b](run.md#x)"
     )
+    assert linked("[`tap.py`](../pyvmm/hostnet/tap.py)", page) == "`tap.py`"
     assert linked("[a](explain) [b](explain/switch.html)", page) == (
         'a <a href="explain/switch.html">b</a>'
     )

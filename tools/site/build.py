@@ -53,7 +53,8 @@ def toctrees() -> str:
 
 def linked(text: str, page: Path) -> str:
     """The text of a page, with links that only a view of the repository can follow made to fit:
-    a directory stands for its README, and pages that are HTML already are linked as they are.
+    a directory stands for its README, pages that are HTML already are linked as they are, and
+    source files are only named.
     """
 
     def link(match: re.Match[str]) -> str:
@@ -66,7 +67,8 @@ def linked(text: str, page: Path) -> str:
         if path.is_dir():
             readme = (path / "README.md").is_file()
             return f"[{label}]({target.rstrip('/')}/README.md)" if readme else label
-        return match[0]
+        within = path.resolve().is_relative_to(ROOT / "docs")
+        return match[0] if within or path.suffix == ".md" or path.name == "LICENSE" else label
 
     return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", link, text)
 
