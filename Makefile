@@ -3,7 +3,8 @@ PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
 .PHONY: help setup demo image check check-intel check-install check-docs lint bench clean
-.PHONY: bench-native docs man lock release soak soak-kills soak-options soak-share
+.PHONY: bench-native docs fuzz man lock release
+.PHONY: soak soak-bounds soak-kills soak-options soak-share
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -18,6 +19,7 @@ demo: image ## boot a Linux guest with a virtio-net card, show what it does, lea
 	@$(PYVMM) demo
 
 check lint bench bench-native soak soak-kills soak-share: SETUP = --tests
+fuzz: SETUP = --fuzz
 # By two workers in the order of the directories, so that the testbed's tests, which one worker has
 # for itself, come last and run alone.
 check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed)
@@ -67,6 +69,13 @@ soak: image ## switch a guest's data path SWITCHES times (1000) under traffic, c
 KILLS ?= 1000
 soak-kills: image ## kill the vhost-user back-end KILLS times (1000) under a guest that sends: nothing lost, nothing twice
 	@.venv/bin/python -m tests.perf.soak_kills --kills $(KILLS) $(ARGS)
+
+soak-bounds: setup ## reboots, reconnects and clients without end: memory, descriptors and disk stay flat
+	@.venv/bin/python -m tests.perf.soak_bounds $(ARGS)
+
+MINUTES ?= 10
+fuzz: setup ## all fuzz targets for MINUTES (10) on all processors, with SEED (today's); summary as table and JSON
+	@.venv/bin/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 soak-options: image ## boot Linux with each row of docs/kernel-options.md, in the testbed
 	@PYVMM_KERNEL_OPTIONS=all $(PYTEST) -q tests/boot/test_kernel_options.py $(ARGS)

@@ -5,6 +5,7 @@
 #   wheel.txt  what pyvmm takes at run time
 #   run.txt    also building pyvmm in a checkout, pytest
 #   dev.txt    also tests, lint, documentation, releases
+#   fuzz.txt   also `make fuzz`
 set -eu
 cd "$(dirname "$0")/.."
 [ -x build/lock/bin/uv ] || {
@@ -25,5 +26,7 @@ compile() { # OUTPUT OPTIONS...: the packages of pyproject.toml
 
 rm -f tools/requirements/*.txt
 compile dev.txt --extra pytest --extra dev --extra docs --extra release build/lock/build.in
+compile fuzz.txt --extra pytest --extra dev --extra docs --extra release --extra fuzz \
+	-c tools/requirements/dev.txt build/lock/build.in
 compile run.txt --extra pytest -c tools/requirements/dev.txt build/lock/build.in
 compile wheel.txt -c tools/requirements/dev.txt

@@ -3,9 +3,10 @@
 # where this machine's KVM runs no Linux. Quick where all is there; needs root (or sudo without a
 # password) only for missing system packages.
 #
-#   tools/setup.sh [--tests] [--testbed | --no-testbed]
+#   tools/setup.sh [--tests] [--fuzz] [--testbed | --no-testbed]
 #
 # --tests: also what only tests, lint and bench need, the testbed among it.
+# --fuzz: also what only make fuzz needs: clang, atheris, and the Python packages of the tests.
 #
 # PYVMM_PYTHON chooses the interpreter of .venv (default: Debian's /usr/bin/python3).
 set -eu
@@ -14,14 +15,16 @@ cd "$(dirname "$0")/.."
 PACKAGES="python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev make busybox-static kmod
 iproute2 iputils-ping iperf3 ca-certificates"
 TESTBED_PACKAGES="qemu-system-x86"
+FUZZ_PACKAGES="clang libclang-rt-dev llvm"
 TEST_PACKAGES="ethtool acpica-tools cpio util-linux procps chromium openssh-client
 zsh fish mandoc tshark libpcap0.8"
-testbed=auto tests=no
+testbed=auto tests=no fuzz=no
 for option in "$@"; do
 	case $option in
 	--no-testbed) testbed=no ;;
 	--testbed) testbed=yes ;;
 	--tests) tests=yes ;;
+	--fuzz) fuzz=yes testbed=no ;;
 	*) printf 'setup: unknown option %s\n' "$option" >&2; exit 2 ;;
 	esac
 done
@@ -29,6 +32,7 @@ if [ $tests = yes ]; then
 	PACKAGES="$PACKAGES $TEST_PACKAGES $TESTBED_PACKAGES"
 	[ $testbed = no ] || testbed=yes
 fi
+[ $fuzz = no ] || PACKAGES="$PACKAGES $FUZZ_PACKAGES"
 STAMP=.venv/.pyvmm-setup
 LOG=build/setup.log
 
@@ -90,15 +94,16 @@ if [ -z "$python" ]; then
 fi
 sum=$(cat tools/requirements/*.txt tools/setup.sh | cksum)
 have=$(cat "$STAMP" 2>/dev/null || true)
-[ "$have" != "$sum for tests" ] || tests=yes # once they are there, they stay
-want=$sum
-[ $tests = no ] || want="$sum for tests"
+extras=
+case $have in "$sum for "*) extras=${have#"$sum for "} ;; esac # once they are there, they stay
+[ $tests = no ] || [ "$extras" ] || extras=dev
+[ $fuzz = no ] || extras="dev fuzz"
+want="$sum for $extras"
 if [ "$have" != "$want" ] || ! .venv/bin/python -c '' 2>/dev/null; then
 	"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "Python 3.11 or newer is needed, not $python"
 	.venv/bin/python -c '' 2>/dev/null || step "making .venv" "$python" -m venv --clear .venv
 	# The extension is built below, in place. The files are exactly those of tools/requirements.
-	list=run
-	[ $tests = no ] || list=dev
+	case $extras in *fuzz) list=fuzz ;; dev) list=dev ;; *) list=run ;; esac
 	step "installing Python packages" .venv/bin/python -m pip install --disable-pip-version-check \
 		--require-hashes -r tools/requirements/$list.txt
 	# An editable install's import hook, distutils' and the script that pip generates each cost more at

@@ -34,9 +34,8 @@ static bool in_ram(const void *p, size_t len)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	static struct iovec iov[PV_CHAIN_MAX];
-	struct pv_vring_format format = {
-		.packed = FUZZ_PACKED(data), .indirect = data[2] & 1, .event_idx = data[2] & 2};
-	uint32_t ahead, span = format.packed ? 2 * FUZZ_SIZE : 65536, slots = 0;
+	struct pv_vring_format format;
+	uint32_t ahead, span, slots = 0;
 	struct pv_chain chains[65];
 	uint16_t base, taken = 0;
 	struct pv_memory mem = {.count = 2};
@@ -45,6 +44,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 	if (size < FUZZ_HEADER)
 		return 0;
+	format = (struct pv_vring_format){
+		.packed = FUZZ_PACKED(data), .indirect = data[2] & 1, .event_idx = data[2] & 2};
+	span = format.packed ? 2 * FUZZ_SIZE : 65536;
 	/* Each region is an allocation of its own: ASan sees a byte too far. */
 	if (!low) {
 		low = aligned_alloc(4096, FUZZ_REGION);
