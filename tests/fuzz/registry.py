@@ -10,8 +10,8 @@ ROOT = HERE.parents[1]
 CEXT = ROOT / "cext"
 
 WORKER = (
-    *("vring", "vring_packed", "dirty_log", "inflight", "thread", "event", "flow_hash", "confine"),
-    *("inject", "intx", "relay", "ioctl"),
+    *("vring", "vring_packed", "dirty_log", "inflight", "thread", "event", "flow_hash", "cable"),
+    *("capture", "filter", "confine", "inject", "intx", "relay", "ioctl"),
 )
 BUS = (
     *("bus", "serial", "pipe", "trace", "rtc", "pmtimer", "intx", "relay", "thread", "event"),
