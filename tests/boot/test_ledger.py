@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import pytest
 from pyvmm.explain.arrows import Diagram
 from pyvmm.explain.page import page
 from pyvmm.explain.read import load
+from tests import reasons
 from tests.boot.guest import run_all
 from tests.boot.test_vhost_user import SOCKET, tap_backend, tap_space
 from tests.trace_format import check_trace, in_order, names
@@ -88,6 +90,16 @@ def test_what_a_kick_costs(host: Host, backend: None) -> None:
         (nic,) = run.report["nets"]
         # What wakes up the VMM is its workers' threads, and with vhost there are none of ours.
         assert [w["name"].startswith("vhost-") for w in nic["workers"]] in ([], [True])
+
+
+def test_the_processors_reasons(host: Host) -> None:
+    """As in tests/intel, where they are VMX's."""
+    _, kernel, *_ = guest_kernel("kicks")
+    result = host.run(sys.executable, "-m", "tests.reasons", kernel)
+    assert result.status == 0, result
+    found = json.loads(result.out)
+    assert not found["intel"]
+    reasons.check(found)
 
 
 def test_exits_of_each_kind(host: Host) -> None:

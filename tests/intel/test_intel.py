@@ -15,6 +15,7 @@ import pytest
 
 from pyvmm.errors import TestbedError
 from pyvmm.testbed.testbed import Testbed
+from tests import reasons
 from tests.intel.conftest import L1, PATIENCE, ROOT
 
 PYVMM = f"{sys.executable} -m pyvmm"
@@ -104,18 +105,29 @@ def test_guests(l1: L1) -> None:
     l1.pytest("tests/host/test_guests.py", "-k", "not dpdk")  # no DPDK has travelled
 
 
-@pytest.mark.parametrize("name", ["ledger", "testdev", "trace", "transport", "verdicts"])
+@pytest.mark.parametrize(
+    "name", ["ledger", "test_command", "testdev", "trace", "transport", "verdicts"]
+)
 def test_exits_rings_and_verdicts(l1: L1, name: str) -> None:
     l1.pytest(f"tests/host/test_{name}.py", *DESELECT)
 
 
+def test_the_processors_reasons(l1: L1) -> None:
+    """As in tests/boot/test_ledger.py, where they are SVM's."""
+    kernel = ROOT / "guest" / "build" / "kicks.elf"
+    found = json.loads(l1.sh(f"{sys.executable} -m tests.reasons {kernel}"))
+    assert found["intel"]
+    print(reasons.check(found))
+
+
 @pytest.mark.parametrize("option", ["ept=0", "unrestricted_guest=0"])
-def test_guests_without(l1_of: Callable[..., L1], option: str) -> None:
+def test_guests_and_linux_without(l1_of: Callable[..., L1], option: str) -> None:
     """Shadow paging; real mode by a virtual-8086 task and the emulator."""
     l1 = l1_of(option, kvm=[option])
     name = option.partition("=")[0]
     assert l1.sh(f"cat /sys/module/kvm_intel/parameters/{name}") == "N\n"
     l1.pytest("tests/host/test_guests.py", "-k", SOME)
+    assert "\n2\n" in ping(l1, "emulated", "--cpus", "2")
 
 
 def test_guests_under_linux_6_12(l1_of: Callable[..., L1]) -> None:
