@@ -1006,7 +1006,7 @@ static uint32_t cable_tx_take(struct pv_net_worker *w, uint32_t max, bool *more)
 			*more = false;
 			break;
 		}
-		__builtin_prefetch(iov->iov_base);
+		__builtin_prefetch((const uint8_t *)iov->iov_base + w->cfg.hdr_len);
 		segments += w->tx_chain[n++].out_num;
 	}
 	return n;
@@ -1036,7 +1036,8 @@ static bool cable_send(struct pv_net_worker *w, const struct iovec *iov, const s
 			pv_segments_load(iov, w->cfg.hdr_len, to, (size_t)len);
 		add(&w->count.tx_packets, 1);
 		add(&w->count.tx_bytes, len);
-		tx_count_header(w, iov, (size_t)len);
+		/* No offload is negotiated, and the header may be in a line of its own. */
+		add(&w->count.tx_csum_none, 1);
 		captured = capture_time(w);
 		if (captured)
 			capture(w, TX, captured, iov, c->out_len);
@@ -1065,6 +1066,7 @@ static bool cable_tx_turn(struct pv_net_worker *w)
 
 		if (n)
 			pv_vring_disable_notify(vr);
+		pv_vring_fetch(vr, n);
 		for (i = 0; i < n && cable_send(w, iov, &w->tx_chain[i], w->tx_at[i]); i++) {
 			uint64_t len = w->tx_chain[i].out_len;
 
@@ -1094,35 +1096,70 @@ static bool cable_tx_turn(struct pv_net_worker *w)
 }
 
 /*
+ * Place up to max frames of the cable, each of which fits the first buffer of its chain: the usual
+ * case of what cable_place() does. All frames are copied before the first chain is pushed, because
+ * a processor has room for few stores that wait for lines of another core: with nothing in between,
+ * it waits for many lines at once. Returns how many there were, and adds their bytes.
+ */
+static uint32_t cable_place_burst(struct pv_net_worker *w, uint32_t max, uint32_t *bytes)
+{
+	static const uint8_t header[V1_HDR] = {[LEGACY_HDR] = 1}; /* num_buffers */
+	struct pv_frames *in = w->cfg.cable->in;
+	struct window *win = &w->window;
+	const struct slot *s = &win->slot[win->slot_at];
+	const struct iovec *iov = window_iov(win);
+	uint32_t len[BURST], n, sum = 0, slots = 0;
+	size_t room = 0;
+
+	if (w->cfg.hdr_len != V1_HDR || w->cfg.trace || w->log.bits || capture_time(w))
+		return 0;
+	if (max > window_chains(win))
+		max = window_chains(win);
+	for (n = 0; n < max && n < BURST; n++) {
+		const uint8_t *frame = pv_frames_peek(in, &len[n]);
+
+		if (!frame || V1_HDR + len[n] > iov->iov_len)
+			break;
+		/*
+		 * A buffer that went round has this header already. A store would take its line
+		 * from the front-end's core, and back, for each frame.
+		 */
+		if (memcmp(iov->iov_base, header, V1_HDR))
+			memcpy(iov->iov_base, header, V1_HDR);
+		memcpy((uint8_t *)iov->iov_base + V1_HDR, frame, len[n]);
+		pv_frames_take(in, len[n]);
+		iov += s[n].niov;
+	}
+	for (uint32_t i = 0; i < n; i++) {
+		push(w, RX, s[i].head, s[i].slots, V1_HDR + len[i]);
+		sum += len[i];
+		slots += s[i].slots;
+		room += s[i].len;
+	}
+	win->slot_at += n;
+	win->iov_at = (uint32_t)(iov - win->iov);
+	win->bytes -= room;
+	win->slots -= slots;
+	add(&w->count.rx_packets, n);
+	add(&w->count.rx_bytes, sum);
+	add(&w->count.rx_csum_none, n);
+	*bytes += sum;
+	return n;
+}
+
+/*
  * Place a frame of the cable in the guest's buffers. False if the guest lacks the buffers: the
  * frame has to wait (held.since), is to be dropped because waiting would be in vain, or the ring is
  * malformed.
  */
 static bool cable_place(struct pv_net_worker *w, const uint8_t *frame, uint32_t len)
 {
-	static const uint8_t v1_header[V1_HDR] = {[LEGACY_HDR] = 1}; /* num_buffers */
 	static const uint8_t header[TUNNEL_HDR];
 	struct window *win = &w->window;
 	struct held *held = &w->held;
 	const struct slot *s = &win->slot[win->slot_at];
-	const struct iovec *iov = window_iov(win);
 	uint32_t need = w->cfg.hdr_len + len;
 
-	/* The usual case of what follows below. */
-	if (need <= iov->iov_len && w->cfg.hdr_len == V1_HDR && !w->cfg.trace && !w->log.bits &&
-	    !capture_time(w)) {
-		memcpy(iov->iov_base, v1_header, V1_HDR);
-		memcpy((uint8_t *)iov->iov_base + V1_HDR, frame, len);
-		push(w, RX, s->head, s->slots, need);
-		win->slot_at++;
-		win->iov_at += s->niov;
-		win->bytes -= s->len;
-		win->slots -= s->slots;
-		add(&w->count.rx_packets, 1);
-		add(&w->count.rx_bytes, len);
-		add(&w->count.rx_csum_none, 1);
-		return true;
-	}
 	if (w->cfg.mrg_rxbuf && win->bytes < need) {
 		enum pv_step step = rx_fill(w, need);
 
@@ -1158,13 +1195,17 @@ static bool cable_fill(struct pv_net_worker *w)
 	window_clear(win);
 	while (win->slot_end < BURST && win->iov_end < READV_MAX) {
 		enum pv_step step = rx_take(w);
+		const uint8_t *at;
 
 		if (step == PV_DONE)
 			break;
 		if (step == PV_BAD)
 			return false;
-		__builtin_prefetch(win->iov[win->iov_end - 1].iov_base, 1);
+		at = (uint8_t *)win->iov[win->iov_end - 1].iov_base;
+		__builtin_prefetch(at);
+		pv_fetch_to_write(at + w->cfg.hdr_len);
 	}
+	pv_vring_fetch(&w->ring[RX], win->slot_end);
 	return true;
 }
 
@@ -1185,6 +1226,7 @@ static bool cable_rx_turn(struct pv_net_worker *w)
 
 	while (packets < w->turn && bytes < TURN_BYTES) {
 		const uint8_t *frame = pv_frames_peek(in, &len);
+		uint32_t n;
 
 		if (!frame) {
 			w->rx_ready = more = false;
@@ -1200,14 +1242,17 @@ static bool cable_rx_turn(struct pv_net_worker *w)
 			more = false;
 			break;
 		}
+		n = cable_place_burst(w, w->turn - packets, &bytes);
+		packets += n;
+		if (n)
+			continue;
 		if (!cable_place(w, frame, len) && (w->ring[RX].fault || w->rx_waiting)) {
 			more = false;
 			break;
 		}
 		pv_frames_take(in, len);
 		bytes += len;
-		if (++packets % BURST == 0 || w->batch == 1)
-			cable_flush(w);
+		packets++;
 	}
 	cable_flush(w);
 	return more;
@@ -1219,6 +1264,14 @@ static void cable_look(struct pv_net_worker *w)
 	w->rx_ready = pv_frames_pending(w->cfg.cable->in);
 	if (w->tx_blocked && pv_frames_again(w->cfg.cable->out))
 		w->tx_blocked = false;
+}
+
+/* Begin a round: the processor has fetched the receive buffers when the frames are there. */
+static void cable_begin(struct pv_net_worker *w)
+{
+	cable_look(w);
+	if (rx_possible(w) && !w->rx_waiting)
+		(void)cable_fill(w);
 }
 
 /* Before a sleep: ask the other end for its bell. Returns whether there is something to do. */
@@ -1255,7 +1308,7 @@ static bool net_round(struct pv_net_worker *w)
 	if (w->log.marked)
 		tell_log(w);
 	if (w->cfg.cable)
-		cable_look(w);
+		cable_begin(w);
 	if (tx_possible(w) && w->owed)
 		more = w->cfg.cable ? cable_tx_turn(w) : tx_turn(w);
 	if (w->by_kicker)
@@ -1648,7 +1701,7 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 	w->epoll_fd = w->wake_fd = w->answer_fd = -1;
 	w->taker.take = take_kick;
 	w->owed = true;
-	w->turn = cfg->unbatched ? 1 : TURN_PACKETS;
+	w->turn = cfg->unbatched ? 1 : cfg->cable ? BURST : TURN_PACKETS;
 	w->batch = cfg->unbatched ? 1 : BATCH_PACKETS;
 	pthread_mutex_init(&w->lock, NULL);
 	pthread_mutex_init(&w->gate, NULL);

@@ -472,6 +472,24 @@ void pv_vring_push(struct pv_vring *vr, uint16_t head, uint16_t slots, uint32_t 
 }
 
 /**
+ * pv_vring_fetch() - Fetch what the next calls of pv_vring_push() write
+ * @vr:		The ring
+ * @n:		How many calls; of chains with one slot each
+ */
+void pv_vring_fetch(const struct pv_vring *vr, uint32_t n)
+{
+	/* Entries per line. */
+	uint32_t step = vr->packed ? 4 : 8, end = vr->used_next + n + step - 1;
+
+	for (uint32_t at = vr->used_next; at < end; at += step) {
+		if (vr->packed)
+			pv_fetch_to_write(vr->desc + 16 * (at % vr->size));
+		else
+			pv_fetch_to_write(vr->used + RING + 4 * (at & vr->mask));
+	}
+}
+
+/**
  * pv_vring_publish() - Let the guest see the pushed chains, without deciding on an interrupt yet
  * @vr:		The ring
  *

@@ -175,6 +175,14 @@ bool pv_vring_pending(const struct pv_vring *vr);
 const char *pv_fault_text(enum pv_fault fault);
 /* cffi: end */
 
+/* Have the processor take a line from another core, to write to it; a hint for any address. */
+static inline void pv_fetch_to_write(const void *line)
+{
+	/* GCC's __builtin_prefetch() does that for later processors only. */
+	__asm__ volatile("prefetchw %0" : : "m"(*(const char *)line));
+}
+
+void pv_vring_fetch(const struct pv_vring *vr, uint32_t n);
 uint16_t pv_vring_position(const struct pv_vring *vr, uint16_t index);
 
 /*
