@@ -14,6 +14,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#define NOTES	    8	       /* that wait for their packets */
 #define HDR_MAX	    24	       /* struct virtio_net_hdr_v1_hash_tunnel */
 #define SOCKET_HDR  10	       /* struct virtio_net_hdr: what PACKET_VNET_HDR puts in front */
 #define ADDRESSES   12	       /* of a frame, before a VLAN tag */
@@ -34,7 +35,8 @@
 #define INBOUND	      1
 #define OUTBOUND      2
 /* All of a block but data and comment, and the longest comment: a note and a header. */
-#define BLOCK_EXTRA (28 + 8 + 12 + 8 + 4 + 4 + PV_CAPTURE_COMMENT + 320)
+#define TEXT	    (NOTES * PV_CAPTURE_COMMENT + 320)
+#define BLOCK_EXTRA (28 + 8 + 12 + 8 + 4 + 4 + TEXT)
 
 /* What comes before a packet's bytes in a ring. */
 struct record {
@@ -63,6 +65,12 @@ struct view {
 	uint8_t tag[TAG];
 };
 
+/* A comment for the first packet from a time on. */
+struct note {
+	uint64_t ts;
+	char text[PV_CAPTURE_COMMENT];
+};
+
 struct pv_capture {
 	uint32_t interface;
 	uint32_t snaplen;
@@ -70,8 +78,8 @@ struct pv_capture {
 	/* The reader's. */
 	bool peeked; /* view is the next packet */
 	struct view view;
-	char note[PV_CAPTURE_COMMENT];
-	uint64_t note_ts; /* the note is for the first packet from then on */
+	struct note note[NOTES]; /* in the order of time */
+	uint32_t notes;
 	/* A ring. */
 	uint8_t *ring; /* NULL: a socket */
 	int wake_fd;
@@ -625,33 +633,32 @@ static uint8_t *put_option(uint8_t *out, uint16_t code, const void *value, uint3
 	return out + sizeof(head) + align(len, 4);
 }
 
-/* The note for this packet of the source's interface; NULL: there is none. */
-static char *note_for(struct pv_capture **from, uint32_t count, const struct pv_capture *c)
+/* Take the notes for this packet of the source's interface; returns the length of the text. */
+static size_t take_notes(struct pv_capture **from, uint32_t count, const struct pv_capture *c,
+			 char *out, size_t size)
 {
-	for (uint32_t i = 0; i < count; i++)
-		if (from[i]->note[0] && from[i]->interface == c->interface &&
-		    from[i]->note_ts <= c->view.ts)
-			return from[i]->note;
-	return NULL;
+	size_t n = 0;
+
+	for (uint32_t i = 0; i < count; i++) {
+		struct pv_capture *has = from[i];
+
+		while (has->notes && has->interface == c->interface &&
+		       has->note[0].ts <= c->view.ts) {
+			n = say(out, size, n, "%s%s", n ? "; " : "", has->note[0].text);
+			has->notes--;
+			memmove(&has->note[0], &has->note[1], has->notes * sizeof(has->note[0]));
+		}
+	}
+	return n;
 }
 
-/*
- * Write the packet as a block; there is room. The note goes with it, if there is one. Returns the
- * block's end.
- */
-static uint8_t *put_block(const struct pv_capture *c, char *note, uint8_t *out)
+/* Write the packet, and text of n bytes, as a block; there is room. Returns the block's end. */
+static uint8_t *put_block(const struct pv_capture *c, const char *text, size_t n, uint8_t *out)
 {
 	const struct view *v = &c->view;
 	uint32_t caplen = v->size[0] + v->size[1] + v->size[2];
-	char text[PV_CAPTURE_COMMENT + 320];
-	size_t n = 0;
 	uint8_t *start = out;
 
-	if (note) {
-		n = say(text, sizeof(text), 0, "%s", note);
-		*note = 0;
-	}
-	n = say_header(text, sizeof(text), n, v);
 	out = put32(out, EPB);
 	out = put32(out, 0);
 	out = put32(out, c->interface);
@@ -682,6 +689,9 @@ static uint8_t *put_block(const struct pv_capture *c, char *note, uint8_t *out)
  * pv_capture_drain() - Take packets from sources, in the order of time
  * @from:	Sources of one capture
  * @count:	How many
+ * @now:	CLOCK_REALTIME, nanoseconds
+ * @hold:	Packets that are younger than so many nanoseconds stay: older ones of other sources
+ *		may be under way
  * @out:	Gets blocks of pcapng, whole ones
  * @size:	Its bytes; there must be room for the longest block: PV_CAPTURE_ROOM
  *
@@ -690,9 +700,12 @@ static uint8_t *put_block(const struct pv_capture *c, char *note, uint8_t *out)
  *
  * Return: bytes written; 0: there is nothing
  */
-size_t pv_capture_drain(struct pv_capture **from, uint32_t count, uint8_t *out, size_t size)
+size_t pv_capture_drain(struct pv_capture **from, uint32_t count, uint64_t now, uint64_t hold,
+			uint8_t *out, size_t size)
 {
+	char text[TEXT];
 	uint8_t *at = out;
+	size_t n;
 
 	for (;;) {
 		struct pv_capture *first = NULL;
@@ -705,11 +718,14 @@ size_t pv_capture_drain(struct pv_capture **from, uint32_t count, uint8_t *out, 
 			if (c->peeked && (!first || c->view.ts < first->view.ts))
 				first = c;
 		}
-		if (!first ||
+		/* After a step of the clock, the time may be one to come: that is no reason to wait. */
+		if (!first || (first->view.ts <= now && now - first->view.ts < hold) ||
 		    (size_t)(out + size - at) < BLOCK_EXTRA + (size_t)first->view.size[0] +
 							first->view.size[1] + first->view.size[2])
 			return (size_t)(at - out);
-		at = put_block(first, note_for(from, count, first), at);
+		n = take_notes(from, count, first, text, sizeof(text));
+		n = say_header(text, sizeof(text), n, &first->view);
+		at = put_block(first, text, n, at);
 		first->peeked = false;
 		if (first->ring)
 			ring_next(first);
@@ -742,25 +758,27 @@ bool pv_capture_ask(struct pv_capture *c)
  * pv_capture_note() - Put a comment at the next packet of an interface
  * @c:		A source of the interface; by its reader
  * @ts:		Packets from before this time do not count: CLOCK_REALTIME, nanoseconds
- * @text:	Cut after PV_CAPTURE_COMMENT - 1 bytes; comes after what has no packet yet
+ * @text:	Cut after PV_CAPTURE_COMMENT - 1 bytes; of more than eight that wait, the last are lost
  */
 void pv_capture_note(struct pv_capture *c, uint64_t ts, const char *text)
 {
-	size_t n = strlen(c->note);
-
-	(void)say(c->note, sizeof(c->note), n, "%s%s", n ? "; " : "", text);
-	c->note_ts = ts;
+	if (c->notes == NOTES)
+		return;
+	c->note[c->notes].ts = ts;
+	(void)snprintf(c->note[c->notes].text, PV_CAPTURE_COMMENT, "%s", text);
+	c->notes++;
 }
 
 /**
- * pv_capture_noted() - The comment that waits for its packet
+ * pv_capture_noted() - A comment that waits for its packet
  * @c:		A source; by its reader
+ * @number:	0 for the oldest
  *
- * Return: the text, which may be empty; lent
+ * Return: the text, lent; NULL if there are no more
  */
-const char *pv_capture_noted(const struct pv_capture *c)
+const char *pv_capture_noted(const struct pv_capture *c, uint32_t number)
 {
-	return c->note;
+	return number < c->notes ? c->note[number].text : NULL;
 }
 
 /**

@@ -54,10 +54,11 @@ struct pv_capture *pv_capture_socket(uint32_t interface, uint32_t snaplen, const
 int pv_capture_open(int fd, uint32_t interface_index);
 int pv_capture_filter(int fd, uint32_t snaplen, const void *filter, uint32_t count);
 void pv_capture_free(struct pv_capture *c);
-size_t pv_capture_drain(struct pv_capture **from, uint32_t count, uint8_t *out, size_t size);
+size_t pv_capture_drain(struct pv_capture **from, uint32_t count, uint64_t now, uint64_t hold,
+			uint8_t *out, size_t size);
 bool pv_capture_ask(struct pv_capture *c);
 void pv_capture_note(struct pv_capture *c, uint64_t ts, const char *text);
-const char *pv_capture_noted(const struct pv_capture *c);
+const char *pv_capture_noted(const struct pv_capture *c, uint32_t number);
 void pv_capture_count(struct pv_capture *c, struct pv_capture_counts *out);
 /* cffi: end */
 

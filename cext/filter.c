@@ -1,32 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include "filter.h"
 
-#include <string.h>
-
-/**
- * pv_segments_load() - Copy bytes out of segments
- * @iov:	Segments, of at least @at + @len bytes
- * @at:		Offset of the first byte
- * @to:		Room for the bytes
- * @len:	How many
- */
-void pv_segments_load(const struct iovec *iov, size_t at, uint8_t *to, size_t len)
-{
-	for (; len; iov++) {
-		size_t n = iov->iov_len;
-
-		if (at >= n) {
-			at -= n;
-			continue;
-		}
-		n = n - at < len ? n - at : len;
-		memcpy(to, (const uint8_t *)iov->iov_base + at, n);
-		to += n;
-		len -= n;
-		at = 0;
-	}
-}
-
 /* A load of 1, 2 or 4 bytes, or of the length of an IP header. */
 static bool check_load(const struct sock_filter *f)
 {

@@ -15,6 +15,7 @@
 #define PV_FILTER_H
 
 #include <linux/filter.h>
+#include <string.h>
 #include <sys/uio.h>
 
 #include "types.h"
@@ -25,6 +26,23 @@ uint32_t pv_filter_match(const void *code, uint32_t count, const uint8_t *frame,
 /* cffi: end */
 uint32_t pv_filter_run(const struct sock_filter *code, const struct iovec *iov, size_t skip,
 		       size_t len);
-void pv_segments_load(const struct iovec *iov, size_t at, uint8_t *to, size_t len);
+
+/* Copy len bytes from an offset of segments, which are long enough. */
+static inline void pv_segments_load(const struct iovec *iov, size_t at, uint8_t *to, size_t len)
+{
+	for (; len; iov++) {
+		size_t n = iov->iov_len;
+
+		if (at >= n) {
+			at -= n;
+			continue;
+		}
+		n = n - at < len ? n - at : len;
+		memcpy(to, (const uint8_t *)iov->iov_base + at, n);
+		to += n;
+		len -= n;
+		at = 0;
+	}
+}
 
 #endif

@@ -55,6 +55,9 @@ INSTRUCTION = 8  # bytes of struct sock_filter
 PACE_S = 0.004
 #: Seconds after which a socket that takes no packets any more has shown all that it has.
 RETIRE_S = 3 * lib.PV_CAPTURE_BLOCK_MS / 1000
+#: Nanoseconds that packets wait if there is a socket, whose packets are shown late: so that all are
+#: in the order of time.
+HOLD_NS = 2 * lib.PV_CAPTURE_BLOCK_MS * 1_000_000
 #: Seconds between two reports of losses in the file.
 LOSSES_S = 1.0
 #: Seconds that a slow reader of the file has for the rest, once the capture is to end.
@@ -193,6 +196,14 @@ class Member:
         sockets, self.sockets = self.sockets, []
         for source in (*sockets, *([] if self.stuck else rings.values())):
             source.free()
+
+
+def _notes(source: Source) -> str:
+    """The comments that have got no packet."""
+    found: list[str] = []
+    while (text := lib.pv_capture_noted(source.c, len(found))) != ffi.NULL:
+        found.append(ffi.string(text).decode(errors="replace"))
+    return "; ".join(found)
 
 
 def _counts(source: Source) -> tuple[int, int, int]:
@@ -338,7 +349,10 @@ class Capture(Closing):
             ending = self._closing or all(member.gone for member in self._members)
             sources = [source for member in self._members for source in member.sources()]
             array = ffi.new("struct pv_capture *[]", [source.c for source in sources])
-            size = lib.pv_capture_drain(array, len(sources), self._room, lib.PV_CAPTURE_ROOM)
+            hold = HOLD_NS if any(member.sockets for member in self._members) else 0
+            size = lib.pv_capture_drain(
+                array, len(sources), time.time_ns(), hold, self._room, lib.PV_CAPTURE_ROOM
+            )
             if not size:
                 for member in self._members:
                     for source in list(member.sockets):
@@ -365,16 +379,17 @@ class Capture(Closing):
         with self.lock:
             sources = [source for member in self._members for source in member.sources()]
             ready = [lib.pv_capture_ask(source.c) for source in sources]
-            if any(ready):
-                return
             sockets = [source for source in sources if source.socket is not None]
             times = [source.retired for source in sockets if source.retired is not None]
             fds = [source.socket.fileno() for source in sockets if source.socket is not None]
             lossy = any(member.counts()[2] > member.told for member in self._members)
         if lossy:
             times.append(self._told_at + LOSSES_S)
-        left = max(min(times) - time.monotonic(), 0) + 0.001 if times else None
-        self._wait(left, fds)
+        if not any(ready):
+            left = max(min(times) - time.monotonic(), 0) + 0.001 if times else None
+            self._wait(left, fds)
+        elif fds:  # what there is is too young
+            self._wait(PACE_S, [])
 
     def _wait(self, seconds: float | None, fds: Sequence[int]) -> None:
         """Wait until something is to be read, or the time is over.
@@ -429,11 +444,7 @@ class Capture(Closing):
                 if not final and lost == member.told:
                     continue
                 member.told = lost
-                comment = ""
-                if final:
-                    comment = ffi.string(lib.pv_capture_noted(member.rings[0].c)).decode(
-                        errors="replace"
-                    )
+                comment = _notes(member.rings[0]) if final else ""
                 received = None if member.kernel and self.program[1] else seen
                 counted = pcapng.Statistics(member.number, received, accepted, lost, comment)
                 out += counted.pack(self._begin, now)

@@ -2,7 +2,7 @@
 profiling.
 
     python tests/perf/ring_bench.py [--frames N] [--size BYTES] [--repeat N] [--packed] [--profile]
-        [--trace] [--only tx|rx|loop]
+        [--trace] [--capture] [--only tx|rx|loop]
 
 The mock driver prepares a full ring, then the worker alone is timed: transmit into a tap whose host
 end drops the frames, receive from a tap queue filled beforehand, and a loop from one ring to the
@@ -26,6 +26,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pyvmm.backend.ports import loop_port
+from pyvmm.capture.session import Capture
+from pyvmm.datapath.capture import CapturePoint, PointCard
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.tap import Interface
@@ -59,6 +61,7 @@ def one(
     packed: bool,
     pause: Any,
     recorder: Any = None,
+    captured: bool = False,
 ) -> tuple[float, dict[str, int]]:
     """Seconds for ``frames`` packets of ``size`` bytes, and the worker's counters."""
     with Namespace(address="192.168.92.1/24", mtu=max(1500, size)) as ns:
@@ -69,7 +72,9 @@ def one(
         form: dict[str, Any] = {"packed": True} if packed else {}
         driver = NetDriver(memory, size=RING, rx_size=1536, rx_buffers=buffers, **form)
         port = loop_port(1) if direction == "loop" else None
-        path = EmulatedNet(port or ns.tap, recorder=recorder)
+        point = CapturePoint()
+        path = EmulatedNet(port or ns.tap, recorder=recorder, captures=point)
+        capture = Capture([PointCard("net0", "", point)], null()) if captured else None
         # An unknown protocol: the host's stack drops it first thing.
         frame = b"\x02" * 6 + b"\x52" * 6 + b"\x88\xb5" + bytes(size - 14)
         if direction != "tx":
@@ -96,9 +101,17 @@ def one(
         path.close()
         if port is not None:
             port.close()
+        if capture is not None:
+            capture.close()
+            counters["captured"] = capture.packets - capture.lost
         driver.close()
         memory.close()
     return seconds, counters
+
+
+def null() -> int:
+    """A file that takes everything at once."""
+    return os.open(os.devnull, os.O_WRONLY)
 
 
 def main() -> None:
@@ -113,6 +126,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--trace", action="store_true", help="record kicks, batches and packets")
     parser.add_argument("--only", choices=("tx", "rx", "loop"), help="one direction")
+    parser.add_argument("--capture", action="store_true", help="capture the packets to /dev/null")
     args = parser.parse_args()
 
     def pause(direction: str) -> None:
@@ -130,7 +144,9 @@ def main() -> None:
             done = "tx_packets" if direction == "tx" else "rx_packets"
             times, cpu = [], []
             for _ in range(args.repeat):
-                seconds, c = one(direction, args.frames, size, gso, args.packed, pause, scope)
+                seconds, c = one(
+                    direction, args.frames, size, gso, args.packed, pause, scope, args.capture
+                )
                 if c[done] < args.frames:
                     raise SystemExit(f"{direction}: only {c[done]} of {args.frames} frames passed")
                 times.append(seconds)
@@ -144,6 +160,7 @@ def main() -> None:
                 f"({min(times) / args.frames * 1e9:.0f} to {max(times) / args.frames * 1e9:.0f}), "
                 f"{calls / args.frames:.3f} system calls a packet, worker's CPU "
                 f"{statistics.median(cpu):.0f} ns ({min(cpu):.0f} to {max(cpu):.0f})"
+                + (f", {c['captured']} captured" if args.capture else "")
             )
 
 

@@ -21,12 +21,16 @@ from pyvmm.capture import bpf
 from pyvmm.capture.files import open_private
 from pyvmm.capture.pcapng import Statistics, last_statistics
 from pyvmm.capture.session import Capture, Member, Source
+from pyvmm.card.capture import CardCaptures
+from pyvmm.card.uplink import Route
+from pyvmm.control.captures import carry, follow
 from pyvmm.datapath.capture import CapturePoint
 from pyvmm.datapath.emulated import EmulatedNet
-from pyvmm.errors import HostError, UsageError
+from pyvmm.errors import ControlError, HostError, UsageError
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.packets import open_packets
 from pyvmm.memory import GuestMemory
+from pyvmm.netopt import Net
 from pyvmm.programs import program
 from tests.driver import Cable, Events, NetDriver, bits, wait_for
 
@@ -520,6 +524,157 @@ def test_a_tap_that_goes_leaves_a_quiet_capture(tmp_path: Path) -> None:
         tap_sends(ns, tcp(b"x"))
     capture.close()
     assert ["1"] in fields(file, "tcp.len")
+
+
+# --- a card that is switched ----------------------------------------------------------------------
+
+
+class Named:
+    """A data path that has no more than a name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Switched:
+    """The captures of a card with a tap, on an emulated path first."""
+
+    def __init__(self, ns: Namespace, rig: Rig) -> None:
+        uplink: Any = type("Uplink", (), {"captures": rig.point, "namespace": ns})()
+        self._tap = ns.tap
+        self.emulated = self.route("emulated")
+        self.captures = CardCaptures("net0", uplink, self.emulated)
+        self.name, self.attach, self.detach = "net0", self.captures.attach, self.captures.detach
+
+    def facts(self) -> tuple[str, bytes]:
+        return self.captures.where(), MAC
+
+    def route(self, mode: str, *, tap: bool = True, **net: Any) -> Route:
+        path: Any = Named(mode)
+        return Route(path, Net(mode, **net), self._tap if tap else None, lambda mac: False)
+
+    def go(self, *routes: Route) -> None:
+        """Switch; several routes are those of a switch that is rolled back."""
+        self.captures.prepare(routes[0])
+        for route in routes:
+            self.captures.moved(route)
+        self.captures.settle()
+
+
+def story(file: Path) -> list[str]:
+    """The comments and the lengths of the packets that a test has sent, in their order. Comments
+    may be at packets of the host's own.
+    """
+    out = []
+    for length, comment in fields(file, "tcp.len", "frame.comment"):
+        out += [comment] if comment else []
+        out += [length] if length not in ("", "0") else []
+    return out
+
+
+def test_a_capture_follows_its_card(tmp_path: Path, ns: Namespace) -> None:
+    """From the ring to the tap, to a place where there is nothing to see, and back."""
+    file = tmp_path / "x.pcapng"
+    ns.tap.set_header(12)
+    with Rig() as rig:
+        card = Switched(ns, rig)
+        vhost = card.route("vhost-net")
+        with Capture([card], file_for(file)) as capture:
+            tap_sends(ns, tcp(bytes(9)))  # not at the tap: another's
+            rig.both_ways(tcp(bytes(1)))
+            card.go(vhost)
+            tap_sends(ns, tcp(bytes(2)))
+            card.go(card.route("emulated"), vhost)
+            tap_sends(ns, tcp(bytes(3)))
+            card.go(card.route("vhost-user", tap=False, socket="/run/s"))
+            tap_sends(ns, tcp(bytes(9)))
+            card.go(card.emulated)
+            rig.both_ways(tcp(bytes(4)))
+            card.go(vhost)
+        assert (capture.problem, capture.lost) == ("", 0)
+    now = "pyvmm: net0 is now on"
+    tap, ring = "captured at tap tap0", "captured at its virtqueues"
+    why = "nothing is captured: a back-end that is not pyvmm's moves its packets"
+    assert "; ".join(story(file)) == "; ".join(
+        [
+            *("1", "1", f"{now} vhost-net, {tap}", "2"),
+            *(f"{now} emulated, {ring}", f"{now} vhost-net, {tap}", "3"),
+            *(f"{now} vhost-user, where {why}", f"{now} emulated, {ring}", "4", "4"),
+        ]
+    )
+    (counted,) = last_statistics(file.read_bytes())
+    assert counted.comment == f"{now} vhost-net, {tap}"
+
+
+@pytest.mark.parametrize(
+    ("mode", "net", "why"),
+    [
+        ("vhost-user", {"socket": "/run/s"}, "not pyvmm's moves its packets; capture there, or"),
+        ("vhost-vdpa", {"device": "/dev/vhost-vdpa-0"}, "in the device /dev/vhost-vdpa-0"),
+    ],
+)
+def test_what_does_not_come_past_is_refused(
+    tmp_path: Path, ns: Namespace, mode: str, net: dict[str, Any], why: str
+) -> None:
+    with Rig() as rig:
+        card = Switched(ns, rig)
+        card.go(card.route(mode, tap=False, **net))
+        with pytest.raises(UsageError, match=f"cannot capture net0: .*{why}"):
+            Capture([card], file_for(tmp_path / "x"))
+
+
+def test_the_last_card_ends_a_capture(tmp_path: Path, ns: Namespace) -> None:
+    file = tmp_path / "x.pcapng"
+    with Rig() as rig:
+        card = Switched(ns, rig)
+        with Capture([card], file_for(file)) as capture:
+            rig.both_ways(tcp(b"x"))
+            card.captures.close()
+            card.captures.close()
+            assert wait_for(capture.over.drain)
+            with pytest.raises(UsageError, match="has been removed"):
+                Capture([card], file_for(tmp_path / "y"))
+    assert story(file) == ["1", "1"]
+
+
+# --- by the control socket ------------------------------------------------------------------------
+
+
+def test_a_connection_carries_a_capture(tmp_path: Path) -> None:
+    file = tmp_path / "x.pcapng"
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    ends = os.pipe()
+    data = bytearray()
+    with Rig() as rig, ours:
+        machine = threading.Thread(target=carry, args=(theirs, [Card(rig.point)], 1000, b"", ""))
+        client = threading.Thread(target=follow, args=(ours, b"", data.extend, ends[0]))
+        machine.start()
+        client.start()
+        assert wait_for(lambda: len(data) > 0)
+        rig.both_ways(*[tcp(bytes(n)) for n in range(100)])
+        os.write(ends[1], b"x")
+        client.join()
+        machine.join()
+    for fd in ends:
+        os.close(fd)
+    file.write_bytes(data)
+    assert len(fields(file, "tcp.len")) == 200
+    (counted,) = last_statistics(bytes(data))
+    assert counted.accepted == 200
+
+
+def test_a_capture_that_cannot_begin_says_why() -> None:
+    class Refuses(Card):
+        def attach(self, member: Member) -> None:
+            raise UsageError("not this one", "take another")
+
+    ours, theirs = socket.socketpair()
+    with ours:
+        carry(theirs, [Refuses(CapturePoint())], 1000, b"", "")
+        with pytest.raises(ControlError, match="not this one; take another") as e:
+            follow(ours, b"", lambda data: None, os.eventfd(0))
+    assert e.value.exit_code == UsageError.exit_code
 
 
 # --- what the file says at the end, and the file --------------------------------------------------
