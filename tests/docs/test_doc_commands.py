@@ -38,6 +38,8 @@ REASONS = {
     ("docs/add.md", "make modules_install"): "needs the source of a kernel, see test_additions",
     ("docs/add.md", "tar c tests"): "needs tests of the reader's, see test_additions",
     ("docs/bounds.md", "make soak-bounds"): "takes minutes",
+    ("docs/capture.md", "pyvmm run --detach"): "opens a window, see tests/boot/test_capture.py",
+    ("docs/capture.md", "pyvmm backend"): "needs two other programs, see test_vhost_user",
     ("docs/compare.md", "pyvmm compare"): "takes minutes per command, see test_compare",
     ("docs/explain.md", "pyvmm run --net MODE"): "MODE is a placeholder",
     ("docs/flows.md", "pyvmm run --net MODE"): "MODE is a placeholder",

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -1383,6 +1384,24 @@ def command(*argv: str) -> Iterator[Ran]:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_confined_back_end_captures(path: str, tmp_path: Path) -> None:
+    """Beside a port, what it moves; alone, what it takes."""
+    beside, alone = tmp_path / "beside.pcapng", tmp_path / "alone.pcapng"
+    with command("--socket", path, "--loopback", "--pcap", str(beside)), Guest(path) as guest:
+        guest.start()
+        echo(guest, range(20))
+    with command("--socket", path, "--pcap", str(alone)), Guest(path) as guest:
+        guest.start()
+        guest.driver.send(*[frame(n) for n in range(20)])
+        assert wait_for(lambda: guest.driver.tx.outstanding == 0, PATIENCE)
+    ways = "frame.packet_flags_direction"
+    for file, want in ((beside, {"0x00000001": 20, "0x00000002": 20}), (alone, {"0x00000002": 20})):
+        argv = ["tshark", "-n", "-r", str(file), "-T", "fields", "-e", ways]
+        shown = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=PATIENCE)
+        assert Counter(shown.stdout.split()) == want
+        assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_busy_polling_and_pinning_by_the_command(path: str) -> None:
