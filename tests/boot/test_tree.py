@@ -124,7 +124,7 @@ def test_a_command_beside_another_init(host: Host, tmp_path: Path) -> None:
             told.append(host.run(*PYVMM, "exec", "--host", "local", "tree1", "--", "env"))
             return told[-1].status == 0 or run.status is not None
 
-        host.wait_until(answered, lambda: f"{told[-1]!r}\n{run!r}")
+        host.wait_until(answered, lambda: f"{told[-1]!r}\n{run!r}", PATIENCE)
         assert told[-1].status == 0, f"{told[-1]!r}\n{run!r}"
         host.sh(f"kill -9 {processes(host, tmp_path)}")
         assert run.wait() == 131, repr(run)
