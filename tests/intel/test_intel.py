@@ -186,7 +186,7 @@ def test_ten_switches_under_tcp_and_ping(l1: L1) -> None:
         {PYVMM} exec --host local sw -- killall -INT ping || [ $? = 119 ]
         """,
     )
-    out = l1.sh("cd /tmp; until grep 'packet loss' log; do sleep 0.2; done; cat log")
+    out = l1.sh("cd /tmp; until [ -s report ]; do sleep 0.2; done; cat log")
     assert re.search(r"(\d+) packets transmitted, \1 packets received", out), out
     report = json.loads(l1.sh("cat /tmp/report"))
     (nic,) = report["nets"]
