@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -86,10 +87,12 @@ def free_port() -> int:
 def unpacked() -> Path:
     """Debian's sshd with its libraries: installed, it would be started."""
     root = Path(cache_dir()).parent / "openssh"
-    if not root.is_dir():
-        apt = Apt()
-        names = [n for n in apt.closure(["openssh-server"]) if n.startswith(("lib", "zlib"))]
-        apt.install(["openssh-server", *names], root)
+    with root.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers of pytest may come at once
+        if not root.is_dir():
+            apt = Apt()
+            names = [n for n in apt.closure(["openssh-server"]) if n.startswith(("lib", "zlib"))]
+            apt.install(["openssh-server", *names], root)
     return root
 
 
