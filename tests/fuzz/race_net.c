@@ -6,7 +6,7 @@
  * The main thread plays the guest of one life of a worker after the other: it sends, receives,
  * and in the end holds and stops the worker. Meanwhile one thread plays the outside and cuts the
  * link at times, one takes events and gives the worker a new link, and one reads what can be read
- * at any time. In every third life, transmit kicks are taken by whoever kicks, as vCPUs do, and one
+ * at any time. One captures packets, again and again. In every third life, transmit kicks are taken by whoever kicks, as vCPUs do, and one
  * more thread kicks all the time. Each life must end with all chains given back. Every other life
  * has packed rings. In some lives the worker is on a cable, at whose far end is the outside, or
  * which is a loop.
@@ -20,6 +20,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "capture.h"
 #include "net_worker.h"
 #include "thread.h"
 
@@ -73,7 +74,7 @@ static int kick[2], call[2], bell[2], event_fd;
 static int link_fd[2]; /* near, far; the outside changes them under the lock */
 static pthread_mutex_t link_lock = PTHREAD_MUTEX_INITIALIZER;
 static bool life_over; /* atomic */
-static uint64_t faults, losses;
+static uint64_t faults, losses, captured;
 static bool packed;
 static uint32_t next[2], seen[2]; /* places of the guest; packed: in two laps of the ring */
 
@@ -317,11 +318,52 @@ static void *kicker(void *arg)
 	return NULL;
 }
 
+/* Captures that come and go, each with a reader that takes all. */
+static void *capturer(void *arg)
+{
+	uint8_t *room = malloc(PV_CAPTURE_ROOM);
+	int wake_fd = eventfd(0, EFD_NONBLOCK);
+
+	(void)arg;
+	CHECK(room && wake_fd >= 0);
+	while (!over()) {
+		struct pv_capture *c = pv_capture_ring(0, 64, NULL, 0, wake_fd);
+		struct pv_capture_counts counts;
+		uint64_t blocks = 0;
+		size_t size;
+
+		CHECK(c);
+		CHECK(pv_net_worker_capture(worker, 1, c));
+		for (int round = 0; round < 50; round++) {
+			if (round == 49) /* nothing comes after this */
+				CHECK(pv_net_worker_capture(worker, 1, NULL));
+			else if (!pv_capture_ask(c))
+				poll(&(struct pollfd){.fd = wake_fd, .events = POLLIN}, 1, 1);
+			(void)!read(wake_fd, &(uint64_t){0}, sizeof(uint64_t));
+			while ((size = pv_capture_drain(&c, 1, 0, 0, room, PV_CAPTURE_ROOM)))
+				for (size_t at = 0; at < size; blocks++) {
+					uint32_t length;
+
+					memcpy(&length, room + at + 4, sizeof(length));
+					CHECK(length >= 32 && length % 4 == 0);
+					at += length;
+				}
+		}
+		pv_capture_count(c, &counts);
+		CHECK(counts.accepted == counts.seen && counts.accepted == blocks + counts.lost);
+		pv_capture_free(c);
+		captured += blocks;
+	}
+	close(wake_fd);
+	free(room);
+	return NULL;
+}
+
 /* --- lives ------------------------------------------------------------------------------------ */
 
 static void life(uint32_t number)
 {
-	void *(*const others[])(void *) = {outside, supervisor, observer, kicker};
+	void *(*const others[])(void *) = {outside, supervisor, observer, kicker, capturer};
 	struct pv_memory mem = {.count = 1, .region[0] = {.size = MEMORY, .host = memory}};
 	struct pv_net_config cfg = {
 		.hdr_len = HEADER,
@@ -342,7 +384,7 @@ static void life(uint32_t number)
 	};
 	struct pv_net_event why = {0};
 	struct pv_net_thread thread;
-	pthread_t pthread[4];
+	pthread_t pthread[5];
 	uint64_t value;
 
 	packed = number / 2 % 2;
@@ -384,11 +426,11 @@ static void life(uint32_t number)
 	pv_net_worker_await(worker, &thread);
 	CHECK(thread.tid > 0 && thread.began > 0);
 	__atomic_store_n(&life_over, false, __ATOMIC_RELEASE);
-	for (int i = 0; i < 4; i++)
+	for (int i = 0; i < 5; i++)
 		CHECK(!pthread_create(&pthread[i], NULL, others[i], NULL));
 	guest();
 	__atomic_store_n(&life_over, true, __ATOMIC_RELEASE);
-	for (int i = 0; i < 4; i++)
+	for (int i = 0; i < 5; i++)
 		pthread_join(pthread[i], NULL);
 	pv_net_worker_free(worker);
 	pv_cable_free(cable);
@@ -417,9 +459,9 @@ int main(int argc, char **argv)
 	event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	while (pv_now_ns() < end)
 		life(lives++);
-	CHECK(!faults && losses);
-	printf("%s: %u lives, %llu links lost, no race\n", argv[0], lives,
-	       (unsigned long long)losses);
+	CHECK(!faults && losses && captured);
+	printf("%s: %u lives, %llu links lost, %llu packets captured, no race\n", argv[0], lives,
+	       (unsigned long long)losses, (unsigned long long)captured);
 	free(memory);
 	return 0;
 }
