@@ -62,6 +62,8 @@ BAD = {
     ("run", "--hang-timeout", "0.05"): "--hang-timeout 0.05; use 0.1 seconds or more",
     ("run", "--trace-events", "3"): "--trace-events 3; use 16 to 16777216",
     ("run", "--trace-events", "3.5"): "invalid int value: '3.5'",
+    ("run", "--pcap", "-", "--", "x"): "name a file, or: pyvmm capture NAME - | wireshark -k -i -",
+    ("capture", "--snaplen", "0", "vm0", "x"): "--snaplen 0; use 1 to 262144",
     ("run", "--fail-on", "oops,ooops"): "--fail-on ooops; use panic, oops, bug, ",
     ("test", "-j", "257", "x"): "--jobs 257; use 1 to 256",
     ("top", "--interval", "nan", "vm0"): "--interval nan; use 0.1 to 3600 seconds",

@@ -20,6 +20,7 @@ from pyvmm._ext import lib
 from pyvmm.errors import HostError, UsageError, VhostUserError
 from pyvmm.hostnet import netns, userns
 from pyvmm.hostnet.bridge import tap_of
+from pyvmm.hostnet.packets import open_packets
 from pyvmm.hostnet.slirp import Forward, UserStack
 from pyvmm.hostnet.tap import Tap
 from pyvmm.vhostuser.wire import Listener, connect
@@ -64,6 +65,23 @@ def test_sockets_by_permission(made: helper.Helper, tmp_path: Path) -> None:
         connect(path)
     with pytest.raises(HostError, match="sealed"):
         made.ask(["permit", "remove", "/etc/passwd"])
+
+
+def test_it_hears_taps_of_the_machine_only(made: helper.Helper) -> None:
+    """Those of its namespaces, from before and after the seal, and none of the host's."""
+    with contextlib.closing(netns.Namespace()) as before:
+        helper.seal()
+        with contextlib.closing(netns.Namespace()) as after:
+            for ours in (before, after):
+                open_packets("tap0", ours).close()
+        with pytest.raises(UsageError, match="lo: the sandbox has only what"):
+            open_packets("lo", None)
+        host = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with pytest.raises(UsageError, match="tap lo: the sandbox has only what"):
+                helper.do("packets", "lo", fds=[host])
+        finally:
+            os.close(host)
 
 
 def test_only_known_operations_and_modules(made: helper.Helper) -> None:
