@@ -85,7 +85,7 @@ def main() -> None:
         run = make(name)
         for path in argv[1:]:
             run(Path(path).read_bytes())
-        return
+        os._exit(0)  # the threads of targets serve for as long as there is a process
     import atheris
 
     with atheris.instrument_imports(include=["pyvmm"]):
