@@ -91,8 +91,8 @@ BEFORE = {
     ("docs/vhost-user.md", "pyvmm vhost-user check"): (
         "DIR=$(mktemp -d); pyvmm backend --quiet --loopback --socket $DIR/s & sleep 2"
     ),
-    ("docs/tutorials/learn-virtio.md", "pyvmm stop"): VM0,
-    ("docs/tutorials/learn-virtio.md", "pyvmm switch"): VM0,
+    ("docs/tutorials/learn-virtio.md", "pyvmm stop"): f"{VM0}; pyvmm exec vm0 -- true",
+    ("docs/tutorials/learn-virtio.md", "pyvmm switch"): f"{VM0}; pyvmm exec vm0 -- true",
     ("docs/tutorials/write-a-back-end.md", "pyvmm vhost-user probe"): (
         "DIR=$(mktemp -d); python3 mirror.py $DIR/s & sleep 2"
     ),
