@@ -62,6 +62,8 @@ REASONS = {
     ("docs/features.md", "pyvmm image build"): "boots fourteen guests, on Linux 6.12",
     ("docs/matrix.md", "pyvmm matrix ["): "is a synopsis",
     ("docs/performance.md", "make bench"): "takes half an hour",
+    ("docs/performance.md", "make bench-native"): "takes minutes, and two CPUs to itself",
+    ("docs/performance.md", "valgrind"): "needs valgrind, which the set-up does not install",
     ("docs/pytest.md", "pytest -v"): "needs an image of another kernel, see test_plugin",
     ("docs/pytest.md", "cd docs/examples"): "needs a kernel of the reader's, see test_ci",
     ("docs/report.md", "pyvmm run --report"): "needs jq, which the set-up does not install",

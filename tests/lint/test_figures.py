@@ -7,8 +7,10 @@ from pathlib import Path
 
 from pyvmm.compare.ladder import COLUMNS
 from pyvmm.compare.stats import Figures, number, summarise
+from tests.perf.bench_native import table
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 
 
 def rows(page: str, head: str) -> dict[str, list[str]]:
@@ -35,3 +37,12 @@ def test_the_ladder() -> None:
         entries = [figures.get(load, mode["name"], key) for load, key, _, _ in COLUMNS]
         wanted[mode["name"]] = [number(e["median"]) if e else "-" for e in entries]
     assert rows("ladder.md", "| rung | ms |") == wanted
+
+
+def test_the_native_figures_are_those_of_one_run() -> None:
+    """docs/performance.md has the table of docs/figures/native.json, whole."""
+    result = json.loads((DOCS / "figures/native.json").read_text())
+    lines = "\n".join(table(result))
+    assert lines.count("\n") > 4
+    page = (DOCS / "performance.md").read_text()
+    assert lines in page, "run: python -m tests.perf.bench_native --table docs/figures/native.json"
