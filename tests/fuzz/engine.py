@@ -8,16 +8,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.fuzz.registry import CEXT, HERE, ROOT, TARGETS, C, Python
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tests.fuzz.registry import Target
 
@@ -147,9 +149,17 @@ def command(target: Target) -> list[str]:
     return program
 
 
-def environment() -> dict[str, str]:
+@contextmanager
+def environment() -> Iterator[dict[str, str]]:
+    """Of a target. Whatever it leaves in its temporary directory is removed."""
+    with tempfile.TemporaryDirectory(prefix="pyvmm-fuzz-", ignore_cleanup_errors=True) as directory:
+        yield _environment(directory)
+
+
+def _environment(directory: str) -> dict[str, str]:
     return {
         **os.environ,
+        "TMPDIR": directory,
         "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
         "ASAN_OPTIONS": "detect_stack_use_after_return=0",
@@ -168,6 +178,17 @@ def run(target: Target, seconds: int, seed: int, progress: Callable[[Outcome], N
 
     :param progress: called with each new figure.
     """
+    with environment() as env:
+        return _run(target, seconds, seed, progress, env)
+
+
+def _run(
+    target: Target,
+    seconds: int,
+    seed: int,
+    progress: Callable[[Outcome], None],
+    env: dict[str, str],
+) -> Outcome:
     outcome = Outcome(target)
     argv = command(target)
     if guided(target):
@@ -189,7 +210,7 @@ def run(target: Target, seconds: int, seed: int, progress: Callable[[Outcome], N
     begun = time.monotonic()
     before = set(FOUND.glob(f"{target.name}-*")) if FOUND.exists() else set()
     process = subprocess.Popen(
-        argv, cwd=WORK, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        argv, cwd=WORK, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     stop = threading.Timer(seconds + GRACE_S, process.kill)
     stop.start()
@@ -231,7 +252,8 @@ def again(file: Path) -> int:
     argv = command(target)
     if isinstance(TARGETS[target], Python):
         argv.append("--once")
-    return subprocess.run([*argv, str(file.resolve())], env=environment()).returncode
+    with environment() as env:
+        return subprocess.run([*argv, str(file.resolve())], env=env).returncode
 
 
 def keep(target: Target, most: int) -> int:
@@ -242,13 +264,10 @@ def keep(target: Target, most: int) -> int:
     shutil.rmtree(merged, ignore_errors=True)
     merged.mkdir(parents=True)
     argv = [*command(target), "-merge=1", f"-max_len={target.longest}", str(merged)]
-    subprocess.run(
-        [*argv, str(unpack(target))],
-        env=environment(),
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    argv.append(str(unpack(target)))
+    quiet = subprocess.DEVNULL
+    with environment() as env:
+        subprocess.run(argv, env=env, check=True, stdout=quiet, stderr=quiet)
     CORPUS.mkdir(exist_ok=True)
     packed = CORPUS / f"{target.name}.zip"
     files = sorted(merged.iterdir(), key=lambda f: (f.stat().st_size, f.name))

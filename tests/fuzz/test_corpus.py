@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.registry import HERE, ROOT, TARGETS, C, Python
+from tests.fuzz.engine import environment
+from tests.fuzz.registry import HERE, TARGETS, C, Python
 
 #: Bytes of all inputs in the repository.
 CORPUS_MAX = 300 << 10
@@ -26,14 +27,10 @@ def test_inputs_of_the_corpus(name: str, tmp_path: Path) -> None:
         files = [archive.extract(n, tmp_path) for n in names[:: max(1, len(names) // INPUTS)]]
     assert len(files) >= 5
     command = [sys.executable, "-P", "-m", "tests.fuzz.guided", name, "--once", *files]
-    run = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    with environment() as env:
+        run = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
+        )
     assert run.returncode == 0, run.stdout + run.stderr
 
 
