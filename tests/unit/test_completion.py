@@ -117,7 +117,7 @@ def test_tab_completes_a_line(name: str, env: dict[str, str]) -> None:
 FISH = {
     "swi": {"switch"},
     "run --hang": {"--hang-timeout"},
-    "run --host ": {"auto", "local", "testbed"},
+    "run --host ": {"auto", "local", "testbed", "ssh://"},
     "run --image ": {"default"},
     "run --net emulated,queue": {"emulated,queue-size=", "emulated,queues="},
     "run --kernel a-k": {"a-kernel"},

@@ -113,11 +113,13 @@ def test_the_lock_files_fit() -> None:
     """A changed requirement needs `make lock`."""
     project = PROJECT["project"]
     extras = project["optional-dependencies"]
+    lasting = {name: requirements for name, requirements in extras.items() if name != "fuzz"}
     build = PROJECT["build-system"]["requires"]
     for name, wanted in {
         "wheel": project["dependencies"],
         "run": [*project["dependencies"], *extras["pytest"], *build],
-        "dev": [*project["dependencies"], *build, *(r for e in extras.values() for r in e)],
+        "dev": [*project["dependencies"], *build, *(r for e in lasting.values() for r in e)],
+        "fuzz": extras["fuzz"],
     }.items():
         versions = pinned(name)
         for text in wanted:
@@ -125,3 +127,4 @@ def test_the_lock_files_fit() -> None:
             key = re.sub(r"[._]", "-", need.name.lower())
             assert versions[key] in need.specifier, f"{text} in {name}.txt: make lock"
     assert pinned("wheel").items() <= pinned("run").items() <= pinned("dev").items()
+    assert pinned("dev").items() <= pinned("fuzz").items()

@@ -101,4 +101,4 @@ def test_help_texts_as_pages() -> None:
         f"pyvmm nic {a}" for a in ("add", "remove", "list")
     ]
     headings = [o.heading for _, options in nic.actions[0].groups for o in options]
-    assert "--host {auto,local,testbed}" in headings and "NAME" in headings
+    assert "--host auto|local|testbed|ssh://[USER@]NAME[:PORT]" in headings and "NAME" in headings

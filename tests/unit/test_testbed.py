@@ -370,6 +370,7 @@ class Mouth:
     """L1's port, on which L1 says ``said`` and reads nothing."""
 
     source = sink = -1
+    busy = False
 
     def __init__(self, said: bytes) -> None:
         self.said = said
@@ -388,7 +389,7 @@ class Hostile(Clients):
     def hear(self, said: bytes) -> None:
         port: Any = Mouth(said)
         self.machine = SimpleNamespace(  # type: ignore[assignment]
-            port=port, clock=lambda: 0.0, started=lambda: None, config=dict
+            port=port, clock=lambda: 0.0, started=lambda kernel: None, config=dict
         )
         self.selector.close()
         self.selector = SimpleNamespace(  # type: ignore[assignment]
