@@ -170,7 +170,7 @@ class Owner:
 def body():
     owner = Owner()
     del owner
-    print("swallowed", flush=True)
+    os.write(1, b"swallowed\\n")  # at once: the signal may come back between two writes
     time.sleep(60)
     return 0
 
