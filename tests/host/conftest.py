@@ -49,11 +49,13 @@ def vm() -> Iterator[Vm]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """No descriptor, child process or tap may outlive a test."""
+    """No descriptor, child process or tap may outlive a test, and no test may confine pytest."""
 
-    def state() -> tuple[str, list[str]]:
+    def state() -> tuple[str, list[str], list[str]]:
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-        return children, sorted(p.name for p in Path("/sys/class/net").iterdir())
+        status = Path("/proc/self/status").read_text().splitlines()
+        confined = [line for line in status if line.startswith(("NoNewPrivs:", "Seccomp:"))]
+        return children, sorted(p.name for p in Path("/sys/class/net").iterdir()), confined
 
     before, fds = state(), open_fds()
     yield

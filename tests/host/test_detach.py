@@ -87,7 +87,8 @@ def test_the_file_has_a_largest_size(
     """No guest fills the disk; what is left out is counted and said."""
     monkeypatch.setattr(console, "BACKGROUND_MAX", 20)
     monkeypatch.setenv(DETACHED, "1")
-    run = ["--kernel", guest("hello"), "--append", "times=100", "--", "true"]
+    run = ["--sandbox", "off", "--kernel", guest("hello")]
+    run += ["--append", "times=100", "--", "true"]
     assert main([*RUN[3:], *run]) == 101
     out, err = capfd.readouterr()
     beyond = 100 * len("hello, stdout\n") - 20

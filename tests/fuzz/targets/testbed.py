@@ -44,6 +44,7 @@ class Port:
     """The supervisor's way to the agent, which the input plays."""
 
     source = sink = -2
+    busy = False
 
     def __init__(self, said: bytes) -> None:
         self.said = said
@@ -94,7 +95,7 @@ def supervisor(said: bytes) -> None:
     s.selector = Selector()  # type: ignore[assignment]
     pairs = [socket.socketpair() for _ in range(2)]
     s.machine = machine = SimpleNamespace(  # type: ignore[assignment]
-        port=Port(said), clock=lambda: 0.0, started=lambda: None, config=lambda: {"a": 1}
+        port=Port(said), clock=lambda: 0.0, started=lambda kernel: None, config=lambda: {"a": 1}
     )
     try:
         for number, (ours, _) in enumerate(pairs, 1):
