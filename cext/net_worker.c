@@ -1400,7 +1400,9 @@ static int net_poll(struct pv_net_worker *w, int64_t timeout)
 		case EV_FD:
 			if (w->cfg.cable) /* its bell: the next round looks */
 				break;
-			if (e & (EPOLLERR | EPOLLHUP))
+			/* What is left to read comes first; the read behind it finds the end. */
+			if (e & (EPOLLERR | EPOLLHUP) &&
+			    !(e & EPOLLIN && rx_possible(w) && !w->rx_waiting))
 				fd_gone(w);
 			if (e & EPOLLOUT) {
 				w->tx_blocked = false;
@@ -1436,8 +1438,10 @@ static void rx_give_up(struct pv_net_worker *w)
 
 	add(&w->count.rx_drop_held, 1);
 	held_clear(&w->held);
-	if (w->cfg.cable && pv_frames_peek(w->cfg.cable->in, &len))
+	if (w->cfg.cable && pv_frames_peek(w->cfg.cable->in, &len)) {
 		pv_frames_take(w->cfg.cable->in, len);
+		cable_flush(w); /* the other end may wait for this room */
+	}
 	rx_resume(w);
 }
 

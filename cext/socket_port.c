@@ -134,7 +134,10 @@ static bool give(struct pv_socket_port *p)
 	struct iovec iov = {out->bytes + out->at, out->end - out->at};
 	ssize_t len = transmit(p->cfg.fd, &iov, 1);
 
-	if (hopeless(len)) {
+	if (hopeless(len) && is_stream(p) && out->at) {
+		/* The peer has the frame's first part, and would take the next one for the rest. */
+		finish(p, PV_SOCKET_ERROR, (uint32_t)-len);
+	} else if (hopeless(len)) {
 		drop(p);
 		out->at = out->end;
 	} else if (len >= 0) {

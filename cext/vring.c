@@ -304,8 +304,13 @@ static bool avail_refresh(struct pv_vring *vr)
 	 * and storing the index (2.7.13.3). All that we read through the ring after this is at
 	 * least as new as the index.
 	 */
-	vr->avail_idx = __atomic_load_n(&vr->avail[IDX], __ATOMIC_ACQUIRE);
-	return (uint16_t)(vr->avail_idx - vr->last_avail) <= vr->size;
+	uint16_t idx = __atomic_load_n(&vr->avail[IDX], __ATOMIC_ACQUIRE);
+
+	/* An impossible index is not kept: whoever clears the fault has to find it again. */
+	if ((uint16_t)(idx - vr->last_avail) > vr->size)
+		return false;
+	vr->avail_idx = idx;
+	return true;
 }
 
 /*

@@ -73,12 +73,12 @@ static inline bool pv_packed_available(const struct pv_vring *vr)
 
 /*
  * Take a chain of so many slots from the ring; false if not so many can be available. A driver that
- * makes descriptors available again before they were used would let us go around the ring and ahead
- * of ourselves.
+ * makes descriptors available again before it was told that they are used would let us go around
+ * the ring and ahead of ourselves: no batch has more chains than the ring has slots.
  */
 static inline bool pv_packed_take(struct pv_vring *vr, uint16_t slots)
 {
-	if (pv_packed_distance(vr, vr->used_next, vr->last_avail) + slots > vr->size)
+	if (pv_packed_distance(vr, vr->used_idx, vr->last_avail) + slots > vr->size)
 		return false;
 	vr->last_avail = pv_packed_advance(vr, vr->last_avail, slots);
 	return true;

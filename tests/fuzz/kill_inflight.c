@@ -168,6 +168,46 @@ static unsigned long kill_at_each_step(struct shared *s, struct shared *copy)
 	return step;
 }
 
+/*
+ * A driver that makes descriptors available again before they were published: the notes have room
+ * for as many chains as the ring has slots.
+ */
+static void flood(void)
+{
+	enum { GUARD = 4096 };
+	struct shared *s = aligned_alloc(4096, sizeof(*s));
+	uint8_t *notes = calloc(1, PV_INFLIGHT_SIZE(2) + GUARD);
+	struct pv_memory mem = {.count = 1, .region = {{0, sizeof(s->ram), s->ram}}};
+	struct vring_packed_desc *ring;
+	struct pv_vring vr;
+	struct pv_inflight in = {.region = notes, .vr = &vr};
+	struct iovec iov[SIZE];
+	struct pv_chain c;
+
+	packed = true;
+	tx = false;
+	CHECK(s && notes);
+	memset(s, 0, sizeof(*s));
+	ring = (void *)s->ram;
+	CHECK(!pv_vring_init(&vr, &mem, 2, DESC, AVAIL, USED, PV_PACKED_WRAP | PV_PACKED_WRAP << 16,
+			     (struct pv_vring_format){.packed = true}));
+	pv_inflight_recover(&in);
+	for (step = 0; step < 100; step++) {
+		uint16_t bit = step / 2 % 2 ? VRING_PACKED_DESC_F_USED : VRING_PACKED_DESC_F_AVAIL;
+		uint16_t flags = (uint16_t)(1u << bit | VRING_DESC_F_WRITE);
+
+		ring[step % 2] = (struct vring_packed_desc){BUFFER, 100, 7, flags};
+		if (pv_vring_pop(&vr, iov, SIZE, &c) != PV_MORE)
+			break;
+		pv_inflight_push(&in, c.head, c.slots, 7);
+	}
+	CHECK(step == 2);
+	for (size_t i = 0; i < GUARD; i++)
+		CHECK(!notes[PV_INFLIGHT_SIZE(2) + i]);
+	free(notes);
+	free(s);
+}
+
 int main(void)
 {
 	struct shared *s =
@@ -182,5 +222,6 @@ int main(void)
 		       tx ? "transmit" : "receive", kill_at_each_step(s, copy));
 	}
 	free(copy);
+	flood();
 	return 0;
 }

@@ -299,6 +299,20 @@ def test_a_hostile_ring_stops_only_its_own_front_end() -> None:
         assert far.path.stop() == [ring.position for ring in far.driver.rings]
 
 
+def test_a_frame_that_was_given_up_makes_room() -> None:
+    """Also if it is the last in the queue, and the sender waits for that room."""
+    with joined(hold_ms=20, fill=False) as (near, far):
+        near.start()
+        far.driver.fill(10)
+        far.start()
+        for i in range(6):
+            near.driver.send(frame(i, 65553))
+            assert wait_for(lambda: near.driver.tx.outstanding == 0)
+        near.driver.send(*[frame(i, 65553) for i in range(6)])
+        assert wait_for(lambda: near.driver.tx.outstanding == 0)
+        assert wait_for(lambda: far.counter("rx_drop_held") == 12)
+
+
 def test_hold_stops_transmitting_only() -> None:
     with joined() as (near, far):
         near.start()

@@ -790,6 +790,21 @@ def flap(rig: Rig, cables: list[Cable], times: int) -> None:
         assert wait_for(lambda n=n: rig.counter("rx_packets") == n + 1)  # type: ignore[misc]
 
 
+def test_what_was_sent_before_the_other_end_closed_arrives() -> None:
+    """The end of a socket and what is left to read come as one event."""
+    for _ in range(10):
+        with Rig() as rig:
+            rig.start()
+            rig.cable.far.send(bytes(12) + frame(0))
+            assert len(rig.driver.wait_packets(1, PATIENCE)) == 1
+            for i in range(1, 5):
+                rig.cable.far.send(bytes(12) + frame(i))
+            rig.cable.far.close()
+            assert wait_for(lambda rig=rig: rig.links == [False])  # type: ignore[misc]
+            got = rig.driver.wait_packets(5, PATIENCE)
+            assert [p[12:] for p in got] == [frame(i) for i in range(5)]
+
+
 def test_a_slow_supervisor_misses_no_fault_and_not_the_latest_link_state() -> None:
     """The ring of events is bounded, and the worker does not wait for room."""
     go_on = threading.Event()

@@ -52,6 +52,18 @@ def make(
     return ring, ServedQueue(memory, ring.vring(start), acked)
 
 
+def test_an_impossible_index_is_found_again(memory: GuestMemory) -> None:
+    """A worker that gives chains back takes the fault behind them for one that is met again."""
+    ring, queue = make(memory)
+    ring.set_avail_idx(9)
+    iov = ffi.new("struct iovec[]", lib.PV_CHAIN_MAX)
+    chain = ffi.new("struct pv_chain *")
+    for _ in range(3):
+        assert lib.pv_vring_pop(queue.c, iov, lib.PV_CHAIN_MAX, chain) == lib.PV_BAD
+        assert queue.c.fault == lib.PV_FAULT_AVAIL_IDX
+        queue.c.fault = lib.PV_FAULT_NONE
+
+
 segments = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, max_size=8).map(
     lambda s: sorted(s, key=lambda one: one[1])
 )
