@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -27,3 +28,14 @@ def need_readable_checkout() -> None:
     """Skip the test if an ordinary user may not read pyvmm, as in root's home directory."""
     if not _may_read():
         pytest.skip(f"an ordinary user may not read {ROOT}")
+
+
+def let_in(directory: Path) -> None:
+    """Let anybody into a directory of pytest's, which makes them, and all of a worker's (pytest -n)
+    above them, for their owner alone.
+    """
+    top = Path(tempfile.gettempdir())
+    for one in (directory, *directory.parents):
+        if one == top or not one.is_relative_to(top):
+            break
+        one.chmod(one.stat().st_mode | 0o055)

@@ -11,6 +11,7 @@ import pytest
 
 from pyvmm.images import find
 from tests.boot.guest import PYVMM
+from tests.strangers import let_in
 
 if TYPE_CHECKING:
     from tests.boot.guest import Host
@@ -47,8 +48,7 @@ def test_a_way_out(host: Host, tmp_path: Path) -> None:
     if not (Path(__file__).stat().st_mode & 0o4 and readable_by_all(Path(__file__).parents[2])):
         pytest.skip("others may not read this checkout")
     outside = Path(__file__).with_name("outside.py")
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        directory.chmod(0o755)
+    let_in(tmp_path)
     shutil.copytree(find("default").directory, tmp_path / "cache/pyvmm/images/default")
     log, resolv = tmp_path / "log", tmp_path / "resolv.conf"
     resolv.write_text("nameserver 127.0.0.1\n")

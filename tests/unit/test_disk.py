@@ -11,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from pyvmm.spec.qcow2 import HEADER, HEADER_V3
 from pyvmm.testing.judge import judge
 from pyvmm.virtio.dead_disk import DeadDisk
 from tests.driver import Events, Ring, wait_for
+from tests.strangers import let_in
 from tests.unit.test_vhost_user import no_leak
 from tests.unit.test_vu_any import Guest
 
@@ -218,10 +218,7 @@ def test_an_image_that_may_not_be_written_names_the_way_out(tmp_path: Path) -> N
     script = "import sys; from pyvmm.diskopt import Disk; Disk(sys.argv[1])"
     image = raw_image(tmp_path / "a.raw")
     image.chmod(0o444)
-    for directory in (tmp_path, *tmp_path.parents):
-        if directory == Path(tempfile.gettempdir()):
-            break
-        directory.chmod(directory.stat().st_mode | 0o055)
+    let_in(tmp_path)
     drop = (
         ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if not os.geteuid() else []
     )
