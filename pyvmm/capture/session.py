@@ -163,9 +163,7 @@ class Member:
 
     def leave(self) -> None:
         """The card goes, and has let go of the member. A capture without members ends."""
-        with self._capture.lock:
-            self.gone = True
-            self._capture.nudge()
+        self._capture.leave(self)
 
     # --- for the capture, under its lock ----------------------------------------------------------
 
@@ -247,8 +245,8 @@ class Capture(Closing):
         self.problem = ""
         self.lock = threading.Lock()  # held for a moment; guards the members
         self._members: list[Member] = []
-        self._closing = False
-        self._stop_at = 0.0
+        self._closing = False  # the cards have let go
+        self._stop_at = 0.0  # when a slow reader has had its time; 0: no end is in sight
         self._begin, self._told_at = time.time_ns(), time.monotonic()
         self._thread: threading.Thread | None = None
         with ExitStack() as undo:
@@ -307,17 +305,30 @@ class Capture(Closing):
         ``LINGER_S`` seconds for the rest. A second call does nothing.
         """
         with self.lock:
-            if not self._closing:
-                self._stop_at = time.monotonic() + LINGER_S
-                self._closing = True
+            self._hurry()
         self._detach()
         with self.lock:
+            self._closing = True
             self.nudge()
         assert self._thread is not None
         self._thread.join()
         with self.lock:
             self.wake.close()
             self.over.close()
+
+    def _hurry(self) -> None:
+        """The capture is to end: a slow reader has ``LINGER_S`` from now on. The lock is held."""
+        if not self._stop_at:
+            self._stop_at = time.monotonic() + LINGER_S
+            self.nudge()
+
+    def leave(self, member: Member) -> None:
+        """The card goes (``Member.leave``)."""
+        with self.lock:
+            member.gone = True
+            if all(member.gone for member in self._members):
+                self._hurry()
+            self.nudge()
 
     def _detach(self) -> None:
         for member in self._members:
@@ -357,14 +368,17 @@ class Capture(Closing):
             ending = self._closing or all(member.gone for member in self._members)
             sources = [source for member in self._members for source in member.sources()]
             array = ffi.new("struct pv_capture *[]", [source.c for source in sources])
-            hold = HOLD_NS if any(member.sockets for member in self._members) else 0
+            sockets = [source for source in sources if source.socket is not None]
+            due = [one for one in sockets if one.retired is not None and one.retired <= now]
+            # A source that goes leaves nothing behind.
+            hold = HOLD_NS if sockets and not due else 0
             size = lib.pv_capture_drain(
                 array, len(sources), time.time_ns(), hold, self._room, lib.PV_CAPTURE_ROOM
             )
             if not size:
                 for member in self._members:
-                    for source in list(member.sockets):
-                        if source.retired is not None and source.retired <= now:
+                    for source in due:
+                        if source in member.sockets:
                             member.drop(source)
             left = any(member.sockets for member in self._members)
         if size:
@@ -378,7 +392,7 @@ class Capture(Closing):
             self._wait(PACE_S, [])
             return True
         if ending and not left:
-            return False
+            return hold > 0  # once more: what was too young for this batch
         self._idle()
         return True
 
@@ -427,9 +441,9 @@ class Capture(Closing):
                 continue
             poll = select.poll()
             poll.register(self._out.fileno(), select.POLLOUT)
-            if not self._closing:
+            if not self._stop_at:
                 poll.register(self.wake.fileno(), select.POLLIN)
-            left = self._stop_at - time.monotonic() if self._closing else None
+            left = self._stop_at - time.monotonic() if self._stop_at else None
             if left is not None and left <= 0:
                 raise OSError(errno.ETIMEDOUT, "its reader is too slow")
             for fd, _mask in poll.poll(None if left is None else left * 1000 + 1):

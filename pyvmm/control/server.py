@@ -40,6 +40,8 @@ READ_SIZE = 64 << 10
 EVENTS_MAX = 1024
 BURST = 16  # commands of one client before the other clients have their turn
 LINGER = 0.5  # seconds for clients to take the last events
+#: Seconds for the streams of commands and captures. Their threads give up a slow client after 2 s.
+TAKEN_LINGER = 2.5
 NO_DESCRIPTORS = 1.0  # seconds without accepting if there is no descriptor for a client
 
 #: JSON type -> (Python type, its name in messages).
@@ -188,8 +190,9 @@ class Server:
                 self._wake.signal()
 
     def close(self) -> None:
-        """Send what is queued, for at most ``LINGER`` seconds; end the thread; remove the socket. A
-        second call does nothing.
+        """Send what is queued, for at most ``LINGER`` seconds; end the thread; wait for connections
+        that have been taken over, ``TAKEN_LINGER`` seconds; remove the socket. A second call does
+        nothing.
         """
         with self._mutex:
             if not self._open:
@@ -197,7 +200,7 @@ class Server:
             self._open = False
             self._wake.signal()
         self._thread.join()
-        until = time.monotonic() + LINGER
+        until = time.monotonic() + TAKEN_LINGER
         for thread in self._taken:
             thread.join(max(0.0, until - time.monotonic()))
         self._wake.close()

@@ -17,7 +17,7 @@ from typing import Any, Self
 import pytest
 
 from pyvmm._ext import ffi, lib
-from pyvmm.capture import bpf
+from pyvmm.capture import bpf, session
 from pyvmm.capture.files import open_private
 from pyvmm.capture.pcapng import Statistics, last_statistics
 from pyvmm.capture.session import Capture, Member, Source
@@ -436,6 +436,20 @@ def test_a_reader_that_hangs_does_not_hang_the_end() -> None:
     os.close(read)
 
 
+def test_a_reader_that_hangs_does_not_hang_the_end_of_the_cards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "LINGER_S", 0.2)
+    read, write = os.pipe2(os.O_CLOEXEC)
+    os.write(write, bytes(1 << 16))  # the pipe is full: the thread waits with the head of the file
+    with Rig() as rig, closing(os.fdopen(read, "rb")):
+        card = Switched(None, rig)
+        with Capture([card], write) as capture:
+            card.captures.close()
+            assert wait_for(capture.over.drain)
+            assert "too slow" in capture.problem
+
+
 def test_captures_come_and_go_under_traffic(tmp_path: Path) -> None:
     """The worker writes to no ring that has been freed, and the traffic does not notice."""
     with Rig() as rig:
@@ -539,9 +553,9 @@ class Named:
 class Switched:
     """The captures of a card with a tap, on an emulated path first."""
 
-    def __init__(self, ns: Namespace, rig: Rig) -> None:
+    def __init__(self, ns: Namespace | None, rig: Rig) -> None:
         uplink: Any = type("Uplink", (), {"captures": rig.point, "namespace": ns})()
-        self._tap = ns.tap
+        self._tap = ns.tap if ns is not None else None
         self.emulated = self.route("emulated")
         self.captures = CardCaptures("net0", uplink, self.emulated)
         self.name, self.attach, self.detach = "net0", self.captures.attach, self.captures.detach
@@ -604,6 +618,26 @@ def test_a_capture_follows_its_card(tmp_path: Path, ns: Namespace) -> None:
     )
     (counted,) = last_statistics(file.read_bytes())
     assert counted.comment == f"{now} vhost-net, {tap}"
+
+
+def test_the_last_packets_at_the_ring_are_written(
+    tmp_path: Path, ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While there is a socket, packets are too young to be written: here for ever."""
+    monkeypatch.setattr(session, "HOLD_NS", 10**18)
+    file = tmp_path / "x.pcapng"
+    ns.tap.set_header(12)
+    with Rig() as rig:
+        card = Switched(ns, rig)
+        with Capture([card], file_for(file)) as capture:
+            card.go(card.route("vhost-net"))
+            tap_sends(ns, tcp(bytes(2)))
+            card.go(card.emulated)
+            rig.both_ways(tcp(bytes(4)))
+        assert (capture.problem, capture.lost) == ("", 0)
+    assert [line for line in story(file) if line.isdigit()] == ["2", "4", "4"]
+    (counted,) = last_statistics(file.read_bytes())
+    assert counted.accepted == len([kind for kind, _ in blocks(file) if kind == 6])
 
 
 @pytest.mark.parametrize(
