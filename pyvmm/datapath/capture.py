@@ -88,6 +88,7 @@ class PointCard:
 
     def __init__(self, name: str, words: str, point: CapturePoint) -> None:
         self.name, self._words, self._point = name, words, point
+        self._lock = threading.Lock()  # who detaches second waits until the rings are free
         self._places: dict[CaptureMember, int] = {}
 
     def facts(self) -> tuple[str, bytes]:
@@ -99,10 +100,12 @@ class PointCard:
 
         :raises HostError: as ``CapturePoint.add``.
         """
-        self._places[member] = self._point.add(member.ring)
+        with self._lock:
+            self._places[member] = self._point.add(member.ring)
 
     def detach(self, member: CaptureMember) -> None:
         """End that. A second call does nothing."""
-        place = self._places.pop(member, None)
-        if place is not None and not self._point.remove(place):
-            member.stuck = True
+        with self._lock:
+            place = self._places.pop(member, None)
+            if place is not None and not self._point.remove(place):
+                member.stuck = True
