@@ -252,7 +252,7 @@ int pv_capture_filter(int fd, uint32_t snaplen, const void *filter, uint32_t cou
 	int error = 0;
 
 	if (count && snaplen) {
-		if (count + 3 > BPF_MAXINSNS)
+		if (count > PV_FILTER_MAX)
 			return -EINVAL;
 		tagged = calloc(count + 3, sizeof(*tagged));
 		if (!tagged)

@@ -82,7 +82,7 @@ bool pv_filter_check(const void *code, uint32_t count)
 {
 	const struct sock_filter *f = code;
 
-	if (!count || count > BPF_MAXINSNS || BPF_CLASS(f[count - 1].code) != BPF_RET)
+	if (!count || count > PV_FILTER_MAX || BPF_CLASS(f[count - 1].code) != BPF_RET)
 		return false;
 	for (uint32_t i = 0; i < count; i++)
 		if (!check_one(&f[i], count - 1 - i))

@@ -21,6 +21,8 @@
 #include "types.h"
 
 /* cffi: begin */
+#define PV_FILTER_MAX 4093 /* instructions: BPF_MAXINSNS, and pv_capture_filter() adds three */
+
 bool pv_filter_check(const void *code, uint32_t count);
 uint32_t pv_filter_match(const void *code, uint32_t count, const uint8_t *frame, size_t len);
 /* cffi: end */

@@ -70,6 +70,12 @@ def check(code: bytes) -> bytes:
 
     :raises UsageError: it cannot.
     """
+    if len(code) // ROW.size > lib.PV_FILTER_MAX:
+        raise UsageError(
+            f"the filter has {len(code) // ROW.size} instructions, and at most "
+            f"{lib.PV_FILTER_MAX} can be run",
+            "simplify it",
+        )
     if not lib.pv_filter_check(code, len(code) // ROW.size):
         raise UsageError("the filter has instructions that pyvmm does not run", "simplify it")
     return code

@@ -130,13 +130,18 @@ class Member:
         return Source(c, fd)
 
     def listen(self, source: Source) -> None:
-        """Take packets from a socket, from now on."""
+        """Take packets from a socket, from now on.
+
+        :raises HostError: the kernel does not take the filter; the socket gives nothing.
+        """
         capture = self._capture
-        assert source.socket is not None
         with capture.lock:
+            error = self._filter(source, capture.snaplen)
+            if error:
+                remedy = "raise the sysctl net.core.optmem_max, or capture without a filter"
+                raise HostError(f"cannot filter packets: {os.strerror(-error)}", remedy)
             self.kernel = True
             self.sockets.append(source)
-            self._filter(source, capture.snaplen)
             capture.nudge()
 
     def retire(self, source: Source) -> None:
@@ -148,13 +153,15 @@ class Member:
             if source not in self.sockets:
                 source.free()
                 return
-            self._filter(source, 0)
+            self._filter(source, 0)  # if this fails, it takes some more until it is freed
             source.retired = time.monotonic() + RETIRE_S
             capture.nudge()
 
-    def _filter(self, source: Source, snaplen: int) -> None:
+    def _filter(self, source: Source, snaplen: int) -> int:
         assert source.socket is not None
-        lib.pv_capture_filter(source.socket.fileno(), snaplen, *self._capture.program)
+        fd = source.socket.fileno()
+        error: int = lib.pv_capture_filter(fd, snaplen, *self._capture.program)
+        return error
 
     def note(self, text: str) -> None:
         """Put a comment at the card's next packet, or at the end of the file."""

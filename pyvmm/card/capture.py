@@ -5,6 +5,7 @@ is emulated, else from its tap, and a comment at each live switch.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 from pyvmm.datapath.capture import CapturePoint
 from pyvmm.errors import PyvmmError, UsageError
@@ -82,10 +83,10 @@ class CardCaptures:
             self._joined.append(one)
             try:
                 self._open(one, self._route)
+                self._listen(one)
             except BaseException:
                 self._part(one)
                 raise
-            self._listen(one)
 
     def detach(self, member: Member) -> None:
         """End that. A second call does nothing."""
@@ -110,8 +111,8 @@ class CardCaptures:
 
     def _listen(self, one: _Joined) -> None:
         if one.socket is not None and not one.listens:
-            one.listens = True
             one.member.listen(one.socket)
+            one.listens = True
 
     def _silence(self, one: _Joined) -> None:
         socket, one.socket, one.listens = one.socket, None, False
@@ -124,13 +125,16 @@ class CardCaptures:
         """
         with self._lock:
             for one in self._joined:
-                self._try_open(one, route)
+                with suppress(PyvmmError):
+                    self._open(one, route)
 
-    def _try_open(self, one: _Joined, route: Route) -> str:
-        """Returns why there is no socket."""
+    def _try_listen(self, one: _Joined, route: Route) -> str:
+        """Returns why there are no packets."""
         try:
-            self._open(one, route)
+            self._open(one, route)  # anew only after a roll-back
+            self._listen(one)
         except PyvmmError as e:
+            self._silence(one)
             return str(e)
         return ""
 
@@ -145,8 +149,7 @@ class CardCaptures:
                 if route.path.name == "emulated" or why:
                     self._silence(one)
                 else:
-                    why = self._try_open(one, route)  # anew only after a roll-back
-                    self._listen(one)
+                    why = self._try_listen(one, route)
                 lost = f", where nothing is captured: {why}" if why else ""
                 one.member.note(f"pyvmm: {self._name} is now {_where(route)}{lost}")
 

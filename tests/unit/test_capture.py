@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from pyvmm.capture.session import Capture, Member, Source
 from pyvmm.card.capture import CardCaptures
 from pyvmm.card.uplink import Route
 from pyvmm.control.captures import carry, follow
-from pyvmm.datapath.capture import CapturePoint
+from pyvmm.datapath.capture import CapturePoint, PointCard
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import ControlError, HostError, UsageError
 from pyvmm.hostnet.netns import Namespace
@@ -371,6 +372,31 @@ def test_captures_of_a_card_are_independent(tmp_path: Path) -> None:
     assert lengths == [["1"] * 2, *[["1", "1", "2", "2", "3", "3"]] * 3, ["3"] * 2]
 
 
+def test_the_second_who_detaches_waits_for_the_first() -> None:
+    """Else it frees rings that a worker still writes to."""
+    point = CapturePoint()
+    card = PointCard("net0", "", point)
+    member: Any = type("M", (), {"stuck": False, "ring": lambda self, pair: ffi.NULL})()
+    card.attach(member)
+    order: list[str] = []
+
+    def detach() -> None:
+        card.detach(member)
+        order.append("detached")
+
+    with point._lock:  # the first is at work
+        first = threading.Thread(target=detach)
+        first.start()
+        assert wait_for(lambda: card._places == {})
+        second = threading.Thread(target=detach)
+        second.start()
+        second.join(0.2)
+        order.append("removed")
+    first.join()
+    second.join()
+    assert order == ["removed", "detached", "detached"]
+
+
 def test_a_capture_outlives_the_workers(tmp_path: Path) -> None:
     """As after a reset of the device."""
     file = tmp_path / "x.pcapng"
@@ -528,6 +554,44 @@ def test_a_filter_at_a_tap_sees_the_tag(
         tap_sends(ns, tcp(b"333", tag=bytes.fromhex("81000006")))
     got = [line for line in fields(file, "tcp.len", "frame.protocols") if "tcp" in line[1]]
     assert [line[0] for line in got] == want
+
+
+def test_a_filter_that_the_kernel_refuses_is_told(
+    tmp_path: Path, ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The socket would be silent for ever: a card says so when it begins, and when it moves."""
+    file = tmp_path / "x.pcapng"
+    real = lib.pv_capture_filter
+    faulty: Any = type("Lib", (), {"__getattr__": lambda self, name: getattr(lib, name)})()
+    faulty.pv_capture_filter = lambda fd, n, *program: -errno.ENOMEM if n else real(fd, n, *program)
+    monkeypatch.setattr(session, "lib", faulty)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with Rig() as rig:
+        card = Switched(ns, rig)
+        vhost = card.route("vhost-net")
+        with Capture([card], file_for(file)):
+            card.go(vhost)
+            with pytest.raises(HostError, match="cannot filter packets: Cannot allocate memory"):
+                Capture([card], file_for(tmp_path / "y"))
+    (counted,) = last_statistics(file.read_bytes())
+    assert "nothing is captured: cannot filter packets: Cannot allocate" in counted.comment
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.skipif(
+    int(Path("/proc/sys/net/core/optmem_max").read_text()) < 1 << 16,
+    reason="the kernel has no room for so long a filter",
+)
+def test_the_longest_filter_runs_at_a_tap(tmp_path: Path, ns: Namespace) -> None:
+    file = tmp_path / "x.pcapng"
+    accept = bpf.ROW.pack(0x06, 0, 0, 1000)
+    ns.tap.set_header(12)
+    with Capture([TapCard(ns)], file_for(file), code=bpf.check(accept * lib.PV_FILTER_MAX)):
+        tap_sends(ns, tcp(b"x"))
+    assert ["1"] in fields(file, "tcp.len")
+    for count in (lib.PV_FILTER_MAX + 1, 4097):
+        with pytest.raises(UsageError, match=f"{count} instructions"):
+            bpf.check(accept * count)
 
 
 def test_a_tap_that_goes_leaves_a_quiet_capture(tmp_path: Path) -> None:
