@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 LIBRARY = "libpcap.so.0.8"
+EXPRESSION_MAX = 0xFFFF - 1  # bytes; a byte before them says what they are
 DLT_EN10MB = 1
 NETMASK_UNKNOWN = 0xFFFFFFFF
 OPTIMIZE = 1
@@ -34,6 +35,22 @@ void pcap_close(pcap_t *p);
 """
 
 
+def check_expression(expression: str) -> str:
+    """The expression, if a file can have it (draft-ietf-opsawg-pcapng, if_filter).
+
+    :raises UsageError: it is too long, or no text.
+    """
+    try:
+        size = len(expression.encode())
+    except UnicodeEncodeError:
+        raise UsageError("the filter's expression is no UTF-8") from None
+    if size > EXPRESSION_MAX:
+        raise UsageError(
+            f"the filter's expression has {size} bytes", f"use at most {EXPRESSION_MAX}"
+        )
+    return expression
+
+
 def compile_filter(expression: str, snaplen: int) -> bytes:
     """Instructions, ``struct sock_filter`` each, for Ethernet frames.
 
@@ -42,6 +59,7 @@ def compile_filter(expression: str, snaplen: int) -> bytes:
     """
     from cffi import FFI
 
+    check_expression(expression)
     if "\0" in expression:
         raise UsageError("--filter: the expression has a null character")
     ffi: Any = FFI()

@@ -7,10 +7,11 @@ import os
 import stat
 
 
-def open_private(path: str) -> tuple[int, bool]:
+def open_private(path: str, *, keep: bool = False) -> tuple[int, bool]:
     """Open a file to write a capture: a new one for this user alone (mode 0600), or one that is
     there, which is emptied. To open a pipe means to wait for its reader.
 
+    :param keep: a file that is there is not emptied yet.
     :returns: the descriptor, and whether the file is new.
     :raises OSError: it cannot be opened; EPERM also for a file, or a symbolic link to one, that
         another user could have put there to get the packets.
@@ -33,7 +34,8 @@ def open_private(path: str) -> tuple[int, bool]:
         if stat.S_ISREG(status.st_mode):
             if status.st_uid != os.geteuid():
                 raise OSError(errno.EPERM, "the file belongs to another user")
-            os.ftruncate(fd, 0)
+            if not keep:
+                os.ftruncate(fd, 0)
     except BaseException:
         os.close(fd)
         raise

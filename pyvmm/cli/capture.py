@@ -81,7 +81,7 @@ def _capture(client: Client, args: argparse.Namespace) -> int:
 
         wish |= {"filter": rows(compile_filter(args.filter, args.snaplen))}
         wish["expression"] = args.filter
-    output = Output("FILE", args.file, private=True)
+    output = Output("FILE", args.file, private=True, keep=True)
     try:
         return _follow(client, wish, output)
     finally:
@@ -99,7 +99,7 @@ def _follow(client: Client, wish: dict[str, object], output: Output) -> int:
         if not tail:
             where = "stdout" if output.path == "-" else output.path
             print(f"pyvmm: capturing to {where}; Ctrl-C ends it", file=sys.stderr, flush=True)
-        output.write(data)
+        (output.write if tail else output.replace)(data)  # an older file stays until then
         tail = (tail + data)[-TAIL:]
 
     # A signal is noticed by its byte in a pipe, whatever the main thread does at that moment.

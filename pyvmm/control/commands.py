@@ -384,7 +384,7 @@ def _exec(machine: Controlled, given: Given) -> Callable[[socket], None]:
 
 
 def _capture(machine: Controlled, given: Given) -> Callable[[socket], None]:
-    from pyvmm.capture.bpf import of_rows
+    from pyvmm.capture.bpf import check_expression, of_rows
     from pyvmm.capture.session import SNAPLEN
     from pyvmm.control.captures import carry
 
@@ -398,7 +398,10 @@ def _capture(machine: Controlled, given: Given) -> Callable[[socket], None]:
         code = of_rows(given["filter"]) if "filter" in given else b""
     except PyvmmError as e:
         raise QmpError(f"Parameter 'filter': {e}") from e
-    expression = given.get("expression", "")
+    try:
+        expression = check_expression(given.get("expression", ""))
+    except PyvmmError as e:
+        raise QmpError(f"Parameter 'expression': {e}") from e
     return lambda sock: carry(sock, nets, snaplen, code, expression)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -24,7 +25,10 @@ from pyvmm.capture.pcapng import Statistics, last_statistics
 from pyvmm.capture.session import Capture, Member, Source
 from pyvmm.card.capture import CardCaptures
 from pyvmm.card.uplink import Route
+from pyvmm.cli import capture as cli_capture
 from pyvmm.control.captures import carry, follow
+from pyvmm.control.commands import COMMANDS
+from pyvmm.control.server import QmpError
 from pyvmm.datapath.capture import CapturePoint, PointCard
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import ControlError, HostError, UsageError
@@ -775,6 +779,43 @@ def test_a_capture_that_cannot_begin_says_why() -> None:
     assert e.value.exit_code == UsageError.exit_code
 
 
+@pytest.mark.parametrize("expression", ["x" * 0xFFFF, "\udc80"])
+def test_an_expression_that_no_file_can_have_is_refused(expression: str) -> None:
+    machine: Any = type("Machine", (), {"nets": [Card(CapturePoint())]})()
+    run = COMMANDS["x-pyvmm-capture"].run
+    with pytest.raises(QmpError, match="'expression': the filter's expression (has|is no)"):
+        run(machine, {"expression": expression})
+    assert run(machine, {"expression": "x" * (0xFFFF - 1)})
+    with pytest.raises(UsageError, match="expression"):
+        bpf.compile_filter(expression, 1000)
+
+
+def test_an_older_file_is_emptied_by_the_first_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "x.pcapng"
+    file.write_bytes(b"older, and longer than what comes")
+
+    class Machine:
+        """Has the answer of a machine, and ends the stream."""
+
+        def __init__(self, answer: bytes) -> None:
+            self.answer = answer
+
+        def take_over(self, name: str, **given: Any) -> tuple[socket.socket, bytes]:
+            ours, theirs = socket.socketpair()
+            theirs.close()
+            return ours, self.answer
+
+    args: Any = argparse.Namespace(file=str(file), snaplen=100, nic=9, filter="")
+    refuses: Any = Machine(b"!\x02there is no card 9")
+    with pytest.raises(ControlError, match="no card 9"):
+        cli_capture._capture(refuses, args)
+    assert file.read_bytes() == b"older, and longer than what comes"
+    whole = Statistics(0, 7, 5, 2).pack(1, 2)
+    begins: Any = Machine(whole)
+    assert cli_capture._capture(begins, args) == 0
+    assert file.read_bytes() == whole
+
+
 # --- what the file says at the end, and the file --------------------------------------------------
 
 
@@ -796,6 +837,8 @@ def test_a_new_file_is_the_users_own(tmp_path: Path) -> None:
     assert made
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o600
     (tmp_path / "x").write_bytes(b"old")
+    os.close(open_private(str(tmp_path / "x"), keep=True)[0])
+    assert (tmp_path / "x").read_bytes() == b"old"
     fd, made = open_private(str(tmp_path / "x"))
     os.close(fd)
     assert not made

@@ -46,7 +46,7 @@ class Output:
                 if private:
                     from pyvmm.capture.files import open_private
 
-                    self._fd, self._made = open_private(path)
+                    self._fd, self._made = open_private(path, keep=keep)
                 else:
                     self._fd = self._open(0 if keep else os.O_TRUNC)
                 self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
