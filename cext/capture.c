@@ -76,6 +76,7 @@ struct pv_capture {
 	uint32_t snaplen;
 	struct sock_filter *filter; /* NULL: all packets are wanted */
 	/* The reader's. */
+	uint64_t discarded;
 	bool peeked; /* view is the next packet */
 	struct view view;
 	struct note note[NOTES]; /* in the order of time */
@@ -685,6 +686,31 @@ static uint8_t *put_block(const struct pv_capture *c, const char *text, size_t n
 	return put32(out, (uint32_t)(out + 4 - start));
 }
 
+/* The source whose next packet is the oldest; NULL if there is no packet. */
+static struct pv_capture *oldest(struct pv_capture **from, uint32_t count)
+{
+	struct pv_capture *first = NULL;
+
+	for (uint32_t i = 0; i < count; i++) {
+		struct pv_capture *c = from[i];
+
+		if (!c->peeked)
+			c->peeked = c->ring ? ring_peek(c) : socket_peek(c);
+		if (c->peeked && (!first || c->view.ts < first->view.ts))
+			first = c;
+	}
+	return first;
+}
+
+static void next(struct pv_capture *c)
+{
+	c->peeked = false;
+	if (c->ring)
+		ring_next(c);
+	else
+		socket_next(c);
+}
+
 /**
  * pv_capture_drain() - Take packets from sources, in the order of time
  * @from:	Sources of one capture
@@ -708,16 +734,8 @@ size_t pv_capture_drain(struct pv_capture **from, uint32_t count, uint64_t now, 
 	size_t n;
 
 	for (;;) {
-		struct pv_capture *first = NULL;
+		struct pv_capture *first = oldest(from, count);
 
-		for (uint32_t i = 0; i < count; i++) {
-			struct pv_capture *c = from[i];
-
-			if (!c->peeked)
-				c->peeked = c->ring ? ring_peek(c) : socket_peek(c);
-			if (c->peeked && (!first || c->view.ts < first->view.ts))
-				first = c;
-		}
 		/* After a step of the clock, the time may be one to come: that is no reason to wait. */
 		if (!first || (first->view.ts <= now && now - first->view.ts < hold) ||
 		    (size_t)(out + size - at) < BLOCK_EXTRA + (size_t)first->view.size[0] +
@@ -726,12 +744,29 @@ size_t pv_capture_drain(struct pv_capture **from, uint32_t count, uint64_t now, 
 		n = take_notes(from, count, first, text, sizeof(text));
 		n = say_header(text, sizeof(text), n, &first->view);
 		at = put_block(first, text, n, at);
-		first->peeked = false;
-		if (first->ring)
-			ring_next(first);
-		else
-			socket_next(first);
+		next(first);
 	}
+}
+
+/**
+ * pv_capture_discard() - Take packets from sources, and count them as lost
+ * @from:	Sources of one capture
+ * @count:	How many
+ * @max:	At most so many packets
+ *
+ * Return: how many there were
+ */
+uint32_t pv_capture_discard(struct pv_capture **from, uint32_t count, uint32_t max)
+{
+	struct pv_capture *first;
+	uint32_t n = 0;
+
+	while (n < max && (first = oldest(from, count))) {
+		first->discarded++;
+		next(first);
+		n++;
+	}
+	return n;
 }
 
 /**
@@ -800,5 +835,5 @@ void pv_capture_count(struct pv_capture *c, struct pv_capture_counts *out)
 	*out = (struct pv_capture_counts){
 		.seen = __atomic_load_n(&c->count.seen, __ATOMIC_RELAXED),
 		.accepted = __atomic_load_n(&c->count.accepted, __ATOMIC_RELAXED),
-		.lost = __atomic_load_n(&c->count.lost, __ATOMIC_RELAXED)};
+		.lost = __atomic_load_n(&c->count.lost, __ATOMIC_RELAXED) + c->discarded};
 }

@@ -42,7 +42,7 @@
 struct pv_capture_counts {
 	uint64_t seen;	   /* packets that the filter has looked at; of a socket: has let pass */
 	uint64_t accepted; /* packets that the filter wants */
-	uint64_t lost;	   /* of these, packets for which there was no room */
+	uint64_t lost;	   /* of these, packets for which there was no room, or discarded */
 };
 
 struct pv_capture;
@@ -56,6 +56,7 @@ int pv_capture_filter(int fd, uint32_t snaplen, const void *filter, uint32_t cou
 void pv_capture_free(struct pv_capture *c);
 size_t pv_capture_drain(struct pv_capture **from, uint32_t count, uint64_t now, uint64_t hold,
 			uint8_t *out, size_t size);
+uint32_t pv_capture_discard(struct pv_capture **from, uint32_t count, uint32_t max);
 bool pv_capture_ask(struct pv_capture *c);
 void pv_capture_note(struct pv_capture *c, uint64_t ts, const char *text);
 const char *pv_capture_noted(const struct pv_capture *c, uint32_t number);

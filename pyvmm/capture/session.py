@@ -61,6 +61,13 @@ HOLD_NS = 2 * lib.PV_CAPTURE_BLOCK_MS * 1_000_000
 LOSSES_S = 1.0
 #: Seconds that a slow reader of the file has for the rest, once the capture is to end.
 LINGER_S = 2.0
+#: Bytes that a regular file takes by default. No guest fills the disk (docs/bounds.md).
+LIMIT = 1 << 30
+LIMIT_MIN = 2 * lib.PV_CAPTURE_ROOM
+#: Begins the comment that says that the limit was reached.
+FULL = "the limit of "
+#: Packets that are thrown away under the lock.
+DISCARD = 1 << 14
 #: What poll(2) promises of a pipe that can be written (PIPE_BUF).
 PIECE = 4096
 
@@ -234,6 +241,8 @@ class Capture(Closing):
     :param snaplen: bytes to keep of each packet, 1 to ``SNAPLEN``.
     :param code: instructions of ``capture.bpf``; empty: all packets. :param expression: what they
         were compiled from, for the file.
+    :param limit: bytes that the capture writes at most, ``LIMIT_MIN`` at least; packets beyond are
+        lost. By default ``LIMIT`` for a file, and none for a pipe or a socket.
     :ivar over: readable when the capture has ended.
     :ivar problem: why the file is not whole; empty if it is.
     :raises PyvmmError: a card cannot be captured; nothing is left behind.
@@ -247,6 +256,7 @@ class Capture(Closing):
         snaplen: int = SNAPLEN,
         code: bytes = b"",
         expression: str = "",
+        limit: int | None = None,
     ) -> None:
         self._out = Fd(fd)
         self.problem = ""
@@ -260,6 +270,10 @@ class Capture(Closing):
             undo.callback(self._out.close)
             if not 1 <= snaplen <= SNAPLEN:
                 raise UsageError(f"a snaplen of {snaplen}", f"use 1 to {SNAPLEN}")
+            if limit is not None and limit < LIMIT_MIN:
+                raise UsageError(
+                    f"a limit of {limit} bytes for a capture", f"use {LIMIT_MIN} at least"
+                )
             self.snaplen = snaplen
             self.program = (code or ffi.NULL, len(code) // INSTRUCTION)
             self.wake = EventFd()
@@ -267,6 +281,8 @@ class Capture(Closing):
             self.over = EventFd()
             undo.callback(self.over.close)
             self._regular = _has_positions(fd)
+            self._limit = limit or (LIMIT if self._regular else 0)  # 0: none
+            self._written = 0
             self._piece = PIECE if os.get_blocking(fd) else lib.PV_CAPTURE_ROOM
             self._room = ffi.new("uint8_t[]", lib.PV_CAPTURE_ROOM)
             undo.callback(self._release)
@@ -287,6 +303,15 @@ class Capture(Closing):
                 ) from e
             self._thread = thread
             undo.pop_all()
+
+    @property
+    def full(self) -> bool:
+        """Whether the limit was reached: there is no room for another batch."""
+        room: int = lib.PV_CAPTURE_ROOM
+        return 0 < self._limit < self._written + room
+
+    def _full_words(self) -> str:
+        return f"{FULL}{self._limit >> 20} MiB was reached"
 
     @property
     def packets(self) -> int:
@@ -356,6 +381,10 @@ class Capture(Closing):
             while self._round():
                 pass
             self._write(self._statistics(final=True))
+            if self.full and self.lost:
+                self.problem = (
+                    f"{self._full_words()}: {self.lost} of {self.packets} packets are lost"
+                )
         except OSError as e:
             self.problem = e.strerror or str(e)
         except Exception as e:
@@ -379,10 +408,14 @@ class Capture(Closing):
             due = [one for one in sockets if one.retired is not None and one.retired <= now]
             # A source that goes leaves nothing behind.
             hold = HOLD_NS if sockets and not due else 0
-            size = lib.pv_capture_drain(
-                array, len(sources), time.time_ns(), hold, self._room, lib.PV_CAPTURE_ROOM
-            )
-            if not size:
+            size = thrown = 0
+            if self.full:
+                thrown = lib.pv_capture_discard(array, len(sources), DISCARD)
+            else:
+                size = lib.pv_capture_drain(
+                    array, len(sources), time.time_ns(), hold, self._room, lib.PV_CAPTURE_ROOM
+                )
+            if not size and not thrown:
                 for member in self._members:
                     for source in due:
                         if source in member.sockets:
@@ -390,12 +423,12 @@ class Capture(Closing):
             left = any(member.sockets for member in self._members)
         if size:
             self._write(ffi.buffer(self._room, size))
-        if now >= self._told_at + LOSSES_S:
+        if now >= self._told_at + LOSSES_S and not self.full:
             self._told_at = now
             self._write(self._statistics(final=False))
-        if size >= lib.PV_CAPTURE_ROOM // 2:
+        if size >= lib.PV_CAPTURE_ROOM // 2 or thrown == DISCARD:
             return True
-        if size:
+        if size or thrown:
             self._wait(PACE_S, [])
             return True
         if ending and not left:
@@ -411,7 +444,9 @@ class Capture(Closing):
             sockets = [source for source in sources if source.socket is not None]
             times = [source.retired for source in sockets if source.retired is not None]
             fds = [source.socket.fileno() for source in sockets if source.socket is not None]
-            lossy = any(member.counts()[2] > member.told for member in self._members)
+            lossy = not self.full and any(
+                member.counts()[2] > member.told for member in self._members
+            )
         if lossy:
             times.append(self._told_at + LOSSES_S)
         if not any(ready):
@@ -442,6 +477,7 @@ class Capture(Closing):
         :raises OSError: this is impossible.
         """
         view = memoryview(data)
+        self._written += len(view)
         while view:
             if self._regular:
                 view = view[os.write(self._out.fileno(), view) :]
@@ -474,6 +510,8 @@ class Capture(Closing):
                     continue
                 member.told = lost
                 comment = _notes(member.rings[0]) if final else ""
+                if final and lost and self.full:
+                    comment = "; ".join(filter(None, (self._full_words(), comment)))
                 received = None if member.kernel and self.program[1] else seen
                 counted = pcapng.Statistics(member.number, received, accepted, lost, comment)
                 out += counted.pack(self._begin, now)

@@ -166,13 +166,21 @@ class Nic(Card):
         """End that. Any thread; a second call does nothing."""
         self._captures.detach(member)
 
-    def capture(self, file: str | int, *, snaplen: int | None = None, filter: str = "") -> Capture:
+    def capture(
+        self,
+        file: str | int,
+        *,
+        snaplen: int | None = None,
+        filter: str = "",
+        limit: int | None = None,
+    ) -> Capture:
         """Capture the card's packets into a pcapng file, until the object is closed
         (docs/capture.md). Any thread.
 
         :param file: a path, which is made or emptied; or a descriptor, which the capture owns.
         :param snaplen: bytes to keep of each packet (all). :param filter: an expression of
-            pcap-filter(7); it needs libpcap.
+            pcap-filter(7); it needs libpcap. :param limit: bytes to write at most, 2 MiB at least
+            (1 GiB in a regular file, else no limit); packets beyond are lost.
         :raises PyvmmError: the card cannot be captured, or the filter is wrong.
         :raises OSError: the file cannot be opened.
         """
@@ -185,7 +193,7 @@ class Nic(Card):
 
             code = compile_filter(filter, snaplen)
         fd = open_private(file)[0] if isinstance(file, str) else file
-        return Capture([self], fd, snaplen=snaplen, code=code, expression=filter)
+        return Capture([self], fd, snaplen=snaplen, code=code, expression=filter, limit=limit)
 
     # --- what the device tells (Observer) ---------------------------------------------------------
 

@@ -11,11 +11,12 @@ per card, the direction of each packet, times in nanoseconds, and the virtio-net
 where it says anything (docs/capture.md). Only you can read a new file. --filter takes an expression
 of pcap-filter(7), and needs libpcap0.8.
 
-A capture never slows a card down. What is lost because FILE is too slow is counted and printed.
+A capture never slows a card down. What is lost because FILE is too slow, or has 1 GiB (--limit), is
+counted and printed.
 
 Exit status: 0; 2 bad usage, such as a filter that is none, or a card on a back-end of somebody
-else's; 101 the file could not be written; 113 no such machine, or it ended in the middle of the
-capture; 114 refused, with the cause; 141 nobody reads the output.
+else's; 101 the file could not be written, or there is no libpcap; 113 no such machine, or it ended
+in the middle of the capture; 114 refused, with the cause; 141 nobody reads the output.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep at most so many bytes of each packet (all)",
     )
     parser.add_argument(
+        "--limit",
+        metavar="SIZE",
+        help="write at most so much; packets beyond are lost (1G if FILE is a file, else all)",
+    )
+    parser.add_argument(
         "--filter", metavar="EXPRESSION", default="", help="capture only these packets"
     )
 
@@ -71,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _capture(client: Client, args: argparse.Namespace) -> int:
+    from pyvmm.capture.session import LIMIT, LIMIT_MIN
     from pyvmm.cli.support.outputs import Output
+    from pyvmm.memory import parse_size
 
     wish = {"snaplen": args.snaplen}
     if args.nic is not None:
@@ -81,7 +89,12 @@ def _capture(client: Client, args: argparse.Namespace) -> int:
 
         wish |= {"filter": rows(compile_filter(args.filter, args.snaplen))}
         wish["expression"] = args.filter
+    limit = parse_size(args.limit, "--limit") if args.limit is not None else None
+    if limit is not None and not LIMIT_MIN <= limit < 1 << 63:
+        raise UsageError(f"--limit {args.limit}", f"use {LIMIT_MIN >> 20}M at least")
     output = Output("FILE", args.file, private=True, keep=True)
+    if limit is not None or output.regular:
+        wish["limit"] = limit or LIMIT
     try:
         return _follow(client, wish, output)
     finally:
@@ -90,6 +103,7 @@ def _capture(client: Client, args: argparse.Namespace) -> int:
 
 def _follow(client: Client, wish: dict[str, object], output: Output) -> int:
     from pyvmm.capture.pcapng import last_statistics
+    from pyvmm.capture.session import FULL
     from pyvmm.control.captures import follow
 
     tail = b""
@@ -132,6 +146,7 @@ def _follow(client: Client, wish: dict[str, object], output: Output) -> int:
             print(f"pyvmm: at the end: {one.comment}", file=sys.stderr)
     lost = sum(one.lost for one in counted)
     packets = sum(one.accepted for one in counted)
-    words = f", and {lost} lost: the file was too slow" if lost else ""
+    full = any(FULL in one.comment for one in counted)
+    words = f", and {lost} lost: the file {'is full' if full else 'was too slow'}" if lost else ""
     print(f"pyvmm: {packets - lost} packets captured{words}", file=sys.stderr)
     return 0

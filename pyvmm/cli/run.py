@@ -926,6 +926,9 @@ def _capture(machine: Machine, outputs: Outputs) -> Capture:
 def _end_capture(capture: Capture, output: Output) -> None:
     """Complete the file, and say what it lacks."""
     capture.close()
+    if capture.full:
+        output.cut = capture.problem
+        return
     output.problem = capture.problem
     if capture.lost:
         print(

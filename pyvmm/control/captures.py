@@ -26,13 +26,20 @@ READ_SIZE = 1 << 18
 
 
 def carry(
-    sock: socket, cards: Sequence[Captured], snaplen: int, code: bytes, expression: str
+    sock: socket,
+    cards: Sequence[Captured],
+    snaplen: int,
+    code: bytes,
+    expression: str,
+    limit: int | None = None,
 ) -> None:
     """Capture until the client ends it, or the machine does; closes the socket."""
     with sock:
         try:
             stream = os.dup(sock.fileno())
-            capture = Capture(cards, stream, snaplen=snaplen, code=code, expression=expression)
+            capture = Capture(
+                cards, stream, snaplen=snaplen, code=code, expression=expression, limit=limit
+            )
         except PyvmmError as e:
             _fail(sock, e.exit_code, str(e))
             return

@@ -385,7 +385,7 @@ def _exec(machine: Controlled, given: Given) -> Callable[[socket], None]:
 
 def _capture(machine: Controlled, given: Given) -> Callable[[socket], None]:
     from pyvmm.capture.bpf import check_expression, of_rows
-    from pyvmm.capture.session import SNAPLEN
+    from pyvmm.capture.session import LIMIT_MIN, SNAPLEN
     from pyvmm.control.captures import carry
 
     nets = list(machine.nets) if "nic" not in given else [_numbered(machine, given)]
@@ -402,7 +402,10 @@ def _capture(machine: Controlled, given: Given) -> Callable[[socket], None]:
         expression = check_expression(given.get("expression", ""))
     except PyvmmError as e:
         raise QmpError(f"Parameter 'expression': {e}") from e
-    return lambda sock: carry(sock, nets, snaplen, code, expression)
+    limit = given.get("limit")
+    if limit is not None and limit < LIMIT_MIN:
+        raise QmpError(f"Parameter 'limit' expects bytes, {LIMIT_MIN} at least")
+    return lambda sock: carry(sock, nets, snaplen, code, expression, limit)
 
 
 def _report(machine: Controlled, given: Given) -> object:
@@ -489,6 +492,7 @@ COMMANDS: dict[str, Command] = {
         snaplen="int?",
         filter="list?",
         expression="str?",
+        limit="int?",
     ),
     "x-pyvmm-exec": TakingCommand(
         _exec, "make this connection a command's streams (docs/exec.md)", timeout="int?"

@@ -446,6 +446,44 @@ def test_losses_are_counted_and_written(tmp_path: Path) -> None:
     assert len(gaps) >= 1
 
 
+def test_a_file_has_a_limit(tmp_path: Path) -> None:
+    """What comes beyond is lost and counted, and the end is written nevertheless."""
+    file, limit = tmp_path / "x.pcapng", session.LIMIT_MIN
+    frame = tcp(bytes(1400))
+    with Rig() as rig, Capture([Card(rig.point)], file_for(file), limit=limit) as capture:
+        while not capture.full:
+            rig.both_ways(*[frame] * 100)
+        before = capture.packets
+        rig.both_ways(*[frame] * 10)
+        assert wait_for(lambda: capture.lost >= 20)
+    assert capture.packets >= before + 20
+    assert "the limit of 2 MiB was reached: " in capture.problem
+    assert f"{capture.lost} of {capture.packets} packets are lost" in capture.problem
+    data = file.read_bytes()
+    assert limit // 2 < len(data) <= limit
+    (counted,) = last_statistics(data)
+    assert (counted.accepted, counted.lost) == (capture.packets, capture.lost)
+    assert counted.comment == "the limit of 2 MiB was reached"
+    assert sum(kind == 6 for kind, _ in blocks(file)) == capture.packets - capture.lost
+    with pytest.raises(UsageError, match="limit"):
+        Capture([Card(rig.point)], file_for(file), limit=limit - 1)
+
+
+def test_only_files_have_a_limit_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "LIMIT", 1)
+    read, write = os.pipe2(os.O_CLOEXEC)
+    point = CapturePoint()
+    with (
+        Capture([Card(point)], file_for(tmp_path / "x")) as one,
+        Capture([Card(point)], write) as two,
+    ):
+        assert one.full
+        assert not two.full
+    os.close(read)
+
+
 def test_a_reader_that_goes_ends_the_capture() -> None:
     read, write = os.pipe2(os.O_CLOEXEC)
     with Rig() as rig, Capture([Card(rig.point)], write) as capture:
@@ -783,7 +821,7 @@ def test_a_capture_that_cannot_begin_says_why() -> None:
 def test_an_expression_that_no_file_can_have_is_refused(expression: str) -> None:
     machine: Any = type("Machine", (), {"nets": [Card(CapturePoint())]})()
     run = COMMANDS["x-pyvmm-capture"].run
-    with pytest.raises(QmpError, match="'expression': the filter's expression (has|is no)"):
+    with pytest.raises(QmpError, match=r"'expression': the filter's expression (has|is no)"):
         run(machine, {"expression": expression})
     assert run(machine, {"expression": "x" * (0xFFFF - 1)})
     with pytest.raises(UsageError, match="expression"):
@@ -805,7 +843,7 @@ def test_an_older_file_is_emptied_by_the_first_bytes(tmp_path: Path) -> None:
             theirs.close()
             return ours, self.answer
 
-    args: Any = argparse.Namespace(file=str(file), snaplen=100, nic=9, filter="")
+    args: Any = argparse.Namespace(file=str(file), snaplen=100, nic=9, filter="", limit=None)
     refuses: Any = Machine(b"!\x02there is no card 9")
     with pytest.raises(ControlError, match="no card 9"):
         cli_capture._capture(refuses, args)

@@ -29,6 +29,8 @@ class Output:
     :param keep: an older file keeps its content until ``replace``, instead of losing it now.
     :param private: only this user may read it, and no other user's file is taken.
     :ivar problem: why something could not be written; empty if everything was written.
+    :ivar cut: why the file has been written, but lacks something; empty if it is whole.
+    :ivar regular: it is a regular file.
     :raises UsageError: the file cannot be opened.
     """
 
@@ -36,12 +38,12 @@ class Output:
         self, option: str, path: str, *, keep: bool = False, private: bool = False
     ) -> None:
         self.option, self.path = option, path
-        self.problem = ""
+        self.problem = self.cut = ""
         self._made = False
         try:
             if path == STDOUT:
                 self._fd = os.dup(1)
-                self._regular = False  # what else is in that file is not ours, so it is not removed
+                self.regular = False  # what else is in that file is not ours, so it is not removed
             else:
                 if private:
                     from pyvmm.capture.files import open_private
@@ -49,7 +51,7 @@ class Output:
                     self._fd, self._made = open_private(path, keep=keep)
                 else:
                     self._fd = self._open(0 if keep else os.O_TRUNC)
-                self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+                self.regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
             if self._made:
                 from pyvmm import helper
 
@@ -94,7 +96,7 @@ class Output:
 
         :raises OSError: as in ``write``.
         """
-        if self._regular:
+        if self.regular:
             os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
         self.write(data)
@@ -162,7 +164,7 @@ class Outputs(Closing):
         :param status: the exit status if nothing is lost.
         """
         self.close()
-        lost = any(output.problem for output in self._all.values())
+        lost = any(output.problem or output.cut for output in self._all.values())
         return HostError.exit_code if lost and not status else status
 
     def close(self) -> None:
@@ -175,3 +177,6 @@ class Outputs(Closing):
                 if output.problem:
                     lost = f"{output.option} {output.path} is lost: {output.problem}"
                     print(f"pyvmm: {lost}", file=sys.stderr)
+                elif output.cut:
+                    cut = f"{output.option} {output.path} is not whole: {output.cut}"
+                    print(f"pyvmm: {cut}", file=sys.stderr)
