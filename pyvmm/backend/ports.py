@@ -114,6 +114,20 @@ def _socket_pairs(count: int) -> list[socket.socket]:
     return made
 
 
+class SinkPort(SocketPort):
+    """Near ends of socket pairs. :param far: the others, which drop what comes; owned."""
+
+    def __init__(self, name: str, fds: Sequence[Fd], far: Sequence[socket.socket]) -> None:
+        super().__init__(name, fds)
+        self._far = far
+
+    def close(self) -> None:
+        """Close both ends; a second call does nothing."""
+        super().close()
+        for s in self._far:
+            s.close()
+
+
 def loop_port(queues: int) -> SocketPort:
     """A port that sends every frame back on its queue pair. :raises HostError: no descriptors or
     memory.
@@ -122,23 +136,20 @@ def loop_port(queues: int) -> SocketPort:
 
 
 def sink_port(queues: int) -> SocketPort:
-    """A port that takes every frame and sends none: a datagram socket that is connected to itself.
-    The kernel drops the frames, because the socket's filter wants none of them.
+    """A port that takes every frame and sends none: socket pairs with a connection, so that nothing
+    can be sent elsewhere by name. The kernel drops the frames, because the filter of the far end
+    wants none of them.
+
+    :raises HostError: no descriptors or memory.
     """
-    fds: list[Fd] = []
-    try:
-        for _ in range(queues):
-            kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-            with socket.socket(socket.AF_UNIX, kind) as one:
-                one.bind("")  # an abstract name that the kernel chooses
-                one.connect(one.getsockname())
-                lib.pv_capture_filter(one.fileno(), 0, ffi.NULL, 0)
-                fds.append(Fd(one.detach()))
-    except OSError as e:
-        for fd in fds:
-            fd.close()
-        raise HostError(f"cannot make a socket: {e.strerror}", "raise the limit: ulimit -n") from e
-    return SocketPort("sink", fds)
+    sockets = _socket_pairs(queues)
+    port = SinkPort("sink", [Fd(s.detach()) for s in sockets[::2]], sockets[1::2])
+    for far in sockets[1::2]:
+        error = lib.pv_capture_filter(far.fileno(), 0, ffi.NULL, 0)
+        if error:
+            port.close()
+            raise HostError(f"cannot filter a socket: {os.strerror(-error)}")
+    return port
 
 
 def joined_ports(queues: int) -> tuple[SocketPort, SocketPort]:

@@ -455,6 +455,26 @@ def test_a_sink_takes_everything_and_waits_for_nothing(path: str) -> None:
         assert not guest.driver.received
 
 
+def test_a_sink_reaches_no_other_socket() -> None:
+    """Whoever has taken over the back-end has its descriptors."""
+    port = sink_port(1)
+    name = f"\0pyvmm-sink-{os.getpid()}"
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.setblocking(False)
+            other.bind(name)
+            with socket.socket(fileno=os.dup(port.fds[0].fileno())) as held:
+                with suppress(OSError):
+                    held.sendto(b"x", name)
+                with suppress(OSError):
+                    held.connect(name)
+                    held.send(b"x")
+            with pytest.raises(BlockingIOError):
+                other.recv(1)
+    finally:
+        port.close()
+
+
 def test_over_a_tap(path: str) -> None:
     with Namespace(address="192.168.91.1/24", mtu=1500) as namespace:
         guest_ip, host_ip = bytes([192, 168, 91, 2]), bytes([192, 168, 91, 1])
