@@ -152,6 +152,10 @@ class Helper(Closing):
             raise HostError("pyvmm's helper has ended")
         return heard(answered, got, "pyvmm's helper")
 
+    def owns(self, number: int) -> bool:
+        """Whether the descriptor ``number`` is our end of the channel."""
+        return self._channel.fileno() == number
+
     def close(self) -> None:
         """End the process. A second call does nothing."""
         global _current
@@ -172,6 +176,11 @@ _current: Helper | None = None
 def current() -> Helper | None:
     """The helper of this process; None if there is none."""
     return _current
+
+
+def is_channel(number: int) -> bool:
+    """Whether the descriptor ``number`` is that of the socket to the helper."""
+    return _current is not None and _current.owns(number)
 
 
 def start() -> Helper:

@@ -136,6 +136,8 @@ class Machine:
             raise UsageError(f"--sandbox {sandbox}", f"use {', '.join(CHOICES)}")
         if on_reboot not in ("exit", "restart"):
             raise UsageError(f"--on-reboot {on_reboot}", "use exit or restart")
+        for net in nets:
+            net.check_open()
         description = Description(
             kernel,
             initrd=initrd,
@@ -524,6 +526,7 @@ class Machine:
         self._check_plugs()
         if isinstance(net, str):
             net = Net.parse(net)
+        net.check_open()
         nic = self._parts.plugs.add(net, name)
         with self._pausing:
             if self.vcpu_threads.paused:

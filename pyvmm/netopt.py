@@ -8,7 +8,7 @@ import os
 from binascii import crc32
 from socket import AF_INET
 
-from pyvmm.errors import UsageError, did_you_mean
+from pyvmm.errors import NetError, UsageError, did_you_mean
 from pyvmm.hostnet import TAP_MAX_MTU
 from pyvmm.hostnet.addresses import parse_address
 from pyvmm.spec.ethernet import ETH_MIN_MTU
@@ -405,6 +405,24 @@ class Net:
             raise UsageError(
                 f"{what} and queues={self.queues}", "give one descriptor per queue pair"
             )
+
+    def check_open(self, *, inherited: bool = False) -> None:
+        """Refuse numbers of ``fd=`` that this process would itself give to what it opens. Called
+        before it opens anything: afterwards such a number may be a descriptor of pyvmm's own.
+
+        :param inherited: this process is pyvmm's own, so that each descriptor that may be named
+            has come by execve(2): only those have no FD_CLOEXEC.
+        :raises NetError: one is not open, or not inherited.
+        """
+        for fd in self.fds:
+            try:
+                good = os.get_inheritable(fd) or not inherited
+            except OSError:
+                good = False
+            if not good:
+                raise NetError(
+                    f"fd={fd} is not open", "open it in the program that starts pyvmm, inheritable"
+                )
 
     def check_socket(self) -> None:
         """:raises UsageError: ``fd`` is a socket, and the card asks for a tap."""

@@ -159,6 +159,7 @@ if TYPE_CHECKING:
     from pyvmm.diskopt import Disk
     from pyvmm.exits.kernel_trace import KernelTrace
     from pyvmm.machine import Machine
+    from pyvmm.netopt import Net
     from pyvmm.outcome import Outcome
     from pyvmm.shareopt import Root, Share
 
@@ -401,6 +402,8 @@ def run(args: argparse.Namespace) -> int:
         )
         if status is not None:
             return status
+        for net in _nets(args):
+            net.check_open(inherited=True)  # before the helper's channel takes a number
         if args.sandbox != "off":
             from pyvmm import helper
 
@@ -443,16 +446,15 @@ def _check(args: argparse.Namespace) -> None:
     :raises PyvmmError: the error that the machine would raise.
     """
     from pyvmm.assembly import Description, extra_archive
-    from pyvmm.netopt import MacAddresses, Net
+    from pyvmm.netopt import MacAddresses
 
     kernel, initrd = _files(args)
-    nets = [Net.parse(text) for text in args.net or ["emulated"]]
     want = Description(
         kernel,
         initrd=initrd,
         cpus=args.cpus,
         memory=args.memory,
-        nets=nets,
+        nets=_nets(args),
         devices=_devices(args),
         shares=_shares(args),
         disks=_disks(args),
@@ -464,6 +466,13 @@ def _check(args: argparse.Namespace) -> None:
     MacAddresses("").choose(dict(enumerate(want.nets)))
     if args.host != "local":  # else the machine is made here, and checks it
         extra_archive(want)
+
+
+def _nets(args: argparse.Namespace) -> list[Net]:
+    """The cards of ``--net``."""
+    from pyvmm.netopt import Net
+
+    return [Net.parse(text) for text in args.net or ["emulated"]]
 
 
 def _devices(args: argparse.Namespace) -> list[Device]:
@@ -640,7 +649,6 @@ class _Run:
     def to_its_end(self, watchdog: Watchdog | None) -> int:
         """Boot the guest, attend it, report the verdict; returns the exit status."""
         from pyvmm.machine import Machine
-        from pyvmm.netopt import Net
 
         args, outputs = self.args, self.outputs
         assert outputs is not None
@@ -650,7 +658,6 @@ class _Run:
             self.files = RunFiles(args, outputs)
             if watchdog is not None:
                 watchdog.files = self.files
-        nets = [Net.parse(text) for text in args.net or ["emulated"]]
         append = args.append
         kernel, initrd = _files(args)
         if args.kernel is None:
@@ -669,7 +676,7 @@ class _Run:
             memory=args.memory,
             huge=args.memory_backing == "huge",
             cpu=args.cpu,
-            nets=nets,
+            nets=_nets(args),
             devices=_devices(args),
             shares=_shares(args),
             disks=_disks(args),

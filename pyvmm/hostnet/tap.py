@@ -353,8 +353,10 @@ def settle(fd: Fd) -> None:
 def duplicate(number: int) -> Fd:
     """A descriptor of our own for what the descriptor ``number`` is.
 
-    :raises NetError: it is not open.
+    :raises NetError: it is not open, or it leads to pyvmm's helper.
     """
+    if helper.is_channel(number):
+        raise NetError(f"fd={number} is a descriptor of pyvmm's own", "name one of yours")
     try:
         return Fd(fcntl(number, F_DUPFD_CLOEXEC, 0))
     except OSError as e:

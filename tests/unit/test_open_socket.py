@@ -6,23 +6,28 @@ import os
 import select
 import socket
 import struct
+import subprocess
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 import pytest
 
+from pyvmm import helper
 from pyvmm.card.uplink import Uplink
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.errors import HostError, NetError, UsageError
 from pyvmm.hostnet.frames import HEADER
 from pyvmm.hostnet.opensocket import OpenSocket
+from pyvmm.machine import Machine
 from pyvmm.memory import GuestMemory
 from pyvmm.netopt import Net
+from pyvmm.programs import module
 from tests.driver import Events, NetDriver, wait_for
 from tests.unit.test_vhost_user import no_leak
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 __all__ = ["no_leak"]  # a fixture
 
@@ -240,3 +245,43 @@ def test_what_is_no_usable_socket() -> None:
         ):
             with pytest.raises(UsageError, match=problem):
                 Uplink(Net.parse(text), None)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_number_that_nothing_has_come_by(tmp_path: Path, given: bool) -> None:
+    """A number that is not open is not taken for what pyvmm opens there: with --sandbox, the socket
+    to its helper, to which the guest's frames would be requests.
+    """
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(bytes(4096))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        fd = theirs.fileno() if given else 3
+        words = ["run", "--host", "local", "--kernel", str(kernel), "--net", f"emulated,fd={fd}"]
+        end = subprocess.run(
+            module("pyvmm", *words, "--timeout", "60", "--", "true"),
+            pass_fds=[fd] if given else [],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    if given:  # it gets further
+        assert end.returncode not in (0, 106) and "is not open" not in end.stderr, end.stderr
+    else:
+        assert end.returncode == 106 and "fd=3 is not open" in end.stderr, end.stderr
+
+
+def test_a_number_that_the_machine_would_take() -> None:
+    with socket.socket() as s:
+        number = s.fileno()
+    with pytest.raises(NetError, match=f"fd={number} is not open"):
+        Machine("/nonexistent", nets=[Net("emulated", fd=number)], sandbox="auto")
+    assert helper.current() is None, "nothing has been opened before"
+
+
+def test_the_socket_to_the_helper() -> None:
+    with helper.start():
+        number = next(n for n in range(3, 1 << 16) if helper.is_channel(n))
+        with pytest.raises(NetError, match="of pyvmm's own"):
+            Uplink(Net("emulated", fd=number), None)
