@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 NAME = "qemu-storage-daemon"
 PLACES = (f"/usr/bin/{NAME}", f"/usr/local/bin/{NAME}")
+#: By the release of Debian: the package that has the program. Both releases have both packages.
+PACKAGES = {13: "qemu-utils", 12: "qemu-system-common"}
 #: What image and overlay are called in the child's root directory. A backing file has the image's
 #: name with its number in the chain.
 IMAGE, OVERLAY = "image", "overlay"
@@ -45,7 +47,8 @@ def find() -> str:
             return path
     raise DiskError(
         f"a disk can be served only by {NAME}, which is missing",
-        "as root: apt-get install --no-install-recommends qemu-system-common",
+        f"as root: apt-get install --no-install-recommends {PACKAGES[13]}, or {PACKAGES[12]} on"
+        " Debian 12",
     )
 
 

@@ -23,6 +23,7 @@ from pyvmm.assembly import Description
 from pyvmm.diskopt import Disk
 from pyvmm.errors import DiskError, UsageError
 from pyvmm.host import qcow2, storage_daemon
+from pyvmm.host.apt import codename
 from pyvmm.host.child import ChildConnector
 from pyvmm.memory import GuestMemory
 from pyvmm.outcome import Outcome
@@ -45,7 +46,7 @@ SECTORS = 2048
 VIRTIO_BLK_F_RO = 5
 IN, OUT = 0, 1  # VIRTIO_BLK_T_*
 needs_daemon = pytest.mark.skipif(
-    shutil.which("qemu-storage-daemon") is None, reason="needs qemu-system-common"
+    shutil.which("qemu-storage-daemon") is None, reason="needs qemu-storage-daemon"
 )
 
 
@@ -246,8 +247,17 @@ def test_a_disk_that_breaks_off_is_the_verdict() -> None:
 
 def test_no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_daemon, "PLACES", ("/no/such",))
-    with pytest.raises(DiskError, match=r"which is missing; as root: apt-get install .*-common"):
+    remedy = r"apt-get install \S+ qemu-utils, or qemu-system-common on Debian 12$"
+    with pytest.raises(DiskError, match=rf"which is missing; as root: {remedy}"):
         Disk(raw_image(tmp_path / "a.raw")).connector()
+
+
+@pytest.mark.skipif(codename() not in ("bookworm", "trixie"), reason="needs Debian 12 or 13")
+@needs_daemon
+def test_the_package_that_is_named_has_the_daemon() -> None:
+    package = storage_daemon.PACKAGES[{"bookworm": 12, "trixie": 13}[codename()]]
+    listed = subprocess.run(["dpkg", "-L", package], capture_output=True, text=True)
+    assert storage_daemon.PLACES[0] in listed.stdout.splitlines()
 
 
 @needs_daemon

@@ -161,9 +161,7 @@ def read(guest: Guest, ring: Ring, sector: int) -> None:
     ring.publish()
 
 
-@pytest.mark.skipif(
-    shutil.which("qemu-storage-daemon") is None, reason="needs qemu-system-common's back-end"
-)
+@pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, reason="needs qemu-storage-daemon")
 def test_a_disk_of_qemu_s_daemon_and_a_daemon_that_comes_back(path: str, tmp_path: Path) -> None:
     options = Device(id="block", socket=path)
     with Daemon(tmp_path, path) as daemon, Guest(options) as guest:
