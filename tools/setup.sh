@@ -17,7 +17,7 @@ iproute2 iputils-ping iperf3 ca-certificates"
 TESTBED_PACKAGES="qemu-system-x86"
 FUZZ_PACKAGES="clang libclang-rt-dev llvm"
 TEST_PACKAGES="ethtool acpica-tools cpio util-linux procps chromium openssh-client
-zsh fish mandoc tshark libpcap0.8"
+zsh fish mandoc tshark"
 testbed=auto tests=no fuzz=no
 for option in "$@"; do
 	case $option in
@@ -85,6 +85,8 @@ install() {
 }
 
 install $PACKAGES
+# Debian 12 has it in what QEMU needs, Debian 13 in a package of its own.
+[ $tests = no ] || [ -x /usr/bin/qemu-storage-daemon ] || install qemu-utils
 
 # --- .venv ----------------------------------------------------------------------------------------
 python=${PYVMM_PYTHON:-}

@@ -102,6 +102,14 @@ def plant(release: str, directory: Path, *packages: str) -> Tree:
     return made
 
 
+def set_up_packages() -> set[str]:
+    """All that tools/setup.sh installs by a list."""
+    script = (ROOT / "tools/setup.sh").read_text()
+    lists = re.findall(r'(?m)^\w*PACKAGES="([^"$]+)"$', script)
+    assert len(lists) == 4
+    return {name for one in lists for name in one.split()}
+
+
 @pytest.mark.parametrize("release", ["bookworm", "trixie"])
 def test_the_demo(tmp_path: Path, release: str) -> None:
     """`make demo` sets up what it needs and ends well; then a second guest runs at once. No package
@@ -115,6 +123,9 @@ def test_the_demo(tmp_path: Path, release: str) -> None:
     installed = tree.run("dpkg-query -W -f '${Package} '").split()
     assert not {"chromium", "clang-format", "acpica-tools"} & set(installed)
     assert not (tree.directory / "root/.cache/pyvmm/dpdk").exists()
+    # The others, too, are packages: a virtual one would be installed again by each set-up.
+    known = set(tree.run("apt-cache pkgnames").split())
+    assert known > set_up_packages(), set_up_packages() - known
     again = tree.run("cd /root/pyvmm && make setup")
     assert "installing" not in again and "fetching" not in again, again
 
