@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -43,6 +44,15 @@ def test_a_build_needs_no_other_package() -> None:
         [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True
     )
     assert (done.stdout, done.stderr) == (f"{len(COMMANDS) + 1}\n", "")
+
+
+def test_the_build_s_environment_colours_nothing() -> None:
+    """argparse of Python 3.14 colours a usage if FORCE_COLOR is set."""
+    code = "from tools.site import man; print(''.join(man.pages().values()))"
+    env = {**os.environ, "FORCE_COLOR": "1", "NO_COLOR": ""}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True).stdout
+    assert b"pyvmm" in out and b"\x1b" not in out
 
 
 def test_no_warnings(pages: list[Path]) -> None:

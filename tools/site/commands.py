@@ -79,6 +79,8 @@ def _option(action: argparse.Action, parser: argparse.ArgumentParser) -> Option:
 def _command(parser: argparse.ArgumentParser, summary: str) -> Command:
     """The command of a parser, with its actions."""
     parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, width=80)
+    # Python 3.14 would colour the usage if the build has a terminal, or FORCE_COLOR.
+    vars(parser)["color"] = False
     actions: list[Command] = []
     groups: list[tuple[str, tuple[Option, ...]]] = []
     for group in parser._action_groups:
