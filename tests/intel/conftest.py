@@ -89,7 +89,7 @@ def l1_of(built: None) -> Iterator[Callable[..., L1]]:
     """Returns the L1 with some options of ``Testbed``, which is up. One is up at a time."""
     made: dict[str, L1] = {}
 
-    def get(name: str = "6.1", **options: object) -> L1:
+    def get(name: str = "plain", **options: object) -> L1:
         for other, l1 in made.items():
             if other != name:
                 l1.down()
@@ -104,5 +104,5 @@ def l1_of(built: None) -> Iterator[Callable[..., L1]]:
 
 @pytest.fixture
 def l1(l1_of: Callable[..., L1]) -> L1:
-    """Linux 6.1 on a Haswell, with KVM as it is."""
+    """Linux 6.1 if there is one, or else the newest, with KVM as it is."""
     return l1_of()

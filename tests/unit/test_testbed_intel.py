@@ -21,9 +21,10 @@ from pyvmm.errors import TestbedError
 from pyvmm.host import bochs
 from pyvmm.images.cpio import Archive, Entry, HostFile, Listing
 from pyvmm.testbed import assets, disk, layers, travel
-from pyvmm.testbed.intel import Intel
+from pyvmm.testbed.intel import MODELS, Intel
 from pyvmm.testbed.supervisor import printable
 from pyvmm.testbed.testbed import Result, Testbed
+from tests.intel.test_intel import BRANDS
 
 # --- what comes back ------------------------------------------------------------------------------
 
@@ -372,6 +373,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_model_is_one_under_which_the_kernel_works() -> None:
     assert Intel(OPTIONS, print).emulator() == "Bochs 3.0, corei7_haswell_4770"
     assert Intel({**OPTIONS, "kernel": "6.12"}, print).model == "broadwell_ult"
+    assert set(BRANDS) == set(MODELS.values())  # the test in L1 has the processor's name
 
 
 @pytest.mark.usefixtures("there")
