@@ -41,8 +41,14 @@ def version(source: str) -> str:
     """The version of the commit that is checked out.
 
     :param source: the text of pyvmm/__init__.py.
-    :raises SystemExit: the tag and the source differ.
+    :raises SystemExit: the tag and the source differ, or the history is cut off, so that the
+        number of commits would be wrong and a tag could be missing.
     """
+    if git("rev-parse", "--is-shallow-repository") == "true":
+        raise SystemExit(
+            "release: this clone is shallow, and the version depends on all commits and tags; "
+            "run: git fetch --unshallow --tags"
+        )
     match = VERSION.search(source)
     if match is None:
         raise SystemExit("release: pyvmm/__init__.py has no version; write X.Y.Z")

@@ -102,6 +102,22 @@ def test_the_version_comes_from_git(repository: Path) -> None:
         release.version("__version__ = None")
 
 
+def test_a_shallow_clone_is_refused(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has neither all commits nor all tags, so its version would be another one."""
+    who = ("-c", "user.name=x", "-c", "user.email=x@y")
+    release.git(*who, "commit", "-q", "--allow-empty", "-m", "second")
+    clone = tmp_path / "clone"
+    release.git("clone", "-q", "--depth", "1", repository.as_uri(), str(clone))
+    monkeypatch.setattr(release, "ROOT", clone)
+    source = '__version__ = "1.2.3"\n'
+    with pytest.raises(SystemExit, match=r"shallow.*; run: git fetch --unshallow --tags$"):
+        release.version(source)
+    release.git("fetch", "-q", "--unshallow", "--tags")
+    assert ".dev2+g" in release.version(source)
+
+
 def test_a_release_is_in_the_changelog() -> None:
     release.changes("## Unreleased\n", "1.2.3.dev1+gabc")
     release.changes("## Unreleased\n\n## 1.2.3 - 2027-01-01\n", "1.2.3")
