@@ -135,6 +135,7 @@ def test_a_file_of_another_user_is_refused(own: Path, pyvmm: Pyvmm) -> None:
     os.chown(own, 12345, 12345)
     status, _, err = pyvmm("config")
     assert status == 2 and f"{own} belongs to user 12345, and this is user 0; " in err
+    assert "pyvmm --config '' COMMAND" in err and pyvmm("--config", "", "config")[0] == 0
     os.chown(own, 0, 0)
     os.chown(own.parent, 12345, 12345)
     assert f"{own.parent} belongs to user 12345" in pyvmm("config")[2]
@@ -219,3 +220,17 @@ def test_other_processes_of_a_command_read_no_file(
     assert Settings(cli.COMMANDS).table == {}
     with pytest.raises(UsageError, match="No such file"):
         Settings(cli.COMMANDS, "/nonexistent")
+
+
+@pytest.mark.parametrize("named", ["", "empty"])
+def test_no_process_of_a_command_reads_what_the_user_has_put_aside(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """Such as the machine of ``--detach``, also if the file of ``--config`` has no settings."""
+    own.write_text("[run]\ncpus = 2\n")
+    monkeypatch.setenv("PYVMM_CONFIG", str(own))
+    if named:
+        named = str(tmp_path / named)
+        Path(named).touch()
+    assert applied(["run"], parser("run"), cli.COMMANDS, named) == (["run"], {})
+    assert Settings(cli.COMMANDS).table == {}

@@ -182,7 +182,7 @@ def _check_owner(path: str, info: os.stat_result) -> None:
     if info.st_uid not in (user, 0):
         raise UsageError(
             f"{path} belongs to user {info.st_uid}, and this is user {user}",
-            f"remove it, or set {VARIABLE} to a file of yours, or to nothing",
+            f"do without: pyvmm --config '' COMMAND; or name a file: --config FILE, {VARIABLE}",
         )
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UsageError(f"{path} may be written by others", f"chmod go-w {path}")
@@ -201,6 +201,9 @@ def applied(
     :raises UsageError: as ``Settings`` and ``Settings.words``.
     """
     settings = Settings(commands, named)
+    if settings.table or settings.why == "--config":
+        # Whatever takes part in the command gets the words, and must not read a file.
+        os.environ[VARIABLE] = ""
     if not settings.table:
         return args, {}
     at = next(i for i, word in enumerate(args) if not word.startswith("-")) + 1
@@ -212,8 +215,6 @@ def applied(
         at += 1
     typed = args[at : args.index("--", at) if "--" in args[at:] else None]
     words, origins = settings.words(parser, ".".join(names), typed)
-    # Whatever takes part in the command gets the words, and need not read the file again.
-    os.environ[VARIABLE] = ""
     return [*args[:at], *words, *args[at:]], origins
 
 
