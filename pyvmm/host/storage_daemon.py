@@ -12,11 +12,12 @@ and ends.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import signal
-from stat import S_ISBLK, S_ISREG
+from stat import S_ISBLK, S_ISDIR, S_ISREG
 
 from pyvmm.errors import DiskError
 from pyvmm.host import qcow2
@@ -203,20 +204,32 @@ class DiskConnector(ChildConnector):
 class Image:
     """What is known of an image before it is served.
 
+    :param device: a block device is opened, too; else it has neither head nor size.
     :ivar head: its first bytes. :ivar size: in bytes. :ivar owner: user id.
     :ivar device: whether it is a block device. :ivar identity: device and inode of the file.
     :raises OSError: it may not be opened, or is neither a file nor a block device.
     """
 
-    def __init__(self, path: str, *, writable: bool) -> None:
-        flags = os.O_RDWR if writable else os.O_RDONLY
-        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    def __init__(self, path: str, *, writable: bool, device: bool = True) -> None:
+        # Opening a device may have an effect: a watchdog starts. So its kind is looked at before,
+        # and what is opened then is what was looked at.
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
-            status = os.fstat(fd)
+            status = os.fstat(place)
             self.device, self.owner = S_ISBLK(status.st_mode), status.st_uid
             self.identity = status.st_dev, status.st_ino
+            if writable and S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not self.device and not S_ISREG(status.st_mode):
                 raise OSError(0, "it is neither a file nor a block device")
+            self.head, self.size = b"", 0
+            if self.device and not device:
+                return
+            flags = os.O_RDWR if writable else os.O_RDONLY
+            fd = os.open(f"/proc/self/fd/{place}", flags | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            os.close(place)
+        try:
             self.head = os.pread(fd, qcow2.HEAD_READ, 0)
             self.size = os.lseek(fd, 0, os.SEEK_END)
         finally:
@@ -281,7 +294,7 @@ def _next(chain: Sequence[Layer], name: bytes, form: str, called: str) -> Layer:
     directory = os.path.dirname(chain[-1].path)
     path = os.path.realpath(os.path.join(directory, os.fsdecode(name)))
     try:
-        image = Image(path, writable=False)
+        image = Image(path, writable=False, device=False)
     except OSError as e:
         problem = f"{what}: {_shown(path)}: {e.strerror}"
         raise DiskError(problem, "put it there, or allow it") from e

@@ -735,3 +735,25 @@ def test_a_chain_has_an_end(tmp_path: Path) -> None:
 def test_an_image_without_a_backing_file_may_have_the_key(tmp_path: Path) -> None:
     assert Disk.parse(f"{qcow2_image(tmp_path / 'a.qcow2')},backing=on").backing
     assert not Disk(tmp_path / "a.qcow2").backing
+
+
+def test_a_device_that_an_image_names_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening may have an effect: /dev/watchdog starts a countdown."""
+    opened: list[str] = []
+    real = os.open
+
+    def spy(path: str, flags: int, *args: int, **more: int) -> int:
+        if not flags & os.O_PATH:
+            opened.append(os.path.realpath(path))
+        return real(path, flags, *args, **more)
+
+    monkeypatch.setattr(os, "open", spy)
+    for path in ("/dev/null", str(tmp_path)):
+        with pytest.raises(OSError, match="neither a file nor a block device"):
+            storage_daemon.Image(path, writable=False)
+    assert not opened
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 10)
+    assert storage_daemon.Image(str(file), writable=True).size == 10 and opened == [str(file)]
