@@ -59,6 +59,8 @@ class OpenSocket:
         self._peer = self._inner = Fd(-1)
         self._port: Any = ffi.NULL
         self._cut = False
+        #: What the thread has told last; it tells nothing after its end.
+        self._told = ffi.new("struct pv_socket_report *")
         self._peer = duplicate(number)
         try:
             kind = _kind(self._peer.fileno(), number)
@@ -96,8 +98,7 @@ class OpenSocket:
 
     def gone(self) -> str:
         """Why no frame comes any more, in words; empty at our own end."""
-        report = ffi.new("struct pv_socket_report *")
-        lib.pv_socket_port_report(self._port, report)
+        report = self._look()
         if self._cut or report.end in (lib.PV_SOCKET_SERVES, lib.PV_SOCKET_LEFT):
             return ""
         what = f"the socket fd={self._number}"
@@ -124,9 +125,13 @@ class OpenSocket:
 
     def report(self) -> dict[str, object]:
         """For JSON: the descriptor's number, and how many packets of either side were no frames."""
-        report = ffi.new("struct pv_socket_report *")
-        lib.pv_socket_port_report(self._port, report)
-        return {"socket": {"fd": self._number, "dropped": int(report.dropped)}}
+        return {"socket": {"fd": self._number, "dropped": int(self._look().dropped)}}
+
+    def _look(self) -> Any:
+        """A struct pv_socket_report; of the moment of ``close`` after that."""
+        if self._port:
+            lib.pv_socket_port_report(self._port, self._told)
+        return self._told
 
     def close(self) -> None:
         """End the thread; the peer's socket stays open for whoever has opened it. A second call
@@ -135,6 +140,7 @@ class OpenSocket:
         self._cut = True
         for fd in self.fds:
             fd.close()  # by which the thread ends
+        self._look()
         port, self._port = self._port, ffi.NULL
         lib.pv_socket_port_free(port)
         self._inner.close()

@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import subprocess
+import sys
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
@@ -285,3 +286,20 @@ def test_the_socket_to_the_helper() -> None:
         number = next(n for n in range(3, 1 << 16) if helper.is_channel(n))
         with pytest.raises(NetError, match="of pyvmm's own"):
             Uplink(Net("emulated", fd=number), None)
+
+
+def test_what_is_told_after_the_end() -> None:
+    """In a process of its own, which once died of it."""
+    program = """if True:
+        import socket
+        from pyvmm.hostnet.opensocket import OpenSocket
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        port = OpenSocket(ours.fileno(), None)
+        port.close()
+        port.close()
+        print(port.report()["socket"]["dropped"], repr(port.gone()))
+    """
+    end = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (end.returncode, end.stdout) == (0, "0 ''\n"), end.stderr
