@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
+import traceback
 from datetime import date
 from pathlib import Path
 
@@ -79,6 +79,8 @@ class Board:
             for thread in threads:
                 thread.join(max(0.0, until - time.monotonic()))
             self._tell()
+        ran = {o.target.name for o in self.done} | {text.partition(":")[0] for text in self.failed}
+        self.failed += [f"{t.name}: it never came to an end" for t in targets if t.name not in ran]
 
     def _work(self) -> None:
         while True:
@@ -88,8 +90,11 @@ class Board:
                 target, seconds = self._queue.pop()
             try:
                 outcome = engine.run(target, seconds, self._seed, self._progress)
-            except (OSError, subprocess.CalledProcessError) as e:
-                self.failed.append(f"{target.name}: {e}")
+            except Exception as e:  # whatever it is, the target has not been fuzzed
+                traceback.print_exc()
+                with self._lock:
+                    self._running.pop(target.name, None)
+                    self.failed.append(f"{target.name}: {type(e).__name__}: {e}")
                 continue
             with self._lock:
                 self._running.pop(target.name, None)
