@@ -3,7 +3,7 @@ back-end, a Python function, and a tap that another process has opened.
 
 Each port has what the emulated data path needs of a ``Port``. Loop and cable go through memory, a
 burst of frames at a time (``datapath.cable``). The others have sockets that keep packet boundaries,
-which costs two system calls per packet, with virtio-net headers of 12 bytes. None of these has
+which costs a system call per packet at each end, with virtio-net headers of 12 bytes. None of these has
 offloads, so the headers are empty.
 """
 

@@ -81,6 +81,9 @@ TARGETS: dict[Target, C | Python] = {
         "race_bus.c", BUS, "thread", guided=False
     ),
     Target("flow", "the hash of a frame's flow", 1, 512): C("fuzz_flow.c", ("flow_hash",)),
+    Target("filter", "filters of captures, over frames in segments", 1, 1024): C(
+        "fuzz_filter.c", ("filter",)
+    ),
     Target("bus", "ports and memory: serial, clocks, PCI latch, kicks, ISR, ledger", 2, 2048): C(
         "fuzz_bus.c", BUS
     ),

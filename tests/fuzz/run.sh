@@ -28,9 +28,10 @@ intx relay ioctl"
 # shellcheck disable=SC2086
 for name in vring net life; do build $name $worker; done
 build flow flow_hash
+build filter filter
 build bus bus serial pipe trace rtc pmtimer intx relay thread event confine ioctl
 cd "$out"
-for name in vring net life flow bus; do
+for name in vring net life flow filter bus; do
     mkdir "$name"
     python3 -m zipfile -e "$here/corpus/$name.zip" "$name"
     "$out/fuzz_$name" "$name"/*
