@@ -3,8 +3,8 @@ back-end, a Python function, and a tap that another process has opened.
 
 Each port has what the emulated data path needs of a ``Port``. Loop and cable go through memory, a
 burst of frames at a time (``datapath.cable``). The others have sockets that keep packet boundaries,
-which costs a system call per packet at each end, with virtio-net headers of 12 bytes. None of these has
-offloads, so the headers are empty.
+which costs a system call per packet at each end, with virtio-net headers of 12 bytes. None of these
+has offloads, so the headers are empty.
 """
 
 from __future__ import annotations
