@@ -42,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     PLACES.setdefault("boot", "testbed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers (pytest -n), one of them has the testbed: a second guest beside its
     guests would double their times.

@@ -26,7 +26,7 @@ import signal
 import sys
 
 from pyvmm.cli.support import remote
-from pyvmm.cli.support.options import count
+from pyvmm.cli.support.options import SSH, count
 from pyvmm.errors import MachineMissing, UsageError
 
 TYPE_CHECKING = False
@@ -68,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Capture to the end; returns the exit status."""
+    if args.file != "-" and args.host.startswith(SSH):
+        raise UsageError(
+            f"the file {args.file} would be made on the other machine",
+            f"write it here: pyvmm capture {args.name} - --host {args.host} >{args.file}",
+        )
     if args.file == "-" and os.isatty(1):
         raise UsageError(
             "a capture is no text for a terminal",

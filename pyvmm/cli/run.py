@@ -397,6 +397,10 @@ def run(args: argparse.Namespace) -> int:
                 *(s.directory for s in _shares(args) if s.writable),
                 *(d.directory for d in _disks(args) if d.writable and not d.snapshot),
             ],
+            results=[
+                *(s.directory for s in _shares(args) if s.writable),
+                *(d.file for d in _disks(args) if d.writable and not d.snapshot),
+            ],
             note=note,
             lasting=args.detach is not None,
         )

@@ -249,8 +249,11 @@ class Frames(Protocol):
     """
 
     name: str
-    fds: list[Fd]
     mtu: int
+
+    @property
+    def fds(self) -> list[Fd]:
+        """See above."""
 
     @property
     def interface(self) -> NetInterface | None:

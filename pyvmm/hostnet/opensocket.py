@@ -42,9 +42,8 @@ class OpenSocket:
         order comes before each frame.
     :param mtu: bytes.
     :param stopped: told, in words, if the thread makes a system call that it may not make.
-    :ivar fds: the worker's end of the pair.
     :raises NetError: it is no socket of these, or not connected. :raises HostError: there are no
-        descriptors, memory or threads.
+        descriptors.
     """
 
     #: No network interface is behind the sockets.
@@ -54,7 +53,7 @@ class OpenSocket:
         self, number: int, mtu: int | None, stopped: Callable[[str], object] | None = None
     ) -> None:
         self.name, self.mtu = f"fd{number}", mtu or ETH_DATA_LEN
-        self.fds: list[Fd] = []
+        self._ends: list[Fd] = []
         self._number, self._stopped = number, stopped
         self._peer = self._inner = Fd(-1)
         self._port: Any = ffi.NULL
@@ -65,17 +64,15 @@ class OpenSocket:
         try:
             kind = _kind(self._peer.fileno(), number)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.fds, self._inner = [Fd(ours.detach())], Fd(theirs.detach())
-            os.set_blocking(self.fds[0].fileno(), False)
-            for fd in (*self.fds, self._inner):
+            self._ends, self._inner = [Fd(ours.detach())], Fd(theirs.detach())
+            os.set_blocking(self._ends[0].fileno(), False)
+            for fd in (*self._ends, self._inner):
                 with suppress(OSError), socket.socket(fileno=os.dup(fd.fileno())) as end:
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-            error, made = ffi.new("int *"), ffi.new("struct pv_socket_config *")
-            made.fd, made.type, made.inner = self._peer.fileno(), kind, self._inner.fileno()
-            made.name = f"{self.name}-port".encode()[:15]
-            self._port = lib.pv_socket_port_new(made, error)
-            if not self._port:
-                raise HostError(f"cannot start a network thread: {os.strerror(error[0])}")
+            self._config = ffi.new("struct pv_socket_config *")
+            self._config.fd, self._config.type = self._peer.fileno(), kind
+            self._config.inner = self._inner.fileno()
+            self._config.name = f"{self.name}-port".encode()[:15]
         except OSError as e:
             self.close()
             raise HostError(
@@ -84,6 +81,20 @@ class OpenSocket:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def fds(self) -> list[Fd]:
+        """The worker's end of the pair. The thread begins with the first look, when a guest's
+        driver begins: a process cannot be confined while a thread has a filter of its own.
+
+        :raises HostError: there is no memory, or no thread.
+        """
+        if not self._port and not self._cut:
+            error = ffi.new("int *")
+            self._port = lib.pv_socket_port_new(self._config, error)
+            if not self._port:
+                raise HostError(f"cannot start a network thread: {os.strerror(error[0])}")
+        return self._ends
 
     def features(self) -> int:
         """0, because sockets have no offloads."""
@@ -118,7 +129,7 @@ class OpenSocket:
     def announce(self, mac: bytes) -> bool:
         """Send the frame that tells the network that ``mac`` is here; whether it was sent."""
         try:
-            os.write(self.fds[0].fileno(), HEADER + rarp(mac))
+            os.write(self._ends[0].fileno(), HEADER + rarp(mac))
         except OSError:
             return False
         return True
@@ -138,7 +149,7 @@ class OpenSocket:
         does nothing.
         """
         self._cut = True
-        for fd in self.fds:
+        for fd in self._ends:
             fd.close()  # by which the thread ends
         self._look()
         port, self._port = self._port, ffi.NULL

@@ -17,7 +17,7 @@ from pyvmm.images.cpio import Listing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     from pyvmm.testbed.session import Result
 
@@ -67,15 +67,44 @@ def arrival(run: Run, mark: str, directories: Sequence[str]) -> list[str]:
     return unpack(packed.stdout, directories)
 
 
-def named(argv: Sequence[str], more: Sequence[str] = ()) -> list[str]:
-    """The paths that the words of a command line may name, and ``more``: absolute, without links.
-    Each has a parent directory; it need not exist itself. The guest's own command has none.
-    """
+#: Options whose values are files or directories that a command reads, and that it writes.
+READ = (
+    *("--kernel", "--kernels", "--initrd", "--vmlinux", "--add", "--modules", "--root", "--share"),
+    *("--disk", "--config", "--from", "--merge"),
+)
+WRITTEN = (
+    *("--log", "--junit", "--json", "--report", "--trace", "--explain", "--pcap", "--html"),
+    *("--svg", "--handover"),
+)
+
+
+def values(argv: Sequence[str], options: Container[str]) -> list[str]:
+    """The values that a command line gives these options, as ``--option VALUE`` or with ``=``."""
     words = list(argv[: argv.index("--")] if "--" in argv else argv)
-    pieces = [*words, *more]
-    for word in words:  # as in --report=FILE, --disk=PATH,format=raw, --add=FILE:/PATH
+    found, option = [], ""
+    for word in words:
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            if equals:
+                found += [value] if option in options else []
+                option = ""
+        elif option in options:
+            found.append(word)
+            option = option if option == "--kernels" else ""  # the only one with several values
+        else:
+            option = ""
+    return found
+
+
+def named(texts: Sequence[str]) -> list[str]:
+    """The paths that values of options may name: absolute, without links. Each has a parent
+    directory; it need not exist itself, but nothing else than files and directories travels.
+    """
+    pieces = list(texts)
+    for word in texts:  # as in PATH,format=raw, FILE:/PATH, DIR:rw
         parts = [part for text in word.split(",") for part in text.split("=")]
         pieces += [*parts, *(part.rpartition(":/")[0] for part in parts)]
+        pieces += [part.removesuffix(":rw").removesuffix(":ro") for part in parts]
     found = []
     for piece in pieces:
         if not piece or piece.startswith("-") or "\0" in piece or "://" in piece:
@@ -84,6 +113,8 @@ def named(argv: Sequence[str], more: Sequence[str] = ()) -> list[str]:
         path = os.path.join(os.path.realpath(parent), name)
         if os.path.isdir(path):
             path = os.path.realpath(path)
+        elif os.path.exists(path) and not os.path.isfile(path):
+            continue  # /dev/null, a FIFO
         if name and path != "/" and os.path.isdir(os.path.dirname(path)):
             found.append(path)
     return list(dict.fromkeys(found))

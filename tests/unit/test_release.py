@@ -34,6 +34,9 @@ def pinned(name: str) -> dict[str, str]:
 
 def test_the_same_commit_gives_the_same_bytes(tmp_path: Path) -> None:
     """Built twice, side by side: in other places, with another umask, language and time zone."""
+    asked = ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository"]
+    if subprocess.run(asked, capture_output=True, text=True).stdout == "true\n":
+        pytest.skip("a shallow clone has no version")
     other = {"LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "1"}
     builds = []
     for name, env in (("a", {}), ("b c", other)):

@@ -66,16 +66,20 @@ def test_the_paths_that_words_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d").mkdir()
     (tmp_path / "link").symlink_to("d")
-    found = travel.named(
-        ["run", "--kernel=k.elf", "--disk", "path=d/img,format=raw", "--add", "link/f:/bin/f",
-         "--report", "missing/r", "--qmp", "ssh://box/x", "/", "", "--", "d/secret"],
-        ["link"],
-    )  # fmt: skip
-    has = {str(tmp_path / name) for name in ("k.elf", "d/img", "d/f", "d")}
-    assert has <= set(found)
-    for other in ("/", str(tmp_path), f"{tmp_path}/d/secret", f"{tmp_path}/missing/r"):
-        assert other not in found
-    assert len(found) == len(set(found))
+    os.mkfifo("fifo")
+    argv = ["run", "--kernel=k.elf", "--disk", "path=d/img,format=raw", "--add", "link/f:/bin/f",
+            "--memory", "d", "--share", "link:rw", "--report", "missing/r", "--log", "fifo",
+            "--junit", "j", "--qmp", "ssh://box/x", "--root", "/", "--add=", "ls", "d/command",
+            "--", "d/secret"]  # fmt: skip
+    read = travel.named(travel.values(argv, travel.READ))
+    assert {str(tmp_path / name) for name in ("k.elf", "d/img", "d/f", "d")} <= set(read)
+    for other in ("/", str(tmp_path), f"{tmp_path}/d/secret", f"{tmp_path}/d/command"):
+        assert other not in read
+    assert len(read) == len(set(read))
+    # What is only read must not come back.
+    assert travel.named(travel.values(argv, travel.WRITTEN)) == [f"{tmp_path}/j"]
+    kernels = travel.values(["matrix", "--kernels", "a", "b,c", "--seconds", "0"], travel.READ)
+    assert kernels == ["a", "b,c"]
 
 
 def test_single_files_come_back_and_no_others(tmp_path: Path) -> None:

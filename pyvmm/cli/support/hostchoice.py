@@ -25,6 +25,7 @@ def elsewhere(
     vhost: bool = False,
     vdpa: bool = False,
     writable: Sequence[str] = (),
+    results: Sequence[str] = (),
     note: Callable[[], str] | None = None,
     lasting: bool = False,
 ) -> int | None:
@@ -34,7 +35,8 @@ def elsewhere(
     :param host: as ``options.add_host`` gives it.
     :param kernel: None for an image of Linux.
     :param vhost: the machine wants /dev/vhost-net. :param vdpa: it wants vDPA.
-    :param writable: directories that the guest may write.
+    :param writable: directories that the guest may write. :param results: files and directories of
+        these that come back from another machine.
     :param note: called if the guest will run in the testbed, before it boots: what the user must
         know then; may be empty.
     :param lasting: the machine is to be found by other commands, for which the testbed must be up.
@@ -46,7 +48,7 @@ def elsewhere(
     from pyvmm.testbed.testbed import Testbed
 
     if host.startswith(SSH):
-        return _by_ssh(host, argv, writable, note, lasting)
+        return _by_ssh(host, argv, results, note, lasting)
     if host == "auto":
         from pyvmm.boot import is_linux
         from pyvmm.doctor import can_run_linux_locally
@@ -89,16 +91,17 @@ def _tell(note: Callable[[], str] | None) -> None:
 def _by_ssh(
     host: str,
     argv: list[str],
-    writable: Sequence[str],
+    results: Sequence[str],
     note: Callable[[], str] | None,
     lasting: bool,
 ) -> int:
     """Run ``pyvmm ARGV`` on another machine, as in ``elsewhere``. The files and directories that
-    ``argv`` names travel there, and come back if the command has written them.
+    its options name travel there. Those come back that the command may write, and no others: the
+    other machine must not replace what the command only reads.
     """
     from pyvmm.programs import module
     from pyvmm.testbed.testbed import Testbed
-    from pyvmm.testbed.travel import named
+    from pyvmm.testbed.travel import READ, WRITTEN, named, values
 
     testbed = Testbed(
         host=host, progress=lambda text: print(f"testbed: {text}", file=sys.stderr, flush=True)
@@ -109,7 +112,10 @@ def _by_ssh(
             f"start it: pyvmm testbed --host {host} up",
         )
     _tell(note)
-    paths = named(argv, writable)
+    read = values(argv, READ)
+    if argv[0] == "test":  # its kernels have no option
+        read += [word for word in argv[1:] if os.path.isfile(word)]  # noqa: PTH113
+    back = named([*values(argv, WRITTEN), *results])
     with testbed:
-        testbed.give(paths)
-        return testbed.run_attached(module("pyvmm", *argv), returns=paths)
+        testbed.give(list(dict.fromkeys([*named(read), *back])))
+        return testbed.run_attached(module("pyvmm", *argv), returns=back)
