@@ -155,6 +155,7 @@ def test_printing_to_a_full_disk(status: int, expected: int) -> None:
 
 
 def test_printing_to_nobody() -> None:
-    done = pyvmm(PRINTS.format(status=0), "| exit 0; exit ${PIPESTATUS[0]}")
+    alone = "import select\nend = select.poll()\nend.register(1, 0)\nend.poll()\n"
+    done = pyvmm(alone + PRINTS.format(status=0), "| exit 0; exit ${PIPESTATUS[0]}")
     assert (done.returncode, done.stderr) == (141, "")
     assert pyvmm(PRINTS.format(status=5), ">&-").returncode == 5
