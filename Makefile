@@ -23,7 +23,8 @@ fuzz: SETUP = --fuzz
 # By two workers in the order of the directories, so that the testbed's tests, which one worker has
 # for itself, come last and run alone.
 check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed)
-	@$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder tests/lint tests/unit tests/fuzz tests/host tests/boot $(ARGS)
+	@$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder \
+		tests/lint tests/unit tests/fuzz tests/host tests/boot $(ARGS)
 
 check-intel: SETUP = --tests
 check-intel: image ## tests under kvm_intel on an emulated Intel processor (ARGS="-m intel_quick")
