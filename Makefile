@@ -71,11 +71,11 @@ KILLS ?= 1000
 soak-kills: image ## kill the vhost-user back-end KILLS times (1000) under a guest that sends: nothing lost, nothing twice
 	@.venv/bin/python -m tests.perf.soak_kills --kills $(KILLS) $(ARGS)
 
-soak-bounds: setup ## reboots, reconnects and clients without end: memory, descriptors and disk stay flat
+soak-bounds: setup ## endless reboots, reconnects and clients: memory, descriptors and disk stay flat
 	@.venv/bin/python -m tests.perf.soak_bounds $(ARGS)
 
 MINUTES ?= 10
-fuzz: setup ## all fuzz targets for MINUTES (10) on all processors, with SEED (today's); summary as table and JSON
+fuzz: setup ## all fuzz targets for MINUTES (10) with SEED (today's); a table and JSON
 	@.venv/bin/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 soak-options: image ## boot Linux with each row of docs/kernel-options.md, in the testbed

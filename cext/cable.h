@@ -177,7 +177,7 @@ static inline bool pv_frames_roomy(uint64_t tail, uint64_t head)
 	return tail - head <= PV_CABLE_BYTES / 4;
 }
 
-/* By the consumer: give back the bytes of the taken frames. Returns whether to wake the producer. */
+/* By the consumer: give back the taken frames' bytes. Returns whether to wake the producer. */
 static inline bool pv_frames_release(struct pv_frames *q)
 {
 	if (q->head == q->at)

@@ -736,7 +736,7 @@ size_t pv_capture_drain(struct pv_capture **from, uint32_t count, uint64_t now, 
 	for (;;) {
 		struct pv_capture *first = oldest(from, count);
 
-		/* After a step of the clock, the time may be one to come: that is no reason to wait. */
+		/* After a step of the clock, the time may be one to come: then wait no more. */
 		if (!first || (first->view.ts <= now && now - first->view.ts < hold) ||
 		    (size_t)(out + size - at) < BLOCK_EXTRA + (size_t)first->view.size[0] +
 							first->view.size[1] + first->view.size[2])
@@ -793,7 +793,7 @@ bool pv_capture_ask(struct pv_capture *c)
  * pv_capture_note() - Put a comment at the next packet of an interface
  * @c:		A source of the interface; by its reader
  * @ts:		Packets from before this time do not count: CLOCK_REALTIME, nanoseconds
- * @text:	Cut after PV_CAPTURE_COMMENT - 1 bytes; of more than eight that wait, the last are lost
+ * @text:	Cut after PV_CAPTURE_COMMENT - 1 bytes; beyond eight that wait, all are lost
  */
 void pv_capture_note(struct pv_capture *c, uint64_t ts, const char *text)
 {

@@ -25,7 +25,7 @@
  * last_avail == used index. A frame that is held then is lost, unless the worker was told to
  * finish: then it first waits for the buffers, as long as a frame may wait while the worker runs.
  *
- * With captures (capture.h), each packet that is handed over is copied to their rings: after writev,
+ * With captures (capture.h), each packet that is handed over is copied to their rings after writev,
  * and before the chains of a received frame are used. Without one, that costs a load and a branch
  * per packet. A capture may come and go at any time: a worker that is about to use captures says
  * so first, and whoever takes one away waits until the worker has done with its packet.

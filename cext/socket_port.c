@@ -306,7 +306,7 @@ static void serve(void *arg)
 		if (p->end == PV_SOCKET_SERVES)
 			wait_for(p, out, in);
 	}
-	/* The worker takes what was passed on, and then finds that its socket has come to an end. */
+	/* The worker takes what was passed on, then finds that its socket has come to an end. */
 	shutdown(p->cfg.inner, SHUT_RDWR);
 }
 

@@ -6,6 +6,7 @@
  *
  * Input: steps of 8 bytes: what, size and count, which place, offset, four bytes of data.
  */
+#include "check.h"
 #include "vcpu.c"
 
 #include <fcntl.h>
@@ -14,14 +15,6 @@
 #include <unistd.h>
 
 #include "fuzz.h"
-
-#define CHECK(cond)                                                                                \
-	do {                                                                                       \
-		if (!(cond)) {                                                                     \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                 \
-			abort();                                                                   \
-		}                                                                                  \
-	} while (0)
 
 #define STEP	   8u
 #define PIPE_SIZE  64u

@@ -10,6 +10,7 @@
  * Built with -DFUZZ_THREADS the worker has its thread, for ThreadSanitizer; else its rounds come
  * between the actions, so that an input does the same each time.
  */
+#include "check.h"
 #include "net_worker.c"
 
 #include <fcntl.h>
@@ -19,15 +20,6 @@
 #include <sys/socket.h>
 
 #include "fuzz.h"
-
-#define CHECK(cond)                                                                                \
-	do {                                                                                       \
-		if (!(cond)) {                                                                     \
-			fprintf(stderr, "%s:%d: %s (errno %d)\n", __FILE__, __LINE__, #cond,       \
-				errno);                                                            \
-			abort();                                                                   \
-		}                                                                                  \
-	} while (0)
 
 #define LIFE_ACTIONS 24u
 #define LIFE_HEADER  (4 + 2 * LIFE_ACTIONS + 2)

@@ -6,6 +6,7 @@
  * Input: base (2 bytes), features (1), packet lengths (13), then the image of the low region.
  * In-flight regions are made of the image, too.
  */
+#include "check.h"
 #include "net_worker.c"
 
 #include <fcntl.h>
@@ -13,14 +14,6 @@
 #include <sys/socket.h>
 
 #include "fuzz.h"
-
-#define CHECK(cond)                                                                                \
-	do {                                                                                       \
-		if (!(cond)) {                                                                     \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                 \
-			abort();                                                                   \
-		}                                                                                  \
-	} while (0)
 
 #define LOG_BYTES 3 /* for less than there is of either region */
 

@@ -4,19 +4,12 @@
  * ThreadSanitizer: race_bus SECONDS. Two threads play vCPUs; others read the pipe, type, move a BAR,
  * raise interrupts, and read ledgers and counters.
  */
+#include "check.h"
 #include "vcpu.c"
 
 #include <stdio.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
-
-#define CHECK(cond)                                                                                \
-	do {                                                                                       \
-		if (!(cond)) {                                                                     \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                 \
-			abort();                                                                   \
-		}                                                                                  \
-	} while (0)
 
 #define COM1   0x3f8u
 #define ISR    0xc0001000u

@@ -6,7 +6,8 @@
  * The main thread plays the guest of one life of a worker after the other: it sends, receives,
  * and in the end holds and stops the worker. Meanwhile one thread plays the outside and cuts the
  * link at times, one takes events and gives the worker a new link, and one reads what can be read
- * at any time. One captures packets, again and again. In every third life, transmit kicks are taken by whoever kicks, as vCPUs do, and one
+ * at any time. One captures packets, again and again. In every third life, transmit kicks are taken
+ * by whoever kicks, as vCPUs do, and one
  * more thread kicks all the time. Each life must end with all chains given back. Every other life
  * has packed rings. In some lives the worker is on a cable, at whose far end is the outside, or
  * which is a loop.
@@ -20,18 +21,10 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "capture.h"
 #include "net_worker.h"
 #include "thread.h"
-
-#define CHECK(cond)                                                                                \
-	do {                                                                                       \
-		if (!(cond)) {                                                                     \
-			fprintf(stderr, "%s:%d: %s (errno %d)\n", __FILE__, __LINE__, #cond,       \
-				errno);                                                            \
-			abort();                                                                   \
-		}                                                                                  \
-	} while (0)
 
 enum { RX, TX };
 
