@@ -22,7 +22,7 @@ COUNTERS = (
 class BackendHistory:
     """Counters and problems of all of a device's back-ends so far. Any thread.
 
-    :ivar problems: the last refusals and losses, in words.
+    :ivar problems: the last refusals and losses, in words, each once; the latest comes last.
     """
 
     def __init__(self) -> None:
@@ -37,13 +37,13 @@ class BackendHistory:
             self._counts[name] += count
 
     def note(self, *problems: str) -> None:
-        """Keep the latest problems. A problem that is the same as the last is kept once, because a
-        back-end that does not fit may come every second.
+        """Keep the latest problems. A text is kept once, at its latest place: a back-end that does
+        not fit may come every second, with two texts in turn, and must not push out the others.
         """
         with self._lock:
             for text in problems:
-                if self.problems[-1:] != [text]:
-                    self.problems = [*self.problems[1 - PROBLEMS_MAX :], text]
+                others = [problem for problem in self.problems if problem != text]
+                self.problems = [*others[1 - PROBLEMS_MAX :], text]
 
     def parked(self) -> None:
         """Note that no back-end serves the rings, from now on or still."""

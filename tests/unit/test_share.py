@@ -380,7 +380,9 @@ def test_a_back_end_that_dies_is_replaced(
         assert answered(memory, 1) == (16, -errno.EIO, 1)
         assert "vhost-user peer" in str(guest.card.broken)
         assert guest.card.report()["counters"]["disconnections"] == 1  # type: ignore[index]
-        assert guest.lost == (["dead: " + guest.card._path.problems[-1]] if vital else [])
+        lost = ["dead: " + guest.card._path.problems[-1]] if vital else []
+        # The guest is answered first, then the owner is told, in the card's thread.
+        assert wait_for(lambda: guest.lost == lost, PATIENCE), guest.lost
         guest.card.set_paused(True)
         request(memory, ring, 2)
         ring.publish()
