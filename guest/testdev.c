@@ -116,11 +116,12 @@ static void on_irq(unsigned int vector)
 static void check_testdev(void)
 {
 	static volatile uint32_t page[2048] __attribute__((aligned(4096)));
+	bool found;
 
 	outl(PORT_TESTDEV_ECHO, 0x12345678);
 	outb(PORT_TESTDEV_ECHO + 1, 0xaa);
-	point(inl(PORT_TESTDEV_ECHO) == 0x1234aa78 && inw(PORT_TESTDEV_ECHO + 2) == 0x1234,
-	      "testdev: echo");
+	found = inl(PORT_TESTDEV_ECHO) == 0x1234aa78 && inw(PORT_TESTDEV_ECHO + 2) == 0x1234;
+	point(found, "testdev: echo");
 	mmio_write32(TESTDEV_MMIO + 0x1000, 0xcafe);
 	point(mmio_read16(TESTDEV_MMIO + 0x1000) == 0xcafe, "testdev: memory");
 	page[0] = 77;
@@ -131,7 +132,9 @@ static void check_testdev(void)
 	irq_set(IRQ_VECTOR, on_irq);
 	ioapic_route(IRQ_LINE, IRQ_VECTOR);
 	outb(PORT_TESTDEV_IRQ + IRQ_LINE, 1);
-	irq_await(&interrupts, 0);
+	/* Nobody who does not answer will interrupt. */
+	if (found)
+		irq_await(&interrupts, 0);
 	point(interrupts == 1, "testdev: interrupt");
 }
 

@@ -23,6 +23,7 @@ from pyvmm.cli.support.lastwords import ORDERLY_SECONDS
 ROOT = Path(__file__).parents[2]
 Guest = Callable[[str], str]
 PATIENCE = 180.0  # seconds; nothing here needs more than five
+RUN = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none"]
 
 WARNING = """[    0.500000] WARNING: CPU: 0 PID: 1 at kernel/foo.c:12 foo+0x10/0x20
 [    0.500000] Call Trace:
@@ -392,16 +393,19 @@ def test_host_problem(guest: Guest, tmp_path: Path) -> None:
     assert (verdict["verdict"], verdict["code"]) == ("host-problem", done.returncode)
 
 
-def soon(limit: float, attempt: Callable[[], None]) -> None:
-    """``attempt`` takes at most ``limit`` seconds, in one try of three: other programs' work is no
-    fault of ours.
+def soon(guest: Guest, limit: float, attempt: Callable[[], None]) -> None:
+    """``attempt`` takes at most ``limit`` seconds more than three runs that end at once, in one try
+    of three: a slow processor and other programs' work are no fault of ours.
     """
+    at_once = [*RUN, "--kernel", guest("hello")]
     times = []
     for _ in range(3):
         begin = time.monotonic()
+        subprocess.run(at_once, cwd=ROOT, capture_output=True, check=True, timeout=PATIENCE)
+        middle = time.monotonic()
         attempt()
-        times.append(time.monotonic() - begin)
-        if times[-1] <= limit:
+        times.append((middle - begin, time.monotonic() - middle))
+        if times[-1][1] <= limit + 3 * times[-1][0]:
             return
     pytest.fail(f"not within {limit} s: {times}")
 
@@ -423,19 +427,7 @@ def test_nothing_outlives_its_time_out(
     """Two seconds after it at the latest all is over, also where nobody reads what the guest floods
     us with.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "pyvmm",
-        "run",
-        "--host",
-        "local",
-        "--net",
-        "none",
-        "--timeout",
-        "2",
-    ]
-    command += ["--kernel", guest(name), "--append", append, *args]
+    command = [*RUN, "--timeout", "2", "--kernel", guest(name), "--append", append, *args]
 
     def attempt() -> None:
         with subprocess.Popen(
@@ -447,7 +439,7 @@ def test_nothing_outlives_its_time_out(
         ) as child:
             assert child.wait(PATIENCE) == 124
 
-    soon(2 + 2, attempt)
+    soon(guest, 2 + 2, attempt)
 
 
 def test_last_resort(guest: Guest, tmp_path: Path) -> None:
@@ -455,26 +447,15 @@ def test_last_resort(guest: Guest, tmp_path: Path) -> None:
     all the same.
     """
     os.mkfifo(tmp_path / "fifo")
-    command = [
-        sys.executable,
-        "-m",
-        "pyvmm",
-        "run",
-        "--host",
-        "local",
-        "--net",
-        "none",
-        "--timeout",
-        "1",
-    ]
-    command += ["--kernel", guest("hello"), "--junit", str(tmp_path / "fifo")]
+    command = [*RUN, "--timeout", "1", "--kernel", guest("hello")]
+    command += ["--junit", str(tmp_path / "fifo")]
 
     def attempt() -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 124
         assert "1 s are over, and it could not be ended in order" in done.stderr
 
-    soon(1 + ORDERLY_SECONDS + 3, attempt)
+    soon(guest, 1 + ORDERLY_SECONDS + 3, attempt)
 
 
 def test_results_that_cannot_be_written_are_no_success(guest: Guest, tmp_path: Path) -> None:
@@ -516,29 +497,35 @@ def test_a_verdict_on_standard_output_comes_after_the_guest_s_words(
 
 
 @pytest.mark.parametrize(
-    ("redirection", "status", "said"),
+    ("full", "status", "said"),
     [
-        (">/dev/full", 101, "pyvmm: the guest's output is lost: No space left on device\n"),
-        ("| exit 0; exit ${PIPESTATUS[0]}", 141, ""),
+        (True, 101, "pyvmm: the guest's output is lost: No space left on device\n"),
+        (False, 141, ""),
     ],
     ids=["full", "gone"],
 )
 def test_output_that_nobody_gets_is_no_success(
-    guest: Guest, redirection: str, status: int, said: str
+    guest: Guest, full: bool, status: int, said: str
 ) -> None:
     """As of any command. A status of the guest's own is kept."""
-    command = [sys.executable, "-m", "pyvmm", "run", "--host", "local", "--net", "none"]
-    command += ["--kernel", guest("hello"), "--append"]
     for own in (0, 9):
-        shell = ["bash", "-c", f'"$@" {redirection}', "sh", *command, f"status={own}", "--", "x"]
-        done = subprocess.run(
-            shell,
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
+        if full:
+            out = os.open("/dev/full", os.O_WRONLY)
+        else:
+            reader, out = os.pipe()
+            os.close(reader)
+        try:
+            done = subprocess.run(
+                [*RUN, "--kernel", guest("hello"), "--append", f"status={own}", "--", "x"],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=PATIENCE,
+            )
+        finally:
+            os.close(out)
         allowed = {own or status}
         if status == 141:  # the guest is ended, unless it has ended itself by then
             allowed.add(status)
