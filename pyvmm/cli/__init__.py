@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(args: list[str]) -> int:
     import importlib
 
-    from pyvmm.cli.support.options import Parser
+    from pyvmm.cli.support.options import HELP, Parser
     from pyvmm.errors import UsageError
 
     parser = Parser(
@@ -125,7 +125,7 @@ def _main(args: list[str]) -> int:
         )
     origins: dict[str, str] = {}
     own = args[: args.index("--") if "--" in args else None]
-    if one is not None and chosen != "config" and not {"-h", "--help"} & set(own):
+    if one is not None and chosen != "config" and not {*HELP} & set(own):
         from pyvmm.cli.support.settings import applied
 
         args, origins = applied(args, one, COMMANDS, named)

@@ -15,8 +15,11 @@ Examples:
   pyvmm backend --vduse card0 --tap tap0              makes the vDPA device card0
 
 Once its descriptors are open, the process confines itself (docs/sandbox.md), but not with --vduse.
-The command ends at SIGINT or SIGTERM, with exit status 0; with 128 if one of its threads makes a
-system call that it may not make; with 132 if --sandbox on is impossible.
+The command ends at SIGINT or SIGTERM.
+
+Exit status: 0 ended by a signal; 2 bad usage; 101 a capture is not whole; 106..107, 112, 125 the
+tap, the socket or the vDPA device cannot be had; 128 a thread made a system call that it may not
+make; 132 --sandbox on is impossible.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from __future__ import annotations
 import sys
 
 from pyvmm.cli.support.options import count
+from pyvmm.cli.support.results import print_json
 from pyvmm.errors import HostError, ThreadStopped, UsageError
 from pyvmm.netopt import UID_MAX
 
@@ -190,10 +194,8 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
             if capture is not None:
                 capture.close()
         if args.counters:
-            import json
-
             for backend in backends:
-                print(json.dumps(backend.counters(), indent=2))
+                print_json(backend.counters())
         for error in errors:
             raise error
     if capture is not None and (capture.lost or capture.problem):

@@ -16,6 +16,7 @@ Exit status: 0, 2 the file cannot be read, or something in it is no option.
 from __future__ import annotations
 
 from pyvmm.cli import COMMANDS
+from pyvmm.cli.support.results import add_json, print_json
 from pyvmm.cli.support.settings import Settings, actions_of
 
 TYPE_CHECKING = False
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--json", action="store_true", help="print an object")
+    add_json(parser, "an object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     there = bool(settings.path) and Path(settings.path).exists()
     if args.json:
         document = {"file": settings.path, "named_by": settings.why, "exists": there}
-        print(json.dumps({**document, "settings": found}, indent=2))
+        print_json({**document, "settings": found})
         return 0
     because = f" ({settings.why})" if settings.why else ""
     if not there:

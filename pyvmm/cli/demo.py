@@ -3,6 +3,8 @@ both ways, exits.
 
 Example:
   pyvmm demo --cpus 2
+
+Exit status: 0; as of pyvmm run if the guest cannot run, or ends early.
 """
 
 from __future__ import annotations

@@ -6,6 +6,10 @@ run.
 
 from __future__ import annotations
 
+from pyvmm.cli.support.results import add_json, print_json
+from pyvmm.cli.support.screen import columns
+from pyvmm.cli.support.tables import rows_as_text, wrapped
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -13,9 +17,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument(
-        "--json", action="store_true", help="print an object with verdict, where and findings"
-    )
+    add_json(parser, "an object with verdict, where and findings")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,25 +27,19 @@ def run(args: argparse.Namespace) -> int:
     findings = doctor.examine()
     status, text = doctor.verdict()
     if args.json:
-        import json
-
-        print(
-            json.dumps(
-                {
-                    "verdict": text,
-                    "where": {0: "local", 3: "testbed"}.get(status),
-                    "findings": [
-                        {"name": f.name, "state": f.state, "detail": f.detail, "remedy": f.remedy}
-                        for f in findings
-                    ],
-                },
-                indent=2,
-            )
+        fields = ("name", "state", "detail", "remedy")
+        print_json(
+            {
+                "verdict": text,
+                "where": {0: "local", 3: "testbed"}.get(status),
+                "findings": [{k: getattr(f, k) for k in fields} for f in findings],
+            }
         )
         return status
-    width = max(len(f.name) for f in findings)
-    for f in findings:
-        remedy = f" ({f.remedy})" if f.remedy else ""
-        print(f"{f.name:{width}}  {f.state:7}  {f.detail}{remedy}")
-    print(text)
+    rows = [
+        (f.name, f.state, f"{f.detail} ({f.remedy})" if f.remedy else f.detail) for f in findings
+    ]
+    width = columns()
+    print(rows_as_text(rows, width, ()))
+    print("\n".join(wrapped(text, width)) if width else text)
     return status

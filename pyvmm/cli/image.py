@@ -7,18 +7,24 @@
   pyvmm image list                          the images that are built
 
 No root is needed. See docs/images.md.
+
+Exit status: 0; 2 bad usage; 101 the cache cannot be read or written; 111 the image cannot be built,
+and the line says what is missing.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 
+from pyvmm.cli.support.results import add_json, print_json
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+
+    from pyvmm.images import Image
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -43,8 +49,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     build.add_argument("--force", action="store_true", help="build again, from the newest packages")
     build.add_argument("--quiet", action="store_true", help="show no progress")
+    add_json(build, "an object: what the image is made of, its directory, and fresh")
     listing = sub.add_parser("list", help="list the images that are built", allow_abbrev=False)
-    listing.add_argument("--json", action="store_true", help="as JSON, with what each was made of")
+    add_json(listing, "an array of objects: what each image is made of, and its directory")
 
 
 def run(args: Namespace) -> int:
@@ -77,6 +84,9 @@ def _build(args: Namespace) -> int:
         force=args.force,
         progress=progress,
     )
+    if args.json:
+        print_json(_about(image) | {"fresh": fresh})
+        return 0
     print(
         f"image {image.name}: kernel {image.version}, "
         f"{'built' if fresh else 'up to date'} in {image.directory}"
@@ -84,21 +94,29 @@ def _build(args: Namespace) -> int:
     return 0
 
 
+def _about(image: Image) -> dict[str, object]:
+    """The same for each action: ``image.json``, and where it is."""
+    return {**image.info, "directory": image.directory}
+
+
 def _list(args: Namespace) -> int:
     from pyvmm import images
+    from pyvmm.cli.support.screen import columns
+    from pyvmm.cli.support.tables import rows_as_text
 
     found = images.built()
     if args.json:
-        print(
-            json.dumps([{**image.info, "directory": image.directory} for image in found], indent=1)
-        )
+        print_json([_about(image) for image in found])
         return 0
     if not found:
         print(f"no images; {images.remedy('default')}")
+        return 0
+    rows = []
     for image in found:
         sizes = [Path(image.directory, file).stat().st_size / 1e6 for file in images.FILES[:3]]
         text = ", ".join(
             f"{file} {size:.1f} MB" for file, size in zip(images.FILES, sizes, strict=False)
         )
-        print(f"{image.name:8} {image.version:28} {text}")
+        rows.append((image.name, image.version, text))
+    print(rows_as_text(rows, columns(), ()))
     return 0

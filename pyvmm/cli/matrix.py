@@ -49,7 +49,9 @@ from pyvmm.cli.support.options import (
     shard,
     trouble_kinds,
 )
-from pyvmm.cli.support.outputs import Outputs
+from pyvmm.cli.support.outputs import STDOUT, Outputs
+from pyvmm.cli.support.screen import columns
+from pyvmm.cli.support.tables import wrapped
 from pyvmm.errors import ImageError, UsageError
 
 TYPE_CHECKING = False
@@ -122,7 +124,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help=f"as in `pyvmm run`: {TROUBLE_KINDS}",
     )
-    add("--json", metavar="FILE", help="write each cell as JSON as soon as it has ended")
+    add(
+        "--json",
+        metavar="FILE",
+        help="write each cell as JSON as soon as it has ended ('-': all to stdout, at the end)",
+    )
     add("--shard", metavar="K/N", type=shard, help=SHARD_HELP)
     add(
         "--merge",
@@ -152,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
         return orderly(lambda: _merge(args))
     if args.seconds > args.timeout:
         raise UsageError(f"--seconds {args.seconds}", f"use less than --timeout {args.timeout:g}")
-    if args.resume and not args.json:
+    if args.resume and args.json in (None, STDOUT):
         raise UsageError("--resume without --json", "name the file that has the cells")
     cells = part_of(combine(args.kernels, args.modes, args.cpus, args.features), args.shard)
     settings = Settings(
@@ -197,7 +203,7 @@ def _merge(args: argparse.Namespace) -> int:
         Cell(*(r[k] for k in ("kernel", "mode", "cpus", "features"))) for r in results.values()
     ]
     with Outputs({"--json": args.json, "--junit": args.junit}) as outputs:
-        table = _Table(cells)
+        table = _Table(cells, args)
         for cell in cells:
             table.row(cell, results[cell.name])
         took = sum(float(r["seconds"]) for r in results.values())
@@ -206,7 +212,7 @@ def _merge(args: argparse.Namespace) -> int:
         if "--junit" in outputs:
             outputs.write("--junit", _junit(cells, results, took))
         good = sum(r["verdict"] == "passed" for r in results.values())
-        print(f"{len(cells)} cells in {took:.0f} s: {good} passed, {len(cells) - good} failed")
+        table.say(f"{len(cells)} cells in {took:.0f} s: {good} passed, {len(cells) - good} failed")
         return outputs.status(int(good != len(cells)))
 
 
@@ -227,9 +233,10 @@ def _sweep(args: argparse.Namespace, cells: list[Cell], settings: Settings) -> i
     from pyvmm.matrix.run import check_added, check_kernels
     from pyvmm.matrix.store import Store
 
+    at_end = args.json == STDOUT
     with (
-        Outputs({"--junit": args.junit}) as outputs,
-        Store(args.json, cells, settings, resume=args.resume) as store,
+        Outputs({"--junit": args.junit, "--json": STDOUT if at_end else None}) as outputs,
+        Store(None if at_end else args.json, cells, settings, resume=args.resume) as store,
     ):
         check_kernels(cells)
         check_added(settings)
@@ -249,7 +256,7 @@ def _run_cells(
     from pyvmm.cli.support.verdicts import annotate
     from pyvmm.matrix.run import boot
 
-    table = _Table(cells)
+    table = _Table(cells, args)
     begin = time.monotonic()
     ended = 0
     results: dict[str, dict[str, Any]] = {}
@@ -274,15 +281,17 @@ def _run_cells(
     except Terminated as e:
         ended = 128 + e.number
         left = len(cells) - len(results)
-        hint = "; go on with --resume" if args.json else ""
+        hint = "; go on with --resume" if args.json not in (None, STDOUT) else ""
         print(
             f"pyvmm: interrupted, {left} of {len(cells)} cells were not run{hint}", file=sys.stderr
         )
     finally:
         if "--junit" in outputs:
             outputs.write("--junit", _junit(cells, results, time.monotonic() - begin))
+        if "--json" in outputs:
+            outputs.write("--json", store.text())
     good = sum(r["verdict"] == "passed" for r in results.values())
-    print(
+    table.say(
         f"{len(cells)} cells in {time.monotonic() - begin:.0f} s: {good} passed, "
         f"{len(results) - good} failed"
     )
@@ -290,9 +299,10 @@ def _run_cells(
 
 
 class _Table:
-    """One row per cell, printed when the cell has ended."""
+    """One row per cell, printed when the cell has ended; on a narrow terminal, some lines."""
 
-    def __init__(self, cells: list[Cell]) -> None:
+    def __init__(self, cells: list[Cell], args: argparse.Namespace) -> None:
+        self._to = sys.stderr if args.json == STDOUT else sys.stdout
         texts = [(c.title, c.mode, str(c.cpus), c.features) for c in cells]
         self._widths = [
             max(len(name), *(len(t[i]) for t in texts)) for i, name in enumerate(COLUMNS[:4])
@@ -301,12 +311,25 @@ class _Table:
             max(len(name), 12) if name == "verdict" else len(name) for name in COLUMNS[4:]
         ]
         self._first: dict[str, set[str]] = {}
-        self._print(COLUMNS)
+        room, needed = columns(self._to), sum(self._widths) + 2 * (len(COLUMNS) - 1)
+        self._narrow = room if room is not None and room < needed else None
+        if self._narrow is None:
+            self._print(COLUMNS)
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        print(line, file=self._to, flush=True)
 
     def _print(self, texts: tuple[str, ...]) -> None:
+        if self._narrow is not None:
+            self.say(f"{'/'.join(texts[:4])}: {texts[4]}")
+            named = zip(COLUMNS[5:], texts[5:], strict=True)
+            rest = ", ".join(f"{name} {text}" for name, text in named if text)
+            self.say("\n".join(f"    {line}" for line in wrapped(rest, self._narrow - 4)))
+            return
         left = [t.ljust(w) for t, w in zip(texts[:5], self._widths, strict=False)]
         right = [t.rjust(w) for t, w in zip(texts[5:9], self._widths[5:], strict=False)]
-        print("  ".join([*left, *right, texts[9]]).rstrip(), flush=True)
+        self.say("  ".join([*left, *right, texts[9]]).rstrip())
 
     def row(self, cell: Cell, result: dict[str, Any]) -> None:
         """Print the row of a cell."""
@@ -332,7 +355,7 @@ class _Table:
         )
         self._print(cells)
         if result["verdict"] != "passed":
-            print(f"    {result['message']}", flush=True)
+            self.say(f"    {result['message']}")
 
 
 def _junit(cells: list[Cell], results: dict[str, dict[str, Any]], seconds: float) -> str:

@@ -26,6 +26,9 @@ import time
 
 from pyvmm.cli.support import remote
 from pyvmm.cli.support.options import seconds
+from pyvmm.cli.support.results import add_json, print_json
+from pyvmm.cli.support.screen import columns
+from pyvmm.cli.support.tables import rows_as_text
 from pyvmm.errors import ControlError, MachineMissing
 
 TYPE_CHECKING = False
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
     from pyvmm.control.client import Client
 
+HEADS = ("CARD", "MODE", "SLOT", "STATE", "LINK", "MAC", "TAP", "GUEST")
 #: Seconds between two requests to a guest that does not react, such as one that is still booting.
 AGAIN_S = 5.0
 
@@ -66,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     listing = actions.add_parser("list", help="list the cards")
     remote.add_arguments(listing)
-    for one in (add, listing):
-        one.add_argument("--json", action="store_true", help="print JSON")
+    add_json(add, "the new card as an object")
+    add_json(listing, "an array of objects")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,9 +96,7 @@ def _add(client: Client, args: argparse.Namespace) -> int:
     if card is None:
         raise ControlError(f"{name} has been removed again")
     if args.json:
-        import json
-
-        print(json.dumps(card, indent=2))
+        print_json(card)
     else:
         ends = f", host {card['host']}, guest {card['guest']}" if card["guest"] else ""
         print(f"{name}: {card['mode']}, slot {card['slot']}, mac {card['mac']}{ends}")
@@ -132,19 +134,13 @@ def _remove(client: Client, args: argparse.Namespace) -> int:
 def _list(client: Client, args: argparse.Namespace) -> int:
     cards = _cards(client)
     if args.json:
-        import json
-
-        print(json.dumps(cards, indent=2))
+        print_json(cards)
         return 0
-    table = [["CARD", "MODE", "SLOT", "STATE", "LINK", "MAC", "TAP", "GUEST"]]
+    table = []
     for card in cards:
         link = "up" if card["link"] else "down"
         slot = "-" if card["slot"] is None else str(card["slot"])
         row = [card["name"], card["mode"], slot, card["state"], link, card["mac"]]
         table.append([*row, card["tap"] or "-", card["guest"] or "-"])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print(
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        )
+    print(rows_as_text(table, columns(), HEADS))
     return 0

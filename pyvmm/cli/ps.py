@@ -12,6 +12,9 @@ from __future__ import annotations
 import time
 
 from pyvmm.cli.support import remote
+from pyvmm.cli.support.results import add_json, print_json
+from pyvmm.cli.support.screen import columns
+from pyvmm.cli.support.tables import rows_as_text
 from pyvmm.errors import PyvmmError
 
 TYPE_CHECKING = False
@@ -19,13 +22,14 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
+HEADS = ("NAME", "HOST", "PID", "STATUS", "UP", "CPUS", "MEMORY", "CARDS")
 ANSWER = 5.0  # seconds that a machine has to answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     remote.add_host(parser)
-    parser.add_argument("--json", action="store_true", help="print an array of objects")
+    add_json(parser, "an array of objects")
     parser.add_argument(
         "--brief", action="store_true", help="do not ask the machines for their state"
     )
@@ -39,11 +43,9 @@ def run(args: argparse.Namespace) -> int:
         if "status" not in row and not args.brief:
             row |= _ask(row["qmp"])
     if args.json:
-        import json
-
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
         return 0
-    table = [["NAME", "HOST", "PID", "STATUS", "UP", "CPUS", "MEMORY", "CARDS"]]
+    table = []
     for row in rows:
         up = max(time.time() - row["since"], 0)
         table.append(
@@ -62,11 +64,7 @@ def run(args: argparse.Namespace) -> int:
                 " ".join(f"{n['name']}:{n['mode']}" for n in row.get("nets", ())) or "-",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print(
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        )
+    print(rows_as_text(table, columns(), HEADS))
     return 0
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import sys
 
 from pyvmm.cli.support import remote
+from pyvmm.cli.support.results import print_json
 from pyvmm.errors import ControlError, MachineMissing, UsageError
 
 TYPE_CHECKING = False
@@ -77,16 +78,15 @@ def _shell(name: str) -> int:
 
 
 def _plain(client: Client, args: argparse.Namespace) -> int:
-    import json
 
     if args.events:
         try:
             while True:
-                print(json.dumps(client.next_event()), flush=True)
+                print_json(client.next_event(), line=True)
         except MachineMissing:
             return 0
     if args.words:
-        print(json.dumps(client.execute(*parse(args.words)), indent=2))
+        print_json(client.execute(*parse(args.words)))
         return 0
     failed = 0
     for line in sys.stdin:
@@ -97,7 +97,7 @@ def _plain(client: Client, args: argparse.Namespace) -> int:
         except ControlError as e:
             failed = e.exit_code
             result = {"error": {"class": e.kind, "desc": e.desc}}
-        print(json.dumps(result), flush=True)
+        print_json(result, line=True)
     return failed
 
 

@@ -22,6 +22,8 @@ import time
 
 from pyvmm.cli.support import remote
 from pyvmm.cli.support.options import seconds
+from pyvmm.cli.support.results import add_json, print_json
+from pyvmm.cli.support.screen import CLEAR, steerable
 from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
 
 TYPE_CHECKING = False
@@ -61,29 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=1.0,
         help="draw again every S seconds (1), until Ctrl-C",
     )
-    add(
-        "--json",
-        action="store_true",
-        help="print an object (docs/control.md, x-pyvmm-rings); with --watch one per line",
-    )
+    add_json(parser, "an object (docs/control.md, x-pyvmm-rings); with --watch one per line")
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask for a snapshot and draw it, once or repeatedly."""
 
     def body(client: Client) -> int:
-        import json
-
         wanted = {"nic": args.nic, "chains": args.chains}
         if args.queue is not None:
             wanted["queue"] = args.queue
         while True:
             snapshot = client.execute("x-pyvmm-rings", wanted)
             if args.json:
-                print(json.dumps(snapshot, indent=2 if args.watch is None else None), flush=True)
+                print_json(snapshot, line=args.watch is not None)
             else:
-                if args.watch is not None and sys.stdout.isatty():
-                    print("\x1b[H\x1b[2J", end="")
+                if args.watch is not None and steerable(sys.stdout):
+                    print(CLEAR, end="")
                 print("\n".join(draw(snapshot)), flush=True)
             if args.watch is None:
                 return 0

@@ -15,6 +15,9 @@ Exit status: 0, 113 no such machine.
 from __future__ import annotations
 
 from pyvmm.cli.support import remote
+from pyvmm.cli.support.results import add_json, print_json
+from pyvmm.cli.support.screen import columns
+from pyvmm.cli.support.tables import wrapped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", choices=("vm", "vcpu", "all"), default="all", help="whose statistics (all)"
     )
     parser.add_argument("--all", action="store_true", help="show zeros and histograms, too")
-    parser.add_argument(
-        "--json", action="store_true", help="print an object: vm and vcpu are arrays of objects"
-    )
+    add_json(parser, "an object: vm and vcpu are arrays of objects")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
             for t in targets
         }
         if args.json:
-            import json
-
-            print(json.dumps(values, indent=2))
+            print_json(values)
             return 0
         for target in targets:
             _print(target, schemas.get(target, []), values[target], everything=args.all)
@@ -65,13 +64,19 @@ def _print(
     target: str, schema: list[dict[str, Any]], rows: list[dict[str, Any]], *, everything: bool
 ) -> None:
     print(target if len(rows) == 1 else f"{target} 0 to {len(rows) - 1}")
+    room = columns()
+    narrow = room is not None and room < 48 + 15 * len(rows)
     for s in schema:
-        columns = [row.get(s["name"], "-") for row in rows]
+        values = [row.get(s["name"], "-") for row in rows]
         histogram = s["type"].endswith("histogram")
-        if not everything and (histogram or not any(columns)):
+        if not everything and (histogram or not any(values)):
             continue
         unit = s.get("unit", "")
         if s["exponent"] and unit:
             unit = f"{s.get('base', 10)}^{s['exponent']} {unit}"
-        text = "".join(f" {c!s:>14}" for c in columns)
+        text = "".join(f" {v!s:>14}" for v in values)
+        if narrow:
+            rest = " ".join([f"{s['name']}:", *map(str, values), unit]).rstrip()
+            print("\n    ".join(wrapped(f"  {rest}", (room or 0) - 4)))
+            continue
         print(f"  {s['name']:32}{text}  {unit}".rstrip())

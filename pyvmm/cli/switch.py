@@ -15,6 +15,7 @@ before.
 from __future__ import annotations
 
 from pyvmm.cli.support import remote
+from pyvmm.cli.support.results import add_json, print_json
 from pyvmm.errors import ControlError
 
 TYPE_CHECKING = False
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)"
     )
-    parser.add_argument("--json", action="store_true", help="print the report as an object")
+    add_json(parser, "the report as an object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
     def body(client: Client) -> int:
         result = client.command("x-pyvmm-switch", nic=args.nic, mode=args.mode)
         if args.json:
-            import json
-
-            print(json.dumps(result, indent=2))
+            print_json(result)
         elif result["outcome"] == "switched":
             gap = max(result["gap_ns"].values(), default=0) / 1e6
             chains = sum(result["pending"].values())

@@ -38,6 +38,7 @@ from pyvmm.cli.support.options import (
     shard,
 )
 from pyvmm.cli.support.outputs import Outputs
+from pyvmm.cli.support.screen import colours
 from pyvmm.errors import ImageError, UsageError
 
 TYPE_CHECKING = False
@@ -333,7 +334,7 @@ class _Plain:
     def __init__(self, total: int, args: argparse.Namespace) -> None:
         self.total, self.done, self.verbose = total, 0, args.verbose
         self.to = sys.stderr if args.json == "-" else sys.stdout
-        self.colour = self.to.isatty() and not os.environ.get("NO_COLOR")
+        self.colour = colours(self.to)
 
     def result(self, r: Result) -> None:
         """Show the result of a test that has ended."""

@@ -36,7 +36,8 @@ import os
 import sys
 
 from pyvmm.cli.support.options import Parser, count, seconds
-from pyvmm.errors import UsageError
+from pyvmm.cli.support.results import add_json, print_json
+from pyvmm.errors import UsageError, did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="seconds of silence that count as a hang (30; with --cpu intel 60 of processor time;"
         " with --host 60)",
     )
-    parser.add_argument("--json", action="store_true", help="status as JSON")
+    add_json(parser, "an object (status, doctor)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
 
@@ -149,11 +150,13 @@ def run(args: argparse.Namespace) -> int:
         if action not in ACTIONS:
             raise UsageError(
                 f"testbed: unknown word {action!r}",
-                f"for a command: pyvmm testbed -- {' '.join(words)}",
+                f"{did_you_mean(action, ACTIONS)}for a command: pyvmm testbed -- {' '.join(words)}",
             )
         more = Parser(prog=f"pyvmm testbed {action}")
         _options(more)
         args = more.parse_args(words[1:], args)
+    if args.json and action not in ("status", "doctor"):
+        raise UsageError("--json without status or doctor", "leave it out")
     if args.host and args.cpu != "auto":
         raise UsageError("--cpu does not go with --host", "leave one of them out")
     cpu = CPUS[0] if args.cpu == "auto" else args.cpu
@@ -203,16 +206,9 @@ def _up(bed: Testbed) -> int:
 
 
 def _status(bed: Testbed, as_json: bool) -> int:
-    import json
-
     status = bed.status()
     if as_json:
-        print(
-            json.dumps(
-                {"up": status is not None, "missing": _missing(bed), **(status or {})},
-                indent=2,
-            )
-        )
+        print_json({"up": status is not None, "missing": _missing(bed), **(status or {})})
     elif status is None:
         lacks = _missing(bed)
         print(f"down, and not set up: {lacks}" if lacks else "down")

@@ -20,6 +20,8 @@ import time
 
 from pyvmm.cli.support import remote
 from pyvmm.cli.support.options import seconds
+from pyvmm.cli.support.results import add_json, print_json
+from pyvmm.cli.support.screen import CLEAR, steerable
 from pyvmm.errors import MachineMissing
 
 TYPE_CHECKING = False
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from pyvmm.control.client import Client
 
-CLEAR, HIDE, SHOW = "\x1b[H\x1b[2J", "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+HIDE, SHOW = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 ENDED = ("shutdown", "guest-panicked")
 ROWS = 24  # for a terminal that does not tell its height
 
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds between two readings, 0.1 to 3600 (1)",
     )
     parser.add_argument("--once", action="store_true", help="print one interval and leave")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    add_json(parser, "an object per line")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace, client: Client) -> int:
-    live = sys.stdout.isatty() and not args.once and not args.json
+    live = steerable(sys.stdout) and not args.once and not args.json
     with _Screen(live) as screen:
         before = client.command("x-pyvmm-ledger")
         while True:
@@ -79,9 +81,7 @@ def _show(
 
     now = rates(before, after)
     if args.json:
-        import json
-
-        print(json.dumps(now), flush=True)
+        print_json(now, line=True)
     elif screen.live:
         columns, rows = screen.size()
         lines = table(now, rows - 1)

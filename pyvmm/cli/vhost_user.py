@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from pyvmm.cli.support.options import count, seconds
 from pyvmm.cli.support.outputs import Outputs
+from pyvmm.cli.support.results import add_json, print_json
+from pyvmm.cli.support.screen import columns
 from pyvmm.errors import UsageError, VhostUserError
 from pyvmm.netopt import UID_MAX
 
@@ -42,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds(0, 3600),
         help="seconds per answer (2), or with check per answer and per burst (5)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print an object with features and steps, or items"
-    )
+    add_json(parser, "an object with features and steps, or with items")
     parser.add_argument(
         "--server", action="store_true", help="check: listen at SOCKET; the back-end connects"
     )
@@ -96,11 +96,9 @@ def _check(args: argparse.Namespace, outputs: Outputs) -> int:
     finally:
         subject.end()
     if args.json:
-        import json
-
         fields = ("name", "result", "detail", "clause", "rings", "seconds")
         items = [{k: getattr(i, k) for k in fields} for i in checker.items]
-        print(json.dumps({"echoes": checker.echoes, "items": items}, indent=2))
+        print_json({"echoes": checker.echoes, "items": items})
     else:
         counts = [
             (n, sum(i.result == n for i in checker.items))
@@ -114,8 +112,11 @@ def _check(args: argparse.Namespace, outputs: Outputs) -> int:
 
 def _print_item(item: Item) -> None:
     word = {"passed": "ok", "failed": "FAIL", "skipped": "-", "unchecked": "?"}[item.result]
+    width = columns()
+    pad = 54 if width is None or width >= 80 else 0
     print(
-        f"{word:4} {item.name:54} {item.seconds * 1000:6.0f} ms  {item.detail}".rstrip(), flush=True
+        f"{word:4} {item.name:{pad}} {item.seconds * 1000:6.0f} ms  {item.detail}".rstrip(),
+        flush=True,
     )
     if item.clause:
         print(f"     see {item.clause}", flush=True)
@@ -155,8 +156,6 @@ def _probe(args: argparse.Namespace) -> int:
     own = {f"bit-{bit}": name for bit, name in OWN_FEATURES.items()}
     features = [own.get(n, n) for n in names(probe.features)]
     if args.json:
-        import json
-
         steps = [
             {k: getattr(s, k) for k in ("message", "outcome", "detail", "microseconds")}
             for s in probe.steps
@@ -168,7 +167,7 @@ def _probe(args: argparse.Namespace) -> int:
             "steps": steps,
             "error": str(error) if error else None,
         }
-        print(json.dumps(report, indent=2))
+        print_json(report)
     else:
         print(f"features:          {' '.join(features)}")
         print(f"protocol features: {' '.join(protocol_names(probe.protocol)) or 'none'}")

@@ -16,7 +16,7 @@ import time
 from fcntl import LOCK_EX, LOCK_NB, flock
 from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket
 
-from pyvmm.errors import HostError, MachineMissing, UsageError
+from pyvmm.errors import HostError, MachineMissing, UsageError, did_you_mean
 from pyvmm.host.paths import private, runtime_dir
 from pyvmm.hostnet import sockets
 from pyvmm.hostnet.sockets import PATH_MAX
@@ -248,7 +248,10 @@ def find(name: str) -> Entry:
 
     :raises MachineMissing: there is no such machine.
     """
+    names = []
     for entry in machines():
         if entry.name == name:
             return entry
-    raise MachineMissing(f"no machine named {name} is running here", "see: pyvmm ps")
+        names.append(entry.name)
+    meant = did_you_mean(name, names)
+    raise MachineMissing(f"no machine named {name} is running here", f"{meant}see: pyvmm ps")

@@ -83,14 +83,17 @@ class Store(Closing):
         """
         if self._path is None:
             return
-        cells = {**self._old, **self._done}
         try:
-            self._part.write_text(document(cells.values()))
+            self._part.write_text(self.text())
             self._part.rename(self._path)
         except OSError as e:
             raise HostError(
                 f"--json {self._path}: {e.strerror}", "make room, then go on with --resume"
             ) from e
+
+    def text(self) -> str:
+        """The content of the file so far, also if there is none."""
+        return document({**self._old, **self._done}.values())
 
     def close(self) -> None:
         """Remove the temporary file."""

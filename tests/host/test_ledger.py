@@ -20,6 +20,7 @@ import pytest
 from pyvmm import Machine, Net
 from pyvmm.errors import UsageError
 from pyvmm.exits.phases import Phase
+from tests.terminals import on_a_terminal
 
 ROOT = Path(__file__).parents[2]
 Guest = Callable[[str], str]
@@ -311,6 +312,13 @@ def test_top_once(busy: Machine) -> None:
     assert done.returncode == 0 and "net0 queue 1 notify" in done.stdout
 
 
+def test_top_on_a_screen_or_none(busy: Machine) -> None:
+    """A screen that is drawn anew, if the terminal has one."""
+    argv = ("top", "--host", "local", "busy", "--interval", "0.1")
+    assert "\x1b[?1049h" in on_a_terminal(*argv, until="exits to the VMM", columns=40)
+    assert "\x1b" not in on_a_terminal(*argv, until="exits to the VMM", TERM="dumb")
+
+
 def test_top_ends_with_the_machine_and_says_who_is_missing(busy: Machine) -> None:
     with subprocess.Popen(
         top("busy", "--json", "--interval", "0.1"), cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -334,6 +342,7 @@ def test_top_on_a_terminal(busy: Machine) -> None:
         with subprocess.Popen(
             top("busy", "--interval", "0.1"),
             cwd=ROOT,
+            env={**os.environ, "TERM": "xterm"},
             stdin=child_side,
             stdout=child_side,
             stderr=child_side,

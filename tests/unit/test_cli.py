@@ -51,6 +51,10 @@ BAD = {
     ("run", "--cpus", "two"): "invalid int value: 'two'",
     ("run", "--cpus"): "expected one argument",
     ("run", "--host", "moon"): "choose from auto, local, testbed",
+    ("nic", "lst", "vm0"): "did you mean list? see pyvmm nic --help",
+    ("testbed", "stauts"): "did you mean status? for a command: pyvmm testbed -- stauts",
+    ("testbed", "--json", "up"): "--json without status or doctor",
+    ("matrix", "--json", "-", "--resume"): "--resume without --json; name the file",
     ("run", "--on-reboot", "dance"): "choose from exit, restart",
     ("run", "--timeout", "0"): "positive number of seconds",
     ("run", "--timeout", "-3"): "positive number of seconds",
@@ -183,6 +187,41 @@ def test_every_error_class_has_a_documented_exit_code() -> None:
     assert not codes & set(range(3, 101))  # those are the guest's
 
 
+def statuses(text: str) -> set[int]:
+    """The numbers in a sentence about exit statuses; ``102..104`` and ``113 to 115`` are ranges."""
+    found = set()
+    for low, _, high in re.findall(r"(?<![\w.-])(\d{1,3})(?:(\.\.| to )(\d{1,3}))?(?![\w-])", text):
+        found |= set(range(int(low), int(high or low) + 1))
+    return found
+
+
+def test_every_documented_exit_code_can_occur() -> None:
+    """Those of errors, of signals, and of commands that have been told to end."""
+    page = (ROOT / "docs/exit-codes.md").read_text().partition("## Statuses of other")[0]
+    listed = {n for row in re.findall(r"(?m)^\| ([\d, ]+) \|", page) for n in statuses(row)}
+    of_errors = {
+        c.exit_code
+        for c in vars(errors).values()
+        if isinstance(c, type) and issubclass(c, PyvmmError)
+    }
+    others = {0, 130, 143, 129, 141}
+    assert listed == of_errors | others
+    assert not {n for n in listed - {0, 2} if not 101 <= n <= 143}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_command_s_exit_codes_are_documented(command: str) -> None:
+    """Each help text has its own; the page has all of them."""
+    page = (ROOT / "docs/exit-codes.md").read_text()
+    text = importlib.import_module(f"pyvmm.cli.{command.replace('-', '_')}").__doc__ or ""
+    _, _, told = text.partition("Exit status:")
+    assert told, "there are none in the help text"
+    first, _, others = page.partition("## Statuses of other")
+    row = next((r for r in others.splitlines() if f"`pyvmm {command}" in r), "")
+    table = {n for r in re.findall(r"(?m)^\| ([\d, ]+) \|", first) for n in statuses(r)}
+    assert statuses(told.partition("\n\n")[0]) <= table | statuses(row), command
+
+
 def test_guard(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(error: Any) -> Callable[..., Any]:
         def body() -> None:
@@ -236,7 +275,8 @@ CALL = "from pyvmm.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass
 def test_help_loads_neither_the_extension_nor_anything_heavy() -> None:
     modules = loaded(CALL.format(argv=["run", "--help"]))
     ours = {m for m in modules if m.startswith("pyvmm")}
-    cli = {"pyvmm.cli", "pyvmm.cli.run", "pyvmm.cli.support", "pyvmm.cli.support.options"}
+    support = {f"pyvmm.cli.support{name}" for name in ("", ".options", ".helptext")}
+    cli = {"pyvmm.cli", "pyvmm.cli.run", *support}
     assert ours == {"pyvmm", "pyvmm.errors", *cli}
     assert not modules & (HEAVY | {"_cffi_backend", "threading", "signal"})
 

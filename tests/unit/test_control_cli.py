@@ -16,11 +16,13 @@ import pytest
 from pyvmm.card.report import SwitchReport
 from pyvmm.cli import main, qmp
 from pyvmm.cli.support import remote
+from pyvmm.cli.support.screen import CLEAR
 from pyvmm.control.registry import Claim
 from pyvmm.control.server import Command, QmpError, Server
 from pyvmm.errors import UsageError
 from pyvmm.memory import GuestMemory
 from pyvmm.programs import module
+from tests.terminals import on_a_terminal
 from tests.unit.test_rings import Guest, ram  # noqa: F401 - a fixture
 
 
@@ -239,7 +241,9 @@ def test_bad_lines(line: str) -> None:
         qmp._line(line)
 
 
-def test_rings(fake: Fake, capsys: pytest.CaptureFixture[str], ram: GuestMemory) -> None:  # noqa: F811
+@pytest.fixture
+def drawn(fake: Fake, ram: GuestMemory) -> Fake:  # noqa: F811
+    """The machine, with a card that has two queues."""
     g = Guest(ram)
     g.avail(1, [0])
     registers = {
@@ -256,9 +260,30 @@ def test_rings(fake: Fake, capsys: pytest.CaptureFixture[str], ram: GuestMemory)
         {**registers, **g.look().as_dict()},
         {**registers, "index": 1, "enabled": False, "size": 8},
     ]
+    return fake
+
+
+def test_rings(drawn: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "rings", "box")
     assert status == 0 and "machine paused" in out and "no vector" in out and "not enabled" in out
-    assert json.loads(run(capsys, "rings", "--json", "box")[1]) == fake.rings
+    assert json.loads(run(capsys, "rings", "--json", "box")[1]) == drawn.rings
+
+
+def test_rings_on_a_terminal(drawn: Fake) -> None:
+    """Drawn again and again on a cleared screen, if the terminal has one."""
+    argv = ("rings", "box", "--watch", "0.05")
+    assert CLEAR in on_a_terminal(*argv, until="not enabled")
+    assert "\x1b" not in on_a_terminal(*argv, until="not enabled", TERM="dumb")
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_machines_and_statistics_on_a_narrow_terminal(fake: Fake, columns: int) -> None:
+    out = on_a_terminal("ps", columns=columns)
+    assert "box" in out and "net0:vhost-net" in out and "64 MiB" in out
+    assert ("\nHOST    local\n" in out) == (columns == 40)
+    out += on_a_terminal("stats", "--all", "box", columns=columns)
+    assert "exits" in out
+    assert all(len(line) <= columns for line in out.splitlines()), out
 
 
 def test_names_complete(fake: Fake) -> None:

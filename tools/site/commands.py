@@ -89,7 +89,7 @@ def _command(parser: argparse.ArgumentParser, summary: str) -> Command:
             if isinstance(action, argparse._SubParsersAction):
                 lines = {choice.dest: choice.help or "" for choice in action._choices_actions}
                 actions += [_command(p, lines.get(n, "")) for n, p in action.choices.items()]
-            elif action.help != argparse.SUPPRESS:
+            elif action.help != argparse.SUPPRESS and action.dest != "help":
                 options.append(_option(action, parser))
         if options:
             title = (group.title or "").replace("positional arguments", "arguments")

@@ -24,6 +24,8 @@ is counted."""
 ENVIRONMENT = {
     "PYVMM_CONFIG": "The configuration file, by its absolute path; empty: none.",
     "PYVMM_TESTBED": "The name of the testbed to use, instead of default.",
+    "NO_COLOR": "Text gets no colours.",
+    "COLUMNS": "The width of the terminal.",
     "XDG_CACHE_HOME": "Guest images and the testbed are in its directory pyvmm (~/.cache).",
     "XDG_RUNTIME_DIR": "Control sockets of running machines are in its directory pyvmm.",
 }
@@ -72,11 +74,9 @@ def _sections(command: Command) -> Iterator[str]:
     yield "\n.PP\n".join(_part(part) for part in command.parts if part not in last)
     for one in (command, *command.actions):
         for title, options in one.groups:
-            shown = [option for option in options if "--help" not in option.names]
-            if shown:
-                of = f" of {one.name}" if one is not command else ""
-                yield f'.SH "{text((title + of).upper())}"'
-                yield from map(_option, shown)
+            of = f" of {one.name}" if one is not command else ""
+            yield f'.SH "{text((title + of).upper())}"'
+            yield from map(_option, options)
     if last:
         yield '.SH "EXIT STATUS"'
         for part in last:

@@ -55,11 +55,9 @@ def _body(command: Command, level: int) -> Iterator[str]:
     yield f"```text\n{command.usage}\n```\n"
     yield from map(_part, command.parts)
     for title, options in command.groups:
-        shown = [option for option in options if "--help" not in option.names]
-        if shown:
-            yield f"{'#' * level} {title[:1].upper()}{title[1:]} of {command.name}\n"
-            yield f"```{{program}} {command.name}\n```\n"
-        for option in shown:
+        yield f"{'#' * level} {title[:1].upper()}{title[1:]} of {command.name}\n"
+        yield f"```{{program}} {command.name}\n```\n"
+        for option in options:
             yield f"````{{option}} {option.heading}\n{prose(option.help)}\n````\n"
     for action in command.actions:
         yield f"{'#' * level} {action.name}\n"

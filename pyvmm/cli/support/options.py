@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+import sys
+from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentError,
+    ArgumentParser,
+    ArgumentTypeError,
+    RawDescriptionHelpFormatter,
+)
 
-from pyvmm.errors import UsageError
+from pyvmm.errors import UsageError, did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +38,8 @@ TROUBLE_KINDS = (
 )
 
 
+#: What prints a help text.
+HELP = ("-h", "--help")
 #: What ``--host`` takes, and how the address of another machine begins.
 HOSTS, SSH = ("auto", "local", "testbed"), "ssh://"
 #: For help texts: what ``--cpu`` takes.
@@ -37,13 +47,18 @@ CPU_HELP = "the CPU: host, and what differs, as in host,-x2apic,vendor=GenuineIn
 
 
 class Parser(ArgumentParser):
-    """Prints the description as it is laid out, takes no abbreviations, and raises bad usage as an
-    error of one line, like every other error.
+    """Prints the description as it is laid out, with ``-h`` only its beginning; takes no
+    abbreviations; and raises bad usage as an error of one line, like every other error.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, add_help: bool = True, **options: Any) -> None:
         ours: dict[str, Any] = {"formatter_class": Formatter, "allow_abbrev": False}
-        super().__init__(**ours | options)
+        super().__init__(**ours | options, add_help=False)
+        if add_help:
+            self.add_argument("-h", action=_ShortHelp, help="show this list, and leave")
+            self.add_argument(
+                "--help", action="help", default=SUPPRESS, help="show all, with examples, and leave"
+            )
         self._mixed = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -51,7 +66,7 @@ class Parser(ArgumentParser):
         the first positional argument decides for all, so that ``NAME --option WORD`` has no WORD.
         """
         optional = any(a.nargs in ("?", "*") for a in self._get_positional_actions())
-        plain = args is None or "--" in args or "_ARGCOMPLETE" in os.environ
+        plain = args is None or {"--", *HELP} & set(args) or "_ARGCOMPLETE" in os.environ
         if plain or not optional or self._mixed:
             return super().parse_known_args(args, namespace)
         self._mixed = True
@@ -59,6 +74,14 @@ class Parser(ArgumentParser):
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self._mixed = False
+
+    def _check_value(self, action: Action, value: Any) -> None:
+        """As argparse's; the error names the choice that is meant."""
+        try:
+            super()._check_value(action, value)
+        except ArgumentError as e:
+            meant = did_you_mean(str(value), map(str, action.choices or ()))
+            raise ArgumentError(action, f"{e.message}; {meant}see {self.prog} --help") from None
 
     def error(self, message: str) -> NoReturn:
         """Raise the error. argparse's own errors are "argument OPTION: problem"; those with a
@@ -71,6 +94,19 @@ class Parser(ArgumentParser):
         raise UsageError(message, f"see {self.prog} --help")
 
 
+class _ShortHelp(Action):
+    """The option ``-h``."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, "help", nargs=0, default=SUPPRESS, help=options["help"])
+
+    def __call__(self, parser: ArgumentParser, *_: object) -> None:
+        from pyvmm.cli.support.helptext import short
+
+        parser._print_message(short(parser, Brief), sys.stdout)
+        parser.exit()
+
+
 class Formatter(RawDescriptionHelpFormatter):
     """argparse makes a formatter for every option. By default each formatter imports shutil and
     asks for the terminal's width; this class asks once.
@@ -78,6 +114,30 @@ class Formatter(RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_width())
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """The description; argparse calls it with the formatter's width."""
+        from pyvmm.cli.support.helptext import fill
+
+        return fill(text, self._width)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        from pyvmm.cli.support.helptext import lines
+
+        return lines(text, width)
+
+
+class Brief(Formatter):
+    """One line per option."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._max_help_position = min(28, max(self._width - 24, 8))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        from pyvmm.cli.support.helptext import brief
+
+        return [brief(" ".join(text.split()).replace("see below", "see --help"), width)]
 
 
 def _width() -> int:
