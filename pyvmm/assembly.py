@@ -27,6 +27,7 @@ from pyvmm.devices.rtc import Rtc
 from pyvmm.doctor import can_run_linux_locally
 from pyvmm.errors import KvmUnsuitable, UsageError
 from pyvmm.exits.accounts import MachineAccounts
+from pyvmm.host.limits import memory_note
 from pyvmm.kvm import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
@@ -217,7 +218,7 @@ class Parts:
     :param began: when the description was read; CLOCK_MONOTONIC, ns.
     :param name: of the machine; may be empty.
     :ivar lock: the I/O lock, under which devices in Python answer.
-    :ivar notes: what the user should know of what is added to the initrd.
+    :ivar notes: what the user should know of what is added to the initrd, and of the memory.
     :ivar boot: how the guest starts. :ivar cmdline: the kernel command line that it has got.
     :raises PyvmmError: a part cannot be made.
     """
@@ -554,6 +555,7 @@ class Parts:
         build_mptable(self.memory, cpus=want.cpus)
         self.cmdline = cmdline(want, cards)
         archive, self.notes = extra_archive(want, len(cards))
+        self.notes += filter(None, [memory_note(self.memory.size)])
         entries = archive.entries.values() if archive is not None else ()
         self._packed = {entry.source.path for entry in entries if entry.source is not None}
         self.boot = load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 
 from pyvmm.programs import which
 
@@ -10,6 +11,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Literal
+
+    from pyvmm.kvm import Kvm
 
     State = Literal["ok", "missing", "note"]
 
@@ -26,6 +29,8 @@ OPTIONAL = {
     "KVM_CAP_BINARY_STATS_FD": "KVM's own statistics in reports",
     "KVM_CAP_SIGNAL_MSI": "interrupts without a route",
 }
+#: Bytes of a guest's memory unless --memory says otherwise.
+DEFAULT_MEMORY = 256 << 20
 OK: State = "ok"
 MISSING: State = "missing"
 NOTE: State = "note"
@@ -85,6 +90,8 @@ def examine() -> list[Finding]:
         *_vdpa(),
         _device("tun", "/dev/net/tun", "no tap devices, so no network cards", "modprobe tun"),
         *_namespaces(),
+        *_directories(),
+        _memory(),
         _huge_pages(),
         _transparent_huge_pages(),
         *_tools(),
@@ -96,12 +103,16 @@ def verdict() -> tuple[int, str]:
     """Whether and where ``pyvmm run`` runs Linux guests: (exit status of ``pyvmm doctor``, one
     line).
     """
+    from pyvmm.errors import PyvmmError
     from pyvmm.testbed.testbed import Testbed
 
     good, why = can_run_linux_locally()
     if good:
         return 0, "Linux guests run on this machine's own KVM"
-    lacks = Testbed.missing()
+    try:
+        lacks = Testbed.missing()
+    except PyvmmError as e:
+        return 1, f"Linux guests cannot run: {why}, and the testbed cannot be used: {e}"
     if not lacks:
         return 3, f"Linux guests run in the testbed: {why}"
     return (
@@ -148,9 +159,24 @@ def _kvm() -> Iterator[Finding]:
                 yield Finding("kvm extensions", NOTE, f"no {cap} ({use})")
         recommended, most = kvm.extension("KVM_CAP_NR_VCPUS"), kvm.extension("KVM_CAP_MAX_VCPUS")
         slots = kvm.extension("KVM_CAP_NR_MEMSLOTS")
+        yield _vm(kvm)
         yield Finding(
             "kvm limits", OK, f"{most} vCPUs ({recommended} recommended), {slots} memory slots"
         )
+
+
+def _vm(kvm: Kvm) -> Finding:
+    """Whether KVM makes a VM: another hypervisor may have the processor, or a limit be reached."""
+    from pyvmm.errors import PyvmmError
+    from pyvmm.kvm.vm import Vm
+    from pyvmm.memory import PAGE, GuestMemory
+
+    try:
+        with closing(GuestMemory(256 * PAGE)) as memory, closing(Vm(kvm, memory)):
+            return Finding("kvm vm", OK, "KVM makes a VM with memory and interrupt controllers")
+    except PyvmmError as e:
+        remedy = e.hint or "end other hypervisors, and see the kernel's log (dmesg)"
+        return Finding("kvm vm", MISSING, f"KVM makes no VM: {e.cause}", remedy)
 
 
 def _device(name: str, path: str, without: str, load: str) -> Finding:
@@ -209,7 +235,7 @@ def _namespaces() -> Iterator[Finding]:
         "user namespaces",
         NOTE if problem else OK,
         f"not allowed: {problem}" if problem else "allowed",
-        f"run as root: {userns.remedy()}" if problem else "",
+        userns.remedy() if problem else "",
     )
     name = "network namespaces"
     try:
@@ -217,6 +243,66 @@ def _namespaces() -> Iterator[Finding]:
             yield Finding(name, OK, "allowed: pyvmm can make taps of its own")
     except PyvmmError as e:
         yield Finding(name, MISSING, f"no tap of pyvmm's own: {e.cause}", e.hint)
+
+
+def _directories() -> Iterator[Finding]:
+    """A file is made in the cache, and a socket where control sockets are: a container may have a
+    root that is read-only.
+    """
+    import socket
+
+    from pyvmm.control.registry import directory
+    from pyvmm.errors import PyvmmError
+    from pyvmm.host.limits import why_not_writable
+    from pyvmm.host.paths import cache_root
+
+    name = "cache"
+    try:
+        path = cache_root()
+        problem = why_not_writable(path)
+        without = "no image or testbed can be set up"
+        remedy = "set XDG_CACHE_HOME to a directory of your own that has room"
+        if problem:
+            yield Finding(name, NOTE, f"cannot be written, so {without}: {problem}", remedy)
+        else:
+            yield Finding(name, OK, path)
+    except PyvmmError as e:
+        yield Finding(name, MISSING, e.cause, e.hint)
+    name = "control sockets"
+    try:
+        path = directory()
+        with socket.socket(socket.AF_UNIX) as probe:
+            place = f"{path}/.doctor-{os.getpid()}"
+            probe.bind(place)
+            os.unlink(place)
+        yield Finding(name, OK, path)
+    except (PyvmmError, OSError) as e:
+        cause, hint = (e.cause, e.hint) if isinstance(e, PyvmmError) else (str(e), "")
+        remedy = hint or "set XDG_RUNTIME_DIR to a directory of yours"
+        yield Finding(name, NOTE, f"none, so no command finds a running machine: {cause}", remedy)
+
+
+def _memory() -> Finding:
+    """How much memory a guest can have here: of the machine, and by control groups."""
+    from pyvmm.host.limits import memory_limit
+
+    kilobytes = _read("/proc/meminfo").partition("MemAvailable:")[2].split()[:1]
+    free = int(kilobytes[0]) << 10 if kilobytes else 0
+    limit = memory_limit()
+    text = f"{free >> 20} MiB available"
+    if limit is None or limit[0] > free:
+        scarce = free < DEFAULT_MEMORY
+        remedy = "end other programs, or give guests less: --memory 128M" if scarce else ""
+        return Finding("memory", NOTE if scarce else OK, text, remedy)
+    text = f"{limit[0] >> 20} MiB by the limit of a control group ({limit[1]})"
+    if limit[0] > DEFAULT_MEMORY:
+        return Finding("memory", OK, text)
+    return Finding(
+        "memory",
+        NOTE,
+        f"{text}: the kernel kills a guest that uses the usual {DEFAULT_MEMORY >> 20} MiB",
+        "raise it (docker run --memory), or give guests less: --memory 128M",
+    )
 
 
 def _huge_pages() -> Finding:
@@ -270,11 +356,16 @@ def _tools() -> Iterator[Finding]:
 
 def _testbed() -> Iterator[Finding]:
     """Both testbeds. The one with an Intel processor is optional, and told if Bochs is there."""
+    from pyvmm.errors import PyvmmError
     from pyvmm.host.bochs import find
     from pyvmm.testbed.testbed import Testbed
 
-    yield from _amd_testbed()
-    bochs = find()
+    try:
+        yield from _amd_testbed()
+        bochs = find()
+    except PyvmmError as e:
+        yield Finding("testbed", MISSING, e.cause, e.hint)
+        return
     if bochs is not None:
         up = "up" if Testbed(cpu="intel").is_up() else "down"
         yield Finding("testbed", OK, f"set up with --cpu intel: {bochs}; {up}")

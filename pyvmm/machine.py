@@ -226,7 +226,9 @@ class Machine:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of what is added to the initrd, one line each."""
+        """What the user should know of what is added to the initrd, and of the guest's memory, one
+        line each.
+        """
         return self._parts.notes
 
     @property

@@ -164,7 +164,8 @@ def make_inside(words: list[str]) -> tuple[list[str], list[int]]:
                 continue  # root without CAP_SYS_ADMIN: try it as an ordinary user
             raise NetForbidden(
                 f"may not make a network namespace ({e.strerror})",
-                f"run as root, allow user namespaces ({userns.remedy()}), or give tap=NAME",
+                f"run as root, allow user namespaces ({userns.remedy()}), or give tap=NAME, or do "
+                "without: --net user",
             ) from e
     raise AssertionError
 

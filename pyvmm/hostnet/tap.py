@@ -186,7 +186,9 @@ def open_named(words: list[str]) -> tuple[list[str], list[int]]:
         fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise NetError(
-            f"there is no {TUN}", "load the tun module, or give the container that device"
+            f"there is no {TUN}",
+            "load the tun module, give the container that device "
+            "(docker run --device /dev/net/tun), or do without: --net user",
         ) from None
     except PermissionError:
         raise NetForbidden(f"may not open {TUN}", f"as root: chmod 666 {TUN}") from None

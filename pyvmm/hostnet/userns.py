@@ -27,14 +27,37 @@ def unshare(flags: int) -> None:
     check(lib.unshare(flags), "unshare")
 
 
+#: Debian's kernels have had a switch of their own.
+SWITCHED_OFF = "kernel.unprivileged_userns_clone"
+LIMIT = "user.max_user_namespaces"
+
+
 def remedy() -> str:
-    """The command by which root allows user namespaces on this machine."""
+    """How user namespaces are allowed on this machine, as far as it says what forbids them."""
+    if _setting(RESTRICTED) not in ("", "0"):
+        return f"run as root: sysctl {RESTRICTED}=0"
+    if _setting(LIMIT) == "0":
+        return f"run as root: sysctl {LIMIT}=10000"
+    if _setting(SWITCHED_OFF) == "0":
+        return f"run as root: sysctl {SWITCHED_OFF}=1"
+    if _filtered():
+        return "start the container with --security-opt seccomp=unconfined, or --privileged"
+    return f"run as root: {ALLOW_USER_NAMESPACES}"
+
+
+def _setting(name: str) -> str:
+    """The value of a sysctl; empty if there is none."""
     try:
-        with open(f"/proc/sys/{RESTRICTED.replace('.', '/')}") as f:
-            restricted = f.read().strip() != "0"
+        with open(f"/proc/sys/{name.replace('.', '/')}") as f:
+            return f.read().strip()
     except OSError:
-        restricted = False
-    return f"sysctl {RESTRICTED}=0" if restricted else ALLOW_USER_NAMESPACES
+        return ""
+
+
+def _filtered() -> bool:
+    """Whether this process has a filter of system calls, as in a container."""
+    with open("/proc/self/status") as f:
+        return any(line.split() == ["Seccomp:", "2"] for line in f)
 
 
 def become_root() -> None:

@@ -136,6 +136,7 @@ def test_forbidden_namespaces_are_told_with_the_remedy(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(userns, "become_root", become_root)
+    monkeypatch.setattr(userns, "_filtered", lambda: False)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     switch = tmp_path / "restricted"
     switch.write_text("1\n" if restricted else "0\n")

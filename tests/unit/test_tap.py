@@ -794,6 +794,7 @@ def test_no_namespaces_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(userns, "unshare", refuse)
+    monkeypatch.setattr(userns, "_filtered", lambda: False)
     with pytest.raises(NetForbidden, match="run as root, allow user namespaces") as caught:
         Namespace()
     assert ALLOW_USER_NAMESPACES in str(caught.value)

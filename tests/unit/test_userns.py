@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.hostnet import ALLOW_USER_NAMESPACES, userns
 from tests.strangers import BECOME, need_readable_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,3 +38,21 @@ def test_what_the_kernel_refuses_is_named() -> None:
         "try: unshare(lib.CLONE_NEWUSER)\nexcept OSError as x: print(x.errno, x.strerror)\ne.set()"
     )
     assert out == "22 unshare: Invalid argument\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "filtered", "words"),
+    [
+        ({userns.RESTRICTED: "1"}, True, f"sysctl {userns.RESTRICTED}=0"),
+        ({userns.RESTRICTED: "0", userns.LIMIT: "0"}, True, f"sysctl {userns.LIMIT}=10000"),
+        ({userns.SWITCHED_OFF: "0"}, False, f"sysctl {userns.SWITCHED_OFF}=1"),
+        ({userns.LIMIT: "9"}, True, "--security-opt seccomp=unconfined"),
+        ({}, False, ALLOW_USER_NAMESPACES),
+    ],
+)
+def test_the_remedy_is_that_of_what_forbids(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], filtered: bool, words: str
+) -> None:
+    monkeypatch.setattr(userns, "_setting", lambda name: settings.get(name, ""))
+    monkeypatch.setattr(userns, "_filtered", lambda: filtered)
+    assert words in userns.remedy()
