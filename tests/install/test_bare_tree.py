@@ -4,15 +4,18 @@ it. Needs root, debootstrap and a network; takes some minutes per release: ``mak
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 MIRROR = os.environ.get("PYVMM_MIRROR", "http://deb.debian.org/debian")
@@ -170,10 +173,87 @@ def test_a_wheel_for_an_ordinary_user(tmp_path: Path, release: str) -> None:
     assert "words\n0\n/home/of, her é/to: share\n" in out, out
 
 
-def steps(workflow: str) -> dict[str, str]:
-    """Per name of a step of a GitHub workflow: its shell script."""
-    found = re.findall(r"- name: (.*)\n +run: \|\n((?: {10}.*\n|\n)+)", workflow)
-    return {name: textwrap.dedent(script) for name, script in found}
+def steps(of: list[dict[str, Any]]) -> dict[str, str]:
+    """Per name of a step of a GitHub workflow or action: its shell script."""
+    return {step["name"]: step["run"] for step in of if "run" in step}
+
+
+def test_the_action_for_github(tmp_path: Path) -> None:
+    """In a job's container, as GitHub calls it: a step per shell, PATH and the like between them in
+    files. The steps find each other's work, and the next one boots a guest.
+    """
+    action = yaml.safe_load((ROOT / "docs/ci/action.yml").read_text())
+    tree = plant("trixie", tmp_path / "tree", "git", "ca-certificates")
+    inputs = {name: value["default"] for name, value in action["inputs"].items()}
+    script = [
+        "export GITHUB_PATH=/root/path GITHUB_ACTION_PATH=/root/pyvmm/docs/ci",
+        ": >/root/path",
+    ]
+    for step in action["runs"]["steps"]:
+        assert step["shell"] == "sh"
+        env = {
+            k: re.sub(r"\$\{\{ inputs\.(\w+) \}\}", lambda m: inputs[m[1]], v)
+            for k, v in step.get("env", {}).items()
+        }
+        words = " ".join(f"{k}={shlex.quote(v)}" for k, v in env.items())
+        path = 'PATH="$(tr "\\n" : </root/path)$PATH"'
+        script.append(f"{path} {words} sh -e -c {shlex.quote(step['run'])}")
+    script.append(f"{path} pyvmm run -- uname -s")
+    out = tree.run("set -e\n" + "\n".join(script))
+    assert out.endswith("Linux\n"), out
+
+
+def test_the_template_for_gitlab(tmp_path: Path) -> None:
+    """In its image, as GitLab's runner calls it: one shell for all lines."""
+    job = yaml.safe_load((ROOT / "docs/ci/gitlab.yml").read_text())[".pyvmm"]
+    release = {"debian:12": "bookworm", "debian:13": "trixie"}[job["image"]]
+    tree = plant(release, tmp_path / "tree", "apt")
+    env = {"CI_PROJECT_DIR": "/builds/project", **job["variables"]}
+    lines = [f'export {name}="{value}"' for name, value in env.items()]
+    lines += ["umask 0000", "mkdir -p $CI_PROJECT_DIR/.cache/pyvmm", "cd $CI_PROJECT_DIR"]
+    lines += ["umask 0022", *job["before_script"], "pyvmm run -- uname -s"]
+    script = re.sub(r"git clone .*", "cp -r /root/pyvmm /opt/pyvmm", "\n".join(lines))
+    out = tree.run(f"set -e\n{script}")
+    assert out.endswith("Linux\n"), out
+    assert sorted(job["cache"]["paths"]) == [f".cache/pyvmm/{part}" for part in ("debs", "images")]
+    kept = tree.directory / "builds/project"
+    assert all(any((kept / path).iterdir()) for path in job["cache"]["paths"])
+
+
+def instructions(text: str) -> list[tuple[str, str]]:
+    """The instructions of a Containerfile."""
+    lines = re.sub(r"(?m)^#.*\n", "", text).replace("\\\n", "").splitlines()
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines if line)]
+
+
+def test_the_containerfile(tmp_path: Path) -> None:
+    """Its instructions, in a tree with as little as the image that it begins with; then its
+    program runs a guest where a plain container may not do more.
+    """
+    found = instructions((ROOT / "docs/ci/Containerfile").read_text())
+    (base,) = (rest for name, rest in found if name == "FROM")
+    release = {"debian:12": "bookworm", "debian:13": "trixie"}[base]
+    tree = plant(release, tmp_path / "tree", "apt")
+    script, entry = ["set -e", "cd /"], ""
+    for name, rest in found:
+        if name == "COPY":
+            assert rest == ". /src/pyvmm"
+            script.append("mkdir -p /src && cp -r /root/pyvmm /src/pyvmm && rm -r /root/pyvmm")
+        elif name == "ENV":
+            script.append(f"export {rest}")
+        elif name == "RUN":
+            script.append(f"( {rest} ) || exit 1")  # set -e ignores what is left of &&
+        elif name == "WORKDIR":
+            script.append(f"mkdir -p {rest} && cd {rest}")
+        elif name == "ENTRYPOINT":
+            (entry,) = json.loads(rest)
+        else:
+            assert name in ("FROM", "CMD"), name
+    script.append(
+        f"{entry} image list; {entry} doctor || [ $? -le 3 ]; command -v gcc || echo none"
+    )
+    out = tree.run("\n".join(script))
+    assert "\ndefault " in out and "Traceback" not in out and out.endswith("\nnone\n"), out
 
 
 def test_the_workflow_of_the_example(tmp_path: Path) -> None:
@@ -183,7 +263,7 @@ def test_the_workflow_of_the_example(tmp_path: Path) -> None:
     text = (ROOT / "docs/examples/kernel-ci/.github/workflows/kernel.yml").read_text()
     (release,) = set(re.findall(r"image: debian:(\d+)", text))
     tree = plant({"12": "bookworm", "13": "trixie"}[release], tmp_path / "tree", "apt")
-    run = steps(text)
+    run = steps(yaml.safe_load(text)["jobs"]["test"]["steps"])
     clone = re.sub(r"git clone .*", "cp -r /root/pyvmm /opt/pyvmm", run["Install pyvmm"])
     tree.run(
         f"set -e\n{run['Install what this workflow uses']}\nexport GITHUB_PATH=/tmp/path\n{clone}\n"
