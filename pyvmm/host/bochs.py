@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 
-from pyvmm.host.paths import cache_dir, cache_root
+from pyvmm.host.paths import cache_dir, cache_root, check_tree
 from pyvmm.host.qemu import version
 
 TYPE_CHECKING = False
@@ -37,7 +37,11 @@ class Bochs:
 
     @property
     def argv(self) -> list[str]:
-        """The command that starts it, without options."""
+        """The command that starts it, without options.
+
+        :raises HostError: its files may be somebody else's.
+        """
+        check_tree(self.root)
         lib = f"{self.root}/{LIB}"
         return [f"{lib}/ld-linux-x86-64.so.2", "--library-path", lib, f"{self.root}/{PROGRAM}"]
 

@@ -19,10 +19,59 @@ def cache_dir(*parts: str) -> str:
 
 def cache_root() -> str:
     """pyvmm's cache: ``$XDG_CACHE_HOME/pyvmm`` or ``~/.cache/pyvmm``, with symbolic links resolved.
-    It need not exist.
+    It need not exist. pyvmm runs programs that are there: so it belongs to this user or to root.
 
-    :raises HostError: the home directory is not known, or not absolute.
+    :raises HostError: the home directory is not known, or not absolute; or others may have put
+        something into the cache.
     """
+    path = _cache_path()
+    check_owner(path)
+    return path
+
+
+def check_owner(path: str) -> None:
+    """Refuse a file or directory of the cache that another user may have written. One that does
+    not exist is good.
+
+    :raises HostError: it belongs to another user than this one and root, or others may write it.
+    """
+    if "PYVMM_IN_TESTBED" in os.environ:
+        return  # there, root is the user who has started the testbed
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return
+    user = os.geteuid()
+    if info.st_uid not in (user, 0):
+        raise HostError(
+            f"{path} belongs to user {info.st_uid}, and this is user {user}, who would run what is "
+            "in it",
+            "set XDG_CACHE_HOME to a directory of your own, or HOME, as sudo -H does",
+        )
+    # Many users have a group of their own, which may write all of their files.
+    shared = info.st_mode & stat.S_IWGRP and info.st_gid not in (os.getegid(), 0)
+    if not stat.S_ISLNK(info.st_mode) and (info.st_mode & stat.S_IWOTH or shared):
+        raise HostError(
+            f"{path} may be written by others, and this user would run what is in it",
+            f"remove it, or: chmod -R go-w {path}",
+        )
+
+
+def check_tree(path: str) -> None:
+    """As ``check_owner``, for all that is in a directory of the cache, if root is about to run it:
+    as root, a file of somebody else's would be the way to all others.
+
+    :raises HostError: see there.
+    """
+    if os.geteuid():
+        return
+    for directory, _, files in os.walk(path):
+        check_owner(directory)
+        for name in files:
+            check_owner(f"{directory}/{name}")
+
+
+def _cache_path() -> str:
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not base.startswith("/"):  # the XDG specification: a relative path is to be ignored
         base = os.path.expanduser("~/.cache")
@@ -35,7 +84,7 @@ def cache_trouble(e: OSError) -> str:
     """The one line for an error about a file or a directory of the cache; empty if the error is
     about something else.
     """
-    name, root = e.filename, cache_root()
+    name, root = e.filename, _cache_path()
     if not isinstance(name, str) or not (name.startswith(root) or root.startswith(f"{name}/")):
         return ""
     return f"{name}: {e.strerror}; set XDG_CACHE_HOME to a directory of your own that has room"

@@ -8,7 +8,7 @@ import os
 import re
 
 from pyvmm.errors import HostError
-from pyvmm.host.paths import cache_root
+from pyvmm.host.paths import cache_root, check_tree
 from pyvmm.programs import which
 
 NAME = "qemu-system-x86_64"
@@ -41,9 +41,13 @@ class Qemu:
 
     @property
     def argv(self) -> list[str]:
-        """The command that starts this QEMU, with the options by which it finds its firmware."""
+        """The command that starts this QEMU, with the options by which it finds its firmware.
+
+        :raises HostError: its files may be somebody else's.
+        """
         if not self.root:
             return [self.path]
+        check_tree(self.root)
         share = f"{self.root}/usr/share"
         where = (f"{share}/qemu", f"{share}/seabios", "/usr/share/qemu")
         return [self.path, *(word for path in where for word in ("-L", path))]
