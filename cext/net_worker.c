@@ -2069,6 +2069,18 @@ uint32_t pv_net_worker_base(const struct pv_net_worker *w, int queue)
 }
 
 /**
+ * pv_net_worker_position() - Where a worker is in a ring, to look at
+ * @w:		After pv_net_worker_await(), serving or joined; from any thread
+ * @queue:	0 receive, 1 transmit
+ *
+ * Return: the position as of pv_net_worker_base(), which may have moved on
+ */
+uint32_t pv_net_worker_position(const struct pv_net_worker *w, int queue)
+{
+	return pv_vring_glance(&w->ring[queue]);
+}
+
+/**
  * pv_net_worker_counters() - Read the counters
  * @w:		Running or not
  * @out:	Filled in; each value is whole, the set is not a snapshot

@@ -251,6 +251,7 @@ void pv_net_worker_attach(struct pv_net_worker *w, int fd);
 bool pv_net_worker_capture(struct pv_net_worker *w, uint32_t place, struct pv_capture *c);
 uint64_t pv_net_worker_cpu_ns(const struct pv_net_worker *w);
 uint32_t pv_net_worker_base(const struct pv_net_worker *w, int queue);
+uint32_t pv_net_worker_position(const struct pv_net_worker *w, int queue);
 void pv_net_worker_counters(const struct pv_net_worker *w, struct pv_net_counters *out);
 /* cffi: end */
 

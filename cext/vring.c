@@ -151,6 +151,25 @@ uint32_t pv_vring_base(const struct pv_vring *vr)
 }
 
 /**
+ * pv_vring_glance() - The ring's position, for a thread that does not own the ring
+ * @vr:		The ring
+ *
+ * The owner goes on meanwhile. Each index is read once and whole, the two of a packed ring one
+ * after the other, so they need not belong together: this is for people, not for a hand-over.
+ *
+ * Return: as pv_vring_base()
+ */
+uint32_t pv_vring_glance(const struct pv_vring *vr)
+{
+	uint16_t used = __atomic_load_n(&vr->used_idx, __ATOMIC_RELAXED);
+	uint16_t avail = __atomic_load_n(&vr->last_avail, __ATOMIC_RELAXED);
+
+	if (!vr->packed)
+		return avail;
+	return pv_packed_outside(vr, avail) | (uint32_t)pv_packed_outside(vr, used) << 16;
+}
+
+/**
  * pv_vring_position() - An index of the ring as the specification has it, for reports
  * @vr:		The ring
  * @index:	One of last_avail, used_next and used_idx, or an earlier value of these

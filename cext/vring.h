@@ -161,6 +161,7 @@ enum pv_fault pv_vring_init(struct pv_vring *vr, const struct pv_memory *mem, ui
 			    struct pv_vring_format format);
 void pv_vring_log(struct pv_vring *vr, struct pv_dirty_log *dirty, uint64_t used, uint64_t desc);
 uint32_t pv_vring_base(const struct pv_vring *vr);
+uint32_t pv_vring_glance(const struct pv_vring *vr);
 void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head);
 enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg);
 enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,

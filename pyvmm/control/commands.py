@@ -8,6 +8,7 @@ meanwhile.
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from pyvmm import __version__
 from pyvmm.control.server import Command, QmpError, TakingCommand, WaitingCommand
@@ -413,6 +414,11 @@ def _report(machine: Controlled, given: Given) -> object:
         return machine.report()
 
 
+def _position(nic: Nic, index: int) -> int | None:
+    """Where the data path is in a virtqueue; None if nobody tells."""
+    return nic.device.datapath.positions().get(index)
+
+
 def _rings(machine: Controlled, given: Given) -> object:
     from pyvmm.datapath.ringformat import ring_format
     from pyvmm.virtio.rings import ring_snapshot
@@ -443,7 +449,13 @@ def _rings(machine: Controlled, given: Given) -> object:
             acked = device.driver_features
             if q.enabled and device.active and not q.problem(machine.memory, ring_format(acked)):
                 try:
-                    row |= ring_snapshot(machine.memory, q, acked, chains=chains)
+                    row |= ring_snapshot(
+                        machine.memory,
+                        q,
+                        acked,
+                        chains=chains,
+                        position=partial(_position, nic, q.index),
+                    )
                 except IndexError as e:
                     row["problems"] = [str(e)]
             queues.append(row)

@@ -329,6 +329,10 @@ class OnUplink:
         """Nobody counts by ring."""
         return {}
 
+    def positions(self) -> dict[int, int]:
+        """Whoever serves the rings does not tell."""
+        return {}
+
 
 class PathEvents(Protocol):
     """Takes what a data path reports while it serves rings. Any thread; neither method waits."""
@@ -481,6 +485,12 @@ class DataPath(RingServer, Protocol):
         until the next ``start``. A path with VIRTIO_NET_F_DEVICE_STATS counts ``packets``,
         ``bytes``, ``kicks``, ``calls``, ``drop_*`` by reason, ``csum_*`` and ``gso_*`` (cext/
         net_worker.h); others return nothing.
+        """
+
+    def positions(self) -> dict[int, int]:
+        """Where the path is in the rings that it serves (``datapath.ringformat``), by index of the
+        virtqueue, to look at: it has moved on meanwhile. Empty if another process, the kernel or a
+        device serves them, because these do not tell while they run.
         """
 
     def workers(self) -> list[dict[str, object]]:

@@ -485,6 +485,16 @@ class EmulatedNet(OnUplink):
                 out |= self._count_by_ring(pair)
         return out
 
+    def positions(self) -> dict[int, int]:
+        """See ``DataPath``. Any thread."""
+        with self._lock:
+            return {
+                2 * pair.number + way: int(lib.pv_net_worker_position(pair.worker, way))
+                for pair in self._pairs
+                for way in (0, 1)
+                if pair.tid
+            }
+
     def workers(self) -> list[dict[str, object]]:
         """The threads of the queue pairs in use."""
         with self._lock:

@@ -505,6 +505,10 @@ class VhostVdpa:
         """None: the device counts."""
         return {}
 
+    def positions(self) -> dict[int, int]:
+        """The device does not tell while it runs."""
+        return {}
+
     def workers(self) -> list[dict[str, object]]:
         """None: the device moves the packets."""
         return []

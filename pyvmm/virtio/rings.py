@@ -27,6 +27,7 @@ from pyvmm.spec.virtio import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from pyvmm.memory import GuestMemory
@@ -49,17 +50,27 @@ EVENTS = {
 
 
 def ring_snapshot(
-    memory: GuestMemory, queue: Queue, acked: int, *, chains: int = 16
+    memory: GuestMemory,
+    queue: Queue,
+    acked: int,
+    *,
+    chains: int = 16,
+    position: Callable[[], int | None] = lambda: None,
 ) -> dict[str, object]:
     """What was in the rings of ``queue`` at one moment, for JSON (docs/control.md, x-pyvmm-rings).
 
     :param acked: the negotiated features.
     :param chains: how many chains to follow at most, of those that the device has, and of those
         that it has returned last.
+    :param position: where the device is (``datapath.ringformat``), asked after the rings have been
+        read, so that the device has taken at least what it had returned; None if nobody tells.
     :raises IndexError: a ring is not in RAM (the device refuses such a queue).
     """
     kind = PackedSnapshot if ring_format(acked) is PACKED else RingSnapshot
-    return kind(memory, queue, acked, chains=chains).as_dict()
+    look = kind(memory, queue, acked, chains=chains)
+    at = position()
+    taken = {"taken": None, "in-flight": None} if at is None else look.taken(at)
+    return {**look.as_dict(), **taken}
 
 
 class Snapshot:
@@ -196,6 +207,16 @@ class RingSnapshot(Snapshot):
             entry["next"] = following
         return entry
 
+    def taken(self, position: int) -> dict[str, object]:
+        """Which chains the device has taken and not returned, for JSON.
+
+        :param position: of the device, of a moment after this snapshot; at most what the snapshot
+            knows of is counted.
+        """
+        most = min(self.outstanding, self.size)
+        many = min((position - self.used_idx) & 0xFFFF, most)
+        return {"taken": (self.used_idx + many) & 0xFFFF, "in-flight": many}
+
     def as_dict(self) -> dict[str, object]:
         """For JSON (docs/control.md, x-pyvmm-rings)."""
         return {
@@ -331,6 +352,17 @@ class PackedSnapshot(Snapshot):
             "flags": EVENTS.get(flags & 3, "reserved"),
             "offset": place & 0x7FFF,
             "wrap": place >> 15,
+        }
+
+    def taken(self, position: int) -> dict[str, object]:
+        """Which descriptors the device has taken and not returned; see ``RingSnapshot.taken``."""
+        index, wrap = position & 0x7FFF, position >> 15 & 1
+        at = index % self.size + (0 if wrap else self.size)
+        many = min((at - self.used_next) % (2 * self.size), len(self.device_owned))
+        at = (self.used_next + many) % (2 * self.size)
+        return {
+            "taken": {"next": at % self.size, "wrap": int(at < self.size)},
+            "in-flight": many,
         }
 
     def as_dict(self) -> dict[str, object]:

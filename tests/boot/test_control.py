@@ -130,6 +130,8 @@ def check_rings(host: Host, qmp: Qmp) -> None:
             == len(q["available"])
         )
         assert not any("problem" in chain for chain in q["available"])
+        taken = None if q["role"] == "control" else (q["taken"] - q["used"]["idx"]) % 65536
+        assert taken == q["in-flight"] and (taken is None or taken <= q["outstanding"])
     assert receive["outstanding"] > 100  # Linux fills it up
     for chain in receive["available"]:
         assert all("write" in d["flags"] or "indirect" in d["flags"] for d in chain["descriptors"])

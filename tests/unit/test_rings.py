@@ -19,7 +19,7 @@ from pyvmm.spec.virtio import VRING_DESC_F_INDIRECT as INDIRECT
 from pyvmm.spec.virtio import VRING_DESC_F_NEXT as NEXT
 from pyvmm.spec.virtio import VRING_DESC_F_WRITE as WRITE
 from pyvmm.virtio.device import Queue
-from pyvmm.virtio.rings import CHAIN_MAX, RingSnapshot
+from pyvmm.virtio.rings import CHAIN_MAX, RingSnapshot, ring_snapshot
 
 SIZE = 8
 DESC, AVAIL, USED, TABLE = 0x1000, 0x2000, 0x3000, 0x4000
@@ -230,3 +230,45 @@ def test_rings_outside_ram(ram: GuestMemory) -> None:
     g.queue.used = 1 << 40
     with pytest.raises(IndexError):
         g.look()
+
+
+def test_what_the_device_has_taken(ram: GuestMemory) -> None:
+    """A position is of a moment after the snapshot, and is cut to what the snapshot knows of."""
+    g = Guest(ram)
+    g.avail(5, [0, 1, 2, 3])
+    g.used(2, [(9, 0)])
+
+    def taken(position: int | None) -> object:
+        q = ring_snapshot(ram, g.queue, ACKED, position=lambda: position)
+        return q["taken"], q["in-flight"]
+
+    assert taken(None) == (None, None)
+    assert taken(2) == (2, 0) and taken(4) == (4, 2) and taken(5) == (5, 3)
+    assert taken(9) == (5, 3), "it has gone on since"
+    g.used(65535)
+    g.avail(2, [0, 1, 2])
+    assert taken(1) == (1, 2), "indices run round"
+
+
+@pytest.mark.parametrize(
+    ("position", "taken"),
+    [
+        (0x8002, ({"next": 2, "wrap": 1}, 0)),
+        (0x8004, ({"next": 4, "wrap": 1}, 2)),
+        (0x0000, ({"next": 0, "wrap": 0}, 6)),
+        (0x0003, ({"next": 1, "wrap": 0}, 7)),
+    ],
+)
+def test_what_the_device_has_taken_of_a_packed_ring(
+    ram: GuestMemory, position: int, taken: tuple[dict[str, int], int]
+) -> None:
+    """Descriptors 0 and 1 have been returned, and 0 is available again, in the next lap."""
+    g = Guest(ram)
+    available, used = 1 << 7, 1 << 7 | 1 << 15
+    for n in range(2, SIZE):
+        g.desc(n, 0x8000, 60, n, available)
+    g.desc(1, 0x8000, 60, 1, used)
+    g.desc(0, 0x8000, 60, 0, 1 << 15)
+    q = ring_snapshot(ram, g.queue, ACKED | 1 << 34, position=lambda: position)
+    assert q["device"] == {"next": 2, "wrap": 1, "event": q["device"]["event"]}  # type: ignore[index]
+    assert (q["taken"], q["in-flight"]) == taken
