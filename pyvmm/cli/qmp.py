@@ -7,16 +7,19 @@ Examples:
   pyvmm qmp vm0 query-stats target=vcpu 'providers=[{"provider": "kvm", "names": ["exits"]}]'
   echo '{"execute": "stop"}' | pyvmm qmp vm0    one command and one answer per line
   pyvmm qmp vm0 --events                        print events as they come
+  pyvmm qmp vm0 --raw                           the protocol itself on stdin and stdout
 
 A command on stdin is written as JSON, or as on the command line. A value that is valid JSON is
 taken as JSON; any other value is a string. `pyvmm qmp vm0 x-pyvmm-help` lists the commands, and
-docs/control.md describes them.
+docs/control.md describes them. --raw passes bytes on as they are, for programs that speak QMP with
+a machine in the testbed or on another host.
 
 Exit status: 0, 113 no such machine, 114 a command was refused.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 from pyvmm.cli.support import remote
@@ -38,23 +41,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--events", action="store_true", help="print events, one per line, until the machine ends"
     )
+    parser.add_argument(
+        "--raw", action="store_true", help="carry the protocol as it is, until either side ends"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one command, a shell, or the lines of stdin; returns the exit status."""
+    if args.raw and (args.words or args.events):
+        raise UsageError("--raw with a command or --events", "write the command on stdin")
     status = remote.there(args)
     if status is not None:
         return status
+    if args.raw:
+        return _raw(args.name)
     if not args.words and not args.events and sys.stdin.isatty() and sys.stdout.isatty():
         return _shell(args.name)
     return remote.with_client(args, lambda client: _plain(client, args))
+
+
+def _raw(name: str) -> int:
+    """Carry bytes between stdin, stdout and the machine's socket."""
+    import select
+    from socket import MSG_DONTWAIT
+
+    from pyvmm.control.client import dial, socket_of
+
+    with dial(socket_of(name)) as sock:
+        pending = b""
+        while True:
+            # What the machine has not taken yet is all that is read of stdin, but its answers are
+            # always passed on.
+            poll = select.poll()
+            poll.register(sock, select.POLLIN | (select.POLLOUT if pending else 0))
+            if not pending:
+                poll.register(0, select.POLLIN)
+            for fd, mask in poll.poll():
+                if fd == 0:
+                    pending = os.read(0, 65536)
+                    if not pending:
+                        return 0
+                    continue
+                if mask & select.POLLOUT:
+                    pending = pending[sock.send(pending, MSG_DONTWAIT) :]
+                if mask & ~select.POLLOUT:
+                    data = sock.recv(65536)
+                    if not data:
+                        return 0
+                    while data:
+                        data = data[os.write(1, data) :]
 
 
 def _shell(name: str) -> int:
     """Run the shell of the library qemu.qmp."""
     from qemu.qmp.qmp_shell import QMPShell
 
-    from pyvmm.control.registry import find
+    from pyvmm.control.client import socket_of
 
     class Shell(QMPShell):
         """Its banner and its prompt speak of QEMU, and it has no help."""
@@ -70,7 +112,7 @@ def _shell(name: str) -> int:
             """The machine's name."""
             return f"({name}) "
 
-    with Shell(name if "/" in name else find(name).path, pretty=True) as shell:
+    with Shell(socket_of(name), pretty=True) as shell:
         shell.connect()
         for _ in shell.repl():
             pass

@@ -35,30 +35,49 @@ def connect(name: str, *, timeout: float = 30.0) -> Client:
     :param timeout: seconds that each answer may take.
     :raises MachineMissing: there is no such machine, or it does not answer.
     """
-    return Client(name if "/" in name else find(name).path, timeout=timeout)
+    return Client(socket_of(name), timeout=timeout)
+
+
+def socket_of(name: str) -> str:
+    """The path of a machine's control socket; see ``connect``.
+
+    :raises MachineMissing: there is no such machine.
+    """
+    return name if "/" in name else find(name).path
+
+
+def dial(path: str, timeout: float | None = None) -> socket:
+    """A connection on which nothing has been said yet; the caller's.
+
+    :param timeout: seconds that each operation may take; None: no limit.
+    :raises MachineMissing: nobody listens.
+    """
+    sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(path)
+    except OSError as e:
+        sock.close()
+        raise MachineMissing(f"cannot connect to {path}: {e.strerror or e}", "see: pyvmm ps") from e
+    return sock
 
 
 class Client(Closing):
     """One connection, after the negotiation of capabilities; a context manager. One thread at a
     time.
 
+    :param path: of the socket. :param sock: a connection to it, the client's from now on; without
+        one, the client connects.
     :ivar greeting: the server's greeting. :ivar events: those that nobody has taken yet, oldest
         first, at most ``EVENTS_MAX``.
     """
 
-    def __init__(self, path: str, *, timeout: float = 30.0) -> None:
+    def __init__(self, path: str, *, timeout: float = 30.0, sock: socket | None = None) -> None:
         self._path, self._timeout = path, timeout
         self._buf = bytearray()
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_MAX)
-        self._sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+        self._sock = dial(path, timeout) if sock is None else sock
         try:
-            self._sock.settimeout(timeout)
-            try:
-                self._sock.connect(path)
-            except OSError as e:
-                raise MachineMissing(
-                    f"cannot connect to {path}: {e.strerror or e}", "see: pyvmm ps"
-                ) from e
             first = self._receive(time.monotonic() + timeout)
             if "error" in first:
                 raise ControlError(f"{path}: {first['error'].get('desc')}", "try again later")

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 
 from pyvmm.cli.support import options
 from pyvmm.errors import MachineMissing, TestbedError
@@ -18,7 +19,8 @@ from pyvmm.programs import module
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from subprocess import Popen
     from typing import Any
 
     from pyvmm.control.client import Client
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 COMPLETE_TIMEOUT = 5.0  # seconds that completion waits for the testbed
 TIMEOUT = 30.0  # seconds for one answer
+FAR_S = 120.0  # the same, if the answer comes from another kernel, where Python has to start first
+CARRIER_S = 10.0  # seconds that ``pyvmm qmp --raw`` has to end once its input has ended
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,10 +123,9 @@ def listing(host: str = "auto", *, timeout: float | None = None) -> list[dict[st
     return rows
 
 
-def there(args: argparse.Namespace) -> int | None:
-    """Run this same command in the testbed, if the machine is not here and the testbed is up.
-
-    :returns: its exit status, or None to go on here.
+def place(args: argparse.Namespace) -> Testbed | None:
+    """The testbed, if the machine that ``args`` names is not here and the testbed is up; else None:
+    the attempt to connect here then says what is wrong.
     """
     if args.host == "local" or "/" in args.name:
         return None
@@ -134,9 +137,17 @@ def there(args: argparse.Namespace) -> int | None:
             return None
         except MachineMissing:
             pass
-    bed = testbed_up(args.host)
+    return testbed_up(args.host)
+
+
+def there(args: argparse.Namespace) -> int | None:
+    """Run this same command in the testbed, if the machine is there.
+
+    :returns: its exit status, or None to go on here.
+    """
+    bed = place(args)
     if bed is None:
-        return None  # the connection attempt here reports that there is no such machine
+        return None
     words = [args.command, *([args.action] if "action" in args else [])]
     at = args.argv.index(words[-1], args.argv.index(args.command)) + 1
     return bed.run_attached(module("pyvmm", *words, "--host", "local", *args.argv[at:]))
@@ -155,6 +166,57 @@ def with_client(
 
     with connect(args.name, timeout=timeout) as client:
         return body(client)
+
+
+@contextmanager
+def reach(args: argparse.Namespace, timeout: float = TIMEOUT) -> Iterator[Client]:
+    """A connection to the machine that ``args`` names, wherever it runs, for a command that has to
+    stay on this machine. ``pyvmm qmp --raw`` carries the connection to another kernel.
+
+    :raises MachineMissing: there is no such machine, or it does not answer.
+    """
+    from pyvmm.control.client import Client, connect
+
+    if place(args) is None:
+        with connect(args.name, timeout=timeout) as client:
+            yield client
+        return
+    import subprocess
+    from socket import socketpair
+
+    ours, theirs = socketpair()
+    # A session of its own, so that Ctrl-C ends this command, and this command the carrier.
+    with theirs:
+        carrier = subprocess.Popen(
+            module("pyvmm", "qmp", "--raw", "--host", args.host, args.name),
+            stdin=theirs.fileno(),
+            stdout=theirs.fileno(),
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    try:
+        try:
+            client = Client(args.name, timeout=max(timeout, FAR_S), sock=ours)
+        except MachineMissing as e:
+            ours.close()
+            said = carrier.communicate()[1].decode(errors="replace").strip().splitlines()
+            raise MachineMissing(said[-1].removeprefix("pyvmm: ") if said else str(e)) from e
+        with client:
+            yield client
+    finally:
+        ours.close()
+        _end(carrier)
+
+
+def _end(carrier: Popen[bytes]) -> None:
+    """Wait for a carrier, whose input has ended."""
+    import subprocess
+
+    try:
+        carrier.communicate(timeout=CARRIER_S)
+    except subprocess.TimeoutExpired:
+        carrier.kill()
+        carrier.communicate()
 
 
 def tell(
