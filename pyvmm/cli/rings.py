@@ -25,6 +25,7 @@ from pyvmm.cli.support.options import seconds
 from pyvmm.cli.support.results import add_json, print_json
 from pyvmm.cli.support.screen import CLEAR, steerable
 from pyvmm.spec.virtio_pci import VIRTIO_MSI_NO_VECTOR
+from pyvmm.virtio.ringwords import asks, chain_words
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _queue(q: dict[str, Any]) -> list[str]:
             f"used ring {q['used-addr']:#x}"
         ),
         f"  driver  available idx {avail['idx']:5}  [{bar}] {q['outstanding']} with the device",
-        f"  device  used idx      {used['idx']:5}   {_asks(q)}",
+        f"  device  used idx      {used['idx']:5}   {asks(q)}",
     ]
     owned = set(q["device-owned"])
     lines.append(
@@ -139,7 +140,7 @@ def _packed(head: str, q: dict[str, Any]) -> list[str]:
             f"  driver  next {driver['next']:5}, wrap counter {driver['wrap']}"
             f"  [{_bar(q['outstanding'], q['size'])}] {q['outstanding']} chains with the device"
         ),
-        f"  device  next {device['next']:5}, wrap counter {device['wrap']}  {_wishes(q)}",
+        f"  device  next {device['next']:5}, wrap counter {device['wrap']}  {asks(q)}",
         (
             f"  descriptors: {q['size'] - own} the device's (D), {own} the driver's (U used, ."
             " behind it in its chain); small letters: written with wrap counter 0"
@@ -147,19 +148,6 @@ def _packed(head: str, q: dict[str, Any]) -> list[str]:
         *_map(states),
         *_chains(q, "buffer"),
     ]
-
-
-def _wishes(q: dict[str, Any]) -> str:
-    """The notifications that each side of a packed ring asks for, in words."""
-    words = []
-    for side, what in (("device", "kick"), ("driver", "interrupt")):
-        event = q[side]["event"]
-        if event["flags"] == "desc":
-            text = f"{what} at {event['offset']}, wrap counter {event['wrap']}"
-        else:
-            text = {"enable": f"{what}s", "disable": f"no {what}s"}.get(event["flags"], "reserved")
-        words.append(f"{side}: {text}")
-    return "; ".join(words)
 
 
 def _bar(filled: int, size: int) -> str:
@@ -183,7 +171,7 @@ def _chains(q: dict[str, Any], what: str) -> list[str]:
         lines.append("  the device has, next first:")
     for chain in q["available"]:
         ident = chain["id" if what == "buffer" else what]
-        lines.append(f"    [{chain['at']:5}] {what} {ident}: {_chain(chain)}")
+        lines.append(f"    [{chain['at']:5}] {what} {ident}: {chain_words(chain)}")
     if q["outstanding"] > len(q["available"]):
         lines.append(f"    ... {q['outstanding'] - len(q['available'])} more")
     if q["returned"]:
@@ -191,35 +179,3 @@ def _chains(q: dict[str, Any], what: str) -> list[str]:
     for entry in q["returned"]:
         lines.append(f"    [{entry['at']:5}] {what} {entry['id']}, {entry['len']} bytes written")
     return lines + [f"  ! {problem}" for problem in q["problems"]]
-
-
-def _asks(q: dict[str, Any]) -> str:
-    """The notifications that each side asks for, in words."""
-    if not q["event-idx"]:
-        kick = "no kicks" if q["used"]["flags"] & 1 else "kicks"
-        call = "no interrupts" if q["avail"]["flags"] & 1 else "interrupts"
-        return f"the device asks for {kick}, the driver for {call}"
-    kick, call = q["used"]["avail-event"], q["avail"]["used-event"]
-    kick_in = (kick - q["avail"]["idx"]) % 65536
-    call_in = (call - q["used"]["idx"]) % 65536
-    # If an index has passed an event index, that side asks for nothing until it moves the event
-    # index (virtio 1.2, 2.7.10).
-    kick_text = f"kick at {kick}" + ("" if kick_in < 32768 else " (passed)")
-    call_text = f"interrupt at {call}" + ("" if call_in < 32768 else " (passed)")
-    return f"device: {kick_text} (avail_event); driver: {call_text} (used_event)"
-
-
-def _chain(chain: dict[str, Any]) -> str:
-    parts = []
-    for d in chain["descriptors"]:
-        way = (
-            "indirect table"
-            if "indirect" in d["flags"]
-            else "write"
-            if "write" in d["flags"]
-            else "read"
-        )
-        indent = "  " if d.get("indirect") else ""
-        parts.append(f"{indent}{d['index']} {way} {d['addr']:#x}+{d['len']}")
-    text = ", ".join(parts[:6]) + (f", ... {len(parts) - 6} more" if len(parts) > 6 else "")
-    return text + (f"  ! {chain['problem']}" if "problem" in chain else "")
