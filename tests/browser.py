@@ -139,10 +139,10 @@ class Browser:
             features=[{"name": "prefers-color-scheme", "value": value}],
         )
 
-    def open(self, path: Path) -> None:
-        """Load a file, to the end of its load event."""
+    def open(self, path: Path | str) -> None:
+        """Load a file, or an address, to the end of its load event."""
         self._loaded = False
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         while not self._loaded:
             self._read()
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "shell": "open a shell in a running machine",
     "stats": "show KVM's statistics of a running machine",
     "top": "show a running machine's rates: exits by cause, packets, interrupts",
+    "watch": "show a running machine's virtqueues and rates as a live page",
     "capture": "capture a running machine's packets, for Wireshark",
     "rings": "draw the virtqueues of a running machine",
     "switch": "change the data path of a running machine's card",

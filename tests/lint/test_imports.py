@@ -30,6 +30,7 @@ LAYERS = (
         "netopt",
         "testbed",
         "testing",
+        "watch",
         "workloads",
     },
     {"card", "doctor"},

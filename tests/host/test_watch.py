@@ -1,0 +1,93 @@
+"""``pyvmm watch`` of a machine whose guest kicks for ever: what is shown, and what it costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pyvmm.machine import Machine
+from pyvmm.netopt import Net
+from pyvmm.programs import module
+from tests.boot.guest import PATIENCE
+from tests.watched import command, look
+
+Guest = Callable[[str], str]
+
+
+@pytest.fixture
+def busy(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    with tempfile.TemporaryDirectory(prefix="pvwatch") as directory:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
+        with Machine(
+            guest("kicks"),
+            memory="4M",
+            append="count=4000000000",
+            nets=[Net("emulated", notify="exit"), Net("vhost-user")],
+            name="busy",
+            qmp="auto",
+        ) as vm:
+            vm.start()
+            yield vm
+
+
+def control_runs() -> int:
+    """How often the control thread has been given a CPU."""
+    for thread in threading.enumerate():
+        if thread.name == "control" and thread.native_id:
+            text = Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text()
+            return int(text.split()[2])
+    raise AssertionError("there is no control thread")
+
+
+def test_a_machine_is_watched_and_costs_nothing_unwatched(busy: Machine) -> None:
+    with command("--host", "local", "--interval", "0.2", "busy") as child:
+        assert child.stdout is not None
+        url = child.stdout.readline().strip()
+        time.sleep(0.5)  # the connection's last words
+        runs = control_runs()
+        time.sleep(2)
+        assert control_runs() == runs, "nobody looks, and the control thread has run"
+        first = look(url, 0)
+        assert control_runs() > runs
+        second = look(url, first["number"])
+        assert second["rates"]["by_name"]["net0 queue 1 notify"] > 100
+        net, other = second["cards"]
+        assert net["mode"] == "emulated" and net["notify"] == "exit" and net["active"]
+        assert net["queues"][1]["taken"] == 0 == net["queues"][1]["in-flight"]
+        assert other["mode"] == "vhost-user" and not other["active"] and other["note"]
+        assert second["rates"]["nets"][0]["tx_kicks"] > 0
+        time.sleep(0.5)
+        runs = control_runs()
+        time.sleep(2)
+        assert control_runs() == runs
+        assert busy.pause()
+        assert busy.resume()
+        last = look(url, 0)
+        assert [event["text"] for event in last["events"]] == [
+            "the machine is paused",
+            "the machine goes on",
+        ]
+        busy.stop()
+        _, err = child.communicate(timeout=PATIENCE)
+        assert child.returncode == 0 and "busy: the machine has ended: " in err, err
+
+
+def test_text_of_a_real_machine(busy: Machine) -> None:
+    done = subprocess.run(
+        module(
+            "pyvmm", "watch", "--host", "local", "--text", "--once", "--interval", "0.3", "busy"
+        ),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert "net0 queue 1 notify" in done.stdout and "   1 transmit [" in done.stdout
