@@ -19,8 +19,8 @@ PLACES: dict[str, str] = {
     "docs": "testbed",
     "intel": "testbed with an Intel processor (Bochs)",
 }
-#: Tests whose guests run in the testbed.
-TESTBED = Path(__file__).parent / "boot"
+#: Tests whose guests run in a testbed.
+BOOT, INTEL = (Path(__file__).parent / name for name in ("boot", "intel"))
 _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 
 
@@ -44,11 +44,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (pytest -n), one of them has the testbed: a second guest beside its
-    guests would double their times.
+    """With several workers (pytest -n), one of them has the testbeds: a second guest beside their
+    guests would double their times. Those of tests/intel can be left out by their marker.
     """
     for item in items:
-        if item.path.is_relative_to(TESTBED):
+        intel = item.path.is_relative_to(INTEL)
+        if intel:
+            item.add_marker(pytest.mark.intel)
+        if intel or item.path.is_relative_to(BOOT):
             item.add_marker(pytest.mark.xdist_group("testbed"))
 
 
