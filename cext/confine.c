@@ -4,10 +4,12 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <linux/audit.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/if_tun.h>
+#include <linux/keyctl.h>
 #include <linux/landlock.h>
 #include <linux/seccomp.h>
 #include <malloc.h>
@@ -511,6 +513,29 @@ int pv_follow_parent(int32_t parent)
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL))
 		return -errno;
 	return getppid() == parent ? 0 : -ESRCH;
+}
+
+/**
+ * pv_become_user() - Be another user, for good, and leave this process nothing of what root has
+ * @uid:	Not 0
+ * @gid:	The user's only group
+ *
+ * No capability, now or by any program; no key of the session's. The process may be looked at by
+ * others of its user, as if that user had started it: otherwise its own files in /proc would be
+ * root's. The caller must be root's, and the only thread of its process.
+ *
+ * Return: 0; -errno
+ */
+int pv_become_user(uint32_t uid, uint32_t gid)
+{
+	bound_capabilities(0); /* while this may be done */
+	if (setgroups(0, NULL) || setresgid(gid, gid, gid) || setresuid(uid, uid, uid) ||
+	    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+		return -errno;
+	drop_capabilities();
+	(void)syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING,
+		      NULL); /* ENOSYS: there are no keys */
+	return prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) ? -errno : 0;
 }
 
 /**

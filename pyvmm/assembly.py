@@ -179,6 +179,17 @@ class Description:
 
             self.cpu = Cpu(cpu)
 
+    def files(self) -> list[str]:
+        """The files and directories that the description names for the guest's memory."""
+        added = [text.rpartition(":/")[0] or text for text in self.add]
+        modules = [self.modules] if self.modules is not None else []
+        return [self.kernel, *initrd_files(self.initrds), *added, *modules]
+
+
+def initrd_files(initrds: Sequence[str]) -> list[str]:
+    """The files that initrds may be: of multiboot's, each is FILE [ARGUMENTS][,FILE ...]."""
+    return [*initrds, *(part.split(" ")[0] for text in initrds for part in text.split(","))]
+
 
 class Wires:
     """What the parts tell the machine. Threads of vCPUs call these functions, some with the I/O
@@ -556,8 +567,7 @@ class Parts:
         self.cmdline = cmdline(want, cards)
         archive, self.notes = extra_archive(want, len(cards))
         self.notes += filter(None, [memory_note(self.memory.size)])
-        entries = archive.entries.values() if archive is not None else ()
-        self._packed = {entry.source.path for entry in entries if entry.source is not None}
+        self._packed = packed_files(archive)
         self.boot = load(
             self.memory,
             want.kernel,
@@ -571,12 +581,7 @@ class Parts:
 
     def sources(self) -> list[str]:
         """The files and directories that a reset reads again."""
-        want = self._want
-        added = [text.rpartition(":/")[0] or text for text in want.add]
-        modules = [want.modules] if want.modules is not None else []
-        # Of multiboot's, each is FILE [ARGUMENTS][,FILE ...].
-        parts = [part.split(" ")[0] for text in want.initrds for part in text.split(",")]
-        return [want.kernel, *want.initrds, *parts, *added, *modules, *self._packed]
+        return [*self._want.files(), *self._packed]
 
     def _set_boot_state(self) -> None:
         """Leave everything but memory as the boot loader does."""
@@ -647,6 +652,12 @@ class Parts:
 def fits_the_line(raw: bytes, cards: int) -> bool:
     """Whether a command goes on the kernel command line, beside the words of so many cards."""
     return len(raw) <= COMMAND_WORD_MAX - NET_WORD * max(0, cards - 1)
+
+
+def packed_files(archive: Archive | None) -> set[str]:
+    """The host's files that are in an archive of ``extra_archive``."""
+    entries = archive.entries.values() if archive is not None else ()
+    return {entry.source.path for entry in entries if entry.source is not None}
 
 
 def extra_archive(want: Description, cards: int = 1) -> tuple[Archive | None, list[str]]:

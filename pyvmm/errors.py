@@ -248,3 +248,11 @@ class DiskError(PyvmmError):
     """An image of the host cannot be a disk of the guest, or the disk has broken off."""
 
     exit_code = 133
+
+
+class JailError(PyvmmError):
+    """There can be no jail as ``--jail`` wants it, or the jail's limits were too low for the run
+    (docs/jail.md).
+    """
+
+    exit_code = 134

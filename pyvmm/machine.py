@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from pyvmm.boot import BootState
     from pyvmm.card.nic import Nic
+    from pyvmm.control.registry import Claim
     from pyvmm.control.server import Server
     from pyvmm.devices.guest_agent import CommandResult
     from pyvmm.devopt import Device
@@ -72,7 +73,8 @@ class Machine:
     :param name: of the machine among the running ones (default: ``vm0``, ``vm1``, ...); only with a
         control socket.
     :param qmp: path of the control socket (docs/control.md), ``"auto"`` for a socket in the runtime
-        directory, None for no socket.
+        directory, None for no socket; or a claim that has the socket and the machine's name, which
+        the machine owns from here on.
     :param huge: back guest memory with huge pages.
     :param load_address: the kernel is a flat binary for this guest-physical address, entered in
         ``load_mode`` (``boot.FLAT_MODES``).
@@ -118,7 +120,7 @@ class Machine:
         command: Sequence[str] | None = None,
         on_reboot: str = "exit",
         name: str | None = None,
-        qmp: str | None = None,
+        qmp: str | Claim | None = None,
         huge: bool = False,
         load_address: int | None = None,
         load_mode: str = "protected32",
@@ -198,7 +200,11 @@ class Machine:
             if qmp is not None:  # the name is taken first, because addresses follow from it
                 from pyvmm.control.registry import Claim
 
-                claim = Claim(name, None if qmp == "auto" else qmp, listen=False)
+                claim = (
+                    Claim(name, None if qmp == "auto" else qmp, listen=False)
+                    if isinstance(qmp, str)
+                    else qmp
+                )
                 self._stack.callback(claim.close)
             self._parts = parts = Parts(
                 description, wires, self._stack, began, claim.name if claim is not None else ""

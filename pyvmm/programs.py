@@ -66,3 +66,8 @@ def module(name: str, *args: str) -> list[str]:
     it is started (``launch``).
     """
     return [sys.executable, "-P", LAUNCHER, name, *args]
+
+
+def interpreter() -> list[str]:
+    """The files by which ``module`` finds the interpreter and its modules."""
+    return [sys.executable, f"{sys.prefix}/pyvenv.cfg"]

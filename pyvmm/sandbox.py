@@ -110,7 +110,7 @@ class Sandbox:
         sys.dont_write_bytecode = True
         self._wake = event = EventFd()
         keep = 1 << CAP_DAC_READ_SEARCH & _capabilities()
-        readable = [ffi.new("char[]", os.fsencode(p)) for p in (*SYSTEM, *_own_places(), *files)]
+        readable = [ffi.new("char[]", os.fsencode(p)) for p in (*SYSTEM, *own_places(), *files)]
         devices = [ffi.new("char[]", os.fsencode(p)) for p in DEVICES]
         done = lib.pv_confine_machine(
             readable,
@@ -222,9 +222,10 @@ def _why_no_files() -> str:
     return "" if lib.pv_landlock_abi() else "this kernel has no Landlock"
 
 
-def _own_places() -> list[str]:
-    """Where Python and pyvmm have their modules. Never the whole of a file system, of the user's
-    home or of the current directory, and not the script's directory, where its owner has much else.
+def own_places() -> list[str]:
+    """Where Python and pyvmm have their modules: absolute paths. Never the whole of a file system,
+    of the user's home or of the current directory, and not the script's directory, where its owner
+    has much else.
     """
     places = [*sys.path] if sys.flags.safe_path else sys.path[1:]
     for prefix in {sys.prefix, sys.base_prefix, sys.exec_prefix}:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.backend.process import BackendProcess
     from pyvmm.backend.vduse_process import VduseProcess
     from pyvmm.datapath.base import DataPath, Frames, RxFilter, Steering
+    from pyvmm.hostnet.netns import Namespace
     from pyvmm.hostnet.opensocket import OpenSocket
     from pyvmm.hostnet.slirp import UserStack
     from pyvmm.hostnet.tap import Tap
@@ -31,6 +32,37 @@ if TYPE_CHECKING:
 #: Frames that may wait in a tap of ours whose data path may be switched: a gap's worth, and what
 #: vhost gives back.
 SWITCH_TXQUEUELEN = 10000
+
+
+def make_tap(net: Net, host: str | None, mac: bytes) -> tuple[Tap, Namespace | None]:
+    """Open the tap that a card asks for, or make it; and the namespace that was made for the tap.
+    The caller owns both.
+
+    :param host: its address with prefix length; None for none. :param mac: of a macvtap.
+    :raises NetError: the tap cannot be had.
+    """
+    from pyvmm.hostnet.tap import TXQUEUELEN, Tap
+
+    frames = SWITCH_TXQUEUELEN if net.switchable else TXQUEUELEN
+    if net.bridge is not None:
+        from pyvmm.hostnet.bridge import tap_of
+
+        tap = tap_of(net.bridge, net.tap, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
+        return tap, None
+    if net.tap is not None:
+        tap = Tap(net.tap, address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
+        return tap, None
+    from pyvmm.hostnet.netns import Namespace
+
+    namespace = Namespace(
+        address=host,
+        mtu=net.mtu,
+        queues=net.queues,
+        txqueuelen=frames,
+        lower=net.macvtap,
+        mac=mac,
+    )
+    return namespace.tap, namespace
 
 
 class Route:
@@ -104,37 +136,17 @@ class Uplink:
             self._port = UserStack(host, guest, mtu, loopback=loopback, forwards=ports)
         if not net.has_tap:
             return
-        from pyvmm.hostnet.tap import TXQUEUELEN, Tap
-
-        frames = SWITCH_TXQUEUELEN if net.switchable else TXQUEUELEN
         if net.fds:
             from pyvmm.hostnet.opensocket import OpenSocket, is_socket
+            from pyvmm.hostnet.tap import Tap
 
             if is_socket(net.fds[0]):
                 net.check_socket()
                 self._port = OpenSocket(net.fds[0], net.mtu, stopped)
                 return
             self.tap = Tap.inherited(net.fds, mtu=net.mtu)
-        elif net.bridge is not None:
-            from pyvmm.hostnet.bridge import tap_of
-
-            self.tap = tap_of(
-                net.bridge, net.tap, mtu=net.mtu, queues=net.queues, txqueuelen=frames
-            )
-        elif net.tap is None:
-            from pyvmm.hostnet.netns import Namespace
-
-            self.namespace = Namespace(
-                address=host,
-                mtu=net.mtu,
-                queues=net.queues,
-                txqueuelen=frames,
-                lower=net.macvtap,
-                mac=mac,
-            )
-            self.tap = self.namespace.tap
         else:
-            self.tap = Tap(net.tap, address=host, mtu=net.mtu, queues=net.queues, txqueuelen=frames)
+            self.tap, self.namespace = make_tap(net, host, mac)
         if self.namespace is None:
             self.tap.permit()
         if "rss" in net.with_:

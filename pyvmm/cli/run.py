@@ -30,6 +30,7 @@ Examples:
   pyvmm run --disk base.qcow2,snapshot=on --disk input.img,format=raw,ro=on -- run-tests
   pyvmm run --device vhost-user,id=rng,socket=/run/rng.sock -- head -c 8 /dev/hwrng
   pyvmm run --sandbox on --kernel bzImage --initrd untrusted.img --timeout 60
+  pyvmm run --jail 5001,memory=512M,cpus=1,pids=64 --net emulated,bridge=br0 --kernel theirs
 
 Network cards: --net MODE[,key=value...], once per card
   emulated    the data path in this process
@@ -111,7 +112,8 @@ vhost-user back-end, 116 the guest hangs (--hang-timeout), 117 a --budget is bro
 reported what --fail-on names, 119 the guest ended before COMMAND did, 120 panic, 121 reboot, 122
 triple fault, 123 KVM error, 124 time-out, 125 no fitting vDPA device, 128 a thread of pyvmm's was
 stopped, 130 Ctrl-C, 131 a --share that cannot be had or broke off, 132 --sandbox on is impossible,
-133 a --disk that cannot be had or broke off, 141 nobody reads the output, 143 SIGTERM.
+133 a --disk that cannot be had or broke off, 134 --jail is impossible or its memory ran out, 141
+nobody reads the output, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -127,6 +129,7 @@ from pyvmm.cli.support.options import (
     CPU_HELP,
     DETACHED,
     INIT_HELP,
+    JAIL_HELP,
     MODULES_HELP,
     ROOT_HELP,
     RUNNING,
@@ -135,6 +138,7 @@ from pyvmm.cli.support.options import (
     add_host,
     count,
     cpu_model,
+    jail,
     seconds,
     trouble_kinds,
 )
@@ -145,6 +149,7 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
+    from pyvmm.assembly import Description
     from pyvmm.capture.session import Capture
     from pyvmm.card.card import Card
     from pyvmm.card.nic import Nic
@@ -154,6 +159,7 @@ if TYPE_CHECKING:
     from pyvmm.cli.support.terminal import Terminal
     from pyvmm.cli.support.verdicts import RunFiles
     from pyvmm.cli.support.watchdog import Watchdog
+    from pyvmm.control.registry import Claim
     from pyvmm.devices.console import FdSink, Stream
     from pyvmm.devopt import Device
     from pyvmm.diskopt import Disk
@@ -305,6 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="confine this process before the guest runs (auto: as far as the host can); see "
         "docs/sandbox.md",
     )
+    add("--jail", metavar="UID[:GID][,K=V]", type=jail, help=JAIL_HELP)
     add(
         "--verbose",
         "-v",
@@ -329,7 +336,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Choose the host, then run the guest there."""
     from pyvmm.cli.support.hostchoice import elsewhere
-    from pyvmm.cli.support.signals import orderly
 
     if args.trace_kernel and args.trace is None and args.explain is None:
         raise UsageError("--trace-kernel without --trace or --explain", "add one of them")
@@ -338,6 +344,8 @@ def run(args: argparse.Namespace) -> int:
             "--trace-kernel and --sandbox on",
             "the kernel's trace is read at the end: leave one out",
         )
+    if args.jail is not None:
+        _check_jail(args)
     if args.pcap == "-":
         raise UsageError(
             "--pcap - would mix packets with the guest's output",
@@ -408,11 +416,111 @@ def run(args: argparse.Namespace) -> int:
             return status
         for net in _nets(args):
             net.check_open(inherited=True)  # before the helper's channel takes a number
+        if args.jail is not None:
+            return _in_jail(args, kept.filenos() if kept is not None else [])
+        return _here(args)
+
+
+def _here(
+    args: argparse.Namespace, outputs: Outputs | None = None, claim: Claim | None = None
+) -> int:
+    """Run the guest in this process, which has no thread yet.
+
+    :param outputs: the files that the user asks for; None: they are still to be opened.
+    :param claim: the machine's name and control socket, likewise.
+    """
+    from pyvmm.cli.support.signals import orderly
+
+    with ExitStack() as stack:
         if args.sandbox != "off":
             from pyvmm import helper
 
             stack.enter_context(helper.start())  # before there is a thread
-        return orderly(lambda: _boot(args))
+        return orderly(lambda: _boot(args, outputs, claim))
+
+
+def _check_jail(args: argparse.Namespace) -> None:
+    """:raises UsageError: an option needs what a jail has not."""
+    from pyvmm.netopt import Net
+
+    for option, given, why in (
+        ("--share", args.share, "a jail has no directory of the host: use --add"),
+        ("--root", args.root, "a jail has no directory of the host: use --add"),
+        ("--disk", args.disk, "a jail has no file of the host to write: use --initrd or --add"),
+        ("--trace-kernel", args.trace_kernel, "the kernel's trace is of the whole host"),
+    ):
+        if given:
+            raise UsageError(f"{option} and --jail: {why}", "or leave one of them out")
+    for net in map(Net.parse, args.net or ()):
+        what = f"--net {net.mode} and --jail"
+        modes = {net.mode, *net.switchable}
+        if net.mode == "user":
+            raise UsageError(
+                f"{what}: a jail has none of the host's network to reach",
+                "give the card a tap or a bridge: --net emulated,bridge=br0",
+            )
+        if "vhost-vdpa" in modes:
+            raise UsageError(
+                f"{what}: vhost-vdpa makes and maps devices of the host", "leave one of them out"
+            )
+        if net.server:
+            raise UsageError(
+                f"{what}: server=on: nobody outside of a jail finds a socket in it",
+                "let the back-end listen: leave out server=on",
+            )
+        outside = net.tap or net.bridge or net.macvtap
+        if outside and modes - {"emulated", "vhost-net"}:
+            raise UsageError(
+                f"{what}: only emulated and vhost-net can use a tap from outside of a jail",
+                f"use one of them, or leave out the key for {outside}",
+            )
+    for device in _devices(args):
+        if device.server:
+            raise UsageError(
+                "--device and --jail: server=on: nobody outside of a jail finds a socket in it",
+                "let the back-end listen: leave out server=on",
+            )
+
+
+def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
+    """Open what the run needs of the host, then run the guest in a jail.
+
+    :param kept: descriptors of files that the command line names.
+    """
+    from pyvmm.assembly import extra_archive, packed_files
+    from pyvmm.cli.support.jailed import run_in, take_taps
+    from pyvmm.images import directory
+
+    want = _description(args)
+    args.jail.check(want.memory, cpus=want.cpus, cards=len(want.nets) + len(want.devices))
+    files = [*want.files(), *packed_files(extra_archive(want)[0])]
+    if args.kernel is None:
+        files.append(f"{directory()}/{args.image or 'default'}")
+    if args.vmlinux is not None:
+        files.append(args.vmlinux)
+    # The back-end may replace its socket, so its directory has to be there.
+    sockets = [*(net.socket for net in want.nets), *(d.socket for d in _devices(args))]
+    files += [path.rpartition("/")[0] or "." for path in sockets if path]
+    with ExitStack() as stack:
+        outputs = stack.enter_context(_outputs(args))
+        args.net = take_taps(args.net or ["emulated"], stack, _tell_new_tap)
+        if args.verbose:
+            print(f"pyvmm: jail: {args.jail.text}", file=sys.stderr)
+        keep = [*kept, *outputs.filenos()]
+        keep += [fd for net in _nets(args) for fd in net.fds]
+        claim = None
+        if (qmp := _qmp(args)) is not None:
+            from pyvmm.control.registry import Claim
+
+            claim = Claim(args.name, None if qmp == "auto" else qmp)
+            stack.callback(claim.close)
+            keep += claim.filenos()
+
+        def body() -> int:
+            outputs.leave_files()
+            return _here(args, outputs, claim)
+
+        return outputs.status(run_in(args.jail, body, files=files, keep=keep))
 
 
 def _initrd(name: str) -> str:
@@ -449,11 +557,21 @@ def _check(args: argparse.Namespace) -> None:
 
     :raises PyvmmError: the error that the machine would raise.
     """
-    from pyvmm.assembly import Description, extra_archive
+    from pyvmm.assembly import extra_archive
     from pyvmm.netopt import MacAddresses
 
+    want = _description(args)
+    MacAddresses("").choose(dict(enumerate(want.nets)))
+    if args.host != "local":  # else the machine is made here, and checks it
+        extra_archive(want)
+
+
+def _description(args: argparse.Namespace) -> Description:
+    """The machine's description, as far as it can be checked before the machine is made."""
+    from pyvmm.assembly import Description
+
     kernel, initrd = _files(args)
-    want = Description(
+    return Description(
         kernel,
         initrd=initrd,
         cpus=args.cpus,
@@ -467,9 +585,6 @@ def _check(args: argparse.Namespace) -> None:
         add=args.add,
         modules=args.modules,
     )
-    MacAddresses("").choose(dict(enumerate(want.nets)))
-    if args.host != "local":  # else the machine is made here, and checks it
-        extra_archive(want)
 
 
 def _nets(args: argparse.Namespace) -> list[Net]:
@@ -595,24 +710,31 @@ def _socket_note(args: argparse.Namespace, words: list[str]) -> str:
     return "\n".join(notes)
 
 
-def _boot(args: argparse.Namespace) -> int:
-    """Run the guest here, with its files and signals; returns the exit status."""
+def _outputs(args: argparse.Namespace) -> Outputs:
+    """Open the files that the user asks for."""
     from pyvmm.cli.support.outputs import Outputs
 
+    return Outputs(
+        {
+            f"--{name}": getattr(args, name)
+            for name in ("log", "junit", "json", "report", "trace", "explain", "pcap")
+        },
+        private=("--pcap",),
+    )
+
+
+def _boot(args: argparse.Namespace, outputs: Outputs | None, claim: Claim | None) -> int:
+    """Run the guest here, with its files and signals; returns the exit status. For the parameters
+    see ``_here``.
+    """
     watchdog: Watchdog | None = None
     if args.timeout is not None:
         from pyvmm.cli.support.watchdog import Watchdog
 
         watchdog = Watchdog(args.timeout)
-    run = _Run(args)
+    run = _Run(args, claim)
     try:
-        run.outputs = Outputs(
-            {
-                f"--{name}": getattr(args, name)
-                for name in ("log", "junit", "json", "report", "trace", "explain", "pcap")
-            },
-            private=("--pcap",),
-        )
+        run.outputs = outputs or _outputs(args)
         status = run.to_its_end(watchdog)
     except BaseException as e:
         if run.files is not None or "GITHUB_ACTIONS" in os.environ:
@@ -641,8 +763,8 @@ class _Run:
     :ivar machine: None until it is made.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, claim: Claim | None) -> None:
+        self.args, self._claim = args, claim
         self.commanded = bool(args.guest_command)
         self.outputs: Outputs | None = None
         self.files: RunFiles | None = None
@@ -688,7 +810,7 @@ class _Run:
             command=args.guest_command or None,
             on_reboot=args.on_reboot,
             name=args.name,
-            qmp=_qmp(args),
+            qmp=self._claim or _qmp(args),
             trace=args.trace_events if args.trace or args.explain else 0,
             hang_timeout=args.hang_timeout,
             add=args.add,
@@ -700,7 +822,8 @@ class _Run:
             for note in machine.notes:
                 print(f"pyvmm: {note}", file=sys.stderr)
             for nic in machine.nets:
-                _tell_tap(nic)
+                if nic.net.tap is not None and nic.tap_created:
+                    _tell_new_tap(nic.name, nic.tap)
                 if nic.net.switchable:
                     _tell_offer(nic)
             if self.files is not None:
@@ -886,14 +1009,12 @@ def _qmp(args: argparse.Namespace) -> str | None:
     return args.qmp or "auto"
 
 
-def _tell_tap(nic: Nic) -> None:
+def _tell_new_tap(card: str, tap: str) -> None:
     """Say that the tap that the user names did not exist: it may be misspelt."""
-    if nic.net.tap is not None and nic.tap_created:
-        print(
-            f"pyvmm: {nic.name}: there was no tap {nic.tap}; it has been made, and goes with the "
-            "machine",
-            file=sys.stderr,
-        )
+    print(
+        f"pyvmm: {card}: there was no tap {tap}; it has been made, and goes with the machine",
+        file=sys.stderr,
+    )
 
 
 def _tell_offer(nic: Nic) -> None:

@@ -12,12 +12,14 @@ Examples:
   pyvmm test --config x86/unittests.cfg --shard 3/10 --junit part3.xml
   pyvmm test --cpu host,-x2apic,-pcid apic.elf
   pyvmm test --load-address 0x7c00 --load-mode real16 boot.bin
+  pyvmm test --jail 5001,memory=512M,pids=64 theirs/*.elf
 
 With --config, KERNEL is the name of a test in the file. An option here applies to all tests whose
 section does not set it.
 
 Exit status: 0 all passed or were skipped, 1 some did not, 2 bad usage or no test selected, 101 a
-result could not be written, 102..104 no usable KVM, 130 Ctrl-C.
+result could not be written, 102..104 no usable KVM, 130 Ctrl-C, 134 --jail is impossible or its
+memory ran out.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ import time
 from pyvmm import __version__
 from pyvmm.cli.support.options import (
     CPU_HELP,
+    JAIL_HELP,
     SHARD_HELP,
     add_host,
     count,
     cpu_model,
+    jail,
     part_of,
     seconds,
     shard,
@@ -97,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="protected32",
         help="the processor's mode in which flat binaries start",
     )
+    add("--jail", metavar="UID[:GID][,K=V]", type=jail, help=JAIL_HELP)
     add("--shard", metavar="K/N", type=shard, help=SHARD_HELP)
     add("--tap", action="store_true", help="TAP on stdout")
     add("--junit", metavar="FILE", help="write JUnit XML")
@@ -113,7 +118,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Choose the host, then run the tests there."""
     from pyvmm.cli.support.hostchoice import elsewhere
-    from pyvmm.cli.support.signals import orderly
 
     if args.json == "-" and args.tap:
         raise UsageError("--json - and --tap both write to stdout", "give --json a file")
@@ -124,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     linux = _linux(cases) if args.host == "auto" else None
     host = "local" if args.host == "auto" and linux is None else args.host
     status = elsewhere(host, linux, ["test", "--host", "local", *args.argv[at:]])
-    return orderly(lambda: _run(args, cases)) if status is None else status
+    return _run(args, cases) if status is None else status
 
 
 def _linux(cases: list[Case]) -> str | None:
@@ -221,8 +225,37 @@ def _configured(args: argparse.Namespace) -> list[Case]:
 
 
 def _run(args: argparse.Namespace, cases: list[Case]) -> int:
+    from pyvmm.cli.support.signals import orderly
+
+    def attend() -> int:
+        with Outputs({"--junit": args.junit, "--json": args.json}) as outputs:
+            return outputs.status(_attend(args, cases, outputs))
+
+    return orderly(attend) if args.jail is None else _in_jail(args, cases)
+
+
+def _in_jail(args: argparse.Namespace, cases: list[Case]) -> int:
+    """Run all the cases in one jail."""
+    from pyvmm.assembly import initrd_files
+    from pyvmm.cli.support.jailed import run_in
+    from pyvmm.cli.support.signals import orderly
+    from pyvmm.memory import parse_size
+
+    files: list[str] = []
+    for case in cases:
+        files += [case.kernel, *initrd_files(case.initrd or ())]
+        try:
+            memory = parse_size(case.memory)
+        except UsageError:
+            continue  # the kernel's verdict will report it
+        args.jail.check(memory, cpus=case.cpus, cards=0, machines=args.jobs)
     with Outputs({"--junit": args.junit, "--json": args.json}) as outputs:
-        return outputs.status(_attend(args, cases, outputs))
+
+        def body() -> int:
+            outputs.leave_files()
+            return orderly(lambda: outputs.status(_attend(args, cases, outputs)))
+
+        return outputs.status(run_in(args.jail, body, files=files, keep=outputs.filenos()))
 
 
 def _attend(args: argparse.Namespace, cases: list[Case], outputs: Outputs) -> int:

@@ -102,10 +102,13 @@ class Claim:
             self.listen()
 
     def listen(self) -> None:
-        """Make the socket. From now on other processes find the machine.
+        """Make the socket. From now on other processes find the machine. A second call does
+        nothing.
 
         :raises UsageError: the path is in use, or no socket can be made there.
         """
+        if self.listener is not None:
+            return
         try:
             text = f"{os.getpid()}\n{time.time():.3f}\n{self.path}".encode(errors="surrogateescape")
             os.ftruncate(self._fd, 0)
@@ -173,6 +176,10 @@ class Claim:
             mine = os.fstat(fd)
             sockets.remove(self._file, (mine.st_dev, mine.st_ino))
             os.close(fd)
+
+    def filenos(self) -> list[int]:
+        """The descriptors of the lock and of the socket, which stay the claim's."""
+        return [self._fd, *([self.listener.fileno()] if self.listener is not None else [])]
 
     def files(self) -> list[str]:
         """The paths that ``close`` removes."""

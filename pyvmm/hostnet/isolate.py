@@ -42,8 +42,8 @@ def enclose(
     :param owned: all files belong to this user, so that no capability is needed.
     :raises OSError: a file has been replaced by a link; or as ``protect``.
     """
-    _enter()
-    found = {name: _open(path) for name, (path, _) in files.items()}
+    own_mounts()
+    found = {name: open_found(path) for name, (path, _) in files.items()}
     userns.check(lib.mount(b"none", STAGE.encode(), b"tmpfs", 0, b"mode=755"), f"mount {STAGE}")
     for name in SYSTEM:
         source, target = f"/{name}", f"{STAGE}/{name}"
@@ -52,10 +52,10 @@ def enclose(
             os.symlink(os.readlink(source), target)
         elif os.path.isdir(source):
             os.mkdir(target)
-            _bind(source, target)
+            bind(source, target)
         elif os.path.exists(source):
             os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
-            _bind(source, target)
+            bind(source, target)
     for name, fd in found.items():
         _show(fd, f"{STAGE}/{name}")
     for name, (directory, data) in made.items():
@@ -80,8 +80,11 @@ def enclose(
             raise OSError(-failed, f"enter {STAGE}: {os.strerror(-failed)}")
 
 
-def _open(path: str) -> int:
-    """A descriptor that names the file at ``path``, through no symbolic link."""
+def open_found(path: str) -> int:
+    """A descriptor that names the file at ``path``, through no symbolic link.
+
+    :raises OSError: there is a link, or no file.
+    """
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     if os.readlink(f"/proc/self/fd/{fd}") != path:
         raise OSError(f"{path} has been replaced")
@@ -91,11 +94,15 @@ def _open(path: str) -> int:
 def _show(fd: int, target: str) -> None:
     """Bind an open file to a new name, and close it."""
     os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
-    _bind(f"/proc/self/fd/{fd}", target)
+    bind(f"/proc/self/fd/{fd}", target)
     os.close(fd)
 
 
-def _bind(source: str, target: str) -> None:
+def bind(source: str, target: str) -> None:
+    """Show ``source``, with what is mounted below it, at ``target``, too.
+
+    :raises OSError: from mount(2).
+    """
     flags = lib.MS_BIND | lib.MS_REC
     result = lib.mount(os.fsencode(source), os.fsencode(target), ffi.NULL, flags, ffi.NULL)
     userns.check(result, f"bind {source}")
@@ -109,11 +116,11 @@ def stage(directory: str, *, writable: bool) -> None:
     :param directory: an absolute path without symbolic links.
     :raises OSError: it has changed meanwhile; or as ``protect``.
     """
-    _enter()
-    fd = _open(directory)
+    own_mounts()
+    fd = open_found(directory)
     userns.check(lib.mount(b"none", STAGE.encode(), b"tmpfs", 0, b"mode=755"), f"mount {STAGE}")
     os.mkdir(SHARED)
-    _bind(f"/proc/self/fd/{fd}", SHARED)
+    bind(f"/proc/self/fd/{fd}", SHARED)
     os.close(fd)
     _write_protect(but=[SHARED] if writable else [])
 
@@ -127,28 +134,31 @@ def protect(writable: Sequence[str]) -> None:
     :raises OSError: the kernel or a sandbox does not allow this. The caller must assume that
         nothing is write-protected.
     """
-    _enter()
+    own_mounts()
     for path in writable:
-        _bind(path, path)
+        bind(path, path)
     _write_protect(but=writable)
 
 
-def _enter() -> None:
-    """A mount namespace of our own, from which nothing propagates."""
+def own_mounts() -> None:
+    """Move this process to a mount namespace of its own, from which nothing propagates.
+
+    :raises OSError: as ``protect``.
+    """
     if os.geteuid():
         userns.become_root()
     userns.unshare(lib.CLONE_NEWNS)
-    _set_attr("/", {"propagation": lib.MS_PRIVATE}, lib.AT_RECURSIVE)
+    set_attr("/", {"propagation": lib.MS_PRIVATE}, lib.AT_RECURSIVE)
 
 
 def _write_protect(*, but: Sequence[str], root: str = "/") -> None:
-    _set_attr(root, {"attr_set": lib.MOUNT_ATTR_RDONLY}, lib.AT_RECURSIVE)
+    set_attr(root, {"attr_set": lib.MOUNT_ATTR_RDONLY}, lib.AT_RECURSIVE)
     for path in but:
-        _set_attr(path, {"attr_clr": lib.MOUNT_ATTR_RDONLY}, 0)
+        set_attr(path, {"attr_clr": lib.MOUNT_ATTR_RDONLY}, 0)
 
 
-def _set_attr(path: str, attr: dict[str, int], flags: int) -> None:
-    """Call mount_setattr(2)."""
+def set_attr(path: str, attr: dict[str, int], flags: int) -> None:
+    """Call mount_setattr(2). :raises OSError: from it."""
     made = ffi.new("struct mount_attr *", attr)
     name, size = os.fsencode(path), ffi.sizeof("struct mount_attr")
     result = lib.mount_setattr(lib.AT_FDCWD, name, flags, made, size)

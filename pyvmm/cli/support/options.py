@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn, TypeVar
 
+    from pyvmm.jailopt import Jail
+
     Item = TypeVar("Item")
 
 # argparse would look for translations, and load the locale's module for that: a millisecond of each
@@ -177,6 +179,11 @@ MODULES_HELP = (
     "kernel modules for the guest: what `make modules_install` makes, or a kernel's build tree"
 )
 
+JAIL_HELP = (
+    "run as user UID in a jail: no file, process or network of the host, and at most this much "
+    "memory=SIZE, cpus=N, pids=N (root; docs/jail.md)"
+)
+
 #: In the environment of a machine in the background (``detach``), which says RUNNING and its name
 #: on stderr as soon as it runs.
 DETACHED, RUNNING = "PYVMM_DETACHED", "pyvmm: running in the background:"
@@ -227,6 +234,13 @@ def trouble_kinds(text: str) -> list[str]:
         return parse_kinds(text)
     except ValueError as e:
         raise ArgumentTypeError(f"{e}; use {', '.join(KINDS)} or all") from e
+
+
+def jail(text: str) -> Jail:
+    """A type for ``--jail``."""
+    from pyvmm.jailopt import Jail
+
+    return Jail(text)
 
 
 def cpu_model(text: str) -> str:

@@ -69,6 +69,14 @@ class Output:
         self._made = True
         return fd
 
+    def leave_file(self) -> None:
+        """Have ``close`` remove no file: the process from which this one was forked does so."""
+        self._made = False
+
+    def fileno(self) -> int:
+        """The descriptor; it stays the output's."""
+        return self._fd
+
     def write(self, data: bytes) -> None:
         """Append ``data``, all of it.
 
@@ -148,6 +156,15 @@ class Outputs(Closing):
 
     def __getitem__(self, option: str) -> Output:
         return self._all[option]
+
+    def filenos(self) -> list[int]:
+        """The descriptors of all outputs, which stay theirs."""
+        return [output.fileno() for output in self._all.values()]
+
+    def leave_files(self) -> None:
+        """Have ``close`` remove no files: the process from which this one was forked does so."""
+        for output in self._all.values():
+            output.leave_file()
 
     def write(self, option: str, text: str) -> None:
         """Make ``text`` the content of an output, if the user asks for it. A failure is reported by

@@ -76,6 +76,10 @@ class Kept(Closing):
                 if value == path:
                     words[i] = f"{option}{equals}{name}"
 
+    def filenos(self) -> list[int]:
+        """The descriptors of what came, which stay ours."""
+        return [kept.fileno() for kept in self._kept.values()]
+
     def close(self) -> None:
         """Release everything. A second call does nothing."""
         while self._files:

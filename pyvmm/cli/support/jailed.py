@@ -1,0 +1,68 @@
+"""What commands with ``--jail`` do outside of the jail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from pyvmm.card.uplink import make_tap
+from pyvmm.cli import guard
+from pyvmm.jail import Cell
+from pyvmm.netopt import MAC_PREFIX, Net, mac_text
+from pyvmm.spec.ethernet import ETH_DATA_LEN
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from contextlib import ExitStack
+
+    from pyvmm.jailopt import Jail
+
+#: Keys of ``--net`` that are about the host's side of a card, which is open in the jail.
+OUTSIDE = ("tap", "bridge", "macvtap", "host")
+
+
+def run_in(
+    want: Jail, body: Callable[[], int], *, files: Iterable[str], keep: Iterable[int]
+) -> int:
+    """Run the rest of a command in a jail; returns its exit status. For the parameters see
+    ``Cell.run``, but ``body`` may raise what a command may.
+    """
+    with Cell(want) as cell:
+        status = cell.run(lambda: guard(body), files=files, keep=keep)
+    if status < 0:
+        name = signal.Signals(-status).name
+        print(f"pyvmm: the process in the jail was killed ({name})", file=sys.stderr)
+        return 128 - status
+    return status
+
+
+def take_taps(
+    texts: Iterable[str], stack: ExitStack, made: Callable[[str, str], None]
+) -> list[str]:
+    """Open the taps of the host that cards ask for, as root may; returns the cards with descriptors
+    in their place. The tap that pyvmm makes for a card by default is made in the jail.
+
+    :param stack: closes the taps. :param made: is told card and name of a tap that did not exist.
+    """
+    found = []
+    for text in texts:
+        net = Net.parse(text)
+        if not (net.tap or net.bridge or net.macvtap):
+            found.append(text)
+            continue
+        mac = net.mac or MAC_PREFIX + os.urandom(3)
+        tap, namespace = make_tap(net, net.host, mac)
+        stack.callback((namespace or tap).close)
+        if net.tap is not None and tap.created:
+            made(f"net{len(found)}", net.tap)
+        mode, *words = text.split(",")
+        words = [word for word in words if word.partition("=")[0] not in OUTSIDE]
+        words.append("fd=" + "+".join(str(fd.fileno()) for fd in tap.fds))
+        if net.mtu is None and tap.mtu != ETH_DATA_LEN:
+            words.append(f"mtu={tap.mtu}")
+        if net.macvtap and net.mac is None:
+            words.append(f"mac={mac_text(mac)}")
+        found.append(",".join([mode, *words]))
+    return found

@@ -1,0 +1,310 @@
+"""The jail of ``--jail``: a world of its own for a whole command (docs/jail.md).
+
+Theory of operation. The command's own process, root's, stays outside. It opens what the command
+needs of the host: result files, taps, the control socket. Then it forks the jail's first process,
+which is process 1 of a new PID namespace. That process leaves the host: it enters its cgroup, its
+namespaces and a root directory in memory (``emptyroot``), takes limits and another user, drops all
+capabilities, forks the process that goes on with the command, and waits. The command knows nothing
+of all this: it is an ordinary user's, on a host that has little.
+
+The kernel ends every process of a PID namespace with process 1, and process 1 with the process
+outside. Taps go with their last descriptor, mounts and networks with their namespaces. Only the
+cgroup has a name, see ``host.cgroup``.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import socket
+import stat
+import sys
+import termios
+from contextlib import ExitStack, suppress
+
+from pyvmm import helper, sandbox
+from pyvmm._ext import lib
+from pyvmm.errors import HostError, JailError, KvmMissing, UsageError
+from pyvmm.fd import Closing
+from pyvmm.hostnet import emptyroot, userns
+from pyvmm.hostnet.rights import FDS_MAX, recv_fds, send_fds
+from pyvmm.programs import interpreter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any, NoReturn
+
+    from pyvmm.host.cgroup import Cgroup
+    from pyvmm.jailopt import Jail
+
+#: Devices that a jail has if the host has them; others make no sense there.
+DEVICES = ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/null")
+#: What a guest of Linux is asked about beforehand (``doctor.flavour``).
+FLAVOURS = ("/sys/module/kvm_pvm", "/sys/module/kvm_intel", "/sys/module/kvm_amd")
+#: Bytes of the jail's own directory for run-time files.
+SCRATCH_SIZE = 16 << 20
+HOSTNAME = "pyvmm"
+NAMESPACES = lib.CLONE_NEWIPC | lib.CLONE_NEWUTS | lib.CLONE_NEWNET | lib.CLONE_NEWCGROUP
+#: Signals that are passed on to the command.
+PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+class Cell(Closing):
+    """A jail for one command. ``close`` leaves nothing of it behind.
+
+    :param want: its description.
+    :raises JailError: this process may not make jails, or this host has no cgroups for its limits.
+    """
+
+    def __init__(self, want: Jail) -> None:
+        if os.geteuid():
+            raise JailError("--jail needs root, to leave the host behind", "run it with sudo")
+        if not os.path.exists("/dev/kvm"):
+            raise KvmMissing("there is no /dev/kvm", "use a machine with KVM")
+        self._want = want
+        self._stack = ExitStack()
+        self._cgroup: Cgroup | None = None
+
+    def run(self, body: Callable[[], int], *, files: Iterable[str], keep: Iterable[int]) -> int:
+        """Run ``body`` in the jail, in a process of its own; returns its status, or minus the
+        number of the signal that has ended the process. Signals are passed on to it.
+
+        :param body: returns an exit status, and raises nothing.
+        :param files: files and directories that can be read there, under the same names.
+        :param keep: descriptors that the process has there, besides standard input, output and
+            error; it has no others.
+        :raises JailError: the kernel or a sandbox does not allow jails, or ``want.memory`` was too
+            little.
+        """
+        if self._want.limited:
+            from pyvmm.host.cgroup import Cgroup
+
+            limits = self._want
+            self._cgroup = Cgroup(
+                memory=limits.memory, millicpus=limits.millicpus, pids=limits.pids
+            )
+            self._stack.callback(self._cgroup.close)
+        places = [
+            *(p for p in sandbox.SYSTEM if p != "/proc"),
+            *sandbox.own_places(),
+            *FLAVOURS,
+            *interpreter(),
+            *(p for p in map(os.path.abspath, files) if not p.startswith("/proc/")),
+        ]
+        kept = {0, 1, 2, *keep}
+        for fd in kept:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):  # by which a process gets out
+                raise UsageError(
+                    f"--jail: descriptor {fd} is a directory of the host", "give a file or none"
+                )
+        return self._attend(body, places, kept)
+
+    def _attend(self, body: Callable[[], int], places: Sequence[str], kept: set[int]) -> int:
+        """Start process 1, pass signals on, and wait for the end."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._stack.callback(ours.close)
+        modes = _terminal_modes()
+        with _Signals() as signals:
+            here = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                userns.unshare(lib.CLONE_NEWPID)
+                first = os.fork()
+                if not first:
+                    signals.close()
+                    self._be_first(theirs, body, places, kept)
+                userns.check(lib.setns(here, lib.CLONE_NEWPID), "setns")
+            except OSError as e:
+                raise _refused(e) from e
+            finally:
+                os.close(here)
+            theirs.close()
+            status = self._listen(ours, signals, first)
+        if status >= 0:
+            return status
+        if modes is not None:
+            termios.tcsetattr(0, termios.TCSANOW, modes)
+        if self._cgroup is not None and self._cgroup.killed_for_memory():
+            raise JailError(
+                f"the jail's memory ran out, {self._want.memory >> 20}M, and the kernel has ended "
+                "the machine",
+                "give it more: --jail ...,memory=SIZE; or the guest less: --memory",
+            )
+        return status
+
+    def _listen(self, channel: socket.socket, signals: _Signals, first: int) -> int:
+        """Attend the jail until it has ended; the command's exit status, or minus the number of the
+        signal that has ended it.
+        """
+        status: int | None = None
+        target = -1  # a pidfd of the command, once it runs
+        came: list[int] = []
+        poll = select.poll()
+        for fd in (channel.fileno(), signals.fileno()):
+            poll.register(fd, select.POLLIN)
+        try:
+            while True:
+                ready = [fd for fd, _ in poll.poll()]
+                came += signals.read() if signals.fileno() in ready else []
+                if channel.fileno() in ready:
+                    data, fds = recv_fds(channel, helper.MESSAGE_MAX, FDS_MAX)
+                    if not data:
+                        break
+                    if target >= 0:
+                        status = int(data)
+                    else:
+                        try:
+                            (target,) = helper.heard(data, fds, "the jail's first process")[1]
+                        except OSError as e:
+                            raise _refused(e) from e
+                        if self._cgroup is not None:
+                            self._cgroup.joined()
+                while came and target >= 0:
+                    with suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(target, came.pop(0))
+        finally:
+            if target >= 0:
+                os.close(target)
+            with suppress(ProcessLookupError):
+                os.kill(first, signal.SIGKILL)  # nothing, unless this process gives up
+            with suppress(ChildProcessError):
+                os.waitpid(first, 0)
+        return -signal.SIGKILL if status is None else status
+
+    # --- process 1 --------------------------------------------------------------------------------
+
+    def _be_first(
+        self,
+        channel: socket.socket,
+        body: Callable[[], int],
+        places: Sequence[str],
+        kept: set[int],
+    ) -> NoReturn:
+        """Leave the host, start the command, and wait for its end; the kernel then ends all that it
+        has left.
+        """
+        children: list[int] = []
+
+        def leave() -> tuple[list[str], list[int]]:
+            umask = self._leave(channel, places, kept)
+            child = os.fork()
+            if not child:
+                channel.close()
+                os.umask(umask)
+                _be_command(body)
+            children.append(child)
+            return [], [os.pidfd_open(child)]
+
+        try:
+            helper.answer(channel, leave)
+            for number in PASSED:
+                signal.signal(number, signal.SIG_IGN)
+            while children:
+                pid, status = os.wait()
+                if pid in children:
+                    send_fds(channel, str(os.waitstatus_to_exitcode(status)).encode())
+                    break
+        finally:
+            os._exit(0)
+
+    def _leave(self, channel: socket.socket, places: Sequence[str], kept: set[int]) -> int:
+        """Leave the host behind, and root; returns the umask."""
+        want = self._want
+        if self._cgroup is not None:
+            self._cgroup.join()
+        # Whoever has a terminal as its own could type into it (TIOCSTI).
+        os.setsid()
+        umask = os.umask(0o022)
+        try:
+            here = os.getcwd()
+        except OSError:
+            here = "/"
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) not in (*kept, channel.fileno()):
+                with suppress(OSError):
+                    os.close(int(name))
+        devices = {}
+        for path in DEVICES:
+            with suppress(FileNotFoundError):
+                devices[path] = os.stat(path).st_rdev
+        userns.unshare(NAMESPACES)
+        socket.sethostname(HOSTNAME)
+        owner = (want.uid, want.gid)
+        emptyroot.enter(places, devices, owner, scratch=SCRATCH_SIZE, here=here)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        # Whoever outside has ended before the second call is found by the socket.
+        for error in (lib.pv_become_user(want.uid, want.gid), lib.pv_follow_parent(0)):
+            if error:
+                raise OSError(-error, f"become user {want.uid}: {os.strerror(-error)}")
+        poll = select.poll()
+        poll.register(channel.fileno(), 0)
+        if poll.poll(0):
+            os._exit(1)
+        return umask
+
+    def close(self) -> None:
+        """Remove the cgroup; the rest has gone with its processes. A second call does nothing."""
+        self._stack.close()
+
+
+class _Signals(Closing):
+    """The signals of ``PASSED`` as bytes to be read, until ``close``."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._handlers = {number: signal.signal(number, _nothing) for number in PASSED}
+        self._fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def read(self) -> list[int]:
+        """Those that have come."""
+        return [number for number in os.read(self._read, 64) if number in PASSED]
+
+    def close(self) -> None:
+        """Handle signals as before. A second call does nothing."""
+        if self._read < 0:
+            return
+        signal.set_wakeup_fd(self._fd)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        for fd in (self._read, self._write):
+            os.close(fd)
+        self._read = self._write = -1
+
+
+def _nothing(number: int, frame: object) -> None:
+    pass
+
+
+def _be_command(body: Callable[[], int]) -> NoReturn:
+    status = HostError.exit_code
+    try:
+        os.environ["XDG_RUNTIME_DIR"] = os.environ["TMPDIR"] = emptyroot.SCRATCH
+        status = body()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status)
+
+
+def _refused(e: OSError) -> JailError:
+    return JailError(
+        f"cannot make a jail: {e.strerror}",
+        "it takes root of the host, or of a container that may mount and make devices",
+    )
+
+
+def _terminal_modes() -> list[Any] | None:
+    """Those of standard input, if this is a terminal."""
+    try:
+        return termios.tcgetattr(0)
+    except termios.error:
+        return None

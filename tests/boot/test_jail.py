@@ -1,0 +1,125 @@
+"""The limits of a jail, in the testbed, whose root may make cgroups (v2) wherever the tests run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.boot.guest import PYVMM, Host
+
+ROOT = Path(__file__).parents[2]
+GROUPS = "/sys/fs/cgroup/pyvmm"
+USER = 65431
+#: What a process of a jail, or its process outside, is asked to do.
+JAILED = """
+import glob, os, signal, sys, time
+from pyvmm.errors import JailError
+from pyvmm.jail import Cell
+from pyvmm.jailopt import Jail
+def values(*names):
+    (group,) = glob.glob("/sys/fs/cgroup/pyvmm/*-*")
+    return [open(f"{group}/{name}").read().strip() for name in names]
+def memory():
+    try:
+        kept = bytearray(300 << 20)
+        kept[::4096] = bytes(len(kept[::4096]))
+    except MemoryError:
+        return 3
+    return 0
+def pids():
+    for made in range(100):
+        try:
+            if not os.fork():
+                time.sleep(1000)
+        except BlockingIOError:
+            print(made + 2, flush=True)
+            return 0
+    return 1
+def cpu():
+    begin = time.monotonic()
+    while time.monotonic() < begin + 4:
+        pass
+    print(time.process_time() / (time.monotonic() - begin), flush=True)
+    return 0
+def sleep():
+    print("sleeps", flush=True)
+    time.sleep(1000)
+    return 0
+"""
+RUN = """
+with Cell(Jail(sys.argv[1])) as cell:
+    try:
+        print("status", cell.run({}, files=(), keep=()))
+    except JailError as e:
+        print(e)
+print(glob.glob("/sys/fs/cgroup/pyvmm*"))
+"""
+#: A jail whose process outside is killed, and the next one, which finds what it has left.
+LEFT = """
+outside = os.fork()
+if not outside:
+    with Cell(Jail(sys.argv[1])) as cell:
+        cell.run(sleep, files=(), keep=())
+while not glob.glob("/sys/fs/cgroup/pyvmm/*-*/cgroup.procs") or not values("cgroup.procs")[0]:
+    time.sleep(0.1)
+while len(inside := values("cgroup.procs")[0].split()) < 2:
+    time.sleep(0.1)
+print(*values("memory.max", "memory.swap.max", "memory.oom.group", "cpu.max", "pids.max"))
+print({line.split()[1] for pid in inside for line in open(f"/proc/{pid}/status")
+       if line.startswith("Uid:")})
+os.kill(outside, signal.SIGKILL)
+os.waitpid(outside, 0)
+while any(os.path.exists(f"/proc/{pid}") for pid in inside):
+    time.sleep(0.1)
+print(len(glob.glob("/sys/fs/cgroup/pyvmm/*-*")), "left")
+"""
+
+
+def python(host: Host, code: str, *args: str) -> str:
+    result = host.run(sys.executable, "-c", JAILED + code, *args, timeout=600)
+    assert result.status == 0, result
+    return result.out
+
+
+@pytest.mark.parametrize(
+    ("limits", "deed", "answer"),
+    [
+        ("memory=160M", "memory", "the jail's memory ran out, 160M, and the kernel has ended"),
+        ("memory=600M", "memory", "status 0"),
+        ("pids=20", "pids", "20\nstatus 0"),
+    ],
+)
+def test_a_limit(host: Host, nothing_left: None, limits: str, deed: str, answer: str) -> None:
+    out = python(host, RUN.format(deed), f"{USER},{limits}")
+    assert out.startswith(answer), out
+    assert out.endswith("\n[]\n"), "the cgroup has been removed"
+
+
+def test_a_limit_of_time(host: Host, nothing_left: None) -> None:
+    share, status, left = python(host, RUN.format("cpu"), f"{USER},cpus=0.2").splitlines()
+    assert 0 < float(share) < 0.4, "a period more or less"
+    assert (status, left) == ("status 0", "[]")
+
+
+def test_what_a_killed_run_leaves(host: Host, nothing_left: None) -> None:
+    """Its processes end with it; the next jail removes its cgroup."""
+    limits = f"{USER},memory=256M,cpus=0.5,pids=100"
+    out = python(host, LEFT + RUN.format("lambda: 7"), limits)
+    assert out.splitlines()[-5:] == [
+        f"{256 << 20} 0 1 50000 100000 100",
+        f"{{'{USER}'}}",
+        "1 left",
+        "status 7",
+        "[]",
+    ], out
+
+
+def test_a_machine_within_limits(host: Host, nothing_left: None) -> None:
+    """A guest of Linux, with a card, whose own process is in the cgroup."""
+    argv = [*PYVMM, "run", "--host", "local", "--jail", f"{USER},memory=512M,cpus=2,pids=200"]
+    look = "ping -c 2 192.168.100.1 >/dev/null && echo reached && cat /proc/cmdline"
+    result = host.run(*argv, "--net", "emulated", "--", "sh", "-c", look, timeout=600)
+    assert result.status == 0 and result.out.startswith("reached\n"), result
+    assert host.run("ls", GROUPS).status != 0

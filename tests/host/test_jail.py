@@ -1,0 +1,451 @@
+"""A jail, from outside and from inside: what a process in it is, sees and can reach, what it takes
+from the host, and what is left of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pyvmm.errors import UsageError
+from pyvmm.jailopt import Jail
+from tests.driver import wait_for
+from tests.host.test_confined import status_of, threads
+from tests.host.test_sandbox import ask, busy, running
+from tests.inject import EXECVE
+from tests.strangers import BECOME, let_in, need_readable_checkout
+
+ROOT = Path(__file__).parents[2]
+Guest = Callable[[str], str]
+PATIENCE = 60.0
+PYVMM = [sys.executable, "-m", "pyvmm"]
+#: Nobody else's user and group.
+USER, GROUP = 65431, 65432
+OPTION = ["--jail", f"{USER}:{GROUP}"]
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes jails")
+
+
+def run(*args: str, command: str = "run") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PYVMM, command, "--host", "local", *OPTION, *args],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 3,
+    )
+
+
+def hello(guest: Guest, *args: str) -> list[str]:
+    return ["--kernel", guest("hello"), "--memory", "4M", *args]
+
+
+def below(pid: int) -> list[int]:
+    """A process's descendants, parents first."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, children.read_text().split()):
+                found += [child, *below(child)]
+    return found
+
+
+def vmm(pid: int) -> int:
+    """The process in the jail that has the vCPUs, once it is confined; else 0."""
+    with contextlib.suppress(OSError):
+        for child in below(pid):
+            if "vcpu0" in threads(child) and status_of(child, "Seccomp") == "2":
+                return child
+    return 0
+
+
+@contextlib.contextmanager
+def jailed(guest: Guest, *args: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A machine in a jail that sends packets without end; and its process."""
+    with running(*busy(guest, *OPTION, *args)) as outside:
+        found = [0]
+
+        def runs() -> bool:
+            found[0] = vmm(outside.pid)
+            return found[0] != 0
+
+        assert wait_for(runs), outside.poll()
+        yield outside, found[0]
+
+
+def names(directory: str) -> set[str]:
+    return {path.name for path in Path(directory).iterdir()}
+
+
+def status_line(pid: int, field: str) -> list[str]:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return next(line.split()[1:] for line in text.splitlines() if line.startswith(f"{field}:"))
+
+
+def test_what_its_processes_are(guest: Guest) -> None:
+    """Each is an ordinary user's without any capability, in namespaces of its own."""
+    with jailed(guest) as (outside, pid):
+        processes = below(outside.pid)
+        assert len(processes) == 3 and pid in processes, "process 1, the VMM, its helper"
+        for one in processes:
+            assert status_line(one, "Uid") == [str(USER)] * 4
+            assert status_line(one, "Gid") == [str(GROUP)] * 4
+            assert status_line(one, "Groups") == []
+            for field in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+                assert status_line(one, field) == ["0" * 16], field
+            assert status_line(one, "NoNewPrivs") == ["1"]
+            for kind in ("mnt", "pid", "ipc", "uts", "net", "cgroup"):
+                ours, theirs = (Path(f"/proc/{p}/ns/{kind}").readlink() for p in ("self", one))
+                assert ours != theirs, kind
+            assert Path(f"/proc/{one}/ns/user").readlink() == Path("/proc/self/ns/user").readlink()
+            limits = Path(f"/proc/{one}/limits").read_text()
+            assert "Max core file size        0                    0" in limits
+            assert os.getsid(one) != os.getsid(0), "no terminal"
+        assert [status_line(one, "NSpid")[-1] for one in processes[:2]] == ["1", "2"]
+        assert Path(f"/proc/{pid}/root/proc/sys/kernel/hostname").exists()
+
+
+def test_what_its_root_has(guest: Guest) -> None:
+    """A file system in memory, places that can only be read, and no device but a few."""
+    with jailed(guest) as (_, pid):
+        mounts = {}
+        for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
+            left, _, right = line.partition(" - ")
+            mounts[left.split()[4]] = (right.split()[0], set(left.split()[5].split(",")))
+        root = f"/proc/{pid}/root"
+        top = names(root)
+        devices = {str(p)[len(root) :] for p in Path(root, "dev").rglob("*") if not p.is_dir()}
+        for device in devices:
+            info = Path(root + device).stat()
+            assert (info.st_uid, info.st_mode & 0o7777) == (USER, 0o600)
+    assert mounts["/"][0] == "tmpfs" and "ro" in mounts["/"][1]
+    assert mounts.pop("/proc")[0] == "proc" and mounts["/.pyvmm"][0] == "tmpfs"
+    writable = {name for name, (_, options) in mounts.items() if "rw" in options}
+    assert writable == {"/.pyvmm"}
+    assert all(
+        {"nosuid", "nodev"} <= options for name, (_, options) in mounts.items() if name != "/"
+    )
+    assert devices <= {"/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/null"}
+    assert {"/dev/kvm", "/dev/null"} <= devices
+    assert not top & {"home", "root", "var", "boot", "mnt", "opt", "srv", "run"}, top
+    bound = set(mounts) - {"/", "/.pyvmm"}
+    allowed = ("/usr", "/etc/ld.so.cache", "/etc/localtime", "/sys/", str(ROOT), sys.base_prefix)
+    venv, zone = os.path.realpath(sys.prefix), os.path.realpath("/etc/localtime")
+    modules = [os.path.realpath(path) for path in sys.path]
+    assert all(m.startswith((*allowed, *modules, venv, zone)) for m in bound), bound
+
+
+INSIDE = """
+import ctypes, errno, mmap, os, signal, socket, sys
+from pyvmm.jail import Cell
+from pyvmm.jailopt import Jail
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *args):
+    if getattr(libc, name)(*args) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+def body():
+    try:
+        {}
+    except OSError as e:
+        print(errno.errorcode[e.errno])
+    return 0
+with Cell(Jail(sys.argv[1])) as cell:
+    sys.exit(cell.run(body, files=sys.argv[2:], keep=()))
+"""
+
+
+def inside(deed: str, *files: str, **more: object) -> subprocess.CompletedProcess[str]:
+    """Have a process of a jail, not confined any further, do something."""
+    argv = [sys.executable, "-c", INSIDE.format(deed), str(USER), *files]
+    more = {"stdin": subprocess.DEVNULL, "cwd": ROOT, **more}
+    return subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, **more)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("deed", "answer"),
+    [
+        ("print(os.getpid(), os.getuid(), os.getgid(), os.getgroups())", f"2 {USER} {USER} []"),
+        ("print(sorted(filter(str.isdigit, os.listdir('/proc'))))", "['1', '2']"),
+        ("print(socket.gethostname(), [n for _, n in socket.if_nameindex()])", "pyvmm ['lo']"),
+        ("print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1])", "[0, 1, 2]"),
+        ("open('/etc/hostname')", "ENOENT"),
+        ("open('/etc/passwd')", "ENOENT"),
+        ("os.listdir('/root')", "ENOENT"),
+        ("os.listdir('/home')", "ENOENT"),
+        ("os.listdir('/tmp')", "ENOENT"),
+        ("open('/x', 'w')", "EROFS"),
+        ("open('/usr/x', 'w')", "EROFS"),
+        ("open('/.pyvmm/x', 'wb').write(bytes(17 << 20))", "ENOSPC"),
+        ("os.listdir('/proc/1/root/root')", "ENOENT"),
+        ("os.setuid(0)", "EPERM"),
+        ("os.setgroups([0])", "EPERM"),
+        ("os.chroot('/usr')", "EPERM"),
+        ("os.mknod('/.pyvmm/d', 0o20600, os.makedev(1, 1))", "EPERM"),
+        ("call('mount', b'proc', b'/.pyvmm', b'proc', 0, None)", "EPERM"),
+        ("call('umount2', b'/usr', 2)", "EPERM"),
+        ("call('pivot_root' if hasattr(libc, 'pivot_root') else 'chroot', b'/', b'/')", "EPERM"),
+        ("call('setns', os.open('/proc/1/ns/net', 0), 0)", "EPERM"),
+        ("call('unshare', 0x00020000)", "EPERM"),  # CLONE_NEWNS
+        ("call('reboot', 0)", "EPERM"),
+        ("socket.sethostname('x')", "EPERM"),
+        ("os.kill({outside}, 0)", "ESRCH"),
+        ("open('/proc/{outside}/status')", "ENOENT"),
+        ("os.execv('/usr/bin/su', ['su', '-c', 'true'])", "refused"),
+        ("open('/dev/kvm', 'r+b', buffering=0); print('kvm')", "kvm"),
+        ("open('/dev/mem')", "ENOENT"),
+        ("open('/dev/tty')", "ENOENT"),
+        ("open('/sys/class/net')", "ENOENT"),
+        ("open('/sys/fs/cgroup')", "ENOENT"),
+    ],
+)
+def test_what_a_process_there_can_do(deed: str, answer: str) -> None:
+    run = inside(deed.replace("{outside}", str(os.getpid())))
+    if answer == "refused":  # su that is no longer set-user-ID
+        assert run.returncode != 0, run
+        return
+    assert (run.stdout.strip(), run.returncode) == (answer, 0), run
+
+
+def test_nobody_can_be_connected_to() -> None:
+    """Neither a port of the host, nor a socket with an abstract name or a path."""
+    name = f"pyvmm-test-{os.getpid()}"
+    with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as abstract:
+        tcp.bind(("127.0.0.1", 0))
+        tcp.listen()
+        abstract.bind(f"\0{name}")
+        abstract.listen()
+        port = tcp.getsockname()[1]
+        deed = f"socket.create_connection(('127.0.0.1', {port}), 5)"
+        assert inside(deed).stdout.strip() in ("ENETUNREACH", "ECONNREFUSED")
+        deed = f"socket.socket(socket.AF_UNIX).connect('\\0{name}')"
+        assert inside(deed).stdout.strip() == "ECONNREFUSED"
+
+
+def test_only_what_is_named_is_there(tmp_path: Path) -> None:
+    """A named file can be read, its neighbours are not there, whatever links lead to it; what only
+    root may read stays so.
+    """
+    (tmp_path / "real").mkdir()
+    for name in ("named", "other", "private"):
+        (tmp_path / "real" / name).write_text(name)
+    (tmp_path / "real" / "private").chmod(0o600)
+    (tmp_path / "link").symlink_to("real")
+    files = [str(tmp_path / "link" / name) for name in ("named", "private")]
+    deed = f"print(open({files[0]!r}).read(), sorted(os.listdir({str(tmp_path / 'real')!r})))"
+    assert inside(deed, *files).stdout.strip() == "named ['named', 'private']"
+    assert inside(f"open({files[1]!r})", *files).stdout.strip() == "EACCES"
+    assert inside(f"open({files[0]!r}, 'w')", *files).stdout.strip() == "EROFS"
+
+
+def test_no_descriptor_comes_along(tmp_path: Path) -> None:
+    """What the caller of pyvmm has open stays outside; a directory is never kept."""
+    fd = os.open("/", os.O_RDONLY)
+    try:
+        run = inside(f"os.listdir({fd})", pass_fds=[fd])
+        assert run.stdout.strip() == "EBADF", run
+        kept = INSIDE.replace("keep=()", f"keep=[{fd}]").format("print(1)")
+        run = subprocess.run(
+            [sys.executable, "-c", kept, str(USER)],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[fd],
+            capture_output=True,
+            text=True,
+        )
+        assert f"descriptor {fd} is a directory of the host" in run.stderr and not run.stdout, run
+    finally:
+        os.close(fd)
+
+
+def test_a_stopped_thread(guest: Guest) -> None:
+    """The sandbox is in force there as without a jail."""
+    with jailed(guest, "--sandbox", "on") as (outside, pid):
+        assert status_of(pid, "Seccomp_filters") == "1"
+        assert wait_for(lambda: ask(pid, "vcpu0", EXECVE))
+        _, err = outside.communicate(timeout=PATIENCE)
+    assert outside.returncode == 128, err
+    assert "vcpu0 asked for execve(), which it may not have" in err, err
+
+
+def test_a_run_is_as_any_other(guest: Guest, tmp_path: Path) -> None:
+    """Results are written, empty ones removed; the status is the guest's."""
+    report, verdict, log = tmp_path / "r.json", tmp_path / "v.json", tmp_path / "log"
+    pcap = tmp_path / "pcap"
+    files = ["--report", str(report), "--json", str(verdict), "--log", str(log)]
+    done = run(*hello(guest, *files, "-v"))
+    assert (done.returncode, done.stdout.splitlines()[:2]) == (
+        0,
+        ["hello, stdout", "hello, console"],
+    ) or (done.returncode == 0 and "hello, stdout" in done.stdout), done
+    assert f"pyvmm: jail: {USER}:{GROUP}\n" in done.stderr and "pyvmm: sandbox: on\n" in done.stderr
+    assert json.loads(report.read_text())["verdict"]["kind"] == "passed"
+    assert json.loads(verdict.read_text())["verdict"] == "passed"
+    assert "hello, console" in log.read_text()
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"no kernel")
+    done = run("--kernel", str(bad), "--pcap", str(pcap))
+    assert done.returncode == 105 and done.stderr.count("\n") == 1, done
+    assert not pcap.exists()
+    assert run("--kernel", str(tmp_path / "none")).returncode == 105
+
+
+def test_it_is_found_and_ended_from_outside(guest: Guest) -> None:
+    """By the control socket, which root's own commands find; and by signals."""
+    name = f"jail-{os.getpid()}"
+    with jailed(guest, "--name", name) as (outside, _):
+        argv = [*PYVMM, "ps", "--host", "local"]
+        assert name in subprocess.run(argv, cwd=ROOT, capture_output=True, text=True).stdout
+        argv = [*PYVMM, "reset", "--host", "local", name]
+        subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+        argv[-2:] = ["local", name]
+        argv[3] = "quit"
+        subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+        _, err = outside.communicate(timeout=PATIENCE)
+        assert outside.returncode == 0, err
+    assert (
+        name not in subprocess.run([*PYVMM, "ps"], cwd=ROOT, capture_output=True, text=True).stdout
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with jailed(guest) as (outside, pid):
+            outside.send_signal(number)
+            _, err = outside.communicate(timeout=PATIENCE)
+            assert outside.returncode == 128 + number, err
+            assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("whom", ["outside", "first", "vmm"])
+def test_nothing_is_left(guest: Guest, whom: str) -> None:
+    """Whichever process is killed, the others end with it, and their namespaces, mounts and taps
+    with them.
+    """
+    mounts = Path("/proc/self/mountinfo").read_text()
+    links = names("/sys/class/net")
+    with jailed(guest, "--net", "emulated,tap=pyvmmj0") as (outside, pid):
+        processes = below(outside.pid)
+        assert "pyvmmj0" in names("/sys/class/net")
+        victim = {"outside": outside.pid, "first": processes[0], "vmm": pid}[whom]
+        os.kill(victim, signal.SIGKILL)
+        _, err = outside.communicate(timeout=PATIENCE)
+        assert wait_for(lambda: not any(Path(f"/proc/{p}").exists() for p in processes))
+    if whom == "outside":
+        assert outside.returncode == -signal.SIGKILL
+    else:
+        assert outside.returncode == 128 + signal.SIGKILL
+        assert "pyvmm: the process in the jail was killed (SIGKILL)\n" in err, err
+    assert wait_for(lambda: names("/sys/class/net") == links)
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+
+
+def test_a_tap_of_the_host(guest: Guest, tmp_path: Path) -> None:
+    """It is opened outside, and there is no other way out of the jail."""
+    report = tmp_path / "r.json"
+    done = run("--kernel", guest("pcinet"), "--memory", "4M", "--append", "count=20",
+               "--net", "emulated,tap=pyvmmj1,host=192.168.100.1/24,mtu=2000",
+               "--report", str(report))  # fmt: skip
+    assert done.returncode == 0, done
+    assert "there was no tap pyvmmj1; it has been made" in done.stderr
+    (nic,) = json.loads(report.read_text())["nets"]
+    assert nic["mode"] == "emulated"
+    assert "pyvmmj1" not in names("/sys/class/net")
+
+
+def test_back_ends(guest: Guest, tmp_path: Path) -> None:
+    """Our own, in the jail, and one outside that is replaced by another one meanwhile."""
+    done = run("--kernel", guest("pcinet"), "--memory", "4M", "--append", "count=20",
+               "--net", "vhost-user")  # fmt: skip
+    assert done.returncode == 0, done
+    path = tmp_path / "backend" / "s"
+    path.parent.mkdir()
+    for _ in range(2):
+        with running(
+            "--socket", str(path), "--loopback", "-q", "--peer", str(USER), command="backend"
+        ) as backend:
+            assert wait_for(path.exists)
+            done = run(*hello(guest, "--net", f"vhost-user,socket={path}"))
+            assert done.returncode == 0, done
+            backend.terminate()
+            backend.wait(PATIENCE)
+
+
+def test_kernels(guest: Guest, tmp_path: Path) -> None:
+    """``pyvmm test`` runs all of them in one jail."""
+    report = tmp_path / "t.json"
+    kernels = [guest(name) for name in ("hello", "smp", "exits")]
+    done = run("--jobs", "2", "--json", str(report), *kernels, command="test")
+    assert done.returncode == 0, done
+    assert json.loads(report.read_text())["summary"]["passed"] == 3
+    assert ": 3 passed, 0 failed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["--share", "/usr"], "--share and --jail: a jail has no directory of the host"),
+        (["--root", "/"], "--root and --jail"),
+        (["--net", "user"], "has none of the host's network"),
+        (["--net", "vhost-vdpa"], "makes and maps devices"),
+        (["--net", "vhost-user,tap=t0"], "only emulated and vhost-net"),
+        (["--net", "vhost-user,socket=/x/y,server=on"], "nobody outside of a jail"),
+        (["--trace-kernel", "--trace", "/dev/null"], "--trace-kernel and --jail"),
+        (["--jail", "0"], "is no user for a jail"),
+        (["--jail", "1:0"], "is no group for a jail"),
+        (["--jail", "root"], "is no user for a jail"),
+        (["--jail", "1,memory=8M"], "use at least 100M"),
+        (["--jail", "1,pids=3"], "use at least 41"),
+        (["--jail", "1,cpus=0"], "from 0.01 on"),
+        (["--jail", "1,swap=1"], "unknown key 'swap'; keys: memory, cpus, pids"),
+    ],
+)
+def test_what_is_refused(guest: Guest, args: list[str], why: str) -> None:
+    done = run(*hello(guest, *args))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+    assert why in done.stderr, done
+
+
+def test_only_root(guest: Guest, tmp_path: Path) -> None:
+    need_readable_checkout()
+    let_in(tmp_path)
+    argv = [*BECOME, *PYVMM, "run", "--host", "local", *OPTION, *hello(guest)]
+    env = {**os.environ, "HOME": str(tmp_path), "XDG_RUNTIME_DIR": ""}
+    done = subprocess.run(
+        argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 134, done
+    assert "--jail needs root" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_limits_without_their_cgroups(guest: Guest) -> None:
+    """tests/boot/test_jail.py has the limits themselves: this host may have no cgroup v2."""
+    done = run(*hello(guest, "--jail", f"{USER},memory=256M,cpus=0.5,pids=64"))
+    if done.returncode:
+        assert (done.returncode, done.stderr.count("\n")) == (134, 1), done
+        assert "cgroup v2" in done.stderr and "leave the limits out" in done.stderr
+
+
+def test_the_description() -> None:
+    want = Jail("1000:2000,memory=1G,cpus=1.25,pids=100")
+    assert (want.uid, want.gid, want.memory) == (1000, 2000, 1 << 30)
+    assert (want.millicpus, want.pids) == (1250, 100)
+    assert Jail("7").gid == 7 and not Jail("7").limited
+    for bad in (
+        "",
+        "-1",
+        "1:",
+        ":1",
+        "4294967295",
+        "1,memory=",
+        "1,memory=1M,memory=2M",
+        "1,cpus=.5",
+    ):
+        with pytest.raises(UsageError):
+            Jail(bad)
