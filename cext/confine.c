@@ -9,6 +9,7 @@
 #include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/if_tun.h>
+#include <linux/kvm.h>
 #include <linux/keyctl.h>
 #include <linux/landlock.h>
 #include <linux/seccomp.h>
@@ -21,6 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -42,12 +44,25 @@
 #define CALLS_MAX   160
 #define IOCTLS_MAX  16
 #define THREADS_MAX 4096
+/* Bytes; less than those that come by mmap(2). Several make a heap that is trimmed. */
+#define TRIMMED 65536
 /* The filter's instructions that are neither a call's nor the last. */
 #define HEAD 4
 /* The part of a socket's type that is no flag, as in the kernel. */
 #define SOCK_TYPE_MASK 0xf
 /* The first number of a call of the x32 ABI (__X32_SYSCALL_BIT). */
 #define X32_CALLS 0x40000000u
+
+/* The headers' own needs a structure that <termios.h> hides; C libraries differ in what they use. */
+#undef TCSETS2
+#define TCSETS2 0x402c542b
+
+/* System calls that headers of Linux 6.1 lack; other C libraries wait by them. */
+#ifndef SYS_futex_wake
+#define SYS_futex_wake	  454
+#define SYS_futex_wait	  455
+#define SYS_futex_requeue 456
+#endif
 
 /* Landlock's newer scopes, which the headers of Linux 6.1 lack. */
 #define LANDLOCK_NET	  (1ull << 0 | 1ull << 1)	  /* bind and connect TCP; ABI 4 */
@@ -68,6 +83,7 @@ static __thread __attribute__((tls_model("initial-exec"))) void (*thread_stopped
 /* The confined process: what its handler of SIGSYS needs. */
 static struct {
 	bool armed;
+	bool machine; /* it is a VMM, whose vCPUs have a list of their own */
 	int event;    /* eventfd that is told */
 	int status;   /* exit status */
 	int patience; /* for an orderly end, s: whoever has the interpreter's lock never allows it */
@@ -429,6 +445,31 @@ static void load_unwinder(void)
 		pthread_join(thread, NULL);
 }
 
+static void *trim(void *unused)
+{
+	char *volatile held[8]; /* which the compiler must not leave out */
+
+	(void)unused;
+	for (int i = 0; i < 8; i++)
+		held[i] = malloc(TRIMMED);
+	for (int i = 8; i-- > 0;)
+		free(held[i]);
+	return NULL;
+}
+
+/*
+ * Do now what the C library does at the first use of a time, and when a thread first gives memory
+ * back: it reads files, which the thread of a vCPU may not.
+ */
+static void read_ahead(void)
+{
+	pthread_t thread;
+
+	tzset();
+	if (!pthread_create(&thread, NULL, trim, NULL))
+		pthread_join(thread, NULL);
+}
+
 static void drop_capabilities(void)
 {
 	struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
@@ -579,9 +620,9 @@ static const uint16_t program_refused[] = {
 static const uint32_t program_denied_ioctls[] = {FIOSETOWN, SIOCSPGRP};
 static const uint32_t program_denied_fcntls[] = {F_SETOWN, F_SETOWN_EX, F_SETSIG};
 
-/* Allow a call if the lower half of its first argument is one of @values; else refuse it. */
+/* Allow a call if the lower half of its first argument is one of @values. */
 static size_t allow_of(struct sock_filter *f, size_t n, uint32_t call, const uint32_t *values,
-		       size_t count)
+		       size_t count, uint32_t otherwise)
 {
 	f[n++] = unless(call, (uint8_t)(2 + 2 * count));
 	f[n++] = load(offsetof(struct seccomp_data, args[0]));
@@ -589,7 +630,7 @@ static size_t allow_of(struct sock_filter *f, size_t n, uint32_t call, const uin
 		f[n++] = unless(values[i], 1);
 		f[n++] = answer(SECCOMP_RET_ALLOW);
 	}
-	f[n++] = answer(SECCOMP_RET_ERRNO | EPERM);
+	f[n++] = answer(otherwise);
 	return n;
 }
 
@@ -606,6 +647,7 @@ int pv_confine_program(uint64_t keep)
 {
 	/* Its id stays when it executes the program. */
 	const uint32_t self[] = {(uint32_t)getpid(), 0};
+	const uint32_t refused = SECCOMP_RET_ERRNO | EPERM;
 	const size_t fcntls = sizeof(program_denied_fcntls) / sizeof(program_denied_fcntls[0]);
 	const size_t ioctls = sizeof(program_denied_ioctls) / sizeof(program_denied_ioctls[0]);
 	struct sock_filter f[64 + 2 * CALLS_MAX];
@@ -623,10 +665,10 @@ int pv_confine_program(uint64_t keep)
 			 sizeof(program_refused) / sizeof(program_refused[0]), EPERM);
 	n = allow_but(f, n, SYS_ioctl, program_denied_ioctls, ioctls, SECCOMP_RET_ERRNO | EPERM);
 	n = allow_but(f, n, SYS_fcntl, program_denied_fcntls, fcntls, SECCOMP_RET_ERRNO | EPERM);
-	n = allow_of(f, n, SYS_kill, self, 1); /* 0 is a group of processes */
-	n = allow_of(f, n, SYS_tgkill, self, 1);
-	n = allow_of(f, n, SYS_prlimit64, self, 2);
-	n = allow_of(f, n, SYS_sched_setaffinity, self, 2);
+	n = allow_of(f, n, SYS_kill, self, 1, refused); /* 0 is a group of processes */
+	n = allow_of(f, n, SYS_tgkill, self, 1, refused);
+	n = allow_of(f, n, SYS_prlimit64, self, 2, refused);
+	n = allow_of(f, n, SYS_sched_setaffinity, self, 2, refused);
 	/* Threads, but no processes. A filter cannot see the flags of clone3. */
 	f[n++] = unless(SYS_clone3, 1);
 	f[n++] = answer(SECCOMP_RET_ERRNO | ENOSYS);
@@ -704,12 +746,56 @@ static const uint16_t machine_calls[] = {
 	SYS_getpgrp, SYS_getpgid, SYS_getsid, SYS_umask, SYS_getcpu, SYS_uname, SYS_sysinfo,
 	SYS_getrusage, SYS_getrandom, SYS_times,
 	/* threads, children that end, signals, time */
-	SYS_set_robust_list, SYS_rseq, SYS_futex, SYS_membarrier, SYS_seccomp, SYS_sched_yield,
+	SYS_set_robust_list, SYS_get_robust_list, SYS_rseq, SYS_futex, SYS_futex_waitv,
+	SYS_futex_wake, SYS_futex_wait, SYS_futex_requeue, SYS_membarrier, SYS_seccomp,
+	SYS_sched_yield,
 	SYS_sched_setaffinity, SYS_sched_getaffinity, SYS_wait4, SYS_waitid, SYS_pidfd_open,
 	SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_rt_sigtimedwait,
 	SYS_sigaltstack, SYS_restart_syscall, SYS_clock_gettime, SYS_clock_getres,
 	SYS_clock_nanosleep, SYS_nanosleep, SYS_gettimeofday, SYS_time, SYS_timer_create,
 	SYS_timer_settime, SYS_timer_delete, SYS_setitimer, SYS_exit, SYS_exit_group,
+};
+/*
+ * What a vCPU's thread needs besides KVM_RUN: to answer in Python whatever the guest accesses. It
+ * writes to eventfds and pipes, waits for locks, allocates memory, reads statistics, and asks
+ * rtnetlink and sockets that are connected for counters. Whatever else, it asks another thread for
+ * (pyvmm/threads.py).
+ */
+static const uint16_t vcpu_calls[] = {
+	/* descriptors that are there */
+	SYS_read, SYS_write, SYS_readv, SYS_writev, SYS_pread64, SYS_preadv, SYS_preadv2,
+	SYS_pwrite64, SYS_pwritev2,
+	SYS_sendto, SYS_recvfrom, SYS_poll, SYS_ppoll, SYS_eventfd2, SYS_close, SYS_fstat,
+	SYS_lseek, SYS_getsockopt, SYS_getsockname, SYS_getpeername,
+	/* memory, without PROT_EXEC: see pv_confine_vcpu() */
+	SYS_munmap, SYS_mremap, SYS_madvise, SYS_brk,
+	/* threads, signals, time */
+	SYS_futex, SYS_futex_waitv, SYS_futex_wake, SYS_futex_wait, SYS_futex_requeue,
+	SYS_set_robust_list, SYS_rseq, SYS_membarrier, SYS_gettid, SYS_getpid, SYS_sched_yield,
+	SYS_getcpu, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sigaltstack, SYS_restart_syscall,
+	SYS_clock_gettime, SYS_clock_getres, SYS_clock_nanosleep, SYS_nanosleep, SYS_gettimeofday,
+	SYS_time, SYS_getrusage, SYS_getrandom, SYS_exit, SYS_exit_group,
+	/* a write that may take no longer than a timer lets it (event.h) */
+	SYS_timer_create, SYS_timer_settime, SYS_timer_delete,
+	/* objects of Python's that are freed in whichever thread: of children that have ended */
+	SYS_wait4, SYS_waitid,
+};
+/* Refused without harm: what looks at files by their names, as fstat() of older C libraries. */
+static const uint16_t vcpu_refused[] = {
+	SYS_newfstatat, SYS_stat, SYS_lstat, SYS_statx, SYS_access, SYS_faccessat, SYS_faccessat2,
+	SYS_readlink, SYS_readlinkat, SYS_getcwd,
+};
+static const uint32_t vcpu_ioctls[] = {
+	KVM_RUN,
+	/* of the VM: interrupts, kicks, statistics */
+	KVM_IRQ_LINE, KVM_SIGNAL_MSI, KVM_SET_GSI_ROUTING, KVM_IRQFD, KVM_IOEVENTFD,
+	KVM_GET_STATS_FD, KVM_CHECK_EXTENSION, KVM_KVMCLOCK_CTRL,
+	/* of the vCPU: where it was */
+	KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_MP_STATE,
+	/* what Python asks of a descriptor */
+	FIOCLEX, FIONBIO, FIONREAD,
+	/* the modes of a terminal, which last_words() gives back */
+	TCSETS, TCSETS2,
 };
 /* Refused without harm: what Python tries for its caches, and what is tried for tidiness. */
 static const uint16_t machine_refused[] = {
@@ -1007,6 +1093,7 @@ int pv_confine_machine(const char *const *files, size_t file_count, const char *
 		allow_path(ruleset, files[i], read);
 	for (size_t i = 0; ruleset >= 0 && i < device_count; i++)
 		allow_path(ruleset, devices[i], device);
+	read_ahead();
 	error = confine_threads(ruleset, keep);
 	if (error)
 		return error;
@@ -1024,7 +1111,62 @@ int pv_confine_machine(const char *const *files, size_t file_count, const char *
 	error = confine_calls(f, n, event, status, patience);
 	if (error)
 		return error;
+	process.machine = true;
 	return ruleset >= 0 ? PV_CONFINED_FILES | PV_CONFINED_CALLS : PV_CONFINED_CALLS;
+}
+
+/* Allow a call unless its third argument has one of these bits: how memory is protected. */
+static size_t allow_without(struct sock_filter *f, size_t n, uint32_t call, uint32_t bits)
+{
+	f[n++] = unless(call, 4);
+	f[n++] = load(offsetof(struct seccomp_data, args[2]));
+	f[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, bits, 0, 1);
+	f[n++] = answer(SECCOMP_RET_TRAP);
+	f[n++] = answer(SECCOMP_RET_ALLOW);
+	return n;
+}
+
+/**
+ * pv_confine_vcpu() - Leave the calling thread, a vCPU's, what vCPUs need, for good
+ *
+ * A call that is not allowed stops the thread, as one that the process may not make.
+ *
+ * Return: 1 if that is in force; 0 if the process is not confined by pv_confine_machine(), and the
+ * thread is as before; -errno
+ */
+int pv_confine_vcpu(void)
+{
+	struct sock_filter f[128 + 2 * (CALLS_MAX + IOCTLS_MAX)];
+	const size_t ioctls = sizeof(vcpu_ioctls) / sizeof(vcpu_ioctls[0]);
+	static const uint32_t names[] = {PR_SET_NAME, PR_GET_NAME};
+	size_t n = filter_head(f);
+	int error;
+
+	if (!process.machine)
+		return 0;
+	/* First: KVM_RUN is what the thread calls most. */
+	f[n++] = unless(SYS_ioctl, (uint8_t)(2 + 2 * ioctls));
+	f[n++] = load(offsetof(struct seccomp_data, args[1]));
+	n = allow_requests(f, n, vcpu_ioctls, ioctls);
+	f[n++] = answer(SECCOMP_RET_TRAP);
+	n = allow_calls(f, n, vcpu_calls, sizeof(vcpu_calls) / sizeof(vcpu_calls[0]));
+	n = refuse_calls(f, n, vcpu_refused, sizeof(vcpu_refused) / sizeof(vcpu_refused[0]),
+			 EACCES);
+	n = refuse_calls(f, n, machine_refused,
+			 sizeof(machine_refused) / sizeof(machine_refused[0]), EACCES);
+	n = allow_but(f, n, SYS_fcntl, machine_denied_fcntls,
+		      sizeof(machine_denied_fcntls) / sizeof(machine_denied_fcntls[0]),
+		      SECCOMP_RET_TRAP);
+	n = allow_without(f, n, SYS_mmap, PROT_EXEC);
+	n = allow_without(f, n, SYS_mprotect, PROT_EXEC);
+	/* To kick the other vCPUs, and to give the thread its name. */
+	n = trap_unless(f, n, SYS_tgkill, BPF_JEQ, (uint32_t)getpid());
+	/* The C library asks how many processors there are, for its heaps. */
+	n = trap_unless(f, n, SYS_sched_getaffinity, BPF_JEQ, 0);
+	n = allow_of(f, n, SYS_prctl, names, sizeof(names) / sizeof(names[0]), SECCOMP_RET_TRAP);
+	f[n++] = answer(SECCOMP_RET_TRAP);
+	error = filter_install(f, n, 0);
+	return error ? error : 1;
 }
 
 /**

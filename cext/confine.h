@@ -46,6 +46,7 @@ bool pv_has_seccomp(void);
 int pv_confine_machine(const char *const *files, size_t file_count, const char *const *devices,
 		       size_t device_count, uint64_t keep, int event, int status, int patience);
 int pv_confine_backend(int event, int status, int patience);
+int pv_confine_vcpu(void);
 int pv_machine_stopped(char *thread);
 void pv_machine_hold(bool held);
 int pv_spawn_sibling(char *const *argv, const int *from, const int *to, size_t count);

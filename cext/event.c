@@ -33,16 +33,23 @@ static void on_interrupt(int sig)
 /**
  * pv_interrupt_init() - Install the handler of the signal that gets a thread out of a system call
  *
- * One call per process is enough; more do no harm.
+ * One call per process is enough; more do nothing, so that threads may call this that may install
+ * no handlers.
  *
  * Return: 0 or -errno
  */
 int pv_interrupt_init(void)
 {
 	struct sigaction sa = {.sa_handler = on_interrupt};
+	static int installed; /* atomic */
 
+	if (__atomic_load_n(&installed, __ATOMIC_ACQUIRE))
+		return 0;
 	/* The system call must return, so there is no SA_RESTART. */
-	return sigaction(pv_interrupt_signal(), &sa, NULL) ? -errno : 0;
+	if (sigaction(pv_interrupt_signal(), &sa, NULL))
+		return -errno;
+	__atomic_store_n(&installed, 1, __ATOMIC_RELEASE);
+	return 0;
 }
 
 /**

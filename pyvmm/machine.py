@@ -25,7 +25,7 @@ from pyvmm.netopt import Net
 from pyvmm.outcome import Outcome
 from pyvmm.sandbox import CHOICES, Sandbox
 from pyvmm.spec.platform import IRQ_GED
-from pyvmm.threads import Thread
+from pyvmm.threads import Thread, aside
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -640,7 +640,7 @@ class Machine:
             self.vcpu_threads.halt()
             self._stir.set()
             if self._cards and not self._will_restart(outcome) and self._parting.ident is None:
-                self._parting.start()
+                aside(self._parting.start)
             return True
 
     def _cut(self) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import threading
 
+from pyvmm.threads import aside
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +52,7 @@ class PanicWatch:
             self._reported = True
             self._timer = threading.Timer(PVPANIC_GRACE, self._over)
             self._timer.daemon = True
-            self._timer.start()
+            aside(self._timer.start)
 
     def text(self) -> str:
         """The text of the guest kernel's panic; empty if no panic is known."""

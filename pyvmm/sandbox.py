@@ -17,7 +17,7 @@ from pyvmm import helper
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import SandboxError, ThreadStopped
 from pyvmm.fd import EventFd
-from pyvmm.threads import Thread
+from pyvmm.threads import Thread, prepare_narrow
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ class Sandbox:
             self.state = f"on in part: {os.strerror(-done)}"
         else:
             _check(done)
+        prepare_narrow()
         _watch(event, stopped)
 
     def hold(self, held: bool) -> None:

@@ -1,15 +1,22 @@
-"""``Thread``, whose name the system shows; and how a thread reports a bug and goes on."""
+"""``Thread``, whose name the system shows; how a thread reports a bug and goes on; and what threads
+that may hardly do anything, those of vCPUs in a confined process, have another thread do for them.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
+from _queue import SimpleQueue  # as `queue` has it, which takes longer to import
 
 from pyvmm._ext import lib
+from pyvmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeVar
+
+    Value = TypeVar("Value")
 
 
 class Thread(threading.Thread):
@@ -27,6 +34,9 @@ class Thread(threading.Thread):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._failed = failed
+
+    def start(self) -> None:
+        aside(super().start)
 
     def run(self) -> None:
         lib.pv_thread_name(self.name.encode())
@@ -47,3 +57,63 @@ def report_bug(error: BaseException) -> None:
     """
     args = (type(error), error, error.__traceback__, threading.current_thread())
     threading.excepthook(threading.ExceptHookArgs(args))
+
+
+# --- narrow threads -------------------------------------------------------------------------------
+
+_here = threading.local()
+#: Jobs for the thread that works for narrow threads; None would end it.
+_jobs: SimpleQueue[Callable[[], None] | None] | None = None
+
+
+def prepare_narrow() -> None:
+    """Start the thread that works for narrow threads, which is confined no further than this one. A
+    second call does nothing.
+    """
+    global _jobs
+    if _jobs is None:
+        jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+
+        def work() -> None:
+            while (job := jobs.get()) is not None:
+                job()
+
+        Thread(target=work, name="aside", daemon=True).start()
+        _jobs = jobs
+
+
+def narrow() -> None:
+    """Make the calling thread narrow, for good, if its process is confined: it may make the system
+    calls of a vCPU's thread only (cext/confine.c), and asks ``aside`` for others.
+
+    :raises HostError: the kernel refuses.
+    """
+    done = lib.pv_confine_vcpu()
+    if done < 0:
+        raise HostError(f"a vCPU's thread cannot be confined: {os.strerror(-done)}")
+    _here.narrow = done > 0
+
+
+def aside(job: Callable[[], Value]) -> Value:
+    """Do a job that takes files or threads, and no lock that the calling thread may hold: at once,
+    or for a narrow thread in the thread that works for it. Returns its value, or raises its error.
+    """
+    if _jobs is None or not getattr(_here, "narrow", False):
+        return job()
+    values: list[Value] = []
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            values.append(job())
+        except BaseException as e:
+            errors.append(e)
+        finally:
+            done.set()
+
+    _jobs.put(work)
+    done.wait()
+    if errors:
+        raise errors[0]
+    return values[0]

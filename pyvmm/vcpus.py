@@ -24,7 +24,7 @@ from pyvmm.kvm.vcpu import (
     STOP_PIO,
 )
 from pyvmm.outcome import Outcome
-from pyvmm.threads import Thread
+from pyvmm.threads import Thread, narrow
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ class VcpuThreads:
         try:
             vcpu.thread_id = threading.get_native_id()
             vcpu.threads.add(vcpu.thread_id)
+            narrow()
             while not self._halted:
                 if self._paused:
                     self._park(vcpu)

@@ -20,6 +20,13 @@ def in_source(file: str, name: str) -> set[str]:
     return set(re.findall(r"SYS_(\w+)", block))
 
 
+def in_requests(file: str, name: str) -> set[str]:
+    """The requests (ioctl) of an array in a file of ``cext``."""
+    text = (ROOT / "cext" / file).read_text(encoding="utf-8")
+    block = text.split(f"static const uint32_t {name}[] = {{", 1)[1].split("};", 1)[0]
+    return set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", re.sub(r"/\*.*?\*/", "", block, flags=re.S)))
+
+
 def added() -> set[str]:
     """What ``pv_confine_thread`` adds to the list of each thread."""
     source = (ROOT / "cext/confine.c").read_text(encoding="utf-8")
@@ -39,6 +46,9 @@ def lists() -> dict[str, set[str]]:
     return {
         "machine": in_source("confine.c", "machine_calls"),
         "machine-refused": in_source("confine.c", "machine_refused"),
+        "vcpu": in_source("confine.c", "vcpu_calls"),
+        "vcpu-requests": in_requests("confine.c", "vcpu_ioctls"),
+        "vcpu-refused": in_source("confine.c", "vcpu_refused"),
         "worker": in_source("net_worker.c", "calls") | added(),
         "worker-ioctl": in_source("net_worker.c", "inject_calls"),
         "socket": in_source("socket_port.c", "calls") | added(),

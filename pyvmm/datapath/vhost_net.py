@@ -17,7 +17,7 @@ from pyvmm.fd import EventFd
 from pyvmm.hostnet.rtnetlink import PacketCount, Reopener
 from pyvmm.spec.virtio import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
 from pyvmm.spec.virtio_net import VIRTIO_NET_F_HASH_REPORT, VIRTIO_NET_F_MRG_RXBUF
-from pyvmm.threads import Thread
+from pyvmm.threads import Thread, aside
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -275,7 +275,8 @@ class VhostNet(OnUplink):
         """
         with self._lock:
             out = {**self._packets.read(), **self._totals}
-        out["worker_cpu_ns"] = sum(cpu_ns(d.worker) for d in self._devices if d.worker)
+        tids = [d.worker for d in self._devices if d.worker]
+        out["worker_cpu_ns"] = aside(lambda: sum(map(cpu_ns, tids))) if tids else 0
         return out
 
     def workers(self) -> list[dict[str, object]]:

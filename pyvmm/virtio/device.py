@@ -38,6 +38,7 @@ from pyvmm.spec.virtio_pci import (
     VIRTIO_PCI_QUEUE_ADDR_SHIFT,
     VIRTIO_PCI_VRING_ALIGN,
 )
+from pyvmm.threads import aside
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -563,11 +564,9 @@ class VirtioDevice:
         if isinstance(error, PyvmmError):
             self._add_fault(str(error))
             return
-        import traceback  # here: no machine should pay for it at its start
-
         self._add_fault(f"{what}: {type(error).__name__}: {error}")
         if len(self.tracebacks) < TRACEBACKS_MAX:
-            self.tracebacks.append("".join(traceback.format_exception(error)))
+            self.tracebacks.append(aside(lambda: _traceback(error)))  # it reads the sources
 
     def config_changed(self) -> None:
         """The configuration has changed: new generation, configuration interrupt (4.1.4.3.1). Any
@@ -806,3 +805,9 @@ class VirtioDevice:
         for q in self.queues:
             q.kick.close()
             q.call.close()
+
+
+def _traceback(error: Exception) -> str:
+    import traceback  # here: no machine should pay for it at its start
+
+    return "".join(traceback.format_exception(error))

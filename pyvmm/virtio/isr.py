@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyvmm._ext import ffi, lib
 from pyvmm.kvm.inject import Injection
+from pyvmm.threads import aside
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Isr:
         told = [(event, bit) for event, bit in events if not isinstance(event, Injection)]
         fds = [event.fileno() for event, _ in told]
         bits = [bit for _, bit in told]
-        if told and lib.pv_intx_start(self.c, self._name, fds, bits, len(told)):
+        if told and aside(lambda: lib.pv_intx_start(self.c, self._name, fds, bits, len(told))):
             self.errors += 1
             return
         self._driven = True

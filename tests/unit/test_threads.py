@@ -1,0 +1,56 @@
+"""What narrow threads, of vCPUs in a confined process, have another thread do for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from pyvmm import threads
+from pyvmm.threads import Thread, aside
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The thread of this test is narrow, but for the kernel."""
+    monkeypatch.setattr(threads, "_here", threading.local())
+    monkeypatch.setattr(threads, "_jobs", None)
+    threads.prepare_narrow()
+    assert threads._jobs is not None
+    monkeypatch.setattr(threads._here, "narrow", True, raising=False)
+    yield
+    threads._jobs.put(None)
+
+
+def test_a_thread_that_is_not_narrow_does_it_itself() -> None:
+    assert aside(threading.get_ident) == threading.get_ident()
+
+
+def test_a_narrow_thread_has_it_done(narrow: None) -> None:
+    """With its value or its error; and so threads start, which have the other one's rights."""
+    assert aside(threading.get_ident) != threading.get_ident()
+    assert aside(lambda: threading.current_thread().name) == "aside"
+    with pytest.raises(ZeroDivisionError):
+        aside(lambda: 1 // 0)
+    started = threading.Event()
+    thread = Thread(target=started.set, name="started")
+    thread.start()
+    thread.join(60)
+    assert started.is_set()
+
+
+def test_threads_of_no_machine_stay_as_they_are() -> None:
+    """Without a confined process, ``narrow`` does nothing."""
+
+    def run() -> None:
+        threads.narrow()
+        with open("/proc/thread-self/status") as f:  # a file, which a narrow thread may not open
+            said.append(next(line for line in f if line.startswith("Seccomp:")).split()[1])
+
+    said: list[str] = []
+    thread = Thread(target=run)
+    thread.start()
+    thread.join(60)
+    with open("/proc/thread-self/status") as f:
+        assert said == [next(line for line in f if line.startswith("Seccomp:")).split()[1]]
