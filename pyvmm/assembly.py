@@ -15,16 +15,11 @@ from pyvmm.boot.acpi import build as build_acpi
 from pyvmm.boot.acpi import waking_vector
 from pyvmm.boot.mptable import build as build_mptable
 from pyvmm.bus import Bus
-from pyvmm.card.nic import Nic
-from pyvmm.card.thread import CardThread
-from pyvmm.card.uplink import Uplink
 from pyvmm.devices.console import Console, Spotter, Stream
-from pyvmm.devices.guest_frames import command_bytes
 from pyvmm.devices.guest_port import GuestPage, GuestPort
 from pyvmm.devices.hotplug import PciHotplug
 from pyvmm.devices.legacy import Power, PvPanic
 from pyvmm.devices.rtc import Rtc
-from pyvmm.doctor import can_run_linux_locally
 from pyvmm.errors import KvmUnsuitable, UsageError
 from pyvmm.exits.accounts import MachineAccounts
 from pyvmm.host.limits import memory_note
@@ -56,6 +51,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from pyvmm.card.nic import Nic
     from pyvmm.card.peripheral import Peripheral
     from pyvmm.devices.guest_channel import Channel
     from pyvmm.devices.guest_input import GuestInput
@@ -142,7 +138,11 @@ class Description:
             raise UsageError("stdin without a command", "name the command that reads it")
         if isinstance(add, str):
             raise UsageError(f"add={add!r}", "give a list: add=[...]")
-        self.raw_command = command_bytes(command) if command is not None else None
+        self.raw_command: bytes | None = None
+        if command is not None:
+            from pyvmm.devices.guest_frames import command_bytes
+
+            self.raw_command = command_bytes(command)
         self.kernel, self.append, self.command = kernel, append, command
         several = [initrd] if isinstance(initrd, str | os.PathLike) else initrd or ()
         self.initrds = [os.fspath(path) for path in several]
@@ -312,6 +312,8 @@ class Parts:
         self.plugs.begin_devices(want.devices, self._make_device, ascending=want.disks)
         self._load()
         if self.is_linux():
+            from pyvmm.doctor import can_run_linux_locally
+
             good, reason = can_run_linux_locally()
             if not good:
                 raise KvmUnsuitable(
@@ -426,6 +428,9 @@ class Parts:
 
     def _make_net(self, index: int, net: Net, mac: bytes) -> tuple[Nic, ExitStack]:
         """Make a network card, which is not plugged in, and the stack that releases it."""
+        from pyvmm.card.nic import Nic
+        from pyvmm.card.thread import CardThread
+        from pyvmm.card.uplink import Uplink
         from pyvmm.virtio.net import NetDevice
 
         host, guest = net.host, net.guest

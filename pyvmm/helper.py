@@ -14,11 +14,10 @@ Without a helper, and before ``seal``, the same operations run in this process.
 
 from __future__ import annotations
 
-import importlib
+import _socket  # see ``hostnet.rights``
+import gc
 import os
 import select
-import signal
-import socket
 import sys
 import threading
 
@@ -31,6 +30,7 @@ from pyvmm.programs import module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable, Sequence
     from typing import Any, Protocol
 
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
         def wait(self, timeout: float | None = None) -> int: ...
         def poll(self) -> int | None: ...
         def kill(self) -> None: ...
+else:
+    import _signal as signal  # without enumerations, which take long to make
 
 
 #: The size of the longest message, in bytes: a traceback.
@@ -81,7 +83,7 @@ NEEDS = {
 }
 
 
-def answer(channel: socket.socket, body: Callable[[], Result]) -> int:
+def answer(channel: _socket.socket, body: Callable[[], Result]) -> int:
     """Run ``body`` and send its result, or its error, for ``heard``; returns an exit status. The
     descriptors stay open.
     """
@@ -129,10 +131,11 @@ class Helper(Closing):
     :ivar pid: of the process.
     """
 
-    def __init__(self, pid: int, channel: socket.socket) -> None:
+    def __init__(self, pid: int, channel: _socket.socket) -> None:
         self.pid, self._channel = pid, channel
         self._lock = threading.Lock()
         self.sealed = False
+        self._permitted: list[tuple[str, str]] = []
 
     def ask(self, words: Sequence[str], fds: Sequence[int] = ()) -> Result:
         """Have the helper do something. Any thread; takes as long as the operation.
@@ -151,6 +154,29 @@ class Helper(Closing):
         if not answered:
             raise HostError("pyvmm's helper has ended")
         return heard(answered, got, "pyvmm's helper")
+
+    def permit(self, operation: str, name: str) -> None:
+        """Allow an operation a name, from ``seal`` on."""
+        self._permitted.append((operation, name))
+
+    def seal(self) -> None:
+        """Allow nothing more.
+
+        :raises HostError: the helper has ended.
+        """
+        words = ["seal"]
+        room = MESSAGE_MAX - len(words[0])
+        # Together, because each answer costs two changes of process.
+        for pair in dict.fromkeys(self._permitted):
+            size = sum(len(os.fsencode(word)) + 1 for word in pair)
+            if size > room and len(words) > 1:
+                self.ask(["permit", *words[1:]])
+                del words[1:]
+                room = MESSAGE_MAX - len("permit")
+            words += pair
+            room -= size
+        self.ask(words)
+        self.sealed = True
 
     def owns(self, number: int) -> bool:
         """Whether the descriptor ``number`` is our end of the channel."""
@@ -190,8 +216,9 @@ def start() -> Helper:
     """
     global _current
     assert _current is None
+    gc.freeze()  # to look at what is here by now would part the pages that the two processes share
     try:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         pid = os.fork()
     except OSError as e:
         raise HostError(f"cannot start pyvmm's helper: {e.strerror}") from e
@@ -231,7 +258,7 @@ def permit(operation: str, *names: str) -> None:
     """
     if _current is not None and not _current.sealed:
         for name in names:
-            _current.ask(["permit", operation, name])
+            _current.permit(operation, name)
 
 
 def permit_start(module: str, *words: str) -> None:
@@ -246,8 +273,7 @@ def seal() -> None:
     only.
     """
     if _current is not None:
-        _current.ask(["seal"])
-        _current.sealed = True
+        _current.seal()
 
 
 def open_to_read(path: str) -> int:
@@ -360,7 +386,8 @@ def _operation(name: str) -> Operation:
 
 def _function(place: str) -> Any:
     where, _, name = place.partition(":")
-    return getattr(importlib.import_module(where), name)
+    __import__(where)
+    return getattr(sys.modules[where], name)
 
 
 class _Rules:
@@ -383,7 +410,7 @@ class _Rules:
             )
 
 
-def _serve(channel: socket.socket) -> None:
+def _serve(channel: _socket.socket) -> None:
     """The helper's life: do what is asked, until the VMM closes its end."""
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -421,10 +448,10 @@ def _do(rules: _Rules, parent: int, words: list[str], fds: list[int]) -> Result:
                 words_for = {"setting": f"a change of {rest[0]}", "packets": f"tap {rest[0]}"}
                 rules.check(kind, name, words_for.get(kind, ""))
         return _operation(operation)(rest)
-    if operation == "permit":
-        rules.permit(rest[0], rest[1])
-    elif operation == "seal":
-        rules.sealed = True
+    if operation in ("permit", "seal"):
+        for kind, name in zip(rest[::2], rest[1::2], strict=True):
+            rules.permit(kind, name)
+        rules.sealed = rules.sealed or operation == "seal"
     elif operation == "start":
         name, silent, numbers, *words = rest
         if name not in MODULES:

@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import os
+from _socket import AF_INET  # see ``hostnet.rights``
 from binascii import crc32
-from socket import AF_INET
 
 from pyvmm.errors import NetError, UsageError, did_you_mean
 from pyvmm.hostnet import TAP_MAX_MTU

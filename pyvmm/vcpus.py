@@ -12,7 +12,6 @@ import errno
 import os
 import threading
 
-from pyvmm.kvm.entry import entry_failure
 from pyvmm.kvm.vcpu import (
     EXIT_FAIL_ENTRY,
     EXIT_SHUTDOWN,
@@ -227,6 +226,8 @@ def abnormal(vcpu: Vcpu, stop: int) -> Outcome:
         info = " ".join(f"{c.info[i]:#x}" for i in range(c.info_count))
         detail = f"vCPU {vcpu.index}: exit {name}, detail {c.detail} {info}".rstrip()
         if c.reason == EXIT_FAIL_ENTRY and c.info_count:
+            from pyvmm.kvm.entry import entry_failure
+
             detail += f": {entry_failure(c.info[0])}"
     return Outcome("kvm-error", f"{detail}, rip {registers['rip']:#x}", registers)
 

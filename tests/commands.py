@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterator
 
 from pyvmm.cli import COMMANDS
-from pyvmm.cli.support.options import Parser
+from pyvmm.cli.support.parser import Parser
 from pyvmm.cli.support.settings import actions_of
 
 

@@ -114,7 +114,7 @@ class Box:
         }
         self.active = True
         self._looks = 0
-        self.server = Server(Claim(name), COMMANDS, self, {})
+        self.server = Server(Claim(name), lambda: COMMANDS, self, {})
 
     def add(self, name: str, mode: str, *queues: dict[str, Any]) -> None:
         """Plug in a card."""

@@ -8,7 +8,9 @@ package prints or exits.
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import os
 import sys
 
@@ -18,6 +20,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+    from types import ModuleType, SimpleNamespace
+    from typing import NoReturn
 
     from pyvmm.errors import UsageError
 
@@ -54,16 +58,21 @@ COMMANDS = {
     "completion": "print what makes bash, zsh or fish complete commands",
 }
 
+#: So many more objects than are freed are made before the garbage collector looks at them. What a
+#: start makes stays, and to look at it again and again takes as long as to load ten modules.
+YOUNG_OBJECTS = 20_000
 #: The errors of a write to a full or failing disk.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the ``pyvmm`` command; returns the exit status. Without ``argv`` the process
-    is the command's own: the command takes the process's arguments and SIGALRM.
+    is the command's own: the command takes the process's arguments and SIGALRM, and ends the
+    process (``_leave``).
     """
     if argv is not None:
         return guard(lambda: _main(argv))
+    gc.set_threshold(YOUNG_OBJECTS)
     try:
         from pyvmm.cli.support.swallowed import raise_again
         from pyvmm.fd import open_standard_descriptors
@@ -74,13 +83,34 @@ def main(argv: list[str] | None = None) -> int:
         raise_again()
     except KeyboardInterrupt:
         return 130
-    return guard(lambda: _main(sys.argv[1:]))
+    _leave(guard(lambda: _main(sys.argv[1:])))
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process as the interpreter does, but without taking itself to pieces first: to free
+    each object by itself takes as long as the start of Python, and the kernel frees all at once.
+    """
+    try:
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except KeyboardInterrupt:
+        status = status or 130
+    except OSError:
+        pass  # ``guard`` has told of what the command has printed
+    finally:
+        os._exit(status & 0xFF)
 
 
 def _main(args: list[str]) -> int:
-    import importlib
-
-    from pyvmm.cli.support.options import HELP, Parser
+    completing = "_ARGCOMPLETE" in os.environ
+    plain = None if completing else _plain(args)
+    if plain is not None:
+        return int(plain.run(plain))
+    from pyvmm.cli.support.options import HELP
+    from pyvmm.cli.support.parser import Parser
     from pyvmm.errors import UsageError
 
     parser = Parser(
@@ -97,7 +127,6 @@ def _main(args: list[str]) -> int:
         dest="config_file",
         help="the configuration file, before COMMAND; empty: none",
     )
-    completing = "_ARGCOMPLETE" in os.environ
     if completing:
         from pyvmm.cli.support.completion import complete, typed_words
 
@@ -110,7 +139,7 @@ def _main(args: list[str]) -> int:
         if chosen in COMMANDS and name != chosen:
             continue  # each parser takes a millisecond, and ten under emulation
         if name == chosen:
-            module = importlib.import_module(f"pyvmm.cli.{name.replace('-', '_')}")
+            module = _module(name)
             one = sub.add_parser(name, help=text, description=module.__doc__)
             module.add_arguments(one)
             one.set_defaults(run=module.run, known_options=list(one._option_string_actions))
@@ -138,6 +167,38 @@ def _main(args: list[str]) -> int:
         from pyvmm.cli.support.settings import blamed
 
         raise blamed(e, origins) from e
+
+
+def _module(command: str) -> ModuleType:
+    name = f"pyvmm.cli.{command.replace('-', '_')}"
+    __import__(name)
+    return sys.modules[name]
+
+
+def _plain(args: list[str]) -> SimpleNamespace | None:
+    """A command line as ``_run`` has it, read without argparse; None if argparse has to read it.
+
+    :raises UsageError: the configuration file is bad.
+    """
+    if not args or args[0] not in COMMANDS or args[0] == "config":
+        return None
+    from pyvmm.cli.support.plain import NotPlain, Plain
+
+    module, parser = _module(args[0]), Plain()
+    try:
+        module.add_arguments(parser)
+    except NotPlain:
+        return None
+    ns = parser.parse(args[1:])
+    if ns is None:
+        return None
+    from pyvmm.cli.support.settings import Settings
+
+    if Settings(COMMANDS).table:
+        return None
+    ns.command, ns.run, ns.argv = args[0], module.run, args
+    ns.config_file, ns.version = None, False
+    return ns
 
 
 def _config_file(args: list[str]) -> tuple[str | None, list[str]]:

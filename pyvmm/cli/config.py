@@ -56,7 +56,7 @@ def _all(settings: Settings) -> Iterator[tuple[str, object]]:
     """Name and value of all settings, each of which has been checked."""
     import importlib
 
-    from pyvmm.cli.support.options import Parser
+    from pyvmm.cli.support.parser import Parser
 
     for command, table in settings.table.items():
         parser = Parser(prog=f"pyvmm {command}")

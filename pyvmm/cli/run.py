@@ -335,7 +335,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose the host, then run the guest there."""
-    from pyvmm.cli.support.hostchoice import elsewhere
+    from pyvmm.cli.support.hostchoice import elsewhere, surely_here
 
     if args.trace_kernel and args.trace is None and args.explain is None:
         raise UsageError("--trace-kernel without --trace or --explain", "add one of them")
@@ -378,8 +378,6 @@ def run(args: argparse.Namespace) -> int:
     args.feed = use in ("commands", "input")
     if use == "commands":
         args.guest_command = ["sh"]
-    args.initrd = [_initrd(name) for name in args.initrd or ()]
-    _check(args)
     words = ["run", "--host", "local", *args.argv[args.argv.index("run") + 1 :]]
     vhost = any("vhost-net" in net for net in args.net or ())
     kept: Kept | None = None
@@ -390,6 +388,12 @@ def run(args: argparse.Namespace) -> int:
         return _socket_note(args, words)
 
     with ExitStack() as stack:
+        # What this process has loaded by now, it shares with the helper; to part costs time.
+        own = args.jail is not None or any("fd=" in net for net in args.net or ())
+        if not own and surely_here(args.host, vhost=vhost):
+            _start_helper(args, stack)
+        args.initrd = [_initrd(name) for name in args.initrd or ()]
+        _check(args)
         if any(map(_is_pipe, (args.kernel, *args.initrd))):
             from pyvmm.cli.support.pipes import Kept
 
@@ -432,10 +436,7 @@ def _here(
     from pyvmm.cli.support.signals import orderly
 
     with ExitStack() as stack:
-        if args.sandbox != "off":
-            from pyvmm import helper
-
-            stack.enter_context(helper.start())  # before there is a thread
+        _start_helper(args, stack)
         return orderly(lambda: _boot(args, outputs, claim))
 
 
@@ -521,6 +522,16 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
             return _here(args, outputs, claim)
 
         return outputs.status(run_in(args.jail, body, files=files, keep=keep))
+
+
+def _start_helper(args: argparse.Namespace, stack: ExitStack) -> None:
+    """Start the helper that a sandbox needs, unless it runs, before this process has a thread."""
+    if args.sandbox == "off":
+        return
+    from pyvmm import helper
+
+    if helper.current() is None:
+        stack.enter_context(helper.start())
 
 
 def _initrd(name: str) -> str:

@@ -35,7 +35,8 @@ import argparse
 import os
 import sys
 
-from pyvmm.cli.support.options import Parser, count, seconds
+from pyvmm.cli.support.options import count, seconds
+from pyvmm.cli.support.parser import Parser
 from pyvmm.cli.support.results import add_json, print_json
 from pyvmm.errors import UsageError, did_you_mean
 

@@ -6,9 +6,11 @@ from pyvmm import __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pyvmm.control.commands import Controlled
     from pyvmm.control.registry import Claim
-    from pyvmm.control.server import Server
+    from pyvmm.control.server import Command, Server
 
 
 def serve(machine: Controlled, claim: Claim) -> Server:
@@ -17,8 +19,13 @@ def serve(machine: Controlled, claim: Claim) -> Server:
     :param claim: the machine's name; the server closes it.
     :raises UsageError: no socket can be made at the claim's path.
     """
-    from pyvmm.control.commands import COMMANDS, version
-    from pyvmm.control.server import Server
+    from pyvmm.control.server import Server, version
 
     claim.listen()
-    return Server(claim, COMMANDS, machine, {"version": version(__version__), "capabilities": []})
+    return Server(claim, _commands, machine, {"version": version(__version__), "capabilities": []})
+
+
+def _commands() -> Mapping[str, Command]:
+    from pyvmm.control.commands import COMMANDS
+
+    return COMMANDS

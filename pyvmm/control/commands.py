@@ -11,7 +11,7 @@ import time
 from functools import partial
 
 from pyvmm import __version__
-from pyvmm.control.server import Command, QmpError, TakingCommand, WaitingCommand
+from pyvmm.control.server import Command, QmpError, TakingCommand, WaitingCommand, version
 from pyvmm.errors import PyvmmError
 
 TYPE_CHECKING = False
@@ -67,12 +67,6 @@ if TYPE_CHECKING:
 
 
 RINGS_MAX = 256  # x-pyvmm-rings follows at most so many chains of a queue
-
-
-def version(own: str) -> dict[str, object]:
-    """VersionInfo, with our own version in the place of QEMU's."""
-    major, minor, micro = (int(part) for part in own.split(".")[:3])
-    return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": f"pyvmm-{own}"}
 
 
 def _vcpu_path(index: int) -> str:

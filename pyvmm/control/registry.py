@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import os
 import time
+from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket  # see ``rights``
 from fcntl import LOCK_EX, LOCK_NB, flock
-from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket
 
 from pyvmm.errors import HostError, MachineMissing, UsageError, did_you_mean
 from pyvmm.host.paths import private, runtime_dir

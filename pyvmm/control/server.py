@@ -8,8 +8,8 @@ events: they are queued with their time and written by the server's thread, so a
 for a client. The queue is bounded and drops its oldest event. A client that does not read loses its
 connection when ``OUTPUT_MAX`` bytes wait for it; it never delays other clients.
 
-The module knows the protocol and no command. JSON is imported when the first client comes, so that
-``pyvmm run`` starts without it.
+The module knows the protocol and no command. JSON and the commands are imported when the first
+client comes, so that ``pyvmm run`` starts without them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from __future__ import annotations
 import select
 import threading
 import time
+from _socket import MSG_NOSIGNAL  # see ``hostnet.rights``
 from collections import deque
-from socket import MSG_NOSIGNAL, socket
 
 from pyvmm.control.registry import Claim
 from pyvmm.errors import PyvmmError
@@ -28,6 +28,7 @@ from pyvmm.threads import Thread, report_bug
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from socket import socket
     from typing import Any
 
     from pyvmm.control.framer import Framer
@@ -52,6 +53,12 @@ TYPES: dict[str, tuple[type, str]] = {
     "list": (list, "array"),
     "dict": (dict, "object"),
 }
+
+
+def version(own: str) -> dict[str, object]:
+    """VersionInfo, with our own version in the place of QEMU's."""
+    major, minor, micro = (int(part) for part in own.split(".")[:3])
+    return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": f"pyvmm-{own}"}
 
 
 class QmpError(Exception):
@@ -133,23 +140,21 @@ class Client:
 class Server:
     """Serves the socket of ``claim``, and closes it.
 
-    :param commands: by name. :param machine: the commands' first argument. :param greeting: the
-        member ``QMP`` of the greeting.
+    :param commands: gives the commands by name; called when the first client comes.
+    :param machine: the commands' first argument. :param greeting: the member ``QMP`` of the
+        greeting.
     """
 
     def __init__(
         self,
         claim: Claim,
-        commands: Mapping[str, Command],
+        commands: Callable[[], Mapping[str, Command]],
         machine: object,
         greeting: dict[str, object],
     ) -> None:
-        self._claim, self._commands, self._machine, self._greeting = (
-            claim,
-            commands,
-            machine,
-            greeting,
-        )
+        self._claim, self._machine, self._greeting = claim, machine, greeting
+        self._book = commands
+        self._commands: Mapping[str, Command] = {}
         self._clients: dict[int, Client] = {}
         self._events: deque[tuple[int, str, dict[str, object] | None]] = deque(maxlen=EVENTS_MAX)
         self._lost = 0  # events that were dropped, and that clients have not been told of
@@ -282,11 +287,13 @@ class Server:
 
     def _accept(self) -> None:
         import json  # noqa: F401 - here at the latest: once, not in the middle of the first command
+        from socket import socket
 
         from pyvmm.control.framer import Framer
 
+        self._command("")
         try:
-            sock, _ = self._listener.accept()
+            sock = socket(fileno=self._listener._accept()[0])  # type: ignore[attr-defined]
         except BlockingIOError:
             return
         except OSError:  # usually no descriptor is left: poll would report the client for ever
@@ -302,6 +309,10 @@ class Server:
             self._send(client, _error(QmpError(f"{CLIENTS} clients are connected already")))
         else:
             self._send(client, {"QMP": self._greeting})
+
+    def _command(self, name: str) -> Command | None:
+        self._commands = self._commands or self._book()
+        return self._commands.get(name)
 
     def _hand_over(self, client: Client, taker: Callable[[socket], None]) -> None:
         """Give the connection away: from now on it has nothing to do with the protocol."""
@@ -434,7 +445,7 @@ class Server:
             raise QmpError(
                 "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
             )
-        command = self._commands.get(name)
+        command = self._command(name)
         if command is None:
             raise QmpError(f"The command {name} has not been found", "CommandNotFound")
         command.check(arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from socket import AF_INET, AF_INET6, inet_pton
+from _socket import AF_INET, AF_INET6, inet_pton  # see ``rights``
 
 from pyvmm.errors import UsageError
 

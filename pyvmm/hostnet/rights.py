@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+# The module socket takes longer to load than this one and all that it serves at a start.
+import _socket
 import array
 import os
-import socket
 
 from pyvmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import _socket
     from collections.abc import Sequence
 
 #: The kernel takes at most so many descriptors per message (SCM_MAX_FD in include/net/scm.h).
 FDS_MAX = 253
-RIGHTS = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+RIGHTS = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS)
 
 
 class RightsLost(HostError):
@@ -46,7 +46,7 @@ def recv_fds(sock: _socket.socket, size: int, most: int) -> tuple[bytes, list[in
     :raises OSError: from recvmsg(2).
     """
     data, control, flags, _ = sock.recvmsg(
-        size, socket.CMSG_SPACE(4 * most), socket.MSG_CMSG_CLOEXEC
+        size, _socket.CMSG_SPACE(4 * most), _socket.MSG_CMSG_CLOEXEC
     )
     fds = array.array("i")
     for level, kind, payload in control:
@@ -54,9 +54,9 @@ def recv_fds(sock: _socket.socket, size: int, most: int) -> tuple[bytes, list[in
             # The kernel may cut a control message off in the middle of a descriptor's number.
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     # CMSG_SPACE rounds up to 8 bytes, so that there may be room for most + 1.
-    if len(fds) > most or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+    if len(fds) > most or flags & (_socket.MSG_CTRUNC | _socket.MSG_TRUNC):
         close_all(fds)
-        if flags & socket.MSG_TRUNC:
+        if flags & _socket.MSG_TRUNC:
             raise RightsLost(f"a message of more than {size} bytes was cut off")
         raise RightsLost(
             f"a message with more than {most} descriptors, or more than this process may open",

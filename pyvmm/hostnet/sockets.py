@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import stat
-from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket
+from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket  # see ``rights``
+from contextlib import closing
 
 from pyvmm import helper
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    import _socket
 
 #: The most bytes of a socket's path: sun_path of unix(7) less the final zero.
 PATH_MAX = 107
 #: Identifies a file: device and inode.
 Identity = tuple[int, int]
+
+
+def _stream() -> socket:
+    return socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK)
 
 
 def is_abandoned(path: str) -> bool:
@@ -25,7 +26,7 @@ def is_abandoned(path: str) -> bool:
             return False
     except OSError:
         return False
-    with socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK) as probe:
+    with closing(_stream()) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
@@ -35,7 +36,7 @@ def is_abandoned(path: str) -> bool:
     return False
 
 
-def bind(sock: _socket.socket, path: str) -> Identity:
+def bind(sock: socket, path: str) -> Identity:
     """Bind ``sock`` to ``path``; an abandoned socket at ``path`` is replaced.
 
     :returns: the new file's identity, for ``remove``.
@@ -96,7 +97,7 @@ def connect_once(words: list[str]) -> tuple[list[str], list[int]]:
     :raises OSError: from connect(2); EAGAIN if that socket's queue is full; EMFILE or ENFILE if
         there is no descriptor.
     """
-    with socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK) as sock:
+    with closing(_stream()) as sock:
         sock.connect(words[0])
         return [], [sock.detach()]
 
@@ -111,7 +112,7 @@ def listen_at(words: list[str]) -> tuple[list[str], list[int]]:
     :raises OSError: there can be no socket at the path.
     """
     path, anybody, backlog = words
-    with socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK) as sock:
+    with closing(_stream()) as sock:
         os.fchmod(sock.fileno(), 0o600)  # bind(2) gives the file this mode
         identity = bind(sock, path)
         if anybody:

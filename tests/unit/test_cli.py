@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,8 @@ import pytest
 
 from pyvmm import cli, errors
 from pyvmm.cli import guard
-from pyvmm.cli.support.options import Parser
+from pyvmm.cli.support.parser import Parser
+from pyvmm.cli.support.plain import NotPlain, Plain
 from pyvmm.errors import PyvmmError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,6 +128,75 @@ def test_an_argument_that_may_be_missing_stands_behind_an_option(
     parser = Parser()
     module.add_arguments(parser)
     assert vars(parser.parse_args(args))[name] == wanted
+
+
+PLAIN = (
+    "run",
+    "run -- uname -a",
+    "run -- sh -c 'a b' -- -x --",
+    "run --",
+    "run --cpus 2 --memory 512M --net none -v -- x",
+    "run --cpus=2 --append= --append=--x --host local --exits",
+    "run --net emulated,mtu=9000 --net=none --initrd a --initrd b --timeout 5 -- x",
+    "run --detach --name vm0 -- x",
+    "run --detach=log --name vm0 --on-reboot restart -- x",
+    "run --detach log -- x",
+    "run --fail-on oops --budget notify==0 --cpu host,-x2apic --trace-events 4096",
+    "ps --json",
+    "ps",
+    "doctor",
+)
+NOT_PLAIN = (
+    "compare --cpus 2 --repeat 3 --seconds 2 --json x",
+    "backend --socket s --loopback --poll 20 --queues 2",
+    "run uname",
+    "run --host local uname -a",
+    "run --cpus two",
+    "run --cpus",
+    "run --cpus -2",
+    "run --host=moon",
+    "run --on-reboot dance",
+    "run --exits=yes",
+    "run --frobnicate 1 -- x",
+    "run --cp 2",
+    "run -h",
+    "run --json -",
+    "stop vm0",
+    "nic add vm0 --id net3 vhost-net",
+    "testbed up",
+)
+
+
+@pytest.mark.parametrize("line", [*PLAIN, *NOT_PLAIN])
+def test_plain_lines_mean_what_argparse_takes_them_for(line: str) -> None:
+    command, *words = shlex.split(line)
+    module = importlib.import_module(f"pyvmm.cli.{command}")
+    plain, parser = Plain(), Parser()
+    try:
+        module.add_arguments(plain)
+    except NotPlain:
+        assert line in NOT_PLAIN
+        return
+    read = plain.parse(words)
+    assert (read is not None) == (line in PLAIN)
+    if read is not None:
+        module.add_arguments(parser)
+        taken, rest = parser.parse_known_args(words)
+        assert vars(read) == vars(taken) and not rest
+
+
+def test_defaults_are_not_shared() -> None:
+    plain = Plain()
+    importlib.import_module("pyvmm.cli.run").add_arguments(plain)
+    once = plain.parse(["--add", "a", "--share", "b"])
+    again = plain.parse(["--add", "c"])
+    assert once is not None and again is not None
+    assert (once.add, once.share, again.add, again.share) == (["a"], ["b"], ["c"], [])
+
+
+def test_a_known_line_needs_no_argparse() -> None:
+    line = ["run", "--host", "local", "--net", "none", "--kernel", "/nonexistent", "--", "x"]
+    assert not loaded(CALL.format(argv=line)) & {"argparse", "re", "enum", "socket", "signal"}
 
 
 def test_32_cards_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,9 +346,10 @@ CALL = "from pyvmm.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass
 def test_help_loads_neither_the_extension_nor_anything_heavy() -> None:
     modules = loaded(CALL.format(argv=["run", "--help"]))
     ours = {m for m in modules if m.startswith("pyvmm")}
-    support = {f"pyvmm.cli.support{name}" for name in ("", ".options", ".helptext")}
-    cli = {"pyvmm.cli", "pyvmm.cli.run", *support}
-    assert ours == {"pyvmm", "pyvmm.errors", *cli}
+    cli = {"pyvmm.cli", "pyvmm.cli.run", "pyvmm.cli.support"}
+    names = ("options", "parser", "plain", "helptext")
+    support = {f"pyvmm.cli.support.{name}" for name in names}
+    assert ours == {"pyvmm", "pyvmm.errors", *cli, *support}
     assert not modules & (HEAVY | {"_cffi_backend", "threading", "signal"})
 
 

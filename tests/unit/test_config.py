@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pyvmm import cli
-from pyvmm.cli.support.options import Parser
+from pyvmm.cli.support.parser import Parser
 from pyvmm.cli.support.settings import Settings, applied
 from pyvmm.errors import UsageError
 

@@ -30,7 +30,7 @@ class Fake:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[Any, Any]]] = []
         self.rings: dict[str, Any] = {}
-        self.server = Server(Claim("box"), COMMANDS, self, {})
+        self.server = Server(Claim("box"), lambda: COMMANDS, self, {})
 
 
 def note(name: str, event: str = "") -> Callable[..., Any]:

@@ -392,7 +392,7 @@ class Machine:
 def box(init: Init, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Init]:
     """A machine named box, whose guest is played here."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    server = Server(Claim("box"), COMMANDS, Machine(init), {})
+    server = Server(Claim("box"), lambda: COMMANDS, Machine(init), {})
     assert init.name()
     yield init
     server.close()
@@ -542,7 +542,7 @@ def test_a_program_beside_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         {"name": "net1", "enter": ["/usr/bin/env", "WHERE=inside"]},
     ]
     about = Command(lambda machine, given: {"nets": cards}, "about the machine")
-    server = Server(Claim("box"), {"x-pyvmm-machine": about}, Machine(None), {})
+    server = Server(Claim("box"), lambda: {"x-pyvmm-machine": about}, Machine(None), {})
     try:
         inside = pyvmm("--net", "box", "--", "sh", "-c", "echo $WHERE; exit 3")
         assert inside.communicate(timeout=PATIENCE) == (b"inside\n", b"")

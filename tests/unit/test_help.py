@@ -11,7 +11,7 @@ import pytest
 
 from pyvmm import cli
 from pyvmm.cli.support import helptext, options
-from pyvmm.cli.support.options import Brief
+from pyvmm.cli.support.parser import Brief
 from tests.commands import parsers
 
 PARSERS = dict(parsers())

@@ -92,6 +92,7 @@ def test_only_known_operations_and_modules(made: helper.Helper) -> None:
     with pytest.raises(UsageError, match="a back-end of pyvmm's: the sandbox has only what"):
         made.ask(["start", helper.BACKEND, "0", ""])
     helper.permit_start(helper.BACKEND)
+    helper.seal()
     with pytest.raises(HostError, match="descriptors for"):
         made.ask(["start", helper.BACKEND, "0", "2"])
 

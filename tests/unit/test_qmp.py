@@ -102,7 +102,7 @@ def fake() -> Fake:
 @pytest.fixture
 def srv(runtime: Path, fake: Fake) -> Iterator[Server]:
     before = len(os.listdir("/proc/self/fd"))
-    s = Server(Claim(), COMMANDS, fake, {"version": {}, "capabilities": []})
+    s = Server(Claim(), lambda: COMMANDS, fake, {"version": {}, "capabilities": []})
     yield s
     fake.leave.set()
     s.close()
@@ -593,7 +593,7 @@ def test_emitting_never_waits_and_is_bounded(srv: Server, fake: Fake) -> None:
 
 
 def test_the_last_events_arrive_before_the_end(runtime: Path, fake: Fake) -> None:
-    s = Server(Claim(), COMMANDS, fake, {})
+    s = Server(Claim(), lambda: COMMANDS, fake, {})
     with Raw(s) as c, Raw(s) as deaf:
         deaf.sock.sendall(b'{"execute":"large","arguments":{"size":3000000}}')
         s.emit("SHUTDOWN", {"guest": False})

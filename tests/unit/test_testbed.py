@@ -820,7 +820,7 @@ def test_check_compares_with_what_runs(home: Path, monkeypatch: pytest.MonkeyPat
 
 def command_line(*argv: str) -> int:
     from pyvmm.cli import testbed as cli
-    from pyvmm.cli.support.options import Parser
+    from pyvmm.cli.support.parser import Parser
 
     parser = Parser()
     cli.add_arguments(parser)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pyvmm import cli
-from pyvmm.cli.support.options import Parser
+from pyvmm.cli.support.parser import Parser
 
 
 @dataclass(frozen=True)

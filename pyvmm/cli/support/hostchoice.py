@@ -17,6 +17,13 @@ VHOST_NET = "/dev/vhost-net"
 VDPA_KERNEL, VDPA_MODULES = "6.12", "vhost_vdpa vduse"
 
 
+def surely_here(host: str, *, vhost: bool) -> bool:
+    """Whether the guest runs on this machine, whatever its kernel is: then ``elsewhere``, whose
+    parameters these are, gives None.
+    """
+    return _is_here(host) or (host == "auto" and not _why_not_here(None, vhost))
+
+
 def elsewhere(
     host: str,
     kernel: str | None,
@@ -42,24 +49,16 @@ def elsewhere(
     :param lasting: the machine is to be found by other commands, for which the testbed must be up.
     :returns: the exit status from the testbed, or None to go on here.
     """
-    if host == "local" or (host != "auto" and "PYVMM_IN_TESTBED" in os.environ):
-        return None  # this is the place
-    from pyvmm.programs import module
-    from pyvmm.testbed.testbed import Testbed
-
+    if _is_here(host):
+        return None
     if host.startswith(SSH):
         return _by_ssh(host, argv, results, note, lasting)
-    if host == "auto":
-        from pyvmm.boot import is_linux
-        from pyvmm.doctor import can_run_linux_locally
+    reason = _why_not_here(kernel, vhost) if host == "auto" else ""
+    if host == "auto" and not reason:
+        return None
+    from pyvmm.programs import module
+    from pyvmm.testbed.testbed import Testbed  # below: a guest that runs here does not wait for it
 
-        good, reason = can_run_linux_locally()
-        good = good or (kernel is not None and not is_linux(kernel))
-        if good and vhost and not os.access(VHOST_NET, os.R_OK | os.W_OK):
-            reason = f"{VHOST_NET} is missing or forbidden"
-            good = not Testbed().is_set_up()  # then the machine's own error says what to do
-        if good:
-            return None
     testbed = Testbed(
         kernel=VDPA_KERNEL if vdpa else None,
         writable=writable,
@@ -80,6 +79,30 @@ def elsewhere(
     if vdpa:  # nothing but us would load the modules there
         command = ["sh", "-c", f'modprobe -a {VDPA_MODULES}; exec "$@"', "sh", *command]
     return testbed.run_attached(command)
+
+
+def _is_here(host: str) -> bool:
+    return host == "local" or (host != "auto" and "PYVMM_IN_TESTBED" in os.environ)
+
+
+def _why_not_here(kernel: str | None, vhost: bool) -> str:
+    """Why this machine cannot run the guest; empty if it can. The parameters are those of
+    ``elsewhere``.
+    """
+    from pyvmm.doctor import can_run_linux_locally
+
+    good, reason = can_run_linux_locally()
+    if not good:
+        from pyvmm.boot import is_linux
+
+        if kernel is None or is_linux(kernel):
+            return reason
+    if vhost and not os.access(VHOST_NET, os.R_OK | os.W_OK):
+        from pyvmm.testbed.testbed import Testbed
+
+        if Testbed().is_set_up():  # else the machine's own error says what to do
+            return f"{VHOST_NET} is missing or forbidden"
+    return ""
 
 
 def _tell(note: Callable[[], str] | None) -> None:

@@ -17,7 +17,6 @@ not searched, because its owner may be anybody.
 
 from __future__ import annotations
 
-import argparse
 import os
 import stat
 
@@ -25,6 +24,7 @@ from pyvmm.errors import UsageError, did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Mapping
     from typing import Any
 
@@ -104,6 +104,8 @@ class Settings:
 
 def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """The actions of a command, such as ``build`` of ``image``."""
+    import argparse  # here: without a file, and with usual words, nothing needs argparse
+
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
@@ -120,6 +122,8 @@ def _names(word: str, action: argparse.Action) -> bool:
 
 def _option(action: argparse.Action, option: str, value: Any, name: str) -> Iterator[str]:
     """The words for one setting."""
+    import argparse
+
     if action.nargs == 0 or (action.nargs == "?" and isinstance(value, bool)):
         if not isinstance(value, bool):
             raise UsageError(f"{name}: {value!r} is no boolean", "use true or false")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
 import threading
 import time
@@ -15,7 +14,10 @@ from pyvmm.cli.support.lastwords import ORDERLY_SECONDS, LastWords
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable
+else:
+    import _signal as signal  # without enumerations, which take long to make
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NAG_SECONDS = 0.05

@@ -7,12 +7,14 @@ callback of a weak reference, the interpreter prints the handler's exception and
 
 from __future__ import annotations
 
-import signal
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from types import FrameType
+else:
+    import _signal as signal  # without enumerations, which take long to make
 
 #: Seconds until the exception is raised again. Should a finalizer run then, the exception is
 #: swallowed and raised once more.

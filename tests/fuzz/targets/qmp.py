@@ -46,7 +46,7 @@ def make(argument: str) -> Callable[[bytes], None]:
     os.environ["XDG_RUNTIME_DIR"] = directory
     fake = Fake()
     commands = {name: COMMANDS[name] for name in USED} | {"ignore": Command(ignore, "")}
-    server = Server(Claim(), commands, fake, {"version": {}, "capabilities": []})
+    server = Server(Claim(), lambda: commands, fake, {"version": {}, "capabilities": []})
 
     def one(data: bytes) -> None:
         d = Data(data)

@@ -1,0 +1,43 @@
+"""What a start costs: the modules that a bare guest needs, and no others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Each module takes about 0.2 ms natively, and twenty times as long in the testbed: to be loaded,
+#: and to be freed again. Whoever adds one says by this list that a bare guest cannot do without it.
+MODULES = """
+    assembly boot boot.acpi boot.aml boot.elf boot.image boot.mptable boot.params bus card
+    card.cards cli cli.run cli.support cli.support.hostchoice cli.support.lastwords
+    cli.support.options cli.support.outputs cli.support.plain cli.support.settings
+    cli.support.signals cli.support.swallowed cli.support.terminal control control.events
+    control.registry control.server devices devices.console devices.guest_port devices.hotplug
+    devices.legacy devices.rtc errors exits exits.accounts exits.snapshot fd helper host host.paths
+    hostnet hostnet.addresses hostnet.rights hostnet.sockets kvm kvm.cpuid kvm.stats kvm.vcpu kvm.vm
+    machine memory netopt outcome panics pci plugs programs sandbox spec spec.acpi spec.ethernet
+    spec.linux_boot spec.pci spec.platform threads vcpus _ext
+"""
+#: Of the standard library, these take longest, and others that they need.
+SLOW = {"argparse", "dataclasses", "enum", "gettext", "inspect", "json", "pathlib", "re"}
+SLOW |= {"selectors", "signal", "socket", "subprocess", "tempfile", "typing", "weakref"}
+
+
+def test_a_bare_guest_loads_what_it_needs(guest: Callable[[str], str]) -> None:
+    argv = [sys.executable, "-X", "importtime", "-m", "pyvmm"]
+    argv += ["run", "--host", "local", "--net", "none", "--memory", "16M"]
+    argv += ["--kernel", guest("hello"), "--append", "status=7"]
+    done = subprocess.run(argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 7 and "hello, stdout" in done.stdout, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    modules = {line.rpartition("|")[2].strip() for line in lines}
+    ours = {module for module in modules if module.startswith("pyvmm.")}
+    assert ours <= {f"pyvmm.{module}" for module in MODULES.split()}
+    # What Python itself loads at its start, such as a hook of the distribution's, is not ours.
+    bare = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "pass"], capture_output=True, text=True
+    )
+    assert not {module for module in modules & SLOW if f" {module}\n" not in bare.stderr}
