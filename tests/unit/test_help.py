@@ -11,6 +11,7 @@ import pytest
 
 from pyvmm import cli
 from pyvmm.cli.support import helptext, options
+from pyvmm.cli.support import parser as parser_module
 from pyvmm.cli.support.parser import Brief
 from tests.commands import parsers
 
@@ -21,9 +22,9 @@ PARSERS = dict(parsers())
 def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A terminal of this width, of which the parsers have not heard yet."""
     monkeypatch.setenv("COLUMNS", str(request.param))
-    monkeypatch.setattr(options, "_columns", 0)
+    monkeypatch.setattr(parser_module, "_columns", 0)
     yield request.param
-    monkeypatch.setattr(options, "_columns", 0)
+    monkeypatch.setattr(parser_module, "_columns", 0)
 
 
 def too_wide(text: str, columns: int) -> list[str]:
