@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -78,7 +79,7 @@ struct pv_slirp {
 	struct library lib;
 	void *handle;
 	void *slirp;
-	int fd;
+	int fd, tap;
 	bool gone;	    /* the card has closed its end */
 	bool moved;	    /* a frame, in this round */
 	struct pollfd *fds; /* the card's first */
@@ -95,9 +96,9 @@ static ssize_t send_packet(const void *frame, size_t len, void *opaque)
 	ssize_t sent;
 
 	do
-		sent = sendmsg(s->fd, &msg, MSG_NOSIGNAL);
+		sent = s->tap < 0 ? sendmsg(s->fd, &msg, MSG_NOSIGNAL) : writev(s->tap, iov, 2);
 	while (sent < 0 && errno == EINTR);
-	if (sent < 0)
+	if (sent < 0 && s->tap < 0) /* a tap that is down drops frames */
 		s->gone = true;
 	s->moved = true;
 	return sent < 0 ? -1 : (ssize_t)len;
@@ -248,6 +249,7 @@ struct pv_slirp *pv_slirp_new(const struct pv_slirp_config *config, char *why, s
 		snprintf(why, size, "%s", error ? error : LIBRARY " is too old");
 	} else {
 		s->fd = config->fd;
+		s->tap = config->tap;
 		s->room = 64;
 		s->slirp = s->lib.new(&c, &callbacks, s);
 		if (s->slirp)
@@ -278,11 +280,24 @@ int pv_slirp_forward(struct pv_slirp *s, const struct pv_slirp_forward *forward)
 	return 0;
 }
 
+/**
+ * pv_slirp_input() - Hand over a frame, as if it came from the card
+ * @s:		The stack
+ * @frame:	An Ethernet frame
+ * @len:	Its bytes
+ */
+void pv_slirp_input(struct pv_slirp *s, const uint8_t *frame, int len)
+{
+	s->lib.input(s->slirp, frame, len);
+}
+
 /* Hand over the frames that the card has sent, a burst of them at most. */
 static void take_frames(struct pv_slirp *s)
 {
 	for (int i = 0; i < BURST && !s->gone; i++) {
-		ssize_t len = recv(s->fd, s->frame, sizeof(s->frame), MSG_DONTWAIT | MSG_TRUNC);
+		int flags = MSG_DONTWAIT | MSG_TRUNC;
+		ssize_t len = s->tap < 0 ? recv(s->fd, s->frame, sizeof(s->frame), flags)
+					 : read(s->tap, s->frame, sizeof(s->frame));
 
 		if (len < 0 && (errno == EAGAIN || errno == EINTR))
 			return;
@@ -313,6 +328,10 @@ int pv_slirp_serve(struct pv_slirp *s)
 
 		s->fds[0] = (struct pollfd){.fd = s->fd, .events = POLLIN};
 		s->count = 1;
+		if (s->tap >= 0) {
+			s->fds[0].fd = s->tap;
+			s->fds[s->count++] = (struct pollfd){.fd = s->fd}; /* for its POLLHUP */
+		}
 		s->lib.pollfds_fill(s->slirp, &timeout, add_poll, s);
 		/* A frame may free others that wait in the stack, which the next round sends. */
 		if (s->moved)
@@ -324,6 +343,8 @@ int pv_slirp_serve(struct pv_slirp *s)
 		s->lib.pollfds_poll(s->slirp, ready < 0, get_revents, s);
 		if (ready > 0 && s->fds[0].revents)
 			take_frames(s);
+		if (ready > 0 && s->tap >= 0 && s->fds[1].revents)
+			s->gone = true;
 		/* Without descriptors, the stack cannot take the connection that wakes it up. */
 		idle = ready > 0 && !s->moved ? idle + 1 : 0;
 		if (idle > IDLE_MAX)

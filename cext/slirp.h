@@ -12,6 +12,9 @@
  * virtio-net header of 12 bytes, which is empty: the stack has no offloads. To a card that does not
  * take its frames, the stack sends nothing more, and reads nothing more from the host: the socket
  * between them is full. The worker at the other end never waits, so neither end waits for ever.
+ *
+ * A tap may have the place of the socket: its frames follow the same header, and it never fills up,
+ * because the kernel drops what is too much. Then the socket only tells of the card's end.
  */
 #ifndef PV_SLIRP_H
 #define PV_SLIRP_H
@@ -23,7 +26,8 @@
 /* cffi: begin */
 /* Addresses are IPv4, in network byte order. */
 struct pv_slirp_config {
-	int fd; /* of the card, SOCK_SEQPACKET, lent */
+	int fd;	 /* of the card, SOCK_SEQPACKET, lent */
+	int tap; /* has the frames instead, and fd none; lent. -1: there is none */
 	uint32_t network;
 	uint32_t netmask;
 	uint32_t host; /* the gateway */
@@ -43,6 +47,7 @@ struct pv_slirp;
 
 struct pv_slirp *pv_slirp_new(const struct pv_slirp_config *config, char *why, size_t size);
 int pv_slirp_forward(struct pv_slirp *s, const struct pv_slirp_forward *forward);
+void pv_slirp_input(struct pv_slirp *s, const uint8_t *frame, int len);
 int pv_slirp_serve(struct pv_slirp *s);
 /* cffi: end */
 

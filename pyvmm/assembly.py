@@ -704,18 +704,18 @@ def extra_archive(want: Description, cards: int = 1) -> tuple[Archive | None, li
 
 
 def net_words(nets: Sequence[Nic]) -> list[str]:
-    """The words by which our init configures the cards. The first gateway is the default route; to
-    name others would do nothing.
+    """The words by which our init configures the cards. The gateway of the first card with a way
+    out is the default route, or else the first gateway; to name others would do nothing.
     """
-    words, mtus, routed = [], [], False
+    words, mtus = [], []
+    routed = sorted(
+        (nic for nic in nets if nic.guest and nic.host), key=lambda n: not n.net.way_out
+    )
     for nic in nets:
         if nic.guest:
-            gateway = f",gw={nic.host.partition('/')[0]}" if nic.host and not routed else ""
-            routed = routed or bool(gateway)
-            if nic.host and nic.net.mode == "user":
-                from pyvmm.hostnet.slirp import name_server
-
-                gateway += f",dns={name_server(nic.host)}"
+            gateway = f",gw={nic.host.partition('/')[0]}" if nic.host and nic in routed[:1] else ""
+            if nic.name_server:
+                gateway += f",dns={nic.name_server}"
             words.append(f"pyvmm.net={mac_text(nic.device.mac)},{nic.guest}{gateway}")
             mtus.append(f",mtu={nic.net.mtu}" if nic.net.mtu else "")
     if sum(map(len, words + mtus)) <= NET_WORDS_MAX:

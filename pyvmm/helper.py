@@ -58,7 +58,7 @@ BACKEND, USER_NETWORK = "pyvmm.backend.process", "pyvmm.hostnet.slirp"
 #: the others have to be permitted (``permit_start``).
 MODULES = {
     BACKEND: ("a back-end of pyvmm's", None),
-    USER_NETWORK: ("a user network with this loopback= and hostfwd=", 4),
+    USER_NETWORK: ("a user network with this loopback= and hostfwd=", 6),
 }
 #: Name -> the function that does it: of a module that is imported when it is needed.
 OPERATIONS = {

@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 
     from pyvmm.hostnet.slirp import Forward
 
+#: Keys of a way out of the guest by libslirp.
+OUT = ("loopback", "hostfwd")
 #: Mode -> the keys of this mode, in addition to COMMON_KEYS.
 MODES: dict[str, tuple[str, ...]] = {
     "none": (),
-    "emulated": ("notify", "interrupt", "worker", "batch", "poll", "worker-cpu", "fd", "macvtap"),
-    "vhost-net": ("notify", "poll", "worker-cpu", "fd", "macvtap"),
-    "vhost-user": ("notify", "poll", "socket", "server", "peer"),
-    "vhost-vdpa": ("notify", "device"),
-    "user": ("notify", "poll", "worker-cpu", "loopback", "hostfwd"),
+    "emulated": (
+        *("notify", "interrupt", "worker", "batch", "poll", "worker-cpu", "fd", "macvtap"),
+        *("internet", *OUT),
+    ),
+    "vhost-net": ("notify", "poll", "worker-cpu", "fd", "macvtap", "internet", *OUT),
+    "vhost-user": ("notify", "poll", "socket", "server", "peer", "internet", *OUT),
+    "vhost-vdpa": ("notify", "device", "internet", *OUT),
+    "user": ("notify", "poll", "worker-cpu", *OUT),
 }
 #: Name -> the mode that it stands for, and its keys, as far as the user gives no others.
 PRESETS: dict[str, tuple[str, dict[str, str]]] = {
@@ -72,6 +77,7 @@ CHOICES = {
     "transport": ("pci", "mmio"),
     "legacy": ("on", "off"),
     "server": ("on", "off"),
+    "internet": ("on", "off"),
     "loopback": ("on", "off"),
 }
 #: Names for ``without=`` and ``with=``, joined by "+": feature groups that the card does not offer,
@@ -191,9 +197,11 @@ class Net:
         of pyvmm's own user.
     :param device: the vDPA device of vhost-vdpa: its path, such as /dev/vhost-vdpa-0, or its name
         as ``vdpa dev show`` has it; without it pyvmm makes one on the card's tap (VDUSE).
-    :param loopback: of mode ``user``: ``on`` if the gateway's address stands for the host's
-        127.0.0.1, too, else ``off``.
-    :param hostfwd: of mode ``user``: ports of the host that lead into the guest, joined by "+":
+    :param internet: ``on`` for a card in a namespace of pyvmm's that has a way out, as mode
+        ``user`` has, whatever the data path; else ``off``.
+    :param loopback: of a way out: ``on`` if the gateway's address stands for the host's 127.0.0.1,
+        too, else ``off``.
+    :param hostfwd: of a way out: ports of the host that lead into the guest, joined by "+":
         ``[tcp:|udp:][ADDR:]PORT-[ADDR:]PORT`` (docs/user-network.md).
     :param switchable: modes to which the data path may be switched later, joined by "+"
         (docs/switch.md). The device offers what all of them can honour.
@@ -208,6 +216,7 @@ class Net:
         "forwards",
         "guest",
         "host",
+        "internet",
         "interrupt",
         "legacy",
         "link",
@@ -263,6 +272,7 @@ class Net:
         server: str = "off",
         peer: int | str | None = None,
         device: str | None = None,
+        internet: str = "off",
         loopback: str = "on",
         hostfwd: str = "",
         switchable: str = "",
@@ -308,8 +318,9 @@ class Net:
                 f"--net {mode}: switchable={switchable}",
                 "mode user has no tap: leave one of them out",
             )
+        choice("internet", internet)
         choice("loopback", loopback)
-        self.loopback = loopback == "on"
+        self.internet, self.loopback = internet == "on", loopback == "on"
         self.forwards = forwards(hostfwd)
         if socket == "" or (socket and "vhost-user" not in modes):
             raise UsageError(
@@ -364,6 +375,7 @@ class Net:
         if mode == "user":
             self._check_user()
         self._check_tap()
+        self._check_way_out()
         self.without = groups("without", without, GROUPS)
         self.with_ = groups("with", with_, ON_REQUEST)
         both = set(self.without) & set(self.with_)
@@ -477,6 +489,35 @@ class Net:
                     "give two addresses of one network; the one after the host's serves names",
                 )
 
+    def _check_way_out(self) -> None:
+        """:raises UsageError: a card without a way out has keys of one, or cannot have one."""
+        for key, said in (("loopback", not self.loopback), ("hostfwd", bool(self.forwards))):
+            if said and not self.way_out:
+                raise UsageError(
+                    f"--net {self.mode}: {key}= without a way out", "add internet=on, or use user"
+                )
+        if not self.internet:
+            return
+        what = f"--net {self.mode}: internet=on"
+        if self.mode in ("user", "none") or not self.has_tap:
+            raise UsageError(
+                f"{what} for a card without a tap of pyvmm's",
+                "leave it out: frames leave elsewhere",
+            )
+        if not self.own_network:
+            given = {"tap": self.tap, "bridge": self.bridge, "fd": self.fds}
+            key = next((key for key, value in given.items() if value), "macvtap")
+            raise UsageError(
+                f"{what} and {key}=", f"leave out {key}=: internet=on is for a namespace of pyvmm's"
+            )
+        from pyvmm.hostnet.slirp import ROUTED, meets
+
+        for key, address in (("host", self.host), ("guest", self.guest)):
+            if address and meets(address, ROUTED[0]):
+                raise UsageError(
+                    f"{what} and {key}={address}", "choose another network: the way out is in it"
+                )
+
     @classmethod
     def parse(cls, text: str) -> Net:
         """Parse ``MODE[,key=value...]`` as on the command line."""
@@ -514,6 +555,11 @@ class Net:
         """
         own = {"vhost-user": self.socket, "vhost-vdpa": self.device, "user": "libslirp"}
         return any(not own.get(mode) for mode in (self.mode, *self.switchable))
+
+    @property
+    def way_out(self) -> bool:
+        """Whether the guest reaches what the user can reach, by libslirp."""
+        return self.mode == "user" or self.internet
 
     @property
     def own_network(self) -> bool:

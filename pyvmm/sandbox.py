@@ -88,7 +88,7 @@ class Sandbox:
         _confined = True
         helper.permit_start(helper.BACKEND)
         for net in self._nets:
-            if net.mode == "user":
+            if net.way_out:
                 words = [str(int(net.loopback)), *map(str, net.forwards)]
                 helper.permit_start(helper.USER_NETWORK, *words)
             if net.socket:

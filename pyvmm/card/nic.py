@@ -90,6 +90,7 @@ class Nic(Card):
         self._serving: DataPath = route.path  # whose counters are not in ``_modes`` yet
         self._since: tuple[int, Ledger | None] = time.monotonic_ns(), None
         device.observe(self)
+        uplink.watch(self._no_way_out)
 
     @property
     def notify(self) -> str:
@@ -194,6 +195,20 @@ class Nic(Card):
             code = compile_filter(filter, snaplen)
         fd = open_private(file)[0] if isinstance(file, str) else file
         return Capture([self], fd, snaplen=snaplen, code=code, expression=filter, limit=limit)
+
+    @property
+    def name_server(self) -> str:
+        """The address of a name server in the guest's network; empty if there is none."""
+        return self._uplink.name_server
+
+    @property
+    def without_internet(self) -> str:
+        """Why ``internet=on`` is over, in words; empty else."""
+        return self._uplink.ended
+
+    def _no_way_out(self, problem: str) -> None:
+        """Tell that the guest's packets go no further than the tap."""
+        self._emit("X_PYVMM_INTERNET_LOST", name=self.name, problem=problem)
 
     # --- what the device tells (Observer) ---------------------------------------------------------
 

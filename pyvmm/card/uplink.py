@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyvmm.datapath.base import DataPath, Frames, RxFilter, Steering
     from pyvmm.hostnet.netns import Namespace
     from pyvmm.hostnet.opensocket import OpenSocket
-    from pyvmm.hostnet.slirp import UserStack
+    from pyvmm.hostnet.slirp import UserStack, WayOut
     from pyvmm.hostnet.tap import Tap
     from pyvmm.kvm.recorder import Scope
     from pyvmm.netopt import Net
@@ -54,6 +54,11 @@ def make_tap(net: Net, host: str | None, mac: bytes) -> tuple[Tap, Namespace | N
         return tap, None
     from pyvmm.hostnet.netns import Namespace
 
+    routed = None
+    if net.internet:
+        from pyvmm.hostnet.slirp import ROUTED
+
+        routed = ROUTED[1], ROUTED[0].partition("/")[0]
     namespace = Namespace(
         address=host,
         mtu=net.mtu,
@@ -61,6 +66,7 @@ def make_tap(net: Net, host: str | None, mac: bytes) -> tuple[Tap, Namespace | N
         txqueuelen=frames,
         lower=net.macvtap,
         mac=mac,
+        way_out=routed,
     )
     return namespace.tap, namespace
 
@@ -120,6 +126,9 @@ class Uplink:
         self._vduse: VduseProcess | None = None
         #: Where frames go if there is no tap: their headers have 12 bytes.
         self._port: UserStack | OpenSocket | None = None
+        self._way_out: WayOut | None = None
+        #: The address of a name server of the guest's network, or empty.
+        self.name_server = ""
         self._state = threading.Lock()  # held for a moment only; guards:
         self._paths: WeakSet[DataPath] = WeakSet()  # all that may be cut
         self._cut = False
@@ -129,11 +138,12 @@ class Uplink:
                 "start with --sandbox off",
             )
         if net.mode == "user":
-            from pyvmm.hostnet.slirp import UserStack
+            from pyvmm.hostnet.slirp import UserStack, name_server
 
             assert host is not None and guest is not None
             mtu, loopback, ports = net.mtu or ETH_DATA_LEN, net.loopback, net.forwards
             self._port = UserStack(host, guest, mtu, loopback=loopback, forwards=ports)
+            self.name_server = name_server(host)
         if not net.has_tap:
             return
         if net.fds:
@@ -147,10 +157,26 @@ class Uplink:
             self.tap = Tap.inherited(net.fds, mtu=net.mtu)
         else:
             self.tap, self.namespace = make_tap(net, host, mac)
+        if net.internet:
+            self._let_out(net, guest)
         if self.namespace is None:
             self.tap.permit()
         if "rss" in net.with_:
             self.tap.offer_steering()
+
+    def _let_out(self, net: Net, guest: str | None) -> None:
+        """Start what has the other end of the namespace's way out."""
+        from pyvmm.hostnet.slirp import ROUTED, WayOut, name_server
+
+        assert guest is not None and self.tap is not None
+        mtu, loopback, ports = self.tap.mtu, net.loopback, net.forwards
+        try:
+            with self.namespace.way_out as out:  # so that only the child has it
+                self._way_out = WayOut(out, guest, mtu, loopback=loopback, forwards=ports)
+        except BaseException:
+            self.namespace.close()
+            raise
+        self.name_server = name_server(ROUTED[0])
 
     # --- what a device programs -------------------------------------------------------------------
 
@@ -215,6 +241,8 @@ class Uplink:
 
         :param wait: seconds for a vhost-user back-end to be there.
         """
+        if self._way_out is not None:
+            self._way_out.need()
         if net.mode == "vhost-user":
             return self._open_vhost_user(net, mac, wait)
         if net.mode == "vhost-vdpa":
@@ -354,17 +382,32 @@ class Uplink:
         with self._state:
             self._cut = True
             paths = list(self._paths)
-        if self._port is not None:
-            self._port.cut()
+        for port in (self._port, self._way_out):
+            if port is not None:
+                port.cut()
         for path in paths:
             path.cut()
 
+    def watch(self, ended: Callable[[str], object]) -> None:
+        """Have ``ended`` told, in another thread, if the tap loses its way out, and why."""
+        if self._way_out is not None:
+            self._way_out.watch(ended)
+
     def report(self) -> dict[str, object]:
-        """What is known of the place where frames leave, for JSON: of a socket's."""
-        return self._port.report() if self._port is not None else {}
+        """What is known of the place where frames leave, for JSON: of a socket's, of a way out."""
+        port = self._port if self._port is not None else self._way_out
+        return port.report() if port is not None else {}
+
+    @property
+    def ended(self) -> str:
+        """Why the tap has no way out any more, in words; empty else."""
+        return self._way_out.ended if self._way_out is not None else ""
 
     def close(self) -> None:
         """Release tap, namespace and back-end. A second call does nothing."""
-        for one in (self._backend, self._vduse, self._port, self.tap, self.namespace):
+        for one in (
+            *(self._backend, self._vduse, self._port, self._way_out),
+            *(self.tap, self.namespace),
+        ):
             if one is not None:
                 one.close()

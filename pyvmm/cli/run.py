@@ -10,6 +10,7 @@ Examples:
   pyvmm run --cpus 2 --net emulated,mtu=9000 --report report.json -- ping -c 3 192.168.100.1
   pyvmm run --kernel bzImage --initrd initrd.img --append 'loglevel=7' --timeout 60
   pyvmm run --net vhost-net,queues=2 --cpus 2 --exits -- ping -q -c 100 -i 0.01 192.168.100.1
+  pyvmm run --net vhost-net,internet=on -- wget -qO- http://10.0.2.2:8000/
   pyvmm run --net vhost-net,bridge=br0 -- sh -c 'udhcpc -i eth0 -q && ping -c 3 example.com'
   pyvmm run --net emulated,notify=exit --exits -- ping -q -c 100 -i 0.01 192.168.100.1
   pyvmm run --detach --name vm0 -- ping 192.168.100.1
@@ -67,6 +68,8 @@ Network cards: --net MODE[,key=value...], once per card
                       emulated only), rss (docs/rss.md), access-platform (Linux maps buffers, as
                       AF_XDP needs)
       notify=exit     each kick is an exit of the vCPU, as in the classic device (ioeventfd)
+      internet=on     the guest reaches what you can reach, as with user, and the host at 10.0.2.2;
+                      not with tap=, bridge=, macvtap=, fd=, socket= or device= (off)
   Keys of emulated and vhost-net only:
       macvtap=IFACE   the card shares this interface of the host's: a macvtap (needs root)
       fd=N+M          an open tap that pyvmm inherits, one descriptor per queue pair; with emulated
@@ -84,7 +87,7 @@ Network cards: --net MODE[,key=value...], once per card
   Key of vhost-vdpa only, which has no worker-cpu=, and no tap= together with device=:
       device=D        the vDPA device: its path, such as /dev/vhost-vdpa-0, or its name (default:
                       pyvmm makes one, on a tap as above; that needs root)
-  Keys of user only, which has neither tap= nor switchable=, and one queue pair:
+  Keys of user, which has neither tap= nor switchable=, and one queue pair; and of internet=on:
       hostfwd=A+B     ports that lead into the guest: [tcp:|udp:][ADDR:]PORT-[ADDR:]PORT
       loopback=off    10.0.2.2 does not stand for the host's 127.0.0.1 (on)
 
@@ -455,9 +458,10 @@ def _check_jail(args: argparse.Namespace) -> None:
     for net in map(Net.parse, args.net or ()):
         what = f"--net {net.mode} and --jail"
         modes = {net.mode, *net.switchable}
-        if net.mode == "user":
+        if net.mode == "user" or net.internet:
+            way = what if net.mode == "user" else f"internet=on of {what}"
             raise UsageError(
-                f"{what}: a jail has none of the host's network to reach",
+                f"{way}: a jail has none of the host's network to reach",
                 "give the card a tap or a bridge: --net emulated,bridge=br0",
             )
         if "vhost-vdpa" in modes:
@@ -865,6 +869,10 @@ class _Run:
                 from pyvmm.cli.support.tables import exits_table
 
                 print(exits_table(machine), file=sys.stderr)
+            for nic in machine.nets:
+                if nic.without_internet:
+                    why = f"internet=on is over: {nic.without_internet}"
+                    print(f"pyvmm: {nic.name}: {why}", file=sys.stderr)
             for card in (*machine.nets, *machine.devices):
                 _tell_mistakes(card)
             for device in machine.devices if "init" in machine.phases else ():

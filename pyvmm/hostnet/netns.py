@@ -19,7 +19,7 @@ from pyvmm.errors import HostError, NetForbidden
 from pyvmm.fd import Closing, Fd
 from pyvmm.hostnet import macvtap, userns
 from pyvmm.hostnet.rights import FDS_MAX, recv_fds
-from pyvmm.hostnet.rtnetlink import Link, route_socket
+from pyvmm.hostnet.rtnetlink import Link, forward_from, route_default, route_socket
 from pyvmm.hostnet.tap import TXQUEUELEN, Interface, Tap, index_of
 from pyvmm.programs import program
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     #: A function that runs inside: returns a few words, and descriptors that the caller owns.
     Inside = Callable[[], tuple[list[str], list[int]]]
+
+#: The name of the tap by which packets leave a namespace with a way out.
+WAY_OUT = "internet"
 
 
 def _in_thread(body: Inside) -> tuple[list[str], list[int]]:
@@ -125,14 +128,14 @@ def why_no_user_namespace() -> str:
 def make_inside(words: list[str]) -> tuple[list[str], list[int]]:
     """Make a network namespace with a tap; an operation of ``helper``.
 
-    :param words: name, queues and queue length of the tap; its addresses and its MTU, each of which
-        may be empty.
+    :param words: name, queues and queue length of the tap; its addresses and its MTU; the address
+        and the gateway of a way out. All but the first three may be empty.
     :returns: ``root`` if the namespace has no user namespace of its own, the tap's MTU and index;
         descriptors of the namespace, of its user namespace if there is one, of two rtnetlink
-        sockets, of the tap.
+        sockets, of the tap, of the way out if there is one.
     :raises NetForbidden: see ``Namespace``.
     """
-    name, queues, txqueuelen, address, address6, mtu = words
+    name, queues, txqueuelen, address, address6, mtu, own, gateway = words
 
     def make() -> tuple[list[str], list[int]]:
         if not root:
@@ -151,8 +154,9 @@ def make_inside(words: list[str]) -> tuple[list[str], list[int]]:
         if not root:
             fds.append(os.open("/proc/thread-self/ns/user", os.O_RDONLY | os.O_CLOEXEC))
         sockets = [route_socket(), route_socket(lib.RTMGRP_LINK)]
+        out = _make_way_out(sockets[0], tap, own, gateway) if own else []
         said = ["root" if root else "user", str(tap.mtu), str(Interface(name).index)]
-        return said, fds + [fd.fileno() for fd in (*sockets, *tap.fds)]
+        return said, fds + [fd.fileno() for fd in (*sockets, *tap.fds, *out)]
 
     for root in (True, False) if os.geteuid() == 0 else (False,):
         try:
@@ -168,6 +172,21 @@ def make_inside(words: list[str]) -> tuple[list[str], list[int]]:
                 "without: --net user",
             ) from e
     raise AssertionError
+
+
+def _make_way_out(sock: Fd, tap: Tap, own: str, gateway: str) -> list[Fd]:
+    """Have packets from ``tap`` leave the namespace by another tap, whose one descriptor is
+    returned.
+
+    :param sock: an rtnetlink socket of the namespace. :param own: the other tap's address, with
+        prefix length. :param gateway: the default route.
+    """
+    out = Tap(WAY_OUT, address=own, mtu=tap.mtu)
+    index = Interface(WAY_OUT).index
+    for one in (Interface(tap.name).index, index):
+        forward_from(sock, one)
+    route_default(sock, index, gateway)
+    return out.fds
 
 
 def make_macvtap(words: list[str]) -> tuple[list[str], list[int]]:
@@ -226,6 +245,9 @@ class Namespace(Closing):
     :param queues, txqueuelen: of the tap. :param name: of the tap inside the namespace.
     :param lower: makes the tap a macvtap on this interface, which is in our own namespace.
     :param mac: the macvtap's address.
+    :param way_out: the address, with prefix length, of a second tap, to which the namespace is a
+        router, and of its gateway. Not with ``lower``.
+    :ivar way_out: the descriptor of the second tap, or None. The tap goes with its last descriptor.
     :ivar tap: the tap. It belongs to the namespace until somebody closes it; a second ``close``
         of it does no harm.
     :raises NetForbidden: this user is not root and may not make user namespaces.
@@ -242,17 +264,19 @@ class Namespace(Closing):
         txqueuelen: int = TXQUEUELEN,
         lower: str = "",
         mac: bytes = b"",
+        way_out: tuple[str, str] | None = None,
     ) -> None:
         if lower:
             about = (lower, name, queues, txqueuelen, mac.hex(), mtu or "")
             words, raw = helper.do("macvtap", *map(str, about))
         else:
             asked = (name, queues, txqueuelen, address or "", address6 or "", mtu or "")
-            words, raw = helper.do("namespace", *map(str, asked))
+            words, raw = helper.do("namespace", *map(str, asked), *(way_out or ("", "")))
         root = words[0] == "root"
         fds = [Fd(fd) for fd in raw]
         self.net = fds.pop(0)
         self.user = None if root else fds.pop(0)
+        self.way_out = fds.pop() if way_out else None
         link = Link(int(words[2]), fds.pop(0), fds.pop(0), mirrored=bool(lower))
         kind = macvtap.Macvtap if lower else Tap
         self.tap = kind.adopt(name, fds, int(words[1]), link)
@@ -296,6 +320,8 @@ class Namespace(Closing):
         nothing.
         """
         self.tap.close()
+        if self.way_out is not None:
+            self.way_out.close()
         self.net.close()
         if self.user:
             self.user.close()

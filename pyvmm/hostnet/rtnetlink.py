@@ -8,7 +8,7 @@ import os
 import struct
 import sys
 import threading
-from socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
+from socket import AF_INET, AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, inet_aton, socket
 
 from pyvmm import helper
 from pyvmm._ext import lib
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-#: struct nlmsghdr, struct ifinfomsg, struct rtattr.
+#: struct nlmsghdr, struct ifinfomsg, struct rtattr, struct rtmsg.
 HEADER, IFINFO, ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BxHiII"), struct.Struct("=HH")
+ROUTE = struct.Struct("=8BI")
 #: struct rtnl_link_stats64 begins with these counters; rx and tx are from the interface's side.
 STATS = (
     "rx_packets",
@@ -83,11 +84,41 @@ def make_link(sock: Fd, index: int, flags: int, attributes: bytes) -> None:
     :raises OSError: the kernel's answer.
     """
     body = IFINFO.pack(0, 0, index, flags, flags) + attributes
-    asked = lib.NLM_F_REQUEST | lib.NLM_F_ACK | lib.NLM_F_CREATE | lib.NLM_F_EXCL
-    os.write(
-        sock.fileno(),
-        HEADER.pack(HEADER.size + len(body), lib.RTM_NEWLINK, asked, 1, 0) + body,
+    _request(sock, lib.RTM_NEWLINK, lib.NLM_F_CREATE | lib.NLM_F_EXCL, body)
+
+
+def forward_from(sock: Fd, index: int) -> None:
+    """Have the kernel forward IPv4 packets that come in by an interface: what the sysctl
+    ``net.ipv4.conf.NAME.forwarding`` does, which containers often may not write.
+
+    :param sock: an rtnetlink socket. :param index: the interface's number.
+    :raises OSError: the kernel's answer.
+    """
+    on = attribute(lib.IPV4_DEVCONF_FORWARDING, struct.pack("=I", 1))
+    family = attribute(AF_INET, attribute(lib.IFLA_INET_CONF, on))
+    body = IFINFO.pack(0, 0, index, 0, 0) + attribute(lib.IFLA_AF_SPEC, family)
+    _request(sock, lib.RTM_SETLINK, 0, body)
+
+
+def route_default(sock: Fd, index: int, gateway: str) -> None:
+    """Make an IPv4 default route.
+
+    :param sock: an rtnetlink socket. :param index: the number of the interface.
+    :raises OSError: the kernel's answer.
+    """
+    body = ROUTE.pack(
+        *(AF_INET, 0, 0, 0),
+        *(lib.RT_TABLE_MAIN, lib.RTPROT_BOOT, lib.RT_SCOPE_UNIVERSE, lib.RTN_UNICAST, 0),
     )
+    body += attribute(lib.RTA_GATEWAY, inet_aton(gateway))
+    body += attribute(lib.RTA_OIF, struct.pack("=I", index))
+    _request(sock, lib.RTM_NEWROUTE, lib.NLM_F_CREATE, body)
+
+
+def _request(sock: Fd, kind: int, flags: int, body: bytes) -> None:
+    """Have the kernel change something. :raises OSError: its answer."""
+    flags |= lib.NLM_F_REQUEST | lib.NLM_F_ACK
+    os.write(sock.fileno(), HEADER.pack(HEADER.size + len(body), kind, flags, 1, 0) + body)
     for kind, payload in _messages(os.read(sock.fileno(), 1 << 16)):
         number = -int.from_bytes(payload[:4], sys.byteorder, signed=True)
         if kind == lib.NLMSG_ERROR and number:

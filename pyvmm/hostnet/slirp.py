@@ -1,4 +1,5 @@
-"""A card's way out without privileges: libslirp in a child process, for ``--net user``.
+"""A card's way out without privileges: libslirp in a child process, for ``--net user`` and
+``internet=on``.
 
 libslirp reads what the guest sends, so it has a process of its own. The card's worker and the child
 share a pair of sockets that keep packet boundaries; the child's loop is ``cext/slirp.c``. The
@@ -7,6 +8,9 @@ pair closes, also if this process is killed.
 
 In the guest's network, the gateway (``host``) stands for the host itself, the address after it is a
 name server that asks the host's, and DHCP gives away the guest's address.
+
+A card with a tap of its own has its way out behind the tap (``WayOut``): the namespace is a router
+between the tap and another one, whose frames the child has.
 """
 
 from __future__ import annotations
@@ -16,17 +20,21 @@ import select
 import signal
 import socket
 import sys
+import threading
 from contextlib import suppress
+from fcntl import ioctl
 from ipaddress import IPv4Interface
 
 from pyvmm import helper
 from pyvmm._ext import ffi, lib
 from pyvmm.errors import NetError
 from pyvmm.fd import Fd
+from pyvmm.hostnet.frames import announcement
+from pyvmm.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from pyvmm.helper import Child
 
@@ -41,6 +49,9 @@ BUFFER = 1 << 20
 #: Connections that a guest may have at once.
 SOCKETS_MAX = 4096
 INSTALL = "as root: apt-get install libslirp0"
+#: Behind a card's tap: the addresses of the gateway and of the namespace, as a guest of
+#: ``--net user`` has them.
+ROUTED = ("10.0.2.2/24", "10.0.2.15/24")
 
 
 class Forward:
@@ -98,12 +109,20 @@ def fits(host: str, guest: str) -> bool:
     return own.network == network and len(hosts - {network.network_address, last}) == 3
 
 
+def meets(one: str, other: str) -> bool:
+    """Whether the networks of two addresses with prefix lengths have addresses in common."""
+    return IPv4Interface(one).network.overlaps(IPv4Interface(other).network)
+
+
 class UserStack:
     """The child; implements ``Frames`` (datapath.base) with one queue pair.
 
     :param host, guest: the IPv4 addresses of the gateway and of the guest, with prefix length, of
         one network. :param mtu: bytes.
     :param loopback: whether the gateway's address also stands for the host's 127.0.0.1.
+    :param tap: has the frames, and the sockets none; lent. The child has a descriptor of its own.
+    :param behind: the address of a guest that is reached by the address ``guest``, which is a
+        router's then.
     :ivar fds: the card's end of the sockets. ``need`` comes before their use.
     :raises NetError: the child cannot be started. :raises UsageError: the sandbox has no such one.
     """
@@ -112,7 +131,15 @@ class UserStack:
     interface = None
 
     def __init__(
-        self, host: str, guest: str, mtu: int, *, loopback: bool, forwards: Iterable[Forward] = ()
+        self,
+        host: str,
+        guest: str,
+        mtu: int,
+        *,
+        loopback: bool,
+        forwards: Iterable[Forward] = (),
+        tap: Fd | None = None,
+        behind: str = "",
     ) -> None:
         self.name, self.mtu = "user", mtu
         self.fds: list[Fd] = []
@@ -125,11 +152,10 @@ class UserStack:
                 with suppress(OSError):  # the more, the longer a guest may send at once
                     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
                 self.fds.append(Fd(ours.detach()))
-                words = [str(theirs.fileno()), host, guest, str(mtu), str(int(loopback))]
-                words += map(str, forwards)
-                self._child = helper.start_module(
-                    helper.USER_NETWORK, words, [theirs.fileno()], silent=True
-                )
+                given = [theirs.fileno(), *([tap.fileno()] if tap is not None else [])]
+                words = [str(given[0]), str(given[-1]) if tap is not None else "-1", host, guest]
+                words += [behind, str(mtu), str(int(loopback)), *map(str, forwards)]
+                self._child = helper.start_module(helper.USER_NETWORK, words, given, silent=True)
         except OSError as e:
             self.close()
             raise NetError(f"cannot start the user network: {e.strerror}") from e
@@ -208,7 +234,62 @@ class UserStack:
                 child.wait()
 
 
-def serve(fd: int, host: str, guest: str, mtu: int, loopback: bool, texts: Sequence[str]) -> None:
+class WayOut(UserStack):
+    """The child behind the tap of a card, which has any data path.
+
+    :param tap: the namespace's other tap, lent. :param guest: the guest's address, with prefix
+        length. :param mtu, loopback, forwards: as of ``UserStack``.
+    :ivar ended: why there is no way out any more, in words; empty while there is one.
+    """
+
+    def __init__(
+        self, tap: Fd, guest: str, mtu: int, *, loopback: bool, forwards: Iterable[Forward]
+    ) -> None:
+        behind = guest.partition("/")[0]
+        self.ended = ""
+        self._watcher: threading.Thread | None = None
+        super().__init__(*ROUTED, mtu, loopback=loopback, forwards=forwards, tap=tap, behind=behind)
+
+    def watch(self, ended: Callable[[str], object]) -> None:
+        """Wait for the child's end, in a thread. ``need`` comes before.
+
+        :param ended: is told, in the thread, what ``ended`` says then; nothing at our own end.
+        """
+
+        def wait() -> None:
+            poll = select.poll()
+            poll.register(self.fds[0].fileno(), 0)  # POLLHUP
+            poll.poll()
+            self.ended = self.gone()
+            if self.ended:
+                ended(self.ended)
+
+        self._watcher = Thread(target=wait, name="internet", daemon=True)
+        self._watcher.start()
+
+    def report(self) -> dict[str, object]:
+        """For JSON: why there is no way out any more; null while there is one."""
+        return {"internet": {"ended": self.ended or None}}
+
+    def close(self) -> None:
+        """As ``UserStack.close``."""
+        if self._watcher is not None:
+            self.cut()
+            self._watcher.join()
+            self._watcher = None
+        super().close()
+
+
+def serve(
+    fd: int,
+    tap: int,
+    host: str,
+    guest: str,
+    behind: str,
+    mtu: int,
+    loopback: bool,
+    texts: Sequence[str],
+) -> None:
     """The child's main function: move packets until the card's end of ``fd`` closes."""
     import resource
 
@@ -229,6 +310,7 @@ def serve(fd: int, host: str, guest: str, mtu: int, loopback: bool, texts: Seque
         "struct pv_slirp_config *",
         {
             "fd": fd,
+            "tap": tap,
             "network": number(str(gateway.network.network_address)),
             "netmask": number(str(gateway.netmask)),
             "host": number(str(gateway.ip)),
@@ -241,8 +323,13 @@ def serve(fd: int, host: str, guest: str, mtu: int, loopback: bool, texts: Seque
     stack = lib.pv_slirp_new(config, why, len(why))
     if not stack:
         error = ffi.string(why).decode(errors="replace")
-        frames.send(f"--net user: {error}\n{INSTALL}".encode()[:LINE_MAX])
+        frames.send(f"the user network: {error}\n{INSTALL}".encode()[:LINE_MAX])
         return
+    if behind:
+        mac = ioctl(tap, lib.SIOCGIFHWADDR, bytes(40))[18:24]
+        told = announcement(mac, socket.inet_aton(behind))
+        lib.pv_slirp_input(stack, told, len(told))
+        own = behind
     for text in texts:
         forward = Forward(text)
         error = lib.pv_slirp_forward(
@@ -260,13 +347,13 @@ def serve(fd: int, host: str, guest: str, mtu: int, loopback: bool, texts: Seque
         )
         if error:
             frames.send(
-                f"--net user: cannot listen at {forward.host} port {forward.host_port}:"
+                f"the user network cannot listen at {forward.host} port {forward.host_port}:"
                 f" {os.strerror(-error)}\nchoose another port for hostfwd=".encode()
             )
             return
     done = lib.pv_confine_network(b"/etc/resolv.conf")
     if done < 0:
-        frames.send(f"--net user: cannot be confined: {os.strerror(-done)}\n".encode())
+        frames.send(f"the user network cannot be confined: {os.strerror(-done)}\n".encode())
         return
     frames.send(READY)
     os._exit(-lib.pv_slirp_serve(stack))  # the interpreter's own end would need other calls
@@ -274,4 +361,4 @@ def serve(fd: int, host: str, guest: str, mtu: int, loopback: bool, texts: Seque
 
 if __name__ == "__main__":
     a = sys.argv
-    serve(int(a[1]), a[2], a[3], int(a[4]), a[5] == "1", a[6:])
+    serve(int(a[1]), int(a[2]), a[3], a[4], a[5], int(a[6]), a[7] == "1", a[8:])

@@ -1,4 +1,6 @@
-"""`--net user` with Linux: to the host's servers and back, as a user without any privilege."""
+"""`--net user` and `internet=on` with Linux: to the host's servers and back, as a user without any
+privilege.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def readable_by_all(directory: Path) -> bool:
     return all(one.stat().st_mode & 0o1 for one in (directory, *directory.parents))
 
 
-def test_a_way_out(host: Host, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["user", "emulated,internet=on", "vhost-net,internet=on"])
+def test_a_way_out(host: Host, tmp_path: Path, mode: str) -> None:
     """Names, UDP, TCP with data both ways, and a port of the host that leads into the guest."""
     if not (Path(__file__).stat().st_mode & 0o4 and readable_by_all(Path(__file__).parents[2])):
         pytest.skip("others may not read this checkout")
@@ -52,7 +55,7 @@ def test_a_way_out(host: Host, tmp_path: Path) -> None:
     shutil.copytree(find("default").directory, tmp_path / "cache/pyvmm/images/default")
     log, resolv = tmp_path / "log", tmp_path / "resolv.conf"
     resolv.write_text("nameserver 127.0.0.1\n")
-    net = f"user,hostfwd={FORWARDED}-22"
+    net = f"{mode},hostfwd={FORWARDED}-22"
     run = [*PYVMM, "run", "--host", "local", "--net", net, "--", "sh", "-c", SCRIPT]
     ids = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
     script = f"""
@@ -60,7 +63,7 @@ def test_a_way_out(host: Host, tmp_path: Path) -> None:
         trap 'kill $servers' EXIT
         until grep -q ready {log}; do sleep 0.1; done
         mount --bind {resolv} /etc/resolv.conf
-        chmod a+rw /dev/kvm; chmod -R a+rX {tmp_path}/cache
+        chmod a+rw /dev/kvm /dev/vhost-net /dev/net/tun; chmod -R a+rX {tmp_path}/cache
         export HOME=/nowhere XDG_CACHE_HOME={tmp_path}/cache
         {shlex.join(["setpriv", *ids, *run])}
         status=$?

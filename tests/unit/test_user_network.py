@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pyvmm.errors import NetError, UsageError
+from pyvmm.card.uplink import Uplink
+from pyvmm.errors import NetError, NetForbidden, UsageError
 from pyvmm.hostnet.frames import HEADER
 from pyvmm.hostnet.slirp import Forward, UserStack, name_server
 from pyvmm.netopt import Net
@@ -57,7 +58,7 @@ class Card:
             self.stack.close()
             raise
         self.fd = self.stack.fds[0].fileno()
-        self.identity = 0
+        self.own, self.gateway, self.identity = GUEST, GATEWAY_MAC, 0
 
     def send(self, frame: bytes) -> None:
         """What comes meanwhile is lost if the stack takes no frame before its own are taken."""
@@ -86,22 +87,22 @@ class Card:
                 return frame
 
     def arp(self, operation: int, target: bytes) -> bytes:
-        to = b"\xff" * 6 if operation == 1 else GATEWAY_MAC
+        to = b"\xff" * 6 if operation == 1 else self.gateway
         head = to + MAC + b"\x08\x06" + struct.pack("!HHBBH", 1, 0x800, 6, 4, operation)
-        return head + MAC + socket.inet_aton(GUEST) + to + target
+        return head + MAC + socket.inet_aton(self.own) + to + target
 
     def ip(self, protocol: int, payload: bytes, target: str = HOST) -> None:
-        ends = socket.inet_aton(GUEST) + socket.inet_aton(target)
+        ends = socket.inet_aton(self.own) + socket.inet_aton(target)
         self.identity += 1
         head = struct.pack(
             "!BBHHHBBH", 0x45, 0, 20 + len(payload), self.identity, 0, 64, protocol, 0
         )
         head = head[:10] + struct.pack("!H", checksum(head + ends)) + ends
-        self.send(GATEWAY_MAC + MAC + b"\x08\0" + head + payload)
+        self.send(self.gateway + MAC + b"\x08\0" + head + payload)
 
     def tcp(self, port: int, own: int, flags: int, seq: int, ack: int, data: bytes = b"") -> None:
         segment = struct.pack("!HHIIBBHHH", own, port, seq, ack, 0x50, flags, 65535, 0, 0) + data
-        ends = socket.inet_aton(GUEST) + socket.inet_aton(HOST)
+        ends = socket.inet_aton(self.own) + socket.inet_aton(HOST)
         total = checksum(ends + struct.pack("!HH", 6, len(segment)) + segment)
         self.ip(6, segment[:16] + struct.pack("!H", total) + segment[18:])
 
@@ -356,7 +357,19 @@ BAD = {
     "user,host=255.255.255.255/24,guest=255.255.255.1/24": "two addresses of one network",
     "user,host=10.1.1.1/32,guest=10.1.1.1/32": "two addresses of one network",
     "user,switchable=emulated": "mode user has no tap",
-    "emulated,hostfwd=1-2": "unknown key",
+    "emulated,hostfwd=1-2": "add internet=on, or use user",
+    "vhost-net,loopback=off": "add internet=on, or use user",
+    "emulated,internet=yes": "internet=on or internet=off",
+    "user,internet=on": "unknown key",
+    "none,internet=on": "unknown key",
+    "emulated,internet=on,tap=t": "leave out tap=",
+    "emulated,internet=on,bridge=b": "leave out bridge=",
+    "emulated,internet=on,macvtap=m": "leave out macvtap=",
+    "emulated,internet=on,fd=7": "leave out fd=",
+    "vhost-user,internet=on,socket=s": "without a tap",
+    "vhost-vdpa,internet=on,device=d": "without a tap",
+    "emulated,internet=on,host=10.0.0.1/16": "choose another network",
+    "emulated,internet=on,guest=10.0.2.9/24": "choose another network",
 }
 
 
@@ -371,3 +384,115 @@ def test_no_switch_to_or_from_it() -> None:
     for card, to in (("user", "emulated"), ("emulated", "user")):
         with pytest.raises(UsageError, match="cannot be switched"):
             Net.parse(card).switched(to)
+
+
+# --- internet=on ----------------------------------------------------------------------------------
+
+TAP_HOST, TAP_GUEST = "192.168.100.1", "192.168.100.2"
+
+
+class Routed(Card):
+    """The guest's side of a tap whose namespace is a router to a stack."""
+
+    def __init__(self, text: str = "emulated,internet=on") -> None:
+        try:
+            self.uplink = Uplink(Net.parse(text), f"{TAP_HOST}/24", f"{TAP_GUEST}/24")
+        except NetForbidden as e:
+            pytest.skip(str(e))
+        tap = self.uplink.tap
+        assert tap is not None and self.uplink.namespace is not None
+        self.ended: list[str] = []
+        self.fd, self.own, self.identity = tap.fileno(), TAP_GUEST, 0
+        try:
+            self.uplink.open(Net("emulated"), MAC).path.close()
+            self.uplink.watch(self.ended.append)
+            self.gateway = b"\xff" * 6
+            self.send(self.arp(1, socket.inet_aton(TAP_HOST)))
+            frame = self.receive(lambda f: f[12:14] == b"\x08\x06" and f[20:22] == b"\0\2")
+            self.gateway = frame[22:28]
+        except BaseException:
+            self.uplink.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        assert self.uplink._way_out is not None and self.uplink._way_out.pid is not None
+        return self.uplink._way_out.pid
+
+    def interfaces(self) -> list[str]:
+        told = self.uplink.namespace.run(["ip", "-br", "link"], capture_output=True, text=True)
+        return [line.split()[0] for line in told.stdout.splitlines()]
+
+
+@pytest.fixture
+def routed() -> Iterator[Routed]:
+    one = Routed()
+    yield one
+    one.uplink.close()
+
+
+def test_packets_of_a_tap_leave_by_the_stack(routed: Routed) -> None:
+    """TCP with data both ways, UDP; the stack knows where the guest is before it has asked."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        routed.tcp(port, 1000, SYN, 99, 0)
+        _, _, seq, ack, flags, _ = segment(routed.receive(is_tcp))
+        assert (flags, ack) == (SYN | ACK, 100)
+        routed.tcp(port, 1000, ACK, 100, seq + 1)
+        routed.tcp(port, 1000, PSH | ACK, 100, seq + 1, b"from the guest")
+        peer, _ = server.accept()
+        with peer:
+            assert peer.recv(100) == b"from the guest"
+            peer.sendall(b"from the host")
+            answer = segment(routed.receive(lambda f: is_tcp(f) and bool(segment(f)[5])))
+            assert answer[5] == b"from the host"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+        datagrams.bind(("127.0.0.1", 0))
+        datagrams.settimeout(20)
+        routed.udp(datagrams.getsockname()[1], 2000, b"question")
+        data, peer_at = datagrams.recvfrom(100)
+        datagrams.sendto(b"answer", peer_at)
+        answer_frame = routed.receive(lambda f: f[12:14] == b"\x08\0" and f[23] == 17)
+        assert (data, answer_frame[42:48]) == (b"question", b"answer")
+
+
+def test_a_port_of_the_host_leads_behind_the_router() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+    routed = Routed(f"emulated,internet=on,hostfwd={port}-22")
+    try:
+        with socket.create_connection(("127.0.0.1", port), 20):
+            frame = routed.receive(is_tcp)
+            assert socket.inet_ntoa(frame[30:34]) == TAP_GUEST
+            assert segment(frame)[1] == 22 and segment(frame)[4] == SYN
+    finally:
+        routed.uplink.close()
+
+
+def test_a_way_out_that_dies_is_told(routed: Routed) -> None:
+    """Its interface goes with it, so that the router tells the guest; the tap stays."""
+    assert {"tap0", "internet"} <= set(routed.interfaces())
+    os.kill(routed.pid, signal.SIGKILL)
+    told = "the user network was killed (SIGKILL)"
+    assert wait_for(lambda: routed.ended == [told])
+    assert routed.uplink.ended == told
+    assert routed.uplink.report() == {"internet": {"ended": told}}
+    assert wait_for(lambda: "internet" not in routed.interfaces())
+    routed.tcp(80, 1000, SYN, 99, 0)
+    answer = routed.receive(lambda f: f[12:14] == b"\x08\0" and f[23] == 1)
+    assert answer[34:36] == b"\3\0", "no ICMP network unreachable"
+
+
+def test_the_end_of_a_card_is_no_news(routed: Routed) -> None:
+    pid = routed.pid
+    routed.uplink.close()
+    routed.uplink.close()
+    assert not routed.ended and not routed.uplink.ended
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_way_out_whose_interface_is_removed(routed: Routed) -> None:
+    """By somebody in the namespace: the process ends instead of waiting for ever."""
+    routed.uplink.namespace.run(["ip", "link", "del", "internet"], check=True)
+    assert wait_for(lambda: routed.ended == ["the user network has ended"])
