@@ -90,6 +90,8 @@ class Disk(Device):
         """:raises DiskError: the image cannot be opened, or names other files."""
         from pyvmm.host.storage_daemon import layers
 
+        # ``DiskConnector`` looks again: what is found then counts. This look is for whoever waits
+        # for an answer: before a machine is made, or a testbed starts.
         writes = self.writable and not self.snapshot
         try:
             layers(

@@ -619,12 +619,15 @@ def _devices(args: argparse.Namespace) -> list[Device]:
 
 
 def _disks(args: argparse.Namespace) -> list[Disk]:
-    """The disks of ``--disk``."""
+    """The disks of ``--disk``, whose images are looked at once."""
     if not args.disk:
         return []
-    from pyvmm.diskopt import Disk
+    if "disks" not in args:
+        from pyvmm.diskopt import Disk
 
-    return [Disk.parse(text) for text in args.disk]
+        args.disks = [Disk.parse(text) for text in args.disk]
+    disks: list[Disk] = args.disks
+    return disks
 
 
 def _shares(args: argparse.Namespace) -> list[Share]:

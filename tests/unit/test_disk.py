@@ -4,6 +4,7 @@ to the guest once it has gone. The daemon is a real one.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -213,6 +214,25 @@ def test_what_is_refused(
     with pytest.raises(error) as e:
         Disk.parse(text)
     assert problem in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_command_looks_at_an_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the machine is made: each look opens all files of a chain."""
+    from pyvmm.cli import run
+
+    looks: list[str] = []
+    look = storage_daemon.layers
+
+    def counted(path: str, *args: Any, **more: Any) -> Any:
+        looks.append(path)
+        return look(path, *args, **more)
+
+    monkeypatch.setattr(storage_daemon, "layers", counted)
+    image = tmp_path / "x.raw"
+    image.write_bytes(bytes(512))
+    args = argparse.Namespace(disk=[str(image)])
+    (first,), (second,) = run._disks(args), run._disks(args)
+    assert first is second and looks == [str(image)]
 
 
 def test_an_image_that_may_not_be_written_names_the_way_out(tmp_path: Path) -> None:
