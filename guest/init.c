@@ -373,14 +373,16 @@ static void no_share(unsigned int number, const char *path, int error)
 
 /*
  * Make the file system with tag @tag the root: read-only, below an overlay in memory, which takes
- * what the guest writes. The file systems of mount_all() move there. Returns 0 or an errno, with
- * @number set to SHARE_OVERLAY if the overlay has failed.
+ * what the guest writes. The file systems of mount_all() move there: /proc first, by which the
+ * others are named once this process is in the tree, where links of the tree lead where they should.
+ * Returns 0 or an errno, with @number set to SHARE_OVERLAY if the overlay has failed.
  */
 static int enter_root(const char *tag, unsigned int *number)
 {
-	static const char *const moved[] = {"proc", "sys", "dev", "tmp", "run"};
+	static const char *const moved[] = {"/sys", "/dev", "/tmp", "/run"};
+	int open_at[sizeof(moved) / sizeof(*moved)], modules;
 	struct utsname uts;
-	char from[128], to[256];
+	char from[32], to[128];
 
 	mkdir("/.pyvmm", 0700);
 	mkdir("/.pyvmm/lower", 0755);
@@ -395,19 +397,27 @@ static int enter_root(const char *tag, unsigned int *number)
 		  "lowerdir=/.pyvmm/lower,upperdir=/.pyvmm/upper/u,workdir=/.pyvmm/upper/w"))
 		return errno;
 	uname(&uts);
-	snprintf(from, sizeof(from), "/lib/modules/%s", uts.release);
-	snprintf(to, sizeof(to), "/.pyvmm/root%s", from);
-	if (!access(from, F_OK) && !make_directories(to))
-		mount(from, to, NULL, MS_BIND, NULL); /* without it, modprobe finds none */
-	for (size_t i = 0; i < sizeof(moved) / sizeof(*moved); i++) {
-		snprintf(from, sizeof(from), "/%s", moved[i]);
-		snprintf(to, sizeof(to), "/.pyvmm/root/%s", moved[i]);
-		mkdir(to, 0755);
-		if (mount(from, to, NULL, MS_MOVE, NULL))
-			return errno;
-	}
-	if (chdir("/.pyvmm/root") || mount(".", "/", NULL, MS_MOVE, NULL) || chroot("."))
+	snprintf(to, sizeof(to), "/lib/modules/%s", uts.release);
+	modules = open(to, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	for (size_t i = 0; i < sizeof(moved) / sizeof(*moved); i++)
+		open_at[i] = open(moved[i], O_PATH | O_DIRECTORY | O_CLOEXEC);
+	mkdir("/.pyvmm/root/proc", 0755);
+	if (mount("/proc", "/.pyvmm/root/proc", NULL, MS_MOVE, NULL) || chdir("/.pyvmm/root") ||
+	    mount(".", "/", NULL, MS_MOVE, NULL) || chroot("."))
 		return errno;
+	if (modules >= 0) {
+		snprintf(from, sizeof(from), "/proc/self/fd/%d", modules);
+		if (!make_directories(to))
+			mount(from, to, NULL, MS_BIND, NULL); /* without it, modprobe finds none */
+		close(modules);
+	}
+	for (size_t i = 0; i < sizeof(moved) / sizeof(*moved); i++) {
+		snprintf(from, sizeof(from), "/proc/self/fd/%d", open_at[i]);
+		mkdir(moved[i], 0755);
+		if (mount(from, moved[i], NULL, MS_MOVE, NULL))
+			return errno;
+		close(open_at[i]);
+	}
 	rooted = true;
 	mkdir("/dev/shm", 0755);
 	if (mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777"))

@@ -109,8 +109,10 @@ def test_a_whole_debian(host: Host, tmp_path: Path) -> None:
 
 def test_a_command_beside_another_init(host: Host, tmp_path: Path) -> None:
     """It has the same environment as elsewhere. The death of the tree's virtiofsd ends the run."""
-    for name in ("dev", "proc", "sys", "tmp", "run", "sbin", "bin"):
+    for name in ("dev", "proc", "sys", "run", "sbin", "bin", "var", "var/tmp", "usr", "usr/lib"):
         (tmp_path / name).mkdir()
+    for name, target in (("tmp", "/var/tmp"), ("lib", "/usr/lib")):  # in the tree, wherever it is
+        (tmp_path / name).symlink_to(target)
     shutil.copy(busybox(), tmp_path / "bin/busybox")
     for name in ("sh", "sleep", "env"):
         (tmp_path / "bin" / name).symlink_to("busybox")
@@ -121,7 +123,8 @@ def test_a_command_beside_another_init(host: Host, tmp_path: Path) -> None:
     with Run(host, *args) as run:
 
         def answered() -> bool:
-            told.append(host.run(*PYVMM, "exec", "--host", "local", "tree1", "--", "env"))
+            look = ["sh", "-c", "env; /bin/busybox grep -E ' /(var/tmp|usr/lib/.*)' /proc/mounts"]
+            told.append(host.run(*PYVMM, "exec", "--host", "local", "tree1", "--", *look))
             return told[-1].status == 0 or run.status is not None
 
         host.wait_until(answered, lambda: f"{told[-1]!r}\n{run!r}", PATIENCE)
@@ -130,7 +133,10 @@ def test_a_command_beside_another_init(host: Host, tmp_path: Path) -> None:
         assert run.wait() == 131, repr(run)
     assert f"the share of {tmp_path} has broken off: virtiofsd was killed by SIGKILL" in run.err
     assert run.report["outcome"]["kind"] == "share"
-    variables = dict(line.split("=", 1) for line in told[-1].out.splitlines())
+    lines = told[-1].out.splitlines()
+    variables = dict(line.split("=", 1) for line in lines if line[:1].isupper())
+    places = [line.split()[1] for line in lines if line[0].islower()]
+    assert "/var/tmp" in places and any(p.startswith("/usr/lib/modules/") for p in places), lines
     assert variables["PATH"] == "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     assert (variables["HOME"], variables["USER"]) == ("/root", "root")
     assert variables["LANG"] == "C.UTF-8"
