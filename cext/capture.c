@@ -92,6 +92,7 @@ struct pv_capture {
 	struct pv_capture_counts count;
 	/* A socket. */
 	int fd;
+	bool mirrored; /* it sends what the guest sends */
 	uint8_t *map;
 	uint32_t block;			   /* the next block */
 	uint32_t left;			   /* packets left in it; 0: it has not been opened */
@@ -165,11 +166,13 @@ struct pv_capture *pv_capture_ring(uint32_t interface, uint32_t snaplen, const v
  * pv_capture_socket() - Make a source of a packet socket
  * @interface:	As for pv_capture_ring(), and so are @snaplen, @filter and @count
  * @fd:		From pv_capture_open(); lent
+ * @mirrored:	The interface is a macvtap: what the guest sends, the interface sends, too. Of a
+ *		tap, the interface receives it.
  *
  * Return: as pv_capture_ring(), or NULL because the socket has no ring
  */
 struct pv_capture *pv_capture_socket(uint32_t interface, uint32_t snaplen, const void *filter,
-				     uint32_t count, int fd)
+				     uint32_t count, int fd, bool mirrored)
 {
 	struct pv_capture *c = new_source(interface, snaplen, filter, count);
 	void *map;
@@ -177,6 +180,7 @@ struct pv_capture *pv_capture_socket(uint32_t interface, uint32_t snaplen, const
 	if (!c)
 		return NULL;
 	c->fd = fd;
+	c->mirrored = mirrored;
 	map = mmap(NULL, KERNEL_RING, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (map == MAP_FAILED) {
 		pv_capture_free(c);
@@ -391,7 +395,7 @@ static bool socket_peek(struct pv_capture *c)
 				   .size = {p->tp_snaplen},
 				   .len = p->tp_len,
 				   .queue = -1,
-				   .inbound = from->sll_pkttype == PACKET_OUTGOING,
+				   .inbound = (from->sll_pkttype == PACKET_OUTGOING) != c->mirrored,
 				   .hdr_len = SOCKET_HDR};
 		memcpy(v->hdr, data - SOCKET_HDR, SOCKET_HDR);
 		if (p->tp_status & TP_STATUS_VLAN_VALID && v->size[0] >= ADDRESSES)

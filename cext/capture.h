@@ -50,7 +50,7 @@ struct pv_capture;
 struct pv_capture *pv_capture_ring(uint32_t interface, uint32_t snaplen, const void *filter,
 				   uint32_t count, int wake_fd);
 struct pv_capture *pv_capture_socket(uint32_t interface, uint32_t snaplen, const void *filter,
-				     uint32_t count, int fd);
+				     uint32_t count, int fd, bool mirrored);
 int pv_capture_open(int fd, uint32_t interface_index);
 int pv_capture_filter(int fd, uint32_t snaplen, const void *filter, uint32_t count);
 void pv_capture_free(struct pv_capture *c);

@@ -123,14 +123,17 @@ class Member:
                 self.rings[pair] = Source(c)
             return self.rings[pair].c
 
-    def socket(self, fd: Fd) -> Source:
+    def socket(self, fd: Fd, *, mirrored: bool = False) -> Source:
         """Make a source of a packet socket (``hostnet.packets``), which it owns from here on. It
         gives nothing until ``listen``; ``retire`` is needed in any case.
 
+        :param mirrored: see ``Tap``.
         :raises HostError: there is no memory.
         """
         capture = self._capture
-        c = lib.pv_capture_socket(self.number, capture.snaplen, *capture.program, fd.fileno())
+        c = lib.pv_capture_socket(
+            self.number, capture.snaplen, *capture.program, fd.fileno(), mirrored
+        )
         if not c:
             fd.close()
             raise HostError("no memory for a capture")

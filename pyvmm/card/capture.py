@@ -107,7 +107,8 @@ class CardCaptures:
         from pyvmm.hostnet.packets import open_packets
 
         assert route.tap is not None
-        one.socket = one.member.socket(open_packets(route.tap.name, self._uplink.namespace))
+        fd = open_packets(route.tap.name, self._uplink.namespace)
+        one.socket = one.member.socket(fd, mirrored=route.tap.mirrored)
 
     def _listen(self, one: _Joined) -> None:
         if one.socket is not None and not one.listens:

@@ -33,6 +33,8 @@ class Macvtap(Tap):
     carrier is that of the interface below.
     """
 
+    mirrored = True
+
     def set_rx_filter(self, rx: RxFilter) -> None:
         """Have the guest's own address.
 

@@ -434,11 +434,14 @@ class Tap:
         leaves the MTU as it is.
     :param adopted: see ``adopt``.
     :ivar created: whether this object made the interface.
+    :ivar mirrored: whether the interface sends what the guest sends, as a macvtap does; a tap
+        receives it.
     :raises NetError: the tap is busy or not a tap, or the kernel has no tun driver.
     :raises NetForbidden: the tap belongs to another user, or this user may not make one.
     """
 
     headers: tuple[int, ...] = HEADERS
+    mirrored = False
 
     def __init__(
         self,

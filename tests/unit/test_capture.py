@@ -10,6 +10,7 @@ import random
 import socket
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -101,7 +102,8 @@ class TapCard:
         return "at a tap", b""
 
     def attach(self, member: Member) -> None:
-        self._source = member.socket(open_packets("tap0", self._ns))
+        fd = open_packets("tap0", self._ns)
+        self._source = member.socket(fd, mirrored=self._ns.tap.mirrored)
         member.listen(self._source)
 
     def detach(self, member: Member) -> None:
@@ -577,6 +579,51 @@ def test_tshark_reads_a_capture_at_a_tap(tmp_path: Path, ns: Namespace) -> None:
         ["6", "0x00000001", "", "60"],
         ["3000", "0x00000002", words, "3054"],
     ]
+
+
+#: In a network namespace of its own, which has both ends of a cable: a guest on a macvtap sends a
+#: frame, and is sent one. The capture goes to the file of the first argument.
+MACVTAP = """
+import os, socket, subprocess, sys
+sys.path.insert(0, os.getcwd())
+from pathlib import Path
+from pyvmm.capture.session import Capture
+from pyvmm.errors import NetError
+from pyvmm.hostnet.netns import Namespace
+from tests.unit.test_capture import TapCard, file_for, tcp
+make = "link add low0 type veth peer name far0", "link set low0 up", "link set far0 up"
+for words in make:
+    subprocess.run(["ip", *words.split()], check=True)
+mac, far = bytes.fromhex("525400000802"), bytes.fromhex("020000000007")
+try:
+    ns = Namespace(lower="low0", mac=mac)
+except NetError as e:
+    sys.exit(f"no macvtap: {e}")
+ns.tap.set_header(12)
+with Capture([TapCard(ns)], file_for(Path(sys.argv[1]))):
+    os.write(ns.tap.fileno(), bytes(12) + far + mac + tcp(b"out")[12:])
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+        s.bind(("far0", 0))
+        s.send(mac + far + tcp(b"inward")[12:])
+ns.close()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes interfaces")
+def test_a_macvtap_sends_what_the_guest_sends(tmp_path: Path) -> None:
+    """Unlike a tap, which receives it: the file has the guest's directions."""
+    file = tmp_path / "x.pcapng"
+    run = subprocess.run(
+        ["unshare", "--net", sys.executable, "-c", MACVTAP, file],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if run.stderr.startswith("no macvtap"):
+        pytest.skip(run.stderr)
+    assert run.returncode == 0, run.stderr
+    got = [line for line in fields(file, "tcp.len", "frame.packet_flags_direction") if line[0]]
+    assert got == [["3", "0x00000002"], ["6", "0x00000001"]]
 
 
 @pytest.mark.parametrize(
