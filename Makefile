@@ -3,6 +3,7 @@ PYVMM := .venv/bin/pyvmm
 PYTEST := .venv/bin/python -m pytest
 
 .PHONY: help setup demo image check check-intel check-install check-docs lint bench clean
+.PHONY: check-kunit
 .PHONY: bench-native docs fuzz man lock release
 .PHONY: soak soak-bounds soak-kills soak-options soak-share
 
@@ -84,6 +85,9 @@ soak-options: image ## boot Linux with each row of docs/kernel-options.md, in th
 
 soak-share: image ## shares at their limits, the Rust virtiofsd, a whole Debian with systemd (root)
 	@PYVMM_SHARE=all $(PYTEST) -q tests/boot/test_share.py tests/boot/test_tree.py $(ARGS)
+
+check-kunit: setup ## the kunit.py of the kernel's source tree TREE by pyvmm (/dev/kvm, no compiling)
+	@PYVMM_KERNEL_TREE=$(abspath $(TREE)) $(PYTEST) -q tests/host/test_kunit.py $(ARGS)
 
 clean: ## remove what was built here (not the caches in ~/.cache/pyvmm)
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis pyvmm/_ext.c pyvmm/_ext*.so *.egg-info
