@@ -57,6 +57,7 @@ REASONS = {
     ("docs/root.md", "debootstrap"): "fetches a Debian, see tests/boot/test_tree.py",
     ("docs/root.md", "pyvmm run --kernel"): "needs the source of a kernel",
     ("docs/virtme-ng.md", "pyvmm run --share"): "needs the source of a kernel",
+    ("docs/virtme-ng.md", "pyvmm run --root / --share"): "needs the source of a kernel",
     ("docs/share.md", "pyvmm run --share ~/cases"): "needs the reader's files, see test_share",
     ("docs/device-stats.md", "pyvmm run --image 6.12"): "needs another image, see test_net",
     ("docs/features.md", "pyvmm image build"): "boots fourteen guests, on Linux 6.12",
@@ -158,8 +159,9 @@ BZ = "--kernel arch/x86/boot/bzImage --initrd default"
 
 
 def vng_rows() -> list[str]:
-    """The commands in the second column of the table of docs/virtme-ng.md."""
+    """The commands in the second column of the table of options of docs/virtme-ng.md."""
     text = (ROOT / "docs/virtme-ng.md").read_text()
+    text = text.partition("\n## Options\n")[2].partition("\n## ")[0]
     return re.findall(r"(?m)^\|[^|]*\| `([^`|]+)` \|", text)
 
 
