@@ -15,6 +15,7 @@
 #include "cable.h"
 #include "capture.h"
 #include "event.h"
+#include "impair.h"
 #include "net_worker.h"
 #include "thread.h"
 
@@ -177,8 +178,13 @@ struct pv_net_worker {
 	uint64_t traced; /* time of the latest event of the trace */
 	/* Atomic; see pv_net_worker_capture(). */
 	struct pv_capture *capture[PV_CAPTURES];
-	uint32_t captures; /* how many of these there are */
-	bool capturing;	   /* the worker uses one of them */
+	uint32_t captures;	  /* how many of these there are */
+	bool capturing;		  /* the worker uses one of them */
+	struct pv_impair *impair; /* atomic; see pv_net_worker_impair() */
+	/* Until when an interrupt, or a kick, is held, CLOCK_MONOTONIC in nanoseconds; 0: none. */
+	uint64_t held_irq[2];
+	uint64_t held_kick[2];
+	bool late; /* on a cable: the frame at hand is one that waited */
 	struct window window;
 	struct held held;
 	struct iovec tx_iov[BURST_IOV];
@@ -254,6 +260,33 @@ static void trace_event(struct pv_net_worker *w, uint16_t kind, int q, uint32_t 
 		pv_trace_put(w->cfg.trace, &e);
 }
 
+/* What is done wrong on purpose; NULL for most workers. */
+static struct pv_impair *impair_of(const struct pv_net_worker *w)
+{
+	return __atomic_load_n(&w->impair, __ATOMIC_ACQUIRE);
+}
+
+/* The same, if it concerns the frames of ring q. */
+static struct pv_impair *impair_way(const struct pv_net_worker *w, int q)
+{
+	struct pv_impair *im = impair_of(w);
+
+	return im && !pv_impair_idle(im, q) ? im : NULL;
+}
+
+/* For the trace: PV_DEED_* bits of what was done to a frame of ring q, or to a notification. */
+static void trace_deeds(struct pv_net_worker *w, int q, size_t len, uint32_t deeds)
+{
+	const struct pv_trace_event e = {.kind = PV_TRACE_FAULT,
+					 .ts = pv_now_ns(),
+					 .value = len,
+					 .reg = (uint32_t)q,
+					 .count = deeds};
+
+	if (w->cfg.trace && deeds)
+		pv_trace_put(w->cfg.trace, &e);
+}
+
 static uint64_t packets_of(const struct pv_net_worker *w, int q)
 {
 	return q == RX ? w->count.rx_packets : w->count.tx_packets;
@@ -271,6 +304,26 @@ static void interrupt(struct pv_net_worker *w, const struct pv_net_ring *ring)
 }
 
 /*
+ * Whether to interrupt the guest for ring q, after what is done wrong on purpose. Returns false for
+ * an interrupt that is held.
+ */
+static bool impair_call(struct pv_net_worker *w, struct pv_impair *im, int q, bool call)
+{
+	uint64_t now = pv_now_ns(), at = pv_impair_interrupt(im, q, now, call);
+
+	if (at == UINT64_MAX)
+		return false;
+	if (at <= now) {
+		trace_deeds(w, q, 0, call ? 0 : PV_DEED_EXTRA_IRQ);
+		return true;
+	}
+	if (!w->held_irq[q])
+		w->held_irq[q] = at;
+	trace_deeds(w, q, 0, PV_DEED_HOLD_IRQ);
+	return false;
+}
+
+/*
  * Interrupt the guest where it wants it; returns whether. n chains have been published since it was
  * last asked.
  */
@@ -281,6 +334,8 @@ static bool decide(struct pv_net_worker *w, int q, uint32_t n)
 
 	w->delayed[q] = (struct delayed){.packets = packets_of(w, q)};
 	call = w->inflight[q].region ? pv_inflight_flush(&w->inflight[q]) : pv_vring_flush(vr);
+	if (impair_of(w))
+		call = impair_call(w, impair_of(w), q, call);
 	if (w->cfg.trace)
 		trace_event(w, PV_TRACE_BATCH, q, n, call);
 	if (call) {
@@ -550,7 +605,69 @@ static int woken(struct pv_net_worker *w)
 
 static bool tx_possible(const struct pv_net_worker *w)
 {
-	return !w->ring[TX].fault && !w->tx_blocked && !__atomic_load_n(&w->hold, __ATOMIC_RELAXED);
+	return !w->ring[TX].fault && !w->tx_blocked && !w->held_kick[TX] &&
+	       !__atomic_load_n(&w->hold, __ATOMIC_RELAXED);
+}
+
+/* Whether frames of the guest's that have waited may go. */
+static bool late_possible(const struct pv_net_worker *w)
+{
+	return !w->tx_blocked && !__atomic_load_n(&w->hold, __ATOMIC_RELAXED);
+}
+
+static uint64_t earlier(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+/* When something that waits on purpose is to be done; UINT64_MAX: nothing waits. */
+static uint64_t impair_at(const struct pv_net_worker *w)
+{
+	const struct pv_impair *im = impair_of(w);
+	uint64_t at = UINT64_MAX;
+
+	if (!im)
+		return at;
+	if (rx_possible(w) && !w->rx_waiting)
+		at = earlier(at, pv_impair_next(im, RX));
+	if (late_possible(w))
+		at = earlier(at, pv_impair_next(im, TX));
+	for (int q = RX; q <= TX; q++) {
+		if (w->held_irq[q])
+			at = earlier(at, w->held_irq[q]);
+		if (w->held_kick[q])
+			at = earlier(at, w->held_kick[q]);
+	}
+	return at;
+}
+
+/* Tell the guest of what has waited. Returns for how many microseconds the worker may sleep. */
+static uint64_t time_left(struct pv_net_worker *w)
+{
+	uint64_t left = decide_delayed(w), at = impair_at(w), now;
+
+	if (at == UINT64_MAX)
+		return left;
+	now = pv_now_ns();
+	return at > now ? earlier(left, (at - now + 999) / 1000) : 0;
+}
+
+/* A kick has come. Returns whether it is to be overlooked for a while. */
+static bool impair_kick(struct pv_net_worker *w, int q)
+{
+	struct pv_impair *im = impair_of(w);
+	uint64_t now, until;
+
+	if (!im)
+		return false;
+	now = pv_now_ns();
+	until = pv_impair_kick(im, q, now);
+	if (until <= now)
+		return false;
+	if (!w->held_kick[q])
+		w->held_kick[q] = until;
+	trace_deeds(w, q, 0, PV_DEED_HOLD_KICK);
+	return true;
 }
 
 /* Move the window to the front of its arrays, so that one more chain fits behind it. */
@@ -810,7 +927,9 @@ static ssize_t rx_read(struct pv_net_worker *w)
 	size_t size = 0;
 	ssize_t got;
 
-	if (win->large)
+	if (impair_way(w, RX))
+		max = 0; /* it may be lost, or wait: the guest's buffers are not for it yet */
+	else if (win->large)
 		win->large--;
 	else if (max > READV_SMALL)
 		max = READV_SMALL;
@@ -930,6 +1049,91 @@ static bool rx_place(struct pv_net_worker *w)
 	return true;
 }
 
+/* Hold a frame whose time has come. Returns whether there is one. */
+static bool rx_late(struct pv_net_worker *w)
+{
+	struct pv_impair *im = impair_of(w);
+	struct held *held = &w->held;
+	struct pv_impair_due due;
+	uint64_t now;
+
+	if (!im || pv_impair_next(im, RX) == UINT64_MAX)
+		return false;
+	now = pv_now_ns();
+	if (!pv_impair_due(im, RX, now, &due))
+		return false;
+	pv_segments_load(due.iov, 0, held->scratch, due.len);
+	pv_impair_sent(im, RX);
+	held->len = due.len;
+	held->direct = 0;
+	held->read_at = held->read_end = w->cfg.trace ? now : 0;
+	return true;
+}
+
+/* Decide about the held frame, which has just been read. Returns whether it waits or is lost. */
+static bool rx_impair(struct pv_net_worker *w)
+{
+	struct pv_impair *im = impair_way(w, RX);
+	const struct iovec iov = {.iov_base = w->held.scratch, .iov_len = w->held.len};
+	const struct pv_impair_frame f = {
+		.iov = &iov, .len = w->held.len, .hdr_len = w->cfg.hdr_len};
+	uint32_t deeds;
+	bool taken;
+
+	if (!im || w->held.direct)
+		return false;
+	taken = pv_impair_take(im, RX, &f, false, pv_now_ns(), &deeds);
+	trace_deeds(w, RX, f.len, deeds);
+	if (taken)
+		held_clear(&w->held);
+	return taken;
+}
+
+/*
+ * Hold a frame, one that has waited or one that is read from fd. With PV_MORE, held.len is 0 if it
+ * is to be forgotten. PV_DONE: there is none, or nobody to give it to.
+ */
+static enum pv_step rx_next(struct pv_net_worker *w, uint32_t *packets)
+{
+	ssize_t n;
+
+	if (rx_fill(w, w->cfg.max_frame) == PV_BAD)
+		return PV_BAD;
+	if (!window_chains(&w->window)) {
+		w->rx_waiting = true;
+		add(&w->count.rx_waits, 1);
+		return PV_DONE;
+	}
+	if (rx_late(w)) {
+		++*packets;
+		return PV_MORE;
+	}
+	n = rx_read(w);
+	if (n <= 0) {
+		if (n < 0 && errno == EINTR)
+			return PV_MORE;
+		if (n < 0 && errno == EFAULT) {
+			/* The host has no page for the guest's buffer; the frame is lost. */
+			++*packets;
+			add(&w->count.rx_drop_error, 1);
+			return PV_MORE;
+		}
+		if (n < 0 && errno == EAGAIN)
+			w->rx_ready = false;
+		else
+			fd_gone(w);
+		return PV_DONE;
+	}
+	++*packets;
+	if ((size_t)n < w->cfg.hdr_len) {
+		add(&w->count.rx_drop_short, 1);
+		return PV_MORE;
+	}
+	w->held.len = (size_t)n;
+	(void)rx_impair(w);
+	return PV_MORE;
+}
+
 /* Receive: from fd to the guest. Returns whether more may be waiting. */
 static bool rx_turn(struct pv_net_worker *w)
 {
@@ -940,42 +1144,16 @@ static bool rx_turn(struct pv_net_worker *w)
 		size_t len;
 
 		if (!w->held.len) {
-			ssize_t n;
+			enum pv_step step = rx_next(w, &packets);
 
-			if (rx_fill(w, w->cfg.max_frame) == PV_BAD)
+			if (step == PV_BAD)
 				return false;
-			if (!window_chains(&w->window)) {
-				w->rx_waiting = true;
-				add(&w->count.rx_waits, 1);
+			if (step == PV_DONE) {
 				more = false;
 				break;
 			}
-			n = rx_read(w);
-			if (n <= 0) {
-				if (n < 0 && errno == EINTR)
-					continue;
-				if (n < 0 && errno == EFAULT) {
-					/*
-					 * The host has no page for the guest's buffer; the frame is
-					 * lost.
-					 */
-					packets++;
-					add(&w->count.rx_drop_error, 1);
-					continue;
-				}
-				if (n < 0 && errno == EAGAIN)
-					w->rx_ready = false;
-				else
-					fd_gone(w);
-				more = false;
-				break;
-			}
-			packets++;
-			if ((size_t)n < w->cfg.hdr_len) {
-				add(&w->count.rx_drop_short, 1);
+			if (!w->held.len)
 				continue;
-			}
-			w->held.len = (size_t)n;
 		}
 		len = w->held.len;
 		if (!rx_place(w)) {
@@ -1021,9 +1199,119 @@ static void tx_note_burst(struct pv_net_worker *w, uint32_t packets, uint32_t by
 	w->burst.bytes += bytes;
 }
 
+/* A packet has left the transmit ring: count it, and show it to the captures if there are any. */
+static void tx_count(struct pv_net_worker *w, const struct iovec *iov, size_t len,
+		     uint64_t captured)
+{
+	add(&w->count.tx_packets, 1);
+	add(&w->count.tx_bytes, len - w->cfg.hdr_len);
+	if (w->cfg.cable) /* no offload is negotiated, and the header may be in a line of its own */
+		add(&w->count.tx_csum_none, 1);
+	else
+		tx_count_header(w, iov, len - w->cfg.hdr_len);
+	if (captured)
+		capture(w, TX, captured, iov, len);
+}
+
+/* What became of a packet for fd. */
+enum sent {
+	SENT_DROPPED, /* counted */
+	SENT,
+	SENT_NOT_YET /* fd takes no more */
+};
+
+/* Write a packet to fd. */
+static enum sent tx_write(struct pv_net_worker *w, const struct iovec *iov, int segments)
+{
+	ssize_t n;
+
+	do {
+		n = writev(w->cfg.fd, iov, segments);
+		add(&w->count.fd_writes, 1);
+	} while (n < 0 && errno == EINTR);
+	if (n >= 0) {
+		if (w->inflight[TX].taken != PV_INFLIGHT_UNCOUNTED)
+			w->inflight[TX].taken++;
+		return SENT;
+	}
+	if (errno == EAGAIN) {
+		w->tx_blocked = true;
+		add(&w->count.tx_blocks, 1);
+		return SENT_NOT_YET;
+	}
+	if (errno == EBADFD || errno == EPIPE || errno == ECONNRESET || errno == ENOTCONN ||
+	    errno == ECONNREFUSED) {
+		fd_gone(w);
+		add(&w->count.tx_drop_link, 1);
+	} else {
+		add(&w->count.tx_drop_error, 1);
+	}
+	return SENT_DROPPED;
+}
+
+/*
+ * Decide about a frame of the guest's. Returns whether it waits or is lost: for the guest, it has
+ * been sent.
+ */
+static bool tx_impair(struct pv_net_worker *w, struct pv_impair *im, const struct iovec *iov,
+		      size_t len)
+{
+	const struct pv_impair_frame f = {.iov = iov, .len = len, .hdr_len = w->cfg.hdr_len};
+	uint32_t deeds;
+	bool taken = pv_impair_take(im, TX, &f, false, pv_now_ns(), &deeds);
+
+	trace_deeds(w, TX, len, deeds);
+	if (taken)
+		tx_count(w, iov, len, capture_time(w));
+	return taken;
+}
+
+/* Put a frame that has waited into the cable. Returns whether there was room. */
+static bool cable_put_late(struct pv_net_worker *w, const struct pv_impair_due *due)
+{
+	uint32_t len = due->len - due->hdr_len;
+	uint8_t *to;
+
+	if (len > PV_CABLE_FRAME_MAX) {
+		add(&w->count.tx_drop_error, 1);
+		return true;
+	}
+	to = pv_frames_put(w->cfg.cable->out, len);
+	if (!to) {
+		w->tx_blocked = true;
+		add(&w->count.tx_blocks, 1);
+		return false;
+	}
+	pv_segments_load(due->iov, due->hdr_len, to, len);
+	return true;
+}
+
+/* Send the guest's frames that have waited and whose time has come. */
+static void tx_late(struct pv_net_worker *w)
+{
+	struct pv_impair *im = impair_of(w);
+	struct pv_impair_due due;
+	uint64_t now;
+
+	if (!im || !late_possible(w) || pv_impair_next(im, TX) == UINT64_MAX)
+		return;
+	now = pv_now_ns();
+	for (uint32_t n = 0; n < TURN_PACKETS && pv_impair_due(im, TX, now, &due); n++) {
+		if (w->link_down)
+			add(&w->count.tx_drop_link, 1);
+		else if (w->cfg.cable ? !cable_put_late(w, &due)
+				      : tx_write(w, due.iov, (int)due.niov) == SENT_NOT_YET)
+			break;
+		pv_impair_sent(im, TX);
+	}
+	if (w->cfg.cable && pv_frames_publish(w->cfg.cable->out))
+		pv_cable_ring(w->cfg.cable);
+}
+
 /* Transmit: from the guest to fd. Returns whether more may be waiting. */
 static bool tx_turn(struct pv_net_worker *w)
 {
+	struct pv_impair *im = impair_way(w, TX);
 	struct pv_vring *vr = &w->ring[TX];
 	uint32_t packets = 0, bytes = 0, batch_packets = 0, batch_bytes = 0;
 	uint64_t begun = w->burst.packets ? 0 : now_us();
@@ -1034,7 +1322,8 @@ static bool tx_turn(struct pv_net_worker *w)
 		uint64_t sent_at = 0, captured = 0;
 		uint16_t at = vr->last_avail;
 		enum pv_step step = tx_take(w, w->tx_iov, &c);
-		ssize_t n = -1;
+		enum sent sent = SENT_DROPPED;
+		uint32_t n;
 
 		if (step == PV_DONE) {
 			more = false;
@@ -1049,54 +1338,46 @@ static bool tx_turn(struct pv_net_worker *w)
 			sent_at = pv_now_ns();
 		if (w->link_down) {
 			add(&w->count.tx_drop_link, 1);
+		} else if (im && tx_impair(w, im, w->tx_iov, c.out_len)) {
+			sent = SENT;
 		} else if (w->inflight[TX].region && pv_inflight_begin(&w->inflight[TX], &c)) {
 			add(&w->count.tx_in_doubt, 1);
 		} else {
 			captured = capture_time(w);
-			do {
-				n = writev(w->cfg.fd, w->tx_iov, c.out_num);
-				add(&w->count.fd_writes, 1);
-			} while (n < 0 && errno == EINTR);
-			if (n >= 0) {
-				add(&w->count.tx_packets, 1);
-				add(&w->count.tx_bytes, c.out_len - w->cfg.hdr_len);
-				tx_count_header(w, w->tx_iov, c.out_len - w->cfg.hdr_len);
-				if (captured)
-					capture(w, TX, captured, w->tx_iov, c.out_len);
-				if (w->inflight[TX].taken != PV_INFLIGHT_UNCOUNTED)
-					w->inflight[TX].taken++;
-			} else if (errno == EAGAIN) {
+			sent = tx_write(w, w->tx_iov, c.out_num);
+			if (sent == SENT_NOT_YET) {
 				pv_vring_unpop(vr, c.slots);
 				if (w->inflight[TX].region)
 					pv_inflight_cancel(&w->inflight[TX], &c);
-				w->tx_blocked = true;
-				add(&w->count.tx_blocks, 1);
 				more = false;
 				break;
-			} else if (errno == EBADFD || errno == EPIPE || errno == ECONNRESET ||
-				   errno == ENOTCONN || errno == ECONNREFUSED) {
-				fd_gone(w);
-				add(&w->count.tx_drop_link, 1);
-			} else {
-				add(&w->count.tx_drop_error, 1);
 			}
+			if (sent == SENT)
+				tx_count(w, w->tx_iov, c.out_len, captured);
 		}
 		if (w->cfg.trace)
 			trace_packet(w, TX, w->tx_iov, c.out_num, c.out_len, c.head, at, sent_at,
-				     pv_now_ns(), n >= 0);
+				     pv_now_ns(), sent == SENT);
 		push(w, TX, c.head, c.slots, 0);
 		if (w->inflight[TX].region)
 			pv_inflight_end(&w->inflight[TX], &c);
 		packets++;
 		/* A frame longer than 64 KiB was refused, but counts as work. */
-		n = c.out_len < TURN_BYTES ? (ssize_t)c.out_len : (ssize_t)TURN_BYTES;
-		bytes += (uint32_t)n;
-		batch_bytes += (uint32_t)n;
+		n = c.out_len < TURN_BYTES ? (uint32_t)c.out_len : TURN_BYTES;
+		bytes += n;
+		batch_bytes += n;
 		if (++batch_packets >= w->batch || batch_bytes >= BATCH_BYTES) {
 			flush(w, TX);
 			batch_packets = batch_bytes = 0;
 			if (w->delayed[TX].held)
 				break; /* frames may have come for the driver */
+		}
+		if (!im)
+			continue;
+		tx_late(w); /* what goes behind this frame */
+		if (w->tx_blocked) {
+			more = false;
+			break;
 		}
 	}
 	flush(w, TX);
@@ -1135,11 +1416,15 @@ static bool cable_send(struct pv_net_worker *w, const struct iovec *iov, const s
 	uint64_t len = c->out_len - w->cfg.hdr_len, begin = w->cfg.trace ? pv_now_ns() : 0;
 	struct pv_inflight *in = &w->inflight[TX];
 	struct pv_frames *out = w->cfg.cable->out;
+	struct pv_impair *im = impair_way(w, TX);
 	uint64_t captured;
 	uint8_t *to = NULL;
+	bool moved = false;
 
 	if (len > PV_CABLE_FRAME_MAX) {
 		add(&w->count.tx_drop_error, 1);
+	} else if (im && tx_impair(w, im, iov, c->out_len)) {
+		moved = true;
 	} else if (in->region && pv_frames_room(out, (uint32_t)len) && pv_inflight_begin(in, c)) {
 		add(&w->count.tx_in_doubt, 1);
 	} else {
@@ -1150,20 +1435,18 @@ static bool cable_send(struct pv_net_worker *w, const struct iovec *iov, const s
 			memcpy(to, (const uint8_t *)iov->iov_base + w->cfg.hdr_len, (size_t)len);
 		else
 			pv_segments_load(iov, w->cfg.hdr_len, to, (size_t)len);
-		add(&w->count.tx_packets, 1);
-		add(&w->count.tx_bytes, len);
-		/* No offload is negotiated, and the header may be in a line of its own. */
-		add(&w->count.tx_csum_none, 1);
 		captured = capture_time(w);
-		if (captured)
-			capture(w, TX, captured, iov, c->out_len);
+		tx_count(w, iov, c->out_len, captured);
+		moved = true;
 	}
 	if (w->cfg.trace)
 		trace_packet(w, TX, iov, c->out_num, c->out_len, c->head, at, begin, pv_now_ns(),
-			     to);
+			     moved);
 	push(w, TX, c->head, c->slots, 0);
 	if (in->region)
 		pv_inflight_end(in, c);
+	if (im)
+		tx_late(w); /* what goes behind this frame */
 	return true;
 }
 
@@ -1227,7 +1510,8 @@ static uint32_t cable_place_burst(struct pv_net_worker *w, uint32_t max, uint32_
 	uint32_t len[BURST], n, sum = 0, slots = 0;
 	size_t room = 0;
 
-	if (w->cfg.hdr_len != V1_HDR || w->cfg.trace || w->log.bits || capture_time(w))
+	if (w->cfg.hdr_len != V1_HDR || w->cfg.trace || w->log.bits || capture_time(w) || w->late ||
+	    impair_way(w, RX))
 		return 0;
 	if (max > window_chains(win))
 		max = window_chains(win);
@@ -1333,15 +1617,64 @@ static void cable_flush(struct pv_net_worker *w)
 	flush(w, RX);
 }
 
+/*
+ * The frame of the cable that is to be placed next, which stays where it is until cable_took(). NULL:
+ * there is none.
+ */
+static const uint8_t *cable_next(struct pv_net_worker *w, uint32_t *len)
+{
+	struct pv_impair *im = impair_way(w, RX);
+	struct pv_frames *in = w->cfg.cable->in;
+	struct pv_impair_due due;
+	uint32_t deeds;
+
+	w->late = false;
+	if (!im)
+		return pv_frames_peek(in, len);
+	for (uint32_t n = 0; n < TURN_PACKETS; n++) {
+		const uint8_t *frame;
+		struct iovec iov;
+		bool taken;
+
+		w->late = pv_impair_due(im, RX, pv_now_ns(), &due);
+		if (w->late) {
+			pv_segments_load(due.iov, 0, w->held.scratch, due.len);
+			*len = due.len;
+			return w->held.scratch;
+		}
+		frame = pv_frames_peek(in, len);
+		if (!frame)
+			return NULL;
+		iov = (struct iovec){.iov_base = (void *)(uintptr_t)frame, .iov_len = *len};
+		/* It waits in any case, so that it is decided about only once. */
+		taken = pv_impair_take(im, RX, &(struct pv_impair_frame){.iov = &iov, .len = *len},
+				       true, pv_now_ns(), &deeds);
+		trace_deeds(w, RX, *len, deeds);
+		if (!taken)
+			return frame;
+		pv_frames_take(in, *len);
+	}
+	return NULL;
+}
+
+/* The frame of cable_next() was placed, or is to be forgotten. */
+static void cable_took(struct pv_net_worker *w, uint32_t len)
+{
+	if (w->late)
+		pv_impair_sent(impair_of(w), RX);
+	else
+		pv_frames_take(w->cfg.cable->in, len);
+	w->late = false;
+}
+
 /* Receive: from the cable to the guest. Returns whether more may be waiting. */
 static bool cable_rx_turn(struct pv_net_worker *w)
 {
-	struct pv_frames *in = w->cfg.cable->in;
 	uint32_t packets = 0, bytes = 0, len;
 	bool more = true;
 
 	while (packets < w->turn && bytes < TURN_BYTES) {
-		const uint8_t *frame = pv_frames_peek(in, &len);
+		const uint8_t *frame = cable_next(w, &len);
 		uint32_t n;
 
 		if (!frame) {
@@ -1366,7 +1699,7 @@ static bool cable_rx_turn(struct pv_net_worker *w)
 			more = false;
 			break;
 		}
-		pv_frames_take(in, len);
+		cable_took(w, len);
 		bytes += len;
 		packets++;
 	}
@@ -1410,6 +1743,34 @@ static void rx_resume(struct pv_net_worker *w)
 	w->rx_waiting = w->fd_muted = false;
 }
 
+/* Do what has waited on purpose, and whose time has come. */
+static void impair_round(struct pv_net_worker *w)
+{
+	uint64_t now = impair_at(w) != UINT64_MAX ? pv_now_ns() : 0;
+
+	for (int q = RX; q <= TX; q++) {
+		if (w->held_irq[q] && now >= w->held_irq[q]) {
+			w->held_irq[q] = 0;
+			interrupt(w, &w->cfg.ring[q]);
+			add(q == RX ? &w->count.rx_calls : &w->count.tx_calls, 1);
+		}
+		if (w->held_kick[q] && now >= w->held_kick[q]) {
+			w->held_kick[q] = 0;
+			w->owed |= q == TX;
+		}
+	}
+	tx_late(w);
+}
+
+/* Whether a frame for the guest has waited for long enough. */
+static bool rx_is_due(const struct pv_net_worker *w)
+{
+	const struct pv_impair *im = impair_of(w);
+	uint64_t next = im ? pv_impair_next(im, RX) : UINT64_MAX;
+
+	return next != UINT64_MAX && next <= pv_now_ns();
+}
+
 /* Give each direction a turn; a vCPU that kicks only transmits. Returns whether there is more. */
 static bool net_round(struct pv_net_worker *w)
 {
@@ -1421,6 +1782,8 @@ static bool net_round(struct pv_net_worker *w)
 		signal_fd(w->answer_fd);
 	}
 	(void)decide_delayed(w);
+	if (impair_of(w))
+		impair_round(w);
 	if (w->log.marked)
 		tell_log(w);
 	if (w->cfg.cable)
@@ -1433,9 +1796,9 @@ static bool net_round(struct pv_net_worker *w)
 		cable_look(w); /* a loop has frames now */
 	else if (more || w->delayed[TX].held)
 		w->rx_ready = true; /* nobody polls fd for us until we sleep */
-	if (w->rx_waiting && rx_possible(w) && pv_vring_pending(&w->ring[RX]))
+	if (w->rx_waiting && rx_possible(w) && !w->held_kick[RX] && pv_vring_pending(&w->ring[RX]))
 		rx_resume(w);
-	if (rx_possible(w) && !w->rx_waiting && (w->rx_ready || w->held.len))
+	if (rx_possible(w) && !w->rx_waiting && (w->rx_ready || w->held.len || rx_is_due(w)))
 		more |= w->cfg.cable ? cable_rx_turn(w) : rx_turn(w);
 	hold_or_tell(w);
 	return more;
@@ -1507,12 +1870,14 @@ static int net_poll(struct pv_net_worker *w, int64_t timeout)
 			add(&w->count.rx_kicks, 1);
 			if (w->cfg.trace)
 				trace_event(w, PV_TRACE_KICK, RX, 1, false);
+			(void)impair_kick(w, RX);
 			break;
 		case EV_TX_KICK:
 			w->owed = true;
 			add(&w->count.tx_kicks, 1);
 			if (w->cfg.trace)
 				trace_event(w, PV_TRACE_KICK, TX, 1, false);
+			(void)impair_kick(w, TX);
 			break;
 		case EV_FD:
 			if (w->cfg.cable) /* its bell: the next round looks */
@@ -1551,12 +1916,12 @@ static uint64_t hold_left(const struct pv_net_worker *w)
 /* The frame that waits for buffers has waited for too long. */
 static void rx_give_up(struct pv_net_worker *w)
 {
-	uint32_t len;
+	uint32_t len = 0;
 
 	add(&w->count.rx_drop_held, 1);
 	held_clear(&w->held);
-	if (w->cfg.cable && pv_frames_peek(w->cfg.cable->in, &len)) {
-		pv_frames_take(w->cfg.cable->in, len);
+	if (w->cfg.cable && (w->late || pv_frames_peek(w->cfg.cable->in, &len))) {
+		cable_took(w, len);
 		cable_flush(w); /* the other end may wait for this room */
 	}
 	rx_resume(w);
@@ -1570,7 +1935,7 @@ static bool cable_work(struct pv_net_worker *w)
 		return true;
 	if (!rx_possible(w))
 		return false;
-	return w->rx_waiting ? pv_vring_pending(&w->ring[RX]) : w->rx_ready;
+	return w->rx_waiting ? pv_vring_pending(&w->ring[RX]) : w->rx_ready || rx_is_due(w);
 }
 
 /*
@@ -1589,7 +1954,8 @@ static bool cable_spin(struct pv_net_worker *w, uint32_t us)
 				return true;
 			__builtin_ia32_pause();
 		}
-		(void)decide_delayed(w);
+		if (!time_left(w))
+			return true;
 		if (w->log.marked)
 			tell_log(w);
 		if (w->held.since && !hold_left(w)) {
@@ -1626,10 +1992,11 @@ static int spin(struct pv_net_worker *w)
 			return -1;
 		if (stopping(w) || (tx_possible(w) && pv_vring_pending(&w->ring[TX])))
 			return 1;
-		(void)decide_delayed(w);
+		if (!time_left(w))
+			return 1;
 		if (!rx_possible(w))
 			continue;
-		if (w->rx_waiting && pv_vring_pending(&w->ring[RX]))
+		if (w->rx_waiting && !w->held_kick[RX] && pv_vring_pending(&w->ring[RX]))
 			rx_resume(w);
 		if (!w->rx_waiting && (w->rx_ready || w->held.len))
 			return 1;
@@ -1668,7 +2035,9 @@ static int linger(struct pv_net_worker *w)
 		return 0;
 	if (b->linger_us < LINGER_MIN_US)
 		b->linger_us = LINGER_MIN_US;
-	left = decide_delayed(w);
+	left = time_left(w);
+	if (!left)
+		return 1;
 	if (set_interest(w) || net_poll(w, (int64_t)(left < b->linger_us ? left : b->linger_us)))
 		return -1;
 	b->lingered = pv_vring_pending(&w->ring[TX]);
@@ -1730,7 +2099,7 @@ static int net_sleep(struct pv_net_worker *w)
 		w->owed = !w->cfg.in_exit;
 	}
 	if (w->rx_waiting && rx_possible(w)) {
-		if (pv_vring_enable_notify(&w->ring[RX])) {
+		if (!w->held_kick[RX] && pv_vring_enable_notify(&w->ring[RX])) {
 			rx_resume(w);
 			return 0;
 		}
@@ -1744,7 +2113,9 @@ static int net_sleep(struct pv_net_worker *w)
 	}
 	if (w->cfg.cable && cable_want(w))
 		return 0;
-	left = decide_delayed(w);
+	left = time_left(w);
+	if (!left)
+		return 0;
 	if (left != UINT64_MAX && (timeout < 0 || left < (uint64_t)timeout))
 		timeout = (int64_t)left;
 	if (set_interest(w) || net_poll(w, timeout))
@@ -1787,9 +2158,11 @@ static void take_kick(struct pv_taker *t)
 		trace_event(w, PV_TRACE_NONE, 0, 0, false);
 		trace_event(w, PV_TRACE_KICK, TX, 1, false);
 	}
-	w->owed = net_round(w) || (tx_possible(w) && pv_vring_enable_notify(&w->ring[TX]));
-	/* For the thread to wait for the tap, or for the time of an interrupt. */
-	wake = w->owed || w->tx_blocked || w->delayed[TX].chains;
+	/* With a kick that is held, the thread transmits later. */
+	w->owed = impair_kick(w, TX) || net_round(w) ||
+		  (tx_possible(w) && pv_vring_enable_notify(&w->ring[TX]));
+	/* For the thread to wait for the tap, or for the time of an interrupt or a frame. */
+	wake = w->owed || w->tx_blocked || w->delayed[TX].chains || impair_at(w) != UINT64_MAX;
 	w->turn = w->cfg.unbatched ? 1 : TURN_PACKETS;
 	w->by_kicker = false;
 	pthread_mutex_unlock(&w->lock);
@@ -1952,6 +2325,8 @@ static void serve_end(struct pv_net_worker *w)
 	for (int q = RX; q <= TX; q++) {
 		if (w->delayed[q].chains)
 			decide(w, q, w->delayed[q].chains);
+		if (w->held_irq[q])
+			interrupt(w, &w->cfg.ring[q]);
 		if (!w->ring[q].fault)
 			(void)pv_vring_enable_notify(&w->ring[q]);
 	}
@@ -2160,6 +2535,16 @@ bool pv_net_worker_capture(struct pv_net_worker *w, uint32_t place, struct pv_ca
 		nanosleep(&moment, NULL);
 	}
 	return true;
+}
+
+/**
+ * pv_net_worker_impair() - Have a worker do wrong on purpose what the rules of an object say
+ * @w:		The worker, running or not; once, from any thread
+ * @im:		Of the same queue pair, lent until the worker is freed; no other worker uses it
+ */
+void pv_net_worker_impair(struct pv_net_worker *w, struct pv_impair *im)
+{
+	__atomic_store_n(&w->impair, im, __ATOMIC_RELEASE);
 }
 
 /**

@@ -30,6 +30,12 @@
  * per packet. A capture may come and go at any time: a worker that is about to use captures says
  * so first, and whoever takes one away waits until the worker has done with its packet.
  *
+ * With faults on demand (impair.h), what the rules want to be lost, changed or put off goes by memory
+ * of the worker's own between ring and fd: a frame of the guest's is copied after its chain was
+ * taken, and the chain is used at once; a frame for the guest is read into the scratch buffer. Time
+ * of what waits ends the worker's sleep. Counters of packets, and captures, are the ring's: they
+ * show what the guest has sent and got. Without faults, that costs a load and a branch per packet.
+ *
  * With a log (dirty_log.h), the buffers of received frames are marked, as the rings' own areas are.
  *
  * A malformed ring stops that direction only.
@@ -241,6 +247,7 @@ struct pv_net_thread {
 
 struct pv_net_worker;
 struct pv_capture;
+struct pv_impair;
 
 struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 					const struct pv_memory *mem, struct pv_net_event *why);
@@ -255,6 +262,7 @@ void pv_net_worker_stop(struct pv_net_worker *w, bool finish);
 void pv_net_worker_join(struct pv_net_worker *w);
 void pv_net_worker_attach(struct pv_net_worker *w, int fd);
 bool pv_net_worker_capture(struct pv_net_worker *w, uint32_t place, struct pv_capture *c);
+void pv_net_worker_impair(struct pv_net_worker *w, struct pv_impair *im);
 uint64_t pv_net_worker_cpu_ns(const struct pv_net_worker *w);
 uint32_t pv_net_worker_base(const struct pv_net_worker *w, int queue);
 uint32_t pv_net_worker_position(const struct pv_net_worker *w, int queue);

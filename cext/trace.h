@@ -26,7 +26,9 @@ enum pv_trace_kind {
 	PV_TRACE_PACKET,
 	PV_TRACE_SEGMENT, /* of the packet: guest-physical address addr, value bytes */
 	/* of the packet: size bytes; the first write bytes of the packet are its virtio_net_hdr */
-	PV_TRACE_BYTES
+	PV_TRACE_BYTES,
+	/* a fault on demand: count has what was done (PV_DEED_*) to a frame of value bytes */
+	PV_TRACE_FAULT
 };
 
 #define PV_TRACE_DATA	  40 /* bytes per PV_TRACE_BYTES */

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
+    from pyvmm.faultopt import FaultRule
     from pyvmm.hostnet.slirp import Forward
 
 #: Keys of a way out of the guest by libslirp.
@@ -64,6 +65,8 @@ COMMON_KEYS = (
     "without",
     "with",
     "switchable",
+    "fault",
+    "fault-seed",
 )
 #: Keys of a data path, which a switch may change; all other keys belong to the card.
 PATH_KEYS = ("poll", "worker-cpu", "worker", "batch", "socket", "server", "peer", "device")
@@ -135,6 +138,14 @@ HONOURED: dict[str, tuple[str, ...]] = {
     "vhost-vdpa": ("packed", "access-platform"),
     "user": ("packed", "in-order", "coalescing", "hash-report", "access-platform"),
 }
+#: Modes whose packets a worker of this process moves, which can do wrong on purpose; why the other
+#: modes cannot, and what to do.
+FAULTY = ("emulated", "user")
+NO_FAULTS = {
+    "vhost-net": ("the kernel moves its packets", "use emulated, or tc qdisc on the tap"),
+    "vhost-user": ("the back-end moves its packets", "use emulated, or pyvmm backend --fault"),
+    "vhost-vdpa": ("the device moves its packets", "use emulated"),
+}
 #: Mbit/s: the largest number in struct virtio_net_config.
 SPEED_MAX = 0x7FFFFFFF
 #: The most cards of a machine: slots of PCI bus 0, less the host bridge.
@@ -205,6 +216,9 @@ class Net:
         ``[tcp:|udp:][ADDR:]PORT-[ADDR:]PORT`` (docs/user-network.md).
     :param switchable: modes to which the data path may be switched later, joined by "+"
         (docs/switch.md). The device offers what all of them can honour.
+    :param fault: what to do wrong on purpose, of emulated and user: words of rules, joined by "+",
+        or the rules (docs/fault-injection.md). :param fault_seed: of the random numbers, 0 to
+        2^64 - 1; a random one if it is not given.
     :raises UsageError: a value is not allowed, or two do not go together.
     """
 
@@ -212,6 +226,8 @@ class Net:
         "batch",
         "bridge",
         "device",
+        "fault",
+        "fault_seed",
         "fds",
         "forwards",
         "guest",
@@ -276,6 +292,8 @@ class Net:
         loopback: str = "on",
         hostfwd: str = "",
         switchable: str = "",
+        fault: str | Sequence[FaultRule] = "",
+        fault_seed: int | str | None = None,
     ) -> None:
         mode, preset = PRESETS.get(mode, (mode, {}))
         if mode not in MODES:
@@ -378,9 +396,24 @@ class Net:
         self._check_way_out()
         self.without = groups("without", without, GROUPS)
         self.with_ = groups("with", with_, ON_REQUEST)
+        self._take_faults(fault, fault_seed)
         both = set(self.without) & set(self.with_)
         if both:
             raise UsageError(f"--net: with={with_},without={without}", "leave one of them away")
+
+    def _take_faults(self, fault: str | Sequence[FaultRule], seed: int | str | None) -> None:
+        self.fault: Sequence[FaultRule] = ()
+        self.fault_seed = 0
+        if not fault:
+            if seed is not None:
+                raise UsageError("--net: fault-seed= without fault=", "leave it out")
+            return
+        from pyvmm.faultopt import of_option, seed_of
+
+        self.fault = of_option(fault) if isinstance(fault, str) else list(fault)
+        self.fault_seed = seed_of(seed)
+        if self.mode != "none":
+            check_faults("--net", self)
 
     def _check_tap(self) -> None:
         """:raises UsageError: the tap that is asked for makes no sense."""
@@ -639,6 +672,20 @@ class Net:
                     f"leave out with={group}, "
                     + ("which emulated has on Linux 6.17 or later" if new else f"or {mode}"),
                 )
+
+
+def check_faults(name: str, net: Net) -> None:
+    """Check that faults on demand are possible on a card's data path.
+
+    :param name: what the message begins with.
+    :raises UsageError: somebody else than a worker of ours moves its packets.
+    """
+    if net.mode in FAULTY:
+        return
+    raise UsageError(
+        f"{name}: no faults on demand on {net.mode}: {NO_FAULTS[net.mode][0]}",
+        NO_FAULTS[net.mode][1],
+    )
 
 
 def interface_name(key: str, name: str | None) -> None:

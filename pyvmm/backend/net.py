@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyvmm.backend.frontend import Frontend, Handler
     from pyvmm.datapath.base import Frames, PathEvents, Vring
     from pyvmm.datapath.capture import CapturePoint
+    from pyvmm.datapath.impair import ImpairPoint
     from pyvmm.vhostuser.wire import Message
 
     class Port(Frames, Protocol):
@@ -89,6 +90,7 @@ class NetService:
     :param poll_us: a worker looks for work for this long, in microseconds, before it sleeps.
     :param worker_cpu: pin the worker of queue pair k to CPU ``worker_cpu`` + k.
     :param stopped: see ``EmulatedNet``. :param captures: of the workers, lent.
+    :param impair: the faults on demand of the workers, lent.
     """
 
     in_order = True
@@ -106,6 +108,7 @@ class NetService:
         worker_cpu: int | None = None,
         stopped: Callable[[str], object] | None = None,
         captures: CapturePoint | None = None,
+        impair: ImpairPoint | None = None,
     ) -> None:
         self.name: str = port.name
         self.queue_num = len(port.fds)
@@ -117,8 +120,14 @@ class NetService:
         self._port = port
         self._header = VIRTIO_NET_HDR_V1_SIZE
         self._path = EmulatedNet(
-            port, poll_us=poll_us, worker_cpu=worker_cpu, stopped=stopped, captures=captures
+            port,
+            poll_us=poll_us,
+            worker_cpu=worker_cpu,
+            stopped=stopped,
+            captures=captures,
+            impair=impair,
         )
+        self._impair = impair
 
     def features(self) -> int:
         """The features of the worker and of the port, those that front-ends serve, and the log of
@@ -154,8 +163,9 @@ class NetService:
         return self._path.stop()
 
     def counters(self) -> dict[str, int]:
-        """Those of the emulated data path."""
-        return self._path.counters()
+        """Those of the emulated data path, and of its faults on demand."""
+        faults = self._impair.counters() if self._impair is not None else {}
+        return {**self._path.counters(), **faults}
 
     def close(self) -> None:
         """Stop the workers and close the port."""

@@ -51,31 +51,32 @@ def check_expression(expression: str) -> str:
     return expression
 
 
-def compile_filter(expression: str, snaplen: int) -> bytes:
+def compile_filter(expression: str, snaplen: int, option: str = "--filter") -> bytes:
     """Instructions, ``struct sock_filter`` each, for Ethernet frames.
 
-    :param snaplen: bytes that are kept of a packet at most.
+    :param snaplen: bytes that are kept of a packet at most. :param option: what has the expression,
+        for messages.
     :raises UsageError: this is no expression. :raises HostError: there is no libpcap.
     """
     from cffi import FFI
 
     check_expression(expression)
     if "\0" in expression:
-        raise UsageError("--filter: the expression has a null character")
+        raise UsageError(f"{option}: the expression has a null character")
     ffi: Any = FFI()
     ffi.cdef(DECLARATIONS)
     try:
         pcap: Any = ffi.dlopen(LIBRARY)
     except OSError as e:
         raise HostError(
-            f"--filter needs {LIBRARY}, which is not there", "as root: apt install libpcap0.8"
+            f"{option} needs {LIBRARY}, which is not there", "as root: apt install libpcap0.8"
         ) from e
     handle = pcap.pcap_open_dead(DLT_EN10MB, snaplen)
     program = ffi.new("struct bpf_program *")
     try:
         if pcap.pcap_compile(handle, program, expression.encode(), OPTIMIZE, NETMASK_UNKNOWN):
             why = ffi.string(pcap.pcap_geterr(handle)).decode(errors="replace")
-            raise UsageError(f"--filter {expression!r}: {why}", "see pcap-filter(7)")
+            raise UsageError(f"{option} {expression!r}: {why}", "see pcap-filter(7)")
         code = bytes(ffi.buffer(program.bf_insns, program.bf_len * ROW.size))
         pcap.pcap_freecode(program)
     finally:

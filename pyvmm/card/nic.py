@@ -14,7 +14,7 @@ from pyvmm.card.handover import HandOver
 from pyvmm.card.report import ModeTotals, SwitchReport
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm.inject import Injection
-from pyvmm.netopt import Net, mac_text
+from pyvmm.netopt import Net, check_faults, mac_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyvmm.card.uplink import Route, Uplink
     from pyvmm.datapath.base import DataPath
     from pyvmm.exits.ledger import Ledger
+    from pyvmm.faultopt import FaultRule
     from pyvmm.virtio.mmio import VirtioMmio
     from pyvmm.virtio.net import NetDevice
     from pyvmm.virtio.pci.transport import VirtioPci
@@ -210,6 +211,42 @@ class Nic(Card):
         """Tell that the guest's packets go no further than the tap."""
         self._emit("X_PYVMM_INTERNET_LOST", name=self.name, problem=problem)
 
+    # --- faults on demand -------------------------------------------------------------------------
+
+    def fault(self, *rules: str | FaultRule, seed: int | None = None) -> dict[str, object]:
+        """Do wrong on purpose what these rules say, and nothing else of that kind, from now on
+        (docs/fault-injection.md). Without rules, nothing is done wrong any more.
+
+        Waits for a switch of this card. Any thread but a vCPU's, without the I/O lock.
+
+        :param rules: such as ``"rx loss=10%"``. :param seed: of the random numbers, 0 to 2^64 - 1:
+            the same seed and the same frames have the same deeds; None for a random one.
+        :return: as ``faults``.
+        :raises UsageError: they are no rules, or the data path cannot do what they say; nothing has
+            changed. :raises HostError: there is no memory, or no libpcap for a filter.
+        """
+        from pyvmm.faultopt import check, of_text, seed_of
+
+        given: list[FaultRule] = []
+        for rule in rules:
+            given += of_text([rule]) if isinstance(rule, str) else [rule]
+        check(given)
+        number = seed_of(seed)
+        with self._switching:
+            if self._over:
+                raise HostError(f"{self.name} is being removed")
+            if given:
+                check_faults(self.name, self._route.net)
+            self._uplink.impair.set(given, number)
+        self._emit("X_PYVMM_FAULTS", name=self.name, rules=[str(rule) for rule in given])
+        return self.faults()
+
+    def faults(self) -> dict[str, object]:
+        """The rules in force, the seed, how many frames wait, and what was done so far
+        (``counters``); for JSON. Any thread.
+        """
+        return {**self._uplink.impair.report(), "counters": self._uplink.impair.counters()}
+
     # --- what the device tells (Observer) ---------------------------------------------------------
 
     def problem_found(self, problem: str) -> None:
@@ -293,6 +330,8 @@ class Nic(Card):
             raise UsageError(
                 f"{self.name} cannot leave {old.path.name}: {bound}", "reset the device first"
             )
+        if self._uplink.impair.active:
+            check_faults(self.name, net)
         spare = self._spare if self._uplink.tap is not None else None
         with ExitStack() as undo:
             with report.step("open"):
@@ -358,6 +397,7 @@ class Nic(Card):
             for totals in self._modes.values():
                 total.count(totals.counters)
             total.count(self._serving.counters())
+        total.count(self._uplink.impair.counters())
         return total.counters
 
     def report(self) -> dict[str, object]:
@@ -401,6 +441,7 @@ class Nic(Card):
             "faults_total": self.device.faults_total,
             "tracebacks": list(self.device.tracebacks),
             "counters": self.counters(),
+            **({"fault_rules": self._uplink.impair.report()} if self._uplink.impair.active else {}),
             "modes": {name: totals.as_dict() for name, totals in modes.items()},
             "switch_count": self.switch_count,
             "switches": [report.as_dict() for report in self.switches],

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from pyvmm import helper
 from pyvmm.datapath.capture import CapturePoint
+from pyvmm.datapath.impair import ImpairPoint
 from pyvmm.errors import HostError, UsageError
 from pyvmm.spec.ethernet import ETH_DATA_LEN
 from pyvmm.spec.virtio_net import VIRTIO_NET_HDR_V1_SIZE
@@ -103,6 +104,7 @@ class Uplink:
     :param host, guest: the addresses with prefix length of the tap and of the guest; None for none.
     :param stopped: see ``EmulatedNet``. :param mac: of the card.
     :ivar captures: the captures of the workers of all emulated data paths.
+    :ivar impair: the faults on demand of these workers.
     :ivar tap: None if frames enter and leave at a vhost-user back-end or a vDPA device only; then
         there is nothing to program.
     :ivar namespace: pyvmm's own network namespace with the tap in it; None if the user gave a tap.
@@ -118,7 +120,9 @@ class Uplink:
         mac: bytes = b"",
     ) -> None:
         self.tap: Tap | None = None
-        self.captures = CapturePoint()
+        self.captures, self.impair = CapturePoint(), ImpairPoint()
+        if net.fault:
+            self.impair.set(net.fault, net.fault_seed)
         self._stopped = stopped
         self._recorder = recorder
         self.namespace: Any = None
@@ -358,6 +362,7 @@ class Uplink:
             stopped=self._stopped,
             gone=gone,
             captures=self.captures,
+            impair=self.impair,
         )
 
     def _need_tap(self, net: Net) -> Tap:
@@ -411,3 +416,4 @@ class Uplink:
         ):
             if one is not None:
                 one.close()
+        self.impair.close()

@@ -44,6 +44,7 @@ COMMANDS = {
     "top": "show a running machine's rates: exits by cause, packets, interrupts",
     "watch": "show a running machine's virtqueues and rates as a live page",
     "capture": "capture a running machine's packets, for Wireshark",
+    "fault": "lose, delay, repeat or damage a running machine's packets on purpose",
     "rings": "draw the virtqueues of a running machine",
     "switch": "change the data path of a running machine's card",
     "nic": "add and remove cards of a running machine, and list them",

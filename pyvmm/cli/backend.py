@@ -11,6 +11,7 @@ Examples:
   pyvmm backend --socket $DIR/s --tap tap0 --queues 2 --poll --worker-cpu 2
   pyvmm backend --socket $DIR/a --connect $DIR/b      joins two machines
   pyvmm backend --socket $DIR/s --tap tap0 --pcap x.pcapng   captures (docs/capture.md)
+  pyvmm backend --socket $DIR/s --tap tap0 --fault rx+loss=10%   loses packets on purpose
   pyvmm backend --socket $DIR/s --pcap x.pcapng       takes the guest's packets, and sends none
   pyvmm backend --vduse card0 --tap tap0              makes the vDPA device card0
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pyvmm.backend.vduse import VduseBackend
     from pyvmm.capture.session import Capture
     from pyvmm.datapath.capture import CapturePoint
+    from pyvmm.faultopt import FaultRule
 
 #: Microseconds, practically forever: the worker checks in each round whether it must end.
 POLL_US = 0xFFFFFFFF
@@ -77,6 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="capture all packets as pcapng; without --tap and the like, send none",
     )
+    add(
+        "--fault",
+        metavar="WORDS",
+        help="do wrong on purpose what these words say, joined by + (docs/fault-injection.md)",
+    )
+    add("--fault-seed", metavar="S", help="of the random numbers for --fault (random)")
     add("--address", metavar="A", help="address with prefix length for the tap")
     add("--queues", metavar="N", type=count(1, 32), default=1, help="queue pairs, 1 to 32 (1)")
     add("--poll", action="store_true", help="busy-poll: never sleep, take no kicks")
@@ -110,28 +118,38 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("no place for packets", "add --tap, --loopback, --connect or --pcap")
     if args.address and not args.tap:
         raise UsageError("--address without --tap", "only a tap has an address")
+    if args.fault_seed is not None and not args.fault:
+        raise UsageError("--fault-seed without --fault", "leave it out")
+    rules: list[FaultRule] = []
+    if args.fault:
+        from pyvmm.faultopt import of_option
+
+        rules = of_option(args.fault)  # before the sandbox: a filter needs libpcap
     done = threading.Event()
     before = {n: signal.signal(n, lambda *_: done.set()) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         if args.vduse or args.sandbox == "off":
-            return _serve(args, done)
+            return _serve(args, done, rules)
         from pyvmm import helper
 
         with helper.start():  # before there is a thread
-            return _serve(args, done)
+            return _serve(args, done, rules)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _serve(args: argparse.Namespace, done: Any) -> int:
+def _serve(args: argparse.Namespace, done: Any, rules: list[FaultRule]) -> int:
     import threading
     from contextlib import ExitStack
 
     from pyvmm.backend.net import NetService
     from pyvmm.backend.server import Backend
     from pyvmm.datapath.capture import CapturePoint
+    from pyvmm.datapath.impair import ImpairPoint
 
+    impairs: list[ImpairPoint] = []
+    seed = 0
     errors: list[BaseException] = []
     points: list[tuple[str, CapturePoint]] = []
     service: dict[str, Any] = {
@@ -145,12 +163,18 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
 
     def make(path: str, port: Any) -> Backend | VduseBackend:
         points.append((path, CapturePoint()))
-        own = NetService(port, **service, captures=points[-1][1])
+        own = NetService(port, **service, captures=points[-1][1], impair=impair())
         if args.vduse:
             from pyvmm.backend.vduse import VduseBackend
 
             return VduseBackend(path, own, mtu=port.mtu, log=_named(log, path))
         return Backend(own, log=_named(log, path), unsealed=args.unsealed)
+
+    def impair() -> ImpairPoint:
+        impairs.append(ImpairPoint())
+        if rules:
+            impairs[-1].set(rules, seed)
+        return impairs[-1]
 
     def one(backend: Backend | VduseBackend, path: str) -> None:
         try:
@@ -167,6 +191,11 @@ def _serve(args: argparse.Namespace, done: Any) -> int:
         done.set()
 
     service["stopped"] = stopped
+    if rules:
+        from pyvmm.faultopt import seed_of
+
+        seed = seed_of(args.fault_seed)
+        log(f"faults on purpose: {' '.join(map(str, rules))} (seed {seed})")
     with ExitStack() as stack:
         file = _open(args.pcap) if args.pcap else -1
         backends: list[Backend | VduseBackend] = []

@@ -12,7 +12,7 @@ from functools import partial
 
 from pyvmm import __version__
 from pyvmm.control.server import Command, QmpError, TakingCommand, WaitingCommand, version
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import PyvmmError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -365,6 +365,19 @@ def _ledger(machine: Controlled, given: Given) -> object:
         }
 
 
+def _fault(machine: Controlled, given: Given) -> object:
+    from pyvmm.faultopt import of_wire
+
+    nic = _numbered(machine, given)
+    seed = given.get("seed")
+    if "rules" not in given:
+        return {"name": nic.name, **nic.faults()}
+    try:
+        return {"name": nic.name, **nic.fault(*of_wire(given["rules"]), seed=seed)}
+    except UsageError as e:
+        raise QmpError(str(e)) from e
+
+
 def _exec(machine: Controlled, given: Given) -> Callable[[socket], None]:
     from pyvmm.control.sessions import READY_MAX, READY_S, carry
 
@@ -502,6 +515,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "x-pyvmm-exec": TakingCommand(
         _exec, "make this connection a command's streams (docs/exec.md)", timeout="int?"
+    ),
+    "x-pyvmm-fault": WaitingCommand(
+        _fault,
+        "do wrong on purpose what these rules say; without rules, tell what was done"
+        " (docs/fault-injection.md)",
+        nic="int?",
+        rules="list?",
+        seed="int?",
     ),
     "x-pyvmm-help": Command(_help, "all commands with a line of help and their arguments"),
     "x-pyvmm-ledger": Command(_ledger, "exits, interrupts and packets so far"),

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from pyvmm.datapath.base import Frames, PathEvents, Vring
     from pyvmm.datapath.capture import CapturePoint
+    from pyvmm.datapath.impair import ImpairPoint
     from pyvmm.kvm.recorder import Scope
     from pyvmm.memory import GuestMemory
 
@@ -70,6 +71,9 @@ GSO = sum(
         VIRTIO_NET_F_GUEST_USO6,
     )
 )
+#: With one of these, the driver may read in a frame's header what is to be known of its checksum:
+#: with CTRL_GUEST_OFFLOADS, it may switch the feature on at any time.
+CSUM = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
 #: Ethernet header and a VLAN tag, on top of the MTU or of the 64 KiB of a GSO packet.
 FRAME_EXTRA = 14 + 4
 GSO_MAX = 65535
@@ -116,6 +120,7 @@ class EmulatedNet(OnUplink):
     :param stopped: told, in words, if a worker makes a system call that it may not make. From then
         on the worker does nothing, and its rings are lost. Without it, that is a fault.
     :param captures: of the card, lent; None if there never are any.
+    :param impair: the card's faults on demand, lent; None if there never are any.
     :param gone: asked why the port's descriptors have come to their end, which is a fault then;
         empty if they may come back.
     """
@@ -137,12 +142,13 @@ class EmulatedNet(OnUplink):
         stopped: Callable[[str], object] | None = None,
         gone: Callable[[], str] | None = None,
         captures: CapturePoint | None = None,
+        impair: ImpairPoint | None = None,
     ) -> None:
         self.times = HandOverTimes()
         self._port = port
         self._events: PathEvents | None = None
         self._stopped, self._gone = stopped, gone
-        self._captures = captures
+        self._captures, self._impair = captures, impair
         self._recorder = recorder
         self._poll_us = poll_us
         self._worker_cpu = worker_cpu
@@ -223,6 +229,8 @@ class EmulatedNet(OnUplink):
                 self._pairs.append(_Pair(worker, number, f"{self._port.name}-{number}"))
             if self._captures is not None:
                 self._captures.enter(number, worker)
+            if self._impair is not None:
+                self._impair.enter(number, worker, (header_size(acked), acked & (GSO | CSUM)))
         for pair in self._pairs:
             error = lib.pv_net_worker_start(pair.worker)
             if error:
@@ -246,9 +254,11 @@ class EmulatedNet(OnUplink):
             for queue in (0, 1):
                 bases[2 * pair.number + queue] = int(lib.pv_net_worker_base(pair.worker, queue))
         self._pass_on()
-        if self._captures is not None:
-            for pair in self._pairs:
+        for pair in self._pairs:
+            if self._captures is not None:
                 self._captures.leave(pair.number)
+            if self._impair is not None:
+                self._impair.leave(pair.number)
         with self._telling, self._lock:
             pairs, self._pairs = self._pairs, []
             for pair in pairs:
@@ -291,9 +301,7 @@ class EmulatedNet(OnUplink):
         config.hold_call_us = self._hold_call_us
         config.in_exit, config.unbatched = self._in_exit, not self._batch
         config.taken = self._taken(rings)
-        # With CTRL_GUEST_OFFLOADS the driver may switch the feature on at any time.
-        headers = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
-        config.guest_csum = bool(acked & headers)
+        config.guest_csum = bool(acked & CSUM)
         config.mrg_rxbuf = bool(acked >> VIRTIO_NET_F_MRG_RXBUF & 1)
         config.format.packed = bool(acked >> VIRTIO_F_RING_PACKED & 1)
         config.format.indirect = bool(acked >> VIRTIO_RING_F_INDIRECT_DESC & 1)

@@ -13,8 +13,9 @@ from collections import deque
 
 from pyvmm import __version__
 from pyvmm.bus import PCI_DATA
+from pyvmm.datapath.impair import deeds
 from pyvmm.exits.phases import phases_of
-from pyvmm.kvm.recorder import BATCH, BYTES, EXIT, KICK, PACKET, SEGMENT
+from pyvmm.kvm.recorder import BATCH, BYTES, EXIT, FAULT, KICK, PACKET, SEGMENT
 from pyvmm.kvm.vcpu import REASONS
 from pyvmm.spec import pci, virtio
 from pyvmm.spec import vhost_user as vu
@@ -474,6 +475,7 @@ class _Trace:
             pair = where[1] - WORKERS
             out: list[Args] = []
             packets: list[Args] = []
+            faults: list[Args] = []
             for e in self._ring(group, name):
                 queue = 2 * pair + e.reg
                 if e.kind == PACKET:
@@ -481,6 +483,8 @@ class _Trace:
                 elif e.kind in (SEGMENT, BYTES):
                     if packets:  # else the packet's own event has been overwritten
                         _more(packets[-1], e)
+                elif e.kind == FAULT:
+                    faults.append(self._fault(e, queue, where[0], PACKETS + pair))
                 elif e.kind == KICK:
                     out.append(self._moment(f"kick of queue {queue}", "kick", e.ts, *where))
                 elif e.kind == BATCH:
@@ -502,6 +506,7 @@ class _Trace:
                             )
                         )
             yield out
+            packets += faults
             yield sorted(packets, key=_order)  # a held frame was read before others were sent
 
     def _packet(self, e: Event, queue: int, pid: int, tid: int) -> Args:
@@ -522,6 +527,14 @@ class _Trace:
         way = "send" if e.reg else "receive"
         name = f"{way} {e.value} bytes"
         return self._span(name, "packet", e.ts, e.dur, pid, tid, args)
+
+    def _fault(self, e: Event, queue: int, pid: int, tid: int) -> Args:
+        """What the worker did wrong on purpose."""
+        words = deeds(e.count)
+        args: Args = {"queue": queue, "deeds": words}
+        if e.value:
+            args["length"] = e.value
+        return self._moment(f"fault: {', '.join(words)}", "fault", e.ts, pid, tid, args)
 
     def _steps(self) -> Iterator[list[Args]]:
         steps, lost = self._recorder.steps()

@@ -4,7 +4,7 @@
  * and go through a socket pair, or a cable with one or two ends.
  *
  * Input: base (2 bytes), features (1), packet lengths (13), then the image of the low region.
- * In-flight regions are made of the image, too.
+ * In-flight regions are made of the image, too, and some inputs have faults on demand.
  */
 #include "check.h"
 #include "net_worker.c"
@@ -19,6 +19,7 @@
 
 static uint8_t *low, *high, *inflight[2], *log_bits;
 static int pair[2] = {-1, -1}, event[6];
+static struct pv_impair *impair;
 static struct pv_trace_event traced[16];
 static struct pv_trace trace = {.mask = 15, .event = traced};
 
@@ -29,7 +30,8 @@ static void set_up(void)
 	for (int q = 0; q < 2; q++)
 		inflight[q] = malloc(PV_INFLIGHT_SIZE(FUZZ_SIZE));
 	log_bits = malloc(LOG_BYTES);
-	CHECK(low && high && inflight[0] && inflight[1] && log_bits);
+	impair = pv_impair_new(0);
+	CHECK(low && high && inflight[0] && inflight[1] && log_bits && impair);
 	memset(log_bits, 0, LOG_BYTES);
 	memset(low, 0, FUZZ_REGION);
 	memset(high, 0, FUZZ_REGION);
@@ -41,6 +43,37 @@ static void set_up(void)
 /* The cable of an input, and its far end; NULL: none, or a loop. */
 static struct pv_cable *cable;
 static struct pv_cable_end *far;
+
+/* Rules of faults on demand, as an input has them. */
+static void set_faults(struct pv_impair *im, const uint8_t *data)
+{
+	static const struct sock_filter odd[] = {BPF_STMT(BPF_LD | BPF_B | BPF_ABS, 12),
+						 BPF_STMT(BPF_ALU | BPF_AND | BPF_K, 1),
+						 BPF_STMT(BPF_RET | BPF_A, 0)};
+	const struct pv_impair_rule rule[] = {{.ways = 1 + data[10] % 3,
+					       .frames = 1,
+					       .filter = data[9] & 1 ? odd : NULL,
+					       .filter_count = 3,
+					       .after = data[9] >> 6,
+					       .chance.every = 1,
+					       .loss.every = data[9] & 2 ? 5 : 0,
+					       .duplicate.odds = data[9] & 4 ? 0x80000000u : 0,
+					       .reorder.every = data[9] & 8 ? 2 : 0,
+					       .corrupt.every = data[9] & 16 ? 1 : 0,
+					       .delay_ns = data[9] & 32 ? 1000 : 0,
+					       .jitter_ns = data[10] & 4 ? 2000 : 0,
+					       .rate = data[10] & 8 ? 8000000 : 0,
+					       .burst = data[10] & 16 ? 10000 : 0,
+					       .queue = data[10] & 32 ? 3 : 0},
+					      {.ways = 3,
+					       .chance.every = 2,
+					       .hold_irq_ns = 1000,
+					       .extra_irq.every = 3,
+					       .hold_kick_ns = data[10] & 64 ? 2000 : 0}};
+
+	pv_impair_clear(im);
+	CHECK(!pv_impair_set(im, rule, 2, data[9], pv_now_ns()));
+}
 
 /* A packet comes from outside. */
 static void come(const uint8_t *packet, uint32_t len)
@@ -150,6 +183,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		cfg.trace = &trace;
 	w = pv_net_worker_new(&cfg, &mem, &ev);
 	CHECK(w);
+	if (data[10] & 128) {
+		set_faults(impair, data);
+		pv_net_worker_impair(w, impair);
+	}
 	let_kickers(w, false);
 	for (uint32_t q = RX; q <= TX; q++) {
 		if (w->inflight[q].region)

@@ -20,7 +20,7 @@ for sanitizer in thread address,undefined; do
     ${CC:-gcc} $flags "-fsanitize=$sanitizer" -o "$out/race_net-$sanitizer" "$here/race_net.c" \
         "$here/clocklock.c" "$cext/net_worker.c" "$cext/thread.c" "$cext/event.c" "$cext/inflight.c" \
         "$cext/vring.c" "$cext/vring_packed.c" "$cext/dirty_log.c" "$cext/flow_hash.c" \
-        "$cext/cable.c" "$cext/capture.c" "$cext/filter.c" \
+        "$cext/cable.c" "$cext/capture.c" "$cext/filter.c" "$cext/impair.c" \
         "$cext/confine.c" "$cext/inject.c" "$cext/intx.c" "$cext/relay.c" "$cext/ioctl.c"
 done
 for sanitizer in thread address,undefined; do

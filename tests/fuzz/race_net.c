@@ -23,6 +23,7 @@
 
 #include "check.h"
 #include "capture.h"
+#include "impair.h"
 #include "net_worker.h"
 #include "thread.h"
 
@@ -68,6 +69,7 @@ static int link_fd[2]; /* near, far; the outside changes them under the lock */
 static pthread_mutex_t link_lock = PTHREAD_MUTEX_INITIALIZER;
 static bool life_over; /* atomic */
 static uint64_t faults, losses, captured;
+static struct pv_impair *impair; /* NULL: no faults on demand in this life */
 static bool packed;
 static uint32_t next[2], seen[2]; /* places of the guest; packed: in two laps of the ring */
 
@@ -284,11 +286,23 @@ static void *supervisor(void *arg)
 
 static void *observer(void *arg)
 {
+	const struct pv_impair_rule rule = {.ways = 3,
+					    .frames = 1,
+					    .chance.every = 2,
+					    .duplicate.every = 3,
+					    .delay_ns = 50000,
+					    .jitter_ns = 50000};
+	struct pv_impair_counters deeds;
 	struct pv_net_counters c;
 	uint64_t packets = 0;
 
 	(void)arg;
-	while (!over()) {
+	for (uint32_t round = 0; !over(); round++) {
+		if (impair) {
+			CHECK(!pv_impair_set(impair, &rule, round % 2, round, pv_now_ns()));
+			pv_impair_counters(impair, round / 2 % 2, &deeds);
+			(void)pv_impair_waiting(impair, round / 2 % 2);
+		}
 		/* As a front-end does that copies the marked pages. */
 		for (size_t i = 0; i < sizeof(log_bits); i++)
 			(void)__atomic_exchange_n(&log_bits[i], 0, __ATOMIC_ACQUIRE);
@@ -409,6 +423,9 @@ static void life(uint32_t number)
 		};
 	worker = pv_net_worker_new(&cfg, &mem, &why);
 	CHECK(worker);
+	impair = number % 5 == 3 ? pv_impair_new(0) : NULL;
+	if (impair)
+		pv_net_worker_impair(worker, impair);
 	CHECK(!pv_net_worker_start(worker));
 	if (number % 16 == 15) { /* all threads or none: this one was in vain */
 		pv_net_worker_join(worker);
@@ -427,6 +444,7 @@ static void life(uint32_t number)
 	for (int i = 0; i < 5; i++)
 		pthread_join(pthread[i], NULL);
 	pv_net_worker_free(worker);
+	pv_impair_free(impair);
 	pv_cable_free(cable);
 	cable = NULL;
 	far = NULL;

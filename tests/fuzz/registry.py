@@ -11,7 +11,7 @@ CEXT = ROOT / "cext"
 
 WORKER = (
     *("vring", "vring_packed", "dirty_log", "inflight", "thread", "event", "flow_hash", "cable"),
-    *("capture", "filter", "confine", "inject", "intx", "relay", "ioctl"),
+    *("capture", "filter", "impair", "confine", "inject", "intx", "relay", "ioctl"),
 )
 BUS = (
     *("bus", "serial", "pipe", "trace", "rtc", "pmtimer", "intx", "relay", "thread", "event"),

@@ -23,8 +23,8 @@ build() {
     ${CC:-gcc} $flags -o "$out/fuzz_$name" "$here/fuzz_$name.c" "$here/fuzz_main.c" $sources
 }
 
-worker="vring vring_packed dirty_log inflight thread event flow_hash cable capture filter confine
-inject intx relay ioctl"
+worker="vring vring_packed dirty_log inflight thread event flow_hash cable capture filter impair
+confine inject intx relay ioctl"
 # shellcheck disable=SC2086
 for name in vring net life; do build $name $worker; done
 build flow flow_hash

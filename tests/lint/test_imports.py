@@ -27,6 +27,7 @@ LAYERS = (
         "devopt",
         "jailopt",
         "diskopt",
+        "faultopt",
         "shareopt",
         "netopt",
         "testbed",

@@ -23,6 +23,7 @@ from pyvmm._ext import ffi, lib
 from pyvmm.conformance.driver import Ring
 from pyvmm.datapath.base import Frames, Vring
 from pyvmm.datapath.emulated import EmulatedNet
+from pyvmm.datapath.impair import ImpairPoint
 from pyvmm.datapath.ringformat import PACKED, SPLIT, RingFormat
 from pyvmm.errors import RingFault
 from pyvmm.fd import EventFd
@@ -74,7 +75,7 @@ def positions(start: int, count: int, ring: Ring) -> int:
 class Rig:
     """Memory, mock driver, cable and data path, put together.
 
-    :param port: in the place of the cable.
+    :param port: in the place of the cable. :param impair: faults on demand.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Rig:
         recorder: Recorder | None = None,
         fill: bool = True,
         port: Frames | None = None,
+        impair: ImpairPoint | None = None,
         **driver: Any,
     ) -> None:
         self.acked = acked = Form.features(acked)
@@ -101,6 +103,7 @@ class Rig:
             hold_call_us=hold_call_us,
             worker_cpu=worker_cpu,
             recorder=recorder.scope("net0") if recorder is not None else None,
+            impair=impair,
         )
         self.events = Events()
         self.faults, self.links = self.events.faults, self.events.links

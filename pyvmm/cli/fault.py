@@ -1,0 +1,96 @@
+"""Lose, delay, repeat, reorder, damage or slow down a running machine's packets on purpose, and
+hold its kicks and interrupts.
+
+Examples:
+  pyvmm fault vm0 rx loss=10%
+  pyvmm fault vm0 tx delay=20ms jitter=5ms filter='tcp port 80'
+  pyvmm fault vm0 rx corrupt=1/100 tx rate=10mbit queue=50
+  pyvmm fault vm0 --seed 7 both duplicate=5% reorder=5% until=10s
+  pyvmm fault vm0 rx hold-irq=3ms chance=1%
+  pyvmm fault vm0                     what is in force, and what was done
+  pyvmm fault vm0 off
+
+A rule begins with rx (to the guest), tx (from the guest) or both. New rules replace the old ones.
+The same seed and the same packets have the same deeds; each deed is counted. All words are in
+docs/fault-injection.md. It works while pyvmm's own worker moves the packets (emulated, user).
+
+Exit status: 0; 2 bad usage; 101 there is no libpcap for filter=; 113 no such machine; 114 refused,
+such as on vhost-net.
+"""
+
+from __future__ import annotations
+
+from pyvmm.cli.support import remote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from pyvmm.control.client import Client
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    remote.add_arguments(parser)
+    words = parser.add_argument(
+        "words", metavar="WORD", nargs="*", help="rules; or off; none: show what is in force"
+    )
+    words.completer = complete  # type: ignore[attr-defined]
+    parser.add_argument(
+        "--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)"
+    )
+    parser.add_argument("--seed", metavar="S", type=int, help="of the random numbers (random)")
+    parser.add_argument("--json", action="store_true", help="print the result as an object")
+
+
+def complete(prefix: str, **kwargs: Any) -> list[str]:
+    """Words of rules that begin with ``prefix``."""
+    from pyvmm.faultopt import CHANCES, WAYS, WORDS
+
+    words = ["off", *WAYS, *CHANCES, *(f"{word}=" for word in WORDS)]
+    return [word for word in words if word.startswith(prefix)]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Change the rules, if there are words; print what is in force."""
+
+    def body(client: Client) -> int:
+        wish: dict[str, object] = {"nic": args.nic}
+        if args.words:
+            from pyvmm.faultopt import of_words, seed_of
+
+            rules = of_words(args.words) if args.words != ["off"] else []
+            wish["rules"] = [rule.wire() for rule in rules]
+            if args.seed is not None:
+                wish["seed"] = seed_of(args.seed)
+        result = client.command("x-pyvmm-fault", **wish)
+        if args.json:
+            import json
+
+            print(json.dumps(result, indent=2))
+        else:
+            print("\n".join(_lines(result)))
+        return 0
+
+    return remote.with_client(args, body, timeout=120)
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    """The result for people."""
+    name = result["name"]
+    lines = [f"{name}: {rule}" for rule in result["rules"]] or [f"{name}: no faults"]
+    if result["rules"]:
+        lines[-1] += f"   (seed {result['seed']})"
+    for way, words in (("rx", "to the guest"), ("tx", "from the guest")):
+        counts = {
+            key.removeprefix(f"{way}_fault_"): n
+            for key, n in result["counters"].items()
+            if key.startswith(f"{way}_fault_") and n
+        }
+        waiting = result["waiting"][way]
+        if waiting:
+            counts["waiting"] = waiting
+        if counts:
+            lines.append(f"{words}: " + ", ".join(f"{n} {key}" for key, n in counts.items()))
+    return lines

@@ -1,0 +1,182 @@
+"""Where the faults on demand of a card meet the workers of its emulated data paths."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+
+from pyvmm._ext import ffi, lib
+from pyvmm.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from pyvmm.faultopt import FaultRule
+
+WAYS = ("rx", "tx")
+#: Words of rules and their members in ``struct pv_impair_rule``.
+CHANCES = {
+    "chance": "chance",
+    "loss": "loss",
+    "duplicate": "duplicate",
+    "reorder": "reorder",
+    "corrupt": "corrupt",
+    "extra-irq": "extra_irq",
+}
+TIMES = {
+    "from": "from_ns",
+    "until": "until_ns",
+    "delay": "delay_ns",
+    "jitter": "jitter_ns",
+    "hold-irq": "hold_irq_ns",
+    "hold-kick": "hold_kick_ns",
+}
+NUMBERS = ("after", "count", "queue", "burst")
+DEEDS = {
+    lib.PV_DEED_LOSS: "loss",
+    lib.PV_DEED_DUPLICATE: "duplicate",
+    lib.PV_DEED_REORDER: "reorder",
+    lib.PV_DEED_CORRUPT: "corrupt",
+    lib.PV_DEED_DELAY: "delay",
+    lib.PV_DEED_RATE: "rate",
+    lib.PV_DEED_FULL: "full",
+    lib.PV_DEED_HOLD_IRQ: "hold-irq",
+    lib.PV_DEED_EXTRA_IRQ: "extra-irq",
+    lib.PV_DEED_HOLD_KICK: "hold-kick",
+}
+
+
+def deeds(bits: int) -> list[str]:
+    """The words for PV_DEED_* bits."""
+    return [word for bit, word in DEEDS.items() if bits & bit]
+
+
+class ImpairPoint:
+    """The faults on demand of a card, and its present workers. A data path comes and goes; rules,
+    counts and frames that wait stay. Any thread. Without rules, and if there never were any, there
+    is nothing that a worker could look at.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rules: Sequence[FaultRule] = ()
+        self._seed, self._begun = 0, 0
+        self._lines: dict[int, Any] = {}  # struct pv_impair *, owned, of each queue pair
+        self._forms: dict[int, object] = {}  # what the frames that wait there are like
+        self._workers: dict[int, Any] = {}
+        self._past: dict[str, int] = {}  # counted until ``close``
+
+    @property
+    def active(self) -> bool:
+        """Whether there are rules."""
+        return bool(self._rules)
+
+    def set(self, rules: Sequence[FaultRule], seed: int) -> None:
+        """Have these rules, and no others, from now on. Frames that wait still go in their time.
+
+        :raises HostError: there is no memory; nothing has changed.
+        """
+        with self._lock:
+            if rules:
+                for pair in self._workers:
+                    self._line(pair)
+            self._rules, self._seed, self._begun = list(rules), seed, time.monotonic_ns()
+            for line in self._lines.values():
+                self._apply(line)
+            for pair, worker in self._workers.items():
+                if pair in self._lines:
+                    lib.pv_net_worker_impair(worker, self._lines[pair])
+
+    def _line(self, pair: int) -> Any:
+        if pair not in self._lines:
+            line = lib.pv_impair_new(pair)
+            if not line:
+                raise HostError("no memory for faults")
+            self._lines[pair] = line
+        return self._lines[pair]
+
+    def _apply(self, line: Any) -> None:
+        rules = ffi.new("struct pv_impair_rule[]", max(1, len(self._rules)))
+        kept = []
+        for rule, c in zip(self._rules, rules, strict=False):
+            c.ways, c.rate, c.frames = rule.ways, rule.rate, rule.frames
+            for word, name in CHANCES.items():
+                chance, member = rule.chance(word), getattr(c, name)
+                member.odds, member.every = chance.odds, chance.every
+            for word, name in TIMES.items():
+                setattr(c, name, rule.times.get(word, 0))
+            for word in NUMBERS:
+                setattr(c, word, rule.numbers.get(word, 0))
+            if rule.code:
+                kept.append(ffi.from_buffer(rule.code))
+                c.filter, c.filter_count = kept[-1], len(rule.code) // 8
+        error = lib.pv_impair_set(line, rules, len(self._rules), self._seed, self._begun)
+        if error and error != -errno.EBUSY:
+            raise HostError(f"no faults: {os.strerror(-error)}")
+
+    def enter(self, pair: int, worker: Any, form: object) -> None:
+        """A queue pair has a worker, ``struct pv_net_worker *``, lent until ``leave``; it does not
+        run yet.
+
+        :param form: what its frames are like: frames that have waited since a worker with others
+            are thrown away.
+        :raises HostError: there is no memory.
+        """
+        with self._lock:
+            if self._rules and pair not in self._lines:
+                self._apply(self._line(pair))
+            line = self._lines.get(pair)
+            if line is not None:
+                if self._forms.get(pair, form) != form:
+                    lib.pv_impair_clear(line)
+                lib.pv_net_worker_impair(worker, line)
+            self._forms[pair] = form
+            self._workers[pair] = worker
+
+    def leave(self, pair: int) -> None:
+        """The worker of a queue pair has ended."""
+        with self._lock:
+            self._workers.pop(pair, None)
+
+    def counters(self) -> dict[str, int]:
+        """What was done so far, of all queue pairs: ``rx_fault_loss`` and others, as in ``struct
+        pv_impair_counters``; empty if there never was a rule.
+        """
+        c = ffi.new("struct pv_impair_counters *")
+        with self._lock:
+            out = dict(self._past)
+            for line in self._lines.values():
+                for number, way in enumerate(WAYS):
+                    lib.pv_impair_counters(line, number, c)
+                    for name, _ in ffi.typeof("struct pv_impair_counters").fields:
+                        key = f"{way}_fault_{name}"
+                        out[key] = out.get(key, 0) + int(getattr(c, name))
+        return out
+
+    def report(self) -> dict[str, object]:
+        """The rules in force, the seed, and how many frames wait; for JSON."""
+        with self._lock:
+            waiting = {
+                way: sum(lib.pv_impair_waiting(line, number) for line in self._lines.values())
+                for number, way in enumerate(WAYS)
+            }
+            return {
+                "rules": [str(rule) for rule in self._rules],
+                "seed": self._seed if self._rules else None,
+                "waiting": waiting,
+            }
+
+    def close(self) -> None:
+        """Release it; no worker uses it any more. What was counted stays. A second call does
+        nothing.
+        """
+        self._past = self.counters()
+        with self._lock:
+            lines, self._lines = self._lines, {}
+            self._rules = ()
+            for line in lines.values():
+                lib.pv_impair_free(line)

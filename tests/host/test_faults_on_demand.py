@@ -1,0 +1,128 @@
+"""Faults on demand of machines that run: by the command, under the sandbox, and from Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyvmm import Machine, Net
+from pyvmm.control.registry import machines
+from pyvmm.errors import UsageError
+from tests.driver import wait_for
+from tests.unit.test_capture import blocks
+
+Guest = Callable[[str], str]
+PATIENCE = 60.0
+TIMEOUT = 120.0
+EPB = 6  # type of an Enhanced Packet Block
+PYVMM = [sys.executable, "-m", "pyvmm"]
+
+
+@pytest.fixture(autouse=True)
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A runtime directory of the test's own."""
+    path = Path(f"/tmp/qf{os.getpid()}")
+    path.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
+    yield
+    subprocess.run(["rm", "-rf", str(path)], check=True)
+
+
+def fault(*words: str, status: int = 0) -> Any:
+    """``pyvmm fault vm0 --json WORD...``; the object, or the error's line."""
+    json_ = [] if status else ["--json"]
+    argv = [*PYVMM, "fault", "--host", "local", *json_, "vm0", *words]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == status, done
+    return done.stderr if status else json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("sandbox", ["on", "off"])
+def test_the_faults_of_a_running_machine(guest: Guest, tmp_path: Path, sandbox: str) -> None:
+    """With a filter, which the command compiles and the confined machine runs."""
+    report = tmp_path / "r.json"
+    argv = [*PYVMM, "run", "--host", "local", "--kernel", guest("pcinet"), "--memory", "4M"]
+    argv += ["--net", "emulated,fault=rx+duplicate=1/2,fault-seed=4", "--sandbox", sandbox]
+    argv += ["--append", "count=1000000000", "--name", "vm0", "--report", str(report)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as vm:
+        try:
+            assert wait_for(lambda: [m.name for m in machines()] == ["vm0"], PATIENCE)
+            assert wait_for(lambda: fault()["counters"].get("rx_fault_duplicate", 0) > 10)
+            told = fault()
+            assert told["rules"] == ["rx duplicate=1/2"] and told["seed"] == 4
+            told = fault("tx", "delay=1ms", "filter=arp", "rx", "hold-irq=1ms", "--seed", "9")
+            assert told["rules"] == ["tx delay=1ms filter='arp'", "rx hold-irq=1ms"]
+            assert told["seed"] == 9
+
+            def delayed() -> bool:
+                now = fault()["counters"]
+                return bool(now["tx_fault_delay"] > 3 and now["rx_fault_hold_irq"] > 3)
+
+            assert wait_for(delayed, PATIENCE)
+            assert "did you mean delay?" in fault("dealy=1ms", status=2)
+            assert fault("off")["rules"] == []
+            text = subprocess.run(
+                [*PYVMM, "fault", "--host", "local", "vm0"], capture_output=True, text=True
+            ).stdout
+            assert text.startswith("net0: no faults\nto the guest: ")
+            subprocess.run([*PYVMM, "quit", "--host", "local", "vm0"], check=True, timeout=TIMEOUT)
+            _, err = vm.communicate(timeout=PATIENCE)
+        finally:
+            vm.kill()
+    counters = json.loads(report.read_text())["nets"][0]["counters"]
+    assert counters["rx_fault_duplicate"] > 10 and counters["tx_fault_delay"] > 3, err
+
+
+def test_faults_from_python(guest: Guest) -> None:
+    """Lost questions are not answered, so the guest, which asks once, waits for ever."""
+    net = Net("emulated", fault="tx+loss+after=5", fault_seed=1)
+    with Machine(guest("pcinet"), memory="4M", append="count=10", nets=[net]) as vm:
+        vm.start()
+        card = vm.nets[0]
+        assert wait_for(lambda: card.counters().get("tx_fault_loss") == 1)
+        assert card.counters()["tx_packets"] == 6
+        with pytest.raises(UsageError, match="unknown word 'los'"):
+            card.fault("los")
+        assert vm.state == "running"
+
+
+def test_every_second_answer_comes_late(guest: Guest) -> None:
+    with Machine(guest("pcinet"), memory="4M", append="count=40", nets=[Net()]) as vm:
+        vm.nets[0].fault("rx delay=2ms chance=1/2", "both corrupt=1/2 filter='ip'")
+        vm.start()
+        outcome = vm.wait(TIMEOUT)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0)
+        counters = vm.nets[0].counters()
+        assert counters["rx_fault_delay"] >= 20 and counters["rx_fault_corrupt"] == 0
+
+
+def test_a_back_end_has_faults(guest: Guest, tmp_path: Path) -> None:
+    """Each frame comes back twice: once as its repetition. Confined, with a filter."""
+    path, file = tmp_path / "s", tmp_path / "x.pcapng"
+    argv = [*PYVMM, "backend", "--socket", str(path), "--loopback", "--counters"]
+    argv += ["--pcap", str(file)]
+    argv += ["--fault", "tx+duplicate+filter=arp+rx+delay=1ms", "--fault-seed", "3"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as end:
+        try:
+            assert wait_for(path.exists)
+            net = Net("vhost-user", socket=str(path))
+            with Machine(guest("pcinet"), memory="4M", append="count=1", nets=[net]) as vm:
+                vm.start()
+                # The question, and twice what comes back.
+                assert wait_for(lambda: [kind for kind, _ in blocks(file)].count(EPB) == 3)
+                vm.stop()
+            end.terminate()
+            out, err = end.communicate(timeout=PATIENCE)
+        finally:
+            end.kill()
+    assert end.returncode == 0, err
+    assert "faults on purpose: tx duplicate filter='arp' rx delay=1ms (seed 3)" in err
+    counters = json.loads(out)
+    assert counters["tx_fault_duplicate"] == 1 and counters["rx_fault_delay"] == 2, err

@@ -1,0 +1,692 @@
+"""Faults on demand: how rules are written (faultopt), and what workers do by them
+(cext/impair.h).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from pyvmm._ext import lib
+from pyvmm.backend.net import NetService
+from pyvmm.backend.ports import joined_ports, loop_port
+from pyvmm.datapath.impair import ImpairPoint, deeds
+from pyvmm.errors import UsageError
+from pyvmm.faultopt import FRAMES_MAX, RULES_MAX, of_option, of_text, of_wire, of_words
+from pyvmm.kvm.recorder import FAULT, Recorder
+from pyvmm.netopt import Net
+from tests.driver import wait_for
+from tests.unit.test_net_worker import (
+    ALL,
+    CSUM,
+    EVENT_IDX,
+    GSO,
+    PATIENCE,
+    Rig,
+    frame,
+    interrupted,
+)
+from tests.unit.test_switch import Rig as Card
+
+# --- how rules are written ------------------------------------------------------------------------
+
+
+def test_a_rule_has_its_words() -> None:
+    (rule,) = of_option("rx+loss=10%+delay=20ms+jitter=1.5ms+rate=10mbit+burst=3000+until=2s")
+    assert rule.ways == 1 and rule.frames
+    assert rule.chance("loss").share == pytest.approx(0.1)
+    assert rule.chance("chance").share == 1 and rule.chance("corrupt").share == 0
+    assert rule.times == {"delay": 20_000_000, "jitter": 1_500_000, "until": 2_000_000_000}
+    assert rule.rate == 10_000_000 and rule.numbers == {"burst": 3000}
+    assert str(rule) == "rx loss=10% delay=20ms jitter=1.5ms rate=10mbit burst=3000 until=2s"
+
+
+def test_a_direction_begins_a_rule() -> None:
+    rules = of_words(["loss", "tx", "delay=1us", "both", "corrupt=1/100"])
+    assert [rule.ways for rule in rules] == [3, 2, 3]
+    assert rules[2].chance("corrupt").every == 100
+    assert [r.ways for r in of_text(["rx loss", "delay=1s", "tx corrupt rx duplicate"])] == [
+        1, 3, 2, 1
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("los=10%", "did you mean loss?"),
+        ("loss=0%", "loss=10% or loss=1/100"),
+        ("loss=101%", "loss=10% or loss=1/100"),
+        ("loss=1/0", "each 100th"),
+        ("loss=-1%", "each 100th"),
+        ("loss=1e1%", "each 100th"),
+        ("loss=", "as loss=10%"),
+        ("delay", "as delay=20ms"),
+        ("delay=20", "a time up to 60s"),
+        ("delay=61s", "a time up to 60s"),
+        ("delay=0ms", "a time up to 60s"),
+        ("delay=٣s", "a time up to 60s"),
+        ("rate=10", "1kbit to 1000gbit"),
+        ("rate=1bit", "1kbit to 1000gbit"),
+        ("queue=5000+delay=1s", "use 1 to 4096"),
+        ("rx", "does nothing"),
+        ("rx+after=3", "does nothing"),
+        ("loss+loss", "given twice"),
+        ("loss+hold-irq=1ms", "two rules"),
+        ("hold-irq=1ms+queue=3", "are for frames"),
+        ("loss+burst=3", "rate=10mbit"),
+        ("loss+from=2s+until=1s", "a later until="),
+        ("+".join(["rx+loss"] * (RULES_MAX + 1)), f"at most {RULES_MAX}"),
+    ],
+)
+def test_what_is_no_rule_is_refused_in_one_line(words: str, said: str) -> None:
+    with pytest.raises(UsageError) as e:
+        of_option(words)
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_rules_go_through_json() -> None:
+    rules = of_words(["tx", "loss=1/3", "filter=tcp port 80", "rx", "extra-irq=50%"])
+    back = of_wire(json.loads(json.dumps([rule.wire() for rule in rules])))
+    assert [str(rule) for rule in back] == [str(rule) for rule in rules]
+    assert str(back[0]) == "tx loss=1/3 filter='tcp port 80'"
+    assert back[0].code == rules[0].code != b"" and back[0].ways == 2
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        3,
+        {},
+        {"words": "loss"},
+        {"words": [3]},
+        {"words": ["loss", "rx"]},
+        {"words": ["loss", "filter=arp"]},
+        {"words": ["loss"], "filter": 3},
+        {"words": ["loss"], "filter": [[1, 2]]},
+        {"words": ["loss"], "filter": [[6, 0, 0, 1]], "expression": 4},
+        {"words": ["loss" * 100]},
+    ],
+)
+def test_what_is_no_rule_in_json_is_refused(item: object) -> None:
+    with pytest.raises(UsageError):
+        of_wire([item])
+
+
+@pytest.mark.parametrize("mode", ["vhost-net", "vhost-user", "vhost-vdpa"])
+def test_a_card_whose_packets_we_do_not_move_is_refused(mode: str) -> None:
+    with pytest.raises(UsageError, match=f"no faults on demand on {mode}"):
+        Net.parse(f"{mode},fault=loss")
+
+
+def test_a_seed_needs_faults() -> None:
+    with pytest.raises(UsageError, match="fault-seed= without fault="):
+        Net.parse("emulated,fault-seed=3")
+    assert Net.parse("emulated,fault=loss,fault-seed=3").fault_seed == 3
+    with pytest.raises(UsageError, match="use 0 to"):
+        Net.parse("emulated,fault=loss,fault-seed=-3")
+
+
+# --- what workers do ------------------------------------------------------------------------------
+
+
+@contextmanager
+def faulty(*rules: str, seed: int = 1, acked: int = ALL, **options: Any) -> Iterator[Any]:
+    """A worker with rules, and ``rig.point``."""
+    point = ImpairPoint()
+    with Rig(acked, impair=point, **options) as rig:
+        rig.point = point  # type: ignore[attr-defined]
+        point.set(of_text(rules), seed)
+        yield rig.start()
+    point.close()
+
+
+def counts(rig: Any) -> dict[str, int]:
+    return {name: n for name, n in rig.point.counters().items() if n}
+
+
+def transmit(rig: Any, *frames: bytes) -> None:
+    """The guest sends, and the worker has taken and given back all."""
+    before = rig.counter("tx_packets")
+    for at in range(0, len(frames), 50):
+        some = frames[at : at + 50]
+        rig.driver.send(*some)
+        before += len(some)
+        assert wait_for(lambda n=before: rig.counter("tx_packets") >= n)  # type: ignore[misc]
+        assert wait_for(lambda: rig.driver.tx.outstanding == 0)
+
+
+def came(rig: Any, count: int) -> list[bytes]:
+    """So many frames of the guest's, as they arrive outside."""
+    return [rig.cable.receive(PATIENCE)[12:] for _ in range(count)]
+
+
+def nothing_more(rig: Any) -> bool:
+    """Whether nothing is left outside; once what was to come has come."""
+    try:
+        rig.cable.far.recv(1 << 17)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def test_each_third_frame_is_lost() -> None:
+    frames = [frame(i) for i in range(100)]
+    with faulty("tx loss=1/3") as rig:
+        transmit(rig, *frames)
+        left = [f for i, f in enumerate(frames, 1) if i % 3]
+        assert came(rig, len(left)) == left
+        assert nothing_more(rig)
+        assert counts(rig) == {"tx_fault_frames": 100, "tx_fault_loss": 33}
+        assert rig.counter("tx_packets") == 100  # the guest's view: they have been sent
+
+
+def test_frames_for_the_guest_are_lost() -> None:
+    with faulty("rx loss=1/2") as rig:
+        for i in range(100):
+            rig.cable.far.send(bytes(12) + frame(i))
+        packets = rig.driver.wait_packets(50, PATIENCE)
+        assert [p[12:] for p in packets] == [frame(i) for i in range(0, 100, 2)]
+        assert wait_for(lambda: counts(rig) == {"rx_fault_frames": 100, "rx_fault_loss": 50})
+        transmit(rig, frame(1))
+        assert came(rig, 1) == [frame(1)]  # the other way goes on
+
+
+def lost_of(seed: int, *rules: str) -> list[int]:
+    with faulty(*rules, seed=seed) as rig:
+        frames = [frame(i) for i in range(200)]
+        transmit(rig, *frames)
+        lost = counts(rig)["tx_fault_loss"]
+        got = [struct.unpack_from("<I", f)[0] for f in came(rig, 200 - lost)]
+        assert nothing_more(rig)
+        return sorted(set(range(200)) - set(got))
+
+
+def test_the_same_seed_has_the_same_deeds() -> None:
+    first = lost_of(7, "tx loss=50%")
+    assert 60 < len(first) < 140  # 5.6 standard deviations
+    assert lost_of(7, "tx loss=50%") == first
+    assert lost_of(8, "tx loss=50%") != first
+    # Other rules of the other way, and other deeds of the same rule, change nothing.
+    assert lost_of(7, "tx loss=50% delay=1ms", "rx loss=10%") == first
+
+
+def test_a_chance_is_met() -> None:
+    with faulty("tx loss=10%", seed=3) as rig:
+        for i in range(40):
+            transmit(rig, *(frame(i) for i in range(50)))
+            while not nothing_more(rig):
+                pass
+        assert 130 < counts(rig)["tx_fault_loss"] < 270  # of 2000: 200, 5.2 standard deviations
+
+
+def test_frames_are_repeated() -> None:
+    with faulty("tx duplicate=1/2", "rx duplicate") as rig:
+        transmit(rig, *(frame(i) for i in range(4)))
+        assert came(rig, 6) == [frame(i) for i in (0, 1, 1, 2, 3, 3)]
+        rig.cable.far.send(bytes(12) + frame(9))
+        assert [p[12:] for p in rig.driver.wait_packets(2, PATIENCE)] == [frame(9)] * 2
+        assert counts(rig)["tx_fault_duplicate"] == 2 and counts(rig)["rx_fault_duplicate"] == 1
+
+
+def test_a_frame_goes_behind_the_next() -> None:
+    with faulty("tx reorder=1/3") as rig:
+        frames = [frame(i) for i in range(9)]
+        rig.driver.tx.publish()
+        for f in frames:
+            rig.driver.queue(f)
+        rig.driver.tx.publish()
+        assert came(rig, 9) == [frame(i) for i in (0, 1, 3, 2, 4, 6, 5, 7, 8)]
+        assert counts(rig)["tx_fault_reorder"] == 3  # the last one had nothing to wait for
+
+
+@pytest.mark.parametrize("way", ["tx", "rx"])
+def test_one_bit_is_turned_over(way: str) -> None:
+    with faulty(f"{way} corrupt") as rig:
+        for i in range(50):
+            f = frame(i, 60 + 61 * i)
+            if way == "tx":
+                transmit(rig, f)
+                (got,) = came(rig, 1)
+            else:
+                rig.cable.far.send(bytes(12) + f)
+                got = rig.driver.wait_packets(i + 1, PATIENCE)[-1][12:]
+            assert got[:14] == f[:14] and len(got) == len(f)
+            turned = [a ^ b for a, b in zip(got, f, strict=True) if a != b]
+            assert len(turned) == 1 and turned[0].bit_count() == 1
+        assert counts(rig)[f"{way}_fault_corrupt"] == 50
+
+
+def checksum(data: bytes) -> int:
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data[: len(data) // 2 * 2]))
+    total += data[-1] << 8 if len(data) % 2 else 0
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+@pytest.mark.parametrize("length", [100, 101, 3000, 9001])
+def test_a_checksum_is_made_before_a_bit_is_turned_over(length: int) -> None:
+    """Else nobody would notice: whoever makes it later makes it of what is wrong."""
+    header = struct.pack("<BBHHHHH", 1, 0, 54, 0, 34, 16, 0)
+    with faulty("tx corrupt", acked=ALL | CSUM) as rig:
+        f = bytearray(frame(3, length))
+        f[50:52] = b"\x12\x34"  # the sum of a pseudo header, say
+        rig.driver.queue(bytes(f), header=header)
+        rig.driver.tx.publish()
+        got = rig.cable.receive(PATIENCE)
+        assert got[0] == 0  # no NEEDS_CSUM any more
+        data = bytearray(got[12:])
+        wrong = [i for i in range(length) if data[i] != f[i] and i not in (50, 51)]
+        assert len(wrong) <= 1
+        pseudo = b"\x12\x34"  # as the receiver adds it
+        if wrong and wrong[0] >= 34:
+            assert checksum(pseudo + bytes(data[34:])) != 0xFFFF
+            data[wrong[0]] = f[wrong[0]]
+        if wrong:
+            assert checksum(pseudo + bytes(data[34:])) == 0xFFFF  # right for what was right
+
+
+def test_what_the_host_has_verified_is_verified_no_more() -> None:
+    with faulty("rx corrupt", acked=ALL | CSUM) as rig:
+        rig.cable.far.send(b"\2" + bytes(11) + frame(1))  # DATA_VALID
+        (got,) = rig.driver.wait_packets(1, PATIENCE)
+        assert got[0] == 0 and got[12:] != frame(1)
+
+
+def test_a_frame_to_be_segmented_is_left_alone() -> None:
+    header = struct.pack("<BBHHHHH", 1, 1, 54, 1000, 34, 16, 0)
+    with faulty("tx corrupt", acked=ALL | GSO) as rig:
+        rig.driver.queue(frame(1, 5000), header=header)
+        rig.driver.tx.publish()
+        assert rig.cable.receive(PATIENCE) == header + frame(1, 5000)
+        assert counts(rig) == {"tx_fault_frames": 1, "tx_fault_corrupt_left": 1}
+
+
+def test_frames_wait_and_stay_in_order() -> None:
+    with faulty("tx delay=200ms", "rx delay=200ms") as rig:
+        begin = time.monotonic()
+        transmit(rig, *(frame(i, 60 + 50 * i) for i in range(50)))
+        for i in range(50):
+            rig.cable.far.send(bytes(12) + frame(i, 60 + 50 * i))
+        assert came(rig, 50) == [frame(i, 60 + 50 * i) for i in range(50)]
+        assert time.monotonic() - begin >= 0.2
+        packets = rig.driver.wait_packets(50, PATIENCE)
+        assert [p[12:] for p in packets] == [frame(i, 60 + 50 * i) for i in range(50)]
+        assert counts(rig)["tx_fault_delay"] == counts(rig)["rx_fault_delay"] == 50
+
+
+def test_jitter_mixes_the_order_and_loses_nothing() -> None:
+    with faulty("tx delay=20ms jitter=20ms", seed=5) as rig:
+        transmit(rig, *(frame(i) for i in range(100)))
+        got = came(rig, 100)
+        assert sorted(got) == sorted(frame(i) for i in range(100))
+        assert got != [frame(i) for i in range(100)]
+
+
+def test_a_rate_is_kept() -> None:
+    """100 frames of 1000 bytes, of which ten have their tokens, at 1 Mbyte/s."""
+    with faulty("tx rate=8mbit burst=10000") as rig:
+        begin = time.monotonic()
+        transmit(rig, *(frame(i, 1000) for i in range(100)))
+        assert came(rig, 100) == [frame(i, 1000) for i in range(100)]
+        assert time.monotonic() - begin >= 0.088
+        assert 1 <= counts(rig)["tx_fault_rate"] <= 90
+
+
+def test_a_queue_has_an_end() -> None:
+    with faulty("tx rate=8kbit queue=5") as rig:
+        transmit(rig, *(frame(i, 1000) for i in range(20)))
+        # The first goes at once, and leaves 1 s to the next.
+        assert came(rig, 1) == [frame(0, 1000)]
+        assert counts(rig)["tx_fault_full"] >= 13
+        assert rig.point.report()["waiting"]["tx"] <= 5
+
+
+def test_memory_has_an_end() -> None:
+    """A guest that sends without end fills the blocks of its card, and no more."""
+    with faulty("tx delay=60s") as rig:
+        for _ in range(2):
+            transmit(rig, *(frame(i, 1500) for i in range(FRAMES_MAX // 2 + 50)))
+        assert rig.point.report()["waiting"] == {"rx": 0, "tx": FRAMES_MAX}
+        assert counts(rig)["tx_fault_full"] == 100
+        assert counts(rig)["tx_fault_delay"] == FRAMES_MAX
+    with faulty("tx delay=60s", acked=ALL) as rig:
+        transmit(rig, *(frame(i, 60000) for i in range(200)))
+        waiting = rig.point.report()["waiting"]["tx"]
+        assert waiting == FRAMES_MAX // 30  # 60,012 bytes are 30 blocks
+        assert counts(rig)["tx_fault_full"] == 200 - waiting
+
+
+def test_blocks_are_used_again() -> None:
+    """Frames of all lengths, for longer than the blocks last."""
+    with faulty("both delay=1ms jitter=1ms", acked=ALL) as rig:
+        for lap in range(30):
+            frames = [frame(lap * 100 + i, 60 + (i * 2711) % 20000) for i in range(50)]
+            transmit(rig, *frames)
+            assert sorted(came(rig, 50)) == sorted(frames)
+        assert "tx_fault_full" not in counts(rig)
+
+
+def test_a_filter_chooses() -> None:
+    def typed(kind: int, i: int) -> bytes:
+        return bytes(12) + struct.pack(">H", kind) + frame(i)
+
+    with faulty("tx loss filter='arp'", "rx loss filter='not arp'") as rig:
+        transmit(rig, *(typed(0x0806 if i % 2 else 0x86DD, i) for i in range(10)))
+        assert came(rig, 5) == [typed(0x86DD, i) for i in range(0, 10, 2)]
+        for i in range(10):
+            rig.cable.far.send(bytes(12) + typed(0x0806 if i % 2 else 0x86DD, i))
+        packets = rig.driver.wait_packets(5, PATIENCE)
+        assert [p[12:] for p in packets] == [typed(0x0806, i) for i in range(1, 10, 2)]
+
+
+def test_a_rule_has_a_begin_and_an_end() -> None:
+    with faulty("tx loss after=3 count=4") as rig:
+        transmit(rig, *(frame(i) for i in range(10)))
+        assert came(rig, 6) == [frame(i) for i in (0, 1, 2, 7, 8, 9)]
+    with faulty("tx loss until=300ms") as rig:
+        transmit(rig, frame(0))
+        before = counts(rig).get("tx_fault_loss", 0)
+        time.sleep(0.3)
+        transmit(rig, frame(1))
+        assert came(rig, 1)[-1] == (frame(1) if before else frame(0))
+    with faulty("tx loss from=60s") as rig:
+        transmit(rig, frame(0))
+        assert came(rig, 1) == [frame(0)] and not counts(rig)
+
+
+def test_rules_come_and_go_while_frames_wait() -> None:
+    with faulty("tx delay=300ms") as rig:
+        transmit(rig, frame(1))
+        rig.point.set([], 0)
+        assert not rig.point.active
+        transmit(rig, frame(2))  # which does not wait for the first
+        assert came(rig, 2) == [frame(2), frame(1)]
+        before = counts(rig)
+        transmit(rig, frame(3))
+        assert came(rig, 1) == [frame(3)] and counts(rig) == before
+        rig.point.set(of_text(["tx loss"]), 1)
+        transmit(rig, frame(4))
+        assert nothing_more(rig) and counts(rig)["tx_fault_loss"] == 1
+
+
+def test_rules_and_frames_outlive_a_worker() -> None:
+    with faulty("both delay=100ms") as rig:
+        transmit(rig, frame(1))
+        rig.cable.far.send(bytes(12) + frame(2))
+        assert wait_for(lambda: rig.point.report()["waiting"]["rx"] == 1)
+        bases = rig.path.stop()
+        rig.start(bases)
+        assert came(rig, 1) == [frame(1)]
+        assert [p[12:] for p in rig.driver.wait_packets(1, PATIENCE)] == [frame(2)]
+        transmit(rig, frame(3))
+        assert came(rig, 1) == [frame(3)] and counts(rig)["tx_fault_delay"] == 2
+
+
+def test_frames_of_another_kind_do_not_come() -> None:
+    """A driver that has not negotiated TSO is not given segments that waited for the one before."""
+    with faulty("rx delay=100ms", acked=ALL | GSO) as rig:
+        rig.cable.far.send(struct.pack("<BBHHHHH", 1, 1, 54, 100, 34, 16, 0) + frame(1, 1000))
+        assert wait_for(lambda: rig.point.report()["waiting"]["rx"] == 1)
+        bases = rig.path.stop()
+        rig.acked &= ~GSO
+        rig.start(bases)
+        rig.cable.far.send(bytes(12) + frame(2))
+        assert [p[12:] for p in rig.driver.wait_packets(1, PATIENCE)] == [frame(2)]
+        assert counts(rig)["rx_fault_cleared"] == 1
+
+
+def test_a_full_tap_loses_nothing_that_waits() -> None:
+    with faulty("tx delay=1ms") as rig:
+        count = 0
+        while not rig.counter("tx_blocks") and count < 4000:
+            rig.driver.send(*(frame(count + i, 1500) for i in range(50)))
+            count += 50
+            assert wait_for(lambda: not rig.driver.tx.outstanding or rig.counter("tx_blocks"))
+        assert rig.counter("tx_blocks")
+        assert came(rig, count) == [frame(i, 1500) for i in range(count)]
+        assert "tx_fault_full" not in counts(rig)
+
+
+def test_a_guest_without_buffers_gets_what_has_waited() -> None:
+    with faulty("rx delay=1ms", fill=False, hold_ms=60_000) as rig:
+        rig.driver.fill(1)
+        for i in range(5):
+            rig.cable.far.send(bytes(12) + frame(i))
+        assert len(rig.driver.wait_packets(1, PATIENCE)) == 1
+        rig.driver.fill(20)
+        packets = rig.driver.wait_packets(5, PATIENCE)
+        assert [p[12:] for p in packets] == [frame(i) for i in range(5)]
+
+
+@pytest.mark.parametrize("poll_us", [0, 1000])
+def test_frames_wait_on_a_cable(poll_us: int) -> None:
+    point, port = ImpairPoint(), loop_port(1)
+    point.set(of_text(["tx duplicate delay=20ms", "rx delay=20ms"]), 1)
+    with Rig(ALL, port=port, impair=point, poll_us=poll_us) as rig:
+        rig.start()
+        begin = time.monotonic()
+        rig.driver.send(*(frame(i, 60 + 100 * i) for i in range(20)))
+        packets = [p[12:] for p in rig.driver.wait_packets(40, PATIENCE)]
+        assert time.monotonic() - begin >= 0.04
+        assert packets == [frame(i // 2, 60 + 100 * (i // 2)) for i in range(40)]
+        rig.path.close()
+    assert point.counters()["rx_fault_delay"] == 40
+    point.close()
+    port.close()
+
+
+def test_frames_are_lost_on_a_cable() -> None:
+    """One end's faults are the other end's frames."""
+    near, far = ImpairPoint(), ImpairPoint()
+    ports = joined_ports(1)
+    near.set(of_text(["tx loss=1/2"]), 1)
+    far.set(of_text(["rx loss=1/5", "rx corrupt=1/2"]), 1)
+    with Rig(ALL, port=ports[0], impair=near) as a, Rig(ALL, port=ports[1], impair=far) as b:
+        a.start()
+        b.start()
+        transmit(a, *(frame(i) for i in range(100)))
+        assert len(b.driver.wait_packets(40, PATIENCE)) == 40
+        assert near.counters()["tx_fault_loss"] == 50 and far.counters()["rx_fault_loss"] == 10
+        assert far.counters()["rx_fault_corrupt"] == 20
+        transmit(b, frame(7))  # the other way is untouched
+        assert [p[12:] for p in a.driver.wait_packets(1, PATIENCE)] == [frame(7)]
+        for rig in (a, b):
+            rig.path.close()
+    for one in (near, far, *ports):
+        one.close()
+
+
+def test_a_guest_on_a_cable_without_buffers_gets_all_in_time() -> None:
+    point, ports = ImpairPoint(), joined_ports(1)
+    point.set(of_text(["rx delay=1ms"]), 1)
+    with (
+        Rig(ALL, port=ports[0]) as a,
+        Rig(ALL, port=ports[1], impair=point, fill=False, hold_ms=60_000) as b,
+    ):
+        a.start()
+        b.start()
+        b.driver.fill(1)
+        transmit(a, *(frame(i) for i in range(5)))
+        assert len(b.driver.wait_packets(1, PATIENCE)) == 1
+        b.driver.fill(20)
+        assert [p[12:] for p in b.driver.wait_packets(5, PATIENCE)] == [frame(i) for i in range(5)]
+        for rig in (a, b):
+            rig.path.close()
+    for one in (point, *ports):
+        one.close()
+
+
+def test_rules_change_under_traffic() -> None:
+    """Nothing is lost that no rule loses, and no worker is left with rules that are gone."""
+    with faulty() as rig:
+        stop = threading.Event()
+        rules = [of_text([r]) for r in ("tx delay=1ms", "tx filter='arp' loss", "rx corrupt", "")]
+
+        def change() -> None:
+            at = 0
+            while not stop.is_set():
+                rig.point.set(rules[at % 4], at)
+                at += 1
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        try:
+            for lap in range(40):
+                frames = [frame(lap * 50 + i) for i in range(50)]
+                transmit(rig, *frames)
+                assert sorted(came(rig, 50)) == sorted(frames)
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_a_trace_has_the_deeds() -> None:
+    recorder = Recorder(1 << 12)
+    try:
+        with faulty("tx loss=1/2", "tx corrupt", "rx duplicate", recorder=recorder) as rig:
+            transmit(rig, *(frame(i) for i in range(4)))
+            came(rig, 2)
+            rig.cable.far.send(bytes(12) + frame(9))
+            rig.driver.wait_packets(2, PATIENCE)
+            rig.path.stop()
+        events = [e for e in recorder.events("net0", "worker 0")[0] if e.kind == FAULT]
+    finally:
+        recorder.close()
+    assert [(e.reg, e.value, deeds(e.count)) for e in events] == [
+        (1, 72, ["corrupt"]),
+        (1, 72, ["loss"]),
+        (1, 72, ["corrupt"]),
+        (1, 72, ["loss"]),
+        (0, 72, ["duplicate"]),
+    ]
+
+
+def test_every_deed_has_its_word_and_its_counter() -> None:
+    point = ImpairPoint()
+    point.set(of_text(["loss"]), 1)
+    with Rig(impair=point) as rig:
+        rig.start()
+        names = {name.removeprefix("rx_fault_") for name in point.counters()}
+        for word in deeds(0xFFFF):
+            assert word.replace("-", "_") in names
+        assert len(deeds(0xFFFF)) == len(deeds(2**32 - 1)) == 10
+        rig.path.close()
+    point.close()
+    assert point.counters()  # what was counted stays
+    assert lib.PV_IMPAIR_RULES == RULES_MAX and lib.PV_IMPAIR_BLOCKS == FRAMES_MAX
+
+
+# --- kicks and interrupts -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("acked", [ALL, ALL & ~EVENT_IDX])
+def test_an_interrupt_is_held(acked: int) -> None:
+    with faulty("rx hold-irq=200ms", acked=acked) as rig:
+        rig.driver.rx.enable_interrupts()
+        begin = time.monotonic()
+        rig.cable.far.send(bytes(12) + frame(1))
+        assert wait_for(lambda: counts(rig).get("rx_fault_hold_irq") == 1)
+        assert interrupted(rig.driver.rx)
+        assert time.monotonic() - begin >= 0.2
+        assert rig.counter("rx_calls") == 1
+
+
+def test_no_held_interrupt_is_owed_when_the_worker_stops() -> None:
+    with faulty("tx hold-irq=60s") as rig:
+        rig.driver.tx.enable_interrupts()
+        rig.driver.send(frame(1))
+        assert wait_for(lambda: counts(rig).get("tx_fault_hold_irq"))
+        rig.path.stop()
+        assert interrupted(rig.driver.tx)
+
+
+def test_an_interrupt_comes_that_nobody_has_asked_for() -> None:
+    with faulty("tx extra-irq") as rig:
+        rig.driver.tx.disable_interrupts()
+        for i in range(3):  # of the first batch, the device cannot know
+            transmit(rig, frame(i))
+            came(rig, 1)
+        assert wait_for(lambda: counts(rig).get("tx_fault_extra_irq"))
+        assert interrupted(rig.driver.tx)
+
+
+def test_a_kick_is_overlooked_for_a_while() -> None:
+    with faulty("tx hold-kick=200ms") as rig:
+        for i in range(100):
+            assert wait_for(lambda: rig.driver.tx.asked)
+            before = counts(rig).get("tx_fault_hold_kick", 0)
+            begin = time.monotonic()
+            rig.driver.send(frame(i))
+            assert came(rig, 1) == [frame(i)]
+            # The worker may have seen the frame before it slept, and so without the kick.
+            if counts(rig).get("tx_fault_hold_kick", 0) > before:
+                assert time.monotonic() - begin >= 0.2
+                return
+        pytest.fail("no kick was held")
+
+
+# --- a card ---------------------------------------------------------------------------------------
+
+
+def test_a_card_has_rules_by_words() -> None:
+    with Card() as card:
+        told = card.nic.fault("tx loss=1/2", seed=5)
+        assert told["rules"] == ["tx loss=1/2"] and told["seed"] == 5
+        net = card.guest.net
+        net.send(*(frame(i) for i in range(10)))
+        got = [card.cable.receive()[12:] for _ in range(5)]
+        assert got == [frame(i) for i in range(0, 10, 2)]
+        assert card.nic.counters()["tx_fault_loss"] == 5
+        report = card.report()
+        assert report["counters"]["tx_fault_loss"] == 5
+        assert report["fault_rules"]["rules"] == ["tx loss=1/2"]
+        assert card.nic.fault()["rules"] == [] and "fault_rules" not in card.report()
+        assert "X_PYVMM_FAULTS" in card.events
+        card.exchange()
+
+
+def test_without_faults_nothing_is_counted() -> None:
+    with Card() as card:
+        card.exchange()
+        assert not [name for name in card.nic.counters() if "fault_" in name]
+
+
+def test_a_switch_keeps_the_faults_or_is_refused() -> None:
+    with Card() as card:
+        card.nic.fault("tx loss=1/2")
+        with pytest.raises(UsageError, match="no faults on demand on vhost-user"):
+            card.nic.switch("vhost-user")
+        assert card.nic.switch("emulated,poll=50").outcome == "switched"
+        card.guest.net.send(*(frame(i) for i in range(4)))
+        assert [card.cable.receive()[12:] for _ in range(2)] == [frame(0), frame(2)]
+        card.nic.fault()
+        assert card.nic.switch("vhost-user").outcome == "switched"
+        with pytest.raises(UsageError, match="no faults on demand on vhost-user"):
+            card.nic.fault("tx loss")
+        assert card.nic.faults()["rules"] == []
+
+
+def test_wrong_rules_change_nothing() -> None:
+    with Card() as card:
+        card.nic.fault("tx loss=1/2", seed=1)
+        for wrong in ("tx los", "tx 'loss", "tx loss filter='tcp prt 80'"):
+            with pytest.raises(UsageError):
+                card.nic.fault("rx loss", wrong)
+        assert card.nic.faults()["rules"] == ["tx loss=1/2"]
+
+
+def test_a_back_end_counts_its_faults() -> None:
+    point = ImpairPoint()
+    service = NetService(loop_port(1), impair=point)
+    point.set(of_text(["rx loss"]), 1)
+    assert "rx_fault_loss" not in service.counters()  # no worker yet
+    service.close()
+    point.close()
