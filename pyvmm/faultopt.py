@@ -41,6 +41,15 @@ OF_FRAMES = ("loss", "duplicate", "reorder", "corrupt", "delay", "jitter", "rate
 OF_NOTIFICATIONS = ("hold-irq", "hold-kick", "extra-irq")
 WORDS = (*OF_FRAMES, "burst", "queue", *OF_NOTIFICATIONS, "chance", "after", "count", "from",
          "until", "filter")  # fmt: skip
+#: What a card can do once, on any data path: word -> what it is.
+ACTS = {
+    "needs-reset": "set DEVICE_NEEDS_RESET, and raise the configuration interrupt",
+    "config-interrupt": "raise the configuration interrupt although nothing has changed",
+    "interrupt": "raise the interrupt of each virtqueue although nothing was used",
+    "kick": "have the device look at each virtqueue although nobody has kicked",
+    "link-down": "pull the cable",
+    "link-up": "plug the cable in",
+}
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 #: Bits per second.
 RATES = {"gbit": 10**9, "mbit": 10**6, "kbit": 10**3, "bit": 1}
@@ -115,7 +124,7 @@ class FaultRule:
         if key in CHANCES:
             self.chances[key] = _chance(key, value) if value else ALWAYS
         elif key in TIMES:
-            self.times[key] = _time(key, value)
+            self.times[key] = time_of(key, value, TIMES[key])
         elif key in NUMBERS:
             self.numbers[key] = _number(key, value)
         elif key == "rate":
@@ -201,12 +210,16 @@ def _chance(key: str, value: str) -> Chance:
     raise UsageError(f"fault: {key}={value}", f"write {key}=10% or {key}=1/100 (each 100th)")
 
 
-def _time(key: str, value: str) -> int:
-    digits = value.rstrip("munsec")
+def time_of(key: str, value: str, limit: float) -> int:
+    """Nanoseconds of a time such as ``20ms``.
+
+    :param limit: the most, in seconds. :raises UsageError: it is no time, or more.
+    """
+    digits = value[:40].rstrip("munsec")
     number, unit = _decimal(digits), UNITS.get(value[len(digits) :])
-    if number is None or unit is None or not 0 < number * unit <= TIMES[key]:
+    if number is None or unit is None or not 0 < number * unit <= limit:
         raise UsageError(
-            f"fault: {key}={value}", f"write a time up to {TIMES[key]:g}s, as 1.5s, 20ms or 300us"
+            f"fault: {key}={value[:40]}", f"write a time up to {limit:g}s, as 1.5s, 20ms or 300us"
         )
     return max(1, round(number * unit * 1e9))
 

@@ -12,7 +12,7 @@ from pyvmm.card.capture import CardCaptures
 from pyvmm.card.card import Card
 from pyvmm.card.handover import HandOver
 from pyvmm.card.report import ModeTotals, SwitchReport
-from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.errors import HostError, PyvmmError, UsageError, did_you_mean
 from pyvmm.kvm.inject import Injection
 from pyvmm.netopt import Net, check_faults, mac_text
 
@@ -88,6 +88,7 @@ class Nic(Card):
         self._captures = CardCaptures(device.name, uplink, route)
         self._books = threading.Lock()  # what follows; nothing is waited for under it
         self._modes: dict[str, ModeTotals] = {}
+        self._acts: dict[str, int] = {}  # fault_needs_reset and others: how often
         self._serving: DataPath = route.path  # whose counters are not in ``_modes`` yet
         self._since: tuple[int, Ledger | None] = time.monotonic_ns(), None
         device.observe(self)
@@ -245,7 +246,48 @@ class Nic(Card):
         """The rules in force, the seed, how many frames wait, and what was done so far
         (``counters``); for JSON. Any thread.
         """
-        return {**self._uplink.impair.report(), "counters": self._uplink.impair.counters()}
+        return {
+            **self._uplink.impair.report(),
+            "counters": {**self._uplink.impair.counters(), **self._acts},
+        }
+
+    @property
+    def ready(self) -> bool:
+        """Whether a driver has set the card up."""
+        return self.device.active
+
+    def act(self, word: str) -> None:
+        """Do something once that a driver has to cope with, on any data path. Threads as with
+        ``set_link``.
+
+        :param word: one of ``faultopt.ACTS``, such as ``"needs-reset"``.
+        :raises UsageError: there is no such word, or no driver that could notice.
+        :raises PyvmmError: as ``set_link``.
+        """
+        from pyvmm.faultopt import ACTS
+
+        if word not in ACTS:
+            raise UsageError(
+                f"fault: {word[:40]!r} is nothing that a card does",
+                f"{did_you_mean(word, ACTS)}one of {', '.join(ACTS)}",
+            )
+        if word.startswith("link-"):
+            self.set_link(word == "link-up")
+        elif not self.ready:
+            raise UsageError(f"fault: {word}: no driver has set up {self.name}", "boot a guest")
+        elif word == "needs-reset":
+            self._thread.call(lambda: self.device.fault(-1, "DEVICE_NEEDS_RESET, on demand"))
+        elif word == "config-interrupt":
+            self.device.interrupt_in_vain()
+        else:
+            for q in self.device.queues:
+                if q.enabled:
+                    (q.kick if word == "kick" else q.call).nudge()
+        key = f"fault_{word.replace('-', '_')}"
+        with self._books:
+            self._acts[key] = self._acts.get(key, 0) + 1
+        if self.device.recorder is not None:
+            self.device.recorder.step("fault", time.monotonic_ns(), {"fault": word})
 
     # --- what the device tells (Observer) ---------------------------------------------------------
 
@@ -398,6 +440,7 @@ class Nic(Card):
                 total.count(totals.counters)
             total.count(self._serving.counters())
         total.count(self._uplink.impair.counters())
+        total.count(dict(self._acts))
         return total.counters
 
     def report(self) -> dict[str, object]:

@@ -9,10 +9,15 @@ Examples:
   pyvmm fault vm0 rx hold-irq=3ms chance=1%
   pyvmm fault vm0                     what is in force, and what was done
   pyvmm fault vm0 off
+  pyvmm fault vm0 needs-reset         set DEVICE_NEEDS_RESET, on any data path
+  pyvmm fault vm0 config-interrupt    the configuration interrupt, in vain
 
 A rule begins with rx (to the guest), tx (from the guest) or both. New rules replace the old ones.
 The same seed and the same packets have the same deeds; each deed is counted. All words are in
-docs/fault-injection.md. It works while pyvmm's own worker moves the packets (emulated, user).
+docs/fault-injection.md. Rules work while pyvmm's own worker moves the packets (emulated, user).
+
+Acts are done once, on any data path, and change no rules: needs-reset, config-interrupt, interrupt
+(of each virtqueue, in vain), kick (the same), link-down, link-up.
 
 Exit status: 0; 2 bad usage; 101 there is no libpcap for filter=; 113 no such machine; 114 refused,
 such as on vhost-net.
@@ -34,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     remote.add_arguments(parser)
     words = parser.add_argument(
-        "words", metavar="WORD", nargs="*", help="rules; or off; none: show what is in force"
+        "words",
+        metavar="WORD",
+        nargs="*",
+        help="rules; or off; or acts; none: show what is in force",
     )
     words.completer = complete  # type: ignore[attr-defined]
     parser.add_argument(
@@ -46,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def complete(prefix: str, **kwargs: Any) -> list[str]:
     """Words of rules that begin with ``prefix``."""
-    from pyvmm.faultopt import CHANCES, WAYS, WORDS
+    from pyvmm.faultopt import ACTS, CHANCES, WAYS, WORDS
 
-    words = ["off", *WAYS, *CHANCES, *(f"{word}=" for word in WORDS)]
+    words = ["off", *ACTS, *WAYS, *CHANCES, *(f"{word}=" for word in WORDS)]
     return [word for word in words if word.startswith(prefix)]
 
 
@@ -58,22 +66,30 @@ def run(args: argparse.Namespace) -> int:
     def body(client: Client) -> int:
         wish: dict[str, object] = {"nic": args.nic}
         if args.words:
-            from pyvmm.faultopt import of_words, seed_of
+            from pyvmm.faultopt import ACTS, of_words, seed_of
 
+            if args.words[0] in ACTS:
+                wish["acts"] = args.words
+                result = client.command("x-pyvmm-fault", **wish)
+                return _show(result, args.json)
             rules = of_words(args.words) if args.words != ["off"] else []
             wish["rules"] = [rule.wire() for rule in rules]
             if args.seed is not None:
                 wish["seed"] = seed_of(args.seed)
         result = client.command("x-pyvmm-fault", **wish)
-        if args.json:
-            import json
-
-            print(json.dumps(result, indent=2))
-        else:
-            print("\n".join(_lines(result)))
-        return 0
+        return _show(result, args.json)
 
     return remote.with_client(args, body, timeout=120)
+
+
+def _show(result: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        import json
+
+        print(json.dumps(result, indent=2))
+    else:
+        print("\n".join(_lines(result)))
+    return 0
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
@@ -93,4 +109,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
             counts["waiting"] = waiting
         if counts:
             lines.append(f"{words}: " + ", ".join(f"{n} {key}" for key, n in counts.items()))
+    acts = {key[6:]: n for key, n in result["counters"].items() if key.startswith("fault_")}
+    if acts:
+        lines.append("once: " + ", ".join(f"{n} {key}" for key, n in acts.items()))
     return lines

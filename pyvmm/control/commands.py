@@ -370,9 +370,11 @@ def _fault(machine: Controlled, given: Given) -> object:
 
     nic = _numbered(machine, given)
     seed = given.get("seed")
-    if "rules" not in given:
-        return {"name": nic.name, **nic.faults()}
     try:
+        for word in given.get("acts", []):
+            nic.act(str(word))
+        if "rules" not in given:
+            return {"name": nic.name, **nic.faults()}
         return {"name": nic.name, **nic.fault(*of_wire(given["rules"]), seed=seed)}
     except UsageError as e:
         raise QmpError(str(e)) from e
@@ -523,6 +525,7 @@ COMMANDS: dict[str, Command] = {
         nic="int?",
         rules="list?",
         seed="int?",
+        acts="list?",
     ),
     "x-pyvmm-help": Command(_help, "all commands with a line of help and their arguments"),
     "x-pyvmm-ledger": Command(_ledger, "exits, interrupts and packets so far"),

@@ -577,6 +577,11 @@ class VirtioDevice:
         if self.active or self.status & NEEDS_RESET:
             self._transport.interrupt_config()
 
+    def interrupt_in_vain(self) -> None:
+        """Interrupt the driver for its configuration, which has not changed. Any thread."""
+        if self.active:
+            self._transport.interrupt_config()
+
     # --- features and queues ----------------------------------------------------------------------
 
     def set_features(self, shift: int, value: int) -> None:

@@ -683,6 +683,29 @@ def test_wrong_rules_change_nothing() -> None:
         assert card.nic.faults()["rules"] == ["tx loss=1/2"]
 
 
+def test_acts_change_what_they_say_and_nothing_else() -> None:
+    with Card() as card:
+        vm = card.board.vm
+        generation = card.guest.pci.get("config_generation")
+        vm.delivered()
+        card.nic.act("config-interrupt")
+        assert (0xFEE00000, 0x30) in vm.delivered(PATIENCE)
+        assert card.guest.pci.get("config_generation") == generation and card.healthy
+        card.nic.act("interrupt")
+        card.nic.act("kick")
+        assert wait_for(lambda: {data for _, data in vm.delivered(1)} & {0x31, 0x32})
+        card.exchange()
+        with pytest.raises(UsageError, match="did you mean needs-reset"):
+            card.nic.act("need-reset")
+        card.nic.act("needs-reset")
+        assert card.guest.pci.status & 64
+        assert card.device.faults == ["DEVICE_NEEDS_RESET, on demand"]
+        card.guest.pci.reset()
+        assert not card.guest.pci.status
+        with pytest.raises(UsageError, match="no driver has set up net0"):
+            card.nic.act("interrupt")
+
+
 def test_a_back_end_counts_its_faults() -> None:
     point = ImpairPoint()
     service = NetService(loop_port(1), impair=point)
