@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pyvmm.exits.ledger import Ledger
     from pyvmm.exits.phases import Phase
     from pyvmm.plugs import Removal
+    from pyvmm.scenario import Player, Scenario
     from pyvmm.shareopt import Root, Share
 
 #: Seconds for which pause() waits for vCPUs that are outside of the guest because the pipe of a
@@ -192,6 +193,7 @@ class Machine:
             wake=self._stir.set,
         )
         self._stack = ExitStack()
+        self._players: list[Player] = []
         self._sandbox = Sandbox(sandbox, nets, devices)
         self._stack.callback(self._sandbox.close)
         self._confined = False
@@ -409,6 +411,23 @@ class Machine:
             self._supervisor.join()
         self._cut()
         self._stack.close()
+
+    def play(self, scenario: str | Scenario) -> Player:
+        """Play a scenario of faults on demand (docs/scenarios.md), in a thread of its own, from the
+        moment when the driver of its first step's card is ready. Any thread but a vCPU's.
+
+        :param scenario: a file, or a name of pyvmm's own scenarios, or an object of
+            ``pyvmm.scenario``.
+        :return: the player, which the machine ends.
+        :raises UsageError: there is none, or it is malformed, or about a card that there is not.
+        """
+        from pyvmm.scenario import Player, load
+
+        what = load(scenario) if isinstance(scenario, str) else scenario
+        player = Player(what, lambda: self.nets)
+        self._players.append(player)
+        self._stack.callback(player.close)
+        return player
 
     # --- control ----------------------------------------------------------------------------------
 
@@ -757,6 +776,8 @@ class Machine:
 
     def _shut_down(self, outcome: Outcome) -> None:
         """After the last vCPU has stopped: note where each one was, then stop the other parts."""
+        for player in self._players:
+            player.halt()
         self.vcpu_threads.end()
         if self._parts.hang_watch is not None:
             self._parts.hang_watch.stop()

@@ -173,6 +173,7 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine
     from pyvmm.netopt import Net
     from pyvmm.outcome import Outcome
+    from pyvmm.scenario import Player, Scenario
     from pyvmm.shareopt import Root, Share
 
 
@@ -283,6 +284,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --trace or --explain: also kicks, frames and interrupts by the kernel's "
         "tracepoints (root)",
+    )
+    add(
+        "--scenario",
+        metavar="FILE",
+        help="play a scenario of faults on demand: a file, or one of pyvmm's (docs/scenarios.md)",
     )
     add("--pcap", metavar="FILE", help="capture all cards' packets as pcapng (docs/capture.md)")
     add("--exits", action="store_true", help="print the guest's exits by cause at the end")
@@ -805,6 +811,11 @@ class _Run:
             self.files = RunFiles(args, outputs)
             if watchdog is not None:
                 watchdog.files = self.files
+        scenario: Scenario | None = None
+        if args.scenario is not None:
+            from pyvmm.scenario import load
+
+            scenario = load(args.scenario)  # before the sandbox: a filter needs libpcap
         append = args.append
         kernel, initrd = _files(args)
         if args.kernel is None:
@@ -856,6 +867,7 @@ class _Run:
                 watchdog.arm()
             tracing = _trace_kernel(machine) if args.trace_kernel else None
             capture = _capture(machine, outputs) if "--pcap" in outputs else None
+            player = machine.play(scenario) if scenario is not None else None
             machine.confine([args.vmlinux] if args.vmlinux is not None else [])
             if args.verbose:
                 print(f"pyvmm: sandbox: {machine.sandbox}", file=sys.stderr)
@@ -870,7 +882,11 @@ class _Run:
             verdict = self._verdict(machine, outcome, kernel)
             if "--report" in outputs:
                 report = {**machine.report(), "verdict": verdict}
+                if player is not None:
+                    report["scenario"] = player.report()
                 outputs.write("--report", _json(report))
+            if player is not None and not player.finished:
+                _tell_scenario(player)
             if args.exits:
                 from pyvmm.cli.support.tables import exits_table
 
@@ -1069,6 +1085,17 @@ def _tell_unused(device: Peripheral) -> None:
             " pyvmm image build",
             file=sys.stderr,
         )
+
+
+def _tell_scenario(player: Player) -> None:
+    """Say that a scenario has not been played to its end."""
+    told = player.report()
+    why = f": {player.problem}" if player.problem else ""
+    print(
+        f"pyvmm: --scenario {told['name']}: {told['played']} of {told['steps']} steps were"
+        f" played{why}",
+        file=sys.stderr,
+    )
 
 
 def _capture(machine: Machine, outputs: Outputs) -> Capture:

@@ -26,7 +26,7 @@ SCOPES = ("function", "class", "module", "package", "session")
 MARKER = (
     "add", "append", "command", "cpu", "cpus", "disk", "fail_on", "hang_timeout", "huge", "initrd",
     "kernel", "load_address", "load_mode", "memory", "modules",
-    "net", "on_reboot", "sandbox", "start", "test_devices", "timeout",
+    "net", "on_reboot", "sandbox", "scenario", "start", "test_devices", "timeout",
 )  # fmt: skip
 CONSOLE_LINES = 200
 
@@ -256,6 +256,7 @@ def _make(
     start, limit = wishes.pop("start", True), wishes.pop("timeout", None)
     limit = float(config.getini("pyvmm_boot_timeout")) if limit is None else limit
     nets = wishes.pop("net", "none")
+    scenario = wishes.pop("scenario", None)
     record = Record(request.node, name)
     try:
         kinds = wishes.pop("fail_on", None)
@@ -288,9 +289,14 @@ def _make(
         )
         _check_host(resolve(kernel)[0])
         made = TestMachine(kernel, **wishes)
+        record.machine = made  # which is closed if the scenario is none
+        if scenario is not None:
+            named = os.sep in scenario or "." in scenario
+            made.play(str(config.rootpath / scenario) if named else scenario)
     except (PyvmmError, ValueError) as e:
+        if record.machine is not None:
+            record.machine.close()
         _refuse(f"pyvmm: {e}")
-    record.machine = made
     records.append(record)
     config.stash.setdefault(RECORDS, []).append(record)
     if isinstance(request.node, pytest.Item):

@@ -126,3 +126,26 @@ def test_a_back_end_has_faults(guest: Guest, tmp_path: Path) -> None:
     assert "faults on purpose: tx duplicate filter='arp' rx delay=1ms (seed 3)" in err
     counters = json.loads(out)
     assert counters["tx_fault_duplicate"] == 1 and counters["rx_fault_delay"] == 2, err
+
+
+# --- scenarios ------------------------------------------------------------------------------------
+
+
+def test_run_plays_a_scenario(guest: Guest, tmp_path: Path) -> None:
+    file, report = tmp_path / "s.toml", tmp_path / "r.json"
+    file.write_text(
+        "[[step]]\nfaults = \"rx duplicate filter='arp'\"\n[[step]]\nat = '1h'\ndo='kick'"
+    )
+    argv = [*PYVMM, "run", "--host", "local", "--kernel", guest("pcinet"), "--memory", "4M"]
+    argv += ["--net", "emulated", "--append", "count=300", "--report", str(report)]
+    wrong = subprocess.run([*argv, "--scenario", "overlaod"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "did you mean overload?" in wrong.stderr
+    file.write_text(file.read_text().replace("1h", "3600s"))
+    done = subprocess.run(
+        [*argv, "--scenario", str(file)], capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert done.returncode == 0, done
+    assert "--scenario s: 1 of 2 steps were played" in done.stderr
+    told = json.loads(report.read_text())
+    assert told["scenario"]["played"] == 1 and told["scenario"]["steps"] == 2
+    assert told["nets"][0]["counters"]["rx_fault_duplicate"] > 0

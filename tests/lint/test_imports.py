@@ -28,6 +28,7 @@ LAYERS = (
         "jailopt",
         "diskopt",
         "faultopt",
+        "scenario",
         "shareopt",
         "netopt",
         "testbed",
