@@ -379,10 +379,35 @@ bool queue_used(struct queue *q, uint16_t *i, uint32_t *length)
 
 /* --- ARP -------------------------------------------------------------------------------------- */
 
+#ifdef LEAK_STALE_ANSWERS
+/*
+ * A bug on purpose, for scenarios of faults to find: before a request, the driver clears away what
+ * has come meanwhile, and forgets the buffers of answers. With one answer per request, there are
+ * none.
+ */
+static void clear_away(const uint8_t *target)
+{
+	uint16_t i;
+	uint32_t length;
+
+	while (queue_used(&receive, &i, &length)) {
+		if (length > NET_HEADER && arp_answers(receive.buffer[i] + NET_HEADER,
+						       length - NET_HEADER, net.mac, target))
+			continue;
+		queue_offer(&receive, i, BUFFER, DESC_WRITE);
+		queue_kick(&receive);
+	}
+}
+#endif
+
 void arp_offer(const uint8_t *own, const uint8_t *target)
 {
 	static uint16_t sent;
 	uint16_t i = sent++ % QUEUE_SIZE;
+
+#ifdef LEAK_STALE_ANSWERS
+	clear_away(target);
+#endif
 
 	memset(transmit.buffer[i], 0, NET_HEADER);
 	arp_request(transmit.buffer[i] + NET_HEADER, net.mac, own, target);

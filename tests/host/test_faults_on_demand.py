@@ -131,6 +131,39 @@ def test_a_back_end_has_faults(guest: Guest, tmp_path: Path) -> None:
 # --- scenarios ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kernel", ["pcinet", "pcinet-bug"])
+def test_a_bug_hides_without_a_scenario(guest: Guest, kernel: str) -> None:
+    with Machine(guest(kernel), memory="4M", append="count=60", nets=[Net()]) as vm:
+        vm.start()
+        outcome = vm.wait(TIMEOUT)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0), vm.stdout.text
+
+
+def test_a_scenario_finds_the_bug(guest: Guest) -> None:
+    """Each answer comes twice, and the driver loses the second one's buffer: after 17 questions at
+    most it has none left, so that no answer can come. A driver without the bug goes on.
+    """
+    with Machine(guest("pcinet"), memory="4M", append="count=60", nets=[Net()]) as vm:
+        player = vm.play("duplicates")
+        vm.start()
+        outcome = vm.wait(TIMEOUT)
+        assert (outcome.kind, outcome.status) == ("poweroff", 0), vm.stdout.text
+        assert player.finished
+    with Machine(guest("pcinet-bug"), memory="4M", append="count=60", nets=[Net()]) as vm:
+        vm.play("duplicates")
+        vm.start()
+        queue = vm.nets[0].device.queues[0]
+
+        def no_buffer_left() -> bool:
+            """Whether all that were ever made available have been used: 16 at first."""
+            available = vm.memory.read(queue.avail + 2, 2) if queue.enabled else bytes(2)
+            return any(available) and available == vm.memory.read(queue.used + 2, 2)
+
+        assert wait_for(lambda: no_buffer_left() or vm.outcome is not None)
+        assert vm.outcome is None
+        assert vm.nets[0].counters()["tx_packets"] <= 17  # each question has lost a buffer
+
+
 def test_run_plays_a_scenario(guest: Guest, tmp_path: Path) -> None:
     file, report = tmp_path / "s.toml", tmp_path / "r.json"
     file.write_text(
