@@ -90,6 +90,17 @@ BEFORE = {
     ),
     ("docs/top.md", "pyvmm top"): VM0,
     ("docs/switch.md", "pyvmm switch --json"): VM0,
+    ("docs/lessons.md", "pyvmm exec vm0 -- ping"): (
+        "pyvmm run --detach=vm0.log --name vm0 -- sleep 600"
+    ),
+    ("docs/lessons.md", "pyvmm watch --text"): f"{VM0}; pyvmm exec vm0 -- true",
+    ("docs/lessons.md", "pyvmm stop"): f"{VM0}; pyvmm exec vm0 -- true",
+    ("docs/lessons.md", "pyvmm switch vm0 emulated"): (
+        f"{VM0}; pyvmm exec vm0 -- true; pyvmm switch vm0 vhost-net"
+    ),
+    ("docs/lessons.md", "tshark"): (
+        "pyvmm run --pcap lesson6.pcapng -- sh -c 'nc -w 2 192.168.100.1 80 </dev/null; true'"
+    ),
     ("docs/vhost-user.md", "pyvmm backend --quiet"): "DIR=$(mktemp -d)",
     ("docs/vhost-user.md", "pyvmm vhost-user check"): (
         "DIR=$(mktemp -d); pyvmm backend --quiet --loopback --socket $DIR/s & sleep 2"
