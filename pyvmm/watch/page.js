@@ -384,7 +384,7 @@ async function ask() {
       if (!answer.ok) throw new Error(String(answer.status));
       const look = await answer.json();
       failures = 0;
-      notice("");
+      if (!halted) notice(""); // an answer on its way when the reader halted the page
       show(look);
       if (look.ended) finish("ended", look.ended[0].toUpperCase() + look.ended.slice(1) + ".");
     } catch (error) {

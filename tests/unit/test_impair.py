@@ -392,11 +392,14 @@ def test_a_rule_has_a_begin_and_an_end() -> None:
         transmit(rig, *(frame(i) for i in range(10)))
         assert came(rig, 6) == [frame(i) for i in (0, 1, 2, 7, 8, 9)]
     with faulty("tx loss until=300ms") as rig:
-        transmit(rig, frame(0))
-        before = counts(rig).get("tx_fault_loss", 0)
-        time.sleep(0.3)
-        transmit(rig, frame(1))
-        assert came(rig, 1)[-1] == (frame(1) if before else frame(0))
+        sent = 0
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            transmit(rig, frame(sent))
+            sent += 1
+        transmit(rig, frame(sent))  # which no machine is too slow for
+        lost = counts(rig).get("tx_fault_loss", 0)
+        assert came(rig, sent + 1 - lost) == [frame(i) for i in range(lost, sent + 1)]
     with faulty("tx loss from=60s") as rig:
         transmit(rig, frame(0))
         assert came(rig, 1) == [frame(0)] and not counts(rig)
@@ -404,11 +407,14 @@ def test_a_rule_has_a_begin_and_an_end() -> None:
 
 def test_rules_come_and_go_while_frames_wait() -> None:
     with faulty("tx delay=300ms") as rig:
+        begin = time.monotonic()
         transmit(rig, frame(1))
         rig.point.set([], 0)
         assert not rig.point.active
         transmit(rig, frame(2))  # which does not wait for the first
-        assert came(rig, 2) == [frame(2), frame(1)]
+        quick = time.monotonic() - begin < 0.3
+        got = came(rig, 2)
+        assert got == [frame(2), frame(1)] or (not quick and got == [frame(1), frame(2)])
         before = counts(rig)
         transmit(rig, frame(3))
         assert came(rig, 1) == [frame(3)] and counts(rig) == before
@@ -644,7 +650,8 @@ def test_a_card_has_rules_by_words() -> None:
         net.send(*(frame(i) for i in range(10)))
         got = [card.cable.receive()[12:] for _ in range(5)]
         assert got == [frame(i) for i in range(0, 10, 2)]
-        assert card.nic.counters()["tx_fault_loss"] == 5
+        # The last frame is one that nobody gets.
+        assert wait_for(lambda: card.nic.counters()["tx_fault_loss"] == 5)
         report = card.report()
         assert report["counters"]["tx_fault_loss"] == 5
         assert report["fault_rules"]["rules"] == ["tx loss=1/2"]

@@ -166,8 +166,8 @@ def test_a_switch_a_reset_and_a_card_that_comes(page: Browser, box: Box) -> None
 
 def test_by_keyboard(page: Browser, box: Box) -> None:
     press(page, " ")
+    until(page, "!asking")  # an answer may be on its way
     assert "nothing is asked of the machine" in page.evaluate(NOTICE)
-    time.sleep(0.3)  # an answer may be on its way
     asked = box.asked["ledger"]
     time.sleep(0.5)
     assert box.asked["ledger"] == asked
