@@ -101,7 +101,7 @@ class Watch:
                     "interval": self._interval,
                     "ended": self.ended,
                     "history": [h for h in self._history if h["number"] > number],
-                    "events": list(self._events),
+                    "events": [dict(event) for event in self._events],
                 }
 
     def hear(self) -> None:
@@ -216,17 +216,28 @@ class Watch:
             at = stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6
             if name == "X_PYVMM_SWITCHED":
                 card, mode = str(data.get("name")), str(data.get("mode"))
-                old = (self._cards or {}).get(card)
-                was = f"{old['mode']} -> " if old is not None else "now "
-                took = data.get("duration-ns", data.get("duration_ns", 0)) / 1e6
-                self._event("switch", f"{card}: {was}{mode}, in {took:.1f} ms", at, card)
-                if old is not None:
-                    old["mode"] = mode
+                took = f", in {data.get('duration-ns', 0) / 1e6:.1f} ms"
+                self._switched(card, mode, took, at)
             elif name in WORDS:
                 words = WORDS[name].format_map(_Data(data))
                 self._event(name.lower(), words, at, str(data.get("name", "")))
                 if name == "SHUTDOWN":
                     self._end(words)
+
+    def _switched(self, card: str, mode: str, took: str, at: float) -> None:
+        """The machine says that a card has been switched; a look may have seen the switch before,
+        and then its event only gets the time that the switch took.
+        """
+        old = (self._cards or {}).get(card)
+        if old is not None and old["mode"] == mode:
+            for event in reversed(self._events):
+                if event["kind"] == "switch" and event["card"] == card:
+                    event["text"] += took
+                    return
+        was = f"{old['mode']} -> " if old is not None else "now "
+        self._event("switch", f"{card}: {was}{mode}{took}", at, card)
+        if old is not None:
+            old["mode"] = mode
 
     def _event(self, kind: str, text: str, at: float | None = None, card: str = "") -> None:
         self._event_number += 1

@@ -359,12 +359,13 @@ function causes(rates) {
 function hear(all) {
   const known = events.length ? events[events.length - 1].id : 0;
   const fresh = all.filter((e) => e.id > known);
-  if (!fresh.length) return;
+  const same = (e, i) => events[i] && events[i].text === e.text;
+  if (!fresh.length && all.every(same)) return; /* a switch gets its time later */
   const first = !latest || !events.length;
   events = all;
   $("events").replaceChildren(...[...all].reverse().map((e) =>
     el("li", { class: e.kind }, el("time", {}, clock(e.time)), e.text)));
-  if (!first || fresh.length === 1) put($("live"), fresh[fresh.length - 1].text);
+  if (fresh.length && (!first || fresh.length === 1)) put($("live"), fresh[fresh.length - 1].text);
 }
 
 /* Ask while somebody looks. */

@@ -184,6 +184,18 @@ def test_what_changes_is_told_once(box: Box) -> None:
         assert last["rates"]["vcpus"][0]["interrupts"] is None, "KVM's counters have started over"
 
 
+def test_a_switch_that_a_look_has_seen_first_is_one_event(box: Box) -> None:
+    with watching() as watch:
+        watch.after(0)
+        box.nets[0]["mode"] = "vhost-net"
+        assert [e["text"] for e in watch.after(1)["events"]] == ["net0: emulated -> vhost-net"]
+        box.server.emit(
+            "X_PYVMM_SWITCHED", {"name": "net0", "mode": "vhost-net", "duration-ns": 1_500_000}
+        )
+        (event,) = watch.after(2)["events"]
+        assert event["text"] == "net0: emulated -> vhost-net, in 1.5 ms"
+
+
 def test_events_are_heard_while_nobody_looks_and_have_limits(box: Box) -> None:
     with served() as server:
         for n in range(300):
