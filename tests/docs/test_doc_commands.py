@@ -76,6 +76,7 @@ REASONS = {
     ("docs/vhost-vdpa.md", "modprobe"): "needs Linux 6.12, see test_vdpa",
     ("docs/vhost-user.md", "sleep 600 |"): "needs DPDK, see test_dpdk",
     ("docs/vhost-user.md", "dpdk-testpmd"): "needs DPDK, see test_dpdk",
+    ("docs/watch.md", "ssh -L"): "needs a machine named server",
 }
 VM0 = (
     "pyvmm run --detach=vm0.log --name vm0 --net emulated,switchable=vhost-net+vhost-user"
