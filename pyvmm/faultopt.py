@@ -255,6 +255,16 @@ def of_words(words: Iterable[str]) -> list[FaultRule]:
     return check([FaultRule(rule) for rule in rules])
 
 
+def check_acts(words: Sequence[str]) -> None:
+    """:raises UsageError: one of the words is none of ``ACTS``."""
+    for word in words:
+        if word not in ACTS:
+            raise UsageError(
+                f"fault: {word[:40]!r} is nothing that a card does",
+                f"{did_you_mean(word[:40], ACTS)}one of {', '.join(ACTS)}",
+            )
+
+
 def check(rules: list[FaultRule]) -> list[FaultRule]:
     """The rules. :raises UsageError: they are too many."""
     if len(rules) > RULES_MAX:

@@ -151,7 +151,7 @@ def parse(data: bytes, name: str = "scenario") -> Scenario:
 
     try:
         top = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # also a number of thousands of digits
         raise UsageError(f"{name}: {_line(e)}", "write TOML, see docs/scenarios.md") from None
     _keys(name, top, KEYS)
     about = top.get("about", "")
@@ -201,7 +201,8 @@ def _texts(where: str, key: str, value: object) -> list[str]:
 
 def _whole(where: str, key: str, value: object, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise UsageError(f"{where}: {key} = {str(value)[:40]}", f"use {low} to {high}")
+        said = f"{value:#x}" if type(value) is int and abs(value) >> 64 else str(value)
+        raise UsageError(f"{where}: {key} = {said[:40]}", f"use {low} to {high}")
     return value
 
 

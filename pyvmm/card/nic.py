@@ -12,7 +12,7 @@ from pyvmm.card.capture import CardCaptures
 from pyvmm.card.card import Card
 from pyvmm.card.handover import HandOver
 from pyvmm.card.report import ModeTotals, SwitchReport
-from pyvmm.errors import HostError, PyvmmError, UsageError, did_you_mean
+from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm.inject import Injection
 from pyvmm.netopt import Net, check_faults, mac_text
 
@@ -264,13 +264,9 @@ class Nic(Card):
         :raises UsageError: there is no such word, or no driver that could notice.
         :raises PyvmmError: as ``set_link``.
         """
-        from pyvmm.faultopt import ACTS
+        from pyvmm.faultopt import check_acts
 
-        if word not in ACTS:
-            raise UsageError(
-                f"fault: {word[:40]!r} is nothing that a card does",
-                f"{did_you_mean(word, ACTS)}one of {', '.join(ACTS)}",
-            )
+        check_acts([word])
         if word.startswith("link-"):
             self.set_link(word == "link-up")
         elif not self.ready:

@@ -92,9 +92,11 @@ def _leave(status: int) -> NoReturn:
     each object by itself takes as long as the start of Python, and the kernel frees all at once.
     """
     try:
-        if "threading" in sys.modules:
-            sys.modules["threading"]._shutdown()
-        atexit._run_exitfuncs()
+        try:
+            if "threading" in sys.modules:
+                sys.modules["threading"]._shutdown()
+        finally:  # temporary directories go, too, if Ctrl-C ends the wait for threads
+            atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
     except KeyboardInterrupt:

@@ -26,6 +26,8 @@ such as on vhost-net.
 from __future__ import annotations
 
 from pyvmm.cli.support import remote
+from pyvmm.cli.support.results import add_json, print_json
+from pyvmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nic", metavar="N", type=int, default=0, help="the card, counted from 0 (0)"
     )
     parser.add_argument("--seed", metavar="S", type=int, help="of the random numbers (random)")
-    parser.add_argument("--json", action="store_true", help="print the result as an object")
+    add_json(parser, "an object")
 
 
 def complete(prefix: str, **kwargs: Any) -> list[str]:
@@ -69,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
             from pyvmm.faultopt import ACTS, of_words, seed_of
 
             if args.words[0] in ACTS:
+                if args.seed is not None:
+                    raise UsageError("--seed with what is done once", "leave out --seed")
                 wish["acts"] = args.words
                 result = client.command("x-pyvmm-fault", **wish)
                 return _show(result, args.json)
@@ -76,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
             wish["rules"] = [rule.wire() for rule in rules]
             if args.seed is not None:
                 wish["seed"] = seed_of(args.seed)
+        elif args.seed is not None:
+            raise UsageError("--seed without rules", "name rules, such as rx loss=10%")
         result = client.command("x-pyvmm-fault", **wish)
         return _show(result, args.json)
 
@@ -84,9 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(result: dict[str, Any], as_json: bool) -> int:
     if as_json:
-        import json
-
-        print(json.dumps(result, indent=2))
+        print_json(result)
     else:
         print("\n".join(_lines(result)))
     return 0

@@ -63,24 +63,25 @@ def run(args: argparse.Namespace) -> int:
 def _raw(name: str) -> int:
     """Carry bytes between stdin, stdout and the machine's socket."""
     import select
-    from socket import MSG_DONTWAIT
+    from socket import MSG_DONTWAIT, SHUT_WR
 
     from pyvmm.control.client import dial, socket_of
 
     with dial(socket_of(name)) as sock:
-        pending = b""
+        pending, reading = b"", True
         while True:
             # What the machine has not taken yet is all that is read of stdin, but its answers are
             # always passed on.
             poll = select.poll()
             poll.register(sock, select.POLLIN | (select.POLLOUT if pending else 0))
-            if not pending:
+            if reading and not pending:
                 poll.register(0, select.POLLIN)
             for fd, mask in poll.poll():
                 if fd == 0:
                     pending = os.read(0, 65536)
-                    if not pending:
-                        return 0
+                    if not pending:  # answers to what was asked may still come
+                        sock.shutdown(SHUT_WR)
+                        reading = False
                     continue
                 if mask & select.POLLOUT:
                     pending = pending[sock.send(pending, MSG_DONTWAIT) :]

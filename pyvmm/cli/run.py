@@ -586,6 +586,11 @@ def _check(args: argparse.Namespace) -> None:
 
     want = _description(args)
     MacAddresses("").choose(dict(enumerate(want.nets)))
+    if args.scenario is not None:
+        from pyvmm.scenario import load
+
+        # Before a sandbox closes, because a filter needs libpcap, and where the file is.
+        args.played = load(args.scenario)
     if args.host != "local":  # else the machine is made here, and checks it
         extra_archive(want)
 
@@ -631,7 +636,7 @@ def _disks(args: argparse.Namespace) -> list[Disk]:
     """The disks of ``--disk``, whose images are looked at once."""
     if not args.disk:
         return []
-    if "disks" not in args:
+    if getattr(args, "disks", None) is None:
         from pyvmm.diskopt import Disk
 
         args.disks = [Disk.parse(text) for text in args.disk]
@@ -811,11 +816,7 @@ class _Run:
             self.files = RunFiles(args, outputs)
             if watchdog is not None:
                 watchdog.files = self.files
-        scenario: Scenario | None = None
-        if args.scenario is not None:
-            from pyvmm.scenario import load
-
-            scenario = load(args.scenario)  # before the sandbox: a filter needs libpcap
+        scenario: Scenario | None = args.played if args.scenario is not None else None
         append = args.append
         kernel, initrd = _files(args)
         if args.kernel is None:

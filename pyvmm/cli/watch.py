@@ -26,7 +26,8 @@ import sys
 from pyvmm.cli.support import remote
 from pyvmm.cli.support.options import count, seconds
 from pyvmm.cli.support.rates import cause_lines, net_lines, vcpu_lines
-from pyvmm.cli.support.screen import ROWS, Screen
+from pyvmm.cli.support.results import add_json, print_json
+from pyvmm.cli.support.screen import ROWS, Screen, steerable
 from pyvmm.errors import UsageError
 from pyvmm.virtio.ringwords import regions
 
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     remote.add_arguments(parser)
     add = parser.add_argument
     add("--text", action="store_true", help="in this terminal, without a page")
-    add("--json", action="store_true", help="print one JSON object per line, without a page")
+    add_json(parser, "an object per line")
     add("--once", action="store_true", help="with --text or --json: print one interval and leave")
     add(
         "--interval",
@@ -98,11 +99,9 @@ def _page(args: argparse.Namespace, client: Client) -> int:
 
 
 def _print(args: argparse.Namespace, client: Client) -> int:
-    import json
-
     from pyvmm.watch.look import HISTORY, Watch
 
-    live = sys.stdout.isatty() and not args.once and not args.json
+    live = steerable(sys.stdout) and not args.once and not args.json
     watch = Watch(client, args.interval)
     history: list[dict[str, Any]] = []
     number = 0
@@ -113,7 +112,7 @@ def _print(args: argparse.Namespace, client: Client) -> int:
             history = [*history, *look.pop("history")][-HISTORY:]
             if new and (live or look["rates"] is not None):  # the first look has no rates
                 if args.json:
-                    print(json.dumps(look), flush=True)
+                    print_json(look, line=True)
                 elif live:
                     screen.draw(picture(look, history, screen.size()[1] - 1))
                 else:

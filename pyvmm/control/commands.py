@@ -366,13 +366,15 @@ def _ledger(machine: Controlled, given: Given) -> object:
 
 
 def _fault(machine: Controlled, given: Given) -> object:
-    from pyvmm.faultopt import of_wire
+    from pyvmm.faultopt import check_acts, of_wire
 
     nic = _numbered(machine, given)
     seed = given.get("seed")
     try:
-        for word in given.get("acts", []):
-            nic.act(str(word))
+        acts = [str(word) for word in given.get("acts", [])]
+        check_acts(acts)  # all of them before the first is done
+        for word in acts:
+            nic.act(word)
         if "rules" not in given:
             return {"name": nic.name, **nic.faults()}
         return {"name": nic.name, **nic.fault(*of_wire(given["rules"]), seed=seed)}

@@ -70,7 +70,7 @@ def arrival(run: Run, mark: str, directories: Sequence[str]) -> list[str]:
 #: Options whose values are files or directories that a command reads, and that it writes.
 READ = (
     *("--kernel", "--kernels", "--initrd", "--vmlinux", "--add", "--modules", "--root", "--share"),
-    *("--disk", "--config", "--from", "--merge"),
+    *("--disk", "--config", "--from", "--merge", "--scenario"),
 )
 WRITTEN = (
     *("--log", "--junit", "--json", "--report", "--trace", "--explain", "--pcap", "--html"),

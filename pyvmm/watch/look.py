@@ -213,16 +213,22 @@ class Watch:
             event = self._client.events.popleft()
             name, data = str(event.get("event")), event.get("data") or {}
             stamp = event.get("timestamp", {})
-            at = stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6
-            if name == "X_PYVMM_SWITCHED":
-                card, mode = str(data.get("name")), str(data.get("mode"))
-                took = f", in {data.get('duration-ns', 0) / 1e6:.1f} ms"
-                self._switched(card, mode, took, at)
-            elif name in WORDS:
-                words = WORDS[name].format_map(_Data(data))
-                self._event(name.lower(), words, at, str(data.get("name", "")))
-                if name == "SHUTDOWN":
-                    self._end(words)
+            try:
+                at = stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6
+                self._take_event(name, data, float(at))
+            except (AttributeError, TypeError, ValueError, OverflowError):
+                self._event("strange", f"an event that nobody understands: {name}")
+
+    def _take_event(self, name: str, data: dict[str, Any], at: float) -> None:
+        if name == "X_PYVMM_SWITCHED":
+            card, mode = str(data.get("name")), str(data.get("mode"))
+            took = f", in {data.get('duration-ns', 0) / 1e6:.1f} ms"
+            self._switched(card, mode, took, at)
+        elif name in WORDS:
+            words = WORDS[name].format_map(_Data(data))
+            self._event(name.lower(), words, at, str(data.get("name", "")))
+            if name == "SHUTDOWN":
+                self._end(words)
 
     def _switched(self, card: str, mode: str, took: str, at: float) -> None:
         """The machine says that a card has been switched; a look may have seen the switch before,
@@ -232,7 +238,8 @@ class Watch:
         if old is not None and old["mode"] == mode:
             for event in reversed(self._events):
                 if event["kind"] == "switch" and event["card"] == card:
-                    event["text"] += took
+                    if not event["text"].endswith(" ms"):
+                        event["text"] = (event["text"] + took)[:TEXT_MAX]
                     return
         was = f"{old['mode']} -> " if old is not None else "now "
         self._event("switch", f"{card}: {was}{mode}{took}", at, card)
@@ -247,17 +254,22 @@ class Watch:
                 "number": self._number,
                 "time": at if at is not None else time.time(),
                 "kind": kind,
-                "card": card[:TEXT_MAX],
-                "text": text[:TEXT_MAX],
+                "card": _plain(card),
+                "text": _plain(text),
             }
         )
 
     def _end(self, why: str) -> None:
         if not self.ended:
-            self.ended = why[:TEXT_MAX]
+            self.ended = _plain(why)
             self._over.set()
             if self._now and self._now["status"] not in ENDED:
                 self._now["status"] = "ended"
+
+
+def _plain(text: str) -> str:
+    """The text, with nothing in it that moves a terminal's cursor, and of limited length."""
+    return "".join(c if c.isprintable() else "?" for c in text[:TEXT_MAX])
 
 
 class _Data(dict[str, object]):

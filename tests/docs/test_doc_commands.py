@@ -76,7 +76,8 @@ REASONS = {
     ("docs/vhost-vdpa.md", "modprobe"): "needs Linux 6.12, see test_vdpa",
     ("docs/vhost-user.md", "sleep 600 |"): "needs DPDK, see test_dpdk",
     ("docs/vhost-user.md", "dpdk-testpmd"): "needs DPDK, see test_dpdk",
-    ("docs/watch.md", "ssh -L"): "needs a machine named server",
+    ("docs/jail.md", "sudo pyvmm"): "needs a bridge and a kernel of somebody's",
+    ("docs/watch.md", "ssh -t -L"): "needs a machine named server",
 }
 VM0 = (
     "pyvmm run --detach=vm0.log --name vm0 --net emulated,switchable=vhost-net+vhost-user"
@@ -90,6 +91,8 @@ BEFORE = {
         "switchable=vhost-net+vhost-user", "with=packed"
     ),
     ("docs/top.md", "pyvmm top"): VM0,
+    ("docs/fault-injection.md", "pyvmm fault vm0 tx"): f"{VM0}; pyvmm exec vm0 -- true",
+    ("docs/fault-injection.md", "pyvmm fault vm0 config"): f"{VM0}; pyvmm exec vm0 -- true",
     ("docs/switch.md", "pyvmm switch --json"): VM0,
     ("docs/lessons.md", "pyvmm exec vm0 -- ping"): (
         "pyvmm run --detach=vm0.log --name vm0 -- sleep 600"

@@ -16,10 +16,10 @@ MODULES = """
     cli.support.options cli.support.outputs cli.support.plain cli.support.settings
     cli.support.signals cli.support.swallowed cli.support.terminal control control.events
     control.registry control.server devices devices.console devices.guest_port devices.hotplug
-    devices.legacy devices.rtc errors exits exits.accounts exits.snapshot fd helper host host.paths
-    hostnet hostnet.addresses hostnet.rights hostnet.sockets kvm kvm.cpuid kvm.stats kvm.vcpu kvm.vm
-    machine memory netopt outcome panics pci plugs programs sandbox spec spec.acpi spec.ethernet
-    spec.linux_boot spec.pci spec.platform threads vcpus _ext
+    devices.legacy devices.rtc errors exits exits.accounts exits.snapshot fd helper host
+    host.limits host.paths hostnet hostnet.addresses hostnet.rights hostnet.sockets kvm kvm.cpuid
+    kvm.stats kvm.vcpu kvm.vm machine memory netopt outcome panics pci plugs programs sandbox spec
+    spec.acpi spec.ethernet spec.linux_boot spec.pci spec.platform threads vcpus _ext
 """
 #: Of the standard library, these take longest, and others that they need.
 SLOW = {"argparse", "dataclasses", "enum", "gettext", "inspect", "json", "pathlib", "re"}

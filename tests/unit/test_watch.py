@@ -43,6 +43,7 @@ def wait_for(what: Callable[[], object]) -> None:
 
 @pytest.fixture
 def box(monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
+    monkeypatch.setattr(looks, "STALE", 1e6)  # a busy machine makes pauses of its own
     home = Home(monkeypatch)
     one = Box()
     yield one
@@ -94,7 +95,7 @@ def ask(
 
 
 def test_nobody_costs_nothing_and_many_cost_as_much_as_one(box: Box) -> None:
-    with served(interval=0.2) as server:
+    with served(interval=2.0) as server:
         time.sleep(0.5)
         assert box.asked == {}, "nobody has looked"
         first = server.watch.after(0)["number"]
@@ -140,13 +141,17 @@ def test_rates_and_history(box: Box) -> None:
         assert len(watch.after(0)["history"]) == HISTORY
 
 
-def test_after_a_pause_a_rate_would_be_an_average_of_the_pause(box: Box) -> None:
+def test_after_a_pause_a_rate_would_be_an_average_of_the_pause(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with watching(interval=0.05) as watch:
         watch.after(0)
         assert watch.after(1)["rates"] is not None
+        monkeypatch.setattr(looks, "STALE", 3)
         time.sleep(0.5)
         fresh = watch.after(0)
         assert fresh["number"] == 3 and fresh["rates"] is None
+        monkeypatch.setattr(looks, "STALE", 1e6)
         assert watch.after(3)["rates"] is not None
 
 
@@ -326,7 +331,6 @@ def raw(server: Server, data: bytes) -> bytes:
 
 
 def test_requests_have_limits(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "REQUEST_S", 0.3)
     with served() as server:
         line = f"GET /{server.token}/ HTTP/1.1\r\nHost: {urlsplit(server.url).netloc}\r\n".encode()
         assert raw(server, line + b"\r\n").startswith(b"HTTP/1.0 200")
@@ -334,6 +338,7 @@ def test_requests_have_limits(box: Box, monkeypatch: pytest.MonkeyPatch) -> None
         assert raw(server, line + twice).startswith(b"HTTP/1.0 421"), "two names"
         accents = line.replace(server.token.encode(), "é".encode() * 43)
         assert raw(server, accents + b"\r\n").startswith(b"HTTP/1.0 403")
+        monkeypatch.setattr(servers, "REQUEST_S", 0.3)
         for bad in (b"", b"\r\n", b"\0" * 100, b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
                     b"\xff\xfe\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"x" * 20_000,
                     line + b"X: " + b"x" * 20_000 + b"\r\n\r\n",
@@ -348,11 +353,12 @@ def test_requests_have_limits(box: Box, monkeypatch: pytest.MonkeyPatch) -> None
             except ConnectionError:
                 pass
         assert 0.2 < time.monotonic() - since < PATIENCE
+        monkeypatch.setattr(servers, "REQUEST_S", 5.0)
         assert ask(server)[0] == 200
 
 
 def test_clients_have_limits(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "REQUEST_S", 2.0)
+    monkeypatch.setattr(servers, "REQUEST_S", 10.0)
     with served(interval=60) as server:
         assert ask(server, "look?after=0")[0] == 200
         place = ("127.0.0.1", urlsplit(server.url).port)
@@ -485,7 +491,7 @@ def test_text_and_json(box: Box) -> None:
 def test_text_ends_with_the_machine(box: Box) -> None:
     with command("--host", "local", "--json", "--interval", "0.1", "box") as child:
         assert child.stdout is not None
-        assert json.loads(child.stdout.readline())["number"] == 2
+        assert json.loads(child.stdout.readline())["number"] >= 2
         box.close()
         _, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 0 and "pyvmm: box: " in err

@@ -107,6 +107,8 @@ class Plain:
         word = next(left, None)
         while word is not None:
             if word == "--":
+                if self._rest is None:
+                    raise NotPlain
                 rest = list(left)
                 break
             name, equals, text = word.partition("=")
