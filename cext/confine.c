@@ -794,8 +794,8 @@ static const uint32_t vcpu_ioctls[] = {
 	KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_MP_STATE,
 	/* what Python asks of a descriptor */
 	FIOCLEX, FIONBIO, FIONREAD,
-	/* the modes of a terminal, which last_words() gives back */
-	TCSETS, TCSETS2,
+	/* the modes of a terminal, which last_words() gives back; whether there is one */
+	TCSETS, TCSETS2, TCGETS,
 };
 /* Refused without harm: what Python tries for its caches, and what is tried for tidiness. */
 static const uint16_t machine_refused[] = {
@@ -1163,7 +1163,9 @@ int pv_confine_vcpu(void)
 	n = trap_unless(f, n, SYS_tgkill, BPF_JEQ, (uint32_t)getpid());
 	/* The C library asks how many processors there are, for its heaps. */
 	n = trap_unless(f, n, SYS_sched_getaffinity, BPF_JEQ, 0);
-	n = allow_of(f, n, SYS_prctl, names, sizeof(names) / sizeof(names[0]), SECCOMP_RET_TRAP);
+	/* The C library may want to name memory, too (PR_SET_VMA). */
+	n = allow_of(f, n, SYS_prctl, names, sizeof(names) / sizeof(names[0]),
+		     SECCOMP_RET_ERRNO | EINVAL);
 	f[n++] = answer(SECCOMP_RET_TRAP);
 	error = filter_install(f, n, 0);
 	return error ? error : 1;

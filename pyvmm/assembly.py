@@ -417,9 +417,9 @@ class Parts:
 
     def _no_share(self, number: int, error: int) -> None:
         """The guest cannot mount a share."""
-        from pyvmm.shareopt import reason
-
         if self._want.shares:
+            from pyvmm.shareopt import reason  # loaded by now: a vCPU's thread may load nothing
+
             self._wires.end(Outcome("share", reason(self._want.shares, number, error)))
 
     def _thread_stopped(self, problem: str) -> None:

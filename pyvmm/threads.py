@@ -5,6 +5,7 @@ that may hardly do anything, those of vCPUs in a confined process, have another 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from _queue import SimpleQueue  # as `queue` has it, which takes longer to import
 
@@ -56,7 +57,7 @@ def report_bug(error: BaseException) -> None:
     error: to standard error, unless somebody has replaced the hook.
     """
     args = (type(error), error, error.__traceback__, threading.current_thread())
-    threading.excepthook(threading.ExceptHookArgs(args))
+    aside(lambda: threading.excepthook(threading.ExceptHookArgs(args)))
 
 
 # --- narrow threads -------------------------------------------------------------------------------
@@ -80,6 +81,25 @@ def prepare_narrow() -> None:
 
         Thread(target=work, name="aside", daemon=True).start()
         _jobs = jobs
+        _report_aside()
+
+
+def _report_aside() -> None:
+    """Have errors that nobody catches in a narrow thread reported by the other thread, because a
+    traceback reads source files. The collector of garbage runs finalizers in any thread.
+    """
+    thread_hook, collector_hook = threading.excepthook, sys.unraisablehook
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        aside(lambda: thread_hook(args))
+
+    def of_collector(args: sys.UnraisableHookArgs) -> None:
+        if _jobs is None or not getattr(_here, "narrow", False):
+            collector_hook(args)
+        else:  # without waiting: this thread may be in the middle of a print, and have its lock
+            _jobs.put(lambda: collector_hook(args))
+
+    threading.excepthook, sys.unraisablehook = of_thread, of_collector
 
 
 def narrow() -> None:

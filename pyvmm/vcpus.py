@@ -23,7 +23,7 @@ from pyvmm.kvm.vcpu import (
     STOP_PIO,
 )
 from pyvmm.outcome import Outcome
-from pyvmm.threads import Thread, narrow
+from pyvmm.threads import Thread, aside, narrow
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -226,10 +226,15 @@ def abnormal(vcpu: Vcpu, stop: int) -> Outcome:
         info = " ".join(f"{c.info[i]:#x}" for i in range(c.info_count))
         detail = f"vCPU {vcpu.index}: exit {name}, detail {c.detail} {info}".rstrip()
         if c.reason == EXIT_FAIL_ENTRY and c.info_count:
-            from pyvmm.kvm.entry import entry_failure
-
-            detail += f": {entry_failure(c.info[0])}"
+            detail += f": {aside(lambda: _why_not_entered(c.info[0]))}"
     return Outcome("kvm-error", f"{detail}, rip {registers['rip']:#x}", registers)
+
+
+def _why_not_entered(reason: int) -> str:
+    """In words why the processor has refused the guest's state; loads a module."""
+    from pyvmm.kvm.entry import entry_failure
+
+    return entry_failure(reason)
 
 
 def _fault_place(c: Any) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The thread of this test is narrow, but for the kernel."""
     monkeypatch.setattr(threads, "_here", threading.local())
     monkeypatch.setattr(threads, "_jobs", None)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     threads.prepare_narrow()
     assert threads._jobs is not None
     monkeypatch.setattr(threads._here, "narrow", True, raising=False)
@@ -38,6 +43,36 @@ def test_a_narrow_thread_has_it_done(narrow: None) -> None:
     thread.start()
     thread.join(60)
     assert started.is_set()
+
+
+def test_errors_that_nobody_catches_are_reported_by_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A traceback reads source files, which would end a machine whose vCPU's thread does so."""
+
+    class Bad:
+        def __del__(self) -> None:
+            raise RuntimeError("in a finalizer")
+
+    said: SimpleQueue[tuple[str, str]] = SimpleQueue()
+
+    def note(args: Any) -> None:
+        said.put((threading.current_thread().name, str(args.exc_value)))
+
+    for owner, name in ((threads, "_here"), (threads, "_jobs")):
+        monkeypatch.setattr(owner, name, threading.local() if name == "_here" else None)
+    monkeypatch.setattr(threading, "excepthook", note)
+    monkeypatch.setattr(sys, "unraisablehook", note)
+    threads.prepare_narrow()
+    assert threads._jobs is not None
+    monkeypatch.setattr(threads._here, "narrow", True, raising=False)
+    try:
+        Bad()  # which ends at once
+        assert said.get(timeout=60) == ("aside", "in a finalizer")
+        threads.report_bug(ValueError("a bug"))
+        assert said.get(timeout=60) == ("aside", "a bug")
+    finally:
+        threads._jobs.put(None)
 
 
 def test_threads_of_no_machine_stay_as_they_are() -> None:
