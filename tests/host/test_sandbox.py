@@ -278,6 +278,52 @@ def confined(guest: Guest, deed: str, sandbox: str = "on") -> subprocess.Complet
     )
 
 
+# What a guest writes that has no share and says that it cannot mount one, and how it ends:
+# mov eax, 0x0b000000; mov dx, 0x620; out dx, eax; mov al, 0x15; out 0xf4, al; hlt.
+NO_SHARE = bytes.fromhex("66b80000000b ba2006 66ef b015 e6f4 f4")
+FLAT = """
+import sys
+from pyvmm import Machine
+how = dict(memory="4M", load_address=0x7C00, load_mode="real16", test_devices=True, sandbox="on")
+with Machine(sys.argv[1], **how) as vm:
+    vm.start()
+    outcome = vm.wait(60)
+    print(vm.sandbox, outcome.kind, outcome.status, outcome.detail)
+"""
+FAILED_ENTRY = """
+import sys, threading
+from types import SimpleNamespace
+from pyvmm import Machine, threads, vcpus
+from pyvmm._ext import lib
+said = []
+def body():
+    threads.narrow()
+    c = SimpleNamespace(reason=lib.KVM_EXIT_FAIL_ENTRY, error=0, detail=0, info=[7], info_count=1)
+    vcpu = SimpleNamespace(c=c, index=0, registers=lambda: {"rip": 0})
+    said.append(vcpus.abnormal(vcpu, -1))
+with Machine(sys.argv[1], memory="4M", sandbox="on") as vm:
+    vm.start()
+    vm.wait(60)
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join(60)
+    print(vm.sandbox, said[0].kind, said[0].detail)
+"""
+
+
+def test_a_guest_cannot_have_a_vcpu_s_thread_load_a_module(tmp_path: Path) -> None:
+    (tmp_path / "flat").write_bytes(NO_SHARE)
+    argv = [sys.executable, "-c", FLAT, str(tmp_path / "flat")]
+    run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.startswith("on debug-exit 43"), run
+
+
+def test_a_failed_entry_is_explained_by_a_thread_that_may_read(guest: Guest) -> None:
+    argv = [sys.executable, "-c", FAILED_ENTRY, guest("hello")]
+    run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.startswith("on kvm-error vCPU 0: exit fail_entry"), run
+
+
 @pytest.mark.parametrize(
     ("deed", "answer"),
     [
