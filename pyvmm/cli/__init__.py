@@ -74,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv is not None:
         return guard(lambda: _main(argv))
     gc.set_threshold(YOUNG_OBJECTS)
+    # Others may not write what this command makes: some of that is run later. Containers often have
+    # no umask at all.
+    os.umask(os.umask(0o077) | 0o002)
     try:
         from pyvmm.cli.support.swallowed import raise_again
         from pyvmm.fd import open_standard_descriptors

@@ -48,8 +48,9 @@ def check_owner(path: str) -> None:
             "in it",
             "set XDG_CACHE_HOME to a directory of your own, or HOME, as sudo -H does",
         )
-    # Many users have a group of their own, which may write all of their files.
-    shared = info.st_mode & stat.S_IWGRP and info.st_gid not in (os.getegid(), 0)
+    # Many users have a group of their own, which may write all of their files. That of the process
+    # may be another one, as after `newgrp kvm`.
+    shared = info.st_mode & stat.S_IWGRP and info.st_gid not in (_own_group(user), 0)
     if not stat.S_ISLNK(info.st_mode) and (info.st_mode & stat.S_IWOTH or shared):
         raise HostError(
             f"{path} may be written by others, and this user would run what is in it",
@@ -57,14 +58,29 @@ def check_owner(path: str) -> None:
         )
 
 
+def _own_group(user: int) -> int:
+    """The user's group by the system's list, or else that of the process."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(user).pw_gid
+    except KeyError:
+        return os.getegid()
+
+
 def check_tree(path: str) -> None:
-    """As ``check_owner``, for all that is in a directory of the cache, if root is about to run it:
-    as root, a file of somebody else's would be the way to all others.
+    """As ``check_owner``, for a file or all that is in a directory of the cache, and for all
+    directories above within the cache, if root is about to run it: as root, a file of somebody
+    else's would be the way to all others.
 
     :raises HostError: see there.
     """
     if os.geteuid():
         return
+    above, root = path, _cache_path()
+    while above.startswith(f"{root}/"):
+        check_owner(above)
+        above = os.path.dirname(above)
     for directory, _, files in os.walk(path):
         check_owner(directory)
         for name in files:

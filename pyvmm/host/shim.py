@@ -6,7 +6,7 @@ import os
 
 from pyvmm.errors import HostError
 from pyvmm.fd import Fd
-from pyvmm.host.paths import cache_dir
+from pyvmm.host.paths import cache_dir, check_tree
 from pyvmm.programs import program
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -37,6 +37,7 @@ def _compiled() -> str:
         work = f"{target}.{os.getpid()}"
         compile_shim(SOURCE, work)
         os.rename(work, target)
+    check_tree(target)
     return target
 
 

@@ -41,6 +41,27 @@ def test_a_cache_that_others_may_write(cache: Path) -> None:
         paths.cache_root()
 
 
+def test_no_umask_at_all(cache: Path) -> None:
+    """As in many containers: what a command has made is what the next one runs."""
+    cache.rmdir()
+    code = "import os, sys; os.umask(0); sys.argv = ['pyvmm', 'image', 'list']; "
+    code += "from pyvmm.cli import main; from pyvmm.host import paths; "
+    code += "from pyvmm.cli import image; image.run = lambda args: print(paths.cache_dir(), "
+    code += "paths.cache_dir('x')); main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"{cache}/testbed {cache}/testbed/x\n", done
+    assert cache.stat().st_mode & 0o7777 == 0o775
+
+
+@root_only
+def test_the_group_of_the_process_may_be_another(cache: Path) -> None:
+    """After `newgrp kvm`, the cache still has the user's own group."""
+    cache.chmod(0o775)
+    code = "import os; os.setegid(65534); from pyvmm.host.paths import cache_root; cache_root()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @root_only
 def test_a_group_of_others_may_not(cache: Path) -> None:
     os.chown(cache, 0, NOBODY)
@@ -85,6 +106,10 @@ def test_root_runs_nothing_of_another_user_s(cache: Path) -> None:
         (root / name).touch(0o755)
     one = qemu.Qemu.unpacked(str(root), (10, 0))
     assert one.argv[0] == str(root / qemu.PROGRAM)
+    os.chown(root.parent, NOBODY, 0)
+    with pytest.raises(HostError, match=r"testbed/qemu belongs to user 65534"):
+        assert not one.argv
+    os.chown(root.parent, 0, 0)
     os.chown(root / "usr/share/seabios/bios.bin", NOBODY, NOBODY)
     with pytest.raises(HostError, match=r"bios\.bin belongs to user 65534"):
         assert not one.argv
