@@ -269,6 +269,17 @@ def test_rings(drawn: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(run(capsys, "rings", "--json", "box")[1]) == drawn.rings
 
 
+def test_raw_qmp_from_a_pipe_has_all_answers(fake: Fake) -> None:
+    """The input ends before the answers have come."""
+    words = [{"execute": "qmp_capabilities"}]
+    words += [{"execute": "echo", "arguments": {"a": n}} for n in range(50)]
+    asked = "".join(json.dumps(word) + "\n" for word in words).encode()
+    argv = module("pyvmm", "qmp", "--raw", "box")
+    done = subprocess.run(argv, input=asked, capture_output=True, timeout=120)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [a["return"].get("a") for a in answers[1:]] == [None, *range(50)], done
+
+
 def test_rings_on_a_terminal(drawn: Fake) -> None:
     """Drawn again and again on a cleared screen, if the terminal has one."""
     argv = ("rings", "box", "--watch", "0.05")
