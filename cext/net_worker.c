@@ -169,6 +169,7 @@ struct pv_net_worker {
 	bool rx_waiting;   /* the guest must add buffers first */
 	bool fd_muted;	   /* no wake-ups by fd for reading */
 	bool tx_blocked;   /* fd took no more */
+	bool fd_watched;   /* epoll has fd; changed by the thread only */
 	bool link_down;	   /* atomic */
 	uint32_t interest; /* of fd, as epoll has it */
 	struct burst burst;
@@ -562,15 +563,25 @@ static void set_link(struct pv_net_worker *w, bool down)
 	report(w, (struct pv_net_event){.kind = down ? PV_NET_LINK_DOWN : PV_NET_LINK_UP});
 }
 
+/* By the thread: if fd has gone, epoll is to look at it no more. */
+static void unwatch_gone(struct pv_net_worker *w)
+{
+	if (!w->link_down || !w->fd_watched)
+		return;
+	w->fd_watched = false;
+	epoll_ctl(w->epoll_fd, EPOLL_CTL_DEL, w->cfg.fd, NULL);
+}
+
 static void fd_gone(struct pv_net_worker *w)
 {
 	if (w->link_down)
 		return;
 	w->tx_blocked = false;
 	w->owed = true; /* what the tap did not take is to be dropped */
-	epoll_ctl(w->epoll_fd, EPOLL_CTL_DEL, w->cfg.fd, NULL);
 	add(&w->count.link_losses, 1);
 	set_link(w, true);
+	if (!w->by_kicker) /* the vCPU may not call epoll_ctl(): see vcpu_calls in confine.c */
+		unwatch_gone(w);
 }
 
 static int watch(struct pv_net_worker *w, int fd, uint32_t what, uint32_t events)
@@ -597,6 +608,7 @@ static int woken(struct pv_net_worker *w)
 		return -1;
 	w->cfg.fd = fd;
 	w->inflight[TX].taken = PV_INFLIGHT_UNCOUNTED;
+	w->fd_watched = true;
 	w->fd_muted = false;
 	w->rx_ready = true;
 	set_link(w, false);
@@ -1860,6 +1872,7 @@ static int net_poll(struct pv_net_worker *w, int64_t timeout)
 	let_kickers(w, false);
 	if (n < 0)
 		return errno == EINTR ? 0 : -1;
+	unwatch_gone(w);
 	if (w->cfg.trace && n)
 		trace_event(w, PV_TRACE_NONE, 0, 0, false);
 	for (int i = 0; i < n; i++) {
@@ -2161,8 +2174,12 @@ static void take_kick(struct pv_taker *t)
 	/* With a kick that is held, the thread transmits later. */
 	w->owed = impair_kick(w, TX) || net_round(w) ||
 		  (tx_possible(w) && pv_vring_enable_notify(&w->ring[TX]));
-	/* For the thread to wait for the tap, or for the time of an interrupt or a frame. */
-	wake = w->owed || w->tx_blocked || w->delayed[TX].chains || impair_at(w) != UINT64_MAX;
+	/*
+	 * For the thread to wait for the tap, or for the time of an interrupt or a frame, or to
+	 * forget a tap that has gone.
+	 */
+	wake = w->owed || w->tx_blocked || w->delayed[TX].chains || impair_at(w) != UINT64_MAX ||
+	       (w->link_down && w->fd_watched);
 	w->turn = w->cfg.unbatched ? 1 : TURN_PACKETS;
 	w->by_kicker = false;
 	pthread_mutex_unlock(&w->lock);
@@ -2237,6 +2254,7 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 		pv_net_worker_free(w);
 		return NULL;
 	}
+	w->fd_watched = true;
 	return w;
 }
 

@@ -55,7 +55,8 @@
  *   has it while it is not in epoll, where it goes after each round, and a vCPU that waits for the
  *   lock has it next. The thread also transmits what no kick comes for ("owed"): what was pending
  *   at the start, after a tap that was full or is gone, and beyond a turn. A vCPU waits for the
- *   lock for LOCK_MS at most, then leaves its kick to the thread.
+ *   lock for LOCK_MS at most, then leaves its kick to the thread. A tap that the vCPU finds gone is
+ *   taken from epoll by the thread: the sandbox lets no vCPU do that.
  * - unbatched: a turn is one frame, which is published and interrupts the guest at once. The thread
  *   goes back to epoll for each, does not linger, and never turns transmit kicks off. With
  *   EVENT_IDX the driver gets by without kicks while the worker has not asked for more, though.

@@ -4,8 +4,16 @@ one frame at a time. A mock guest on the machine's real buses; tests/host has re
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import os
+import re
+import socket
+import struct
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -215,6 +223,48 @@ def test_what_a_full_tap_took_not_is_dropped_when_the_tap_goes() -> None:
         rig.guest.net.tx.publish(kick=False)
         rig.kick()
         assert wait_for(lambda: rig.path.counters()["tx_drop_link"] == 2)
+
+
+def refuse_epoll_ctl() -> None:
+    """Have the calling thread's epoll_ctl() fail, as a filter of vCPUs' threads refuses it."""
+    code = [(0x20, 0, 0, 0), (0x15, 0, 1, 233), (0x06, 0, 0, 0x50000 | errno.EPERM)]
+    code += [(0x06, 0, 0, 0x7FFF0000)]
+    rows = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *row) for row in code))
+    program = struct.pack("@HP", len(code), ctypes.addressof(rows))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert not libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    assert not libc.prctl(22, 2, program, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+def watchers(number: int) -> int:
+    """How many epoll descriptors of this process look at a descriptor."""
+    count = 0
+    for info in Path("/proc/self/fdinfo").iterdir():
+        with contextlib.suppress(OSError):
+            count += len(re.findall(rf"^tfd: +{number} ", info.read_text(), re.M))
+    return count
+
+
+def test_a_vcpu_that_finds_the_tap_gone_leaves_epoll_to_the_thread() -> None:
+    """The sandbox ends a machine whose vCPU calls epoll_ctl()."""
+    with Rig(batch=True) as rig:
+        idle(rig)
+        number = rig.cable.fds[0].fileno()
+        assert watchers(number) == 1
+        rig.cable.far.shutdown(socket.SHUT_RD)  # only who sends finds out
+        rig.guest.net.queue(frame(1))
+        rig.guest.net.tx.publish(kick=False)
+
+        def vcpu() -> None:
+            refuse_epoll_ctl()
+            rig.kick()
+
+        thread = threading.Thread(target=vcpu)
+        thread.start()
+        thread.join()
+        assert rig.path.counters()["tx_drop_link"] == 1
+        assert wait_for(lambda: watchers(number) == 0)
+        assert rig.path.counters()["link_losses"] == 1
 
 
 def test_vcpu_and_thread_take_turns() -> None:
