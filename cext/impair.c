@@ -24,6 +24,8 @@ struct state {
 	uint64_t seen;
 	uint64_t times[CHANCES]; /* that a chance was looked at */
 	uint64_t full_at;	 /* when the bucket is full again */
+	uint64_t full_before;	 /* likewise, before the frame at hand */
+	bool paid;		 /* the frame at hand has taken tokens */
 };
 
 struct rule {
@@ -230,10 +232,15 @@ static void rules_put(struct pv_impair *im)
  */
 void pv_impair_clear(struct pv_impair *im)
 {
+	struct rules *rules = rules_get(im);
+
 	for (int way = 0; way < WAYS; way++) {
 		add(&im->line[way].counters.cleared, im->line[way].count);
 		line_init(&im->line[way]);
+		for (uint32_t i = 0; rules && i < rules->count; i++)
+			rules->rule[i].state[way].full_at = 0; /* nobody waits for tokens */
 	}
+	rules_put(im);
 }
 
 /**
@@ -341,13 +348,19 @@ static void back_ends(struct line *l, uint64_t due)
 	heap_put(l, n, f);
 }
 
+/* Whether a frame finds enough free blocks. */
+static bool has_room(const struct line *l, size_t len)
+{
+	return len && (len + PV_IMPAIR_BLOCK - 1) / PV_IMPAIR_BLOCK <= l->free_count;
+}
+
 /* Copy a frame into free blocks; NONE: there are too few. */
 static uint32_t copy(struct line *l, const struct pv_impair_frame *f)
 {
 	uint32_t first = l->free, blocks = 0, last = NONE;
 	size_t at = 0;
 
-	if ((f->len + PV_IMPAIR_BLOCK - 1) / PV_IMPAIR_BLOCK > l->free_count || !f->len)
+	if (!has_room(l, f->len))
 		return NONE;
 	for (uint32_t b = first; at < f->len; b = l->next[b]) {
 		size_t n = f->len - at < PV_IMPAIR_BLOCK ? f->len - at : PV_IMPAIR_BLOCK;
@@ -542,16 +555,33 @@ struct wish {
 	uint64_t due;
 };
 
-/* When a frame has its tokens. */
+/*
+ * When a frame has its tokens. It keeps them only if it waits or passes: see settle(). So full_at
+ * is at most as far away as bucket and blocks have room for bytes: some days at 1 kbit/s.
+ */
 static uint64_t bucket(const struct pv_impair_rule *r, struct state *s, size_t len, uint64_t now)
 {
 	uint64_t burst = r->burst * 8000000000u / r->rate, at;
 
+	s->paid = true;
+	s->full_before = s->full_at;
 	if (s->full_at < now)
 		s->full_at = now;
 	at = s->full_at - now > burst ? s->full_at - burst : now;
 	s->full_at += len * 8000000000u / r->rate;
 	return at;
+}
+
+/* A frame does not go: its tokens are for others. Or it does: then it has paid. */
+static void settle(struct rules *rules, int way, bool goes)
+{
+	for (uint32_t i = 0; rules && i < rules->count; i++) {
+		struct state *s = &rules->rule[i].state[way];
+
+		if (s->paid && !goes)
+			s->full_at = s->full_before;
+		s->paid = false;
+	}
 }
 
 static void ask(struct rule *rule, int way, const struct line *l, const struct pv_impair_frame *f,
@@ -668,6 +698,8 @@ static bool wait_copy(struct line *l, const struct pv_impair_frame *f, struct wi
 bool pv_impair_take(struct pv_impair *im, int way, const struct pv_impair_frame *f, bool keep,
 		    uint64_t now, uint32_t *deeds)
 {
+	const uint32_t copied = PV_DEED_REORDER | PV_DEED_CORRUPT | PV_DEED_DELAY | PV_DEED_RATE;
+	const uint32_t gone = PV_DEED_LOSS | PV_DEED_FULL;
 	struct line *l = &im->line[way];
 	struct wish w = {.due = now};
 	bool looked = false, taken = true;
@@ -682,22 +714,26 @@ bool pv_impair_take(struct pv_impair *im, int way, const struct pv_impair_frame 
 			continue;
 		looked = true;
 		ask(&rules->rule[i], way, l, f, now, &w);
-		if (w.deeds & (PV_DEED_LOSS | PV_DEED_FULL))
+		if (w.deeds & gone)
 			break;
 	}
-	rules_put(im);
-	if (w.deeds & (PV_DEED_LOSS | PV_DEED_FULL)) {
-		w.deeds &= PV_DEED_LOSS | PV_DEED_FULL;
-	} else {
-		uint32_t copied = PV_DEED_REORDER | PV_DEED_CORRUPT | PV_DEED_DELAY | PV_DEED_RATE;
-		struct wish more = {.due = w.due};
-
+	if (!(w.deeds & gone)) {
 		taken = keep || w.deeds & copied;
-		if (taken && !wait_copy(l, f, &w, now)) {
+		if (taken && !has_room(l, f->len)) {
 			w.deeds = PV_DEED_FULL;
 			looked = true;
 		}
-		for (; w.copies && !(w.deeds & PV_DEED_FULL); w.copies--)
+	}
+	settle(rules, way, !(w.deeds & gone));
+	rules_put(im);
+	if (w.deeds & gone) {
+		w.deeds &= gone;
+	} else {
+		struct wish more = {.due = w.due};
+
+		if (taken)
+			(void)wait_copy(l, f, &w, now); /* there is room */
+		for (; w.copies; w.copies--)
 			if (!wait_copy(l, f, &more, now))
 				w.deeds &= ~(uint32_t)PV_DEED_DUPLICATE;
 		if (!taken)

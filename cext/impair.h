@@ -27,7 +27,8 @@
  * cannot be done: such a frame is left alone and counted.
  *
  * A limit of the rate is a token bucket: a frame takes as many tokens as it has bytes, and waits
- * for those that are missing.
+ * for those that are missing. A frame that is lost, by whichever rule or because it finds no room,
+ * takes none, or else a guest that sends too much would slow down what there is room for.
  *
  * The worker calls from one thread at a time. Other threads change the rules by pv_impair_set(),
  * which waits until the worker does not look at the old ones any more.

@@ -340,6 +340,32 @@ def test_a_rate_is_kept() -> None:
         assert 1 <= counts(rig)["tx_fault_rate"] <= 90
 
 
+def test_who_is_lost_takes_no_tokens() -> None:
+    """Each of these frames would take 60 s of the rate."""
+    with faulty("tx rate=8kbit", "tx loss count=50") as rig:
+        transmit(rig, *(frame(i, 60000) for i in range(50)))
+        assert counts(rig)["tx_fault_loss"] == 50
+        transmit(rig, frame(7))
+        assert came(rig, 1) == [frame(7)] and "tx_fault_rate" not in counts(rig)
+
+
+def test_who_finds_no_room_takes_no_tokens() -> None:
+    """The frames that fill the memory wait until all others have been sent, however slowly."""
+    full = FRAMES_MAX // 30  # 60,012 bytes are 30 blocks
+    for delay in (1, 4, 16, 60):
+        rules = f"tx delay={delay}s count={full}", f"tx corrupt rate=8kbit after={full}"
+        with faulty(*rules) as rig:
+            transmit(rig, *(frame(i, 60000) for i in range(full)))
+            transmit(rig, *(frame(i, 60000) for i in range(50)))
+            if counts(rig).get("tx_fault_full") != 50:
+                continue  # memory was free again before
+            assert came(rig, full) == [frame(i, 60000) for i in range(full)]
+            transmit(rig, frame(7))
+            assert len(came(rig, 1)[0]) == 60 and "tx_fault_rate" not in counts(rig)
+            return
+    pytest.fail("the machine is too slow to send 186 frames in a minute")
+
+
 def test_a_queue_has_an_end() -> None:
     with faulty("tx rate=8kbit queue=5") as rig:
         transmit(rig, *(frame(i, 1000) for i in range(20)))
