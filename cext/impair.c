@@ -57,6 +57,7 @@ struct line {
 	uint32_t free;			 /* first block that is free; NONE */
 	uint32_t free_count;
 	uint64_t order;
+	bool passing; /* see pv_impair_set_passing() */
 	struct pv_impair_counters counters;
 	struct iovec iov[PV_IMPAIR_IOV];
 	struct waiting frame[PV_IMPAIR_BLOCKS];
@@ -90,6 +91,7 @@ static uint64_t draw(uint64_t *state)
 static void line_init(struct line *l)
 {
 	l->back = NONE;
+	l->passing = false;
 	l->count = 0;
 	l->free = 0;
 	l->free_count = PV_IMPAIR_BLOCKS;
@@ -282,6 +284,32 @@ bool pv_impair_idle(const struct pv_impair *im, int way)
 	uint32_t ways = __atomic_load_n(&im->ways, __ATOMIC_RELAXED);
 
 	return !im->line[way].count && !(ways >> way & 1);
+}
+
+/**
+ * pv_impair_set_passing() - Say whether a frame that is to pass could not go yet
+ * @im:		The object; by the worker
+ * @way:	0 receive, 1 transmit
+ * @passing:	The caller shows the frame of the latest pv_impair_take() again, and is not to ask
+ *		about it: it has been decided about; false: it has gone
+ *
+ * That outlives the worker, as its position in the ring does.
+ */
+void pv_impair_set_passing(struct pv_impair *im, int way, bool passing)
+{
+	im->line[way].passing = passing;
+}
+
+/**
+ * pv_impair_passing() - Whether the next frame has been decided about: it is to pass
+ * @im:		The object; by the worker
+ * @way:	0 receive, 1 transmit
+ *
+ * Return: as last given to pv_impair_set_passing()
+ */
+bool pv_impair_passing(const struct pv_impair *im, int way)
+{
+	return im->line[way].passing;
 }
 
 /* --- frames that wait ------------------------------------------------------------------------- */

@@ -30,6 +30,9 @@
  * for those that are missing. A frame that is lost, by whichever rule or because it finds no room,
  * takes none, or else a guest that sends too much would slow down what there is room for.
  *
+ * A frame that is to pass and cannot go yet has been decided about, and is not asked about again;
+ * frames that wait do not go before it.
+ *
  * The worker calls from one thread at a time. Other threads change the rules by pv_impair_set(),
  * which waits until the worker does not look at the old ones any more.
  */
@@ -143,6 +146,8 @@ struct pv_impair_due {
 bool pv_impair_idle(const struct pv_impair *im, int way);
 bool pv_impair_take(struct pv_impair *im, int way, const struct pv_impair_frame *f, bool keep,
 		    uint64_t now, uint32_t *deeds);
+void pv_impair_set_passing(struct pv_impair *im, int way, bool passing);
+bool pv_impair_passing(const struct pv_impair *im, int way);
 bool pv_impair_due(struct pv_impair *im, int way, uint64_t now, struct pv_impair_due *out);
 void pv_impair_sent(struct pv_impair *im, int way);
 uint64_t pv_impair_next(const struct pv_impair *im, int way);

@@ -551,6 +551,8 @@ static void ring_fault(struct pv_net_worker *w, int q, enum pv_fault fault)
 {
 	if (q == RX)
 		rx_abandon(w);
+	else if (impair_of(w))
+		pv_impair_set_passing(impair_of(w), TX, false);
 	flush(w, q);
 	w->ring[q].fault = fault;
 	add(&w->count.ring_faults, 1);
@@ -621,10 +623,13 @@ static bool tx_possible(const struct pv_net_worker *w)
 	       !__atomic_load_n(&w->hold, __ATOMIC_RELAXED);
 }
 
-/* Whether frames of the guest's that have waited may go. */
+/* Whether frames of the guest's that have waited may go: not before one that is to pass. */
 static bool late_possible(const struct pv_net_worker *w)
 {
-	return !w->tx_blocked && !__atomic_load_n(&w->hold, __ATOMIC_RELAXED);
+	const struct pv_impair *im = impair_of(w);
+
+	return !w->tx_blocked && !__atomic_load_n(&w->hold, __ATOMIC_RELAXED) &&
+	       !(im && pv_impair_passing(im, TX));
 }
 
 static uint64_t earlier(uint64_t a, uint64_t b)
@@ -1262,20 +1267,32 @@ static enum sent tx_write(struct pv_net_worker *w, const struct iovec *iov, int 
 }
 
 /*
- * Decide about a frame of the guest's. Returns whether it waits or is lost: for the guest, it has
- * been sent.
+ * Decide about a frame of the guest's, once. Returns whether it waits or is lost: for the guest, it
+ * has been sent.
  */
 static bool tx_impair(struct pv_net_worker *w, struct pv_impair *im, const struct iovec *iov,
 		      size_t len)
 {
 	const struct pv_impair_frame f = {.iov = iov, .len = len, .hdr_len = w->cfg.hdr_len};
 	uint32_t deeds;
-	bool taken = pv_impair_take(im, TX, &f, false, pv_now_ns(), &deeds);
+	bool taken;
 
+	if (pv_impair_passing(im, TX))
+		return false;
+	taken = pv_impair_take(im, TX, &f, false, pv_now_ns(), &deeds);
 	trace_deeds(w, TX, len, deeds);
 	if (taken)
 		tx_count(w, iov, len, capture_time(w));
 	return taken;
+}
+
+/* The chain at hand is done with: the next is to be decided about. */
+static void tx_gone(struct pv_net_worker *w)
+{
+	struct pv_impair *im = impair_of(w);
+
+	if (im)
+		pv_impair_set_passing(im, TX, false);
 }
 
 /* Put a frame that has waited into the cable. Returns whether there was room. */
@@ -1359,6 +1376,8 @@ static bool tx_turn(struct pv_net_worker *w)
 			sent = tx_write(w, w->tx_iov, c.out_num);
 			if (sent == SENT_NOT_YET) {
 				pv_vring_unpop(vr, c.slots);
+				if (im)
+					pv_impair_set_passing(im, TX, true);
 				if (w->inflight[TX].region)
 					pv_inflight_cancel(&w->inflight[TX], &c);
 				more = false;
@@ -1371,6 +1390,7 @@ static bool tx_turn(struct pv_net_worker *w)
 			trace_packet(w, TX, w->tx_iov, c.out_num, c.out_len, c.head, at, sent_at,
 				     pv_now_ns(), sent == SENT);
 		push(w, TX, c.head, c.slots, 0);
+		tx_gone(w);
 		if (w->inflight[TX].region)
 			pv_inflight_end(&w->inflight[TX], &c);
 		packets++;
@@ -1441,8 +1461,11 @@ static bool cable_send(struct pv_net_worker *w, const struct iovec *iov, const s
 		add(&w->count.tx_in_doubt, 1);
 	} else {
 		to = pv_frames_put(out, (uint32_t)len);
-		if (!to)
+		if (!to) {
+			if (im)
+				pv_impair_set_passing(im, TX, true);
 			return false;
+		}
 		if (iov->iov_len >= c->out_len)
 			memcpy(to, (const uint8_t *)iov->iov_base + w->cfg.hdr_len, (size_t)len);
 		else
@@ -1455,6 +1478,7 @@ static bool cable_send(struct pv_net_worker *w, const struct iovec *iov, const s
 		trace_packet(w, TX, iov, c->out_num, c->out_len, c->head, at, begin, pv_now_ns(),
 			     moved);
 	push(w, TX, c->head, c->slots, 0);
+	tx_gone(w);
 	if (in->region)
 		pv_inflight_end(in, c);
 	if (im)
@@ -1478,9 +1502,12 @@ static bool cable_tx_turn(struct pv_net_worker *w)
 		if (n)
 			pv_vring_disable_notify(vr);
 		pv_vring_fetch(vr, n);
-		for (i = 0; i < n && cable_send(w, iov, &w->tx_chain[i], w->tx_at[i]); i++) {
+		/* No frame goes before one that has waited and found no room. */
+		for (i = 0; i < n && !w->tx_blocked; i++) {
 			uint64_t len = w->tx_chain[i].out_len;
 
+			if (!cable_send(w, iov, &w->tx_chain[i], w->tx_at[i]))
+				break;
 			bytes += len < TURN_BYTES ? (uint32_t)len : TURN_BYTES;
 			iov += w->tx_chain[i].out_num;
 		}
@@ -1490,10 +1517,13 @@ static bool cable_tx_turn(struct pv_net_worker *w)
 			vr->fault = PV_FAULT_NONE;
 			for (; i < n; i++)
 				pv_vring_unpop(vr, w->tx_chain[i].slots);
-			w->tx_blocked = true;
-			add(&w->count.tx_blocks, 1);
-			more = false;
+			if (!w->tx_blocked) {
+				w->tx_blocked = true;
+				add(&w->count.tx_blocks, 1);
+			}
 		}
+		if (w->tx_blocked)
+			more = false;
 		if (pv_frames_publish(w->cfg.cable->out))
 			pv_cable_ring(w->cfg.cable);
 		flush(w, TX);
@@ -1794,12 +1824,12 @@ static bool net_round(struct pv_net_worker *w)
 		signal_fd(w->answer_fd);
 	}
 	(void)decide_delayed(w);
-	if (impair_of(w))
+	if (w->cfg.cable)
+		cable_begin(w);
+	if (impair_of(w)) /* with new room in the cable, what has waited goes first */
 		impair_round(w);
 	if (w->log.marked)
 		tell_log(w);
-	if (w->cfg.cable)
-		cable_begin(w);
 	if (tx_possible(w) && w->owed)
 		more = w->cfg.cable ? cable_tx_turn(w) : tx_turn(w);
 	if (w->by_kicker)

@@ -487,6 +487,53 @@ def test_a_full_tap_loses_nothing_that_waits() -> None:
         assert "tx_fault_full" not in counts(rig)
 
 
+def test_a_full_tap_has_each_frame_decided_about_once() -> None:
+    """Also if the next worker sends it."""
+    with faulty("tx loss=1/7") as rig:
+        count, got = 0, 0
+        for lap in range(1, 4):
+
+            def full(lap: int = lap) -> bool:
+                return bool(rig.counter("tx_blocks") >= lap)
+
+            while not full() and count < lap * 4000:
+                rig.driver.send(*(frame(count + i, 1500) for i in range(50)))
+                count += 50
+                assert wait_for(lambda: not rig.driver.tx.outstanding or full())
+            assert full()
+            rig.start(rig.path.stop())
+            left = [frame(i, 1500) for i in range(count) if (i + 1) % 7]
+            assert came(rig, len(left) - got) == left[got:]
+            got = len(left)
+            assert wait_for(lambda: not rig.driver.tx.outstanding)
+        assert nothing_more(rig)
+        assert counts(rig) == {"tx_fault_frames": count, "tx_fault_loss": count // 7}
+        assert rig.counter("tx_packets") == count
+
+
+def test_a_full_cable_has_each_frame_decided_about_once() -> None:
+    point, ports = ImpairPoint(), joined_ports(1)
+    point.set(of_text(["tx duplicate=1/2"]), 1)
+    with Rig(ALL, port=ports[0], impair=point) as a, Rig(ALL, port=ports[1]) as b:
+        a.start()
+        count = 0
+        while not a.counter("tx_blocks") and count < 20000:
+            a.driver.send(*(frame(count + i, 1500) for i in range(50)))
+            count += 50
+            assert wait_for(lambda: not a.driver.tx.outstanding or a.counter("tx_blocks"))
+        assert a.counter("tx_blocks")
+        b.start()
+        packets = b.driver.wait_packets(3 * count // 2, PATIENCE)
+        wanted = [frame(i, 1500) for i in range(count) for _ in range(1 + i % 2)]
+        assert [p[12:] for p in packets] == wanted
+        assert wait_for(lambda: not a.driver.tx.outstanding)
+        assert point.counters()["tx_fault_frames"] == a.counter("tx_packets") == count
+        for rig in (a, b):
+            rig.path.close()
+    for one in (point, *ports):
+        one.close()
+
+
 def test_a_guest_without_buffers_gets_what_has_waited() -> None:
     with faulty("rx delay=1ms", fill=False, hold_ms=60_000) as rig:
         rig.driver.fill(1)
