@@ -54,9 +54,6 @@
 #define LINGER_MAX_US  200
 #define LINGER_BULK_US 1000 /* the most after a burst of LINGER_BULK bytes */
 #define LINGER_BULK    (32u << 10)
-/* See hold_call(). */
-#define HOLD_LONELY   16 /* batches without received frames; the next is not held */
-#define HOLD_VAIN_MAX 12
 
 /*
  * Slots of the ring of events, a power of two, and how many of them are kept for what comes once:
@@ -72,20 +69,8 @@ enum { EV_RX_KICK, EV_TX_KICK, EV_FD, EV_WAKE };
 /* Batches that the guest sees already, and of which nobody has told it yet. */
 struct delayed {
 	uint32_t chains;  /* 0: nothing waits */
-	uint32_t us;	  /* how long they may wait */
-	bool held;	  /* see hold_call() */
-	bool counted;	  /* likewise: it waits */
 	uint64_t packets; /* the ring's counter when the guest was told, or asked, last */
 	uint64_t since;	  /* when the first of them came, in microseconds */
-};
-
-/* What is known of a driver whose transmit interrupts could be held. See hold_call(). */
-struct held_calls {
-	uint64_t rx_batches; /* the counter, at the latest transmit batch */
-	uint32_t lonely;     /* transmit batches since frames were received */
-	uint16_t wish;	     /* pv_vring_wish(), when the wait began */
-	uint32_t vain;	     /* interrupts in a row that were wanted nevertheless */
-	uint32_t rest;	     /* transmit batches that are not held, because of that */
 };
 
 /* A chain of the receive window. */
@@ -174,7 +159,6 @@ struct pv_net_worker {
 	uint32_t interest; /* of fd, as epoll has it */
 	struct burst burst;
 	struct delayed delayed[2];
-	struct held_calls calls;
 	struct pv_net_counters count;
 	uint64_t traced; /* time of the latest event of the trace */
 	/* Atomic; see pv_net_worker_capture(). */
@@ -324,11 +308,8 @@ static bool impair_call(struct pv_net_worker *w, struct pv_impair *im, int q, bo
 	return false;
 }
 
-/*
- * Interrupt the guest where it wants it; returns whether. n chains have been published since it was
- * last asked.
- */
-static bool decide(struct pv_net_worker *w, int q, uint32_t n)
+/* Interrupt the guest where it wants it. n chains have been published since it was last asked. */
+static void decide(struct pv_net_worker *w, int q, uint32_t n)
 {
 	struct pv_vring *vr = &w->ring[q];
 	bool call;
@@ -345,12 +326,6 @@ static bool decide(struct pv_net_worker *w, int q, uint32_t n)
 	} else {
 		add(q == RX ? &w->count.rx_calls_suppressed : &w->count.tx_calls_suppressed, 1);
 	}
-	return call;
-}
-
-static bool rx_possible(const struct pv_net_worker *w)
-{
-	return !w->ring[RX].fault && !w->link_down;
 }
 
 /* Microseconds that the waiting interrupt of ring q may still wait; 0: its time has come. */
@@ -358,84 +333,7 @@ static uint64_t delay_left(const struct pv_net_worker *w, int q)
 {
 	uint64_t waited = now_us() - w->delayed[q].since;
 
-	return waited < w->delayed[q].us ? w->delayed[q].us - waited : 0;
-}
-
-/*
- * Whether the interrupt for the transmit batch that is being published may be held.
- *
- * If frames come in answer to what is sent, as TCP's acknowledgements do, the driver is about to be
- * interrupted for them, or polls for them already; and drivers such as Linux' look for sent buffers
- * then, too. So the batch is published, the receive ring has its turn, and if the driver got frames
- * there, the decision on the transmit interrupt waits, for hold_call_us at most. By then, a driver
- * that has looked for sent buffers has moved its wish to later ones, and needs no interrupt.
- *
- * A driver that does not look still wants the interrupt then. The wait was a loss for it, so its
- * next batches are not held: 2 of them, after another vain wait 4, and up to 2^HOLD_VAIN_MAX.
- * Without EVENT_IDX, no wish would tell the one kind of driver from the other.
- */
-static bool hold_call(struct pv_net_worker *w)
-{
-	struct held_calls *c = &w->calls;
-
-	if (!w->cfg.hold_call_us || !w->ring[TX].event_idx || w->inflight[TX].region ||
-	    w->cfg.cable || w->cfg.in_exit || w->cfg.unbatched)
-		return false;
-	if (c->rest) {
-		c->rest--;
-		return false;
-	}
-	return c->lonely <= HOLD_LONELY && rx_possible(w) && !w->rx_waiting;
-}
-
-/* A transmit batch is published: have there been frames since the one before? */
-static void hold_note(struct pv_net_worker *w)
-{
-	struct held_calls *c = &w->calls;
-
-	c->lonely = w->count.rx_batches != c->rx_batches ? 0 : c->lonely + 1;
-	c->rx_batches = w->count.rx_batches;
-}
-
-/* The time of a transmit interrupt that was held is over. Returns whether it waits anew. */
-static bool hold_over(struct pv_net_worker *w)
-{
-	struct held_calls *c = &w->calls;
-	struct delayed *d = &w->delayed[TX];
-	uint16_t wish = pv_vring_wish(&w->ring[TX]);
-
-	if (wish != c->wish && pv_vring_wants(&w->ring[TX])) {
-		/* The driver looks, and this came after its latest look. */
-		c->vain = 0;
-		c->wish = wish;
-		d->since = now_us();
-		return true;
-	}
-	if (decide(w, TX, d->chains)) {
-		c->vain += c->vain < HOLD_VAIN_MAX;
-		c->rest = 1u << c->vain;
-	} else {
-		c->vain = 0;
-	}
-	return false;
-}
-
-/*
- * The receive ring has had its turn: what was held waits if the driver got frames there, and has
- * not looked for sent buffers yet.
- */
-static void hold_or_tell(struct pv_net_worker *w)
-{
-	struct delayed *d = &w->delayed[TX];
-
-	if (!d->held)
-		return;
-	if (w->count.rx_batches == w->calls.rx_batches || !pv_vring_wants(&w->ring[TX])) {
-		decide(w, TX, d->chains);
-	} else if (!d->counted) {
-		d->counted = true;
-		add(&w->count.tx_calls_delayed, 1);
-	}
+	return waited < w->cfg.ring[q].coalesce_us ? w->cfg.ring[q].coalesce_us - waited : 0;
 }
 
 /* Tell the guest of what has waited for long enough. Returns how long the others may sleep. */
@@ -447,48 +345,31 @@ static uint64_t decide_delayed(struct pv_net_worker *w)
 		if (!w->delayed[q].chains)
 			continue;
 		left = delay_left(w, q);
-		if (!left && w->delayed[q].held)
-			left = hold_over(w) ? w->delayed[q].us : UINT64_MAX;
-		else if (!left)
+		if (!left)
 			decide(w, q, w->delayed[q].chains);
-		if (left && left < min)
+		else if (left < min)
 			min = left;
 	}
 	return min;
 }
 
-/* Publish a batch. Returns whether the interrupt is to wait, for more packets or for frames. */
+/* Publish a batch. Returns whether the interrupt is to wait for more packets. */
 static bool delay(struct pv_net_worker *w, int q)
 {
 	const struct pv_net_ring *ring = &w->cfg.ring[q];
 	struct pv_vring *vr = &w->ring[q];
 	struct delayed *d = &w->delayed[q];
-	uint32_t room = vr->size;
 
-	if (vr->fault)
-		return false;
-	if (q == TX)
-		hold_note(w);
-	if (!d->chains) {
-		d->held = q == TX && !ring->coalesce_us && hold_call(w);
-		d->us = d->held ? w->cfg.hold_call_us : ring->coalesce_us;
-	}
-	if (!d->us)
+	if (!ring->coalesce_us || vr->fault)
 		return false;
 	pv_vring_publish(vr);
-	if (!d->chains) {
+	if (!d->chains)
 		d->since = now_us();
-		if (d->held)
-			w->calls.wish = pv_vring_wish(vr);
-	}
-	if (d->held)
-		room /= 2; /* a driver whose ring is full waits for this interrupt */
 	d->chains = vr->pushed;
 	if ((ring->coalesce_packets && packets_of(w, q) - d->packets >= ring->coalesce_packets) ||
-	    vr->undecided >= room)
+	    vr->undecided >= vr->size)
 		return false;
-	if (!d->held) /* else hold_or_tell() counts it, if it waits at all */
-		add(q == RX ? &w->count.rx_calls_delayed : &w->count.tx_calls_delayed, 1);
+	add(q == RX ? &w->count.rx_calls_delayed : &w->count.tx_calls_delayed, 1);
 	return true;
 }
 
@@ -615,6 +496,11 @@ static int woken(struct pv_net_worker *w)
 	w->rx_ready = true;
 	set_link(w, false);
 	return 0;
+}
+
+static bool rx_possible(const struct pv_net_worker *w)
+{
+	return !w->ring[RX].fault && !w->link_down;
 }
 
 static bool tx_possible(const struct pv_net_worker *w)
@@ -1401,8 +1287,6 @@ static bool tx_turn(struct pv_net_worker *w)
 		if (++batch_packets >= w->batch || batch_bytes >= BATCH_BYTES) {
 			flush(w, TX);
 			batch_packets = batch_bytes = 0;
-			if (w->delayed[TX].held)
-				break; /* frames may have come for the driver */
 		}
 		if (!im)
 			continue;
@@ -1836,13 +1720,12 @@ static bool net_round(struct pv_net_worker *w)
 		return more;
 	if (w->cfg.cable)
 		cable_look(w); /* a loop has frames now */
-	else if (more || w->delayed[TX].held)
-		w->rx_ready = true; /* nobody polls fd for us until we sleep */
+	else if (more)
+		w->rx_ready = true; /* while we are busy, nobody polls fd for us */
 	if (w->rx_waiting && rx_possible(w) && !w->held_kick[RX] && pv_vring_pending(&w->ring[RX]))
 		rx_resume(w);
 	if (rx_possible(w) && !w->rx_waiting && (w->rx_ready || w->held.len || rx_is_due(w)))
 		more |= w->cfg.cable ? cable_rx_turn(w) : rx_turn(w);
-	hold_or_tell(w);
 	return more;
 }
 

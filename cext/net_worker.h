@@ -135,8 +135,7 @@ struct pv_net_ring {
 	uint64_t log_addr; /* under this address */
 };
 
-#define PV_NET_HOLD_MS	    200 /* a good value for hold_ms */
-#define PV_NET_HOLD_CALL_US 500 /* and one for hold_call_us */
+#define PV_NET_HOLD_MS 200 /* a good value for hold_ms */
 
 struct pv_net_config {
 	struct pv_net_ring ring[2]; /* 0 receive, 1 transmit */
@@ -161,11 +160,6 @@ struct pv_net_config {
 	bool in_exit;
 	bool unbatched;	  /* one frame at a time, and a kick is wanted for each */
 	uint32_t hold_ms; /* how long a frame waits for the guest to add buffers */
-	/*
-	 * How long a transmit interrupt waits for the driver to look, if the driver gets frames:
-	 * see hold_call(); 0: not at all
-	 */
-	uint32_t hold_call_us;
 	uint64_t taken; /* frames that fd has taken so far, of all senders; PV_INFLIGHT_UNCOUNTED */
 	/*
 	 * Frames from fd may need the driver to know what their header says: GUEST_CSUM is

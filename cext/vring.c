@@ -531,21 +531,11 @@ void pv_vring_publish(struct pv_vring *vr)
 	__atomic_store_n(&vr->used[IDX], vr->used_next, __ATOMIC_RELEASE);
 }
 
-/* pv_vring_wants() of a split ring. */
-static bool split_wants(const struct pv_vring *vr)
-{
-	if (!vr->event_idx)
-		return !(__atomic_load_n(&vr->avail[FLAGS], __ATOMIC_RELAXED) &
-			 VRING_AVAIL_F_NO_INTERRUPT);
-	return !vr->signalled_valid ||
-	       pv_need_event(__atomic_load_n(vr->used_event, __ATOMIC_RELAXED), vr->used_next,
-			     vr->signalled_used);
-}
-
 /* pv_vring_flush() of a split ring. */
 static bool split_flush(struct pv_vring *vr)
 {
-	bool call;
+	uint16_t old = vr->signalled_used;
+	bool valid = vr->signalled_valid;
 
 	vr->used_idx = vr->used_next;
 	/*
@@ -559,36 +549,13 @@ static bool split_flush(struct pv_vring *vr)
 	 * see the other's write, or the last entry waits for ever.
 	 */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	call = split_wants(vr);
+	if (!vr->event_idx)
+		return !(__atomic_load_n(&vr->avail[FLAGS], __ATOMIC_RELAXED) &
+			 VRING_AVAIL_F_NO_INTERRUPT);
 	vr->signalled_used = vr->used_idx;
 	vr->signalled_valid = true;
-	return call;
-}
-
-/**
- * pv_vring_wants() - Whether the guest wants an interrupt for what was published
- * @vr:		The ring
- *
- * A glance, which may miss what the guest writes at the same time: only pv_vring_flush() decides.
- *
- * Return: for what was published since the latest decision
- */
-bool pv_vring_wants(const struct pv_vring *vr)
-{
-	return vr->packed ? pv_packed_wants(vr) : split_wants(vr);
-}
-
-/**
- * pv_vring_wish() - Where in the ring the guest wants its next interrupt
- * @vr:		The ring, with event_idx
- *
- * Return: any number, which changes when the guest has looked at what was published and waits for
- * more
- */
-uint16_t pv_vring_wish(const struct pv_vring *vr)
-{
-	return __atomic_load_n(vr->packed ? &vr->avail[PV_PACKED_OFF_WRAP] : vr->used_event,
-			       __ATOMIC_RELAXED);
+	return !valid ||
+	       pv_need_event(__atomic_load_n(vr->used_event, __ATOMIC_RELAXED), vr->used_idx, old);
 }
 
 /**

@@ -169,8 +169,6 @@ enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,
 void pv_vring_unpop(struct pv_vring *vr, uint32_t slots);
 void pv_vring_push(struct pv_vring *vr, uint16_t head, uint16_t slots, uint32_t len);
 void pv_vring_publish(struct pv_vring *vr);
-bool pv_vring_wants(const struct pv_vring *vr);
-uint16_t pv_vring_wish(const struct pv_vring *vr);
 bool pv_vring_flush(struct pv_vring *vr);
 bool pv_vring_enable_notify(struct pv_vring *vr);
 void pv_vring_disable_notify(struct pv_vring *vr);

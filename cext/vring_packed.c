@@ -12,6 +12,9 @@ _Static_assert(sizeof(struct vring_packed_desc) == 16 &&
 		       sizeof(struct vring_packed_desc_event) == 4,
 	       "2.8.10.1");
 
+/* Index into the event suppression areas, in 16-bit units. */
+enum { OFF_WRAP = 0, EVENT_FLAGS = 1 };
+
 /**
  * pv_packed_inside() - A position that others have written
  * @vr:		The ring
@@ -98,33 +101,6 @@ void pv_packed_publish(struct pv_vring *vr)
 }
 
 /**
- * pv_packed_wants() - See pv_vring_wants()
- * @vr:		The ring
- */
-bool pv_packed_wants(const struct pv_vring *vr)
-{
-	uint16_t flags = __atomic_load_n(&vr->avail[PV_PACKED_EVENT_FLAGS], __ATOMIC_ACQUIRE) & 3,
-		 off_wrap;
-	uint32_t event;
-
-	if (flags != VRING_PACKED_EVENT_FLAG_DESC || !vr->event_idx)
-		return flags != VRING_PACKED_EVENT_FLAG_DISABLE;
-	/*
-	 * Acquire above: a driver that writes the place, then the flags, is understood. The place
-	 * may be anywhere, then nothing is asked for.
-	 */
-	off_wrap = __atomic_load_n(&vr->avail[PV_PACKED_OFF_WRAP], __ATOMIC_RELAXED);
-	event = off_wrap & PV_PACKED_INDEX;
-	if (event >= vr->size)
-		return false;
-	if (!(off_wrap & PV_PACKED_WRAP))
-		event += vr->size;
-	return !vr->signalled_valid ||
-	       pv_packed_distance(vr, vr->signalled_used, event) <
-		       pv_packed_distance(vr, vr->signalled_used, vr->used_idx);
-}
-
-/**
  * pv_packed_flush() - See pv_vring_flush()
  * @vr:		The ring; something has been pushed since the latest flush
  *
@@ -132,15 +108,30 @@ bool pv_packed_wants(const struct pv_vring *vr)
  */
 bool pv_packed_flush(struct pv_vring *vr)
 {
-	bool call;
+	uint16_t old = vr->signalled_used, flags, off_wrap;
+	bool valid = vr->signalled_valid;
+	uint32_t event;
 
 	pv_packed_publish(vr);
-	/* Full barrier between publishing and reading what the driver wants: see pv_vring_flush(). */
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	call = pv_packed_wants(vr);
 	vr->signalled_used = vr->used_idx;
 	vr->signalled_valid = true;
-	return call;
+	/* Full barrier between publishing and reading what the driver wants: see pv_vring_flush(). */
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	flags = __atomic_load_n(&vr->avail[EVENT_FLAGS], __ATOMIC_ACQUIRE) & 3;
+	if (flags != VRING_PACKED_EVENT_FLAG_DESC || !vr->event_idx)
+		return flags != VRING_PACKED_EVENT_FLAG_DISABLE;
+	/*
+	 * Acquire above: a driver that writes the place, then the flags, is understood. The place
+	 * may be anywhere, then nothing is asked for.
+	 */
+	off_wrap = __atomic_load_n(&vr->avail[OFF_WRAP], __ATOMIC_RELAXED);
+	event = off_wrap & PV_PACKED_INDEX;
+	if (event >= vr->size)
+		return false;
+	if (!(off_wrap & PV_PACKED_WRAP))
+		event += vr->size;
+	return !valid ||
+	       pv_packed_distance(vr, old, event) < pv_packed_distance(vr, old, vr->used_idx);
 }
 
 /**
@@ -170,12 +161,12 @@ void pv_packed_notify(struct pv_vring *vr, bool on)
 	uint16_t flags = VRING_PACKED_EVENT_FLAG_DISABLE;
 
 	if (on && vr->event_idx) {
-		__atomic_store_n(&vr->used[PV_PACKED_OFF_WRAP],
-				 pv_packed_outside(vr, vr->last_avail), __ATOMIC_RELAXED);
+		__atomic_store_n(&vr->used[OFF_WRAP], pv_packed_outside(vr, vr->last_avail),
+				 __ATOMIC_RELAXED);
 		flags = VRING_PACKED_EVENT_FLAG_DESC;
 	} else if (on) {
 		flags = VRING_PACKED_EVENT_FLAG_ENABLE;
 	}
 	/* Release: the place is there before the flags that refer to it (2.8.10). */
-	__atomic_store_n(&vr->used[PV_PACKED_EVENT_FLAGS], flags, __ATOMIC_RELEASE);
+	__atomic_store_n(&vr->used[EVENT_FLAGS], flags, __ATOMIC_RELEASE);
 }

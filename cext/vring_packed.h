@@ -17,14 +17,10 @@
 #define PV_PACKED_AVAIL (1u << VRING_PACKED_DESC_F_AVAIL)
 #define PV_PACKED_USED	(1u << VRING_PACKED_DESC_F_USED)
 
-/* Indices into the event suppression areas, in 16-bit units. */
-enum { PV_PACKED_OFF_WRAP, PV_PACKED_EVENT_FLAGS };
-
 enum pv_fault pv_packed_init(struct pv_vring *vr, uint32_t base);
 void pv_packed_unpop(struct pv_vring *vr, uint32_t slots);
 void pv_packed_push(struct pv_vring *vr, uint16_t id, uint16_t slots, uint32_t len);
 void pv_packed_publish(struct pv_vring *vr);
-bool pv_packed_wants(const struct pv_vring *vr);
 bool pv_packed_flush(struct pv_vring *vr);
 void pv_packed_mark_used(struct pv_vring *vr, uint32_t slots);
 void pv_packed_notify(struct pv_vring *vr, bool on);

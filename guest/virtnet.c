@@ -153,8 +153,6 @@ static void on_msix(unsigned int vector)
 {
 	if (vector == VECTOR_CONFIG)
 		net.config_interrupts++;
-	else if (vector == VECTOR_SENT)
-		net.sent_interrupts++;
 	else
 		net.queue_interrupts++;
 	lapic_eoi();
@@ -210,7 +208,6 @@ void net_probe(enum net_irq irq)
 	read_capabilities();
 	irq_set(VECTOR_QUEUE, irq == IRQ_INTX ? on_intx : on_msix);
 	irq_set(VECTOR_CONFIG, on_msix);
-	irq_set(VECTOR_SENT, on_msix);
 	if (irq == IRQ_INTX)
 		ioapic_route_level_low(GSI_PCI_BASE + net.slot % GSI_PCI_COUNT, VECTOR_QUEUE);
 	if (irq != IRQ_MSIX)
@@ -219,8 +216,6 @@ void net_probe(enum net_irq irq)
 		fail("net: no MSI-X");
 	msix_entry(net.msix_table, 0, VECTOR_QUEUE);
 	msix_entry(net.msix_table, 1, VECTOR_CONFIG);
-	if (net.sent_irq)
-		msix_entry(net.msix_table, 2, VECTOR_SENT);
 	pci_write(net.slot, net.msix, pci_read(net.slot, net.msix) | 1u << 31);
 }
 
@@ -295,8 +290,9 @@ static void pci_queue(struct queue *q, uint16_t vector)
 
 void net_queue_at(struct queue *q, uint16_t number, uint64_t desc, uint64_t driver, uint64_t device)
 {
-	bool interrupts = net.irq != IRQ_POLL && (number == 0 || (number == 1 && net.sent_irq));
-	uint16_t vector = net.irq == IRQ_MSIX && interrupts ? number * 2 : NO_VECTOR;
+	/* Only the receive queue interrupts. */
+	bool interrupts = net.irq != IRQ_POLL && number == 0;
+	uint16_t vector = net.irq == IRQ_MSIX && interrupts ? 0 : NO_VECTOR;
 
 	memset(q, 0, offsetof(struct queue, buffer));
 	q->number = number;
@@ -372,8 +368,7 @@ bool queue_used(struct queue *q, uint16_t *i, uint32_t *length)
 	*length = q->used.ring[q->seen % QUEUE_SIZE].length;
 	if (*i >= QUEUE_SIZE)
 		fail("net: used id %u", *i);
-	q->avail.used_event = ++q->seen;
-	__atomic_thread_fence(__ATOMIC_SEQ_CST); /* ask before looking again */
+	q->seen++;
 	return true;
 }
 

@@ -54,14 +54,12 @@ enum net_register {
 
 #define F_NET_MAC	(1ull << 5)
 #define F_INDIRECT_DESC (1ull << 28)
-#define F_EVENT_IDX	(1ull << 29)
 #define F_VERSION_1	(1ull << 32)
 #define F_RING_PACKED	(1ull << 34)
 
 #define NO_VECTOR     0xffff
 #define VECTOR_QUEUE  0x50 /* the vector of MSI-X entry 0, or of INTx */
 #define VECTOR_CONFIG 0x51 /* the vector of MSI-X entry 1 */
-#define VECTOR_SENT   0x52 /* the vector of MSI-X entry 2 */
 
 #define QUEUE_SIZE    16
 #define BUFFER	      2048
@@ -118,10 +116,9 @@ struct virtnet {
 	uint64_t msix_table;
 	enum net_irq irq;
 	enum net_steps steps;
-	bool sent_irq; /* the transmit queue interrupts, too; with IRQ_MSIX only */
 	uint8_t mac[6];
 	unsigned int kicks;
-	volatile unsigned int queue_interrupts, sent_interrupts, config_interrupts;
+	volatile unsigned int queue_interrupts, config_interrupts;
 };
 
 extern struct virtnet net;
@@ -160,10 +157,7 @@ void queue_publish(struct queue *q, uint16_t head);
 void queue_kick(struct queue *q);
 /* Kick whether the device wants it or not. */
 void queue_notify(struct queue *q);
-/*
- * Take the next used buffer and its length; returns false if there is none. With EVENT_IDX, ask for
- * an interrupt at the one after it.
- */
+/* Take the next used buffer and its length; returns false if there is none. */
 bool queue_used(struct queue *q, uint16_t *i, uint32_t *length);
 
 /*

@@ -115,8 +115,6 @@ class EmulatedNet(OnUplink):
     :param recorder: for traces, or None.
     :param hold_ms: a frame that was read from the tap waits this long, in milliseconds, for the
         guest to add buffers, and as long from a ``stop(finish=True)`` on; then it is dropped.
-    :param hold_call_us: an interrupt for sent frames waits this long, in microseconds, if frames
-        come in, for a driver that looks for sent frames when it gets some; 0: not at all.
     :param stopped: told, in words, if a worker makes a system call that it may not make. From then
         on the worker does nothing, and its rings are lost. Without it, that is a fault.
     :param captures: of the card, lent; None if there never are any.
@@ -138,7 +136,6 @@ class EmulatedNet(OnUplink):
         batch: bool = True,
         recorder: Scope | None = None,
         hold_ms: int = lib.PV_NET_HOLD_MS,
-        hold_call_us: int = lib.PV_NET_HOLD_CALL_US,
         stopped: Callable[[str], object] | None = None,
         gone: Callable[[], str] | None = None,
         captures: CapturePoint | None = None,
@@ -153,7 +150,7 @@ class EmulatedNet(OnUplink):
         self._poll_us = poll_us
         self._worker_cpu = worker_cpu
         self._in_exit, self._batch = in_exit, batch
-        self._hold_ms, self._hold_call_us = hold_ms, hold_call_us
+        self._hold_ms = hold_ms
         self._pairs: list[_Pair] = []
         self._queues: list[int] = []
         # The workers add 1 when they have something to tell the supervisor, which lives from the
@@ -298,7 +295,6 @@ class EmulatedNet(OnUplink):
         payload = GSO_MAX if acked & GSO else self._port.mtu
         config.max_frame = config.hdr_len + payload + FRAME_EXTRA
         config.poll_us, config.hold_ms = self._poll_us, self._hold_ms
-        config.hold_call_us = self._hold_call_us
         config.in_exit, config.unbatched = self._in_exit, not self._batch
         config.taken = self._taken(rings)
         config.guest_csum = bool(acked & CSUM)

@@ -259,7 +259,6 @@ static void configure(struct pv_net_config *cfg, const uint8_t *data)
 	cfg->in_exit = g & 2 && !cfg->poll_us && !(f & 64);
 	cfg->unbatched = g & 4;
 	cfg->hold_ms = 1;
-	cfg->hold_call_us = 20;
 	cfg->taken = PV_INFLIGHT_UNCOUNTED;
 	cfg->mrg_rxbuf = f & 4;
 	cfg->guest_csum = f & 1;

@@ -379,7 +379,6 @@ static void life(uint32_t number)
 		.in_exit = number % 3 == 2 && number % 4 != 3 && !(number / 4 % 2),
 		.unbatched = number % 7 > 3,
 		.hold_ms = 10,
-		.hold_call_us = 100,
 		.taken = PV_INFLIGHT_UNCOUNTED,
 		.mrg_rxbuf = true,
 		.format.event_idx = number % 2,

@@ -286,21 +286,6 @@ def test_network(guest: Guest, irq: str, notify: str) -> None:
         assert counters["rx_packets"] >= count
 
 
-def test_a_driver_that_looks_for_sent_frames_only_when_interrupted(guest: Guest) -> None:
-    """It gets its interrupt, though the card expects of drivers that they look when they receive,
-    and soon does not have to wait for it.
-    """
-    count = 200
-    append = f"count={count} irq=msix sent=interrupt"
-    with Machine(guest("pcinet"), memory="4M", append=append, nets=[Net("emulated")]) as vm:
-        outcome = run(vm)
-        assert (outcome.kind, outcome.status) == ("poweroff", 0)
-        assert f"{count} asked and answered, by interrupts" in vm.stdout.text.decode()
-        counters = vm.nets[0].device.datapath.counters()
-        assert counters["tx_packets"] == count and counters["tx_calls"] >= count
-        assert counters["tx_calls_delayed"] < count / 4
-
-
 @pytest.mark.parametrize(
     ("net", "options"),
     [

@@ -85,7 +85,6 @@ class Rig:
         mtu: int = 1500,
         poll_us: int = 0,
         hold_ms: int = 200,
-        hold_call_us: int = 500,
         worker_cpu: int | None = None,
         recorder: Recorder | None = None,
         fill: bool = True,
@@ -100,7 +99,6 @@ class Rig:
             port or self.cable,
             poll_us=poll_us,
             hold_ms=hold_ms,
-            hold_call_us=hold_call_us,
             worker_cpu=worker_cpu,
             recorder=recorder.scope("net0") if recorder is not None else None,
             impair=impair,
@@ -973,62 +971,6 @@ def test_a_full_ring_does_not_wait() -> None:
         rig.driver.tx.call_fd.drain()
         rig.driver.tx.publish()
         assert interrupted(rig.driver.tx)
-
-
-# --- transmit interrupts that wait for frames -----------------------------------------------------
-
-
-def exchange(rig: Rig, n: int) -> None:
-    """A frame from the guest, without a kick, and one to the guest, which wakes the worker."""
-    rig.driver.send(frame(n), kick=False)
-    rig.cable.far.send(bytes(12) + frame(n))
-    assert rig.cable.receive()[12:] == frame(n)
-    assert wait_for(lambda: rig.driver.tx.outstanding == 0)
-    assert wait_for(lambda: rig.counter("rx_packets") > n)
-
-
-def test_a_driver_that_looks_when_it_receives_needs_no_transmit_interrupt() -> None:
-    """As Linux' does: it moves its wish to later chains before the time is over."""
-    with Rig(hold_call_us=LONG_MS * 1000) as rig:
-        rig.driver.tx.enable_interrupts()
-        rig.start()
-        for n in range(40):
-            exchange(rig, n)
-            rig.driver.tx.take_used()
-            rig.driver.tx.enable_interrupts()
-            rig.driver.poll()
-        # If the worker is awake, it may see a frame of the guest's before that to the guest.
-        assert rig.counter("tx_calls") < 20 and rig.counter("tx_calls_delayed") > 0
-
-
-def test_a_driver_that_looks_only_when_interrupted_is_interrupted() -> None:
-    """Each time, and it soon waits no longer than without frames."""
-    with Rig(hold_call_us=2000) as rig:
-        rig.driver.tx.enable_interrupts()
-        rig.start()
-        for n in range(60):
-            exchange(rig, n)
-            assert interrupted(rig.driver.tx)
-            rig.driver.tx.call_fd.drain()
-            rig.driver.tx.take_used()
-            rig.driver.tx.enable_interrupts()
-            rig.driver.poll()
-        assert rig.counter("tx_calls") == 60
-        # After vain waits, 2, 4, 8, 16 and 32 batches do not wait.
-        assert rig.counter("tx_calls_delayed") <= 6
-
-
-def test_without_frames_a_transmit_interrupt_does_not_wait() -> None:
-    with Rig(hold_call_us=LONG_MS * 1000) as rig:
-        rig.start()
-        for n in range(40):
-            rig.driver.tx.enable_interrupts()
-            rig.driver.send(frame(n))
-            assert interrupted(rig.driver.tx)
-            rig.driver.tx.call_fd.drain()
-            assert wait_for(lambda: rig.driver.tx.outstanding == 0)
-            rig.driver.tx.take_used()
-        assert rig.counter("tx_calls_delayed") == 0
 
 
 # --- what a hostile guest tries -------------------------------------------------------------------
