@@ -236,14 +236,22 @@ def test_frames_are_repeated() -> None:
 
 
 def test_a_frame_goes_behind_the_next() -> None:
-    with faulty("tx reorder=1/3") as rig:
-        frames = [frame(i) for i in range(9)]
-        rig.driver.tx.publish()
-        for f in frames:
-            rig.driver.queue(f)
-        rig.driver.tx.publish()
-        assert came(rig, 9) == [frame(i) for i in (0, 1, 3, 2, 4, 6, 5, 7, 8)]
-        assert counts(rig)["tx_fault_reorder"] == 3  # the last one had nothing to wait for
+    """Unless the worker is kept from the next one for 10 ms, as on a busy machine."""
+    for _ in range(50):
+        with faulty("tx reorder=1/3") as rig:
+            frames = [frame(i) for i in range(9)]
+            rig.driver.tx.publish()
+            for f in frames:
+                rig.driver.queue(f)
+            rig.driver.tx.publish()
+            got = [frames.index(f) for f in came(rig, 9)]
+            # The last one had nothing to wait for.
+            assert counts(rig) == {"tx_fault_frames": 9, "tx_fault_reorder": 3}
+        if got == [0, 1, 3, 2, 4, 6, 5, 7, 8]:
+            return
+        assert got[:2] == [0, 1] and got[4] == 4 and got[7:] == [7, 8]
+        assert {*got[2:4]} == {2, 3} and {*got[5:7]} == {5, 6}
+    pytest.fail("frames stay in order")
 
 
 @pytest.mark.parametrize("way", ["tx", "rx"])
