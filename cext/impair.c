@@ -562,7 +562,8 @@ static bool applies(const struct rules *rules, struct rule *rule, int way,
 		    const struct pv_impair_frame *f, uint64_t now)
 {
 	const struct pv_impair_rule *r = &rule->r;
-	uint64_t age = now - rules->begun, seen;
+	/* The worker may have looked at the clock before the rules were set. */
+	uint64_t age = now > rules->begun ? now - rules->begun : 0, seen;
 
 	if (!(r->ways >> way & 1) || !r->frames != !f)
 		return false;

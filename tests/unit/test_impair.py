@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -437,6 +438,16 @@ def test_a_rule_has_a_begin_and_an_end() -> None:
     with faulty("tx loss from=60s") as rig:
         transmit(rig, frame(0))
         assert came(rig, 1) == [frame(0)] and not counts(rig)
+
+
+def test_rules_may_be_newer_than_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker looks at the clock, and then at the rules."""
+    later = SimpleNamespace(monotonic_ns=lambda: time.monotonic_ns() + 60 * 10**9)
+    monkeypatch.setattr("pyvmm.datapath.impair.time", later)
+    with faulty("tx loss from=1s", "tx duplicate until=1s") as rig:
+        transmit(rig, frame(1))
+        assert came(rig, 2) == [frame(1)] * 2
+        assert counts(rig) == {"tx_fault_frames": 1, "tx_fault_duplicate": 1}
 
 
 def test_rules_come_and_go_while_frames_wait() -> None:
