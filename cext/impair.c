@@ -35,6 +35,7 @@ struct rule {
 };
 
 struct rules {
+	struct rules *older; /* in the list of those that a stopped worker may use */
 	uint64_t begun;
 	uint32_t count;
 	uint32_t ways; /* for whose frames there is a rule, as bits */
@@ -68,6 +69,8 @@ struct line {
 struct pv_impair {
 	uint32_t pair;
 	struct rules *rules; /* atomic */
+	struct rules *next;  /* prepared */
+	struct rules *kept;  /* a worker that was stopped may use them */
 	uint32_t ways;	     /* atomic: for whose frames there is a rule, as bits */
 	bool busy;	     /* atomic: the worker looks at the rules */
 	struct line line[WAYS];
@@ -126,6 +129,16 @@ static void rules_free(struct rules *rules)
 	free(rules);
 }
 
+static void kept_free(struct pv_impair *im)
+{
+	while (im->kept) {
+		struct rules *older = im->kept->older;
+
+		rules_free(im->kept);
+		im->kept = older;
+	}
+}
+
 /**
  * pv_impair_free() - Free the object
  * @im:		No worker uses it any more; may be NULL
@@ -135,6 +148,8 @@ void pv_impair_free(struct pv_impair *im)
 	if (!im)
 		return;
 	rules_free(im->rules);
+	rules_free(im->next);
+	kept_free(im);
 	free(im);
 }
 
@@ -173,46 +188,80 @@ static struct rules *rules_new(const struct pv_impair_rule *rule, uint32_t count
 }
 
 /**
- * pv_impair_set() - Have other rules from now on
+ * pv_impair_prepare() - Make rules, for pv_impair_commit()
  * @im:		The object; a worker may use it; from one thread at a time
  * @rule:	The rules, copied
  * @count:	How many, up to PV_IMPAIR_RULES; 0: frames that wait still go in their time
  * @seed:	Of the random numbers
  * @now:	CLOCK_MONOTONIC in nanoseconds: what from_ns and until_ns count from
  *
+ * Rules that were prepared before, and not committed, are forgotten.
+ *
  * Return: 0; -ENOMEM; -EINVAL for a filter that pv_filter_check() does not accept or too many
- * rules: then the old ones stay; -EBUSY: the new ones are in force, but the worker, which was
- * stopped by the system in the middle of a frame, may use the old ones for ever, so these stay in
- * memory
+ * rules: the rules in force stay in any case
  */
-int pv_impair_set(struct pv_impair *im, const struct pv_impair_rule *rule, uint32_t count,
-		  uint64_t seed, uint64_t now)
+int pv_impair_prepare(struct pv_impair *im, const struct pv_impair_rule *rule, uint32_t count,
+		      uint64_t seed, uint64_t now)
 {
-	const struct timespec moment = {.tv_nsec = 10000};
-	uint64_t until = pv_now_ns() + SET_MS * 1000000ull;
-	struct rules *rules = NULL, *old;
-
+	rules_free(im->next);
+	im->next = NULL;
 	if (count > PV_IMPAIR_RULES)
 		return -EINVAL;
 	for (uint32_t i = 0; i < count; i++)
 		if (rule[i].filter && !pv_filter_check(rule[i].filter, rule[i].filter_count))
 			return -EINVAL;
-	if (count) {
-		rules = rules_new(rule, count, im->pair, seed);
-		if (!rules)
-			return -ENOMEM;
-		rules->begun = now;
-	}
+	if (!count)
+		return 0;
+	im->next = rules_new(rule, count, im->pair, seed);
+	if (!im->next)
+		return -ENOMEM;
+	im->next->begun = now;
+	return 0;
+}
+
+/**
+ * pv_impair_commit() - Have the rules of pv_impair_prepare() from now on
+ * @im:		The object; a worker may use it; from one thread at a time
+ *
+ * Return: 0; -EBUSY: the new ones are in force, but the worker, which was stopped by the system in
+ * the middle of a frame, may use the old ones, so these stay in memory until a worker lets go of
+ * the rules, or pv_impair_free()
+ */
+int pv_impair_commit(struct pv_impair *im)
+{
+	const struct timespec moment = {.tv_nsec = 10000};
+	uint64_t until = pv_now_ns() + SET_MS * 1000000ull;
+	struct rules *rules = im->next, *old;
+
+	im->next = NULL;
 	old = __atomic_exchange_n(&im->rules, rules, __ATOMIC_SEQ_CST);
 	__atomic_store_n(&im->ways, rules ? rules->ways : 0, __ATOMIC_RELAXED);
+	if (old) {
+		old->older = im->kept;
+		im->kept = old;
+	}
 	/* What begins after this finds the rules as they are now. */
-	while (old && __atomic_load_n(&im->busy, __ATOMIC_SEQ_CST)) {
+	while (im->kept && __atomic_load_n(&im->busy, __ATOMIC_SEQ_CST)) {
 		if (pv_now_ns() > until)
 			return -EBUSY;
 		nanosleep(&moment, NULL);
 	}
-	rules_free(old);
+	kept_free(im);
 	return 0;
+}
+
+/**
+ * pv_impair_set() - Prepare rules and commit them
+ * @im, @rule, @count, @seed, @now: see pv_impair_prepare()
+ *
+ * Return: as of the two
+ */
+int pv_impair_set(struct pv_impair *im, const struct pv_impair_rule *rule, uint32_t count,
+		  uint64_t seed, uint64_t now)
+{
+	int error = pv_impair_prepare(im, rule, count, seed, now);
+
+	return error ? error : pv_impair_commit(im);
 }
 
 /* By the worker: use the rules until rules_put(). NULL: there are none. */
@@ -234,7 +283,7 @@ static void rules_put(struct pv_impair *im)
  */
 void pv_impair_clear(struct pv_impair *im)
 {
-	struct rules *rules = rules_get(im);
+	struct rules *rules = __atomic_load_n(&im->rules, __ATOMIC_RELAXED);
 
 	for (int way = 0; way < WAYS; way++) {
 		add(&im->line[way].counters.cleared, im->line[way].count);
@@ -242,7 +291,6 @@ void pv_impair_clear(struct pv_impair *im)
 		for (uint32_t i = 0; rules && i < rules->count; i++)
 			rules->rule[i].state[way].full_at = 0; /* nobody waits for tokens */
 	}
-	rules_put(im);
 }
 
 /**

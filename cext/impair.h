@@ -33,7 +33,7 @@
  * A frame that is to pass and cannot go yet has been decided about, and is not asked about again;
  * frames that wait do not go before it.
  *
- * The worker calls from one thread at a time. Other threads change the rules by pv_impair_set(),
+ * The worker calls from one thread at a time. Other threads change the rules by pv_impair_commit(),
  * which waits until the worker does not look at the old ones any more.
  */
 #ifndef PV_IMPAIR_H
@@ -120,6 +120,9 @@ struct pv_impair *pv_impair_new(uint32_t pair);
 void pv_impair_free(struct pv_impair *im);
 int pv_impair_set(struct pv_impair *im, const struct pv_impair_rule *rule, uint32_t count,
 		  uint64_t seed, uint64_t now);
+int pv_impair_prepare(struct pv_impair *im, const struct pv_impair_rule *rule, uint32_t count,
+		      uint64_t seed, uint64_t now);
+int pv_impair_commit(struct pv_impair *im);
 void pv_impair_clear(struct pv_impair *im);
 void pv_impair_counters(const struct pv_impair *im, uint32_t way, struct pv_impair_counters *out);
 uint32_t pv_impair_waiting(const struct pv_impair *im, uint32_t way);

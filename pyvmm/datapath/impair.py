@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -78,31 +77,46 @@ class ImpairPoint:
     def set(self, rules: Sequence[FaultRule], seed: int) -> None:
         """Have these rules, and no others, from now on. Frames that wait still go in their time.
 
-        :raises HostError: there is no memory; nothing has changed.
+        :raises HostError: there is no memory; nothing has changed. Or a worker that was stopped in
+            the middle of a frame does not let go of the old rules; the new ones are in force.
         """
+        rules, begun = list(rules), time.monotonic_ns()
         with self._lock:
-            if rules:
-                for pair in self._workers:
-                    self._line(pair)
-            self._rules, self._seed, self._begun = list(rules), seed, time.monotonic_ns()
-            for line in self._lines.values():
-                self._apply(line)
+            fresh: dict[int, Any] = {}
+            try:
+                if rules:
+                    for pair in self._workers.keys() - self._lines.keys():
+                        fresh[pair] = self._new_line(pair)
+                lines = self._lines | fresh
+                for line in lines.values():
+                    self._prepare(line, rules, seed, begun)
+            except BaseException:
+                for line in fresh.values():
+                    lib.pv_impair_free(line)
+                raise
+            # Nothing fails from here on.
+            self._rules, self._seed, self._begun, self._lines = rules, seed, begun, lines
+            stuck = [pair for pair, line in lines.items() if lib.pv_impair_commit(line)]
             for pair, worker in self._workers.items():
-                if pair in self._lines:
-                    lib.pv_net_worker_impair(worker, self._lines[pair])
+                if pair in lines:
+                    lib.pv_net_worker_impair(worker, lines[pair])
+        if stuck:
+            raise HostError(
+                f"the rules are in force, but the worker of queue pair {stuck[0]} has stopped"
+            )
 
-    def _line(self, pair: int) -> Any:
-        if pair not in self._lines:
-            line = lib.pv_impair_new(pair)
-            if not line:
-                raise HostError("no memory for faults")
-            self._lines[pair] = line
-        return self._lines[pair]
+    @staticmethod
+    def _new_line(pair: int) -> Any:
+        line = lib.pv_impair_new(pair)
+        if not line:
+            raise HostError("no memory for faults")
+        return line
 
-    def _apply(self, line: Any) -> None:
-        rules = ffi.new("struct pv_impair_rule[]", max(1, len(self._rules)))
+    @staticmethod
+    def _prepare(line: Any, given: Sequence[FaultRule], seed: int, begun: int) -> None:
+        rules = ffi.new("struct pv_impair_rule[]", max(1, len(given)))
         kept = []
-        for rule, c in zip(self._rules, rules, strict=False):
+        for rule, c in zip(given, rules, strict=False):
             c.ways, c.rate, c.frames = rule.ways, rule.rate, rule.frames
             for word, name in CHANCES.items():
                 chance, member = rule.chance(word), getattr(c, name)
@@ -114,8 +128,8 @@ class ImpairPoint:
             if rule.code:
                 kept.append(ffi.from_buffer(rule.code))
                 c.filter, c.filter_count = kept[-1], len(rule.code) // 8
-        error = lib.pv_impair_set(line, rules, len(self._rules), self._seed, self._begun)
-        if error and error != -errno.EBUSY:
+        error = lib.pv_impair_prepare(line, rules, len(given), seed, begun)
+        if error:
             raise HostError(f"no faults: {os.strerror(-error)}")
 
     def enter(self, pair: int, worker: Any, form: object) -> None:
@@ -128,7 +142,14 @@ class ImpairPoint:
         """
         with self._lock:
             if self._rules and pair not in self._lines:
-                self._apply(self._line(pair))
+                new = self._new_line(pair)
+                try:
+                    self._prepare(new, self._rules, self._seed, self._begun)
+                except BaseException:
+                    lib.pv_impair_free(new)
+                    raise
+                lib.pv_impair_commit(new)  # no worker uses it yet
+                self._lines[pair] = new
             line = self._lines.get(pair)
             if line is not None:
                 if self._forms.get(pair, form) != form:

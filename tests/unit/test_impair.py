@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 import threading
@@ -19,7 +20,7 @@ from pyvmm._ext import lib
 from pyvmm.backend.net import NetService
 from pyvmm.backend.ports import joined_ports, loop_port
 from pyvmm.datapath.impair import ImpairPoint, deeds
-from pyvmm.errors import UsageError
+from pyvmm.errors import HostError, UsageError
 from pyvmm.faultopt import FRAMES_MAX, RULES_MAX, of_option, of_text, of_wire, of_words
 from pyvmm.kvm.recorder import FAULT, Recorder
 from pyvmm.netopt import Net
@@ -644,6 +645,50 @@ def test_rules_change_under_traffic() -> None:
         finally:
             stop.set()
             thread.join()
+
+
+class Short:
+    """The library, where a function fails for the second queue pair."""
+
+    def __init__(self, names: dict[str, int]) -> None:
+        self._errors, self._calls = names, 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._errors:
+            return getattr(lib, name)
+
+        def call(*args: Any) -> int:
+            self._calls += 1
+            if self._calls == 2 and self._errors[name] == -errno.ENOMEM:
+                return -errno.ENOMEM
+            done = int(getattr(lib, name)(*args))
+            return self._errors[name] if self._calls == 2 else done
+
+        return call
+
+
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.EBUSY])
+def test_all_queue_pairs_have_the_same_rules(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    with faulty("tx loss") as one, Rig(impair=one.point) as two:
+        # A second pair of the same card.
+        two.path._impair = None
+        two.start()
+        one.point.enter(1, two.path._pairs[0].worker, None)
+        names = ["pv_impair_prepare"] if error == errno.ENOMEM else ["pv_impair_commit"]
+        short = Short(dict.fromkeys([*names, "pv_impair_set"], -error))
+        monkeypatch.setattr("pyvmm.datapath.impair.lib", short)
+        with pytest.raises(HostError, match="memory" if names[0][-1] == "e" else "stopped"):
+            one.point.set(of_text(["tx duplicate"]), 5)
+        changed = error == errno.EBUSY
+        assert one.point.report()["rules"] == ["tx duplicate" if changed else "tx loss"]
+        assert one.point.report()["seed"] == (5 if changed else 1)
+        for rig in (one, two):
+            transmit(rig, frame(1))
+            assert came(rig, 2 if changed else 0) == [frame(1)] * (2 if changed else 0)
+            assert nothing_more(rig)
+        monkeypatch.undo()
+        two.path.stop()
+        one.point.leave(1)
 
 
 def test_a_trace_has_the_deeds() -> None:
