@@ -14,7 +14,7 @@ from pyvmm.card.handover import HandOver
 from pyvmm.card.report import ModeTotals, SwitchReport
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm.inject import Injection
-from pyvmm.netopt import Net, check_faults, mac_text
+from pyvmm.netopt import FAULTY, Net, check_faults, mac_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -299,6 +299,10 @@ class Nic(Card):
             self.rx_told = True
             self._emit("NIC_RX_FILTER_CHANGED", name=self.name, path=f"/machine/{self.name}")
 
+    def driver_gone(self) -> None:
+        """Frames that wait on purpose were for that driver, or from it."""
+        self._uplink.impair.clear()
+
     # --- switching --------------------------------------------------------------------------------
 
     @property
@@ -395,6 +399,8 @@ class Nic(Card):
             self._captures.settle()
             if self._route is new:
                 undo.pop_all()
+                if net.mode not in FAULTY:
+                    self._uplink.impair.clear()
         after = self._ledger()
         report.exits = {"before": before.total, "after": after.total}
         report.wait_served(self._route.path.times, HANDOVER_S)

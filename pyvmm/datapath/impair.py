@@ -163,6 +163,14 @@ class ImpairPoint:
         with self._lock:
             self._workers.pop(pair, None)
 
+    def clear(self) -> None:
+        """Throw away the frames that wait, of all queue pairs that have no worker at present, and
+        count them (``*_fault_cleared``). Rules stay.
+        """
+        with self._lock:
+            for pair in self._lines.keys() - self._workers.keys():
+                lib.pv_impair_clear(self._lines[pair])
+
     def counters(self) -> dict[str, int]:
         """What was done so far, of all queue pairs: ``rx_fault_loss`` and others, as in ``struct
         pv_impair_counters``; empty if there never was a rule.

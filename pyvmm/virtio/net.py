@@ -139,6 +139,9 @@ class Observer(Protocol):
     def rx_changed(self) -> None:
         """The driver has changed its receive filter or the MAC address."""
 
+    def driver_gone(self) -> None:
+        """The driver resets the device, whose data path has stopped."""
+
 
 class NetDevice(ServedDevice):
     """A network card: ``pairs`` queue pairs (2k receives, 2k + 1 transmits) and the control queue
@@ -431,6 +434,8 @@ class NetDevice(ServedDevice):
         finally:
             self._control = None
             self._announce = False
+            if self._observer is not None:
+                self._observer.driver_gone()
 
     def resume(self, *, hold: bool = False, patience: float | None = None) -> None:
         """As ``ServedDevice.resume``, unless the cable is pulled."""

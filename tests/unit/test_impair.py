@@ -818,6 +818,35 @@ def test_a_switch_keeps_the_faults_or_is_refused() -> None:
         assert card.nic.faults()["rules"] == []
 
 
+def test_frames_do_not_wait_for_a_card_that_has_left() -> None:
+    """They would come whenever the card is on an emulated data path again."""
+    with Card() as card:
+        card.nic.fault("both delay=60s")
+        card.guest.net.send(frame(1), frame(2))
+        card.cable.far.send(bytes(12) + frame(3))
+        assert wait_for(lambda: card.nic.faults()["waiting"] == {"rx": 1, "tx": 2})
+        card.nic.fault()
+        assert card.nic.switch("emulated,poll=50").outcome == "switched"
+        assert card.nic.faults()["waiting"] == {"rx": 1, "tx": 2}
+        assert card.nic.switch("vhost-user").outcome == "switched"
+        assert card.nic.faults()["waiting"] == {"rx": 0, "tx": 0}
+        now = card.nic.counters()
+        assert (now["rx_fault_cleared"], now["tx_fault_cleared"]) == (1, 2)
+
+
+def test_a_driver_gets_no_frame_of_the_driver_before() -> None:
+    with Card() as card:
+        card.nic.fault("both delay=60s")
+        card.guest.net.send(frame(1))
+        card.cable.far.send(bytes(12) + frame(3))
+        assert wait_for(lambda: card.nic.faults()["waiting"] == {"rx": 1, "tx": 1})
+        card.guest.pci.reset()
+        assert wait_for(lambda: not card.guest.pci.status)
+        assert card.nic.faults()["waiting"] == {"rx": 0, "tx": 0}
+        assert card.nic.counters()["rx_fault_cleared"] == 1
+        assert card.nic.faults()["rules"] == ["both delay=60s"]  # for the next driver, too
+
+
 def test_wrong_rules_change_nothing() -> None:
     with Card() as card:
         card.nic.fault("tx loss=1/2", seed=1)
