@@ -271,7 +271,7 @@ def test_rings(drawn: Fake, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_raw_qmp_from_a_pipe_has_all_answers(fake: Fake) -> None:
     """The input ends before the answers have come."""
-    words = [{"execute": "qmp_capabilities"}]
+    words: list[dict[str, object]] = [{"execute": "qmp_capabilities"}]
     words += [{"execute": "echo", "arguments": {"a": n}} for n in range(50)]
     asked = "".join(json.dumps(word) + "\n" for word in words).encode()
     argv = module("pyvmm", "qmp", "--raw", "box")
