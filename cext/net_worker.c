@@ -440,19 +440,17 @@ static void ring_fault(struct pv_net_worker *w, int q, enum pv_fault fault)
 	report(w, (struct pv_net_event){.kind = PV_NET_RING_FAULT, .queue = q, .fault = fault});
 }
 
-static void set_link(struct pv_net_worker *w, bool down)
-{
-	__atomic_store_n(&w->link_down, down, __ATOMIC_RELAXED);
-	report(w, (struct pv_net_event){.kind = down ? PV_NET_LINK_DOWN : PV_NET_LINK_UP});
-}
-
-/* By the thread: if fd has gone, epoll is to look at it no more. */
+/*
+ * By the thread: if fd has gone, epoll is to look at it no more. Only then is the loss told, because
+ * whoever hears of it closes fd.
+ */
 static void unwatch_gone(struct pv_net_worker *w)
 {
 	if (!w->link_down || !w->fd_watched)
 		return;
 	w->fd_watched = false;
 	epoll_ctl(w->epoll_fd, EPOLL_CTL_DEL, w->cfg.fd, NULL);
+	report(w, (struct pv_net_event){.kind = PV_NET_LINK_DOWN});
 }
 
 static void fd_gone(struct pv_net_worker *w)
@@ -462,7 +460,7 @@ static void fd_gone(struct pv_net_worker *w)
 	w->tx_blocked = false;
 	w->owed = true; /* what the tap did not take is to be dropped */
 	add(&w->count.link_losses, 1);
-	set_link(w, true);
+	__atomic_store_n(&w->link_down, true, __ATOMIC_RELAXED);
 	if (!w->by_kicker) /* the vCPU may not call epoll_ctl(): see vcpu_calls in confine.c */
 		unwatch_gone(w);
 }
@@ -494,7 +492,8 @@ static int woken(struct pv_net_worker *w)
 	w->fd_watched = true;
 	w->fd_muted = false;
 	w->rx_ready = true;
-	set_link(w, false);
+	__atomic_store_n(&w->link_down, false, __ATOMIC_RELAXED);
+	report(w, (struct pv_net_event){.kind = PV_NET_LINK_UP});
 	return 0;
 }
 
