@@ -532,6 +532,8 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
 
         def body() -> int:
             outputs.leave_files()
+            if claim is not None:
+                claim.leave_name()
             return _here(args, outputs, claim)
 
         return outputs.status(run_in(args.jail, body, files=files, keep=keep))

@@ -12,6 +12,7 @@ socket. No connection and no time-out is necessary to know.
 from __future__ import annotations
 
 import os
+import stat
 import time
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, socket  # see ``rights``
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -178,8 +179,17 @@ class Claim:
             os.close(fd)
 
     def filenos(self) -> list[int]:
-        """The descriptors of the lock and of the socket, which stay the claim's."""
-        return [self._fd, *([self.listener.fileno()] if self.listener is not None else [])]
+        """The descriptor of the socket, which stays the claim's. The lock's is for no other
+        process: whoever can write the file sends root's commands to another socket.
+        """
+        return [self.listener.fileno()] if self.listener is not None else []
+
+    def leave_name(self) -> None:
+        """Have ``close`` remove nothing and release no lock: the process from which this one was
+        forked does so, and has the lock.
+        """
+        self._fd = -1
+        self._made = None
 
     def files(self) -> list[str]:
         """The paths that ``close`` removes."""
@@ -227,6 +237,17 @@ def machines() -> list[Entry]:
     return sorted(_entries(directory()), key=lambda e: (len(e.name), e.name))
 
 
+def _is_own(path: str) -> bool:
+    """Whether a machine of this user may have its socket at ``path``: an absolute path, and no file
+    that is of another kind or of another user.
+    """
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return path.startswith("/")
+    return path.startswith("/") and stat.S_ISSOCK(info.st_mode) and info.st_uid == os.geteuid()
+
+
 def _entries(where: str) -> Iterator[Entry]:
     for file in os.listdir(where):
         if not file.endswith(SUFFIX):
@@ -238,6 +259,8 @@ def _entries(where: str) -> Iterator[Entry]:
             with open(path, "rb") as f:
                 pid, since, socket_path = f.read(4096).split(b"\n", 2)
             entry = Entry(name, int(pid), os.fsdecode(socket_path), float(since))
+            if not _is_own(entry.path):
+                entry = None
         except (OSError, ValueError):  # the file is gone meanwhile, or not written yet
             entry = None
         if fd is None:

@@ -323,6 +323,14 @@ def test_it_is_found_and_ended_from_outside(guest: Guest) -> None:
             assert not Path(f"/proc/{pid}").exists()
 
 
+def test_no_process_of_it_can_write_its_name(guest: Guest) -> None:
+    """Root's commands find the socket by a file that stays outside, with its lock."""
+    with jailed(guest, "--name", f"jail-{os.getpid()}") as (outside, _):
+        for one in below(outside.pid):
+            files = [str(fd.readlink()) for fd in Path(f"/proc/{one}/fd").iterdir()]
+            assert files and not [file for file in files if file.endswith(".machine")], files
+
+
 @pytest.mark.parametrize("whom", ["outside", "first", "vmm"])
 def test_nothing_is_left(guest: Guest, whom: str) -> None:
     """Whichever process is killed, the others end with it, and their namespaces, mounts and taps
