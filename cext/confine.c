@@ -561,9 +561,9 @@ int pv_follow_parent(int32_t parent)
  * @uid:	Not 0
  * @gid:	The user's only group
  *
- * No capability, now or by any program; no key of the session's. The process may be looked at by
- * others of its user, as if that user had started it: otherwise its own files in /proc would be
- * root's. The caller must be root's, and the only thread of its process.
+ * No capability, now or by any program; no key of the session's. No other process of this user may
+ * look at this one or trace it, see pv_be_seen(). The caller must be root's, and the only thread of
+ * its process.
  *
  * Return: 0; -errno
  */
@@ -576,6 +576,18 @@ int pv_become_user(uint32_t uid, uint32_t gid)
 	drop_capabilities();
 	(void)syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING,
 		      NULL); /* ENOSYS: there are no keys */
+	return prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) ? -errno : 0;
+}
+
+/**
+ * pv_be_seen() - Let others of this user look at this process, as if that user had started it
+ *
+ * Otherwise its own files in /proc are root's.
+ *
+ * Return: 0; -errno
+ */
+int pv_be_seen(void)
+{
 	return prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) ? -errno : 0;
 }
 

@@ -14,6 +14,7 @@ cgroup has a name, see ``host.cgroup``.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import select
@@ -22,10 +23,13 @@ import socket
 import stat
 import sys
 import termios
+import time
 from contextlib import ExitStack, suppress
 
 from pyvmm import helper, sandbox
 from pyvmm._ext import lib
+from pyvmm.cli.support.lastwords import ORDERLY_SECONDS
+from pyvmm.cli.support.signals import TWICE_SECONDS
 from pyvmm.errors import HostError, JailError, KvmMissing, UsageError
 from pyvmm.fd import Closing
 from pyvmm.hostnet import emptyroot, userns
@@ -50,6 +54,10 @@ HOSTNAME = "pyvmm"
 NAMESPACES = lib.CLONE_NEWIPC | lib.CLONE_NEWUTS | lib.CLONE_NEWNET | lib.CLONE_NEWCGROUP
 #: Signals that are passed on to the command.
 PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+#: poll(2) takes an int.
+DAY_MS = 86_400_000.0
+#: Seconds that the command has to end by itself after a second signal, which ends it at once.
+LATE = 2.0
 
 
 class Cell(Closing):
@@ -68,7 +76,14 @@ class Cell(Closing):
         self._stack = ExitStack()
         self._cgroup: Cgroup | None = None
 
-    def run(self, body: Callable[[], int], *, files: Iterable[str], keep: Iterable[int]) -> int:
+    def run(
+        self,
+        body: Callable[[], int],
+        *,
+        files: Iterable[str],
+        keep: Iterable[int],
+        timeout: float | None = None,
+    ) -> int:
         """Run ``body`` in the jail, in a process of its own; returns its status, or minus the
         number of the signal that has ended the process. Signals are passed on to it.
 
@@ -76,6 +91,8 @@ class Cell(Closing):
         :param files: files and directories that can be read there, under the same names.
         :param keep: descriptors that the process has there, besides standard input, output and
             error; it has no others.
+        :param timeout: seconds after which it ends by itself, unless somebody has taken it over; it
+            is killed some time later.
         :raises JailError: the kernel or a sandbox does not allow jails, or ``want.memory`` was too
             little.
         """
@@ -100,28 +117,38 @@ class Cell(Closing):
                 raise UsageError(
                     f"--jail: descriptor {fd} is a directory of the host", "give a file or none"
                 )
-        return self._attend(body, places, kept)
+        return self._attend(body, places, kept, timeout)
 
-    def _attend(self, body: Callable[[], int], places: Sequence[str], kept: set[int]) -> int:
+    def _attend(
+        self,
+        body: Callable[[], int],
+        places: Sequence[str],
+        kept: set[int],
+        timeout: float | None,
+    ) -> int:
         """Start process 1, pass signals on, and wait for the end."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stack.callback(ours.close)
         modes = _terminal_modes()
         with _Signals() as signals:
             here = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+            # No signal comes to the command before it is ready for one, and none to process 1.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED)
             try:
                 userns.unshare(lib.CLONE_NEWPID)
                 first = os.fork()
                 if not first:
                     signals.close()
-                    self._be_first(theirs, body, places, kept)
+                    self._be_first(theirs, body, places, kept, mask)
                 userns.check(lib.setns(here, lib.CLONE_NEWPID), "setns")
             except OSError as e:
                 raise _refused(e) from e
             finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 os.close(here)
             theirs.close()
-            status = self._listen(ours, signals, first)
+            patience = _Patience(timeout)
+            status = self._listen(ours, signals, first, patience)
         if status >= 0:
             return status
         if modes is not None:
@@ -134,7 +161,9 @@ class Cell(Closing):
             )
         return status
 
-    def _listen(self, channel: socket.socket, signals: _Signals, first: int) -> int:
+    def _listen(
+        self, channel: socket.socket, signals: _Signals, first: int, patience: _Patience
+    ) -> int:
         """Attend the jail until it has ended; the command's exit status, or minus the number of the
         signal that has ended it.
         """
@@ -146,8 +175,12 @@ class Cell(Closing):
             poll.register(fd, select.POLLIN)
         try:
             while True:
-                ready = [fd for fd, _ in poll.poll()]
-                came += signals.read() if signals.fileno() in ready else []
+                ready = [fd for fd, _ in poll.poll(patience.milliseconds())]
+                if patience.is_over():
+                    break
+                for number in signals.read() if signals.fileno() in ready else ():
+                    came.append(number)
+                    patience.signalled()
                 if channel.fileno() in ready:
                     data, fds = recv_fds(channel, helper.MESSAGE_MAX, FDS_MAX)
                     if not data:
@@ -162,11 +195,14 @@ class Cell(Closing):
                         if self._cgroup is not None:
                             self._cgroup.joined()
                 while came and target >= 0:
-                    with suppress(ProcessLookupError):
+                    try:
                         signal.pidfd_send_signal(target, came.pop(0))
+                    except ProcessLookupError:
+                        patience.at_most(LATE)  # process 1 is about to say so
         finally:
             if target >= 0:
                 os.close(target)
+            # Not yet waited for, so the number is still its own.
             with suppress(ProcessLookupError):
                 os.kill(first, signal.SIGKILL)  # nothing, unless this process gives up
             with suppress(ChildProcessError):
@@ -181,6 +217,7 @@ class Cell(Closing):
         body: Callable[[], int],
         places: Sequence[str],
         kept: set[int],
+        mask: set[int | signal.Signals],
     ) -> NoReturn:
         """Leave the host, start the command, and wait for its end; the kernel then ends all that it
         has left.
@@ -193,14 +230,12 @@ class Cell(Closing):
             if not child:
                 channel.close()
                 os.umask(umask)
-                _be_command(body)
+                _be_command(body, mask)
             children.append(child)
             return [], [os.pidfd_open(child)]
 
         try:
             helper.answer(channel, leave)
-            for number in PASSED:
-                signal.signal(number, signal.SIG_IGN)
             while children:
                 pid, status = os.wait()
                 if pid in children:
@@ -251,12 +286,52 @@ class Cell(Closing):
         self._stack.close()
 
 
+class _Patience:
+    """How long the process outside waits for the command to end by itself: for ever, unless it was
+    told to end.
+
+    :param timeout: seconds after which it should end; None: it need not.
+    """
+
+    def __init__(self, timeout: float | None) -> None:
+        self._until = math.inf
+        self._signalled = math.inf  # when the first signal came
+        if timeout is not None:
+            # For a start, an orderly end, and the verdict (``cli.support.watchdog``).
+            self.at_most(timeout + 3 * ORDERLY_SECONDS)
+
+    def at_most(self, seconds: float) -> None:
+        self._until = min(self._until, time.monotonic() + seconds)
+
+    def signalled(self) -> None:
+        """A signal came: the first asks for an orderly end (``cli.support.signals``)."""
+        now = time.monotonic()
+        self._signalled = min(self._signalled, now)
+        again = now - self._signalled >= TWICE_SECONDS
+        self.at_most(LATE if again else 2 * ORDERLY_SECONDS)
+
+    def milliseconds(self) -> float | None:
+        """For poll(2)."""
+        if self._until == math.inf:
+            return None
+        return min(max(self._until - time.monotonic(), 0) * 1000 + 1, DAY_MS)
+
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._until
+
+
 class _Signals(Closing):
-    """The signals of ``PASSED`` as bytes to be read, until ``close``."""
+    """The signals of ``PASSED`` as bytes to be read, until ``close``. Those that are ignored, as
+    after nohup(1), stay so.
+    """
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._handlers = {number: signal.signal(number, _nothing) for number in PASSED}
+        self._handlers = {
+            number: signal.signal(number, _nothing)
+            for number in PASSED
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
         self._fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
     def fileno(self) -> int:
@@ -282,13 +357,17 @@ def _nothing(number: int, frame: object) -> None:
     pass
 
 
-def _be_command(body: Callable[[], int]) -> NoReturn:
+def _be_command(body: Callable[[], int], mask: set[int | signal.Signals]) -> NoReturn:
     status = HostError.exit_code
     try:
+        lib.pv_be_seen()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.environ["XDG_RUNTIME_DIR"] = os.environ["TMPDIR"] = emptyroot.SCRATCH
         status = body()
         sys.stdout.flush()
         sys.stderr.flush()
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

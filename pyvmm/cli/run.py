@@ -536,7 +536,8 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
                 claim.leave_name()
             return _here(args, outputs, claim)
 
-        return outputs.status(run_in(args.jail, body, files=files, keep=keep))
+        done = run_in(args.jail, body, files=files, keep=keep, timeout=args.timeout)
+        return outputs.status(done)
 
 
 def _start_helper(args: argparse.Namespace, stack: ExitStack) -> None:

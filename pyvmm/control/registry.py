@@ -258,9 +258,8 @@ def _entries(where: str) -> Iterator[Entry]:
         try:
             with open(path, "rb") as f:
                 pid, since, socket_path = f.read(4096).split(b"\n", 2)
-            entry = Entry(name, int(pid), os.fsdecode(socket_path), float(since))
-            if not _is_own(entry.path):
-                entry = None
+            told = Entry(name, int(pid), os.fsdecode(socket_path), float(since))
+            entry = told if _is_own(told.path) else None
         except (OSError, ValueError):  # the file is gone meanwhile, or not written yet
             entry = None
         if fd is None:

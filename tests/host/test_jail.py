@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -186,7 +187,9 @@ def inside(deed: str, *files: str, **more: object) -> subprocess.CompletedProces
         ("open('/x', 'w')", "EROFS"),
         ("open('/usr/x', 'w')", "EROFS"),
         ("open('/.pyvmm/x', 'wb').write(bytes(17 << 20))", "ENOSPC"),
-        ("os.listdir('/proc/1/root/root')", "ENOENT"),
+        ("os.listdir('/proc/self/root/root')", "ENOENT"),
+        ("os.listdir('/proc/1/root')", "EACCES"),
+        ("call('ptrace', 16, 1, None, None)", "EPERM"),  # PTRACE_ATTACH
         ("os.setuid(0)", "EPERM"),
         ("os.setgroups([0])", "EPERM"),
         ("os.chroot('/usr')", "EPERM"),
@@ -194,7 +197,7 @@ def inside(deed: str, *files: str, **more: object) -> subprocess.CompletedProces
         ("call('mount', b'proc', b'/.pyvmm', b'proc', 0, None)", "EPERM"),
         ("call('umount2', b'/usr', 2)", "EPERM"),
         ("call('pivot_root' if hasattr(libc, 'pivot_root') else 'chroot', b'/', b'/')", "EPERM"),
-        ("call('setns', os.open('/proc/1/ns/net', 0), 0)", "EPERM"),
+        ("call('setns', os.open('/proc/self/ns/net', 0), 0)", "EPERM"),
         ("call('unshare', 0x00020000)", "EPERM"),  # CLONE_NEWNS
         ("call('reboot', 0)", "EPERM"),
         ("socket.sethostname('x')", "EPERM"),
@@ -329,6 +332,42 @@ def test_no_process_of_it_can_write_its_name(guest: Guest) -> None:
         for one in below(outside.pid):
             files = [str(fd.readlink()) for fd in Path(f"/proc/{one}/fd").iterdir()]
             assert files and not [file for file in files if file.endswith(".machine")], files
+
+
+DEAF = (
+    "[signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; print('deaf', flush=True); signal.pause()"
+)
+
+
+def test_who_does_not_listen_is_killed() -> None:
+    """By a second signal, or some time after the time-out."""
+    code = INSIDE.format(DEAF)
+    argv = [sys.executable, "-c", code, str(USER)]
+    with subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=-1) as outside:
+        assert outside.stdout is not None and outside.stdout.readline() == b"deaf\n"
+        processes = below(outside.pid)
+        outside.send_signal(signal.SIGTERM)
+        assert not wait_for(lambda: outside.poll() is not None, 1)
+        outside.send_signal(signal.SIGTERM)
+        assert outside.wait(PATIENCE) == 256 - signal.SIGKILL
+    assert len(processes) == 2 and not any(Path(f"/proc/{p}").exists() for p in processes)
+    code = code.replace("keep=()", "keep=(), timeout=-12")
+    argv = [sys.executable, "-c", code, str(USER)]
+    done = subprocess.run(argv, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=PATIENCE)
+    assert done.returncode == 256 - signal.SIGKILL
+
+
+def test_ctrl_c_while_the_jail_is_made(guest: Guest) -> None:
+    """It is not lost, and ends the run in order."""
+    for part in range(20):
+        with running(*busy(guest, *OPTION), session=True) as outside:
+            until = time.monotonic() + PATIENCE
+            while not below(outside.pid) and time.monotonic() < until:
+                time.sleep(0.001)
+            time.sleep(0.004 * part)
+            os.killpg(outside.pid, signal.SIGINT)
+            _, err = outside.communicate(timeout=PATIENCE)
+            assert outside.returncode == 130, (part, err)
 
 
 @pytest.mark.parametrize("whom", ["outside", "first", "vmm"])

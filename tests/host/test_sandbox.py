@@ -43,7 +43,9 @@ def filters(pid: int, thread: str) -> int:
 
 
 @contextlib.contextmanager
-def running(*args: str, command: str = "run") -> Iterator[subprocess.Popen[str]]:
+def running(
+    *args: str, command: str = "run", session: bool = False
+) -> Iterator[subprocess.Popen[str]]:
     host = ["--host", "local"] if command == "run" else []
     with subprocess.Popen(
         [*PYVMM, command, *host, *args],
@@ -52,6 +54,7 @@ def running(*args: str, command: str = "run") -> Iterator[subprocess.Popen[str]]
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=session,
     ) as process:
         try:
             yield process

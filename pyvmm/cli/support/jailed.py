@@ -24,13 +24,18 @@ OUTSIDE = ("tap", "bridge", "macvtap", "host")
 
 
 def run_in(
-    want: Jail, body: Callable[[], int], *, files: Iterable[str], keep: Iterable[int]
+    want: Jail,
+    body: Callable[[], int],
+    *,
+    files: Iterable[str],
+    keep: Iterable[int],
+    timeout: float | None = None,
 ) -> int:
     """Run the rest of a command in a jail; returns its exit status. For the parameters see
     ``Cell.run``, but ``body`` may raise what a command may.
     """
     with Cell(want) as cell:
-        status = cell.run(lambda: guard(body), files=files, keep=keep)
+        status = cell.run(lambda: guard(body), files=files, keep=keep, timeout=timeout)
     if status < 0:
         name = signal.Signals(-status).name
         print(f"pyvmm: the process in the jail was killed ({name})", file=sys.stderr)
