@@ -181,9 +181,12 @@ class Description:
 
     def files(self) -> list[str]:
         """The files and directories that the description names for the guest's memory."""
+        return [self.kernel, *initrd_files(self.initrds), *self.trees()]
+
+    def trees(self) -> list[str]:
+        """Those of ``files`` that may be directories."""
         added = [text.rpartition(":/")[0] or text for text in self.add]
-        modules = [self.modules] if self.modules is not None else []
-        return [self.kernel, *initrd_files(self.initrds), *added, *modules]
+        return [*added, *([self.modules] if self.modules is not None else [])]
 
 
 def initrd_files(initrds: Sequence[str]) -> list[str]:

@@ -28,8 +28,6 @@ from contextlib import ExitStack, suppress
 
 from pyvmm import helper, sandbox
 from pyvmm._ext import lib
-from pyvmm.cli.support.lastwords import ORDERLY_SECONDS
-from pyvmm.cli.support.signals import TWICE_SECONDS
 from pyvmm.errors import HostError, JailError, KvmMissing, UsageError
 from pyvmm.fd import Closing
 from pyvmm.hostnet import emptyroot, userns
@@ -38,7 +36,7 @@ from pyvmm.programs import interpreter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any, NoReturn
 
     from pyvmm.host.cgroup import Cgroup
@@ -58,6 +56,8 @@ PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 DAY_MS = 86_400_000.0
 #: Seconds that the command has to end by itself after a second signal, which ends it at once.
 LATE = 2.0
+#: Two signals within this many seconds may be one request (``cli.support.signals``).
+TWICE_SECONDS = 0.25
 
 
 class Cell(Closing):
@@ -82,15 +82,17 @@ class Cell(Closing):
         *,
         files: Iterable[str],
         keep: Iterable[int],
+        directories: Iterable[str] = (),
         timeout: float | None = None,
     ) -> int:
         """Run ``body`` in the jail, in a process of its own; returns its status, or minus the
         number of the signal that has ended the process. Signals are passed on to it.
 
         :param body: returns an exit status, and raises nothing.
-        :param files: files and directories that can be read there, under the same names.
+        :param files: regular files that can be read there, under the same names.
         :param keep: descriptors that the process has there, besides standard input, output and
             error; it has no others.
+        :param directories: as ``files``; each may be a directory, with all that is in it.
         :param timeout: seconds after which it ends by itself, unless somebody has taken it over; it
             is killed some time later.
         :raises JailError: the kernel or a sandbox does not allow jails, or ``want.memory`` was too
@@ -104,13 +106,18 @@ class Cell(Closing):
                 memory=limits.memory, millicpus=limits.millicpus, pids=limits.pids
             )
             self._stack.callback(self._cgroup.close)
-        places = [
+        own = [
             *(p for p in sandbox.SYSTEM if p != "/proc"),
             *sandbox.own_places(),
             *FLAVOURS,
             *interpreter(),
-            *(p for p in map(os.path.abspath, files) if not p.startswith("/proc/")),
         ]
+        named = [*((p, False) for p in files), *((p, True) for p in directories)]
+        places: dict[str, bool] = {}  # path -> whether it may be a directory
+        for path, whole in [*((p, True) for p in own), *named]:
+            path = os.path.abspath(path) if path else ""
+            if path and path not in DEVICES and not path.startswith("/proc/"):
+                places[path] = places.get(path, False) or whole
         kept = {0, 1, 2, *keep}
         for fd in kept:
             if stat.S_ISDIR(os.fstat(fd).st_mode):  # by which a process gets out
@@ -122,7 +129,7 @@ class Cell(Closing):
     def _attend(
         self,
         body: Callable[[], int],
-        places: Sequence[str],
+        places: Mapping[str, bool],
         kept: set[int],
         timeout: float | None,
     ) -> int:
@@ -215,7 +222,7 @@ class Cell(Closing):
         self,
         channel: socket.socket,
         body: Callable[[], int],
-        places: Sequence[str],
+        places: Mapping[str, bool],
         kept: set[int],
         mask: set[int | signal.Signals],
     ) -> NoReturn:
@@ -244,7 +251,7 @@ class Cell(Closing):
         finally:
             os._exit(0)
 
-    def _leave(self, channel: socket.socket, places: Sequence[str], kept: set[int]) -> int:
+    def _leave(self, channel: socket.socket, places: Mapping[str, bool], kept: set[int]) -> int:
         """Leave the host behind, and root; returns the umask."""
         want = self._want
         if self._cgroup is not None:
@@ -298,7 +305,7 @@ class _Patience:
         self._signalled = math.inf  # when the first signal came
         if timeout is not None:
             # For a start, an orderly end, and the verdict (``cli.support.watchdog``).
-            self.at_most(timeout + 3 * ORDERLY_SECONDS)
+            self.at_most(timeout + 3 * sandbox.ORDERLY_S)
 
     def at_most(self, seconds: float) -> None:
         self._until = min(self._until, time.monotonic() + seconds)
@@ -308,7 +315,7 @@ class _Patience:
         now = time.monotonic()
         self._signalled = min(self._signalled, now)
         again = now - self._signalled >= TWICE_SECONDS
-        self.at_most(LATE if again else 2 * ORDERLY_SECONDS)
+        self.at_most(LATE if again else 2 * sandbox.ORDERLY_S)
 
     def milliseconds(self) -> float | None:
         """For poll(2)."""

@@ -501,20 +501,21 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
 
     :param kept: descriptors of files that the command line names.
     """
-    from pyvmm.assembly import extra_archive, packed_files
-    from pyvmm.cli.support.jailed import run_in, take_taps
+    from pyvmm.assembly import extra_archive, initrd_files, packed_files
+    from pyvmm.cli.support.jailed import run_in, socket_place, take_taps
     from pyvmm.images import directory
 
     want = _description(args)
     args.jail.check(want.memory, cpus=want.cpus, cards=len(want.nets) + len(want.devices))
-    files = [*want.files(), *packed_files(extra_archive(want)[0])]
-    if args.kernel is None:
-        files.append(f"{directory()}/{args.image or 'default'}")
-    if args.vmlinux is not None:
-        files.append(args.vmlinux)
     # The back-end may replace its socket, so its directory has to be there.
     sockets = [*(net.socket for net in want.nets), *(d.socket for d in _devices(args))]
-    files += [path.rpartition("/")[0] or "." for path in sockets if path]
+    directories = [socket_place(path, args.jail.uid) for path in sockets if path]
+    directories += want.trees()
+    files = [want.kernel, *initrd_files(want.initrds), *packed_files(extra_archive(want)[0])]
+    if args.kernel is None:
+        directories.append(f"{directory()}/{args.image or 'default'}")
+    if args.vmlinux is not None:
+        files.append(args.vmlinux)
     with ExitStack() as stack:
         outputs = stack.enter_context(_outputs(args))
         args.net = take_taps(args.net or ["emulated"], stack, _tell_new_tap)
@@ -536,7 +537,14 @@ def _in_jail(args: argparse.Namespace, kept: list[int]) -> int:
                 claim.leave_name()
             return _here(args, outputs, claim)
 
-        done = run_in(args.jail, body, files=files, keep=keep, timeout=args.timeout)
+        done = run_in(
+            args.jail,
+            body,
+            files=files,
+            keep=keep,
+            directories=directories,
+            timeout=args.timeout,
+        )
         return outputs.status(done)
 
 

@@ -9,12 +9,13 @@ import os
 import stat
 
 from pyvmm._ext import ffi, lib
+from pyvmm.errors import UsageError
 from pyvmm.hostnet import userns
 from pyvmm.hostnet.isolate import STAGE, bind, open_found, own_mounts, set_attr
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 #: The only directory that can be written: its owner's, in memory.
 SCRATCH = "/.pyvmm"
@@ -33,7 +34,7 @@ class _Plan:
 
     def __init__(self) -> None:
         self.links: dict[str, str] = {}
-        self.directories: list[str] = []
+        self.directories: dict[str, None] = {}
         self.bound: dict[str, tuple[int, bool]] = {}
 
     def directory(self, name: str) -> None:
@@ -41,13 +42,14 @@ class _Plan:
         at = ""
         for part in name.split("/")[1:]:
             at += f"/{part}"
-            if at not in self.directories:
-                self.directories.append(at)
+            self.directories[at] = None
 
-    def place(self, path: str) -> None:
+    def place(self, path: str, *, whole: bool) -> None:
         """Bind a place of the host at its own name, with the symbolic links on the way to it;
         nothing if there is none.
 
+        :param whole: it may be a directory.
+        :raises UsageError: it is neither a regular file nor, with ``whole``, a directory.
         :raises OSError: there are too many links, or one has been changed meanwhile.
         """
         at, links = "", 0
@@ -76,11 +78,15 @@ class _Plan:
                 todo = [*target.split("/"), *todo]
                 continue
             if any(todo):
-                if here not in self.directories:
-                    self.directories.append(here)
+                self.directories[here] = None
             else:
                 fd = open_found(here)
-                self.bound[here] = fd, stat.S_ISDIR(os.fstat(fd).st_mode)
+                mode = os.fstat(fd).st_mode  # of what is bound, whatever has the name by now
+                self.bound[here] = fd, stat.S_ISDIR(mode)
+                if not (stat.S_ISREG(mode) or (whole and stat.S_ISDIR(mode))):
+                    raise UsageError(
+                        f"--jail: {path} is no regular file", "name the file that it is about"
+                    )
             at = here
 
     def close(self) -> None:
@@ -90,7 +96,7 @@ class _Plan:
 
 
 def enter(
-    places: Iterable[str],
+    places: Mapping[str, bool],
     devices: Mapping[str, int],
     owner: tuple[int, int],
     *,
@@ -112,7 +118,7 @@ def enter(
     plan = _Plan()
     try:
         for path in sorted(places, key=len):  # what is inside of another place comes later
-            plan.place(path)
+            plan.place(path, whole=places[path])
         for path in (*map(os.path.dirname, devices), "/proc", SCRATCH):
             plan.directory(path)
         if not any(here == name or here.startswith(f"{name}/") for name in plan.bound):

@@ -250,6 +250,29 @@ def test_only_what_is_named_is_there(tmp_path: Path) -> None:
     assert inside(f"open({files[0]!r}, 'w')", *files).stdout.strip() == "EROFS"
 
 
+def test_a_directory_is_no_file(guest: Guest, tmp_path: Path) -> None:
+    """A link in the place of a kernel does not give the jail what it leads to."""
+    (tmp_path / "all").mkdir()
+    (tmp_path / "link").symlink_to("all")
+    done = run("--kernel", str(tmp_path / "link"))
+    assert done.returncode in (2, 105) and done.stderr.count("\n") == 1, done
+    for name in ("link", "all"):
+        told = inside("print(1)", str(tmp_path / name))
+        assert "is no regular file" in told.stderr and not told.stdout, told
+    done = run(*hello(guest, "--initrd", str(tmp_path / "link")))
+    assert done.returncode in (2, 105) and done.stderr.count("\n") == 1, done
+
+
+@pytest.mark.parametrize("path", ["/run/s", "/x.sock", "s", "/var/run/s", "/dev/shm/s", "THEIRS"])
+def test_a_socket_among_others_files(guest: Guest, tmp_path: Path, path: str) -> None:
+    if path == "THEIRS":
+        os.chown(tmp_path, USER + 9, 0)
+        path = f"{tmp_path}/s"
+    done = run(*hello(guest, "--net", f"vhost-user,socket={path}"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+    assert "put the socket into a directory of its own" in done.stderr, done
+
+
 def test_no_descriptor_comes_along(tmp_path: Path) -> None:
     """What the caller of pyvmm has open stays outside; a directory is never kept."""
     fd = os.open("/", os.O_RDONLY)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
+from pathlib import Path
 
 from pyvmm.card.uplink import make_tap
 from pyvmm.cli import guard
+from pyvmm.errors import UsageError
 from pyvmm.jail import Cell
 from pyvmm.netopt import MAC_PREFIX, Net, mac_text
 from pyvmm.spec.ethernet import ETH_DATA_LEN
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
     from pyvmm.jailopt import Jail
 
+#: Directories in which many have files, besides those with the sticky bit.
+SHARED = ("/", "/run", "/tmp", "/var", "/var/run", "/var/tmp", "/dev", "/dev/shm", "/etc", "/root")
 #: Keys of ``--net`` that are about the host's side of a card, which is open in the jail.
 OUTSIDE = ("tap", "bridge", "macvtap", "host")
 
@@ -29,18 +34,45 @@ def run_in(
     *,
     files: Iterable[str],
     keep: Iterable[int],
+    directories: Iterable[str] = (),
     timeout: float | None = None,
 ) -> int:
     """Run the rest of a command in a jail; returns its exit status. For the parameters see
     ``Cell.run``, but ``body`` may raise what a command may.
     """
     with Cell(want) as cell:
-        status = cell.run(lambda: guard(body), files=files, keep=keep, timeout=timeout)
+        status = cell.run(
+            lambda: guard(body), files=files, keep=keep, directories=directories, timeout=timeout
+        )
     if status < 0:
         name = signal.Signals(-status).name
         print(f"pyvmm: the process in the jail was killed ({name})", file=sys.stderr)
         return 128 - status
     return status
+
+
+def socket_place(path: str, uid: int) -> str:
+    """The directory of a back-end's socket, which a jail of user ``uid`` has as a whole, because
+    the back-end may replace its socket.
+
+    :raises UsageError: others have files there.
+    """
+    place = str(Path(path).absolute().parent)
+    try:
+        info = Path(place).stat()
+    except OSError:
+        return place  # to connect will say what is wrong
+    shared = {Path(p).resolve() for p in (*SHARED, ".")} | {Path("~").expanduser().resolve()}
+    if (
+        Path(place).resolve() in shared
+        or info.st_mode & stat.S_ISVTX
+        or info.st_uid not in (0, uid)
+    ):
+        raise UsageError(
+            f"--jail: socket={path}: the jail would have all of {place}, where others have files",
+            f"put the socket into a directory of its own, of root or of user {uid}",
+        )
+    return place
 
 
 def take_taps(
