@@ -14,8 +14,10 @@ cgroup has a name, see ``host.cgroup``.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import re
 import resource
 import select
 import signal
@@ -27,11 +29,11 @@ import time
 from contextlib import ExitStack, suppress
 
 from pyvmm import helper, sandbox
-from pyvmm._ext import lib
+from pyvmm._ext import ffi, lib
 from pyvmm.errors import HostError, JailError, KvmMissing, UsageError
 from pyvmm.fd import Closing
 from pyvmm.hostnet import emptyroot, userns
-from pyvmm.hostnet.rights import FDS_MAX, recv_fds, send_fds
+from pyvmm.hostnet.rights import FDS_MAX, close_all, recv_fds, send_fds
 from pyvmm.programs import interpreter
 
 TYPE_CHECKING = False
@@ -49,9 +51,15 @@ FLAVOURS = ("/sys/module/kvm_pvm", "/sys/module/kvm_intel", "/sys/module/kvm_amd
 #: Bytes of the jail's own directory for run-time files.
 SCRATCH_SIZE = 16 << 20
 HOSTNAME = "pyvmm"
+#: What of root's environment the command has, besides LC_*, PYTHON* and PYVMM*.
+ENVIRONMENT = ("PATH", "LANG", "TERM", "COLUMNS", "NO_COLOR", "TZ", "XDG_CACHE_HOME")
+#: Descriptors for the set-up, besides one for each place; and how many places may have one.
+SPARE_FDS, FILES_MAX = 128, 1 << 20
 NAMESPACES = lib.CLONE_NEWIPC | lib.CLONE_NEWUTS | lib.CLONE_NEWNET | lib.CLONE_NEWCGROUP
 #: Signals that are passed on to the command.
 PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+#: What process 1 says at the end.
+STATUS = re.compile(rb"-?[0-9]{1,3}")
 #: poll(2) takes an int.
 DAY_MS = 86_400_000.0
 #: Seconds that the command has to end by itself after a second signal, which ends it at once.
@@ -159,7 +167,11 @@ class Cell(Closing):
         if status >= 0:
             return status
         if modes is not None:
-            termios.tcsetattr(0, termios.TCSANOW, modes)
+            # In the background, the kernel would stop this process for it.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+            with suppress(termios.error):  # the terminal has gone
+                termios.tcsetattr(0, termios.TCSANOW, modes)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if self._cgroup is not None and self._cgroup.killed_for_memory():
             raise JailError(
                 f"the jail's memory ran out, {self._want.memory >> 20}M, and the kernel has ended "
@@ -193,6 +205,9 @@ class Cell(Closing):
                     if not data:
                         break
                     if target >= 0:
+                        close_all(fds)
+                        if not STATUS.fullmatch(data):
+                            break  # not of our process 1
                         status = int(data)
                     else:
                         try:
@@ -254,6 +269,7 @@ class Cell(Closing):
     def _leave(self, channel: socket.socket, places: Mapping[str, bool], kept: set[int]) -> int:
         """Leave the host behind, and root; returns the umask."""
         want = self._want
+        _forget_environment()
         if self._cgroup is not None:
             self._cgroup.join()
         # Whoever has a terminal as its own could type into it (TIOCSTI).
@@ -267,6 +283,12 @@ class Cell(Closing):
             if int(name) not in (*kept, channel.fileno()):
                 with suppress(OSError):
                     os.close(int(name))
+        files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        need = min(len(places) + SPARE_FDS, FILES_MAX)  # the set-up has each place open
+        if need > files:
+            with suppress(ValueError, OSError):  # to raise the hard limit takes a capability
+                resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, most), most))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (need, max(need, most)))
         devices = {}
         for path in DEVICES:
             with suppress(FileNotFoundError):
@@ -276,12 +298,18 @@ class Cell(Closing):
         owner = (want.uid, want.gid)
         emptyroot.enter(places, devices, owner, scratch=SCRATCH_SIZE, here=here)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        here = os.path.dirname(os.path.abspath(__file__))
         # Whoever outside has ended before the second call is found by the socket.
         for error in (lib.pv_become_user(want.uid, want.gid), lib.pv_follow_parent(0)):
             if error:
                 raise OSError(-error, f"become user {want.uid}: {os.strerror(-error)}")
+        for path, mode in ((sys.executable, os.X_OK), (here, os.X_OK), (__file__, os.R_OK)):
+            if not os.access(path, mode):
+                raise JailError(
+                    f"user {want.uid} may not use {path}, which the jail needs",
+                    "install pyvmm and Python where every user may read them",
+                )
         poll = select.poll()
         poll.register(channel.fileno(), 0)
         if poll.poll(0):
@@ -381,7 +409,30 @@ def _be_command(body: Callable[[], int], mask: set[int | signal.Signals]) -> NoR
         os._exit(status)
 
 
+def _forget_environment() -> None:
+    """Keep of the environment only what a command there needs: it may have secrets of root's. Its
+    first copy, which /proc/PID/environ shows, is overwritten.
+    """
+    kept = {name: text for name, text in os.environ.items() if _is_kept(name)}
+    if "XDG_CACHE_HOME" not in kept and os.path.isabs(home := os.path.expanduser("~")):
+        kept["XDG_CACHE_HOME"] = f"{home}/.cache"  # it has the image
+    os.environ.clear()
+    with open("/proc/self/stat", "rb") as f:
+        begin, end = map(int, f.read().rpartition(b")")[2].split()[47:49])  # env_start, env_end
+    if 0 < begin < end:
+        ffi.memmove(ffi.cast("char *", begin), bytes(end - begin), end - begin)
+    os.environ.update(kept, HOME="/")
+
+
+def _is_kept(name: str) -> bool:
+    return name in ENVIRONMENT or name.startswith(("LC_", "PYTHON", "PYVMM"))
+
+
 def _refused(e: OSError) -> JailError:
+    if e.errno in (errno.EMFILE, errno.ENFILE):
+        return JailError(
+            f"cannot make a jail: {e.strerror}", "raise the limit: ulimit -n; or name fewer files"
+        )
     return JailError(
         f"cannot make a jail: {e.strerror}",
         "it takes root of the host, or of a container that may mount and make devices",

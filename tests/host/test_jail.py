@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm import jail
 from pyvmm.errors import UsageError
 from pyvmm.jailopt import Jail
 from tests.driver import wait_for
@@ -147,7 +149,7 @@ def test_what_its_root_has(guest: Guest) -> None:
 
 
 INSIDE = """
-import ctypes, errno, mmap, os, signal, socket, sys
+import ctypes, errno, mmap, os, signal, socket, subprocess, sys
 from pyvmm.jail import Cell
 from pyvmm.jailopt import Jail
 libc = ctypes.CDLL(None, use_errno=True)
@@ -271,6 +273,51 @@ def test_a_socket_among_others_files(guest: Guest, tmp_path: Path, path: str) ->
     done = run(*hello(guest, "--net", f"vhost-user,socket={path}"))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
     assert "put the socket into a directory of its own" in done.stderr, done
+
+
+def test_little_of_the_environment(guest: Guest) -> None:
+    """Neither in os.environ, nor in libc's, nor in /proc/PID/environ."""
+    deed = (
+        "print(open('/proc/self/environ').read().strip(chr(0)) or 'none',"
+        " subprocess.check_output('/usr/bin/env', text=True).split())"
+    )
+    run = inside(deed, env={**os.environ, "TOKEN": "secret-token", "PYVMM_X": "y", "HOME": "/root"})
+    first, _, rest = run.stdout.partition(" ")
+    assert first == "none" and "TOKEN" not in rest, run
+    assert "'PYVMM_X=y'" in rest and "'HOME=/'" in rest and "'PATH=" in rest, run
+
+
+def test_many_files(tmp_path: Path) -> None:
+    """More than descriptors at a time; the limit is as before afterwards."""
+    files = []
+    for number in range(300):
+        (tmp_path / str(number)).write_text("x")
+        files.append(str(tmp_path / str(number)))
+    argv = [sys.executable, "-c", INSIDE.format(
+        f"import resource; print(len(os.listdir({str(tmp_path)!r})), resource.getrlimit(7))"
+    ), str(USER), *files]  # fmt: skip
+    shell = ["sh", "-c", 'ulimit -S -n 256; exec "$@"', "sh"]
+    done = subprocess.run(
+        [*shell, *argv], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.stdout == "300 (256, 256)\n", done
+
+
+def test_modules_that_the_user_may_not_read(tmp_path: Path) -> None:
+    copy = tmp_path / "pyvmm"
+    shutil.copytree(ROOT / "pyvmm", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    copy.chmod(0o700)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = inside("print(1)", env=env, cwd=tmp_path)
+    assert "JailError" in run.stderr and not run.stdout, run
+    assert f"user {USER} may not use {copy}" in run.stderr, run
+
+
+@pytest.mark.parametrize("data", [b"1_0", b"99999", b"ok", b"-", b" 1"])
+def test_a_message_of_somebody_else_s(data: bytes) -> None:
+    """Whoever has taken process 1 over gets no other status, and no traceback of root's."""
+    assert jail.STATUS.fullmatch(data) is None
+    assert all(jail.STATUS.fullmatch(b"%d" % n) for n in (0, 255, -9))
 
 
 def test_no_descriptor_comes_along(tmp_path: Path) -> None:
