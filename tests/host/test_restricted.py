@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -125,12 +126,14 @@ def test_no_shared_memory_device(guest: Guest) -> None:
 
 
 def test_a_limit_of_memory(guest: Guest) -> None:
-    try:
-        with restrict.memory_limit(200 << 20) as prefix:
-            found = doctor(prefix)
-            status, err = run(prefix, guest, "--memory", "256M", "--net", "none")
-    except OSError as e:
-        pytest.skip(f"no control group with a limit: {e}")
+    limit = restrict.memory_limit(200 << 20)
+    with ExitStack() as stack:
+        try:
+            prefix = stack.enter_context(limit)
+        except OSError as e:
+            pytest.skip(f"no control group with a limit: {e}")
+        found = doctor(prefix)
+        status, err = run(prefix, guest, "--memory", "256M", "--net", "none")
     assert (
         found["memory"]["state"] == "note" and "200 MiB by the limit" in found["memory"]["detail"]
     )
