@@ -9,10 +9,12 @@ first process is inside.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import time
 from contextlib import suppress
-from fcntl import LOCK_EX, flock
+from fcntl import LOCK_EX, LOCK_NB, flock
 
 from pyvmm.errors import JailError
 from pyvmm.fd import Closing, Fd
@@ -22,6 +24,8 @@ PARENT = "pyvmm"
 PERIOD = 100_000
 #: Seconds for which ``close`` waits for the kernel to notice that the last process has gone.
 PATIENCE = 5.0
+#: Seconds for which a run waits for others that start, each for as long as a jail's set-up takes.
+LOCK_PATIENCE = 30.0
 
 
 def mount_point() -> str:
@@ -83,7 +87,9 @@ class Cgroup(Closing):
             self.close()
             raise JailError(
                 f"cannot make a cgroup in {self._parent}: {e.strerror}",
-                "run as root of the host, or leave the limits out",
+                f"see who has it: fuser {self._parent}"
+                if e.errno == errno.ETIMEDOUT
+                else "run as root of the host, or leave the limits out",
             ) from e
         except BaseException:
             self.close()
@@ -155,12 +161,29 @@ class Cgroup(Closing):
             os.rmdir(self._parent)
 
 
+def _lock(fd: int, until: float) -> None:
+    """:raises TimeoutError: somebody else has the lock until then."""
+    while True:
+        try:
+            return flock(fd, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, "another process has held its lock for too long"
+                ) from None
+        time.sleep(0.01)
+
+
 def _locked(path: str, *, make: bool = True) -> Fd:
-    """The locked directory, which is made if necessary. :raises OSError: it cannot be had."""
+    """The locked directory, which is made if necessary and only its owner may open.
+
+    :raises OSError: it cannot be had.
+    """
+    until = time.monotonic() + LOCK_PATIENCE
     while True:
         if make:
             with suppress(FileExistsError):
-                os.mkdir(path, 0o755)
+                os.mkdir(path, 0o700)
         try:
             fd = Fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         except FileNotFoundError:
@@ -168,7 +191,9 @@ def _locked(path: str, *, make: bool = True) -> Fd:
                 continue  # another run has just removed it
             raise
         try:
-            flock(fd.fileno(), LOCK_EX)
+            if stat.S_IMODE(os.fstat(fd.fileno()).st_mode) != 0o700:
+                os.fchmod(fd.fileno(), 0o700)  # else anybody could hold the lock
+            _lock(fd.fileno(), until)
             there, mine = os.stat(path), os.fstat(fd.fileno())
             if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
                 return fd

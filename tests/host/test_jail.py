@@ -20,6 +20,7 @@ import pytest
 
 from pyvmm import jail
 from pyvmm.errors import UsageError
+from pyvmm.host import cgroup
 from pyvmm.jailopt import Jail
 from tests.driver import wait_for
 from tests.host.test_confined import status_of, threads
@@ -547,6 +548,19 @@ def test_limits_without_their_cgroups(guest: Guest) -> None:
     if done.returncode:
         assert (done.returncode, done.stderr.count("\n")) == (134, 1), done
         assert "cgroup v2" in done.stderr and "leave the limits out" in done.stderr
+
+
+def test_the_lock_of_the_cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other user can open the directory to hold it, and a run does not wait for ever."""
+    monkeypatch.setattr(cgroup, "LOCK_PATIENCE", 0.1)
+    group = tmp_path / "pyvmm"
+    with cgroup._locked(str(group)):
+        assert group.stat().st_mode & 0o777 == 0o700
+        with pytest.raises(TimeoutError, match="held its lock for too long"):
+            cgroup._locked(str(group))
+    group.chmod(0o755)
+    with cgroup._locked(str(group)):
+        assert group.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_description() -> None:
