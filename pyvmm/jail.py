@@ -52,7 +52,10 @@ FLAVOURS = ("/sys/module/kvm_pvm", "/sys/module/kvm_intel", "/sys/module/kvm_amd
 SCRATCH_SIZE = 16 << 20
 HOSTNAME = "pyvmm"
 #: What of root's environment the command has, besides LC_*, PYTHON* and PYVMM*.
-ENVIRONMENT = ("PATH", "LANG", "TERM", "COLUMNS", "NO_COLOR", "TZ", "XDG_CACHE_HOME")
+ENVIRONMENT = (
+    *("PATH", "LD_LIBRARY_PATH", "LANG", "TERM", "COLUMNS", "NO_COLOR", "TZ", "XDG_CACHE_HOME"),
+    "GITHUB_ACTIONS",  # "true", for ``cli.support.verdicts``
+)
 #: Descriptors for the set-up, besides one for each place; and how many places may have one.
 SPARE_FDS, FILES_MAX = 128, 1 << 20
 NAMESPACES = lib.CLONE_NEWIPC | lib.CLONE_NEWUTS | lib.CLONE_NEWNET | lib.CLONE_NEWCGROUP
@@ -304,8 +307,9 @@ class Cell(Closing):
         for error in (lib.pv_become_user(want.uid, want.gid), lib.pv_follow_parent(0)):
             if error:
                 raise OSError(-error, f"become user {want.uid}: {os.strerror(-error)}")
-        for path, mode in ((sys.executable, os.X_OK), (here, os.X_OK), (__file__, os.R_OK)):
-            if not os.access(path, mode):
+        for path in (*interpreter()[:1], here, os.path.abspath(__file__)):
+            # Its files have one mode, so one stands for all.
+            if not os.access(path, os.R_OK if path.endswith(".py") else os.X_OK):
                 raise JailError(
                     f"user {want.uid} may not use {path}, which the jail needs",
                     "install pyvmm and Python where every user may read them",
