@@ -77,8 +77,8 @@ def no_tun() -> list[str]:
 def read_only_root() -> list[str]:
     """No file can be made anywhere."""
     return in_mounts(
-        "mount -t tmpfs -o ro none /tmp",
-        "mount -t tmpfs -o ro none /run",
+        # The checkout may lie in one of them, so what is there stays.
+        *(f"mount --bind {d} {d}; mount -o remount,bind,ro {d}" for d in ("/tmp", "/run")),
         "mount -o remount,bind,ro /",
     )
 

@@ -124,6 +124,7 @@ nobody reads the output, 143 SIGTERM.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -1055,7 +1056,12 @@ def _qmp(args: argparse.Namespace) -> str | None:
         return None
     if args.qmp is None and args.name is None:
         try:
-            directory()
+            where = directory()
+            if os.statvfs(where).f_flag & os.ST_RDONLY:
+                raise HostError(
+                    f"{where}: {os.strerror(errno.EROFS)}",
+                    "set XDG_RUNTIME_DIR to a directory of your own that can be written",
+                )
         except HostError as e:
             print(f"pyvmm: no control socket: {e}", file=sys.stderr)
             return None

@@ -11,6 +11,7 @@ socket. No connection and no time-out is necessary to know.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -214,7 +215,10 @@ def _locked(path: str, flags: int = 0) -> int | None:
         except FileNotFoundError:
             return None
         except OSError as e:
-            raise HostError(f"cannot open {path}: {e.strerror}", "remove it") from e
+            rooms = {errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+            remedy = "set XDG_RUNTIME_DIR to a directory of your own that can be written"
+            hint = remedy if e.errno in rooms else "remove it"
+            raise HostError(f"cannot open {path}: {e.strerror}", hint) from e
         try:
             flock(fd, LOCK_EX | LOCK_NB)
             there = os.stat(path)

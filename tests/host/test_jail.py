@@ -215,6 +215,15 @@ def inside(deed: str, *files: str, **more: object) -> subprocess.CompletedProces
     ],
 )
 def test_what_a_process_there_can_do(deed: str, answer: str) -> None:
+    for directory in ("/root", "/home", "/tmp"):
+        if deed == f"os.listdir({directory!r})" and str(ROOT).startswith(f"{directory}/"):
+            # The ways to the checkout and to Python are there, and nothing beside them.
+            ways = {
+                path.split("/")[2]
+                for path in (str(ROOT), sys.prefix)
+                if path.startswith(f"{directory}/")
+            }
+            deed, answer = f"print({deed})", str(sorted(ways))
     run = inside(deed.replace("{outside}", str(os.getpid())))
     if answer == "refused":  # su that is no longer set-user-ID
         assert run.returncode != 0, run
