@@ -236,6 +236,39 @@ void pv_inflight_recover(struct pv_inflight *in)
 }
 
 /**
+ * pv_inflight_settle() - Find out what the process before us has not sent
+ * @in:		With its region, ring and counter; before anybody else writes to the file
+ *
+ * A packet whose note has the counter's present value was not sent. That has to be said now: others
+ * may write to the file before we come to the packet, as for SEND_RARP, and then the counter says
+ * nothing any more.
+ */
+void pv_inflight_settle(struct pv_inflight *in)
+{
+	const struct pv_inflight_packed *p = in->region;
+	const struct pv_inflight_region *r = in->region;
+	bool packed = in->vr->packed;
+
+	if (in->taken == PV_INFLIGHT_UNCOUNTED || in->vr->fault)
+		return;
+	if (__atomic_load_n(packed ? &p->version : &r->version, __ATOMIC_ACQUIRE) != 1 ||
+	    (packed ? p->desc_num : r->desc_num) != in->vr->size)
+		return;
+	for (uint32_t head = 0; head < (packed ? 1 : in->vr->size); head++) {
+		struct mark m = mark_of(in, (uint16_t)head);
+
+		if (!__atomic_load_n(m.inflight, __ATOMIC_RELAXED) ||
+		    __atomic_load_n(m.given, __ATOMIC_RELAXED) != GIVEN_COUNTED ||
+		    __atomic_load_n(m.counter, __ATOMIC_RELAXED) != in->taken)
+			continue;
+		if (packed)
+			packed_clear(in->region);
+		else
+			__atomic_store_n(m.inflight, 0, __ATOMIC_RELEASE);
+	}
+}
+
+/**
  * pv_inflight_begin() - Note that a packet is about to be sent
  * @in:		With a region
  * @chain:	The packet's, taken last; all before it were published

@@ -16,7 +16,8 @@
  *
  * Transmits are published one by one, and only for the packet that was in writev() the place does
  * not say whether the packet was sent. So the packet is marked before writev(), and the next
- * process takes a marked packet as sent, unless the counter of the file that took it shows the opposite.
+ * process takes a marked packet as sent, unless the counter of the file that took it shows the
+ * opposite when that process starts.
  *
  * Receive chains are never marked: a chain that was taken ahead holds nothing yet.
  *
@@ -114,6 +115,7 @@ struct pv_inflight {
 	uint16_t saved; /* chains of the batch that is not published */
 };
 
+void pv_inflight_settle(struct pv_inflight *in);
 void pv_inflight_recover(struct pv_inflight *in);
 bool pv_inflight_begin(struct pv_inflight *in, const struct pv_chain *chain);
 void pv_inflight_cancel(struct pv_inflight *in, const struct pv_chain *chain);

@@ -2151,6 +2151,8 @@ struct pv_net_worker *pv_net_worker_new(const struct pv_net_config *cfg,
 		if (cfg->ring[q].size)
 			w->inflight[q].region = cfg->ring[q].inflight;
 	}
+	if (w->inflight[TX].region)
+		pv_inflight_settle(&w->inflight[TX]);
 	w->ring[TX].notify_stays = cfg->in_exit || cfg->unbatched;
 	w->log = (struct pv_dirty_log){.bits = cfg->log, .size = cfg->log_size};
 	w->attach = -1;

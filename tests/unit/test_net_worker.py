@@ -1257,6 +1257,52 @@ def test_both_directions_get_their_turn(namespace: Namespace) -> None:
 
 
 @only(SPLIT)
+def test_a_frame_that_was_not_sent_before_a_kill_is_sent_after_an_announcement() -> None:
+    """The next back-end is asked for a RARP before it has come to that frame, stops its worker for
+    the RARP, and so the tap's count moves on.
+    """
+    counts = [7, 8]
+
+    class Interface:
+        def link(self) -> Any:
+            return self
+
+        def stats(self) -> dict[str, int]:
+            return {"rx_packets": counts.pop(0)}
+
+        def reopen(self) -> Any:
+            return False
+
+    memory = GuestMemory(1 << 20)
+    cable = Cable()
+    cable.interface = Interface()  # type: ignore[assignment]
+    driver = NetDriver(memory, size=8)
+    path = EmulatedNet(cable)
+    region = ffi.new("uint64_t[]", 2 + 2 * 8)  # aligned
+    rings = [r.vring() for r in driver.rings]
+    rings[1].inflight = ffi.cast("uint8_t *", region)
+    driver.queue(b"first" + bytes(60))
+    driver.queue(b"second" + bytes(60))
+    first = next(iter(driver.tx.chains))
+    notes = bytearray(16 + 16 * 8)
+    struct.pack_into("<QHHHH", notes, 0, 0, 1, 8, 0, 0)
+    struct.pack_into("<BBxxxxHQ", notes, 16 + 16 * first, 1, 2, 0, 7)
+    ffi.memmove(region, bytes(notes), len(notes))
+    acked = bits("VIRTIO_F_VERSION_1", "VIRTIO_RING_F_EVENT_IDX", "VIRTIO_NET_F_MRG_RXBUF")
+    path.start(acked, memory, rings, Events())  # nothing is published yet
+    path.stop()
+    path.start(acked, memory, rings, Events())
+    assert not counts
+    driver.tx.publish()
+    assert [cable.receive()[12:18] for _ in range(2)] == [b"first\0", b"second"]
+    assert path.counters()["tx_in_doubt"] == 0
+    path.close()
+    cable.close()
+    driver.close()
+    memory.close()
+
+
+@only(SPLIT)
 @pytest.mark.parametrize(
     ("given", "before", "taken", "sent"),
     [(2, 7, 7, True), (2, 7, 8, False), (2, 7, 9, False), (1, 7, 7, False), (2, 7, None, False)],
