@@ -73,7 +73,7 @@ KILLS ?= 1000
 soak-kills: image ## kill the vhost-user back-end KILLS times (1000) under a guest that sends: nothing lost, nothing twice
 	@.venv/bin/python -m tests.perf.soak_kills --kills $(KILLS) $(ARGS)
 
-soak-bounds: setup ## endless reboots, reconnects and clients: memory, descriptors and disk stay flat
+soak-bounds: setup ## endless reboots, reconnects, clients: memory, descriptors and disk stay flat
 	@.venv/bin/python -m tests.perf.soak_bounds $(ARGS)
 
 MINUTES ?= 10
@@ -86,7 +86,7 @@ soak-options: image ## boot Linux with each row of docs/kernel-options.md, in th
 soak-share: image ## shares at their limits, the Rust virtiofsd, a whole Debian with systemd (root)
 	@PYVMM_SHARE=all $(PYTEST) -q tests/boot/test_share.py tests/boot/test_tree.py $(ARGS)
 
-check-kunit: setup ## the kunit.py of the kernel's source tree TREE by pyvmm (/dev/kvm, no compiling)
+check-kunit: setup ## the kunit.py of the kernel tree TREE, by pyvmm (/dev/kvm, no compiling)
 	@PYVMM_KERNEL_TREE=$(abspath $(TREE)) $(PYTEST) -q tests/host/test_kunit.py $(ARGS)
 
 clean: ## remove what was built here (not the caches in ~/.cache/pyvmm)

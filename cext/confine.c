@@ -53,7 +53,7 @@
 /* The first number of a call of the x32 ABI (__X32_SYSCALL_BIT). */
 #define X32_CALLS 0x40000000u
 
-/* The headers' own needs a structure that <termios.h> hides; C libraries differ in what they use. */
+/* The headers' own needs a structure that <termios.h> hides. C libraries differ in their use. */
 #undef TCSETS2
 #define TCSETS2 0x402c542b
 

@@ -441,8 +441,8 @@ static void ring_fault(struct pv_net_worker *w, int q, enum pv_fault fault)
 }
 
 /*
- * By the thread: if fd has gone, epoll is to look at it no more. Only then is the loss told, because
- * whoever hears of it closes fd.
+ * By the thread: if fd has gone, epoll is to look at fd no more. Only then is the loss told,
+ * because the supervisor closes fd when told.
  */
 static void unwatch_gone(struct pv_net_worker *w)
 {
@@ -1543,7 +1543,7 @@ static void cable_flush(struct pv_net_worker *w)
 }
 
 /*
- * The frame of the cable that is to be placed next, which stays where it is until cable_took(). NULL:
+ * The frame of the cable that is to be placed next, which stays there until cable_took(). NULL:
  * there is none.
  */
 static const uint8_t *cable_next(struct pv_net_worker *w, uint32_t *len)

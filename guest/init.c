@@ -374,7 +374,7 @@ static void no_share(unsigned int number, const char *path, int error)
 /*
  * Make the file system with tag @tag the root: read-only, below an overlay in memory, which takes
  * what the guest writes. The file systems of mount_all() move there: /proc first, by which the
- * others are named once this process is in the tree, where links of the tree lead where they should.
+ * others are named once this process is in the tree, where the tree's links lead where they should.
  * Returns 0 or an errno, with @number set to SHARE_OVERLAY if the overlay has failed.
  */
 static int enter_root(const char *tag, unsigned int *number)

@@ -156,21 +156,26 @@ def test_dhcp_gives_the_guests_address(card: Card) -> None:
     assert name_server(f"{HOST}/24") == DNS
 
 
+def talk(side: Card | Routed, server: socket.socket) -> None:
+    """A TCP connection from the guest to ``server``, with data both ways."""
+    port = server.getsockname()[1]
+    side.tcp(port, 1000, SYN, 99, 0)
+    _, _, seq, ack, flags, _ = segment(side.receive(is_tcp))
+    assert (flags, ack) == (SYN | ACK, 100)
+    side.tcp(port, 1000, ACK, 100, seq + 1)
+    side.tcp(port, 1000, PSH | ACK, 100, seq + 1, b"from the guest")
+    peer, _ = server.accept()
+    with peer:
+        assert peer.recv(100) == b"from the guest"
+        peer.sendall(b"from the host")
+        answer = segment(side.receive(lambda f: is_tcp(f) and bool(segment(f)[5])))
+        assert answer[5] == b"from the host"
+
+
 def test_tcp_to_the_hosts_loopback(card: Card) -> None:
     """A whole connection: data both ways, then the end."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        card.tcp(port, 1000, SYN, 99, 0)
-        _, _, seq, ack, flags, _ = segment(card.receive(is_tcp))
-        assert (flags, ack) == (SYN | ACK, 100)
-        card.tcp(port, 1000, ACK, 100, seq + 1)
-        card.tcp(port, 1000, PSH | ACK, 100, seq + 1, b"from the guest")
-        peer, _ = server.accept()
-        with peer:
-            assert peer.recv(100) == b"from the guest"
-            peer.sendall(b"from the host")
-            answer = segment(card.receive(lambda f: is_tcp(f) and bool(segment(f)[5])))
-            assert answer[5] == b"from the host"
+        talk(card, server)
         assert segment(card.receive(lambda f: is_tcp(f) and bool(segment(f)[4] & FIN)))
 
 
@@ -434,18 +439,7 @@ def routed() -> Iterator[Routed]:
 def test_packets_of_a_tap_leave_by_the_stack(routed: Routed) -> None:
     """TCP with data both ways, UDP; the stack knows where the guest is before it has asked."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        routed.tcp(port, 1000, SYN, 99, 0)
-        _, _, seq, ack, flags, _ = segment(routed.receive(is_tcp))
-        assert (flags, ack) == (SYN | ACK, 100)
-        routed.tcp(port, 1000, ACK, 100, seq + 1)
-        routed.tcp(port, 1000, PSH | ACK, 100, seq + 1, b"from the guest")
-        peer, _ = server.accept()
-        with peer:
-            assert peer.recv(100) == b"from the guest"
-            peer.sendall(b"from the host")
-            answer = segment(routed.receive(lambda f: is_tcp(f) and bool(segment(f)[5])))
-            assert answer[5] == b"from the host"
+        talk(routed, server)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
         datagrams.bind(("127.0.0.1", 0))
         datagrams.settimeout(20)
