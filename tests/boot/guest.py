@@ -371,15 +371,20 @@ def check_tcp(guest: Guest, nic: int = 0, *, megabytes: int = 2) -> None:
     assert server.result().status == 0, server.result()
 
 
+def serve_iperf(guest: Guest, options: str = "") -> None:
+    """Start an iperf3 server in the guest, and wait until it listens (proc(5), /proc/net/tcp)."""
+    guest.start(f"iperf3 -s {options}")
+    guest.do("until grep -q ':1451 .* 0A ' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done")
+
+
 def check_iperf(guest: Guest, nic: int = 0, *, megabytes: int = 4) -> None:
     """iperf3 both ways; it moves at least what it was asked to."""
-    guest.start("iperf3 -s")
+    serve_iperf(guest)
     address = nic_address(nic, "guest")
     try:
         for way in ("", "-R"):
             command = f"iperf3 -c {address} -n {megabytes}M --json {way}"
-            # Only the last attempt is printed: the server may not listen yet, or still be busy with
-            # the test before.
+            # Only the last attempt is printed: the server may still be busy with the one before.
             script = (
                 f'until text=$({command}) && echo "$text" | grep -q sum_sent; do sleep 0.5; done; '
                 'echo "$text"'

@@ -18,6 +18,7 @@ from tests.boot.guest import (
     check_traffic,
     exits_by_device,
     nic_address,
+    serve_iperf,
 )
 from tests.boot.test_net import OFFLOADS, RINGS, ethtool, interrupts, reload_driver
 
@@ -47,7 +48,7 @@ def udp_lost(guest: Guest, nic: int, *extra: str) -> dict[str, Any]:
     room = "sysctl -q -w net.core.rmem_max=8388608 net.core.wmem_max=8388608"
     guest.do(room)
     guest.host.sh(room)  # a network namespace has no limit of its own
-    guest.start("iperf3 -s -1")
+    serve_iperf(guest, "-1")
     to = nic_address(nic, "guest")
     command = f"iperf3 -u -c {to} -w 4M -b 2M -l 400 -t 4 --json {' '.join(extra)}"
     script = (
@@ -108,7 +109,7 @@ def test_queue_pairs(host: Host, mode: str) -> None:
         text = guest.do("ethtool -l eth0")
         assert [int(line.split()[1]) for line in text.splitlines() if "Combined" in line] == [4, 2]
         check_traffic(guest)
-        guest.start("iperf3 -s")
+        serve_iperf(guest)
         flood = host.start(
             *guest.inside(0), *f"iperf3 -c {nic_address(0, 'guest')} -t 12 -P 4 --json".split()
         )
@@ -116,6 +117,7 @@ def test_queue_pairs(host: Host, mode: str) -> None:
             guest.do(f"ethtool -L eth0 combined {pairs}")
             check_ping(guest)
         result = flood.result()
+        assert result.status == 0, result
         assert json.loads(result.out)["end"]["sum_received"]["bytes"] > 1 << 20, result
         guest.do("killall iperf3; ethtool -L eth0 combined 4")
         check_traffic(guest)

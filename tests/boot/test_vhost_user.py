@@ -329,7 +329,7 @@ def test_the_report_says_what_went_wrong_and_that_the_driver_noticed_nothing(
         "no answer in time",
         "descriptors",
     ):
-        assert words in problems, (words, problems)
+        assert words in problems, f"{words!r} is not in:\n{problems}"
 
 
 @pytest.mark.usefixtures("nothing_left")
