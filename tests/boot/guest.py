@@ -69,7 +69,7 @@ class Host:
 
     @staticmethod
     def wait_until(
-        good: Callable[[], bool], problem: Callable[[], str] | str, timeout: float = PATIENCE / 6
+        good: Callable[[], bool], problem: Callable[[], str] | str, timeout: float = PATIENCE
     ) -> None:
         """Wait for a condition, or fail with what ``problem`` says."""
         until = time.monotonic() + timeout
