@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 RUNNING = ACK | DRIVER | FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK
 #: Seconds that whoever is not to wait may take on a busy machine.
-PROMPT = 2.0
+PROMPT = 30.0
 
 
 class Slow(EmulatedNet):

@@ -15,7 +15,7 @@ import pytest
 from pyvmm._ext import lib
 from pyvmm.bus import PIO
 from pyvmm.devices.console import Console
-from tests.driver import wait_for
+from tests.driver import PATIENCE, wait_for
 from tests.pci_guest import Board
 
 if TYPE_CHECKING:
@@ -353,5 +353,5 @@ def test_any_accesses_leave_a_port_that_works(port: Any) -> None:
     assert bytes((port.get(RX), port.get(RX))) == b"in"
     for b in b"<out>":
         port.set(TX, b)
-    port.console.expect("<out>", 5)
+    port.console.expect("<out>", PATIENCE)
     assert port.console.dropped == 0

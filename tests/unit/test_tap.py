@@ -33,7 +33,7 @@ from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.tap import Interface, Tap
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import virtio, virtio_net
-from tests.driver import Events, NetDriver, wait_for
+from tests.driver import PATIENCE, Events, NetDriver, wait_for
 from tests.strangers import need_readable_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +95,7 @@ def inside(ns: Namespace, source: str, **kw: Any) -> subprocess.Popen[str]:
 
 def run_inside(ns: Namespace, source: str) -> str:
     p = inside(ns, source)
-    out, _ = p.communicate(timeout=20)
+    out, _ = p.communicate(timeout=PATIENCE)
     assert p.returncode == 0
     return out.strip()
 
@@ -315,7 +315,7 @@ def test_a_tap_that_was_made_is_gone_even_after_sigkill(namespace: Namespace) ->
     p.wait()
     p.stdout.close()
     p.stdin.close()
-    assert wait_for(lambda: "own0" not in links(namespace), 5)
+    assert wait_for(lambda: "own0" not in links(namespace), PATIENCE)
 
 
 def test_a_tap_of_the_users_is_left_as_it_was(namespace: Namespace) -> None:
@@ -405,7 +405,7 @@ class Guest:
             hits = [p for p in self.driver.received if p[24:26] == b"\x08\0" and p[35] == 17]
             return [p for p in hits if struct.unpack_from(">H", p, 48)[0] == port]
 
-        assert wait_for(lambda: len(find()) >= count, 5)
+        assert wait_for(lambda: len(find()) >= count, PATIENCE)
         return find()
 
     def close(self) -> None:
@@ -471,7 +471,7 @@ def test_datagrams_in_segments(namespace: Namespace) -> None:
         stack.callback(guest.close)
         s = stack.enter_context(namespace.socket(socket.AF_INET, socket.SOCK_DGRAM))
         s.bind(("192.168.91.1", 5000))
-        s.settimeout(5)
+        s.settimeout(PATIENCE)
         s.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 700)
         data = os.urandom(7000)
         s.sendto(data, ("192.168.91.2", 4000))
@@ -523,7 +523,7 @@ def test_segments_in_a_tunnel(namespace: Namespace) -> None:
         stack.callback(guest.close)
         s = stack.enter_context(namespace.socket(socket.AF_INET, socket.SOCK_DGRAM))
         s.bind(("10.9.0.1", 5000))
-        s.settimeout(5)
+        s.settimeout(PATIENCE)
         s.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 700)
         data = os.urandom(7000)
 
@@ -584,7 +584,7 @@ def test_a_hash_before_each_frame(namespace: Namespace) -> None:
         g.start(rings)
         with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             s.bind(("192.168.91.1", 5000))
-            s.settimeout(5)
+            s.settimeout(PATIENCE)
             s.sendto(b"hello", ("192.168.91.2", 4000))
 
             def find() -> list[bytes]:
@@ -613,7 +613,7 @@ def test_a_hash_before_each_frame(namespace: Namespace) -> None:
 def test_udp_to_the_host_and_what_the_tap_refuses(namespace: Namespace, guest: Guest) -> None:
     with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.bind(("192.168.91.1", 5000))
-        s.settimeout(5)
+        s.settimeout(PATIENCE)
         mac = mac_of(namespace)
         udp = struct.pack(">HHHH", 4000, 5000, 8 + 5, 0) + b"hello"
         ip = (
@@ -655,7 +655,7 @@ def mac_of(ns: Namespace) -> bytes:
 
 def test_a_deleted_tap_is_link_down_without_a_busy_loop(namespace: Namespace, guest: Guest) -> None:
     namespace.run(["ip", "link", "del", "tap0"], check=True)
-    assert wait_for(lambda: guest.links == [False], 5)
+    assert wait_for(lambda: guest.links == [False], PATIENCE)
     guest.driver.send(bytes(60))
     assert wait_for(lambda: guest.driver.tx.outstanding == 0)
     before = guest.path.counters()["wakeups"]
@@ -674,7 +674,7 @@ def test_a_tap_that_is_made_again_is_used_again(namespace: Namespace) -> None:
         import subprocess
         from pyvmm.datapath.emulated import EmulatedNet
         from pyvmm.memory import GuestMemory
-        from tests.driver import Events, NetDriver, wait_for
+        from tests.driver import PATIENCE, Events, NetDriver, wait_for
 
         def ip(*args):
             subprocess.run(["ip", *args], check=True)
@@ -743,7 +743,7 @@ def test_what_a_move_needs(namespace: Namespace) -> None:
     assert tap.discard() >= 3 and not tap.waiting()
     with namespace.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as s:
         s.bind(("tap0", 3))
-        s.settimeout(10)
+        s.settimeout(PATIENCE)
         assert tap.announce(bytes.fromhex("525400123456"))
         while (data := s.recv(2000))[12:14] != b"\x80\x35":
             pass

@@ -102,7 +102,7 @@ class Agent:
 
     def next(self, kind: int) -> tuple[int, bytes]:
         """Receive the next frame, which must be of ``kind``; returns (stream, payload)."""
-        self.sock.settimeout(10)
+        self.sock.settimeout(60)
         while not self.ready:
             self.ready += self.framer.feed(self.sock.recv(65536))
         got, _channel, stream, payload = self.ready.pop(0)
