@@ -264,6 +264,10 @@ class Watcher:
         """Try once to have a session again, and to resume with it."""
         try:
             channel = self._connector.connect(None, self._end.fileno())
+        except Stranger as e:
+            self._history.count("refusals")
+            self._history.note(f"not resumed: {e}")
+            return None
         except PyvmmError:
             return None  # the back-end is not there yet
         finally:

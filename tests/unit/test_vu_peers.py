@@ -285,6 +285,28 @@ def test_a_stranger_s_listener_is_refused(public: str) -> None:
 
 
 @as_root
+def test_a_stranger_that_takes_a_lost_back_end_s_place_is_in_the_report(public: str) -> None:
+    path = f"{public}/s"
+    with Running(path):
+        guest = Guest(path)
+        echo(guest.start(), range(10))
+    with guest:
+        said = f"user with id {STRANGER}"
+        argv = [PYTHON, "-c", LISTEN, path]
+        with subprocess.Popen(argv, user=STRANGER, stdout=subprocess.PIPE) as squatter:
+            try:
+                assert squatter.stdout is not None
+                squatter.stdout.readline()
+                assert wait_for(lambda: any(said in p for p in guest.path.problems), PATIENCE)
+                assert guest.path.counters()["refusals"] and not guest.path.connected
+            finally:
+                squatter.kill()
+        with Running(path):
+            assert guest.connected(2)
+            echo(guest, range(10))
+
+
+@as_root
 def test_a_stranger_is_not_served(public: str) -> None:
     path = f"{public}/s"
     with Running(path) as running:
