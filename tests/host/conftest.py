@@ -14,6 +14,7 @@ from pyvmm.kvm import Kvm
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory import GuestMemory
 from tests.descriptors import open_fds
+from tests.host.taps import of_another
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,8 +57,7 @@ def nothing_left_behind() -> Iterator[None]:
         status = Path("/proc/self/status").read_text().splitlines()
         confined = [line for line in status if line.startswith(("NoNewPrivs:", "Seccomp:"))]
         taps = [p.name for p in Path("/sys/class/net").iterdir()]
-        # Those of test_jail, which may run in another worker, and which looks after them itself.
-        return children, sorted(n for n in taps if not n.startswith("pyvmmj")), confined
+        return children, sorted(name for name in taps if not of_another(name)), confined
 
     before, fds = state(), open_fds()
     yield

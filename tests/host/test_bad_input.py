@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.spec import linux_boot as lb
+from tests.driver import PATIENCE
+from tests.host.taps import own_tap
 from tests.strangers import BECOME, need_readable_checkout
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +40,7 @@ def spawn(args: list[str], prefix: list[str] | None = None) -> subprocess.Popen[
 def refuse(args: list[str], code: int, text: str, prefix: list[str] | None = None) -> None:
     """Run, and expect one line with ``text`` and the exit code."""
     with spawn(args, prefix) as child:
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate(timeout=PATIENCE)
     assert (child.returncode, out) == (code, ""), err
     assert err.startswith("pyvmm: ") and err.count("\n") == 1, err
     assert text in err
@@ -187,12 +189,13 @@ def test_busy_tap(guest: Guest) -> None:
         pytest.skip("needs root to make a tap")
     from pyvmm.hostnet.tap import Tap
 
-    tap = Tap("pvbusy0")
+    name = own_tap("busy")
+    tap = Tap(name)
     try:
         refuse(
-            ["--kernel", guest("hello"), "--net", "emulated,tap=pvbusy0"],
+            ["--kernel", guest("hello"), "--net", f"emulated,tap={name}"],
             106,
-            "tap pvbusy0 is in use",
+            f"tap {name} is in use",
         )
     finally:
         tap.close()
@@ -222,19 +225,20 @@ def devices_for_all() -> Iterator[list[str]]:
 
 def test_forbidden_tap(guest: Guest, devices_for_all: list[str]) -> None:
     prefix = [*devices_for_all, *as_nobody()]
-    refuse(["--kernel", guest("hello"), "--net", "emulated,tap=pvnone0"], 107, "pvnone0", prefix)
+    name = own_tap("none")
+    refuse(["--kernel", guest("hello"), "--net", f"emulated,tap={name}"], 107, name, prefix)
 
 
 def test_killed_machine_leaves_nothing(guest: Guest) -> None:
     """SIGKILL: the tap goes with the process, since nothing else holds it."""
     if os.geteuid():
         pytest.skip("needs root to make a tap")
-    with spawn(
-        ["--kernel", guest("reset"), "--append", "how=hang", "--net", "emulated,tap=pvkill0"]
-    ) as child:
+    name = own_tap("kill")
+    hang = ["--kernel", guest("reset"), "--append", "how=hang"]
+    with spawn([*hang, "--net", f"emulated,tap={name}"]) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "reset: by hang\n"
-        assert Path("/sys/class/net/pvkill0").exists()
+        assert Path("/sys/class/net", name).exists()
         child.kill()
     assert child.returncode == -signal.SIGKILL
 
@@ -273,7 +277,7 @@ def test_killed_at_any_time(guest: Guest) -> None:
 )
 def test_exit_status_of_every_end(guest: Guest, how: str, status: int) -> None:
     with spawn(["--kernel", guest("reset"), "--net", "none", "--append", f"how={how}"]) as child:
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == status, err
     assert (status == 0) == (not err)
 
@@ -282,6 +286,6 @@ def test_time_out_status(guest: Guest) -> None:
     with spawn(
         ["--kernel", guest("reset"), "--append", "how=hang", "--net", "none", "--timeout", "0.5"]
     ) as child:
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 124
     assert "did not end in time" in err

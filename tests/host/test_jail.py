@@ -23,6 +23,7 @@ from pyvmm.errors import UsageError
 from pyvmm.host import cgroup
 from pyvmm.jailopt import Jail
 from tests.driver import wait_for
+from tests.host.taps import own_tap
 from tests.host.test_confined import status_of, threads
 from tests.host.test_sandbox import ask, busy, running
 from tests.inject import EXECVE
@@ -456,10 +457,10 @@ def test_nothing_is_left(guest: Guest, whom: str) -> None:
     with them.
     """
     mounts = Path("/proc/self/mountinfo").read_text()
-    links = names("/sys/class/net")
-    with jailed(guest, "--net", "emulated,tap=pyvmmj0") as (outside, pid):
+    tap = own_tap("jail")
+    with jailed(guest, "--net", f"emulated,tap={tap}") as (outside, pid):
         processes = below(outside.pid)
-        assert "pyvmmj0" in names("/sys/class/net")
+        assert tap in names("/sys/class/net")
         victim = {"outside": outside.pid, "first": processes[0], "vmm": pid}[whom]
         os.kill(victim, signal.SIGKILL)
         _, err = outside.communicate(timeout=PATIENCE)
@@ -469,21 +470,22 @@ def test_nothing_is_left(guest: Guest, whom: str) -> None:
     else:
         assert outside.returncode == 128 + signal.SIGKILL
         assert "pyvmm: the process in the jail was killed (SIGKILL)\n" in err, err
-    assert wait_for(lambda: names("/sys/class/net") == links)
+    assert wait_for(lambda: tap not in names("/sys/class/net"))
     assert Path("/proc/self/mountinfo").read_text() == mounts
 
 
 def test_a_tap_of_the_host(guest: Guest, tmp_path: Path) -> None:
     """It is opened outside, and there is no other way out of the jail."""
     report = tmp_path / "r.json"
+    tap = own_tap("jail")
     done = run("--kernel", guest("pcinet"), "--memory", "4M", "--append", "count=20",
-               "--net", "emulated,tap=pyvmmj1,host=192.168.100.1/24,mtu=2000",
+               "--net", f"emulated,tap={tap},host=192.168.100.1/24,mtu=2000",
                "--report", str(report))  # fmt: skip
     assert done.returncode == 0, done
-    assert "there was no tap pyvmmj1; it has been made" in done.stderr
+    assert f"there was no tap {tap}; it has been made" in done.stderr
     (nic,) = json.loads(report.read_text())["nets"]
     assert nic["mode"] == "emulated"
-    assert "pyvmmj1" not in names("/sys/class/net")
+    assert tap not in names("/sys/class/net")
 
 
 def test_back_ends(guest: Guest, tmp_path: Path) -> None:
