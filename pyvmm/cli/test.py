@@ -236,6 +236,7 @@ def _run(args: argparse.Namespace, cases: list[Case]) -> int:
 
 def _in_jail(args: argparse.Namespace, cases: list[Case]) -> int:
     """Run all the cases in one jail."""
+    from pyvmm import sandbox
     from pyvmm.assembly import initrd_files
     from pyvmm.cli.support.jailed import run_in
     from pyvmm.cli.support.signals import orderly
@@ -249,13 +250,16 @@ def _in_jail(args: argparse.Namespace, cases: list[Case]) -> int:
         except UsageError:
             continue  # the kernel's verdict will report it
         args.jail.check(memory, cpus=case.cpus, cards=0, machines=args.jobs)
+    # One after another, and each with a start and an orderly end (``jail``).
+    longest = sum(case.timeout + 3 * sandbox.ORDERLY_S for case in cases if not case.skip)
     with Outputs({"--junit": args.junit, "--json": args.json}) as outputs:
 
         def body() -> int:
             outputs.leave_files()
             return orderly(lambda: outputs.status(_attend(args, cases, outputs)))
 
-        return outputs.status(run_in(args.jail, body, files=files, keep=outputs.filenos()))
+        status = run_in(args.jail, body, files=files, keep=outputs.filenos(), timeout=longest)
+        return outputs.status(status)
 
 
 def _attend(args: argparse.Namespace, cases: list[Case], outputs: Outputs) -> int:

@@ -438,6 +438,28 @@ def test_who_does_not_listen_is_killed() -> None:
     assert done.returncode == 256 - signal.SIGKILL
 
 
+#: ``pyvmm test`` whose process in the jail has forgotten the time-out of its kernel.
+FORGOT = (
+    "import sys, time; from pyvmm import cli, sandbox; from pyvmm.cli import test; "
+    "sandbox.ORDERLY_S = 0.1; test._attend = lambda *args: time.sleep(600); sys.exit(cli.main())"
+)
+
+
+def test_kernels_whose_time_is_over_are_killed(guest: Guest) -> None:
+    """By the process outside, however many of them the jail has."""
+    argv = [sys.executable, "-c", FORGOT, "test", "--host", "local", *OPTION, "--timeout", "0.5"]
+    done = subprocess.run(
+        [*argv, guest("hello"), guest("smp")],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    line = "pyvmm: the process in the jail was killed (SIGKILL)\n"
+    assert (done.returncode, done.stderr) == (128 + signal.SIGKILL, line), done
+
+
 def test_ctrl_c_while_the_jail_is_made(guest: Guest) -> None:
     """It is not lost, and ends the run in order."""
     for part in range(20):
