@@ -26,11 +26,12 @@ NAMES = {OPENAT: "openat", SOCKET: "socket", EXECVE: "execve", PTRACE: "ptrace"}
 
 
 def threads(pid: int) -> dict[str, int]:
-    out = {}
+    """By their names. A new thread has its maker's name at first: then neither is there."""
+    found: dict[str, list[int]] = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):  # it has ended
-            out[(task / "comm").read_text().strip()] = int(task.name)
-    return out
+            found.setdefault((task / "comm").read_text().strip(), []).append(int(task.name))
+    return {name: tids[0] for name, tids in found.items() if len(tids) == 1}
 
 
 def status_of(tid: int, field: str) -> str:
