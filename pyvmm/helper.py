@@ -54,10 +54,12 @@ else:
 #: The size of the longest message, in bytes: a traceback.
 MESSAGE_MAX = 1 << 16
 BACKEND, USER_NETWORK = "pyvmm.backend.process", "pyvmm.hostnet.slirp"
+VDUSE_KEEPER = "pyvmm.backend.vduse_keeper"
 #: The modules that may be started -> what messages call them, and how many of their words are free:
 #: the others have to be permitted (``permit_start``).
 MODULES = {
     BACKEND: ("a back-end of pyvmm's", None),
+    VDUSE_KEEPER: ("a vDPA device of pyvmm's", None),
     USER_NETWORK: ("a user network with this loopback= and hostfwd=", 6),
 }
 #: Name -> the function that does it: of a module that is imported when it is needed.
@@ -73,6 +75,8 @@ OPERATIONS = {
     "remove": "pyvmm.hostnet.sockets:remove_named",
     "open": "pyvmm.helper:_open_to_read",
     "packets": "pyvmm.hostnet.packets:open_described",
+    "vdpa": "pyvmm.datapath.vdpa_device:open_described",
+    "vduse": "pyvmm.backend.vduse:remove_described",
 }
 #: Operations whose first word has to be permitted; and so has ``start``, see ``MODULES``.
 NAMED = ("connect", "listen", "remove", "tap", "macvtap", "open")
@@ -80,6 +84,8 @@ NAMED = ("connect", "listen", "remove", "tap", "macvtap", "open")
 NEEDS = {
     "interface": "pyvmm.hostnet.tap:interface_needs",
     "packets": "pyvmm.hostnet.packets:needs",
+    "vdpa": "pyvmm.backend.vduse:needs",
+    "vduse": "pyvmm.backend.vduse:needs_to_remove",
 }
 
 
@@ -425,16 +431,21 @@ def _serve(channel: _socket.socket) -> None:
         os.dup2(null, fd)  # nobody waits for the end of the output because of this process
     os.close(null)
     rules, parent = _Rules(), os.getppid()
-    while True:
-        data, fds = recv_fds(channel, MESSAGE_MAX, FDS_MAX)
-        if not data:
-            return
+    while _serve_one(channel, rules, parent):
+        pass
+
+
+def _serve_one(channel: _socket.socket, rules: _Rules, parent: int) -> bool:
+    """Answer one request of the VMM; False if it has closed its end."""
+    data, fds = recv_fds(channel, MESSAGE_MAX, FDS_MAX)
+    try:
         words = data.decode(errors="surrogateescape").split("\0")
-        try:
-            answer(channel, lambda: _do(rules, parent, words, fds))  # noqa: B023 - called at once
-        finally:
-            for fd in fds:
-                os.close(fd)
+        if data:
+            answer(channel, lambda: _do(rules, parent, words, fds))
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return bool(data)
 
 
 def _do(rules: _Rules, parent: int, words: list[str], fds: list[int]) -> Result:
@@ -445,7 +456,12 @@ def _do(rules: _Rules, parent: int, words: list[str], fds: list[int]) -> Result:
             rules.check(operation, rest[0])
         if operation in NEEDS:
             for kind, name in _function(NEEDS[operation])(rest):
-                words_for = {"setting": f"a change of {rest[0]}", "packets": f"tap {rest[0]}"}
+                words_for = {
+                    "setting": f"a change of {rest[0]}",
+                    "packets": f"tap {rest[0]}",
+                    "vdpa": f"device={rest[0]}",
+                    "vduse": "a vDPA device of pyvmm's",
+                }
                 rules.check(kind, name, words_for.get(kind, ""))
         return _operation(operation)(rest)
     if operation in ("permit", "seal"):

@@ -57,7 +57,7 @@ class Sandbox:
         self._want, self._nets, self._devices = want, nets, devices
         self._wake: EventFd | None = None
         self._closed = False
-        why = _why_not(nets)
+        why = _why_not()
         without = "" if why else _why_no_files()
         if want == "on" and (why or without):
             raise SandboxError(f"--sandbox on: {why or without}", "use --sandbox auto, or off")
@@ -100,6 +100,8 @@ class Sandbox:
                 helper.permit("interface", net.bridge)
             if net.macvtap:
                 helper.permit("macvtap", net.macvtap)
+            if "vhost-vdpa" in (net.mode, *net.switchable):
+                _permit_vdpa(net.device)
         for device in self._devices:
             if device.socket:
                 _permit_socket(device.socket, listens=device.server)
@@ -182,6 +184,18 @@ def _permit_socket(path: str, *, listens: bool) -> None:
         helper.permit("remove", path)
 
 
+def _permit_vdpa(device: str) -> None:
+    """:param device: of ``Net``; empty for one of pyvmm's own."""
+    if device:
+        from pyvmm.datapath.vdpa_device import raise_memlock
+
+        helper.permit("vdpa", device)
+        raise_memlock()  # now, while this process may
+    else:
+        helper.permit_start(helper.VDUSE_KEEPER)
+        helper.permit("vduse", "")
+
+
 def _check(done: int) -> None:
     if done < 0:
         raise SandboxError(
@@ -208,14 +222,12 @@ def _watch(event: EventFd, stopped: Callable[[str, str], None]) -> None:
     Thread(target=watch, name="sandbox", daemon=True).start()
 
 
-def _why_not(nets: Sequence[Net]) -> str:
+def _why_not() -> str:
     """Why this process cannot be confined; empty if it can."""
     if not lib.pv_has_seccomp():
         return _NO_SECCOMP
     if _confined:
         return "this process is confined already, for another machine"
-    if any("vhost-vdpa" in (net.mode, *net.switchable) for net in nets):
-        return "vhost-vdpa makes and maps devices while the guest runs"
     return ""
 
 

@@ -586,12 +586,41 @@ def remove(name: str) -> None:
             _destroy(control, name)
 
 
-def own_name(number: int) -> str:
-    """The name of a device of this process's own, from which ``remove_orphans`` of another process
-    learns whether the owner still runs.
+def own_name(number: int, pid: int) -> str:
+    """The name of a device of process ``pid``'s own, from which ``remove_orphans`` of another
+    process learns whether the owner still runs.
     """
-    pid = os.getpid()
     return f"{OWN_PREFIX}{pid}-{_start_of(pid)}-{_pid_namespace()}-{number}"
+
+
+def needs(words: list[str]) -> list[tuple[str, str]]:
+    """The permissions that the helper of a VMM needs to open the device ``words[0]``: for all
+    devices of the VMM's own the same, for others by this name.
+    """
+    return [("vduse", "") if _is_own(words[0]) else ("vdpa", words[0])]
+
+
+def needs_to_remove(words: list[str]) -> list[tuple[str, str]]:
+    """The permissions to remove it: as ``needs``, but nobody has one for another's device. Orphans,
+    whose name here is empty, are as one's own.
+    """
+    return [("vduse", "" if _is_own(words[0]) else words[0])]
+
+
+def _is_own(name: str) -> bool:
+    """Whether it is the name of a device of the process whose helper this one is."""
+    return name.startswith(own_name(0, os.getppid()).removesuffix("0"))
+
+
+def remove_described(words: list[str]) -> tuple[list[str], list[int]]:
+    """Remove the device ``words[0]`` whose server has ended, or all orphans if that is empty; an
+    operation of ``helper``.
+    """
+    if words[0]:
+        remove(words[0])
+    else:
+        remove_orphans()
+    return [], []
 
 
 def remove_orphans() -> None:

@@ -16,7 +16,15 @@ from contextlib import suppress
 from pyvmm.backend.net import NetService
 from pyvmm.backend.ports import LentTap
 from pyvmm.backend.process import READY, confine, end_of, follow
-from pyvmm.backend.vduse import REQUESTS, VduseBackend, offer, remove, set_timeout, take_back
+from pyvmm.backend.vduse import (
+    REQUESTS,
+    VduseBackend,
+    offer,
+    own_name,
+    remove,
+    set_timeout,
+    take_back,
+)
 from pyvmm.backend.vduse_process import LINE_MAX, START_S
 from pyvmm.errors import PyvmmError, ThreadStopped
 from pyvmm.fd import Fd
@@ -136,7 +144,8 @@ def keep(name: str, control: socket.socket, port: LentTap) -> None:
 if __name__ == "__main__":
     number = [int(word) for word in sys.argv[4:]]
     keep(
-        sys.argv[1],
+        # The parent may be somebody else's, and says which of its own devices this is.
+        own_name(int(sys.argv[1]), os.getppid()),
         socket.socket(fileno=int(sys.argv[2])),
         LentTap(sys.argv[3], [Fd(fd) for fd in number[2:]], number[0], number[1]),
     )

@@ -13,17 +13,19 @@ how the server ended, if it does so by itself.
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import subprocess
 import threading
 
-from pyvmm.backend.vduse import own_name, remove, remove_orphans
+from pyvmm import helper
+from pyvmm.backend.vduse import own_name
 from pyvmm.errors import VdpaError
-from pyvmm.programs import module
 from pyvmm.vhostuser.wire import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.helper import Child
     from pyvmm.hostnet.tap import Tap
 
 #: Seconds for the child to make the device, and to remove it.
@@ -40,11 +42,12 @@ class VduseProcess:
 
     def __init__(self, tap: Tap) -> None:
         self._tap = tap
-        self._name = own_name(next(_numbers))
+        self._number = next(_numbers)
+        self._name = own_name(self._number, os.getpid())
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._control: socket.socket | None = None
-        self._path = self._obituary = ""
+        self._obituary = ""
 
     def fileno(self) -> int:
         """Readable when the device has lost its server; -1 while there is none."""
@@ -60,7 +63,8 @@ class VduseProcess:
             return self._obituary
 
     def device(self) -> str:
-        """The path of the device for vhost-vdpa; of another one if that has lost its server.
+        """The name of the device for vhost-vdpa; another device has it if the first has lost its
+        server.
 
         :raises VdpaError: the child does not start, or cannot make the device.
         """
@@ -70,23 +74,18 @@ class VduseProcess:
                 self._end()
             if self._child is None:
                 self._start()
-            return self._path
+            return self._name
 
     def _start(self) -> None:
-        remove_orphans()
+        helper.do("vduse", "")
         self._obituary = ""
         tap = self._tap
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         lent = [theirs.fileno(), *(fd.fileno() for fd in tap.fds)]
-        words = [self._name, str(lent[0]), tap.name, str(tap.mtu), str(tap.features())]
+        words = [str(self._number), str(lent[0]), tap.name, str(tap.mtu), str(tap.features())]
         try:
-            self._child = subprocess.Popen(
-                module("pyvmm.backend.vduse_keeper", *words, *map(str, lent[1:])),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=lent,
-                start_new_session=True,  # Ctrl-C is for us
-            )
+            words += map(str, lent[1:])
+            self._child = helper.start_module(helper.VDUSE_KEEPER, words, lent)
         except OSError as e:
             ours.close()
             raise VdpaError(f"cannot start our own vDPA device: {e.strerror}") from e
@@ -102,7 +101,6 @@ class VduseProcess:
                 said.decode(errors="replace") or "our own vDPA device does not start",
                 "" if said else "as root: modprobe vduse vhost_vdpa",
             )
-        self._path = said.decode()
 
     def _end(self) -> None:
         """Have the child remove the device and end; do so in its place if it does not."""
@@ -114,9 +112,9 @@ class VduseProcess:
             try:
                 child.wait(END_S)
             except subprocess.TimeoutExpired:
-                child.kill()
+                helper.kill(child)
                 child.wait()
-            remove(self._name)
+            helper.do("vduse", self._name)
 
     def close(self) -> None:
         """End the child; the data path has closed the device. A second call does nothing."""

@@ -8,7 +8,6 @@ import threading
 from _weakrefset import WeakSet  # as threading takes it: the module weakref has much else
 from contextlib import ExitStack
 
-from pyvmm import helper
 from pyvmm.datapath.capture import CapturePoint
 from pyvmm.datapath.impair import ImpairPoint
 from pyvmm.errors import HostError, UsageError
@@ -136,11 +135,6 @@ class Uplink:
         self._state = threading.Lock()  # held for a moment only; guards:
         self._paths: WeakSet[DataPath] = WeakSet()  # all that may be cut
         self._cut = False
-        if helper.sealed() and "vhost-vdpa" in (net.mode, *net.switchable):
-            raise UsageError(
-                "vhost-vdpa: a confined machine cannot make and map its devices",
-                "start with --sandbox off",
-            )
         if net.mode == "user":
             from pyvmm.hostnet.slirp import UserStack, name_server
 

@@ -14,8 +14,9 @@ import resource
 import time
 from contextlib import suppress
 
+from pyvmm import helper
 from pyvmm._ext import ffi, lib
-from pyvmm.datapath.vhost_device import VhostFd
+from pyvmm.datapath.vhost_device import VhostFd, open_device
 from pyvmm.errors import HostError, VdpaError
 from pyvmm.memory import PAGE
 from pyvmm.spec.virtio import (
@@ -100,6 +101,20 @@ def driver(name: str) -> str:
         return ""
 
 
+def open_described(words: list[str]) -> tuple[list[str], list[int]]:
+    """Open a vDPA device; an operation of ``helper``.
+
+    :param words: the device, see ``find``.
+    :returns: the path, the device's name, or else the path's last part; and a descriptor.
+    :raises VdpaError: it cannot be found or opened.
+    """
+    path, name = find(words[0])
+    try:
+        return [path, name or os.path.basename(path)], [open_device(path)]
+    except OSError as e:
+        raise VdpaError(*_why_not(path, e)) from e
+
+
 def _name(node: str) -> str:
     return next((n for n in names() if os.path.exists(f"{DEVICES}/{n}/{node}")), "")
 
@@ -119,12 +134,8 @@ class Vdpa(VhostFd):
     """
 
     def __init__(self, device: str, recorder: Any = None) -> None:
-        self.path, name = find(device)
-        self.name = name or os.path.basename(self.path)
-        try:
-            super().__init__(self.path, recorder)
-        except OSError as e:
-            raise VdpaError(*_why_not(self.path, e)) from e
+        (self.path, self.name), (fd,) = helper.do("vdpa", device)
+        super().__init__(self.path, recorder, fd)
         try:
             self.ioctl("VHOST_SET_OWNER")
             kind = self.number("VHOST_VDPA_GET_DEVICE_ID", "uint32_t")
@@ -266,7 +277,7 @@ class Vdpa(VhostFd):
                     f" memory at {at:#x} to {at + length - 1:#x}",
                     "lower --memory",
                 )
-        _raise_memlock(size)
+        raise_memlock(size)
         try:
             self._batch(lib.VHOST_IOTLB_UPDATE, mappings, space)
         except OSError as e:
@@ -351,10 +362,13 @@ def _ranges_max() -> str:
         return "max_iotlb_entries"
 
 
-def _raise_memlock(size: int) -> None:
-    """Raise our own limit of locked memory as far as we may, if it is too low."""
+def raise_memlock(size: int | None = None) -> None:
+    """Raise our own limit of locked memory as far as we may, if it is too low.
+
+    :param size: bytes that will be locked; None: nobody knows yet.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY or soft >= 2 * size:
+    if soft == resource.RLIM_INFINITY or (size is not None and soft >= 2 * size):
         return
     for limit in (resource.RLIM_INFINITY, hard):
         try:

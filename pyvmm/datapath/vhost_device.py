@@ -23,16 +23,22 @@ if TYPE_CHECKING:
 VHOST_NET = "/dev/vhost-net"
 
 
+def open_device(path: str) -> int:
+    """Open a device; returns a descriptor. :raises OSError: from open(2)."""
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
 class VhostFd(Fd):
     """A vhost device of the kernel: its ioctls, and those that all kinds of devices have.
 
     :param recorder: a ``kvm.recorder.Scope`` for every ioctl, or None.
+    :param fd: the device, if somebody has opened it; owned from here on.
     :raises OSError: the device cannot be opened.
     """
 
-    def __init__(self, path: str, recorder: Any = None) -> None:
+    def __init__(self, path: str, recorder: Any = None, fd: int | None = None) -> None:
         self._recorder, self._name = recorder, path.rpartition("/")[2]
-        super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+        super().__init__(open_device(path) if fd is None else fd)
 
     def ioctl(self, name: str, arg: Any = ffi.NULL) -> Any:
         """Make an ioctl; returns ``arg``.

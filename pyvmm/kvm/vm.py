@@ -17,6 +17,7 @@ from pyvmm.spec.platform import (
     KVM_TSS_BASE,
     PIC_PCI_LINES,
 )
+from pyvmm.threads import aside
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -271,7 +272,8 @@ class Vm:
         region.slot, region.guest_phys_addr = slot, gpa
         region.memory_size, region.userspace_addr = size, host
         begin = time.monotonic_ns()
-        ioctl(self.fileno(), "KVM_SET_USER_MEMORY_REGION", region)
+        # A vCPU's thread does not change the guest's memory itself, see ``threads.narrow``.
+        aside(lambda: ioctl(self.fileno(), "KVM_SET_USER_MEMORY_REGION", region))
         self._record(
             "KVM_SET_USER_MEMORY_REGION", begin, {"slot": slot, "address": gpa, "size": size}
         )

@@ -111,6 +111,7 @@ def test_own_device(vdpa: Host) -> None:
         guest.log_in(len(guest.stdout))
         check_ping(guest)
         guest.leave()
+        assert guest.report["sandbox"] == "on"
         nic = guest.report["nets"][0]
         assert nic["vhost_vdpa"]["queue_pairs"] == 2 and not nic["vhost_vdpa"]["suspend"]
         counters = nic["counters"]
@@ -145,7 +146,9 @@ def test_own_device_dies(vdpa: Host, tmp_path: Path) -> None:
             assert result.status == 0 and f"-> {mode}, gap " in result.out, result
             check_ping(guest)
         guest.leave()
-        nic = json.loads((tmp_path / "report").read_text())["nets"][0]
+        report = json.loads((tmp_path / "report").read_text())
+        nic = report["nets"][0]
+        assert report["sandbox"] == "on", "what the two switches took, the helper did"
         assert nic["faults"] == ["our own vDPA device has lost its server: it was killed (SIGKILL)"]
     with Guest(vdpa, "--net", "vhost-vdpa", report=False) as guest:
         left = vdpa.sh(f"ls /dev/vduse | grep ^pyvmm-{guest.pid}-").strip()
@@ -187,7 +190,10 @@ def test_simulator(vdpa: Host, tmp_path: Path) -> None:
             assert result.status == 0 and f"net0: {old} -> {new}, gap " in result.out, result
             assert come_back(guest) == (new == "vhost-vdpa"), new
         guest.do(f"ip link set eth0 address {SIM_MAC}")  # the simulator keeps it
+        result = vdpa.run(*PYVMM, "switch", "--host", "local", "sim", "vhost-vdpa,device=card1")
+        assert result.status and "device=card1: the sandbox has only what" in result.err, result
         guest.leave()
+        assert guest.report["sandbox"] == "on"
         nic = guest.report["nets"][0]
         assert nic["counters"]["filter_errors"] == 0 < nic["counters"]["filters"]
         assert nic["vhost_vdpa"]["suspend"] and nic["vhost_vdpa"]["address_spaces"] == 2
@@ -227,10 +233,15 @@ def test_card(vdpa: Host) -> None:
         guest.do("ip link set eth0 promisc on")  # a kick of the control queue
         seen = vdpa.sh(f"grep -o 'gpa 0x[0-9a-f]*' {KICKS}/trace; rmdir {KICKS}").split("\n")
         assert set(seen) == {f"gpa {control:#x}", ""}, seen
+        # The vCPU's thread, which may not map memory, has the pages taken away and put back.
+        command = "dd of=/sys/class/net/eth0/device/../config bs=1 seek=4 conv=notrunc"
+        guest.do(f"printf '\\004' | {command}; printf '\\006' | {command}")
+        check_tcp(guest, CABLE, megabytes=1)
         for at in (receive, receive + 2, transmit + 0xFF8):
             for width in (8, 16, 32):
                 guest.do(f"devmem {at:#x} {width}; devmem {at:#x} {width} 0xff")
         guest.leave()
+        assert guest.report["sandbox"] == "on"
         nic = guest.report["nets"][0]
         assert nic["vhost_vdpa"]["notification_pages"] == 2, nic["vhost_vdpa"]
         assert "NOTIFICATION_DATA" not in nic["offered"]

@@ -17,7 +17,8 @@ import pytest
 
 from pyvmm import helper
 from pyvmm._ext import lib
-from pyvmm.errors import HostError, UsageError, VhostUserError
+from pyvmm.backend import vduse
+from pyvmm.errors import HostError, UsageError, VdpaError, VhostUserError
 from pyvmm.hostnet import netns, userns
 from pyvmm.hostnet.bridge import tap_of
 from pyvmm.hostnet.packets import open_packets
@@ -111,6 +112,30 @@ def test_the_user_network_that_was_permitted(made: helper.Helper) -> None:
         with pytest.raises(UsageError, match="a user network with this loopback= and hostfwd="):
             UserStack("10.0.2.2/24", "10.0.2.15/24", 1500, loopback=loopback, forwards=forwards)
     UserStack("10.0.2.2/24", "10.0.2.15/24", 1500, loopback=False, forwards=[forward]).close()
+
+
+def test_vdpa_devices_that_were_permitted(made: helper.Helper) -> None:
+    """Those of the command line are opened. This process's own are opened and removed; of others,
+    nothing is removed, whatever their names begin with.
+    """
+    helper.permit("vdpa", "/dev/no-such")
+    helper.permit("vduse", "")
+    helper.seal()
+    own, init = vduse.own_name(7, os.getpid()), vduse.own_name(7, 1)
+    with pytest.raises(VdpaError, match="there is no vDPA device /dev/no-such"):
+        helper.do("vdpa", "/dev/no-such")
+    with pytest.raises(VdpaError, match=f"there is no vDPA device {own}"):
+        helper.do("vdpa", own)
+    assert helper.do("vduse", own) == helper.do("vduse", "") == ([], [])
+    for name in ("card0", "/dev/null", init, f"/dev/{own}"):
+        with pytest.raises(UsageError, match="the sandbox has only what"):
+            helper.do("vdpa", name)
+        with pytest.raises(UsageError, match="a vDPA device of pyvmm's: the sandbox has only"):
+            helper.do("vduse", name)
+    with pytest.raises(UsageError, match="a vDPA device of pyvmm's: the sandbox has only"):
+        helper.do("vduse", "/dev/no-such")
+    with pytest.raises(UsageError, match="a vDPA device of pyvmm's: the sandbox has only"):
+        helper.start_module(helper.VDUSE_KEEPER, ["0", "3", "tap0", "1500", "0"], [])
 
 
 SIOCBRADDBR, IFF_UP, IFF_PROMISC = 0x89A0, 0x1, 0x100

@@ -326,7 +326,7 @@ def test_option() -> None:
 
 def test_orphans(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is removed is a run's own device whose owner has ended for sure."""
-    live = vduse.own_name(0)
+    live = vduse.own_name(0, os.getpid())
     assert len(live) < lib.VDUSE_NAME_MAX
     _, pid, start, namespace, _ = live.split("-")
     with subprocess.Popen(["true"]) as ended:
