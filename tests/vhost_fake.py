@@ -1,5 +1,5 @@
-"""vhost-net without its kernel module: a device that has workers of the emulated path move the
-packets, one for each ring that gets a backend.
+"""vhost-net and vhost-vdpa without their kernel modules: devices that have workers of the emulated
+path move the packets; of vhost-net, one for each ring that gets a backend.
 """
 
 from __future__ import annotations
@@ -7,17 +7,24 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, cast
 
+from pyvmm._ext import lib
 from pyvmm.datapath.emulated import RING_FEATURES, EmulatedNet
 from pyvmm.datapath.vhost_net import VhostNet
+from pyvmm.datapath.vhost_vdpa import VhostVdpa
 from pyvmm.errors import HostError, RingFault
 from pyvmm.fd import EventFd, Fd
 from pyvmm.hostnet.rtnetlink import STATS
+from pyvmm.spec.virtio import VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET
 from tests.driver import Cable, bits
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pyvmm.datapath.base import Vring
+    from pyvmm.datapath.vdpa_device import Mapping, Vdpa
     from pyvmm.datapath.vhost_device import Vhost
     from pyvmm.hostnet.tap import Tap
+    from pyvmm.memory import GuestMemory
 
 
 class StillLink:
@@ -166,3 +173,107 @@ def fake_vhost_net(port: LinkedCable) -> tuple[VhostNet, FakeVhost]:
     """The data path on ``port``, and its device."""
     device = FakeVhost()
     return VhostNet(cast("Tap", port), [cast("Vhost", device)]), device
+
+
+class FakeVdpa:
+    """Stands in for ``pyvmm.datapath.vdpa_device.Vdpa``: a network card of one queue pair that can
+    be suspended, and has no control queue.
+    """
+
+    name, path = "fake0", "/dev/vhost-vdpa-99"
+    features = FakeVhost.features
+    backend = 1 << lib.VHOST_BACKEND_F_SUSPEND
+    suspends = True
+    size_max, rings, spaces = 1024, 2, 1
+    iova = 0, (1 << 64) - 1
+
+    def __init__(self, port: Cable, memory: GuestMemory) -> None:
+        self._port, self._memory = port, memory
+        self._status = self._acked = 0
+        self._mapped: list[Mapping] = []
+        self._set: dict[int, Vring] = {}
+        self._enabled: set[int] = set()
+        self._positions: dict[int, int] = {}
+        self._changed: EventFd | None = None
+        self._worker: EmulatedNet | None = None
+
+    def has(self, bit: int) -> bool:
+        return bool(self.backend >> bit & 1)
+
+    def status(self) -> int:
+        return self._status
+
+    def set_status(self, status: int) -> None:
+        self._status = status
+        if not status:
+            self.suspend()
+            self._set, self._positions = {}, {}
+            self._enabled.clear()
+
+    def negotiate(self, features: int) -> None:
+        self.set_status(0)
+        if features & ~self.features:
+            raise HostError(f"{self.name} does not take the features {features:#x}")
+        self._acked = features
+
+    def go(self) -> None:
+        assert self._mapped and self._worker is None
+        worker = EmulatedNet(self._port)
+        rings = [self._set[index] for index in sorted(self._enabled)]
+        try:
+            worker.start(self._acked, self._memory, rings, self)
+        except RingFault as e:
+            worker.close()
+            raise HostError("VHOST_VDPA_SET_STATUS failed: Bad address") from e
+        self._worker, self._status = worker, VIRTIO_CONFIG_S_DRIVER_OK
+
+    def suspend(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            self._positions = dict(zip(sorted(self._enabled), worker.stop(), strict=True))
+            worker.close()
+
+    def fault(self, queue: int, problem: str) -> None:
+        self._status |= VIRTIO_CONFIG_S_NEEDS_RESET
+        if self._changed is not None:
+            self._changed.signal()
+
+    def link(self, up: bool) -> None:
+        pass
+
+    def config(self) -> bytes:
+        return bytes(12)
+
+    def call_for_config(self, event: EventFd | None) -> None:
+        self._changed = event
+
+    def set_ring(self, index: int, vring: Vring) -> None:
+        self._set[index] = vring
+
+    def enable(self, index: int) -> None:
+        self._enabled.add(index)
+
+    def clear_ring(self, index: int) -> None:
+        assert self._worker is None
+
+    def base(self, index: int) -> int:
+        return self._positions[index]
+
+    def doorbell(self, index: int) -> None:
+        return None
+
+    def map(self, mappings: Sequence[Mapping], space: int = 0) -> None:
+        assert not self._mapped, "the kernel maps no address twice"
+        self._mapped = list(mappings)
+
+    def unmap(self, mappings: Sequence[Mapping], space: int = 0) -> None:
+        assert self._mapped == list(mappings) and self._worker is None
+        self._mapped = []
+
+    def close(self) -> None:
+        self.set_status(0)
+
+
+def fake_vhost_vdpa(port: LinkedCable, memory: GuestMemory) -> VhostVdpa:
+    """The data path to a device whose frames enter and leave at ``port``."""
+    return VhostVdpa(cast("Vdpa", FakeVdpa(port, memory)))

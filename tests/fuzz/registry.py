@@ -96,6 +96,9 @@ TARGETS: dict[Target, C | Python] = {
     Target("pci-vhost-user", "the same on vhost-user (our back-end)", 2, 1024): Python(
         "pci", "vhost-user"
     ),
+    Target("pci-vhost-vdpa", "the same on vhost-vdpa (a device of ours)", 1, 1024): Python(
+        "pci", "vhost-vdpa"
+    ),
     Target("mmio", "virtio registers over MMIO", 1, 1024): Python("mmio"),
     Target("front-end", "our back-end against a hostile front-end", 3, 2048): Python("front_end"),
     Target("back-end", "our front-end against a hostile back-end", 3, 1024): Python("back_end"),
@@ -103,6 +106,7 @@ TARGETS: dict[Target, C | Python] = {
     Target("qmp", "the control socket", 1, 1024): Python("qmp"),
     Target("fw-cfg", "QEMU's firmware configuration device", 1, 512): Python("fw_cfg"),
     Target("agent", "guest port and command channel", 2, 1024): Python("agent"),
+    Target("helper", "the helper of a VMM that somebody has taken over", 1, 1024): Python("helper"),
     Target("testbed", "client and supervisor against a hostile testbed", 1, 1024): Python(
         "testbed"
     ),

@@ -28,6 +28,7 @@ from pyvmm.bus import MMIO, PIO
 from pyvmm.datapath.emulated import EmulatedNet
 from pyvmm.datapath.vhost_net import VhostNet
 from pyvmm.datapath.vhost_user import VhostUserNet
+from pyvmm.datapath.vhost_vdpa import VhostVdpa
 from pyvmm.errors import HostError
 from pyvmm.hostnet.netns import Namespace
 from pyvmm.hostnet.tap import Tap
@@ -53,7 +54,7 @@ from tests.pci_guest import (
     VirtioPciDriver,
     frame,
 )
-from tests.vhost_fake import LinkedCable, fake_vhost_net
+from tests.vhost_fake import LinkedCable, fake_vhost_net, fake_vhost_vdpa
 
 if TYPE_CHECKING:
     from pyvmm.kvm.vm import Vm
@@ -111,11 +112,13 @@ class Rig:
             self.port: Tap | Cable = cable
         else:
             self.port = port
-        self.path: EmulatedNet | VhostNet | VhostUserNet
+        self.path: EmulatedNet | VhostNet | VhostUserNet | VhostVdpa
         if mode == "emulated":
             self.path = EmulatedNet(self.port)
         elif mode == "vhost-net":
             self.path, self.vhost = fake_vhost_net(cable)
+        elif mode == "vhost-vdpa":
+            self.path = fake_vhost_vdpa(cable, self.board.memory)
         else:
             self.path = self.stack.enter_context(vhost_user(cable))
         self.device = NetDevice(
@@ -1086,7 +1089,7 @@ def act(rig: Rig, d: VirtioPciDriver, action: tuple[Any, ...]) -> None:
         rig.guests.pop()
 
 
-MODES = ("emulated", "vhost-net", "vhost-user")
+MODES = ("emulated", "vhost-net", "vhost-user", "vhost-vdpa")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -1191,6 +1194,8 @@ def test_a_bug_in_a_data_path_s_thread_is_a_fault_with_a_name(
             monkeypatch.setattr(rig.path, "_tell", bug(rig.path._tell))
         elif isinstance(rig.path, VhostNet):
             monkeypatch.setattr(rig.path, "_ring_fault", bug(rig.path._ring_fault))
+        elif isinstance(rig.path, VhostVdpa):
+            monkeypatch.setattr(rig.path, "_look", bug(rig.path._look))
         else:
             monkeypatch.setattr(rig.path, "ring_error", bug(rig.path.ring_error))
         tx = g.net.tx  # a malformed ring gives the thread something to tell
