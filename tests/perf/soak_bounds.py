@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -40,6 +41,8 @@ SAMPLES, SAMPLE_S = 15, 0.1
 #: Bytes of resident memory that are no growth: arenas and caches of the allocator.
 MEMORY_SLACK = 2 << 20
 NAME = f"soak-{os.getpid()}"
+#: Connections to the control socket at once.
+CLIENTS = 1000
 IDLE = ["--append", "how=idle"]
 
 
@@ -192,7 +195,9 @@ def front_ends(soak: Soak, count: int) -> dict[str, Any]:
 
 
 def clients(soak: Soak, count: int) -> dict[str, Any]:
-    """Clients of the control socket: good ones, half a command, garbage, and too many at once."""
+    """Clients of the control socket, a thousand at once: good ones, half a command, garbage."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4 * CLIENTS), hard), hard))
     with command(soak.directory, *machine("reset", *IDLE, "--net", "none")) as process:
         assert wait_for(ready, PATIENCE)
         with connect(NAME) as client:
@@ -208,11 +213,12 @@ def clients(soak: Soak, count: int) -> dict[str, Any]:
             with suppress(BrokenPipeError, ConnectionResetError):
                 s.sendall(kinds[n % len(kinds)])
             kept.append(s)
-            if len(kept) == 40:  # more than are served at once
+            if len(kept) == CLIENTS:  # more than are served at once
                 while kept:
                     kept.pop().close()
 
-        account = soak.run(process.pid, -(-count // 160) * 160, come)
+        # Whole thousands, at a quarter and at the end.
+        account = soak.run(process.pid, -(-count // (4 * CLIENTS)) * 4 * CLIENTS, come)
         assert ready(), "it serves on"
         return account
 
