@@ -1,6 +1,9 @@
 """A control group (cgroup v2, Documentation/admin-guide/cgroup-v2.rst) for the processes of a jail.
 
-Theory of operation: all groups of pyvmm's are in one directory, ``PARENT`` below the mount point. A
+Theory of operation: all groups of pyvmm's are in one directory, ``PARENT`` below the mount point,
+or below the group that systemd has delegated to whoever runs pyvmm (``Delegate=``). Groups with
+limits have processes or groups, not both; so in a delegated group of its own, as of ``systemd-run
+--scope``, this process moves to a leaf first, which systemd removes with the group. A
 group without processes that is found there was left by a run that was killed, whose processes the
 kernel has ended; the next run removes it. So that no run removes the group of another one that has
 no process in it yet, each run holds an exclusive flock(2) on the directory from its look until its
@@ -20,6 +23,8 @@ from pyvmm.errors import JailError
 from pyvmm.fd import Closing, Fd
 
 PARENT = "pyvmm"
+#: What systemd writes to a group that is delegated, since v248 and before.
+DELEGATED = ("user.delegate", "trusted.delegate")
 #: Microseconds in which the quota of ``cpu.max`` is spent: the kernel's own default.
 PERIOD = 100_000
 #: Seconds for which ``close`` waits for the kernel to notice that the last process has gone.
@@ -42,6 +47,29 @@ def mount_point() -> str:
     )
 
 
+def own_group(top: str) -> str:
+    """The path of this process's group. :param top: where cgroup v2 is mounted."""
+    with open("/proc/self/cgroup") as f:
+        for line in f:
+            if line.startswith("0::/"):
+                return f"{top}{line[3:].rstrip()}".rstrip("/")
+    return top
+
+
+def place(top: str, own: str) -> str:
+    """The group below which groups may be made: the nearest one that is delegated to this user, of
+    ``own`` and those above, or ``top``. In one of another user's, that user has the limits in hand.
+    """
+    here = own
+    while here.startswith(f"{top}/"):
+        for name in DELEGATED:
+            with suppress(OSError):  # there is none
+                if os.getxattr(here, name) == b"1" and os.stat(here).st_uid == os.geteuid():
+                    return here
+        here = os.path.dirname(here)
+    return top
+
+
 class Cgroup(Closing):
     """A group of its own, empty at first. ``close`` removes it when its processes have ended.
 
@@ -53,22 +81,26 @@ class Cgroup(Closing):
 
     def __init__(self, *, memory: int = 0, millicpus: int = 0, pids: int = 0) -> None:
         top = mount_point()
+        own = own_group(top)
+        base = place(top, own)
         wanted = {"memory": memory, "cpu": millicpus, "pids": pids}
         needed = [name for name, limit in wanted.items() if limit]
-        there = _read(f"{top}/cgroup.controllers").split()
+        there = _read(f"{base}/cgroup.controllers").split()
         if missing := [name for name in needed if name not in there]:
             raise JailError(
-                f"cgroup v2 at {top} has no {', '.join(missing)} controller",
+                f"cgroup v2 at {base} has no {', '.join(missing)} controller",
                 "boot with systemd.unified_cgroup_hierarchy=1, or leave the limits out",
             )
-        self._parent = f"{top}/{PARENT}"
+        self._parent = f"{base}/{PARENT}"
         self._path = ""
         self._joining: Fd | None = None
         self._lock: Fd | None = None
         try:
             self._lock = _locked(self._parent)
-            for place in (top, self._parent):
-                self._enable(place, needed)
+            if own == base != top:
+                _leave(base)
+            for group in (base, self._parent):
+                self._enable(group, needed)
             self._sweep()
             path = f"{self._parent}/{os.getpid()}-{os.urandom(4).hex()}"
             os.mkdir(path)
@@ -95,18 +127,19 @@ class Cgroup(Closing):
             self.close()
             raise
 
-    def _enable(self, place: str, controllers: list[str]) -> None:
-        on = _read(f"{place}/cgroup.subtree_control").split()
+    def _enable(self, group: str, controllers: list[str]) -> None:
+        on = _read(f"{group}/cgroup.subtree_control").split()
         for name in controllers:
             if name in on:
                 continue
             try:
-                _write(f"{place}/cgroup.subtree_control", f"+{name}")
+                _write(f"{group}/cgroup.subtree_control", f"+{name}")
             except OSError as e:
                 raise JailError(
-                    f"cgroup v2 does not give the {name} controller to {place}: {e.strerror}",
+                    f"cgroup v2 does not give the {name} controller to {group}: {e.strerror}",
                     "run where the root of the cgroups is the host's own (a container's has "
-                    "processes of its own), or leave the limits out",
+                    "processes of its own), or alone in a group: systemd-run --scope -p "
+                    "Delegate=yes pyvmm ...; or leave the limits out",
                 ) from e
 
     def _set(self, file: str, value: str) -> None:
@@ -159,6 +192,14 @@ class Cgroup(Closing):
         self.joined()
         with suppress(OSError), _locked(self._parent, make=False):
             os.rmdir(self._parent)
+
+
+def _leave(group: str) -> None:
+    """Move this process from a delegated group to a leaf below it. :raises OSError: it may not."""
+    leaf = f"{group}/{PARENT}-{os.getpid()}"
+    with suppress(FileExistsError):
+        os.mkdir(leaf)
+    _write(f"{leaf}/cgroup.procs", "0")
 
 
 def _lock(fd: int, until: float) -> None:

@@ -76,6 +76,37 @@ print(len(glob.glob("/sys/fs/cgroup/pyvmm/*-*")), "left")
 """
 
 
+#: A delegated group, as systemd makes them, in which this process is alone, or in a group below.
+DELEGATED = """
+scope = "/sys/fs/cgroup/scope"
+own = scope + sys.argv[2]
+os.makedirs(own)
+os.setxattr(scope, "user.delegate", b"1")
+os.chown(scope, int(sys.argv[3]), -1)
+with open("/sys/fs/cgroup/cgroup.subtree_control", "w") as f:
+    f.write("+memory +cpu +pids")
+with open(f"{own}/cgroup.procs", "w") as f:
+    f.write("0")
+"""
+#: Where the group of a jail is, which the jail does not see; and what is left of it in the end.
+SEEN = """
+from pyvmm.host.cgroup import Cgroup
+def joined(group, real=Cgroup.joined):
+    if group._path:
+        print(os.path.dirname(group._path), open(f"{group._path}/memory.max").read().strip())
+    real(group)
+Cgroup.joined = joined
+"""
+AFTER = """
+print(os.path.exists(f"{scope}/pyvmm"), os.path.exists("/sys/fs/cgroup/pyvmm"))
+print(open("/proc/self/cgroup").read().replace(str(os.getpid()), "PID").strip())
+with open("/sys/fs/cgroup/cgroup.procs", "w") as f:
+    f.write("0")
+for group, _, _ in os.walk(scope, topdown=False):
+    os.rmdir(group)
+"""
+
+
 def python(host: Host, code: str, *args: str) -> str:
     result = host.run(sys.executable, "-c", JAILED + code, *args, timeout=600)
     assert result.status == 0, result
@@ -113,6 +144,26 @@ def test_what_a_killed_run_leaves(host: Host, nothing_left: None) -> None:
         "status 7",
         "[]",
     ], out
+
+
+@pytest.mark.parametrize(
+    ("below", "owner", "place", "leaf"),
+    [
+        ("", 0, "/scope", "/scope/pyvmm-PID"),
+        ("/main", 0, "/scope", "/scope/main"),
+        ("/main", USER, "", "/scope/main"),
+    ],
+)
+def test_a_delegated_cgroup(
+    host: Host, nothing_left: None, below: str, owner: int, place: str, leaf: str
+) -> None:
+    """As of ``systemd-run --scope -p Delegate=yes``, with ``DelegateSubgroup=``, and of another
+    user's, who could move the jail out of its limits.
+    """
+    code = DELEGATED + SEEN + RUN.format("lambda: 7") + AFTER
+    out = python(host, code, f"{USER},memory=256M,cpus=0.5,pids=100", below, str(owner))
+    group = f"/sys/fs/cgroup{place}/pyvmm {256 << 20}"
+    assert out.splitlines() == [group, "status 7", "[]", "False False", f"0::{leaf}"], out
 
 
 def test_a_machine_within_limits(host: Host, nothing_left: None) -> None:
