@@ -134,6 +134,8 @@ def test_vdpa_devices_that_were_permitted(made: helper.Helper) -> None:
             helper.do("vduse", name)
     with pytest.raises(UsageError, match="a vDPA device of pyvmm's: the sandbox has only"):
         helper.do("vduse", "/dev/no-such")
+    with pytest.raises(UsageError, match="device=: the sandbox has only"):
+        helper.do("vdpa", "")
     with pytest.raises(UsageError, match="a vDPA device of pyvmm's: the sandbox has only"):
         helper.start_module(helper.VDUSE_KEEPER, ["0", "3", "tap0", "1500", "0"], [])
 
