@@ -399,6 +399,16 @@ static void push(struct pv_net_worker *w, int q, uint16_t head, uint16_t slots, 
 		pv_vring_push(&w->ring[q], head, slots, len);
 }
 
+/* Give several chains back. */
+static void push_burst(struct pv_net_worker *w, int q, const struct pv_done *done, uint32_t n)
+{
+	if (!w->inflight[q].region)
+		pv_vring_push_burst(&w->ring[q], done, n);
+	else
+		for (uint32_t i = 0; i < n; i++)
+			pv_inflight_push(&w->inflight[q], done[i].head, done[i].slots, done[i].len);
+}
+
 static uint32_t window_chains(const struct window *win)
 {
 	return win->slot_end - win->slot_at;
@@ -769,6 +779,22 @@ static void rx_hash(struct pv_net_worker *w, size_t len)
 	window_store(&w->window, V1_HDR, (const uint8_t *)&hash, sizeof(hash));
 }
 
+/* Whether a chain is none that a frame can be received into. */
+static bool rx_bad(const struct pv_net_worker *w, const struct pv_chain *c)
+{
+	return c->out_num || c->in_len < w->cfg.hdr_len;
+}
+
+/* Add a chain to the window, whose segments are at its end already. */
+static void window_add(struct window *win, const struct pv_chain *c, uint16_t at)
+{
+	win->slot[win->slot_end++] = (struct slot){
+		.len = c->in_len, .niov = c->in_num, .head = c->head, .slots = c->slots, .at = at};
+	win->iov_end += c->in_num;
+	win->bytes += c->in_len;
+	win->slots += c->slots;
+}
+
 /* Take one more chain into the window. PV_DONE: the guest has no more. */
 static enum pv_step rx_take(struct pv_net_worker *w)
 {
@@ -783,7 +809,7 @@ static enum pv_step rx_take(struct pv_net_worker *w)
 	step = pv_vring_pop(vr, &win->iov[win->iov_end], PV_CHAIN_MAX, &c);
 	if (step == PV_DONE)
 		return PV_DONE;
-	if (step == PV_MORE && (c.out_num || c.in_len < w->cfg.hdr_len)) {
+	if (step == PV_MORE && rx_bad(w, &c)) {
 		pv_vring_unpop(vr, c.slots);
 		vr->fault = c.out_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
 		step = PV_BAD;
@@ -792,11 +818,7 @@ static enum pv_step rx_take(struct pv_net_worker *w)
 		ring_fault(w, RX, vr->fault);
 		return PV_BAD;
 	}
-	win->slot[win->slot_end++] = (struct slot){
-		.len = c.in_len, .niov = c.in_num, .head = c.head, .slots = c.slots, .at = at};
-	win->iov_end += c.in_num;
-	win->bytes += c.in_len;
-	win->slots += c.slots;
+	window_add(win, &c, at);
 	return PV_MORE;
 }
 
@@ -1078,13 +1100,19 @@ static bool rx_turn(struct pv_net_worker *w)
 	return more;
 }
 
+/* Whether a chain is none that can be transmitted. */
+static bool tx_bad(const struct pv_net_worker *w, const struct pv_chain *c)
+{
+	return c->in_num || c->out_len < w->cfg.hdr_len;
+}
+
 /* Take a chain to transmit. With PV_BAD, ring_fault() has not been called yet. */
 static enum pv_step tx_take(struct pv_net_worker *w, struct iovec *iov, struct pv_chain *c)
 {
 	struct pv_vring *vr = &w->ring[TX];
 	enum pv_step step = pv_vring_pop(vr, iov, PV_CHAIN_MAX, c);
 
-	if (step == PV_MORE && (c->in_num || c->out_len < w->cfg.hdr_len)) {
+	if (step == PV_MORE && tx_bad(w, c)) {
 		pv_vring_unpop(vr, c->slots);
 		vr->fault = c->in_num ? PV_FAULT_DIRECTION : PV_FAULT_SHORT;
 		step = PV_BAD;
@@ -1308,8 +1336,19 @@ static bool tx_turn(struct pv_net_worker *w)
  */
 static uint32_t cable_tx_take(struct pv_net_worker *w, uint32_t max, bool *more)
 {
-	uint32_t n = 0, segments = 0;
+	uint32_t n = 0, segments;
 
+	if (!w->cfg.trace) /* which wants each chain's place */
+		n = pv_vring_pop_burst(&w->ring[TX], w->tx_iov, w->tx_chain, max);
+	for (uint32_t i = 0; i < n; i++) {
+		if (tx_bad(w, &w->tx_chain[i])) { /* tx_take() takes it again, and tells */
+			pv_vring_unpop(&w->ring[TX], n - i);
+			n = i;
+			break;
+		}
+		__builtin_prefetch((const uint8_t *)w->tx_iov[i].iov_base + w->cfg.hdr_len);
+	}
+	segments = n;
 	while (n < max && segments <= BURST_IOV - PV_CHAIN_MAX) {
 		struct iovec *iov = &w->tx_iov[segments];
 
@@ -1322,6 +1361,42 @@ static uint32_t cable_tx_take(struct pv_net_worker *w, uint32_t max, bool *more)
 		segments += w->tx_chain[n++].out_num;
 	}
 	return n;
+}
+
+/*
+ * Send the frames of up to n chains of one segment each, of which nothing but their number is to be
+ * known: the usual case of what cable_send() does. All are copied before the first chain is given
+ * back, as in cable_place_burst(). Returns how many there were, and adds their bytes.
+ */
+static uint32_t cable_send_burst(struct pv_net_worker *w, uint32_t n, uint32_t *bytes)
+{
+	struct pv_frames *out = w->cfg.cable->out;
+	const uint32_t hdr_len = (uint32_t)w->cfg.hdr_len;
+	struct pv_done done[BURST];
+	uint32_t i, sum = 0;
+
+	if (w->cfg.trace || w->inflight[TX].region || capture_time(w) || impair_of(w))
+		return 0;
+	for (i = 0; i < n; i++) {
+		const struct pv_chain *c = &w->tx_chain[i];
+		uint32_t len = (uint32_t)w->tx_iov[i].iov_len - hdr_len;
+		uint8_t *to;
+
+		if (c->out_num != 1 || len > PV_CABLE_FRAME_MAX)
+			break;
+		to = pv_frames_put(out, len);
+		if (!to)
+			break;
+		memcpy(to, (const uint8_t *)w->tx_iov[i].iov_base + hdr_len, len);
+		done[i] = (struct pv_done){.head = c->head, .slots = c->slots};
+		sum += len;
+	}
+	pv_vring_push_burst(&w->ring[TX], done, i);
+	add(&w->count.tx_packets, i);
+	add(&w->count.tx_bytes, sum);
+	add(&w->count.tx_csum_none, i);
+	*bytes += sum + i * hdr_len;
+	return i;
 }
 
 /* Send the frame of a chain. Returns whether there was room for it, or it needs none. */
@@ -1386,7 +1461,8 @@ static bool cable_tx_turn(struct pv_net_worker *w)
 			pv_vring_disable_notify(vr);
 		pv_vring_fetch(vr, n);
 		/* No frame goes before one that has waited and found no room. */
-		for (i = 0; i < n && !w->tx_blocked; i++) {
+		i = w->tx_blocked ? 0 : cable_send_burst(w, n, &bytes);
+		for (iov += i; i < n && !w->tx_blocked; i++) {
 			uint64_t len = w->tx_chain[i].out_len;
 
 			if (!cable_send(w, iov, &w->tx_chain[i], w->tx_at[i]))
@@ -1432,7 +1508,8 @@ static uint32_t cable_place_burst(struct pv_net_worker *w, uint32_t max, uint32_
 	struct window *win = &w->window;
 	const struct slot *s = &win->slot[win->slot_at];
 	const struct iovec *iov = window_iov(win);
-	uint32_t len[BURST], n, sum = 0, slots = 0;
+	struct pv_done done[BURST];
+	uint32_t n, len, sum = 0, slots = 0;
 	size_t room = 0;
 
 	if (w->cfg.hdr_len != V1_HDR || w->cfg.trace || w->log.bits || capture_time(w) || w->late ||
@@ -1441,9 +1518,9 @@ static uint32_t cable_place_burst(struct pv_net_worker *w, uint32_t max, uint32_
 	if (max > window_chains(win))
 		max = window_chains(win);
 	for (n = 0; n < max && n < BURST; n++) {
-		const uint8_t *frame = pv_frames_peek(in, &len[n]);
+		const uint8_t *frame = pv_frames_peek(in, &len);
 
-		if (!frame || V1_HDR + len[n] > iov->iov_len)
+		if (!frame || V1_HDR + len > iov->iov_len)
 			break;
 		/*
 		 * A buffer that went round has this header already. A store would take its line
@@ -1451,16 +1528,16 @@ static uint32_t cable_place_burst(struct pv_net_worker *w, uint32_t max, uint32_
 		 */
 		if (memcmp(iov->iov_base, header, V1_HDR))
 			memcpy(iov->iov_base, header, V1_HDR);
-		memcpy((uint8_t *)iov->iov_base + V1_HDR, frame, len[n]);
-		pv_frames_take(in, len[n]);
+		memcpy((uint8_t *)iov->iov_base + V1_HDR, frame, len);
+		pv_frames_take(in, len);
+		done[n] = (struct pv_done){
+			.head = s[n].head, .slots = s[n].slots, .len = V1_HDR + len};
 		iov += s[n].niov;
+		sum += len;
+		slots += s[n].slots;
+		room += s[n].len;
 	}
-	for (uint32_t i = 0; i < n; i++) {
-		push(w, RX, s[i].head, s[i].slots, V1_HDR + len[i]);
-		sum += len[i];
-		slots += s[i].slots;
-		room += s[i].len;
-	}
+	push_burst(w, RX, done, n);
 	win->slot_at += n;
 	win->iov_at = (uint32_t)(iov - win->iov);
 	win->bytes -= room;
@@ -1510,6 +1587,34 @@ static bool cable_place(struct pv_net_worker *w, const uint8_t *frame, uint32_t 
 	return true;
 }
 
+/* Have the processor take the first line of a buffer, and the one that a frame begins in. */
+static void fetch_buffer(const struct pv_net_worker *w, const uint8_t *at)
+{
+	__builtin_prefetch(at);
+	pv_fetch_to_write(at + w->cfg.hdr_len);
+}
+
+/* Take receive chains of a single buffer each into the empty window. */
+static void cable_fill_burst(struct pv_net_worker *w)
+{
+	struct pv_vring *vr = &w->ring[RX];
+	struct window *win = &w->window;
+	struct pv_chain chain[BURST];
+	uint32_t n;
+
+	if (w->cfg.trace) /* which wants each chain's place */
+		return;
+	n = pv_vring_pop_burst(vr, win->iov, chain, BURST);
+	for (uint32_t i = 0; i < n; i++) {
+		if (rx_bad(w, &chain[i])) { /* rx_take() takes it again, and tells */
+			pv_vring_unpop(vr, n - i);
+			break;
+		}
+		fetch_buffer(w, win->iov[i].iov_base);
+		window_add(win, &chain[i], 0);
+	}
+}
+
 /* Take receive chains ahead, if there are none. Returns whether the ring is well. */
 static bool cable_fill(struct pv_net_worker *w)
 {
@@ -1518,17 +1623,15 @@ static bool cable_fill(struct pv_net_worker *w)
 	if (window_chains(win))
 		return true;
 	window_clear(win);
+	cable_fill_burst(w);
 	while (win->slot_end < BURST && win->iov_end < READV_MAX) {
 		enum pv_step step = rx_take(w);
-		const uint8_t *at;
 
 		if (step == PV_DONE)
 			break;
 		if (step == PV_BAD)
 			return false;
-		at = (uint8_t *)win->iov[win->iov_end - 1].iov_base;
-		__builtin_prefetch(at);
-		pv_fetch_to_write(at + w->cfg.hdr_len);
+		fetch_buffer(w, win->iov[win->iov_end - 1].iov_base);
 	}
 	pv_vring_fetch(&w->ring[RX], win->slot_end);
 	return true;

@@ -149,6 +149,13 @@ struct pv_chain {
 	uint64_t in_len;
 };
 
+/* A chain to give back. */
+struct pv_done {
+	uint16_t head;	/* from the chain */
+	uint16_t slots; /* likewise */
+	uint32_t len;	/* bytes that the device wrote */
+};
+
 /* What the driver and the device have agreed on for all rings. */
 struct pv_vring_format {
 	bool packed;	/* RING_PACKED */
@@ -166,8 +173,11 @@ void pv_walk_begin(struct pv_walk *w, const struct pv_vring *vr, uint16_t head);
 enum pv_step pv_walk_next(struct pv_walk *w, struct pv_segment *seg);
 enum pv_step pv_vring_pop(struct pv_vring *vr, struct iovec *iov, uint32_t max,
 			  struct pv_chain *chain);
+uint32_t pv_vring_pop_burst(struct pv_vring *vr, struct iovec *iov, struct pv_chain *chain,
+			    uint32_t max);
 void pv_vring_unpop(struct pv_vring *vr, uint32_t slots);
 void pv_vring_push(struct pv_vring *vr, uint16_t head, uint16_t slots, uint32_t len);
+void pv_vring_push_burst(struct pv_vring *vr, const struct pv_done *done, uint32_t n);
 void pv_vring_publish(struct pv_vring *vr);
 bool pv_vring_flush(struct pv_vring *vr);
 bool pv_vring_enable_notify(struct pv_vring *vr);

@@ -20,6 +20,7 @@
 enum pv_fault pv_packed_init(struct pv_vring *vr, uint32_t base);
 void pv_packed_unpop(struct pv_vring *vr, uint32_t slots);
 void pv_packed_push(struct pv_vring *vr, uint16_t id, uint16_t slots, uint32_t len);
+void pv_packed_push_burst(struct pv_vring *vr, const struct pv_done *done, uint32_t n);
 void pv_packed_publish(struct pv_vring *vr);
 bool pv_packed_flush(struct pv_vring *vr);
 void pv_packed_mark_used(struct pv_vring *vr, uint32_t slots);
@@ -55,20 +56,25 @@ static inline uint32_t pv_packed_distance(const struct pv_vring *vr, uint32_t fr
 }
 
 /*
- * Whether the next descriptor is available (2.8.1): its AVAIL bit is the wrap counter and its USED
- * bit is not.
+ * Whether the descriptor at a position is available (2.8.1): its AVAIL bit is the wrap counter and
+ * its USED bit is not.
  */
-static inline bool pv_packed_available(const struct pv_vring *vr)
+static inline bool pv_packed_available_at(const struct pv_vring *vr, uint16_t at)
 {
 	/*
 	 * Acquire: this pairs with the driver's barrier between writing a chain and storing the
 	 * flags of its first descriptor (2.8.6).
 	 */
-	uint16_t flags =
-		__atomic_load_n(&pv_packed_at(vr, vr->last_avail)->flags, __ATOMIC_ACQUIRE);
+	uint16_t flags = __atomic_load_n(&pv_packed_at(vr, at)->flags, __ATOMIC_ACQUIRE);
 
 	return (flags & (PV_PACKED_AVAIL | PV_PACKED_USED)) ==
-	       (vr->last_avail >= vr->size ? PV_PACKED_USED : PV_PACKED_AVAIL);
+	       (at >= vr->size ? PV_PACKED_USED : PV_PACKED_AVAIL);
+}
+
+/* Whether the next descriptor is available. */
+static inline bool pv_packed_available(const struct pv_vring *vr)
+{
+	return pv_packed_available_at(vr, vr->last_avail);
 }
 
 /*

@@ -14,6 +14,8 @@
 #include "fuzz.h"
 #include "vring.h"
 
+#define BURST 64 /* chains */
+
 static uint8_t *low, *high;
 
 static bool in_ram(const void *p, size_t len)
@@ -29,8 +31,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	static struct iovec iov[PV_CHAIN_MAX];
 	struct pv_vring_format format;
 	uint32_t ahead, span, slots = 0;
-	struct pv_chain chains[65];
-	uint16_t base, taken = 0;
+	struct pv_chain chains[BURST + FUZZ_HEADER];
+	struct pv_done done[BURST];
+	uint32_t most, taken = 0;
+	uint16_t base;
 	struct pv_memory mem = {.count = 2};
 	struct pv_vring vr;
 	enum pv_fault fault;
@@ -77,7 +81,29 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			}
 			chains[taken++] = c;
 			break;
+		case 7:
+			most = taken < BURST ? BURST - taken : 0;
+			if (most > data[i] >> 3)
+				most = data[i] >> 3;
+			most = pv_vring_pop_burst(&vr, iov, chains + taken, most);
+			CHECK(!vr.fault || !most);
+			for (uint32_t k = 0; k < most; k++) {
+				c = chains[taken++];
+				CHECK(format.packed || c.head < FUZZ_SIZE);
+				CHECK(c.slots == 1 && c.out_num + c.in_num == 1);
+				CHECK(iov[k].iov_len && in_ram(iov[k].iov_base, iov[k].iov_len));
+			}
+			slots += most;
+			CHECK(!format.packed || slots <= FUZZ_SIZE);
+			break;
 		case 1:
+			for (most = 0; taken && most < BURST; most++) {
+				c = chains[--taken];
+				done[most] = (struct pv_done){c.head, c.slots, data[i]};
+				slots -= c.slots;
+			}
+			pv_vring_push_burst(&vr, done, most);
+			break;
 		case 2:
 			while (taken && taken > (data[i] >> 5)) {
 				c = chains[--taken];

@@ -13,11 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyvmm._ext import ffi, lib
+from pyvmm.conformance.driver import PackedRing
 from pyvmm.datapath.base import Vring
+from pyvmm.datapath.ringformat import PACKED, SPLIT, RingFormat
 from pyvmm.errors import RingFault
 from pyvmm.memory import GuestMemory
 from pyvmm.spec.platform import RAM_HIGH_BASE, RAM_LOW_MAX
 from pyvmm.spec.virtio import (
+    VIRTIO_F_RING_PACKED,
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
     VRING_DESC_F_INDIRECT,
@@ -62,6 +65,97 @@ def test_an_impossible_index_is_found_again(memory: GuestMemory) -> None:
         assert lib.pv_vring_pop(queue.c, iov, lib.PV_CHAIN_MAX, chain) == lib.PV_BAD
         assert queue.c.fault == lib.PV_FAULT_AVAIL_IDX
         queue.c.fault = lib.PV_FAULT_NONE
+
+
+def taken_one_by_one(queue: ServedQueue) -> list[tuple[int, ...]]:
+    """The chains of one segment that ``pv_vring_pop`` takes until it meets another kind."""
+    iov, chain = ffi.new("struct iovec[]", lib.PV_CHAIN_MAX), ffi.new("struct pv_chain *")
+    out = []
+    while lib.pv_vring_pop(queue.c, iov, lib.PV_CHAIN_MAX, chain) == lib.PV_MORE:
+        if chain.out_num + chain.in_num != 1 or chain.slots != 1:
+            lib.pv_vring_unpop(queue.c, chain.slots)
+            break
+        out.append(described(iov[0], chain))
+    queue.c.fault = lib.PV_FAULT_NONE
+    return out
+
+
+def described(iov: Any, chain: Any) -> tuple[int, ...]:
+    """A chain of one segment."""
+    where = int(ffi.cast("uintptr_t", iov.iov_base)), int(iov.iov_len)
+    return (*where, chain.head, chain.out_num, chain.in_num, chain.out_len, chain.in_len)
+
+
+#: What may follow good single descriptors: a chain that pv_vring_pop_burst() leaves alone.
+ODD: dict[str, list[list[tuple[int, int, bool]]]] = {
+    "none": [],
+    "chain": [[(0x9000, 5, False), (0x9100, 5, True)]],
+    "zero": [[(0x9000, 0, True)]],
+    "outside": [[(1 << 40, 5, False)]],
+}
+
+
+@pytest.mark.parametrize("form", [SPLIT, PACKED], ids=["split", "packed"])
+@pytest.mark.parametrize("last", ODD)
+def test_a_burst_is_so_many_pops(memory: GuestMemory, last: str, form: RingFormat) -> None:
+    """pv_vring_pop_burst() takes what pv_vring_pop() would take one by one, up to the first chain
+    that is no single good descriptor, at every place in the ring; the driver gets back what
+    pv_vring_push_burst() gives.
+    """
+    packed = form is PACKED
+    ring = (PackedRing if packed else Ring)(memory, 8, 0x1000, event_idx=True)
+    acked = INDIRECT | EVENT_IDX | (1 << VIRTIO_F_RING_PACKED if packed else 0)
+    queue = ServedQueue(memory, ring.vring(form.start), acked)
+    iov, chains = ffi.new("struct iovec[]", 8), ffi.new("struct pv_chain[]", 8)
+    done = ffi.new("struct pv_done[]", 8)
+    for lap in range(20 if last == "none" else 1):  # more than twice round the ring
+        kinds = [[(0x8000 + 64 * i, 64 - i, (lap + i) % 3 == 0)] for i in range(5)]
+        for chain in kinds + ODD[last]:
+            ring.add(chain)
+        ring.publish(kick=False)
+        expected = taken_one_by_one(queue)
+        assert len(expected) == 5
+        lib.pv_vring_unpop(queue.c, 5)
+        assert lib.pv_vring_pop_burst(queue.c, iov, chains, 3) == 3
+        assert lib.pv_vring_pop_burst(queue.c, iov + 3, chains + 3, 5) == 2
+        assert [described(iov[i], chains[i]) for i in range(5)] == expected
+        assert not queue.c.fault
+        for i in range(5):
+            done[i] = {"head": chains[i].head, "slots": chains[i].slots, "len": 100 * lap + i}
+        assert lib.pv_vring_pop_burst(queue.c, iov, chains, 8) == 0
+        lib.pv_vring_push_burst(queue.c, done, 2)
+        lib.pv_vring_push_burst(queue.c, done + 2, 3)
+        assert ring.take_used() == []
+        lib.pv_vring_flush(queue.c)
+        given = [(done[i].head, done[i].len) for i in range(5)]
+        assert ring.take_used() == given
+    if last in ("zero", "outside"):
+        assert lib.pv_vring_pop(queue.c, iov, 8, chains) == lib.PV_BAD
+        assert lib.pv_vring_pop_burst(queue.c, iov, chains, 8) == 0  # for good
+    ring.close()
+
+
+@pytest.mark.parametrize("form", [SPLIT, PACKED], ids=["split", "packed"])
+def test_a_burst_never_takes_more_than_the_ring_has(memory: GuestMemory, form: RingFormat) -> None:
+    """A driver that makes descriptors available again before they were used, or is ahead by more
+    than its ring.
+    """
+    packed = form is PACKED
+    ring = (PackedRing if packed else Ring)(memory, 8, 0x1000)
+    queue = ServedQueue(memory, ring.vring(form.start), 1 << VIRTIO_F_RING_PACKED if packed else 0)
+    iov, chains = ffi.new("struct iovec[]", 32), ffi.new("struct pv_chain[]", 32)
+    for i in range(8):
+        ring.add([(0x8000 + 64 * i, 64, False)])
+    ring.publish(kick=False)
+    assert lib.pv_vring_pop_burst(queue.c, iov, chains, 8) == 8
+    if packed:
+        for i in range(8):  # of the next lap
+            memory.write(0x1000 + 16 * i + 14, struct.pack("<H", 1 << 15))
+    else:
+        ring.set_avail_idx(8 + 9)
+    assert lib.pv_vring_pop_burst(queue.c, iov, chains, 32) == 0
+    assert lib.pv_vring_pop(queue.c, iov, 32, chains) == lib.PV_BAD
+    ring.close()
 
 
 segments = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, max_size=8).map(
