@@ -14,6 +14,7 @@ import base64
 import importlib.util
 import json
 import os
+import re
 import select
 import shutil
 import socket
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,18 @@ from pyvmm.datapath.vdpa_device import find as find_vdpa
 from pyvmm.errors import HostError, VdpaError
 from pyvmm.host import peers, qemu
 from pyvmm.images import find
+from pyvmm.workloads import read_ping, read_udp
 
 TAP, HOST, GUEST, MAC = "pvbench0", "192.168.150.1", "192.168.150.2", "52:54:00:00:00:50"
 MARK = b"pyvmm-init: start"
 KVM = Path("/sys/kernel/debug/kvm")
 BOOT_LIMIT = 180.0  # seconds, which only a guest that does not boot takes
 PAGE = 4096
+MEMORY_MIB = 256  # of each guest
+#: Payload of the datagrams whose number per second is measured, as in `pyvmm compare`.
+DATAGRAM = 64
+#: Request-response pairs: the 99th percentile is the tenth slowest.
+REQUESTS = 1000
 COUNTS = ("exits", "irq_injections")
 STAGE = Path("/dev/shm/pyvmm-bench")
 SOCKET = "/run/pyvmm-bench.sock"
@@ -121,7 +128,7 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
     command = base64.urlsafe_b64encode(b"iperf3\0-s\0").decode().rstrip("=")
     line = f"quiet pyvmm.verbose pyvmm.net={MAC},{GUEST}/24 pyvmm.cmd={command}"
     base = f"console=ttyS0 panic=-1 pyvmm.port=0 {line}"
-    cpus, memory = str(args.cpus), "256M"
+    cpus, memory = str(args.cpus), f"{MEMORY_MIB}M"
     kernel, initrd, mine, q = stage_files(image)
     guest = ["--host", "local", "-v", "--cpus", cpus, "--memory", memory]
     guest += ["--kernel", kernel, "--initrd", initrd, "--append", line]
@@ -174,6 +181,22 @@ def contestants(args: argparse.Namespace, image: Any) -> list[Contestant]:
         for kind, netdev in netdevs.items():
             backend = [*mine, *served[kind]]
             out.append(Contestant(f"qemu q35{kind}", [*common, *netdev, *q35], backend=backend))
+    with suppress(HostError):
+        out.append(
+            Contestant(
+                "kvmtool",
+                peers.kvmtool_guest(
+                    peers.kvmtool(),
+                    kernel=str(shutil.copy(Path(image.kernel).with_name("bzImage"), STAGE)),
+                    initrd=initrd,
+                    cmdline=base,
+                    cpus=args.cpus,
+                    memory_mib=MEMORY_MIB,
+                    tap=TAP,
+                    mac=MAC,
+                ),
+            )
+        )
     return [c for c in out if not args.only or c.name in args.only.split(",")]
 
 
@@ -299,28 +322,61 @@ def iperf(seconds: float, *extra: str) -> tuple[float, int]:
     return end["sum_received"]["bits_per_second"] / 1e6, end["sum_received"]["bytes"]
 
 
+def datagrams(seconds: float, *extra: str) -> float:
+    """Datagrams per second that the receiver got from a sender that sends as many as it can."""
+    text = sh(
+        *("iperf3", "-c", GUEST, "-J", "-t", str(seconds), "-u", "-b", "0", "-l", str(DATAGRAM)),
+        *extra,
+    )
+    mbit, _ = read_udp(text)
+    return mbit * 1e6 / 8 / DATAGRAM
+
+
+def answers() -> list[float]:
+    """Milliseconds from request to answer, sorted; each request follows the answer before."""
+    text = sh("ping", "-A", "-c", str(REQUESTS), GUEST)
+    times = sorted(float(t) for t in re.findall(r"time=([\d.]+) ms", text))
+    if len(times) < REQUESTS:
+        raise RuntimeError(f"{len(times)} of {REQUESTS} pings were answered")
+    return times
+
+
 def measure(contestant: Contestant, args: argparse.Namespace, log: Path) -> dict[str, float]:
+    """The figures of one boot. Threads are left to the scheduler first, then pinned."""
     out: dict[str, float] = {}
     with serving(contestant.backend) as backend, running(contestant, log) as (child, booted):
         out["boot s"] = booted
         out["rss MB"] = rss_mb(child.pid)
-        if not args.boot_only and contestant.net:
-            with pinned(tasks(child.pid, backend), args.cpus) if args.pin else nullcontext():
-                transfer(args, out)
+        if args.boot_only or not contestant.net:
+            return out
+        if args.pin != "yes":
+            transfer(args, out, "free: ")
+        if args.pin != "no":
+            with pinned(tasks(child.pid, backend), args.cpus):
+                transfer(args, out, "pinned: ")
     return out
 
 
-def transfer(args: argparse.Namespace, out: dict[str, float]) -> None:
-    """Pings and streams, to and from the guest that runs."""
+def transfer(args: argparse.Namespace, out: dict[str, float], place: str) -> None:
+    """Pings, datagrams and streams, to and from the guest that runs.
+
+    :param place: how threads are placed: what the names of the figures begin with.
+    """
     ping = sh("ping", "-q", "-c", "20", "-i", "0.05", GUEST)
-    out["rtt ms"] = float(ping.rsplit("=", 1)[1].split("/")[1])
+    out[f"{place}rtt ms"] = read_ping(ping)[0]
+    times = answers()
+    for percent in (50, 99):
+        out[f"{place}request-response p{percent} ms"] = times[len(times) * percent // 100]
+    ways: tuple[tuple[str, tuple[str, ...]], ...] = (("to guest", ()), ("from guest", ("-R",)))
+    for way, extra in ways:
+        out[f"{place}{way}, {DATAGRAM} bytes, packets/s"] = datagrams(args.seconds, *extra)
     for label, on in (("on", True), ("off", False)):
         offloads(on)
-        for way, extra in (("to guest", ()), ("from guest", ("-R",))):
+        for way, extra in ways:
             before = counts()
             mbit, size = iperf(args.seconds, *extra)
             after = counts()
-            key = f"{way}, tap offloads {label}"
+            key = f"{place}{way}, tap offloads {label}"
             out[f"{key} Mbit/s"] = mbit
             for name in ("exits", "irq_injections"):
                 if name in before:
@@ -334,11 +390,20 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3, help="of each transfer")
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--boot-only", action="store_true")
-    parser.add_argument(
+    placement = parser.add_mutually_exclusive_group()
+    placement.add_argument(
+        "--pin",
+        action="store_const",
+        const="yes",
+        default="both",
+        help="transfers only with a CPU for each vCPU; default: once so, once free",
+    )
+    placement.add_argument(
         "--no-pin",
         dest="pin",
-        action="store_false",
-        help="leave to the scheduler where threads run during transfers",
+        action="store_const",
+        const="no",
+        help="transfers only with the threads left to the scheduler",
     )
     parser.add_argument(
         "--beside", metavar="DIR", help="a built checkout that takes part, too, as 'other'"
@@ -352,7 +417,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--log-dir", default="/tmp", help="consoles of the guests")
     args = parser.parse_args()
-    if args.pin and not possible(args.cpus):
+    if args.pin != "no" and not possible(args.cpus):
         parser.error(f"no CPU is left beside {args.cpus} vCPUs: --no-pin")
     if args.vdpa and not Path("/dev/vduse/control").exists():
         parser.error("--vdpa: there is no /dev/vduse/control; as root: modprobe vduse vhost_vdpa")
@@ -390,19 +455,24 @@ def show(results: dict[str, list[dict[str, float]]]) -> None:
     # Ratios are to the first pyvmm: each data path is best compared in a run of its own, with
     # --only.
     first = results[names[0]] if names else []
-    print(f"{'median (lowest..highest)':40}" + "".join(f"{n:>28}" for n in names))
+    table = [["median (lowest..highest)", *names]]
     for key in keys:
         cells = []
-        mine = statistics.median([r[key] for r in first if key in r])
+        ours = [r[key] for r in first if key in r]
+        mine = statistics.median(ours) if ours else 0.0
         for name in names:
             values = [r[key] for r in results[name] if key in r]
             if not values:
-                cells.append(f"{'-':>28}")
+                cells.append("-")
                 continue
             middle = statistics.median(values)
             ratio = f" x{middle / mine:.2f}" if name != names[0] and mine else ""
-            cells.append(f"{middle:.4g} ({min(values):.4g}..{max(values):.4g}){ratio}".rjust(28))
-        print(f"{key:40}" + "".join(cells))
+            cells.append(f"{middle:.4g} ({min(values):.4g}..{max(values):.4g}){ratio}")
+        table.append([key, *cells])
+    widths = [max(len(row[i]) for row in table) for i in range(len(names) + 1)]
+    for row in table:
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        print("  ".join((row[0].ljust(widths[0]), *rest)))
 
 
 if __name__ == "__main__":
