@@ -243,17 +243,17 @@ def own_places() -> list[str]:
     places = [*sys.path] if sys.flags.safe_path else sys.path[1:]
     for prefix in {sys.prefix, sys.base_prefix, sys.exec_prefix}:
         places += [f"{prefix}/lib", f"{prefix}/lib64"]
-    private = [os.path.expanduser("~")]
+    private = [os.path.realpath(os.path.expanduser("~"))]
     with suppress(OSError):  # it has been removed
-        private.append(os.getcwd())
-    places = [p for p in places if p.startswith("/") and not any(_is_in(q, p) for q in private)]
+        private.append(os.path.realpath(os.getcwd()))
+
+    def holds(place: str) -> bool:
+        """Whether one of the private directories is this one, or below."""
+        place = os.path.realpath(place)
+        return any(os.path.commonpath([q, place]) == place for q in private)
+
+    places = [p for p in dict.fromkeys(places) if p.startswith("/") and not holds(p)]
     return [os.path.dirname(os.path.abspath(__file__)), *places]
-
-
-def _is_in(path: str, place: str) -> bool:
-    """Whether ``path`` is the directory ``place``, or below."""
-    path, place = os.path.realpath(path), os.path.realpath(place)
-    return os.path.commonpath([path, place]) == place
 
 
 def _capabilities() -> int:

@@ -7,6 +7,7 @@ with ``_``); paths are written as in ASL, such as ``\\_SB.PCI0``.
 from __future__ import annotations
 
 import struct
+from functools import cache
 
 from pyvmm.spec import acpi
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+@cache  # a DSDT names each slot's device several times, and its registers for each slot
 def path(text: str) -> bytes:
     """A NameString. It is absolute if it starts with a backslash."""
     root = b"\\" if text.startswith("\\") else b""

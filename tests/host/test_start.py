@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from tools import boot_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Each module takes about 0.2 ms natively, and twenty times as long in the testbed: to be loaded,
@@ -41,3 +44,21 @@ def test_a_bare_guest_loads_what_it_needs(guest: Callable[[str], str]) -> None:
         [sys.executable, "-X", "importtime", "-c", "pass"], capture_output=True, text=True
     )
     assert not {module for module in modules & SLOW if f" {module}\n" not in bare.stderr}
+
+
+def test_the_boot_trace_leaves_no_time_out(guest: Callable[[str], str], tmp_path: Path) -> None:
+    """The stages of tools/boot_trace.py add up to the whole, from exec to exit, and each hook has
+    found its function.
+    """
+    file = tmp_path / "boot.json"
+    argv = [sys.executable, str(ROOT / "tools/boot_trace.py"), "--repeat", "1", "--json", str(file)]
+    argv += ["--", "--net", "none", "--memory", "16M", "--kernel", guest("hello")]
+    done = subprocess.run(argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    (boot,) = json.loads(file.read_text())["boots"]
+    whole = boot.pop("all")
+    for part in (0, 1):
+        assert abs(sum(times[part] for times in boot.values()) - whole[part]) < 0.01, boot
+    for stage in boot_trace.STAGES:
+        assert boot[stage][0] > 0, stage
+    assert "\nall " in done.stdout
