@@ -5,8 +5,8 @@
 
 The options are those of `pyvmm run`; it needs `--host local`, and gets it if no host is named.
 Where KVM runs no Linux, run it in the testbed: `pyvmm testbed -- python tools/boot_trace.py`.
-Without options a Linux guest boots; it prints its kernel's messages, whose clock tells when the
-kernel began. The modules of Python have to be compiled already: the first boot does not count.
+Without options a Linux guest boots, whose init tells the time by the kernel's clock. The first boot
+does not count: it compiles modules of Python, and reads files from disk.
 
 Each stage has its time of day and the CPU time that the process took in it, both in milliseconds:
 the median and, in parentheses, the lowest of all boots. A stage's time is its own: a module that is
@@ -148,6 +148,7 @@ def boot(argv: list[str], linux: bool) -> dict[str, tuple[float, float]]:
     import re
     import subprocess
 
+    started = re.compile(rb"pyvmm-init: start at ([\d.]+) s")
     read, write = os.pipe()
     began = time.monotonic_ns()
     process = subprocess.Popen(
@@ -163,7 +164,7 @@ def boot(argv: list[str], linux: bool) -> dict[str, tuple[float, float]]:
     while piece := os.read(process.stdout.fileno(), 65536):
         first = first or time.monotonic_ns()
         text += piece
-        if not init and b"pyvmm-init: start" in text:
+        if not init and started.search(text):
             init = time.monotonic_ns()
     process.wait()
     ended = time.monotonic_ns()
@@ -175,8 +176,10 @@ def boot(argv: list[str], linux: bool) -> dict[str, tuple[float, float]]:
     counted = {name: (int(wall), int(cpu)) for name, wall, cpu in rows}
     entered, all_cpu = counted.pop("entered")
     out = {s: (counted[s][0] / 1e6, counted[s][1] / 1e6) for s in STAGES if s in counted}
-    clock = re.search(rb"\[ *([\d.]+)\] Run /init", text) if linux else None
-    if clock and init:
+    clock = started.search(text)
+    if linux and not clock:
+        raise SystemExit("boot_trace: the guest's init did not tell when it started")
+    if clock:
         kernel = float(clock[1]) * 1e3
         out[EARLY] = (init - entered) / 1e6 - kernel, 0.0
         out[KERNEL] = kernel, 0.0
@@ -207,7 +210,7 @@ def main() -> None:
     linux = "--kernel" not in args.run
     argv = ["run", *([] if "--host" in args.run else ["--host", "local"])]
     if linux:
-        argv += ["-v", "--append", "pyvmm.verbose", *(args.run or ["--net", "none", "--", "dmesg"])]
+        argv += ["-v", "--append", "pyvmm.verbose", *(args.run or ["--net", "none", "--", "true"])]
     else:
         argv += args.run
     boot(argv, linux)
