@@ -161,5 +161,5 @@ def set_attr(path: str, attr: dict[str, int], flags: int) -> None:
     """Call mount_setattr(2). :raises OSError: from it."""
     made = ffi.new("struct mount_attr *", attr)
     name, size = os.fsencode(path), ffi.sizeof("struct mount_attr")
-    result = lib.mount_setattr(lib.AT_FDCWD, name, flags, made, size)
+    result = lib.pv_mount_setattr(lib.AT_FDCWD, name, flags, made, size)
     userns.check(result, f"mount_setattr {path}")
