@@ -140,7 +140,7 @@ fuzz = settings(
     max_examples=int(os.environ.get("PYVMM_FUZZ_EXAMPLES", "300")),
     deadline=None,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 lengths = st.one_of(st.just(1 << 30), st.integers(0, 9000))
 initrds = st.sampled_from([0, 1, 4096, 20 * MIB, 33 * MIB])

@@ -234,7 +234,9 @@ segments = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, m
 
 
 @settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     chains=st.lists(st.tuples(segments, st.booleans(), st.integers(0, 400)), max_size=30),
@@ -378,7 +380,9 @@ def test_a_driver_without_event_idx_cannot_ask_for_a_descriptor(memory: GuestMem
 
 
 @settings(
-    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     table=st.lists(

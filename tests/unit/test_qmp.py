@@ -349,7 +349,9 @@ TOKENS = st.sampled_from(
 
 @given(st.lists(st.lists(TOKENS | st.binary(max_size=8), max_size=30), max_size=4))
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_whatever_clients_send_the_server_goes_on(srv: Server, streams: list[list[bytes]]) -> None:
     with contextlib.ExitStack() as stack:
