@@ -23,12 +23,21 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = re.compile(r'(?m)^__version__ = "(\d+\.\d+\.\d+)"$')
+#: The oldest C library with which the wheel works: that of RHEL 9. Ubuntu 22.04 has 2.35, Debian 12
+#: has 2.36.
+GLIBC = (2, 34)
+#: By which pip knows where the wheel works (PEP 600).
+PLATFORM = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_x86_64"
 #: What setuptools makes of the present directory. Each step is a process of its own.
-STEP = "from setuptools import build_meta; print(build_meta.build_{}('{}'))"
+STEP = "from setuptools import build_meta; print(build_meta.build_{}({!r}, {!r}))"
+SETTINGS = {"sdist": {}, "wheel": {"--build-option": ["--plat-name", PLATFORM]}}
 
 
 def git(*words: str) -> str:
@@ -96,7 +105,7 @@ def step(what: str, source: Path, to: Path, epoch: int) -> Path:
     """
     flags = f"{os.environ.get('CFLAGS', '')} {shlex.quote(f'-ffile-prefix-map={source}=.')}"
     env = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch), "CFLAGS": flags, "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-c", STEP.format(what, to)]
+    command = [sys.executable, "-c", STEP.format(what, str(to), SETTINGS[what])]
     done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"release: the {what} cannot be built:\n{done.stderr}")
@@ -114,6 +123,29 @@ def same_bytes(archive: Path, epoch: int) -> None:
             new.addfile(plain, old.extractfile(member) if member.isfile() else None)
     with archive.open("wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=epoch) as zipped:
         zipped.write(packed.getvalue())
+
+
+def portable(wheel: Path) -> None:
+    """Make sure that the wheel works where its name says.
+
+    :raises SystemExit: a shared object needs a newer C library, or another library.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if not name.endswith(".so"):
+                continue
+            elf = ELFFile(io.BytesIO(archive.read(name)))
+            needs = elf.get_section_by_name(".gnu.version_r")
+            for library, symbols in needs.iter_versions():
+                versions = [tuple(map(int, re.findall(r"\d+", s.name))) for s in symbols]
+                if library.name not in ("libc.so.6", "ld-linux-x86-64.so.2"):
+                    raise SystemExit(f"release: {name} needs {library.name}; do without it")
+                if max(versions) > GLIBC:
+                    number = ".".join(map(str, max(versions)))
+                    raise SystemExit(
+                        f"release: {name} needs glibc {number} or later, and the wheel's name says "
+                        f"{GLIBC[0]}.{GLIBC[1]}; build on Debian 12, or see `objdump -T`"
+                    )
 
 
 def bill(source: Path, to: Path) -> Path:
@@ -150,6 +182,7 @@ def release(output: Path) -> list[Path]:
             archive.extractall(name)
         unpacked = Path(name, sdist.name.removesuffix(".tar.gz"))
         files = [sdist, step("wheel", unpacked, made, epoch)]
+        portable(files[1])
         files.append(bill(unpacked, made / f"pyvmm-{number}.cdx.json"))
         sums = made / "SHA256SUMS"
         sums.write_text(

@@ -60,7 +60,7 @@ def test_the_same_commit_gives_the_same_bytes(tmp_path: Path) -> None:
     names = sorted(path.name for path in first.iterdir())
     assert [re.sub(r"^pyvmm-[^-]+?(?=-|\.tar|\.cdx)", "", name) for name in names] == [
         "SHA256SUMS",
-        "-cp311-abi3-linux_x86_64.whl",
+        "-cp311-abi3-manylinux_2_34_x86_64.whl",
         ".cdx.json",
         ".tar.gz",
     ]
@@ -82,6 +82,19 @@ def test_the_same_commit_gives_the_same_bytes(tmp_path: Path) -> None:
     parts = {part["name"]: part["version"] for part in material["components"]}
     assert material["bomFormat"] == "CycloneDX" and parts == pinned("wheel")
     assert material["metadata"]["component"]["name"] == "pyvmm"
+
+
+def test_a_wheel_that_needs_a_newer_library_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = tmp_path / "x.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(next((ROOT / "pyvmm").glob("_ext*.so")), "pyvmm/_ext.abi3.so")
+    release.portable(wheel)
+    monkeypatch.setattr(release, "GLIBC", (2, 17))
+    match = r"_ext\S+ needs glibc 2\.34 or later, .* says 2\.17; build"
+    with pytest.raises(SystemExit, match=match):
+        release.portable(wheel)
 
 
 @pytest.fixture
