@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import closing
 
-from pyvmm.programs import which
+from pyvmm.programs import install, which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ OPTIONAL = {
 }
 #: Bytes of a guest's memory unless --memory says otherwise.
 DEFAULT_MEMORY = 256 << 20
+BUILD = "install pyvmm again; in a checkout: make setup"
 OK: State = "ok"
 MISSING: State = "missing"
 NOTE: State = "note"
@@ -91,6 +92,7 @@ def examine() -> list[Finding]:
         _device("tun", "/dev/net/tun", "no tap devices, so no network cards", "modprobe tun"),
         *_namespaces(),
         *_directories(),
+        _image(),
         _memory(),
         _huge_pages(),
         _transparent_huge_pages(),
@@ -128,7 +130,7 @@ def _kvm() -> Iterator[Finding]:
         from pyvmm import kvm as api
         from pyvmm.errors import PyvmmError
     except ImportError as e:
-        yield Finding("extension", MISSING, f"pyvmm's C extension does not load: {e}", "make setup")
+        yield Finding("extension", MISSING, f"pyvmm's C extension does not load: {e}", BUILD)
         return
     yield Finding("extension", OK, "pyvmm's C extension loads")
     try:
@@ -282,6 +284,21 @@ def _directories() -> Iterator[Finding]:
         yield Finding(name, NOTE, f"none, so no command finds a running machine: {cause}", remedy)
 
 
+def _image() -> Finding:
+    """What `pyvmm run` boots unless it is told another kernel."""
+    from pyvmm import images
+    from pyvmm.errors import PyvmmError
+
+    try:
+        image = images.find()
+        return Finding("guest image", OK, f"Linux {image.version}: {image.directory}")
+    except PyvmmError as e:
+        remedy = e.hint
+        if which("dpkg-deb") is None:
+            remedy = "this is no Debian: pyvmm image build --from-host takes this machine's kernel"
+        return Finding("guest image", MISSING, e.cause, remedy)
+
+
 def _memory() -> Finding:
     """How much memory a guest can have here: of the machine, and by control groups."""
     from pyvmm.host.limits import memory_limit
@@ -331,26 +348,24 @@ def _transparent_huge_pages() -> Finding:
     return Finding(name, OK, f"for guest memory ({choice})")
 
 
-#: Tool -> (package, its purpose, whether ``make demo`` needs it).
+#: Tool -> (package, its purpose). Each is for some uses only.
 TOOLS = {
-    "qemu-system-x86_64": ("qemu-system-x86", "the testbed and benchmarks", False),
-    "gcc": ("gcc", "the C extension and test kernels", True),
-    "ip": ("iproute2", "taps", True),
-    "dpkg-deb": ("dpkg", "unpacking Debian's kernel for images", True),
-    "depmod": ("kmod", "modules of a downloaded kernel", True),
-    "ping": ("iputils-ping", "`pyvmm demo`", True),
-    "iperf3": ("iperf3", "`pyvmm demo` and throughput tests", True),
+    "qemu-system-x86_64": ("qemu-system-x86", "the testbed and benchmarks"),
+    "gcc": ("gcc", "images with --tiny, and the testbed with an Intel processor"),
+    "depmod": ("kmod", "setting up the testbed"),
+    "ping": ("iputils-ping", "`pyvmm demo`"),
+    "iperf3": ("iperf3", "`pyvmm demo` and `pyvmm compare`"),
 }
 
 
 def _tools() -> Iterator[Finding]:
-    for tool, (package, use, needed) in TOOLS.items():
+    for tool, (package, use) in TOOLS.items():
         where = which(tool, "/usr/sbin:/sbin")
         yield Finding(
             tool,
-            OK if where else MISSING if needed else NOTE,
+            OK if where else NOTE,
             where or f"missing: for {use}",
-            "" if where else f"run as root: apt-get install {package}",
+            "" if where else install(package),
         )
 
 

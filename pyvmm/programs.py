@@ -50,6 +50,34 @@ def which(name: str, more: str = "") -> str | None:
     return None
 
 
+def install(*packages: str) -> str:
+    """How the user installs packages of Debian. Where there is no apt, only the user knows what
+    they are called.
+
+    :param packages: each a name, or ``NAME|OTHER``: the first of these that apt knows.
+    """
+    cache = which("apt-cache", "/usr/bin")
+    names = [_known(cache, package.split("|")) for package in packages]
+    if cache is None:
+        return f"install what Debian has in {', '.join(names)}"
+    return f"run as root: apt-get install --no-install-recommends {' '.join(names)}"
+
+
+def _known(cache: str | None, names: list[str]) -> str:
+    """The first of ``names`` that apt knows, if there is a choice; all of them if apt knows none,
+    as without package lists.
+    """
+    if cache is None or len(names) == 1:
+        return " or ".join(names)
+    import subprocess
+
+    for name in names:
+        asked = subprocess.run([cache, "show", name], capture_output=True, stdin=subprocess.DEVNULL)
+        if not asked.returncode:
+            return name
+    return " or ".join(names)
+
+
 def program(name: str) -> str:
     """The path by which to run a program: ``name`` if it is absolute, else as in ``which``.
 

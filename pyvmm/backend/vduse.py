@@ -27,7 +27,7 @@ from pyvmm.datapath.base import Vring
 from pyvmm.datapath.ringformat import PACKED, ring_format
 from pyvmm.errors import HostError, PyvmmError, VdpaError
 from pyvmm.fd import EventFd, Fd, eventfds
-from pyvmm.programs import which
+from pyvmm.programs import install, which
 from pyvmm.spec.virtio import (
     VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK,
@@ -230,7 +230,7 @@ def vdpa_tool(*words: str) -> None:
     """
     path = which("vdpa", "/usr/sbin:/sbin")
     if path is None:
-        raise VdpaError("the program vdpa is missing", "run as root: apt-get install iproute2")
+        raise VdpaError("the program vdpa is missing", install("iproute2"))
     done = subprocess.run([path, "dev", *words], capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -23,6 +23,7 @@ from pyvmm.errors import DiskError
 from pyvmm.host import qcow2
 from pyvmm.host.child import ChildConnector
 from pyvmm.hostnet import isolate
+from pyvmm.programs import install
 from pyvmm.vhostuser.wire import readable
 
 TYPE_CHECKING = False
@@ -48,8 +49,7 @@ def find() -> str:
             return path
     raise DiskError(
         f"a disk can be served only by {NAME}, which is missing",
-        f"as root: apt-get install --no-install-recommends {PACKAGES[13]}, or {PACKAGES[12]} on"
-        " Debian 12",
+        f"{install(PACKAGES[13])}, or {PACKAGES[12]} on Debian 12",
     )
 
 

@@ -15,6 +15,7 @@ import os
 from pyvmm.errors import ShareError
 from pyvmm.host.child import ChildConnector
 from pyvmm.hostnet import isolate
+from pyvmm.programs import install
 
 #: The program in Rust (Debian 13) and the one in C (Debian 12), with the package of each.
 RUST, C = "/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"
@@ -28,8 +29,7 @@ def find() -> str:
             return path
     raise ShareError(
         "a directory can be shared only by virtiofsd, which is missing",
-        f"as root: apt-get install --no-install-recommends {PACKAGES[C]}, or {PACKAGES[RUST]} where"
-        " there is such a package",
+        install("|".join(PACKAGES.values())),
     )
 
 

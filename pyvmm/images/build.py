@@ -16,7 +16,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from pyvmm.images.kernel import Kernel, Modules, extract_vmlinux, trim_zeros
 from pyvmm.images.packages import gather
 from pyvmm.images.sources import RECIPE
 from pyvmm.images.tiny import tiny_kernel
-from pyvmm.programs import which
+from pyvmm.programs import install, which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -90,9 +89,7 @@ def build(
         raise BuildError(
             "only one of --tiny, --from-host and --kernel-version can be chosen", "give one of them"
         )
-    if not RECIPE.exists():
-        raise BuildError(f"{RECIPE} is missing", "install pyvmm again")
-    recipe = tomllib.loads(RECIPE.read_text())
+    recipe = sources.recipe()
     name = image_name(series, from_host=from_host, tiny=tiny)
     store = Path(images.directory())
     compiler = sources.compiler() if tiny else ""
@@ -281,11 +278,11 @@ def _host_userland(
         if found:
             programs[name] = Path(found).resolve()
         elif name == "busybox":
-            raise BuildError("busybox is not installed", f"run: sudo apt-get install {package}")
+            raise BuildError("busybox is not installed", install(package))
         else:
-            progress(f"{name} is not installed: left out (apt-get install {package})")
+            progress(f"{name} is not installed: left out ({install(package)})")
     if any(needed(programs["busybox"])):
-        raise BuildError("busybox is not static", "run: sudo apt-get install busybox-static")
+        raise BuildError("busybox is not static", install("busybox-static"))
     roots = [Path("/")]
     needs = {path for program in programs.values() for path in libraries(program, roots).values()}
     inputs += [_file_input(path) for path in sorted({*programs.values(), *needs})]

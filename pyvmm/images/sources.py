@@ -10,11 +10,16 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 from pyvmm.errors import BuildError
 from pyvmm.host import shim
-from pyvmm.programs import program
+from pyvmm.programs import install, program
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SHARE = PACKAGE / "share"
@@ -35,6 +40,16 @@ CFLAGS = (
 )
 
 
+def recipe() -> dict[str, Any]:
+    """What images are made of, from ``images/default.toml``.
+
+    :raises BuildError: the file is missing.
+    """
+    if not RECIPE.exists():
+        raise BuildError(f"{RECIPE} is missing", "install pyvmm again")
+    return tomllib.loads(RECIPE.read_text())
+
+
 def compiler() -> str:
     """One line that identifies compiler and C library.
 
@@ -50,7 +65,7 @@ def compiler() -> str:
         return f"{version.splitlines()[0]}, libc.a {_sha256(Path(libc.strip()))[:16]}"
     except (OSError, subprocess.CalledProcessError):
         raise BuildError(
-            "gcc or its static C library is missing", "run: sudo apt-get install gcc libc6-dev"
+            "gcc or its static C library is missing", install("gcc", "libc6-dev")
         ) from None
 
 

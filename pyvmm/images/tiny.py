@@ -21,7 +21,7 @@ from pyvmm.host.apt import unpack
 from pyvmm.host.paths import cache_root
 from pyvmm.images.kernel import Kernel, extract_vmlinux
 from pyvmm.images.sources import TINY
-from pyvmm.programs import program, which
+from pyvmm.programs import install, program, which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,10 +92,7 @@ def _compile(
     if not Path("/usr/include/libelf.h").exists():
         missing.append("libelf-dev")
     if missing:
-        raise BuildError(
-            "tools to compile a kernel are missing",
-            f"run: sudo apt-get install {' '.join(missing)}",
-        )
+        raise BuildError("tools to compile a kernel are missing", install(*missing))
     home.parent.mkdir(parents=True, exist_ok=True)
     deb = apt.download([package])[0]
     for stale in home.parent.glob(".build-*"):  # left behind by a build that was killed

@@ -15,7 +15,7 @@ import sys
 from pyvmm.errors import HostError, TestbedError
 from pyvmm.host import qemu
 from pyvmm.host.paths import cache_dir
-from pyvmm.programs import which
+from pyvmm.programs import install, which
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Kernel:
 
 
 def kernels() -> list[Kernel]:
-    """All cloud kernels that are installed or unpacked in the cache, the newest first."""
+    """All such kernels that are installed or unpacked in the cache, the newest first."""
     found = {}
     base = cache_dir("kernel")
     # The cache comes last: a kernel there may have modules that were built for it.
@@ -181,17 +181,15 @@ def virtiofsd() -> Virtiofsd | None:
 def missing() -> list[tuple[str, str]]:
     """The things that the testbed needs and this machine lacks, each with its remedy."""
     lacks = []
-    install = "run as root: apt-get install --no-install-recommends "
     if not qemu.unpacked() and not which(qemu.NAME):
-        lacks.append((qemu.NAME, install + "qemu-system-x86"))
+        lacks.append((qemu.NAME, install("qemu-system-x86")))
     if not virtiofsd():
-        packages = (one.package for one in VIRTIOFSDS)
-        lacks.append(("virtiofsd", f"{install}{' or '.join(packages)}"))
+        lacks.append(("virtiofsd", install("|".join(one.package for one in VIRTIOFSDS))))
     if not busybox():
-        lacks.append(("a static busybox", install + "busybox-static"))
+        lacks.append(("a static busybox", install("busybox-static")))
     if not kernels():
         if not _depmod():
-            lacks.append(("depmod", install + "kmod"))
+            lacks.append(("depmod", install("kmod")))
         lacks.append(("Debian's cloud kernel", SETUP_HINT))
     return lacks
 

@@ -36,7 +36,7 @@ import tty
 from pyvmm.errors import HostError, TestbedError
 from pyvmm.host import bochs
 from pyvmm.host.paths import cache_dir
-from pyvmm.programs import which
+from pyvmm.programs import install, which
 from pyvmm.testbed import assets, disk, layers
 from pyvmm.testbed.machine import Machine, Port
 
@@ -80,7 +80,6 @@ info: action=ignore
 debug: action=ignore
 """
 PIPE = 1 << 20  # bytes that a named pipe holds before Bochs waits
-INSTALL = "run as root: apt-get install --no-install-recommends "
 SETUP_HINT = "run: pyvmm testbed setup --cpu intel"
 
 
@@ -120,11 +119,11 @@ class Intel(Machine):
         """Bochs, a kernel and the tools that make the disk."""
         lacks = [] if bochs.find() else [("Bochs", SETUP_HINT)]
         if not assets.busybox():
-            lacks.append(("a static busybox", f"{INSTALL}busybox-static"))
+            lacks.append(("a static busybox", install("busybox-static")))
         if not assets.kernels():
             lacks.append(("Debian's cloud kernel", SETUP_HINT))
         if not which("gcc") or not which("ld"):
-            lacks.append(("gcc", f"{INSTALL}gcc"))
+            lacks.append(("gcc", install("gcc")))
         return lacks
 
     @staticmethod

@@ -14,7 +14,7 @@ from pathlib import Path
 from pyvmm.errors import TestbedError
 from pyvmm.host.apt import KERNEL_RELEASES, find_kernel_package, unpack
 from pyvmm.host.paths import cache_dir
-from pyvmm.programs import program, which
+from pyvmm.programs import install, program, which
 from pyvmm.testbed import assets
 
 TYPE_CHECKING = False
@@ -104,7 +104,7 @@ def _run(command: list[str]) -> None:
         )
     except FileNotFoundError as e:
         raise TestbedError(
-            f"{command[0]} is missing", "run as root: apt-get install make gcc kmod xz-utils"
+            f"{command[0]} is missing", install("make", "gcc", "kmod", "xz-utils")
         ) from e
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if "rror" in line] or ["no reason given"]

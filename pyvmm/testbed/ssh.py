@@ -18,7 +18,7 @@ import re
 import tempfile
 
 from pyvmm.errors import TestbedError
-from pyvmm.programs import program, which
+from pyvmm.programs import install, program, which
 from pyvmm.testbed import assets, layers
 from pyvmm.testbed.machine import Machine, Port, python
 
@@ -36,7 +36,6 @@ BLOCK = 512  # bytes; the sizes of archives are multiples of them
 CHUNK = 256 << 10  # bytes that go to ssh at once
 #: Seconds without a frame after which the agent there ends. The supervisor asks it every second.
 SILENCE = 120
-INSTALL = "run as root: apt-get install --no-install-recommends "
 # BatchMode: nobody can answer a question. The command that the user may have configured for this
 # host must not take the place of ours. A connection that the user shares is used, but ours is not
 # left behind for others.
@@ -135,9 +134,9 @@ class Ssh(Machine):
     @staticmethod
     def missing() -> list[tuple[str, str]]:
         """The ssh client, and what travels."""
-        lacks = [] if which("ssh") else [("ssh", f"{INSTALL}openssh-client")]
+        lacks = [] if which("ssh") else [("ssh", install("openssh-client"))]
         if not assets.busybox():
-            lacks.append(("a static busybox", f"{INSTALL}busybox-static"))
+            lacks.append(("a static busybox", install("busybox-static")))
         return lacks
 
     @staticmethod

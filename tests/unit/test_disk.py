@@ -268,7 +268,7 @@ def test_a_disk_that_breaks_off_is_the_verdict() -> None:
 def test_no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_daemon, "PLACES", ("/no/such",))
     remedy = r"apt-get install \S+ qemu-utils, or qemu-system-common on Debian 12$"
-    with pytest.raises(DiskError, match=rf"which is missing; as root: {remedy}"):
+    with pytest.raises(DiskError, match=rf"which is missing; run as root: {remedy}"):
         Disk(raw_image(tmp_path / "a.raw")).connector()
 
 

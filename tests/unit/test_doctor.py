@@ -102,6 +102,16 @@ def test_both_testbeds_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert details[1].startswith("set up with --cpu intel: Bochs 3.0; ")
 
 
+def test_a_missing_image_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is after `pip install`; a system without Debian's packages has its own kernel."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    finding = doctor._image()
+    assert (finding.name, finding.state) == ("guest image", "missing")
+    assert finding.remedy.endswith("pyvmm image build")
+    monkeypatch.setattr(doctor, "which", lambda name, more="": None)
+    assert "image build --from-host" in doctor._image().remedy
+
+
 def test_lacking_extensions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from pyvmm import kvm
 

@@ -123,3 +123,18 @@ def test_directories_of_ours_are_absolute(enemys: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_RUNTIME_DIR", ".")
     assert not cache_root().startswith(str(enemys))
     assert not runtime_dir().startswith(str(enemys)) and runtime_dir().startswith("/")
+
+
+def test_how_packages_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what apt knows; without apt, only the user knows their names."""
+    cache = tmp_path / "apt-cache"
+    cache.write_text('#!/bin/sh\n[ "$2" = new ] || [ "$2" = old ]\n')
+    cache.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = "run as root: apt-get install --no-install-recommends"
+    assert programs.install("gcc", "make") == f"{command} gcc make"
+    assert programs.install("newer|old") == f"{command} old"
+    assert programs.install("new|old", "x") == f"{command} new x"
+    assert programs.install("none|nothing") == f"{command} none or nothing"
+    monkeypatch.setattr(programs, "which", lambda name, more="": None)
+    assert programs.install("gcc", "new|old") == "install what Debian has in gcc, new or old"

@@ -609,7 +609,7 @@ def test_what_is_missing_is_named_with_its_remedy(
     with pytest.raises(TestbedError) as e:
         assets.setup(print)
     for what in ("qemu-system-x86_64", "virtiofsd", "depmod"):
-        assert f"{what} is missing (run as root: apt-get install" in str(e.value)
+        assert f"{what} is missing (run as root: apt-get install --no" in str(e.value)
 
 
 def test_a_bug_in_the_agents_child_is_told() -> None:
