@@ -28,15 +28,12 @@ from pyvmm.programs import program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from typing import TypeVar
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from typing import Any, TypeVar
 
     T = TypeVar("T")
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-#: Where a kernel is looked for, in this order (see ``Apt``): the newer Debian's backports have had
-#: each series since 6.16.
-KERNEL_RELEASES = ("", "backports", "trixie-backports", "sid")
 LISTS_AGE = 86400.0  # seconds after which the lists in our cache are fetched again
 
 
@@ -265,26 +262,31 @@ class Apt:
 
 
 def find_kernel_package(
-    meta: str, releases: Iterable[str], series: str | None, progress: Callable[[str], None]
+    places: Mapping[str, Any], series: str | None, progress: Callable[[str], None]
 ) -> tuple[Apt, list[str]]:
-    """The newest kernel of ``series`` that one of ``releases`` has.
+    """The newest kernel of ``series`` that a release has.
 
     :returns: the ``Apt`` that has the kernel, and the packages with its files, the one with its
         name first.
-    :param meta: the package that depends on the newest kernel of a release.
+    :param places: the table ``kernel`` of ``images/default.toml``. ``releases``: where to look, as
+        in ``Apt``. ``packages``: a package that depends on the newest kernel -> the end of the
+        names of such kernels.
     :param series: such as "6.12"; None for the kernel of the first release that has any.
     :raises HostError: none of them has one.
     """
     prefix = "linux-image-"
     failure: HostError | None = None
-    for release in releases:
+    metas: dict[str, str] = places["packages"]
+    for release in places["releases"]:
         apt = Apt(release, progress)
         try:
+            known = apt.names(prefix)
+            meta = next((name for name in metas if name in known), next(iter(metas)))
             names = [name for name in apt.depends(meta) if name.startswith(prefix)]
             if series is not None:
                 first = f"{prefix}{series}."
                 names = [n for n in names if n == first[:-1] or n.startswith(first)] or sorted(
-                    (n for n in apt.names(first) if n.endswith(meta.removeprefix(prefix[:-1]))),
+                    (n for n in apt.names(first) if n.endswith(f"-{metas[meta]}")),
                     key=lambda n: [int(x) for x in re.findall(r"\d+", n)],
                     reverse=True,
                 )
@@ -296,7 +298,8 @@ def find_kernel_package(
     if failure is not None:
         raise failure
     raise HostError(
-        f"Debian has no cloud kernel {series or ''}".rstrip(), "choose another --kernel-version"
+        f"apt knows no kernel {f'{series} ' if series else ''}for virtual machines",
+        "choose another --kernel-version",
     )
 
 

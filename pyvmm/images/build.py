@@ -194,11 +194,10 @@ def _package_kernel(
     inputs: list[dict[str, str]],
     progress: Progress,
 ) -> Kernel:
-    """Debian's kernel of ``series``, or else the one that this release has, unpacked below
-    ``root``.
+    """Debian's or Ubuntu's kernel of ``series``, or else the one that this release has, unpacked
+    below ``root``.
     """
-    entry = recipe["kernel"]
-    apt, names = find_kernel_package(entry["package"], entry["releases"], series, progress)
+    apt, names = find_kernel_package(recipe["kernel"], series, progress)
     packages = apt.resolve(names)
     for deb in apt.download(packages):
         unpack(deb, root)

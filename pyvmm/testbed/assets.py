@@ -29,8 +29,8 @@ KVM = "kvm_amd"
 LATE = [KVM, "tun", "vhost_net", "vhost_vsock"]
 #: The kernel whose figures the documentation quotes; preferred to others that are there.
 DEFAULT_KERNEL = "6.1"
-#: Debian's package that depends on the newest cloud kernel of a release.
-KERNEL_PACKAGE = "linux-image-cloud-amd64"
+#: How the names of kernels for virtual machines end: Debian's, Ubuntu's (images/default.toml).
+FLAVOURS = ("-cloud-amd64", "-generic")
 #: Boot files that nobody has used for so many seconds are removed.
 UNUSED = 14 * 86400.0
 SETUP_HINT = "run: pyvmm testbed setup"
@@ -128,7 +128,7 @@ exec $b switch_root /new $p -I -S -B $r/agent.pyc
 
 
 class Kernel:
-    """One of Debian's cloud kernels.
+    """One of Debian's or Ubuntu's kernels for virtual machines.
 
     :ivar image: the path of its bzImage.
     :ivar root: the directory that has lib/modules/VERSION; empty for the system's root.
@@ -149,7 +149,7 @@ def kernels() -> list[Kernel]:
             version = name.removeprefix("vmlinuz-")
             if (
                 version != name
-                and version.endswith("-cloud-amd64")
+                and version.endswith(FLAVOURS)
                 and os.path.exists(f"{root}/lib/modules/{version}/modules.dep")
                 and os.access(f"{boot}/{name}", os.R_OK)
             ):
@@ -219,7 +219,12 @@ def _fetch(progress: Callable[[str], None], version: str | None) -> None:
     """Fetch QEMU if the installed one supports one vCPU only, and the kernel if it is missing."""
     best = qemu.qemus()
     if best and best[0].max_cpus < 2:
-        _fetch_qemu(progress)
+        from pyvmm.host.apt import codename
+
+        if codename():
+            _fetch_qemu(progress)
+        else:
+            progress(f"{best[0]} is old, and only Debian has backports: the testbed has one vCPU")
     try:
         find_kernel(version)
     except TestbedError:
@@ -257,9 +262,10 @@ def fetch_kernel(version: str | None, progress: Callable[[str], None]) -> None:
     import subprocess
     from pathlib import Path
 
-    from pyvmm.host.apt import KERNEL_RELEASES, find_kernel_package
+    from pyvmm.host.apt import find_kernel_package
+    from pyvmm.images.sources import recipe
 
-    apt, names = find_kernel_package(KERNEL_PACKAGE, KERNEL_RELEASES, version, progress)
+    apt, names = find_kernel_package(recipe()["kernel"], version, progress)
     number = names[0].removeprefix("linux-image-")
     target = f"{cache_dir('kernel')}/{number}"
     apt.install(names, Path(target))

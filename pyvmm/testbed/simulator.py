@@ -12,8 +12,9 @@ import tempfile
 from pathlib import Path
 
 from pyvmm.errors import TestbedError
-from pyvmm.host.apt import KERNEL_RELEASES, find_kernel_package, unpack
+from pyvmm.host.apt import find_kernel_package, unpack
 from pyvmm.host.paths import cache_dir
+from pyvmm.images.sources import recipe
 from pyvmm.programs import install, program, which
 from pyvmm.testbed import assets
 
@@ -45,7 +46,7 @@ def setup(progress: Callable[[str], None]) -> str:
     if have:
         return have[0].version
     assets.fetch_kernel(SERIES, progress)
-    apt, names = find_kernel_package(assets.KERNEL_PACKAGE, KERNEL_RELEASES, SERIES, progress)
+    apt, names = find_kernel_package(recipe()["kernel"], SERIES, progress)
     version = names[0].removeprefix("linux-image-")
     root = f"{cache_dir('kernel')}/{version}"
     with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
