@@ -22,6 +22,7 @@ Examples:
   pyvmm matrix --kernels default,6.12 --cpus 1,2 --features all,no-mrg-rxbuf --json matrix.json
   pyvmm matrix --kernels default,6.12 --json matrix.json --resume
   pyvmm matrix --modes emulated,vhost-net,vhost-user --features each,pairs --seconds 0
+  pyvmm matrix --cpu host,-pcid --kernels default,6.12
   pyvmm matrix --kernels default,6.12 --shard 3/10 --json part3.json
   pyvmm matrix --merge part*.json --json all.json --junit all.xml
   pyvmm matrix --kernels default,6.12 --add build/mytest -- mytest --quick
@@ -39,11 +40,13 @@ import time
 
 from pyvmm.cli.support.options import (
     ADD_HELP,
+    CPU_HELP,
     MODULES_HELP,
     SHARD_HELP,
     TROUBLE_KINDS,
     add_host,
     count,
+    cpu_model,
     part_of,
     seconds,
     shard,
@@ -95,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2,
         help="of TCP each way, 0 for none (2)",
     )
+    add("--cpu", metavar="CPU", type=cpu_model, help=CPU_HELP)
     add("--memory", metavar="SIZE", default="256M", help="guest memory (256M)")
     add("--append", metavar="S", default="", help="more kernel command line")
     add("--add", metavar="F[:PATH]", action="append", default=[], help=ADD_HELP)
@@ -163,6 +167,7 @@ def run(args: argparse.Namespace) -> int:
     cells = part_of(combine(args.kernels, args.modes, args.cpus, args.features), args.shard)
     settings = Settings(
         seconds=args.seconds,
+        cpu=args.cpu,
         memory=args.memory,
         append=args.append,
         timeout=args.timeout,

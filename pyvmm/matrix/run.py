@@ -62,6 +62,7 @@ class Settings:
     """The settings of all cells of a sweep.
 
     :param seconds: of TCP each way, 0 for no TCP.
+    :param cpu: how the CPU differs from the host's, as ``Machine`` takes it.
     :param timeout, hang_timeout: seconds for one cell, and seconds without progress that end it.
     :param fail_on: reports of the kernel that fail a cell: kinds of ``testing.phrases.KINDS``.
     :param command: what each guest runs at the end; empty for nothing.
@@ -72,6 +73,7 @@ class Settings:
         self,
         *,
         seconds: int = 2,
+        cpu: str | None = None,
         memory: str = "256M",
         append: str = "",
         timeout: float = 180.0,
@@ -81,7 +83,7 @@ class Settings:
         add: Sequence[str] = (),
         modules: str | None = None,
     ) -> None:
-        self.add, self.modules = list(add), modules
+        self.add, self.modules, self.cpu = list(add), modules, cpu
         self.seconds, self.memory, self.append = seconds, memory, append
         self.timeout, self.hang_timeout = timeout, hang_timeout
         self.fail_on, self.command = list(fail_on), list(command)
@@ -89,7 +91,9 @@ class Settings:
     def key(self) -> list[object]:
         """The settings on which the result of a cell depends."""
         added = [self.add, self.modules] if self.add or self.modules else []
-        return [self.seconds, self.memory, self.append, self.fail_on, self.command, *added]
+        model = [f"cpu {self.cpu}"] if self.cpu else []
+        common = [self.seconds, self.memory, self.append, self.fail_on, self.command]
+        return [*common, *added, *model]
 
 
 class Cell:
@@ -275,6 +279,7 @@ def _machine(cell: Cell, settings: Settings, stack: ExitStack) -> TestMachine:
             append=settings.append,
             watched=bool(settings.fail_on),
             cpus=cell.cpus,
+            cpu=settings.cpu,
             memory=settings.memory,
             nets=[Net.parse(cell.net())],
             hang_timeout=settings.hang_timeout,

@@ -74,6 +74,9 @@ def test_rows_verdicts_and_resumption(guest: Guest, tmp_path: Path) -> None:
     status, text, err = run(*args, "--resume", "--append", "status=3")
     assert status == 1 and err.count("pyvmm: [") == 16, "the options have"
     assert "8 passed, 8 failed" in text and "the command's exit status is 3" in text
+    status, text, err = run(*args, "--resume", "--cpu", "host,+ds-cpl")
+    assert status == 1 and err.count("pyvmm: [") == 16, "the CPU has"
+    assert text.count("this host's KVM has no ds-cpl") == 16, "which no KVM has"
 
 
 def test_shards(guest: Guest, tmp_path: Path) -> None:
