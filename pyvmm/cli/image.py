@@ -109,7 +109,7 @@ def _list(args: Namespace) -> int:
         print_json([_about(image) for image in found])
         return 0
     if not found:
-        print(f"no images; {images.remedy('default')}")
+        print(f"no image is built; {images.remedy('default')}")
         return 0
     rows = []
     for image in found:

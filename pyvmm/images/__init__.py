@@ -69,7 +69,7 @@ def directory() -> str:
 def remedy(name: str) -> str:
     """The hint for a user who lacks image ``name``."""
     options = f" --kernel-version {name}" if is_series(name) else NAMES.get(name, "")
-    return f"build it with: pyvmm image build{options}"
+    return f"run: pyvmm image build{options}"
 
 
 def is_name(name: str) -> bool:

@@ -164,7 +164,7 @@ def test_what_cannot_be_had_is_a_row(guest: Guest, tmp_path: Path) -> None:
         ),
         (
             "6.12",
-            "image '6.12' is not built; build it with: pyvmm image build --kernel-version 6.12",
+            "image '6.12' is not built; run: pyvmm image build --kernel-version 6.12",
         ),
     ],
 )

@@ -54,6 +54,7 @@ def test_the_list_of_commands(columns: int, capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit):
             cli.main([option])
         out = capsys.readouterr().out
+        assert "None" not in out, "a text that argparse could do without"
         for name in cli.COMMANDS:
             assert re.search(rf"(?m)^ +{name}( |$)", out), name
         assert not too_wide(out, columns)

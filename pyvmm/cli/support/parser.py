@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 # argparse would look for translations, and load the locale's module for that: a millisecond of each
-# start. There are none.
-vars(argparse)["_"] = str
+# start. There are none. Some texts are None.
+vars(argparse)["_"] = lambda text: text
 
 
 class Parser(ArgumentParser):
