@@ -50,7 +50,9 @@ step() {
 		sleep 1
 		seconds=$((seconds + 1))
 		if [ $((seconds % 5)) = 0 ]; then
-			printf '   %s s: %s\n' "$seconds" "$(tail -n 1 "$LOG" | tr -d '\r' | cut -c 1-90)" >&2
+			# Only ASCII: cut(1) would cut within a character.
+			line=$(tail -n 1 "$LOG" | LC_ALL=C tr -cd '[:print:]' | cut -c 1-90)
+			printf '   %s s%s\n' "$seconds" "${line:+: $line}" >&2
 		fi
 	done
 	if ! wait "$pid"; then
@@ -107,7 +109,7 @@ if [ "$have" != "$want" ] || ! .venv/bin/python -c '' 2>/dev/null; then
 	# The extension is built below, in place. The files are exactly those of tools/requirements.
 	case $extras in *fuzz) list=fuzz ;; dev) list=dev ;; *) list=run ;; esac
 	step "installing Python packages" .venv/bin/python -m pip install --disable-pip-version-check \
-		--require-hashes -r tools/requirements/$list.txt
+		--progress-bar off --require-hashes -r tools/requirements/$list.txt
 	# An editable install's import hook, distutils' and the script that pip generates each cost more at
 	# start-up than pyvmm itself; a path and three lines do the same.
 	site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
