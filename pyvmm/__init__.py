@@ -9,6 +9,8 @@ The public names are ``Machine``, ``Net``, ``Device``, ``Disk``, ``Share``, ``Ou
         vm.start()
         vm.console.expect("login:")
         outcome = vm.wait(timeout=60)
+
+PYTEST_DONT_REWRITE: in the testbed, pyvmm is imported before pytest, which would warn of that.
 """
 
 from __future__ import annotations
