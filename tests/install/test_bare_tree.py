@@ -133,30 +133,49 @@ def test_the_demo(tmp_path: Path, release: str) -> None:
     assert "installing" not in again and "fetching" not in again, again
 
 
-@pytest.mark.parametrize("release", ["bookworm", "trixie"])
-def test_a_wheel_for_an_ordinary_user(tmp_path: Path, release: str) -> None:
-    """Without a compiler, in a home directory whose name no list could hold: what is missing is
-    said in a line, then a guest runs with a directory of the user's.
-    """
+@pytest.fixture(scope="module")
+def goods(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the wheel of a clean clone, a test kernel, and the README's test."""
+    place = tmp_path_factory.mktemp("goods")
+    clone = place.with_name("clone")
     subprocess.run(
-        ["git", "-c", "safe.directory=*", "clone", "-q", str(ROOT), str(tmp_path / "clone")],
-        check=True,
+        ["git", "-c", "safe.directory=*", "clone", "-q", str(ROOT), str(clone)], check=True
     )
-    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path)]
-    subprocess.run([*wheel, str(tmp_path / "clone")], check=True)
-    (made,) = tmp_path.glob("*.whl")
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(place)]
+    subprocess.run([*wheel, str(clone)], check=True)
+    subprocess.run(["make", "-s", "-C", str(clone / "guest")], check=True)
+    shutil.copy(clone / "guest/build/hello.elf", place)
+    (test,) = re.findall(
+        r"(?s)```python\n(import pytest\n.*?)```", (ROOT / "README.md").read_text()
+    )
+    (place / "test_network.py").write_text(test)
+    place.chmod(0o755)
+    return place
+
+
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+def test_a_wheel_for_an_ordinary_user(tmp_path: Path, goods: Path, release: str) -> None:
+    """Without a compiler, in a home directory whose name no list could hold: what is missing is
+    said in a line. Then a guest runs with a directory of the user's, so do a test kernel and
+    commands in the testbed, and the pytest plugin gives a guest to a test.
+    """
     tree = plant(release, tmp_path / "tree", "python3-venv", "ca-certificates")
     shutil.rmtree(tree.directory / "root/pyvmm")
-    shutil.copy(made, tree.directory / "srv")
+    shutil.copytree(goods, tree.directory / "srv/goods")
     begin = """
-        cd; python3 -m venv env; env/bin/pip install -q /srv/*.whl
+        cd; python3 -m venv env; env/bin/pip install -q "$(echo /srv/goods/*.whl)[pytest]"
         env/bin/pyvmm run -- true || echo "status $?"
         env/bin/pyvmm testbed setup || echo "status $?"
     """
     end = """
-        cd; env/bin/pyvmm testbed setup; env/bin/pyvmm image build
+        cd; export PATH="$PWD/env/bin:$PATH"
+        pyvmm testbed setup; pyvmm image build; pyvmm doctor || echo "doctor: $?"
         mkdir 'to: share'; echo words >'to: share/file'; cd 'to: share'
-        ../env/bin/pyvmm run --share . -- sh -c 'cat file; id -u; pwd'
+        pyvmm run --share . -- sh -c 'cat file; id -u; pwd'
+        pyvmm test --host testbed /srv/goods/hello.elf
+        pyvmm testbed -- sh -c 'echo "L1 $(uname -r), $PWD"'
+        mkdir mytests; cp /srv/goods/test_network.py mytests
+        pytest -p no:cacheprovider --pyvmm-host auto mytests
     """
     (tree.directory / "srv/begin").write_text(begin)
     (tree.directory / "srv/end").write_text(end)
@@ -169,8 +188,70 @@ def test_a_wheel_for_an_ordinary_user(tmp_path: Path, release: str) -> None:
             for name in packages.split(" or ")
         )
         tree.run(f"export DEBIAN_FRONTEND=noninteractive; {one}")
-    out = tree.run(as_her.format("end"))
-    assert "words\n0\n/home/of, her é/to: share\n" in out, out
+    out = tree.run(as_her.format("end"), timeout=3600)
+    print(out)
+    assert "doctor: 3\n" in out, "nothing is missing but a KVM that she may use"
+    here = "/home/of, her é/to: share"
+    assert f"words\n0\n{here}\n" in out
+    assert "[1/1] PASS hello" in out
+    assert re.search(rf"(?m)^L1 \S+-cloud-amd64, {here}$", out)
+    assert re.search(r"(?m)^=+ 1 passed in ", out)
+    if Path("/dev/kvm").exists():  # root may use it; the user's installation is the same
+        out = tree.run("'/home/of, her é/env/bin/pyvmm' test --host local /srv/goods/hello.elf")
+        assert "[1/1] PASS hello" in out
+
+
+def pythons() -> dict[str, str]:
+    """Per version of Python from 3.11 on that this machine has: a program."""
+    found: dict[str, str] = {}
+    places = [*os.environ["PATH"].split(":"), *map(str, Path.home().glob(".pyenv/versions/*/bin"))]
+    for place in places:
+        for program in sorted(Path(place).glob("python3.*")):
+            if match := re.fullmatch(r"python(3\.(\d+))", program.name):
+                works = subprocess.run([program, "-m", "venv", "-h"], capture_output=True)
+                if int(match[2]) >= 11 and not works.returncode:
+                    found.setdefault(match[1], str(program))
+    return found
+
+
+#: What one wheel has to do under each Python: the extension, KVM, argparse's and pytest's hooks.
+TRY = """
+cd /; "$1" -m venv "$2/env"; export PATH="$2/env/bin:$PATH"
+pip install -q "$(echo "$3"/*.whl)[pytest]"
+pyvmm --version; pyvmm doctor --json >"$2/doctor.json" || [ $? -le 3 ]
+pyvmm run --help >/dev/null; pyvmm completion fish >/dev/null
+if [ -e /dev/kvm ]; then pyvmm test --host local "$3/hello.elf"; fi
+pytest -p no:cacheprovider --markers | grep -A1 pyvmm
+python -W error -c 'import pyvmm.cli.run, pyvmm.testing.plugin'
+"""
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_a_wheel_for_each_python(tmp_path: Path, goods: Path, version: str) -> None:
+    python = pythons().get(version)
+    if python is None:
+        pytest.skip(f"no Python {version} here")
+    clean = {k: v for k, v in os.environ.items() if k.startswith("PIP_")}
+    clean |= {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(tmp_path), "LANG": "C.UTF-8"}
+    command = ["sh", "-euxc", TRY, "try", python, str(tmp_path), str(goods)]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (finding,) = (
+        one
+        for one in json.loads((tmp_path / "doctor.json").read_text())["findings"]
+        if one["name"] == "extension"
+    )
+    assert finding["state"] == "ok"
+
+
+def test_a_wheel_for_the_newest_python(tmp_path: Path, goods: Path) -> None:
+    """Debian's unstable release has it."""
+    tree = plant("sid", tmp_path / "tree", "python3-venv", "ca-certificates")
+    shutil.copytree(goods, tree.directory / "srv/goods")
+    (tree.directory / "srv/try").write_text(TRY)
+    out = tree.run("mkdir /srv/of; sh -eux /srv/try /usr/bin/python3 /srv/of /srv/goods")
+    number = tree.run("python3 -c 'import sys; print(sys.version_info[1])'")
+    assert int(number) >= 14 and "Traceback" not in out, out
 
 
 def steps(of: list[dict[str, Any]]) -> dict[str, str]:
