@@ -11,6 +11,7 @@ as its root; and to few system calls.
 from __future__ import annotations
 
 import os
+import resource
 
 from pyvmm.errors import ShareError
 from pyvmm.host.child import ChildConnector
@@ -20,6 +21,14 @@ from pyvmm.programs import install
 #: The program in Rust (Debian 13) and the one in C (Debian 12), with the package of each.
 RUST, C = "/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"
 PACKAGES = {RUST: "virtiofsd", C: "qemu-system-common"}
+
+
+def all_descriptors() -> None:
+    """Let this process open as many files as it may. virtiofsd has a descriptor per file that the
+    guest knows; for an ordinary user the one in C leaves the limit, mostly 1024, as it is.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def find() -> str:
@@ -83,6 +92,7 @@ class FsConnector(ChildConnector):
             return command(program, fd, where, writable=writable, root=root)
 
         def confine() -> None:
+            all_descriptors()
             if whole:
                 isolate.protect(["/"] if writable else [])
             else:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pyvmm.errors import TestbedError
 from pyvmm.host.qemu import newest
 from pyvmm.host.shim import open_shim
+from pyvmm.host.virtiofsd import all_descriptors
 from pyvmm.hostnet import isolate
 from pyvmm.testbed import assets
 from pyvmm.testbed.machine import Machine, Port, pair, python
@@ -135,6 +136,7 @@ class Amd(Machine):
         told, tell = os.pipe()
 
         def protect() -> None:
+            all_descriptors()
             try:
                 isolate.protect(writable or [])
             except OSError as e:

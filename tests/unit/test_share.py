@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
 import struct
 import sys
 from contextlib import closing
@@ -253,6 +254,24 @@ def test_a_virtiofsd_that_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     with closing(virtiofsd.FsConnector(str(tmp_path), writable=True)) as connector:
         assert connector.end() == "virtiofsd has ended with status 3"
     assert (tmp_path / "virtiofsd.new").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, or user namespaces and gcc")
+def test_virtiofsd_may_open_what_the_user_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ordinary user's soft limit is 1024, and the guest's files are more."""
+    program = tmp_path / "virtiofsd"
+    program.write_text("#!/bin/sh\nulimit -Sn >&2; exit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(virtiofsd, "find", lambda: str(program))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, hard), hard))
+    try:
+        with closing(virtiofsd.FsConnector(str(tmp_path), writable=False)) as connector:
+            assert connector.end() == f"virtiofsd has ended with status 3: {hard}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("which", ["the directory", "the one above"])
