@@ -77,6 +77,7 @@ OPERATIONS = {
     "packets": "pyvmm.hostnet.packets:open_described",
     "vdpa": "pyvmm.datapath.vdpa_device:open_described",
     "vduse": "pyvmm.backend.vduse:remove_described",
+    "traffic": "pyvmm.hostnet.traffic:control",
 }
 #: Operations whose first word has to be permitted; and so has ``start``, see ``MODULES``.
 NAMED = ("connect", "listen", "remove", "tap", "macvtap", "open")
@@ -86,6 +87,7 @@ NEEDS = {
     "packets": "pyvmm.hostnet.packets:needs",
     "vdpa": "pyvmm.backend.vduse:needs",
     "vduse": "pyvmm.backend.vduse:needs_to_remove",
+    "traffic": "pyvmm.hostnet.traffic:needs",
 }
 
 

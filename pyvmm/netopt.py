@@ -138,13 +138,14 @@ HONOURED: dict[str, tuple[str, ...]] = {
     "vhost-vdpa": ("packed", "access-platform"),
     "user": ("packed", "in-order", "coalescing", "hash-report", "access-platform"),
 }
-#: Modes whose packets a worker of this process moves, which can do wrong on purpose; why the other
-#: modes cannot, and what to do.
-FAULTY = ("emulated", "user")
+#: Data paths where nothing of ours can do wrong on purpose: why, and what to do.
 NO_FAULTS = {
-    "vhost-net": ("the kernel moves its packets", "use emulated, or tc qdisc on the tap"),
+    "vhost-net": (
+        "the tap is no tap that pyvmm has opened by its name",
+        "use emulated, or tc qdisc where the tap is",
+    ),
     "vhost-user": ("the back-end moves its packets", "use emulated, or pyvmm backend --fault"),
-    "vhost-vdpa": ("the device moves its packets", "use emulated"),
+    "vhost-vdpa": ("the device moves its packets", "use emulated, or leave out device="),
 }
 #: Mbit/s: the largest number in struct virtio_net_config.
 SPEED_MAX = 0x7FFFFFFF
@@ -216,8 +217,8 @@ class Net:
         ``[tcp:|udp:][ADDR:]PORT-[ADDR:]PORT`` (docs/user-network.md).
     :param switchable: modes to which the data path may be switched later, joined by "+"
         (docs/switch.md). The device offers what all of them can honour.
-    :param fault: what to do wrong on purpose, of emulated and user: words of rules, joined by "+",
-        or the rules (docs/fault-injection.md). :param fault_seed: of the random numbers, 0 to
+    :param fault: what to do wrong on purpose: words of rules, joined by "+", or the rules
+        (docs/fault-injection.md). :param fault_seed: of the random numbers, 0 to
         2^64 - 1; a random one if it is not given.
     :raises UsageError: a value is not allowed, or two do not go together.
     """
@@ -413,7 +414,7 @@ class Net:
         self.fault = of_option(fault) if isinstance(fault, str) else list(fault)
         self.fault_seed = seed_of(seed)
         if self.mode != "none":
-            check_faults("--net", self)
+            check_faults("--net", self, self.fault, seed)
 
     def _check_tap(self) -> None:
         """:raises UsageError: the tap that is asked for makes no sense."""
@@ -674,18 +675,40 @@ class Net:
                 )
 
 
-def check_faults(name: str, net: Net) -> None:
+def fault_place(net: Net) -> str:
+    """Where faults on demand are done on a card's data path: ``worker``, of this process;
+    ``backend``, our own; ``tap``, by tc(8). Empty if nothing of ours can do them.
+    """
+    if net.mode in ("emulated", "user"):
+        return "worker"
+    if net.mode == "vhost-user":
+        return "" if net.socket else "backend"
+    if net.mode == "vhost-vdpa" and net.device:
+        return ""
+    return "" if net.fds or net.macvtap or net.mode == "none" else "tap"
+
+
+def check_faults(
+    name: str, net: Net, rules: Sequence[FaultRule], seed: int | str | None = None
+) -> None:
     """Check that faults on demand are possible on a card's data path.
 
-    :param name: what the message begins with.
-    :raises UsageError: somebody else than a worker of ours moves its packets.
+    :param name: what the message begins with. :param seed: as it was given.
+    :raises UsageError: they are not; the message says why.
     """
-    if net.mode in FAULTY:
-        return
-    raise UsageError(
-        f"{name}: no faults on demand on {net.mode}: {NO_FAULTS[net.mode][0]}",
-        NO_FAULTS[net.mode][1],
-    )
+    place = fault_place(net)
+    if not place:
+        why, remedy = NO_FAULTS[net.mode]
+        raise UsageError(f"{name}: no faults on demand on {net.mode}: {why}", remedy)
+    if place == "tap":
+        from pyvmm.faulttc import shapes
+
+        shapes(rules, f"{name}: no such fault on {net.mode}")
+        if seed is not None:
+            raise UsageError(
+                f"{name}: no seed on {net.mode}: tc takes none",
+                "leave it out, or use --net emulated",
+            )
 
 
 def interface_name(key: str, name: str | None) -> None:

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
         def ready(self) -> bool:
             """Whether its driver has set it up."""
 
+        @property
+        def seeded(self) -> bool:
+            """Whether a seed means anything on its data path."""
+
         def fault(self, *rules: str | FaultRule, seed: int | None = None) -> object:
             """Have these rules and no others."""
 
@@ -338,7 +342,7 @@ class Player:
                     return
             card = self._card(step)
             if step.rules is not None:
-                card.fault(*step.rules, seed=self.scenario.seed)
+                card.fault(*step.rules, seed=self.scenario.seed if card.seeded else None)
             for act in step.acts:
                 card.act(act)
             self.done += 1

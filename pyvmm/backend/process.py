@@ -8,7 +8,8 @@ process is killed.
 
 The control socket carries one datagram per word. We send each session's socket. The child answers
 ``READY`` when it can be given the first session, and whenever it has taken one; in between it sends
-its log, one line per datagram. The lines about a session come before the next ``READY``.
+its log, one line per datagram. The lines about a session come before the next ``READY``. Faults on
+demand have a socket of their own (``backend.faults``).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from pyvmm.backend.faults import BackendFaults
     from pyvmm.helper import Child
     from pyvmm.hostnet.tap import Tap
 
@@ -54,11 +56,12 @@ class BackendProcess:
     """The child. It is made when it is first needed, and again after its death.
 
     :param tap: lent to the child; offloads, filters and queues are set on this side.
+    :param faults: the card's faults on demand in the child, lent; None: there never are any.
     :ivar poll_us: a worker looks for work this long, in microseconds, before it sleeps.
     """
 
-    def __init__(self, tap: Tap, poll_us: int = 0) -> None:
-        self._tap, self.poll_us = tap, poll_us
+    def __init__(self, tap: Tap, poll_us: int = 0, faults: BackendFaults | None = None) -> None:
+        self._tap, self.poll_us, self._faults = tap, poll_us, faults
         self._lock = threading.Lock()
         self._child: Child | None = None
         self._control: socket.socket | None = None
@@ -179,26 +182,46 @@ class BackendProcess:
             )
         except OSError as e:
             raise VhostUserError(f"cannot start our own back-end: {e.strerror}") from e
-        lent = [theirs.fileno(), *(fd.fileno() for fd in fds)]
+        try:
+            asks, answers = socket.socketpair(
+                socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC
+            )
+        except OSError as e:
+            ours.close()
+            theirs.close()
+            raise VhostUserError(f"cannot start our own back-end: {e.strerror}") from e
+        lent = [theirs.fileno(), answers.fileno(), *(fd.fileno() for fd in fds)]
         facts = (tap.mtu, tap.features(), self.poll_us)
-        words = [str(lent[0]), tap.name, *map(str, facts), *map(str, lent[1:])]
+        words = [*map(str, lent[:2]), tap.name, *map(str, facts), *map(str, lent[2:])]
         try:
             self._child = helper.start_module(helper.BACKEND, words, lent)
         except OSError as e:
             ours.close()
+            asks.close()
             raise VhostUserError(f"cannot start our own back-end: {e.strerror}") from e
         finally:
             theirs.close()
+            answers.close()
         self._control, self._fds = ours, fds
-        if not self._heard(START_S, end):
+        try:
+            if not self._heard(START_S, end):
+                raise VhostUserError("our own back-end does not start")
+            if self._faults is not None:
+                self._faults.attach(asks)
+        except PyvmmError:
+            asks.close()
             self._end()
-            raise VhostUserError("our own back-end does not start")
+            raise
+        if self._faults is None:
+            asks.close()
 
     def _end(self) -> None:
         """End the child, which holds nothing that is worth an orderly end."""
         import subprocess
 
         child, self._child = self._child, None
+        if self._faults is not None:
+            self._faults.detach()
         if child is not None:
             # A process that dies closes its sockets first, and can be waited for a moment later.
             dying = self._control is not None and hung_up(self._control)
@@ -304,16 +327,20 @@ def serve(
     poll_us: int,
     fds: list[int],
     prepare: Callable[[Callable[[str], None]], None] | None = None,
+    faults_fd: int = -1,
 ) -> None:
     """The child's main function: serve on the tap of descriptors ``fds`` until the control socket
     is closed.
 
     :param poll_us: see ``BackendProcess``.
     :param prepare: called, with the log, when everything has been imported and made.
+    :param faults_fd: of the socket of ``backend.faults``; -1: there are no faults on demand.
     """
+    from pyvmm.backend.faults import answer
     from pyvmm.backend.net import NetService
     from pyvmm.backend.ports import LentTap
     from pyvmm.backend.server import Backend
+    from pyvmm.datapath.impair import ImpairPoint
 
     control = socket.socket(fileno=control_fd)
 
@@ -329,7 +356,12 @@ def serve(
         log(problem)
         os._exit(ThreadStopped.exit_code)  # at once: who knows what else is not ours any more
 
-    with Backend(NetService(port, poll_us=poll_us, stopped=stopped), log=log) as backend:
+    impair = ImpairPoint()
+    if faults_fd >= 0:
+        asked = socket.socket(fileno=faults_fd)
+        threading.Thread(target=answer, args=(asked, impair), name="faults", daemon=True).start()
+    service = NetService(port, poll_us=poll_us, stopped=stopped, impair=impair)
+    with Backend(service, log=log) as backend:
         if prepare is not None:
             prepare(log)
         control.send(READY)
@@ -350,10 +382,11 @@ def serve(
 if __name__ == "__main__":
     serve(
         int(sys.argv[1]),
-        sys.argv[2],
-        int(sys.argv[3]),
+        sys.argv[3],
         int(sys.argv[4]),
         int(sys.argv[5]),
-        [int(a) for a in sys.argv[6:]],
+        int(sys.argv[6]),
+        [int(a) for a in sys.argv[7:]],
         confine,
+        int(sys.argv[2]),
     )

@@ -14,7 +14,7 @@ from pyvmm.card.handover import HandOver
 from pyvmm.card.report import ModeTotals, SwitchReport
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm.inject import Injection
-from pyvmm.netopt import FAULTY, Net, check_faults, mac_text
+from pyvmm.netopt import Net, check_faults, fault_place, mac_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -221,10 +221,12 @@ class Nic(Card):
         Waits for a switch of this card. Any thread but a vCPU's, without the I/O lock.
 
         :param rules: such as ``"rx loss=10%"``. :param seed: of the random numbers, 0 to 2^64 - 1:
-            the same seed and the same frames have the same deeds; None for a random one.
+            the same seed and the same frames have the same deeds; None for a random one, or where
+            there is none (``seeded``).
         :return: as ``faults``.
         :raises UsageError: they are no rules, or the data path cannot do what they say; nothing has
-            changed. :raises HostError: there is no memory, or no libpcap for a filter.
+            changed. :raises HostError: there is no memory, or no libpcap for a filter, or no tc
+            for a tap.
         """
         from pyvmm.faultopt import check, of_text, seed_of
 
@@ -236,20 +238,33 @@ class Nic(Card):
         with self._switching:
             if self._over:
                 raise HostError(f"{self.name} is being removed")
+            net, place = self._route.net, None
             if given:
-                check_faults(self.name, self._route.net)
-            self._uplink.impair.set(given, number)
+                check_faults(self.name, net, given, seed)
+                place = self._uplink.fault_point(net)
+                place.set(given, number)
+            for point in self._uplink.fault_points():
+                if point is not place:
+                    point.set([], 0)
         self._emit("X_PYVMM_FAULTS", name=self.name, rules=[str(rule) for rule in given])
         return self.faults()
 
     def faults(self) -> dict[str, object]:
         """The rules in force, the seed, how many frames wait, and what was done so far
-        (``counters``); for JSON. Any thread.
+        (``counters``); for JSON. Any thread but a vCPU's.
         """
-        return {
-            **self._uplink.impair.report(),
-            "counters": {**self._uplink.impair.counters(), **self._acts},
-        }
+        points = self._uplink.fault_points()
+        place = next((point for point in points if point.active), points[0])
+        total = ModeTotals()
+        for point in points:
+            point.look()
+            total.count(point.counters())
+        return {**place.report(), "counters": {**total.counters, **self._acts}}
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the same seed and the same frames have the same deeds, on this data path."""
+        return fault_place(self._route.net) != "tap"
 
     @property
     def ready(self) -> bool:
@@ -301,7 +316,8 @@ class Nic(Card):
 
     def driver_gone(self) -> None:
         """Frames that wait on purpose were for that driver, or from it."""
-        self._uplink.impair.clear()
+        for point in self._uplink.fault_points():
+            point.clear()
 
     # --- switching --------------------------------------------------------------------------------
 
@@ -372,8 +388,14 @@ class Nic(Card):
             raise UsageError(
                 f"{self.name} cannot leave {old.path.name}: {bound}", "reset the device first"
             )
-        if self._uplink.impair.active:
-            check_faults(self.name, net)
+        active = next((point for point in self._uplink.fault_points() if point.active), None)
+        if active is not None:
+            check_faults(self.name, net, ())
+            if self._uplink.fault_point(net) is not active:
+                raise UsageError(
+                    f"{self.name} has faults on demand, which {net.mode} has elsewhere",
+                    "end them before: pyvmm fault NAME off",
+                )
         spare = self._spare if self._uplink.tap is not None else None
         with ExitStack() as undo:
             with report.step("open"):
@@ -399,8 +421,8 @@ class Nic(Card):
             self._captures.settle()
             if self._route is new:
                 undo.pop_all()
-                if net.mode not in FAULTY:
-                    self._uplink.impair.clear()
+                if fault_place(net) != "worker":
+                    self._uplink.faults["worker"].clear()
         after = self._ledger()
         report.exits = {"before": before.total, "after": after.total}
         report.wait_served(self._route.path.times, HANDOVER_S)
@@ -435,19 +457,25 @@ class Nic(Card):
             return out
 
     def counters(self) -> dict[str, int]:
-        """Of all data paths so far, summed. Any thread."""
+        """Of all data paths so far, summed. Any thread. What was done on purpose elsewhere than in
+        this process is as ``faults`` has told it last.
+        """
         total = ModeTotals()
         with self._books:
             for totals in self._modes.values():
                 total.count(totals.counters)
             total.count(self._serving.counters())
-        total.count(self._uplink.impair.counters())
+        for point in self._uplink.fault_points():
+            total.count(point.counters())
         total.count(dict(self._acts))
         return total.counters
 
     def report(self) -> dict[str, object]:
-        """For JSON."""
+        """For JSON. Threads as with ``faults``."""
         from pyvmm.virtio.features import names
+
+        for point in self._uplink.fault_points():
+            point.look()
 
         rx = self.device.rx
         modes = self.by_mode()
@@ -486,7 +514,11 @@ class Nic(Card):
             "faults_total": self.device.faults_total,
             "tracebacks": list(self.device.tracebacks),
             "counters": self.counters(),
-            **({"fault_rules": self._uplink.impair.report()} if self._uplink.impair.active else {}),
+            **(
+                {"fault_rules": faults.report()}
+                if (faults := next((p for p in self._uplink.fault_points() if p.active), None))
+                else {}
+            ),
             "modes": {name: totals.as_dict() for name, totals in modes.items()},
             "switch_count": self.switch_count,
             "switches": [report.as_dict() for report in self.switches],

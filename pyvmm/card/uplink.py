@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pyvmm.datapath.capture import CapturePoint
 from pyvmm.datapath.impair import ImpairPoint
 from pyvmm.errors import HostError, UsageError
+from pyvmm.netopt import fault_place
 from pyvmm.spec.ethernet import ETH_DATA_LEN
 from pyvmm.spec.virtio_net import VIRTIO_NET_HDR_V1_SIZE
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.backend.faults import BackendFaults
     from pyvmm.backend.process import BackendProcess
     from pyvmm.backend.vduse_process import VduseProcess
+    from pyvmm.card.traffic import TapFaults
     from pyvmm.datapath.base import DataPath, Frames, RxFilter, Steering
     from pyvmm.hostnet.netns import Namespace
     from pyvmm.hostnet.opensocket import OpenSocket
@@ -103,7 +106,8 @@ class Uplink:
     :param host, guest: the addresses with prefix length of the tap and of the guest; None for none.
     :param stopped: see ``EmulatedNet``. :param mac: of the card.
     :ivar captures: the captures of the workers of all emulated data paths.
-    :ivar impair: the faults on demand of these workers.
+    :ivar faults: the faults on demand, by the place where they are done (``netopt.fault_place``):
+        ``worker``, and the others once they are needed.
     :ivar tap: None if frames enter and leave at a vhost-user back-end or a vDPA device only; then
         there is nothing to program.
     :ivar namespace: pyvmm's own network namespace with the tap in it; None if the user gave a tap.
@@ -119,9 +123,9 @@ class Uplink:
         mac: bytes = b"",
     ) -> None:
         self.tap: Tap | None = None
-        self.captures, self.impair = CapturePoint(), ImpairPoint()
-        if net.fault:
-            self.impair.set(net.fault, net.fault_seed)
+        self.captures = CapturePoint()
+        self._impair = ImpairPoint()
+        self.faults: dict[str, ImpairPoint | BackendFaults | TapFaults] = {"worker": self._impair}
         self._stopped = stopped
         self._recorder = recorder
         self.namespace: Any = None
@@ -142,15 +146,23 @@ class Uplink:
             mtu, loopback, ports = net.mtu or ETH_DATA_LEN, net.loopback, net.forwards
             self._port = UserStack(host, guest, mtu, loopback=loopback, forwards=ports)
             self.name_server = name_server(host)
-        if not net.has_tap:
-            return
+        if net.has_tap:
+            self._open_tap(net, host, guest, mac)
+        if net.fault:
+            try:
+                self.fault_point(net).set(net.fault, net.fault_seed)
+            except BaseException:
+                self.close()
+                raise
+
+    def _open_tap(self, net: Net, host: str | None, guest: str | None, mac: bytes) -> None:
         if net.fds:
             from pyvmm.hostnet.opensocket import OpenSocket, is_socket
             from pyvmm.hostnet.tap import Tap
 
             if is_socket(net.fds[0]):
                 net.check_socket()
-                self._port = OpenSocket(net.fds[0], net.mtu, stopped)
+                self._port = OpenSocket(net.fds[0], net.mtu, self._stopped)
                 return
             self.tap = Tap.inherited(net.fds, mtu=net.mtu)
         else:
@@ -175,6 +187,31 @@ class Uplink:
             self.namespace.close()
             raise
         self.name_server = name_server(ROUTED[0])
+
+    def fault_point(self, net: Net) -> ImpairPoint | BackendFaults | TapFaults:
+        """Where faults on demand are done while a data path serves the card.
+
+        :param net: describes the path; ``netopt.check_faults`` has found nothing wrong.
+        """
+        place = fault_place(net)
+        if place == "backend":
+            return self._backend_faults()
+        if place not in self.faults:
+            from pyvmm.card.traffic import TapFaults
+
+            self.faults[place] = TapFaults(self._need_tap(net), self.namespace)
+        return self.faults[place]
+
+    def fault_points(self) -> list[ImpairPoint | BackendFaults | TapFaults]:
+        """All of these places that there are by now. Any thread."""
+        return list(self.faults.values())
+
+    def _backend_faults(self) -> BackendFaults:
+        from pyvmm.backend.faults import BackendFaults
+
+        found = self.faults.setdefault("backend", BackendFaults())
+        assert isinstance(found, BackendFaults)
+        return found
 
     # --- what a device programs -------------------------------------------------------------------
 
@@ -270,7 +307,7 @@ class Uplink:
             if self._backend is None:
                 from pyvmm.backend.process import BackendProcess
 
-                self._backend = BackendProcess(tap, net.poll)
+                self._backend = BackendProcess(tap, net.poll, self._backend_faults())
             connector = self._backend.connector()
         path = VhostUserNet(
             connector,
@@ -356,7 +393,7 @@ class Uplink:
             stopped=self._stopped,
             gone=gone,
             captures=self.captures,
-            impair=self.impair,
+            impair=self._impair,
         )
 
     def _need_tap(self, net: Net) -> Tap:
@@ -404,10 +441,13 @@ class Uplink:
 
     def close(self) -> None:
         """Release tap, namespace and back-end. A second call does nothing."""
+        if "tap" in self.faults:
+            self.faults["tap"].close()
         for one in (
             *(self._backend, self._vduse, self._port, self._way_out),
             *(self.tap, self.namespace),
         ):
             if one is not None:
                 one.close()
-        self.impair.close()
+        for point in self.fault_points():
+            point.close()

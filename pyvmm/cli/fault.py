@@ -14,13 +14,14 @@ Examples:
 
 A rule begins with rx (to the guest), tx (from the guest) or both. New rules replace the old ones.
 The same seed and the same packets have the same deeds; each deed is counted. All words are in
-docs/fault-injection.md. Rules work while pyvmm's own worker moves the packets (emulated, user).
+docs/fault-injection.md. Rules are for emulated, user and pyvmm's own vhost-user back-end; tc does
+them at the tap of vhost-net and of pyvmm's own vDPA device, without seeds and notifications.
 
 Acts are done once, on any data path, and change no rules: needs-reset, config-interrupt, interrupt
 (of each virtqueue, in vain), kick (the same), link-down, link-up.
 
 Exit status: 0; 2 bad usage; 101 there is no libpcap for filter=; 113 no such machine; 114 refused,
-such as on vhost-net.
+such as for a back-end of somebody else's.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
     """The result for people."""
     name = result["name"]
     lines = [f"{name}: {rule}" for rule in result["rules"]] or [f"{name}: no faults"]
-    if result["rules"]:
+    if result["rules"] and result["seed"] is not None:
         lines[-1] += f"   (seed {result['seed']})"
     for way, words in (("rx", "to the guest"), ("tx", "from the guest")):
         counts = {

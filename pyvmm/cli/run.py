@@ -60,9 +60,9 @@ Network cards: --net MODE[,key=value...], once per card
       worker-cpu=N    the worker of queue pair k runs on CPU N + k only
       switchable=A+B  the data path may later be switched to the modes A and B (docs/switch.md): the
                       card offers what all modes can honour, and takes the keys of all modes
-      fault=WORDS     lose, delay, repeat, damage packets on purpose, with emulated and user only:
-                      words joined by +, such as rx+loss=10% (docs/fault-injection.md)
-      fault-seed=S    of the random numbers for fault= (random)
+      fault=WORDS     lose, delay, repeat, damage packets on purpose: words joined by +, such as
+                      rx+loss=10% (docs/fault-injection.md)
+      fault-seed=S    of the random numbers for fault= (random); not where tc does it
       without=A+B     do not offer: offloads, tso, uso, mrg-rxbuf, indirect, event-idx, ctrl-vq,
                       ring-reset, notification-data, speed, hdrlen
       with=A+B        offer, too: packed (virtqueues), in-order (neither with vhost-net), coalescing

@@ -58,7 +58,11 @@ class ImpairPoint:
     """The faults on demand of a card, and its present workers. A data path comes and goes; rules,
     counts and frames that wait stay. Any thread. Without rules, and if there never were any, there
     is nothing that a worker could look at.
+
+    :cvar seeded: whether a seed makes the same frames have the same deeds.
     """
+
+    seeded = True
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -170,6 +174,9 @@ class ImpairPoint:
         with self._lock:
             for pair in self._lines.keys() - self._workers.keys():
                 lib.pv_impair_clear(self._lines[pair])
+
+    def look(self) -> None:
+        """Nothing: what these workers count is here."""
 
     def counters(self) -> dict[str, int]:
         """What was done so far, of all queue pairs: ``rx_fault_loss`` and others, as in ``struct

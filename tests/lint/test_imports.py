@@ -28,6 +28,7 @@ LAYERS = (
         "jailopt",
         "diskopt",
         "faultopt",
+        "faulttc",
         "scenario",
         "shareopt",
         "netopt",

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pyvmm.backend.faults import BackendFaults
 from pyvmm.backend.process import LINES_MAX, READY, BackendProcess, serve
 from pyvmm.backend.server import Backend
 from pyvmm.conformance.check import LoggedNet
 from pyvmm.conformance.dirty_log import FrontendLog, page
-from pyvmm.errors import VhostUserError
+from pyvmm.errors import HostError, VhostUserError
+from pyvmm.faultopt import of_text
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
 from tests.driver import Cable, Events, NetDriver, bits, wait_for
@@ -80,6 +82,65 @@ def test_the_confined_child_marks_pages(process: BackendProcess) -> None:
         assert {page(driver.filled[0][0]), page(driver.rx.used)} <= log.pages()
         net.close()
         driver.close()
+
+
+def test_the_confined_child_has_faults() -> None:
+    """Rules that are set before it starts, while it serves, and again after its death."""
+    acked, tap, faults = bits("VIRTIO_F_VERSION_1"), Cable(), BackendFaults()
+    process = BackendProcess(tap, faults=faults)  # type: ignore[arg-type]
+    faults.set(of_text(["tx loss filter='arp'"]), 7)
+    with closing(GuestMemory(1 << 20)) as memory, closing(tap), closing(process):
+        driver, net = NetDriver(memory, size=16, event_idx=False), LoggedNet(process.connector())
+        driver.fill()
+        net.connect(PATIENCE)
+        net.start(acked, memory, [ring.vring() for ring in driver.rings], Events())
+        driver.send(b"\x55" * 12 + b"\x08\x06" + bytes(46), b"\x55" * 60)
+        assert tap.receive()[12:] == b"\x55" * 60
+        faults.look()
+        assert faults.counters()["tx_fault_loss"] == 1
+        assert faults.report()["seed"] == 7
+        faults.set(of_text(["rx duplicate", "tx delay=60s"]), 8)
+        tap.far.send(bytes(12) + b"\x66" * 60)
+        assert driver.wait_packets(2, PATIENCE)
+        driver.send(b"\x77" * 60)
+
+        def waits() -> bool:
+            faults.look()
+            return faults.report()["waiting"] == {"rx": 0, "tx": 1}
+
+        assert wait_for(waits, PATIENCE)
+        assert faults.counters()["rx_fault_duplicate"] == 1
+        pid = process.pid
+        assert pid is not None and process.complaints() == []
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        process.dial().close()
+        assert process.pid != pid and faults.active
+        assert faults.counters()["tx_fault_loss"] == 1, "what the first child has counted"
+        faults.set([], 0)
+        assert faults.report()["rules"] == []
+        net.close()
+        driver.close()
+
+
+def test_a_child_that_does_not_answer() -> None:
+    """It is asked once; what it has told last stays, and rules are for the next child."""
+    faults, (ours, theirs) = BackendFaults(), socket.socketpair()
+    with theirs:
+        theirs.send(b"ok rx_fault_loss=3 waiting_rx=1\n")
+        faults.set(of_text(["rx loss"]), 1)
+        faults.attach(ours)
+        ours.settimeout(0.01)
+        faults.look()
+        faults.look()
+        assert faults.counters() == {"rx_fault_loss": 3}
+        faults.set(of_text(["tx loss"]), 1)
+        other, far = socket.socketpair()
+        with far:
+            far.send(b"no memory for faults\n")
+            with pytest.raises(HostError, match="takes no faults: memory for faults"):
+                faults.attach(other)
+        faults.close()
 
 
 def test_the_lines_come_before_the_next_session(process: BackendProcess) -> None:

@@ -22,6 +22,8 @@ from pyvmm.backend.ports import joined_ports, loop_port
 from pyvmm.datapath.impair import ImpairPoint, deeds
 from pyvmm.errors import HostError, UsageError
 from pyvmm.faultopt import FRAMES_MAX, RULES_MAX, of_option, of_text, of_wire, of_words
+from pyvmm.faulttc import shapes
+from pyvmm.hostnet.traffic import Shape, control
 from pyvmm.kvm.recorder import FAULT, Recorder
 from pyvmm.netopt import Net
 from tests.driver import wait_for
@@ -121,10 +123,79 @@ def test_what_is_no_rule_in_json_is_refused(item: object) -> None:
         of_wire([item])
 
 
-@pytest.mark.parametrize("mode", ["vhost-net", "vhost-user", "vhost-vdpa"])
-def test_a_card_whose_packets_we_do_not_move_is_refused(mode: str) -> None:
+@pytest.mark.parametrize(
+    "net",
+    [
+        "vhost-user,socket=/s",
+        "vhost-vdpa,device=/dev/vhost-vdpa-0",
+        "vhost-net,fd=9",
+        "vhost-net,macvtap=eth0",
+    ],
+)
+def test_a_card_whose_packets_pass_nothing_of_ours_is_refused(net: str) -> None:
+    mode = net.partition(",")[0]
     with pytest.raises(UsageError, match=f"no faults on demand on {mode}"):
-        Net.parse(f"{mode},fault=loss")
+        Net.parse(f"{net},fault=loss")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("hold-irq=1ms", "hold-irq=1ms: kicks and interrupts do not come past pyvmm there"),
+        ("rx+extra-irq", "extra-irq: kicks and interrupts do not come"),
+        ("tx+hold-kick=1ms", "hold-kick=1ms: kicks and interrupts do not come"),
+        ("rx+loss=1/3", "loss=1/3: tc draws lots, and counts no frames; write loss=33.3%"),
+        ("rx+loss+chance=5%", "chance=5%: tc has no chance for a whole rule"),
+        ("rx+loss+after=3", "after=3: tc counts no frames"),
+        ("rx+loss+count=3", "count=3: tc counts no frames"),
+        ("rx+loss+until=3s", "until=3s: tc has no times"),
+        ("rx+delay=1s+jitter=3s", "jitter=3s: tc takes 2s at most"),
+        ("rx+delay=1s+reorder=5%", "reorder=5%: tc reorders by a delay, and there is delay="),
+        ("rx+reorder", "reorder: all of them would keep their order"),
+        ("rx+rate=1mbit+burst=3000+loss", "burst=3000: tc's token bucket does nothing else"),
+        ("rx+loss+both+delay=1s", "two rules for rx"),
+        ("loss,fault-seed=3", "no seed on vhost-net: tc takes none"),
+    ],
+)
+def test_what_tc_cannot_do_is_refused_in_one_line(words: str, said: str) -> None:
+    with pytest.raises(UsageError) as e:
+        Net.parse(f"vhost-net,fault={words}")
+    assert said in str(e.value) and "\n" not in str(e.value)
+    assert Net.parse(f"vhost-user,fault={words}").fault, "our own back-end can do it"
+
+
+@pytest.mark.parametrize("tap", ["tap0\nexec bpf", "-batch", "a b", "tap0\n", "", "a" * 16])
+def test_a_tap_is_one_word_of_tc(tap: str) -> None:
+    """The helper has rights that a confined machine has not."""
+    with pytest.raises(HostError, match="no traffic control of"):
+        control([tap, "look", ""])
+
+
+def test_rules_in_the_words_of_tc() -> None:
+    """Bursts by tbf, all else by netem; a frame that goes behind others is one that waits."""
+
+    def words(text: str) -> dict[str, str]:
+        found = shapes(of_text([text]), "x", 1500)
+        for shape in found.values():
+            again = Shape.of_word(shape.word())
+            assert (again.numbers, again.code) == (shape.numbers, shape.code)
+        return {way: " ".join(shape.qdisc()) for way, shape in found.items()}
+
+    loss = "netem limit 4096 loss 25.0000000%"
+    assert words("both loss=25%") == {"rx": loss, "tx": loss}
+    assert words("tx delay=20ms jitter=5ms queue=7 duplicate=50%") == {
+        "tx": "netem limit 7 delay 20000us 5000us duplicate 50.0000000%"
+    }
+    assert words("rx reorder=25%") == {
+        "rx": "netem limit 4096 delay 10000us 0us reorder 75.0000000%"
+    }
+    assert words("rx rate=1mbit") == {"rx": "netem limit 4096 rate 1000000bit"}
+    assert words("rx rate=1mbit burst=3000 queue=50") == {
+        "rx": "tbf rate 1000000bit burst 3000 limit 3276800"
+    }
+    assert shapes(of_text(["tx loss filter='arp'"]), "x")["tx"].code
+    with pytest.raises(UsageError, match=r"write burst=1522 or more"):
+        shapes(of_text(["rx rate=1mbit burst=1521"]), "x", 1500)
 
 
 def test_a_seed_needs_faults() -> None:
@@ -825,16 +896,22 @@ def test_without_faults_nothing_is_counted() -> None:
 def test_a_switch_keeps_the_faults_or_is_refused() -> None:
     with Card() as card:
         card.nic.fault("tx loss=1/2")
-        with pytest.raises(UsageError, match="no faults on demand on vhost-user"):
+        with pytest.raises(UsageError, match="faults on demand, which vhost-user has elsewhere"):
             card.nic.switch("vhost-user")
         assert card.nic.switch("emulated,poll=50").outcome == "switched"
         card.guest.net.send(*(frame(i) for i in range(4)))
         assert [card.cable.receive()[12:] for _ in range(2)] == [frame(0), frame(2)]
         card.nic.fault()
         assert card.nic.switch("vhost-user").outcome == "switched"
-        with pytest.raises(UsageError, match="no faults on demand on vhost-user"):
-            card.nic.fault("tx loss")
-        assert card.nic.faults()["rules"] == []
+        assert card.nic.fault("tx loss=1/2")["rules"] == ["tx loss=1/2"]
+        with pytest.raises(UsageError, match="faults on demand, which emulated has elsewhere"):
+            card.nic.switch("emulated")
+        card.guest.net.send(*(frame(i) for i in range(4)))
+        assert [card.cable.receive()[12:] for _ in range(2)] == [frame(0), frame(2)]
+        card.nic.fault()
+        assert card.nic.switch("emulated").outcome == "switched"
+        counters = card.nic.counters()
+        assert counters["tx_fault_loss"] == 4 and card.nic.faults()["rules"] == []
 
 
 def test_frames_do_not_wait_for_a_card_that_has_left() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from pyvmm.errors import UsageError
 from pyvmm.faultopt import ACTS
+from pyvmm.netopt import Net
 from pyvmm.scenario import FILE_MAX, STEPS_MAX, Player, library, load, parse
 from tests.driver import wait_for
 from tests.pci_guest import frame
@@ -147,7 +148,7 @@ def test_a_scenario_is_played_on_a_card() -> None:
 def test_a_scenario_that_cannot_go_on_says_why() -> None:
     text = b"[[step]]\ndo = 'kick'\n[[step]]\nat = '100ms'\nfaults = 'rx loss'\n[[step]]\ndo='kick'"
     with Card() as card:
-        card.nic.switch("vhost-user")
+        card.nic._route.net = Net("vhost-user", socket="/of/somebody/else")
         player = Player(parse(text), lambda: [card.nic])
         assert wait_for(player.over.is_set)
         assert player.done == 1 and "no faults on demand on vhost-user" in player.problem

@@ -1,0 +1,304 @@
+"""Traffic control of a tap by tc(8): what is done on purpose to frames that no worker of pyvmm
+moves.
+
+The tap sends the frames for the guest (rx), so they wait in its root qdisc. It receives those of
+the guest (tx), and an ingress has no queue: a filter there redirects them to an ifb, which gives
+them back behind its own root qdisc. Captures at the tap see a frame of the guest before that, and a
+frame for the guest after it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from socket import if_nametoindex
+from struct import iter_unpack
+
+from pyvmm import helper
+from pyvmm.errors import HostError, NetForbidden, UsageError
+from pyvmm.hostnet.netns import enter_and
+from pyvmm.hostnet.packets import needs as needs_of_a_tap
+from pyvmm.programs import program
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from pyvmm.hostnet.netns import Namespace
+
+#: Of what is done to one way, a whole number each, 0 for nothing: chances of 2^32; nanoseconds;
+#: frames that may wait; bits per second; bytes. ``overtake``: so many go at once in spite of
+#: ``delay``.
+NUMBERS = ("loss", "duplicate", "corrupt", "delay", "jitter", "overtake", "queue", "rate", "burst")
+WAYS = ("rx", "tx")
+#: The handle of our root qdisc, by which we know it again; those below it have the next ones.
+ROOT = 0x7076
+#: Seconds for tc, which waits for the kernel's lock of all interfaces.
+PATIENCE_S = 60.0
+IFNAMSIZ = 16
+#: Names that are one word of a command, and no option.
+NAME = re.compile(r"\w[\w.-]{0,14}", re.ASCII)
+#: BPF_RET | BPF_K (linux/bpf_common.h), with which each of libpcap's programs ends.
+RET_K = 0x06
+
+
+class Shape:
+    """What is done to the frames of one way.
+
+    :param numbers: of ``NUMBERS``; those that are left out are 0.
+    :param code: instructions (``struct sock_filter``): to the frames only for which they return
+        something else than 0; empty: to all.
+    """
+
+    __slots__ = ("code", "numbers")
+
+    def __init__(self, numbers: Mapping[str, int], code: bytes = b"") -> None:
+        self.numbers = {name: int(numbers.get(name, 0)) for name in NUMBERS}
+        self.code = code
+
+    def word(self) -> str:
+        """For the helper."""
+        return " ".join([*map(str, self.numbers.values()), self.code.hex()])
+
+    @classmethod
+    def of_word(cls, word: str) -> Shape:
+        """The shape of ``word()``. :raises ValueError: there is none."""
+        *numbers, code = word.split(" ")
+        return cls(
+            dict(zip(NUMBERS, map(int, numbers), strict=True)),
+            bytes.fromhex(code),
+        )
+
+    def qdisc(self) -> list[str]:
+        """tc's words for the qdisc that does it: tbf for a burst, else netem."""
+        n = self.numbers
+        if n["burst"]:
+            limit = min(n["queue"] << 16, (1 << 32) - 1)  # bytes: each frame has 64 KiB at most
+            return ["tbf", *f"rate {n['rate']}bit burst {n['burst']} limit {limit}".split()]
+        words = ["netem", "limit", str(n["queue"])]
+        if n["delay"] or n["jitter"]:
+            words += ["delay", *(f"{round(n[name] / 1000)}us" for name in ("delay", "jitter"))]
+        for name in ("loss", "duplicate", "corrupt"):
+            if n[name]:
+                words += [name, _percent(n[name])]
+        if n["overtake"]:
+            words += ["reorder", _percent(n["overtake"])]
+        if n["rate"]:
+            words += ["rate", f"{n['rate']}bit"]
+        return words
+
+
+def _percent(odds: int) -> str:
+    return f"{odds / 2**32 * 100:.7f}%"
+
+
+class Tc:
+    """tc of one tap.
+
+    :param namespace: of our own, with the tap in it; None: the tap is in that of this process.
+    """
+
+    def __init__(self, tap: str, namespace: Namespace | None) -> None:
+        self._tap = tap
+        places = [] if namespace is None else [namespace.net, namespace.user]
+        self._places = [fd for fd in places if fd is not None]
+
+    def set(self, shapes: Mapping[str, Shape]) -> None:
+        """Have these shapes, by way, in the place of those before; none take all away.
+
+        :raises UsageError: the tap has a qdisc of somebody else's. :raises NetForbidden: this user
+            may not. :raises HostError: there is no tc, or it refuses; then there are no shapes.
+        """
+        self._do("set", *(shapes[way].word() if way in shapes else "" for way in WAYS))
+
+    def look(self) -> dict[str, dict[str, int]]:
+        """By way, of the shapes in force, what tc counts: frames that were ``sent`` and
+        ``dropped``, and that are ``waiting``; ``overlimits``, how often a token bucket was empty.
+
+        :raises HostError: as ``set``.
+        """
+        import json
+
+        found: dict[str, dict[str, int]] = json.loads(self._do("look"))
+        return found
+
+    def _do(self, job: str, *words: str) -> str:
+        try:
+            fds = [fd.fileno() for fd in self._places]
+            said, _ = helper.do("traffic", self._tap, job, "\n".join(words), fds=fds)
+        except OSError as e:
+            raise HostError(f"no traffic control of {self._tap}: {e.strerror}") from e
+        return said[0]
+
+
+def needs(words: list[str]) -> list[tuple[str, str]]:
+    """The permissions of the helper that ``control`` with these words needs."""
+    tap, _job, _text, *places = words
+    return needs_of_a_tap([tap, *places])
+
+
+def control(words: list[str]) -> tuple[list[str], list[int]]:
+    """Do what ``Tc`` asks for; an operation of ``helper``.
+
+    :param words: the tap; ``set`` or ``look``; shapes, one per line; then the numbers of no
+        descriptor, or of those of a network namespace and perhaps its user namespace.
+    :returns: what is counted, as JSON. :raises UsageError, HostError, OSError: see ``Tc``.
+    """
+    tap, job, text, *places = words
+    if not NAME.fullmatch(tap):  # whoever asks may be somebody else's by now, and tc has commands
+        raise HostError(f"no traffic control of {tap!r}", "name the tap by letters and digits")
+    shapes = {
+        way: Shape.of_word(word) for way, word in zip(WAYS, text.split("\n"), strict=False) if word
+    }
+
+    def inside() -> tuple[list[str], list[int]]:
+        if job == "look":
+            return [_look(tap)], []
+        _clear(tap)
+        try:
+            _make(tap, shapes)
+        except BaseException:
+            _clear(tap)
+            raise
+        return [""], []
+
+    return enter_and(inside, *map(int, places)) if places else inside()
+
+
+def ifb_of(tap: str) -> str:
+    """The name of the tap's ifb."""
+    return f"ifb-{tap}"[: IFNAMSIZ - 1]
+
+
+def _run(name: str, *argv: str, lines: str = "") -> str:
+    """Run tc or ip; its output."""
+    import subprocess
+
+    try:
+        path = program(name)
+    except FileNotFoundError as e:
+        raise HostError(
+            f"there is no program {name} here",
+            "apt install iproute2; a machine with --jail has none: use --net emulated",
+        ) from e
+    env = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(
+        [path, *argv], input=lines, capture_output=True, text=True, timeout=PATIENCE_S, env=env
+    )
+    if done.returncode:
+        said = next((s for s in done.stderr.splitlines() if s.strip()), f"{done.returncode}")
+        if "not permitted" in said:
+            raise NetForbidden(
+                f"{name} {' '.join(argv[:4])}: you may not", "run as root, or leave out tap="
+            )
+        remedy = ""
+        if "unknown" in said or "No such file" in said or "not supported" in said:
+            remedy = "as root: modprobe -a sch_netem sch_tbf sch_ingress act_mirred cls_bpf ifb"
+        raise HostError(f"{name}: {said[:200]}", remedy)
+    return done.stdout
+
+
+def _qdiscs(interface: str) -> list[dict[str, Any]]:
+    import json
+
+    found: list[dict[str, Any]] = json.loads(
+        _run("tc", "-s", "-j", "qdisc", "show", "dev", interface) or "[]"
+    )
+    return found
+
+
+def _exists(interface: str) -> bool:
+    try:
+        return if_nametoindex(interface) > 0
+    except OSError:
+        return False
+
+
+def _clear(tap: str) -> None:
+    """Take away what is ours. :raises UsageError: something else is there."""
+    ifb, ours = ifb_of(tap), f"{ROOT:x}:"
+    lines = []
+    for qdisc in _qdiscs(tap):
+        kind, handle = qdisc["kind"], qdisc["handle"]
+        if qdisc.get("root") and handle == ours:
+            lines.append(f"qdisc del dev {tap} root\n")
+        elif kind in ("ingress", "clsact") and _exists(ifb):
+            lines.append(f"qdisc del dev {tap} {kind}\n")
+        elif kind in ("ingress", "clsact") or (qdisc.get("root") and handle != "0:"):
+            place = kind if kind in ("ingress", "clsact") else "root"
+            raise UsageError(
+                f"{tap} has a qdisc of somebody else's: {kind}",
+                f"as root: tc qdisc del dev {tap} {place}",
+            )
+    if lines:
+        _run("tc", "-batch", "-", lines="".join(lines))
+    if _exists(ifb):
+        _run("ip", "link", "del", ifb)
+
+
+def _make(tap: str, shapes: Mapping[str, Shape]) -> None:
+    lines = []
+    if "tx" in shapes:
+        ifb = ifb_of(tap)
+        _run("ip", "link", "add", ifb, "type", "ifb")
+        with suppress(HostError):  # a kernel without IPv6; else the ifb would send frames itself
+            _run("ip", "link", "set", ifb, "addrgenmode", "none")
+        _run("ip", "link", "set", ifb, "up")
+        lines += [f"qdisc add dev {tap} ingress"]
+        act = f"action mirred egress redirect dev {ifb}"
+        lines += [_filter(tap, "ffff:", shapes["tx"], act)]
+        lines += _queue(ifb, "root", ROOT, shapes["tx"])
+    if "rx" in shapes:
+        shape, place, handle = shapes["rx"], "root", ROOT
+        if shape.code:  # others take the second band
+            lines += [f"qdisc add dev {tap} root handle {ROOT:x}: prio bands 2 priomap{' 1' * 16}"]
+            lines += [_filter(tap, f"{ROOT:x}:", shape, f"classid {ROOT:x}:1")]
+            place, handle = f"parent {ROOT:x}:1", ROOT + 1
+        lines += _queue(tap, place, handle, shape)
+    if lines:
+        _run("tc", "-batch", "-", lines="".join(f"{line}\n" for line in lines))
+
+
+def _filter(interface: str, parent: str, shape: Shape, then: str) -> str:
+    """The command that does ``then`` to the frames of a shape."""
+    match = "matchall"
+    if shape.code:
+        # cls_bpf takes another number than -1 for a class.
+        rows = [
+            " ".join(map(str, (*row[:3], 0xFFFFFFFF if row[0] == RET_K and row[3] else row[3])))
+            for row in iter_unpack("=HBBI", shape.code)
+        ]
+        match = f'bpf bytecode "{len(rows)},{",".join(rows)}"'
+    return f"filter add dev {interface} parent {parent} protocol all prio 1 {match} {then}"
+
+
+def _queue(interface: str, place: str, handle: int, shape: Shape) -> list[str]:
+    """The commands that make a shape's qdisc."""
+    front = f"qdisc add dev {interface}"
+    lines = [f"{front} {place} handle {handle:x}: {' '.join(shape.qdisc())}"]
+    if shape.numbers["burst"]:  # tbf itself counts bytes
+        limit = shape.numbers["queue"]
+        lines.append(f"{front} parent {handle:x}:1 handle {handle + 1:x}: pfifo limit {limit}")
+    return lines
+
+
+def _look(tap: str) -> str:
+    """What the kernel has counted, as JSON."""
+    import json
+
+    out = {}
+    for way, interface in zip(WAYS, (tap, ifb_of(tap)), strict=True):
+        if not _exists(interface):
+            continue
+        for qdisc in _qdiscs(interface):
+            number = int(qdisc["handle"].rstrip(":") or "0", 16)
+            if qdisc["kind"] in ("netem", "tbf") and number in (ROOT, ROOT + 1):
+                out[way] = {
+                    "sent": int(qdisc["packets"]),
+                    "dropped": int(qdisc["drops"]),
+                    "waiting": int(qdisc["qlen"]),
+                    "overlimits": int(qdisc["overlimits"]),
+                }
+    return json.dumps(out)

@@ -1,0 +1,116 @@
+"""Faults on demand where no worker of the VMM moves the packets: by tc(8) at the tap of vhost-net,
+and in our own vhost-user back-end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.boot.guest import PYVMM, Guest, check_tcp, nic_address
+
+if TYPE_CHECKING:
+    from tests.boot.guest import Host
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+def test_what_tc_does_at_a_tap(host: Host) -> None:
+    """Each word, with frames of our own: what it does, what is counted, and what is left."""
+    done = host.run(sys.executable, "-m", "tests.boot.tapfaults")
+    assert done.status == 0, done
+    told = json.loads(done.out)
+    own = told["own"]
+    answers = {
+        name: case["answers"]
+        for name, case in own.items()
+        if isinstance(case, dict) and "answers" in case
+    }
+    assert answers == {
+        "none": 10,
+        "rx loss": 0,
+        "tx loss": 0,
+        "others": 10,
+        "delay": 10,
+        "duplicate": 20,
+        "reorder": 10,
+        "rate": 10,
+        "burst": 10,
+        "queue": 3,
+        "after": 10,
+    }
+    assert own["none"]["counts"] == {}
+    assert own["rx loss"]["counts"] == {"rx_fault_frames": 10, "rx_fault_loss": 10}
+    assert own["tx loss"]["counts"]["tx_fault_loss"] == 10
+    assert own["tx loss"]["counts"]["rx_fault_loss"] == 0
+    assert own["others"]["counts"]["tx_fault_loss"] == own["others"]["counts"]["rx_fault_loss"] == 0
+    assert own["delay"]["seconds"] >= 0.49 and own["delay"]["counts"]["tx_fault_frames"] == 10
+    # 42 bytes each, of which the first goes at once.
+    assert own["rate"]["seconds"] >= 0.03 * 9
+    assert own["queue"]["counts"]["tx_fault_full"] == 7
+    assert own["waiting"] == {"rx": 0, "tx": 4} and own["cleared"] == 4
+    assert not own["left"]
+    named = told["named"]
+    assert "has a qdisc of somebody else's: prio; as root: tc qdisc del" in named["refused"]
+    assert not named["active"] and named["changed"] and named["as_before"]
+
+
+def fault(host: Host, name: str, *words: str) -> dict[str, Any]:
+    """``pyvmm fault NAME WORD...``: what is in force, and what was done."""
+    done = host.run(*PYVMM, "fault", "--host", "local", "--json", name, *words)
+    assert done.status == 0, done
+    told: dict[str, Any] = json.loads(done.out)
+    return told
+
+
+def ping(guest: Guest, count: int = 5) -> tuple[int, bool, float]:
+    """From the guest: answers, whether some came twice, and the shortest way in ms."""
+    answer = guest.sh(f"ping -c {count} -i 0.2 -W 5 {nic_address(0, 'host')}")
+    match = re.search(r"(\d+) packets received", answer.text)
+    assert match, answer
+    times = re.search(r"min/avg/max = ([0-9.]+)/", answer.text)
+    return int(match[1]), "duplicates" in answer.text, float(times[1]) if times else 0.0
+
+
+@pytest.mark.parametrize("mode", ["vhost-net", "vhost-user"])
+def test_rules_work_both_ways(host: Host, mode: str) -> None:
+    """Under the sandbox, by the command, with traffic of a Linux guest."""
+    name = f"faulty-{mode}"
+    net = f"{mode},switchable=emulated,fault=rx+loss+filter=icmp"
+    with Guest(host, "--name", name, "--sandbox", "on", "--net", net) as guest:
+        assert ping(guest)[0] == 0
+        told = fault(host, name)
+        assert told["rules"] == ["rx loss filter='icmp'"]
+        assert told["counters"]["rx_fault_loss"] == 5
+        check_tcp(guest)  # which the filter does not take
+
+        fault(host, name, "tx", "loss", "filter=icmp")
+        assert ping(guest)[0] == 0
+        counters = fault(host, name)["counters"]
+        assert (counters["rx_fault_loss"], counters["tx_fault_loss"]) == (5, 5)
+
+        fault(host, name, "rx", "delay=150ms", "tx", "delay=100ms")
+        received, _, least = ping(guest)
+        assert received == 5 and least >= 250
+        fault(host, name, "tx", "duplicate")
+        assert ping(guest)[:2] == (5, True)
+
+        done = host.run(*PYVMM, "switch", "--host", "local", name, "emulated")
+        assert done.status != 0 and "has faults on demand" in done.err, done
+        if mode == "vhost-net":
+            done = host.run(*PYVMM, "fault", "--host", "local", name, "rx", "hold-irq=1ms")
+            assert done.status == 114 and "do not come past pyvmm there" in done.err, done
+        assert fault(host, name, "off")["rules"] == []
+        assert ping(guest)[:2] == (5, False)
+        done = host.run(*PYVMM, "switch", "--host", "local", name, "emulated")
+        assert done.status == 0, done
+        assert fault(host, name, "rx", "loss=1/2", "filter=icmp")["seed"] is not None
+        assert ping(guest, 4)[0] == 2
+        guest.leave()
+        nic = guest.report["nets"][0]
+        assert (nic["counters"]["rx_fault_loss"], nic["counters"]["tx_fault_loss"]) == (7, 5)
+        assert nic["fault_rules"]["rules"] == ["rx loss=1/2 filter='icmp'"]
