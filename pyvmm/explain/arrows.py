@@ -25,6 +25,7 @@ PER_EVENT = {
     "batch": 1,
     "interrupt": 1,
     "packet": 3,
+    "fault": 1,
     "kernel": 1,
 }
 #: Data path -> its lifeline: id, name, and where it is.
@@ -62,6 +63,20 @@ WAKE, TAKE, WRITE, READ, RETURN, PUBLISH, CALL = WORK = (
 #: The same of a card without worker or without irqfd: seen where they are done.
 TAKEN = "kick: the vCPU's thread sends the frames"
 RAISED = "interrupt: the data path asks KVM by an ioctl"
+#: Faults on demand: those that are done to notifications, and what each deed means.
+OF_KICKS, OF_INTERRUPTS = ("hold-kick",), ("hold-irq", "extra-irq")
+DEEDS = {
+    "loss": "The frame is lost.",
+    "duplicate": "The frame comes twice.",
+    "reorder": "The frame goes behind the next one.",
+    "corrupt": "One bit of the frame is turned over.",
+    "delay": "The frame waits.",
+    "rate": "The frame waits for tokens of the rate.",
+    "full": "The frame is lost: too many wait already.",
+    "hold-irq": "The interrupt of what was used waits.",
+    "extra-irq": "The driver gets an interrupt although it has asked for none.",
+    "hold-kick": "The kick has woken the worker, which overlooks it for now.",
+}
 SENDS = (
     "The thread of the vCPU that kicked sends the frames itself, in its exit. Only if it does not "
     "get the worker's lock in time, the worker does."
@@ -266,6 +281,7 @@ class _Maker:
             "batch": self._batch,
             "interrupt": self._interrupt,
             "packet": self._packet,
+            "fault": self._fault,
             "kernel": self._kernel,
         }
         out: list[Arrow] = []
@@ -391,6 +407,9 @@ class _Maker:
             src, dst, group = DRIVER, VMM, "command of the control queue"
             label = f"control queue: {name}: {event.args['answer']}"
             details.append(("clause", "virtio 5.1.6.5", False))
+        elif name == "fault":
+            src, dst, kind, group = VMM, DRIVER, "fault", "fault on demand, once"
+            label = f"fault on demand: {event.args.get('fault', '')}"
         elif name == "driver's mistake":
             src, dst, kind, group = DRIVER, VMM, "mistake", name
             label = f"mistake: {event.args.get('mistake', '')}"
@@ -542,17 +561,24 @@ class _Maker:
         way = "to the host" if out else "to the guest"
         common: Details = [("packet", f"{abs(packet)} {way}, queue {queue}", False)]
         place = _place(avail, size, packed)
+        label = f"take {_what(packed)} {head} at {place}: {_plural(descriptors, 'descriptor')}"
+        taken = list(common)
+        if not packed:  # a packed ring has no index of the driver's
+            left = (ring["avail_idx"] - avail - 1) & 0xFFFF
+            taken.append(("left", f"{_plural(left, 'chain')} available behind this one", not left))
+            if not (left or out):
+                label += ", the last that is available"
         yield Arrow(
             event,
             RINGS,
             path,
-            f"take {_what(packed)} {head} at {place}: {_plural(descriptors, 'descriptor')}",
+            label,
             kind="ring",
             flow=PACKETS,
             group=TAKE,
             packet=packet,
             same=same,
-            details=[*common, ("clause", "virtio 2.8.6" if packed else "virtio 2.7.6", False)],
+            details=[*taken, ("clause", "virtio 2.8.6" if packed else "virtio 2.7.6", False)],
             ring=ring | {"moment": "taken"},
         )
         frame: Details = [
@@ -592,6 +618,38 @@ class _Maker:
             same=same,
             details=[*common, ("clause", "virtio 2.8.7" if packed else "virtio 2.7.8", False)],
             ring=ring | {"moment": "returned"},
+        )
+
+    def _fault(self, event: Event) -> Iterator[Arrow]:
+        """What the worker does wrong on purpose, where that happens: between worker and tap, or on
+        the way of a kick or an interrupt.
+        """
+        queue, path = _number(event.args, "queue"), self._path(event.at)
+        deeds = [text for text in _list(event.args, "deeds") if isinstance(text, str)]
+        length = _number(event.args, "length")
+        if set(deeds) & {*OF_INTERRUPTS}:
+            src, dst, what = path, KVM, f"interrupt for queue {queue}"
+        elif set(deeds) & {*OF_KICKS}:
+            src, dst, what = KVM, path, f"kick of queue {queue}"
+        else:
+            out = queue % 2 == 1
+            src, dst = (path, TAP) if out else (TAP, path)
+            what = f"frame {'to the host' if out else 'to the guest'}"
+            what += f", {length} bytes" if length else ""
+        yield Arrow(
+            event,
+            src,
+            dst,
+            f"fault on demand: {', '.join(deeds)}: {what}",
+            kind="fault",
+            flow=PACKETS,
+            group=f"fault on demand: {', '.join(deeds)}"[:100],
+            # One deed is not folded with another one.
+            topic=", ".join(deeds),
+            details=[
+                *told(event.args),
+                *(("why", DEEDS[deed], False) for deed in deeds if deed in DEEDS),
+            ],
         )
 
     def _kernel(self, event: Event) -> Iterator[Arrow]:

@@ -48,7 +48,7 @@ def mermaid(diagram: Diagram, rows: int = ROWS) -> str:
 
 
 def _arrow(arrow: Arrow) -> str:
-    line = "-->>" if arrow.kind == "read" else "->>"
+    line = "-->>" if arrow.kind == "read" else "--x" if arrow.kind == "fault" else "->>"
     took = f" ({duration(arrow.dur)})" if arrow.dur else ""
     return f"    {arrow.src}{line}{arrow.dst}: {_safe(arrow.label)}{took}"
 

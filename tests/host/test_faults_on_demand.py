@@ -15,8 +15,14 @@ import pytest
 from pyvmm import Machine, Net
 from pyvmm.control.registry import machines
 from pyvmm.errors import UsageError
+from pyvmm.exits.trace import write
+from pyvmm.explain.arrows import Diagram
+from pyvmm.explain.mermaid import mermaid
+from pyvmm.explain.page import page
+from pyvmm.explain.read import load
 from tests.driver import wait_for
 from tests.unit.test_capture import blocks
+from tests.unit.test_explain import arrows_of, check, embedded
 
 Guest = Callable[[str], str]
 PATIENCE = 60.0
@@ -139,6 +145,15 @@ def test_a_bug_hides_without_a_scenario(guest: Guest, kernel: str) -> None:
         assert (outcome.kind, outcome.status) == ("poweroff", 0), vm.stdout.text
 
 
+def no_buffer_left(vm: Machine) -> bool:
+    """Whether all receive buffers that were ever made available have been used: 16 at first."""
+    queue = vm.nets[0].device.queues[0]
+    if not queue.enabled:
+        return False
+    used = vm.memory.read(queue.used + 2, 2)  # first: no buffer is used before it is available
+    return any(used) and used == vm.memory.read(queue.avail + 2, 2)
+
+
 def test_a_scenario_finds_the_bug(guest: Guest) -> None:
     """Each answer comes twice, and the driver loses the second one's buffer: after some 16
     questions it has none left, so that no answer can come. A driver without the bug goes on.
@@ -152,16 +167,47 @@ def test_a_scenario_finds_the_bug(guest: Guest) -> None:
     with Machine(guest("pcinet-bug"), memory="4M", append="count=60", nets=[Net()]) as vm:
         vm.play("duplicates")
         vm.start()
-        queue = vm.nets[0].device.queues[0]
-
-        def no_buffer_left() -> bool:
-            """Whether all that were ever made available have been used: 16 at first."""
-            available = vm.memory.read(queue.avail + 2, 2) if queue.enabled else bytes(2)
-            return any(available) and available == vm.memory.read(queue.used + 2, 2)
-
-        assert wait_for(lambda: no_buffer_left() or vm.outcome is not None)
+        assert wait_for(lambda: no_buffer_left(vm) or vm.outcome is not None)
         assert vm.outcome is None
         assert vm.nets[0].counters()["tx_packets"] < 60
+
+
+@pytest.mark.parametrize("kernel", ["pcinet", "pcinet-bug"])
+def test_the_bug_is_to_be_seen(guest: Guest, tmp_path: Path, kernel: str) -> None:
+    """The same run as a page and a text: each deed is an arrow of its own. The driver with the bug
+    gives its last receive buffer away, and gets no frame after that; the other one goes on.
+    """
+    trace, append = tmp_path / "trace", "count=60 irq=msix"
+    with Machine(guest(kernel), memory="4M", append=append, nets=[Net()], trace=1 << 13) as vm:
+        vm.play("duplicates")
+        vm.start()
+        if kernel == "pcinet":
+            assert vm.wait(TIMEOUT).status == 0
+        else:
+            assert wait_for(lambda: no_buffer_left(vm), TIMEOUT)
+            assert vm.outcome is None
+        vm.stop()
+        counters = vm.nets[0].counters()
+        with trace.open("wb") as f:
+            write(vm, f.write)
+    read = load(str(trace))
+    diagram = Diagram(read, read.card(None))
+    (data,) = embedded(page([("trace", diagram)], 10_000))
+    check(json.loads(trace.read_text()), data)
+    arrows, last = arrows_of(data), ", the last that is available"
+    deeds = [arrow["l"] for arrow in arrows if arrow["k"] == "fault"]
+    assert len(deeds) == counters["rx_fault_duplicate"] > 15
+    assert all(text.startswith("fault on demand: duplicate: frame to the") for text in deeds)
+    asked = [arrow for arrow in arrows if "ARP who has 192.168.100.1?" in arrow["l"]]
+    text = mermaid(diagram, 10_000)
+    assert "tap--xworker: fault on demand: duplicate: frame to the guest" in text
+    if kernel == "pcinet":
+        assert len(asked) == 60
+        return
+    assert 10 < len(asked) < 60
+    received = [a["p"] for a in arrows if a["k"] == "frame" and a.get("p", 0) < 0]
+    taken = next(a for a in arrows if a.get("p") == received[-1] and a["l"].startswith("take"))
+    assert taken["l"].endswith(last) and taken["l"] in text
 
 
 def test_run_plays_a_scenario(guest: Guest, tmp_path: Path) -> None:

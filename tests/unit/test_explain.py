@@ -289,6 +289,46 @@ def test_steps_go_to_the_data_path_that_they_belong_to() -> None:
 # --- folds ----------------------------------------------------------------------------------------
 
 
+def test_faults_on_demand_are_arrows_where_they_happened() -> None:
+    """Between worker and tap, on the way of a kick or an interrupt; and what a card does once."""
+    document = raw("ioeventfd")
+    pid, tid = next(
+        (e["pid"], e["tid"]) for e in document["traceEvents"] if e.get("cat") == "packet"
+    )
+    last = max(e["ts"] for e in document["traceEvents"] if e["ph"] != "M")
+    for n, (queue, deeds) in enumerate(
+        (
+            (1, ["loss"]),
+            (0, ["delay", "corrupt"]),
+            (0, ["hold-irq"]),
+            (1, ["extra-irq"]),
+            (1, ["hold-kick"]),
+            (1, EVIL),
+        )
+    ):
+        event = {"ph": "i", "s": "t", "cat": "fault", "name": "fault", "pid": pid, "tid": tid}
+        args = {"queue": queue, "deeds": deeds, "length": 60}
+        document["traceEvents"].append(event | {"ts": last + n, "args": args})
+    once = {"ph": "i", "s": "t", "cat": "control", "name": "fault", "pid": pid, "tid": 1}
+    document["traceEvents"].append(once | {"ts": last + 9, "args": {"fault": "needs-reset"}})
+    one = take(document, "x")
+    drawn = Diagram(one, one.card(None))
+    faults = [a for a in drawn.arrows if a.kind == "fault"]
+    assert [(a.src, a.dst, a.label) for a in faults] == [
+        ("worker", "tap", "fault on demand: loss: frame to the host, 60 bytes"),
+        ("tap", "worker", "fault on demand: delay, corrupt: frame to the guest, 60 bytes"),
+        ("worker", "kvm", "fault on demand: hold-irq: interrupt for queue 0"),
+        ("worker", "kvm", "fault on demand: extra-irq: interrupt for queue 1"),
+        ("kvm", "worker", "fault on demand: hold-kick: kick of queue 1"),
+        ("worker", "tap", "fault on demand: : frame to the host, 60 bytes"),
+        ("vmm", "driver", "fault on demand: needs-reset"),
+    ]
+    assert ("why", "The frame is lost.", False) in faults[0].details
+    (data,) = embedded(page([("x", drawn)]))
+    check(document, data)
+    assert "worker--xtap: fault on demand: loss" in mermaid(drawn, 10_000)
+
+
 def test_folds_add_up() -> None:
     arrows = diagram("ioeventfd").arrows
     rows = fold(arrows)
