@@ -110,6 +110,9 @@ TARGETS: dict[Target, C | Python] = {
     Target("testbed", "client and supervisor against a hostile testbed", 1, 1024): Python(
         "testbed"
     ),
+    Target("scenario", "files of scenarios, rules of faults, their words for tc", 1, 1024): Python(
+        "scenario"
+    ),
     Target("images", "qcow2 headers and traces", 2, 1024): Python("images"),
 }
 BY_NAME = {target.name: target for target in TARGETS}
