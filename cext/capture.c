@@ -88,6 +88,7 @@ struct pv_capture {
 	uint64_t tail;	    /* atomic; bytes read so far, by the reader */
 	uint64_t told;	    /* the tail when the reader was told that the ring is half full */
 	uint32_t lost_here; /* packets lost after the last that is in the ring */
+	uint32_t only;	    /* the only virtqueue's index, plus 1; 0: all */
 	uint32_t asked;	    /* atomic; the reader sleeps */
 	struct pv_capture_counts count;
 	/* A socket. */
@@ -427,6 +428,16 @@ static void wake(struct pv_capture *c, uint64_t tail)
 }
 
 /**
+ * pv_capture_only() - Have a ring take the packets of one virtqueue only
+ * @c:		From pv_capture_ring(), which no worker has yet
+ * @queue:	The virtqueue's index
+ */
+void pv_capture_only(struct pv_capture *c, uint32_t queue)
+{
+	c->only = queue + 1;
+}
+
+/**
  * pv_capture_put() - Copy a packet into a ring
  * @c:		From pv_capture_ring()
  * @p:		Facts about the packet
@@ -443,6 +454,8 @@ void pv_capture_put(struct pv_capture *c, const struct pv_capture_packet *p,
 	uint32_t keep = c->snaplen, got;
 	struct record *r;
 
+	if (c->only && c->only != p->queue + 1u)
+		return;
 	len -= p->hdr_len;
 	add(&c->count.seen, 1);
 	if (c->filter) {

@@ -53,6 +53,7 @@ struct pv_capture *pv_capture_socket(uint32_t interface, uint32_t snaplen, const
 				     uint32_t count, int fd, bool mirrored);
 int pv_capture_open(int fd, uint32_t interface_index);
 int pv_capture_filter(int fd, uint32_t snaplen, const void *filter, uint32_t count);
+void pv_capture_only(struct pv_capture *c, uint32_t queue);
 void pv_capture_free(struct pv_capture *c);
 size_t pv_capture_drain(struct pv_capture **from, uint32_t count, uint64_t now, uint64_t hold,
 			uint8_t *out, size_t size);

@@ -120,8 +120,15 @@ class Member:
                 c = lib.pv_capture_ring(self.number, capture.snaplen, *capture.program, wake)
                 if not c:
                     raise HostError("no memory for a capture")
+                if capture.queue is not None:
+                    lib.pv_capture_only(c, capture.queue)
                 self.rings[pair] = Source(c)
             return self.rings[pair].c
+
+    @property
+    def queue(self) -> int | None:
+        """The index of the only virtqueue whose packets are wanted; None: all."""
+        return self._capture.queue
 
     def socket(self, fd: Fd, *, mirrored: bool = False) -> Source:
         """Make a source of a packet socket (``hostnet.packets``), which it owns from here on. It
@@ -244,6 +251,8 @@ class Capture(Closing):
     :param snaplen: bytes to keep of each packet, 1 to ``SNAPLEN``.
     :param code: instructions of ``capture.bpf``; empty: all packets. :param expression: what they
         were compiled from, for the file.
+    :param queue: the index of the only virtqueue whose packets are wanted: even to the guest, odd
+        from the guest.
     :param limit: bytes that the capture writes at most, ``LIMIT_MIN`` at least; packets beyond are
         lost. By default ``LIMIT`` for a file, and none for a pipe or a socket.
     :ivar over: readable when the capture has ended.
@@ -259,6 +268,7 @@ class Capture(Closing):
         snaplen: int = SNAPLEN,
         code: bytes = b"",
         expression: str = "",
+        queue: int | None = None,
         limit: int | None = None,
     ) -> None:
         self._out = Fd(fd)
@@ -277,7 +287,7 @@ class Capture(Closing):
                 raise UsageError(
                     f"a limit of {limit} bytes for a capture", f"use {LIMIT_MIN} at least"
                 )
-            self.snaplen = snaplen
+            self.snaplen, self.queue = snaplen, queue
             self.program = (code or ffi.NULL, len(code) // INSTRUCTION)
             self.wake = EventFd()
             undo.callback(self.wake.close)

@@ -27,9 +27,15 @@ class _Joined:
         self.listens = False
 
 
-def _why_not(route: Route) -> str:
-    """Why the card cannot be captured on this route; empty if it can."""
+def _why_not(route: Route, queue: int | None) -> str:
+    """Why the card cannot be captured on this route; empty if it can.
+
+    :param queue: the index of the only virtqueue that is wanted, or None.
+    """
     if route.path.name == "emulated":
+        most = 2 * route.net.queues
+        if queue is not None and queue >= most:
+            return f"it has no virtqueue {queue} for packets, but 0 to {most - 1}"
         return ""
     if route.tap is None and route.net.mode == "vhost-user":
         return "a back-end that is not pyvmm's moves its packets"
@@ -37,10 +43,16 @@ def _why_not(route: Route) -> str:
         return f"its packets enter and leave in the device {route.net.device}"
     if route.tap.interface is None:
         return f"tap {route.tap.name} is in another network namespace"
+    if queue is not None:
+        return f"nobody knows at tap {route.tap.name} which virtqueue a packet is of"
     return ""
 
 
-def _hint(route: Route) -> str:
+def _hint(route: Route, queue: int | None) -> str:
+    if queue is not None and (route.tap is not None or route.path.name == "emulated"):
+        if route.path.name == "emulated":
+            return "name another one"
+        return "leave out the virtqueue, or switch to emulated"
     if route.tap is None and route.net.mode == "vhost-user":
         return (
             "capture there, or serve the card by pyvmm backend --socket S --connect S2 --pcap FILE"
@@ -76,9 +88,10 @@ class CardCaptures:
             or no socket.
         """
         with self._lock:
-            why = "the card has been removed" if self._closed else _why_not(self._route)
+            gone, queue = self._closed, member.queue
+            why = "the card has been removed" if gone else _why_not(self._route, queue)
             if why:
-                raise UsageError(f"cannot capture {self._name}: {why}", _hint(self._route))
+                raise UsageError(f"cannot capture {self._name}: {why}", _hint(self._route, queue))
             one = _Joined(member, self._point.add(member.ring))
             self._joined.append(one)
             try:
@@ -102,7 +115,8 @@ class CardCaptures:
 
     def _open(self, one: _Joined, route: Route) -> None:
         """Have a socket at the route's tap, if the route needs one. It takes no packets yet."""
-        if one.socket is not None or route.path.name == "emulated" or _why_not(route):
+        why = _why_not(route, one.member.queue)
+        if one.socket is not None or route.path.name == "emulated" or why:
             return
         from pyvmm.hostnet.packets import open_packets
 
@@ -146,7 +160,7 @@ class CardCaptures:
             if old is route:
                 return
             for one in self._joined:
-                why = _why_not(route)
+                why = _why_not(route, one.member.queue)
                 if route.path.name == "emulated" or why:
                     self._silence(one)
                 else:

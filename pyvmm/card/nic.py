@@ -175,6 +175,7 @@ class Nic(Card):
         *,
         snaplen: int | None = None,
         filter: str = "",
+        queue: int | None = None,
         limit: int | None = None,
     ) -> Capture:
         """Capture the card's packets into a pcapng file, until the object is closed
@@ -182,8 +183,10 @@ class Nic(Card):
 
         :param file: a path, which is made or emptied; or a descriptor, which the capture owns.
         :param snaplen: bytes to keep of each packet (all). :param filter: an expression of
-            pcap-filter(7); it needs libpcap. :param limit: bytes to write at most, 2 MiB at least
-            (1 GiB in a regular file, else no limit); packets beyond are lost.
+            pcap-filter(7); it needs libpcap. :param queue: the index of the only virtqueue whose
+            packets are wanted (all); not at a tap, where nobody knows it.
+        :param limit: bytes to write at most, 2 MiB at least (1 GiB in a regular file, else no
+            limit); packets beyond are lost.
         :raises PyvmmError: the card cannot be captured, or the filter is wrong.
         :raises OSError: the file cannot be opened.
         """
@@ -196,7 +199,15 @@ class Nic(Card):
 
             code = compile_filter(filter, snaplen)
         fd = open_private(file)[0] if isinstance(file, str) else file
-        return Capture([self], fd, snaplen=snaplen, code=code, expression=filter, limit=limit)
+        return Capture(
+            [self],
+            fd,
+            snaplen=snaplen,
+            code=code,
+            expression=filter,
+            queue=queue,
+            limit=limit,
+        )
 
     @property
     def name_server(self) -> str:

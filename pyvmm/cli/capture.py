@@ -5,6 +5,7 @@ Examples:
   pyvmm capture vm0 - | wireshark -k -i -
   pyvmm capture vm0 - --filter 'tcp port 80' | tshark -r -
   pyvmm capture vm0 dump.pcapng --nic 1 --snaplen 128
+  pyvmm capture vm0 sent.pcapng --nic 0 --queue 1    what the guest sends by its first pair
 
 Ctrl-C ends the capture, and so does the end of the machine. The file is pcapng, with one interface
 per card, the direction of each packet, times in nanoseconds, and the virtio-net header as a comment
@@ -50,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nic", metavar="N", type=int, help="this card only, counted from 0 (all cards)"
     )
     parser.add_argument(
+        "--queue",
+        metavar="N",
+        type=count(0, 127),
+        help="this virtqueue only: even to the guest, odd from the guest; not at a tap (all)",
+    )
+    parser.add_argument(
         "--snaplen",
         metavar="BYTES",
         type=count(1, SNAPLEN),
@@ -89,6 +96,8 @@ def _capture(client: Client, args: argparse.Namespace) -> int:
     wish = {"snaplen": args.snaplen}
     if args.nic is not None:
         wish["nic"] = args.nic
+    if args.queue is not None:
+        wish["queue"] = args.queue
     if args.filter:
         from pyvmm.capture.bpf import compile_filter, rows
 

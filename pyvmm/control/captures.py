@@ -32,13 +32,20 @@ def carry(
     code: bytes,
     expression: str,
     limit: int | None = None,
+    queue: int | None = None,
 ) -> None:
     """Capture until the client ends it, or the machine does; closes the socket."""
     with sock:
         try:
             stream = os.dup(sock.fileno())
             capture = Capture(
-                cards, stream, snaplen=snaplen, code=code, expression=expression, limit=limit
+                cards,
+                stream,
+                snaplen=snaplen,
+                code=code,
+                expression=expression,
+                queue=queue,
+                limit=limit,
             )
         except PyvmmError as e:
             _fail(sock, e.exit_code, str(e))

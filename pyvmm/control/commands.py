@@ -399,6 +399,7 @@ def _capture(machine: Controlled, given: Given) -> Callable[[socket], None]:
     from pyvmm.capture.bpf import check_expression, of_rows
     from pyvmm.capture.session import LIMIT_MIN, SNAPLEN
     from pyvmm.control.captures import carry
+    from pyvmm.netopt import MAX_QUEUES
 
     nets = list(machine.nets) if "nic" not in given else [_numbered(machine, given)]
     if not nets:
@@ -417,7 +418,10 @@ def _capture(machine: Controlled, given: Given) -> Callable[[socket], None]:
     limit = given.get("limit")
     if limit is not None and limit < LIMIT_MIN:
         raise QmpError(f"Parameter 'limit' expects bytes, {LIMIT_MIN} at least")
-    return lambda sock: carry(sock, nets, snaplen, code, expression, limit)
+    queue = given.get("queue")
+    if queue is not None and not 0 <= queue < 2 * MAX_QUEUES:
+        raise QmpError(f"Parameter 'queue' expects 0 to {2 * MAX_QUEUES - 1}")
+    return lambda sock: carry(sock, nets, snaplen, code, expression, limit, queue)
 
 
 def _report(machine: Controlled, given: Given) -> object:
@@ -512,6 +516,7 @@ COMMANDS: dict[str, Command] = {
         _capture,
         "make this connection a stream of packets (docs/capture.md)",
         nic="int?",
+        queue="int?",
         snaplen="int?",
         filter="list?",
         expression="str?",

@@ -319,6 +319,17 @@ def test_tshark_reads_a_capture_at_the_ring(tmp_path: Path) -> None:
     assert times == sorted(times)
 
 
+def test_one_virtqueue_alone(tmp_path: Path) -> None:
+    """What the others carry is neither seen nor counted."""
+    for queue, lines in ((0, ["0"]), (1, ["1"])):
+        file = tmp_path / f"{queue}.pcapng"
+        with Rig() as rig:
+            with Capture([Card(rig.point)], file_for(file), queue=queue) as capture:
+                rig.both_ways(tcp(b"x"), tcp(b"y"))
+            assert (capture.problem, capture.packets, capture.lost) == ("", 2, 0)
+        assert [line[0] for line in fields(file, "frame.interface_queue")] == lines * 2
+
+
 def test_checksums_are_not_flagged(tmp_path: Path) -> None:
     """What tshark does not check by itself are partial checksums, which the device or the host is
     to complete; all others are right.
@@ -810,6 +821,29 @@ def test_what_does_not_come_past_is_refused(
             Capture([card], file_for(tmp_path / "x"))
 
 
+def test_a_virtqueue_is_known_at_the_ring_only(tmp_path: Path, ns: Namespace) -> None:
+    """After a switch to a tap, nothing is captured, and the file says why."""
+    file = tmp_path / "x.pcapng"
+    ns.tap.set_header(12)
+    with Rig() as rig:
+        card = Switched(ns, rig)
+        with pytest.raises(UsageError, match="it has no virtqueue 2 for packets, but 0 to 1"):
+            Capture([card], file_for(tmp_path / "y"), queue=2)
+        with Capture([card], file_for(file), queue=1) as capture:
+            rig.both_ways(tcp(bytes(1)))
+            card.go(card.route("vhost-net"))
+            tap_sends(ns, tcp(bytes(2)))
+            with pytest.raises(UsageError, match="which virtqueue a packet is of; leave out the"):
+                Capture([card], file_for(tmp_path / "z"), queue=1)
+            card.go(card.emulated)
+            rig.both_ways(tcp(bytes(3)))
+        assert (capture.problem, capture.packets) == ("", 2)
+    why = "where nothing is captured: nobody knows at tap tap0 which virtqueue a packet is of"
+    now = "pyvmm: net0 is now on"
+    away, back = f"{now} vhost-net, captured at tap tap0, {why}", f"{now} emulated, captured at its"
+    assert story(file) == ["1", f"{away}; {back} virtqueues", "3"]
+
+
 def test_the_last_card_ends_a_capture(tmp_path: Path, ns: Namespace) -> None:
     file = tmp_path / "x.pcapng"
     with Rig() as rig:
@@ -890,7 +924,8 @@ def test_an_older_file_is_emptied_by_the_first_bytes(tmp_path: Path) -> None:
             theirs.close()
             return ours, self.answer
 
-    args: Any = argparse.Namespace(file=str(file), snaplen=100, nic=9, filter="", limit=None)
+    kept = {"snaplen": 100, "nic": 9, "queue": 1, "filter": "", "limit": None}
+    args: Any = argparse.Namespace(file=str(file), **kept)
     refuses: Any = Machine(b"!\x02there is no card 9")
     with pytest.raises(ControlError, match="no card 9"):
         cli_capture._capture(refuses, args)
