@@ -4,6 +4,8 @@ search, folds, clicks, filters; wide, narrow, light, dark, on paper; and with a 
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from typing import Any
 import pytest
 
 from pyvmm.explain.arrows import Diagram
+from pyvmm.explain.mermaid import mermaid
 from pyvmm.explain.page import page
 from pyvmm.explain.read import take
 from tests.browser import Browser
+from tests.driver import wait_for
 from tests.unit.test_compare_page import CONTRAST
 from tests.unit.test_explain import EVIL, NAMES, poisoned, raw
 
@@ -142,6 +146,43 @@ def test_there_are_stored_pages() -> None:
         "vhost-vdpa",
     }
     assert all(path.stat().st_size < 350_000 for path in STORED)
+
+
+MERMAID = os.environ.get("PYVMM_MERMAID", "")
+#: Asks Mermaid for a drawing, and has its size, or what is wrong, in ``window.told``.
+DRAW = """
+window.told = ""; (async () => {
+  try { window.told = String((await mermaid.render("x" + Date.now(), %s)).svg.length); }
+  catch (e) { window.told = "error: " + e.message; }
+})(); 0
+"""
+
+
+@pytest.mark.skipif(not MERMAID, reason="PYVMM_MERMAID names no mermaid.min.js (npm pack mermaid)")
+def test_mermaid_draws_the_text(browser: Browser, tmp_path: Path) -> None:
+    """All of it, names that are an attack as well; and Mermaid notices what is no diagram."""
+    path = tmp_path / "x.html"
+    path.write_text(f'<!doctype html><body><script src="{Path(MERMAID).as_uri()}"></script>')
+    browser.open(path)
+    evil = raw("exit")
+    for event in evil["traceEvents"]:
+        if event["ph"] != "M":
+            event["name"] += f" {EVIL}"
+    texts = []
+    for document in (*map(raw, NAMES), evil):
+        trace = take(document, "x")
+        texts += [mermaid(Diagram(trace, trace.card(None)), rows) for rows in (20, 300)]
+
+    def drawn(text: str) -> str:
+        browser.evaluate(DRAW % json.dumps(text))
+        assert wait_for(lambda: browser.evaluate("window.told"), 60)
+        return str(browser.evaluate("window.told"))
+
+    for text in texts:
+        told = drawn(text)
+        assert told.isdecimal() and int(told) > 10_000, (told, text)
+    assert drawn("sequenceDiagram\n  a->>>>b").startswith("error: Parse error on line 2")
+    assert browser.evaluate("window.pwned") is None
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
