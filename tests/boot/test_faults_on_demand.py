@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.boot.guest import PYVMM, Guest, check_tcp, nic_address
+from tests.boot.guest import PATIENCE, PYVMM, Guest, Run, check_tcp, nic_address
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.boot.guest import Host
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -114,3 +116,40 @@ def test_rules_work_both_ways(host: Host, mode: str) -> None:
         nic = guest.report["nets"][0]
         assert (nic["counters"]["rx_fault_loss"], nic["counters"]["tx_fault_loss"]) == (7, 5)
         assert nic["fault_rules"]["rules"] == ["rx loss=1/2 filter='icmp'"]
+
+
+SCENARIO = """
+[[step]]
+faults = "rx duplicate"
+
+[[step]]
+nic = 1
+faults = "rx duplicate"
+
+[[step]]
+nic = 1
+packets = 8
+do = ["config-interrupt", "interrupt"]
+"""
+
+
+def test_a_scenario_under_linux(host: Host, tmp_path: Path) -> None:
+    """On two cards: by tc for the first one, by a worker for the second one."""
+    file = tmp_path / "s.toml"
+    file.write_text(SCENARIO)
+    ask = "until ping -c 3 -i 0.2 -W 5 192.168.10{}.1 | grep duplicates; do :; done"
+    both = "; ".join(ask.format(nic) for nic in (0, 1))
+    # The last step waits for packets, and is looked for every 10 ms.
+    script = f"{both}; for i in 1 2 3 4 5; do ping -c 3 -i 0.2 192.168.101.1; done"
+    nets = ("--net", "vhost-net", "--net", "emulated")
+    with Run(host, *nets, "--scenario", str(file), "--", "sh", "-c", script) as run:
+        assert run.wait(2 * PATIENCE) == 0, run
+    first, second = run.report["nets"]
+    assert run.report["scenario"] | {"seed": 1, "name": "s"} == run.report["scenario"]
+    assert run.report["scenario"]["played"] == 3 and not run.report["scenario"]["problem"], run
+    assert first["fault_rules"]["rules"] == second["fault_rules"]["rules"] == ["rx duplicate"]
+    assert (first["fault_rules"]["seed"], second["fault_rules"]["seed"]) == (None, 1)
+    assert first["counters"]["rx_fault_frames"] >= 2
+    assert second["counters"]["rx_fault_duplicate"] >= 10
+    assert second["counters"]["fault_config_interrupt"] == 1
+    assert not first["driver_mistakes"] and not second["driver_mistakes"]
