@@ -306,8 +306,10 @@ def _open_to_read(words: list[str]) -> Result:
 # --- children -------------------------------------------------------------------------------------
 
 
-class _Sibling:
-    """A child of this process that the helper has started; implements ``Child``."""
+class Sibling:
+    """A child of this process by its id, such as one that the helper has started; implements
+    ``Child``.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -326,8 +328,8 @@ class _Sibling:
                     self.returncode = os.waitstatus_to_exitcode(status)
             return self.returncode
 
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end. :raises subprocess.TimeoutExpired: after ``timeout`` seconds."""
+    def ended(self, timeout: float | None = None) -> int | None:
+        """Wait for its end; the exit status, None if it still runs after ``timeout`` seconds."""
         if self.poll() is None:
             fd = os.pidfd_open(self.pid)
             try:
@@ -336,7 +338,11 @@ class _Sibling:
                 waiting.poll(None if timeout is None else timeout * 1000)
             finally:
                 os.close(fd)
-        status = self.poll()
+        return self.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end. :raises subprocess.TimeoutExpired: after ``timeout`` seconds."""
+        status = self.ended(timeout)
         if status is None:
             import subprocess
 
@@ -345,8 +351,11 @@ class _Sibling:
         return status
 
     def kill(self) -> None:
-        """End it now."""
-        kill(self)
+        """End it now, unless it has been waited for."""
+        if sealed():
+            kill(self)
+        elif self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)  # a zombie keeps the number
 
 
 def start_module(
@@ -363,7 +372,7 @@ def start_module(
     if _current is not None and _current.sealed:
         numbers = ",".join(map(str, fds))
         answered, _ = _current.ask(["start", name, str(int(silent)), numbers, *words], fds)
-        return _Sibling(int(answered[0]))
+        return Sibling(int(answered[0]))
     import subprocess
 
     return subprocess.Popen(

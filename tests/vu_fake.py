@@ -15,8 +15,9 @@ from tests.driver import bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
-    Answer = bytes | Callable[[socket.socket, Message], object]
+    Answer = bytes | Callable[[Any, Message], object]
 
 PATIENCE = 60.0
 RINGS = bits(

@@ -6,20 +6,27 @@ more by then, so nobody else can connect.
 
 from __future__ import annotations
 
+# A guest with a root or shares waits for what is imported here: the modules socket, subprocess,
+# signal and tempfile would take longer than all of ours.
+import _socket
 import os
-import signal
-import socket
 import threading
+from contextlib import closing
 
 from pyvmm import helper
 from pyvmm.errors import PyvmmError, VhostUserError
+from pyvmm.helper import Sibling
+from pyvmm.hostnet.sockets import PATH_MAX
 from pyvmm.vhostuser.connect import Connector
 from pyvmm.vhostuser.wire import Channel, Stopped, readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal
+    from typing import NoReturn
+else:
+    from _signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal  # without enumerations
 
 #: Bytes that are kept of a child's last words.
 WORDS_MAX = 400
@@ -45,8 +52,8 @@ class ChildConnector(Connector):
         self._lock = threading.Lock()
         self._said = b""
         self._words = -1
-        self._client: socket.socket | None = None
-        self._child: subprocess.Popen[bytes]
+        self._client: _socket.socket | None = None
+        self._child: Sibling
 
     def start(
         self,
@@ -66,7 +73,7 @@ class ChildConnector(Connector):
             listener, self._client = _pair()
         except OSError as e:
             raise self._error(f"no socket for {self.name}: {e.strerror}", "ulimit -n") from e
-        with listener:
+        with closing(listener):
             try:
                 self._start(listener.fileno(), command, confine, environment, keep)
             except BaseException:
@@ -81,34 +88,14 @@ class ChildConnector(Connector):
         environment: dict[str, str],
         keep: Sequence[int],
     ) -> None:
-        import subprocess
-
         argv = command(fd)
         words, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # a full pipe loses words: no matter
-
-        def confined() -> None:
-            try:
-                confine()
-            except OSError as e:
-                os.write(write, str(e).encode())
-                raise
-
         try:
-            self._child = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=write,
-                stderr=write,
-                pass_fds=[fd, *keep],
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for us
-                preexec_fn=confined,
-            )
-        except (OSError, subprocess.SubprocessError) as e:
-            said = os.read(words, WORDS_MAX).decode(errors="replace") if readable([words], 0) else e
+            self._child = _spawn(argv, environment, [fd, *keep], write, confine)
+        except OSError as e:
             os.close(words)
             raise self._error(
-                f"{self._program} for {self._served} cannot be confined: {said}",
+                f"{self._program} for {self._served} cannot be confined: {e.strerror or e}",
                 "run as root, or allow user namespaces: sysctl kernel.unprivileged_userns_clone=1",
             ) from e
         finally:
@@ -132,14 +119,10 @@ class ChildConnector(Connector):
         """Wait a moment for a child that has hung up, and end it if need be; returns how it ended,
         in words. They are empty if it had to be ended and has said nothing.
         """
-        import subprocess
-
         with self._lock:
             self.hang_up()
-            status: int | None = None
-            try:
-                status = self._child.wait(self.end_s)
-            except subprocess.TimeoutExpired:
+            status = self._child.ended(self.end_s)
+            if status is None:
                 helper.kill(self._child)
                 self._child.wait()
             self._hear()
@@ -148,7 +131,9 @@ class ChildConnector(Connector):
             return said and f"{self._program}: {said}"
         said = f": {said}" if said else ""
         if status < 0:
-            return f"{self._program} was killed by {signal.Signals(-status).name}{said}"
+            from signal import Signals
+
+            return f"{self._program} was killed by {Signals(-status).name}{said}"
         return f"{self._program} has ended{f' with status {status}' if status else ''}{said}"
 
     def _hear(self) -> None:
@@ -178,22 +163,108 @@ class ChildConnector(Connector):
             self._words = -1
 
 
-def _pair() -> tuple[socket.socket, socket.socket]:
+def _pair() -> tuple[_socket.socket, _socket.socket]:
     """A listening socket, and the first connection to it; nobody else can make one."""
-    import shutil
-    import tempfile
-
-    directory = tempfile.mkdtemp(prefix="pyvmm-")  # nobody else's; an abstract address would be
-    kind = socket.SOCK_STREAM | socket.SOCK_CLOEXEC
-    listener, client = socket.socket(socket.AF_UNIX, kind), socket.socket(socket.AF_UNIX, kind)
+    kind = _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC
+    listener, client = (_socket.socket(_socket.AF_UNIX, kind) for _ in range(2))
     try:
-        listener.bind(f"{directory}/s")
-        listener.listen(1)
-        client.connect(f"{directory}/s")
+        directory = _own_directory()  # an abstract address would be anybody's
+        try:
+            listener.bind(f"{directory}/s")
+            try:
+                listener.listen(1)
+                client.connect(f"{directory}/s")
+            finally:
+                os.unlink(f"{directory}/s")
+        finally:
+            os.rmdir(directory)
     except BaseException:
         listener.close()
         client.close()
         raise
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
     return listener, client
+
+
+def _own_directory() -> str:
+    """Make a directory that nobody else may enter, where programs have their temporary files.
+
+    :raises OSError: there is no place for it.
+    """
+    given = os.environ.get("TMPDIR", "")
+    name = f"pyvmm-{os.urandom(8).hex()}"
+    # The name of the socket in it has to fit (sun_path of unix(7)).
+    if given.startswith("/") and len(os.fsencode(f"{given}/{name}/s")) <= PATH_MAX:
+        try:
+            os.mkdir(f"{given}/{name}", 0o700)
+            return f"{given}/{name}"
+        except OSError:
+            pass  # as for other programs, it may be a directory that is not there
+    os.mkdir(f"/tmp/{name}", 0o700)
+    return f"/tmp/{name}"
+
+
+def _spawn(
+    argv: list[str],
+    environment: Mapping[str, str],
+    keep: Sequence[int],
+    output: int,
+    prepare: Callable[[], None],
+) -> Sibling:
+    """Run a program in a child of this process, in a session of its own, without standard input.
+
+    :param keep: the descriptors that it has besides, under the same numbers.
+    :param output: is its standard output and its standard error; lent.
+    :param prepare: called in the child, which executes the program next.
+    :raises OSError: there can be no process; or from ``prepare``, or from execve(2): the text says
+        which.
+    """
+    told, tell = os.pipe2(os.O_CLOEXEC)
+    try:
+        try:
+            pid = os.fork()
+            if not pid:
+                _become(argv, environment, keep, output, prepare, tell)
+        finally:
+            os.close(tell)
+        problem = b""
+        while piece := os.read(told, WORDS_MAX):  # until the program runs, or the child has ended
+            problem += piece
+    finally:
+        os.close(told)
+    child = Sibling(pid)
+    if problem:
+        child.wait()
+        raise OSError(problem.decode(errors="replace"))
+    return child
+
+
+def _become(
+    argv: list[str],
+    environment: Mapping[str, str],
+    keep: Sequence[int],
+    output: int,
+    prepare: Callable[[], None],
+    tell: int,
+) -> NoReturn:
+    """In the child: become the program, or write to ``tell`` why not."""
+    try:
+        os.setsid()  # Ctrl-C is for us
+        for ignored in (SIGPIPE, SIGXFSZ):  # which Python ignores
+            signal(ignored, SIG_DFL)
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        for number, source in enumerate((null, output, output)):
+            os.dup2(source, number)
+        for number in keep:
+            os.set_inheritable(number, True)
+        prepare()
+        low = 3
+        for number in sorted({*keep, tell}):
+            os.closerange(low, number)
+            low = number + 1
+        os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+        os.execve(argv[0], argv, environment)
+    except BaseException as e:
+        text = (isinstance(e, OSError) and e.strerror) or str(e) or type(e).__name__
+        os.write(tell, text.encode(errors="replace"))
+    finally:
+        os._exit(127)

@@ -11,8 +11,8 @@ mere refusal does not. ``cut`` ends the session from any other thread, at once.
 
 from __future__ import annotations
 
+import _socket  # see ``hostnet.rights``
 import os
-import socket
 import struct
 import time
 from contextlib import contextmanager
@@ -464,9 +464,9 @@ class Session:
         raise ProtocolError(f"the back-end says {message.name} unasked")
 
     def _open_requests(self) -> None:
-        kind = socket.SOCK_STREAM | socket.SOCK_CLOEXEC
+        kind = _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC
         try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+            ours, theirs = _socket.socketpair(_socket.AF_UNIX, kind)
         except OSError as e:
             raise VhostUserError(f"no channel for {self.name}: {e.strerror}", "ulimit -n") from e
         self.requests = Channel(ours)

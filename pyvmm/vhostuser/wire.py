@@ -8,10 +8,10 @@ receiver of a message owns its descriptors, and no error leaves a descriptor ope
 
 from __future__ import annotations
 
+import _socket  # see ``hostnet.rights``
 import errno
 import os
 import select
-import socket
 import struct
 import threading
 import time
@@ -230,7 +230,7 @@ class Channel:
     :ivar recorder: gets every message for a trace: a ``kvm.recorder.Scope``, or None.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: _socket.socket) -> None:
         self._sock = sock
         self._open = True
         self._stopped = False
@@ -284,7 +284,7 @@ class Channel:
         lent = fds
         while data:
             try:
-                sent = send_fds(self._sock, data, lent, socket.MSG_NOSIGNAL)
+                sent = send_fds(self._sock, data, lent, _socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 self._wait(select.POLLOUT, deadline, "vhost-user socket is full")
                 continue
@@ -303,7 +303,7 @@ class Channel:
         :raises VhostUserError: the peer is gone, or does not take all of them at once.
         """
         try:
-            sent = self._sock.send(data, socket.MSG_NOSIGNAL)
+            sent = self._sock.send(data, _socket.MSG_NOSIGNAL)
         except OSError as e:
             raise Closed(f"vhost-user peer is gone: {e.strerror}") from e
         if sent != len(data):
@@ -426,7 +426,7 @@ class Channel:
         with self._ending:
             self._stopped = True
             try:
-                self._sock.shutdown(socket.SHUT_RDWR)
+                self._sock.shutdown(_socket.SHUT_RDWR)
             except OSError:
                 pass  # not connected any more, or closed
 
@@ -446,13 +446,13 @@ def _address(path: str) -> str:
     return path
 
 
-def check_peer(sock: socket.socket, path: str, peer: int | None) -> None:
+def check_peer(sock: _socket.socket, path: str, peer: int | None) -> None:
     """Whoever is at the other end gets all of the guest's memory, or makes us map theirs.
 
     :param peer: a user id that may be there, beside root and our own.
     :raises Stranger: it is another user's process (SO_PEERCRED of unix(7)).
     """
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    raw = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, struct.calcsize("3i"))
     uid = struct.unpack("iII", raw)[1]
     if uid not in (0, os.geteuid(), peer):
         raise Stranger(
@@ -490,10 +490,10 @@ def connect(path: str, timeout: float = 5.0, end: int = -1, *, peer: int | None 
     return Channel(sock)
 
 
-def _connected(path: str) -> socket.socket | None:
+def _connected(path: str) -> _socket.socket | None:
     """Try to connect; None if the queue of connections is full (EAGAIN of connect(2))."""
     try:
-        sock = socket.socket(fileno=helper.do("connect", path)[1][0])
+        sock = _socket.socket(fileno=helper.do("connect", path)[1][0])
         sock.setblocking(False)  # as it is; the object does not know
         return sock
     except BlockingIOError:
@@ -532,7 +532,7 @@ class Listener:
         except OSError as e:
             hint = "stop the program that listens there, or name another path"
             raise VhostUserError(f"cannot listen on {path}: {e.strerror}", hint) from e
-        self._sock = socket.socket(fileno=fds[0])
+        self._sock = _socket.socket(fileno=fds[0])
         self._sock.setblocking(False)
         self._identity = int(made[0]), int(made[1])
 
@@ -545,7 +545,7 @@ class Listener:
         connection is closed.
         """
         try:
-            sock, _ = self._sock.accept()
+            sock = _socket.socket(fileno=self._sock._accept()[0])  # type: ignore[attr-defined]
         except OSError:
             return None  # there is none, or it has gone again
         try:

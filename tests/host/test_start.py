@@ -62,3 +62,19 @@ def test_the_boot_trace_leaves_no_time_out(guest: Callable[[str], str], tmp_path
     for stage in boot_trace.STAGES:
         assert boot[stage][0] > 0, stage
     assert "\nall " in done.stdout
+
+
+def test_a_root_loads_nothing_slow_beside(guest: Callable[[str], str]) -> None:
+    """The back-end of a root, a share or a disk is started without these modules, too."""
+    argv = [sys.executable, "-X", "importtime", "-m", "pyvmm", "run", "--host", "local"]
+    argv += ["--net", "none", "--memory", "32M", "--kernel", guest("hello"), "--root", "/"]
+    done = subprocess.run(argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert "hello, stdout" in done.stdout, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    modules = {line.rpartition("|")[2].strip() for line in lines}
+    assert "pyvmm.host.virtiofsd" in modules
+    slow = {"selectors", "shutil", "socket", "subprocess", "tempfile"}
+    bare = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "pass"], capture_output=True, text=True
+    )
+    assert not {module for module in modules & slow if f" {module}\n" not in bare.stderr}

@@ -564,7 +564,7 @@ def test_a_daemon_that_is_told_to_end_writes_what_it_has(tmp_path: Path) -> None
     image = qcow2_image(tmp_path / "a.qcow2")
     with Asking(Disk(image)) as disk:
         assert disk.write(5, b"kept" * 128) == 0
-        disk.connector._child.send_signal(signal.SIGTERM)
+        os.kill(disk.connector._child.pid, signal.SIGTERM)
         assert wait_for(lambda: disk.guest.card.broken, PATIENCE)
         assert "qemu-storage-daemon has ended" in str(disk.guest.card.broken)
     with Asking(Disk(image)) as disk:
@@ -593,6 +593,79 @@ def test_the_daemon_ends_with_us(tmp_path: Path) -> None:
             assert wait_for(lambda: select_readable(watch), PATIENCE)
         finally:
             os.close(watch)
+
+
+def test_what_a_child_has(tmp_path: Path) -> None:
+    """A session of its own, no input, no signal that Python ignores, none of our descriptors but
+    those that it is given. A file that a parent of ours has left open is none of them.
+    """
+    out, left = tmp_path / "out", os.open("/dev/zero", os.O_RDONLY)
+    os.set_inheritable(left, True)
+    script = """
+        exec >"$0"; readlink /proc/self/fd/0; ls /proc/$$/fd; cut -d" " -f6 /proc/$$/stat
+        grep SigIgn /proc/$$/status; env; exit 5"""
+    given = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    made: list[int] = []
+
+    def argv(fd: int) -> list[str]:
+        made.append(fd)
+        return ["/bin/sh", "-c", script, str(out)]
+
+    child = ChildConnector("sh", "x", DiskError)
+    try:
+        child.start(argv, lambda: None, {"ONLY": "this", "PATH": "/bin:/usr/bin"}, [given])
+        assert child.end() == "sh has ended with status 5"
+        lines = out.read_text().splitlines()
+        assert lines[0] == "/dev/null"
+        has = {int(line) for line in lines[1 : lines.index(str(child._child.pid))]}
+        assert has <= {0, 1, 2, 10, 255, made[0], given} and {made[0], given} <= has, has
+        assert int(next(line for line in lines if line.startswith("SigIgn")).split()[1], 16) == 0
+        assert "ONLY=this" in lines and not any(line.startswith("HOME=") for line in lines)
+    finally:
+        child.close()
+        os.close(given)
+        os.close(left)
+
+
+def test_a_child_that_cannot_be(tmp_path: Path) -> None:
+    """The error says why, nothing is left, and a directory for temporary files is not needed."""
+
+    def refuse() -> None:
+        raise OSError(1, "unshare: Operation not permitted")
+
+    def state() -> tuple[int, str]:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+        return len(list(Path("/proc/self/fd").iterdir())), children
+
+    before = state()
+    for argv, prepare, why in (
+        (["/bin/sh"], refuse, "x cannot be confined: unshare: Operation not permitted"),
+        ([str(tmp_path)], lambda: None, "x cannot be confined: Permission denied"),
+        ([f"{tmp_path}/none"], lambda: None, "x cannot be confined: No such file or directory"),
+    ):
+        child = ChildConnector("sh", "x", DiskError)
+        with pytest.raises(DiskError, match=why):
+            child.start(lambda fd, argv=argv: argv, prepare, {})  # type: ignore[misc]
+        child.close()
+    assert state() == before
+
+
+@pytest.mark.parametrize("where", ["good", "none", "x" * 100, "relative", ""])
+def test_where_the_socket_of_a_child_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The directory for temporary files may be missing, or have too long a name for a socket."""
+    directory = tmp_path / where
+    if where in ("good", "x" * 100):
+        directory.mkdir()
+    monkeypatch.setenv("TMPDIR", where if where in ("relative", "") else str(directory))
+    child = ChildConnector("sh", "x", DiskError)
+    child.start(lambda fd: ["/bin/sh", "-c", "exit 3"], lambda: None, {})
+    try:
+        assert child.end() == "sh has ended with status 3"
+    finally:
+        child.close()
+    assert not [path for path in tmp_path.rglob("*") if path != directory]
 
 
 def test_a_grandchild_that_never_falls_silent() -> None:
