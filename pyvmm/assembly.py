@@ -249,6 +249,9 @@ class Parts:
 
             self.recorder = Recorder(want.trace)
             closing(self.recorder.close)
+        for options in want.devices:
+            closing(options.abandon)
+            options.begin()  # before there is memory that a child would have to give up
         self.memory = GuestMemory(want.memory, huge=want.huge)
         closing(self.memory.close)
         self.kvm = Kvm()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from pyvmm.datapath.base import RingServer
     from pyvmm.errors import PyvmmError
+    from pyvmm.host.child import ChildConnector
     from pyvmm.vhostuser.connect import Connector
 
 #: As many virtqueues as a device may have.
@@ -217,6 +218,12 @@ class Device:
         kind = ListeningConnector if self.server else Connector
         return kind(self.socket, self.peer)
 
+    def begin(self) -> None:
+        """Called before the machine is made: start what takes long until ``connector`` needs it."""
+
+    def abandon(self) -> None:
+        """Called in the end: release what was begun, and not taken by ``connector``."""
+
     def substitute(self) -> RingServer | None:
         """What serves the virtqueues once the back-end has gone, if none can take its place; owned
         by the caller. None: wait for the next back-end.
@@ -237,6 +244,36 @@ class Device:
             return None
         tag = self.tag.encode().ljust(virtio_config.FS_TAG_SIZE, b"\0")
         return tag + (self.queues - 1).to_bytes(4, "little")
+
+
+class StartedDevice(Device):
+    """A device whose back-end we start ourselves."""
+
+    _begun: ChildConnector | None = None
+    _connector: ChildConnector | None = None
+
+    def start_backend(self) -> ChildConnector:
+        """Start the back-end; the caller owns what is returned.
+
+        :raises PyvmmError: there is none, or it cannot be started.
+        """
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Start the back-end, which gets ready while the caller does other things."""
+        self.abandon()
+        self._begun = self.start_backend()
+
+    def connector(self) -> Connector:
+        """Connects once to the back-end: that of ``begin``, or another one, which it starts."""
+        self._connector, self._begun = self._begun or self.start_backend(), None
+        return self._connector
+
+    def abandon(self) -> None:
+        """End the back-end of ``begin``."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.close()
 
 
 def _kind(text: str | int) -> Kind:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.devopt import Device
+from pyvmm.devopt import StartedDevice
 from pyvmm.errors import DiskError, UsageError, did_you_mean
 from pyvmm.vhostuser.wire import Closed
 
@@ -17,13 +17,12 @@ if TYPE_CHECKING:
     from pyvmm.datapath.base import RingServer
     from pyvmm.errors import PyvmmError, VhostUserError
     from pyvmm.host.storage_daemon import DiskConnector
-    from pyvmm.vhostuser.connect import Connector
 
 FORMATS = ("qcow2", "raw")
 KEYS = ("format", "ro", "snapshot", "backing", "notify")
 
 
-class Disk(Device):
+class Disk(StartedDevice):
     """A disk image of the host, served by a qemu-storage-daemon that pyvmm starts, confines and
     ends.
 
@@ -84,7 +83,6 @@ class Disk(Device):
         self.directory = self.file.rpartition("/")[0] or "/"
         self._check(given)
         super().__init__(id="block", socket=self.file, notify=notify)
-        self._connector: DiskConnector | None = None
 
     def _check(self, given: str) -> None:
         """:raises DiskError: the image cannot be opened, or names other files."""
@@ -139,21 +137,20 @@ class Disk(Device):
             notify=given.get("notify", "ioeventfd"),
         )
 
-    def connector(self) -> Connector:
-        """Starts qemu-storage-daemon, and connects to it once.
+    def start_backend(self) -> DiskConnector:
+        """Start qemu-storage-daemon.
 
         :raises DiskError: there is no qemu-storage-daemon, or it cannot be started.
         """
         from pyvmm.host.storage_daemon import DiskConnector
 
-        self._connector = DiskConnector(
+        return DiskConnector(
             self.file,
             self.format,
             writable=self.writable,
             snapshot=self.snapshot,
             backing=self.backing,
         )
-        return self._connector
 
     def substitute(self) -> RingServer:
         """Answers the guest once qemu-storage-daemon has gone."""

@@ -8,7 +8,7 @@ import errno
 import os
 import stat
 
-from pyvmm.devopt import Device
+from pyvmm.devopt import StartedDevice
 from pyvmm.errors import ShareError, UsageError
 from pyvmm.spec.platform import SHARE_OVERLAY
 from pyvmm.vhostuser.wire import Closed
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pyvmm.datapath.base import RingServer
     from pyvmm.errors import PyvmmError, VhostUserError
     from pyvmm.host.virtiofsd import FsConnector
-    from pyvmm.vhostuser.connect import Connector
 
 #: Where the guest has its own file systems, and nothing can be mounted without taking them away.
 TAKEN = ("/", "/proc", "/sys", "/dev")
@@ -34,7 +33,7 @@ SYSTEMD = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd")
 LINKS_MAX = 40
 
 
-class Share(Device):
+class Share(StartedDevice):
     """A directory of the host, served by a virtiofsd that pyvmm starts, confines and ends.
 
     :param directory: of the host. :param path: where the guest mounts it; by default at the same
@@ -71,7 +70,6 @@ class Share(Device):
                 f"name another place: --share {given}:/mnt",
             )
         super().__init__(id="fs", socket=f"virtiofsd of {self.directory}", tag="share")
-        self._connector: FsConnector | None = None
 
     @classmethod
     def parse(cls, text: str) -> Share:
@@ -91,15 +89,14 @@ class Share(Device):
         """Give the share its number among the machine's."""
         self.tag = f"pyvmm{number}"
 
-    def connector(self) -> Connector:
-        """Starts virtiofsd, and connects to it once.
+    def start_backend(self) -> FsConnector:
+        """Start virtiofsd.
 
         :raises ShareError: there is no virtiofsd, or it cannot be started.
         """
         from pyvmm.host.virtiofsd import FsConnector
 
-        self._connector = FsConnector(self.directory, writable=self.writable)
-        return self._connector
+        return FsConnector(self.directory, writable=self.writable)
 
     def substitute(self) -> RingServer:
         """Answers the guest once virtiofsd has gone, whose state nobody has."""

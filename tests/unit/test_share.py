@@ -274,6 +274,26 @@ def test_virtiofsd_may_open_what_the_user_may(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, or user namespaces and gcc")
+def test_a_back_end_that_is_begun_is_used_or_ended(tmp_path: Path) -> None:
+    share = Share(tmp_path)
+    share.begin()
+    begun = share._begun
+    assert begun is not None and share.connector() is begun
+    with closing(begun):
+        share.abandon()
+        assert begun._child.poll() is None, "what is in use has been ended"
+        share.begin()
+        other = share._begun
+        assert other is not None and other is not begun
+        share.begin()
+        assert other._child.poll() is not None
+        last = share._begun
+        share.abandon()
+        assert last is not None and last._child.poll() is not None
+        share.abandon()
+
+
 @pytest.mark.parametrize("which", ["the directory", "the one above"])
 def test_the_directory_that_was_named_is_shared(tmp_path: Path, which: str) -> None:
     """Whoever owns a directory above puts a link in its place before virtiofsd starts."""
@@ -288,6 +308,9 @@ def test_the_directory_that_was_named_is_shared(tmp_path: Path, which: str) -> N
         (tmp_path / "above").symlink_to("moved")
     with pytest.raises(ShareError, match="cannot be confined"):
         share.connector()
+    with pytest.raises(ShareError, match="cannot be confined"):
+        share.begin()
+    share.abandon()
 
 
 def test_accounts_of_a_tree_are_plain_files_in_the_tree(tmp_path: Path) -> None:
