@@ -88,6 +88,7 @@
 #define BUTTON_MS    3000 /* after the power button, the command has so long to end itself */
 #define HANGUP_MS    1000 /* a session's command that nobody waits for has so long after SIGHUP */
 #define SHARES_FILE  "/etc/pyvmm.shares"
+#define READ_AHEAD   "512" /* KiB that the kernel reads at a time from a directory of the host */
 #define INIT_FILE    "/etc/pyvmm.init"
 #define COMMAND_FILE "pyvmm.cmd" /* this and the next two are in /etc; for the unit, UNIT_NEEDS */
 #define PLACE_FILE   "pyvmm.place"
@@ -169,6 +170,27 @@ static void *resize(void *old, size_t size)
 		_exit(1); /* at which the kernel panics */
 	}
 	return p;
+}
+
+/* Write all of @data to @fd, which may be a pipe; returns false after an error. */
+static bool write_all(int fd, const char *data, size_t size)
+{
+	while (size) {
+		ssize_t n = write(fd, data, size);
+
+		if (n < 0) {
+			struct pollfd p = {.fd = fd, .events = POLLOUT};
+
+			if (errno == EAGAIN && poll(&p, 1, -1) > 0)
+				continue;
+			if (errno == EINTR)
+				continue;
+			return false;
+		}
+		data += n;
+		size -= (size_t)n;
+	}
+	return true;
 }
 
 /*
@@ -348,21 +370,51 @@ static bool has_device(const char *id)
 
 /* --- directories of the host --- */
 
-/* Make the directory @path, which is absolute, and those above it; returns 0 or an errno. */
+/*
+ * Make the directory @path, which is absolute, and those above it; returns 0 or an errno. Those above
+ * are looked at only if they are missing: in a tree of the host's, each look is a request.
+ */
 static int make_directories(char *path)
 {
-	for (char *slash = path; slash;) {
-		struct stat s;
+	char *slash = strrchr(path, '/');
+	struct stat s;
 
-		slash = strchr(slash + 1, '/');
-		if (slash)
-			*slash = 0;
-		if (mkdir(path, 0755) && (stat(path, &s) || !S_ISDIR(s.st_mode)))
-			return errno ? errno : ENOTDIR;
-		if (slash)
-			*slash = '/';
+	if (!mkdir(path, 0755))
+		return 0;
+	if (errno == ENOENT && slash > path) {
+		int error;
+
+		*slash = 0;
+		error = make_directories(path);
+		*slash = '/';
+		if (error || !mkdir(path, 0755))
+			return error;
+		return errno;
 	}
-	return 0;
+	if (stat(path, &s))
+		return errno;
+	return S_ISDIR(s.st_mode) ? 0 : ENOTDIR;
+}
+
+/*
+ * Have the kernel read more at a time from the file system at @path: it has 128 KiB for all disks,
+ * and a request to virtiofsd costs as much as the data of one.
+ */
+static void read_ahead(const char *path)
+{
+	char name[64];
+	struct stat s;
+	int fd;
+
+	if (stat(path, &s))
+		return;
+	snprintf(name, sizeof(name), "/sys/class/bdi/%u:%u/read_ahead_kb", major(s.st_dev),
+		 minor(s.st_dev));
+	fd = open(name, O_WRONLY | O_CLOEXEC);
+	if (fd < 0)
+		return; /* it reads less, then */
+	write_all(fd, READ_AHEAD, strlen(READ_AHEAD));
+	close(fd);
 }
 
 static void no_share(unsigned int number, const char *path, int error)
@@ -390,6 +442,7 @@ static int enter_root(const char *tag, unsigned int *number)
 	mkdir("/.pyvmm/root", 0755);
 	if (mount(tag, "/.pyvmm/lower", "virtiofs", MS_RDONLY, NULL))
 		return errno;
+	read_ahead("/.pyvmm/lower");
 	*number = SHARE_OVERLAY;
 	if (mount("tmpfs", "/.pyvmm/upper", "tmpfs", 0, "mode=755") ||
 	    mkdir("/.pyvmm/upper/u", 0755) || mkdir("/.pyvmm/upper/w", 0755) ||
@@ -451,9 +504,12 @@ static void mount_shares(void)
 				flags |= MS_RDONLY;
 			if (options < list + size && !strcmp(options, "root"))
 				error = enter_root(tag, &which);
-			else if (!(error = make_directories(path)) &&
-				 mount(tag, path, "virtiofs", flags, NULL))
-				error = errno;
+			else if (!(error = make_directories(path))) {
+				if (mount(tag, path, "virtiofs", flags, NULL))
+					error = errno;
+				else
+					read_ahead(path);
+			}
 		} else {
 			at = list + size;
 			path = list;
@@ -1037,7 +1093,8 @@ static void set_environment(void)
 		setenv("USER", "root", 1);
 		setenv("LOGNAME", "root", 1);
 		setenv("SHELL", own_shell(), 1);
-		setenv("LANG", "C.UTF-8", 1);
+		/* Not LANG, with which each program reads a dozen files more, to no effect. */
+		setenv("LC_CTYPE", "C.UTF-8", 1);
 	}
 	if (peer)
 		setenv("PYVMM_PEER", peer, 1);
@@ -1136,27 +1193,6 @@ static void __attribute__((noreturn)) run_command(int in, int out, int err, int 
 	if (chdir(directory) && chdir(getenv("HOME")) && chdir("/"))
 		say("cannot enter %.200s: %s", directory, strerror(errno));
 	become(argv_out);
-}
-
-/* Write all of @data to @fd, which may be a pipe; returns false after an error. */
-static bool write_all(int fd, const char *data, size_t size)
-{
-	while (size) {
-		ssize_t n = write(fd, data, size);
-
-		if (n < 0) {
-			struct pollfd p = {.fd = fd, .events = POLLOUT};
-
-			if (errno == EAGAIN && poll(&p, 1, -1) > 0)
-				continue;
-			if (errno == EINTR)
-				continue;
-			return false;
-		}
-		data += n;
-		size -= (size_t)n;
-	}
-	return true;
 }
 
 /*

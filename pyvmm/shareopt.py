@@ -44,6 +44,9 @@ class Share(StartedDevice):
     :raises ShareError: there is no such directory.
     """
 
+    #: How long the guest takes what it has read for true (``host.virtiofsd.command``).
+    cache = "auto"
+
     def __init__(
         self, directory: str | os.PathLike[str], path: str | None = None, *, writable: bool = False
     ) -> None:
@@ -96,7 +99,7 @@ class Share(StartedDevice):
         """
         from pyvmm.host.virtiofsd import FsConnector
 
-        return FsConnector(self.directory, writable=self.writable)
+        return FsConnector(self.directory, writable=self.writable, cache=self.cache)
 
     def substitute(self) -> RingServer:
         """Answers the guest once virtiofsd has gone, whose state nobody has."""
@@ -137,6 +140,10 @@ class Root(Share):
     :ivar systemd: whether that is systemd.
     :raises UsageError: the tree has no such user, or no such program.
     """
+
+    #: Overlayfs leaves open what the guest sees of a file that changes. Each program that starts
+    #: would have its libraries read anew otherwise.
+    cache = "always"
 
     def __init__(
         self,

@@ -42,10 +42,14 @@ def find() -> str:
     )
 
 
-def command(program: str, fd: int, directory: str, *, writable: bool, root: bool) -> list[str]:
+def command(
+    program: str, fd: int, directory: str, *, writable: bool, root: bool, cache: str = "auto"
+) -> list[str]:
     """How to start it.
 
     :param fd: the listening socket. :param root: whether it is started by root.
+    :param cache: how long the guest takes what it has read for true: ``auto``, which is a second,
+        or ``always``.
     """
     # With the root directory itself, virtiofsd's pivot_root(2) fails, and there is nothing outside.
     sandbox = "namespace" if root and directory != "/" else "chroot"
@@ -55,7 +59,7 @@ def command(program: str, fd: int, directory: str, *, writable: bool, root: bool
             f"--fd={fd}",
             f"--shared-dir={directory}",
             f"--sandbox={sandbox}",
-            "--cache=auto",
+            f"--cache={cache}",
             "--no-announce-submounts",
             "--log-level=error",
             *([] if writable else ["--readonly"]),
@@ -65,18 +69,18 @@ def command(program: str, fd: int, directory: str, *, writable: bool, root: bool
         program,
         f"--fd={fd}",
         "-o",
-        f"source={escaped},sandbox={sandbox},cache=auto,log_level=err",
+        f"source={escaped},sandbox={sandbox},cache={cache},log_level=err",
     ]
 
 
 class FsConnector(ChildConnector):
     """Starts a virtiofsd and makes the one connection to it.
 
-    :param directory: to be served, without symbolic links.
+    :param directory: to be served, without symbolic links. :param cache: see ``command``.
     :raises ShareError: there is no virtiofsd, or it cannot be started.
     """
 
-    def __init__(self, directory: str, *, writable: bool) -> None:
+    def __init__(self, directory: str, *, writable: bool, cache: str = "auto") -> None:
         super().__init__("virtiofsd", directory, ShareError)
         program, root = find(), not os.geteuid()
         whole = directory == "/"
@@ -89,7 +93,7 @@ class FsConnector(ChildConnector):
 
         def argv(fd: int) -> list[str]:
             where = directory if whole else isolate.SHARED
-            return command(program, fd, where, writable=writable, root=root)
+            return command(program, fd, where, writable=writable, root=root, cache=cache)
 
         def confine() -> None:
             all_descriptors()

@@ -226,6 +226,14 @@ def test_commands(tmp_path: Path) -> None:
     assert "--readonly" not in rust and "--sandbox=namespace" in rust
 
 
+def test_how_long_what_was_read_holds(tmp_path: Path) -> None:
+    """A shared directory changes under the guest; a root is read once."""
+    assert Share(tmp_path).cache == "auto" and Root(tmp_path).cache == "always"
+    for program, cache in ((virtiofsd.C, "auto"), (virtiofsd.RUST, "always")):
+        c = virtiofsd.command(program, 5, "/a", writable=True, root=True, cache=cache)
+        assert f"cache={cache}" in ",".join(c).replace("--", "").split(",")
+
+
 def test_no_virtiofsd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(virtiofsd, "RUST", "/no/rust")
     monkeypatch.setattr(virtiofsd, "C", "/no/c")
