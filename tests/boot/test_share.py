@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -223,3 +224,20 @@ def test_a_hundred_thousand_files(host: Host) -> None:
         assert host.sh(f"ls -f {directory} | wc -l").strip() == str(MANY - gone + 2)
     finally:
         host.sh(f"rm -r {directory}", 600)
+
+
+@pytest.mark.skipif(not ALL, reason="takes minutes: make soak-share")
+def test_this_checkout_in_a_guest(host: Host) -> None:
+    """git and pytest of the host's, on this checkout, in a guest with the host's root."""
+    git = ["git", "status", "--porcelain"]
+    here = host.run(*git)
+    assert here.status == 0, here
+    python, marks = sys.executable, ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    tests = shlex.join([python, "-m", "pytest", "-q", *marks, "tests/unit/test_rates.py"])
+    script = f"{shlex.join(git)} && {tests} && echo also written >README.md && {shlex.join(git)}"
+    args = ["--net", "none", "--memory", "512M", "--root", "/", "--", "sh", "-c", script]
+    with Run(host, *args) as run:
+        assert run.wait(LONG) == 0, run.out + run.err
+    before, passed, after = run.out.partition("passed")
+    assert passed and before.startswith(here.out) and " M README.md" in after, run.out + run.err
+    assert host.run(*git).out == here.out, "the guest has written to the host's files"
