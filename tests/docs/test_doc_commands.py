@@ -54,6 +54,7 @@ REASONS = {
     ("docs/disk.md", "pyvmm run --disk base"): "needs the reader's images, see test_disk",
     ("docs/disk.md", "qemu-img create"): "needs the reader's images, see test_disk",
     ("docs/kunit.md", "export PATH"): "compiles a kernel, see tests/unit/test_kunit.py",
+    ("docs/kunit.md", "./tools/testing"): "compiles a kernel, see tests/unit/test_kunit.py",
     ("docs/root.md", "debootstrap"): "fetches a Debian, see tests/boot/test_tree.py",
     ("docs/root.md", "pyvmm run --kernel"): "needs the source of a kernel",
     ("docs/virtme-ng.md", "pyvmm run --share"): "needs the source of a kernel",

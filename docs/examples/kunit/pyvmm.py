@@ -14,6 +14,7 @@ os.environ["PATH"] = f"{Path(__file__).resolve().parent}:{os.environ['PATH']}"
 QEMU_ARCH = QemuArchParams(
     linux_arch="x86_64",
     kconfig="""
+CONFIG_PCI=y
 CONFIG_SERIAL_8250=y
 CONFIG_SERIAL_8250_CONSOLE=y
 CONFIG_ACPI=y""",
