@@ -249,6 +249,9 @@ class Device:
 class StartedDevice(Device):
     """A device whose back-end we start ourselves."""
 
+    #: Seconds: on a busy host it takes long to start, and a disk that has much to write is not
+    #: silent.
+    timeout = 30.0
     _begun: ChildConnector | None = None
     _connector: ChildConnector | None = None
 

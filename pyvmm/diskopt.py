@@ -39,9 +39,6 @@ class Disk(StartedDevice):
     :raises DiskError: there is no such image, or it is not one that can be served.
     """
 
-    #: Seconds: a disk that has much to write is no silent back-end.
-    timeout = 30.0
-
     def __init__(
         self,
         file: str | os.PathLike[str],
