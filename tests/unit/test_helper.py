@@ -219,7 +219,7 @@ def test_a_child_is_ours(made: helper.Helper) -> None:
     helper.seal()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        words = [str(theirs.fileno()), "tap0", "1500", "0", "0"]
+        words = [str(theirs.fileno()), "-1", "tap0", "1500", "0", "0"]
         child = helper.start_module(helper.BACKEND, words, [theirs.fileno()])
         theirs.close()  # so that a child that ends is heard
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
