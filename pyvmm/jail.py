@@ -67,6 +67,8 @@ STATUS = re.compile(rb"-?[0-9]{1,3}")
 DAY_MS = 86_400_000.0
 #: Seconds that the command has to end by itself after a second signal, which ends it at once.
 LATE = 2.0
+#: A verdict on a busy host may take so many times ``sandbox.ORDERLY_S`` (``cli.support.watchdog``).
+JUDGING = 12
 #: Two signals within this many seconds may be one request (``cli.support.signals``).
 TWICE_SECONDS = 0.25
 
@@ -198,8 +200,7 @@ class Cell(Closing):
         try:
             while True:
                 ready = [fd for fd, _ in poll.poll(patience.milliseconds())]
-                if patience.is_over():
-                    break
+                over = patience.is_over()  # what has come by now counts
                 for number in signals.read() if signals.fileno() in ready else ():
                     came.append(number)
                     patience.signalled()
@@ -224,6 +225,8 @@ class Cell(Closing):
                         signal.pidfd_send_signal(target, came.pop(0))
                     except ProcessLookupError:
                         patience.at_most(LATE)  # process 1 is about to say so
+                if over:
+                    break
         finally:
             if target >= 0:
                 os.close(target)
@@ -325,6 +328,13 @@ class Cell(Closing):
         self._stack.close()
 
 
+def longest(timeout: float) -> float:
+    """The seconds that a run with this time-out may take: with a start, an orderly end, and a
+    verdict on a busy host.
+    """
+    return timeout + (2 + JUDGING) * sandbox.ORDERLY_S
+
+
 class _Patience:
     """How long the process outside waits for the command to end by itself: for ever, unless it was
     told to end.
@@ -336,8 +346,7 @@ class _Patience:
         self._until = math.inf
         self._signalled = math.inf  # when the first signal came
         if timeout is not None:
-            # For a start, an orderly end, and the verdict (``cli.support.watchdog``).
-            self.at_most(timeout + 3 * sandbox.ORDERLY_S)
+            self.at_most(longest(timeout))
 
     def at_most(self, seconds: float) -> None:
         self._until = min(self._until, time.monotonic() + seconds)

@@ -236,10 +236,10 @@ def _run(args: argparse.Namespace, cases: list[Case]) -> int:
 
 def _in_jail(args: argparse.Namespace, cases: list[Case]) -> int:
     """Run all the cases in one jail."""
-    from pyvmm import sandbox
     from pyvmm.assembly import initrd_files
     from pyvmm.cli.support.jailed import run_in
     from pyvmm.cli.support.signals import orderly
+    from pyvmm.jail import longest
     from pyvmm.memory import parse_size
 
     files: list[str] = []
@@ -250,15 +250,15 @@ def _in_jail(args: argparse.Namespace, cases: list[Case]) -> int:
         except UsageError:
             continue  # the kernel's verdict will report it
         args.jail.check(memory, cpus=case.cpus, cards=0, machines=args.jobs)
-    # One after another, and each with a start and an orderly end (``jail``).
-    longest = sum(case.timeout + 3 * sandbox.ORDERLY_S for case in cases if not case.skip)
+    # One after another.
+    timeout = sum(longest(case.timeout) for case in cases if not case.skip)
     with Outputs({"--junit": args.junit, "--json": args.json}) as outputs:
 
         def body() -> int:
             outputs.leave_files()
             return orderly(lambda: outputs.status(_attend(args, cases, outputs)))
 
-        status = run_in(args.jail, body, files=files, keep=outputs.filenos(), timeout=longest)
+        status = run_in(args.jail, body, files=files, keep=outputs.filenos(), timeout=timeout)
         return outputs.status(status)
 
 
