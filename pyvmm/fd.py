@@ -13,6 +13,7 @@ from pyvmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Self
 
 
@@ -125,6 +126,22 @@ def nudge(fd: int) -> None:
     from pyvmm._ext import lib  # here: most commands share no eventfd
 
     lib.pv_event_nudge(fd)
+
+
+def close_all_but(keep: Iterable[int]) -> None:
+    """Close all descriptors from 3 on but ``keep``, in a process that is about to run a program.
+
+    By close_range(2), which os.closerange() lacks in a Python built for an older C library: that
+    one tries as many descriptors as RLIMIT_NOFILE allows.
+    """
+    from pyvmm._ext import lib  # here: most commands start no program so
+
+    low = 3
+    for number in sorted(keep):
+        if number > low:
+            lib.pv_close_range(low, number - 1)
+        low = max(low, number + 1)
+    lib.pv_close_range(low, 0xFFFFFFFF)
 
 
 def eventfds(count: int) -> list[EventFd]:

@@ -15,6 +15,7 @@ from contextlib import closing
 
 from pyvmm import helper
 from pyvmm.errors import PyvmmError, VhostUserError
+from pyvmm.fd import close_all_but
 from pyvmm.helper import Sibling
 from pyvmm.hostnet.sockets import PATH_MAX
 from pyvmm.vhostuser.connect import Connector
@@ -23,10 +24,30 @@ from pyvmm.vhostuser.wire import Channel, Stopped, readable
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal
+    from signal import (
+        SIG_BLOCK,
+        SIG_DFL,
+        SIG_SETMASK,
+        SIGINT,
+        SIGPIPE,
+        SIGTERM,
+        SIGXFSZ,
+        pthread_sigmask,
+        signal,
+    )
     from typing import NoReturn
 else:
-    from _signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal  # without enumerations
+    from _signal import (  # without enumerations
+        SIG_BLOCK,
+        SIG_DFL,
+        SIG_SETMASK,
+        SIGINT,
+        SIGPIPE,
+        SIGTERM,
+        SIGXFSZ,
+        pthread_sigmask,
+        signal,
+    )
 
 #: Bytes that are kept of a child's last words.
 WORDS_MAX = 400
@@ -220,18 +241,26 @@ def _spawn(
     """
     told, tell = os.pipe2(os.O_CLOEXEC)
     try:
+        # A signal must not make the child leave this function, to do what is ours.
+        mask = pthread_sigmask(SIG_BLOCK, (SIGINT, SIGTERM))
         try:
             pid = os.fork()
             if not pid:
-                _become(argv, environment, keep, output, prepare, tell)
+                _become(argv, environment, keep, output, prepare, tell, mask)
         finally:
             os.close(tell)
-        problem = b""
-        while piece := os.read(told, WORDS_MAX):  # until the program runs, or the child has ended
-            problem += piece
+            pthread_sigmask(SIG_SETMASK, mask)
+        child = Sibling(pid)
+        try:
+            problem = b""
+            while piece := os.read(told, WORDS_MAX):  # until it runs the program, or has ended
+                problem += piece
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
     finally:
         os.close(told)
-    child = Sibling(pid)
     if problem:
         child.wait()
         raise OSError(problem.decode(errors="replace"))
@@ -245,9 +274,11 @@ def _become(
     output: int,
     prepare: Callable[[], None],
     tell: int,
+    mask: set[int],
 ) -> NoReturn:
     """In the child: become the program, or write to ``tell`` why not."""
     try:
+        pthread_sigmask(SIG_SETMASK, mask)
         os.setsid()  # Ctrl-C is for us
         for ignored in (SIGPIPE, SIGXFSZ):  # which Python ignores
             signal(ignored, SIG_DFL)
@@ -257,11 +288,7 @@ def _become(
         for number in keep:
             os.set_inheritable(number, True)
         prepare()
-        low = 3
-        for number in sorted({*keep, tell}):
-            os.closerange(low, number)
-            low = number + 1
-        os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+        close_all_but({*keep, tell})
         os.execve(argv[0], argv, environment)
     except BaseException as e:
         text = (isinstance(e, OSError) and e.strerror) or str(e) or type(e).__name__
