@@ -614,6 +614,7 @@ def test_what_a_child_has(tmp_path: Path) -> None:
     child = ChildConnector("sh", "x", DiskError)
     try:
         child.start(argv, lambda: None, {"ONLY": "this", "PATH": "/bin:/usr/bin"}, [given])
+        child.end_s = PATIENCE
         assert child.end() == "sh has ended with status 5"
         lines = out.read_text().splitlines()
         assert lines[0] == "/dev/null"
@@ -664,6 +665,7 @@ def test_where_the_socket_of_a_child_was(
     child = ChildConnector("sh", "x", DiskError)
     child.start(lambda fd: ["/bin/sh", "-c", "exit 3"], lambda: None, {})
     try:
+        child.end_s = PATIENCE
         assert child.end() == "sh has ended with status 3"
     finally:
         child.close()
@@ -676,6 +678,7 @@ def test_a_grandchild_that_never_falls_silent() -> None:
     ended.start(lambda fd: ["/bin/sh", "-c", "exit 3"], lambda: None, {})
     words, ended._words = ended._words, os.open("/dev/zero", os.O_RDONLY)
     try:
+        ended.end_s = PATIENCE
         assert ended.end().startswith("sh has ended with status 3")
     finally:
         ended.close()
