@@ -608,8 +608,12 @@ def needs_to_remove(words: list[str]) -> list[tuple[str, str]]:
 
 
 def _is_own(name: str) -> bool:
-    """Whether it is the name of a device of the process whose helper this one is."""
-    return name.startswith(own_name(0, os.getppid()).removesuffix("0"))
+    """Whether it is the name of a device of the process whose helper this one is, as ``own_name``
+    makes them: what only begins like one may be the path of any file.
+    """
+    prefix, _, number = name.rpartition("-")
+    decimal = number.isascii() and number.isdecimal() and (number == "0" or number[0] != "0")
+    return decimal and f"{prefix}-0" == own_name(0, os.getppid())
 
 
 def remove_described(words: list[str]) -> tuple[list[str], list[int]]:
