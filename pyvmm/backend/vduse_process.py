@@ -17,10 +17,11 @@ import os
 import socket
 import subprocess
 import threading
+from contextlib import suppress
 
 from pyvmm import helper
 from pyvmm.backend.vduse import own_name
-from pyvmm.errors import VdpaError
+from pyvmm.errors import PyvmmError, VdpaError
 from pyvmm.vhostuser.wire import readable
 
 TYPE_CHECKING = False
@@ -86,9 +87,11 @@ class VduseProcess:
         try:
             words += map(str, lent[1:])
             self._child = helper.start_module(helper.VDUSE_KEEPER, words, lent)
-        except OSError as e:
+        except BaseException as e:
             ours.close()
-            raise VdpaError(f"cannot start our own vDPA device: {e.strerror}") from e
+            if isinstance(e, OSError):
+                raise VdpaError(f"cannot start our own vDPA device: {e.strerror}") from e
+            raise
         finally:
             theirs.close()
         self._control = ours
@@ -114,7 +117,8 @@ class VduseProcess:
             except subprocess.TimeoutExpired:
                 helper.kill(child)
                 child.wait()
-            helper.do("vduse", self._name)
+            with suppress(PyvmmError):  # without the helper, the next run removes it
+                helper.do("vduse", self._name)
 
     def close(self) -> None:
         """End the child; the data path has closed the device. A second call does nothing."""

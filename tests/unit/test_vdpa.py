@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import socket
 import struct
 import subprocess
 from types import SimpleNamespace
@@ -16,14 +17,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvmm import helper
 from pyvmm._ext import ffi, lib
-from pyvmm.backend import vduse
+from pyvmm.backend import vduse, vduse_process
 from pyvmm.datapath import vdpa_device
 from pyvmm.datapath.base import RxFilter, Vring
 from pyvmm.datapath.vdpa_control import MEMORY, ControlQueue, commands, free_address
 from pyvmm.datapath.vdpa_device import Vdpa
 from pyvmm.datapath.vhost_vdpa import VhostVdpa, facts
-from pyvmm.errors import UsageError, VdpaError
+from pyvmm.errors import HostError, UsageError, VdpaError
 from pyvmm.fd import EventFd
 from pyvmm.netopt import Net
 from tests.driver import bits
@@ -338,6 +340,32 @@ def test_orphans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vduse, "remove", removed.append)
     vduse.remove_orphans()
     assert removed == orphans
+
+
+def test_its_server_without_the_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor is left of a server that does not start; its end needs no helper."""
+    pairs: list[socket.socket] = []
+
+    def socketpair(*args: Any, real: Any = socket.socketpair) -> tuple[socket.socket, ...]:
+        pairs.extend(real(*args))
+        return pairs[0], pairs[1]
+
+    def gone(*args: Any) -> Any:
+        raise HostError("pyvmm's helper has ended")
+
+    tap = SimpleNamespace(fds=[], name="tap0", mtu=1500, features=lambda: 0)
+    server = vduse_process.VduseProcess(cast(Any, tap))
+    monkeypatch.setattr(socket, "socketpair", socketpair)
+    monkeypatch.setattr(helper, "do", lambda *args: ([], []))
+    monkeypatch.setattr(helper, "start_module", gone)
+    with pytest.raises(HostError, match="has ended"):
+        server.device()
+    assert [end.fileno() for end in pairs] == [-1, -1]
+    with subprocess.Popen(["true"]) as child:
+        server._child = child
+        monkeypatch.setattr(helper, "do", gone)
+        server.close()
+        assert child.returncode == 0
 
 
 class Requests(vduse.VduseBackend):
