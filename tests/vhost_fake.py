@@ -220,12 +220,14 @@ class FakeVdpa:
         assert self._mapped and self._worker is None
         worker = EmulatedNet(self._port)
         rings = [self._set[index] for index in sorted(self._enabled)]
+        before, self._status = self._status, VIRTIO_CONFIG_S_DRIVER_OK  # a fault may come at once
         try:
             worker.start(self._acked, self._memory, rings, self)
         except RingFault as e:
+            self._status = before
             worker.close()
             raise HostError("VHOST_VDPA_SET_STATUS failed: Bad address") from e
-        self._worker, self._status = worker, VIRTIO_CONFIG_S_DRIVER_OK
+        self._worker = worker
 
     def suspend(self) -> None:
         worker, self._worker = self._worker, None

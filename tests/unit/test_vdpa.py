@@ -28,6 +28,8 @@ from pyvmm.datapath.vhost_vdpa import VhostVdpa, facts
 from pyvmm.errors import HostError, UsageError, VdpaError
 from pyvmm.fd import EventFd
 from pyvmm.netopt import Net
+from pyvmm.spec.virtio import VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET
+from tests import vhost_fake
 from tests.driver import bits
 
 MAC, OTHER = bytes.fromhex("525411223344"), bytes.fromhex("525411223355")
@@ -366,6 +368,24 @@ def test_its_server_without_the_helper(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(helper, "do", gone)
         server.close()
         assert child.returncode == 0
+
+
+def test_a_fault_while_the_stand_in_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of the device that stands in for the kernel's may fail before ``go`` returns."""
+
+    class Failing:
+        def __init__(self, port: Any) -> None:
+            pass
+
+        def start(self, acked: int, memory: Any, rings: Any, device: vhost_fake.FakeVdpa) -> None:
+            assert device.status() == VIRTIO_CONFIG_S_DRIVER_OK
+            device.fault(0, "a bad ring")
+
+    monkeypatch.setattr(vhost_fake, "EmulatedNet", Failing)
+    device = vhost_fake.FakeVdpa(cast(Any, None), cast(Any, None))
+    device.map([cast(Any, None)])
+    device.go()
+    assert device.status() == VIRTIO_CONFIG_S_DRIVER_OK | VIRTIO_CONFIG_S_NEEDS_RESET
 
 
 class Requests(vduse.VduseBackend):
