@@ -1,10 +1,13 @@
 """A control group (cgroup v2, Documentation/admin-guide/cgroup-v2.rst) for the processes of a jail.
 
 Theory of operation: all groups of pyvmm's are in one directory, ``PARENT`` below the mount point,
-or below the group that systemd has delegated to whoever runs pyvmm (``Delegate=``). Groups with
+or below a group that systemd has delegated to whoever runs pyvmm (``Delegate=``). Groups with
 limits have processes or groups, not both; so in a delegated group of its own, as of ``systemd-run
---scope``, this process moves to a leaf first, which systemd removes with the group. A
-group without processes that is found there was left by a run that was killed, whose processes the
+--scope``, this process moves to a leaf first, which systemd removes with the group. Where that
+group has other processes, too, as in a shell's, the process moves back, and the next group is
+tried, in the end the topmost one, which may have both.
+
+A group without processes that is found there was left by a run that was killed, whose processes the
 kernel has ended; the next run removes it. So that no run removes the group of another one that has
 no process in it yet, each run holds an exclusive flock(2) on the directory from its look until its
 first process is inside.
@@ -25,6 +28,8 @@ from pyvmm.fd import Closing, Fd
 PARENT = "pyvmm"
 #: What systemd writes to a group that is delegated, since v248 and before.
 DELEGATED = ("user.delegate", "trusted.delegate")
+#: The remedy for a group that has other processes, or not all controllers.
+ALONE = "alone in a group: systemd-run --scope -p Delegate=yes pyvmm ..."
 #: Microseconds in which the quota of ``cpu.max`` is spent: the kernel's own default.
 PERIOD = 100_000
 #: Seconds for which ``close`` waits for the kernel to notice that the last process has gone.
@@ -56,18 +61,21 @@ def own_group(top: str) -> str:
     return top
 
 
-def place(top: str, own: str) -> str:
-    """The group below which groups may be made: the nearest one that is delegated to this user, of
-    ``own`` and those above, or ``top``. In one of another user's, that user has the limits in hand.
+def places(top: str, own: str) -> list[str]:
+    """The groups below which groups may be made, the best one first: those that are delegated to
+    this user, of ``own`` and those above, and ``top``. In one of another user's, that user has the
+    limits in hand.
     """
+    found = []
     here = own
     while here.startswith(f"{top}/"):
         for name in DELEGATED:
             with suppress(OSError):  # there is none
                 if os.getxattr(here, name) == b"1" and os.stat(here).st_uid == os.geteuid():
-                    return here
+                    found.append(here)
+                    break
         here = os.path.dirname(here)
-    return top
+    return [*found, top]
 
 
 class Cgroup(Closing):
@@ -82,25 +90,15 @@ class Cgroup(Closing):
     def __init__(self, *, memory: int = 0, millicpus: int = 0, pids: int = 0) -> None:
         top = mount_point()
         own = own_group(top)
-        base = place(top, own)
         wanted = {"memory": memory, "cpu": millicpus, "pids": pids}
         needed = [name for name, limit in wanted.items() if limit]
-        there = _read(f"{base}/cgroup.controllers").split()
-        if missing := [name for name in needed if name not in there]:
-            raise JailError(
-                f"cgroup v2 at {base} has no {', '.join(missing)} controller",
-                "boot with systemd.unified_cgroup_hierarchy=1, or leave the limits out",
-            )
-        self._parent = f"{base}/{PARENT}"
+        _need(top, needed, "boot with systemd.unified_cgroup_hierarchy=1")
+        self._parent = ""
         self._path = ""
         self._joining: Fd | None = None
         self._lock: Fd | None = None
         try:
-            self._lock = _locked(self._parent)
-            if own == base != top:
-                _leave(base)
-            for group in (base, self._parent):
-                self._enable(group, needed)
+            self._settle(top, own, needed)
             self._sweep()
             path = f"{self._parent}/{os.getpid()}-{os.urandom(4).hex()}"
             os.mkdir(path)
@@ -117,14 +115,58 @@ class Cgroup(Closing):
             self._joining = Fd(os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC))
         except OSError as e:
             self.close()
-            raise JailError(
-                f"cannot make a cgroup in {self._parent}: {e.strerror}",
-                f"see who has it: fuser {self._parent}"
-                if e.errno == errno.ETIMEDOUT
-                else "run as root of the host, or leave the limits out",
-            ) from e
+            raise self._refused(e) from e
         except BaseException:
             self.close()
+            raise
+
+    def _refused(self, e: OSError) -> JailError:
+        return JailError(
+            f"cannot make a cgroup in {self._parent}: {e.strerror}",
+            f"see who has it: fuser {self._parent}"
+            if e.errno == errno.ETIMEDOUT
+            else "run as root of the host, or leave the limits out",
+        )
+
+    def _settle(self, top: str, own: str, controllers: list[str]) -> None:
+        """Have the directory of pyvmm's groups, locked, at the best place that gives controllers.
+
+        :raises JailError: there is none; what is wrong with the best one.
+        """
+        first: JailError | None = None
+        for base in places(top, own):
+            self._parent = f"{base}/{PARENT}"
+            try:
+                return self._take(base, controllers, leave=own == base != top)
+            except TimeoutError:
+                raise  # another run of pyvmm's has this very place
+            except OSError as e:
+                first = first or self._refused(e)
+            except JailError as e:
+                first = first or e
+            self.close()
+        assert first is not None
+        raise first
+
+    def _take(self, base: str, controllers: list[str], *, leave: bool) -> None:
+        """Have ``self._parent``, locked, with controllers for groups in it.
+
+        :param leave: this process is in ``base``: it moves to a leaf, and back on an error.
+        """
+        _need(base, controllers, f"run {ALONE}")
+        self._lock = _locked(self._parent)
+        leaf = f"{base}/{PARENT}-{os.getpid()}"
+        try:
+            if leave:
+                _leave(leaf)
+            for group in (base, self._parent):
+                self._enable(group, controllers)
+        except BaseException:
+            if leave:
+                with suppress(OSError):
+                    _write(f"{base}/cgroup.procs", "0")
+                with suppress(OSError):
+                    os.rmdir(leaf)
             raise
 
     def _enable(self, group: str, controllers: list[str]) -> None:
@@ -138,8 +180,7 @@ class Cgroup(Closing):
                 raise JailError(
                     f"cgroup v2 does not give the {name} controller to {group}: {e.strerror}",
                     "run where the root of the cgroups is the host's own (a container's has "
-                    "processes of its own), or alone in a group: systemd-run --scope -p "
-                    "Delegate=yes pyvmm ...; or leave the limits out",
+                    f"processes of its own), or {ALONE}; or leave the limits out",
                 ) from e
 
     def _set(self, file: str, value: str) -> None:
@@ -194,9 +235,18 @@ class Cgroup(Closing):
             os.rmdir(self._parent)
 
 
-def _leave(group: str) -> None:
-    """Move this process from a delegated group to a leaf below it. :raises OSError: it may not."""
-    leaf = f"{group}/{PARENT}-{os.getpid()}"
+def _need(group: str, controllers: list[str], remedy: str) -> None:
+    """:raises JailError: the group has not all of these controllers."""
+    there = _read(f"{group}/cgroup.controllers").split()
+    if missing := [name for name in controllers if name not in there]:
+        raise JailError(
+            f"cgroup v2 at {group} has no {', '.join(missing)} controller",
+            f"{remedy}; or leave the limits out",
+        )
+
+
+def _leave(leaf: str) -> None:
+    """Move this process to a group, which is made if necessary. :raises OSError: it may not."""
     with suppress(FileExistsError):
         os.mkdir(leaf)
     _write(f"{leaf}/cgroup.procs", "0")

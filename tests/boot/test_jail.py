@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from tests.boot.guest import PYVMM, Host
 
 ROOT = Path(__file__).parents[2]
 GROUPS = "/sys/fs/cgroup/pyvmm"
+#: A delegated group, as systemd makes them.
+SCOPE = "/sys/fs/cgroup/scope"
 USER = 65431
 #: What a process of a jail, or its process outside, is asked to do.
 JAILED = """
@@ -76,17 +79,20 @@ print(len(glob.glob("/sys/fs/cgroup/pyvmm/*-*")), "left")
 """
 
 
-#: A delegated group, as systemd makes them, in which this process is alone, or in a group below.
-DELEGATED = """
-scope = "/sys/fs/cgroup/scope"
+#: This process is alone in ``SCOPE``, or in a group below, or beside another process.
+DELEGATED = f"""
+import subprocess
+scope = {SCOPE!r}
 own = scope + sys.argv[2]
 os.makedirs(own)
 os.setxattr(scope, "user.delegate", b"1")
 os.chown(scope, int(sys.argv[3]), -1)
 with open("/sys/fs/cgroup/cgroup.subtree_control", "w") as f:
     f.write("+memory +cpu +pids")
-with open(f"{own}/cgroup.procs", "w") as f:
+with open(f"{{own}}/cgroup.procs", "w") as f:
     f.write("0")
+closed = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+other = subprocess.Popen(["sleep", "1000"], **closed) if sys.argv[4] else None
 """
 #: Where the group of a jail is, which the jail does not see; and what is left of it in the end.
 SEEN = """
@@ -102,6 +108,9 @@ print(os.path.exists(f"{scope}/pyvmm"), os.path.exists("/sys/fs/cgroup/pyvmm"))
 print(open("/proc/self/cgroup").read().replace(str(os.getpid()), "PID").strip())
 with open("/sys/fs/cgroup/cgroup.procs", "w") as f:
     f.write("0")
+if other:
+    other.kill()
+    other.wait()
 for group, _, _ in os.walk(scope, topdown=False):
     os.rmdir(group)
 """
@@ -146,22 +155,49 @@ def test_what_a_killed_run_leaves(host: Host, nothing_left: None) -> None:
     ], out
 
 
+@pytest.fixture
+def no_scope(host: Host) -> Iterator[None]:
+    """``SCOPE`` is not there, before and after a test, whatever becomes of the test."""
+
+    def gone() -> bool:
+        """A process that is killed stays in its group until it has ended."""
+        script = (
+            f"[ -d {SCOPE} ] || exit 0; echo 1 >{SCOPE}/cgroup.kill; "
+            f"find {SCOPE} -depth -type d -exec rmdir {{}} \\;"
+        )
+        host.run("sh", "-c", script)
+        return host.run("test", "-e", SCOPE).status != 0
+
+    host.wait_until(gone, f"{SCOPE} cannot be removed")
+    yield
+    host.wait_until(gone, f"{SCOPE} cannot be removed")
+
+
 @pytest.mark.parametrize(
-    ("below", "owner", "place", "leaf"),
+    ("below", "owner", "beside", "place", "leaf"),
     [
-        ("", 0, "/scope", "/scope/pyvmm-PID"),
-        ("/main", 0, "/scope", "/scope/main"),
-        ("/main", USER, "", "/scope/main"),
+        ("", 0, "", "/scope", "/scope/pyvmm-PID"),
+        ("/main", 0, "", "/scope", "/scope/main"),
+        ("/main", USER, "", "", "/scope/main"),
+        ("", 0, "another", "", "/scope"),
     ],
 )
 def test_a_delegated_cgroup(
-    host: Host, nothing_left: None, below: str, owner: int, place: str, leaf: str
+    host: Host,
+    nothing_left: None,
+    no_scope: None,
+    below: str,
+    owner: int,
+    beside: str,
+    place: str,
+    leaf: str,
 ) -> None:
-    """As of ``systemd-run --scope -p Delegate=yes``, with ``DelegateSubgroup=``, and of another
-    user's, who could move the jail out of its limits.
+    """As of ``systemd-run --scope -p Delegate=yes``, with ``DelegateSubgroup=``, of another user's,
+    who could move the jail out of its limits, and of a shell's in which pyvmm is started.
     """
     code = DELEGATED + SEEN + RUN.format("lambda: 7") + AFTER
-    out = python(host, code, f"{USER},memory=256M,cpus=0.5,pids=100", below, str(owner))
+    limits = f"{USER},memory=256M,cpus=0.5,pids=100"
+    out = python(host, code, limits, below, str(owner), beside)
     group = f"/sys/fs/cgroup{place}/pyvmm {256 << 20}"
     assert out.splitlines() == [group, "status 7", "[]", "False False", f"0::{leaf}"], out
 
