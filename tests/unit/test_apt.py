@@ -6,6 +6,7 @@ import hashlib
 import os
 import pwd
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ def packages_of(text: str) -> str:
     )
 
 
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt")
 @pytest.mark.parametrize("release", UBUNTU)
 def test_ubuntus_kernels_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str
