@@ -135,17 +135,26 @@ def portable(wheel: Path) -> None:
             if not name.endswith(".so"):
                 continue
             elf = ELFFile(io.BytesIO(archive.read(name)))
+            for tag in elf.get_section_by_name(".dynamic").iter_tags("DT_NEEDED"):
+                if tag.needed not in ("libc.so.6", "ld-linux-x86-64.so.2"):
+                    raise SystemExit(f"release: {name} needs {tag.needed}; do without it")
+            # Without symbols that have a version, there is no such section.
             needs = elf.get_section_by_name(".gnu.version_r")
-            for library, symbols in needs.iter_versions():
-                versions = [tuple(map(int, re.findall(r"\d+", s.name))) for s in symbols]
-                if library.name not in ("libc.so.6", "ld-linux-x86-64.so.2"):
-                    raise SystemExit(f"release: {name} needs {library.name}; do without it")
-                if max(versions) > GLIBC:
-                    number = ".".join(map(str, max(versions)))
-                    raise SystemExit(
-                        f"release: {name} needs glibc {number} or later, and the wheel's name says "
-                        f"{GLIBC[0]}.{GLIBC[1]}; build on Debian 12, or see `objdump -T`"
-                    )
+            for _, symbols in needs.iter_versions() if needs else ():
+                for symbol in symbols:
+                    _fits(name, symbol.name)
+
+
+def _fits(name: str, version: str) -> None:
+    """:raises SystemExit: not each C library of ``GLIBC`` and later has this symbol version."""
+    found = re.fullmatch(r"GLIBC_(\d+(?:\.\d+)+)", version)
+    if found is None:  # GLIBC_PRIVATE: of one build of the C library; GLIBC_ABI_DT_RELR: of 2.36
+        raise SystemExit(f"release: {name} needs {version} of the C library; do without it")
+    if tuple(map(int, found[1].split("."))) > GLIBC:
+        raise SystemExit(
+            f"release: {name} needs glibc {found[1]} or later, and the wheel's name says "
+            f"{GLIBC[0]}.{GLIBC[1]}; build on Debian 12, or see `objdump -T`"
+        )
 
 
 def bill(source: Path, to: Path) -> Path:
