@@ -389,7 +389,8 @@ static int make_directories(char *path)
 		*slash = '/';
 		if (error || !mkdir(path, 0755))
 			return error;
-		return errno;
+		if (errno != EEXIST)
+			return errno; /* else it ends in a slash or a dot, or somebody was faster */
 	}
 	if (stat(path, &s))
 		return errno;

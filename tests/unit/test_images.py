@@ -66,6 +66,29 @@ def test_init_compiles_without_warnings(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_directories_that_init_makes(tmp_path: Path) -> None:
+    """As for ``--share DIR:PATH``, with paths that name a directory more than once."""
+    program = f'''#define main init_main
+    #include "{INIT}"
+    #undef main
+    int main(int argc, char **argv)
+    {{
+        for (int i = 1; i < argc; i++)
+            printf("%s\\n", strerror(make_directories(argv[i])));
+        return 0;
+    }}
+    '''
+    command = ["gcc", "-std=gnu11", "-w", "-x", "c", "-", "-o", str(tmp_path / "program")]
+    subprocess.run(command, input=program, text=True, check=True)
+    (tmp_path / "file").touch()
+    paths = ["new/below", "new", "a/b/", "c//d", "e/./f", "g/h/.", "i/j/../k", "file", "file/x"]
+    command = [str(tmp_path / "program"), "/", *(f"{tmp_path}/{path}" for path in paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    good, bad = done.stdout.splitlines()[:-2], done.stdout.splitlines()[-2:]
+    assert good == ["Success"] * 8 and bad == ["Not a directory"] * 2, done.stdout
+    assert all((tmp_path / path).is_dir() for path in paths[:-2])
+
+
 # --- cpio -----------------------------------------------------------------------------------------
 
 
