@@ -895,12 +895,19 @@ def test_without_faults_nothing_is_counted() -> None:
 
 def test_a_switch_keeps_the_faults_or_is_refused() -> None:
     with Card() as card:
+
+        def lost() -> int:
+            done = card.nic.faults()["counters"]
+            assert isinstance(done, dict)
+            return int(done.get("tx_fault_loss", 0))
+
         card.nic.fault("tx loss=1/2")
         with pytest.raises(UsageError, match="faults on demand, which vhost-user has elsewhere"):
             card.nic.switch("vhost-user")
         assert card.nic.switch("emulated,poll=50").outcome == "switched"
         card.guest.net.send(*(frame(i) for i in range(4)))
         assert [card.cable.receive()[12:] for _ in range(2)] == [frame(0), frame(2)]
+        assert wait_for(lambda: lost() == 2)  # the last frame is one that nobody gets
         card.nic.fault()
         assert card.nic.switch("vhost-user").outcome == "switched"
         assert card.nic.fault("tx loss=1/2")["rules"] == ["tx loss=1/2"]
@@ -908,6 +915,7 @@ def test_a_switch_keeps_the_faults_or_is_refused() -> None:
             card.nic.switch("emulated")
         card.guest.net.send(*(frame(i) for i in range(4)))
         assert [card.cable.receive()[12:] for _ in range(2)] == [frame(0), frame(2)]
+        assert wait_for(lambda: lost() == 4)  # the last frame is one that nobody gets
         card.nic.fault()
         assert card.nic.switch("emulated").outcome == "switched"
         counters = card.nic.counters()
