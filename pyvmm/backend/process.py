@@ -333,7 +333,8 @@ def serve(
     is closed.
 
     :param poll_us: see ``BackendProcess``.
-    :param prepare: called, with the log, when everything has been imported and made.
+    :param prepare: called, with the log, when everything has been imported and made, and before
+        there is another thread.
     :param faults_fd: of the socket of ``backend.faults``; -1: there are no faults on demand.
     """
     from pyvmm.backend.faults import answer
@@ -357,13 +358,16 @@ def serve(
         os._exit(ThreadStopped.exit_code)  # at once: who knows what else is not ours any more
 
     impair = ImpairPoint()
-    if faults_fd >= 0:
-        asked = socket.socket(fileno=faults_fd)
-        threading.Thread(target=answer, args=(asked, impair), name="faults", daemon=True).start()
     service = NetService(port, poll_us=poll_us, stopped=stopped, impair=impair)
     with Backend(service, log=log) as backend:
         if prepare is not None:
             prepare(log)
+        if faults_fd >= 0:
+            # Not before: capabilities and Landlock are of the thread that gives them up.
+            asked = socket.socket(fileno=faults_fd)
+            threading.Thread(
+                target=answer, args=(asked, impair), name="faults", daemon=True
+            ).start()
         control.send(READY)
         while True:
             channel = _take(control)

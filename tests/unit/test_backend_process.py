@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -119,6 +120,26 @@ def test_the_confined_child_has_faults() -> None:
         assert faults.counters()["tx_fault_loss"] == 1, "what the first child has counted"
         faults.set([], 0)
         assert faults.report()["rules"] == []
+        net.close()
+        driver.close()
+
+
+def test_no_thread_of_the_child_keeps_a_capability() -> None:
+    """Among them the one that answers about faults."""
+    acked, tap, faults = bits("VIRTIO_F_VERSION_1"), Cable(), BackendFaults()
+    process = BackendProcess(tap, faults=faults)  # type: ignore[arg-type]
+    with closing(GuestMemory(1 << 20)) as memory, closing(tap), closing(process):
+        driver, net = NetDriver(memory, size=16, event_idx=False), LoggedNet(process.connector())
+        net.connect(PATIENCE)
+        net.start(acked, memory, [ring.vring() for ring in driver.rings], Events())
+        faults.set(of_text(["rx loss"]), 1)  # the thread has answered
+        threads = {}
+        for task in Path(f"/proc/{process.pid}/task").iterdir():
+            lines = (task / "status").read_text().splitlines()
+            words = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            threads[task.name] = [words[name] for name in ("CapEff", "CapPrm", "Seccomp")]
+        assert len(threads) >= 3, "the main thread, the worker, and the one that answers"
+        assert set(map(tuple, threads.values())) == {("0" * 16, "0" * 16, "2")}, threads
         net.close()
         driver.close()
 
