@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from pyvmm import helper
 from pyvmm._ext import lib
 from pyvmm.backend.vduse import own_name
 from pyvmm.errors import PyvmmError
+from pyvmm.hostnet import netns
 from pyvmm.hostnet.rights import FDS_MAX, recv_fds, send_fds
 from tests.fuzz.data import Data
 
@@ -51,25 +53,40 @@ def allowed(order: str, words: list[str]) -> bool:
     """Whether an operation that is done was permitted, as the documentation has it."""
     if order in FREE:
         return True
-    own = own_name(0, os.getppid()).removesuffix("0")
+    if order == "traffic":  # of a tap of the host, or of one in a namespace that the helper made
+        places = words[3:]
+        return netns.ours(int(places[0])) if places else words[0] == "tap7"
     if order == "vduse":
-        return not words[0] or words[0].startswith(own)
+        return not words[0] or is_own(words[0])
     if order == "vdpa":
-        return words[0] == "card0" or words[0].startswith(own)
+        return words[0] == "card0" or is_own(words[0])
     if order == "interface":
         return words[0] == "tap7" and (words[1] != SETTING[1] or tuple(words) == SETTING)
     return (order, words[0]) in PERMITTED
 
 
+def is_own(name: str) -> bool:
+    """Whether a vDPA device is one of the VMM's own, by its whole name."""
+    own = own_name(0, os.getppid()).removesuffix("0")
+    return name.startswith(own) and re.fullmatch("0|[1-9][0-9]*", name[len(own) :]) is not None
+
+
 class Deeds:
-    """Stands in for what the helper does."""
+    """Stands in for what the helper does.
+
+    :ivar done: what was done, and whether it was ``allowed``.
+    """
 
     def __init__(self) -> None:
-        self.done: list[tuple[str, list[str]]] = []
+        self.done: list[tuple[str, list[str], bool]] = []
 
     def operation(self, name: str) -> Callable[[list[str]], helper.Result]:
         def do(words: list[str]) -> helper.Result:
-            self.done.append((name, words))
+            good = False
+            try:  # now, because the descriptors that came along are closed afterwards
+                good = allowed(name, words)
+            finally:
+                self.done.append((name, words, good))
             return ["done"], []
 
         return do
@@ -89,7 +106,10 @@ def make(argument: str) -> Callable[[bytes], None]:
     helper._spawn = deeds.spawn
     parent = os.getppid()
     own = own_name(3, parent)
-    files = [os.open(path, os.O_RDONLY) for path in ("/proc/self/ns/net", os.devnull)]
+    # A namespace that the helper has made, as it were, one that it has not, and no namespace.
+    places = ("/proc/self/ns/net", "/proc/self/ns/user", os.devnull)
+    files = [os.open(path, os.O_RDONLY) for path in places]
+    netns._made.add(os.fstat(files[0]).st_ino)
 
     def request(d: Data) -> bytes:
         words = [d.of(ORDERS)]
@@ -109,12 +129,12 @@ def make(argument: str) -> Callable[[bytes], None]:
         rules.sealed = True
         while d.left:
             deeds.done.clear()
-            send_fds(ours, request(d), [files[d.below(2)] for _ in range(d.below(3))])
+            send_fds(ours, request(d), [files[d.below(3)] for _ in range(d.below(3))])
             if not helper._serve_one(theirs, rules, parent):
                 continue  # an empty message is as the end
             with contextlib.suppress(PyvmmError, OSError, RuntimeError):
                 helper.heard(*recv_fds(ours, helper.MESSAGE_MAX, FDS_MAX), "the helper")
-            for order, words in deeds.done:
-                assert allowed(order, words), (order, words)
+            for order, words, permitted in deeds.done:
+                assert permitted, (order, words)
 
     return one
