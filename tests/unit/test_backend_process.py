@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pyvmm.backend import faults as child_faults
 from pyvmm.backend.faults import BackendFaults
 from pyvmm.backend.process import LINES_MAX, READY, BackendProcess, serve
 from pyvmm.backend.server import Backend
 from pyvmm.conformance.check import LoggedNet
 from pyvmm.conformance.dirty_log import FrontendLog, page
 from pyvmm.errors import HostError, VhostUserError
-from pyvmm.faultopt import of_text
+from pyvmm.faultopt import FaultRule, of_text
 from pyvmm.memory import GuestMemory
 from pyvmm.spec import vhost_user as spec
 from tests.driver import Cable, Events, NetDriver, bits, wait_for
@@ -143,24 +144,124 @@ def test_no_thread_of_the_child_keeps_a_capability() -> None:
         driver.close()
 
 
-def test_a_child_that_does_not_answer() -> None:
-    """It is asked once; what it has told last stays, and rules are for the next child."""
-    faults, (ours, theirs) = BackendFaults(), socket.socketpair()
-    with theirs:
-        theirs.send(b"ok rx_fault_loss=3 waiting_rx=1\n")
+class Peer:
+    """The other end of the faults of a child that is not there, in the test's hands."""
+
+    def __init__(self, faults: BackendFaults, *answers: bytes) -> None:
+        self.faults = faults
+        self._ours, self.sock = socket.socketpair()
+        self._lines = self.sock.makefile("rb")
+        for answer in answers:
+            self.sock.send(answer)
+
+    def attach(self) -> None:
+        self.faults.attach(self._ours)
+
+    def request(self) -> list[str]:
+        """The next one: its number, the seed and the rules."""
+        return self._lines.readline().decode().rstrip("\n").split("\t")
+
+    def close(self) -> None:
+        self._lines.close()
+        self.sock.close()
+
+
+def test_an_answer_that_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for the next one, and what was told last stays until then."""
+    faults = BackendFaults()
+    with closing(faults), closing(Peer(faults, b"1 ok rx_fault_loss=3 waiting_rx=1\n")) as peer:
         faults.set(of_text(["rx loss"]), 1)
-        faults.attach(ours)
-        ours.settimeout(0.01)
-        faults.look()
-        faults.look()
+        peer.attach()
+        with monkeypatch.context() as hasty:
+            hasty.setattr(child_faults, "PATIENCE_S", 0.01)
+            faults.look()
+            with pytest.raises(HostError, match="does not take faults: timed out"):
+                faults.set([], 0)
         assert faults.counters() == {"rx_fault_loss": 3}
+        peer.sock.send(b"2 ok rx_fault_loss=4\n3 no mem")
+        peer.sock.send(b"ory\n4 ok rx_fault_loss=5\n")
+        faults.set(of_text(["tx loss"]), 9)
+        assert faults.counters() == {"rx_fault_loss": 5}
+        requests = [peer.request() for _ in range(4)]
+        assert requests == [["1", "1", "rx loss|"], ["2"], ["3", "0"], ["4", "9", "tx loss|"]]
+        peer.sock.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("wrong", [b"", b"x ok\n", b"2 ok a=b\n", b"2" * (1 << 15)])
+def test_a_child_that_breaks_off(wrong: bytes) -> None:
+    """Nobody is told that it has rules which it does not know; the next child gets them."""
+    faults = BackendFaults()
+    with closing(faults):
+        with closing(Peer(faults, b"1 ok rx_fault_loss=3\n", wrong)) as peer:
+            faults.set(of_text(["rx loss"]), 1)
+            peer.attach()
+            peer.sock.shutdown(socket.SHUT_WR)
+            faults.look()
+            assert faults.counters() == {"rx_fault_loss": 3}
+            with pytest.raises(HostError, match="takes no faults any more"):
+                faults.set([], 0)
+        faults.detach()
         faults.set(of_text(["tx loss"]), 1)
-        other, far = socket.socketpair()
-        with far:
-            far.send(b"no memory for faults\n")
+        with closing(Peer(faults, b"3 no memory for faults\n")) as peer:
             with pytest.raises(HostError, match="takes no faults: memory for faults"):
-                faults.attach(other)
-        faults.close()
+                peer.attach()
+            peer.sock.shutdown(socket.SHUT_WR)
+        assert faults.counters() == {"rx_fault_loss": 3}
+
+
+def test_who_reads_the_counters_does_not_wait() -> None:
+    """Not for the child, and not for a thread that waits for the child."""
+    faults = BackendFaults()
+    with closing(faults), closing(Peer(faults, b"1 ok rx_fault_loss=3 waiting_rx=1\n")) as peer:
+        faults.set(of_text(["rx loss"]), 1)
+        peer.attach()
+        asker = threading.Thread(target=faults.look)
+        asker.start()
+        assert peer.request() == ["1", "1", "rx loss|"] and peer.request() == ["2"]
+        assert faults.counters() == {"rx_fault_loss": 3} and faults.active
+        assert faults.report()["waiting"] == {"rx": 1, "tx": 0}
+        assert asker.is_alive()
+        peer.sock.send(b"2 ok rx_fault_loss=4\n")
+        asker.join(PATIENCE)
+        assert faults.counters() == {"rx_fault_loss": 4}
+        peer.sock.shutdown(socket.SHUT_WR)
+
+
+class Point:
+    """Stands for the child's ``ImpairPoint``."""
+
+    def __init__(self) -> None:
+        self.rules: list[tuple[list[str], int]] = []
+
+    def set(self, rules: list[FaultRule], seed: int) -> None:
+        self.rules.append(([str(rule) for rule in rules], seed))
+
+    def counters(self) -> dict[str, int]:
+        return {"rx_fault_loss": len(self.rules)}
+
+    def report(self) -> dict[str, object]:
+        return {"waiting": {"rx": 0, "tx": 0}}
+
+
+def test_the_child_answers_each_request_and_ends_its_faults() -> None:
+    """Also requests that come at once; and when nobody is left who could end the faults."""
+    point, (ours, theirs) = Point(), socket.socketpair()
+    child = threading.Thread(target=child_faults.answer, args=(theirs, point))
+    with ours:
+        ours.send(b"1\t7\trx loss|\n2\n3\t8\ttx lo")
+        child.start()
+        ours.send(b"ss|\n")
+        ours.settimeout(PATIENCE)
+        lines = ours.makefile("rb")
+        assert [lines.readline() for _ in range(3)] == [
+            b"1 ok rx_fault_loss=1\n",
+            b"2 ok rx_fault_loss=1\n",
+            b"3 ok rx_fault_loss=2\n",
+        ]
+        lines.close()
+    child.join(PATIENCE)
+    assert not child.is_alive()
+    assert point.rules == [(["rx loss"], 7), (["tx loss"], 8), ([], 0)]
 
 
 def test_the_lines_come_before_the_next_session(process: BackendProcess) -> None:
