@@ -470,6 +470,7 @@ def _do(rules: _Rules, parent: int, words: list[str], fds: list[int]) -> Result:
                 words_for = {
                     "setting": f"a change of {rest[0]}",
                     "packets": f"tap {rest[0]}",
+                    "traffic": f"traffic control of {rest[0]}",
                     "vdpa": f"device={rest[0]}",
                     "vduse": "a vDPA device of pyvmm's",
                 }

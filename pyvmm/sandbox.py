@@ -96,6 +96,7 @@ class Sandbox:
             if net.tap:
                 helper.permit("tap", net.tap)
                 helper.permit("interface", net.tap)
+                helper.permit("traffic", net.tap)
             if net.bridge:
                 helper.permit("interface", net.bridge)
             if net.macvtap:

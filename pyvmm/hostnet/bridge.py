@@ -59,6 +59,7 @@ def _new(bridge: str, *, mtu: int, queues: int, txqueuelen: int) -> Tap:
             ) from e
         if tap.created:
             helper.permit("interface", name)  # to be asked for its number, by live switches
+            helper.permit("traffic", name)
             return tap
         tap.close()  # somebody else's, made a moment ago
     raise NetError(f"no name is left for a tap of {bridge}", "end other machines")

@@ -134,9 +134,11 @@ class Tc:
 
 
 def needs(words: list[str]) -> list[tuple[str, str]]:
-    """The permissions of the helper that ``control`` with these words needs."""
+    """The permissions of the helper that ``control`` with these words needs: for a tap of the host,
+    ``traffic`` with its name; for one of a namespace, that the namespace is ours.
+    """
     tap, _job, _text, *places = words
-    return needs_of_a_tap([tap, *places])
+    return needs_of_a_tap([tap, *places]) if places else [("traffic", tap)]
 
 
 def control(words: list[str]) -> tuple[list[str], list[int]]:

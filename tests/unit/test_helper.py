@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm import helper
+from pyvmm import helper, sandbox
 from pyvmm._ext import lib
 from pyvmm.backend import vduse
 from pyvmm.errors import HostError, UsageError, VdpaError, VhostUserError
@@ -24,6 +24,8 @@ from pyvmm.hostnet.bridge import tap_of
 from pyvmm.hostnet.packets import open_packets
 from pyvmm.hostnet.slirp import Forward, UserStack
 from pyvmm.hostnet.tap import Tap
+from pyvmm.hostnet.traffic import Tc
+from pyvmm.netopt import Net
 from pyvmm.vhostuser.wire import Listener, connect
 from tests.driver import wait_for
 
@@ -143,6 +145,30 @@ def test_vdpa_devices_that_were_permitted(made: helper.Helper) -> None:
         helper.start_module(helper.VDUSE_KEEPER, ["0", "3", "tap0", "1500", "0"], [])
 
 
+def test_the_sandbox_permits_traffic_control_of_a_named_tap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    permitted: set[tuple[str, str]] = set()
+
+    def permit(operation: str, *names: str) -> None:
+        permitted.update((operation, name) for name in names)
+
+    class Sealed(Exception):
+        """In the place of the seal, so that this process stays what it is."""
+
+    def seal() -> None:
+        raise Sealed
+
+    monkeypatch.setattr(sandbox, "_confined", False)
+    monkeypatch.setattr(helper, "permit", permit)
+    monkeypatch.setattr(helper, "seal", seal)
+    box = sandbox.Sandbox("off", [Net.parse("vhost-net,bridge=br0,tap=t0")], [])
+    box.wanted = True
+    with pytest.raises(Sealed):
+        box.enter([], [], lambda thread, why: None)
+    assert ("traffic", "t0") in permitted and ("traffic", "br0") not in permitted
+
+
 SIOCBRADDBR, IFF_UP, IFF_PROMISC = 0x89A0, 0x1, 0x100
 
 
@@ -166,6 +192,10 @@ def test_what_may_be_done_to_an_interface() -> None:
             for operation, name in (("tap", "t0"), ("interface", "t0"), ("interface", "br0")):
                 helper.permit(operation, name)
             helper.seal()
+
+            Tc(unnamed.name, None).set({})
+            with pytest.raises(UsageError, match="traffic control of o0: the sandbox has only"):
+                Tc("o0", None).set({})
 
             def ask(name: str, request: int, data: bytes) -> bytes:
                 (out,), _ = one.ask(["interface", name, str(request), data.hex()])
