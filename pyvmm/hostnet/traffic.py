@@ -16,7 +16,7 @@ from socket import if_nametoindex
 from struct import iter_unpack
 
 from pyvmm import helper
-from pyvmm.errors import HostError, NetForbidden, UsageError
+from pyvmm.errors import HostError, NetForbidden, PyvmmError, UsageError
 from pyvmm.hostnet.netns import enter_and
 from pyvmm.hostnet.packets import needs as needs_of_a_tap
 from pyvmm.programs import program
@@ -37,7 +37,6 @@ WAYS = ("rx", "tx")
 ROOT = 0x7076
 #: Seconds for tc, which waits for the kernel's lock of all interfaces.
 PATIENCE_S = 60.0
-IFNAMSIZ = 16
 #: Names that are one word of a command, and no option.
 NAME = re.compile(r"\w[\w.-]{0,14}", re.ASCII)
 #: BPF_RET | BPF_K (linux/bpf_common.h), with which each of libpcap's programs ends.
@@ -162,7 +161,8 @@ def control(words: list[str]) -> tuple[list[str], list[int]]:
         try:
             _make(tap, shapes)
         except BaseException:
-            _clear(tap)
+            with suppress(PyvmmError):  # what it could not have is what the user is told
+                _clear(tap)
             raise
         return [""], []
 
@@ -170,8 +170,11 @@ def control(words: list[str]) -> tuple[list[str], list[int]]:
 
 
 def ifb_of(tap: str) -> str:
-    """The name of the tap's ifb."""
-    return f"ifb-{tap}"[: IFNAMSIZ - 1]
+    """The name of the tap's ifb, by the tap's number: names of taps are too long for a prefix.
+
+    :raises OSError: there is no such tap.
+    """
+    return f"pvifb{if_nametoindex(tap)}"
 
 
 def _run(name: str, *argv: str, lines: str = "") -> str:
@@ -218,16 +221,25 @@ def _exists(interface: str) -> bool:
         return False
 
 
+def _root_is_ours(interface: str) -> bool:
+    return any(q.get("root") and q["handle"] == f"{ROOT:x}:" for q in _qdiscs(interface))
+
+
 def _clear(tap: str) -> None:
-    """Take away what is ours. :raises UsageError: something else is there."""
+    """Take away what is ours. :raises UsageError: something else is there; all is as before."""
     ifb, ours = ifb_of(tap), f"{ROOT:x}:"
+    redirected = _exists(ifb)
+    if redirected and not _root_is_ours(ifb):
+        raise UsageError(
+            f"there is an interface {ifb} of somebody else's", f"as root: ip link del {ifb}"
+        )
     lines = []
     for qdisc in _qdiscs(tap):
         kind, handle = qdisc["kind"], qdisc["handle"]
         if qdisc.get("root") and handle == ours:
-            lines.append(f"qdisc del dev {tap} root\n")
-        elif kind in ("ingress", "clsact") and _exists(ifb):
-            lines.append(f"qdisc del dev {tap} {kind}\n")
+            lines.append(f"qdisc del dev {tap} root")
+        elif kind == "ingress" and redirected:
+            lines.append(f"qdisc del dev {tap} ingress")
         elif kind in ("ingress", "clsact") or (qdisc.get("root") and handle != "0:"):
             place = kind if kind in ("ingress", "clsact") else "root"
             raise UsageError(
@@ -235,23 +247,19 @@ def _clear(tap: str) -> None:
                 f"as root: tc qdisc del dev {tap} {place}",
             )
     if lines:
-        _run("tc", "-batch", "-", lines="".join(lines))
-    if _exists(ifb):
+        _batch(lines)
+    if redirected:  # the last, because the ingress is known as ours by it
         _run("ip", "link", "del", ifb)
 
 
 def _make(tap: str, shapes: Mapping[str, Shape]) -> None:
-    lines = []
+    lines: list[str] = []
     if "tx" in shapes:
         ifb = ifb_of(tap)
-        _run("ip", "link", "add", ifb, "type", "ifb")
-        with suppress(HostError):  # a kernel without IPv6; else the ifb would send frames itself
-            _run("ip", "link", "set", ifb, "addrgenmode", "none")
-        _run("ip", "link", "set", ifb, "up")
+        _make_ifb(ifb, shapes["tx"])
         lines += [f"qdisc add dev {tap} ingress"]
         act = f"action mirred egress redirect dev {ifb}"
         lines += [_filter(tap, "ffff:", shapes["tx"], act)]
-        lines += _queue(ifb, "root", ROOT, shapes["tx"])
     if "rx" in shapes:
         shape, place, handle = shapes["rx"], "root", ROOT
         if shape.code:  # others take the second band
@@ -260,7 +268,25 @@ def _make(tap: str, shapes: Mapping[str, Shape]) -> None:
             place, handle = f"parent {ROOT:x}:1", ROOT + 1
         lines += _queue(tap, place, handle, shape)
     if lines:
-        _run("tc", "-batch", "-", lines="".join(f"{line}\n" for line in lines))
+        _batch(lines)
+
+
+def _batch(lines: list[str]) -> None:
+    _run("tc", "-batch", "-", lines="".join(f"{line}\n" for line in lines))
+
+
+def _make_ifb(ifb: str, shape: Shape) -> None:
+    """Make an ifb with the root qdisc by which ``_clear`` knows it as ours, or none."""
+    _run("ip", "link", "add", ifb, "type", "ifb")
+    try:
+        with suppress(HostError):  # a kernel without IPv6; else the ifb would send frames itself
+            _run("ip", "link", "set", ifb, "addrgenmode", "none")
+        _run("ip", "link", "set", ifb, "up")
+        _batch(_queue(ifb, "root", ROOT, shape))
+    except BaseException:
+        with suppress(PyvmmError):
+            _run("ip", "link", "del", ifb)
+        raise
 
 
 def _filter(interface: str, parent: str, shape: Shape, then: str) -> str:

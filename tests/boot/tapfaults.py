@@ -100,7 +100,7 @@ def own_namespace() -> dict[str, Any]:
 def named(name: str) -> dict[str, Any]:
     """On a tap of the user's, which has a qdisc of the user's at first."""
     out: dict[str, Any] = {}
-    state = "tc qdisc show dev NAME; ip -o link | grep -c ifb- || true".replace("NAME", name)
+    state = "tc qdisc show dev NAME; ip -o link | grep -c pvifb || true".replace("NAME", name)
     words("ip", "tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr")
     try:
         tap = Tap(name)

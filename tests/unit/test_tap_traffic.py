@@ -1,0 +1,128 @@
+"""Traffic control of taps: whose qdiscs and ifb are taken away, what is left after a failure, what
+is counted. The kernel is one of our own here, because few have netem and ifb;
+tests/boot/test_faults_on_demand.py has a real one.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pyvmm.errors import HostError, UsageError
+from pyvmm.hostnet import traffic
+from pyvmm.hostnet.traffic import Shape, control
+
+LOSS = Shape({"loss": 1 << 31, "queue": 10}).word()
+A, B = "vnet-machine-01", "vnet-machine-02"
+
+
+class Kernel:
+    """Interfaces with their qdiscs, as tc and ip show and change them.
+
+    :ivar broken: words; the first command with one of them is refused, and all behind it.
+    :ivar ran: the programs that were run.
+    """
+
+    def __init__(self) -> None:
+        self.qdiscs: dict[str, list[dict[str, Any]]] = {}
+        self.numbers: dict[str, int] = {}
+        self.broken: tuple[str, ...] = ()
+        self.ran: list[str] = []
+
+    def add(self, name: str, number: int | None = None) -> None:
+        self.numbers[name] = number or 100 + len(self.numbers)
+        self.qdiscs[name] = []
+
+    def index(self, name: str) -> int:
+        if name not in self.numbers:
+            raise OSError(19, "No such device")
+        return self.numbers[name]
+
+    def qdisc(self, interface: str, *words: str) -> None:
+        """``root handle H: KIND ...``, ``parent ...`` or ``ingress``."""
+        if words[0] == "ingress":
+            entry: dict[str, Any] = {"kind": "ingress", "handle": "ffff:"}
+        else:
+            at = words.index("handle")
+            entry = {"kind": words[at + 2], "handle": words[at + 1], "root": words[0] == "root"}
+        zeros = dict.fromkeys(("packets", "drops", "qlen", "overlimits"), 0)
+        self.qdiscs[interface].append({**zeros, **entry})
+
+    def run(self, name: str, *argv: str, lines: str = "") -> str:
+        self.ran.append(name)
+        if argv[-2] == "dev" and "show" in argv:
+            return json.dumps(self.qdiscs[argv[-1]])
+        for line in lines.splitlines() or [" ".join(argv)]:
+            if any(word in line for word in self.broken):
+                raise HostError(f"{name}: refused: {line}")
+            match line.split():
+                case ["link", "add", ifb, "type", "ifb"]:
+                    self.add(ifb)
+                case ["link", "del", ifb]:
+                    del self.qdiscs[ifb], self.numbers[ifb]
+                case ["qdisc", "add", "dev", interface, *words]:
+                    self.qdisc(interface, *words)
+                case ["qdisc", "del", "dev", interface, "root"]:
+                    kept = [q for q in self.qdiscs[interface] if q["kind"] == "ingress"]
+                    self.qdiscs[interface] = kept
+                case ["qdisc", "del", "dev", interface, "ingress"]:
+                    kept = [q for q in self.qdiscs[interface] if q["kind"] != "ingress"]
+                    self.qdiscs[interface] = kept
+                case ["link", "set", *_] | ["filter", *_]:
+                    pass
+                case other:
+                    raise AssertionError(other)
+        return ""
+
+    def state(self) -> dict[str, list[str]]:
+        return {name: [q["kind"] for q in all_] for name, all_ in self.qdiscs.items()}
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    made = Kernel()
+    monkeypatch.setattr(traffic, "_run", made.run)
+    monkeypatch.setattr(traffic, "if_nametoindex", made.index)
+    return made
+
+
+def test_taps_with_long_names_have_an_ifb_each(kernel: Kernel) -> None:
+    for tap in (A, B):
+        kernel.add(tap)
+        control([tap, "set", f"{LOSS}\n{LOSS}"])
+    both = kernel.state()
+    assert both == {
+        A: ["ingress", "netem"],
+        "pvifb100": ["netem"],
+        B: ["ingress", "netem"],
+        "pvifb102": ["netem"],
+    }
+    control([B, "set", "\n"])
+    assert kernel.state() == {name: both[name] if name != B else [] for name in (A, "pvifb100", B)}
+    kernel.add("t" * 15, 0x7FFFFFFF)
+    control(["t" * 15, "set", f"\n{LOSS}"])
+    assert max(map(len, kernel.numbers)) == 15, "IFNAMSIZ - 1"
+
+
+def test_an_ifb_of_the_users_stays_with_its_ingress(kernel: Kernel) -> None:
+    """Whatever its name."""
+    kernel.add("tap0")
+    for ifb in ("ifb-tap0", "pvifb100"):
+        kernel.add(ifb)
+        kernel.qdiscs["tap0"].clear()
+        kernel.qdisc("tap0", "ingress")
+        before = kernel.state()
+        with pytest.raises(UsageError, match="of somebody else's"):
+            control(["tap0", "set", f"{LOSS}\n{LOSS}"])
+        assert kernel.state() == before
+
+
+@pytest.mark.parametrize("broken", ["netem", "ingress", "mirred", "handle 7076: netem", " up"])
+def test_a_failure_leaves_nothing(kernel: Kernel, broken: str) -> None:
+    kernel.add("tap0")
+    kernel.broken = (broken,)
+    with pytest.raises(HostError, match="refused"):
+        control(["tap0", "set", f"{LOSS}\n{LOSS}"])
+    assert kernel.state() == {"tap0": []}
