@@ -189,9 +189,15 @@ def _run(name: str, *argv: str, lines: str = "") -> str:
             "apt install iproute2; a machine with --jail has none: use --net emulated",
         ) from e
     env = {**os.environ, "LC_ALL": "C"}
-    done = subprocess.run(
-        [path, *argv], input=lines, capture_output=True, text=True, timeout=PATIENCE_S, env=env
-    )
+    try:
+        done = subprocess.run(
+            [path, *argv], input=lines, capture_output=True, text=True, timeout=PATIENCE_S, env=env
+        )
+    except subprocess.TimeoutExpired as e:  # which subprocess has killed
+        raise HostError(
+            f"{name} has not ended after {PATIENCE_S:g} s: {' '.join(argv[:4])}",
+            "see what holds the kernel's lock of all interfaces: dmesg",
+        ) from e
     if done.returncode:
         said = next((s for s in done.stderr.splitlines() if s.strip()), f"{done.returncode}")
         if "not permitted" in said:

@@ -6,6 +6,7 @@ tests/boot/test_faults_on_demand.py has a real one.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +127,15 @@ def test_a_failure_leaves_nothing(kernel: Kernel, broken: str) -> None:
     with pytest.raises(HostError, match="refused"):
         control(["tap0", "set", f"{LOSS}\n{LOSS}"])
     assert kernel.state() == {"tap0": []}
+
+
+def test_a_program_that_does_not_end_is_an_error_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slow = tmp_path / "tc"
+    slow.write_text("#!/bin/sh\nexec sleep 600\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(traffic, "program", lambda name: str(slow))
+    monkeypatch.setattr(traffic, "PATIENCE_S", 0.2)
+    with pytest.raises(HostError, match=r"^tc has not ended after 0\.2 s: -s -j qdisc show; "):
+        control(["lo", "look", ""])
