@@ -167,12 +167,24 @@ class Uplink:
             self.tap = Tap.inherited(net.fds, mtu=net.mtu)
         else:
             self.tap, self.namespace = make_tap(net, host, mac)
+        if net.tap:
+            self._forget_faults(net.tap)
         if net.internet:
             self._let_out(net, guest)
         if self.namespace is None:
             self.tap.permit()
         if "rss" in net.with_:
             self.tap.offer_steering()
+
+    def _forget_faults(self, tap: str) -> None:
+        """Take away what a machine that was killed has left at a tap of the user's."""
+        from pyvmm.hostnet.traffic import Tc
+
+        try:
+            Tc(tap, None).set({})
+        except BaseException:
+            self.close()
+            raise
 
     def _let_out(self, net: Net, guest: str | None) -> None:
         """Start what has the other end of the namespace's way out."""

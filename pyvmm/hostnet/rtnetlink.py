@@ -4,6 +4,7 @@ waits for the return of a deleted tap.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import sys
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 #: struct nlmsghdr, struct ifinfomsg, struct rtattr, struct rtmsg.
 HEADER, IFINFO, ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BxHiII"), struct.Struct("=HH")
 ROUTE = struct.Struct("=8BI")
+#: struct tcmsg, and a request about qdiscs (linux/rtnetlink.h, linux/pkt_sched.h).
+QDISC, RTM_GETQDISC, TC_H_ROOT = struct.Struct("=BxHiIII"), 38, 0xFFFFFFFF
 #: struct rtnl_link_stats64 begins with these counters; rx and tx are from the interface's side.
 STATS = (
     "rx_packets",
@@ -113,6 +116,24 @@ def route_default(sock: Fd, index: int, gateway: str) -> None:
     body += attribute(lib.RTA_GATEWAY, inet_aton(gateway))
     body += attribute(lib.RTA_OIF, struct.pack("=I", index))
     _request(sock, lib.RTM_NEWROUTE, lib.NLM_F_CREATE, body)
+
+
+def has_root_qdisc(index: int, major: int) -> bool:
+    """Whether the root qdisc of an interface in the calling thread's network namespace has the
+    handle ``major:``. Needs no permission.
+
+    :param index: the interface's number. :raises OSError: there is no rtnetlink socket.
+    """
+    body = QDISC.pack(0, 0, index, major << 16, TC_H_ROOT, 0)
+    with route_socket() as sock:
+        try:
+            _request(sock, RTM_GETQDISC, 0, body)
+        except OSError as e:
+            # Another root, or none, or a kernel without qdiscs.
+            if e.errno in (errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP):
+                return False
+            raise
+    return True
 
 
 def _request(sock: Fd, kind: int, flags: int, body: bytes) -> None:

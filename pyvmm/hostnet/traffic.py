@@ -19,6 +19,7 @@ from pyvmm import helper
 from pyvmm.errors import HostError, NetForbidden, PyvmmError, UsageError
 from pyvmm.hostnet.netns import enter_and
 from pyvmm.hostnet.packets import needs as needs_of_a_tap
+from pyvmm.hostnet.rtnetlink import has_root_qdisc
 from pyvmm.programs import program
 
 TYPE_CHECKING = False
@@ -105,7 +106,8 @@ class Tc:
         self._places = [fd for fd in places if fd is not None]
 
     def set(self, shapes: Mapping[str, Shape]) -> None:
-        """Have these shapes, by way, in the place of those before; none take all away.
+        """Have these shapes, by way, in the place of those before; none take all away, also those
+        that somebody left behind who was killed. If nothing is there, that needs no tc.
 
         :raises UsageError: the tap has a qdisc of somebody else's. :raises NetForbidden: this user
             may not. :raises HostError: there is no tc, or it refuses; then there are no shapes.
@@ -157,6 +159,8 @@ def control(words: list[str]) -> tuple[list[str], list[int]]:
     def inside() -> tuple[list[str], list[int]]:
         if job == "look":
             return [_look(tap)], []
+        if not shapes and not _left(tap):
+            return [""], []
         _clear(tap)
         try:
             _make(tap, shapes)
@@ -225,6 +229,13 @@ def _exists(interface: str) -> bool:
         return if_nametoindex(interface) > 0
     except OSError:
         return False
+
+
+def _left(tap: str) -> bool:
+    """Whether anything of ours may be there: without tc, as it seldom is. :raises OSError: there is
+    no such tap.
+    """
+    return has_root_qdisc(if_nametoindex(tap), ROOT) or _exists(ifb_of(tap))
 
 
 def _root_is_ours(interface: str) -> bool:

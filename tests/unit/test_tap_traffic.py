@@ -6,14 +6,21 @@ tests/boot/test_faults_on_demand.py has a real one.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
+from socket import if_nametoindex
 from typing import Any
 
 import pytest
 
+from pyvmm._ext import lib
+from pyvmm.card.uplink import Uplink
 from pyvmm.errors import HostError, UsageError
-from pyvmm.hostnet import traffic
-from pyvmm.hostnet.traffic import Shape, control
+from pyvmm.hostnet import netns, traffic, userns
+from pyvmm.hostnet.rtnetlink import has_root_qdisc
+from pyvmm.hostnet.traffic import ROOT, Shape, Tc, control
+from pyvmm.netopt import Net
 
 LOSS = Shape({"loss": 1 << 31, "queue": 10}).word()
 A, B = "vnet-machine-01", "vnet-machine-02"
@@ -40,6 +47,10 @@ class Kernel:
         if name not in self.numbers:
             raise OSError(19, "No such device")
         return self.numbers[name]
+
+    def has_root_qdisc(self, index: int, major: int) -> bool:
+        name = next(name for name, number in self.numbers.items() if number == index)
+        return any(q.get("root") and q["handle"] == f"{major:x}:" for q in self.qdiscs[name])
 
     def qdisc(self, interface: str, *words: str) -> None:
         """``root handle H: KIND ...``, ``parent ...`` or ``ingress``."""
@@ -86,6 +97,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel()
     monkeypatch.setattr(traffic, "_run", made.run)
     monkeypatch.setattr(traffic, "if_nametoindex", made.index)
+    monkeypatch.setattr(traffic, "has_root_qdisc", made.has_root_qdisc)
     return made
 
 
@@ -139,3 +151,41 @@ def test_a_program_that_does_not_end_is_an_error_in_one_line(
     monkeypatch.setattr(traffic, "PATIENCE_S", 0.2)
     with pytest.raises(HostError, match=r"^tc has not ended after 0\.2 s: -s -j qdisc show; "):
         control(["lo", "look", ""])
+
+
+@pytest.mark.parametrize("left", [f"{LOSS}\n", f"\n{LOSS}", f"{LOSS}\n{LOSS}"])
+def test_what_a_killed_machine_left_is_taken_away(kernel: Kernel, left: str) -> None:
+    """And if nothing is there, no program is run."""
+    kernel.add("tap0")
+    control(["tap0", "set", left])
+    control(["tap0", "set", "\n"])
+    assert kernel.state() == {"tap0": []}
+    kernel.qdisc("tap0", "root", "handle", "1:", "prio")
+    kernel.ran.clear()
+    control(["tap0", "set", "\n"])
+    assert kernel.state() == {"tap0": ["prio"]} and not kernel.ran
+
+
+def test_a_card_takes_its_tap_without_old_faults() -> None:
+    """On this kernel, in a network namespace; tbf, as netem is rarer."""
+    shape = Shape({"rate": 1_000_000, "burst": 3000, "queue": 10})
+
+    def body() -> tuple[list[str], list[int]]:
+        if os.geteuid():
+            userns.become_root()
+        userns.unshare(lib.CLONE_NEWNET)
+        try:
+            subprocess.run(["ip", "tuntap", "add", "t0", "mode", "tap", "vnet_hdr"], check=True)
+            index = if_nametoindex("t0")
+            assert not has_root_qdisc(index, ROOT)
+            Tc("t0", None).set({"rx": shape})
+        except (OSError, HostError) as e:  # no ip, no tc, or no tbf
+            return [str(e)], []
+        assert has_root_qdisc(index, ROOT) and not has_root_qdisc(index, ROOT + 1)
+        Uplink(Net.parse("emulated,tap=t0"), None).close()
+        assert not has_root_qdisc(index, ROOT)
+        return [""], []
+
+    (why,), _ = netns._in_child(body)
+    if why:
+        pytest.skip(why)
