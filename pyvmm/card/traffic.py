@@ -28,15 +28,14 @@ class TapFaults:
 
     def __init__(self, tap: Tap, namespace: Namespace | None) -> None:
         self._tap, self._tc = tap, Tc(tap.name, namespace)
-        self._lock = threading.Lock()
-        self._rules: Sequence[FaultRule] = ()
-        self._past: dict[str, int] = {}
-        self._now: dict[str, dict[str, int]] = {}  # as looked at last
+        self._talk = threading.Lock()  # held while tc runs; guards changes of:
+        self._state = _State((), {}, {})
+        self._there = False  # whether qdiscs of ours may be at the tap
 
     @property
     def active(self) -> bool:
         """Whether there are rules."""
-        return bool(self._rules)
+        return bool(self._state.rules)
 
     def set(self, rules: Sequence[FaultRule], seed: int = 0) -> None:
         """Have these rules, and no others, from now on. Frames that wait are thrown away.
@@ -45,38 +44,43 @@ class TapFaults:
             has changed. :raises HostError: there is no tc, or it refuses; then there are no rules.
         """
         wanted = shapes(rules, f"no such fault on tap {self._tap.name}", self._tap.mtu)
-        with self._lock:
-            if not wanted and not self._rules:
+        with self._talk:
+            if not wanted and not self._there:
                 return
-            self._fold()
-            old, self._rules = self._rules, ()
+            self._look()
+            was, self._there = self._there, True
             try:
                 self._tc.set(wanted)
             except UsageError:
-                self._rules = old
+                self._there = was
                 raise
-            self._rules = list(rules)
+            except BaseException:
+                self._state = self._state.folded(())
+                raise
+            self._there = bool(wanted)
+            self._state = self._state.folded(tuple(rules))
 
     def counters(self) -> dict[str, int]:
         """What tc had counted at the last ``look``: ``rx_fault_loss`` and others. Never waits for
         another program.
         """
-        with self._lock:
-            return self._sum()
+        return self._state.sum()
 
     def look(self) -> None:
         """Ask tc. Nothing if there are no rules. No vCPU's thread."""
-        with self._lock:
+        with self._talk:
             self._look()
 
     def report(self) -> dict[str, object]:
-        """The rules in force, and how many frames waited at the last ``look``; for JSON."""
-        with self._lock:
-            return {
-                "rules": [str(rule) for rule in self._rules],
-                "seed": None,
-                "waiting": {way: self._now.get(way, {}).get("waiting", 0) for way in WAYS},
-            }
+        """The rules in force, and how many frames waited at the last ``look``; for JSON. Never
+        waits.
+        """
+        state = self._state
+        return {
+            "rules": [str(rule) for rule in state.rules],
+            "seed": None,
+            "waiting": {way: state.now.get(way, {}).get("waiting", 0) for way in WAYS},
+        }
 
     def clear(self) -> None:
         """Nothing: the tap's queues go on, whoever serves the rings."""
@@ -85,28 +89,45 @@ class TapFaults:
         """Take all away, before the tap is closed. What was counted stays. A second call does
         nothing.
         """
-        with self._lock:
-            if self._rules:
-                self._fold()
-                self._rules = ()
+        with self._talk:
+            if self._there:
+                self._look()
+                self._there = False
+                self._state = self._state.folded(())
                 try:
                     self._tc.set({})
                 except PyvmmError:
                     pass  # the tap has gone, and its qdiscs with it
 
-    # --- under the lock ---------------------------------------------------------------------------
-
     def _look(self) -> None:
-        if self._rules:
+        """As ``look``; with ``_talk``."""
+        state = self._state
+        if state.rules:
             try:
-                self._now = self._tc.look() or self._now
+                now = self._tc.look()
             except PyvmmError:
-                pass  # the tap has gone: as counted last
+                return  # the tap has gone: as counted last
+            self._state = _State(state.rules, state.past, now or state.now)
 
-    def _sum(self) -> dict[str, int]:
-        total = dict(self._past)
-        for way, counted in self._now.items():
-            rule = next((r for r in self._rules if r.ways >> WAYS.index(way) & 1), None)
+
+class _State:
+    """What others may see at any time: replaced as a whole, and never changed.
+
+    :param past: counters of former rules. :param now: of these, by way, as looked at last.
+    """
+
+    __slots__ = ("now", "past", "rules")
+
+    def __init__(
+        self, rules: tuple[FaultRule, ...], past: dict[str, int], now: dict[str, dict[str, int]]
+    ) -> None:
+        self.rules, self.past, self.now = rules, past, now
+
+    def sum(self) -> dict[str, int]:
+        """The counters."""
+        total = dict(self.past)
+        for way, counted in self.now.items():
+            rule = next((r for r in self.rules if r.ways >> WAYS.index(way) & 1), None)
             if rule is None:
                 continue
             seen = counted["sent"] + counted["dropped"] + counted["waiting"]
@@ -120,14 +141,13 @@ class TapFaults:
                     total[key] = total.get(key, 0) + n
         return total
 
-    def _fold(self) -> None:
-        """The rules are about to go."""
-        self._look()
-        past = self._sum()
-        for way, counted in self._now.items():
+    def folded(self, rules: tuple[FaultRule, ...]) -> _State:
+        """With other rules, and what was counted up to now as the past."""
+        past = self.sum()
+        for way, counted in self.now.items():
             key = f"{way}_fault_cleared"
             past[key] = past.get(key, 0) + counted["waiting"]
-        self._past, self._now = past, {}
+        return _State(rules, past, {})
 
 
 def _lost(rule: FaultRule) -> str:

@@ -8,20 +8,30 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from pathlib import Path
 from socket import if_nametoindex
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from pyvmm._ext import lib
+from pyvmm.card.traffic import TapFaults
 from pyvmm.card.uplink import Uplink
 from pyvmm.errors import HostError, UsageError
+from pyvmm.faultopt import of_text
 from pyvmm.hostnet import netns, traffic, userns
 from pyvmm.hostnet.rtnetlink import has_root_qdisc
 from pyvmm.hostnet.traffic import ROOT, Shape, Tc, control
 from pyvmm.netopt import Net
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.hostnet.tap import Tap
+
+#: Seconds for a thread, on a busy host.
+PATIENCE = 60
 LOSS = Shape({"loss": 1 << 31, "queue": 10}).word()
 A, B = "vnet-machine-01", "vnet-machine-02"
 
@@ -189,3 +199,75 @@ def test_a_card_takes_its_tap_without_old_faults() -> None:
     (why,), _ = netns._in_child(body)
     if why:
         pytest.skip(why)
+
+
+class FakeTap:
+    name, mtu = "tap0", 1500
+
+
+@pytest.fixture
+def faults(kernel: Kernel) -> TapFaults:
+    kernel.add("tap0")
+    return TapFaults(cast("Tap", FakeTap()), None)
+
+
+def test_a_failure_before_the_kernel_changed_is_made_good(
+    kernel: Kernel, faults: TapFaults
+) -> None:
+    """By ``off``, and by the end."""
+    ends: list[Callable[[], None]] = [lambda: faults.set([]), faults.close]
+    for end in ends:
+        faults.set(of_text(["both loss=50%"]))
+        kernel.broken = ("qdisc del",)
+        with pytest.raises(HostError, match="refused"):
+            faults.set(of_text(["rx loss"]))
+        assert not faults.active and kernel.state()["tap0"]
+        kernel.broken = ()
+        end()
+        assert kernel.state() == {"tap0": []}
+
+
+def test_a_refused_change_counts_nothing_twice(kernel: Kernel, faults: TapFaults) -> None:
+    faults.set(of_text(["rx loss=50%"]))
+    kernel.qdiscs["tap0"][0].update(packets=3, drops=4, qlen=2)
+    faults.look()
+    before, report = faults.counters(), faults.report()
+    assert before == {"rx_fault_frames": 9, "rx_fault_loss": 4}
+    kernel.qdisc("tap0", "ingress")
+    for _ in range(2):
+        with pytest.raises(UsageError, match="somebody else's"):
+            faults.set(of_text(["rx loss"]))
+        faults.look()
+        assert (faults.counters(), faults.report()) == (before, report) and faults.active
+    kernel.qdiscs["tap0"].pop()
+    faults.close()
+    assert faults.counters() == {**before, "rx_fault_cleared": 2}
+
+
+def test_counters_do_not_wait_for_tc(
+    kernel: Kernel, faults: TapFaults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults.set(of_text(["rx loss=50%"]))
+    inside, go_on = threading.Event(), threading.Event()
+
+    def run(*argv: str, lines: str = "") -> str:
+        inside.set()
+        assert go_on.wait(PATIENCE)
+        return kernel.run(*argv, lines=lines)
+
+    monkeypatch.setattr(traffic, "_run", run)
+    asks = [threading.Thread(target=faults.look, daemon=True)]
+    asks[0].start()
+    try:
+        assert inside.wait(PATIENCE)
+        reader = threading.Thread(
+            target=lambda: (faults.counters(), faults.report(), faults.active), daemon=True
+        )
+        asks.append(reader)
+        reader.start()
+        reader.join(PATIENCE)
+        assert not reader.is_alive() and asks[0].is_alive()
+    finally:
+        go_on.set()
+        for thread in asks:
+            thread.join(PATIENCE)
