@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pyvmm.errors import UsageError
 from pyvmm.faultopt import FRAMES_MAX, OF_NOTIFICATIONS
-from pyvmm.hostnet.traffic import WAYS, Shape
+from pyvmm.hostnet.traffic import WAYS, Shape, microseconds, percent_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,8 +74,12 @@ def _shape(rule: FaultRule, name: str, mtu: int | None) -> Shape:
             percent = f"{word}={100 / chance.every:.3g}%"
             raise refuse(word, "tc draws lots, and counts no frames", f"write {percent}")
         numbers[word] = (1 << 32) - 1 if chance.every else chance.odds
+        if numbers[word] and not float(percent_text(numbers[word])):
+            raise refuse(word, "tc takes 0.0000001% at least", "write more, or leave it out")
     for word in ("delay", "jitter"):
         numbers[word] = rule.times.get(word, 0)
+        if numbers[word] and not microseconds(numbers[word]):
+            raise refuse(word, "tc counts microseconds", "write 1us or more, or leave it out")
     if numbers["jitter"] > JITTER_MAX_NS:
         raise refuse("jitter", "tc takes 2s at most", "write less, or use --net emulated")
     if "reorder" in words:

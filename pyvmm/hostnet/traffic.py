@@ -79,7 +79,7 @@ class Shape:
             return ["tbf", *f"rate {n['rate']}bit burst {n['burst']} limit {limit}".split()]
         words = ["netem", "limit", str(n["queue"])]
         if n["delay"] or n["jitter"]:
-            words += ["delay", *(f"{round(n[name] / 1000)}us" for name in ("delay", "jitter"))]
+            words += ["delay", *(f"{microseconds(n[name])}us" for name in ("delay", "jitter"))]
         for name in ("loss", "duplicate", "corrupt"):
             if n[name]:
                 words += [name, _percent(n[name])]
@@ -90,8 +90,18 @@ class Shape:
         return words
 
 
+def percent_text(odds: int) -> str:
+    """A chance of 2^32 in percent, as tc is told."""
+    return f"{odds / 2**32 * 100:.7f}"
+
+
+def microseconds(ns: int) -> int:
+    """A time as tc is told."""
+    return round(ns / 1000)
+
+
 def _percent(odds: int) -> str:
-    return f"{odds / 2**32 * 100:.7f}%"
+    return f"{percent_text(odds)}%"
 
 
 class Tc:
