@@ -47,7 +47,7 @@ NAME = "pyvmm's own back-end"
 START_S, TAKE_S = 30.0, 2.0
 READY = b"\0"
 #: Seconds for a child that has closed its control socket to be gone.
-DEATH_S = 1.0
+DEATH_S = 5.0
 #: Bytes of a line of the child's log, and lines that are kept for ``complaints``.
 LINE_MAX, LINES_MAX = 1024, 32
 

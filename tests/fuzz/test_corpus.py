@@ -29,7 +29,7 @@ def test_inputs_of_the_corpus(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "tests.fuzz.guided", name, "--once", *files]
     with environment() as env:
         run = subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
         )
     assert run.returncode == 0, run.stdout + run.stderr
 

@@ -77,5 +77,5 @@ def test_unit_tests_on_a_sanitized_build(tmp_path: Path) -> None:
     # little address space has no room.
     env["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
     test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUITES]
-    run = subprocess.run(test, cwd=tree, env=env, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(test, cwd=tree, env=env, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
