@@ -98,12 +98,23 @@ def press(browser: Browser, *keys: str) -> None:
         browser.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
 
+#: Where an element is, once it is at one place for two frames: the page draws its rows anew when
+#: it has been scrolled or laid out.
+STEADY = """(async () => {
+  const frame = () => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+  document.querySelector(%s).scrollIntoView({block: "center"});
+  for (let before = "";;) {
+    await frame();
+    const e = document.querySelector(%s), r = e && e.getBoundingClientRect();
+    const now = r && [r.x + r.width / 2, r.y + r.height / 2];
+    if (now && String(now) === before) return now;
+    before = String(now);
+  }
+})()"""
+
+
 def click(browser: Browser, selector: str) -> None:
-    x, y = browser.evaluate(
-        f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: "
-        '"center"}); const r = e.getBoundingClientRect();'
-        " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
-    )
+    x, y = browser.evaluate(STEADY % (json.dumps(selector), json.dumps(selector)))
     for kind in ("mousePressed", "mouseReleased"):
         browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
