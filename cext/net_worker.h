@@ -33,8 +33,9 @@
  * With faults on demand (impair.h), what the rules want to be lost, changed or put off goes by
  * memory of the worker's own between ring and fd: a frame of the guest's is copied after its chain
  * was taken, and the chain is used at once; a frame for the guest is read into the scratch buffer.
- * Time of what waits ends the worker's sleep. Counters of packets, and captures, are the ring's: they
- * show what the guest has sent and got. Without faults, that costs a load and a branch per packet.
+ * Time of what waits ends the worker's sleep. Counters of packets, and captures, are the ring's:
+ * they show what the guest has sent and got. Without faults, that costs a load and a branch per
+ * packet.
  *
  * With a log (dirty_log.h), the buffers of received frames are marked, as the rings' own areas are.
  *

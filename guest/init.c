@@ -371,8 +371,8 @@ static bool has_device(const char *id)
 /* --- directories of the host --- */
 
 /*
- * Make the directory @path, which is absolute, and those above it; returns 0 or an errno. Those above
- * are looked at only if they are missing: in a tree of the host's, each look is a request.
+ * Make the directory @path, which is absolute, and those above it; returns 0 or an errno. Those
+ * above are looked at only if they are missing: in a tree of the host's, each look is a request.
  */
 static int make_directories(char *path)
 {

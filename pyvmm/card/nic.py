@@ -265,7 +265,7 @@ class Nic(Card):
         (``counters``); for JSON. Any thread but a vCPU's.
         """
         points = self._uplink.fault_points()
-        place = next((point for point in points if point.active), points[0])
+        place = self._uplink.ruled_point() or points[0]
         total = ModeTotals()
         for point in points:
             point.look()
@@ -399,7 +399,7 @@ class Nic(Card):
             raise UsageError(
                 f"{self.name} cannot leave {old.path.name}: {bound}", "reset the device first"
             )
-        active = next((point for point in self._uplink.fault_points() if point.active), None)
+        active = self._uplink.ruled_point()
         if active is not None:
             check_faults(self.name, net, ())
             if self._uplink.fault_point(net) is not active:
@@ -525,11 +525,7 @@ class Nic(Card):
             "faults_total": self.device.faults_total,
             "tracebacks": list(self.device.tracebacks),
             "counters": self.counters(),
-            **(
-                {"fault_rules": faults.report()}
-                if (faults := next((p for p in self._uplink.fault_points() if p.active), None))
-                else {}
-            ),
+            **({"fault_rules": faults.report()} if (faults := self._uplink.ruled_point()) else {}),
             "modes": {name: totals.as_dict() for name, totals in modes.items()},
             "switch_count": self.switch_count,
             "switches": [report.as_dict() for report in self.switches],

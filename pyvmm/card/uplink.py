@@ -218,6 +218,10 @@ class Uplink:
         """All of these places that there are by now. Any thread."""
         return list(self.faults.values())
 
+    def ruled_point(self) -> ImpairPoint | BackendFaults | TapFaults | None:
+        """The one of these places that has rules; None if none has. Any thread."""
+        return next((point for point in self.fault_points() if point.active), None)
+
     def _backend_faults(self) -> BackendFaults:
         from pyvmm.backend.faults import BackendFaults
 

@@ -23,31 +23,11 @@ from pyvmm.vhostuser.wire import Channel, Stopped, readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from collections.abc import Callable, Mapping, Sequence
-    from signal import (
-        SIG_BLOCK,
-        SIG_DFL,
-        SIG_SETMASK,
-        SIGINT,
-        SIGPIPE,
-        SIGTERM,
-        SIGXFSZ,
-        pthread_sigmask,
-        signal,
-    )
     from typing import NoReturn
 else:
-    from _signal import (  # without enumerations
-        SIG_BLOCK,
-        SIG_DFL,
-        SIG_SETMASK,
-        SIGINT,
-        SIGPIPE,
-        SIGTERM,
-        SIGXFSZ,
-        pthread_sigmask,
-        signal,
-    )
+    import _signal  # signal without its enumerations, which take long to make
 
 #: Bytes that are kept of a child's last words.
 WORDS_MAX = 400
@@ -242,14 +222,14 @@ def _spawn(
     told, tell = os.pipe2(os.O_CLOEXEC)
     try:
         # A signal must not make the child leave this function, to do what is ours.
-        mask = pthread_sigmask(SIG_BLOCK, (SIGINT, SIGTERM))
+        mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGINT, _signal.SIGTERM))
         try:
             pid = os.fork()
             if not pid:
                 _become(argv, environment, keep, output, prepare, tell, mask)
         finally:
             os.close(tell)
-            pthread_sigmask(SIG_SETMASK, mask)
+            _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
         child = Sibling(pid)
         try:
             problem = b""
@@ -278,10 +258,10 @@ def _become(
 ) -> NoReturn:
     """In the child: become the program, or write to ``tell`` why not."""
     try:
-        pthread_sigmask(SIG_SETMASK, mask)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
         os.setsid()  # Ctrl-C is for us
-        for ignored in (SIGPIPE, SIGXFSZ):  # which Python ignores
-            signal(ignored, SIG_DFL)
+        for ignored in (_signal.SIGPIPE, _signal.SIGXFSZ):  # which Python ignores
+            _signal.signal(ignored, _signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         for number, source in enumerate((null, output, output)):
             os.dup2(source, number)
