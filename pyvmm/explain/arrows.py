@@ -562,12 +562,13 @@ class _Maker:
         common: Details = [("packet", f"{abs(packet)} {way}, queue {queue}", False)]
         place = _place(avail, size, packed)
         label = f"take {_what(packed)} {head} at {place}: {_plural(descriptors, 'descriptor')}"
-        taken = list(common)
+        taken, topic = list(common), ""
         if not packed:  # a packed ring has no index of the driver's
             left = (ring["avail_idx"] - avail - 1) & 0xFFFF
             taken.append(("left", f"{_plural(left, 'chain')} available behind this one", not left))
             if not (left or out):
                 label += ", the last that is available"
+                topic = "last"  # not folded with others, which would hide it
         yield Arrow(
             event,
             RINGS,
@@ -576,6 +577,7 @@ class _Maker:
             kind="ring",
             flow=PACKETS,
             group=TAKE,
+            topic=topic,
             packet=packet,
             same=same,
             details=[*taken, ("clause", "virtio 2.8.6" if packed else "virtio 2.7.6", False)],
