@@ -21,11 +21,10 @@ demo: image ## boot a Linux guest with a virtio-net card, show what it does, lea
 
 check lint bench bench-native soak soak-kills soak-share: SETUP = --tests
 fuzz: SETUP = --fuzz
-# By two workers in the order of the directories, so that the testbeds' tests, which one worker has
-# for itself, come last and run alone.
+# By two workers, file by file: what the tests of a file share, such as a guest, is made once.
 check: image ## lint and all tests: unit, host (/dev/kvm), boot (testbed), the quick part of intel
 	@$(PYVMM) testbed setup --cpu intel
-	@$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder -m "intel_quick or not intel" \
+	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "intel_quick or not intel" \
 		tests/lint tests/unit tests/fuzz tests/host tests/boot tests/intel $(ARGS)
 
 check-intel: SETUP = --tests

@@ -19,8 +19,7 @@ PLACES: dict[str, str] = {
     "docs": "testbed",
     "intel": "testbed with an Intel processor (Bochs)",
 }
-#: Tests whose guests run in a testbed.
-BOOT, INTEL = (Path(__file__).parent / name for name in ("boot", "intel"))
+INTEL = Path(__file__).parent / "intel"
 _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 
 
@@ -42,17 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
     PLACES.setdefault("boot", "testbed")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (pytest -n), one of them has the testbeds: a second guest beside their
-    guests would double their times. Those of tests/intel can be left out by their marker.
-    """
+    """Those of tests/intel can be left out by their marker."""
     for item in items:
-        intel = item.path.is_relative_to(INTEL)
-        if intel:
+        if item.path.is_relative_to(INTEL):
             item.add_marker(pytest.mark.intel)
-        if intel or item.path.is_relative_to(BOOT):
-            item.add_marker(pytest.mark.xdist_group("testbed"))
 
 
 @pytest.fixture(scope="session")
