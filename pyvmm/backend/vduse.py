@@ -640,7 +640,7 @@ def _is_orphan(name: str) -> bool:
     knows, and a device of the user's may have any name.
     """
     words = name.removeprefix(OWN_PREFIX).split("-")
-    if not name.startswith(OWN_PREFIX) or len(words) != 4 or not words[0].isdigit():
+    if not name.startswith(OWN_PREFIX) or len(words) != 4 or not words[0].isdecimal():
         return False
     pid, start, namespace, _ = words
     return namespace == _pid_namespace() and _start_of(int(pid)) != start

@@ -272,10 +272,11 @@ def _option(text: str) -> str:
 
 def _size(text: str) -> int:
     """Bytes in "512M" or "4G"; 0 for an empty string."""
+    from pyvmm.memory import parse_size
+
     if not text:
         return 0
-    unit = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)
-    digits = text[:-1] if unit else text
-    if not digits.isdigit() or not 512 << 20 <= int(digits) << unit <= 64 << 30:
+    size = parse_size(text)
+    if not 512 << 20 <= size <= 64 << 30:
         raise UsageError(f"--memory {text}", "use 512M to 64G")
-    return int(digits) << unit
+    return size

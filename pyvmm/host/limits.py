@@ -29,7 +29,7 @@ def memory_limit(root: str = CGROUPS, groups: str = "/proc/self/cgroup") -> tupl
         for depth in range(len(parts) + 1):
             file = "/".join([base, *parts[:depth], name])
             text = (_read(file) or "").strip()
-            if text.isdigit() and int(text) < UNLIMITED:
+            if text.isdecimal() and int(text) < UNLIMITED:
                 found.append((int(text), file))
     return min(found, default=None)
 

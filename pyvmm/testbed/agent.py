@@ -500,7 +500,7 @@ def kill_family(pid: int) -> None:
         family = {pid}
         parents = {}
         for name in os.listdir("/proc"):
-            if name.isdigit():
+            if name.isdecimal():
                 try:
                     with open(f"/proc/{name}/stat") as f:
                         state, parent, _, session = f.read().rpartition(")")[2].split()[:4]

@@ -300,7 +300,7 @@ def command_lines() -> list[str]:
     """The command lines of all processes of this machine."""
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+        if entry.name.isdecimal():
             try:
                 found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
             except (OSError, UnicodeDecodeError):

@@ -139,3 +139,12 @@ def test_ioctls_are_made_again() -> None:
         "cext/ioctl.c": ["ioctl(fd, request, arg)"] * 2,
         "cext/vcpu.c": ["ioctl(v->fd, KVM_RUN, 0)"],  # whose interruption is the point
     }
+
+
+def test_what_is_called_a_number_is_one() -> None:
+    """``str.isdigit`` takes characters such as a small two above the line, which ``int`` refuses:
+    ``isdecimal`` does not. ``bytes`` have only ``isdigit``, which takes ASCII.
+    """
+    paths = [path for top in ("pyvmm", "tools") for path in (ROOT / top).rglob("*.py")]
+    found = {p.relative_to(ROOT).as_posix() for p in paths if ".isdigit()" in p.read_text()}
+    assert found == {"pyvmm/testbed/protocol.py"}

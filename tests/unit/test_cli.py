@@ -94,6 +94,9 @@ BAD = {
     ("run", "--net", "none", "--memory", "99999999999999999999G"): "use 1M to 16T",
     ("run", "--net", "none", "--memory", "9" * 5000): "write 256M, 4G or 1T",
     ("run", "--net", "none", "--report", "/nonexistent/report"): "--report /nonexistent/report",
+    ("testbed", "up", "--memory", "\u00b2G"): "write 256M, 4G or 1T",
+    ("testbed", "up", "--memory", "9" * 5000): "write 256M, 4G or 1T",
+    ("testbed", "up", "--memory", "256M"): "use 512M to 64G",
 }
 
 

@@ -337,6 +337,7 @@ def test_orphans(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     orphans = [f"pyvmm-{pid}-1{start}-{namespace}-0", f"pyvmm-{ended.pid}-7-{namespace}-2"]
     others = ["control", "card0", "pyvmm-card", f"pyvmm-{ended.pid}-7-1-0", f"pyvmm-{pid}", live]
+    others.append(f"pyvmm-\u00b2-7-{namespace}-0")
     monkeypatch.setattr(os, "listdir", lambda path: [*others, *orphans])
     removed: list[str] = []
     monkeypatch.setattr(vduse, "remove", removed.append)
