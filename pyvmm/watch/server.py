@@ -9,8 +9,9 @@ browser connect. So everything is refused but a GET or HEAD, by the name of this
 with the token, which only the user has been told: 256 random bits. The name is checked because a
 site can have its own name resolve to 127.0.0.1 and then read what it gets (DNS rebinding). A
 connection gives at most ``REQUEST_MAX`` bytes within ``REQUEST_S`` seconds. There are no more than
-``CLIENTS`` connections and ``LOOKERS`` requests that wait; beyond these a client is told to come
-later.
+``CLIENTS`` connections; one more takes the place of the oldest that has not shown the token, so
+that strangers cannot keep the user out. Beyond ``LOOKERS`` requests that wait, a client is told to
+come later.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import secrets
 import sys
 import threading
 import time
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from socket import SO_REUSEADDR, SOL_SOCKET
+from socket import SHUT_RDWR, SO_REUSEADDR, SOL_SOCKET
 from socketserver import ThreadingMixIn
 
 from pyvmm.errors import UsageError
@@ -43,6 +45,8 @@ HERE = Path(__file__).parent
 ADDRESS = "127.0.0.1"
 CLIENTS = 32
 LOOKERS = 16
+#: Seconds for a connection that was turned out to give its place up.
+PLACE_S = 1.0
 REQUEST_MAX = 8192
 REQUEST_S = 5.0
 ANSWER_S = 10.0  # for a client to take an answer
@@ -132,6 +136,7 @@ class _Request(BaseHTTPRequestHandler):
         token, slash, self.rest = path.removeprefix("/").partition("/")
         if not hmac.compare_digest(token.encode("latin-1"), self.server.token.encode()):
             return self._refuse(HTTPStatus.FORBIDDEN)
+        self.server.welcome(self.connection)
         if self.command not in ("GET", "HEAD"):
             return self._refuse(HTTPStatus.METHOD_NOT_ALLOWED)
         # Browsers say who asks. Only the page itself may ask for its parts; the page is typed in.
@@ -222,6 +227,7 @@ class Server(ThreadingMixIn, HTTPServer):
         self.token = secrets.token_urlsafe(32)
         self.lookers = threading.BoundedSemaphore(LOOKERS)
         self._clients = threading.BoundedSemaphore(CLIENTS)
+        self._strangers: dict[socket, None] = {}  # have not shown the token; the oldest first
         self._ended = 0.0
         try:
             super().__init__((ADDRESS, port), _Request)
@@ -243,14 +249,19 @@ class Server(ThreadingMixIn, HTTPServer):
         self.server_name, self.server_port = self.server_address = self.socket.getsockname()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of its own, if there are not too many."""
+        """Serve a connection in a thread of its own. If there are too many, the oldest that has not
+        shown the token gives its place up.
+        """
         if not self._clients.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+            self._turn_one_out()
+            if not self._clients.acquire(timeout=PLACE_S):
+                self.shutdown_request(request)
+                return
+        self._strangers[request] = None
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # there can be no more threads
-            self._clients.release()
+            self._leave(request)
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -258,7 +269,22 @@ class Server(ThreadingMixIn, HTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._clients.release()
+            self._leave(request)
+
+    def welcome(self, request: socket) -> None:
+        """A connection has shown the token: it keeps its place. Any thread."""
+        self._strangers.pop(request, None)
+
+    def _leave(self, request: socket) -> None:
+        self._strangers.pop(request, None)
+        self._clients.release()
+
+    def _turn_one_out(self) -> None:
+        """End the oldest stranger's connection, so that its thread reads the end."""
+        oldest = next(iter(tuple(self._strangers)), None)
+        if oldest is not None:
+            with suppress(OSError):  # it has closed the connection in the meantime
+                oldest.shutdown(SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has gone is no error; anything else is a bug of ours."""
